@@ -72,7 +72,7 @@ class Config:
 def main(config: Config) -> None:
     for name in ("batch_size", "rounds"):
         check_integer(name, getattr(config, name))
-    check_integer("cutoff", config.cutoff, least=2)
+    check_integer("cutoff", config.cutoff, minimum=2)
     here, others = machine(packages=("torch", "transformers", "peft", "jax")), Others()
     print(in_words(here), flush=True)
     found = agreement(config) if config.what == "agreement" else cost(config)

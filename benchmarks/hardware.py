@@ -11,7 +11,7 @@ from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
-from rora_theory.runs.software import circumstances
+from rora_theory.runs.software import environment
 
 PACKAGES = ("rora-theory", "jax", "jaxlib", "optax", "torch", "transformers", "peft")
 SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
@@ -36,7 +36,7 @@ def machine(cores: int | None = None, packages: Sequence[str] = PACKAGES) -> dic
         "cores": cores or len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages if name in installed},
-        "git_revision": circumstances()["git_revision"],
+        "git_revision": environment()["git_revision"],
         "date": datetime.now(UTC).date().isoformat(),
     }
 

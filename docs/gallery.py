@@ -8,7 +8,6 @@ import ast
 import dataclasses
 import html
 import importlib
-import itertools
 import json
 import re
 import shlex
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sims import __main__ as main
-from sims.common import options
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
@@ -26,9 +24,6 @@ command_names = cache(main.names)
 PAGES = [
     path for folder in ("results", "how-to", "explanation") for path in sorted((ROOT / "docs" / folder).glob("*.md"))
 ]
-
-OPTIONS_BEFORE_SETTING = {"regime": {"mask": "--no-mask"}}
-"""By command, settings that older manifests lack, and the option that repeats what those runs did."""
 
 
 class Drawing(NamedTuple):
@@ -79,18 +74,10 @@ class Figure:
 
     @cached_property
     def commands(self) -> list[list[str]]:
-        """Distinct command lines that made the run, with the options of today."""
+        """Distinct command lines that made the run, without its folder."""
         command = self.manifest.get("command")
-        recorded = [command] if command else [part["command"] for part in self.manifest.get("runs", [])]
-        config = self.manifest.get("config", {})
-        added_options = [
-            option
-            for setting, option in OPTIONS_BEFORE_SETTING.get(self.experiment, {}).items()
-            if setting not in config
-        ]
-        lines = [
-            ["rora", self.experiment, *_update_options(self.experiment, words), *added_options] for words in recorded
-        ]
+        recorded = [command] if command else [session["command"] for session in self.manifest["sessions"]]
+        lines = [["rora", self.experiment, *_without_folder(words)] for words in recorded]
         return [line for i, line in enumerate(lines) if line not in lines[:i]]
 
 
@@ -217,24 +204,6 @@ def _config(package: str, name: str) -> Any:
     return importlib.import_module(f"{package}.{name}").Config
 
 
-def _update_options(experiment: str, words: Sequence[str]) -> list[str]:
-    """Return a recorded command line with the options of today, without its folder and options that no longer exist."""
-    known = options.of(_config("sims", experiment))
-    updated: list[str] = []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        option = word.removeprefix("--")
-        if word == "--out":
-            rest.pop(0)
-            continue
-        if word.startswith("--") and option not in known:
-            option = next((new for new in options.RENAMED.get(option, ()) if new in known), "")
-        if not option:
-            # Skip the values of an option that no longer exists.
-            rest = list(itertools.dropwhile(lambda value: not value.startswith("--"), rest))
-            continue
-        if known.get(option) is bool and rest[:1] in (["True"], ["False"]):
-            option = option if rest.pop(0) == "True" else f"no-{option}"
-        updated.append(f"--{option}" if word.startswith("--") else word)
-    return updated
+def _without_folder(words: Sequence[str]) -> list[str]:
+    """Return a recorded command line without ``--out`` and its value."""
+    return [word for previous, word in zip(("", *words), words, strict=False) if "--out" not in (previous, word)]

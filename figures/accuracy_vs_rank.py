@@ -62,7 +62,7 @@ class Config:
 def draw(config: Config) -> Sequence[Path]:
     """Lines are means over seeds with the items' standard error, dashes single seeds and the model alone."""
     if config.tuned:
-        check_unread(config, "lr", beside="--tuned")
+        check_unread(config, "lr", conflicts_with="--tuned")
     manifest, rows = style.read_frame(config.run, "rank_sweep")
     rows = chosen_model(config.run, rows, config.model, config.alpha)
     style.check_among("--lr", config.lr, rows.loc[rows["method"].isin(METHODS), "learning_rate"])

@@ -95,7 +95,7 @@ def draw(config: Config) -> Sequence[Path]:
     ours = lines_of(rows, manifest.get("models", {}))
     if not any(line.average for line in ours):
         style.fail(f"{config.run}/results.csv: has no cell with accuracy; accepted is a run without --no-accuracy")
-    designs = {manifest.get("design"), *(run.get("design") for run in manifest.get("runs", ()))}  # the earlier form's
+    designs = {manifest.get("design"), *(session.get("design") for session in manifest.get("sessions", ()))}
     several = len({line.rank for line in ours if line.rank}) > 1 and "table1" not in designs
     layout = config.layout or ("II" if several or "table2" in designs else "I")
     table = arranged([*ours, *printed(layout)], layout)
@@ -229,7 +229,7 @@ def as_csv(lines: Iterable[Line]) -> str:
         rows.append(
             vars(line) | {f"{name}{end}": pair[end != ""] for name, pair in pairs.items() for end in ("", "_error")}
         )
-    return frames.to_csv(frames.of(rows, [*HEAD, *(f"{name}{end}" for name in names for end in ("", "_error"))]))
+    return frames.to_csv(frames.from_rows(rows, [*HEAD, *(f"{name}{end}" for name in names for end in ("", "_error"))]))
 
 
 def _source(line: Line) -> str:

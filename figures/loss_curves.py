@@ -53,7 +53,7 @@ def draw(config: Config) -> Sequence[Path]:
     if not config.runs:
         style.fail("no runs are given; accepted are one or more run folders of sims.finetune or sims.rank_sweep")
     if not any(map(is_sweep, config.runs)):
-        check_unread(config, "rank", "seed", "lr", without="the folder of a whole sweep")
+        check_unread(config, "rank", "seed", "lr", requires="the folder of a whole sweep")
     folders = [cell for run in config.runs for cell in cells(run, config)]
     if config.labels and len(config.labels) != len(folders):
         style.fail(f"--labels has {len(config.labels)} names for {len(folders)} runs; accepted is one each")

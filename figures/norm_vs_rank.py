@@ -63,13 +63,12 @@ def draw(config: Config) -> Sequence[Path]:
     handles = style.named(axes.flat) | {"exact law": plt.Line2D([], [], color="black")}
     if rows["paper"].notna().any():
         handles["paper, Eq. 11 (SGD)"] = plt.Line2D([], [], color="black", linestyle=(0, (4, 3)), linewidth=0.9)
-    config_of = manifest["config"]
-    rate = config_of["lr"] if "lr" in config_of else config_of["learning_rate"]  # its name in earlier runs
+    settings = manifest["config"]
     style.legend(
         figure,
         handles,
-        rf"points: simulated ± s.e.; $p_{{in}}$ = {config_of['p_in']}, $p_{{out}}$ = {config_of['p_out']}, "
-        rf"$\alpha$ = {config_of['alpha']:g}, $\eta$ = {rate:g}",
+        rf"points: simulated ± s.e.; $p_{{in}}$ = {settings['p_in']}, $p_{{out}}$ = {settings['p_out']}, "
+        rf"$\alpha$ = {settings['alpha']:g}, $\eta$ = {settings['lr']:g}",
     )
     return style.save(figure, config.out or config.run, "norm_vs_rank")
 

@@ -49,8 +49,7 @@ def draw(config: Config) -> Sequence[Path]:
     if rows.empty or crossings.empty:
         style.fail(f"{config.run}: has no row of split {config.split}; accepted is --split with one that it has")
     out = config.out or config.run
-    used = manifest["config"]
-    rate = used["lr"] if "lr" in used else used["learning_rate"]  # its name in earlier runs
+    rate = manifest["config"]["lr"]
     path = config.run / "takeover.csv"
     takeover = own(frames.read_csv(path, accepted=FINISHED)) if path.exists() else None
     return [

@@ -213,14 +213,13 @@ def check_among(option: str, value: Any, values: Iterable[Any]) -> None:
 
 
 def seeds_of(manifest: dict[str, Any]) -> int:
-    """How many seeds a run has; earlier runs have their number."""
-    seeds = manifest["config"]["seeds"]
-    return seeds if isinstance(seeds, int) else len(seeds)
+    """Return the number of seeds of a run."""
+    return len(manifest["config"]["seeds"])
 
 
 def check_as_written(folder: Path, within: str = "") -> None:
     """End the command where a file of a run, or of the folder ``within`` it, is not the one it wrote."""
-    problem = seals.problem(folder, within)
+    problem = seals.describe_problem(folder, within)
     if problem is not None:
         fail(f"{problem}; accepted is the file as the run wrote it, which its command makes again")
 

@@ -5,15 +5,14 @@
     tuned = rt.Setting(rank=16, alpha=32, learning_rate=2e-4)
     rt.transfer(tuned, rank=128).sentence()
 
-The rooms `theory`, `stats`, `paper`, `advice` and `measure` and their modules are attributes, imported when they are
-first asked for: no JAX is loaded where no array on a device is needed. The core install has all of these but what of
-`measure` runs a model; the LLaMA path (`llama`, `adapters`, `data`, `finetune`, `evaluate`) needs the extra
-``finetune``.
+The packages `theory`, `stats`, `paper`, `advice` and `measure` and their modules are attributes that are imported at
+first use, so that JAX is not loaded unless it is needed. The core install contains them, except the parts of `measure`
+that run a model. The LLaMA path (`llama`, `adapters`, `data`, `finetune`, `evaluate`) needs the extra ``finetune``.
 """
 
 from typing import TYPE_CHECKING
 
-from rora_theory import lazily
+from rora_theory import lazy_modules
 from rora_theory.errors import InputError
 from rora_theory.scaling import scaling_factor
 
@@ -35,7 +34,7 @@ __all__ = [
     "transfer",
 ]
 
-__getattr__, __dir__ = lazily.attributes(
+__getattr__, __dir__ = lazy_modules.attributes(
     __name__,
     {
         "Advice": "rora_theory.advice.transfer",

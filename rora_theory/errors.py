@@ -1,4 +1,4 @@
-"""The one exception that means: the caller's input is wrong, and here is what would be accepted."""
+"""Exceptions whose message is a complete answer to the user, and helpers to write such messages."""
 
 import reprlib
 
@@ -6,27 +6,41 @@ import reprlib
 class InputError(ValueError):
     """A wrong argument, file or record, refused before work starts.
 
-    The message is one line: what is wrong, where (file, line or key), what was found, what is accepted. Command
-    lines print it as it is and exit with status 2.
+    The message is one line that names the argument or the file, states what is wrong with it and how to fix it. Command
+    lines print it unchanged and exit with status 2.
     """
 
 
 class FailedError(Exception):
-    """Work that did not come to its end though the input was good: of a command one line, exit status 1."""
+    """Work that failed although the input was valid. Command lines print its one line and exit with status 1."""
 
 
 def shown(value: object) -> str:
-    """A found value as a message shows it: on one line, cut where it is long or deep."""
+    """Return the representation of a value for a message: on one line, shortened if it is long or deeply nested."""
     try:
-        return _SHOWN.repr(value)
-    except ValueError:  # Python writes no integer of thousands of digits
-        return f"one {type(value).__name__} too long to write"
+        return _SHORT.repr(value)
+    except ValueError:  # Python refuses to convert integers of thousands of digits
+        return f"an {type(value).__name__} too long to print"
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, or its type's name where it says nothing."""
+    """Return the first line of an exception's message, or the name of its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-_SHOWN = reprlib.Repr()
-_SHOWN.maxstring = _SHOWN.maxother = 80
+def reason_of(error: BaseException, where: object = "") -> str:
+    """Return the first sentence of an error's message without the place that it names.
+
+    Args:
+      error: Error with a message of the form ``PLACE: problem. How to fix it.``
+      where: Place.
+
+    Examples:
+      >>> reason_of(InputError("run.json: is not JSON. Pass a JSON file."), "run.json")
+      'is not JSON'
+    """
+    return str(error).removeprefix(f"{where}: ").partition(". ")[0].rstrip(".")
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80

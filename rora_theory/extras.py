@@ -1,7 +1,7 @@
-"""Packages of the optional extras, and what stands in for one that is not installed.
+"""List the packages of the optional extras, and replace one that is not installed by a placeholder.
 
-A module that needs such a package at its top imports it as follows, so that it can itself be imported without it, and a
-command can print its help::
+A module that imports such a package does it as follows, so that the module itself can be imported without the package,
+and a command can print its help::
 
     try:
         import tokenizers
@@ -34,22 +34,22 @@ def missing_message(error: BaseException) -> str | None:
     package = (error.name or "").partition(".")[0]
     for extra, names in PACKAGES.items():
         if package in names:
-            # A package that is installed but cannot be loaded says why itself.
+            # If a package is installed but cannot be loaded, report its own reason.
             problem = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported ({error})"
             return f"{package} {problem}. Install the extra {extra!r}: pip install 'rora-theory[{extra}]'"
     return None
 
 
 def missing(error: ImportError) -> Any:
-    """Return a stand-in for a package that could not be imported, or for a name from it.
+    """Return a placeholder for a package that could not be imported, or for a name from it.
 
-    Its attributes are stand-ins too, it can be a base class or an annotation, and calling it raises `InputError`.
+    Its attributes are placeholders too, it can be a base class or an annotation, and calling it raises `InputError`.
 
     Args:
       error: Exception raised by the import.
 
     Returns:
-      The stand-in.
+      The placeholder.
 
     Raises:
       ImportError: The error itself, if it is not about a package of an extra.
@@ -57,10 +57,12 @@ def missing(error: ImportError) -> Any:
     message = missing_message(error)
     if message is None:
         raise error
-    return _StandIn("Missing", (Exception,), {"_message": message})  # an exception: it may stand in an except clause
+    return _Placeholder(
+        "Missing", (Exception,), {"_message": message}
+    )  # an exception type may be used in an except clause
 
 
-class _StandIn(type):
+class _Placeholder(type):
     """Metaclass of the classes that `missing` returns."""
 
     _message: str

@@ -29,9 +29,11 @@ from rora_theory.measure.regimes import thin
 from rora_theory.runs import devices
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.reading import flat
+from rora_theory.runs.summary import key_figures
 from rora_theory.validation.rules import check_list
 from sims.common import answers, cli, prompts, tables
 from sims.common.cells import run_table
+from sims.common.summaries import summarised
 
 NAME = "coordinate_check"
 SPLITS = {"train": "trained on", "held_out": "held out"}
@@ -82,8 +84,11 @@ def run(config: Config) -> None:
     sizes = run_table(cells, work, folder, rank_check.COLUMNS, runner=runner, title="coordinate check")
     slopes = rank_check.coordinate_slopes(checked, sizes)
     folder.write_frame(slopes, "slopes.csv")
+    ends = slopes[(slopes["module"] == MODEL) & (slopes["step"] == steps)]
+    scope = ("optimizer", "rule", "init", "control", "step", "split", "quantity", "verdict")
+    with summarised(folder, key_figures(ends, "slope in the rank", "slope", over="seeds", scope=scope)):
+        report(checked, slopes, sizes, batches=config.records.batches)
     folder.finish(warnings=thin.rank_warnings(checked.ranks))
-    report(checked, slopes, sizes, batches=config.records.batches)
     answers.tell_files(folder.path)
 
 

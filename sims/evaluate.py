@@ -23,9 +23,11 @@ from rora_theory.io import frames
 from rora_theory.llama import Adapter, Located, Model, load, locate
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.reading import as_json
+from rora_theory.runs.summary import KeyFigure
 from rora_theory.validation.ranges import Count, check_ranges
 from sims.common import answers, cli, tables
 from sims.common.progress import progress_bar
+from sims.common.summaries import summarised
 
 NAME = "evaluate"
 RESULTS = "results.json"
@@ -101,14 +103,13 @@ def evaluate(
         for sample in kept.score(model, tasks, scoring, adapter=adapter, batch_size=config.batch_size):
             right += sample.correct
             bar.advance(1, task=TASKS[sample.task].name, accuracy=right / len(kept.found))
-    folder.record(samples.FILE)
+    folder.record_files(samples.FILE)
     found = accuracies(kept.found, records)
     heads = {"protocol": scoring.protocol, "template": scoring.template}
-    folder.write_frame(frames.of([heads | asdict(level) for level in found], ACCURACY_COLUMNS))
+    folder.write_frame(frames.from_rows([heads | asdict(level) for level in found], ACCURACY_COLUMNS))
     settings = {"model": config.model, "adapter": config.adapter, "dtype": config.dtype}
     summary = {"scoring": asdict(scoring), **settings, "levels": found}
     folder.write(RESULTS, json.dumps(as_json(summary), indent=2) + "\n")
-    folder.finish(samples=len(kept.found))
     return found
 
 
@@ -149,7 +150,14 @@ def run(config: Config) -> None:
     model, adapter = subject(config, origin)
     extra = {"protocol": config.protocol, "units": ACCURACY_UNITS}
     folder = RunFolder.open(NAME, known, out=config.out, extra=extra, models=[origin])
-    show(evaluate(config, folder, tasks, model, adapter), config.scoring())
+    found = evaluate(config, folder, tasks, model, adapter)
+    errors = [
+        KeyFigure("accuracy", level.accuracy, level.error, "items", scope={"task": level.task, "n": level.n})
+        for level in found
+    ]
+    with summarised(folder, errors):
+        show(found, config.scoring())
+    folder.finish(samples=sum(map(len, tasks.values())))
     answers.tell_files(folder.path)
 
 

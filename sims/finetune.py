@@ -24,9 +24,11 @@ from rora_theory.finetune.loop import NonFiniteLossError, StepCompleted, Trainer
 from rora_theory.finetune.outputs import OutputConfig, write_outputs
 from rora_theory.finetune.trackers import TrackerName
 from rora_theory.runs.folder import RunFolder, check_free, path_of
+from rora_theory.runs.summary import KeyFigure
 from rora_theory.validation.ranges import Count, check_ranges
 from sims.common import answers, cli, prompts, tables
 from sims.common.progress import progress_bar
+from sims.common.summaries import summarised
 
 NAME = "finetune"
 
@@ -105,8 +107,10 @@ def run(config: Config) -> None:
         best = trainer.best_step if config.output.keep == "best" else None
         own = card.build_training_card(training, found, config.data, data.summary, events, best, config.output.license)
         write_outputs(folder, config.output, kept, model, own)
+        rows = card.figures(events, folder.entry("trainable_parameters"))
+        with summarised(folder, [KeyFigure(row["what"], row["value"], scope={"step": row["step"]}) for row in rows]):
+            report(folder, events, data.summary["validated_on"])
         folder.finish(best_step=trainer.best_step, best_loss=trainer.best_loss)
-        report(folder, events, data.summary["validated_on"])
         answers.tell_files(folder.path)
 
 

@@ -26,11 +26,13 @@ from rora_theory.horizon import runs as horizon_runs
 from rora_theory.horizon.grid import HorizonCell, HorizonGrid
 from rora_theory.runs import devices
 from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.summary import key_figures
 from rora_theory.sweep.memory import cell_memory
 from rora_theory.sweep.records import draw_records
 from rora_theory.sweep.workbench import Workbench
 from sims.common import answers, cli, prompts, tables
 from sims.common.cells import run_with_bar
+from sims.common.summaries import summarised
 
 NAME = "horizon"
 
@@ -95,7 +97,13 @@ def run(config: Config) -> None:
     judged = horizons.judge_runs(runs, tokens, **law, warmup=grid.warmup, others=others)
     for name, frame in judged.files().items():
         folder.write_frame(frame, name)
-    report(len(runs), judged, law=bool(takeovers))
+    samples, regret = "seeds and held-out records", "largest regret, nats per token"
+    scope = ("changed", "policy", "pairs", "lower_bounds")
+    figures = key_figures(judged.policies, regret, "largest", "largest_error", over=samples, scope=scope)
+    scope = ("step", "over", "at", "first", "second", "law_low", "law_high", "verdict")
+    figures += key_figures(judged.exponents, "exponent of the best rate", "exponent", over="error_over", scope=scope)
+    with summarised(folder, figures):
+        report(len(runs), judged, law=bool(takeovers))
     folder.finish()
     answers.tell_files(folder.path)
 

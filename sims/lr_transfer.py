@@ -19,6 +19,7 @@ import pandas as pd
 from rora_theory.cluster import ClusterConfig
 from rora_theory.runs import devices
 from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.summary import key_figures
 from rora_theory.stats.rate_curves import (
     COLUMNS,
     UNITS,
@@ -34,6 +35,7 @@ from rora_theory.toy.rate_grid import RateGrid
 from rora_theory.validation.rules import check_unread
 from sims.common import answers, cli, tables
 from sims.common.cells import run_table
+from sims.common.summaries import summarised
 
 NAME = "lr_transfer"
 
@@ -56,9 +58,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.matrix is None:
-            check_unread(self, "matrix_model", "matrix_loss", without="--matrix")
+            check_unread(self, "matrix_model", "matrix_loss", requires="--matrix")
         else:
-            check_unread(self, "grid", "cluster", "judge", beside="--matrix")
+            check_unread(self, "grid", "cluster", "judge", conflicts_with="--matrix")
 
 
 def run(config: Config) -> None:
@@ -83,8 +85,10 @@ def run(config: Config) -> None:
     folder.write_frame(found, "best.csv")
     folder.write_frame(slopes, "slopes.csv")
     folder.write("comparison.json", json.dumps([one._asdict() for one in compared], indent=2) + "\n")
+    samples, scope = found["error_over"].iloc[0], ("optimizer", "trained", "rule", "ranks", "verdict")
+    with summarised(folder, key_figures(slopes, "slope of the best rate", "slope", over=samples, scope=scope)):
+        report(found, slopes, compared)
     folder.finish()
-    report(found, slopes, compared)
     answers.tell_files(folder.path)
 
 

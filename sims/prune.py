@@ -17,9 +17,11 @@ from rora_theory.errors import InputError
 from rora_theory.io import digests
 from rora_theory.random.seeds import check_seed
 from rora_theory.runs.folder import RunFolder, check_free, path_of
+from rora_theory.runs.summary import KeyFigure
 from rora_theory.validation.ranges import Count, Plural, Share, check_ranges
 from sims.common import answers, cli, tables
 from sims.common.progress import progress_bar
+from sims.common.summaries import summarised
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,7 +93,7 @@ def run(config: Config) -> None:
     windows, held_out = text_windows.cut(texts, model.tokenizer, **sizes, seed=config.seed)
     extra = {"units": pruning.UNITS}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra, models=[origin])
-    if not (folder.holds(MODEL) and folder.holds("results.csv")):
+    if not (folder.has_files(MODEL) and folder.has_files("results.csv")):
         folder.clear(MODEL)
         pruned, kept = pruning.pruned_model(model, batches(windows, config.batch_size), shape)
         models = [(one.params, one.config) for one in (model, pruned)]
@@ -103,9 +105,13 @@ def run(config: Config) -> None:
         folder.write_frame(kept)
         folder.update(shape=shape._asdict(), parameters=counts, share=counts[1] / counts[0], **measured)
         save_model(folder.path / MODEL, pruned)
-        folder.record(MODEL)
+        folder.record_files(MODEL)
+    figures = [KeyFigure("share of the parameters", float(folder.entry("share")))]
+    for before, value in zip(("original", "pruned"), folder.entry("perplexity_held_out"), strict=True):
+        figures.append(KeyFigure("perplexity of held-out text", float(value), scope={"model": before}))
+    with summarised(folder, figures):
+        show(folder, model.config, shape)
     folder.finish()
-    show(folder, model.config, shape)
     answers.tell_files(folder.path)
 
 

@@ -24,6 +24,7 @@ from rora_theory.errors import FailedError
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.runs.cells import FOLDERS
 from rora_theory.runs.folder import RunFolder, check_free, path_of
+from rora_theory.runs.summary import key_figures
 from rora_theory.sweep import differences, results
 from rora_theory.sweep.cells import SweepCell, cell_states, check_cells, replace_with_scored
 from rora_theory.sweep.design import BASE
@@ -32,6 +33,7 @@ from rora_theory.sweep.plan import SweepConfig, plan_sweep
 from rora_theory.sweep.workbench import Workbench
 from sims.common import answers, cli, prompts, tables
 from sims.common.cells import Runner, run_with_bar
+from sims.common.summaries import summarised
 
 NAME = "rank_sweep"
 
@@ -74,9 +76,9 @@ class Config(SweepConfig):
 def run(config: Config) -> None:
     """Check everything that can be checked, then do what the folder lacks."""
     plan = plan_sweep(config)
-    first, shared, grows = plan.cells(), plan.identity(), {"evaluation": plan.evaluation}
+    first, shared, extensible = plan.cells(), plan.identity(), {"evaluation": plan.evaluation}
     models = check_cells(first, plan.located)
-    path = path_of(NAME, shared | grows, config.out)
+    path = path_of(NAME, shared | extensible, config.out)
     if config.list:
         show(config.design, path, first)
         return
@@ -87,7 +89,9 @@ def run(config: Config) -> None:
     bench = Workbench(plan.training, plan.records, plan.tasks, plan.located, **scored)
     cli.tell(bench.open(first[0].model))
     extra, located = {"design": config.design, "models": models}, plan.located.values()
-    folder = RunFolder.open(NAME, shared, out=path, seed=config.data_seed, extra=extra, grows=grows, models=located)
+    folder = RunFolder.open(
+        NAME, shared, out=path, seed=config.data_seed, extra=extra, extensible=extensible, models=located
+    )
     prompts.tell(plan.records.source, plan.training.template)
     prompts.keep(folder, bench.train_examples, bench.model.tokenizer, show=config.reading.show)
     failed = None
@@ -105,8 +109,14 @@ def run(config: Config) -> None:
     folder.write_frame(differences.difference_table(apart), "differences.csv")
     if failed is not None:
         raise failed
+    best = rows[rows["best_rate"].notna() | (rows["method"] == BASE)]
+    scope, loss = ("model", "method", "rank", "alpha", "learning_rate", "seed"), "validation loss, nats per token"
+    figures = key_figures(best, loss, "validation_loss", "validation_error", over="records", scope=scope)
+    scored = best[best["average"].notna()]
+    figures += key_figures(scored, "average accuracy", "average", "average_error", over="items", scope=scope)
+    with summarised(folder, figures):
+        report(rows)
     folder.finish()
-    report(rows)
     answers.tell_files(path)
 
 

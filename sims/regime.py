@@ -38,11 +38,13 @@ from rora_theory.measure.regimes.module_regime import LayerRegime, Regime, Regim
 from rora_theory.measure.regimes.tables import JudgeConfig
 from rora_theory.runs.devices import describe
 from rora_theory.runs.folder import RunFolder, check_free, path_of
-from rora_theory.runs.reading import finished, flat, key_of
+from rora_theory.runs.reading import flat, key_of, read_finished_cells
+from rora_theory.runs.summary import key_figures
 from rora_theory.scaling import check_integer
 from rora_theory.validation.rules import check_list
 from sims.common import answers, cli, prompts, tables
 from sims.common.cells import run_with_bar
+from sims.common.summaries import summarised
 
 NAME = "regime"
 
@@ -75,7 +77,7 @@ class Config:
     def __post_init__(self) -> None:
         check_list("--targets", self.targets)
         for layer in self.layers or ():
-            check_integer("--layers", layer, least=0)
+            check_integer("--layers", layer, minimum=0)
         if self.adapter is not None and not self.adapter.is_dir():
             raise InputError(f"{self.adapter}: is not a folder; accepted is an adapter in PEFT's format")
 
@@ -86,9 +88,7 @@ def run(config: Config) -> None:
     options = {name: getattr(config, name) for name in ("template", "dtype", "revision")}
     read = prompts.read_inputs(config.data, config.model, config.reading, **options)
     identity, seed = flat(config.batches) | flat(config.measured) | read.identity, config.measured.seed
-    identity |= {name: getattr(config, name) for name in ("dtype", "targets", "layers")}
-    if read.template != "train":
-        identity["template"] = read.template
+    identity |= {name: getattr(config, name) for name in ("dtype", "targets", "layers")} | {"template": read.template}
     if config.adapter is not None:
         identity["adapter_sha256"] = adapters.adapter_digest(config.adapter)
     check_free(path_of(NAME, identity, config.out))
@@ -106,7 +106,7 @@ def run(config: Config) -> None:
     prompts.keep(folder, pair.examples, model.tokenizer, show=config.reading.show)
     folder.update(model_layers=model.config.num_hidden_layers)
     cells = [RegimeCell(index) for index in modules]
-    done = finished(folder.path)
+    done = read_finished_cells(folder.path)
     if any(key_of(cell) not in done for cell in cells):
         recorded = regimes.record_modules(model.params, model.config, pair.train, pair.held_out, regimes.kinds(modules))
         folder.update(training_loss=recorded.train.loss, heldout_loss=recorded.held_out.loss)
@@ -127,11 +127,16 @@ def run(config: Config) -> None:
     if verdict is not None:
         folder.write_frame(regime_tables.measured_over_predicted(found.results), regime_tables.JUDGE)
         folder.write(regime_tables.VERDICT, json.dumps(verdict, indent=2, sort_keys=True) + "\n")
-    for name, frame in regime_tables.summaries(found.crossings, found.takeover).items():
+    summaries = regime_tables.summaries(found.crossings, found.takeover)
+    for name, frame in summaries.items():
         folder.write_frame(frame, name)
     words = thin.regime_warnings(found.crossings, model.config.num_hidden_layers)
+    bounds, scope = ("crossing_rank_low", "crossing_rank_high"), ("kind", "split", "optimizer", "init")
+    crossings, name = summaries[regime_tables.CROSSING_SUMMARY], "crossing rank, median over layers"
+    ranks = key_figures(crossings, name, "crossing_rank", None, over="layers", bounds=bounds, scope=scope)
+    with summarised(folder, ranks):
+        report(config.measured, found, verdict, words)
     folder.finish(warnings=words)
-    report(config.measured, found, verdict, words)
     answers.tell_files(folder.path)
     if verdict is not None and verdict["verdict"] == "fails":
         sys.exit(1)

@@ -18,12 +18,14 @@ from rora_theory.cluster import ClusterConfig
 from rora_theory.runs import devices
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flat
+from rora_theory.runs.summary import key_figures
 from rora_theory.toy import exponents, training_grid
 from rora_theory.toy.exponents import CELL, FIT_COLUMNS, SATURATED, Answer
 from rora_theory.toy.training_grid import TrainingCell, TrainingGrid
 from rora_theory.validation.rules import name_of
 from sims.common import answers, cli, tables
 from sims.common.cells import run_table
+from sims.common.summaries import summarised
 
 NAME = "training_dynamics"
 SHOWN = {"output_train": "training", "output_held_out": "held-out", "delta_frobenius": "|dM|_F"}
@@ -56,8 +58,11 @@ def run(config: Config) -> None:
     folder.write_frame(found[list(FIT_COLUMNS)], "exponents.csv")
     answered = training_grid.grid_answers(grid, found)
     folder.write("answers.json", json.dumps([answer._asdict() for answer in answered], indent=2) + "\n")
+    ends = found[(found["step"] == grid.steps[-1]) & (found["range"] == "all") & found["quantity"].isin(SHOWN)]
+    scope = ("model", "start", "trained", "optimizer", "rule", "quantity", "step", "ranks", "verdict")
+    with summarised(folder, key_figures(ends, "slope in the rank", "slope", over="seeds", scope=scope)):
+        report(grid, seeds, found, answered)
     folder.finish()
-    report(grid, seeds, found, answered)
     answers.tell_files(folder.path)
 
 

@@ -23,10 +23,12 @@ from rora_theory.errors import InputError
 from rora_theory.measure.transfer_request import Advised, TransferConfig, advise
 from rora_theory.random.seeds import check_seed
 from rora_theory.runs.folder import RunFolder, check_free, path_of
+from rora_theory.runs.summary import key_figures
 from rora_theory.validation.ranges import Count, check_ranges
 from rora_theory.validation.rules import check_seeds, check_unread
 from sims.common import answers, cli, tables
 from sims.common.cells import run_table
+from sims.common.summaries import summarised
 
 NAME = "transfer"
 
@@ -58,7 +60,7 @@ class Config(TransferConfig):
         check_seeds(self.seeds, fewest=2)
         check_seed(self.seed, "--seed")
         if not self.check:
-            check_unread(self, "reading", "cluster", "batch_size", "seeds", "seed", "out", without="--check")
+            check_unread(self, "reading", "cluster", "batch_size", "seeds", "seed", "out", requires="--check")
         super().__post_init__()
 
 
@@ -128,14 +130,19 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     )
     summary = transfer_check.summarise(steps, found)
     folder.write_frame(summary, "summary.csv")
-    folder.finish()
     print()
-    tables.print_table(
-        f"The first step really taken on {config.check[0]}: rms of the change against the tuned setting's, "
-        f"{len(config.seeds)} draws of A ± s.e.",
-        transfer_check.HEADS,
-        transfer_check.format_candidates(summary),
+    scope = ("plan", "rank", "alpha", "learning_rate", "quantity")
+    ratios = key_figures(
+        summary, "rms change of the first step over the tuned one's", "ratio", over="draws", scope=scope
     )
+    with summarised(folder, ratios, answer=found.sentence()):
+        tables.print_table(
+            f"The first step really taken on {config.check[0]}: rms of the change against the tuned setting's, "
+            f"{len(config.seeds)} draws of A ± s.e.",
+            transfer_check.HEADS,
+            transfer_check.format_candidates(summary),
+        )
+    folder.finish()
     answers.tell_files(folder.path)
 
 

@@ -21,10 +21,12 @@ from rora_theory.paper.simulation import SimulationCell, SimulationConfig
 from rora_theory.runs import devices
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flat
+from rora_theory.runs.summary import key_figures
 from rora_theory.theory.sampling import Sums
 from rora_theory.validation.rules import check_unread
 from sims.common import answers, cli, layer_sweep, tables
 from sims.common.cells import run_with_bar
+from sims.common.summaries import summarised
 
 NAME = "variance_sweep"
 
@@ -45,8 +47,8 @@ class Config:
         if self.layer_data is not None and self.simulation.sampler == "reduced":
             raise InputError("--sampler reduced has no fixed data; accepted with --layer-data are direct and auto")
         if self.layer_data is not None:
-            check_unread(self, "devices", beside="--layer-data")
-            check_unread(self.simulation, "p_in", "p_out", "overlaps", beside="--layer-data")
+            check_unread(self, "devices", conflicts_with="--layer-data")
+            check_unread(self.simulation, "p_in", "p_out", "overlaps", conflicts_with="--layer-data")
 
 
 def run(config: Config) -> None:
@@ -76,8 +78,11 @@ def run(config: Config) -> None:
     folder.write("verdicts.json", json.dumps([vars(verdict) for verdict in judged], indent=2) + "\n")
     results, check = frame_of(values), frame_of(values, direct=True)
     folder.write_frame(simulation.second_moments(results), "second_moments.csv")
+    slopes, scope = simulation.simulated_exponents(results), (*simulation.GROUP, "low", "high")
+    exponents = key_figures(slopes, "exponent of the rms norm in the rank", "slope", over="draws", scope=scope)
+    with summarised(folder, exponents):
+        report(results, check, judged)
     folder.finish()
-    report(results, check, judged)
     answers.tell_files(folder.path)
     tables.print_text(verdicts.verdicts_in_words(judged))  # again, below more lines than a screen has
 

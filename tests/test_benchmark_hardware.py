@@ -40,4 +40,4 @@ def test_the_machine_has_no_package_that_is_not_there(hardware) -> None:
     assert set(found["instruction_sets"]) <= set(hardware.SETS)
     assert hardware.in_words(found).startswith(found["processor"])
     assert date.fromisoformat(found["date"]) > date(2026, 1, 1)
-    assert found["git_revision"] == software.circumstances()["git_revision"]
+    assert found["git_revision"] == software.environment()["git_revision"]

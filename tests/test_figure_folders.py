@@ -86,7 +86,7 @@ def test_a_run_or_cell_that_was_changed_is_not_drawn(
     cell.mkdir(parents=True)
     (cell / "cell.json").write_text('{"training": 1.5}')
     (cell / "metrics.jsonl").write_text("{}\n")
-    run.wrote({f"cells/k/{file.name}": digests.of_file(file) for file in cell.iterdir()})
+    run.add_digests({f"cells/k/{file.name}": digests.of_file(file) for file in cell.iterdir()})
     run.finish(best_loss=1.5)
     read = partial(loss_curves.read_events, cell) if "cells" in name else partial(style.read_frame, run.path)
     style.check_as_written(run.path)

@@ -26,9 +26,9 @@ def test_what_does_not_end_is_not_begun(tmp_path: Path) -> None:
     os.mkfifo(pipe := tmp_path / "pipe")
     os.symlink("/dev/zero", link := tmp_path / "link")
     for path, kind in ((pipe, "a pipe"), (link, "a device"), (Path("/dev/zero"), "a device"), (tmp_path, "a folder")):
-        with pytest.raises(InputError, match=f"^{path}: is {kind}; accepted is a list$"):
+        with pytest.raises(InputError, match=f"^{path}: is {kind}. Expected a list.$"):
             files.read_json(path, accepted="a list")
-        with pytest.raises(InputError, match=f"^{path}: is {kind}; accepted is a list$"):
+        with pytest.raises(InputError, match=f"^{path}: is {kind}. Expected a list.$"):
             files.check_regular(path, accepted="a list")
     for name, reason in (("n" * 300, "File name too long"), ("a\0b", "null"), ("pipe/b", "Not a directory")):
         with pytest.raises(InputError, match=f"cannot be read .*{reason}"):
@@ -41,14 +41,14 @@ def test_only_an_object_is_an_object(tmp_path: Path) -> None:
     (path := tmp_path / "a.json").write_text("{}")
     assert files.read_object(path) == {}
     path.write_text("[1]")
-    with pytest.raises(InputError, match="holds a list; accepted is a JSON object"):
+    with pytest.raises(InputError, match=r"holds a list\. Expected a JSON object"):
         files.read_object(path)
 
 
 def test_a_file_above_the_limit_is_not_read(tmp_path: Path) -> None:
     (path := tmp_path / "a.txt").write_bytes(b"12345")
     assert files.read_bytes(path, limit=5) == b"12345"
-    with pytest.raises(InputError, match="has more than 4 bytes, the most that are read; accepted is a regular file"):
+    with pytest.raises(InputError, match=r"has more than 4 bytes.* Expected a regular file"):
         files.read_bytes(path, limit=4)
     with open(path, "wb") as file:
         file.truncate(1 << 40)  # a terabyte that takes no room
@@ -59,7 +59,7 @@ def test_a_file_above_the_limit_is_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["missing", "x" * 300, "file/below", "nul\0byte", "latin\udce9"])
 def test_a_name_that_names_no_file_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"; accepted is a JSON file$"):
+    with pytest.raises(InputError, match=r"Expected a JSON file"):
         files.read_json(tmp_path / name)
 
 
@@ -81,9 +81,9 @@ def test_json_is_at_most_64_deep(opening: str) -> None:
     def nested(depth: int) -> str:
         return opening * depth + "1" + closing * depth
 
-    files.parse_json(nested(files.DEPTH), where="a")
-    for depth in (files.DEPTH + 1, 900, 100_000):
-        with pytest.raises(InputError, match=r"^a: is JSON more than 64 lists and objects deep; accepted is JSON$"):
+    files.parse_json(nested(files.MAX_DEPTH), where="a")
+    for depth in (files.MAX_DEPTH + 1, 900, 100_000):
+        with pytest.raises(InputError, match=r"^a: is JSON nested more than 64 levels deep"):
             files.parse_json(nested(depth), where="a")
 
 
@@ -108,11 +108,11 @@ def test_what_may_not_be_read_or_written_is_refused() -> None:
         folder.chmod(0o555)
         with nobody():
             with pytest.raises(
-                InputError, match=r"a.json: cannot be read \(Permission denied\); accepted is a JSON file$"
+                InputError, match=r"a.json: cannot be read \(Permission denied\)\. Expected a JSON file"
             ):
                 files.read_json(file)
             for run in (folder, folder / "run" / "deeper"):
-                with pytest.raises(InputError, match=f"^{run}: no permission to write to {folder}; accepted is a fold"):
+                with pytest.raises(InputError, match=f"^{run}: no permission to write to {folder}. Use a fold"):
                     files.check_folder(run)
         folder.chmod(0o755)
         files.check_folder(folder / "run")
@@ -132,7 +132,7 @@ def test_what_may_not_be_read_or_written_is_refused() -> None:
 def test_a_folder_that_can_not_be_made_is_refused(tmp_path: Path, name: str, said: str) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(InputError, match=rf"{said}.*; accepted is a folder that can be made or written to$"):
+    with pytest.raises(InputError, match=rf"{said}.* Use a folder that can be created or written to"):
         files.check_folder(tmp_path / name)
     for fine in (tmp_path, tmp_path / "new", tmp_path / "new" / "er", Path("new"), Path()):
         files.check_folder(fine)

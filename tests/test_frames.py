@@ -38,7 +38,7 @@ def test_rows_become_a_frame_of_the_asked_columns(tmp_path: Path) -> None:
         {"rank": 16, "rule": "1", "loss": math.nan, "control": True, "said": None},
     ]
     columns = ["loss", "rank", "rule", "control", "said", "none"]
-    frame = frames.of(rows, columns)
+    frame = frames.from_rows(rows, columns)
     text = 'loss,rank,rule,control,said,none\n0.5,8,0.25,True,"a, ""b""",\n,,0.5,False,,\n,16,1,True,,\n'
     assert frames.to_csv(frame) == text
     (tmp_path / "a.csv").write_text(text)
@@ -47,12 +47,12 @@ def test_rows_become_a_frame_of_the_asked_columns(tmp_path: Path) -> None:
     assert again["rule"].tolist() == ["0.25", "0.5", "1"]
     assert again["rank"].isna().tolist() == [False, True, False]
     assert [again[name].dtype for name in ("loss", "control")] == [np.float64, np.bool_]
-    assert frames.to_csv(frames.of([], ["a", "b"])) == "a,b\n"
+    assert frames.to_csv(frames.from_rows([], ["a", "b"])) == "a,b\n"
 
 
 def test_rows_are_chosen_by_their_values_and_a_missing_one_has_none() -> None:
     rows = [{"rank": 8, "rule": "lora"}, {"rule": "lora"}, {"rank": 8, "rule": "rora"}, {"rank": 8}]
-    table = frames.of(rows, ["rank", "rule"])
+    table = frames.from_rows(rows, ["rank", "rule"])
     assert frames.where(table, {"rank": 8, "rule": "lora"}).index.tolist() == [0]
     assert frames.where(table, {"rule": "lora"}).index.tolist() == [0, 1]
     assert frames.where(table, {"rank": 16}).empty
@@ -60,7 +60,7 @@ def test_rows_are_chosen_by_their_values_and_a_missing_one_has_none() -> None:
 
 def test_numbers_of_several_kinds_stay_as_they_are() -> None:
     rows = [{"kappa": 1, "loss": 0.5}, {"kappa": 0.5, "loss": np.float64(1)}, {"kappa": "best", "loss": None}]
-    frame = frames.of(rows, ["kappa", "loss"])
+    frame = frames.from_rows(rows, ["kappa", "loss"])
     assert frames.to_csv(frame) == "kappa,loss\n1,0.5\n0.5,1.0\nbest,\n"
     assert frame["loss"].dtype == np.float64
 
@@ -68,14 +68,14 @@ def test_numbers_of_several_kinds_stay_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"a,b\n1,2\n3\n", "line 3 has 1 fields; accepted are 2"),
-        (b"a,b\n1,2,3\n", "line 2 has 3 fields; accepted are 2"),
-        (b'a,b\n"x\ny",2\n3\n', "line 4 has 1 fields; accepted are 2"),
-        (b"a,b\n1,2\n3,4", "line 3 is cut off; accepted is the file as the run wrote it"),
+        (b"a,b\n1,2\n3\n", "line 3 must have 2 fields, got 1"),
+        (b"a,b\n1,2,3\n", "line 2 must have 2 fields, got 3"),
+        (b'a,b\n"x\ny",2\n3\n', "line 4 must have 2 fields, got 1"),
+        (b"a,b\n1,2\n3,4", "line 3 is cut off. Expected the file as the run wrote it"),
         (b"b,a\n1,2\n", "line 1 is not the header a,b"),
         (b"", "line 1 is not the header a,b"),
         (b"a,b\n\xff,2\n", "byte 4 is not UTF-8"),
-        (b"a,b\n\n", "line 2 has 0 fields"),
+        (b"a,b\n\n", "line 2 must have 2 fields, got 0"),
     ],
 )
 def test_a_damaged_table_is_named(tmp_path: Path, content: bytes, said: str) -> None:
@@ -86,5 +86,5 @@ def test_a_damaged_table_is_named(tmp_path: Path, content: bytes, said: str) -> 
 
 
 def test_a_table_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"a\.csv: no such file; accepted is a run's table"):
+    with pytest.raises(InputError, match=r"a\.csv: no such file. Expected a run's table"):
         frames.read_csv(tmp_path / "a.csv", accepted="a run's table")

@@ -34,20 +34,20 @@ def test_the_edges_are_in_range():
 @pytest.mark.parametrize(
     ("given", "accepted"),
     [
-        ({"natural": -1}, "--natural is -1; accepted is an integer of 0 or more"),
-        ({"natural": 0.0}, "--natural is 0.0; accepted is an integer of 0 or more"),
-        ({"count": 0}, "--count is 0; accepted is an integer of 1 or more"),
-        ({"count": True}, "--count is True; accepted is an integer of 1 or more"),
-        ({"plural_one": 1}, "--plural-one is 1; accepted is an integer of 2 or more"),
-        ({"positive": 0.0}, "--positive is 0.0; accepted is a finite number above 0"),
-        ({"positive": float("inf")}, "--positive is inf; accepted is a finite number above 0"),
-        ({"not_negative": -5e-324}, "--not-negative is -5e-324; accepted is a finite number of 0 or more"),
-        ({"not_negative": float("nan")}, "--not-negative is nan; accepted is a finite number of 0 or more"),
-        ({"share": 0.0}, "--share is 0.0; accepted is a number above 0, at most 1"),
-        ({"share": 1.0000001}, "--share is 1.0000001; accepted is a number above 0, at most 1"),
-        ({"count": None}, "--count is None; accepted is an integer of 1 or more"),
-        ({"positive": None}, "--positive is None; accepted is a finite number above 0"),
-        ({"maybe": 0}, "--maybe is 0; accepted is an integer of 1 or more"),
+        ({"natural": -1}, "--natural must be an integer of 0 or more, got -1"),
+        ({"natural": 0.0}, "--natural must be an integer of 0 or more, got 0.0"),
+        ({"count": 0}, "--count must be an integer of 1 or more, got 0"),
+        ({"count": True}, "--count must be an integer of 1 or more, got True"),
+        ({"plural_one": 1}, "--plural-one must be an integer of 2 or more, got 1"),
+        ({"positive": 0.0}, "--positive must be a finite number above 0, got 0.0"),
+        ({"positive": float("inf")}, "--positive must be a finite number above 0, got inf"),
+        ({"not_negative": -5e-324}, "--not-negative must be a finite number of 0 or more, got -5e-324"),
+        ({"not_negative": float("nan")}, "--not-negative must be a finite number of 0 or more, got nan"),
+        ({"share": 0.0}, "--share must be a number above 0 and at most 1, got 0.0"),
+        ({"share": 1.0000001}, "--share must be a number above 0 and at most 1, got 1.0000001"),
+        ({"count": None}, "--count must be an integer of 1 or more, got None"),
+        ({"positive": None}, "--positive must be a finite number above 0, got None"),
+        ({"maybe": 0}, "--maybe must be an integer of 1 or more, got 0"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -59,7 +59,7 @@ def test_what_is_out_of_range_is_named(given, accepted):
 
 def test_a_subclass_that_declares_a_field_anew_keeps_its_range():
     check_ranges(Later())
-    with pytest.raises(InputError, match=r"^count is 0; accepted is an integer of 1 or more"):
+    with pytest.raises(InputError, match=r"^count must be an integer of 1 or more, got 0"):
         check_ranges(Later(count=0), str)
-    with pytest.raises(InputError, match=r"^--count is 0"):
+    with pytest.raises(InputError, match=r"^--count must be .*, got 0"):
         check_ranges(Later(count=0))

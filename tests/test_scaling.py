@@ -36,27 +36,27 @@ def test_alpha_for_inverts_scaling_factor(rank: int, alpha: float, rule: str | f
 @pytest.mark.parametrize(
     ("rule", "alpha", "rank", "said"),
     [
-        ("LoRA", 1.0, 1, "rule is 'LoRA'"),
-        (math.nan, 1.0, 1, "rule is nan"),
-        (True, 1.0, 1, "rule is True"),
-        ("lora", 0.0, 1, "alpha is 0.0"),
-        ("lora", -1.0, 1, "alpha is -1.0"),
-        ("lora", math.inf, 1, "alpha is inf"),
-        ("lora", 1.0, 0, "rank is 0"),
-        ("lora", 1.0, 2.5, "rank is 2.5"),
-        ("lora", 1.0, 2**31, "rank is 2147483648; accepted is an integer of at most 2,147,483,647"),
-        ("lora", 1.0, True, "rank is True"),
-        ("lora", 10**400, 1, r"alpha is 10+\.\.\.0+; accepted is a finite number above 0"),
-        pytest.param("lora", 10**5000, 1, "alpha is one int too long to write", id="thousands of digits"),
-        ("lora", Fraction(1, 10**400), 1, "alpha is Fraction"),
-        ("lora", 1.0, 10**400, r"rank is 10+\.\.\.0+; accepted is an integer of at most"),
-        (-(10**400), 1.0, 1, r"rule is -10+\.\.\.0+; accepted are lora"),
+        ("LoRA", 1.0, 1, "rule must .*, got 'LoRA'"),
+        (math.nan, 1.0, 1, "rule must .*, got nan"),
+        (True, 1.0, 1, "rule must .*, got True"),
+        ("lora", 0.0, 1, "alpha must .*, got 0.0"),
+        ("lora", -1.0, 1, "alpha must .*, got -1.0"),
+        ("lora", math.inf, 1, "alpha must .*, got inf"),
+        ("lora", 1.0, 0, "rank must .*, got 0"),
+        ("lora", 1.0, 2.5, "rank must .*, got 2.5"),
+        ("lora", 1.0, 2**31, "rank must be an integer of at most 2,147,483,647, got 2147483648"),
+        ("lora", 1.0, True, "rank must .*, got True"),
+        ("lora", 10**400, 1, r"alpha must be a finite number above 0, got 10+\.\.\.0+"),
+        pytest.param("lora", 10**5000, 1, "alpha must .* got an int too long to print", id="thousands of digits"),
+        ("lora", Fraction(1, 10**400), 1, "alpha must .*, got Fraction"),
+        ("lora", 1.0, 10**400, r"rank must be an integer of at most [\d,]+, got 10+\.\.\.0+"),
+        (-(10**400), 1.0, 1, r"rule must be lora, rora, rslora or .*, got -10+\.\.\.0+"),
     ],
 )
 def test_bad_input_is_named(rule: object, alpha: float, rank: object, said: str) -> None:
     with pytest.raises(InputError, match=said) as error:
         scaling_factor(rule, alpha=alpha, rank=rank)
-    assert "accepted" in str(error.value)
+    assert "got" in str(error.value)
     assert "\n" not in str(error.value)
 
 

@@ -29,7 +29,7 @@ from rora_theory.adapters.prefix import PrefixAdapter
 from rora_theory.adapters.targets import Target, full_name
 from rora_theory.errors import InputError, shown
 from rora_theory.io import digests
-from rora_theory.io.files import check_regular, name_beside, write_new
+from rora_theory.io.files import check_regular, temporary_path, write_new
 from rora_theory.llama import LlamaConfig
 from rora_theory.llama.hub import Located
 from rora_theory.llama.model import Params
@@ -140,7 +140,7 @@ def _write(
         card.FILE: readme.encode(),
         CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
-    temporary_paths = {name: name_beside(folder / name) for name in contents}
+    temporary_paths = {name: temporary_path(folder / name) for name in contents}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():

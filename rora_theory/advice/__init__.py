@@ -1,5 +1,5 @@
 """What to set when the rank changes, from an assumed or a measured regime."""
 
-from rora_theory import lazily
+from rora_theory import lazy_modules
 
-__getattr__, __dir__ = lazily.attributes(__name__)
+__getattr__, __dir__ = lazy_modules.attributes(__name__)

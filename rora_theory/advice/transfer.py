@@ -25,7 +25,7 @@ from rora_theory.advice.lora_config import PEFT_INITS, TaskType, check_task_type
 from rora_theory.advice.measured import MEASURED_POWERS, MEASURED_RANKS, MEASURED_STRENGTHS
 from rora_theory.advice.setting import REGIMES, SIGNAL, Setting, check_linear_term, check_setting, step_ratio
 from rora_theory.errors import InputError, shown
-from rora_theory.optimizers import FAMILY, WORDS
+from rora_theory.optimizers import DISPLAY_NAMES, FAMILY
 from rora_theory.scaling import KAPPAS, Rule, alpha_for, check_integer, check_positive, exponent, scaling_factor
 from rora_theory.theory import horizon
 
@@ -466,7 +466,10 @@ class Advice:
         rate_kept = isclose(new.learning_rate, old.learning_rate)
         rate = f"{'keep' if rate_kept else 'set'} the learning rate {new.learning_rate:.3g}"
         do = f"{alpha} and {rate}"
-        parts = [f"Going from rank {old.rank} to {new.rank} with {WORDS[old.optimizer]}: {do}.", *self._served()]
+        parts = [
+            f"Going from rank {old.rank} to {new.rank} with {DISPLAY_NAMES[old.optimizer]}: {do}.",
+            *self._served(),
+        ]
         return " ".join([*parts, *self.scope()])
 
     def _served(self) -> list[str]:
@@ -719,12 +722,12 @@ def _planned(
     first = next(iter(given))
     if FAMILY[old.optimizer] != "adam" or regime != "signal":
         raise InputError(
-            f"{first} is {shown(given[first])} with {WORDS[old.optimizer]} and the regime {regime}; accepted are Adam "
-            "and AdamW with the regime signal: elsewhere the law here has no value for a number of steps"
+            f"{first} is {shown(given[first])} with {DISPLAY_NAMES[old.optimizer]} and the regime {regime}; accepted "
+            "are Adam and AdamW with the regime signal: elsewhere the law here has no value for a number of steps"
         )
     if steps is None:
         raise InputError(f"{first} is {shown(given[first])} without steps; accepted are steps of 1 or more beside it")
-    check_integer("steps", steps, most=MOST_STEPS)
+    check_integer("steps", steps, maximum=MOST_STEPS)
     steps = int(steps)
     factors = [1.0] * steps if schedule is None else _factors(schedule, steps)
     if takeover is not None and p_in is not None:

@@ -1,11 +1,11 @@
-"""Cells of an experiment on Ray: several at a time on this machine, or on the nodes of a cluster.
+"""Run the cells of an experiment with Ray: several at a time on this machine, or on the nodes of a cluster.
 
-The process that calls is Ray's driver and owns the run folder (`driver`). Ray places every cell on a node that has the
-CPUs, GPUs and memory it takes, does it again on another when its node dies, and brings its result and files back. What
-the cells share, such as records and settings, is put into Ray's object store once. A base model is read where a worker
-has it, by its path or from the hub; one that workers lack is put into the store too, once (`models`). So workers need
-no folder of the driver's. One that sees the run folder all the same works in the cell's own folder, as a single process
-does, and goes on from its checkpoints (`worker`).
+The calling process is Ray's driver and owns the run folder (`driver`). Ray places each cell on a node with the CPUs,
+GPUs and memory that it needs, retries it on another node if its node dies, and returns its result and files. Data that
+the cells share, such as records and settings, is put into Ray's object store once. A worker reads a base model by its
+path or from the hub. A model that a worker does not have is also put into the object store once (`models`), so workers
+need no access to the driver's folders. A worker that can access the run folder works in the cell's folder, as a single
+process does, and resumes from its checkpoints (`worker`).
 """
 
 from rora_theory.cluster.config import ClusterConfig

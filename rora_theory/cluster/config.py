@@ -1,4 +1,4 @@
-"""Where cells are worked on, as options."""
+"""Options that select where cells are computed."""
 
 import contextlib
 import dataclasses
@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from rora_theory.cluster.connection import connect, the_ray
-from rora_theory.cluster.driver import OnRay
+from rora_theory.cluster.connection import connect, import_ray
+from rora_theory.cluster.driver import RayRunner
 from rora_theory.errors import InputError
 from rora_theory.runs.cells import Runner, in_process
 from rora_theory.scaling import check_integer, check_positive
@@ -15,28 +15,33 @@ from rora_theory.validation.ranges import Positive, check_ranges
 
 logger = logging.getLogger(__name__)
 
+MAX_WORKERS = 4096
 _GIB = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
 class ClusterConfig:
-    """Where cells are worked on: one after another in this process, or by Ray."""
+    """Settings of where cells are computed: one after another in this process, or with Ray.
+
+    Raises:
+      InputError: A value is out of range.
+    """
 
     workers: int = 1
-    """cells worked on at a time on this machine; more than one needs the extra cluster (Ray)"""
+    """number of cells computed at a time on this machine; more than one needs the extra cluster (Ray)"""
     address: str | None = None
-    """HOST:PORT of a Ray cluster, or auto, whose nodes work on the cells, on as many at a time as find room"""
+    """HOST:PORT of a Ray cluster, or auto; its nodes compute as many cells at a time as fit"""
     cell_cpus: Positive = 1.0
-    """with --workers or --address: CPUs that a cell takes of its node"""
+    """number of CPUs reserved for a cell, with --workers or --address"""
     cell_gpus: float | None = None
-    """GPUs that a cell takes, all of one node; none is 1 where the cluster has any"""
+    """number of GPUs reserved for a cell, all on one node; by default 1 if the cluster has GPUs"""
     cell_memory: float | Literal["plan"] | None = None
-    """GiB of memory that a cell takes of its node; plan is what `sims.capacity` plans for each, where a cell fine-tunes
-    on CPUs; none is not to count it"""
+    """GiB of memory reserved for a cell; plan uses the estimate of `sims.capacity` for cells that fine-tune on CPUs; by
+    default memory is not reserved"""
 
     def __post_init__(self) -> None:
-        """Raise `InputError` where a value is out of range."""
-        check_integer("--workers", self.workers, most=4096)
+        """Validate the settings."""
+        check_integer("--workers", self.workers, maximum=MAX_WORKERS)
         check_ranges(self)
         if self.cell_gpus:
             check_positive("--cell-gpus", self.cell_gpus)
@@ -46,59 +51,72 @@ class ClusterConfig:
             return
         if self.workers > 1:
             raise InputError(
-                "--workers is for this machine, --address for a cluster; accepted is one of them: on a cluster "
-                "--cell-cpus, --cell-gpus and --cell-memory say how many cells a node works on"
+                f"--workers {self.workers} cannot be combined with --address. On a cluster, set how many cells a node "
+                "computes with --cell-cpus, --cell-gpus and --cell-memory."
             )
         host, _, port = self.address.rpartition(":")
         if self.address != "auto" and not (host and port.isdecimal() and "/" not in host):
-            raise InputError(f"--address is {self.address!r}; accepted is HOST:PORT of `ray start --head`, or auto")
+            raise InputError(f"--address must be HOST:PORT of `ray start --head`, or auto, got {self.address!r}")
 
     def runner(self, plan: Callable[[Any], int] | None = None) -> Runner:
-        """Start Ray or connect to the cluster, where this process alone is not to do it. Call before any JAX work.
+        """Return the runner of the cells, and start Ray or connect to the cluster if it is needed.
+
+        Call this before any JAX work.
 
         Args:
-          plan: bytes of memory that a cell takes; None where the experiment's cells have no plan.
+          plan: Function that estimates the memory of a cell in bytes; None if the experiment has no estimate.
 
         Raises:
-          InputError: Ray is not installed, no cluster is at the address, this machine has not what a cell takes, or
-            cells that take GPUs or have no plan are to be planned.
+          InputError: Ray is not installed, there is no cluster at the address, this machine lacks the resources of a
+            cell, or the memory of cells cannot be estimated.
         """
         if self.cell_memory == "plan" and plan is None:
-            raise InputError("--cell-memory is plan, and cells of this experiment have none; accepted is a number")
+            raise InputError("--cell-memory must be a number for this experiment, which has no memory plan, got plan")
         if self.workers == 1 and self.address is None:
             return in_process
         connect(self.address, self.workers, self.cell_cpus)
-        nodes = [node["Resources"] for node in the_ray().nodes() if node["Alive"]]
+        nodes = [node["Resources"] for node in import_ray().nodes() if node["Alive"]]
         needs = self._needs(nodes)
         if self.cell_memory != "plan" or plan is None:
-            return OnRay(lambda _: needs)
+            return RayRunner(lambda _: needs)
         if needs["num_gpus"]:
-            raise InputError("--cell-memory is plan, and cells take GPUs; accepted is a number")
-        most = max(node.get("memory", 0) for node in nodes)  # a cell that takes more has such a node for itself
-        return OnRay(lambda cell: needs | {"memory": int(min(plan(cell), most))})
+            raise InputError("--cell-memory must be a number for cells that use GPUs, got plan")
+        # A cell that needs more than any node has gets the largest node alone.
+        largest = max(node.get("memory", 0) for node in nodes)
+        return RayRunner(lambda cell: needs | {"memory": int(min(plan(cell), largest))})
 
     def _needs(self, nodes: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-        """What every cell takes, as options of `ray.remote`, on nodes of these resources."""
+        """Return the resources reserved for each cell, as options of `ray.remote`.
+
+        Args:
+          nodes: Resources of each node.
+
+        Raises:
+          InputError: No node has the resources, and Ray runs on this machine.
+        """
         gpus = self.cell_gpus
         if gpus is None:
             gpus = float(any("GPU" in node for node in nodes))
         if gpus:
             _keep_off_accelerators()
         needs: dict[str, Any] = {"num_cpus": self.cell_cpus, "num_gpus": gpus}
-        words = f"{self.cell_cpus:g} CPUs and {gpus:g} GPUs"
-        wanted = {"CPU": self.cell_cpus, "GPU": gpus}
+        description = f"{self.cell_cpus:g} CPUs and {gpus:g} GPUs"
+        required = {"CPU": self.cell_cpus, "GPU": gpus}
         if isinstance(self.cell_memory, float | int):
-            wanted["memory"] = needs["memory"] = int(self.cell_memory * _GIB)
-            words += f" and {self.cell_memory:g} GiB"
-        if not any(all(node.get(name, 0) >= count for name, count in wanted.items()) for node in nodes):
+            required["memory"] = needs["memory"] = int(self.cell_memory * _GIB)
+            description += f" and {self.cell_memory:g} GiB"
+        if not any(all(node.get(name, 0) >= count for name, count in required.items()) for node in nodes):
             if self.address is None:
-                raise InputError(f"a cell takes {words}; accepted is what this machine has")
-            logger.warning("no node of the cluster has the %s that a cell takes: cells wait for one that has", words)
+                raise InputError(
+                    f"a cell needs {description}, more than this machine has. Lower --cell-cpus, --cell-gpus or "
+                    "--cell-memory."
+                )
+            logger.warning("no node of the cluster has the %s that a cell needs; cells wait for one", description)
         return needs
 
 
 def _keep_off_accelerators() -> None:
-    """Have JAX in the driver use the CPU: the accelerators and their memory are the cells'."""
+    """Make JAX use the CPU in the driver, so that cells have the accelerators and their memory."""
     with contextlib.suppress(ImportError):
         import jax
 

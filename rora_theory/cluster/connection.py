@@ -1,4 +1,4 @@
-"""The connection of this process to Ray: of its own, or of a cluster."""
+"""Connect this process to Ray, on this machine or on a cluster."""
 
 import contextlib
 import ipaddress
@@ -16,34 +16,43 @@ from rora_theory.cluster import orphans
 from rora_theory.errors import InputError
 
 RETRIES = 3
-"""How often a cell is begun again whose worker died. An error that it raises itself is not tried again."""
+"""Number of times that a cell is retried if its worker dies. A cell that raises an exception is not retried."""
 
 QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to Ray's makers
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a cell that takes no GPU sees none
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # nor printed beside a command's own output: it is in Ray's logs
-    "RAY_task_oom_retries": str(RETRIES),  # Ray's own default is for ever
+    "RAY_USAGE_STATS_ENABLED": "0",  # send no usage statistics
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # hide GPUs from cells that reserve none
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # keep warnings in Ray's logs, out of a command's output
+    "RAY_task_oom_retries": str(RETRIES),  # Ray retries forever by default
 }
-"""Ray's environment, where the user has not set it."""
+"""Environment variables of Ray, unless the user has set them."""
 
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""Environment that has Ray use the loopback address, as it does by default where it supports one machine alone. Without
-it, Ray listens on all interfaces. Read when Ray is imported."""
+"""Environment variable that makes Ray listen on the loopback address instead of all interfaces.
+
+Ray reads it when it is imported. Listening on the loopback address is its default on systems without clusters.
+"""
 
 
 def leave() -> None:
-    """Disconnect from Ray, and stop it where it was started here; nothing where `ClusterConfig.runner` did not."""
+    """Disconnect from Ray, and stop it if it was started here. Without a connection, do nothing."""
     if _connected:
         _connected.clear()
         sys.modules["ray"].shutdown()
 
 
 _connected: list[bool] = []
-"""Not empty while this process is connected to Ray by `connect`."""
+"""Marker of a connection by `connect`: not empty while this process is connected."""
 
 
-def the_ray() -> Any:
-    """The module. Raises `InputError` where it is not installed."""
+def import_ray() -> Any:
+    """Import Ray.
+
+    Returns:
+      The module.
+
+    Raises:
+      InputError: Ray is not installed.
+    """
     try:
         import ray
     except ImportError as error:
@@ -52,20 +61,26 @@ def the_ray() -> Any:
 
 
 def connect(address: str | None, workers: int, cpus: float) -> None:
-    """Connect to the cluster at an address, or start Ray here with room for so many cells of ``cpus`` each.
+    """Connect to the cluster at an address, or start Ray on this machine.
 
-    Ray that is started here listens on the loopback address. What an earlier, killed process left is stopped first.
+    Ray that is started here listens on the loopback address. Processes that a killed driver left are stopped first.
+
+    Args:
+      address: HOST:PORT of the cluster, or auto; None starts Ray on this machine.
+      workers: Number of cells computed at a time on this machine.
+      cpus: Number of CPUs reserved for a cell.
 
     Raises:
-      InputError: Ray is not installed, does not start, or no cluster is at the address.
+      InputError: Ray is not installed or does not start, or there is no cluster at the address.
     """
-    for name, value in QUIET.items():  # before Ray is imported, which reads them
+    # Ray reads these variables when it is imported.
+    for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    # NumPy in a worker has as many threads as here, so that results are the same to the bit.
-    own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))}
-    own |= LOOPBACK
-    with contextlib.nullcontext() if address is not None else _environment(**own):
-        _init(the_ray(), address, workers, cpus)
+    # Workers use as many NumPy threads as this process, so that results have the same bits.
+    variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))}
+    variables |= LOOPBACK
+    with contextlib.nullcontext() if address is not None else _environment(**variables):
+        _init(import_ray(), address, workers, cpus)
 
 
 def _init(ray: Any, address: str | None, workers: int, cpus: float) -> None:
@@ -85,28 +100,26 @@ def _init(ray: Any, address: str | None, workers: int, cpus: float) -> None:
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         if address is None:
-            raise InputError(f"--workers {workers}: Ray does not start here ({reason})") from error
-        raise InputError(
-            f"--address {address}: {reason}; accepted is HOST:PORT of `ray start --head`, or auto"
-        ) from error
+            raise InputError(f"--workers {workers}: Ray does not start on this machine ({reason})") from error
+        raise InputError(f"--address {address}: {reason}. Pass HOST:PORT of `ray start --head`, or auto.") from error
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # Ray sets its own
+            signal.signal(signal.SIGTERM, before)  # restore the handler that Ray replaces
     _connected.append(True)
 
 
 def _check_loopback(ray: Any) -> None:
-    """Raise `RuntimeError` and stop Ray where others on the network could reach it."""
+    """Stop Ray and raise `RuntimeError` if it is reachable from the network."""
     addresses = {node["NodeManagerAddress"] for node in ray.nodes()}
     if not all(ipaddress.ip_address(address).is_loopback for address in addresses):
         ray.shutdown()
         raise RuntimeError(
-            f"it listens on {', '.join(sorted(addresses))}, as it was imported before with other settings"
+            f"it listens on {', '.join(sorted(addresses))}, because it was imported before with other settings"
         )
 
 
 def _check_listening(address: str) -> None:
-    """Raise `ConnectionError` at once where nothing listens: Ray itself goes on trying."""
+    """Raise `ConnectionError` immediately if nothing listens at an address; Ray itself would keep trying."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
@@ -118,7 +131,7 @@ def _check_listening(address: str) -> None:
 
 @contextlib.contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """Set variables for modules that are imported and processes that are started meanwhile."""
+    """Set environment variables for modules imported and processes started inside the block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

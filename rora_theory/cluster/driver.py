@@ -1,4 +1,4 @@
-"""The driver's side: all cells are handed to Ray at once, and come back as they end."""
+"""Submit all cells to Ray from the driver, and return them as they end."""
 
 import logging
 import shutil
@@ -9,124 +9,127 @@ from pathlib import Path
 from typing import Any
 
 from rora_theory.cluster import worker
-from rora_theory.cluster.connection import RETRIES, leave, the_ray
+from rora_theory.cluster.connection import RETRIES, import_ray, leave
 from rora_theory.cluster.models import put_model
-from rora_theory.cluster.worker import Begun, Done, Failed, Lacking, lock_of
+from rora_theory.cluster.worker import Done, Failed, MissingModel, Started, read_lock
 from rora_theory.io import files
 from rora_theory.runs import software
-from rora_theory.runs.cells import Ended
+from rora_theory.runs.cells import CellOutcome
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class OnRay:
-    """The runner of `rora_theory.runs.cells` that has Ray work on the cells.
+class RayRunner:
+    """Runner of `rora_theory.runs.cells` that computes cells with Ray.
 
     Attributes:
-      needs: of a cell, what it takes, as options of `ray.remote`.
+      needs: Function that returns the resources of a cell, as options of `ray.remote`.
     """
 
     needs: Callable[[Any], Mapping[str, Any]]
 
     def __call__(
-        self, work: Callable[[Any, Path], Any], todo: Sequence[tuple[Any, Path]], begun: Callable[[int], None]
-    ) -> Iterator[Ended]:
-        """Yield each cell as it ends.
+        self, work: Callable[[Any, Path], Any], todo: Sequence[tuple[Any, Path]], on_start: Callable[[int], None]
+    ) -> Iterator[CellOutcome]:
+        """Compute cells and yield their outcomes as they end.
 
         Args:
-          work: of a cell and its folder; it is carried to the workers with all that it refers to.
-          todo: cells with their folders.
-          begun: called with a cell's place when a worker has begun it.
+          work: Function of a cell and its folder. It is sent to the workers with all objects that it refers to.
+          todo: Cells with their folders.
+          on_start: Function called with the index of a cell when a worker has started it.
 
         Raises:
-          InputError: a file can't be written.
+          InputError: A file cannot be written.
         """
         if not todo:
             return
-        ray = the_ray()
-        here = software.circumstances()
-        lock = lock_of(todo[0][1])
-        held = _put(work)
+        ray = import_ray()
+        environment = software.environment()
+        lock = read_lock(todo[0][1])
+        work_reference = _put(work)
         attempt = ray.remote(max_retries=RETRIES)(worker.attempt)
         sent: dict[str, list[tuple[str, Any]]] = {}
-        waiting: dict[Any, int] = {}
+        index_of_stream: dict[Any, int] = {}
         started: set[int] = set()
-        nodes: dict[str, Mapping[str, Any] | None] = {}  # each node's software where it differs from the driver's
+        nodes: dict[str, Mapping[str, Any] | None] = {}  # software of each node if it differs from the driver's
 
-        def submit(place: int) -> None:
-            cell, folder = todo[place]
-            placed = attempt.options(**self.needs(cell))
-            waiting[placed.remote([held], cell, folder.resolve(), lock, dict(sent))] = place
+        def submit(index: int) -> None:
+            cell, folder = todo[index]
+            remote_attempt = attempt.options(**self.needs(cell))
+            stream = remote_attempt.remote([work_reference], cell, folder.resolve(), lock, dict(sent))
+            index_of_stream[stream] = index
 
-        def start(place: int) -> None:
-            if place not in started:
-                started.add(place)
-                begun(place)
+        def start(index: int) -> None:
+            if index not in started:
+                started.add(index)
+                on_start(index)
 
         try:
-            for place in range(len(todo)):
-                submit(place)
-            while waiting:
-                ray.wait([*waiting])
-                for stream in ray.wait([*waiting], num_returns=len(waiting), timeout=0)[0]:
-                    place = waiting[stream]
+            for index in range(len(todo)):
+                submit(index)
+            while index_of_stream:
+                # Wait for a message, then handle all that have arrived.
+                ray.wait([*index_of_stream])
+                for stream in ray.wait([*index_of_stream], num_returns=len(index_of_stream), timeout=0)[0]:
+                    index = index_of_stream[stream]
                     try:
-                        said = ray.get(next(stream))
-                    except ray.exceptions.RayError as error:  # the worker died too often, or took too much memory
-                        said = RuntimeError(_words(error))
-                    if isinstance(said, Begun):
-                        start(place)
-                        if said.node not in nodes:
-                            other = software.version_differences(here, said.software)
-                            nodes[said.node] = said.software if other else None
-                            if other:
-                                logger.warning("%s works with %s; manifest.json names both", said.host, other)
+                        message = ray.get(next(stream))
+                    except ray.exceptions.RayError as error:  # the worker died too often, or used too much memory
+                        message = RuntimeError(_first_line(error))
+                    if isinstance(message, Started):
+                        start(index)
+                        if message.node not in nodes:
+                            differences = software.version_differences(environment, message.software)
+                            nodes[message.node] = message.software if differences else None
+                            if differences:
+                                logger.warning("%s uses %s; manifest.json records both", message.host, differences)
                         continue
-                    del waiting[stream]
-                    if isinstance(said, Lacking):
-                        if said.sha256 not in sent:
-                            sent[said.sha256] = put_model(said.source)
-                        submit(place)
+                    # The stream has ended: send the model that the node lacks and submit the cell again, or finish it.
+                    del index_of_stream[stream]
+                    if isinstance(message, MissingModel):
+                        if message.sha256 not in sent:
+                            sent[message.sha256] = put_model(message.source)
+                        submit(index)
                     else:
-                        start(place)
-                        yield _ended(place, said, todo[place][1], nodes)
+                        start(index)
+                        yield _to_outcome(index, message, todo[index][1], nodes)
         except BaseException:
-            leave()  # ends what is being worked on
+            leave()  # stops the cells that are running
             raise
 
 
-def _words(error: Exception) -> str:
-    """A line of Ray's many: of an error in the worker, such as that the package is not installed there, the last."""
+def _first_line(error: Exception) -> str:
+    """Return the informative line of Ray's message: the last of an error in the worker, otherwise the first."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[-1 if 'RayTaskError' in type(error).__name__ else 0]}"
 
 
 class _WorkerTraceError(Exception):
-    """The traceback of a worker, as text: the cause of the error that it raised."""
+    """Traceback of a worker as text, the cause of the exception that it raised."""
 
 
-def _ended(
-    place: int, said: Done | Failed | Exception, folder: Path, nodes: Mapping[str, Mapping[str, Any] | None]
-) -> Ended:
-    """A result, once the files that came with it are in the cell's folder; or the error, with its traceback."""
-    if isinstance(said, Failed):
-        said.error.__cause__ = _WorkerTraceError(f"on {said.host}:\n{said.trace}")
-        return Ended(place, said.error)
-    if isinstance(said, Exception):
-        return Ended(place, said)
-    if said.files:
-        shutil.rmtree(folder, ignore_errors=True)  # of an attempt before
-        for name, content in said.files.items():
-            path = files.resolve_inside(folder, name, where=f"a cell of node {said.node}")
+def _to_outcome(
+    index: int, message: Done | Failed | Exception, folder: Path, nodes: Mapping[str, Mapping[str, Any] | None]
+) -> CellOutcome:
+    """Write the files of a result to the cell's folder and return the outcome, or that of an error."""
+    if isinstance(message, Failed):
+        message.error.__cause__ = _WorkerTraceError(f"on {message.host}:\n{message.trace}")
+        return CellOutcome(index, message.error)
+    if isinstance(message, Exception):
+        return CellOutcome(index, message)
+    if message.files:
+        shutil.rmtree(folder, ignore_errors=True)  # left by an earlier attempt
+        for name, content in message.files.items():
+            path = files.resolve_inside(folder, name, where=f"a cell of node {message.node}")
             path.parent.mkdir(parents=True, exist_ok=True)
             files.write_whole(path, content)
-    return Ended(place, said.value, said.seconds, said.node, nodes.get(said.node))
+    return CellOutcome(index, message.value, message.seconds, message.node, nodes.get(message.node))
 
 
 def _put(work: Callable[..., Any]) -> Any:
-    """The work in Ray's object store; JAX's arrays go there as NumPy's, whose bytes are not copied once more."""
-    ray = the_ray()
+    """Put the work function into Ray's object store, with JAX arrays as NumPy arrays, which avoids a copy."""
+    ray = import_ray()
     if (jax := sys.modules.get("jax")) is not None:
         array = type(jax.numpy.zeros(()))
         ray.util.register_serializer(array, serializer=_to_host, deserializer=_to_device)

@@ -1,4 +1,4 @@
-"""The node's folder of models that are known by their digest, and how they reach workers: Ray's object store."""
+"""Send models to workers through Ray's object store, and keep them in a folder of the node by their digest."""
 
 import contextlib
 import fcntl
@@ -12,16 +12,17 @@ from rora_theory.errors import InputError
 from rora_theory.io.files import resolve_inside
 
 
-class LackingError(InputError):
+class MissingModelError(InputError):
     """A model whose files are not on this machine.
 
     Attributes:
-      source: where they are on the machine that asked for it.
-      sha256: `rora_theory.llama.identity.model_digest` of them.
+      source: Path of the files on the machine that requested the model.
+      sha256: Digest of the model, `rora_theory.llama.identity.model_digest`.
     """
 
     def __init__(self, source: Path, sha256: str) -> None:
-        super().__init__(f"{source}: not on this machine; accepted is a path or hub id that it has")
+        """Initialise the error for a model at a path, with its digest."""
+        super().__init__(f"{source}: is not on this machine. Use a path or a hub id that it can read.")
         self.source, self.sha256 = source, sha256
 
 
@@ -32,7 +33,11 @@ def kept_in(sha256: str) -> Path:
 
 
 def put_model(source: Path) -> list[tuple[str, Any]]:
-    """Put a model's files into the object store: each one's name, from the model's own on, and reference."""
+    """Put the files of a model into the object store.
+
+    Returns:
+      The path of each file, which begins with the name of the model's file or folder, and its reference.
+    """
     import numpy as np
     import ray
 
@@ -45,7 +50,11 @@ def put_model(source: Path) -> list[tuple[str, Any]]:
 
 
 def keep_model(sha256: str, parts: Sequence[tuple[str, Any]]) -> None:
-    """Write the files that `put_model` put, once a node; replace those that are damaged.
+    """Write the files of `put_model` to the node's folder, once for each node; replace damaged ones.
+
+    Args:
+      sha256: Digest of the model.
+      parts: Paths and references of its files.
 
     Raises:
       InputError: The files in the object store are not the model of that digest.
@@ -58,7 +67,7 @@ def keep_model(sha256: str, parts: Sequence[tuple[str, Any]]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             ray.get(reference).tofile(path)
 
-    root = parts[0][0].partition("/")[0]  # the model's own name, a folder or a file
+    root = parts[0][0].partition("/")[0]  # name of the model's folder or file
     keep_files(sha256, root, write, otherwise="it changed while it was sent. Send a model that no one writes to.")
 
 
@@ -75,23 +84,25 @@ def keep_files(sha256: str, root: str, write: Callable[[Path], None], *, otherwi
       The model's path.
 
     Raises:
-      InputError: What was written has another digest.
+      InputError: The written files have another digest.
     """
     from rora_theory.llama.identity import is_model
 
     place = kept_in(sha256)
     place.parent.mkdir(parents=True, exist_ok=True)
     with _locked(place.parent), tempfile.TemporaryDirectory(prefix=".", dir=place.parent) as scratch:
-        if is_model(place / root, sha256):  # another process of the node was sooner
+        if is_model(place / root, sha256):  # written by another process of the node
             return place / root
-        beside = Path(scratch) / "new"
-        beside.mkdir()
-        write(beside)
-        if not is_model(beside / root, sha256):
-            raise InputError(f"{root}: not kept in {place}, its SHA-256 is not {sha256[:12]}...: {otherwise}")
+        new_folder = Path(scratch) / "new"
+        new_folder.mkdir()
+        write(new_folder)
+        if not is_model(new_folder / root, sha256):
+            raise InputError(
+                f"{root}: is not saved in {place}, because its SHA-256 is not {sha256[:12]}...: {otherwise}"
+            )
         if place.exists():
             place.rename(Path(scratch) / "damaged")
-        beside.rename(place)
+        new_folder.rename(place)
     return place / root
 
 

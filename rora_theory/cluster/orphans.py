@@ -63,20 +63,20 @@ def driver_of(process: Path) -> int | None:
     """Return the driver of a process of a session; None for other processes.
 
     Args:
-      process: Its folder in ``/proc``.
+      process: Folder of the process in ``/proc``.
 
     Raises:
       OSError: The process has ended, or belongs to another user.
     """
-    # In another namespace, such as a container's, the number is another process's.
+    # In another namespace, such as a container, the number belongs to another process.
     is_here = os.readlink(process / "ns" / "pid") == os.readlink("/proc/self/ns/pid")
     if not is_here or process.stat().st_uid != os.getuid():
         return None
     session = re.compile(rf"{re.escape(os.path.realpath(session_root()))}/session_[^/]*_(\d+)/logs/")
     # Ray's processes overwrite their environment with their title: the logs that they write tell their session.
     for file in (process / "fd").iterdir():
-        if (found := session.match(os.readlink(file))) and _is_written(process / "fdinfo" / file.name):
-            return int(found[1])
+        if (match := session.match(os.readlink(file))) and _is_written(process / "fdinfo" / file.name):
+            return int(match[1])
     return None
 
 

@@ -1,4 +1,4 @@
-"""A worker's side: one cell, from what the driver put into the object store to a result that can be carried back."""
+"""Compute one cell in a worker, and return a result that can be sent to the driver."""
 
 import contextlib
 import functools
@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, no_type_check
 
-from rora_theory.cluster.models import LackingError, keep_model
+from rora_theory.cluster.models import MissingModelError, keep_model
 from rora_theory.io import files
 from rora_theory.runs import software
 from rora_theory.runs.reading import CHECKPOINTS, LOCK
 
 
-class Begun(NamedTuple):
-    """A worker has the cell before it.
+class Started(NamedTuple):
+    """Message that a worker has started a cell.
 
     Attributes:
       host: Name of the worker's machine.
-      software: `rora_theory.runs.software.circumstances` there.
+      software: Software environment of the worker, `rora_theory.runs.software.environment`.
       node: Ray's id of the worker's node.
     """
 
@@ -31,11 +31,13 @@ class Begun(NamedTuple):
 
 
 class Done(NamedTuple):
-    """A result, and the files that are part of it, by name; none where the worker wrote into the run folder.
+    """Result of a cell.
 
     Attributes:
-      seconds: of the work, the model's loading with it.
-      node: Ray's id of the worker's.
+      value: Result.
+      files: Content of the files that are part of the result, by name; empty if the worker wrote into the run folder.
+      seconds: Run time of the cell, including the loading of the model.
+      node: Ray's id of the worker's node.
     """
 
     value: Any
@@ -45,103 +47,114 @@ class Done(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """What the cell raised, and the traceback."""
+    """Failure of a cell.
+
+    Attributes:
+      error: Exception that the cell raised.
+      trace: Traceback as text.
+      host: Name of the worker's machine.
+    """
 
     error: Exception
     trace: str
     host: str
 
 
-class Lacking(NamedTuple):
-    """This node has no such model, see `LackingError`."""
+class MissingModel(NamedTuple):
+    """Message that the node does not have a model, see `MissingModelError`."""
 
     source: Path
     sha256: str
 
 
-_LETTERS = 12
-"""Of Ray's id of a node, of 56."""
+_NODE_ID_LENGTH = 12
+"""Number of characters of Ray's node id that are recorded, out of 56."""
 
-_held: list[tuple[Any, Callable[[Any, Path], Any]]] = []
-"""The work that this process had last, with its reference: models and compiled functions stay for the next cell."""
+_cached_work: list[tuple[Any, Callable[[Any, Path], Any]]] = []
+"""Last work function of this process, with its reference: the next cell reuses its models and compiled functions."""
 
-_circumstances = functools.cache(software.circumstances)
+_environment = functools.cache(software.environment)
 
 
-@no_type_check  # Ray takes a function for a generator only as it is, behind no decorator that checks types
+@no_type_check  # Ray does not recognise a generator function behind a type-checking decorator
 def attempt(
-    held: list[Any], cell: Any, folder: Path, lock: str | None, sent: Mapping[str, Sequence[tuple[str, Any]]]
-) -> Iterator[Begun | Done | Failed | Lacking]:
-    """Work on a cell: a stream of `Begun` and how it ended, see `_end`.
+    work_reference: list[Any], cell: Any, folder: Path, lock: str | None, sent: Mapping[str, Sequence[tuple[str, Any]]]
+) -> Iterator[Started | Done | Failed | MissingModel]:
+    """Compute a cell, and yield `Started` and then its outcome.
 
     Args:
-      held: the reference of the work.
-      cell: which.
-      folder: its own, on the driver's machine.
-      lock: `lock_of` that folder there.
-      sent: models that the driver put into the object store, by digest.
+      work_reference: Reference of the work function, in a list so that Ray does not fetch it.
+      cell: Cell to compute.
+      folder: Folder of the cell on the driver's machine.
+      lock: Content of the run folder's lock there, `read_lock`.
+      sent: Models that the driver has put into the object store, by digest.
     """
-    yield Begun(platform.node(), _circumstances(), _node())
-    yield _end(held[0], cell, folder, lock, sent)
+    yield Started(platform.node(), _environment(), _node())
+    yield _compute(work_reference[0], cell, folder, lock, sent)
 
 
-def _end(
-    held: Any, cell: Any, folder: Path, lock: str | None, sent: Mapping[str, Sequence[tuple[str, Any]]]
-) -> Done | Failed | Lacking:
+def _compute(
+    work_reference: Any, cell: Any, folder: Path, lock: str | None, sent: Mapping[str, Sequence[tuple[str, Any]]]
+) -> Done | Failed | MissingModel:
     try:
         try:
-            return _work(_fetched(held), cell, folder, lock)
-        except LackingError as error:
+            return _run(_fetch(work_reference), cell, folder, lock)
+        except MissingModelError as error:
             if error.sha256 not in sent:
-                return Lacking(error.source, error.sha256)
+                return MissingModel(error.source, error.sha256)
             keep_model(error.sha256, sent[error.sha256])
-            return _work(_fetched(held), cell, folder, lock)
+            return _run(_fetch(work_reference), cell, folder, lock)
     except Exception as error:
         return _failed(error)
 
 
-def lock_of(folder: Path) -> str | None:
-    """What the lock of a cell's run folder says: which process drives it, and since when; None where there is none.
+def read_lock(folder: Path) -> str | None:
+    """Return the content of the lock of a cell's run folder, or None if there is none.
 
-    A worker that reads there what the driver read sees the driver's folder, not one of the same name.
+    It describes the process that owns the folder. A worker that reads the same content as the driver sees the driver's
+    folder, not another one of the same name.
     """
     with contextlib.suppress(OSError):
         return (folder.resolve().parents[1] / LOCK).read_text()
     return None
 
 
-def _fetched(held: Any) -> Callable[[Any, Path], Any]:
+def _fetch(work_reference: Any) -> Callable[[Any, Path], Any]:
     import ray
 
-    if not _held or _held[0][0] != held:
-        _held.clear()  # its memory is free before the next takes its own
-        _held.append((held, ray.get(held)))
-    return _held[0][1]
+    if not _cached_work or _cached_work[0][0] != work_reference:
+        _cached_work.clear()  # free its memory before the next one is loaded
+        _cached_work.append((work_reference, ray.get(work_reference)))
+    return _cached_work[0][1]
 
 
-def _work(work: Callable[[Any, Path], Any], cell: Any, folder: Path, lock: str | None) -> Done:
+def _run(work: Callable[[Any, Path], Any], cell: Any, folder: Path, lock: str | None) -> Done:
     started, node = time.monotonic(), _node()
-    if lock is not None and lock_of(folder) == lock:
+    if lock is not None and read_lock(folder) == lock:
         return Done(work(cell, folder), {}, time.monotonic() - started, node)
     with tempfile.TemporaryDirectory(prefix="rora-cell-", ignore_cleanup_errors=True) as scratch:
-        own = Path(scratch) / folder.name
-        value = work(cell, own)
+        scratch_folder = Path(scratch) / folder.name
+        value = work(cell, scratch_folder)
         seconds = time.monotonic() - started
-        names = [path.relative_to(own) for path in sorted(own.rglob("*")) if path.is_file()]
-        kept = {str(name): (own / name).read_bytes() for name in names if name.parts[0] != CHECKPOINTS}
-        return Done(value, kept, seconds, node)
+        names = [path.relative_to(scratch_folder) for path in sorted(scratch_folder.rglob("*")) if path.is_file()]
+        products = {str(name): (scratch_folder / name).read_bytes() for name in names if name.parts[0] != CHECKPOINTS}
+        return Done(value, products, seconds, node)
 
 
 def _node() -> str:
     import ray
 
-    return ray.get_runtime_context().get_node_id()[:_LETTERS]
+    return ray.get_runtime_context().get_node_id()[:_NODE_ID_LENGTH]
 
 
 def _failed(error: Exception) -> Failed:
-    """The error, or its words where it can't be carried; a full disk of this node's is none of the driver's."""
+    """Return a failure that can be sent to the driver.
+
+    An exception that cannot be serialised is replaced by its text. So is an error of a full disk, because the driver
+    would take it for an error of its own disk.
+    """
     trace = "".join(traceback.format_exception(error))
-    words = f"{type(error).__name__}: {error}"
+    description = f"{type(error).__name__}: {error}"
     try:
         from ray import cloudpickle
 
@@ -150,5 +163,5 @@ def _failed(error: Exception) -> Failed:
         error.__cause__ = error.__context__ = None
         cloudpickle.loads(cloudpickle.dumps(error))
     except Exception:
-        error = RuntimeError(words)
+        error = RuntimeError(description)
     return Failed(error.with_traceback(None), trace, platform.node())

@@ -12,7 +12,6 @@ from rora_theory.errors import InputError
 from rora_theory.llama.model import REMATS
 from rora_theory.llama.quantised import Quantization, check_quantization
 from rora_theory.random.seeds import check_seed
-from rora_theory.runs.reading import LATER, as_json
 from rora_theory.scaling import Rule
 from rora_theory.validation.ranges import Count, Natural, NotNegative, Plural, Positive, check_ranges
 
@@ -113,7 +112,7 @@ class FinetuneConfig:
     """Number of steps of linear warm-up from 0"""
     schedule: Schedule = "linear"
     """Learning rate after the warm-up: linear (the protocol) or cosine decay to 0 after the last step, or constant"""
-    lr_multiplier_A: Positive = field(default=1.0, metadata={LATER: True})
+    lr_multiplier_A: Positive = 1.0
     """Learning rate of lora_A divided by lr; values below 1 are LoRA+, which trains lora_B at a higher rate"""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay of AdamW"""
@@ -132,7 +131,7 @@ class FinetuneConfig:
     """Seed of the validation split, the order of the records, the initialisation and the dropout"""
     dtype: BaseDtype = "float32"
     """Dtype of the frozen base weights; trained parameters and optimizer state are always float32"""
-    quantization: Quantization = field(default="none", metadata={LATER: True})
+    quantization: Quantization = "none"
     """Storage of the frozen base's linear weights, to save memory as QLoRA does: none, or GGUF's block formats q8_0,
     q4_0 or q4_1 (8.5, 4.5 or 5 bits per weight), dequantized to dtype one layer at a time; a .gguf file of the same
     type keeps its blocks"""
@@ -190,11 +189,9 @@ class FinetuneConfig:
     def settings(self) -> dict[str, Any]:
         """Return the settings that determine the run by name, without those of other methods.
 
-        Patterns are lists of entries, because the first match wins and JSON objects have no order. Settings that
-        `as_json` omits are omitted.
+        Patterns are lists of entries, because the first match wins and JSON objects have no order.
         """
-        included = as_json(self)
-        settings = {name: value for name, value in asdict(self).items() if name in included} | {"targets": self.modules}
+        settings = asdict(self) | {"targets": self.modules}
         for name in ("rank_pattern", "alpha_pattern"):
             if settings[name]:
                 settings[name] = [list(entry) for entry in settings[name].items()]

@@ -64,8 +64,8 @@ class Metrics:
 
     def write(self, folder: RunFolder) -> None:
         """Write the table of all events to the run's folder and record the digest of the metrics file."""
-        folder.write_frame(frames.of(self.events, COLUMNS))
-        folder.record(FILE)
+        folder.write_frame(frames.from_rows(self.events, COLUMNS))
+        folder.record_files(FILE)
 
     @property
     def events(self) -> list[dict[str, Any]]:

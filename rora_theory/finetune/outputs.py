@@ -85,13 +85,13 @@ def write_outputs(folder: RunFolder, config: OutputConfig, adapter: Any, model: 
     }
     for name, (is_requested, save) in outputs.items():
         path = folder.path / name
-        if folder.holds(name):
+        if folder.has_files(name):
             if relicensed:
                 entries = entries_of(adapter, model.origin) if name == MERGED else read_entries(path / FILE)
                 card.save(path, entries, model.origin, trained, merged=name == MERGED)
         elif is_requested:
             folder.clear(name)
             save(path)
-            folder.record(name)
+            folder.record_files(name)
     if relicensed:
         folder.update(license=config.license)

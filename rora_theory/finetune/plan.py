@@ -92,11 +92,11 @@ class PlanConfig:
         check_ranges(self)
         self.place()
         if self.memory is not None:
-            check_unread(self, "device", beside="--memory")
+            check_unread(self, "device", conflicts_with="--memory")
         if self.examples is None:
-            check_unread(self, "epochs", without="--examples")
+            check_unread(self, "epochs", requires="--examples")
         if self.method == "full":
-            check_unread(self, "rank", beside="--method full")
+            check_unread(self, "rank", conflicts_with="--method full")
         self.finetune()
 
     def finetune(self) -> FinetuneConfig:

@@ -85,7 +85,7 @@ def best_rate_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
     frame.insert(0, "step", step)
     frame.insert(2, "strength", [strength_of(curve) if curve.rank else None for curve in curves])
     frame["rank"] = pd.array([curve.rank or None for curve in curves], dtype="Int64")
-    return frames.of(frames.rows(frame), list(frame))
+    return frames.from_rows(frames.rows(frame), list(frame))
 
 
 def strength_of(curve: Curve) -> float:
@@ -147,7 +147,7 @@ def beside(curves: Sequence[Curve], step: int, others: Mapping[str, Sequence[Cur
             row = {"step": step} | labels_of(first) | {"beside": second_name}
             row |= {column: getattr(result, column) for column in columns}
             rows.append(row | {"seeds": len(curve.losses), "verdict": result.verdict})
-    return frames.of(rows, list(rows[0])) if rows else pd.DataFrame()
+    return frames.from_rows(rows, list(rows[0])) if rows else pd.DataFrame()
 
 
 def _rank(curve: Curve) -> str:
@@ -197,4 +197,4 @@ def at_one_rate(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int) ->
         row |= {"learning_rate": rate, "difference": difference.value}
         row |= {"half_width": difference.half_width() if difference.has_error else None}
         rows.append(row | {"error_over": difference.over, "seeds": len(seeds)})
-    return frames.of(rows, list(rows[0])) if rows else pd.DataFrame()
+    return frames.from_rows(rows, list(rows[0])) if rows else pd.DataFrame()

@@ -231,7 +231,7 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence
                 | {"seeds": seeds, "law_low": law[0], "law": law[len(law) // 2], "law_high": law[-1]}
                 | {"verdict": judge_exponent(slope, (law[0], law[-1]), RIVALS["step"], edge=edge, seeds=seeds)}
             )
-    return frames.of(rows, list(rows[0])) if rows else pd.DataFrame()
+    return frames.from_rows(rows, list(rows[0])) if rows else pd.DataFrame()
 
 
 def _best_rate(curve: Curve) -> float:

@@ -103,7 +103,7 @@ def constants_by_steps(led: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
                 | {"constant_low": float(values.min()), "constant_high": float(values.max()), "runs": len(near)}
             )
     columns = ["step", "rank", "strength", "constant", "constant_low", "constant_high", "runs"]
-    return frames.of(rows, columns)
+    return frames.from_rows(rows, columns)
 
 
 def regret_table(
@@ -157,7 +157,7 @@ def regret_table(
                     | {"lowest_loss": cost.lowest_loss, "seeds": len(target.losses)}
                     | {"is_lower_bound": cost.is_lower_bound, "is_edge": bool(tuned.edge or target.edge)}
                 )
-    return frames.of(rows, list(rows[0])) if rows else pd.DataFrame()
+    return frames.from_rows(rows, list(rows[0])) if rows else pd.DataFrame()
 
 
 class _MeasuredCurves:
@@ -214,4 +214,4 @@ def regret_by_policy(costs: pd.DataFrame) -> pd.DataFrame:
             | {"lower_bounds": int(pairs["is_lower_bound"].sum())}
         )
     columns = ["changed", "policy", "pairs", "median", "largest", "largest_error", "lower_bounds"]
-    return frames.of(rows, columns)
+    return frames.from_rows(rows, columns)

@@ -11,7 +11,7 @@ from rora_theory.errors import InputError
 from rora_theory.horizon.readings import Reading, ReadRun
 from rora_theory.io import frames
 from rora_theory.io.files import naming_damage
-from rora_theory.runs.reading import CELLS, as_json, finished, read_manifest
+from rora_theory.runs.reading import CELLS, as_json, read_finished_cells, read_manifest
 from rora_theory.stats.paired import mean_per_token
 
 
@@ -49,7 +49,7 @@ def read_finished(folder: Path) -> list[HorizonRun]:
       InputError: If a line was modified or holds values of a wrong type.
     """
     runs = []
-    for cell in finished(folder).values():
+    for cell in read_finished_cells(folder).values():
         with naming_damage(f"{folder / CELLS}: key {cell.key}"):
             runs.append(_convert_run(cell.cell, cell.value))
     return runs
@@ -125,7 +125,7 @@ def horizon_table(runs: Sequence[HorizonRun], tokens: Sequence[int], answer_toke
             )
         if run.read.diverged_at is not None:
             rows.append(labels | {"step": run.read.diverged_at, "status": "diverged"})
-    return frames.of(rows, list(dict.fromkeys(name for row in rows for name in row)))
+    return frames.from_rows(rows, list(dict.fromkeys(name for row in rows for name in row)))
 
 
 def read_beside(path: Path, identity: Mapping[str, Any]) -> tuple[str, list[HorizonRun]]:

@@ -1,4 +1,4 @@
-"""SHA-256 of what files hold: two files of one name, written one after the other, are told apart."""
+"""SHA-256 of the content of files, which distinguishes two versions of a file of the same name."""
 
 import hashlib
 import json
@@ -12,10 +12,10 @@ from rora_theory.io.files import check_regular
 
 
 def of_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes in hexadecimal, as ``sha256sum`` prints it; 1 GB takes about a second.
+    """Compute the SHA-256 of a file in hexadecimal, as ``sha256sum`` prints it; 1 GB takes about a second.
 
     Raises:
-      InputError: the file can't be read, or is a pipe or device, which need not end.
+      InputError: The file cannot be read, or is a pipe or a device, which may never end.
     """
     if os.path.exists(path):
         check_regular(path, accepted="a readable file")
@@ -23,21 +23,22 @@ def of_file(path: Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); accepted is a readable file") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror}). Expected a readable file.") from error
 
 
 def of_files(paths: Iterable[Path]) -> str:
-    """The SHA-256 of several files of one folder, their names included: that of a line ``DIGEST  NAME`` a file.
+    """Compute the SHA-256 of several files of one folder, including their names.
 
-    In the folder, ``sha256sum NAMES | sha256sum`` prints the same, NAMES in the order of their bytes.
+    It is the digest of one line ``DIGEST  NAME`` for each file. In the folder, ``sha256sum NAMES | sha256sum`` prints
+    the same, with NAMES in the order of their bytes.
 
     Raises:
-      InputError: a file can't be read.
+      InputError: A file cannot be read.
     """
     lines = [f"{of_file(path)}  {path.name}\n" for path in sorted(paths, key=lambda path: path.name.encode())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def of_json(value: Sequence[Any]) -> str:
-    """The SHA-256 of a list, such as records, written as JSON."""
+    """Compute the SHA-256 of the JSON text of a list, such as records."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()

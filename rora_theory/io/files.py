@@ -1,5 +1,7 @@
-"""Files read whole with a limit, so that a pipe, a device or a file too large is refused before memory goes; and files
-written so that a kill or a full disk leaves them whole.
+"""Read files with a size limit, and write them atomically.
+
+The limit refuses pipes, devices and oversized files before they fill the memory. Atomic writes leave a file intact when
+the process is killed or the disk is full.
 """
 
 import contextlib
@@ -15,21 +17,21 @@ from typing import Any
 from rora_theory.errors import InputError, first_line, shown
 
 LARGEST = 1 << 30
-"""Bytes of the largest text that is read: 1 GiB, some eight times the 170 000 records of the eight tasks."""
+"""Maximum size of a text file in bytes: 1 GiB, about eight times the 170,000 records of the eight tasks."""
 
 LARGEST_YAML = 1 << 20
-"""Maximum length of a YAML text."""
+"""Maximum length of a YAML text in characters."""
 
-DEPTH = 64
-"""Lists and objects that JSON may hold inside one another."""
+MAX_DEPTH = 64
+"""Maximum nesting depth of lists and objects in JSON."""
 
 PART = ".part"
-"""How the name of a file ends that is being written, to be renamed when it is whole."""
+"""Suffix of a temporary file, which is renamed when it is complete."""
 
 _FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
-_AT_ONCE = 1 << 24
-"""Bytes that are read at once."""
+_CHUNK = 1 << 24
+"""Number of bytes read at a time."""
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -41,84 +43,89 @@ _KINDS = {
 
 
 def read_bytes(path: str | Path, limit: int = LARGEST, *, accepted: str = "a regular file") -> bytes:
-    """The content of a regular file of at most ``limit`` bytes.
+    """Read the content of a regular file.
 
     Args:
-      path: the file, or a link to it.
-      limit: most bytes.
-      accepted: what the file should have been, for the errors.
+      path: Path of the file, or of a link to it.
+      limit: Maximum size in bytes.
+      accepted: Description of the expected file, for error messages.
 
     Raises:
-      InputError: no such file, no permission, more than ``limit`` bytes, or not a regular file: a folder, and a pipe
-        or a device such as /dev/zero, which need not end.
+      InputError: The file does not exist, may not be read, is larger than the limit, or is not a regular file. Pipes
+        and devices such as /dev/zero may never end.
     """
     try:
-        # Without O_NONBLOCK, to open a pipe is to wait for its writer.
+        # O_NONBLOCK: opening a pipe would otherwise wait for its writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; accepted is {accepted}") from None
+        raise InputError(f"{path}: no such file. Expected {accepted}.") from None
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{path}: cannot be read ({reason}); accepted is {accepted}") from error
+        raise InputError(f"{path}: cannot be read ({reason}). Expected {accepted}.") from error
     try:
         status = os.fstat(descriptor)
         _check_kind(path, status, accepted)
         parts, size = [], 0
-        while status.st_size <= limit >= size and (part := os.read(descriptor, _AT_ONCE)):
+        while status.st_size <= limit >= size and (part := os.read(descriptor, _CHUNK)):
             parts.append(part)
             size += len(part)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); accepted is {accepted}") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror}). Expected {accepted}.") from error
     finally:
         os.close(descriptor)
     if max(status.st_size, size) > limit:
-        raise InputError(f"{path}: has more than {limit:,} bytes, the most that are read; accepted is {accepted}")
+        raise InputError(f"{path}: has more than {limit:,} bytes, the limit for this file. Expected {accepted}.")
     return b"".join(parts)
 
 
 def check_regular(path: str | Path, *, accepted: str = "a regular file") -> None:
-    """Refuse what another library is to open and could wait for or read for ever.
+    """Check that a path is a regular file, before another library opens it and possibly never returns.
+
+    Args:
+      path: Path of the file, or of a link to it.
+      accepted: Description of the expected file, for error messages.
 
     Raises:
-      InputError: no such file, no permission to look, or not a regular file.
+      InputError: The file does not exist, cannot be accessed, or is not a regular file.
     """
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; accepted is {accepted}") from None
+        raise InputError(f"{path}: no such file. Expected {accepted}.") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{path}: cannot be read ({reason}); accepted is {accepted}") from error
+        raise InputError(f"{path}: cannot be read ({reason}). Expected {accepted}.") from error
     _check_kind(path, status, accepted)
 
 
 def _check_kind(path: str | Path, status: os.stat_result, accepted: str) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "not a file")
-        raise InputError(f"{path}: is {kind}; accepted is {accepted}")
+        raise InputError(f"{path}: is {kind}. Expected {accepted}.")
 
 
 def check_folder(path: str | Path) -> None:
-    """Refuse a folder that can't be made, or written to where it is there.
+    """Check that a folder can be created, or can be written to if it exists.
 
     Raises:
-      InputError: a file there or on the way there, no permission, or a name that is too long.
+      InputError: The path or a parent is a file, may not be written to, or has a name that is too long.
     """
-    accepted = "accepted is a folder that can be made or written to"
-    place = Path(path)
+    advice = "Use a folder that can be created or written to."
+    # Find the closest parent that exists.
+    existing = Path(path)
     try:
-        while not _is_there(place):
-            place = place.parent
-        longest = os.pathconf(place, "PC_NAME_MAX")
+        while not _exists(existing):
+            existing = existing.parent
+        longest = os.pathconf(existing, "PC_NAME_MAX")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{path}: cannot be used ({reason}); {accepted}") from error
+        raise InputError(f"{path}: cannot be used ({reason}). {advice}") from error
     if any(len(os.fsencode(part)) > longest for part in Path(path).parts):
-        raise InputError(f"{path}: has a name of more than {longest} bytes; {accepted}")
-    if not place.is_dir():
-        raise InputError(f"{path}: {'is' if place == Path(path) else f'{place} is'} a file; {accepted}")
-    if not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
-        raise InputError(f"{path}: no permission to write to {place}; {accepted}")
+        raise InputError(f"{path}: has a name of more than {longest} bytes. {advice}")
+    if not existing.is_dir():
+        raise InputError(f"{path}: {'is' if existing == Path(path) else f'{existing} is'} a file. {advice}")
+    if not os.access(existing, os.W_OK | os.X_OK, effective_ids=True):
+        raise InputError(f"{path}: no permission to write to {existing}. {advice}")
 
 
 def resolve_inside(folder: Path, name: object, *, where: str | Path, links: bool = False) -> Path:
@@ -168,8 +175,8 @@ def _is_inside(path: Path, folder: Path) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
-def _is_there(path: Path) -> bool:
-    """As `Path.exists`, which takes a loop of links or a zero byte for nothing there."""
+def _exists(path: Path) -> bool:
+    """Return whether a path exists. In contrast to `Path.exists`, raise for a loop of links and for a zero byte."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -178,49 +185,63 @@ def _is_there(path: Path) -> bool:
 
 
 def read_text(path: str | Path, limit: int = LARGEST, *, accepted: str = "a text file in UTF-8") -> str:
-    """The text of a regular file in UTF-8, line ends as they are, without the byte-order mark that some programs begin
-    a file with.
+    """Read a text file in UTF-8 without changing its line ends. A byte-order mark at its start is removed.
+
+    Args:
+      path: Path of the file.
+      limit: Maximum size in bytes.
+      accepted: Description of the expected file, for error messages.
 
     Raises:
-      InputError: as `read_bytes`, or a byte that is not UTF-8; names the byte.
+      InputError: `read_bytes` refuses the file, or a byte is not UTF-8; the message names the byte.
     """
     try:
         return read_bytes(path, limit, accepted=accepted).decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8; accepted is {accepted}") from error
+        raise InputError(f"{path}: byte {error.start} is not UTF-8. Expected {accepted}.") from error
 
 
 def read_json(path: str | Path, limit: int = LARGEST, *, accepted: str = "a JSON file") -> Any:
-    """The value in a JSON file.
+    """Read the value in a JSON file.
+
+    Args:
+      path: Path of the file.
+      limit: Maximum size in bytes.
+      accepted: Description of the expected file, for error messages.
 
     Raises:
-      InputError: as `read_text` and `parse_json`.
+      InputError: `read_text` or `parse_json` refuses the file.
     """
     return parse_json(read_text(path, limit, accepted=accepted), where=str(path), accepted=accepted)
 
 
 def read_object(path: str | Path, limit: int = LARGEST, *, accepted: str = "a JSON object") -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
+
+    Args:
+      path: Path of the file.
+      limit: Maximum size in bytes.
+      accepted: Description of the expected file, for error messages.
 
     Raises:
-      InputError: as `read_json`, or another value.
+      InputError: `read_json` refuses the file, or its value is not an object.
     """
     value = read_json(path, limit, accepted=accepted)
     if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a {type(value).__name__}; accepted is {accepted}")
+        raise InputError(f"{path}: holds a {type(value).__name__}. Expected {accepted}.")
     return value
 
 
 def parse_json(text: str, *, where: str, accepted: str = "JSON") -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Args:
-      text: the JSON.
-      where: the file, and its line where the text is one of several, for the errors.
-      accepted: what the text should have been, for the errors.
+      text: JSON source.
+      where: Name of the file, with the line if the file has several texts, for error messages.
+      accepted: Description of the expected text, for error messages.
 
     Raises:
-      InputError: not JSON (with the place), or lists and objects more than `DEPTH` deep.
+      InputError: The text is not JSON, or its lists and objects are nested more than `MAX_DEPTH` deep.
 
     Examples:
       >>> parse_json('{"rank": [8, 16]}', where="run.json")
@@ -230,22 +251,22 @@ def parse_json(text: str, *, where: str, accepted: str = "JSON") -> Any:
         value = json.loads(text)
     except RecursionError:
         value = None
-        deep = True
+        is_too_deep = True
     except ValueError as error:
-        raise InputError(f"{where}: is not JSON ({error}); accepted is {accepted}") from error
+        raise InputError(f"{where}: is not JSON ({error}). Expected {accepted}.") from error
     else:
-        deep = _is_deeper(value, DEPTH)
-    if deep:
-        raise InputError(f"{where}: is JSON more than {DEPTH} lists and objects deep; accepted is {accepted}")
+        is_too_deep = _is_deeper(value, MAX_DEPTH)
+    if is_too_deep:
+        raise InputError(f"{where}: is JSON nested more than {MAX_DEPTH} levels deep. Expected {accepted}.")
     return value
 
 
 @contextlib.contextmanager
 def naming_damage(where: str | Path) -> Iterator[None]:
-    """Raise `InputError` where a value that was read from a file is missing or has the wrong type.
+    """Raise `InputError` if the block fails because a value read from a file is missing or has the wrong type.
 
     Args:
-      where: File, for the error.
+      where: Name of the file, for the error message.
     """
     try:
         yield
@@ -253,7 +274,7 @@ def naming_damage(where: str | Path) -> Iterator[None]:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(f"{where}: is damaged ({reason}); accepted is the file as the run wrote it") from error
+        raise InputError(f"{where}: is damaged ({reason}). Restore the file as the run wrote it.") from error
 
 
 def parse_yaml(text: str, *, where: str, accepted: str = "YAML") -> Any:
@@ -273,7 +294,7 @@ def parse_yaml(text: str, *, where: str, accepted: str = "YAML") -> Any:
     import yaml
 
     if len(text) > LARGEST_YAML:
-        raise InputError(f"{where}: has more than {LARGEST_YAML:,} characters of YAML; accepted is {accepted}")
+        raise InputError(f"{where}: has more than {LARGEST_YAML:,} characters of YAML. Expected {accepted}.")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where libyaml is installed
     try:
         alias = next((event for event in yaml.parse(text, loader) if isinstance(event, yaml.AliasEvent)), None)
@@ -283,11 +304,11 @@ def parse_yaml(text: str, *, where: str, accepted: str = "YAML") -> Any:
     # A tag such as !!bool raises whatever the conversion of its text raises.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{where}: is not YAML ({reason}); accepted is {accepted}") from None
+        raise InputError(f"{where}: is not YAML ({reason}). Expected {accepted}.") from None
 
 
 def _is_deeper(value: Any, depth: int) -> bool:
-    """Whether lists and objects lie more than ``depth`` deep in ``value``."""
+    """Return whether lists and objects are nested more than ``depth`` deep in a value."""
     level = [value] if isinstance(value, (list, dict)) else []
     for _ in range(depth):
         level = [
@@ -300,31 +321,33 @@ def _is_deeper(value: Any, depth: int) -> bool:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write ``content`` beside ``path`` and rename it there: readers see the old file or the new, never a part.
+    """Write a file atomically: readers see the old content or the new one, never a part of it.
+
+    The content is written to a temporary file in the same folder, which is then renamed.
 
     Raises:
-      InputError: the disk is full or does not take it; names the file, which is as it was.
+      InputError: The disk is full or cannot be written to; the file is unchanged.
     """
-    beside = name_beside(path)
+    temporary = temporary_path(path)
     try:
         with _naming(path):
-            write_new(beside, content.encode() if isinstance(content, str) else content)
-            os.replace(beside, path)
+            write_new(temporary, content.encode() if isinstance(content, str) else content)
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
-def name_beside(path: Path) -> Path:
-    """A name that can't be foreseen, in the same folder: for what is to be renamed to ``path`` when it is whole."""
+def temporary_path(path: Path) -> Path:
+    """Return an unpredictable path in the same folder, for a file that is renamed to ``path`` when it is complete."""
     return path.with_name(f".{secrets.token_hex(8)}{PART}")
 
 
 def write_new(path: Path, content: bytes) -> None:
-    """Write a file that must not be there and wait until the disk has it; its permissions are the umask's.
+    """Write a new file and wait until the disk has it. Its permissions follow the umask.
 
     Raises:
-      OSError: a file or a link is there, which is not followed; the disk is full or does not take it.
+      OSError: The path exists (links are not followed), the disk is full, or it cannot be written to.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
@@ -335,15 +358,15 @@ def write_new(path: Path, content: bytes) -> None:
 
 
 def append(path: Path, line: str, *, sync: bool = True) -> None:
-    """Append a line to a file; a part of it that a full disk took is taken back.
+    """Append a line to a file. If the disk becomes full, the incomplete line is removed.
 
     Args:
-      path: made where it is missing; a symbolic link is refused.
-      line: with its newline.
-      sync: wait until the disk has it, so that it outlives the machine and not the process alone.
+      path: Path of the file, which is created if it does not exist. Symbolic links are refused.
+      line: Line with its newline.
+      sync: Whether to wait until the disk has the line, so that it survives a crash of the machine.
 
     Raises:
-      InputError: as `write_whole`.
+      InputError: The disk is full or cannot be written to; the file is unchanged.
     """
     with _naming(path):
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -363,7 +386,7 @@ def append(path: Path, line: str, *, sync: bool = True) -> None:
 
 
 def is_disk_error(error: BaseException | None) -> bool:
-    """Whether an error came of a disk that is full or broken: no matter of what was being computed."""
+    """Return whether an error was caused by a full or broken disk, not by the computation."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL_OR_BROKEN:
             return True
@@ -383,6 +406,6 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be written ({error.strerror or error}); accepted is a writable place with room; what was "
-            "finished is kept, and the same command goes on from there"
+            f"{path}: cannot be written ({error.strerror or error}). Finished results are saved: use a writable disk "
+            "with free space and run the same command again."
         ) from error

@@ -1,7 +1,7 @@
-"""Tables of a run as pandas frames: the one place where a CSV file becomes a frame, and a frame a CSV file.
+"""Read and write the tables of a run as pandas frames and CSV files.
 
-A float is written with every digit, so that it is read back to the bit. What is missing (None, NaN or `pandas.NA`) is
-an empty cell, which is read as NaN.
+Floats are written with all digits, so that reading them restores the same bits. Missing values (None, NaN or
+`pandas.NA`) are empty cells, which are read as NaN.
 """
 
 import csv
@@ -15,20 +15,22 @@ import numpy as np
 from rora_theory.errors import InputError
 from rora_theory.io import files
 
-if TYPE_CHECKING:  # pandas takes as long to import as a short command to run
+if TYPE_CHECKING:  # importing pandas takes as long as a short command
     import pandas as pd
 
-WORDS = ("rule", "key", "file", "prediction")
-"""Columns that hold words even where each word is a number: a rule may be an exponent, ``0.25``."""
+TEXT_COLUMNS = ("rule", "key", "file", "prediction")
+"""Columns that hold text even if every entry looks like a number, such as a rule given by its exponent, ``0.25``."""
 
 
-def of(rows: Iterable[Mapping[Any, Any]], columns: Sequence[str]) -> "pd.DataFrame":
-    """The frame of some rows: ``columns`` in their order, entries of other names left out.
+def from_rows(rows: Iterable[Mapping[Any, Any]], columns: Sequence[str]) -> "pd.DataFrame":
+    """Return the frame of some rows. Integers stay integers if other entries of their column are missing.
 
-    Whole numbers stay whole where others of their column are missing.
+    Args:
+      rows: Rows by column name; entries of other names are left out.
+      columns: Columns of the frame, in order.
 
     Examples:
-      >>> of([{"rank": 8, "loss": 0.5}, {"loss": 1.0, "seconds": 3.0}], ["rank", "loss"])
+      >>> from_rows([{"rank": 8, "loss": 0.5}, {"loss": 1.0, "seconds": 3.0}], ["rank", "loss"])
          rank  loss
       0     8   0.5
       1  <NA>   1.0
@@ -36,21 +38,21 @@ def of(rows: Iterable[Mapping[Any, Any]], columns: Sequence[str]) -> "pd.DataFra
     import pandas as pd
 
     rows = list(rows)
-    found: dict[str, Any] = {}
+    series: dict[str, Any] = {}
     for column in columns:
         values = [value.item() if isinstance(value := row.get(column), np.generic) else value for row in rows]
-        kinds = {type(value) for value in values if value is not None}
-        whole_but_missing = kinds == {int} and None in values
-        mixed = len(kinds) > 1 or str in kinds  # each value stays as it is
-        found[column] = pd.Series(values, dtype="Int64" if whole_but_missing else object if mixed else None)
-    return pd.DataFrame(found, columns=list(columns))
+        types = {type(value) for value in values if value is not None}
+        has_gaps = types == {int} and None in values
+        is_mixed = len(types) > 1 or str in types  # keep each value unchanged
+        series[column] = pd.Series(values, dtype="Int64" if has_gaps else object if is_mixed else None)
+    return pd.DataFrame(series, columns=list(columns))
 
 
 def rows(frame: "pd.DataFrame") -> list[dict[str, Any]]:
-    """The rows of a frame as Python's values; None is missing. The other way round is `of`.
+    """Return the rows of a frame with Python values, None for missing ones. This is the inverse of `from_rows`.
 
     Examples:
-      >>> rows(of([{"rank": 8, "loss": 0.5}, {"loss": 1.0}], ["rank", "loss"]))
+      >>> rows(from_rows([{"rank": 8, "loss": 0.5}, {"loss": 1.0}], ["rank", "loss"]))
       [{'rank': 8, 'loss': 0.5}, {'rank': None, 'loss': 1.0}]
     """
     names, values = [str(name) for name in frame], frame.astype(object).where(frame.notna(), None).to_numpy()
@@ -58,22 +60,26 @@ def rows(frame: "pd.DataFrame") -> list[dict[str, Any]]:
 
 
 def where(frame: "pd.DataFrame", values: Mapping[str, Any]) -> "pd.DataFrame":
-    """The rows that have these values in the columns of these names.
+    """Return the rows that have the given values in the given columns.
+
+    Args:
+      frame: Table.
+      values: Required value of each column.
 
     Examples:
-      >>> where(of([{"rank": 8, "loss": 0.5}, {"rank": 16, "loss": 0.25}], ["rank", "loss"]), {"rank": 16})
+      >>> where(from_rows([{"rank": 8, "loss": 0.5}, {"rank": 16, "loss": 0.25}], ["rank", "loss"]), {"rank": 16})
          rank  loss
       1    16  0.25
     """
     same = frame[list(values)] == list(values.values())
-    return frame[same.fillna(False).astype(bool).all(axis=1)]  # what is missing is no value
+    return frame[same.fillna(False).astype(bool).all(axis=1)]  # a missing entry equals no value
 
 
 def to_csv(frame: "pd.DataFrame") -> str:
-    r"""The text of a frame's CSV file: a head and a line a row, each with its newline.
+    r"""Return the text of a frame's CSV file: a header and one line for each row, each with its newline.
 
     Examples:
-      >>> to_csv(of([{"rank": 8, "loss": 0.1}, {"loss": 1e-7}], ["rank", "loss"]))
+      >>> to_csv(from_rows([{"rank": 8, "loss": 0.1}, {"loss": 1e-7}], ["rank", "loss"]))
       'rank,loss\n8,0.1\n,1e-07\n'
     """
     return frame.to_csv(index=False, lineterminator="\n")
@@ -83,51 +89,51 @@ def read_csv(
     path: Path,
     columns: Sequence[str] | None = None,
     *,
-    words: Sequence[str] = WORDS,
+    text_columns: Sequence[str] = TEXT_COLUMNS,
     accepted: str = "the file as the run wrote it",
 ) -> "pd.DataFrame":
-    """The frame of a CSV file; floats to the bit.
+    """Read a CSV file; floats are read to the last bit.
 
     Args:
-      path: the file.
-      columns: those that it must have, in this order; None takes what there is.
-      words: columns that are not read as numbers.
-      accepted: what the file should have been, for the errors.
+      path: Path of the file.
+      columns: Columns that the file must have, in order; None accepts any columns.
+      text_columns: Columns that are not read as numbers.
+      accepted: Description of the expected file, for error messages.
 
     Raises:
-      InputError: no such file or one that can't be read, other columns, a line that is cut off or has another number
-        of fields than the first; names the line.
+      InputError: The file does not exist or cannot be read, has other columns, or has a line that is incomplete or has
+        another number of fields than the header; the message names the line.
     """
     text = files.read_text(path, accepted=accepted)
     if text and not text.endswith("\n"):
-        raise InputError(f"{path}: line {text.count(chr(10)) + 1} is cut off; accepted is {accepted}")
+        raise InputError(f"{path}: line {text.count(chr(10)) + 1} is cut off. Expected {accepted}.")
     lines = csv.reader(io.StringIO(text))
     try:
         head = next(lines, None)
         if not head or (columns is not None and head != list(columns)):
             header = ",".join(columns) if columns is not None else "of a table"
-            raise InputError(f"{path}: line 1 is not the header {header}")
+            raise InputError(f"{path}: line 1 is not the header {header}. Expected {accepted}.")
         for line in lines:
             if len(line) != len(head):
-                raise InputError(f"{path}: line {lines.line_num} has {len(line)} fields; accepted are {len(head)}")
+                raise InputError(f"{path}: line {lines.line_num} must have {len(head)} fields, got {len(line)}")
     except csv.Error as error:
-        raise InputError(f"{path}: is not a table ({error}); accepted is {accepted}") from error
+        raise InputError(f"{path}: is not a table ({error}). Expected {accepted}.") from error
     import pandas as pd
 
-    found = pd.read_csv(  # from pandas 3.1 on floats are exact without being asked for
+    frame = pd.read_csv(
         io.StringIO(text),
-        dtype=dict.fromkeys((column for column in words if column in head), object),
+        dtype=dict.fromkeys((column for column in text_columns if column in head), object),
         dtype_backend="numpy_nullable",
         keep_default_na=False,
         na_values=["", "nan"],
         skip_blank_lines=False,
     )
-    return found.apply(_plain)
+    return frame.apply(_to_numpy_type)
 
 
-def _plain(values: "pd.Series") -> "pd.Series":
-    """A column of NumPy's type; whole numbers of which some are missing stay pandas' ``Int64``."""
-    plain: dict[str, Any] = {"Float64": "float64", "string": "str"}
+def _to_numpy_type(values: "pd.Series") -> "pd.Series":
+    """Convert a column to NumPy's type; integers with missing entries keep pandas' ``Int64``."""
+    numpy_types: dict[str, Any] = {"Float64": "float64", "string": "str"}
     if not values.hasnans:
-        plain |= {"Int64": "int64", "boolean": "bool"}
-    return values.astype(plain.get(values.dtype.name, values.dtype))
+        numpy_types |= {"Int64": "int64", "boolean": "bool"}
+    return values.astype(numpy_types.get(values.dtype.name, values.dtype))

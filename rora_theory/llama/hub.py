@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rora_theory.cluster.models import LackingError, keep_files, kept_in
+from rora_theory.cluster.models import MissingModelError, keep_files, kept_in
 from rora_theory.errors import InputError
 from rora_theory.io.files import check_regular, read_object
 from rora_theory.llama.config import LlamaConfig
@@ -133,7 +133,7 @@ class Located:
         They are where they were there, or came through Ray's object store, or are had from the hub.
 
         Raises:
-          LackingError: they are nowhere here.
+          MissingModelError: they are nowhere here.
         """
         for path in (self.path, kept_in(self.sha256) / self.path.name):
             if is_model(path, self.sha256):
@@ -143,7 +143,7 @@ class Located:
                 found = locate(self.name, self.commit)
                 if found.sha256 == self.sha256:
                     return found
-        raise LackingError(self.path, self.sha256)
+        raise MissingModelError(self.path, self.sha256)
 
 
 def locate(name: str | Path, revision: str | None = None) -> Located:

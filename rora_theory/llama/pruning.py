@@ -304,4 +304,4 @@ def pruning_table(scores: Scores, kept: Kept) -> "pd.DataFrame":
                 total = float(np.sum(values**2))
                 row[name] = float(np.sum(values[chosen] ** 2)) / total if total else 1.0
         rows.append(row)
-    return frames.of(rows, COLUMNS)
+    return frames.from_rows(rows, COLUMNS)

@@ -22,7 +22,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from rora_theory.errors import InputError
-from rora_theory.io.files import check_regular, name_beside, read_object, resolve_inside
+from rora_theory.io.files import check_regular, read_object, resolve_inside, temporary_path
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.model import Params, abstract_params
 from rora_theory.llama.quantised import Quantised, dense_params, fill, is_quantised, quantise
@@ -313,7 +313,7 @@ def save_hf(
     expected, params = abstract_params(config), dense_params(params)
     if {path: leaf.shape for path, leaf in _leaves(params)} != {path: leaf.shape for path, leaf in _leaves(expected)}:
         raise InputError(f"{folder}: not written; the weights are not those of a model of this config")
-    beside = name_beside(folder)
+    beside = temporary_path(folder)
     try:
         beside.mkdir(parents=True)
         _write_weights(beside, params, config, shard_bytes)

@@ -6,7 +6,7 @@ nothing, and train for at most the few steps of the check. They need the extra `
 
 from typing import TYPE_CHECKING
 
-from rora_theory import lazily
+from rora_theory import lazy_modules
 
 if TYPE_CHECKING:
     from rora_theory.measure.rank_check.check import CheckConfig, coordinate_check
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckConfig", "RegimeConfig", "check_transfer", "coordinate_check", "regime"]
 
-__getattr__, __dir__ = lazily.attributes(
+__getattr__, __dir__ = lazy_modules.attributes(
     __name__,
     {
         "CheckConfig": "rora_theory.measure.rank_check.check",

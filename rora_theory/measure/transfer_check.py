@@ -163,7 +163,7 @@ def summarise(table: pd.DataFrame, advice: Advice) -> pd.DataFrame:
                     "largest": float(np.max(by_module)),
                 }
             )
-    return frames.of(summary, SUMMARY_COLUMNS)
+    return frames.from_rows(summary, SUMMARY_COLUMNS)
 
 
 def _ratios(candidate_squares: np.ndarray, tuned_squares: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
@@ -238,5 +238,5 @@ def check_transfer(
     check_seeds(seeds, fewest=2)
     stepper = RealStep(model.params, model.config, train, held_out, target_modules)
     rows = [row for step in first_steps(advice, seeds) for row in first_step_rows(stepper, advice, step, seed)]
-    steps = frames.of(rows, COLUMNS)
+    steps = frames.from_rows(rows, COLUMNS)
     return TransferCheck(steps, summarise(steps, advice))

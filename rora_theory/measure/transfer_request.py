@@ -82,12 +82,12 @@ class TransferConfig:
         object.__setattr__(self, "optimizer", optimizer_named(self.optimizer))
         check_ranges(self)
         if self.steps is not None:
-            check_integer("--steps", self.steps, most=MOST_STEPS)
+            check_integer("--steps", self.steps, maximum=MOST_STEPS)
         for option, rule in (("--rule", self.rule), ("--to-rule", self.to_rule)):
             if rule is not None:
                 check_rule(option, rule)
         if self.regime in REGIMES:
-            check_unread(self, "split", "per", without="--regime RUN")
+            check_unread(self, "split", "per", requires="--regime RUN")
 
 
 DEFAULT = Saved(8, 16.0, "lora", "kaiming_uniform", None, ())

@@ -1,5 +1,5 @@
 """The RoRA paper: its equations as printed, a verdict on each, and an audit of its printed tables."""
 
-from rora_theory import lazily
+from rora_theory import lazy_modules
 
-__getattr__, __dir__ = lazily.attributes(__name__)
+__getattr__, __dir__ = lazy_modules.attributes(__name__)

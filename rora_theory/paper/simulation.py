@@ -214,7 +214,7 @@ def simulation_rows(
 
 def simulation_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Build the table of `simulation_rows`; ``paper`` is NaN for Adam, which the paper's Eq. 3 excludes."""
-    return frames.of(rows, COLUMNS)
+    return frames.from_rows(rows, COLUMNS)
 
 
 def second_moments(table: pd.DataFrame) -> pd.DataFrame:

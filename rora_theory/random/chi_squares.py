@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from rora_theory.random.normals import normal_of, threefry, words_of
+from rora_theory.random.normals import key_words, threefry, to_normal
 
 
 def sample_chi_squares(
@@ -39,14 +39,14 @@ def sample_chi_squares(
     shift = jnp.maximum(freedom / 2, 1) - 1 / 3  # d
     slope = 1 / (3 * jnp.sqrt(shift))  # 1 / sqrt(9 d)
     shape = (len(degrees_of_freedom), draws)
-    words = words_of(key)
+    words = key_words(key)
     counters = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
 
     def propose(state: tuple[Array, Array]) -> tuple[Array, Array]:
         trial, accepted = state
         # A normal and a uniform number from the two random words of this entry and trial.
         left, right = threefry(words, trial, counters)
-        normal = normal_of(left)
+        normal = to_normal(left)
         log_uniform = jnp.log(((right >> jnp.uint32(9)).astype(jnp.float32) + 0.5) * 2**-23)
         # Acceptance test. 1 - v + ln v is written in powers of v^(1/3) - 1, which avoids cancellation at large d.
         offset = slope * normal

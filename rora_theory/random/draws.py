@@ -1,4 +1,4 @@
-"""Keys of streams by name, and draws of A from the laws of `rora_theory.inits`, on the device."""
+"""Derive the keys of named streams, and draw A on the device from the distributions of `rora_theory.inits`."""
 
 import math
 
@@ -12,17 +12,24 @@ from rora_theory.random.normals import standard_normal
 
 
 def stream_key(seed: int, name: str) -> PRNGKeyArray:
-    """The key of the stream of draws with this name: the same in every run that has it, different for every other."""
-    return jax.random.fold_in(jax.random.key(seed), seeds.of_name(name))
+    """Return the key of a named stream. It depends on the seed and the name alone."""
+    return jax.random.fold_in(jax.random.key(seed), seeds.seed_from_name(name))
 
 
 def draw_A(key: PRNGKeyArray, init: Init, *, rank: int, p_in: int) -> Float[Array, "rank p_in"]:
-    """A of that law, in float32; see `rora_theory.inits.entries`."""
-    law = entries(init, rank=rank, p_in=p_in)
+    """Draw A in float32.
+
+    Args:
+      key: Random key.
+      init: Initialisation of A, see `rora_theory.inits.entries`.
+      rank: Number of rows of A, 1 or more.
+      p_in: Number of columns of A, 1 or more.
+    """
+    distribution = entries(init, rank=rank, p_in=p_in)
     shape = (rank, p_in)
-    if law.shape == "normal":
-        return law.deviation * standard_normal(key, shape)
-    if law.shape == "uniform":
-        half = math.sqrt(3 * law.variance)
+    if distribution.shape == "normal":
+        return distribution.deviation * standard_normal(key, shape)
+    if distribution.shape == "uniform":
+        half = math.sqrt(3 * distribution.variance)
         return jax.random.uniform(key, shape, jnp.float32, -half, half)
-    return law.deviation * jax.random.rademacher(key, shape, jnp.float32)
+    return distribution.deviation * jax.random.rademacher(key, shape, jnp.float32)

@@ -1,8 +1,8 @@
-"""Standard normals of a threefry key: to the bit those of `jax.random.normal`, in less of a CPU's time.
+"""Draw standard normals with the same bits as `jax.random.normal`, but faster on CPUs.
 
-On CPUs JAX goes through threefry's rounds in a loop, so that each round reads and writes all numbers. Here the rounds
-are unrolled and XLA keeps a number in a register from its counter to its normal; a loop over pieces keeps XLA from
-drawing the numbers anew at each place that reads them.
+On CPUs JAX runs the rounds of threefry in a loop, and each round reads and writes all numbers. Here the rounds are
+unrolled, so that XLA keeps a number in a register from its counter to its normal. A loop over pieces prevents XLA from
+computing the numbers again in each operation that reads them.
 """
 
 import math
@@ -13,31 +13,31 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PRNGKeyArray, UInt32
 
 _PIECE = 2048
-"""Most numbers that are drawn at once: 8 KiB, which a core's first cache holds."""
+"""Maximum number of normals drawn at a time: 8 KiB, which fit into the first-level cache of a core."""
 
-_FEW = 64
-"""Numbers that may as well be drawn anew at each place that reads them."""
+_UNSPLIT_MAX = 64
+"""Maximum number of normals that are drawn without a loop over pieces, as computing them again is cheap."""
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 
 
 def standard_normal(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """``jax.random.normal(key, shape, float32)``, to the bit.
+    """Return the same bits as ``jax.random.normal(key, shape, float32)``.
 
     Args:
-      key: of JAX's default generator, threefry2x32.
-      shape: of fewer than 2^32 numbers.
+      key: Key of JAX's default generator, threefry2x32.
+      shape: Shape of the result, with fewer than 2^32 entries.
 
     Raises:
-      TypeError: a key of another generator, or a shape of 2^32 numbers or more.
+      TypeError: The key belongs to another generator, or the shape has 2^32 entries or more.
     """
-    count, words = math.prod(shape), words_of(key)
+    count, words = math.prod(shape), key_words(key)
     if count >= 2**32:
-        raise TypeError(f"{count:,} normals of one key; accepted are fewer than 2^32")
+        raise TypeError(f"shape must have fewer than 2^32 entries, got {count:,}")
 
     def on_cpu(data: UInt32[Array, "2"]) -> Float[Array, "..."]:
-        size = count if count <= _FEW else min(_PIECE, -(-count // 2))  # a loop of one turn would be none
+        size = count if count <= _UNSPLIT_MAX else min(_PIECE, -(-count // 2))  # XLA removes a loop of one iteration
         if size == count:
             return _piece(data, jnp.uint32(0), count).reshape(shape)
         starts = jnp.arange(0, count, size, dtype=jnp.uint32)
@@ -51,12 +51,12 @@ def standard_normal(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "
 
 def _piece(key: UInt32[Array, "2"], start: UInt32[Array, ""], count: int) -> Float[Array, " count"]:
     left, right = threefry(key, jnp.uint32(0), start + jax.lax.iota(jnp.uint32, count))
-    return normal_of(left ^ right)
+    return to_normal(left ^ right)
 
 
-def normal_of(bits: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """A standard normal by the inverse of its distribution, from the upper 23 of 32 random bits."""
-    # As the mantissa of a number in [1, 2), moved to [-1, 1), both as jax.random.uniform does.
+def to_normal(bits: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Convert the upper 23 of 32 random bits to a standard normal by the inverse of its distribution function."""
+    # As jax.random.uniform does: the bits are the mantissa of a number in [1, 2), which is shifted to [-1, 1).
     mantissa = (bits >> jnp.uint32(9)) | jnp.uint32(0x3F800000)
     low = np.nextafter(np.float32(-1), np.float32(0))
     uniform = (jax.lax.bitcast_convert_type(mantissa, jnp.float32) - 1) * (1 - low) + low
@@ -64,27 +64,51 @@ def normal_of(bits: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def keys_at(key: PRNGKeyArray, place: UInt32[Array, ""], count: int) -> Key[Array, " count"]:
-    """Independent keys of a place, in place of ``split(fold_in(key, place), count)``, which takes long to compile."""
-    drawn = threefry(words_of(key), place, jax.lax.iota(jnp.uint32, count))
-    return jax.random.wrap_key_data(jnp.stack(drawn, axis=-1), impl="threefry2x32")
+    """Derive independent keys for a position, faster to compile than ``split(fold_in(key, place), count)``.
+
+    Args:
+      key: Key of JAX's default generator, threefry2x32.
+      place: Position; different positions have independent keys.
+      count: Number of keys.
+
+    Raises:
+      TypeError: The key belongs to another generator.
+    """
+    words = threefry(key_words(key), place, jax.lax.iota(jnp.uint32, count))
+    return jax.random.wrap_key_data(jnp.stack(words, axis=-1), impl="threefry2x32")
 
 
-def words_of(key: PRNGKeyArray) -> UInt32[Array, "2"]:
-    """A key's two words; raises TypeError for a key of another generator than JAX's default, threefry2x32."""
+def key_words(key: PRNGKeyArray) -> UInt32[Array, "2"]:
+    """Return the two words of a key.
+
+    Raises:
+      TypeError: The key does not belong to JAX's default generator, threefry2x32.
+    """
     if str(jax.random.key_impl(key)) != "threefry2x32":
-        raise TypeError(f"a key of {jax.random.key_impl(key)}; accepted are those of threefry2x32")
+        raise TypeError(f"key must be of the generator threefry2x32, got {jax.random.key_impl(key)}")
     return jax.random.key_data(key)
 
 
 def threefry(
     key: UInt32[Array, "2"], high: UInt32[Array, ""], low: UInt32[Array, "*shape"]
 ) -> tuple[UInt32[Array, "*shape"], UInt32[Array, "*shape"]]:
-    """Two words of random bits for each counter of 64 bits, given by its halves: Threefry-2x32 of 20 rounds.
+    """Compute Threefry-2x32 with 20 rounds: two words of random bits for each counter of 64 bits.
 
-    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
+    Args:
+      key: Two words of the key.
+      high: Upper half of the counters.
+      low: Lower halves of the counters.
+
+    Returns:
+      The first and the second word of each counter.
+
+    References:
+      Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
     """
+    # Key schedule: the third word is the parity of the key.
     keys = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(_PARITY))
     left, right = high + keys[0], low + keys[1]
+    # Five groups of four rounds; after each group a rotated key and the group's number are added.
     for group in range(5):
         for turn in _ROTATIONS[group % 2]:
             left = left + right

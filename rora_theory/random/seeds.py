@@ -1,25 +1,25 @@
-"""The seeds that are told apart, and those of streams by name."""
+"""Validate seeds, and derive the seeds of named streams."""
 
 import hashlib
 import numbers
 
 from rora_theory.errors import InputError
 
-COUNT = 2**32
-"""How many: `jax.random.key` takes 32 bits of a seed, so that 2^32 is 0 and -1 is 2^32 - 1."""
+SEED_COUNT = 2**32
+"""Number of distinct seeds. `jax.random.key` uses 32 bits of a seed: 2^32 equals 0, and -1 equals 2^32 - 1."""
 
 
 def check_seed(value: int, name: str = "seed") -> None:
-    """Raise `InputError` unless ``value`` is an integer from 0 to 2^32 - 1."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= value < COUNT:
-        raise InputError(f"{name} is {value!r}; accepted is an integer from 0 to 2^32 - 1")
+    """Raise `InputError` unless a value is an integer from 0 to 2^32 - 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= value < SEED_COUNT:
+        raise InputError(f"{name} must be an integer from 0 to 2^32 - 1, got {value!r}")
 
 
-def of_name(name: str) -> int:
-    """The seed of the stream of draws with this name: the first four bytes of its SHA-256, from 0 to 2^32 - 1.
+def seed_from_name(name: str) -> int:
+    """Return the seed of a named stream: the first four bytes of the name's SHA-256, from 0 to 2^32 - 1.
 
     Examples:
-      >>> of_name("layer 0") == of_name("layer 0") != of_name("layer 1")
+      >>> seed_from_name("layer 0") == seed_from_name("layer 0") != seed_from_name("layer 1")
       True
     """
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")

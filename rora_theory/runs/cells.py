@@ -1,12 +1,12 @@
-"""Cells, the parts of an experiment that are each done once: the one place that experiments resume from.
+"""Run the cells of an experiment, each once: the single place where experiments resume.
 
-    FOLDER/cells.jsonl   a sealed line a finished cell, see `rora_theory.runs.reading`
-    FOLDER/cells/KEY/    files of a cell that has any, with cell.json, what it is; error.txt of one that failed
+    FOLDER/cells.jsonl   one sealed line for each finished cell, see `rora_theory.runs.reading`
+    FOLDER/cells/KEY/    files of a cell that has any, with its configuration in cell.json; error.txt if it failed
 
-A cell is a frozen dataclass: beside what the run folder is known by, all that determines its result. Its key is the
-hash of it, its ``str`` its name in output. Tables and figures are made from the results in the order of the cells, so
-that a run that was stopped leaves the same bytes as one that was not. One process drives a folder (see `RunFolder`);
-where cells are worked on is the runner's: one after another in this process, or elsewhere, several at a time.
+A cell is a frozen dataclass that, together with the identity of the run folder, determines its result. Its key is the
+hash of its fields, and its ``str`` names it in output. Tables and figures use the results in the order of the cells, so
+that an interrupted run yields the same bytes as an uninterrupted one. One process owns a folder, see `RunFolder`. The
+runner decides where the cells are computed: one after another in this process, or several at a time elsewhere.
 """
 
 import contextlib
@@ -23,35 +23,37 @@ from rora_theory.errors import FailedError, InputError
 from rora_theory.io import digests, files
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.journal import Journal
-from rora_theory.runs.reading import CELLS, CHECKPOINTS, Finished, as_json, check_files, finished, key_of
+from rora_theory.runs.reading import CELLS, CHECKPOINTS, FinishedCell, as_json, check_files, key_of, read_finished_cells
 
 logger = logging.getLogger(__name__)
 
 FOLDERS = "cells"
 ERROR = "error.txt"
-EVERY = 5.0
-"""Seconds between two writings of the tables while cells are worked on."""
+WRITE_INTERVAL = 5.0
+"""Seconds between two writes of the tables while cells are computed."""
 
 Cell = TypeVar("Cell")
 
 Work = Callable[[Cell, Path], Any]
-"""The function of a cell: returns its result in JSON types (numpy's numbers become Python's), be it one number or the
-rows of many. It may use the folder it is given, which it makes itself: for checkpoints, and for files that are part of
-the result."""
+"""Function that computes a cell.
+
+It returns the result in JSON types (NumPy numbers are converted), for example one number or the rows of a table. It may
+create the folder that it is given, for checkpoints and for files that are part of the result.
+"""
 
 
-class Ended(NamedTuple):
-    """A cell that has ended.
+class CellOutcome(NamedTuple):
+    """Outcome of one cell.
 
     Attributes:
-      place: its place in the list.
-      result: or the error that it raised.
-      seconds: that it took.
-      node: of a cluster, by its id there; None is this process.
-      software: `rora_theory.runs.software.circumstances` of the node where they differ from this process's; else None.
+      position: Index of the cell in the list given to the runner.
+      result: Result, or the exception that the cell raised.
+      seconds: Run time of the cell.
+      node: Id of the cluster node that computed the cell; None is this process.
+      software: `rora_theory.runs.software.environment` of the node if it differs from that of this process, else None.
     """
 
-    place: int
+    position: int
     result: Any
     seconds: float = 0.0
     node: str | None = None
@@ -60,27 +62,36 @@ class Ended(NamedTuple):
 
 @runtime_checkable
 class Runner(Protocol):
-    """Where and in which order cells are worked on.
+    """Function that computes cells in an order and a place of its choice.
 
-    Called with the work, the cells with their folders, and what to call with a cell's place in that list when it is
-    begun. Yields each cell as it ends. What else it raises, such as `KeyboardInterrupt`, ends the run.
+    It yields the outcome of each cell as it ends. Any exception that it raises, such as `KeyboardInterrupt`, ends the
+    run.
+
+    Args:
+      work: Function that computes a cell.
+      todo: Cells with their folders.
+      on_start: Function that is called with the index of each cell when it starts.
     """
 
     def __call__(
-        self, work: Work[Cell], todo: Sequence[tuple[Cell, Path]], begun: Callable[[int], None]
-    ) -> Iterator[Ended]: ...
+        self, work: Work[Cell], todo: Sequence[tuple[Cell, Path]], on_start: Callable[[int], None]
+    ) -> Iterator[CellOutcome]:
+        """Compute the cells."""
+        ...
 
 
-def in_process(work: Work[Cell], todo: Sequence[tuple[Cell, Path]], begun: Callable[[int], None]) -> Iterator[Ended]:
-    """The `Runner` that works on one cell after another in this process."""
-    for place, (cell, folder) in enumerate(todo):
-        begun(place)
+def in_process(
+    work: Work[Cell], todo: Sequence[tuple[Cell, Path]], on_start: Callable[[int], None]
+) -> Iterator[CellOutcome]:
+    """Compute one cell after another in this process, see `Runner`."""
+    for index, (cell, folder) in enumerate(todo):
+        on_start(index)
         started = time.monotonic()
         try:
             result = work(cell, folder)
         except Exception as error:
             result = error
-        yield Ended(place, result, time.monotonic() - started)
+        yield CellOutcome(index, result, time.monotonic() - started)
 
 
 def run_cells(
@@ -89,106 +100,117 @@ def run_cells(
     folder: RunFolder,
     *,
     runner: Runner = in_process,
-    begun: Callable[[Cell, int], object] = lambda cell, passed: None,
-    done: Callable[[int, Any, Ended], object] = lambda index, value, ended: None,
+    on_start: Callable[[Cell, int], object] = lambda cell, ended_count: None,
+    on_finish: Callable[[int, Any, CellOutcome], object] = lambda index, value, outcome: None,
     write: Callable[[list[Any]], object] = lambda values: None,
 ) -> list[Any]:
-    """The results of all cells, in their order: those of earlier parts of the run, and of ``work``, which are kept.
+    """Compute all cells that the run folder does not have, and return the results of all cells in their order.
 
-    A cell that fails is named by a warning of `logging`, with its traceback in its folder; the others are done, and the
-    next call tries it again.
+    A cell that fails is logged as a warning, and its traceback is written to its folder. The other cells continue, and
+    the next call computes the failed cell again.
 
     Args:
-      cells: frozen dataclasses.
-      work: the function of a cell.
-      folder: of the run, which this process owns.
-      runner: where cells are worked on.
-      begun: called with each cell that is begun, and how many are behind it, done or failed.
-      done: called with the place in ``cells`` of each that is done now, its result as it is kept, and how it ended.
-      write: called with the results so far, in the order of the cells: at the start where there are any, every few
-        seconds, and at the end.
+      cells: Frozen dataclasses.
+      work: Function that computes a cell.
+      folder: Run folder, owned by this process.
+      runner: Function that decides where cells are computed.
+      on_start: Function called when a cell starts, with the cell and the number of cells that have ended.
+      on_finish: Function called when a cell has finished, with its position in ``cells``, its result in JSON types, and
+        its outcome.
+      write: Function called with the available results, in the order of the cells: at the start if there are any, every
+        few seconds, and at the end.
 
     Raises:
-      FailedError: cells failed; all others are done.
-      InputError: a full disk, or a line or file that is not as the run wrote it; the cells before are kept.
+      FailedError: Cells failed; all others have finished.
+      InputError: The disk is full, or a line or file was changed; results so far are saved.
     """
+    # Read the finished cells and verify their files. The manifest's files were verified when the folder was opened.
     keys = [key_of(cell) for cell in cells]
-    kept, known = finished(folder.path), folder.entry("files")
-    for one in kept.values():  # those in the manifest were looked at when the folder was opened
-        check_files(folder.path, {name: digest for name, digest in one.files.items() if name not in known})
-        # Where the run ended after a cell was kept and before its checkpoints went, they are still there.
-        shutil.rmtree(folder.path / FOLDERS / one.key / CHECKPOINTS, ignore_errors=True)
+    finished, verified = read_finished_cells(folder.path), folder.entry("files")
+    for cell_record in finished.values():
+        check_files(folder.path, {name: sha for name, sha in cell_record.files.items() if name not in verified})
+        # A run that ended between saving a cell and removing its checkpoints has left them.
+        shutil.rmtree(folder.path / FOLDERS / cell_record.key / CHECKPOINTS, ignore_errors=True)
     journal = Journal(folder.path / CELLS, folder.identity)
-    todo = [index for index, key in enumerate(keys) if key not in kept and key not in keys[:index]]
+    # Collect the cells to compute; equal cells are computed once.
+    todo = [index for index, key in enumerate(keys) if key not in finished and key not in keys[:index]]
     for index in todo:
-        folder.forget(f"{FOLDERS}/{keys[index]}")
+        folder.forget_digests(f"{FOLDERS}/{keys[index]}")
     tasks = [(cells[index], folder.path / FOLDERS / keys[index]) for index in todo]
-    failed: list[str] = []
-    passed, written = len(cells) - len(todo), time.monotonic()
+    failures: list[str] = []
+    ended_count, written_at = len(cells) - len(todo), time.monotonic()
 
-    def values() -> list[Any]:
-        return [kept[key].value for key in keys if key in kept]
+    def available_values() -> list[Any]:
+        return [finished[key].value for key in keys if key in finished]
 
-    def start(place: int) -> None:
-        begun(tasks[place][0], passed)
+    def start(task_index: int) -> None:
+        on_start(tasks[task_index][0], ended_count)
 
-    if earlier := values():
-        with files.naming_damage(folder.path / CELLS):  # results of the wrong type are refused before work starts
-            write(earlier)
-    for ended in runner(work, tasks, start):
-        (cell, own), index = tasks[ended.place], todo[ended.place]
-        passed += 1
-        if isinstance(ended.result, Exception):
-            failed.append(f"{cell} ({_failure(cell, own, ended.result)})")
+    # Refuse results of the wrong type before work starts.
+    if earlier_values := available_values():
+        with files.naming_damage(folder.path / CELLS):
+            write(earlier_values)
+    # Save each cell as it ends.
+    for outcome in runner(work, tasks, start):
+        (cell, cell_folder), index = tasks[outcome.position], todo[outcome.position]
+        ended_count += 1
+        if isinstance(outcome.result, Exception):
+            failures.append(f"{cell} ({_record_failure(cell, cell_folder, outcome.result)})")
         else:
-            one = kept[keys[index]] = _keep(keys[index], cell, own, ended.result, folder)
-            journal.append(vars(one))
-            shutil.rmtree(own / CHECKPOINTS, ignore_errors=True)
-            folder.ran(keys[index], ended.seconds, ended.node, ended.software)
-            done(index, one.value, ended)
-        if time.monotonic() - written > EVERY:
-            write(values())
-            written = time.monotonic()
+            cell_record = _save_cell(keys[index], cell, cell_folder, outcome.result, folder)
+            finished[keys[index]] = cell_record
+            journal.append(vars(cell_record))
+            shutil.rmtree(cell_folder / CHECKPOINTS, ignore_errors=True)
+            folder.add_cell_time(keys[index], outcome.seconds, outcome.node, outcome.software)
+            on_finish(index, cell_record.value, outcome)
+        if time.monotonic() - written_at > WRITE_INTERVAL:
+            write(available_values())
+            written_at = time.monotonic()
+    # Sort the journal by the order of the cells, so that its bytes do not depend on the order in which they ended.
     order = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
     lines = sorted(journal.entries, key=lambda line: order.get(line.get("key", ""), -1))
-    if todo and lines != journal.entries:  # the file is the same in whatever order they ended
+    if todo and lines != journal.entries:
         journal.rewrite(lines)
-    write(values())
-    if failed:
+    write(available_values())
+    if failures:
         raise FailedError(
-            f"{len(failed)} of {len(cells)} cells failed, the first {failed[0]}; the others are done, and the same "
-            "command tries these again"
+            f"{len(failures)} of {len(cells)} cells failed, the first {failures[0]}. The others have finished. Run the "
+            "same command again to retry."
         )
-    return values()
+    return available_values()
 
 
-def _keep(key: str, cell: Any, own: Path, value: Any, folder: RunFolder) -> Finished:
-    """A cell that is done, with its files, whose digests the run's manifest will have too."""
+def _save_cell(key: str, cell: Any, cell_folder: Path, value: Any, folder: RunFolder) -> FinishedCell:
+    """Write the configuration of a finished cell that has files, and return its record with the files' digests."""
     products: dict[str, str] = {}
-    (own / ERROR).unlink(missing_ok=True)
+    (cell_folder / ERROR).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
-        own.rmdir()  # it has no files: the folder was made for the error alone
-    if own.exists():
-        files.write_whole(own / "cell.json", json.dumps(as_json(cell), indent=2, sort_keys=True) + "\n")
-        for path in sorted(path for path in own.rglob("*") if path.is_file()):
-            if path.relative_to(own).parts[0] != CHECKPOINTS:
+        cell_folder.rmdir()  # succeeds if the folder was created for the error alone
+    if cell_folder.exists():
+        files.write_whole(cell_folder / "cell.json", json.dumps(as_json(cell), indent=2, sort_keys=True) + "\n")
+        for path in sorted(path for path in cell_folder.rglob("*") if path.is_file()):
+            if path.relative_to(cell_folder).parts[0] != CHECKPOINTS:
                 products[str(path.relative_to(folder.path))] = digests.of_file(path)
-        folder.wrote(products)
-    # As it will be read back, so that a run that goes on has the same bits.
+        folder.add_digests(products)
+    # Convert the value as reading the journal would, so that a resumed run has the same bits.
     plain = json.loads(json.dumps(value, default=lambda number: number.item()))
-    return Finished(key, as_json(cell), plain, products)
+    return FinishedCell(key, as_json(cell), plain, products)
 
 
-def _failure(cell: Any, own: Path, error: Exception) -> str:
-    """Name a cell that failed, and keep the traceback. Raises `InputError` for a full disk, no fault of the cell's."""
+def _record_failure(cell: Any, cell_folder: Path, error: Exception) -> str:
+    """Write the traceback of a failed cell, log a warning and return the error as text.
+
+    Raises:
+      InputError: The disk is full, which is not the cell's fault.
+    """
     if files.is_disk_error(error):
         if isinstance(error, OSError):
-            what = error.strerror or str(error)
-            raise InputError(f"{own}: cannot be written ({what}); accepted is a disk with room") from error
+            reason = error.strerror or str(error)
+            raise InputError(f"{cell_folder}: cannot be written ({reason}). Use a disk with free space.") from error
         raise error
-    words = f"{type(error).__name__}: {error}"
+    description = f"{type(error).__name__}: {error}"
     with contextlib.suppress(InputError, OSError):
-        own.mkdir(parents=True, exist_ok=True)
-        files.write_whole(own / ERROR, "".join(traceback.format_exception(error)))
-    logger.warning("%s failed (%s); its traceback is in %s", cell, words, own / ERROR)
-    return words
+        cell_folder.mkdir(parents=True, exist_ok=True)
+        files.write_whole(cell_folder / ERROR, "".join(traceback.format_exception(error)))
+    logger.warning("%s failed (%s); its traceback is in %s", cell, description, cell_folder / ERROR)
+    return description

@@ -1,4 +1,4 @@
-"""Which devices a run uses; on CPU, as many host devices as cores, so that blocks run side by side."""
+"""Select the devices of a run; on CPU, as many host devices as cores, so that blocks run in parallel."""
 
 import contextlib
 import os
@@ -8,27 +8,32 @@ import jax
 from rora_theory.errors import InputError
 from rora_theory.scaling import check_integer
 
-MOST = 4096
-"""Most devices: JAX makes as many host devices as it is told, each with threads of its own."""
+MAX_DEVICES = 4096
+"""Maximum number of devices. JAX creates as many host devices as requested, each with its own threads."""
 
 
 def pick(count: int | None) -> list[jax.Device]:
-    """The first ``count`` devices; None is every accelerator, or one host device a core. Call before any JAX work.
+    """Return the first devices. Call this before any other JAX work.
+
+    Args:
+      count: Number of devices; None is every accelerator, or one host device for each core.
 
     Raises:
-      InputError: more devices than there are accelerators, or a count below 1.
+      InputError: The count is below 1 or exceeds the number of devices.
     """
     if count is not None:
-        check_integer("--devices", count, most=MOST)
+        check_integer("--devices", count, maximum=MAX_DEVICES)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(RuntimeError):  # the backend is up (another run in this process): take its devices
+    with contextlib.suppress(RuntimeError):  # the backend is already initialised: use its devices
         jax.config.update("jax_num_cpu_devices", max(count or cores, 1))
     devices = jax.devices()
     if count is not None and count > len(devices):
-        raise InputError(f"--devices is {count}; accepted are 1 to {len(devices)} {devices[0].platform} devices")
+        raise InputError(
+            f"--devices must be at most {len(devices)}, the number of {devices[0].platform} devices, got {count}"
+        )
     return devices[: count or len(devices)]
 
 
 def describe(devices: list[jax.Device]) -> str:
-    """A device list in words, for manifests."""
+    """Return a description of the devices for manifests, such as ``2 x cpu (cpu)``."""
     return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"

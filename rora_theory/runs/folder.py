@@ -1,4 +1,4 @@
-"""Run folders: ``results/NAME/RUN_ID/`` with `manifest.json` and `results.csv`, whole after any kill."""
+"""Run folders, ``results/NAME/RUN_ID/``, with `manifest.json` and `results.csv`: intact after any interruption."""
 
 import hashlib
 import json
@@ -26,57 +26,66 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _open: "dict[Path, RunFolder]" = {}
-"""Folders that this process owns now."""
+"""Folders that this process owns, by their resolved paths."""
 
 
 def count_open() -> int:
-    """How many run folders this process owns."""
+    """Return the number of run folders that this process owns."""
     return len(_open)
 
 
 def check_free(path: Path) -> None:
-    """Refuse a folder that another process drives, before records and weights are read for nothing.
+    """Check that no other process owns a folder, before records and weights are read in vain.
 
     Raises:
-      InputError: it is another process's, which is named.
+      InputError: Another process owns the folder.
     """
     if path.resolve() not in _open:
         lock.check_unowned(path)
 
 
 def path_of(name: str, config: Any, out: Path | None = None) -> Path:
-    """The folder of a run that `RunFolder.open` opens: ``out``, or ``results/NAME/RUN_ID``."""
+    """Return the folder that `RunFolder.open` opens: ``out``, or ``results/NAME/RUN_ID``."""
     return Path(out) if out is not None else Path("results") / name / _identity(config)
 
 
 def _identity(config: Any) -> str:
-    """The hash of a run's configuration, of 12 hexadecimal digits."""
+    """Return the hash of a run's configuration, 12 hexadecimal digits."""
     return key_of(config)[:12]
 
 
-def end_all(status: str, error: str | None = None, *, but: int = 0) -> None:
-    """`RunFolder.stop` all that are open, the last first, but for the first ``but``."""
-    for folder in reversed(list(_open.values())[but:]):
+def end_all(status: str, error: str | None = None, *, skip: int = 0) -> None:
+    """Stop the open run folders, the latest first.
+
+    Args:
+      status: Status written to the manifests.
+      error: Error message written to the manifests.
+      skip: Number of folders, opened first, that stay open.
+    """
+    for folder in reversed(list(_open.values())[skip:]):
         folder.stop(status, error)
 
 
 class RunFolder:
-    """One run's folder: opened by its configuration, resumed by the same configuration, refused to any other.
+    """Folder of one run, which the same configuration resumes and any other configuration cannot open.
 
-    One process owns it, from `open` to `finish` or `stop`, or to its own end. The manifest is sealed and holds a
-    digest of every file that a finished or interrupted run wrote.
+    One process owns the folder, from `open` to `finish` or `stop`, or until the process ends. The manifest is sealed
+    and holds the digest of every file that a finished or interrupted run wrote.
 
     Attributes:
-      path: the folder.
-      identity: hash of the experiment's configuration.
-      resumed: whether it held an earlier part of the same run.
+      path: Path of the folder.
+      identity: Hash of the experiment's configuration.
+      resumed: Whether the folder held an earlier part of the same run.
     """
 
-    def __init__(self, path: Path, identity: str, manifest: dict[str, Any], held: int, *, resumed: bool) -> None:
+    def __init__(
+        self, path: Path, identity: str, manifest: dict[str, Any], lock_descriptor: int, *, resumed: bool
+    ) -> None:
+        """Initialise an open folder; use `open` instead."""
         self.path, self.identity, self.resumed = path, identity, resumed
-        self._manifest, self._lock = manifest, held
-        self._written: dict[str, str] = {}
-        self._opened = time.monotonic()
+        self._manifest, self._lock = manifest, lock_descriptor
+        self._new_digests: dict[str, str] = {}
+        self._opened_at = time.monotonic()
 
     @classmethod
     def open(
@@ -87,26 +96,27 @@ class RunFolder:
         out: Path | None = None,
         seed: int | None = None,
         extra: Mapping[str, Any] | None = None,
-        grows: Mapping[str, Any] | None = None,
+        extensible: Mapping[str, Any] | None = None,
         models: Collection["Located"] = (),
     ) -> "RunFolder":
-        """Open or make the folder of a run, own it, and write its manifest with status ``running``.
+        """Open or create the folder of a run, own it, and write its manifest with status ``running``.
 
-        A run that goes on with other versions than it was begun with says so by a warning of `logging`.
+        A run that is resumed with other software versions logs a warning.
 
         Args:
-          name: the experiment, ``results/NAME``.
-          config: dataclass or mapping: everything that determines the results. Leave out what does not (devices,
-            output folder), so that a run may go on elsewhere.
-          out: the folder; None is ``results/NAME/RUN_ID`` with RUN_ID the configuration's hash.
-          seed: written to the manifest.
-          extra: further entries of the manifest (units, device, protocol).
-          grows: further entries of the configuration that a later part of the run may add: None is not compared.
-          models: that the run reads: how their weights are stored is logged, and kept in the manifest.
+          name: Name of the experiment, ``results/NAME``.
+          config: Dataclass or mapping with everything that determines the results. Leave out what does not (devices,
+            output folder), so that a run can be resumed elsewhere.
+          out: Path of the folder; None is ``results/NAME/RUN_ID`` with RUN_ID the configuration's hash.
+          seed: Seed written to the manifest.
+          extra: Further entries of the manifest, such as units, device and protocol.
+          extensible: Further entries of the configuration that a later part of the run may add. An entry that is None
+            in the manifest or here is not compared.
+          models: Models that the run reads. The storage format of their weights is logged and written to the manifest.
 
         Raises:
-          InputError: the folder can't be written, is another process's, holds another run, holds files but no
-            readable manifest, files that are not as the run wrote them, or a symbolic link that leads out of it.
+          InputError: The folder cannot be written, belongs to another process, holds another run, holds files but no
+            readable manifest, holds files that were changed, or has a symbolic link that leads out of it.
         """
         plain = as_json(config)
         identity, path = _identity(plain), path_of(name, plain, out)
@@ -114,30 +124,35 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"{path}: cannot be made ({error.strerror}); accepted is a writable folder") from error
-        if stale := _open.get(path.resolve()):  # this process's own, left by an error
-            stale._let_go()
-        later = as_json(dict(grows or {}))
-        _earlier(path, name, plain, later)  # before anything is written into a folder that may not be this run's
+            raise InputError(f"{path}: cannot be created ({error.strerror}). Use a writable folder.") from error
+        if stale := _open.get(path.resolve()):  # left open by an error in this process
+            stale._release()
+        # Refuse a folder of another run before anything is written to it.
+        extensions = as_json(dict(extensible or {}))
+        _read_previous(path, name, plain, extensions)
         files.check_links(path)
-        held = lock.take(path)
+        lock_descriptor = lock.acquire(path)
         try:
-            manifest = _earlier(path, name, plain, later)
+            # Read the manifest again: another process may have changed it before this one owned the folder.
+            manifest = _read_previous(path, name, plain, extensions)
             resumed = manifest is not None
-            for part in path.glob(f".*{files.PART}"):  # what killed processes left, this one alone being at work
+            # Remove the temporary files of killed processes.
+            for part in path.glob(f".*{files.PART}"):
                 part.unlink(missing_ok=True)
-            here = software.circumstances()
+            # Start the manifest, or mark the sessions of killed processes in the existing one.
+            environment = software.environment()
             if manifest is None:
-                manifest = {"experiment": name, "run_id": identity, "config": later | plain, "seed": seed}
+                manifest = {"experiment": name, "run_id": identity, "config": extensions | plain, "seed": seed}
                 manifest |= {"start": lock.now(), "sessions": []}
             else:
-                if changed := software.version_differences((manifest["sessions"] or [here])[-1], here):
-                    logger.warning("%s goes on with %s; its manifest.json names both", path, changed)
+                if changed := software.version_differences((manifest["sessions"] or [environment])[-1], environment):
+                    logger.warning("%s is resumed with %s; its manifest.json records both", path, changed)
                 manifest.pop("error", None)
                 for session in manifest["sessions"]:
                     session["status"] = session.get("status", "").replace("running", "killed")
-            manifest["config"] |= {key: value for key, value in later.items() if value is not None}
-            manifest |= {"status": "running", "end": None, "command": sys.argv[1:]} | here
+            # Record this session.
+            manifest["config"] |= {key: value for key, value in extensions.items() if value is not None}
+            manifest |= {"status": "running", "end": None, "command": sys.argv[1:]} | environment
             manifest |= as_json(dict(extra or {}))
             if described := [model.described() for model in models]:
                 manifest["weights"] = described
@@ -145,100 +160,112 @@ class RunFolder:
                 logger.info(model.sentence)
             manifest.setdefault("files", {})
             session = {"start": lock.now(), "end": None, "status": "running", "command": sys.argv[1:]}
-            manifest["sessions"].append(session | {"process": os.getpid(), "host": platform.node()} | here)
-            folder = cls(path, identity, manifest, held, resumed=resumed)
+            manifest["sessions"].append(session | {"process": os.getpid(), "host": platform.node()} | environment)
+            folder = cls(path, identity, manifest, lock_descriptor, resumed=resumed)
             folder._write_manifest()
         except BaseException:
-            os.close(held)
+            os.close(lock_descriptor)
             raise
         _open[path.resolve()] = folder
         return folder
 
     def update(self, **entries: Any) -> None:
-        """Add or change entries of the manifest."""
+        """Set entries of the manifest."""
         self._manifest |= as_json(entries)
         self._write_manifest()
 
     def finish(self, status: str = "complete", **entries: Any) -> None:
-        """Mark the run as ended, with its end time, how long its last part took and its files' digests, and give the
-        folder back."""
-        self._manifest["files"] |= self._written
+        """Mark the run as ended and release the folder.
+
+        Args:
+          status: Final status.
+          **entries: Further entries of the manifest.
+        """
+        self._manifest["files"] |= self._new_digests
         end = {"status": status, "end": lock.now()}
         self._manifest["sessions"][-1] |= end
-        self.update(**end, last_session_seconds=round(time.monotonic() - self._opened, 1), **entries)
-        self._let_go()
+        self.update(**end, last_session_seconds=round(time.monotonic() - self._opened_at, 1), **entries)
+        self._release()
 
     def stop(self, status: str, error: str | None = None) -> None:
-        """`finish` a run that did not come to its end, as far as the disk takes it."""
+        """Finish an incomplete run; if the manifest cannot be written, release the folder all the same."""
         try:
             self.finish(status, error=error)
         except (InputError, OSError):
-            self._let_go()
+            self._release()
 
     def write(self, name: str, content: str | bytes) -> Path:
-        """Write the file ``name`` of this run whole."""
+        """Write a file of this run atomically and return its path."""
         data = content.encode() if isinstance(content, str) else content
         digest = hashlib.sha256(data).hexdigest()
-        if self._manifest["files"].get(name, digest) != digest:  # killed between, the new file is not taken for changed
+        # Drop an old digest first: after a kill in between, the new file would count as changed.
+        if self._manifest["files"].get(name, digest) != digest:
             del self._manifest["files"][name]
             self._write_manifest()
         files.write_whole(self.path / name, data)
-        self._written[name] = digest
+        self._new_digests[name] = digest
         return self.path / name
 
-    def wrote(self, written: Mapping[str, str]) -> None:
-        """Have the manifest, when the run ends, hold the digests of files that were written otherwise."""
-        self._written |= written
+    def add_digests(self, digests_by_name: Mapping[str, str]) -> None:
+        """Add the digests of files that were written without `write`; the manifest gets them when the run ends."""
+        self._new_digests |= digests_by_name
 
-    def ran(self, key: str, seconds: float, node: str | None = None, software: Mapping[str, Any] | None = None) -> None:
-        """Have the manifest, when the run ends, say of this session's cell where it ran and how long.
+    def add_cell_time(
+        self, key: str, seconds: float, node: str | None = None, software: Mapping[str, Any] | None = None
+    ) -> None:
+        """Add the time and the node of a cell to this session; the manifest gets them when the run ends.
 
         Args:
-          key: The cell's key.
-          seconds: How long it took.
-          node: Node of a cluster; None is this process.
-          software: Software of the node, where it differs from this process's.
+          key: Key of the cell.
+          seconds: Run time of the cell.
+          node: Id of the cluster node that ran the cell; None is this process.
+          software: Software environment of the node, if it differs from that of this process.
         """
         session, name = self._manifest["sessions"][-1], node or "this process"
         session.setdefault("cells", {}).setdefault(name, {})[key] = round(seconds, 3)
         if software is not None:
             session.setdefault("other_software", {})[name] = as_json(software)
 
-    def record(self, name: str) -> None:
-        """Have the manifest hold the digest of a file that was written otherwise, or of all files in a folder but a
-        model card, which is its owner's to go on writing."""
-        place = self.path / name
-        found = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
-        found = [path for path in found if path.name != "README.md"]
-        self._manifest["files"] |= {str(path.relative_to(self.path)): digests.of_file(path) for path in found}
+    def record_files(self, name: str) -> None:
+        """Write the digest of a file, or of all files in a folder, to the manifest.
+
+        Model cards are left out, because their owner may edit them.
+
+        Args:
+          name: Name of a file or folder that was written without `write`.
+        """
+        target = self.path / name
+        paths = sorted(path for path in target.rglob("*") if path.is_file()) if target.is_dir() else [target]
+        paths = [path for path in paths if path.name != "README.md"]
+        self._manifest["files"] |= {str(path.relative_to(self.path)): digests.of_file(path) for path in paths}
         self._write_manifest()
 
-    def holds(self, name: str) -> bool:
-        """Whether what was recorded of ``name`` is all there; that none of it was changed was seen on opening."""
+    def has_files(self, name: str) -> bool:
+        """Return whether all recorded files of a name exist. Opening the folder has verified that none was changed."""
         known = [file for file in self._manifest["files"] if file == name or file.startswith(f"{name}/")]
         return bool(known) and all((self.path / file).is_file() for file in known)
 
     def entry(self, name: str) -> Any:
-        """An entry of the manifest; None where there is none."""
+        """Return an entry of the manifest, or None."""
         return self._manifest.get(name)
 
     def clear(self, name: str) -> None:
-        """Remove a folder of this run's that is not whole, or no longer the one asked for."""
+        """Remove a folder of this run that is incomplete or obsolete."""
         shutil.rmtree(self.path / name, ignore_errors=True)
-        self.forget(name)
+        self.forget_digests(name)
 
-    def forget(self, name: str) -> None:
-        """Have the manifest hold no digest of the files in a folder, which are to be written anew."""
-        known = self._manifest["files"]
-        kept = {file: digest for file, digest in known.items() if not file.startswith(f"{name}/")}
-        if len(kept) < len(known):
-            self.update(files=kept)
+    def forget_digests(self, name: str) -> None:
+        """Remove the digests of the files in a folder from the manifest, before the files are written again."""
+        recorded = self._manifest["files"]
+        remaining = {file: digest for file, digest in recorded.items() if not file.startswith(f"{name}/")}
+        if len(remaining) < len(recorded):
+            self.update(files=remaining)
 
     def write_frame(self, frame: "pd.DataFrame", name: str = "results.csv") -> Path:
-        """Write a table whole, floats with every digit, see `rora_theory.io.frames`."""
+        """Write a table atomically, with all digits of its floats, see `rora_theory.io.frames`."""
         return self.write(name, frames.to_csv(frame))
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         if _open.get(self.path.resolve()) is self:
             del _open[self.path.resolve()]
             os.close(self._lock)
@@ -248,22 +275,30 @@ class RunFolder:
         files.write_whole(self.path / "manifest.json", json.dumps(sealed, indent=2, sort_keys=True) + "\n")
 
 
-def _earlier(path: Path, name: str, config: Any, grows: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest of an earlier part of this very run; None where there is none."""
+def _read_previous(path: Path, name: str, config: Any, extensions: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read the manifest of an earlier part of this run; None if there is none.
+
+    Raises:
+      InputError: The folder holds another run, or files that were changed.
+    """
     manifest = read_manifest(path, ("experiment", "config", "sessions"))
     if manifest is None:
         return None
-    there, here = manifest["config"], dict(config) | dict(grows)
-    free = {key for key in grows if None in (there.get(key), here[key])}
-    old, new = ({key: value for key, value in one.items() if key not in free} for one in (there, here))
+    # Compare the configurations, without the extensions that one of them does not have.
+    old_config, new_config = manifest["config"], dict(config) | dict(extensions)
+    not_compared = {key for key in extensions if None in (old_config.get(key), new_config[key])}
+    old, new = (
+        {key: value for key, value in settings.items() if key not in not_compared}
+        for settings in (old_config, new_config)
+    )
     if manifest["experiment"] != name or old != new:
         raise InputError(
-            f"{path}: holds a run with other arguments ({_difference(manifest, name, old, new)}); accepted is an "
-            "empty folder or one of the same arguments"
+            f"{path}: holds a run with other arguments ({_difference(manifest, name, old, new)}). Use another folder, "
+            "or repeat the arguments of that run."
         )
-    known = manifest.get("files") or {}
-    # Journals seal their own lines, by which what was changed is named, and grow while the run goes on.
-    manifest["files"] = {file: digest for file, digest in known.items() if not file.endswith(".jsonl")}
+    # Journals seal their own lines and grow during the run, so their digests are not compared.
+    recorded = manifest.get("files") or {}
+    manifest["files"] = {file: digest for file, digest in recorded.items() if not file.endswith(".jsonl")}
     check_files(path, manifest["files"])
     return manifest
 

@@ -1,4 +1,4 @@
-"""Files of JSON lines that grow while a run goes on, each line sealed: what was cut or changed since is found."""
+"""Journals: files of JSON lines that grow during a run, with a digest in each line that detects later changes."""
 
 import contextlib
 import json
@@ -6,59 +6,66 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rora_theory.errors import InputError
+from rora_theory.errors import InputError, reason_of
 from rora_theory.io.files import append, parse_json, read_bytes, write_whole
 from rora_theory.runs import seals
 
 
 class Journal:
-    """A file of JSON lines, each sealed and bound to the line before it, the first to the run's identity.
+    """File of JSON lines, each bound by its digest to the line before it and the first line to the run's identity.
 
-    A last line that a kill cut off is dropped. Lines that were changed, moved or taken out are found.
+    An incomplete last line, left by a killed process, is dropped. Changed, moved and removed lines are detected.
 
     Args:
-      path: need not be there.
-      identity: of the run the lines belong to.
-      mend: whether such an end is cut off the file too; not where another process may be writing it.
+      path: Path of the journal, which need not exist.
+      identity: Identity of the run that the journal belongs to.
+      mend: Whether to cut an incomplete last line off the file. Pass False if another process may be writing the file.
 
     Attributes:
-      entries: of all lines, without their digests.
+      entries: Entries of all lines, without their digests.
 
     Raises:
-      InputError: a line is not as it was written; names the file and the line.
+      InputError: A line is not as it was written; the message names the file and the line.
     """
 
     def __init__(self, path: Path, identity: str, *, mend: bool = True) -> None:
+        """Read the journal, if it exists."""
         self.path = path
         self.entries: list[dict[str, Any]] = []
         self._digests = [identity]
         if not os.path.lexists(path):
             return
         data = read_bytes(path)
-        whole = _whole_lines(data)
-        for number, line in enumerate(whole.splitlines(), start=1):
+        complete_lines = _complete_lines(data)
+        for number, line in enumerate(complete_lines.splitlines(), start=1):
+            # A line that cannot be parsed is treated as a changed line.
             entry: Any = None
             with contextlib.suppress(InputError, UnicodeDecodeError):
                 entry = parse_json(line.decode(), where=str(path))
             if not seals.is_sealed(entry, of=self._digests[-1]):
                 raise InputError(
-                    f"{path}: line {number} is damaged or was changed since the run wrote it; accepted is the file as "
-                    f"the run wrote it, or without its lines from {number} on, which the same command makes again"
+                    f"{path}: line {number} is damaged or was changed since the run wrote it. Restore the file, or "
+                    f"remove its lines from {number} on and run the same command again."
                 )
             self._digests.append(entry.pop(seals.DIGEST))
             self.entries.append(entry)
-        if mend and len(whole) < len(data):
-            os.truncate(path, len(whole))
+        if mend and len(complete_lines) < len(data):
+            os.truncate(path, len(complete_lines))
 
     def append(self, entry: dict[str, Any], *, sync: bool = True) -> None:
-        """Write one line more; ``sync`` as for `append`."""
+        """Append one line.
+
+        Args:
+          entry: Entry of the line.
+          sync: Whether to wait until the disk has the line, see `rora_theory.io.files.append`.
+        """
         sealed = seals.seal(entry, of=self._digests[-1])
         append(self.path, json.dumps(sealed) + "\n", sync=sync)
         self._digests.append(sealed[seals.DIGEST])
         self.entries.append(entry)
 
     def rewrite(self, entries: list[dict[str, Any]]) -> None:
-        """Put ``entries`` in the place of all lines."""
+        """Replace all lines by the given entries."""
         digests, lines = self._digests[:1], []
         for entry in entries:
             sealed = seals.seal(entry, of=digests[-1])
@@ -69,18 +76,20 @@ class Journal:
 
 
 def read_entries(path: Path) -> list[dict[str, Any]]:
-    """The entries of a file as they stand, whatever run it is of; a last line that was cut off is left out.
+    """Read the entries of a journal of any run, without verifying their digests. An incomplete last line is dropped.
 
     Raises:
-      InputError: there is no such file, or a line is not a JSON object.
+      InputError: The file does not exist, or a line is not a JSON object.
     """
-    whole = _whole_lines(read_bytes(path))
+    complete_lines = _complete_lines(read_bytes(path))
     try:
-        return [dict(parse_json(line.decode(), where=f"line {n}")) for n, line in enumerate(whole.splitlines(), 1)]
+        return [
+            dict(parse_json(line.decode(), where=f"line {number}"))
+            for number, line in enumerate(complete_lines.splitlines(), start=1)
+        ]
     except (ValueError, TypeError) as error:
-        reason = str(error).partition("; accepted")[0]
-        raise InputError(f"{path}: is damaged ({reason}); accepted is the file as the run wrote it") from error
+        raise InputError(f"{path}: is damaged ({reason_of(error)}). Restore the file as the run wrote it.") from error
 
 
-def _whole_lines(data: bytes) -> bytes:
+def _complete_lines(data: bytes) -> bytes:
     return data[: data.rfind(b"\n") + 1]

@@ -1,7 +1,7 @@
-"""What the folder of a run holds, read by whoever wants its results: the manifest, and the cells that are finished.
+"""Read the manifest and the finished cells of a run folder.
 
-manifest.json        what the run is, sealed, with the digests of its files
-cells.jsonl          a sealed line a finished cell: its key, what it is, its result, the digests of its files
+manifest.json        configuration, environment and digests of the run's files, sealed
+cells.jsonl          one sealed line for each finished cell: key, configuration, result, digests of its files
 cells/KEY/           files of a cell that has any
 """
 
@@ -14,16 +14,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rora_theory.errors import InputError, shown
+from rora_theory.errors import InputError, reason_of, shown
 from rora_theory.io import files
 from rora_theory.runs import seals
 from rora_theory.runs.journal import Journal
 
 CELLS = "cells.jsonl"
 CHECKPOINTS = "checkpoints"
-"""Of a cell's folder: what an interrupted cell goes on from; removed when the cell is done."""
+"""Folder inside a cell's folder from which an interrupted cell resumes; removed when the cell is finished."""
+RESTORE = "Restore the file as the run wrote it."
+"""Advice at the end of a message about a damaged or changed file."""
 LOCK = ".lock"
-"""Held (flock) by the process that owns a folder, and says which; the kernel lets go of it when that dies."""
+"""File that the owner of a folder locks (flock) and describes itself in. The kernel releases the lock if it dies."""
 
 _ENTRIES = {
     "experiment": str,
@@ -35,24 +37,13 @@ _ENTRIES = {
     "model_layers": int,
 }
 _SESSION = {"status": str, "python": str, "packages": dict, "git_revision": str | None, "cells": dict}
-"""Types of the entries of a manifest and of its sessions that are read again. An entry may be absent."""
-
-LATER = "later"
-"""Metadata of a field of a configuration that was not there from the start."""
+"""Types of the entries of a manifest and of its sessions that are read again. Any entry may be missing."""
 
 
 def as_json(value: Any) -> Any:
-    """``value`` as plain JSON types: dataclasses to dicts, paths to strings, tuples to lists, non-finite to text.
-
-    A field whose metadata has `LATER` is left out at its default: what was done before there was one is still done.
-    """
+    """Convert a value to JSON types: dataclasses to dicts, tuples to lists, paths and non-finite floats to text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        own = {field: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {
-            field.name: as_json(item)
-            for field, item in own.items()
-            if LATER not in field.metadata or item != field.default
-        }
+        return {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -65,17 +56,24 @@ def as_json(value: Any) -> Any:
 
 
 def flat(config: Any) -> dict[str, Any]:
-    """The settings of a dataclass and of the dataclasses in it by their names, which are the options'."""
-    found: dict[str, Any] = {}
+    """Return the fields of a dataclass and of the dataclasses in it by name, in one dict."""
+    settings: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        found |= flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
-    return found
+        settings |= flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return settings
 
 
 @dataclasses.dataclass(frozen=True)
-class Finished:
-    """A finished cell as its folder has it: its key, what it is in JSON types, its result, digests of its files."""
+class FinishedCell:
+    """Finished cell as stored in its run folder.
+
+    Attributes:
+      key: Key of the cell, see `key_of`.
+      cell: Configuration of the cell in JSON types.
+      value: Result of the cell in JSON types.
+      files: SHA-256 of each of its files, by path relative to the run folder.
+    """
 
     key: str
     cell: Any
@@ -84,69 +82,78 @@ class Finished:
 
 
 def key_of(cell: Any) -> str:
-    """The hash of a cell, or of a configuration, as JSON: of 16 hexadecimal digits."""
+    """Return the hash of the JSON text of a cell or of a configuration, 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(as_json(cell), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def finished(path: Path) -> dict[str, Finished]:
-    """The finished cells of a run folder, by key, in the order they were finished in; whoever drives it.
+def read_finished_cells(path: Path) -> dict[str, FinishedCell]:
+    """Read the finished cells of a run folder, which may belong to another process.
 
-    One of which a file was removed is not among them: it is done again.
+    A cell with a missing file is left out, so that it is computed again.
+
+    Args:
+      path: Run folder.
+
+    Returns:
+      The cells by key, in the order in which they finished.
 
     Raises:
-      InputError: a line is not as the run wrote it, its key is not the hash of its cell, or it names a file outside
-        the folder.
+      InputError: A line was changed, its key is not the hash of its cell, or it names a file outside the folder.
     """
     manifest = read_manifest(path, ("run_id",))
     if manifest is None:
         return {}
-    found: dict[str, Finished] = {}
+    cells: dict[str, FinishedCell] = {}
     for number, entry in enumerate(Journal(path / CELLS, manifest["run_id"], mend=False).entries, start=1):
-        one = _cell_of(entry, f"{path / CELLS}: line {number}")
-        found[one.key] = one
+        cell = _parse_cell(entry, f"{path / CELLS}: line {number}")
+        cells[cell.key] = cell
     return {
-        key: one
-        for key, one in found.items()
-        if all(files.resolve_inside(path, name, where=path / CELLS).exists() for name in one.files)
+        key: cell
+        for key, cell in cells.items()
+        if all(files.resolve_inside(path, name, where=path / CELLS).exists() for name in cell.files)
     }
 
 
-def _cell_of(entry: Mapping[str, Any], where: str) -> Finished:
-    """Parse a line of a finished cell, whose key names a folder and must therefore be the hash of the cell."""
+def _parse_cell(entry: Mapping[str, Any], where: str) -> FinishedCell:
+    """Parse an entry of the journal. The key names a folder, so it must be the hash of the cell."""
     with files.naming_damage(where):
         key, cell = entry["key"], entry["cell"]
         if key != key_of(cell):
-            raise InputError(f"{where}: key {shown(key)} is not the hash of its cell; accepted is the line as written")
-        return Finished(key, cell, entry["value"], dict(entry["files"]))
+            raise InputError(f"{where}: key {shown(key)} is not the hash of its cell. {RESTORE}")
+        return FinishedCell(key, cell, entry["value"], dict(entry["files"]))
 
 
 def read_manifest(path: Path, keys: Sequence[str]) -> dict[str, Any] | None:
-    """A run's manifest, with at least ``keys``; None where a folder holds nothing yet.
+    """Read the manifest of a run.
+
+    Args:
+      path: Run folder.
+      keys: Entries that the manifest must have.
+
+    Returns:
+      The manifest without its digest, or None if the folder is empty or does not exist.
 
     Raises:
-      InputError: it is damaged, was changed, is of a version that kept no digests, or is missing beside other files.
+      InputError: The manifest is damaged, was changed, has no digest, or is missing although the folder has files.
     """
     file = path / "manifest.json"
     if not os.path.lexists(file):
         if path.is_dir() and any(entry for entry in path.iterdir() if not entry.name.startswith(".")):
             raise InputError(
-                f"{path}: holds files but no manifest.json; accepted is an empty folder or a run's own"
+                f"{path}: holds files but no manifest.json. Use an empty folder or the folder of a run."
             ) from None
         return None
     try:
         manifest = files.read_json(file)
     except InputError as error:
-        reason = str(error).removeprefix(f"{file}: ").partition("; accepted")[0]
-        raise InputError(f"{file}: is damaged ({reason}); accepted is the file as the run wrote it") from error
+        raise InputError(f"{file}: is damaged ({reason_of(error, file)}). {RESTORE}") from error
     missing = [key for key in keys if not isinstance(manifest, dict) or key not in manifest]
     if missing:
-        raise InputError(f"{file}: is damaged (it has no {missing[0]}); accepted is the file as the run wrote it")
+        raise InputError(f"{file}: is damaged (it has no {missing[0]}). {RESTORE}")
     if seals.DIGEST not in manifest:
-        raise InputError(
-            f"{file}: has no digest, as a run of an earlier version has none; accepted is another folder (--out)"
-        )
+        raise InputError(f"{file}: has no digest. {RESTORE}")
     if not seals.is_sealed(manifest):
-        raise InputError(f"{file}: was changed since the run wrote it; accepted is the file as the run wrote it")
+        raise InputError(f"{file}: was changed since the run wrote it. {RESTORE}")
     del manifest[seals.DIGEST]
     check_manifest(file, manifest)
     return dict(manifest)
@@ -156,35 +163,38 @@ def check_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
     """Check the types of a manifest's entries, and that the files it lists are in its folder.
 
     Args:
-      file: The manifest's path.
-      manifest: Its content.
+      file: Path of the manifest.
+      manifest: Content of the manifest.
 
     Raises:
       InputError: An entry has another type, or a listed file is outside the folder.
     """
     _check_types(file, manifest, _ENTRIES)
     for session in manifest.get("sessions", []):
-        _check_types(file, session, _SESSION, of="a session's ")
+        _check_types(file, session, _SESSION, owner="a session's ")
     for name, digest in manifest.get("files", {}).items():
         files.resolve_inside(file.parent, name, where=file)
         _check_types(file, {name: digest}, {name: str})
 
 
-def _check_types(file: Path, entries: Any, types: Mapping[str, Any], of: str = "") -> None:
+def _check_types(file: Path, entries: Any, types: Mapping[str, Any], owner: str = "") -> None:
     if not isinstance(entries, dict):
-        raise InputError(
-            f"{file}: is damaged ({shown(entries)} is no object); accepted is the file as the run wrote it"
-        )
+        raise InputError(f"{file}: is damaged ({shown(entries)} is not an object). {RESTORE}")
     for name, kind in types.items():
         if name in entries and not isinstance(entries[name], kind):
-            what = f"{of}{name} is {shown(entries[name])}, not {getattr(kind, '__name__', kind)}"
-            raise InputError(f"{file}: is damaged ({what}); accepted is the file as the run wrote it")
+            reason = f"{owner}{name} is {shown(entries[name])}, not {getattr(kind, '__name__', kind)}"
+            raise InputError(f"{file}: is damaged ({reason}). {RESTORE}")
 
 
 def check_files(folder: Path, known: Any) -> None:
-    """Raise `InputError` where one of a folder's files is not the one of the digests ``known``; names it."""
+    """Raise `InputError` if a file of a folder differs from its recorded digest.
+
+    Args:
+      folder: Run folder.
+      known: Recorded digests by file name.
+    """
     for name in seals.changed_files(folder, known):
         raise InputError(
-            f"{folder / name}: was changed since the run wrote it; accepted is the file as the run wrote it, or none: "
-            "removed, it is made again by the same command"
+            f"{folder / name}: was changed since the run wrote it. Restore the file, or remove it and run the same "
+            "command again."
         )

@@ -1,7 +1,7 @@
-"""Digests that tell what a run wrote from what was cut or changed since.
+"""Digests that detect changes of what a run wrote.
 
-A seal is no signature: who changes a figure and its digest together is not found out. It catches the flipped byte, the
-line cut off and the number changed by hand.
+A seal is not a signature: a change of a value together with its digest is not detected. A seal detects flipped bytes,
+truncated lines and values edited by hand.
 """
 
 import hashlib
@@ -11,19 +11,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rora_theory.errors import InputError
+from rora_theory.errors import InputError, reason_of
 from rora_theory.io import digests, files
 
 DIGEST = "digest"
-"""The key of an entry's own digest."""
+"""Key of an entry's digest."""
 
 
 def seal(entry: Mapping[str, Any], *, of: str = "") -> dict[str, Any]:
-    """``entry`` with its digest, 16 hexadecimal digits of the SHA-256 of its JSON text.
+    """Return an entry with its digest, the first 16 hexadecimal digits of the SHA-256 of its JSON text.
 
     Args:
-      entry: of JSON types; an older digest in it is replaced.
-      of: what the entry belongs to or follows, which the digest covers too: elsewhere the seal does not hold.
+      entry: Entry of JSON types; a digest in it is replaced.
+      of: Text that the digest also covers, such as the digest of the previous entry. The seal is invalid for any other
+        text.
     """
     plain = {name: value for name, value in entry.items() if name != DIGEST}
     text = of + json.dumps(plain, sort_keys=True)
@@ -31,15 +32,19 @@ def seal(entry: Mapping[str, Any], *, of: str = "") -> dict[str, Any]:
 
 
 def is_sealed(entry: Any, *, of: str = "") -> bool:
-    """Whether ``entry`` is as `seal` left it."""
+    """Return whether an entry is as `seal` returned it."""
     return isinstance(entry, Mapping) and DIGEST in entry and seal(entry, of=of)[DIGEST] == entry[DIGEST]
 
 
 def changed_files(folder: Path, known: Any) -> list[str]:
-    """Which of a folder's files differ from their SHA-256 in ``known``; one that is not there does not.
+    """Return the names of the files whose SHA-256 differs from a recorded one. Missing files are not changed files.
+
+    Args:
+      folder: Folder of the run.
+      known: Recorded digests by file name; any other value stands for no digests.
 
     Raises:
-      InputError: a file that can't be read, or a name that leads out of the folder.
+      InputError: A file cannot be read, or a name leads out of the folder.
     """
     if not isinstance(known, Mapping):
         return []
@@ -48,30 +53,33 @@ def changed_files(folder: Path, known: Any) -> list[str]:
     return [name for name, path in paths.items() if path.is_file() and digests.of_file(path) != known[name]]
 
 
-def problem(folder: Path, within: str = "") -> str | None:
-    """What in a run's folder is not as the run wrote it, in words; None where nothing is, or nothing tells.
+def describe_problem(folder: Path, within: str = "") -> str | None:
+    """Describe the first difference between a run's folder and what the run wrote.
 
-    A run that was killed, or is of a version without digests, tells nothing of its files.
+    The files of a killed run have no digests, so that changes of them are not detected.
 
     Args:
-      folder: of the run, with its sealed ``manifest.json``.
-      within: the folder in it whose files are looked at, ``cells/KEY`` for a cell's; the run's own by default.
+      folder: Folder of the run, with its ``manifest.json``.
+      within: Folder inside it whose files are verified, such as ``cells/KEY``; the run's own files by default.
+
+    Returns:
+      The difference, or None if there is none or the folder has no manifest.
     """
     path = folder / "manifest.json"
     if not os.path.lexists(path):
         return None
     try:
-        known = files.read_json(path)
-        if DIGEST not in known:
-            return None
-        if not is_sealed(known):
+        manifest = files.read_json(path)
+        if DIGEST not in manifest:
+            return f"{path}: has no digest"
+        if not is_sealed(manifest):
             return f"{path}: was changed since the run wrote it"
-        own = known.get("files") or {}
-        for name in changed_files(folder, {name: own[name] for name in own if name.rpartition("/")[0] == within}):
+        recorded = manifest.get("files") or {}
+        verified = {name: digest for name, digest in recorded.items() if name.rpartition("/")[0] == within}
+        for name in changed_files(folder, verified):
             return f"{folder / name}: was changed since the run wrote it"
     except InputError as error:
-        reason = str(error).removeprefix(f"{path}: ").partition("; accepted")[0]
-        return f"{path}: is damaged ({reason})"
+        return f"{path}: is damaged ({reason_of(error, path)})"
     except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"{path}: is damaged ({error})"
     return None

@@ -1,4 +1,4 @@
-"""What software a result was made with: Python, packages, revision of the source tree."""
+"""Record the software that computes a result: Python, packages, revision of the source tree."""
 
 import contextlib
 import platform
@@ -12,17 +12,21 @@ PACKAGES = ("rora-theory", "jax", "jaxlib", "numpy", "scipy", "optax")
 
 
 def versions() -> dict[str, str]:
-    """Of those of `PACKAGES` that are installed."""
-    found = {}
+    """Return the versions of those `PACKAGES` that are installed."""
+    installed = {}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            installed[package] = version(package)
+    return installed
 
 
-def circumstances() -> dict[str, Any]:
-    """``python``, ``packages`` (`versions`) and ``git_revision``: the source tree's, with ``+changes`` where the tree
-    differs from it; None outside a checkout."""
+def environment() -> dict[str, Any]:
+    """Return the software environment of this process.
+
+    Returns:
+      ``python``, the version; ``packages``, see `versions`; and ``git_revision``, the commit of the source tree, with
+      ``+changes`` if the tree differs from it, or None outside a checkout.
+    """
     describe = ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
     options: dict[str, Any] = {"cwd": Path(__file__).resolve().parent, "capture_output": True, "text": True}
     revision = None
@@ -32,9 +36,13 @@ def circumstances() -> dict[str, Any]:
 
 
 def version_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What of ``now``'s circumstances was another before, in words; empty where nothing was."""
-    old, new = (
-        dict(one.get("packages") or {}) | {name: one.get(name) for name in ("python", "git_revision")}
-        for one in (before, now)
+    """Return the versions in one environment that differ from an earlier one as text; empty if none differs."""
+    old_versions, new_versions = (
+        dict(recorded.get("packages") or {}) | {name: recorded.get(name) for name in ("python", "git_revision")}
+        for recorded in (before, now)
     )
-    return ", ".join(f"{name} {new[name]} (was {old.get(name)})" for name in new if old.get(name) != new[name])
+    return ", ".join(
+        f"{name} {new} (was {old_versions.get(name)})"
+        for name, new in new_versions.items()
+        if old_versions.get(name) != new
+    )

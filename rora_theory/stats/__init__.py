@@ -1,5 +1,5 @@
 """Estimates with standard errors, moments, slopes and their verdicts, paired differences, and best learning rates."""
 
-from rora_theory import lazily
+from rora_theory import lazy_modules
 
-__getattr__, __dir__ = lazily.attributes(__name__)
+__getattr__, __dir__ = lazy_modules.attributes(__name__)

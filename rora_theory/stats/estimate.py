@@ -177,6 +177,6 @@ def proportion(right: int, n: int) -> Estimate:
       Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
     """
     check_integer("n", n)
-    check_integer("right", right, least=0, most=n)
+    check_integer("right", right, minimum=0, maximum=n)
     p = right / n
     return Estimate(p, math.sqrt(p * (1 - p) / (n - 1)) if 0 < right < n else 1 / (2 * (n + 1)), n, "trials")

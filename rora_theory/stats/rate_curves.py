@@ -257,7 +257,7 @@ def best_rates(curves: Sequence[Curve]) -> "pd.DataFrame":
             | {"seeds": len(curve.losses), "edge": curve.edge}
             | {"error_over": logs.over}
         )
-    return frames.of(rows, BEST_COLUMNS)
+    return frames.from_rows(rows, BEST_COLUMNS)
 
 
 def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
@@ -289,7 +289,7 @@ def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
         row |= {"verdict": slopes.trend(fit) if len(used[0].losses) > 1 else "undecided"}
         row |= {**predicted, "nearest": nearest}
         rows.append(row)
-    return frames.of(rows, RATE_SLOPE_COLUMNS)
+    return frames.from_rows(rows, RATE_SLOPE_COLUMNS)
 
 
 def describe_slopes(slopes: "pd.DataFrame") -> str:

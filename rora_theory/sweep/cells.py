@@ -11,7 +11,7 @@ from rora_theory import adapters, llama
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.io import frames
 from rora_theory.runs.cells import ERROR, FOLDERS
-from rora_theory.runs.reading import as_json, finished, key_of, read_manifest
+from rora_theory.runs.reading import as_json, key_of, read_finished_cells, read_manifest
 from rora_theory.scaling import scaling_factor
 from rora_theory.sweep.design import BASE, METHODS, Design, rates_of
 from rora_theory.sweep.records import RecordSplit
@@ -137,14 +137,14 @@ def cells_of(
 def replace_with_scored(cells: Sequence[SweepCell], folder: Path) -> list[SweepCell]:
     """Replace each cell without scoring by the same cell with scoring, if a run folder has finished that one."""
     manifest = read_manifest(folder, ("config",))
-    evaluation, done = manifest and manifest["config"].get("evaluation"), finished(folder)
+    evaluation, done = manifest and manifest["config"].get("evaluation"), read_finished_cells(folder)
     scored_cells = [cell if cell.evaluation else replace(cell, evaluation=evaluation) for cell in cells]
     return [scored if key_of(scored) in done else cell for cell, scored in zip(cells, scored_cells, strict=True)]
 
 
 def cell_states(cells: Sequence[SweepCell], folder: Path) -> list[dict[str, Any]]:
     """Return the cells, see `replace_with_scored`, with their ``key`` and their ``state``: done, failed or new."""
-    rows, done = [], finished(folder)
+    rows, done = [], read_finished_cells(folder)
     for cell in replace_with_scored(cells, folder):
         key = key_of(cell)
         state = "done" if key in done else "failed" if (folder / FOLDERS / key / ERROR).exists() else "new"

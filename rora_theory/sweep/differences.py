@@ -99,7 +99,7 @@ def difference_table(differences: Iterable[Difference]) -> pd.DataFrame:
         for task, accuracy in difference.tasks.items():
             rows[-1] |= {task: accuracy.value, f"{task}_error": accuracy.error}
     names = [column.name for column in fields(Difference) if column.name != "tasks"]
-    return frames.of(rows, [*names, *(f"{task}{suffix}" for task in TASKS for suffix in ("", "_error"))])
+    return frames.from_rows(rows, [*names, *(f"{task}{suffix}" for task in TASKS for suffix in ("", "_error"))])
 
 
 def method_differences(rows: pd.DataFrame, cells: Path) -> Iterator[Difference]:

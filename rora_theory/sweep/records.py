@@ -67,7 +67,7 @@ def draw_records(
       InputError: If a number or seed is out of range, or if a file is missing or invalid, has too few records for its
         share, or has texts without answers.
     """
-    check_integer("held_out", held_out, least=2)
+    check_integer("held_out", held_out, minimum=2)
     if train_records is not None:
         check_integer("train_records", train_records)
     check_seed(seed, "data_seed")

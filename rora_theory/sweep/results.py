@@ -14,7 +14,7 @@ from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Sample
 from rora_theory.finetune.held_out import RecordLoss
 from rora_theory.io import files, frames
-from rora_theory.runs.reading import CELLS, Finished, finished, key_of
+from rora_theory.runs.reading import CELLS, FinishedCell, key_of, read_finished_cells
 from rora_theory.stats.rate_optimum import grid_gap
 from rora_theory.sweep.cells import SweepCell
 from rora_theory.sweep.design import BASE, METHODS
@@ -45,7 +45,7 @@ GROUP = ["model", "method", "rank", "alpha"]
 """Columns that identify the cells among which a learning rate is chosen."""
 
 
-def results_table(cells: Iterable[Finished]) -> pd.DataFrame:
+def results_table(cells: Iterable[FinishedCell]) -> pd.DataFrame:
     """Return `results.csv`, sorted by base, method in the order of `METHODS`, rank, alpha, learning rate and seed.
 
     If the same training has a cell with scores and one without, only the cell with scores has a row.
@@ -53,7 +53,7 @@ def results_table(cells: Iterable[Finished]) -> pd.DataFrame:
     all_rows = [_row(cell) for cell in cells]
     scored = {_training(row) for row in all_rows if row["evaluation"] and row["status"] == "complete"}
     selected = [row for row in all_rows if row["evaluation"] or _training(row) not in scored]
-    rows = frames.of(sorted(selected, key=_order), COLUMNS)
+    rows = frames.from_rows(sorted(selected, key=_order), COLUMNS)
     marked = rows.drop(columns="best_rate").merge(marked_rates(rows), how="left", on=[*GROUP, "learning_rate"])
     return marked[list(COLUMNS)]
 
@@ -66,7 +66,7 @@ def read_results(folder: Path, cells: Sequence[SweepCell] | None = None) -> pd.D
       cells: Cells to include; None includes all.
     """
     keys = None if cells is None else {key_of(cell) for cell in cells}
-    return results_table(cell for key, cell in finished(folder).items() if keys is None or key in keys)
+    return results_table(cell for key, cell in read_finished_cells(folder).items() if keys is None or key in keys)
 
 
 def cell_file(cells: Path, key: object, name: str) -> Path:
@@ -174,7 +174,7 @@ def write_losses(path: Path, held_out: Sequence[tuple[str, int, AnyRecord]], los
       InputError: If the file can't be written.
     """
     rows = [{"file": name, "index": i} | vars(loss) for (name, i, _), loss in zip(held_out, losses, strict=True)]
-    files.write_whole(path, frames.to_csv(frames.of(rows, LOSS_COLUMNS)))
+    files.write_whole(path, frames.to_csv(frames.from_rows(rows, LOSS_COLUMNS)))
 
 
 def write_answers(path: Path, samples: Sequence[Sample]) -> None:
@@ -184,7 +184,7 @@ def write_answers(path: Path, samples: Sequence[Sample]) -> None:
       InputError: If the file can't be written.
     """
     rows = [vars(sample) | {"correct": int(sample.correct)} for sample in samples]
-    files.write_whole(path, frames.to_csv(frames.of(rows, ANSWER_COLUMNS)))
+    files.write_whole(path, frames.to_csv(frames.from_rows(rows, ANSWER_COLUMNS)))
 
 
 def read_losses(path: Path) -> pd.DataFrame:
@@ -215,13 +215,13 @@ def _check_numbers(path: Path, frame: pd.DataFrame, integers: Sequence[str], rea
     return frame
 
 
-def _row(cell: Finished) -> dict[str, Any]:
+def _row(cell: FinishedCell) -> dict[str, Any]:
     """Return a cell's configuration and result as a row; raise `InputError` for values of a wrong type."""
     with files.naming_damage(f"{CELLS}: key {cell.key}"):
         return _columns_of(cell)
 
 
-def _columns_of(cell: Finished) -> dict[str, Any]:
+def _columns_of(cell: FinishedCell) -> dict[str, Any]:
     config = cell.cell
     row = {name: config[name] for name in ("model", "method", "rank", "alpha", "gamma", "learning_rate", "seed")}
     row |= {"key": cell.key, "training": config["training"], "evaluation": config["evaluation"]}

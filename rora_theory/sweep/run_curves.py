@@ -77,7 +77,7 @@ def rate_loss_table(runs: Sequence[TrainedRun]) -> "pd.DataFrame":
         | {"loss_held_out": run.loss}
         for run in runs
     ]
-    return frames.of(rows, COLUMNS)
+    return frames.from_rows(rows, COLUMNS)
 
 
 def compare_by_records(curves: Sequence[Curve], runs: Sequence[TrainedRun]) -> list[Comparison]:

@@ -79,7 +79,7 @@ def read_runs(folder: Path, *, model: str | None = None, loss: Loss = "validatio
 
 
 def _check_seal(folder: Path, within: str = "") -> None:
-    problem = seals.problem(folder, within)
+    problem = seals.describe_problem(folder, within)
     if problem is not None:
         raise InputError(f"{problem}. Use the file as sims.rank_sweep wrote it.")
 

@@ -116,7 +116,7 @@ class Workbench:
           Remarks about the model for the user; empty if it was in memory.
 
         Raises:
-          LackingError: If the model was located on another machine and is missing on this one.
+          MissingModelError: If the model was located on another machine and is missing on this one.
           InputError: If `llama.load` or `tokenize` refuses a value, a held-out record is longer than the context, or
             the chat template needs a date that is not set.
         """

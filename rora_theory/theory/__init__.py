@@ -1,5 +1,5 @@
 """Exact laws of an adapter's steps, with the samplers and the automatic differentiation that test them."""
 
-from rora_theory import lazily
+from rora_theory import lazy_modules
 
-__getattr__, __dir__ = lazily.attributes(__name__)
+__getattr__, __dir__ = lazy_modules.attributes(__name__)

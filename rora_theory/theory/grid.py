@@ -76,7 +76,7 @@ class StepGrid:
                     f"--draws must be at most {MAX_DRAWS:,} (a relative error of {MIN_RELATIVE_ERROR:.0e} in E[w^2], "
                     f"one hundredth of the default), got {self.draws}"
                 )
-            check_unread(self, "relative_error", beside="--draws")
+            check_unread(self, "relative_error", conflicts_with="--draws")
         check_seed(self.seed, "--seed")
         # Size of every scaling and step, as decimal exponents.
         for rank, optimizer in itertools.product(self.ranks, self.optimizers):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from rora_theory.io import frames
-from rora_theory.optimizers import WORDS, OptimizerName
+from rora_theory.optimizers import DISPLAY_NAMES, OptimizerName
 from rora_theory.stats import slopes
 from rora_theory.stats.estimate import ROUNDING, over_seeds
 from rora_theory.toy.dynamics import Measures, Model
@@ -60,7 +60,7 @@ def summarise_seeds(table: pd.DataFrame) -> pd.DataFrame:
             line[name] = mean.value
             line[f"{name}_se"] = mean.error if mean.has_error else None
         rows.append(line)
-    return frames.of(rows, MEAN_COLUMNS)
+    return frames.from_rows(rows, MEAN_COLUMNS)
 
 
 def exponent_fits(table: pd.DataFrame) -> pd.DataFrame:
@@ -172,7 +172,7 @@ def answers(
             if optimizer not in optimizers or not freeze_control or 1.0 not in kappas:
                 continue
             both, frozen = (_line(fits, model, optimizer, "delta_frobenius", 1.0, trained) for trained in ("both", "B"))
-            question = f"{model}, {WORDS[optimizer]}: exponent of |dM|_F changes once A moves?"
+            question = f"{model}, {DISPLAY_NAMES[optimizer]}: exponent of |dM|_F changes once A moves?"
             trained_slopes, frozen_slopes = (slopes_at_constant_gamma(rows, power) for rows in (both, frozen))
             figures = f"under alpha/r, plus {power}: A trained: {trained_slopes}; A frozen: {frozen_slopes}"
             listed.append(Answer(question, exponent_change(both, frozen), figures))

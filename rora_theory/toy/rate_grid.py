@@ -167,7 +167,7 @@ def cell_rows(grid: RateGrid, cell: GridCell) -> list[dict[str, Any]]:
 
 def losses(grid: RateGrid) -> "pd.DataFrame":
     """Compute the losses of all cells, one row per seed and rate."""
-    return frames.of([row for cell in rate_cells(grid) for row in cell_rows(grid, cell)], COLUMNS)
+    return frames.from_rows([row for cell in rate_cells(grid) for row in cell_rows(grid, cell)], COLUMNS)
 
 
 def curves_of_losses(table: "pd.DataFrame", judge: JudgedLoss = "held_out") -> list[Curve]:

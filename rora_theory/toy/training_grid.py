@@ -2,7 +2,7 @@
 
 grid = TrainingGrid(ranks=(4, 64), optimizers=("sgd",), models=("linear",))
 rows = [row for cell in training_cells(grid) for row in training_rows(grid, cell)]
-fits = exponents.exponent_fits(frames.of(rows, COLUMNS))
+fits = exponents.exponent_fits(frames.from_rows(rows, COLUMNS))
 grid_answers(grid, fits)
 """
 

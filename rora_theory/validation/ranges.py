@@ -1,4 +1,6 @@
-"""Ranges of a configuration's numbers, declared in the types of its fields and checked where it is made.
+"""Validate the numbers of a configuration by ranges that are declared in the types of its fields.
+
+Call `check_ranges` where the configuration is created:
 
 @dataclass(frozen=True)
 class Config:
@@ -18,31 +20,32 @@ from rora_theory.scaling import check_integer, check_not_negative, check_positiv
 from rora_theory.validation.rules import option_of
 
 Check = Callable[[str, Any], None]
-"""Raises `InputError` unless a value is in range; the first argument is what the value is called."""
+"""Function of a name and a value that raises `InputError` unless the value is in range."""
 
-Natural = Annotated[int, partial(check_integer, least=0)]
-"""An integer of 0 or more."""
-Count = Annotated[int, partial(check_integer, least=1)]
-"""An integer of 1 or more."""
-Plural = Annotated[int, partial(check_integer, least=2)]
-"""An integer of 2 or more."""
+Natural = Annotated[int, partial(check_integer, minimum=0)]
+"""Integer of 0 or more."""
+Count = Annotated[int, partial(check_integer, minimum=1)]
+"""Integer of 1 or more."""
+Plural = Annotated[int, partial(check_integer, minimum=2)]
+"""Integer of 2 or more."""
 Positive = Annotated[float, check_positive]
-"""A finite number above 0."""
+"""Finite number above 0."""
 NotNegative = Annotated[float, check_not_negative]
-"""A finite number of 0 or more."""
+"""Finite number of 0 or more."""
 Share = Annotated[float, check_share]
-"""A number above 0, at most 1."""
+"""Number above 0 and at most 1."""
 
 
-def check_ranges(config: Any, called: Callable[[str], str] = option_of) -> None:
-    """Check every field of a dataclass whose type declares a range; None is in the range of an optional one.
+def check_ranges(config: Any, name_field: Callable[[str], str] = option_of) -> None:
+    """Check every field of a dataclass whose type declares a range. Optional fields may be None.
 
     Args:
-      config: the dataclass.
-      called: what a field is called in an error; by default as its option, ``--batch-size``.
+      config: Dataclass instance.
+      name_field: Function that returns the name of a field for error messages; by default its option, such as
+        ``--batch-size``.
 
     Raises:
-      InputError: a value out of its range; names the field, the value and what is accepted.
+      InputError: A value is out of its range.
 
     Examples:
       >>> from dataclasses import dataclass
@@ -51,33 +54,33 @@ def check_ranges(config: Any, called: Callable[[str], str] = option_of) -> None:
       ...     batch_size: Count = 16
       >>> check_ranges(Config(0))
       Traceback (most recent call last):
-      rora_theory.errors.InputError: --batch-size is 0; accepted is an integer of 1 or more
+      rora_theory.errors.InputError: --batch-size must be an integer of 1 or more, got 0
     """
     kind: Any = type(config)
     for name, (check, optional) in _ranges(kind).items():
         value = getattr(config, name)
         if value is not None or not optional:
-            check(called(name), value)
+            check(name_field(name), value)
 
 
 @cache
 def _ranges(kind: Any) -> dict[str, tuple[Check, bool]]:
-    """Check of every field that has a range, and whether it may be None; a field declared anew keeps its range."""
-    found: dict[str, tuple[Check, bool]] = {}
-    for each in reversed(kind.__mro__):
-        for name, hint in get_type_hints(each, include_extras=True).items():
+    """Return the check of each field with a range, and whether it may be None. Redeclared fields keep their range."""
+    checks: dict[str, tuple[Check, bool]] = {}
+    for base in reversed(kind.__mro__):
+        for name, hint in get_type_hints(base, include_extras=True).items():
             for check in _checks(hint):
-                found[name] = check, type(None) in get_args(hint)
-    return found
+                checks[name] = check, type(None) in get_args(hint)
+    return checks
 
 
 def _checks(hint: Any) -> list[Check]:
-    """The checks of a type: its own, or those of the members of a union."""
+    """Return the checks of a type, or of the members of a union."""
     if get_origin(hint) is Annotated:
-        return [each for each in get_args(hint)[1:] if each in _ALL]
+        return [annotation for annotation in get_args(hint)[1:] if annotation in _ALL]
     if get_origin(hint) in (Union, UnionType):
         return [check for member in get_args(hint) for check in _checks(member)]
     return []
 
 
-_ALL = [get_args(each)[1] for each in (Natural, Count, Plural, Positive, NotNegative, Share)]
+_ALL = [get_args(range_type)[1] for range_type in (Natural, Count, Plural, Positive, NotNegative, Share)]

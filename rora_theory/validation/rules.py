@@ -1,4 +1,7 @@
-"""Lists of ranks, of steps, and of scaling rules that meet at one rank, so that runs differ in the exponent alone."""
+"""Validate lists of ranks, steps, seeds and scaling rules, and options that have no effect.
+
+Scaling rules give the same gamma at a reference rank, so that runs differ in the exponent alone.
+"""
 
 import itertools
 from collections.abc import Collection, Iterator, Sequence
@@ -10,11 +13,11 @@ from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import KAPPAS, Rule, alpha_for, check_integer, check_positive, check_rank, exponent
 
 USUAL_RANKS = (8, 128)
-"""Most users choose among these: exponents in the rank are told between them."""
+"""Range of common ranks, over which exponents in the rank are reported."""
 
 
 def name_of(rule: Rule) -> str:
-    """What results call a rule: its name, or its exponent.
+    """Return the name of a rule in results: its name, or its exponent.
 
     Examples:
       >>> name_of("rora"), name_of(0.25)
@@ -24,31 +27,31 @@ def name_of(rule: Rule) -> str:
 
 
 def check_rule(option: str, rule: Rule) -> None:
-    """Raise `InputError` unless ``rule`` is the name of one or a finite exponent."""
+    """Raise `InputError` unless a rule is a known name or a finite exponent."""
     try:
         exponent(rule)
     except InputError:
         raise InputError(
-            f"{option} has {rule!r}; accepted are {', '.join(KAPPAS)} or a finite exponent such as 0.25"
+            f"{option} must be {', '.join(KAPPAS)} or a finite exponent such as 0.25, got {rule!r}"
         ) from None
 
 
 def check_rules(rules: Sequence[Rule], option: str = "--rules") -> None:
-    """Raise `InputError` unless there is a rule, and none comes twice under whatever name."""
+    """Raise `InputError` unless there is a rule and all rules have different exponents."""
     if not rules:
-        raise InputError(f"{option} is empty; accepted is at least one rule")
+        raise InputError(f"{option} must have at least one rule, got none")
     for rule in rules:
         check_rule(option, rule)
     if len({exponent(rule) for rule in rules}) != len(rules):
-        words = " ".join(map(name_of, rules))
-        raise InputError(f"{option} has one rule twice ({words}); accepted are different rules")
+        names = " ".join(map(name_of, rules))
+        raise InputError(f"{option} must have different rules, got one rule twice: {names}")
 
 
 def alpha_at(rule: Rule, *, gamma: float, reference_rank: int) -> float:
-    """The alpha with which ``rule`` gives the scaling ``gamma`` at ``reference_rank``.
+    """Compute the alpha with which a rule gives the scaling ``gamma`` at ``reference_rank``.
 
     Raises:
-      InputError: a gamma or rank out of range.
+      InputError: The scaling or the rank is out of range.
     """
     check_positive("--gamma", gamma)
     try:
@@ -65,17 +68,17 @@ def check_alphas(rules: Sequence[Rule], *, gamma: float, reference_rank: int) ->
 
 
 def option_of(name: str) -> str:
-    """What the option of a dataclass's field is called."""
+    """Return the name of the command-line option of a dataclass's field."""
     return "--" + name.replace("_", "-")
 
 
 def as_words(value: object) -> str:
-    """A value as a command line has it."""
+    """Return a value as it is written on a command line."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def listed(values: Sequence[int]) -> str:
-    """Return one or more whole numbers as a sentence lists them.
+    """Return one or more integers as a list in a sentence.
 
     Examples:
       >>> listed([1]), listed((1, 2)), listed((1, 2, 4))
@@ -85,28 +88,31 @@ def listed(values: Sequence[int]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def check_unread(config: Any, *names: str, without: str = "", beside: str = "") -> None:
-    """Raise `InputError` where an option that nothing would read is not at its default.
+def check_unread(config: Any, *names: str, requires: str = "", conflicts_with: str = "") -> None:
+    """Raise `InputError` if an option that has no effect differs from its default. Pass one of the two reasons.
 
     Args:
-      config: a dataclass.
-      names: of its fields; of one that is a dataclass every option is meant.
-      without: what is not given, but would have them read; or
-      beside: what is given, and is read in their place.
+      config: Dataclass instance.
+      *names: Names of its fields; a field that is a dataclass stands for all its options.
+      requires: Missing option without which the fields have no effect.
+      conflicts_with: Present option with which the fields have no effect.
+
+    Raises:
+      InputError: A field differs from its default.
     """
     for field in fields(config):
         if field.name in names:
             default = field.default if field.default_factory is MISSING else field.default_factory()
             for name, value in _changed(field.name, getattr(config, field.name), default):
                 option = option_of(name)
-                why = f"without {without}; accepted is to give {without} too, or to leave {option} out"
-                if beside:
-                    why = f"beside {beside}; accepted is to leave one of the two out, {option} or {beside}"
-                raise InputError(f"{option} is {as_words(value)}, which nothing reads {why}")
+                reason = f"without {requires}. Add {requires} or remove {option}."
+                if conflicts_with:
+                    reason = f"with {conflicts_with}. Remove {option} or {conflicts_with}."
+                raise InputError(f"{option} {as_words(value)} has no effect {reason}")
 
 
 def _changed(name: str, value: Any, default: Any) -> Iterator[tuple[str, Any]]:
-    """The options of a value that are not as in its default."""
+    """Yield the options of a value that differ from its default, with their values."""
     if is_dataclass(value):
         for field in fields(value):
             yield from _changed(field.name, getattr(value, field.name), getattr(default, field.name))
@@ -115,30 +121,30 @@ def _changed(name: str, value: Any, default: Any) -> Iterator[tuple[str, Any]]:
 
 
 def check_list(option: str, values: Sequence[object], *, fewest: int = 1) -> None:
-    """Raise `InputError` unless there are at least ``fewest`` values and none comes twice."""
+    """Raise `InputError` unless there are at least ``fewest`` values and all values are different."""
     if len(values) < fewest:
-        raise InputError(f"{option} has {len(values)} values; accepted are {fewest} or more")
+        raise InputError(f"{option} must have {fewest} or more values, got {len(values)}")
     if len(set(values)) != len(values):
-        raise InputError(f"{option} repeats a value ({' '.join(map(str, values))}); accepted are different ones")
+        raise InputError(f"{option} must have different values, got {' '.join(map(str, values))}")
 
 
 def check_choices(option: str, values: Sequence[str], accepted: Collection[str], *, fewest: int = 1) -> None:
-    """`check_list`, and raise `InputError` for a value that is not among ``accepted``."""
+    """Check a list as `check_list` does, and that each value is one of the accepted values."""
     check_list(option, values, fewest=fewest)
     for value in values:
         if value not in accepted:
-            raise InputError(f"{option} has {value!r}; accepted are {', '.join(accepted)}")
+            raise InputError(f"{option} must be among {', '.join(accepted)}, got {value!r}")
 
 
 def check_seeds(seeds: Sequence[int], *, fewest: int = 1) -> None:
-    """`check_list`, and raise `InputError` for a seed out of range."""
+    """Check a list as `check_list` does, and that each value is a valid seed."""
     check_list("--seeds", seeds, fewest=fewest)
     for seed in seeds:
         check_seed(seed, "--seeds")
 
 
 def check_ranks(ranks: Sequence[int], *, fewest: int = 2) -> None:
-    """Raise `InputError` unless ``ranks`` has at least ``fewest`` different integers of 1 or more."""
+    """Raise `InputError` unless ranks are at least ``fewest`` different integers of 1 or more."""
     check_list("--ranks", ranks, fewest=fewest)
     for rank in ranks:
         try:
@@ -150,5 +156,5 @@ def check_ranks(ranks: Sequence[int], *, fewest: int = 2) -> None:
 def check_steps(steps: Sequence[int]) -> None:
     """Raise `InputError` unless steps ascend strictly from 1 or more."""
     if not steps or steps[0] < 1 or any(a >= b for a, b in itertools.pairwise(steps)):
-        raise InputError(f"steps are {' '.join(map(str, steps))}; accepted are ascending integers of 1 or more")
-    check_integer("the last of the steps", steps[-1])
+        raise InputError(f"steps must be ascending integers of 1 or more, got {' '.join(map(str, steps))}")
+    check_integer("the last step", steps[-1])

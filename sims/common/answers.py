@@ -7,7 +7,7 @@ errors still go to standard error.
 import io
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,6 +17,9 @@ from sims.common import tables
 
 _asked: "tuple[TextIO, dict[str, Any]] | None" = None
 """Where ``--json`` was given: the command's own standard output, and what it has said."""
+
+listeners: list[Callable[[str, list[str]], None]] = []
+"""Functions called with every answer that is printed, and the warnings about it."""
 
 
 def ask() -> None:
@@ -32,6 +35,8 @@ def say(sentence: str, warnings: Iterable[str] = (), /, **more: Any) -> None:
     known = list(warnings)
     for one in (sentence, *known):
         tables.print_text(one)
+    for listener in listeners:
+        listener(sentence, known)
     if _asked is not None:
         _asked[1].update(as_json(more) | {"answer": sentence, "warnings": known})
 

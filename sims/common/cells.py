@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rora_theory.io import frames
 from rora_theory.runs import cells as engine
-from rora_theory.runs.cells import Cell, Ended, Runner, Work, in_process
+from rora_theory.runs.cells import Cell, CellOutcome, Runner, Work, in_process
 from rora_theory.runs.folder import RunFolder
 from sims.common.progress import progress_bar
 
@@ -30,15 +30,15 @@ def run_with_bar(
     """
     nodes: Counter[str] = Counter()
 
-    def done(index: int, value: Any, ended: Ended) -> None:
+    def done(index: int, value: Any, ended: CellOutcome) -> None:
         nodes.update([ended.node] if ended.node else [])
         if words is not None:
             print(f"[{index + 1}/{len(cells)}] {cells[index]}: {words(value)}, {ended.seconds:.0f} s", flush=True)
 
     with progress_bar(title, len(cells), fields="{cell}") as bar:
         found = engine.run_cells(
-            cells, work, folder, runner=runner, begun=lambda cell, passed: bar.reach(passed, cell=cell), done=done,
-            write=write,
+            cells, work, folder, runner=runner, on_start=lambda cell, passed: bar.reach(passed, cell=cell),
+            on_finish=done, write=write,
         )  # fmt: skip
     if nodes:
         shares = ", ".join(f"{count} on node {node}" for node, count in nodes.most_common())
@@ -59,7 +59,7 @@ def run_table(
     """`run_with_bar` where a cell's result is rows of a table: the table, also written as the cells come."""
 
     def table(parts: list[Any]) -> "pd.DataFrame":
-        return frames.of((row for part in parts for row in part), columns)
+        return frames.from_rows((row for part in parts for row in part), columns)
 
     def write(parts: list[Any]) -> None:
         folder.write_frame(table(parts), name)

@@ -96,7 +96,7 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, *, descriptio
       description: of the command.
 
     Raises:
-      InputError: an unknown or renamed option, a value that is missing or can't be read, a word that is not UTF-8, an
+      InputError: an unknown option, a value that is missing or can't be read, a word that is not UTF-8, an
         integer that no array or key holds, or an ``out`` that can't be written to; names the file and the key where
         that stands in a file.
       SystemExit: after ``--help`` and ``--version``, with status 0.
@@ -267,7 +267,7 @@ def run(main: Callable[[], object]) -> None:
     except BaseException as error:
         how, said, status = _ending(error)
         resumable = folder.count_open() > before
-        folder.end_all(how, said, but=before)
+        folder.end_all(how, said, skip=before)
         if status is None:
             raise
         if said is not None:
@@ -279,7 +279,7 @@ def run(main: Callable[[], object]) -> None:
         sys.exit(status)
     finally:
         _library.propagate = True
-        folder.end_all("failed", but=before)
+        folder.end_all("failed", skip=before)
         cluster.leave()
 
 

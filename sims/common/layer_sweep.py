@@ -10,10 +10,12 @@ from rora_theory.measure.layers import layer_data, layer_grid
 from rora_theory.runs.devices import describe, pick
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flat
+from rora_theory.runs.summary import key_figures
 from rora_theory.theory.grid import StepGrid
 from rora_theory.validation.rules import USUAL_RANKS
 from sims.common import answers, tables
 from sims.common.cells import Runner, in_process, run_table
+from sims.common.summaries import summarised
 
 NAME = "variance_sweep_layers"
 
@@ -31,8 +33,11 @@ def run(path: Path, grid: StepGrid, *, out: Path | None = None, runner: Runner =
         return layer_grid.layer_rows(grid, layers, cell)
 
     results = run_table(cells, work, folder, layer_grid.COLUMNS, runner=runner, title="real layers")
+    quartiles, scope = ("lower_quartile", "upper_quartile"), ("layer", "split", "optimizer")
+    ranks = key_figures(crossings, "crossing rank", "crossing_rank", None, over="tokens", bounds=quartiles, scope=scope)
+    with summarised(folder, ranks):
+        report(results, crossings)
     folder.finish()
-    report(results, crossings)
     answers.tell_files(folder.path)
 
 

@@ -1,4 +1,4 @@
-"""A command's options by name: those of a YAML file as words of a command line, and spellings of earlier versions."""
+"""A command's options by name: those of a YAML file as words of a command line."""
 
 import dataclasses
 import itertools
@@ -17,26 +17,6 @@ from rora_theory.io import files
 FILE = "--config"
 LARGEST = 1 << 16
 """Maximum size of a file of options, in bytes."""
-
-RENAMED: dict[str, tuple[str, ...]] = {
-    "adam-rate": ("adam-lr",),
-    "adam-rates": ("adam-lrs",),
-    "batch": ("batch-size",),
-    "data": ("replicas",),
-    "heldout-items": ("held-out",),
-    "items": ("batch-size",),
-    "learning-rate": ("lr", "lrs"),
-    "max-steps": ("steps",),
-    "momentum-rate": ("momentum-lr",),
-    "rate": ("lr", "tflops"),
-    "rates": ("lrs",),
-    "seed": ("seeds",),
-    "sgd-rate": ("sgd-lr",),
-    "sgd-rates": ("sgd-lrs",),
-    "validation": ("held-out",),
-}
-"""Spellings of earlier versions, each with what it became: the first of them that a command has, where the old spelling
-is no option of that command any more."""
 
 
 def of(config: type) -> dict[str, Any]:
@@ -58,19 +38,16 @@ def of(config: type) -> dict[str, Any]:
 
 
 def check_words(words: Sequence[str], known: Mapping[str, Any]) -> None:
-    """Refuse spellings of earlier versions: options that were renamed, and flags with a value.
+    """Refuse flags with a value.
 
     Raises:
-      InputError: names what is accepted now.
+      InputError: A flag has a value.
     """
     for word, following in itertools.pairwise([*words, ""]):
         name, equals, value = word.partition("=")
         if not name.startswith("--"):
             continue
         option = name[2:].replace("_", "-")
-        new = [one for one in RENAMED.get(option, ()) if one in known]
-        if new and option not in known:
-            raise InputError(f"{name} was renamed; accepted is --{new[0]}")
         value = value if equals else following
         if known.get(option) is bool and (equals or value.lower() in ("true", "false")):
             raise InputError(f"{name} is a flag and takes no {value!r}; accepted are --{option} and --no-{option}")
@@ -151,9 +128,7 @@ def _read(path: Path, known: Mapping[str, Any]) -> FileOptions:
         if options.count(option) > 1:  # the parser would take the last
             raise InputError(f"{path}: key {option}: is there {options.count(option)} times; accepted is once")
         if option not in known:
-            new = [one for one in RENAMED.get(option, ()) if one in known]
-            what = f"was renamed; accepted is {new[0]}" if new else f"is no option; accepted are {', '.join(known)}"
-            raise InputError(f"{path}: key {key}: {what}")
+            raise InputError(f"{path}: key {key}: is no option; accepted are {', '.join(known)}")
         read.words[option] = list(_words(path, option, value, known[option]))
     return read
 

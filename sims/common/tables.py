@@ -22,6 +22,8 @@ HEAD = 10  # heads of figures fold to no less than this
 GAP = 2  # spaces between columns; the box has one more at either end
 collect: Callable[[Mapping[str, Any]], None] | None = None
 """Takes every table that is printed, where one is set (see `answers`)."""
+listeners: list[Callable[[str, Sequence[str], Sequence[Sequence[str]], int], None]] = []
+"""Functions called with the title, the columns, the cells and the number of text columns of every printed table."""
 
 
 def print_table(
@@ -51,6 +53,8 @@ def print_table(
     console = Console()
     given = [list(row) for row in rows]
     cells = [[str(cell) for cell in row] for row in given]
+    for listener in listeners:
+        listener(title, columns, cells, left)
     if collect is not None:
         own = [dict(zip(columns, row, strict=True)) for row in given] if records is None else records
         collect({"title": title, "rows": own})

@@ -14,8 +14,8 @@ from rora_theory.runs.cells import in_process
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"workers": 0}, r"--workers is 0; accepted is an integer of 1 or more"),
-        ({"cell_cpus": 0.0}, r"--cell-cpus is 0\.0; accepted is a finite number above 0"),
+        ({"workers": 0}, r"--workers must be an integer of 1 or more, got 0"),
+        ({"cell_cpus": 0.0}, r"--cell-cpus must be a finite number above 0, got 0\.0"),
         ({"cell_gpus": -1.0}, r"--cell-gpus is -1\.0"),
         ({"cell_memory": float("nan")}, r"--cell-memory is nan"),
         ({"workers": 2, "address": "auto"}, r"accepted is one of them"),

@@ -120,7 +120,7 @@ def meanwhile(act: Callable[[], None]) -> Iterator[None]:
 def test_the_bytes_of_one_process(nodes, whole, tmp_path, capfd, monkeypatch, shared) -> None:
     """Of workers that see the run folder, and of such that see none: their files come through Ray."""
     if not shared:
-        monkeypatch.setattr(driver, "lock_of", lambda _: "another")
+        monkeypatch.setattr(driver, "read_lock", lambda _: "another")
     out = tmp_path / "out"
     squares.main(str(out), str(tmp_path), "--address", nodes.address)
     assert files(out) == whole
@@ -188,9 +188,9 @@ def lines(out: Path) -> list[str]:
 
 
 def test_a_worker_s_other_software_is_in_the_manifest(nodes, tmp_path, monkeypatch, capfd) -> None:
-    there = software.circumstances()
+    there = software.environment()
     here = there | {"python": "3.0.0"}
-    monkeypatch.setattr(driver.software, "circumstances", lambda: here)
+    monkeypatch.setattr(driver.software, "environment", lambda: here)
     squares.main(str(tmp_path / "out"), str(tmp_path), "--address", nodes.address)
     (session,) = json.loads((tmp_path / "out" / "manifest.json").read_text())["sessions"]
     assert session["python"] == "3.0.0"
@@ -246,7 +246,7 @@ def test_a_model_that_workers_lack_is_put_once(nodes, tmp_path, monkeypatch) -> 
     assert runner is not None
     begun: list[int] = []
     todo = [(cell, tmp_path / "out" / "cells" / str(cell.side)) for cell in squares.cells(tmp_path)]
-    found = {one.place: one.result for one in runner(work, todo, begun.append)}
+    found = {one.position: one.result for one in runner(work, todo, begun.append)}
     assert sorted(found) == sorted(begun) == list(range(6)), "begun is said once"
     kept = Path(os.environ["XDG_CACHE_HOME"]) / "rora-theory" / "models" / sha256 / "tiny"
     expected = (str(kept), (folder / "model.safetensors").read_bytes(), "bfloat16", True, [0, 1, 2])
@@ -313,7 +313,7 @@ def test_a_cell_that_takes_two_gpus_has_both_of_a_node(nodes, tmp_path) -> None:
         runner = ClusterConfig(address=nodes.address, cell_gpus=gpus).runner()
         assert runner is not None
         todo = [(cell, tmp_path / str(gpus) / "cells" / str(cell.side)) for cell in squares.cells(tmp_path, 2)]
-        assert sorted(one.place for one in runner(squares.work, todo, lambda _: None)) == [0, 1]
+        assert sorted(one.position for one in runner(squares.work, todo, lambda _: None)) == [0, 1]
         assert {place.split()[1] for side in (1, 2) for place in squares.attempts(tmp_path, side)} <= seen
         for mark in tmp_path.glob("*.begun"):
             mark.unlink()
@@ -332,8 +332,8 @@ def test_cells_take_the_memory_that_is_planned_for_each(nodes, large, tmp_path) 
     todo = [(cell, tmp_path / "out" / "cells" / str(cell.side)) for cell in squares.cells(tmp_path, 4)]
     ended = {}
     for one in runner(squares.work, todo, lambda _: None):
-        ended[one.place + 1] = one.node
-        if one.place + 1 == 3:
+        ended[one.position + 1] = one.node
+        if one.position + 1 == 3:
             until(lambda: any(squares.attempts(tmp_path, side) for side in most))
             time.sleep(0.5)
             assert sum(len(squares.attempts(tmp_path, side)) for side in most) == 1

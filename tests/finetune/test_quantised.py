@@ -97,8 +97,7 @@ def test_the_program_takes_the_memory_of_the_blocks_and_makes_one_layer_dense():
 def test_a_run_is_known_by_its_quantization(kind):
     """The plain one by nothing: it is the run it was before there was a choice."""
     found = FinetuneConfig(quantization=kind).settings()
-    assert found.get("quantization", "none") == kind
-    assert ("quantization" in found) == (kind != "none")
+    assert found["quantization"] == kind
 
 
 def test_weights_that_are_trained_are_none_of_the_frozen_base():

@@ -17,7 +17,7 @@ PATH = Path(__file__).parents[2] / "results" / "published" / "audit" / "findings
 def findings() -> pd.DataFrame:
     """Return every finding of the audit as a row."""
     rows = map(dataclasses.asdict, audit.audit(published.published_rows(), published.claims()))
-    return frames.of(rows, [field.name for field in dataclasses.fields(audit.Finding)])
+    return frames.from_rows(rows, [field.name for field in dataclasses.fields(audit.Finding)])
 
 
 if __name__ == "__main__":

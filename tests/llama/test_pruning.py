@@ -157,7 +157,7 @@ def test_a_plan_keeps_the_share_and_no_more(share) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"share": 0.0}, "share is 0.0; accepted is a number above 0, at most 1"),
+        ({"share": 0.0}, "share must be a number above 0 and at most 1, got 0.0"),
         ({"share": 1.5}, "share is 1.5"),
         ({"share": 0.1}, "share is 0.1, .* parameters; accepted is at least 0.21"),
         ({"share": 0.5, "layers": 31}, "layers is 31; accepted are 1 to 30, the model's"),

@@ -28,7 +28,7 @@ def test_rows_are_the_law_s_within_their_errors() -> None:
     cells = layer_grid.layer_cells(GRID, LAYERS)
     rows = [row for cell in cells for row in layer_grid.layer_rows(GRID, LAYERS, cell)]
     assert {tuple(row) for row in rows} == {layer_grid.COLUMNS}
-    table = frames.of(rows, layer_grid.COLUMNS)
+    table = frames.from_rows(rows, layer_grid.COLUMNS)
     assert len(table) == 2 * 3 * 2 * 3 * 2  # layers, ranks, optimizers, rules, splits
     assert ((table["estimate"] - table["exact"]) / table["standard_error"]).abs().max() < 5
     assert set(table["init"]) == {"kaiming_uniform"}

@@ -89,7 +89,7 @@ def test_ratios_are_of_root_mean_squares_over_seeds_and_their_errors_the_jackkni
         for cell in transfer_check.first_steps(advice, seeds)
         for quantity, module in (("module", "q_proj"), ("module", "v_proj"), ("hidden", None), ("logits", None))
     ]
-    table = frames.of(rows, transfer_check.COLUMNS)
+    table = frames.from_rows(rows, transfer_check.COLUMNS)
     found = transfer_check.summarise(table, advice)
     assert list(found.columns) == list(transfer_check.SUMMARY_COLUMNS)
     tuned = found[found["plan"] == "tuned"]

@@ -15,10 +15,10 @@ import pytest
 from rora_theory.errors import InputError
 from rora_theory.io import files
 from rora_theory.runs import cells
-from rora_theory.runs.cells import Ended, in_process
+from rora_theory.runs.cells import CellOutcome, in_process
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.journal import Journal
-from rora_theory.runs.reading import CELLS, finished, key_of
+from rora_theory.runs.reading import CELLS, key_of, read_finished_cells
 from sims.common import cli
 from sims.common.cells import run_with_bar
 
@@ -107,8 +107,10 @@ def test_results_come_in_the_order_of_the_cells_and_are_done_once(tmp_path, caps
     assert again == first[::-1]
     assert run_with_bar(more, area, folder, words=lambda _: "new")[1:4] == again
     assert capsys.readouterr().out == "[1/5] side 4: new, 0 s\n", "once, though it is twice in the list"
-    assert [one.cell["side"] for one in finished(tmp_path).values()] == [4, 2, 1, 3], "all, in the order of the cells"
-    assert finished(tmp_path / "none") == {}
+    assert [one.cell["side"] for one in read_finished_cells(tmp_path).values()] == [4, 2, 1, 3], (
+        "all, in the order of the cells"
+    )
+    assert read_finished_cells(tmp_path / "none") == {}
 
 
 def test_a_run_that_was_stopped_leaves_the_same_bytes(tmp_path) -> None:
@@ -125,7 +127,7 @@ def test_a_run_that_was_stopped_leaves_the_same_bytes(tmp_path) -> None:
         folder.stop("interrupted")
         with (folder.path / CELLS).open("a") as file:
             file.write('{"key": "')
-        assert len(finished(folder.path)) == SIDES.index(Square(stop))
+        assert len(read_finished_cells(folder.path)) == SIDES.index(Square(stop))
         assert (folder.path / CELLS).read_text().endswith('{"key": "'), "to look is to change nothing"
         folder = opened(tmp_path / str(stop))
         run_with_bar(SIDES, drawn, folder, write=lambda values, folder=folder: table(folder, values))
@@ -178,7 +180,7 @@ def test_a_cell_of_the_wrong_type_or_with_a_file_elsewhere_is_refused(tmp_path, 
     folder.finish()
     rewritten(tmp_path, lambda entry: entry.update(change))
     with pytest.raises(InputError, match=CELLS):
-        finished(tmp_path)
+        read_finished_cells(tmp_path)
 
 
 def test_a_result_of_the_wrong_type_is_refused_before_work_starts(tmp_path) -> None:
@@ -240,7 +242,7 @@ def test_a_runner_may_end_cells_in_any_order(tmp_path, capsys) -> None:
             begun(place)
         for place in reversed(range(len(todo))):
             result = ValueError("lost") if todo[place][0].side == 1 else work(*todo[place])
-            yield Ended(place, result, 2.4, f"n{place % 2}")
+            yield CellOutcome(place, result, 2.4, f"n{place % 2}")
 
     folder = opened(tmp_path / "a")
     with pytest.raises(cli.FailedError, match=r"1 of 3 cells failed, the first side 1 \(ValueError: lost\)"):
@@ -253,7 +255,7 @@ def test_a_runner_may_end_cells_in_any_order(tmp_path, capsys) -> None:
 
 
 def test_the_tables_follow_every_few_seconds(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(cells, "EVERY", -1.0)
+    monkeypatch.setattr(cells, "WRITE_INTERVAL", -1.0)
     seen: list[list[float]] = []
     work = lambda cell, _: cell.side  # noqa: E731
     run_with_bar(SIDES, work, opened(tmp_path), write=seen.append)
@@ -281,7 +283,7 @@ def changed(path: Path) -> pytest.RaisesExc:
     return pytest.raises(InputError, match=rf"{path.name}: (line 1 is damaged or )?was changed since the run wrote it")
 
 
-@pytest.mark.parametrize("end", [lambda folder: folder.finish(), lambda folder: folder._let_go()])
+@pytest.mark.parametrize("end", [lambda folder: folder.finish(), lambda folder: folder._release()])
 def test_what_was_changed_by_hand_does_not_pass(tmp_path, end) -> None:
     """A result, a file, or what a cell is: after a run's end, and after a kill, when no digest is in the manifest."""
     folder = opened(tmp_path)
@@ -315,7 +317,7 @@ def test_a_cell_whose_file_was_removed_is_done_again(tmp_path, capsys) -> None:
 
     assert run_with_bar(SIDES, otherwise, folder, words=lambda _: "again") == [1.0, 1 / 3, 7.0]
     assert capsys.readouterr().out == "[3/3] side 2: again, 0 s\n"
-    folder._let_go()  # killed: the file before is not taken for the one that was changed
+    folder._release()  # killed: the file before is not taken for the one that was changed
     assert run_with_bar(SIDES, never, opened(tmp_path)) == [1.0, 1 / 3, 7.0]
 
 
@@ -323,7 +325,7 @@ def test_a_folder_may_grow_by_what_was_not_known(tmp_path) -> None:
     """An entry that is None in one part of a run, and the same in all others."""
 
     def grown(evaluation: Any, **config: Any) -> RunFolder:
-        return RunFolder.open("squares", {"unit": "m"} | config, out=tmp_path, grows={"evaluation": evaluation})
+        return RunFolder.open("squares", {"unit": "m"} | config, out=tmp_path, extensible={"evaluation": evaluation})
 
     first = grown(None)
     run_with_bar(SIDES, area, first)

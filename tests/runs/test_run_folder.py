@@ -19,7 +19,7 @@ from rora_theory.runs import lock as folder_lock
 from rora_theory.runs import seals, software
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.journal import Journal, read_entries
-from rora_theory.runs.reading import CELLS, finished
+from rora_theory.runs.reading import CELLS, read_finished_cells
 from sims.common import cli
 from sims.common.cells import run_with_bar
 
@@ -52,11 +52,11 @@ def test_entries_are_read_whatever_run_they_are_of(tmp_path):
     journal.path.write_bytes(journal.path.read_bytes()[:-1])
     assert [entry["step"] for entry in read_entries(journal.path)] == [1]
     journal.path.write_bytes(b'{"step": 1}\n{"ste\n')
-    with pytest.raises(InputError, match=r"j\.jsonl: is damaged \(.*\); accepted is the file as the run wrote it"):
+    with pytest.raises(InputError, match=r"j\.jsonl: is damaged \(.*\)\. Restore the file"):
         read_entries(journal.path)
     with pytest.raises(InputError) as missing:
         read_entries(tmp_path / "none.jsonl")
-    assert str(missing.value).count("accepted") == 1, "the one fault, said once"
+    assert str(missing.value).count(". ") == 1, "the one fault, said once"
 
 
 def test_the_weights_that_a_run_reads_are_named(tmp_path, capsys):
@@ -152,13 +152,13 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path):
 def test_a_run_that_ended_while_this_one_waited_is_gone_on_from(tmp_path, monkeypatch):
     """Looked at before the lock, the folder was empty; by the time it is held, another process has done a part."""
     opened(tmp_path / "other").finish()
-    real = folder_lock.take
+    real = folder_lock.acquire
 
-    def take(folder: Path) -> int:
+    def acquire(folder: Path) -> int:
         (folder / "manifest.json").write_bytes((tmp_path / "other" / "manifest.json").read_bytes())
         return real(folder)
 
-    monkeypatch.setattr(folder_lock, "take", take)
+    monkeypatch.setattr(folder_lock, "acquire", acquire)
     folder = opened(tmp_path / "run")
     assert folder.resumed
     folder.finish()
@@ -230,7 +230,7 @@ def test_a_changed_manifest_is_refused(tmp_path, damage, said):
         ({"config": [1]}, "config is"),
         ({"experiment": 3}, "experiment is 3"),
         ({"sessions": {"a": 1}}, "sessions is"),
-        ({"sessions": [3]}, "3 is no object"),
+        ({"sessions": [3]}, "3 is not an object"),
         ({"sessions": [{"status": 3}]}, "status is 3"),
         ({"sessions": [{"status": "running", "packages": [1]}]}, "packages is"),
         ({"run_id": None}, "run_id is None"),
@@ -241,7 +241,7 @@ def test_a_manifest_with_values_of_the_wrong_type_is_refused(tmp_path, change, s
     folder = opened(tmp_path)
     folder.finish()
     (tmp_path / "manifest.json").write_text(json.dumps(seals.seal(manifest(tmp_path) | change)))
-    for read in (lambda: opened(tmp_path), lambda: finished(tmp_path)):
+    for read in (lambda: opened(tmp_path), lambda: read_finished_cells(tmp_path)):
         with pytest.raises(InputError, match=rf"manifest\.json: .*{said}"):
             read()
 
@@ -251,19 +251,19 @@ def test_a_changed_table_is_refused_and_a_removed_one_is_not(tmp_path):
     for name in ("results.csv", "slopes.csv"):
         folder.write(name, "a\n1\n")
     folder.finish()
-    assert seals.problem(tmp_path / "run") is None
+    assert seals.describe_problem(tmp_path / "run") is None
     (tmp_path / "run" / "slopes.csv").write_text("a\n2\n")
-    assert "slopes.csv: was changed" in seals.problem(tmp_path / "run")
+    assert "slopes.csv: was changed" in seals.describe_problem(tmp_path / "run")
     with pytest.raises(
-        InputError, match=r"slopes\.csv: was changed since the run wrote it; .* removed, it is made again"
+        InputError, match=r"slopes\.csv: was changed since the run wrote it.* remove it and run the same"
     ):
         opened(tmp_path / "run")
     (tmp_path / "run" / "slopes.csv").unlink()
     folder = opened(tmp_path / "run")
     folder.write("slopes.csv", "a\n3\n")  # a new one takes its place, and a kill now is no change by hand
-    folder._let_go()
+    folder._release()
     opened(tmp_path / "run").finish()
-    assert not seals.problem(tmp_path / "run")
+    assert not seals.describe_problem(tmp_path / "run")
 
 
 def test_what_was_recorded_is_missed(tmp_path):
@@ -272,13 +272,13 @@ def test_what_was_recorded_is_missed(tmp_path):
     model.mkdir()
     for name in ("config.json", "model.safetensors"):
         (model / name).write_text(name)
-    assert not folder.holds("model"), "not recorded yet"
-    folder.record("model")
+    assert not folder.has_files("model"), "not recorded yet"
+    folder.record_files("model")
     folder.finish()
     folder = opened(tmp_path / "run")
-    assert folder.holds("model")
+    assert folder.has_files("model")
     (model / "model.safetensors").unlink()
-    assert not folder.holds("model")
+    assert not folder.has_files("model")
     folder.clear("model")
     assert not model.exists()
     folder.finish()
@@ -289,13 +289,16 @@ def test_other_versions_are_said_and_both_kept(tmp_path, monkeypatch, capsys):
     opened(tmp_path / "run").finish()
     opened(tmp_path / "run").finish()
     assert capsys.readouterr().err == "", "the same ones are not"
-    here = software.circumstances()
+    here = software.environment()
     newer = here | {"packages": here["packages"] | {"rora-theory": "99.0"}}
-    monkeypatch.setattr(software, "circumstances", lambda: newer)
+    monkeypatch.setattr(software, "environment", lambda: newer)
     opened(tmp_path / "run").finish()
     said = capsys.readouterr().err
     old = here["packages"]["rora-theory"]
-    assert said == f"note: {tmp_path / 'run'} goes on with rora-theory 99.0 (was {old}); its manifest.json names both\n"
+    assert (
+        said
+        == f"note: {tmp_path / 'run'} is resumed with rora-theory 99.0 (was {old}); its manifest.json records both\n"
+    )
     versions = [session["packages"]["rora-theory"] for session in manifest(tmp_path / "run")["sessions"]]
     assert versions == [old, old, "99.0"]
 
@@ -345,7 +348,9 @@ def test_a_stopped_run_says_so_in_one_line_and_in_its_manifest(tmp_path, capsys,
     assert (found["status"], found["sessions"][-1]["status"]) == ("interrupted", "interrupted")
     assert found["end"]
     (tmp_path / "run" / "results.csv").write_text("a\n2\n")
-    assert "results.csv: was changed" in seals.problem(tmp_path / "run"), "its figures are not those that were measured"
+    assert "results.csv: was changed" in seals.describe_problem(tmp_path / "run"), (
+        "its figures are not those that were measured"
+    )
     (tmp_path / "run" / "results.csv").unlink()
     opened(tmp_path / "run").finish()
     assert manifest(tmp_path / "run")["status"] == "complete"

@@ -93,8 +93,6 @@ def test_what_does_not_fit_says_what_takes_less(capsys):
         ("--utilisation 1.5", "--utilisation is 1.5; accepted"),
         ("--steps 5 --examples 5", "--steps and --examples cannot be combined"),
         ("--seq 0", "--seq is 0; accepted"),
-        ("--data 2", "--data was renamed; accepted is --replicas"),
-        ("--memory 24 --rate 120", "--rate was renamed; accepted is --tflops"),
         ("--seq 4096 --model llama-7b", "sequence length is 4096; accepted is at most 2048"),
         ("--memory 24", "--memory, --tflops and --bandwidth describe a custom device"),
         ("--memory 0.5 --tflops 100", "memory must be more than 1 GB, got 0.5 GB"),

@@ -67,8 +67,6 @@ def test_what_is_right_is_parsed() -> None:
         (["--ranks", "8", "9" * 19], ["--ranks is 999", "accepted is an integer of at most"]),
         (["--steps", "9" * 19], ["--steps is 999", "accepted is an integer of at most"]),
         (["--ranks-of", "q", "9" * 19], ["--ranks-of is 999", "accepted is an integer of at most"]),
-        (["--batch", "8"], ["--batch was renamed; accepted is --batch-size"]),
-        (["--max-steps=8"], ["--max-steps was renamed; accepted is --steps"]),
         (["--merge", "True"], ["--merge is a flag and takes no 'True'; accepted are --merge and --no-merge"]),
         (["--merge=false"], ["--merge is a flag and takes no 'false'"]),
         (["--config"], ["--config", "accepted is 1 value"]),
@@ -135,7 +133,6 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}']
     ("text", "said"),
     [
         ("epochs: 3", "key epochs: is no option; accepted are data, ranks, limit, optimizer, merge, accuracy, remat"),
-        ("batch: 3", "key batch: was renamed; accepted is batch-size"),
         ("limit: x", "key limit: --limit is "),
         ("ranks: [8, 1.5]", "key ranks: --ranks: "),
         ("ranks: 8 16", "key ranks: --ranks: "),

@@ -28,7 +28,7 @@ from rora_theory.measure.rank_check.check import CheckConfig
 from rora_theory.measure.record_batches import BatchConfig, PairConfig
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.runs.folder import RunFolder, path_of
-from rora_theory.runs.lock import take
+from rora_theory.runs.lock import acquire
 from rora_theory.runs.reading import as_json
 from rora_theory.sweep import trained_runs
 from sims import (
@@ -55,8 +55,8 @@ class Opened(Exception):  # noqa: N818 (a way out, not an error)
 
 @pytest.fixture(autouse=True)
 def _stop_at_the_folder(monkeypatch) -> None:
-    def run_folder(_name: str, config: Any, *, grows: Any = None, models: Any = (), **_: Any) -> None:
-        raise Opened(as_json(config) | (grows or {}), cells[-1] if cells else None, models)
+    def run_folder(_name: str, config: Any, *, extensible: Any = None, models: Any = (), **_: Any) -> None:
+        raise Opened(as_json(config) | (extensible or {}), cells[-1] if cells else None, models)
 
     cells: list[Any] = []
     check_cells = rank_sweep.check_cells
@@ -137,7 +137,7 @@ def test_a_folder_in_use_is_refused_before_weights_are_read(name, model, data, t
     config = settings(name, str(model), data)
     path = path_of(name, start(name, config).identity)
     path.mkdir(parents=True)
-    lock = take(path)
+    lock = acquire(path)
 
     def load_hf(*_: Any) -> None:
         raise AssertionError("weights are read")

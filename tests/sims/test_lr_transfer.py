@@ -237,7 +237,6 @@ def test_bad_matrices(tmp_path, capsys):
         ("--sgd-lrs 0.1 0.2 0", "--sgd-lrs"),
         ("--seeds 1", "--seeds"),
         ("--seeds 0 -1", "--seeds"),
-        ("--adam-rates 0.1 0.2 0.3", "--adam-rates was renamed; accepted is --adam-lrs"),
         ("--steps 0", "--steps"),
         ("--ranks 8", "--ranks"),
         ("--rules 0.5 rora", "--rules has one rule twice (0.5 rora)"),

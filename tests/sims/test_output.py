@@ -109,18 +109,6 @@ def config_of(kind: type, name: str):
     """The published run's configuration, as far as it determines the table."""
     used = json.loads((PUBLISHED / name / "manifest.json").read_text())["config"]
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    used |= {
-        new: used[old]
-        for old, new in (
-            ("learning_rate", "lr"),
-            ("adam_rate", "adam_lr"),
-            ("sgd_rate", "sgd_lr"),
-            ("momentum_rate", "momentum_lr"),
-        )
-        if old in used
-    }  # names of earlier versions
-    if isinstance(used.get("seeds"), int):  # a count, in earlier versions
-        used["seeds"] = list(range(used["seeds"]))
     chosen = {key: tuple(v) if isinstance(v, list) else v for key, v in used.items() if key in fields}
     if "rules" in chosen and "rora" in str(fields["rules"].type):  # exponents are numbers there
         chosen["rules"] = tuple(rule if rule in KAPPAS else float(rule) for rule in chosen["rules"])

@@ -22,7 +22,7 @@ from rora_theory.finetune.held_out import RecordLoss, record_losses
 from rora_theory.io import frames
 from rora_theory.llama import load
 from rora_theory.runs import lock as folder_lock
-from rora_theory.runs.reading import CELLS, finished, key_of
+from rora_theory.runs.reading import CELLS, key_of, read_finished_cells
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep import results, trained_runs
 from rora_theory.sweep.workbench import CellOutcome, Workbench
@@ -167,7 +167,7 @@ def test_the_schedule_ends_at_the_last_step(swept) -> None:
 @pytest.mark.slow
 def test_rules_of_a_rank_share_a_compiled_step(swept) -> None:
     """But for the second rank, which grew later, with `lora` the first of its own."""
-    done = finished(swept).values()
+    done = read_finished_cells(swept).values()
     compiled = {(one.cell["method"], one.cell["rank"]): one.value.get("compilations") for one in done}
     assert [compiled["lora", rank] for rank in (4, 2)] == [1, 1]
     assert [compiled[method, rank] for method, rank in (("rora", 4), ("rora", 2), ("quarter", 4))] == [0, 0, 0]
@@ -193,8 +193,8 @@ def test_a_cell_that_was_stopped_goes_on_from_its_checkpoint(swept, model, data,
     assert not (out / "results.csv").exists()
     rank_sweep.main(command(model, data, out, *more))
     assert steps == [1, 2, 3, 3], "the first two were not taken again"
-    (key,) = finished(out)
-    assert key in finished(swept), "checkpoints do not determine the result"
+    (key,) = read_finished_cells(out)
+    assert key in read_finished_cells(swept), "checkpoints do not determine the result"
 
     def of(folder: Path, name: str) -> str:
         text = (folder / "cells" / key / name).read_text()
@@ -204,10 +204,10 @@ def test_a_cell_that_was_stopped_goes_on_from_its_checkpoint(swept, model, data,
         "losses.csv", "answers.csv", "metrics.jsonl", "cell.json", "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors", "adapter/README.md",
     }  # fmt: skip
-    assert set(finished(out)[key].files) == {f"cells/{key}/{name}" for name in names}
+    assert set(read_finished_cells(out)[key].files) == {f"cells/{key}/{name}" for name in names}
     for name in names - {"adapter/adapter_model.safetensors"}:
         assert of(out, name) == of(swept, name), name
-    value, whole = (finished(folder)[key].value for folder in (out, swept))
+    value, whole = (read_finished_cells(folder)[key].value for folder in (out, swept))
     assert {name for name in whole if value[name] != whole[name]} <= {
         "seconds", "train_seconds", "loss_seconds", "accuracy_seconds", "compilations"
     }  # fmt: skip
@@ -287,12 +287,12 @@ def test_a_sweep_that_was_stopped_leaves_the_same_bytes(model, data, tmp_path, c
     rank_sweep.main(command(model, data, whole, *FOUR))
     assert "Lowest validation loss of 5 cells: " in capsys.readouterr().out
     assert len(frames.read_csv(whole / "differences.csv")) == 3  # each less the base, and rora less lora
-    keys = list(finished(whole))
+    keys = list(read_finished_cells(whole))
     for number in range(1, 6):
         for what, status, done in ((interrupt, 130, number - 1), (fail, 1, 4)):
             out = tmp_path / f"{what.__name__} {number}"
             assert stopped(number, what, command(model, data, out, *FOUR)) == status
-            assert len(finished(out)) == done
+            assert len(read_finished_cells(out)) == done
             said = capsys.readouterr()
             if what is fail:
                 assert len(frames.read_csv(out / "results.csv")) == 4
@@ -338,7 +338,7 @@ def test_a_folder_has_one_driver(model, data, tmp_path, capsys) -> None:
     out = tmp_path / "m"
     rank_sweep.main(command(model, data, out, *FOUR))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != folder_lock.LOCK}
-    lock = folder_lock.take(out)
+    lock = folder_lock.acquire(out)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         rank_sweep.main(command(model, data, out, *FOUR, "--ranks", "4"))
@@ -484,7 +484,7 @@ def test_figures_and_tables(swept, tmp_path, capsys) -> None:
     with pytest.raises(SystemExit):
         loss_vs_rate.draw(loss_vs_rate.Config(swept, out=tmp_path))
     assert "has the ranks 2, 4; accepted is --rank with one of them" in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"--top is .*; accepted is a finite number above 0"):
+    with pytest.raises(InputError, match=r"--top must be a finite number above 0, got .*"):
         loss_vs_rate.draw(loss_vs_rate.Config(swept, rank=4, top=0.0, out=tmp_path))
     for layout in ("I", "II"):
         benchmark_tables.draw(benchmark_tables.Config(swept, layout=layout, out=tmp_path))
@@ -526,7 +526,7 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
 
     def write() -> None:
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-        (tmp_path / "results.csv").write_text(frames.to_csv(frames.of(rows, results.COLUMNS)))
+        (tmp_path / "results.csv").write_text(frames.to_csv(frames.from_rows(rows, results.COLUMNS)))
 
     write()
     accuracy_vs_rank.draw(accuracy_vs_rank.Config(tmp_path, lr=1e-3))
@@ -561,11 +561,10 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
 def test_bad_input_is_one_line_before_anything_is_written(model, data, tmp_path, capsys) -> None:
     for more, message in {
         ("--methods", "qlora"): "'qlora'; supported: base, prefix",
-        ("--ranks", "4", "4"): "--ranks repeats a value (4 4)",
+        ("--ranks", "4", "4"): "--ranks must have different values, got 4 4",
         ("--ranks", "0"): "rank is 0",
         ("--ranks", "64"): "64",
         ("--lrs", "-1"): "--lrs is -1",
-        ("--rates", "1e-3"): "--rates was renamed; accepted is --lrs",
         ("--rank", "4"): "--rank",
         ("--score-batch-size", "0"): "--score-batch-size is 0",
         ("--limit", "0"): "--limit is 0",

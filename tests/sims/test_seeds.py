@@ -14,7 +14,7 @@ import pytest
 
 import sims
 from rora_theory import InputError
-from rora_theory.random.seeds import COUNT, check_seed
+from rora_theory.random.seeds import SEED_COUNT, check_seed
 from rora_theory.runs.folder import RunFolder
 from sims.common import cli
 
@@ -50,7 +50,7 @@ def changed(config: Any, path: tuple[str, ...], value: Any) -> Any:
 def test_the_seeds_that_are_accepted_are_told_apart() -> None:
     keys = {tuple(jax.random.key_data(jax.random.key(seed)).tolist()) for seed in (0, 1, 2**32 - 2, 2**32 - 1)}
     assert len(keys) == 4
-    assert COUNT == 2**32
+    assert SEED_COUNT == 2**32
     for seed in (0, 1, 2**32 - 1):
         check_seed(seed)
 

@@ -119,7 +119,6 @@ def test_diverged_runs_are_reported(tmp_path, capsys):
         ("--gamma 0", "--gamma"),
         ("--reference-rank 0", "--reference-rank"),
         ("--adam-lr nan", "--adam-lr"),
-        ("--momentum-rate 1", "--momentum-rate was renamed; accepted is --momentum-lr"),
         ("--overlap 2", "overlap"),
         ("--samples 0", "samples"),
         ("--teacher-rank 5", "--teacher-rank"),

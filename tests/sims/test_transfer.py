@@ -217,7 +217,7 @@ def test_a_regime_that_was_changed_is_not_advised_from(run) -> None:
         ({"lr": -1.0}, "--lr is -1.0"),
         ({"regime": "nowhere"}, "nowhere has no crossing_ranks.csv"),
         ({"check": ("smollm2-135m",)}, "check is smollm2-135m"),
-        ({"check": ("smollm2-135m", "x.json"), "seeds": (1,)}, "--seeds has 1 values; accepted are 2 or more"),
+        ({"check": ("smollm2-135m", "x.json"), "seeds": (1,)}, "--seeds must have 2 or more values, got 1"),
         ({"check": ("smollm2-135m", "x.json"), "seed": -1}, "seed is -1"),
         ({"targets": ("q_proj,v_proj",)}, "targets has 'q_proj,v_proj'"),
         ({"targets": ("q_proj", "all-linear")}, "targets has 'all-linear' in 'q_proj all-linear'"),

@@ -134,7 +134,6 @@ def test_killed_and_started_again(finished: Path, tmp_path: Path) -> None:
         ("--ranks 2.5", "2.5"),
         ("--rules loar", "--rules"),
         ("--alpha -1", "--alpha is -1.0"),
-        ("--learning-rate 0.1", "--learning-rate was renamed; accepted is --lr"),
         ("--overlaps 1.5", "--overlaps"),
         ("--inits xavier", "xavier"),
         ("--sampler reduced --inits rademacher", "--sampler reduced"),

@@ -23,12 +23,12 @@ def write(path: Path) -> Path:
         for init in ("kaiming_uniform", "gaussian")
         for split in ("train", "heldout")
     ]  # fmt: skip
-    folder.write_frame(frames.of(rows, regime_tables.CROSSING_COLUMNS), regime_tables.CROSSINGS)
+    folder.write_frame(frames.from_rows(rows, regime_tables.CROSSING_COLUMNS), regime_tables.CROSSINGS)
     rows = [
         row | {"rank": 8, "takeover": row["linear_term"] * {"kaiming_uniform": 0.01, "gaussian": 7.0}[row["init"]]}
         for row in rows
         if row["optimizer"] == "adam"
     ]
-    folder.write_frame(frames.of(rows, regime_tables.TAKEOVER_COLUMNS), regime_tables.TAKEOVER)
+    folder.write_frame(frames.from_rows(rows, regime_tables.TAKEOVER_COLUMNS), regime_tables.TAKEOVER)
     folder.finish()
     return folder.path

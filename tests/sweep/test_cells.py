@@ -81,7 +81,7 @@ def test_stages_of_a_tuned_design() -> None:
 
 def test_a_scored_twin_stands_in_where_it_is_done(tmp_path) -> None:
     def folder(name: str, evaluation: object, done: list[SweepCell]) -> Path:
-        run = RunFolder.open("rank_sweep", {}, out=tmp_path / name, grows={"evaluation": evaluation})
+        run = RunFolder.open("rank_sweep", {}, out=tmp_path / name, extensible={"evaluation": evaluation})
         run_cells(done, lambda cell, _: cell.rank, run)
         run.finish()
         return run.path

@@ -27,7 +27,7 @@ def row(
 
 
 def method_differences(rows: Iterable[dict[str, Any]], cells: Path) -> list[Difference]:
-    return list(differences.method_differences(frames.of(rows, results.COLUMNS), cells))
+    return list(differences.method_differences(frames.from_rows(rows, results.COLUMNS), cells))
 
 
 def cell(folder: Path, key: str, losses: list[float], right: dict[str, list[int]] | None = None) -> None:

@@ -15,7 +15,7 @@ from rora_theory.horizon import runs as horizon_runs
 from rora_theory.io import frames
 from rora_theory.runs.cells import run_cells
 from rora_theory.runs.folder import RunFolder
-from rora_theory.runs.reading import Finished, key_of
+from rora_theory.runs.reading import FinishedCell, key_of
 from rora_theory.sweep import results
 from rora_theory.sweep.cells import SweepCell
 
@@ -28,7 +28,7 @@ def rate_row(rate: float | None, loss: float, seed: int = 0, status: str = "comp
 
 
 def best_of(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    found = results.marked_rates(frames.of(rows, results.COLUMNS))
+    found = results.marked_rates(frames.from_rows(rows, results.COLUMNS))
     assert list(found) == ["model", "method", "rank", "alpha", "learning_rate", "best_rate", "grid_error"]
     return list(found.drop(columns="grid_error").itertuples(index=False, name=None))
 
@@ -98,8 +98,8 @@ def cell(
     return found | {"training": training} | more
 
 
-def outcome(config: dict, result: dict) -> Finished:
-    return Finished("key", config, result, {})
+def outcome(config: dict, result: dict) -> FinishedCell:
+    return FinishedCell("key", config, result, {})
 
 
 LEVEL = {"task": "piqa", "accuracy": 0.75, "error": 0.1, "unparsed": 0.25, "chance": 0.5}
@@ -195,13 +195,13 @@ def test_best_rates_in_words() -> None:
     """A rate at an edge is said to be; a method without a rank has none."""
     best = [{"model": "m", "method": "lora", "rank": 8, "learning_rate": 0.001, "best_rate": "edge"}]
     best += [best[0] | {"method": "series", "rank": None, "best_rate": word} for word in ("yes", "only")]
-    lines = results.describe_rates(frames.of(best, list(best[0])))
+    lines = results.describe_rates(frames.from_rows(best, list(best[0])))
     edge = "; it is at the edge of the rates tried: the best may lie beyond"
     assert lines == [f"m: lora r=8: learning rate 0.001{edge}", *["m: series: learning rate 0.001"] * 2]
 
 
 def test_a_model_whose_cells_all_diverged_has_no_lowest_loss() -> None:
-    rows = frames.of([rate_row(0.1, 0, status="diverged")], results.COLUMNS)
+    rows = frames.from_rows([rate_row(0.1, 0, status="diverged")], results.COLUMNS)
     assert results.describe_results(rows) == ("Lowest validation loss of 1 cells: none (± over records). 1 diverged.")
 
 

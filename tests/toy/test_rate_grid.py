@@ -69,7 +69,7 @@ def test_a_curve_is_of_the_loss_that_was_asked_for():
         for seed in (0, 1)
         for rate in (1.0, 2.0, 3.0)
     ]
-    table = frames.of(rows, COLUMNS)
+    table = frames.from_rows(rows, COLUMNS)
     for name, factor in (("train", 1), ("held_out", 10)):
         (curve,) = rate_grid.curves_of_losses(table, name)
         assert curve.losses.tolist() == [[factor * rate + seed for rate in (1.0, 2.0, 3.0)] for seed in (0, 1)]

@@ -38,13 +38,13 @@ def test_rows(start: Any, trained: Any, moves: bool) -> None:
     cell = TrainingCell("linear", start, trained, "sgd", 8, "rora")
     rows = training_grid.training_rows(GRID, cell)
     assert {tuple(row) for row in rows} == {training_grid.COLUMNS}
-    table = frames.of(rows, training_grid.COLUMNS)
+    table = frames.from_rows(rows, training_grid.COLUMNS)
     assert list(zip(table["seed"], table["step"], strict=True)) == [(s, t) for s in (0, 5) for t in (0, 1, 3)]
     assert table["scaling"].to_numpy() == pytest.approx((4 / 8) ** 0.5, rel=1e-15)
     inner = table.pivot(index="seed", columns="step", values="inner")
     assert ((inner[3] != inner[0]) == moves).all()
     alone = TrainingGrid(**{**vars(GRID), "seeds": (5, 6)})
-    other = frames.of(training_grid.training_rows(alone, cell), training_grid.COLUMNS)
+    other = frames.from_rows(training_grid.training_rows(alone, cell), training_grid.COLUMNS)
     expected = table[table["seed"] == 5][list(exponents.QUANTITIES)]
     np.testing.assert_allclose(other[other["seed"] == 5][list(exponents.QUANTITIES)], expected, rtol=1e-4)
 

@@ -2,7 +2,7 @@
 
 grid, layers = StepGrid(ranks=(8, 32)), layer_data.read_layers("layers.npz")
 crossings(grid, layers)
-frames.of([row for cell in layer_cells(grid, layers) for row in layer_rows(grid, layers, cell)], COLUMNS)
+frames.from_rows([row for cell in layer_cells(grid, layers) for row in layer_rows(grid, layers, cell)], COLUMNS)
 """
 
 from collections.abc import Sequence

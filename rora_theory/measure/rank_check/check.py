@@ -35,7 +35,7 @@ from rora_theory.measure.rank_check.coordinate_table import (
 )
 from rora_theory.measure.rank_check.coordinates import Checker
 from rora_theory.measure.regimes import thin
-from rora_theory.optimizers import FAMILY, OPTIMIZER_NAMES, WORDS, OptimizerName
+from rora_theory.optimizers import DISPLAY_NAMES, FAMILY, OPTIMIZER_NAMES, OptimizerName
 from rora_theory.scaling import Rule, exponent
 from rora_theory.stats import slopes
 from rora_theory.stats.rate_optimum import predicted_slopes
@@ -131,7 +131,7 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         kappa = {"lora": "alpha/r", "rora": "alpha/sqrt(r)", "rslora": "alpha/sqrt(r)"}.get(name_of(self.rule))
-        text = f"{WORDS[self.optimizer]}, {kappa or f'kappa = {name_of(self.rule)}'}, A {self.init}"
+        text = f"{DISPLAY_NAMES[self.optimizer]}, {kappa or f'kappa = {name_of(self.rule)}'}, A {self.init}"
         return text + (" (control)" if self.control else "")
 
 
@@ -201,7 +201,7 @@ def coordinate_rows(
 
 def size_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Return the frame of rows of `coordinate_rows`."""
-    return frames.of(rows, COLUMNS)
+    return frames.from_rows(rows, COLUMNS)
 
 
 def coordinate_slopes(config: CheckConfig, sizes: pd.DataFrame) -> pd.DataFrame:
@@ -232,7 +232,7 @@ def coordinate_slopes(config: CheckConfig, sizes: pd.DataFrame) -> pd.DataFrame:
         labels = {"optimizer": case.optimizer, "rule": name_of(case.rule), "kappa": kappa, "init": case.init}
         labels |= {"control": int(case.control)}
         rows += [labels | row for row in Table(ranks, values).slope_rows(band=config.band, kappa=kappa, power=power)]
-    return frames.of(rows, SLOPE_COLUMNS)
+    return frames.from_rows(rows, SLOPE_COLUMNS)
 
 
 def rows_of_case(table: pd.DataFrame, case: Case) -> pd.DataFrame:

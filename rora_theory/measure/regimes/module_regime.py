@@ -32,7 +32,7 @@ from rora_theory.measure.regimes.tables import (
     TOKEN_COLUMNS,
     TOKENS,
 )
-from rora_theory.optimizers import EPSILON, WORDS
+from rora_theory.optimizers import DISPLAY_NAMES, EPSILON
 from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import Rule, exponent, scaling_factor
 from rora_theory.theory import horizon
@@ -196,7 +196,7 @@ class Regime:
         """Create a regime from the rows of layers."""
         columns = (CROSSING_COLUMNS, RESULT_COLUMNS, TAKEOVER_COLUMNS, TOKEN_COLUMNS)
         tables = [[row for rows in table for row in rows] for table in zip(*layers, strict=True)]
-        crossings, results, takeover, tokens = map(frames.of, tables, columns)
+        crossings, results, takeover, tokens = map(frames.from_rows, tables, columns)
         return cls(crossings, results, takeover, tokens, training_loss, held_out_loss)
 
     def sentence(self, optimizer: Optimizer = "adam", init: Init = "kaiming_uniform", split: Split = "heldout") -> str:
@@ -215,9 +215,10 @@ class Regime:
         tokens = {"train": "training tokens", "heldout": "held-out tokens"}[split]
         return (
             f"In the first step of a single module, the signal term dominates above rank {pooled.median():.3g} "
-            f"({WORDS[optimizer]}, {init}, {tokens}). This is the median over {len(rows)} modules; their crossing "
-            f"ranks range from {pooled.min():.3g} to {pooled.max():.3g}, and that of a typical token is {token:.3g}. "
-            "In the step of the whole model, cross-talk averages out over modules; a coordinate check tests this."
+            f"({DISPLAY_NAMES[optimizer]}, {init}, {tokens}). This is the median over {len(rows)} modules; their "
+            f"crossing ranks range from {pooled.min():.3g} to {pooled.max():.3g}, and that of a typical token is "
+            f"{token:.3g}. In the step of the whole model, cross-talk averages out over modules; a coordinate check tests "
+            "this."
         )
 
     def crossings_of(self, optimizer: Optimizer, init: Init, split: Split) -> pd.DataFrame:

@@ -108,7 +108,7 @@ def read_regime_run(folder: Path, *, optimizer: OptimizerName, init: Init, split
         raise InputError(
             f"{folder} has no {CROSSINGS}. Use a run folder of sims.regime, or one of {', '.join(REGIMES)}."
         )
-    problem = seals.problem(folder)
+    problem = seals.describe_problem(folder)
     if problem is not None:
         raise InputError(f"{problem}. Use the run as sims.regime wrote it.")
     # Linear terms of the rows that were asked for.

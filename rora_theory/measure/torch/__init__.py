@@ -14,7 +14,7 @@ This package needs the extra ``torch`` (torch, transformers, peft).
 
 from typing import TYPE_CHECKING
 
-from rora_theory import lazily
+from rora_theory import lazy_modules
 
 if TYPE_CHECKING:
     from rora_theory.measure.torch.callback import RegimeCallback
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ChatCollator", "RegimeCallback", "TorchCheck", "TorchRegime", "coordinate_check", "regime"]
 
-__getattr__, __dir__ = lazily.attributes(
+__getattr__, __dir__ = lazy_modules.attributes(
     __name__,
     {
         "ChatCollator": "rora_theory.measure.torch.chats",

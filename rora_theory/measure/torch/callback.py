@@ -78,7 +78,7 @@ class RegimeCallback(TrainerCallback):
         if setting is not None:
             check_setting("setting", setting)
         for step in steps:
-            check_integer("steps", step, least=0)
+            check_integer("steps", step, minimum=0)
         self._log, self._batch, self._held_out, self._loss = log, batch, held_out, loss
         self._to_rank, self._setting, self._steps = to_rank, setting, frozenset(steps)
         self._layers, self._tokens = layers, tokens

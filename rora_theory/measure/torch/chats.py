@@ -30,7 +30,7 @@ class ChatCollator:
     """
 
     def __init__(self, tokenizer: Any, max_length: int = 1024) -> None:
-        check_integer("max_length", max_length, least=2)
+        check_integer("max_length", max_length, minimum=2)
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(f"tokenizer must be a fast tokenizer of transformers, got {type(tokenizer).__name__}")
         source = tokenizer.chat_template

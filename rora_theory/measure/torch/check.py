@@ -166,7 +166,7 @@ def coordinate_check(
     """
     check_ranks(ranks)
     check_steps(steps)
-    check_integer("seeds", seeds, least=2)
+    check_integer("seeds", seeds, minimum=2)
     check_seed(seed)
     ranks = tuple(sorted(ranks))
     batches = [batch] if isinstance(batch, Mapping) else list(batch)

@@ -410,7 +410,7 @@ def _sample_keys(counts: Mapping[str, int], seed: list[int]) -> Float[np.ndarray
 
 
 def _draw_takeover_rows(config: RegimeConfig, layer: Layer, init: Init) -> Float[np.ndarray, "rows p_in"]:
-    random = np.random.default_rng([config.seed, seeds.of_name(f"{layer.name} {init} takeover")])
+    random = np.random.default_rng([config.seed, seeds.seed_from_name(f"{layer.name} {init} takeover")])
     return inits.draw(random, init, rank=TAKEOVER_ROWS, p_in=layer.grad.shape[1])
 
 

@@ -1,0 +1,81 @@
+"""summary.json and tables.md of a run folder."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+
+from rora_theory.runs import RunFolder
+from rora_theory.runs.summary import KeyFigure, SummaryTable, key_figures, write_summary
+from sims.common import answers, tables
+from sims.common.summaries import summarised
+
+SLOPES = pd.DataFrame(
+    {
+        "rule": ["lora", "rora", None],
+        "slope": [0.97, 0.46, math.nan],
+        "standard_error": [0.02, math.nan, math.nan],
+        "error_over": ["seeds", "seeds", "records"],
+        "low": [0.9, 0.4, math.nan],
+        "high": [1.1, 0.5, math.nan],
+    }
+)
+
+
+def opened(path) -> RunFolder:
+    return RunFolder.open("sweep", {"rank": 4}, out=path)
+
+
+def read(path) -> dict:
+    return json.loads((path / "summary.json").read_text())
+
+
+def test_each_row_becomes_a_figure_with_its_error_and_scope():
+    lora, rora, none = key_figures(SLOPES, "slope", "slope", over="error_over", scope=["rule"])
+    assert lora == KeyFigure("slope", 0.97, 0.02, "seeds", scope={"rule": "lora"})
+    assert rora == KeyFigure("slope", 0.46, scope={"rule": "rora"}), "without an error there are no samples behind it"
+    assert none == KeyFigure("slope", None)
+
+
+def test_ranges_over_samples_have_both_bounds():
+    (lora, *_) = key_figures(SLOPES, "slope", "slope", None, over="layers", bounds=("low", "high"))
+    assert lora == KeyFigure("slope", 0.97, None, "layers", 0.9, 1.1)
+
+
+def test_files_hold_the_figures_and_the_tables(tmp_path):
+    run = opened(tmp_path)
+    write_summary(
+        run,
+        answer="The rate shrinks.",
+        warnings=["one seed"],
+        figures=[KeyFigure("slope", np.float64(0.5), 0.25, "seeds", scope={"rank": np.int64(8)})],
+        tables=[SummaryTable("Slopes.", ["rule", "|dM|"], [["lora", "1 | 2\n3"]]), SummaryTable("None.", ["a"], [])],
+    )
+    run.finish()
+    summary = read(tmp_path)
+    assert (summary["experiment"], summary["answer"], summary["warnings"]) == (
+        "sweep", "The rate shrinks.", ["one seed"],
+    )  # fmt: skip
+    (figure,) = summary["figures"]
+    assert (figure["value"], figure["standard_error"], figure["over"], figure["scope"]) == (
+        0.5, 0.25, "seeds", {"rank": 8},
+    )  # fmt: skip
+    assert (tmp_path / "tables.md").read_text() == (
+        "Slopes.\n\n| rule | \\|dM\\| |\n| --- | --: |\n| lora | 1 \\| 2<br>3 |\n\nNone.\n\n| a |\n| --- |\n"
+    )
+    assert {"summary.json", "tables.md"} <= set(run.entry("files"))
+
+
+def test_a_summary_is_written_from_what_the_report_prints(tmp_path, capsys):
+    run = opened(tmp_path)
+    with summarised(run, [KeyFigure("share", 0.5)]):
+        answers.say("Half is kept.", ["a short text"])
+        tables.print_table("What was kept", ["", "before"], [["layers", 30]])
+    tables.print_table("Not in the summary", ["rule"], [["lora"]])
+    run.finish()
+    assert "What was kept" in capsys.readouterr().out
+    summary = read(tmp_path)
+    assert (summary["answer"], summary["warnings"]) == ("Half is kept.", ["a short text"])
+    assert (tmp_path / "tables.md").read_text() == "What was kept\n\n|  | before |\n| --- | --: |\n| layers | 30 |\n"
+    assert tables.listeners == answers.listeners == []
