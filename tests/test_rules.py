@@ -22,6 +22,8 @@ from rora_theory.validation import rules
         (lambda: rules.check_ranks((4,)), "--ranks has 1 values; accepted are 2 or more"),
         (lambda: rules.check_ranks((4, 4)), r"--ranks repeats a value \(4 4\)"),
         (lambda: rules.check_ranks((4, 0)), "--ranks: rank is 0"),
+        (lambda: rules.check_positives("--lrs", (1e-3, 1e-3)), r"--lrs.*0\.001 0\.001"),
+        (lambda: rules.check_positives("--strengths", (64.0, -1.0)), r"--strengths.*-1\.0"),
         (lambda: rules.alpha_at("lora", gamma=0.0, reference_rank=4), "--gamma is 0.0"),
         (lambda: rules.alpha_at("lora", gamma=1.0, reference_rank=0), "--reference-rank: rank is 0"),
     ],

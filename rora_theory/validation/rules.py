@@ -122,6 +122,13 @@ def check_list(option: str, values: Sequence[object], *, fewest: int = 1) -> Non
         raise InputError(f"{option} repeats a value ({' '.join(map(str, values))}); accepted are different ones")
 
 
+def check_positives(option: str, values: Sequence[float], *, fewest: int = 1) -> None:
+    """`check_list`, and raise `InputError` for a value that is not finite and above 0."""
+    check_list(option, values, fewest=fewest)
+    for value in values:
+        check_positive(option, value)
+
+
 def check_choices(option: str, values: Sequence[str], accepted: Collection[str], *, fewest: int = 1) -> None:
     """`check_list`, and raise `InputError` for a value that is not among ``accepted``."""
     check_list(option, values, fewest=fewest)

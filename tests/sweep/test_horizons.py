@@ -21,6 +21,7 @@ from rora_theory.horizon.readings import Reading, ReadRun
 from rora_theory.horizon.runs import HorizonRun
 from rora_theory.io import frames
 from rora_theory.stats.estimate import Estimate
+from rora_theory.stats.paired import resampled_ratios
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.theory.displacement import displacement_ratio
 from rora_theory.theory.horizon import distances, rate_factor, rate_for_equal_change
@@ -807,8 +808,26 @@ def test_a_rate_that_one_seed_alone_ran_is_read_from_that_seed() -> None:
         run for run in grid(-0.77, seeds=3)
         if run.strength == 64 or run.seed == 1 or run.rate < 3e-4
     ]  # fmt: skip
-    costs = horizon_regret.regret_table(runs, TOKENS, horizon_regret.policies({64: 130.0}), draws=50)
+    curves = {step: horizon_curves.curves_at(runs, TOKENS, step, draws=50) for step in (16, 64)}
+    costs = horizon_regret.regret_table(runs, TOKENS, curves, horizon_regret.policies({64: 130.0}), draws=50)
     row = costs.query("steps == 64 and old_steps == 64 and old_strength == 64 and strength == 724")
     row = row[(row["old_rank"] == 8) & (row["rank"] == 8)].set_index("policy").loc["keep the rate"]
     assert (row["seeds"], row["is_lower_bound"]) == (1, False)
     assert row["regret"] == pytest.approx(0.1 * 0.811**2, abs=0.02)
+
+
+def test_every_curve_is_resampled_once(monkeypatch) -> None:
+    """The curves of the best rates serve the regret too: one bootstrap for each rank, strength, step and seed."""
+    planted = grid(-0.77, seeds=2)
+    ratios = [displacement_ratio(run.strength, displacement_constant=130.0) for run in planted]
+    runs = [with_parts([run], ratio)[0] for run, ratio in zip(planted, ratios, strict=True)]
+    calls = []
+
+    def count(*arguments, **options):
+        calls.append(arguments)
+        return resampled_ratios(*arguments, **options)
+
+    monkeypatch.setattr(horizon_curves, "resampled_ratios", count)
+    judged = horizons.judge_runs(runs, TOKENS, takeovers=TAKEOVERS, warmup=4)
+    assert len(judged.regret)
+    assert len(calls) == 2 * 2 * 2 * 2
