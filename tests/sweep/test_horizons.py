@@ -20,7 +20,6 @@ from rora_theory.horizon import runs as horizon_runs
 from rora_theory.horizon.readings import Reading, ReadRun
 from rora_theory.horizon.runs import HorizonRun
 from rora_theory.io import frames
-from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.paired import resampled_ratios
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.theory.displacement import displacement_ratio
@@ -118,32 +117,6 @@ def test_the_law_is_the_range_of_all_modules() -> None:
     assert row["law"] < -0.6 or row["law"] > -0.6 + row["half_width"]
     assert row["law_low"] < -0.68 < row["law"] < row["law_high"]
     assert row["verdict"] == "agrees"
-
-
-def test_where_the_data_could_not_tell_it_is_undecided() -> None:
-    def judged(value: float, error: float, *, edge: bool = False, seeds: int = 2) -> str:
-        slope = Estimate(value, error, 1000, "seeds")
-        return horizon_law.judge_exponent(slope, (-0.55, -0.5), (-1.0, 0.0), edge=edge, seeds=seeds)
-
-    assert judged(-0.52, 0.01) == "agrees"
-    assert judged(-0.60, 0.03) == "agrees"
-    assert judged(-0.60, 0.02) == "contradicts"
-    assert judged(-0.45, 0.02) == "contradicts"
-    assert judged(-0.70, 0.20) == "undecided", "-1 is within"
-    assert judged(-0.30, 0.20) == "undecided", "0 is within"
-    assert judged(-0.52, 0.01, edge=True) == "undecided"
-    assert judged(-0.52, 0.01, seeds=1) == judged(-0.70, 0.01, seeds=1) == "undecided"
-    assert judged(-0.52, math.inf) == "undecided"
-    over_rank = Estimate(0.25, 0.13, 1000, "seeds")
-    assert (
-        horizon_law.judge_exponent(over_rank, (0.0, 0.0), horizon_law.RIVALS["rank"], edge=False, seeds=3)
-        == "undecided"
-    )
-    assert horizon_law.judge_exponent(over_rank, (0.0, 0.0), (-1.0,), edge=False, seeds=3) == "agrees"
-    equal = Estimate(2e-16, 0.0, 3, "seeds")  # seeds that agree to the digit: 0, but for rounding
-    assert horizon_law.judge_exponent(equal, (0.0, 0.0), (-1.0,), edge=False, seeds=3) == "agrees"
-    for rivals in ((), (0.0,)):
-        assert horizon_law.judge_exponent(over_rank, (0.0, 0.0), rivals, edge=False, seeds=3) == "undecided", "no rival"
 
 
 @pytest.mark.parametrize(
