@@ -10,8 +10,7 @@ from rora_theory.data.formats import TrainTemplate
 from rora_theory.errors import InputError
 from rora_theory.finetune.config import FinetuneConfig, LossOn, Schedule
 from rora_theory.llama.quantised import Quantization
-from rora_theory.scaling import check_positive
-from rora_theory.validation.rules import check_list, check_ranks, check_seeds, check_steps
+from rora_theory.validation.rules import check_positives, check_ranks, check_seeds, check_steps
 
 SHARED = ("batch_size", "warmup", "targets", "template", "loss_on", "cutoff")
 """Settings that all runs of a folder share and that identify it."""
@@ -89,9 +88,7 @@ class HorizonGrid:
         for option, values, fewest in (
             ("--strengths", self.strengths, 1), ("--lrs", self.lrs, 1), ("--full-lrs", self.full_lrs, 0)
         ):  # fmt: skip
-            check_list(option, values, fewest=fewest)
-            for value in values:
-                check_positive(option, value)
+            check_positives(option, values, fewest=fewest)
         check_seeds(self.seeds)
         try:
             check_steps(self.read_at)

@@ -110,7 +110,7 @@ def judge_runs(
     if ranges:
         middle = {step: math.sqrt(low * high) for step, (low, high) in ranges.items()}
         takeover = float(np.median(takeovers)) if takeovers else None
-        costs = regret_table(runs, tokens, policies(middle, takeover=takeover))
+        costs = regret_table(runs, tokens, curves, policies(middle, takeover=takeover))
     return HorizonJudgement(
         best,
         _concatenate(comparisons),

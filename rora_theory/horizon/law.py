@@ -20,8 +20,9 @@ from rora_theory.horizon.runs import HorizonRun
 from rora_theory.io import frames
 from rora_theory.measure.regimes.saved_run import read_regime_run
 from rora_theory.measure.regimes.tables import TAKEOVER, TAKEOVER_COLUMNS
-from rora_theory.stats.estimate import ROUNDING, Estimate
+from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.rate_curves import Curve, at_shared_seeds, log2_rates, weighted_log2_rates
+from rora_theory.stats.verdicts import judge_range
 from rora_theory.theory import displacement, horizon, laws
 
 
@@ -109,9 +110,9 @@ def horizon_exponents(
     Returns:
       ``step``, ``over`` (``strength`` or ``rank``), ``at`` (the other), ``first``, ``second``; ``exponent`` with
       ``standard_error``, ``half_width`` (95%) and ``error_over``, of the ``seeds`` that both ends have; ``law_low``,
-      ``law``, ``law_high``; ``verdict``, see `judge_exponent`. Over the strength the law is of the modules' takeovers,
-      at the measured best rate. In the rank it goes from 0, where the signal or A leads, to what keeps the first step
-      of the median module and of 95% of them, see `laws.equal_change_rank_exponent`.
+      ``law``, ``law_high``; ``verdict``, see `stats.verdicts.judge_range`. Over the strength the law is that of the
+      modules' takeover distances, at the measured best rate. In the rank it goes from 0, where the signal or A leads,
+      to what keeps the first step of the median module and of 95% of them, see `laws.equal_change_rank_exponent`.
       Over the strength ``by_parts``, the mean of `parts.exponent_of_parts` over seeds, ``by_parts_low`` and
       ``by_parts_high`` their range, and ``by_parts_verdict`` on that in place of the law's.
       Over the strength also ``displacement_low`` and ``displacement_high``, the exponents of the displacement law over
@@ -150,7 +151,7 @@ def horizon_exponents(
                 law = (0.0, *np.quantile(exponents, QUANTILES[1:]).tolist())
             # Row with the verdict on each law.
             edge, seeds = any(curve.edge for curve in ends), len(ends[0].losses)
-            judged = partial(judge_exponent, slope, edge=edge)
+            judged = partial(judge_range, slope, edge=edge)
             rows.append(
                 {"step": step, "over": over, "at": at, "first": low, "second": high, "exponent": slope.value}
                 | _errors(slope)
@@ -199,7 +200,7 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence
       A row for each pair of steps: ``rank``, ``strength``, ``first`` and ``second``; ``exponent`` with
       ``standard_error``, 95% ``half_width``, ``error_over`` and the number of common ``seeds``; the exponents
       ``law_low``, ``law`` and ``law_high`` of a constant gradient over the modules' takeover distances at the first
-      best rate; and ``verdict``, see `judge_exponent`.
+      best rate; and ``verdict``, see `stats.verdicts.judge_range`.
     """
     rows = []
     by: dict[tuple[int, float], dict[int, Curve]] = {}
@@ -229,7 +230,7 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence
                 | {"first": first, "second": second, "exponent": slope.value}
                 | _errors(slope)
                 | {"seeds": seeds, "law_low": law[0], "law": law[len(law) // 2], "law_high": law[-1]}
-                | {"verdict": judge_exponent(slope, (law[0], law[-1]), RIVALS["step"], edge=edge, seeds=seeds)}
+                | {"verdict": judge_range(slope, (law[0], law[-1]), RIVALS["step"], edge=edge, seeds=seeds)}
             )
     return frames.from_rows(rows, list(rows[0])) if rows else pd.DataFrame()
 
@@ -247,33 +248,3 @@ RIVALS = {"strength": (-1.0, 0.0), "rank": (-0.125, 0.125, 0.5), "step": (-0.5,)
 """Exponents that rival explanations predict for the best rate. In G: -1 (the law of the first step) and 0 (nothing to
 change). In the rank at fixed G: 1/2 (cross-talk leads), and 1/8 either way, the smallest that a user would notice: from
 rank 8 to 128 it is a factor of 1.4, which costs a few thousandths of a nat. In the steps: -1/2 (a random walk)."""
-
-
-def judge_exponent(
-    slope: Estimate, law: tuple[float, float], rivals: Sequence[float], *, edge: bool, seeds: int
-) -> str:
-    """Judge whether a measured exponent of the best rate supports a law.
-
-    A law is supported only against a rival: an interval that contains both says nothing about either.
-
-    Args:
-      slope: Measured exponent.
-      law: Smallest and largest exponent that the law predicts.
-      rivals: Exponents predicted by rival explanations, see `RIVALS`; those inside the law's range are ignored.
-      edge: Whether a best rate lies at the end of its grid.
-      seeds: Number of seeds that both curves have.
-
-    Returns:
-      ``contradicts`` if the 95% interval misses the law's range; ``agrees`` if it meets the range and excludes every
-      rival; ``undecided`` if it contains a rival, there is no rival, a best rate lies at the end of its grid, or there
-      is one seed, whose error leaves out how one training run differs from the next.
-    """
-    if edge or seeds < 2 or not math.isfinite(slope.half_width()):
-        return "undecided"
-    low, high = slope.value - slope.half_width(), slope.value + slope.half_width()
-    if high < law[0] - ROUNDING or low > law[1] + ROUNDING:
-        return "contradicts"
-    outside = [rival for rival in rivals if not law[0] <= rival <= law[1]]
-    if not outside or any(low <= rival <= high for rival in outside):
-        return "undecided"
-    return "agrees"

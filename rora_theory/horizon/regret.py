@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rora_theory.horizon.curves import curves_at
+from rora_theory.horizon.curves import FULL, curves_at, strength_of
 from rora_theory.horizon.runs import HorizonRun
 from rora_theory.io import frames
 from rora_theory.stats.rate_curves import Curve, log2_rates
@@ -107,7 +107,12 @@ def constants_by_steps(led: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
 
 
 def regret_table(
-    runs: Sequence[HorizonRun], tokens: Sequence[int], by_name: Mapping[str, RatePolicy], *, draws: int = 1000
+    runs: Sequence[HorizonRun],
+    tokens: Sequence[int],
+    curves: Mapping[int, Sequence[Curve]],
+    by_name: Mapping[str, RatePolicy],
+    *,
+    draws: int = 1000,
 ) -> pd.DataFrame:
     """Compute the regret of every policy between all pairs of measured conditions.
 
@@ -118,8 +123,9 @@ def regret_table(
     Args:
       runs: Runs of one grid, see `runs.distinct`.
       tokens: Number of tokens of every held-out record.
+      curves: `curves.curves_at` of the runs by step.
       by_name: Policies by name, see `policies`.
-      draws: Number of bootstrap samples of the held-out records.
+      draws: Number of bootstrap samples of the held-out records, for curves of a subset of the seeds.
 
     Returns:
       A row for each pair and policy: ``old_rank``, ``old_strength``, ``old_steps``, ``rank``, ``strength``, ``steps``,
@@ -128,7 +134,7 @@ def regret_table(
       ``high`` over the interval of the tuned optimum, ``per_cent``, ``lowest_loss``, ``seeds``, ``is_lower_bound`` and
       ``is_edge`` (a best rate of either curve lies at the end of its grid).
     """
-    measured = _MeasuredCurves(runs, tokens, draws)
+    measured = _MeasuredCurves(runs, tokens, curves, draws)
     rows: list[dict[str, Any]] = []
     for old, tuned in measured.curves.items():
         tuned_rate = 2 ** float(np.mean(log2_rates(tuned.spread)))
@@ -161,21 +167,29 @@ def regret_table(
 
 
 class _MeasuredCurves:
-    """Curves of loss against learning rate by condition, over all seeds or over those that ran rates around one."""
+    """Curves of loss against learning rate by condition, over all seeds or over those with rates around a given one."""
 
-    def __init__(self, runs: Sequence[HorizonRun], tokens: Sequence[int], draws: int) -> None:
+    def __init__(
+        self, runs: Sequence[HorizonRun], tokens: Sequence[int], curves: Mapping[int, Sequence[Curve]], draws: int
+    ) -> None:
         self._tokens, self._draws = tokens, draws
+        # Runs of each condition that has a curve, in the order of the runs.
+        measured = {
+            Condition(curve.rank, strength_of(curve), step): curve
+            for step, step_curves in curves.items()
+            for curve in step_curves
+            if curve.rule != FULL
+        }
         self._runs: dict[Condition, list[HorizonRun]] = {}
         for run in runs:
-            for step in {reading.step for reading in run.read.readings}:
-                if run.rank and run.strength:
-                    self._runs.setdefault(Condition(run.rank, run.strength, step), []).append(run)
-        curves = {condition: self._curve(condition, group) for condition, group in self._runs.items()}
-        self.curves = {condition: curve for condition, curve in curves.items() if curve is not None}
-        self._covering: dict[tuple[Condition, frozenset[int]], Curve | None] = {}
-
-    def _curve(self, condition: Condition, runs: Sequence[HorizonRun]) -> Curve | None:
-        return next(iter(curves_at(runs, self._tokens, condition.steps, draws=self._draws)), None)
+            for step in (step for step in sorted(curves) if run.rank and run.strength and run.reaches(step)):
+                condition = Condition(run.rank or 0, round(run.strength or 0.0, 9), step)
+                if condition in measured:
+                    self._runs.setdefault(condition, []).append(run)
+        self.curves = {condition: measured[condition] for condition in self._runs}
+        self._covering: dict[tuple[Condition, frozenset[int]], Curve | None] = {
+            (condition, frozenset(curve.by_seed)): curve for condition, curve in self.curves.items()
+        }
 
     def covering(self, condition: Condition, learning_rate: float) -> Curve | None:
         """Return the curve of the seeds whose rates lie on both sides of a learning rate, or None."""
@@ -189,7 +203,9 @@ class _MeasuredCurves:
             if min(rates) <= learning_rate * slack and learning_rate <= max(rates) * slack
         )
         if (condition, seeds) not in self._covering:
-            self._covering[condition, seeds] = self._curve(condition, [run for run in runs if run.seed in seeds])
+            covering_runs = [run for run in runs if run.seed in seeds]
+            curves = curves_at(covering_runs, self._tokens, condition.steps, draws=self._draws)
+            self._covering[condition, seeds] = curves[0] if curves else None
         return self._covering[condition, seeds]
 
 

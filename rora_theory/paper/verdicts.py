@@ -1,10 +1,10 @@
 """Verdicts on the equations of the paper, from a claim, the exact law and samples.
 
-Identities are judged against automatic differentiation, moments against samples. In one cell, a claim about a moment
-*differs* if the estimate deviates from it by more than 2% and by more than the sampling threshold. It *agrees* if it
-does not differ and the threshold is narrow enough to detect an error of a quarter. Otherwise it is *open*. A claim
-holds if it agrees in all cells. It holds in a limit if it agrees in all cells of that limit and differs in another
-cell. It fails if it differs in that limit, and is undecided otherwise.
+Identities are judged against automatic differentiation, moments against samples. In one cell, samples *contradict* a
+claim about a moment if the estimate deviates from it by more than 2% and by more than the sampling threshold. They
+*agree* with it if they do not contradict it and the threshold is narrow enough to detect an error of a quarter
+(`stats.verdicts.judge_gap`). A claim holds if all cells agree with it. It holds in a limit if all cells of that limit
+agree and another cell contradicts it. It fails if a cell of that limit contradicts it, and is undecided otherwise.
 """
 
 import math
@@ -22,26 +22,18 @@ from rora_theory.paper import equations
 from rora_theory.scaling import Rule, scaling_factor
 from rora_theory.stats.estimate import Estimate, root
 from rora_theory.stats.moments import Fit, log_log_fit, threshold
+from rora_theory.stats.verdicts import TOLERANCE, Outcome, judge_gap, summarise_outcomes
 from rora_theory.theory import first_step, laws, sampling
 from rora_theory.theory.grid import RANKS
 
 Status = Literal["holds", "holds in a limit", "fails", "undecided"]
 """Verdict on a claim."""
 
-Outcome = Literal["agrees", "differs", "open"]
-"""Result of a claim in one cell."""
-
-TOLERANCE = 0.02
-"""Relative difference up to which a claim counts as agreeing with an exact value."""
-
 FALSE_ALARM = 1e-6
 """Probability that sampling error rejects a true claim in any of its cells."""
 
-RESOLUTION = 0.25
-"""Relative sampling threshold above which a cell is open. With the default precision of 0.5% the threshold is 3%."""
-
 SLOPE_TOLERANCE, SLOPE_RESOLUTION = 0.05, 0.1
-"""Counterparts of `TOLERANCE` and `RESOLUTION` for an exponent of the rank, in absolute units."""
+"""Counterparts of `stats.verdicts.TOLERANCE` and ``RESOLUTION`` for an exponent of the rank, in absolute units."""
 
 _ROUNDING = 1e-4
 """Relative difference of two float32 computations of one identity: sums of p_in terms, each rounded to 6e-8."""
@@ -72,27 +64,6 @@ class Verdict:
     evidence: str
 
 
-def outcome(gap: float, threshold: float, *, tolerance: float = TOLERANCE, resolution: float = RESOLUTION) -> Outcome:
-    """Judge a claim in one cell.
-
-    Args:
-      gap: Absolute difference between the estimate and the claim, in the claim's unit.
-      threshold: Largest difference that sampling error alone explains, in the same unit.
-      tolerance: Largest difference that is negligible.
-      resolution: Threshold above which the cell cannot detect a relevant difference.
-
-    Returns:
-      The outcome.
-
-    Examples:
-      >>> outcome(0.01, 0.02), outcome(24.8, 5.0), outcome(24.8, 33.0)
-      ('agrees', 'differs', 'open')
-    """
-    if gap > max(tolerance, threshold):
-        return "differs"
-    return "agrees" if threshold <= resolution else "open"
-
-
 def decide(limit: Sequence[Outcome], other_cells: Sequence[Outcome]) -> Status:
     """Derive the verdict on a claim from its cells.
 
@@ -104,16 +75,13 @@ def decide(limit: Sequence[Outcome], other_cells: Sequence[Outcome]) -> Status:
       The verdict.
 
     Examples:
-      >>> decide(["agrees"], ["differs"]), decide(["agrees"], ["open"]), decide(["differs"], ["agrees"])
+      >>> decide(["agrees"], ["contradicts"]), decide(["agrees"], ["undecided"]), decide(["contradicts"], ["agrees"])
       ('holds in a limit', 'undecided', 'fails')
     """
-    if "differs" in limit:
-        return "fails"
-    if "open" in limit:
-        return "undecided"
-    if "differs" in other_cells:
-        return "holds in a limit"
-    return "undecided" if "open" in other_cells else "holds"
+    in_limit, elsewhere = summarise_outcomes(limit), summarise_outcomes(other_cells)
+    if in_limit != "holds":
+        return in_limit
+    return "holds in a limit" if elsewhere == "fails" else elsewhere
 
 
 def judge_equations(sample: Sample, *, ranks: Sequence[int], p_in: int, p_out: int) -> list[Verdict]:
@@ -309,7 +277,7 @@ class Draws:
 
     def near_one(self, ratio: Estimate) -> Outcome:
         """Judge whether a ratio is 1."""
-        return outcome(abs(ratio.value - 1), self.z * ratio.error)
+        return judge_gap(abs(ratio.value - 1), self.z * ratio.error)
 
     def everywhere(self, claim: Callable[..., float]) -> list[Outcome]:
         """Judge a claimed second moment at every rank, and at ranks far above p_in."""
@@ -355,7 +323,7 @@ def eq6(draws: Draws) -> Verdict:
     def judge_cell(rank: int, sums: sampling.Sums) -> Outcome:
         claimed = equations.eq6_mean(1.0, rank=rank, p_in=draws.p_in, **UNIT)
         mean, size = sums.first.mean, math.sqrt(sums.first.second_moment.value)
-        return outcome(abs(mean.value - claimed) / size, draws.z * mean.error / size, tolerance=0.0)
+        return judge_gap(abs(mean.value - claimed) / size, draws.z * mean.error / size, tolerance=0.0)
 
     largest = max(abs(sums.first.mean.value / sums.first.mean.error) for sums in draws.independent.values())
     law = laws.random_input_moments(rank=draws.high, p_in=draws.p_in, overlap=0.5, scaling=1.0).mean[0]
@@ -380,7 +348,7 @@ def eq7(draws: Draws) -> Verdict:
     def judge_cell(_: int, sums: sampling.Sums) -> Outcome:
         size = math.sqrt(sums.first.second_moment.value)
         gap = math.sqrt(abs(missing(sums)))  # the sign differs for a claim that is too small
-        return outcome(gap, draws.z * sums.first.mean.error / size, tolerance=0.0)
+        return judge_gap(gap, draws.z * sums.first.mean.error / size, tolerance=0.0)
 
     low, high = (missing(draws.overlapping[rank]) for rank in (draws.low, draws.high))
     return Verdict(
@@ -435,7 +403,7 @@ def eq11(draws: Draws) -> Verdict:
     return Verdict(
         "11",
         "|w| = sqrt(p_out) times the largest term of Eq. 9",
-        decide([draws.near_one(narrow)], ["differs"]),  # always for other delta_i: a maximum is not a mean
+        decide([draws.near_one(narrow)], ["contradicts"]),  # always for other delta_i: a maximum is not a mean
         "r >> p_in and all |delta_i| equal; else an upper bound of the signal term alone",
         f"rms |w|/printed {wide.value:.4g} at r = {draws.high}, {narrow.value:.4g} at r = {draws.tall}, p_in = {NARROW}"
         f"; delta_i even over [-1, 1] inflates it {inflation:.2f} times",
@@ -503,7 +471,7 @@ def _growth(draws: Draws, equation: str, claim: str, rule: Rule, printed: Callab
     claimed = log_log_fit(ranks, [printed(rank) for rank in ranks], [0.0, 0.0]).slope
     fits = [slope(draws.independent), slope(draws.overlapping), slope(beyond)]
     outcomes = [
-        outcome(
+        judge_gap(
             abs(fit.slope - claimed),
             draws.z * fit.standard_error,
             tolerance=SLOPE_TOLERANCE,

@@ -19,6 +19,7 @@ from rora_theory.stats.estimate import ROUNDING, Estimate, over_seeds
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.stats.rate_optimum import Best, grid_gap, minima, predicted_slopes, rate_gap
 from rora_theory.stats.slopes import SeedFit
+from rora_theory.stats.verdicts import judge_equivalence
 from rora_theory.theory.laws import scaling_power
 
 if TYPE_CHECKING:
@@ -414,6 +415,7 @@ def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
     loss_a, loss_b = (float(np.mean(curve.spread.least())) for curve in (first, second))
     half_width = losses.half_width() + grid
     relative, half = losses.value / loss_b, half_width / loss_b
+    result = judge_equivalence(relative, half, margin=EQUIVALENCE_MARGIN, threshold=0.0)
     ratio_errors = rate_errors(ratio, edge=first.edge or second.edge)
     is_one_seed = losses.over == RECORDS and min(len(first.losses), len(second.losses)) < 2
     if not losses.has_error:
@@ -422,10 +424,10 @@ def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
         verdict = "undecided: a best rate lies between two that diverged"
     elif is_one_seed:  # the error does not contain the variation between training runs
         verdict = f"undecided: one seed ({relative:+.2%} ± {half:.2%} over held-out records)"
-    elif abs(relative) > half:
+    elif result == "differs":
         better = first.rule if losses.value < 0 else second.rule
         verdict = f"{better} is better by {abs(relative):.2%} ± {half:.2%}: more than a shift of the rate"
-    elif abs(relative) + half <= EQUIVALENCE_MARGIN:
+    elif result == "equal":
         verdict = f"equal to {EQUIVALENCE_MARGIN:.0%} ({relative:+.2%} ± {half:.2%}): a shift of the rate"
     else:
         verdict = f"undecided ({relative:+.2%} ± {half:.2%})"

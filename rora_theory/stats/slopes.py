@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from rora_theory.errors import InputError
 from rora_theory.stats.estimate import CONFIDENCE, Estimate, over_seeds
+from rora_theory.stats.verdicts import judge_equivalence
 
 Trend = Literal["flat", "grows", "shrinks", "undecided"]
 
@@ -126,10 +127,10 @@ def trend(fit: SeedFit, band: float = BAND, confidence: float = CONFIDENCE) -> T
       >>> trend(SeedFit(0.02, 0.01, 5)), trend(SeedFit(0.5, 0.01, 5)), trend(SeedFit(0.02, 0.1, 5))
       ('flat', 'grows', 'undecided')
     """
-    half = fit.half_width(confidence)
-    if abs(fit.slope) + half <= band and fit.departure <= band:
+    result = judge_equivalence(fit.slope, fit.half_width(confidence), margin=band, threshold=band)
+    if result == "equal" and fit.departure <= band:
         return "flat"
-    if abs(fit.slope) - half > band and fit.departure <= abs(fit.slope):
+    if result == "differs" and fit.departure <= abs(fit.slope):
         return "grows" if fit.slope > 0 else "shrinks"
     return "undecided"
 

@@ -128,6 +128,13 @@ def check_list(option: str, values: Sequence[object], *, fewest: int = 1) -> Non
         raise InputError(f"{option} must have different values, got {' '.join(map(str, values))}")
 
 
+def check_positives(option: str, values: Sequence[float], *, fewest: int = 1) -> None:
+    """`check_list`, and raise `InputError` for a value that is not finite and above 0."""
+    check_list(option, values, fewest=fewest)
+    for value in values:
+        check_positive(option, value)
+
+
 def check_choices(option: str, values: Sequence[str], accepted: Collection[str], *, fewest: int = 1) -> None:
     """Check a list as `check_list` does, and that each value is one of the accepted values."""
     check_list(option, values, fewest=fewest)

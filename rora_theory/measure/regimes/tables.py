@@ -20,6 +20,7 @@ from rora_theory.inits import Init
 from rora_theory.measure.layers.layer_data import SPLITS
 from rora_theory.measure.tokens import SINK_RATIO
 from rora_theory.optimizers import EPSILON
+from rora_theory.stats.verdicts import RESOLUTION, judge_gaps, summarise_outcomes
 from rora_theory.theory.laws import Optimizer
 from rora_theory.validation.ranges import Positive, check_ranges
 from rora_theory.validation.rules import USUAL_RANKS
@@ -76,13 +77,6 @@ def flat_kappa_between(optimizer: Optimizer, init: Init, linear_term: float, *, 
     return -math.log(advice.alpha) / math.log(high / low)
 
 
-RESOLUTION = 0.5
-"""Relative width of an error bar above which a figure outside the tolerance is undecided.
-
-With such an error bar, half the predicted value would pass.
-"""
-
-
 @dataclass(frozen=True)
 class JudgeConfig:
     """Criteria for the verdict on a law.
@@ -106,8 +100,8 @@ def judge_regime(results: pd.DataFrame, config: JudgeConfig | None = None) -> di
     """Judge whether every measured rms agrees with the predicted one.
 
     A value agrees if it lies within its error bar or within the tolerance. It fails if it lies outside both or is not
-    finite. It is undecided if it lies within an error bar wider than `RESOLUTION` but outside the tolerance. The
-    verdict is ``fails`` if any value fails, otherwise ``undecided`` if any is undecided, otherwise ``holds``.
+    finite. It is undecided if its error bar is wider than `stats.verdicts.RESOLUTION`. The verdict is ``fails`` if any
+    value fails, otherwise ``undecided`` if any is undecided, otherwise ``holds``.
 
     The error bar is a two-sided Student interval for the number of adapters, at false_alarm divided by the number of
     comparisons (Bonferroni). If the laws are true and the tolerance is 0, one or more values fail with probability
@@ -134,15 +128,14 @@ def judge_regime(results: pd.DataFrame, config: JudgeConfig | None = None) -> di
     errors = (tried["standard_error"] / tried["predicted"]).to_numpy(float)
     widths = errors * adapters.map(bars).to_numpy(float)
     allowed = np.maximum(tolerance, widths)
-    # A single adapter has an error bar of NaN, so that the second comparison is false and the value fails.
+    # A value that is not finite fails, as does one from a single adapter, which has an error bar of NaN.
     finite = np.isfinite(gaps) & np.isfinite(errors)
-    outside = ~finite | ~(gaps <= allowed)
-    undecided = ~outside & (gaps > tolerance) & (widths > RESOLUTION)
+    outcomes = judge_gaps(np.where(finite, gaps, math.nan), widths, tolerance=tolerance)
     judged: dict[str, Any] = {
-        "verdict": "fails" if outside.any() else "undecided" if undecided.any() else "holds",
+        "verdict": summarise_outcomes(outcomes),
         "comparisons": len(tried),
-        "outside": int(np.sum(outside)),
-        "undecided": int(np.sum(undecided)),
+        "outside": outcomes.count("contradicts"),
+        "undecided": outcomes.count("undecided"),
         "not_finite": int(np.sum(~finite)),
         "false_alarm": false_alarm,
         "tolerance": tolerance,
