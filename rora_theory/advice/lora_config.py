@@ -22,6 +22,7 @@ from rora_theory.adapter_config import (
 )
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
+from rora_theory.optimizers import OptimizerName
 
 OF_DORA = "use_dora is set: the advice covers its low-rank part; the step of DoRA's magnitude has no alpha and no rank"
 """Remark on the setting of a DoRA adapter."""
@@ -66,6 +67,11 @@ class Saved(NamedTuple):
       expression: Regular expression of the target modules, or None.
       task_type: PEFT's task type.
       others: Entries of `CARRIED` in the file that differ from PEFT's default.
+      learning_rate: Learning rate, which only a trainer's file has.
+      optimizer: Optimizer in a trainer's file.
+      schedule: Name of the learning-rate schedule in a trainer's file.
+      steps: Maximum number of steps in a trainer's file; None if the epochs determine it.
+      epochs: Number of epochs in a trainer's file.
     """
 
     rank: int
@@ -77,6 +83,11 @@ class Saved(NamedTuple):
     expression: str | None = None
     task_type: TaskType | None = "CAUSAL_LM"
     others: Mapping[str, Any] = {}
+    learning_rate: float | None = None
+    optimizer: OptimizerName | None = None
+    schedule: str | None = None
+    steps: int | None = None
+    epochs: float | None = None
 
 
 def read_adapter_config(path: str | Path) -> Saved:
