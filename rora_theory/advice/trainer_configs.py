@@ -417,8 +417,10 @@ def _changes(document: _Document, advice: Advice) -> dict[str, Any]:
     changes = {keys.rank: advice.setting.rank, "lora_alpha": alpha}
     if bool(values.get(keys.rslora)) != is_rslora:
         changes[keys.rslora] = is_rslora
-    if isinstance(keys, _TrainerKeys) and not isclose(advice.learning_rate, advice.old.learning_rate):
-        changes["learning_rate"] = float(f"{advice.learning_rate:.6g}")
+    if isinstance(keys, _TrainerKeys):
+        old_rate = document.learning_rate(keys.default_learning_rate)
+        if not isclose(advice.learning_rate, old_rate, rel_tol=1e-6):
+            changes["learning_rate"] = float(f"{advice.learning_rate:.6g}")
     return {name: value for name, value in changes.items() if name not in values or values[name] != value}
 
 
