@@ -30,7 +30,7 @@ import transformers
 import tyro
 from hardware import Others, in_words, machine
 
-from rora_theory.advice.lora_config import PAPER_TARGETS
+from rora_theory.adapter_config import PAPER_TARGETS
 from rora_theory.errors import InputError
 from rora_theory.io.files import write_whole
 from rora_theory.measure.regimes.module_regime import RegimeConfig

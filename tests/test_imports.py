@@ -246,6 +246,23 @@ def test_nothing_imports_in_a_circle() -> None:
         pytest.fail(" imports ".join(error.args[1]))
 
 
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [("adapters", "advice"), *((package, "llama") for package in ("advice", "theory", "paper", "stats"))],
+)
+def test_a_package_does_not_import_what_it_must_not_know(package: str, forbidden: str) -> None:
+    importers = [
+        name
+        for name in NAMES
+        if name.startswith(f"rora_theory.{package}.")
+        and any(
+            target.startswith(f"rora_theory.{forbidden}")
+            for target in imported(ROOT.joinpath(*name.split(".")).with_suffix(".py"), NAMES)
+        )
+    ]
+    assert importers == []
+
+
 def private(path: Path) -> Iterator[str]:
     """Names with an underscore that a file takes from another module of the repository, a named tuple's own apart."""
     nodes = list(ast.walk(ast.parse(path.read_text())))

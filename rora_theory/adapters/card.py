@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rora_theory.adapters import peft_baselines, peft_config
+from rora_theory.adapter_config import LORA
+from rora_theory.adapters import peft_baselines
 from rora_theory.errors import InputError
 from rora_theory.io.files import write_whole
 from rora_theory.llama.hub import HUB_ID, Located
@@ -28,7 +29,7 @@ HERE = "THIS_FOLDER_OR_ITS_HUB_ID"
 FULL = "FULL"
 """``peft_type`` of full fine-tuning, which PEFT does not have."""
 
-_KINDS = {peft_config.LORA: "lora", peft_baselines.PREFIX: "prefix-tuning"}
+_KINDS = {LORA: "lora", peft_baselines.PREFIX: "prefix-tuning"}
 """Tags of the adapters that PEFT supports, by ``peft_type``."""
 
 
@@ -141,7 +142,7 @@ def _title(entries: Mapping[str, Any], kind: str, name: str, *, merged: bool) ->
     if entries["peft_type"] == FULL:
         return f"{name}, fully fine-tuned"
     adapter = f"{kind.replace('_', ' ').capitalize()} adapter"
-    if entries["peft_type"] == peft_config.LORA:
+    if entries["peft_type"] == LORA:
         adapter = f"{'DoRA' if kind == 'dora' else 'LoRA'} adapter of rank {entries['r']}"
     return f"{name} with a {adapter} merged in" if merged else f"{adapter} for {name}"
 
@@ -163,7 +164,7 @@ def _adapter_rows(entries: Mapping[str, Any]) -> list[tuple[str, str]]:
         return module_rows
     if entries["peft_type"] == peft_baselines.PREFIX:
         return [("virtual tokens", str(entries["num_virtual_tokens"]))]
-    if entries["peft_type"] != peft_config.LORA:
+    if entries["peft_type"] != LORA:
         return [("bottleneck", str(entries["bottleneck_size"])), *module_rows]
     rank, alpha = entries["r"], entries["lora_alpha"]
     rule, form = ("rora", "alpha / sqrt(r)") if entries["use_rslora"] else ("lora", "alpha / r")

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from rora_theory.adapter_config import PAPER_TARGETS
 from rora_theory.adapters.base import AdaptedModule, Norms, with_weights
 from rora_theory.adapters.targets import in_all_layers, layer_text
-from rora_theory.advice.lora_config import PAPER_TARGETS
 from rora_theory.errors import InputError
 from rora_theory.llama import LlamaConfig, linear
 from rora_theory.llama.model import Params

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from rora_theory.adapter_config import PAPER_TARGETS
 from rora_theory.adapters import dora
 from rora_theory.adapters.base import AdaptedModule, Norms, with_weights
 from rora_theory.adapters.dropout import dropout
 from rora_theory.adapters.inits import LORA_INITS, LoraInit, init_a
 from rora_theory.adapters.targets import Target, layer_text, resolve
 from rora_theory.adapters.widen import widen
-from rora_theory.advice.lora_config import PAPER_TARGETS
 from rora_theory.errors import InputError
 from rora_theory.llama import MODULES, LlamaConfig, linear
 from rora_theory.llama.model import PRODUCT, Params

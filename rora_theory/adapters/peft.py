@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from rora_theory import extras
+from rora_theory import adapter_config, extras
 from rora_theory.adapters import card, peft_baselines, peft_config
 from rora_theory.adapters.base import TrainableAdapter
 from rora_theory.adapters.bottleneck import BottleneckAdapter
@@ -40,7 +40,7 @@ try:
 except ImportError as error:
     safetensors = extras.missing(error)
 
-CONFIG, WEIGHTS, PICKLE = peft_config.FILE, "adapter_model.safetensors", "adapter_model.bin"
+CONFIG, WEIGHTS, PICKLE = adapter_config.FILE, "adapter_model.safetensors", "adapter_model.bin"
 SUFFIXES = {
     "lora_A": "lora_A.weight",
     "lora_B": "lora_B.weight",
@@ -123,7 +123,7 @@ def rewrite_portable(source: str | os.PathLike[str], folder: str | os.PathLike[s
       InputError: If the adapter cannot be read, has no portable form, or cannot be written.
     """
     path, weights = Path(source) / CONFIG, Path(source) / WEIGHTS
-    config, tensors = portable_form(path, peft_config.read_entries(path), _read_tensors(weights))
+    config, tensors = portable_form(path, adapter_config.read_entries(path), _read_tensors(weights))
     with safetensors.safe_open(weights, framework="numpy") as file:
         metadata = file.metadata() or {"format": "pt"}
     _write(Path(folder), config, tensors, metadata, card.text(config, config.get("base_model_name_or_path")))
@@ -186,7 +186,7 @@ def load_peft(folder: str | os.PathLike[str], llama_config: LlamaConfig, params:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder. Pass a folder with {CONFIG} and {WEIGHTS}.")
-    path, values = folder / CONFIG, peft_config.read_entries(folder / CONFIG)
+    path, values = folder / CONFIG, adapter_config.read_entries(folder / CONFIG)
     kind = values["peft_type"]
     if kind in peft_baselines.READ:
         baseline = peft_baselines.read_baseline(path, values, llama_config)
@@ -194,8 +194,8 @@ def load_peft(folder: str | os.PathLike[str], llama_config: LlamaConfig, params:
         expected = peft_baselines.shapes(baseline, llama_config)
         _check(folder / WEIGHTS, tensors, expected, llama_config.num_hidden_layers)
         return peft_baselines.assemble_baseline(baseline, tensors, llama_config)
-    if kind != peft_config.LORA:
-        supported = ", ".join(map(repr, (peft_config.LORA, *peft_baselines.READ)))
+    if kind != adapter_config.LORA:
+        supported = ", ".join(map(repr, (adapter_config.LORA, *peft_baselines.READ)))
         raise InputError(f"{path}: unsupported peft_type {kind!r}; supported: {supported}")
     # Compare the tensors with the shapes that the configuration and the model imply.
     config, targets = peft_config.lora_config_of(path, values, llama_config)

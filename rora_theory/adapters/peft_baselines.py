@@ -16,8 +16,8 @@ from typing import Any, get_args
 import jax.numpy as jnp
 import numpy as np
 
+from rora_theory.adapter_config import Entries, check_supported, validate_entries
 from rora_theory.adapters.bottleneck import BottleneckAdapter, BottleneckConfig, BottleneckInit, NonLinearity
-from rora_theory.adapters.peft_config import Entries, checked
 from rora_theory.adapters.prefix import PrefixAdapter, PrefixConfig
 from rora_theory.adapters.targets import full_name
 from rora_theory.errors import InputError
@@ -124,7 +124,9 @@ def read_baseline(path: Path, values: Mapping[str, Any], llama_config: LlamaConf
     Raises:
       InputError: If an entry is invalid, or the adapter is for a model of another shape.
     """
-    entries = checked(path, values, READ[values["peft_type"]])
+    known = READ[values["peft_type"]]
+    entries = validate_entries(path, values, known)
+    check_supported(path, values, known)
     if entries["peft_type"] == PREFIX:
         heads, layers = llama_config.num_key_value_heads, llama_config.num_hidden_layers
         shape = {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * llama_config.head_dim}

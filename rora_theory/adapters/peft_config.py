@@ -1,109 +1,15 @@
-"""PEFT's `adapter_config.json`: validation of its entries, and conversion of LoRA's configuration from and to it."""
+"""Conversion of LoRA's configuration from and to the entries of PEFT's `adapter_config.json`."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rora_theory.adapter_config import INIT_LORA_WEIGHTS, LORA, LORA_ENTRIES, check_supported, validate_entries
 from rora_theory.adapters.lora import LoraConfig
 from rora_theory.adapters.targets import Target, deciding, full_name, known_names, matched
-from rora_theory.advice.lora_config import FILE, LARGEST, check_entry_counts
 from rora_theory.errors import InputError, shown
-from rora_theory.io.files import read_json
 from rora_theory.llama import LlamaConfig
 from rora_theory.scaling import KAPPAS, alpha_for, exponent, scaling_factor
-
-LORA = "LORA"
-INIT_LORA_WEIGHTS = dict.fromkeys(("true", "false", "none", "eva", "orthogonal"), "kaiming_uniform") | {
-    "gaussian": "gaussian"
-}
-"""Values of ``init_lora_weights``, as lower-case text, that do not change the base weights."""
-
-Check = Callable[[Any], bool]
-Entries = Mapping[str, tuple[Any, Check, str]]
-"""Entries that affect what an adapter computes: PEFT's default, a predicate of valid values, and their description."""
-
-
-def _is(*kinds: type) -> Check:
-    return lambda value: isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
-
-
-def _null_or(check: Check) -> Check:
-    return lambda value: value is None or check(value)
-
-
-def _list_of(check: Check) -> Check:
-    return lambda value: isinstance(value, list) and all(map(check, value))
-
-
-def _object_of(check: Check) -> Check:
-    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
-
-
-def _names(value: Any) -> bool:
-    return isinstance(value, str) or _list_of(_is(str))(value)
-
-
-def _rank(value: Any) -> bool:
-    return _is(int)(value) and 1 <= value < 2**31
-
-
-def _alpha(value: Any) -> bool:
-    return _is(int, float)(value) and 0 < value <= sys.float_info.max
-
-
-def _init(value: Any) -> bool:
-    return value is None or (isinstance(value, (bool, str)) and str(value).lower() in INIT_LORA_WEIGHTS)
-
-
-def _rate(value: Any) -> bool:
-    return _is(int, float)(value) and 0 <= value < 1
-
-
-_NO_SIGN = "an alpha of 0 disables the adapter, and a sign belongs in lora_B"
-
-READ: Entries = {
-    "alpha_pattern": ({}, _null_or(_object_of(_alpha)), f"an object of numbers above 0: {_NO_SIGN}"),
-    "exclude_modules": (None, _null_or(_names), "a list of names, or a regular expression"),
-    "init_lora_weights": (
-        True,
-        _init,
-        "true, false, null, gaussian, eva or orthogonal (other values change the base weights)",
-    ),
-    "layers_pattern": (None, lambda v: v in (None, "", [], "layers", ["layers"]), "null or 'layers'"),
-    "layers_to_transform": (
-        None,
-        lambda v: v is None or _is(int)(v) or _list_of(_is(int))(v),
-        "indices of layers",
-    ),
-    "lora_alpha": (8, _alpha, f"a number above 0: {_NO_SIGN}"),
-    "lora_dropout": (0.0, _rate, "a number from 0 to below 1"),
-    "peft_type": (None, lambda v: v == LORA, "'LORA'"),
-    "r": (8, _rank, "an integer of 1 or more"),
-    "rank_pattern": ({}, _null_or(_object_of(_rank)), "an object of integers of 1 or more"),
-    "target_modules": (None, _names, "a list of names, or a regular expression"),
-    "task_type": (None, lambda v: v in (None, "CAUSAL_LM"), "'CAUSAL_LM'"),
-    "use_dora": (False, _is(bool), "true or false"),
-    "use_rslora": (False, _is(bool), "true or false"),
-}
-"""Entries of LoRA that affect what it computes."""
-IGNORED = (
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "eva_config",
-    "inference_mode",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-)
-"""Entries that record an adapter's origin, or that have an effect only with an entry that is rejected."""
-OFF: tuple[Any, ...] = (None, False, "none", [], {})
-"""Values that disable the feature of any other entry, one of a later PEFT version included."""
 
 
 def to_peft(config: LoraConfig, targets: Sequence[Target], base_model: str | None) -> dict[str, Any]:
@@ -151,50 +57,6 @@ def to_peft(config: LoraConfig, targets: Sequence[Target], base_model: str | Non
     }
 
 
-def read_entries(path: Path) -> Mapping[str, Any]:
-    """Read the entries of a configuration file.
-
-    Raises:
-      InputError: If the file is missing or damaged, or has no ``peft_type``.
-    """
-    if not path.exists():
-        raise InputError(f"{path.parent} has no {FILE}. Pass the folder of an adapter saved by PEFT.")
-    values = read_json(path, LARGEST, accepted="the file as PEFT writes it")
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: must contain a JSON object, as PEFT writes it, got a {type(values).__name__}")
-    check_entry_counts(path, values)
-    if not isinstance(values.get("peft_type"), str):
-        kind = shown(values["peft_type"]) if "peft_type" in values else "no entry"
-        raise InputError(f"{path}: peft_type must be a name, as PEFT writes it, got {kind}")
-    return values
-
-
-def checked(path: Path, values: Mapping[str, Any], read: Entries) -> dict[str, Any]:
-    """Validate the entries of a configuration file, and fill in PEFT's defaults.
-
-    Args:
-      path: Path of the file in error messages.
-      values: Entries of the file.
-      read: Entries that affect what the adapter computes.
-
-    Raises:
-      InputError: If an entry is invalid, or enables a feature that this package does not support.
-    """
-    entries = {}
-    for key, (default, check, valid_values) in read.items():
-        entries[key] = values.get(key, default)
-        if not check(entries[key]):
-            raise InputError(f"{path}: {key} must be {valid_values}, got {shown(entries[key])}")
-    for key, value in values.items():
-        # Compare the types too: 0 == False, and a 0 of an unknown entry may not mean off.
-        is_off = any(value == neutral and type(value) is type(neutral) for neutral in OFF)
-        if key not in read and key not in IGNORED and not is_off:
-            raise InputError(
-                f"{path}: {_shown_key(key)} is not supported; it must be null, false or 'none', got {shown(value)}"
-            )
-    return entries
-
-
 def lora_config_of(
     path: Path, values: Mapping[str, Any], llama_config: LlamaConfig
 ) -> tuple[LoraConfig, tuple[Target, ...]]:
@@ -208,16 +70,13 @@ def lora_config_of(
     Raises:
       InputError: If an entry is invalid, or the model does not have the modules and layers.
     """
-    entries = checked(path, values, READ)
+    entries = validate_entries(path, values, LORA_ENTRIES)
+    check_supported(path, values, LORA_ENTRIES)
     try:
         config = _from_entries(entries, llama_config)
         return config, config.targets(llama_config, bounded=False)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-
-
-def _shown_key(key: str) -> str:
-    return key if key.isidentifier() and len(key) < 80 else shown(key)
 
 
 def _from_entries(entries: Mapping[str, Any], llama_config: LlamaConfig) -> LoraConfig:

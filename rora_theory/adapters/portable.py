@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from rora_theory.adapters import peft_config
+from rora_theory.adapter_config import LORA, LORA_ENTRIES, check_supported, validate_entries
 from rora_theory.adapters.targets import deciding
 from rora_theory.errors import InputError, shown
 from rora_theory.scaling import Rule, alpha_for, scaling_factor
@@ -49,10 +49,11 @@ def portable(
       InputError: If the adapter is not LoRA or is DoRA, an entry has no portable equivalent, or a tensor does not
         belong to a linear module.
     """
-    if values["peft_type"] != peft_config.LORA:
+    if values["peft_type"] != LORA:
         kind = shown(values["peft_type"])
-        raise InputError(f"{path}: peft_type {kind} has no portable form; supported: {peft_config.LORA!r}")
-    entries = peft_config.checked(path, values, peft_config.READ)
+        raise InputError(f"{path}: peft_type {kind} has no portable form; supported: {LORA!r}")
+    entries = validate_entries(path, values, LORA_ENTRIES)
+    check_supported(path, values, LORA_ENTRIES)
     if entries["use_dora"]:
         raise InputError(
             f"{path}: use_dora true has no portable form, because DoRA scales the base weights. Merge the adapter into "
@@ -77,7 +78,7 @@ def portable(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "lora_alpha": alpha,
-        "peft_type": peft_config.LORA,
+        "peft_type": LORA,
         "r": rank,
         "target_modules": _modules(entries, set(pairs)),
         "task_type": "CAUSAL_LM",

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rora_theory.adapter_config import ALL_LINEAR
 from rora_theory.adapters.expressions import Expression, Work
-from rora_theory.advice.lora_config import ALL_LINEAR
 from rora_theory.errors import InputError, shown
 from rora_theory.llama import MODULES, LlamaConfig
 from rora_theory.scaling import check_positive, check_rank

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from rora_theory import inits
-from rora_theory.advice.lora_config import PEFT_INITS, TaskType, check_task_type, peft_targets
+from rora_theory.adapter_config import PEFT_INITS, TaskType, check_task_type, peft_targets
 from rora_theory.advice.measured import MEASURED_POWERS, MEASURED_RANKS, MEASURED_STRENGTHS
 from rora_theory.advice.setting import REGIMES, SIGNAL, Setting, check_linear_term, check_setting, step_ratio
 from rora_theory.errors import InputError, shown

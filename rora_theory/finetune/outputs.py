@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rora_theory import adapters
+from rora_theory.adapter_config import FILE, read_entries
 from rora_theory.adapters import card
 from rora_theory.adapters.peft import entries_of
-from rora_theory.adapters.peft_config import FILE, read_entries
 from rora_theory.errors import InputError
 from rora_theory.finetune.config import FinetuneConfig
 from rora_theory.llama import Model

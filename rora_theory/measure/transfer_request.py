@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rora_theory.advice.lora_config import PAPER_TARGETS, PeftInit, Saved, TaskType, peft_targets, read_adapter_config
+from rora_theory.adapter_config import PAPER_TARGETS, PeftInit, TaskType, peft_targets
+from rora_theory.advice.lora_config import Saved, read_adapter_config
 from rora_theory.advice.setting import REGIMES, Setting
 from rora_theory.advice.transfer import MOST_STEPS, Advice, Per, transfer
 from rora_theory.errors import InputError

@@ -210,7 +210,7 @@ def test_an_older_adapter_is_replaced_whole(config, params, folder, monkeypatch)
     monkeypatch.setattr(os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
         save_peft(folder, new)
-    with pytest.raises(InputError, match=r"has no adapter_config.json"):
+    with pytest.raises(InputError, match=r"adapter_config.json: no such file"):
         load_peft(folder, config)
     monkeypatch.undo()
     save_peft(folder, new)
@@ -321,8 +321,8 @@ def test_a_file_is_no_folder(config, params, tmp_path) -> None:
         ({"exclude_modules": "(.?){60}" * 60 + "!"}, "exclude_modules takes too long to match"),
         ({"rank_pattern": {"(.?){60}" * 60 + "!": 2}}, "rank_pattern takes too long to match"),
         ({"alpha_pattern": {"(.?){60}" * 60 + "!": 2}}, "alpha_pattern takes too long to match"),
-        ({"target_modules": ["q_proj"] * 50_000 + ["k_proj"] * 50_000}, "'target_modules' has 100,000 entries"),
-        ({"rank_pattern": {f"m{i}": 2 for i in range(100_000)}}, "'rank_pattern' has 100,000 entries"),
+        ({"target_modules": ["q_proj"] * 50_000 + ["k_proj"] * 50_000}, "'target_modules' .*got 100,000"),
+        ({"rank_pattern": {f"m{i}": 2 for i in range(100_000)}}, "'rank_pattern' .*got 100,000"),
         ({"lora_dropout": 1.0}, r"lora_dropout .*got 1.0"),
         ({"rank_pattern": {"q_proj": 2.5}}, r"rank_pattern .*got {'q_proj': 2.5}"),
         ({"alpha_pattern": {"q_proj(": 2}}, "alpha_pattern 'q_proj\\(' is not a regular expression"),

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rora_theory import InputError, scaling_factor
+from rora_theory.adapter_config import FILE
 from rora_theory.adapters import LoraConfig
-from rora_theory.advice.lora_config import FILE, read_adapter_config
+from rora_theory.advice.lora_config import read_adapter_config
 from rora_theory.advice.setting import CROSS_TALK, SIGNAL, Setting, growth, step_ratio
 from rora_theory.advice.transfer import LONGEST, MEASURED_POWERS, MEASURED_RANKS, MEASURED_STRENGTHS, transfer
 from rora_theory.io import frames
@@ -267,8 +268,8 @@ def test_snippet_works_in_peft() -> None:
         (lambda: transfer(Setting(8, 1e-100, 1e-3, optimizer="sgd"), 16, alpha=1e100), "alpha is 1e.100 after 1e-100"),
         (lambda: transfer(Setting(8, 4e-323, 1e-3, init="gaussian"), 4), "alpha is 3.95253e-323 after 3.95253e-323"),
         (lambda: transfer(Setting(8, 1.0, 1.0), 8, alpha=5e-323), "alpha is 4.94066e-323 after 1"),
-        (lambda: transfer(Setting(8, 16.0, 3e-4), 16).peft_config(target_modules=0.5), "targets is 0.5; accepted"),
-        (lambda: transfer(Setting(8, 16.0, 3e-4), 16).peft_config(target_modules=[3]), r"targets is \[3\]; accepted"),
+        (lambda: transfer(Setting(8, 16.0, 3e-4), 16).peft_config(target_modules=0.5), "targets .*got 0.5"),
+        (lambda: transfer(Setting(8, 16.0, 3e-4), 16).peft_config(target_modules=[3]), r"targets .*got \[3\]"),
         (lambda: transfer(Setting(8, 16.0, 3e-4), 16, steps=3, takeover=1e-300), "takeover.*1e-300"),
         (lambda: transfer(Setting(8, 16.0, 3e-4), 16, steps=3, takeover=5e-324), "takeover.*5e-324"),
         *[
@@ -608,24 +609,24 @@ def test_a_saved_adapter_is_read(tmp_path, entries, expected) -> None:
 @pytest.mark.parametrize(
     ("entries", "said"),
     [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"r": 0}, "rank is 0"),
-        ({"r": True}, "r is True"),
-        ({"lora_alpha": -1}, "lora_alpha is -1"),
-        ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
+        ({"peft_type": "IA3"}, "peft_type .*got 'IA3'"),
+        ({"r": 0}, "r must.*got 0"),
+        ({"r": True}, "r must.*got True"),
+        ({"lora_alpha": -1}, "lora_alpha .*got -1"),
+        ({"use_rslora": "yes"}, "use_rslora .*got 'yes'"),
         (
             {"init_lora_weights": "eva"},
-            "init_lora_weights is 'eva', whose steps are not covered here",
+            "init_lora_weights .*got 'eva'",
         ),
-        ({"init_lora_weights": "lora_ga"}, "not covered here"),
-        ({"init_lora_weights": False}, "not covered here"),
-        ({"init_lora_weights": 1}, "init_lora_weights is 1, "),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is"),
-        ({"target_modules": ["q_proj", "q_proj"]}, "targets has 'q_proj'"),
-        ({"target_modules": [3]}, "target_modules is"),
-        ({"target_modules": "*_proj"}, "targets is .*: nothing to repeat at position 0; accepted is a regular"),
-        ({"task_type": "CHAT"}, "task_type is 'CHAT'"),
-        ({"target_modules": [f"m{i}" for i in range(100_000)]}, "'target_modules' has 100,000 entries"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights .*got 'lora_ga'"),
+        ({"init_lora_weights": False}, "init_lora_weights .*got False"),
+        ({"init_lora_weights": 1}, "init_lora_weights .*got 1\\."),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern .*got {'q_proj': 4}"),
+        ({"target_modules": ["q_proj", "q_proj"]}, "targets .*got 'q_proj' in 'q_proj q_proj'"),
+        ({"target_modules": [3]}, r"target_modules .*got \[3\]"),
+        ({"target_modules": "*_proj"}, "targets .*got '\\*_proj' .nothing to repeat at position 0"),
+        ({"task_type": "CHAT"}, "task_type .*got 'CHAT'"),
+        ({"target_modules": [f"m{i}" for i in range(100_000)]}, "'target_modules' .*got 100,000"),
     ],
 )
 def test_a_saved_adapter_without_a_law_is_named(tmp_path, entries, said) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from rora_theory.advice.lora_config import PAPER_TARGETS, PEFT_INITS
+from rora_theory.adapter_config import PAPER_TARGETS, PEFT_INITS
 from rora_theory.advice.setting import CROSS_TALK, REGIMES, SIGNAL, Setting, step_ratio
 from rora_theory.advice.transfer import Span, transfer
 from rora_theory.errors import InputError

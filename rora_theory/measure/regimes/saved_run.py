@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rora_theory.advice.lora_config import ALL_LINEAR
+from rora_theory.adapter_config import ALL_LINEAR
 from rora_theory.advice.setting import REGIMES
 from rora_theory.errors import InputError
 from rora_theory.inits import Init

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from rora_theory.advice.lora_config import OF_DORA, check_uniform, init_of
+from rora_theory.adapter_config import check_uniform, init_of
+from rora_theory.advice.lora_config import OF_DORA
 from rora_theory.advice.setting import Setting, check_setting
 from rora_theory.errors import InputError, shown
 from rora_theory.measure.regimes.module_regime import RegimeConfig

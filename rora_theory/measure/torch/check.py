@@ -25,7 +25,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from rora_theory import inits
-from rora_theory.advice.lora_config import init_of
+from rora_theory.adapter_config import init_of
 from rora_theory.errors import InputError
 from rora_theory.measure.rank_check.coordinate_table import (
     MODEL,

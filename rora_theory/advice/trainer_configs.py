@@ -1,0 +1,484 @@
+"""Tuned settings in the configuration files of PEFT, Axolotl and LLaMA-Factory, and the same files at another rank.
+
+The keys of a file determine its format:
+
+- PEFT: the ``adapter_config.json`` that ``save_pretrained`` writes, with the key ``peft_type``.
+- Axolotl: YAML with the key ``adapter``.
+- LLaMA-Factory: YAML or JSON with one of the keys ``stage``, ``finetuning_type``, ``lora_rank`` and ``lora_target``.
+
+Names and defaults are those of Axolotl 0.18.0 (``src/axolotl/utils/schemas/``), LLaMA-Factory 0.9.6
+(``src/llamafactory/hparams/finetuning_args.py``), and transformers 5.24.0 (``TrainingArguments``).
+
+    tuned = read_trainer_config("axolotl.yml")
+    advice = transfer(Setting(tuned.rank, tuned.alpha, tuned.learning_rate, tuned.rule, tuned.optimizer), rank=128)
+    write_trainer_config("axolotl.yml", "axolotl_128.yml", advice)
+"""
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import inf, isclose
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from rora_theory.adapter_config import (
+    ALL_LINEAR,
+    FILE,
+    LORA_ENTRIES,
+    MAX_BYTES,
+    Check,
+    is_a,
+    read_entries,
+)
+from rora_theory.advice.lora_config import Saved, saved_from_entries
+from rora_theory.advice.setting import Setting
+from rora_theory.advice.transfer import Advice, Per, transfer
+from rora_theory.errors import InputError, shown
+from rora_theory.io.files import LARGEST_YAML, parse_yaml, read_text, write_whole
+from rora_theory.optimizers import OptimizerName, optimizer_named
+from rora_theory.scaling import Rule
+
+Format = Literal["PEFT", "Axolotl", "LLaMA-Factory"]
+"""Formats of configuration files."""
+
+PEFT_KEYS = ("peft_type",)
+AXOLOTL_KEYS = ("adapter",)
+LLAMA_FACTORY_KEYS = ("stage", "finetuning_type", "lora_rank", "lora_target")
+"""Keys by which a format is recognised; no other of the formats has them."""
+
+AXOLOTL_ADAPTERS = ("lora", "qlora")
+"""Values of Axolotl's ``adapter`` that are LoRA."""
+
+TRAINER_LEARNING_RATE = 5e-5
+"""Default of ``learning_rate`` in transformers' ``TrainingArguments``, which LLaMA-Factory extends."""
+
+TRAINER_OPTIMIZER = "adamw_torch_fused"
+"""Default of ``optim`` in transformers' ``TrainingArguments``, and of Axolotl's ``optimizer``."""
+
+OTHER_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
+"""LLaMA-Factory's flags that replace the optimizer of ``optim``."""
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Keys of a format.
+
+    Attributes:
+      rank: Key of the rank.
+      rslora: Key of the flag for ``alpha / sqrt(r)``.
+    """
+
+    rank: str
+    rslora: str
+
+
+@dataclass(frozen=True)
+class _TrainerKeys(_Keys):
+    """Keys of a trainer's format, with its defaults.
+
+    Attributes:
+      optimizer: Key of the optimizer.
+      schedule: Key of the learning-rate schedule.
+      epochs: Key of the number of epochs.
+      first_adapter: Key of an adapter from which training continues.
+      default_schedule: Schedule of a file without one.
+      default_epochs: Number of epochs of a file without one.
+      default_learning_rate: Learning rate of a file without one; None if the trainer requires one.
+    """
+
+    optimizer: str
+    schedule: str
+    epochs: str
+    first_adapter: str
+    default_schedule: str
+    default_epochs: float
+    default_learning_rate: float | None
+
+
+PEFT = _Keys("r", "use_rslora")
+AXOLOTL = _TrainerKeys(
+    rank="lora_r",
+    rslora="peft_use_rslora",
+    optimizer="optimizer",
+    schedule="lr_scheduler",
+    epochs="num_epochs",
+    first_adapter="lora_model_dir",
+    default_schedule="cosine",
+    default_epochs=1.0,
+    default_learning_rate=None,
+)
+LLAMA_FACTORY = _TrainerKeys(
+    rank="lora_rank",
+    rslora="use_rslora",
+    optimizer="optim",
+    schedule="lr_scheduler_type",
+    epochs="num_train_epochs",
+    first_adapter="adapter_name_or_path",
+    default_schedule="linear",
+    default_epochs=3.0,
+    default_learning_rate=TRAINER_LEARNING_RATE,
+)
+
+KEYS: dict[Format, _Keys] = {"PEFT": PEFT, "Axolotl": AXOLOTL, "LLaMA-Factory": LLAMA_FACTORY}
+"""Keys of each format. All three store alpha as ``lora_alpha``, and the trainers the rate as ``learning_rate``."""
+
+
+class _Document(NamedTuple):
+    """A configuration file whose format is known."""
+
+    path: Path
+    format: Format
+    text: str
+    values: dict[str, Any]
+
+    def entry(self, name: str, default: Any, check: Check, valid_values: str) -> Any:
+        """Return the value of a key, or the default if the key is missing or null.
+
+        Raises:
+          InputError: If the value is invalid.
+        """
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if not check(value):
+            raise InputError(f"{self.path}: {name} must be {valid_values}, got {shown(value)}")
+        return value
+
+    def flag(self, name: str) -> bool:
+        """Return the value of a flag, which is off by default."""
+        return bool(self.entry(name, False, is_a(bool), "true or false"))
+
+    def rank(self, name: str, default: int | None = None) -> int:
+        """Return the rank."""
+        _, check, valid_values = LORA_ENTRIES["r"]
+        rank = self.entry(name, default, check, valid_values)
+        if rank is None:
+            raise InputError(f"{self.path}: {name} must be {valid_values}, got no value")
+        return int(rank)
+
+    def alpha(self, default: float | None = None) -> float:
+        """Return ``lora_alpha``."""
+        alpha = self.entry("lora_alpha", default, LORA_ENTRIES["lora_alpha"][1], "a number above 0")
+        if alpha is None:
+            raise InputError(f"{self.path}: lora_alpha must be a number above 0, got no value")
+        return float(alpha)
+
+    def learning_rate(self, default: float | None = None) -> float:
+        """Return the learning rate. YAML reads ``1e-4``, which has no dot, as text; the trainers convert it."""
+        value: Any = self.values.get("learning_rate")
+        value = default if value is None else value
+        try:
+            rate = float(value) if is_a(int, float, str)(value) else inf
+        except ValueError:
+            rate = inf
+        if not 0 < rate < inf:
+            raise InputError(f"{self.path}: learning_rate must be a number above 0, got {shown(value)}")
+        return rate
+
+    def optimizer(self, name: str) -> OptimizerName:
+        """Return the optimizer by this package's name."""
+        word = self.entry(name, TRAINER_OPTIMIZER, is_a(str), "the name of an optimizer")
+        try:
+            return optimizer_named(word)
+        except InputError:
+            raise InputError(f"{self.path}: {name} must be a variant of adamw or sgd, got {shown(word)}") from None
+
+    def steps(self) -> int | None:
+        """Return ``max_steps``, or None if the number of steps follows from the epochs."""
+        steps = self.entry("max_steps", -1, is_a(int), "an integer")
+        return int(steps) if steps > 0 else None
+
+    def epochs(self, name: str, default: float) -> float:
+        """Return the number of epochs."""
+        return float(self.entry(name, default, lambda v: is_a(int, float)(v) and v > 0, "a number above 0"))
+
+
+def read_trainer_config(path: str | Path) -> Saved:
+    """Read the tuned setting from a configuration file of PEFT, Axolotl or LLaMA-Factory.
+
+    Args:
+      path: The file, or the folder of an adapter saved by PEFT.
+
+    Returns:
+      The setting. An ``adapter_config.json`` has no learning rate, optimizer, schedule or number of steps.
+
+    Raises:
+      InputError: If the format is unknown, or if a value is invalid or has no law.
+    """
+    document = _open(path)
+    readers: dict[Format, Callable[[_Document], Saved]] = {
+        "PEFT": lambda document: saved_from_entries(document.path, document.values),
+        "Axolotl": _read_axolotl,
+        "LLaMA-Factory": _read_llama_factory,
+    }
+    return readers[document.format](document)
+
+
+def write_trainer_config(path: str | Path, out: str | Path, advice: Advice, *, per: Per = "one") -> None:
+    """Write a configuration file again with the advised rank, alpha, rule and learning rate.
+
+    YAML keeps its other keys, its comments and its layout. JSON keeps its other keys.
+
+    Args:
+      path: The file that `read_trainer_config` read.
+      out: The new file, which must not exist.
+      advice: Advice for the setting in the file.
+      per: Modules that share an alpha, see `Advice.alpha_pattern`. A file has one alpha, so that ``"type"`` and
+        ``"module"`` are valid only if the advice has one.
+
+    Raises:
+      InputError: If ``out`` exists, if the advice has several alphas, or if its alpha is not an integer where the
+        trainer requires one.
+    """
+    document, out = _open(path), Path(out)
+    if out.exists():
+        raise InputError(f"{out}: the file exists. Choose another name, or remove it.")
+    if not advice.fixes_alpha and advice.alpha_pattern(per):
+        raise InputError(f"per must be 'one' to write one alpha to {out}, got {shown(per)}")
+    changes = _changes(document, advice)
+    if document.format == "PEFT":
+        write_whole(out, json.dumps(document.values | changes, indent=2) + "\n")
+    else:
+        write_whole(out, _edited(document, changes))
+
+
+class Transferred(NamedTuple):
+    """A ``LoraConfig`` at another rank.
+
+    Attributes:
+      config: Copy of the configuration with the new rank, alpha and rule.
+      learning_rate: Learning rate to set.
+      advice: Full advice.
+    """
+
+    config: Any
+    learning_rate: float
+    advice: Advice
+
+
+def transfer_config(
+    config: Any,
+    rank: int,
+    *,
+    learning_rate: float,
+    optimizer: str = "adamw",
+    rule: Rule | None = None,
+    alpha: float | None = None,
+    regime: Literal["signal", "cross-talk"] | Mapping[str, float] = "signal",
+    **planned: Any,
+) -> Transferred:
+    """Return a copy of a PEFT ``LoraConfig`` at another rank, and its learning rate.
+
+    Args:
+      config: ``LoraConfig`` that was tuned.
+      rank: New rank.
+      learning_rate: Tuned learning rate.
+      optimizer: Optimizer by this package's or the Trainer's name.
+      rule: New scaling rule; None keeps the rule. The copy has ``alpha / r`` with the same scaling.
+      alpha: New alpha, for which the learning rate then compensates; None keeps the learning rate.
+      regime: Regime, see `transfer`.
+      **planned: Further arguments of `transfer`, such as ``steps``.
+
+    Raises:
+      InputError: If the configuration has no law, or `transfer` refuses a value.
+    """
+    if not hasattr(config, "to_dict"):
+        raise InputError(f"config must be a LoraConfig of PEFT, got {shown(config)}")
+    entries = config.to_dict()
+    # save_pretrained converts in the same way: sets have no JSON, and enumerations are strings.
+    entries = {name: sorted(value) if isinstance(value, set) else value for name, value in entries.items()}
+    entries["peft_type"] = str(getattr(entries.get("peft_type"), "value", entries.get("peft_type")))
+    saved = saved_from_entries(Path(type(config).__name__), entries)
+    old = Setting(saved.rank, saved.alpha, learning_rate, saved.rule, optimizer_named(optimizer), saved.init)
+    advice = transfer(old, rank, regime, rule=rule, alpha=alpha, **planned)
+    new = copy.deepcopy(config)
+    new.r, new.use_rslora = advice.setting.rank, False
+    new.lora_alpha = _as_integer(advice.lora_alpha) or advice.lora_alpha
+    return Transferred(new, advice.learning_rate, advice)
+
+
+def _open(path: str | Path) -> _Document:
+    """Read a file and recognise its format."""
+    path = Path(path)
+    path = path / FILE if path.is_dir() else path
+    if path.name == FILE:
+        return _Document(path, "PEFT", "", read_entries(path))
+    supported = f"{FILE} of PEFT, or the YAML of Axolotl (key adapter) or LLaMA-Factory (key lora_rank)"
+    text = read_text(path, MAX_BYTES, accepted=supported)
+    if path.suffix == ".json" and len(text) > LARGEST_YAML:
+        return _Document(path, "PEFT", text, read_entries(path))
+    values = parse_yaml(text, where=str(path), accepted=supported)
+    keys = {name for name in values if isinstance(name, str)} if isinstance(values, dict) else set()
+    signs: dict[Format, tuple[str, ...]] = {
+        "PEFT": PEFT_KEYS,
+        "Axolotl": AXOLOTL_KEYS,
+        "LLaMA-Factory": LLAMA_FACTORY_KEYS,
+    }
+    formats = [name for name, sign in signs.items() if keys & {*sign}]
+    if len(formats) != 1:
+        seen = " and ".join(formats) if formats else "neither"
+        raise InputError(f"{path}: the format must be {supported}; its keys are those of {seen}")
+    if formats == ["PEFT"]:
+        return _Document(path, "PEFT", text, read_entries(path))
+    return _Document(path, formats[0], text, values)
+
+
+def _read_axolotl(document: _Document) -> Saved:
+    path, values = document.path, document.values
+    if values["adapter"] not in AXOLOTL_ADAPTERS:
+        raise InputError(f"{path}: adapter must be {' or '.join(AXOLOTL_ADAPTERS)}, got {shown(values['adapter'])}")
+    names: Any = values.get("lora_target_modules")
+    if document.flag("lora_target_linear"):
+        names = ALL_LINEAR
+    entries = {
+        "r": document.rank("lora_r"),
+        "lora_alpha": document.alpha(),
+        "use_rslora": document.flag("peft_use_rslora"),
+        "use_dora": document.flag("peft_use_dora"),
+        "init_lora_weights": True if not values.get("peft_init_lora_weights") else values["peft_init_lora_weights"],
+        "target_modules": names or None,
+        "rank_pattern": values.get("lora_rank_pattern"),
+        "alpha_pattern": values.get("lora_alpha_pattern"),
+        "lora_dropout": values.get("lora_dropout"),
+        "modules_to_save": values.get("lora_modules_to_save"),
+        "layers_to_transform": values.get("peft_layers_to_transform"),
+        "exclude_modules": values.get("lora_exclude_modules"),
+        "target_parameters": values.get("lora_target_parameters"),
+    }
+    peft = values.get("peft")
+    if isinstance(peft, dict) and peft.get("loftq_config"):
+        raise InputError(f"{path}: peft must have no loftq_config, got {shown(peft)}. The law covers B = 0.")
+    return _saved(document, entries, AXOLOTL)
+
+
+def _read_llama_factory(document: _Document) -> Saved:
+    path, values = document.path, document.values
+    kind = values.get("finetuning_type")
+    if kind not in (None, "lora"):
+        raise InputError(f"{path}: finetuning_type must be lora, got {shown(kind)}")
+    for name in ("pissa_init", *OTHER_OPTIMIZERS):
+        if document.flag(name):
+            raise InputError(f"{path}: {name} must be false, got True. The law covers AdamW and SGD from B = 0.")
+    rank = document.rank("lora_rank", 8)
+    names: Any = values.get("lora_target")
+    if isinstance(names, str):
+        names = [name.strip() for name in names.split(",")]
+    if names is None or names == ["all"]:
+        names = ALL_LINEAR
+    extra: Any = values.get("additional_target")
+    entries = {
+        "r": rank,
+        "lora_alpha": document.alpha(2.0 * rank),
+        "use_rslora": document.flag("use_rslora"),
+        "use_dora": document.flag("use_dora"),
+        "target_modules": names,
+        "lora_dropout": values.get("lora_dropout"),
+        "modules_to_save": [name.strip() for name in extra.split(",")] if isinstance(extra, str) else extra,
+    }
+    return _saved(document, entries, LLAMA_FACTORY)
+
+
+def _saved(document: _Document, entries: Mapping[str, Any], keys: _TrainerKeys) -> Saved:
+    """Combine PEFT's entries with the keys of a trainer."""
+    path, values = document.path, document.values
+    saved = saved_from_entries(path, {"peft_type": "LORA", "task_type": "CAUSAL_LM"} | dict(entries))
+    remarks = list(saved.remarks)
+    if keys.default_learning_rate is not None and values.get("learning_rate") is None:
+        remarks.append(f"{path} has no learning_rate: the Trainer's default, {keys.default_learning_rate:g}, is used")
+    if values.get("loraplus_lr_ratio"):
+        remarks.append("loraplus_lr_ratio is set: the advice covers one learning rate for lora_A and lora_B")
+    if values.get(keys.first_adapter):
+        remarks.append(f"{keys.first_adapter} is set: the law covers adapters that are trained from B = 0")
+    return saved._replace(
+        remarks=tuple(remarks),
+        learning_rate=document.learning_rate(keys.default_learning_rate),
+        optimizer=document.optimizer(keys.optimizer),
+        schedule=document.entry(keys.schedule, keys.default_schedule, is_a(str), "the name of a schedule"),
+        steps=document.steps(),
+        epochs=document.epochs(keys.epochs, keys.default_epochs),
+    )
+
+
+def _changes(document: _Document, advice: Advice) -> dict[str, Any]:
+    """Return the new values of the keys that the advice changes.
+
+    Raises:
+      InputError: If the trainer requires an integer alpha and the advice has another.
+    """
+    keys, values = KEYS[document.format], document.values
+    alpha: float = _as_integer(advice.lora_alpha) or advice.lora_alpha
+    is_rslora = False
+    if isinstance(alpha, float) and isinstance(keys, _TrainerKeys):
+        # Both trainers declare lora_alpha as an integer. With use_rslora the same scaling may have one.
+        alpha, is_rslora = _as_integer(advice.alpha) or advice.alpha, True
+        if not advice.is_rslora or isinstance(alpha, float):
+            raise InputError(_integer_message(document, advice))
+    changes = {keys.rank: advice.setting.rank, "lora_alpha": alpha}
+    if bool(values.get(keys.rslora)) != is_rslora:
+        changes[keys.rslora] = is_rslora
+    if isinstance(keys, _TrainerKeys):
+        old_rate = document.learning_rate(keys.default_learning_rate)
+        if not isclose(advice.learning_rate, old_rate, rel_tol=1e-6):
+            changes["learning_rate"] = float(f"{advice.learning_rate:.6g}")
+    return {name: value for name, value in changes.items() if name not in values or values[name] != value}
+
+
+def _integer_message(document: _Document, advice: Advice) -> str:
+    rule, alpha = ("rslora", advice.alpha) if advice.is_rslora else ("lora", advice.lora_alpha)
+    return (
+        f"{document.path}: {document.format} requires an integer lora_alpha, got {advice.lora_alpha:.6g} from the "
+        f"advice. Set the new rule to {rule} and the new alpha to {max(1, round(alpha))} (--to-rule, --to-alpha): the "
+        "learning rate then compensates."
+    )
+
+
+def _as_integer(value: float) -> int | None:
+    """Return the integer that a value is up to rounding errors, or None."""
+    nearest = round(value)
+    return nearest if nearest and isclose(value, nearest, rel_tol=1e-9) else None
+
+
+def _edited(document: _Document, changes: Mapping[str, Any]) -> str:
+    """Return the YAML text with some values replaced in place, which keeps comments and layout.
+
+    Raises:
+      InputError: If the text cannot be edited.
+    """
+    import yaml
+
+    text = document.text
+    root = yaml.compose(text, yaml.SafeLoader)
+    pairs = {key.value: (key, value) for key, value in root.value}
+    # New keys are inserted before the rank, or before the first key.
+    anchor, _ = pairs.get(KEYS[document.format].rank) or root.value[0]
+    quote = anchor.style or ""
+    newline = "\r\n" if "\r\n" in text else "\n"
+    separator = ", " if root.flow_style else newline + " " * root.start_mark.column
+    edits: list[tuple[int, int, str]] = []
+    for name, value in changes.items():
+        scalar = _yaml_scalar(value)
+        if name in pairs:
+            start, end = (mark.index for mark in (pairs[name][1].start_mark, pairs[name][1].end_mark))
+            # A null value may have no text of its own: it ends right after the colon.
+            edits.append((start, end, scalar if end > start else f" {scalar}"))
+        else:
+            place = anchor.start_mark.index
+            edits.append((place, place, f"{quote}{name}{quote}: {scalar}{separator}"))
+    # Replace from the end, so that earlier positions stay valid.
+    for start, end, replacement in sorted(edits, reverse=True):
+        text = text[:start] + replacement + text[end:]
+    if parse_yaml(text, where=str(document.path)) != document.values | dict(changes):
+        raise InputError(f"{document.path}: cannot be edited. Write every key once, on a line of its own.")
+    return text
+
+
+def _yaml_scalar(value: Any) -> str:
+    """Return YAML 1.1 of a number or a bool; a float needs a dot, as ``3e-05`` is text."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    mantissa, _, exponent = repr(float(value)).partition("e")
+    mantissa += "" if "." in mantissa else ".0"
+    return f"{mantissa}e{exponent}" if exponent else mantissa

@@ -1,0 +1,249 @@
+"""Settings in the files of PEFT, Axolotl and LLaMA-Factory: read, transferred, and written again."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rora_theory.adapter_config import FILE
+from rora_theory.advice.setting import Setting
+from rora_theory.advice.trainer_configs import read_trainer_config, transfer_config, write_trainer_config
+from rora_theory.advice.transfer import Advice, transfer
+from rora_theory.errors import InputError
+
+AXOLOTL = """\
+base_model: NousResearch/Llama-3.2-1B
+datasets:
+  - path: teknium/GPT4-LLM-Cleaned   # a comment
+    type: alpaca
+
+adapter: lora
+lora_model_dir:
+
+lora_r: 16  # tuned
+lora_alpha: 32
+lora_dropout: 0.05
+lora_target_modules:
+  - q_proj
+  - v_proj
+
+num_epochs: 2
+optimizer: adamw_8bit
+learning_rate: 2e-4
+# the end
+"""
+
+LLAMA_FACTORY = """\
+### method
+stage: sft
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+
+### train
+learning_rate: 1.0e-4
+lr_scheduler_type: cosine
+max_steps: 500
+"""
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text, newline="")
+    return path
+
+
+def advice_for(path: Path, rank: int = 128, **new) -> Advice:
+    tuned = read_trainer_config(path)
+    rate = tuned.learning_rate or 3e-4
+    return transfer(Setting(tuned.rank, tuned.alpha, rate, tuned.rule, tuned.optimizer or "adamw"), rank, **new)
+
+
+def test_axolotl(tmp_path) -> None:
+    """A rate without a dot is text in YAML; the missing schedule is Axolotl's default."""
+    tuned = read_trainer_config(written(tmp_path / "config.yml", AXOLOTL))
+    assert tuned[:6] == (16, 32.0, "lora", "kaiming_uniform", ("q_proj", "v_proj"), ())
+    assert (tuned.learning_rate, tuned.optimizer, tuned.schedule) == (2e-4, "adamw", "cosine")
+    assert (tuned.steps, tuned.epochs, tuned.others) == (None, 2.0, {"lora_dropout": 0.05})
+
+
+def test_llama_factory(tmp_path) -> None:
+    """Alpha is twice the rank where the file has none, and the targets of ``all`` are PEFT's all-linear."""
+    tuned = read_trainer_config(written(tmp_path / "config.yaml", LLAMA_FACTORY))
+    assert tuned[:6] == (8, 16.0, "lora", "kaiming_uniform", ("all-linear",), ())
+    assert (tuned.learning_rate, tuned.optimizer, tuned.schedule) == (1e-4, "adamw", "cosine")
+    assert (tuned.steps, tuned.epochs) == (500, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "adapter: qlora\nlora_r: 8\nlora_alpha: 8\nlora_target_linear: true\npeft_use_rslora: true\n"
+            "peft_init_lora_weights: gaussian\nlearning_rate: 1e-3\nmax_steps: 7\noptimizer: sgd\n",
+            (8, 8.0, "rslora", "gaussian", ("all-linear",), 1e-3, "sgd", "cosine", 7, 1.0),
+        ),
+        (
+            "stage: pt\n",
+            (8, 16.0, "lora", "kaiming_uniform", ("all-linear",), 5e-5, "adamw", "linear", None, 3.0),
+        ),
+        (
+            '{"lora_rank": 4, "lora_alpha": 2, "use_rslora": true, "lora_target": "q_proj, v_proj", "optim": "sgd"}',
+            (4, 2.0, "rslora", "kaiming_uniform", ("q_proj", "v_proj"), 5e-5, "sgd", "linear", None, 3.0),
+        ),
+    ],
+)
+def test_other_values_and_defaults(tmp_path, text, expected) -> None:
+    tuned = read_trainer_config(written(tmp_path / "config", text))
+    assert (*tuned[:5], tuned.learning_rate, tuned.optimizer, tuned.schedule, tuned.steps, tuned.epochs) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "first_words"),
+    [
+        (LLAMA_FACTORY.replace("learning_rate: 1.0e-4", ""), "has no learning_rate"),
+        (LLAMA_FACTORY + "use_dora: true\n", "use_dora"),
+        (LLAMA_FACTORY + "loraplus_lr_ratio: 16\n", "loraplus_lr_ratio"),
+        (LLAMA_FACTORY + "adapter_name_or_path: saves/first\n", "adapter_name_or_path"),
+        (AXOLOTL.replace("lora_model_dir:", "lora_model_dir: out"), "lora_model_dir"),
+    ],
+)
+def test_what_the_law_does_not_cover_is_a_remark(tmp_path, text, first_words) -> None:
+    (remark,) = read_trainer_config(written(tmp_path / "config.yaml", text)).remarks
+    assert first_words in remark
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base_model: x\n", "format must be .*neither"),
+        ("lora_r: 8\nuse_peft: true\n", "format must be .*neither"),
+        ("adapter: lora\nlora_rank: 8\n", "Axolotl and LLaMA-Factory"),
+        ("- adapter\n", "format must be"),
+        ("adapter: [\n", "is not YAML"),
+        ("", "format must be"),
+        ("adapter: llama-adapter\n", "adapter must .*got 'llama-adapter'"),
+        ("adapter:\n", "adapter must .*got None"),
+        ("adapter: lora\nlora_alpha: 8\nlearning_rate: 1e-4\n", "lora_r must .*no value"),
+        ("adapter: lora\nlora_r: 8\nlearning_rate: 1e-4\n", "lora_alpha must .*no value"),
+        ("adapter: lora\nlora_r: 8\nlora_alpha: 8\n", "learning_rate must .*got None"),
+        ("adapter: lora\nlora_r: 8\nlora_alpha: 8\nlearning_rate: fast\n", "learning_rate must .*got 'fast'"),
+        ("adapter: lora\nlora_r: 8\nlora_alpha: 8\nlearning_rate: .inf\n", "learning_rate must .*got inf"),
+        ("adapter: lora\nlora_r: 8.5\nlora_alpha: 8\nlearning_rate: 1.\n", "lora_r must .*got 8.5"),
+        (AXOLOTL + "lora_rank_pattern: {q_proj: 4}\n", "rank_pattern must .*got {'q_proj': 4}"),
+        (AXOLOTL + "peft_init_lora_weights: pissa\n", "init_lora_weights must .*got 'pissa'"),
+        (AXOLOTL + "peft: {loftq_config: {loftq_bits: 4}}\n", "loftq_config"),
+        (AXOLOTL.replace("adamw_8bit", "muon"), "optimizer must .*got 'muon'"),
+        (LLAMA_FACTORY.replace("type: lora", "type: full"), "finetuning_type must .*got 'full'"),
+        (LLAMA_FACTORY + "pissa_init: true\n", "pissa_init must .*got True"),
+        (LLAMA_FACTORY + "use_muon: true\n", "use_muon must .*got True"),
+        (LLAMA_FACTORY + "use_rslora: maybe\n", "use_rslora must .*got 'maybe'"),
+        (LLAMA_FACTORY.replace("500", "many"), "max_steps must .*got 'many'"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_in_one_line(tmp_path, text, message) -> None:
+    path = written(tmp_path / "config.yaml", text)
+    with pytest.raises(InputError, match=message) as error:
+        read_trainer_config(path)
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_axolotl_is_written_with_its_comments(tmp_path) -> None:
+    """At another rank of plain LoRA only the rank changes, to the byte; with a fixed alpha the rate changes too."""
+    path, out = written(tmp_path / "config.yml", AXOLOTL), tmp_path / "new.yml"
+    write_trainer_config(path, out, advice_for(path))
+    assert out.read_text() == AXOLOTL.replace("lora_r: 16", "lora_r: 128")
+    advice = advice_for(path, alpha=256.0)
+    write_trainer_config(path, tmp_path / "fixed.yml", advice)
+    expected = AXOLOTL.replace("lora_r: 16", "lora_r: 128").replace("lora_alpha: 32", "lora_alpha: 256")
+    rate = yaml.safe_load((tmp_path / "fixed.yml").read_text())["learning_rate"]
+    assert rate == pytest.approx(advice.learning_rate, rel=1e-5)
+    assert (tmp_path / "fixed.yml").read_text() == expected.replace("2e-4", repr(rate))
+    read = read_trainer_config(tmp_path / "fixed.yml")
+    assert (read.rank, read.alpha, read.learning_rate) == (128, 256.0, rate)
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_llama_factory_is_written_with_an_alpha_that_it_had_by_default(tmp_path, newline) -> None:
+    """Twice the new rank would be its default: the kept alpha must be stated."""
+    path, out = written(tmp_path / "config.yaml", LLAMA_FACTORY.replace("\n", newline)), tmp_path / "new.yaml"
+    write_trainer_config(path, out, advice_for(path, 64))
+    expected = LLAMA_FACTORY.replace("lora_rank: 8", "lora_alpha: 16\nlora_rank: 64").replace("\n", newline)
+    assert out.read_bytes().decode() == expected
+
+
+def test_null_values_and_flow_style_are_edited(tmp_path) -> None:
+    text = '{"lora_rank": 4, "lora_alpha": null, "learning_rate": 0.001}'
+    path = written(tmp_path / "config.json", text)
+    write_trainer_config(path, tmp_path / "new.json", advice_for(path, 8))
+    assert json.loads((tmp_path / "new.json").read_text()) == {"lora_rank": 8, "lora_alpha": 8, "learning_rate": 0.001}
+    path = written(tmp_path / "flow.json", '{"lora_rank": 4, "learning_rate": 0.001}')
+    write_trainer_config(path, tmp_path / "new_flow.json", advice_for(path, 8))
+    assert json.loads((tmp_path / "new_flow.json").read_text())["lora_alpha"] == 8
+    path = written(tmp_path / "empty.yaml", "stage: sft\nlora_alpha:  # default\nlora_rank:\n")
+    write_trainer_config(path, tmp_path / "new_empty.yaml", advice_for(path, 16))
+    assert (tmp_path / "new_empty.yaml").read_text() == "stage: sft\nlora_alpha: 16  # default\nlora_rank: 16\n"
+
+
+def test_a_rule_is_written_with_an_integer_alpha(tmp_path) -> None:
+    """Both trainers declare alpha as an integer: alpha / r where it gives one, else use_rslora, else an error."""
+    path = written(tmp_path / "config.yml", AXOLOTL)
+    # gamma = 16 / sqrt(128) has no integer alpha under alpha / r.
+    write_trainer_config(path, tmp_path / "rslora.yml", advice_for(path, rule="rslora", alpha=16.0))
+    values = yaml.safe_load((tmp_path / "rslora.yml").read_text())
+    assert (values["lora_r"], values["lora_alpha"], values["peft_use_rslora"]) == (128, 16, True)
+    # An old rslora setting whose alpha is an integer under alpha / r drops the flag.
+    path = written(tmp_path / "old.yml", AXOLOTL + "peft_use_rslora: true\n")
+    advice = advice_for(path)
+    write_trainer_config(path, tmp_path / "plain.yml", advice)
+    values = yaml.safe_load((tmp_path / "plain.yml").read_text())
+    assert (values["lora_alpha"], values["peft_use_rslora"]) == (128, False)
+    path = written(tmp_path / "odd.yml", AXOLOTL.replace("lora_r: 16", "lora_r: 8") + "peft_use_rslora: true\n")
+    with pytest.raises(InputError, match=r"integer lora_alpha, got 90\.5097 .*rslora .* 9 "):
+        write_trainer_config(path, tmp_path / "never.yml", advice_for(path, 100))
+    # The remedy of the message works.
+    write_trainer_config(path, tmp_path / "remedy.yml", advice_for(path, 100, rule="rslora", alpha=9.0))
+    with pytest.raises(InputError, match=r"integer lora_alpha, got .* lora "):
+        write_trainer_config(path, tmp_path / "never.yml", advice_for(path, rule=0.25))
+    assert not (tmp_path / "never.yml").exists()
+
+
+def test_peft_s_file_is_written_with_its_other_entries(tmp_path) -> None:
+    values = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "use_rslora": True, "bias": "none", "later": [1]}
+    (tmp_path / FILE).write_text(json.dumps(values))
+    for path in (tmp_path, tmp_path / FILE):
+        out = tmp_path / f"{path.suffix}.new"
+        write_trainer_config(path, out, advice_for(path, 100))
+        assert json.loads(out.read_text()) == values | {"r": 100, "lora_alpha": 128, "use_rslora": False}
+    renamed = tmp_path / "other.json"
+    (tmp_path / FILE).rename(renamed)
+    assert read_trainer_config(renamed).rank == 16
+
+
+def test_what_cannot_be_written_is_refused(tmp_path) -> None:
+    path = written(tmp_path / "config.yml", AXOLOTL)
+    with pytest.raises(InputError, match=r"config\.yml"):
+        write_trainer_config(path, path, advice_for(path))
+    measured = advice_for(path, regime={"model.layers.0.q_proj": 0.5, "model.layers.0.v_proj": 20.0})
+    with pytest.raises(InputError, match=r"per must .*got 'type'"):
+        write_trainer_config(path, tmp_path / "new.yml", measured, per="type")
+
+
+def test_a_lora_config_of_peft_is_transferred() -> None:
+    peft = pytest.importorskip("peft")
+    old = peft.LoraConfig(r=16, lora_alpha=32, target_modules=["v_proj", "q_proj"], use_rslora=True, use_dora=True)
+    new, rate, advice = transfer_config(old, 64, learning_rate=2e-4, optimizer="adamw_torch")
+    assert (new.r, new.lora_alpha, new.use_rslora, rate) == (64, 128, False, 2e-4)
+    assert advice.old == Setting(16, 32.0, 2e-4, "rslora")
+    assert old.r == 16
+    unchanged = new.to_dict() | {name: old.to_dict()[name] for name in ("r", "lora_alpha", "use_rslora")}
+    assert unchanged == old.to_dict()
+    _, rate, _ = transfer_config(old, 64, learning_rate=2e-4, rule="lora", alpha=256.0)
+    assert rate < 2e-4
+    with pytest.raises(InputError, match=r"rank_pattern must .*got {'q_proj': 4}"):
+        transfer_config(peft.LoraConfig(rank_pattern={"q_proj": 4}), 64, learning_rate=2e-4)
+    with pytest.raises(InputError, match=r"peft_type must .*got 'IA3'"):
+        transfer_config(peft.IA3Config(), 64, learning_rate=2e-4)
+    with pytest.raises(InputError, match=r"config must .*got 8"):
+        transfer_config(8, 64, learning_rate=2e-4)
