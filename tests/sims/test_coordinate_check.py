@@ -104,7 +104,7 @@ def test_goes_on_and_refuses_another_model(finished, model, data, tmp_path):
         ("--sgd-lr -1", "--sgd-lr"),
         ("--sgd-rate 1", "--sgd-rate was renamed; accepted is --sgd-lr"),
         ("--seed 1", "--seed was renamed; accepted is --seeds"),
-        ("--held-out 40", "held_out is 40 of 40 records"),
+        ("--held-out 40", "held_out must be less than the number of records, 40, got 40"),
         ("--model nowhere/at/all", "nowhere/at/all"),
         ("--targets z_proj", "z_proj"),
         ("--targets", "--targets has 0 values; accepted are 1 or more"),
