@@ -90,7 +90,7 @@ def main(config: Config) -> None:
 
 def prepared(config: Config, folder: Path) -> tuple[Any, list[Any], list[dict[str, np.ndarray]]]:
     """The model in JAX, written to ``folder`` for PyTorch too; and both batches for each of them."""
-    from rora_theory.finetune import Batches, choose_widths, read_records, split, tokenize
+    from rora_theory.finetune import Batches, choose_widths, read_records, split_records, tokenize
     from rora_theory.llama import load
     from rora_theory.llama.weights import save_hf
 
@@ -99,11 +99,11 @@ def prepared(config: Config, folder: Path) -> tuple[Any, list[Any], list[dict[st
         raise InputError(f"--data holds {len(records)} records; accepted are {2 * config.batch_size} or more")
     model = load(config.model)
     save_hf(folder, model.params, model.config)
-    rest, apart = split(records, config.batch_size, config.seed)
+    rest, apart = split_records(records, config.batch_size, config.seed)
     ours, theirs = [], []
     for part in (rest[: config.batch_size], apart):
         examples = tokenize(part, model.tokenizer, cutoff=config.cutoff)
-        ours.append(Batches(examples, choose_widths(examples.sizes, 1), batch_size=len(examples))[0])
+        ours.append(Batches(examples, choose_widths(examples.input_lengths, 1), batch_size=len(examples))[0])
         ids = np.zeros((len(examples), int(examples.lengths.max())), np.int64)
         mask = np.zeros_like(ids)
         for i in range(len(examples)):

@@ -93,7 +93,7 @@ def harness(config: Config, model: Model) -> list[dict[str, Any]]:
     rows = []
     peers = {size: lm_eval_peer.harness_model(model, size) for size in config.harness_batches}
     for key in config.tasks:
-        task = tasks.task_named(key)
+        task = tasks.get_task(key)
         records = tasks.read_task(sources.locate_task(config.data_dir, task), task)[: config.items]
 
         def ours(records: list[tasks.TaskRecord] = records) -> int:
@@ -176,7 +176,7 @@ def transformers_texts(peer: Any, tokenizer: Any, records: list[tasks.TaskRecord
             )
         new = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for number, text in zip(group, new, strict=True):
-            found[number] = text.split(prompts.RESPONSE)[-1].strip()
+            found[number] = text.split(prompts.RESPONSE_HEADING)[-1].strip()
     return found
 
 

@@ -168,7 +168,7 @@ def prepare(config: Config, folder: Path) -> None:
     ids = [w[:, :-1] for w in windows]
     save(folder / "tokens_peer.npz", [(w, np.ones_like(w), w) for w in ids])
 
-    widths = choose_widths(examples.sizes, 6)
+    widths = choose_widths(examples.input_lengths, 6)
     batches = Batches(examples, widths, batch_size=16, seed=42)
     whole = [batches[step] for step in range(len(batches)) if batches[step].weights.any(axis=1).all()]
     whole.sort(key=lambda batch: batch.inputs.shape[1])
@@ -179,7 +179,7 @@ def prepare(config: Config, folder: Path) -> None:
     random.sort(key=lambda batch: batch[0].shape[1])
     save(folder / "text_peer.npz", spread(random, config.batches))
     padding = {
-        "ours": {"records": len(examples), "widths": widths, "padding": batches.padding},
+        "ours": {"records": len(examples), "widths": widths, "padding": batches.padding_share},
         "peer": {"padding": 1 - sum(b[1].sum() for b in random) / sum(b[1].size for b in random)},
     }
     (folder / "text.json").write_text(json.dumps(padding))

@@ -90,7 +90,7 @@ def compare_choices(
     """One task: how far the two sides are apart, and on the worst choices how far each is from float64."""
     import lm_eval_peer
 
-    task = tasks.task_named(key)
+    task = tasks.get_task(key)
     asked = [choices.harness_choices(record) for record in records]
     theirs = lm_eval_peer.task(key, records)
     by_item: list[list[Any]] = [[] for _ in records]
@@ -153,7 +153,7 @@ def main(config: Config) -> bool:
 
     all_records = {}
     for key in config.tasks:
-        task = tasks.task_named(key)
+        task = tasks.get_task(key)
         all_records[key] = tasks.read_task(sources.locate_task(config.data_dir, task), task)
     rows = {key: {"task": key} | compare_texts(key, records) for key, records in all_records.items()}
     for row in rows.values():

@@ -17,7 +17,17 @@ import jax
 
 from rora_theory import adapters, llama
 from rora_theory.data.records import DataConfig, read_record_set
-from rora_theory.finetune import FinetuneConfig, Metrics, card, distributed, metrics, prepare, sharding, split, trackers
+from rora_theory.finetune import (
+    FinetuneConfig,
+    Metrics,
+    card,
+    distributed,
+    metrics,
+    prepare,
+    sharding,
+    split_records,
+    trackers,
+)
 from rora_theory.finetune.checkpoints import silence_checkpoint_logs
 from rora_theory.finetune.distributed import ProcessConfig
 from rora_theory.finetune.loop import NonFiniteLossError, StepCompleted, Trainer, ValidationCompleted, resumption
@@ -69,7 +79,7 @@ def run(config: Config) -> None:
         check_free(config.out)
     found = read_record_set(config.data, config.reading)
     training = replace(config.training, template=found.template(config.training.template))
-    split(found.records, training.held_out, training.seed)  # too few are refused before the weights are read
+    split_records(found.records, training.held_out, training.seed)  # too few are refused before the weights are read
     origin = llama.locate(config.model, config.revision)
     llama_config = llama.model_config(origin)
     adapted = adapters.table(training.adapter(), llama_config)

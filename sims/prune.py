@@ -90,7 +90,7 @@ def run(config: Config) -> None:
     if config.seq > longest:
         raise InputError(f"seq is {config.seq}; accepted is at most {longest}, the model's max_position_embeddings")
     sizes = {"seq": config.seq, "windows": config.windows, "held_out": config.held_out}
-    windows, held_out = text_windows.cut(texts, model.tokenizer, **sizes, seed=config.seed)
+    windows, held_out = text_windows.sample_windows(texts, model.tokenizer, **sizes, seed=config.seed)
     extra = {"units": pruning.UNITS}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra, models=[origin])
     if not (folder.has_files(MODEL) and folder.has_files("results.csv")):

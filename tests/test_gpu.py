@@ -122,7 +122,7 @@ def test_a_run_that_goes_on_ends_in_the_same_bits(params, tmp_path):
 
     def trainer(folder):
         adapter = adapters.init(jax.random.key(1), config.lora(), MODEL, half)
-        train = Batches(examples, choose_widths(examples.sizes, 1), batch_size=4, epochs=2, seed=1)
+        train = Batches(examples, choose_widths(examples.input_lengths, 1), batch_size=4, epochs=2, seed=1)
         return Trainer(half, MODEL, adapter, config, train, None, folder)
 
     def losses(run, until):

@@ -1,9 +1,8 @@
-"""From records to padded batches: tokens, a split, few widths, and an order that any step can be asked for.
+"""Tokenize records, split them, and batch them in a reproducible order.
 
-Every batch holds records of about the same length, padded to one of a few widths. A width is a shape, and a
-shape is compiled once. The order of the batches is a function of the seed and the epoch alone, so the
-position in the data is the step: a run that goes on at step k asks for batch k and nothing is read twice or
-left out.
+Every batch holds records of similar length, padded to one of a few widths. A width is a shape, and a shape is compiled
+once. The order of the batches depends only on the seed and the epoch, so the step is the position in the data: a run
+that resumes at step k requests batch k, and no record is repeated or left out.
 """
 
 import hashlib
@@ -24,31 +23,38 @@ from rora_theory.data.formats import AnyRecord, Text
 from rora_theory.errors import InputError
 from rora_theory.llama.shared_prompt import common_length
 
-MULTIPLE = 8
-"""Widths are multiples of this, as in the published code."""
+WIDTH_MULTIPLE = 8
+"""Every width is a multiple of this number, as in the published code."""
 
 T = TypeVar("T")
 
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """What is asked of a tokenizer; `rora_theory.llama.tokenizer.Tokenizer` is one, and chats ask for one."""
+    """Interface of a tokenizer.
+
+    `rora_theory.llama.tokenizer.Tokenizer` implements it. Chats need that class itself.
+    """
 
     @property
-    def eos_id(self) -> int | None: ...
+    def eos_id(self) -> int | None:
+        """Return the end-of-sequence token, if the tokenizer has one."""
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Return the token ids of each text."""
 
 
 class Batch(NamedTuple):
-    """One step's records, padded to the width S on the right. A pytree of numpy arrays, traced in a step.
+    """One step's records, padded on the right to the width S.
+
+    A batch is a pytree of NumPy arrays, which a jitted step traces.
 
     Attributes:
-      inputs: tokens the model reads. The last token of a record is only ever a target.
-      targets: the token that follows, for each position that may be in the loss: T = S, or, for the loss on
-        the answer alone, the few positions named by ``positions``.
-      weights: 1 where the target counts, 0 for padding and for whole rows that fill a short batch.
-      positions: index into S of each target; None is every position.
+      inputs: Tokens that the model reads. The last token of a record is only ever a target.
+      targets: Token that follows each position that may be in the loss. T = S, except for the loss on the answer alone,
+        in which T counts the few positions in ``positions``.
+      weights: 1 where the target is in the loss; 0 for padding and for whole rows that fill up a short batch.
+      positions: Index into S of each target; None stands for every position.
     """
 
     inputs: Int[Any, "B S"]
@@ -59,64 +65,76 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenized records, end to end.
+    """Tokenized records, concatenated.
 
     Attributes:
-      tokens: all tokens.
-      offsets: record i is ``tokens[offsets[i]:offsets[i + 1]]``.
-      learned: which tokens count as targets; a record's first never does, since nothing predicts it.
-      truncated: records cut at the cut-off.
-      skipped: records left out because the cut-off left them no target.
+      tokens: Tokens of all records.
+      offsets: Boundaries of the records: record i is ``tokens[offsets[i]:offsets[i + 1]]``.
+      is_target: Mask of the tokens that are targets. A record's first token never is, because nothing predicts it.
+      truncated: Number of records that were cut at the cutoff.
+      skipped: Number of records that were left out because the cutoff left them no target.
     """
 
     tokens: Int[np.ndarray, " N"]
     offsets: Int[np.ndarray, " n_plus_1"]
-    learned: Bool[np.ndarray, " N"]
+    is_target: Bool[np.ndarray, " N"]
     truncated: int
     skipped: int
 
     def __len__(self) -> int:
+        """Return the number of records."""
         return len(self.offsets) - 1
 
     @cached_property
-    def starts(self) -> Int[np.ndarray, " n"]:
-        """Index within each record of the first token that counts as a target."""
-        first = np.flatnonzero(self.learned)
-        return first[np.searchsorted(first, self.offsets[:-1])] - self.offsets[:-1]
+    def first_targets(self) -> Int[np.ndarray, " n"]:
+        """Return the index of each record's first target within the record."""
+        target_indices = np.flatnonzero(self.is_target)
+        return target_indices[np.searchsorted(target_indices, self.offsets[:-1])] - self.offsets[:-1]
 
     @property
-    def targets(self) -> Int[np.ndarray, " n"]:
-        """How many tokens of each record count as targets."""
-        return np.add.reduceat(self.learned, self.offsets[:-1], dtype=np.int64)
+    def target_counts(self) -> Int[np.ndarray, " n"]:
+        """Return the number of targets of each record."""
+        return np.add.reduceat(self.is_target, self.offsets[:-1], dtype=np.int64)
 
-    def learned_of(self, index: int) -> Bool[np.ndarray, " length"]:
-        """Which tokens of a record count as targets."""
-        return self.learned[self.offsets[index] : self.offsets[index + 1]]
+    def target_mask(self, index: int) -> Bool[np.ndarray, " length"]:
+        """Return the mask of the tokens of one record that are targets."""
+        return self.is_target[self.offsets[index] : self.offsets[index + 1]]
 
     @property
     def lengths(self) -> Int[np.ndarray, " n"]:
-        """Tokens of each record."""
+        """Return the number of tokens of each record."""
         return np.diff(self.offsets)
 
     @property
-    def sizes(self) -> Int[np.ndarray, " n"]:
-        """Positions each record takes: its tokens but the last, which is only a target."""
+    def input_lengths(self) -> Int[np.ndarray, " n"]:
+        """Return the number of inputs of each record: all tokens but the last, which is only a target."""
         return self.lengths - 1
 
     def __getitem__(self, index: int) -> Int[np.ndarray, " length"]:
+        """Return the tokens of one record."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
 
-def split(records: Sequence[T], held_out: int, seed: int) -> tuple[list[T], list[T]]:
-    """Training and validation records, permuted as `datasets.Dataset.train_test_split` does at this seed.
+def split_records(records: Sequence[T], held_out: int, seed: int) -> tuple[list[T], list[T]]:
+    """Split records into training and validation records.
+
+    The permutation is that of `datasets.Dataset.train_test_split` at the same seed.
+
+    Args:
+      records: Records to split.
+      held_out: Number of validation records.
+      seed: Seed of the permutation.
+
+    Returns:
+      The training records and the validation records.
 
     Raises:
-      InputError: fewer than ``held_out + 1`` records.
+      InputError: There are fewer than ``held_out + 1`` records.
     """
     if not records:
-        raise InputError("there are no records; accepted is one or more")
+        raise InputError("records must not be empty")
     if len(records) <= held_out:
-        raise InputError(f"held_out is {held_out} of {len(records)} records; accepted are fewer than all")
+        raise InputError(f"held_out must be less than the number of records, {len(records)}, got {held_out}")
     if not held_out:
         return list(records), []
     order = np.random.default_rng(seed).permutation(len(records))
@@ -132,66 +150,75 @@ def tokenize(
     answer_only: bool = False,
     chat: chats.ChatTemplate | None = None,
 ) -> Examples:
-    """Prompts as token ids.
+    """Tokenize records.
 
-    In all templates but ``chat`` as the published code makes them: the text is encoded with the checkpoint's own
-    beginning (a BOS token, or none). More than ``cutoff`` tokens are cut at the end; the end-of-sequence token is added
-    only to a text that is shorter and does not end in one. With ``answer_only`` the targets begin at the first token in
-    which the encoded text differs from the encoded prompt: a token that joins the prompt's last space to the answer's
-    first word is the answer's.
+    In all templates but ``chat``, tokens are those of the published code. The text is encoded with the tokenizer's
+    usual beginning (a BOS token, or none). A text of more than ``cutoff`` tokens is cut at the end. The end-of-sequence
+    token is appended only to a shorter text that does not end in one. With ``answer_only`` the targets begin at the
+    first token in which the encoded text differs from the encoded prompt. A token that joins the prompt's last space
+    and the answer's first word therefore belongs to the answer.
 
-    A chat template writes the special tokens itself, so nothing is added to what it writes. A token is in the loss if
-    it shares a letter with a part of the text that is in the loss: with ``answer_only`` a turn of the assistant's, and
-    otherwise anything but a turn of weight 0.
+    A chat template writes the special tokens itself, so none are added to its text. A token is in the loss if it
+    overlaps a part of the text that is in the loss: with ``answer_only`` an assistant turn, and otherwise everything
+    except turns of weight 0.
 
     Args:
       records: Records to encode.
       tokenizer: Tokenizer of the model.
       cutoff: Maximum number of tokens of a record.
-      template: Name of the template (see `texts.write`); None selects that of the kind of record.
+      template: Name of the template (see `texts.render_record`); None selects the default of the kind of record.
       answer_only: Whether only the answer is in the loss.
-      chat: Chat template of the template ``chat``; None selects the tokenizer's own.
+      chat: Chat template for the template ``chat``; None selects the tokenizer's.
+
+    Returns:
+      The tokens of all records that have a target within the cutoff.
 
     Raises:
-      InputError: There are no records, none has a token to learn within the cut-off, or a text is given although the
-        loss is on the answer; or records can't be rendered, of which the message lists the first ten and the number.
+      InputError: There are no records, none has a target within the cutoff, or a text is given although the loss is on
+        the answer; or records cannot be rendered, of which the message lists the first ten and the number.
     """
     template = texts.default_template(records) if template is None else template
     if template == "chat":
-        chat = chats.chat_template_of(tokenizer) if chat is None else chat
+        chat = chats.load_chat_template(tokenizer) if chat is None else chat
     if answer_only and any(isinstance(record, Text) for record in records):
-        raise InputError("loss_on is answer, and a text has no prompt and answer; accepted is loss_on all")
-    kept: list[list[int]] = []
-    learned: list[Bool[np.ndarray, " length"]] = []
+        raise InputError("loss_on must be 'all' for texts, which have no prompt and answer, got 'answer'")
+    kept_ids: list[list[int]] = []
+    masks: list[Bool[np.ndarray, " length"]] = []
     truncated = 0
-    for whole, in_loss in _encode(records, tokenizer, template, chat, answer_only=answer_only, least=2 * cutoff):
-        ids = whole[:cutoff]
-        truncated += len(whole) > cutoff
+    for all_ids, in_loss in _encode(records, tokenizer, template, chat, answer_only=answer_only, min_tokens=2 * cutoff):
+        # Cut at the cutoff, and append the end-of-sequence token where there is room for it.
+        ids = all_ids[:cutoff]
+        truncated += len(all_ids) > cutoff
         if template != "chat" and len(ids) < cutoff and tokenizer.eos_id is not None and ids[-1:] != [tokenizer.eos_id]:
             ids = [*ids, tokenizer.eos_id]
-        counted = np.ones(len(ids), bool)
-        counted[: len(in_loss)] = in_loss[: len(ids)]
-        counted[:1] = False
-        if counted.any():
-            kept.append(ids)
-            learned.append(counted)
-    if not kept:
-        raise InputError(f"none of {len(records)} records has a token to learn within cutoff {cutoff}")
-    offsets = np.cumsum([0, *map(len, kept)])
+        # An appended token is in the loss. Nothing predicts the first one.
+        mask = np.ones(len(ids), bool)
+        mask[: len(in_loss)] = in_loss[: len(ids)]
+        mask[:1] = False
+        # A record without a target would only take up room in a batch.
+        if mask.any():
+            kept_ids.append(ids)
+            masks.append(mask)
+    if not kept_ids:
+        raise InputError(
+            f"cutoff must leave a token to learn in at least one of the {len(records)} records, got {cutoff}"
+        )
+    # Concatenate, so that millions of tokens take one array instead of a list of integers for each record.
+    offsets = np.cumsum([0, *map(len, kept_ids)])
     return Examples(
-        tokens=np.fromiter((token for ids in kept for token in ids), np.int32, count=int(offsets[-1])),
+        tokens=np.fromiter((token for ids in kept_ids for token in ids), np.int32, count=int(offsets[-1])),
         offsets=offsets,
-        learned=np.concatenate(learned),
+        is_target=np.concatenate(masks),
         truncated=truncated,
-        skipped=len(records) - len(kept),
+        skipped=len(records) - len(kept_ids),
     )
 
 
 Encoded = tuple[list[int], Bool[np.ndarray, " length"]]
-"""Token ids of a text, and which of them are in the loss."""
+"""Token ids of a text, and the mask of those that are in the loss."""
 
-LETTERS = 16
-"""Letters of a text's beginning for each token that it should have: most tokens have two to five."""
+CHARACTERS_PER_TOKEN = 16
+"""Characters of a text that are rendered for each token that is needed. Most tokens have two to five."""
 
 
 def _encode(
@@ -201,88 +228,106 @@ def _encode(
     chat: chats.ChatTemplate | None,
     *,
     answer_only: bool,
-    least: int,
+    min_tokens: int,
 ) -> list[Encoded]:
-    """Encode each record, of a long text a beginning of at least ``least`` tokens.
+    """Encode each record; of a long text, encode only a beginning of at least ``min_tokens`` tokens.
 
-    A cut changes the tokens just before it, so ``least`` is more than the tokens that are used.
+    Cutting a text changes the tokens just before the cut, so ``min_tokens`` is more than the number that is used.
     """
     encode = _encode_chats if template == "chat" else _encode_texts
     encoded: dict[int, Encoded] = {}
-    left, letters = list(range(len(records))), LETTERS * least
-    while left:
-        part = [records[index] for index in left]
-        written = texts.write_all(part, template, chat, answer_only=answer_only, letters=letters)
-        tokens = list(encode(written, tokenizer, answer_only))
+    remaining, max_characters = list(range(len(records))), CHARACTERS_PER_TOKEN * min_tokens
+    while remaining:
+        rendered = texts.render_records(
+            [records[index] for index in remaining],
+            template,
+            chat,
+            answer_only=answer_only,
+            max_characters=max_characters,
+        )
+        # Accept a result if the text was not cut, or has enough tokens before the cut.
+        results = list(encode(rendered, tokenizer, answer_only))
         encoded |= {
-            index: own
-            for index, text, own in zip(left, written, tokens, strict=True)
-            if len(text.text) < letters or len(own[0]) >= least
+            index: result
+            for index, text, result in zip(remaining, rendered, results, strict=True)
+            if len(text.text) < max_characters or len(result[0]) >= min_tokens
         }
-        # The few texts with so many letters to a token are written and encoded again, at four times the length.
-        left, letters = [index for index in left if index not in encoded], 4 * letters
+        # The few texts with more characters per token are rendered and encoded again, at four times the length.
+        remaining = [index for index in remaining if index not in encoded]
+        max_characters *= 4
     return [encoded[index] for index in range(len(records))]
 
 
-def _encode_texts(written: Sequence[chats.Written], tokenizer: TextEncoder, answer_only: bool) -> Iterator[Encoded]:
-    encoded = tokenizer.encode_batch([one.text for one in written])
-    heads: list[list[int]] = [[]] * len(written)
+def _encode_texts(
+    rendered: Sequence[chats.RenderedText], tokenizer: TextEncoder, answer_only: bool
+) -> Iterator[Encoded]:
+    encoded = tokenizer.encode_batch([text for text, _ in rendered])
+    prompts: list[list[int]] = [[]] * len(rendered)
     if answer_only:
-        heads = tokenizer.encode_batch([text[: spans[0][0]] for text, spans in written])
-    for ids, head in zip(encoded, heads, strict=True):
-        yield ids, np.arange(len(ids)) >= common_length(ids, head)
+        prompts = tokenizer.encode_batch([text[: spans[0][0]] for text, spans in rendered])
+    for ids, prompt_ids in zip(encoded, prompts, strict=True):
+        yield ids, np.arange(len(ids)) >= common_length(ids, prompt_ids)
 
 
-def _encode_chats(written: Sequence[chats.Written], tokenizer: Any, answer_only: bool) -> Iterator[Encoded]:
-    if not answer_only and all(spans == ((0, len(text)),) for text, spans in written):
-        yield from ((ids, np.ones(len(ids), bool)) for ids in tokenizer.encode_batch([w.text for w in written], False))
+def _encode_chats(rendered: Sequence[chats.RenderedText], tokenizer: Any, answer_only: bool) -> Iterator[Encoded]:
+    # Without masks, the positions of the tokens in the text are not needed.
+    if not answer_only and all(spans == ((0, len(text)),) for text, spans in rendered):
+        for ids in tokenizer.encode_batch([text for text, _ in rendered], False):
+            yield ids, np.ones(len(ids), bool)
         return
-    encoded = tokenizer.encode_with_letters([one.text for one in written])
-    for (ids, letters), (_, spans) in zip(encoded, written, strict=True):
-        begins, ends = letters.T
-        learned = np.zeros(len(ids), bool)
+    encoded = tokenizer.encode_with_letters([text for text, _ in rendered])
+    for (ids, offsets), (_, spans) in zip(encoded, rendered, strict=True):
+        token_begins, token_ends = offsets.T
+        in_loss = np.zeros(len(ids), bool)
+        # A token is in the loss if it overlaps a span.
         for begin, end in spans:
-            learned |= (begins < end) & (ends > begin)
-        yield ids, learned
+            in_loss |= (token_begins < end) & (token_ends > begin)
+        yield ids, in_loss
 
 
-def choose_widths(sizes: Int[np.ndarray, " n"], count: int) -> tuple[int, ...]:
-    """At most ``count`` multiples of `MULTIPLE` that ``sizes`` can be padded to with the least padding.
+def choose_widths(input_lengths: Int[np.ndarray, " n"], count: int) -> tuple[int, ...]:
+    """Choose the widths with the least padding.
 
-    Dynamic programming over the multiples: the best k widths that end at j are the best k - 1 that end at
-    some i below, and j for the records between.
+    Dynamic programming over the multiples of `WIDTH_MULTIPLE`: the best k widths that end at j are the best k - 1
+    widths that end at some smaller i, and j for the records in between.
 
     Args:
-      sizes: positions each record takes, 1 or more.
-      count: most widths, 1 or more.
+      input_lengths: Number of inputs of each record, at least 1.
+      count: Maximum number of widths, at least 1.
 
     Returns:
-      widths in ascending order; the last holds the longest record.
+      The widths in ascending order. The last one holds the longest record.
 
     Examples:
       >>> choose_widths(np.array([3, 5, 30, 31, 60]), 2)
       (32, 64)
     """
-    steps = -(-sizes // MULTIPLE)
-    many = np.bincount(steps)
-    below = np.cumsum(many)
-    top = len(many) - 1
-    # best[j]: (positions, widths) for the records up to width j, in units of MULTIPLE.
-    best: list[tuple[int, tuple[int, ...]]] = [(0, ())] + [(int(below[j]) * j, (j,)) for j in range(1, top + 1)]
+    # Number of records that need j multiples, and of those that need at most j.
+    multiples = -(-input_lengths // WIDTH_MULTIPLE)
+    records_at = np.bincount(multiples)
+    records_up_to = np.cumsum(records_at)
+    top = len(records_at) - 1
+    # best[j] is (padded positions, widths) for the records up to width j, in units of WIDTH_MULTIPLE. One width first.
+    best: list[tuple[int, tuple[int, ...]]] = [(0, ())]
+    best += [(int(records_up_to[j]) * j, (j,)) for j in range(1, top + 1)]
+    # Allow one more width in each pass; a width that does not help is not added.
     for _ in range(count - 1):
         best = [best[0]] + [
-            min([best[j]] + [(best[i][0] + int(below[j] - below[i]) * j, (*best[i][1], j)) for i in range(1, j)])
+            min(
+                [best[j]]
+                + [(best[i][0] + int(records_up_to[j] - records_up_to[i]) * j, (*best[i][1], j)) for i in range(1, j)]
+            )
             for j in range(1, top + 1)
         ]
-    return tuple(step * MULTIPLE for step in best[top][1])
+    return tuple(width * WIDTH_MULTIPLE for width in best[top][1])
 
 
-class Plan(NamedTuple):
-    """The order of one epoch.
+class EpochPlan(NamedTuple):
+    """Order of the records in one epoch.
 
     Attributes:
-      rows: records of each batch; -1 is a row that fills a short batch.
-      widths: padded length of each batch.
+      rows: Record indices of each batch; -1 is a row that fills up a short batch.
+      widths: Padded length of each batch.
     """
 
     rows: Int[np.ndarray, "batches B"]
@@ -290,53 +335,57 @@ class Plan(NamedTuple):
 
 
 def plan_epoch(
-    sizes: Int[np.ndarray, " n"], widths: Sequence[int], batch_size: int, *, seed: int | None, epoch: int
-) -> Plan:
-    """Batches of one epoch: each record once, every batch full but one.
-
-    Records are shuffled, dealt to the narrowest width that holds them and batched there; what is left over in
-    a width goes to the next. The batches are then shuffled. Thus only the last, in the widest, can be short.
+    input_lengths: Int[np.ndarray, " n"], widths: Sequence[int], batch_size: int, *, seed: int | None, epoch: int
+) -> EpochPlan:
+    """Assign each record to one batch of an epoch, so that at most one batch is not full.
 
     Args:
-      sizes: positions each record takes.
-      widths: padded lengths, ascending, the last of which holds every record.
-      batch_size: records a batch.
-      seed: with ``epoch`` determines the order; None keeps the records' order (validation).
-      epoch: from 0.
+      input_lengths: Number of inputs of each record.
+      widths: Padded lengths in ascending order, of which the last holds every record.
+      batch_size: Number of records per batch.
+      seed: Seed that determines the order together with ``epoch``; None keeps the order of the records (validation).
+      epoch: Index of the epoch, from 0.
+
+    Returns:
+      The batches in order.
     """
     random = None if seed is None else np.random.default_rng([seed, epoch])
-    order = np.arange(len(sizes)) if random is None else random.permutation(len(sizes))
-    bucket = np.searchsorted(np.asarray(widths), sizes[order])
-    rows: list[np.ndarray] = []
-    chosen: list[int] = []
-    left = np.empty(0, order.dtype)
+    # Shuffle the records and deal each to the narrowest width that holds it.
+    order = np.arange(len(input_lengths)) if random is None else random.permutation(len(input_lengths))
+    bucket = np.searchsorted(np.asarray(widths), input_lengths[order])
+    batches: list[np.ndarray] = []
+    batch_widths: list[int] = []
+    remainder = np.empty(0, order.dtype)
     for index, width in enumerate(widths):
-        members = np.concatenate([left, order[bucket == index]])
+        # Fill batches of this width; a remainder goes to the next width, so only the last batch can be short.
+        members = np.concatenate([remainder, order[bucket == index]])
         full = len(members) // batch_size
-        rows.extend(members[: full * batch_size].reshape(full, batch_size))
-        chosen.extend([width] * full)
-        left = members[full * batch_size :]
-    if len(left):
-        rows.append(np.concatenate([left, np.full(batch_size - len(left), -1, order.dtype)]))
-        chosen.append(widths[-1])
-    shuffled = np.arange(len(rows)) if random is None else random.permutation(len(rows))
-    return Plan(np.array(rows)[shuffled], np.array(chosen)[shuffled])
+        batches.extend(members[: full * batch_size].reshape(full, batch_size))
+        batch_widths.extend([width] * full)
+        remainder = members[full * batch_size :]
+    # Fill up the short batch, which has the last width.
+    if len(remainder):
+        batches.append(np.concatenate([remainder, np.full(batch_size - len(remainder), -1, order.dtype)]))
+        batch_widths.append(widths[-1])
+    # Shuffle the batches, so that the widths mix over the epoch.
+    shuffled = np.arange(len(batches)) if random is None else random.permutation(len(batches))
+    return EpochPlan(np.array(batches)[shuffled], np.array(batch_widths)[shuffled])
 
 
 class Batches:
-    """All batches of a run by step, from 0.
+    """Sequence of all batches of a run, indexed by step from 0.
 
     Args:
-      examples: the records.
-      widths: padded lengths, see `choose_widths`.
-      batch_size: records a batch.
-      epochs: passes over the records.
-      seed: of the order; None keeps the records' order.
-      answer_only: whether batches name the answer's positions.
+      examples: Tokenized records.
+      widths: Padded lengths, see `choose_widths`.
+      batch_size: Number of records per batch.
+      epochs: Number of passes over the records.
+      seed: Seed of the order; None keeps the order of the records.
+      answer_only: Whether a batch has targets only at the answer's positions.
 
     Attributes:
-      examples: the records.
-      steps_per_epoch: batches of one epoch.
+      examples: Tokenized records.
+      steps_per_epoch: Number of batches in one epoch.
     """
 
     def __init__(
@@ -349,109 +398,127 @@ class Batches:
         seed: int | None = None,
         answer_only: bool = False,
     ) -> None:
+        """Store the records and prepare the plans of the epochs."""
         self.examples, self._widths, self._epochs = examples, tuple(widths), epochs
-        self._sizes = examples.sizes
+        self._input_lengths = examples.input_lengths
         self._order = (batch_size, seed, answer_only)
-        self._plan_of = partial(plan_epoch, self._sizes, self._widths, batch_size, seed=seed)
-        self._plans: dict[int, Plan] = {}
+        self._plan_epoch = partial(plan_epoch, self._input_lengths, self._widths, batch_size, seed=seed)
+        self._plans: dict[int, EpochPlan] = {}
         self.steps_per_epoch = -(-len(examples) // batch_size)
-        self._answers = self._answer_widths() if answer_only else None
+        self._target_widths = self._max_target_counts() if answer_only else None
 
     def __len__(self) -> int:
+        """Return the number of steps."""
         return self._epochs * self.steps_per_epoch
 
-    def within(self, longest: int) -> "Batches":
-        """The same batches, padded to no more than the ``longest`` positions that a model reads.
+    def limit_widths(self, max_width: int) -> "Batches":
+        """Return the same batches, padded to at most ``max_width``.
+
+        Args:
+          max_width: Maximum number of positions that the model reads.
 
         Raises:
-          InputError: a record that is longer.
+          InputError: A record is longer.
         """
-        if self._widths[-1] <= longest:  # and so every record
+        if self._widths[-1] <= max_width:  # no width, and so no record, is longer
             return self
-        if (size := int(self._sizes.max())) > longest:
+        if (longest := int(self._input_lengths.max())) > max_width:
             raise InputError(
-                f"a record has {size + 1} tokens; accepted are at most {longest + 1}, as many as the model reads: a "
-                f"cutoff of {longest + 1} cuts it"
+                f"a record has {longest + 1} tokens, but the model reads at most {max_width + 1}. "
+                f"Set the cutoff to {max_width + 1}."
             )
         batch_size, seed, answer_only = self._order
-        widths = [min(width, longest) for width in self._widths]
+        widths = [min(width, max_width) for width in self._widths]
         return Batches(
             self.examples, widths, batch_size=batch_size, epochs=self._epochs, seed=seed, answer_only=answer_only
         )
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of all that decides the batch of a step; passes that may follow change none."""
-        found = hashlib.sha256(repr((self._widths, *self._order)).encode())
-        for array in (self.examples.tokens, self.examples.offsets, self.examples.learned):
-            found.update(array.tobytes())
-        return found.hexdigest()
+        """Return the SHA-256 of everything that determines the batch of a step; the number of epochs does not."""
+        digest = hashlib.sha256(repr((self._widths, *self._order)).encode())
+        for array in (self.examples.tokens, self.examples.offsets, self.examples.is_target):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
 
     @property
-    def padding(self) -> float:
-        """Share of the first epoch's positions that hold no token."""
+    def padding_share(self) -> float:
+        """Return the share of the first epoch's positions that hold no token."""
         plan = self._plan(0)
-        return 1 - float(self._sizes.sum() / (plan.widths * plan.rows.shape[1]).sum())
+        return 1 - float(self._input_lengths.sum() / (plan.widths * plan.rows.shape[1]).sum())
 
     @property
     def full_steps(self) -> list[int]:
-        """The first epoch's steps whose batch has a record in every row."""
+        """Return the steps of the first epoch whose batch has a record in every row."""
         return np.flatnonzero((self._plan(0).rows >= 0).all(axis=1)).tolist()
 
     def __repr__(self) -> str:
+        """Return the numbers of steps and the widths."""
         return f"Batches({len(self)} steps of {self.steps_per_epoch} an epoch, widths {self._widths})"
 
-    def _plan(self, epoch: int) -> Plan:
-        """The order of an epoch, kept with that of the one before: batches are made ahead of the steps."""
+    def _plan(self, epoch: int) -> EpochPlan:
         if (plan := self._plans.get(epoch)) is None:
-            plan = self._plan_of(epoch=epoch)
-            self._plans = {one: kept for one, kept in self._plans.items() if one == epoch - 1} | {epoch: plan}
+            plan = self._plan_epoch(epoch=epoch)
+            # Keep the previous epoch's plan as well: batches are prepared ahead, so both may be in use.
+            previous = {epoch - 1: self._plans[epoch - 1]} if epoch - 1 in self._plans else {}
+            self._plans = previous | {epoch: plan}
         return plan
 
     def __getitem__(self, step: int) -> Batch:
-        if not -len(self) <= step < len(self):  # which also ends a loop over the batches
-            raise IndexError(f"step is {step}; accepted is below {len(self)}")
+        """Assemble the batch of one step."""
+        if not -len(self) <= step < len(self):  # the IndexError also ends a loop over the batches
+            raise IndexError(f"step must be less than {len(self)}, got {step}")
         epoch, index = divmod(step % len(self), self.steps_per_epoch)
         plan = self._plan(epoch)
         return self._assemble(plan.rows[index], int(plan.widths[index]))
 
     def _assemble(self, rows: Int[np.ndarray, " B"], width: int) -> Batch:
-        size = width if self._answers is None else self._answers[width]
+        """Pad the records of one batch into its arrays."""
+        target_width = width if self._target_widths is None else self._target_widths[width]
         inputs = np.zeros((len(rows), width), np.int32)
-        targets = np.zeros((len(rows), size), np.int32)
-        weights = np.zeros((len(rows), size), np.float32)
-        positions = None if self._answers is None else np.zeros((len(rows), size), np.int32)
+        targets = np.zeros((len(rows), target_width), np.int32)
+        weights = np.zeros((len(rows), target_width), np.float32)
+        positions = None if self._target_widths is None else np.zeros((len(rows), target_width), np.int32)
         for row, index in enumerate(rows.tolist()):
+            # A row that fills up a short batch keeps weight 0.
             if index < 0:
                 continue
-            tokens, learned = self.examples[index], np.flatnonzero(self.examples.learned_of(index))
+            # Position i predicts token i + 1, so the token at index t is the target of position t - 1.
+            tokens, target_indices = self.examples[index], np.flatnonzero(self.examples.target_mask(index))
             inputs[row, : len(tokens) - 1] = tokens[:-1]
             if positions is None:
                 targets[row, : len(tokens) - 1] = tokens[1:]
-                weights[row, learned - 1] = 1
+                weights[row, target_indices - 1] = 1
             else:
-                targets[row, : len(learned)] = tokens[learned]
-                weights[row, : len(learned)] = 1
-                positions[row, : len(learned)] = learned - 1
+                # Only the answer's targets, packed to the left, with the positions that predict them.
+                targets[row, : len(target_indices)] = tokens[target_indices]
+                weights[row, : len(target_indices)] = 1
+                positions[row, : len(target_indices)] = target_indices - 1
         return Batch(inputs, targets, weights, positions)
 
-    def _answer_widths(self) -> dict[int, int]:
-        """For each padded length the most targets of any record it may hold, as a multiple of `MULTIPLE`."""
-        targets = self.examples.targets
-        most = {width: int(targets[self._sizes <= width].max(initial=1)) for width in self._widths}
-        return {width: min(width, -(-count // MULTIPLE) * MULTIPLE) for width, count in most.items()}
+    def _max_target_counts(self) -> dict[int, int]:
+        """Return the maximum number of targets of a record at each width, rounded up to `WIDTH_MULTIPLE`."""
+        counts = self.examples.target_counts
+        max_counts = {width: int(counts[self._input_lengths <= width].max(initial=1)) for width in self._widths}
+        return {width: min(width, -(-count // WIDTH_MULTIPLE) * WIDTH_MULTIPLE) for width, count in max_counts.items()}
 
 
-AHEAD = 2
-"""Batches that are made before they are asked for."""
+PREFETCHED_BATCHES = 2
+"""Number of batches that are prepared ahead."""
 
 
-def iterate(batches: Batches, *, start: int = 0) -> Iterator[Batch]:
-    """Batches from step ``start`` on, made ahead in a thread of their own."""
+def prefetch(batches: Batches, *, start: int = 0) -> Iterator[Batch]:
+    """Yield the batches from step ``start`` on, prepared ahead in a background thread.
+
+    Args:
+      batches: Batches of the run.
+      start: Step of the first batch.
+    """
     steps = iter(range(start, len(batches)))
     with ThreadPoolExecutor(1) as thread:
-        made = deque(thread.submit(batches.__getitem__, step) for step in islice(steps, AHEAD))
-        while made:
-            batch = made.popleft().result()
-            made.extend(thread.submit(batches.__getitem__, step) for step in islice(steps, 1))
+        pending = deque(thread.submit(batches.__getitem__, step) for step in islice(steps, PREFETCHED_BATCHES))
+        while pending:
+            # Start on the next batch before the caller works on this one.
+            batch = pending.popleft().result()
+            pending.extend(thread.submit(batches.__getitem__, step) for step in islice(steps, 1))
             yield batch

@@ -1,11 +1,10 @@
-"""Chats as a model's own template writes them, and which letters of the text are the assistant's.
+"""Render chats with a model's own chat template, and locate the assistant's turns in the text.
 
-The template is Jinja source that came with a checkpoint, so it runs in Jinja's sandbox (and, for training data, in a
-child process with limits, see `texts.write_all`), with the names that
-transformers gives templates: ``messages``, ``tools``, ``documents``, ``add_generation_prompt``, the special tokens, the
-functions ``raise_exception`` and ``strftime_now``, the filter ``tojson``, and the block ``{% generation %}`` around
-what the assistant says. Where a template has no such block, what it writes for a turn is found by writing the chat up
-to it.
+A template is Jinja source that comes with a checkpoint, so it runs in Jinja's sandbox. For training data it also runs
+in a child process with limits, see `texts.render_records`. It sees the names that transformers gives to templates:
+``messages``, ``tools``, ``documents``, ``add_generation_prompt``, the special tokens, the functions ``raise_exception``
+and ``strftime_now``, the filter ``tojson``, and the block ``{% generation %}`` around the assistant's output. If a
+template has no such block, a turn is located by rendering the chat up to that turn.
 """
 
 import json
@@ -30,26 +29,26 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""The turns of OpenAI's ChatML, for a model that brings no template; most tokenizers have no tokens for its marks."""
+"""OpenAI's ChatML, for models without a template. Most tokenizers have no tokens for its markers."""
 
-CHOICES = (
-    "accepted are --chat-template FILE (a Jinja file), --chat-template chatml, or, for one question and its answer, "
-    "--template clean or plain"
+TEMPLATE_ADVICE = (
+    "Pass --chat-template FILE (a Jinja file) or --chat-template chatml, or, for one question and its answer, "
+    "--template clean or plain."
 )
-"""What to do where a model has no template."""
+"""Advice in the errors about a missing or invalid template."""
 
-LONGEST_SOURCE = 1 << 20
-"""Maximum length of a template's source; the longest of released models have some 20,000 characters."""
+MAX_SOURCE_LENGTH = 1 << 20
+"""Maximum length of a template's source. The longest of released models have some 20,000 characters."""
 
-OTHER = "another9"
-"""Stands in a turn's place where its own content is sought."""
+PLACEHOLDER = "another9"
+"""Content that replaces a turn's own content to find where the template puts it."""
 
-REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names under which data keep what an assistant thought; templates read the first two."""
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""Keys under which data sets keep an assistant's reasoning. Templates read the first two."""
 
 
-class Written(NamedTuple):
-    """A rendered text and its parts that are in the loss.
+class RenderedText(NamedTuple):
+    """Rendered text and its parts that are in the loss.
 
     Attributes:
       text: Rendered text.
@@ -60,11 +59,14 @@ class Written(NamedTuple):
     spans: tuple[tuple[int, int], ...]
 
 
-def source_of(name: str) -> str:
-    """The source of a template that is named: ``chatml``, or a file of Jinja source.
+def read_template_source(name: str) -> str:
+    """Return the source of a named template.
+
+    Args:
+      name: ``chatml``, or the path of a Jinja file.
 
     Raises:
-      InputError: no such file, or no Jinja in it.
+      InputError: The file does not exist or is not Jinja.
     """
     if name == "chatml":
         return CHATML
@@ -73,53 +75,55 @@ def source_of(name: str) -> str:
     return source
 
 
-def digest_of(source: str) -> str:
-    """SHA-256 of a template's source."""
+def template_digest(source: str) -> str:
+    """Return the SHA-256 of a template's source."""
     return digests.of_json([source])
 
 
-def chat_template_of(tokenizer: Any, name: str | None = None, now: datetime | None = None) -> "ChatTemplate":
-    """The chat template that is named, or the tokenizer's own, with the tokenizer's special tokens.
+def load_chat_template(tokenizer: Any, name: str | None = None, now: datetime | None = None) -> "ChatTemplate":
+    """Load a chat template with the tokenizer's special tokens.
 
     Args:
-      tokenizer: a `rora_theory.llama.tokenizer.Tokenizer`.
-      name: as of `source_of`; None is the tokenizer's own.
-      now: the time that a template is told; None is the present.
+      tokenizer: A `rora_theory.llama.tokenizer.Tokenizer`.
+      name: Name of the template, see `read_template_source`; None selects the tokenizer's.
+      now: Time that the template sees; None is the present.
 
     Raises:
-      InputError: the tokenizer has none, or it is no Jinja.
+      InputError: The tokenizer has no template, or the template is not Jinja.
     """
     where = tokenizer.where if name is None else name
-    source = tokenizer.chat_template if name is None else source_of(name)
+    source = tokenizer.chat_template if name is None else read_template_source(name)
     if source is None:
-        raise InputError(f"{where}: the model has no chat template; {CHOICES}")
+        raise InputError(f"{where}: the model has no chat template. {TEMPLATE_ADVICE}")
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": tokenizer.unk_id, "pad": tokenizer.pad_id}
-    tokens = {f"{key}_token": tokenizer.backend.id_to_token(one) for key, one in ids.items() if one is not None}
+    tokens = {
+        f"{key}_token": tokenizer.backend.id_to_token(token_id) for key, token_id in ids.items() if token_id is not None
+    }
     return ChatTemplate(source, tokens=tokens, where=where, now=now)
 
 
 class ChatTemplate:
-    """A chat template, compiled.
+    r"""Compiled chat template.
 
     Args:
       source: Jinja source.
-      tokens: special tokens by the names that templates know them by, ``bos_token`` and the like.
-      where: where the source is from, for messages.
-      now: the time that ``strftime_now`` tells; None is the present.
+      tokens: Special tokens by their names in templates, such as ``bos_token``.
+      where: Origin of the source, for the errors.
+      now: Time that ``strftime_now`` formats; None is the present.
 
     Attributes:
-      marks: whether the template marks what the assistant says.
-      dated: whether it asks for the time.
+      has_generation_blocks: Whether the template marks the assistant's output with ``{% generation %}``.
+      uses_date: Whether the template asks for the time.
 
     Raises:
-      InputError: the source is no Jinja.
+      InputError: The source is not Jinja.
 
     Examples:
       >>> template = ChatTemplate(CHATML)
       >>> chat = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"})
-      >>> text, spans = template.write(chat)
+      >>> text, spans = template.render_with_spans(chat)
       >>> [text[begin:end] for begin, end in spans]
-      ['Ho<|im_end|>\\n']
+      ['Ho<|im_end|>\n']
     """
 
     def __init__(
@@ -130,22 +134,23 @@ class ChatTemplate:
         where: str = "chat template",
         now: datetime | None = None,
     ) -> None:
+        """Parse the source."""
         self.source, self.where, self._tokens, self._now = source, where, dict(tokens or {}), now
-        if len(source) > LONGEST_SOURCE:
+        if len(source) > MAX_SOURCE_LENGTH:
             raise InputError(
-                f"{where}: the chat template has {len(source):,} characters; at most {LONGEST_SOURCE:,} are accepted"
+                f"{where}: the chat template must have at most {MAX_SOURCE_LENGTH:,} characters, got {len(source):,}"
             )
-        self._environment = _environment(lambda form: (self._now or datetime.now()).strftime(form))
+        self._environment = _sandbox(lambda form: (self._now or datetime.now()).strftime(form))
         try:
-            # Parsed alone: to compile a template evaluates its constant expressions, which may take any time.
+            # Parse only: compiling evaluates the template's constant expressions, which may take any amount of time.
             tree = self._environment.parse(source)
         except (jinja2.TemplateError, RecursionError, ValueError) as error:
-            raise InputError(f"{where}: the chat template is no Jinja ({first_line(error)}); {CHOICES}") from None
-        self.dated = "strftime_now" in source
-        self.marks = any(tree.find_all(nodes.ExtensionAttribute))
+            raise self._syntax_error(error) from None
+        self.uses_date = "strftime_now" in source
+        self.has_generation_blocks = any(tree.find_all(nodes.ExtensionAttribute))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle a template as its arguments: compiled it has functions."""
+        """Pickle the template as its arguments, because a compiled one holds functions."""
         return partial(ChatTemplate, tokens=self._tokens, where=self.where, now=self._now), (self.source,)
 
     @cached_property
@@ -153,39 +158,42 @@ class ChatTemplate:
         try:
             return self._environment.from_string(self.source)
         except (jinja2.TemplateError, RecursionError) as error:
-            raise InputError(f"{self.where}: the chat template is no Jinja ({first_line(error)}); {CHOICES}") from None
+            raise self._syntax_error(error) from None
+
+    def _syntax_error(self, error: Exception) -> InputError:
+        return InputError(f"{self.where}: the chat template is not Jinja ({first_line(error)}). {TEMPLATE_ADVICE}")
 
     def identity(self) -> dict[str, str]:
-        """What prompts depend on: the source's digest, and the day where the template asks for it."""
-        found = {"chat_template_sha256": digest_of(self.source)}
-        if self.dated:
-            found["chat_date"] = f"{self._now or datetime.now():%Y-%m-%d}"
-        return found
+        """Return what prompts depend on: the digest of the source, and the date if the template uses it."""
+        settings = {"chat_template_sha256": template_digest(self.source)}
+        if self.uses_date:
+            settings["chat_date"] = f"{self._now or datetime.now():%Y-%m-%d}"
+        return settings
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), *, add_generation_prompt: bool = False
     ) -> str:
-        """The text of a chat, as transformers' ``apply_chat_template(..., tokenize=False)`` makes it.
+        """Render a chat like transformers' ``apply_chat_template(..., tokenize=False)``.
 
         Args:
-          messages: with ``role``, ``content`` and what else the template reads.
-          tools: descriptions of tools.
-          add_generation_prompt: end with what begins a turn of the assistant's.
+          messages: Turns with ``role``, ``content`` and whatever else the template reads.
+          tools: Descriptions of tools.
+          add_generation_prompt: Whether to append the beginning of an assistant turn.
 
         Raises:
-          InputError: the template refuses the chat or fails on it.
+          InputError: The template rejects the chat or fails on it.
         """
-        return "".join(self._blocks(messages, tools, add_generation_prompt, []))
+        return "".join(self._render_blocks(messages, tools, add_generation_prompt, []))
 
-    def write(
+    def render_with_spans(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Any] = (),
         *,
         context: int = 0,
         answer_only: bool = True,
-        letters: int | None = None,
-    ) -> Written:
+        max_characters: int | None = None,
+    ) -> RenderedText:
         """Render a chat and locate the parts of its text that are in the loss.
 
         If the template marks the assistant's turns, the marks decide. Otherwise a turn begins where the generation
@@ -194,185 +202,204 @@ class ChatTemplate:
         leaves out an earlier thought); such a turn is located by its content and by the parts of the text around it.
 
         Args:
-          messages: Turns with ``role``, ``content`` and whatever else the template reads. A turn of the assistant with
-            a ``weight`` of 0 is not in the loss.
+          messages: Turns with ``role``, ``content`` and whatever else the template reads. An assistant turn with a
+            ``weight`` of 0 is not in the loss.
           tools: Descriptions of tools.
           context: Number of leading messages whose turns are not learned (with ``answer_only``).
           answer_only: Whether only the assistant's turns are in the loss, instead of the whole text.
-          letters: Number of letters of the text for which the parts have to be right; None is all. Turns that begin
-            beyond them are not located unless the template marks them, as each takes several renderings of the chat.
+          max_characters: Number of characters of the text for which the parts have to be right; None is all. Turns that
+            begin beyond them are not located unless the template marks them, as each takes several renderings of the
+            chat.
 
         Returns:
           The whole text and its parts in the loss.
 
         Raises:
-          InputError: The template refuses the chat, a turn can't be located, or a turn of another role has weight 0
+          InputError: The template rejects the chat, a turn cannot be located, or a turn of another role has weight 0
             although the whole text is in the loss.
         """
         turns = [index for index, message in enumerate(messages) if message.get("role") == ASSISTANT]
         ignored = {index for index, message in enumerate(messages) if message.get("weight") == 0}
         if answer_only:
-            wanted = [index for index in turns if index >= context and index not in ignored]
-            return self._locate(messages, tools, turns, wanted, letters)
-        if others := ignored.difference(turns):
-            index = min(others)
+            learned = [index for index in turns if index >= context and index not in ignored]
+            return self._locate_turns(messages, tools, turns, learned, max_characters)
+        if other_roles := ignored.difference(turns):
+            index = min(other_roles)
             raise InputError(
-                f"messages {index}: weight is 0 in a turn of {messages[index].get('role')}, and the loss is on all "
-                f"turns; accepted is weight 0 in turns of {ASSISTANT}, or --loss-on answer"
+                f"messages {index}: weight must not be 0 in a turn of {messages[index].get('role')}, as the loss is on "
+                f"all turns. Set it to 0 only in turns of {ASSISTANT}, or pass --loss-on answer."
             )
-        text, spans = self._locate(messages, tools, turns, sorted(ignored), letters)
-        # The complement: what lies between the turns that are left out.
+        text, spans = self._locate_turns(messages, tools, turns, sorted(ignored), max_characters)
+        # The complement: the parts between the turns that are left out.
         begins, ends = [0, *(end for _, end in spans)], [*(begin for begin, _ in spans), len(text)]
-        return Written(text, tuple((begin, end) for begin, end in zip(begins, ends, strict=True) if begin < end))
+        return RenderedText(text, tuple((begin, end) for begin, end in zip(begins, ends, strict=True) if begin < end))
 
-    def _locate(
+    def _locate_turns(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Any],
         turns: Sequence[int],
-        wanted: Sequence[int],
-        letters: int | None,
-    ) -> Written:
-        """Render a chat and locate the turns ``wanted`` among the assistant's ``turns``, both indices of messages.
+        selected: Sequence[int],
+        max_characters: int | None,
+    ) -> RenderedText:
+        """Render a chat and locate some of the assistant's turns.
 
-        Turns that begin after ``letters`` are not located, see `write`.
+        Args:
+          messages: Turns of the chat.
+          tools: Descriptions of tools.
+          turns: Indices of all assistant messages.
+          selected: Indices of those to locate.
+          max_characters: Number of characters after which no turn is located, see `render_with_spans`.
         """
-        if not self.marks:
+        if not self.has_generation_blocks:
             text = self.render(messages, tools)
-            found: list[tuple[int, int]] = []
-            for index in wanted:
-                if letters is not None and found and found[-1][1] >= letters:
+            spans: list[tuple[int, int]] = []
+            for index in selected:
+                if max_characters is not None and spans and spans[-1][1] >= max_characters:
                     break
-                found.append(self._span(text, messages, tools, index, found[-1][1] if found else 0))
-            return Written(text, tuple(found))
+                spans.append(self._locate_turn(text, messages, tools, index, spans[-1][1] if spans else 0))
+            return RenderedText(text, tuple(spans))
+        # The template marks the turns while it renders them.
         marked: list[tuple[int, int]] = []
-        text = "".join(self._blocks(messages, tools, False, marked))
-        if len(wanted) in (0, len(turns)):
-            return Written(text, tuple(marked) if wanted else ())
+        text = "".join(self._render_blocks(messages, tools, False, marked))
+        if len(selected) in (0, len(turns)):
+            return RenderedText(text, tuple(marked) if selected else ())
+        # To select some of the turns, marks and turns must correspond.
         if len(marked) != len(turns):
             raise InputError(
-                f"{self.where}: the template marks {len(marked)} parts of a chat with {len(turns)} turns of the "
-                "assistant, so the turns that are not in the loss can't be told apart; accepted is one mark a turn"
+                f"{self.where}: the template must mark each of the {len(turns)} assistant turns once to leave some of "
+                f"them out of the loss, got {len(marked)} marks"
             )
-        return Written(text, tuple(span for index, span in zip(turns, marked, strict=True) if index in wanted))
+        return RenderedText(text, tuple(span for index, span in zip(turns, marked, strict=True) if index in selected))
 
-    def _span(
-        self, text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], index: int, after: int
+    def _locate_turn(
+        self, text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], index: int, min_begin: int
     ) -> tuple[int, int]:
-        """Locate one turn in a chat's text, not before the index ``after``."""
-        head = self.render(messages[:index], tools, add_generation_prompt=True) if index else ""
-        whole = text if index + 1 == len(messages) else self.render(messages[: index + 1], tools)
-        leads = text.startswith(head) and len(head) >= after
-        # The usual case: the text up to the turn, and with it, are rendered alike whether or not other turns follow.
-        if index and leads and text.startswith(whole) and len(whole) > len(head):
-            return len(head), len(whole)
-        least = len(head) if leads else after
-        for stand_in in _stand_ins(messages[index], text):
-            around = self._around([*messages[:index], stand_in, *messages[index + 1 :]], tools, stand_in)
-            # In a chat that ends with the turn, what follows its content is the rest of the turn.
-            around_last = self._around([*messages[:index], stand_in], tools, stand_in)
-            if around is None or around_last is None:
+        """Locate one turn in a chat's text.
+
+        Args:
+          text: Rendered chat.
+          messages: Turns of the chat.
+          tools: Descriptions of tools.
+          index: Index of the turn's message.
+          min_begin: Index into the text before which the turn cannot begin.
+        """
+        # Text before the turn, with the generation prompt, and text up to the end of the turn.
+        prompt_text = self.render(messages[:index], tools, add_generation_prompt=True) if index else ""
+        text_with_turn = text if index + 1 == len(messages) else self.render(messages[: index + 1], tools)
+        is_prefix = text.startswith(prompt_text) and len(prompt_text) >= min_begin
+        # The usual case: both are rendered alike whether or not other turns follow.
+        if index and is_prefix and text.startswith(text_with_turn) and len(text_with_turn) > len(prompt_text):
+            return len(prompt_text), len(text_with_turn)
+        # Otherwise, put a placeholder in the turn's place and find the text on both sides of it.
+        min_begin = len(prompt_text) if is_prefix else min_begin
+        for placeholder in _placeholder_turns(messages[index], text):
+            sides = self._split_at_content([*messages[:index], placeholder, *messages[index + 1 :]], tools, placeholder)
+            # In a chat that ends with the turn, the text after its content is the rest of the turn.
+            last_sides = self._split_at_content([*messages[:index], placeholder], tools, placeholder)
+            if sides is None or last_sides is None:
                 continue
-            (before, behind), (before_last, rest) = around, around_last
-            begin, end = len(before), len(text) - len(behind)
-            alike = text.startswith(before) and text.endswith(behind) and behind.startswith(rest)
-            if not alike or not least <= begin <= end:
+            (before, after), (last_before, turn_end) = sides, last_sides
+            begin, end = len(before), len(text) - len(after)
+            # Both sides must be those of the actual text, and the turn must end as it does when it is the last.
+            matches_text = text.startswith(before) and text.endswith(after) and after.startswith(turn_end)
+            if not matches_text or not min_begin <= begin <= end:
                 continue
-            if leads and index:
-                begin = least
-            elif prompt := self._generation_prompt(head, messages[:index], tools):
-                # Thoughts stand between the generation prompt, which ``head`` ends in, and the content.
-                thoughts = before_last[len(head) :]
-                begin -= len(thoughts) if before.endswith(prompt + thoughts) else 0
-            return begin, end + len(rest)
+            if is_prefix and index:
+                begin = min_begin
+            elif prompt := self._generation_prompt(prompt_text, messages[:index], tools):
+                # Reasoning stands between the generation prompt, which ends `prompt_text`, and the content.
+                reasoning = last_before[len(prompt_text) :]
+                begin -= len(reasoning) if before.endswith(prompt + reasoning) else 0
+            return begin, end + len(turn_end)
         raise InputError(
-            f"messages {index}: the chat template writes this turn otherwise where others follow, so its tokens can't "
-            "be located; accepted are a template with {% generation %} marks (--chat-template), or --loss-on all"
+            f"messages {index}: the chat template writes this turn differently when other turns follow, so its tokens "
+            "cannot be located. Pass a template with {% generation %} blocks (--chat-template), or --loss-on all."
         )
 
-    def _around(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], stand_in: Mapping[str, Any]
+    def _split_at_content(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], turn: Mapping[str, Any]
     ) -> tuple[str, str] | None:
-        """Return the text of a chat before and after the content of one of its turns; None if the content isn't there.
+        """Return the text of a chat before and after one turn's content, which occurs nowhere else.
 
-        The turn has a content that occurs nowhere else, unlike the one that it stands in for.
+        Returns None if the template rejects the chat, or does not write the content exactly once.
         """
         try:
-            before, *behind = self.render(messages, tools).split(stand_in["content"])
+            before, *after = self.render(messages, tools).split(turn["content"])
         except InputError:
             return None
-        return (before, behind[0]) if len(behind) == 1 else None
+        return (before, after[0]) if len(after) == 1 else None
 
-    def _generation_prompt(self, head: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> str:
-        """Return what the template adds to ``messages`` as generation prompt; ``head`` is the text that ends in it."""
-        return head.removeprefix(self.render(messages, tools)) if messages else ""
+    def _generation_prompt(self, prompt_text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> str:
+        """Return the generation prompt with which ``prompt_text``, the text of ``messages``, ends."""
+        return prompt_text.removeprefix(self.render(messages, tools)) if messages else ""
 
-    def _blocks(
+    def _render_blocks(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Any],
         add_generation_prompt: bool,
         spans: list[tuple[int, int]],
     ) -> list[str]:
-        """The text in the pieces that Jinja makes it in; what is marked is noted in ``spans`` meanwhile."""
+        """Render a chat in the pieces that Jinja yields, and append the parts that the template marks to ``spans``."""
         blocks: list[str] = []
+        # The extension of {% generation %} reads both: the position of a mark is the length of the blocks so far.
         self._environment.marking = blocks, spans
-        told: dict[str, Any] = {"messages": [_with_reasoning(one) for one in messages], "tools": list(tools) or None}
-        told |= {"documents": None, "add_generation_prompt": add_generation_prompt}
+        context = {
+            "messages": [_with_reasoning(message) for message in messages],
+            "tools": list(tools) or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            for block in self._template.generate(told | self._tokens):
-                blocks.append(block)  # noqa: PERF402 (one by one: a mark asks how much there is)
+            for block in self._template.generate(context | self._tokens):
+                blocks.append(block)  # noqa: PERF402 (one at a time, because a mark asks for the length so far)
         except (InputError, MemoryError):
             raise
-        except Exception as error:  # whatever a template's own code may raise
-            raise InputError(
-                f"{self.where}: the chat template refuses it ({first_line(error)}); accepted is a chat that it takes"
-            ) from None
+        except Exception as error:  # a template's own code may raise anything
+            raise InputError(f"{self.where}: the chat template rejects the chat ({first_line(error)})") from None
         return blocks
 
 
-def message_content(message: Mapping[str, Any]) -> Any:
-    """What a message says."""
-    return message.get("content") or ""
-
-
-def of_record(record: Record) -> Chat:
-    """A question and its answer as a chat of two turns; an input stands below the instruction, a line between."""
-    asked = f"{record.instruction}\n\n{record.input}" if record.input else record.instruction
-    turns = {"role": "user", "content": asked}, {"role": ASSISTANT, "content": record.output}
+def chat_from_record(record: Record) -> Chat:
+    """Return a question and its answer as a chat of two turns, the input below the instruction and an empty line."""
+    question = f"{record.instruction}\n\n{record.input}" if record.input else record.instruction
+    turns = {"role": "user", "content": question}, {"role": ASSISTANT, "content": record.output}
     return Chat(turns, where=f"the record {shown(record.instruction)}")
 
 
 def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
-    thought = next((message[key] for key in REASONING if message.get(key) is not None), None)
-    known = {key: value for key, value in message.items() if value is not None}
-    return known if thought is None else {"thinking": thought} | known | {"reasoning_content": thought}
+    """Return a message with its reasoning under both keys that templates read, and without null values."""
+    reasoning = next((message[key] for key in REASONING_KEYS if message.get(key) is not None), None)
+    present = {key: value for key, value in message.items() if value is not None}
+    return present if reasoning is None else {"thinking": reasoning} | present | {"reasoning_content": reasoning}
 
 
-def _stand_ins(message: Mapping[str, Any], text: str) -> Iterator[dict[str, Any]]:
+def _placeholder_turns(message: Mapping[str, Any], text: str) -> Iterator[dict[str, Any]]:
     """Yield turns to render in a turn's place: one with other content, and one without its tool calls too.
 
     Some templates write a line break between content and tool calls only if there is content.
     """
-    other = OTHER
-    while other in text:
-        other += OTHER
-    yield {**message, "content": other}
+    placeholder = PLACEHOLDER
+    while placeholder in text:
+        placeholder += PLACEHOLDER
+    yield {**message, "content": placeholder}
     if message.get("tool_calls"):
-        yield {key: value for key, value in message.items() if key != "tool_calls"} | {"content": other}
+        yield {key: value for key, value in message.items() if key != "tool_calls"} | {"content": placeholder}
 
 
-class _Generation(ext.Extension):
-    """The block ``{% generation %}``, which notes where its text stands."""
+class _GenerationBlock(ext.Extension):
+    """Jinja block ``{% generation %}``, which records the position of its text."""
 
     tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
 
     def parse(self, source: parser.Parser) -> nodes.Node:
+        """Parse the block up to ``{% endgeneration %}``."""
         line = next(source.stream).lineno
         body = source.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("_record_span"), [], [], body).set_lineno(line)
 
-    def _marked(self, caller: Callable[[], str]) -> str:
+    def _record_span(self, caller: Callable[[], str]) -> str:
         text = caller()
         blocks, spans = self.environment.marking  # type: ignore[attr-defined]
         begin = sum(map(len, blocks))
@@ -380,34 +407,39 @@ class _Generation(ext.Extension):
         return text
 
 
-class _Names(Namespace):
-    """What a template keeps between turns; no names through which Python could be reached."""
+class _SafeNamespace(Namespace):
+    """Jinja namespace without names that start with an underscore, which could give access to Python."""
 
     def __init__(*args: Any, **named: Any) -> None:
-        self, *given = args
-        found = dict(*given, **named)
-        for name in found:
-            _check_name(name)
-        Namespace.__init__(self, found)
+        self, *positional = args
+        values = dict(*positional, **named)
+        for name in values:
+            _refuse_private_name(name)
+        Namespace.__init__(self, values)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
+        _refuse_private_name(name)
         Namespace.__setitem__(self, name, value)
 
 
-def _check_name(name: Any) -> None:
+def _refuse_private_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
         raise jinja2.exceptions.SecurityError(f"a namespace with the name {name!r}")
 
 
-def _environment(strftime_now: Callable[[str], str]) -> Any:
-    made: Any = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
+def _sandbox(strftime_now: Callable[[str], str]) -> Any:
+    """Return a sandboxed Jinja environment with the settings and functions of transformers."""
+    environment: Any = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, ext.loopcontrols]
     )
-    made.marking = [], []
-    made.filters["tojson"] = _tojson
-    made.globals |= {"raise_exception": _refuse, "strftime_now": strftime_now, "namespace": _Names}
-    return made
+    environment.marking = [], []
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": strftime_now,
+        "namespace": _SafeNamespace,
+    }
+    return environment
 
 
 def _tojson(
@@ -417,9 +449,9 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes what HTML needs; a prompt is no HTML."""
+    """Return a value as JSON. Jinja's own filter would escape it for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _refuse(message: str) -> NoReturn:
+def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)

@@ -1,4 +1,4 @@
-"""Files of the hub's data sets, and which files of a data set are a split of it."""
+"""Download files of the hub's data sets, and select the files of a data set that belong to a split."""
 
 import contextlib
 import os
@@ -10,29 +10,32 @@ from typing import Any, NamedTuple
 from rora_theory.errors import InputError, first_line, shown
 from rora_theory.io import files
 
-HUB = "hf://datasets/"
-"""Begins the name of a data set of the hub, or of what is in it."""
+HUB_PREFIX = "hf://datasets/"
+"""Prefix of the name of a data set on the hub, and of its files and splits."""
 
-CONVERTED = "refs/convert/parquet"
-"""Where the hub keeps a copy in Parquet of data sets that are written otherwise."""
+PARQUET_REVISION = "refs/convert/parquet"
+"""Revision under which the hub keeps a Parquet copy of data sets in other formats."""
 
-SUFFIXES = (".parquet", ".jsonl", ".json")
-"""Files that hold records, those that are taken first where a split has several kinds."""
+RECORD_SUFFIXES = (".parquet", ".jsonl", ".json")
+"""Suffixes of files with records. If a split has files of several kinds, the first kind here is read."""
 
-CARD = "README.md"
+CARD_NAME = "README.md"
+
+MAX_LISTED_FILES = 8
+"""Maximum number of files that an error lists."""
 
 
-def fetch(repository: str, file: str, revision: str | None, *, where: str, accepted: str) -> Path:
-    """A file of a data set of the hub, fetched or taken from the hub's cache.
+def download_file(repository: str, file: str, revision: str | None, *, where: str) -> Path:
+    """Return the local path of a data set's file, downloaded or from the hub's cache.
 
     Args:
-      repository: ``OWNER/NAME``.
-      file: its path there.
-      revision: branch, tag or commit; None is ``main``.
-      where, accepted: for the error.
+      repository: Data set as ``OWNER/NAME``.
+      file: Path of the file in the data set.
+      revision: Branch, tag or commit; None is ``main``.
+      where: Name of the file, for the errors.
 
     Raises:
-      InputError: neither the hub nor the cache has it.
+      InputError: Neither the hub nor the cache has the file.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -40,179 +43,220 @@ def fetch(repository: str, file: str, revision: str | None, *, where: str, accep
     try:
         return Path(hf_hub_download(repository, file, repo_type="dataset", revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"{where} cannot be fetched ({first_line(error)}); accepted is {accepted}") from error
+        raise InputError(
+            f"{where}: cannot be downloaded ({first_line(error)}). Pass a file that the hub or its cache has."
+        ) from error
 
 
-class Part(NamedTuple):
-    """A split of a data set: ``PLACE[/SUBSET]:SPLIT``."""
+class Split(NamedTuple):
+    """Split of a data set, written as ``PLACE[/SUBSET]:NAME``.
+
+    Attributes:
+      place: Folder, or data set of the hub with its prefix.
+      subset: Subset of the data set, if one is named.
+      name: Name of the split.
+    """
 
     place: str
     subset: str | None
-    split: str
+    name: str
 
 
-def part_of(source: str) -> Part | None:
-    """The split that a source names; None where it names a file.
+def parse_split(source: str) -> Split | None:
+    """Return the split that a source names, or None if it names a file.
 
     Examples:
-      >>> part_of("hf://datasets/me/chats@v1/english:train")
-      Part(place='hf://datasets/me/chats@v1', subset='english', split='train')
+      >>> parse_split("hf://datasets/me/chats@v1/english:train")
+      Split(place='hf://datasets/me/chats@v1', subset='english', name='train')
     """
-    place, colon, split = source.rpartition(":")
-    if not colon or not re.fullmatch(r"[A-Za-z0-9_.-]+", split) or os.path.exists(source):
+    place, colon, name = source.rpartition(":")
+    # An existing file may have a colon in its name.
+    if not colon or not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or os.path.exists(source):
         return None
-    if place.startswith(HUB):
-        owner, name, subset = [*place.removeprefix(HUB).strip("/").split("/", 2), "", ""][:3]
-        return Part(f"{HUB}{owner}/{name}", subset or None, split) if owner and name else None
+    if place.startswith(HUB_PREFIX):
+        owner, repository, subset = [*place.removeprefix(HUB_PREFIX).strip("/").split("/", 2), "", ""][:3]
+        return Split(f"{HUB_PREFIX}{owner}/{repository}", subset or None, name) if owner and repository else None
     if os.path.isdir(place):
-        return Part(place, None, split)
+        return Split(place, None, name)
     folder, _, subset = place.rpartition("/")
-    return Part(folder, subset, split) if os.path.isdir(folder) else None
+    return Split(folder, subset, name) if os.path.isdir(folder) else None
 
 
-def locate_split(part: Part) -> list[Path]:
-    """The files of a split, of a folder or of a data set of the hub, in the order of their names.
+def locate_split(split: Split) -> list[Path]:
+    """Return the files of a split in the order of their names, downloaded if the data set is on the hub.
 
-    A data set's own card (`README.md`) says which files are a split; without a card's word it is the files of one kind
-    that have the split's name in theirs. A data set of the hub that has no such file is read from the hub's copy in
-    Parquet, where it has one and no revision is asked for.
+    A data set's card (`README.md`) may list the files of each split. Without such a list, a split has the files of one
+    kind with the split's name in theirs. If a data set on the hub has no files that can be read, the hub's Parquet copy
+    is used, provided that no revision is named.
 
     Raises:
-      InputError: no such data set, subset or split; names those that are there.
+      InputError: The data set, subset or split does not exist. The message names those that do.
     """
-    if not part.place.startswith(HUB):
-        root = Path(part.place)
-        names = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()]
-        return [root / name for name in choose_files(names, part, _read_card(root / CARD) if CARD in names else {})]
-    repository, _, revision = part.place.removeprefix(HUB).partition("@")
-    names, commit = _listing(repository, revision or None, part.place)
-    accepted = "a data set the hub or its cache has"
+    if not split.place.startswith(HUB_PREFIX):
+        root = Path(split.place)
+        names = _relative_files(root)
+        card = _read_card(root / CARD_NAME) if CARD_NAME in names else {}
+        return [root / name for name in select_files(names, split, card)]
+    repository, _, revision = split.place.removeprefix(HUB_PREFIX).partition("@")
+    names, commit = _list_files(repository, revision or None, split.place)
 
-    def get(file: str, at: str | None) -> Path:
-        return fetch(repository, file, at, where=f"{part.place}: {file}", accepted=accepted)
+    def download(file: str, at_revision: str | None) -> Path:
+        return download_file(repository, file, at_revision, where=f"{split.place}: {file}")
 
-    card = _read_card(get(CARD, commit)) if CARD in names else {}
-    if not revision and not any(name.endswith(SUFFIXES) for name in names):
-        revision, card = CONVERTED, {}
-        names, commit = _listing(repository, revision, part.place)
-    found = choose_files(names, part, card)
-    get(found[0], revision or None)  # by its name, so that the cache knows the branch where the hub can't be asked
-    return [get(name, commit) for name in found]
+    card = _read_card(download(CARD_NAME, commit)) if CARD_NAME in names else {}
+    # Fall back on the hub's Parquet copy.
+    if not revision and not any(name.endswith(RECORD_SUFFIXES) for name in names):
+        revision, card = PARQUET_REVISION, {}
+        names, commit = _list_files(repository, revision, split.place)
+    selected = select_files(names, split, card)
+    # Request one file by branch, so that the cache knows the branch's commit when the hub cannot be reached.
+    download(selected[0], revision or None)
+    # Request all of them by commit, so that they belong together even if the branch moves in the meantime.
+    return [download(name, commit) for name in selected]
 
 
-def choose_files(names: Sequence[str], part: Part, card: Mapping[str, Any]) -> list[str]:
-    """The files of a split.
+def select_files(names: Sequence[str], split: Split, card: Mapping[str, Any]) -> list[str]:
+    """Return the files of a data set that belong to a split.
 
     Args:
-      names: of all files, as paths in the data set.
-      part: what is asked for.
-      card: the head of the data set's card.
+      names: Paths of all files in the data set.
+      split: Split to select.
+      card: Metadata at the head of the data set's card.
 
     Raises:
-      InputError: no such subset or split; names those that are there.
+      InputError: The subset or split does not exist, or files of it are missing. The message names those that exist.
 
     Examples:
       >>> files = ["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet", "README.md"]
-      >>> choose_files(files, Part("them/set", None, "train"), {})
+      >>> select_files(files, Split("them/set", None, "train"), {})
       ['data/train-00000-of-00001.parquet']
     """
-    subsets = _subsets(card)
-    if subsets:
-        name = part.subset or next((name for name, one in subsets.items() if one[1]), None)
-        name = next(iter(subsets)) if name is None and len(subsets) == 1 else name
-        if name not in subsets:
-            asked = "no subset is named" if name is None else f"has no subset {name!r}"
-            raise InputError(f"{part.place}: {asked}; accepted are {', '.join(subsets)} (as {_example(part)})")
-        splits = subsets[name][0]
-        if part.split not in splits:
-            raise InputError(f"{part.place}: has no split {part.split!r}; accepted are {', '.join(splits)}")
-        found = [file for file in sorted(names) if any(_matches(file, one) for one in splits[part.split])]
-        if wrong := [file for file in found if not file.endswith(SUFFIXES)]:
-            raise InputError(f"{part.place}: {wrong[0]} cannot be read; accepted are {', '.join(SUFFIXES)}")
-    else:
-        inside = [name for name in sorted(names) if part.subset is None or name.startswith(f"{part.subset}/")]
-        word = re.compile(rf"(?:^|[-._ /\d]){re.escape(part.split)}(?:[-._ /\d]|$)")
-        named = [name for name in inside if name.endswith(SUFFIXES) and word.search(os.path.splitext(name)[0])]
-        found = next(([one for one in named if one.endswith(kind)] for kind in SUFFIXES if _any(named, kind)), [])
-        heads = {name.partition("/")[0] for name in found if "/" in name} - {"data", part.split}
-        if part.subset is None and len(heads) > 1:
-            folders = sorted(heads)
-            raise InputError(
-                f"{part.place}: no subset is named; accepted are {', '.join(folders)} (as {_example(part)})"
-            )
-    for name in found:
+    subsets = _parse_subsets(card)
+    selected = _select_by_card(names, split, subsets) if subsets else _select_by_name(names, split)
+    # A name such as train-00000-of-00003.parquet says how many files there are; an offline cache may have only some.
+    for name in selected:
         number = re.search(r"-\d{5}(-of-(\d{5})\.)", name)
-        if number and sum(number[1] in one for one in found) < int(number[2]):
+        if number and sum(number[1] in other for other in selected) < int(number[2]):
             raise InputError(
-                f"{part.place}: has {len(found)} of {int(number[2])} files of split {part.split!r}; "
-                "accepted are all: the cache may have a part, where the hub can't be reached"
+                f"{split.place}: split {split.name!r} must have {int(number[2])} files, got {len(selected)}. The hub's "
+                "cache may be incomplete. Run the command once with access to the hub."
             )
-    if not found:
-        there = [name for name in names if name.endswith(SUFFIXES)]
-        listed = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "") or "no file of these kinds"
+    if not selected:
+        readable = [name for name in names if name.endswith(RECORD_SUFFIXES)]
+        listed = ", ".join(readable[:MAX_LISTED_FILES]) + (", ..." if len(readable) > MAX_LISTED_FILES else "")
         raise InputError(
-            f"{part.place}: no {', '.join(SUFFIXES)} file of split {part.split!r}; it has {listed}; accepted is the "
-            "name of a split or of a file"
+            f"{split.place}: no {', '.join(RECORD_SUFFIXES)} file of split {split.name!r}; it has "
+            f"{listed or 'no file of these kinds'}. Pass the name of a split or a file."
         )
-    return found
+    return selected
 
 
-def _listing(repository: str, revision: str | None, where: str) -> tuple[list[str], str | None]:
-    """All files of a data set of the hub and the commit; of the cached files where the hub can't be asked."""
+Subset = tuple[dict[str, list[str]], bool]
+"""Patterns of the files of each split, and whether the subset is the default."""
+
+
+def _select_by_card(names: Sequence[str], split: Split, subsets: Mapping[str, Subset]) -> list[str]:
+    """Return the files that the data set's card lists for a split."""
+    # The subset that is named, or the default one, or the only one.
+    subset = split.subset
+    if subset is None:
+        defaults = [name for name, (_, is_default) in subsets.items() if is_default]
+        subset = defaults[0] if defaults else next(iter(subsets)) if len(subsets) == 1 else None
+    if subset is None or subset not in subsets:
+        problem = "no subset is named" if subset is None else f"no subset {subset!r}"
+        raise _subset_error(split, problem, subsets)
+    splits, _ = subsets[subset]
+    if split.name not in splits:
+        raise InputError(f"{split.place}: no split {split.name!r}. Pass one of: {', '.join(splits)}.")
+    patterns = splits[split.name]
+    selected = [name for name in sorted(names) if any(_matches_pattern(name, pattern) for pattern in patterns)]
+    unreadable = [name for name in selected if not name.endswith(RECORD_SUFFIXES)]
+    if unreadable:
+        raise InputError(
+            f"{split.place}: {unreadable[0]} cannot be read; supported files: {', '.join(RECORD_SUFFIXES)}"
+        )
+    return selected
+
+
+def _select_by_name(names: Sequence[str], split: Split) -> list[str]:
+    """Return the files with the split's name in theirs, of the first kind that there is."""
+    in_subset = [name for name in sorted(names) if split.subset is None or name.startswith(f"{split.subset}/")]
+    # The split's name as a word of its own, so that "train" does not select "training".
+    word = re.compile(rf"(?:^|[-._ /\d]){re.escape(split.name)}(?:[-._ /\d]|$)")
+    matching = [name for name in in_subset if word.search(os.path.splitext(name)[0])]
+    by_kind = ([name for name in matching if name.endswith(suffix)] for suffix in RECORD_SUFFIXES)
+    selected = next(filter(None, by_kind), [])
+    # Files in several folders belong to several subsets, of which one must be named.
+    folders = {name.partition("/")[0] for name in selected if "/" in name} - {"data", split.name}
+    if split.subset is None and len(folders) > 1:
+        raise _subset_error(split, "no subset is named", sorted(folders))
+    return selected
+
+
+def _subset_error(split: Split, problem: str, subsets: Mapping[str, Any] | Sequence[str]) -> InputError:
+    return InputError(
+        f"{split.place}: {problem}; available: {', '.join(subsets)}. Pass {split.place}/SUBSET:{split.name}."
+    )
+
+
+def _list_files(repository: str, revision: str | None, where: str) -> tuple[list[str], str | None]:
+    """Return all files of a data set and its commit, from the hub or, if it cannot be reached, from its cache."""
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        found = HfApi().dataset_info(repository, revision=revision)
-        return [one.rfilename for one in found.siblings or []], found.sha
+        info = HfApi().dataset_info(repository, revision=revision)
+        return [file.rfilename for file in info.siblings or []], info.sha
     except Exception as error:  # of the hub's HTTP client, which differs between versions of huggingface_hub
         reason = first_line(error)
     with contextlib.suppress(Exception):
         root = Path(snapshot_download(repository, repo_type="dataset", revision=revision, local_files_only=True))
-        return [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()], root.name
-    raise InputError(f"{where}: cannot be listed ({reason}); accepted is a data set the hub or its cache has")
+        return _relative_files(root), root.name
+    raise InputError(f"{where}: cannot be listed ({reason}). Pass a data set that the hub or its cache has.")
+
+
+def _relative_files(root: Path) -> list[str]:
+    return [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()]
 
 
 def _read_card(path: Path) -> Mapping[str, Any]:
-    """The YAML between the two lines ``---`` that a card begins with; empty where it has none."""
+    """Return the YAML between the two lines ``---`` at the head of a card; empty if there is none."""
     head = re.match(r"---[ \t]*\r?\n(.*?)\n---", files.read_text(path), re.DOTALL)
-    found = files.parse_yaml(head[1], where=f"{path}: its head", accepted="the card of a data set") if head else {}
-    return found if isinstance(found, dict) else {}
+    metadata = files.parse_yaml(head[1], where=f"{path}: its head", accepted="the card of a data set") if head else {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
-def _subsets(card: Mapping[str, Any]) -> dict[str, tuple[dict[str, list[str]], bool]]:
-    """Of each subset that a card describes: the patterns of every split's files, and whether it is the default."""
-    listed = card.get("configs")
-    found: dict[str, tuple[dict[str, list[str]], bool]] = {}
-    for one in listed if isinstance(listed, list) else []:
-        if not isinstance(one, dict) or "data_files" not in one:
+def _parse_subsets(card: Mapping[str, Any]) -> dict[str, Subset]:
+    """Return the subsets that a card describes.
+
+    The card's ``data_files`` may be a pattern, a list of patterns or of objects with ``split`` and ``path``, or an
+    object from split to pattern.
+    """
+    configs = card.get("configs")
+    subsets: dict[str, Subset] = {}
+    for config in configs if isinstance(configs, list) else []:
+        if not isinstance(config, dict) or "data_files" not in config:
             continue
-        name, data = str(one.get("config_name", "default")), one["data_files"]
-        if isinstance(data, dict):
-            data = [{"split": split, "path": path} for split, path in data.items()]
-        data = data if isinstance(data, list) else [data]
+        name, data_files = str(config.get("config_name", "default")), config["data_files"]
+        # Bring all forms into a list of entries.
+        if isinstance(data_files, dict):
+            data_files = [{"split": split, "path": path} for split, path in data_files.items()]
+        if not isinstance(data_files, list):
+            data_files = [data_files]
+        folder = str(config.get("data_dir", "")).strip("/")
         splits: dict[str, list[str]] = {}
-        for given in data:
-            entry = given if isinstance(given, dict) else {"path": given}
+        for item in data_files:
+            entry = item if isinstance(item, dict) else {"path": item}
             split, path = entry.get("split", "train"), entry.get("path")
             patterns = path if isinstance(path, list) else [path]
             if not all(isinstance(pattern, str) for pattern in patterns):
-                raise InputError(f"{CARD}: data_files of {name} has {shown(path)}; accepted are names of files")
-            folder = str(one.get("data_dir", "")).strip("/")
+                raise InputError(f"{CARD_NAME}: data_files of {name} must be names of files, got {shown(path)}")
             splits.setdefault(str(split), []).extend(f"{folder}/{path}" if folder else str(path) for path in patterns)
-        found[name] = splits, bool(one.get("default", name == "default"))
-    return found
+        subsets[name] = splits, bool(config.get("default", name == "default"))
+    return subsets
 
 
-def _matches(file: str, pattern: str) -> bool:
-    """Whether a path fits a pattern in which ``*`` and ``?`` stand for what has no slash and ``**`` for anything."""
+def _matches_pattern(file: str, pattern: str) -> bool:
+    """Return whether a path matches a glob pattern in which only ``**`` matches a slash."""
     parts = re.split(r"(\*\*/?|\*|\?)", pattern.removeprefix("./"))
-    kinds = {"**": ".*", "**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
-    return re.fullmatch("".join(kinds.get(part) or re.escape(part) for part in parts), file) is not None
-
-
-def _any(names: Sequence[str], suffix: str) -> bool:
-    return any(name.endswith(suffix) for name in names)
-
-
-def _example(part: Part) -> str:
-    return f"{part.place}/SUBSET:{part.split}"
+    wildcards = {"**": ".*", "**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
+    return re.fullmatch("".join(wildcards.get(part) or re.escape(part) for part in parts), file) is not None

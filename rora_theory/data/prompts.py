@@ -1,10 +1,9 @@
-r"""The prompts of the commonsense benchmark: the two published ones, byte for byte, and a clean one.
+r"""Prompts of the commonsense benchmark: the two published ones, byte for byte, and a clean one.
 
-The published code indents its f-string by 16 spaces and leaves that indentation in the text, and its training
-and evaluation prompts differ in two places (DoRA `commonsense_reasoning/finetune.py` and
-`commonsense_evaluate.py`, equal in LLM-Adapters). Whoever compares with published numbers needs those bytes;
-``"clean"`` has neither flaw and is the same text in training and evaluation. The name of the template is
-written beside every result.
+The published code indents its f-string by 16 spaces and leaves that indentation in the text. Its training and
+evaluation prompts differ in two places (DoRA `commonsense_reasoning/finetune.py` and `commonsense_evaluate.py`, equal
+in LLM-Adapters). A comparison with published numbers needs exactly these bytes. ``"clean"`` has neither flaw and is the
+same text in training and evaluation. Every result names its template.
 
 ======== ================================== =========================== ==============================
 template after the opening sentence         line before ``### Response:`` last bytes of the prompt
@@ -15,51 +14,72 @@ clean    ``\n\n``                           empty                       ``### Re
 ======== ================================== =========================== ==============================
 """
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
-from rora_theory.errors import InputError
+from rora_theory.validation.rules import check_choice
 
 Template = Literal["train", "eval", "clean"]
 TEMPLATES: tuple[str, ...] = get_args(Template)
 
-RESPONSE = "### Response:"
-"""What the published evaluation splits the generated text at."""
+RESPONSE_HEADING = "### Response:"
+"""Heading of the response, at which the published evaluation splits the generated text."""
 
 ANSWER_PREFIX = "the correct answer is "
-"""What every ``output`` of the data begins with; the label follows."""
+"""Beginning of every ``output`` of the data; the label follows."""
 
 _REQUEST = "Write a response that appropriately completes the request."
-_ALONE = f"Below is an instruction that describes a task. {_REQUEST}"
-_PAIRED = "Below is an instruction that describes a task, paired with an input that provides further context."
+_OPENING = f"Below is an instruction that describes a task. {_REQUEST}"
+_OPENING_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. " + _REQUEST
+)
 _INDENT = " " * 16
 
-# What differs between the templates: the spaces after the opening without and with an input, the indentation
-# of every line, and the text of the lines that look empty.
-_LAYOUT = {"train": ("  ", " ", _INDENT, _INDENT), "eval": (" ", "", _INDENT, ""), "clean": ("", "", "", "")}
+
+class _Layout(NamedTuple):
+    """White space of a template.
+
+    Attributes:
+      after_opening: Spaces after the opening without an input.
+      after_opening_with_input: Spaces after the opening with an input.
+      indent: Indentation of every line.
+      empty_line: Content of the lines that look empty.
+    """
+
+    after_opening: str
+    after_opening_with_input: str
+    indent: str
+    empty_line: str
+
+
+_LAYOUTS = {
+    "train": _Layout("  ", " ", _INDENT, _INDENT),
+    "eval": _Layout(" ", "", _INDENT, ""),
+    "clean": _Layout("", "", "", ""),
+}
 
 
 def prompt(instruction: str, template: str = "eval", *, input: str = "") -> str:  # noqa: A002 (the data's own key)
-    r"""The text up to where the response begins.
+    r"""Return the text up to the beginning of the response.
 
     Args:
-      instruction: the record's ``instruction``.
+      instruction: Instruction of the record.
       template: ``"train"``, ``"eval"`` or ``"clean"``, see the module's table.
-      input: the record's ``input``; empty in all eight tasks.
+      input: Input of the record, which is empty in all eight tasks.
 
     Raises:
-      InputError: an unknown template.
+      InputError: The template does not exist.
 
     Examples:
       >>> prompt("Say true.", "clean")[-42:]
       '### Instruction:\nSay true.\n\n### Response:\n'
     """
-    if template not in _LAYOUT:
-        raise InputError(f"template is {template!r}; accepted are {', '.join(TEMPLATES)}")
-    after_alone, after_with_input, indent, empty = _LAYOUT[template]
-    opening = f"{_PAIRED} {_REQUEST}" + after_with_input if input else _ALONE + after_alone
+    check_choice("template", template, TEMPLATES)
+    layout = _LAYOUTS[template]
+    opening = _OPENING_WITH_INPUT + layout.after_opening_with_input if input else _OPENING + layout.after_opening
     sections = [("### Instruction:", instruction)] + ([("### Input:", input)] if input else [])
-    body = "".join(f"{indent}{title}\n{indent}{text}\n{empty}\n" for title, text in sections)
-    return f"{opening}\n\n{body}{indent}{RESPONSE}\n{indent}"
+    indent = layout.indent
+    body = "".join(f"{indent}{heading}\n{indent}{text}\n{layout.empty_line}\n" for heading, text in sections)
+    return f"{opening}\n\n{body}{indent}{RESPONSE_HEADING}\n{indent}"
 
 
 def training_text(
@@ -69,5 +89,12 @@ def training_text(
     *,
     input: str = "",  # noqa: A002
 ) -> str:
-    """The whole training example, prompt and response, as the published code tokenizes it (without the end token)."""
+    """Return prompt and response as the published code tokenizes them, without the end-of-sequence token.
+
+    Args:
+      instruction: Instruction of the record.
+      output: Response of the record.
+      template: Template of the prompt, see `prompt`.
+      input: Input of the record.
+    """
     return prompt(instruction, template, input=input) + output

@@ -1,4 +1,7 @@
-"""Training records from files, folders and the hub's data sets; a bad one is named by file, place and key."""
+"""Read training records from files, folders and the hub's data sets.
+
+A bad record is refused with an error that names its file, its place in the file and the key.
+"""
 
 import itertools
 import os
@@ -12,26 +15,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from rora_theory import extras
-from rora_theory.data import hub_files, limited
+from rora_theory.data import hub_files, limited_process
 from rora_theory.data.formats import (
-    FIELDS,
+    FIELD_NAMES,
     FORMATS,
     TRAIN_TEMPLATES,
     AnyRecord,
-    BadRecords,
     FormatName,
-    Item,
+    RawRecord,
     Record,
+    RecordErrors,
     TrainTemplate,
-    fitting,
-    kind_of,
+    json_type,
+    matching_formats,
     records_digest,
 )
 from rora_theory.errors import InputError, first_line
 from rora_theory.io import files
 from rora_theory.validation.ranges import Natural, check_ranges
+from rora_theory.validation.rules import check_choice
 
-if TYPE_CHECKING:  # it needs Jinja, which records do not
+if TYPE_CHECKING:  # the module needs Jinja, which records do not
     from rora_theory.data.chat import ChatTemplate
 
 __all__ = [
@@ -45,94 +49,105 @@ __all__ = [
     "records_digest",
 ]
 
-NOTES = {
-    "arguments": "{:,} tool calls have their arguments as a JSON string; parsed, as chat templates expect an object",
-    "weight": "{:,} turns have weight 0; they are not in the loss",
+CONVERSION_NOTES = {
+    "arguments": "{:,} tool calls have their arguments as a JSON string. They were parsed, because chat templates "
+    "expect an object.",
+    "weight": "{:,} turns have weight 0. They are not in the loss.",
 }
-"""Notes about what reading converts, by the kind that `formats.Item` counts."""
+"""Notes about conversions, by the kind that `formats.RawRecord` counts."""
 
-ACCEPTED = "a .json, .jsonl, .parquet or .txt file, or a split as FOLDER:SPLIT"
+SUPPORTED_SOURCES = "a .json, .jsonl, .parquet or .txt file, or a split as FOLDER:SPLIT"
 
+MAX_TABLE_BYTES = files.LARGEST
+"""Maximum size in memory of the columns that are read from a Parquet file."""
 
-LARGEST_TABLE = files.LARGEST
-"""Maximum size of the columns of a Parquet file that are read, in bytes."""
+TABLE_OVERHEAD_BYTES = 3 << 30
+"""Maximum memory to read a Parquet file, in addition to its columns."""
 
-TABLE_MEMORY, TABLE_SECONDS = 3 << 30, 120
-"""Maximum memory beside that, in bytes, and processor time to read a Parquet file once."""
+MAX_TABLE_SECONDS = 120
+"""Maximum processor time to read a Parquet file once."""
 
-_ROWS = 1024  # of a batch of a Parquet file
+_BATCH_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class FormatConfig:
-    """How training records are written."""
+    """Format of training records.
+
+    Raises:
+      InputError: The format or a field does not exist.
+    """
 
     format: FormatName | None = None
-    """how records are written: messages (OpenAI's chats), sharegpt, alpaca, prompt-response, prompt-completion,
-    conversational (prompt and completion as lists of messages) or text; none tells it by the first record's keys"""
+    """Format of the records: messages (OpenAI's chats), sharegpt, alpaca, prompt-response, prompt-completion,
+    conversational (prompt and completion as lists of messages) or text; by default detected from the first record's
+    keys"""
     fields: dict[str, str] = field(default_factory=dict)
-    """your data's own name of a field, where it is another: --fields instruction question output answer"""
+    """Your data's names of fields, where they differ: --fields instruction question output answer"""
 
     def __post_init__(self) -> None:
-        """Raise `InputError` for a format or field that there is not."""
-        accepted = get_args(FormatName)
-        if self.format is not None and self.format not in accepted:
-            raise InputError(f"format is {self.format!r}; accepted are {', '.join(accepted)}")
+        """Validate the fields."""
+        if self.format is not None:
+            check_choice("format", self.format, get_args(FormatName))
         for name in self.fields:
-            if name not in FIELDS:
-                raise InputError(f"fields has {name!r}; accepted are your names of {', '.join(FIELDS)}")
+            check_choice("fields", name, FIELD_NAMES)
 
 
 @dataclass(frozen=True)
 class DataConfig(FormatConfig):
-    """How training records are written, and how chats become text."""
+    """Format of training records, and settings that turn chats into text.
+
+    Raises:
+      InputError: A value is out of range, or the template or the date cannot be read.
+    """
 
     chat_template: str | None = None
-    """Jinja file of the template that makes a text of a chat, or chatml; none is the model's own"""
+    """Jinja file of the chat template, or chatml; by default the model's own template"""
     chat_date: str | None = None
-    """day that a template is told which asks for today's, as YYYY-MM-DD; none is today"""
+    """Date that the chat template sees, as YYYY-MM-DD; by default today"""
     show: Natural = 0
-    """print so many training prompts as they go in, what is in the loss marked"""
+    """Number of training prompts to print, with the parts in the loss marked"""
 
     def __post_init__(self) -> None:
-        """Raise `InputError` for a value out of range, or a template or date that can't be read."""
+        """Validate the fields."""
         super().__post_init__()
         check_ranges(self, str)
+        # Read the template and parse the date, so that a bad one is refused before work starts.
         if self.chat_template is not None:
             from rora_theory.data import chat as chats
 
-            chats.source_of(self.chat_template)
+            chats.read_template_source(self.chat_template)
         _ = self.now
 
     def identity(self) -> dict[str, str]:
-        """What of it determines prompts beside the records and the model."""
+        """Return the settings that determine prompts, apart from the records and the model."""
         digest = None
         if self.chat_template is not None:
             from rora_theory.data import chat as chats
 
-            digest = chats.digest_of(chats.source_of(self.chat_template))
-        named = {"chat_template_sha256": digest, "chat_date": self.chat_date}
-        return {name: value for name, value in named.items() if value is not None}
+            digest = chats.template_digest(chats.read_template_source(self.chat_template))
+        settings = {"chat_template_sha256": digest, "chat_date": self.chat_date}
+        return {name: value for name, value in settings.items() if value is not None}
 
     @property
     def now(self) -> datetime:
-        """The time that chat templates are told: noon of the day, so that a day's runs are alike."""
+        """Return the time that chat templates see: noon of the day, so that runs of one day are equal."""
         try:
             day = date.today() if self.chat_date is None else date.fromisoformat(self.chat_date)
         except ValueError:
-            raise InputError(f"chat_date is {self.chat_date!r}; accepted is a day as YYYY-MM-DD") from None
+            raise InputError(f"chat_date must be a date as YYYY-MM-DD, got {self.chat_date!r}") from None
         return datetime.combine(day, time(12))
 
 
 @dataclass(frozen=True)
 class RecordSet:
-    """The records of several sources in order.
+    """Records of several sources.
 
     Attributes:
-      records: they.
-      formats: of each source, and how many records it has.
-      config: how they were read.
-      notes: what was told by the keys alone.
+      records: Records of all sources in order.
+      formats: Format and number of records of each source.
+      config: Settings with which the records were read.
+      notes: Notes about conversions and about formats that were ambiguous.
     """
 
     records: list[AnyRecord]
@@ -142,218 +157,253 @@ class RecordSet:
 
     @cached_property
     def sha256(self) -> str:
-        """`formats.records_digest` of all."""
+        """Return the digest of all records, see `formats.records_digest`."""
         return records_digest(self.records)
 
-    def template(self, asked: str | None) -> TrainTemplate:
-        """The template that is asked for, or the formats' own.
+    def template(self, name: str | None) -> TrainTemplate:
+        """Return the template with a name, or the default of the formats.
 
         Raises:
-          InputError: an unknown one; or none is asked for and the sources' formats have different ones.
+          InputError: The template does not exist, or the sources' formats have different defaults.
         """
-        own = list(dict.fromkeys(FORMATS[name].template for name, _ in self.formats))
-        if asked is None and len(own) > 1:
-            told = ", ".join(f"{name} ({FORMATS[name].template})" for name, _ in dict.fromkeys(self.formats))
-            raise InputError(f"template is not given, and the formats have their own: {told}; accepted is one for all")
-        if asked is not None and asked not in TRAIN_TEMPLATES:
-            raise InputError(f"template is {asked!r}; accepted are {', '.join(TRAIN_TEMPLATES)}")
-        return own[0] if asked is None else cast(TrainTemplate, asked)
+        if name is not None:
+            check_choice("template", name, TRAIN_TEMPLATES)
+            return cast(TrainTemplate, name)
+        defaults = list(dict.fromkeys(FORMATS[form].default_template for form, _ in self.formats))
+        if len(defaults) > 1:
+            listed = ", ".join(f"{form} ({FORMATS[form].default_template})" for form, _ in dict.fromkeys(self.formats))
+            raise InputError(f"template must be given for formats with different defaults, got None for {listed}")
+        return defaults[0]
 
     def chat(self, tokenizer: Any, template: str | None) -> "ChatTemplate | None":
-        """The chat template where ``template`` is ``chat``: the one that was named, or the model's own.
+        """Return the configured chat template, or the model's; None unless ``template`` is ``chat``.
 
         Raises:
-          InputError: there is none; names what can be chosen.
+          InputError: There is no chat template. The message lists what can be chosen.
         """
         if template != "chat":
             return None
         from rora_theory.data import chat as chats
 
-        return chats.chat_template_of(tokenizer, self.config.chat_template, self.config.now)
+        return chats.load_chat_template(tokenizer, self.config.chat_template, self.config.now)
 
     def identity(self, chat: "ChatTemplate | None") -> dict[str, str]:
-        """What a run that reads the records is known by, beside the template's name: they, and the chat template."""
+        """Return the digests of the records and the chat template, by which a run recognises its data."""
         return {"records_sha256": self.sha256} | (chat.identity() if chat is not None else {})
 
     @property
-    def said(self) -> str:
-        """How many records, and how they are written, in a sentence."""
+    def summary(self) -> str:
+        """Return a sentence with the number of records of each format."""
         counts: Counter[str] = Counter()
         for name, count in self.formats:
             counts[name] += count
         listed = ", ".join(f"{count:,} as {name}" for name, count in counts.items())
-        how = "as --format says" if self.config.format else "told by the first record's keys; --format names another"
-        return f"records: {listed} ({how})"
+        detected = "detected from the first record's keys; --format selects another"
+        return f"records: {listed} ({'as --format says' if self.config.format else detected})"
 
 
 def read_record_set(sources: Sequence[str | Path], config: FormatConfig | None = None) -> RecordSet:
-    """The records of several sources, in order.
+    """Read the records of several sources.
+
+    A source is a file or a split of a data set:
+
+    - a ``.json`` file (a list of objects, or one object a line), a ``.jsonl`` file (one object a line), a ``.parquet``
+      file (one record a row) or a ``.txt`` file (one record a line);
+    - a file of the hub or its cache, as ``hf://datasets/OWNER/NAME[@REVISION]/FILE``;
+    - a split of a folder, as ``FOLDER:SPLIT``, or of a data set on the hub, as
+      ``hf://datasets/OWNER/NAME[@REVISION][/SUBSET]:SPLIT``.
+
+    Keys that are not fields of the format are not read.
 
     Args:
-      sources: ``.json`` files (a list of objects, or an object a line), ``.jsonl`` files (an object a line),
-        ``.parquet`` files (a row a record), ``.txt`` files (a line a record), of this machine or, as
-        ``hf://datasets/OWNER/NAME[@REVISION]/FILE``, of the hub or its cache; or the split of a data set: a folder's as
-        ``FOLDER:SPLIT``, the hub's as ``hf://datasets/OWNER/NAME[@REVISION][/SUBSET]:SPLIT``. Keys that no field of the
-        format has are not read.
-      config: None is the default.
+      sources: Files and splits.
+      config: Settings; None selects the defaults.
+
+    Returns:
+      The records of all sources in order.
 
     Raises:
-      InputError: A file is missing, unreadable or empty, or records are not as their format says. The message lists
-        the first ten of them and their number, each with the file, the record's index from 0 (the line, from 1, of a
-        file of lines) and the key.
+      InputError: A file is missing, unreadable or empty, or records do not follow their format. The message lists the
+        first ten of them and their number, each with the file, the record's index from 0 (in a file of lines, the line
+        from 1) and the key.
     """
     config = config if isinstance(config, DataConfig) else DataConfig(**vars(config or FormatConfig()))
     if not sources:
-        raise InputError(f"no data files are given; accepted are one or more: {ACCEPTED}")
+        raise InputError(f"data must name at least one source: {SUPPORTED_SOURCES}")
     records: list[AnyRecord] = []
     formats: list[tuple[FormatName, int]] = []
     notes: list[str] = []
-    bad, counts = BadRecords(), Counter[str]()
+    errors, conversions = RecordErrors(), Counter[str]()
     for source in sources:
-        before, name = len(records) + bad.count, config.format
-        for where, value in _objects(source, config.fields):
+        count_before, format_name = len(records) + errors.count, config.format
+        for where, value in _read_source(source, config.fields):
             try:
-                if isinstance(value, InputError):
+                if isinstance(value, InputError):  # of a line that is not JSON
                     raise value
                 if not isinstance(value, dict):
-                    raise InputError(f"{where} is {kind_of(value)}; accepted is an object")
-                given = {key: one for key, one in value.items() if one is not None}  # null is a key that is not there
-                if name is None:
-                    name, also = _recognised(where, given, config)
-                    notes += [f"{source}: read as {name}; it fits {', '.join(also)} as well (--format)"] if also else []
-                records.append(FORMATS[name].make(Item(where, given, config.fields, counts)))
+                    raise InputError(f"{where} must be an object, got {json_type(value)}")
+                # Parquet has every key in every row, so a null value means that the key is absent.
+                present = {key: item for key, item in value.items() if item is not None}
+                # The first record of a source selects the format of all of them.
+                if format_name is None:
+                    format_name, *alternatives = _detect_formats(where, present, config)
+                    if alternatives:
+                        listed = ", ".join(alternatives)
+                        notes.append(f"{source}: read as {format_name}; it also matches {listed} (--format)")
+                records.append(FORMATS[format_name].parse(RawRecord(where, present, config.fields, conversions)))
             except InputError as error:
-                if name is None:  # of what format the others are is not known
+                # Without a format, the other records cannot be checked.
+                if format_name is None:
                     raise
-                bad.add(str(error))
-        if name is None or len(records) + bad.count == before:
-            raise InputError(f"{source}: holds no records; accepted is one or more")
-        formats.append((name, len(records) + bad.count - before))
-    bad.check(len(records) + bad.count)
-    notes += [NOTES[kind].format(count) for kind, count in counts.items()]
+                errors.add(str(error))
+        if format_name is None or len(records) + errors.count == count_before:
+            raise InputError(f"{source}: has no records. Pass a source with at least one.")
+        formats.append((format_name, len(records) + errors.count - count_before))
+    errors.raise_if_any(len(records) + errors.count)
+    notes += [CONVERSION_NOTES[kind].format(count) for kind, count in conversions.items()]
     return RecordSet(records, tuple(formats), config, tuple(notes))
 
 
 def read_records(sources: Sequence[str | Path], config: FormatConfig | None = None) -> list[AnyRecord]:
-    """The records alone that `read_record_set` reads."""
+    """Read the records of several sources, see `read_record_set`."""
     return read_record_set(sources, config).records
 
 
-def _recognised(where: str, value: dict[str, Any], config: FormatConfig) -> tuple[FormatName, list[FormatName]]:
-    """The format of an object, and others that it fits."""
-    found = fitting(value, config.fields)
-    if found:
-        return found[0], found[1:]
+def _detect_formats(where: str, value: dict[str, Any], config: FormatConfig) -> list[FormatName]:
+    """Return the formats that an object matches, and raise `InputError` if there are none."""
+    matches = matching_formats(value, config.fields)
+    if matches:
+        return matches
     keys = ", ".join(map(repr, value)) or "none"
-    most = max(FORMATS, key=lambda name: sum(config.fields.get(key, key) in value for key in FORMATS[name].keys))
-    missing = [config.fields.get(key, key) for key in FORMATS[most].keys]
-    missing = [key for key in missing if key not in value]
-    if len(missing) < len(FORMATS[most].keys):
+    # If some of a format's keys are there, name the missing one of the format with the most.
+    required = {name: [config.fields.get(key, key) for key in form.required_keys] for name, form in FORMATS.items()}
+    closest = max(required.values(), key=lambda names: sum(name in value for name in names))
+    missing = [name for name in closest if name not in value]
+    if len(missing) < len(closest):
         raise InputError(f"{where} has no {missing[0]!r}; its keys are {keys}")
-    listed = ", ".join(f"{name} ({', '.join(one.keys)})" for name, one in FORMATS.items())
-    raise InputError(f"{where} has the keys {keys}; accepted are {listed}, or other names with --fields")
+    listed = ", ".join(f"{name} ({', '.join(form.required_keys)})" for name, form in FORMATS.items())
+    raise InputError(f"{where}: keys must match a format, got {keys}. Formats: {listed}. Rename fields with --fields.")
 
 
-def _objects(source: str | Path, names: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
-    """Yield where each record of a source stands, and its value, or the error of a line that is not JSON.
+def _read_source(source: str | Path, field_names: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    """Yield the place and the value of each record of a source, or the error of a line that is not JSON.
 
-    The source has the ``names`` for fields that are called otherwise here.
+    Args:
+      source: File or split.
+      field_names: The source's own names of fields.
     """
-    columns = {names.get(key, key) for key in FIELDS}
-    part = hub_files.part_of(source) if isinstance(source, str) else None
-    if part is not None:
-        for path in hub_files.locate_split(part):
-            yield from _read(path, path.name if part.place.startswith(hub_files.HUB) else str(path), columns)
-    elif isinstance(source, str) and source.startswith(hub_files.HUB):
-        yield from _read(_fetch(source), source, columns)
+    columns = {field_names.get(key, key) for key in FIELD_NAMES}
+    split = hub_files.parse_split(source) if isinstance(source, str) else None
+    if split is not None:
+        for path in hub_files.locate_split(split):
+            where = path.name if split.place.startswith(hub_files.HUB_PREFIX) else str(path)
+            yield from _read_file(path, where, columns)
+    elif isinstance(source, str) and source.startswith(hub_files.HUB_PREFIX):
+        yield from _read_file(_download(source), source, columns)
     else:
-        yield from _read(Path(source), str(source), columns)
+        yield from _read_file(Path(source), str(source), columns)
 
 
-def _fetch(source: str) -> Path:
-    parts = source.removeprefix(hub_files.HUB).split("/", 2)
+def _download(source: str) -> Path:
+    parts = source.removeprefix(hub_files.HUB_PREFIX).split("/", 2)
     if len(parts) < 3 or not all(parts):
+        data_set = f"{hub_files.HUB_PREFIX}OWNER/NAME[@REVISION]"
         raise InputError(
-            f"{source}: is not the name of a file or split; accepted are {hub_files.HUB}OWNER/NAME[@REVISION]/FILE and "
-            f"{hub_files.HUB}OWNER/NAME[@REVISION][/SUBSET]:SPLIT"
+            f"{source}: not the name of a file or split. Pass {data_set}/FILE or {data_set}[/SUBSET]:SPLIT."
         )
-    name, _, revision = parts[1].partition("@")
-    accepted = "a file the hub or its cache has"
-    return hub_files.fetch(f"{parts[0]}/{name}", parts[2], revision or None, where=f"{source}:", accepted=accepted)
+    owner, name, file = parts
+    name, _, revision = name.partition("@")
+    return hub_files.download_file(f"{owner}/{name}", file, revision or None, where=source)
 
 
-def _read(path: Path, where: str, columns: Container[str]) -> Iterator[tuple[str, Any]]:
+def _read_file(path: Path, where: str, columns: Container[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the place and the value of each record of a file, by the kind that its suffix names."""
     if path.suffix == ".parquet":
-        yield from _rows(path, where, columns)
+        yield from _read_table(path, where, columns)
         return
     if os.path.isdir(path):
-        raise InputError(f"{where}: is a folder; accepted is {ACCEPTED}")
-    text = files.read_text(path, accepted=ACCEPTED)
+        raise InputError(f"{where}: is a folder. Pass {SUPPORTED_SOURCES}.")
+    text = files.read_text(path, accepted=SUPPORTED_SOURCES)
     if path.suffix == ".txt":
-        yield from ((f"{where}: line {number}", {"text": line.removesuffix("\r")}) for number, line in _lines(text))
-    elif path.suffix == ".jsonl" or _is_lines(text):
-        for number, line in _lines(text):
+        for number, line in _numbered_lines(text):
+            yield f"{where}: line {number}", {"text": line.removesuffix("\r")}
+    elif path.suffix == ".jsonl" or _has_json_lines(text):
+        for number, line in _numbered_lines(text):
             place = f"{where}: line {number}"
+            # A line that is not JSON is yielded as an error, so that the lines after it are read as well.
             try:
                 yield place, files.parse_json(line, where=place, accepted="a record a line")
-            except InputError as error:  # the lines after it can be read
+            except InputError as error:
                 yield place, error
     else:
-        found = files.parse_json(text, where=where, accepted="a list of records")
-        if not isinstance(found, list):
-            raise InputError(f"{where}: holds {kind_of(found)}; accepted is a list of records")
-        yield from ((f"{where}: record {index}", value) for index, value in enumerate(found))
+        values = files.parse_json(text, where=where, accepted="a list of records")
+        if not isinstance(values, list):
+            raise InputError(f"{where}: must hold a list of records, got {json_type(values)}")
+        for index, value in enumerate(values):
+            yield f"{where}: record {index}", value
 
 
-def _is_lines(text: str) -> bool:
-    """Whether a text has an object a line though its name says JSON, as many data sets of the hub do."""
-    first, second = [*(line for _, line in itertools.islice(_lines(text), 2)), "", ""][:2]
+def _has_json_lines(text: str) -> bool:
+    """Return whether a ``.json`` file has one object a line, as in many data sets of the hub."""
+    first, second = [*(line for _, line in itertools.islice(_numbered_lines(text), 2)), "", ""][:2]
     return first.startswith("{") and first.rstrip().endswith("}") and (not second or second.startswith("{"))
 
 
-def _rows(path: Path, where: str, columns: Container[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a Parquet file.
+def _read_table(path: Path, where: str, columns: Container[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the place and the value of each row of a Parquet file.
 
-    A column that is not in ``columns`` is not read: its key has the value ``...``.
+    A column that is not in ``columns`` is not read. Its key has the value ``...``.
     """
-    data = files.read_bytes(path, accepted=ACCEPTED)
+    data = files.read_bytes(path, accepted=SUPPORTED_SOURCES)
     try:
         import pyarrow
     except ImportError as error:
         raise InputError(f"{where}: {extras.missing_message(error)}") from None
-    # A file of some kilobytes may claim anything of its size: a child process reads it first, with limits.
-    limits = {"seconds": TABLE_SECONDS, "memory": TABLE_MEMORY + LARGEST_TABLE}
+    # A file of a few kilobytes may expand to any size, so a child process with limits reads it first.
+    limits = {"seconds": MAX_TABLE_SECONDS, "memory": TABLE_OVERHEAD_BYTES + MAX_TABLE_BYTES}
     try:
-        limited.run(_check_table, str(path), where, columns, LARGEST_TABLE, **limits)
-    except limited.LimitError as error:
+        limited_process.run(_check_table_size, str(path), where, columns, MAX_TABLE_BYTES, **limits)
+    except limited_process.LimitError as error:
         raise InputError(
-            f"{where}: reading the table {error}; accepted is one of at most {LARGEST_TABLE:,} bytes"
+            f"{where}: reading the table {error}. Pass a table of at most {MAX_TABLE_BYTES:,} bytes."
         ) from None
     names, batches = _open_table(pyarrow.BufferReader(data), where, columns)
-    start, others = 0, dict.fromkeys((name for name in names if name not in columns), ...)
+    start, unread = 0, dict.fromkeys((name for name in names if name not in columns), ...)
     for batch in batches:
         try:
             rows = batch.to_pylist()
-        # Text that is not UTF-8, dates out of Python's range, unknown time zones, fields of the same name.
+        # Text that is not UTF-8, dates out of Python's range, unknown time zones, fields with the same name.
         except (pyarrow.ArrowException, ValueError, ArithmeticError, LookupError, OSError) as error:
             raise InputError(
-                f"{where}: a row from {start} on has a value that cannot be read ({first_line(error)}); accepted are "
-                "values that JSON has"
+                f"{where}: a row from {start} on has a value that cannot be converted to JSON ({first_line(error)})"
             ) from None
         for number, row in enumerate(rows, start):
-            yield f"{where}: row {number}", row | others
+            yield f"{where}: row {number}", row | unread
         start += len(rows)
 
 
 def _open_table(source: Any, where: str, columns: Container[str]) -> tuple[list[str], Iterator[Any]]:
-    """Open a Parquet file: the names of its columns, and batches of those in ``columns``."""
+    """Open a Parquet file.
+
+    Args:
+      source: Path or buffer that pyarrow reads.
+      where: Name of the file, for the errors.
+      columns: Columns to read.
+
+    Returns:
+      The names of all columns, and batches of those in ``columns``.
+
+    Raises:
+      InputError: The file is not Parquet, or has a column twice or with values that cannot be measured.
+    """
     import pyarrow
     import pyarrow.parquet
 
-    def read() -> Iterator[Any]:
+    def read_batches() -> Iterator[Any]:
+        selected = [name for name in names if name in columns]
         try:
-            yield from file.iter_batches(_ROWS, columns=[name for name in names if name in columns], use_threads=False)
-        except MemoryError:  # which pyarrow derives its own of both from
+            yield from file.iter_batches(_BATCH_ROWS, columns=selected, use_threads=False)
+        except MemoryError:  # pyarrow's own is also an ArrowException
             raise
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise _not_parquet(where, error) from None
@@ -364,33 +414,47 @@ def _open_table(source: Any, where: str, columns: Container[str]) -> tuple[list[
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
         raise _not_parquet(where, error) from None
     for column in file.schema_arrow:
-        if column.name in columns and names.count(column.name) > 1:
-            raise InputError(f"{where}: has {names.count(column.name)} columns {column.name!r}; accepted is one")
-        parts = range(column.type.num_fields)
-        if column.name in columns and any("dictionary<" in str(column.type.field(i).type) for i in parts):
-            raise InputError(f"{where}: has dictionaries within {column.name!r}; accepted are plain values")
-    return names, read()
+        if column.name not in columns:
+            continue
+        if names.count(column.name) > 1:
+            raise InputError(f"{where}: must have one column {column.name!r}, got {names.count(column.name)}")
+        # A dictionary inside a list or struct repeats values that its size in bytes does not count.
+        field_types = (str(column.type.field(index).type) for index in range(column.type.num_fields))
+        if any("dictionary<" in field_type for field_type in field_types):
+            raise InputError(f"{where}: column {column.name!r} must hold plain values, got dictionaries within it")
+    return names, read_batches()
 
 
 def _not_parquet(where: str, error: Exception) -> InputError:
-    return InputError(f"{where}: is not Parquet ({first_line(error)}); accepted is {ACCEPTED}")
+    return InputError(f"{where}: not a Parquet file ({first_line(error)}). Pass {SUPPORTED_SOURCES}.")
 
 
-def _check_table(path: str, where: str, columns: Container[str], largest: int) -> Iterator[int]:
-    """Read a Parquet file and refuse one of more than ``largest`` bytes; in a child process, see `limited.run`."""
+def _check_table_size(path: str, where: str, columns: Container[str], max_bytes: int) -> Iterator[int]:
+    """Read a Parquet file and yield its size in memory; for `limited_process.run`.
+
+    Args:
+      path: Path of the file.
+      where: Name of the file, for the errors.
+      columns: Columns to read.
+      max_bytes: Maximum size in memory.
+
+    Raises:
+      InputError: The file is larger.
+    """
     import pyarrow
 
     total = 0
     for batch in _open_table(path, where, columns)[1]:
         for column in batch.columns:
-            plain = column.dictionary_decode() if isinstance(column, pyarrow.DictionaryArray) else column
-            total += plain.nbytes
-        if total > largest:
-            raise InputError(f"{where}: expands to more than {largest:,} bytes; accepted are tables of at most that")
+            # Python makes an object of every value, so a dictionary counts at its decoded size.
+            decoded = column.dictionary_decode() if isinstance(column, pyarrow.DictionaryArray) else column
+            total += decoded.nbytes
+        if total > max_bytes:
+            raise InputError(f"{where}: the table must have at most {max_bytes:,} bytes in memory, got more")
     yield total
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
+def _numbered_lines(text: str) -> Iterator[tuple[int, str]]:
     """Yield the lines of a text that are not blank, with their numbers from 1.
 
     Lines end at a line feed alone: `str.splitlines` would cut at U+2028 and others within a text. Runs of line feeds

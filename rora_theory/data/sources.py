@@ -1,16 +1,16 @@
-"""Where a task's file lies: in a folder, or in a dataset of the hub that has the same layout."""
+"""Locate and read the tasks' files, in a folder or in a data set of the hub with the same layout."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rora_theory.data.hub_files import HUB, fetch
-from rora_theory.data.tasks import TASKS, Task, TaskRecord, read_task, task_named
+from rora_theory.data.hub_files import HUB_PREFIX, download_file
+from rora_theory.data.tasks import TASKS, Task, TaskRecord, get_task, read_task
 from rora_theory.errors import InputError
 from rora_theory.io import digests
 
-VARIABLE = "RORA_COMMONSENSE_DIR"
-"""Environment variable that names the data where a command does not."""
+DATA_DIR_VARIABLE = "RORA_COMMONSENSE_DIR"
+"""Environment variable with the default of ``--data-dir``."""
 
 
 def read_tasks(
@@ -18,53 +18,62 @@ def read_tasks(
     keys: Sequence[str],
     limit: int | None = None,
     *,
-    otherwise: str = "a folder with TASK/test.json",
+    advice: str = "Pass a folder with TASK/test.json.",
 ) -> tuple[dict[str, list[TaskRecord]], dict[str, str]]:
-    """The test records of several tasks, and the SHA-256 of each task's file.
+    """Read the test records of several tasks.
 
     Args:
-      data: as `locate_task`; None is what `VARIABLE` names.
-      keys: of `TASKS`.
-      limit: only the first so many of each.
-      otherwise: what is accepted where no data are named, for the error.
+      data: Folder or data set of the hub, see `locate_task`; None selects the value of `DATA_DIR_VARIABLE`.
+      keys: Keys of the tasks in `TASKS`.
+      limit: Maximum number of records per task; None reads all.
+      advice: Sentence in the error about missing data that says what to pass.
+
+    Returns:
+      The records of each task, and the SHA-256 of each task's file.
 
     Raises:
-      InputError: no task, one twice or one that there is not, no data named, a file missing, or a bad record.
+      InputError: There is no task, a task is repeated or does not exist, no data are named, a file is missing, or a
+        record is bad.
     """
     if not keys or len(set(keys)) < len(keys):
-        raise InputError(f"tasks are {' '.join(keys)!r}; accepted are one or more, each once")
+        raise InputError(f"tasks must be one or more different tasks, got {' '.join(keys)!r}")
     for key in keys:
-        task_named(key)
-    data = data or os.environ.get(VARIABLE)
+        get_task(key)
+    data = data or os.environ.get(DATA_DIR_VARIABLE)
     if not data:
-        raise InputError(f"--data-dir is not given and {VARIABLE} not set; accepted is {otherwise}")
+        raise InputError(f"--data-dir is not given and {DATA_DIR_VARIABLE} is not set. {advice}")
     files = {key: locate_task(data, TASKS[key]) for key in keys}
     records = {key: read_task(file, TASKS[key])[:limit] for key, file in files.items()}
     return records, {key: digests.of_file(file) for key, file in files.items()}
 
 
 def locate_task(data: str | Path, task: Task, split: str = "test") -> Path:
-    """The file ``TASK/SPLIT.json`` of a folder, or of a hub dataset (fetched, or taken from the hub's cache).
+    """Return the path of a task's file ``TASK/SPLIT.json``.
+
+    Args:
+      data: Folder, or data set of the hub as ``hf://datasets/OWNER/NAME[@REVISION][/FOLDER]``, of which the file is
+        downloaded or taken from the hub's cache.
+      task: Task of the file.
+      split: Split of the task's data.
 
     Raises:
-      InputError: no such file here or there, or not the name of a hub dataset.
+      InputError: The file does not exist, or ``data`` is not the name of a data set.
     """
-    if not str(data).startswith(HUB):
+    if not str(data).startswith(HUB_PREFIX):
         path = Path(data) / task.key / f"{split}.json"
         if not os.path.exists(path):
             raise InputError(
-                f"{path}: no such file; accepted is a folder in the LLM-Adapters schema (TASK/{split}.json) "
-                f"or {HUB}OWNER/NAME"
+                f"{path}: no such file. Pass a folder in the LLM-Adapters schema (TASK/{split}.json) "
+                f"or {HUB_PREFIX}OWNER/NAME."
             )
         return path
-    return _fetch(str(data), f"{task.key}/{split}.json")
+    return _download(str(data), f"{task.key}/{split}.json")
 
 
-def _fetch(data: str, name: str) -> Path:
-    owner, *rest = data.removeprefix(HUB).strip("/").split("/", 2)
-    if not owner or not rest:
-        raise InputError(f"{data}: is not a dataset; accepted is {HUB}OWNER/NAME[@REVISION][/FOLDER]")
-    repository, _, revision = rest[0].partition("@")
-    file = "/".join([*rest[1:], name])
-    accepted = "a dataset the hub or its cache has"
-    return fetch(f"{owner}/{repository}", file, revision or None, where=f"{data}: {file}", accepted=accepted)
+def _download(data: str, name: str) -> Path:
+    owner, *path = data.removeprefix(HUB_PREFIX).strip("/").split("/", 2)
+    if not owner or not path:
+        raise InputError(f"{data}: not the name of a data set. Pass {HUB_PREFIX}OWNER/NAME[@REVISION][/FOLDER].")
+    repository, _, revision = path[0].partition("@")
+    file = "/".join([*path[1:], name])
+    return download_file(f"{owner}/{repository}", file, revision or None, where=f"{data}: {file}")

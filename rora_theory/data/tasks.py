@@ -1,9 +1,8 @@
-r"""The eight tasks in one table, and their records.
+r"""The eight commonsense tasks and their records.
 
-Data are folders in the LLM-Adapters schema: ``TASK/test.json`` (and ``TASK/train.json``), a JSON list of
-records with the keys ``instruction``, ``input``, ``output`` and ``answer``. Question and choices are
-recovered from the instruction by the task's template and put back together as a check, so that no second file
-is needed.
+Data are folders in the LLM-Adapters schema: ``TASK/test.json`` (and ``TASK/train.json``), a JSON list of records with
+the keys ``instruction``, ``input``, ``output`` and ``answer``. Question and choices are parsed from the instruction by
+the task's template. Rendering them again checks the result, so no second file is needed.
 """
 
 import math
@@ -13,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rora_theory.data.formats import json_type
 from rora_theory.data.prompts import ANSWER_PREFIX
-from rora_theory.errors import InputError
+from rora_theory.errors import InputError, shown
 from rora_theory.io import files
+from rora_theory.validation.rules import check_choice
 
 
 @dataclass(frozen=True)
@@ -23,26 +24,27 @@ class Task:
     """One of the eight tasks.
 
     Attributes:
-      key: its folder, and its name on command lines.
-      name: its column in the papers' tables.
-      labels: every label the published parser accepts, in order.
-      opening: the instruction's text before the question.
-      word: what a choice is announced by, ``Solution`` in ``Solution1: ...``; empty where choices are not listed.
-      between: the text between two choices.
-      before_format: the text between the last choice and ``Answer format:``.
-      harness: its name in lm-evaluation-harness.
-      harness_norm: whether that harness reports ``acc_norm`` for it.
-      full_size: items of the full evaluation set, the n behind published accuracies.
-      full_choices: choices an item has (nearly always) in that set.
+      key: Name of the task's folder, and its name on command lines.
+      name: Column of the task in the papers' tables.
+      labels: All labels that the published parser accepts, in order.
+      opening: Text of the instruction before the question.
+      choice_heading: Heading of a choice before its number, ``Solution`` in ``Solution1: ...``; empty if choices are
+        not listed.
+      choice_separator: Text between two choices.
+      format_separator: Text between the last choice and ``Answer format:``.
+      harness: Name of the task in lm-evaluation-harness.
+      harness_norm: Whether that harness reports ``acc_norm`` for the task.
+      full_size: Number of items in the full evaluation set, on which published accuracies are measured.
+      full_choices: Number of choices of (nearly) every item in that set.
     """
 
     key: str
     name: str
     labels: tuple[str, ...]
     opening: str
-    word: str
-    between: str
-    before_format: str
+    choice_heading: str
+    choice_separator: str
+    format_separator: str
     harness: str
     harness_norm: bool
     full_size: int
@@ -50,11 +52,11 @@ class Task:
 
     @property
     def pattern(self) -> str:
-        """The published parser's regular expression: the labels in order, case-sensitive."""
+        """Return the regular expression of the published parser: the labels in order, case-sensitive."""
         return "|".join(self.labels)
 
 
-def _labels(word: str, count: int) -> tuple[str, ...]:
+def _numbered_labels(word: str, count: int) -> tuple[str, ...]:
     return tuple(f"{word}{number}" for number in range(1, count + 1))
 
 
@@ -63,11 +65,15 @@ _SOLUTION = "Please choose the correct solution to the question: "
 _ANSWER = "Please choose the correct answer to the question: "
 _ENDING = "Please choose the correct ending to complete the given sentence: "
 _OPTION = "Please choose the correct answer to fill in the blank to complete the given sentence: "
-_SOLUTIONS, _ENDINGS, _OPTIONS = _labels("solution", 2), _labels("ending", 4), _labels("option", 2)
-_ANSWERS = _labels("answer", 5)
+_SOLUTIONS, _ENDINGS, _OPTIONS = (
+    _numbered_labels("solution", 2),
+    _numbered_labels("ending", 4),
+    _numbered_labels("option", 2),
+)
+_ANSWERS = _numbered_labels("answer", 5)
 
 # fmt: off
-_ROWS = (
+_TASK_TABLE = (
     Task("boolq", "BoolQ", ("true", "false"), _TRUE, "", "", "\n\n", "boolq", False, 3270, 2),
     Task("piqa", "PIQA", _SOLUTIONS, _SOLUTION, "Solution", "\n\n", "\n\n", "piqa", True, 1838, 2),
     Task("social_i_qa", "SIQA", _ANSWERS, _ANSWER, "Answer", " ", "\n\n", "social_iqa", False, 1954, 3),
@@ -79,22 +85,22 @@ _ROWS = (
 )
 # fmt: on
 
-TASKS: dict[str, Task] = {task.key: task for task in _ROWS}
+TASKS: dict[str, Task] = {task.key: task for task in _TASK_TABLE}
 """The eight tasks by key, in the order of the papers' tables."""
 
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """One item of a task.
+    """Item of a task.
 
     Attributes:
-      task: key of its task.
-      index: position in its file, from 0.
-      instruction: the text put into a prompt.
-      question: the part between the template's opening and its choices.
-      choices: the choices as written; ``("true", "false")`` in boolq.
-      labels: the label of each choice (``answer1``, ...).
-      gold: index of the right choice.
+      task: Key of the task.
+      index: Position in the task's file, from 0.
+      instruction: Text to put into a prompt.
+      question: Part of the instruction between the template's opening and the choices.
+      choices: Choices as written; ``("true", "false")`` in boolq.
+      labels: Label of each choice (``answer1``, ...).
+      gold: Index of the correct choice.
     """
 
     task: str
@@ -107,99 +113,105 @@ class TaskRecord:
 
     @property
     def answer(self) -> str:
-        """The gold label."""
+        """Return the label of the correct choice."""
         return self.labels[self.gold]
 
 
-def task_named(key: str) -> Task:
-    """The task of that key.
+def get_task(key: str) -> Task:
+    """Return the task with a key.
 
     Raises:
-      InputError: there is none.
+      InputError: The task does not exist.
     """
-    if key not in TASKS:
-        raise InputError(f"task is {key!r}; accepted are {', '.join(TASKS)}")
+    check_choice("task", key, TASKS)
     return TASKS[key]
 
 
-def render(task: Task, question: str, choices: Sequence[str]) -> str:
-    """The instruction of a question and its choices, as LLM-Adapters writes it."""
-    listed = task.between.join(f"{task.word}{number}: {text}" for number, text in enumerate(choices, start=1))
-    listed = f"\n\n{listed}" if task.word else ""
+def render_instruction(task: Task, question: str, choices: Sequence[str]) -> str:
+    """Return the instruction of a question and its choices, as LLM-Adapters writes it."""
+    numbered = task.choice_separator.join(
+        f"{task.choice_heading}{number}: {text}" for number, text in enumerate(choices, start=1)
+    )
+    listing = f"\n\n{numbered}" if task.choice_heading else ""
     labels = "/".join(task.labels[: len(choices)])
-    return f"{task.opening}{question}{listed}{task.before_format}Answer format: {labels}"
+    return f"{task.opening}{question}{listing}{task.format_separator}Answer format: {labels}"
 
 
-def parse(task: Task, instruction: str) -> tuple[str, tuple[str, ...]]:
-    """Question and choices of an instruction: the inverse of `render`.
+def parse_instruction(task: Task, instruction: str) -> tuple[str, tuple[str, ...]]:
+    """Return the question and the choices of an instruction: the inverse of `render_instruction`.
 
     Raises:
-      InputError: the instruction does not follow the task's template.
+      InputError: The instruction does not follow the task's template.
     """
-    head, found, listed_labels = instruction.rpartition(f"{task.before_format}Answer format: ")
-    count = len(listed_labels.split("/"))
-    if not found or not head.startswith(task.opening):
-        raise InputError(f"instruction {instruction[:60]!r}... does not follow the template of {task.key}")
-    body = head.removeprefix(task.opening)
-    parts = []
-    if task.word:
+    # The labels at the end say how many choices there are.
+    head, separator, labels = instruction.rpartition(f"{task.format_separator}Answer format: ")
+    count = len(labels.split("/"))
+    if not separator or not head.startswith(task.opening):
+        raise _template_error(task, instruction)
+    # Cut at the heading of each choice: the question comes first, and the last choice is what remains.
+    question, choices = head.removeprefix(task.opening), task.labels
+    if task.choice_heading:
+        parts, remaining = [], question
         for number in range(1, count + 1):
-            before = "\n\n" if number == 1 else task.between
-            part, _, body = body.partition(f"{before}{task.word}{number}: ")
+            before = "\n\n" if number == 1 else task.choice_separator
+            part, _, remaining = remaining.partition(f"{before}{task.choice_heading}{number}: ")
             parts.append(part)
-    question, choices = (parts[0], (*parts[1:], body)) if parts else (body, task.labels)
-    if render(task, question, choices) != instruction:
-        raise InputError(f"instruction {instruction[:60]!r}... does not follow the template of {task.key}")
+        question, choices = parts[0], (*parts[1:], remaining)
+    if render_instruction(task, question, choices) != instruction:
+        raise _template_error(task, instruction)
     return question, choices
 
 
+def _template_error(task: Task, instruction: str) -> InputError:
+    return InputError(f"instruction must follow the template of {task.key}, got {shown(instruction)}")
+
+
 def read_task(path: Path, task: Task) -> list[TaskRecord]:
-    """All records of a task's file, in its order.
+    """Return all records of a task's file in order.
 
     Raises:
-      InputError: no such file, or a record that is not of the schema: names the file and the record.
+      InputError: The file does not exist, or a record does not follow the schema. The message names the file and the
+        record.
     """
-    return [_record(task, index, row, path) for index, row in enumerate(_read_list(path))]
+    rows = files.read_json(path, accepted="a JSON list of records")
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f"{path}: must hold a list of one or more records, got {shown(rows)}")
+    return [_parse_record(task, index, row, f"{path}: record {index}") for index, row in enumerate(rows)]
 
 
-def _read_list(path: Path) -> list[Any]:
-    value = files.read_json(path, accepted="a JSON list of records")
-    if not isinstance(value, list) or not value:
-        raise InputError(f"{path}: holds {type(value).__name__}; accepted is a non-empty JSON list of records")
-    return value
+RECORD_KEYS = ("instruction", "input", "output", "answer")
 
 
-KEYS = ("instruction", "input", "output", "answer")
-
-
-def _record(task: Task, index: int, row: Any, path: Path) -> TaskRecord:
-    where = f"{path}: record {index}"
+def _parse_record(task: Task, index: int, row: Any, where: str) -> TaskRecord:
+    """Parse and validate one record of a task's file."""
+    # The four keys hold strings, and no task uses the input.
     if not isinstance(row, dict):
-        raise InputError(f"{where} is {type(row).__name__}; accepted is an object with the keys {', '.join(KEYS)}")
-    for key in KEYS:
+        raise InputError(f"{where} must be an object with the keys {', '.join(RECORD_KEYS)}, got {json_type(row)}")
+    for key in RECORD_KEYS:
         if not isinstance(row.get(key), str):
-            raise InputError(f"{where}: {key} is {row.get(key)!r}; accepted is a string")
+            raise InputError(f"{where}: {key} must be a string, got {shown(row.get(key))}")
     if row["input"]:
-        raise InputError(f"{where}: input is {row['input'][:40]!r}; accepted is the empty string")
+        raise InputError(f"{where}: input must be empty, got {shown(row['input'])}")
+    # The instruction follows the template, and answer and output agree with its choices.
     try:
-        question, choices = parse(task, row["instruction"])
+        question, choices = parse_instruction(task, row["instruction"])
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     labels = task.labels[: len(choices)]
-    if row["answer"] not in labels:
-        raise InputError(f"{where}: answer is {row['answer']!r}; accepted are {', '.join(labels)}")
-    if row["output"] != ANSWER_PREFIX + row["answer"]:
-        raise InputError(f"{where}: output is {row['output']!r}; accepted is {ANSWER_PREFIX + row['answer']!r}")
+    check_choice(f"{where}: answer", row["answer"], labels)
+    expected = ANSWER_PREFIX + row["answer"]
+    if row["output"] != expected:
+        raise InputError(f"{where}: output must be {expected!r}, got {shown(row['output'])}")
     if task.key == "winogrande" and question.count("_") != 1:
-        raise InputError(f"{where}: the sentence has {question.count('_')} blanks '_'; accepted is one")
+        raise InputError(f"{where}: the sentence must have one blank '_', got {question.count('_')}")
     return TaskRecord(task.key, index, row["instruction"], question, choices, labels, labels.index(row["answer"]))
 
 
-def chance(records: Sequence[TaskRecord]) -> float:
-    """Accuracy of guessing evenly among each item's own choices: the mean of 1/choices."""
+def chance_accuracy(records: Sequence[TaskRecord]) -> float:
+    """Return the expected accuracy of guessing uniformly among each item's choices: the mean of 1/choices."""
     return math.fsum(1.0 / len(record.choices) for record in records) / len(records)
 
 
-def majority(records: Sequence[TaskRecord]) -> float:
-    """Accuracy of always giving the most frequent label of these records."""
+def majority_accuracy(records: Sequence[TaskRecord]) -> float:
+    """Return the accuracy of always answering with the most frequent label of the records."""
     return Counter(record.answer for record in records).most_common(1)[0][1] / len(records)

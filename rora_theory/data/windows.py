@@ -1,4 +1,4 @@
-"""Plain text in windows of one length, for what reads a model on text: calibration and perplexity."""
+"""Cut plain text into windows of equal length, for calibration and perplexity."""
 
 from collections.abc import Sequence
 
@@ -14,26 +14,28 @@ from rora_theory.io import files
 
 
 def read_texts(sources: Sequence[str], config: FormatConfig | None = None) -> list[str]:
-    """The documents of several files: .txt files whole, and training records: a prompt and its response as published,
-    what the turns of a chat say, an empty line between.
+    """Read documents from text files and training records.
+
+    A .txt file is one document. A training record becomes the published prompt with its response, the contents of a
+    chat's turns separated by empty lines, or its text.
 
     Args:
-      sources: the files.
-      config: how records are written; None is told by the first one's keys.
+      sources: Files and splits, see `read_record_set`.
+      config: Format of the records; None detects it from the first record's keys.
 
     Raises:
-      InputError: a file that is missing, unreadable or empty.
+      InputError: A file is missing, unreadable or empty.
     """
-    found: list[str] = []
+    documents: list[str] = []
     for source in sources:
-        if not source.endswith(".txt"):
-            found += map(_document, read_records([source], config))
-            continue
-        text = files.read_text(source)
-        if not text.strip():
-            raise InputError(f"{source}: is empty; accepted is a text file")
-        found.append(text)
-    return found
+        if source.endswith(".txt"):
+            text = files.read_text(source)
+            if not text.strip():
+                raise InputError(f"{source}: is empty. Pass a file with text.")
+            documents.append(text)
+        else:
+            documents += map(_document, read_records([source], config))
+    return documents
 
 
 def _document(record: AnyRecord) -> str:
@@ -44,24 +46,34 @@ def _document(record: AnyRecord) -> str:
     return training_text(record.instruction, record.output, "train", input=record.input)
 
 
-def cut(
+def sample_windows(
     texts: Sequence[str], tokenizer: TextEncoder, *, seq: int, windows: int, held_out: int, seed: int = 0
 ) -> tuple[Int[np.ndarray, "windows seq"], Int[np.ndarray, "held_out seq"]]:
-    """Windows of ``seq`` tokens, and others held out, chosen at random without overlap.
+    """Sample windows of tokens without overlap from concatenated documents.
 
-    Documents follow one another with the end token between them.
+    Args:
+      texts: Documents, which are joined by the end-of-sequence token.
+      tokenizer: Tokenizer of the model.
+      seq: Number of tokens in a window.
+      windows: Number of windows.
+      held_out: Number of held-out windows.
+      seed: Seed of the sample.
+
+    Returns:
+      The windows and the held-out windows.
 
     Raises:
-      InputError: too little text.
+      InputError: The documents have too few tokens.
     """
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     tokens = [token for ids in tokenizer.encode_batch(list(texts)) for token in (*ids, *end)]
-    count, wanted = len(tokens) // seq, windows + held_out
-    if count < wanted:
+    available, required = len(tokens) // seq, windows + held_out
+    if available < required:
         raise InputError(
-            f"text has {len(tokens):,} tokens, {count} windows of {seq}; accepted is enough for {wanted}, "
-            "--windows and --held-out together"
+            f"text must have at least {required} windows of {seq} tokens (--windows and --held-out together), got "
+            f"{available} ({len(tokens):,} tokens)"
         )
-    pieces = np.asarray(tokens[: count * seq], np.int32).reshape(count, seq)
-    order = np.random.default_rng(seed).permutation(count)[:wanted]
-    return pieces[order[:windows]], pieces[order[windows:]]
+    # Cut the tokens into windows and draw the required number of them.
+    candidates = np.asarray(tokens[: available * seq], np.int32).reshape(available, seq)
+    order = np.random.default_rng(seed).permutation(available)[:required]
+    return candidates[order[:windows]], candidates[order[windows:]]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from rora_theory.data.tasks import TASKS, TaskRecord, chance, majority
+from rora_theory.data.tasks import TASKS, TaskRecord, chance_accuracy, majority_accuracy
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Sample
 from rora_theory.stats.estimate import proportion
@@ -103,8 +103,8 @@ def accuracies(samples: Iterable[Sample], records: Sequence[TaskRecord]) -> list
                 accuracy_norm.value if accuracy_norm else None,
                 accuracy_norm.error if accuracy_norm else None,
                 unparsed,
-                chance(items),
-                majority(items),
+                chance_accuracy(items),
+                majority_accuracy(items),
             )
         )
     return [*levels, average(levels)] if len(levels) > 1 else levels

@@ -2,7 +2,7 @@
 
 import re
 
-from rora_theory.data.prompts import RESPONSE
+from rora_theory.data.prompts import RESPONSE_HEADING
 from rora_theory.data.tasks import Task
 
 
@@ -12,7 +12,7 @@ def response(generated: str) -> str:
     The published evaluation splits prompt and continuation at ``### Response:`` and parses the text after the last
     one. The prompt ends with ``### Response:``, so this only matters if the continuation repeats it.
     """
-    return generated.split(RESPONSE)[-1].strip()
+    return generated.split(RESPONSE_HEADING)[-1].strip()
 
 
 def parse_answer(task: Task, text: str) -> str | None:

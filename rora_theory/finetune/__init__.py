@@ -1,6 +1,6 @@
 """Fine-tuning: batches from records, the loss, the jitted step, and a training loop that resumes after a kill."""
 
-from rora_theory.data.batches import Batch, Batches, Examples, choose_widths, iterate, split, tokenize
+from rora_theory.data.batches import Batch, Batches, Examples, choose_widths, prefetch, split_records, tokenize
 from rora_theory.data.records import Record, RecordSet, read_record_set, read_records
 from rora_theory.finetune.config import FinetuneConfig
 from rora_theory.finetune.loop import NonFiniteLossError, Paused, StepCompleted, Trainer, ValidationCompleted
@@ -22,10 +22,10 @@ __all__ = [
     "TrainingData",
     "ValidationCompleted",
     "choose_widths",
-    "iterate",
+    "prefetch",
     "prepare",
     "read_record_set",
     "read_records",
-    "split",
+    "split_records",
     "tokenize",
 ]

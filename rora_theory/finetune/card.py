@@ -8,7 +8,7 @@ from statistics import fmean, median
 from typing import Any
 
 from rora_theory.adapters.card import Trained
-from rora_theory.data.hub_files import HUB
+from rora_theory.data.hub_files import HUB_PREFIX
 from rora_theory.data.records import RecordSet
 from rora_theory.finetune.config import FinetuneConfig
 
@@ -38,7 +38,7 @@ def build_training_card(
     """
     steps = [event for event in events if event["event"] == "step"]
     validations = [event for event in events if event["event"] == "validation"]
-    names = [source if source.startswith(HUB) else Path(source).name for source in sources]
+    names = [source if source.startswith(HUB_PREFIX) else Path(source).name for source in sources]
     counts = f"{summary['records']:,}, SHA-256 `{records.sha256}`"
     held_out = summary["validated_on"]
     decay = f", weight decay {config.weight_decay:g}" if config.weight_decay else ""
@@ -72,7 +72,7 @@ def build_training_card(
         ("validation loss", _validation_loss(validations, held_out)),
     ]
     # Data sets of the hub are listed by name, without revision or file.
-    matches = (re.match(rf"{HUB}([^/@:]+/[^/@:]+)", source) for source in sources)
+    matches = (re.match(rf"{HUB_PREFIX}([^/@:]+/[^/@:]+)", source) for source in sources)
     datasets = dict.fromkeys(match[1] for match in matches if match)
     return Trained([row for row in rows if row[1]], tuple(datasets), license)
 

@@ -61,13 +61,13 @@ def record_losses(
     Raises:
       InputError: If a record is longer than the model's context.
     """
-    sizes, answers = examples.sizes, examples.targets
+    sizes, answers = examples.input_lengths, examples.target_counts
     context = llama_config.max_position_embeddings
     if len(examples) and int(sizes.max()) > context:
         raise InputError(f"a record must have at most {context + 1} tokens, got {int(sizes.max()) + 1}")
     # Process the prefix that all prompts share once. Its last token stays in the rows, because it predicts the first
     # token that differs.
-    prompts = [examples[i][: int(examples.starts[i]) - 1].tolist() for i in range(len(examples))]
+    prompts = [examples[i][: int(examples.first_targets[i]) - 1].tolist() for i in range(len(examples))]
     shared = shared_prompt.shared_length(prompts, spare=1) if prompts else 0
     prefix_loss, row_adapter, start = 0.0, adapter, None
     if shared:
@@ -89,7 +89,7 @@ def record_losses(
         inputs, targets, answer = (np.zeros((batch_size, width), np.int32) for _ in range(3))
         for row, index in enumerate(rows.tolist()):
             if index >= 0:
-                tokens, learned = examples[index][shared:], examples.learned_of(index)[shared:]
+                tokens, learned = examples[index][shared:], examples.target_mask(index)[shared:]
                 inputs[row, : len(tokens) - 1], targets[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
                 answer[row, : len(tokens) - 1] = learned[1:]
         lengths = np.where(rows < 0, 0, remaining[rows]).astype(np.int32)

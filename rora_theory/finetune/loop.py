@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from rora_theory import adapters
 from rora_theory.adapters.base import TrainableAdapter
-from rora_theory.data.batches import Batch, Batches, iterate
+from rora_theory.data.batches import Batch, Batches, prefetch
 from rora_theory.errors import InputError
 from rora_theory.finetune import step as steps
 from rora_theory.finetune.checkpoints import Checkpoints, Progress
@@ -143,7 +143,10 @@ class Trainer:
     ) -> None:
         self._pauses = frozenset(pauses)
         context = llama_config.max_position_embeddings
-        train, validation = train.within(context), None if validation is None else validation.within(context)
+        train, validation = (
+            train.limit_widths(context),
+            None if validation is None else validation.limit_widths(context),
+        )
         self.steps = min(len(train), config.steps or len(train))
         self._params, self._adapter, self._config = params, adapter, config
         self._train, self._validation = train, validation
@@ -233,7 +236,7 @@ class Trainer:
           InputError: If a checkpoint cannot be written.
         """
         start = self.step
-        batches = iterate(self._train, start=start)
+        batches = prefetch(self._train, start=start)
         clock = time.perf_counter()
         # Number, metrics and positions of the last dispatched step, until its event is yielded.
         pending: tuple[int, steps.StepMetrics, int] | None = None
@@ -318,7 +321,7 @@ class Trainer:
         assert self._validation is not None
         # Sum loss and targets over all batches; fetch them once, so that the device never waits for the host.
         sums = [
-            self._evaluate(self._state.params, self._params, self._place(batch)) for batch in iterate(self._validation)
+            self._evaluate(self._state.params, self._params, self._place(batch)) for batch in prefetch(self._validation)
         ]
         total, count = (math.fsum(map(float, values)) for values in zip(*jax.device_get(sums), strict=True))
         loss = total / count

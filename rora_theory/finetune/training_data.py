@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rora_theory.data import texts
-from rora_theory.data.batches import Batches, Examples, TextEncoder, choose_widths, split, tokenize
+from rora_theory.data.batches import Batches, Examples, TextEncoder, choose_widths, split_records, tokenize
 from rora_theory.data.chat import ChatTemplate
 from rora_theory.data.formats import AnyRecord
 from rora_theory.data.records import RecordSet
@@ -62,12 +62,12 @@ def prepare(
         tokenize(part, tokenizer, cutoff=config.cutoff, template=template, answer_only=answer_only, chat=chat)
         if part
         else None
-        for part in split(records, config.held_out, config.seed)
+        for part in split_records(records, config.held_out, config.seed)
     )
     assert train is not None
     # Both parts share the padded lengths, so that the model is compiled for as few shapes as possible.
     splits = [examples for examples in (train, held_out) if examples is not None]
-    widths = choose_widths(np.concatenate([examples.sizes for examples in splits]), config.widths)
+    widths = choose_widths(np.concatenate([examples.input_lengths for examples in splits]), config.widths)
 
     def batches(examples: Examples, **order: int) -> Batches:
         return Batches(examples, widths, batch_size=config.batch_size, answer_only=answer_only, **order)
@@ -81,6 +81,6 @@ def prepare(
         "skipped": sum(examples.skipped for examples in splits),
         "steps_per_epoch": train_batches.steps_per_epoch,
         "widths": widths,
-        "padding": train_batches.padding,
+        "padding": train_batches.padding_share,
     }
     return TrainingData(train_batches, None if held_out is None else batches(held_out), summary)

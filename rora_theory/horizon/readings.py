@@ -130,4 +130,4 @@ def describe_run(run: Mapping[str, Any], tokens: Sequence[int]) -> str:
 
 def token_counts(bench: Workbench) -> tuple[list[int], list[int]]:
     """Return the numbers of tokens of each held-out record: all that have a loss, and those of the answer."""
-    return bench.held_out.sizes.tolist(), bench.held_out.targets.tolist()
+    return bench.held_out.input_lengths.tolist(), bench.held_out.target_counts.tolist()

@@ -10,7 +10,7 @@ from rora_theory.data.batches import TextEncoder
 from rora_theory.data.chat import ChatTemplate
 from rora_theory.data.formats import AnyRecord, TrainTemplate
 from rora_theory.errors import InputError
-from rora_theory.finetune import Batch, Batches, Examples, choose_widths, split, tokenize
+from rora_theory.finetune import Batch, Batches, Examples, choose_widths, split_records, tokenize
 from rora_theory.finetune.config import LossOn
 from rora_theory.measure.unseen import mask_seen
 from rora_theory.validation.ranges import Count, Plural, check_ranges
@@ -79,7 +79,7 @@ def pair(
         raise InputError(
             f"data must hold at least {required} records (--batch-size and --held-out), got {len(records)} records"
         )
-    train_records, held_out = split(records, config.held_out, seed)
+    train_records, held_out = split_records(records, config.held_out, seed)
     answer_only = config.loss_on == "answer"
 
     def make_batch(chosen: Sequence[AnyRecord]) -> Batches:
@@ -91,7 +91,7 @@ def pair(
                 f"only {len(examples)} of {len(chosen)} records of a batch have a target within --cutoff "
                 f"{config.cutoff}. Raise --cutoff, or use --loss-on all."
             )
-        widths = choose_widths(np.asarray(examples.sizes), 1)
+        widths = choose_widths(np.asarray(examples.input_lengths), 1)
         return Batches(examples, widths, batch_size=len(examples), answer_only=answer_only)
 
     train = make_batch(train_records[: config.batch_size])
@@ -179,7 +179,7 @@ def by_seed(
     Raises:
       InputError: If there are too few records, or if no held-out token is left.
     """
-    train_records, held_out_records = split(list(records), config.held_out, 0)
+    train_records, held_out_records = split_records(list(records), config.held_out, 0)
     train, held_out = (
         tokenize(split_records, tokenizer, cutoff=config.cutoff, template=config.template, chat=chat)
         for split_records in (train_records, held_out_records)
@@ -194,7 +194,7 @@ def by_seed(
     if len(held_out) < size:
         raise InputError(f"data must have at least --batch-size {size} held-out records, got {len(held_out)}")
     # One width for all batches, so that the step compiles once.
-    widths = choose_widths(np.concatenate([train.sizes, held_out.sizes]), 1)
+    widths = choose_widths(np.concatenate([train.input_lengths, held_out.input_lengths]), 1)
     seed_batches = {}
     for seed in seeds:
         train_batches, held_out_batches = (

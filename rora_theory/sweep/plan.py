@@ -149,8 +149,8 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
     tasks: dict[str, list[TaskRecord]] = {}
     evaluation: dict[str, Any] | None = None
     if config.accuracy:
-        otherwise = "a folder with TASK/test.json, or --no-accuracy"
-        tasks, digests = sources.read_tasks(config.data_dir, config.tasks, config.limit, otherwise=otherwise)
+        advice = "Pass a folder with TASK/test.json, or --no-accuracy."
+        tasks, digests = sources.read_tasks(config.data_dir, config.tasks, config.limit, advice=advice)
         evaluation = asdict(scoring) | {"limit": config.limit, "data": digests}
     located = {name: llama.locate(name, config.revision) for name in design.models}
     return SweepPlan(design, training, scoring, records, tasks, evaluation, located, config.revision)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rora_theory.data.formats import AnyRecord, question, records_digest
+from rora_theory.data.formats import AnyRecord, question_key, records_digest
 from rora_theory.data.records import DataConfig, RecordSet, read_record_set
 from rora_theory.errors import InputError
 from rora_theory.random.seeds import check_seed
@@ -53,7 +53,7 @@ def draw_records(
     seed: int = 42,
     config: DataConfig | None = None,
 ) -> RecordSplit:
-    """Sample held-out and training records such that no instruction is in both (see `formats.question`).
+    """Sample held-out and training records such that no instruction is in both (see `formats.question_key`).
 
     Args:
       data: Training files, see `rora_theory.data.records.read_record_set`.
@@ -80,7 +80,7 @@ def draw_records(
     # Records and questions by file, in a random order.
     ends = np.cumsum([0, *(count for _, count in record_set.formats)]).tolist()
     files = [record_set.records[begin:end] for begin, end in itertools.pairwise(ends)]
-    questions = [[question(record) for record in records] for records in files]
+    questions = [[question_key(record) for record in records] for records in files]
     random = np.random.default_rng(seed)
     orders = [random.permutation(len(records)).tolist() for records in files]
     sizes = [len(records) for records in files]

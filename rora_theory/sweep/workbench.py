@@ -128,12 +128,12 @@ class Workbench:
         tokenizer, longest = llama.model_tokenizer(located), llama.model_config(located).max_position_embeddings
         template = self.records.source.template(self.shared.template)
         chat = self.records.source.chat(tokenizer, template)
-        if chat is not None and chat.dated and self.records.source.config.chat_date is None:
+        if chat is not None and chat.uses_date and self.records.source.config.chat_date is None:
             raise InputError(f"{chat.where}: the chat template needs a date. Set --chat-date YYYY-MM-DD.")
         encode = partial(tokenize, tokenizer=tokenizer, template=template, chat=chat)
         answer_only = self.shared.loss_on == "answer"
         self.train_examples: Examples = encode(self.records.train, cutoff=self.shared.cutoff, answer_only=answer_only)
-        self._widths = choose_widths(self.train_examples.sizes, self.shared.widths)
+        self._widths = choose_widths(self.train_examples.input_lengths, self.shared.widths)
         self.held_out: Examples = encode(
             [record for _, _, record in self.records.held_out], cutoff=longest, answer_only=True
         )

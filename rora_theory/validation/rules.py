@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
-from rora_theory.errors import InputError
+from rora_theory.errors import InputError, shown
 from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import KAPPAS, Rule, alpha_for, check_integer, check_positive, check_rank, exponent
 
@@ -133,6 +133,23 @@ def check_positives(option: str, values: Sequence[float], *, fewest: int = 1) ->
     check_list(option, values, fewest=fewest)
     for value in values:
         check_positive(option, value)
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise `InputError` unless ``value`` is one of ``choices``.
+
+    Args:
+      name: Name of the argument, for the error.
+      value: Value to check.
+      choices: Supported values.
+
+    Examples:
+      >>> check_choice("template", "none", ("train", "eval"))
+      Traceback (most recent call last):
+      rora_theory.errors.InputError: template must be one of train, eval, got 'none'
+    """
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
 
 
 def check_choices(option: str, values: Sequence[str], accepted: Collection[str], *, fewest: int = 1) -> None:

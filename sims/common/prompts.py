@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import Any
 
 from rora_theory import llama
+from rora_theory.data import prompt_preview
 from rora_theory.data import records as training_records
-from rora_theory.data import showing
 from rora_theory.data.batches import Examples
 from rora_theory.data.formats import TrainTemplate
 from rora_theory.data.records import DataConfig, RecordSet
@@ -78,13 +78,14 @@ def read_inputs(
 def tell(found: RecordSet, template: str | None) -> None:
     """Print how many records there are, how they are written and what makes prompts of them."""
     cli.tell(found.notes)
-    tables.print_text(f"{found.said}; template {template}")
+    tables.print_text(f"{found.summary}; template {template}")
 
 
 def keep(folder: RunFolder, examples: Examples, tokenizer: Any, *, show: int) -> None:
     """Write the first prompts to `FILE`, and print ``show`` of them."""
-    found = showing.prompts(examples, tokenizer, max(show, KEPT))
+    found = prompt_preview.preview_prompts(examples, tokenizer, max(show, KEPT))
     folder.write(FILE, "".join(json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in found))
     for number, one in enumerate(found[:show], start=1):
-        counts = f"{len(one.tokens)} tokens, {sum(one.in_loss)} in the loss, between {showing.BEGIN} and {showing.END}"
+        marks = f"between {prompt_preview.LOSS_BEGIN} and {prompt_preview.LOSS_END}"
+        counts = f"{len(one.tokens)} tokens, {sum(one.in_loss)} in the loss, {marks}"
         print(tables.printable(f"prompt {number} of {len(examples)}: {counts}\n{one.text}\n", but="\n\t"))

@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 from support import chat_templates, checkpoint
 
-from rora_theory.data import chat, showing, texts
+from rora_theory.data import chat, prompt_preview, texts
 from rora_theory.data.chat import ChatTemplate
 from rora_theory.data.formats import Chat, Record, Text
 from rora_theory.errors import InputError
@@ -42,7 +42,7 @@ def tokenizer(folder) -> Tokenizer:
 
 @pytest.mark.parametrize("name", chat_templates.ALL)
 def test_texts_and_turns_are_the_families(name):
-    written = ChatTemplate(chat_templates.ALL[name], tokens=TOKENS).write(CHAT)
+    written = ChatTemplate(chat_templates.ALL[name], tokens=TOKENS).render_with_spans(CHAT)
     assert marked(written) == chat_templates.TEXTS[name]
 
 
@@ -73,12 +73,12 @@ def test_texts_and_masks_equal_transformers(tokenizer):
     own = ChatTemplate(chat_templates.MARKED)
     examples = tokenize([Chat(tuple(CHAT))], tokenizer, template="chat", answer_only=True, chat=own)
     assert examples[0].tolist() == found["input_ids"]
-    assert examples.learned.astype(int).tolist() == found["assistant_masks"]
+    assert examples.is_target.astype(int).tolist() == found["assistant_masks"]
     assert 0 < sum(found["assistant_masks"]) < len(found["assistant_masks"])
 
 
 def test_marks_say_what_is_learned():
-    written = ChatTemplate(chat_templates.MARKED).write(CHAT)
+    written = ChatTemplate(chat_templates.MARKED).render_with_spans(CHAT)
     assert [written.text[begin:end] for begin, end in written.spans] == ["Yes. <|im_end|>", "Sure.<|im_end|>"]
 
 
@@ -87,23 +87,23 @@ def test_given_turns_are_not_learned(name):
     """Of three answers, the two in the prompt: as if what is learned were the last one's alone."""
     template = ChatTemplate(getattr(chat_templates, name), tokens=TOKENS)
     messages = [*CHAT, {"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Yes."}]
-    whole, given = template.write(messages), template.write(messages, context=5)
+    whole, given = template.render_with_spans(messages), template.render_with_spans(messages, context=5)
     assert (len(whole.spans), given) == (3, whole._replace(spans=whole.spans[2:]))
-    assert texts.write(Chat(tuple(messages), context=5), "chat", template) == given
+    assert texts.render_record(Chat(tuple(messages), context=5), "chat", template) == given
 
 
 def test_what_is_marked_otherwise_than_by_turns_is_no_context():
     twice = (
         "{% for m in messages %}{% generation %}a{% endgeneration %}{% generation %}b{% endgeneration %}{% endfor %}"
     )
-    with pytest.raises(InputError, match="marks 8 parts of a chat with 2 turns"):
-        ChatTemplate(twice).write(CHAT, context=2)
+    with pytest.raises(InputError, match=r"2 assistant turns .* got 8 marks"):
+        ChatTemplate(twice).render_with_spans(CHAT, context=2)
 
 
 def test_what_the_system_says_in_the_last_question():
     """The first turns are written otherwise as long as they are the last; a question that has the answer's words."""
     messages = [{"role": "system", "content": "Sure."}, CHAT[0], CHAT[1], {"role": "user", "content": "Sure."}, CHAT[3]]
-    written = ChatTemplate(chat_templates.MISTRAL3, tokens=TOKENS).write(messages)
+    written = ChatTemplate(chat_templates.MISTRAL3, tokens=TOKENS).render_with_spans(messages)
     assert marked(written) == "<s>[INST] Is it <b>?[/INST] ⟦Yes.</s>⟧[INST] Sure.\n\nSure.[/INST]⟦ Sure.</s>⟧"
 
 
@@ -111,7 +111,7 @@ def test_the_same_answer_three_times_is_three_turns():
     messages = [{"role": "system", "content": "Be brief."}]
     for _ in range(3):
         messages += [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Yes."}]
-    written = ChatTemplate(chat_templates.MISTRAL3, tokens=TOKENS).write(messages)
+    written = ChatTemplate(chat_templates.MISTRAL3, tokens=TOKENS).render_with_spans(messages)
     first = "[INST] Well?[/INST] ⟦Yes.</s>⟧"
     assert marked(written) == f"<s>{first}{first}[INST] Be brief.\n\nWell?[/INST]⟦ Yes.</s>⟧"
 
@@ -119,7 +119,7 @@ def test_the_same_answer_three_times_is_three_turns():
 def test_a_question_in_the_answers_words_is_not_the_answer():
     same = [{"role": role, "content": "Yes."} for role in ("user", "assistant", "user", "assistant")]
     for name in ("qwen3", "llama3", "mistral"):
-        written = ChatTemplate(chat_templates.ALL[name], tokens=TOKENS).write(same)
+        written = ChatTemplate(chat_templates.ALL[name], tokens=TOKENS).render_with_spans(same)
         expected = chat_templates.TEXTS[name]
         for old in ("Yes. ", "Is it <b>?", "Ähm, sure?", "Sure."):
             expected = expected.replace(old, "Yes.")
@@ -132,23 +132,23 @@ def test_a_turn_is_told_from_others_of_the_same_words_and_from_the_end_token():
     for _ in range(2):
         said += [{"role": role, "content": "end"} for role in ("user", "assistant")]
     source = chat_templates.MISTRAL3.replace("[/INST]", "<|end|>").replace("eos_token", "'<|end|>'")
-    written = ChatTemplate(source, tokens=TOKENS).write(said)
+    written = ChatTemplate(source, tokens=TOKENS).render_with_spans(said)
     assert marked(written) == "<s>[INST] end<|end|> ⟦end<|end|>⟧[INST] Be brief.\n\nend<|end|>⟦ end<|end|>⟧"
 
 
 def test_a_turn_that_is_left_out_is_not_a_later_one_of_its_words():
     hides = "{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last else '...' }}{% endfor %}"
     same = [{"role": role, "content": "Yes."} for role in ("user", "assistant", "user")]
-    with pytest.raises(InputError, match="messages 1: the chat template writes this turn otherwise where others"):
-        ChatTemplate(hides).write(same)
+    with pytest.raises(InputError, match="messages 1: the chat template writes this turn differently"):
+        ChatTemplate(hides).render_with_spans(same)
 
 
 def test_a_turn_that_is_not_in_the_text_is_refused_where_its_loss_is_asked_for():
     hides = "{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last else '...' }}{% endfor %}"
     record = Chat(tuple(CHAT), where="chats.jsonl: line 7")
-    with pytest.raises(InputError, match=r"^chats\.jsonl: line 7: messages 1: .* accepted are a template with"):
-        texts.write(record, "chat", ChatTemplate(hides))
-    text, spans = texts.write(record, "chat", ChatTemplate(hides), answer_only=False)
+    with pytest.raises(InputError, match=r"^chats\.jsonl: line 7: messages 1: .*--chat-template"):
+        texts.render_record(record, "chat", ChatTemplate(hides))
+    text, spans = texts.render_record(record, "chat", ChatTemplate(hides), answer_only=False)
     assert spans == ((0, len(text)),)
 
 
@@ -169,7 +169,7 @@ def test_turns_with_tool_calls_and_thoughts_are_located(name):
     question, result = {"role": "user", "content": "Sure?"}, {"role": "tool", "content": "sun"}
     for first, second, third in itertools.product(ANSWERS, repeat=3):
         follows = result if "tool_calls" in first else question
-        text, spans = template.write([question, first, follows, second, question, third])
+        text, spans = template.render_with_spans([question, first, follows, second, question, third])
         # Both templates mark a turn's begin and end in the same way.
         turns = re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>\n)", text, re.DOTALL)
         assert list(spans) == [turn.span(1) for turn in turns]
@@ -183,17 +183,17 @@ def test_turns_are_located_where_the_text_before_them_changes_with_the_chat():
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     chats = [*CHAT[:1], CHAT[1] | {"thinking": "Hm."}, *CHAT[2:]]
-    assert marked(template.write(chats)) == (
+    assert marked(template.render_with_spans(chats)) == (
         "4<user>-Is it <b>?-<end><assistant>⟦(Hm.)-Yes. -<end>⟧<user>-Ähm, sure?-<end><assistant>⟦-Sure.-<end>⟧"
     )
-    with pytest.raises(InputError, match="messages 1: the chat template writes this turn otherwise"):
-        template.write([CHAT[0], CHAT[1] | {"content": ""}, *CHAT[2:]])
+    with pytest.raises(InputError, match="messages 1: the chat template writes this turn differently"):
+        template.render_with_spans([CHAT[0], CHAT[1] | {"content": ""}, *CHAT[2:]])
 
 
 def test_the_line_break_that_the_generation_prompt_ends_in_is_not_learned():
     """Of a template that has it in a turn as in the prompt: at inference the model is given it."""
     template = ChatTemplate(chat_templates.QWEN25_CALLS)
-    written = template.write([CHAT[0], ANSWERS[0]])
+    written = template.render_with_spans([CHAT[0], ANSWERS[0]])
     prompt = template.render(CHAT[:1], add_generation_prompt=True)
     assert prompt.endswith("<|im_start|>assistant\n")
     assert written.text.startswith(prompt)
@@ -204,15 +204,15 @@ def test_the_line_break_that_the_generation_prompt_ends_in_is_not_learned():
 def test_turns_of_weight_0_are_not_in_the_loss(name):
     template = ChatTemplate(getattr(chat_templates, name), tokens=TOKENS)
     messages = [*CHAT, {"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Yes."}]
-    text, spans = template.write(messages)
+    text, spans = template.render_with_spans(messages)
     record = Chat((*messages[:3], messages[3] | {"weight": 0}, *messages[4:]))
-    assert texts.write(record, "chat", template) == (text, (spans[0], spans[2]))
-    (begin, end), whole = spans[1], texts.write(record, "chat", template, answer_only=False)
+    assert texts.render_record(record, "chat", template) == (text, (spans[0], spans[2]))
+    (begin, end), whole = spans[1], texts.render_record(record, "chat", template, answer_only=False)
     assert whole == (text, ((0, begin), (end, len(text))))
     user = Chat((messages[0] | {"weight": 0}, *messages[1:]), where="x.jsonl: line 2")
-    assert texts.write(user, "chat", template).spans == spans
-    with pytest.raises(InputError, match=r"x\.jsonl: line 2: messages 0: weight is 0 in a turn of user"):
-        texts.write(user, "chat", template, answer_only=False)
+    assert texts.render_record(user, "chat", template).spans == spans
+    with pytest.raises(InputError, match=r"x\.jsonl: line 2: messages 0: weight must not be 0 in a turn of user"):
+        texts.render_record(user, "chat", template, answer_only=False)
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def merging() -> Tokenizer:
 def masked(examples, tokenizer) -> list[tuple[str, bool]]:
     """Every token of the first record, and whether it is in the loss."""
     tokens = [tokenizer.decode([token], skip_special=False) for token in examples[0].tolist()]
-    return list(zip(tokens, examples.learned_of(0).tolist(), strict=True))
+    return list(zip(tokens, examples.target_mask(0).tolist(), strict=True))
 
 
 def test_every_token_that_has_a_part_of_a_turn_is_in_the_loss(merging):
@@ -302,11 +302,11 @@ def test_the_day_can_be_named():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{{ raise_exception('only users') }}", "refuses it .only users."),
-        ("{{ messages[0].content.nothing.more }}", "refuses it"),
+        ("{{ raise_exception('only users') }}", "rejects the chat .only users."),
+        ("{{ messages[0].content.nothing.more }}", "rejects the chat"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe|undefined"),
         ("{{ messages.append(1) }}", "not safely callable|unsafe"),
-        ("{% set ns = namespace() %}{% set ns._x = 1 %}", "refuses it .a namespace with the name '_x'"),
+        ("{% set ns = namespace() %}{% set ns._x = 1 %}", "rejects the chat .a namespace with the name '_x'"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "[Rr]ange too big"),
         ("{{ 1 / 0 }}", "division by zero"),
     ],
@@ -314,35 +314,33 @@ def test_the_day_can_be_named():
 def test_a_template_that_fails_or_reaches_further_is_one_line(source, message):
     with pytest.raises(InputError, match=message) as caught:
         ChatTemplate(source, where="FOLDER").render(CHAT)
-    assert str(caught.value).startswith("FOLDER: the chat template refuses it")
+    assert str(caught.value).startswith("FOLDER: the chat template rejects the chat")
     assert "\n" not in str(caught.value)
 
 
 def test_no_template_and_no_jinja_name_the_choices(tmp_path, tokenizer):
-    with pytest.raises(
-        InputError, match=r"has no chat template; accepted are --chat-template FILE .* --template clean"
-    ):
-        chat.chat_template_of(replace(tokenizer, chat_template=None))
+    with pytest.raises(InputError, match=r"has no chat template.* --chat-template FILE .* --template clean"):
+        chat.load_chat_template(replace(tokenizer, chat_template=None))
     path = tmp_path / "t.jinja"
     path.write_text("{% if %}")
-    with pytest.raises(InputError, match=r"t\.jinja: the chat template is no Jinja"):
-        chat.source_of(str(path))
+    with pytest.raises(InputError, match=r"t\.jinja: the chat template is not Jinja"):
+        chat.read_template_source(str(path))
     path.write_text("{{ bos_token }}{{ messages[0].content }}")
-    assert chat.chat_template_of(tokenizer, str(path)).render(CHAT) == "<s>Is it <b>?"
-    assert chat.chat_template_of(replace(tokenizer, chat_template=None), "chatml").source == chat.CHATML
+    assert chat.load_chat_template(tokenizer, str(path)).render(CHAT) == "<s>Is it <b>?"
+    assert chat.load_chat_template(replace(tokenizer, chat_template=None), "chatml").source == chat.CHATML
 
 
 def test_other_templates_take_one_question_and_its_answer():
     one = Chat(tuple(CHAT[:2]), where="x.json: record 3")
-    assert texts.write(one, "plain").text == "Is it <b>?Yes. "
-    assert texts.write(one, "clean") == texts.write(Record("Is it <b>?", "Yes. "), "clean")
-    with pytest.raises(InputError, match=r"x\.json: record 3 has the turns user, assistant, user, assistant; accepted"):
-        texts.write(Chat(tuple(CHAT), where=one.where), "clean")
-    with pytest.raises(InputError, match="template is train with a text"):
-        texts.write(Text("a"), "train")
-    with pytest.raises(InputError, match=r"^the record 'Say\.': .* refuses it \(no\)"):
-        texts.write(Record("Say.", "It."), "chat", ChatTemplate("{{ raise_exception('no') }}"))
-    asked = texts.write(Record("Say.", "It.", "Now"), "chat", ChatTemplate(chat.CHATML))
+    assert texts.render_record(one, "plain").text == "Is it <b>?Yes. "
+    assert texts.render_record(one, "clean") == texts.render_record(Record("Is it <b>?", "Yes. "), "clean")
+    with pytest.raises(InputError, match=r"x\.json: record 3: turns .* got user, assistant, user, assistant"):
+        texts.render_record(Chat(tuple(CHAT), where=one.where), "clean")
+    with pytest.raises(InputError, match=r"template must be plain .* got 'train'"):
+        texts.render_record(Text("a"), "train")
+    with pytest.raises(InputError, match=r"^the record 'Say\.': .* rejects the chat \(no\)"):
+        texts.render_record(Record("Say.", "It."), "chat", ChatTemplate("{{ raise_exception('no') }}"))
+    asked = texts.render_record(Record("Say.", "It.", "Now"), "chat", ChatTemplate(chat.CHATML))
     assert marked(asked) == "<|im_start|>user\nSay.\n\nNow<|im_end|>\n<|im_start|>assistant\n⟦It.<|im_end|>\n⟧"
 
 
@@ -354,16 +352,18 @@ def test_a_chats_tokens_are_the_templates_alone(tokenizer):
     assert tokenizer.decode(examples[0].tolist(), skip_special=False) == text
     assert examples[0].tolist().count(0) == 1
     assert examples[0].tolist().count(1) == 0
-    assert [one.text for one in showing.prompts(examples, tokenizer, 5)] == [chat_templates.TEXTS["llama3"]] * 2
-    assert showing.prompts(examples, tokenizer, 1)[0].in_loss == examples.learned_of(0).tolist()
+    assert [one.text for one in prompt_preview.preview_prompts(examples, tokenizer, 5)] == [
+        chat_templates.TEXTS["llama3"]
+    ] * 2
+    assert prompt_preview.preview_prompts(examples, tokenizer, 1)[0].in_loss == examples.target_mask(0).tolist()
 
     whole = tokenize([record], tokenizer, cutoff=1000)
-    assert whole.learned.tolist() == [False] + [True] * (len(whole.tokens) - 1)
+    assert whole.is_target.tolist() == [False] + [True] * (len(whole.tokens) - 1)
 
     cut = tokenize([record], tokenizer, cutoff=115, answer_only=True)
     assert (len(cut.tokens), cut.truncated) == (115, 1)
-    assert cut.learned.tolist() == examples.learned[:115].tolist()
-    with pytest.raises(InputError, match="none of 1 records has a token to learn within cutoff 60"):
+    assert cut.is_target.tolist() == examples.is_target[:115].tolist()
+    with pytest.raises(InputError, match=r"cutoff .* 1 records, got 60"):
         tokenize([record], tokenizer, cutoff=60, answer_only=True)
 
 
@@ -376,26 +376,26 @@ def test_batches_hold_every_turn(tokenizer):
     few = Batches(found[True], (512,), batch_size=3, answer_only=True)[0]
     many = Batches(found[True], (512,), batch_size=3)[0]
     for row in range(3):
-        tokens, learned = found[True][row], found[True].learned_of(row)
+        tokens, learned = found[True][row], found[True].target_mask(row)
         counted = few.weights[row] == 1
         assert few.targets[row][counted].tolist() == tokens[learned].tolist()
         assert (few.positions[row][counted] + 1).tolist() == np.flatnonzero(learned).tolist()
         assert many.targets[row][many.weights[row] == 1].tolist() == tokens[learned].tolist()
-    assert few.targets.shape[1] == -(-int(found[True].targets.max()) // 8) * 8
-    assert found[True].targets.tolist() == [int(found[True].learned_of(i).sum()) for i in range(3)]
-    assert found[True].starts.tolist() == [int(np.argmax(found[True].learned_of(i))) for i in range(3)]
+    assert few.targets.shape[1] == -(-int(found[True].target_counts.max()) // 8) * 8
+    assert found[True].target_counts.tolist() == [int(found[True].target_mask(i).sum()) for i in range(3)]
+    assert found[True].first_targets.tolist() == [int(np.argmax(found[True].target_mask(i))) for i in range(3)]
 
 
 def test_letters_of_several_bytes_belong_to_every_of_their_tokens(tokenizer):
     record = Chat(({"role": "user", "content": "é"}, {"role": "assistant", "content": "日é"}))
     own = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
     examples = tokenize([record], tokenizer, template="chat", answer_only=True, chat=own)
-    assert examples.learned.tolist() == [False] * 2 + [True] * 5
+    assert examples.is_target.tolist() == [False] * 2 + [True] * 5
 
 
 def test_plain_texts_have_no_answer(tokenizer):
     examples = tokenize([Text("ab")], tokenizer)
     assert examples.tokens.tolist()[0::3] == [0, 1]
-    assert examples.learned.tolist() == [False, True, True, True]
-    with pytest.raises(InputError, match="loss_on is answer, and a text has no prompt"):
+    assert examples.is_target.tolist() == [False, True, True, True]
+    with pytest.raises(InputError, match=r"loss_on must be 'all' for texts.* got 'answer'"):
         tokenize([Text("ab")], tokenizer, answer_only=True)

@@ -11,7 +11,7 @@ import pytest
 from support import chat_templates, checkpoint, tiny
 from support.limited_work import work
 
-from rora_theory.data import batches, chat, formats, limited, records, texts
+from rora_theory.data import batches, chat, formats, limited_process, records, texts
 from rora_theory.data.batches import tokenize
 from rora_theory.data.chat import ChatTemplate
 from rora_theory.data.formats import Chat, Record, Text
@@ -73,7 +73,7 @@ def test_values_that_python_cannot_hold_are_refused(table, tmp_path):
 def test_columns_that_no_format_has_are_not_read(tmp_path):
     table = pa.table({"text": ["a"], "sent": pa.array([2**62], pa.timestamp("ms", tz="Mars/Olympus")), "b": bad_text()})
     assert read_record_set([parquet(tmp_path / "x.parquet", table)]).records == [Text("a")]
-    with pytest.raises(InputError, match=r"row 0 has the keys 'sent', 'b'; accepted are"):
+    with pytest.raises(InputError, match=r"row 0: keys .* 'sent', 'b'"):
         read_record_set([parquet(tmp_path / "y.parquet", table.drop_columns(["text"]))])
 
 
@@ -87,26 +87,26 @@ def test_a_small_parquet_file_that_expands_is_refused(nested, tmp_path, monkeypa
         table = pa.table({"messages": pa.ListArray.from_arrays([0, len(text)], struct)})
     source = parquet(tmp_path / "x.parquet", table, compression="zstd", store_schema=False)
     assert (tmp_path / "x.parquet").stat().st_size < 100_000
-    monkeypatch.setattr(records, "LARGEST_TABLE", 1 << 26)
-    monkeypatch.setattr(records, "TABLE_MEMORY", 1 << 29)
+    monkeypatch.setattr(records, "MAX_TABLE_BYTES", 1 << 26)
+    monkeypatch.setattr(records, "TABLE_OVERHEAD_BYTES", 1 << 29)
     with time_limit(60), pytest.raises(InputError, match=r"x\.parquet: .*67,108,864"):
         read_record_set([source])
 
 
 def test_blank_lines_take_no_memory_and_keep_their_count(tmp_path, time_limit):
     (tmp_path / "x.jsonl").write_text("\n" * 30_000_000)
-    with time_limit(20), pytest.raises(InputError, match="holds no records"):
+    with time_limit(20), pytest.raises(InputError, match="has no records"):
         read_record_set([tmp_path / "x.jsonl"])
     (tmp_path / "y.jsonl").write_text('\n\n{"text": "a"}\n \r\n\n{"text": 3}')
-    with pytest.raises(InputError, match=r"line 6 has a number as 'text'"):
+    with pytest.raises(InputError, match=r"line 6: 'text' .* a number"):
         read_record_set([tmp_path / "y.jsonl"])
 
 
 def test_a_text_of_100_mb_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "LONGEST_TEXT", 1000)
+    monkeypatch.setattr(formats, "MAX_TEXT_LENGTH", 1000)
     for row in ({"text": "a" * 1001}, {"messages": [TURNS[0], TURNS[1] | {"content": "\n" * 1001}]}):
         (tmp_path / "x.jsonl").write_text(json.dumps(row))
-        with pytest.raises(InputError, match=r"line 1.* has 1,001 characters in '(text|content)'"):
+        with pytest.raises(InputError, match=r"line 1.* '(text|content)' .* got 1,001"):
             read_record_set([tmp_path / "x.jsonl"])
 
 
@@ -172,11 +172,11 @@ def test_a_beginning_has_the_tokens_of_the_whole_text(template, answer_only, tok
     }
     whole = tokenize(given, encoder, **options)
     if template == "chat":
-        assert {*whole.learned_of(0)[1:].tolist()} == {True, False}
-    monkeypatch.setattr(batches, "LETTERS", 1)
+        assert {*whole.target_mask(0)[1:].tolist()} == {True, False}
+    monkeypatch.setattr(batches, "CHARACTERS_PER_TOKEN", 1)
     found = tokenize(given, encoder, **options)
     assert np.array_equal(found.tokens, whole.tokens)
-    assert np.array_equal(found.learned, whole.learned)
+    assert np.array_equal(found.is_target, whole.is_target)
     assert (found.truncated, found.skipped) == (whole.truncated, whole.skipped)
 
 
@@ -202,10 +202,10 @@ HOSTILE = {
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in HOSTILE]
 )
 def test_a_hostile_template_ends_in_one_line(name, monkeypatch, time_limit):
-    monkeypatch.setattr(texts, "SECONDS", 1)
-    monkeypatch.setattr(texts, "MEMORY", 1 << 28)
+    monkeypatch.setattr(texts, "RENDER_SECONDS", 1)
+    monkeypatch.setattr(texts, "RENDER_MEMORY", 1 << 28)
     with time_limit(60), pytest.raises(InputError, match="template") as caught:
-        texts.write_all([Chat(TURNS, where="x.jsonl: line 7")], "chat", ChatTemplate(HOSTILE[name]))
+        texts.render_records([Chat(TURNS, where="x.jsonl: line 7")], "chat", ChatTemplate(HOSTILE[name]))
     assert "\n" not in str(caught.value)
     assert name in ("digits", "long source") or "x.jsonl: line 7" in str(caught.value)
 
@@ -214,10 +214,14 @@ def test_a_child_process_writes_what_this_process_does():
     given = [Chat(tuple(chat_templates.CHAT)), Record("Q", "A"), Chat(TURNS, ({"name": "é\ud7ff"},), context=1)]
     for source in (chat_templates.LLAMA3, chat_templates.MARKED):
         template = ChatTemplate(source, tokens={"bos_token": "<s>", "eos_token": "</s>"})
-        assert texts.write_all(given, "chat", template) == [texts.write(one, "chat", template) for one in given]
+        assert texts.render_records(given, "chat", template) == [
+            texts.render_record(one, "chat", template) for one in given
+        ]
     assert pickle.loads(pickle.dumps(template)).source == template.source
     with pytest.raises(InputError, match=r"line 3: .*no such chats"):
-        texts.write_all([Chat(TURNS, where="line 3")], "chat", ChatTemplate("{{ raise_exception('no such chats') }}"))
+        texts.render_records(
+            [Chat(TURNS, where="line 3")], "chat", ChatTemplate("{{ raise_exception('no such chats') }}")
+        )
 
 
 PICKY = "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('not this') }}{% endif %}{% endfor %}"
@@ -231,7 +235,7 @@ def chat_of(content, line):
 def test_all_chats_that_a_template_refuses_are_listed():
     given = [chat_of(content, line) for line, content in enumerate(["yes", "no", "yes", "no"], start=1)]
     with pytest.raises(InputError, match=r"^2 of 4 .*\(1\) x\.jsonl: line 2: .*\(2\) x\.jsonl: line 4: .*not this"):
-        texts.write_all(given, "chat", ChatTemplate(PICKY + chat.CHATML))
+        texts.render_records(given, "chat", ChatTemplate(PICKY + chat.CHATML))
 
 
 @pytest.mark.parametrize(
@@ -247,30 +251,32 @@ def test_all_chats_that_a_template_refuses_are_listed():
 )
 def test_a_limit_ends_the_work_at_once_and_names_its_record(source, reason, monkeypatch):
     """Also after records that the template refuses."""
-    monkeypatch.setattr(texts, "MEMORY", 1 << 28)
+    monkeypatch.setattr(texts, "RENDER_MEMORY", 1 << 28)
     contents = ["no", "yes", "large", "no"]
     given = [chat_of(content, line) for line, content in enumerate(contents, start=1)]
     with pytest.raises(InputError, match=rf"^x\.jsonl: line 3: .*{reason}"):
-        texts.write_all(given, "chat", ChatTemplate(PICKY + chat.CHATML + source))
+        texts.render_records(given, "chat", ChatTemplate(PICKY + chat.CHATML + source))
 
 
 def test_a_limit_that_is_met_while_a_turn_is_located_is_named(monkeypatch):
     """The template writes the turn differently where others follow, and much where another turn stands in its place."""
-    monkeypatch.setattr(texts, "MEMORY", 1 << 28)
+    monkeypatch.setattr(texts, "RENDER_MEMORY", 1 << 28)
     source = (
         "{% for m in messages %}{% if 'another' in m.content %}" + HOSTILE["doubling"] + "{% endif %}"
         "<{{ m.role }}>{{ m.content }}{{ loop.last }}{% endfor %}"
     )
     with pytest.raises(InputError, match=r"line 3: .*memory"):
-        texts.write_all([Chat((*TURNS, *TURNS), where="x.jsonl: line 3")], "chat", ChatTemplate(source))
+        texts.render_records([Chat((*TURNS, *TURNS), where="x.jsonl: line 3")], "chat", ChatTemplate(source))
 
 
 def test_time_to_locate_turns_grows_with_their_number(monkeypatch):
     given = []
-    monkeypatch.setattr(limited, "run", lambda *_, seconds, **__: given.append(seconds - texts.SECONDS) or [])
+    monkeypatch.setattr(
+        limited_process, "run", lambda *_, seconds, **__: given.append(seconds - texts.RENDER_SECONDS) or []
+    )
     for turns in (2, 200, 200_000):
         pieces = [TURNS[index % 2] | {"content": "a" * (4_000_000 // turns)} for index in range(turns)]
-        texts.write_all([Chat(tuple(pieces))], "chat", ChatTemplate(chat.CHATML))
+        texts.render_records([Chat(tuple(pieces))], "chat", ChatTemplate(chat.CHATML))
     assert given[1] > 10 * given[0]
     assert given[2] < 10_000
 
@@ -281,9 +287,9 @@ def test_spans_of_a_long_chat_are_sought_at_its_beginning_alone(monkeypatch):
     render = ChatTemplate.render
     monkeypatch.setattr(ChatTemplate, "render", lambda *a, **o: rendered.append(len(a[1])) or render(*a, **o))
     template = ChatTemplate(chat.CHATML)
-    written = template.write(long, letters=1000)
+    written = template.render_with_spans(long, max_characters=1000)
     assert sum(rendered) < 10_000
-    short = template.write(long[:60])
+    short = template.render_with_spans(long[:60])
     assert written.spans == short.spans[: len(written.spans)]
     assert written.spans[-1][1] >= 1000
 
@@ -293,12 +299,12 @@ def test_spans_of_a_long_chat_are_sought_at_its_beginning_alone(monkeypatch):
     [pytest.param("time", "1 s", marks=pytest.mark.slow), ("memory", "memory"), ("signal", "signal 9")],
 )
 def test_a_child_process_says_which_limit_it_met(kind, reason):
-    with pytest.raises(limited.LimitError, match=reason) as caught:
-        limited.run(work, kind, seconds=1, memory=1 << 28)
-    assert caught.value.done == [1]
-    assert limited.run(work, "", seconds=1, memory=1 << 28) == [1, 2]
+    with pytest.raises(limited_process.LimitError, match=reason) as caught:
+        limited_process.run(work, kind, seconds=1, memory=1 << 28)
+    assert caught.value.results == [1]
+    assert limited_process.run(work, "", seconds=1, memory=1 << 28) == [1, 2]
 
 
 def test_a_fault_of_a_child_process_is_no_input_error():
     with pytest.raises(RuntimeError, match="KeyError"):
-        limited.run(work, "fault", seconds=1, memory=1 << 28)
+        limited_process.run(work, "fault", seconds=1, memory=1 << 28)

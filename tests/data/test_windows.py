@@ -5,7 +5,7 @@ import pytest
 from support import checkpoint, tiny
 
 from rora_theory.data.records import FormatConfig
-from rora_theory.data.windows import cut, read_texts
+from rora_theory.data.windows import read_texts, sample_windows
 from rora_theory.errors import InputError
 
 
@@ -19,22 +19,22 @@ def test_windows_do_not_overlap(tmp_path) -> None:
     (tmp_path / "own.jsonl").write_text('{"q": "Who?", "a": "I."}\n')
     own = FormatConfig(fields={"instruction": "q", "output": "a"})
     assert "Who?" in read_texts([str(tmp_path / "own.jsonl")], own)[0]
-    windows, held_out = cut(texts, tokenizer, **sizes)
+    windows, held_out = sample_windows(texts, tokenizer, **sizes)
     assert (windows.shape, held_out.shape) == ((6, 16), (3, 16))
     text = ["".join(chr(97 + i % 26) + str(i) for i in range(60))]
-    numbered = cut(text, tokenizer, **sizes)
+    numbered = sample_windows(text, tokenizer, **sizes)
     for seed in (0, 1):  # 0 is the default
-        assert np.array_equal(numbered[0], cut(text, tokenizer, **sizes, seed=seed)[0]) == (seed == 0)
+        assert np.array_equal(numbered[0], sample_windows(text, tokenizer, **sizes, seed=seed)[0]) == (seed == 0)
     assert len({row.tobytes() for part in numbered for row in part}) == 9
-    with pytest.raises(InputError, match="3 windows of 16; accepted is enough for 9"):
-        cut(["x" * 60], tokenizer, **sizes)
+    with pytest.raises(InputError, match=r"at least 9 windows of 16 .* got 3"):
+        sample_windows(["x" * 60], tokenizer, **sizes)
 
 
 def test_windows_take_all_of_a_text_that_is_just_long_enough() -> None:
     """Four documents of 6 letters become 8 tokens each, with a token before and the end token behind each one."""
     texts, sizes = ["abcdef", "ghijkl", "mnopqr", "stuvwx"], {"seq": 16, "windows": 1, "held_out": 1}
-    parts = cut(texts, tiny.ByteEncoder(), **sizes)
+    parts = sample_windows(texts, tiny.ByteEncoder(), **sizes)
     found = sorted(row.tolist() for part in parts for row in part)
     assert found == [[1, *b"abcdef", 2, 1, *b"ghijkl", 2], [1, *b"mnopqr", 2, 1, *b"stuvwx", 2]]
-    orders = {tuple(cut(texts, tiny.ByteEncoder(), **sizes, seed=seed)[0][0].tolist()) for seed in range(8)}
+    orders = {tuple(sample_windows(texts, tiny.ByteEncoder(), **sizes, seed=seed)[0][0].tolist()) for seed in range(8)}
     assert len(orders) == 2, "either window is held out at some seed"

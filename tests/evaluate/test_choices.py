@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 
 from rora_theory.data.prompts import TEMPLATES, prompt
-from rora_theory.data.tasks import TASKS, TaskRecord, render
+from rora_theory.data.tasks import TASKS, TaskRecord, render_instruction
 from rora_theory.errors import InputError
 from rora_theory.evaluate import choices
 from rora_theory.evaluate.choices import (
@@ -32,7 +32,7 @@ TOKENIZERS = {
 def _record(key: str, index: int = 0) -> TaskRecord:
     question, choices, gold = GOLDEN["items"][key][index]
     task = TASKS[key]
-    instruction = render(task, question, choices)
+    instruction = render_instruction(task, question, choices)
     return TaskRecord(key, index, instruction, question, tuple(choices), task.labels[: len(choices)], gold)
 
 

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 
 from rora_theory.data.prompts import prompt
-from rora_theory.data.tasks import TASKS, TaskRecord, render
+from rora_theory.data.tasks import TASKS, TaskRecord, render_instruction
 from rora_theory.errors import InputError
 from rora_theory.evaluate import scoring
 from rora_theory.evaluate.choices import Scored, encode_choices, harness_choices, label_choices
@@ -35,7 +35,7 @@ FORWARD = jax.jit(forward, static_argnums=2)
 def _records(key: str) -> list[TaskRecord]:
     task = TASKS[key]
     return [
-        TaskRecord(key, n, render(task, q, c), q, tuple(c), task.labels[: len(c)], gold)
+        TaskRecord(key, n, render_instruction(task, q, c), q, tuple(c), task.labels[: len(c)], gold)
         for n, (q, c, gold) in enumerate(GOLDEN["items"][key])
     ]
 
@@ -146,7 +146,7 @@ def test_generate_is_beam_search_after_the_prompt() -> None:
     task, protocol = TASKS["boolq"], Scoring("generate", max_new_tokens=5)
     questions = [f"is the sky {'very ' * number}blue?" for number in range(4)]
     records = [
-        TaskRecord("boolq", n, render(task, question, task.labels), question, task.labels, task.labels, 0)
+        TaskRecord("boolq", n, render_instruction(task, question, task.labels), question, task.labels, task.labels, 0)
         for n, question in enumerate(questions)
     ]
     whole = _score(records, protocol, batch_size=4)

@@ -62,7 +62,7 @@ def test_equal_to_plain_forward_passes(shared: int, config: LlamaConfig, adapted
     for index, one in enumerate(found):
         tokens = held_out[index]
         losses = -logp[index, np.arange(len(tokens) - 1), tokens[1:]]
-        answer = losses[held_out.starts[index] - 1 :]
+        answer = losses[held_out.first_targets[index] - 1 :]
         assert (one.tokens, one.answer_tokens) == (len(losses), len(answer))
         # Sums of up to 70 float32 terms near 4.
         np.testing.assert_allclose((one.loss, one.answer_loss), (losses.sum(), answer.sum()), rtol=0, atol=2e-4)

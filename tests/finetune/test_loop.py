@@ -10,7 +10,7 @@ import pytest
 from support import tiny
 
 from rora_theory import adapters
-from rora_theory.data.batches import iterate
+from rora_theory.data.batches import prefetch
 from rora_theory.errors import InputError
 from rora_theory.finetune import (
     Batches,
@@ -84,7 +84,7 @@ def trainer(params, folder, pauses=(), **changes):
         tokenize(part, tiny.ByteEncoder(), template=config.template)
         for part in split(RECORDS, config.held_out, config.seed)
     )
-    widths = choose_widths(np.concatenate([train.sizes, held_out.sizes]), config.widths)
+    widths = choose_widths(np.concatenate([train.input_lengths, held_out.input_lengths]), config.widths)
     adapter = adapters.init(jax.random.key(config.seed), config.lora(), tiny.CONFIG, params)
     batches = Batches(train, widths, batch_size=config.batch_size, epochs=config.epochs, seed=config.seed)
     held_out = Batches(held_out, widths, batch_size=config.batch_size)
@@ -149,7 +149,7 @@ def test_each_width_is_compiled_once(whole):
     _, _, held_out, traces = whole
     widths = {shape[1] for shape in traces}
     assert len(widths) == 2
-    validated = {batch.inputs.shape[1] for batch in iterate(held_out)}
+    validated = {batch.inputs.shape[1] for batch in prefetch(held_out)}
     assert len(traces) == len(widths) + len(validated), "one trace a width of training, one of validation"
 
 
@@ -212,7 +212,7 @@ def test_the_best_adapter_is_the_one_of_the_lowest_validation_loss(params, whole
     assert (run.best_step, run.best_loss) == (4, losses[4].loss)
 
     def loss(which):
-        sums = [real(run.adapter(which).params, params, batch) for batch in iterate(held_out)]
+        sums = [real(run.adapter(which).params, params, batch) for batch in prefetch(held_out)]
         return float(sum(s for s, _ in sums) / sum(n for _, n in sums))
 
     true = {event.step: event.loss for event in whole[0] if isinstance(event, ValidationCompleted)}

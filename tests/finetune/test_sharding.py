@@ -202,7 +202,7 @@ def test_an_adapter_that_is_handed_out_lies_where_the_run_s_does(params):
     layout = Layout(sharding.mesh(data=2, fsdp=4))
     adapter = adapters.init(jax.random.key(1), CONFIG.lora(), MODEL, params)
     examples = tokenize(tiny.records(8), tiny.ByteEncoder(), cutoff=65, template="clean")
-    data = Batches(examples, choose_widths(examples.sizes, 1), batch_size=8)
+    data = Batches(examples, choose_widths(examples.input_lengths, 1), batch_size=8)
     run = Trainer(layout.params(params), MODEL, adapter, CONFIG, data, None, None, layout=layout)
     own, given = jax.tree.leaves(run._state.params), jax.tree.leaves(run.adapter("last").params)
     for mine, copy in zip(own, given, strict=True):

@@ -154,7 +154,7 @@ def test_padding_and_empty_rows_change_nothing(params):
 def test_loss_on_the_answer_is_the_loss_at_its_positions(params):
     records = tiny.records(8)
     few = tokenize(records, tiny.ByteEncoder(), template="clean", answer_only=True)
-    widths = choose_widths(few.sizes, 1)
+    widths = choose_widths(few.input_lengths, 1)
     item = Batches(few, widths, batch_size=8, answer_only=True)[0]
     whole = Batches(few, widths, batch_size=8)[0]
     adapted = adapter(params, PLAIN)

@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
-from rora_theory.data.tasks import TASKS, TaskRecord, render
+from rora_theory.data.tasks import TASKS, TaskRecord, render_instruction
 from rora_theory.llama import load
 
 HERE = Path(__file__).parent
@@ -64,7 +64,9 @@ PAIRS = [
 def records(key: str) -> list[TaskRecord]:
     task = TASKS[key]
     return [
-        TaskRecord(key, index, render(task, *item[:2]), item[0], item[1], task.labels[: len(item[1])], item[2])
+        TaskRecord(
+            key, index, render_instruction(task, *item[:2]), item[0], item[1], task.labels[: len(item[1])], item[2]
+        )
         for index, item in enumerate(ITEMS[key])
     ]
 

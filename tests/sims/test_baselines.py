@@ -10,7 +10,7 @@ import pytest
 from support import checkpoint
 
 from rora_theory.adapters import count, load_peft
-from rora_theory.data.tasks import TASKS, render
+from rora_theory.data.tasks import TASKS, render_instruction
 from rora_theory.evaluate import samples
 from rora_theory.llama import load
 from sims import evaluate, finetune
@@ -35,7 +35,7 @@ def data(tmp_path_factory) -> Path:
     (folder / "boolq").mkdir()
     rows = [
         {
-            "instruction": render(TASKS["boolq"], f"is it {word}", ("true", "false")),
+            "instruction": render_instruction(TASKS["boolq"], f"is it {word}", ("true", "false")),
             "input": "",
             "answer": "true",
             "output": "the correct answer is true",

@@ -102,7 +102,7 @@ def test_goes_on_and_refuses_another_model(finished, model, data, tmp_path):
         ("--seeds 1", "--seeds"),
         ("--steps 0", "steps"),
         ("--sgd-lr -1", "--sgd-lr"),
-        ("--held-out 40", "held_out is 40 of 40 records"),
+        ("--held-out 40", "held_out must be less than the number of records, 40, got 40"),
         ("--model nowhere/at/all", "nowhere/at/all"),
         ("--targets z_proj", "z_proj"),
         ("--targets", "--targets must have 1 or more values, got 0"),

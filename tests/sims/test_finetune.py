@@ -35,7 +35,7 @@ from rora_theory.finetune import (
     prepare,
     read_records,
     sharding,
-    split,
+    split_records,
     tokenize,
 )
 from rora_theory.finetune import step as steps
@@ -195,7 +195,7 @@ def test_what_is_written_is_the_best_or_the_last(model, data, tmp_path, monkeypa
     monkeypatch.setattr(steps, "eval_step", growing)
     out, base = tmp_path / "run", load(str(model))
     command = arguments(model, data, out, "--steps", "6", "--warmup", "1", "--evaluate-every", "1")
-    held_out = split(read_records([str(data)]), 8, 42)[1]
+    held_out = split_records(read_records([str(data)]), 8, 42)[1]
     apart = tokenize(held_out, base.tokenizer, cutoff=400, template="clean", answer_only=True)
     for keep, step, factor in (("best", 2, 1.0), ("last", 6, 5.0)):
         in_this_process(monkeypatch, [*command, "--keep", keep])
@@ -244,7 +244,7 @@ def test_the_seed_decides_the_start_and_the_order(model, data, tmp_path, monkeyp
     records = read_records([str(data)])
     config = dataclasses.replace(config, held_out=8)
     prepared = prepare(records, base.tokenizer, config)
-    examples = tokenize(split(records, 8, 7)[0], base.tokenizer, cutoff=400, template="clean")
+    examples = tokenize(split_records(records, 8, 7)[0], base.tokenizer, cutoff=400, template="clean")
     own = Batches(examples, prepared.summary["widths"], batch_size=8, epochs=6, seed=7)
     for step in (0, 9):
         np.testing.assert_array_equal(prepared.train[step].inputs, own[step].inputs)
@@ -439,10 +439,13 @@ def bad_input(model, data, tmp_path) -> dict[str, tuple[list[str], str]]:
         (truncated / file.name).write_bytes(content[:-100] if file.suffix == ".safetensors" else content)
     out = tmp_path / "run"
     return {
-        "no data": (arguments(model, empty, out), "empty.json: holds no records"),
+        "no data": (arguments(model, empty, out), "empty.json: has no records"),
         "bad record": (arguments(model, bad, out), "bad.json: record 1 has no 'output'"),
         "missing data": (arguments(model, tmp_path / "none.json", out), "none.json: no such file"),
-        "too few records": (arguments(model, data, out, "--held-out", "60"), "held_out is 60 of 60 records"),
+        "too few records": (
+            arguments(model, data, out, "--held-out", "60"),
+            "held_out must be less than the number of records, 60, got 60",
+        ),
         "missing model": (arguments(tmp_path / "nowhere", data, out), "nowhere"),
         "truncated weights": (arguments(truncated, data, out), "truncated"),
         "rank above width": (arguments(model, data, out, "--rank", "17"), "rank must be at most 16 at model.layers.0"),

@@ -89,7 +89,10 @@ def test_fine_tuning_on_chats(model, data, tmp_path) -> None:
     status, said, errors = run(finetune.main, *words)
     assert (status, errors) == (0, "")
     flat = " ".join(said.split())
-    assert "records: 6 as messages (told by the first record's keys; --format names another); template chat" in flat
+    assert (
+        "records: 6 as messages (detected from the first record's keys; --format selects another); template chat"
+        in flat
+    )
     assert said.count("prompt 1 of 6: ") == said.count("prompt 2 of 6: ") == 1
 
     base = load(str(model))
@@ -121,10 +124,13 @@ def test_the_template_is_part_of_the_run(bare, data, tmp_path) -> None:
     status, _, errors = run(finetune.main, "--model", bare, *words)
     assert status == 2
     assert errors.count("\n") == 1
-    assert "the model has no chat template; accepted are --chat-template FILE (a Jinja file)" in errors
+    assert "the model has no chat template. Pass --chat-template FILE (a Jinja file)" in errors
     assert not (tmp_path / "run").exists()
     status, _, errors = run(finetune.main, "--model", bare, *words, "--template", "clean")
-    assert "chats.jsonl: line 2 has the turns user, assistant, user, assistant; accepted for a template" in errors
+    assert (
+        "chats.jsonl: line 2: turns must be user, assistant in every template but chat, got user, assistant, user"
+        in errors
+    )
     assert run(finetune.main, "--model", bare, *words, "--chat-template", "chatml")[0] == 0
     (tmp_path / "other.jinja").write_text(chat_templates.GEMMA)
     status, _, errors = run(finetune.main, "--model", bare, *words, "--chat-template", tmp_path / "other.jinja")
@@ -145,7 +151,7 @@ def test_a_chat_that_its_template_refuses_is_named(bare, tmp_path, monkeypatch) 
     status, _, errors = run(finetune.main, *words)
     assert status == 2
     assert errors.startswith(
-        f"error: {tmp_path}/x.json: record 1: {tmp_path}/gemma.jinja: the chat template refuses it"
+        f"error: {tmp_path}/x.json: record 1: {tmp_path}/gemma.jinja: the chat template rejects the chat"
     )
     assert "no system role" in errors
     assert errors.count("\n") == 1
@@ -175,7 +181,7 @@ def test_the_regime_of_chats(model, data, tmp_path) -> None:
     base = load(str(model))
     expected = pair(PairConfig(2, 2, loss_on="answer"), [Chat(tuple(chat)) for chat in CHATS], base.tokenizer, seed=0)
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    counts = (expected.examples.targets, expected.examples.lengths)
+    counts = (expected.examples.target_counts, expected.examples.lengths)
     kept = [json.loads(line) for line in (tmp_path / "run" / "prompts.jsonl").read_text().splitlines()]
     assert [[sum(one["in_loss"]) for one in kept], [len(one["tokens"]) for one in kept]] == [c.tolist() for c in counts]
     losses = record_losses(base.params, base.config, expected.examples)
@@ -194,7 +200,7 @@ def test_the_coordinate_check_on_chats(model, bare, data, tmp_path) -> None:
     words += ["--cutoff", "400", "--show", "1", "--out", tmp_path / "run", "--reference-rank", "2"]
     status, _, errors = run(coordinate_check.main, *words, "--model", bare)
     assert status == 2
-    assert "the model has no chat template; accepted are" in errors
+    assert "the model has no chat template. Pass" in errors
     status, said, errors = run(coordinate_check.main, *words, "--model", model)
     assert (status, errors) == (0, "")
     assert "template chat" in " ".join(said.split())

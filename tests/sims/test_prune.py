@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support import checkpoint
 
-from rora_theory.data.windows import cut, read_texts
+from rora_theory.data.windows import read_texts, sample_windows
 from rora_theory.finetune.held_out import perplexity
 from rora_theory.llama import forward, load, pruning
 from sims import prune
@@ -57,7 +57,7 @@ def test_a_run_leaves_a_model_and_its_figures(model, text, tmp_path, monkeypatch
         assert before != after
         assert min(before, after) > 1
     texts = read_texts([str(text / "train.json"), str(text / "more.txt")])
-    windows, held_out = cut(texts, whole.tokenizer, windows=10, held_out=3, seq=32)
+    windows, held_out = sample_windows(texts, whole.tokenizer, windows=10, held_out=3, seq=32)
     expected = {
         name: [perplexity(one.params, one.config, rows) for one in (whole, pruned)]
         for name, rows in (("held_out", held_out), ("calibration", windows))
@@ -104,7 +104,7 @@ def test_bad_input_is_one_line_before_anything_is_written(model, text, tmp_path,
         ("--text", str(tmp_path / "none.json")): "none.json: no such file",
         ("--text", str(tmp_path / "empty.txt")): "empty.txt: is empty",
         ("--windows", "0"): "windows is 0",
-        ("--windows", "1000"): "accepted is enough for 1003",
+        ("--windows", "1000"): "at least 1003 windows",
         ("--layers", "3"): "layers is 3; accepted are 1 to 2, the model's",
         ("--share", "0.1"): "share is 0.1",
         ("--seq", "600"): "seq is 600; accepted is at most 512, the model's",

@@ -18,7 +18,7 @@ from support import checkpoint
 from figures import regime as figure
 from figures import style
 from rora_theory import InputError, adapters, scaling_factor
-from rora_theory.finetune import read_records, split, tokenize
+from rora_theory.finetune import read_records, split_records, tokenize
 from rora_theory.llama import load
 from rora_theory.measure import record_batches, tokens, unseen
 from rora_theory.measure.layers.model_layers import real_tokens, record
@@ -121,10 +121,10 @@ def test_figures_are_of_the_batch_and_of_other_records(finished, inputs) -> None
     """The batch is the records that were not held out; its gradient, and both splits' tokens, are in every figure."""
     model, records = load(inputs["model"]), read_records(inputs["data"])
     pair = record_batches.pair(PairConfig(4, 4), records, model.tokenizer)
-    rest, held_out = split(records, 4, 0)
+    rest, held_out = split_records(records, 4, 0)
     for part, own in ((pair.train, rest[:4]), (pair.held_out, held_out)):
         examples = tokenize(own, model.tokenizer)
-        assert [row[:n].tolist() for row, n in zip(part.inputs, examples.sizes, strict=True)] == [
+        assert [row[:n].tolist() for row, n in zip(part.inputs, examples.input_lengths, strict=True)] == [
             examples[i][:-1].tolist() for i in range(4)
         ]
     names = ("self_attn.q_proj", "mlp.down_proj")

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import tokenizers
 
-from rora_theory.data.tasks import TASKS, render
+from rora_theory.data.tasks import TASKS, render_instruction
 from rora_theory.llama import LlamaConfig, init_params
 from rora_theory.llama.weights import save_hf
 
@@ -70,7 +70,7 @@ def questions(folder: Path, task: str, labels: tuple[str, ...]) -> Path:
     """Writes four questions of a task, of which the first label is the answer."""
     items = [
         {
-            "instruction": render(TASKS[task], f"is it {word}", labels),
+            "instruction": render_instruction(TASKS[task], f"is it {word}", labels),
             "input": "",
             "answer": labels[0],
             "output": f"the correct answer is {labels[0]}",

@@ -33,7 +33,7 @@ CONFIG = FinetuneConfig(rank=2, alpha=4, template="clean", batch_size=4, steps=3
 def train(folder: Path, params: Any, layout: Layout | None = None) -> list[float]:
     """Training and validation losses, in order."""
     examples = tokenize(tiny.records(12), tiny.ByteEncoder(), template=CONFIG.template)
-    widths = choose_widths(examples.sizes, 1)
+    widths = choose_widths(examples.input_lengths, 1)
     adapter = adapters.init(jax.random.key(1), CONFIG.lora(), tiny.CONFIG, params)
     train, held_out = (Batches(examples, widths, batch_size=4, seed=seed) for seed in (1, None))
     run = Trainer(params, tiny.CONFIG, adapter, CONFIG, train, held_out, folder, layout=layout)

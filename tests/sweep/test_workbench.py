@@ -12,7 +12,7 @@ from support import chat_templates, checkpoint
 from rora_theory import llama
 from rora_theory.adapters import LoraConfig, PrefixConfig, init, merge
 from rora_theory.adapters import replace as adapter_replace
-from rora_theory.data import showing
+from rora_theory.data import prompt_preview
 from rora_theory.data.records import DataConfig
 from rora_theory.data.sources import read_tasks
 from rora_theory.errors import InputError
@@ -118,12 +118,14 @@ def test_chats_go_through_the_models_template(tmp_path, monkeypatch) -> None:
 
     bench = opened(chat_templates.LLAMA3)
     for examples, count in ((bench.train_examples, 4), (bench.held_out, 2)):
-        shown = showing.prompts(examples, bench.model.tokenizer, 9)
+        shown = prompt_preview.preview_prompts(examples, bench.model.tokenizer, 9)
         assert [one.text.endswith("assistant<|end_header_id|>\n\n⟦yes<|eot_id|>⟧") for one in shown] == [True] * count
     with pytest.raises(InputError, match="--chat-date"):
         opened(chat_templates.DATED)
     bench = opened(chat_templates.DATED, chat_date="2026-01-31")
-    assert showing.prompts(bench.train_examples, bench.model.tokenizer, 1)[0].text.startswith("31 Jan 2026<user>")
+    assert prompt_preview.preview_prompts(bench.train_examples, bench.model.tokenizer, 1)[0].text.startswith(
+        "31 Jan 2026<user>"
+    )
     monkeypatch.setattr(llama, "load", lambda *_: pytest.fail("weights are read before the chats are rendered"))
     with pytest.raises(InputError, match=r"4 of 4 records .*\(1\) \S*chats\.json: record \d: .*\(4\) "):
         opened("{{ raise_exception('no') }}")

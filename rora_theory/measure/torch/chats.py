@@ -75,7 +75,7 @@ class ChatCollator:
     def _encode(self, chat: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         if not isinstance(chat, Mapping) or not chat.get("messages"):
             raise InputError(f"a chat must be an object with messages, got {type(chat).__name__} without")
-        text, spans = self._template.write(chat["messages"], chat.get("tools") or ())
+        text, spans = self._template.render_with_spans(chat["messages"], chat.get("tools") or ())
         # The rendered text already contains the special tokens.
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         # Trim white space that a template adds after the end token: it belongs to no turn.
