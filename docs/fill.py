@@ -304,21 +304,43 @@ def included_table(body: str) -> str:
 def fill_packaged(text: str, where: str) -> tuple[str, list[str]]:
     """Fill the values of a package's data file, as `fill` fills a page.
 
-    The file is an object of entries ``{"row": "FILE conditions", "columns": {name: value, ...}}``. The conditions
-    select one row, whose values of these columns are copied with all digits.
+    The file is an object of entries of two kinds. In ``{"row": "FILE conditions", "columns": {name: value, ...}}`` the
+    conditions select one row, whose values of these columns are copied with all digits. In ``{"rows": "FILE
+    conditions", "ranges": {name: [lowest, highest], ...}}`` they select one row or more, and the lowest and highest
+    value of each column are copied. Other keys of an entry are left as they are.
     """
     entries, problems = json.loads(text), []
     for name, entry in entries.items():
+        key, load = ("columns", packaged_columns) if "columns" in entry else ("ranges", packaged_ranges)
         try:
-            row = one_row(entry["row"])
-            columns = {column: RowFormatter().get_field(column, (), row)[0] for column in entry["columns"]}
+            values = load(entry)
         except (MarkError, MissingValueError) as error:
             problems.append(f"{where}: {name}: error: {error}")
             continue
-        if columns != entry["columns"]:
-            problems.append(f"{where}: {name}: is {entry['columns']}, the files give {columns}")
-        entry["columns"] = columns
+        if values != entry[key]:
+            problems.append(f"{where}: {name}: is {entry[key]}, the files give {values}")
+        entry[key] = values
     return json.dumps(entries, indent=2) + "\n", problems
+
+
+def packaged_columns(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of an entry that quotes one row."""
+    row = one_row(entry["row"])
+    return {column: RowFormatter().get_field(column, (), row)[0] for column in entry["columns"]}
+
+
+def packaged_ranges(entry: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return the lowest and highest values of an entry that quotes the range over several rows."""
+    source, _, words = entry["rows"].partition(" ")
+    conditions, columns = parse_words(words)
+    if columns:
+        raise MarkError(f"not a condition: {columns[0][0]}")
+    rows = select(load_rows(source), conditions)
+    ranges = {}
+    for column in entry["ranges"]:
+        values = [RowFormatter().get_field(column, (), row)[0] for row in rows]
+        ranges[column] = [min(values), max(values)]
+    return ranges
 
 
 def figures(_: str) -> str:

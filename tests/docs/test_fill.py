@@ -156,6 +156,17 @@ def test_packaged_values_are_copied_with_all_digits() -> None:
     assert fill.fill_packaged(filled, "data.json")[1] == problems[1:]
 
 
+def test_packaged_ranges_cover_the_selected_rows() -> None:
+    entry = {"model": "m", "rows": "run/rates.csv rank=1,8", "ranges": {"rate": [0, 0], "strength": [64.0, 64.0]}}
+    missing = {"rows": "run/rates.csv", "ranges": {"rank": [1, 1]}}
+    filled, problems = fill.fill_packaged(json.dumps({"a": entry, "missing": missing}), "data.json")
+    assert json.loads(filled) == {
+        "a": entry | {"ranges": {"rate": [0.0012, 0.035], "strength": [64.0, 64.0]}},
+        "missing": missing,
+    }
+    assert ["data.json: a: is {" in problems[0], "data.json: missing: error: " in problems[1]] == [True, True]
+
+
 def test_check_reports_and_filling_corrects(monkeypatch, tmp_path, capsys) -> None:
     page = tmp_path / "page.md"
     monkeypatch.setattr(fill, "ROOT", tmp_path)

@@ -102,6 +102,89 @@ def test_the_exponent_runs_from_minus_one_half_to_minus_one() -> None:
         assert exponents[-1] == pytest.approx(-1.0, abs=1e-3)
 
 
+STEPS_EXPONENTS = (-0.6, -0.4)
+
+
+def test_a_carried_rate_with_one_constant_and_one_exponent_is_the_law() -> None:
+    """With nothing to vary but c, the ends are the law at c = 1 and 2."""
+    rates = displacement.carry_rate(
+        2e-4,
+        old_strength=32.0,
+        new_strength=256.0,
+        displacement_constants=(130.0, 130.0),
+        old_steps=64,
+        new_steps=256,
+        steps_exponents=(-0.5, -0.5),
+    )
+    coherent, both = (
+        2e-4 / 2 * displacement.best_rate_factor(32.0, 256.0, displacement_constant=130.0, coherence=coherence)
+        for coherence in displacement.COHERENCE_RANGE
+    )
+    assert rates == pytest.approx((coherent, coherent, both), rel=1e-12)
+
+
+@pytest.mark.parametrize("new_strength", [8.0, 64.0, 724.0])
+@pytest.mark.parametrize("new_steps", [16, 64, 1000])
+def test_a_carried_rate_covers_every_constant_coherence_and_exponent(new_strength: float, new_steps: int) -> None:
+    """Draws K, c and the exponent within their ranges; no draw lies outside the range of rates."""
+    rates = displacement.carry_rate(
+        1e-3,
+        old_strength=64.0,
+        new_strength=new_strength,
+        displacement_constants=(88.0, 167.0),
+        old_steps=64,
+        new_steps=new_steps,
+        steps_exponents=STEPS_EXPONENTS,
+    )
+    random = np.random.default_rng(0)
+    for constant, coherence, exponent in random.uniform((88.0, 1.0, -0.6), (167.0, 2.0, -0.4), (200, 3)):
+        factor = displacement.best_rate_factor(64.0, new_strength, displacement_constant=constant, coherence=coherence)
+        rate = 1e-3 * factor * (new_steps / 64) ** exponent
+        assert rates.low * (1 - 1e-9) <= rate <= rates.high * (1 + 1e-9)
+    assert rates.low <= rates.best <= rates.high
+    middle = displacement.best_rate_factor(64.0, new_strength, displacement_constant=math.sqrt(88.0 * 167.0))
+    assert rates.best == pytest.approx(1e-3 * middle * (new_steps / 64) ** -0.5, rel=1e-12)
+
+
+def test_a_rate_is_kept_where_neither_strength_nor_steps_change() -> None:
+    rates = displacement.carry_rate(
+        3e-4,
+        old_strength=16.0,
+        new_strength=16.0,
+        displacement_constants=(60.0, 210.0),
+        steps_exponents=STEPS_EXPONENTS,
+    )
+    assert rates == pytest.approx((3e-4, 3e-4, 3e-4), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changed", "argument", "value"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate", "0.0"),
+        ({"new_strength": -1.0}, "strength", "-1.0"),
+        ({"displacement_constants": (2.0, 1.0)}, "displacement_constants", r"\(2.0, 1.0\)"),
+        ({"displacement_constants": (-1.0, 1.0)}, "displacement_constant", "-1.0"),
+        ({"steps_exponents": (-0.4, -0.6)}, "steps_exponents", r"\(-0.4, -0.6\)"),
+        ({"steps_exponents": (math.nan, -0.6)}, "steps_exponents", "nan"),
+        ({"old_steps": None}, "old_steps", "given together"),
+        ({"new_steps": None}, "new_steps", "given together"),
+        ({"new_steps": 0}, "new_steps", "0"),
+    ],
+)
+def test_a_carried_rate_refuses_arguments_out_of_range(changed, argument: str, value: str) -> None:
+    arguments = {
+        "learning_rate": 1e-3,
+        "old_strength": 64.0,
+        "new_strength": 724.0,
+        "displacement_constants": (88.0, 167.0),
+        "old_steps": 64,
+        "new_steps": 256,
+        "steps_exponents": STEPS_EXPONENTS,
+    } | changed
+    with pytest.raises(InputError, match=f"{argument}.*{value}"):
+        displacement.carry_rate(arguments.pop("learning_rate"), **arguments)
+
+
 @pytest.mark.parametrize(
     ("call", "argument", "value"),
     [

@@ -1,0 +1,197 @@
+"""Training batches and held-out groups of rows, from batches of tensors, texts, chats or tokenized records."""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from rora_theory.errors import InputError, shown
+from rora_theory.measure.torch.batches import IGNORED_LABEL, Batch
+from rora_theory.measure.torch.chats import ChatCollator
+from rora_theory.measure.torch.modules import task_type
+
+MAX_GROUPS = 32
+"""Maximum number of groups of held-out rows. Losses of groups are the samples of the bootstrap."""
+
+Data = Iterable[Any]
+"""Batches (mappings with tensors, such as a ``DataLoader``), or records: texts, chats or tokenized examples."""
+
+
+class Group(NamedTuple):
+    """Rows of the held-out batches that are evaluated together.
+
+    Attributes:
+      batch: Batch of these rows.
+      targets: Number of tokens with a label.
+      tokens: Number of tokens that the model reads.
+    """
+
+    batch: Batch
+    targets: int
+    tokens: int
+
+
+def read_batches(
+    data: Data, name: str, *, tokenizer: Any, batch_size: int, max_length: int, count: int | None = None
+) -> list[Batch]:
+    """Return batches of tensors.
+
+    Args:
+      data: Batches or records.
+      name: Name of the argument, for errors.
+      tokenizer: Tokenizer for records; None accepts batches only.
+      batch_size: Number of records of a batch.
+      max_length: Maximum number of tokens of a record; longer ones are truncated.
+      count: Maximum number of batches; None reads all.
+
+    Raises:
+      InputError: If there is no batch, if an element has an unsupported type, or if records come without a tokenizer.
+    """
+    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
+        raise InputError(f"{name} must be a sequence of batches or records, got {type(data).__name__}")
+    elements = iter(data)
+    first = next(elements, None)
+    if first is None:
+        raise InputError(f"{name} must have at least one batch or record, got none")
+    elements = itertools.chain([first], elements)
+    if _is_batch(first):
+        batches = list(itertools.islice(elements, count))
+    else:
+        collate = _collator(first, name, tokenizer, max_length)
+        batches = [collate(records) for records in itertools.islice(_chunks(elements, batch_size), count)]
+    for batch in batches:
+        if not _is_batch(batch):
+            raise InputError(f"{name} must have elements of one kind, got {shown(type(batch).__name__)} among batches")
+    return batches
+
+
+def count_tokens(batch: Batch) -> int:
+    """Return the number of tokens that a model reads in a batch: those that ``attention_mask`` includes, or all."""
+    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        return int((mask != 0).sum())
+    if isinstance(ids, torch.Tensor):
+        return ids.numel()
+    return _rows(batch)
+
+
+def count_targets(model: torch.nn.Module, batch: Batch) -> int:
+    """Return the number of labels in the loss of a batch. A causal model has no prediction of a row's first token."""
+    labels = batch.get("labels")
+    if not isinstance(labels, torch.Tensor):
+        return _rows(batch)
+    if task_type(model) == "CAUSAL_LM" and labels.ndim == 2:
+        labels = labels[:, 1:]
+    return int((labels != IGNORED_LABEL).sum()) if not labels.is_floating_point() else len(labels)
+
+
+def held_out_groups(model: torch.nn.Module, batches: Sequence[Batch]) -> list[Group]:
+    """Split held-out batches into at most about `MAX_GROUPS` groups of rows.
+
+    A batch whose tensors do not all have a row for each record is one group. Groups without a label are left out.
+
+    Raises:
+      InputError: If no group has a label.
+    """
+    total = sum(_rows(batch) for batch in batches)
+    size = -(-total // MAX_GROUPS)
+    groups = []
+    for batch in batches:
+        for part in _split_rows(batch, size):
+            targets = count_targets(model, part)
+            if targets:
+                groups.append(Group(part, targets, count_tokens(part)))
+    if not groups:
+        raise InputError("held_out has no token with a label. Add labels to the batches.")
+    return groups
+
+
+def digest(batches: Iterable[Batch]) -> str:
+    """Return the SHA-256 of the tensors of batches."""
+    state = hashlib.sha256()
+    for batch in batches:
+        for key in sorted(batch):
+            value = batch[key]
+            if isinstance(value, torch.Tensor):
+                tensor = value.detach().cpu().contiguous()
+                state.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                state.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+def _is_batch(element: Any) -> bool:
+    """Return whether an element is a batch: a mapping with a tensor of several rows."""
+    return isinstance(element, Mapping) and any(
+        isinstance(value, torch.Tensor) and (value.ndim > 1 or "input_ids" not in element) for value in element.values()
+    )
+
+
+def _rows(batch: Batch) -> int:
+    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim]
+    ids = batch.get("input_ids")
+    return len(ids) if isinstance(ids, torch.Tensor) and ids.ndim else len(tensors[0]) if tensors else 1
+
+
+def _split_rows(batch: Batch, size: int) -> Iterator[Batch]:
+    rows = _rows(batch)
+    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+    if any(not tensor.ndim or len(tensor) != rows for tensor in tensors):
+        yield batch
+        return
+    for start in range(0, rows, size):
+        yield {
+            name: value[start : start + size] if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+
+
+def _chunks(elements: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while chunk := list(itertools.islice(elements, size)):
+        yield chunk
+
+
+def _collator(first: Any, name: str, tokenizer: Any, max_length: int) -> Callable[[Sequence[Any]], Batch]:
+    """Return a function that builds a batch from records like ``first``."""
+    is_mapping = isinstance(first, Mapping)
+    kind = next((key for key in ("messages", "text", "input_ids") if is_mapping and key in first), None)
+    if isinstance(first, str):
+        kind = "text"
+    if kind is None:
+        keys = f" with the keys {', '.join(map(str, first))}" if is_mapping else ""
+        raise InputError(
+            f"{name} must have batches of tensors, texts, or records with messages, text or input_ids, got "
+            f"{type(first).__name__}{keys}"
+        )
+    if tokenizer is None:
+        raise InputError(f"{name} has records with {kind}, which need a tokenizer. Pass tokenizer, or batches.")
+    if kind == "messages":
+        return ChatCollator(tokenizer, max_length)
+    padding = tokenizer.pad_token_id or 0  # masked and without a label, so any token will do
+
+    def encode(record: Any) -> tuple[list[int], list[int]]:
+        if kind == "text":
+            text = record if isinstance(record, str) else record["text"]
+            ids = list(tokenizer(text)["input_ids"])
+            labels = ids
+        else:
+            ids = [int(token) for token in record["input_ids"]]
+            labels = [int(label) for label in record.get("labels", ids)]
+        return ids[:max_length], labels[:max_length]
+
+    def collate(records: Sequence[Any]) -> Batch:
+        rows = [encode(record) for record in records]
+        width = max(len(ids) for ids, _ in rows)
+        batch = {
+            "input_ids": torch.full((len(rows), width), padding),
+            "attention_mask": torch.zeros((len(rows), width), dtype=torch.long),
+            "labels": torch.full((len(rows), width), IGNORED_LABEL),
+        }
+        for row, (ids, labels) in enumerate(rows):
+            batch["input_ids"][row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+            batch["attention_mask"][row, : len(ids)] = 1
+            batch["labels"][row, : len(labels)] = torch.tensor(labels, dtype=torch.long)
+        return batch
+
+    return collate

@@ -1,0 +1,284 @@
+"""Search for the learning rate of a LoRA run by a short probe on the model and data of the run.
+
+tuned = tune(model, train_texts, held_out_texts, config=LoraConfig(r=128), tokenizer=tokenizer, steps=2000)
+print(tuned.sentence())
+TrainingArguments(learning_rate=tuned.learning_rate, max_steps=2000, lr_scheduler_type="cosine", ...)
+"""
+
+import copy
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from rora_theory.errors import InputError
+from rora_theory.io import files
+from rora_theory.measure.torch.batches import Loss, model_loss
+from rora_theory.measure.torch.examples import Data, Group, count_tokens, digest, held_out_groups, read_batches
+from rora_theory.measure.torch.modules import chosen, preserved_state, unwrap
+from rora_theory.measure.torch.probe import (
+    MakeOptimizer,
+    ProbeModel,
+    ProbeSettings,
+    probe_config,
+    strength_of,
+)
+from rora_theory.measure.torch.progress import bar
+from rora_theory.random.seeds import check_seed
+from rora_theory.scaling import check_integer, check_not_negative
+from rora_theory.tune.plan import (
+    BUDGET,
+    LONGEST_PROBE,
+    ProbePlan,
+    ProbeRun,
+    Schedule,
+    check_schedule,
+    check_warmup,
+    make_plan,
+    next_trial,
+)
+from rora_theory.tune.result import Tuning, conclude
+
+logger = logging.getLogger(__name__)
+
+PROBE_RANK = 8
+"""Default rank of the probe's adapters."""
+
+NOT_IDENTIFYING = ("base_model_name_or_path", "auto_mapping", "peft_version", "runtime_config")
+"""Entries of a ``LoraConfig`` that have no effect on training."""
+
+FEWEST_GROUPS = 2
+"""Minimum number of groups of held-out rows that an evaluation must afford."""
+
+
+def tune(
+    model: torch.nn.Module,
+    train: Data,
+    held_out: Data,
+    *,
+    config: LoraConfig,
+    steps: int = 2000,
+    schedule: Schedule = "cosine",
+    warmup: int = 0,
+    tokenizer: Any = None,
+    batch_size: int = 8,
+    accumulation: int = 1,
+    max_length: int = 1024,
+    learning_rate: float | None = None,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    make_optimizer: MakeOptimizer | None = None,
+    loss: Loss | None = None,
+    probe_rank: int = PROBE_RANK,
+    budget: float = BUDGET,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    progress: bool = False,
+) -> Tuning:
+    """Find the learning rate of a planned LoRA run by a short probe.
+
+    The probe trains adapters of a small rank at the planned run's ``gamma * r`` for a few steps, at several learning
+    rates, on the same batches in the same order. It fits the rate with the lowest held-out loss and carries it to the
+    planned number of steps (`rora_theory.theory.displacement`). Its cost is stated in the log before it starts and is
+    at most ``budget`` of the planned run, evaluations included; see `rora_theory.tune.plan`.
+
+    The model is trained in its own dtype and on its own device. Afterwards it is as it was: weights, buffers, modes,
+    ``requires_grad`` and random generators.
+
+    Args:
+      model: Base model without adapters.
+      train: Training batches with labels, such as a ``DataLoader``; or, with ``tokenizer``, records: texts, chats
+        (``{"messages": [...]}``), ``{"text": ...}`` or ``{"input_ids": [...]}``. The first ones are used.
+      held_out: Other batches or records, on which the rates are compared.
+      config: Configuration of the planned run's adapters.
+      steps: Number of optimizer steps of the planned run.
+      schedule: Learning-rate schedule of the planned run: cosine, linear or constant.
+      warmup: Number of warm-up steps of the planned run.
+      tokenizer: Tokenizer of transformers for records.
+      batch_size: Number of records of a batch; batches that are given keep their size.
+      accumulation: Number of batches per optimizer step.
+      max_length: Maximum number of tokens of a record; longer ones are truncated.
+      learning_rate: Learning rate of the planned run from which the search starts; None starts from the best rate of
+        published runs, carried to this ``gamma * r`` and number of steps.
+      weight_decay: Decoupled weight decay of AdamW.
+      max_grad_norm: Maximum norm of the gradient, as in transformers' Trainer; 0 disables clipping.
+      make_optimizer: Function of the adapters' parameters and the learning rate that returns another optimizer, for
+        which ``weight_decay`` has no effect. None is AdamW. The law behind the transfer is that of Adam.
+      loss: Function of the model and a batch that returns the mean loss over its labels; None is
+        ``model(**batch).loss``.
+      probe_rank: Maximum rank of the probe's adapters; the rank of ``config`` if that is lower.
+      budget: Maximum cost of the probe as a share of the planned run.
+      seed: Seed of the adapters' initialisation and of dropout, the same for every run.
+      checkpoint: JSON file to which finished runs are saved and from which an interrupted probe resumes; None saves
+        nothing.
+      progress: Whether to show transformers' progress bar.
+
+    Returns:
+      The learning rate with its range, the curve of losses, the assumptions and the cost; ``config`` is that of the
+      planned run.
+
+    Raises:
+      InputError: If an argument is out of range, the budget is too small, the configuration trains more than LoRA
+        adapters of one rank, the model already has adapters, there are no labels, or the checkpoint belongs to another
+        probe; and if every rate diverged.
+    """
+    check_integer("steps", steps)
+    check_schedule(schedule)
+    check_warmup(warmup, steps)
+    for name, value in (("batch_size", batch_size), ("accumulation", accumulation), ("probe_rank", probe_rank)):
+        check_integer(name, value)
+    check_integer("max_length", max_length, least=2)
+    check_not_negative("weight_decay", weight_decay)
+    check_not_negative("max_grad_norm", max_grad_norm)
+    check_seed(seed)
+    strength = strength_of(config)
+    model = unwrap(model)
+    if config.target_modules is not None:
+        targets = config.target_modules
+        chosen(model, targets if isinstance(targets, str) else sorted(targets))
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None:
+        files.check_folder(path.parent)
+    # Reading a DataLoader draws from PyTorch's random generators.
+    with preserved_state(model):
+        reading: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length}
+        batches = read_batches(train, "train", **reading, count=LONGEST_PROBE * accumulation)
+        groups = held_out_groups(model, read_batches(held_out, "held_out", **reading))
+    batch_tokens = accumulation * sum(map(count_tokens, batches)) / len(batches)
+    plan = make_plan(
+        steps,
+        strength,
+        batch_tokens=batch_tokens,
+        held_out_tokens=sum(group.tokens for group in groups),
+        learning_rate=learning_rate,
+        budget=budget,
+    )
+    used = _affordable(groups, plan.held_out_tokens(batch_tokens))
+    rank = min(probe_rank, config.r)
+    settings = ProbeSettings(
+        probe_config(config, rank),
+        strength,
+        steps,
+        schedule,
+        warmup,
+        accumulation,
+        make_optimizer or _adamw(weight_decay),
+        max_grad_norm,
+        seed,
+    )
+    identity = _identity(model, settings, plan, weight_decay if make_optimizer is None else make_optimizer)
+    identity |= {"train": digest(batches), "held_out": digest(group.batch for group in used)}
+    runs = [] if path is None else _read_runs(path, identity)
+    logger.info(plan.sentence())
+    shown_total = math.ceil(plan.budget)
+    description = f"Tuning the learning rate (at most {shown_total} training steps)"
+    with bar(shown_total, description=description, unit="step", shown=progress) as progress_bar:
+        progress_bar.update(sum(run.diverged_at or run.steps for run in runs))
+        probe = ProbeModel(model, settings, batches, used, loss or model_loss, progress_bar.update)
+        while (trial := next_trial(plan, runs)) is not None:
+            runs.append(probe.train(trial))
+            if path is not None:
+                _write_runs(path, identity, runs)
+    return conclude(
+        plan,
+        runs,
+        [group.targets for group in used],
+        config=copy.deepcopy(config),
+        rank=config.r,
+        probe_rank=rank,
+        schedule=schedule,
+        remarks=_remarks(plan, config, len(batches) // accumulation, used, groups),
+    )
+
+
+def _adamw(weight_decay: float) -> MakeOptimizer:
+    return lambda parameters, rate: torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay)
+
+
+def _affordable(groups: Sequence[Group], tokens: int) -> list[Group]:
+    """Return the first groups with at most this number of tokens.
+
+    Raises:
+      InputError: If the first two have more.
+    """
+    used, total = [], 0
+    for group in groups:
+        total += group.tokens
+        if total > tokens:
+            break
+        used.append(group)
+    fewest = groups[:FEWEST_GROUPS]
+    if len(used) < len(fewest):
+        raise InputError(
+            f"held_out must have rows of which two have at most {tokens} tokens, which the budget allows per "
+            f"evaluation, got {sum(group.tokens for group in fewest)}. Raise budget, or pass shorter held-out rows."
+        )
+    return used
+
+
+def _remarks(
+    plan: ProbePlan, config: LoraConfig, step_batches: int, used: Sequence[Group], groups: Sequence[Group]
+) -> list[str]:
+    tokens = sum(group.targets for group in used)
+    remarks = [f"Held-out losses are over {tokens:,} labels."]
+    if len(used) < len(groups):
+        total = sum(group.targets for group in groups)
+        remarks = [f"Held-out losses are over {tokens:,} of {total:,} labels, as the budget allows."]
+    if step_batches < plan.probe_steps:
+        remarks.append(f"The batches of {step_batches} steps were repeated over {plan.probe_steps}.")
+    if config.use_dora:
+        remarks.append("DoRA's magnitudes are trained too; the law was measured without them.")
+    return remarks
+
+
+def _identity(model: torch.nn.Module, settings: ProbeSettings, plan: ProbePlan, optimizer: Any) -> dict[str, Any]:
+    """Return what a checkpoint must agree with, in JSON types."""
+    state = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        sample = parameter.detach().reshape(-1)[:8].cpu()
+        state.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {sample.tolist()}".encode())
+    # Sets are sorted: their order differs between processes.
+    entries = {name: sorted(value) if isinstance(value, set) else value for name, value in vars(settings.config).items()}
+    names = ("schedule", "warmup", "accumulation", "max_grad_norm", "seed")
+    return {
+        "model": state.hexdigest(),
+        "config": {name: repr(value) for name, value in entries.items() if name not in NOT_IDENTIFYING},
+        "settings": {name: getattr(settings, name) for name in names},
+        "optimizer": getattr(optimizer, "__qualname__", repr(optimizer)),
+        "plan": vars(plan),
+    }
+
+
+def _read_runs(path: Path, identity: Mapping[str, Any]) -> list[ProbeRun]:
+    """Return the runs in a checkpoint; none if the file does not exist.
+
+    Raises:
+      InputError: If the file is damaged or belongs to another probe.
+    """
+    if not path.exists():
+        return []
+    saved = files.read_object(path, accepted="a checkpoint of tune")
+    with files.naming_damage(path):
+        different = [name for name, value in identity.items() if saved["identity"].get(name) != _plain(value)]
+        if different:
+            raise InputError(
+                f"{path}: is the checkpoint of another probe, which differs in {', '.join(different)}. Pass another "
+                "checkpoint, or delete the file."
+            )
+        return [ProbeRun.from_json(run) for run in saved["runs"]]
+
+
+def _write_runs(path: Path, identity: Mapping[str, Any], runs: Sequence[ProbeRun]) -> None:
+    content = {"identity": identity, "runs": [run.as_json() for run in runs]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))

@@ -1,0 +1,8 @@
+"""Search for a learning rate by a short probe: the plan of its runs, the fit of the best rate, and its transfer.
+
+This package needs NumPy alone. `rora_theory.measure.torch.tune` and `sims.tune` train the runs that it plans.
+"""
+
+from rora_theory import lazily
+
+__getattr__, __dir__ = lazily.attributes(__name__)

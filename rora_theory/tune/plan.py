@@ -1,0 +1,429 @@
+"""Plan of a probe: which learning rates to train for how many steps, within a share of the planned run's cost.
+
+A probe has up to two phases. In the first, short runs screen a coarse grid of learning rates. In the second, the rates
+around the best one of the screening are trained for more steps. Both phases extend their grid while the best rate lies
+at an edge. The pattern is that of successive halving (Jamieson and Talwalkar 2016), with complete schedules in every
+phase: a rate that is stopped early has seen its own schedule to the end, so that losses within a phase are comparable.
+
+`next_trial` is a pure function of the plan and the finished runs. A probe that was interrupted therefore continues with
+the same runs.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from rora_theory.advice import measured
+from rora_theory.errors import InputError, shown
+from rora_theory.scaling import check_integer, check_positive, check_share
+from rora_theory.theory.displacement import RateRange, carry_rate
+
+Schedule = Literal["cosine", "linear", "constant"]
+"""Shape of the learning rate after the warm-up: cosine or linear decay to 0, or constant."""
+
+BUDGET = 0.1
+"""Default cost of a probe, as a share of the planned run."""
+
+EVALUATION_COST = 0.5
+"""Cost of evaluating a token, relative to training on it.
+
+With frozen base weights, training needs a forward pass and the gradients of the inputs: twice a forward pass.
+"""
+
+EVALUATION_SHARE = 0.15
+"""Share of the budget that is reserved for evaluations."""
+
+LONGEST_PROBE = 64
+"""Maximum number of steps of a run in a probe."""
+
+SHORTEST_PROBE = 5
+"""Minimum number of steps of a run in a probe."""
+
+SHORTEST_MEASURED = 16
+"""Fewest steps at which the published runs measured a best rate."""
+
+EARLY_STEPS_EXPONENTS = (-1.5, -0.5)
+"""Lowest and highest exponent of the best rate in the number of steps below `SHORTEST_MEASURED`.
+
+The losses of the published runs at training steps 5 to 8 and 9 to 14 have minima that differ by such powers. No
+held-out loss was measured there.
+"""
+
+SHORTEST_SCREENING = 8
+"""Minimum number of steps of a screening run. With fewer, there is no screening."""
+
+SCREENED = 5
+"""Number of learning rates that are screened before the grid is extended."""
+
+ANCHOR_STEPS, ANCHOR_STRENGTH = 64, 64.0
+"""Number of steps and gamma * r of the published best rate from which the default learning rate is carried."""
+
+ALL_DIVERGED_JUMP = 2
+"""Number of grid steps by which the grid is extended downwards if every rate diverged."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Training run that a probe asks for.
+
+    Attributes:
+      learning_rate: Peak learning rate.
+      steps: Number of optimizer steps, over which the whole schedule extends.
+    """
+
+    learning_rate: float
+    steps: int
+
+    def __str__(self) -> str:
+        return f"lr={self.learning_rate:.3g} steps={self.steps}"
+
+
+@dataclass(frozen=True)
+class ProbeRun:
+    """Finished training run of a probe.
+
+    Attributes:
+      learning_rate: Peak learning rate.
+      steps: Number of optimizer steps that were planned.
+      losses: Held-out loss of each record or group of records, summed over its tokens; empty if the run diverged.
+      ratios: Ratio of the A-led to the B-led change of each adapted module; empty if unknown.
+      diverged_at: Step at which a loss was not finite; None if the run did not diverge.
+    """
+
+    learning_rate: float
+    steps: int
+    losses: tuple[float, ...] = ()
+    ratios: tuple[float, ...] = ()
+    diverged_at: int | None = None
+
+    @property
+    def total(self) -> float:
+        """Held-out loss summed over all tokens; infinite if the run diverged."""
+        return math.inf if self.diverged_at is not None else math.fsum(self.losses)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the run in JSON types."""
+        return {
+            "learning_rate": self.learning_rate,
+            "steps": self.steps,
+            "losses": list(self.losses),
+            "ratios": list(self.ratios),
+            "diverged_at": self.diverged_at,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "ProbeRun":
+        """Return the run from `as_json`; a value of a wrong type raises an error."""
+        diverged_at = value["diverged_at"]
+        return cls(
+            float(value["learning_rate"]),
+            int(value["steps"]),
+            tuple(float(loss) for loss in value["losses"]),
+            tuple(float(ratio) for ratio in value["ratios"]),
+            None if diverged_at is None else int(diverged_at),
+        )
+
+
+@dataclass(frozen=True)
+class ProbePlan:
+    """Plan of a probe. Costs are in training steps of the planned run.
+
+    Attributes:
+      steps: Number of optimizer steps of the planned run.
+      strength: gamma * r of the planned run and of the probe.
+      probe_steps: Number of steps of the runs from which the best rate is fitted.
+      screen_steps: Number of steps of the screening runs; None if there is no screening.
+      learning_rate: Middle of the grid of learning rates, for runs of ``probe_steps`` steps.
+      spacing: Ratio of adjacent learning rates.
+      budget: Maximum cost of the probe.
+      evaluation_cost: Cost of one evaluation of the held-out records.
+    """
+
+    steps: int
+    strength: float
+    probe_steps: int
+    screen_steps: int | None
+    learning_rate: float
+    spacing: float
+    budget: float
+    evaluation_cost: float
+
+    def held_out_tokens(self, batch_tokens: float) -> int:
+        """Return the maximum number of held-out tokens of one evaluation.
+
+        Args:
+          batch_tokens: Number of tokens of a training step.
+        """
+        return math.floor(self.evaluation_cost * batch_tokens / EVALUATION_COST * (1 + 1e-9))
+
+    def cost_of_trial(self, steps: int) -> float:
+        """Return the cost of a run that does not diverge."""
+        return steps + self.evaluation_cost
+
+    def cost_of_run(self, run: ProbeRun) -> float:
+        """Return the cost of a finished run. One that diverged was not evaluated, or only once more."""
+        if run.diverged_at is None:
+            return self.cost_of_trial(run.steps)
+        return run.diverged_at + (self.evaluation_cost if run.diverged_at >= run.steps else 0.0)
+
+    def spent(self, runs: Sequence[ProbeRun]) -> float:
+        """Return the cost of all finished runs."""
+        return math.fsum(self.cost_of_run(run) for run in runs)
+
+    def sentence(self) -> str:
+        """Return a sentence with the runs and the maximum cost, to be shown before the probe starts."""
+        screening = ""
+        if self.screen_steps is not None:
+            screening = f"{SCREENED} or more learning rates for {self.screen_steps} steps, then "
+        return (
+            f"The probe trains {screening}3 or more learning rates for {self.probe_steps} steps. "
+            f"Its cost is at most {self.budget:.4g} training steps, {self.budget / self.steps:.1%} of the planned "
+            f"{self.steps:,}."
+        )
+
+
+def make_plan(
+    steps: int,
+    strength: float,
+    *,
+    batch_tokens: float,
+    held_out_tokens: float,
+    learning_rate: float | None = None,
+    budget: float = BUDGET,
+) -> ProbePlan:
+    """Plan a probe within a share of the planned run's cost.
+
+    The number of steps of a run is the largest, up to `LONGEST_PROBE` and a sixteenth of the planned steps, at which
+    the runs that are needed and one or two extensions of the grid fit into the budget. Runs of fewer than
+    `SHORTEST_MEASURED` steps have a coarser grid. The number of held-out tokens is reduced to what the rest of the
+    budget allows.
+
+    Args:
+      steps: Number of optimizer steps of the planned run.
+      strength: gamma * r of the planned run.
+      batch_tokens: Number of tokens of a training step.
+      held_out_tokens: Number of held-out tokens that are available.
+      learning_rate: Learning rate of the planned run to start the search from; None carries the best rate of published
+        runs to this number of steps and gamma * r.
+      budget: Maximum cost of the probe as a share of the planned run, above 0 and at most 1.
+
+    Returns:
+      The plan.
+
+    Raises:
+      InputError: If an argument is out of range, or if the budget is too small for a probe.
+    """
+    check_integer("steps", steps)
+    check_positive("strength", strength)
+    check_positive("batch_tokens", batch_tokens)
+    check_positive("held_out_tokens", held_out_tokens)
+    check_share("budget", budget)
+    if learning_rate is not None:
+        check_positive("learning_rate", learning_rate)
+    total = budget * steps
+    # Largest number of steps whose runs fit into the budget's share for training.
+    longest = min(LONGEST_PROBE, max(steps // 16, SHORTEST_PROBE))
+    training_share = (1 - EVALUATION_SHARE) * total
+    options = ((number, _count_runs(number)) for number in range(longest, SHORTEST_PROBE - 1, -1))
+    chosen = next(
+        ((number, runs) for number, runs in options if _cost_of_training(number, runs) <= training_share), None
+    )
+    if chosen is None:
+        fewest = _cost_of_training(SHORTEST_PROBE, _count_runs(SHORTEST_PROBE)) / (1 - EVALUATION_SHARE)
+        raise InputError(
+            f"steps must be at least {math.ceil(fewest / budget)} for a probe that costs {budget:.0%} of the run, got "
+            f"{steps}. Raise budget, or scale a known learning rate with rora_theory.transfer."
+        )
+    probe_steps, (screening_runs, full_runs) = chosen
+    # The rest of the budget pays for the evaluations, of all held-out tokens or fewer.
+    rest = (total - _cost_of_training(probe_steps, chosen[1])) / (screening_runs + full_runs)
+    evaluation_cost = min(rest, EVALUATION_COST * held_out_tokens / batch_tokens)
+    # Carry the learning rate to the probe's number of steps.
+    if learning_rate is None:
+        start = measured.ROWS["best_rate"]["best_rate"]
+        learning_rate = _carry(start, ANCHOR_STRENGTH, strength, ANCHOR_STEPS, steps).best
+    return ProbePlan(
+        steps=steps,
+        strength=float(strength),
+        probe_steps=probe_steps,
+        screen_steps=_screen_steps(probe_steps) if screening_runs else None,
+        learning_rate=carry_steps(float(learning_rate), steps, probe_steps).best,
+        spacing=2.0 if probe_steps >= SHORTEST_MEASURED else 3.0,
+        budget=total,
+        evaluation_cost=evaluation_cost,
+    )
+
+
+def next_trial(plan: ProbePlan, runs: Sequence[ProbeRun]) -> Trial | None:
+    """Return the next run of a probe, or None if the probe is complete.
+
+    The probe is complete if the best rate lies between two measured ones, or if the budget does not allow another run.
+
+    Args:
+      plan: Plan of the probe.
+      runs: Finished runs, in any order.
+    """
+    # The tolerance is for the rounding of sums of costs.
+    left = plan.budget * (1 + 1e-9) - plan.spent(runs)
+    centre = 0
+    if plan.screen_steps is not None:
+        # First phase: short runs. It leaves enough for three runs of the second.
+        screened = _by_index(plan, runs, plan.screen_steps)
+        reserve = 3 * plan.cost_of_trial(plan.probe_steps)
+        shift = _grid_shift(plan, plan.probe_steps, plan.screen_steps)
+        index = _next_index(screened, shift, width=SCREENED // 2)
+        if index is not None and left - reserve >= plan.cost_of_trial(plan.screen_steps):
+            return _trial(plan, index, plan.screen_steps)
+        # The best rate of the screening, carried to the second phase's number of steps.
+        finite = {index: loss for index, loss in screened.items() if math.isfinite(loss)}
+        best = min(finite, key=finite.__getitem__) if finite else min(screened, default=0) - ALL_DIVERGED_JUMP
+        centre = best - shift
+    index = _next_index(_by_index(plan, runs, plan.probe_steps), centre, width=0)
+    if index is None or left < plan.cost_of_trial(plan.probe_steps):
+        return None
+    return _trial(plan, index, plan.probe_steps)
+
+
+def carry_steps(learning_rate: float, old_steps: int, new_steps: int) -> RateRange:
+    """Carry a best learning rate to another number of steps at an unchanged gamma * r.
+
+    Args:
+      learning_rate: Best learning rate for the old number of steps.
+      old_steps: Number of steps for which it is the best.
+      new_steps: New number of steps.
+
+    Returns:
+      The learning rate and its range, with the measured exponents; `EARLY_STEPS_EXPONENTS` apply below
+      `SHORTEST_MEASURED` steps.
+    """
+    return _carry(learning_rate, 1.0, 1.0, old_steps, new_steps)
+
+
+def schedule_factor(schedule: Schedule, step: int, *, steps: int, warmup: int = 0) -> float:
+    """Return the factor of the peak learning rate at a step.
+
+    The formulas are those of transformers' schedulers: a linear warm-up from 0, then the schedule's shape, which
+    reaches 0 one step after the last.
+
+    Args:
+      schedule: Shape after the warm-up.
+      step: Index of the update, from 0.
+      steps: Number of steps of the whole run.
+      warmup: Number of warm-up steps.
+
+    Examples:
+      >>> [round(schedule_factor("cosine", step, steps=4), 2) for step in range(4)]
+      [1.0, 0.85, 0.5, 0.15]
+    """
+    if step < warmup:
+        return step / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * progress)) / 2
+    return 1 - progress if schedule == "linear" else 1.0
+
+
+def scaled_warmup(warmup: int, steps: int, probe_steps: int) -> int:
+    """Return the number of warm-up steps of a probe's run: the same share of the run, rounded down.
+
+    Examples:
+      >>> scaled_warmup(100, 2000, 28)
+      1
+    """
+    return warmup * probe_steps // steps
+
+
+def check_schedule(schedule: object) -> None:
+    """Raise `InputError` unless the schedule is one of `Schedule`."""
+    if schedule not in get_args(Schedule):
+        raise InputError(f"schedule must be one of {', '.join(get_args(Schedule))}, got {shown(schedule)}")
+
+
+def check_warmup(warmup: int, steps: int) -> None:
+    """Raise `InputError` unless the warm-up is shorter than the planned run."""
+    check_integer("warmup", warmup, least=0)
+    if warmup >= steps:
+        raise InputError(f"warmup must be less than the number of steps, {steps}, got {warmup}")
+
+
+def _carry(learning_rate: float, old_strength: float, new_strength: float, old_steps: int, new_steps: int) -> RateRange:
+    constants = measured.default_displacement_constants(old_steps)
+    at_strength = carry_rate(
+        learning_rate,
+        old_strength=old_strength,
+        new_strength=new_strength,
+        displacement_constants=constants,
+        steps_exponents=measured.STEPS_EXPONENTS,
+    )
+    # Split the change of the steps where the measured exponents begin.
+    low, best, high = at_strength
+    limit = SHORTEST_MEASURED
+    for first, last, exponents in (
+        (min(old_steps, limit), min(new_steps, limit), EARLY_STEPS_EXPONENTS),
+        (max(old_steps, limit), max(new_steps, limit), measured.STEPS_EXPONENTS),
+    ):
+        factors = carry_rate(
+            1.0,
+            old_strength=1.0,
+            new_strength=1.0,
+            displacement_constants=constants,
+            old_steps=first,
+            new_steps=last,
+            steps_exponents=exponents,
+        )
+        low, best, high = low * factors.low, best * factors.best, high * factors.high
+    return RateRange(low, best, high)
+
+
+def _screen_steps(probe_steps: int) -> int:
+    return probe_steps // 3
+
+
+def _count_runs(probe_steps: int) -> tuple[int, int]:
+    """Return the numbers of screening runs and of full runs that must fit into the budget."""
+    if _screen_steps(probe_steps) >= SHORTEST_SCREENING:
+        return SCREENED + 1, 4
+    return 0, 5 if probe_steps >= SHORTEST_MEASURED else 3
+
+
+def _cost_of_training(probe_steps: int, runs: tuple[int, int]) -> int:
+    return runs[0] * _screen_steps(probe_steps) + runs[1] * probe_steps
+
+
+def _grid_shift(plan: ProbePlan, old_steps: int, new_steps: int) -> int:
+    """Return by how many grid steps the best rate changes with the number of steps."""
+    return round(math.log(carry_steps(1.0, old_steps, new_steps).best) / math.log(plan.spacing))
+
+
+def _trial(plan: ProbePlan, index: int, steps: int) -> Trial:
+    return Trial(plan.learning_rate * plan.spacing**index, steps)
+
+
+def _by_index(plan: ProbePlan, runs: Sequence[ProbeRun], steps: int) -> dict[int, float]:
+    """Return the losses of the runs of a phase by the index of their rate in the grid."""
+    return {
+        round(math.log(run.learning_rate / plan.learning_rate) / math.log(plan.spacing)): run.total
+        for run in runs
+        if run.steps == steps
+    }
+
+
+def _next_index(losses: Mapping[int, float], centre: int, *, width: int) -> int | None:
+    """Return the index of the next rate of a phase, or None if its best rate lies between two measured ones.
+
+    Args:
+      losses: Loss by index; infinite if the run diverged.
+      centre: Index of the middle of the initial grid.
+      width: Number of initial rates on either side of it.
+    """
+    # Rates above one that diverged are not trained: they would diverge too.
+    limit = min((index for index, loss in losses.items() if math.isinf(loss)), default=math.inf)
+    initial = [centre, *(centre + side * distance for distance in range(1, width + 1) for side in (1, -1))]
+    for index in initial:
+        if index not in losses and index < limit:
+            return index
+    if min(losses.values()) == math.inf:
+        return min(losses) - ALL_DIVERGED_JUMP
+    best = min(losses, key=losses.__getitem__)
+    return next((index for index in (best + 1, best - 1) if index not in losses and index < limit), None)

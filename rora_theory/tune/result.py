@@ -1,0 +1,231 @@
+"""Result of a probe: the learning rate for the planned run, its range, and what both rest on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rora_theory.advice import measured
+from rora_theory.theory.displacement import RateRange
+from rora_theory.tune.curve import EDGE_FACTOR, FittedRate, curve_frame, fit_best_rate
+from rora_theory.tune.plan import SHORTEST_MEASURED, ProbePlan, ProbeRun, carry_steps
+
+if TYPE_CHECKING:  # both take as long to import as a short command to run
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+PUBLISHED = "SmolLM2-135M, ranks 1 to 128, 16 to 256 steps, constant rate, batches of 4"
+"""Scope of the published runs of results/published/horizon."""
+
+
+@dataclass(frozen=True)
+class ExpectedRegret:
+    """Regret of a carried learning rate in the published runs, in nats per token.
+
+    The regret is the held-out loss at the carried rate minus the lowest measured loss. The rate was tuned on full
+    curves; the error of a probe's own best rate comes on top.
+
+    Attributes:
+      median: Median over pairs of settings.
+      largest: Largest regret of a pair.
+      pairs: Number of pairs.
+      changed: What differs between the two settings of a pair.
+      source: Runs and file of the numbers.
+    """
+
+    median: float
+    largest: float
+    pairs: int
+    changed: str
+    source: str
+
+    def sentence(self) -> str:
+        """Return a sentence with the numbers and their scope."""
+        return (
+            f"A rate carried to another {self.changed} cost a median of {self.median:.4f} and at most "
+            f"{self.largest:.4f} nats per token in {self.pairs} pairs of published runs ({self.source})."
+        )
+
+
+@dataclass(frozen=True)
+class ProbeCost:
+    """Cost of a probe, in training steps of the planned run.
+
+    Attributes:
+      spent: Cost of the probe's runs.
+      budget: Maximum that the plan allowed.
+      steps: Number of steps of the planned run.
+    """
+
+    spent: float
+    budget: float
+    steps: int
+
+    @property
+    def share(self) -> float:
+        """Cost of the probe's runs divided by that of the planned run."""
+        return self.spent / self.steps
+
+    def sentence(self) -> str:
+        """Return a sentence with the cost. A token of an evaluation counts as half a token of training."""
+        return (
+            f"The probe cost as much as {self.spent:.4g} training steps, {self.share:.1%} of the planned "
+            f"{self.steps:,} (limit {self.budget:.4g})."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Tuning:
+    """Learning rate for a planned run, found by a probe.
+
+    Attributes:
+      learning_rate: Learning rate for the planned run.
+      low: Lowest rate of the range in which the best one is expected.
+      high: Highest rate of the range.
+      config: Settings of the planned run's adapter: PEFT's ``LoraConfig``, or its entries as a dictionary.
+      expected_regret: Cost of such a rate in published runs.
+      curve: Frame with a row for each run of the probe: ``learning_rate``, ``steps``, ``held_out_loss``,
+        ``stopped_early`` and ``diverged_at``.
+      probe: Best rate of the probe itself, before it is carried to the planned run.
+      probe_steps: Number of steps of the runs from which that rate was fitted.
+      displacement_constant: Constant K measured in the probe, see `rora_theory.theory.displacement`; None if unknown.
+      assumptions: Sentences that state what the result assumes.
+      cost: Cost of the probe.
+    """
+
+    learning_rate: float
+    low: float
+    high: float
+    config: Any
+    expected_regret: ExpectedRegret
+    curve: "pd.DataFrame"
+    probe: FittedRate
+    probe_steps: int
+    displacement_constant: float | None
+    assumptions: tuple[str, ...]
+    cost: ProbeCost
+
+    def sentence(self) -> str:
+        """Return the learning rate with its range and the cost of the probe."""
+        return (
+            f"Train {self.cost.steps:,} steps at learning rate {self.learning_rate:.3g} "
+            f"(range {self.low:.2g} to {self.high:.2g}). {self.cost.sentence()}"
+        )
+
+    def plot(self, axes: "Axes | None" = None) -> "Axes":
+        """Plot the held-out losses against the learning rate, with the probe's best rate and the planned run's range.
+
+        Args:
+          axes: Axes to draw on; None makes a figure.
+
+        Returns:
+          The axes.
+        """
+        import matplotlib.pyplot as plt
+
+        if axes is None:
+            axes = plt.subplots(layout="constrained")[1]
+        finite = self.curve[self.curve["held_out_loss"] < float("inf")]
+        for steps, runs in finite.groupby("steps"):
+            axes.plot(runs["learning_rate"], runs["held_out_loss"], "o-", label=f"{steps} steps")
+        diverged = self.curve.loc[self.curve["diverged_at"].notna(), "learning_rate"]
+        if len(diverged):
+            axes.plot(diverged, [finite["held_out_loss"].max()] * len(diverged), "kx", label="diverged")
+        axes.axvline(self.probe.learning_rate, color="grey", linestyle=":", label=f"best at {self.probe_steps} steps")
+        axes.axvspan(self.low, self.high, color="grey", alpha=0.2)
+        axes.axvline(self.learning_rate, color="black", label=f"for {self.cost.steps} steps, with range")
+        axes.set(xscale="log", xlabel="Learning rate", ylabel="Held-out loss (nats per token)")
+        axes.legend()
+        return axes
+
+
+def conclude(
+    plan: ProbePlan,
+    runs: Sequence[ProbeRun],
+    tokens: Sequence[int],
+    *,
+    config: Any,
+    rank: int,
+    probe_rank: int,
+    schedule: str,
+    remarks: Sequence[str] = (),
+) -> Tuning:
+    """Fit the best rate of a complete probe and carry it to the planned run.
+
+    Args:
+      plan: Plan of the probe.
+      runs: Finished runs.
+      tokens: Number of tokens of each held-out record.
+      config: Settings of the planned run's adapter.
+      rank: Rank of the planned run.
+      probe_rank: Rank of the probe.
+      schedule: Schedule of both, for the assumptions.
+      remarks: Further assumptions.
+
+    Returns:
+      The result.
+
+    Raises:
+      InputError: If every run diverged.
+    """
+    fitted = fit_best_rate(plan, runs, tokens)
+    # The range covers the fit's interval and the range of the exponents in the steps.
+    factors = carry_steps(1.0, plan.probe_steps, plan.steps)
+    rates = RateRange(fitted.low * factors.low, fitted.learning_rate * factors.best, fitted.high * factors.high)
+    assumptions = (*_assumptions(plan, fitted, rank, probe_rank, schedule), *remarks)
+    return Tuning(
+        learning_rate=rates.best,
+        low=rates.low,
+        high=rates.high,
+        config=config,
+        expected_regret=expected_regret(same_rank=rank == probe_rank),
+        curve=curve_frame(plan, runs, tokens),
+        probe=fitted,
+        probe_steps=plan.probe_steps,
+        displacement_constant=fitted.displacement_constant,
+        assumptions=assumptions,
+        cost=ProbeCost(plan.spent(runs), plan.budget, plan.steps),
+    )
+
+
+def expected_regret(*, same_rank: bool) -> ExpectedRegret:
+    """Return the regret that a carried rate had in the published runs.
+
+    Args:
+      same_rank: Whether the probe has the rank of the planned run.
+    """
+    row = measured.ROWS["regret_of_steps" if same_rank else "regret_of_rank_and_steps"]
+    changed = "number of steps" if same_rank else "rank and number of steps"
+    return ExpectedRegret(row["median"], row["largest"], row["pairs"], changed, f"{PUBLISHED}; policies.csv")
+
+
+def _assumptions(plan: ProbePlan, fitted: FittedRate, rank: int, probe_rank: int, schedule: str) -> list[str]:
+    low, high = measured.STEPS_EXPONENTS
+    sentences = [
+        f"From {plan.probe_steps} to {plan.steps:,} steps the best rate is assumed to change as the number of steps to "
+        f"the power of {low:g} to {high:g}, which was measured in {PUBLISHED}.",
+        f"The {schedule} schedule, the batches and the optimizer of the planned run are those of the probe, with the "
+        "schedule scaled to its number of steps. After another batch size, model or data set, run another probe.",
+        "The probe has one seed. The range includes the spread between seeds of the published runs.",
+    ]
+    if rank != probe_rank:
+        row = measured.ROWS["from_rank_8"]
+        factors = [
+            (row["second"] / row["first"]) ** (row["exponent"] + side * row["half_width"]) for side in (0, -1, 1)
+        ]
+        sentences.append(
+            f"The probe has rank {probe_rank} at the same gamma * r = {plan.strength:g}, at which the best rate is "
+            f"assumed not to depend on the rank. In SmolLM2-135M it was {factors[0]:.1f} ({factors[1]:.1f} to "
+            f"{factors[2]:.1f}) times as high at rank 128 as at rank 8."
+        )
+    if plan.probe_steps < SHORTEST_MEASURED:
+        sentences.append(
+            f"The budget allowed runs of {plan.probe_steps} steps only. Below {SHORTEST_MEASURED} steps no best rate "
+            "was measured, so that the range is wide. A larger budget narrows it."
+        )
+    if fitted.edge:
+        side, other = ("lower", "lower") if fitted.edge == "low" else ("higher", "higher")
+        sentences.append(
+            f"The best rate lies at the {fitted.edge} end of the probe's grid and may be {side}. The range is extended "
+            f"by a factor of {EDGE_FACTOR:g}; repeat the probe with a {other} learning_rate."
+        )
+    return sentences

@@ -1,0 +1,275 @@
+"""The probe for a learning rate on a PyTorch model: what it finds, that it resumes, and that it changes nothing."""
+
+import copy
+import json
+import math
+
+import pytest
+
+from rora_theory import InputError
+
+torch = pytest.importorskip("torch", reason="the bridge: the extra torch")
+peft = pytest.importorskip("peft", reason="the bridge: the extra torch")
+pytest.importorskip("transformers", reason="the bridge: the extra torch")
+
+from support import torch_chats, torch_models  # noqa: E402
+
+from rora_theory.measure.torch import tune  # noqa: E402
+from rora_theory.measure.torch.examples import held_out_groups, read_batches  # noqa: E402
+from rora_theory.measure.torch.probe import led_ratio, probe_config, strength_of  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
+STEPS = 256
+"""The shortest probe: three to four runs of a few steps."""
+
+
+def batches(count, seed=0, rows=2, length=8):
+    """Rows that count upwards, which the model can learn within a few steps."""
+    random = torch.Generator().manual_seed(seed)
+    starts = torch.randint(3, torch_models.VOCABULARY - length, (count, rows, 1), generator=random)
+    tokens = starts + torch.arange(length)
+    return [{"input_ids": each, "attention_mask": torch.ones_like(each), "labels": each.clone()} for each in tokens]
+
+
+def config(**entries):
+    return peft.LoraConfig(**{"r": 32, "lora_alpha": 16, "target_modules": "all-linear"} | entries)
+
+
+def run(model=None, **arguments):
+    arguments = {"config": config(), "steps": STEPS, "learning_rate": 2e-3} | arguments
+    train, held_out = arguments.pop("train", batches(12)), arguments.pop("held_out", batches(3, seed=1))
+    return tune(torch_models.model() if model is None else model, train, held_out, **arguments)
+
+
+def state_of(model):
+    """Return all that a probe could change: tensors, flags, modes, hooks, attributes, and the random generator."""
+    return {
+        "tensors": {name: value.clone() for name, value in model.state_dict().items()},
+        "parameters": {name: (id(p), p.requires_grad, p.grad) for name, p in model.named_parameters()},
+        "modules": {name: (id(module), module.training) for name, module in model.named_modules()},
+        "hooks": {name: len(module._forward_hooks) for name, module in model.named_modules()},
+        "attributes": set(vars(model)),
+        "random": torch.get_rng_state(),
+    }
+
+
+def assert_same(first, second):
+    for name, value in first["tensors"].items():
+        assert torch.equal(value, second["tensors"][name]), name
+    assert torch.equal(first["random"], second["random"])
+    for key in ("parameters", "modules", "hooks", "attributes"):
+        assert first[key] == second[key], key
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_probe_reports_a_rate_and_leaves_the_model_as_it_was(checkpointing) -> None:
+    model = torch_models.model()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    model.model.layers[0].eval()
+    model.lm_head.weight.requires_grad_(False)
+    own, before = config(), state_of(model)
+    entries = copy.deepcopy(vars(own))
+    result = run(model, config=own)
+    assert_same(before, state_of(model))
+    assert vars(own) == entries
+    assert result.low < result.learning_rate < result.high
+    assert result.cost.spent <= 0.1 * STEPS
+    assert (result.config.r, result.config.lora_alpha) == (32, 16)
+    frame = result.curve
+    assert len(frame) >= 3
+    assert (frame["steps"] == result.probe_steps).all()
+    assert frame["held_out_loss"].nunique() == len(frame)
+    assert frame["learning_rate"].is_monotonic_increasing
+    assert result.displacement_constant > 0
+    assert any("rank 8" in sentence for sentence in result.assumptions)
+
+
+def test_a_run_is_that_of_a_loop_by_hand() -> None:
+    """The first run's held-out loss: AdamW on the scaled cosine schedule, clipped gradients, the same batches."""
+    result = run(probe_rank=4, warmup=40)
+    row = result.curve.iloc[1]
+    steps = result.probe_steps
+    model = torch_models.model().train()
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, config(r=4, lora_alpha=16))
+    parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
+    warmup = 40 * steps // STEPS
+    for step, batch in zip(range(steps), batches(12), strict=False):
+        cosine = (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        optimizer.param_groups[0]["lr"] = row["learning_rate"] * (step / warmup if step < warmup else cosine)
+        optimizer.zero_grad()
+        adapted(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    adapted.eval()
+    with torch.no_grad():
+        loss = sum(float(adapted(**batch).loss) for batch in batches(3, seed=1)) / 3
+    assert row["held_out_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_accumulated_batches_are_one_step() -> None:
+    halves = [{name: value[i : i + 1] for name, value in batch.items()} for batch in batches(12) for i in range(2)]
+    whole, parts = run(), run(train=halves, accumulation=2)
+    assert parts.curve["held_out_loss"].to_numpy() == pytest.approx(whole.curve["held_out_loss"].to_numpy(), rel=1e-4)
+
+
+def test_a_longer_probe_screens_rates_first() -> None:
+    result = run(steps=1700, learning_rate=1e-3)
+    frame = result.curve
+    assert frame["steps"].nunique() == 2
+    assert frame["stopped_early"].any()
+    assert not frame["stopped_early"].all()
+    assert result.cost.share <= 0.1
+    assert any("were repeated" in sentence for sentence in result.assumptions)
+
+
+def test_a_diverged_rate_is_infinite_loss() -> None:
+    """A loss that is not finite above a rate: no error, and the probe goes on with lower rates."""
+
+    def loss(model, batch):
+        value = model(**batch).loss
+        largest = max(float(p.detach().abs().max()) for name, p in model.named_parameters() if "lora_B" in name)
+        return value * math.nan if largest > 0.01 else value
+
+    result = run(loss=loss, learning_rate=1e-3)
+    frame = result.curve
+    diverged = frame["diverged_at"].notna()
+    assert diverged.any()
+    assert frame.loc[diverged, "held_out_loss"].eq(math.inf).all()
+    assert result.probe.learning_rate < frame.loc[diverged, "learning_rate"].min()
+    with pytest.raises(InputError, match="every run of the probe diverged"):
+        run(loss=lambda model, batch: model(**batch).loss * math.nan)
+
+
+def test_an_interrupted_probe_resumes_and_refuses_other_settings(tmp_path) -> None:
+    path, model = tmp_path / "new" / "probe.json", torch_models.model()
+    whole, calls = run(), []
+
+    def interrupted(model, batch):
+        calls.append(1)
+        if len(calls) == 15:  # a run has 7 steps and evaluates 6 groups
+            raise KeyboardInterrupt
+        return model(**batch).loss
+
+    before = state_of(model)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, loss=interrupted, checkpoint=path)
+    assert_same(before, state_of(model))
+    finished = json.loads(path.read_text())["runs"]
+    assert len(finished) == 1
+    trained = []
+    resumed = run(model, checkpoint=path, loss=lambda m, b: trained.append(1) or m(**b).loss)
+    assert resumed.curve.equals(whole.curve)
+    assert resumed.learning_rate == whole.learning_rate
+    assert len(trained) == (len(whole.curve) - 1) * (whole.probe_steps + 3 * 2)
+    done = path.read_text()
+    assert run(model, checkpoint=path, loss=lambda *_: pytest.fail("trained again")).curve.equals(whole.curve)
+    for changed in (
+        {"seed": 1},
+        {"train": batches(12, seed=5)},
+        {"config": config(lora_alpha=8)},
+        {"schedule": "linear"},
+    ):
+        with pytest.raises(InputError, match="another probe"):
+            run(model, checkpoint=path, **changed)
+    path.write_text(done[:100])
+    with pytest.raises(InputError, match=r"probe\.json"):
+        run(model, checkpoint=path)
+
+
+def test_texts_chats_and_tokenized_records() -> None:
+    tokenizer = torch_chats.tokenizer("~")
+    texts = ["abc abcd", "had a word", "is bad"]
+    chats = [
+        {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": text}]} for text in texts
+    ]
+    ids = [{"input_ids": tokenizer(text)["input_ids"]} for text in texts]
+    reading = {"tokenizer": tokenizer, "batch_size": 2, "max_length": 64}
+    as_text, as_ids, as_field = (
+        read_batches(data, "train", **reading) for data in (texts, ids, [{"text": text} for text in texts])
+    )
+    assert [batch["input_ids"].shape[0] for batch in as_text] == [2, 1]
+    for other in (as_ids, as_field):
+        for first, second in zip(as_text, other, strict=True):
+            assert all(torch.equal(first[name], second[name]) for name in first)
+    labels = read_batches(chats, "train", **reading)[0]["labels"]
+    assert 0 < int((labels != -100).sum()) < labels.numel()
+    assert int((as_text[0]["labels"] == -100).sum()) == int((as_text[0]["attention_mask"] == 0).sum())
+    groups = held_out_groups(torch_models.model(), as_text)
+    assert [group.targets for group in groups] == [len(text) - 1 for text in texts]
+    assert len(read_batches(as_text, "train", **reading, count=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"steps": 50}, "steps"),
+        ({"schedule": "step"}, "schedule .*'step'"),
+        ({"warmup": 300}, "warmup .* 300"),
+        ({"budget": 0.0}, "budget"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm"),
+        ({"train": []}, "train .* none"),
+        ({"train": "text"}, "train .* str"),
+        ({"train": ["text"]}, "tokenizer"),
+        ({"train": [3]}, "train .* int"),
+        ({"config": {"r": 8}}, "config .* dict"),
+        ({"config": "bias"}, "bias"),
+        ({"config": "pattern"}, "rank_pattern"),
+        ({"config": "save"}, "modules_to_save"),
+        ({"config": "targets"}, "target_modules .*'none_such'"),
+        ({"held_out": [{"input_ids": torch.ones(2, 4, dtype=torch.long)}]}, "labels"),
+        ({"held_out": "unlabelled"}, "label"),
+        ({"held_out": "long"}, "held_out"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_bad_input_is_refused_before_work(arguments, named) -> None:
+    configs = {
+        "bias": {"bias": "all"}, "pattern": {"rank_pattern": {"q_proj": 4}}, "save": {"modules_to_save": ["lm_head"]},
+        "targets": {"target_modules": ["none_such"]},
+    }  # fmt: skip
+    if isinstance(name := arguments.get("config"), str):
+        arguments = {"config": config(**configs[name])}
+    if arguments.get("held_out") == "unlabelled":
+        tokens = torch.ones(2, 4, dtype=torch.long)
+        arguments = {"held_out": [{"input_ids": tokens, "labels": torch.full_like(tokens, -100)}]}
+    if arguments.get("held_out") == "long":
+        arguments = {"held_out": batches(1, rows=2, length=50)}
+    model = torch_models.model()
+    before = state_of(model)
+    with pytest.raises(InputError, match=named):
+        run(model, **arguments)
+    assert_same(before, state_of(model))
+
+
+def test_a_model_with_adapters_is_refused() -> None:
+    with pytest.raises(InputError, match="adapters"):
+        run(peft.get_peft_model(torch_models.model(), config()))
+
+
+def test_the_probe_has_the_planned_strength() -> None:
+    for own, strength in ((config(), 16.0), (config(use_rslora=True), 16 * 32**0.5)):
+        small = probe_config(own, 8)
+        assert strength_of(own) == pytest.approx(strength)
+        assert strength_of(small) == pytest.approx(strength)
+        assert small.r == 8
+
+
+def test_the_ratio_of_the_parts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    A, B, start = (torch.randn(size, generator=generator) for size in ((4, 7), (5, 4), (4, 7)))
+    expected = (B @ (A - start)).norm() / (B @ start).norm()
+    assert led_ratio(A, B, start) == pytest.approx(float(expected), rel=1e-5)
+    assert math.isnan(led_ratio(A, 0 * B, start))
+
+
+def test_bfloat16_and_dropout() -> None:
+    model = torch_models.model().to(torch.bfloat16)
+    result = run(model, config=config(lora_dropout=0.1, use_dora=True))
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert any("DoRA" in sentence for sentence in result.assumptions)
+    assert run(model, config=config(lora_dropout=0.1, use_dora=True)).curve.equals(result.curve)

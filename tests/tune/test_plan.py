@@ -1,0 +1,217 @@
+"""The plan of a probe: its cost, the order of its runs, and that an interrupted one continues alike."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rora_theory.errors import InputError
+from rora_theory.tune.curve import fit_best_rate
+from rora_theory.tune.plan import (
+    ProbeRun,
+    carry_steps,
+    make_plan,
+    next_trial,
+    scaled_warmup,
+    schedule_factor,
+)
+from rora_theory.tune.result import conclude, expected_regret
+
+TOKENS = (40, 60, 50, 30)
+
+
+def losses_at(rate, best, *, limit=math.inf, width=1.0):
+    """Return summed losses of the records: the log loss is asymmetric in the log rate, steeper above the best one."""
+    if rate > limit:
+        return None
+    distance = math.log2(rate / best) / width
+    per_token = 1.2 * math.exp(0.02 * distance**2 + (0.01 * distance**3 if distance > 0 else 0.0))
+    return tuple(per_token * size * (1 + 0.1 * index) for index, size in enumerate(TOKENS))
+
+
+def probe(plan, best_at_64, *, limit=math.inf, finished=()):
+    """Run a probe on curves whose best rate depends on the steps as in `carry_steps`."""
+    runs = list(finished)
+    while (trial := next_trial(plan, runs)) is not None:
+        best = carry_steps(best_at_64, 64, trial.steps).best
+        losses = losses_at(trial.learning_rate, best, limit=limit)
+        runs.append(
+            ProbeRun(trial.learning_rate, trial.steps, diverged_at=2)
+            if losses is None
+            else ProbeRun(trial.learning_rate, trial.steps, losses, (1.0, 0.5, 2.0))
+        )
+        assert len(runs) < 100
+    return runs
+
+
+def plan_of(steps, **settings):
+    return make_plan(steps, 64.0, **{"batch_tokens": 1000, "held_out_tokens": 10_000} | settings)
+
+
+@pytest.mark.parametrize(
+    ("steps", "factors"),
+    [
+        (180, (0.7, 1.0, 2.5)),
+        (256, (0.7, 1.0, 2.5)),
+        (400, (0.7, 1.0, 2.5)),
+        (1000, (1 / 4, 1 / 3, 1.0, 2.5, 8.0)),
+        (2000, (1 / 8, 1 / 3, 1.0, 2.5, 8.0)),
+        (10_000, (1 / 30, 1 / 8, 1 / 3, 1.0, 2.5, 8.0, 30.0)),
+        (200_000, (1 / 30, 1 / 8, 1 / 3, 1.0, 2.5, 8.0, 30.0)),
+    ],
+)
+def test_a_probe_finds_the_best_rate_within_its_budget(steps, factors) -> None:
+    """The regret is below 0.003 nats; the best rate differs by these factors from the one that the probe expects."""
+    plan = plan_of(steps)
+    for factor in factors:
+        true_at_64 = factor * carry_steps(plan.learning_rate, plan.probe_steps, 64).best
+        runs = probe(plan, true_at_64)
+        assert plan.spent(runs) <= 0.1 * steps
+        assert plan.probe_steps <= max(steps // 16, 5)
+        result = conclude(plan, runs, TOKENS, config=None, rank=128, probe_rank=8, schedule="cosine")
+        assert result.cost.share <= 0.1
+        true = carry_steps(true_at_64, 64, steps).best
+        assert result.probe.edge == ""
+        assert result.low < true < result.high
+        at_best, at_advised = (sum(losses_at(rate, true)) / sum(TOKENS) for rate in (true, result.learning_rate))
+        assert at_advised - at_best < 0.003, (factor, true, result.learning_rate)
+        assert result.displacement_constant == pytest.approx(128.0)
+
+
+def test_a_short_run_costs_at_most_26_steps_of_256() -> None:
+    plan = plan_of(256, batch_tokens=320, held_out_tokens=96 * 80)
+    assert plan.spent(probe(plan, 8e-4)) <= 26
+    assert plan.screen_steps is None
+    assert plan.held_out_tokens(320) * 0.5 / 320 == pytest.approx(plan.evaluation_cost, rel=0.01)
+    assert "25.6 training steps" in plan.sentence()
+
+
+def test_screening_shortens_most_runs() -> None:
+    """Five rates or more have short runs; of these the best and its neighbours are trained for longer."""
+    plan = plan_of(2000)
+    runs = probe(plan, 8e-4)
+    short, full = ([run for run in runs if run.steps == steps] for steps in (plan.screen_steps, plan.probe_steps))
+    assert len(short) >= 5
+    assert 3 <= len(full) <= 4
+    assert sum(run.steps for run in short) < sum(run.steps for run in full)
+
+
+@pytest.mark.parametrize("factor", [1 / 20, 20.0])
+def test_the_grid_is_extended_at_its_edges(factor) -> None:
+    plan = plan_of(10_000)
+    runs = probe(plan, factor * carry_steps(plan.learning_rate, plan.probe_steps, 64).best)
+    assert fit_best_rate(plan, runs, TOKENS).edge == ""
+
+
+def test_an_edge_that_the_budget_leaves_is_reported() -> None:
+    plan = plan_of(256)
+    for factor, edge in ((1 / 100, "low"), (100.0, "high")):
+        true = factor * carry_steps(plan.learning_rate, plan.probe_steps, 64).best
+        result = conclude(plan, probe(plan, true), TOKENS, config=None, rank=8, probe_rank=8, schedule="cosine")
+        assert result.probe.edge == edge
+        assert any(f"at the {edge} end" in sentence for sentence in result.assumptions)
+        assert result.high / result.low > 16
+
+
+def test_divergence_counts_as_infinite_loss_and_higher_rates_are_not_trained() -> None:
+    plan = plan_of(2000)
+    limit = 0.3 * plan.learning_rate
+    runs = probe(plan, 8e-4, limit=limit)
+    lowest = min(run.learning_rate for run in runs if run.diverged_at is not None)
+    for steps in (plan.screen_steps, plan.probe_steps):
+        assert sum(run.learning_rate >= lowest for run in runs if run.steps == steps) <= 3
+    result = conclude(plan, runs, TOKENS, config=None, rank=128, probe_rank=8, schedule="cosine")
+    assert result.probe.learning_rate <= limit
+    frame = result.curve
+    assert frame.loc[frame["diverged_at"].notna(), "held_out_loss"].eq(math.inf).all()
+    assert frame.loc[frame["diverged_at"].notna(), "stopped_early"].all()
+
+
+def test_a_probe_in_which_every_rate_diverges_is_refused() -> None:
+    plan = plan_of(256)
+    with pytest.raises(InputError, match="every run of the probe diverged"):
+        fit_best_rate(plan, probe(plan, 8e-4, limit=0.0), TOKENS)
+
+
+@given(st.integers(0, 12), st.floats(0.1, 10))
+def test_an_interrupted_probe_continues_with_the_same_runs(cut, factor) -> None:
+    plan = plan_of(2000)
+    whole = probe(plan, 8e-4 * factor)
+    stored = [ProbeRun.from_json(run.as_json()) for run in whole[:cut]]
+    assert probe(plan, 8e-4 * factor, finished=stored) == whole
+
+
+@given(st.floats(20, 10_000), st.floats(0.02, 1.0), st.floats(1, 1e6), st.floats(1, 1e6), st.floats(0.01, 100.0))
+def test_the_cost_is_within_the_budget(total, budget, batch_tokens, held_out_tokens, factor) -> None:
+    steps = math.ceil(total / budget)
+    plan = plan_of(steps, batch_tokens=batch_tokens, held_out_tokens=held_out_tokens, budget=budget)
+    runs = probe(plan, 8e-4 * factor)
+    assert plan.spent(runs) <= budget * steps * (1 + 1e-9)
+    assert plan.evaluation_cost <= 0.5 * held_out_tokens / batch_tokens * (1 + 1e-9)
+    assert sum(run.steps == plan.probe_steps for run in runs) >= 3
+
+
+def test_the_start_is_carried_to_the_probe() -> None:
+    """A rate of the planned run becomes a higher one of the shorter probe; without one it is the published best."""
+    plan = plan_of(2000, learning_rate=2e-4)
+    assert plan.learning_rate == pytest.approx(2e-4 * (2000 / plan.probe_steps) ** 0.5)
+    published = make_plan(1024, 64.0, batch_tokens=1, held_out_tokens=1)
+    assert published.learning_rate == pytest.approx(8.08e-4 * (64 / published.probe_steps) ** 0.5, rel=1e-3)
+    weaker = make_plan(1024, 16.0, batch_tokens=1, held_out_tokens=1)
+    assert 1.5 < weaker.learning_rate / published.learning_rate < 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"steps": 100}, "steps .* got 100"),
+        ({"steps": 0}, "steps"),
+        ({"strength": 0.0}, "strength"),
+        ({"budget": 1.5}, "budget"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"held_out_tokens": 0}, "held_out_tokens"),
+    ],
+)
+def test_bad_input(settings, named) -> None:
+    arguments = {"steps": 2000, "strength": 64.0, "batch_tokens": 100, "held_out_tokens": 100} | settings
+    with pytest.raises(InputError, match=named):
+        make_plan(arguments.pop("steps"), arguments.pop("strength"), **arguments)
+
+
+def test_schedules_are_those_of_transformers() -> None:
+    factors = [schedule_factor("linear", step, steps=6, warmup=2) for step in range(6)]
+    assert factors == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25])
+    assert [schedule_factor("constant", step, steps=4, warmup=1) for step in range(4)] == [0, 1, 1, 1]
+    cosine = [schedule_factor("cosine", step, steps=100) for step in range(100)]
+    assert np.all(np.diff(cosine) < 0)
+    assert scaled_warmup(0, 2000, 28) == 0
+
+
+def test_the_expected_regret_is_that_of_published_runs() -> None:
+    for same_rank in (True, False):
+        regret = expected_regret(same_rank=same_rank)
+        assert 0 < regret.median < regret.largest < 0.01
+        assert regret.pairs >= 15
+        assert "SmolLM2-135M" in regret.sentence()
+        assert ("rank" in regret.changed) is not same_rank
+
+
+def test_the_plot_shows_curve_and_range() -> None:
+    plan = plan_of(2000)
+    result = conclude(
+        plan,
+        probe(plan, 8e-4, limit=4 * plan.learning_rate),
+        TOKENS,
+        config=None,
+        rank=8,
+        probe_rank=8,
+        schedule="cosine",
+    )
+    axes = result.plot()
+    assert axes.get_xscale() == "log"
+    labels = axes.get_legend_handles_labels()[1]
+    assert f"{plan.probe_steps} steps" in labels
+    assert result.plot(axes) is axes
+    assert f"{result.learning_rate:.3g}" in result.sentence()
