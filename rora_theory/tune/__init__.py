@@ -3,6 +3,6 @@
 This package needs NumPy alone. `rora_theory.measure.torch.tune` and `sims.tune` train the runs that it plans.
 """
 
-from rora_theory import lazily
+from rora_theory import lazy_modules
 
-__getattr__, __dir__ = lazily.attributes(__name__)
+__getattr__, __dir__ = lazy_modules.attributes(__name__)

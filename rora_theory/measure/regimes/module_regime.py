@@ -217,8 +217,8 @@ class Regime:
             f"In the first step of a single module, the signal term dominates above rank {pooled.median():.3g} "
             f"({DISPLAY_NAMES[optimizer]}, {init}, {tokens}). This is the median over {len(rows)} modules; their "
             f"crossing ranks range from {pooled.min():.3g} to {pooled.max():.3g}, and that of a typical token is "
-            f"{token:.3g}. In the step of the whole model, cross-talk averages out over modules; a coordinate check tests "
-            "this."
+            f"{token:.3g}. In the step of the whole model, cross-talk averages out over modules; a coordinate check "
+            "tests this."
         )
 
     def crossings_of(self, optimizer: Optimizer, init: Init, split: Split) -> pd.DataFrame:

@@ -244,7 +244,9 @@ def _identity(model: torch.nn.Module, settings: ProbeSettings, plan: ProbePlan, 
         sample = parameter.detach().reshape(-1)[:8].cpu()
         state.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {sample.tolist()}".encode())
     # Sets are sorted: their order differs between processes.
-    entries = {name: sorted(value) if isinstance(value, set) else value for name, value in vars(settings.config).items()}
+    entries = {
+        name: sorted(value) if isinstance(value, set) else value for name, value in vars(settings.config).items()
+    }
     names = ("schedule", "warmup", "accumulation", "max_grad_norm", "seed")
     return {
         "model": state.hexdigest(),
