@@ -21,7 +21,8 @@ columns:
     <!-- / -->
 
 The gallery of figures: `<!-- gallery -->`, on a line of its own. The package's data file
-`rora_theory/advice/measured.json` is filled and checked with the pages (`fill_packaged`).
+`rora_theory/advice/measured.json` is filled and checked with the pages (`fill_packaged`), and copied for the calculator
+(`fill_calculator`).
 
 FILE
     x.csv            The rows of the file. An empty cell is a missing value.
@@ -60,7 +61,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
 PACKAGED = ROOT / "rora_theory" / "advice" / "measured.json"
-"""Measured numbers that the library quotes."""
+"""Measured numbers that the library uses."""
+CALCULATOR = ROOT / "docs" / "assets" / "measured.mjs"
+"""The same numbers for the calculator."""
 
 MARK = re.compile(
     r"(?P<opening><!-- (?P<kind>n|table|gallery)\b(?P<body>(?:(?!-->).)*?)\s-->)(?P<text>(?:(?!<!--).)*)<!-- / -->",
@@ -343,6 +346,12 @@ def packaged_ranges(entry: Mapping[str, Any]) -> dict[str, list[Any]]:
     return ranges
 
 
+def fill_calculator(text: str, where: str) -> tuple[str, list[str]]:
+    """Return the package's data file as a module of JavaScript, which replaces the calculator's."""
+    filled = f"// Written by docs/fill.py from {PACKAGED.relative_to(ROOT)}.\nexport default {PACKAGED.read_text()}"
+    return filled, [] if text == filled else [f"{where}: differs from {PACKAGED.relative_to(ROOT)}"]
+
+
 def figures(_: str) -> str:
     """Return the gallery of published figures."""
     import gallery  # beside this file; imports every command, which takes a second
@@ -404,9 +413,21 @@ def fill(text: str, where: str) -> tuple[str, list[str]]:
 
 
 def documents() -> list[Path]:
-    """Return every file to fill: README.md, the pages, the package's data; the gallery last, as it quotes the pages."""
+    """Return every file to fill: the package's data, the calculator's, README.md, the pages.
+
+    The gallery is last, as it quotes the pages.
+    """
     pages = sorted((ROOT / "docs").rglob("*.md"), key=lambda page: (page.name == "gallery.md", page))
-    return [PACKAGED, ROOT / "README.md", *(page for page in pages if "published" not in page.relative_to(ROOT).parts)]
+    pages = [page for page in pages if "published" not in page.relative_to(ROOT).parts]
+    return [PACKAGED, CALCULATOR, ROOT / "README.md", *pages]
+
+
+FILLERS: dict[str, Callable[[str, str], tuple[str, list[str]]]] = {
+    ".json": fill_packaged,
+    ".mjs": fill_calculator,
+    ".md": fill,
+}
+"""What fills a file, by its suffix."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -417,7 +438,7 @@ def main(arguments: Sequence[str]) -> int:
     failures = 0
     for path in documents():
         old = path.read_text()
-        new, problems = (fill_packaged if path.suffix == ".json" else fill)(old, str(path.relative_to(ROOT)))
+        new, problems = FILLERS[path.suffix](old, str(path.relative_to(ROOT)))
         if not arguments and new != old:
             path.write_text(new)
         # Without --check a mark that differed is now right; only errors remain.

@@ -1,14 +1,15 @@
-"""What alpha, or what learning rate, keeps the change of the model the same when the rank changes.
+"""Print the alpha and learning rate to set when the rank, the rule or the number of steps changes.
 
-    python -m sims.transfer --from-rank 8 --to-rank 128 --alpha 16 --lr 3e-4 --rule lora --optimizer adamw
+    python -m sims.transfer --from-rank 16 --to-rank 128 --alpha 32 --lr 2e-4
+    python -m sims.transfer --from-rank 16 --to-rank 128 --alpha 32 --to-alpha 256 --lr 2e-4 --steps 64 --to-steps 256
     python -m sims.transfer --from ADAPTER/adapter_config.json --lr 3e-4 --to-rank 128 --to-rule rslora --to-alpha 16
 
-The first sentence says what to set and for how long it holds. Under Adam the answer has two ends, the first step's and
-a long run's; --steps with --takeover (measured) or --p-in (assumed) gives the value between them. The regime is assumed
-(signal, the default, whose alpha keeps the whole model's first step, or cross-talk) or measured: --regime RUN takes a
-run of sims.regime, and alphas then differ by module and keep each module's own step. Then follow a short table, what
-rules of thumb and `use_rslora` would do, and a PEFT `LoraConfig` to paste. --check MODEL DATA... takes the first real
-steps of the model at both ranks and writes them to a run folder.
+The first sentence is the answer. Its cost in comparable runs and its limits follow, then the learning rates of common
+choices, and a PEFT `LoraConfig` to paste. Under Adam with PEFT's default initialisation the learning rate follows the
+displacement law; otherwise the first step is preserved. The regime is assumed (signal, the default, which describes the
+whole model, or cross-talk) or measured: --regime RUN loads a run of sims.regime, and alphas then differ by module and
+preserve each module's own first step. --check MODEL DATA... trains the model for one step at both ranks, and writes the
+sizes of the changes to a run folder.
 """
 
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from rora_theory.advice import text
+from rora_theory.advice.transfer import Advice
 from rora_theory.cluster import ClusterConfig
 from rora_theory.data.records import DataConfig
 from rora_theory.errors import InputError
@@ -35,27 +38,27 @@ NAME = "transfer"
 
 @dataclass(frozen=True)
 class Config(TransferConfig):
-    """What was tuned, and where it is to go."""
+    """Tuned setting, new rank, and an optional check on a model."""
 
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """a saved adapter's folder or its adapter_config.json: gives --from-rank, --alpha, --rule, --init and --targets,
-    none of which may then be another, and the LoraConfig's other entries"""
+    """Folder of a saved adapter, or its adapter_config.json. It provides --from-rank, --alpha, --rule, --init and
+    --targets, which must not be set to other values, and the other entries of the LoraConfig"""
     check: tuple[str, ...] = ()
-    """a model and data files: take the first real steps at both ranks"""
+    """A model and one or more data files, on which to run the real first steps at both ranks"""
     reading: DataConfig = field(default_factory=DataConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     batch_size: Count = 8
-    """records of --check's batch, and as many held-out ones"""
+    """Number of records in the batch of --check, and of held-out records"""
     seeds: tuple[int, ...] = (0, 1, 2, 3)
-    """draws of A of --check"""
+    """Seeds of A in --check"""
     seed: int = 0
-    """of the records' split and of all draws"""
+    """Seed of the split of the records and of all draws"""
     out: Path | None = None
-    """run folder of --check; none is results/transfer/RUN_ID"""
+    """Run folder of --check; the default is results/transfer/RUN_ID"""
 
     def __post_init__(self) -> None:
         if len(self.check) == 1:
-            raise InputError(f"--check is {self.check[0]}; accepted are a model and one or more data files")
+            raise InputError(f"--check must be a model and one or more data files, got {self.check[0]}")
         check_ranges(self)
         check_seeds(self.seeds, fewest=2)
         check_seed(self.seed, "--seed")
@@ -65,55 +68,65 @@ class Config(TransferConfig):
 
 
 def report(config: Config, advised: Advised) -> None:
-    """Print the sentence, the tables and the snippet, and what the regime leaves open."""
-    found, peft, thin = advised
-    snippet = found.peft_config(**peft)  # refused first
-    answers.say(found.sentence(), [thin] if thin else [], **found.as_dict(), target_modules=peft["target_modules"])
-    print()
-    flag = ", with use_rslora" if found.is_rslora else ""
+    """Print the answer, the tables and the configuration to paste."""
+    advice, peft, limits = advised
+    snippet = advice.peft_config(**peft)  # raises before anything is printed
+    target_modules = peft["target_modules"]
+    answers.say(advice.answer(), [limits] if limits else [], **advice.as_dict(), target_modules=target_modules)
+    tables.print_text(f"\n{advice.details()}\n")
+    if advice.regime != "signal":
+        print_modules(config, advice)
+    print_alternatives(advice)
+    print(snippet)
+    if advice.regime == "measured" and not advice.fixes_alpha:
+        tables.print_text(f"\n{text.describe_whole_model(advice)} --check runs the steps.")
+
+
+def print_modules(config: Config, advice: Advice) -> None:
+    """Print the alpha and the learning rate that preserve the first step, by type of module or by regime."""
+    flag = ", with use_rslora" if advice.is_rslora else ""
     tables.print_records(
-        found.heading(config.split),
-        [group._asdict() for group in found.groups_by_regime()],
+        text.describe_tuned(advice, config.split),
+        [group._asdict() for group in advice.groups_by_regime()],
         {
             "": "{name}",
-            f"alpha at rate {found.old.learning_rate:g}{flag}": "{alpha:.6g}",  # as many digits as the snippet has
-            f"rate at alpha {found.unchanged.alpha:g}{flag}": "{learning_rate:.4g}",
+            f"alpha at rate {advice.old.learning_rate:g}{flag}": "{alpha:.6g}",  # with the digits of the configuration
+            f"rate at alpha {advice.unchanged.alpha:g}{flag}": "{learning_rate:.4g}",
             "step if neither changes": "{unchanged:.4g}",
         },
     )
-    forms = {"choice": "{name}", "gamma": "{gamma:.4g}", "first step": "{steps:.4g} x"}
-    forms["rate that corrects it"] = "{learning_rate:.3g}"
-    if found.plan is not None:
-        forms[f"at {found.plan.steps} steps"] = "{rates.planned:.3g}"
-    if found.rates is not None:
-        forms["in a long run"] = "{rates.A_led:.3g}"
-    tables.print_records(
-        found.choices_heading(),
-        [vars(each) | {"gamma": each.setting.scaling, "steps": each.steps} for each in found.alternatives()],
-        forms,
-    )
-    print(snippet)
-    if found.regime == "measured" and not found.fixes_alpha:
-        tables.print_text(f"\n{found.whole_model()} --check takes the steps.")
+
+
+def print_alternatives(advice: Advice) -> None:
+    """Print what common choices of alpha and rule ask of the learning rate."""
+    formats = {"choice": "{name}", "scaling": "{scaling:.4g}"}
+    if advice.follows_displacement_law:
+        formats |= {"divide the rate by (range)": "{divisor:.3g}", "rate": "{learning_rate:.3g}"}
+    else:
+        formats |= {"first step": "{step:.4g} x", "rate that preserves it": "{learning_rate:.3g}"}
+    if advice.rate_limits is not None:
+        formats["in a long run"] = "{rate_limits.long_run:.3g}"
+    rows = [vars(row) | {"scaling": row.setting.scaling, "divisor": row.divisor} for row in advice.alternatives()]
+    tables.print_records(text.describe_alternatives(advice), rows, formats)
 
 
 def take_first_steps(config: Config, advised: Advised) -> None:
-    """Report, take the first real step of every candidate, and report its size against the tuned one's.
+    """Print the advice, run the first step of every candidate on the model, and print the sizes of the changes.
 
     Raises:
-      InputError: settings of the check.
+      InputError: If a setting of the check is out of range or does not fit the model.
     """
     from rora_theory.measure import record_batches, transfer_check
     from rora_theory.measure.layers.model_layers import RealStep
     from sims.common import prompts
 
-    found, targets = advised.advice, advised.peft["target_modules"]
+    advice, targets = advised.advice, advised.peft["target_modules"]
     runner, seed = config.cluster.runner(), config.seed
     read = prompts.read_inputs(config.check[1:], config.check[0], config.reading)
     size = record_batches.PairConfig(config.batch_size, config.batch_size)
     pair = record_batches.pair(size, **read.texts(), seed=config.seed)
     identity: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "seeds", "seed")}
-    identity |= {"targets": targets} | found.identity() | read.identity
+    identity |= {"targets": targets} | advice.identity() | read.identity
     check_free(path_of(NAME, identity, config.out))
     report(config, advised)
     stepper = RealStep(read.model.params, read.model.config, pair.train, pair.held_out, targets)
@@ -121,24 +134,28 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra, models=models)
     prompts.keep(folder, pair.examples, read.tokenizer, show=config.reading.show)
     steps = run_table(
-        list(transfer_check.first_steps(found, config.seeds)),
-        lambda cell, _: transfer_check.first_step_rows(stepper, found, cell, seed),
+        list(transfer_check.first_steps(advice, config.seeds)),
+        lambda cell, _: transfer_check.first_step_rows(stepper, advice, cell, seed),
         folder,
         transfer_check.COLUMNS,
         runner=runner,
         title="first steps",
     )
-    summary = transfer_check.summarise(steps, found)
+    summary = transfer_check.summarise(steps, advice)
     folder.write_frame(summary, "summary.csv")
     print()
     scope = ("plan", "rank", "alpha", "learning_rate", "quantity")
     ratios = key_figures(
-        summary, "rms change of the first step over the tuned one's", "ratio", over="draws", scope=scope
+        summary,
+        "root mean square of the first change, relative to the tuned setting",
+        "ratio",
+        over="draws",
+        scope=scope,
     )
-    with summarised(folder, ratios, answer=found.sentence()):
+    with summarised(folder, ratios, answer=advice.sentence()):
         tables.print_table(
-            f"The first step really taken on {config.check[0]}: rms of the change against the tuned setting's, "
-            f"{len(config.seeds)} draws of A ± s.e.",
+            f"First step on {config.check[0]}: root mean square of the change, relative to the tuned setting, over "
+            f"{len(config.seeds)} draws of A ± standard error",
             transfer_check.HEADS,
             transfer_check.format_candidates(summary),
         )
@@ -147,7 +164,7 @@ def take_first_steps(config: Config, advised: Advised) -> None:
 
 
 def run(config: Config) -> None:
-    """Report, and check where asked."""
+    """Print the advice, and check it on a model if one is given."""
     (take_first_steps if config.check else report)(config, advise(config))
 
 

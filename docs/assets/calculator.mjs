@@ -1,10 +1,10 @@
 // The calculator's page: a form, what to set in words, tables and drawings. The address has the form's state.
 
-import { FAMILY, InputError, advise, curves, g, range, readCrossings, ruleInWords, stepRatio } from "./transfer.mjs";
+import { FAMILY, InputError, RUN_FIELDS, advise, curves, g, range, readCrossings, ruleInWords, stepRatio } from "./transfer.mjs";
 
-const NUMBERS = ["from-rank", "to-rank", "alpha", "to-alpha", "lr", "steps", "p-in", "takeover"];
+const NUMBERS = ["from-rank", "to-rank", "alpha", "to-alpha", "lr", "steps", "to-steps", "displacement-constant"];
+const OPTIONAL = ["to-rule", "schedule", "to-schedule"]; // lists with an empty entry
 const NUMBER = /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i;
-const LATER = ["steps", "p-in", "takeover"];
 const LARGEST_FILE = 20e6; // bytes
 
 function make(space, name, attributes, children) {
@@ -61,43 +61,48 @@ function chart(id, caption, ranks, lines, marks, width) {
 function drawings(asked, found, width) {
   const rows = curves(asked);
   const ranks = rows.map((row) => row.rank);
-  const { old, kept } = found;
-  const at = (c) => `${g(stepRatio({ ...kept, lr: old.lr }, old, c), 3)} times`;
+  const { old, unchanged } = found;
+  const at = (c) => `${g(stepRatio({ ...unchanged, lr: old.lr }, old, c), 3)} times`;
   const lines = [{ name: "signal alone", key: "signal" }, { name: "cross-talk alone", key: "cross_talk" }];
   if (rows[0].measured !== null) lines.push({ name: "measured, mean over modules", key: "measured" });
   const drawn = lines.map((line) => ({ ...line, values: rows.map((row) => row[line.key]) }));
-  const left = `alpha ${g(kept.alpha, 6)} under ${ruleInWords(kept.rule)} and the learning rate ${g(old.lr, 3)}`;
-  const measured = rows[0].measured === null ? "" : `, and as measured ${g(found.stepsOf(kept).mean, 3)} times`;
-  const caption = `Growth of the first step against the rank, with ${left}: at rank ${kept.rank} it is ${at(0)} the tuned ` +
-    `one's where the signal leads, ${at(Infinity)} where cross-talk does${measured}. Dotted: the two ranks.`;
-  const marks = [old.rank, kept.rank];
+  const setting = `alpha ${g(unchanged.alpha, 6)} under ${ruleInWords(unchanged.rule)} and the learning rate ${g(old.lr, 3)}`;
+  const measured = rows[0].measured === null ? "" : `, and as measured ${g(found.stepsOf(unchanged).mean, 3)} times`;
+  const caption = `Growth of the first step with the rank, with ${setting}: at rank ${unchanged.rank} it is ${at(0)} the tuned ` +
+    `one if the signal dominates, ${at(Infinity)} if cross-talk does${measured}. Dotted: the two ranks.`;
+  const marks = [old.rank, unchanged.rank];
   const figures = [chart("calculator-growth", caption, ranks, drawn, marks, width)];
-  const ends = [["first step", "first_step"], ["long run", "A_led"]];
-  if (found.plan) ends.push([`${found.plan.steps} steps`, "planned"]);
-  if (found.rates) {
-    const rateLines = ends.map(([name, key]) => ({ name: `${name}`, values: rows.map((row) => row.rates[key]) }));
-    const said = ends.map(([name, key]) => `${g(found.rates[key], 3)} (${name})`).join(", ");
-    const words = `Learning rate that keeps the change, at alpha ${g(kept.alpha, 6)} under ${ruleInWords(kept.rule)}: at rank ${kept.rank} ${said}.`;
+  // The learning rate against the rank: its range by the displacement law, or the two limits.
+  const part = found.followsDisplacementLaw ? "rate_range" : "rate_limits";
+  const keys = found.followsDisplacementLaw
+    ? [["rate to use", "best"], ["lowest", "low"], ["highest", "high"]]
+    : [["first step", "first_step"], ["long run", "long_run"]];
+  if (rows[0][part] !== null) {
+    const rateLines = keys.map(([name, key]) => ({ name, values: rows.map((row) => row[part][key]) }));
+    const here = found.followsDisplacementLaw ? found.rateRangeOf(unchanged) : found.rate_limits;
+    const values = keys.map(([name, key]) => `${g(here[key], 3)} (${name})`).join(", ");
+    const words = `Learning rate at alpha ${g(unchanged.alpha, 6)} under ${ruleInWords(unchanged.rule)}: at rank ${unchanged.rank} ${values}.`;
     figures.push(chart("calculator-rates", words, ranks, rateLines, marks, width));
   }
   return figures;
 }
 
 function tables(found) {
-  const planned = found.rates?.planned != null;
-  const heads = ["choice", "gamma", "first step", "rate that undoes it"];
-  if (planned) heads.push(`at ${found.plan.steps} steps`);
-  if (found.rates) heads.push("in a long run");
-  const rows = found.choices.map((choice) => {
-    const later = choice.rates === null ? [] : [...(planned ? [choice.rates.planned] : []), choice.rates.A_led];
-    return [choice.name, g(choice.scaling, 4), `${range(choice.step, 4)} x`, g(choice.learning_rate, 3), ...later.map((rate) => g(rate, 3))];
-  });
-  const about = `What common choices do at rank ${found.kept.rank}: the first step against the tuned one's (${ruleInWords(found.old.rule)} where nothing else is said)`;
+  const { followsDisplacementLaw, rate_limits: limits } = found;
+  const heads = followsDisplacementLaw
+    ? ["choice", "scaling", "divide the rate by (range)", "rate"]
+    : ["choice", "scaling", "first step", "rate that preserves it"];
+  if (limits) heads.push("in a long run");
+  const rows = found.choices.map((choice) => [
+    choice.name, g(choice.scaling, 4), followsDisplacementLaw ? range(choice.divisor, 3) : `${range(choice.step, 4)} x`,
+    g(choice.learning_rate, 3), ...(limits ? [g(choice.rate_limits.long_run, 3)] : []),
+  ]);
+  const about = `Learning rate for common choices at rank ${found.unchanged.rank}, under ${ruleInWords(found.old.rule)} unless stated`;
   const made = [table(about, heads, rows)];
   if (found.groups.length > 1) {
     const kinds = found.groups.map((group) => [group.name, range(group.alpha, 6), range(group.learning_rate, 4), range(group.unchanged, 4)]);
-    made.push(table("What keeps each type of module's own first step: mean (range over modules)",
-      ["modules", `alpha at rate ${g(found.old.lr, 6)}`, `rate at alpha ${g(found.kept.alpha, 6)}`, "step if neither changes"], kinds));
+    made.push(table("Alpha and rate that preserve the first step of each type of module: mean (range over modules)",
+      ["modules", `alpha at rate ${g(found.old.lr, 6)}`, `rate at alpha ${g(found.unchanged.alpha, 6)}`, "step if neither changes"], kinds));
   }
   return made;
 }
@@ -122,15 +127,16 @@ function mount(form) {
       if (!NUMBERS.includes(name)) found[name] = text;
       else found[name] = text === "" || disabled ? null : NUMBER.test(text) ? Number(text) : text;
     }
-    found["to-rule"] ||= null;
+    for (const name of OPTIONAL) found[name] = found[name] || null;
+    for (const name of RUN_FIELDS) if (form.elements[name].disabled) found[name] = null;
     if (found.regime === "measured" && file !== null) found.regime = readCrossings(file.text, found);
     return found;
   }
 
   function update() {
-    const { optimizer, regime, split } = form.elements;
-    const hasHorizon = FAMILY[optimizer.value] === "adam" && regime.value === "signal";
-    for (const name of LATER) form.elements[name].disabled = !hasHorizon;
+    const { optimizer, init, regime, split } = form.elements;
+    const hasLaw = FAMILY[optimizer.value] === "adam" && init.value === "kaiming_uniform" && regime.value === "signal";
+    for (const name of RUN_FIELDS) form.elements[name].disabled = !hasLaw;
     split.disabled = regime.value !== "measured";
     const given = fields.filter((field) => !field.disabled && field.value.trim() !== plain[field.name]);
     const query = new URLSearchParams(given.map((field) => [field.name, field.value.trim()])).toString();
@@ -148,7 +154,7 @@ function mount(form) {
       text = found.sentence;
     } catch (error) {
       if (!(error instanceof InputError)) throw error;
-      text = `${error.message}.`;
+      text = error.message.replace(/\.?$/, ".");
       form.elements[error.field]?.setAttribute("aria-invalid", "true");
     }
     said.classList.toggle("calculator-refused", !parts.length);

@@ -1,36 +1,44 @@
-// What `rora transfer` answers, in the browser: the formulas of rora_theory.advice, rora_theory.theory.horizon and
-// rora_theory.scaling. tests/docs/test_calculator.py holds every figure against theirs.
+// What `rora transfer` answers, in the browser: the formulas of rora_theory.advice, rora_theory.theory.displacement and
+// rora_theory.scaling. tests/docs/test_calculator.py compares every figure and text with theirs.
+
+import measured from "./measured.mjs";
 
 const KAPPAS = { lora: 1, rora: 0.5, rslora: 0.5 };
 export const FAMILY = { sgd: "sgd", momentum: "sgd", adam: "adam", adamw: "adam" };
 const WORDS = { sgd: "SGD", momentum: "SGD with momentum", adam: "Adam", adamw: "AdamW" };
 const DEVIATION = { kaiming_uniform: () => Math.sqrt(1 / 3), gaussian: (r) => 1 / r }; // those that PEFT has
-const MEASURED_IN = "in SmolLM2-135M, the one model that was measured (AdamW, batches of 4, constant rate),";
-const MEASURED_RANKS = `Measured, ${MEASURED_IN} over 64 steps: the best rate was 1.2 (0.8 to 1.9) times as high at rank 128 as at ` +
-  "rank 8, where the law allows 1 to 2.4, and 1.3 (1.1 to 1.5) times as high as at rank 32, where it allows 1 to 1.4.";
-const MEASURED_STRENGTHS = `Measured, ${MEASURED_IN} where gamma r grew 11.3 times: the best rate fell 6.8 (4.9 to 9.4) times after 64 ` +
-  "steps and 5.8 (4.4 to 7.6) times after 256.";
-const MEASURED_POWERS = [-0.79, -0.73]; // exponents of the best rate in gamma r
-const MEASURED_GROWTH = 12; // largest change in gamma r, or its inverse, for which a rate from them is advised
-const MEASURED_STEPS = 16; // least number of planned steps for which it is
-const LONGEST = "No run was longer than 256 steps.";
 const PEFT_INITS = { kaiming_uniform: "True", gaussian: "'gaussian'" };
 const REGIMES = { signal: 0, "cross-talk": Infinity };
+const SCHEDULES = ["constant", "linear", "cosine"];
+const COHERENCE_RANGE = [1, 2];
 const TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"];
 const LARGEST = 2 ** 31 - 1;
-const GROWTH = 1e100; // the most that B's gradient may grow
-const MOST_STEPS = 10_000_000; // more than a browser counts through while one types
+
+const MODELS = [...new Set(Object.values(measured).map((entry) => entry.model))].sort();
+const SETTINGS = measured.measured_settings.ranges;
+const STEPS_EXPONENTS = measured.steps_exponents.ranges.exponent.map((value) => Math.round(value * 10) / 10);
+const COST_OF_USE_RSLORA = measured.cost_of_use_rslora_at_the_tuned_rate.columns.regret;
+const CONSTANTS = {}; // range of K by model and number of steps
+const SCHEDULE_FACTORS = { constant: [1, 1] };
+for (const [name, entry] of Object.entries(measured)) {
+  if (name.startsWith("displacement_constant_")) (CONSTANTS[entry.model] ??= []).push([entry.steps, entry.ranges.constant]);
+  if (name.startsWith("schedule_factor_")) SCHEDULE_FACTORS[entry.schedule] = entry.ranges.factor;
+}
+for (const rows of Object.values(CONSTANTS)) rows.sort(([a], [b]) => a - b);
+
 export const FILE = "crossing_ranks.csv";
+export const RUN_FIELDS = ["steps", "to-steps", "schedule", "to-schedule", "displacement-constant"];
 export const LABELS = {
   "from-rank": "Tuned rank", alpha: "Tuned alpha", lr: "Learning rate", rule: "Tuned rule", optimizer: "Optimizer",
-  init: "Start of A", "to-rank": "New rank", "to-rule": "New rule", "to-alpha": "New alpha", regime: "Regime",
-  steps: "Planned steps", "p-in": "Width", takeover: "Takeover distance", split: "Tokens", file: FILE,
+  init: "Initialisation", "to-rank": "New rank", "to-rule": "New rule", "to-alpha": "New alpha", regime: "Regime",
+  steps: "Steps of the tuned run", "to-steps": "Steps of the new run", schedule: "Schedule of the tuned run",
+  "to-schedule": "Schedule of the new run", "displacement-constant": "Displacement constant", split: "Tokens", file: FILE,
 };
 
 /** Bad input: one line, and the field that it is about. */
 export class InputError extends Error {
-  constructor(field, said, accepted) {
-    super(`${LABELS[field]} ${said}; accepted is ${accepted}`);
+  constructor(field, message) {
+    super(`${LABELS[field]} ${message}`);
     this.field = field;
   }
 }
@@ -78,44 +86,52 @@ export function stepRatio(next, old, c) {
   return (next.lr / old.lr) * strength ** power * growth(old.rank, next.rank, c);
 }
 
-/** Distance that A moves in so many steps at a constant gradient and rate under Adam, B's gradient growing with it. */
-export function distanceOfA(lr, steps, takeover) {
-  const [beta1, beta2] = [0.9, 0.999];
-  const pace = () => {
-    let first = 0, second = 0, count = 0;
-    return (gradient) => {
-      count += 1;
-      first = beta1 * first + (1 - beta1) * gradient;
-      second = beta2 * second + (1 - beta2) * gradient ** 2;
-      return second === 0 ? 0 : first / (1 - beta1 ** count) / Math.sqrt(second / (1 - beta2 ** count));
-    };
-  };
-  const [paceB, paceA] = [pace(), pace()];
-  let a = 0, b = 0;
-  for (let step = 0; step < steps; step++) {
-    const before = b;
-    b += lr * paceB(1 + a / takeover);
-    a += lr * paceA(before);
-  }
-  return a;
+/** Lowest and highest displacement constant K after a number of steps; null covers all measured numbers. */
+export function defaultConstants(steps) {
+  const ranges = Object.values(CONSTANTS).map((rows) => [0, 1].map((end) => constantOf(rows, steps, end)));
+  return [Math.min(...ranges.map(([low]) => low)), Math.max(...ranges.map(([, high]) => high))];
 }
 
-/** Factor of the rate that keeps the change where gamma r grows `strength` times and A's part is rho times B's. */
-function rateFactor(strength, rho) {
-  if (rho === Infinity) return strength ** -0.5;
-  const target = (1 + rho) / strength;
-  return (2 * target) / (1 + Math.sqrt(1 + 4 * rho * target));
+/** Interpolate one end of the range, log K in log steps; outside of the measured numbers of steps, the nearest. */
+function constantOf(rows, steps, end) {
+  const values = rows.map(([, constants]) => constants[end]);
+  if (steps == null) return end ? Math.max(...values) : Math.min(...values);
+  const above = rows.findIndex(([count]) => count >= steps);
+  if (above === -1) return values.at(-1);
+  if (above === 0) return values[0];
+  const [[before], [after]] = [rows[above - 1], rows[above]];
+  const share = Math.log(steps / before) / Math.log(after / before);
+  return Math.exp((1 - share) * Math.log(values[above - 1]) + share * Math.log(values[above]));
+}
+
+/** Ratio of the A-led to the B-led change at one strength, rho (1 + rho) = K / strength. */
+function displacementRatio(strength, constant) {
+  const share = constant / strength;
+  return (2 * share) / (1 + Math.sqrt(1 + 4 * share));
+}
+
+/** Best learning rate at another strength (scaling times rank) and number of steps, with its range. */
+export function carryRate(rate, oldStrength, newStrength, run) {
+  const size = (strength, constant, coherence) => strength * (1 + coherence * displacementRatio(strength, constant));
+  const carried = (constant, coherence, exponent) =>
+    rate * (size(oldStrength, constant, coherence) / size(newStrength, constant, coherence)) * run.growthOfSteps ** exponent;
+  const [lowConstant, highConstant] = run.constants;
+  const best = carried(Math.sqrt(lowConstant * highConstant), COHERENCE_RANGE[0], (STEPS_EXPONENTS[0] + STEPS_EXPONENTS[1]) / 2);
+  const ends = run.constants.flatMap((constant) =>
+    COHERENCE_RANGE.flatMap((coherence) => STEPS_EXPONENTS.map((exponent) => carried(constant, coherence, exponent))));
+  const [low, high] = run.scheduleFactors ?? [1, 1];
+  return { low: Math.min(best, ...ends) * low, best: best * Math.sqrt(low * high), high: Math.max(best, ...ends) * high };
 }
 
 function checkInteger(asked, field) {
   const value = asked[field];
-  if (!Number.isInteger(value) || value < 1) throw new InputError(field, `is ${value ?? "empty"}`, "an integer of 1 or more");
-  if (value > LARGEST) throw new InputError(field, `is ${value}`, "an integer of at most 2,147,483,647");
+  if (!Number.isInteger(value) || value < 1) throw new InputError(field, `must be an integer of at least 1, got ${value ?? "nothing"}`);
+  if (value > LARGEST) throw new InputError(field, `must be an integer of at most 2,147,483,647, got ${value}`);
 }
 
 function checkPositive(asked, field) {
   const value = asked[field];
-  if (!(Number.isFinite(value) && value > 0)) throw new InputError(field, `is ${value ?? "empty"}`, "a finite number above 0");
+  if (!(Number.isFinite(value) && value > 0)) throw new InputError(field, `must be a finite number above 0, got ${value ?? "nothing"}`);
 }
 
 function check(asked) {
@@ -124,50 +140,69 @@ function check(asked) {
   if (asked["to-alpha"] != null) checkPositive(asked, "to-alpha");
   for (const [field, known] of [["optimizer", FAMILY], ["init", DEVIATION]]) {
     if (!Object.hasOwn(known, asked[field])) {
-      throw new InputError(field, `is ${asked[field]}`, `one of ${Object.keys(known).join(", ")}`);
+      throw new InputError(field, `must be one of ${Object.keys(known).join(", ")}, got ${asked[field]}`);
     }
   }
   for (const [field, rule] of [["rule", asked.rule], ["to-rule", asked["to-rule"] ?? asked.rule]]) {
     if (!Number.isFinite(kappaOf(rule)) || rule === "") {
-      throw new InputError(field, `is ${rule}`, "lora, rora, rslora or a finite exponent kappa");
+      throw new InputError(field, `must be lora, rora, rslora or a finite exponent kappa, got ${rule}`);
     }
   }
   if (typeof asked.regime === "string" && !Object.hasOwn(REGIMES, asked.regime)) {
-    const missing = asked.regime === "measured";
-    throw missing
-      ? new InputError("regime", "is measured and no file is here", `a ${FILE}: an address does not carry it`)
-      : new InputError("regime", `is ${asked.regime}`, "signal, cross-talk or measured");
+    const isMissing = asked.regime === "measured";
+    throw new InputError("regime", isMissing
+      ? `must come with a ${FILE} if it is measured, got no file: an address does not carry it`
+      : `must be signal, cross-talk or measured, got ${asked.regime}`);
   }
   if (typeof asked.regime !== "string" && !Object.keys(asked.regime).length) {
-    throw new InputError("regime", "has no module", "one linear term or more");
+    throw new InputError("regime", "must have at least one module, got none");
   }
 }
 
-/** A over B at the end of the planned run, and the takeover distance; null where no run is planned. */
-function planOf(asked, old) {
-  const given = ["steps", "takeover", "p-in"].filter((field) => asked[field] != null);
-  if (!given.length) return null;
-  if (FAMILY[old.optimizer] !== "adam" || asked.regime !== "signal") {
-    throw new InputError(given[0], `is ${asked[given[0]]}`, "none but with Adam or AdamW and the regime signal");
+/** Number of steps and schedule of the two runs, and the displacement constants. */
+function runOf(asked, old) {
+  const given = RUN_FIELDS.filter((field) => asked[field] != null);
+  for (const field of ["steps", "to-steps"]) if (asked[field] != null) checkInteger(asked, field);
+  for (const field of ["schedule", "to-schedule"]) {
+    if (asked[field] != null && !SCHEDULES.includes(asked[field])) {
+      throw new InputError(field, `must be one of ${SCHEDULES.join(", ")}, got ${asked[field]}`);
+    }
   }
-  if (asked.steps == null) throw new InputError(given[0], `is ${asked[given[0]]} without steps`, "planned steps beside it");
-  checkInteger(asked, "steps");
-  if (asked.steps > MOST_STEPS) throw new InputError("steps", `is ${asked.steps}`, "an integer of at most 10,000,000");
-  if (given.length === 1) throw new InputError("steps", `is ${asked.steps} without a takeover distance or a width`, "one of the two beside it");
-  if (given.length === 3) throw new InputError("takeover", "is there and so is the width", "one of the two");
-  let takeover = asked.takeover ?? null;
-  if (takeover !== null) checkPositive(asked, "takeover");
-  if (asked["p-in"] != null) {
-    checkInteger(asked, "p-in");
-    const wide = old.init === "kaiming_uniform" ? Math.sqrt(1 / (3 * asked["p-in"])) : deviation(old);
-    takeover = wide / Math.sqrt(asked["p-in"]);
+  const own = asked["displacement-constant"] ?? null;
+  if (own !== null && !(Number.isFinite(own) && own >= 0)) {
+    throw new InputError("displacement-constant", `must be a finite number of at least 0, got ${own}`);
   }
-  const reach = old.lr * asked.steps;
-  if (reach / takeover > GROWTH) {
-    throw new InputError("takeover", `is ${takeover} where A's rates add up to ${g(reach, 3)}`, `${1 / GROWTH} of that or more`);
+  for (const field of ["steps", "schedule"]) {
+    if (asked[field] == null && asked[`to-${field}`] != null) {
+      throw new InputError(field, `must be given together with that of the new run, got ${asked[`to-${field}`]} alone`);
+    }
   }
-  return { steps: asked.steps, takeover, isAssumed: asked["p-in"] != null, rho: distanceOfA(old.lr, asked.steps, takeover) / takeover };
+  if (given.length && !(asked.regime === "signal" && usesDisplacementLaw(old))) {
+    throw new InputError(given[0], `must be left out except with Adam or AdamW, the default initialisation and the regime signal, got ${asked[given[0]]}`);
+  }
+  const [steps, schedule] = [asked.steps ?? null, asked.schedule ?? null];
+  const [toSteps, toSchedule] = [asked["to-steps"] ?? steps, asked["to-schedule"] ?? schedule];
+  const ranges = [defaultConstants(steps), defaultConstants(toSteps)];
+  return {
+    steps, toSteps, schedule, toSchedule, own,
+    constants: own !== null ? [own, own] : [Math.min(ranges[0][0], ranges[1][0]), Math.max(ranges[0][1], ranges[1][1])],
+    growthOfSteps: steps === null ? 1 : toSteps / steps,
+    changesSteps: steps !== toSteps,
+    changesSchedule: schedule !== toSchedule,
+    scheduleFactors: scheduleFactors(schedule, toSchedule),
+    hasUnmeasuredSchedule: [schedule, toSchedule].some((each) => each !== null && each !== "constant"),
+  };
 }
+
+/** Lowest and highest factor of the best rate due to the schedule; null if it was not measured. */
+function scheduleFactors(old, next) {
+  if (old === next) return [1, 1];
+  const [before, after] = [SCHEDULE_FACTORS[old], SCHEDULE_FACTORS[next]];
+  return before && after ? [after[0] / before[1], after[1] / before[0]] : null;
+}
+
+const usesDisplacementLaw = ({ optimizer, init }) => FAMILY[optimizer] === "adam" && init === "kaiming_uniform";
+const strengthOf = (setting) => scaling(setting) * setting.rank;
 
 /** What to set; `asked` has the options of `rora transfer` by name, and a regime is a name or linear terms by module. */
 export function advise(asked) {
@@ -175,76 +210,92 @@ export function advise(asked) {
   const { optimizer, init } = asked;
   const old = { rank: asked["from-rank"], alpha: asked.alpha, lr: asked.lr, rule: asked.rule, optimizer, init };
   const fixesAlpha = asked["to-alpha"] != null;
-  const kept = { ...old, rank: asked["to-rank"], rule: asked["to-rule"] ?? old.rule, alpha: asked["to-alpha"] ?? old.alpha };
-  for (const [field, setting] of [["rule", old], ["to-rule", kept]]) {
+  const unchanged = { ...old, rank: asked["to-rank"], rule: asked["to-rule"] ?? old.rule, alpha: asked["to-alpha"] ?? old.alpha };
+  for (const [field, setting] of [["rule", old], ["to-rule", unchanged]]) {
     if (!(scaling(setting) > 0 && scaling(setting) < Infinity)) {
-      throw new InputError(field, `is ${setting.rule}: gamma is not a float above 0`, "an exponent nearer to 0");
+      throw new InputError(field, `must be an exponent nearer to 0, got ${setting.rule}: gamma is not a float above 0`);
     }
   }
   const isMeasured = typeof asked.regime !== "string";
+  const run = runOf(asked, old);
+  const isSgd = FAMILY[optimizer] === "sgd";
+  const followsDisplacementLaw = asked.regime === "signal" && usesDisplacementLaw(old);
+  const hasLimits = asked.regime === "signal" && !followsDisplacementLaw;
+
+  // Alpha and rate that preserve each module's first step.
   const terms = isMeasured ? asked.regime : { "all modules": REGIMES[asked.regime] };
-  const family = FAMILY[optimizer];
   const modules = Object.entries(terms).map(([name, c]) => {
-    const unchanged = stepRatio(kept, old, c);
-    const gamma = scaling(kept) * unchanged ** (family === "sgd" ? -1 / 2 : -1);
-    return { name, c, alpha: alphaFor(kept.rule, gamma, kept.rank), learning_rate: old.lr / unchanged, unchanged };
+    const ratio = stepRatio(unchanged, old, c);
+    const gamma = scaling(unchanged) * ratio ** (isSgd ? -1 / 2 : -1);
+    return { name, c, alpha: alphaFor(unchanged.rule, gamma, unchanged.rank), learning_rate: old.lr / ratio, unchanged: ratio };
   });
-  const plan = planOf(asked, old);
-  const hasHorizon = asked.regime === "signal";
-  // Under SGD only the product of gamma and the rate counts in a long run.
-  const spanOf = (first, last) => (hasHorizon ? { first_step: first, planned: null, A_led: last } : null);
-  const span = (value) =>
-    hasHorizon ? { first_step: value(0), planned: plan === null ? null : value(plan.rho), A_led: value(Infinity) } : null;
-  const ratio = (next) => deviation(old) / deviation(next);
-  const strength = (next, rho) => {
-    const first = stepRatio({ ...next, lr: old.lr }, old, 0);
-    return rho === Infinity ? first * ratio(next) : (first * (1 + rho * ratio(next))) / (1 + rho);
-  };
-  const ratesOf = (next) =>
-    family === "sgd"
-      ? spanOf(old.lr / stepRatio({ ...next, lr: old.lr }, old, 0), (old.lr * scaling(old)) / scaling(next))
-      : span((rho) => old.lr * rateFactor(strength(next, rho), rho * ratio(next)));
-  const stepsOf = (next) => rangeOf(modules.map((module) => stepRatio(next, old, module.c)));
   const mean = (name) => rangeOf(modules.map((module) => module[name])).mean;
-  const alphas =
-    family === "sgd"
-      ? spanOf(mean("alpha"), alphaFor(kept.rule, scaling(old), kept.rank))
-      : span((rho) => alphaFor(kept.rule, scaling(kept) / strength(kept, rho), kept.rank));
-  const rates = ratesOf(kept);
-  const best = (ends) => ends.planned ?? ends.first_step;
-  const alpha = fixesAlpha ? kept.alpha : alphas ? best(alphas) : mean("alpha");
-  const grown = stepRatio({ ...kept, lr: old.lr }, old, 0);
-  const wasMeasured = hasHorizon && family === "adam" && init === "kaiming_uniform";
-  const isCovered = wasMeasured && 1 / MEASURED_GROWTH < grown && grown < MEASURED_GROWTH && !isClose(grown, 1);
-  const measuredRates = isCovered && !(plan?.steps < MEASURED_STEPS)
-    ? MEASURED_POWERS.map((power) => old.lr * grown ** power).sort((a, b) => a - b) : null;
-  const learningRate = !fixesAlpha ? old.lr
-    : measuredRates ? rangeOf(measuredRates).mean : rates ? best(rates) : mean("learning_rate");
+  const stepsOf = (next) => rangeOf(modules.map((module) => stepRatio(next, old, module.c)));
+
+  // The learning rate by the displacement law, or the limits of the first step and of a long run.
+  const rateRangeOf = (next) => {
+    if (!followsDisplacementLaw) return null;
+    const strength = strengthOf(next);
+    return carryRate(old.lr, strengthOf(old), isClose(strength, strengthOf(old)) ? strengthOf(old) : strength, run);
+  };
+  const rateLimitsOf = (next) => {
+    if (!hasLimits) return null;
+    const first_step = old.lr / stepRatio({ ...next, lr: old.lr }, old, 0);
+    const long_run = isSgd
+      ? (old.lr * scaling(old)) / scaling(next)
+      : old.lr * (strengthOf(next) / strengthOf(old)) ** -0.5;
+    return { first_step, long_run };
+  };
+  const longRunScaling = isSgd ? scaling(old) : strengthOf(old) / unchanged.rank;
+  const alphaLimits = hasLimits
+    ? { first_step: mean("alpha"), long_run: alphaFor(unchanged.rule, longRunScaling, unchanged.rank) } : null;
+  const alpha = fixesAlpha ? unchanged.alpha : mean("alpha");
+  const rateRange = rateRangeOf({ ...unchanged, alpha });
+  const learningRate = rateRange ? rateRange.best : fixesAlpha ? mean("learning_rate") : old.lr;
+
+  const loraAlphaOf = (value) => alphaFor("lora", scaling({ ...unchanged, alpha: value }), unchanged.rank);
   const found = {
-    old, kept, alpha, learning_rate: learningRate, alphas, rates, plan, modules, fixesAlpha, ratesOf, stepsOf,
-    grown, wasMeasured, measuredRates, isRslora: kappaOf(kept.rule) === 0.5, loraAlpha: alphaFor("lora", scaling({ ...kept, alpha }), kept.rank),
+    old, unchanged, alpha, learning_rate: learningRate, rate_range: rateRange, rate_limits: rateLimitsOf(unchanged),
+    alpha_limits: alphaLimits, run, modules, fixesAlpha, isSgd, followsDisplacementLaw, stepsOf, rateRangeOf, rateLimitsOf,
+    isRslora: kappaOf(unchanged.rule) === 0.5, loraAlphaOf, loraAlpha: loraAlphaOf(alpha),
+    regime: isMeasured ? `measured at ${modules.length} module${modules.length > 1 ? "s" : ""}` : `assumed: ${asked.regime}`,
   };
   const kinds = { "all modules": modules };
   if (isMeasured) for (const each of modules) (kinds[each.name.split(".").at(-1)] ??= []).push(each);
-  found.groups = Object.entries(kinds).map(([name, own]) => ({
+  found.groups = Object.entries(kinds).map(([name, members]) => ({
     name,
-    ...Object.fromEntries(["alpha", "learning_rate", "unchanged"].map((part) => [part, rangeOf(own.map((m) => m[part]))])),
+    ...Object.fromEntries(["alpha", "learning_rate", "unchanged"].map((part) => [part, rangeOf(members.map((m) => m[part]))])),
   }));
+  found.changed = {
+    rank: old.rank !== unchanged.rank,
+    strength: !isClose(strengthOf(old), strengthOf({ ...unchanged, alpha })),
+    steps: run.changesSteps,
+  };
   found.choices = choicesOf(found);
-  found.sentence = sentenceOf(found, isMeasured ? `measured at ${modules.length} module${modules.length > 1 ? "s" : ""}` : `assumed: ${asked.regime}`);
+  found.answer = answerOf(found);
+  found.sentence = [found.answer, ...sameAdapter(found), ...scopeOf(found)].join(" ");
   found.config = configOf(found);
   return found;
 }
 
-function choicesOf({ old, kept, ratesOf, stepsOf }) {
+function choicesOf({ old, unchanged, rateRangeOf, rateLimitsOf, stepsOf }) {
   const flags = { ", without use_rslora": "lora", ", use_rslora": "rslora" };
   const rules = [["", old.rule], ...Object.entries(flags).filter(([, rule]) => kappaOf(rule) !== kappaOf(old.rule))];
-  const alphas = [[`alpha = ${g(old.alpha, 6)}, as it was`, old.alpha], ["alpha = r", kept.rank], ["alpha = 2r", 2 * kept.rank]];
+  const alphas = [
+    [`alpha = ${g(old.alpha, 6)}, unchanged`, old.alpha], ["alpha = r", unchanged.rank], ["alpha = 2r", 2 * unchanged.rank],
+  ];
   return alphas.flatMap(([name, alpha]) =>
     rules.map(([flag, rule]) => {
-      const next = { ...kept, alpha, rule };
+      const next = { ...unchanged, alpha, rule };
       const step = stepsOf(next);
-      return { name: name + flag, scaling: scaling(next), step, learning_rate: next.lr / step.mean, rates: ratesOf(next) };
+      const rateRange = rateRangeOf(next);
+      const rate = rateRange ? rateRange.best : next.lr / step.mean;
+      const { low, high } = rateRange ?? { low: rate, high: rate };
+      const divisor = { mean: next.lr / rate, smallest: next.lr / high, largest: next.lr / low };
+      return {
+        name: name + flag, scaling: scaling(next), step, learning_rate: rate, rate_range: rateRange, divisor,
+        rate_limits: rateLimitsOf(next),
+      };
     }),
   );
 }
@@ -254,77 +305,130 @@ export function ruleInWords(rule) {
   return { 1: "alpha / r", 0.5: "alpha / sqrt(r) (use_rslora)" }[kappa] ?? `alpha / r^${g(kappa, 6)}`;
 }
 
-function sentenceOf(found, regime) {
-  const { old, kept, alpha, learning_rate: rate, isRslora } = found;
-  const [rule, value] = isRslora ? ["lora", found.loraAlpha] : [kept.rule, alpha];
-  const alphaKept = kappaOf(rule) === kappaOf(old.rule) && isClose(value, old.alpha);
-  const verb = (isKept) => (isKept ? "keep" : "set");
-  const under = isRslora ? "alpha / r, without use_rslora," : ruleInWords(rule);
-  const what = `${verb(alphaKept)} alpha ${g(value, 6)} under ${under} and ${verb(isClose(rate, old.lr))}`;
-  const said = [`Going from rank ${old.rank} to ${kept.rank} with ${WORDS[old.optimizer]}: ${what} the learning rate ${g(rate, 3)}.`];
-  if (isRslora) {
-    said.push(`This is the same adapter as alpha ${g(alpha, 6)} with use_rslora, which SGLang, llama.cpp and Ollama serve ` +
-      `${g(Math.sqrt(kept.rank), 3)} times too weak; \`rora portable\` rewrites one that is trained.`);
-  }
-  const span = found.fixesAlpha ? found.rates : found.alphas;
-  const isMeasured = found.fixesAlpha && found.measuredRates !== null;
-  const isSgd = FAMILY[old.optimizer] === "sgd";
-  const clipping = isSgd ? "; clipping of the gradient changes the law." : ".";
-  const took = `This takes both ranks to be above the crossing rank, and the gradient to keep its direction${clipping}`;
-  if (!span) {
-    said.push(`That keeps the rms of each module's first step; the regime is ${regime}.`);
-    said.push(`It is not known what keeps later steps in this regime: for the model as a whole, ask with the regime signal${clipping}`);
-  } else if (Math.abs(span.first_step - span.A_led) < 1e-9 * span.A_led) {
-    said.push("By the law the model then changes as much as before, in short and in long runs.", took, ...seen(found));
-  } else {
-    if (isMeasured) said.push(...seen(found));
-    const thing = found.fixesAlpha ? "learning rate" : "alpha";
-    const longRun = "a long run, where A's motion leads,";
-    const first = isMeasured
-      ? `By the law the first step asks for ${g(span.first_step, 3)}, and ${longRun} for ${g(span.A_led, 3)}.`
-      : `The first step asks for this ${thing}; ${longRun} asks for ${g(span.A_led, 3)}.`;
-    if (isSgd) {
-      said.push(`${first} A run is long where gamma times the sum of the rates times the ` +
-        `gradient's singular values is above 1. Alpha ${g(scaling(old) * old.rank, 6)} under alpha / r and the rate ` +
-        `${g((old.lr * kept.rank) / old.rank, 3)} serve both.`);
-    } else if (span.planned === null) {
-      said.push(first, ...(isMeasured ? [] : ["The planned steps and a takeover distance give the value between."]));
-    } else {
-      const { steps, takeover, isAssumed, rho } = found.plan;
-      const some = `${steps} step${steps > 1 ? "s" : ""}`;
-      const start = isMeasured ? `By the law ${some} ask for ${g(span.planned, 3)}` : `This is the law's at ${some}`;
-      said.push(`${start}: the first step asks for the ${thing} ${g(span.first_step, 3)}, ` +
-        `${longRun} for ${g(span.A_led, 3)}. The takeover distance, ${g(takeover, 2)}, is ` +
-        `${isAssumed ? "assumed from one sample" : "given as measured"}, so that A's part is ${g(rho, 3)} times B's in the end; ` +
-        "the rate is taken as constant.");
-    }
-    said.push(took, ...(isMeasured ? [LONGEST] : seen(found)));
-  }
-  return said.join(" ");
+/** The lora_alpha and the learning rate to set, in PEFT's terms. */
+function answerOf(found) {
+  const { old, unchanged, run, isRslora, loraAlpha, learning_rate: rate } = found;
+  const steps = run.changesSteps ? ` and from ${run.steps} to ${run.toSteps} steps` : "";
+  const keepsAlpha = kappaOf(old.rule) === 1 && isClose(loraAlpha, old.alpha);
+  const flag = isRslora ? " without use_rslora" : "";
+  const alpha = `lora_alpha=${g(loraAlpha, 6)}${flag}`;
+  const action = keepsAlpha && isClose(rate, old.lr)
+    ? `keep ${alpha} and the learning rate ${g(old.lr, 3)}`
+    : `${keepsAlpha ? "keep" : "set"} ${alpha} and ${rateInWords(found)}`;
+  return `From rank ${old.rank} to ${unchanged.rank}${steps} with ${WORDS[old.optimizer]}: ${action}.`;
 }
 
-/** What was measured of such a change, beside the law. */
-function seen({ old, kept, fixesAlpha, grown, wasMeasured, measuredRates }) {
-  if (!wasMeasured) return [];
-  if (!fixesAlpha || isClose(grown, 1)) return kept.rank === old.rank ? [] : [MEASURED_RANKS, LONGEST];
-  if (measuredRates === null) return [MEASURED_STRENGTHS, LONGEST];
-  const [low, high] = measuredRates;
-  return [`Measured runs put the rate at ${g(low, 2)} to ${g(high, 2)}; this is the middle.`, MEASURED_STRENGTHS];
+function rateInWords({ old, learning_rate: rate, rate_range: range_ }) {
+  if (isClose(rate, old.lr)) return `keep the learning rate ${g(old.lr, 3)}`;
+  const divides = rate < old.lr;
+  const factor = divides ? old.lr / rate : rate / old.lr;
+  const ends = range_ ? ` (range ${g(range_.low, 2)} to ${g(range_.high, 2)})` : "";
+  return `${divides ? "divide" : "multiply"} the learning rate by ${g(factor, 3)}, to ${g(rate, 3)}${ends}`;
+}
+
+function sameAdapter({ unchanged, alpha, isRslora }) {
+  const kappa = kappaOf(unchanged.rule);
+  if (isRslora) {
+    return [`This is the same adapter as lora_alpha=${g(alpha, 6)} with use_rslora, which SGLang, llama.cpp and Ollama ` +
+      `serve ${g(Math.sqrt(unchanged.rank), 3)} times too weak; \`rora portable\` converts one that is already trained.`];
+  }
+  return kappa === 1 ? [] : [`This is the same adapter as alpha ${g(alpha, 6)} under alpha / r^${g(kappa, 6)}.`];
+}
+
+/** Sentences on the evidence, the cost in comparable runs and the limits. */
+function scopeOf(found) {
+  if (found.followsDisplacementLaw) return [...costOf(found), ...lawOf(found), ...limitsOf(found)];
+  const limits = found.fixesAlpha ? found.rate_limits : found.alpha_limits;
+  if (limits === null) {
+    return [`This preserves the root mean square of each module's first update; the regime is ${found.regime}.`,
+      "Later steps are not covered: for the whole model, use the regime signal."];
+  }
+  return horizonOf(found, limits);
+}
+
+function costOf({ changed }) {
+  const entry = measured[["cost", ...["rank", "strength", "steps"].filter((name) => changed[name])].join("_")];
+  if (!entry) return [];
+  const { largest, pairs } = entry.columns;
+  return [`In comparable runs this choice cost at most ${largest.toFixed(4)} nats per token (${pairs} pairs of settings of ` +
+    `${MODELS.join(" and ")}); switching on use_rslora and keeping the rate cost ${COST_OF_USE_RSLORA.toFixed(2)}.`];
+}
+
+function lawOf({ old, unchanged, alpha, run, changed }) {
+  const sentences = [];
+  if (changed.strength) {
+    const [low, high] = run.constants;
+    const constant = low === high ? `K = ${g(low, 3)}` : `K = ${g(low, 3)} to ${g(high, 3)}`;
+    sentences.push(`The rate follows the displacement law with the ${run.own !== null ? "given" : "measured"} ${constant}, as scaling ` +
+      `times rank goes from ${g(strengthOf(old), 4)} to ${g(strengthOf({ ...unchanged, alpha }), 4)}.`);
+    if (run.steps === null && run.own === null) sentences.push("The range is narrower if the number of steps is given.");
+  }
+  if (run.changesSteps) {
+    const [low, high] = STEPS_EXPONENTS.map(Math.abs);
+    sentences.push(`The best rate falls as the number of steps to the power ${g(high, 6)} to ${g(low, 6)}, as measured.`);
+  }
+  if (run.changesSchedule) {
+    const change = `from ${run.schedule} to ${run.toSchedule}`;
+    sentences.push(run.scheduleFactors === null
+      ? `The change of schedule ${change} was not measured and is left out of the rate.`
+      : `The rate includes the measured change of schedule ${change}.`);
+  }
+  return sentences;
+}
+
+function limitsOf({ old, unchanged, alpha, run }) {
+  const sentences = [];
+  const outside = [];
+  for (const [label, values, [low, high]] of [
+    ["rank", [old.rank, unchanged.rank], SETTINGS.rank],
+    ["scaling times rank", [strengthOf(old), strengthOf({ ...unchanged, alpha })], SETTINGS.strength],
+    ["steps", [run.steps, run.toSteps].filter((value) => value !== null), SETTINGS.step],
+  ]) {
+    const beyond = [...new Set(values)].filter((value) => !(low * (1 - 1e-3) <= value && value <= high * (1 + 1e-3)));
+    beyond.sort((a, b) => a - b);
+    const numbers = [...new Set(beyond.map((value) => g(value, 4)))].join(" and ");
+    if (beyond.length) outside.push(`${label} ${numbers} (measured: ${g(low, 4)} to ${g(high, 4)})`);
+  }
+  if (outside.length) sentences.push(`Outside the measured range: ${outside.join("; ")}.`);
+  const decreases = [[unchanged.rank < old.rank, "a lower rank"], [run.steps !== null && run.toSteps < run.steps, "fewer steps"]];
+  const lower = decreases.filter(([isLower]) => isLower).map(([, name]) => name);
+  if (lower.length) sentences.push(`Runs with ${lower.join(" and ")} than the tuned one were not compared.`);
+  const schedule = run.hasUnmeasuredSchedule ? "a constant rate, not with this schedule" : "a constant rate";
+  sentences.push(`Measured in ${MODELS.join(" and ")} alone, with AdamW and ${schedule}.`);
+  return sentences;
+}
+
+/** Sentences on the first step and a long run, where the displacement law does not apply. */
+function horizonOf({ old, unchanged, fixesAlpha, isSgd, loraAlphaOf }, limits) {
+  const [first, last] = [limits.first_step, limits.long_run].map(fixesAlpha ? (rate) => rate : loraAlphaOf);
+  const value = fixesAlpha ? `the learning rate ${g(last, 3)}` : `lora_alpha=${g(last, 6)}`;
+  const sentences = isClose(first, last)
+    ? ["This preserves the first update, and the change in a long run."]
+    : [`This preserves the first update; in a long run, where the motion of A dominates, ${value} preserves the change.`];
+  if (isSgd) {
+    sentences.push(
+      "A run is long if the scaling times the sum of the learning rates times the gradient's singular values exceeds 1.",
+      `lora_alpha=${g(strengthOf(old), 6)} and the learning rate ${g((old.lr * unchanged.rank) / old.rank, 3)} suit both.`,
+      "Clipping of the gradient changes the law. The page on SGD in the documentation has what was measured.",
+    );
+  } else {
+    sentences.push(`Best rates with the initialisation ${old.init} were not measured.`);
+  }
+  return [...sentences, "Both ranks are assumed to be above the crossing rank."];
 }
 
 /** PEFT's LoraConfig, always under alpha / r: several servers ignore use_rslora. */
-function configOf({ kept, alpha, learning_rate: rate, fixesAlpha, groups, isRslora, loraAlpha }) {
-  const kappa = kappaOf(kept.rule);
-  const carried = (value) => g(alphaFor("lora", scaling({ ...kept, alpha: value }), kept.rank), 6);
+function configOf({ unchanged, alpha, learning_rate: rate, fixesAlpha, groups, isRslora, loraAlpha, loraAlphaOf }) {
+  const kappa = kappaOf(unchanged.rule);
   let remark = kappa === 1 ? "" : `  # alpha / r with the gamma of ${g(alpha, 6)} / r^${g(kappa, 6)}`;
   if (isRslora) remark = `  # the same adapter as ${g(alpha, 6)} with use_rslora=True`;
   const kinds = groups.slice(1);
   const targets = kinds.length ? kinds.map((group) => group.name) : TARGETS;
-  const pattern = fixesAlpha ? [] : kinds.map((group) => `        '${group.name}': ${carried(group.alpha.mean)},`);
+  const pattern = fixesAlpha ? [] : kinds.map((group) => `        '${group.name}': ${g(loraAlphaOf(group.alpha.mean), 6)},`);
   return [
     "from peft import LoraConfig", "", `config = LoraConfig(  # learning rate ${g(rate, 6)}`, "    task_type='CAUSAL_LM',",
-    `    r=${kept.rank},`, `    lora_alpha=${g(loraAlpha, 6)},${remark}`, "    use_rslora=False,",
-    `    init_lora_weights=${PEFT_INITS[kept.init]},`, `    target_modules=[${targets.map((name) => `'${name}'`).join(", ")}],`,
+    `    r=${unchanged.rank},`, `    lora_alpha=${g(loraAlpha, 6)},${remark}`, "    use_rslora=False,",
+    `    init_lora_weights=${PEFT_INITS[unchanged.init]},`, `    target_modules=[${targets.map((name) => `'${name}'`).join(", ")}],`,
     ...(pattern.length ? ["    alpha_pattern={", ...pattern, "    },"] : []), ")",
   ].join("\n");
 }
@@ -335,7 +439,7 @@ export function readCrossings(text, { optimizer, init, split }) {
   const heads = (lines[0] ?? "").split(",");
   const columns = Object.fromEntries(["module", "split", "optimizer", "init", "linear_term"].map((name) => [name, heads.indexOf(name)]));
   for (const [name, place] of Object.entries(columns)) {
-    if (place < 0) throw new InputError("file", `has no column ${name}`, "the file that rora regime writes");
+    if (place < 0) throw new InputError("file", `has no column ${name}. Choose the file that rora regime writes.`);
   }
   const wanted = { optimizer: FAMILY[optimizer], init, split };
   const found = {};
@@ -344,23 +448,26 @@ export function readCrossings(text, { optimizer, init, split }) {
     if (Object.entries(wanted).some(([name, value]) => cells[columns[name]] !== value)) return;
     const cell = (cells[columns.linear_term] ?? "").trim();
     const term = cell === "inf" ? Infinity : cell === "" ? NaN : Number(cell);
-    if (!(term > -1)) throw new InputError("file", `line ${index + 2} has linear_term ${cell || "nothing"}`, "a number above -1, or inf");
+    if (!(term > -1)) throw new InputError("file", `must have a number above -1, or inf, as linear_term, got ${cell || "nothing"} in line ${index + 2}`);
     found[cells[columns.module]] = term;
   });
   if (!Object.keys(found).length) {
-    const said = Object.entries(wanted).map((pair) => pair.join(" ")).join(", ");
-    throw new InputError("file", `has no row of ${said}`, "a file that has them");
+    const conditions = Object.entries(wanted).map((pair) => pair.join(" ")).join(", ");
+    throw new InputError("file", `has no row of ${conditions}. Choose a file that has them.`);
   }
   return found;
 }
 
-/** Against the rank, alpha and rate left as they are: the first step at both ends of the law and as measured, and rates. */
+/** Against the rank, with alpha and rate as they are: the first step at both ends of the law and as measured, and rates. */
 export function curves(asked) {
   const top = Math.max(512, asked["from-rank"], asked["to-rank"]);
   const ranks = [...Array(Math.ceil(Math.log2(top)) + 1).keys()].map((power) => 2 ** power);
   return ranks.map((rank) => {
-    const { kept, old, stepsOf, rates } = advise({ ...asked, "to-rank": rank });
-    const own = typeof asked.regime === "string" ? null : stepsOf(kept).mean;
-    return { rank, signal: stepRatio(kept, old, 0), cross_talk: stepRatio(kept, old, Infinity), measured: own, rates };
+    const { unchanged, old, stepsOf, rateRangeOf, rateLimitsOf } = advise({ ...asked, "to-rank": rank });
+    return {
+      rank, signal: stepRatio(unchanged, old, 0), cross_talk: stepRatio(unchanged, old, Infinity),
+      measured: typeof asked.regime === "string" ? null : stepsOf(unchanged).mean,
+      rate_range: rateRangeOf(unchanged), rate_limits: rateLimitsOf(unchanged),
+    };
   });
 }

@@ -1,14 +1,14 @@
-"""Best learning rates measured in fine-tuning runs, which the advice quotes beside the law.
+"""Results of fine-tuning runs that the advice uses: displacement constants, exponents in the steps, and regret.
 
-`measured.json` holds the rows of the published runs that are quoted. ``python docs/fill.py`` copies them from
-``results/published``, and ``--check`` fails if they differ.
+`measured.json` holds the values. ``python docs/fill.py`` copies them from ``results/published``, and ``--check`` fails
+if they differ.
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -18,41 +18,57 @@ ENTRIES: dict[str, dict[str, Any]] = json.loads(files("rora_theory.advice").join
 """Entries of `measured.json` by name."""
 
 ROWS: dict[str, dict[str, Any]] = {name: entry["columns"] for name, entry in ENTRIES.items() if "columns" in entry}
-"""Quoted rows by name: how the best rate moves with the rank or with `gamma * r`, as a power."""
+"""Values of the entries that quote one row, by name."""
+
+Schedule = Literal["constant", "linear", "cosine"]
+"""Shape of the learning rate after the warm-up."""
+
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+
+Changed = Literal["rank", "strength", "steps"]
+"""What differs between a tuned and a new setting; the strength is gamma r."""
 
 
-def _factor(row: Mapping[str, float]) -> str:
-    """Format the change of the best rate from the first value to the second, with its 95% interval."""
-    growth = row["second"] / row["first"]
-    powers = (row["exponent"], row["exponent"] - row["half_width"], row["exponent"] + row["half_width"])
-    value, low, high = (growth**power for power in powers)
-    if row["exponent"] < 0:  # a fall, told as a factor above 1
-        value, low, high = 1 / value, 1 / high, 1 / low
-    return f"{value:.1f} ({low:.1f} to {high:.1f})"
+def _range_of(entry: str, column: str) -> tuple[float, float]:
+    low, high = ENTRIES[entry]["ranges"][column]
+    return low, high
 
 
-def _highest(row: Mapping[str, float]) -> str:
-    """Format the largest change that the law allows."""
-    return f"{(row['second'] / row['first']) ** row['law_high']:.1f}"
+MODELS = sorted({entry["model"] for entry in ENTRIES.values()})
+"""Models of the runs."""
 
+MEASURED_RANKS = _range_of("measured_settings", "rank")
+"""Lowest and highest rank of the runs."""
 
-_WHERE = "in SmolLM2-135M, the one model that was measured (AdamW, batches of 4, constant rate),"
+MEASURED_STRENGTHS = _range_of("measured_settings", "strength")
+"""Lowest and highest value of gamma r in the runs."""
 
-MEASURED_RANKS = (
-    f"Measured, {_WHERE} over 64 steps: the best rate was {_factor(ROWS['from_rank_8'])} times as high at rank 128 as "
-    f"at rank 8, where the law allows 1 to {_highest(ROWS['from_rank_8'])}, and {_factor(ROWS['from_rank_32'])} times "
-    f"as high as at rank 32, where it allows 1 to {_highest(ROWS['from_rank_32'])}."
+MEASURED_STEPS = _range_of("measured_settings", "step")
+"""Lowest and highest number of optimizer steps after which the best rate was measured."""
+
+MEASURED_SCHEDULE: Schedule = "constant"
+"""Schedule of the runs."""
+
+STEPS_EXPONENTS = (
+    round(_range_of("steps_exponents", "exponent")[0], 1),
+    round(_range_of("steps_exponents", "exponent")[1], 1),
 )
-"""Sentence on measured best rates of several ranks at one `gamma * r`, under Adam."""
+"""Lowest and highest exponent of the best rate in the number of steps, over conditions with two seeds or more.
 
-MEASURED_STRENGTHS = (
-    f"Measured, {_WHERE} where gamma r grew 11.3 times: the best rate fell {_factor(ROWS['strengths_64_steps'])} times "
-    f"after 64 steps and {_factor(ROWS['strengths_256_steps'])} times after 256."
-)
-"""Sentence on measured best rates of one rank at two values of `gamma * r`, under Adam."""
+Rounded to one decimal, since the standard errors are 0.03 to 0.3.
+"""
 
-MEASURED_POWERS = tuple(round(ROWS[name]["exponent"], 2) for name in ("strengths_64_steps", "strengths_256_steps"))
-"""Exponents of the best rate in `gamma * r` after 64 and 256 steps."""
+
+def _constants_by_model() -> dict[str, dict[int, tuple[float, float]]]:
+    by_model: dict[str, dict[int, tuple[float, float]]] = {}
+    for name, entry in ENTRIES.items():
+        if name.startswith("displacement_constant_"):
+            by_model.setdefault(entry["model"], {})[entry["steps"]] = _range_of(name, "constant")
+    return by_model
+
+
+MEASURED_CONSTANTS = _constants_by_model()
+"""Lowest and highest displacement constant K by model and number of optimizer steps."""
 
 
 def default_displacement_constants(steps: int | None = None) -> tuple[float, float]:
@@ -84,35 +100,79 @@ def _constants_of_model(model: str, steps: int | None) -> tuple[float, float]:
     by_steps = MEASURED_CONSTANTS[model]
     if steps is None:
         return min(low for low, _ in by_steps.values()), max(high for _, high in by_steps.values())
-    measured_steps = sorted(by_steps)
+    log_steps = np.log(sorted(by_steps))
     low, high = (
-        math.exp(
-            np.interp(
-                math.log(steps), np.log(measured_steps), [math.log(by_steps[count][end]) for count in measured_steps]
-            )
-        )
+        math.exp(np.interp(math.log(steps), log_steps, [math.log(by_steps[count][end]) for count in sorted(by_steps)]))
         for end in (0, 1)
     )
     return low, high
 
 
-def _measured_constants() -> dict[str, dict[int, tuple[float, float]]]:
-    by_model: dict[str, dict[int, tuple[float, float]]] = {}
-    for name, entry in ENTRIES.items():
-        if name.startswith("displacement_constant_"):
-            low, high = entry["ranges"]["constant"]
-            by_model.setdefault(entry["model"], {})[entry["steps"]] = (low, high)
-    return by_model
+MEASURED_SCHEDULE_FACTORS: dict[Schedule, tuple[float, float]] = {MEASURED_SCHEDULE: (1.0, 1.0)} | {
+    entry["schedule"]: _range_of(name, "factor")
+    for name, entry in ENTRIES.items()
+    if name.startswith("schedule_factor_")
+}
+"""Range of the best peak rate under a schedule, divided by the best constant rate, where it was measured.
+
+An entry ``schedule_factor_NAME`` of `measured.json` with the keys ``schedule`` and ``ranges.factor`` adds a schedule.
+"""
 
 
-MEASURED_CONSTANTS = _measured_constants()
-"""Lowest and highest displacement constant K by model and number of optimizer steps."""
+def schedule_factors(old: Schedule, new: Schedule) -> tuple[float, float] | None:
+    """Return the range of the factor by which the best peak rate changes with the schedule.
 
-STEPS_EXPONENTS: tuple[float, float] = (
-    round(ENTRIES["steps_exponents"]["ranges"]["exponent"][0], 1),
-    round(ENTRIES["steps_exponents"]["ranges"]["exponent"][1], 1),
-)
-"""Lowest and highest exponent of the best rate in the number of steps, over conditions with two seeds or more.
+    Args:
+      old: Schedule with which the rate was tuned.
+      new: Schedule of the new run.
 
-Rounded to one decimal, since the standard errors are 0.03 to 0.3.
+    Returns:
+      Lowest and highest factor; None if one of the two schedules was not measured.
+    """
+    if old == new:
+        return 1.0, 1.0
+    if old not in MEASURED_SCHEDULE_FACTORS or new not in MEASURED_SCHEDULE_FACTORS:
+        return None
+    (old_low, old_high), (new_low, new_high) = MEASURED_SCHEDULE_FACTORS[old], MEASURED_SCHEDULE_FACTORS[new]
+    return new_low / old_high, new_high / old_low
+
+
+class MeasuredCost(NamedTuple):
+    """Regret of the advised choice over pairs of measured settings, in nats per token.
+
+    Attributes:
+      pairs: Number of pairs of a tuned and a new setting.
+      median: Median regret.
+      largest: Largest regret.
+      largest_error: Standard error of the largest regret.
+    """
+
+    pairs: int
+    median: float
+    largest: float
+    largest_error: float
+
+
+def measured_cost(changed: Collection[Changed]) -> MeasuredCost | None:
+    """Return the regret of the advised choice in runs that differ from the tuned ones in the same settings.
+
+    The choice is to keep the rate if only the rank changes, and the displacement law otherwise.
+
+    Args:
+      changed: What differs between the tuned and the new setting.
+
+    Returns:
+      The regret; None if nothing changes.
+    """
+    name = "_".join(["cost", *(setting for setting in get_args(Changed) if setting in changed)])
+    if name not in ENTRIES:
+        return None
+    columns = ENTRIES[name]["columns"]
+    return MeasuredCost(*(columns[field] for field in MeasuredCost._fields))
+
+
+COST_OF_USE_RSLORA = float(ENTRIES["cost_of_use_rslora_at_the_tuned_rate"]["columns"]["regret"])
+"""Regret, in nats per token, of switching on ``use_rslora`` and keeping alpha and the rate.
+
+From rank 8 to 128 with alpha 64, after 64 steps.
 """

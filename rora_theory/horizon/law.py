@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rora_theory.advice.setting import Setting
-from rora_theory.advice.transfer import transfer
 from rora_theory.errors import InputError
 from rora_theory.horizon.curves import labels_of, strength_of
 from rora_theory.horizon.grid import warmed_up
@@ -73,10 +71,9 @@ def predictions(
     rows = []
     for count, rate, quantile in product(steps, rates, QUANTILES):
         takeover = float(np.quantile(takeovers, quantile))
-        schedule = warmed_up(count, warmup)
-        old = Setting(rank=1, alpha=strengths[0], learning_rate=rate, rule="lora")
-        advice = transfer(old, 1, rule="lora", alpha=strengths[1], steps=count, takeover=takeover, schedule=schedule)
-        factor = rate / advice.law_rate
+        rates_of_steps = [rate * share for share in warmed_up(count, warmup)]
+        rho = horizon.distances(rates_of_steps, takeover=takeover).A / takeover
+        factor = 1 / horizon.rate_factor(strengths[1] / strengths[0], rho)
         exponent = -math.log(factor) / math.log(strengths[1] / strengths[0])
         rows.append((count, rate, quantile, takeover, factor, exponent))
     return pd.DataFrame(rows, columns=["steps", "rate", "quantile", "takeover", "factor", "exponent"])

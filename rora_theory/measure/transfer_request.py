@@ -7,18 +7,21 @@ print(advice.peft_config(**peft))
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rora_theory.adapter_config import PAPER_TARGETS, PeftInit, TaskType, peft_targets
 from rora_theory.advice.lora_config import Saved, read_adapter_config
+from rora_theory.advice.measured import Schedule
+from rora_theory.advice.modules import AlphaGrouping
+from rora_theory.advice.run_change import RunChange
 from rora_theory.advice.setting import REGIMES, Setting
-from rora_theory.advice.transfer import MOST_STEPS, Advice, Per, transfer
+from rora_theory.advice.transfer import Advice, transfer
 from rora_theory.errors import InputError
 from rora_theory.measure.layers.layer_data import Split
 from rora_theory.optimizers import OptimizerName, optimizer_named
-from rora_theory.scaling import Rule, check_integer, exponent
+from rora_theory.scaling import Rule, exponent
 from rora_theory.validation.ranges import Count, Positive, check_ranges
 from rora_theory.validation.rules import as_words, check_rule, check_unread, option_of
 
@@ -56,7 +59,7 @@ class TransferConfig:
     """Regime: signal, cross-talk, or the folder of a sims.regime run"""
     split: Split = "heldout"
     """Tokens of a measured regime: heldout (other text) or train (the batch of the gradient)"""
-    per: Per = "type"
+    per: AlphaGrouping = "type"
     """Modules of a measured regime that share an alpha: one for all, type for each type, or module for each module of
     each layer"""
     targets: tuple[str, ...] | None = None
@@ -70,20 +73,20 @@ class TransferConfig:
     to_alpha: Positive | None = None
     """Alpha at the new rank, for which the learning rate then compensates. By default alpha changes and the learning
     rate stays"""
-    steps: int | None = None
-    """Number of steps of the planned run at a constant learning rate (Adam, regime signal). Requires --takeover or
-    --p-in"""
-    takeover: float | None = None
-    """Distance that A moves until its part of the change is as large as B's; 1e-3 to 9e-3 in most modules of
-    SmolLM2-135M"""
-    p_in: int | None = None
-    """Number of inputs of the modules, from which --takeover is estimated as for one sample"""
+    steps: Count | None = None
+    """Number of optimizer steps for which --lr was tuned (Adam with PEFT's default initialisation)"""
+    to_steps: Count | None = None
+    """Number of optimizer steps of the new run; the default is --steps"""
+    schedule: Schedule | None = None
+    """Learning-rate schedule with which --lr was tuned: constant, linear or cosine"""
+    to_schedule: Schedule | None = None
+    """Learning-rate schedule of the new run; the default is --schedule"""
+    displacement_constant: Positive | None = None
+    """Displacement constant K of your own runs; the default is the range of the published runs"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "optimizer", optimizer_named(self.optimizer))
         check_ranges(self)
-        if self.steps is not None:
-            check_integer("--steps", self.steps, maximum=MOST_STEPS)
         for option, rule in (("--rule", self.rule), ("--to-rule", self.to_rule)):
             if rule is not None:
                 check_rule(option, rule)
@@ -159,6 +162,6 @@ def advise(config: TransferConfig) -> Advised:
         )
         regime, targets, thin = run.terms_of(requested), requested or run.module_types, run.gaps(requested)
     new: dict[str, Any] = {"rule": config.to_rule, "alpha": config.to_alpha}
-    planned: dict[str, Any] = {"steps": config.steps, "takeover": config.takeover, "p_in": config.p_in}
+    run = {field.name: getattr(config, field.name) for field in fields(RunChange)}
     peft = {"target_modules": targets, "per": config.per, "task_type": config.task_type or saved.task_type}
-    return Advised(transfer(tuned, config.to_rank, regime, **new, **planned), peft | {"others": saved.others}, thin)
+    return Advised(transfer(tuned, config.to_rank, regime, **new, **run), peft | {"others": saved.others}, thin)

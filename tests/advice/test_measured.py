@@ -36,6 +36,7 @@ def test_constants_cover_every_model(monkeypatch) -> None:
     assert measured.default_displacement_constants(64) == pytest.approx((low, 400.0))
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("steps", [0, -1, 1.5])
 def test_a_number_of_steps_out_of_range_is_refused(steps) -> None:
     with pytest.raises(InputError, match=f"steps .*{steps}"):

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import typing
+from dataclasses import fields, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import pytest
 
 from rora_theory.adapter_config import PAPER_TARGETS, PEFT_INITS
+from rora_theory.advice.measured import default_displacement_constants
+from rora_theory.advice.run_change import RunChange
 from rora_theory.advice.setting import CROSS_TALK, REGIMES, SIGNAL, Setting, step_ratio
-from rora_theory.advice.transfer import Span, transfer
+from rora_theory.advice.transfer import transfer
 from rora_theory.errors import InputError
 from rora_theory.measure.transfer_request import TransferConfig, advise
 from rora_theory.optimizers import FAMILY, OPTIMIZER_NAMES
@@ -64,32 +67,41 @@ def library(asked: dict[str, Any]) -> dict[str, Any]:
     """What the module should say of these options."""
     rule = asked["rule"]
     old = Setting(asked["from-rank"], asked["alpha"], asked["lr"], rule, asked["optimizer"], asked["init"])
-    later = {name: asked[option] for name, option in (("steps", "steps"), ("takeover", "takeover"), ("p_in", "p-in"))}
     found = transfer(
-        old, asked["to-rank"], asked["regime"], rule=asked["to-rule"], alpha=asked["to-alpha"], **later
-    )  # fmt: skip
+        old, asked["to-rank"], asked["regime"], rule=asked["to-rule"], alpha=asked["to-alpha"], **run_of(asked)
+    )
     targets = list(PAPER_TARGETS)
     if found.regime == "measured":
         targets = list(dict.fromkeys(name.rpartition(".")[2] for name in MEASURED))
     config = found.peft_config(target_modules=targets)
     choices = [
-        [row.name, row.setting.scaling, row.step, row.smallest, row.largest, row.learning_rate, ends(row.rates)]
+        [
+            row.name, row.setting.scaling, *row.step, row.learning_rate, *row.divisor, ends(row.rate_range),
+            ends(row.rate_limits),
+        ]
         for row in found.alternatives()
-    ]
+    ]  # fmt: skip
     groups = [
         [group.name, *([each.mean, each.smallest, each.largest] for each in group[1:])] for group in found.groups()
     ]
     return {
-        "sentence": found.sentence(), "config": config, "alpha": found.alpha, "learning_rate": found.learning_rate,
-        "alphas": ends(found.alphas), "rates": ends(found.rates), "choices": choices, "groups": groups,
-        "rho": None if found.plan is None else found.plan.rho,
+        "sentence": found.sentence(), "answer": found.answer(), "config": config, "alpha": found.alpha,
+        "learning_rate": found.learning_rate, "rate_range": ends(found.rate_range),
+        "alpha_limits": ends(found.alpha_limits), "rate_limits": ends(found.rate_limits), "choices": choices,
+        "groups": groups,
     }  # fmt: skip
 
 
-def ends(span: Span | dict[str, Any] | None) -> list[float | None] | None:
-    if span is None:
+def run_of(asked: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `transfer` on the runs."""
+    return {field.name: asked[field.name.replace("_", "-")] for field in fields(RunChange)}
+
+
+def ends(values: tuple[float, ...] | dict[str, Any] | None) -> list[float] | None:
+    """Return the numbers of a range or of limits."""
+    if values is None:
         return None
-    return list(span.values() if isinstance(span, dict) else span)
+    return list(values.values() if isinstance(values, dict) else values)
 
 
 def page(said: dict[str, Any]) -> dict[str, Any]:
@@ -98,17 +110,20 @@ def page(said: dict[str, Any]) -> dict[str, Any]:
         return said
     parts = ("mean", "smallest", "largest")
     choices = [
-        [row["name"], row["scaling"], *(row["step"][part] for part in parts), row["learning_rate"], ends(row["rates"])]
+        [
+            row["name"], row["scaling"], *(row["step"][part] for part in parts), row["learning_rate"],
+            *(row["divisor"][part] for part in parts), ends(row["rate_range"]), ends(row["rate_limits"]),
+        ]
         for row in said["choices"]
-    ]
+    ]  # fmt: skip
     groups = [
         [row["name"], *([row[name][part] for part in parts] for name in ("alpha", "learning_rate", "unchanged"))]
         for row in said["groups"]
     ]
     return {
-        **{name: said[name] for name in ("sentence", "config", "alpha", "learning_rate")},
-        "alphas": ends(said["alphas"]), "rates": ends(said["rates"]), "choices": choices, "groups": groups,
-        "rho": None if said["plan"] is None else said["plan"]["rho"],
+        **{name: said[name] for name in ("sentence", "answer", "config", "alpha", "learning_rate")},
+        **{name: ends(said[name]) for name in ("rate_range", "alpha_limits", "rate_limits")},
+        "choices": choices, "groups": groups,
     }  # fmt: skip
 
 
@@ -162,24 +177,27 @@ def test_texts_agree_but_for_a_last_digit() -> None:
 
 
 def grid() -> list[dict[str, Any]]:
-    """Of all optimizers, inits, regimes and pairs of rules half, with ranks, alphas, rates and plans by turns."""
+    """Of all optimizers, inits, regimes and pairs of rules half, with ranks, alphas, rates and runs by turns."""
     random_ = random.Random(0)
     rules = ("lora", "rora", "rslora", 0.25, 0.0)
-    plans = [(None, None, None), (16, None, 576), (300, 3.2e-3, None), (1, None, 64)]
+    runs = [
+        {}, {"steps": 16}, {"steps": 300, "to-steps": 77}, {"steps": 100, "to-steps": 4000, "schedule": "linear"},
+        {"schedule": "constant", "to-schedule": "cosine"}, {"schedule": "constant"}, {"displacement-constant": 95.5},
+        {"steps": 40, "displacement-constant": 0.0},
+    ]  # fmt: skip
+    no_run = dict.fromkeys(("steps", "to-steps", "schedule", "to-schedule", "displacement-constant"))
     found = []
     every = itertools.product(OPTIMIZER_NAMES, PEFT_INITS, (*REGIMES, "measured"), rules, (None, *rules[:3]))
     for optimizer, init, regime, rule, to_rule in random_.sample(list(every), 300):
-        steps, takeover, p_in = random_.choice(plans)
-        later = FAMILY[optimizer] == "adam" and regime == "signal"
+        has_law = FAMILY[optimizer] == "adam" and init == "kaiming_uniform" and regime == "signal"
+        run = random_.choice(runs) if has_law else {}
         found.append(
             {
                 "optimizer": optimizer, "init": init, "rule": rule, "to-rule": to_rule,
                 "regime": MEASURED if regime == "measured" else regime,
                 "from-rank": random_.choice((1, 8, 16, 24)), "to-rank": random_.choice((4, 64, 100, 128, 256)),
                 "alpha": random_.choice((16, 32, 12.5)), "lr": random_.choice((2e-4, 3e-4, 1.25e-3)),
-                "to-alpha": random_.choice((None, 32, 8.125)),
-                "steps": steps if later else None, "takeover": takeover if later else None,
-                "p-in": p_in if later else None,
+                "to-alpha": random_.choice((None, 32, 8.125)), **no_run, **run,
             }
         )  # fmt: skip
     return found
@@ -200,15 +218,21 @@ def test_it_answers_as_the_library_does(asked) -> None:
     assert not wrong, f"{len(wrong)} of {len(said)}, first {wrong[0]}"
     sentences = {one["sentence"] for one in expected}
     for words in (
-        "keep alpha",
-        "set alpha",
-        "the law's at 300 steps",
+        "keep lora_alpha=",
+        "set lora_alpha=",
+        "divide the learning rate by",
+        "multiply the learning rate by",
+        "from 300 to 77 steps",
         "a long run",
         "measured at 5 modules",
         "SGD with",
-        "without use_rslora, and",
-        "Measured runs put the rate at",
-        "By the law 300 steps ask for",
+        "without use_rslora and",
+        "In comparable runs this choice cost at most",
+        "Outside the measured range: ",
+        "fewer steps than the tuned one were not compared",
+        "with the given K = 95.5",
+        "from constant to cosine was not measured",
+        "not with this schedule",
     ):
         assert any(words in sentence for sentence in sentences), words
 
@@ -228,13 +252,13 @@ def test_the_curves_are_the_laws(asked) -> None:
         assert [row["rank"] for row in rows] == [2**power for power in range(10)]
         for row in rows:
             old = Setting(one["from-rank"], one["alpha"], one["lr"], one["rule"], one["optimizer"], one["init"])
-            later = {"steps": one["steps"], "takeover": one["takeover"], "p_in": one["p-in"]}
             rule = one["rule"] if one["to-rule"] is None else one["to-rule"]
-            found = transfer(old, row["rank"], one["regime"], rule=rule, alpha=float(alpha), **later)
-            own = [row["signal"], row["cross_talk"], row["measured"], ends(row["rates"])]
+            found = transfer(old, row["rank"], one["regime"], rule=rule, alpha=float(alpha), **run_of(one))
+            own = [row["signal"], row["cross_talk"], row["measured"], ends(row["rate_range"]), ends(row["rate_limits"])]
             law = [step_ratio(found.unchanged, old, c) for c in (SIGNAL, CROSS_TALK)]
-            mean = found.alternative("", found.unchanged).step if found.regime == "measured" else None
-            assert agrees([*law, mean, ends(found.rates)], own), one
+            mean = found.alternative("", found.unchanged).step.mean if found.regime == "measured" else None
+            limits = ends(found.rate_limits_of(found.unchanged))
+            assert agrees([*law, mean, ends(found.rate_range_of(found.unchanged)), limits], own), one
 
 
 def test_numbers_are_written_as_python_writes_them() -> None:
@@ -249,8 +273,32 @@ def test_numbers_are_written_as_python_writes_them() -> None:
 BASE: dict[str, Any] = {
     "optimizer": "adamw", "init": "kaiming_uniform", "rule": "lora", "to-rule": None, "regime": "signal",
     "from-rank": 16, "to-rank": 128, "alpha": 32, "lr": 2e-4, "to-alpha": None,
-    "steps": None, "takeover": None, "p-in": None,
+    "steps": None, "to-steps": None, "schedule": None, "to-schedule": None, "displacement-constant": None,
 }  # fmt: skip
+
+
+def test_the_default_constants_are_the_library_s() -> None:
+    """At, between and outside of the measured numbers of steps, and for none."""
+    steps = [None, 1, 16, 17, 40, 64, 100, 256, 257, 10**6]
+    constants = [list(default_displacement_constants(count)) for count in steps]
+    assert agrees(constants, ask([["defaultConstants", count] for count in steps]))
+
+
+def test_alpha_2r_at_both_ranks_is_the_same_everywhere() -> None:
+    """In the library, the calculator and on the pages, from rank 16 to 128."""
+    (row,) = [row for row in transfer(Setting(16, 32.0, 2e-4), 128).alternatives() if row.name == "alpha = 2r"]
+    asked = transfer(Setting(16, 32.0, 2e-4), 128, alpha=256.0)
+    assert asked.learning_rate == pytest.approx(row.learning_rate, rel=1e-12)
+    (said,) = ask([["advise", BASE | {"to-alpha": 256}]])
+    assert said["learning_rate"] == pytest.approx(row.learning_rate, rel=1e-12)
+    (choice,) = [choice for choice in said["choices"] if choice["name"] == "alpha = 2r"]
+    parts = [choice["divisor"][part] for part in ("mean", "smallest", "largest")]
+    assert parts == pytest.approx(list(row.divisor), rel=1e-12)
+    words = f"{row.divisor.mean:.1f} ({row.divisor.smallest:.1f} to {row.divisor.largest:.1f})"
+    docs = MODULE.parents[1]
+    pages = ("index.md", "how-to/change-the-rank.md", "explanation/after-the-first-step.md", "faq.md")
+    for path in ("../README.md", *pages):
+        assert words in " ".join((docs / path).read_text().split()), path
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -259,14 +307,14 @@ def test_what_the_library_refuses_is_refused_in_one_line() -> None:
         {"from-rank": 0}, {"to-rank": 1.5}, {"to-rank": None}, {"to-rank": 2**31}, {"alpha": 0}, {"alpha": "many"},
         {"lr": -1e-4}, {"to-alpha": 0}, {"optimizer": "muon"}, {"init": "normal"}, {"rule": "lore"}, {"rule": 400.0},
         {"to-rule": "dora"}, {"regime": "both"}, {"regime": {}}, {"optimizer": "sgd", "steps": 9}, {"steps": 0},
-        {"p-in": 576}, {"takeover": 1e-3}, {"steps": 9, "p-in": 576, "takeover": 1e-3}, {"steps": 9, "takeover": 0},
-        {"steps": 9}, {"steps": 9, "takeover": 1e-300}, {"steps": 9, "p-in": 0}, {"regime": "cross-talk", "steps": 9},
+        {"to-steps": 576}, {"steps": 9, "to-steps": 0.5}, {"to-schedule": "cosine"}, {"schedule": "triangle"},
+        {"displacement-constant": -1}, {"init": "gaussian", "steps": 9}, {"regime": "cross-talk", "schedule": "linear"},
     ]  # fmt: skip
     for one, said in zip(bad, ask([["advise", BASE | one] for one in bad]), strict=True):
         with pytest.raises(InputError):
             library(BASE | one)
         line = said.get("refused", "nothing")
-        assert "; accepted is " in line, (one, line)
+        assert " must " in line, (one, line)
         assert "\n" not in line, (one, line)
 
 
@@ -288,9 +336,9 @@ def test_it_reads_the_file_of_a_run() -> None:
     for wrong, said in (
         ("", "has no column module"),
         ("no,table\n1,2\n", "has no column module"),
-        (head + "q,train,adam,gaussian,many\r\n", "line 2 has linear_term many; accepted is a number above -1, or inf"),
-        (head + "q,train,adam,gaussian,-1\r\n", "line 2 has linear_term -1"),
-        (head + "q,train,adam,gaussian\r\n", "line 2 has linear_term nothing"),
+        (head + "q,train,adam,gaussian,many\r\n", "linear_term, got many in line 2"),
+        (head + "q,train,adam,gaussian,-1\r\n", "linear_term, got -1 in line 2"),
+        (head + "q,train,adam,gaussian\r\n", "linear_term, got nothing in line 2"),
         (head + "q,heldout,adam,gaussian,1\r\n", "has no row of optimizer adam, init gaussian, split train"),
     ):
         assert said in ask([["readCrossings", wrong, wanted]])[0]["refused"]
@@ -328,21 +376,30 @@ def rows_by_head(table: dict[str, Any]) -> list[dict[str, str]]:
 
 def test_the_page_shows_each_figure_under_its_head() -> None:
     old = Setting(16, 32.0, 2e-4)
-    planned = transfer(old, 128, rule="rslora", alpha=32.0, steps=300, takeover=3.2e-3)
-    (table,) = page_tables("?to-rank=128&to-rule=rslora&to-alpha=32&steps=300&takeover=3.2e-3")
+    longer = transfer(old, 128, rule="rslora", alpha=32.0, steps=64, to_steps=300)
+    (table,) = page_tables("?to-rank=128&to-rule=rslora&to-alpha=32&steps=64&to-steps=300")
     assert rows_by_head(table) == [
         {
             "choice": row.name,
-            "gamma": f"{row.setting.scaling:.4g}",
-            "first step": f"{row.steps:.4g} x",
-            "rate that undoes it": f"{row.learning_rate:.3g}",
-            "at 300 steps": f"{row.rates.planned:.3g}",
-            "in a long run": f"{row.rates.A_led:.3g}",
+            "scaling": f"{row.setting.scaling:.4g}",
+            "divide the rate by (range)": f"{row.divisor:.3g}",
+            "rate": f"{row.learning_rate:.3g}",
         }
-        for row in planned.alternatives()
+        for row in longer.alternatives()
+    ]
+    (table,) = page_tables("?optimizer=sgd")
+    assert rows_by_head(table) == [
+        {
+            "choice": row.name,
+            "scaling": f"{row.setting.scaling:.4g}",
+            "first step": f"{row.step:.4g} x",
+            "rate that preserves it": f"{row.learning_rate:.3g}",
+            "in a long run": f"{row.rate_limits.long_run:.3g}",
+        }
+        for row in transfer(replace(old, optimizer="sgd"), 128).alternatives()
     ]
     (table,) = page_tables("?regime=cross-talk")
-    assert table["heads"] == ["choice", "gamma", "first step", "rate that undoes it"]
+    assert table["heads"] == ["choice", "scaling", "first step", "rate that preserves it"]
 
     lines = [f"{name},heldout,adam,kaiming_uniform,{term}" for name, term in MEASURED.items()]
     file = "\n".join(["module,split,optimizer,init,linear_term", *lines]) + "\n"

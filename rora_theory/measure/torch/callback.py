@@ -32,8 +32,7 @@ class RegimeCallback(TrainerCallback):
     - ``regime/crossing_rank``: median over modules of the crossing rank r*, at the held-out tokens.
     - ``regime/steps_until_A_leads``: takeover time t_A at the run's learning rate, under Adam.
     - ``regime/alpha`` and ``regime/learning_rate``: the setting at ``to_rank`` that preserves the whole model's change.
-      Under Adam the change is preserved at the run's last step, by the law with the measured takeover distance and a
-      constant rate. Under SGD it is preserved at the first step.
+      See `rora_theory.transfer`.
 
     The advice as a sentence goes to Python's ``logging``. A progress bar is shown if the trainer shows its own
     (``disable_tqdm``).
@@ -135,7 +134,7 @@ class RegimeCallback(TrainerCallback):
             adapters="on",
             progress=not getattr(args, "disable_tqdm", True),
         )
-        transferred = measured.transfer(setting, self._to_rank, steps=state.max_steps if family == "adam" else None)
+        transferred = measured.transfer(setting, self._to_rank)
         self.measured[step], self.transfers[step] = measured, transferred
         # Log the figures with the loss, and the advice as a sentence.
         held_out = measured.crossings[measured.crossings["split"] == "heldout"]

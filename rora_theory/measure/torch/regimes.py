@@ -19,8 +19,9 @@ from jaxtyping import Float
 from peft import LoraConfig
 
 from rora_theory import inits
+from rora_theory.advice.modules import AlphaGrouping
 from rora_theory.advice.setting import Setting, check_setting
-from rora_theory.advice.transfer import Advice, Per, transfer
+from rora_theory.advice.transfer import Advice, transfer
 from rora_theory.errors import InputError, shown
 from rora_theory.inits import Init
 from rora_theory.measure.layers.layer_data import SPLITS, Layer, Split
@@ -145,7 +146,8 @@ class TorchRegime(Regime):
         rule: Rule | None = None,
         alpha: float | None = None,
         steps: int | None = None,
-        per: Per = "type",
+        to_steps: int | None = None,
+        per: AlphaGrouping = "type",
         split: Split = "heldout",
     ) -> Transfer:
         """Transfer a tuned setting to another rank of this model.
@@ -158,8 +160,8 @@ class TorchRegime(Regime):
             mean square of each module's first step.
           rule: Scaling rule of the new setting, see `rora_theory.transfer`.
           alpha: Alpha of the new setting, see `rora_theory.transfer`.
-          steps: Number of steps of the planned run, for Adam and the regime ``"signal"``. The change is then preserved
-            at the last step, by the law with the measured takeover distance.
+          steps: Number of steps for which the learning rate was tuned, see `rora_theory.transfer`.
+          to_steps: Number of steps of the new run; None is ``steps``.
           per: Grouping of the modules that share an alpha.
           split: Split whose linear terms the regime ``"measured"`` uses.
 
@@ -173,9 +175,8 @@ class TorchRegime(Regime):
         check_setting("setting", setting)
         family = FAMILY[setting.optimizer]
         terms = self.linear_terms(family, setting.init, split)
-        takeover = None if steps is None or family != "adam" else self.takeover_at(setting.rank, setting.init)
         preserved: Any = terms if regime == "measured" else regime
-        advice = transfer(setting, rank, preserved, rule=rule, alpha=alpha, steps=steps, takeover=takeover)
+        advice = transfer(setting, rank, preserved, rule=rule, alpha=alpha, steps=steps, to_steps=to_steps)
         # PEFT can't adapt a module that does not return a tensor.
         unsupported = [name for name, reason in self.left_out.items() if reason.startswith(RETURNS)]
         config: Any = LoraConfig(

@@ -1,0 +1,156 @@
+// Written by docs/fill.py from rora_theory/advice/measured.json.
+export default {
+  "displacement_constant_16_steps": {
+    "model": "SmolLM2-135M",
+    "steps": 16,
+    "rows": "horizon/constants.csv step=16",
+    "ranges": {
+      "constant": [
+        60.48721935777173,
+        99.35955208741912
+      ]
+    }
+  },
+  "displacement_constant_64_steps": {
+    "model": "SmolLM2-135M",
+    "steps": 64,
+    "rows": "horizon/constants.csv step=64",
+    "ranges": {
+      "constant": [
+        87.72775374973598,
+        166.64147001967595
+      ]
+    }
+  },
+  "displacement_constant_256_steps": {
+    "model": "SmolLM2-135M",
+    "steps": 256,
+    "rows": "horizon/constants.csv step=256",
+    "ranges": {
+      "constant": [
+        142.55862346060567,
+        210.07983335714928
+      ]
+    }
+  },
+  "steps_exponents": {
+    "model": "SmolLM2-135M",
+    "rows": "horizon/steps.csv seeds!=1",
+    "ranges": {
+      "exponent": [
+        -0.6254438924067403,
+        -0.3765189630121024
+      ]
+    }
+  },
+  "measured_settings": {
+    "model": "SmolLM2-135M",
+    "rows": "horizon/constants.csv",
+    "ranges": {
+      "step": [
+        16,
+        256
+      ],
+      "rank": [
+        1,
+        128
+      ],
+      "strength": [
+        16.0,
+        724.0
+      ]
+    }
+  },
+  "cost_rank": {
+    "model": "SmolLM2-135M",
+    "row": "horizon/policies.csv changed=\"rank\" policy=\"keep the rate\"",
+    "columns": {
+      "changed": "rank",
+      "policy": "keep the rate",
+      "pairs": 20,
+      "median": 0.0007764877734039166,
+      "largest": 0.00944101798298306,
+      "largest_error": 0.004905569759342791
+    }
+  },
+  "cost_strength": {
+    "model": "SmolLM2-135M",
+    "row": "horizon/policies.csv changed=\"strength\" policy=\"displacement\"",
+    "columns": {
+      "changed": "strength",
+      "policy": "displacement",
+      "pairs": 26,
+      "median": 0.00016109333402600234,
+      "largest": 0.004547461847331939,
+      "largest_error": 0.0023896795884088737
+    }
+  },
+  "cost_steps": {
+    "model": "SmolLM2-135M",
+    "row": "horizon/policies.csv changed=\"steps\" policy=\"displacement and steps\"",
+    "columns": {
+      "changed": "steps",
+      "policy": "displacement and steps",
+      "pairs": 15,
+      "median": 0.00015416329028124695,
+      "largest": 0.0026269149036757624,
+      "largest_error": 0.0006674081268556024
+    }
+  },
+  "cost_rank_strength": {
+    "model": "SmolLM2-135M",
+    "row": "horizon/policies.csv changed=\"rank strength\" policy=\"displacement\"",
+    "columns": {
+      "changed": "rank strength",
+      "policy": "displacement",
+      "pairs": 30,
+      "median": 0.0005346954773683039,
+      "largest": 0.004761026763554758,
+      "largest_error": 0.0011915665621810428
+    }
+  },
+  "cost_rank_steps": {
+    "model": "SmolLM2-135M",
+    "row": "horizon/policies.csv changed=\"rank steps\" policy=\"displacement and steps\"",
+    "columns": {
+      "changed": "rank steps",
+      "policy": "displacement and steps",
+      "pairs": 21,
+      "median": 0.0005353034901578457,
+      "largest": 0.0047987085193019014,
+      "largest_error": 0.0012007554757446997
+    }
+  },
+  "cost_strength_steps": {
+    "model": "SmolLM2-135M",
+    "row": "horizon/policies.csv changed=\"strength steps\" policy=\"displacement and steps\"",
+    "columns": {
+      "changed": "strength steps",
+      "policy": "displacement and steps",
+      "pairs": 22,
+      "median": 8.513688946957623e-05,
+      "largest": 0.0023302618493285334,
+      "largest_error": 0.0005937576947488688
+    }
+  },
+  "cost_rank_strength_steps": {
+    "model": "SmolLM2-135M",
+    "row": "horizon/policies.csv changed=\"rank strength steps\" policy=\"displacement and steps\"",
+    "columns": {
+      "changed": "rank strength steps",
+      "policy": "displacement and steps",
+      "pairs": 27,
+      "median": 0.0005016963212943204,
+      "largest": 0.002709675636321518,
+      "largest_error": 0.0006879113180081369
+    }
+  },
+  "cost_of_use_rslora_at_the_tuned_rate": {
+    "model": "SmolLM2-135M",
+    "row": "horizon/regret.csv policy=\"keep the rate\" old_rank=8 old_strength=64 old_steps=64 rank=128 strength=724 steps=64",
+    "columns": {
+      "regret": 0.13565418614546565,
+      "half_width": 0.01606138337811231
+    }
+  }
+}
