@@ -147,7 +147,7 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     scope = ("plan", "rank", "alpha", "learning_rate", "quantity")
     ratios = key_figures(
         summary,
-        "root mean square of the first change, relative to the tuned setting",
+        "first change relative to the tuned setting's",
         "ratio",
         over="draws",
         scope=scope,

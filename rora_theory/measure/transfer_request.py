@@ -162,6 +162,6 @@ def advise(config: TransferConfig) -> Advised:
         )
         regime, targets, thin = run.terms_of(requested), requested or run.module_types, run.gaps(requested)
     new: dict[str, Any] = {"rule": config.to_rule, "alpha": config.to_alpha}
-    run = {field.name: getattr(config, field.name) for field in fields(RunChange)}
+    runs = {field.name: getattr(config, field.name) for field in fields(RunChange)}
     peft = {"target_modules": targets, "per": config.per, "task_type": config.task_type or saved.task_type}
-    return Advised(transfer(tuned, config.to_rank, regime, **new, **run), peft | {"others": saved.others}, thin)
+    return Advised(transfer(tuned, config.to_rank, regime, **new, **runs), peft | {"others": saved.others}, thin)
