@@ -222,7 +222,7 @@ class CarriedSetting:
 
     @property
     def changed(self) -> tuple[Changed, ...]:
-        """Which of rank, gamma r and number of steps differ between the tuned and the new setting."""
+        """Names of the quantities that differ between the tuned and the new setting: rank, gamma r, number of steps."""
         differs: dict[Changed, bool] = {
             "rank": self.old.rank != self.unchanged.rank,
             "strength": not isclose(strength_of(self.old), strength_of(self.setting)),

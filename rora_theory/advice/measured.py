@@ -159,7 +159,7 @@ def measured_cost(changed: Collection[Changed]) -> MeasuredCost | None:
     The choice is to keep the rate if only the rank changes, and the displacement law otherwise.
 
     Args:
-      changed: What differs between the tuned and the new setting.
+      changed: Names of the quantities that differ between the tuned and the new setting.
 
     Returns:
       The regret; None if nothing changes.

@@ -1,4 +1,4 @@
-r"""A tuned setting, and how the size of the first step moves from one setting to another.
+r"""Tuned setting of an adapter, and the change of the first step's size from one setting to another.
 
 A rank-r step from B = 0 is a sum of r one-row steps, equal in law and independent, so that its mean square is
 
@@ -7,7 +7,7 @@ A rank-r step from B = 0 is a sum of r one-row steps, equal in law and independe
 with s the deviation of A's entries, K a constant of the module and its data, and the **linear term** c the variance of
 a one-row step over its squared mean, both summed over outputs and tokens. c = 0 is signal alone, c = inf cross-talk
 alone; with Gaussian A it is r* + 1 for SGD and r* - 2 for Adam, r* from `laws.crossing_rank`.
-`rora_theory.measure.regimes.terms` measures it. All else follows: the step's size changes with the rank by
+`rora_theory.measure.regimes.terms` measures it. The size of the step then changes by the factor
 
 .. math:: \frac{\eta'}{\eta} \left( \frac{\gamma'}{\gamma} \frac{s'}{s} \right)^p \sqrt{\frac{r'^2 + c r'}{r^2 + c r}}.
 """
@@ -30,18 +30,21 @@ REGIMES = {"signal": SIGNAL, "cross-talk": CROSS_TALK}
 
 @dataclass(frozen=True)
 class Setting:
-    """What the size of the first step depends on, the data apart. Numbers of NumPy become Python's.
+    """Rank, alpha, learning rate, rule, optimizer and initialisation of an adapter.
+
+    Numbers of NumPy are converted to Python's.
 
     Attributes:
-      rank: r >= 1.
-      alpha: > 0.
-      learning_rate: eta > 0, of the step (a warm-up's factor is the same at every rank).
-      rule: how gamma depends on rank, see `rora_theory.scaling_factor`.
-      optimizer: one of `rora_theory.optimizers.OptimizerName`, or what `rora_theory.optimizers.optimizer_named` takes.
-      init: law of A, see `rora_theory.inits.entries`; ``"gaussian"``'s deviation depends on the rank.
+      rank: Rank r, 1 or more.
+      alpha: Alpha, above 0.
+      learning_rate: Learning rate, above 0; the peak rate if there is a schedule.
+      rule: Scaling rule, see `rora_theory.scaling_factor`.
+      optimizer: Name of the optimizer, or a name that `rora_theory.optimizers.optimizer_named` accepts.
+      init: Distribution of A's entries, see `rora_theory.inits.entries`. The standard deviation of ``"gaussian"``
+        depends on the rank.
 
     Raises:
-      InputError: a value outside these ranges.
+      InputError: If a value is out of range.
     """
 
     rank: int
@@ -62,40 +65,44 @@ class Setting:
 
     @property
     def scaling(self) -> float:
-        """gamma."""
+        """Scaling gamma of the adapter."""
         return scaling_factor(self.rule, alpha=self.alpha, rank=self.rank)
 
     @property
     def power(self) -> int:
-        """p, the power of gamma and of s in the step."""
+        """Power p of gamma and of A's deviation in the size of the first step."""
         return scaling_power(FAMILY[self.optimizer])
 
     def with_scaling(self, scaling: float) -> "Setting":
-        """The setting whose alpha gives this gamma."""
+        """Return the setting with the alpha that gives a scaling gamma."""
         return replace(self, alpha=alpha_for(self.rule, scaling=scaling, rank=self.rank))
 
 
 def check_setting(name: str, value: object) -> None:
     """Raise `InputError` unless ``value`` is a `Setting`."""
     if not isinstance(value, Setting):
-        raise InputError(f"{name} is {shown(value)}; accepted is a Setting")
+        raise InputError(f"{name} must be a Setting, got {shown(value)}")
 
 
 def check_linear_term(name: str, value: float) -> None:
-    """Raise `InputError` unless ``value`` is a number above -1, at which a rank-1 step has no mean square, or inf."""
+    """Raise `InputError` unless ``value`` is infinity or a number above -1, the value of a vanishing rank-1 step."""
     if not (is_finite(value) or value == math.inf) or value <= -1:
-        raise InputError(f"{name} is {shown(value)}; accepted is a number above -1, or inf")
+        raise InputError(f"{name} must be a number above -1, or inf, got {shown(value)}")
 
 
 def growth(old_rank: int, new_rank: int, linear_term: float) -> float:
-    r""":math:`\sqrt{(r'^2 + c r') / (r^2 + c r)}`: what the rank alone does to the rms of the first step.
+    r"""Compute the growth of the first step's root mean square with the rank, at fixed gamma and learning rate.
+
+    .. math:: \sqrt{(r'^2 + c r') / (r^2 + c r)}
 
     Args:
-      old_rank, new_rank: r and r', 1 or more.
-      linear_term: c > -1; 0 is signal alone (r'/r), infinity cross-talk alone (sqrt(r'/r)).
+      old_rank: Rank r, 1 or more.
+      new_rank: Rank r', 1 or more.
+      linear_term: Linear term c, above -1: 0 if only the signal counts (r'/r), infinity if only cross-talk does
+        (sqrt(r'/r)).
 
     Raises:
-      InputError: a value outside these ranges.
+      InputError: If a value is out of range.
 
     Examples:
       >>> growth(8, 128, SIGNAL), growth(8, 128, CROSS_TALK), round(growth(8, 128, 5.0), 3)
@@ -104,28 +111,29 @@ def growth(old_rank: int, new_rank: int, linear_term: float) -> float:
     check_rank(old_rank)
     check_rank(new_rank)
     check_linear_term("linear_term", linear_term)
-    if linear_term > 1e100:  # the ranks beside it are no digit of a float, and its products may be none
+    if linear_term > 1e100:  # the ranks are below its rounding error, and products may overflow
         return math.sqrt(new_rank / old_rank)
     return math.sqrt(new_rank * (new_rank + linear_term) / (old_rank * (old_rank + linear_term)))
 
 
 def step_ratio(new: Setting, old: Setting, linear_term: float) -> float:
-    """How many times larger the rms of the first step is under ``new`` than under ``old``.
+    """Compute the root mean square of the first step under a new setting, divided by that under the old one.
 
     Args:
-      new, old: of one optimizer and one init; rank, alpha, rate and rule may differ.
-      linear_term: of the module, under that optimizer and init.
+      new: New setting, with the optimizer and the initialisation of the old one.
+      old: Old setting.
+      linear_term: Linear term c of the module, under that optimizer and initialisation.
 
     Raises:
-      InputError: another optimizer or init, which changes more than a factor, or a factor that no float holds.
+      InputError: If the optimizer or the initialisation differs, or if the ratio is not representable as a float.
     """
     for name in ("optimizer", "init"):
         if getattr(new, name) != getattr(old, name):
             raise InputError(
-                f"{name} is {getattr(new, name)!r} after {getattr(old, name)!r}; accepted is the same one: what a rank "
-                "does to the step depends on it"
+                f"{name} must be {getattr(old, name)!r} as in the old setting, got {getattr(new, name)!r}: the effect "
+                "of the rank depends on it"
             )
-    deviation = [inits.entries(each.init, rank=each.rank, p_in=1).deviation for each in (new, old)]
+    deviation = [inits.entries(setting.init, rank=setting.rank, p_in=1).deviation for setting in (new, old)]
     rate, grown = new.learning_rate / old.learning_rate, growth(old.rank, new.rank, linear_term)
     try:
         strength = new.scaling * deviation[0] / (old.scaling * deviation[1])
@@ -134,7 +142,7 @@ def step_ratio(new: Setting, old: Setting, linear_term: float) -> float:
         ratio = math.inf
     if not sys.float_info.min <= ratio < math.inf:
         raise InputError(
-            f"alpha is {new.alpha:g} after {old.alpha:g} and learning_rate {new.learning_rate:g} after "
-            f"{old.learning_rate:g}: the step's factor or its inverse is not a float; accepted are nearer values"
+            f"alpha and learning_rate must be closer to the old ones ({old.alpha:g} and {old.learning_rate:g}), got "
+            f"{new.alpha:g} and {new.learning_rate:g}: the ratio of the first steps is not representable as a float"
         )
     return ratio

@@ -32,8 +32,9 @@ from rora_theory.adapter_config import (
     read_entries,
 )
 from rora_theory.advice.lora_config import Saved, saved_from_entries
+from rora_theory.advice.modules import AlphaGrouping
 from rora_theory.advice.setting import Setting
-from rora_theory.advice.transfer import Advice, Per, transfer
+from rora_theory.advice.transfer import Advice, transfer
 from rora_theory.errors import InputError, shown
 from rora_theory.io.files import LARGEST_YAML, parse_yaml, read_text, write_whole
 from rora_theory.optimizers import OptimizerName, optimizer_named
@@ -215,7 +216,7 @@ def read_trainer_config(path: str | Path) -> Saved:
     return readers[document.format](document)
 
 
-def write_trainer_config(path: str | Path, out: str | Path, advice: Advice, *, per: Per = "one") -> None:
+def write_trainer_config(path: str | Path, out: str | Path, advice: Advice, *, per: AlphaGrouping = "one") -> None:
     """Write a configuration file again with the advised rank, alpha, rule and learning rate.
 
     YAML keeps its other keys, its comments and its layout. JSON keeps its other keys.

@@ -133,12 +133,12 @@ def set_screen(browser: Any, width: int, height: int, *, is_phone: bool) -> None
 def test_by_keyboard_alone(page) -> None:
     assert said(page) == answer(Setting(16, 32.0, 2e-4), 128)
     reached, keys = [], webdriver.ActionChains(page)
-    typed = {"from-rank": "8", "to-rank": "256", "to-alpha": "16", "steps": "300", "takeover": "3e-3"}
+    typed = {"from-rank": "8", "to-rank": "256", "to-alpha": "16", "steps": "64", "to-steps": "300"}
     page.execute_script(
         "document.querySelector('#calculator-form legend').tabIndex = -1; document.activeElement.blur()"
     )
     page.execute_script("document.querySelector('#calculator-form legend').focus()")
-    for _ in range(16):
+    for _ in range(18):
         keys.send_keys(Keys.TAB).perform()
         name = page.switch_to.active_element.get_attribute("name")
         reached.append(name)
@@ -151,8 +151,9 @@ def test_by_keyboard_alone(page) -> None:
         if name == "file":
             break
     inputs = ["optimizer", "init", "rule", "from-rank", "alpha", "lr", "to-rank", "to-rule", "to-alpha"]
-    assert reached == [*inputs, "steps", "p-in", "takeover", "regime", "file"]  # the file's tokens: with a file alone
-    expected = answer(Setting(8, 32.0, 2e-4), 256, rule="rslora", alpha=16.0, steps=300, takeover=3e-3)
+    runs = ["steps", "to-steps", "schedule", "to-schedule", "displacement-constant"]
+    assert reached == [*inputs, *runs, "regime", "file"]  # the file's tokens: with a file alone
+    expected = answer(Setting(8, 32.0, 2e-4), 256, rule="rslora", alpha=16.0, steps=64, to_steps=300)
     assert said(page) == expected
     address = page.current_url
     assert "to-rank=256" in address
@@ -164,27 +165,26 @@ def test_by_keyboard_alone(page) -> None:
 def test_what_a_screen_reader_is_told(page) -> None:
     fields = page.find_elements(By.CSS_SELECTOR, "#calculator-form :is(input, select)")
     heard = [each.accessible_name for each in fields]
-    assert len(set(heard)) == len(heard) == 15
+    assert len(set(heard)) == len(heard) == 17
     assert all(heard)
-    assert "Width: inputs of the modules" in heard
+    assert "Steps of the new run" in heard
     drawings = page.find_elements(By.CSS_SELECTOR, "#calculator-result svg")
     assert [each.aria_role for each in drawings] == ["image", "image"]
-    assert (
-        "at rank 128 it is 1 times the tuned one's where the signal leads, 0.354 times" in drawings[0].accessible_name
-    )
-    assert "at rank 128 0.0002 (first step), 0.0002 (long run)" in drawings[1].accessible_name
+    assert "at rank 128 it is 1 times the tuned one if the signal dominates, 0.354 times" in drawings[0].accessible_name
+    assert "at rank 128 0.0002 (rate to use), 0.0002 (lowest)" in drawings[1].accessible_name
     live = page.find_element(By.ID, "calculator-said")
     assert (live.get_attribute("aria-live"), live.aria_role) == ("polite", "status")
     table = page.find_element(By.CSS_SELECTOR, "#calculator-result table")
-    assert table.accessible_name.startswith("What common choices do at rank 128")
+    assert table.accessible_name.startswith("Learning rate for common choices at rank 128")
     cells = [cell.text for cell in table.find_elements(By.CSS_SELECTOR, "tbody tr:nth-child(2) > *")]
-    assert cells == ["alpha = 32, as it was, use_rslora", "2.828", "11.31 x", "1.77e-05", "5.95e-05"]
+    row = transfer(Setting(16, 32.0, 2e-4), 128).alternatives()[1]
+    assert cells == [row.name, "2.828", f"{row.divisor:.3g}", f"{row.learning_rate:.3g}"]
     assert len(page.find_elements(By.CSS_SELECTOR, "fieldset > legend")) == 3
 
 
 @pytest.mark.parametrize("width", [375, 320])
 @pytest.mark.parametrize(
-    "place", ["calculator/?steps=500&p-in=576&to-alpha=32&to-rule=rslora", "gallery/", "reference/theory/", ""]
+    "place", ["calculator/?steps=500&to-steps=900&to-alpha=32&to-rule=rslora", "gallery/", "reference/theory/", ""]
 )
 def test_a_phone_scrolls_down_alone(page, site, width, place) -> None:
     set_screen(page, width, 700, is_phone=True)
@@ -197,7 +197,7 @@ def test_a_phone_scrolls_down_alone(page, site, width, place) -> None:
         heads = page.execute_script(
             "return getComputedStyle(arguments[0], '::before').content", table.find_element(By.TAG_NAME, "td")
         )
-        assert heads == '"gamma"'
+        assert heads == '"scaling"'
 
 
 def test_no_page_scrolls_sideways_on_a_phone(page, site) -> None:
@@ -232,7 +232,7 @@ def test_contrast(page, site, scheme) -> None:
     go(page, f"{site}/assets/site.css")  # without the theme, which keeps the scheme that it showed
     page.execute_script("localStorage.clear()")
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-    go(page, f"{site}/calculator/?steps=500&p-in=576")
+    go(page, f"{site}/calculator/?steps=500")
     assert (
         page.execute_script("return document.body.dataset.mdColorScheme")
         == {"light": "default", "dark": "slate"}[scheme]
@@ -291,7 +291,7 @@ def test_a_file_is_chosen_or_dropped(page, tmp_path) -> None:
         (
             "photo.png",
             "\x89PNG\x00",
-            "crossing_ranks.csv has no column module; accepted is the file that rora regime writes.",
+            "crossing_ranks.csv has no column module. Choose the file that rora regime writes.",
         ),
         ("crossing_ranks.csv", head, "has no row of optimizer adam, init kaiming_uniform, split train"),
     ):
@@ -302,11 +302,11 @@ def test_a_file_is_chosen_or_dropped(page, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "line"),
     [
-        ("from-rank", "0", "Tuned rank is 0; accepted is an integer of 1 or more."),
-        ("to-rank", "", "New rank is empty; accepted is an integer of 1 or more."),
-        ("lr", "2e", "Learning rate is 2e; accepted is a finite number above 0."),
-        ("alpha", "0,5", "Tuned alpha is 0,5; accepted is a finite number above 0."),
-        ("p-in", "576", "Width is 576 without steps; accepted is planned steps beside it."),
+        ("from-rank", "0", "Tuned rank must be an integer of at least 1, got 0."),
+        ("to-rank", "", "New rank must be an integer of at least 1, got nothing."),
+        ("lr", "2e", "Learning rate must be a finite number above 0, got 2e."),
+        ("alpha", "0,5", "Tuned alpha must be a finite number above 0, got 0,5."),
+        ("steps", "0", "Steps of the tuned run must be an integer of at least 1, got 0."),
     ],
 )
 def test_bad_input_is_one_line(page, name, text, line) -> None:
@@ -323,9 +323,9 @@ def test_bad_input_is_one_line(page, name, text, line) -> None:
 
 def test_an_address_with_what_is_not_there_is_refused(page, site) -> None:
     go(page, f"{site}/calculator/?optimizer=muon&nothing=1")
-    assert said(page) == "Optimizer is muon; accepted is one of sgd, momentum, adam, adamw."
+    assert said(page) == "Optimizer must be one of sgd, momentum, adam, adamw, got muon."
     go(page, f"{site}/calculator/?rule=0.3&lr=<b>")
-    assert said(page) == "Learning rate is <b>; accepted is a finite number above 0."
+    assert said(page) == "Learning rate must be a finite number above 0, got <b>."
 
 
 def test_the_gallery_shows_a_questions_figures(page, site) -> None:

@@ -30,11 +30,11 @@ def test_the_first_answer(monkeypatch, capsys) -> None:
     monkeypatch.delitem(sys.modules, "sims.transfer", raising=False)
     main.main()
     said = " ".join(capsys.readouterr().out.split())
-    assert "keep alpha 32 under alpha / r, without use_rslora, and keep the learning rate 0.0002" in said
+    assert "keep lora_alpha=32 without use_rslora and the learning rate 0.0002" in said
     monkeypatch.setattr(sys, "argv", [program, *words, "--rule", "rslora"])
     monkeypatch.delitem(sys.modules, "sims.transfer", raising=False)
     main.main()
-    assert "the same adapter as alpha 11.3137 with use_rslora" in " ".join(capsys.readouterr().out.split())
+    assert "the same adapter as lora_alpha=11.3137 with use_rslora" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow

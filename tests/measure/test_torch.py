@@ -603,11 +603,11 @@ def test_transfer() -> None:
         if isinstance(module, peft.tuners.lora.LoraLayer):
             kind = name.rpartition(".")[2]
             assert module.scaling["default"] == pytest.approx(expected.by_type()[kind] / 8**0.5)
-    whole = found.transfer(tuned, rank=8, alpha=4.0, steps=50)
+    default = replace(tuned, init="kaiming_uniform")
+    whole = found.transfer(default, rank=8, alpha=4.0, steps=50, to_steps=90)
     assert whole.config.alpha_pattern == {}
-    assert whole.advice.plan.takeover == pytest.approx(takeover_of(found, 8, "gaussian"))
-    assert whole.advice.plan.steps == 50
-    assert whole.learning_rate == whole.advice.rates.planned
+    assert whole.advice == transfer(default, 8, alpha=4.0, steps=50, to_steps=90)
+    assert whole.learning_rate == whole.advice.rate_range.best
     with pytest.raises(InputError, match=r"takeover distance .* init 'rademacher'"):
         found.takeover_at(2, "rademacher")
     with pytest.raises(InputError, match="optimizer adam, init rademacher"):

@@ -49,7 +49,7 @@ def trained(folder, model, *callbacks, **arguments):
 def test_logs_beside_the_loss(tmp_path, caplog) -> None:
     """At steps 0 and 2, what `regime` finds there; the losses are to the bit those of a run without it.
 
-    The advice is for the run's three steps, which its epoch defines: with the gaussian init alpha depends on them.
+    The advice is that of the first step and of a long run, as the initialisation is gaussian.
     """
     kept = {}
 
@@ -71,35 +71,19 @@ def test_logs_beside_the_loss(tmp_path, caplog) -> None:
     callback = kept["callback"]
     assert set(callback.measured) == {0, 2}
     takeover = held_out_takeover(expected, 8)
-    carried = transfer(Setting(2, 4.0, 2e-3, init="gaussian"), 8, steps=3, takeover=takeover)
+    carried = transfer(Setting(2, 4.0, 2e-3, init="gaussian"), 8)
     held_out = expected.crossings.query("split == 'heldout'")["crossing_rank"].median()
     assert logged[0]["regime/crossing_rank"] == pytest.approx(held_out, rel=1e-5)
     assert logged[0]["regime/steps_until_A_leads"] == pytest.approx(takeover / 2e-3, rel=1e-5)
     assert logged[0]["regime/alpha"] == pytest.approx(carried.alpha, rel=1e-5)
     assert logged[0]["regime/learning_rate"] == 2e-3
-    assert callback.transfers[0].advice.plan.steps == 3
     assert logged[2]["regime/crossing_rank"] != logged[0]["regime/crossing_rank"]
-    assert sum("Going from rank 2 to 8 with AdamW" in record.message for record in caplog.records) == 2
+    assert sum("From rank 2 to 8 with AdamW" in record.message for record in caplog.records) == 2
 
 
 def held_out_takeover(found, rank: int) -> float:
     """The geometric mean of the modules' takeover distances at a measured rank."""
     return geometric_mean(found.takeover.query(f"split == 'heldout' and rank == {rank}")["takeover"])
-
-
-def test_the_advice_is_for_the_trainer_s_number_of_steps() -> None:
-    """As its state has it: a run that epochs define has max_steps -1 in its arguments."""
-    model, setting, alphas = lora(), Setting(2, 4.0, 2e-3, init="gaussian"), []
-    for steps in (3, 300):
-        logged: dict[str, float] = {}
-        callback = RegimeCallback(logged.update, *BATCHES, to_rank=8, setting=setting)
-        state = SimpleNamespace(global_step=0, max_steps=steps, is_world_process_zero=True)
-        callback.on_step_begin(told(max_steps=-1), state, None, model=model)
-        takeover = held_out_takeover(callback.measured[0], 8)
-        assert logged["regime/alpha"] == pytest.approx(transfer(setting, 8, steps=steps, takeover=takeover).alpha)
-        assert callback.transfers[0].advice.plan.steps == steps
-        alphas.append(logged["regime/alpha"])
-    assert alphas[0] > 1.5 * alphas[1], "the longer the run, the more A's own motion counts"
 
 
 def test_the_first_process_alone_measures_64_tokens_for_rank_128() -> None:

@@ -36,7 +36,7 @@ def test_the_page(tmp_path, monkeypatch, capsys) -> None:
     for block in blocks[:3]:
         exec(block, names)
     said = capsys.readouterr().out
-    assert "Going from rank 16 to 128 with AdamW" in said
+    assert "From rank 16 to 128 with AdamW" in said
     assert "The first steps of the whole model" in said
     assert names["config"].r == 128
     assert names["found"].left_out == {}

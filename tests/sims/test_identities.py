@@ -335,8 +335,10 @@ SKIPPED |= {field.name for field in fields(ClusterConfig)}  # the files are the 
 SKIPPED |= {"out", "devices", "list", "matrix", "matrix_model", "matrix_loss"}
 """What is read, which the other tests change; where it is done; and what another of a command's ways reads."""
 
-OF_TRANSFER = {"from_", "steps", "takeover", "p_in", "split", "per"}
-"""Settings of sims.transfer that are given with others."""
+OF_TRANSFER = {
+    "from_", "steps", "to_steps", "schedule", "to_schedule", "displacement_constant", "split", "per",
+}  # fmt: skip
+"""Settings of sims.transfer that are given with others, or do not change a first step."""
 
 
 @pytest.mark.slow

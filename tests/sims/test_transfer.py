@@ -83,7 +83,7 @@ def test_the_output_fits_80_columns(capsys, monkeypatch, arguments) -> None:
 
 
 def test_the_tuned_rule_is_kept(capsys) -> None:
-    """Under rora the row 'as it was' has use_rslora; the config has the same adapter under alpha / r, and a comment
+    """Under rora the row 'unchanged' has use_rslora; the config has the same adapter under alpha / r, and a comment
     says whose alpha it is, as under another kappa."""
     transfer.run(transfer.Config(rule="rora"))
     text = capsys.readouterr().out
