@@ -152,5 +152,41 @@ export default {
       "regret": 0.13565418614546565,
       "half_width": 0.01606138337811231
     }
+  },
+  "best_rate": {
+    "model": "SmolLM2-135M",
+    "row": "horizon/best.csv step=64 rank=8 strength=64",
+    "columns": {
+      "best_rate": 0.0008080485377916947
+    }
+  },
+  "regret_of_steps": {
+    "model": "SmolLM2-135M",
+    "row": "horizon/policies.csv changed=steps policy=\"displacement and steps\"",
+    "columns": {
+      "pairs": 15,
+      "median": 0.00015416329028124695,
+      "largest": 0.0026269149036757624
+    }
+  },
+  "regret_of_rank_and_steps": {
+    "model": "SmolLM2-135M",
+    "row": "horizon/policies.csv changed=\"rank steps\" policy=\"displacement and steps\"",
+    "columns": {
+      "pairs": 21,
+      "median": 0.0005353034901578457,
+      "largest": 0.0047987085193019014
+    }
+  },
+  "from_rank_8": {
+    "model": "SmolLM2-135M",
+    "row": "horizon/exponents.csv over=rank step=64 at=64 first=8",
+    "columns": {
+      "first": 8.0,
+      "second": 128.0,
+      "exponent": 0.06964743649191263,
+      "half_width": 0.15288085710389324,
+      "law_high": 0.31750341935912474
+    }
   }
 }

@@ -98,7 +98,7 @@ def test_the_tuned_rule_is_kept(capsys) -> None:
     assert "0.125" in lines["alpha = 16, unchanged, without use_rslora"]
     transfer.run(transfer.Config(rule=0.25))
     text = capsys.readouterr().out
-    line = next(line for line in text.splitlines() if "lora_alpha" in line)
+    line = next(line for line in text.splitlines() if line.strip().startswith("lora_alpha="))
     alpha = 16 * (128 / 8) ** (0.25 - 1)
     assert line.endswith(f"# alpha / r with the gamma of {alpha:.6g} / r^0.25")
     assert snippet(text)["lora_alpha"] / 128 == pytest.approx(alpha / 128**0.25, rel=1e-5)
@@ -173,7 +173,8 @@ def test_a_measured_regime_prints_one_alpha(run, capsys) -> None:
     ],
 )
 def test_a_thin_regime_is_said_to_be_thin(run, capsys, manifest, config, said) -> None:
-    (run / "manifest.json").write_text(json.dumps({"experiment": "regime", "config": {}} | manifest))
+    written = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(written | {"experiment": "regime", "config": {}} | manifest))
     transfer.run(transfer.Config(regime=str(run), **config))
     text = capsys.readouterr().out
     if said is None:
@@ -244,14 +245,14 @@ def test_a_regime_that_was_changed_is_not_advised_from(run) -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"rule": "lore"}, "--rule has 'lore'"),
-        ({"to_rank": 0}, "--to-rank is 0"),
-        ({"to_rule": float("inf")}, "--to-rule has inf; accepted are lora, rora, rslora or a finite exponent"),
-        ({"lr": -1.0}, "--lr is -1.0"),
+        ({"rule": "lore"}, "got 'lore'"),
+        ({"to_rank": 0}, "--to-rank must be an integer of 1 or more, got 0"),
+        ({"to_rule": float("inf")}, "--to-rule must be lora, rora, rslora or a finite exponent such as 0.25, got inf"),
+        ({"lr": -1.0}, "--lr must be a finite number above 0, got -1.0"),
         ({"regime": "nowhere"}, "nowhere has no crossing_ranks.csv"),
         ({"check": ("smollm2-135m",)}, "--check must be a model and one or more data files, got smollm2-135m"),
         ({"check": ("smollm2-135m", "x.json"), "seeds": (1,)}, "--seeds must have 2 or more values, got 1"),
-        ({"check": ("smollm2-135m", "x.json"), "seed": -1}, "seed is -1"),
+        ({"check": ("smollm2-135m", "x.json"), "seed": -1}, "got -1"),
         ({"targets": ("q_proj,v_proj",)}, "got 'q_proj,v_proj' in 'q_proj,v_proj'"),
         ({"targets": ("q_proj", "all-linear")}, "got 'all-linear' in 'q_proj all-linear'"),
         ({"targets": ("q_proj", "q_proj")}, "got 'q_proj' in 'q_proj q_proj'"),
@@ -259,29 +260,28 @@ def test_a_regime_that_was_changed_is_not_advised_from(run) -> None:
         ({"task_type": "causal"}, "got 'causal'"),
         (
             {"optimizer": "muon"},
-            "optimizer is 'muon'; accepted are sgd, momentum, adam, adamw, or a Trainer's name of AdamW such",
+            "got 'muon'",
         ),
-        ({"init": "eva"}, "init is 'eva'"),
+        ({"init": "eva"}, "got 'eva'"),
         ({"init": "normal"}, "init must be one that PEFT has (kaiming_uniform, gaussian), got 'normal'"),
         ({"optimizer": "sgd", "steps": 9}, "steps must be left out with SGD"),
         ({"to_steps": 9}, "steps must be given together with to_steps, got to_steps 9 alone"),
-        ({"steps": 0}, "--steps is 0"),
+        ({"steps": 0}, "--steps must be an integer of 1 or more, got 0"),
         ({"to_schedule": "cosine"}, "schedule must be given together with to_schedule"),
-        ({"displacement_constant": 0.0}, "--displacement-constant is 0.0"),
-        ({"batch_size": 4}, "--batch-size is 4, which nothing reads without --check; accepted is to give --ch"),
-        ({"seeds": (0, 1)}, "--seeds is 0 1, which nothing reads without --check"),
-        ({"seed": 1}, "--seed is 1, which nothing reads without --check"),
-        ({"out": Path("new")}, "--out is new, which nothing reads without --check"),
-        ({"reading": DataConfig(format="text")}, "--format is text, which nothing reads without --check"),
+        ({"displacement_constant": 0.0}, "--displacement-constant must be a finite number above 0, got 0.0"),
+        ({"batch_size": 4}, "--batch-size 4 has no effect without --check"),
+        ({"seeds": (0, 1)}, "--seeds 0 1 has no effect without --check"),
+        ({"seed": 1}, "--seed 1 has no effect without --check"),
+        ({"out": Path("new")}, "--out new has no effect without --check"),
+        ({"reading": DataConfig(format="text")}, "--format text has no effect without --check"),
         (
             {"split": "train"},
-            "--split is train, which nothing reads without --regime RUN; accepted is to give --regime RUN too, or "
-            "to leave --split out",
+            "--split train has no effect without --regime RUN",
         ),
-        ({"per": "one", "regime": "cross-talk"}, "--per is one, which nothing reads without --regime RUN"),
+        ({"per": "one", "regime": "cross-talk"}, "--per one has no effect without --regime RUN"),
         ({"check": ("smollm2-135m", "no.json")}, "no.json: no such file"),
         ({"from_": Path("nowhere")}, "nowhere: no such file"),
-        ({"rule": 400.0}, "rule is 400.0: 16.0 / 8^400 is not a float above 0"),
+        ({"rule": 400.0}, "got 400.0"),
     ],
 )
 def test_bad_input(capsys, changed, said) -> None:
