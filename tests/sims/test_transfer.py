@@ -17,6 +17,7 @@ from rora_theory.measure.regimes import saved_run as regime_run
 from rora_theory.measure.regimes import tables as regime_tables
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.measure.transfer_request import TransferConfig, advise
+from rora_theory.runs import seals
 from sims import regime, transfer
 from sims.common import cli
 
@@ -173,8 +174,8 @@ def test_a_measured_regime_prints_one_alpha(run, capsys) -> None:
     ],
 )
 def test_a_thin_regime_is_said_to_be_thin(run, capsys, manifest, config, said) -> None:
-    written = json.loads((run / "manifest.json").read_text())
-    (run / "manifest.json").write_text(json.dumps(written | {"experiment": "regime", "config": {}} | manifest))
+    sealed = seals.seal({"experiment": "regime", "config": {}} | manifest)
+    (run / "manifest.json").write_text(json.dumps(sealed))
     transfer.run(transfer.Config(regime=str(run), **config))
     text = capsys.readouterr().out
     if said is None:
