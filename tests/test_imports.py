@@ -248,7 +248,11 @@ def test_nothing_imports_in_a_circle() -> None:
 
 @pytest.mark.parametrize(
     ("package", "forbidden"),
-    [("adapters", "advice"), *((package, "llama") for package in ("advice", "theory", "paper", "stats"))],
+    [
+        ("adapters", "advice"),
+        *((package, "llama") for package in ("advice", "theory", "paper", "stats")),
+        *(("llama", above) for above in ("adapters", "cluster", "data", "evaluate", "finetune", "measure", "sweep")),
+    ],
 )
 def test_a_package_does_not_import_what_it_must_not_know(package: str, forbidden: str) -> None:
     importers = [
