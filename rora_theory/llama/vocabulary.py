@@ -10,8 +10,7 @@ Two families cover the supported architectures:
   does not contain it.
 """
 
-import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,47 +119,43 @@ def sentencepiece_tokenizer(model: SentencePieceModel) -> Tokenizer:
 
 
 def parse_sentencepiece(data: bytes) -> SentencePieceModel:
-    """Read a sentencepiece ``tokenizer.model``: protocol buffers, of which four messages and a dozen fields
-    matter.
+    """Parse a sentencepiece ``tokenizer.model``.
+
+    Args:
+      data: Content of the file, a protocol buffer.
 
     Raises:
-      InputError: bytes that are not such a model, or a model that is not BPE.
+      InputError: The bytes are not such a model, or the model is not BPE.
     """
-    pieces: list[Piece] = []
-    trainer: dict[int, Any] = {}
-    normalizer: dict[int, Any] = {}
-    try:
-        for field, value in _fields(data):
-            if field == 1:
-                entry = dict(_fields(value))
-                (score,) = struct.unpack("<f", entry.get(2, bytes(4)))
-                pieces.append(Piece(entry[1].decode(), score, entry.get(3, NORMAL)))
-            elif field == 2:
-                trainer = dict(_fields(value))
-            elif field == 3:
-                normalizer = dict(_fields(value))
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, struct.error):
-        raise InputError(
-            "not a sentencepiece model; accepted is a LLaMA 1 or 2 tokenizer.model, or a tokenizer.json"
-        ) from None
-    kind = trainer.get(3, 1)
-    if kind != 2:
-        raise InputError(f"sentencepiece model type is {kind}; accepted is 2 (BPE)")
-    if not normalizer.get(5, 1):
-        raise InputError("sentencepiece model does not escape whitespace; accepted is one that does")
+    from google.protobuf.message import DecodeError
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-    def token_id(field: int, default: int) -> int | None:
-        number = _signed(trainer.get(field, default))
-        return number if 0 <= number < len(pieces) else None
+    model = ModelProto()
+    try:
+        model.ParseFromString(data)
+    except DecodeError:
+        raise InputError("not a sentencepiece model. Use a LLaMA 1 or 2 tokenizer.model, or tokenizer.json.") from None
+    # Bytes of another format can parse as a model without pieces.
+    if not model.pieces:
+        raise InputError("the sentencepiece model has no pieces. Use a LLaMA 1 or 2 tokenizer.model.")
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    if trainer.model_type != trainer.BPE:
+        model_type = trainer.ModelType.Name(trainer.model_type)
+        raise InputError(f"the type of the sentencepiece model must be BPE, got {model_type}")
+    if not normalizer.escape_whitespaces:
+        raise InputError("escape_whitespaces of the sentencepiece model must be true, got false")
+
+    def drop_missing(token_id: int) -> int | None:
+        return token_id if 0 <= token_id < len(model.pieces) else None
 
     return SentencePieceModel(
-        tuple(pieces),
-        add_dummy_prefix=bool(normalizer.get(3, 1)),
-        remove_extra_whitespaces=bool(normalizer.get(4, 1)),
-        charsmap=normalizer.get(2, b""),
-        bos_id=token_id(41, 1),
-        eos_id=token_id(42, 2),
-        pad_id=token_id(43, -1),
+        tuple(Piece(piece.piece, piece.score, piece.type) for piece in model.pieces),
+        add_dummy_prefix=normalizer.add_dummy_prefix,
+        remove_extra_whitespaces=normalizer.remove_extra_whitespaces,
+        charsmap=normalizer.precompiled_charsmap,
+        bos_id=drop_missing(trainer.bos_id),
+        eos_id=drop_missing(trainer.eos_id),
+        pad_id=drop_missing(trainer.pad_id),
     )
 
 
@@ -253,40 +248,3 @@ def _add_special_tokens(tokenizer: Tokenizer, pieces: Iterable[Piece], *, normal
     ]
     # In one call, because each call rebuilds the search for all added tokens.
     tokenizer.add_tokens(tokens)
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of one protocol-buffer message: number, and an int (varint) or the raw bytes."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        field, wire = tag >> 3, tag & 7
-        if wire == 0:
-            value, at = _varint(data, at)
-            yield field, value
-            continue
-        size = {1: 8, 5: 4}.get(wire)
-        if size is None:
-            if wire != 2:
-                raise ValueError(f"wire type {wire}")
-            size, at = _varint(data, at)
-        if at + size > len(data):
-            raise ValueError("truncated")
-        yield field, data[at : at + size]
-        at += size
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-    raise ValueError("varint too long")
-
-
-def _signed(value: int) -> int:
-    """A 64-bit two's complement number: how -1 is written."""
-    return value - (1 << 64) if value >= 1 << 63 else value
