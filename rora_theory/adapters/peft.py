@@ -147,14 +147,14 @@ def _write(
             write_new(temporary_paths[name], content)
         # Without a configuration the folder is no adapter, until the new one, the last file, is renamed.
         (folder / CONFIG).unlink(missing_ok=True)
-        for name, temporary_path in temporary_paths.items():
-            os.replace(temporary_path, folder / name)
+        for name, path in temporary_paths.items():
+            os.replace(path, folder / name)
     except OSError as error:
         raise InputError(f"{folder}: cannot write the adapter: {error.strerror or error}") from error
     finally:
-        for temporary_path in temporary_paths.values():
+        for path in temporary_paths.values():
             with contextlib.suppress(OSError):
-                temporary_path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
 
 
 def _sorted(data: bytes) -> bytes:
