@@ -18,7 +18,7 @@ from rora_theory.evaluate.choices import Scored
 from rora_theory.evaluate.likelihood import log_likelihoods
 from rora_theory.finetune import Batch, FinetuneConfig, capacity
 from rora_theory.finetune import step as steps
-from rora_theory.llama.generate import beam
+from rora_theory.llama.generate import beam_search
 
 REMATS: tuple[Any, ...] = (False, "mlp", True)
 """Least work first."""
@@ -180,7 +180,7 @@ def generation(spec: dict[str, Any]) -> Work:
 
     def generate(_: str) -> dict[str, Any]:
         def texts() -> list[list[int]]:
-            return beam(params, model, prompts, max_new_tokens=sizes["new_tokens"], eos_ids=(), shared=40)
+            return beam_search(params, model, prompts, max_new_tokens=sizes["new_tokens"], eos_ids=(), shared=40)
 
         cold, _ = timed(texts)
         seconds, found = timed(texts)

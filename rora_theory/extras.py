@@ -14,7 +14,10 @@ from typing import Any
 from rora_theory.errors import InputError
 
 PACKAGES: dict[str, tuple[str, ...]] = {
-    "finetune": ("gguf", "huggingface_hub", "jinja2", "orbax", "pyarrow", "safetensors", "tokenizers"),
+    "finetune": (
+        *("gguf", "google", "huggingface_hub", "jinja2", "orbax", "pyarrow"),
+        *("safetensors", "sentencepiece", "tokenizers"),
+    ),
     "torch": ("peft", "torch", "transformers"),
     "cluster": ("ray",),
     "logging": ("tensorboardX", "wandb"),

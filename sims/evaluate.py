@@ -20,7 +20,7 @@ from rora_theory.errors import InputError
 from rora_theory.evaluate import Protocol, Samples, Scoring, TaskAccuracy, accuracies, samples
 from rora_theory.evaluate.accuracies import ACCURACY_COLUMNS, ACCURACY_UNITS, describe_accuracy
 from rora_theory.io import frames
-from rora_theory.llama import Adapter, Located, Model, load, locate
+from rora_theory.llama import Adapter, Model, ModelSource, load, locate
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.reading import as_json
 from rora_theory.runs.summary import KeyFigure
@@ -76,7 +76,7 @@ class Config:
         return Scoring(self.protocol, self.template, self.num_beams, self.max_new_tokens)
 
 
-def subject(config: Config, origin: Located) -> tuple[Model, Adapter | None]:
+def subject(config: Config, origin: ModelSource) -> tuple[Model, Adapter | None]:
     """The model that is scored, and an adapter where it runs beside the weights.
 
     Raises:
@@ -113,7 +113,7 @@ def evaluate(
     return found
 
 
-def identity(config: Config, data: dict[str, str], origin: Located) -> dict[str, Any]:
+def identity(config: Config, data: dict[str, str], origin: ModelSource) -> dict[str, Any]:
     """What determines the results: the settings, and the content of data, adapter and model."""
     plain = asdict(config)
     for name in ("out", "batch_size", "data_dir", "adapter", "revision"):

@@ -26,7 +26,7 @@ from sims.common.summaries import summarised
 if TYPE_CHECKING:
     import numpy as np
 
-    from rora_theory.llama.pruning import Shape
+    from rora_theory.llama.pruning import PrunedShape
 
 NAME, MODEL = "prune", "model"
 
@@ -95,7 +95,7 @@ def run(config: Config) -> None:
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra, models=[origin])
     if not (folder.has_files(MODEL) and folder.has_files("results.csv")):
         folder.clear(MODEL)
-        pruned, kept = pruning.pruned_model(model, batches(windows, config.batch_size), shape)
+        pruned, kept = pruning.prune_model(model, batches(windows, config.batch_size), shape)
         models = [(one.params, one.config) for one in (model, pruned)]
         counts = [count_parameters(shape_of) for _, shape_of in models]
         measured = {
@@ -123,7 +123,7 @@ def batches(windows: "np.ndarray", size: int) -> "Iterator[np.ndarray]":
             bar.advance(len(windows[start : start + size]))
 
 
-def show(folder: RunFolder, config: Any, shape: "Shape") -> None:
+def show(folder: RunFolder, config: Any, shape: "PrunedShape") -> None:
     """Print what was kept, and at what price."""
     before, after = map(float, folder.entry("perplexity_held_out"))
     answers.say(

@@ -18,7 +18,7 @@ from rora_theory.data.batches import Batch
 from rora_theory.finetune import Batches, FinetuneConfig, StepCompleted, Trainer, choose_widths, tokenize
 from rora_theory.finetune import step as steps
 from rora_theory.llama.attention import attend, choose_route
-from rora_theory.llama.generate import beam
+from rora_theory.llama.generate import beam_search
 from rora_theory.theory import sampling
 
 pytestmark = pytest.mark.gpu
@@ -151,7 +151,8 @@ def test_generated_texts_are_the_cpus(params):
     prompts = [[1, 5, 9, 11], [1, 5, 70]]
     with jax.default_matmul_precision("highest"):
         here, there = (
-            beam(jax.device_put(params, device), MODEL, prompts, max_new_tokens=6, eos_ids=(2,)) for device in devices()
+            beam_search(jax.device_put(params, device), MODEL, prompts, max_new_tokens=6, eos_ids=(2,))
+            for device in devices()
         )
     assert here == there
 

@@ -36,7 +36,7 @@ from rora_theory.adapters.targets import in_all_layers, layer_text
 from rora_theory.adapters.widen import widen
 from rora_theory.errors import InputError
 from rora_theory.llama import MODULES, LlamaConfig, linear
-from rora_theory.llama.model import PRODUCT, Params
+from rora_theory.llama.model import SAVED_PRODUCT, Params
 from rora_theory.scaling import check_integer, check_positive, is_finite
 
 Placement = Literal["series", "parallel"]
@@ -192,7 +192,7 @@ class BottleneckAdapter:
             if name not in AFTER:
                 return linear(x + self._bottleneck(x, layer[name], key), weight, bias)
             # Save the output for the gradient of D: otherwise the backward pass would multiply by W again.
-            z = checkpoint_name(linear(x, weight, bias), PRODUCT)
+            z = checkpoint_name(linear(x, weight, bias), SAVED_PRODUCT)
             return z + self._bottleneck(z, layer[name], key)
         return linear(x, weight, bias) + self._bottleneck(x, layer[name], key)
 
@@ -203,7 +203,7 @@ class BottleneckAdapter:
         config = self.config
         if key is not None and config.dropout > 0:
             inputs = dropout(key, inputs, config.dropout)
-        inner = checkpoint_name(linear(inputs, tensors["adapter_down"].astype(inputs.dtype)), PRODUCT)
+        inner = checkpoint_name(linear(inputs, tensors["adapter_down"].astype(inputs.dtype)), SAVED_PRODUCT)
         up = config.scaling * tensors["adapter_up"]
         return widen(FUNCTIONS[config.non_linearity](inner), up.astype(inputs.dtype))
 

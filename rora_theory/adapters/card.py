@@ -18,7 +18,7 @@ from rora_theory.adapter_config import LORA
 from rora_theory.adapters import peft_baselines
 from rora_theory.errors import InputError
 from rora_theory.io.files import write_whole
-from rora_theory.llama.hub import HUB_ID, Located
+from rora_theory.llama.hub import HUB_ID, ModelSource
 from rora_theory.runs import software
 from rora_theory.scaling import scaling_factor
 
@@ -51,7 +51,7 @@ class Trained:
 def save(
     folder: Path,
     entries: Mapping[str, Any],
-    base: str | Located | None,
+    base: str | ModelSource | None,
     trained: Trained | None = None,
     *,
     merged: bool = False,
@@ -72,7 +72,7 @@ def save(
 
 
 def text(
-    entries: Mapping[str, Any], base: str | Located | None, trained: Trained | None = None, *, merged: bool = False
+    entries: Mapping[str, Any], base: str | ModelSource | None, trained: Trained | None = None, *, merged: bool = False
 ) -> str:
     """Return the model card of an adapter or of a merged model.
 
@@ -99,7 +99,7 @@ def text(
         **_license(repository, trained.license or _read(base, "license")),
     )
     # Title, tables and code that loads the folder.
-    name = base.label if isinstance(base, Located) else base if isinstance(base, str) else ""
+    name = base.label if isinstance(base, ModelSource) else base if isinstance(base, str) else ""
     name = repository or " ".join(name.split()) or "an unnamed model"
     sections = [
         f"---\n{data.to_yaml()}\n---",
@@ -114,13 +114,13 @@ def text(
     return "\n\n".join(sections) + "\n"
 
 
-def _repository(base: str | Located | None) -> str | None:
-    if isinstance(base, Located):
+def _repository(base: str | ModelSource | None) -> str | None:
+    if isinstance(base, ModelSource):
         return base.repository
     return base if isinstance(base, str) and HUB_ID.fullmatch(base) and not os.path.exists(base) else None
 
 
-def _read(base: str | Located | None, name: str) -> Any:
+def _read(base: str | ModelSource | None, name: str) -> Any:
     """Return an attribute read from the base model's files, or None if they no longer exist.
 
     Missing files of the base are no reason to fail to save an adapter.
@@ -147,9 +147,9 @@ def _title(entries: Mapping[str, Any], kind: str, name: str, *, merged: bool) ->
     return f"{name} with a {adapter} merged in" if merged else f"{adapter} for {name}"
 
 
-def _base_rows(name: str, base: str | Located | None) -> list[tuple[str, str]]:
+def _base_rows(name: str, base: str | ModelSource | None) -> list[tuple[str, str]]:
     rows = [("base model", f"`{name}`")]
-    if isinstance(base, Located):
+    if isinstance(base, ModelSource):
         rows += [("base model commit", f"`{base.commit}`")] if base.commit else []
         origin = f" made from `{base.repository}`" if base.repository and not base.commit else ""
         rows += [("base model weights", f"{storage}{origin}")] if (storage := _read(base, "storage")) else []
@@ -179,10 +179,10 @@ def _adapter_rows(entries: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _loading(entries: Mapping[str, Any], repository: str | None, base: str | Located | None) -> str:
+def _loading(entries: Mapping[str, Any], repository: str | None, base: str | ModelSource | None) -> str:
     if entries["peft_type"] not in _KINDS:
         return "PEFT does not support this kind of adapter. Load it with `rora_theory.adapters.load_peft`."
-    name = json.dumps(repository or (str(base.path) if isinstance(base, Located) else base) or "THE_BASE_MODEL")
+    name = json.dumps(repository or (str(base.path) if isinstance(base, ModelSource) else base) or "THE_BASE_MODEL")
     revision = f", revision={json.dumps(entries['revision'])}" if entries.get("revision") else ""
     lines = [
         "from peft import PeftModel",

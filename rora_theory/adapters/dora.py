@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from rora_theory.adapters.widen import widen
 from rora_theory.llama import linear
-from rora_theory.llama.model import PRODUCT, SMALL
+from rora_theory.llama.model import ALWAYS_SAVED, SAVED_PRODUCT
 
 TINY = 1e-30
 """Smallest divisor of the magnitude, so that a row of zeros gives zeros instead of NaN."""
@@ -49,19 +49,19 @@ def apply(
       Outputs of the adapted module. Elementwise operations are computed in float32.
     """
     # Ratio of the trained to the present row norms.
-    c = factor(magnitude, checkpoint_name(row_norms(weight, scaled_A, B), SMALL), adapted)
+    c = factor(magnitude, checkpoint_name(row_norms(weight, scaled_A, B), ALWAYS_SAVED), adapted)
     # Low-rank update of the inputs after dropout, through the rank.
-    inner = checkpoint_name(linear(dropped, scaled_A.astype(x.dtype)), PRODUCT)
+    inner = checkpoint_name(linear(dropped, scaled_A.astype(x.dtype)), SAVED_PRODUCT)
     update = widen(inner, B.astype(x.dtype))
     base = linear(x, weight)
     c = jnp.broadcast_to(c, base.shape)
     wide_base, wide_update = base.astype(jnp.float32), update.astype(jnp.float32)
     # The gradient of c needs the term that c multiplies: save it, so that no product with W is computed again.
     if dropped is x:
-        y = c * checkpoint_name(wide_base + wide_update, PRODUCT)
+        y = c * checkpoint_name(wide_base + wide_update, SAVED_PRODUCT)
     else:
         dropped_base = linear(dropped, weight).astype(jnp.float32)
-        y = (wide_base - dropped_base) + c * checkpoint_name(dropped_base + wide_update, PRODUCT)
+        y = (wide_base - dropped_base) + c * checkpoint_name(dropped_base + wide_update, SAVED_PRODUCT)
     if bias is not None:
         y = y + jnp.broadcast_to(bias, y.shape).astype(jnp.float32)
     return y.astype(x.dtype)

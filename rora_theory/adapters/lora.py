@@ -25,8 +25,8 @@ from rora_theory.adapters.targets import Target, layer_text, resolve
 from rora_theory.adapters.widen import widen
 from rora_theory.errors import InputError
 from rora_theory.llama import MODULES, LlamaConfig, linear
-from rora_theory.llama.model import PRODUCT, Params
-from rora_theory.llama.quantised import dense
+from rora_theory.llama.model import SAVED_PRODUCT, Params
+from rora_theory.llama.quantised import to_dense
 from rora_theory.scaling import Rule, is_finite, scaling_factor
 
 
@@ -129,7 +129,7 @@ class LoraConfig:
 @jax.jit
 def _row_norms(weight: Any) -> Float[Array, "layers p_out"]:
     """Compute the row norms of stacked weights, dequantizing one layer at a time."""
-    return jax.lax.map(lambda w: jnp.linalg.norm(dense(w).astype(jnp.float32), axis=1), weight)
+    return jax.lax.map(lambda w: jnp.linalg.norm(to_dense(w).astype(jnp.float32), axis=1), weight)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "scaling"], meta_fields=["config", "targets"])
@@ -184,7 +184,7 @@ class LoraAdapter:
             magnitude = tensors["lora_magnitude_vector"]
             return dora.apply(x, dropped, weight, bias, scaled_A, B, magnitude, gamma > 0)
         # A x, of width r, is saved for the backward pass; B A x has the width of the output.
-        inner = checkpoint_name(linear(dropped, scaled_A.astype(x.dtype)), PRODUCT)
+        inner = checkpoint_name(linear(dropped, scaled_A.astype(x.dtype)), SAVED_PRODUCT)
         return linear(x, weight, bias) + widen(inner, B.astype(x.dtype))
 
     def prefix(self, layer: Any) -> None:
@@ -291,7 +291,7 @@ def _map_layers(
     results = {}
     for name, tensors in adapter.layers().items():
         xs = (params["layers"][name]["weight"], tensors, *(() if norms is None else (norms[name],)))
-        results[name] = jax.lax.map(lambda slices: function(dense(slices[0]), *slices[1:]), xs)
+        results[name] = jax.lax.map(lambda slices: function(to_dense(slices[0]), *slices[1:]), xs)
     return results
 
 

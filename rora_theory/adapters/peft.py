@@ -31,7 +31,7 @@ from rora_theory.errors import InputError, shown
 from rora_theory.io import digests
 from rora_theory.io.files import check_regular, temporary_path, write_new
 from rora_theory.llama import LlamaConfig
-from rora_theory.llama.hub import Located
+from rora_theory.llama.hub import ModelSource
 from rora_theory.llama.model import Params
 
 try:
@@ -58,7 +58,7 @@ def save_peft(
     folder: str | os.PathLike[str],
     adapter: PeftAdapter,
     *,
-    base_model: str | Located | None = None,
+    base_model: str | ModelSource | None = None,
     portable: bool = False,
     trained: card.Trained | None = None,
 ) -> None:
@@ -89,21 +89,21 @@ def save_peft(
     folder, config = Path(folder), entries_of(adapter, base_model)
     tensors = _tensors(adapter) if isinstance(adapter, LoraAdapter) else peft_baselines.tensors(adapter)
     metadata = {"format": "pt"}
-    if isinstance(base_model, Located):
+    if isinstance(base_model, ModelSource):
         config["revision"], metadata["base_model_sha256"] = base_model.commit, base_model.sha256
     if portable:
         config, tensors = portable_form(folder / CONFIG, config, tensors)
     _write(folder, config, tensors, metadata, card.text(config, base_model, trained))
 
 
-def entries_of(adapter: TrainableAdapter, base_model: str | Located | None = None) -> dict[str, Any]:
+def entries_of(adapter: TrainableAdapter, base_model: str | ModelSource | None = None) -> dict[str, Any]:
     """Return the entries of an adapter's `adapter_config.json`; for full fine-tuning, the entries that a `card` needs.
 
     Args:
       adapter: Adapter or trained weights.
       base_model: Name, path or location of the base model.
     """
-    base = base_model.base if isinstance(base_model, Located) else base_model
+    base = base_model.hub_id_or_path if isinstance(base_model, ModelSource) else base_model
     if isinstance(adapter, FullAdapter):
         return {"peft_type": card.FULL, "target_modules": list(adapter.config.target_modules)}
     if isinstance(adapter, LoraAdapter):
@@ -147,14 +147,14 @@ def _write(
             write_new(temporary_paths[name], content)
         # Without a configuration the folder is no adapter, until the new one, the last file, is renamed.
         (folder / CONFIG).unlink(missing_ok=True)
-        for name, temporary_path in temporary_paths.items():
-            os.replace(temporary_path, folder / name)
+        for name, path in temporary_paths.items():
+            os.replace(path, folder / name)
     except OSError as error:
         raise InputError(f"{folder}: cannot write the adapter: {error.strerror or error}") from error
     finally:
-        for temporary_path in temporary_paths.values():
+        for path in temporary_paths.values():
             with contextlib.suppress(OSError):
-                temporary_path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
 
 
 def _sorted(data: bytes) -> bytes:

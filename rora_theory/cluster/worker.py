@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, no_type_check
 
-from rora_theory.cluster.models import MissingModelError, keep_model
+from rora_theory.cluster.models import keep_model
 from rora_theory.io import files
+from rora_theory.io.model_cache import MissingModelError
 from rora_theory.runs import software
 from rora_theory.runs.reading import CHECKPOINTS, LOCK
 

@@ -275,7 +275,7 @@ def _encode_chats(rendered: Sequence[chats.RenderedText], tokenizer: Any, answer
         for ids in tokenizer.encode_batch([text for text, _ in rendered], False):
             yield ids, np.ones(len(ids), bool)
         return
-    encoded = tokenizer.encode_with_letters([text for text, _ in rendered])
+    encoded = tokenizer.encode_with_offsets([text for text, _ in rendered])
     for (ids, offsets), (_, spans) in zip(encoded, rendered, strict=True):
         token_begins, token_ends = offsets.T
         in_loss = np.zeros(len(ids), bool)

@@ -91,7 +91,7 @@ def load_chat_template(tokenizer: Any, name: str | None = None, now: datetime | 
     Raises:
       InputError: The tokenizer has no template, or the template is not Jinja.
     """
-    where = tokenizer.where if name is None else name
+    where = tokenizer.source if name is None else name
     source = tokenizer.chat_template if name is None else read_template_source(name)
     if source is None:
         raise InputError(f"{where}: the model has no chat template. {TEMPLATE_ADVICE}")

@@ -29,7 +29,7 @@ from rora_theory.evaluate.choices import TEXTS, Choice, encode_choices, harness_
 from rora_theory.evaluate.likelihood import log_likelihoods
 from rora_theory.llama import shared_prompt
 from rora_theory.llama.config import LlamaConfig
-from rora_theory.llama.generate import beam
+from rora_theory.llama.generate import beam_search
 from rora_theory.llama.loading import Model
 from rora_theory.llama.model import Adapter
 from rora_theory.llama.tokenizer import Tokenizer
@@ -244,7 +244,7 @@ def _generated(
     # A generator of its own, so that the checks above run before the first sample is requested.
     def run() -> Iterator[Sample]:
         for group in remaining:
-            answers = beam(
+            answers = beam_search(
                 params,
                 config,
                 [prompts[number] for number in group],

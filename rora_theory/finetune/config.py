@@ -9,7 +9,7 @@ from rora_theory.adapters.bottleneck import NonLinearity
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.data.formats import TrainTemplate
 from rora_theory.errors import InputError
-from rora_theory.llama.model import REMATS
+from rora_theory.llama.model import REMAT_CHOICES
 from rora_theory.llama.quantised import Quantization, check_quantization
 from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import Rule
@@ -153,7 +153,7 @@ class FinetuneConfig:
         check_quantization(self.quantization)
         if self.method == "full" and self.quantization != "none":
             raise InputError(f"quantization must be none with method full, got {self.quantization!r}")
-        _check("remat", self.remat, REMATS, self.remat in REMATS)
+        _check("remat", self.remat, REMAT_CHOICES, self.remat in REMAT_CHOICES)
         # A setting that the method does not use must keep its default.
         for name, methods in _ONLY.items():
             if self.method not in methods and getattr(self, name) != _default(name):

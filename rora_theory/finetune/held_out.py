@@ -19,7 +19,7 @@ from rora_theory.data.batches import Examples, choose_widths, plan_epoch
 from rora_theory.errors import InputError
 from rora_theory.finetune.loss import cross_entropy
 from rora_theory.llama import LlamaConfig, shared_prompt
-from rora_theory.llama.attention import causal
+from rora_theory.llama.attention import causal_mask
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _losses(
     width, positions, visible = inputs.shape[1], None, None
     if start is not None:
         positions = jnp.broadcast_to(start + jnp.arange(width, dtype=jnp.int32), inputs.shape)
-        visible = jnp.broadcast_to(causal(width, width), (*inputs.shape, width))
+        visible = jnp.broadcast_to(causal_mask(width, width), (*inputs.shape, width))
     hidden = llama.hidden_states(params, inputs, llama_config, adapter, positions=positions, visible=visible)
 
     def row_losses(row: tuple[Array, Array, Array, Array]) -> Array:

@@ -19,7 +19,7 @@ from rora_theory.llama.model import (
 )
 
 if TYPE_CHECKING:
-    from rora_theory.llama.hub import Located, locate
+    from rora_theory.llama.hub import ModelSource, locate
     from rora_theory.llama.identity import model_digest
     from rora_theory.llama.loading import Model, load, model_config, model_tokenizer
 
@@ -29,8 +29,8 @@ __all__ = [
     "LinearRope",
     "Llama3Rope",
     "LlamaConfig",
-    "Located",
     "Model",
+    "ModelSource",
     "abstract_params",
     "count_parameters",
     "forward",
@@ -49,8 +49,8 @@ __all__ = [
 ]
 
 
-_LATER = {
-    "Located": "hub",
+_LAZY_NAMES = {
+    "ModelSource": "hub",
     "Model": "loading",
     "model_digest": "identity",
     "load": "loading",
@@ -61,7 +61,7 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    """`load` and the like on first use: they need the extra ``finetune``, the forward pass does not."""
-    if name in _LATER:
-        return getattr(importlib.import_module(f"rora_theory.llama.{_LATER[name]}"), name)
+    """Import a name on first use if it needs the extra ``finetune``, which the forward pass does not."""
+    if name in _LAZY_NAMES:
+        return getattr(importlib.import_module(f"rora_theory.llama.{_LAZY_NAMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

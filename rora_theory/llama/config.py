@@ -1,6 +1,6 @@
 """Configuration of a LLaMA, Mistral, Qwen2, Qwen3 or Gemma 3 model, read from Hugging Face's `config.json`.
 
-Every key of the file is used, known to change nothing, or refused by name.
+Every key of the file is used, known to have no effect, or refused by name.
 """
 
 import dataclasses
@@ -24,26 +24,37 @@ MODULES = (
 """The linear modules of one layer, by the names Hugging Face and PEFT give them."""
 
 OTHER_MODELS = "any PyTorch model can be measured with rora_theory.measure.torch"
-"""What a refusal of another architecture names as the way out."""
+"""Alternative that the error for an unsupported architecture names."""
 
 
 @dataclass(frozen=True)
 class LinearRope:
-    """Every rotary frequency divided by ``factor``, a number of 1 or more."""
+    """Rotary scaling that divides every frequency by the same factor.
+
+    Attributes:
+      factor: Divisor of the frequencies, at least 1.
+    """
 
     factor: float
 
     def __post_init__(self) -> None:
-        _factor(self.factor)
+        """Validate the factor."""
+        _check_factor(self.factor)
 
 
 @dataclass(frozen=True)
 class Llama3Rope:
-    """Long rotary wavelengths stretched by ``factor``, short ones kept, as in LLaMA 3.1.
+    """Rotary scaling of LLaMA 3.1, which stretches long wavelengths and keeps short ones.
 
     Frequencies whose wavelength exceeds ``original_max_position_embeddings / low_freq_factor`` are divided by
-    ``factor``, those whose wavelength is below ``original_max_position_embeddings / high_freq_factor`` are
-    kept, and those between interpolated.
+    ``factor``. Those whose wavelength is below ``original_max_position_embeddings / high_freq_factor`` are kept, and
+    those between are interpolated.
+
+    Attributes:
+      factor: Divisor of the low frequencies, at least 1.
+      low_freq_factor: Number of turns over the original context below which a frequency is divided.
+      high_freq_factor: Number of turns over the original context above which a frequency is kept.
+      original_max_position_embeddings: Context length of the model before it was extended.
     """
 
     factor: float
@@ -52,44 +63,51 @@ class Llama3Rope:
     original_max_position_embeddings: int
 
     def __post_init__(self) -> None:
-        _factor(self.factor)
-        _positive("rope low_freq_factor", self.low_freq_factor, float)
-        _positive("rope high_freq_factor", self.high_freq_factor, float)
-        _positive("rope original_max_position_embeddings", self.original_max_position_embeddings, int)
+        """Validate the fields."""
+        _check_factor(self.factor)
+        _check_positive("rope low_freq_factor", self.low_freq_factor, float)
+        _check_positive("rope high_freq_factor", self.high_freq_factor, float)
+        _check_positive("rope original_max_position_embeddings", self.original_max_position_embeddings, int)
         if self.low_freq_factor >= self.high_freq_factor:
             raise InputError(
-                f"rope low_freq_factor is {self.low_freq_factor!r}; accepted is a number below "
-                f"high_freq_factor {self.high_freq_factor!r}"
+                f"rope low_freq_factor must be below high_freq_factor {self.high_freq_factor!r}, "
+                f"got {self.low_freq_factor!r}"
             )
 
 
 RopeScaling = LinearRope | Llama3Rope
 ROPE_KINDS: dict[str, type[LinearRope | Llama3Rope]] = {"linear": LinearRope, "llama3": Llama3Rope}
-"""Hugging Face's names of the scalings; ``"default"`` is none."""
+"""Rotary scalings by Hugging Face's names; ``"default"`` means none."""
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """What determines the function a model computes, apart from its weights. Hashable: static in jit.
+    """Configuration of a model: with the weights, it determines the function computed. Hashable, static under jit.
 
-    One model serves LLaMA and the families that differ from it in few points, see `families`. In a layer with a
-    sliding window, a query attends to the last ``sliding_window`` positions, its own included.
+    The class serves LLaMA and the families that differ from it in few points, see `families`. In a layer with a sliding
+    window, a query attends to the last ``sliding_window`` positions, its own included.
 
     Attributes:
-      vocab_size, hidden_size, intermediate_size, num_hidden_layers: sizes.
-      num_attention_heads, num_key_value_heads, head_dim: the query heads are a multiple of the key/value
-        heads, and ``head_dim`` is even. ``hidden_size`` need not be ``num_attention_heads * head_dim``.
-      rms_norm_eps: added to the mean square.
-      rope_theta: base of the rotary frequencies.
-      rope_scaling: None is the default rotary embedding.
-      tie_word_embeddings: the output projection is the embedding matrix.
-      attention_bias, mlp_bias: whether q, k, v, o (gate, up, down) have biases. False for Qwen2, see `has_bias`.
-      max_position_embeddings: longest sequence; longer ones are refused.
-      bos_token_id, eos_token_id, pad_token_id: for tokenization and generation; several end tokens are a
-        tuple.
-      model_type: one of `families.FAMILIES`, and what the model is saved as.
-      sliding_window: how many positions a query attends to; None is all. Not for LLaMA.
-      full_attention_layers: Indices, in increasing order, of the layers without sliding window in a model that has
+      vocab_size: Number of embeddings.
+      hidden_size: Width of the residual stream; need not be ``num_attention_heads * head_dim``.
+      intermediate_size: Number of feed-forward features.
+      num_hidden_layers: Number of layers.
+      num_attention_heads: Number of query heads, a multiple of ``num_key_value_heads``.
+      num_key_value_heads: Number of key/value heads.
+      head_dim: Width of a head, an even number.
+      rms_norm_eps: Number added to the mean square in a norm.
+      rope_theta: Base of the rotary frequencies.
+      rope_scaling: Scaling of the rotary frequencies; None for the default rotary embedding.
+      tie_word_embeddings: Whether the output projection is the embedding matrix.
+      attention_bias: Whether q, k, v and o have biases. False for Qwen2, see `has_bias`.
+      mlp_bias: Whether gate, up and down have biases.
+      max_position_embeddings: Maximum length of a sequence; longer ones raise an error.
+      bos_token_id: Id of the beginning of a text.
+      eos_token_id: Id of the end of a text; a tuple if there are several.
+      pad_token_id: Id of the padding.
+      model_type: Family of the model, a key of `families.FAMILIES`; the model is saved under it.
+      sliding_window: Number of positions a query attends to; None for all. Not for LLaMA.
+      full_attention_layers: Indices, in increasing order, of the layers without a sliding window in a model that has
         one. The first ones for Qwen, any for Gemma 3.
       query_pre_attn_scalar: Number by whose square root attention scores are divided; None is ``head_dim``. For
         Gemma 3.
@@ -121,7 +139,8 @@ class LlamaConfig:
     rope_local_base_freq: float | None = None
 
     def __post_init__(self) -> None:
-        _check(vars(self))
+        """Validate the fields."""
+        _validate(vars(self))
 
     @property
     def family(self) -> Family:
@@ -129,7 +148,7 @@ class LlamaConfig:
         return FAMILIES[self.model_type]
 
     def module_shape(self, name: str) -> tuple[int, int]:
-        """Shape ``(p_out, p_in)`` of a module's weight.
+        """Return the shape ``(p_out, p_in)`` of a module's weight.
 
         Raises:
           InputError: ``name`` is not one of `MODULES`.
@@ -145,71 +164,84 @@ class LlamaConfig:
             "mlp.down_proj": (self.hidden_size, self.intermediate_size),
         }
         if name not in shapes:
-            raise InputError(f"module is {name!r}; accepted are {', '.join(MODULES)}")
+            raise InputError(f"module must be one of {', '.join(MODULES)}, got {name!r}")
         return shapes[name]
 
     def has_bias(self, name: str) -> bool:
-        """Whether a module has a bias vector of length ``p_out``."""
+        """Return whether a module has a bias vector of length ``p_out``."""
         if self.family.has_qkv_bias:
             return name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         return self.attention_bias if name.startswith("self_attn.") else self.mlp_bias
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "LlamaConfig":
-        """The configuration of a Hugging Face ``config.json``, in the older or the newer key names.
+        """Parse a Hugging Face ``config.json``, with the older or the newer key names.
 
-        The rotary embedding is read from ``rope_theta`` and ``rope_scaling`` or from ``rope_parameters``;
-        both may be there if they agree. Keys that do not touch the function computed (precision on disk,
-        initialisation, library versions, habits of generation, nulls) are passed over; those that someone may
-        have meant are named by `ignored_keys`. Every other key must be one this model implements.
+        The rotary embedding comes from ``rope_theta`` and ``rope_scaling`` or from ``rope_parameters``; both may be
+        present if they agree. Keys without an effect on the function computed are ignored: precision on disk,
+        initialisation, library versions, defaults of generation, nulls. `ignored_keys` names those that a user may
+        expect to have an effect. Every other key must be supported.
+
+        Args:
+          hf: Object in ``config.json``.
 
         Raises:
-          InputError: a key that is unknown, or known with an unsupported value; a missing size; another
-          architecture.
+          InputError: A key is unknown or has an unsupported value, a size is missing, or the architecture is not
+            supported.
         """
         if not isinstance(hf, Mapping):
-            raise InputError(f"config is {type(hf).__name__}; accepted is a JSON object")
-        found = {key: value for key, value in hf.items() if key in _KEYS or not _says_nothing(key, value)}
+            raise InputError(f"config must be a JSON object, got {type(hf).__name__}")
+        # Keys with an effect. Each of the following steps removes or converts some of them.
+        values = {key: value for key, value in hf.items() if key in _KEYS or not _has_no_effect(key, value)}
+
+        # Family, and the keys that have one supported value.
         try:
-            model_type = _model_type(found.pop("model_type", "llama"))
+            model_type = _check_model_type(values.pop("model_type", "llama"))
         except InputError as error:
             raise InputError(f"config: {error}") from None
         family = FAMILIES[model_type]
-        for key, values in _ONLY.items():
-            accepted = (family.activation, *values) if key in ("hidden_act", "hidden_activation") else values
-            if key in found and (value := found.pop(key)) not in accepted:
-                raise InputError(f"config: {key} is {shown(value)}; accepted is {' or '.join(map(repr, accepted))}")
-        missing = [name for name in _REQUIRED if found.get(name) is None]
+        for key, supported in _FIXED_VALUES.items():
+            if key in ("hidden_act", "hidden_activation"):
+                supported = (family.activation, *supported)
+            if key in values and (value := values.pop(key)) not in supported:
+                raise InputError(f"config: {key} must be {' or '.join(map(repr, supported))}, got {shown(value)}")
+
+        # Sizes. The number of layers is limited before anything lists the layers.
+        missing = [name for name in _REQUIRED if values.get(name) is None]
         if missing:
             raise InputError(
-                f"config: {', '.join(missing)} missing; accepted is the config.json of a model of type {model_type}"
+                f"config: lacks {', '.join(missing)}. Use the config.json of a model of type {model_type}."
             )
         for name in _REQUIRED:
-            _positive(f"config: {name}", found[name], int)
-        check_layers("config: num_hidden_layers", found["num_hidden_layers"])  # before layers are listed
+            _check_positive(f"config: {name}", values[name], int)
+        check_layers("config: num_hidden_layers", values["num_hidden_layers"])
+
+        # Defaults of the family, the sliding window and the rotary embedding.
         for name in _NULL_IS_DEFAULT:
-            if found.get(name, ...) is None:
-                del found[name]
-        found = {**family.defaults, **found}
-        window, full = _window(found, family)
-        local_theta = _local_rope(found, family)
-        theta, scaling = _rope(found, family)
-        heads, hidden = found["num_attention_heads"], found["hidden_size"]
-        head_dim = found.pop("head_dim", None)
+            if values.get(name, ...) is None:
+                del values[name]
+        values = {**family.defaults, **values}
+        window, full = _pop_window(values, family)
+        local_theta = _pop_local_theta(values, family)
+        theta, scaling = _pop_rope(values, family)
+        heads, hidden = values["num_attention_heads"], values["hidden_size"]
+        head_dim = values.pop("head_dim", None)
         if head_dim is None:
             if hidden % heads:
-                raise InputError(f"config: hidden_size is {hidden}; accepted is a multiple of {heads} attention heads")
+                raise InputError(f"config: hidden_size must be a multiple of {heads} attention heads, got {hidden}")
             head_dim = hidden // heads
-        unknown = sorted(set(found) - _KEYS)
+
+        # All other keys must be fields.
+        unknown = sorted(set(values) - _KEYS)
         if unknown:
-            key, value = unknown[0], found[unknown[0]]
+            key, value = unknown[0], values[unknown[0]]
             key = key if key.isidentifier() and len(key) < 80 else shown(key)
-            raise InputError(f"config: {key} is {shown(value)}; no such field is supported")
-        kv_heads = found.pop("num_key_value_heads", None)
-        eos = found.pop("eos_token_id", 2)
+            raise InputError(f"config: {key} is not supported, got {shown(value)}")
+        kv_heads = values.pop("num_key_value_heads", None)
+        eos = values.pop("eos_token_id", 2)
         fields = {
             **{field.name: field.default for field in dataclasses.fields(cls)},
-            **found,
+            **values,
             "num_key_value_heads": heads if kv_heads is None else kv_heads,
             "head_dim": head_dim,
             "rope_theta": theta,
@@ -221,20 +253,21 @@ class LlamaConfig:
             "rope_local_base_freq": local_theta,
         }
         try:
-            _check(fields)
+            _validate(fields)
         except InputError as error:
             raise InputError(f"config: {error}") from None
         return cls(**fields)
 
     def to_hf(self) -> dict[str, Any]:
-        """The ``config.json`` that transformers, old or new, reads back to the same function.
+        """Return the ``config.json`` of the model for old and new versions of transformers.
 
         ``LlamaConfig.from_hf(config.to_hf()) == config``.
         """
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         scaling = plain.pop("rope_scaling")
         full = plain.pop("full_attention_layers")
-        for name in _NOT_ALL_HAVE:
+        # Fields that the family has, with the layers without window in the family's own keys.
+        for name in _OPTIONAL_FIELDS:
             if name not in self.family.fields:
                 del plain[name]
         if self.family.full_layers == "first":
@@ -244,6 +277,7 @@ class LlamaConfig:
             plain["layer_types"] = [_SLIDING if windowed else _FULL for windowed in has_window]
         if isinstance(plain["eos_token_id"], tuple):
             plain["eos_token_id"] = list(plain["eos_token_id"])
+        # The rotary embedding, in the older keys and in rope_parameters.
         rope: dict[str, Any] = {"rope_type": "default"}
         if self.rope_scaling is not None:
             kind = "linear" if isinstance(self.rope_scaling, LinearRope) else "llama3"
@@ -280,7 +314,7 @@ _NULL_IS_DEFAULT = (
     "max_position_embeddings",
 )
 
-_NOT_ALL_HAVE = {
+_OPTIONAL_FIELDS = {
     "attention_bias": False,
     "mlp_bias": False,
     "sliding_window": None,
@@ -292,12 +326,12 @@ _NOT_ALL_HAVE = {
 _KEYS = {field.name for field in dataclasses.fields(LlamaConfig)} - {"full_attention_layers"}
 """Keys of `config.json` that become fields under their own names."""
 
-_MOST_LAYERS = 10_000  # every layer's tensors are named before any is looked for
-_LARGEST = 2**31 - 1  # sizes and ids are int32 on the device
-_SMALLEST_FLOAT, _LARGEST_FLOAT = 1e-37, 1e37  # float32 holds what lies between, and a tenth and ten times it
+_MAX_LAYERS = 10_000  # loading lists the names of every layer's tensors before it reads one
+_MAX_INT = 2**31 - 1  # sizes and ids are int32 on the device
+_MIN_FLOAT, _MAX_FLOAT = 1e-37, 1e37  # within float32's range, with a margin of ten
 
-# What says nothing about the function computed: bookkeeping and initialisation, as every saved model has it,
-_PASSED_OVER = frozenset(
+# Keys without an effect on the function computed that every saved model has: bookkeeping and initialisation.
+_BOOKKEEPING_KEYS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _name_or_path
     architectures attn_implementation base_model_pp_plan base_model_tp_plan cache_implementation
@@ -308,8 +342,9 @@ _PASSED_OVER = frozenset(
     transformers_version use_bfloat16 use_cache use_return_dict
     """.split()  # noqa: SIM905
 )
-# and habits of generation and of tokenization, which whoever wrote them may expect to be followed.
-_HABITS = frozenset(
+# Keys without an effect on the function computed that a user may expect to be followed: defaults of generation and of
+# tokenization.
+_GENERATION_KEYS = frozenset(
     """
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty length_penalty max_length max_new_tokens min_length no_repeat_ngram_size
@@ -318,8 +353,8 @@ _HABITS = frozenset(
     unsloth_fixed
     """.split()  # noqa: SIM905
 )
-# Keys with one meaning this model implements; any other value is refused by name.
-_ONLY: dict[str, tuple[Any, ...]] = {
+# Keys with the values that this model implements; any other value raises an error.
+_FIXED_VALUES: dict[str, tuple[Any, ...]] = {
     "pretraining_tp": (1, None),
     "attention_dropout": (0, None),
     "rope_interleaved": (False, None),
@@ -335,9 +370,9 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_dropout": (0, None),
     "cross_attention_hidden_size": (None,),
     "quantization_config": (None,),
-    "auto_map": (None,),  # another program, which may compute anything
-    "hidden_act": (),  # and the family's activation
-    "hidden_activation": (None,),  # and the family's activation
+    "auto_map": (None,),  # names a program, which may compute anything
+    "hidden_act": (),  # the family's activation is added
+    "hidden_activation": (None,),  # the family's activation is added
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "use_bidirectional_attention": (False, None),
@@ -345,7 +380,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 
 def ignored_keys(hf: Mapping[str, Any]) -> tuple[str, ...]:
-    """The keys of a `config.json` that `LlamaConfig.from_hf` passes over though someone may have meant them.
+    """Return the keys of a `config.json` that have no effect, although a user may expect one.
 
     Examples:
       >>> ignored_keys({"hidden_size": 64, "dtype": "float32", "temperature": 0.7, "unsloth_version": "2024.9"})
@@ -355,22 +390,25 @@ def ignored_keys(hf: Mapping[str, Any]) -> tuple[str, ...]:
         sorted(
             key
             for key, value in hf.items()
-            if key not in _KEYS and key not in _PASSED_OVER and key not in _ONLY and _says_nothing(key, value)
+            if key not in _KEYS
+            and key not in _BOOKKEEPING_KEYS
+            and key not in _FIXED_VALUES
+            and _has_no_effect(key, value)
         )
     )
 
 
-def _says_nothing(key: str, value: Any) -> bool:
-    """Whether a key that is no field of `LlamaConfig` leaves the function computed as it is, whatever its value."""
-    if key in _PASSED_OVER or key in _HABITS:
+def _has_no_effect(key: str, value: Any) -> bool:
+    """Return whether a key that is not a field of `LlamaConfig` has no effect on the function computed."""
+    if key in _BOOKKEEPING_KEYS or key in _GENERATION_KEYS:
         return True
-    # Private notes of a library, versions of libraries, ids for other purposes than those this model has.
-    private = key.startswith("_") or key.endswith(("_version", "_token_id"))
-    return private or (value is None and key not in _ONLY and key not in _TAKEN_APART)
+    # Private notes of a library, versions of libraries, and ids that this model does not use.
+    is_private = key.startswith("_") or key.endswith(("_version", "_token_id"))
+    return is_private or (value is None and key not in _FIXED_VALUES and key not in _CONVERTED_KEYS)
 
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-_TAKEN_APART = (  # keys that are no fields, but become some
+_CONVERTED_KEYS = (  # keys that are not fields but determine some
     "rope_parameters",
     "layer_types",
     "use_sliding_window",
@@ -379,198 +417,212 @@ _TAKEN_APART = (  # keys that are no fields, but become some
 )
 
 
-def _model_type(value: Any) -> str:
-    """The value, a key of `FAMILIES`."""
+def _check_model_type(value: Any) -> str:
     if not isinstance(value, str) or value not in FAMILIES:
-        raise InputError(f"model_type is {shown(value)}; accepted are {', '.join(FAMILIES)}; {OTHER_MODELS}")
+        raise InputError(f"model_type must be one of {', '.join(FAMILIES)}, got {shown(value)}; {OTHER_MODELS}")
     return value
 
 
-def _window(found: dict[str, Any], family: Family) -> tuple[int | None, tuple[int, ...]]:
-    """Remove the keys of the sliding window from ``found``.
+def _pop_window(values: dict[str, Any], family: Family) -> tuple[int | None, tuple[int, ...]]:
+    """Remove the keys of the sliding window from a configuration.
 
     Returns:
       Length of the window, or None if no layer has one; indices of the layers without window if others have one.
     """
-    window, used = found.pop("sliding_window", None), found.pop("use_sliding_window", None)
-    kinds, layers = found.pop("layer_types", None), found["num_hidden_layers"]
+    window, is_used = values.pop("sliding_window", None), values.pop("use_sliding_window", None)
+    layer_types, layers = values.pop("layer_types", None), values["num_hidden_layers"]
 
-    # Whether there is a window: Qwen has a switch beside the length, elsewhere the length decides.
-    accepted = (True, False, None) if family.full_layers == "first" else (window is not None, None)
-    if not any(used is one for one in accepted):
-        raise InputError(f"config: use_sliding_window is {shown(used)}; accepted is {' or '.join(map(repr, accepted))}")
-    if family.full_layers == "first" and not used:
+    # Whether there is a window: Qwen has a switch beside the length, in other families the length decides.
+    supported = (True, False, None) if family.full_layers == "first" else (window is not None, None)
+    if not any(is_used is value for value in supported):
+        choices = " or ".join(map(repr, supported))
+        raise InputError(f"config: use_sliding_window must be {choices}, got {shown(is_used)}")
+    if family.full_layers == "first" and not is_used:
         window = None
     if window is not None:
-        _positive("config: sliding_window", window, int)
+        _check_positive("config: sliding_window", window, int)
 
-    # The layers without window: all, or those of Qwen's count or Gemma's period, or those that layer_types lists.
-    count = found.pop("max_window_layers", None) or 0
-    period = found.pop("sliding_window_pattern") if family.full_layers == "any" else layers + 1
-    _count("config: max_window_layers", count)
-    _positive("config: sliding_window_pattern", period, int)
+    # The layers without window: all if there is no window, otherwise by Qwen's count or Gemma's period.
+    count = values.pop("max_window_layers", None) or 0
+    period = values.pop("sliding_window_pattern") if family.full_layers == "any" else layers + 1
+    _check_count("config: max_window_layers", count)
+    _check_positive("config: sliding_window_pattern", period, int)
     full = [*range(layers)] if window is None else [*range(min(count, layers)), *range(period - 1, layers, period)]
     if full and window is not None and family.full_layers == "none":
-        raise InputError(f"config: max_window_layers is {count}; accepted for {family.architecture} is 0")
-    if isinstance(kinds, list) and window is not None and family.full_layers != "none":
-        full = [layer for layer, kind in enumerate(kinds) if kind == _FULL]
+        raise InputError(f"config: max_window_layers must be 0 for {family.architecture}, got {count}")
+
+    # layer_types, if present, takes precedence where the family allows it, and must otherwise agree.
+    if isinstance(layer_types, list) and window is not None and family.full_layers != "none":
+        full = [layer for layer, layer_type in enumerate(layer_types) if layer_type == _FULL]
         full = full if family.full_layers == "any" else [*range(len(full))]
-    if kinds is not None and kinds != [_FULL if layer in full else _SLIDING for layer in range(layers)]:
+    if layer_types is not None and layer_types != [_FULL if layer in full else _SLIDING for layer in range(layers)]:
         order = "in any order" if family.full_layers == "any" else f"{_FULL!r} first"
-        one = f"{_FULL!r}" if window is None else f"{_FULL!r} or {_SLIDING!r}, {order},"
-        raise InputError(f"config: layer_types is {shown(kinds)}; accepted is {one} for each of {layers} layers")
+        entries = f"{_FULL!r}" if window is None else f"{_FULL!r} or {_SLIDING!r}, {order},"
+        raise InputError(
+            f"config: layer_types must list {entries} for each of {layers} layers, got {shown(layer_types)}"
+        )
     return (window, tuple(full)) if len(full) < layers else (None, ())
 
 
-def _local_rope(found: dict[str, Any], family: Family) -> float | None:
-    """Remove the rotary keys of layers with a sliding window from ``found``; leave those of the others, ungrouped.
+def _pop_local_theta(values: dict[str, Any], family: Family) -> float | None:
+    """Remove the rotary keys of the layers with a sliding window; leave those of the other layers, ungrouped.
 
     Returns:
       Base of the rotary frequencies of layers with a sliding window; None for families with one base.
     """
     if "rope_local_base_freq" not in family.fields:
-        return found.pop("rope_local_base_freq", None)
-    base, groups = found.pop("rope_local_base_freq", None), found.get("rope_parameters")
+        return values.pop("rope_local_base_freq", None)
+    base, groups = values.pop("rope_local_base_freq", None), values.get("rope_parameters")
     if groups is None:
         return base
+    # Newer files group rope_parameters by the type of the layer.
     if not isinstance(groups, Mapping) or not set(groups) <= {_FULL, _SLIDING}:
-        raise InputError(f"config: rope_parameters is {shown(groups)}; accepted is an object of {_FULL}, {_SLIDING}")
-    found["rope_parameters"], local = groups.get(_FULL), groups.get(_SLIDING)
+        raise InputError(f"config: rope_parameters must be an object of {_FULL} and {_SLIDING}, got {shown(groups)}")
+    values["rope_parameters"], local = groups.get(_FULL), groups.get(_SLIDING)
     if local is None:
         return base
     if not isinstance(local, Mapping):
-        raise InputError(f"config: rope_parameters of {_SLIDING} is {shown(local)}; accepted is an object or null")
-    theta, scaling = _rope_object(f"rope_parameters of {_SLIDING}", dict(local))
+        raise InputError(f"config: rope_parameters of {_SLIDING} must be an object or null, got {shown(local)}")
+    theta, scaling = _parse_rope_object(f"rope_parameters of {_SLIDING}", dict(local))
     if scaling is not None:
-        raise InputError(f"config: rope_parameters of {_SLIDING} has a scaling; accepted is type 'default'")
+        kind = shown(local.get("rope_type") or local.get("type"))
+        raise InputError(f"config: rope_parameters of {_SLIDING} must have the type 'default', got a scaling of {kind}")
     return base if theta is None else theta
 
 
-def _rope(found: dict[str, Any], family: Family) -> tuple[float, RopeScaling | None]:
-    """Take the rotary keys out of ``found``: base and scaling."""
-    theta = found.pop("rope_theta", None)
-    readings = []
+def _pop_rope(values: dict[str, Any], family: Family) -> tuple[float, RopeScaling | None]:
+    """Remove the rotary keys from a configuration; return base and scaling."""
+    theta = values.pop("rope_theta", None)
+    # Older and newer files have different keys; a file may have both if they agree.
+    parsed = []
     for source in ("rope_scaling", "rope_parameters"):
-        given = found.pop(source, None)
-        if given is None:
+        rope = values.pop(source, None)
+        if rope is None:
             continue
-        if not isinstance(given, Mapping):
-            raise InputError(f"config: {source} is {shown(given)}; accepted is an object or null")
-        readings.append((source, *_rope_object(source, dict(given))))
-    thetas = [theta, *(reading[1] for reading in readings)]
-    stated = [value for value in thetas if value is not None]
-    for value in stated:
-        _positive("config: rope_theta", value, float)
-    if len(set(stated)) > 1:
-        raise InputError(f"config: rope_theta is {shown(stated)}; accepted is one number")
-    scalings = {reading[2] for reading in readings}
+        if not isinstance(rope, Mapping):
+            raise InputError(f"config: {source} must be an object or null, got {shown(rope)}")
+        parsed.append(_parse_rope_object(source, dict(rope)))
+    thetas = [value for value in (theta, *(base for base, _ in parsed)) if value is not None]
+    for value in thetas:
+        _check_positive("config: rope_theta", value, float)
+    if len(set(thetas)) > 1:
+        raise InputError(f"config: rope_theta must be the same wherever it is given, got {shown(thetas)}")
+    scalings = {scaling for _, scaling in parsed}
     if len(scalings) > 1:
-        raise InputError("config: rope_scaling and rope_parameters disagree; accepted is one of them, or both alike")
-    return (float(stated[0]) if stated else family.rope_theta), (scalings.pop() if scalings else None)
+        raise InputError("config: rope_scaling and rope_parameters must agree, or one of them be absent")
+    return (float(thetas[0]) if thetas else family.rope_theta), (scalings.pop() if scalings else None)
 
 
-def _rope_object(source: str, given: dict[str, Any]) -> tuple[float | None, RopeScaling | None]:
-    """Base (or None) and scaling of one ``rope_scaling`` or ``rope_parameters`` object."""
-    theta = given.pop("rope_theta", None)
-    kinds = [kind for kind in (given.pop("rope_type", None), given.pop("type", None)) if kind is not None]
-    kind = kinds[0] if kinds else "default"
-    if kinds[1:] not in ([], [kind]):
-        raise InputError(f"config: {source} has types {shown(kinds[0])} and {shown(kinds[1])}; accepted is one")
-    if given.get("partial_rotary_factor") == 1:
-        del given["partial_rotary_factor"]
-    if kind not in ("default", *ROPE_KINDS):
-        raise InputError(f"config: {source} type is {shown(kind)}; accepted are default, {', '.join(ROPE_KINDS)}")
-    fields = [] if kind == "default" else [field.name for field in dataclasses.fields(ROPE_KINDS[kind])]
-    unknown = sorted(set(given) - set(fields))
+def _parse_rope_object(source: str, rope: dict[str, Any]) -> tuple[float | None, RopeScaling | None]:
+    """Parse the value of ``rope_scaling`` or ``rope_parameters``; return base (or None) and scaling."""
+    theta = rope.pop("rope_theta", None)
+    # The type, which older and newer files name differently.
+    types = [value for value in (rope.pop("rope_type", None), rope.pop("type", None)) if value is not None]
+    rope_type = types[0] if types else "default"
+    if types[1:] not in ([], [rope_type]):
+        raise InputError(f"config: {source} must have one type, got {shown(types[0])} and {shown(types[1])}")
+    if rope_type not in ("default", *ROPE_KINDS):
+        choices = ", ".join(ROPE_KINDS)
+        raise InputError(f"config: {source} type must be default or one of {choices}, got {shown(rope_type)}")
+    # The parameters of that type, no more and no fewer.
+    if rope.get("partial_rotary_factor") == 1:
+        del rope["partial_rotary_factor"]
+    names = [] if rope_type == "default" else [field.name for field in dataclasses.fields(ROPE_KINDS[rope_type])]
+    unknown = sorted(set(rope) - set(names))
     if unknown:
         raise InputError(
-            f"config: {source} has {unknown[0]} {shown(given[unknown[0]])}; "
-            f"type {kind} takes {', '.join(fields) or 'nothing else'}"
+            f"config: {source} of type {rope_type} must have {', '.join(names) or 'no further keys'}, "
+            f"got {unknown[0]} {shown(rope[unknown[0]])}"
         )
-    missing = [name for name in fields if given.get(name) is None]
+    missing = [name for name in names if rope.get(name) is None]
     if missing:
-        raise InputError(f"config: {source} of type {kind} lacks {', '.join(missing)}")
+        raise InputError(f"config: {source} of type {rope_type} lacks {', '.join(missing)}")
     try:
-        return theta, None if kind == "default" else ROPE_KINDS[kind](**given)
+        return theta, None if rope_type == "default" else ROPE_KINDS[rope_type](**rope)
     except InputError as error:
         raise InputError(f"config: {source}: {error}") from None
 
 
-def _check(fields: Mapping[str, Any]) -> None:
-    """Refuse values of a `LlamaConfig` that are of the wrong type, out of range, or contradict one another."""
+def _validate(fields: Mapping[str, Any]) -> None:
+    """Raise `InputError` for fields of a `LlamaConfig` that have a wrong type, are out of range or contradictory."""
+    # Types and ranges.
     for name in (*_SIZES, "max_position_embeddings"):
-        _positive(name, fields[name], int)
+        _check_positive(name, fields[name], int)
     check_layers("num_hidden_layers", fields["num_hidden_layers"])
     for name in ("rms_norm_eps", "rope_theta"):
-        _positive(name, fields[name], float)
+        _check_positive(name, fields[name], float)
     for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if not isinstance(fields[name], bool):
-            raise InputError(f"{name} is {shown(fields[name])}; accepted is true or false")
-    model_type = _model_type(fields["model_type"])
+            raise InputError(f"{name} must be true or false, got {shown(fields[name])}")
+
+    # Fields that only some families have.
+    model_type = _check_model_type(fields["model_type"])
     family = FAMILIES[model_type]
-    for name, without in _NOT_ALL_HAVE.items():
-        if name not in family.fields and fields[name] != without:
-            raise InputError(f"{name} is {shown(fields[name])}; accepted for model_type {model_type} is {without}")
+    for name, absent_value in _OPTIONAL_FIELDS.items():
+        if name not in family.fields and fields[name] != absent_value:
+            raise InputError(f"{name} must be {absent_value} for model_type {model_type}, got {shown(fields[name])}")
     if fields["sliding_window"] is not None:
-        _positive("sliding_window", fields["sliding_window"], int)
+        _check_positive("sliding_window", fields["sliding_window"], int)
     if "query_pre_attn_scalar" in family.fields:
-        _positive("query_pre_attn_scalar", fields["query_pre_attn_scalar"], int)
+        _check_positive("query_pre_attn_scalar", fields["query_pre_attn_scalar"], int)
     if "rope_local_base_freq" in family.fields:
-        _positive("rope_local_base_freq", fields["rope_local_base_freq"], float)
+        _check_positive("rope_local_base_freq", fields["rope_local_base_freq"], float)
     _check_full_layers(fields["full_attention_layers"], fields, family)
+
+    # Heads and special tokens.
     heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
     if heads % kv_heads:
-        raise InputError(f"num_key_value_heads is {kv_heads}; accepted is a divisor of num_attention_heads {heads}")
+        raise InputError(f"num_key_value_heads must divide num_attention_heads {heads}, got {kv_heads}")
     if fields["head_dim"] % 2:
-        raise InputError(f"head_dim is {fields['head_dim']}; accepted is an even number (the rotary pairs)")
+        raise InputError(f"head_dim must be even, because rotary pairs are, got {fields['head_dim']}")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = fields[name]
         for token in value if name == "eos_token_id" and isinstance(value, tuple) else (value,):
-            if token is not None and (isinstance(token, bool) or not isinstance(token, int) or token > _LARGEST):
-                raise InputError(f"{name} is {shown(value)}; accepted is an integer up to {_LARGEST}, or null")
+            if token is not None and (isinstance(token, bool) or not isinstance(token, int) or token > _MAX_INT):
+                raise InputError(f"{name} must be an integer of at most {_MAX_INT}, or null, got {shown(value)}")
 
 
 def check_layers(name: str, layers: int) -> None:
-    """Raise `InputError` for more layers than are listed one by one."""
-    if layers > _MOST_LAYERS:
-        raise InputError(f"{name} is {layers}; accepted is at most {_MOST_LAYERS}")
+    """Raise `InputError` for a number of layers that is too large to list them."""
+    if layers > _MAX_LAYERS:
+        raise InputError(f"{name} must be at most {_MAX_LAYERS}, got {layers}")
 
 
 def _check_full_layers(full: Any, fields: Mapping[str, Any], family: Family) -> None:
-    """Refuse layers without sliding window that the family or the model does not have."""
-    layers, what = fields["num_hidden_layers"], f"full_attention_layers is {shown(full)}"
+    """Raise `InputError` for layers without a sliding window that the model or the family cannot have."""
+    layers, value = fields["num_hidden_layers"], shown(full)
     if not isinstance(full, tuple) or not all(type(layer) is int and 0 <= layer < layers for layer in full):
-        raise InputError(f"{what}; accepted is a tuple of integers from 0 to {layers - 1}")
+        raise InputError(f"full_attention_layers must be a tuple of integers from 0 to {layers - 1}, got {value}")
     if list(full) != sorted(set(full)) or len(full) == layers:
-        raise InputError(f"{what}; accepted are some of {layers} layers, in increasing order")
+        raise InputError(f"full_attention_layers must be some of {layers} layers in increasing order, got {value}")
     if full and fields["sliding_window"] is None:
-        raise InputError(f"{what}; accepted without a sliding_window is ()")
+        raise InputError(f"full_attention_layers must be () without a sliding_window, got {value}")
     if full and (family.full_layers == "none" or (family.full_layers == "first" and full != tuple(range(len(full))))):
-        accepted = "()" if family.full_layers == "none" else "the first layers"
-        raise InputError(f"{what}; accepted for {family.architecture} is {accepted}")
+        supported = "()" if family.full_layers == "none" else "the first layers"
+        raise InputError(f"full_attention_layers must be {supported} for {family.architecture}, got {value}")
 
 
-def _factor(value: Any) -> None:
-    if not _is_number(value) or not 1 <= value <= _LARGEST_FLOAT:
-        raise InputError(f"rope factor is {shown(value)}; accepted is a number from 1 to {_LARGEST_FLOAT:g}")
+def _check_factor(value: Any) -> None:
+    if not _is_number(value) or not 1 <= value <= _MAX_FLOAT:
+        raise InputError(f"rope factor must be a number from 1 to {_MAX_FLOAT:g}, got {shown(value)}")
 
 
 def _is_number(value: Any) -> bool:
-    # An integer may have hundreds of digits; math.isfinite would make it a float, and fail.
+    # math.isfinite converts an integer to a float, which fails for one with hundreds of digits.
     return (isinstance(value, int) and not isinstance(value, bool)) or (
         isinstance(value, float) and math.isfinite(value)
     )
 
 
-def _count(name: str, value: Any) -> None:
+def _check_count(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InputError(f"{name} is {shown(value)}; accepted is an integer of 0 or more")
+        raise InputError(f"{name} must be an integer of at least 0, got {shown(value)}")
 
 
-def _positive(name: str, value: Any, kind: type) -> None:
-    """Refuse what is not a number (an integer, for ``int``) above 0 that the device's 32 bits hold."""
-    least, most = (1, _LARGEST) if kind is int else (_SMALLEST_FLOAT, _LARGEST_FLOAT)
-    if not _is_number(value) or not least <= value <= most or (kind is int and not isinstance(value, int)):
-        what = "an integer of 1 or more" if kind is int else "a finite number above 0"
-        limit = f", up to {most}" if _is_number(value) and value > most else ""
-        raise InputError(f"{name} is {shown(value)}; accepted is {what}{limit}")
+def _check_positive(name: str, value: Any, kind: type) -> None:
+    """Raise `InputError` unless a value is a positive number (an integer, for ``int``) in the range of 32 bits."""
+    minimum, maximum = (1, _MAX_INT) if kind is int else (_MIN_FLOAT, _MAX_FLOAT)
+    if not _is_number(value) or not minimum <= value <= maximum or (kind is int and not isinstance(value, int)):
+        expected = "an integer of at least 1" if kind is int else "a finite number above 0"
+        limit = f" and at most {maximum}" if _is_number(value) and value > maximum else ""
+        raise InputError(f"{name} must be {expected}{limit}, got {shown(value)}")

@@ -1,14 +1,13 @@
-r"""Greedy and beam generation, equal to transformers' `generate` (5.24) without sampling.
+r"""Greedy and beam search, equal to transformers' `generate` (5.24) without sampling.
 
-One compiled program reads the prompts, then adds tokens in a loop on the device that ends as soon as no row
-can change. A program serves every call of the same shape bucket: prompts are padded on the left to the next
-length of `length_bucket`, the batch to the next size of `batch_bucket`.
+One compiled program reads the prompts and then generates tokens in a loop on the device, which ends as soon as no row
+can change. A program serves every call of the same shape: prompts are padded on the left to the length of
+`length_bucket`, the batch to the size of `batch_bucket`.
 
-The beams of one item are rows of one tree, not copies of a sequence. Its cache holds the prompt once, then a
-slot for every beam of every step, and is only ever appended to: after the beams have been reordered, a beam
-attends to those slots of the earlier steps that its own tokens came through (`_visible`). So the prompt is
-read once and not once a beam, and nothing is moved when beams change places. What all prompts begin with can be read
-once for all of them, and is kept once. Greedy generation is the same with one beam.
+The beams of one item share one key/value cache. It holds the prompt once, then one slot for every beam of every step,
+and is only ever appended to. When the beams are reordered, no keys or values move: a beam attends to those slots of the
+earlier steps that its own tokens came through (`_visible_slots`). A prefix that all prompts share can be read once for
+all items. Greedy search is the same with one beam.
 """
 
 import functools
@@ -24,12 +23,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rora_theory.errors import InputError
 from rora_theory.llama import rope
-from rora_theory.llama.attention import attend_parts
+from rora_theory.llama.attention import attend_segments
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.model import (
     Adapter,
     NoAdapter,
     Params,
+    apply_window,
     decoder_layer,
     embed,
     forward_cached,
@@ -38,16 +38,14 @@ from rora_theory.llama.model import (
     slot_positions,
     unembed,
     windowed_layers,
-    within_window,
 )
-from rora_theory.llama.quantised import dense
+from rora_theory.llama.quantised import to_dense
 
-NEVER_CHOSEN = -1e9
-"""Added to a score to take it out of the running: the reference's own constant, so that even its ties are
-kept."""
+EXCLUDED = -1e9
+"""Number added to a score to exclude a candidate: transformers' own constant, so that even ties are the same."""
 
 
-def greedy(
+def greedy_search(
     params: Params,
     config: LlamaConfig,
     prompts: Sequence[Sequence[int]],
@@ -58,32 +56,33 @@ def greedy(
     shared: int = 0,
     adapter: Adapter | None = None,
 ) -> list[list[int]]:
-    """The likeliest next token, again and again.
+    """Generate text by choosing the most likely next token at every step.
 
     Args:
-      params, config: the model.
-      prompts: token ids of each item, of any lengths >= 1; all are run together.
-      max_new_tokens: most tokens to add, >= 1.
-      eos_ids: tokens that end a text; may be empty.
-      pad_id: fills up short prompts. It is never looked at, so it changes no result; None is 0.
-      shared: how many tokens, with which all prompts begin, to read once for all; each number compiles anew, so give
-        every call of a task the same (`shared_prompt.shared_length` with ``spare=1``).
-      adapter: run beside the weights; a pytree.
+      params: Weights of the model.
+      config: Configuration of the model.
+      prompts: Token ids of each item, of any lengths from 1 on; all items run together.
+      max_new_tokens: Maximum number of tokens to generate, at least 1.
+      eos_ids: Tokens that end a text; may be empty.
+      pad_id: Padding of short prompts; None is 0. No token attends to it, so it does not change the result.
+      shared: Number of leading tokens that all prompts share, to be read once for all of them. Each number compiles
+        anew, so pass the same one in every call of a task (`shared_prompt.shared_length` with ``spare=1``).
+      adapter: Adapter that runs beside the weights; None for the base model.
 
     Returns:
-      for each prompt the new tokens alone, up to and including the first that is in ``eos_ids``.
+      The new tokens of each prompt, up to and including the first one in ``eos_ids``.
 
     Raises:
-      InputError: before work starts: no prompts, an empty one, one that leaves no room for ``max_new_tokens``
-        within ``max_position_embeddings``, a token outside the vocabulary, ``max_new_tokens`` below 1, or ``shared``
-        tokens that are not shared or are all of a prompt.
+      InputError: There are no prompts; a prompt is empty or leaves no room for ``max_new_tokens`` within
+        ``max_position_embeddings``; a token is outside the vocabulary; ``max_new_tokens`` is below 1; or the ``shared``
+        tokens differ between prompts or are all of a prompt.
     """
-    batch = _batch(prompts, config, max_new_tokens, eos_ids, pad_id, shared)
-    tokens, lengths = _greedy(params, adapter, *batch, config=config, count=max_new_tokens)
-    return _unpadded(tokens, lengths, len(prompts))
+    batch = _make_batch(prompts, config, max_new_tokens, eos_ids, pad_id, shared)
+    tokens, lengths = _run_greedy_search(params, adapter, *batch, config=config, count=max_new_tokens)
+    return _remove_padding(tokens, lengths, len(prompts))
 
 
-def beam(
+def beam_search(
     params: Params,
     config: LlamaConfig,
     prompts: Sequence[Sequence[int]],
@@ -97,63 +96,72 @@ def beam(
     shared: int = 0,
     adapter: Adapter | None = None,
 ) -> list[list[int]]:
-    r"""The best finished sequence of a beam search.
+    r"""Generate text by beam search.
 
-    With W beams and E end tokens, each step takes the :math:`W \max(2, 1 + E)` likeliest continuations of all
-    beams. The first W of them that do not end go on. Those that end, if among the first W of all (at
-    ``max_new_tokens`` every continuation ends), compete for W places among the finished sequences, by the
-    log-probability of their n new tokens divided by :math:`n^{length\_penalty}`.
+    With W beams and E end tokens, each step considers the :math:`W \max(2, 1 + E)` most likely continuations of all
+    beams. The first W of them that do not end become the next beams. Those that end, if they are among the first W of
+    all, compete for W places among the finished sequences; at ``max_new_tokens`` every continuation ends. The score of
+    a finished sequence is the log-probability of its n new tokens divided by :math:`n^{length\_penalty}`.
 
     Args:
-      params, config, prompts, max_new_tokens, eos_ids, pad_id, shared, adapter: as `greedy`.
-      num_beams: W >= 1.
-      length_penalty: above 0 favours long sequences.
-      early_stopping: when an item is done. True: W sequences are finished. False: also the best running beam
-        would, at its present length, not beat the worst of them. ``"never"``: nor could it at any length up
-        to ``max_new_tokens``, supposing its log-probability falls no further.
+      params: Weights of the model.
+      config: Configuration of the model.
+      prompts: Token ids of each item, see `greedy_search`.
+      max_new_tokens: Maximum number of tokens to generate, at least 1.
+      eos_ids: Tokens that end a text; may be empty.
+      num_beams: Number of beams W, at least 1.
+      length_penalty: Exponent of the length; positive values favour long sequences.
+      early_stopping: Condition under which an item stops. True: W sequences are finished. False: additionally, the best
+        beam at its present length would not beat the worst finished sequence. ``"never"``: additionally, the best beam
+        could not beat it at any length up to ``max_new_tokens`` even if its log-probability fell no further.
+      pad_id: Padding of short prompts, see `greedy_search`.
+      shared: Number of leading tokens to read once, see `greedy_search`.
+      adapter: Adapter that runs beside the weights; None for the base model.
 
     Returns:
-      for each prompt the new tokens of the best sequence, up to and including the one that ends it.
+      The new tokens of each prompt's best sequence, up to and including the one that ends it.
 
     Raises:
-      InputError: as `greedy`; ``num_beams`` below 1 or too many for the vocabulary, a ``length_penalty`` that
-        is not finite, or an unknown ``early_stopping``.
+      InputError: ``num_beams`` is below 1 or too large for the vocabulary; ``length_penalty`` is not finite;
+        ``early_stopping`` is unknown; or one of the conditions of `greedy_search` holds.
     """
-    batch = _batch(prompts, config, max_new_tokens, eos_ids, pad_id, shared)
+    batch = _make_batch(prompts, config, max_new_tokens, eos_ids, pad_id, shared)
     if not _is_int(num_beams) or num_beams < 1:
-        raise InputError(f"num_beams is {num_beams!r}; accepted is an integer of 1 or more")
-    if (kept := num_beams * max(2, 1 + batch.eos.size)) > config.vocab_size:
+        raise InputError(f"num_beams must be an integer of at least 1, got {num_beams!r}")
+    if (candidates := num_beams * max(2, 1 + batch.eos.size)) > config.vocab_size:
         raise InputError(
-            f"num_beams is {num_beams}, with {batch.eos.size} end tokens {kept} candidates a step; accepted is at "
-            f"most {config.vocab_size}, the size of the vocabulary"
+            f"num_beams must leave at most {config.vocab_size} candidates a step, the size of the vocabulary; "
+            f"{num_beams} beams and {batch.eos.size} end tokens make {candidates}"
         )
     if (
         isinstance(length_penalty, bool)
         or not isinstance(length_penalty, numbers.Real)
         or not math.isfinite(length_penalty)
     ):
-        raise InputError(f"length_penalty is {length_penalty!r}; accepted is a finite number")
+        raise InputError(f"length_penalty must be a finite number, got {length_penalty!r}")
     if early_stopping not in (True, False, "never"):
-        raise InputError(f"early_stopping is {early_stopping!r}; accepted are True, False, 'never'")
+        raise InputError(f"early_stopping must be True, False or 'never', got {early_stopping!r}")
+    # Divisors of the scores of sequences with 1, 2, ... tokens.
     penalties = np.arange(1, max_new_tokens + 1).astype(np.float64) ** float(length_penalty)
-    # The length at which a running beam is compared with the finished ones.
-    supposed = np.full_like(penalties, penalties[-1]) if early_stopping == "never" and length_penalty > 0 else penalties
-    tokens, lengths = _beam(
+    # Divisors of a running beam's score, for its comparison with the finished sequences.
+    uses_final_length = early_stopping == "never" and length_penalty > 0
+    running_penalties = np.full_like(penalties, penalties[-1]) if uses_final_length else penalties
+    tokens, lengths = _run_beam_search(
         params,
         adapter,
         *batch,
         penalties.astype(np.float32),
-        supposed.astype(np.float32),
+        running_penalties.astype(np.float32),
         config=config,
         count=max_new_tokens,
         beams=num_beams,
         stop_when_full=early_stopping is True,
     )
-    return _unpadded(tokens, lengths, len(prompts))
+    return _remove_padding(tokens, lengths, len(prompts))
 
 
 def length_bucket(length: int) -> int:
-    """The padded length of a prompt: a multiple of an eighth of the next power of two, and of 16 at least.
+    """Return the padded length of a prompt: a multiple of an eighth of the next power of two, and of 16 at least.
 
     Examples:
       >>> [length_bucket(n) for n in (1, 16, 17, 100, 129, 300)]
@@ -164,7 +172,7 @@ def length_bucket(length: int) -> int:
 
 
 def batch_bucket(size: int) -> int:
-    """The padded size of a batch: the next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...
+    """Return the padded size of a batch: the next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...
 
     Examples:
       >>> [batch_bucket(n) for n in (1, 5, 7, 9, 13)]
@@ -174,54 +182,75 @@ def batch_bucket(size: int) -> int:
     return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
 
 
-_Kept: TypeAlias = tuple[Float[Array, "... k d _"], Float[Array, "... k _ d"]]
-"""Keys and values of tokens, as the products of attention take them."""
+_KeysAndValues: TypeAlias = tuple[Float[Array, "... k d _"], Float[Array, "... k _ d"]]
+"""Keys and values of tokens, in the layout that `attend_segments` multiplies without transposing."""
 
 
 class _Batch(NamedTuple):
-    """What all prompts begin with, and their padded rests; rows that fill up the batch are one pad token and ``wanted``
-    False."""
+    """Prompts as padded arrays.
 
-    beginning: Int[np.ndarray, " p"]
+    Attributes:
+      shared: Tokens that all prompts begin with.
+      tokens: Rest of each prompt, padded on the left.
+      real: True for the prompts' tokens, False for padding.
+      is_item: True for rows with a prompt. Rows that fill up the batch consist of one padding token.
+      eos: Tokens that end a text.
+    """
+
+    shared: Int[np.ndarray, " p"]
     tokens: Int[np.ndarray, "b s"]
     real: Bool[np.ndarray, "b s"]
-    wanted: Bool[np.ndarray, " b"]
+    is_item: Bool[np.ndarray, " b"]
     eos: Int[np.ndarray, " e"]
 
 
 class _Beams(NamedTuple):
-    """The search's state after ``step`` tokens. W rows an item; one before the first step."""
+    """State of the search after ``step`` tokens, with W beams an item (one before the first step).
+
+    Attributes:
+      step: Number of tokens generated.
+      open: Whether a running beam could still improve on the finished sequences.
+      tokens: Tokens of the running beams.
+      ancestry: Index of the beam whose cache slot holds each of those tokens; -1 for steps to come.
+      scores: Log-probabilities of the running beams, best first.
+      done_tokens: Tokens of the finished sequences, best first.
+      done_lengths: Lengths of the finished sequences.
+      done_scores: Scores of the finished sequences, log-probability divided by the length penalty.
+      done: Whether the place of a finished sequence is taken.
+    """
 
     step: Int[Array, ""]
-    open: Bool[Array, " b"]  # whether a running beam could still improve on the finished ones
-    tokens: Int[Array, "b w t"]  # of running beams
-    ancestry: Int[Array, "b w t"]  # which beam's cache slot holds each of those tokens; -1 where there is none
-    scores: Float[Array, "b w"]  # log-probabilities of running beams, best first
-    done_tokens: Int[Array, "b w t"]  # of finished sequences, best first
+    open: Bool[Array, " b"]
+    tokens: Int[Array, "b w t"]
+    ancestry: Int[Array, "b w t"]
+    scores: Float[Array, "b w"]
+    done_tokens: Int[Array, "b w t"]
     done_lengths: Int[Array, "b w"]
     done_scores: Float[Array, "b w"]
-    done: Bool[Array, "b w"]  # whether the place is taken
+    done: Bool[Array, "b w"]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "count"))
-def _greedy(
+def _run_greedy_search(
     params: Params,
     adapter: Adapter | None,
-    beginning: Array,
+    shared: Array,
     tokens: Array,
     real: Array,
-    wanted: Array,
+    is_item: Array,
     eos: Array,
     *,
     config: LlamaConfig,
     count: int,
 ) -> tuple[Int[Array, "b t"], Int[Array, " b"]]:
-    logits, prompts, real = _read_prompts(params, adapter, beginning, tokens, real, config)
+    """Run greedy search on a padded batch; return the generated tokens and their number in each row."""
+    logits, prompts, real = _read_prompts(params, adapter, shared, tokens, real, config)
     batch = len(real)
-    read = jnp.sum(real.astype(jnp.int32), axis=1)
+    prompt_lengths = jnp.sum(real.astype(jnp.int32), axis=1)
     slots_at = _slot_positions(config, real, count, 1)
 
     def choose(logits: Array, out: Array, lengths: Array, running: Array, step: Array) -> tuple[Array, ...]:
+        # Rows that have ended keep their tokens and lengths.
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         out = jnp.where(running[:, None], _set_column(out, token, step), out)
         lengths = lengths + running.astype(jnp.int32)
@@ -229,186 +258,207 @@ def _greedy(
 
     def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
         (token, out, lengths, running, step), cache = state
+        # The last token attends to its prompt, to the tokens generated before it and to itself.
         filled = jnp.arange(count)[None, None] < step
         visible = jnp.concatenate([real[:, None], jnp.broadcast_to(filled, (batch, 1, count))], axis=-1)
-        logits, cache = _read(
-            params, adapter, token[:, None], read + step - 1, slots_at, prompts, cache, step - 1, visible, config
+        positions = prompt_lengths + step - 1
+        logits, cache = _decode_step(
+            params, adapter, token[:, None], positions, slots_at, prompts, cache, step - 1, visible, config
         )
         return choose(logits[:, 0], out, lengths, running, step), cache
 
-    def unfinished(state: tuple[Any, ...]) -> Array:
+    def is_unfinished(state: tuple[Any, ...]) -> Array:
         (_, _, _, running, step), _ = state
         return (step < count) & jnp.any(running)
 
+    # The first token comes from the prompts' logits; each turn of the loop reads a token and chooses the next.
     zeros = jnp.zeros((batch,), jnp.int32)
-    first = choose(logits, jnp.zeros((batch, count), jnp.int32), zeros, wanted, jnp.zeros((), jnp.int32))
-    (_, out, lengths, _, _), _ = jax.lax.while_loop(unfinished, body, (first, _room(prompts[-1], count)))
+    first = choose(logits, jnp.zeros((batch, count), jnp.int32), zeros, is_item, jnp.zeros((), jnp.int32))
+    (_, out, lengths, _, _), _ = jax.lax.while_loop(is_unfinished, body, (first, _empty_slots(prompts[-1], count)))
     return out, lengths
 
 
 @functools.partial(jax.jit, static_argnames=("config", "count", "beams", "stop_when_full"))
-def _beam(
+def _run_beam_search(
     params: Params,
     adapter: Adapter | None,
-    beginning: Array,
+    shared: Array,
     tokens: Array,
     real: Array,
-    wanted: Array,
+    is_item: Array,
     eos: Array,
     penalties: Array,
-    supposed: Array,
+    running_penalties: Array,
     *,
     config: LlamaConfig,
     count: int,
     beams: int,
     stop_when_full: bool,
 ) -> tuple[Int[Array, "b t"], Int[Array, " b"]]:
-    logits, prompts, real = _read_prompts(params, adapter, beginning, tokens, real, config)
+    """Run beam search on a padded batch; return the tokens of each row's best sequence and their number."""
+    logits, prompts, real = _read_prompts(params, adapter, shared, tokens, real, config)
     batch = len(real)
-    read = jnp.sum(real.astype(jnp.int32), axis=1)
+    prompt_lengths = jnp.sum(real.astype(jnp.int32), axis=1)
     slots_at = _slot_positions(config, real, count, beams)
-    choose = functools.partial(
-        _choose, eos=eos, penalties=penalties, supposed=supposed, beams=beams, stop_when_full=stop_when_full
+    advance = functools.partial(
+        _advance_search,
+        eos=eos,
+        penalties=penalties,
+        running_penalties=running_penalties,
+        beams=beams,
+        stop_when_full=stop_when_full,
     )
 
     def body(state: tuple[_Beams, Any]) -> tuple[_Beams, Any]:
         search, cache = state
+        # Read the last token of every beam into the next W slots of the cache, then choose the next beams.
         last = search.step - 1
         token = jax.lax.dynamic_index_in_dim(search.tokens, last, 2, keepdims=False)
-        visible = _visible(real, search.ancestry)
-        at = last * beams
-        logits, cache = _read(params, adapter, token, read + last, slots_at, prompts, cache, at, visible, config)
-        return choose(search, logits), cache
+        visible = _visible_slots(real, search.ancestry)
+        positions, slot = prompt_lengths + last, last * beams
+        logits, cache = _decode_step(params, adapter, token, positions, slots_at, prompts, cache, slot, visible, config)
+        return advance(search, logits), cache
 
-    def unfinished(state: tuple[_Beams, Any]) -> Array:
+    def is_unfinished(state: tuple[_Beams, Any]) -> Array:
         search, _ = state
         running = search.open & ~jnp.all(search.done, axis=1) if stop_when_full else search.open
         return (search.step < count) & jnp.any(running)
 
+    # One beam an item, of no tokens; no finished sequences.
     start = _Beams(
         step=jnp.zeros((), jnp.int32),
-        open=wanted,
+        open=is_item,
         tokens=jnp.zeros((batch, 1, count), jnp.int32),
         ancestry=jnp.full((batch, 1, count), -1, jnp.int32),
         scores=jnp.zeros((batch, 1), jnp.float32),
         done_tokens=jnp.zeros((batch, beams, count), jnp.int32),
         done_lengths=jnp.zeros((batch, beams), jnp.int32),
-        done_scores=jnp.full((batch, beams), NEVER_CHOSEN, jnp.float32),
+        done_scores=jnp.full((batch, beams), EXCLUDED, jnp.float32),
         done=jnp.zeros((batch, beams), bool),
     )
-    first = choose(start, logits[:, None])
-    end, _ = jax.lax.while_loop(unfinished, body, (first, _room(prompts[-1], count * beams)))
+    first = advance(start, logits[:, None])
+    end, _ = jax.lax.while_loop(is_unfinished, body, (first, _empty_slots(prompts[-1], count * beams)))
     return end.done_tokens[:, 0], end.done_lengths[:, 0]
 
 
-def _choose(
+def _advance_search(
     search: _Beams,
     logits: Float[Array, "b w v"],
     *,
     eos: Int[Array, " e"],
     penalties: Float[Array, " t"],
-    supposed: Float[Array, " t"],
+    running_penalties: Float[Array, " t"],
     beams: int,
     stop_when_full: bool,
 ) -> _Beams:
-    """One step of the search: from the logits after every running beam to the next running and finished
-    ones."""
+    """Advance the search by one token: from the logits after every running beam to the next beams."""
     batch, count = logits.shape[0], penalties.shape[0]
-    kept = beams * max(2, 1 + eos.shape[0])
-    # The best of each beam, then the best of those: the best of all without normalising every logit. Two
-    # axes, and the maximum by itself: else XLA on CPU takes top_k for a sort of the whole vocabulary.
-    top, token = jax.lax.top_k(logits.reshape(-1, logits.shape[-1]), kept)
+    candidates = beams * max(2, 1 + eos.shape[0])
+
+    # Candidates: the best tokens of each beam, then the best of those over all beams. This is the best of all without
+    # normalising every logit. The logits have two axes here, and the maximum is computed by itself, because XLA on a
+    # CPU otherwise turns top_k into a sort of the whole vocabulary.
+    top, token = jax.lax.top_k(logits.reshape(-1, logits.shape[-1]), candidates)
     highest = jnp.max(logits, axis=-1, keepdims=True)
     normaliser = jnp.log(jnp.sum(jnp.exp(logits - highest), axis=-1, keepdims=True))
-    total = (top.reshape(batch, -1, kept) - highest) - normaliser + search.scores[..., None]
-    total, index = jax.lax.top_k(total.reshape(batch, -1), kept)
-    parent = index // kept
+    total = (top.reshape(batch, -1, candidates) - highest) - normaliser + search.scores[..., None]
+    total, index = jax.lax.top_k(total.reshape(batch, -1), candidates)
+    parent = index // candidates
     token = jnp.take_along_axis(token.reshape(batch, -1), index, axis=1)
-    tokens = _set_column(_rows(search.tokens, parent), token, search.step)
+    tokens = _set_column(_take_rows(search.tokens, parent), token, search.step)
     ends = jnp.isin(token, eos) | (search.step + 1 == count)
 
-    going = total + jnp.where(ends, NEVER_CHOSEN, 0.0)
-    scores, chosen = jax.lax.top_k(going, beams)
-    ancestry = _rows(search.ancestry, jnp.take_along_axis(parent, chosen, axis=1))
-    own_slot = jnp.broadcast_to(jnp.arange(beams, dtype=jnp.int32)[None], (batch, beams))
+    # Next beams: the best W candidates that do not end. Their new token is in their own slot of this step.
+    running_scores = total + jnp.where(ends, EXCLUDED, 0.0)
+    scores, chosen = jax.lax.top_k(running_scores, beams)
+    ancestry = _take_rows(search.ancestry, jnp.take_along_axis(parent, chosen, axis=1))
+    new_slot = jnp.broadcast_to(jnp.arange(beams, dtype=jnp.int32)[None], (batch, beams))
 
+    # Finished sequences: those of before, and the candidates among the first W that end now, ordered by score.
     may_finish = search.open
     if stop_when_full:
         may_finish = may_finish & ~jnp.all(search.done, axis=1)
-    new = ends & (jnp.arange(kept) < beams)[None]
+    new = ends & (jnp.arange(candidates) < beams)[None]
     done_scores = jnp.concatenate(
         [
             search.done_scores,
             total / penalties[search.step]
-            + jnp.where(may_finish[:, None], 0.0, NEVER_CHOSEN)
-            + jnp.where(new, 0.0, NEVER_CHOSEN),
+            + jnp.where(may_finish[:, None], 0.0, EXCLUDED)
+            + jnp.where(new, 0.0, EXCLUDED),
         ],
         axis=1,
     )
     done_scores, place = jax.lax.top_k(done_scores, beams)
-    length = jnp.broadcast_to(search.step + 1, (batch, kept))
-    done = _rows(jnp.concatenate([search.done, new], axis=1), place)
-    worst = jnp.where(done, jnp.min(done_scores, axis=1, keepdims=True), NEVER_CHOSEN)
-    improvable = jnp.any(scores[:, :1] / supposed[search.step] > worst, axis=1)
+    length = jnp.broadcast_to(search.step + 1, (batch, candidates))
+    done = _take_rows(jnp.concatenate([search.done, new], axis=1), place)
+
+    # An item stays open if its best running beam would beat its worst finished sequence.
+    worst = jnp.where(done, jnp.min(done_scores, axis=1, keepdims=True), EXCLUDED)
+    improvable = jnp.any(scores[:, :1] / running_penalties[search.step] > worst, axis=1)
     return _Beams(
         step=search.step + 1,
         open=search.open & improvable,
-        tokens=_rows(tokens, chosen),
-        ancestry=_set_column(ancestry, own_slot, search.step),
+        tokens=_take_rows(tokens, chosen),
+        ancestry=_set_column(ancestry, new_slot, search.step),
         scores=scores,
-        done_tokens=_rows(jnp.concatenate([search.done_tokens, tokens], axis=1), place),
-        done_lengths=_rows(jnp.concatenate([search.done_lengths, length], axis=1), place),
+        done_tokens=_take_rows(jnp.concatenate([search.done_tokens, tokens], axis=1), place),
+        done_lengths=_take_rows(jnp.concatenate([search.done_lengths, length], axis=1), place),
         done_scores=done_scores,
         done=done,
     )
 
 
-def _visible(real: Bool[Array, "b s"], ancestry: Int[Array, "b w t"]) -> Bool[Array, "b w n"]:
-    """Which of the s + t w slots each beam attends to: the prompt's real tokens and those its tokens came
-    through."""
+def _visible_slots(real: Bool[Array, "b s"], ancestry: Int[Array, "b w t"]) -> Bool[Array, "b w n"]:
+    """Return which of the s + t w slots each beam attends to: the prompt's tokens and the beam's own."""
     batch, beams, count = ancestry.shape
-    through = ancestry[..., None] == jnp.arange(beams)[None, None, None]
+    is_ancestor = ancestry[..., None] == jnp.arange(beams)[None, None, None]
     prompt = jnp.broadcast_to(real[:, None], (batch, beams, real.shape[1]))
-    return jnp.concatenate([prompt, through.reshape(batch, beams, count * beams)], axis=-1)
+    return jnp.concatenate([prompt, is_ancestor.reshape(batch, beams, count * beams)], axis=-1)
 
 
 def _slot_positions(config: LlamaConfig, real: Bool[Array, "b s"], count: int, beams: int) -> Int[Array, "b n"] | None:
-    """Position of the token in each of the s + t w slots, the prompt's, then one a step for every beam; None where no
-    sliding window asks."""
+    """Return the position of the token in each of the s + t w slots; None without a sliding window."""
     if config.sliding_window is None:
         return None
+    # All beams of a step are at the same position.
     prompt = slot_positions(real)
     return jnp.concatenate([prompt, prompt[:, -1:] + 1 + jnp.repeat(jnp.arange(count), beams)[None]], axis=1)
 
 
 def _read_prompts(
-    params: Params, adapter: Adapter | None, beginning: Array, tokens: Array, real: Array, config: LlamaConfig
-) -> tuple[Float[Array, "b v"], list[_Kept], Bool[Array, "b s"]]:
-    """Logits after each prompt; keys and values of the beginning, if there is one, and of the rests; which slots are
-    real."""
-    (batch, length), shared = tokens.shape, beginning.shape[0]
+    params: Params, adapter: Adapter | None, shared_tokens: Array, tokens: Array, real: Array, config: LlamaConfig
+) -> tuple[Float[Array, "b v"], list[_KeysAndValues], Bool[Array, "b s"]]:
+    """Read the prompts.
+
+    Returns:
+      The logits after each prompt; keys and values of the shared tokens, if there are any, and of the rests; and which
+      slots hold real tokens.
+    """
+    (batch, length), shared = tokens.shape, shared_tokens.shape[0]
     dtype = params["embed_tokens"].dtype
     cache = init_cache(config, batch, shared + length, dtype)
     prompts = []
     if shared:
-        _, one = forward_cached(params, beginning[None], init_cache(config, 1, shared, dtype), config, adapter)
-        prompts.append(_kept(one["k"], one["v"]))
-        cache = {name: cache[name].at[:, :, :shared].set(one[name]) for name in ("k", "v")} | {
+        # Read the shared tokens in one row, then copy them to the cache of every row.
+        one_row = init_cache(config, 1, shared, dtype)
+        _, one_row = forward_cached(params, shared_tokens[None], one_row, config, adapter)
+        prompts.append(_to_attention_layout(one_row["k"], one_row["v"]))
+        cache = {name: cache[name].at[:, :, :shared].set(one_row[name]) for name in ("k", "v")} | {
             "real": cache["real"].at[:, :shared].set(True),
-            "length": one["length"],
+            "length": one_row["length"],
         }
     logits, cache = forward_cached(params, tokens, cache, config, adapter, attention_mask=real.astype(jnp.int32))
-    prompts.append(_kept(cache["k"][:, :, shared:], cache["v"][:, :, shared:]))
+    prompts.append(_to_attention_layout(cache["k"][:, :, shared:], cache["v"][:, :, shared:]))
     return logits, prompts, cache["real"]
 
 
-def _kept(k: Float[Array, "... n k d"], v: Float[Array, "... n k d"]) -> _Kept:
-    """Turned once, where every token that is added would turn them."""
+def _to_attention_layout(k: Float[Array, "... n k d"], v: Float[Array, "... n k d"]) -> _KeysAndValues:
+    """Transpose keys and values once, instead of at every step."""
     return jnp.moveaxis(k, -3, -1), jnp.moveaxis(v, -3, -2)
 
 
-def _room(like: _Kept, slots: int) -> _Kept:
-    """Empty slots for the keys and values of what is added to such prompts."""
+def _empty_slots(like: _KeysAndValues, slots: int) -> _KeysAndValues:
+    """Return a cache of empty slots for the generated tokens of such prompts."""
     keys, values = like
     return (
         jnp.zeros((*keys.shape[:4], slots), keys.dtype),
@@ -416,51 +466,70 @@ def _room(like: _Kept, slots: int) -> _Kept:
     )
 
 
-def _read(
+def _decode_step(
     params: Params,
     adapter: Adapter | None,
     tokens: Int[Array, "b w"],
     positions: Int[Array, " b"],
     slots_at: Int[Array, "b n"] | None,
-    prompts: Sequence[_Kept],
-    cache: _Kept,
+    prompts: Sequence[_KeysAndValues],
+    cache: _KeysAndValues,
     slot: Int[Array, ""],
     visible: Bool[Array, "b w n"],
     config: LlamaConfig,
-) -> tuple[Float[Array, "b w v"], _Kept]:
-    """Logits after one more token of every beam, whose keys and values go to the w slots of the cache from ``slot``
-    on; ``visible`` has the prompts' slots and then the cache's."""
+) -> tuple[Float[Array, "b w v"], _KeysAndValues]:
+    """Read one more token of every beam.
+
+    Args:
+      params: Weights of the model.
+      adapter: Adapter; None for the base model.
+      tokens: Last token of each beam.
+      positions: Position of those tokens, the same for all beams of an item.
+      slots_at: Position of the token in each slot, see `_slot_positions`.
+      prompts: Keys and values of the prompts, in one or two segments.
+      cache: Keys and values of the generated tokens.
+      slot: First of the w slots of the cache that the tokens' keys and values are written to.
+      visible: True if a beam attends to a slot, of the prompts and then of the cache.
+      config: Configuration of the model.
+
+    Returns:
+      The logits after each token, and the cache with the tokens.
+    """
     adapter = NoAdapter() if adapter is None else adapter
     queries_at = jnp.broadcast_to(positions[:, None], tokens.shape)
     angles = rope.layer_angles(config, queries_at)
 
-    def body(carry: tuple[Array, _Kept], xs: tuple[Array, Params, Any, Any, Array | None]) -> tuple[Any, None]:
+    def body(carry: tuple[Array, _KeysAndValues], xs: tuple[Array, Params, Any, Any, Array | None]) -> tuple[Any, None]:
         x, cache = carry
-        layer, weights, slices, parts, windowed = xs
+        layer, weights, slices, prompt_segments, windowed = xs
 
         def apply(name: str, u: Array) -> Array:
             module = weights[name]
-            return adapter.linear(name, u, dense(module["weight"]), module.get("bias"), slices, key=None)
+            return adapter.linear(name, u, to_dense(module["weight"]), module.get("bias"), slices, key=None)
 
-        def attend_all(q: Array, k: Array, v: Array) -> Array:
+        def attend_to_all(q: Array, k: Array, v: Array) -> Array:
             nonlocal cache
+            # Append the new keys and values to the cache of this layer, in place.
             zero = jnp.zeros((), jnp.int32)
             starts = (layer, zero, zero, zero, slot), (layer, zero, zero, slot, zero)
             keys, values = (
-                jax.lax.dynamic_update_slice(kept, new[None].astype(kept.dtype), at)
-                for kept, new, at in zip(cache, _kept(k, v), starts, strict=True)
+                jax.lax.dynamic_update_slice(stored, new[None].astype(stored.dtype), start)
+                for stored, new, start in zip(cache, _to_attention_layout(k, v), starts, strict=True)
             )
             cache = keys, values
-            seen = [*parts, tuple(jax.lax.dynamic_index_in_dim(kept, layer, 0, keepdims=False) for kept in cache)]
-            wide = visible[:, None]
+            # Segments of keys and values: the prompts, then this layer's part of the cache.
+            generated = tuple(jax.lax.dynamic_index_in_dim(stored, layer, 0, keepdims=False) for stored in cache)
+            segments = [*prompt_segments, generated]
+            mask = visible[:, None]
+            # A trained prefix comes first, and every query sees it.
             if (prefix := adapter.prefix(slices)) is not None:
-                keys, values = _kept(*prefix)
-                seen = [(keys[None].astype(q.dtype), values[None].astype(q.dtype)), *seen]
-                wide = jnp.pad(wide, ((0, 0), (0, 0), (0, 0), (keys.shape[2], 0)), constant_values=True)
-            near = within_window(config, wide, queries_at, slots_at, wide.shape[3], windowed)
-            return attend_parts(q, seen, cast(Array, near))
+                keys, values = _to_attention_layout(*prefix)
+                segments = [(keys[None].astype(q.dtype), values[None].astype(q.dtype)), *segments]
+                mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (keys.shape[2], 0)), constant_values=True)
+            mask = cast(Array, apply_window(config, mask, queries_at, slots_at, mask.shape[3], windowed))
+            return attend_segments(q, segments, mask)
 
-        return (decoder_layer(x, weights, config, angles(windowed), apply, attend_all), cache), None
+        return (decoder_layer(x, weights, config, angles(windowed), apply, attend_to_all), cache), None
 
     index = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
     xs = (index, params["layers"], adapter.layers(), list(prompts), windowed_layers(config))
@@ -468,17 +537,17 @@ def _read(
     return unembed(params, rms_norm(x, params["norm"], config), config), cache
 
 
-def _rows(x: Array, index: Int[Array, "b k"]) -> Array:
-    """``x[b, index[b, i]]``: the rows of each item that were chosen."""
+def _take_rows(x: Array, index: Int[Array, "b k"]) -> Array:
+    """Return ``x[b, index[b, i]]``, the chosen rows of each item."""
     return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 def _set_column(x: Array, value: Array, step: Array) -> Array:
-    """``x`` with ``x[..., step] = value``."""
+    """Return ``x`` with ``x[..., step] = value``."""
     return jax.lax.dynamic_update_index_in_dim(x, value.astype(x.dtype), step, x.ndim - 1)
 
 
-def _batch(
+def _make_batch(
     prompts: Sequence[Sequence[int]],
     config: LlamaConfig,
     max_new_tokens: int,
@@ -486,48 +555,56 @@ def _batch(
     pad_id: int | None,
     shared: int,
 ) -> _Batch:
-    """Check the input of a generation, and pad it."""
+    """Validate the input of a generation and pad the prompts."""
+    # Number of tokens: at least one a prompt, and room for the new ones.
     if not _is_int(max_new_tokens) or max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens!r}; accepted is an integer of 1 or more")
+        raise InputError(f"max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
     if not len(prompts):
-        raise InputError("prompts is empty; accepted is one prompt or more")
+        raise InputError("prompts must contain at least one prompt, got none")
     room = config.max_position_embeddings - max_new_tokens
     for number, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= room:
             raise InputError(
-                f"prompt {number} has {len(prompt)} tokens; accepted are 1 to {room}, max_position_embeddings "
-                "less max_new_tokens"
+                f"prompt {number} must have 1 to {room} tokens (max_position_embeddings minus max_new_tokens), "
+                f"got {len(prompt)}"
             )
-    named = [(f"prompt {number} has a token", prompt) for number, prompt in enumerate(prompts)]
-    for what, ids in [*named, ("eos_ids has", eos_ids), ("pad_id is", [] if pad_id is None else [pad_id])]:
-        for one in ids:
-            if not _is_int(one) or not 0 <= one < config.vocab_size:
-                raise InputError(
-                    f"{what} {one!r}; accepted are integers from 0 to {config.vocab_size - 1}, the vocabulary"
-                )
-    if not _is_int(shared) or not 0 <= shared < min(map(len, prompts)):
+    # Token ids: all in the vocabulary.
+    id_lists = [(f"tokens of prompt {number}", prompt) for number, prompt in enumerate(prompts)]
+    id_lists += [("eos_ids", list(eos_ids)), ("pad_id", [] if pad_id is None else [pad_id])]
+    for name, ids in id_lists:
+        for token_id in ids:
+            if not _is_int(token_id) or not 0 <= token_id < config.vocab_size:
+                largest = config.vocab_size - 1
+                raise InputError(f"{name} must be in the vocabulary, integers from 0 to {largest}, got {token_id!r}")
+    # Shared tokens: the same in all prompts, and not all of any.
+    shortest = min(map(len, prompts))
+    if not _is_int(shared) or not 0 <= shared < shortest:
         raise InputError(
-            f"shared is {shared!r}; accepted is an integer of 0 or more, less than the shortest prompt's "
-            f"{min(map(len, prompts))} tokens"
+            f"shared must be an integer from 0 to {shortest - 1} (the shortest prompt has {shortest} "
+            f"tokens), got {shared!r}"
         )
-    beginning = list(prompts[0][:shared])
+    shared_tokens = list(prompts[0][:shared])
     for number, prompt in enumerate(prompts):
-        if list(prompt[:shared]) != beginning:
-            raise InputError(f"shared is {shared}; accepted are fewer, prompt {number} begins otherwise than prompt 0")
-    prompts = [prompt[shared:] for prompt in prompts]
-    longest = max(map(len, prompts))
-    shape = (batch_bucket(len(prompts)), min(length_bucket(longest), config.max_position_embeddings - shared))
+        if list(prompt[:shared]) != shared_tokens:
+            raise InputError(
+                f"shared must be at most the number of leading tokens that all prompts have in common, got {shared}; "
+                f"prompt {number} differs from prompt 0"
+            )
+    # Pad the rests on the left to the shape of their bucket.
+    rests = [prompt[shared:] for prompt in prompts]
+    longest = max(map(len, rests))
+    shape = (batch_bucket(len(rests)), min(length_bucket(longest), config.max_position_embeddings - shared))
     tokens = np.full(shape, pad_id or 0, np.int32)
     real = np.zeros(shape, bool)
     real[:, -1] = True  # a row that fills up the batch has one token, so that its attention is defined
-    for number, prompt in enumerate(prompts):
-        tokens[number, -len(prompt) :] = prompt
-        real[number, -len(prompt) :] = True
-    wanted = np.arange(shape[0]) < len(prompts)
-    return _Batch(np.array(beginning, np.int32), tokens, real, wanted, np.array(sorted(set(eos_ids)), np.int32))
+    for number, rest in enumerate(rests):
+        tokens[number, -len(rest) :] = rest
+        real[number, -len(rest) :] = True
+    is_item = np.arange(shape[0]) < len(rests)
+    return _Batch(np.array(shared_tokens, np.int32), tokens, real, is_item, np.array(sorted(set(eos_ids)), np.int32))
 
 
-def _unpadded(tokens: Array, lengths: Array, count: int) -> list[list[int]]:
+def _remove_padding(tokens: Array, lengths: Array, count: int) -> list[list[int]]:
     rows = zip(np.asarray(tokens).tolist(), np.asarray(lengths).tolist(), strict=True)
     return [row[:length] for row, length in rows][:count]
 

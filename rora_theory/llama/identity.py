@@ -1,4 +1,4 @@
-"""Which model it is: not the name it was asked for by, but what its files hold, and how they store it."""
+"""Identity of a model: the digest of its files and the storage of its weights, not the name it was loaded by."""
 
 import contextlib
 import os
@@ -9,54 +9,56 @@ from pathlib import Path
 
 from rora_theory.errors import InputError
 from rora_theory.io import digests
-from rora_theory.llama.weights import INDEX, SINGLE, TOKENIZER_FILES, headers, weight_map
+from rora_theory.llama.weights import INDEX, SINGLE, TOKENIZER_FILES, read_headers, read_weight_map
 
 GGUF, SAFETENSORS = "GGUF", "safetensors"
 
 
 def model_digest(source: Path) -> str:
-    """The SHA-256 of a model: of a GGUF file, or of a folder's configuration, weights and tokenizer.
+    """Compute the SHA-256 of a model.
+
+    A GGUF file has the digest of the file. A folder has the digest of the files that loading reads: ``config.json``,
+    the tokenizer's files and the weights. Further weights, such as Mistral's ``consolidated.safetensors``, do not
+    count.
 
     Args:
-      source: `hub.Located.path`.
+      source: GGUF file, or folder in Hugging Face layout.
 
     Returns:
-      `digests.of_file` of a file; `digests.of_files` of ``config.json``, the tokenizer's files and the weights that are
-      read: ``model.safetensors``, or the index and every shard that it names. A folder may hold further weights, such
-      as Mistral's ``consolidated.safetensors``.
+      The digest, of `digests.of_file` or `digests.of_files`.
 
     Raises:
-      InputError: a file that can't be read, or as `weights.weight_map`.
+      InputError: A file cannot be read, or the folder has no safetensors.
     """
-    return digests.of_files(parts(source)) if source.is_dir() else digests.of_file(source)
+    return digests.of_files(model_files(source)) if source.is_dir() else digests.of_file(source)
 
 
-def is_model(source: Path, sha256: str) -> bool:
-    """Return whether the files at a path are the model of that digest; False where they are missing or damaged."""
-    with contextlib.suppress(InputError):  # a folder that holds no model
+def has_digest(source: Path, sha256: str) -> bool:
+    """Return whether the files at a path are the model of that digest; False if they are missing or damaged."""
+    with contextlib.suppress(InputError):  # a folder without a model
         return os.path.exists(source) and model_digest(source) == sha256
     return False
 
 
-def parts(source: Path) -> list[Path]:
-    """The files that a model is read from: a GGUF file, or of a folder those of `model_digest`."""
+def model_files(source: Path) -> list[Path]:
+    """Return the files that a model is loaded from: a GGUF file, or a folder's weights, configuration and tokenizer."""
     if not source.is_dir():
         return [source]
     weights = [source / SINGLE]
     if not weights[0].is_file():
-        names = set(weight_map(source).values())
+        names = set(read_weight_map(source).values())
         weights = [source / INDEX, *(source / name for name in names)]
-    others = (source / name for name in ("config.json", *TOKENIZER_FILES))
-    return [path for path in (*weights, *others) if path.is_file()]
+    settings = (source / name for name in ("config.json", *TOKENIZER_FILES))
+    return [path for path in (*weights, *settings) if path.is_file()]
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How a checkpoint stores its weights.
+    """Storage of a checkpoint's weights.
 
     Attributes:
       container: ``GGUF`` or ``safetensors``.
-      types: how many weights are stored as each type, by its name in the files; the most first.
+      types: Number of weights stored as each type, by the type's name in the files, most frequent first.
     """
 
     container: str
@@ -68,25 +70,29 @@ class Storage:
         return any(name.startswith(("Q", "IQ", "TQ")) for name in self.types)
 
     def __str__(self) -> str:
+        """Return the container, whether the weights are quantised, and the share of each type."""
         total = sum(self.types.values())
         shares = ", ".join(f"{name} {100 * count / total:.3g}%" for name, count in self.types.items())
         names = shares if len(self.types) > 1 else next(iter(self.types), "no weights")
         return f"{self.container}, {'quantised' if self.quantised else 'not quantised'} ({names})"
 
 
-def storage(source: Path) -> Storage:
-    """How the weights that are read of a folder or GGUF file are stored, from the files' headers.
+def read_storage(source: Path) -> Storage:
+    """Read the storage of a model's weights from the headers of its files.
+
+    Args:
+      source: GGUF file, or folder in Hugging Face layout.
 
     Raises:
-      InputError: as `model_digest`, or as `gguf_file.open_gguf`.
+      InputError: A file cannot be read, is damaged, or the folder has no safetensors.
     """
     counts: Counter[str] = Counter()
     if source.is_dir():
-        for tensor in headers(source).values():
-            counts[tensor.dtype] += tensor.size
+        for header in read_headers(source).values():
+            counts[header.dtype] += header.size
         return Storage(SAFETENSORS, dict(counts.most_common()))
     from rora_theory.llama.gguf_file import open_gguf
 
-    for own in open_gguf(source).tensors:
-        counts[own.tensor_type.name] += int(own.n_elements)
+    for tensor in open_gguf(source).tensors:
+        counts[tensor.tensor_type.name] += int(tensor.n_elements)
     return Storage(GGUF, dict(counts.most_common()))

@@ -1,4 +1,4 @@
-"""A model by name: weights, configuration and tokenizer together."""
+"""Loading of a model by name: weights, configuration and tokenizer together."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,11 +9,11 @@ from jax.typing import DTypeLike
 from rora_theory.errors import InputError
 from rora_theory.io.files import read_object
 from rora_theory.llama.config import LlamaConfig, ignored_keys
-from rora_theory.llama.hub import Located, locate
+from rora_theory.llama.hub import ModelSource, locate
 from rora_theory.llama.model import Params
 from rora_theory.llama.quantised import check_quantization
 from rora_theory.llama.tokenizer import Tokenizer
-from rora_theory.llama.weights import check_dtype, load_hf, read_config, some
+from rora_theory.llama.weights import abbreviate_names, check_dtype, load_hf, read_config
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,36 +21,36 @@ class Model:
     """A checkpoint in memory.
 
     Attributes:
-      params: weights, as `model` describes.
-      config: theirs.
-      tokenizer: theirs; its ``pad_id`` is None where it is no token of the model.
-      origin: where it was read from.
-      ignored: keys of its `config.json` that are not followed, see `config.ignored_keys`.
+      params: Weights, in the tree that `model` describes.
+      config: Configuration of the model.
+      tokenizer: Tokenizer of the model. Its ``pad_id`` is None if the model has no embedding for that token.
+      origin: Source of the files.
+      ignored: Keys of its `config.json` that have no effect, see `config.ignored_keys`.
     """
 
     params: Params
     config: LlamaConfig
     tokenizer: Tokenizer
-    origin: Located
+    origin: ModelSource
     ignored: tuple[str, ...] = ()
 
     @property
     def remarks(self) -> list[str]:
-        """Notes for whoever runs a command: terms of use, keys that are not followed."""
+        """Notes for the user of a command: terms of use, keys of the configuration that have no effect."""
         remarks = [] if self.origin.terms is None else [self.origin.terms]
         if self.ignored:
-            keys = some(self.ignored)
+            keys = abbreviate_names(self.ignored)
             remarks.append(f"{self.source / 'config.json'}: ignored, as the output does not depend on it: {keys}")
         return remarks
 
     @property
     def source(self) -> Path:
-        """The folder or file it was read from."""
+        """Folder or file that the model was loaded from."""
         return self.origin.path
 
 
 def load(
-    path_or_repo: str | Path | Located,
+    path_or_repo: str | Path | ModelSource,
     dtype: DTypeLike = jnp.float32,
     revision: str | None = None,
     shardings: Params | None = None,
@@ -59,19 +59,19 @@ def load(
     """Load a model.
 
     Args:
-      path_or_repo: a folder in Hugging Face layout, a ``.gguf`` file, a hub id, ``"smollm2-135m"`` or
-        ``"gemma3-270m"`` (under the Gemma Terms of Use, https://ai.google.dev/gemma/terms); or what `hub.locate` found
-        for one, to read the very files that were found then.
-      dtype: of the weights in memory: float32, bfloat16 or float16.
-      revision: of a hub id.
-      shardings: a tree of shardings like the weights'; None puts them on the default device.
-      quantization: how the weights of linear modules are held, one of `quantised.QUANTIZATIONS`. ``q8_0``, ``q4_0`` and
-        ``q4_1`` are blocks of 32 weights, made dense where they are multiplied: those of a GGUF file of that type as
-        they are, else made of the weights as llama.cpp does.
+      path_or_repo: Folder in Hugging Face layout, ``.gguf`` file, hub id, ``"smollm2-135m"`` or ``"gemma3-270m"``
+        (under the Gemma Terms of Use, https://ai.google.dev/gemma/terms). A result of `hub.locate` loads the very files
+        that it located.
+      dtype: Type of the weights in memory: float32, bfloat16 or float16.
+      revision: Branch, tag or commit of a hub id; None is ``main``.
+      shardings: Tree of shardings with the structure of the weights; None puts them on the default device.
+      quantization: Storage of the linear modules' weights in memory, one of `quantised.QUANTIZATIONS`. ``q8_0``,
+        ``q4_0`` and ``q4_1`` are blocks of 32 weights that become dense where they are multiplied. A GGUF file's blocks
+        of that type are kept as they are; other weights are quantised as llama.cpp does.
 
     Raises:
-      InputError: nothing there, pickled, truncated, or not a model that is supported; see `hub.locate`,
-        `weights.load_hf` and `gguf_file.load_gguf`.
+      InputError: There is no such model, its weights are pickled or truncated, or it is not supported; see
+        `hub.locate`, `weights.load_hf` and `gguf_file.load_gguf`.
 
     Examples:
       >>> model = load("smollm2-135m")  # doctest: +SKIP
@@ -81,7 +81,8 @@ def load(
     """
     check_dtype(dtype)
     check_quantization(quantization)
-    origin = path_or_repo if isinstance(path_or_repo, Located) else locate(path_or_repo, revision)
+    origin = path_or_repo if isinstance(path_or_repo, ModelSource) else locate(path_or_repo, revision)
+    # The small files first: a model that is not supported fails before its weights are read.
     source, config, tokenizer = origin.path, model_config(origin), model_tokenizer(origin)
     ignored: tuple[str, ...] = ()
     if source.is_dir():
@@ -94,46 +95,50 @@ def load(
     return Model(params, config, tokenizer, origin, ignored)
 
 
-def model_config(found: Located) -> LlamaConfig:
-    """The configuration of a model, without its weights. Raises `InputError` as `load`."""
+def model_config(origin: ModelSource) -> LlamaConfig:
+    """Read the configuration of a model without its weights; raises `InputError` like `load`."""
     from rora_theory.llama.gguf_file import config_from_gguf, open_gguf
 
-    source = found.path
+    source = origin.path
     return read_config(source) if source.is_dir() else config_from_gguf(open_gguf(source), str(source))
 
 
-def model_tokenizer(found: Located) -> Tokenizer:
-    """The tokenizer of a model, without its weights. Raises `InputError` as `load`."""
+def model_tokenizer(origin: ModelSource) -> Tokenizer:
+    """Read the tokenizer of a model without its weights; raises `InputError` like `load`."""
     from rora_theory.llama.gguf_file import open_gguf
 
-    source, rows = found.path, model_config(found).vocab_size
+    source, embedding_rows = origin.path, model_config(origin).vocab_size
     if source.is_dir():
-        return fitted(Tokenizer.from_folder(source), rows)
-    return fitted(Tokenizer.from_gguf(open_gguf(source), str(source)), rows)
+        return restrict_to_embeddings(Tokenizer.from_folder(source), embedding_rows)
+    return restrict_to_embeddings(Tokenizer.from_gguf(open_gguf(source), str(source)), embedding_rows)
 
 
-def fitted(tokenizer: Tokenizer, rows: int) -> Tokenizer:
-    """The tokenizer as it is used with a model of ``rows`` embeddings.
+def restrict_to_embeddings(tokenizer: Tokenizer, embedding_rows: int) -> Tokenizer:
+    """Return the tokenizer with only those special tokens that the model has an embedding for.
 
-    Tokens that were added to a tokenizer alone, such as one for padding, have no embedding: they are no special tokens
-    of the model, and a text that has one is refused.
+    Tokens that were added to a tokenizer alone, such as one for padding, have no embedding. The returned tokenizer
+    refuses texts that contain them.
+
+    Args:
+      tokenizer: Tokenizer from the model's files.
+      embedding_rows: Number of embeddings of the model.
 
     Raises:
-      InputError: the vocabulary itself is larger than the model's, or a token that begins or ends texts is beyond it:
-        another model's tokenizer.
+      InputError: The vocabulary without added tokens is larger than the model's, or a beginning or end token lies
+        beyond it: the tokenizer belongs to another model.
     """
-    accepted = f"the model has {rows} embeddings: accepted is the model's own tokenizer"
-    for name, ids in (("begins", [tokenizer.bos_id]), ("ends", tokenizer.eos_ids)):
-        for one in ids:
-            if one is not None and one >= rows:
-                raise InputError(f"{tokenizer.where}: the token that {name} a text has id {one}; {accepted}")
-    if tokenizer.vocab_size > rows:
-        own = max(tokenizer.backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1
-        if own > rows:
-            raise InputError(f"{tokenizer.where}: the tokenizer has {own} tokens; {accepted}")
-        tokenizer = replace(tokenizer, rows=rows)
+    remedy = f"but the model has {embedding_rows} embeddings. Use the model's own tokenizer."
+    for role, ids in (("beginning", [tokenizer.bos_id]), ("end", tokenizer.eos_ids)):
+        for token_id in ids:
+            if token_id is not None and token_id >= embedding_rows:
+                raise InputError(f"{tokenizer.source}: the {role}-of-text token has id {token_id}, {remedy}")
+    if tokenizer.vocab_size > embedding_rows:
+        vocabulary_size = max(tokenizer.backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+        if vocabulary_size > embedding_rows:
+            raise InputError(f"{tokenizer.source}: the tokenizer has {vocabulary_size} tokens, {remedy}")
+        tokenizer = replace(tokenizer, embedding_rows=embedding_rows)
 
-    def there(one: int | None) -> int | None:
-        return one if one is not None and 0 <= one < rows else None
+    def drop_unembedded(token_id: int | None) -> int | None:
+        return token_id if token_id is not None and 0 <= token_id < embedding_rows else None
 
-    return replace(tokenizer, pad_id=there(tokenizer.pad_id), unk_id=there(tokenizer.unk_id))
+    return replace(tokenizer, pad_id=drop_unembedded(tokenizer.pad_id), unk_id=drop_unembedded(tokenizer.unk_id))

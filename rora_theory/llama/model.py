@@ -1,26 +1,26 @@
-r"""The LLaMA transformer and the families close to it, as pure functions over a dictionary of arrays.
+r"""The LLaMA transformer and closely related families, as pure functions of a dictionary of arrays.
 
 A layer maps the residual stream x by :math:`x \leftarrow x + W_o\,\mathrm{attn}(W_q u, W_k u, W_v u)` with
 :math:`u = \mathrm{norm}(x)`, then :math:`x \leftarrow x + W_{down}(\mathrm{silu}(W_{gate} u) \odot W_{up} u)`
 (Touvron et al. 2023). Other families normalise each head's queries and keys or the outputs of attention and of the
-feed-forward network, scale the embeddings, use GELU, or hide all but the last positions from the queries of some
-layers; `families` lists the differences. Weights keep Hugging Face's orientation [out, in]; the layers are stacked on a
-leading axis and scanned, so that a model compiles in the time of one layer.
+feed-forward network, scale the embeddings, use GELU, or have a sliding window in some layers; `families` lists the
+differences. Weights keep Hugging Face's orientation [out, in]. The layers are stacked on a leading axis and scanned, so
+that a model compiles in the time of one layer.
 
     params = {
         "embed_tokens": [V, d],
         "layers": {
             "input_layernorm": [L, d],
-            "post_attention_layernorm": [L, d] (and the family's further norms),
-            "self_attn.q_norm", "self_attn.k_norm": [L, head_dim] (where the configuration has them),
-            "self_attn.q_proj": {"weight": [L, out, in], "bias": [L, out] (where the configuration has it)},
+            "post_attention_layernorm": [L, d] (and further norms of the family),
+            "self_attn.q_norm", "self_attn.k_norm": [L, head_dim] (if the family has them),
+            "self_attn.q_proj": {"weight": [L, out, in], "bias": [L, out] (if the configuration has it)},
             ...
         },
         "norm": [d],
         "lm_head": [V, d] (absent when the embeddings are tied)
     }
 
-A module's weight may be held in blocks of few bits in place of an array, see `quantised`.
+A module's weight may be a `quantised.QuantisedWeight` in place of an array.
 """
 
 import math
@@ -36,19 +36,27 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, Shaped
 
 from rora_theory.errors import InputError
 from rora_theory.llama import rope
-from rora_theory.llama.attention import attend, causal
+from rora_theory.llama.attention import attend, causal_mask
 from rora_theory.llama.config import MODULES, LlamaConfig
-from rora_theory.llama.quantised import Quantised, abstract, check_quantization, dense, is_quantised, random
+from rora_theory.llama.quantised import (
+    QuantisedWeight,
+    abstract_weight,
+    check_quantization,
+    is_quantised,
+    random_weight,
+    to_dense,
+)
 
-REMATS = (False, "mlp", True)
-"""What of a layer is made again in the backward pass: what is elementwise; the feed-forward network's products too;
-or all. Kept arrays are stacked over the layers, which on a CPU costs about as much as the products that it saves."""
+REMAT_CHOICES = (False, "mlp", True)
+"""Parts of a layer that the backward pass recomputes: elementwise operations (False), the feed-forward network's
+products too (``"mlp"``), or everything (True). Saved arrays are stacked over the layers, which on a CPU costs about as
+much as the products that it saves."""
 
-PRODUCT, SMALL = "product", "small"
-"""Names by which an adapter has a result of its own kept (`jax.ad_checkpoint.checkpoint_name`): with ``remat`` False,
-and always."""
+SAVED_PRODUCT, ALWAYS_SAVED = "product", "small"
+"""Names that an adapter gives its results with `jax.ad_checkpoint.checkpoint_name` to have them saved for the backward
+pass: with ``remat`` False only, and always."""
 
-# The last is cuDNN's kernel: a primitive whose results have no names.
+# Names of the saved results of attention. The last is cuDNN's kernel, a primitive whose results have no names.
 _ATTENTION = (
     "query",
     "key",
@@ -71,10 +79,10 @@ Cache: TypeAlias = dict[str, Array]
 
 @runtime_checkable
 class Adapter(Protocol):
-    """What a model asks of an adapter. Any pytree with these three methods will do."""
+    """Interface of an adapter: any pytree with these three methods."""
 
     def layers(self) -> Any:
-        """Pytree of arrays with a leading axis of ``num_hidden_layers``, scanned beside the weights."""
+        """Return a pytree of arrays with a leading axis of ``num_hidden_layers``, scanned beside the weights."""
         ...
 
     def linear(
@@ -87,22 +95,28 @@ class Adapter(Protocol):
         *,
         key: PRNGKeyArray | None,
     ) -> Float[Array, "b s o"]:
-        """The adapted module ``name`` of one layer; `linear` where the adapter leaves it alone.
+        """Apply the module ``name`` of one layer, adapted or not; called for every name in `MODULES`.
 
-        Called for every name in `MODULES`. ``layer`` is that layer's slice of `layers`; ``key`` is of
-        this module in this layer, for dropout, or None in evaluation.
+        Args:
+          name: Name of the module.
+          x: Inputs.
+          weight: Weight of the module.
+          bias: Bias of the module; None if it has none.
+          layer: This layer's slice of `layers`.
+          key: Random key of this module in this layer, for dropout; None in evaluation.
         """
         ...
 
     def prefix(self, layer: Any) -> tuple[Float[Array, "p k d"], Float[Array, "p k d"]] | None:
-        """Extra keys and values that every query may attend to, taken as they are; None for none."""
+        """Return extra keys and values that every query may attend to, without rotation; None if there are none."""
         ...
 
 
 class NoAdapter:
-    """The base model alone, in the shape of an `Adapter`."""
+    """An `Adapter` that changes nothing: the base model."""
 
     def layers(self) -> dict[str, Array]:
+        """Return no arrays."""
         return {}
 
     def linear(
@@ -115,18 +129,20 @@ class NoAdapter:
         *,
         key: PRNGKeyArray | None,  # noqa: ARG002
     ) -> Array:
+        """Apply the base model's module."""
         return linear(x, weight, bias)
 
     def prefix(self, layer: Any) -> None:  # noqa: ARG002
-        return None
+        """Return None: there are no extra keys and values."""
+        return
 
 
 def linear(
     x: Float[Array, "*b i"], weight: Float[Array, "o i"], bias: Float[Array, " o"] | None = None
 ) -> Float[Array, "*b o"]:
-    r""":math:`x W^\top + b`: multiplied in the weight's dtype, accumulated in float32, in ``x``'s dtype."""
-    # No preferred_element_type: its transpose would multiply a float32 cotangent by bfloat16 weights, at
-    # float32's speed. Every backend accumulates a bfloat16 product in float32 by itself (tested).
+    r"""Compute :math:`x W^\top + b` in the weight's dtype, accumulated in float32 and returned in ``x``'s dtype."""
+    # No preferred_element_type: the backward pass would multiply a float32 cotangent by bfloat16 weights, at float32's
+    # speed. Every backend accumulates a bfloat16 product in float32 without being asked (tested).
     y = jnp.einsum("...i,oi->...o", x.astype(weight.dtype), weight)
     if bias is not None:
         y = y + jnp.broadcast_to(bias, y.shape).astype(y.dtype)
@@ -134,11 +150,11 @@ def linear(
 
 
 def rms_norm(x: Float[Array, "*b d"], weight: Float[Array, " d"], config: LlamaConfig) -> Float[Array, "*b d"]:
-    r"""Compute :math:`(c + w) \odot x / \sqrt{\overline{x^2} + \epsilon}`, c the family's offset, in ``x``'s dtype."""
+    r"""Compute :math:`(c + w) \odot x / \sqrt{\overline{x^2} + \epsilon}` in ``x``'s dtype, c the family's offset."""
     wide = x.astype(jnp.float32)
     scaled = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.rms_norm_eps)
     weight = jnp.broadcast_to(weight, scaled.shape)
-    # Rounded where the checkpoints' reference rounds: after the product if there is an offset, before it otherwise.
+    # Round where the checkpoints' reference rounds: after the product if there is an offset, before it otherwise.
     if offset := config.family.norm_offset:
         return (scaled * (offset + weight.astype(jnp.float32))).astype(x.dtype)
     return weight.astype(x.dtype) * scaled.astype(x.dtype)
@@ -156,27 +172,27 @@ def forward(
     attention: str = "auto",
     capture: Sequence[str] | None = None,
 ) -> Any:
-    """Logits of the next token at every position: [b, s, vocab_size] float32.
+    """Compute the logits of the next token at every position.
 
     Args:
-      params: weights (module docstring); their dtype is the dtype of the activations.
-      tokens: ids from 0 to ``vocab_size`` - 1; one outside gives NaN, never another token's embedding.
-      config: static.
-      adapter: None is the base model.
-      attention_mask: [b, s], non-zero at real tokens. Positions count real tokens, so left padding does not
-        shift them. A right-padded batch needs none: causal attention never looks right, and the outputs at
-        padding mean nothing either way. None is every token real.
-      key: of the adapter's dropout; None is evaluation.
-      remat: how much of each layer is made again in the backward pass, one of `REMATS`.
-      attention: implementation, see `attention.choose_route`.
-      capture: names of `MODULES` whose inputs to return too.
+      params: Weights, in the tree of the module docstring. Their dtype is the dtype of the activations.
+      tokens: Token ids from 0 to ``vocab_size`` - 1. Another id gives NaN, never another token's embedding.
+      config: Configuration of the model, static under jit.
+      adapter: Adapter that runs beside the weights; None for the base model.
+      attention_mask: Array that is non-zero at real tokens; None if all are real. Positions count real tokens, so left
+        padding does not shift them. A right-padded batch needs no mask: causal attention does not see later tokens, and
+        the outputs at padding are meaningless in any case.
+      key: Random key of the adapter's dropout; None for evaluation.
+      remat: Parts of each layer that the backward pass recomputes, one of `REMAT_CHOICES`.
+      attention: Implementation of attention, see `attention.choose_route`.
+      capture: Names of `MODULES` to return the inputs of.
 
     Returns:
-      logits, or ``(logits, {name: inputs [layers, b, s, in]})`` when ``capture`` is given.
+      Float32 logits [b, s, vocab_size]; with ``capture``, also a dictionary of inputs [layers, b, s, in] by name.
 
     Raises:
-      InputError: an empty sequence or one above ``max_position_embeddings``, or an unknown route, remat or captured
-        name.
+      InputError: The sequence is empty or longer than ``max_position_embeddings``, or the route, ``remat`` or a
+        captured name is unknown.
     """
     out = hidden_states(
         params,
@@ -208,54 +224,72 @@ def hidden_states(
     attention: str = "auto",
     capture: Sequence[str] | None = None,
 ) -> Any:
-    """Output of the final norm, [b, s, hidden_size] in the weights' dtype. Arguments of `forward`, and:
+    """Compute the output of the final norm, [b, s, hidden_size] in the weights' dtype.
 
     Args:
-      positions: each token's position in its own sequence, where a row holds several sequences or a tree of
-        continuations; given together with ``visible``, in place of ``attention_mask``. A row's first position is the
-        one that follows what ``adapter.prefix`` holds.
-      visible: [b, query, key], True where a query may attend to a key, never a later one: the whole mask, but for the
-        sliding window of layers that have one.
+      params: Weights of the model.
+      tokens: Token ids, see `forward`.
+      config: Configuration of the model, static under jit.
+      adapter: Adapter that runs beside the weights; None for the base model.
+      attention_mask: Array that is non-zero at real tokens, see `forward`.
+      positions: Position of each token in its own sequence, for rows that hold several sequences or a tree of
+        continuations. It requires ``visible`` and excludes ``attention_mask``. Position 0 follows the tokens of
+        ``adapter.prefix``.
+      visible: Mask [b, query, key], True if a query may attend to a key, never a later one. It is complete except for
+        the sliding window of layers that have one.
+      key: Random key of the adapter's dropout; None for evaluation.
+      remat: Parts of each layer that the backward pass recomputes, one of `REMAT_CHOICES`.
+      attention: Implementation of attention, see `attention.choose_route`.
+      capture: Names of `MODULES` to return the inputs of.
+
+    Returns:
+      Hidden states; with ``capture``, also a dictionary of inputs by name.
+
+    Raises:
+      InputError: See `forward`; or only one of ``positions`` and ``visible`` is given.
     """
     adapter = NoAdapter() if adapter is None else adapter
     unknown = sorted(set(capture or ()) - set(MODULES))
     if unknown:
-        raise InputError(f"capture names {unknown[0]!r}; accepted are {', '.join(MODULES)}")
+        raise InputError(f"capture must name modules among {', '.join(MODULES)}, got {unknown[0]!r}")
     if (positions is None) != (visible is None) or (visible is not None and attention_mask is not None):
-        raise InputError("positions and visible go together, without attention_mask")
+        raise InputError("positions and visible must be passed together, and without attention_mask")
     length = tokens.shape[1]
-    if positions is None:  # otherwise a row is not one sequence, and positions are the caller's
+    # With positions, a row is not one sequence, and its length is not limited.
+    if positions is None:
         _check_length(length, config)
     x = embed(params, tokens, config)
+    # Positions and mask: the caller's, those of padded sequences, or those of whole ones (no mask: merely causal).
     mask = None
     if positions is not None and visible is not None:
         mask = visible[:, None]
     elif attention_mask is not None:
         real = attention_mask != 0
         positions = jnp.maximum(jnp.cumsum(real.astype(jnp.int32), axis=1) - 1, 0)
-        mask = causal(length, length)[None, None] & real[:, None, None, :]
+        mask = causal_mask(length, length)[None, None] & real[:, None, None, :]
     else:
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape)
     angles = rope.layer_angles(config, positions)
 
     def body(x: Array, xs: tuple[Params, Any, Array | None, Array | None]) -> tuple[Array, dict[str, Array]]:
-        weights, slices, own_keys, windowed = xs
+        weights, slices, module_keys, windowed = xs
         inputs: dict[str, Array] = {}
 
         def apply(name: str, u: Array) -> Array:
             if capture is not None and name in capture:
                 inputs[name] = u
             module = weights[name]
-            own = None if own_keys is None else own_keys[MODULES.index(name)]
-            return adapter.linear(name, u, dense(module["weight"]), module.get("bias"), slices, key=own)
+            module_key = None if module_keys is None else module_keys[MODULES.index(name)]
+            return adapter.linear(name, u, to_dense(module["weight"]), module.get("bias"), slices, key=module_key)
 
-        def attend_all(q: Array, k: Array, v: Array) -> Array:
-            k, v, wide = with_prefix(adapter.prefix(slices), k, v, mask)
-            wide = within_window(config, wide, positions, positions, k.shape[1], windowed)
-            return attend(q, k, v, wide, route=attention)
+        def attend_to_all(q: Array, k: Array, v: Array) -> Array:
+            k, v, layer_mask = prepend_prefix(adapter.prefix(slices), k, v, mask)
+            layer_mask = apply_window(config, layer_mask, positions, positions, k.shape[1], windowed)
+            return attend(q, k, v, layer_mask, route=attention)
 
-        return decoder_layer(x, weights, config, angles(windowed), apply, attend_all), inputs
+        return decoder_layer(x, weights, config, angles(windowed), apply, attend_to_all), inputs
 
+    # Scan the layers with what differs between them: weights, adapter, dropout keys, sliding window.
     keys = None if key is None else _module_keys(key, config.num_hidden_layers)
     xs = (params["layers"], adapter.layers(), keys, windowed_layers(config))
     x, captured = jax.lax.scan(_checkpointed(body, remat), x, xs)
@@ -264,43 +298,51 @@ def hidden_states(
 
 
 def _module_keys(key: PRNGKeyArray, layers: int) -> Key[Array, "layers modules"]:
-    """A key for every module of every layer, in the order of `MODULES`: all in one draw, which is one loop to compile.
+    """Derive a key for every module of every layer, in the order of `MODULES`.
 
-    Folded in within the layers, each module had a loop of its own: a third of a training step's time to compile.
+    All keys are derived in one loop before the layers. Folding in within the layers made a loop for each module, a
+    third of the compile time of a training step.
     """
-    of_layer = jax.vmap(lambda k: jax.vmap(partial(jax.random.fold_in, k))(jnp.arange(len(MODULES))))
-    return of_layer(jax.random.split(key, layers))
+    fold_in_modules = jax.vmap(lambda k: jax.vmap(partial(jax.random.fold_in, k))(jnp.arange(len(MODULES))))
+    return fold_in_modules(jax.random.split(key, layers))
 
 
 def output_matrix(params: Params, config: LlamaConfig) -> Float[Array, "v d"]:
-    """The matrix from final hidden states to logits, which may be that of the embeddings."""
+    """Return the matrix from final hidden states to logits, which is that of the embeddings if they are tied."""
     matrix: Array = params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
     return matrix
 
 
 def unembed(params: Params, hidden: Float[Array, "*b d"], config: LlamaConfig) -> Float[Array, "*b v"]:
-    """Logits [*b, vocab_size] in float32 of final hidden states."""
+    """Compute the float32 logits [*b, vocab_size] of final hidden states."""
     weight = output_matrix(params, config)
     return jnp.einsum("...d,vd->...v", hidden.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
 
 
 def embed(params: Params, tokens: Int[Array, "b s"], config: LlamaConfig) -> Float[Array, "b s d"]:
-    """Return the embeddings of tokens; NaN where an id is not in the vocabulary, be it below 0 or too large."""
-    inside = jnp.where(tokens < 0, params["embed_tokens"].shape[0], tokens)  # take counts those below 0 from the end
-    x = jnp.take(params["embed_tokens"], inside, axis=0, mode="fill", fill_value=jnp.nan)
-    # The factor is rounded to the embeddings' dtype, as the checkpoints were trained.
+    """Return the embeddings of tokens; NaN for an id outside the vocabulary, negative or too large."""
+    # jnp.take counts negative ids from the end, so move them beyond the end, which it fills with NaN.
+    ids = jnp.where(tokens < 0, params["embed_tokens"].shape[0], tokens)
+    x = jnp.take(params["embed_tokens"], ids, axis=0, mode="fill", fill_value=jnp.nan)
+    # The factor is rounded to the embeddings' dtype, as in training.
     return x * jnp.asarray(math.sqrt(config.hidden_size), x.dtype) if config.family.scales_embeddings else x
 
 
 def init_cache(config: LlamaConfig, batch: int, length: int, dtype: DTypeLike = jnp.float32) -> Cache:
-    """An empty key/value cache for ``length`` tokens a row.
+    """Return an empty key/value cache.
+
+    Args:
+      config: Configuration of the model.
+      batch: Number of rows.
+      length: Number of slots a row.
+      dtype: Type of the keys and values.
 
     Returns:
-      ``{"k", "v": [layers, batch, length, kv_heads, head_dim], "real": [batch, length] bool, whether a slot
-      holds a real token, "length": int32, the number of slots filled in every row}``.
+      A dictionary with ``k`` and ``v`` [layers, batch, length, kv_heads, head_dim]; ``real`` [batch, length], whether a
+      slot holds a real token; and ``length``, the number of slots that are filled in every row.
 
     Raises:
-      InputError: ``length`` above ``max_position_embeddings``.
+      InputError: ``length`` is above ``max_position_embeddings``.
     """
     _check_length(length, config)
     shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
@@ -321,17 +363,19 @@ def forward_cached(
     *,
     attention_mask: Shaped[Array, "b s"] | None = None,
 ) -> tuple[Float[Array, "b v"], Cache]:
-    """Read ``tokens`` after what the cache holds: the prompt in one call, then a token a call.
+    """Read tokens after those in the cache: a prompt in one call, then one token a call.
 
     Args:
-      params, config, adapter: as `forward`.
-      tokens: [b, s], written to slots ``cache["length"] .. + s``. The caller keeps within the cache's length.
-      cache: of `init_cache` or an earlier call; donate it under jit.
-      attention_mask: [b, s], non-zero at real tokens of this call: a batch of prompts is padded on the left.
-        None is every token real.
+      params: Weights of the model.
+      tokens: Token ids, written to the next s slots of the cache. The caller ensures that they fit.
+      cache: Result of `init_cache` or of an earlier call; donate it under jit.
+      config: Configuration of the model, static under jit.
+      adapter: Adapter that runs beside the weights; None for the base model.
+      attention_mask: Array that is non-zero at real tokens of this call; None if all are real. Prompts of different
+        lengths are padded on the left.
 
     Returns:
-      float32 logits at the last of ``tokens``, and the cache with them.
+      Float32 logits after the last token, and the cache with the tokens.
     """
     adapter = NoAdapter() if adapter is None else adapter
     new = tokens.shape[1]
@@ -339,11 +383,13 @@ def forward_cached(
     total = cache["k"].shape[2]
     start = cache["length"]
     real = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask != 0
+    # Positions count the real tokens of this row, those in the cache included.
     before = jnp.sum(cache["real"].astype(jnp.int32), axis=1, keepdims=True)
     positions = jnp.maximum(before + jnp.cumsum(real.astype(jnp.int32), axis=1) - 1, 0)
     angles = rope.layer_angles(config, positions)
+    # A query sees the real tokens in the cache and those of this call up to itself.
     all_real = jax.lax.dynamic_update_slice_in_dim(cache["real"], real, start, axis=1)
-    mask = causal(new, total, start)[None, None] & all_real[:, None, None, :]
+    mask = causal_mask(new, total, start)[None, None] & all_real[:, None, None, :]
     slots_at = None if config.sliding_window is None else slot_positions(all_real)
 
     def body(
@@ -354,23 +400,24 @@ def forward_cached(
 
         def apply(name: str, u: Array) -> Array:
             module = weights[name]
-            return adapter.linear(name, u, dense(module["weight"]), module.get("bias"), slices, key=None)
+            return adapter.linear(name, u, to_dense(module["weight"]), module.get("bias"), slices, key=None)
 
-        def attend_all(q: Array, k: Array, v: Array) -> Array:
+        def attend_to_all(q: Array, k: Array, v: Array) -> Array:
             nonlocal keys, values
+            # Write the new keys and values to this layer's slots. The whole cache is carried through the scan and
+            # updated in place; as inputs and outputs of the scan it would be copied.
             zero = jnp.zeros((), jnp.int32)
             at = (layer, zero, start, zero, zero)
-            # The whole cache is carried and written in place: as scan's inputs and outputs it would be
-            # copied.
             keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), at)
             values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), at)
+            # Attend to all slots of this layer; the mask hides those that are still empty.
             k = jax.lax.dynamic_index_in_dim(keys, layer, 0, keepdims=False).astype(q.dtype)
             v = jax.lax.dynamic_index_in_dim(values, layer, 0, keepdims=False).astype(q.dtype)
-            k, v, wide = with_prefix(adapter.prefix(slices), k, v, mask)
-            wide = within_window(config, wide, positions, slots_at, k.shape[1], windowed)
-            return attend(q, k, v, wide, route="blocked")
+            k, v, layer_mask = prepend_prefix(adapter.prefix(slices), k, v, mask)
+            layer_mask = apply_window(config, layer_mask, positions, slots_at, k.shape[1], windowed)
+            return attend(q, k, v, layer_mask, route="blocked")
 
-        x = decoder_layer(x, weights, config, angles(windowed), apply, attend_all)
+        x = decoder_layer(x, weights, config, angles(windowed), apply, attend_to_all)
         return (x, keys, values), None
 
     index = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
@@ -382,14 +429,15 @@ def forward_cached(
 
 
 def abstract_params(config: LlamaConfig, dtype: DTypeLike = jnp.float32, quantization: str = "none") -> Params:
-    """The tree of `jax.ShapeDtypeStruct` that the weights of this configuration have.
+    """Return the shapes of the weights of a configuration, as a tree of `jax.ShapeDtypeStruct`.
 
     Args:
-      dtype: of all weights, or of what they are multiplied as.
-      quantization: one of `quantised.QUANTIZATIONS`, of the modules' weights; embeddings and norms stay arrays.
+      config: Configuration of the model.
+      dtype: Type of the weights; of quantised weights, the type of the dense ones.
+      quantization: Storage of the modules' weights, one of `quantised.QUANTIZATIONS`. Embeddings and norms stay arrays.
 
     Raises:
-      InputError: another quantization, or a module that has no whole number of blocks.
+      InputError: The quantization is unknown, or the number of a module's inputs is not a multiple of the block.
     """
     check_quantization(quantization)
     count, width = config.num_hidden_layers, config.hidden_size
@@ -402,7 +450,7 @@ def abstract_params(config: LlamaConfig, dtype: DTypeLike = jnp.float32, quantiz
         shape = config.module_shape(name)
         layers[name] = {"weight": array(count, *shape)}
         if quantization != "none":
-            layers[name]["weight"] = abstract(name, (count, *shape), jnp.dtype(dtype), quantization)
+            layers[name]["weight"] = abstract_weight(name, (count, *shape), jnp.dtype(dtype), quantization)
         if config.has_bias(name):
             layers[name]["bias"] = array(count, shape[0])
     if config.family.has_qk_norm:
@@ -414,23 +462,30 @@ def abstract_params(config: LlamaConfig, dtype: DTypeLike = jnp.float32, quantiz
 
 
 def count_parameters(config: LlamaConfig) -> int:
-    """Number of weights of a model of this configuration, tied embeddings once."""
+    """Return the number of weights of a model; tied embeddings count once."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
 
 
 def init_params(
     key: PRNGKeyArray, config: LlamaConfig, dtype: DTypeLike = jnp.float32, quantization: str = "none"
 ) -> Params:
-    """Draw random weights for tests and benchmarks: normal with deviation 0.02, biases 0, norms that scale by 1.
+    """Draw random weights for tests and benchmarks.
 
-    In blocks, weights are uniform with the same deviation; arguments and errors as of `abstract_params`.
+    Weights are normal with standard deviation 0.02; quantised ones are uniform with the same deviation. Biases are 0,
+    and norms scale by 1.
+
+    Args:
+      key: Random key.
+      config: Configuration of the model.
+      dtype: Type of the weights, see `abstract_params`.
+      quantization: Storage of the modules' weights, see `abstract_params`.
     """
     leaves, tree = jax.tree.flatten_with_path(abstract_params(config, dtype, quantization), is_leaf=is_quantised)
     keys = jax.random.split(key, len(leaves))
 
     def make(path: tuple[Any, ...], leaf: Any, key: PRNGKeyArray) -> Any:
-        if isinstance(leaf, Quantised):
-            return random(key, leaf, 0.02)
+        if isinstance(leaf, QuantisedWeight):
+            return random_weight(key, leaf, 0.02)
         name = path[-1].key
         if name.endswith("norm"):
             return jnp.full(leaf.shape, 1 - config.family.norm_offset, leaf.dtype)
@@ -447,17 +502,20 @@ def decoder_layer(
     config: LlamaConfig,
     angles: rope.Angles,
     apply: Callable[[str, Array], Array],
-    attend_all: Callable[[Array, Array, Array], Array],
+    attend_to_all: Callable[[Array, Array, Array], Array],
 ) -> Array:
-    """Compute one layer of the residual stream, the one place that has its mathematics.
+    """Compute one layer of the residual stream; every forward pass calls this function.
 
     Args:
       x: Residual stream [b, s, d].
       weights: Weights of the layer.
       config: Configuration of the model.
       angles: Angles of the layer, from `rope.layer_angles`.
-      apply: ``apply(name, u)`` is a module, adapted or not.
-      attend_all: ``attend_all(q, k, v)`` is attention over all that the queries may see.
+      apply: Function ``apply(name, u)`` that computes a module, adapted or not.
+      attend_to_all: Function ``attend_to_all(q, k, v)`` that computes attention over all keys that the queries see.
+
+    Returns:
+      The residual stream after the layer.
     """
     batch, length, _ = x.shape
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -482,7 +540,7 @@ def decoder_layer(
     q, k, v = (checkpoint_name(a, name) for a, name in ((q, "query"), (k, "key"), (v, "value")))
 
     # Attention, added to the residual stream.
-    mixed = attend_all(q, k, v).reshape(batch, length, heads * config.head_dim)
+    mixed = attend_to_all(q, k, v).reshape(batch, length, heads * config.head_dim)
     output = apply("self_attn.o_proj", mixed)
     x = checkpoint_name(x + normed_output(output, norms.after_attention, "after_attention"), "attended")
 
@@ -495,34 +553,40 @@ def decoder_layer(
 
 
 def _checkpointed(body: Callable, remat: bool | str) -> Callable:
-    """The body of the scan over layers, that keeps for the backward pass what ``remat`` says and no more."""
-    if remat not in REMATS:
-        raise InputError(f"remat is {remat!r}; accepted are {', '.join(map(repr, REMATS))}")
-    kept = {SMALL}
+    """Return the body of the scan over layers with the checkpoint policy of ``remat``: only named results are saved."""
+    if remat not in REMAT_CHOICES:
+        raise InputError(f"remat must be one of {', '.join(map(repr, REMAT_CHOICES))}, got {remat!r}")
+    saved_names = {ALWAYS_SAVED}
     if remat in (False, "mlp"):
-        kept.update(_ATTENTION)
+        saved_names.update(_ATTENTION)
     if not remat:
-        kept.update(_FEED_FORWARD, (PRODUCT,))
+        saved_names.update(_FEED_FORWARD, (SAVED_PRODUCT,))
 
     def policy(primitive: Any, *_: Any, **settings: Any) -> bool:
-        return (settings["name"] if primitive.name == "name" else primitive.name) in kept
+        return (settings["name"] if primitive.name == "name" else primitive.name) in saved_names
 
-    # Inside a scan the compiler cannot merge the recomputation into the forward pass: no barrier is needed.
+    # Inside a scan the compiler cannot merge the recomputation with the forward pass, so no barrier is needed.
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
-def with_prefix(
+def prepend_prefix(
     prefix: tuple[Array, Array] | None, k: Array, v: Array, mask: Array | None
 ) -> tuple[Array, Array, Array | None]:
-    """Keys and values [b, n, kv heads, head_dim] and the mask of attention, with a prefix before them that every query
-    sees; as they are where there is none."""
+    """Prepend a prefix that every query sees to keys, values and mask.
+
+    Args:
+      prefix: Keys and values [p, kv_heads, head_dim] for all rows; None changes nothing.
+      k: Keys [b, n, kv_heads, head_dim].
+      v: Values [b, n, kv_heads, head_dim].
+      mask: Mask of attention, or None.
+    """
     if prefix is None:
         return k, v, mask
     count = prefix[0].shape[0]
     shape = (k.shape[0], *prefix[0].shape)
     k, v = (
-        jnp.concatenate([jnp.broadcast_to(extra[None], shape).astype(own.dtype), own], axis=1)
-        for extra, own in zip(prefix, (k, v), strict=True)
+        jnp.concatenate([jnp.broadcast_to(extra[None], shape).astype(states.dtype), states], axis=1)
+        for extra, states in zip(prefix, (k, v), strict=True)
     )
     if mask is not None:
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (count, 0)), constant_values=True)
@@ -530,50 +594,55 @@ def with_prefix(
 
 
 def windowed_layers(config: LlamaConfig) -> Bool[Array, " layers"] | None:
-    """Return which layers have the sliding window if some have and some have not; None if all are alike."""
+    """Return which layers have the sliding window, if only some do; None if all layers are alike."""
     full = config.full_attention_layers
     return jnp.array([layer not in full for layer in range(config.num_hidden_layers)]) if full else None
 
 
 def slot_positions(real: Bool[Array, "b n"]) -> Int[Array, "b n"]:
-    """Position of the token in each slot of a cache, counted over the real ones."""
+    """Return the position of the token in each slot of a cache, counted over the real tokens."""
     return jnp.maximum(jnp.cumsum(real.astype(jnp.int32), axis=1) - 1, 0)
 
 
-def within_window(
+def apply_window(
     config: LlamaConfig,
     mask: Bool[Array, "#b 1 s t"] | None,
-    at: Int[Array, "#b s"],
+    queries_at: Int[Array, "#b s"],
     keys_at: Int[Array, "#b n"] | None,
     keys: int,
     windowed: Bool[Array, ""] | None,
 ) -> Bool[Array, "#b 1 s t"] | None:
-    """The mask of one layer: what lies ``sliding_window`` positions or more before a query is hidden from it.
+    """Hide the keys that lie ``sliding_window`` positions or more before a query from the mask of one layer.
 
     Args:
-      config: without a window, the mask is returned as it is.
-      mask: True where a query may attend to a key; None is all up to its own, and positions that all rows share.
-      at, keys_at: positions of queries and keys; None where there is no window.
-      keys: number of keys t, which may begin with t - n of a prefix, whose positions end where ``keys_at`` begins.
-      windowed: whether this layer has the window, of `windowed_layers`.
+      config: Configuration of the model. Without a window, the mask is returned unchanged.
+      mask: True if a query may attend to a key. None allows all keys up to the query's own, and requires that all rows
+        have the same positions.
+      queries_at: Positions of the queries.
+      keys_at: Positions of the last n keys; None without a window.
+      keys: Number of keys t. The first t - n belong to a prefix, whose positions end where ``keys_at`` begins.
+      windowed: Whether this layer has the window, an entry of `windowed_layers`.
+
+    Returns:
+      The mask; None if it is merely causal.
     """
     window = config.sliding_window
     if window is None or keys_at is None or (mask is None and keys <= window):
         return mask
-    before = keys - keys_at.shape[1]
+    prefix_keys = keys - keys_at.shape[1]
     if mask is None:
-        mask = causal(at.shape[1], keys, before)[None, None]
-        at, keys_at = at[:1], keys_at[:1]
-    first = keys_at[:, :1] - jnp.arange(before, 0, -1, dtype=jnp.int32)[None]
-    near = jnp.concatenate([first, keys_at], axis=1)[:, None, None, :] > at[:, None, :, None] - window
-    return mask & (near if windowed is None else near | ~windowed)
+        mask = causal_mask(queries_at.shape[1], keys, prefix_keys)[None, None]
+        queries_at, keys_at = queries_at[:1], keys_at[:1]
+    # Positions of all keys: those of the prefix count back from the first key after it.
+    prefix_at = keys_at[:, :1] - jnp.arange(prefix_keys, 0, -1, dtype=jnp.int32)[None]
+    all_keys_at = jnp.concatenate([prefix_at, keys_at], axis=1)
+    is_near = all_keys_at[:, None, None, :] > queries_at[:, None, :, None] - window
+    return mask & (is_near if windowed is None else is_near | ~windowed)
 
 
 def _check_length(length: int, config: LlamaConfig) -> None:
-    if length < 1:
-        raise InputError("sequence length is 0; accepted is one token or more")
-    if length > config.max_position_embeddings:
+    if not 1 <= length <= config.max_position_embeddings:
         raise InputError(
-            f"sequence length is {length}; accepted is at most {config.max_position_embeddings}, the model's "
-            "max_position_embeddings"
+            f"sequence length must be 1 to {config.max_position_embeddings} (the model's max_position_embeddings), "
+            f"got {length}"
         )

@@ -1,11 +1,12 @@
-r"""Weights held in few bits: blocks of 32 inputs of a row, each with its own scale, as GGUF files have them.
+r"""Weights held in few bits: blocks of 32 inputs of a row, each with its own scale, as GGUF files store them.
 
 .. math:: w = d\,(q - z) + m
 
-with codes q of 8 bits (``q8_0``) or 4 (``q4_0``, whose z is 8; ``q4_1``, whose m is the block's least weight) and d, m
-in float16: 8.5, 4.5 and 5 bits a weight. A model's linear modules may have them; it makes a module's weight dense where
-it is multiplied, and again in the backward pass, so that no more than one layer is ever dense (Dettmers et al. 2023,
-"QLoRA"). Blocks are ggml's: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h.
+The codes q have 8 bits (``q8_0``) or 4 (``q4_0`` with z = 8, and ``q4_1`` with m the block's least weight), and d and m
+are float16. That makes 8.5, 4.5 and 5 bits a weight. Only linear modules may have such weights. A module's weight
+becomes dense where it is multiplied, and again in the backward pass, so that no more than one layer is dense at a time
+(Dettmers et al. 2023, "QLoRA"). The blocks are ggml's:
+https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h.
 """
 
 import math
@@ -23,24 +24,24 @@ from rora_theory.errors import InputError
 Quantization = Literal["none", "q8_0", "q4_0", "q4_1"]
 
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
-"""How the weights of linear modules are held: as they are multiplied, or in blocks."""
+"""Storage of the linear modules' weights in memory: as arrays (``none``), or in blocks."""
 
 BLOCK = 32
-"""Weights of a block, neighbours along the inputs."""
+"""Number of weights in a block, neighbours along the inputs."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales", "mins"], meta_fields=["kind", "dtype"])
 @dataclass(frozen=True)
-class Quantised:
-    """Weights in blocks: a pytree that stands where the array would.
+class QuantisedWeight:
+    """Weights in blocks: a pytree in place of an array.
 
     Attributes:
-      codes: int8 [..., out, in] of ``q8_0``, else uint8 [..., out, in / 2]: byte i of a block's 16 has the code of its
-        weight i in its low half and that of weight i + 16 in its high one.
-      scales: float16 [..., out, in / 32].
-      mins: float16 like ``scales`` of ``q4_1``; None of the others.
+      codes: Codes q. For ``q8_0`` int8 [..., out, in]. Otherwise uint8 [..., out, in / 2]: byte i of a block's 16 has
+        the code of the block's weight i in its low half and that of weight i + 16 in its high half.
+      scales: Scales d, float16 [..., out, in / 32].
+      mins: Offsets m of ``q4_1``, with the type and shape of ``scales``; None for the other kinds.
       kind: ``q8_0``, ``q4_0`` or ``q4_1``.
-      dtype: of the dense weights.
+      dtype: Type of the dense weights.
     """
 
     codes: Any
@@ -51,12 +52,13 @@ class Quantised:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the dense weights."""
+        """Shape of the dense weights."""
         return (*self.scales.shape[:-1], BLOCK * self.scales.shape[-1])
 
     def dense(self) -> Float[Array, "*l o i"]:
-        """The weights, computed in float32 and rounded once: bit for bit those of the `gguf` package."""
+        """Compute the weights in float32 and round them once: bit for bit those of the `gguf` package."""
         blocks = self.scales.shape
+        # Codes as numbers, [..., out, blocks, 32]. Two 4-bit codes share a byte: low halves first, then high halves.
         if self.kind == "q8_0":
             codes = self.codes.reshape(*blocks, BLOCK).astype(jnp.float32)
         else:
@@ -65,78 +67,102 @@ class Quantised:
             codes = ((halves >> shifts) & jnp.uint8(15)).reshape(*blocks, BLOCK).astype(jnp.float32)
         if self.kind == "q4_0":
             codes = codes - 8
-        # d has 11 significant bits and q at most 8: the product is exact, fused with the sum or not.
+        # d has 11 significant bits and q at most 8, so the product is exact whether it is fused with the sum or not.
         wide = self.scales.astype(jnp.float32)[..., None] * codes
         if self.mins is not None:
             wide = wide + self.mins.astype(jnp.float32)[..., None]
         return wide.reshape(self.shape).astype(self.dtype)
 
 
-def dense(weight: Any) -> Any:
-    """A weight as an array, whether it is held in blocks or is one."""
-    return weight.dense() if isinstance(weight, Quantised) else weight
+def to_dense(weight: Any) -> Any:
+    """Return a weight as an array, whether it is held in blocks or is an array already."""
+    return weight.dense() if isinstance(weight, QuantisedWeight) else weight
 
 
 def dense_params(params: Any) -> Any:
-    """A tree of weights with all of them as arrays."""
-    return jax.tree.map(dense, params, is_leaf=is_quantised)
+    """Return a tree of weights with all of them as arrays."""
+    return jax.tree.map(to_dense, params, is_leaf=is_quantised)
 
 
 def is_quantised(node: Any) -> bool:
-    """Whether a node of a tree of weights is one held in blocks: a leaf, where weights are counted or named."""
-    return isinstance(node, Quantised)
+    """Return whether a node of a tree of weights is a weight in blocks: the leaf to count or to name."""
+    return isinstance(node, QuantisedWeight)
 
 
 def check_quantization(kind: object) -> None:
-    """Raise `InputError` for what is none of `QUANTIZATIONS`."""
+    """Raise `InputError` unless the kind is one of `QUANTIZATIONS`."""
     if kind not in QUANTIZATIONS:
-        raise InputError(f"quantization is {kind!r}; accepted is {', '.join(QUANTIZATIONS)}")
+        raise InputError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {kind!r}")
 
 
-def abstract(what: str, shape: tuple[int, ...], dtype: np.dtype, kind: str) -> Quantised:
-    """The blocks of weights of this shape, as `jax.ShapeDtypeStruct`.
+def abstract_weight(name: str, shape: tuple[int, ...], dtype: np.dtype, kind: str) -> QuantisedWeight:
+    """Return the shapes of a weight in blocks, as `jax.ShapeDtypeStruct`.
 
     Args:
-      what: names the module.
+      name: Name of the module, for the error.
+      shape: Shape of the dense weights.
+      dtype: Type of the dense weights.
+      kind: ``q8_0``, ``q4_0`` or ``q4_1``.
 
     Raises:
-      InputError: a number of inputs that is no multiple of 32.
+      InputError: The number of inputs is not a multiple of 32.
     """
     if shape[-1] % BLOCK:
         raise InputError(
-            f"quantization is {kind!r} and {what} has {shape[-1]} inputs; accepted are multiples of {BLOCK}, or none"
+            f"quantization must be 'none' for {name}, because its {shape[-1]} inputs are not a multiple of {BLOCK}, "
+            f"got {kind!r}"
         )
-    numbers = jax.ShapeDtypeStruct((*shape[:-1], shape[-1] // BLOCK), np.dtype(np.float16))
-    codes = (shape, np.int8) if kind == "q8_0" else ((*shape[:-1], shape[-1] // 2), np.uint8)
-    mins = numbers if kind == "q4_1" else None
-    return Quantised(jax.ShapeDtypeStruct(codes[0], np.dtype(codes[1])), numbers, mins, kind, dtype)
+    scales = jax.ShapeDtypeStruct((*shape[:-1], shape[-1] // BLOCK), np.dtype(np.float16))
+    if kind == "q8_0":
+        codes = jax.ShapeDtypeStruct(shape, np.dtype(np.int8))
+    else:  # two codes a byte
+        codes = jax.ShapeDtypeStruct((*shape[:-1], shape[-1] // 2), np.dtype(np.uint8))
+    return QuantisedWeight(codes, scales, scales if kind == "q4_1" else None, kind, dtype)
 
 
-def random(key: Any, like: Quantised, deviation: float) -> Quantised:
-    """Random blocks of the shapes of `abstract`: uniform codes, one scale, weights of this standard deviation."""
+def random_weight(key: Any, like: QuantisedWeight, deviation: float) -> QuantisedWeight:
+    """Draw a random weight in blocks: uniform codes and one scale.
+
+    Args:
+      key: Random key.
+      like: Shapes of the weight, from `abstract_weight`.
+      deviation: Standard deviation of the dense weights.
+    """
+    # Uniform codes 0 .. n - 1 have the variance (n^2 - 1) / 12.
     count = 256 if like.kind == "q8_0" else 16
-    spread = math.sqrt((count**2 - 1) / 12)
+    code_deviation = math.sqrt((count**2 - 1) / 12)
     bits = jax.random.bits(key, like.codes.shape, jnp.uint8)
-    scales = jnp.full(like.scales.shape, deviation / spread, jnp.float16)
-    mins = None if like.mins is None else -7.5 * scales
-    return Quantised(jax.lax.bitcast_convert_type(bits, like.codes.dtype), scales, mins, like.kind, like.dtype)
+    scales = jnp.full(like.scales.shape, deviation / code_deviation, jnp.float16)
+    mins = None if like.mins is None else -7.5 * scales  # 7.5 is the mean code, so the mean weight is 0
+    return QuantisedWeight(jax.lax.bitcast_convert_type(bits, like.codes.dtype), scales, mins, like.kind, like.dtype)
 
 
 def quantise(rows: Float[np.ndarray, "o i"], kind: str) -> UInt8[np.ndarray, "o bytes"]:
-    """The blocks of a file, a row's one behind the other, that ggml's reference makes of these weights."""
+    """Quantise weights as ggml's reference does.
+
+    Returns:
+      The blocks of each row one after the other, as a GGUF file stores them.
+    """
     from gguf import GGMLQuantizationType
-    from gguf import quantize as blocks_of
+    from gguf import quantize as quantize_blocks
 
-    found: np.ndarray = blocks_of(rows, GGMLQuantizationType[kind.upper()])
-    return found
+    blocks: np.ndarray = quantize_blocks(rows, GGMLQuantizationType[kind.upper()])
+    return blocks
 
 
-def fill(out: Quantised, layer: int, blocks: UInt8[np.ndarray, "o bytes"]) -> None:
-    """Write a file's blocks of one weight to a layer of host arrays: the same bits in another order."""
-    parts = [out.scales] if out.mins is None else [out.scales, out.mins]
-    shape = out.scales.shape[1:]
-    each = blocks.reshape(*shape, -1)
-    for i, numbers in enumerate(parts):
-        numbers[layer] = np.ascontiguousarray(each[..., 2 * i : 2 * i + 2]).view(np.float16)[..., 0]
-    codes = np.ascontiguousarray(each[..., 2 * len(parts) :]).view(out.codes.dtype)
+def write_layer(out: QuantisedWeight, layer: int, stored: UInt8[np.ndarray, "o bytes"]) -> None:
+    """Write a GGUF file's blocks of one weight to a layer of host arrays: the same bits in another order.
+
+    A stored block is its scale, its offset (``q4_1`` only) and its codes, one after the other.
+
+    Args:
+      out: Host arrays of all layers.
+      layer: Index of the layer.
+      stored: Blocks of the weight, row by row.
+    """
+    halves = [out.scales] if out.mins is None else [out.scales, out.mins]
+    blocks = stored.reshape(*out.scales.shape[1:], -1)
+    for i, numbers in enumerate(halves):
+        numbers[layer] = np.ascontiguousarray(blocks[..., 2 * i : 2 * i + 2]).view(np.float16)[..., 0]
+    codes = np.ascontiguousarray(blocks[..., 2 * len(halves) :]).view(out.codes.dtype)
     out.codes[layer] = codes.reshape(out.codes.shape[1:])

@@ -1,4 +1,4 @@
-"""A checkpoint in memory written as a folder that transformers, and whatever reads its layout, opens."""
+"""Saving of a checkpoint in memory as a folder that transformers and compatible programs open."""
 
 import json
 from dataclasses import replace
@@ -19,36 +19,50 @@ except ImportError as error:
 
 
 def save_model(folder: Path, model: Model) -> None:
-    """Write a model: weights, configuration, tokenizer, chat template, generation settings.
+    """Save a model: weights, configuration, tokenizer, chat template and generation settings.
 
-    A folder's own tokenizer files are copied; those of a model that came as a GGUF file are made from its metadata. To
-    write other weights under the same tokenizer, replace ``params`` (and ``config``) of the `Model`.
+    The tokenizer's files are copied from the model's folder; those of a GGUF file are made from its metadata. To save
+    other weights with the same tokenizer, replace ``params`` (and ``config``) of the `Model`.
+
+    Args:
+      folder: New or empty folder.
+      model: Model to save.
 
     Raises:
-      InputError: as `weights.save_hf`.
+      InputError: The folder is not empty, or it cannot be written; see `weights.save_hf`.
     """
     if model.source.is_dir():
         save_hf(folder, model.params, model.config, tokenizer_from=model.source)
         return
     files = tokenizer_files(model.tokenizer, model.config)
-    config = replace(model.config, eos_token_id=_one_or_all(model.tokenizer.eos_ids))
+    config = replace(model.config, eos_token_id=_id_or_ids(model.tokenizer.eos_ids))
     save_hf(folder, model.params, config, files=files)
 
 
 def tokenizer_files(tokenizer: Tokenizer, config: LlamaConfig) -> dict[str, bytes]:
-    """`tokenizer.json`, `tokenizer_config.json` and `generation_config.json` of a tokenizer, by their names.
+    """Make `tokenizer.json`, `tokenizer_config.json` and `generation_config.json`.
 
-    What the tokenizer puts before and after a text becomes a template in `tokenizer.json`, which is where
-    transformers looks for it.
+    The ids before and after every text become a template in `tokenizer.json`, which is where transformers looks for
+    them.
+
+    Args:
+      tokenizer: Tokenizer to save.
+      config: Configuration of its model.
+
+    Returns:
+      The content of each file by its name.
     """
+    # tokenizer.json: a copy of the backend with the beginning and end of text as its post-processor.
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
-    if around := {backend.id_to_token(token): token for token in (*tokenizer.prefix, *tokenizer.suffix)}:
-        before, after = (list(map(backend.id_to_token, part)) for part in (tokenizer.prefix, tokenizer.suffix))
+    if special_tokens := {backend.id_to_token(token): token for token in (*tokenizer.prefix, *tokenizer.suffix)}:
+        before, after = (list(map(backend.id_to_token, ids)) for ids in (tokenizer.prefix, tokenizer.suffix))
         backend.post_processor = TemplateProcessing(
             single=[*before, "$A", *after],
             pair=[*before, "$A", *after, *(f"{token}:1" for token in before), "$B:1", *(f"{t}:1" for t in after)],
-            special_tokens=list(around.items()),
+            special_tokens=list(special_tokens.items()),
         )
+
+    # tokenizer_config.json: special tokens by their texts, and the chat template.
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id, "unk": tokenizer.unk_id}
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -57,11 +71,13 @@ def tokenizer_files(tokenizer: Tokenizer, config: LlamaConfig) -> dict[str, byte
         "add_bos_token": tokenizer.prefix != (),
         "add_eos_token": tokenizer.suffix != (),
     }
-    settings |= {f"{name}_token": backend.id_to_token(one) for name, one in ids.items() if one is not None}
+    settings |= {f"{name}_token": backend.id_to_token(token) for name, token in ids.items() if token is not None}
     if tokenizer.chat_template is not None:
         settings["chat_template"] = tokenizer.chat_template
-    ends = _one_or_all(tokenizer.eos_ids)
-    generation = {"bos_token_id": ids["bos"], "eos_token_id": ends, "pad_token_id": ids["pad"]}
+
+    # generation_config.json: every id that ends a text.
+    eos_ids = _id_or_ids(tokenizer.eos_ids)
+    generation = {"bos_token_id": ids["bos"], "eos_token_id": eos_ids, "pad_token_id": ids["pad"]}
     texts = {
         "tokenizer.json": backend.to_str(pretty=True),
         "tokenizer_config.json": json.dumps(settings, indent=2),
@@ -70,5 +86,6 @@ def tokenizer_files(tokenizer: Tokenizer, config: LlamaConfig) -> dict[str, byte
     return {name: f"{text}\n".encode() for name, text in texts.items()}
 
 
-def _one_or_all(ids: tuple[int, ...]) -> int | tuple[int, ...] | None:
+def _id_or_ids(ids: tuple[int, ...]) -> int | tuple[int, ...] | None:
+    """Return a single id as a number, as Hugging Face's files write it; None if there is none."""
     return ids if len(ids) > 1 else next(iter(ids), None)

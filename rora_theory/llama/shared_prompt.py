@@ -1,4 +1,4 @@
-"""A beginning that many sequences share, read once: what follows it attends to its keys and values."""
+"""Evaluation of a prefix that many sequences share: computed once, then the rest attends to its keys and values."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,18 +12,19 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.model import Adapter, NoAdapter, Params, forward_cached, init_cache
 
-STEP = 16
-"""Beginnings are cut to a multiple of it: each length is compiled anew, and cuDNN wants an even number of keys."""
+LENGTH_MULTIPLE = 16
+"""Divisor of the length of a shared prefix: each length compiles anew, and cuDNN needs an even number of keys."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["adapter", "key", "value"], meta_fields=[])
 @dataclass(frozen=True)
 class Continuation:
-    """An `Adapter` under which every row continues the beginning: its positions follow the beginning's.
+    """An `Adapter` under which every row continues a shared prefix: its positions follow the prefix's.
 
     Attributes:
-      adapter: the model's own; None for none.
-      key, value: of the beginning, as attention takes them.
+      adapter: Adapter of the model; None for the base model.
+      key: Keys of the shared prefix, as attention takes them.
+      value: Values of the shared prefix, as attention takes them.
     """
 
     adapter: Adapter | None
@@ -31,47 +32,68 @@ class Continuation:
     value: Float[Array, "layers p k d"]
 
     @property
-    def own(self) -> Adapter:
+    def inner_adapter(self) -> Adapter:
+        """Adapter of the model, or the one that changes nothing."""
         return NoAdapter() if self.adapter is None else self.adapter
 
     def layers(self) -> Any:
-        """See `Adapter`."""
-        return self.own.layers(), self.key, self.value
+        """Return the inner adapter's arrays and the shared keys and values, layer by layer."""
+        return self.inner_adapter.layers(), self.key, self.value
 
     def linear(
         self, name: str, x: Array, weight: Array, bias: Array | None, layer: Any, *, key: PRNGKeyArray | None
     ) -> Array:
-        """See `Adapter`."""
-        return self.own.linear(name, x, weight, bias, layer[0], key=key)
+        """Apply the inner adapter's module."""
+        return self.inner_adapter.linear(name, x, weight, bias, layer[0], key=key)
 
     def prefix(self, layer: Any) -> tuple[Array, Array]:
-        """See `Adapter`: a trained prefix, then the beginning."""
-        own, (_, key, value) = self.own.prefix(layer[0]), layer
-        if own is None:
+        """Return the keys and values that every query sees: a trained prefix, then the shared tokens'."""
+        trained, (_, key, value) = self.inner_adapter.prefix(layer[0]), layer
+        if trained is None:
             return key, value
-        return jnp.concatenate([own[0].astype(key.dtype), key]), jnp.concatenate([own[1].astype(value.dtype), value])
+        trained_key, trained_value = trained
+        key = jnp.concatenate([trained_key.astype(key.dtype), key])
+        return key, jnp.concatenate([trained_value.astype(value.dtype), value])
 
 
 def shared_length(sequences: Sequence[Sequence[int]], spare: int = 0) -> int:
-    """How many tokens to read once: those with which all sequences begin but the last ``spare`` of them, down to a
-    multiple of `STEP`."""
-    first, last = min(map(tuple, sequences)), max(map(tuple, sequences))  # what these share, all between them share
-    return max(0, common_length(first, last) - spare) // STEP * STEP
+    """Return the number of leading tokens that all sequences share, rounded down to a multiple of `LENGTH_MULTIPLE`.
+
+    Args:
+      sequences: Token ids of each sequence.
+      spare: Number of shared tokens to leave to the sequences. Pass 1 where each must keep a token of its own.
+    """
+    # In lexicographic order, what the first and the last share, all sequences between them share.
+    first, last = min(map(tuple, sequences)), max(map(tuple, sequences))
+    return max(0, common_length(first, last) - spare) // LENGTH_MULTIPLE * LENGTH_MULTIPLE
 
 
-def common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences begin with in common."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the number of leading tokens that two sequences have in common."""
+    differing = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(differing, min(len(first), len(second)))
 
 
 def read_prompt(params: Params, tokens: Sequence[int], config: LlamaConfig, adapter: Adapter | None) -> Continuation:
-    """The continuation of a beginning of one token or more."""
-    key, value = _read(params, jnp.asarray([tokens], jnp.int32), adapter, config=config)
+    """Compute the keys and values of a shared prefix of one token or more.
+
+    Args:
+      params: Weights of the model.
+      tokens: Token ids of the prefix.
+      config: Configuration of the model.
+      adapter: Adapter of the model; None for the base model.
+
+    Returns:
+      An adapter under which the model continues the prefix.
+    """
+    key, value = _keys_and_values(params, jnp.asarray([tokens], jnp.int32), adapter, config=config)
     return Continuation(adapter, key, value)
 
 
 @partial(jax.jit, static_argnames="config")
-def _read(params: Params, tokens: Array, adapter: Adapter | None, *, config: LlamaConfig) -> tuple[Array, Array]:
+def _keys_and_values(
+    params: Params, tokens: Array, adapter: Adapter | None, *, config: LlamaConfig
+) -> tuple[Array, Array]:
     cache = init_cache(config, 1, tokens.shape[1], params["embed_tokens"].dtype)
     _, cache = forward_cached(params, tokens, cache, config, adapter)
     return cache["k"][:, 0], cache["v"][:, 0]

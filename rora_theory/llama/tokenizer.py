@@ -1,12 +1,11 @@
-"""Text to token ids and back, equal to transformers' tokenizers for LLaMA checkpoints.
+"""Conversion of text to token ids and back, equal to transformers' tokenizers for LLaMA checkpoints.
 
-Where a checkpoint has a `tokenizer.json` that file decides everything, its beginning and end of text
-included. The other sources are in `rora_theory.llama.vocabulary`.
+A `tokenizer.json` determines everything, the beginning and end of a text included. Checkpoints without one are read by
+`rora_theory.llama.vocabulary`.
 """
 
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ import numpy as np
 from jaxtyping import Int
 
 from rora_theory import extras
-from rora_theory.errors import InputError
+from rora_theory.errors import InputError, first_line
 from rora_theory.io.files import read_bytes, read_object
 from rora_theory.llama import vocabulary
-from rora_theory.llama.gguf_file import END_TOKENS, open_gguf, read_value
+from rora_theory.llama.gguf_file import END_TOKENS, open_gguf, read_metadata
 
 try:
     import tokenizers
@@ -34,13 +33,17 @@ class Tokenizer:
     """A tokenizer and the ids that a model needs from it.
 
     Attributes:
-      backend: the `tokenizers` object.
-      bos_id, eos_id, pad_id, unk_id: None where the checkpoint names none.
-      eos_ids: every id that ends a generated text; ``eos_id`` alone unless the checkpoint lists more.
-      prefix, suffix: ids that the checkpoint puts before and after every text.
-      chat_template: Jinja source that makes a text of messages; None where the checkpoint has none.
-      where: the file or folder it was read from, for messages.
-      rows: how many embeddings the model has that it is used with; None is enough for every id.
+      backend: Object of the `tokenizers` library.
+      bos_id: Id of the beginning of a text; None if the checkpoint has none.
+      eos_id: Id of the end of a text; None if the checkpoint has none.
+      pad_id: Id of the padding; None if the checkpoint has none.
+      unk_id: Id of unknown text; None if the checkpoint has none.
+      eos_ids: All ids that end a generated text; ``eos_id`` alone unless the checkpoint lists more.
+      prefix: Ids that the checkpoint puts before every text.
+      suffix: Ids that the checkpoint puts after every text.
+      chat_template: Jinja source that formats messages as a text; None if the checkpoint has none.
+      source: File or folder of the tokenizer, for error messages.
+      embedding_rows: Number of embeddings of the model; None if the model has an embedding for every id.
     """
 
     backend: tokenizers.Tokenizer
@@ -52,25 +55,25 @@ class Tokenizer:
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
     chat_template: str | None = None
-    where: str = "tokenizer"
-    rows: int | None = None
+    source: str = "tokenizer"
+    embedding_rows: int | None = None
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id. A model's embedding may have more rows, never fewer."""
+        """Largest id plus one. A model's embedding may have more rows, never fewer."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
-        """Token ids of a text.
+        """Encode a text as token ids.
 
         Args:
-          text: special tokens written out in it, such as ``</s>``, are recognised.
-          add_bos: None puts before and after the text what the checkpoint puts there; True puts ``bos_id``
-            before it, False nothing.
+          text: Text; special tokens spelled out in it, such as ``</s>``, are recognised.
+          add_bos: Whether to put ``bos_id`` before the text, and nothing after it; None adds the checkpoint's prefix
+            and suffix.
 
         Raises:
-          InputError: ``add_bos`` is True and the checkpoint has no beginning-of-text token; the text has a token
-            that the model has no embedding for; or the tokenizer fails on it.
+          InputError: ``add_bos`` is True and the checkpoint has no beginning-of-text token; the text contains a token
+            that the model has no embedding for; or the tokenizer fails on the text.
 
         Examples:
           >>> tokenizer.encode("The sky", add_bos=True)  # doctest: +SKIP
@@ -79,290 +82,310 @@ class Tokenizer:
         return self.encode_batch([text], add_bos)[0]
 
     def encode_batch(self, texts: Sequence[str], add_bos: bool | None = None) -> list[list[int]]:
-        """`encode` of many texts at once, in parallel."""
+        """Encode many texts at once, in parallel; see `encode`."""
         if add_bos and self.bos_id is None:
-            raise InputError("add_bos is True, but the checkpoint names no beginning-of-text token")
-        before, after = self.prefix, self.suffix
+            raise InputError("add_bos must be False or None, got True; the checkpoint has no beginning-of-text token")
+        prefix, suffix = self.prefix, self.suffix
         if add_bos is not None:
-            before, after = ((self.bos_id,) if add_bos and self.bos_id is not None else ()), ()
-        with _failing(f"{self.where}: the tokenizer cannot read a text"):
-            encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return self._checked([[*before, *one.ids, *after] for one in encoded])
-
-    def encode_with_letters(self, texts: Sequence[str]) -> list[tuple[list[int], Int[np.ndarray, "n 2"]]]:
-        """Token ids of texts with nothing before and after them, and the letters that each token stands for: the index
-        of its first, and that after its last. Tokens of one letter's bytes stand for that letter each.
-
-        Raises:
-          InputError: as `encode`.
-        """
-        with _failing(f"{self.where}: the tokenizer cannot read a text"):
-            encoded = self.backend.encode_batch(list(texts), add_special_tokens=False)
-        ids = self._checked([one.ids for one in encoded])
-        return [(own, np.array(one.offsets, int).reshape(-1, 2)) for own, one in zip(ids, encoded, strict=True)]
-
-    def _checked(self, ids: list[list[int]]) -> list[list[int]]:
-        """Raise `InputError` for a token that the model has no embedding for."""
-        largest = max(map(max, filter(None, ids)), default=0) if self.rows is not None else 0
-        if self.rows is not None and largest >= self.rows:
-            raise InputError(
-                f"{self.where}: the tokenizer makes {self.backend.id_to_token(largest)!r} of a text, id {largest}; the "
-                f"model has {self.rows} embeddings: accepted is the model's own tokenizer"
-            )
+            prefix, suffix = ((self.bos_id,) if add_bos and self.bos_id is not None else ()), ()
+        with _naming_failure(f"{self.source}: the tokenizer cannot read a text"):
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        ids = [[*prefix, *encoding.ids, *suffix] for encoding in encodings]
+        self._check_embedded(ids)
         return ids
 
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], Int[np.ndarray, "n 2"]]]:
+        """Encode texts without prefix and suffix, with the characters that each token covers.
+
+        Args:
+          texts: Texts to encode.
+
+        Returns:
+          For each text its token ids and their offsets: the index of a token's first character, and the index after its
+          last. Tokens that are bytes of one character have that character's offsets.
+
+        Raises:
+          InputError: The text contains a token that the model has no embedding for, or the tokenizer fails on it.
+        """
+        with _naming_failure(f"{self.source}: the tokenizer cannot read a text"):
+            encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        encoded = [(encoding.ids, np.array(encoding.offsets, int).reshape(-1, 2)) for encoding in encodings]
+        self._check_embedded([ids for ids, _ in encoded])
+        return encoded
+
+    def _check_embedded(self, sequences: list[list[int]]) -> None:
+        """Raise `InputError` for a token that the model has no embedding for."""
+        if self.embedding_rows is None:
+            return
+        largest = max(map(max, filter(None, sequences)), default=0)
+        if largest >= self.embedding_rows:
+            token = self.backend.id_to_token(largest)
+            raise InputError(
+                f"{self.source}: a text contains the token {token!r} with id {largest}, but the model has "
+                f"{self.embedding_rows} embeddings. Use the model's own tokenizer."
+            )
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """The text of token ids, by default without special tokens."""
-        return self.backend.decode([int(one) for one in ids], skip_special_tokens=skip_special)
+        """Decode token ids as a text, by default without special tokens."""
+        return self.backend.decode([int(token_id) for token_id in ids], skip_special_tokens=skip_special)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
-        """The tokenizer of a folder in Hugging Face layout.
+        """Load the tokenizer of a folder in Hugging Face layout.
 
-        Read are ``tokenizer.json``, or a sentencepiece ``tokenizer.model`` where there is none; and, for the
-        special tokens, the first of ``tokenizer_config.json``, ``special_tokens_map.json``, the sentencepiece
-        model, ``generation_config.json`` and ``config.json`` that names them.
+        The tokenizer is ``tokenizer.json``, or a sentencepiece ``tokenizer.model`` if that file is missing. A special
+        token comes from the first of these files that names it: ``tokenizer_config.json``, ``special_tokens_map.json``,
+        the sentencepiece model, ``generation_config.json`` and ``config.json``.
 
         Raises:
-          InputError: neither tokenizer file is there, or one of the files cannot be read or contradicts
-          another.
+          InputError: There is no tokenizer file, or a file cannot be read or contradicts another.
         """
         folder = Path(folder)
-        settings = _read_object(folder / "tokenizer_config.json")
-        named = _read_object(folder / "special_tokens_map.json")
-        generation = _read_object(folder / "generation_config.json")
-        config = _read_object(folder / "config.json")
+        settings = _read_optional_object(folder / "tokenizer_config.json")
+        special_tokens = _read_optional_object(folder / "special_tokens_map.json")
+        generation = _read_optional_object(folder / "generation_config.json")
+        config = _read_optional_object(folder / "config.json")
+
+        # The tokenizer itself, and the ids that a sentencepiece model names.
         ids: dict[str, int | None] = {}
         if os.path.exists(path := folder / "tokenizer.json"):
             backend = _read_backend(path)
             adds_bos = False
         elif os.path.exists(path := folder / "tokenizer.model"):
+            data = read_bytes(path)
             try:
-                model = vocabulary.parse_sentencepiece(read_bytes(path))
+                model = vocabulary.parse_sentencepiece(data)
                 backend = vocabulary.sentencepiece_tokenizer(model)
             except InputError as error:
-                raise InputError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
+                raise InputError(f"{path}: {error}") from None
             ids = {"bos": model.bos_id, "eos": model.eos_id, "pad": model.pad_id}
-            adds_bos = True  # LLaMA's habit where tokenizer_config.json does not say
+            adds_bos = True  # LLaMA's default if tokenizer_config.json has no entry
         else:
-            raise InputError(f"{folder} has no tokenizer; accepted is tokenizer.json or tokenizer.model")
+            raise InputError(f"{folder}: no tokenizer. The folder must contain tokenizer.json or tokenizer.model.")
+
+        # Special tokens: by their texts first, then by the ids in the other files.
         tokens = {
-            name: _content(settings.get(f"{name}_token")) or _content(named.get(f"{name}_token"))
+            name: _token_text(settings.get(f"{name}_token")) or _token_text(special_tokens.get(f"{name}_token"))
             for name in ("bos", "eos", "unk", "pad")
         }
-        _add_missing(backend, settings.get("added_tokens_decoder"), tokens.values(), folder)
+        _add_missing_tokens(backend, settings.get("added_tokens_decoder"), tokens.values(), folder)
         for name, token in tokens.items():
             if token is not None:
                 ids[name] = backend.token_to_id(token)
             for source in (generation, config):
                 if ids.get(name) is None:
-                    ids[name] = _first(source.get(f"{name}_token_id"))
-        ends = generation.get("eos_token_id", config.get("eos_token_id"))
+                    ids[name] = next(iter(_valid_ids(source.get(f"{name}_token_id"))), None)
+        eos_ids = generation.get("eos_token_id", config.get("eos_token_id"))
+
+        # Prefix and suffix: from the post-processor of tokenizer.json if there is one, otherwise from the settings.
         if backend.post_processor is None:
-            prefix = _ids(ids["bos"]) if settings.get("add_bos_token", adds_bos) else ()
-            suffix = _ids(ids["eos"]) if settings.get("add_eos_token", False) else ()
+            prefix = _valid_ids(ids["bos"]) if settings.get("add_bos_token", adds_bos) else ()
+            suffix = _valid_ids(ids["eos"]) if settings.get("add_eos_token", False) else ()
         else:
-            with _failing(f"{path}: the tokenizer cannot read a text"):
-                prefix, suffix = _surroundings(backend)
+            with _naming_failure(f"{path}: the tokenizer cannot read a text"):
+                prefix, suffix = _prefix_and_suffix(backend)
         return cls(
             backend,
             bos_id=ids["bos"],
             eos_id=ids["eos"],
             pad_id=ids["pad"],
             unk_id=ids["unk"],
-            eos_ids=_ids(ends) or _ids(ids["eos"]),
+            eos_ids=_valid_ids(eos_ids) or _valid_ids(ids["eos"]),
             prefix=prefix,
             suffix=suffix,
             chat_template=_chat_template(folder, settings),
-            where=str(path),
+            source=str(path),
         )
 
     @classmethod
     def from_gguf(cls, source: str | Path | GGUFReader, where: str | None = None) -> "Tokenizer":
-        """The tokenizer in a GGUF file's metadata, given its path, or an open reader and the path for messages.
+        """Load the tokenizer in a GGUF file's metadata.
 
-        Agrees with the checkpoint's own `tokenizer.json`; where transformers' reading of a GGUF file differs
-        from that (SmolLM2: runs of spaces before a digit; LLaMA 3: words without merges), this one follows
-        the checkpoint.
+        It agrees with the checkpoint's own `tokenizer.json`. If transformers reads a GGUF file in another way (SmolLM2:
+        runs of spaces before a digit; LLaMA 3: words without merges), this function follows the checkpoint.
+
+        Args:
+          source: Path of the file, or an open reader.
+          where: Name of the file of an open reader, for error messages.
 
         Raises:
-          InputError: not a GGUF file, a vocabulary that is neither ``llama`` nor ``gpt2``, a way to cut text
-            that is missing or unknown, or a malformed vocabulary.
+          InputError: The file is not a GGUF file; its vocabulary is malformed or is neither ``llama`` nor ``gpt2``; or
+            its pre-tokenizer is missing or unknown.
         """
         where = str(source) if isinstance(source, str | Path) else where or "GGUF file"
         reader = source if isinstance(source, GGUFReader) else open_gguf(Path(source))
 
         def read(key: str, kind: Any, default: Any = None) -> Any:
-            return read_value(reader, where, f"tokenizer.ggml.{key}", kind, default)
+            return read_metadata(reader, where, f"tokenizer.ggml.{key}", kind, default)
 
-        kind, split = read("model", str), read("pre", str)
+        # Vocabulary: texts, types and scores.
+        model_type, split = read("model", str), read("pre", str)
         tokens, merges = read("tokens", list[str], []), read("merges", list[str], [])
-        kinds = read("token_type", list[int]) or [vocabulary.NORMAL] * len(tokens)
+        types = read("token_type", list[int]) or [vocabulary.NORMAL] * len(tokens)
         scores = read("scores", list[float]) or [0.0] * len(tokens)
-        spaces = read("add_space_prefix", bool, True), read("remove_extra_whitespaces", bool, False)
+        add_space_prefix = read("add_space_prefix", bool, True)
+        remove_extra_whitespaces = read("remove_extra_whitespaces", bool, False)
         try:
-            if not len(tokens) == len(kinds) == len(scores) > 0:
-                raise InputError(f"{len(tokens)} tokens, {len(kinds)} types, {len(scores)} scores; accepted is as many")
-            unknown = read("unknown_token_id", int)
-            if vocabulary.UNKNOWN not in kinds and unknown is not None and 0 <= unknown < len(kinds):
-                kinds[unknown] = vocabulary.UNKNOWN  # Gemma's files have it as a control piece
-            pieces = tuple(map(vocabulary.Piece, tokens, scores, kinds))
-            if kind == "llama":
-                backend = vocabulary.sentencepiece_tokenizer(
-                    vocabulary.SentencePiece(pieces, add_dummy_prefix=spaces[0], remove_extra_whitespaces=spaces[1])
+            if not len(tokens) == len(types) == len(scores) > 0:
+                raise InputError(
+                    "tokens, types and scores must be equally many and not empty, "
+                    f"got {len(tokens)} tokens, {len(types)} types and {len(scores)} scores"
                 )
-            elif kind == "gpt2":
+            unknown = read("unknown_token_id", int)
+            # Gemma's files have the unknown piece as a control piece.
+            if vocabulary.UNKNOWN not in types and unknown is not None and 0 <= unknown < len(types):
+                types[unknown] = vocabulary.UNKNOWN
+            pieces = tuple(map(vocabulary.Piece, tokens, scores, types))
+            if model_type == "llama":
+                model = vocabulary.SentencePieceModel(
+                    pieces, add_dummy_prefix=add_space_prefix, remove_extra_whitespaces=remove_extra_whitespaces
+                )
+                backend = vocabulary.sentencepiece_tokenizer(model)
+            elif model_type == "gpt2":
                 if split is None:
                     raise InputError(
-                        "tokenizer.ggml.pre is missing: the file does not say how text is cut; accepted is a "
-                        "file converted again, or the checkpoint's tokenizer.json"
+                        "metadata lacks tokenizer.ggml.pre, the name of the pre-tokenizer. Convert the file again, or "
+                        "use the checkpoint's tokenizer.json."
                     )
                 backend = vocabulary.byte_level_tokenizer(pieces, merges, split)
             else:
-                raise InputError(f"tokenizer.ggml.model is {kind!r}; accepted are 'llama', 'gpt2'")
+                raise InputError(f"tokenizer.ggml.model must be 'llama' or 'gpt2', got {model_type!r}")
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
+
+        # Special tokens, with the format's defaults for files that do not name them.
         ids = {
             name: number if number is not None and 0 <= number < len(pieces) else None
             for name, number in (
-                ("bos", read("bos_token_id", int, 1 if kind == "llama" else None)),
-                ("eos", read("eos_token_id", int, 2 if kind == "llama" else None)),
+                ("bos", read("bos_token_id", int, 1 if model_type == "llama" else None)),
+                ("eos", read("eos_token_id", int, 2 if model_type == "llama" else None)),
                 ("pad", read("padding_token_id", int)),
                 ("unk", unknown),
             )
         }
-        ends = [read_value(reader, where, name, int, None) for name in END_TOKENS[1:]]
-        begins = kind == "llama" or vocabulary.SPLITS[split][1]  # what the format assumes where the file is silent
+        further_eos_ids = [read_metadata(reader, where, name, int, None) for name in END_TOKENS[1:]]
+        adds_bos = model_type == "llama" or vocabulary.PRE_TOKENIZERS[split][1]
         return cls(
             backend,
             bos_id=ids["bos"],
             eos_id=ids["eos"],
             pad_id=ids["pad"],
             unk_id=ids["unk"],
-            eos_ids=tuple(dict.fromkeys(_ids([ids["eos"], *ends]))),
-            prefix=_ids(ids["bos"]) if read("add_bos_token", bool, begins) else (),
-            suffix=_ids(ids["eos"]) if read("add_eos_token", bool, False) else (),
-            chat_template=read_value(reader, where, "tokenizer.chat_template", str, None),
-            where=where,
+            eos_ids=tuple(dict.fromkeys(_valid_ids([ids["eos"], *further_eos_ids]))),
+            prefix=_valid_ids(ids["bos"]) if read("add_bos_token", bool, adds_bos) else (),
+            suffix=_valid_ids(ids["eos"]) if read("add_eos_token", bool, False) else (),
+            chat_template=read_metadata(reader, where, "tokenizer.chat_template", str, None),
+            source=where,
         )
 
 
-def _read_object(path: Path) -> Mapping[str, Any]:
-    """A JSON object; empty where there is no such file."""
+def _read_optional_object(path: Path) -> Mapping[str, Any]:
+    """Read a JSON object; return an empty one if the file does not exist."""
     return read_object(path) if os.path.exists(path) else {}
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     data = read_bytes(path)
-    with _failing(f"{path}: not a tokenizer.json"), _quiet_panics():
+    with _naming_failure(f"{path}: not a tokenizer.json"):
         backend = tokenizers.Tokenizer.from_buffer(data)
-        backend.no_truncation()  # some checkpoints were saved with a training run's settings
+        # Some checkpoints were saved with the settings of a training run.
+        backend.no_truncation()
         backend.no_padding()
-        with suppress(Exception):  # a vocabulary without the letter; what panics now would panic on every text
+        # Some damage shows only in use, as a panic on every text. A plain exception may be due to this letter alone.
+        with suppress(Exception):
             backend.encode("a")
         backend.decode([0])
     return backend
 
 
 @contextmanager
-def _failing(what: str) -> Iterator[None]:
-    """What the tokenizers library raises, as one line: plain Exception, and where it panics an exception of its own
-    that is not even one."""
+def _naming_failure(message: str) -> Iterator[None]:
+    """Turn exceptions of the tokenizers library into an `InputError` that begins with a message.
+
+    The library raises plain Exception. On a Rust panic it raises PanicException, which derives from BaseException and
+    cannot be imported, after it has written the panic to standard error.
+    """
     try:
         yield
+    except InputError:
+        raise
     except BaseException as error:
-        if isinstance(error, InputError) or not (isinstance(error, Exception) or _is_panic(error)):
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{what}: {lines[0]}") from None
-
-
-def _is_panic(error: BaseException) -> bool:
-    return type(error).__name__ == "PanicException"
-
-
-@contextmanager
-def _quiet_panics() -> Iterator[None]:
-    """Keep a panic's many lines off standard error, where the library writes them by itself; all else is passed on."""
-    try:
-        stderr = os.dup(2)
-    except OSError:  # closed: nothing to keep clean
-        yield
-        return
-    with tempfile.TemporaryFile() as caught:
-        os.dup2(caught.fileno(), 2)
-        panicked = False
-        try:
-            yield
-        except BaseException as error:
-            panicked = _is_panic(error)
-            raise
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            caught.seek(0)
-            if not panicked and (text := caught.read()):
-                os.write(2, text)
+        raise InputError(f"{message}: {first_line(error)}") from None
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """The template in a file of its own, or in ``tokenizer_config.json``: one, or a list with one named default."""
+    """Return the template in ``chat_template.jinja`` or in ``tokenizer_config.json``: one, or the default of a list."""
     if os.path.exists(path := folder / "chat_template.jinja"):
         return read_bytes(path).decode(errors="replace")
-    found = settings.get("chat_template")
-    if isinstance(found, list):
-        named = {one.get("name"): one.get("template") for one in found if isinstance(one, Mapping)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        templates = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
+        template = templates.get("default")
+    return template if isinstance(template, str) else None
 
 
-def _content(token: Any) -> str | None:
-    """A special token's text, written plainly or as an object; None for none, which some files write
-    ``""``."""
+def _token_text(token: Any) -> str | None:
+    """Return the text of a special token, written as a string or an object; None for ``""``, which means no token."""
     text = token.get("content") if isinstance(token, Mapping) else token
     return text if isinstance(text, str) and text else None
 
 
-def _add_missing(backend: tokenizers.Tokenizer, listed: Any, named: Iterable[str | None], folder: Path) -> None:
-    """Make every token of ``added_tokens_decoder`` and every named special token one that is found in
-    texts."""
+def _add_missing_tokens(
+    backend: tokenizers.Tokenizer, decoder_entries: Any, special_tokens: Iterable[str | None], folder: Path
+) -> None:
+    """Register tokens that only ``tokenizer_config.json`` lists, so that they are recognised in texts.
+
+    Args:
+      backend: Tokenizer to change.
+      decoder_entries: Value of ``added_tokens_decoder``: tokens by their ids.
+      special_tokens: Texts of the special tokens.
+      folder: Folder of the tokenizer, for the error.
+
+    Raises:
+      InputError: A token has another id in the tokenizer than in ``added_tokens_decoder``.
+    """
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    listed = listed if isinstance(listed, Mapping) else {}
-    entries = sorted((int(number), token) for number, token in listed.items() if re.fullmatch("[0-9]{1,9}", number))
+    decoder_entries = decoder_entries if isinstance(decoder_entries, Mapping) else {}
+    # The tokenizer numbers new tokens in the order in which they are added, so add them in the order of their ids.
+    entries = sorted(
+        (int(number), token) for number, token in decoder_entries.items() if re.fullmatch("[0-9]{1,9}", number)
+    )
     missing: list[tokenizers.AddedToken] = []
     for _, token in entries:
-        if (content := _content(token)) is not None and content not in known:
+        if (content := _token_text(token)) is not None and content not in known:
             flags = ("lstrip", "rstrip", "single_word", "special", "normalized")
-            given = token if isinstance(token, Mapping) else {}
-            missing.append(tokenizers.AddedToken(content, **{flag: bool(given.get(flag)) for flag in flags}))
+            values = token if isinstance(token, Mapping) else {}
+            missing.append(tokenizers.AddedToken(content, **{flag: bool(values.get(flag)) for flag in flags}))
             known.add(content)
     missing += [
         tokenizers.AddedToken(content, special=True, normalized=False)
-        for content in dict.fromkeys(named)
+        for content in dict.fromkeys(special_tokens)
         if content is not None and content not in known
     ]
     backend.add_tokens(missing)
     for number, token in entries:
-        if (content := _content(token)) is not None and backend.token_to_id(content) != number:
+        if (content := _token_text(token)) is not None and backend.token_to_id(content) != number:
             raise InputError(
-                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has {content!r} as id {number}; "
+                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has {content!r} as id {number}, but "
                 f"the tokenizer has it as id {backend.token_to_id(content)}"
             )
 
 
-def _surroundings(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the post-processor puts before and after a text."""
+def _prefix_and_suffix(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids that the post-processor puts before and after a text."""
     plain = backend.encode("a", add_special_tokens=False)
-    whole = backend.encode("a")
-    at = whole.special_tokens_mask.index(0) if 0 in whole.special_tokens_mask else 0
-    return tuple(whole.ids[:at]), tuple(whole.ids[at + len(plain.ids) :])
+    processed = backend.encode("a")
+    start = processed.special_tokens_mask.index(0) if 0 in processed.special_tokens_mask else 0
+    return tuple(processed.ids[:start]), tuple(processed.ids[start + len(plain.ids) :])
 
 
-def _first(number: Any) -> int | None:
-    return next(iter(_ids(number)), None)
-
-
-def _ids(numbers: Any) -> tuple[int, ...]:
-    """The integers in an id, a list of ids, or None; below 0 is older checkpoints' way to say none."""
-    listed = numbers if isinstance(numbers, list | tuple) else (numbers,)
-    return tuple(one for one in listed if isinstance(one, int) and not isinstance(one, bool) and one >= 0)
+def _valid_ids(value: Any) -> tuple[int, ...]:
+    """Return the ids in an id, a list of ids, or None; older checkpoints write -1 for none."""
+    values = value if isinstance(value, list | tuple) else (value,)
+    return tuple(
+        token_id
+        for token_id in values
+        if isinstance(token_id, int) and not isinstance(token_id, bool) and token_id >= 0
+    )

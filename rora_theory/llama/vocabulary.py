@@ -1,18 +1,16 @@
-r"""Tokenizers rebuilt from what is not a `tokenizer.json`: a sentencepiece model, or the metadata of a GGUF
-file.
+r"""Tokenizers rebuilt from a sentencepiece model or from the metadata of a GGUF file, without a `tokenizer.json`.
 
-Two families cover the checkpoints of the architectures that are read:
+Two families cover the supported architectures:
 
 * *sentencepiece* (LLaMA 1 and 2, Gemma): a space is written ``▁``, one more is put before the text, and characters
-  that are not in the vocabulary become their UTF-8 bytes. Sentencepiece joins the neighbours whose union has
-  the best score; as a list of merges that is every way to cut a piece in two, best score first.
-* *byte-level* (LLaMA 3, SmolLM2, Qwen): the text is cut by a regular expression, the pieces are spelled in 256
-  printable characters, one a byte, and merged by a list. A GGUF file names the expression
-  (``tokenizer.ggml.pre``) instead of holding it.
+  outside the vocabulary become their UTF-8 bytes. Sentencepiece merges the neighbours whose union has the best score.
+  As a list of merges, that is every way to cut a piece in two, best score first.
+* *byte-level* (LLaMA 3, SmolLM2, Qwen): the text is cut by a regular expression, the parts are spelled in 256 printable
+  characters, one for each byte, and merged by a list. A GGUF file names the expression (``tokenizer.ggml.pre``) and
+  does not contain it.
 """
 
-import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,18 +24,19 @@ except ImportError as error:
 
 SPACE = "▁"
 
-# Types of a piece, numbered alike in sentencepiece's format and in GGUF's `tokenizer.ggml.token_type`.
+# Types of a piece, with the same numbers in sentencepiece's format and in GGUF's `tokenizer.ggml.token_type`.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One entry of a vocabulary; its id is its position."""
+    """Entry of a vocabulary; its id is its position.
+
+    Attributes:
+      text: Text of the piece, as the vocabulary spells it.
+      score: Sentencepiece's score; pieces with higher scores are merged first.
+      kind: Type of the piece, such as `NORMAL` or `CONTROL`.
+    """
 
     text: str
     score: float = 0.0
@@ -45,15 +44,17 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class SentencePiece:
-    """What a sentencepiece BPE model says.
+class SentencePieceModel:
+    """Content of a sentencepiece BPE model.
 
     Attributes:
-      pieces: the vocabulary.
-      add_dummy_prefix: a space is put before the text.
-      remove_extra_whitespaces: runs of spaces become one, those at the ends none.
-      charsmap: precompiled normalisation of characters; empty for LLaMA.
-      bos_id, eos_id, pad_id: None where the model has none.
+      pieces: Vocabulary.
+      add_dummy_prefix: Whether a space is put before the text.
+      remove_extra_whitespaces: Whether runs of spaces become one space, and those at the ends are removed.
+      charsmap: Precompiled normalisation of characters; empty for LLaMA.
+      bos_id: Id of the beginning of a text; None if the model has none.
+      eos_id: Id of the end of a text; None if the model has none.
+      pad_id: Id of the padding; None if the model has none.
     """
 
     pieces: tuple[Piece, ...]
@@ -65,20 +66,21 @@ class SentencePiece:
     pad_id: int | None = None
 
 
-def sentencepiece_tokenizer(model: SentencePiece) -> Tokenizer:
-    """The `tokenizers` object that encodes as sentencepiece does.
+def sentencepiece_tokenizer(model: SentencePieceModel) -> Tokenizer:
+    """Build the `tokenizers` object that encodes like sentencepiece.
 
-    Where two cuts of one piece compete at the same time, sentencepiece joins the leftmost and the list of
-    merges cannot say so: the cut with the longer left part comes first, as in the checkpoints' own
-    `tokenizer.json`.
+    If two cuts of one piece compete, sentencepiece merges the leftmost, which a list of merges cannot express. The cut
+    with the longer left part comes first, as in the checkpoints' own `tokenizer.json`.
 
     Raises:
-      InputError: a piece that is there twice, or no unknown piece.
+      InputError: A piece occurs twice, or there is no unknown piece.
     """
-    vocab = _numbered([piece.text for piece in model.pieces])
+    vocab = _index_pieces([piece.text for piece in model.pieces])
     unknown = next((piece.text for piece in model.pieces if piece.kind == UNKNOWN), None)
     if unknown is None:
-        raise InputError("sentencepiece vocabulary has no unknown piece; accepted is a LLaMA vocabulary")
+        raise InputError("the sentencepiece vocabulary has no unknown piece, which LLaMA's and Gemma's have")
+
+    # Merges: every cut of a piece into two pieces, ordered by the piece's score, then by the length of the left part.
     scores = {p.text: p.score for p in model.pieces if p.kind in (NORMAL, USER_DEFINED)}
     cuts = [
         (-score, -cut, text[:cut], text[cut:])
@@ -87,191 +89,162 @@ def sentencepiece_tokenizer(model: SentencePiece) -> Tokenizer:
         if text[:cut] in scores and text[cut:] in scores
     ]
     cuts.sort(key=lambda cut: cut[:2])
-    tokenizer = _tokenizer(
+    tokenizer = _bpe_tokenizer(
         vocab=vocab,
         merges=[(left, right) for _, _, left, right in cuts],
         unk_token=unknown,
         fuse_unk=True,
         byte_fallback=any(piece.kind == BYTE for piece in model.pieces),
     )
-    steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+
+    # Normalisation before the merges: characters, runs of spaces, the space before the text, the spelling of spaces.
+    cleaning: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.remove_extra_whitespaces:
-        steps += [
+        cleaning += [
             normalizers.Replace(Regex(rf"\A +|[ {SPACE}]+\z"), ""),
             normalizers.Replace(Regex(" {2,}"), " "),
         ]
     prefix = [normalizers.Prepend(SPACE)] if model.add_dummy_prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*steps, *prefix, normalizers.Replace(" ", SPACE)])
-    undo: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    undo += [decoders.Strip(" ", 1, 0)] if model.add_dummy_prefix else []
-    tokenizer.decoder = decoders.Sequence(undo)
-    # A literal U+2581 counts as a space in a user-defined run of spaces: such pieces are found in the normalised text.
-    # Steps other than the replacement would change the pieces themselves.
-    _add_whole_tokens(tokenizer, model.pieces, normalized=not (steps or model.add_dummy_prefix))
+    tokenizer.normalizer = normalizers.Sequence([*cleaning, *prefix, normalizers.Replace(" ", SPACE)])
+
+    # Decoding: spaces, bytes of unknown characters, one text, without the space before it.
+    decoding: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    decoding += [decoders.Strip(" ", 1, 0)] if model.add_dummy_prefix else []
+    tokenizer.decoder = decoders.Sequence(decoding)
+
+    # Sentencepiece finds user-defined pieces in the normalised text, where a literal U+2581 counts as a space. This is
+    # possible here only if the spelling of spaces is the whole normalisation; other steps would change the pieces too.
+    _add_special_tokens(tokenizer, model.pieces, normalized=not (cleaning or model.add_dummy_prefix))
     return tokenizer
 
 
-def parse_sentencepiece(data: bytes) -> SentencePiece:
-    """Read a sentencepiece ``tokenizer.model``: protocol buffers, of which four messages and a dozen fields
-    matter.
+def parse_sentencepiece(data: bytes) -> SentencePieceModel:
+    """Parse a sentencepiece ``tokenizer.model``.
+
+    Args:
+      data: Content of the file, a protocol buffer.
 
     Raises:
-      InputError: bytes that are not such a model, or a model that is not BPE.
+      InputError: The bytes are not such a model, or the model is not BPE.
     """
-    pieces: list[Piece] = []
-    trainer: dict[int, Any] = {}
-    normalizer: dict[int, Any] = {}
+    from google.protobuf.message import DecodeError
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    model = ModelProto()
     try:
-        for field, value in _fields(data):
-            if field == 1:
-                entry = dict(_fields(value))
-                (score,) = struct.unpack("<f", entry.get(2, bytes(4)))
-                pieces.append(Piece(entry[1].decode(), score, entry.get(3, NORMAL)))
-            elif field == 2:
-                trainer = dict(_fields(value))
-            elif field == 3:
-                normalizer = dict(_fields(value))
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, struct.error):
-        raise InputError(
-            "not a sentencepiece model; accepted is a LLaMA 1 or 2 tokenizer.model, or a tokenizer.json"
-        ) from None
-    kind = trainer.get(3, 1)
-    if kind != 2:
-        raise InputError(f"sentencepiece model type is {kind}; accepted is 2 (BPE)")
-    if not normalizer.get(5, 1):
-        raise InputError("sentencepiece model does not escape whitespace; accepted is one that does")
+        model.ParseFromString(data)
+    except DecodeError:
+        raise InputError("not a sentencepiece model. Use a LLaMA 1 or 2 tokenizer.model, or tokenizer.json.") from None
+    # Bytes of another format can parse as a model without pieces.
+    if not model.pieces:
+        raise InputError("the sentencepiece model has no pieces. Use a LLaMA 1 or 2 tokenizer.model.")
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    if trainer.model_type != trainer.BPE:
+        model_type = trainer.ModelType.Name(trainer.model_type)
+        raise InputError(f"the type of the sentencepiece model must be BPE, got {model_type}")
+    if not normalizer.escape_whitespaces:
+        raise InputError("escape_whitespaces of the sentencepiece model must be true, got false")
 
-    def token_id(field: int, default: int) -> int | None:
-        number = _signed(trainer.get(field, default))
-        return number if 0 <= number < len(pieces) else None
+    def drop_missing(token_id: int) -> int | None:
+        return token_id if 0 <= token_id < len(model.pieces) else None
 
-    return SentencePiece(
-        tuple(pieces),
-        add_dummy_prefix=bool(normalizer.get(3, 1)),
-        remove_extra_whitespaces=bool(normalizer.get(4, 1)),
-        charsmap=normalizer.get(2, b""),
-        bos_id=token_id(41, 1),
-        eos_id=token_id(42, 2),
-        pad_id=token_id(43, -1),
+    return SentencePieceModel(
+        tuple(Piece(piece.piece, piece.score, piece.type) for piece in model.pieces),
+        add_dummy_prefix=normalizer.add_dummy_prefix,
+        remove_extra_whitespaces=normalizer.remove_extra_whitespaces,
+        charsmap=normalizer.precompiled_charsmap,
+        bos_id=drop_missing(trainer.bos_id),
+        eos_id=drop_missing(trainer.eos_id),
+        pad_id=drop_missing(trainer.pad_id),
     )
 
 
 def byte_level_tokenizer(pieces: Sequence[Piece], merges: Iterable[str], split: str) -> Tokenizer:
-    """The `tokenizers` object of a byte-level vocabulary.
+    """Build the `tokenizers` object of a byte-level vocabulary.
 
     Args:
-      pieces: vocabulary, spelled in the byte alphabet.
-      merges: ``"left right"``, first merged first.
-      split: the name under which GGUF files know how text is cut, one of `SPLITS`.
+      pieces: Vocabulary, spelled in the byte alphabet.
+      merges: Pairs ``"left right"`` in the order in which they are merged.
+      split: GGUF's name of the expressions that cut text, a key of `PRE_TOKENIZERS`.
 
     Raises:
-      InputError: an unknown split, a malformed merge, or a piece that is there twice.
+      InputError: The split is unknown, a merge is malformed, or a piece occurs twice.
     """
-    if split not in SPLITS:
-        raise InputError(f"pre-tokenizer is {split!r}; accepted are {', '.join(SPLITS)}, or a tokenizer.json")
+    if split not in PRE_TOKENIZERS:
+        raise InputError(
+            f"pre-tokenizer must be one of {', '.join(PRE_TOKENIZERS)}, got {split!r}. Use the model's tokenizer.json."
+        )
     pairs = [tuple(merge.split(" ")) for merge in merges]
-    if any(len(pair) != 2 for pair in pairs):
-        bad = next(index for index, pair in enumerate(pairs) if len(pair) != 2)
-        raise InputError(f"merge {bad} has {len(pairs[bad])} parts; accepted is two, with one space between")
-    steps, whole_words = SPLITS[split]
-    tokenizer = _tokenizer(vocab=_numbered([piece.text for piece in pieces]), merges=pairs, ignore_merges=whole_words)
-    cut = [pre_tokenizers.Split(Regex(step), "isolated") for step in steps]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [*cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    for number, pair in enumerate(pairs):
+        if len(pair) != 2:
+            raise InputError(f"merge {number} must have two parts with one space between them, got {len(pair)} parts")
+    expressions, takes_whole_words = PRE_TOKENIZERS[split]
+    vocab = _index_pieces([piece.text for piece in pieces])
+    tokenizer = _bpe_tokenizer(vocab=vocab, merges=pairs, ignore_merges=takes_whole_words)
+
+    # A text is normalised, cut by the expressions and spelled in the byte alphabet. Decoding reverses the spelling.
     if split == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
+    cuts = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in expressions]
+    spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, spelling])
     tokenizer.decoder = decoders.ByteLevel()
-    _add_whole_tokens(tokenizer, pieces)
+    _add_special_tokens(tokenizer, pieces)
     return tokenizer
 
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3_CUT = ((_LLAMA3,), True)
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")  # digits one by one
 
-SPLITS: dict[str, tuple[tuple[str, ...], bool]] = {
-    # SmolLM2's tokenizer.json cuts out single digits before GPT-2's expression sees the text, so that a run
-    # of spaces before a digit stays whole.
+PRE_TOKENIZERS: dict[str, tuple[tuple[str, ...], bool]] = {
+    # SmolLM2's tokenizer.json isolates single digits before it applies GPT-2's expression, so that a run of spaces
+    # before a digit stays whole.
     "smollm": ((r"\p{N}", _GPT2), False),
-    "llama-bpe": _LLAMA3_CUT,
-    "llama3": _LLAMA3_CUT,
-    "llama-v3": _LLAMA3_CUT,
-    "falcon3": _LLAMA3_CUT,
+    "llama-bpe": ((_LLAMA3,), True),
+    "llama3": ((_LLAMA3,), True),
+    "llama-v3": ((_LLAMA3,), True),
+    "falcon3": ((_LLAMA3,), True),
     "qwen2": ((_QWEN2,), False),
     "gpt-2": ((_GPT2,), False),
     "default": ((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"), False),
 }
-"""GGUF's names of the ways to cut text: expressions applied one after the other, each to the parts the last
-one left, and whether a part that is in the vocabulary is taken whole even where no merges lead to it."""
+"""Ways to cut text by GGUF's names: regular expressions that are applied one after the other, and whether a part in the
+vocabulary becomes one token even if no merges lead to it."""
 
 
-def _tokenizer(**model: Any) -> Tokenizer:
+def _bpe_tokenizer(**model: Any) -> Tokenizer:
     try:
         return Tokenizer(models.BPE(**model))
     except Exception as error:  # the extension raises plain Exception
-        raise InputError(f"vocabulary and merges do not fit together: {error}") from None
+        raise InputError(f"vocabulary and merges do not match: {error}") from None
 
 
-def _numbered(texts: Sequence[str]) -> dict[str, int]:
+def _index_pieces(texts: Sequence[str]) -> dict[str, int]:
     vocab = {text: number for number, text in enumerate(texts)}
     if len(vocab) != len(texts):
         number = next(number for number, text in enumerate(texts) if vocab[text] != number)
         raise InputError(
-            f"vocabulary has {texts[number]!r} as ids {number} and {vocab[texts[number]]}; accepted is once"
+            f"vocabulary entries must be unique, got {texts[number]!r} as ids {number} and {vocab[texts[number]]}"
         )
     return vocab
 
 
-def _add_whole_tokens(tokenizer: Tokenizer, pieces: Iterable[Piece], *, normalized: bool = False) -> None:
-    """Make control and user-defined pieces be found in the text before it is cut, and control pieces not be decoded.
+def _add_special_tokens(tokenizer: Tokenizer, pieces: Iterable[Piece], *, normalized: bool = False) -> None:
+    """Register the pieces that are recognised in a text before it is cut; decoding omits control pieces.
 
     Args:
       tokenizer: Tokenizer to change.
       pieces: Vocabulary.
-      normalized: Whether user-defined pieces are found in the normalised text rather than in the text itself.
+      normalized: Whether user-defined pieces are found in the normalised text instead of the original text.
     """
-    whole = [
+    tokens = [
         AddedToken(piece.text, normalized=normalized and piece.kind == USER_DEFINED, special=piece.kind != USER_DEFINED)
         for piece in pieces
         if piece.kind in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
-    # In one call: each call rebuilds the search for all added tokens.
-    tokenizer.add_tokens(whole)
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of one protocol-buffer message: number, and an int (varint) or the raw bytes."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        field, wire = tag >> 3, tag & 7
-        if wire == 0:
-            value, at = _varint(data, at)
-            yield field, value
-            continue
-        size = {1: 8, 5: 4}.get(wire)
-        if size is None:
-            if wire != 2:
-                raise ValueError(f"wire type {wire}")
-            size, at = _varint(data, at)
-        if at + size > len(data):
-            raise ValueError("truncated")
-        yield field, data[at : at + size]
-        at += size
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-    raise ValueError("varint too long")
-
-
-def _signed(value: int) -> int:
-    """A 64-bit two's complement number: how -1 is written."""
-    return value - (1 << 64) if value >= 1 << 63 else value
+    # In one call, because each call rebuilds the search for all added tokens.
+    tokenizer.add_tokens(tokens)

@@ -1,9 +1,8 @@
-"""Weights between Hugging Face's safetensors folders and the stacked tree of `model`. Nothing else is read:
-no pickle.
+"""Conversion of weights between Hugging Face's safetensors folders and the stacked tree of `model`.
 
-Every name and shape is checked against the configuration before the first weight is read. Then one leaf of
-the tree at a time is filled tensor by tensor and put on the device, so that the host holds one leaf and no
-second model.
+Pickled weights are never read. Every name and shape is checked against the configuration before the first weight is
+read. Then the tree is filled one leaf at a time, tensor by tensor, and each leaf is put on the device, so that the host
+holds one leaf and no second model.
 """
 
 import json
@@ -25,7 +24,7 @@ from rora_theory.errors import InputError
 from rora_theory.io.files import check_regular, read_object, resolve_inside, temporary_path
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.model import Params, abstract_params
-from rora_theory.llama.quantised import Quantised, dense_params, fill, is_quantised, quantise
+from rora_theory.llama.quantised import QuantisedWeight, dense_params, is_quantised, quantise, write_layer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -40,13 +39,19 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 _EMBEDDINGS = "model.embed_tokens.weight"
-_STORED = {"F64", "F32", "F16", "BF16"}
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_FLOAT_TYPES = ("BF16", "F16", "F32", "F64")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor of a checkpoint: the file that holds it, its shape, and its type there."""
+class TensorHeader:
+    """Header of a tensor in a safetensors file.
+
+    Attributes:
+      file: File that holds the tensor.
+      shape: Shape of the tensor.
+      dtype: Type of the numbers in the file, by safetensors' name.
+    """
 
     file: Path
     shape: tuple[int, ...]
@@ -54,13 +59,16 @@ class Stored:
 
     @property
     def size(self) -> int:
-        """How many numbers it has."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 def tensor_names(path: Sequence[str], layers: int) -> list[str]:
-    """Hugging Face's names of the tensors in one leaf of the tree: one, or one a layer where the leaf is
-    stacked.
+    """Return Hugging Face's names of the tensors in one leaf of the tree: one, or one for each layer.
+
+    Args:
+      path: Keys of the leaf in the tree.
+      layers: Number of layers of the model.
 
     Examples:
       >>> tensor_names(("layers", "mlp.up_proj", "weight"), 2)
@@ -73,7 +81,7 @@ def tensor_names(path: Sequence[str], layers: int) -> list[str]:
 
 
 def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a checkpoint of this configuration, by Hugging Face's names."""
+    """Return the shape of every tensor in a checkpoint of a configuration, by Hugging Face's names."""
     shapes = {}
     for path, leaf in _leaves(abstract_params(config)):
         shape = leaf.shape[1:] if path[0] == "layers" else leaf.shape
@@ -81,153 +89,158 @@ def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_shapes(where: str, found: Mapping[str, tuple[int, ...]], config: LlamaConfig) -> None:
-    """Refuse tensors that are missing, left over, or of another shape than the configuration's.
+def check_shapes(where: str, shapes: Mapping[str, tuple[int, ...]], config: LlamaConfig) -> None:
+    """Check that a checkpoint has exactly the tensors of its configuration.
+
+    Args:
+      where: Name of the checkpoint, for the error.
+      shapes: Shapes of the checkpoint's tensors.
+      config: Configuration of the model.
 
     Raises:
-      InputError: naming the first such tensors.
+      InputError: Tensors are missing, unknown or of another shape; the message names the first ones.
     """
     expected = expected_shapes(config)
-    missing = [name for name in expected if name not in found]
+    missing = [name for name in expected if name not in shapes]
     if missing:
-        raise InputError(f"{where}: lacks {some(missing)}; accepted is every tensor the config implies")
-    extra = [name for name in found if name not in expected]
+        raise InputError(f"{where}: lacks {abbreviate_names(missing)}, which its configuration requires")
+    extra = [name for name in shapes if name not in expected]
     if extra:
-        raise InputError(f"{where}: holds {some(extra)}, no part of the model that the config describes")
+        raise InputError(f"{where}: holds {abbreviate_names(extra)}, which its configuration does not have")
     for name, shape in expected.items():
-        if tuple(found[name]) != shape:
-            raise InputError(f"{where}: {name} has shape {tuple(found[name])}; the config implies {shape}")
+        if tuple(shapes[name]) != shape:
+            raise InputError(f"{where}: {name} must have shape {shape} by its configuration, got {tuple(shapes[name])}")
 
 
 def check_dtype(dtype: DTypeLike) -> np.dtype:
-    """The dtype that weights may have in memory.
+    """Return the dtype of weights in memory.
 
     Raises:
-      InputError: another than float32, bfloat16 and float16.
+      InputError: The dtype is none of float32, bfloat16 and float16.
     """
     try:
-        kind = jnp.dtype(dtype)
+        checked = jnp.dtype(dtype)
     except TypeError:
-        kind = None
-    if kind is None or kind.name not in DTYPES:
-        raise InputError(f"dtype is {dtype if kind is None else kind.name!r}; accepted are {', '.join(DTYPES)}")
-    return kind
+        checked = None
+    if checked is None or checked.name not in DTYPES:
+        value = dtype if checked is None else checked.name
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {value!r}")
+    return checked
 
 
-def check_finite(what: str, values: np.ndarray) -> None:
-    """Refuse weights that are no numbers: a model of them gives figures that look like measurements.
+def check_finite(name: str, values: np.ndarray) -> None:
+    """Check that all weights are finite numbers.
 
-    A float is NaN or infinite where all bits of its exponent are set; looking at bits takes a twentieth of the time
-    of `numpy.isfinite` for bfloat16.
+    A float is NaN or infinite if all bits of its exponent are set. Testing the bits takes a twentieth of the time of
+    `numpy.isfinite` for bfloat16.
 
     Args:
-      what: names the tensor.
-      values: contiguous, of one of `DTYPES`.
+      name: Name of the tensor, for the error.
+      values: Contiguous array of one of `DTYPES`.
 
     Raises:
-      InputError: naming the tensor and the first such value.
+      InputError: A value is not finite; the message names the first one.
     """
-    mask, kind = _EXPONENT[values.dtype.name]
-    bits = values.reshape(-1).view(kind)
-    for start in range(0, len(bits), _BLOCK):
-        exponents = bits[start : start + _BLOCK] & mask
-        if exponents.max() == mask:
+    exponent_mask, integer = _EXPONENT_BITS[values.dtype.name]
+    bits = values.reshape(-1).view(integer)
+    for start in range(0, len(bits), _FINITE_CHECK_ELEMENTS):
+        exponents = bits[start : start + _FINITE_CHECK_ELEMENTS] & exponent_mask
+        if exponents.max() == exponent_mask:
             first = start + int(np.argmax(exponents))
-            at = ", ".join(str(int(i)) for i in np.unravel_index(first, values.shape))
+            index = ", ".join(str(int(i)) for i in np.unravel_index(first, values.shape))
             raise InputError(
-                f"{what} is {float(values.reshape(-1)[first])} at [{at}] in {values.dtype.name}; accepted are finite "
-                "numbers"
+                f"{name} must be finite in {values.dtype.name}, got {float(values.reshape(-1)[first])} at [{index}]"
             )
 
 
-_EXPONENT = {
+_EXPONENT_BITS = {
     "float32": (np.uint32(0x7F800000), np.uint32),
     "bfloat16": (np.uint16(0x7F80), np.uint16),
     "float16": (np.uint16(0x7C00), np.uint16),
 }
-_BLOCK = 1 << 18  # elements looked at together: they fit in a cache
+_FINITE_CHECK_ELEMENTS = 1 << 18  # elements checked at a time, which fit in a cache
 
 
-def assemble(
+def build_params(
     config: LlamaConfig,
     dtype: DTypeLike,
     read: Callable[[list[str], np.ndarray], None],
     shardings: Params | None = None,
     quantization: str = "none",
-    stored: Callable[[str], np.ndarray | None] = lambda _: None,
+    read_blocks: Callable[[str], np.ndarray | None] = lambda _: None,
 ) -> Params:
     """Build the tree of weights leaf by leaf.
 
     Args:
-      config: gives the tree.
-      dtype: float32, bfloat16 or float16.
-      read: ``read(names, out)`` fills ``out[i]`` with the tensor ``names[i]``, converted.
-      shardings: a tree of `jax.sharding.Sharding` like the weights', or None for the default device.
-      quantization: of the modules' weights, see `abstract_params`.
-      stored: ``stored(name)`` is a tensor's own blocks where they are of that type, [out, bytes]; None where they are
-        to be made of its weights.
+      config: Configuration of the model.
+      dtype: Type of the weights: float32, bfloat16 or float16.
+      read: Function ``read(names, out)`` that writes the tensor ``names[i]`` to ``out[i]``, converted to its dtype.
+      shardings: Tree of `jax.sharding.Sharding` with the structure of the weights; None for the default device.
+      quantization: Storage of the modules' weights, see `model.abstract_params`.
+      read_blocks: Function ``read_blocks(name)`` that returns a tensor's stored blocks [out, bytes] if they are of the
+        type ``quantization``. It returns None if the blocks must be made from the weights.
 
     Raises:
-      InputError: another dtype or quantization, or weights that are beyond a block's float16 scale.
+      InputError: The dtype or quantization is unknown, or weights exceed a block's float16 scale.
     """
-    kind = check_dtype(dtype)
-    abstract = abstract_params(config, kind, quantization)
+    abstract = abstract_params(config, check_dtype(dtype), quantization)
     leaves, structure = jax.tree.flatten_with_path(abstract, is_leaf=is_quantised)
     places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings, is_leaf=is_quantised)
     built = []
     for (path, leaf), place in zip(leaves, places, strict=True):
+        # Fill one leaf on the host: all layers of a module, or one array.
         keys = tuple(entry.key for entry in path)
         names = tensor_names(keys, config.num_hidden_layers)
         host = jax.tree.map(lambda part: np.empty(part.shape, part.dtype), leaf)
-        if isinstance(leaf, Quantised):
-            _read_blocks(names, host, read, stored)
+        if isinstance(leaf, QuantisedWeight):
+            _fill_blocks(names, host, read, read_blocks)
         else:
             read(names, host if keys[0] == "layers" else host[None])
-        # Waiting lets the host's copy go before the next leaf is allocated.
+        # Wait for the copy to the device, so that the host's memory is free before the next leaf is allocated.
         built.append(jax.block_until_ready(_put(host, place)))
         del host
     return jax.tree.unflatten(structure, built)
 
 
-def _read_blocks(
+def _fill_blocks(
     names: Sequence[str],
-    out: Quantised,
+    out: QuantisedWeight,
     read: Callable[[list[str], np.ndarray], None],
-    stored: Callable[[str], np.ndarray | None],
+    read_blocks: Callable[[str], np.ndarray | None],
 ) -> None:
-    """Fill the layers of a module's blocks: with the file's own, or with what ggml makes of its weights."""
+    """Fill the layers of a module in blocks: with the stored blocks, or with those that ggml makes of the weights."""
     for layer, name in enumerate(names):
-        blocks = stored(name)
+        blocks = read_blocks(name)
         if blocks is None:
-            wide = np.empty((1, *out.shape[1:]), np.float32)
-            read([name], wide)
-            with np.errstate(over="ignore"):  # of a float16 scale: infinite here, and refused
-                blocks = quantise(wide[0], out.kind)
-        fill(out, layer, blocks)
+            dense = np.empty((1, *out.shape[1:]), np.float32)
+            read([name], dense)
+            with np.errstate(over="ignore"):  # a float16 scale that overflows is refused below
+                blocks = quantise(dense[0], out.kind)
+        write_layer(out, layer, blocks)
         for numbers in (out.scales, out.mins):
             if numbers is not None:
                 check_finite(f"a block's scale of {name}", numbers[layer])
 
 
 def _put(host: Any, place: Any) -> Any:
-    """An array, or the parts of one in blocks, on its devices; with several processes each places its own part, and
-    nothing is sent."""
+    """Put an array, or the parts of a weight in blocks, on its devices."""
     if place is None:
         return jax.device_put(host)
 
-    def one(part: np.ndarray, sharding: Any) -> jax.Array:
+    def put_part(part: np.ndarray, sharding: Any) -> jax.Array:
         if sharding.is_fully_addressable:
             return jax.device_put(part, sharding)
+        # Several processes: each places its own part, and nothing is sent between them.
         return jax.make_array_from_callback(part.shape, sharding, lambda index: part[index])
 
-    return jax.tree.map(one, host, place)
+    return jax.tree.map(put_part, host, place)
 
 
 def read_config(folder: Path) -> LlamaConfig:
-    """The configuration in a folder's ``config.json``.
+    """Read the configuration in a folder's ``config.json``.
 
     Raises:
-      InputError: the file is not there, is not JSON, or describes a model that is not supported.
+      InputError: The file is missing, is not JSON, or describes a model that is not supported.
     """
     path = folder / "config.json"
     try:
@@ -243,43 +256,48 @@ def load_hf(
     shardings: Params | None = None,
     quantization: str = "none",
 ) -> Params:
-    """The weights of a folder in Hugging Face layout: ``model.safetensors``, or shards and their index.
+    """Load the weights of a folder in Hugging Face layout: ``model.safetensors``, or shards and their index.
 
     Args:
-      folder, config: as `read_config` reads it.
-      dtype: float32, bfloat16 or float16, whatever the type on disk.
-      shardings: where to put each leaf; None is the default device.
-      quantization: of the modules' weights, made as they are read, see `assemble`.
+      folder: Folder in Hugging Face layout.
+      config: Configuration of the model, see `read_config`.
+      dtype: Type of the weights in memory, float32, bfloat16 or float16, whatever the type in the files.
+      shardings: Tree of shardings with the structure of the weights; None for the default device.
+      quantization: Storage of the modules' weights, quantised while they are read, see `build_params`.
 
     Raises:
-      InputError: pickled weights alone; files that are missing, truncated or outside the folder; tensors that
-        are missing, unknown, of another shape than the configuration's, of a type that is not floating
-        point, or not finite in ``dtype``.
+      InputError: There are only pickled weights; a file is missing, truncated or outside the folder; or a tensor is
+        missing, unknown, of another shape than the configuration's, not of a floating-point type, or not finite in
+        ``dtype``.
     """
-    stored = headers(folder)
-    for name in [name for name in stored if name.endswith(".rotary_emb.inv_freq")]:
-        del stored[name]  # early checkpoints store what the configuration determines
-    tied = "lm_head.weight" if config.tie_word_embeddings else ""
-    head = stored.pop(tied, None)
-    check_shapes(str(folder), {name: tensor.shape for name, tensor in stored.items()}, config)
-    for name, tensor in stored.items():
-        if tensor.dtype not in _STORED:
+    headers = read_headers(folder)
+    # Early checkpoints store the rotary frequencies, which the configuration determines.
+    for name in [name for name in headers if name.endswith(".rotary_emb.inv_freq")]:
+        del headers[name]
+    # A tied model may store its output matrix again, which must then equal the embeddings.
+    output_name = "lm_head.weight" if config.tie_word_embeddings else ""
+    output = headers.pop(output_name, None)
+    check_shapes(str(folder), {name: header.shape for name, header in headers.items()}, config)
+    for name, header in headers.items():
+        if header.dtype not in _FLOAT_TYPES:
             raise InputError(
-                f"{tensor.file}: {name} is of type {tensor.dtype}; accepted are {', '.join(sorted(_STORED))}"
+                f"{header.file}: {name} must be of a type among {', '.join(_FLOAT_TYPES)}, got {header.dtype}"
             )
-    if head is not None and not _same(head, tied, stored[_EMBEDDINGS], _EMBEDDINGS):
-        raise InputError(f"{head.file}: lm_head.weight differs from the embeddings, but tie_word_embeddings is true")
+    if output is not None and not _are_equal(output, output_name, headers[_EMBEDDINGS], _EMBEDDINGS):
+        raise InputError(
+            f"{output.file}: lm_head.weight must equal the embeddings, because config.json has tie_word_embeddings true"
+        )
 
     def read(names: list[str], out: np.ndarray) -> None:
-        # Closed after each leaf, so that mapped pages do not add up to a second model.
+        # Close the files after each leaf, so that mapped pages do not add up to a second model.
         with ExitStack() as stack:
-            files = {file: stack.enter_context(_open(file)) for file in {stored[name].file for name in names}}
+            files = {file: stack.enter_context(_open(file)) for file in {headers[name].file for name in names}}
             for i, name in enumerate(names):
-                with np.errstate(over="ignore"):  # of a wider type: infinite here, and refused
-                    out[i] = files[stored[name].file].get_tensor(name)
-                check_finite(f"{stored[name].file}: {name}", out[i])
+                with np.errstate(over="ignore"):  # a number of a wider type that overflows is refused below
+                    out[i] = files[headers[name].file].get_tensor(name)
+                check_finite(f"{headers[name].file}: {name}", out[i])
 
-    return assemble(config, dtype, read, shardings, quantization)
+    return build_params(config, dtype, read, shardings, quantization)
 
 
 def save_hf(
@@ -291,150 +309,157 @@ def save_hf(
     files: Mapping[str, bytes] | None = None,
     shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write a folder that transformers opens: ``config.json``, weights, and the tokenizer's files.
+    """Save a folder that transformers opens: ``config.json``, weights, and the tokenizer's files.
 
-    Written beside and renamed: the folder is there whole or not at all.
+    The folder is written under another name and renamed, so that it is complete or absent.
 
     Args:
-      folder: new, or empty.
-      params: weights, written in the dtype they have; those held in blocks are written dense.
-      config: theirs.
-      tokenizer_from: a folder whose tokenizer files to copy.
-      files: further files by their names.
-      shard_bytes: size above which the weights are split into several files.
+      folder: New or empty folder.
+      params: Weights, saved in their dtype; weights in blocks are saved dense.
+      config: Configuration of the model.
+      tokenizer_from: Folder to copy the tokenizer's files from; None copies none.
+      files: Content of further files by their names.
+      shard_bytes: Size above which the weights are split into several files.
 
     Raises:
-      InputError: the folder holds something, weights that contradict the configuration, or a disk that is
-      full.
+      InputError: The folder is not empty, the weights contradict the configuration, or the disk is full.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: there already; accepted is a new or empty folder")
+        raise InputError(f"{folder}: must be a new or empty folder")
     expected, params = abstract_params(config), dense_params(params)
     if {path: leaf.shape for path, leaf in _leaves(params)} != {path: leaf.shape for path, leaf in _leaves(expected)}:
-        raise InputError(f"{folder}: not written; the weights are not those of a model of this config")
-    beside = temporary_path(folder)
+        raise InputError(f"{folder}: not written, because the weights are not those of a model of this configuration")
+    new = temporary_path(folder)
     try:
-        beside.mkdir(parents=True)
-        _write_weights(beside, params, config, shard_bytes)
+        new.mkdir(parents=True)
+        # Weights and configuration.
+        _write_weights(new, params, config, shard_bytes)
         dtype = jax.tree.leaves(params)[0].dtype.name
-        described = config.to_hf() | {"dtype": dtype, "torch_dtype": dtype}
-        (beside / "config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
-        for weights in beside.glob("*.safetensors"):  # which the library keeps from all but their owner
-            shutil.copymode(beside / "config.json", weights)
+        settings = config.to_hf() | {"dtype": dtype, "torch_dtype": dtype}
+        (new / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        # safetensors makes its files readable by their owner only.
+        for weights in new.glob("*.safetensors"):
+            shutil.copymode(new / "config.json", weights)
+        # Tokenizer and further files.
         for name in TOKENIZER_FILES:
             if tokenizer_from is not None and (tokenizer_from / name).is_file():
-                shutil.copyfile(tokenizer_from / name, beside / name)
+                shutil.copyfile(tokenizer_from / name, new / name)
         for name, content in (files or {}).items():
-            (beside / name).write_bytes(content)
+            (new / name).write_bytes(content)
         if folder.exists():
             folder.rmdir()
-        beside.rename(folder)
+        new.rename(folder)
     except OSError as error:
-        raise InputError(f"{folder}: not written: {error.strerror or error}") from error
+        raise InputError(f"{folder}: cannot be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _write_weights(folder: Path, params: Params, config: LlamaConfig, shard_bytes: int) -> None:
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    tensors: list[tuple[str, Any, int | None]] = []  # name, leaf, layer
+    # Every tensor: its name, its leaf of the tree, and its layer if the leaf is stacked.
+    tensors: list[tuple[str, Any, int | None]] = []
     for path, leaf in _leaves(params):
-        stacked = path[0] == "layers"
+        is_stacked = path[0] == "layers"
         for i, name in enumerate(tensor_names(path, config.num_hidden_layers)):
-            tensors.append((name, leaf, i if stacked else None))
+            tensors.append((name, leaf, i if is_stacked else None))
+
+    # Fill one shard after the other.
     shards: list[list[tuple[str, Any, int | None]]] = [[]]
     size = total = 0
     for tensor in tensors:
-        count = tensor[1].nbytes if tensor[2] is None else tensor[1].nbytes // config.num_hidden_layers
-        if shards[-1] and size + count > shard_bytes:
+        _, leaf, layer = tensor
+        tensor_bytes = leaf.nbytes if layer is None else leaf.nbytes // config.num_hidden_layers
+        if shards[-1] and size + tensor_bytes > shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(tensor)
-        size, total = size + count, total + count
-    names = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    )
-    for file, shard in zip(names, shards, strict=True):
+        size, total = size + tensor_bytes, total + tensor_bytes
+
+    # One file for each shard, and the index of several.
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = [SINGLE] if len(shards) == 1 else files
+    for file, shard in zip(files, shards, strict=True):
         arrays = {name: np.ascontiguousarray(leaf if layer is None else leaf[layer]) for name, leaf, layer in shard}
         try:
             save_file(arrays, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(str(error)) from error
     if len(shards) > 1:
-        where = {name: file for file, shard in zip(names, shards, strict=True) for name, _, _ in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        file_of_tensor = {name: file for file, shard in zip(files, shards, strict=True) for name, _, _ in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of_tensor.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def weight_map(folder: Path) -> dict[str, str]:
-    """The index of a folder with shards: the file of each tensor.
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """Read the index of a folder with shards: the file of each tensor.
 
     Raises:
-      InputError: there is none, it is damaged, or it names what is no safetensors file of the folder.
+      InputError: The index is missing or damaged, or it names something other than a safetensors file of the folder.
     """
     index = folder / INDEX
     if not os.path.exists(index):
-        raise InputError(_no_weights(folder))
-    where = read_object(index).get("weight_map")
-    if not isinstance(where, dict) or not where:
-        raise InputError(f"{index}: weight_map is missing or empty; accepted is an object of tensor to file")
-    for file in where.values():
-        resolve_inside(folder, file, where=index, links=True)  # links: the hub's cache has the files elsewhere
+        raise InputError(_explain_missing_weights(folder))
+    file_of_tensor = read_object(index).get("weight_map")
+    if not isinstance(file_of_tensor, dict) or not file_of_tensor:
+        raise InputError(f"{index}: weight_map must be an object from tensors to files, and not empty")
+    for file in file_of_tensor.values():
+        # Links are allowed, because the hub's cache stores the files elsewhere.
+        resolve_inside(folder, file, where=index, links=True)
         if file != os.path.basename(file) or "\\" in file or not file.endswith(".safetensors"):
-            raise InputError(f"{index}: names {file!r}; accepted is a .safetensors file of the same folder")
-    return where
+            raise InputError(f"{index}: names {file!r}, which is not a .safetensors file of the same folder")
+    return file_of_tensor
 
 
-def headers(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the folder's safetensors, from the files' headers; of the files that `load_hf` reads.
+def read_headers(folder: Path) -> dict[str, TensorHeader]:
+    """Read the headers of all tensors in the safetensors files that `load_hf` reads.
 
     Raises:
-      InputError: as `load_hf` of files that are missing, truncated or outside the folder, and of the index.
+      InputError: A file is missing, truncated or outside the folder, or it contradicts the index.
     """
     if os.path.exists(folder / SINGLE):
-        return dict(_header(folder / SINGLE))
-    where = weight_map(folder)
-    stored: dict[str, Stored] = {}
-    for file in sorted(set(where.values())):
+        return dict(_file_headers(folder / SINGLE))
+    file_of_tensor = read_weight_map(folder)
+    headers: dict[str, TensorHeader] = {}
+    for file in sorted(set(file_of_tensor.values())):
         if not os.path.exists(folder / file):
-            raise InputError(f"{folder / file}: not there, though {INDEX} names it")
-        for name, tensor in _header(folder / file):
-            if where.get(name) != file:
-                raise InputError(f"{folder / file}: holds {name}, which {INDEX} places in {where.get(name)}")
-            stored[name] = tensor
-    lost = [name for name in where if name not in stored]
-    if lost:
-        raise InputError(f"{folder / where[lost[0]]}: lacks {some(lost)}, which {INDEX} places there")
-    return stored
+            raise InputError(f"{folder / file}: no such file, though {INDEX} names it")
+        for name, header in _file_headers(folder / file):
+            if file_of_tensor.get(name) != file:
+                raise InputError(f"{folder / file}: holds {name}, which {INDEX} places in {file_of_tensor.get(name)}")
+            headers[name] = header
+    missing = [name for name in file_of_tensor if name not in headers]
+    if missing:
+        path = folder / file_of_tensor[missing[0]]
+        raise InputError(f"{path}: lacks {abbreviate_names(missing)}, which {INDEX} places there")
+    return headers
 
 
-def _no_weights(folder: Path) -> str:
-    """Why a folder without safetensors is refused."""
+def _explain_missing_weights(folder: Path) -> str:
+    """Return the message for a folder without safetensors."""
     if not folder.is_dir():
         return f"{folder}: no such folder"
     files = sorted(path.name for path in folder.iterdir())
-    pickled = [name for name in files if name.endswith(_PICKLED)]
+    pickled = [name for name in files if name.endswith(_PICKLE_SUFFIXES)]
     if pickled:
         return (
-            f"{folder}: its weights are pickled ({some(pickled)}), and a pickle can run code: it is never "
-            "read; accepted are safetensors or GGUF"
+            f"{folder}: its weights are pickled ({abbreviate_names(pickled)}), and a pickle can run code. "
+            "Convert them to safetensors or GGUF."
         )
     gguf = [name for name in files if name.endswith(".gguf")]
     if gguf:
-        return f"{folder}: has no safetensors; to read a GGUF file name it: {folder / gguf[0]}"
-    return f"{folder}: has no weights; accepted is {SINGLE}, or shards and {INDEX}"
+        return f"{folder}: no safetensors. To load a GGUF file, pass its path: {folder / gguf[0]}"
+    return f"{folder}: no weights. It must contain {SINGLE}, or shards and {INDEX}."
 
 
-def _header(file: Path) -> Iterator[tuple[str, Stored]]:
+def _file_headers(file: Path) -> Iterator[tuple[str, TensorHeader]]:
     with _open(file) as handle:
         for name in handle.keys():  # noqa: SIM118 (not a mapping)
             tensor = handle.get_slice(name)
-            yield name, Stored(file, tuple(tensor.get_shape()), tensor.get_dtype())
+            yield name, TensorHeader(file, tuple(tensor.get_shape()), tensor.get_dtype())
 
 
 def _open(file: Path) -> Any:
@@ -447,9 +472,11 @@ def _open(file: Path) -> Any:
         raise InputError(f"{file}: truncated, or not a safetensors file: {error}") from None
 
 
-def _same(a: Stored, a_name: str, b: Stored, b_name: str) -> bool:
-    with _open(a.file) as first, _open(b.file) as second:
-        return a.shape == b.shape and np.array_equal(first.get_tensor(a_name), second.get_tensor(b_name))
+def _are_equal(first: TensorHeader, first_name: str, second: TensorHeader, second_name: str) -> bool:
+    with _open(first.file) as first_file, _open(second.file) as second_file:
+        return first.shape == second.shape and np.array_equal(
+            first_file.get_tensor(first_name), second_file.get_tensor(second_name)
+        )
 
 
 def _leaves(tree: Params) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -457,7 +484,7 @@ def _leaves(tree: Params) -> Iterator[tuple[tuple[str, ...], Any]]:
         yield tuple(entry.key for entry in path), leaf
 
 
-def some(names: Sequence[str]) -> str:
-    """The first names, and how many more."""
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+def abbreviate_names(names: Sequence[str]) -> str:
+    """Return the first three names, and the number of further ones."""
+    first_names = ", ".join(names[:3])
+    return first_names if len(names) <= 3 else f"{first_names} and {len(names) - 3} more"

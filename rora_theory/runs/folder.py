@@ -20,7 +20,7 @@ from rora_theory.runs.reading import as_json, check_files, key_of, read_manifest
 if TYPE_CHECKING:
     import pandas as pd
 
-    from rora_theory.llama import Located
+    from rora_theory.llama import ModelSource
 
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class RunFolder:
         seed: int | None = None,
         extra: Mapping[str, Any] | None = None,
         extensible: Mapping[str, Any] | None = None,
-        models: Collection["Located"] = (),
+        models: Collection["ModelSource"] = (),
     ) -> "RunFolder":
         """Open or create the folder of a run, own it, and write its manifest with status ``running``.
 
@@ -154,10 +154,10 @@ class RunFolder:
             manifest["config"] |= {key: value for key, value in extensions.items() if value is not None}
             manifest |= {"status": "running", "end": None, "command": sys.argv[1:]} | environment
             manifest |= as_json(dict(extra or {}))
-            if described := [model.described() for model in models]:
+            if described := [model.describe() for model in models]:
                 manifest["weights"] = described
             for model in models:
-                logger.info(model.sentence)
+                logger.info(model.summary)
             manifest.setdefault("files", {})
             session = {"start": lock.now(), "end": None, "status": "running", "command": sys.argv[1:]}
             manifest["sessions"].append(session | {"process": os.getpid(), "host": platform.node()} | environment)

@@ -181,7 +181,7 @@ def training_of(
     return shared.with_method(**settings)
 
 
-def check_cells(cells: Sequence[SweepCell], located: Mapping[str, llama.Located]) -> dict[str, dict[str, int]]:
+def check_cells(cells: Sequence[SweepCell], located: Mapping[str, llama.ModelSource]) -> dict[str, dict[str, int]]:
     """Check that all adapters fit their models, and return the number of parameters of each model.
 
     Raises:
@@ -200,7 +200,7 @@ def sweep_identity(
     design: Design,
     shared: FinetuneConfig,
     records: RecordSplit,
-    located: Mapping[str, llama.Located],
+    located: Mapping[str, llama.ModelSource],
     *,
     revision: str | None = None,
 ) -> dict[str, Any]:

@@ -121,7 +121,7 @@ class SweepPlan:
     records: RecordSplit
     tasks: Mapping[str, list[TaskRecord]]
     evaluation: Mapping[str, Any] | None
-    located: Mapping[str, llama.Located]
+    located: Mapping[str, llama.ModelSource]
     revision: str | None
 
     def cells(self, stage: int = 0, best: pd.DataFrame | None = None) -> list[SweepCell]:

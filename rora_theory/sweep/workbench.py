@@ -85,7 +85,7 @@ class Workbench:
         shared: FinetuneConfig,
         records: RecordSplit,
         tasks: Mapping[str, list[TaskRecord]],
-        located: Mapping[str, llama.Located],
+        located: Mapping[str, llama.ModelSource],
         *,
         scoring: Scoring,
         score_batch_size: int = 8,
@@ -124,7 +124,7 @@ class Workbench:
             return []
         # Free the memory of the previous model before loading the next one.
         self._name = self.model = None
-        located = self.located[model].here() if self.elsewhere else self.located[model]
+        located = self.located[model].find_here() if self.elsewhere else self.located[model]
         tokenizer, longest = llama.model_tokenizer(located), llama.model_config(located).max_position_embeddings
         template = self.records.source.template(self.shared.template)
         chat = self.records.source.chat(tokenizer, template)

@@ -32,7 +32,7 @@ class Inputs:
 
     records: RecordSet
     template: TrainTemplate
-    origin: llama.Located
+    origin: llama.ModelSource
     tokenizer: Any
     dtype: str
     chat: Any

@@ -9,7 +9,7 @@ from support import checkpoint
 
 from rora_theory import adapters
 from rora_theory.io import digests
-from rora_theory.llama import Located, load
+from rora_theory.llama import ModelSource, load
 
 SHA = "e8d4a51000" * 6 + "abcd"
 
@@ -38,9 +38,9 @@ def test_a_model_of_the_hub_is_named_by_its_id_and_commit(model, settings, tmp_p
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"four bits")
     for origin, name, commit, used in (
-        (Located("org/tiny", model.source, "org/tiny", SHA[:40]), "org/tiny", SHA[:40], model.origin.sha256),
+        (ModelSource("org/tiny", model.source, "org/tiny", SHA[:40]), "org/tiny", SHA[:40], model.origin.sha256),
         # A built-in name says nothing to others; the commit that its GGUF file was made from is not known.
-        (Located("smollm2-135m", gguf, "Org/SmolLM2", None), "Org/SmolLM2", None, digests.of_file(gguf)),
+        (ModelSource("smollm2-135m", gguf, "Org/SmolLM2", None), "Org/SmolLM2", None, digests.of_file(gguf)),
         (model.origin, str(model.source), None, model.origin.sha256),
     ):
         adapters.save_peft(tmp_path / "adapter", adapter, base_model=origin)
@@ -55,7 +55,7 @@ def test_peft_reads_the_name_and_the_commit(model, tmp_path):
     peft = pytest.importorskip("peft")
     settings = adapters.LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj",))
     adapter = adapters.init(jax.random.key(0), settings, model.config, model.params)
-    origin = Located("org/tiny", model.source, "org/tiny", SHA[:40])
+    origin = ModelSource("org/tiny", model.source, "org/tiny", SHA[:40])
     adapters.save_peft(tmp_path / "adapter", adapter, base_model=origin)
     config = peft.PeftConfig.from_pretrained(str(tmp_path / "adapter"))
     assert (config.base_model_name_or_path, config.revision) == ("org/tiny", SHA[:40])

@@ -23,7 +23,7 @@ from rora_theory.adapters import (
     save_peft,
 )
 from rora_theory.adapters.card import HERE, Trained
-from rora_theory.llama.hub import Located
+from rora_theory.llama.hub import ModelSource
 
 BUILT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -45,7 +45,7 @@ def rows(card: ModelCard) -> dict[str, str]:
 
 
 def test_the_hubs_entries(base, tmp_path) -> None:
-    origin = Located(BUILT, base, BUILT, "c0ffee00")
+    origin = ModelSource(BUILT, base, BUILT, "c0ffee00")
     card = written(tmp_path / "a", origin, trained=Trained([("horizon", "9 steps")], ["me/chats"]))
     link = f"https://huggingface.co/{BUILT}"
     assert card.data.to_dict() == {
@@ -58,7 +58,7 @@ def test_the_hubs_entries(base, tmp_path) -> None:
 
 
 def test_the_body_says_which_base_and_how_strongly(base, tmp_path) -> None:
-    card = written(tmp_path / "a", Located(BUILT, base, BUILT, "c0ffee00"))
+    card = written(tmp_path / "a", ModelSource(BUILT, base, BUILT, "c0ffee00"))
     assert rows(card) == {
         "base model": f"`{BUILT}`", "base model commit": "`c0ffee00`",
         "base model weights": "safetensors, not quantised (F32)",
@@ -80,9 +80,9 @@ def test_a_quantised_base_is_called_one(tmp_path, monkeypatch) -> None:
     """And its licence is the file's, which the hub's folders do not say."""
     path = tmp_path / "m.gguf"
     path.write_bytes(b"weights")
-    monkeypatch.setattr(Located, "storage", llama.identity.Storage("GGUF", {"Q4_1": 3, "F32": 1}))
-    monkeypatch.setattr(Located, "license", "apache-2.0")
-    card = written(tmp_path / "a", Located("smollm2-135m", path, BUILT))
+    monkeypatch.setattr(ModelSource, "storage", llama.identity.Storage("GGUF", {"Q4_1": 3, "F32": 1}))
+    monkeypatch.setattr(ModelSource, "license", "apache-2.0")
+    card = written(tmp_path / "a", ModelSource("smollm2-135m", path, BUILT))
     assert rows(card)["base model weights"] == f"GGUF, quantised (Q4_1 75%, F32 25%) made from `{BUILT}`"
     assert card.data.license == "apache-2.0"
     assert "trained on quantised weights" in card.text
@@ -121,7 +121,7 @@ def test_the_portable_form_has_its_own_card(tmp_path) -> None:
 def test_a_merged_model_says_what_was_merged_into_what(base, tmp_path) -> None:
     """By the function that writes an adapter's card; of trained weights there is no rank to name."""
     model = llama.load(base)
-    model = replace(model, origin=Located(BUILT, base, BUILT, "c0ffee00"))
+    model = replace(model, origin=ModelSource(BUILT, base, BUILT, "c0ffee00"))
     known = Trained([("training loss", "2.5 nats a token")], ["me/chats"], "mit")
     adapter = LoraConfig(rank=4, alpha=8.0, rule="rora", target_modules=("q_proj",))
     cards = {}

@@ -33,7 +33,7 @@ from rora_theory.adapters.lora import assemble_lora
 from rora_theory.adapters.targets import deciding, full_name
 from rora_theory.errors import InputError
 from rora_theory.finetune import FinetuneConfig
-from rora_theory.llama.hub import Located
+from rora_theory.llama.hub import ModelSource
 from rora_theory.scaling import scaling_factor
 
 CASES = ("lora", "rora", "dora", "lora_patterns", "dora_rora_patterns", "regex")
@@ -262,7 +262,7 @@ def test_equal_adapters_are_equal_in_bytes(golden, config, tmp_path) -> None:
     """Of 12 files with the two entries in an order drawn for each, all would be equal once in 2,048."""
     adapter, written = load_peft(golden.FOLDER / "rora", config), set()
     (tmp_path / "model.gguf").write_text("weights")
-    base = Located("model.gguf", tmp_path / "model.gguf")
+    base = ModelSource("model.gguf", tmp_path / "model.gguf")
     for number in range(6):
         save_peft(tmp_path / f"{number}", adapter, base_model=base)
         rewrite_portable(tmp_path / f"{number}", tmp_path / f"{number} portable")

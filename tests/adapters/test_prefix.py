@@ -90,9 +90,9 @@ def test_padding_on_the_left_changes_nothing(config, params, tokens, adapter, ex
 def test_greedy_generation_is_peft_s_and_that_without_a_cache(config, params, tokens, adapter, expected, run) -> None:
     prompts = [np.asarray(tokens)[0, 4:].tolist(), np.asarray(tokens)[1].tolist()]
     settings = {"max_new_tokens": expected["generated"].shape[1], "eos_ids": ()}
-    found = generate.greedy(params, config, prompts, adapter=adapter, **settings)
+    found = generate.greedy_search(params, config, prompts, adapter=adapter, **settings)
     assert found == expected["generated"].tolist()
-    assert found != generate.greedy(params, config, prompts, **settings), "the prefix decides"
+    assert found != generate.greedy_search(params, config, prompts, **settings), "the prefix decides"
     again = []
     for prompt in prompts:
         whole = list(prompt)
@@ -110,8 +110,8 @@ def test_beams_read_the_prefix_too(config, params, tokens, adapter) -> None:
     settings = {"max_new_tokens": 4, "eos_ids": (), "adapter": adapter}
     scores = []
     for new in (
-        generate.beam(params, config, [prompt], **settings),
-        generate.greedy(params, config, [prompt], **settings),
+        generate.beam_search(params, config, [prompt], **settings),
+        generate.greedy_search(params, config, [prompt], **settings),
     ):
         logits = forward(params, jnp.asarray([prompt + new[0]]), config, adapter)
         chances = jax.nn.log_softmax(logits)[0, len(prompt) - 1 : -1]

@@ -235,7 +235,7 @@ def test_a_model_that_workers_lack_is_put_once(nodes, tmp_path, monkeypatch) -> 
     arrays = (jnp.arange(3, dtype=jnp.bfloat16), jnp.asarray(2.0))
 
     def work(_: squares.Square, __: Path) -> Any:
-        path = located.here().path
+        path = located.find_here().path
         half, weak = arrays
         return str(path), (path / "model.safetensors").read_bytes(), str(half.dtype), weak.weak_type, half.tolist()
 

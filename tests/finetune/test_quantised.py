@@ -14,7 +14,7 @@ from rora_theory.finetune import step as steps
 from rora_theory.finetune.sharding import Layout, mesh
 from rora_theory.llama import LlamaConfig, count_parameters
 from rora_theory.llama.quantised import QUANTIZATIONS, dense_params
-from rora_theory.llama.weights import assemble
+from rora_theory.llama.weights import build_params
 
 MODEL = LlamaConfig(64, 32, 64, 2, 4, 2, 8, max_position_embeddings=64)
 PLAIN = FinetuneConfig(
@@ -32,7 +32,7 @@ def read(names, out):
 
 def base(config=PLAIN):
     """A model in blocks, and the same model dense."""
-    params = assemble(MODEL, config.dtype, read, quantization=config.quantization)
+    params = build_params(MODEL, config.dtype, read, quantization=config.quantization)
     return params, jax.jit(dense_params)(params)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rora_theory.llama import LlamaConfig
-from rora_theory.llama.weights import assemble, expected_shapes
+from rora_theory.llama.weights import build_params, expected_shapes
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -23,7 +23,7 @@ def draw_params():
             for i, name in enumerate(names):
                 out[i] = make_llama.draw(name, out[i].shape, seed)
 
-        return assemble(config, dtype, read)
+        return build_params(config, dtype, read)
 
     return make
 

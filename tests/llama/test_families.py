@@ -82,8 +82,8 @@ def test_generation_equals_transformers(name, beams, draw_params):
 
     def search(texts, **more):
         if beams == 1:
-            return generate.greedy(params, config, texts, **settings, **more)
-        return generate.beam(params, config, texts, num_beams=beams, **settings, **more)
+            return generate.greedy_search(params, config, texts, **settings, **more)
+        return generate.beam_search(params, config, texts, num_beams=beams, **settings, **more)
 
     assert search(prompts) == CASES[name]["generated"][str(beams)]
     assert search(prompts[:1], shared=11) == CASES[name]["generated"][str(beams)][:1]

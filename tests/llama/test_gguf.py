@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as Type
 from rora_theory.errors import InputError
 from rora_theory.llama import LinearRope, Llama3Rope, LlamaConfig, forward, load, rope
 from rora_theory.llama.gguf_file import config_from_gguf, load_gguf, open_gguf
-from rora_theory.llama.quantised import Quantised, dense_params
+from rora_theory.llama.quantised import QuantisedWeight, dense_params
 
 # Rows of 256: one block of the K-quantisations.
 CONFIG = LlamaConfig(
@@ -186,7 +186,7 @@ def test_gemma3(write, draw_params):
     with pytest.raises(InputError, match=r"file: .*sliding_window_pattern.* 0"):
         config_from_gguf(open_gguf(write(GEMMA, metadata=lengths | window | {PERIOD: 0})), "file")
     layers = {"gemma3.block_count": 2_000_000_000}
-    with pytest.raises(InputError, match=r"file: .*block_count is 2000000000"):
+    with pytest.raises(InputError, match=r"file: .*block_count .*2000000000"):
         config_from_gguf(open_gguf(write(GEMMA, metadata=lengths | window | layers)), "file")
     with pytest.raises(InputError, match=r"lacks gemma3\.attention\.sliding_window"):
         config_from_gguf(open_gguf(write(GEMMA, metadata=lengths)), "file")
@@ -309,7 +309,7 @@ def test_blocks_of_the_type_that_is_asked_for_are_kept_to_the_bit(kind, write):
     weight = plain["layers"]["mlp.up_proj"].pop("weight")
     np.testing.assert_array_equal(made[0], weight[0])
     np.testing.assert_array_equal(made[1], gguf.dequantize(gguf.quantize(np.asarray(weight[1]), kind), kind))
-    assert isinstance(held["layers"]["mlp.down_proj"]["weight"], Quantised)
+    assert isinstance(held["layers"]["mlp.down_proj"]["weight"], QuantisedWeight)
     jax.tree.map(np.testing.assert_array_equal, dense_params(held), plain)
 
 
@@ -320,7 +320,7 @@ def test_conversion_to_bfloat16(write):
 
 
 def test_large_tensors_are_read_in_blocks_of_rows(write, draw_params, monkeypatch):
-    monkeypatch.setattr("rora_theory.llama.gguf_file._CHUNK", 256 * 7)
+    monkeypatch.setattr("rora_theory.llama.gguf_file._CHUNK_ELEMENTS", 256 * 7)
     _, params = read(write())
     jax.tree.map(np.testing.assert_array_equal, params, draw_params(CONFIG))
 
@@ -338,7 +338,9 @@ def test_weights_that_are_no_numbers_are_refused(kind, write):
         array[3, 0] = np.nan
         return array, None
 
-    with pytest.raises(InputError, match=r"model\.gguf: blk\.1\.ffn_up\.weight is nan at \[3, 0\] in float32"):
+    with pytest.raises(
+        InputError, match=r"model\.gguf: blk\.1\.ffn_up\.weight must be finite in float32, got nan at \[3, 0\]"
+    ):
         read(write(quantise=quantise))
 
 
@@ -518,7 +520,7 @@ def test_the_smallest_such_header():
 
 def test_a_header_has_a_largest_number_of_parts(write, monkeypatch):
     open_gguf(write())
-    monkeypatch.setattr("rora_theory.llama.gguf_file._MOST_PARTS", 50)
+    monkeypatch.setattr("rora_theory.llama.gguf_file._MAX_HEADER_PARTS", 50)
     with pytest.raises(InputError, match="more than 50 parts"):
         open_gguf(write())
 
@@ -554,26 +556,26 @@ def extra_layer(index):
         ({"llama.block_count": None}, None, r"lacks llama\.block_count"),
         ({"llama.block_count": 3}, None, r"lacks model\.layers\.2"),
         ({"llama.block_count": 1}, None, r"holds model\.layers\.1"),
-        ({"llama.feed_forward_length": 500}, None, "the config implies"),
-        ({"llama.attention.head_count": 0}, None, "head_count is 0"),
-        ({"llama.attention.head_count_kv": 3}, None, "num_key_value_heads is 3"),
-        ({"llama.rope.dimension_count": 32}, None, "dimension_count is 32"),
-        ({"llama.expert_count": 8}, None, "expert_count is 8"),
+        ({"llama.feed_forward_length": 500}, None, r"must have shape .*, got "),
+        ({"llama.attention.head_count": 0}, None, "head_count .* 0$"),
+        ({"llama.attention.head_count_kv": 3}, None, "num_key_value_heads .* 3$"),
+        ({"llama.rope.dimension_count": 32}, None, "dimension_count .* 32$"),
+        ({"llama.expert_count": 8}, None, "expert_count .* 8;"),
         ({"llama.rope.scaling.type": "yarn"}, None, "'yarn'"),
-        ({"llama.attention.sliding_window": 4096}, None, "sliding_window is 4096"),
+        ({"llama.attention.sliding_window": 4096}, None, "sliding_window .* 4096$"),
         ({"llama.attention.layer_norm_rms_epsilon": None}, None, "lacks .*rms_epsilon"),
         ({}, lambda t: t.pop("token_embd.weight"), r"lacks token_embd\.weight"),
         ({}, lambda t: t.pop("blk.1.attn_k.weight"), r"lacks model\.layers\.1\.self_attn\.k_proj\.weight"),
         ({}, lambda t: t.update({"blk.0.attn_q_norm.weight": (np.ones(64, np.float32), None)}), r"self_attn\.q_norm"),
         ({}, lambda t: t.update({"blk.0.attn_q.bias": (np.ones(256, np.float32), None)}), "lacks .*bias"),
         *(({}, extra_layer(index), "holds '?blk") for index in ("00", "²", "٣", "9" * 5000)),
-        ({}, unknown_type, r"blk\.0\.ffn_up\.weight is of type I8"),
+        ({}, unknown_type, r"blk\.0\.ffn_up\.weight .* I8$"),
         ({}, odd_divisors, "no llama3 scaling"),
         ({}, too_few_divisors, "31"),
         (
             {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0},
             odd_divisors,
-            "beside a linear scaling",
+            r"rope_freqs\.weight .*linear",
         ),
     ],
 )
@@ -589,7 +591,7 @@ def test_another_architecture_is_refused(tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(InputError, match=r"'gemma2'; .*rora_theory\.measure\.torch"):
+    with pytest.raises(InputError, match=r"'gemma2'.*rora_theory\.measure\.torch"):
         read(tmp_path / "m.gguf")
 
 

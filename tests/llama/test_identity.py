@@ -11,7 +11,7 @@ from support import checkpoint
 
 from rora_theory import InputError, llama
 from rora_theory.io import digests
-from rora_theory.llama.hub import Located
+from rora_theory.llama.hub import ModelSource
 from rora_theory.llama.weights import save_hf
 
 
@@ -77,21 +77,21 @@ def quantised(path):
 
 def test_a_model_says_how_its_weights_are_stored(folder, tmp_path):
     """A built-in name may be the hub's weights or 4-bit blocks made from them: which, in a sentence and in numbers."""
-    whole = Located("org/hf", folder, "org/hf", "c0ffee00")
-    made = Located("org", quantised(tmp_path / "m.gguf"), "org/hf")
+    whole = ModelSource("org/hf", folder, "org/hf", "c0ffee00")
+    made = ModelSource("org", quantised(tmp_path / "m.gguf"), "org/hf")
     digests_of = {whole: llama.model_digest(folder), made: llama.model_digest(made.path)}
-    assert whole.sentence == (
+    assert whole.summary == (
         f"model org/hf: safetensors, not quantised (F32), org/hf at c0ffee0; sha256 {digests_of[whole][:12]}"
     )
-    assert made.sentence == (
+    assert made.summary == (
         f"model org: GGUF, quantised (Q4_1 75%, F32 25%), made from org/hf; sha256 {digests_of[made][:12]}"
     )
-    assert made.described() == {
+    assert made.describe() == {
         "model": "org", "repository": "org/hf", "commit": None, "sha256": digests_of[made], "license": "mit",
         "container": "GGUF", "quantised": True, "types": {"Q4_1": 192, "F32": 64},
     }  # fmt: skip
-    assert whole.described()["types"] == {"F32": sum(leaf.size for leaf in jax.tree.leaves(unpacked(folder)[0]))}
-    assert Located(str(folder), folder).sentence.startswith("model hf: safetensors, not quantised (F32); sha256 ")
+    assert whole.describe()["types"] == {"F32": sum(leaf.size for leaf in jax.tree.leaves(unpacked(folder)[0]))}
+    assert ModelSource(str(folder), folder).summary.startswith("model hf: safetensors, not quantised (F32); sha256 ")
 
 
 def test_a_gguf_file_is_its_own_bytes(tmp_path):
@@ -105,6 +105,6 @@ def test_a_model_is_known_by_its_name_its_commit_and_its_content(folder, monkeyp
     assert llama.locate(folder).identity() == {"model": "hf", "commit": None, "model_sha256": content}
     monkeypatch.chdir(folder)
     assert llama.locate(".").identity()["model"] == "hf"
-    on_hub = Located("org/hf", folder, "org/hf", "c0ffee")
+    on_hub = ModelSource("org/hf", folder, "org/hf", "c0ffee")
     assert on_hub.identity() == {"model": "org/hf", "commit": "c0ffee", "model_sha256": content}
     assert llama.load(on_hub, jnp.float32).origin == on_hub

@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 
 from rora_theory.errors import InputError
-from rora_theory.llama import Located, Model, load
+from rora_theory.llama import Model, ModelSource, load
 from rora_theory.llama.weights import save_hf
 
 WORDS = ["<unk>", "<s>", "</s>", "the", "sky", "is", "blue"]
@@ -36,7 +36,7 @@ def test_a_folder_gives_weights_config_and_tokenizer(tiny, draw_params, tmp_path
     model = load(tmp_path / "model", jnp.bfloat16)
     assert isinstance(model, Model)
     assert model.config == tiny
-    assert model.origin == Located(str(tmp_path / "model"), tmp_path / "model")
+    assert model.origin == ModelSource(str(tmp_path / "model"), tmp_path / "model")
     assert model.tokenizer.encode("the sky is blue", add_bos=True) == [1, 3, 4, 5, 6]
     assert (model.tokenizer.bos_id, model.tokenizer.eos_id) == (1, 2)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), model.params, params)
@@ -92,11 +92,11 @@ def test_a_gguf_file_gives_weights_config_and_tokenizer(tmp_path):
 
 def test_another_models_tokenizer_is_named(tiny, draw_params, tmp_path):
     write_tokenizer(tmp_path / "tokenizer")
-    for rows, message in ((6, "the tokenizer has 7 tokens"), (2, "the token that ends a text has id 2")):
+    for rows, message in ((6, "the tokenizer has 7 tokens"), (2, "the end-of-text token has id 2")):
         config = dataclasses.replace(tiny, vocab_size=rows)
         save_hf(tmp_path / str(rows), draw_params(config), config, tokenizer_from=tmp_path / "tokenizer")
         where = tmp_path / str(rows) / "tokenizer.json"
-        with pytest.raises(InputError, match=f"^{where}: {message}; the model has {rows} embeddings: accepted is"):
+        with pytest.raises(InputError, match=f"^{where}: {message}.* {rows} embeddings"):
             load(tmp_path / str(rows))
 
 
@@ -106,9 +106,7 @@ def test_a_text_with_a_token_beyond_the_vocabulary_is_refused(tiny, draw_params,
     save_hf(tmp_path / "model", draw_params(config), config, tokenizer_from=tmp_path / "tokenizer")
     tokenizer = load(tmp_path / "model").tokenizer
     assert tokenizer.encode_batch(["the sky", ""]) == [[3, 4], []]
-    with pytest.raises(
-        InputError, match=r"tokenizer\.json: the tokenizer makes '<pad>' of a text, id 7; .* 7 embeddings"
-    ):
+    with pytest.raises(InputError, match=r"tokenizer\.json: .*'<pad>' .*id 7.* 7 embeddings"):
         tokenizer.encode_batch(["the sky", "the <pad> sky"])
 
 
@@ -156,5 +154,5 @@ def test_a_model_that_is_no_file_is_refused_at_once(kind, tmp_path, time_limit):
 
 @pytest.mark.parametrize("dtype", ["int8", "float64", "no such type"])
 def test_a_dtype_is_refused_before_anything_is_looked_for(dtype, tmp_path):
-    with pytest.raises(InputError, match=f"dtype is '?{dtype}"):
+    with pytest.raises(InputError, match=f"dtype .*'{dtype}'"):
         load(tmp_path / "absent", dtype)

@@ -25,7 +25,7 @@ from rora_theory.llama import (
     rope,
     unembed,
 )
-from rora_theory.llama.attention import attend, attend_parts, choose_route
+from rora_theory.llama.attention import attend, attend_segments, choose_route
 from rora_theory.llama.model import NoAdapter, rms_norm
 
 VARIANTS = (
@@ -180,7 +180,7 @@ def test_every_field_changes_the_output(field, draw_params, params, tokens, tiny
     changed = dataclasses.replace(plain, **{field: CHANGES[field]})
     before = np.asarray(run(draw_params(plain), tokens, plain))
     if field == "max_position_embeddings":
-        with pytest.raises(InputError, match="length is 11; accepted is at most 10"):
+        with pytest.raises(InputError, match=r"length .*10.* 11"):
             forward(params, tokens, changed)
         return
     after = np.asarray(run(draw_params(changed), tokens, changed))
@@ -260,9 +260,9 @@ def test_a_token_below_zero_is_nan(params, tokens, tiny):
 
 def test_an_empty_sequence_is_refused(params, tiny):
     empty = jnp.zeros((2, 0), jnp.int32)
-    with pytest.raises(InputError, match="sequence length is 0; accepted is one token or more"):
+    with pytest.raises(InputError, match=r"sequence length .* 0$"):
         forward(params, empty, tiny)
-    with pytest.raises(InputError, match="sequence length is 0"):
+    with pytest.raises(InputError, match=r"sequence length .* 0$"):
         forward_cached(params, empty, init_cache(tiny, 2, 4), tiny)
 
 
@@ -585,7 +585,7 @@ def test_attention_over_parts_equals_its_definition(dtype):
     mask = random.random((3, 1, 4, 15)) < 0.6
     mask[..., 5] = True  # no query sees nothing
     kept = [(jnp.asarray(k.transpose(0, 2, 3, 1)), jnp.asarray(v.swapaxes(1, 2))) for k, v in parts]
-    out = jax.jit(attend_parts)(jnp.asarray(q), kept, jnp.asarray(mask))
+    out = jax.jit(attend_segments)(jnp.asarray(q), kept, jnp.asarray(mask))
     assert out.dtype == dtype
     k, v = (
         np.concatenate([np.broadcast_to(a, (3, *a.shape[1:])) for a in each], 1) for each in zip(*parts, strict=True)
@@ -594,7 +594,7 @@ def test_attention_over_parts_equals_its_definition(dtype):
     tolerance = 3e-6 if dtype == jnp.float32 else 3e-2
     np.testing.assert_allclose(out.astype(jnp.float32), plain_attention(q, k, v, mask), rtol=0, atol=tolerance)
     # Scores of hundreds, whose exponentials float32 does not have.
-    assert np.all(np.isfinite(jax.jit(attend_parts)(100 * jnp.asarray(q), kept, jnp.asarray(mask))))
+    assert np.all(np.isfinite(jax.jit(attend_segments)(100 * jnp.asarray(q), kept, jnp.asarray(mask))))
 
 
 def test_long_sequences_make_few_blocks():

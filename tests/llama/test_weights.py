@@ -96,7 +96,7 @@ def test_a_tied_head_that_differs_is_refused(write, tiny):
     def change(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
 
-    with pytest.raises(InputError, match=r"lm_head\.weight differs"):
+    with pytest.raises(InputError, match=r"lm_head\.weight .*embeddings"):
         load_hf(write(tied, change=change), tied)
 
 
@@ -118,7 +118,7 @@ def test_weights_that_are_no_numbers_are_refused(stored, wanted, value, write, t
 
     folder = write(tiny, change=change, dtype=stored)
     with pytest.raises(
-        InputError, match=rf"up_proj\.weight is -?(nan|inf) at \[3, 5\] in {jnp.dtype(wanted).name}"
+        InputError, match=rf"up_proj\.weight .*{jnp.dtype(wanted).name}, got -?(nan|inf) at \[3, 5\]"
     ) as caught:
         load_hf(folder, tiny, wanted)
     assert str(caught.value).startswith(f"{folder / SINGLE}: model.layers.1.")
@@ -131,7 +131,7 @@ def test_every_finite_number_is_accepted(dtype):
     values = np.array([0, ends.tiny, ends.max, ends.min, ends.smallest_subnormal], dtype).repeat(10**5)
     check_finite("tensor", values)
     values[-1] = np.nan  # in the last block
-    with pytest.raises(InputError, match=r"tensor is nan at \[499999\]"):
+    with pytest.raises(InputError, match=r"tensor .* nan at \[499999\]"):
         check_finite("tensor", values)
 
 
@@ -153,10 +153,10 @@ def put(name, array):
         (put("model.layers.0.self_attn.q_norm.weight", np.zeros(8, np.float32)), r"holds .*q_norm"),
         (
             put("model.layers.0.mlp.up_proj.weight", np.zeros((32, 40), np.float32)),
-            r"up_proj\.weight has shape \(32, 40\); the config implies \(40, 32\)",
+            r"up_proj\.weight .* \(40, 32\).* \(32, 40\)",
         ),
         (put("model.embed_tokens.weight", np.zeros((47, 32), np.float32)), r"embed_tokens.*\(47, 32\)"),
-        (put("model.norm.weight", np.zeros(32, np.int8)), r"model\.norm\.weight is of type I8"),
+        (put("model.norm.weight", np.zeros(32, np.int8)), r"model\.norm\.weight .* I8$"),
     ],
 )
 def test_tensors_that_contradict_the_config_are_named(shards, change, message, write, tiny):
@@ -191,7 +191,7 @@ def test_a_pickle_is_refused_unread(name, write, tiny, tmp_path):
     (folder / SINGLE).unlink()
     trap = tmp_path / "executed"
     (folder / name).write_bytes(pickle.dumps(Marker(str(trap))))
-    with pytest.raises(InputError, match=rf"{name}.*never read; accepted are safetensors or GGUF"):
+    with pytest.raises(InputError, match=rf"{name}.*safetensors or GGUF"):
         load_hf(folder, tiny)
     assert not trap.exists()
 
@@ -199,10 +199,10 @@ def test_a_pickle_is_refused_unread(name, write, tiny, tmp_path):
 def test_a_folder_without_weights(tmp_path, tiny):
     with pytest.raises(InputError, match="no such folder"):
         load_hf(tmp_path / "absent", tiny)
-    with pytest.raises(InputError, match="has no weights"):
+    with pytest.raises(InputError, match="no weights"):
         load_hf(tmp_path, tiny)
     (tmp_path / "model.gguf").touch()
-    with pytest.raises(InputError, match=r"name it: .*model\.gguf"):
+    with pytest.raises(InputError, match=r"GGUF.*model\.gguf"):
         load_hf(tmp_path, tiny)
 
 
@@ -218,7 +218,7 @@ def test_a_folder_without_weights(tmp_path, tiny):
         ('{"weight_map": {"model.norm.weight": "sub/a.safetensors"}}', "names 'sub/a"),
         ('{"weight_map": {"model.norm.weight": "weights.bin"}}', r"names 'weights\.bin'"),
         ('{"weight_map": {"model.norm.weight": 3}}', "names 3"),
-        ('{"weight_map": {"model.norm.weight": "absent.safetensors"}}', r"absent\.safetensors: not there"),
+        ('{"weight_map": {"model.norm.weight": "absent.safetensors"}}', r"absent\.safetensors: no such file"),
     ],
 )
 def test_a_bad_index_is_refused(index, message, write, tiny, tmp_path):
@@ -301,7 +301,7 @@ def test_no_planted_link_is_followed(tiny, draw_params, tmp_path, monkeypatch):
     folder.parent.mkdir()
     monkeypatch.setattr("secrets.token_hex", lambda size: "0" * 2 * size)
     (folder.parent / f".{'0' * 16}.part").symlink_to(victim, target_is_directory=True)
-    with pytest.raises(InputError, match="model: not written: File exists"):
+    with pytest.raises(InputError, match=r"model: .*File exists"):
         save_hf(folder, draw_params(tiny), tiny)
     monkeypatch.undo()
     save_hf(folder, draw_params(tiny), tiny)

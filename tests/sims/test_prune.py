@@ -66,7 +66,7 @@ def test_a_run_leaves_a_model_and_its_figures(model, text, tmp_path, monkeypatch
     assert {name: manifest[f"perplexity_{name}"] for name in expected} == {
         name: pytest.approx(pair, rel=1e-6) for name, pair in expected.items()
     }
-    scores = pruning.part_scores(whole.params, pruning.calibrate(whole.params, [windows], whole.config), whole.config)
+    scores = pruning.score_parts(whole.params, pruning.calibrate(whole.params, [windows], whole.config), whole.config)
     assert f"{sizes[1]:,}" in shown
     with (tmp_path / "run" / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -105,8 +105,8 @@ def test_bad_input_is_one_line_before_anything_is_written(model, text, tmp_path,
         ("--text", str(tmp_path / "empty.txt")): "empty.txt: is empty",
         ("--windows", "0"): "windows is 0",
         ("--windows", "1000"): "at least 1003 windows",
-        ("--layers", "3"): "layers is 3; accepted are 1 to 2, the model's",
-        ("--share", "0.1"): "share is 0.1",
+        ("--layers", "3"): "layers must be 1 to 2, the model's, got 3",
+        ("--share", "0.1"): "share must be at least",
         ("--seq", "600"): "seq is 600; accepted is at most 512, the model's",
         ("--model", str(tmp_path / "nowhere")): "nowhere",
     }.items():
