@@ -181,8 +181,8 @@ def by_seed(
     """
     train_records, held_out_records = split_records(list(records), config.held_out, 0)
     train, held_out = (
-        tokenize(split_records, tokenizer, cutoff=config.cutoff, template=config.template, chat=chat)
-        for split_records in (train_records, held_out_records)
+        tokenize(part_records, tokenizer, cutoff=config.cutoff, template=config.template, chat=chat)
+        for part_records in (train_records, held_out_records)
     )
     fresh = config.batches == "fresh"
     count, size = (steps if fresh else 1), config.batch_size

@@ -22,7 +22,7 @@ from rora_theory.finetune import (
     Trainer,
     ValidationCompleted,
     choose_widths,
-    split,
+    split_records,
     tokenize,
 )
 from rora_theory.finetune import step as steps
@@ -82,7 +82,7 @@ def trainer(params, folder, pauses=(), **changes):
     config = dataclasses.replace(CONFIG, **changes)
     train, held_out = (
         tokenize(part, tiny.ByteEncoder(), template=config.template)
-        for part in split(RECORDS, config.held_out, config.seed)
+        for part in split_records(RECORDS, config.held_out, config.seed)
     )
     widths = choose_widths(np.concatenate([train.input_lengths, held_out.input_lengths]), config.widths)
     adapter = adapters.init(jax.random.key(config.seed), config.lora(), tiny.CONFIG, params)
