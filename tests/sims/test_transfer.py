@@ -131,7 +131,7 @@ def test_a_measured_regime_prints_one_alpha(run, capsys) -> None:
     ("manifest", "config", "said"),
     [
         ({"status": "complete", "model_layers": 2}, {}, None),
-        ({"status": "complete"}, {}, None),  # of an earlier version
+        ({"status": "complete"}, {}, None),
         ({"status": "complete", "model_layers": 30}, {}, "it has 2 of the model's 30 layers (0 1)"),
         ({"status": "running", "model_layers": 30}, {}, "30 layers (0 1), and the run is not complete"),
         ({"status": "complete", "config": {"layers": [0, 1]}}, {}, "it has layers 0 1 only"),
@@ -140,7 +140,8 @@ def test_a_measured_regime_prints_one_alpha(run, capsys) -> None:
     ],
 )
 def test_a_thin_regime_is_said_to_be_thin(run, capsys, manifest, config, said) -> None:
-    (run / "manifest.json").write_text(json.dumps({"experiment": "regime", "config": {}} | manifest))
+    sealed = seals.seal({"experiment": "regime", "config": {}} | manifest)
+    (run / "manifest.json").write_text(json.dumps(sealed))
     transfer.run(transfer.Config(regime=str(run), **config))
     text = capsys.readouterr().out
     if said is None:
