@@ -17,6 +17,7 @@ from rora_theory.measure.regimes import saved_run as regime_run
 from rora_theory.measure.regimes import tables as regime_tables
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.measure.transfer_request import TransferConfig, advise
+from rora_theory.runs import seals
 from sims import regime, transfer
 from sims.common import cli
 
