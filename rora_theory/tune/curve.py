@@ -117,7 +117,7 @@ def curve_frame(plan: ProbePlan, runs: Sequence[ProbeRun], tokens: Sequence[int]
         | {"diverged_at": run.diverged_at}
         for run in sorted(runs, key=lambda run: (run.steps, run.learning_rate))
     ]
-    return frames.of(rows, CURVE_COLUMNS)
+    return frames.from_rows(rows, CURVE_COLUMNS)
 
 
 def _is_among(rate: float, rates: Sequence[float]) -> bool:
