@@ -195,7 +195,7 @@ def test_a_worker_s_other_software_is_in_the_manifest(nodes, tmp_path, monkeypat
     (session,) = json.loads((tmp_path / "out" / "manifest.json").read_text())["sessions"]
     assert session["python"] == "3.0.0"
     assert session["other_software"] == dict.fromkeys(session["cells"], there)
-    assert f"works with python {there['python']} (was 3.0.0)" in capfd.readouterr().err
+    assert f"uses python {there['python']} (was 3.0.0)" in capfd.readouterr().err
 
 
 def test_a_cell_that_fails_is_named_and_the_others_are_done(nodes, whole, tmp_path, capfd) -> None:
@@ -317,7 +317,7 @@ def test_a_cell_that_takes_two_gpus_has_both_of_a_node(nodes, tmp_path) -> None:
         assert {place.split()[1] for side in (1, 2) for place in squares.attempts(tmp_path, side)} <= seen
         for mark in tmp_path.glob("*.begun"):
             mark.unlink()
-    with pytest.raises(InputError, match="--cell-memory is plan, and cells take GPUs; accepted is a number"):
+    with pytest.raises(InputError, match="--cell-memory must be a number for cells that use GPUs"):
         ClusterConfig(address=nodes.address, cell_memory="plan").runner(lambda _: 1)
 
 

@@ -1,5 +1,6 @@
 """A run of sims.regime that is read for advice: the rows asked for, targets, damage."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from rora_theory.errors import InputError
 from rora_theory.io import frames
 from rora_theory.measure.regimes import saved_run as regime_run
 from rora_theory.measure.regimes import tables as regime_tables
+from rora_theory.runs import seals
 
 
 @pytest.fixture
@@ -20,7 +22,7 @@ def run(tmp_path) -> Path:
 def test_a_linear_term_that_is_no_number_is_named(run, term) -> None:
     """Of the rows that are asked for alone."""
     path = run / regime_tables.CROSSINGS
-    (run / "manifest.json").write_text("{}")  # as of a version without digests
+    (run / "manifest.json").write_text(json.dumps(seals.seal({})))
     table = frames.read_csv(path).astype({"linear_term": object})
     line = table.index[(table["optimizer"] == "adam") & (table["split"] == "heldout")][2]
     table.loc[line, "linear_term"] = term

@@ -22,6 +22,7 @@ from rora_theory.finetune.held_out import RecordLoss, record_losses
 from rora_theory.io import frames
 from rora_theory.llama import load
 from rora_theory.runs import lock as folder_lock
+from rora_theory.runs import seals
 from rora_theory.runs.reading import CELLS, key_of, read_finished_cells
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep import results, trained_runs
@@ -468,7 +469,7 @@ def test_figures_and_tables(swept, tmp_path, capsys) -> None:
     assert all(name in drawn for name in ("LoRA", "no adapter", "less the model alone", "less LoRA", "average"))
     with pytest.raises(SystemExit):
         accuracy.draw(accuracy.Config(swept, rank=3, out=tmp_path))
-    assert "has the ranks 2, 4; accepted is --rank with one of them" in capsys.readouterr().err
+    assert "has the ranks 2, 4. Choose one with --rank" in capsys.readouterr().err
     for name in ("accuracy_vs_rank", "loss_vs_rate", "loss_curves", "scaling_diagram"):
         for ending in ("png", "svg"):
             assert (tmp_path / f"{name}.{ending}").stat().st_size > 1000
@@ -483,7 +484,7 @@ def test_figures_and_tables(swept, tmp_path, capsys) -> None:
     assert "(above)" in (tmp_path / "loss_vs_rate.svg").read_text()
     with pytest.raises(SystemExit):
         loss_vs_rate.draw(loss_vs_rate.Config(swept, out=tmp_path))
-    assert "has the ranks 2, 4; accepted is --rank with one of them" in capsys.readouterr().err
+    assert "has the ranks 2, 4. Choose one with --rank" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"--top must be a finite number above 0, got .*"):
         loss_vs_rate.draw(loss_vs_rate.Config(swept, rank=4, top=0.0, out=tmp_path))
     for layout in ("I", "II"):
@@ -501,7 +502,7 @@ def test_figures_and_tables(swept, tmp_path, capsys) -> None:
     assert {line["method"] for line in printed} == {"Prefix", "Series", "Parallel", "LoRA", "DoRA", "RoRA"}
     text = (tmp_path / "table_II.md").read_text()
     assert "not comparable with this run's" in text
-    with pytest.raises(InputError, match=r"manifest\.json: no such file; accepted is the file of a run folder"):
+    with pytest.raises(InputError, match=r"manifest\.json: no such file\. Expected the file of a run folder"):
         style.main(accuracy_vs_rank.draw, accuracy_vs_rank.Config(tmp_path))
 
 
@@ -525,7 +526,7 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
     manifest = {"experiment": "rank_sweep", "config": config, "design": "table1"}
 
     def write() -> None:
-        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        (tmp_path / "manifest.json").write_text(json.dumps(seals.seal(manifest)))
         (tmp_path / "results.csv").write_text(frames.to_csv(frames.from_rows(rows, results.COLUMNS)))
 
     write()
@@ -562,16 +563,16 @@ def test_bad_input_is_one_line_before_anything_is_written(model, data, tmp_path,
     for more, message in {
         ("--methods", "qlora"): "'qlora'; supported: base, prefix",
         ("--ranks", "4", "4"): "--ranks must have different values, got 4 4",
-        ("--ranks", "0"): "rank is 0",
+        ("--ranks", "0"): "rank must be an integer of 1 or more, got 0",
         ("--ranks", "64"): "64",
-        ("--lrs", "-1"): "--lrs is -1",
+        ("--lrs", "-1"): "--lrs must be a finite number above 0, got -1",
         ("--rank", "4"): "--rank",
-        ("--score-batch-size", "0"): "--score-batch-size is 0",
-        ("--limit", "0"): "--limit is 0",
-        ("--seeds", "-1"): "seeds is -1",
+        ("--score-batch-size", "0"): "--score-batch-size must be an integer of 1 or more, got 0",
+        ("--limit", "0"): "--limit must be an integer of 1 or more, got 0",
+        ("--seeds", "-1"): "seeds must be an integer from 0 to 2^32 - 1, got -1",
         ("--held-out", "100"): "records to hold out",
         ("--train-records", "100"): "train_records 100",
-        ("--alpha", "0"): "alpha is 0",
+        ("--alpha", "0"): "alpha must be a finite number above 0, got 0",
         ("--tasks", "arc"): "arc",
         ("--data-dir", str(tmp_path / "none")): "none",
     }.items():

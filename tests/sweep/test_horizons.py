@@ -20,6 +20,7 @@ from rora_theory.horizon import runs as horizon_runs
 from rora_theory.horizon.readings import Reading, ReadRun
 from rora_theory.horizon.runs import HorizonRun
 from rora_theory.io import frames
+from rora_theory.runs import seals
 from rora_theory.stats.paired import resampled_ratios
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.theory.displacement import displacement_ratio
@@ -579,7 +580,7 @@ def test_the_figure_draws_best_rates_and_exponents(tmp_path) -> None:
     tables["best"] = pd.concat([horizon_curves.best_rate_table(one, step) for step, one in found.items()])
     for name, table in tables.items():
         (tmp_path / f"{name}.csv").write_text(frames.to_csv(table))
-    (tmp_path / "manifest.json").write_text(json.dumps({"experiment": "horizon", "files": {}}))
+    (tmp_path / "manifest.json").write_text(json.dumps(seals.seal({"experiment": "horizon", "files": {}})))
     assert [path.name for path in figure.draw(figure.Config(tmp_path))] == ["horizon.png", "horizon.svg"]
     drawn = (tmp_path / "horizon.svg").read_text()
     assert all(name in drawn for name in ("16 steps", "64 steps", "r = 8", "r = 128"))

@@ -1,11 +1,14 @@
 """The takeover distances and linear terms that the grid's law is of: one init and split of a run of sims.regime."""
 
+import json
+
 import pytest
 from support import regime_runs
 
 from rora_theory.errors import InputError
 from rora_theory.horizon.law import read_regime
 from rora_theory.measure.regimes.tables import TAKEOVER, TAKEOVER_COLUMNS
+from rora_theory.runs import seals
 
 TERMS = [1.0, 3.0, 6.0, 8.0]
 """Of `regime_runs.write` under Adam at held-out tokens, a module each."""
@@ -19,7 +22,7 @@ def test_they_are_those_of_peft_s_init_at_held_out_tokens_under_adam(tmp_path) -
 
 def test_a_run_without_a_takeover_distance_of_them_is_bad_input(tmp_path) -> None:
     run = regime_runs.write(tmp_path / "run")
-    (run / "manifest.json").write_text("{}")  # of a version without digests
+    (run / "manifest.json").write_text(json.dumps(seals.seal({})))
     (run / TAKEOVER).write_text(",".join(TAKEOVER_COLUMNS) + "\n")
     with pytest.raises(InputError, match=r"takeover\.csv has no held-out row for kaiming_uniform"):
         read_regime(run)
