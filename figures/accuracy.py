@@ -1,4 +1,4 @@
-"""Accuracy of every method, and paired differences from the model alone and from LoRA, from a run of sims.rank_sweep.
+"""Plot the accuracy of each method, and paired differences from the base model and from LoRA, from sims.rank_sweep.
 
 python -m figures.accuracy RUN
 """
@@ -17,22 +17,22 @@ from rora_theory.data.tasks import TASKS
 from rora_theory.io import frames
 from rora_theory.validation.ranges import Count, check_ranges
 
-APART = 0.13
-"""Between two methods of one task, in units of the distance of two tasks."""
+METHOD_SPACING = 0.13
+"""Distance of two methods of one task, in units of the distance of two tasks."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Which run to draw, and which of its cells."""
+    """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of sims.rank_sweep."""
     rank: Count | None = None
-    """Of methods that have one; may be left out where the run has one rank."""
+    """Rank of the methods that have one; not needed if the run has a single rank."""
     model: str | None = None
-    """Which model, where the run has several."""
+    """Model, if the run has several."""
     name: str | None = None
-    """Name of the model in the title. None: that of its folder."""
+    """Name of the model in the title; by default the name of its folder."""
     out: Path | None = None
     """Folder for accuracy.png and .svg; by default the run folder."""
 
@@ -41,7 +41,7 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Left accuracies at each method's best rate, right what is gained over the model alone and over LoRA."""
+    """Draw accuracies at each method's best rate (left) and gains over the base model and over LoRA (right)."""
     manifest, rows = style.read_frame(config.run, "rank_sweep")
     rows = chosen_model(config.run, rows, config.model, None)
     best = at_best_rate(config.run, rows)
@@ -50,7 +50,7 @@ def draw(config: Config) -> Sequence[Path]:
     base = rows[(rows["method"] == "base") & rows["average"].notna()]
     drawn = [name for name in style.METHODS if (best["method"] == name).any()]
     if base.empty or not drawn:
-        style.fail(f"{config.run}: has no scored base and adapter; accepted is a run with both")
+        style.fail(f"{config.run}: needs accuracies of the base model and of an adapter. Score both.")
     tasks = [task for task in TASKS if base[task].notna().iloc[0]]
     columns = [*tasks, "average"]
     gained = frames.read_csv(config.run / "differences.csv")
@@ -58,15 +58,17 @@ def draw(config: Config) -> Sequence[Path]:
     gained = gained[(gained["model"] == base["model"].iloc[0]) & (gained["rank"].isna() | (gained["rank"] == rank))]
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.0))
     for place, method in enumerate(["base", *drawn]):
-        own = base if method == "base" else best[best["method"] == method]
+        selected = base if method == "base" else best[best["method"] == method]
         label, colour, marker = style.look(method)
-        shift = APART * (place - len(drawn) / 2)
-        values, errors = ([100 * mean(own[f"{name}{part}"].tolist()) for name in columns] for part in ("", "_error"))
+        shift = METHOD_SPACING * (place - len(drawn) / 2)
+        values, errors = (
+            [100 * mean(selected[f"{name}{part}"].tolist()) for name in columns] for part in ("", "_error")
+        )
         x = [position + shift for position in range(len(columns))]
         left.errorbar(x, values, errors, color=colour, marker=marker, linestyle="none", markersize=4, label=label)
         for against, face in (("base", colour), ("lora", "white")):
             pair = gained[(gained["method"] == method) & (gained["against"] == against)]
-            pair = pair[pair["learning_rate"].isin(own["learning_rate"]) & pair["average"].notna()]
+            pair = pair[pair["learning_rate"].isin(selected["learning_rate"]) & pair["average"].notna()]
             if against != "base":
                 pair = pair[pair["against_rate"].isin(best.loc[best["method"] == against, "learning_rate"])]
             if pair.empty:

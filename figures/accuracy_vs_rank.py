@@ -1,4 +1,4 @@
-"""Validation loss, its difference from LoRA's and average accuracy against the rank, from a run of sims.rank_sweep.
+"""Plot validation loss, its difference from LoRA and average accuracy against the rank, from sims.rank_sweep.
 
 python -m figures.accuracy_vs_rank RUN
 """
@@ -14,13 +14,13 @@ import tyro
 from figures import style
 from figures.sweep import (
     at_best_rate,
-    beside,
     chosen_model,
     draw_line,
     levels,
     marks,
     measures,
     model_name,
+    offset,
     points,
     seeds_in_words,
 )
@@ -34,24 +34,24 @@ METHODS = ("lora", "dora", "rora", "dora-rora", "quarter")
 
 @dataclass(frozen=True)
 class Config:
-    """Which run to draw, and which of its cells."""
+    """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of sims.rank_sweep."""
     model: str | None = None
-    """Which model, where the run has several."""
+    """Model, if the run has several."""
     alpha: Positive | None = None
-    """Which alpha, where a method and rank has several."""
+    """Alpha, if a method and rank has several."""
     lr: Positive | None = None
-    """Draw the cells of this learning rate. Needed where a method has several, unless --tuned is given."""
+    """Learning rate of the cells; required if a method has several, unless --tuned is given."""
     tuned: bool = False
-    """For each method and rank, the best learning rate of those tried instead."""
+    """Draw each method and rank at its best learning rate"""
     answers: bool = False
-    """The loss on the answers alone in the place of the loss on all tokens."""
+    """Draw the loss on the answers instead of the loss on all tokens"""
     paper: bool = False
-    """A further panel: what is printed for LLaMA-7B in the paper and in the repository its Fig. 1 cites."""
+    """Add a panel with published numbers for LLaMA-7B: the paper's and those of the repository that its Fig. 1 cites"""
     name: str | None = None
-    """Name of the model in the title. None: that of its folder."""
+    """Name of the model in the title; by default the name of its folder."""
     out: Path | None = None
     """Folder for accuracy_vs_rank.png and .svg; by default the run folder."""
 
@@ -60,7 +60,7 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Lines are means over seeds with the items' standard error, dashes single seeds and the model alone."""
+    """Draw means over seeds with the standard error over items; dashes are single seeds and the base model."""
     if config.tuned:
         check_unread(config, "lr", conflicts_with="--tuned")
     manifest, rows = style.read_frame(config.run, "rank_sweep")
@@ -69,7 +69,7 @@ def draw(config: Config) -> Sequence[Path]:
     panels = measures(rows, config.answers)
     lines = {method: curves_of_method(config, rows, method) for method in METHODS}
     if all(cells.empty for cells in lines.values()):
-        style.fail(f"{config.run}: has no cell of {', '.join(METHODS)}; accepted is a run with at least one")
+        style.fail(f"{config.run}: has no cell of {', '.join(METHODS)}. Choose a run with at least one.")
     paired = differences(config, lines)
     count = len(panels) + (not paired.empty) + config.paper
     figure, axes = style.panels(count)
@@ -82,7 +82,7 @@ def draw(config: Config) -> Sequence[Path]:
         for method, cells in lines.items():
             line = points(cells, column, error, unit)
             drawn_lines.append(line)
-            draw_line(axis, method, line, beside([point.place for point in line], METHODS.index(method) - 1))
+            draw_line(axis, method, line, offset([point.place for point in line], METHODS.index(method) - 1))
         levels(axis, rows, column, unit)
         axis.set_ylabel(label)
         rank_axis(axis, lines)
@@ -94,7 +94,7 @@ def draw(config: Config) -> Sequence[Path]:
 
 
 def curves_of_method(config: Config, rows: pd.DataFrame, method: str) -> pd.DataFrame:
-    """The cells to draw of a method: of one learning rate, or of the best of each rank."""
+    """Return the cells of a method at one learning rate, or at the best one of each rank."""
     cells = rows[rows["method"] == method]
     if config.tuned:
         return at_best_rate(config.run, cells)
@@ -106,35 +106,37 @@ def curves_of_method(config: Config, rows: pd.DataFrame, method: str) -> pd.Data
 
 
 def differences(config: Config, lines: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Lines of the run's differences.csv: a drawn method less LoRA, of a rank, at the learning rates that are drawn."""
+    """Return the rows of differences.csv that compare the drawn cells with LoRA."""
     path = config.run / "differences.csv"
     if not path.exists():
         return pd.DataFrame()
-    found = frames.read_csv(path, accepted="the file of a finished run")
+    table = frames.read_csv(path, accepted="the file of a finished run")
     kinds = ("best",) if config.tuned else ("same", "own")
-    found = found[(found["against"] == "lora") & found["rates"].isin(kinds)]
+    table = table[(table["against"] == "lora") & table["rates"].isin(kinds)]
     if config.model is not None:
-        found = found[found["model"] == config.model]
+        table = table[table["model"] == config.model]
     cell = ["method", "rank", "alpha", "learning_rate"]
     drawn = pd.concat(lines.values())[cell].drop_duplicates()
     lora = drawn[drawn["method"] == "lora"].set_axis(["against", "rank", "alpha", "against_rate"], axis=1)
-    return found.merge(drawn, on=cell).merge(lora, on=list(lora))
+    return table.merge(drawn, on=cell).merge(lora, on=list(lora))
 
 
 def draw_differences(axis: Any, rows: pd.DataFrame, answers: bool) -> None:
-    """Paired over records: the bars are those of the difference, mostly smaller than the markers."""
+    """Draw differences paired over records; their error bars are mostly smaller than the markers."""
     value, error = ("answer_loss", "answer_error") if answers else ("loss", "loss_error")
     for method in rows["method"].unique().tolist():
-        own = rows[rows["method"] == method].sort_values("rank", kind="stable")
+        selected = rows[rows["method"] == method].sort_values("rank", kind="stable")
         label, colour, marker = style.look(method)
-        ranks = beside(own["rank"].tolist(), METHODS.index(method) - 1)
-        axis.errorbar(ranks, own[value], yerr=own[error], color=colour, marker=marker, label=label, elinewidth=0.8)
+        ranks = offset(selected["rank"].tolist(), METHODS.index(method) - 1)
+        axis.errorbar(
+            ranks, selected[value], yerr=selected[error], color=colour, marker=marker, label=label, elinewidth=0.8
+        )
     axis.axhline(0.0, color=style.look("lora")[1], linewidth=0.9)
     axis.set_ylabel("less LoRA's, paired (nats)")
 
 
 def rank_axis(axis: Any, lines: dict[str, pd.DataFrame]) -> None:
-    """Ranks, and below each the scaling gamma of both rules."""
+    """Label the axis with the ranks, and below each rank the scaling gamma of both rules."""
     cells = pd.concat(lines.values())
     gammas: dict[str, dict[int, float]] = {}
     for rule, rank, gamma in zip(*(cells[name].tolist() for name in ("rule", "rank", "gamma")), strict=True):
@@ -153,7 +155,7 @@ def _gamma(value: float | None) -> str:
 
 
 def printed(axis: Any) -> None:
-    """The published averages on LLaMA-7B: others' numbers, another model, another protocol."""
+    """Draw the published averages on LLaMA-7B, which use another model and another protocol."""
     for method in ("LoRA", "DoRA"):
         rows = [r for r in published.published_rows("DoRA repository") if (r.model, r.method) == ("LLaMA-7B", method)]
         _, colour, marker = style.look(method.lower())
@@ -171,8 +173,8 @@ def printed(axis: Any) -> None:
 
 
 def title(manifest: dict[str, Any], drawn: pd.DataFrame, config: Config) -> str:
-    """What was trained and measured, of the cells that are drawn."""
-    found = manifest["config"]
+    """Return a title that states how the drawn cells were trained and measured."""
+    settings = manifest["config"]
     steps = next(iter(drawn["steps"].dropna()), "?")
     alphas, rates = (drawn[name].unique() for name in ("alpha", "learning_rate"))
     alpha = rf"$\alpha$ = {alphas[0]:g}" if len(alphas) == 1 else r"$\alpha$ varies"
@@ -182,8 +184,8 @@ def title(manifest: dict[str, Any], drawn: pd.DataFrame, config: Config) -> str:
         rate = f"best lr of a seed on these records{edge}"
     name = model_name(drawn["model"].iloc[0], config.name)
     return (
-        f"{name}, {alpha}, {rate}, {steps} steps of {found['training']['batch']}, "
-        f"{found['data']['held_out']} held-out records; bars: ± s.e. over items"
+        f"{name}, {alpha}, {rate}, {steps} steps of {settings['training']['batch']}, "
+        f"{settings['data']['held_out']} held-out records; bars: ± s.e. over items"
     )
 
 

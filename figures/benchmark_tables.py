@@ -1,9 +1,9 @@
-"""Tables I and II of the paper with a run of sims.rank_sweep beside them: Markdown and CSV.
+"""Write Tables I and II of the paper together with a run of sims.rank_sweep, as Markdown and CSV.
 
 python -m figures.benchmark_tables RUN
 
-Ours are means over seeds with their standard errors over items; the paper's are as printed. Data, training and protocol
-of ours stand above the Markdown table; alpha, learning rate, seeds and unparsed answers in every row.
+The rows of the run are means over seeds with standard errors over items; the paper's rows are as printed. The Markdown
+file states the run's data, training and protocol above the table, and alpha, learning rate and seeds in each row.
 """
 
 import html
@@ -44,14 +44,14 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Config:
-    """Which run, in which layout."""
+    """Settings of the table."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of sims.rank_sweep."""
     layout: Literal["I", "II"] | None = None
-    """I: by model; II: by rank; none is the run's design's, or else II where the run has several ranks."""
+    """I (by model) or II (by rank); by default that of the run's design, or II if the run has several ranks."""
     tuned: bool = False
-    """Of each method and rank the best learning rate of those tried alone; otherwise every rate has a row."""
+    """Show each method and rank at its best learning rate only, instead of one row for each rate"""
     out: Path | None = None
     """Folder for table_I.md and .csv, or table_II.md and .csv; by default the run folder."""
 
@@ -61,13 +61,20 @@ class Line:
     """One row of a table.
 
     Attributes:
-      source: ``this run`` or ``paper, as printed``.
-      model, protocol, rank, method, alpha, params_percent, learning_rate: what was run; None where not stated.
-      rate_choice: ``best_rate`` of the run's `results.csv`; empty for the paper.
-      seeds, diverged: number of seeds averaged, and of those without a result; None for the paper.
-      unparsed: share of answers without a label, in percent, mean over tasks; None where not stated.
-      scores: percent and standard error for each of the eight tasks; None where not measured, an error None where not
-        stated.
+      source: Origin of the row, ``this run`` or ``paper, as printed``.
+      model: Name of the model.
+      protocol: Scoring protocol.
+      rank: Rank of the adapter; None if the method has none or it is not stated.
+      method: Name of the method in the table.
+      alpha: Alpha of the adapter, or None.
+      params_percent: Trainable share of the parameters in percent, or None.
+      learning_rate: Peak learning rate, or None.
+      rate_choice: Entry ``best_rate`` of the run's `results.csv`; empty for the paper.
+      seeds: Number of seeds averaged; None for the paper.
+      diverged: Number of seeds that diverged; None for the paper.
+      unparsed: Share of answers without a label in percent, mean over tasks; None if not stated.
+      scores: Percent and standard error for each of the eight tasks. A score that was not measured is None, and so is
+        an error that is not stated.
       average: likewise.
     """
 
@@ -88,13 +95,13 @@ class Line:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Write both files of the table."""
+    """Write the Markdown and the CSV file of the table."""
     manifest, rows = style.read_frame(config.run, "rank_sweep")
     if config.tuned:
         rows = pd.concat([rows[rows["method"] == "base"], at_best_rate(config.run, rows)])
     ours = lines_of(rows, manifest.get("models", {}))
     if not any(line.average for line in ours):
-        style.fail(f"{config.run}/results.csv: has no cell with accuracy; accepted is a run without --no-accuracy")
+        style.fail(f"{config.run}/results.csv: has no cell with accuracy. Choose a run without --no-accuracy.")
     designs = {manifest.get("design"), *(session.get("design") for session in manifest.get("sessions", ()))}
     several = len({line.rank for line in ours if line.rank}) > 1 and "table1" not in designs
     layout = config.layout or ("II" if several or "table2" in designs else "I")
@@ -108,16 +115,16 @@ def draw(config: Config) -> Sequence[Path]:
 
 
 def lines_of(rows: pd.DataFrame, models: dict[str, Any]) -> list[Line]:
-    """A line a model, method, rank, alpha and learning rate: the mean over the seeds scored, if any."""
+    """Return one line for each model, method, rank, alpha and learning rate, averaged over the scored seeds."""
     counted = rows[(rows["status"] == "diverged") | ((rows["status"] == "complete") & rows["average"].notna())]
-    found = []
+    lines = []
     keys = ["model", "method", "rank", "alpha", "learning_rate"]
     for _, group in counted.groupby(keys, dropna=False, sort=False):
         first = frames.rows(group[:1])[0]
         total = models.get(first["model"], {}).get("parameters")
-        own = next(iter(group["trainable_parameters"].dropna()), None)
+        trainable = next(iter(group["trainable_parameters"].dropna()), None)
         scored = group[group["status"] == "complete"]
-        found.append(
+        lines.append(
             Line(
                 source="this run",
                 model=model_name(first["model"]),
@@ -125,27 +132,27 @@ def lines_of(rows: pd.DataFrame, models: dict[str, Any]) -> list[Line]:
                 rank=first["rank"],
                 method=METHODS.get(first["method"], first["method"]),
                 alpha=first["alpha"],
-                params_percent=100 * int(own) / (total + int(own)) if own and total else None,
+                params_percent=100 * int(trainable) / (total + int(trainable)) if trainable and total else None,
                 learning_rate=first["learning_rate"],
                 rate_choice=first.get("best_rate") or "",
                 seeds=len(scored),
                 diverged=len(group) - len(scored),
                 unparsed=100 * _mean(scored["average_unparsed"]) if len(scored) else None,
-                scores=tuple(measured(scored, key) for key in TASKS),
-                average=measured(scored, "average"),
+                scores=tuple(mean_score(scored, key) for key in TASKS),
+                average=mean_score(scored, "average"),
             )
         )
-    return found
+    return lines
 
 
-def measured(group: pd.DataFrame, column: str) -> tuple[float, float | None] | None:
-    """Mean over seeds in percent, and the standard error over items, which all seeds share."""
+def mean_score(group: pd.DataFrame, column: str) -> tuple[float, float | None] | None:
+    """Return the mean over seeds in percent, and the standard error over items, which all seeds share."""
     values = group[group[column].notna()]
     return (100 * _mean(values[column]), 100 * _mean(values[f"{column}_error"])) if len(values) else None
 
 
 def printed(layout: str) -> list[Line]:
-    """The paper's rows of this layout."""
+    """Return the paper's rows of a layout."""
     return [
         Line(
             source="paper, as printed",
@@ -169,13 +176,13 @@ def printed(layout: str) -> list[Line]:
 
 
 def arranged(lines: Sequence[Line], layout: str) -> list[Line]:
-    """By model (I) or by rank (II), ours before the paper's, methods as the paper has them."""
+    """Sort lines by model (I) or by rank (II): the run before the paper, methods in the order of the paper."""
     methods = list(METHODS.values())
 
     def order(line: Line) -> tuple[Any, ...]:
-        place = methods.index(line.method) if line.method in methods else len(methods)
-        rank, ours = line.rank or 0, line.source != "this run"
-        return (ours, place, rank) if layout == "I" else (rank, ours, place)
+        method = methods.index(line.method) if line.method in methods else len(methods)
+        rank, is_from_paper = line.rank or 0, line.source != "this run"
+        return (is_from_paper, method, rank) if layout == "I" else (rank, is_from_paper, method)
 
     return sorted(lines, key=order) if layout == "II" else _by_model(sorted(lines, key=order))
 
@@ -186,7 +193,7 @@ def _by_model(lines: Sequence[Line]) -> list[Line]:
 
 
 def markdown(lines: Sequence[Line], layout: str, manifest: dict[str, Any]) -> str:
-    """The table, with what was run above it."""
+    """Return the Markdown table, with the settings of the run above it."""
     config = manifest["config"]
     data, evaluation, training = config["data"], config.get("evaluation") or {}, config["training"]
     protocol = escaped(str(evaluation.get("protocol")))
@@ -214,13 +221,13 @@ def markdown(lines: Sequence[Line], layout: str, manifest: dict[str, Any]) -> st
 
 
 def escaped(text: str) -> str:
-    """``text`` as Markdown shows it letter for letter: a name from a file is no markup, no HTML and no further cell."""
+    """Escape a text from a file, so that Markdown shows it literally and it adds no markup, HTML or cells."""
     marks = re.sub(r"([\\`*_{}\[\]|~])", r"\\\1", " ".join(text.split()))
     return html.escape(marks, quote=False)
 
 
 def as_csv(lines: Iterable[Line]) -> str:
-    """Tidy: a column a figure, standard errors beside."""
+    """Return a tidy CSV text with one column for each score and one for its standard error."""
     names = [*published.NAMES, "average"]
     rows = []
     for line in lines:
@@ -233,7 +240,7 @@ def as_csv(lines: Iterable[Line]) -> str:
 
 
 def _source(line: Line) -> str:
-    """Whose row it is, and of ours what else was set."""
+    """Return the source of a row, with the remaining settings of a row of the run."""
     if line.seeds is None or line.learning_rate is None:
         return line.source
     words = [line.source, _count(line.seeds, "seed")]
@@ -256,8 +263,8 @@ def _count(value: int | None, unit: str) -> str:
 
 
 def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return math.fsum(found) / len(found)
+    numbers = list(values)
+    return math.fsum(numbers) / len(numbers)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What adapters of several ranks add to a model, against the rank: a run of sims.coordinate_check."""
+"""Plot what adapters of several ranks add to a model, against the rank, from sims.coordinate_check."""
 
 import sys
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ SPLITS = {"train": "trained on", "held_out": "held out"}
 
 @dataclass(frozen=True)
 class Config:
-    """Which run to draw."""
+    """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.coordinate_check."""
@@ -37,13 +37,14 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Two figures: coordinate_check (sizes against the rank), coordinate_check_slopes (slopes against the step)."""
+    """Draw coordinate_check (sizes against the rank) and coordinate_check_slopes (slopes against the step)."""
     manifest = style.read_manifest(config.run, "coordinate_check")
     slopes = frames.read_csv(config.run / "slopes.csv", accepted="the file of a finished run")
     folder = config.out or config.run
     if not (config.run / "results.csv").exists():
         print(
-            f"{config.run}: has no results.csv, each seed's own sizes: coordinate_check is not drawn", file=sys.stderr
+            f"{config.run}: has no results.csv with the sizes of each seed; coordinate_check is not drawn",
+            file=sys.stderr,
         )
         return style.save(exponents(manifest, slopes), folder, "coordinate_check_slopes")
     _, rows = style.read_frame(config.run)
@@ -56,8 +57,8 @@ def draw(config: Config) -> Sequence[Path]:
 CASE = ["optimizer", "rule", "init", "control"]
 
 
-def name(case: Sequence[Any]) -> str:
-    """A case, optimizer, rule, init and control, as a panel's title."""
+def case_title(case: Sequence[Any]) -> str:
+    """Return the panel title of a case: optimizer, rule, initialisation and control."""
     optimizer, rule, init, control = case
     text = f"{style.OPTIMIZERS[optimizer]}:\n{style.look(rule)[0]}"
     text += "" if init == "kaiming_uniform" else f",\nA {init}"
@@ -65,7 +66,7 @@ def name(case: Sequence[Any]) -> str:
 
 
 def sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
-    """Output of every module against the rank: a column a case, a row a split; first and last step."""
+    """Draw the output of each module against the rank, at the first and last step: columns are cases, rows splits."""
     rows = rows.assign(value=rows["value"].where(np.isfinite(rows["value"])))
     cases = dict(list(rows.groupby(CASE, sort=False)))
     modules = [module for module in SHORT if module in set(rows["module"])]
@@ -76,14 +77,16 @@ def sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
     )
     for axis_row, (split, label) in zip(axes, SPLITS.items(), strict=True):
         for axis, (case, rows_of_case) in zip(axis_row, cases.items(), strict=True):
-            own = rows_of_case[(rows_of_case["split"] == split) & (rows_of_case["quantity"] == "output")]
+            selected = rows_of_case[(rows_of_case["split"] == split) & (rows_of_case["quantity"] == "output")]
             for position, module in enumerate(modules):
                 colour, marker = style.COLOURS[position], style.MARKERS[position]
                 for step, dashes in shown.items():
-                    values = own[(own["module"] == module) & (own["step"] == step)].groupby("rank")["value"]
+                    values = selected[(selected["module"] == module) & (selected["step"] == step)].groupby("rank")[
+                        "value"
+                    ]
                     axis.errorbar(
                         list(values.groups),
-                        values.agg(lambda seeds: seeds.mean(skipna=False)),  # one that diverged has no mean
+                        values.agg(lambda seeds: seeds.mean(skipna=False)),  # NaN if a seed diverged
                         yerr=values.sem(),
                         color=colour,
                         marker=marker,
@@ -91,10 +94,10 @@ def sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
                         markerfacecolor=colour if step == steps[0] else "white",
                         label=SHORT[module] if step == steps[0] else None,
                     )
-            style.whole_ticks(axis, rows["rank"], most=5)
+            style.integer_ticks(axis, rows["rank"], max_count=5)
             axis.set_yscale("log")
             if split == "train":
-                axis.set_title(name(case))
+                axis.set_title(case_title(case))
             else:
                 axis.set_xlabel("rank $r$")
         axis_row[0].set_ylabel(f"rms of adapter's output,\n{label}")
@@ -112,7 +115,7 @@ def sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
 
 
 def exponents(manifest: dict[str, Any], slopes: pd.DataFrame) -> plt.Figure:
-    """Slope against the step: a column a case, a row a split, a line a module; the model's own in black."""
+    """Draw slopes against the step: columns are cases, rows splits, lines modules; black lines are the whole model."""
     cases = dict(list(slopes.groupby(CASE, sort=False)))
     modules = [module for module in SHORT if module in set(slopes["module"])]
     lines = [("output", module, SHORT[module]) for module in modules]
@@ -123,10 +126,10 @@ def exponents(manifest: dict[str, Any], slopes: pd.DataFrame) -> plt.Figure:
     )
     for axis_row, (split, label) in zip(axes, SPLITS.items(), strict=True):
         for axis, (case, rows_of_case) in zip(axis_row, cases.items(), strict=True):
-            own = rows_of_case[(rows_of_case["split"] == split) & rows_of_case["slope"].notna()]
+            selected = rows_of_case[(rows_of_case["split"] == split) & rows_of_case["slope"].notna()]
             axis.axhspan(-band, band, color=style.BAND_COLOUR, zorder=0)
             for position, (quantity, module, text) in enumerate(lines):
-                points = own[(own["quantity"] == quantity) & (own["module"] == module)]
+                points = selected[(selected["quantity"] == quantity) & (selected["module"] == module)]
                 axis.errorbar(
                     points["step"],
                     points["slope"],
@@ -137,9 +140,9 @@ def exponents(manifest: dict[str, Any], slopes: pd.DataFrame) -> plt.Figure:
                     linestyle=(0, (2, 2)) if quantity == "logits" else "-",
                     label=text,
                 )
-            style.whole_ticks(axis, slopes["step"], most=5)
+            style.integer_ticks(axis, slopes["step"], max_count=5)
             if split == "train":
-                axis.set_title(name(case))
+                axis.set_title(case_title(case))
             else:
                 axis.set_xlabel("step")
         axis_row[0].set_ylabel(f"slope in $r$, {label}")

@@ -1,7 +1,7 @@
-"""The local exponent of the first step's second moment over (rank, overlap), from the exact law, SGD beside Adam.
+"""Map the local exponent of the first step's second moment over rank and overlap, by the exact law for SGD and Adam.
 
-Colour is d log E[w^2] / d log r at gamma = 1; contours are the kappa that keeps the step of gamma =
-alpha / r^kappa flat there; the line is the crossing rank r*, below it cross-talk leads, above it the signal.
+Colour is d log E[w^2] / d log r at gamma = 1. Contours are the kappa for which the step of gamma = alpha / r^kappa does
+not depend on the rank. The line is the crossing rank r*: cross-talk leads below it, the signal above it.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from rora_theory.theory import laws
 from rora_theory.validation.ranges import Count, Plural, check_ranges
 
 LABELS_AT = (0.05, 0.12)
-"""Overlaps at which the contours carry their labels, by turns."""
+"""Overlaps at which contours are labelled, alternately."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """What to map."""
+    """Settings of the figure."""
 
     p_in: Count = 4096
     """Inputs of the layer, 1 or more."""
@@ -36,7 +36,7 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Two maps of the local exponent."""
+    """Draw the maps for SGD and Adam."""
     ranks = np.geomspace(1, config.max_rank, 241)
     overlaps = np.geomspace(0.003, 1, 241)
     figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.9), sharey=True)
@@ -53,7 +53,7 @@ def draw(config: Config) -> Sequence[Path]:
         ends = laws.flat_kappa(np.array([1.0, 2.0]), optimizer=optimizer)
         levels = np.linspace(ends[0], ends[1], 6)[1:-1]
         axis.contour(ranks, overlaps, kappa, levels=levels, colors="white", linewidths=0.6)
-        # Slope s is at r = c (s - 1) / (2 - s), c the shifted crossing rank; labels of neighbours at different heights.
+        # The slope is s at r = c (s - 1) / (2 - s), c the shifted crossing rank. Alternate the heights of labels.
         for number, (level, s) in enumerate(zip(levels, levels * 2 * laws.scaling_power(optimizer), strict=True)):
             overlap = LABELS_AT[number % 2]
             c = float(laws.random_input_crossing_rank(config.p_in, overlap, optimizer=optimizer)) - shift

@@ -1,4 +1,4 @@
-"""Best rate against gamma r, and its exponent against the horizon, beside the law: a run of sims.horizon."""
+"""Plot best rates against gamma r and their exponents against the number of steps, with the law, from sims.horizon."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from rora_theory.io import frames
 
 @dataclass(frozen=True)
 class Config:
-    """Which run to draw."""
+    """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.horizon, finished with --regime."""
@@ -26,14 +26,16 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Above the best rates with the law's line from the first, in the middle their exponents with its range, below the
-    best rates against the steps."""
+    """Draw best rates against gamma r, their exponents against the steps, and best rates against the steps.
+
+    Lines show the law from the first point on, the band its range.
+    """
     style.read_frame(config.run, "horizon")
     best, exponents = (frames.read_csv(config.run / name) for name in ("best.csv", "exponents.csv"))
     best = best[best["rank"].notna()]  # full fine-tuning has no gamma r
     exponents = exponents[exponents["over"] == "strength"]
     if exponents.empty:
-        style.fail(f"{config.run}: no rank has two strengths with a best rate; accepted is a run that has")
+        style.fail(f"{config.run}: no rank has best rates at two strengths. Run sims.horizon with further --strengths.")
     ranks, steps = sorted(set(best["rank"])), sorted(set(best["step"]))
     figure, (first, second, last) = style.panels(3)
     against_strength(first, best, exponents, ranks, steps)
@@ -59,76 +61,82 @@ def draw(config: Config) -> Sequence[Path]:
 def against_strength(
     axes: Axes, best: pd.DataFrame, exponents: pd.DataFrame, ranks: Sequence[int], steps: Sequence[int]
 ) -> None:
-    """The best rates against gamma r, with the law's line from the first of each rank and horizon."""
+    """Draw best rates against gamma r, with the law from the first point of each rank and number of steps."""
     for colour, step in zip(style.COLOURS, steps, strict=False):
         for index, rank in enumerate(ranks):
-            own = best[(best["rank"] == rank) & (best["step"] == step)]
-            if own.empty:
+            selected = best[(best["rank"] == rank) & (best["step"] == step)]
+            if selected.empty:
                 continue
-            best_rates(axes, beside(own["strength"], index, ranks), own, index, color=colour, linestyle="none")
-            at_edge = own[own["edge"].notna()]
+            best_rates(
+                axes, offset(selected["strength"], index, ranks), selected, index, color=colour, linestyle="none"
+            )
+            at_edge = selected[selected["edge"].notna()]
             axes.plot(at_edge["strength"], at_edge["best_rate"], "x", color="black", markersize=6)
             law = exponents[(exponents["at"] == rank) & (exponents["step"] == step)]
             for row in law.itertuples():
-                start = own.loc[own["strength"] == row.first, "best_rate"].iloc[0]
+                start = selected.loc[selected["strength"] == row.first, "best_rate"].iloc[0]
                 x = np.geomspace(row.first, row.second, 2)
                 axes.plot(x, start * (x / row.first) ** row.law, color=colour, linewidth=0.8)
-    style.whole_ticks(axes, (round(strength) for strength in best["strength"]))
+    style.integer_ticks(axes, (round(strength) for strength in best["strength"]))
     axes.set(yscale="log", xlabel=r"$\gamma r$", ylabel="best learning rate")
 
 
 def against_horizon(axes: Axes, exponents: pd.DataFrame, ranks: Sequence[int], steps: Sequence[int]) -> bool:
-    """The exponents against the number of steps, with the law's range; returns whether parts were measured."""
+    """Draw exponents against the number of steps with the range of the law.
+
+    Returns:
+      Whether the parts of the change were measured.
+    """
     law = exponents.groupby("step").agg({"law_low": "min", "law_high": "max"})
     axes.fill_between(law.index, law["law_low"], law["law_high"], color=style.BAND_COLOUR)
     by_parts = False
     for index, rank in enumerate(ranks):
-        own = exponents[exponents["at"] == rank].sort_values("step")
-        if own.empty:
+        selected = exponents[exponents["at"] == rank].sort_values("step")
+        if selected.empty:
             continue
-        places = beside(own["step"], index, ranks)
-        bars = own["half_width"].replace(np.inf, 0)
+        places = offset(selected["step"], index, ranks)
+        bars = selected["half_width"].replace(np.inf, 0)
         look: dict[str, Any] = {"color": "black", "linewidth": 0.8}
-        axes.errorbar(places, own["exponent"], yerr=bars, marker=style.MARKERS[index], **look)
-        if "by_parts" in own and own["by_parts"].notna().any():
+        axes.errorbar(places, selected["exponent"], yerr=bars, marker=style.MARKERS[index], **look)
+        if "by_parts" in selected and selected["by_parts"].notna().any():
             by_parts = True
             look = {"marker": "_", "markersize": 11, "markeredgewidth": 1.6, "color": "black"}
-            axes.plot(places, own["by_parts"], linestyle="none", **look)
+            axes.plot(places, selected["by_parts"], linestyle="none", **look)
     levels = {-1.0: "first step's law", -0.5: "A leads", 0.0: "no change"}
     for level in levels:
         axes.axhline(level, color="black", linewidth=0.6, linestyle=(0, (3, 2)))
-    # Beside the axes, where no bar is.
+    # Label the levels outside the axes, where no error bar is.
     axes.secondary_yaxis("right").set_yticks(list(levels), list(levels.values()))
-    style.whole_ticks(axes, steps)
+    style.integer_ticks(axes, steps)
     axes.set(xlabel="steps", ylabel=r"$d \log \eta^* / d \log(\gamma r)$", ylim=(-1.15, 0.15))
     return by_parts
 
 
-def beside(places: pd.Series, index: int, ranks: Sequence[int]) -> pd.Series:
-    """Where the points of the rank with this index are drawn on a logarithmic axis, so that no bar hides another."""
+def offset(places: pd.Series, index: int, ranks: Sequence[int]) -> pd.Series:
+    """Return positions on a logarithmic axis, shifted by the index of the rank, so that error bars do not overlap."""
     return places * 1.04 ** (index - (len(ranks) - 1) / 2)
 
 
-def best_rates(axes: Axes, x: pd.Series, own: pd.DataFrame, place: int, **look: Any) -> None:
-    """Best rates of the rank in this place, with one standard error."""
-    error = 2 ** own["log2_error"].fillna(0)
-    bars = [own["best_rate"] * (1 - 1 / error), own["best_rate"] * (error - 1)]
-    axes.errorbar(x, own["best_rate"], yerr=bars, marker=style.MARKERS[place], **look)
+def best_rates(axes: Axes, x: pd.Series, selected: pd.DataFrame, index: int, **look: Any) -> None:
+    """Draw best rates with one standard error, with the marker of the rank of this index."""
+    error = 2 ** selected["log2_error"].fillna(0)
+    bars = [selected["best_rate"] * (1 - 1 / error), selected["best_rate"] * (error - 1)]
+    axes.errorbar(x, selected["best_rate"], yerr=bars, marker=style.MARKERS[index], **look)
 
 
 def against_steps(axes: Axes, best: pd.DataFrame, ranks: Sequence[int]) -> None:
-    """The best rates of every rank and gamma r against the number of steps, between two straight lines."""
-    for (rank, strength), own in best.groupby(["rank", "strength"]):
-        place, colour = ranks.index(rank), "black" if strength == best["strength"].min() else "grey"
-        best_rates(axes, beside(own["step"], place, ranks), own, place, color=colour, linewidth=0.8)
+    """Draw the best rates of each rank and gamma r against the number of steps, with two reference slopes."""
+    for (rank, strength), selected in best.groupby(["rank", "strength"]):
+        index, colour = ranks.index(rank), "black" if strength == best["strength"].min() else "grey"
+        best_rates(axes, offset(selected["step"], index, ranks), selected, index, color=colour, linewidth=0.8)
     steps = np.array(sorted(set(best["step"])))
-    for strength, own in best.groupby("strength"):
-        start = np.exp(np.log(own.loc[own["step"] == steps[0], "best_rate"]).mean())
+    for strength, selected in best.groupby("strength"):
+        start = np.exp(np.log(selected.loc[selected["step"] == steps[0], "best_rate"]).mean())
         for power, line in ((-1.0, (0, (3, 2))), (-0.5, (0, (1, 1)))):
             axes.plot(steps, start * (steps / steps[0]) ** power, color="black", linewidth=0.6, linestyle=line)
         # Left of the first point, where no bar is.
         axes.text(steps[0] / 1.15, start, rf"$\gamma r$ = {strength:g}", fontsize=7, ha="right", va="center")
-    style.whole_ticks(axes, steps)
+    style.integer_ticks(axes, steps)
     axes.set_xlim(left=steps[0] / (steps[-1] / steps[0]) ** 0.25)
     axes.margins(y=0.12)
     axes.set(

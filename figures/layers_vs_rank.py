@@ -1,4 +1,4 @@
-"""RMS of w against the rank in real layers, from a run of sims.variance_sweep --layer-data: law and measurement."""
+"""Plot the measured and predicted rms of w against the rank in real layers, from sims.variance_sweep --layer-data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,22 +16,22 @@ SPLITS = {"train": "training", "heldout": "held-out"}
 
 @dataclass(frozen=True)
 class Config:
-    """Which run to draw."""
+    """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.variance_sweep --layer-data."""
     split: str = "heldout"
-    """Tokens the layer is read at: train or heldout."""
+    """Tokens at which the layers are measured: train or heldout."""
     out: Path | None = None
     """Folder for layers_vs_rank.png and .svg; by default the run folder."""
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """One panel a layer and optimizer; each rule's curve is divided by its value at the smallest rank."""
+    """Draw one panel for each optimizer; each rule's curve is divided by its value at the smallest rank."""
     _, rows = style.read_frame(config.run, "variance_sweep_layers")
     rows = rows[rows["split"] == config.split]
     if config.split not in SPLITS or rows.empty:
-        style.fail(f"--split is {config.split!r}; accepted are train and heldout")
+        style.fail(f"--split must be train or heldout, got {config.split!r}")
     layers, optimizers, rules = (list(dict.fromkeys(rows[name])) for name in ("layer", "optimizer", "rule"))
     figure, axes = plt.subplots(
         len(optimizers), 1, figsize=(3.4, 0.6 + 2.1 * len(optimizers)), sharex=True, squeeze=False
@@ -56,7 +56,7 @@ def draw(config: Config) -> Sequence[Path]:
                 )
         axis.axhline(1, color="black", linewidth=0.6)
         axis.set(yscale="log", ylabel="rms of $w$ relative to the first rank", title=style.OPTIMIZERS[optimizer])
-        style.whole_ticks(axis, rows["rank"])
+        style.integer_ticks(axis, rows["rank"])
     axes[-1, 0].set_xlabel("rank $r$")
     style.legend(
         figure,

@@ -1,4 +1,4 @@
-"""Validation loss, and average accuracy, of every method against the learning rate, from a run of sims.rank_sweep.
+"""Plot validation loss and average accuracy of each method against the learning rate, from sims.rank_sweep.
 
 python -m figures.loss_vs_rate RUN --rank 32
 """
@@ -27,22 +27,22 @@ from rora_theory.validation.ranges import Count, Positive, check_ranges
 
 @dataclass(frozen=True)
 class Config:
-    """Which run to draw, and which of its cells."""
+    """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of sims.rank_sweep."""
     rank: Count | None = None
-    """Of methods that have one; may be left out where the run has one rank."""
+    """Rank of the methods that have one; not needed if the run has a single rank."""
     model: str | None = None
-    """Which model, where the run has several."""
+    """Model, if the run has several."""
     alpha: Positive | None = None
-    """Which alpha, where a method and rank has several."""
+    """Alpha, if a method and rank has several."""
     answers: bool = False
-    """The loss on the answers alone in the place of the loss on all tokens."""
+    """Draw the loss on the answers instead of the loss on all tokens"""
     top: Positive | None = None
-    """Upper end of the loss axis, which lines may leave; by default all is within."""
+    """Upper end of the loss axis, which cuts lines off; by default all losses are shown."""
     name: str | None = None
-    """Name of the model in the title. None: that of its folder."""
+    """Name of the model in the title; by default the name of its folder."""
     out: Path | None = None
     """Folder for loss_vs_rate.png and .svg; by default the run folder."""
 
@@ -51,15 +51,15 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Lines are means over seeds with the items' standard error, dashes single seeds, crosses what diverged."""
+    """Draw means over seeds with the standard error over items; dashes are single seeds, crosses diverged runs."""
     manifest, rows = style.read_frame(config.run, "rank_sweep")
     rows = chosen_model(config.run, rows, config.model, config.alpha)
     rank = chosen_rank(config.run, rows, config.rank)
     rows = rows[rows["rank"].isna() | (rows["rank"] == rank)]
     trained = rows[rows["learning_rate"].notna()]
-    # A measure that was taken at one rate alone has no line to show; the loss, which is first, always has its panel.
-    loss, *others = measures(rows, config.answers)
-    panels = [loss, *(each for each in others if trained.dropna(subset=each[0])["learning_rate"].nunique() > 1)]
+    # The loss always has a panel; a further measure needs values at several rates.
+    loss, *further = measures(rows, config.answers)
+    panels = [loss, *(panel for panel in further if trained.dropna(subset=panel[0])["learning_rate"].nunique() > 1)]
     drawn = [name for name in style.METHODS if (trained["method"] == name).any()]
     rates = sorted(trained["learning_rate"].unique().tolist())
     figure, axes = style.panels(len(panels), sharex=True)
@@ -67,7 +67,7 @@ def draw(config: Config) -> Sequence[Path]:
     for axis, (column, error, label, unit) in zip(axes, panels, strict=True):
         for earlier, method in enumerate(drawn):
             cells = trained[trained["method"] == method]
-            # Where two are the same, the earlier shows around the later.
+            # Earlier methods have larger markers, so that they stay visible below equal values.
             marker_size = 3.5 + 0.7 * (len(drawn) - 1 - earlier)
             line = points(cells, column, error, unit, by="learning_rate")
             draw_line(axis, method, line, [point.place for point in line], marker_size)

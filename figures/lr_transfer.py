@@ -1,4 +1,4 @@
-"""Best learning rate against the rank, and loss against rate at the largest rank: a run of sims.lr_transfer."""
+"""Plot best learning rates against the rank and losses at the largest rank, from a run of sims.lr_transfer."""
 
 import math
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from figures import style
 from rora_theory.io import frames
 
 TRAINED = {"both": ("-", True), "B": ((0, (3, 2)), False)}
-"""Line and whether the marker is filled."""
-CEILING = 3
-"""Losses above this times the median are not drawn."""
+"""Line style of the trained factors, and whether the marker is filled."""
+MAX_LOSS_RATIO = 3
+"""Largest drawn loss, as a multiple of the median loss."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Which run to draw."""
+    """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.lr_transfer."""
@@ -31,7 +31,7 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """A column an optimizer: above the best rates with their slopes, below the losses at the largest rank."""
+    """Draw best rates with their slopes (above) and losses at the largest rank (below); columns are optimizers."""
     manifest, rows = style.read_frame(config.run, "lr_transfer")
     accepted = "the file of a finished run"
     best_rate_table, slopes = (
@@ -47,19 +47,19 @@ def draw(config: Config) -> Sequence[Path]:
             for trained, (dashes, filled) in TRAINED.items():
                 look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": dashes}
                 look["markerfacecolor"] = colour if filled else "white"
-                own_bests, own_slopes, own = (
-                    _own(table, optimizer, trained, rule) for table in (best_rate_table, slopes, rows)
+                best_rows, slope_rows, loss_rows = (
+                    _select(table, optimizer, trained, rule) for table in (best_rate_table, slopes, rows)
                 )
-                text = label + "".join(map(_slope, own_slopes.to_dict("records")))
+                text = label + "".join(map(_slope, slope_rows.to_dict("records")))
                 text += "" if filled else ", A frozen"
-                _best(axes[0, column], own_bests, look, text)
+                _best(axes[0, column], best_rows, look, text)
                 if filled:
-                    left_out += _losses(axes[1, column], own, manifest, look, label)
+                    left_out += _losses(axes[1, column], loss_rows, manifest, look, label)
         above, below = axes[:, column]
         above.set(
             title=f"{style.OPTIMIZERS[optimizer]}: best rate and its slope in $r$", xlabel="rank $r$", yscale="log"
         )
-        style.whole_ticks(above, best_rate_table["rank"])
+        style.integer_ticks(above, best_rate_table["rank"])
         above.legend(frameon=False, fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2))
         top = rows["rank"][rows["optimizer"] == optimizer].max()
         below.set(title=f"r = {top}, both factors trained", xlabel="learning rate", xscale="log")
@@ -69,7 +69,7 @@ def draw(config: Config) -> Sequence[Path]:
     axes[1, 0].set_ylabel("held-out loss" + (" (nats a token)" if is_matrix(manifest) else ""))
     words = f"bars: ± one s.e. over {' and '.join(sorted(set(best_rate_table['error_over'].dropna())))}"
     if left_out:
-        words += f"; below: rates that diverged, or whose loss is more than {CEILING} times the median's, are left out"
+        words += f"; below: rates that diverged or have a loss above {MAX_LOSS_RATIO} times the median are left out"
     edge = plt.Line2D([], [], color="black", marker="x", markersize=6, linestyle="none")
     handles = style.named(axes[1])
     handles |= {"best rate at the grid's edge": edge} if best_rate_table["edge"].notna().any() else {}
@@ -78,12 +78,12 @@ def draw(config: Config) -> Sequence[Path]:
 
 
 def is_matrix(manifest: dict[str, Any]) -> bool:
-    """Whether the runs are a real model's."""
+    """Return whether the runs are of a language model."""
     return "matrix" in manifest["config"]
 
 
 def _best(axis: plt.Axes, rows: pd.DataFrame, look: dict[str, Any], label: str) -> None:
-    """Best rates with errors; those at the grid's edge are crossed."""
+    """Draw best rates with errors, and a cross at the edge of the grid."""
     if rows.empty:
         return
     rates, factors = rows["best_rate"], 2 ** rows["log2_error"].fillna(0)
@@ -95,20 +95,24 @@ def _best(axis: plt.Axes, rows: pd.DataFrame, look: dict[str, Any], label: str) 
 
 
 def _losses(axis: plt.Axes, rows: pd.DataFrame, manifest: dict[str, Any], look: dict[str, Any], label: str) -> int:
-    """Mean loss ± s.e. over seeds at the largest rank; returns how many rates have no point."""
+    """Draw the mean loss over seeds at the largest rank.
+
+    Returns:
+      The number of rates that are left out.
+    """
     if rows.empty:
         return 0
     judge = "loss_train" if manifest.get("judge") == "train" else "loss_held_out"
     of_rate = rows[rows["rank"] == rows["rank"].max()].groupby("learning_rate")[judge]
     mean = of_rate.agg(lambda seeds: np.mean(seeds.fillna(np.inf)))
     finite = np.isfinite(mean)
-    kept = finite & (mean <= CEILING * (mean[finite].median() if finite.any() else 1.0))
-    axis.errorbar(mean.index[kept], mean[kept], yerr=of_rate.sem().fillna(0)[kept], label=label, **look)
-    return int((~kept).sum())
+    is_drawn = finite & (mean <= MAX_LOSS_RATIO * (mean[finite].median() if finite.any() else 1.0))
+    axis.errorbar(mean.index[is_drawn], mean[is_drawn], yerr=of_rate.sem().fillna(0)[is_drawn], label=label, **look)
+    return int((~is_drawn).sum())
 
 
-def _own(table: pd.DataFrame, *key: str) -> pd.DataFrame:
-    """The rows of an optimizer, of what is trained, and of a rule."""
+def _select(table: pd.DataFrame, *key: str) -> pd.DataFrame:
+    """Return the rows of an optimizer, of trained factors, and of a rule."""
     return frames.where(table, dict(zip(("optimizer", "trained", "rule"), key, strict=True)))
 
 

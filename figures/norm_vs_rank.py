@@ -1,4 +1,4 @@
-"""|dw| against the rank, log-log, from a run of sims.variance_sweep: one column an overlap, one row an optimizer."""
+"""Plot |dw| against the rank on logarithmic axes, one column for each overlap and one row for each optimizer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from rora_theory.io import frames
 
 @dataclass(frozen=True)
 class Config:
-    """Which run to draw."""
+    """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.variance_sweep."""
@@ -23,7 +23,7 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Points are simulated (with standard errors), lines exact, dashes the paper's Eq. 11."""
+    """Draw simulated values as points, the exact law as lines and the paper's Eq. 11 as dashes."""
     manifest, rows = style.read_frame(config.run, "variance_sweep")
     rows = rows[rows["quantity"] == "norm"]
     overlaps, rules = (list(dict.fromkeys(rows[name])) for name in ("overlap", "rule"))
@@ -55,7 +55,7 @@ def draw(config: Config) -> Sequence[Path]:
                     label=label,
                 )
             axis.set(yscale="log", title=f"{style.OPTIMIZERS[optimizer]}, overlap {overlap:g}")
-            style.whole_ticks(axis, rows["rank"])
+            style.integer_ticks(axis, rows["rank"])
         named = f", A {init}" if len({init for _, init in panels}) > 1 else ""
         axis_row[0].set_ylabel(rf"rms of $\|w\|_2$ (output units){named}")
     for axis in axes[-1]:

@@ -1,4 +1,4 @@
-"""Crossing ranks and takeover over a real model's depth, and predicted lines through measured points: sims.regime."""
+"""Plot crossing ranks and takeover over a model's depth, and predicted against measured sizes, from sims.regime."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,39 +19,39 @@ FINISHED = "the file of a finished run"
 
 @dataclass(frozen=True)
 class Config:
-    """Which run to draw."""
+    """Settings of the figures."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.regime."""
     split: Literal["train", "heldout"] = "heldout"
-    """Tokens the modules are read at."""
+    """Tokens at which the modules are measured."""
     init: str | None = None
-    """Init of the adapters; by default the run's first."""
+    """Initialisation of the adapters; by default the first one of the run."""
     modules: tuple[str, ...] = ()
-    """Modules whose rms to draw, by full name; by default the first and last layer's of the first and last type."""
+    """Full names of the modules in regime_rms; by default the first and last layer of the first and last type."""
     out: Path | None = None
     """Folder for regime_depth, regime_takeover and regime_rms (.png and .svg); by default the run folder."""
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """The figures; takeover where the run measured it."""
+    """Draw the figures; that of takeover only if the run measured it."""
     manifest, rows = style.read_frame(config.run, "regime")
-    init, every = config.init or rows["init"].iloc[0], set(rows["module"])
+    init, run_modules = config.init or rows["init"].iloc[0], set(rows["module"])
     style.check_among("--init", init, rows["init"])
-    if unknown := [name for name in config.modules if name not in every]:
-        style.fail(f"--modules has {unknown[0]}; accepted are the run's, such as {rows['module'].iloc[0]}")
+    if unknown := [name for name in config.modules if name not in run_modules]:
+        style.fail(f"--modules must be modules of the run, such as {rows['module'].iloc[0]}, got {unknown[0]}")
 
-    def own(table: pd.DataFrame) -> pd.DataFrame:
+    def select(table: pd.DataFrame) -> pd.DataFrame:
         chosen = table[(table["split"] == config.split) & (table["init"] == init)]
         return chosen.assign(kind=chosen["module"].str.split(".").str[-1])
 
-    rows, crossings = own(rows), own(frames.read_csv(config.run / "crossing_ranks.csv", accepted=FINISHED))
+    rows, crossings = select(rows), select(frames.read_csv(config.run / "crossing_ranks.csv", accepted=FINISHED))
     if rows.empty or crossings.empty:
-        style.fail(f"{config.run}: has no row of split {config.split}; accepted is --split with one that it has")
+        style.fail(f"{config.run}: has no row of split {config.split}. Choose another --split.")
     out = config.out or config.run
     rate = manifest["config"]["lr"]
     path = config.run / "takeover.csv"
-    takeover = own(frames.read_csv(path, accepted=FINISHED)) if path.exists() else None
+    takeover = select(frames.read_csv(path, accepted=FINISHED)) if path.exists() else None
     return [
         *_depth(crossings, config.split, out),
         *(_takeover(takeover, rate, config.split, out) if takeover is not None and len(takeover) else ()),
@@ -60,19 +60,19 @@ def draw(config: Config) -> Sequence[Path]:
 
 
 def _depth(rows: pd.DataFrame, split: str, out: Path) -> list[Path]:
-    """A panel a type of module: r* of each layer, band between the quartiles over tokens."""
+    """Draw r* of each layer with the quartiles over tokens, one panel for each type of module."""
     kinds, optimizers = (list(dict.fromkeys(rows[name])) for name in ("kind", "optimizer"))
     figure, axes = _panels(kinds)
     for axis, kind in zip(axes[0], kinds, strict=True):
         for index, optimizer in enumerate(optimizers):
-            own = rows[(rows["kind"] == kind) & (rows["optimizer"] == optimizer)].sort_values("layer")
-            colour, layers = style.COLOURS[index], own["layer"]
+            selected = rows[(rows["kind"] == kind) & (rows["optimizer"] == optimizer)].sort_values("layer")
+            colour, layers = style.COLOURS[index], selected["layer"]
             axis.fill_between(
-                layers, own["lower_quartile"], own["upper_quartile"], color=colour, alpha=0.2, linewidth=0
+                layers, selected["lower_quartile"], selected["upper_quartile"], color=colour, alpha=0.2, linewidth=0
             )
             axis.plot(
                 layers,
-                own["crossing_rank"],
+                selected["crossing_rank"],
                 color=colour,
                 marker=style.MARKERS[index],
                 markersize=2,
@@ -90,13 +90,16 @@ def _depth(rows: pd.DataFrame, split: str, out: Path) -> list[Path]:
 
 
 def _takeover(rows: pd.DataFrame, learning_rate: float, split: str, out: Path) -> list[Path]:
-    """A panel a type of module: steps after which A leads under Adam, a line a rank; dashes: signs begin to turn."""
+    """Draw the steps after which A leads under Adam, one panel for each type of module and one line for each rank.
+
+    Dashes show where the signs begin to turn.
+    """
     kinds, ranks = (list(dict.fromkeys(rows[name])) for name in ("kind", "rank"))
     figure, axes = _panels(kinds)
     for axis, kind in zip(axes[0], kinds, strict=True):
-        own = rows[rows["kind"] == kind].sort_values("layer")
-        turns = own[own["rank"] == ranks[0]]
-        lines = [(f"r = {rank}", "takeover", own[own["rank"] == rank]) for rank in ranks]
+        selected = rows[rows["kind"] == kind].sort_values("layer")
+        turns = selected[selected["rank"] == ranks[0]]
+        lines = [(f"r = {rank}", "takeover", selected[selected["rank"] == rank]) for rank in ranks]
         lines += [("5% of the signs of $G A^T$ have turned", "turn_5", turns)]
         for index, (label, column, line) in enumerate(lines):
             axis.plot(
@@ -116,7 +119,7 @@ def _takeover(rows: pd.DataFrame, learning_rate: float, split: str, out: Path) -
 
 
 def _panels(kinds: list[str]) -> tuple[plt.Figure, Any]:
-    """A panel a type of module, its layers along the axis, the other axis logarithmic."""
+    """Create one panel for each type of module, with the layers on a linear and the values on a logarithmic axis."""
     figure, axes = plt.subplots(
         1, len(kinds), figsize=(max(3.4, 0.5 + 1.35 * len(kinds)), 2.3), sharex=True, sharey=True, squeeze=False
     )
@@ -127,9 +130,12 @@ def _panels(kinds: list[str]) -> tuple[plt.Figure, Any]:
 
 
 def _rms(rows: pd.DataFrame, config: Config, init: str, out: Path) -> list[Path]:
-    """A row an optimizer, a panel a module: the law's lines of every rule, the points of the one that was stepped."""
-    every, optimizers, rules = (list(dict.fromkeys(rows[name])) for name in ("module", "optimizer", "rule"))
-    modules = config.modules or _default(every)
+    """Draw the law of each rule as lines and the rule that was measured as points.
+
+    There is one row for each optimizer and one panel for each module.
+    """
+    all_modules, optimizers, rules = (list(dict.fromkeys(rows[name])) for name in ("module", "optimizer", "rule"))
+    modules = config.modules or _default(all_modules)
     figure, axes = plt.subplots(
         len(optimizers),
         len(modules),
@@ -144,22 +150,22 @@ def _rms(rows: pd.DataFrame, config: Config, init: str, out: Path) -> list[Path]
             for position, rule in enumerate(rules):
                 label, colour, marker = style.look(rule, position)
                 where = {"module": module, "optimizer": optimizer, "rule": rule}
-                own = frames.where(rows, where).sort_values("rank")
-                first = own["predicted"].iloc[0]
-                axis.plot(own["rank"], own["predicted"] / first, color=colour, label=label)
-                seen = own[own["measured"].notna()]
-                if len(seen):
+                selected = frames.where(rows, where).sort_values("rank")
+                first = selected["predicted"].iloc[0]
+                axis.plot(selected["rank"], selected["predicted"] / first, color=colour, label=label)
+                measured_rows = selected[selected["measured"].notna()]
+                if len(measured_rows):
                     axis.errorbar(
-                        seen["rank"],
-                        seen["measured"] / first,
-                        yerr=seen["standard_error"] / first,
+                        measured_rows["rank"],
+                        measured_rows["measured"] / first,
+                        yerr=measured_rows["standard_error"] / first,
                         color=colour,
                         marker=marker,
                         markersize=2.5,
                         linestyle="none",
                     )
             axis.set(yscale="log")
-            style.whole_ticks(axis, rows["rank"], most=5)
+            style.integer_ticks(axis, rows["rank"], max_count=5)
             if optimizer == optimizers[0]:
                 axis.set_title(module.removeprefix("model.layers."))
             if optimizer == optimizers[-1]:
@@ -171,12 +177,12 @@ def _rms(rows: pd.DataFrame, config: Config, init: str, out: Path) -> list[Path]
 
 
 def _default(modules: list[str]) -> tuple[str, ...]:
-    """First and last layer's module of the first and the last type."""
+    """Return the modules of the first and last layer of the first and the last type."""
     kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in modules))
     chosen = []
     for kind in (kinds[0], kinds[-1]):
-        own = [name for name in modules if name.rpartition(".")[2] == kind]
-        chosen += [own[0], own[-1]]
+        selected = [name for name in modules if name.rpartition(".")[2] == kind]
+        chosen += [selected[0], selected[-1]]
     return tuple(dict.fromkeys(chosen))
 
 

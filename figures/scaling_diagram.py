@@ -1,4 +1,4 @@
-"""LoRA beside RoRA (Fig. 2 of the paper): the same adapter, another scaling; drawn from the package's own law.
+"""Draw the adapters of LoRA and RoRA, which differ in their scaling (Fig. 2 of the paper).
 
 python -m figures.scaling_diagram --out FOLDER
 """
@@ -22,12 +22,12 @@ FROZEN, TRAINED, LINE = "#d9d9d9", "#F0E442", "#444444"
 
 @dataclass(frozen=True)
 class Config:
-    """What to draw."""
+    """Settings of the figure."""
 
     alpha: Positive = 64.0
     """Strength of the adapter."""
     rank: Count = 32
-    """Rank that is marked, and that the numbers in the schemes are of."""
+    """Rank that is marked in the curve and used in the schemes."""
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     """Ranks of the curve."""
     out: Path = Path("results/scaling_diagram")
@@ -39,7 +39,7 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Two schemes of W x + gamma B A x, and gamma against the rank under both rules."""
+    """Draw schemes of W x + gamma B A x, and gamma against the rank, for both rules."""
     gammas = {
         rule: [scaling_factor(rule, alpha=config.alpha, rank=rank) for rank in (*config.ranks, config.rank)]
         for rule in ("lora", "rora")
@@ -47,12 +47,12 @@ def draw(config: Config) -> Sequence[Path]:
     figure, axes = plt.subplot_mosaic([[*gammas], ["curve"] * 2], figsize=(4.6, 5.0), height_ratios=(1, 0.9))
     for rule in gammas:
         scheme(axes[rule], rule, config, gammas[rule][-1])
-    curve(axes["curve"], config, {rule: found[:-1] for rule, found in gammas.items()})
+    curve(axes["curve"], config, {rule: values[:-1] for rule, values in gammas.items()})
     return style.save(figure, config.out, "scaling_diagram")
 
 
 def scheme(axis: Any, rule: str, config: Config, gamma: float) -> None:
-    """x through the frozen W and, beside it, through A, B and gamma, to their sum."""
+    """Draw the path of x through the frozen W, and the path through A, B and gamma, to their sum."""
     _, colour, _ = style.look(rule)
     name, formula = {"lora": ("LoRA", r"\alpha/r"), "rora": ("RoRA", r"\alpha/\sqrt{r}")}[rule]
     axis.set(xlim=(0, 10), ylim=(0, 10.6), aspect="equal")
@@ -88,14 +88,14 @@ def scheme(axis: Any, rule: str, config: Config, gamma: float) -> None:
 
 
 def curve(axis: Any, config: Config, gammas: dict[str, list[float]]) -> None:
-    """gamma against the rank, log-log; slopes -1 and -1/2."""
-    for rule, found in gammas.items():
+    """Draw gamma against the rank on logarithmic axes, with the slopes."""
+    for rule, values in gammas.items():
         label, colour, marker = style.look(rule)
-        axis.plot(config.ranks, found, color=colour, marker=marker, label=label)
-        slope = np.polyfit(np.log(config.ranks), np.log(found), 1)[0] if len(config.ranks) > 1 else np.nan
+        axis.plot(config.ranks, values, color=colour, marker=marker, label=label)
+        slope = np.polyfit(np.log(config.ranks), np.log(values), 1)[0] if len(config.ranks) > 1 else np.nan
         axis.annotate(
             f"slope {slope:+.2g}",
-            (config.ranks[-len(config.ranks) // 4], found[-len(config.ranks) // 4]),
+            (config.ranks[-len(config.ranks) // 4], values[-len(config.ranks) // 4]),
             xytext=(3, 6),
             textcoords="offset points",
             color=colour,

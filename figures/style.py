@@ -1,4 +1,4 @@
-"""How figures look and where they go: colour-blind safe, print size, PNG and SVG."""
+"""Style and output of figures: colour-blind safe, in print size, as PNG and SVG."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config")
 
-# Okabe and Ito's palette, told apart by all common kinds of colour vision; markers differ too.
+# Okabe and Ito's palette is distinguishable with all common types of colour vision; markers differ too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 METHODS = {
@@ -42,7 +42,7 @@ METHODS = {
     "parallel": ("parallel adapter", 11),
     "full": ("full fine-tuning", 12),
 }
-"""Label, and place in the palette, of every method and every scaling rule that has a name."""
+"""Label of each method and named scaling rule, and its position in the palette."""
 KAPPAS = {1.0: "lora", 0.5: "rora", 0.25: "quarter"}
 BAND_COLOUR = "#dddddd"
 OPTIMIZERS = {"sgd": "SGD", "momentum": "momentum", "adam": "Adam", "adamw": "AdamW"}
@@ -69,11 +69,11 @@ STYLE: Any = {
 
 
 def look(name: str, position: int = 0) -> tuple[str, str, str]:
-    """Label, colour and marker of a method or a scaling rule: the same in every figure.
+    """Return the label, colour and marker of a method or a scaling rule, which are the same in every figure.
 
     Args:
-      name: of a method, of a rule, or an exponent kappa; ``rslora`` and 0.5 are RoRA, 1 is LoRA.
-      position: which of the figure's lines it is, for the colour of one that has no name.
+      name: Name of a method or a rule, or an exponent kappa; ``rslora`` and 0.5 are RoRA, 1 is LoRA.
+      position: Index of the line in the figure, which selects the colour of a rule without a name.
     """
     try:
         name = KAPPAS.get(float(name), name)
@@ -82,7 +82,7 @@ def look(name: str, position: int = 0) -> tuple[str, str, str]:
         unnamed = name
     name = "rora" if name == "rslora" else name
     label, index = METHODS.get(name, (unnamed, (2, 3, 5, 6)[position % 4]))
-    # From the palette's second round on a colour has another marker.
+    # Markers shift by one in each round through the palette.
     return label, COLOURS[index % len(COLOURS)], MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
 
 
@@ -95,14 +95,21 @@ def panels(count: int, *, sharex: bool = False) -> tuple[Figure, list[Any]]:
 
 
 def legend(figure: Figure, handles: dict[str, Any], title: str) -> None:
-    """One legend below all panels, by label: in as many columns as find room, its title folded between words."""
-    width = figure.bbox.width - 20  # what the legend's own border takes
+    """Add one legend below all panels, with as many columns as fit and a title that is folded between words.
+
+    Args:
+      figure: Figure.
+      handles: Handles by label.
+      title: Title of the legend.
+    """
+    width = figure.bbox.width - 20  # without the border of the legend
     lines = [""]
     for word in title.split(" "):
         longer = f"{lines[-1]} {word}".strip()
         lines = [*lines[:-1], longer] if _extent(figure, longer) <= width else [*lines, word]
+    # Reduce the number of columns until the legend fits.
     for columns in range(len(handles), 0, -1):
-        found = figure.legend(
+        box = figure.legend(
             handles.values(),
             handles.keys(),
             loc="outside lower center",
@@ -111,14 +118,14 @@ def legend(figure: Figure, handles: dict[str, Any], title: str) -> None:
             title="\n".join(lines),
             title_fontsize=7,
         )
-        found.get_title().set_multialignment("center")
-        if columns == 1 or found.get_window_extent().width <= figure.bbox.width:
+        box.get_title().set_multialignment("center")
+        if columns == 1 or box.get_window_extent().width <= figure.bbox.width:
             return
-        found.remove()
+        box.remove()
 
 
 def _extent(figure: Figure, text: str) -> float:
-    """Pixels that a line of a legend's title takes."""
+    """Return the width of a line of a legend's title in pixels."""
     artist = figure.text(0, 0, text, fontsize=7)
     width = artist.get_window_extent().width
     artist.remove()
@@ -126,39 +133,48 @@ def _extent(figure: Figure, text: str) -> float:
 
 
 def named(axes: Iterable[Any]) -> dict[str, Any]:
-    """Handles of all labels that axes have."""
-    found: dict[str, Any] = {}
+    """Return the handles of all labelled artists of the axes, by label."""
+    handles: dict[str, Any] = {}
     for axis in axes:
-        found |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    return found
+        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    return handles
 
 
 def band_handle() -> Any:
-    """A grey band's handle in a legend."""
+    """Return the legend handle of a grey band."""
     return plt.Rectangle((0, 0), 1, 1, facecolor=BAND_COLOUR, edgecolor="none")
 
 
-def whole_ticks(axis: Any, values: Iterable[int], most: int = 7) -> None:
-    """A logarithmic axis of ranks or steps: ticks at values that were run, as plain integers, ``most`` of them."""
+def integer_ticks(axis: Any, values: Iterable[int], max_count: int = 7) -> None:
+    """Use a logarithmic axis of ranks or steps with integer ticks at measured values.
+
+    Args:
+      axis: Axes whose horizontal axis is changed.
+      values: Measured values.
+      max_count: Maximum number of ticks.
+    """
     ticks = sorted(set(values))
-    ticks = ticks[:: -(-len(ticks) // most)]
+    ticks = ticks[:: -(-len(ticks) // max_count)]
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.xaxis.set_minor_locator(NullLocator())
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write ``folder/name.png`` (200 dpi) and ``.svg``, without dates, so that equal data give equal files.
+    """Write a figure as PNG (200 dpi) and SVG without dates, so that equal data give equal files.
 
     The SVG file is the same on any processor with the same version of matplotlib.
+
+    Returns:
+      The paths of both files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
     figure.savefig(paths[0], dpi=200, metadata={"Software": None})
-    figure.set_layout_engine("none")  # as laid out for the first, which takes longer than to draw
-    drawn = io.StringIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None})
-    paths[1].write_text(_rounded(drawn.getvalue()), "utf-8")
+    figure.set_layout_engine("none")  # reuse the layout of the PNG file, which takes longer than drawing
+    svg = io.StringIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    paths[1].write_text(_rounded(svg.getvalue()), "utf-8")
     plt.close(figure)
     return paths
 
@@ -169,9 +185,9 @@ _HASH = re.compile(r'(?<=["#])([a-z]+)[0-9a-f]{10}(?=[")])')
 
 
 def _rounded(svg: str) -> str:
-    """An SVG file with coordinates to 0.01 points, so that rounding errors of another processor do not change it.
+    """Round the coordinates of an SVG file to 0.01 points, so that rounding errors of processors do not change it.
 
-    Names of clip paths and markers are hashes of unrounded coordinates: they are numbered instead.
+    Names of clip paths and markers are hashes of unrounded coordinates, so they are replaced by numbers.
     """
     svg = _COORDINATES.sub(lambda part: _DECIMAL.sub(_hundredths, part[0]), svg)
     names: dict[str, str] = {}
@@ -179,37 +195,43 @@ def _rounded(svg: str) -> str:
 
 
 def _hundredths(number: re.Match[str]) -> str:
-    return f"{round(float(number[0]), 2) + 0.0:.2f}".rstrip("0").rstrip(".")  # + 0.0: no negative zero
+    return f"{round(float(number[0]), 2) + 0.0:.2f}".rstrip("0").rstrip(".")  # + 0.0 removes a negative zero
 
 
-OF_A_RUN = "the file of a run folder"
+RUN_FILE = "the file of a run folder"
 
 
 def read_manifest(folder: Path, experiment: str | None = None) -> dict[str, Any]:
-    """A run's manifest; a missing, damaged or changed file or another experiment's ends the command."""
+    """Read a run's manifest. A missing, damaged or changed file, or another experiment, ends the command."""
     check_as_written(folder)
-    manifest = files.read_json(folder / "manifest.json", accepted=OF_A_RUN)
+    manifest = files.read_json(folder / "manifest.json", accepted=RUN_FILE)
     check_manifest(folder / "manifest.json", manifest)
     if experiment is not None and manifest.get("experiment") != experiment:
-        fail(f"{folder}: is a run of {manifest.get('experiment')}; accepted is a run of {experiment}")
+        fail(f"{folder}: must be a run of {experiment}, got a run of {manifest.get('experiment')}")
     return manifest
 
 
 def read_frame(folder: Path, experiment: str | None = None) -> tuple[dict[str, Any], "pd.DataFrame"]:
-    """Manifest and table of a run folder; a missing, damaged or changed one ends the command: one line, status 2."""
+    """Read the manifest and the table of a run folder. A missing, damaged or changed file ends the command."""
     manifest = read_manifest(folder, experiment)
-    found = frames.read_csv(folder / "results.csv", accepted=OF_A_RUN)
-    if found.empty:
-        fail(f"{folder}/results.csv: has no rows; accepted is a run with at least one finished cell")
-    return manifest, found
+    table = frames.read_csv(folder / "results.csv", accepted=RUN_FILE)
+    if table.empty:
+        fail(f"{folder}/results.csv: has no rows. Choose a run with at least one finished cell.")
+    return manifest, table
 
 
 def check_among(option: str, value: Any, values: Iterable[Any]) -> None:
-    """End the command where an option is given, and a run has no such value."""
-    known = [one if isinstance(one, str) else f"{one:g}" for one in sorted(set(values))]
-    word = value if isinstance(value, str | None) else f"{value:g}"
-    if value is not None and word not in known:
-        fail(f"{option} is {word}; accepted are those that are there: {', '.join(known)}")
+    """End the command if an option is given and the run does not have its value.
+
+    Args:
+      option: Name of the option.
+      value: Value of the option; None if it is not given.
+      values: Values of the run.
+    """
+    available = [entry if isinstance(entry, str) else f"{entry:g}" for entry in sorted(set(values))]
+    text = value if isinstance(value, str | None) else f"{value:g}"
+    if value is not None and text not in available:
+        fail(f"{option} must be one of the run's values {', '.join(available)}, got {text}")
 
 
 def seeds_of(manifest: dict[str, Any]) -> int:
@@ -218,30 +240,29 @@ def seeds_of(manifest: dict[str, Any]) -> int:
 
 
 def check_as_written(folder: Path, within: str = "") -> None:
-    """End the command where a file of a run, or of the folder ``within`` it, is not the one it wrote."""
+    """End the command if a file of a run, or of the folder ``within`` it, was changed since the run wrote it."""
     problem = seals.describe_problem(folder, within)
     if problem is not None:
-        fail(f"{problem}; accepted is the file as the run wrote it, which its command makes again")
+        fail(f"{problem}. Restore the file, or run the command of the run again.")
 
 
 def command(draw: Callable[[Config], Sequence[Path]], config: type[Config], description: str | None) -> None:
-    """A figure's command line: options from its dataclass, which has the folder ``out``."""
+    """Run the command line of a figure, whose options are the fields of a dataclass with a folder ``out``."""
 
     def run() -> None:
-        found = cli.parse(config, description=description or "")
-        if (out := getattr(found, "out", None)) is not None:
-            check_own(out)
-        main(draw, found)
+        parsed = cli.parse(config, description=description or "")
+        if (out := getattr(parsed, "out", None)) is not None:
+            check_output_folder(out)
+        main(draw, parsed)
 
     cli.run(run)
 
 
-def check_own(folder: Path) -> None:
-    """Refuse to draw into a folder of others.
+def check_output_folder(folder: Path) -> None:
+    """Check that a folder is new, empty, a run folder, or holds only figures (.png, .svg) and tables (.md, .csv).
 
     Raises:
-      InputError: one that is neither new or empty nor a run's, and has a file that is not one of a figure's two (.png
-        and .svg) or of a table's (.md and .csv).
+      InputError: The folder has another file.
     """
     if not folder.exists():
         return
@@ -252,13 +273,13 @@ def check_own(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if path.suffix not in twins or not path.with_suffix(twins[path.suffix]).exists():
             raise InputError(
-                f"{folder}: holds {path.name}, which no figure wrote; accepted is a folder that is new or empty, a "
-                "run's, or one of figures"
+                f"{folder}: holds {path.name}, which is not a figure. Use a new or empty folder, a run folder, or a "
+                "folder of figures."
             )
 
 
 def main(draw: Callable[..., Sequence[Path]], *arguments: Any) -> None:
-    """Draw with this package's style and print the files' paths.
+    """Draw a figure in the style of this package and print the paths of its files.
 
     Raises:
       InputError: If a setting that the figure reads is missing from the run's manifest, or has the wrong type.

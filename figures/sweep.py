@@ -1,4 +1,4 @@
-"""What figures of a run of sims.rank_sweep share: means over seeds, their lines, and the levels beside them."""
+"""Shared parts of the figures of sims.rank_sweep: means over seeds, their lines, and reference levels."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -16,15 +16,14 @@ PALE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
 
 @dataclass(frozen=True)
 class Point:
-    """One method at one rank or learning rate: the mean over seeds.
+    """Mean over seeds of one method at one rank or learning rate.
 
     Attributes:
-      place: the rank or learning rate.
-      value: mean over the seeds.
-      error: standard error from the items (records) measured on, the same in every seed.
-      seeds: each seed's own value.
-      diverged: how many further seeds have none, because the loss became no number. Where that is all of them, the
-        value is NaN.
+      place: Rank or learning rate.
+      value: Mean over the seeds; NaN if all seeds diverged.
+      error: Standard error over the items or records, which all seeds share.
+      seeds: Values of the single seeds.
+      diverged: Number of further seeds whose loss became non-finite.
     """
 
     place: float
@@ -35,48 +34,48 @@ class Point:
 
 
 def chosen_model(run: Path, rows: pd.DataFrame, model: str | None, alpha: float | None) -> pd.DataFrame:
-    """Finished cells of one model, and of one alpha for each method and rank; other than that ends the command."""
+    """Return the finished cells of one model, with one alpha for each method and rank, or end the command."""
     models = rows["model"].unique().tolist()
     if model is None and len(models) > 1:
-        style.fail(f"{run}: has the models {', '.join(models)}; accepted is --model with one of them")
+        style.fail(f"{run}: has the models {', '.join(models)}. Choose one with --model.")
     model = models[0] if model is None else model
     style.check_among("--model", model, models)
-    found = rows[(rows["model"] == model) & rows["status"].isin(("complete", "diverged"))]
-    style.check_among("--alpha", alpha, found["alpha"].dropna())
+    cells = rows[(rows["model"] == model) & rows["status"].isin(("complete", "diverged"))]
+    style.check_among("--alpha", alpha, cells["alpha"].dropna())
     if alpha is not None:
-        found = found[found["alpha"].isna() | (found["alpha"] == alpha)]
-    if not (found["learning_rate"].notna() & (found["status"] == "complete")).any():
-        style.fail(f"{run}/results.csv: has no finished cell of an adapter; accepted is a run with at least one")
-    for (method, rank), alphas in found.groupby(["method", "rank"], sort=False)["alpha"]:
+        cells = cells[cells["alpha"].isna() | (cells["alpha"] == alpha)]
+    if not (cells["learning_rate"].notna() & (cells["status"] == "complete")).any():
+        style.fail(f"{run}/results.csv: has no finished cell of an adapter. Choose a run with at least one.")
+    for (method, rank), alphas in cells.groupby(["method", "rank"], sort=False)["alpha"]:
         if alphas.nunique() > 1:
             several = ", ".join(f"{alpha:g}" for alpha in sorted(alphas.unique()))
-            style.fail(f"{run}: {method} r={rank} has alpha {several}; accepted is --alpha with one of them")
-    return found
+            style.fail(f"{run}: {method} r={rank} has alpha {several}. Choose one with --alpha.")
+    return cells
 
 
 def chosen_rank(run: Path, rows: pd.DataFrame, rank: int | None) -> int | None:
-    """The rank that is asked for, or a run's only one; None where none has a rank. Other than that ends the command."""
+    """Return the selected rank or the only rank of a run, None if no cell has a rank, or end the command."""
     ranks = sorted(rows["rank"].dropna().unique().tolist())
     rank = ranks[0] if rank is None and len(ranks) == 1 else rank
     if ranks and rank not in ranks:
-        style.fail(f"{run}: has the ranks {', '.join(map(str, ranks))}; accepted is --rank with one of them")
+        style.fail(f"{run}: has the ranks {', '.join(map(str, ranks))}. Choose one with --rank.")
     return rank if ranks else None
 
 
 def check_columns(path: Path, rows: pd.DataFrame, names: Iterable[str]) -> None:
-    """End the command where a table of an earlier version lacks a column."""
+    """End the command if a table lacks a column."""
     if missing := [name for name in names if name not in rows]:
-        style.fail(f"{path}: has no column {missing[0]}; accepted is a run that sims.rank_sweep went through again")
+        style.fail(f"{path}: has no column {missing[0]}. Choose a run of sims.rank_sweep that scored it.")
 
 
 def at_best_rate(run: Path, rows: pd.DataFrame) -> pd.DataFrame:
-    """The cells at the best learning rate of their model, method, rank and alpha, every seed's."""
+    """Return the cells of all seeds at the best learning rate of their model, method, rank and alpha."""
     check_columns(run / "results.csv", rows, ["best_rate"])
     return rows[rows["best_rate"].notna()]
 
 
 def model_name(model: str, name: str | None = None) -> str:
-    """A model's short name: the one given, or that of its folder; of a run's ``model`` or ``merged`` the run's."""
+    """Return the short name of a model: the given one, or that of its folder or of the run that wrote it."""
     if name is not None:
         return name
     path = Path(model)
@@ -84,35 +83,35 @@ def model_name(model: str, name: str | None = None) -> str:
 
 
 def points(cells: pd.DataFrame, column: str, error: str, unit: float, by: str = "rank") -> list[Point]:
-    """A method's means over seeds by rank or learning rate, where the column was measured."""
-    found = []
+    """Return the means over seeds of a method by rank or learning rate, where the column was measured."""
+    means = []
     for place in sorted(cells[by].unique().tolist()):
         group = cells[cells[by] == place]
         measured = group[(group["status"] == "complete") & group[column].notna()]
         diverged = int((group["status"] == "diverged").sum())
         if len(measured) or diverged:
             values, errors = ((unit * measured[name]).tolist() for name in (column, error))
-            found.append(Point(place, mean(values), mean(errors), tuple(values), diverged))
-    return found
+            means.append(Point(place, mean(values), mean(errors), tuple(values), diverged))
+    return means
 
 
 def measures(rows: pd.DataFrame, answers: bool) -> list[tuple[str, str, str, float]]:
-    """What was measured, a panel each: the columns of the value and its error, the axis label and the unit."""
+    """Return the measures of a run: columns of the value and its error, axis label, and unit."""
     loss = "answer" if answers else "validation"
-    found = [(f"{loss}_loss", f"{loss}_error", f"{loss} loss per token (nats)", 1.0)]
+    panels = [(f"{loss}_loss", f"{loss}_error", f"{loss} loss per token (nats)", 1.0)]
     scored = rows.loc[rows["average"].notna() & rows["learning_rate"].notna(), "protocol"]
     if len(scored):
-        found.append(("average", "average_error", f"average accuracy, {scored.iloc[0]} (%)", 100.0))
-    return found
+        panels.append(("average", "average_error", f"average accuracy, {scored.iloc[0]} (%)", 100.0))
+    return panels
 
 
-def beside(places: Sequence[float], position: int) -> list[float]:
-    """Where a line's points are drawn on a logarithmic axis: side by side, so that bars do not hide each other."""
+def offset(places: Sequence[float], position: int) -> list[float]:
+    """Return positions on a logarithmic axis, shifted by the index of the line, so that error bars do not overlap."""
     return [place * 2.0 ** (0.06 * position) for place in places]
 
 
 def draw_line(axis: Any, method: str, line: Sequence[Point], places: Sequence[float], size: float = 3.5) -> None:
-    """Mean and error bar at each place; the single seeds beside, where there are several."""
+    """Draw mean and error bar at each position, and the single seeds if there are several."""
     if not line:
         return
     label, colour, marker = style.look(method)
@@ -137,36 +136,36 @@ def draw_line(axis: Any, method: str, line: Sequence[Point], places: Sequence[fl
 
 
 def marks(lines: Iterable[Sequence[Point]]) -> dict[str, Any]:
-    """Handles of the marks that lines have beside mean and bar: what diverged."""
-    every = [point for line in lines for point in line]
-    found = {
-        "some seeds diverged": ("o", any(point.diverged and point.seeds for point in every)),
-        "all seeds diverged": ("x", any(point.diverged and not point.seeds for point in every)),
+    """Return the legend handles of marks for diverged seeds."""
+    all_points = [point for line in lines for point in line]
+    marks_by_label = {
+        "some seeds diverged": ("o", any(point.diverged and point.seeds for point in all_points)),
+        "all seeds diverged": ("x", any(point.diverged and not point.seeds for point in all_points)),
     }
     return {
         label: plt.Line2D([], [], color="#555555", marker=marker, markerfacecolor="white", linestyle="none")
-        for label, (marker, there) in found.items()
+        for label, (marker, there) in marks_by_label.items()
         if there
     }
 
 
 def seeds_in_words(lines: Iterable[Sequence[Point]]) -> str:
-    """The end of a title where single seeds are drawn, so that the legend needs no entry for them."""
+    """Return the end of a title that explains the marks of single seeds; empty if none are drawn."""
     return "; short dashes: a single seed" if any(len(point.seeds) > 1 for line in lines for point in line) else ""
 
 
 def levels(axis: Any, rows: pd.DataFrame, column: str, unit: float) -> None:
-    """Dashes: the model without an adapter; a level far from the lines is named at the edge. Dots: chance."""
+    """Draw the base model as dashes and chance as dots; a level far from the lines is stated at the edge."""
     bases = rows[(rows["method"] == "base") & rows[column].notna()]
     if bases.empty:
         return
     label, colour, _ = style.look("base")
-    found = [(unit * bases[column].iloc[0], label, colour, "--")]
+    lines = [(unit * bases[column].iloc[0], label, colour, "--")]
     if column == "average" and bases["average_chance"].notna().iloc[0]:
-        found.append((unit * bases["average_chance"].iloc[0], "chance", "#777777", ":"))
+        lines.append((unit * bases["average_chance"].iloc[0], "chance", "#777777", ":"))
     low, high = axis.get_ylim()
     beyond = 2 * (high - low) if axis.get_autoscaley_on() else 0.0  # how far the axis may be stretched
-    for value, name, shade, dashes in found:
+    for value, name, shade, dashes in lines:
         if low - beyond <= value <= high + beyond:
             axis.axhline(value, color=shade, linestyle=dashes, linewidth=0.9, label=name)
         else:
@@ -180,5 +179,5 @@ def levels(axis: Any, rows: pd.DataFrame, column: str, unit: float) -> None:
 
 
 def mean(values: Sequence[float]) -> float:
-    """NaN where there are none."""
+    """Return the mean of values; NaN if there are none."""
     return math.fsum(values) / len(values) if values else math.nan

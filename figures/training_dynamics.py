@@ -1,4 +1,4 @@
-"""Exponents against the step, and the quantities against the rank, from a run of sims.training_dynamics."""
+"""Plot exponents against the step, and output changes against the rank, from sims.training_dynamics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,25 +18,25 @@ QUANTITIES = {
     "delta_frobenius": r"$\|\Delta M\|_F$",
 }
 BAND = 0.1
-"""Slopes shown as flat."""
+"""Largest absolute slope that counts as flat."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Which run to draw."""
+    """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.training_dynamics."""
     model: Literal["linear", "mlp"] = "linear"
-    """Which problem."""
+    """Problem: a linear layer or a small MLP."""
     start: Literal["A", "B"] = "A"
-    """Which factor starts random."""
+    """Factor that is random at the start."""
     out: Path | None = None
     """Folder for the figures; by default the run folder."""
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Two figures, training_dynamics_MODEL_START_exponents and _rms."""
+    """Draw training_dynamics_MODEL_START_exponents and training_dynamics_MODEL_START_rms."""
     manifest, rows = style.read_frame(config.run, "training_dynamics")
     chosen = rows[(rows["model"] == config.model) & (rows["start"] == config.start)]
     if chosen.empty:
@@ -53,7 +53,7 @@ def draw(config: Config) -> Sequence[Path]:
 
 
 def exponents(manifest: dict[str, Any], fits: pd.DataFrame) -> plt.Figure:
-    """Slope in the rank against the step: a row an optimizer, a column a quantity, a colour a rule."""
+    """Draw slopes in the rank against the step: rows are optimizers, columns quantities, colours rules."""
     optimizers = [name for name in style.OPTIMIZERS if name in set(fits["optimizer"])]
     rules = list(dict.fromkeys(fits["rule"]))
     figure, axes = plt.subplots(
@@ -70,8 +70,8 @@ def exponents(manifest: dict[str, Any], fits: pd.DataFrame) -> plt.Figure:
             for position, rule in enumerate(rules):
                 label, colour, marker = style.look(rule, position)
                 for trained, dashes, face in (("both", "-", colour), ("frozen", (0, (3, 2)), "white")):
-                    own = (fits[["optimizer", "quantity", "rule"]] == [optimizer, quantity, rule]).all(axis=1)
-                    points = fits[own & ((fits["trained"] == "both") == (trained == "both"))]
+                    selected = (fits[["optimizer", "quantity", "rule"]] == [optimizer, quantity, rule]).all(axis=1)
+                    points = fits[selected & ((fits["trained"] == "both") == (trained == "both"))]
                     axis.errorbar(
                         points["step"],
                         points["slope"],
@@ -82,7 +82,7 @@ def exponents(manifest: dict[str, Any], fits: pd.DataFrame) -> plt.Figure:
                         linestyle=dashes,
                         label=label if trained == "both" else None,
                     )
-            style.whole_ticks(axis, fits["step"])
+            style.integer_ticks(axis, fits["step"])
             if optimizer == optimizers[0]:
                 axis.set_title(title)
             if optimizer == optimizers[-1]:
@@ -100,7 +100,7 @@ def exponents(manifest: dict[str, Any], fits: pd.DataFrame) -> plt.Figure:
 
 
 def sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
-    """Output change on training inputs against the rank: a row an optimizer, a column a step, a colour a rule."""
+    """Draw the output change against the rank: rows are optimizers, columns steps, colours rules."""
     optimizers = [name for name in style.OPTIMIZERS if name in set(rows["optimizer"])]
     rules = list(dict.fromkeys(rows["rule"]))
     steps = sorted(set(rows["step"]) - {0})
@@ -121,10 +121,10 @@ def sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
                     ("output_train", "-", colour),
                     ("output_held_out", (0, (1, 1.5)), "white"),
                 ):
-                    own = (rows[["optimizer", "rule", "trained", "step"]] == [optimizer, rule, "both", step]).all(
+                    selected = (rows[["optimizer", "rule", "trained", "step"]] == [optimizer, rule, "both", step]).all(
                         axis=1
                     )
-                    points = rows[own & rows[quantity].notna()].sort_values("rank")
+                    points = rows[selected & rows[quantity].notna()].sort_values("rank")
                     axis.errorbar(
                         points["rank"],
                         points[quantity],
@@ -135,7 +135,7 @@ def sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
                         linestyle=dashes,
                         label=label if quantity == "output_train" else None,
                     )
-            style.whole_ticks(axis, rows["rank"])
+            style.integer_ticks(axis, rows["rank"])
             axis.set_yscale("log")
             if optimizer == optimizers[0]:
                 axis.set_title(f"step {step}")

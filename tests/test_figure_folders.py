@@ -21,8 +21,8 @@ from rora_theory.runs.folder import RunFolder
 def test_a_folder_that_is_new_a_runs_or_of_figures_is_drawn_into(tmp_path: Path, names: list[str]) -> None:
     for name in names:
         (tmp_path / name).write_text(json.dumps({"experiment": "regime"}))
-    style.check_own(tmp_path)
-    style.check_own(tmp_path / "new")
+    style.check_output_folder(tmp_path)
+    style.check_output_folder(tmp_path / "new")
 
 
 @pytest.mark.parametrize(
@@ -38,8 +38,8 @@ def test_a_folder_that_is_new_a_runs_or_of_figures_is_drawn_into(tmp_path: Path,
 def test_a_folder_of_others_is_not_drawn_into(tmp_path: Path, names: list[str], held: str) -> None:
     for name in names:
         (tmp_path / name).write_text(json.dumps({"name": "a web page's"}))
-    with pytest.raises(InputError, match=f"holds {held}, which no figure wrote; accepted is a folder that is new"):
-        style.check_own(tmp_path)
+    with pytest.raises(InputError, match=f"holds {held}, which is not a figure"):
+        style.check_output_folder(tmp_path)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def test_a_command_looks_before_it_draws(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_pipe_in_a_run_folder_is_not_waited_for(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str], time_limit
 ) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps({"experiment": "regime", "config": {}}))
+    (tmp_path / "manifest.json").write_text(json.dumps(seals.seal({"experiment": "regime", "config": {}})))
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
     of_training = name in ("metrics.jsonl", "cell.json")

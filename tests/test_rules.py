@@ -12,18 +12,16 @@ from rora_theory.validation import rules
 @pytest.mark.parametrize(
     ("check", "said"),
     [
-        (lambda: rules.check_rules(()), "--rules is empty"),
-        (lambda: rules.check_rules(("rora", 0.5)), r"--rules must .*, got one rule twice \(rora 0.5\)"),
+        (lambda: rules.check_rules(()), "--rules must .*, got none"),
+        (lambda: rules.check_rules(("rora", 0.5)), r"--rules must .*, got one rule twice: rora 0.5"),
         (
             lambda: rules.check_rules((math.inf,)),
-            r"--rules must .*, got inf; accepted are lora, rora, rslora or a finite exponent",
+            "--rules must be lora, rora, rslora or a finite exponent .*, got inf",
         ),
         (lambda: rules.check_rule("--to-rule", math.nan), r"--to-rule must .*, got nan"),
         (lambda: rules.check_ranks((4,)), "--ranks must have 2 or more values, got 1"),
         (lambda: rules.check_ranks((4, 4)), r"--ranks must have different values, got 4 4"),
         (lambda: rules.check_ranks((4, 0)), "--ranks: rank must .*, got 0"),
-        (lambda: rules.check_positives("--lrs", (1e-3, 1e-3)), r"--lrs.*0\.001 0\.001"),
-        (lambda: rules.check_positives("--strengths", (64.0, -1.0)), r"--strengths.*-1\.0"),
         (lambda: rules.alpha_at("lora", gamma=0.0, reference_rank=4), "--gamma must .*, got 0.0"),
         (lambda: rules.alpha_at("lora", gamma=1.0, reference_rank=0), "--reference-rank: rank must .*, got 0"),
     ],

@@ -525,7 +525,7 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
     manifest = {"experiment": "rank_sweep", "config": config, "design": "table1"}
 
     def write() -> None:
-        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        (tmp_path / "manifest.json").write_text(json.dumps(seals.seal(manifest)))
         (tmp_path / "results.csv").write_text(frames.to_csv(frames.from_rows(rows, results.COLUMNS)))
 
     write()

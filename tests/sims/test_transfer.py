@@ -165,7 +165,7 @@ def test_a_measured_regime_prints_one_alpha(run, capsys) -> None:
     ("manifest", "config", "said"),
     [
         ({"status": "complete", "model_layers": 2}, {}, None),
-        ({"status": "complete"}, {}, None),  # of an earlier version
+        ({"status": "complete"}, {}, None),
         ({"status": "complete", "model_layers": 30}, {}, "it has 2 of the model's 30 layers (0 1)"),
         ({"status": "running", "model_layers": 30}, {}, "30 layers (0 1), and the run is not complete"),
         ({"status": "complete", "config": {"layers": [0, 1]}}, {}, "it has layers 0 1 only"),

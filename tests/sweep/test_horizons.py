@@ -579,7 +579,7 @@ def test_the_figure_draws_best_rates_and_exponents(tmp_path) -> None:
     tables["best"] = pd.concat([horizon_curves.best_rate_table(one, step) for step, one in found.items()])
     for name, table in tables.items():
         (tmp_path / f"{name}.csv").write_text(frames.to_csv(table))
-    (tmp_path / "manifest.json").write_text(json.dumps({"experiment": "horizon", "files": {}}))
+    (tmp_path / "manifest.json").write_text(json.dumps(seals.seal({"experiment": "horizon", "files": {}})))
     assert [path.name for path in figure.draw(figure.Config(tmp_path))] == ["horizon.png", "horizon.svg"]
     drawn = (tmp_path / "horizon.svg").read_text()
     assert all(name in drawn for name in ("16 steps", "64 steps", "r = 8", "r = 128"))

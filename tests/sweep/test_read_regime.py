@@ -19,7 +19,7 @@ def test_they_are_those_of_peft_s_init_at_held_out_tokens_under_adam(tmp_path) -
 
 def test_a_run_without_a_takeover_distance_of_them_is_bad_input(tmp_path) -> None:
     run = regime_runs.write(tmp_path / "run")
-    (run / "manifest.json").write_text("{}")  # of a version without digests
+    (run / "manifest.json").write_text(json.dumps(seals.seal({})))
     (run / TAKEOVER).write_text(",".join(TAKEOVER_COLUMNS) + "\n")
     with pytest.raises(InputError, match=r"takeover\.csv has no held-out row for kaiming_uniform"):
         read_regime(run)
