@@ -31,6 +31,7 @@ from figures import (
     style,
     training_dynamics,
 )
+from rora_theory.runs import seals
 from sims.common import cli
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"

@@ -1,5 +1,6 @@
 """A run of sims.regime that is read for advice: the rows asked for, targets, damage."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from rora_theory.errors import InputError
 from rora_theory.io import frames
 from rora_theory.measure.regimes import saved_run as regime_run
 from rora_theory.measure.regimes import tables as regime_tables
+from rora_theory.runs import seals
 
 
 @pytest.fixture

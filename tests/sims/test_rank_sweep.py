@@ -22,6 +22,7 @@ from rora_theory.finetune.held_out import RecordLoss, record_losses
 from rora_theory.io import frames
 from rora_theory.llama import load
 from rora_theory.runs import lock as folder_lock
+from rora_theory.runs import seals
 from rora_theory.runs.reading import CELLS, key_of, read_finished_cells
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep import results, trained_runs
@@ -562,16 +563,16 @@ def test_bad_input_is_one_line_before_anything_is_written(model, data, tmp_path,
     for more, message in {
         ("--methods", "qlora"): "'qlora'; supported: base, prefix",
         ("--ranks", "4", "4"): "--ranks must have different values, got 4 4",
-        ("--ranks", "0"): "rank is 0",
+        ("--ranks", "0"): "rank must be an integer of 1 or more, got 0",
         ("--ranks", "64"): "64",
-        ("--lrs", "-1"): "--lrs is -1",
+        ("--lrs", "-1"): "--lrs must be a finite number above 0, got -1",
         ("--rank", "4"): "--rank",
-        ("--score-batch-size", "0"): "--score-batch-size is 0",
-        ("--limit", "0"): "--limit is 0",
-        ("--seeds", "-1"): "seeds is -1",
+        ("--score-batch-size", "0"): "--score-batch-size must be an integer of 1 or more, got 0",
+        ("--limit", "0"): "--limit must be an integer of 1 or more, got 0",
+        ("--seeds", "-1"): "seeds must be an integer from 0 to 2^32 - 1, got -1",
         ("--held-out", "100"): "records to hold out",
         ("--train-records", "100"): "train_records 100",
-        ("--alpha", "0"): "alpha is 0",
+        ("--alpha", "0"): "alpha must be a finite number above 0, got 0",
         ("--tasks", "arc"): "arc",
         ("--data-dir", str(tmp_path / "none")): "none",
     }.items():

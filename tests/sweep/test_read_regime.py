@@ -1,11 +1,14 @@
 """The takeover distances and linear terms that the grid's law is of: one init and split of a run of sims.regime."""
 
+import json
+
 import pytest
 from support import regime_runs
 
 from rora_theory.errors import InputError
 from rora_theory.horizon.law import read_regime
 from rora_theory.measure.regimes.tables import TAKEOVER, TAKEOVER_COLUMNS
+from rora_theory.runs import seals
 
 TERMS = [1.0, 3.0, 6.0, 8.0]
 """Of `regime_runs.write` under Adam at held-out tokens, a module each."""
