@@ -210,7 +210,7 @@ def test_one_of_several_rates_is_not_drawn_unasked(tmp_path, capsys) -> None:
         (accuracy_vs_rank, "rank_sweep", {"lr": 5.0}, "--lr must be one of the run's values 0.0003, 0.001"),
         (accuracy_vs_rank, "rank_sweep", {"alpha": 7.0}, "--alpha must be one of the run's values 64"),
         (accuracy_vs_rank, "rank_sweep", {"model": "foo"}, "--model must be one of the run's values smol"),
-        (accuracy_vs_rank, "rank_sweep", {"tuned": True, "lr": 3e-4}, "--lr is 0.0003, which nothing reads beside --t"),
+        (accuracy_vs_rank, "rank_sweep", {"tuned": True, "lr": 3e-4}, "--lr 0.0003 has no effect with --t"),
         (loss_curves, "rank_sweep", {"rank": 7}, "--rank must be one of the run's values 4, 8, 16, 32, 64"),
         (loss_curves, "rank_sweep", {"rank": 8, "lr": 7.0}, "--lr must be one of the run's values 0.0003\n"),
         (loss_curves, "rank_sweep", {"rank": 8, "seed": 9}, "--seed must be one of the run's values 0, 1\n"),
@@ -218,7 +218,7 @@ def test_one_of_several_rates_is_not_drawn_unasked(tmp_path, capsys) -> None:
             loss_curves,
             "finetune_arc",
             {"rank": 8},
-            "--rank is 8, which nothing reads without the folder of a whole swe",
+            "--rank 8 has no effect without the run folder of a sweep",
         ),
     ],
 )

@@ -317,7 +317,7 @@ def test_a_cell_that_takes_two_gpus_has_both_of_a_node(nodes, tmp_path) -> None:
         assert {place.split()[1] for side in (1, 2) for place in squares.attempts(tmp_path, side)} <= seen
         for mark in tmp_path.glob("*.begun"):
             mark.unlink()
-    with pytest.raises(InputError, match="--cell-memory is plan, and cells take GPUs; accepted is a number"):
+    with pytest.raises(InputError, match="--cell-memory must be a number for cells that use GPUs"):
         ClusterConfig(address=nodes.address, cell_memory="plan").runner(lambda _: 1)
 
 

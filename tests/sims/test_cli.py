@@ -168,7 +168,7 @@ def test_what_is_wrong_on_the_command_line_beside_a_file_is_not_the_files(tmp_pa
     with pytest.raises(InputError, match=r"^--limit is "):
         parsed(tmp_path, "steps: 3\n", "--data", "steps", "--limit", "steps")
     assert parsed(tmp_path, "steps: 3\n", "--data", "steps").inner.steps == 3, "a value is no option"
-    with pytest.raises(InputError, match=r"none\.yaml: no such file; accepted is a YAML file of options"):
+    with pytest.raises(InputError, match=r"none\.yaml: no such file\. Expected a YAML file of options"):
         cli.parse(Config, ["--config", str(tmp_path / "none.yaml")], description="")
 
 

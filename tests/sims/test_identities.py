@@ -419,7 +419,7 @@ def test_every_setting_of_a_sweep_on_real_layers_is_in_its_identity(tmp_path) ->
     inputs = {"p_in", "p_out", "overlaps"}
     for name in inputs:
         given = replace(config.simulation, **{name: other("variance_sweep", name, getattr(config.simulation, name))})
-        with pytest.raises(InputError, match="which nothing reads beside --layer-data"):
+        with pytest.raises(InputError, match="has no effect with --layer-data"):
             replace(config, simulation=given)
     found = {
         setting

@@ -502,7 +502,7 @@ def test_figures_and_tables(swept, tmp_path, capsys) -> None:
     assert {line["method"] for line in printed} == {"Prefix", "Series", "Parallel", "LoRA", "DoRA", "RoRA"}
     text = (tmp_path / "table_II.md").read_text()
     assert "not comparable with this run's" in text
-    with pytest.raises(InputError, match=r"manifest\.json: no such file; accepted is the file of a run folder"):
+    with pytest.raises(InputError, match=r"manifest\.json: no such file\. Expected the file of a run folder"):
         style.main(accuracy_vs_rank.draw, accuracy_vs_rank.Config(tmp_path))
 
 

@@ -92,7 +92,7 @@ def test_a_seed_beyond_them_is_one_line(name, path, seed, tmp_path, monkeypatch,
         cli.run(begin)
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert re.search(rf"(--)?{setting.rstrip('s')}s? is {seed}; accepted is an integer from 0 to 2\^32 - 1\n", error)
+    assert re.search(rf"(--)?{setting.rstrip('s')}s? must be an integer from 0 to 2\^32 - 1, got {seed}\n", error)
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 

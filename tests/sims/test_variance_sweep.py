@@ -130,22 +130,22 @@ def test_killed_and_started_again(finished: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("--ranks 0", "rank is 0"),
+        ("--ranks 0", "rank must be an integer of 1 or more, got 0"),
         ("--ranks 2.5", "2.5"),
         ("--rules loar", "--rules"),
-        ("--alpha -1", "--alpha is -1.0"),
+        ("--alpha -1", "--alpha must be a finite number above 0, got -1.0"),
         ("--overlaps 1.5", "--overlaps"),
         ("--inits xavier", "xavier"),
         ("--sampler reduced --inits rademacher", "--sampler reduced"),
         ("--sampler reduced --layer-data nowhere.npz", "--sampler reduced has no fixed data"),
-        ("--p-in 0", "--p-in is 0"),
-        ("--devices 0", "--devices is 0"),
+        ("--p-in 0", "--p-in must be an integer of 1 or more, got 0"),
+        ("--devices 0", "--devices must be an integer of 1 or more, got 0"),
         ("--layer-data nowhere.npz", "nowhere.npz: no such file"),
-        ("--layer-data nowhere.npz --p-in 64", "--p-in is 64, which nothing reads beside --layer-data"),
-        ("--layer-data nowhere.npz --p-out 64", "--p-out is 64, which nothing reads beside --layer-data"),
-        ("--layer-data nowhere.npz --overlaps 0 0.5", "--overlaps is 0.0 0.5, which nothing reads beside --layer-data"),
-        ("--layer-data nowhere.npz --devices 1", "--devices is 1, which nothing reads beside --layer-data"),
-        ("--draws 64 --relative-error 0.1", "--relative-error is 0.1, which nothing reads beside --draws; accepted is"),
+        ("--layer-data nowhere.npz --p-in 64", "--p-in 64 has no effect with --layer-data"),
+        ("--layer-data nowhere.npz --p-out 64", "--p-out 64 has no effect with --layer-data"),
+        ("--layer-data nowhere.npz --overlaps 0 0.5", "--overlaps 0.0 0.5 has no effect with --layer-data"),
+        ("--layer-data nowhere.npz --devices 1", "--devices 1 has no effect with --layer-data"),
+        ("--draws 64 --relative-error 0.1", "--relative-error 0.1 has no effect with --draws"),
         ("--out /proc/none", "/proc/none"),
     ],
 )
@@ -281,5 +281,5 @@ def test_exponent_map(tmp_path: Path) -> None:
 
 
 def test_a_figure_of_nothing(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match=r"manifest\.json: no such file; accepted is the file of a run folder"):
+    with pytest.raises(Exception, match=r"manifest\.json: no such file\. Expected the file of a run folder"):
         style.main(norm_vs_rank.draw, norm_vs_rank.Config(tmp_path))
