@@ -195,7 +195,7 @@ def test_a_worker_s_other_software_is_in_the_manifest(nodes, tmp_path, monkeypat
     (session,) = json.loads((tmp_path / "out" / "manifest.json").read_text())["sessions"]
     assert session["python"] == "3.0.0"
     assert session["other_software"] == dict.fromkeys(session["cells"], there)
-    assert f"works with python {there['python']} (was 3.0.0)" in capfd.readouterr().err
+    assert f"uses python {there['python']} (was 3.0.0)" in capfd.readouterr().err
 
 
 def test_a_cell_that_fails_is_named_and_the_others_are_done(nodes, whole, tmp_path, capfd) -> None:

@@ -469,7 +469,7 @@ def test_figures_and_tables(swept, tmp_path, capsys) -> None:
     assert all(name in drawn for name in ("LoRA", "no adapter", "less the model alone", "less LoRA", "average"))
     with pytest.raises(SystemExit):
         accuracy.draw(accuracy.Config(swept, rank=3, out=tmp_path))
-    assert "has the ranks 2, 4; accepted is --rank with one of them" in capsys.readouterr().err
+    assert "has the ranks 2, 4. Choose one with --rank" in capsys.readouterr().err
     for name in ("accuracy_vs_rank", "loss_vs_rate", "loss_curves", "scaling_diagram"):
         for ending in ("png", "svg"):
             assert (tmp_path / f"{name}.{ending}").stat().st_size > 1000
@@ -484,7 +484,7 @@ def test_figures_and_tables(swept, tmp_path, capsys) -> None:
     assert "(above)" in (tmp_path / "loss_vs_rate.svg").read_text()
     with pytest.raises(SystemExit):
         loss_vs_rate.draw(loss_vs_rate.Config(swept, out=tmp_path))
-    assert "has the ranks 2, 4; accepted is --rank with one of them" in capsys.readouterr().err
+    assert "has the ranks 2, 4. Choose one with --rank" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"--top must be a finite number above 0, got .*"):
         loss_vs_rate.draw(loss_vs_rate.Config(swept, rank=4, top=0.0, out=tmp_path))
     for layout in ("I", "II"):
