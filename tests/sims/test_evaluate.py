@@ -13,7 +13,7 @@ import pytest
 
 from rora_theory.adapters import LoraConfig, init, replace, save_peft, trainable
 from rora_theory.data import sources
-from rora_theory.data.tasks import TASKS, render
+from rora_theory.data.tasks import TASKS, render_instruction
 from rora_theory.errors import InputError
 from rora_theory.evaluate import Samples, samples
 from rora_theory.llama import LlamaConfig, init_params, load, locate
@@ -48,7 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = []
         for number in range(30):
             answer = task.labels[number % len(choices)]
-            instruction = render(task, f"{question} {'x' * (number % 5)}{number}", choices)
+            instruction = render_instruction(task, f"{question} {'x' * (number % 5)}{number}", choices)
             row = {"instruction": instruction, "input": "", "answer": answer}
             rows.append(row | {"output": f"the correct answer is {answer}"})
         (folder / key).mkdir()
@@ -203,8 +203,8 @@ def test_an_adapter_changes_the_scores_alike_merged_or_beside(model: Path, data:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--tasks", "piqa", "arc"), "task is 'arc'; accepted are boolq"),
-        (("--tasks", "piqa", "piqa"), "tasks are 'piqa piqa'; accepted are one or more, each once"),
+        (("--tasks", "piqa", "arc"), "task must be one of boolq"),
+        (("--tasks", "piqa", "piqa"), "tasks must be one or more different tasks, got 'piqa piqa'"),
         (("--limit", "0"), "limit must be an integer of 1 or more, got 0"),
         (("--batch-size", "0"), "--batch-size must be an integer of 1 or more, got 0"),
         (("--num-beams", "0"), "num_beams must be an integer of 1 or more, got 0"),

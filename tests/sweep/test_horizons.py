@@ -21,7 +21,7 @@ from rora_theory.horizon.readings import Reading, ReadRun
 from rora_theory.horizon.runs import HorizonRun
 from rora_theory.io import frames
 from rora_theory.runs import seals
-from rora_theory.stats.estimate import Estimate
+from rora_theory.stats.paired import resampled_ratios
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.theory.displacement import displacement_ratio
 from rora_theory.theory.horizon import distances, rate_factor, rate_for_equal_change
@@ -118,32 +118,6 @@ def test_the_law_is_the_range_of_all_modules() -> None:
     assert row["law"] < -0.6 or row["law"] > -0.6 + row["half_width"]
     assert row["law_low"] < -0.68 < row["law"] < row["law_high"]
     assert row["verdict"] == "agrees"
-
-
-def test_where_the_data_could_not_tell_it_is_undecided() -> None:
-    def judged(value: float, error: float, *, edge: bool = False, seeds: int = 2) -> str:
-        slope = Estimate(value, error, 1000, "seeds")
-        return horizon_law.judge_exponent(slope, (-0.55, -0.5), (-1.0, 0.0), edge=edge, seeds=seeds)
-
-    assert judged(-0.52, 0.01) == "agrees"
-    assert judged(-0.60, 0.03) == "agrees"
-    assert judged(-0.60, 0.02) == "contradicts"
-    assert judged(-0.45, 0.02) == "contradicts"
-    assert judged(-0.70, 0.20) == "undecided", "-1 is within"
-    assert judged(-0.30, 0.20) == "undecided", "0 is within"
-    assert judged(-0.52, 0.01, edge=True) == "undecided"
-    assert judged(-0.52, 0.01, seeds=1) == judged(-0.70, 0.01, seeds=1) == "undecided"
-    assert judged(-0.52, math.inf) == "undecided"
-    over_rank = Estimate(0.25, 0.13, 1000, "seeds")
-    assert (
-        horizon_law.judge_exponent(over_rank, (0.0, 0.0), horizon_law.RIVALS["rank"], edge=False, seeds=3)
-        == "undecided"
-    )
-    assert horizon_law.judge_exponent(over_rank, (0.0, 0.0), (-1.0,), edge=False, seeds=3) == "agrees"
-    equal = Estimate(2e-16, 0.0, 3, "seeds")  # seeds that agree to the digit: 0, but for rounding
-    assert horizon_law.judge_exponent(equal, (0.0, 0.0), (-1.0,), edge=False, seeds=3) == "agrees"
-    for rivals in ((), (0.0,)):
-        assert horizon_law.judge_exponent(over_rank, (0.0, 0.0), rivals, edge=False, seeds=3) == "undecided", "no rival"
 
 
 @pytest.mark.parametrize(
@@ -808,8 +782,26 @@ def test_a_rate_that_one_seed_alone_ran_is_read_from_that_seed() -> None:
         run for run in grid(-0.77, seeds=3)
         if run.strength == 64 or run.seed == 1 or run.rate < 3e-4
     ]  # fmt: skip
-    costs = horizon_regret.regret_table(runs, TOKENS, horizon_regret.policies({64: 130.0}), draws=50)
+    curves = {step: horizon_curves.curves_at(runs, TOKENS, step, draws=50) for step in (16, 64)}
+    costs = horizon_regret.regret_table(runs, TOKENS, curves, horizon_regret.policies({64: 130.0}), draws=50)
     row = costs.query("steps == 64 and old_steps == 64 and old_strength == 64 and strength == 724")
     row = row[(row["old_rank"] == 8) & (row["rank"] == 8)].set_index("policy").loc["keep the rate"]
     assert (row["seeds"], row["is_lower_bound"]) == (1, False)
     assert row["regret"] == pytest.approx(0.1 * 0.811**2, abs=0.02)
+
+
+def test_every_curve_is_resampled_once(monkeypatch) -> None:
+    """The curves of the best rates serve the regret too: one bootstrap for each rank, strength, step and seed."""
+    planted = grid(-0.77, seeds=2)
+    ratios = [displacement_ratio(run.strength, displacement_constant=130.0) for run in planted]
+    runs = [with_parts([run], ratio)[0] for run, ratio in zip(planted, ratios, strict=True)]
+    calls = []
+
+    def count(*arguments, **options):
+        calls.append(arguments)
+        return resampled_ratios(*arguments, **options)
+
+    monkeypatch.setattr(horizon_curves, "resampled_ratios", count)
+    judged = horizons.judge_runs(runs, TOKENS, takeovers=TAKEOVERS, warmup=4)
+    assert len(judged.regret)
+    assert len(calls) == 2 * 2 * 2 * 2
