@@ -342,7 +342,7 @@ def check_schedule(schedule: object) -> None:
 
 def check_warmup(warmup: int, steps: int) -> None:
     """Raise `InputError` unless the warm-up is shorter than the planned run."""
-    check_integer("warmup", warmup, least=0)
+    check_integer("warmup", warmup, minimum=0)
     if warmup >= steps:
         raise InputError(f"warmup must be less than the number of steps, {steps}, got {warmup}")
 

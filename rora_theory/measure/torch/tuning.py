@@ -133,7 +133,7 @@ def tune(
     check_warmup(warmup, steps)
     for name, value in (("batch_size", batch_size), ("accumulation", accumulation), ("probe_rank", probe_rank)):
         check_integer(name, value)
-    check_integer("max_length", max_length, least=2)
+    check_integer("max_length", max_length, minimum=2)
     check_not_negative("weight_decay", weight_decay)
     check_not_negative("max_grad_norm", max_grad_norm)
     check_seed(seed)
