@@ -180,8 +180,9 @@ def _pattern(name: ast.expr) -> str:
 
 
 def _sentence(text: str | None) -> str:
-    """Return the first paragraph of a docstring as a sentence."""
+    """Return the first paragraph of a docstring as a caption, without its leading verb."""
     paragraph = " ".join((text or "").split("\n\n")[0].split()).rstrip(":")
+    paragraph = re.sub(r"^(?:Draw|Plot|Map) (?:the )?(.)", lambda start: start[1].upper(), paragraph)
     return (paragraph if paragraph.endswith(".") else f"{paragraph}.").replace("*", r"\*")
 
 

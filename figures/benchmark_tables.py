@@ -75,7 +75,7 @@ class Line:
       unparsed: Share of answers without a label in percent, mean over tasks; None if not stated.
       scores: Percent and standard error for each of the eight tasks. A score that was not measured is None, and so is
         an error that is not stated.
-      average: likewise.
+      average: Percent and standard error of the average over tasks, or None.
     """
 
     source: str

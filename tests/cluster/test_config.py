@@ -16,8 +16,8 @@ from rora_theory.runs.cells import in_process
     [
         ({"workers": 0}, r"--workers must be an integer of 1 or more, got 0"),
         ({"cell_cpus": 0.0}, r"--cell-cpus must be a finite number above 0, got 0\.0"),
-        ({"cell_gpus": -1.0}, r"--cell-gpus is -1\.0"),
-        ({"cell_memory": float("nan")}, r"--cell-memory is nan"),
+        ({"cell_gpus": -1.0}, r"--cell-gpus must be a finite number above 0, got -1\.0"),
+        ({"cell_memory": float("nan")}, r"--cell-memory must be a finite number above 0, got nan"),
         ({"workers": 2, "address": "auto"}, r"cannot be combined with --address"),
         (
             {"address": "ray://head:10001"},

@@ -42,8 +42,8 @@ def test_its_commands_have_the_options_of_today() -> None:
     assert "--no-mask" not in commands["regime_held_out"]
     drawn = {figure.path.stem: figure.drawing for figure in gallery.figures()}
     assert drawn["regime_takeover"].command == "regime"
-    assert "steps after which A leads under Adam" in drawn["regime_takeover"].caption
-    assert "Slope in the rank" in drawn["training_dynamics_linear_A_exponents"].caption
+    assert "teps after which A leads under Adam" in drawn["regime_takeover"].caption
+    assert "Slopes in the rank" in drawn["training_dynamics_linear_A_exponents"].caption
     assert drawn["coordinate_check"].caption != drawn["coordinate_check_slopes"].caption
 
 
