@@ -163,7 +163,20 @@ def refusal(enter: Callable[[], object], command: str, words: list[str], capsys:
         return "begins to work"
     right = stop.value.code == 2 and not said.out and said.err.startswith("error: ") and said.err.count("\n") == 1
     helps = any(
-        word in said.err for word in ("accepted", "must", "supported", "Use ", "Set ", "Remove ", "Pass ", "Expected ")
+        word in said.err
+        for word in (
+            "accepted",
+            "must",
+            "Add ",
+            "Choose ",
+            "Restore ",
+            "supported",
+            "Use ",
+            "Set ",
+            "Remove ",
+            "Pass ",
+            "Expected ",
+        )
     )
     return said.err if right and helps else f"status {stop.value.code}: {said.out}{said.err}"
 

@@ -137,7 +137,7 @@ def test_published_figures_are_drawn_again(published) -> None:
     # What lacks each seed's own sizes, as the command says in one line.
     assert names - set(figures) == {("coordinate_check", "coordinate_check")}
     assert set(figures) <= names
-    assert lacks.endswith("has no results.csv, each seed's own sizes: coordinate_check is not drawn\n")
+    assert lacks.endswith("has no results.csv with the sizes of each seed; coordinate_check is not drawn\n")
     assert lacks.count("\n") == 1
 
 
@@ -212,8 +212,8 @@ def test_one_of_several_rates_is_not_drawn_unasked(tmp_path, capsys) -> None:
         (accuracy_vs_rank, "rank_sweep", {"model": "foo"}, "--model must be one of the run's values smol"),
         (accuracy_vs_rank, "rank_sweep", {"tuned": True, "lr": 3e-4}, "--lr 0.0003 has no effect with --t"),
         (loss_curves, "rank_sweep", {"rank": 7}, "--rank must be one of the run's values 4, 8, 16, 32, 64"),
-        (loss_curves, "rank_sweep", {"rank": 8, "lr": 7.0}, "--lr must be one of the run's values 0.0003\n"),
-        (loss_curves, "rank_sweep", {"rank": 8, "seed": 9}, "--seed must be one of the run's values 0, 1\n"),
+        (loss_curves, "rank_sweep", {"rank": 8, "lr": 7.0}, "--lr must be one of the run's values 0.0003, got 7\n"),
+        (loss_curves, "rank_sweep", {"rank": 8, "seed": 9}, "--seed must be one of the run's values 0, 1, got 9\n"),
         (
             loss_curves,
             "finetune_arc",

@@ -181,4 +181,4 @@ def check_steps(steps: Sequence[int]) -> None:
     """Raise `InputError` unless steps ascend strictly from 1 or more."""
     if not steps or steps[0] < 1 or any(a >= b for a, b in itertools.pairwise(steps)):
         raise InputError(f"steps must be ascending integers of 1 or more, got {' '.join(map(str, steps))}")
-    check_integer("the last step", steps[-1])
+    check_integer("steps", steps[-1])
