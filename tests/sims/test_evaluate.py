@@ -207,7 +207,7 @@ def test_an_adapter_changes_the_scores_alike_merged_or_beside(model: Path, data:
         (("--tasks", "piqa", "piqa"), "tasks must be one or more different tasks, got 'piqa piqa'"),
         (("--limit", "0"), "limit must be an integer of 1 or more, got 0"),
         (("--batch-size", "0"), "--batch-size must be an integer of 1 or more, got 0"),
-        (("--num-beams", "0"), "num_beams must be an integer of 1 or more, got 0"),
+        (("--num-beams", "0"), "num_beams must be an integer of at least 1, got 0"),
         (("--protocol", "harness", "--template", "clean"), "template must be none with protocol harness, got 'clean'"),
         (("--data-dir", "/nowhere"), "/nowhere/boolq/test.json: no such file"),
         (("--adapter", "/nowhere"), "/nowhere: is not a folder"),
