@@ -19,12 +19,14 @@ from rora_theory.horizon.probe import Probe, ProbeConfig, spread
 from rora_theory.runs import devices
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flat
+from rora_theory.runs.summary import KeyFigure
 from rora_theory.sweep.records import draw_records
 from rora_theory.sweep.workbench import Workbench
 from rora_theory.tune.plan import ProbeRun, Trial, next_trial
 from rora_theory.tune.result import Tuning, conclude
 from sims.common import answers, cli, prompts, tables
 from sims.common.cells import run_with_bar
+from sims.common.summaries import summarised
 
 NAME = "tune"
 
@@ -93,8 +95,17 @@ def run(config: Config) -> None:
     )
     folder.write_frame(result.curve)
     folder.write("tuning.json", json.dumps(entries(result), indent=2) + "\n")
+    figure = KeyFigure(
+        "learning rate",
+        result.learning_rate,
+        over="held-out records, seeds and exponents in the steps",
+        low=result.low,
+        high=result.high,
+        scope={"steps": probed.steps, "rank": probed.rank, "gamma r": probed.strength},
+    )
+    with summarised(folder, [figure]):
+        report(result)
     folder.finish()
-    report(result)
     answers.tell_files(folder.path)
 
 

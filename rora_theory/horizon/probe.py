@@ -157,23 +157,25 @@ class Probe:
     def __init__(self, config: ProbeConfig, bench: Workbench) -> None:
         self._config, self._bench = config, bench
         held_out = bench.held_out
-        batch_tokens = config.batch_size * float(np.mean(bench.train_examples.sizes))
+        batch_tokens = config.batch_size * float(np.mean(bench.train_examples.input_lengths))
         # The inputs at which the parts of the change are measured cost one forward pass of a few records.
         inputs = spread(len(held_out), min(MAX_INPUT_RECORDS, max(2, config.batch_size // 2)))
         self.plan: ProbePlan = make_plan(
             config.steps,
             config.strength,
             batch_tokens=batch_tokens,
-            held_out_tokens=float(held_out.sizes.sum()),
-            setup_tokens=float(held_out.sizes[inputs].sum()),
+            held_out_tokens=float(held_out.input_lengths.sum()),
+            setup_tokens=float(held_out.input_lengths[inputs].sum()),
             learning_rate=config.lr,
             budget=config.budget,
         )
-        used = _affordable(held_out.sizes, self.plan.held_out_tokens(batch_tokens))
+        used = _affordable(held_out.input_lengths, self.plan.held_out_tokens(batch_tokens))
         self._input_examples = select(held_out, inputs)
         bench.held_out = select(held_out, used)
         self._is_answer = config.loss_on == "answer"
-        self.tokens: list[int] = (bench.held_out.targets if self._is_answer else bench.held_out.sizes).tolist()
+        self.tokens: list[int] = (
+            bench.held_out.target_counts if self._is_answer else bench.held_out.input_lengths
+        ).tolist()
         steps_per_epoch = -(-len(bench.train_examples) // config.batch_size)
         self._epochs = -(-self.plan.probe_steps // steps_per_epoch)
         self._inputs: dict[str, Float[np.ndarray, "layers tokens p_in"]] | None = None
@@ -210,7 +212,7 @@ def select(examples: Examples, indices: Sequence[int] | Int[np.ndarray, " n"]) -
         examples,
         tokens=np.concatenate(rows),
         offsets=np.cumsum([0, *map(len, rows)]),
-        learned=np.concatenate([examples.learned_of(int(index)) for index in indices]),
+        is_target=np.concatenate([examples.target_mask(int(index)) for index in indices]),
     )
 
 

@@ -86,7 +86,7 @@ def test_held_out_records_are_reduced_to_what_the_budget_allows() -> None:
     examples = Examples(np.arange(20), np.array([0, 4, 9, 14, 20]), np.arange(20) % 4 > 0, 0, 0)
     chosen = probe.select(examples, [1, 3])
     assert [chosen[index].tolist() for index in range(len(chosen))] == [[4, 5, 6, 7, 8], [14, 15, 16, 17, 18, 19]]
-    assert chosen.targets.tolist() == examples.targets[[1, 3]].tolist()
+    assert chosen.target_counts.tolist() == examples.target_counts[[1, 3]].tolist()
     sizes = np.array([10, 20, 30, 40])
     for tokens, expected in ((100, [0, 1, 2, 3]), (60, [0, 1, 2]), (59, [0, 2]), (40, [0, 2])):
         assert probe._affordable(sizes, tokens).tolist() == expected
