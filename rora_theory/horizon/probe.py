@@ -216,14 +216,14 @@ def select(examples: Examples, indices: Sequence[int] | Int[np.ndarray, " n"]) -
     )
 
 
-def spread(count: int, most: int) -> Int[np.ndarray, " n"]:
-    """Return at most ``most`` indices below ``count``, evenly spaced.
+def spread(count: int, limit: int) -> Int[np.ndarray, " n"]:
+    """Return at most ``limit`` indices below ``count``, evenly spaced.
 
     Examples:
       >>> spread(10, 3).tolist(), spread(2, 3).tolist()
       ([0, 3, 6], [0, 1])
     """
-    return np.arange(min(count, most)) * count // min(count, most)
+    return np.arange(min(count, limit)) * count // min(count, limit)
 
 
 def _affordable(sizes: Int[np.ndarray, " n"], tokens: int) -> Int[np.ndarray, " m"]:
@@ -232,8 +232,8 @@ def _affordable(sizes: Int[np.ndarray, " n"], tokens: int) -> Int[np.ndarray, " 
     Raises:
       InputError: If two records have more.
     """
-    for most in range(len(sizes), 1, -1):
-        indices = spread(len(sizes), most)
+    for limit in range(len(sizes), 1, -1):
+        indices = spread(len(sizes), limit)
         if int(sizes[indices].sum()) <= tokens:
             return indices
     raise InputError(
