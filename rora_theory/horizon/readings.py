@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Float
 
 from rora_theory.adapters import LoraAdapter
 from rora_theory.errors import InputError
@@ -53,13 +55,21 @@ class ReadRun:
     diverged_at: int | None = None
 
 
-def read_run(bench: Workbench, training: FinetuneConfig, steps: Sequence[int]) -> ReadRun:
+def read_run(
+    bench: Workbench,
+    training: FinetuneConfig,
+    steps: Sequence[int],
+    *,
+    inputs: dict[str, Float[np.ndarray, "layers tokens p_in"]] | None = None,
+) -> ReadRun:
     """Train to the last of ``steps``, and compute the losses of the held-out records after each.
 
     Args:
       bench: Workbench with an open model.
       training: Fine-tuning configuration with an adapter that can be merged.
       steps: Numbers of steps in ascending order. A schedule that decays allows one number only.
+      inputs: Inputs of the modules, at which the parts of the change are measured; None computes
+        `measure.led.module_inputs` of the held-out records.
 
     Raises:
       InputError: If the steps do not ascend, are more than the records provide, or do not suit the schedule.
@@ -79,11 +89,12 @@ def read_run(bench: Workbench, training: FinetuneConfig, steps: Sequence[int]) -
         )
     model = bench.model
     # Keep A before training, and the inputs of the modules, to split the change into its parts.
-    inputs = None
+    start: LoraAdapter | None = None
     if isinstance(adapter, LoraAdapter) and not adapter.config.use_dora:
         # Copy to the host: training donates the arrays of the adapter.
         start = adapter.replace(jax.device_get(adapter.params))
-        inputs = led.module_inputs(model.params, model.config, bench.held_out, adapter)
+        if inputs is None:
+            inputs = led.module_inputs(model.params, model.config, bench.held_out, adapter)
     trainer = Trainer(
         model.params, model.config, adapter, training, batches, None, None, shared=bench.steps, pauses=steps
     )
@@ -98,7 +109,7 @@ def read_run(bench: Workbench, training: FinetuneConfig, steps: Sequence[int]) -
                 reading = read_held_out(bench, event.step, trained.merge(model.params))
                 if not math.isfinite(math.fsum(reading.losses)):
                     return replace(run, diverged_at=event.step)
-                if inputs is not None:
+                if start is not None and inputs is not None:
                     parts = led.led_parts(start, trained, inputs)
                     reading = replace(reading, parts=parts.to_dict("list"))
                 run.readings.append(reading)

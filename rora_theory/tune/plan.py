@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from rora_theory.advice import measured
 from rora_theory.errors import InputError, shown
-from rora_theory.scaling import check_integer, check_positive, check_share
+from rora_theory.scaling import check_integer, check_not_negative, check_positive, check_share
 from rora_theory.theory.displacement import RateRange, carry_rate
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -137,6 +137,7 @@ class ProbePlan:
       learning_rate: Middle of the grid of learning rates, for runs of ``probe_steps`` steps.
       spacing: Ratio of adjacent learning rates.
       budget: Maximum cost of the probe.
+      setup_cost: Cost of what is evaluated once, included in the budget.
       evaluation_cost: Cost of one evaluation of the held-out records.
     """
 
@@ -147,6 +148,7 @@ class ProbePlan:
     learning_rate: float
     spacing: float
     budget: float
+    setup_cost: float
     evaluation_cost: float
 
     def held_out_tokens(self, batch_tokens: float) -> int:
@@ -168,8 +170,8 @@ class ProbePlan:
         return run.diverged_at + (self.evaluation_cost if run.diverged_at >= run.steps else 0.0)
 
     def spent(self, runs: Sequence[ProbeRun]) -> float:
-        """Return the cost of all finished runs."""
-        return math.fsum(self.cost_of_run(run) for run in runs)
+        """Return the cost of all finished runs and of what is evaluated once."""
+        return self.setup_cost + math.fsum(self.cost_of_run(run) for run in runs)
 
     def sentence(self) -> str:
         """Return a sentence with the runs and the maximum cost, to be shown before the probe starts."""
@@ -189,6 +191,7 @@ def make_plan(
     *,
     batch_tokens: float,
     held_out_tokens: float,
+    setup_tokens: float = 0.0,
     learning_rate: float | None = None,
     budget: float = BUDGET,
 ) -> ProbePlan:
@@ -204,6 +207,7 @@ def make_plan(
       strength: gamma * r of the planned run.
       batch_tokens: Number of tokens of a training step.
       held_out_tokens: Number of held-out tokens that are available.
+      setup_tokens: Number of tokens that are evaluated once per probe, besides the held-out losses.
       learning_rate: Learning rate of the planned run to start the search from; None carries the best rate of published
         runs to this number of steps and gamma * r.
       budget: Maximum cost of the probe as a share of the planned run, above 0 and at most 1.
@@ -218,10 +222,12 @@ def make_plan(
     check_positive("strength", strength)
     check_positive("batch_tokens", batch_tokens)
     check_positive("held_out_tokens", held_out_tokens)
+    check_not_negative("setup_tokens", setup_tokens)
     check_share("budget", budget)
     if learning_rate is not None:
         check_positive("learning_rate", learning_rate)
-    total = budget * steps
+    setup_cost = EVALUATION_COST * setup_tokens / batch_tokens
+    total = budget * steps - setup_cost
     # Largest number of steps whose runs fit into the budget's share for training.
     longest = min(LONGEST_PROBE, max(steps // 16, SHORTEST_PROBE))
     training_share = (1 - EVALUATION_SHARE) * total
@@ -230,9 +236,9 @@ def make_plan(
         ((number, runs) for number, runs in options if _cost_of_training(number, runs) <= training_share), None
     )
     if chosen is None:
-        fewest = _cost_of_training(SHORTEST_PROBE, _count_runs(SHORTEST_PROBE)) / (1 - EVALUATION_SHARE)
+        cost = _cost_of_training(SHORTEST_PROBE, _count_runs(SHORTEST_PROBE)) / (1 - EVALUATION_SHARE) + setup_cost
         raise InputError(
-            f"steps must be at least {math.ceil(fewest / budget)} for a probe that costs {budget:.0%} of the run, got "
+            f"steps must be at least {math.ceil(cost / budget)} for a probe that costs {budget:.0%} of the run, got "
             f"{steps}. Raise budget, or scale a known learning rate with rora_theory.transfer."
         )
     probe_steps, (screening_runs, full_runs) = chosen
@@ -250,7 +256,8 @@ def make_plan(
         screen_steps=_screen_steps(probe_steps) if screening_runs else None,
         learning_rate=carry_steps(float(learning_rate), steps, probe_steps).best,
         spacing=2.0 if probe_steps >= SHORTEST_MEASURED else 3.0,
-        budget=total,
+        budget=budget * steps,
+        setup_cost=setup_cost,
         evaluation_cost=evaluation_cost,
     )
 

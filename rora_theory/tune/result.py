@@ -28,7 +28,7 @@ class ExpectedRegret:
       median: Median over pairs of settings.
       largest: Largest regret of a pair.
       pairs: Number of pairs.
-      changed: What differs between the two settings of a pair.
+      changed: Names of the settings that differ within a pair.
       source: Runs and file of the numbers.
     """
 

@@ -15,8 +15,9 @@ pytest.importorskip("transformers", reason="the bridge: the extra torch")
 from support import torch_chats, torch_models  # noqa: E402
 
 from rora_theory.measure.torch import tune  # noqa: E402
+from rora_theory.measure.torch.batches import find_masks  # noqa: E402
 from rora_theory.measure.torch.examples import held_out_groups, read_batches  # noqa: E402
-from rora_theory.measure.torch.probe import led_ratio, probe_config, strength_of  # noqa: E402
+from rora_theory.measure.torch.probe import LedParts, probe_config, strength_of  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
 STEPS = 256
@@ -260,11 +261,26 @@ def test_the_probe_has_the_planned_strength() -> None:
 
 
 def test_the_ratio_of_the_parts() -> None:
-    generator = torch.Generator().manual_seed(0)
-    A, B, start = (torch.randn(size, generator=generator) for size in ((4, 7), (5, 4), (4, 7)))
-    expected = (B @ (A - start)).norm() / (B @ start).norm()
-    assert led_ratio(A, B, start) == pytest.approx(float(expected), rel=1e-5)
-    assert math.isnan(led_ratio(A, 0 * B, start))
+    """A-led over B-led change of each module at the unmasked tokens, against PEFT's forward pass."""
+    model = torch_models.model()
+    adapted = peft.get_peft_model(model, config(r=4, target_modules=["q_proj"]), adapter_name="probe")
+    layers = [layer.self_attn.q_proj for layer in model.model.layers]
+    parts, batch = LedParts(layers), batches(1)[0]
+    batch["attention_mask"][0, 5:] = 0
+    starts = [layer.lora_A["probe"].weight.detach().clone() for layer in layers]
+    inputs = []
+    with torch.no_grad():
+        for layer in layers:
+            for factor in (layer.lora_A, layer.lora_B):
+                factor["probe"].weight.add_(0.1 * torch.randn_like(factor["probe"].weight))
+            layer.lora_A["probe"].register_forward_hook(lambda _, args, __: inputs.append(args[0]))
+        with parts.reading(find_masks(model, batch)):
+            adapted(**batch)
+    real = (batch["attention_mask"] == 1) & (torch.arange(8) < 7)  # nothing follows the last token
+    for ratio, layer, start, x in zip(parts.ratios(), layers, starts, inputs, strict=True):
+        A, B = (factor["probe"].weight.detach() for factor in (layer.lora_A, layer.lora_B))
+        led_A, led_B = ((x[real] @ part.T @ B.T).norm() for part in (A - start, start))
+        assert ratio == pytest.approx(float(led_A / led_B), rel=1e-4)
 
 
 def test_bfloat16_and_dropout() -> None:

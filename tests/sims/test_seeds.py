@@ -70,7 +70,7 @@ def test_every_command_with_a_seed_is_tried() -> None:
     named = {name for name, _ in commands()}
     assert named == {
         "coordinate_check", "finetune", "horizon", "lr_transfer", "prune", "rank_sweep", "regime", "training_dynamics",
-        "transfer", "variance_sweep",
+        "transfer", "tune", "variance_sweep",
     }  # fmt: skip
     assert {("finetune", ("training", "seed")), ("rank_sweep", ("seeds",))} <= set(commands())
 

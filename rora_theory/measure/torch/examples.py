@@ -13,7 +13,13 @@ from rora_theory.measure.torch.chats import ChatCollator
 from rora_theory.measure.torch.modules import task_type
 
 MAX_GROUPS = 32
-"""Maximum number of groups of held-out rows. Losses of groups are the samples of the bootstrap."""
+"""Number of groups into which held-out rows are split at most, unless there are more batches than that.
+
+Losses of groups are the samples of the bootstrap.
+"""
+
+MAX_HELD_OUT_BATCHES = 128
+"""Maximum number of held-out batches that are read. A probe evaluates fewer."""
 
 Data = Iterable[Any]
 """Batches (mappings with tensors, such as a ``DataLoader``), or records: texts, chats or tokenized examples."""
@@ -88,7 +94,7 @@ def count_targets(model: torch.nn.Module, batch: Batch) -> int:
 
 
 def held_out_groups(model: torch.nn.Module, batches: Sequence[Batch]) -> list[Group]:
-    """Split held-out batches into at most about `MAX_GROUPS` groups of rows.
+    """Split held-out batches into groups of rows of one batch, see `MAX_GROUPS`.
 
     A batch whose tensors do not all have a row for each record is one group. Groups without a label are left out.
 

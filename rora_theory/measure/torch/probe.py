@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from rora_theory.advice.lora_config import check_uniform, init_of
 from rora_theory.errors import InputError, first_line, shown
-from rora_theory.measure.torch.batches import Batch, Loss, move_batch
+from rora_theory.measure.tokens import sinks
+from rora_theory.measure.torch.batches import Batch, Loss, MasksByShape, find_masks, move_batch, select_masks
 from rora_theory.measure.torch.examples import Group, count_targets
 from rora_theory.measure.torch.modules import preserved_state, with_autograd
 from rora_theory.scaling import scaling_factor
@@ -108,6 +110,7 @@ class ProbeModel:
     ) -> None:
         self._model, self._settings, self._loss, self._on_step = model, settings, loss, on_step
         self._batches, self._groups = batches, groups
+        self._masks = [find_masks(model, group.batch, batches[0]) for group in groups]
 
     def train(self, trial: Trial) -> ProbeRun:
         """Train a fresh adapter and evaluate it. The model is restored, also if an error is raised."""
@@ -116,24 +119,15 @@ class ProbeModel:
             # The same seed for every run: the same initial adapters and dropout masks.
             torch.manual_seed(settings.seed)
             with _adapted(self._model, settings.config) as layers:
-                starts = [layer.lora_A[ADAPTER].weight.detach().clone() for layer in layers]
+                parts = LedParts(layers)
                 diverged_at = self._train_adapter(trial)
                 if diverged_at is None:
-                    losses = self._evaluate()
+                    losses = self._evaluate(parts)
                     if not math.isfinite(math.fsum(losses)):
                         diverged_at = trial.steps
                 if diverged_at is not None:
                     return ProbeRun(trial.learning_rate, trial.steps, diverged_at=diverged_at)
-                ratios = [
-                    led_ratio(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, start)
-                    for layer, start in zip(layers, starts, strict=True)
-                ]
-        return ProbeRun(
-            trial.learning_rate,
-            trial.steps,
-            tuple(losses),
-            tuple(ratio for ratio in ratios if math.isfinite(ratio)),
-        )
+                return ProbeRun(trial.learning_rate, trial.steps, tuple(losses), parts.ratios())
 
     def _train_adapter(self, trial: Trial) -> int | None:
         """Train the adapter and return the step at which a loss or gradient was not finite, or None."""
@@ -168,34 +162,64 @@ class ProbeModel:
             self._on_step()
         return None
 
-    def _evaluate(self) -> list[float]:
-        """Return the loss of each group of held-out rows, summed over its labels."""
+    def _evaluate(self, parts: "LedParts") -> list[float]:
+        """Return the loss of each group of held-out rows, summed over its labels, and measure the parts."""
+        losses = []
         self._model.eval()
         with torch.no_grad():
-            return [
-                float(self._loss(self._model, move_batch(group.batch, self._model))) * group.targets
-                for group in self._groups
-            ]
+            for group, masks in zip(self._groups, self._masks, strict=True):
+                with parts.reading(masks):
+                    losses.append(float(self._loss(self._model, move_batch(group.batch, self._model))) * group.targets)
+        return losses
 
 
-def led_ratio(lora_A: torch.Tensor, lora_B: torch.Tensor, start: torch.Tensor) -> float:
-    r"""Compute the ratio of the A-led to the B-led change of a module, for inputs without a preferred direction.
+class LedParts:
+    r"""Squares of the B-led and the A-led change of every adapted module at held-out tokens.
 
-    It is :math:`\|B (A - A_0)\|_F / \|B A_0\|_F`.
+    With :math:`A_0` for A before training they are those of :math:`B A_0 x` and :math:`B (A - A_0) x`, as in
+    `rora_theory.measure.led`. Padding, tokens that repeat the beginning of a training record, and attention sinks are
+    left out.
 
     Args:
-      lora_A: A after training.
-      lora_B: B after training.
-      start: A before training.
-
-    Returns:
-      The ratio; NaN if the B-led change is 0.
+      layers: PEFT's layers with a fresh adapter.
     """
-    A, B, A_0 = (tensor.detach().double().cpu() for tensor in (lora_A, lora_B, start))
-    # |B C|^2 = tr(B'B CC'): avoids forming the product.
-    gram = B.T @ B
-    led_A, led_B = (float((gram * (C @ C.T)).sum()) for C in (A - A_0, A_0))
-    return math.sqrt(max(led_A, 0.0) / led_B) if led_B > 0 else math.nan
+
+    def __init__(self, layers: Sequence[LoraLayer]) -> None:
+        self._layers = layers
+        self._starts = [layer.lora_A[ADAPTER].weight.detach().clone() for layer in layers]
+        self._squares = [(0.0, 0.0)] * len(layers)
+
+    @contextmanager
+    def reading(self, masks: MasksByShape) -> Iterator[None]:
+        """Add the squares at the tokens of the forward passes within the context."""
+        with ExitStack() as stack:
+            for index, layer in enumerate(self._layers):
+                hook = layer.lora_A[ADAPTER].register_forward_hook(partial(self._add, index, masks))
+                stack.callback(hook.remove)
+            yield
+
+    def ratios(self) -> tuple[float, ...]:
+        """Return the ratio of the A-led to the B-led change of every module with a change."""
+        ratios = [math.sqrt(led_A / led_B) for led_B, led_A in self._squares if led_B > 0 and led_A >= 0]
+        return tuple(ratio for ratio in ratios if math.isfinite(ratio))
+
+    def _add(self, index: int, masks: MasksByShape, _: Any, args: tuple[Any, ...], __: Any) -> None:
+        x = args[0].detach()
+        rows = x.reshape(-1, x.shape[-1]).float()
+        # Leave out padding, seen tokens and attention sinks.
+        mask = select_masks(masks, x)
+        if mask is not None:
+            rows = rows[torch.from_numpy(mask.real & ~mask.seen).to(rows.device)]
+        if not len(rows):
+            return
+        rows = rows[~torch.from_numpy(sinks(rows.norm(dim=1).cpu().numpy())).to(rows.device)]
+        layer, start = self._layers[index], self._starts[index].float()
+        A, B = (factors[ADAPTER].weight.detach().float() for factors in (layer.lora_A, layer.lora_B))
+        # |B u|^2 = u' B'B u: avoids forming B u.
+        gram = B.T @ B
+        squares = [float(((rows @ part.T) @ gram * (rows @ part.T)).sum()) for part in (start, A - start)]
+        led_B, led_A = self._squares[index]
+        self._squares[index] = led_B + max(squares[0], 0.0), led_A + max(squares[1], 0.0)
 
 
 @contextmanager

@@ -20,7 +20,15 @@ from peft import LoraConfig
 from rora_theory.errors import InputError
 from rora_theory.io import files
 from rora_theory.measure.torch.batches import Loss, model_loss
-from rora_theory.measure.torch.examples import Data, Group, count_tokens, digest, held_out_groups, read_batches
+from rora_theory.measure.torch.examples import (
+    MAX_HELD_OUT_BATCHES,
+    Data,
+    Group,
+    count_tokens,
+    digest,
+    held_out_groups,
+    read_batches,
+)
 from rora_theory.measure.torch.modules import chosen, preserved_state, unwrap
 from rora_theory.measure.torch.probe import (
     MakeOptimizer,
@@ -149,7 +157,7 @@ def tune(
     with preserved_state(model):
         reading: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length}
         batches = read_batches(train, "train", **reading, count=LONGEST_PROBE * accumulation)
-        groups = held_out_groups(model, read_batches(held_out, "held_out", **reading))
+        groups = held_out_groups(model, read_batches(held_out, "held_out", **reading, count=MAX_HELD_OUT_BATCHES))
     batch_tokens = accumulation * sum(map(count_tokens, batches)) / len(batches)
     plan = make_plan(
         steps,

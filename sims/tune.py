@@ -1,0 +1,149 @@
+"""Find the learning rate of a planned fine-tuning run by a short probe on the same model and data.
+
+    python -m sims.tune --model smollm2-135m --data DATA/*/train.json --rank 128 --steps 2000
+
+The probe trains adapters of a small rank at the planned run's gamma r for a few steps at several learning rates, on the
+same batches in the same order, and carries the best rate to the planned number of steps. It costs at most --budget of
+the planned run, evaluations included. The same command resumes an interrupted probe.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rora_theory import llama
+from rora_theory.data.records import DataConfig
+from rora_theory.evaluate.scoring import Scoring
+from rora_theory.horizon.probe import Probe, ProbeConfig, spread
+from rora_theory.runs import devices
+from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.reading import flat
+from rora_theory.runs.summary import KeyFigure
+from rora_theory.sweep.records import draw_records
+from rora_theory.sweep.workbench import Workbench
+from rora_theory.tune.plan import ProbeRun, Trial, next_trial
+from rora_theory.tune.result import Tuning, conclude
+from sims.common import answers, cli, prompts, tables
+from sims.common.cells import run_with_bar
+from sims.common.summaries import summarised
+
+NAME = "tune"
+
+UNITS = {
+    "learning_rate": "peak learning rate of a run of the probe",
+    "held_out_loss": "nats per token on held-out records; infinite if the run diverged",
+    "stopped_early": "whether the rate was not trained for the probe's full number of steps, or diverged",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Planned run and its records."""
+
+    data: cli.Data
+    reading: DataConfig = field(default_factory=DataConfig)
+    model: cli.ModelName = "smollm2-135m"
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    out: cli.Out = None
+
+
+def run(config: Config) -> None:
+    """Train the runs of the probe that the folder lacks, and report the learning rate."""
+    probed, model = config.probe, config.model
+    # Records: a held-out sample, and training records for the longest run, in proportion to the files.
+    split = draw_records(
+        config.data, held_out=probed.held_out, shares="proportional", seed=probed.seed, config=config.reading
+    )
+    split = replace(split, train=[split.train[index] for index in spread(len(split.train), probed.train_records)])
+    located = {model: llama.locate(model)}
+    identity = flat(probed) | {"model": model, "records": split.summary, "model_sha256": located[model].sha256}
+    extra = {"units": UNITS, "device": devices.describe(devices.pick(1))}
+    folder = RunFolder.open(NAME, identity, out=config.out, seed=probed.seed, extra=extra, models=located.values())
+    training = probed.training(Trial(1.0, probed.steps), epochs=1)
+    bench = Workbench(training, split, {}, located, scoring=Scoring("label", None))
+    cli.tell(bench.open(model))
+    prompts.tell(split.source, split.source.template(training.template))
+    prompts.keep(folder, bench.train_examples, bench.model.tokenizer, show=config.reading.show)
+    # State the cost, then train one run after another.
+    probe = Probe(probed, bench)
+    tables.print_text(probe.plan.sentence())
+
+    def work(trial: Trial, _: Path) -> dict[str, Any]:
+        return probe.run(trial).as_json()
+
+    def words(value: dict[str, Any]) -> str:
+        if value["diverged_at"] is not None:
+            return f"diverged at {value['diverged_at']}"
+        return f"held-out loss {sum(value['losses']) / sum(probe.tokens):.4f}"
+
+    trials: list[Trial] = []
+    runs: list[ProbeRun] = []
+    while (trial := next_trial(probe.plan, runs)) is not None:
+        trials.append(trial)
+        values = run_with_bar(trials, work, folder, title="probe", words=words)
+        runs = [ProbeRun.from_json(value) for value in values]
+    result = conclude(
+        probe.plan,
+        runs,
+        probe.tokens,
+        config=probed.peft_entries(),
+        rank=probed.rank,
+        probe_rank=training.rank,
+        schedule=probed.schedule,
+        remarks=[probe.remark],
+    )
+    folder.write_frame(result.curve)
+    folder.write("tuning.json", json.dumps(entries(result), indent=2) + "\n")
+    figure = KeyFigure(
+        "learning rate",
+        result.learning_rate,
+        over="held-out records, seeds and exponents in the steps",
+        low=result.low,
+        high=result.high,
+        scope={"steps": probed.steps, "rank": probed.rank, "gamma r": probed.strength},
+    )
+    with summarised(folder, [figure]):
+        report(result)
+    folder.finish()
+    answers.tell_files(folder.path)
+
+
+def entries(result: Tuning) -> dict[str, Any]:
+    """Return a result without its curve, in JSON types."""
+    return {
+        "learning_rate": result.learning_rate,
+        "low": result.low,
+        "high": result.high,
+        "config": result.config,
+        "probe": asdict(result.probe) | {"steps": result.probe_steps},
+        "expected_regret": asdict(result.expected_regret),
+        "cost": asdict(result.cost) | {"share": result.cost.share},
+        "assumptions": list(result.assumptions),
+    }
+
+
+def report(result: Tuning) -> None:
+    """Print the learning rate, PEFT's entries, the curve and the assumptions."""
+    answers.say(result.sentence(), (), tuning=entries(result))
+    settings = ", ".join(f"{name}={value!r}" for name, value in result.config.items())
+    tables.print_text(f"PEFT: LoraConfig({settings})")
+    tables.print_records(
+        f"Runs of the probe (best rate at {result.probe_steps} steps: {result.probe.learning_rate:.3g})",
+        result.curve,
+        {
+            "learning rate": "{learning_rate:.3g}",
+            "steps": "{steps}",
+            "held-out loss": "{held_out_loss:.4f}",
+            "stopped early": "{stopped_early}",
+        },
+        left=0,
+    )
+    for sentence in (result.expected_regret.sentence(), *result.assumptions):
+        tables.print_text(f"- {sentence}")
+
+
+main = cli.command(Config, run, __doc__)
+
+if __name__ == "__main__":
+    main()
