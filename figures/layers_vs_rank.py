@@ -1,4 +1,4 @@
-"""RMS of w against the rank in real layers, from a run of sims.variance_sweep --layer-data: law and measurement."""
+"""RMS of w against the rank in real layers, from a run of sims.layer_sweep: law and measurement."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +11,9 @@ import tyro
 from figures import style
 from rora_theory.io import frames
 
+EXPERIMENTS = ("layer_sweep", "variance_sweep_layers")
+"""Names of the experiment in manifests; the published run has the second."""
+
 SPLITS = {"train": "training", "heldout": "held-out"}
 
 
@@ -19,7 +22,7 @@ class Config:
     """Which run to draw."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run folder of sims.variance_sweep --layer-data."""
+    """Run folder of sims.layer_sweep."""
     split: str = "heldout"
     """Tokens the layer is read at: train or heldout."""
     out: Path | None = None
@@ -28,7 +31,7 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """One panel a layer and optimizer; each rule's curve is divided by its value at the smallest rank."""
-    _, rows = style.read_frame(config.run, "variance_sweep_layers")
+    _, rows = style.read_frame(config.run, *EXPERIMENTS)
     rows = rows[rows["split"] == config.split]
     if config.split not in SPLITS or rows.empty:
         style.fail(f"--split is {config.split!r}; accepted are train and heldout")

@@ -68,7 +68,9 @@ def report(config: Config, advised: Advised) -> None:
     """Print the sentence, the tables and the snippet, and what the regime leaves open."""
     found, peft, thin = advised
     snippet = found.peft_config(**peft)  # refused first
-    answers.say(found.sentence(), [thin] if thin else [], **found.as_dict(), target_modules=peft["target_modules"])
+    answers.print_answer(
+        found.sentence(), [thin] if thin else [], **found.as_dict(), target_modules=peft["target_modules"]
+    )
     print()
     flag = ", with use_rslora" if found.is_rslora else ""
     tables.print_records(
@@ -119,7 +121,7 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     stepper = RealStep(read.model.params, read.model.config, pair.train, pair.held_out, targets)
     extra, models = {"units": transfer_check.UNITS}, [read.origin]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra, models=models)
-    prompts.keep(folder, pair.examples, read.tokenizer, show=config.reading.show)
+    prompts.save_prompts(folder, pair.examples, read.tokenizer, show=config.reading.show)
     steps = run_table(
         list(transfer_check.first_steps(found, config.seeds)),
         lambda cell, _: transfer_check.first_step_rows(stepper, found, cell, seed),
@@ -143,7 +145,7 @@ def take_first_steps(config: Config, advised: Advised) -> None:
             transfer_check.format_candidates(summary),
         )
     folder.finish()
-    answers.tell_files(folder.path)
+    answers.print_files(folder.path)
 
 
 def run(config: Config) -> None:

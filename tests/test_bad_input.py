@@ -40,6 +40,7 @@ GIVEN = {
     "sims.prune": ["--text", "RECORDS"],
     "sims.evaluate": ["--data-dir", "FOLDER"],
     "sims.portable": ["--out", "served"],
+    "sims.layer_sweep": ["--layers", "FILE"],
 }
 """What a command can't be called without, but for what has no name."""
 
@@ -163,7 +164,8 @@ def refusal(enter: Callable[[], object], command: str, words: list[str], capsys:
         return "begins to work"
     right = stop.value.code == 2 and not said.out and said.err.startswith("error: ") and said.err.count("\n") == 1
     helps = any(
-        word in said.err for word in ("accepted", "must", "supported", "Use ", "Set ", "Remove ", "Pass ", "Expected ")
+        word in said.err
+        for word in ("accepted", "must", "supported", "Use ", "Set ", "Remove ", "Pass ", "Expected ", "--help")
     )
     return said.err if right and helps else f"status {stop.value.code}: {said.out}{said.err}"
 
@@ -203,7 +205,7 @@ READ = {
     "sims.coordinate_check": ["--data", "{}"],
     "sims.prune": ["--text", "{}"],
     "sims.transfer": ["--regime", "{}"],
-    "sims.variance_sweep": ["--layer-data", "{}"],
+    "sims.layer_sweep": ["--layers", "{}"],
     "sims.lr_transfer": ["--matrix", "{}"],
     "sims.evaluate": ["--tasks", "piqa", "--data-dir", "{}"],
     "sims.capacity": ["--model", "{}"],
@@ -272,4 +274,4 @@ def test_every_command_is_here() -> None:
     assert len(COMMANDS) >= 23
     experiments = {path.stem for path in (ROOT / "sims").glob("*.py")} - {"__init__", "__main__"}
     assert {f"sims.{name}" for name in experiments} <= set(COMMANDS), "a file of sims that no one can run"
-    assert sorted(set(READ) | {"sims.training_dynamics"}) == COMMANDS
+    assert sorted(set(READ) | {"sims.training_dynamics", "sims.variance_sweep"}) == COMMANDS

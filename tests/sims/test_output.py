@@ -35,13 +35,14 @@ from sims import (
     coordinate_check,
     evaluate,
     horizon,
+    layer_sweep,
     lr_transfer,
     regime,
     training_dynamics,
     transfer,
 )
 from sims import variance_sweep as sweep
-from sims.common import answers, cli, layer_sweep, progress, tables
+from sims.common import answers, cli, progress, tables
 
 COMMANDS = [
     module
@@ -62,18 +63,18 @@ def printed(capsys, monkeypatch):
     first, and the tables are such that JSON has them."""
     monkeypatch.setenv("COLUMNS", "80")
     said: list[Any] = []
-    say = answers.say
+    print_answer = answers.print_answer
 
     def noted(sentence: str, warnings: Any = (), /, **more: Any) -> None:
         assert re.fullmatch(r"[A-Za-z0-9].*[.)]", sentence), "a sentence"
         said.append(sentence)
-        say(sentence, warnings, **more)
+        print_answer(sentence, warnings, **more)
 
     def collect(table: Any) -> None:
         assert said or table["title"] in OF_NO_COMMAND, "the answer comes before the tables"
         json.dumps(as_json(table), allow_nan=False, default=lambda value: value.item())
 
-    monkeypatch.setattr(answers, "say", noted)
+    monkeypatch.setattr(answers, "print_answer", noted)
     monkeypatch.setattr(tables, "collect", collect)
 
     def read() -> list[str]:

@@ -6,6 +6,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import jax
@@ -18,7 +19,11 @@ from rora_theory.random.seeds import SEED_COUNT, check_seed
 from rora_theory.runs.folder import RunFolder
 from sims.common import cli
 
-MORE = {"transfer": {"check": ("nowhere", "nowhere.json")}, "prune": {"text": ("nowhere.json",)}}
+MORE = {
+    "transfer": {"check": ("nowhere", "nowhere.json")},
+    "prune": {"text": ("nowhere.json",)},
+    "layer_sweep": {"layers": Path("nowhere.npz")},
+}
 
 
 SEEDS = ("seed", "data_seed", "seeds")
@@ -69,8 +74,8 @@ def test_a_seed_of_numpy_is_the_seed_of_its_value(kind) -> None:
 def test_every_command_with_a_seed_is_tried() -> None:
     named = {name for name, _ in commands()}
     assert named == {
-        "coordinate_check", "finetune", "horizon", "lr_transfer", "prune", "rank_sweep", "regime", "training_dynamics",
-        "transfer", "variance_sweep",
+        "coordinate_check", "finetune", "horizon", "layer_sweep", "lr_transfer", "prune", "rank_sweep", "regime",
+        "training_dynamics", "transfer", "variance_sweep",
     }  # fmt: skip
     assert {("finetune", ("training", "seed")), ("rank_sweep", ("seeds",))} <= set(commands())
 
