@@ -49,7 +49,7 @@ def test_layers_against_the_law(layers: Path, tmp_path: Path, capsys: pytest.Cap
     arguments = ["--layers", layers, "--ranks", 1, 8, 32, "--out", out, "--relative-error", 0.02]
     run(*arguments)
     first = capsys.readouterr().out
-    assert "adam, A kaiming_uniform, heldout tokens: r*" in first
+    assert "adam, A kaiming_uniform, heldout tokens: crossing rank r*" in first
     results = frames.read_csv(out / "results.csv", layer_grid.COLUMNS)
     assert len(results) == 2 * 3 * 2 * 2 * 3  # layers x ranks x optimizers x splits x rules
     assert ((results["estimate"] - results["exact"]) / results["standard_error"]).abs().max() < 5
@@ -71,7 +71,7 @@ def test_one_rank_has_a_crossing_rank_and_no_exponent(
     run(*arguments, "--out", tmp_path / "run")
     assert set(frames.read_csv(tmp_path / "run" / "results.csv")["init"]) == {"normal", "gaussian"}
     shown = capsys.readouterr().out
-    assert "sgd, A gaussian, train tokens: r*" in shown
+    assert "sgd, A gaussian, train tokens: crossing rank r*" in shown
     assert "nan" not in shown
 
 

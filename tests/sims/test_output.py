@@ -167,8 +167,8 @@ def test_a_verdict_beside_another_run_is_whole(printed) -> None:
     none = pd.DataFrame()
     horizon.report(9, HorizonJudgement(best, beside, none, found, *[pd.DataFrame()] * 6))
     lines = printed()
-    title = lines.index("Beside others, each at its own best rate")
-    lines = lines[title : lines.index("How the best rate moves")]
+    title = lines.index("Comparisons, each at its own best rate")
+    lines = lines[title : lines.index("Exponents of the best rate")]
     starts = [i for i, line in enumerate(lines) if re.match(r" *\d+ ", line)]
     said = [" ".join(" ".join(lines[a:b]).split()) for a, b in zip(starts, [*starts[1:], None], strict=True)]
     assert len(said) == len(beside)
@@ -288,7 +288,7 @@ def test_capacity_says_one_figure_for_one_thing(printed, monkeypatch) -> None:
 
 def test_evaluate(printed) -> None:
     level = TaskAccuracy("hellaswag", 10042, 0.0, 0.05, 0.5, 0.01, 0.0, 0.25, 0.2510)
-    evaluate.show([level, dataclasses.replace(level, task="average")], Scoring(protocol="harness"))
+    evaluate.report([level, dataclasses.replace(level, task="average")], Scoring(protocol="harness"))
     printed()
 
 
