@@ -80,6 +80,7 @@ class TransferConfig:
     """Number of inputs of the modules, from which --takeover is estimated as for one sample"""
 
     def __post_init__(self) -> None:
+        """Normalise the name of the optimizer, and validate the settings."""
         object.__setattr__(self, "optimizer", optimizer_named(self.optimizer))
         check_ranges(self)
         if self.steps is not None:
