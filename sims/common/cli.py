@@ -27,7 +27,7 @@ from rora_theory.errors import FailedError, InputError
 from rora_theory.io import files
 from rora_theory.runs import folder, software
 from rora_theory.runs.reading import flat
-from sims.common import answers, options, tables
+from sims.common import answers, help_texts, options, tables
 
 Config = TypeVar("Config")
 
@@ -188,11 +188,13 @@ def _parse(config: Any, words: Sequence[str], description: str) -> Any:
                 args=words,
                 description=description,
                 config=FORM,
+                registry=help_texts.registry,
             )
     except SystemExit as stop:
         if not stop.code:
             out.seek(0)
-            tables.print_text(out.read().rstrip())  # tyro folds the boxes, but not the description
+            # tyro folds the boxes, but not the description, and doubles some of its blank lines.
+            tables.print_text(re.sub(r"\n{3,}", "\n\n", out.read().rstrip()))
             raise
         # An InputError of a `__post_init__` is reported unchanged.
         cause = stop.__context__

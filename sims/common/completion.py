@@ -12,7 +12,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from rora_theory.errors import InputError
-from sims.common import cli
+from sims.common import cli, help_texts
 
 SHELLS = ("bash", "zsh")
 
@@ -41,7 +41,8 @@ def script(shell: str, commands: Mapping[str, Mapping[str, str]]) -> str:
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         union: Any = Union[tuple(choices)]  # noqa: UP007
-        tyro.cli(union, prog="rora", args=["--tyro-write-completion", shell, "-"], config=cli.FORM)
+        words = ["--tyro-write-completion", shell, "-"]
+        tyro.cli(union, prog="rora", args=words, config=cli.FORM, registry=help_texts.registry)
     return re.sub("^COMPLETION_SPEC = (.*)", _add_choices, text.getvalue(), flags=re.M)
 
 
@@ -61,8 +62,6 @@ def _add_choices(line: re.Match[str]) -> str:
             if not option.get("choices") and (choices := _CHOICES.match(description)):
                 names = [name for name in choices[1].split(",") if name != "None"]
                 option |= {"type": "choice", "choices": names} if names else {}
-            # A shell offers each line of a description as a word.
-            option["description"] = description.replace("\n", " ")
     return f"COMPLETION_SPEC = {spec!r}"
 
 

@@ -158,7 +158,8 @@ def slope(row: Mapping[Any, Any]) -> str:
 def print_text(text: str) -> None:
     """Print sentences, folded between words.
 
-    A line that begins with spaces is a command; it is folded with backslashes, as a shell reads it.
+    A line that begins with spaces is a command; it is folded with backslashes, as a shell reads it. The further lines
+    of a list item, which begins with a hyphen, are indented.
     """
     width = Console().width
     for line in text.split("\n"):
@@ -166,17 +167,14 @@ def print_text(text: str) -> None:
             print(line)
             continue
         indent = line[: len(line) - len(line.lstrip())]
-        print(
-            (" \\\n" if indent else "\n").join(
-                textwrap.wrap(
-                    line,
-                    width - 2 if indent else width,
-                    subsequent_indent=indent + "  " if indent else "",
-                    break_long_words=False,
-                    break_on_hyphens=False,
-                )
-            )
+        rows = textwrap.wrap(
+            line,
+            width - 2 if indent else width,
+            subsequent_indent=f"{indent}  " if indent or line.startswith("- ") else "",
+            break_long_words=False,
+            break_on_hyphens=False,
         )
+        print((" \\\n" if indent else "\n").join(rows))
 
 
 def printable(text: str, *, keep: str = "") -> str:

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import inspect
 import io
+import itertools
 import json
 import math
 import pkgutil
@@ -313,6 +314,16 @@ def test_help(module, printed) -> None:
     assert all(word in text for word in module.__doc__.split()), "no word is broken"
     assert all(re.search(rf"--{name.replace('_', '-')}\b", text) for name in options(module.Config))
     assert str(Path.cwd()) not in text
+
+
+def test_help_fills_its_lines(printed) -> None:
+    """A docstring's line breaks do not break the lines of the help."""
+    with pytest.raises(SystemExit):
+        cli.parse(evaluate.Config, ["--help"], description="")
+    rows = [line[2:-2] for line in printed() if line.startswith("│")]
+    for row, following in itertools.pairwise(rows):
+        if following.startswith(" ") and not row.startswith("-"):
+            assert len(f"{row.rstrip()} {following.split()[0]}") > 76, row
 
 
 def test_help_names_what_regime_refuses(printed) -> None:
