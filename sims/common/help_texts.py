@@ -27,9 +27,9 @@ def describe_dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
       info: Type, which may be any.
 
     Returns:
-      The fields with their defaults and help, or None for a type that is not a dataclass.
+      The fields with their defaults and help; None for other types and for generic dataclasses, such as tyro's own.
     """
-    if not dataclasses.is_dataclass(info.type):
+    if not dataclasses.is_dataclass(info.type) or getattr(info.type, "__parameters__", ()):
         return None
     hints = typing.get_type_hints(info.type, include_extras=True)
     fields = []

@@ -210,7 +210,7 @@ def test_an_adapter_changes_the_scores_alike_merged_or_beside(model: Path, data:
         (("--num-beams", "0"), "num_beams is 0"),
         (("--protocol", "harness", "--template", "clean"), "template must be none with protocol harness, got 'clean'"),
         (("--data-dir", "/nowhere"), "/nowhere/boolq/test.json: no such file"),
-        (("--adapter", "/nowhere"), "/nowhere: is not a folder"),
+        (("--adapter", "/nowhere"), "--adapter must be the folder of an adapter in PEFT's format, got /nowhere"),
         (("--adapter", "/tmp"), "adapter_config.json"),
         (("--model", "/nowhere"), "/nowhere: no such path"),
         (("--protocol", "accuracy"), "accuracy"),
