@@ -11,9 +11,6 @@ import tyro
 from figures import style
 from rora_theory.io import frames
 
-EXPERIMENTS = ("layer_sweep", "variance_sweep_layers")
-"""Names of the experiment in manifests; the published run has the second."""
-
 SPLITS = {"train": "training", "heldout": "held-out"}
 
 
@@ -31,7 +28,7 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """One panel a layer and optimizer; each rule's curve is divided by its value at the smallest rank."""
-    _, rows = style.read_frame(config.run, *EXPERIMENTS)
+    _, rows = style.read_frame(config.run, "layer_sweep")
     rows = rows[rows["split"] == config.split]
     if config.split not in SPLITS or rows.empty:
         style.fail(f"--split is {config.split!r}; accepted are train and heldout")

@@ -185,19 +185,19 @@ def _hundredths(number: re.Match[str]) -> str:
 OF_A_RUN = "the file of a run folder"
 
 
-def read_manifest(folder: Path, *experiments: str) -> dict[str, Any]:
+def read_manifest(folder: Path, experiment: str | None = None) -> dict[str, Any]:
     """A run's manifest; a missing, damaged or changed file or another experiment's ends the command."""
     check_as_written(folder)
     manifest = files.read_json(folder / "manifest.json", accepted=OF_A_RUN)
     check_manifest(folder / "manifest.json", manifest)
-    if experiments and manifest.get("experiment") not in experiments:
-        fail(f"{folder}: is a run of {manifest.get('experiment')}; accepted is a run of {experiments[0]}")
+    if experiment is not None and manifest.get("experiment") != experiment:
+        fail(f"{folder}: is a run of {manifest.get('experiment')}; accepted is a run of {experiment}")
     return manifest
 
 
-def read_frame(folder: Path, *experiments: str) -> tuple[dict[str, Any], "pd.DataFrame"]:
+def read_frame(folder: Path, experiment: str | None = None) -> tuple[dict[str, Any], "pd.DataFrame"]:
     """Manifest and table of a run folder; a missing, damaged or changed one ends the command: one line, status 2."""
-    manifest = read_manifest(folder, *experiments)
+    manifest = read_manifest(folder, experiment)
     found = frames.read_csv(folder / "results.csv", accepted=OF_A_RUN)
     if found.empty:
         fail(f"{folder}/results.csv: has no rows; accepted is a run with at least one finished cell")

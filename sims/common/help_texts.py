@@ -29,7 +29,8 @@ def describe_dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
     Returns:
       The fields with their defaults and help; None for other types and for generic dataclasses, such as tyro's own.
     """
-    if not dataclasses.is_dataclass(info.type) or getattr(info.type, "__parameters__", ()):
+    is_generic = bool(getattr(info.type, "__parameters__", False))
+    if is_generic or not dataclasses.is_dataclass(info.type):
         return None
     hints = typing.get_type_hints(info.type, include_extras=True)
     fields = []
