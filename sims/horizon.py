@@ -98,8 +98,8 @@ def run(config: Config) -> None:
     for name, frame in judged.files().items():
         folder.write_frame(frame, name)
     samples, regret = "seeds and held-out records", "largest regret, nats per token"
-    scope = ("changed", "policy", "pairs", "lower_bounds")
-    figures = key_figures(judged.policies, regret, "largest", "largest_error", over=samples, scope=scope)
+    policy = ("changed", "policy", "pairs", "lower_bounds")
+    figures = key_figures(judged.policies, regret, "largest", "largest_error", over=samples, scope=policy)
     scope = ("step", "over", "at", "first", "second", "law_low", "law_high", "verdict")
     figures += key_figures(judged.exponents, "exponent of the best rate", "exponent", over="error_over", scope=scope)
     with summarised(folder, figures):

@@ -36,10 +36,12 @@ def describe_dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
     fields = []
     for field in dataclasses.fields(info.type):
         default: Any = tyro.MISSING_NONPROP
-        if field.default is not dataclasses.MISSING:
+        if isinstance(info.default, info.type):  # a nested dataclass whose defaults its parent sets
+            default = getattr(info.default, field.name)
+        elif field.default is not dataclasses.MISSING:
             default = field.default
         elif field.default_factory is not dataclasses.MISSING and field.default_factory is not field.type:
-            default = field.default_factory()  # a nested dataclass has fields with defaults of their own instead
+            default = field.default_factory()
         help_text = functools.partial(_help_of, info.type, field.name)
         fields.append(StructFieldSpec(field.name, hints[field.name], default, help_text))
     return StructConstructorSpec(info.type, tuple(fields))

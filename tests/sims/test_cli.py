@@ -298,3 +298,15 @@ def test_a_signal_while_importing_ends_a_command_with_one_line(
     process.send_signal(number)
     assert process.communicate(timeout=30) == (b"", f"{sims.STOPPED}\n".encode())
     assert process.returncode == 128 + number
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A part with defaults that are not its own."""
+
+    inner: Inner = field(default_factory=lambda: Inner(batch_size=3))
+
+
+def test_a_parent_sets_the_defaults_of_a_part() -> None:
+    assert cli.parse(Parent, [], description="") == Parent()
+    assert cli.parse(Parent, ["--steps", "2"], description="").inner == Inner(batch_size=3, steps=2)
