@@ -119,7 +119,7 @@ def test_a_folder_in_use_is_refused_before_any_work(capsys, tmp_path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         status, out, err = run(capsys, "--out", str(tmp_path))
     assert (status, out) == (2, "")
-    assert err.startswith(f"error: {tmp_path}: is in use by process 7 on h since s; accepted is to wait")
+    assert err.startswith(f"error: {tmp_path}: is in use by process 7 on h since s")
     before = (tmp_path / ".lock").read_text()
     assert run(capsys, "--out", str(tmp_path))[0] == 0
     assert (tmp_path / ".lock").read_text() == before

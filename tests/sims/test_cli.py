@@ -73,10 +73,10 @@ def test_what_is_right_is_parsed() -> None:
         (["--merge=false"], ["--merge", "'false'"]),
         (["--config"], ["--config", "1 value"]),
         (["--data", os.fsdecode(b"caf\xe9.json")], [r"'caf\udce9.json'", "UTF-8"]),
-        (["--out", "/dev/null/run"], ["/dev/null/run", "/dev/null is a file", "accepted is a folder"]),
-        (["--out", "/dev/null"], ["/dev/null: is a file", "accepted is a folder"]),
-        (["--out", "new/" + "x" * 256], ["has a name of more than 255 bytes", "accepted is a folder"]),
-        (["--out", "x" * 5000], ["File name too long", "accepted is a folder"]),
+        (["--out", "/dev/null/run"], ["/dev/null/run", "/dev/null is a file"]),
+        (["--out", "/dev/null"], ["/dev/null: is a file"]),
+        (["--out", "new/" + "x" * 256], ["has a name of more than 255 bytes"]),
+        (["--out", "x" * 5000], ["File name too long"]),
     ],
 )
 def test_what_is_wrong_is_named_with_what_is_accepted(words: list[str], parts: list[str]) -> None:
