@@ -20,7 +20,7 @@ from sims import __main__ as main
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
-command_names = cache(main.names)
+command_names = cache(main.describe_commands)
 PAGES = [
     path for folder in ("results", "how-to", "explanation") for path in sorted((ROOT / "docs" / folder).glob("*.md"))
 ]

@@ -2,8 +2,8 @@
 
 import sys
 
-from sims.__main__ import ROOM, main
+from sims.__main__ import FIGURES, main
 
 if __name__ == "__main__":
-    sys.argv.insert(1, ROOM)
+    sys.argv.insert(1, FIGURES)
     main()

@@ -1,4 +1,4 @@
-"""Plot the measured and predicted rms of w against the rank in real layers, from sims.variance_sweep --layer-data."""
+"""Plot the measured and predicted rms of w against the rank in real layers, from a run of sims.layer_sweep."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Config:
     """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run folder of sims.variance_sweep --layer-data."""
+    """Run folder of sims.layer_sweep."""
     split: str = "heldout"
     """Tokens at which the layers are measured: train or heldout."""
     out: Path | None = None
@@ -28,7 +28,7 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """Draw one panel for each optimizer; each rule's curve is divided by its value at the smallest rank."""
-    _, rows = style.read_frame(config.run, "variance_sweep_layers")
+    _, rows = style.read_frame(config.run, "layer_sweep")
     rows = rows[rows["split"] == config.split]
     if config.split not in SPLITS or rows.empty:
         style.fail(f"--split must be train or heldout, got {config.split!r}")

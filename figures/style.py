@@ -286,4 +286,4 @@ def main(draw: Callable[..., Sequence[Path]], *arguments: Any) -> None:
     """
     run = getattr(arguments[0], "run", None) if arguments else None
     with plt.rc_context(STYLE), contextlib.nullcontext() if run is None else files.naming_damage(run):
-        answers.list_files(draw(*arguments))
+        answers.print_paths(draw(*arguments))

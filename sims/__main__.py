@@ -1,4 +1,4 @@
-"""All commands under one name: ``rora NAME ...`` is ``python -m sims.NAME ...``, ``rora figures NAME ...`` draws.
+"""Run a command: ``rora NAME ...`` is ``python -m sims.NAME ...``, and ``rora figures NAME ...`` draws a figure.
 
 rora transfer --from-rank 16 --to-rank 128
 rora figures norm_vs_rank RUN
@@ -11,43 +11,43 @@ import runpy
 import sys
 from pathlib import Path
 
-ROOM = "figures"
+FIGURES = "figures"
 
 
-def names(package: str) -> dict[str, str]:
-    """The commands of a package with what each says of itself, read without importing any of them."""
-    found = {}
+def describe_commands(package: str) -> dict[str, str]:
+    """Return the first sentence of the docstring of each command in a package, without importing the commands."""
+    descriptions = {}
     for folder in importlib.import_module(package).__path__:
         for module in pkgutil.iter_modules([folder]):
             path = Path(folder) / f"{module.name}.py"
             if module.ispkg or module.name.startswith("_") or '__name__ == "__main__"' not in path.read_text("utf-8"):
                 continue
-            found[module.name] = (ast.get_docstring(ast.parse(path.read_bytes())) or "").split("\n")[0]
-    return found
+            descriptions[module.name] = (ast.get_docstring(ast.parse(path.read_bytes())) or "").split("\n")[0]
+    return descriptions
 
 
 def main() -> None:
-    """Hand the command line over to the command that its first word names."""
+    """Run the command that the first word of the command line names."""
     from sims.common import cli, completion
 
     package, words = "sims", sys.argv[1:]
-    if words[:1] == [ROOM]:
-        package, words = ROOM, words[1:]
-    commands = names(package)
-    listed = commands | ({ROOM: "Plots of saved runs; rora figures lists them."} if package == "sims" else {})
+    if words[:1] == [FIGURES]:
+        package, words = FIGURES, words[1:]
+    commands = describe_commands(package)
+    listed = commands | ({FIGURES: "Draw figures of saved runs; rora figures lists them."} if package == "sims" else {})
     name = words[0].replace("-", "_") if words else "--help"
     if name in ("_h", "__help", "--help"):
-        show(package, listed)
+        print_commands(package, listed)
         return
     if name == "__version":
-        cli.tell_versions()
+        cli.print_versions()
         return
     if name == "__print_completion":
-        every = {each: names(each) for each in ("sims", ROOM)}
-        cli.run(lambda: print(completion.script(" ".join(words[1:]), every)))
+        descriptions = {package: describe_commands(package) for package in ("sims", FIGURES)}
+        cli.run(lambda: print(completion.script(" ".join(words[1:]), descriptions)))
         return
     if name not in commands:
-        print(f"error: {words[0]} is no command; accepted are {', '.join(listed)}", file=sys.stderr)
+        print(f"error: unknown command {words[0]!r}; supported: {', '.join(listed)}", file=sys.stderr)
         sys.exit(2)
     if Path(sys.argv[0]).stem == "rora":
         cli.PROGRAM = " ".join(["rora", *sys.argv[1 : len(sys.argv) - len(words) + 1]])
@@ -55,14 +55,13 @@ def main() -> None:
     runpy.run_module(f"{package}.{name}", run_name="__main__", alter_sys=True)
 
 
-def show(package: str, commands: dict[str, str]) -> None:
-    """Print the commands, each with its sentence."""
+def print_commands(package: str, commands: dict[str, str]) -> None:
+    """Print the commands of a package with their descriptions."""
     from sims.common import tables
 
-    start = "rora" if package == "sims" else f"rora {ROOM}"
-    tables.print_table(
-        f"{start} NAME --help says what a command takes.", ["command", "what it does"], commands.items(), left=2
-    )
+    program = "rora" if package == "sims" else f"rora {FIGURES}"
+    title = f"{program} NAME --help lists the options of a command."
+    tables.print_table(title, ["command", "description"], commands.items(), left=2)
 
 
 if __name__ == "__main__":

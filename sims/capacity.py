@@ -1,13 +1,15 @@
-"""Does a fine-tuning run fit on a GPU, and how long does it take? From shapes alone, on any machine.
+"""Estimate whether a fine-tuning run fits on a GPU, and how long it takes, on any machine and without weights.
 
     python -m sims.capacity
     python -m sims.capacity --model llama-7b --method dora --rank 128 --device h100 --examples 170420
     python -m sims.capacity --model llama-13b --memory 24 --tflops 120 --replicas 2 --fsdp 4
 
-The first is a table of the paper's five models on a 48 GB A6000, the second one model on another card, the third one on
-eight devices of 24 GB and 120 TFLOP/s, four of which share a copy of the weights.
-The training step is traced without weights. ``--compile`` adds the account of XLA's compiler for the machine at
-hand; ``--measure`` runs two steps here, on random weights, and sets what they took beside the prediction.
+The first command prints a table of the paper's five models on a 48 GB A6000. The second estimates one model on an
+H100. The third estimates a model on eight devices of 24 GB and 120 TFLOP/s, where four devices share a copy of the
+weights.
+
+The estimate uses the shapes of the traced training step. ``--compile`` adds the memory analysis of XLA's compiler for
+this machine. ``--measure`` runs two steps on this machine, on random weights, and compares them with the estimate.
 """
 
 from dataclasses import dataclass
@@ -23,21 +25,22 @@ from sims.common import answers, cli, tables
 
 @dataclass(frozen=True)
 class Config(PlanConfig):
-    """The run to fit. The defaults are the paper's protocol at its largest rank."""
+    """Options of the estimate. The defaults are the paper's protocol at its largest rank."""
 
     compile: bool = False
-    """compile the step for this machine and show XLA's account of it"""
+    """Compile the step for this machine and print XLA's memory analysis"""
     measure: bool = False
-    """run two steps on this machine and show what they took"""
+    """Run two steps on this machine and print their memory and time"""
 
     def __post_init__(self) -> None:
+        """Validate the options."""
         super().__post_init__()
         if self.model is None and (self.compile or self.measure):
-            raise InputError("--compile and --measure take one model; accepted is --model NAME with them")
+            raise InputError("--compile and --measure require one model. Set --model.")
 
 
 def run(config: Config) -> None:
-    """The paper's models, or one by part."""
+    """Print the table of the paper's models, or the estimate of one model."""
     if config.model is None:
         show_table(config)
     else:
@@ -45,79 +48,85 @@ def run(config: Config) -> None:
 
 
 def show_table(config: Config) -> None:
-    """The paper's models, with and without rematerialisation."""
+    """Print the estimates of the paper's models, with and without rematerialisation."""
     device, layout = config.place(), config.layout()
-    found = capacity.fit_table(
+    estimates = capacity.fit_table(
         PAPER_MODELS, config.finetune(), device, width=config.seq, utilisation=config.utilisation, layout=layout
     )
     count = config.count_steps()
     forms = {"model": "{model}", "remat": "{remat}", "trained %": "{trained:.2f}", "base GB": "{base:.1f}"}
     forms |= {"trained + Adam GB": "{state:.1f}", "activations GB": "{activations:.1f}", "total GB": "{total:.1f}"}
-    forms |= {"verdict": "{verdict}", "s a step": "{seconds:.2f}"}
+    forms |= {"verdict": "{verdict}", "s per step": "{seconds:.2f}"}
     forms |= {} if count is None else {"whole run": "{hours:.1f} h"}
-    shown = found.assign(
-        remat=found["remat"].map({False: "no", True: "yes"}),
-        verdict=found["fits"].map({False: "does not fit", True: "fits"}),
-        hours=found["seconds"] * (count or 0) / 3600,
+    shown = estimates.assign(
+        remat=estimates["remat"].map({False: "no", True: "yes"}),
+        verdict=estimates["fits"].map({False: "does not fit", True: "fits"}),
+        hours=estimates["seconds"] * (count or 0) / 3600,
     )
-    fitting = [f"{row.model}{' (remat)' * row.remat}" for row in found[found["fits"]].itertuples()]
-    answers.say(f"On {device.name} fit: {', '.join(fitting) or 'none'}.")
+    fitting = [f"{row.model}{' (remat)' * row.remat}" for row in estimates[estimates["fits"]].itertuples()]
+    answers.print_answer(f"Models that fit on {device.name}: {', '.join(fitting) or 'none'}.")
     tables.print_records(f"{device.name}, {config.in_words()}", shown, forms, left=2)
     tables.print_text(config.basis())
 
 
 def show_model(config: Config, model: LlamaConfig) -> None:
-    """One model, by part; then what the compiler and the machine at hand say, where asked."""
+    """Print the estimate of one model by component, then XLA's analysis and the measurement, if requested."""
     run, device, layout = config.finetune(), config.place(), config.layout(here=config.compile or config.measure)
-    found = capacity.account(model, run, config.seq, layout)
-    rows = [[name, f"{size / GB:.2f}"] for name, size in found.parts().items()]
-    rows += [["total", f"{found.total / GB:.2f}"], ["(a block of logits)", f"{found.logits / GB:.2f}"]]
-    seconds = found.seconds(device, run.dtype, config.utilisation)
+    estimate = capacity.account(model, run, config.seq, layout)
+    rows = [[name, f"{size / GB:.2f}"] for name, size in estimate.parts().items()]
+    rows += [["total", f"{estimate.total / GB:.2f}"], ["(a block of logits)", f"{estimate.logits / GB:.2f}"]]
+    seconds = estimate.seconds(device, run.dtype, config.utilisation)
     count = config.count_steps()
-    whole = "" if count is None else f"; the whole run {count * seconds / 3600:.1f} h"
-    each = "" if layout is None else " a device"
-    total = found.flops * found.devices
-    answers.say(f"{config.model} on {device.name}: {found.verdict(device)}.")
-    tables.print_table(f"{config.model}, {config.in_words()}", ["memory", f"GB{each}"], rows)
+    run_time = "" if count is None else f"; the whole run takes {count * seconds / 3600:.1f} h"
+    per_device = "" if layout is None else " per device"
+    flops = estimate.flops * estimate.devices
+    answers.print_answer(f"{config.model} on {device.name}: {estimate.verdict(device)}.")
+    tables.print_table(f"{config.model}, {config.in_words()}", ["memory", f"GB{per_device}"], rows)
     if layout is not None:
         show_placement(config, model, layout)
     tables.print_text(
-        f"parameters {found.parameters:,}, trained {found.trainable:,} ({found.trainable / found.parameters:.2%})\n"
-        f"products {total / 1e12:.4g} TFLOP a step, {total / found.tokens / 1e9:.3g} GFLOP a token\n"
-        f"{seconds:.3g} s a step, {found.tokens / seconds:.0f} tokens/s{whole}\n"
+        f"parameters {estimate.parameters:,}, trained {estimate.trainable:,} "
+        f"({estimate.trainable / estimate.parameters:.2%})\n"
+        f"products {flops / 1e12:.4g} TFLOP per step, {flops / estimate.tokens / 1e9:.3g} GFLOP per token\n"
+        f"{seconds:.3g} s per step, {estimate.tokens / seconds:.0f} tokens/s{run_time}\n"
         f"{config.basis()}"
     )
-    own = capacity.measure_step(model, run, config.seq, layout) if config.measure else None
+    measured = capacity.measure_step(model, run, config.seq, layout) if config.measure else None
     if config.compile:
-        xla = own.program if own else capacity.compile_here(model, run, config.seq, layout)
-        arguments = found.base + found.adapter + found.optimizer + found.batch
+        xla = measured.program if measured else capacity.compile_here(model, run, config.seq, layout)
+        arguments = estimate.base + estimate.adapter + estimate.optimizer + estimate.batch
         tables.print_text(
-            f"XLA for this machine ({xla.seconds:.0f} s): arguments {xla.arguments / GB:.2f} GB (here "
-            f"{arguments / GB:.2f}), temporaries {xla.temporaries / GB:.2f} GB (here "
-            f"{(found.total - arguments) / GB:.2f})."
+            f"XLA's analysis for this machine ({xla.seconds:.0f} s): arguments {xla.arguments / GB:.2f} GB (estimated "
+            f"{arguments / GB:.2f}), temporaries {xla.temporaries / GB:.2f} GB (estimated "
+            f"{(estimate.total - arguments) / GB:.2f})."
         )
-    if own:
+    if measured:
         tables.print_text(
-            f"measured here: peak{each} {own.peak / GB:.3f} GB, predicted {found.total / GB:.3f} GB "
-            f"(predicted / measured {found.total / own.peak:.3f}); {own.seconds:.2f} s a step. XLA's own account of "
-            f"it is {own.program.total / GB:.3f} GB; the rest is code, stacks and packed operands of products."
+            f"Measured on this machine: peak{per_device} {measured.peak / GB:.3f} GB, estimated "
+            f"{estimate.total / GB:.3f} GB (estimated / measured {estimate.total / measured.peak:.3f}); "
+            f"{measured.seconds:.2f} s per step. XLA's analysis gives {measured.program.total / GB:.3f} GB; the rest "
+            "is code, stacks and packed operands of products."
         )
-    if config.compile or own:
+    if config.compile or measured:
         tables.print_text(capacity.CPU_MEMORY_NOTE)
 
 
 def show_placement(config: Config, model: LlamaConfig, layout: Layout) -> None:
-    """What of the run is split over the devices."""
+    """Print how the arrays of the run are split over the devices."""
     rows = [
-        [one.name, f"in {one.ways}" if one.ways > 1 else "whole", *(f"{size / GB:.2f}" for size in sizes)]
-        for one in capacity.placement(model, config.finetune(), layout)
-        for sizes in [(one.bytes_whole, one.bytes_per_device)]
+        [
+            arrays.name,
+            f"in {arrays.ways}" if arrays.ways > 1 else "whole",
+            f"{arrays.bytes_whole / GB:.2f}",
+            f"{arrays.bytes_per_device / GB:.2f}",
+        ]
+        for arrays in capacity.placement(model, config.finetune(), layout)
     ]
-    tables.print_table("the base", ["arrays", "split", "GB", "GB a device"], rows, left=2)
-    rows_each = config.batch_size // layout.parts
+    tables.print_table("Base weights", ["arrays", "split", "GB", "GB per device"], rows, left=2)
+    rows_per_device = config.batch_size // layout.parts
     tables.print_text(
-        f"batch and activations are split in {layout.parts}: {rows_each} rows a device; adapter, its gradient and the "
-        "optimizer's state are whole on each"
+        f"The batch and the activations are split in {layout.parts}: {rows_per_device} rows per device. Every device "
+        "has the whole adapter, its gradient and the optimizer's state."
     )
 
 

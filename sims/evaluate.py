@@ -2,8 +2,8 @@
 
     python -m sims.evaluate --data-dir DATA --protocol label --tasks boolq openbookqa --limit 200
 
-The run folder holds `samples.jsonl` (one scored item a line), `results.json` and `results.csv` (accuracy and
-its standard error a task, and their average). A run that was stopped goes on at the item it had reached.
+The run folder contains `samples.jsonl` (one scored item per line), `results.json` and `results.csv` (the accuracy of
+each task and their average, with standard errors). The same command resumes an interrupted run.
 """
 
 import json
@@ -35,55 +35,64 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class Config:
-    """What to score, and how."""
+    """Options of the evaluation."""
 
     model: cli.ModelName = "smollm2-135m"
     adapter: Path | None = None
-    """folder in PEFT's format; none scores the model alone"""
+    """Folder of an adapter in PEFT's format; by default, the model is scored without an adapter"""
     tasks: tuple[str, ...] = tuple(TASKS)
-    """any of boolq piqa social_i_qa hellaswag winogrande ARC-Easy ARC-Challenge openbookqa"""
+    """Tasks: any of boolq piqa social_i_qa hellaswag winogrande ARC-Easy ARC-Challenge openbookqa"""
     protocol: Protocol = "generate"
-    """generate: the papers' (beam search, first label in the text); label: likeliest label string; harness:
-    lm-evaluation-harness's (likeliest choice text)"""
+    """Protocol: generate (as in the papers: beam search, first label in the text), label (label with the highest
+    likelihood) or harness (as in lm-evaluation-harness: choice with the highest likelihood)"""
     template: Template | None = None
-    """prompt of generate (none is eval, as published) and label (none is train): train, eval or clean"""
+    """Prompt template of generate and label: train, eval or clean; by default eval for generate, train for label"""
     limit: Count | None = None
-    """score only the first so many items of each task"""
+    """Maximum number of items per task, taken from the start"""
     data_dir: str | None = None
-    """folder in the LLM-Adapters schema, or hf://datasets/OWNER/NAME; none is the variable RORA_COMMONSENSE_DIR"""
+    """Folder in the LLM-Adapters schema, or hf://datasets/OWNER/NAME; by default, the environment variable
+    RORA_COMMONSENSE_DIR"""
     batch_size: Count = 8
-    """generate: prompts at once; label and harness: device calls in flight"""
+    """Number of prompts per batch for generate; number of device calls in flight for label and harness"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """type of the weights and activations; log-probabilities are float32"""
+    """Dtype of the weights and activations; log-probabilities are float32"""
     merge: bool = True
-    """add the adapter into the weights first, as the published evaluation does; False runs it beside them, as a prefix,
-    series or parallel adapter always is"""
+    """Merge the adapter into the weights first, as in the published evaluation; prefix, series and parallel adapters
+    are never merged"""
     num_beams: int = 4
-    """beams of generate"""
+    """Number of beams for generate"""
     max_new_tokens: int = 32
-    """longest answer of generate, in tokens"""
+    """Maximum number of tokens of an answer for generate"""
     revision: cli.Revision = None
     out: cli.Out = None
 
     def __post_init__(self) -> None:
+        """Validate the options."""
         check_ranges(self)
         if self.adapter is not None and not self.adapter.is_dir():
-            raise InputError(f"{self.adapter}: is not a folder; accepted is an adapter in PEFT's format")
+            raise InputError(f"--adapter must be the folder of an adapter in PEFT's format, got {self.adapter}")
         self.scoring()
 
     def scoring(self) -> Scoring:
-        """The protocol with its settings."""
+        """Return the protocol with its settings."""
         return Scoring(self.protocol, self.template, self.num_beams, self.max_new_tokens)
 
 
-def subject(config: Config, origin: ModelSource) -> tuple[Model, Adapter | None]:
-    """The model that is scored, and an adapter where it runs beside the weights.
+def load_model(config: Config, origin: ModelSource) -> tuple[Model, Adapter | None]:
+    """Load the model to score, and its adapter.
+
+    Args:
+      config: Options of the evaluation.
+      origin: Files of the model.
+
+    Returns:
+      The model, and the adapter unless there is none or it is merged into the model.
 
     Raises:
-      InputError: either cannot be read.
+      InputError: If the model or the adapter cannot be read.
     """
     model = load(origin, config.dtype)
-    cli.tell(model.remarks)
+    cli.print_notes(model.remarks)
     return (
         (model, None)
         if config.adapter is None
@@ -94,71 +103,82 @@ def subject(config: Config, origin: ModelSource) -> tuple[Model, Adapter | None]
 def evaluate(
     config: Config, folder: RunFolder, tasks: dict[str, list[TaskRecord]], model: Model, adapter: Adapter | None
 ) -> list[TaskAccuracy]:
-    """Score the records that the folder lacks, and write its results."""
+    """Score the records that the run folder lacks, and write the results.
+
+    Args:
+      config: Options of the evaluation.
+      folder: Run folder.
+      tasks: Records of each task.
+      model: Model.
+      adapter: Adapter that is not merged into the model.
+
+    Returns:
+      The accuracies of the tasks, and their average.
+    """
     scoring, records = config.scoring(), [record for items in tasks.values() for record in items]
-    kept = Samples(folder.path / samples.FILE, folder.identity, records, config.protocol)
-    right = sum(sample.correct for sample in kept.found)
+    saved = Samples(folder.path / samples.FILE, folder.identity, records, config.protocol)
+    right = sum(sample.correct for sample in saved.found)
     with progress_bar("scoring", len(records), fields="{task}  accuracy {accuracy:.1%}") as bar:
-        bar.advance(len(kept.found))
-        for sample in kept.score(model, tasks, scoring, adapter=adapter, batch_size=config.batch_size):
+        bar.advance(len(saved.found))
+        for sample in saved.score(model, tasks, scoring, adapter=adapter, batch_size=config.batch_size):
             right += sample.correct
-            bar.advance(1, task=TASKS[sample.task].name, accuracy=right / len(kept.found))
+            bar.advance(1, task=TASKS[sample.task].name, accuracy=right / len(saved.found))
     folder.record_files(samples.FILE)
-    found = accuracies(kept.found, records)
+    levels = accuracies(saved.found, records)
     heads = {"protocol": scoring.protocol, "template": scoring.template}
-    folder.write_frame(frames.from_rows([heads | asdict(level) for level in found], ACCURACY_COLUMNS))
+    folder.write_frame(frames.from_rows([heads | asdict(level) for level in levels], ACCURACY_COLUMNS))
     settings = {"model": config.model, "adapter": config.adapter, "dtype": config.dtype}
-    summary = {"scoring": asdict(scoring), **settings, "levels": found}
+    summary = {"scoring": asdict(scoring), **settings, "levels": levels}
     folder.write(RESULTS, json.dumps(as_json(summary), indent=2) + "\n")
-    return found
+    return levels
 
 
 def identity(config: Config, data: dict[str, str], origin: ModelSource) -> dict[str, Any]:
-    """What determines the results: the settings, and the content of data, adapter and model."""
-    plain = asdict(config)
+    """Return the settings and the digests of data, adapter and model, which together determine the results."""
+    settings = asdict(config)
     for name in ("out", "batch_size", "data_dir", "adapter", "revision"):
-        del plain[name]
-    plain |= asdict(config.scoring()) | origin.identity()
+        del settings[name]
+    settings |= asdict(config.scoring()) | origin.identity()
     if config.adapter is not None:
-        plain["adapter_sha256"] = adapters.adapter_digest(config.adapter)
-    return plain | {"data": data}
+        settings["adapter_sha256"] = adapters.adapter_digest(config.adapter)
+    return settings | {"data": data}
 
 
-def show(found: Sequence[TaskAccuracy], scoring: Scoring) -> None:
-    """Print the average and the table of a run: percentages, ± one standard error."""
-    answers.say(describe_accuracy(found, scoring.protocol))
+def report(levels: Sequence[TaskAccuracy], scoring: Scoring) -> None:
+    """Print the average accuracy and a table of the tasks, in percent ± one standard error."""
+    answers.print_answer(describe_accuracy(levels, scoring.protocol))
     forms = {"task": "{name}", "n": "{n}", "accuracy %": "{accuracy:.1f} ± {error:.1f}"}
-    if any(level.accuracy_norm is not None for level in found):
+    if any(level.accuracy_norm is not None for level in levels):
         forms["per character %"] = "{accuracy_norm:.1f} ± {error_norm:.1f}"
     forms |= {f"{name} %": f"{{{name}:.1f}}" for name in ("unparsed", "chance", "majority")}
-    rows = [level.in_percent() for level in found]
+    rows = [level.in_percent() for level in levels]
     template = f", template {scoring.template}" if scoring.template else ""
     tables.print_records(f"{scoring.protocol}{template}; ± one standard error", rows, forms, missing="-")
-    if scoring.protocol == "harness" and any(level.task == "boolq" for level in found):
+    if scoring.protocol == "harness" and any(level.task == "boolq" for level in levels):
         tables.print_text(
-            "BoolQ: these data have no passages, and lm-evaluation-harness's template is filled with an empty one; its "
-            "published BoolQ accuracies are with the passage."
+            "The BoolQ records of this data set have no passage, so the template of lm-evaluation-harness has an empty "
+            "one. Published BoolQ accuracies use the passage."
         )
 
 
 def run(config: Config) -> None:
-    """Read the records, then the model; score, print, and say where the results are."""
+    """Score the tasks and report the accuracies."""
     tasks, data = sources.read_tasks(config.data_dir, config.tasks, config.limit)
     origin = locate(config.model, config.revision)
     known = identity(config, data, origin)
     check_free(path_of(NAME, known, config.out))
-    model, adapter = subject(config, origin)
+    model, adapter = load_model(config, origin)
     extra = {"protocol": config.protocol, "units": ACCURACY_UNITS}
     folder = RunFolder.open(NAME, known, out=config.out, extra=extra, models=[origin])
-    found = evaluate(config, folder, tasks, model, adapter)
-    errors = [
+    levels = evaluate(config, folder, tasks, model, adapter)
+    figures = [
         KeyFigure("accuracy", level.accuracy, level.error, "items", scope={"task": level.task, "n": level.n})
-        for level in found
+        for level in levels
     ]
-    with summarised(folder, errors):
-        show(found, config.scoring())
+    with summarised(folder, figures):
+        report(levels, config.scoring())
     folder.finish(samples=sum(map(len, tasks.values())))
-    answers.tell_files(folder.path)
+    answers.print_files(folder.path)
 
 
 main = cli.command(Config, run, __doc__)

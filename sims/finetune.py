@@ -2,10 +2,10 @@
 
     python -m sims.finetune --model smollm2-135m --data DATA/ARC-Easy/train.json DATA/ARC-Challenge/train.json
 
-The defaults are the published protocol. The run folder holds `metrics.jsonl` (a line a step and a validation),
-`results.csv` (the same as a table), `checkpoints/` and, at the end, `adapter/` in PEFT's format (`--method full`:
-`merged/`, a model). A run that was stopped or killed goes on where its last checkpoint was, to the same numbers;
-`python -m figures.loss_curves RUN` draws it.
+The defaults are the published protocol. The run folder contains `metrics.jsonl` (one line per step and per validation),
+`results.csv` (the same as a table), `checkpoints/` and, at the end, `adapter/` in PEFT's format (with `--method full`,
+the model in `merged/`). The same command resumes an interrupted run from its last checkpoint, with the same numbers.
+`python -m figures.loss_curves RUN` draws the losses.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,7 +45,7 @@ NAME = "finetune"
 
 @dataclass(frozen=True)
 class Config:
-    """What to train, and how."""
+    """Options of the fine-tuning run."""
 
     data: cli.Data
     model: cli.ModelName = "smollm2-135m"
@@ -54,80 +54,90 @@ class Config:
     training: FinetuneConfig = field(default_factory=FinetuneConfig)
     out: cli.Out = None
     log_to: TrackerName | None = None
-    """show losses, rate, gradient norm and tokens/s in TensorBoard (event files in the run folder) or Weights & Biases
-    too"""
+    """Also log losses, learning rate, gradient norm and tokens/s to tensorboard (event files in the run folder) or
+    wandb (Weights & Biases)"""
     output: OutputConfig = field(default_factory=OutputConfig)
     fsdp: Count = 1
-    """devices that share one copy of the base weights; the others hold further copies"""
+    """Number of devices that share one copy of the base weights; the other devices hold further copies"""
     processes: ProcessConfig = field(default_factory=ProcessConfig)
 
     def __post_init__(self) -> None:
+        """Validate the options."""
         check_ranges(self, str)
         trackers.check_tracker(self.log_to)
         self.output.check_training(self.training)
 
 
 def run(config: Config) -> None:
-    """Check everything that can be checked, train to the end, and write the adapter.
+    """Validate the inputs, train, and write the adapter.
 
-    With several processes each calls this and joins the others; the first alone prints and writes.
+    With several processes, each process calls this function; only the first one prints and writes.
+
+    Args:
+      config: Options of the fine-tuning run.
     """
     if config.processes.join():
         config.output.check_several(config.training, config.out)
     silence_checkpoint_logs()
     if (first := distributed.is_first()) and config.out is not None:
         check_free(config.out)
-    found = read_record_set(config.data, config.reading)
-    training = replace(config.training, template=found.template(config.training.template))
-    split_records(found.records, training.held_out, training.seed)  # too few are refused before the weights are read
+    # Records: refuse too few of them before the weights are read.
+    records = read_record_set(config.data, config.reading)
+    training = replace(config.training, template=records.template(config.training.template))
+    split_records(records.records, training.held_out, training.seed)
+    # Model without its weights, and the modules to adapt.
     origin = llama.locate(config.model, config.revision)
     llama_config = llama.model_config(origin)
     adapted = adapters.table(training.adapter(), llama_config)
     if first:
-        prompts.tell(found, training.template)
+        prompts.print_summary(records, training.template)
         forms = {name: f"{{{name}}}" for name in ("module", "layers", "rule", "rank")}
         forms |= {"alpha": "{alpha:g}", "scaling": "{scaling:.6g}"}
         rows = [row._asdict() for row in adapted]
         tables.print_records(f"{training.method} on {config.model}", rows, forms, left=3, missing="-")
     tokenizer = llama.model_tokenizer(origin)
-    chat = found.chat(tokenizer, training.template)
-    identity = origin.identity() | {"data": config.data} | found.identity(chat) | training.settings()
+    chat = records.chat(tokenizer, training.template)
+    identity = origin.identity() | {"data": config.data} | records.identity(chat) | training.settings()
     if first:
         check_free(path_of(NAME, identity, config.out))
-    data = prepare(found.records, tokenizer, training, chat)  # bad records are refused before the weights are read
+    # Tokenize, which refuses bad records, then load the weights.
+    data = prepare(records.records, tokenizer, training, chat)
     layout, shardings = sharding.layout_over_all_devices(llama_config, training, fsdp=config.fsdp)
     model = llama.load(origin, training.dtype, shardings=shardings, quantization=training.quantization)
-    cli.tell(model.remarks if first else [])
+    cli.print_notes(model.remarks if first else [])
     folder, path = None, config.out
     if first:
         folder = RunFolder.open(NAME, identity, out=config.out, seed=training.seed, models=[origin])
         path = folder.path
-        prompts.keep(folder, data.train.examples, model.tokenizer, show=config.reading.show)
+        prompts.save_prompts(folder, data.train.examples, model.tokenizer, show=config.reading.show)
     assert path is not None
-    # Closed whatever happens: a run that is interrupted has the checkpoint that was being written.
+    # Close the trainer also after an interruption, so that a checkpoint in progress is completed.
     with closing(Trainer.start(model, data, training, path / "checkpoints", layout=layout)) as trainer:
         if folder is None:
             for _ in trainer.run():
                 pass
         else:
-            begin(folder, trainer, model, data.summary, training)
-            events = follow(trainer, folder, config.log_to)
-        kept = trainer.adapter(config.output.keep)
+            record_start(folder, trainer, model, data.summary, training)
+            events = train(trainer, folder, config.log_to)
+        adapter = trainer.adapter(config.output.keep)
     if folder is not None:
         best = trainer.best_step if config.output.keep == "best" else None
-        own = card.build_training_card(training, found, config.data, data.summary, events, best, config.output.license)
-        write_outputs(folder, config.output, kept, model, own)
+        license_name = config.output.license
+        training_card = card.build_training_card(
+            training, records, config.data, data.summary, events, best, license_name
+        )
+        write_outputs(folder, config.output, adapter, model, training_card)
         rows = card.figures(events, folder.entry("trainable_parameters"))
         with summarised(folder, [KeyFigure(row["what"], row["value"], scope={"step": row["step"]}) for row in rows]):
             report(folder, events, data.summary["validated_on"])
         folder.finish(best_step=trainer.best_step, best_loss=trainer.best_loss)
-        answers.tell_files(folder.path)
+        answers.print_files(folder.path)
 
 
-def begin(
+def record_start(
     folder: RunFolder, trainer: Trainer, model: llama.Model, summary: Mapping[str, Any], training: FinetuneConfig
 ) -> None:
-    """Say what is trained on what, in the manifest too, and where the run begins or goes on."""
+    """Print a summary of the run, and write it to the manifest."""
     fresh = trainer.adapter("last")
     trainable, share = adapters.count(fresh), adapters.share(fresh, model.params)
     devices = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
@@ -136,8 +146,17 @@ def begin(
     print(card.describe_start(training, summary, trainer.steps, trainable, share))
 
 
-def follow(trainer: Trainer, folder: RunFolder, log_to: TrackerName | None = None) -> list[dict[str, Any]]:
-    """Run to the end: every event to `metrics.jsonl`, then all of them, which it returns, to `results.csv`."""
+def train(trainer: Trainer, folder: RunFolder, log_to: TrackerName | None = None) -> list[dict[str, Any]]:
+    """Train to the end, writing every event to `metrics.jsonl`, then all events to `results.csv`.
+
+    Args:
+      trainer: Trainer.
+      folder: Run folder.
+      log_to: Tracker that also receives the events.
+
+    Returns:
+      All events of the run.
+    """
     events = Metrics(folder.path / metrics.FILE, trainer, folder.identity)
     print(resumption(trainer.step, trainer.steps, resumed=folder.resumed))
     fields = "loss {loss:.3f}  lr {lr:.1e}  {rate:,.0f} tokens/s"
@@ -160,11 +179,11 @@ def follow(trainer: Trainer, folder: RunFolder, log_to: TrackerName | None = Non
 
 
 def report(folder: RunFolder, events: Sequence[Mapping[str, Any]], held_out: int) -> None:
-    """Print how far the losses came, and the run's figures."""
-    answers.say(card.describe_losses(events, held_out))
+    """Print the losses and the key figures of the run."""
+    answers.print_answer(card.describe_losses(events, held_out))
     rows = card.figures(events, folder.entry("trainable_parameters"))
     cells = [(row["what"], row["step"] or "", f"{row['value']:{'.4f' if row['step'] else ',.0f'}}") for row in rows]
-    tables.print_table("The run in figures; losses in nats a token", ["", "step", "value"], cells, records=rows)
+    tables.print_table("Key figures; losses in nats per token", ["", "step", "value"], cells, records=rows)
 
 
 main = cli.command(Config, run, __doc__)

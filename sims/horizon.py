@@ -1,10 +1,10 @@
-"""How the best learning rate under Adam moves with gamma r, and how that depends on the number of steps.
+"""Measure how the best learning rate under Adam depends on gamma r, the rank and the number of steps.
 
     python -m sims.horizon --data DATA/*/train.json --ranks 8 128 --strengths 64 724 --lrs 3e-4 1e-3 3e-3
 
-A real model is fine-tuned at every rank, strength gamma r and rate, at a constant rate after a short warm-up, and the
-held-out records are read after each of ``--read-at`` steps of the same run. ``--full-lrs`` trains the same modules in
-full beside them. A cell that is done is not done again: further strengths, ranks, rates and seeds extend the folder.
+The model is fine-tuned at every rank, strength gamma r and learning rate, at a constant rate after a short warm-up. The
+held-out loss is measured after each of ``--read-at`` steps of a run. ``--full-lrs`` also trains the same modules in
+full. Finished cells are not run again: more strengths, ranks, rates and seeds extend the run folder.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -39,7 +39,7 @@ NAME = "horizon"
 
 @dataclass(frozen=True)
 class Config:
-    """Which runs, and on which records."""
+    """Options of the runs, their records and the analysis."""
 
     data: cli.Data
     reading: DataConfig = field(default_factory=DataConfig)
@@ -47,20 +47,20 @@ class Config:
     grid: HorizonGrid = field(default_factory=HorizonGrid)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     train_records: int = 2048
-    """a seeded sample of so many training records"""
+    """Number of training records to sample"""
     held_out: int = 96
-    """records that no run trains on"""
+    """Number of held-out records, which no run trains on"""
     data_seed: int = 42
-    """seed of the two samples"""
+    """Seed of the samples of training and held-out records"""
     regime: Path | None = None
-    """run folder of sims.regime: its takeover distances and linear terms give the law's exponents"""
-    beside: Path | None = None
-    """run folder of this command on the same records, other in one setting, as in --targets: its runs beside these"""
+    """Run folder of sims.regime with the takeover distances and linear terms for the exponents of the law"""
+    compare_to: Path | None = None
+    """Run folder of sims.horizon to compare with, on the same records and with another setting, such as --targets"""
     out: cli.Out = None
 
 
 def run(config: Config) -> None:
-    """Do every run that the folder lacks, then judge all that it has."""
+    """Run the cells that the run folder lacks, then analyse all of its runs."""
     grid, model = config.grid, config.model
 
     def plan(cell: HorizonCell) -> int:
@@ -75,12 +75,12 @@ def run(config: Config) -> None:
     identity = grid.identity() | sample | {"model": config.model, "data_seed": config.data_seed}
     identity |= {"records": split.summary, "model_sha256": located[config.model].sha256}
     extra = {"units": horizons.UNITS, "device": devices.describe(devices.pick(1))}
-    others = dict([horizon_runs.read_beside(config.beside, identity)] if config.beside else [])
+    other_runs = dict([horizon_runs.read_beside(config.compare_to, identity)] if config.compare_to else [])
     folder = RunFolder.open(NAME, identity, out=config.out, extra=extra, models=located.values())
     bench = Workbench(grid.training(cells[0]), split, {}, located, scoring=Scoring("label", None))
-    cli.tell(bench.open(config.model))
-    prompts.tell(split.source, split.source.template(grid.template))
-    prompts.keep(folder, bench.train_examples, bench.model.tokenizer, show=config.reading.show)
+    cli.print_notes(bench.open(config.model))
+    prompts.print_summary(split.source, split.source.template(grid.template))
+    prompts.save_prompts(folder, bench.train_examples, bench.model.tokenizer, show=config.reading.show)
     tokens, answered = readings.token_counts(bench)
     names = pd.DataFrame([(source, index) for source, index, _ in split.held_out], columns=["source", "index"])
     folder.write_frame(names.assign(tokens=tokens, answer_tokens=answered), "records.csv")
@@ -94,67 +94,73 @@ def run(config: Config) -> None:
     runs = horizon_runs.distinct(horizon_runs.read_finished(folder.path))
     folder.write_frame(horizon_runs.horizon_table(runs, tokens, answered), "results.csv")
     law = {"takeovers": takeovers, "linear_terms": linear_terms}
-    judged = horizons.judge_runs(runs, tokens, **law, warmup=grid.warmup, others=others)
+    judged = horizons.judge_runs(runs, tokens, **law, warmup=grid.warmup, others=other_runs)
     for name, frame in judged.files().items():
         folder.write_frame(frame, name)
     samples, regret = "seeds and held-out records", "largest regret, nats per token"
-    scope = ("changed", "policy", "pairs", "lower_bounds")
-    figures = key_figures(judged.policies, regret, "largest", "largest_error", over=samples, scope=scope)
+    policy = ("changed", "policy", "pairs", "lower_bounds")
+    figures = key_figures(judged.policies, regret, "largest", "largest_error", over=samples, scope=policy)
     scope = ("step", "over", "at", "first", "second", "law_low", "law_high", "verdict")
     figures += key_figures(judged.exponents, "exponent of the best rate", "exponent", over="error_over", scope=scope)
     with summarised(folder, figures):
         report(len(runs), judged, law=bool(takeovers))
     folder.finish()
-    answers.tell_files(folder.path)
+    answers.print_files(folder.path)
 
 
 def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) -> None:
-    """Print the answer, then a table of each frame of the judgement that has rows."""
-    answers.say(horizons.describe_horizons(runs, judged.best, judged.exponents, law=law))
-    who = {"steps": "{step}", "rank": "{size}", "gamma r": "{strength:g}"}
-    found = judged.exponents
+    """Print the answer, then a table of each frame that is not empty.
+
+    Args:
+      runs: Number of runs.
+      judged: Frames of the analysis.
+      law: Whether the frames have the exponents of the law.
+    """
+    answers.print_answer(horizons.describe_horizons(runs, judged.best, judged.exponents, law=law))
+    setting = {"steps": "{step}", "rank": "{size}", "gamma r": "{strength:g}"}
+    # Columns of each table.
     exponents = {
         "steps": "{step}",
         "best rate against": "{against} {at:g}",
         "exponent, 95%": "{exponent:+.2f} ± {half_width:.2f}",
-        "the law's": "{law_low:+.2f} to {law_high:+.2f}",
+        "law": "{law_low:+.2f} to {law_high:+.2f}",
         "verdict": "{verdict}",
-    } | ({"by measured parts": "{by_parts:+.2f}"} if "by_parts" in found and found["by_parts"].notna().any() else {})
-    led = who | {
+    }
+    if "by_parts" in judged.exponents and judged.exponents["by_parts"].notna().any():
+        exponents["by measured parts"] = "{by_parts:+.2f}"
+    led = setting | {
         "rate": "{learning_rate:.3g}",
         "seed": "{seed}",
         "A-led over B-led": "{ratio:.2g} ({ratio_low:.2g} to {ratio_high:.2g})",
         "rms change": "{change:.3g}",
-        "exponent that keeps it": "{exponent:+.2f} ({exponent_low:+.2f} to {exponent_high:+.2f})",
+        "exponent that preserves it": "{exponent:+.2f} ({exponent_low:+.2f} to {exponent_high:+.2f})",
     }
-    steps = who | {"steps": "{first} to {second}", "exponent, 95%": exponents["exponent, 95%"]}
-    steps |= {"constant gradient's": "{law_low:+.2f} to {law_high:+.2f}", "verdict": "{verdict}"}
-    beside = who | {"beside": "{beside}", "ratio of best rates": "{ratio:.3g}", "verdict": "{verdict}"}
-    one_rate = who | {"beside": "{beside}", "rate": "{learning_rate:.3g}"}
-    one_rate |= {"loss less, nats, 95%": "{difference:+.3f} ± {half_width:.3f}", "seeds": "{seeds}"}
+    steps = setting | {"steps": "{first} to {second}", "exponent, 95%": exponents["exponent, 95%"]}
+    steps |= {"law at a constant gradient": "{law_low:+.2f} to {law_high:+.2f}", "verdict": "{verdict}"}
+    comparisons = setting | {"compared with": "{beside}", "ratio of best rates": "{ratio:.3g}", "verdict": "{verdict}"}
+    one_rate = setting | {"compared with": "{beside}", "rate": "{learning_rate:.3g}"}
+    one_rate |= {"difference in nats, 95%": "{difference:+.3f} ± {half_width:.3f}", "seeds": "{seeds}"}
     change = {"rate": "{best_rate:.3g}", "rms change": "{change:.3g}", "log2 s.e.": "{log2_error:.2f}"}
     change |= {"edge": "{edge}"}
-    best = who | {"rate": "{best_rate:.3g}", "loss": "{best_loss:.4f}", "edge": "{edge}"}
-    policies = {"what changes": "{changed}", "policy": "{policy}"}
-    policies |= {"median": "{median:.4f}", "largest": "{largest:.4f}", "at least": "{lower_bounds}"}
+    best = setting | {"rate": "{best_rate:.3g}", "loss": "{best_loss:.4f}", "edge": "{edge}"}
+    policies = {"changed setting": "{changed}", "policy": "{policy}"}
+    policies |= {"median": "{median:.4f}", "largest": "{largest:.4f}", "lower bounds": "{lower_bounds}"}
     for title, frame, columns in (
-        ("Best rates (parabola through the least three)", judged.best, best),
-        ("Beside others, each at its own best rate", judged.beside, beside),
-        ("Two gamma r at one rate: loss less that beside it", judged.one_rate, one_rate),
-        ("How the best rate moves", found, exponents),
-        ("How the best rate moves with the steps; -1/2 where entries walk at random", judged.steps, steps),
-        ("Which part of the change leads, median over modules (5% to 95%)", judged.led, led),
-        ("Size of the change at the best rate: equal where the best rate keeps it", judged.change, who | change),
-        (
-            "Regret in nats per token, by policy; at least: pairs with a rate outside the grid",
-            judged.policies,
-            policies,
-        ),
+        ("Best rates (parabola through the three lowest losses)", judged.best, best),
+        ("Comparisons, each at its own best rate", judged.beside, comparisons),
+        ("Two values of gamma r at the same rate: difference of their losses", judged.one_rate, one_rate),
+        ("Exponents of the best rate", judged.exponents, exponents),
+        ("Exponent of the best rate in the steps; -1/2 if entries walk at random", judged.steps, steps),
+        ("Larger part of the change, median over modules (5% to 95%)", judged.led, led),
+        ("Size of the change at the best rate: equal if the best rate preserves it", judged.change, setting | change),
+        ("Regret in nats per token; lower bounds: pairs with a rate outside the grid", judged.policies, policies),
     ):
-        if not frame.empty:
-            left = 2 if frame is found else list(columns).index("beside") + 1 if "beside" in columns else 0
-            words = horizons.against_in_words if frame is found else horizons.size_in_words
-            tables.print_records(title, words(frame), columns, left=left)
+        if frame.empty:
+            continue
+        has_exponents = frame is judged.exponents
+        words = horizons.against_in_words if has_exponents else horizons.size_in_words
+        left = 2 if has_exponents else list(columns).index("compared with") + 1 if "compared with" in columns else 0
+        tables.print_records(title, words(frame), columns, left=left)
 
 
 main = cli.command(Config, run, __doc__)

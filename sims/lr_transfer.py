@@ -1,12 +1,12 @@
-"""The learning rate that trains best, against the rank, for each scaling rule.
+"""Find the best learning rate at each rank, for each scaling rule, and test whether it depends on the rank.
 
     python -m sims.lr_transfer
     python -m sims.lr_transfer --matrix FOLDER
 
-The first is a teacher and student over a full grid of rates, ranks, rules and optimizers, the second the same of a real
-model's runs, from sims.rank_sweep. A rule transfers where the best rate does not move with the rank. At the largest
-rank the best losses of two rules are compared, each at its own best rate: a difference that is left is more than a
-shift of the rate.
+The first command trains a student on a teacher over a grid of learning rates, ranks, rules and optimizers. The second
+analyses the runs of a real model from sims.rank_sweep. A rule transfers if its best rate does not depend on the rank.
+At the largest rank, the best losses of two rules are compared, each at its own best rate: a remaining difference is
+more than a shift of the rate.
 """
 
 import json
@@ -42,21 +42,22 @@ NAME = "lr_transfer"
 
 @dataclass(frozen=True)
 class Config:
-    """What to train. Lists are separated by spaces."""
+    """Options of the training or of the runs to analyse. Separate the values of a list with spaces."""
 
     grid: RateGrid = field(default_factory=RateGrid)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     judge: rate_grid.JudgedLoss = "held_out"
-    """which loss decides"""
+    """Loss that determines the best rate"""
     matrix: Path | None = None
-    """a folder of sims.rank_sweep: analyse its runs and train nothing"""
+    """Run folder of sims.rank_sweep to analyse, instead of training"""
     matrix_model: str | None = None
-    """which of its models, where it has several"""
+    """Model to analyse, if the --matrix folder has several"""
     matrix_loss: trained_runs.Loss = "validation"
-    """its held-out loss on all tokens (validation), or on the answers alone (answer)"""
+    """Held-out loss of the --matrix runs: validation (all tokens) or answer (answer tokens only)"""
     out: cli.Out = None
 
     def __post_init__(self) -> None:
+        """Validate the options."""
         if self.matrix is None:
             check_unread(self, "matrix_model", "matrix_loss", requires="--matrix")
         else:
@@ -64,7 +65,7 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Train or read, find the best rates, compare, print."""
+    """Train, or read the runs of a matrix, then find the best rates and report."""
     if config.matrix is not None:
         runs = trained_runs.read_runs(config.matrix, model=config.matrix_model, loss=config.matrix_loss)
         curves = run_curves.curves_of_runs(runs)
@@ -81,33 +82,40 @@ def run(config: Config) -> None:
         losses = run_table(cells, work, folder, COLUMNS, runner=runner, title="rates")
         curves = rate_grid.curves_of_losses(losses, config.judge)
         compared = compare_rules(curves)
-    found, slopes = best_rates(curves), rate_slopes(curves)
-    folder.write_frame(found, "best.csv")
+    best, slopes = best_rates(curves), rate_slopes(curves)
+    folder.write_frame(best, "best.csv")
     folder.write_frame(slopes, "slopes.csv")
-    folder.write("comparison.json", json.dumps([one._asdict() for one in compared], indent=2) + "\n")
-    samples, scope = found["error_over"].iloc[0], ("optimizer", "trained", "rule", "ranks", "verdict")
+    folder.write("comparison.json", json.dumps([comparison._asdict() for comparison in compared], indent=2) + "\n")
+    samples, scope = best["error_over"].iloc[0], ("optimizer", "trained", "rule", "ranks", "verdict")
     with summarised(folder, key_figures(slopes, "slope of the best rate", "slope", over=samples, scope=scope)):
-        report(found, slopes, compared)
+        report(best, slopes, compared)
     folder.finish()
-    answers.tell_files(folder.path)
+    answers.print_files(folder.path)
 
 
-def report(found: pd.DataFrame, slopes: pd.DataFrame, compared: Sequence[Comparison]) -> None:
-    """Print where the best rate keeps still; best rates, slopes and comparisons."""
-    answers.say(describe_slopes(slopes))
-    ranks, line = sorted(set(found["rank"])), ["optimizer", "trained", "rule"]
-    cells = found.assign(text=found.apply(run_curves.format_best, axis=1))
+def report(best: pd.DataFrame, slopes: pd.DataFrame, compared: Sequence[Comparison]) -> None:
+    """Print the best rates, their slopes against the rank, and the comparisons of rules.
+
+    Args:
+      best: Best rate of each curve.
+      slopes: Slopes of the best rates.
+      compared: Comparisons of two rules at the largest rank.
+    """
+    answers.print_answer(describe_slopes(slopes))
+    ranks, line = sorted(set(best["rank"])), ["optimizer", "trained", "rule"]
+    cells = best.assign(text=best.apply(run_curves.format_best, axis=1))
     cells = cells.pivot(index=line, columns="rank", values="text").fillna("")
     tables.print_table(
-        "Best learning rate (parabola through the least three), × / ÷ half of the 95% interval; < > at the grid's edge",
+        "Best learning rate (parabola through the three lowest losses), × / ÷ half of the 95% interval; < > at the "
+        "edge of the grid",
         [*line, *[f"r = {rank}" for rank in ranks]],
-        [[*key, *cells.loc[key]] for key in found[line].drop_duplicates().itertuples(index=False, name=None)],
+        [[*key, *cells.loc[key]] for key in best[line].drop_duplicates().itertuples(index=False, name=None)],
         left=3,
     )
     half = slopes["half_width"].astype(float).map("{:.2g}".format)
     words = slopes.assign(word=slopes["verdict"].replace("flat", "transfers"), half=half)
     tables.print_records(
-        "Slope in the rank of those best rates, ± half of the 95% interval, beside what would keep the step's size",
+        "Slope of the best rate against the rank, ± half of the 95% interval, and the slopes that preserve the step",
         words.fillna({"nearest": ""}),
         {name: f"{{{name}}}" for name in line}
         | {"slope": "{slope:+.3f} ± {half}", "verdict": "{word}"}
@@ -116,14 +124,15 @@ def report(found: pd.DataFrame, slopes: pd.DataFrame, compared: Sequence[Compari
         left=3,
     )
     tables.print_records(
-        "The largest rank, each rule at its own best rate; ± half of the 95% interval and what the grid may hide",
-        [one._asdict() for one in compared],
+        "Comparison of rules at the largest rank, each at its own best rate; ± half of the 95% interval and the error "
+        "of the grid",
+        [comparison._asdict() for comparison in compared],
         {
             "rules": "{first}, {second}",
             "trained": "{optimizer}, {trained}",
             "verdict": "{verdict}",
             "rank": "{rank}",
-            "rates' ratio": "{ratio:.3g}",
+            "ratio of rates": "{ratio:.3g}",
             "losses": "{first_loss:.4g}, {second_loss:.4g}",
         },
         left=3,

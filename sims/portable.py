@@ -1,10 +1,10 @@
-"""Rewrite an adapter so that every client serves it at the scale it was trained at.
+"""Rewrite an adapter so that every client applies it with the scaling that it was trained with.
 
     python -m sims.portable results/finetune/RUN/adapter --out served
 
-The adapter may be of any model and from any trainer that writes PEFT's format. Written is LoRA with one rank, one alpha
-and `use_rslora` false; docs/serving.md says which clients need that. A DoRA adapter has no such form: with `--model`
-it is merged, and a whole model in Hugging Face layout is written.
+The adapter may belong to any model and come from any trainer that writes PEFT's format. The result is LoRA with one
+rank, one alpha and `use_rslora` false; docs/serving.md lists the clients that need this. A DoRA adapter cannot be
+written this way: pass `--model` to merge it and write the whole model in Hugging Face layout.
 """
 
 from dataclasses import dataclass
@@ -19,38 +19,42 @@ from sims.common import answers, cli
 
 @dataclass(frozen=True)
 class Config:
-    """What to rewrite, and where to."""
+    """Options of the rewriting."""
 
     adapter: Annotated[Path, tyro.conf.Positional]
-    """an adapter's folder as PEFT writes it"""
+    """Folder of an adapter in PEFT's format"""
     out: Path
-    """a new or empty folder"""
+    """New or empty folder for the result"""
     model: str | None = None
-    """merge into this model, and write that: a folder, a .gguf file, a hub id or a built-in name"""
+    """Model to merge the adapter into: a folder, a .gguf file, a hub id or a built-in name; by default, not merged"""
     revision: cli.Revision = None
 
 
 def run(config: Config) -> None:
-    """Write the adapter, or the model it was merged into. Raises `InputError` before anything is written."""
+    """Write the adapter, or the model that it is merged into.
+
+    Raises:
+      InputError: If the adapter or the model cannot be used; nothing is written then.
+    """
     from rora_theory import adapters
 
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise InputError(f"{config.out}: is not empty; accepted is a new or empty folder")
+        raise InputError(f"--out must be a new or empty folder, got {config.out}")
     if config.model is not None:
         from rora_theory import llama
 
         model = llama.load(config.model, revision=config.revision)
         adapters.save_merged(config.out, adapters.load_peft(config.adapter, model.config, model.params), model)
-        answers.say("The adapter is merged into the model.")
-        answers.tell_files(config.out)
+        answers.print_answer("The adapter was merged into the model.")
+        answers.print_files(config.out)
         return
     if config.revision is not None:
-        raise InputError("revision is given without model; accepted is both")
+        raise InputError("--revision has no effect without --model. Set both, or neither.")
     adapters.rewrite_portable(config.adapter, config.out)
-    answers.say(
-        "What was written has one rank, one alpha and no use_rslora, at the same gamma: every client serves it alike."
+    answers.print_answer(
+        "The adapter was rewritten with one rank, one alpha, no use_rslora and the same scaling for every client."
     )
-    answers.tell_files(config.out)
+    answers.print_files(config.out)
 
 
 main = cli.command(Config, run, __doc__)

@@ -1,10 +1,11 @@
-"""Prune a LLaMA model: fewer layers, heads and feed-forward features, by what they contribute on calibration text.
+"""Prune layers, heads and feed-forward features of a LLaMA model by their contribution on calibration text.
 
     python -m sims.prune --text DATA/ARC-Easy/train.json --share 0.5
 
-The run folder holds `model/`, the pruned model in Hugging Face layout, and `results.csv`, a line for each layer of the
-original: its influence, and what was kept of it. The criteria, and their sources, are in `rora_theory.llama.pruning`.
-Perplexity before and after is that of text that was not calibrated on. Nothing is retrained.
+The run folder contains `model/`, the pruned model in Hugging Face layout, and `results.csv`, one row per layer of the
+original model with its influence and its remaining size. `rora_theory.llama.pruning` documents the criteria and their
+sources. The perplexities before and after are measured on text that was not used for calibration. The pruned model is
+not retrained.
 """
 
 from collections.abc import Iterator
@@ -33,44 +34,45 @@ NAME, MODEL = "prune", "model"
 
 @dataclass(frozen=True)
 class Config:
-    """What to prune, and how far."""
+    """Options of the pruning."""
 
     text: tuple[str, ...]
-    """calibration text: .txt files, or training records (.json, .jsonl, hf://datasets/...) as prompts"""
+    """Calibration text: .txt files, or training records (.json, .jsonl, hf://datasets/...), which become prompts"""
     model: cli.ModelName = "smollm2-135m"
     revision: cli.Revision = None
     reading: FormatConfig = field(default_factory=FormatConfig)
     share: Share = 0.5
-    """parameters to keep, embeddings counted"""
+    """Fraction of the parameters to keep, embeddings included"""
     layers: Count | None = None
-    """layers to keep; none is in proportion"""
+    """Number of layers to keep; by default, in proportion to --share"""
     kv_heads: Count | None = None
-    """key/value heads to keep, with the query heads that share them; none is in proportion"""
+    """Number of key/value heads to keep, with their query heads; by default, in proportion to --share"""
     width: Count | None = None
-    """feed-forward features to keep; none is what the share leaves room for"""
+    """Number of feed-forward features to keep; by default, the rest of --share"""
     windows: Count = 128
-    """pieces of the text to calibrate on"""
+    """Number of windows of the text for calibration"""
     held_out: Count = 32
-    """other pieces, for the perplexity"""
+    """Number of other windows for the perplexity"""
     seq: Plural = 256
-    """tokens of a piece"""
+    """Number of tokens of a window"""
     batch_size: Count = 4
-    """pieces worked on at once"""
+    """Number of windows per batch"""
     seed: int = 0
-    """seed of the choice of pieces"""
+    """Seed of the choice of windows"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """type of the weights, read and written"""
+    """Dtype of the weights of both models"""
     out: cli.Out = None
 
     def __post_init__(self) -> None:
+        """Validate the options."""
         if not self.text:
-            raise InputError("text is empty; accepted are .txt files or training records")
+            raise InputError("--text must be one or more .txt files or files of training records, got none")
         check_ranges(self)
         check_seed(self.seed)
 
 
 def run(config: Config) -> None:
-    """Measure, prune, measure again; what an earlier part of the run finished stays."""
+    """Prune the model and measure its perplexity before and after, unless the run folder has the results."""
     from rora_theory.finetune.held_out import perplexity
     from rora_theory.llama import count_parameters, load, locate, pruning
     from rora_theory.llama.saving import save_model
@@ -82,66 +84,68 @@ def run(config: Config) -> None:
         del identity[name]
     check_free(path_of(NAME, identity, config.out))
     model = load(origin, config.dtype)
-    cli.tell(model.remarks)
+    cli.print_notes(model.remarks)
     shape = pruning.plan_shape(
         model.config, config.share, layers=config.layers, kv_heads=config.kv_heads, width=config.width
     )
     longest = model.config.max_position_embeddings
     if config.seq > longest:
-        raise InputError(f"seq is {config.seq}; accepted is at most {longest}, the model's max_position_embeddings")
+        raise InputError(f"--seq must be at most {longest}, the model's max_position_embeddings, got {config.seq}")
     sizes = {"seq": config.seq, "windows": config.windows, "held_out": config.held_out}
     windows, held_out = text_windows.sample_windows(texts, model.tokenizer, **sizes, seed=config.seed)
     extra = {"units": pruning.UNITS}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra, models=[origin])
     if not (folder.has_files(MODEL) and folder.has_files("results.csv")):
         folder.clear(MODEL)
-        pruned, kept = pruning.prune_model(model, batches(windows, config.batch_size), shape)
-        models = [(one.params, one.config) for one in (model, pruned)]
-        counts = [count_parameters(shape_of) for _, shape_of in models]
+        pruned, layers = pruning.prune_model(model, batches(windows, config.batch_size), shape)
+        # Size and perplexity of both models.
+        models = [(measured_model.params, measured_model.config) for measured_model in (model, pruned)]
+        counts = [count_parameters(model_config) for _, model_config in models]
         measured = {
-            f"perplexity_{name}": [perplexity(*one, text, batch_size=config.batch_size) for one in models]
+            f"perplexity_{name}": [
+                perplexity(params, model_config, text, batch_size=config.batch_size) for params, model_config in models
+            ]
             for name, text in (("held_out", held_out), ("calibration", windows))
         }
-        folder.write_frame(kept)
+        folder.write_frame(layers)
         folder.update(shape=shape._asdict(), parameters=counts, share=counts[1] / counts[0], **measured)
         save_model(folder.path / MODEL, pruned)
         folder.record_files(MODEL)
     figures = [KeyFigure("share of the parameters", float(folder.entry("share")))]
-    for before, value in zip(("original", "pruned"), folder.entry("perplexity_held_out"), strict=True):
-        figures.append(KeyFigure("perplexity of held-out text", float(value), scope={"model": before}))
+    for name, value in zip(("original", "pruned"), folder.entry("perplexity_held_out"), strict=True):
+        figures.append(KeyFigure("perplexity of held-out text", float(value), scope={"model": name}))
     with summarised(folder, figures):
-        show(folder, model.config, shape)
+        report(folder, model.config, shape)
     folder.finish()
-    answers.tell_files(folder.path)
+    answers.print_files(folder.path)
 
 
 def batches(windows: "np.ndarray", size: int) -> "Iterator[np.ndarray]":
-    """The windows, so many at a time, with a bar."""
+    """Yield batches of the windows under a progress bar."""
     with progress_bar("calibrating", len(windows)) as bar:
         for start in range(0, len(windows), size):
             yield windows[start : start + size]
             bar.advance(len(windows[start : start + size]))
 
 
-def show(folder: RunFolder, config: Any, shape: "PrunedShape") -> None:
-    """Print what was kept, and at what price."""
+def report(folder: RunFolder, config: Any, shape: "PrunedShape") -> None:
+    """Print the sizes and the perplexities before and after."""
     before, after = map(float, folder.entry("perplexity_held_out"))
-    answers.say(
-        f"{folder.entry('share'):.1%} of the parameters are kept; the perplexity of held-out text goes from "
-        f"{before:.4g} to {after:.4g}."
+    answers.print_answer(
+        f"The pruned model has {folder.entry('share'):.1%} of the parameters. Its perplexity on held-out text is "
+        f"{after:.4g}, that of the original model {before:.4g}."
     )
-    own = (config.num_hidden_layers, config.num_key_value_heads, config.intermediate_size)
     cells = [
-        ("layers", own[0], shape.layers),
-        ("key/value heads", own[1], shape.kv_heads),
-        ("feed-forward width", own[2], shape.width),
+        ("layers", config.num_hidden_layers, shape.layers),
+        ("key/value heads", config.num_key_value_heads, shape.kv_heads),
+        ("feed-forward width", config.intermediate_size, shape.width),
         ("parameters", *(f"{count:,}" for count in folder.entry("parameters"))),
         *(
             (f"perplexity, {words}", *(f"{float(value):.4g}" for value in folder.entry(f"perplexity_{name}")))
             for name, words in (("held_out", "held-out text"), ("calibration", "calibration text"))
         ),
     ]
-    tables.print_table("What was kept", ("", "before", "after"), cells)
+    tables.print_table("Sizes and perplexities", ("", "before", "after"), cells)
 
 
 main = cli.command(Config, run, __doc__)

@@ -1,14 +1,15 @@
-"""Fine-tune and score over methods x ranks x learning rates x seeds: a matrix that goes on and may grow.
+"""Fine-tune and score a matrix of methods, ranks, learning rates and seeds, which can be resumed and extended.
 
     python -m sims.rank_sweep --design fixed_alpha --data DATA/*/train.json --data-dir DATA --train-records 960
     python -m sims.rank_sweep --design fig1 --data DATA/*/train.json --data-dir DATA --list
 
-Every cell fine-tunes one adapter, merges it, and measures the loss on held-out training-distribution records (all
-tokens, and the answers alone) and the accuracy on the eight tasks. A cell that is done is not done again: the same
-command goes on where it was stopped, tries again what failed, and further ranks or seeds extend the folder.
-`results.csv` has a line a cell, `differences.csv` the methods against the base and LoRA, record by record; a cell's
-folder has its losses a record, its right answers and its training curve. A loss that is no number is a result,
-``diverged``.
+Every cell fine-tunes one adapter, merges it, and measures the loss on held-out records of the training files (on all
+tokens, and on the answers) and the accuracy on the eight tasks. The same command resumes an interrupted run and repeats
+failed cells; finished cells are not run again, and more ranks or seeds extend the run folder.
+
+`results.csv` has one row per cell. `differences.csv` compares the methods with the base model and with LoRA, record by
+record. The folder of a cell contains the loss of each record, the correct answers and the training curve. A loss that
+is not finite is a result, ``diverged``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,76 +38,77 @@ from sims.common.summaries import summarised
 
 NAME = "rank_sweep"
 
-
-OWN = (
+CELL_SETTINGS = (
     "method", "rule", "rank", "lr", "seed", "dtype", "quantization", "rank_pattern", "alpha_pattern", "virtual_tokens",
     "bottleneck", "non_linearity", "evaluate_every",
 )  # fmt: skip
-"""Settings that are a cell's own, or as published: no options."""
+"""Training settings that the cells determine, or that are as published; they are not options."""
 
-_Shared: Any = cli.fixed(FinetuneConfig, *OWN)
+_Shared: Any = cli.without_options(FinetuneConfig, *CELL_SETTINGS)
 
 
 @dataclass(frozen=True)
 class Training(_Shared):
-    """What the fine-tuning runs of all cells share."""
+    """Options of the fine-tuning runs of all cells."""
 
     held_out: int = 512
-    """records of the training files set aside for the validation loss, the same for every cell"""
+    """Number of records of the training files that are held out for the validation loss, the same for every cell"""
     checkpoint_every: int = 500
-    """steps between two checkpoints of a cell; a shorter cell has none and begins anew when it is stopped"""
+    """Number of steps between two checkpoints of a cell; an interrupted cell without a checkpoint starts again"""
 
 
 @dataclass(frozen=True)
 class Config(SweepConfig):
-    """Which cells, and how each is trained and measured. What is not given is the design's."""
+    """Options of the matrix. The design determines the defaults."""
 
     data: cli.Data
     revision: cli.Revision = None
     training: Training = field(default_factory=Training)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     save_adapters: bool = False
-    """keep each cell's adapter in PEFT's format; of full, the model"""
+    """Save the adapter of each cell in PEFT's format, or the model for full"""
     out: Path | None = None
-    """folder of the matrix; none is results/rank_sweep/ID. An existing one is continued and may grow"""
+    """Run folder; by default results/rank_sweep/ID. An existing matrix is resumed and may grow"""
     list: bool = False
-    """print the cells with their state and run nothing"""
+    """Print the cells with their state, without running them"""
 
 
 def run(config: Config) -> None:
-    """Check everything that can be checked, then do what the folder lacks."""
+    """Validate the inputs, run the cells that the run folder lacks, and report."""
     plan = plan_sweep(config)
-    first, shared, extensible = plan.cells(), plan.identity(), {"evaluation": plan.evaluation}
-    models = check_cells(first, plan.located)
-    path = path_of(NAME, shared | extensible, config.out)
+    first_cells, identity, extensible = plan.cells(), plan.identity(), {"evaluation": plan.evaluation}
+    models = check_cells(first_cells, plan.located)
+    path = path_of(NAME, identity | extensible, config.out)
     if config.list:
-        show(config.design, path, first)
+        print_cells(config.design, path, first_cells)
         return
+    # Memory of the cells, and the data and base model that all cells share.
     check_free(path)
-    configs = {name: llama.model_config(found) for name, found in plan.located.items()}
+    configs = {name: llama.model_config(located_model) for name, located_model in plan.located.items()}
     runner = config.cluster.runner(lambda cell: cell_memory(configs[cell.model], cell.training, cell.dtype))
-    scored: dict[str, Any] = {"scoring": plan.scoring, "score_batch_size": config.score_batch_size}
-    bench = Workbench(plan.training, plan.records, plan.tasks, plan.located, **scored)
-    cli.tell(bench.open(first[0].model))
+    scoring: dict[str, Any] = {"scoring": plan.scoring, "score_batch_size": config.score_batch_size}
+    bench = Workbench(plan.training, plan.records, plan.tasks, plan.located, **scoring)
+    cli.print_notes(bench.open(first_cells[0].model))
     extra, located = {"design": config.design, "models": models}, plan.located.values()
     folder = RunFolder.open(
-        NAME, shared, out=path, seed=config.data_seed, extra=extra, extensible=extensible, models=located
+        NAME, identity, out=path, seed=config.data_seed, extra=extra, extensible=extensible, models=located
     )
-    prompts.tell(plan.records.source, plan.training.template)
-    prompts.keep(folder, bench.train_examples, bench.model.tokenizer, show=config.reading.show)
+    prompts.print_summary(plan.records.source, plan.training.template)
+    prompts.save_prompts(folder, bench.train_examples, bench.model.tokenizer, show=config.reading.show)
+    # Run the cells; a tuned design then repeats the best rate of each method and rank with the other seeds.
     failed = None
     try:
-        work(config, folder, bench, first, runner)
+        run_cells(config, folder, bench, first_cells, runner)
         if plan.design.tuned and len(plan.design.seeds) > 1:
-            best = results.marked_rates(results.read_results(path, replace_with_scored(first, path)))
-            for words in results.describe_rates(best):
-                print(words, flush=True)
-            work(config, folder, bench, plan.cells(1, best), runner)
+            best = results.marked_rates(results.read_results(path, replace_with_scored(first_cells, path)))
+            for description in results.describe_rates(best):
+                print(description, flush=True)
+            run_cells(config, folder, bench, plan.cells(1, best), runner)
     except FailedError as error:
         failed = error
     rows = results.read_results(path)
-    apart = differences.method_differences(rows, path / FOLDERS)
-    folder.write_frame(differences.difference_table(apart), "differences.csv")
+    method_differences = differences.method_differences(rows, path / FOLDERS)
+    folder.write_frame(differences.difference_table(method_differences), "differences.csv")
     if failed is not None:
         raise failed
     best = rows[rows["best_rate"].notna() | (rows["method"] == BASE)]
@@ -117,44 +119,56 @@ def run(config: Config) -> None:
     with summarised(folder, figures):
         report(rows)
     folder.finish()
-    answers.tell_files(path)
+    answers.print_files(path)
 
 
-def work(config: Config, folder: RunFolder, bench: Workbench, cells: Sequence[SweepCell], runner: Runner) -> None:
-    """Do the cells that the folder lacks, with a line for each; `results.csv` follows."""
+def run_cells(config: Config, folder: RunFolder, bench: Workbench, cells: Sequence[SweepCell], runner: Runner) -> None:
+    """Run the cells that the run folder lacks, print a line for each, and update `results.csv`.
+
+    Args:
+      config: Options of the matrix.
+      folder: Run folder.
+      bench: Model, records and tasks.
+      cells: Cells.
+      runner: Function that runs the cells, in this process or on a cluster.
+    """
     save_adapter = config.save_adapters
 
-    def do(cell: SweepCell, own: Path) -> Mapping[str, Any]:
-        cli.tell(bench.open(cell.model))
-        return bench.run(cell, own, save_adapter=save_adapter)
+    def work(cell: SweepCell, cell_folder: Path) -> Mapping[str, Any]:
+        cli.print_notes(bench.open(cell.model))
+        return bench.run(cell, cell_folder, save_adapter=save_adapter)
 
     def write(_: Sequence[Any]) -> None:
         folder.write_frame(results.read_results(folder.path))
 
     run_with_bar(
-        replace_with_scored(cells, folder.path), do, folder, runner=runner, words=results.describe_result, write=write
+        replace_with_scored(cells, folder.path), work, folder, runner=runner, words=results.describe_result, write=write
     )
 
 
 def report(rows: pd.DataFrame) -> None:
-    """Print the lowest validation loss, and that of each method and rank at its best rate."""
-    answers.say(results.describe_results(rows))
+    """Print the lowest validation loss, and the losses of each method and rank at its best rate."""
+    answers.print_answer(results.describe_results(rows))
     forms = {"model": "{model}", "method": "{method}", "rank": "{rank}", "alpha": "{alpha:g}", "seed": "{seed}"}
-    forms |= {"rate": "{learning_rate:.3g}", "of those tried": "{best_rate}"}
+    forms |= {"rate": "{learning_rate:.3g}", "position in the grid": "{best_rate}"}
     forms |= {"validation loss": "{validation_loss:.4f} ± {validation_error:.4f}"}
     forms |= {"answers": "{answer_loss:.4f} ± {answer_error:.4f}", "accuracy": "{average:.3f} ± {average_error:.3f}"}
     best = rows[rows["best_rate"].notna() | (rows["method"] == BASE)]
     tables.print_records(
-        "Each method and rank at its best rate (± over records and items)", best, forms, left=2, keys=5
+        "Each method and rank at its best rate (± one standard error over records and items)",
+        best,
+        forms,
+        left=2,
+        keys=5,
     )
 
 
-def show(design: str, path: Path, cells: Sequence[SweepCell]) -> None:
+def print_cells(design: str, path: Path, cells: Sequence[SweepCell]) -> None:
     """Print the cells with their state."""
     rows = cell_states(cells, path)
     forms = {name.replace("_", " "): f"{{{name}}}" for name in ("model", "method", "key")}
     forms |= {name.replace("_", " "): f"{{{name}:.6g}}" for name in ("rank", "alpha", "gamma", "learning_rate", "seed")}
-    answers.say(f"{sum(row['state'] == 'done' for row in rows)} of {len(cells)} cells are there.")
+    answers.print_answer(f"{sum(row['state'] == 'done' for row in rows)} of {len(cells)} cells are finished.")
     tables.print_records(f"{design}: {len(cells)} cells in {path}", rows, forms | {"state": "{state}"}, left=3)
 
 

@@ -1,18 +1,24 @@
-"""Which regime a real model is in: one batch of real data, no training, every adapted module of every layer.
+"""Measure the regime of a model from one batch, without training, for every adapted module of every layer.
 
     python -m sims.regime --model smollm2-135m --data DATA/ARC-Easy/train.json
 
-For each module: signal, cross-talk and crossing rank r* under SGD and Adam, on the batch itself and on held-out
-records, the predicted rms of the first output change against rank, and the steps after which A leads under Adam. Then
-the judge: adapters are drawn and stepped at every rank, and what they measure must agree with the prediction.
-Held-out tokens that the training batch has with the same beginning, and attention sinks, are left out. `--adapter`
-measures the model with a trained adapter in its weights; of a model trained in full name the folder.
+For each module, the command computes the signal, the cross-talk and the crossing rank r* under SGD and Adam, on the
+batch and on held-out records; the predicted rms of the first change of the output at each rank; and the steps after
+which A dominates under Adam. It then draws adapters at every rank, takes their first step, and compares the measured
+change with the prediction. Attention sinks, and held-out tokens with the same beginning as a training text, are left
+out. `--adapter` measures the model with a trained adapter merged into its weights; for a model that was trained in
+full, pass its folder as `--model`.
 
-`results.csv` has a row a module, split, optimizer, init, rule and rank; `crossing_ranks.csv` what `sims.transfer
---regime` reads; `takeover.csv` the distances at which A leads; `tokens.csv` how many tokens were read and left out;
-`judge.csv` the agreement by rank, and `verdict.json` whether it holds. `crossing_summary.csv` and
-`takeover_summary.csv` have medians and ranges over the layers by type of module. `python -m figures.regime RUN` draws
-it.
+The run folder contains:
+
+- `results.csv`: a row per module, split, optimizer, initialisation, rule and rank
+- `crossing_ranks.csv`: crossing ranks, which `sims.transfer --regime` reads
+- `takeover.csv`: distances at which A dominates
+- `crossing_summary.csv`, `takeover_summary.csv`: medians and ranges over the layers, by type of module
+- `tokens.csv`: numbers of tokens, and of tokens left out
+- `judge.csv`, `verdict.json`: agreement between measurement and prediction by rank, and the verdict
+
+`python -m figures.regime RUN` draws the results.
 """
 
 import json
@@ -51,23 +57,24 @@ NAME = "regime"
 
 @dataclass(frozen=True)
 class Config:
-    """What to measure, and how finely."""
+    """Options of the measurement."""
 
     data: cli.Data
     model: cli.ModelName = "smollm2-135m"
     revision: cli.Revision = None
     adapter: Path | None = None
-    """folder of a trained adapter in PEFT's format, added into the weights first: the regime after that training"""
+    """Folder of a trained adapter in PEFT's format to merge first: measures the regime after that training"""
     reading: DataConfig = field(default_factory=DataConfig)
     template: TrainTemplate | None = None
-    """prompt: train (the published one), clean, chat (the model's chat template) or plain (the response at once behind
-    the prompt); none is the data format's: train for alpaca, chat for chats and prompt-response, else plain"""
+    """Prompt template: train (as published), clean, chat (the model's chat template) or plain (the prompt followed
+    directly by the response); by default train for alpaca, chat for chats and prompt-response, plain for other
+    formats"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """type of the weights and activations"""
+    """Dtype of the weights and activations"""
     targets: tuple[str, ...] = PAPER_TARGETS
-    """modules to measure, as target_modules; all-linear is every one"""
+    """Modules to measure, as target_modules; all-linear for all linear modules"""
     layers: tuple[int, ...] | None = None
-    """layers to measure; none is all. Not with --targets all-linear, which is every layer"""
+    """Layers to measure; by default all. Not with --targets all-linear, which measures every layer"""
     batches: PairConfig = field(default_factory=PairConfig)
     measured: RegimeConfig = field(default_factory=RegimeConfig)
     judged: JudgeConfig = field(default_factory=JudgeConfig)
@@ -75,23 +82,30 @@ class Config:
     out: cli.Out = None
 
     def __post_init__(self) -> None:
+        """Validate the options."""
         check_list("--targets", self.targets)
         for layer in self.layers or ():
             check_integer("--layers", layer, minimum=0)
         if self.adapter is not None and not self.adapter.is_dir():
-            raise InputError(f"{self.adapter}: is not a folder; accepted is an adapter in PEFT's format")
+            raise InputError(f"--adapter must be the folder of an adapter in PEFT's format, got {self.adapter}")
 
 
 def run(config: Config) -> None:
-    """Measure, or go on with, a run; exit status 1 where the judge finds that the law fails."""
+    """Measure the layers that the run folder lacks, and report.
+
+    Raises:
+      SystemExit: If the measurement contradicts the prediction, with status 1.
+    """
     runner = config.cluster.runner()
     options = {name: getattr(config, name) for name in ("template", "dtype", "revision")}
     read = prompts.read_inputs(config.data, config.model, config.reading, **options)
+    # The identity contains digests of model, records and adapter, so that the run can be resumed anywhere.
     identity, seed = flat(config.batches) | flat(config.measured) | read.identity, config.measured.seed
     identity |= {name: getattr(config, name) for name in ("dtype", "targets", "layers")} | {"template": read.template}
     if config.adapter is not None:
         identity["adapter_sha256"] = adapters.adapter_digest(config.adapter)
     check_free(path_of(NAME, identity, config.out))
+    # Batches, then the model with a merged adapter, and its modules.
     pair = record_batches.pair(config.batches, **read.texts(), seed=seed)
     if config.measured.mask:
         unseen.check_unseen(pair.held_out, [pair.train])
@@ -103,9 +117,10 @@ def run(config: Config) -> None:
     extra: dict[str, Any] = {"units": regime_tables.UNITS, "device": describe(read.places)}
     extra["data"] = [Path(name).name for name in config.data]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=seed, extra=extra, models=[model.origin])
-    prompts.keep(folder, pair.examples, model.tokenizer, show=config.reading.show)
+    prompts.save_prompts(folder, pair.examples, model.tokenizer, show=config.reading.show)
     folder.update(model_layers=model.config.num_hidden_layers)
     cells = [RegimeCell(index) for index in modules]
+    # One pass records the inputs and gradients of all modules; a finished run needs none.
     done = read_finished_cells(folder.path)
     if any(key_of(cell) not in done for cell in cells):
         recorded = regimes.record_modules(model.params, model.config, pair.train, pair.held_out, regimes.kinds(modules))
@@ -122,38 +137,48 @@ def run(config: Config) -> None:
     def work(cell: RegimeCell, _: Path) -> LayerRegime:
         return recorded.measure(config.measured, cell.layer, modules[cell.layer])
 
-    found = assemble(run_with_bar(cells, work, folder, runner=runner, title="layers", write=write))
-    verdict = regime_tables.judge_regime(found.results, config.judged)
+    measured = assemble(run_with_bar(cells, work, folder, runner=runner, title="layers", write=write))
+    # Compare with the prediction, and summarise over layers.
+    verdict = regime_tables.judge_regime(measured.results, config.judged)
     if verdict is not None:
-        folder.write_frame(regime_tables.measured_over_predicted(found.results), regime_tables.JUDGE)
+        folder.write_frame(regime_tables.measured_over_predicted(measured.results), regime_tables.JUDGE)
         folder.write(regime_tables.VERDICT, json.dumps(verdict, indent=2, sort_keys=True) + "\n")
-    summaries = regime_tables.summaries(found.crossings, found.takeover)
+    summaries = regime_tables.summaries(measured.crossings, measured.takeover)
     for name, frame in summaries.items():
         folder.write_frame(frame, name)
-    words = thin.regime_warnings(found.crossings, model.config.num_hidden_layers)
+    warnings = thin.regime_warnings(measured.crossings, model.config.num_hidden_layers)
     bounds, scope = ("crossing_rank_low", "crossing_rank_high"), ("kind", "split", "optimizer", "init")
     crossings, name = summaries[regime_tables.CROSSING_SUMMARY], "crossing rank, median over layers"
     ranks = key_figures(crossings, name, "crossing_rank", None, over="layers", bounds=bounds, scope=scope)
     with summarised(folder, ranks):
-        report(config.measured, found, verdict, words)
-    folder.finish(warnings=words)
-    answers.tell_files(folder.path)
+        report(config.measured, measured, verdict, warnings)
+    folder.finish(warnings=warnings)
+    answers.print_files(folder.path)
     if verdict is not None and verdict["verdict"] == "fails":
         sys.exit(1)
 
 
-def report(config: RegimeConfig, found: Regime, verdict: dict[str, Any] | None, words: Sequence[str] = ()) -> None:
-    """Print which part leads, the judge's verdict and what is thin; crossing ranks and takeover by type and depth."""
-    said = [found.sentence(optimizer, config.inits[0]) for optimizer in config.optimizers]
-    answers.say(" ".join(said + ([] if verdict is None else [f"{regime_tables.in_words(verdict)}."])), words)
+def report(config: RegimeConfig, regime: Regime, verdict: dict[str, Any] | None, warnings: Sequence[str] = ()) -> None:
+    """Print which term dominates and the verdict, then crossing ranks and takeover by type of module and depth.
+
+    Args:
+      config: Settings of the measurement.
+      regime: Measured regime.
+      verdict: Verdict on the prediction, if adapters were drawn.
+      warnings: Sentences about the limits of the measurement.
+    """
+    sentences = [regime.sentence(optimizer, config.inits[0]) for optimizer in config.optimizers]
+    if verdict is not None:
+        sentences.append(f"{regime_tables.in_words(verdict)}.")
+    answers.print_answer(" ".join(sentences), warnings)
     init = config.inits[0]
     for optimizer in config.optimizers:
-        tables.print_table(*regime_tables.format_crossings(found.crossings, found.tokens, optimizer, init), left=2)
-    if len(found.takeover):
-        tables.print_table(*regime_tables.format_takeovers(found.takeover, init, config.lr), left=2)
+        tables.print_table(*regime_tables.format_crossings(regime.crossings, regime.tokens, optimizer, init), left=2)
+    if len(regime.takeover):
+        tables.print_table(*regime_tables.format_takeovers(regime.takeover, init, config.lr), left=2)
     if verdict is not None:
         for optimizer in config.optimizers:
-            tables.print_table(*regime_tables.format_ratios(found.results, optimizer))
+            tables.print_table(*regime_tables.format_ratios(regime.results, optimizer))
 
 
 main = cli.command(Config, run, __doc__)

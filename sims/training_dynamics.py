@@ -1,9 +1,9 @@
-"""How the change of an adapted layer depends on the rank, after 1, 2, 5, 10, 30 and 100 steps.
+"""Measure how the change of an adapted layer depends on the rank after 1 to 100 steps, in a teacher-student problem.
 
-A student with a low-rank adapter learns from a teacher (`toy.dynamics`: a linear layer and a small MLP), with
-SGD, SGD with momentum, Adam and AdamW, from A random and B = 0, the reverse, and with A random and frozen.
-The scaling rules meet at the reference rank. Every quantity's log-log slope against the rank is fitted seed by seed; a
-slope of 0 is what a rule promises.
+A student with a low-rank adapter learns from a teacher, a linear layer or a small MLP (`rora_theory.toy.dynamics`).
+The optimizers are SGD, SGD with momentum, Adam and AdamW. Training starts with A random and B zero, or the reverse, or
+A stays frozen. All scaling rules have the same scaling at the reference rank. The log-log slope of each quantity
+against the rank is fitted for every seed; a rule aims at a slope of 0.
 """
 
 import json
@@ -33,7 +33,7 @@ SHOWN = {"output_train": "training", "output_held_out": "held-out", "delta_frobe
 
 @dataclass(frozen=True)
 class Config:
-    """What to train. Lists are separated by spaces."""
+    """Options of the training. Separate the values of a list with spaces."""
 
     grid: TrainingGrid = field(default_factory=TrainingGrid)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -41,7 +41,7 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Train every cell, or those that an earlier part of the run left; fit, judge and print."""
+    """Train the cells that the run folder lacks, then fit the slopes and report."""
     grid, runner = config.grid, config.cluster.runner()
     extra = {"units": training_grid.UNITS, "device": devices.describe(devices.pick(1))}
     folder = RunFolder.open(NAME, flat(grid), out=config.out, seed=grid.seed, extra=extra)
@@ -54,49 +54,58 @@ def run(config: Config) -> None:
         cells, work, folder, training_grid.COLUMNS, runner=runner, title="training dynamics", name="seeds.csv"
     )
     folder.write_frame(exponents.summarise_seeds(seeds))
-    found = exponents.exponent_fits(seeds)
-    folder.write_frame(found[list(FIT_COLUMNS)], "exponents.csv")
-    answered = training_grid.grid_answers(grid, found)
+    fits = exponents.exponent_fits(seeds)
+    folder.write_frame(fits[list(FIT_COLUMNS)], "exponents.csv")
+    answered = training_grid.grid_answers(grid, fits)
     folder.write("answers.json", json.dumps([answer._asdict() for answer in answered], indent=2) + "\n")
-    ends = found[(found["step"] == grid.steps[-1]) & (found["range"] == "all") & found["quantity"].isin(SHOWN)]
+    ends = fits[(fits["step"] == grid.steps[-1]) & (fits["range"] == "all") & fits["quantity"].isin(SHOWN)]
     scope = ("model", "start", "trained", "optimizer", "rule", "quantity", "step", "ranks", "verdict")
     with summarised(folder, key_figures(ends, "slope in the rank", "slope", over="seeds", scope=scope)):
-        report(grid, seeds, found, answered)
+        report(grid, seeds, fits, answered)
     folder.finish()
-    answers.tell_files(folder.path)
+    answers.print_files(folder.path)
 
 
-def report(grid: TrainingGrid, rows: pd.DataFrame, found: pd.DataFrame, answered: Sequence[Answer]) -> None:
-    """Print the first answer; slopes at the first, a middle and the last step, diverged cells, and all answers."""
-    first = f", the first: {answered[0][0]} {answered[0][1]}" if answered else ""
-    answers.say(f"{len(answered)} questions are answered below{first}.")
+def report(grid: TrainingGrid, rows: pd.DataFrame, fits: pd.DataFrame, answered: Sequence[Answer]) -> None:
+    """Print the slopes at the first, a middle and the last step, the diverged cells, and the answers.
+
+    Args:
+      grid: Settings of the training.
+      rows: Measured quantities.
+      fits: Slopes of the quantities against the rank.
+      answered: Questions and answers.
+    """
+    first = f" The first: {answered[0][0]} {answered[0][1]}." if answered else ""
+    answers.print_answer(f"The last table answers {len(answered)} questions.{first}")
     steps = dict.fromkeys((grid.steps[0], grid.steps[len(grid.steps) // 2], grid.steps[-1]))
     kinds = [
         (model, start, trained) for model in grid.models for start in grid.starts for trained in grid.trained(start)
     ]
     lines = [(optimizer, name_of(rule)) for optimizer in grid.optimizers for rule in grid.rules]
     for model, start, trained in kinds:
-        own = found[(found[["model", "start", "trained", "range"]] == [model, start, trained, "all"]).all(axis=1)]
+        fits_of_kind = fits[
+            (fits[["model", "start", "trained", "range"]] == [model, start, trained, "all"]).all(axis=1)
+        ]
         table = {
             (row["optimizer"], row["rule"], row["quantity"], row["step"]): _slope(row, len(grid.ranks))
-            for row in own.to_dict("records")
+            for row in fits_of_kind.to_dict("records")
         }
         figures = [(quantity, step) for quantity in SHOWN for step in steps]
         tables.print_table(
-            f"{model}, {start} random at the start, {trained} trained: slope in the rank of the output change "
-            "and of |dM|_F, ± s.e., by step; * loss below half its start, † ranks left out as diverged",
+            f"{model}, {start} random at the start, {trained} trained: slope of the output change and of |dM|_F "
+            "against the rank, ± standard error, by step; * loss below half of its start, † without diverged ranks",
             ["optimizer", "rule", *[f"{SHOWN[quantity]} {step}" for quantity, step in figures]],
             [[*line, *(table.get((*line, *figure), "diverged") for figure in figures)] for line in lines],
             left=2,
         )
-    gone = rows[(rows["step"] == grid.steps[-1]) & (rows["diverged"] > 0)]
-    if len(gone):
-        tables.print_text("diverged by the last step (model, start, trained, optimizer, rule, rank): ")
-        for cell in gone[[*CELL[:5], "rank"]].drop_duplicates().itertuples(index=False):
+    diverged = rows[(rows["step"] == grid.steps[-1]) & (rows["diverged"] > 0)]
+    if len(diverged):
+        tables.print_text("Runs that diverged by the last step (model, start, trained, optimizer, rule, rank):")
+        for cell in diverged[[*CELL[:5], "rank"]].drop_duplicates().itertuples(index=False):
             tables.print_text("  " + ", ".join(map(str, cell)))
     else:
-        tables.print_text("no run diverged")
-    tables.print_table("Answers", ["question", "answer", "slope ± s.e. at each step"], answered, left=3)
+        tables.print_text("No run diverged.")
+    tables.print_table("Answers", ["question", "answer", "slope ± standard error at each step"], answered, left=3)
 
 
 def _slope(row: dict[Any, Any], ranks: int) -> str:

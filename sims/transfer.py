@@ -57,6 +57,7 @@ class Config(TransferConfig):
     """Run folder of --check; the default is results/transfer/RUN_ID"""
 
     def __post_init__(self) -> None:
+        """Validate the settings."""
         if len(self.check) == 1:
             raise InputError(f"--check must be a model and one or more data files, got {self.check[0]}")
         check_ranges(self)
@@ -72,7 +73,7 @@ def report(config: Config, advised: Advised) -> None:
     advice, peft, limits = advised
     snippet = advice.peft_config(**peft)  # raises before anything is printed
     target_modules = peft["target_modules"]
-    answers.say(advice.answer(), [limits] if limits else [], **advice.as_dict(), target_modules=target_modules)
+    answers.print_answer(advice.answer(), [limits] if limits else [], **advice.as_dict(), target_modules=target_modules)
     tables.print_text(f"\n{advice.details()}\n")
     if advice.regime != "signal":
         print_modules(config, advice)
@@ -132,7 +133,7 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     stepper = RealStep(read.model.params, read.model.config, pair.train, pair.held_out, targets)
     extra, models = {"units": transfer_check.UNITS}, [read.origin]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra, models=models)
-    prompts.keep(folder, pair.examples, read.tokenizer, show=config.reading.show)
+    prompts.save_prompts(folder, pair.examples, read.tokenizer, show=config.reading.show)
     steps = run_table(
         list(transfer_check.first_steps(advice, config.seeds)),
         lambda cell, _: transfer_check.first_step_rows(stepper, advice, cell, seed),
@@ -160,7 +161,7 @@ def take_first_steps(config: Config, advised: Advised) -> None:
             transfer_check.format_candidates(summary),
         )
     folder.finish()
-    answers.tell_files(folder.path)
+    answers.print_files(folder.path)
 
 
 def run(config: Config) -> None:

@@ -62,9 +62,9 @@ def run(config: Config) -> None:
     folder = RunFolder.open(NAME, identity, out=config.out, seed=probed.seed, extra=extra, models=located.values())
     training = probed.training(Trial(1.0, probed.steps), epochs=1)
     bench = Workbench(training, split, {}, located, scoring=Scoring("label", None))
-    cli.tell(bench.open(model))
+    cli.print_notes(bench.open(model))
     prompts.tell(split.source, split.source.template(training.template))
-    prompts.keep(folder, bench.train_examples, bench.model.tokenizer, show=config.reading.show)
+    prompts.save_prompts(folder, bench.train_examples, bench.model.tokenizer, show=config.reading.show)
     # State the cost, then train one run after another.
     probe = Probe(probed, bench)
     tables.print_text(probe.plan.sentence())
@@ -106,7 +106,7 @@ def run(config: Config) -> None:
     with summarised(folder, [figure]):
         report(result)
     folder.finish()
-    answers.tell_files(folder.path)
+    answers.print_files(folder.path)
 
 
 def entries(result: Tuning) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def entries(result: Tuning) -> dict[str, Any]:
 
 def report(result: Tuning) -> None:
     """Print the learning rate, PEFT's entries, the curve and the assumptions."""
-    answers.say(result.sentence(), (), tuning=entries(result))
+    answers.print_answer(result.sentence(), (), tuning=entries(result))
     settings = ", ".join(f"{name}={value!r}" for name, value in result.config.items())
     tables.print_text(f"PEFT: LoraConfig({settings})")
     tables.print_records(

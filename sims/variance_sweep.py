@@ -1,9 +1,10 @@
-"""First-step variance against rank and scaling: simulated, exact and printed, and a verdict on every equation.
+"""Simulate the variance of the first step against the rank, and test the exact law and the paper's Eq. 1-15.
 
-Simulates w = dM x', the increment of an adapted layer after one optimizer step, for every optimizer, init, overlap of
-the inputs, scaling rule and rank; compares with the exact law and with the paper's Eq. 9; fits log-log exponents;
-judges Eq. 1-15. One simulation serves all rules: w carries gamma^2 (SGD) or gamma (Adam) as a factor. The direct
-sampler checks this on part of the grid, where it takes each rule's own step from the same draws of A and the inputs.
+The simulated quantity is w = dM x', the change of an adapted layer's output after one optimizer step, for every
+optimizer, initialisation, overlap of the inputs, scaling rule and rank. It is compared with the exact law and with the
+paper's Eq. 9, its log-log exponents are fitted, and Eq. 1-15 each get a verdict. One simulation serves all rules,
+because w is proportional to gamma^2 (SGD) or gamma (Adam). On a part of the grid, the direct sampler checks this with a
+separate step for each rule, from the same draws of A and the inputs.
 """
 
 import json
@@ -15,7 +16,6 @@ from typing import Any
 import pandas as pd
 
 from rora_theory.cluster import ClusterConfig
-from rora_theory.errors import InputError
 from rora_theory.paper import simulation, verdicts
 from rora_theory.paper.simulation import SimulationCell, SimulationConfig
 from rora_theory.runs import devices
@@ -23,8 +23,7 @@ from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flat
 from rora_theory.runs.summary import key_figures
 from rora_theory.theory.sampling import Sums
-from rora_theory.validation.rules import check_unread
-from sims.common import answers, cli, layer_sweep, tables
+from sims.common import answers, cli, tables
 from sims.common.cells import run_with_bar
 from sims.common.summaries import summarised
 
@@ -33,30 +32,18 @@ NAME = "variance_sweep"
 
 @dataclass(frozen=True)
 class Config:
-    """What to sweep. Lists are separated by spaces."""
+    """Options of the simulation. Separate the values of a list with spaces."""
 
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     out: cli.Out = None
     devices: int | None = None
-    """devices to use; by default all accelerators, or one host device a core. Does not change the results"""
-    layer_data: Path | None = None
-    """an .npz of real layers' gradients and inputs: sweep these with the data held fixed instead of random inputs"""
-
-    def __post_init__(self) -> None:
-        if self.layer_data is not None and self.simulation.sampler == "reduced":
-            raise InputError("--sampler reduced has no fixed data; accepted with --layer-data are direct and auto")
-        if self.layer_data is not None:
-            check_unread(self, "devices", conflicts_with="--layer-data")
-            check_unread(self.simulation, "p_in", "p_out", "overlaps", conflicts_with="--layer-data")
+    """Number of devices, which does not change the results; by default all accelerators, or one host device per core"""
 
 
 def run(config: Config) -> None:
-    """Run the sweep that ``config`` describes, or go on with it."""
+    """Run the cells that the run folder lacks, then judge the equations and report."""
     simulated, runner = config.simulation, config.cluster.runner()
-    if config.layer_data is not None:
-        layer_sweep.run(config.layer_data, simulated.grid, out=config.out, runner=runner)
-        return
     places = devices.pick(count := config.devices)
     extra = {"units": simulation.UNITS, "device": devices.describe(places)}
     folder = RunFolder.open(NAME, flat(simulated), out=config.out, seed=simulated.grid.seed, extra=extra)
@@ -65,16 +52,20 @@ def run(config: Config) -> None:
     def work(cell: SimulationCell, _: Path) -> dict[str, Any]:
         sums = simulation.draw_cell(simulated, cell, devices.pick(count))
         rows = simulation.simulation_rows(simulated, cell, sums)
-        return {"rows": rows, "direct": bool(cell.steps), "sums": [one.to_json() for one in sums]}
+        return {"rows": rows, "direct": bool(cell.steps), "sums": [cell_sums.to_json() for cell_sums in sums]}
 
     def write(values: list[Any]) -> None:
         for name, direct in (("results.csv", False), ("direct_check.csv", True)):
             folder.write_frame(frame_of(values, direct=direct), name)
 
     values = run_with_bar(cells, work, folder, runner=runner, title="variance sweep", write=write)
-    drawn = ((cell, one["sums"][0]) for cell, one in zip(cells, values, strict=True) if not cell.steps)
-    known = {cell.setting: Sums.from_json(sums) for cell, sums in drawn}
-    judged = simulation.judge_simulation(simulated, known, places)
+    # The verdicts use the sums of the grid's cells, not those of the direct check.
+    sums_of_grid = {
+        cell.setting: Sums.from_json(value["sums"][0])
+        for cell, value in zip(cells, values, strict=True)
+        if not cell.steps
+    }
+    judged = simulation.judge_simulation(simulated, sums_of_grid, places)
     folder.write("verdicts.json", json.dumps([vars(verdict) for verdict in judged], indent=2) + "\n")
     results, check = frame_of(values), frame_of(values, direct=True)
     folder.write_frame(simulation.second_moments(results), "second_moments.csv")
@@ -83,23 +74,30 @@ def run(config: Config) -> None:
     with summarised(folder, exponents):
         report(results, check, judged)
     folder.finish()
-    answers.tell_files(folder.path)
-    tables.print_text(verdicts.verdicts_in_words(judged))  # again, below more lines than a screen has
+    answers.print_files(folder.path)
+    tables.print_text(verdicts.verdicts_in_words(judged))  # again, because the tables do not fit on a screen
 
 
 def frame_of(values: list[Any], *, direct: bool = False) -> pd.DataFrame:
-    """The table of finished cells: those of the grid, or of the direct check."""
-    return simulation.simulation_table(row for one in values if one["direct"] == direct for row in one["rows"])
+    """Return the table of the finished cells: those of the grid, or those of the direct check."""
+    return simulation.simulation_table(row for value in values if value["direct"] == direct for row in value["rows"])
 
 
 def report(results: pd.DataFrame, check: pd.DataFrame, judged: Sequence[verdicts.Verdict]) -> None:
-    """Print how many equations hold, then the exponents, the verdicts and what the direct sampler says of the law."""
-    answers.say(verdicts.verdicts_in_words(judged))
+    """Print how many equations hold, then the exponents, the verdicts and the result of the direct check.
+
+    Args:
+      results: Simulated and exact moments of the grid.
+      check: Moments of the direct check.
+      judged: Verdicts on the equations.
+    """
+    answers.print_answer(verdicts.verdicts_in_words(judged))
     slopes = simulation.simulated_exponents(results)
     for (optimizer, init), group in slopes.groupby(["optimizer", "init"], sort=False):
         ranges = group[["low", "high"]].drop_duplicates()
         tables.print_table(
-            f"{optimizer}, A {init}: exponent of the rms norm |w| in the rank, fitted ± s.e. (exact law, same fit)",
+            f"{optimizer}, A {init}: exponent of the rms norm |w| in the rank, fitted ± standard error (exact "
+            "law, same fit)",
             ["overlap", "rule", *(f"r = {low}..{high}" for low, high in ranges.itertuples(index=False))],
             [
                 [f"{overlap:g}", rule, *map(tables.slope, line.to_dict("records"))]
@@ -109,16 +107,16 @@ def report(results: pd.DataFrame, check: pd.DataFrame, judged: Sequence[verdicts
         )
     tables.print_table(
         "Verdicts on the paper's equations",
-        ["Eq.", "verdict", "claim; where it holds; figures"],
+        ["Eq.", "verdict", "claim; conditions; evidence"],
         verdicts.verdict_rows(judged),
         left=3,
     )
     if len(check):
         score = simulation.second_moments(check)["z"].abs().max(skipna=False)
         tables.print_text(
-            f"The direct sampler draws A, differentiates, steps with optax and reads at x': {simulation.CHECK_DRAWS} "
-            f"draws for each rank and overlap, {len(check)} rows in direct_check.csv, largest |z| against the exact "
-            f"law {score:.2f}."
+            f"The direct sampler draws A, differentiates, takes a step with optax and evaluates it at x', with "
+            f"{simulation.CHECK_DRAWS} draws for each rank and overlap. Over the {len(check)} rows of "
+            f"direct_check.csv, the largest |z| against the exact law is {score:.2f}."
         )
 
 

@@ -41,6 +41,7 @@ GIVEN = {
     "sims.prune": ["--text", "RECORDS"],
     "sims.evaluate": ["--data-dir", "FOLDER"],
     "sims.portable": ["--out", "served"],
+    "sims.layer_sweep": ["--layers", "FILE"],
 }
 """What a command can't be called without, but for what has no name."""
 
@@ -177,6 +178,7 @@ def refusal(enter: Callable[[], object], command: str, words: list[str], capsys:
             "Remove ",
             "Pass ",
             "Expected ",
+            "--help",
         )
     )
     return said.err if right and helps else f"status {stop.value.code}: {said.out}{said.err}"
@@ -218,7 +220,7 @@ READ = {
     "sims.coordinate_check": ["--data", "{}"],
     "sims.prune": ["--text", "{}"],
     "sims.transfer": ["--regime", "{}"],
-    "sims.variance_sweep": ["--layer-data", "{}"],
+    "sims.layer_sweep": ["--layers", "{}"],
     "sims.lr_transfer": ["--matrix", "{}"],
     "sims.evaluate": ["--tasks", "piqa", "--data-dir", "{}"],
     "sims.capacity": ["--model", "{}"],
@@ -287,4 +289,4 @@ def test_every_command_is_here() -> None:
     assert len(COMMANDS) >= 23
     experiments = {path.stem for path in (ROOT / "sims").glob("*.py")} - {"__init__", "__main__"}
     assert {f"sims.{name}" for name in experiments} <= set(COMMANDS), "a file of sims that no one can run"
-    assert sorted(set(READ) | {"sims.training_dynamics"}) == COMMANDS
+    assert sorted(set(READ) | {"sims.training_dynamics", "sims.variance_sweep"}) == COMMANDS

@@ -177,7 +177,7 @@ def ended(package, name, words):
             commands.main()
         except SystemExit as stop:
             return stop.code, out.getvalue().startswith("usage: rora"), err.getvalue()
-names = [(room, name) for room in ("sims", "figures") for name in commands.names(room)]
+names = [(room, name) for room in ("sims", "figures") for name in commands.describe_commands(room)]
 helps = {{" ".join(each): ended(*each, ["--help"]) for each in names}}
 print(json.dumps([helps, {{name: ended("sims", name, words) for name, words in {wanted}.items()}}]))
 """

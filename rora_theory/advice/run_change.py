@@ -38,6 +38,7 @@ class RunChange:
     displacement_constant: float | None = None
 
     def __post_init__(self) -> None:
+        """Validate the settings."""
         for name, value in (("steps", self.steps), ("to_steps", self.to_steps)):
             if value is not None:
                 check_integer(name, value)

@@ -55,6 +55,7 @@ class Setting:
     init: inits.Init = "kaiming_uniform"
 
     def __post_init__(self) -> None:
+        """Validate the settings."""
         check_positive("learning_rate", self.learning_rate)
         object.__setattr__(self, "optimizer", optimizer_named(self.optimizer))
         inits.entries(self.init, rank=self.rank, p_in=1)

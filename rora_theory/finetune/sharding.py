@@ -89,6 +89,7 @@ class Rules:
     rank: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        """Validate the settings."""
         for field in fields(self):
             unknown = [axis for axis in getattr(self, field.name) if axis not in MESH_AXES]
             if unknown:

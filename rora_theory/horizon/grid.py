@@ -38,6 +38,7 @@ class HorizonCell:
     read_at: tuple[int, ...]
 
     def __str__(self) -> str:
+        """Return the label of the run, as progress messages show it."""
         size = "full" if self.rank is None else f"r={self.rank} gamma*r={self.strength:g}"
         return f"{size} lr={self.rate:g} seed={self.seed}"
 
@@ -84,6 +85,7 @@ class HorizonGrid:
     """Format of the frozen base's linear weights"""
 
     def __post_init__(self) -> None:
+        """Validate the settings."""
         check_ranks(self.ranks, fewest=1)
         for option, values, fewest in (
             ("--strengths", self.strengths, 1), ("--lrs", self.lrs, 1), ("--full-lrs", self.full_lrs, 0)

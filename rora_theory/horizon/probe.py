@@ -90,6 +90,7 @@ class ProbeConfig:
     """Seed of the samples of records, of the order and of the initialisation"""
 
     def __post_init__(self) -> None:
+        """Validate the settings."""
         check_ranges(self)
         check_seed(self.seed, "--seed")
         check_list("--targets", self.targets)
@@ -100,7 +101,7 @@ class ProbeConfig:
 
     @property
     def strength(self) -> float:
-        """gamma * r of the planned run and of the probe."""
+        """Scaling times rank, G, of the planned run and of the probe."""
         return scaling_factor(self.rule, alpha=self.alpha, rank=self.rank) * self.rank
 
     @property

@@ -143,14 +143,14 @@ def read_beside(path: Path, identity: Mapping[str, Any]) -> tuple[str, list[Hori
     """
     manifest = read_manifest(path, ("experiment", "config"))
     if manifest is None or manifest["experiment"] != "horizon":
-        raise InputError(f"--beside must be a run folder of sims.horizon, got {path}")
+        raise InputError(f"--compare-to must be a run folder of sims.horizon, got {path}")
     other_settings, settings = manifest["config"], as_json(identity)
     for name in ("model_sha256", "records"):
         if other_settings.get(name) != settings[name]:
-            raise InputError(f"--beside {path}: {name} differs. Use a run of the same model and records.")
+            raise InputError(f"--compare-to {path}: {name} differs. Use a run of the same model and records.")
     different = [name for name in settings if name != "model" and settings[name] != other_settings.get(name)]
     if not different:
-        raise InputError(f"--beside {path}: no setting differs. Use a run with another setting, such as --targets.")
+        raise InputError(f"--compare-to {path}: no setting differs. Use a run with another setting, such as --targets.")
     values = {name: other_settings.get(name) for name in different}
     descriptions = [f"{name} {' '.join(value) if isinstance(value, list) else value}" for name, value in values.items()]
     return ", ".join(descriptions), read_finished(path)

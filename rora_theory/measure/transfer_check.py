@@ -85,6 +85,7 @@ class FirstStep:
     seed: int
 
     def __str__(self) -> str:
+        """Return the label of the step, as progress messages show it."""
         return f"{self.plan}, seed {self.seed}"
 
 

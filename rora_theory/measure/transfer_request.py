@@ -85,6 +85,7 @@ class TransferConfig:
     """Displacement constant K of your own runs; the default is the range of the published runs"""
 
     def __post_init__(self) -> None:
+        """Normalise the name of the optimizer, and validate the settings."""
         object.__setattr__(self, "optimizer", optimizer_named(self.optimizer))
         check_ranges(self)
         for option, rule in (("--rule", self.rule), ("--to-rule", self.to_rule)):

@@ -77,6 +77,7 @@ class SimulationConfig:
     auto chooses the cheaper one"""
 
     def __post_init__(self) -> None:
+        """Validate the settings."""
         check_ranges(self)
         check_list("--overlaps", self.overlaps)
         for overlap in self.overlaps:
@@ -106,6 +107,7 @@ class SimulationCell:
     steps: tuple[sampling.RandomStep, ...] = ()
 
     def __str__(self) -> str:
+        """Return the label of the cell, as progress messages show it."""
         step = "separate steps of all rules" if self.steps else self.setting.optimizer
         return f"{step}, overlap {self.setting.overlap:g}, r = {self.setting.rank}"
 

@@ -91,6 +91,7 @@ class SweepConfig:
     """Number of prompts in a batch for generate; number of device calls in flight for label and harness"""
 
     def __post_init__(self) -> None:
+        """Validate the settings."""
         check_ranges(self)
 
     def the_design(self) -> Design:

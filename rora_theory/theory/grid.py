@@ -60,6 +60,7 @@ class StepGrid:
     """Seed of the random draws"""
 
     def __post_init__(self) -> None:
+        """Validate the settings."""
         check_ranks(self.ranks, fewest=1)
         check_rules(self.rules)
         for name, known, fewest in (("optimizers", laws.OPTIMIZERS, 1), ("inits", INITS, 0)):

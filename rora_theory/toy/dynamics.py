@@ -81,6 +81,7 @@ class ProblemSize:
     """Standard deviation of the noise on the targets; the linear problem's targets have root mean square 1"""
 
     def __post_init__(self) -> None:
+        """Validate the settings."""
         check_ranges(self, str)
         if not 0 <= self.overlap <= 1:
             raise InputError(f"overlap must be a number from 0 to 1, got {self.overlap!r}")
@@ -102,6 +103,7 @@ class ProblemConfig(ProblemSize):
     """Model: linear [p_out, p_in], or mlp [p_out, hidden] tanh [hidden, p_in]"""
 
     def __post_init__(self) -> None:
+        """Validate the settings."""
         super().__post_init__()
         if self.model not in MODELS:
             raise InputError(f"model must be one of {', '.join(MODELS)}, got {self.model!r}")

@@ -81,6 +81,7 @@ class RateGrid:
     """Seed from which all random draws are derived"""
 
     def __post_init__(self) -> None:
+        """Validate the settings."""
         check_ranks(self.ranks)
         check_rules(self.rules)
         check_alphas(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
@@ -117,6 +118,7 @@ class GridCell:
     rule: Rule
 
     def __str__(self) -> str:
+        """Return the label of the cell, as progress messages show it."""
         return f"{self.optimizer}, {name_of(self.rule)}, r = {self.rank}"
 
 

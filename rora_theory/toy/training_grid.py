@@ -88,6 +88,7 @@ class TrainingGrid:
     """Seed from which all random draws are derived"""
 
     def __post_init__(self) -> None:
+        """Validate the settings."""
         check_ranks(self.ranks)
         check_rules(self.rules)
         check_alphas(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
@@ -131,6 +132,7 @@ class TrainingCell:
     rule: Rule
 
     def __str__(self) -> str:
+        """Return the label of the cell, as progress messages show it."""
         return f"{self.model}, {self.optimizer}, {self.start} random, r = {self.rank}"
 
 

@@ -76,6 +76,7 @@ class Trial:
     steps: int
 
     def __str__(self) -> str:
+        """Describe the trial on a progress bar and in messages."""
         return f"lr={self.learning_rate:.3g} steps={self.steps}"
 
 

@@ -1,1 +1,1 @@
-"""What every experiment shares: its command line, run folder and progress bar."""
+"""Shared code of the commands: command line, options, tables, progress, answers."""

@@ -1,6 +1,6 @@
-"""How a command ends: its answer in a sentence, what makes it thin, the tables, where the files are.
+"""The end of a command: the answer as a sentence, its warnings, the tables, and the paths of the files.
 
-With ``--json`` a command prints one JSON object of these to standard output and nothing else. Progress, notes and
+With ``--json``, a command prints these as one JSON object on standard output, and nothing else. Progress, notes and
 errors still go to standard error.
 """
 
@@ -15,72 +15,86 @@ from typing import Any, TextIO
 from rora_theory.runs.reading import as_json
 from sims.common import tables
 
-_asked: "tuple[TextIO, dict[str, Any]] | None" = None
-"""Where ``--json`` was given: the command's own standard output, and what it has said."""
+_report: "tuple[TextIO, dict[str, Any]] | None" = None
+"""With ``--json``, the command's own standard output and the object collected so far."""
 
 listeners: list[Callable[[str, list[str]], None]] = []
 """Functions called with every answer that is printed, and the warnings about it."""
 
 
-def ask() -> None:
+def collect_json() -> None:
     """Collect the answer, tables and files for the JSON object, and discard other text on standard output."""
-    global _asked
-    _asked = sys.stdout, {"answer": None, "warnings": [], "tables": [], "files": []}
-    tables.collect = _asked[1]["tables"].append
+    global _report
+    _report = sys.stdout, {"answer": None, "warnings": [], "tables": [], "files": []}
+    tables.collect = _report[1]["tables"].append
     sys.stdout = io.StringIO()
 
 
-def say(sentence: str, warnings: Iterable[str] = (), /, **more: Any) -> None:
-    """Print the answer, and what is thin about it; ``more`` is in the JSON object besides."""
-    known = list(warnings)
-    for one in (sentence, *known):
-        tables.print_text(one)
+def print_answer(sentence: str, warnings: Iterable[str] = (), /, **more: Any) -> None:
+    """Print the answer of a command and its warnings.
+
+    Args:
+      sentence: Answer.
+      warnings: Sentences about the limits of the answer.
+      **more: Further entries of the JSON object.
+    """
+    warnings = list(warnings)
+    for text in (sentence, *warnings):
+        tables.print_text(text)
     for listener in listeners:
-        listener(sentence, known)
-    if _asked is not None:
-        _asked[1].update(as_json(more) | {"answer": sentence, "warnings": known})
+        listener(sentence, warnings)
+    if _report is not None:
+        _report[1].update(as_json(more) | {"answer": sentence, "warnings": warnings})
 
 
-def tell_files(folder: Path, names: Sequence[str] | None = None) -> None:
-    """Print where the files are: those named, or all of a folder but what begins with a dot."""
+def print_files(folder: Path, names: Sequence[str] | None = None) -> None:
+    """Print which files a folder contains.
+
+    Args:
+      folder: Folder.
+      names: Names of the files; by default, all names that do not begin with a dot.
+    """
     if names is None:
-        names = sorted(one.name + "/" * one.is_dir() for one in folder.iterdir() if not one.name.startswith("."))
+        names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
     tables.print_text(f"files in {folder}: {', '.join(names)}")
-    if _asked is not None:
-        _asked[1]["files"] += [f"{folder}/{name}" for name in names]
+    if _report is not None:
+        _report[1]["files"] += [f"{folder}/{name}" for name in names]
 
 
-def list_files(paths: Sequence[Path]) -> None:
-    """Print the files that are all of an answer, a line each."""
+def print_paths(paths: Sequence[Path]) -> None:
+    """Print the paths of the files that are the whole answer of a command, one per line."""
     for path in paths:
         print(path)
-    if _asked is not None:
-        _asked[1].update(answer=f"{len(paths)} files are written.", files=list(map(str, paths)))
+    if _report is not None:
+        _report[1].update(answer=f"{len(paths)} files were written.", files=list(map(str, paths)))
 
 
 @contextmanager
-def reported() -> Iterator[None]:
-    """Print the JSON object, if one was asked for, when the block ends; where it exits, only with an answer."""
-    global _asked
+def reporting() -> Iterator[None]:
+    """Print the JSON object, if ``--json`` was given, when the block ends.
+
+    If the block raises `SystemExit`, the object is printed only if it has an answer.
+    """
+    global _report
     try:
         try:
             yield
         except SystemExit:
-            if _asked is not None and _asked[1]["answer"] is not None:
-                _print()
+            if _report is not None and _report[1]["answer"] is not None:
+                _print_json()
             raise
-        _print()
+        _print_json()
     finally:
-        if _asked is not None:
-            sys.stdout, tables.collect, _asked = _asked[0], None, None
+        if _report is not None:
+            sys.stdout, tables.collect, _report = _report[0], None, None
 
 
-def _print() -> None:
-    if _asked is not None:
-        text = json.dumps(as_json(_asked[1]), indent=2, ensure_ascii=False, default=_plain)
-        print(text, file=_asked[0], flush=True)
+def _print_json() -> None:
+    if _report is not None:
+        text = json.dumps(as_json(_report[1]), indent=2, ensure_ascii=False, default=_plain)
+        print(text, file=_report[0], flush=True)
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, other values as they are printed."""
+    """Return a NumPy scalar as a Python number, and any other value as a string."""
     return value.item() if hasattr(value, "item") else str(value)

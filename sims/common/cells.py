@@ -1,4 +1,4 @@
-"""Cells as a command works on them: `rora_theory.runs.cells` with a progress bar, and a line for each that is done."""
+"""Run cells from a command: `rora_theory.runs.cells` with a progress bar, and a line for each finished cell."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -8,6 +8,7 @@ from rora_theory.io import frames
 from rora_theory.runs import cells as engine
 from rora_theory.runs.cells import Cell, CellOutcome, Runner, Work, in_process
 from rora_theory.runs.folder import RunFolder
+from sims.common import tables
 from sims.common.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -24,26 +25,38 @@ def run_with_bar(
     words: Callable[[Any], str] | None = None,
     write: Callable[[list[Any]], object] = lambda values: None,
 ) -> list[Any]:
-    """`rora_theory.runs.cells.run_cells`, beside a bar with this ``title``.
+    """Run `rora_theory.runs.cells.run_cells` under a progress bar.
 
-    With ``words`` of a result, a line is printed with each cell that is done; where a cluster worked, one at the end.
+    If cells ran on the nodes of a cluster, a line with the number of cells of each node is printed at the end.
+
+    Args:
+      cells: Cells.
+      work: Function that computes the result of a cell.
+      folder: Run folder.
+      runner: Function that runs the cells, in this process or on a cluster.
+      title: Title of the bar.
+      words: Function that describes a result in words, for a line per finished cell; without it, no line is printed.
+      write: Function that writes the results so far.
+
+    Returns:
+      The results in the order of the cells.
     """
-    nodes: Counter[str] = Counter()
+    cells_of_node: Counter[str] = Counter()
 
     def done(index: int, value: Any, ended: CellOutcome) -> None:
-        nodes.update([ended.node] if ended.node else [])
+        cells_of_node.update([ended.node] if ended.node else [])
         if words is not None:
             print(f"[{index + 1}/{len(cells)}] {cells[index]}: {words(value)}, {ended.seconds:.0f} s", flush=True)
 
     with progress_bar(title, len(cells), fields="{cell}") as bar:
-        found = engine.run_cells(
+        values = engine.run_cells(
             cells, work, folder, runner=runner, on_start=lambda cell, passed: bar.reach(passed, cell=cell),
             on_finish=done, write=write,
         )  # fmt: skip
-    if nodes:
-        shares = ", ".join(f"{count} on node {node}" for node, count in nodes.most_common())
-        print(f"{title} done here: {shares}; the session's entry in manifest.json says which, and seconds", flush=True)
-    return found
+    if cells_of_node:
+        counts = ", ".join(f"{count} on {node}" for node, count in cells_of_node.most_common())
+        tables.print_text(f"{title} per node: {counts}. manifest.json lists the node and the seconds of every cell.")
+    return values
 
 
 def run_table(
@@ -56,7 +69,20 @@ def run_table(
     title: str,
     name: str = "results.csv",
 ) -> "pd.DataFrame":
-    """`run_with_bar` where a cell's result is rows of a table: the table, also written as the cells come."""
+    """Run cells whose results are rows of a table, and write the table after each finished cell.
+
+    Args:
+      cells: Cells.
+      work: Function that computes the rows of a cell.
+      folder: Run folder.
+      columns: Columns of the table.
+      runner: Function that runs the cells, in this process or on a cluster.
+      title: Title of the progress bar.
+      name: File name of the table.
+
+    Returns:
+      The table with the rows of all cells.
+    """
 
     def table(parts: list[Any]) -> "pd.DataFrame":
         return frames.from_rows((row for part in parts for row in part), columns)

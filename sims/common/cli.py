@@ -1,4 +1,4 @@
-"""How a command begins and ends: options from a dataclass, and one line where the input is bad, status 2."""
+"""The beginning and the end of a command: options from a dataclass, and one line and status 2 for bad input."""
 
 import contextlib
 import copy
@@ -27,16 +27,16 @@ from rora_theory.errors import FailedError, InputError
 from rora_theory.io import files
 from rora_theory.runs import folder, software
 from rora_theory.runs.reading import flat
-from sims.common import answers, options, tables
+from sims.common import answers, help_texts, options, tables
 
 Config = TypeVar("Config")
 
-SHARED: Any = (
+SHARED_OPTIONS: Any = (
     (
         "config",
         Annotated[
             Path | None,
-            arg(help="a YAML file of options; later files override earlier ones, the command line all"),
+            arg(help="YAML file of options; later files override earlier ones, the command line overrides all files"),
         ],
         None,
     ),
@@ -45,13 +45,13 @@ SHARED: Any = (
         Annotated[
             bool,
             tyro.conf.FlagCreatePairsOff,
-            arg(help="print the answer, the tables' rows and the files as one JSON object, nothing else"),
+            arg(help="Print the answer, the rows of the tables and the paths of the files as one JSON object"),
         ],
         False,
     ),
-    ("version", Annotated[bool, tyro.conf.FlagCreatePairsOff, arg(help="print versions and end")], False),
+    ("version", Annotated[bool, tyro.conf.FlagCreatePairsOff, arg(help="Print the versions and exit")], False),
 )
-"""Options of every command beside its own."""
+"""Options of every command."""
 
 FORM = (
     tyro.conf.OmitArgPrefixes,
@@ -59,133 +59,154 @@ FORM = (
     tyro.conf.SuppressFixed,
     tyro.conf.HelptextFromCommentsOff,
 )
-"""How options are named: without the names of the dataclasses that they are in. No comment is read as an option's help,
-for which each file would be parsed at each call."""
-_DATA = """.json, .jsonl, .parquet or .txt files, of the hub as hf://datasets/OWNER/NAME[@REVISION]/FILE; or a split, \
-as FOLDER:train or hf://datasets/OWNER/NAME:train"""
-Data = Annotated[tuple[str, ...], arg(help=_DATA)]
-"""Training records, of any command that reads them."""
-ModelName = Annotated[str, arg(help="a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name")]
-Revision = Annotated[str | None, arg(help="branch, tag or commit of a model on the hub")]
-Out = Annotated[Path | None, arg(help="run folder; none is results/COMMAND/ID with ID from the arguments")]
+"""Settings of the option parser: option names without the names of the dataclasses that contain them, and no help from
+comments, for which tyro would parse each source file at each call."""
+
+Data = Annotated[
+    tuple[str, ...],
+    arg(
+        help="Training records: .json, .jsonl, .parquet or .txt files, or hf://datasets/OWNER/NAME[@REVISION]/FILE; or "
+        "a split, FOLDER:train or hf://datasets/OWNER/NAME:train"
+    ),
+]
+ModelName = Annotated[
+    str, arg(help="Model: a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name")
+]
+Revision = Annotated[str | None, arg(help="Branch, tag or commit of a model on the hub")]
+Out = Annotated[Path | None, arg(help="Run folder; by default results/COMMAND/ID, with an ID derived from the options")]
 
 PROGRAM: str | None = None
-"""What the process was started as, for ``--help``; None is ``python -m NAME``."""
+"""Name of the program in ``--help``; by default ``python -m NAME``."""
 
-LARGEST = 2**63 - 1
-"""Largest absolute value of an integer on a command line: what arrays and random keys hold. Options have their own."""
+MAX_INTEGER = 2**63 - 1
+"""Largest absolute value of an integer option: the range of arrays and random keys. Most options have lower limits."""
 
-_LONGEST = 300
-"""Letters of a word in a message; a longer one is a number of hundreds of digits or a name that no file can have."""
+_MAX_WORD_LENGTH = 300
+"""Length beyond which a word of an error message is shortened."""
 
-_WIDE = 10**6
-"""Columns in which no message of the option parser is folded."""
+_UNFOLDED = 10**6
+"""Width in columns at which no error message of the option parser is folded."""
 
 
 def parse(config: type[Config], argv: Sequence[str] | None = None, *, description: str) -> Config:
-    """Parse ``argv`` into the dataclass ``config``.
+    """Parse a command line into a dataclass.
 
     Lists are separated by spaces (``--ranks 8 16 32``), names use hyphens, booleans are flags (``--merge``,
-    ``--no-merge``), and ``--help`` is drawn from the attribute docstrings. Every command takes ``--config FILE.yaml``,
-    whose entries are options by their names, once or several times (later files override earlier ones, and the command
-    line overrides all), and ``--version``.
+    ``--no-merge``), and ``--help`` shows the attribute docstrings. Every command also has ``--version``, ``--json`` and
+    ``--config FILE.yaml``, a file of options by name. ``--config`` may be repeated: later files override earlier ones,
+    and the command line overrides all files.
 
     Args:
-      config: what the command line fills.
-      argv: None is the process's own.
-      description: of the command.
+      config: Dataclass of the options.
+      argv: Words of the command line; by default, those of the process.
+      description: Description of the command in ``--help``.
+
+    Returns:
+      The dataclass with the parsed options.
 
     Raises:
-      InputError: an unknown option, a value that is missing or can't be read, a word that is not UTF-8, an
-        integer that no array or key holds, or an ``out`` that can't be written to; names the file and the key where
-        that stands in a file.
-      SystemExit: after ``--help`` and ``--version``, with status 0.
+      InputError: If an option is unknown, its value is missing or invalid, a word is not UTF-8, an integer is too
+        large for an array, or ``out`` cannot be written. The message names the file and the key of an option that a
+        file sets.
+      SystemExit: After ``--help`` and ``--version``, with status 0.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     for word in words:
         try:
             word.encode()
         except UnicodeEncodeError:
-            raise InputError(f"{word!a} on the command line is not UTF-8; accepted are names in UTF-8") from None
+            raise InputError(f"{word!a} on the command line is not valid UTF-8. Use names in UTF-8.") from None
     if "--version" in words:
-        tell_versions()
+        print_versions()
         raise SystemExit(0)
     if {"-h", "--help"} & set(words):
         return _parse(config, words, description)
-    known = options.of(config)
+    # Replace --config FILE by the options in the file, then parse all options together.
+    known = options.options_of(config)
     options.check_words(words, known)
-    words, read = options.expand(words, known)
+    words, option_files = options.expand(words, known)
     try:
-        found = _parse(config, words, description)
-        for name, value in flat(found).items():
-            several = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
-            if large := [one for one in several if isinstance(one, int) and abs(one) > LARGEST]:
-                option = name.replace("_", "-")
-                raise InputError(f"--{option} is {large[0]}; accepted is an integer of at most {LARGEST:,}")
-        if isinstance(out := getattr(found, "out", None), Path):
+        parsed = _parse(config, words, description)
+        _check_integers(parsed)
+        # Refuse an unusable run folder before any work. A command that lists a run, or that is one of several
+        # processes of it, may read a folder that is in use.
+        if isinstance(out := getattr(parsed, "out", None), Path):
             files.check_folder(out)
-            if not getattr(found, "list", False) and not hasattr(found, "processes"):  # which look on, or take part
+            if not getattr(parsed, "list", False) and not hasattr(parsed, "processes"):
                 folder.check_free(out)
     except InputError as error:
-        raise InputError(options.place(str(error), read)) from None
+        raise InputError(options.add_place(str(error), option_files, known)) from None
     if "--json" in words:
-        answers.ask()
-    return found
+        answers.collect_json()
+    return parsed
+
+
+def _check_integers(config: Any) -> None:
+    for name, value in flat(config).items():
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
+        for number in values:
+            if isinstance(number, int) and abs(number) > MAX_INTEGER:
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} must be an integer of at most {MAX_INTEGER:,}, got {number}")
 
 
 @functools.cache
-def whole(config: type) -> Any:
-    """A command's options and the shared ones as one dataclass, so that they stand in one list."""
-    return dataclasses.make_dataclass(config.__name__, SHARED, bases=(config,), frozen=True, kw_only=True)
+def with_shared_options(config: type) -> Any:
+    """Return a dataclass of a command's options and the shared ones, which ``--help`` shows in one list."""
+    return dataclasses.make_dataclass(config.__name__, SHARED_OPTIONS, bases=(config,), frozen=True, kw_only=True)
 
 
-def fixed(config: type, *names: str) -> type:
-    """A dataclass as ``config``, of which some fields are no options: they stay at their defaults."""
+def without_options(config: type, *names: str) -> type:
+    """Return a dataclass like ``config`` in which some fields are not options and keep their defaults."""
     hints, mark = typing.get_type_hints(config, include_extras=True), typing.cast(Any, tyro.conf.Fixed)
     fields = {field.name: copy.copy(field) for field in dataclasses.fields(config)}
-    own = [(name, mark[hints[name]], fields[name]) for name in names]
-    return dataclasses.make_dataclass(config.__name__, own, bases=(config,), frozen=True)
+    fixed_fields = [(name, mark[hints[name]], fields[name]) for name in names]
+    return dataclasses.make_dataclass(config.__name__, fixed_fields, bases=(config,), frozen=True)
 
 
-def tell_versions() -> None:
-    """Print the versions of the package and of what its results depend on."""
-    print(", ".join(" ".join(one) for one in software.versions().items()))
+def print_versions() -> None:
+    """Print the versions of the package and of the packages that its results depend on."""
+    print(", ".join(" ".join(version) for version in software.versions().items()))
 
 
 def _parse(config: Any, words: Sequence[str], description: str) -> Any:
-    """What the option parser makes of the words; its box of an error becomes one line."""
+    """Parse words with tyro; an error of tyro becomes an `InputError` of one line."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    said = io.StringIO()
-    shown = io.TextIOWrapper(io.BytesIO(), encoding=getattr(sys.stdout, "encoding", None) or "utf-8")
-    asked = {"-h", "--help"} & set(words)
+    wants_help = bool({"-h", "--help"} & set(words))
+    # tyro draws its boxes in the encoding of standard output; `_one_line` expects the frame in UTF-8.
+    encoding = getattr(sys.stdout, "encoding", None) if wants_help else None
+    out, err = io.TextIOWrapper(io.BytesIO(), encoding=encoding or "utf-8"), io.StringIO()
     try:
         with (
-            _columns(Console().width if asked else _WIDE),
-            contextlib.redirect_stderr(said),
-            contextlib.redirect_stdout(shown),
+            _columns(Console().width if wants_help else _UNFOLDED),
+            contextlib.redirect_stderr(err),
+            contextlib.redirect_stdout(out),
         ):
-            found: Any = tyro.cli(
-                whole(config),
+            parsed: Any = tyro.cli(
+                with_shared_options(config),
                 prog=PROGRAM or (f"python -m {spec.name}" if spec else None),
                 args=words,
                 description=description,
                 config=FORM,
+                registry=help_texts.registry,
             )
     except SystemExit as stop:
         if not stop.code:
-            shown.seek(0)
-            tables.print_text(shown.read().rstrip())  # the option parser folds its boxes alone
+            out.seek(0)
+            # tyro folds the boxes, but not the description, and doubles some of its blank lines.
+            tables.print_text(re.sub(r"\n{3,}", "\n\n", out.read().rstrip()))
             raise
-        cause = stop.__context__  # a `__post_init__` says itself what it refuses
+        # An InputError of a `__post_init__` is reported unchanged.
+        cause = stop.__context__
         while cause is not None and not isinstance(cause, InputError):
             cause = cause.__context__
-        raise cause or InputError(_line(said.getvalue())) from None
-    return config(**{field.name: getattr(found, field.name) for field in dataclasses.fields(config)})
+        raise cause or InputError(_one_line(err.getvalue())) from None
+    return config(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(config)})
 
 
 @contextlib.contextmanager
 def _columns(count: int) -> Iterator[None]:
-    """The width that the option parser takes the terminal to have."""
+    """Set the width that tyro assumes for the terminal."""
     before = os.environ.pop("COLUMNS", None)
     os.environ["COLUMNS"] = str(count)
     try:
@@ -195,49 +216,25 @@ def _columns(count: int) -> Iterator[None]:
         os.environ |= {} if before is None else {"COLUMNS": before}
 
 
-_UNREAD = re.compile(r"(string to float: |invalid literal for int\(\) .*: |instantiated from \[)(?P<word>'[^']*')")
-"""How the option parser says that a word is of no kind that an option takes."""
-
-
-def _kinds(takes: str) -> str:
-    """What an option takes: of the parser's ``{None,lora,rora}|FLOAT`` *lora, rora or a number*."""
-    words = {"INT": "an integer", "FLOAT": "a number"}
-    *first, last = dict.fromkeys(words.get(word, word) for word in re.findall(r"[\w-]+", takes) if word != "None")
-    return " or ".join(filter(None, (", ".join(first), last)))
-
-
-def _line(box: str) -> str:
-    """One line of what the option parser says in a box: what is wrong, then the option's form or names like it."""
-    rows = [line.strip("│|") for line in box.splitlines() if not line.startswith(("╭", "╰", "+"))]
-    parts: list[list[str]] = [[]]
-    for row in rows:
-        if row.strip(" ─-"):
-            parts[-1].append(row)
-        elif row.strip():
-            parts.append([])
-    if "╭" not in box:  # in plain letters the title is a part of its own
-        parts = parts[1:] or parts
-    wrong = " ".join(" ".join(parts[0]).partition("Got errors:")[0].split()).rstrip(".")
-    wrong = wrong.removeprefix("Error parsing ").replace(". Expected", "; accepted is")
-    wrong, one, choices = wrong.partition("one of (")  # of a set, whose order is another each time
-    wrong += one and "one of " + ", ".join(sorted(choices.rstrip(")").replace("'", "").split(", ")))
-    if chosen := re.match(r"invalid choice ('.*') for argument '(--[\w-]+)'", wrong):
-        wrong = f"{chosen[2]} is {chosen[1]}{wrong[chosen.end() :]}"
-    form = [row.strip() for part in parts[1:] for row in part if row.startswith("     ") and row[5] != " "]
-    option, _, takes = form[0].partition(" ") if form else ("", "", "")
-    if "..." in takes and (commas := re.search(r"'([^' ]+,[^' ]+)'", wrong)):
-        return f"{option} has {commas[0]}; accepted are values apart by spaces: {option} {commas[1].replace(',', ' ')}"
-    if form and (unread := _UNREAD.search(wrong)):
-        return f"{option} is {unread['word']}; accepted is {': '.join([_kinds(takes), *form[1:]])}"
-    if form and "Argument helptext:" in box:
-        wrong += f"; accepted is {': '.join(form)}"
-    elif form and "Perhaps you meant:" in box:
-        wrong += f", perhaps {', '.join(form)}"
-    return wrong if "; accepted" in wrong else f"{wrong}; accepted is what --help lists"
+def _one_line(box: str) -> str:
+    """Return an error message of tyro without its frame, its title and the attempts with each type, as one line."""
+    text = "\n".join(row.strip("│ ") for row in box.splitlines() if not row.startswith(("╭", "╰")))
+    text = re.sub(r"\n\nGot errors:.*?(?=\n─)", "", text, flags=re.DOTALL)
+    paragraphs = [" ".join(paragraph.split()).rstrip(".") for paragraph in re.split(r"\n─+\n", text)]
+    return ". ".join(paragraphs) + "."
 
 
 def command(config: type[Config], work: Callable[[Config], object], description: str | None) -> Callable[..., None]:
-    """A command's ``main``: parses the command line, or the words it is given, and does the work, see `run`."""
+    """Return the ``main`` of a command, which parses the command line, or the words it is called with, and works.
+
+    Args:
+      config: Dataclass of the options.
+      work: Function that does the work.
+      description: Description of the command in ``--help``.
+
+    Returns:
+      The function, see `run`.
+    """
 
     def main(argv: Sequence[str] | None = None) -> None:
         run(lambda: work(parse(config, argv, description=(description or "").strip())))
@@ -246,16 +243,20 @@ def command(config: type[Config], work: Callable[[Config], object], description:
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run ``main``; what it can't do becomes one line on stderr and an exit status.
+    """Run a command; a failure becomes one line on standard error and an exit status.
 
-    Bad input and files that can't be used or written: 2; no memory: 2; `FailedError`: 1; Ctrl-C: 130; SIGTERM, what a
-    cluster sends: 143. A run that is open by then is marked as failed or interrupted. Where nobody reads the output any
-    more (``| head``), it ends without a word, with the 141 of a process that the closed pipe ends.
+    The status is 2 for bad input, for files that cannot be used and for lack of memory, 1 for `FailedError`, 130 for
+    Ctrl-C and 143 for SIGTERM, which a cluster sends. An open run is marked as failed or interrupted. If the reader of
+    the output has gone (``| head``), the command ends silently with 141, the status of a process that a closed pipe
+    ends.
+
+    Args:
+      main: Function that does the work.
     """
-    before = folder.count_open()
-    _library.propagate = False  # a library may have given the root logger a handler, which would say it again
+    open_before = folder.count_open()
+    _library.propagate = False  # another library's handler of the root logger would print each note again
     try:
-        with _interruptible(), answers.reported():
+        with _interruptible(), answers.reporting():
             try:
                 main()
             except SystemExit:  # after --help
@@ -265,27 +266,29 @@ def run(main: Callable[[], object]) -> None:
     except SystemExit:
         raise
     except BaseException as error:
-        how, said, status = _ending(error)
-        resumable = folder.count_open() > before
-        folder.end_all(how, said, skip=before)
-        if status is None:
+        run_status, message, exit_status = _outcome(error)
+        is_resumable = folder.count_open() > open_before
+        folder.end_all(run_status, message, skip=open_before)
+        if exit_status is None:
             raise
-        if said is not None:
-            fail(said, status=status)
+        if message is not None:
+            fail(message, status=exit_status)
         if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest is discarded at exit
         else:
-            print(sims.STOPPED if resumable else sims.INTERRUPTED, file=sys.stderr)
-        sys.exit(status)
+            print(sims.STOPPED if is_resumable else sims.INTERRUPTED, file=sys.stderr)
+        sys.exit(exit_status)
     finally:
         _library.propagate = True
-        folder.end_all("failed", skip=before)
+        folder.end_all("failed", skip=open_before)
         cluster.leave()
 
 
-def _ending(error: BaseException) -> tuple[str, str | None, int | None]:
-    """How a run ends that raised this, its line of error, and its exit status (128 and the signal's number where one
-    ended it, as shells have it); no status for what is a fault of the program."""
+def _outcome(error: BaseException) -> tuple[str, str | None, int | None]:
+    """Return the status of the run, the error message and the exit status that an exception stands for.
+
+    The exit status of a signal is 128 and its number, as in shells. A bug of the program has no exit status.
+    """
     if isinstance(error, (InputError, FailedError)):
         return "failed", str(error), 1 if isinstance(error, FailedError) else 2
     if (message := extras.missing_message(error)) is not None:
@@ -295,20 +298,20 @@ def _ending(error: BaseException) -> tuple[str, str | None, int | None]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", None, 128 + (signal.SIGTERM if _terminated else signal.SIGINT)
     if isinstance(error, OSError):
-        accepted = "" if error.errno == errno.ENOSPC else "; accepted is a file or folder that can be used"
-        return "failed", f"{error.filename or 'file'}: {error.strerror or error}{accepted}", 2
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:100]:  # JAX's word for it
-        return "failed", f"out of memory ({error}); accepted is what fits: smaller sizes or fewer at once", 2
+        advice = "" if error.errno == errno.ENOSPC else " Pass a file or folder that can be used."
+        return "failed", f"{error.filename or 'file'}: {error.strerror or error}.{advice}", 2
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:100]:  # the status in JAX's message
+        return "failed", f"out of memory ({error}). Use smaller sizes, or fewer at once.", 2
     return "failed", None, None
 
 
 _terminated: list[int] = []
-"""Not empty after SIGTERM, which is as Ctrl-C but for the exit status. Libraries that wait make another error of it."""
+"""Not empty after SIGTERM. Libraries that wait may replace the exception that the signal raises."""
 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM and Ctrl-C raise `KeyboardInterrupt` in the main thread while the block runs."""
+    """Raise `KeyboardInterrupt` in the main thread on SIGTERM and Ctrl-C while the block runs."""
     _terminated.clear()
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -319,7 +322,7 @@ def _interruptible() -> Iterator[None]:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
-    if signal.getsignal(signal.SIGINT) is sims.stop:  # the command is imported: from here on a run is put away
+    if signal.getsignal(signal.SIGINT) is sims.stop:  # imports are done: from here on the run folder is closed
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
@@ -327,18 +330,19 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is sims.stop else before)
 
 
-def tell(remarks: Sequence[str]) -> None:
-    """Print what the user should know though the work goes on, a line each, on standard error."""
-    for remark in remarks:
-        print(f"note: {remark}", file=sys.stderr)
+def print_notes(notes: Sequence[str]) -> None:
+    """Print notes that do not stop the work, one per line, on standard error."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 class _Notes(logging.Handler):
-    """Tells what the library warns of, and prints what it says besides."""
+    """Handler that prints the library's warnings as notes, and its other messages as text."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Print a message of the library."""
         if record.levelno >= logging.WARNING:
-            tell([record.getMessage()])
+            print_notes([record.getMessage()])
         else:
             tables.print_text(record.getMessage())
 
@@ -349,12 +353,22 @@ _library.setLevel(logging.INFO)
 
 
 def fail(message: str, *, status: int = 2) -> NoReturn:
-    """Print one line ``error: ...`` on stderr and exit."""
-    print("error: " + " ".join(map(_word, message.split())), file=sys.stderr)
+    """Print one line ``error: ...`` on standard error and exit.
+
+    Args:
+      message: Error message.
+      status: Exit status.
+
+    Raises:
+      SystemExit: Always.
+    """
+    print("error: " + " ".join(map(_shorten, message.split())), file=sys.stderr)
     sys.exit(status)
 
 
-def _word(word: str) -> str:
-    """A word as `tables.printable` has it, and of a very long one the ends."""
+def _shorten(word: str) -> str:
+    """Return a word as a terminal can show it; a very long word is reduced to its two ends."""
     shown = tables.printable(word)
-    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST // 2]}...{shown[-_LONGEST // 4 :]}"
+    if len(shown) <= _MAX_WORD_LENGTH:
+        return shown
+    return f"{shown[: _MAX_WORD_LENGTH // 2]}...{shown[-_MAX_WORD_LENGTH // 4 :]}"

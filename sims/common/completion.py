@@ -1,4 +1,4 @@
-"""Completion of ``rora`` in a shell: a script of all commands and their options, which the option parser writes."""
+"""Shell completion of ``rora``: a script with all commands and their options, written by tyro."""
 
 import ast
 import contextlib
@@ -12,42 +12,46 @@ from typing import Annotated, Any, Union
 import tyro
 
 from rora_theory.errors import InputError
-from sims.common import cli
+from sims.common import cli, help_texts
 
 SHELLS = ("bash", "zsh")
 
 
 def script(shell: str, commands: Mapping[str, Mapping[str, str]]) -> str:
-    """The script that a shell reads.
+    """Return the completion script of a shell.
 
     Args:
-      shell: one of `SHELLS`.
-      commands: of each package its commands, each with what it says of itself; those of another package than the first
-        stand behind the package's name.
+      shell: Name of the shell, see `SHELLS`.
+      commands: Descriptions of the commands by name, for each package. The commands of all packages but the first
+        follow the package's name on the command line.
+
+    Returns:
+      The script, for the shell to source.
 
     Raises:
-      InputError: another shell.
+      InputError: If the shell is not supported.
     """
     if shell not in SHELLS:
-        raise InputError(f"--print-completion is {shell or 'empty'}; accepted are {', '.join(SHELLS)}")
-    (first, own), *others = commands.items()
-    choices = _configs(first, own)
-    for package, names in others:
-        inner: Any = Union[tuple(_configs(package, names))]  # noqa: UP007 (of a list)
+        raise InputError(f"--print-completion must be {' or '.join(SHELLS)}, got {shell or 'nothing'}")
+    (first_package, first_commands), *other_packages = commands.items()
+    choices = _configs(first_package, first_commands)
+    for package, descriptions in other_packages:
+        inner: Any = Union[tuple(_configs(package, descriptions))]  # noqa: UP007 (of a list)
         choices.append(_named(package, dataclasses.make_dataclass(package, [("name", inner)]), f"the {package}"))
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-        every: Any = Union[tuple(choices)]  # noqa: UP007
-        tyro.cli(every, prog="rora", args=["--tyro-write-completion", shell, "-"], config=cli.FORM)
-    return re.sub("^COMPLETION_SPEC = (.*)", _mend, said.getvalue(), flags=re.M)
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        union: Any = Union[tuple(choices)]  # noqa: UP007
+        words = ["--tyro-write-completion", shell, "-"]
+        tyro.cli(union, prog="rora", args=words, config=cli.FORM, registry=help_texts.registry)
+    return re.sub("^COMPLETION_SPEC = (.*)", _add_choices, text.getvalue(), flags=re.M)
 
 
 _CHOICES = re.compile(r"\[?\{([\w-]+(?:,[\w-]+)*)\}\|")
-"""How the description of an option begins that takes one of some names or another value."""
+"""Beginning of the description of an option whose values are some names or another type."""
 
 
-def _mend(line: re.Match[str]) -> str:
-    """The line of the script that lists all options, with names offered where other values are accepted too."""
+def _add_choices(line: re.Match[str]) -> str:
+    """Return the script's line of all options, with choices for options that accept names or another type."""
     spec = ast.literal_eval(line[1])
     commands = [spec]
     while commands:
@@ -58,15 +62,16 @@ def _mend(line: re.Match[str]) -> str:
             if not option.get("choices") and (choices := _CHOICES.match(description)):
                 names = [name for name in choices[1].split(",") if name != "None"]
                 option |= {"type": "choice", "choices": names} if names else {}
-            # A shell takes each line of a description for a word to offer.
-            option["description"] = description.replace("\n", " ")
     return f"COMPLETION_SPEC = {spec!r}"
 
 
-def _configs(package: str, names: Mapping[str, str]) -> list[Any]:
-    modules = {name: importlib.import_module(f"{package}.{name}") for name in names}
-    return [_named(name, cli.whole(modules[name].Config), says) for name, says in names.items()]
+def _configs(package: str, descriptions: Mapping[str, str]) -> list[Any]:
+    modules = {name: importlib.import_module(f"{package}.{name}") for name in descriptions}
+    return [
+        _named(name, cli.with_shared_options(modules[name].Config), description)
+        for name, description in descriptions.items()
+    ]
 
 
-def _named(name: str, config: type, says: str) -> Any:
-    return Annotated[config, tyro.conf.subcommand(name, description=says, prefix_name=False)]
+def _named(name: str, config: type, description: str) -> Any:
+    return Annotated[config, tyro.conf.subcommand(name, description=description, prefix_name=False)]

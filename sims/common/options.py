@@ -1,7 +1,6 @@
-"""A command's options by name: those of a YAML file as words of a command line."""
+"""Options of a command by name, and files of options as words of the command line."""
 
 import dataclasses
-import itertools
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,62 +14,83 @@ from rora_theory.errors import InputError, shown
 from rora_theory.io import files
 
 FILE = "--config"
-LARGEST = 1 << 16
-"""Maximum size of a file of options, in bytes."""
+MAX_BYTES = 1 << 16
+"""Maximum size of a file of options."""
 
 
-def of(config: type) -> dict[str, Any]:
-    """Every option of a dataclass and of the dataclasses in it, with its type; positional and fixed ones are none."""
+def options_of(config: type) -> dict[str, Any]:
+    """Return the types of a dataclass's options by name, including those of nested dataclasses.
+
+    Positional and fixed fields are not options.
+    """
     hints = typing.get_type_hints(config, include_extras=True)
-    found: dict[str, Any] = {}
+    types: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         hint, name = hints[field.name], field.name
         if dataclasses.is_dataclass(hint):
-            found |= of(typing.cast(type, hint))
+            types |= options_of(typing.cast(type, hint))
             continue
         if get_origin(hint) is typing.Annotated:
             hint, *settings = get_args(hint)
             if tyro.conf.Positional in settings or tyro.conf.Fixed in settings:
                 continue
-            name = next((one.name for one in settings if getattr(one, "name", None)), name)
-        found[name.replace("_", "-")] = hint
-    return found
+            name = next((setting.name for setting in settings if getattr(setting, "name", None)), name)
+        types[name.replace("_", "-")] = hint
+    return types
 
 
 def check_words(words: Sequence[str], known: Mapping[str, Any]) -> None:
-    """Refuse flags with a value.
+    """Refuse two common mistakes: a flag with a value, and a list separated by commas.
+
+    Args:
+      words: Command line.
+      known: Types of the command's options, see `options_of`.
 
     Raises:
-      InputError: A flag has a value.
+      InputError: If a word is one of these mistakes; the message shows the correct form.
     """
-    for word, following in itertools.pairwise([*words, ""]):
-        name, equals, value = word.partition("=")
-        if not name.startswith("--"):
-            continue
-        option = name[2:].replace("_", "-")
-        value = value if equals else following
-        if known.get(option) is bool and (equals or value.lower() in ("true", "false")):
-            raise InputError(f"{name} is a flag and takes no {value!r}; accepted are --{option} and --no-{option}")
+    name, hint = "", None
+    for word in words:
+        value, equals = word, ""
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            hint = known.get(name[2:].replace("_", "-"))
+        if hint is bool and (equals or value.lower() in ("true", "false")):
+            option = name[2:].replace("_", "-")
+            raise InputError(f"{name} is a flag and takes no value, got {value!r}. Use --{option} or --no-{option}.")
+        if "," in value and _takes_several(hint) and not {str, Path} & _plain_types(hint):
+            spaced = value.replace(",", " ")
+            raise InputError(f"{name} takes values separated by spaces, got {value!r}. Use {name} {spaced}.")
 
 
 class FileOptions(typing.NamedTuple):
-    """The words that a file's options are, and where they stand."""
+    """The options that a file sets.
+
+    Attributes:
+      path: Path of the file.
+      words: Words of the command line by option.
+    """
 
     path: Path
     words: dict[str, list[str]]
 
-    def place(self, message: str) -> str:
-        """An error's message, with the file and the key before it where it is about an option from here."""
-        for key in self.words:
-            if re.search(rf"(^|--){key.replace('-', '[-_]')}(?![\w-])", message):
-                return f"{self.path}: key {key}: {message}"
-        return message
 
+def add_place(message: str, option_files: Sequence[FileOptions], known: Mapping[str, Any]) -> str:
+    """Prefix an error message with the file and the key of the option that it is about, if a file sets that option.
 
-def place(message: str, read: Sequence[FileOptions]) -> str:
-    """Return an error's message, with the file and the key before it where it is about an option from a file."""
-    for file in read:
-        message = file.place(message)
+    Args:
+      message: Error message; the first option that it names is the one that it is about.
+      option_files: Options of the files.
+      known: Types of the command's options, see `options_of`.
+
+    Returns:
+      The message, with the file and the key in front if a file sets the option.
+    """
+    names = (name.replace("_", "-") for name in re.findall(r"(?:^|--)(\w[\w-]*)", message))
+    option = next((name for name in names if name in known), None)
+    for file in option_files:
+        if option in file.words:
+            return f"{file.path}: key {option}: {message}"
     return message
 
 
@@ -80,28 +100,30 @@ def expand(words: Sequence[str], known: Mapping[str, Any]) -> tuple[list[str], l
     A later file overrides an earlier one, and the command line overrides all files.
 
     Args:
-      words: The command line.
-      known: Options of the command, as `of` returns them.
+      words: Command line.
+      known: Types of the command's options, see `options_of`.
 
     Returns:
-      The words, and the options that each file gives.
+      The words, and the options that each file sets.
 
     Raises:
-      InputError: a file that is no mapping of options in YAML, or a key that is none; names the file and the key.
+      InputError: If a file is not a mapping of options in YAML, or a key is not an option; the message names the file
+        and the key.
     """
-    rest, paths = _take_files(words)
-    given = {word[2:].partition("=")[0].replace("_", "-") for word in rest if word[:2] == "--"}
-    read = [_read(path, known) for path in paths]
-    for file in reversed(read):  # the last file that has an option gives it
+    rest, paths = _split_files(words)
+    names_set = {word[2:].partition("=")[0].replace("_", "-") for word in rest if word[:2] == "--"}
+    option_files = [_read(path, known) for path in paths]
+    # Remove what the command line or a later file overrides.
+    for file in reversed(option_files):
         for key in list(file.words):
-            if key in given or f"no-{key}" in given:
+            if key in names_set or f"no-{key}" in names_set:
                 del file.words[key]
-        given |= file.words.keys()
-    return rest + [word for file in read for part in file.words.values() for word in part], read
+        names_set |= file.words.keys()
+    return rest + [word for file in option_files for words in file.words.values() for word in words], option_files
 
 
-def _take_files(words: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """Split a command line into the other words and the files of options. An option without a value stays."""
+def _split_files(words: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """Separate the paths of ``--config`` from the other words; ``--config`` without a path is left for the parser."""
     rest: list[str] = []
     paths: list[Path] = []
     remaining = iter(words)
@@ -117,34 +139,35 @@ def _take_files(words: Sequence[str]) -> tuple[list[str], list[Path]]:
 
 def _read(path: Path, known: Mapping[str, Any]) -> FileOptions:
     accepted = "a YAML file of options by their names"
-    text = files.read_text(path, LARGEST, accepted=accepted)
+    text = files.read_text(path, MAX_BYTES, accepted=accepted)
     entries = files.parse_yaml(text, where=str(path), accepted=accepted)
     if not isinstance(entries, dict):
-        raise InputError(f"{path}: holds {shown(entries)}; accepted is {accepted}")
-    options = [str(key.value).replace("_", "-") for key, _ in yaml.compose(text).value]
-    read = FileOptions(path, {})
+        raise InputError(f"{path}: must be a mapping from options to values, got {shown(entries)}")
+    # YAML's parser keeps the last of several equal keys; the nodes of the file show them all.
+    keys = [str(key.value).replace("_", "-") for key, _ in yaml.compose(text).value]
+    file = FileOptions(path, {})
     for key, value in entries.items():
         option = str(key).replace("_", "-")
-        if options.count(option) > 1:  # the parser would take the last
-            raise InputError(f"{path}: key {option}: is there {options.count(option)} times; accepted is once")
+        if keys.count(option) > 1:
+            raise InputError(f"{path}: key {option}: must be set once, got {keys.count(option)} times")
         if option not in known:
-            raise InputError(f"{path}: key {key}: is no option; accepted are {', '.join(known)}")
-        read.words[option] = list(_words(path, option, value, known[option]))
-    return read
+            raise InputError(f"{path}: key {key}: unknown option; supported: {', '.join(known)}")
+        file.words[option] = list(_words_of(path, option, value, known[option]))
+    return file
 
 
-def _words(path: Path, option: str, value: Any, hint: Any) -> Iterator[str]:
-    """One entry as the words that give it on a command line."""
+def _words_of(path: Path, option: str, value: Any, hint: Any) -> Iterator[str]:
+    """Yield the words of the command line that set an option to a value."""
     if hint is bool:
         if not isinstance(value, bool):
-            raise InputError(f"{path}: key {option}: is {shown(value)}; accepted are true and false")
+            raise InputError(f"{path}: key {option}: must be true or false, got {shown(value)}")
         yield f"--{option}" if value else f"--no-{option}"
         return
     if isinstance(value, dict):
         value = [part for pair in value.items() for part in pair]
     if isinstance(value, list):
         if not _takes_several(hint):
-            raise InputError(f"{path}: key {option}: is {shown(value)}; accepted is one value")
+            raise InputError(f"{path}: key {option}: must be one value, got {shown(value)}")
         yield from (f"--{option}", *map(str, value))
     else:
         yield f"--{option}={value}"
@@ -152,3 +175,9 @@ def _words(path: Path, option: str, value: Any, hint: Any) -> Iterator[str]:
 
 def _takes_several(hint: Any) -> bool:
     return get_origin(hint) in (tuple, dict) or any(map(_takes_several, get_args(hint)))
+
+
+def _plain_types(hint: Any) -> set[Any]:
+    """Return the types without parameters that a type is composed of."""
+    parameters = get_args(hint)
+    return set().union(*map(_plain_types, parameters)) if parameters else {hint}

@@ -1,4 +1,4 @@
-"""One progress bar for every command: on a terminal only, silent elsewhere."""
+"""The progress bar of the commands, shown only on a terminal."""
 
 import math
 import sys
@@ -12,22 +12,33 @@ from rich.console import Console
 from rich.table import Column
 from rich.text import Text
 
-TOGETHER = 1.0  # seconds within which results have come at once, and say nothing of the speed
-PERIOD, FEWEST = 30.0, 5  # the speed is that of so many seconds, and of so many times at which results came
+BURST_SECONDS = 1.0
+"""Results within this time of each other count as simultaneous: their spacing is not a measure of the speed."""
+
+WINDOW_SECONDS, MIN_MARKS = 30.0, 5
+"""The speed is measured over the last 30 seconds, but over at least five times at which results arrived."""
 
 
 @contextmanager
 def progress_bar(description: str, total: float, *, fields: str = "") -> Iterator["Bar"]:
-    """A bar on stderr that vanishes when done; ``fields`` is a format string for live figures beside it.
+    """Show a progress bar on standard error while the block runs.
+
+    Args:
+      description: Title of the bar.
+      total: Number of steps.
+      fields: Format string of the values that are shown after the times.
+
+    Yields:
+      Handle that advances the bar.
 
     Examples:
       >>> with progress_bar("training", 1, fields="loss {loss:.3f}") as bar:
       ...     bar.advance(1, loss=2.0)
     """
     console = Console(file=sys.stderr)
-    # The live figures take what room is left, so that the times stay on a narrow terminal.
-    room = Column(no_wrap=True, overflow="ellipsis", ratio=1)
-    live = progress.TextColumn("{task.fields[text]}", table_column=room, markup=False)
+    # The values take the remaining width, so that the times stay visible on a narrow terminal.
+    remaining_width = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+    live = progress.TextColumn("{task.fields[text]}", table_column=remaining_width, markup=False)
     times = progress.TimeElapsedColumn(), _TimeLeft()
     size = progress.TextColumn("{task.description}"), progress.BarColumn(bar_width=16), progress.MofNCompleteColumn()
     shown = console.is_terminal
@@ -45,11 +56,16 @@ class Bar:
         self._pace = _Pace(bars.get_time())
 
     def reach(self, steps: float, **values: object) -> None:
-        """Have ``steps`` behind, not fewer than before."""
+        """Move the bar forward to ``steps``; it never moves back."""
         self.advance(max(steps - self._bars.tasks[self._task].completed, 0), **values)
 
     def advance(self, steps: float = 1, **values: object) -> None:
-        """Move on by ``steps``; ``values`` fill the bar's ``fields``."""
+        """Advance the bar.
+
+        Args:
+          steps: Number of steps to add.
+          **values: Values for the format string ``fields``.
+        """
         text = {"text": self._fields.format(**values)} if values else {}
         task = self._bars.tasks[self._task]
         self._pace.mark(self._bars.get_time(), task.completed + steps)
@@ -57,30 +73,31 @@ class Bar:
 
 
 class _Pace:
-    """How much was done when, by which the end is told.
+    """Times at which results arrived, from which the end is estimated.
 
-    Rich's own estimate is of the last 30 seconds, in which slow work has no two results, and of results that come
-    several at once it makes a speed.
+    Rich's own estimate uses the last 30 seconds, in which slow work may not have two results, and it takes the spacing
+    of simultaneous results for the speed.
     """
 
-    def __init__(self, begun: float) -> None:
-        self._marks = deque([(begun, 0.0)])
+    def __init__(self, start: float) -> None:
+        self._marks = deque([(start, 0.0)])
 
     def mark(self, now: float, done: float) -> None:
-        if now - self._marks[-1][0] < TOGETHER:  # at the beginning: what an earlier run has done
+        # Simultaneous results share one mark; at the start these are the results of an earlier run.
+        if now - self._marks[-1][0] < BURST_SECONDS:
             now, _ = self._marks.pop()
         self._marks.append((now, done))
-        while len(self._marks) > FEWEST and now - self._marks[1][0] > PERIOD:
+        while len(self._marks) > MIN_MARKS and now - self._marks[1][0] > WINDOW_SECONDS:
             self._marks.popleft()
 
     def end(self, total: float) -> float | None:
-        """When all will be done; None where nothing tells."""
+        """Estimate the time at which all steps are done; None before the first result."""
         (first, before), (last, done) = self._marks[0], self._marks[-1]
         return last + (total - done) * (last - first) / (done - before) if done > before else None
 
 
 class _TimeLeft(progress.ProgressColumn):
-    """The time to the end that is foreseen."""
+    """Column with the estimated remaining time."""
 
     max_refresh = 0.5
 

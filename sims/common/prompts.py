@@ -1,4 +1,4 @@
-"""How a command reads records and a model and says what it read, and shows and keeps prompts as they go in."""
+"""Read the records and the model of a command, print a summary of them, and save the first training prompts."""
 
 import json
 from collections.abc import Sequence
@@ -17,17 +17,22 @@ from rora_theory.runs.folder import RunFolder
 from sims.common import cli, tables
 
 FILE = "prompts.jsonl"
-KEPT = 3
-"""Prompts that every run keeps."""
+SAVED_PROMPTS = 3
+"""Minimum number of prompts that a run folder contains."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Records, and the model that they go into, whose weights are read when they are asked for.
+    """Records and the model that reads them. The weights are loaded when `model` is first used.
 
     Attributes:
-      origin, tokenizer, dtype: the model's.
-      places: the device that the model is on.
+      records: Records.
+      template: Template of the prompts.
+      origin: Files of the model.
+      tokenizer: Tokenizer of the model.
+      dtype: Type of the weights.
+      chat: Chat template of the prompts.
+      places: Device of the model.
     """
 
     records: RecordSet
@@ -40,18 +45,22 @@ class Inputs:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a run that reads them is known by."""
+        """Entries that identify a run on these records and this model."""
         return self.origin.identity() | self.records.identity(self.chat)
 
     @cached_property
     def model(self) -> llama.Model:
-        """The model, and what is to be told of it is told. Raises `InputError` as `llama.load`."""
+        """Model, loaded on first use; its notes are printed.
+
+        Raises:
+          InputError: If the weights cannot be loaded.
+        """
         loaded = llama.load(self.origin, self.dtype)
-        cli.tell(loaded.remarks)
+        cli.print_notes(loaded.remarks)
         return loaded
 
     def texts(self) -> dict[str, Any]:
-        """What makes batches of them, see `rora_theory.measure.record_batches`."""
+        """Return the arguments with which `rora_theory.measure.record_batches` makes batches of the records."""
         texts = {"records": self.records.records, "tokenizer": self.tokenizer}
         return texts | {"template": self.template, "chat": self.chat}
 
@@ -65,27 +74,50 @@ def read_inputs(
     dtype: str = "float32",
     revision: str | None = None,
 ) -> Inputs:
-    """Read records, then a model but for its weights, and tell what was read. Raises `InputError` as they do."""
-    found = training_records.read_record_set(data, config)
-    chosen = found.template(template)
+    """Read records and a model without its weights, and print a summary.
+
+    Args:
+      data: Files of training records.
+      model: Name or path of the model.
+      config: Format of the records and chat template.
+      template: Template of the prompts; by default, the one of the records' format.
+      dtype: Type of the weights.
+      revision: Branch, tag or commit of a model on the hub.
+
+    Returns:
+      The records and the model.
+
+    Raises:
+      InputError: If the records or the model cannot be read.
+    """
+    records = training_records.read_record_set(data, config)
+    chosen = records.template(template)
     places = devices.pick(1)
     origin = llama.locate(model, revision)
     tokenizer = llama.model_tokenizer(origin)
-    tell(found, chosen)
-    return Inputs(found, chosen, origin, tokenizer, dtype, found.chat(tokenizer, chosen), places)
+    print_summary(records, chosen)
+    return Inputs(records, chosen, origin, tokenizer, dtype, records.chat(tokenizer, chosen), places)
 
 
-def tell(found: RecordSet, template: str | None) -> None:
-    """Print how many records there are, how they are written and what makes prompts of them."""
-    cli.tell(found.notes)
-    tables.print_text(f"{found.summary}; template {template}")
+def print_summary(records: RecordSet, template: str | None) -> None:
+    """Print the number of records, their format and the template of the prompts."""
+    cli.print_notes(records.notes)
+    tables.print_text(f"{records.summary}; template {template}")
 
 
-def keep(folder: RunFolder, examples: Examples, tokenizer: Any, *, show: int) -> None:
-    """Write the first prompts to `FILE`, and print ``show`` of them."""
-    found = prompt_preview.preview_prompts(examples, tokenizer, max(show, KEPT))
-    folder.write(FILE, "".join(json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in found))
-    for number, one in enumerate(found[:show], start=1):
+def save_prompts(folder: RunFolder, examples: Examples, tokenizer: Any, *, show: int) -> None:
+    """Write the first prompts to `FILE`, and print some of them.
+
+    Args:
+      folder: Run folder.
+      examples: Tokenized examples.
+      tokenizer: Tokenizer of the model.
+      show: Number of prompts to print.
+    """
+    prompts = prompt_preview.preview_prompts(examples, tokenizer, max(show, SAVED_PROMPTS))
+    folder.write(FILE, "".join(json.dumps(prompt._asdict(), ensure_ascii=False) + "\n" for prompt in prompts))
+    for number, prompt in enumerate(prompts[:show], start=1):
+        counts = f"{len(prompt.tokens)} tokens, {sum(prompt.in_loss)} in the loss"
         marks = f"between {prompt_preview.LOSS_BEGIN} and {prompt_preview.LOSS_END}"
-        counts = f"{len(one.tokens)} tokens, {sum(one.in_loss)} in the loss, {marks}"
-        print(tables.printable(f"prompt {number} of {len(examples)}: {counts}\n{one.text}\n", but="\n\t"))
+        head = f"prompt {number} of {len(examples)}: {counts}, {marks}"
+        print(tables.printable(f"{head}\n{prompt.text}\n", keep="\n\t"))

@@ -1,4 +1,4 @@
-"""Tables and sentences on standard output, never wider than the terminal: 80 columns where there is none."""
+"""Tables and sentences on standard output, folded to the width of the terminal (80 columns without a terminal)."""
 
 import string
 import sys
@@ -16,14 +16,23 @@ from rora_theory.io import frames
 if TYPE_CHECKING:
     import pandas as pd
 
-WORDS = 24  # columns of words are not made narrower than this for the sake of further figures beside them,
-LEAST = 8  # nor than this for the sake of the widest figure
-HEAD = 10  # heads of figures fold to no less than this
-GAP = 2  # spaces between columns; the box has one more at either end
-collect: Callable[[Mapping[str, Any]], None] | None = None
-"""Takes every table that is printed, where one is set (see `answers`)."""
+WORDS_WIDTH = 24
+"""Width to which a column of words may shrink to make room for more columns of numbers."""
+
+MIN_WORDS_WIDTH = 8
+"""Width to which a column of words may shrink to make room for the widest column of numbers."""
+
+HEAD_WIDTH = 10
+"""Minimum width to which the head of a column of numbers folds."""
+
+GAP = 2
+"""Spaces between columns; the box has one more at either end."""
+
 listeners: list[Callable[[str, Sequence[str], Sequence[Sequence[str]], int], None]] = []
 """Functions called with the title, the columns, the cells and the number of text columns of every printed table."""
+
+collect: Callable[[Mapping[str, Any]], None] | None = None
+"""Function that receives every printed table, if set (see `answers`)."""
 
 
 def print_table(
@@ -35,37 +44,40 @@ def print_table(
     keys: int | None = None,
     records: Sequence[Mapping[str, Any]] | None = None,
 ) -> None:
-    """Print a table; the first ``left`` columns are words, which fold, the others figures, which are never cut.
+    """Print a table whose first columns are words, which fold, and whose other columns are numbers, which never do.
 
-    Columns of figures that find no room follow in a further table, beside the same keys. One that finds none there
-    either has words in it, and folds too.
+    Columns of numbers that do not fit follow in a further table with the same keys. A column that does not fit there
+    either contains words, and folds too.
 
     Args:
       title: Sentence above the table.
       columns: Heads of the columns.
       rows: Cells, row by row.
       left: Number of leading columns of words.
-      keys: Number of leading columns that identify a row, ``left`` or more: they are repeated in each further table.
+      keys: Number of leading columns that identify a row, at least ``left``; they are repeated in each further table.
         The default is ``left``.
-      records: Rows given to a machine in place of the cells.
+      records: Rows of the JSON object of ``--json``; by default, the cells.
     """
     keys = left if keys is None else keys
     console = Console()
-    given = [list(row) for row in rows]
-    cells = [[str(cell) for cell in row] for row in given]
+    values = [list(row) for row in rows]
+    cells = [[str(cell) for cell in row] for row in values]
+    if collect is not None:
+        json_rows = [dict(zip(columns, row, strict=True)) for row in values] if records is None else records
+        collect({"title": title, "rows": json_rows})
     for listener in listeners:
         listener(title, columns, cells, left)
-    if collect is not None:
-        own = [dict(zip(columns, row, strict=True)) for row in given] if records is None else records
-        collect({"title": title, "rows": own})
+    # Natural width of every column, and the columns that contain sentences and therefore fold.
     widths = [_width(column, [row[i] for row in cells], words=i < left) for i, column in enumerate(columns)]
-    width = console.width - sum(widths[i] + GAP for i in range(left, keys))  # beside keys that are figures
-    widest = width - left * (LEAST + GAP) - GAP  # of a column beside the narrowest words
+    width = console.width - sum(widths[i] + GAP for i in range(left, keys))  # without the keys that are numbers
+    widest = width - left * (MIN_WORDS_WIDTH + GAP) - GAP  # of a column next to the narrowest words
     folds = {i for i in range(keys, len(columns)) if widths[i] > widest}
-    widths = [WORDS if i in folds else width for i, width in enumerate(widths)]
+    widths = [WORDS_WIDTH if i in folds else width for i, width in enumerate(widths)]
+    # Shrink the widest column of words until the widest column of numbers fits next to the words.
     room = width - max((widths[i] + GAP for i in range(keys, len(columns))), default=0)
-    while left and sum(widths[i] + GAP for i in range(left)) > room and max(widths[:left]) > LEAST:
+    while left and sum(widths[i] + GAP for i in range(left)) > room and max(widths[:left]) > MIN_WORDS_WIDTH:
         widths[widths.index(max(widths[:left]))] -= 1
+    # Distribute the columns of numbers over as many tables as needed, each with the keys.
     groups = [list(range(keys))]
     for figure in range(keys, len(columns)):
         wider = [*groups[-1], figure]
@@ -87,7 +99,7 @@ def print_table(
                 head = "\n".join(textwrap.wrap(columns[i], widths[i]))
                 table.add_column(head, justify="right", no_wrap=True, min_width=widths[i])
         for row in cells:
-            table.add_row(*[Text(row[i]) for i in group])  # Text: brackets are no markup
+            table.add_row(*[Text(row[i]) for i in group])  # Text: brackets are not markup
         console.print(table)
 
 
@@ -100,24 +112,30 @@ def print_records(
     keys: int | None = None,
     missing: str = "",
 ) -> None:
-    """`print_table` of rows by name: ``columns`` has of each head the form of its cells, as for ``str.format``.
+    """Print a table of records.
 
-    A cell with a figure that is None or NaN is ``missing``.
+    Args:
+      title: Sentence above the table.
+      records: Records, with their entries by name.
+      columns: Format string of the cells, as for ``str.format``, for the head of each column.
+      left: Number of leading columns of words, see `print_table`.
+      keys: Number of leading columns that identify a row, see `print_table`.
+      missing: Text of a cell with an entry that is None or NaN.
     """
     rows = records if isinstance(records, Sequence) else frames.rows(records)
     cells = [[_cell(form, row) or missing for form in columns.values()] for row in rows]
-    figures = [_figures(columns, row) for row in rows]
-    print_table(title, list(columns), cells, left=left, keys=keys, records=figures)
+    json_rows = [_json_row(columns, row) for row in rows]
+    print_table(title, list(columns), cells, left=left, keys=keys, records=json_rows)
 
 
-def _figures(columns: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a row that its cells are made of, as they are; a cell that is made of others in its own words."""
-    found: dict[str, Any] = {}
+def _json_row(columns: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries that the cells of a row show; an entry that JSON cannot represent is replaced by its cell."""
+    shown_entries: dict[str, Any] = {}
     for head, form in columns.items():
-        own = {name: row[name] for name in _names(form)}
-        simple = all(value is None or isinstance(value, (str, int, float)) for value in own.values())
-        found |= own if simple else {head: _cell(form, row)}
-    return found
+        entries = {name: row[name] for name in _names(form)}
+        is_simple = all(value is None or isinstance(value, (str, int, float)) for value in entries.values())
+        shown_entries |= entries if is_simple else {head: _cell(form, row)}
+    return shown_entries
 
 
 def _names(form: str) -> list[str]:
@@ -125,51 +143,58 @@ def _names(form: str) -> list[str]:
 
 
 def _cell(form: str, row: Mapping[str, Any]) -> str:
-    """The form filled with a row's entries; empty where one of them is missing."""
-    empty = any(row[name] is None or row[name] != row[name] for name in _names(form))
-    return "" if empty else form.format_map(row)
+    """Format the entries of a row; return an empty string if one of them is missing."""
+    is_empty = any(row[name] is None or row[name] != row[name] for name in _names(form))
+    return "" if is_empty else form.format_map(row)
 
 
 def slope(row: Mapping[Any, Any]) -> str:
-    """A fitted exponent with its standard error, and the exact law's; empty where there is none."""
-    return (
-        ""
-        if row["slope"] != row["slope"]
-        else f"{row['slope']:+.3f} ± {row['standard_error']:.3f} ({row['exact']:+.3f})"
-    )
+    """Format a fitted exponent with its standard error and the exponent of the exact law; empty without a fit."""
+    if row["slope"] != row["slope"]:
+        return ""
+    return f"{row['slope']:+.3f} ± {row['standard_error']:.3f} ({row['exact']:+.3f})"
 
 
 def print_text(text: str) -> None:
-    """Print sentences, folded between words; a line that begins with spaces is a command, and folds as shells read."""
+    """Print sentences, folded between words.
+
+    A line that begins with spaces is a command; it is folded with backslashes, as a shell reads it. The further lines
+    of a list item, which begins with a hyphen, are indented.
+    """
     width = Console().width
     for line in text.split("\n"):
         if len(line) <= width:
             print(line)
             continue
         indent = line[: len(line) - len(line.lstrip())]
-        print(
-            (" \\\n" if indent else "\n").join(
-                textwrap.wrap(
-                    line,
-                    width - 2 if indent else width,
-                    subsequent_indent=indent + "  " if indent else "",
-                    break_long_words=False,
-                    break_on_hyphens=False,
-                )
-            )
+        rows = textwrap.wrap(
+            line,
+            width - 2 if indent else width,
+            subsequent_indent=f"{indent}  " if indent or line.startswith("- ") else "",
+            break_long_words=False,
+            break_on_hyphens=False,
         )
+        print((" \\\n" if indent else "\n").join(rows))
 
 
-def printable(text: str, *, but: str = "") -> str:
-    """A text as a terminal may show it: no control characters ``but`` these, and no letter that it has not."""
-    plain = "".join(one if one.isprintable() or one in but else ascii(one)[1:-1] for one in text)
+def printable(text: str, *, keep: str = "") -> str:
+    """Escape the characters that a terminal cannot or must not show.
+
+    Args:
+      text: Text.
+      keep: Control characters that are not escaped.
+
+    Returns:
+      The text without other control characters and without characters outside the terminal's encoding.
+    """
+    plain = "".join(letter if letter.isprintable() or letter in keep else ascii(letter)[1:-1] for letter in text)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return plain.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _width(head: str, cells: Sequence[str], *, words: bool) -> int:
-    """The least width of a column: of its figures all, of its words `WORDS` or what they need."""
+    """Return the minimum width of a column: numbers need their whole width, words at most `WORDS_WIDTH`."""
     widest = max(map(len, cells), default=0)
     if words:
-        return min(max(widest, len(head)), WORDS)
-    return max(widest, *map(len, head.split()), min(len(head), HEAD))
+        return min(max(widest, len(head)), WORDS_WIDTH)
+    return max(widest, *map(len, head.split()), min(len(head), HEAD_WIDTH))

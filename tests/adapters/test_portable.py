@@ -171,4 +171,6 @@ def test_the_command(golden, tmp_path, monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.run(command.main)
     assert ended.value.code == 2
-    assert "served: is not empty" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--out" in error
+    assert str(out) in error

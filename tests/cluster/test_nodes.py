@@ -376,7 +376,7 @@ def test_two_workers_of_this_machine_leave_the_bytes_of_one_process(checkpoints,
     assert unmeasured(one) == unmeasured(two)
     said = capfd.readouterr()
     assert said.err == ""
-    assert "done here: 2 on node " in said.out
+    assert "per node: 2 on " in said.out
     (node,) = cells_done(two)
     assert len(node) == 2
     assert min(node.values()) > 0

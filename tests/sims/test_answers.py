@@ -29,10 +29,10 @@ def command(config: Config) -> None:
     tables.print_text("beginning")
     if config.rank == 0:
         raise InputError("rank is 0; accepted is 1 or more")
-    answers.say("Rank 8 is enough.", ["thin: one seed"], rates=(0.5, math.inf))
+    answers.print_answer("Rank 8 is enough.", ["thin: one seed"], rates=(0.5, math.inf))
     tables.print_table("Losses", ["rule", "loss"], [["lora", np.float32(0.5)], ["rora", math.nan]])
     if config.out is not None:
-        answers.tell_files(config.out)
+        answers.print_files(config.out)
     if config.rank == 1:
         sys.exit(1)
 
@@ -80,11 +80,11 @@ def test_json_is_all_there_is_on_standard_output(capsys, folder) -> None:
 
 def test_figures_are_files_alone(capsys) -> None:
     paths = [Path("a.png"), Path("a.svg")]
-    answers.list_files(paths)
+    answers.print_paths(paths)
     assert capsys.readouterr().out == "a.png\na.svg\n"
-    answers.ask()
-    with answers.reported():
-        answers.list_files(paths)
+    answers.collect_json()
+    with answers.reporting():
+        answers.print_paths(paths)
     assert json.loads(capsys.readouterr().out)["files"] == ["a.png", "a.svg"]
 
 
@@ -92,7 +92,7 @@ def test_a_table_without_an_answer_is_in_the_json_object(capsys) -> None:
     """As where a command lists what a run has done."""
 
     def work() -> None:
-        answers.ask()
+        answers.collect_json()
         tables.print_table("Cells", ["rank"], [[8]])
 
     cli.run(work)
@@ -119,7 +119,7 @@ def test_a_folder_in_use_is_refused_before_any_work(capsys, tmp_path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         status, out, err = run(capsys, "--out", str(tmp_path))
     assert (status, out) == (2, "")
-    assert err.startswith(f"error: {tmp_path}: is in use by process 7 on h since s. Wait")
+    assert err.startswith(f"error: {tmp_path}: is in use by process 7 on h since s")
     before = (tmp_path / ".lock").read_text()
     assert run(capsys, "--out", str(tmp_path))[0] == 0
     assert (tmp_path / ".lock").read_text() == before

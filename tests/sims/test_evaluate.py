@@ -87,7 +87,7 @@ def test_a_run_writes_samples_and_results(
     shown = capsys.readouterr().out
     assert f"{protocol}" in shown
     assert all(word in shown for word in ("BoolQ", "PIQA", "average", "chance", "majority", "unparsed"))
-    assert ("BoolQ: these data have no passages" in shown) == (protocol == "harness")
+    assert ("BoolQ records of this data set have no passage" in shown) == (protocol == "harness")
 
 
 @pytest.mark.slow
@@ -168,7 +168,7 @@ def test_what_is_loaded_is_what_was_asked_for(model: Path, dtype: str, monkeypat
         evaluate, "load", lambda *arguments: asked.append(arguments) or load(arguments[0], arguments[1])
     )
     origin = locate(model)
-    loaded, _ = evaluate.subject(evaluate.Config(model=str(model), dtype=dtype), origin)
+    loaded, _ = evaluate.load_model(evaluate.Config(model=str(model), dtype=dtype), origin)
     assert asked == [(origin, dtype)]
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(loaded.params)} == {dtype}
 
@@ -210,7 +210,7 @@ def test_an_adapter_changes_the_scores_alike_merged_or_beside(model: Path, data:
         (("--num-beams", "0"), "num_beams must be an integer of 1 or more, got 0"),
         (("--protocol", "harness", "--template", "clean"), "template must be none with protocol harness, got 'clean'"),
         (("--data-dir", "/nowhere"), "/nowhere/boolq/test.json: no such file"),
-        (("--adapter", "/nowhere"), "/nowhere: is not a folder"),
+        (("--adapter", "/nowhere"), "--adapter must be the folder of an adapter in PEFT's format, got /nowhere"),
         (("--adapter", "/tmp"), "adapter_config.json"),
         (("--model", "/nowhere"), "/nowhere: no such path"),
         (("--protocol", "accuracy"), "accuracy"),

@@ -49,7 +49,7 @@ def test_it_says_what_is_missing_grows_and_judges_all_that_the_folder_has(base, 
     sim.main([*base, "--strengths", "40", "--lrs", *LRS, "--full-lrs", *FULL_LRS, "--out", str(out)])
     said = " ".join(capsys.readouterr().out.split())
     assert "The law against 9 runs:" in said
-    assert "Beside others, each at its own best rate" in said
+    assert "Comparisons, each at its own best rate" in said
     assert (out / CELLS).read_text().startswith(first), "what was done is not done again"
     rows = frames.read_csv(out / "results.csv")
     full, rows = rows[rows["rank"].isna()], rows[rows["rank"].notna()]
@@ -79,7 +79,7 @@ def test_a_folder_of_another_setting_stands_beside_it(base, tmp_path, capsys) ->
     words = [*base, "--strengths", "4", "--lrs", *LRS]
     one, other = str(tmp_path / "one"), str(tmp_path / "other")
     sim.main([*words, "--out", one])
-    sim.main([*words, "--targets", "q_proj", "--beside", one, "--out", other])
+    sim.main([*words, "--targets", "q_proj", "--compare-to", one, "--out", other])
     beside = frames.read_csv(Path(other) / "beside.csv")
     name = "targets q_proj k_proj v_proj up_proj down_proj"
     assert beside[["step", "rank", "strength", "beside"]].to_numpy().tolist() == [[s, 2, 4, name] for s in (1, 2)]
@@ -88,9 +88,9 @@ def test_a_folder_of_another_setting_stands_beside_it(base, tmp_path, capsys) ->
     difference = (own["best_loss"] - all_modules["best_loss"]).to_numpy()
     assert beside["difference"].to_numpy() == pytest.approx(difference, abs=2e-5), "these less those"
     capsys.readouterr()
-    for more, said in ((["--beside", one], "no setting differs"), (["--held-out", "5"], "records differs")):
+    for more, said in ((["--compare-to", one], "no setting differs"), (["--held-out", "5"], "records differs")):
         with pytest.raises(SystemExit) as stop:
-            sim.main([*words, "--beside", one, *more, "--out", str(tmp_path / "new")])
+            sim.main([*words, "--compare-to", one, *more, "--out", str(tmp_path / "new")])
         assert stop.value.code == 2
         assert said in " ".join(capsys.readouterr().err.split())
         assert not (tmp_path / "new").exists()

@@ -35,6 +35,7 @@ from sims import (
     coordinate_check,
     evaluate,
     finetune,
+    layer_sweep,
     lr_transfer,
     prune,
     rank_sweep,
@@ -330,7 +331,7 @@ def changes(command: str, config: Any, skip: set[str]) -> dict[str, Any]:
     return found
 
 
-SKIPPED = {"data", "text", "model", "adapter", "revision", "check", "data_dir", "layer_data"}
+SKIPPED = {"data", "text", "model", "adapter", "revision", "check", "data_dir"}
 SKIPPED |= {field.name for field in fields(ClusterConfig)}  # the files are the same: tests/cluster
 SKIPPED |= {"out", "devices", "list", "matrix", "matrix_model", "matrix_loss"}
 """What is read, which the other tests change; where it is done; and what another of a command's ways reads."""
@@ -408,28 +409,23 @@ def test_every_setting_of_a_simulation_is_in_its_identity(name, config, same) ->
 
 
 def test_every_setting_of_a_sweep_on_real_layers_is_in_its_identity(tmp_path) -> None:
-    """And the file's content; the inputs that it stands in place of are refused."""
+    """And the file's content."""
     path = tmp_path / "layers.npz"
     random = np.random.default_rng(0)
     arrays = {"grad": random.normal(size=(6, 24)), "x_train": random.normal(size=(12, 24))}
     arrays["x_heldout"] = random.normal(size=(9, 24))
     np.savez(path, **{f"model.layers.0.mlp.down_proj/{key}": value for key, value in arrays.items()})
-    config = variance_sweep.Config(layer_data=path)
-    before = start("variance_sweep", config).identity
-    inputs = {"p_in", "p_out", "overlaps"}
-    for name in inputs:
-        given = replace(config.simulation, **{name: other("variance_sweep", name, getattr(config.simulation, name))})
-        with pytest.raises(InputError, match="has no effect with --layer-data"):
-            replace(config, simulation=given)
-    found = {
+    config = layer_sweep.Config(path)
+    before = start("layer_sweep", config).identity
+    same = {
         setting
-        for setting, changed in changes("variance_sweep", config, SKIPPED - {"model"} | inputs).items()
-        if start("variance_sweep", changed).identity == before
+        for setting, changed in changes("layer_sweep", config, SKIPPED | {"layers"}).items()
+        if start("layer_sweep", changed).identity == before
     }
-    assert found == {"sampler"}
+    assert same == set()
     arrays["x_heldout"][-1, -1] += 1e-9
     np.savez(path, **{f"model.layers.0.mlp.down_proj/{key}": value for key, value in arrays.items()})
-    assert start("variance_sweep", config).identity != before
+    assert start("layer_sweep", config).identity != before
 
 
 def test_a_matrix_of_runs_is_all_that_is_read_of_it() -> None:

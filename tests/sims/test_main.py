@@ -22,11 +22,11 @@ def run(monkeypatch, *words: str, program: str = "rora") -> None:
 
 
 def test_every_command_is_listed_with_its_sentence(monkeypatch, capsys) -> None:
-    found = main.names("sims")
+    found = main.describe_commands("sims")
     assert {"transfer", "regime", "finetune", "variance_sweep", "rank_sweep", "horizon"} <= set(found)
     assert not {"common", "__main__"} & set(found)
     monkeypatch.setenv("COLUMNS", "80")
-    assert all(says.endswith((".", "?")) for says in (*found.values(), *main.names("figures").values()))
+    assert all(says.endswith((".", "?")) for says in (*found.values(), *main.describe_commands("figures").values()))
     run(monkeypatch)
     shown = capsys.readouterr().out
     assert all(name in shown for name in (*found, "figures"))
@@ -53,7 +53,10 @@ def test_what_is_no_command_is_refused_by_name(monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "transfre")
     assert stop.value.code == 2
-    assert "error: transfre is no command; accepted are" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert "'transfre'" in err
+    assert "transfer, " in err
     run(monkeypatch, "--version")
     assert capsys.readouterr().out.startswith("rora-theory ")
 
@@ -72,7 +75,8 @@ def test_the_figures_by_themselves_list_the_commands(monkeypatch, capsys) -> Non
         run_it("transfre")
     out, err = capsys.readouterr()
     assert (stop.value.code, out) == (2, "")
-    assert err.startswith("error: transfre is no command; accepted are ")
+    assert err.startswith("error: ")
+    assert "'transfre'" in err
     assert err.count("\n") == 1
 
 
@@ -84,7 +88,7 @@ def test_a_shell_completes_commands_and_options(monkeypatch, capsys, tmp_path) -
     script = tmp_path / "rora.bash"
     script.write_text(capsys.readouterr().out)
     asked = {
-        ("",): {*main.names("sims"), "figures"},
+        ("",): {*main.describe_commands("sims"), "figures"},
         ("tra",): {"transfer", "training_dynamics"},
         ("transfer", "--split", ""): {"train", "heldout"},
         ("rank_sweep", "--desig"): {"--design"},  # its description has more than one line
@@ -106,4 +110,5 @@ def test_a_shell_completes_commands_and_options(monkeypatch, capsys, tmp_path) -
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "--print-completion", "fish")
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: --print-completion is fish; accepted are bash, zsh\n"
+    err = capsys.readouterr().err
+    assert all(word in err for word in ("--print-completion", "fish", "bash", "zsh"))

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import inspect
 import io
+import itertools
 import json
 import math
 import pkgutil
@@ -35,13 +36,14 @@ from sims import (
     coordinate_check,
     evaluate,
     horizon,
+    layer_sweep,
     lr_transfer,
     regime,
     training_dynamics,
     transfer,
 )
 from sims import variance_sweep as sweep
-from sims.common import answers, cli, layer_sweep, progress, tables
+from sims.common import answers, cli, progress, tables
 
 COMMANDS = [
     module
@@ -62,18 +64,18 @@ def printed(capsys, monkeypatch):
     first, and the tables are such that JSON has them."""
     monkeypatch.setenv("COLUMNS", "80")
     said: list[Any] = []
-    say = answers.say
+    print_answer = answers.print_answer
 
     def noted(sentence: str, warnings: Any = (), /, **more: Any) -> None:
         assert re.fullmatch(r"[A-Za-z0-9].*[.)]", sentence), "a sentence"
         said.append(sentence)
-        say(sentence, warnings, **more)
+        print_answer(sentence, warnings, **more)
 
     def collect(table: Any) -> None:
         assert said or table["title"] in OF_NO_COMMAND, "the answer comes before the tables"
         json.dumps(as_json(table), allow_nan=False, default=lambda value: value.item())
 
-    monkeypatch.setattr(answers, "say", noted)
+    monkeypatch.setattr(answers, "print_answer", noted)
     monkeypatch.setattr(tables, "collect", collect)
 
     def read() -> list[str]:
@@ -166,8 +168,8 @@ def test_a_verdict_beside_another_run_is_whole(printed) -> None:
     none = pd.DataFrame()
     horizon.report(9, HorizonJudgement(best, beside, none, found, *[pd.DataFrame()] * 6))
     lines = printed()
-    title = lines.index("Beside others, each at its own best rate")
-    lines = lines[title : lines.index("How the best rate moves")]
+    title = lines.index("Comparisons, each at its own best rate")
+    lines = lines[title : lines.index("Exponents of the best rate")]
     starts = [i for i, line in enumerate(lines) if re.match(r" *\d+ ", line)]
     said = [" ".join(" ".join(lines[a:b]).split()) for a, b in zip(starts, [*starts[1:], None], strict=True)]
     assert len(said) == len(beside)
@@ -287,7 +289,7 @@ def test_capacity_says_one_figure_for_one_thing(printed, monkeypatch) -> None:
 
 def test_evaluate(printed) -> None:
     level = TaskAccuracy("hellaswag", 10042, 0.0, 0.05, 0.5, 0.01, 0.0, 0.25, 0.2510)
-    evaluate.show([level, dataclasses.replace(level, task="average")], Scoring(protocol="harness"))
+    evaluate.report([level, dataclasses.replace(level, task="average")], Scoring(protocol="harness"))
     printed()
 
 
@@ -312,6 +314,16 @@ def test_help(module, printed) -> None:
     assert all(word in text for word in module.__doc__.split()), "no word is broken"
     assert all(re.search(rf"--{name.replace('_', '-')}\b", text) for name in options(module.Config))
     assert str(Path.cwd()) not in text
+
+
+def test_help_fills_its_lines(printed) -> None:
+    """A docstring's line breaks do not break the lines of the help."""
+    with pytest.raises(SystemExit):
+        cli.parse(evaluate.Config, ["--help"], description="")
+    rows = [line[2:-2] for line in printed() if line.startswith("│")]
+    for row, following in itertools.pairwise(rows):
+        if following.startswith(" ") and not row.startswith("-"):
+            assert len(f"{row.rstrip()} {following.split()[0]}") > 76, row
 
 
 def test_help_names_what_regime_refuses(printed) -> None:

@@ -107,7 +107,7 @@ def test_bad_input_is_one_line_before_anything_is_written(model, text, tmp_path,
         ("--windows", "1000"): "at least 1003 windows",
         ("--layers", "3"): "layers must be 1 to 2, the model's, got 3",
         ("--share", "0.1"): "share must be at least",
-        ("--seq", "600"): "seq is 600; accepted is at most 512, the model's",
+        ("--seq", "600"): "--seq must be at most 512, the model's max_position_embeddings, got 600",
         ("--model", str(tmp_path / "nowhere")): "nowhere",
     }.items():
         with pytest.raises(SystemExit) as caught:

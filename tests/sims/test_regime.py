@@ -232,7 +232,7 @@ def test_no_path_in_the_files(finished, inputs) -> None:
         ({"targets": ("c_proj",)}, "target_modules has 'c_proj'"),
         ({"batch_size": 19}, "at least 23 records (--batch-size and --held-out), got 20"),
         ({"data": ("missing.json",)}, "missing.json: no such file"),
-        ({"adapter": Path("missing")}, "missing: is not a folder; accepted is an adapter in PEFT's format"),
+        ({"adapter": Path("missing")}, "--adapter must be the folder of an adapter in PEFT's format, got missing"),
     ],
 )
 def test_bad_input(inputs, tmp_path, capsys, changed, said) -> None:

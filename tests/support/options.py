@@ -10,7 +10,7 @@ class Inner:
     """Options of a part."""
 
     batch_size: int = 16
-    """records a step"""
+    """records a step, of --steps"""
     steps: int = 1
     """updates"""
     ranks_of: dict[str, int] = field(default_factory=dict)

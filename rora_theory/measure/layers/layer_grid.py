@@ -48,6 +48,7 @@ class LayerCell:
     rank: int
 
     def __str__(self) -> str:
+        """Return the label of the cell, as progress messages show it."""
         return f"{self.layer}, r = {self.rank}"
 
 

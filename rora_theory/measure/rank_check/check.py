@@ -111,6 +111,7 @@ class CheckConfig:
     """Largest absolute slope that counts as flat"""
 
     def __post_init__(self) -> None:
+        """Validate the settings."""
         check_ranks(self.ranks)
         check_rules(self.rules)
         for name, supported in (("optimizers", OPTIMIZER_NAMES), ("inits", LORA_INITS)):
@@ -130,6 +131,7 @@ class Case(NamedTuple):
     control: bool
 
     def __str__(self) -> str:
+        """Return the label of the case, as progress messages show it."""
         kappa = {"lora": "alpha/r", "rora": "alpha/sqrt(r)", "rslora": "alpha/sqrt(r)"}.get(name_of(self.rule))
         text = f"{DISPLAY_NAMES[self.optimizer]}, {kappa or f'kappa = {name_of(self.rule)}'}, A {self.init}"
         return text + (" (control)" if self.control else "")
@@ -144,6 +146,7 @@ class CoordinateCell:
     rank: int
 
     def __str__(self) -> str:
+        """Return the label of the cell, as progress messages show it."""
         return f"{self.case}, r = {self.rank}, seed {self.seed}"
 
 

@@ -32,6 +32,7 @@ class RegimeCell:
     layer: int
 
     def __str__(self) -> str:
+        """Return the label of the cell, as progress messages show it."""
         return f"layer {self.layer}"
 
 

@@ -104,6 +104,7 @@ class RegimeConfig:
     change; implied if adapters are stepped"""
 
     def __post_init__(self) -> None:
+        """Validate the settings."""
         check_ranks(self.ranks, fewest=1)
         check_rules(self.rules)
         for name, known in (("optimizers", OPTIMIZERS), ("inits", INITS)):

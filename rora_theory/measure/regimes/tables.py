@@ -91,6 +91,7 @@ class JudgeConfig:
     """Probability that a true law fails in any comparison, which sets the width of the error bars"""
 
     def __post_init__(self) -> None:
+        """Validate the settings."""
         check_ranges(self, str)
         if not 0 < self.false_alarm < 1:
             raise InputError(f"false_alarm must be between 0 and 1, got {self.false_alarm}")
