@@ -134,6 +134,8 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
     one_rate |= {"loss less, nats, 95%": "{difference:+.3f} ± {half_width:.3f}", "seeds": "{seeds}"}
     change = {"rate": "{best_rate:.3g}", "rms change": "{change:.3g}", "log2 s.e.": "{log2_error:.2f}"}
     change |= {"edge": "{edge}"}
+    estimators = {"steps": "{step}", "ranks": "{at}", "gamma r": "{first:g} to {second:g}", "estimator": "{estimate}"}
+    estimators |= {"exponent": "{exponent:+.3f}", "s.e.": "{standard_error:.3f}", "seeds": "{seeds}"}
     best = who | {"rate": "{best_rate:.3g}", "loss": "{best_loss:.4f}", "edge": "{edge}"}
     policies = {"what changes": "{changed}", "policy": "{policy}"}
     policies |= {"median": "{median:.4f}", "largest": "{largest:.4f}", "at least": "{lower_bounds}"}
@@ -142,6 +144,7 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
         ("Beside others, each at its own best rate", judged.beside, beside),
         ("Two gamma r at one rate: loss less that beside it", judged.one_rate, one_rate),
         ("How the best rate moves", found, exponents),
+        ("Exponents by estimators of whole curves, neighbouring gamma r, ranks pooled", pooled(judged), estimators),
         ("How the best rate moves with the steps; -1/2 where entries walk at random", judged.steps, steps),
         ("Which part of the change leads, median over modules (5% to 95%)", judged.led, led),
         ("Size of the change at the best rate: equal where the best rate keeps it", judged.change, who | change),
@@ -155,6 +158,15 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
             left = 2 if frame is found else list(columns).index("beside") + 1 if "beside" in columns else 0
             words = horizons.against_in_words if frame is found else horizons.size_in_words
             tables.print_records(title, words(frame), columns, left=left)
+
+
+def pooled(judged: horizons.HorizonJudgement) -> pd.DataFrame:
+    """Return the exponents in gamma r that are pooled over the largest number of ranks, by every estimator."""
+    table = judged.estimators
+    if table.empty:
+        return table
+    rows = table[(table["over"] == "strength") & table["standard_error"].notna()]
+    return rows[rows["pairs"] == rows.groupby(["step", "first", "second"])["pairs"].transform("max")]
 
 
 main = cli.command(Config, run, __doc__)
