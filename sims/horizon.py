@@ -144,7 +144,7 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
         ("Beside others, each at its own best rate", judged.beside, beside),
         ("Two gamma r at one rate: loss less that beside it", judged.one_rate, one_rate),
         ("How the best rate moves", found, exponents),
-        ("Exponents by estimators of whole curves, neighbouring gamma r, ranks pooled", pooled(judged), estimators),
+        ("Exponents in gamma r by estimator, ranks pooled with seeds as clusters", pooled(judged), estimators),
         ("How the best rate moves with the steps; -1/2 where entries walk at random", judged.steps, steps),
         ("Which part of the change leads, median over modules (5% to 95%)", judged.led, led),
         ("Size of the change at the best rate: equal where the best rate keeps it", judged.change, who | change),

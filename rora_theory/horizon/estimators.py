@@ -1,6 +1,8 @@
 """Exponents of the best rate by several estimators: the vertex through three points, and whole curves."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+import math
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import pandas as pd
@@ -20,8 +22,8 @@ COLUMNS = (
 def estimator_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
     """Estimate the exponents of the best rate in gamma r and in the rank by every estimator of `stats.curve_optima`.
 
-    Exponents are measured between neighbouring values and from each value to the largest, at every value of the other
-    setting, and pooled over all of them with seeds as clusters.
+    Exponents are measured between all pairs of values, at every value of the other setting, and pooled over all of
+    them with seeds as clusters.
 
     Args:
       curves: `curves.curves_at` the step.
@@ -38,7 +40,7 @@ def estimator_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for over, index in (("strength", 1), ("rank", 0)):
         values = sorted({key[index] for key in by})
-        for low, high in _spans(values):
+        for low, high in itertools.combinations(values, 2):
             # Pairs of curves with a shared seed, by the value of the other setting.
             pairs = {
                 key[1 - index]: (curve, by[other])
@@ -54,7 +56,7 @@ def estimator_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
                 labels |= {"first": low, "second": high}
                 for method in get_args(Method):
                     exponent = pooled_exponent({high / low: chosen}, method)
-                    if exponent.value == exponent.value:
+                    if not math.isnan(exponent.value):
                         rows.append(
                             labels
                             | {"estimate": method, "exponent": exponent.value}
@@ -63,9 +65,3 @@ def estimator_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
                             | {"seeds": exponent.n, "pairs": len(chosen), "edges": edges}
                         )
     return frames.of(rows, COLUMNS)
-
-
-def _spans(values: Sequence[float]) -> Iterator[tuple[float, float]]:
-    """Yield each value with its neighbour above and with the largest, without repetition."""
-    for place, low in enumerate(values[:-1]):
-        yield from ((low, high) for high in dict.fromkeys((values[place + 1], values[-1])))

@@ -822,7 +822,7 @@ def test_estimators_of_whole_curves_stand_beside_the_vertex() -> None:
     assert table.loc["rank", "64 724", "quadratic"]["exponent"] == pytest.approx(0.1, abs=0.03)
 
 
-def test_neighbours_and_the_largest_are_compared_by_each_estimator() -> None:
+def test_all_pairs_of_strengths_are_compared_by_each_estimator() -> None:
     runs = [
         replace(run, strength=strength, rate=run.rate)
         for strength in (16.0, 64.0, 724.0)
