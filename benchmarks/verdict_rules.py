@@ -162,7 +162,7 @@ def exponent_tables(config: Config) -> tuple[pd.DataFrame, pd.DataFrame]:
                 judged = [judge_trend(value, edge=edge) for value, edge in sample]
                 claim = "true" if abs(model.exponent) <= BAND else "false"
                 rule_rows.append({"rule": TREND} | named | {"claim": claim} | shares(judged))
-    return frames.of(rule_rows, list(rule_rows[0])), frames.of(estimator_rows, list(estimator_rows[0]))
+    return frames.from_rows(rule_rows, list(rule_rows[0])), frames.from_rows(estimator_rows, list(estimator_rows[0]))
 
 
 def accuracy(truth: float, sample: list[tuple[Estimate, bool]]) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def other_rules(config: Config) -> pd.DataFrame:
         judged = judge_gaps(gaps, widths, tolerance=SLOPE_TOLERANCE, resolution=SLOPE_RESOLUTION)
         labels = {"rule": "equations, slope", "truth": off, "error": error, "samples": None}
         rows.append(labels | {"claim": claim_of(off, SLOPE_RESOLUTION)} | shares(judged))
-    return frames.of(rows, list(rows[0]))
+    return frames.from_rows(rows, list(rows[0]))
 
 
 def claim_of(deviation: float, resolution: float) -> str:
@@ -274,7 +274,7 @@ def summarise_rules(rules: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
             | {"false_cases": len(false), "false_agrees": false["agrees"].mean()}
             | {"worst_false_agrees": false["agrees"].max(), "false_undecided": false["undecided"].mean()}
         )
-    return frames.of(rows, list(rows[0]))
+    return frames.from_rows(rows, list(rows[0]))
 
 
 def summarise_estimators(estimators: pd.DataFrame) -> pd.DataFrame:

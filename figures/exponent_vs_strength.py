@@ -6,7 +6,7 @@ python -m figures.exponent_vs_strength RUN [RUN ...]
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -64,7 +64,7 @@ def draw(config: Config) -> Sequence[Path]:
         # Several ranks have the same ends: their points are moved apart, so that no bar hides another.
         middle = np.sqrt(pairs["first"] * pairs["second"]) * 1.05 ** (place - (len(series) - 1) / 2)
         spans = [middle - pairs["first"], pairs["second"] - middle]
-        look = {"fmt": style.MARKERS[place], "color": style.COLOURS[place], "elinewidth": 0.9}
+        look: dict[str, Any] = {"fmt": style.MARKERS[place], "color": style.COLOURS[place], "elinewidth": 0.9}
         axes.errorbar(middle, pairs["exponent"], yerr=pairs["standard_error"], xerr=spans, label=label, **look)
     strengths = pd.concat([pairs[end] for _, pairs in series for end in ("first", "second")])
     draw_laws(axes, config, (strengths.min() / 2, strengths.max() * 2))

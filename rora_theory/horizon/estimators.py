@@ -64,4 +64,4 @@ def estimator_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
                             | {"half_width": exponent.half_width() if exponent.has_error else None}
                             | {"seeds": exponent.n, "pairs": len(chosen), "edges": edges}
                         )
-    return frames.of(rows, COLUMNS)
+    return frames.from_rows(rows, COLUMNS)
