@@ -22,6 +22,7 @@ from rora_theory.horizon.readings import Reading, ReadRun
 from rora_theory.horizon.runs import HorizonRun
 from rora_theory.io import frames
 from rora_theory.runs import seals
+from rora_theory.stats import rate_curves
 from rora_theory.stats.paired import resampled_ratios
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.theory.displacement import displacement_ratio
@@ -802,7 +803,7 @@ def test_every_curve_is_resampled_once(monkeypatch) -> None:
         calls.append(arguments)
         return resampled_ratios(*arguments, **options)
 
-    monkeypatch.setattr(horizon_curves, "resampled_ratios", count)
+    monkeypatch.setattr(rate_curves, "resampled_ratios", count)
     judged = horizons.judge_runs(runs, TOKENS, takeovers=TAKEOVERS, warmup=4)
     assert len(judged.regret)
     assert len(calls) == 2 * 2 * 2 * 2
