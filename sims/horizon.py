@@ -142,6 +142,8 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
     one_rate |= {"difference in nats, 95%": "{difference:+.3f} ± {half_width:.3f}", "seeds": "{seeds}"}
     change = {"rate": "{best_rate:.3g}", "rms change": "{change:.3g}", "log2 s.e.": "{log2_error:.2f}"}
     change |= {"edge": "{edge}"}
+    estimators = {"steps": "{step}", "ranks": "{at}", "gamma r": "{first:g} to {second:g}", "estimator": "{estimate}"}
+    estimators |= {"exponent": "{exponent:+.3f}", "s.e.": "{standard_error:.3f}", "seeds": "{seeds}"}
     best = setting | {"rate": "{best_rate:.3g}", "loss": "{best_loss:.4f}", "edge": "{edge}"}
     policies = {"changed setting": "{changed}", "policy": "{policy}"}
     policies |= {"median": "{median:.4f}", "largest": "{largest:.4f}", "lower bounds": "{lower_bounds}"}
@@ -150,6 +152,7 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
         ("Comparisons, each at its own best rate", judged.beside, comparisons),
         ("Two values of gamma r at the same rate: difference of their losses", judged.one_rate, one_rate),
         ("Exponents of the best rate", judged.exponents, exponents),
+        ("Exponents in gamma r by estimator, ranks pooled with seeds as clusters", pooled(judged), estimators),
         ("Exponent of the best rate in the steps; -1/2 if entries walk at random", judged.steps, steps),
         ("Larger part of the change, median over modules (5% to 95%)", judged.led, led),
         ("Size of the change at the best rate: equal if the best rate preserves it", judged.change, setting | change),
@@ -161,6 +164,15 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
         words = horizons.against_in_words if has_exponents else horizons.size_in_words
         left = 2 if has_exponents else list(columns).index("compared with") + 1 if "compared with" in columns else 0
         tables.print_records(title, words(frame), columns, left=left)
+
+
+def pooled(judged: horizons.HorizonJudgement) -> pd.DataFrame:
+    """Select the exponents in gamma r that are pooled over the largest number of ranks, by every estimator."""
+    table = judged.estimators
+    if table.empty:
+        return table
+    rows = table[(table["over"] == "strength") & table["standard_error"].notna()]
+    return rows[rows["pairs"] == rows.groupby(["step", "first", "second"])["pairs"].transform("max")]
 
 
 main = cli.command(Config, run, __doc__)

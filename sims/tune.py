@@ -63,7 +63,7 @@ def run(config: Config) -> None:
     training = probed.training(Trial(1.0, probed.steps), epochs=1)
     bench = Workbench(training, split, {}, located, scoring=Scoring("label", None))
     cli.print_notes(bench.open(model))
-    prompts.tell(split.source, split.source.template(training.template))
+    prompts.print_summary(split.source, split.source.template(training.template))
     prompts.save_prompts(folder, bench.train_examples, bench.model.tokenizer, show=config.reading.show)
     # State the cost, then train one run after another.
     probe = Probe(probed, bench)

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.transforms import Bbox
 
@@ -17,7 +19,9 @@ from figures import (
     accuracy,
     accuracy_vs_rank,
     coordinate_check,
+    displacement_ratio,
     exponent_map,
+    exponent_vs_strength,
     horizon,
     horizon_loss,
     layers_vs_rank,
@@ -52,7 +56,13 @@ FIGURES = {
     ],
     "accuracy": [(accuracy, {})],
     "accuracy_pruned": [(accuracy, {"name": "SmolLM2-135M pruned to half"})],
-    "horizon": [(horizon, {}), (horizon_loss, {}), (regret_by_policy, {})],
+    "horizon": [
+        (horizon, {}),
+        (horizon_loss, {}),
+        (regret_by_policy, {}),
+        (exponent_vs_strength, {}),
+        (displacement_ratio, {}),
+    ],
     "rank_sweep_pruned": [
         (accuracy_vs_rank, {"lr": 3e-4, "name": "SmolLM2-135M pruned to half"}),
         (loss_vs_rate, {"rank": 32, "name": "SmolLM2-135M pruned to half"}),
@@ -104,7 +114,8 @@ def draw(module, folder: Path, options: dict | None):
     """Call a figure's own entry; None: it reads no run."""
     if options is None:
         return module.draw(module.Config())
-    return module.draw(module.Config(**({"runs": (folder,)} if module is loss_curves else {"run": folder}), **options))
+    takes_several = "runs" in {field.name for field in dataclasses.fields(module.Config)}
+    return module.draw(module.Config(**({"runs": (folder,)} if takes_several else {"run": folder}), **options))
 
 
 def legends(figure) -> list:
@@ -377,3 +388,33 @@ def test_rounding_errors_change_no_svg_file(tmp_path) -> None:
     names = re.findall(r'\bid="([^"]*)"', one)
     assert len(names) == len(set(names))
     assert {*re.findall(r'(?:url\(|href=")#([^")]*)', one)} <= set(names)
+
+
+def test_exponents_are_drawn_between_neighbours_of_each_rank() -> None:
+    """Of pairs with two seeds or more: 16 to 724 is left out where 64 lies between, 64 to 181 has one seed."""
+    rows = [(16, 64, 2), (64, 724, 3), (16, 724, 2), (64, 181, 1), (181, 724, 1)]
+    table = pd.DataFrame(rows, columns=["first", "second", "seeds"]).assign(
+        step=64, over="strength", at="8", pairs=1, estimate="quadratic", exponent=-0.7, standard_error=0.1
+    )
+    config = exponent_vs_strength.Config((PUBLISHED / "horizon",))
+    ((rank, pairs),) = exponent_vs_strength.neighbours_by_rank(table, config)
+    assert rank == "8"
+    assert list(zip(pairs["first"], pairs["second"], strict=True)) == [(16, 64), (64, 724)]
+
+
+def test_two_runs_of_the_horizon_share_a_figure(drawn) -> None:
+    """One model twice: the folders name the series, and the legend has no more than eight entries."""
+    runs = (PUBLISHED / "horizon", PUBLISHED / "horizon")
+    displacement_ratio.draw(displacement_ratio.Config(runs, steps=(16, 64)))
+    words = said(drawn["displacement_ratio"])
+    assert words.count("horizon, 16 steps") == words.count("horizon, 64 steps") == 2
+    check(drawn["displacement_ratio"])
+
+
+@pytest.mark.parametrize(("module", "steps"), [(displacement_ratio, (7,)), (exponent_vs_strength, 7)])
+def test_steps_that_no_run_has_are_refused(module, steps, capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.run(lambda: module.draw(module.Config((PUBLISHED / "horizon",), steps=steps)))
+    line = capsys.readouterr().err
+    assert "--steps" in line
+    assert "got 0" in line

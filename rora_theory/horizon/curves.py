@@ -10,7 +10,6 @@ import pandas as pd
 
 from rora_theory.horizon.runs import HorizonRun
 from rora_theory.io import frames
-from rora_theory.stats.paired import resampled_ratios
 from rora_theory.stats.rate_curves import Curve, at_shared_seeds, best_rates, comparison, less, paired_losses
 
 FULL = "full"
@@ -44,14 +43,18 @@ def curves_at(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int, *, d
             losses = setting_runs[seed, rate].losses(step)
             if losses is not None:
                 sums[i, j] = losses
-        # The bootstrap draws the same records for every seed.
-        samples = [resampled_ratios(list(by_rate), sizes, draws=draws) for by_rate in sums]
         curves.append(
-            Curve(
-                "adamw", "both", "lora" if rank else FULL, 1.0, rank, strength / rank if rank else 1.0, np.array(rates),
-                sums.sum(axis=2) / sizes.sum(), np.stack(samples, axis=1), tuple(seeds),
+            Curve.from_records(
+                sums,
+                sizes,
+                rates=rates,
+                rule="lora" if rank else FULL,
+                rank=rank,
+                scaling=strength / rank if rank else 1.0,
+                draws=draws,
+                seeds=seeds,
             )
-        )  # fmt: skip
+        )
     return curves
 
 

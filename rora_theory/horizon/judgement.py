@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from rora_theory.horizon.curves import FULL, at_one_rate, beside, best_rate_table, curves_at
+from rora_theory.horizon.estimators import estimator_table
 from rora_theory.horizon.law import horizon_exponents, step_exponents
 from rora_theory.horizon.parts import change_at_best, led_table
 from rora_theory.horizon.regret import constants_by_steps, policies, regret_by_policy, regret_table
@@ -29,6 +30,7 @@ class HorizonJudgement:
       beside: Comparisons of curves at their best rates, `curves.beside`.
       one_rate: Comparisons at the same rate, `curves.at_one_rate`.
       exponents: Exponents of the best rates in strength and rank, `law.horizon_exponents`.
+      estimators: Exponents by estimators that use whole curves, `estimators.estimator_table`.
       steps: Exponents of the best rates in the number of steps, `law.step_exponents`.
       led: Parts of the change in every run, `parts.led_table`.
       change: Size of the change at the best rates, `parts.change_at_best`.
@@ -41,6 +43,7 @@ class HorizonJudgement:
     beside: pd.DataFrame
     one_rate: pd.DataFrame
     exponents: pd.DataFrame
+    estimators: pd.DataFrame
     steps: pd.DataFrame
     led: pd.DataFrame
     change: pd.DataFrame
@@ -81,7 +84,7 @@ def judge_runs(
     led = led_table(runs, takeovers=takeovers, warmup=warmup)
     if best.empty:
         empty = pd.DataFrame()
-        return HorizonJudgement(best, empty, empty, empty, empty, led, empty, empty, empty, empty)
+        return HorizonJudgement(best, empty, empty, empty, empty, empty, led, empty, empty, empty, empty)
     # Comparisons of curves.
     merged_others = {name: distinct(other_runs) for name, other_runs in (others or {}).items()}
     comparisons = [
@@ -116,6 +119,7 @@ def judge_runs(
         _concatenate(comparisons),
         at_same_rate,
         exponents,
+        _concatenate(estimator_table(step_curves, step) for step, step_curves in curves.items()),
         exponents_in_steps,
         led,
         change_at_best(best, led),

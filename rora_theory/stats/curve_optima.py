@@ -20,7 +20,7 @@ from rora_theory.stats.rate_curves import Curve, at_shared_seeds, log2_rates
 Method = Literal["vertex", "quadratic", "registration"]
 """Estimators of a difference of best rates: parabola through three points, through all, and shift of whole curves."""
 
-RESOLUTION = 0.01
+SHIFT_STEP = 0.04
 """Step in octaves between the shifts that registration tries."""
 
 
@@ -31,15 +31,18 @@ def quadratic_optima(curve: Curve) -> Float[np.ndarray, " seeds"]:
     measured rates is moved to the nearest of them.
 
     Args:
-      curve: Loss against learning rate, with at least three finite losses per seed.
+      curve: Loss against learning rate.
 
     Returns:
-      log2 of the best rate of every seed; NaN if the fit has no minimum.
+      log2 of the best rate of every seed; NaN if the fit has no minimum or the seed has fewer than three finite losses.
     """
     x = np.log2(curve.rates)
     optima = []
     for losses in curve.losses:
         finite = np.isfinite(losses)
+        if np.sum(finite) < 3:
+            optima.append(math.nan)
+            continue
         curvature, slope, _ = np.polyfit(x[finite], np.log(losses[finite]), 2)
         vertex = -slope / (2 * curvature) if curvature > 0 else math.nan
         optima.append(float(np.clip(vertex, x[finite][0], x[finite][-1])))
@@ -58,7 +61,8 @@ def registration_shifts(first: Curve, second: Curve) -> Float[np.ndarray, " seed
       second: Loss against learning rate of the same seeds.
 
     Returns:
-      log2 of the second curve's best rate minus that of the first, for every seed.
+      log2 of the second curve's best rate minus that of the first, for every seed; NaN if a curve has fewer than two
+      finite losses.
     """
     shifts = []
     for losses in zip(first.losses, second.losses, strict=True):
@@ -66,17 +70,23 @@ def registration_shifts(first: Curve, second: Curve) -> Float[np.ndarray, " seed
             *(_finite(curve.rates, curve_losses) for curve, curve_losses in zip((first, second), losses, strict=True)),
             strict=True,
         )
+        if min(map(len, x)) < 2:
+            shifts.append(math.nan)
+            continue
         splines = [scipy.interpolate.PchipInterpolator(*xy, extrapolate=False) for xy in zip(x, y, strict=True)]
         needed = min(x[0][-1] - x[0][0], x[1][-1] - x[1][0]) / 2
-        # Search the shifts with enough overlap for the smallest variance of the difference.
-        best = (math.inf, math.nan)
-        for shift in np.arange(x[1][0] - x[0][-1] + needed, x[1][-1] - x[0][0] - needed + RESOLUTION, RESOLUTION):
-            low, high = max(x[0][0], x[1][0] - shift), min(x[0][-1], x[1][-1] - shift)
-            at = np.linspace(low, high, 41)
-            # Rounding may put an end of the overlap outside a curve, where its spline is NaN.
-            difference = np.nanvar(splines[0](at) - splines[1](at + shift))
-            best = min(best, (float(difference), float(shift)))
-        shifts.append(best[1])
+        # All shifts with enough overlap, a row of points in the overlap for each.
+        tried = np.arange(x[1][0] - x[0][-1] + needed, x[1][-1] - x[0][0] - needed + SHIFT_STEP, SHIFT_STEP)[:, None]
+        low, high = np.maximum(x[0][0], x[1][0] - tried), np.minimum(x[0][-1], x[1][-1] - tried)
+        at = low + (high - low) * np.linspace(0, 1, 41)
+        # Rounding may put an end of the overlap outside a curve, where its spline is NaN.
+        variances = np.nanvar(splines[0](at) - splines[1](at + tried), axis=1)
+        # Parabola through the smallest variance and its neighbours, so that shifts are no multiples of the step.
+        least = int(np.clip(np.argmin(variances), 1, len(tried) - 2))
+        before, middle, after = variances[least - 1 : least + 2]
+        bend = before - 2 * middle + after
+        offset = float(np.clip((before - after) / (2 * bend), -1, 1)) if bend > 0 else 0.0
+        shifts.append(float(tried[least, 0]) + SHIFT_STEP * offset)
     return np.array(shifts)
 
 
@@ -94,30 +104,30 @@ _DIFFERENCES: dict[Method, Callable[[Curve, Curve], np.ndarray]] = {
 
 
 def pooled_exponent(pairs: Mapping[float, Sequence[tuple[Curve, Curve]]], method: Method) -> Estimate:
-    r"""Estimate the exponent of the best rate in G from pairs of curves, pooled over ranks with seeds as clusters.
+    r"""Estimate the exponent of the best rate from pairs of curves, pooled with seeds as clusters.
 
-    Each seed's exponent is the mean over pairs of the difference of log2 best rates divided by log2 of the ratio of G,
-    and the standard error is that of the mean over seeds. Runs of different ranks share the seed's records, so they are
-    not independent.
+    A pair's exponent is the difference of log2 best rates divided by log2 of the ratio of the setting that changes,
+    such as G at one rank. Each seed's exponent is the mean over the pairs in which both curves have the seed, and the
+    standard error is that of the mean over seeds. Runs of different pairs share the seed's records, so they are not
+    independent.
 
     Args:
-      pairs: Pairs of curves, one pair for each rank, by the ratio G' / G of the second curve to the first.
+      pairs: Pairs of curves, such as one pair for each rank, by the ratio of the second setting to the first.
       method: Estimator of the difference.
 
     Returns:
-      The exponent, with its error over seeds.
+      The exponent, with its error over seeds; NaN if a curve has no optimum.
 
     Raises:
-      InputError: If the pairs share no seed.
+      InputError: If no pair of curves shares a seed.
     """
-    curves = [curve for rank_pairs in pairs.values() for pair in rank_pairs for curve in pair]
-    shared = at_shared_seeds(*curves) if curves else ()
-    if not shared:
-        raise InputError("pairs must have at least one seed that all curves share, got none")
-    seeds = tuple(shared[0].by_seed)
-    exponents = [
-        _DIFFERENCES[method](first.select_seeds(seeds), second.select_seeds(seeds)) / math.log2(ratio)
-        for ratio, rank_pairs in pairs.items()
-        for first, second in rank_pairs
-    ]
-    return over_seeds(np.mean(exponents, axis=0))
+    by_seed: dict[int, list[float]] = {}
+    for ratio, pairs_at_ratio in pairs.items():
+        for shared in (at_shared_seeds(*pair) for pair in pairs_at_ratio):
+            if shared:
+                exponents = _DIFFERENCES[method](*shared) / math.log2(ratio)
+                for seed, exponent in zip(shared[0].by_seed, exponents.tolist(), strict=True):
+                    by_seed.setdefault(seed, []).append(exponent)
+    if not by_seed:
+        raise InputError("pairs must have at least one pair of curves that share a seed, got none")
+    return over_seeds(np.array([np.mean(exponents) for exponents in by_seed.values()]))

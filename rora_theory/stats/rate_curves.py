@@ -16,7 +16,7 @@ from rora_theory.io import frames
 from rora_theory.optimizers import FAMILY
 from rora_theory.stats import slopes
 from rora_theory.stats.estimate import ROUNDING, Estimate, over_seeds
-from rora_theory.stats.paired import mean_per_token
+from rora_theory.stats.paired import mean_per_token, resampled_ratios
 from rora_theory.stats.rate_optimum import Best, grid_gap, minima, predicted_slopes, rate_gap
 from rora_theory.stats.slopes import SeedFit
 from rora_theory.stats.verdicts import judge_equivalence
@@ -91,6 +91,48 @@ class Curve:
     losses: Float[np.ndarray, "seeds rates"]
     resampled: Float[np.ndarray, "draws seeds rates"] | None = None
     seeds: tuple[int, ...] = ()
+
+    @classmethod
+    def from_records(
+        cls,
+        losses: Float[np.ndarray, "seeds rates records"],
+        tokens: Sequence[int] | Float[np.ndarray, " records"],
+        *,
+        rates: Sequence[float],
+        rule: str,
+        rank: int,
+        scaling: float,
+        draws: int,
+        seeds: Sequence[int] = (),
+    ) -> "Curve":
+        """Create the curve of runs with AdamW that train both factors, from the losses of all held-out records.
+
+        The bootstrap samples of the records are the same for every seed, rate and curve.
+
+        Args:
+          losses: Summed loss of each record; infinite where a run diverged.
+          tokens: Number of tokens of each record.
+          rates: Learning rates, ascending.
+          rule: Scaling rule, with kappa = 1.
+          rank: Rank of the adapter.
+          scaling: Scaling factor gamma.
+          draws: Number of bootstrap samples.
+          seeds: Seeds of the rows of ``losses``; empty numbers them from 0.
+        """
+        sizes = np.asarray(tokens, np.float64)
+        samples = [resampled_ratios(list(by_rate), sizes, draws=draws) for by_rate in losses]
+        return cls(
+            "adamw",
+            "both",
+            rule,
+            1.0,
+            rank,
+            scaling,
+            np.asarray(rates, np.float64),
+            losses.sum(axis=2) / sizes.sum(),
+            np.stack(samples, axis=1),
+            tuple(seeds),
+        )
 
     @property
     def line(self) -> tuple[str, str, str, float]:

@@ -9,7 +9,6 @@ import numpy as np
 
 from rora_theory.errors import InputError
 from rora_theory.io import frames
-from rora_theory.stats.paired import resampled_ratios
 from rora_theory.stats.rate_curves import Curve, weighted_log2_rates
 from rora_theory.stats.rate_optimum import Edge
 from rora_theory.theory.displacement import measured_constant
@@ -84,10 +83,9 @@ def fit_best_rate(plan: ProbePlan, runs: Sequence[ProbeRun], tokens: Sequence[in
     while len(rates) < 3:
         rates.append(rates[-1] * plan.spacing)
         sums.append(np.full(len(tokens), np.inf))
-    sizes = np.asarray(tokens, np.float64)
-    losses = np.stack([values.sum() for values in sums]) / sizes.sum()
-    resampled = resampled_ratios(sums, sizes, draws=DRAWS)
-    curve = Curve("adamw", "both", "lora", 1.0, 1, plan.strength, np.array(rates), losses[None], resampled[:, None])
+    curve = Curve.from_records(
+        np.stack(sums)[None], tokens, rates=rates, rule="lora", rank=1, scaling=plan.strength, draws=DRAWS
+    )
     logs = weighted_log2_rates((1.0,), curve)
     # Add the variance between seeds, which a single seed does not show.
     half_width = replace(logs, error=math.hypot(logs.error, SEED_LOG2_ERROR)).half_width()

@@ -166,7 +166,7 @@ def test_a_verdict_beside_another_run_is_whole(printed) -> None:
     beside = frames.read_csv(PUBLISHED / "horizon" / "beside.csv")
     best, found = (frames.read_csv(PUBLISHED / "horizon" / name) for name in ("best.csv", "exponents.csv"))
     none = pd.DataFrame()
-    horizon.report(9, HorizonJudgement(best, beside, none, found, *[pd.DataFrame()] * 6))
+    horizon.report(9, HorizonJudgement(best, beside, none, found, *[pd.DataFrame()] * 7))
     lines = printed()
     title = lines.index("Comparisons, each at its own best rate")
     lines = lines[title : lines.index("Exponents of the best rate")]

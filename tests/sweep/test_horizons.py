@@ -17,10 +17,12 @@ from rora_theory.horizon import law as horizon_law
 from rora_theory.horizon import parts as horizon_parts
 from rora_theory.horizon import regret as horizon_regret
 from rora_theory.horizon import runs as horizon_runs
+from rora_theory.horizon.estimators import estimator_table
 from rora_theory.horizon.readings import Reading, ReadRun
 from rora_theory.horizon.runs import HorizonRun
 from rora_theory.io import frames
 from rora_theory.runs import seals
+from rora_theory.stats import rate_curves
 from rora_theory.stats.paired import resampled_ratios
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.theory.displacement import displacement_ratio
@@ -801,7 +803,34 @@ def test_every_curve_is_resampled_once(monkeypatch) -> None:
         calls.append(arguments)
         return resampled_ratios(*arguments, **options)
 
-    monkeypatch.setattr(horizon_curves, "resampled_ratios", count)
+    monkeypatch.setattr(rate_curves, "resampled_ratios", count)
     judged = horizons.judge_runs(runs, TOKENS, takeovers=TAKEOVERS, warmup=4)
     assert len(judged.regret)
     assert len(calls) == 2 * 2 * 2 * 2
+
+
+def test_estimators_of_whole_curves_stand_beside_the_vertex() -> None:
+    """Two ranks and two seeds with a planted exponent: alone, pooled with seeds as clusters, and in the rank."""
+    curves = horizon_curves.curves_at(grid(-0.7, in_rank=0.1, seeds=2), TOKENS, 64, draws=20)
+    table = estimator_table(curves, 64).set_index(["over", "at", "estimate"])
+    for at in ("8", "128", "8 128"):
+        for method in ("vertex", "quadratic", "registration"):
+            row = table.loc["strength", at, method]
+            assert row["exponent"] == pytest.approx(-0.7, abs=0.03)
+            assert (row["first"], row["second"], row["seeds"], row["edges"]) == (64, 724, 2, 0)
+            assert row["pairs"] == len(at.split())
+            assert row["standard_error"] > 0
+    assert table.loc["rank", "64 724", "quadratic"]["exponent"] == pytest.approx(0.1, abs=0.03)
+
+
+def test_all_pairs_of_strengths_are_compared_by_each_estimator() -> None:
+    runs = [
+        replace(run, strength=strength, rate=run.rate)
+        for strength in (16.0, 64.0, 724.0)
+        for run in grid(0.0, seeds=2)
+        if run.strength == 64 and run.rank == 8
+    ]
+    table = estimator_table(horizon_curves.curves_at(runs, TOKENS, 64, draws=20), 64)
+    assert {(row["first"], row["second"]) for row in frames.rows(table)} == {(16, 64), (16, 724), (64, 724)}
+    assert set(table["over"]) == {"strength"}
+    np.testing.assert_allclose(table["exponent"], 0, atol=1e-3)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from rora_theory import inits
 from rora_theory.inits import Init
 from rora_theory.measure.layers.layer_data import SPLITS, Layer
+from rora_theory.measure.layers.layer_rms import mean_square
 from rora_theory.measure.regimes.module_regime import TAKEOVER_ROWS, RegimeConfig
 from rora_theory.optimizers import EPSILON, make_optimizer
 from rora_theory.random.draws import draw_A, stream_key
@@ -98,7 +99,7 @@ def step_adapters(
     gammas = tuple(tuple(jnp.float32(scaling) for scaling in by_rule) for by_rule in scalings)
     block = 0
     while True:
-        squares = _block(
+        squares = _step_regrouped_rows(
             jax.random.fold_in(key, block),
             *data,
             gammas,
@@ -114,7 +115,7 @@ def step_adapters(
 
 
 @partial(jax.jit, static_argnames=("ranks", "optimizers", "init", "rows", "epsilon"))
-def _block(
+def _step_regrouped_rows(
     key: PRNGKeyArray,
     grad: Array,
     inputs: tuple[Array, ...],
@@ -127,12 +128,14 @@ def _block(
     rows: int,
     epsilon: float,
 ) -> list[Float[Array, "adapters rules optimizers splits"]]:
+    """Draw rows of A once, and step them in groups of every rank with the gradient G A^T that all groups share."""
     p_out, p_in = grad.shape
     # Rows of A for all ranks, with the products that every rank and optimizer shares.
     lora_A = draw_A(key, init, rank=rows, p_in=p_in)
     deviation = inits.entries(init, rank=rows, p_in=p_in).deviation
     gradient_B = jnp.einsum("oi,ri->or", grad, lora_A)  # gradient of <G, B A> with respect to B
     inner = [jnp.einsum("ti,ri->tr", x, lora_A) for x in inputs]  # A x'
+    by_adapter = jax.vmap(mean_square, in_axes=(1, 1))
     by_rank = []
     for rank, gammas in zip(ranks, scalings, strict=True):
         # Group the rows into adapters of this rank, and rescale them to its standard deviation.
@@ -152,21 +155,7 @@ def _block(
                 # Mean squares of w = B (gamma A x') at each split.
                 lora_B = lora_B.reshape(p_out, count, rank)
                 scaled = [(gamma * relative * product[:, :used]).reshape(-1, count, rank) for product in inner]
-                by_optimizer.append(jnp.stack([_mean_squares(lora_B, product) for product in scaled], axis=-1))
+                by_optimizer.append(jnp.stack([by_adapter(lora_B, product) for product in scaled], axis=-1))
             by_rule.append(jnp.stack(by_optimizer, axis=1))
         by_rank.append(jnp.stack(by_rule, axis=1))
     return by_rank
-
-
-def _mean_squares(
-    lora_B: Float[Array, "p_out adapters r"], inner: Float[Array, "tokens adapters r"]
-) -> Float[Array, " adapters"]:
-    """Compute the mean of w_i^2 over tokens and outputs, w = B (gamma A x'), for each adapter."""
-    p_out, _, rank = lora_B.shape
-    tokens = inner.shape[0]
-    # At a low rank the Gram matrices of B and of A x' cost less than w itself.
-    if rank * (tokens + p_out) >= tokens * p_out:
-        w = jnp.einsum("onr,tnr->not", lora_B, inner)
-        return jnp.mean(w**2, axis=(1, 2))
-    grams = jnp.einsum("onr,ons->nrs", lora_B, lora_B) * jnp.einsum("tnr,tns->nrs", inner, inner)
-    return jnp.sum(grams, axis=(1, 2)) / (tokens * p_out)

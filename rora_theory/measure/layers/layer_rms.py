@@ -64,7 +64,7 @@ def mean_squares(
     # Dispatch the next block before waiting for the current one, so that the device is never idle.
     current = None
     while True:
-        following = _block(
+        following = _step_by_autodiff(
             jax.random.fold_in(key, block),
             *data,
             scalings,
@@ -81,7 +81,7 @@ def mean_squares(
 
 
 @partial(jax.jit, static_argnames=("names", "rank", "adapters", "init", "epsilon"))
-def _block(
+def _step_by_autodiff(
     key: PRNGKeyArray,
     grad: Array,
     inputs: tuple[Array, ...],
@@ -94,6 +94,7 @@ def _block(
     init: inits.Init,
     epsilon: float,
 ) -> Float[Array, "adapters steps splits"]:
+    """Draw adapters and step each by automatic differentiation, without a shortcut that the law shares."""
     p_out, p_in = grad.shape
     optimizers = {name: make_optimizer(name, learning_rate, epsilon=epsilon) for name in set(names)}
 
@@ -104,23 +105,26 @@ def _block(
             step = first_step.run(
                 lambda dm: dm.inner(grad), lora_A, p_out=p_out, scaling=scaling, optimizer=optimizers[name]
             )
-            by_step.append(jnp.stack([_mean_square(step, x) for x in inputs]))
+            inner = [step.scaling * jnp.einsum("ti,ri->tr", x, step.lora_A) for x in inputs]
+            by_step.append(jnp.stack([mean_square(step.lora_B, product) for product in inner]))
         return jnp.stack(by_step)
 
     return jax.vmap(step_adapter)(jax.random.split(key, adapters))
 
 
-def _mean_square(step: first_step.Increment, x: Float[Array, "tokens p_in"]) -> Float[Array, ""]:
-    """Compute the mean of w_i^2 over tokens and outputs, w = gamma B A x.
+def mean_square(lora_B: Float[Array, "p_out r"], inner: Float[Array, "tokens r"]) -> Float[Array, ""]:
+    """Compute the mean of w_i^2 over tokens and outputs, w = B (gamma A x).
 
-    At a low rank, sum w^2 = gamma^2 <(A X^T)(A X^T)^T, B^T B> costs less than w itself.
+    Args:
+      lora_B: Factor B after the step.
+      inner: gamma A x of every token.
     """
-    (tokens, p_out), rank = (x.shape[0], step.lora_B.shape[0]), step.lora_A.shape[0]
+    (p_out, rank), tokens = lora_B.shape, inner.shape[0]
+    # At a low rank the Gram matrices of B and of gamma A x cost less than w itself.
     if rank * (tokens + p_out) >= tokens * p_out:
-        return jnp.mean(step(x) ** 2)
-    inner = jnp.einsum("ti,ri->tr", x, step.lora_A)
-    grams = jnp.vdot(jnp.einsum("tr,ts->rs", inner, inner), jnp.einsum("or,os->rs", step.lora_B, step.lora_B))
-    return step.scaling**2 * grams / (tokens * p_out)
+        return jnp.mean(jnp.einsum("or,tr->to", lora_B, inner) ** 2)
+    grams = jnp.vdot(jnp.einsum("tr,ts->rs", inner, inner), jnp.einsum("or,os->rs", lora_B, lora_B))
+    return grams / (tokens * p_out)
 
 
 def measured_rms(

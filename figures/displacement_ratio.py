@@ -1,0 +1,117 @@
+"""Ratio of the A-led to the B-led change against G = gamma r, with the displacement law: runs of sims.horizon.
+
+python -m figures.displacement_ratio RUN [RUN ...]
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import tyro
+
+from figures import style
+from figures.loss_curves import REQUIRED
+from rora_theory.io import frames
+from rora_theory.theory.displacement import displacement_ratio
+from rora_theory.validation.rules import check_steps
+
+MAX_SERIES = 8
+"""Largest number of entries of a legend."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Runs to draw, and numbers of steps."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, REQUIRED]
+    """Run folders of sims.horizon"""
+    steps: tuple[int, ...] = (16, 64, 256)
+    """Numbers of optimizer steps, a colour each; those that a run lacks are left out"""
+    out: Path | None = None
+    """Folder for displacement_ratio.png and .svg; the first run's by default"""
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+
+
+def draw(config: Config) -> Sequence[Path]:
+    """Points are means over runs at or below the best rate, a marker for each run folder, with the range over runs.
+
+    Lines are the law rho (1 + rho) = K / G, with the geometric mean of K for each folder and number of steps.
+    """
+    figure, axes = plt.subplots(figsize=(4.4, 3.2))
+    series = 0
+    folders = read_folders(config.runs, "constants.csv")
+    for (place, (label, constants)), (colour, step) in product(
+        enumerate(folders), zip(style.COLOURS, config.steps, strict=False)
+    ):
+        at_step = constants[constants["step"] == step]
+        if at_step.empty:
+            continue
+        series += 1
+        # The ratio of the mean of K, and of its smallest and largest value over runs.
+        ratios = {
+            name: np.array(
+                [
+                    displacement_ratio(strength, displacement_constant=constant)
+                    for strength, constant in zip(at_step["strength"], at_step[name], strict=True)
+                ]
+            )
+            for name in ("constant", "constant_low", "constant_high")
+        }
+        bars = [ratios["constant"] - ratios["constant_low"], ratios["constant_high"] - ratios["constant"]]
+        mean = float(np.exp(np.log(at_step["constant"]).mean()))
+        name = f"{label}, {step} steps: K = {mean:.0f}" if len(folders) > 1 else f"{step} steps: K = {mean:.0f}"
+        # Points of different ranks and steps are moved apart, so that no bar hides another.
+        ranks = sorted(set(constants["rank"]))
+        shift = at_step["rank"].map(lambda rank, ranks=ranks: ranks.index(rank) - (len(ranks) - 1) / 2)
+        x = at_step["strength"] * 1.03**shift * 1.01 ** (config.steps.index(step) - 1)
+        marker = style.MARKERS[place]
+        axes.errorbar(x, ratios["constant"], yerr=bars, fmt=marker, color=colour, label=name)
+        # The law's line, over all values of G.
+        grid = np.geomspace(constants["strength"].min() / 1.5, constants["strength"].max() * 1.5, 100)
+        line = [displacement_ratio(strength, displacement_constant=mean) for strength in grid]
+        axes.plot(grid, line, color=colour, linewidth=0.9, linestyle=("-", "--", ":")[place % 3])
+    if not 0 < series <= MAX_SERIES:
+        style.fail(
+            f"the run folders must have between 1 and {MAX_SERIES} series of constants at --steps, got {series}. "
+            "Choose other --steps."
+        )
+    axes.set(xscale="log", yscale="log", xlabel=r"$G = \gamma r$", ylabel=r"$\rho$ = A-led / B-led change")
+    plain_ticks(axes, pd.concat([constants["strength"] for _, constants in folders]))
+    axes.set_yticks([0.05, 0.1, 0.2, 0.5, 1, 2, 5], ["0.05", "0.1", "0.2", "0.5", "1", "2", "5"])
+    axes.minorticks_off()
+    axes.legend(frameon=False, title="lines: " + r"$\rho (1 + \rho) = K / G$", title_fontsize=7)
+    return style.save(figure, config.out or config.runs[0], "displacement_ratio")
+
+
+def read_folders(runs: Sequence[Path], name: str) -> list[tuple[str, pd.DataFrame]]:
+    """Return a label and a table of every run folder: the label is the model, or the folder where models repeat."""
+    if not runs:
+        style.fail("runs must be one or more run folders of sims.horizon, got none")
+    models = [style.read_frame(run, "horizon")[0]["config"]["model"] for run in runs]
+    labels = models if len(set(models)) == len(models) else [run.name for run in runs]
+    return list(zip(labels, _tables(runs, name), strict=True))
+
+
+def _tables(runs: Sequence[Path], name: str) -> Iterator[pd.DataFrame]:
+    for run in runs:
+        if not (run / name).exists():
+            style.fail(f"{run} has no {name}. Run sims.horizon into it again with --regime.")
+        yield frames.read_csv(run / name)
+
+
+def plain_ticks(axes: plt.Axes, strengths: pd.Series) -> None:
+    """Label a logarithmic axis with the values of G that were run, without exponents."""
+    values = sorted(set(strengths.round(6)))
+    axes.set_xticks(values, [f"{value:g}" for value in values])
+    axes.minorticks_off()
+
+
+if __name__ == "__main__":
+    style.command(draw, Config, __doc__)

@@ -1,0 +1,67 @@
+"""Exponents of the best rate by several estimators: the vertex through three points, and whole curves."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import pandas as pd
+
+from rora_theory.horizon.curves import FULL, strength_of
+from rora_theory.io import frames
+from rora_theory.stats.curve_optima import Method, pooled_exponent
+from rora_theory.stats.rate_curves import Curve, at_shared_seeds
+
+COLUMNS = (
+    "step", "over", "at", "first", "second", "estimate", "exponent", "standard_error", "half_width", "seeds", "pairs",
+    "edges",
+)  # fmt: skip
+"""Columns of `estimator_table`."""
+
+
+def estimator_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
+    """Estimate the exponents of the best rate in gamma r and in the rank by every estimator of `stats.curve_optima`.
+
+    Exponents are measured between all pairs of values, at every value of the other setting, and pooled over all of
+    them with seeds as clusters.
+
+    Args:
+      curves: `curves.curves_at` the step.
+      step: Number of steps.
+
+    Returns:
+      A row for each exponent and estimator: ``step``, ``over`` (``strength`` or ``rank``), ``at`` (the values of the
+      other setting, separated by spaces), ``first``, ``second``; ``estimate``, the estimator; ``exponent`` with
+      ``standard_error`` and 95% ``half_width`` over the ``seeds``; ``pairs`` of curves, and ``edges``, the number of
+      pairs with a best rate at the end of a grid, which bounds the exponent only. Without a minimum of a curve there is
+      no row.
+    """
+    by = {(curve.rank, strength_of(curve)): curve for curve in curves if curve.rule != FULL}
+    rows: list[dict[str, Any]] = []
+    for over, index in (("strength", 1), ("rank", 0)):
+        values = sorted({key[index] for key in by})
+        for low, high in itertools.combinations(values, 2):
+            # Pairs of curves with a shared seed, by the value of the other setting.
+            pairs = {
+                key[1 - index]: (curve, by[other])
+                for key, curve in sorted(by.items(), key=lambda item: item[0][1 - index])
+                if key[index] == low and (other := (high, key[1]) if index == 0 else (key[0], high)) in by
+                and at_shared_seeds(curve, by[other])
+            }  # fmt: skip
+            groups = [(at,) for at in pairs] + ([tuple(pairs)] if len(pairs) > 1 else [])
+            for group in groups:
+                chosen = [pairs[at] for at in group]
+                edges = sum(any(curve.edge for curve in at_shared_seeds(*pair)) for pair in chosen)
+                labels = {"step": step, "over": over, "at": " ".join(f"{at:g}" for at in group)}
+                labels |= {"first": low, "second": high}
+                for method in get_args(Method):
+                    exponent = pooled_exponent({high / low: chosen}, method)
+                    if not math.isnan(exponent.value):
+                        rows.append(
+                            labels
+                            | {"estimate": method, "exponent": exponent.value}
+                            | {"standard_error": exponent.error if exponent.has_error else None}
+                            | {"half_width": exponent.half_width() if exponent.has_error else None}
+                            | {"seeds": exponent.n, "pairs": len(chosen), "edges": edges}
+                        )
+    return frames.from_rows(rows, COLUMNS)
