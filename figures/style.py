@@ -13,10 +13,20 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
 from rora_theory.errors import InputError
 from rora_theory.io import files, frames
+from rora_theory.measure.plots import (  # noqa: F401 (figures take them from here)
+    BAND_COLOUR,
+    COLOURS,
+    MARKERS,
+    OPTIMIZERS,
+    STYLE,
+    band_handle,
+    legend,
+    named,
+    whole_ticks,
+)
 from rora_theory.runs import seals
 from rora_theory.runs.reading import check_manifest
 from sims.common import answers, cli
@@ -27,9 +37,6 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config")
 
-# Okabe and Ito's palette, told apart by all common kinds of colour vision; markers differ too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 METHODS = {
     "base": ("no adapter", 6),
     "lora": (r"LoRA, $\alpha/r$", 0),
@@ -44,28 +51,6 @@ METHODS = {
 }
 """Label, and place in the palette, of every method and every scaling rule that has a name."""
 KAPPAS = {1.0: "lora", 0.5: "rora", 0.25: "quarter"}
-BAND_COLOUR = "#dddddd"
-OPTIMIZERS = {"sgd": "SGD", "momentum": "momentum", "adam": "Adam", "adamw": "AdamW"}
-
-STYLE: Any = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "legend.fontsize": 7,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.5,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 3.5,
-    "errorbar.capsize": 1.5,
-    "figure.constrained_layout.use": True,
-    "svg.hashsalt": "rora",
-    "svg.fonttype": "none",
-}
 
 
 def look(name: str, position: int = 0) -> tuple[str, str, str]:
@@ -92,59 +77,6 @@ def panels(count: int, *, sharex: bool = False) -> tuple[Figure, list[Any]]:
     size = (4.6, 0.5 + 2.5 * count) if below else (0.6 + 3.3 * count, 3.0)
     figure, axes = plt.subplots(*((count, 1) if below else (1, count)), figsize=size, squeeze=False, sharex=sharex)
     return figure, axes.ravel().tolist()
-
-
-def legend(figure: Figure, handles: dict[str, Any], title: str) -> None:
-    """One legend below all panels, by label: in as many columns as find room, its title folded between words."""
-    width = figure.bbox.width - 20  # what the legend's own border takes
-    lines = [""]
-    for word in title.split(" "):
-        longer = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], longer] if _extent(figure, longer) <= width else [*lines, word]
-    for columns in range(len(handles), 0, -1):
-        found = figure.legend(
-            handles.values(),
-            handles.keys(),
-            loc="outside lower center",
-            ncols=columns,
-            frameon=False,
-            title="\n".join(lines),
-            title_fontsize=7,
-        )
-        found.get_title().set_multialignment("center")
-        if columns == 1 or found.get_window_extent().width <= figure.bbox.width:
-            return
-        found.remove()
-
-
-def _extent(figure: Figure, text: str) -> float:
-    """Pixels that a line of a legend's title takes."""
-    artist = figure.text(0, 0, text, fontsize=7)
-    width = artist.get_window_extent().width
-    artist.remove()
-    return float(width)
-
-
-def named(axes: Iterable[Any]) -> dict[str, Any]:
-    """Handles of all labels that axes have."""
-    found: dict[str, Any] = {}
-    for axis in axes:
-        found |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    return found
-
-
-def band_handle() -> Any:
-    """A grey band's handle in a legend."""
-    return plt.Rectangle((0, 0), 1, 1, facecolor=BAND_COLOUR, edgecolor="none")
-
-
-def whole_ticks(axis: Any, values: Iterable[int], most: int = 7) -> None:
-    """A logarithmic axis of ranks or steps: ticks at values that were run, as plain integers, ``most`` of them."""
-    ticks = sorted(set(values))
-    ticks = ticks[:: -(-len(ticks) // most)]
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(ticks, [str(tick) for tick in ticks])
-    axis.xaxis.set_minor_locator(NullLocator())
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
