@@ -171,5 +171,9 @@ def advise(config: TransferConfig) -> Advised:
         regime, targets, thin = run.terms_of(requested), requested or run.module_types, run.gaps(requested)
     new: dict[str, Any] = {"rule": config.to_rule, "alpha": config.to_alpha}
     runs = {field.name: getattr(config, field.name) for field in fields(RunChange)}
+    # A trainer's file states the run of the tuned setting, which matters only if the new run is another.
+    for name, value in (("steps", saved.steps), ("schedule", saved.schedule)):
+        if runs[name] is None and runs[f"to_{name}"] is not None:
+            runs[name] = value
     peft = {"target_modules": targets, "per": config.per, "task_type": config.task_type or saved.task_type}
     return Advised(transfer(tuned, config.to_rank, regime, **new, **runs), peft | {"others": saved.others}, thin)

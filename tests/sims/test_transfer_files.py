@@ -35,6 +35,20 @@ def test_the_setting_is_that_of_the_file(tmp_path) -> None:
             advise(TransferConfig(from_=path, **given))
 
 
+def test_the_tuned_run_is_that_of_the_file_where_the_new_run_is_another(tmp_path) -> None:
+    path = tmp_path / "config.yml"
+    path.write_text(AXOLOTL.replace("sgd", "adamw_8bit") + "max_steps: 64\nlr_scheduler: constant\n")
+    given = TransferConfig(from_=path, to_alpha=256.0, to_steps=256, to_schedule="constant")
+    stated = TransferConfig(
+        from_rank=16, alpha=32.0, lr=2e-4, to_alpha=256.0,
+        steps=64, to_steps=256, schedule="constant", to_schedule="constant",
+    )  # fmt: skip
+    assert advise(given).advice.learning_rate == pytest.approx(advise(stated).advice.learning_rate)
+    path.write_text(AXOLOTL.replace("sgd", "adamw_8bit"))
+    with pytest.raises(transfer.InputError, match="steps must"):
+        advise(TransferConfig(from_=path, to_steps=256))
+
+
 def test_a_file_is_written_in_its_own_format(tmp_path, capsys) -> None:
     path, out = tmp_path / "config.yml", tmp_path / "new.yml"
     path.write_text(AXOLOTL.replace("sgd", "adamw_8bit"))
