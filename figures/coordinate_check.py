@@ -13,6 +13,7 @@ import tyro
 
 from figures import style
 from rora_theory.io import frames
+from rora_theory.measure import plots
 
 SHORT = {
     "self_attn.q_proj": "q",
@@ -71,7 +72,7 @@ def sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
     cases = dict(list(rows.groupby(CASE, sort=False)))
     modules = [module for module in SHORT if module in set(rows["module"])]
     steps = sorted(set(rows["step"]))
-    shown: dict[int, Any] = {steps[0]: "-", steps[-1]: (0, (1, 1.5))}
+    shown = dict.fromkeys((steps[0], steps[-1]))
     figure, axes = plt.subplots(
         2, len(cases), figsize=(max(3.4, 0.9 + 1.35 * len(cases)), 4.2), sharex=True, sharey=True, squeeze=False
     )
@@ -80,18 +81,13 @@ def sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
             selected = rows_of_case[(rows_of_case["split"] == split) & (rows_of_case["quantity"] == "output")]
             for position, module in enumerate(modules):
                 colour, marker = style.COLOURS[position], style.MARKERS[position]
-                for step, dashes in shown.items():
-                    values = selected[(selected["module"] == module) & (selected["step"] == step)].groupby("rank")[
-                        "value"
-                    ]
-                    axis.errorbar(
-                        list(values.groups),
-                        values.agg(lambda seeds: seeds.mean(skipna=False)),  # NaN if a seed diverged
-                        yerr=values.sem(),
-                        color=colour,
+                for step in shown:
+                    plots.draw_sizes(
+                        axis,
+                        selected[(selected["module"] == module) & (selected["step"] == step)],
+                        colour=colour,
                         marker=marker,
-                        linestyle=dashes,
-                        markerfacecolor=colour if step == steps[0] else "white",
+                        is_first=step == steps[0],
                         label=SHORT[module] if step == steps[0] else None,
                     )
             style.integer_ticks(axis, rows["rank"], max_count=5)
@@ -101,13 +97,9 @@ def sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
             else:
                 axis.set_xlabel("rank $r$")
         axis_row[0].set_ylabel(f"rms of adapter's output,\n{label}")
-    handles = style.named(axes.flat)
-    for step, dashes in shown.items():
-        face = "black" if step == steps[0] else "white"
-        handles[f"step {step}"] = plt.Line2D([], [], color="black", linestyle=dashes, marker="o", markerfacecolor=face)
     style.legend(
         figure,
-        handles,
+        style.named(axes.flat) | plots.step_handles(steps),
         f"{manifest['config']['model']}, {manifest['config']['batches']} batch; mean ± s.e. over "
         f"{style.seeds_of(manifest)} seeds; rules meet at r = {manifest['config']['reference_rank']}",
     )
@@ -130,14 +122,12 @@ def exponents(manifest: dict[str, Any], slopes: pd.DataFrame) -> plt.Figure:
             axis.axhspan(-band, band, color=style.BAND_COLOUR, zorder=0)
             for position, (quantity, module, text) in enumerate(lines):
                 points = selected[(selected["quantity"] == quantity) & (selected["module"] == module)]
-                axis.errorbar(
-                    points["step"],
-                    points["slope"],
-                    yerr=points["half_width"],
-                    color=style.COLOURS[position] if module != "model" else "black",
+                plots.draw_slopes(
+                    axis,
+                    points,
+                    colour=style.COLOURS[position] if module != "model" else "black",
                     marker=style.MARKERS[position % len(style.MARKERS)],
-                    markerfacecolor="white" if quantity == "logits" else None,
-                    linestyle=(0, (2, 2)) if quantity == "logits" else "-",
+                    is_open=quantity == "logits",
                     label=text,
                 )
             style.integer_ticks(axis, slopes["step"], max_count=5)

@@ -3,17 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import tyro
-from matplotlib.ticker import MaxNLocator
 
 from figures import style
 from rora_theory.io import frames
+from rora_theory.measure import plots
 
-SPLITS = {"train": "training", "heldout": "held-out"}
 FINISHED = "the file of a finished run"
 
 
@@ -61,31 +60,10 @@ def draw(config: Config) -> Sequence[Path]:
 
 def _depth(rows: pd.DataFrame, split: str, out: Path) -> list[Path]:
     """Draw r* of each layer with the quartiles over tokens, one panel for each type of module."""
-    kinds, optimizers = (list(dict.fromkeys(rows[name])) for name in ("kind", "optimizer"))
-    figure, axes = _panels(kinds)
-    for axis, kind in zip(axes[0], kinds, strict=True):
-        for index, optimizer in enumerate(optimizers):
-            selected = rows[(rows["kind"] == kind) & (rows["optimizer"] == optimizer)].sort_values("layer")
-            colour, layers = style.COLOURS[index], selected["layer"]
-            axis.fill_between(
-                layers, selected["lower_quartile"], selected["upper_quartile"], color=colour, alpha=0.2, linewidth=0
-            )
-            axis.plot(
-                layers,
-                selected["crossing_rank"],
-                color=colour,
-                marker=style.MARKERS[index],
-                markersize=2,
-                label=style.OPTIMIZERS[optimizer],
-            )
-    axes[0, 0].set_ylabel("crossing rank $r^*$")
     tokens = ", ".join(map(str, sorted(set(rows["tokens"]))))
-    handles = style.named(axes.flat)
-    for optimizer, handle in list(handles.items()):
-        handles[f"{optimizer}, quartiles over tokens"] = plt.Rectangle(
-            (0, 0), 1, 1, color=handle.get_color(), alpha=0.2, linewidth=0
-        )
-    style.legend(figure, handles, f"{tokens} {SPLITS[split]} tokens a module; line: $r^*$ of all of them together")
+    figure = plots.plot_regime(
+        rows, f"{tokens} {plots.REGIME_SPLITS[split]} tokens a module; line: $r^*$ of all of them together"
+    )
     return style.save(figure, out, "regime_depth")
 
 
@@ -95,8 +73,8 @@ def _takeover(rows: pd.DataFrame, learning_rate: float, split: str, out: Path) -
     Dashes show where the signs begin to turn.
     """
     kinds, ranks = (list(dict.fromkeys(rows[name])) for name in ("kind", "rank"))
-    figure, axes = _panels(kinds)
-    for axis, kind in zip(axes[0], kinds, strict=True):
+    figure, axes = plots.layer_panels(kinds, "steps $t_A$ until A leads")
+    for axis, kind in zip(axes, kinds, strict=True):
         selected = rows[rows["kind"] == kind].sort_values("layer")
         turns = selected[selected["rank"] == ranks[0]]
         lines = [(f"r = {rank}", "takeover", selected[selected["rank"] == rank]) for rank in ranks]
@@ -111,22 +89,10 @@ def _takeover(rows: pd.DataFrame, learning_rate: float, split: str, out: Path) -
                 markersize=2,
                 label=label,
             )
-    axes[0, 0].set_ylabel("steps $t_A$ until A leads")
-    title = f"Adam, A {rows['init'].iloc[0]}, {SPLITS[split]} tokens; "
+    title = f"Adam, A {rows['init'].iloc[0]}, {plots.REGIME_SPLITS[split]} tokens; "
     title += f"steps at rate {learning_rate:g} and a constant gradient"
-    style.legend(figure, style.named(axes.flat), title)
+    style.legend(figure, style.named(axes), title)
     return style.save(figure, out, "regime_takeover")
-
-
-def _panels(kinds: list[str]) -> tuple[plt.Figure, Any]:
-    """Create one panel for each type of module, with the layers on a linear and the values on a logarithmic axis."""
-    figure, axes = plt.subplots(
-        1, len(kinds), figsize=(max(3.4, 0.5 + 1.35 * len(kinds)), 2.3), sharex=True, sharey=True, squeeze=False
-    )
-    for axis, kind in zip(axes[0], kinds, strict=True):
-        axis.set(yscale="log", title=kind, xlabel="layer")
-        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    return figure, axes
 
 
 def _rms(rows: pd.DataFrame, config: Config, init: str, out: Path) -> list[Path]:
@@ -172,7 +138,7 @@ def _rms(rows: pd.DataFrame, config: Config, init: str, out: Path) -> list[Path]
                 axis.set_xlabel("rank $r$")
         line[0].set_ylabel(f"{style.OPTIMIZERS[optimizer]}: rms of $w$,\nin units of $r = {min(rows['rank'])}$")
     shown = "lines: the law" + (", points: adapters drawn and stepped, ± s.e." if measured else "")
-    style.legend(figure, style.named(axes.flat), f"{SPLITS[config.split]} tokens, A {init}; {shown}")
+    style.legend(figure, style.named(axes.flat), f"{plots.REGIME_SPLITS[config.split]} tokens, A {init}; {shown}")
     return style.save(figure, out, "regime_rms")
 
 

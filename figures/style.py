@@ -13,10 +13,20 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
 from rora_theory.errors import InputError
 from rora_theory.io import files, frames
+from rora_theory.measure.plots import (  # noqa: F401 (figures take them from here)
+    BAND_COLOUR,
+    COLOURS,
+    MARKERS,
+    OPTIMIZERS,
+    STYLE,
+    band_handle,
+    legend,
+    named,
+    integer_ticks,
+)
 from rora_theory.runs import seals
 from rora_theory.runs.reading import check_manifest
 from sims.common import answers, cli
@@ -27,9 +37,6 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config")
 
-# Okabe and Ito's palette is distinguishable with all common types of colour vision; markers differ too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 METHODS = {
     "base": ("no adapter", 6),
     "lora": (r"LoRA, $\alpha/r$", 0),
@@ -44,28 +51,6 @@ METHODS = {
 }
 """Label of each method and named scaling rule, and its position in the palette."""
 KAPPAS = {1.0: "lora", 0.5: "rora", 0.25: "quarter"}
-BAND_COLOUR = "#dddddd"
-OPTIMIZERS = {"sgd": "SGD", "momentum": "momentum", "adam": "Adam", "adamw": "AdamW"}
-
-STYLE: Any = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "legend.fontsize": 7,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.5,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 3.5,
-    "errorbar.capsize": 1.5,
-    "figure.constrained_layout.use": True,
-    "svg.hashsalt": "rora",
-    "svg.fonttype": "none",
-}
 
 
 def look(name: str, position: int = 0) -> tuple[str, str, str]:
@@ -92,72 +77,6 @@ def panels(count: int, *, sharex: bool = False) -> tuple[Figure, list[Any]]:
     size = (4.6, 0.5 + 2.5 * count) if below else (0.6 + 3.3 * count, 3.0)
     figure, axes = plt.subplots(*((count, 1) if below else (1, count)), figsize=size, squeeze=False, sharex=sharex)
     return figure, axes.ravel().tolist()
-
-
-def legend(figure: Figure, handles: dict[str, Any], title: str) -> None:
-    """Add one legend below all panels, with as many columns as fit and a title that is folded between words.
-
-    Args:
-      figure: Figure.
-      handles: Handles by label.
-      title: Title of the legend.
-    """
-    width = figure.bbox.width - 20  # without the border of the legend
-    lines = [""]
-    for word in title.split(" "):
-        longer = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], longer] if _extent(figure, longer) <= width else [*lines, word]
-    # Reduce the number of columns until the legend fits.
-    for columns in range(len(handles), 0, -1):
-        box = figure.legend(
-            handles.values(),
-            handles.keys(),
-            loc="outside lower center",
-            ncols=columns,
-            frameon=False,
-            title="\n".join(lines),
-            title_fontsize=7,
-        )
-        box.get_title().set_multialignment("center")
-        if columns == 1 or box.get_window_extent().width <= figure.bbox.width:
-            return
-        box.remove()
-
-
-def _extent(figure: Figure, text: str) -> float:
-    """Return the width of a line of a legend's title in pixels."""
-    artist = figure.text(0, 0, text, fontsize=7)
-    width = artist.get_window_extent().width
-    artist.remove()
-    return float(width)
-
-
-def named(axes: Iterable[Any]) -> dict[str, Any]:
-    """Return the handles of all labelled artists of the axes, by label."""
-    handles: dict[str, Any] = {}
-    for axis in axes:
-        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    return handles
-
-
-def band_handle() -> Any:
-    """Return the legend handle of a grey band."""
-    return plt.Rectangle((0, 0), 1, 1, facecolor=BAND_COLOUR, edgecolor="none")
-
-
-def integer_ticks(axis: Any, values: Iterable[int], max_count: int = 7) -> None:
-    """Use a logarithmic axis of ranks or steps with integer ticks at measured values.
-
-    Args:
-      axis: Axes whose horizontal axis is changed.
-      values: Measured values.
-      max_count: Maximum number of ticks.
-    """
-    ticks = sorted(set(values))
-    ticks = ticks[:: -(-len(ticks) // max_count)]
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(ticks, [str(tick) for tick in ticks])
-    axis.xaxis.set_minor_locator(NullLocator())
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:

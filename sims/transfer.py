@@ -19,6 +19,8 @@ from typing import Annotated, Any
 import tyro
 
 from rora_theory.advice import text
+from rora_theory.advice.setting import REGIMES
+from rora_theory.advice.trainer_configs import write_trainer_config
 from rora_theory.advice.transfer import Advice
 from rora_theory.cluster import ClusterConfig
 from rora_theory.data.records import DataConfig
@@ -41,8 +43,11 @@ class Config(TransferConfig):
     """Tuned setting, new rank, and an optional check on a model."""
 
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Folder of a saved adapter, or its adapter_config.json. It provides --from-rank, --alpha, --rule, --init and
-    --targets, which must not be set to other values, and the other entries of the LoraConfig"""
+    """Folder of a saved adapter, its adapter_config.json, or the YAML of Axolotl or LLaMA-Factory. It provides
+    --from-rank, --alpha, --rule, --init and --targets, and in YAML --lr and --optimizer, which must not be set to other
+    values, and the other entries of the LoraConfig"""
+    write: Path | None = None
+    """New file, in the format of --from, with the advised rank, alpha, rule and learning rate; other keys are kept"""
     check: tuple[str, ...] = ()
     """A model and one or more data files, on which to run the real first steps at both ranks"""
     reading: DataConfig = field(default_factory=DataConfig)
@@ -60,6 +65,8 @@ class Config(TransferConfig):
         """Validate the settings."""
         if len(self.check) == 1:
             raise InputError(f"--check must be a model and one or more data files, got {self.check[0]}")
+        if self.write is not None and self.from_ is None:
+            raise InputError(f"--write {self.write} requires --from with the file to change")
         check_ranges(self)
         check_seeds(self.seeds, fewest=2)
         check_seed(self.seed, "--seed")
@@ -166,7 +173,13 @@ def take_first_steps(config: Config, advised: Advised) -> None:
 
 def run(config: Config) -> None:
     """Print the advice, and check it on a model if one is given."""
-    (take_first_steps if config.check else report)(config, advise(config))
+    advised = advise(config)
+    if config.from_ is not None and config.write is not None:
+        per = "one" if config.regime in REGIMES else config.per
+        write_trainer_config(config.from_, config.write, advised.advice, per=per)
+    (take_first_steps if config.check else report)(config, advised)
+    if config.write is not None:
+        answers.tell_files(config.write.parent, [config.write.name])
 
 
 main = cli.command(Config, run, __doc__)

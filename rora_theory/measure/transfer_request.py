@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rora_theory.adapter_config import PAPER_TARGETS, PeftInit, TaskType, peft_targets
-from rora_theory.advice.lora_config import Saved, read_adapter_config
+from rora_theory.advice.lora_config import Saved
 from rora_theory.advice.measured import Schedule
 from rora_theory.advice.modules import AlphaGrouping
 from rora_theory.advice.run_change import RunChange
 from rora_theory.advice.setting import REGIMES, Setting
+from rora_theory.advice.trainer_configs import read_trainer_config
 from rora_theory.advice.transfer import Advice, transfer
 from rora_theory.errors import InputError
 from rora_theory.measure.layers.layer_data import Split
@@ -42,16 +43,17 @@ class TransferConfig:
     """New rank"""
     alpha: float | None = None
     """Alpha at the tuned rank; the default is that of --from, or 16"""
-    lr: Positive = 3e-4
-    """Learning rate at the tuned rank"""
+    lr: Positive | None = None
+    """Learning rate at the tuned rank; the default is that of --from, or 3e-4"""
     rule: Rule | None = None
     """Scaling rule: lora (alpha / r), rora or rslora (alpha / sqrt(r)), or an exponent kappa; the default is that of
     --from, or lora"""
     to_rule: Rule | None = None
     """Scaling rule at the new rank; the default is the tuned rule"""
-    optimizer: OptimizerName | str = "adamw"
+    optimizer: OptimizerName | str | None = None
     """Optimizer: sgd, momentum, adam, adamw, or the Trainer's name of a variant of AdamW such as adamw_bnb_8bit. Lion
-    and signSGD have the same first step as Adam; other optimizers are not supported"""
+    and signSGD have the same first step as Adam; other optimizers are not supported. The default is that of --from, or
+    adamw"""
     init: PeftInit | None = None
     """Initialisation of lora_A: kaiming_uniform (PEFT's default) or gaussian (PEFT's, with standard deviation 1/r); the
     default is that of --from, or kaiming_uniform"""
@@ -68,8 +70,9 @@ class TransferConfig:
     task_type: TaskType | None = None
     """Task type of the LoraConfig; the default is that of --from, or CAUSAL_LM"""
     from_: Path | None = None
-    """Folder of a saved adapter, or its adapter_config.json. It provides --from-rank, --alpha, --rule, --init and
-    --targets, which must not be set to other values, and the other entries of the LoraConfig"""
+    """Folder of a saved adapter, its adapter_config.json, or the YAML of Axolotl or LLaMA-Factory. It provides
+    --from-rank, --alpha, --rule, --init and --targets, and in YAML --lr and --optimizer, which must not be set to other
+    values, and the other entries of the LoraConfig"""
     to_alpha: Positive | None = None
     """Alpha at the new rank, for which the learning rate then compensates. By default alpha changes and the learning
     rate stays"""
@@ -86,7 +89,8 @@ class TransferConfig:
 
     def __post_init__(self) -> None:
         """Normalise the name of the optimizer, and validate the settings."""
-        object.__setattr__(self, "optimizer", optimizer_named(self.optimizer))
+        if self.optimizer is not None:
+            object.__setattr__(self, "optimizer", optimizer_named(self.optimizer))
         check_ranges(self)
         for option, rule in (("--rule", self.rule), ("--to-rule", self.to_rule)):
             if rule is not None:
@@ -95,7 +99,7 @@ class TransferConfig:
             check_unread(self, "split", "per", requires="--regime RUN")
 
 
-DEFAULT = Saved(8, 16.0, "lora", "kaiming_uniform", None, ())
+DEFAULT = Saved(8, 16.0, "lora", "kaiming_uniform", None, (), learning_rate=3e-4, optimizer="adamw")
 """Tuned setting where neither the options nor a saved adapter provide a value."""
 
 COMPARISON_KEYS: dict[str, Callable[[Any], object]] = {"rule": exponent, "targets": frozenset}
@@ -119,17 +123,18 @@ class Advised(NamedTuple):
 def read_tuned(config: TransferConfig) -> tuple[Setting, str | list[str] | None, Saved]:
     """Determine the tuned setting and its targets.
 
-    Each value comes from the options, the saved adapter or `DEFAULT`, in this order. Remarks about the saved adapter
-    are logged as warnings.
+    Each value comes from the options, the file or `DEFAULT`, in this order. Remarks about the file are logged as
+    warnings.
 
     Returns:
-      The tuned setting, its targets, and the saved adapter.
+      The tuned setting, its targets, and the content of the file.
 
     Raises:
-      InputError: If the file is not a LoRA adapter, or if an option differs from the file.
+      InputError: If the file has no LoRA setting, or if an option differs from the file.
     """
-    saved = DEFAULT if config.from_ is None else read_adapter_config(config.from_)
+    saved = DEFAULT if config.from_ is None else read_trainer_config(config.from_)
     values: dict[str, Any] = dict(zip(("from_rank", "alpha", "rule", "init", "targets"), saved, strict=False))
+    values |= {"lr": saved.learning_rate, "optimizer": saved.optimizer}
     for name, saved_value in values.items():
         option, key = getattr(config, name), COMPARISON_KEYS.get(name, lambda value: value)
         if config.from_ is not None and None not in (option, saved_value) and key(option) != key(saved_value):
@@ -140,8 +145,11 @@ def read_tuned(config: TransferConfig) -> tuple[Setting, str | list[str] | None,
         values[name] = saved_value if option is None else option
     for remark in saved.remarks:
         logger.warning(remark)
-    rank, alpha, rule, init, targets = values.values()
-    setting = Setting(rank, alpha, config.lr, rule, config.optimizer, init)  # type: ignore[arg-type]
+    # An adapter's configuration has neither a learning rate nor an optimizer.
+    values["lr"] = values["lr"] or DEFAULT.learning_rate
+    values["optimizer"] = values["optimizer"] or DEFAULT.optimizer
+    rank, alpha, rule, init, targets, learning_rate, optimizer = values.values()
+    setting = Setting(rank, alpha, learning_rate, rule, optimizer, init)
     return setting, saved.expression if targets is None else peft_targets(targets), saved
 
 
@@ -164,5 +172,9 @@ def advise(config: TransferConfig) -> Advised:
         regime, targets, thin = run.terms_of(requested), requested or run.module_types, run.gaps(requested)
     new: dict[str, Any] = {"rule": config.to_rule, "alpha": config.to_alpha}
     runs = {field.name: getattr(config, field.name) for field in fields(RunChange)}
+    # A trainer's file states the run of the tuned setting, which matters only if the new run is another.
+    for name, value in (("steps", saved.steps), ("schedule", saved.schedule)):
+        if runs[name] is None and runs[f"to_{name}"] is not None:
+            runs[name] = value
     peft = {"target_modules": targets, "per": config.per, "task_type": config.task_type or saved.task_type}
     return Advised(transfer(tuned, config.to_rank, regime, **new, **runs), peft | {"others": saved.others}, thin)

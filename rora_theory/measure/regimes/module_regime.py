@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ from rora_theory import inits
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
 from rora_theory.io import frames
+from rora_theory.measure import plots
 from rora_theory.measure.layers.layer_data import SPLITS, Layer, Split
 from rora_theory.measure.regimes import terms
 from rora_theory.measure.regimes.tables import (
@@ -39,6 +40,9 @@ from rora_theory.theory import horizon
 from rora_theory.theory.laws import OPTIMIZERS, Optimizer
 from rora_theory.validation.ranges import Count, Natural, Positive, check_ranges
 from rora_theory.validation.rules import check_ranks, check_rules, name_of
+
+if TYPE_CHECKING:
+    import matplotlib.figure
 
 TAKEOVER_RANKS = (8, 32, 128)
 """Ranks at which the takeover distance is computed."""
@@ -221,6 +225,26 @@ class Regime:
             f"{token:.3g}. In the step of the whole model, cross-talk averages out over modules; a coordinate check "
             "tests this."
         )
+
+    def plot(self, split: Split = "heldout", init: Init | None = None) -> "matplotlib.figure.Figure":
+        """Plot the crossing rank of every module over the layers, with a panel for each type of module.
+
+        See `rora_theory.measure.plots.plot_regime`. Save the figure with ``regime.plot().savefig("regime.png")``.
+
+        Args:
+          split: Split at which the change is measured.
+          init: Initialisation of A; None is the first that was measured.
+
+        Raises:
+          InputError: If nothing was measured for these arguments.
+        """
+        init = self.crossings["init"].iloc[0] if init is None and len(self.crossings) else init
+        rows = frames.where(self.crossings, {"init": init, "split": split})
+        if rows.empty:
+            raise InputError(f"nothing was measured for init {init} and split {split}. Add it to the RegimeConfig.")
+        tokens = ", ".join(str(count) for count in sorted(set(rows["tokens"])))
+        title = f"A {init}, {tokens} {plots.REGIME_SPLITS[split]} tokens a module"
+        return plots.plot_regime(rows, f"{title}; line: $r^*$ of all of them together")
 
     def crossings_of(self, optimizer: Optimizer, init: Init, split: Split) -> pd.DataFrame:
         """Return the rows of `crossings` for one optimizer, initialisation and split.

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,7 @@ from peft.tuners.lora import LoraLayer
 from rora_theory import inits
 from rora_theory.adapter_config import init_of
 from rora_theory.errors import InputError
+from rora_theory.measure import plots
 from rora_theory.measure.rank_check.coordinate_table import (
     MODEL,
     MODEL_QUANTITIES,
@@ -43,6 +44,9 @@ from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import check_integer
 from rora_theory.stats.slopes import BAND
 from rora_theory.validation.rules import check_ranks, check_steps, listed
+
+if TYPE_CHECKING:
+    import matplotlib.figure
 
 MakeOptimizer = Callable[[Iterable[torch.nn.Parameter], int], torch.optim.Optimizer]
 """Function of the trainable parameters and the rank that returns an optimizer."""
@@ -91,6 +95,13 @@ class TorchCheck:
         """Return a sentence with the verdict on the whole model, followed by its scope."""
         conclusion = CONCLUSIONS.get(self.verdict, "behave differently by step or split (see slopes)")
         return f"The first steps of the whole model {conclusion} (verdict: {self.verdict}). {self.scope}"
+
+    def plot(self) -> "matplotlib.figure.Figure":
+        """Plot the change of the model's outputs against the rank, and its slopes against the step.
+
+        See `rora_theory.measure.plots.plot_check`. Save the figure with ``check.plot().savefig("check.png")``.
+        """
+        return plots.plot_check(self.sizes, self.slopes, self.band)
 
     def assert_flat(self, *, split: BatchSplit | None = None, step: int | None = None) -> None:
         """Assert that the changes of hidden states and logits do not depend on the rank, for use in test suites.
