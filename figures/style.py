@@ -23,9 +23,9 @@ from rora_theory.measure.plots import (  # noqa: F401 (figures take them from he
     OPTIMIZERS,
     STYLE,
     band_handle,
+    integer_ticks,
     legend,
     named,
-    integer_ticks,
 )
 from rora_theory.runs import seals
 from rora_theory.runs.reading import check_manifest

@@ -179,7 +179,7 @@ def run(config: Config) -> None:
         write_trainer_config(config.from_, config.write, advised.advice, per=per)
     (take_first_steps if config.check else report)(config, advised)
     if config.write is not None:
-        answers.tell_files(config.write.parent, [config.write.name])
+        answers.print_files(config.write.parent, [config.write.name])
 
 
 main = cli.command(Config, run, __doc__)
