@@ -230,8 +230,8 @@ def _assumptions(plan: ProbePlan, fitted: FittedRate, rank: int, probe_rank: int
         by_rank = rank_factors(probe_rank, rank)
         sentences.append(
             f"The probe has rank {probe_rank} at the same gamma * r = {plan.strength:g}, at which the law does not "
-            f"change the best rate. The range allows for {by_rank.low:.1f} to {by_rank.high:.1f} times the rate, the interval "
-            "that SmolLM2-135M's best rates at ranks 8 and 128 give."
+            f"change the best rate. The range allows for {by_rank.low:.1f} to {by_rank.high:.1f} times the rate, the "
+            "interval that SmolLM2-135M's best rates at ranks 8 and 128 give."
         )
     if plan.probe_steps < SHORTEST_MEASURED:
         sentences.append(
