@@ -168,9 +168,13 @@ def conclude(
       InputError: If every run diverged.
     """
     fitted = fit_best_rate(plan, runs, tokens)
-    # The range covers the fit's interval and the range of the exponents in the steps.
-    factors = carry_steps(1.0, plan.probe_steps, plan.steps)
-    rates = RateRange(fitted.low * factors.low, fitted.learning_rate * factors.best, fitted.high * factors.high)
+    # The range covers the fit's interval, the exponents in the steps and the measured dependence on the rank.
+    by_steps, by_rank = carry_steps(1.0, plan.probe_steps, plan.steps), rank_factors(probe_rank, rank)
+    rates = RateRange(
+        fitted.low * by_steps.low * by_rank.low,
+        fitted.learning_rate * by_steps.best * by_rank.best,
+        fitted.high * by_steps.high * by_rank.high,
+    )
     assumptions = (*_assumptions(plan, fitted, rank, probe_rank, schedule), *remarks)
     return Tuning(
         learning_rate=rates.best,
@@ -185,6 +189,21 @@ def conclude(
         assumptions=assumptions,
         cost=ProbeCost(plan.spent(runs), plan.budget, plan.steps),
     )
+
+
+def rank_factors(old_rank: int, new_rank: int) -> RateRange:
+    """Return the factor of the best rate at another rank and the same gamma * r.
+
+    The law keeps the rate. The range is the 95% interval of the exponent in the rank that was measured from rank 8 to
+    128, and includes 1.
+
+    Args:
+      old_rank: Rank at which the rate was tuned.
+      new_rank: New rank.
+    """
+    row = measured.ROWS["from_rank_8"]
+    factors = [(new_rank / old_rank) ** (row["exponent"] + side * row["half_width"]) for side in (-1, 1)]
+    return RateRange(min(1.0, *factors), 1.0, max(1.0, *factors))
 
 
 def expected_regret(*, same_rank: bool) -> ExpectedRegret:
@@ -208,14 +227,11 @@ def _assumptions(plan: ProbePlan, fitted: FittedRate, rank: int, probe_rank: int
         "The probe has one seed. The range includes the spread between seeds of the published runs.",
     ]
     if rank != probe_rank:
-        row = measured.ROWS["from_rank_8"]
-        factors = [
-            (row["second"] / row["first"]) ** (row["exponent"] + side * row["half_width"]) for side in (0, -1, 1)
-        ]
+        by_rank = rank_factors(probe_rank, rank)
         sentences.append(
-            f"The probe has rank {probe_rank} at the same gamma * r = {plan.strength:g}, at which the best rate is "
-            f"assumed not to depend on the rank. In SmolLM2-135M it was {factors[0]:.1f} ({factors[1]:.1f} to "
-            f"{factors[2]:.1f}) times as high at rank 128 as at rank 8."
+            f"The probe has rank {probe_rank} at the same gamma * r = {plan.strength:g}, at which the law does not "
+            f"change the best rate. The range allows for {by_rank.low:.1f} to {by_rank.high:.1f} times the rate, the "
+            "interval that SmolLM2-135M's best rates at ranks 8 and 128 give."
         )
     if plan.probe_steps < SHORTEST_MEASURED:
         sentences.append(

@@ -17,7 +17,7 @@ from rora_theory.tune.plan import (
     scaled_warmup,
     schedule_factor,
 )
-from rora_theory.tune.result import conclude, expected_regret
+from rora_theory.tune.result import conclude, expected_regret, rank_factors
 
 TOKENS = (40, 60, 50, 30)
 
@@ -196,6 +196,18 @@ def test_the_expected_regret_is_that_of_published_runs() -> None:
         assert regret.pairs >= 15
         assert "SmolLM2-135M" in regret.sentence()
         assert ("rank" in regret.changed) is not same_rank
+
+
+def test_the_range_allows_for_another_rank() -> None:
+    plan = plan_of(2000)
+    runs = probe(plan, 8e-4)
+    same, larger = (
+        conclude(plan, runs, TOKENS, config=None, rank=rank, probe_rank=8, schedule="cosine") for rank in (8, 128)
+    )
+    assert larger.learning_rate == same.learning_rate
+    assert (larger.low / same.low, larger.high / same.high) == pytest.approx((0.79, 1.85), abs=0.01)
+    assert rank_factors(8, 8) == (1, 1, 1)
+    assert rank_factors(8, 2).low < 1 < rank_factors(8, 2).high
 
 
 def test_the_plot_shows_curve_and_range() -> None:
