@@ -7,7 +7,7 @@ export default {
     "ranges": {
       "constant": [
         60.48721935777173,
-        99.35955208741912
+        107.96593230185371
       ]
     }
   },
@@ -67,8 +67,8 @@ export default {
     "columns": {
       "changed": "rank",
       "policy": "keep the rate",
-      "pairs": 20,
-      "median": 0.0007764877734039166,
+      "pairs": 21,
+      "median": 0.0007644782920370741,
       "largest": 0.00944101798298306,
       "largest_error": 0.004905569759342791
     }
@@ -79,10 +79,10 @@ export default {
     "columns": {
       "changed": "strength",
       "policy": "displacement",
-      "pairs": 26,
-      "median": 0.00016109333402600234,
-      "largest": 0.004547461847331939,
-      "largest_error": 0.0023896795884088737
+      "pairs": 30,
+      "median": 0.00010139003033757255,
+      "largest": 0.0049313100151337315,
+      "largest_error": 0.0025890397545692855
     }
   },
   "cost_steps": {
@@ -103,10 +103,10 @@ export default {
     "columns": {
       "changed": "rank strength",
       "policy": "displacement",
-      "pairs": 30,
-      "median": 0.0005346954773683039,
-      "largest": 0.004761026763554758,
-      "largest_error": 0.0011915665621810428
+      "pairs": 36,
+      "median": 0.0003623112981477883,
+      "largest": 0.0029979523346345127,
+      "largest_error": 0.0007591925819305057
     }
   },
   "cost_rank_steps": {
@@ -127,10 +127,10 @@ export default {
     "columns": {
       "changed": "strength steps",
       "policy": "displacement and steps",
-      "pairs": 22,
-      "median": 8.513688946957623e-05,
-      "largest": 0.0023302618493285334,
-      "largest_error": 0.0005937576947488688
+      "pairs": 26,
+      "median": 1.2257834597591739e-05,
+      "largest": 0.0024785872590550317,
+      "largest_error": 0.0006306144093527061
     }
   },
   "cost_rank_strength_steps": {
@@ -139,10 +139,10 @@ export default {
     "columns": {
       "changed": "rank strength steps",
       "policy": "displacement and steps",
-      "pairs": 27,
-      "median": 0.0005016963212943204,
-      "largest": 0.002709675636321518,
-      "largest_error": 0.0006879113180081369
+      "pairs": 32,
+      "median": 0.000323077106500369,
+      "largest": 0.002869968720399315,
+      "largest_error": 0.0007275718331151885
     }
   },
   "cost_of_use_rslora_at_the_tuned_rate": {

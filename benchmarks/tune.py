@@ -1,0 +1,231 @@
+"""Regret of the learning rate that a probe advises, replayed on the published runs, beside trainers' default rates.
+
+    python benchmarks/tune.py results/published/horizon --out results/published/tune
+
+A probe of `rora_theory.tune` needs short runs at three learning rates and the loss of a few held-out records. The
+published runs contain such runs: their first 16 or 64 steps. This script fits the best rate of one seed and of one
+block of held-out records, carries it to the steps of longer runs as `tune` does, and computes the regret of the result
+on the measured curves. Nothing is trained. The schedule is constant, and the probe's runs are the beginnings of runs of
+the curve by which they are judged.
+
+Files in the output folder: `cases.csv` (a row for each probe), `by_target.csv` (a summary) and `defaults.csv` (regret
+of the default learning rates of TRL, LLaMA-Factory and Unsloth in the same settings).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import tyro
+
+from rora_theory.horizon.curves import curves_at, strength_of
+from rora_theory.horizon.runs import HorizonRun, distinct, read_finished
+from rora_theory.io import frames
+from rora_theory.io.files import write_whole
+from rora_theory.stats.rate_curves import Curve
+from rora_theory.stats.regret import loss_at
+from rora_theory.tune.curve import fit_best_rate
+from rora_theory.tune.plan import ProbePlan, ProbeRun, carry_steps
+from rora_theory.tune.result import rank_factors
+from sims.common import cli
+from sims.common.tables import print_records
+
+PROBE_RANK = 8
+PROBE_STEPS = (16, 64)
+TARGET_RANKS, TARGET_STEPS = (8, 128), (64, 256)
+
+BLOCK_SIZE = 16
+"""Number of held-out records of a probe; the 96 published ones make six probes."""
+
+DEFAULT_RATES = {"TRL": 2e-5, "LLaMA-Factory": 5e-5, "Unsloth": 2e-4}
+"""Default learning rates, from docs/reference/trainers.md."""
+
+CASE_COLUMNS = ("strength", "probe_steps", "seed", "block", "rank", "steps", "learning_rate", "low", "high")
+CASE_COLUMNS = (*CASE_COLUMNS, "best_rate", "regret", "is_lower_bound", "is_edge", "covers_best")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the replay."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder of sims.horizon, such as results/published/horizon."""
+    out: Path
+    """Output folder."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Setting of a planned run with its measured curve.
+
+    Attributes:
+      rank: Rank of the adapter.
+      strength: G = gamma r.
+      steps: Number of optimizer steps.
+      curve: Held-out loss against the learning rate.
+    """
+
+    rank: int
+    strength: float
+    steps: int
+    curve: Curve
+
+    @property
+    def best_rate(self) -> float:
+        """Measured learning rate with the lowest mean loss over seeds."""
+        return float(self.curve.rates[self._lowest])
+
+    @property
+    def is_edge(self) -> bool:
+        """Whether the lowest loss lies at the end of the measured rates."""
+        return self._lowest in (0, len(self.curve.rates) - 1)
+
+    @property
+    def _lowest(self) -> int:
+        return int(np.argmin(self.curve.losses.mean(axis=0)))
+
+    def regret(self, learning_rate: float) -> tuple[float, bool]:
+        """Return the mean regret over seeds in nats per token, and whether it is a lower bound."""
+        losses, is_lower_bound = loss_at(self.curve.rates, self.curve.losses, learning_rate)
+        return float(np.mean(losses - self.curve.losses[:, self._lowest])), is_lower_bound
+
+
+def targets(runs: Sequence[HorizonRun], tokens: Sequence[int]) -> list[Target]:
+    """Return the settings of planned runs: both ranks at every G and number of steps that was measured."""
+    return [
+        Target(curve.rank, strength_of(curve), steps, curve)
+        for steps in TARGET_STEPS
+        for curve in curves_at(runs, tokens, steps, draws=2)
+        if curve.rank in TARGET_RANKS
+    ]
+
+
+def probes(
+    runs: Sequence[HorizonRun], tokens: Sequence[int], strength: float, steps: int
+) -> Iterator[tuple[int, int, list[ProbeRun], list[int]]]:
+    """Yield the probes at a G and number of steps: the seed, the block of records, three runs and the tokens."""
+    at_setting = [
+        run for run in runs if run.rank == PROBE_RANK and run.strength == strength and run.losses(steps) is not None
+    ]
+    for seed in sorted({run.seed for run in at_setting}):
+        by_rate = {run.rate: np.asarray(run.losses(steps)) for run in at_setting if run.seed == seed}
+        rates = sorted(by_rate)
+        if len(rates) < 3:
+            continue
+        for block, start in enumerate(range(0, len(tokens), BLOCK_SIZE)):
+            records = slice(start, start + BLOCK_SIZE)
+            totals = [float(by_rate[rate][records].sum()) for rate in rates]
+            # The rate with the lowest loss and its neighbours, which the probe would have trained last.
+            middle = min(max(int(np.argmin(totals)), 1), len(rates) - 2)
+            chosen = rates[middle - 1 : middle + 2]
+            probe_runs = [ProbeRun(rate, steps, tuple(map(float, by_rate[rate][records]))) for rate in chosen]
+            yield seed, block, probe_runs, list(tokens[records])
+
+
+def replay(runs: Sequence[HorizonRun], tokens: Sequence[int]) -> pd.DataFrame:
+    """Return a row for each probe and planned run.
+
+    Args:
+      runs: Distinct runs of the folder.
+      tokens: Number of tokens of each held-out record.
+    """
+    rows: list[dict[str, Any]] = []
+    for target, probe_steps in product(targets(runs, tokens), PROBE_STEPS):
+        if probe_steps >= target.steps:
+            continue
+        by_steps, by_rank = carry_steps(1.0, probe_steps, target.steps), rank_factors(PROBE_RANK, target.rank)
+        for seed, block, probe_runs, block_tokens in probes(runs, tokens, target.strength, probe_steps):
+            rates = [run.learning_rate for run in probe_runs]
+            plan = ProbePlan(
+                steps=target.steps,
+                strength=target.strength,
+                probe_steps=probe_steps,
+                screen_steps=None,
+                learning_rate=rates[1],
+                spacing=rates[1] / rates[0],
+                budget=float(target.steps),
+                setup_cost=0.0,
+                evaluation_cost=0.0,
+            )
+            fitted = fit_best_rate(plan, probe_runs, block_tokens)
+            rate = fitted.learning_rate * by_steps.best * by_rank.best
+            low, high = fitted.low * by_steps.low * by_rank.low, fitted.high * by_steps.high * by_rank.high
+            cost, is_lower_bound = target.regret(rate)
+            rows.append(
+                {"strength": target.strength, "probe_steps": probe_steps, "seed": seed, "block": block}
+                | {"rank": target.rank, "steps": target.steps, "learning_rate": rate, "low": low, "high": high}
+                | {"best_rate": target.best_rate, "regret": cost, "is_lower_bound": is_lower_bound}
+                | {"is_edge": bool(fitted.edge) or target.is_edge, "covers_best": low <= target.best_rate <= high}
+            )
+    return frames.from_rows(rows, CASE_COLUMNS)
+
+
+def by_target(cases: pd.DataFrame) -> pd.DataFrame:
+    """Summarise the probes by number of steps and rank. Probes with a best rate at the end of a grid are left out."""
+    inside = cases[~cases["is_edge"].astype(bool)]
+    rows = [
+        {"probe_steps": probe_steps, "steps": steps, "rank": rank, "probes": len(group)}
+        | {"median": group["regret"].median(), "largest": group["regret"].max()}
+        | {"within_0.01": (group["regret"] <= 0.01).mean(), "covers_best": group["covers_best"].mean()}
+        | {"lower_bounds": int(group["is_lower_bound"].sum()), "edges": _count_edges(cases, probe_steps, steps, rank)}
+        for (probe_steps, steps, rank), group in inside.groupby(["probe_steps", "steps", "rank"])
+    ]
+    columns = ("probe_steps", "steps", "rank", "probes", "median", "largest", "within_0.01", "covers_best")
+    return frames.from_rows(rows, (*columns, "lower_bounds", "edges"))
+
+
+def _count_edges(cases: pd.DataFrame, probe_steps: int, steps: int, rank: int) -> int:
+    same = (cases["probe_steps"] == probe_steps) & (cases["steps"] == steps) & (cases["rank"] == rank)
+    return int(cases.loc[same, "is_edge"].sum())
+
+
+def defaults(runs: Sequence[HorizonRun], tokens: Sequence[int]) -> pd.DataFrame:
+    """Return the regret of the default rates in every planned run whose best rate lies inside the grid."""
+    rows = []
+    for target, (trainer, rate) in product(targets(runs, tokens), DEFAULT_RATES.items()):
+        if target.is_edge:
+            continue
+        cost, is_lower_bound = target.regret(rate)
+        rows.append(
+            {"trainer": trainer, "learning_rate": rate, "rank": target.rank, "strength": target.strength}
+            | {"steps": target.steps, "best_rate": target.best_rate, "regret": cost, "is_lower_bound": is_lower_bound}
+        )
+    columns = ("trainer", "learning_rate", "rank", "strength", "steps", "best_rate", "regret", "is_lower_bound")
+    return frames.from_rows(rows, columns)
+
+
+def main(config: Config) -> None:
+    """Replay the probes, write the tables and print the summary."""
+    runs = distinct(read_finished(config.run))
+    # Full fine-tuning has no adapter whose rate a probe could tune.
+    runs = [replace(run, strength=round(run.strength, 9)) for run in runs if run.rank and run.strength]
+    tokens = frames.read_csv(config.run / "records.csv")["tokens"].astype(int).tolist()
+    cases, costs = replay(runs, tokens), defaults(runs, tokens)
+    summary = by_target(cases)
+    config.out.mkdir(parents=True, exist_ok=True)
+    for name, frame in (("cases", cases), ("by_target", summary), ("defaults", costs)):
+        write_whole(config.out / f"{name}.csv", frames.to_csv(frame))
+    print_records(
+        "Regret of the advised rate, nats per token",
+        frames.rows(summary),
+        {
+            "probe's steps": "{probe_steps}",
+            "steps": "{steps}",
+            "rank": "{rank}",
+            "probes": "{probes}",
+            "median": "{median:.4f}",
+            "largest": "{largest:.4f}",
+            "range has the best": "{covers_best:.0%}",
+        },
+    )
+    inside = cases[~cases["is_edge"].astype(bool)]
+    share = (inside["regret"] <= 0.01).mean()
+    print(f"\n{share:.1%} of {len(inside)} probes advise a rate within 0.01 nats of the best one measured.")
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(cli.parse(Config, description=__doc__ or "")))

@@ -1,0 +1,69 @@
+"""The replay of probes on measured runs: regret and coverage where the best rates are known."""
+
+import math
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+from rora_theory.horizon.readings import Reading, ReadRun
+from rora_theory.horizon.runs import HorizonRun
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "tune.py"
+TOKENS = [10 + index % 7 for index in range(32)]
+
+
+@pytest.fixture(scope="module")
+def replay():
+    spec = spec_from_file_location("benchmark_tune", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules["benchmark_tune"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["benchmark_tune"]
+
+
+def known_runs(exponent: float) -> list[HorizonRun]:
+    """Runs whose loss is a parabola in the log rate, with a best rate that falls as a power of the steps."""
+    runs = []
+    for rank in (8, 128):
+        for rate in (2e-4, 4e-4, 8e-4, 16e-4, 32e-4):
+            readings = []
+            for steps in (16, 64, 256):
+                best = 1.6e-3 * (steps / 16) ** exponent
+                loss = 1.0 + 0.02 * math.log(rate / best) ** 2
+                readings.append(Reading(steps, [loss * count for count in TOKENS], [], None))
+            runs.append(HorizonRun(rank, 64.0, rate, 0, ReadRun([1.0], readings)))
+    return runs
+
+
+def test_a_probe_of_the_assumed_law_has_almost_no_regret(replay) -> None:
+    cases = replay.replay(known_runs(-0.5), TOKENS)
+    assert {*zip(cases["probe_steps"], cases["steps"], strict=True)} == {(16, 64), (16, 256), (64, 256)}
+    inside = cases[~cases["is_edge"].astype(bool)]
+    assert len(inside) > 0
+    assert inside["regret"].max() < 1e-3
+    assert inside["covers_best"].all()
+
+
+def test_another_law_of_the_steps_is_seen_in_the_regret(replay) -> None:
+    cases = replay.replay(known_runs(0.5), TOKENS)
+    assert cases["regret"].max() > 0.01
+
+
+def test_probes_at_the_end_of_a_grid_are_counted_and_left_out(replay) -> None:
+    cases = replay.replay(known_runs(-0.5), TOKENS)
+    cases["is_edge"] = [True, *[False] * (len(cases) - 1)]
+    summary = replay.by_target(cases)
+    assert int(summary["edges"].sum()) == 1
+    assert int(summary["probes"].sum()) == len(cases) - 1
+
+
+def test_a_default_rate_outside_the_measured_ones_is_a_lower_bound(replay) -> None:
+    costs = replay.defaults(known_runs(-0.5), TOKENS)
+    below = costs[costs["learning_rate"] < 2e-4]
+    assert below["is_lower_bound"].all()
+    assert (below["regret"] > 0).all()
