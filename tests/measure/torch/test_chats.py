@@ -80,5 +80,5 @@ def test_bad_input() -> None:
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="chat_template"):
         ChatCollator(tokenizer)
-    with pytest.raises(InputError, match="^tokenizer .*object"):
+    with pytest.raises(InputError, match=r"^tokenizer .*object"):
         ChatCollator(object())
