@@ -48,10 +48,10 @@ JUDGING = {
         "rora_theory/sweep/trained_runs.py",
         "tests/sweep/test_trained_runs.py tests/sims/test_lr_transfer.py",
     ),
-    "horizon_law": ("rora_theory/horizon/law.py", "tests/sweep/test_horizons.py"),
-    "horizon_curves": ("rora_theory/horizon/curves.py", "tests/sweep/test_horizons.py"),
-    "horizon_parts": ("rora_theory/horizon/parts.py", "tests/sweep/test_horizons.py"),
-    "horizon_runs": ("rora_theory/horizon/runs.py", "tests/sweep/test_horizons.py"),
+    "horizon_law": ("rora_theory/horizon/law.py", "tests/horizon/test_judgement.py"),
+    "horizon_curves": ("rora_theory/horizon/curves.py", "tests/horizon/test_judgement.py"),
+    "horizon_parts": ("rora_theory/horizon/parts.py", "tests/horizon/test_judgement.py"),
+    "horizon_runs": ("rora_theory/horizon/runs.py", "tests/horizon/test_judgement.py"),
     "sweep_results": ("rora_theory/sweep/results.py", "tests/sweep/test_differences.py tests/sweep/test_results.py"),
     "rate_curves": ("rora_theory/stats/rate_curves.py", "tests/stats/test_rate_curves.py"),
 }
@@ -60,21 +60,21 @@ JUDGING = {
 BRIDGE = {
     "torch_batches": (
         "rora_theory/measure/torch/batches.py",
-        "tests/measure/test_torch.py tests/measure/test_torch_tokens.py tests/measure/test_torch_modes.py",
+        "tests/measure/torch/test_regimes.py tests/measure/torch/test_tokens.py tests/measure/torch/test_modes.py",
     ),
-    "torch_callback": ("rora_theory/measure/torch/callback.py", "tests/measure/test_torch_callback.py"),
-    "torch_check": ("rora_theory/measure/torch/check.py", "tests/measure/test_torch_check.py"),
+    "torch_callback": ("rora_theory/measure/torch/callback.py", "tests/measure/torch/test_callback.py"),
+    "torch_check": ("rora_theory/measure/torch/check.py", "tests/measure/torch/test_check.py"),
     "torch_hooks": (
         "rora_theory/measure/torch/hooks.py",
-        "tests/measure/test_torch.py tests/measure/test_torch_modes.py",
+        "tests/measure/torch/test_regimes.py tests/measure/torch/test_modes.py",
     ),
     "torch_modules": (
         "rora_theory/measure/torch/modules.py",
-        "tests/measure/test_torch_callback.py tests/measure/test_torch.py",
+        "tests/measure/torch/test_callback.py tests/measure/torch/test_regimes.py",
     ),
     "torch_regimes": (
         "rora_theory/measure/torch/regimes.py",
-        "tests/measure/test_torch.py tests/measure/test_torch_modes.py",
+        "tests/measure/torch/test_regimes.py tests/measure/torch/test_modes.py",
     ),
 }
 """Modules of the PyTorch bridge with the files that test them."""

@@ -70,7 +70,7 @@ def test_files_hold_the_figures_and_the_tables(tmp_path):
 def test_a_summary_is_written_from_what_the_report_prints(tmp_path, capsys):
     run = opened(tmp_path)
     with summarised(run, [KeyFigure("share", 0.5)]):
-        answers.say("Half is kept.", ["a short text"])
+        answers.print_answer("Half is kept.", ["a short text"])
         tables.print_table("What was kept", ["", "before"], [["layers", 30]])
     tables.print_table("Not in the summary", ["rule"], [["lora"]])
     run.finish()

@@ -119,7 +119,7 @@ def test_what_was_not_tried_has_no_verdict() -> None:
 
 def test_the_published_verdict_stands() -> None:
     """Of the rows that are published, a fifteenth of those measured."""
-    folder = Path(__file__).parents[2] / "results" / "published" / "regime"
+    folder = Path(__file__).parents[3] / "results" / "published" / "regime"
     published = json.loads((folder / "verdict.json").read_text())
     found = regime_tables.judge_regime(frames.read_csv(folder / "results.csv"))
     assert (found["verdict"], found["outside"], found["undecided"]) == (published["verdict"], 0, 0)
@@ -239,7 +239,7 @@ def test_spread_over_layers() -> None:
 
 @pytest.mark.parametrize("run", ["regime_held_out", "regime_after/plain_16"])
 def test_published_summaries(run) -> None:
-    folder = Path(__file__).parents[2] / "results" / "published" / run
+    folder = Path(__file__).parents[3] / "results" / "published" / run
     crossings, takeover = (frames.read_csv(folder / name) for name in (regime_tables.CROSSINGS, regime_tables.TAKEOVER))
     for name, expected in regime_tables.summaries(crossings, takeover).items():
         pd.testing.assert_frame_equal(frames.read_csv(folder / name), expected, check_dtype=False, rtol=1e-12)

@@ -71,14 +71,14 @@ def test_a_maximum_length() -> None:
 
 def test_bad_input() -> None:
     tokenizer = torch_chats.tokenizer(None)
-    with pytest.raises(InputError, match="max_length is 1"):
+    with pytest.raises(InputError, match=r"max_length .*\b1$"):
         ChatCollator(tokenizer, max_length=1)
-    with pytest.raises(InputError, match="within max_length 3"):
+    with pytest.raises(InputError, match=r"max_length.*\b3\b"):
         ChatCollator(tokenizer, max_length=3)(CHATS)
     with pytest.raises(InputError, match="messages"):
         ChatCollator(tokenizer)([{"text": "a"}])
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="chat_template"):
         ChatCollator(tokenizer)
-    with pytest.raises(InputError, match="tokenizer must be a fast tokenizer"):
+    with pytest.raises(InputError, match=r"^tokenizer .*object"):
         ChatCollator(object())

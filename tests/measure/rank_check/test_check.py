@@ -323,13 +323,11 @@ def test_controls_are_what_was_not_asked_for():
 
 def published() -> tuple[CheckConfig, pd.DataFrame]:
     """The published run on SmolLM2-135M: its settings and slopes."""
-    folder = Path(__file__).parents[2] / "results" / "published" / "coordinate_check"
+    folder = Path(__file__).parents[3] / "results" / "published" / "coordinate_check"
     used = json.loads((folder / "manifest.json").read_text())["config"]
-    names = ("band", "controls", "inits", "optimizers", "ranks", "rules", "steps")
+    names = ("band", "controls", "inits", "optimizers", "ranks", "rules", "seeds", "steps")
     settings = {name: tuple(used[name]) if isinstance(used[name], list) else used[name] for name in names}
-    return CheckConfig(**settings, seeds=tuple(range(used["seeds"]))), frames.read_csv(
-        folder / "slopes.csv", SLOPE_COLUMNS
-    )
+    return CheckConfig(**settings), frames.read_csv(folder / "slopes.csv", SLOPE_COLUMNS)
 
 
 def verdicts_of(config: CheckConfig, slopes: pd.DataFrame) -> dict[str, dict]:

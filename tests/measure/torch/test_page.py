@@ -13,7 +13,7 @@ pytest.importorskip("accelerate", reason="transformers' trainer: accelerate")
 import tokenizers  # noqa: E402
 from support import torch_models  # noqa: E402
 
-PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "measure-my-model.md"
+PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "measure-my-model.md"
 
 
 @pytest.mark.slow
