@@ -136,7 +136,7 @@ def against_steps(axes: Axes, best: pd.DataFrame, ranks: Sequence[int]) -> None:
             axes.plot(steps, start * (steps / steps[0]) ** power, color="black", linewidth=0.6, linestyle=line)
         # Left of the first point, where no bar is.
         axes.text(steps[0] / 1.15, start, rf"$\gamma r$ = {strength:g}", fontsize=7, ha="right", va="center")
-    style.integer_ticks(axes, steps)
+    style.integer_ticks(axes, steps.tolist())
     axes.set_xlim(left=steps[0] / (steps[-1] / steps[0]) ** 0.25)
     axes.margins(y=0.12)
     axes.set(

@@ -18,8 +18,11 @@ from rora_theory.io import files
 if TYPE_CHECKING:  # importing pandas takes as long as a short command
     import pandas as pd
 
-TEXT_COLUMNS = ("rule", "key", "file", "prediction")
-"""Columns that hold text even if every entry looks like a number, such as a rule given by its exponent, ``0.25``."""
+TEXT_COLUMNS = ("rule", "key", "file", "prediction", "claim")
+"""Columns that hold text even if every entry looks like a number or a boolean.
+
+Examples are a rule given by its exponent, ``0.25``, and a claim that is ``true``, ``false`` or close to either.
+"""
 
 
 def from_rows(rows: Iterable[Mapping[Any, Any]], columns: Sequence[str]) -> "pd.DataFrame":

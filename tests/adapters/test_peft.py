@@ -399,13 +399,14 @@ def test_a_file_cut_off_is_refused(kept, config, folder) -> None:
         load_peft(folder, config)
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
-def test_a_damaged_configuration_is_refused(text, config, folder) -> None:
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [(b"", "JSON"), (b"{", "JSON"), (b"[]", "list"), (b"\xff", "UTF-8"), (b"[" * 100_000, r"JSON .*\b64\b")],
+    ids=["empty", "open", "list", "bytes", "deep"],
+)
+def test_a_damaged_configuration_is_refused(text, reason, config, folder) -> None:
     (folder / "adapter_config.json").write_bytes(text)
-    with pytest.raises(
-        InputError,
-        match=r"adapter_config.json: (is not JSON|must .*got a list|byte 0 is not UTF-8|is JSON more)",
-    ):
+    with pytest.raises(InputError, match=rf"adapter_config\.json: .*{reason}"):
         load_peft(folder, config)
 
 

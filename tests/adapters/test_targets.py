@@ -81,8 +81,8 @@ def test_patterns_match_from_a_dot_and_the_first_wins(config) -> None:
             {"rank_pattern": {"layers.2.self_attn.q_proj": 17}},
             r"at most 16 at model.layers.2.self_attn.q_proj.*got 17",
         ),
-        ({"rank_pattern": {"q_proj": 0}}, "rank is 0"),
-        ({"alpha_pattern": {"q_proj": -1.0}}, "alpha is -1.0"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank .*got 0"),
+        ({"alpha_pattern": {"q_proj": -1.0}}, r"alpha .*got -1\.0"),
     ],
 )
 def test_refuses(config, settings, message) -> None:

@@ -118,10 +118,10 @@ def test_published_settings():
     assert rates == {"prefix": 3e-2, "series": 3e-4, "parallel": 3e-4}
 
 
-def test_a_run_is_told_by_its_own_method_s_settings():
-    """So a run of LoRA goes on whatever is added for others."""
+def test_a_run_is_identified_by_the_settings_of_its_method():
+    """Settings of other methods do not change the identity of a run."""
     own = {
-        "lora": {"rule", "rank", "alpha", "rank_pattern", "alpha_pattern", "init", "targets"},
+        "lora": {"rule", "rank", "alpha", "rank_pattern", "alpha_pattern", "init", "lr_multiplier_A", "targets"},
         "prefix": {"virtual_tokens"},
         "series": {"bottleneck", "non_linearity", "targets"},
     }

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 
 import gguf
 import jax
@@ -124,7 +125,7 @@ FILES = (
 
 @pytest.mark.parametrize("name", [*FILES, "tokenizer.model", "shard"])
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
-def test_a_file_that_is_none_is_refused_at_once(name, kind, tiny, draw_params, tmp_path, time_limit):
+def test_a_special_file_is_refused_at_once(name, kind, tiny, draw_params, tmp_path, time_limit):
     write_tokenizer(tmp_path / "tokenizer")
     folder = tmp_path / "model"
     shards = {"shard_bytes": 20_000} if name.endswith("index.json") or name == "shard" else {}
@@ -139,7 +140,7 @@ def test_a_file_that_is_none_is_refused_at_once(name, kind, tiny, draw_params, t
         path.symlink_to("/dev/zero")
     else:
         path.mkdir()
-    with time_limit(10), pytest.raises(InputError, match=f"^{path}: is a {kind}; accepted is") as caught:
+    with time_limit(10), pytest.raises(InputError, match=rf"^{re.escape(str(path))}: .*\b{kind}\b") as caught:
         load(folder)
     assert "\n" not in str(caught.value)
 

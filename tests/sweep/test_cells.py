@@ -135,12 +135,12 @@ def test_a_design_of_what_there_is_not_is_refused(changes, message) -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_a_folder_of_before_a_setting_was_there_goes_on() -> None:
-    """A setting that came later is told where it is not at its default alone."""
+def test_a_sweep_is_identified_by_its_shared_settings() -> None:
+    """Defaults are included; two values of one setting differ in it alone."""
     design, records = Design(), SimpleNamespace(summary={})
     for config in (FinetuneConfig, Training):
         settings = [
             sweep_identity(design, config(quantization=kind), records, {})["settings"] for kind in ("none", "q8_0")
         ]
-        assert "quantization" not in settings[0]
+        assert settings[0]["quantization"] == "none"
         assert settings[1] == settings[0] | {"quantization": "q8_0"}

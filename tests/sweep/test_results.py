@@ -179,7 +179,7 @@ def test_what_is_written_of_a_cell_is_read_again(tmp_path) -> None:
     [
         (b"\xff\xfe", "is not UTF-8"),
         (b"file,index,tokens,loss\na,3,10\n", "line 1 is not the header"),
-        (b"file,index,tokens,loss,answer_tokens,answer_loss\na,3,10,1.5,2\n", "line 2 has 5 fields"),
+        (b"file,index,tokens,loss,answer_tokens,answer_loss\na,3,10,1.5,2\n", r"line 2 .*\b6 fields.*got 5"),
         (b"file,index,tokens,loss,answer_tokens,answer_loss\na,3,10,x,2,0.5\n", "column loss"),
         (b"file,index,tokens,loss,answer_tokens,answer_loss\na,3,,1.5,2,0.5\n", "column tokens"),
     ],
