@@ -25,16 +25,21 @@ PAGES = [
     path for folder in ("results", "how-to", "explanation") for path in sorted((ROOT / "docs" / folder).glob("*.md"))
 ]
 
+SOURCE = re.compile(r"[,:] (?:from )?(?:an? |runs? |of )*sims\.\w+(?: or cells of sims\.\w+)?\.?$")
+"""End of a caption that names the command of the run, which the gallery states apart."""
+
 
 class Drawing(NamedTuple):
     """How a figure is drawn.
 
     Attributes:
       command: Name of the command of `rora figures`.
-      caption: First sentences of the docstrings of the command and of the function that draws.
+      subject: First sentence of the docstring of the command.
+      caption: First sentence of the docstring of the function that draws.
     """
 
     command: str
+    subject: str
     caption: str
 
 
@@ -69,8 +74,12 @@ class Figure:
         fields = {field.name for field in dataclasses.fields(_config("figures", self.drawing.command))}
         folder = self.run.relative_to(ROOT).as_posix()
         target = [folder] if fields & {"run", "runs"} else ["--out", folder]
-        recorded_options = self.manifest.get("figures", {}).get(self.path.stem, [])
-        return ["rora", "figures", self.drawing.command, *target, *recorded_options]
+        return ["rora", "figures", self.drawing.command, *target, *self.redraw_options]
+
+    @property
+    def redraw_options(self) -> list[str]:
+        """Options of the command that drew the figure, as recorded in the manifest."""
+        return list(self.manifest.get("figures", {}).get(self.path.stem, []))
 
     @cached_property
     def commands(self) -> list[list[str]]:
@@ -115,10 +124,15 @@ def markdown() -> str:
         link = page.relative_to(ROOT / "docs").as_posix()
         lines += [f'<section class="gallery" data-question="{page.stem}" markdown>', ""]
         lines += [f"## [{_title(page)}]({link})", ""]
+        stated_commands: set[str] = set()
         for run, run_figures in sections[page].items():
             lines += [f"### {run.relative_to(PUBLISHED).as_posix()}", "", _data_links(run), ""]
+            commands = [figure.drawing.command for figure in run_figures]
             for figure in run_figures:
-                lines += _image(figure)
+                # State the subject of a command once in a section, and only if the captions of its figures need it.
+                command = figure.drawing.command
+                lines += _image(figure, with_subject=commands.count(command) == 1 and command not in stated_commands)
+                stated_commands.add(command)
             lines += _commands(run_figures)
         lines += ["</section>", ""]
     return "\n".join(lines)
@@ -128,30 +142,33 @@ def _data_links(run: Path) -> str:
     """Return links to the data of a run."""
     folder = f"published/{run.relative_to(PUBLISHED).as_posix()}"
     names = [name for name in ("results.csv", "metrics.jsonl", "manifest.json") if (run / name).exists()]
-    return f"Data: {', '.join(f'[{name}]({folder}/{name})' for name in names)}."
+    return ", ".join(f"[{name}]({folder}/{name})" for name in names)
 
 
 def _commands(run_figures: Sequence[Figure]) -> list[str]:
     """Return the folded commands that made a run and that draw its figures."""
     figure = run_figures[0]
     lines = ["<details markdown><summary>Commands</summary>", ""]
-    if figure.commands:
-        # A run that several commands extended shows the first one; its manifest records all of them.
-        several = f" (the first of {len(figure.commands)} commands in its manifest)" if len(figure.commands) > 1 else ""
-        lines += [f"Run{several}:", "", "```", shlex.join(figure.commands[0]), "```", ""]
-    else:
+    if not figure.commands:
         keys = {"command": "command", "versions": "packages", "revision": "git_revision", "date": "end"}
         missing = [word for word, key in keys.items() if key not in figure.manifest]
         lines += [f"The manifest of this run records its settings, but not: {', '.join(missing)}.", ""]
-    redraw_lines = dict.fromkeys(shlex.join(figure.redraw) for figure in run_figures)
-    return [*lines, "Figures:", "", "```", *redraw_lines, "```", "", "</details>", ""]
+    elif len(figure.commands) > 1:
+        lines += [f"The manifest lists the {len(figure.commands)} commands of the run.", ""]
+    run_lines = [shlex.join(command) for command in figure.commands] if len(figure.commands) == 1 else []
+    # The page states how to draw the figures that need no options.
+    redraw_lines = dict.fromkeys(shlex.join(figure.redraw) for figure in run_figures if figure.redraw_options)
+    if run_lines or redraw_lines:
+        lines += ["```", *run_lines, *redraw_lines, "```", ""]
+    return [*lines, "</details>", ""]
 
 
-def _image(figure: Figure) -> list[str]:
+def _image(figure: Figure, *, with_subject: bool) -> list[str]:
     """Return a figure that opens its file, and its caption."""
     image = f"published/{figure.path.relative_to(PUBLISHED).as_posix()}"
-    alt = f"{figure.path.stem} of {figure.run.name}".replace("_", " ")
-    return [f"[![{alt}]({image})]({image})", "", figure.drawing.caption, ""]
+    alt = figure.path.stem.replace("_", " ")
+    sentences = [figure.drawing.subject, figure.drawing.caption] if with_subject else [figure.drawing.caption]
+    return [f"[![{alt}]({image})]({image})", "", " ".join(sentences), ""]
 
 
 @cache
@@ -168,8 +185,8 @@ def _drawings() -> list[tuple[re.Pattern[str], Drawing]]:
                 # The caption comes from the function whose result is saved, or else from the one that saves it.
                 figure = call.args[0]
                 owner = functions.get(ast.unparse(figure.func), function) if isinstance(figure, ast.Call) else function
-                caption = " ".join(map(_sentence, (ast.get_docstring(tree), ast.get_docstring(owner))))
-                drawings.append((re.compile(_pattern(call.args[2])), Drawing(command, caption)))
+                subject, caption = _sentence(ast.get_docstring(tree)), _sentence(ast.get_docstring(owner))
+                drawings.append((re.compile(_pattern(call.args[2])), Drawing(command, subject, caption)))
     return sorted(drawings, key=lambda pair: ".*" in pair[0].pattern)
 
 
@@ -180,8 +197,9 @@ def _pattern(name: ast.expr) -> str:
 
 
 def _sentence(text: str | None) -> str:
-    """Return the first paragraph of a docstring as a caption, without its leading verb."""
+    """Return the first paragraph of a docstring as a caption, without its leading verb and the command of the run."""
     paragraph = " ".join((text or "").split("\n\n")[0].split()).rstrip(":")
+    paragraph = SOURCE.sub("", paragraph)
     paragraph = re.sub(r"^(?:Draw|Plot|Map) (?:the )?(.)", lambda start: start[1].upper(), paragraph)
     return (paragraph if paragraph.endswith(".") else f"{paragraph}.").replace("*", r"\*")
 

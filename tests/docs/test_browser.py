@@ -279,7 +279,9 @@ def test_a_file_is_chosen_or_dropped(page, tmp_path) -> None:
     expected = answer(Setting(16, 32.0, 2e-4), 128, {name: 2 * c for name, c in terms.items()})
     WebDriverWait(page, 5).until(lambda _: said(page) == expected)
     page.refresh()
-    assert "Regime is measured and no file is here; accepted is a crossing_ranks.csv" in said(page)
+    refusal = said(page)
+    assert refusal.startswith("Regime must come with a crossing_ranks.csv")
+    assert "got no file" in refusal
     drop = """
         const data = new DataTransfer();
         data.items.add(new File([arguments[0]], arguments[1]));
