@@ -13,14 +13,13 @@ import numpy as np
 from jaxtyping import Float
 
 from rora_theory.io import frames
-from rora_theory.optimizers import FAMILY
+from rora_theory.optimizers import FAMILY, scaling_power
 from rora_theory.stats import slopes
 from rora_theory.stats.estimate import ROUNDING, Estimate, over_seeds
 from rora_theory.stats.paired import mean_per_token, resampled_ratios
 from rora_theory.stats.rate_optimum import Best, grid_gap, minima, predicted_slopes, rate_gap
 from rora_theory.stats.slopes import SeedFit
 from rora_theory.stats.verdicts import judge_equivalence
-from rora_theory.theory.laws import scaling_power
 
 if TYPE_CHECKING:
     import pandas as pd

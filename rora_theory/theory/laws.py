@@ -23,13 +23,9 @@ from scipy import special
 
 from rora_theory.errors import InputError
 from rora_theory.inits import Entries, Init, entries
+from rora_theory.optimizers import Optimizer, check_optimizer, scaling_power
 from rora_theory.scaling import check_integer, check_not_negative, check_positive, check_rank
 from rora_theory.theory import sign_expectation
-
-Optimizer = Literal["sgd", "adam"]
-"""Optimizer of the first step: ``"sgd"`` moves B by eta times the gradient, ``"adam"`` by its smoothed sign."""
-
-OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "adam")
 
 HALF_NORMAL_MEAN = math.sqrt(2 / math.pi)
 """E|z| of a standard normal z."""
@@ -61,12 +57,6 @@ class FirstStepMoments:
     def norm_second_moment(self) -> Float[np.ndarray, "*tokens"]:
         """Mean squared norm E|w|_2^2, the sum of E[w_i^2] over i."""
         return np.asarray(np.sum(self.second_moment, axis=-1))
-
-
-def scaling_power(optimizer: Optimizer) -> int:
-    """Return the power of gamma in w: 2 for SGD (gradient and forward pass), 1 for Adam (forward pass)."""
-    check_optimizer(optimizer)
-    return 2 if optimizer == "sgd" else 1
 
 
 def first_step_moments(
@@ -338,12 +328,6 @@ def flat_kappa(slope: Float[np.ndarray, "..."] | float, *, optimizer: Optimizer)
       The exponent kappa.
     """
     return np.asarray(slope, np.float64) / (2 * scaling_power(optimizer))
-
-
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Raise `InputError` unless the optimizer is known."""
-    if optimizer not in OPTIMIZERS:
-        raise InputError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
 
 
 def check_overlap(overlap: float) -> None:

@@ -31,14 +31,14 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from rora_theory import inits
 from rora_theory.errors import InputError
-from rora_theory.optimizers import make_optimizer
+from rora_theory.optimizers import Optimizer, make_optimizer
 from rora_theory.random.chi_squares import sample_chi_squares
 from rora_theory.random.draws import draw_A, stream_key
 from rora_theory.random.normals import keys_at, standard_normal
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.moments import Moments
 from rora_theory.theory import first_step
-from rora_theory.theory.laws import Optimizer, check_overlap, check_step
+from rora_theory.theory.laws import check_overlap, check_step
 
 Sampler = Literal["direct", "pairs", "chi_square"]
 

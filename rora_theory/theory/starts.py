@@ -23,8 +23,8 @@ import numpy as np
 from jaxtyping import Float
 
 from rora_theory.errors import InputError
+from rora_theory.optimizers import Optimizer, check_optimizer
 from rora_theory.scaling import check_positive, check_rank
-from rora_theory.theory.laws import Optimizer, check_optimizer
 
 
 class StartTerms(NamedTuple):

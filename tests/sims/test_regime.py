@@ -27,8 +27,8 @@ from rora_theory.measure.regimes import tables as regime_tables
 from rora_theory.measure.regimes import thin
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.measure.regimes.tables import JudgeConfig
+from rora_theory.optimizers import scaling_power
 from rora_theory.runs.reading import CELLS
-from rora_theory.theory import laws
 from sims import regime
 from sims.common import cli
 
@@ -104,7 +104,7 @@ def test_crossings(finished) -> None:
     assert len(crossings) == 2 * 2 * 2 * 2 * 2
     for row in crossings:
         key = tuple(row[k] for k in ("module", "split", "optimizer", "init"))
-        power = laws.scaling_power(row["optimizer"])
+        power = scaling_power(row["optimizer"])
         # gamma^p of rora falls by 4^(-p/2) from rank 4 to 16, gaussian's deviation by 4^-p.
         strength = (4**-0.5 * (0.25 if row["init"] == "gaussian" else 1)) ** power
         c = float(row["linear_term"])

@@ -33,11 +33,10 @@ from rora_theory.measure.regimes.tables import (
     TOKEN_COLUMNS,
     TOKENS,
 )
-from rora_theory.optimizers import DISPLAY_NAMES, EPSILON
+from rora_theory.optimizers import DISPLAY_NAMES, EPSILON, OPTIMIZERS, Optimizer
 from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import Rule, exponent, scaling_factor
 from rora_theory.theory import horizon
-from rora_theory.theory.laws import OPTIMIZERS, Optimizer
 from rora_theory.validation.ranges import Count, Natural, Positive, check_ranges
 from rora_theory.validation.rules import check_ranks, check_rules, name_of
 

@@ -53,10 +53,9 @@ from rora_theory.measure.torch.modules import (
     with_autograd,
     without_adapters,
 )
-from rora_theory.optimizers import FAMILY
+from rora_theory.optimizers import FAMILY, Optimizer
 from rora_theory.random import seeds
 from rora_theory.scaling import Rule
-from rora_theory.theory.laws import Optimizer
 
 DEFAULT = RegimeConfig(ranks=(8, 128), rows=0)
 """Default configuration, which trains no adapters.
