@@ -15,7 +15,7 @@ from matplotlib.patheffects import withStroke
 from figures import style
 from rora_theory.optimizers import OPTIMIZERS, scaling_power
 from rora_theory.theory import laws
-from rora_theory.validation.ranges import Count, Plural, check_ranges
+from rora_theory.validation.ranges import AtLeastTwo, Count, check_ranges
 
 LABELS_AT = (0.05, 0.12)
 """Overlaps at which contours are labelled, alternately."""
@@ -27,7 +27,7 @@ class Config:
 
     p_in: Count = 4096
     """Inputs of the layer, 1 or more."""
-    max_rank: Plural = 16384
+    max_rank: AtLeastTwo = 16384
     """Largest rank of the map, 2 or more."""
     out: Path = Path("results/exponent_map")
     """Folder for exponent_map.png and .svg."""

@@ -19,7 +19,7 @@ from rora_theory.io import digests
 from rora_theory.random.seeds import check_seed
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.summary import KeyFigure
-from rora_theory.validation.ranges import Count, Plural, Share, check_ranges
+from rora_theory.validation.ranges import AtLeastTwo, Count, Share, check_ranges
 from sims.common import answers, cli, tables
 from sims.common.progress import progress_bar
 from sims.common.summaries import summarised
@@ -53,7 +53,7 @@ class Config:
     """Number of windows of the text for calibration"""
     held_out: Count = 32
     """Number of other windows for the perplexity"""
-    seq: Plural = 256
+    seq: AtLeastTwo = 256
     """Number of tokens of a window"""
     batch_size: Count = 4
     """Number of windows per batch"""

@@ -132,7 +132,7 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     runner, seed = config.cluster.runner(), config.seed
     read = prompts.read_inputs(config.check[1:], config.check[0], config.reading)
     size = record_batches.PairConfig(config.batch_size, config.batch_size)
-    pair = record_batches.pair(size, **read.texts(), seed=config.seed)
+    pair = record_batches.make_batch_pair(size, **read.texts(), seed=config.seed)
     identity: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "seeds", "seed")}
     identity |= {"targets": targets} | advice.identity() | read.identity
     check_free(path_of(NAME, identity, config.out))

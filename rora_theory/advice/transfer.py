@@ -92,7 +92,7 @@ class Advice(CarriedSetting):
         target_modules: Sequence[str] | str,
         per: AlphaGrouping = "type",
         task_type: TaskType | None = "CAUSAL_LM",
-        others: Mapping[str, Any] | None = None,
+        other_entries: Mapping[str, Any] | None = None,
     ) -> str:
         """Return Python source of a PEFT ``LoraConfig`` with `lora_arguments`.
 
@@ -101,7 +101,7 @@ class Advice(CarriedSetting):
             expression.
           per: Grouping of the modules that share an alpha, see `alpha_pattern`.
           task_type: Task type of PEFT; None leaves it out.
-          others: Other entries of the configuration, such as those of a saved one.
+          other_entries: Other entries of the configuration, such as those of a saved one.
 
         Raises:
           InputError: If `lora_arguments` or `peft_targets` refuses a value, or PEFT does not have the task type.
@@ -129,7 +129,7 @@ class Advice(CarriedSetting):
             lines += ["    alpha_pattern={"]
             lines += [f"        {name!r}: {alpha:.6g}," for name, alpha in arguments["alpha_pattern"].items()]
             lines += ["    },"]
-        lines += [f"    {name}={value!r}," for name, value in (others or {}).items()]
+        lines += [f"    {name}={value!r}," for name, value in (other_entries or {}).items()]
         return "\n".join([*lines, ")"])
 
     def sentence(self) -> str:

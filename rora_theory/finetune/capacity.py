@@ -148,7 +148,7 @@ class Device:
         return self.bfloat16 if jnp.dtype(dtype).itemsize == 2 else self.float32
 
     @classmethod
-    def of(cls, memory: float, rate: float, bandwidth: float | None = None) -> "Device":
+    def from_specification(cls, memory: float, rate: float, bandwidth: float | None = None) -> "Device":
         """Construct a device from its specification.
 
         Args:

@@ -13,7 +13,7 @@ from rora_theory.llama.model import REMAT_CHOICES
 from rora_theory.llama.quantised import Quantization, check_quantization
 from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import Rule
-from rora_theory.validation.ranges import Count, Natural, NotNegative, Plural, Positive, check_ranges
+from rora_theory.validation.ranges import AtLeastTwo, Count, Natural, NotNegative, Positive, check_ranges
 
 Method = Literal["lora", "dora", "prefix", "series", "parallel", "full"]
 LossOn = Literal["all", "answer"]
@@ -89,7 +89,7 @@ class FinetuneConfig:
     """Prompt template: train (the published one, byte for byte), clean, chat (the model's chat template) or plain (the
     prompt followed directly by the response); by default train for alpaca, chat for chats and prompt-response, and
     plain for other formats"""
-    cutoff: Plural = 256
+    cutoff: AtLeastTwo = 256
     """Maximum length of an example in tokens; longer examples are truncated at the end"""
     loss_on: LossOn = "all"
     """Tokens in the loss: all (the protocol), or answer (in chats, every turn of the assistant)"""

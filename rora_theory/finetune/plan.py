@@ -111,7 +111,7 @@ class PlanConfig:
         """Return the device to plan for."""
         if self.memory is None or self.tflops is None:
             return DEVICES[self.device]
-        return Device.of(
+        return Device.from_specification(
             1e9 * self.memory, 1e12 * self.tflops, None if self.bandwidth is None else 1e9 * self.bandwidth
         )
 

@@ -30,7 +30,7 @@ from rora_theory.tune.plan import (
     make_plan,
     scaled_warmup,
 )
-from rora_theory.validation.ranges import Count, Natural, NotNegative, Plural, Positive, Share, check_ranges
+from rora_theory.validation.ranges import AtLeastTwo, Count, Natural, NotNegative, Positive, Share, check_ranges
 from rora_theory.validation.rules import check_list
 
 MAX_INPUT_RECORDS = 8
@@ -76,7 +76,7 @@ class ProbeConfig:
     """Prompt template, by default that of the records' format"""
     loss_on: LossOn = "all"
     """Tokens in the loss: all or answer"""
-    cutoff: Plural = 256
+    cutoff: AtLeastTwo = 256
     """Maximum length of an example in tokens"""
     lr: Positive | None = None
     """Learning rate of the planned run from which the search starts; by default the best rate of published runs"""
@@ -84,7 +84,7 @@ class ProbeConfig:
     """Maximum rank of the probe's adapters"""
     budget: Share = BUDGET
     """Maximum cost of the probe as a share of the planned run"""
-    held_out: Plural = 96
+    held_out: AtLeastTwo = 96
     """Number of records that no run trains on; fewer are evaluated if the budget does not allow all"""
     seed: int = 0
     """Seed of the samples of records, of the order and of the initialisation"""

@@ -30,7 +30,7 @@ class Reading:
       step: Number of steps; 0 is the model before training.
       losses: Loss of each record in nats, summed over its tokens.
       answer_losses: Loss of each record in nats, summed over the tokens of its answer.
-      parts: Columns of `measure.led.led_parts`, to five figures; None if the change is not gamma B A x (full
+      parts: Columns of `measure.led.compute_led_rms`, to five figures; None if the change is not gamma B A x (full
         fine-tuning, DoRA), or in runs of earlier versions.
     """
 
@@ -110,7 +110,7 @@ def read_run(
                 if not math.isfinite(math.fsum(reading.losses)):
                     return replace(run, diverged_at=event.step)
                 if start is not None and inputs is not None:
-                    parts = led.led_parts(start, trained, inputs)
+                    parts = led.compute_led_rms(start, trained, inputs)
                     reading = replace(reading, parts=parts.to_dict("list"))
                 run.readings.append(reading)
     except NonFiniteLossError as error:

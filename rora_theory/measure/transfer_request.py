@@ -177,4 +177,6 @@ def advise(config: TransferConfig) -> Advised:
         if runs[name] is None and runs[f"to_{name}"] is not None:
             runs[name] = value
     peft = {"target_modules": targets, "per": config.per, "task_type": config.task_type or saved.task_type}
-    return Advised(transfer(tuned, config.to_rank, regime, **new, **runs), peft | {"others": saved.others}, thin)
+    return Advised(
+        transfer(tuned, config.to_rank, regime, **new, **runs), peft | {"other_entries": saved.other_entries}, thin
+    )

@@ -14,7 +14,7 @@ from rora_theory.optimizers import OPTIMIZERS, Optimizer, scaling_power
 from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import Rule, scaling_factor
 from rora_theory.stats.moments import log_log_fit
-from rora_theory.validation.ranges import Plural, Positive, check_ranges
+from rora_theory.validation.ranges import AtLeastTwo, Positive, check_ranges
 from rora_theory.validation.rules import check_choices, check_ranks, check_rules, check_unread
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class StepGrid:
     relative_error: Positive | None = None
     """Relative standard error at which sampling stops. Default: 0.005 of the second moment for random inputs; 0.01 of
     the rms for layers of a model"""
-    draws: Plural | None = None
+    draws: AtLeastTwo | None = None
     """Exact number of draws, instead of a relative error"""
     seed: int = 0
     """Seed of the random draws"""

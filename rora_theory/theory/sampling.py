@@ -181,7 +181,7 @@ def _streams(
     devices: Sequence[jax.Device] | None,
 ) -> Iterator[Float[np.ndarray, "settings 2 n"]]:
     """Yield the blocks of several settings that take their steps from the same draws."""
-    kind = BlockKind.of(settings, sampler)
+    kind = BlockKind.from_settings(settings, sampler)
     block_count = None if blocks is None else -(-blocks // batch) * batch
 
     # One axis of devices that share a call's blocks; no more devices than batches.
@@ -319,7 +319,7 @@ class BlockKind:
     step: int = _MAX_BLOCK_DRAWS
 
     @classmethod
-    def of(cls, settings: Sequence[RandomStep], sampler: Sampler) -> "BlockKind":
+    def from_settings(cls, settings: Sequence[RandomStep], sampler: Sampler) -> "BlockKind":
         """Return the kind of block that serves several settings.
 
         Args:

@@ -120,7 +120,7 @@ def test_crossings(finished) -> None:
 def test_figures_are_of_the_batch_and_of_other_records(finished, inputs) -> None:
     """The batch is the records that were not held out; its gradient, and both splits' tokens, are in every figure."""
     model, records = load(inputs["model"]), read_records(inputs["data"])
-    pair = record_batches.pair(PairConfig(4, 4), records, model.tokenizer)
+    pair = record_batches.make_batch_pair(PairConfig(4, 4), records, model.tokenizer)
     rest, held_out = split_records(records, 4, 0)
     for part, own in ((pair.train, rest[:4]), (pair.held_out, held_out)):
         examples = tokenize(own, model.tokenizer)
@@ -142,7 +142,7 @@ def test_figures_are_of_the_batch_and_of_other_records(finished, inputs) -> None
             every = read[row["split"]].inputs[module][layer]
             masked = np.zeros(len(every), bool)
             if row["split"] == "heldout":
-                masked = unseen.seen(pair.held_out, [pair.train])[real_tokens(pair.held_out)]
+                masked = unseen.mark_seen(pair.held_out, [pair.train])[real_tokens(pair.held_out)]
                 masked = masked | tokens.sinks(np.linalg.norm(every, axis=1))
             grad, x = read["train"].gradient(module, layer), every[tokens.sample(16, 0, masked)]
             expected = np.sum(np.float64(grad) ** 2) * np.mean(np.sum(np.float64(x) ** 2, axis=1))

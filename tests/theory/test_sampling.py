@@ -132,7 +132,7 @@ def test_memory_is_bounded() -> None:
         (10**6, 1 << 20, "chi_square", 64e6),
         (256, 4096, "direct", 64e6),
     ]:
-        kind = sampling.BlockKind.of([RandomStep(rank=rank, p_in=p_in)], sampler)  # type: ignore[arg-type]
+        kind = sampling.BlockKind.from_settings([RandomStep(rank=rank, p_in=p_in)], sampler)  # type: ignore[arg-type]
         numbers = kind.numbers([RandomStep(rank=rank, p_in=p_in)])
         arguments = (jax.random.key(0), numbers, np.arange(64, dtype=np.uint32), np.int32(64))
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), "devices")

@@ -49,7 +49,7 @@ TAKEOVER_RANKS = (8, 32, 128)
 TAKEOVER_ROWS = 256
 """Number of rows of A from which takeover distances are estimated."""
 
-SIGN_FLIP_PERCENTS = tuple(round(100 * share) for share in horizon.TURNS)
+SIGN_FLIP_PERCENTS = tuple(round(100 * share) for share in horizon.SIGN_CHANGE_SHARES)
 """Percentages of the entries of G A^T that have changed sign at the distances ``turn_5`` to ``turn_95``."""
 
 ERRORS = {
@@ -196,7 +196,7 @@ class Regime:
     held_out_loss: float
 
     @classmethod
-    def of(cls, layers: Iterable[LayerRegime], training_loss: float, held_out_loss: float) -> "Regime":
+    def from_layers(cls, layers: Iterable[LayerRegime], training_loss: float, held_out_loss: float) -> "Regime":
         """Create a regime from the rows of layers."""
         columns = (CROSSING_COLUMNS, RESULT_COLUMNS, TAKEOVER_COLUMNS, TOKEN_COLUMNS)
         tables = [[row for rows in table for row in rows] for table in zip(*layers, strict=True)]

@@ -281,7 +281,7 @@ def regime(
             f"no gradient reaches any of {len(reached)} target modules. Choose target_modules that the loss depends on."
         )
     # Gradients arrive in the order of the backward pass: restore the model's order.
-    frames = Regime.of(
+    frames = Regime.from_layers(
         [reducer.layers[name] for name in modules if name in reducer.layers], training_loss, held_out_loss
     )
     # Warn if the result rests on too few tokens or layers.
