@@ -44,7 +44,37 @@ _ONLY: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class CostConfig:
+    """Settings that determine the memory and time of a training run, apart from the model and the record lengths."""
+
+    method: str = "lora"
+    """Fine-tuning method"""
+    rank: Count = 32
+    """Rank of the adapter, the number of rows of lora_A; not used by prefix, series, parallel and full"""
+    batch_size: Count = 16
+    """Number of records per step"""
+    accumulation: Count = 1
+    """Number of microbatches that a batch is processed in, to save memory"""
+    epochs: Count = 3
+    """Number of passes over the training records"""
+    steps: Count | None = None
+    """Number of steps after which training and the learning-rate schedule end, in place of epochs"""
+    dropout: float = 0.05
+    """Dropout probability of the adapter's input; not used by prefix and full. LLM-Adapters runs series and parallel
+    adapters with 0"""
+    dtype: BaseDtype = "float32"
+    """Dtype of the frozen base weights; trained parameters and optimizer state are always float32"""
+    quantization: Quantization = "none"
+    """Storage of the frozen base's linear weights, to save memory as QLoRA does: none, or GGUF's block formats q8_0,
+    q4_0 or q4_1 (8.5, 4.5 or 5 bits per weight), dequantized to dtype one layer at a time; a .gguf file of the same
+    type keeps its blocks"""
+    remat: bool | Literal["mlp"] = False
+    """Rematerialisation in the backward pass, to save memory: False (elementwise operations only), mlp (also the
+    feed-forward module) or True (everything)"""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(CostConfig):
     """Settings that determine a run's numbers, apart from the model and the data.
 
     The defaults are the protocol of LLM-Adapters and of DoRA's `commonsense_reasoning`, on which the paper builds, with
@@ -62,8 +92,6 @@ class FinetuneConfig:
     targets)"""
     rule: Rule = "rora"
     """Scaling rule, alpha / rank**kappa: lora (kappa 1), rora or rslora (kappa 1/2), or a number for kappa"""
-    rank: int = 32
-    """Rank of the adapter, the number of rows of lora_A"""
     alpha: float = 64.0
     """Numerator of the scaling factor"""
     targets: tuple[str, ...] | None = None
@@ -73,9 +101,6 @@ class FinetuneConfig:
     """Ranks of modules that match a regular expression, in place of rank"""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas of modules that match a regular expression, in place of alpha"""
-    dropout: float = 0.05
-    """Dropout probability of the adapter's input; not used by prefix and full. LLM-Adapters runs series and parallel
-    adapters with 0"""
     init: Literal["kaiming_uniform", "gaussian"] = "kaiming_uniform"
     """Initialisation of lora_A; lora_B is initialised to zero"""
     virtual_tokens: int = 10
@@ -98,14 +123,6 @@ class FinetuneConfig:
     widths: Count = 6
     """Maximum number of padded batch lengths; the step is compiled once for each"""
 
-    epochs: Count = 3
-    """Number of passes over the training records"""
-    steps: Count | None = None
-    """Number of steps after which training and the learning-rate schedule end, in place of epochs"""
-    batch_size: Count = 16
-    """Number of records per step"""
-    accumulation: Count = 1
-    """Number of microbatches that a batch is processed in, to save memory"""
     lr: Positive | None = None
     """Peak learning rate; by default that of the protocol: 3e-4, for dora 2e-4, for prefix 3e-2, for full 2e-5"""
     warmup: Natural = 100
@@ -129,15 +146,6 @@ class FinetuneConfig:
     """Number of steps between two checkpoints; every validation also saves one"""
     seed: int = 42
     """Seed of the validation split, the order of the records, the initialisation and the dropout"""
-    dtype: BaseDtype = "float32"
-    """Dtype of the frozen base weights; trained parameters and optimizer state are always float32"""
-    quantization: Quantization = "none"
-    """Storage of the frozen base's linear weights, to save memory as QLoRA does: none, or GGUF's block formats q8_0,
-    q4_0 or q4_1 (8.5, 4.5 or 5 bits per weight), dequantized to dtype one layer at a time; a .gguf file of the same
-    type keeps its blocks"""
-    remat: bool | Literal["mlp"] = False
-    """Rematerialisation in the backward pass, to save memory: False (elementwise operations only), mlp (also the
-    feed-forward module) or True (everything)"""
 
     def __post_init__(self) -> None:
         """Validate the settings and convert real numbers to float."""
