@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rora_theory.data import windows as text_windows
 from rora_theory.data.records import FormatConfig
+from rora_theory.defaults import SMALL_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.io import digests
 from rora_theory.random.seeds import check_seed
@@ -55,7 +56,7 @@ class Config:
     """Number of other windows for the perplexity"""
     seq: AtLeastTwo = 256
     """Number of tokens of a window"""
-    batch_size: Count = 4
+    batch_size: Count = SMALL_BATCH_SIZE
     """Number of windows per batch"""
     seed: int = 0
     """Seed of the choice of windows"""

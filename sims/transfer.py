@@ -24,6 +24,7 @@ from rora_theory.advice.trainer_configs import write_trainer_config
 from rora_theory.advice.transfer import Advice
 from rora_theory.cluster import ClusterConfig
 from rora_theory.data.records import DataConfig
+from rora_theory.defaults import MEASURE_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.measure.transfer_request import Advised, TransferConfig, advise
 from rora_theory.random.seeds import check_seed
@@ -52,7 +53,7 @@ class Config(TransferConfig):
     """A model and one or more data files, on which to run the real first steps at both ranks"""
     reading: DataConfig = field(default_factory=DataConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    batch_size: Count = 8
+    batch_size: Count = MEASURE_BATCH_SIZE
     """Number of records in the batch of --check, and of held-out records"""
     seeds: tuple[int, ...] = (0, 1, 2, 3)
     """Seeds of A in --check"""

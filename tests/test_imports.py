@@ -220,7 +220,7 @@ def test_a_stand_in_is_what_a_missing_package_is_asked_for() -> None:
 
 
 DRAWN_ORDER = (
-    ("errors",),
+    ("defaults", "errors"),
     ("extras", "lazy_modules", "scaling"),
     ("inits", "io", "optimizers"),
     ("adapter_config", "random"),

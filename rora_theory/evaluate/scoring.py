@@ -23,6 +23,7 @@ import numpy as np
 
 from rora_theory.data.prompts import TEMPLATES, prompt
 from rora_theory.data.tasks import TASKS, TaskRecord
+from rora_theory.defaults import SCORE_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.evaluate.answers import parse_answer, response
 from rora_theory.evaluate.choices import TEXTS, Choice, encode_choices, harness_choices, label_choices
@@ -113,7 +114,7 @@ def score(
     scoring: Scoring,
     *,
     adapter: Adapter | None = None,
-    batch_size: int = 8,
+    batch_size: int = SCORE_BATCH_SIZE,
     done: Collection[tuple[str, int]] = (),
 ) -> Iterator[Sample]:
     """Score records, yielding the samples of a batch at a time. Long records come first for ``generate``.
@@ -154,7 +155,7 @@ def score_tasks(
     scoring: Scoring,
     *,
     adapter: Adapter | None = None,
-    batch_size: int = 8,
+    batch_size: int = SCORE_BATCH_SIZE,
     done: Collection[tuple[str, int]] = (),
 ) -> Iterator[Sample]:
     """Score one task after another with `score`.

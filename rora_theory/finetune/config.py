@@ -8,6 +8,7 @@ from rora_theory.adapters import bottleneck as bottlenecks
 from rora_theory.adapters.bottleneck import NonLinearity
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.data.formats import TrainTemplate
+from rora_theory.defaults import TRAIN_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.llama.model import REMAT_CHOICES
 from rora_theory.llama.quantised import Quantization, check_quantization
@@ -51,7 +52,7 @@ class CostConfig:
     """Fine-tuning method"""
     rank: Count = 32
     """Rank of the adapter, the number of rows of lora_A; not used by prefix, series, parallel and full"""
-    batch_size: Count = 16
+    batch_size: Count = TRAIN_BATCH_SIZE
     """Number of records per step"""
     accumulation: Count = 1
     """Number of microbatches that a batch is processed in, to save memory"""

@@ -7,6 +7,7 @@ from typing import Any
 
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.data.formats import TrainTemplate
+from rora_theory.defaults import SMALL_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.finetune.config import FinetuneConfig, LossOn, Schedule
 from rora_theory.llama.quantised import Quantization
@@ -63,7 +64,7 @@ class HorizonGrid:
     """Seeds of initialisation and order"""
     read_at: tuple[int, ...] = (16, 64, 256)
     """Numbers of steps after which to evaluate the held-out records, in ascending order; the run ends at the last"""
-    batch_size: int = 4
+    batch_size: int = SMALL_BATCH_SIZE
     """Number of records per step"""
     warmup: int = 4
     """Number of steps of linear warm-up from 0"""

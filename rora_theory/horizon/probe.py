@@ -12,6 +12,7 @@ from rora_theory import adapters
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.data.batches import Examples
 from rora_theory.data.formats import TrainTemplate
+from rora_theory.defaults import TRAIN_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.finetune.config import FinetuneConfig, LossOn
 from rora_theory.horizon.readings import read_run
@@ -62,7 +63,7 @@ class ProbeConfig:
     """Adapted modules"""
     dropout: float = 0.0
     """Dropout probability of the adapter's input"""
-    batch_size: Count = 16
+    batch_size: Count = TRAIN_BATCH_SIZE
     """Number of records per step"""
     warmup: Natural = 0
     """Number of warm-up steps of the planned run"""

@@ -9,6 +9,7 @@ import numpy as np
 from rora_theory.data.batches import TextEncoder
 from rora_theory.data.chat import ChatTemplate
 from rora_theory.data.formats import AnyRecord, TrainTemplate
+from rora_theory.defaults import MEASURE_BATCH_SIZE, SMALL_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.finetune import Batch, Batches, Examples, choose_widths, split_records, tokenize
 from rora_theory.finetune.config import LossOn
@@ -24,9 +25,9 @@ class PairConfig:
       InputError: If a value is out of range.
     """
 
-    batch_size: Count = 8
+    batch_size: Count = MEASURE_BATCH_SIZE
     """Number of records in the batch that yields the gradient"""
-    held_out: Count = 8
+    held_out: Count = MEASURE_BATCH_SIZE
     """Number of held-out records at which the change is measured"""
     cutoff: AtLeastTwo = 256
     """Maximum number of tokens of a record"""
@@ -109,7 +110,7 @@ class BatchConfig:
 
     batches: Literal["fixed", "fresh"] = "fixed"
     """Batches of the steps: fixed uses the same batch in every step, fresh a new batch in each"""
-    batch_size: Count = 4
+    batch_size: Count = SMALL_BATCH_SIZE
     """Number of records in a batch"""
     held_out: Count = 64
     """Number of records to set aside, from which each seed draws its held-out batch"""
