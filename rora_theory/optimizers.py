@@ -4,6 +4,7 @@ import re
 from typing import TYPE_CHECKING, Literal, get_args
 
 from rora_theory.errors import InputError, shown
+from rora_theory.scaling import check_choice
 
 if TYPE_CHECKING:  # the names do not need JAX
     import optax
@@ -37,8 +38,7 @@ WEIGHT_DECAY = 0.01
 
 def check_optimizer(optimizer: Optimizer) -> None:
     """Raise `InputError` unless the optimizer of the first step is known."""
-    if optimizer not in OPTIMIZERS:
-        raise InputError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+    check_choice("optimizer", optimizer, OPTIMIZERS)
 
 
 def scaling_power(optimizer: Optimizer) -> int:

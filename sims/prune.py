@@ -69,7 +69,7 @@ class Config:
         if not self.text:
             raise InputError("--text must be one or more .txt files or files of training records, got none")
         check_ranges(self)
-        check_seed(self.seed)
+        check_seed("seed", self.seed)
 
 
 def run(config: Config) -> None:

@@ -70,7 +70,7 @@ class Config(TransferConfig):
             raise InputError(f"--write {self.write} requires --from with the file to change")
         check_ranges(self)
         check_seeds(self.seeds, fewest=2)
-        check_seed(self.seed, "--seed")
+        check_seed("--seed", self.seed)
         if not self.check:
             check_unread(self, "reading", "cluster", "batch_size", "seeds", "seed", "out", requires="--check")
         super().__post_init__()

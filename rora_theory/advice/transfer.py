@@ -19,7 +19,7 @@ from rora_theory.advice.run_change import RunChange
 from rora_theory.advice.setting import REGIMES, Setting, check_linear_term, check_setting, step_ratio
 from rora_theory.errors import InputError, shown
 from rora_theory.optimizers import DISPLAY_NAMES
-from rora_theory.scaling import KAPPAS, Rule, exponent
+from rora_theory.scaling import KAPPAS, Rule, check_choice, exponent
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ class Advice(CarriedSetting):
         Raises:
           InputError: If the grouping is not one of these.
         """
-        if per not in get_args(AlphaGrouping):
-            raise InputError(f"per must be one of {', '.join(get_args(AlphaGrouping))}, got {shown(per)}")
+        check_choice("per", per, get_args(AlphaGrouping))
         if self.regime != "measured" or per == "one":
             return {}
         if per == "type":

@@ -17,7 +17,7 @@ from rora_theory.data.prompts import ANSWER_PREFIX
 from rora_theory.errors import InputError, shown
 from rora_theory.io import files
 from rora_theory.paper.tasks import PUBLISHED_TASKS
-from rora_theory.validation.rules import check_choice
+from rora_theory.scaling import check_choice
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from rora_theory.llama.generate import beam_search
 from rora_theory.llama.loading import Model
 from rora_theory.llama.model import Adapter
 from rora_theory.llama.tokenizer import Tokenizer
-from rora_theory.scaling import check_integer
+from rora_theory.scaling import check_choice, check_integer
 from rora_theory.validation.ranges import Count, check_ranges
 
 Protocol = Literal["generate", "label", "harness"]
@@ -66,15 +66,14 @@ class Scoring:
 
     def __post_init__(self) -> None:
         """Validate the settings and set the default template."""
-        if self.protocol not in PROTOCOLS:
-            raise InputError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {self.protocol!r}")
+        check_choice("protocol", self.protocol, PROTOCOLS)
         if self.protocol == "harness":
             if self.template is not None:
                 raise InputError(f"template must be none with protocol harness, got {self.template!r}")
         elif self.template is None:
             object.__setattr__(self, "template", {"generate": "eval", "label": "train"}[self.protocol])
-        elif self.template not in TEMPLATES:
-            raise InputError(f"template must be one of {', '.join(TEMPLATES)}, got {self.template!r}")
+        else:
+            check_choice("template", self.template, TEMPLATES)
         check_ranges(self, str)
 
 

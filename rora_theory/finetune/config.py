@@ -11,9 +11,9 @@ from rora_theory.data.formats import TrainTemplate
 from rora_theory.defaults import TRAIN_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.llama.model import REMAT_CHOICES
-from rora_theory.llama.quantised import Quantization, check_quantization
+from rora_theory.llama.quantised import QUANTIZATIONS, Quantization
 from rora_theory.random.seeds import check_seed
-from rora_theory.scaling import Rule
+from rora_theory.scaling import Rule, check_choice
 from rora_theory.validation.ranges import AtLeastTwo, Count, Natural, NotNegative, Positive, check_ranges
 
 Method = Literal["lora", "dora", "prefix", "series", "parallel", "full"]
@@ -150,19 +150,14 @@ class FinetuneConfig(CostConfig):
 
     def __post_init__(self) -> None:
         """Validate the settings and convert real numbers to float."""
-        for name, kind in (
-            ("method", Method),
-            ("loss_on", LossOn),
-            ("schedule", Schedule),
-        ):
-            _check(name, getattr(self, name), get_args(kind), getattr(self, name) in get_args(kind))
-        templates = get_args(TrainTemplate)
-        _check("template", self.template, templates, self.template is None or self.template in templates)
-        _check("dtype", self.dtype, get_args(BaseDtype), self.dtype in get_args(BaseDtype))
-        check_quantization(self.quantization)
+        for name, kind in (("method", Method), ("loss_on", LossOn), ("schedule", Schedule), ("dtype", BaseDtype)):
+            check_choice(name, getattr(self, name), get_args(kind))
+        if self.template is not None:
+            check_choice("template", self.template, get_args(TrainTemplate))
+        check_choice("quantization", self.quantization, QUANTIZATIONS)
         if self.method == "full" and self.quantization != "none":
             raise InputError(f"quantization must be none with method full, got {self.quantization!r}")
-        _check("remat", self.remat, REMAT_CHOICES, self.remat in REMAT_CHOICES)
+        check_choice("remat", self.remat, REMAT_CHOICES)
         # A setting that the method does not use must keep its default.
         for name, methods in _ONLY.items():
             if self.method not in methods and getattr(self, name) != _default(name):
@@ -172,11 +167,13 @@ class FinetuneConfig(CostConfig):
                 )
         self.adapter()
         check_ranges(self, str)
-        check_seed(self.seed)
+        check_seed("seed", self.seed)
         if self.batch_size % self.accumulation:
             raise InputError(f"accumulation must divide batch_size, {self.batch_size}, got {self.accumulation}")
-        _check("clip", self.clip, "a number above 0", self.clip > 0)
-        _check("betas", self.betas, "two numbers from 0 to below 1", all(0 <= beta < 1 for beta in self.betas))
+        if not self.clip > 0:
+            raise InputError(f"clip must be a number above 0, or inf, got {self.clip!r}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas must be two numbers from 0 to below 1, got {self.betas!r}")
         # Runs are compared by their settings as text: without the conversion, alpha 4 and alpha 4.0 would differ.
         for name in _REAL:
             if not isinstance(value := getattr(self, name), (str, type(None))):
@@ -263,9 +260,3 @@ _REAL = ("alpha", "dropout", "lr", "lr_multiplier_A", "weight_decay", "clip", "e
 def _default(name: str) -> Any:
     setting = next(entry for entry in fields(FinetuneConfig) if entry.name == name)
     return setting.default if setting.default_factory is MISSING else setting.default_factory()
-
-
-def _check(name: str, value: object, choices: object, is_valid: bool) -> None:
-    if not is_valid:
-        requirement = f"one of {', '.join(map(str, choices))}" if isinstance(choices, tuple) else choices
-        raise InputError(f"{name} must be {requirement}, got {value!r}")

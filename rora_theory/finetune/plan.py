@@ -16,6 +16,7 @@ from rora_theory.finetune.capacity import DEVICES, GB, RESERVE, Device
 from rora_theory.finetune.config import BaseDtype, CostConfig, FinetuneConfig
 from rora_theory.finetune.sharding import Layout
 from rora_theory.runs import devices
+from rora_theory.scaling import check_choice
 from rora_theory.validation.ranges import Count, Positive, Share, check_ranges
 from rora_theory.validation.rules import check_unread
 
@@ -62,8 +63,7 @@ class PlanConfig(CostConfig):
 
     def __post_init__(self) -> None:
         """Validate the settings."""
-        if self.device not in DEVICES:
-            raise InputError(f"--device must be one of {', '.join(DEVICES)}, got {self.device!r}")
+        check_choice("--device", self.device, DEVICES)
         if self.steps is not None and self.examples is not None:
             raise InputError("--steps and --examples cannot be combined. Set one of them.")
         if (self.memory is None) != (self.tflops is None) or (self.bandwidth is not None and self.memory is None):

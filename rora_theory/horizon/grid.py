@@ -11,7 +11,8 @@ from rora_theory.defaults import SMALL_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.finetune.config import FinetuneConfig, LossOn, Schedule
 from rora_theory.llama.quantised import Quantization
-from rora_theory.validation.rules import check_positives, check_ranks, check_seeds, check_steps
+from rora_theory.scaling import check_positive
+from rora_theory.validation.rules import check_list, check_ranks, check_seeds, check_steps
 
 SHARED = ("batch_size", "warmup", "targets", "template", "loss_on", "cutoff")
 """Settings that all runs of a folder share and that identify it."""
@@ -91,12 +92,9 @@ class HorizonGrid:
         for option, values, fewest in (
             ("--strengths", self.strengths, 1), ("--lrs", self.lrs, 1), ("--full-lrs", self.full_lrs, 0)
         ):  # fmt: skip
-            check_positives(option, values, fewest=fewest)
+            check_list(option, values, check_positive, fewest=fewest)
         check_seeds(self.seeds)
-        try:
-            check_steps(self.read_at)
-        except InputError as error:
-            raise InputError(f"--read-at: {error}") from None
+        check_steps(self.read_at, "--read-at")
         if self.schedule != "constant" and len(self.read_at) > 1:
             raise InputError(
                 f"--read-at must be a single step with --schedule {self.schedule}, got "

@@ -93,7 +93,7 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         """Validate the settings."""
         check_ranges(self)
-        check_seed(self.seed, "--seed")
+        check_seed("--seed", self.seed)
         check_list("--targets", self.targets)
         check_warmup(self.warmup, self.steps)
         self.training(Trial(1.0, self.steps), epochs=1)

@@ -20,6 +20,7 @@ from rora_theory.finetune.held_out import RecordLoss, record_losses
 from rora_theory.measure import led
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep.workbench import Workbench
+from rora_theory.validation.rules import check_steps
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ def read_run(
     Raises:
       InputError: If the steps do not ascend, are more than the records provide, or do not suit the schedule.
     """
-    if not steps or steps[0] < 1 or list(steps) != sorted(set(steps)):
-        raise InputError(f"read_at must be ascending integers of 1 or more, got {' '.join(map(str, steps))!r}")
+    check_steps(steps, "read_at")
     if training.schedule != "constant" and len(steps) > 1:
         raise InputError(
             f"read_at must be a single step with schedule {training.schedule!r}, got {' '.join(map(str, steps))}"

@@ -24,7 +24,7 @@ from rora_theory.measure.layers.layer_data import Split
 from rora_theory.optimizers import OptimizerName, optimizer_named
 from rora_theory.scaling import Rule, exponent
 from rora_theory.validation.ranges import Count, Positive, check_ranges
-from rora_theory.validation.rules import as_words, check_rule, check_unread, option_of
+from rora_theory.validation.rules import as_words, check_unread, option_of
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class TransferConfig:
         check_ranges(self)
         for option, rule in (("--rule", self.rule), ("--to-rule", self.to_rule)):
             if rule is not None:
-                check_rule(option, rule)
+                exponent(rule, option)
         if self.regime in REGIMES:
             check_unread(self, "split", "per", requires="--regime RUN")
 

@@ -80,12 +80,7 @@ class SimulationConfig:
     def __post_init__(self) -> None:
         """Validate the settings."""
         check_ranges(self)
-        check_list("--overlaps", self.overlaps)
-        for overlap in self.overlaps:
-            try:
-                laws.check_overlap(overlap)
-            except InputError as error:
-                raise InputError(f"--overlaps: {error}") from None
+        check_list("--overlaps", self.overlaps, laws.check_overlap)
         if self.sampler == "reduced":
             for init in self.grid.inits:
                 if not entries(init, rank=1, p_in=1).is_normal:

@@ -78,7 +78,7 @@ class StepGrid:
                     f"one hundredth of the default), got {self.draws}"
                 )
             check_unread(self, "relative_error", conflicts_with="--draws")
-        check_seed(self.seed, "--seed")
+        check_seed("--seed", self.seed)
         # Size of every scaling and step, as decimal exponents.
         for rank, optimizer in itertools.product(self.ranks, self.optimizers):
             for _, gamma in self.scalings(rank):

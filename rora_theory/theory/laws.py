@@ -187,7 +187,7 @@ def random_input_moments(
       InputError: If an argument is out of range.
     """
     check_step(rank=rank, scaling=scaling, learning_rate=learning_rate, optimizer=optimizer)
-    check_overlap(overlap)
+    check_overlap("overlap", overlap)
     check_integer("p_in", p_in)
     delta = np.atleast_1d(np.asarray(delta, np.float64))
     if delta.ndim != 1 or not np.isfinite(delta).all():
@@ -267,7 +267,7 @@ def random_input_crossing_rank(p_in: float, overlap: float, *, optimizer: Optimi
       InputError: If the optimizer is unknown or the overlap is out of range.
     """
     check_optimizer(optimizer)
-    check_overlap(overlap)
+    check_overlap("overlap", overlap)
     rho2 = overlap**2
     if optimizer == "adam":
         return 1 + math.pi / 2 * p_in / (rho2 * p_in + 1 - rho2)
@@ -330,10 +330,10 @@ def flat_kappa(slope: Float[np.ndarray, "..."] | float, *, optimizer: Optimizer)
     return np.asarray(slope, np.float64) / (2 * scaling_power(optimizer))
 
 
-def check_overlap(overlap: float) -> None:
+def check_overlap(name: str, overlap: float) -> None:
     """Raise `InputError` unless -1 <= overlap <= 1."""
     if not (math.isfinite(overlap) and -1 <= overlap <= 1):
-        raise InputError(f"overlap must be a number from -1 to 1, got {overlap!r}")
+        raise InputError(f"{name} must be a number from -1 to 1, got {overlap!r}")
 
 
 def check_step(*, rank: int, scaling: float, learning_rate: float, optimizer: Optimizer) -> None:

@@ -85,7 +85,7 @@ class RandomStep:
     def __post_init__(self) -> None:
         """Validate the settings."""
         check_step(rank=self.rank, scaling=self.scaling, learning_rate=self.learning_rate, optimizer=self.optimizer)
-        check_overlap(self.overlap)
+        check_overlap("overlap", self.overlap)
         inits.entries(self.init, rank=self.rank, p_in=self.p_in)
 
 

@@ -125,7 +125,7 @@ class RegimeConfig:
                 f"--rows must be at most {MAX_ROWS:,}, got {self.rows}. That many rows already give the rms at rank 1 "
                 "to 0.01%, and more would take days per module."
             )
-        check_seed(self.seed)
+        check_seed("seed", self.seed)
         min_rows = 4 * max(self.ranks)
         if self.rows and self.rows < min_rows:
             raise InputError(
