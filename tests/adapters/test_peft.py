@@ -254,7 +254,7 @@ def test_weights_that_are_a_pipe_or_a_device_are_refused(config, folder) -> None
         weights.unlink()
         plant(weights)
         for read in (lambda: load_peft(folder, config), lambda: adapter_digest(folder)):
-            with pytest.raises(InputError, match=r"adapter_model\.safetensors: is a (pipe|device)"):
+            with pytest.raises(InputError, match=r"adapter_model\.safetensors: is not a regular file"):
                 read()
 
 
@@ -404,7 +404,7 @@ def test_a_damaged_configuration_is_refused(text, config, folder) -> None:
     (folder / "adapter_config.json").write_bytes(text)
     with pytest.raises(
         InputError,
-        match=r"adapter_config.json: (is not JSON|must .*got a list|byte 0 is not UTF-8|is JSON more)",
+        match=r"adapter_config.json: (is not JSON|must .*got a list|byte 0 is not UTF-8|is JSON nested)",
     ):
         load_peft(folder, config)
 
