@@ -76,7 +76,7 @@ def numpy_direct(threads: int) -> Iterator[int]:
 
 def normals(places: list[jax.Device]) -> Iterator[int]:
     """`jax.random.normal` alone: a draw's r p_in numbers, in the direct sampler's own portions, kept by a sum."""
-    kind = sampling.BlockKind.of([SETTING], "direct")
+    kind = sampling.BlockKind.from_settings([SETTING], "direct")
     shape = (kind.step * SETTING.rank, SETTING.p_in)
 
     @jax.jit

@@ -13,8 +13,9 @@ import numpy as np
 from matplotlib.patheffects import withStroke
 
 from figures import style
+from rora_theory.optimizers import OPTIMIZERS, scaling_power
 from rora_theory.theory import laws
-from rora_theory.validation.ranges import Count, Plural, check_ranges
+from rora_theory.validation.ranges import AtLeastTwo, Count, check_ranges
 
 LABELS_AT = (0.05, 0.12)
 """Overlaps at which contours are labelled, alternately."""
@@ -26,7 +27,7 @@ class Config:
 
     p_in: Count = 4096
     """Inputs of the layer, 1 or more."""
-    max_rank: Plural = 16384
+    max_rank: AtLeastTwo = 16384
     """Largest rank of the map, 2 or more."""
     out: Path = Path("results/exponent_map")
     """Folder for exponent_map.png and .svg."""
@@ -40,7 +41,7 @@ def draw(config: Config) -> Sequence[Path]:
     ranks = np.geomspace(1, config.max_rank, 241)
     overlaps = np.geomspace(0.003, 1, 241)
     figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.9), sharey=True)
-    for axis, optimizer in zip(axes, laws.OPTIMIZERS, strict=True):
+    for axis, optimizer in zip(axes, OPTIMIZERS, strict=True):
         crossing = np.array(
             [laws.random_input_crossing_rank(config.p_in, rho, optimizer=optimizer) for rho in overlaps]
         )
@@ -54,7 +55,7 @@ def draw(config: Config) -> Sequence[Path]:
         levels = np.linspace(ends[0], ends[1], 6)[1:-1]
         axis.contour(ranks, overlaps, kappa, levels=levels, colors="white", linewidths=0.6)
         # The slope is s at r = c (s - 1) / (2 - s), c the shifted crossing rank. Alternate the heights of labels.
-        for number, (level, s) in enumerate(zip(levels, levels * 2 * laws.scaling_power(optimizer), strict=True)):
+        for number, (level, s) in enumerate(zip(levels, levels * 2 * scaling_power(optimizer), strict=True)):
             overlap = LABELS_AT[number % 2]
             c = float(laws.random_input_crossing_rank(config.p_in, overlap, optimizer=optimizer)) - shift
             axis.text(

@@ -11,8 +11,9 @@ import tyro
 from matplotlib.axes import Axes
 
 from figures import style
+from rora_theory.scaling import check_positive
 from rora_theory.validation.ranges import Count, Positive, check_ranges
-from rora_theory.validation.rules import check_positives, check_ranks
+from rora_theory.validation.rules import check_list, check_ranks
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Config:
     def __post_init__(self) -> None:
         check_ranges(self)
         check_ranks(self.ranks, fewest=1)
-        check_positives("--strengths", self.strengths)
+        check_list("--strengths", self.strengths, check_positive)
 
 
 def draw(config: Config) -> Sequence[Path]:

@@ -13,8 +13,9 @@ from matplotlib.axes import Axes
 
 from figures import style
 from rora_theory.io import frames
+from rora_theory.scaling import check_positive
 from rora_theory.validation.ranges import Count, check_ranges
-from rora_theory.validation.rules import check_positives
+from rora_theory.validation.rules import check_list
 
 FLOOR = 1e-4
 """Smallest regret drawn, in nats per token: far below the resolution of any grid."""
@@ -43,7 +44,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        check_positives("--strengths", self.strengths)
+        check_list("--strengths", self.strengths, check_positive)
 
 
 def draw(config: Config) -> Sequence[Path]:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from rora_theory.errors import InputError, shown
 from rora_theory.inits import Init
 from rora_theory.io.files import read_json
+from rora_theory.scaling import check_choice
 
 FILE = "adapter_config.json"
 """Name of the configuration file in an adapter's folder."""
@@ -106,8 +107,8 @@ def init_of(value: object) -> Init:
 
 def check_task_type(value: object) -> None:
     """Raise `InputError` unless ``value`` is a `TaskType` or None."""
-    if value is not None and value not in get_args(TaskType):
-        raise InputError(f"task_type must be one of {', '.join(get_args(TaskType))}, got {shown(value)}")
+    if value is not None:
+        check_choice("task_type", value, get_args(TaskType))
 
 
 def check_uniform(values: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ import re
 from typing import TYPE_CHECKING, Literal, get_args
 
 from rora_theory.errors import InputError, shown
-from rora_theory.theory.laws import Optimizer
+from rora_theory.scaling import check_choice
 
 if TYPE_CHECKING:  # the names do not need JAX
     import optax
@@ -14,6 +14,11 @@ OptimizerName = Literal["sgd", "momentum", "adam", "adamw"]
 """Name of an optimizer."""
 
 OPTIMIZER_NAMES: tuple[OptimizerName, ...] = get_args(OptimizerName)
+
+Optimizer = Literal["sgd", "adam"]
+"""Optimizer of the first step: ``"sgd"`` moves B by eta times the gradient, ``"adam"`` by its smoothed sign."""
+
+OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 
 DISPLAY_NAMES: dict[str, str] = {"sgd": "SGD", "momentum": "SGD with momentum", "adam": "Adam", "adamw": "AdamW"}
 """Names of optimizers in text."""
@@ -29,6 +34,21 @@ MOMENTUM = 0.9
 EPSILON = 1e-8
 WEIGHT_DECAY = 0.01
 """Defaults of PyTorch, as are Adam's betas of 0.9 and 0.999."""
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Raise `InputError` unless the optimizer of the first step is known."""
+    check_choice("optimizer", optimizer, OPTIMIZERS)
+
+
+def scaling_power(optimizer: Optimizer) -> int:
+    """Return the power of gamma in the first update: 2 for SGD (gradient and forward pass), 1 for Adam (forward pass).
+
+    Raises:
+      InputError: The optimizer is unknown.
+    """
+    check_optimizer(optimizer)
+    return 2 if optimizer == "sgd" else 1
 
 
 def optimizer_named(name: str) -> OptimizerName:

@@ -1,7 +1,8 @@
-"""Compute the scaling gamma of an adapter, and validate numbers."""
+"""Compute the scaling gamma of an adapter, and validate numbers and choices."""
 
 import math
 import numbers
+from collections.abc import Collection
 from typing import Literal
 
 from rora_theory.errors import InputError, shown
@@ -16,8 +17,12 @@ LARGEST = 2**31 - 1
 """Maximum of counts and sizes: tokens, positions and array sizes are 32-bit integers."""
 
 
-def exponent(rule: Rule) -> float:
+def exponent(rule: Rule, name: str = "rule") -> float:
     """Return the exponent kappa of a rule: 1 for ``"lora"``, 1/2 for ``"rora"`` and ``"rslora"``, a float itself.
+
+    Args:
+      rule: Name or exponent of the rule.
+      name: Name of the argument, for the error.
 
     Raises:
       InputError: The name is unknown, or the exponent is not a finite number.
@@ -25,7 +30,9 @@ def exponent(rule: Rule) -> float:
     if isinstance(rule, str) and rule in KAPPAS:
         return KAPPAS[rule]
     if isinstance(rule, str) or not is_finite(rule):
-        raise InputError(f"rule must be {', '.join(KAPPAS)} or a finite exponent kappa, got {shown(rule)}")
+        raise InputError(
+            f"{name} must be {', '.join(KAPPAS)} or a finite exponent kappa such as 0.25, got {shown(rule)}"
+        )
     return float(rule)
 
 
@@ -117,3 +124,20 @@ def check_share(name: str, value: float) -> None:
     """Raise `InputError` unless a value is a share, 0 < value <= 1."""
     if not is_finite(value) or not 0 < value <= 1:
         raise InputError(f"{name} must be a number above 0 and at most 1, got {shown(value)}")
+
+
+def check_choice(name: str, value: object, choices: Collection[object]) -> None:
+    """Raise `InputError` unless ``value`` is one of ``choices``.
+
+    Args:
+      name: Name of the argument, for the error.
+      value: Value to check.
+      choices: Supported values.
+
+    Examples:
+      >>> check_choice("template", "none", ("train", "eval"))
+      Traceback (most recent call last):
+      rora_theory.errors.InputError: template must be one of train, eval, got 'none'
+    """
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(map(str, choices))}, got {shown(value)}")

@@ -16,6 +16,7 @@ from rora_theory import adapters
 from rora_theory.data import sources
 from rora_theory.data.prompts import Template
 from rora_theory.data.tasks import TASKS, TaskRecord
+from rora_theory.defaults import SCORE_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.evaluate import Protocol, Samples, Scoring, TaskAccuracy, accuracies, samples
 from rora_theory.evaluate.accuracies import ACCURACY_COLUMNS, ACCURACY_UNITS, describe_accuracy
@@ -52,7 +53,7 @@ class Config:
     data_dir: str | None = None
     """Folder in the LLM-Adapters schema, or hf://datasets/OWNER/NAME; by default, the environment variable
     RORA_COMMONSENSE_DIR"""
-    batch_size: Count = 8
+    batch_size: Count = SCORE_BATCH_SIZE
     """Number of prompts per batch for generate; number of device calls in flight for label and harness"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the weights and activations; log-probabilities are float32"""

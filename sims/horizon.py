@@ -75,7 +75,7 @@ def run(config: Config) -> None:
     identity = grid.identity() | sample | {"model": config.model, "data_seed": config.data_seed}
     identity |= {"records": split.summary, "model_sha256": located[config.model].sha256}
     extra = {"units": horizons.UNITS, "device": devices.describe(devices.pick(1))}
-    other_runs = dict([horizon_runs.read_beside(config.compare_to, identity)] if config.compare_to else [])
+    other_runs = dict([horizon_runs.read_comparison_runs(config.compare_to, identity)] if config.compare_to else [])
     folder = RunFolder.open(NAME, identity, out=config.out, extra=extra, models=located.values())
     bench = Workbench(grid.training(cells[0]), split, {}, located, scoring=Scoring("label", None))
     cli.print_notes(bench.open(config.model))
@@ -94,7 +94,7 @@ def run(config: Config) -> None:
     runs = horizon_runs.distinct(horizon_runs.read_finished(folder.path))
     folder.write_frame(horizon_runs.horizon_table(runs, tokens, answered), "results.csv")
     law = {"takeovers": takeovers, "linear_terms": linear_terms}
-    judged = horizons.judge_runs(runs, tokens, **law, warmup=grid.warmup, others=other_runs)
+    judged = horizons.judge_runs(runs, tokens, **law, warmup=grid.warmup, other_runs=other_runs)
     for name, frame in judged.files().items():
         folder.write_frame(frame, name)
     samples, regret = "seeds and held-out records", "largest regret, nats per token"
@@ -149,7 +149,7 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
     policies |= {"median": "{median:.4f}", "largest": "{largest:.4f}", "lower bounds": "{lower_bounds}"}
     for title, frame, columns in (
         ("Best rates (parabola through the three lowest losses)", judged.best, best),
-        ("Comparisons, each at its own best rate", judged.beside, comparisons),
+        ("Comparisons, each at its own best rate", judged.comparisons, comparisons),
         ("Two values of gamma r at the same rate: difference of their losses", judged.one_rate, one_rate),
         ("Exponents of the best rate", judged.exponents, exponents),
         ("Exponents in gamma r by estimator, ranks pooled with seeds as clusters", pooled(judged), estimators),

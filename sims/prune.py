@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rora_theory.data import windows as text_windows
 from rora_theory.data.records import FormatConfig
+from rora_theory.defaults import SMALL_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.io import digests
 from rora_theory.random.seeds import check_seed
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.summary import KeyFigure
-from rora_theory.validation.ranges import Count, Plural, Share, check_ranges
+from rora_theory.validation.ranges import AtLeastTwo, Count, Share, check_ranges
 from sims.common import answers, cli, tables
 from sims.common.progress import progress_bar
 from sims.common.summaries import summarised
@@ -53,9 +54,9 @@ class Config:
     """Number of windows of the text for calibration"""
     held_out: Count = 32
     """Number of other windows for the perplexity"""
-    seq: Plural = 256
+    seq: AtLeastTwo = 256
     """Number of tokens of a window"""
-    batch_size: Count = 4
+    batch_size: Count = SMALL_BATCH_SIZE
     """Number of windows per batch"""
     seed: int = 0
     """Seed of the choice of windows"""
@@ -68,7 +69,7 @@ class Config:
         if not self.text:
             raise InputError("--text must be one or more .txt files or files of training records, got none")
         check_ranges(self)
-        check_seed(self.seed)
+        check_seed("seed", self.seed)
 
 
 def run(config: Config) -> None:

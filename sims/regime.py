@@ -106,7 +106,7 @@ def run(config: Config) -> None:
         identity["adapter_sha256"] = adapters.adapter_digest(config.adapter)
     check_free(path_of(NAME, identity, config.out))
     # Batches, then the model with a merged adapter, and its modules.
-    pair = record_batches.pair(config.batches, **read.texts(), seed=seed)
+    pair = record_batches.make_batch_pair(config.batches, **read.texts(), seed=seed)
     if config.measured.mask:
         unseen.check_unseen(pair.held_out, [pair.train])
     model = read.model
@@ -123,12 +123,14 @@ def run(config: Config) -> None:
     # One pass records the inputs and gradients of all modules; a finished run needs none.
     done = read_finished_cells(folder.path)
     if any(key_of(cell) not in done for cell in cells):
-        recorded = regimes.record_modules(model.params, model.config, pair.train, pair.held_out, regimes.kinds(modules))
+        recorded = regimes.record_modules(
+            model.params, model.config, pair.train, pair.held_out, regimes.distinct_names(modules)
+        )
         folder.update(training_loss=recorded.train.loss, heldout_loss=recorded.held_out.loss)
 
     def assemble(parts: list[Any]) -> Regime:
         losses = (folder.entry(name) for name in ("training_loss", "heldout_loss"))
-        return Regime.of([LayerRegime(*part) for part in parts], *losses)
+        return Regime.from_layers([LayerRegime(*part) for part in parts], *losses)
 
     def write(parts: list[Any]) -> None:
         for name, frame in assemble(parts).files().items():

@@ -24,6 +24,7 @@ from rora_theory.advice.trainer_configs import write_trainer_config
 from rora_theory.advice.transfer import Advice
 from rora_theory.cluster import ClusterConfig
 from rora_theory.data.records import DataConfig
+from rora_theory.defaults import MEASURE_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.measure.transfer_request import Advised, TransferConfig, advise
 from rora_theory.random.seeds import check_seed
@@ -52,7 +53,7 @@ class Config(TransferConfig):
     """A model and one or more data files, on which to run the real first steps at both ranks"""
     reading: DataConfig = field(default_factory=DataConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    batch_size: Count = 8
+    batch_size: Count = MEASURE_BATCH_SIZE
     """Number of records in the batch of --check, and of held-out records"""
     seeds: tuple[int, ...] = (0, 1, 2, 3)
     """Seeds of A in --check"""
@@ -69,7 +70,7 @@ class Config(TransferConfig):
             raise InputError(f"--write {self.write} requires --from with the file to change")
         check_ranges(self)
         check_seeds(self.seeds, fewest=2)
-        check_seed(self.seed, "--seed")
+        check_seed("--seed", self.seed)
         if not self.check:
             check_unread(self, "reading", "cluster", "batch_size", "seeds", "seed", "out", requires="--check")
         super().__post_init__()
@@ -132,7 +133,7 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     runner, seed = config.cluster.runner(), config.seed
     read = prompts.read_inputs(config.check[1:], config.check[0], config.reading)
     size = record_batches.PairConfig(config.batch_size, config.batch_size)
-    pair = record_batches.pair(size, **read.texts(), seed=config.seed)
+    pair = record_batches.make_batch_pair(size, **read.texts(), seed=config.seed)
     identity: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "seeds", "seed")}
     identity |= {"targets": targets} | advice.identity() | read.identity
     check_free(path_of(NAME, identity, config.out))

@@ -72,7 +72,7 @@ def test_a_pipe_in_a_run_folder_is_not_waited_for(
     of_training = name in ("metrics.jsonl", "cell.json")
     with pytest.raises((InputError, SystemExit)) as caught, time_limit(5):
         loss_curves.read_events(tmp_path) if of_training else style.read_frame(tmp_path, "regime")
-    assert "is a pipe" in str(caught.value) + capsys.readouterr().err
+    assert "is not a regular file" in str(caught.value) + capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "results.csv", "cells/k/cell.json", "cells/k/metrics.jsonl"])

@@ -37,7 +37,7 @@ from rora_theory.adapters.widen import widen
 from rora_theory.errors import InputError
 from rora_theory.llama import MODULES, LlamaConfig, linear
 from rora_theory.llama.model import SAVED_PRODUCT, Params
-from rora_theory.scaling import check_integer, check_positive, is_finite
+from rora_theory.scaling import check_choice, check_integer, check_positive, is_finite
 
 Placement = Literal["series", "parallel"]
 NonLinearity = Literal["tanh", "relu", "silu", "gelu"]
@@ -93,8 +93,7 @@ class BottleneckConfig:
     def __post_init__(self) -> None:
         """Validate the settings and convert numbers to float."""
         for name, kind in (("placement", Placement), ("non_linearity", NonLinearity), ("init", BottleneckInit)):
-            if getattr(self, name) not in get_args(kind):
-                raise InputError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), get_args(kind))
         check_integer("bottleneck width", self.width)
         check_positive("scaling", self.scaling)
         if not is_finite(self.dropout) or not 0 <= self.dropout < 1:

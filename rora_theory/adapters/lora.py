@@ -27,7 +27,7 @@ from rora_theory.errors import InputError
 from rora_theory.llama import MODULES, LlamaConfig, linear
 from rora_theory.llama.model import SAVED_PRODUCT, Params
 from rora_theory.llama.quantised import to_dense
-from rora_theory.scaling import Rule, is_finite, scaling_factor
+from rora_theory.scaling import Rule, check_choice, is_finite, scaling_factor
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ class LoraConfig:
         scaling_factor(self.rule, alpha=self.alpha, rank=self.rank)
         if not isinstance(self.dropout, float) or not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be a number from 0 to below 1, got {self.dropout!r}")
-        if self.init not in LORA_INITS:
-            raise InputError(f"init must be one of {', '.join(LORA_INITS)}, got {self.init!r}")
+        check_choice("init", self.init, LORA_INITS)
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         for name in ("rank_pattern", "alpha_pattern"):

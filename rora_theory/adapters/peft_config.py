@@ -6,7 +6,7 @@ from typing import Any
 
 from rora_theory.adapter_config import INIT_LORA_WEIGHTS, LORA, LORA_ENTRIES, check_supported, validate_entries
 from rora_theory.adapters.lora import LoraConfig
-from rora_theory.adapters.targets import Target, deciding, full_name, known_names, matched
+from rora_theory.adapters.targets import Target, first_matches, full_name, known_names, matched
 from rora_theory.errors import InputError, shown
 from rora_theory.llama import LlamaConfig
 from rora_theory.scaling import KAPPAS, alpha_for, exponent, scaling_factor
@@ -116,7 +116,7 @@ def _from_entries(entries: Mapping[str, Any], llama_config: LlamaConfig) -> Lora
 def _effective(where: str, entries: Mapping[str, Any], chosen: Sequence[str]) -> dict[str, Any]:
     """Return the entries of a pattern that apply to one of the ``chosen`` names, in the file's order."""
     pattern = entries[where] or {}
-    used = set(deciding(where, pattern, chosen).values())
+    used = set(first_matches(where, pattern, chosen).values())
     return {key: value for key, value in pattern.items() if key in used}
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from rora_theory.adapter_config import LORA, LORA_ENTRIES, check_supported, validate_entries
-from rora_theory.adapters.targets import deciding
+from rora_theory.adapters.targets import first_matches
 from rora_theory.errors import InputError, shown
 from rora_theory.scaling import Rule, alpha_for, scaling_factor
 
@@ -111,7 +111,7 @@ def _gammas(path: Path, entries: Mapping[str, Any], ranks: Mapping[str, int]) ->
     """Return the scaling that PEFT gives each module, or raise `InputError` if a rank differs from its entry."""
     rule: Rule = "rora" if entries["use_rslora"] else "lora"
     matches = {
-        where: deciding(where, entries[where] or {}, tuple(ranks)) for where in ("rank_pattern", "alpha_pattern")
+        where: first_matches(where, entries[where] or {}, tuple(ranks)) for where in ("rank_pattern", "alpha_pattern")
     }
 
     def value(where: str, name: str, default: Any) -> Any:

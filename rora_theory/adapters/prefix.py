@@ -28,7 +28,7 @@ from rora_theory.adapters.targets import layer_text
 from rora_theory.errors import InputError
 from rora_theory.llama import LlamaConfig, linear, rope
 from rora_theory.llama.model import Params, windowed_layers
-from rora_theory.scaling import check_integer
+from rora_theory.scaling import check_choice, check_integer
 
 PrefixInit = Literal["normal", "zero"]
 
@@ -54,8 +54,7 @@ class PrefixConfig:
     def __post_init__(self) -> None:
         """Validate the settings."""
         check_integer("virtual_tokens", self.virtual_tokens)
-        if self.init not in get_args(PrefixInit):
-            raise InputError(f"init must be one of {', '.join(get_args(PrefixInit))}, got {self.init!r}")
+        check_choice("init", self.init, get_args(PrefixInit))
 
     def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]:
         """See `base.table`."""

@@ -204,7 +204,7 @@ def module_predicate(where: str, modules: Sequence[str] | str) -> Callable[[str]
     return Expression(modules, Work(where)).matches
 
 
-def deciding(where: str, pattern: Sequence[str] | Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
+def first_matches(where: str, pattern: Sequence[str] | Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
     r"""Return the first entry of a pattern that matches each name, without the names that no entry matches.
 
     An entry matches if ``(.*\.)?(entry)$`` matches the name from its start, as in PEFT.
@@ -242,11 +242,11 @@ def layer_text(layers: Sequence[int]) -> str:
 
 def _patterned(where: str, pattern: Mapping[str, Any], chosen: Sequence[str], default: Any) -> dict[str, Any]:
     """Return the value of every chosen name, or raise `InputError` if an entry applies to none."""
-    entries = deciding(where, pattern, chosen)
+    entries = first_matches(where, pattern, chosen)
     used = set(entries.values())
     unused = [key for key in pattern if key not in used]
     if unused:
-        is_shadowed = bool(deciding(where, unused[:1], chosen))
+        is_shadowed = bool(first_matches(where, unused[:1], chosen))
         reason = "is hidden by the patterns before it" if is_shadowed else "matches no adapted module"
         raise InputError(
             f"{where} has {shown(unused[0])}, which {reason}. Use a pattern that matches a name such as {chosen[0]}, "

@@ -63,10 +63,10 @@ class Saved(NamedTuple):
       rule: ``"rslora"`` if ``use_rslora`` is set.
       init: Distribution of A.
       targets: Target modules for `peft_targets`; None if the file has none or a regular expression.
-      remarks: What the user should know, as a sentence each.
+      remarks: Sentences on defaults that were assumed and on entries that the advice does not cover.
       expression: Regular expression of the target modules, or None.
       task_type: PEFT's task type.
-      others: Entries of `CARRIED` in the file that differ from PEFT's default.
+      other_entries: Entries of `CARRIED` in the file that differ from PEFT's default.
       learning_rate: Learning rate, which only a trainer's file has.
       optimizer: Optimizer in a trainer's file.
       schedule: Name of the learning-rate schedule in a trainer's file.
@@ -82,7 +82,7 @@ class Saved(NamedTuple):
     remarks: tuple[str, ...]
     expression: str | None = None
     task_type: TaskType | None = "CAUSAL_LM"
-    others: Mapping[str, Any] = {}
+    other_entries: Mapping[str, Any] = {}
     learning_rate: float | None = None
     optimizer: OptimizerName | None = None
     schedule: str | None = None
@@ -113,7 +113,8 @@ def saved_from_entries(path: Path, values: Mapping[str, Any]) -> Saved:
       values: Entries, as PEFT writes them.
 
     Raises:
-      InputError: As for `read_adapter_config`.
+      InputError: If the entries are not LoRA's, one is invalid, modules have several ranks or alphas, or `init_of`
+        refuses the initialisation.
     """
     entries = validate_entries(path, values, ADVICE_ENTRIES)
     try:

@@ -12,7 +12,7 @@ from rora_theory.advice.measured import (
     schedule_factors,
 )
 from rora_theory.errors import InputError, shown
-from rora_theory.scaling import check_integer, check_not_negative
+from rora_theory.scaling import check_choice, check_integer, check_not_negative
 from rora_theory.theory.displacement import RateRange, carry_rate
 
 
@@ -44,8 +44,8 @@ class RunChange:
                 check_integer(name, value)
                 object.__setattr__(self, name, int(value))
         for name, schedule in (("schedule", self.schedule), ("to_schedule", self.to_schedule)):
-            if schedule is not None and schedule not in SCHEDULES:
-                raise InputError(f"{name} must be one of {', '.join(SCHEDULES)}, got {shown(schedule)}")
+            if schedule is not None:
+                check_choice(name, schedule, SCHEDULES)
         if self.displacement_constant is not None:
             check_not_negative("displacement_constant", self.displacement_constant)
             object.__setattr__(self, "displacement_constant", float(self.displacement_constant))

@@ -18,9 +18,8 @@ from dataclasses import dataclass, replace
 
 from rora_theory import inits
 from rora_theory.errors import InputError, shown
-from rora_theory.optimizers import FAMILY, OptimizerName, optimizer_named
+from rora_theory.optimizers import FAMILY, OptimizerName, optimizer_named, scaling_power
 from rora_theory.scaling import Rule, alpha_for, check_positive, check_rank, is_finite, scaling_factor
-from rora_theory.theory.laws import scaling_power
 
 SIGNAL, CROSS_TALK = 0.0, math.inf
 """Linear terms of the two limits."""

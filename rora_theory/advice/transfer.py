@@ -19,7 +19,7 @@ from rora_theory.advice.run_change import RunChange
 from rora_theory.advice.setting import REGIMES, Setting, check_linear_term, check_setting, step_ratio
 from rora_theory.errors import InputError, shown
 from rora_theory.optimizers import DISPLAY_NAMES
-from rora_theory.scaling import KAPPAS, Rule, exponent
+from rora_theory.scaling import KAPPAS, Rule, check_choice, exponent
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ class Advice(CarriedSetting):
         Raises:
           InputError: If the grouping is not one of these.
         """
-        if per not in get_args(AlphaGrouping):
-            raise InputError(f"per must be one of {', '.join(get_args(AlphaGrouping))}, got {shown(per)}")
+        check_choice("per", per, get_args(AlphaGrouping))
         if self.regime != "measured" or per == "one":
             return {}
         if per == "type":
@@ -92,7 +91,7 @@ class Advice(CarriedSetting):
         target_modules: Sequence[str] | str,
         per: AlphaGrouping = "type",
         task_type: TaskType | None = "CAUSAL_LM",
-        others: Mapping[str, Any] | None = None,
+        other_entries: Mapping[str, Any] | None = None,
     ) -> str:
         """Return Python source of a PEFT ``LoraConfig`` with `lora_arguments`.
 
@@ -101,7 +100,7 @@ class Advice(CarriedSetting):
             expression.
           per: Grouping of the modules that share an alpha, see `alpha_pattern`.
           task_type: Task type of PEFT; None leaves it out.
-          others: Other entries of the configuration, such as those of a saved one.
+          other_entries: Other entries of the configuration, such as those of a saved one.
 
         Raises:
           InputError: If `lora_arguments` or `peft_targets` refuses a value, or PEFT does not have the task type.
@@ -129,7 +128,7 @@ class Advice(CarriedSetting):
             lines += ["    alpha_pattern={"]
             lines += [f"        {name!r}: {alpha:.6g}," for name, alpha in arguments["alpha_pattern"].items()]
             lines += ["    },"]
-        lines += [f"    {name}={value!r}," for name, value in (others or {}).items()]
+        lines += [f"    {name}={value!r}," for name, value in (other_entries or {}).items()]
         return "\n".join([*lines, ")"])
 
     def sentence(self) -> str:

@@ -16,7 +16,7 @@ clean    ``\n\n``                           empty                       ``### Re
 
 from typing import Literal, NamedTuple, get_args
 
-from rora_theory.validation.rules import check_choice
+from rora_theory.scaling import check_choice
 
 Template = Literal["train", "eval", "clean"]
 TEMPLATES: tuple[str, ...] = get_args(Template)

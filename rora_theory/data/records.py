@@ -32,8 +32,8 @@ from rora_theory.data.formats import (
 )
 from rora_theory.errors import InputError, first_line
 from rora_theory.io import files
+from rora_theory.scaling import check_choice
 from rora_theory.validation.ranges import Natural, check_ranges
-from rora_theory.validation.rules import check_choice
 
 if TYPE_CHECKING:  # the module needs Jinja, which records do not
     from rora_theory.data.chat import ChatTemplate

@@ -16,7 +16,8 @@ from rora_theory.data.formats import json_type
 from rora_theory.data.prompts import ANSWER_PREFIX
 from rora_theory.errors import InputError, shown
 from rora_theory.io import files
-from rora_theory.validation.rules import check_choice
+from rora_theory.paper.tasks import PUBLISHED_TASKS
+from rora_theory.scaling import check_choice
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,6 @@ class Task:
 
     Attributes:
       key: Name of the task's folder, and its name on command lines.
-      name: Column of the task in the papers' tables.
       labels: All labels that the published parser accepts, in order.
       opening: Text of the instruction before the question.
       choice_heading: Heading of a choice before its number, ``Solution`` in ``Solution1: ...``; empty if choices are
@@ -34,12 +34,9 @@ class Task:
       format_separator: Text between the last choice and ``Answer format:``.
       harness: Name of the task in lm-evaluation-harness.
       harness_norm: Whether that harness reports ``acc_norm`` for the task.
-      full_size: Number of items in the full evaluation set, on which published accuracies are measured.
-      full_choices: Number of choices of (nearly) every item in that set.
     """
 
     key: str
-    name: str
     labels: tuple[str, ...]
     opening: str
     choice_heading: str
@@ -47,8 +44,11 @@ class Task:
     format_separator: str
     harness: str
     harness_norm: bool
-    full_size: int
-    full_choices: int
+
+    @property
+    def name(self) -> str:
+        """Column of the task in the papers' tables."""
+        return PUBLISHED_TASKS[self.key].name
 
     @property
     def pattern(self) -> str:
@@ -74,14 +74,14 @@ _ANSWERS = _numbered_labels("answer", 5)
 
 # fmt: off
 _TASK_TABLE = (
-    Task("boolq", "BoolQ", ("true", "false"), _TRUE, "", "", "\n\n", "boolq", False, 3270, 2),
-    Task("piqa", "PIQA", _SOLUTIONS, _SOLUTION, "Solution", "\n\n", "\n\n", "piqa", True, 1838, 2),
-    Task("social_i_qa", "SIQA", _ANSWERS, _ANSWER, "Answer", " ", "\n\n", "social_iqa", False, 1954, 3),
-    Task("hellaswag", "HellaS", _ENDINGS, _ENDING, "Ending", " ", "\n\n", "hellaswag", True, 10042, 4),
-    Task("winogrande", "WinoG", _OPTIONS, _OPTION, "Option", " ", " ", "winogrande", False, 1267, 2),
-    Task("ARC-Easy", "ARC-e", _ANSWERS, _ANSWER, "Answer", " ", "\n\n", "arc_easy", True, 2376, 4),
-    Task("ARC-Challenge", "ARC-c", _ANSWERS, _ANSWER, "Answer", " ", "\n\n", "arc_challenge", True, 1172, 4),
-    Task("openbookqa", "OBQA", _ANSWERS, _ANSWER, "Answer", " ", "\n\n", "openbookqa", True, 500, 4),
+    Task("boolq", ("true", "false"), _TRUE, "", "", "\n\n", "boolq", False),
+    Task("piqa", _SOLUTIONS, _SOLUTION, "Solution", "\n\n", "\n\n", "piqa", True),
+    Task("social_i_qa", _ANSWERS, _ANSWER, "Answer", " ", "\n\n", "social_iqa", False),
+    Task("hellaswag", _ENDINGS, _ENDING, "Ending", " ", "\n\n", "hellaswag", True),
+    Task("winogrande", _OPTIONS, _OPTION, "Option", " ", " ", "winogrande", False),
+    Task("ARC-Easy", _ANSWERS, _ANSWER, "Answer", " ", "\n\n", "arc_easy", True),
+    Task("ARC-Challenge", _ANSWERS, _ANSWER, "Answer", " ", "\n\n", "arc_challenge", True),
+    Task("openbookqa", _ANSWERS, _ANSWER, "Answer", " ", "\n\n", "openbookqa", True),
 )
 # fmt: on
 

@@ -19,7 +19,7 @@ from rora_theory.data.formats import (
     Text,
 )
 from rora_theory.errors import InputError, shown
-from rora_theory.validation.rules import check_choice
+from rora_theory.scaling import check_choice
 
 
 def default_template(records: Sequence[AnyRecord]) -> str:

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rora_theory.data.tasks import TaskRecord
+from rora_theory.defaults import SCORE_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Sample, Scoring, in_order, score_tasks
 from rora_theory.io.files import naming_damage
@@ -65,7 +66,7 @@ class Samples:
         scoring: Scoring,
         *,
         adapter: Adapter | None = None,
-        batch_size: int = 8,
+        batch_size: int = SCORE_BATCH_SIZE,
     ) -> Iterator[Sample]:
         """Score the remaining records, see `score_tasks`, and sort the file at the end.
 

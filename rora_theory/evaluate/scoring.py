@@ -23,6 +23,7 @@ import numpy as np
 
 from rora_theory.data.prompts import TEMPLATES, prompt
 from rora_theory.data.tasks import TASKS, TaskRecord
+from rora_theory.defaults import SCORE_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.evaluate.answers import parse_answer, response
 from rora_theory.evaluate.choices import TEXTS, Choice, encode_choices, harness_choices, label_choices
@@ -33,7 +34,7 @@ from rora_theory.llama.generate import beam_search
 from rora_theory.llama.loading import Model
 from rora_theory.llama.model import Adapter
 from rora_theory.llama.tokenizer import Tokenizer
-from rora_theory.scaling import check_integer
+from rora_theory.scaling import check_choice, check_integer
 from rora_theory.validation.ranges import Count, check_ranges
 
 Protocol = Literal["generate", "label", "harness"]
@@ -65,15 +66,14 @@ class Scoring:
 
     def __post_init__(self) -> None:
         """Validate the settings and set the default template."""
-        if self.protocol not in PROTOCOLS:
-            raise InputError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {self.protocol!r}")
+        check_choice("protocol", self.protocol, PROTOCOLS)
         if self.protocol == "harness":
             if self.template is not None:
                 raise InputError(f"template must be none with protocol harness, got {self.template!r}")
         elif self.template is None:
             object.__setattr__(self, "template", {"generate": "eval", "label": "train"}[self.protocol])
-        elif self.template not in TEMPLATES:
-            raise InputError(f"template must be one of {', '.join(TEMPLATES)}, got {self.template!r}")
+        else:
+            check_choice("template", self.template, TEMPLATES)
         check_ranges(self, str)
 
 
@@ -113,7 +113,7 @@ def score(
     scoring: Scoring,
     *,
     adapter: Adapter | None = None,
-    batch_size: int = 8,
+    batch_size: int = SCORE_BATCH_SIZE,
     done: Collection[tuple[str, int]] = (),
 ) -> Iterator[Sample]:
     """Score records, yielding the samples of a batch at a time. Long records come first for ``generate``.
@@ -154,7 +154,7 @@ def score_tasks(
     scoring: Scoring,
     *,
     adapter: Adapter | None = None,
-    batch_size: int = 8,
+    batch_size: int = SCORE_BATCH_SIZE,
     done: Collection[tuple[str, int]] = (),
 ) -> Iterator[Sample]:
     """Score one task after another with `score`.

@@ -37,7 +37,7 @@ from rora_theory.finetune.sharding import Gathered, Layout
 from rora_theory.llama import LlamaConfig
 from rora_theory.llama.model import abstract_params, count_parameters, init_params
 from rora_theory.llama.weights import read_config
-from rora_theory.scaling import check_positive, check_share
+from rora_theory.scaling import check_integer, check_positive, check_share
 
 GB = 1e9
 
@@ -148,7 +148,7 @@ class Device:
         return self.bfloat16 if jnp.dtype(dtype).itemsize == 2 else self.float32
 
     @classmethod
-    def of(cls, memory: float, rate: float, bandwidth: float | None = None) -> "Device":
+    def from_specification(cls, memory: float, rate: float, bandwidth: float | None = None) -> "Device":
         """Construct a device from its specification.
 
         Args:
@@ -332,8 +332,7 @@ def abstract_step(
       InputError: If a setting is out of range, the adapter does not fit the model, the width is below 1, or the
         devices cannot share the batch evenly.
     """
-    if width < 1:
-        raise InputError(f"width must be an integer of at least 1, got {width}")
+    check_integer("width", width)
     # Abstract weights, adapter and training state: shapes and dtypes without memory.
     base = abstract_params(llama_config, jnp.dtype(config.dtype), config.quantization)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -8,12 +8,13 @@ from rora_theory.adapters import bottleneck as bottlenecks
 from rora_theory.adapters.bottleneck import NonLinearity
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.data.formats import TrainTemplate
+from rora_theory.defaults import TRAIN_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.llama.model import REMAT_CHOICES
-from rora_theory.llama.quantised import Quantization, check_quantization
+from rora_theory.llama.quantised import QUANTIZATIONS, Quantization
 from rora_theory.random.seeds import check_seed
-from rora_theory.scaling import Rule
-from rora_theory.validation.ranges import Count, Natural, NotNegative, Plural, Positive, check_ranges
+from rora_theory.scaling import Rule, check_choice
+from rora_theory.validation.ranges import AtLeastTwo, Count, Natural, NotNegative, Positive, check_ranges
 
 Method = Literal["lora", "dora", "prefix", "series", "parallel", "full"]
 LossOn = Literal["all", "answer"]
@@ -44,7 +45,37 @@ _ONLY: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class CostConfig:
+    """Settings that determine the memory and time of a training run, apart from the model and the record lengths."""
+
+    method: str = "lora"
+    """Fine-tuning method"""
+    rank: Count = 32
+    """Rank of the adapter, the number of rows of lora_A; not used by prefix, series, parallel and full"""
+    batch_size: Count = TRAIN_BATCH_SIZE
+    """Number of records per step"""
+    accumulation: Count = 1
+    """Number of microbatches that a batch is processed in, to save memory"""
+    epochs: Count = 3
+    """Number of passes over the training records"""
+    steps: Count | None = None
+    """Number of steps after which training and the learning-rate schedule end, in place of epochs"""
+    dropout: float = 0.05
+    """Dropout probability of the adapter's input; not used by prefix and full. LLM-Adapters runs series and parallel
+    adapters with 0"""
+    dtype: BaseDtype = "float32"
+    """Dtype of the frozen base weights; trained parameters and optimizer state are always float32"""
+    quantization: Quantization = "none"
+    """Storage of the frozen base's linear weights, to save memory as QLoRA does: none, or GGUF's block formats q8_0,
+    q4_0 or q4_1 (8.5, 4.5 or 5 bits per weight), dequantized to dtype one layer at a time; a .gguf file of the same
+    type keeps its blocks"""
+    remat: bool | Literal["mlp"] = False
+    """Rematerialisation in the backward pass, to save memory: False (elementwise operations only), mlp (also the
+    feed-forward module) or True (everything)"""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(CostConfig):
     """Settings that determine a run's numbers, apart from the model and the data.
 
     The defaults are the protocol of LLM-Adapters and of DoRA's `commonsense_reasoning`, on which the paper builds, with
@@ -62,8 +93,6 @@ class FinetuneConfig:
     targets)"""
     rule: Rule = "rora"
     """Scaling rule, alpha / rank**kappa: lora (kappa 1), rora or rslora (kappa 1/2), or a number for kappa"""
-    rank: int = 32
-    """Rank of the adapter, the number of rows of lora_A"""
     alpha: float = 64.0
     """Numerator of the scaling factor"""
     targets: tuple[str, ...] | None = None
@@ -73,9 +102,6 @@ class FinetuneConfig:
     """Ranks of modules that match a regular expression, in place of rank"""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas of modules that match a regular expression, in place of alpha"""
-    dropout: float = 0.05
-    """Dropout probability of the adapter's input; not used by prefix and full. LLM-Adapters runs series and parallel
-    adapters with 0"""
     init: Literal["kaiming_uniform", "gaussian"] = "kaiming_uniform"
     """Initialisation of lora_A; lora_B is initialised to zero"""
     virtual_tokens: int = 10
@@ -89,7 +115,7 @@ class FinetuneConfig:
     """Prompt template: train (the published one, byte for byte), clean, chat (the model's chat template) or plain (the
     prompt followed directly by the response); by default train for alpaca, chat for chats and prompt-response, and
     plain for other formats"""
-    cutoff: Plural = 256
+    cutoff: AtLeastTwo = 256
     """Maximum length of an example in tokens; longer examples are truncated at the end"""
     loss_on: LossOn = "all"
     """Tokens in the loss: all (the protocol), or answer (in chats, every turn of the assistant)"""
@@ -98,14 +124,6 @@ class FinetuneConfig:
     widths: Count = 6
     """Maximum number of padded batch lengths; the step is compiled once for each"""
 
-    epochs: Count = 3
-    """Number of passes over the training records"""
-    steps: Count | None = None
-    """Number of steps after which training and the learning-rate schedule end, in place of epochs"""
-    batch_size: Count = 16
-    """Number of records per step"""
-    accumulation: Count = 1
-    """Number of microbatches that a batch is processed in, to save memory"""
     lr: Positive | None = None
     """Peak learning rate; by default that of the protocol: 3e-4, for dora 2e-4, for prefix 3e-2, for full 2e-5"""
     warmup: Natural = 100
@@ -129,31 +147,17 @@ class FinetuneConfig:
     """Number of steps between two checkpoints; every validation also saves one"""
     seed: int = 42
     """Seed of the validation split, the order of the records, the initialisation and the dropout"""
-    dtype: BaseDtype = "float32"
-    """Dtype of the frozen base weights; trained parameters and optimizer state are always float32"""
-    quantization: Quantization = "none"
-    """Storage of the frozen base's linear weights, to save memory as QLoRA does: none, or GGUF's block formats q8_0,
-    q4_0 or q4_1 (8.5, 4.5 or 5 bits per weight), dequantized to dtype one layer at a time; a .gguf file of the same
-    type keeps its blocks"""
-    remat: bool | Literal["mlp"] = False
-    """Rematerialisation in the backward pass, to save memory: False (elementwise operations only), mlp (also the
-    feed-forward module) or True (everything)"""
 
     def __post_init__(self) -> None:
         """Validate the settings and convert real numbers to float."""
-        for name, kind in (
-            ("method", Method),
-            ("loss_on", LossOn),
-            ("schedule", Schedule),
-        ):
-            _check(name, getattr(self, name), get_args(kind), getattr(self, name) in get_args(kind))
-        templates = get_args(TrainTemplate)
-        _check("template", self.template, templates, self.template is None or self.template in templates)
-        _check("dtype", self.dtype, get_args(BaseDtype), self.dtype in get_args(BaseDtype))
-        check_quantization(self.quantization)
+        for name, kind in (("method", Method), ("loss_on", LossOn), ("schedule", Schedule), ("dtype", BaseDtype)):
+            check_choice(name, getattr(self, name), get_args(kind))
+        if self.template is not None:
+            check_choice("template", self.template, get_args(TrainTemplate))
+        check_choice("quantization", self.quantization, QUANTIZATIONS)
         if self.method == "full" and self.quantization != "none":
             raise InputError(f"quantization must be none with method full, got {self.quantization!r}")
-        _check("remat", self.remat, REMAT_CHOICES, self.remat in REMAT_CHOICES)
+        check_choice("remat", self.remat, REMAT_CHOICES)
         # A setting that the method does not use must keep its default.
         for name, methods in _ONLY.items():
             if self.method not in methods and getattr(self, name) != _default(name):
@@ -163,11 +167,13 @@ class FinetuneConfig:
                 )
         self.adapter()
         check_ranges(self, str)
-        check_seed(self.seed)
+        check_seed("seed", self.seed)
         if self.batch_size % self.accumulation:
             raise InputError(f"accumulation must divide batch_size, {self.batch_size}, got {self.accumulation}")
-        _check("clip", self.clip, "a number above 0", self.clip > 0)
-        _check("betas", self.betas, "two numbers from 0 to below 1", all(0 <= beta < 1 for beta in self.betas))
+        if not self.clip > 0:
+            raise InputError(f"clip must be a number above 0, or inf, got {self.clip!r}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas must be two numbers from 0 to below 1, got {self.betas!r}")
         # Runs are compared by their settings as text: without the conversion, alpha 4 and alpha 4.0 would differ.
         for name in _REAL:
             if not isinstance(value := getattr(self, name), (str, type(None))):
@@ -254,9 +260,3 @@ _REAL = ("alpha", "dropout", "lr", "lr_multiplier_A", "weight_decay", "clip", "e
 def _default(name: str) -> Any:
     setting = next(entry for entry in fields(FinetuneConfig) if entry.name == name)
     return setting.default if setting.default_factory is MISSING else setting.default_factory()
-
-
-def _check(name: str, value: object, choices: object, is_valid: bool) -> None:
-    if not is_valid:
-        requirement = f"one of {', '.join(map(str, choices))}" if isinstance(choices, tuple) else choices
-        raise InputError(f"{name} must be {requirement}, got {value!r}")

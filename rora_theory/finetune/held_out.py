@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from rora_theory import llama
 from rora_theory.data.batches import Examples, choose_widths, plan_epoch
+from rora_theory.defaults import SMALL_BATCH_SIZE, TRAIN_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.finetune.loss import cross_entropy
 from rora_theory.llama import LlamaConfig, shared_prompt
@@ -45,7 +46,7 @@ def record_losses(
     examples: Examples,
     *,
     adapter: llama.Adapter | None = None,
-    batch_size: int = 16,
+    batch_size: int = TRAIN_BATCH_SIZE,
     widths: int = 6,
 ) -> list[RecordLoss]:
     """Compute the loss of every record, in the order of ``examples``.
@@ -139,7 +140,7 @@ def _losses(
 
 
 def perplexity(
-    params: Any, llama_config: LlamaConfig, windows: Int[np.ndarray, "n s"], *, batch_size: int = 4
+    params: Any, llama_config: LlamaConfig, windows: Int[np.ndarray, "n s"], *, batch_size: int = SMALL_BATCH_SIZE
 ) -> float:
     """Compute the exponential of the mean next-token loss over all windows, or infinity on overflow.
 

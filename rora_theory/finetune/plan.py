@@ -7,22 +7,22 @@ Examples:
   >>> estimate.verdict(plan.place())  # doctest: +SKIP
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from rora_theory.errors import InputError
 from rora_theory.finetune import sharding
 from rora_theory.finetune.capacity import DEVICES, GB, RESERVE, Device
-from rora_theory.finetune.config import BaseDtype, FinetuneConfig
+from rora_theory.finetune.config import BaseDtype, CostConfig, FinetuneConfig
 from rora_theory.finetune.sharding import Layout
-from rora_theory.llama.quantised import Quantization
 from rora_theory.runs import devices
+from rora_theory.scaling import check_choice
 from rora_theory.validation.ranges import Count, Positive, Share, check_ranges
 from rora_theory.validation.rules import check_unread
 
 
 @dataclass(frozen=True)
-class PlanConfig:
+class PlanConfig(CostConfig):
     """Configuration of a planned run, with the paper's protocol at its largest rank as defaults.
 
     Raises:
@@ -34,18 +34,14 @@ class PlanConfig:
       ('rora, rank 64, batch 16 x 256, bfloat16 base, 2 devices (replicas 1 x fsdp 2)', 200)
     """
 
-    model: str | None = None
-    """Base model: llama-7b, llama-13b, llama2-7b, llama2-70b, llama3-8b, sheared-llama-1.3b, mistral-7b, qwen2.5-7b,
-    qwen3-8b, smollm2-135m, gemma3-270m, or a folder with config.json; by default a table of the paper's five models"""
     method: Literal["lora", "rora", "dora", "full"] = "rora"
     """Fine-tuning method: lora or rora (which differ in scaling only and cost the same); dora (also trains magnitudes);
     full (trains the weights in float32 and keeps the frozen initial weights)"""
     rank: Count = 128
-    """Rank of the adapter on q, k, v, up and down_proj; not used by full, which trains the same modules"""
-    batch_size: Count = 16
-    """Number of records per step"""
-    accumulation: Count = 1
-    """Number of microbatches that a batch is processed in, to save memory"""
+    dtype: BaseDtype = "bfloat16"
+    model: str | None = None
+    """Base model: llama-7b, llama-13b, llama2-7b, llama2-70b, llama3-8b, sheared-llama-1.3b, mistral-7b, qwen2.5-7b,
+    qwen3-8b, smollm2-135m, gemma3-270m, or a folder with config.json; by default a table of the paper's five models"""
     seq: Count = 256
     """Number of tokens per record, padding included"""
     device: str = "a6000"
@@ -60,28 +56,14 @@ class PlanConfig:
     """Number of copies of the base weights, each on --fsdp devices; the run uses replicas x fsdp devices"""
     fsdp: Count = 1
     """Number of devices that share one copy of the base weights"""
-    dtype: BaseDtype = "bfloat16"
-    """Dtype of the frozen base weights"""
-    quantization: Quantization = "none"
-    """Storage of the base's linear weights, dequantized one layer at a time: none, q8_0, q4_0 or q4_1"""
-    remat: bool | Literal["mlp"] = False
-    """Rematerialisation in the backward pass: False (elementwise operations only), mlp (also the feed-forward module)
-    or True (everything); the table shows False and True"""
-    dropout: float = 0.05
-    """Dropout probability of the adapter's input; above 0, the masked inputs are saved for the backward pass"""
     utilisation: Share = 0.4
     """Fraction of the device's peak rate that the products reach"""
-    steps: Count | None = None
-    """Number of steps, to estimate the total time"""
     examples: Count | None = None
     """Number of training records, to estimate the total time in place of --steps"""
-    epochs: Count = 3
-    """Number of passes over --examples"""
 
     def __post_init__(self) -> None:
         """Validate the settings."""
-        if self.device not in DEVICES:
-            raise InputError(f"--device must be one of {', '.join(DEVICES)}, got {self.device!r}")
+        check_choice("--device", self.device, DEVICES)
         if self.steps is not None and self.examples is not None:
             raise InputError("--steps and --examples cannot be combined. Set one of them.")
         if (self.memory is None) != (self.tflops is None) or (self.bandwidth is not None and self.memory is None):
@@ -101,17 +83,18 @@ class PlanConfig:
 
     def finetune(self) -> FinetuneConfig:
         """Return the fine-tuning configuration of the planned run."""
-        names = ("batch_size", "accumulation", "dropout", "dtype", "quantization", "remat")
-        settings = {name: getattr(self, name) for name in names}
-        if self.method != "full":
-            settings |= {"rule": "lora" if self.method == "lora" else "rora", "rank": self.rank}
-        return FinetuneConfig(method="lora" if self.method == "rora" else self.method, **settings)
+        settings = {entry.name: getattr(self, entry.name) for entry in fields(CostConfig)}
+        if self.method == "full":
+            del settings["rank"]
+        else:
+            settings["rule"] = "lora" if self.method == "lora" else "rora"
+        return FinetuneConfig(**settings | {"method": "lora" if self.method == "rora" else self.method})
 
     def place(self) -> Device:
         """Return the device to plan for."""
         if self.memory is None or self.tflops is None:
             return DEVICES[self.device]
-        return Device.of(
+        return Device.from_specification(
             1e9 * self.memory, 1e12 * self.tflops, None if self.bandwidth is None else 1e9 * self.bandwidth
         )
 

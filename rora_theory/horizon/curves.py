@@ -10,7 +10,14 @@ import pandas as pd
 
 from rora_theory.horizon.runs import HorizonRun
 from rora_theory.io import frames
-from rora_theory.stats.rate_curves import Curve, at_shared_seeds, best_rates, comparison, less, paired_losses
+from rora_theory.stats.rate_curves import (
+    Curve,
+    at_shared_seeds,
+    best_rates,
+    comparison,
+    estimate_loss_difference,
+    paired_losses,
+)
 
 FULL = "full"
 """Value of `Curve.rule` for full fine-tuning, which has no rule."""
@@ -101,7 +108,9 @@ def labels_of(curve: Curve) -> dict[str, Any]:
     return {"rank": curve.rank or None, "strength": strength_of(curve) if curve.rank else None}
 
 
-def beside(curves: Sequence[Curve], step: int, others: Mapping[str, Sequence[Curve]] | None = None) -> pd.DataFrame:
+def compare_best_rates(
+    curves: Sequence[Curve], step: int, other_runs: Mapping[str, Sequence[Curve]] | None = None
+) -> pd.DataFrame:
     """Compare curves after a number of steps, each at its own best rate.
 
     An adapter is compared with full fine-tuning of the same modules, with the largest rank at its strength, and with
@@ -111,7 +120,8 @@ def beside(curves: Sequence[Curve], step: int, others: Mapping[str, Sequence[Cur
     Args:
       curves: `curves_at` the step.
       step: Number of steps.
-      others: `curves_at` the step of other runs, by the settings in which they differ, see `runs.read_beside`.
+      other_runs: `curves_at` the step of other runs, by the settings in which they differ, see
+        `runs.read_comparison_runs`.
 
     Returns:
       A row for each pair that has curves with a common seed: ``step``, ``rank``, ``strength`` and ``beside``, the
@@ -131,7 +141,7 @@ def beside(curves: Sequence[Curve], step: int, others: Mapping[str, Sequence[Cur
         strongest = max((other for other in adapters if other.rank == curve.rank), key=strength_of)
         if strongest is not curve:
             pairs.append((curve, strongest, _gamma_r(strength_of(curve)), _gamma_r(strength_of(strongest))))
-    for name, other_curves in (others or {}).items():
+    for name, other_curves in (other_runs or {}).items():
         by_setting = {(other.rank, other.scaling): other for other in other_curves}
         pairs += [
             (curve, by_setting[key], _rank(curve), name)
@@ -146,7 +156,7 @@ def beside(curves: Sequence[Curve], step: int, others: Mapping[str, Sequence[Cur
         shared = at_shared_seeds(first, second)
         if shared:
             curve, other = replace(shared[0], rule=first_name), replace(shared[1], rule=second_name)
-            result = comparison(curve, other, less(curve, other))
+            result = comparison(curve, other, estimate_loss_difference(curve, other))
             row = {"step": step} | labels_of(first) | {"beside": second_name}
             row |= {column: getattr(result, column) for column in columns}
             rows.append(row | {"seeds": len(curve.losses), "verdict": result.verdict})
@@ -164,7 +174,7 @@ def _gamma_r(strength: float) -> str:
 def at_one_rate(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int) -> pd.DataFrame:
     """Compare every strength with the largest strength of its rank at the same learning rate.
 
-    In contrast, `beside` compares curves at their own best rates.
+    In contrast, `compare_best_rates` compares curves at their own best rates.
 
     Args:
       runs: Runs of the grid, see `runs.distinct`.

@@ -7,10 +7,12 @@ from typing import Any
 
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.data.formats import TrainTemplate
+from rora_theory.defaults import SMALL_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.finetune.config import FinetuneConfig, LossOn, Schedule
 from rora_theory.llama.quantised import Quantization
-from rora_theory.validation.rules import check_positives, check_ranks, check_seeds, check_steps
+from rora_theory.scaling import check_positive
+from rora_theory.validation.rules import check_list, check_ranks, check_seeds, check_steps
 
 SHARED = ("batch_size", "warmup", "targets", "template", "loss_on", "cutoff")
 """Settings that all runs of a folder share and that identify it."""
@@ -63,7 +65,7 @@ class HorizonGrid:
     """Seeds of initialisation and order"""
     read_at: tuple[int, ...] = (16, 64, 256)
     """Numbers of steps after which to evaluate the held-out records, in ascending order; the run ends at the last"""
-    batch_size: int = 4
+    batch_size: int = SMALL_BATCH_SIZE
     """Number of records per step"""
     warmup: int = 4
     """Number of steps of linear warm-up from 0"""
@@ -90,12 +92,9 @@ class HorizonGrid:
         for option, values, fewest in (
             ("--strengths", self.strengths, 1), ("--lrs", self.lrs, 1), ("--full-lrs", self.full_lrs, 0)
         ):  # fmt: skip
-            check_positives(option, values, fewest=fewest)
+            check_list(option, values, check_positive, fewest=fewest)
         check_seeds(self.seeds)
-        try:
-            check_steps(self.read_at)
-        except InputError as error:
-            raise InputError(f"--read-at: {error}") from None
+        check_steps(self.read_at, "--read-at")
         if self.schedule != "constant" and len(self.read_at) > 1:
             raise InputError(
                 f"--read-at must be a single step with --schedule {self.schedule}, got "

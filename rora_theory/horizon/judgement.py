@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rora_theory.horizon.curves import FULL, at_one_rate, beside, best_rate_table, curves_at
+from rora_theory.horizon.curves import FULL, at_one_rate, best_rate_table, compare_best_rates, curves_at
 from rora_theory.horizon.estimators import estimator_table
 from rora_theory.horizon.law import horizon_exponents, step_exponents
 from rora_theory.horizon.parts import change_at_best, led_table
@@ -20,6 +20,9 @@ UNITS = {
     "validation_loss, answer_loss": "nats a token of the held-out records; errors are over records",
 }
 
+FILES = {"comparisons": "beside.csv"}
+"""Names of files that differ from the field. Published runs and pages name this file and its column ``beside``."""
+
 
 @dataclass(frozen=True, eq=False)
 class HorizonJudgement:
@@ -27,7 +30,7 @@ class HorizonJudgement:
 
     Attributes:
       best: Best rates at every step, `curves.best_rate_table`.
-      beside: Comparisons of curves at their best rates, `curves.beside`.
+      comparisons: Comparisons of curves at their best rates, `curves.compare_best_rates`.
       one_rate: Comparisons at the same rate, `curves.at_one_rate`.
       exponents: Exponents of the best rates in strength and rank, `law.horizon_exponents`.
       estimators: Exponents by estimators that use whole curves, `estimators.estimator_table`.
@@ -40,7 +43,7 @@ class HorizonJudgement:
     """
 
     best: pd.DataFrame
-    beside: pd.DataFrame
+    comparisons: pd.DataFrame
     one_rate: pd.DataFrame
     exponents: pd.DataFrame
     estimators: pd.DataFrame
@@ -54,7 +57,7 @@ class HorizonJudgement:
     def files(self) -> dict[str, pd.DataFrame]:
         """Return the frames that are not empty by the names of their files."""
         by_name = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {f"{name}.csv": frame for name, frame in by_name.items() if not frame.empty}
+        return {FILES.get(name, f"{name}.csv"): frame for name, frame in by_name.items() if not frame.empty}
 
 
 def judge_runs(
@@ -64,7 +67,7 @@ def judge_runs(
     takeovers: Sequence[float],
     warmup: int,
     linear_terms: Sequence[float] = (),
-    others: Mapping[str, Sequence[HorizonRun]] | None = None,
+    other_runs: Mapping[str, Sequence[HorizonRun]] | None = None,
 ) -> HorizonJudgement:
     """Find the best rates at every step of the readings, and compare them with each other and with the law.
 
@@ -74,7 +77,7 @@ def judge_runs(
       takeovers: Takeover distances of the model's modules for the law's exponents; if empty, these are left out.
       warmup: Number of steps of linear warm-up.
       linear_terms: Linear terms of the model's modules, see `law.horizon_exponents`.
-      others: Runs to compare with, by description, see `runs.read_beside`.
+      other_runs: Runs to compare with, by description, see `runs.read_comparison_runs`.
     """
     # Curves of loss against rate at every step, and their minima.
     runs = distinct(runs)
@@ -86,12 +89,12 @@ def judge_runs(
         empty = pd.DataFrame()
         return HorizonJudgement(best, empty, empty, empty, empty, empty, led, empty, empty, empty, empty)
     # Comparisons of curves.
-    merged_others = {name: distinct(other_runs) for name, other_runs in (others or {}).items()}
+    distinct_others = {name: distinct(named_runs) for name, named_runs in (other_runs or {}).items()}
     comparisons = [
-        beside(
+        compare_best_rates(
             step_curves,
             step,
-            {name: curves_at(other_runs, tokens, step) for name, other_runs in merged_others.items()},
+            {name: curves_at(named_runs, tokens, step) for name, named_runs in distinct_others.items()},
         )
         for step, step_curves in curves.items()
     ]

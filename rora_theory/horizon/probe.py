@@ -12,6 +12,7 @@ from rora_theory import adapters
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.data.batches import Examples
 from rora_theory.data.formats import TrainTemplate
+from rora_theory.defaults import TRAIN_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.finetune.config import FinetuneConfig, LossOn
 from rora_theory.horizon.readings import read_run
@@ -30,7 +31,7 @@ from rora_theory.tune.plan import (
     make_plan,
     scaled_warmup,
 )
-from rora_theory.validation.ranges import Count, Natural, NotNegative, Plural, Positive, Share, check_ranges
+from rora_theory.validation.ranges import AtLeastTwo, Count, Natural, NotNegative, Positive, Share, check_ranges
 from rora_theory.validation.rules import check_list
 
 MAX_INPUT_RECORDS = 8
@@ -62,7 +63,7 @@ class ProbeConfig:
     """Adapted modules"""
     dropout: float = 0.0
     """Dropout probability of the adapter's input"""
-    batch_size: Count = 16
+    batch_size: Count = TRAIN_BATCH_SIZE
     """Number of records per step"""
     warmup: Natural = 0
     """Number of warm-up steps of the planned run"""
@@ -76,7 +77,7 @@ class ProbeConfig:
     """Prompt template, by default that of the records' format"""
     loss_on: LossOn = "all"
     """Tokens in the loss: all or answer"""
-    cutoff: Plural = 256
+    cutoff: AtLeastTwo = 256
     """Maximum length of an example in tokens"""
     lr: Positive | None = None
     """Learning rate of the planned run from which the search starts; by default the best rate of published runs"""
@@ -84,7 +85,7 @@ class ProbeConfig:
     """Maximum rank of the probe's adapters"""
     budget: Share = BUDGET
     """Maximum cost of the probe as a share of the planned run"""
-    held_out: Plural = 96
+    held_out: AtLeastTwo = 96
     """Number of records that no run trains on; fewer are evaluated if the budget does not allow all"""
     seed: int = 0
     """Seed of the samples of records, of the order and of the initialisation"""
@@ -92,7 +93,7 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         """Validate the settings."""
         check_ranges(self)
-        check_seed(self.seed, "--seed")
+        check_seed("--seed", self.seed)
         check_list("--targets", self.targets)
         check_warmup(self.warmup, self.steps)
         self.training(Trial(1.0, self.steps), epochs=1)

@@ -20,6 +20,7 @@ from rora_theory.finetune.held_out import RecordLoss, record_losses
 from rora_theory.measure import led
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep.workbench import Workbench
+from rora_theory.validation.rules import check_steps
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Reading:
       step: Number of steps; 0 is the model before training.
       losses: Loss of each record in nats, summed over its tokens.
       answer_losses: Loss of each record in nats, summed over the tokens of its answer.
-      parts: Columns of `measure.led.led_parts`, to five figures; None if the change is not gamma B A x (full
+      parts: Columns of `measure.led.compute_led_rms`, to five figures; None if the change is not gamma B A x (full
         fine-tuning, DoRA), or in runs of earlier versions.
     """
 
@@ -74,8 +75,7 @@ def read_run(
     Raises:
       InputError: If the steps do not ascend, are more than the records provide, or do not suit the schedule.
     """
-    if not steps or steps[0] < 1 or list(steps) != sorted(set(steps)):
-        raise InputError(f"read_at must be ascending integers of 1 or more, got {' '.join(map(str, steps))!r}")
+    check_steps(steps, "read_at")
     if training.schedule != "constant" and len(steps) > 1:
         raise InputError(
             f"read_at must be a single step with schedule {training.schedule!r}, got {' '.join(map(str, steps))}"
@@ -110,7 +110,7 @@ def read_run(
                 if not math.isfinite(math.fsum(reading.losses)):
                     return replace(run, diverged_at=event.step)
                 if start is not None and inputs is not None:
-                    parts = led.led_parts(start, trained, inputs)
+                    parts = led.compute_led_rms(start, trained, inputs)
                     reading = replace(reading, parts=parts.to_dict("list"))
                 run.readings.append(reading)
     except NonFiniteLossError as error:

@@ -128,7 +128,7 @@ def horizon_table(runs: Sequence[HorizonRun], tokens: Sequence[int], answer_toke
     return frames.from_rows(rows, list(dict.fromkeys(name for row in rows for name in row)))
 
 
-def read_beside(path: Path, identity: Mapping[str, Any]) -> tuple[str, list[HorizonRun]]:
+def read_comparison_runs(path: Path, identity: Mapping[str, Any]) -> tuple[str, list[HorizonRun]]:
     """Read the runs of another folder of ``sims.horizon`` with the same model and records.
 
     Args:

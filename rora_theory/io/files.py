@@ -33,14 +33,6 @@ _FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.E
 _CHUNK = 1 << 24
 """Number of bytes read at a time."""
 
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFSOCK: "a socket",
-}
-
 
 def read_bytes(path: str | Path, limit: int = LARGEST, *, accepted: str = "a regular file") -> bytes:
     """Read the content of a regular file.
@@ -64,7 +56,7 @@ def read_bytes(path: str | Path, limit: int = LARGEST, *, accepted: str = "a reg
         raise InputError(f"{path}: cannot be read ({reason}). Expected {accepted}.") from error
     try:
         status = os.fstat(descriptor)
-        _check_kind(path, status, accepted)
+        _check_is_regular(path, status, accepted)
         parts, size = [], 0
         while status.st_size <= limit >= size and (part := os.read(descriptor, _CHUNK)):
             parts.append(part)
@@ -95,12 +87,12 @@ def check_regular(path: str | Path, *, accepted: str = "a regular file") -> None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"{path}: cannot be read ({reason}). Expected {accepted}.") from error
-    _check_kind(path, status, accepted)
+    _check_is_regular(path, status, accepted)
 
 
-def _check_kind(path: str | Path, status: os.stat_result, accepted: str) -> None:
+def _check_is_regular(path: str | Path, status: os.stat_result, accepted: str) -> None:
     if not stat.S_ISREG(status.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "not a file")
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
         raise InputError(f"{path}: is {kind}. Expected {accepted}.")
 
 

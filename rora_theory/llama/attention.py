@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from rora_theory.errors import InputError
+from rora_theory.scaling import check_choice
 
 ROUTES = ("auto", "blocked", "xla", "cudnn")
 _MIN_BLOCK_ROWS = 64  # queries in a block
@@ -46,8 +46,7 @@ def choose_route(route: str, dtype: jnp.dtype, head_dim: int, *, queries: int, k
     Raises:
       InputError: The route is unknown.
     """
-    if route not in ROUTES:
-        raise InputError(f"attention must be one of {', '.join(ROUTES)}, got {route!r}")
+    check_choice("attention", route, ROUTES)
     if route != "auto":
         return route
     is_supported = dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128

@@ -11,6 +11,7 @@ from typing import Any
 
 from rora_theory.errors import InputError, shown
 from rora_theory.llama.families import FAMILIES, Family
+from rora_theory.scaling import check_integer
 
 MODULES = (
     "self_attn.q_proj",
@@ -65,9 +66,9 @@ class Llama3Rope:
     def __post_init__(self) -> None:
         """Validate the fields."""
         _check_factor(self.factor)
-        _check_positive("rope low_freq_factor", self.low_freq_factor, float)
-        _check_positive("rope high_freq_factor", self.high_freq_factor, float)
-        _check_positive("rope original_max_position_embeddings", self.original_max_position_embeddings, int)
+        _check_positive("rope low_freq_factor", self.low_freq_factor)
+        _check_positive("rope high_freq_factor", self.high_freq_factor)
+        check_integer("rope original_max_position_embeddings", self.original_max_position_embeddings)
         if self.low_freq_factor >= self.high_freq_factor:
             raise InputError(
                 f"rope low_freq_factor must be below high_freq_factor {self.high_freq_factor!r}, "
@@ -213,7 +214,7 @@ class LlamaConfig:
                 f"config: lacks {', '.join(missing)}. Use the config.json of a model of type {model_type}."
             )
         for name in _REQUIRED:
-            _check_positive(f"config: {name}", values[name], int)
+            check_integer(f"config: {name}", values[name])
         check_layers("config: num_hidden_layers", values["num_hidden_layers"])
 
         # Defaults of the family, the sliding window and the rotary embedding.
@@ -440,13 +441,13 @@ def _pop_window(values: dict[str, Any], family: Family) -> tuple[int | None, tup
     if family.full_layers == "first" and not is_used:
         window = None
     if window is not None:
-        _check_positive("config: sliding_window", window, int)
+        check_integer("config: sliding_window", window)
 
     # The layers without window: all if there is no window, otherwise by Qwen's count or Gemma's period.
     count = values.pop("max_window_layers", None) or 0
     period = values.pop("sliding_window_pattern") if family.full_layers == "any" else layers + 1
-    _check_count("config: max_window_layers", count)
-    _check_positive("config: sliding_window_pattern", period, int)
+    check_integer("config: max_window_layers", count, minimum=0)
+    check_integer("config: sliding_window_pattern", period)
     full = [*range(layers)] if window is None else [*range(min(count, layers)), *range(period - 1, layers, period)]
     if full and window is not None and family.full_layers == "none":
         raise InputError(f"config: max_window_layers must be 0 for {family.architecture}, got {count}")
@@ -504,7 +505,7 @@ def _pop_rope(values: dict[str, Any], family: Family) -> tuple[float, RopeScalin
         parsed.append(_parse_rope_object(source, dict(rope)))
     thetas = [value for value in (theta, *(base for base, _ in parsed)) if value is not None]
     for value in thetas:
-        _check_positive("config: rope_theta", value, float)
+        _check_positive("config: rope_theta", value)
     if len(set(thetas)) > 1:
         raise InputError(f"config: rope_theta must be the same wherever it is given, got {shown(thetas)}")
     scalings = {scaling for _, scaling in parsed}
@@ -547,10 +548,10 @@ def _validate(fields: Mapping[str, Any]) -> None:
     """Raise `InputError` for fields of a `LlamaConfig` that have a wrong type, are out of range or contradictory."""
     # Types and ranges.
     for name in (*_SIZES, "max_position_embeddings"):
-        _check_positive(name, fields[name], int)
+        check_integer(name, fields[name])
     check_layers("num_hidden_layers", fields["num_hidden_layers"])
     for name in ("rms_norm_eps", "rope_theta"):
-        _check_positive(name, fields[name], float)
+        _check_positive(name, fields[name])
     for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if not isinstance(fields[name], bool):
             raise InputError(f"{name} must be true or false, got {shown(fields[name])}")
@@ -562,11 +563,11 @@ def _validate(fields: Mapping[str, Any]) -> None:
         if name not in family.fields and fields[name] != absent_value:
             raise InputError(f"{name} must be {absent_value} for model_type {model_type}, got {shown(fields[name])}")
     if fields["sliding_window"] is not None:
-        _check_positive("sliding_window", fields["sliding_window"], int)
+        check_integer("sliding_window", fields["sliding_window"])
     if "query_pre_attn_scalar" in family.fields:
-        _check_positive("query_pre_attn_scalar", fields["query_pre_attn_scalar"], int)
+        check_integer("query_pre_attn_scalar", fields["query_pre_attn_scalar"])
     if "rope_local_base_freq" in family.fields:
-        _check_positive("rope_local_base_freq", fields["rope_local_base_freq"], float)
+        _check_positive("rope_local_base_freq", fields["rope_local_base_freq"])
     _check_full_layers(fields["full_attention_layers"], fields, family)
 
     # Heads and special tokens.
@@ -614,15 +615,8 @@ def _is_number(value: Any) -> bool:
     )
 
 
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InputError(f"{name} must be an integer of at least 0, got {shown(value)}")
-
-
-def _check_positive(name: str, value: Any, kind: type) -> None:
-    """Raise `InputError` unless a value is a positive number (an integer, for ``int``) in the range of 32 bits."""
-    minimum, maximum = (1, _MAX_INT) if kind is int else (_MIN_FLOAT, _MAX_FLOAT)
-    if not _is_number(value) or not minimum <= value <= maximum or (kind is int and not isinstance(value, int)):
-        expected = "an integer of at least 1" if kind is int else "a finite number above 0"
-        limit = f" and at most {maximum}" if _is_number(value) and value > maximum else ""
-        raise InputError(f"{name} must be {expected}{limit}, got {shown(value)}")
+def _check_positive(name: str, value: Any) -> None:
+    """Raise `InputError` unless a value is a positive number in the range of float32."""
+    if not _is_number(value) or not _MIN_FLOAT <= value <= _MAX_FLOAT:
+        limit = f" and at most {_MAX_FLOAT:g}" if _is_number(value) and value > _MAX_FLOAT else ""
+        raise InputError(f"{name} must be a finite number above 0{limit}, got {shown(value)}")

@@ -11,7 +11,6 @@ all items. Greedy search is the same with one beam.
 """
 
 import functools
-import math
 import numbers
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -40,6 +39,7 @@ from rora_theory.llama.model import (
     windowed_layers,
 )
 from rora_theory.llama.quantised import to_dense
+from rora_theory.scaling import check_integer, is_finite
 
 EXCLUDED = -1e9
 """Number added to a score to exclude a candidate: transformers' own constant, so that even ties are the same."""
@@ -126,18 +126,13 @@ def beam_search(
         ``early_stopping`` is unknown; or one of the conditions of `greedy_search` holds.
     """
     batch = _make_batch(prompts, config, max_new_tokens, eos_ids, pad_id, shared)
-    if not _is_int(num_beams) or num_beams < 1:
-        raise InputError(f"num_beams must be an integer of at least 1, got {num_beams!r}")
+    check_integer("num_beams", num_beams)
     if (candidates := num_beams * max(2, 1 + batch.eos.size)) > config.vocab_size:
         raise InputError(
             f"num_beams must leave at most {config.vocab_size} candidates a step, the size of the vocabulary; "
             f"{num_beams} beams and {batch.eos.size} end tokens make {candidates}"
         )
-    if (
-        isinstance(length_penalty, bool)
-        or not isinstance(length_penalty, numbers.Real)
-        or not math.isfinite(length_penalty)
-    ):
+    if not is_finite(length_penalty):
         raise InputError(f"length_penalty must be a finite number, got {length_penalty!r}")
     if early_stopping not in (True, False, "never"):
         raise InputError(f"early_stopping must be True, False or 'never', got {early_stopping!r}")
@@ -557,8 +552,7 @@ def _make_batch(
 ) -> _Batch:
     """Validate the input of a generation and pad the prompts."""
     # Number of tokens: at least one a prompt, and room for the new ones.
-    if not _is_int(max_new_tokens) or max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
+    check_integer("max_new_tokens", max_new_tokens)
     if not len(prompts):
         raise InputError("prompts must contain at least one prompt, got none")
     room = config.max_position_embeddings - max_new_tokens

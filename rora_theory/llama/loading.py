@@ -11,9 +11,10 @@ from rora_theory.io.files import read_object
 from rora_theory.llama.config import LlamaConfig, ignored_keys
 from rora_theory.llama.hub import ModelSource, locate
 from rora_theory.llama.model import Params
-from rora_theory.llama.quantised import check_quantization
+from rora_theory.llama.quantised import QUANTIZATIONS
 from rora_theory.llama.tokenizer import Tokenizer
 from rora_theory.llama.weights import abbreviate_names, check_dtype, load_hf, read_config
+from rora_theory.scaling import check_choice
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +81,7 @@ def load(
       (1, 2, 49152)
     """
     check_dtype(dtype)
-    check_quantization(quantization)
+    check_choice("quantization", quantization, QUANTIZATIONS)
     origin = path_or_repo if isinstance(path_or_repo, ModelSource) else locate(path_or_repo, revision)
     # The small files first: a model that is not supported fails before its weights are read.
     source, config, tokenizer = origin.path, model_config(origin), model_tokenizer(origin)

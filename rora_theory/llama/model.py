@@ -39,13 +39,14 @@ from rora_theory.llama import rope
 from rora_theory.llama.attention import attend, causal_mask
 from rora_theory.llama.config import MODULES, LlamaConfig
 from rora_theory.llama.quantised import (
+    QUANTIZATIONS,
     QuantisedWeight,
     abstract_weight,
-    check_quantization,
     is_quantised,
     random_weight,
     to_dense,
 )
+from rora_theory.scaling import check_choice
 
 REMAT_CHOICES = (False, "mlp", True)
 """Parts of a layer that the backward pass recomputes: elementwise operations (False), the feed-forward network's
@@ -439,7 +440,7 @@ def abstract_params(config: LlamaConfig, dtype: DTypeLike = jnp.float32, quantiz
     Raises:
       InputError: The quantization is unknown, or the number of a module's inputs is not a multiple of the block.
     """
-    check_quantization(quantization)
+    check_choice("quantization", quantization, QUANTIZATIONS)
     count, width = config.num_hidden_layers, config.hidden_size
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:
@@ -554,8 +555,7 @@ def decoder_layer(
 
 def _checkpointed(body: Callable, remat: bool | str) -> Callable:
     """Return the body of the scan over layers with the checkpoint policy of ``remat``: only named results are saved."""
-    if remat not in REMAT_CHOICES:
-        raise InputError(f"remat must be one of {', '.join(map(repr, REMAT_CHOICES))}, got {remat!r}")
+    check_choice("remat", remat, REMAT_CHOICES)
     saved_names = {ALWAYS_SAVED}
     if remat in (False, "mlp"):
         saved_names.update(_ATTENTION)

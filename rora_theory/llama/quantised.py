@@ -89,12 +89,6 @@ def is_quantised(node: Any) -> bool:
     return isinstance(node, QuantisedWeight)
 
 
-def check_quantization(kind: object) -> None:
-    """Raise `InputError` unless the kind is one of `QUANTIZATIONS`."""
-    if kind not in QUANTIZATIONS:
-        raise InputError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {kind!r}")
-
-
 def abstract_weight(name: str, shape: tuple[int, ...], dtype: np.dtype, kind: str) -> QuantisedWeight:
     """Return the shapes of a weight in blocks, as `jax.ShapeDtypeStruct`.
 

@@ -29,7 +29,7 @@ from rora_theory.llama.shared_prompt import common_length
 from rora_theory.measure.tokens import sinks
 
 PARTS = ("led_B", "led_A", "whole")
-"""Columns of `led_parts` with the rms of the B-led part, the A-led part and their sum."""
+"""Columns of `compute_led_rms` with the rms of the B-led part, the A-led part and their sum."""
 
 
 def module_inputs(
@@ -68,7 +68,7 @@ _capture_inputs = jax.jit(
 )
 
 
-def led_parts(
+def compute_led_rms(
     start: LoraAdapter, trained: LoraAdapter, inputs: dict[str, Float[np.ndarray, "layers tokens p_in"]]
 ) -> pd.DataFrame:
     """Compute the rms over tokens and outputs of both parts of a trained adapter's change, and of their sum.

@@ -9,11 +9,12 @@ import numpy as np
 from rora_theory.data.batches import TextEncoder
 from rora_theory.data.chat import ChatTemplate
 from rora_theory.data.formats import AnyRecord, TrainTemplate
+from rora_theory.defaults import MEASURE_BATCH_SIZE, SMALL_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.finetune import Batch, Batches, Examples, choose_widths, split_records, tokenize
 from rora_theory.finetune.config import LossOn
 from rora_theory.measure.unseen import mask_seen
-from rora_theory.validation.ranges import Count, Plural, check_ranges
+from rora_theory.validation.ranges import AtLeastTwo, Count, check_ranges
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,11 @@ class PairConfig:
       InputError: If a value is out of range.
     """
 
-    batch_size: Count = 8
+    batch_size: Count = MEASURE_BATCH_SIZE
     """Number of records in the batch that yields the gradient"""
-    held_out: Count = 8
+    held_out: Count = MEASURE_BATCH_SIZE
     """Number of held-out records at which the change is measured"""
-    cutoff: Plural = 256
+    cutoff: AtLeastTwo = 256
     """Maximum number of tokens of a record"""
     loss_on: LossOn = "all"
     """Tokens in the loss: all (the paper's protocol), or answer for those of the answer only"""
@@ -38,7 +39,7 @@ class PairConfig:
         check_ranges(self)
 
 
-class Pair(NamedTuple):
+class BatchPair(NamedTuple):
     """Training batch and held-out batch.
 
     Attributes:
@@ -52,7 +53,7 @@ class Pair(NamedTuple):
     examples: Examples
 
 
-def pair(
+def make_batch_pair(
     config: PairConfig,
     records: Sequence[AnyRecord],
     tokenizer: TextEncoder,
@@ -60,7 +61,7 @@ def pair(
     template: str | None = None,
     chat: ChatTemplate | None = None,
     seed: int = 0,
-) -> Pair:
+) -> BatchPair:
     """Create a training batch and a batch of other records, each padded to its longest record.
 
     Args:
@@ -96,7 +97,7 @@ def pair(
         return Batches(examples, widths, batch_size=len(examples), answer_only=answer_only)
 
     train = make_batch(train_records[: config.batch_size])
-    return Pair(train[0], make_batch(held_out)[0], train.examples)
+    return BatchPair(train[0], make_batch(held_out)[0], train.examples)
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,11 @@ class BatchConfig:
 
     batches: Literal["fixed", "fresh"] = "fixed"
     """Batches of the steps: fixed uses the same batch in every step, fresh a new batch in each"""
-    batch_size: Count = 4
+    batch_size: Count = SMALL_BATCH_SIZE
     """Number of records in a batch"""
     held_out: Count = 64
     """Number of records to set aside, from which each seed draws its held-out batch"""
-    cutoff: Plural = 64
+    cutoff: AtLeastTwo = 64
     """Maximum number of tokens of a record"""
     template: TrainTemplate | None = None
     """Training prompt: train (as published, byte for byte), clean, chat (the model's chat template) or plain (prompt

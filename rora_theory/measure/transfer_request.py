@@ -24,7 +24,7 @@ from rora_theory.measure.layers.layer_data import Split
 from rora_theory.optimizers import OptimizerName, optimizer_named
 from rora_theory.scaling import Rule, exponent
 from rora_theory.validation.ranges import Count, Positive, check_ranges
-from rora_theory.validation.rules import as_words, check_rule, check_unread, option_of
+from rora_theory.validation.rules import as_words, check_unread, option_of
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class TransferConfig:
         check_ranges(self)
         for option, rule in (("--rule", self.rule), ("--to-rule", self.to_rule)):
             if rule is not None:
-                check_rule(option, rule)
+                exponent(rule, option)
         if self.regime in REGIMES:
             check_unread(self, "split", "per", requires="--regime RUN")
 
@@ -177,4 +177,6 @@ def advise(config: TransferConfig) -> Advised:
         if runs[name] is None and runs[f"to_{name}"] is not None:
             runs[name] = value
     peft = {"target_modules": targets, "per": config.per, "task_type": config.task_type or saved.task_type}
-    return Advised(transfer(tuned, config.to_rank, regime, **new, **runs), peft | {"others": saved.others}, thin)
+    return Advised(
+        transfer(tuned, config.to_rank, regime, **new, **runs), peft | {"other_entries": saved.other_entries}, thin
+    )

@@ -17,15 +17,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from rora_theory.data.tasks import TASKS
 from rora_theory.errors import InputError
 from rora_theory.paper.published import NAMES, Claim, PublishedRow
+from rora_theory.paper.tasks import PUBLISHED_TASKS
 from rora_theory.stats.estimate import in_errors
 
-SIZES = tuple(task.full_size for task in TASKS.values())
+SIZES = tuple(task.size for task in PUBLISHED_TASKS.values())
 """Number of items of each full evaluation set."""
 
-CHANCE = tuple(100.0 / task.full_choices for task in TASKS.values())
+CHANCE = tuple(100.0 / task.choices for task in PUBLISHED_TASKS.values())
 """Accuracy of guessing in percent (ARC's few items with 3 or 5 choices change it by less than 0.01)."""
 
 HALF = 0.05

@@ -12,10 +12,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rora_theory.data.tasks import TASKS
 from rora_theory.io import frames
+from rora_theory.paper.tasks import PUBLISHED_TASKS
 
-NAMES = tuple(task.name for task in TASKS.values())
+NAMES = tuple(task.name for task in PUBLISHED_TASKS.values())
 """Column names of the eight accuracies."""
 
 
@@ -34,7 +34,7 @@ class PublishedRow:
       learning_rate: Learning rate, if printed.
       params_percent: Percentage of trainable parameters, if printed.
       marked_best: Whether the paper marks the row ``(Best)``.
-      scores: The eight accuracies in percent, in the order of `TASKS`.
+      scores: The eight accuracies in percent, in the order of `PUBLISHED_TASKS`.
       average: Printed average.
     """
 

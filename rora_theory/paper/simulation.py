@@ -21,6 +21,7 @@ import pandas as pd
 from rora_theory.errors import InputError
 from rora_theory.inits import entries
 from rora_theory.io import frames
+from rora_theory.optimizers import scaling_power
 from rora_theory.paper import quantities, verdicts
 from rora_theory.scaling import exponent
 from rora_theory.stats.moments import agreement
@@ -79,12 +80,7 @@ class SimulationConfig:
     def __post_init__(self) -> None:
         """Validate the settings."""
         check_ranges(self)
-        check_list("--overlaps", self.overlaps)
-        for overlap in self.overlaps:
-            try:
-                laws.check_overlap(overlap)
-            except InputError as error:
-                raise InputError(f"--overlaps: {error}") from None
+        check_list("--overlaps", self.overlaps, laws.check_overlap)
         if self.sampler == "reduced":
             for init in self.grid.inits:
                 if not entries(init, rank=1, p_in=1).is_normal:
@@ -185,7 +181,7 @@ def simulation_rows(
     for number, (setting, rule) in enumerate(zip(cell.steps or rescaled, itertools.cycle(rules), strict=False)):
         # A step at unit scaling and rate is multiplied by the rule's factor; a separate step is used as it is.
         gamma = setting.scaling
-        step = 1.0 if cell.steps else grid.lr * gamma ** laws.scaling_power(unit.optimizer)
+        step = 1.0 if cell.steps else grid.lr * gamma ** scaling_power(unit.optimizer)
         step_sums = sums[number if cell.steps else 0]
         exact, printed = quantities.exact(setting), quantities.printed(setting)
         for quantity in quantities.QUANTITIES:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from rora_theory.optimizers import make_optimizer
+from rora_theory.optimizers import OPTIMIZERS, make_optimizer
 from rora_theory.paper import equations
 from rora_theory.scaling import Rule, scaling_factor
 from rora_theory.stats.estimate import Estimate, root
@@ -168,7 +168,7 @@ def _differentiated(m0: Array, B: Array, A: Array, delta: Array, x: Array, x_nex
     merged = m0 + first_step.Increment(A, B, GAMMA)(jnp.eye(A.shape[1])).T
     sgd, adam = (
         first_step.run(loss, A, p_out=len(m0), scaling=GAMMA, optimizer=make_optimizer(name, ETA, epsilon=0.0))
-        for name in laws.OPTIMIZERS
+        for name in OPTIMIZERS
     )
     return (*gradients, merged, sgd.lora_B, adam.lora_B, sgd(x_next), adam(x_next))
 

@@ -1,18 +1,16 @@
 """Validate seeds, and derive the seeds of named streams."""
 
 import hashlib
-import numbers
 
-from rora_theory.errors import InputError
+from rora_theory.scaling import check_integer
 
 SEED_COUNT = 2**32
 """Number of distinct seeds. `jax.random.key` uses 32 bits of a seed: 2^32 equals 0, and -1 equals 2^32 - 1."""
 
 
-def check_seed(value: int, name: str = "seed") -> None:
+def check_seed(name: str, value: int) -> None:
     """Raise `InputError` unless a value is an integer from 0 to 2^32 - 1."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= value < SEED_COUNT:
-        raise InputError(f"{name} must be an integer from 0 to 2^32 - 1, got {value!r}")
+    check_integer(name, value, minimum=0, maximum=SEED_COUNT - 1)
 
 
 def seed_from_name(name: str) -> int:

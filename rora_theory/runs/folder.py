@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from rora_theory.errors import InputError
 from rora_theory.io import digests, files, frames
@@ -19,8 +19,6 @@ from rora_theory.runs.reading import as_json, check_files, key_of, read_manifest
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from rora_theory.llama import ModelSource
 
 
 logger = logging.getLogger(__name__)
@@ -66,6 +64,18 @@ def end_all(status: str, error: str | None = None, *, skip: int = 0) -> None:
         folder.stop(status, error)
 
 
+@runtime_checkable
+class WeightSource(Protocol):
+    """Source of a model's weights, such as `rora_theory.llama.ModelSource`."""
+
+    @property
+    def summary(self) -> str:
+        """One line with the name, storage, origin and digest of the weights."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the details of the weights that a run's manifest records."""
+
+
 class RunFolder:
     """Folder of one run, which the same configuration resumes and any other configuration cannot open.
 
@@ -97,7 +107,7 @@ class RunFolder:
         seed: int | None = None,
         extra: Mapping[str, Any] | None = None,
         extensible: Mapping[str, Any] | None = None,
-        models: Collection["ModelSource"] = (),
+        models: Collection[WeightSource] = (),
     ) -> "RunFolder":
         """Open or create the folder of a run, own it, and write its manifest with status ``running``.
 

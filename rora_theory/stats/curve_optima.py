@@ -82,11 +82,11 @@ def registration_shifts(first: Curve, second: Curve) -> Float[np.ndarray, " seed
         # Rounding may put an end of the overlap outside a curve, where its spline is NaN.
         variances = np.nanvar(splines[0](at) - splines[1](at + tried), axis=1)
         # Parabola through the smallest variance and its neighbours, so that shifts are no multiples of the step.
-        least = int(np.clip(np.argmin(variances), 1, len(tried) - 2))
-        before, middle, after = variances[least - 1 : least + 2]
+        lowest = int(np.clip(np.argmin(variances), 1, len(tried) - 2))
+        before, middle, after = variances[lowest - 1 : lowest + 2]
         bend = before - 2 * middle + after
         offset = float(np.clip((before - after) / (2 * bend), -1, 1)) if bend > 0 else 0.0
-        shifts.append(float(tried[least, 0]) + SHIFT_STEP * offset)
+        shifts.append(float(tried[lowest, 0]) + SHIFT_STEP * offset)
     return np.array(shifts)
 
 

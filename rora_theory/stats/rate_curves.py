@@ -13,14 +13,13 @@ import numpy as np
 from jaxtyping import Float
 
 from rora_theory.io import frames
-from rora_theory.optimizers import FAMILY
+from rora_theory.optimizers import FAMILY, scaling_power
 from rora_theory.stats import slopes
 from rora_theory.stats.estimate import ROUNDING, Estimate, over_seeds
 from rora_theory.stats.paired import mean_per_token, resampled_ratios
 from rora_theory.stats.rate_optimum import Best, grid_gap, minima, predicted_slopes, rate_gap
 from rora_theory.stats.slopes import SeedFit
 from rora_theory.stats.verdicts import judge_equivalence
-from rora_theory.theory.laws import scaling_power
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -181,7 +180,7 @@ class Curve:
             ends += drawn_ends if len(drawn_ends) >= EDGE_SHARE * len(drawn.losses) else []
         return max(ends, key=ends.count) if ends else ""
 
-    def least(self) -> np.ndarray:
+    def lowest_losses(self) -> np.ndarray:
         """Return the lowest measured loss of each seed. The vertex of a parabola would be biased low."""
         return np.min(np.where(np.isfinite(self.losses), self.losses, np.inf), axis=1)
 
@@ -201,7 +200,7 @@ def at_shared_seeds(*curves: Curve) -> tuple[Curve, ...]:
 
 
 def estimate(figure: Callable[..., Sequence[float] | np.ndarray], *curves: Curve) -> Estimate:
-    """Estimate a statistic of curves with its error over seeds and over held-out records, see `joint`.
+    """Estimate a statistic of curves with its error over seeds and over held-out records, see `combine_errors`.
 
     For a single seed the value is the mean over resamples of the records, and the error their spread. Without losses
     per record there is no error.
@@ -220,10 +219,10 @@ def estimate(figure: Callable[..., Sequence[float] | np.ndarray], *curves: Curve
     values = np.asarray(figure(*drawn), np.float64)
     # The spread of bootstrap resamples is the standard error itself, without a division by their number.
     by_records = Estimate(float(np.mean(values)), float(np.std(values, ddof=1)), len(values), RECORDS)
-    return joint(by_seeds, by_records) if by_seeds.has_error else by_records
+    return combine_errors(by_seeds, by_records) if by_seeds.has_error else by_records
 
 
-def joint(by_seeds: Estimate, by_records: Estimate) -> Estimate:
+def combine_errors(by_seeds: Estimate, by_records: Estimate) -> Estimate:
     r"""Combine the error a over n seeds with the error b over m records.
 
     All seeds are scored on the same records, so that their spread does not contain the variation between records. The
@@ -253,9 +252,9 @@ def joint(by_seeds: Estimate, by_records: Estimate) -> Estimate:
     return max((combined, by_seeds, by_records), key=Estimate.half_width)
 
 
-def less(first: Curve, second: Curve) -> Estimate:
+def estimate_loss_difference(first: Curve, second: Curve) -> Estimate:
     """Estimate the lowest loss of the first curve minus that of the second, for curves of the same seeds."""
-    return estimate(lambda a, b: a.least() - b.least(), first, second)
+    return estimate(lambda a, b: a.lowest_losses() - b.lowest_losses(), first, second)
 
 
 def log2_rates(curve: Curve) -> np.ndarray:
@@ -289,7 +288,7 @@ def best_rates(curves: Sequence[Curve]) -> "pd.DataFrame":
     """Return a table of the best rate and loss of every curve, with the columns `BEST_COLUMNS` in units of `UNITS`."""
     rows = []
     for curve in curves:
-        logs, losses = weighted_log2_rates((1.0,), curve), estimate(Curve.least, curve)
+        logs, losses = weighted_log2_rates((1.0,), curve), estimate(Curve.lowest_losses, curve)
         error, half_width = rate_errors(logs, edge=curve.edge)
         rows.append(
             {"optimizer": curve.optimizer, "trained": curve.trained, "rule": curve.rule, "kappa": curve.kappa}
@@ -394,7 +393,7 @@ class Comparison(NamedTuple):
 def compare_rules(curves: Sequence[Curve]) -> list[Comparison]:
     """Compare all pairs of rules at the largest rank that both have, paired by seed."""
     shared = [at_shared_seeds(*pair) for pair in pairs(curves)]
-    return [comparison(pair[0], pair[1], less(pair[0], pair[1])) for pair in shared if pair]
+    return [comparison(pair[0], pair[1], estimate_loss_difference(pair[0], pair[1])) for pair in shared if pair]
 
 
 def pairs(curves: Sequence[Curve]) -> Iterator[tuple[Curve, Curve]]:
@@ -418,7 +417,7 @@ def paired_losses(
 ) -> Estimate:
     """Estimate the loss of the first minus the second, with the error over seeds and over held-out records.
 
-    The two errors are combined by `joint`. For a single seed without losses per record there is no error.
+    The two errors are combined by `combine_errors`. For a single seed without losses per record there is no error.
 
     Args:
       first: Losses per token of the first, one per seed.
@@ -433,7 +432,7 @@ def paired_losses(
     if records is None or tokens is None:
         return by_seeds
     over_records = mean_per_token((records[0] - records[1]).tolist(), tokens.astype(int).tolist())
-    return joint(by_seeds, replace(over_records, over=RECORDS))
+    return combine_errors(by_seeds, replace(over_records, over=RECORDS))
 
 
 def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
@@ -454,7 +453,7 @@ def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
         ratio = over_seeds(np.array([np.mean(log2_rates(first.spread)) - np.mean(log2_rates(second.spread))]))
     # Difference of the lowest losses, with the larger bound of the two grids added to the interval.
     grid = max(first.grid_error(), second.grid_error())
-    loss_a, loss_b = (float(np.mean(curve.spread.least())) for curve in (first, second))
+    loss_a, loss_b = (float(np.mean(curve.spread.lowest_losses())) for curve in (first, second))
     half_width = losses.half_width() + grid
     relative, half = losses.value / loss_b, half_width / loss_b
     result = judge_equivalence(relative, half, margin=EQUIVALENCE_MARGIN, threshold=0.0)

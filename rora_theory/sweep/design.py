@@ -8,7 +8,8 @@ from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Protocol
 from rora_theory.finetune.config import LEARNING_RATES, BaseDtype
 from rora_theory.random.seeds import check_seed
-from rora_theory.validation.rules import check_positives, check_ranks
+from rora_theory.scaling import check_positive
+from rora_theory.validation.rules import check_list, check_ranks
 
 BASE = "base"
 """Name of the model without an adapter, which is one cell without training or seeds."""
@@ -88,10 +89,10 @@ class Design:
             if method not in (BASE, *METHODS):
                 raise InputError(f"methods has an unknown method {method!r}; supported: {', '.join((BASE, *METHODS))}")
         for seed in self.seeds:
-            check_seed(seed, "seeds")
+            check_seed("seeds", seed)
         check_ranks(self.ranks, fewest=1)
         if self.lrs is not None:
-            check_positives("--lrs", self.lrs)
+            check_list("--lrs", self.lrs, check_positive)
 
 
 RATE_GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)

@@ -17,6 +17,7 @@ from rora_theory.data import sources
 from rora_theory.data.prompts import Template
 from rora_theory.data.records import DataConfig
 from rora_theory.data.tasks import TASKS, TaskRecord
+from rora_theory.defaults import SCORE_BATCH_SIZE
 from rora_theory.evaluate.scoring import Protocol, Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.finetune.config import BaseDtype
@@ -87,7 +88,7 @@ class SweepConfig:
     """Maximum number of items of each task to score"""
     data_dir: str | None = None
     """Folder of the tasks, or hf://datasets/OWNER/NAME; the default is the environment variable RORA_COMMONSENSE_DIR"""
-    score_batch_size: Count = 8
+    score_batch_size: Count = SCORE_BATCH_SIZE
     """Number of prompts in a batch for generate; number of device calls in flight for label and harness"""
 
     def __post_init__(self) -> None:

@@ -70,7 +70,7 @@ def draw_records(
     check_integer("held_out", held_out, minimum=2)
     if train_records is not None:
         check_integer("train_records", train_records)
-    check_seed(seed, "data_seed")
+    check_seed("data_seed", seed)
     record_set = read_record_set(data, config)
     for source, (name, _) in zip(data, record_set.formats, strict=True):
         if name == "text":

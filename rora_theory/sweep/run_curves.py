@@ -84,8 +84,8 @@ def compare_by_records(curves: Sequence[Curve], runs: Sequence[TrainedRun]) -> l
     """Compare rules at the largest rank, each at the grid's rate of lowest mean loss, record by record.
 
     All seeds that ran at both rates are averaged, including seeds without a curve. The error is over seeds and records,
-    see `rate_curves.joint`. If one of these runs diverged, the verdict names it and is not settled; the difference is
-    then that of the seeds that finished both runs, or that of the curves' lowest losses without an error.
+    see `rate_curves.combine_errors`. If one of these runs diverged, the verdict names it and is not settled; the
+    difference is then that of the seeds that finished both runs, or that of the curves' lowest losses without an error.
     """
     comparisons = []
     for first, second in pairs(curves):
@@ -109,7 +109,7 @@ def compare_by_records(curves: Sequence[Curve], runs: Sequence[TrainedRun]) -> l
         if finished:
             losses = _difference(*([group[seed] for seed in finished] for group in groups))
         else:
-            losses = over_seeds(np.array([np.mean(first.least()) - np.mean(second.least())]))
+            losses = over_seeds(np.array([np.mean(first.lowest_losses()) - np.mean(second.lowest_losses())]))
         result = comparison(first, second, losses)
         if diverged:
             prefix = f"{result.verdict}; " if finished else ""

@@ -14,6 +14,7 @@ import numpy as np
 
 from rora_theory import adapters, llama
 from rora_theory.data.tasks import TaskRecord
+from rora_theory.defaults import SCORE_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.evaluate.accuracies import accuracies
 from rora_theory.evaluate.scoring import Sample, Scoring, in_order, score_tasks
@@ -88,7 +89,7 @@ class Workbench:
         located: Mapping[str, llama.ModelSource],
         *,
         scoring: Scoring,
-        score_batch_size: int = 8,
+        score_batch_size: int = SCORE_BATCH_SIZE,
         elsewhere: bool = False,
     ) -> None:
         self.shared, self.records, self.tasks, self.located = shared, records, tasks, located

@@ -38,7 +38,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rora_theory.errors import InputError
-from rora_theory.scaling import check_integer, check_positive
+from rora_theory.scaling import check_integer, check_not_negative, check_positive
 
 COHERENCE_RANGE = (1.0, 2.0)
 """Range of c: 1 if only B's steps are coherent, 2 if both factors' steps are."""
@@ -78,7 +78,7 @@ def displacement_ratio(strength: float, *, displacement_constant: float) -> floa
       1.0
     """
     check_positive("strength", strength)
-    _check_constant(displacement_constant)
+    check_not_negative("displacement_constant", displacement_constant)
     share = displacement_constant / strength
     # The root of rho^2 + rho - share, in a form without the difference that cancels at small shares.
     return 2 * share / (1 + math.sqrt(1 + 4 * share))
@@ -223,7 +223,7 @@ def carry_rate(
     low_constant, high_constant = displacement_constants
     low_exponent, high_exponent = steps_exponents
     for constant in displacement_constants:
-        _check_constant(constant)
+        check_not_negative("displacement_constant", constant)
     if low_constant > high_constant:
         raise InputError(f"displacement_constants must be in increasing order, got {displacement_constants!r}")
     if not -math.inf < low_exponent <= high_exponent < math.inf:
@@ -249,8 +249,3 @@ def _growth_of_steps(old_steps: int | None, new_steps: int | None) -> float:
     check_integer("old_steps", old_steps)
     check_integer("new_steps", new_steps)
     return new_steps / old_steps
-
-
-def _check_constant(value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise InputError(f"displacement_constant must be a finite number of at least 0, got {value!r}")

@@ -10,11 +10,11 @@ import numpy as np
 
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
+from rora_theory.optimizers import OPTIMIZERS, Optimizer, scaling_power
 from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import Rule, scaling_factor
 from rora_theory.stats.moments import log_log_fit
-from rora_theory.theory import laws
-from rora_theory.validation.ranges import Plural, Positive, check_ranges
+from rora_theory.validation.ranges import AtLeastTwo, Positive, check_ranges
 from rora_theory.validation.rules import check_choices, check_ranks, check_rules, check_unread
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class StepGrid:
     """Ranks of the adapter, each 1 or more"""
     rules: tuple[Rule, ...] = ("lora", "rora", 0.25)
     """Scaling rules: lora, rora, rslora, or the exponent kappa of gamma = alpha / r^kappa"""
-    optimizers: tuple[laws.Optimizer, ...] = ("sgd", "adam")
+    optimizers: tuple[Optimizer, ...] = ("sgd", "adam")
     """Optimizers of the first step: sgd, adam"""
     inits: tuple[Init, ...] = ()
     """Initialisations of A. Default: normal, the paper's N(0, 1), for random inputs; kaiming_uniform, PEFT's default,
@@ -54,7 +54,7 @@ class StepGrid:
     relative_error: Positive | None = None
     """Relative standard error at which sampling stops. Default: 0.005 of the second moment for random inputs; 0.01 of
     the rms for layers of a model"""
-    draws: Plural | None = None
+    draws: AtLeastTwo | None = None
     """Exact number of draws, instead of a relative error"""
     seed: int = 0
     """Seed of the random draws"""
@@ -63,7 +63,7 @@ class StepGrid:
         """Validate the settings."""
         check_ranks(self.ranks, fewest=1)
         check_rules(self.rules)
-        for name, known, fewest in (("optimizers", laws.OPTIMIZERS, 1), ("inits", INITS, 0)):
+        for name, known, fewest in (("optimizers", OPTIMIZERS, 1), ("inits", INITS, 0)):
             check_choices(f"--{name}", getattr(self, name), known, fewest=fewest)
         check_ranges(self)
         if self.relative_error is not None and self.relative_error < MIN_RELATIVE_ERROR:
@@ -78,11 +78,11 @@ class StepGrid:
                     f"one hundredth of the default), got {self.draws}"
                 )
             check_unread(self, "relative_error", conflicts_with="--draws")
-        check_seed(self.seed, "--seed")
+        check_seed("--seed", self.seed)
         # Size of every scaling and step, as decimal exponents.
         for rank, optimizer in itertools.product(self.ranks, self.optimizers):
             for _, gamma in self.scalings(rank):
-                power = math.log10(self.lr) + laws.scaling_power(optimizer) * math.log10(gamma)
+                power = math.log10(self.lr) + scaling_power(optimizer) * math.log10(gamma)
                 if max(abs(power), abs(math.log10(gamma))) > MAX_EXPONENT_OF_TEN:
                     raise InputError(
                         f"--alpha {self.alpha:g} and --lr {self.lr:g} give gamma {gamma:.1e} and a step of "

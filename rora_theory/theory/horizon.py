@@ -38,7 +38,7 @@ from jaxtyping import Float
 from rora_theory.errors import InputError
 from rora_theory.scaling import check_integer, check_positive, check_rank
 
-TURNS = (0.05, 0.25, 0.5, 0.75, 0.95)
+SIGN_CHANGE_SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Levels of the reported quantiles of the distance at which an entry of G A^T changes its sign."""
 
 MAX_GRADIENT_GROWTH = 1e100
@@ -159,8 +159,8 @@ class RowTerms:
     Attributes:
       coherent: Polynomial in a of :math:`\sum_i E[q_i]^2`.
       total: Polynomial in a of :math:`\sum_i E[q_i^2]`.
-      turn: Quantiles (`TURNS`) of the distance at which an entry of :math:`G A^\top` changes its sign; infinity if it
-        never does. The law is exact far below the first quantile.
+      turn: Quantiles (`SIGN_CHANGE_SHARES`) of the distance at which an entry of :math:`G A^\top` changes its sign;
+        infinity if it never does. The law is exact far below the first quantile.
       p_out: Number of outputs.
       rows: Number of rows of A in the estimate.
     """
@@ -322,12 +322,12 @@ def row_signs(
     moves = np.sign(signs.T @ grad)
     live = np.sum(signs**2, axis=0)
     # Distance at which the motion of A along D turns the sign of an entry of G A^T.
-    turn = [math.nan] * len(TURNS)
+    turn = [math.nan] * len(SIGN_CHANGE_SHARES)
     if exact:
         with np.errstate(divide="ignore", invalid="ignore"):
             drift = signs * (grad @ moves.T)  # negative if the entry moves towards 0
             distance = np.where(drift < 0, -np.abs(projections) / drift, np.inf)
-        turn = np.quantile(distance, TURNS, method="lower").tolist()
+        turn = np.quantile(distance, SIGN_CHANGE_SHARES, method="lower").tolist()
     quantiles: Any = tuple(turn)
     return RowSigns(lora_A, moves, live, signs.T @ signs, quantiles, grad.shape[0])
 

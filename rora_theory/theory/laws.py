@@ -23,13 +23,9 @@ from scipy import special
 
 from rora_theory.errors import InputError
 from rora_theory.inits import Entries, Init, entries
+from rora_theory.optimizers import Optimizer, check_optimizer, scaling_power
 from rora_theory.scaling import check_integer, check_not_negative, check_positive, check_rank
 from rora_theory.theory import sign_expectation
-
-Optimizer = Literal["sgd", "adam"]
-"""Optimizer of the first step: ``"sgd"`` moves B by eta times the gradient, ``"adam"`` by its smoothed sign."""
-
-OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "adam")
 
 HALF_NORMAL_MEAN = math.sqrt(2 / math.pi)
 """E|z| of a standard normal z."""
@@ -61,12 +57,6 @@ class FirstStepMoments:
     def norm_second_moment(self) -> Float[np.ndarray, "*tokens"]:
         """Mean squared norm E|w|_2^2, the sum of E[w_i^2] over i."""
         return np.asarray(np.sum(self.second_moment, axis=-1))
-
-
-def scaling_power(optimizer: Optimizer) -> int:
-    """Return the power of gamma in w: 2 for SGD (gradient and forward pass), 1 for Adam (forward pass)."""
-    check_optimizer(optimizer)
-    return 2 if optimizer == "sgd" else 1
 
 
 def first_step_moments(
@@ -197,7 +187,7 @@ def random_input_moments(
       InputError: If an argument is out of range.
     """
     check_step(rank=rank, scaling=scaling, learning_rate=learning_rate, optimizer=optimizer)
-    check_overlap(overlap)
+    check_overlap("overlap", overlap)
     check_integer("p_in", p_in)
     delta = np.atleast_1d(np.asarray(delta, np.float64))
     if delta.ndim != 1 or not np.isfinite(delta).all():
@@ -277,7 +267,7 @@ def random_input_crossing_rank(p_in: float, overlap: float, *, optimizer: Optimi
       InputError: If the optimizer is unknown or the overlap is out of range.
     """
     check_optimizer(optimizer)
-    check_overlap(overlap)
+    check_overlap("overlap", overlap)
     rho2 = overlap**2
     if optimizer == "adam":
         return 1 + math.pi / 2 * p_in / (rho2 * p_in + 1 - rho2)
@@ -340,16 +330,10 @@ def flat_kappa(slope: Float[np.ndarray, "..."] | float, *, optimizer: Optimizer)
     return np.asarray(slope, np.float64) / (2 * scaling_power(optimizer))
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Raise `InputError` unless the optimizer is known."""
-    if optimizer not in OPTIMIZERS:
-        raise InputError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
-
-
-def check_overlap(overlap: float) -> None:
+def check_overlap(name: str, overlap: float) -> None:
     """Raise `InputError` unless -1 <= overlap <= 1."""
     if not (math.isfinite(overlap) and -1 <= overlap <= 1):
-        raise InputError(f"overlap must be a number from -1 to 1, got {overlap!r}")
+        raise InputError(f"{name} must be a number from -1 to 1, got {overlap!r}")
 
 
 def check_step(*, rank: int, scaling: float, learning_rate: float, optimizer: Optimizer) -> None:

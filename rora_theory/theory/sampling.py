@@ -31,14 +31,14 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from rora_theory import inits
 from rora_theory.errors import InputError
-from rora_theory.optimizers import make_optimizer
+from rora_theory.optimizers import Optimizer, make_optimizer
 from rora_theory.random.chi_squares import sample_chi_squares
 from rora_theory.random.draws import draw_A, stream_key
 from rora_theory.random.normals import keys_at, standard_normal
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.moments import Moments
 from rora_theory.theory import first_step
-from rora_theory.theory.laws import Optimizer, check_overlap, check_step
+from rora_theory.theory.laws import check_overlap, check_step
 
 Sampler = Literal["direct", "pairs", "chi_square"]
 
@@ -85,7 +85,7 @@ class RandomStep:
     def __post_init__(self) -> None:
         """Validate the settings."""
         check_step(rank=self.rank, scaling=self.scaling, learning_rate=self.learning_rate, optimizer=self.optimizer)
-        check_overlap(self.overlap)
+        check_overlap("overlap", self.overlap)
         inits.entries(self.init, rank=self.rank, p_in=self.p_in)
 
 
@@ -181,7 +181,7 @@ def _streams(
     devices: Sequence[jax.Device] | None,
 ) -> Iterator[Float[np.ndarray, "settings 2 n"]]:
     """Yield the blocks of several settings that take their steps from the same draws."""
-    kind = BlockKind.of(settings, sampler)
+    kind = BlockKind.from_settings(settings, sampler)
     block_count = None if blocks is None else -(-blocks // batch) * batch
 
     # One axis of devices that share a call's blocks; no more devices than batches.
@@ -319,7 +319,7 @@ class BlockKind:
     step: int = _MAX_BLOCK_DRAWS
 
     @classmethod
-    def of(cls, settings: Sequence[RandomStep], sampler: Sampler) -> "BlockKind":
+    def from_settings(cls, settings: Sequence[RandomStep], sampler: Sampler) -> "BlockKind":
         """Return the kind of block that serves several settings.
 
         Args:

@@ -23,8 +23,8 @@ import numpy as np
 from jaxtyping import Float
 
 from rora_theory.errors import InputError
-from rora_theory.scaling import check_positive, check_rank
-from rora_theory.theory.laws import Optimizer, check_optimizer
+from rora_theory.optimizers import Optimizer, check_optimizer
+from rora_theory.scaling import check_choice, check_positive, check_rank
 
 
 class StartTerms(NamedTuple):
@@ -213,8 +213,7 @@ def start_powers(start: str, *, optimizer: Optimizer) -> float:
     """
     check_optimizer(optimizer)
     powers = {"default": 1.0, "olora": 1.0, "pissa": 0.5}
-    if start not in powers:
-        raise InputError(f"start must be one of {', '.join(powers)}, got {start!r}")
+    check_choice("start", start, powers)
     return powers[start] * (2 if optimizer == "sgd" else 1)
 
 

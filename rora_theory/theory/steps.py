@@ -22,8 +22,9 @@ from jaxtyping import Float
 
 from rora_theory.errors import InputError
 from rora_theory.inits import Init, entries
+from rora_theory.optimizers import Optimizer, check_optimizer
 from rora_theory.scaling import check_not_negative, check_positive
-from rora_theory.theory.laws import FirstStepMoments, Optimizer, check_optimizer, first_step_moments
+from rora_theory.theory.laws import FirstStepMoments, first_step_moments
 
 
 def clipped_sgd_moments(

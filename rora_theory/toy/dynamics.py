@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
 from rora_theory.optimizers import OptimizerName, make_optimizer
+from rora_theory.scaling import check_choice
 from rora_theory.toy import nested
 from rora_theory.validation.ranges import Count, NotNegative, check_ranges
 from rora_theory.validation.rules import check_steps
@@ -105,8 +106,7 @@ class ProblemConfig(ProblemSize):
     def __post_init__(self) -> None:
         """Validate the settings."""
         super().__post_init__()
-        if self.model not in MODELS:
-            raise InputError(f"model must be one of {', '.join(MODELS)}, got {self.model!r}")
+        check_choice("model", self.model, MODELS)
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
@@ -203,8 +203,7 @@ def draw_adapters(
     Raises:
       InputError: If the start is unknown.
     """
-    if start not in STARTS:
-        raise InputError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
+    check_choice("start", start, STARTS)
     adapters = []
     for index, (out, fan_in) in enumerate(config.shapes):
         layer_key = jax.random.fold_in(key, index)

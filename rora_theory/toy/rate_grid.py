@@ -17,7 +17,7 @@ from rora_theory.inits import INITS, Init
 from rora_theory.io import frames
 from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
 from rora_theory.random.seeds import check_seed
-from rora_theory.scaling import Rule, exponent, scaling_factor
+from rora_theory.scaling import Rule, check_positive, exponent, scaling_factor
 from rora_theory.stats.rate_curves import COLUMNS, Curve
 from rora_theory.toy import ensemble
 from rora_theory.toy.dynamics import ProblemConfig
@@ -26,7 +26,7 @@ from rora_theory.validation.rules import (
     alpha_at,
     check_alphas,
     check_choices,
-    check_positives,
+    check_list,
     check_ranks,
     check_rules,
     check_seeds,
@@ -88,10 +88,10 @@ class RateGrid:
         check_choices("--optimizers", self.optimizers, OPTIMIZER_NAMES)
         check_choices("--init", (self.init,), INITS)
         for option, rates in (("--adam-lrs", self.adam_lrs), ("--sgd-lrs", self.sgd_lrs)):
-            check_positives(option, rates, fewest=3)
+            check_list(option, rates, check_positive, fewest=3)
         check_seeds(self.seeds, fewest=2)
         check_ranges(self)
-        check_seed(self.seed, "--seed")
+        check_seed("--seed", self.seed)
         self.problem.check_ranks(self.ranks)
 
     def lrs(self, optimizer: OptimizerName) -> Float[np.ndarray, " rates"]:

@@ -11,11 +11,10 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
 from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
 from rora_theory.random.seeds import check_seed
-from rora_theory.scaling import Rule, exponent, scaling_factor
+from rora_theory.scaling import Rule, check_choice, exponent, scaling_factor
 from rora_theory.toy import ensemble, exponents
 from rora_theory.toy.dynamics import MODELS, STARTS, Model, ProblemConfig, ProblemSize, Start
 from rora_theory.toy.exponents import CELL, QUANTITIES, Answer
@@ -94,12 +93,11 @@ class TrainingGrid:
         check_alphas(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
         for name, choices in (("optimizers", OPTIMIZER_NAMES), ("models", MODELS), ("starts", STARTS)):
             check_choices(f"--{name}", getattr(self, name), choices)
-        if self.init not in INITS:
-            raise InputError(f"--init must be one of {', '.join(INITS)}, got {self.init!r}")
+        check_choice("--init", self.init, INITS)
         check_steps(self.steps)
         check_ranges(self)
         check_seeds(self.seeds, fewest=2)
-        check_seed(self.seed, "--seed")
+        check_seed("--seed", self.seed)
         self.problem.check_ranks(self.ranks)
 
     def lr(self, optimizer: OptimizerName) -> float:

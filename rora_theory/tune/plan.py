@@ -12,10 +12,10 @@ the same runs.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from rora_theory.advice import measured
-from rora_theory.errors import InputError, shown
+from rora_theory.errors import InputError
 from rora_theory.scaling import check_integer, check_not_negative, check_positive, check_share
 from rora_theory.theory.displacement import RateRange, carry_rate
 
@@ -340,12 +340,6 @@ def scaled_warmup(warmup: int, steps: int, probe_steps: int) -> int:
       1
     """
     return warmup * probe_steps // steps
-
-
-def check_schedule(schedule: object) -> None:
-    """Raise `InputError` unless the schedule is one of `Schedule`."""
-    if schedule not in get_args(Schedule):
-        raise InputError(f"schedule must be one of {', '.join(get_args(Schedule))}, got {shown(schedule)}")
 
 
 def check_warmup(warmup: int, steps: int) -> None:

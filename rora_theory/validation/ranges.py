@@ -26,7 +26,7 @@ Natural = Annotated[int, partial(check_integer, minimum=0)]
 """Integer of 0 or more."""
 Count = Annotated[int, partial(check_integer, minimum=1)]
 """Integer of 1 or more."""
-Plural = Annotated[int, partial(check_integer, minimum=2)]
+AtLeastTwo = Annotated[int, partial(check_integer, minimum=2)]
 """Integer of 2 or more."""
 Positive = Annotated[float, check_positive]
 """Finite number above 0."""
@@ -83,4 +83,4 @@ def _checks(hint: Any) -> list[Check]:
     return []
 
 
-_ALL = [get_args(range_type)[1] for range_type in (Natural, Count, Plural, Positive, NotNegative, Share)]
+_ALL = [get_args(range_type)[1] for range_type in (Natural, Count, AtLeastTwo, Positive, NotNegative, Share)]

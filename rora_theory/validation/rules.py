@@ -4,13 +4,21 @@ Scaling rules give the same gamma at a reference rank, so that runs differ in th
 """
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from functools import partial
 from typing import Any
 
-from rora_theory.errors import InputError, shown
+from rora_theory.errors import InputError
 from rora_theory.random.seeds import check_seed
-from rora_theory.scaling import KAPPAS, Rule, alpha_for, check_integer, check_positive, check_rank, exponent
+from rora_theory.scaling import (
+    Rule,
+    alpha_for,
+    check_choice,
+    check_integer,
+    check_positive,
+    exponent,
+)
 
 USUAL_RANKS = (8, 128)
 """Range of common ranks, over which exponents in the rank are reported."""
@@ -26,22 +34,12 @@ def name_of(rule: Rule) -> str:
     return rule if isinstance(rule, str) else f"{rule:g}"
 
 
-def check_rule(option: str, rule: Rule) -> None:
-    """Raise `InputError` unless a rule is a known name or a finite exponent."""
-    try:
-        exponent(rule)
-    except InputError:
-        raise InputError(
-            f"{option} must be {', '.join(KAPPAS)} or a finite exponent such as 0.25, got {rule!r}"
-        ) from None
-
-
 def check_rules(rules: Sequence[Rule], option: str = "--rules") -> None:
     """Raise `InputError` unless there is a rule and all rules have different exponents."""
     if not rules:
         raise InputError(f"{option} must have at least one rule, got none")
     for rule in rules:
-        check_rule(option, rule)
+        exponent(rule, option)
     if len({exponent(rule) for rule in rules}) != len(rules):
         names = " ".join(map(name_of, rules))
         raise InputError(f"{option} must have different rules, got one rule twice: {names}")
@@ -54,10 +52,7 @@ def alpha_at(rule: Rule, *, gamma: float, reference_rank: int) -> float:
       InputError: The scaling or the rank is out of range.
     """
     check_positive("--gamma", gamma)
-    try:
-        check_rank(reference_rank)
-    except InputError as error:
-        raise InputError(f"--reference-rank: {error}") from None
+    check_integer("--reference-rank", reference_rank)
     return alpha_for(rule, scaling=gamma, rank=reference_rank)
 
 
@@ -120,65 +115,46 @@ def _changed(name: str, value: Any, default: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def check_list(option: str, values: Sequence[object], *, fewest: int = 1) -> None:
-    """Raise `InputError` unless there are at least ``fewest`` values and all values are different."""
+def check_list(
+    option: str, values: Sequence[Any], check: Callable[[str, Any], None] | None = None, *, fewest: int = 1
+) -> None:
+    """Check the number of values, that all are different, and each value.
+
+    Args:
+      option: Name of the option, for the error.
+      values: Values to check.
+      check: Function of the option and one value that raises `InputError`, such as `scaling.check_positive`.
+      fewest: Minimum number of values.
+
+    Raises:
+      InputError: There are too few values, a value occurs twice, or ``check`` refuses one.
+    """
     if len(values) < fewest:
         raise InputError(f"{option} must have {fewest} or more values, got {len(values)}")
     if len(set(values)) != len(values):
         raise InputError(f"{option} must have different values, got {' '.join(map(str, values))}")
-
-
-def check_positives(option: str, values: Sequence[float], *, fewest: int = 1) -> None:
-    """`check_list`, and raise `InputError` for a value that is not finite and above 0."""
-    check_list(option, values, fewest=fewest)
-    for value in values:
-        check_positive(option, value)
-
-
-def check_choice(name: str, value: object, choices: Collection[str]) -> None:
-    """Raise `InputError` unless ``value`` is one of ``choices``.
-
-    Args:
-      name: Name of the argument, for the error.
-      value: Value to check.
-      choices: Supported values.
-
-    Examples:
-      >>> check_choice("template", "none", ("train", "eval"))
-      Traceback (most recent call last):
-      rora_theory.errors.InputError: template must be one of train, eval, got 'none'
-    """
-    if value not in choices:
-        raise InputError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
+    if check is not None:
+        for value in values:
+            check(option, value)
 
 
 def check_choices(option: str, values: Sequence[str], accepted: Collection[str], *, fewest: int = 1) -> None:
     """Check a list as `check_list` does, and that each value is one of the accepted values."""
-    check_list(option, values, fewest=fewest)
-    for value in values:
-        if value not in accepted:
-            raise InputError(f"{option} must be among {', '.join(accepted)}, got {value!r}")
+    check_list(option, values, partial(check_choice, choices=accepted), fewest=fewest)
 
 
 def check_seeds(seeds: Sequence[int], *, fewest: int = 1) -> None:
     """Check a list as `check_list` does, and that each value is a valid seed."""
-    check_list("--seeds", seeds, fewest=fewest)
-    for seed in seeds:
-        check_seed(seed, "--seeds")
+    check_list("--seeds", seeds, check_seed, fewest=fewest)
 
 
 def check_ranks(ranks: Sequence[int], *, fewest: int = 2) -> None:
     """Raise `InputError` unless ranks are at least ``fewest`` different integers of 1 or more."""
-    check_list("--ranks", ranks, fewest=fewest)
-    for rank in ranks:
-        try:
-            check_rank(rank)
-        except InputError as error:
-            raise InputError(f"--ranks: {error}") from None
+    check_list("--ranks", ranks, check_integer, fewest=fewest)
 
 
-def check_steps(steps: Sequence[int]) -> None:
+def check_steps(steps: Sequence[int], name: str = "steps") -> None:
     """Raise `InputError` unless steps ascend strictly from 1 or more."""
     if not steps or steps[0] < 1 or any(a >= b for a, b in itertools.pairwise(steps)):
-        raise InputError(f"steps must be ascending integers of 1 or more, got {' '.join(map(str, steps))}")
-    check_integer("steps", steps[-1])
+        raise InputError(f"{name} must be ascending integers of 1 or more, got {' '.join(map(str, steps))}")
+    check_integer(name, steps[-1])

@@ -64,7 +64,7 @@ def test_axolotl(tmp_path) -> None:
     tuned = read_trainer_config(written(tmp_path / "config.yml", AXOLOTL))
     assert tuned[:6] == (16, 32.0, "lora", "kaiming_uniform", ("q_proj", "v_proj"), ())
     assert (tuned.learning_rate, tuned.optimizer, tuned.schedule) == (2e-4, "adamw", "cosine")
-    assert (tuned.steps, tuned.epochs, tuned.others) == (None, 2.0, {"lora_dropout": 0.05})
+    assert (tuned.steps, tuned.epochs, tuned.other_entries) == (None, 2.0, {"lora_dropout": 0.05})
 
 
 def test_llama_factory(tmp_path) -> None:

@@ -609,7 +609,7 @@ def test_what_is_not_carried_over_is_remarked(tmp_path) -> None:
     text = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "use_dora": True, "target_modules": ".*proj", "new": 1}
     (tmp_path / FILE).write_text(json.dumps(text))
     saved = read_adapter_config(tmp_path)
-    assert (saved.targets, saved.expression, saved.others) == (None, ".*proj", {"use_dora": True})
+    assert (saved.targets, saved.expression, saved.other_entries) == (None, ".*proj", {"use_dora": True})
     assert [remark.split()[0] for remark in saved.remarks] == ["use_dora", "new"]
 
 

@@ -193,14 +193,16 @@ def test_a_plan_does_not_depend_on_the_machine_it_is_made_on(monkeypatch):
 
 def test_any_device_by_its_figures():
     made = Account(1, 1, 100, int(50e12), 2, 20 * 10**9, 0, 0, 0, 0, 0, 0, 0)
-    mine = Device.of(24e9, 100e12)
+    mine = Device.from_specification(24e9, 100e12)
     assert made.fits(mine)
     assert not dataclasses.replace(made, base=24 * 10**9).fits(mine)
     assert made.seconds(mine, "bfloat16", 0.5) == made.seconds(mine, "float32", 0.5) == pytest.approx(1)
-    assert made.seconds(Device.of(24e9, 100e12, 1e10), "bfloat16", 0.5) == pytest.approx(4), "reading the weights"
+    assert made.seconds(Device.from_specification(24e9, 100e12, 1e10), "bfloat16", 0.5) == pytest.approx(4), (
+        "reading the weights"
+    )
     for figures, name in (((0.9e9, 1e12), "memory"), ((24e9, 0.0), "rate"), ((24e9, 1e12, -1.0), "bandwidth")):
         with pytest.raises(InputError, match=name):
-            Device.of(*figures)
+            Device.from_specification(*figures)
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_full_fine_tuning_stands_beside_the_adapters_and_in_no_exponent() -> Non
         reading = [Reading(one.step, [0.95 * loss for loss in one.losses], one.losses) for one in run.read.readings]
         runs.append(HorizonRun(None, None, float(rate), 0, ReadRun([], reading)))
     curves = horizon_curves.curves_at(runs, TOKENS, 64, draws=50)
-    found = horizon_curves.beside(curves, 64).query("beside == 'full'").set_index(["rank", "strength"])
+    found = horizon_curves.compare_best_rates(curves, 64).query("beside == 'full'").set_index(["rank", "strength"])
     assert len(found) == 4
     row = found.loc[8, 64]
     assert row["ratio"] == pytest.approx(20, rel=0.05)
@@ -166,7 +166,9 @@ def test_full_fine_tuning_stands_beside_the_adapters_and_in_no_exponent() -> Non
     )
     table = frames.rows(horizon_runs.horizon_table(runs, TOKENS, TOKENS))
     assert [row["gamma"] for row in table[-1:]] == [None]
-    assert horizon_curves.beside(horizon_curves.curves_at([*own, *runs[-2:]], TOKENS, 64, draws=50), 64).empty
+    assert horizon_curves.compare_best_rates(
+        horizon_curves.curves_at([*own, *runs[-2:]], TOKENS, 64, draws=50), 64
+    ).empty
 
 
 CONSTANT = -math.log(61.5 / 13.5, 4)
@@ -300,7 +302,7 @@ def test_an_edge_at_the_first_strength_decides_nothing() -> None:
 def test_others_stand_beside_the_runs_of_their_strength() -> None:
     found = [curve([1e-3] * 3, strength=strength) for strength in (64.0, 724.0)]
     others = [curve([best] * 3, strength=strength) for strength, best in ((64.0, 2e-3), (724.0, 4e-3))]
-    table = horizon_curves.beside(found, 64, {"other": others}).set_index("strength")
+    table = horizon_curves.compare_best_rates(found, 64, {"other": others}).set_index("strength")
     assert table["ratio"].to_dict() == {64.0: pytest.approx(0.5, rel=1e-3), 724.0: pytest.approx(0.25, rel=1e-3)}
 
 
@@ -338,7 +340,7 @@ def with_one_behind() -> pd.DataFrame:
     runs = grid(-0.53, seeds=3)
     low = [run for run in runs if (run.rank, run.strength) == (8, 64)]
     runs = [run for run in runs if run not in low] + worse(low, 1.05)
-    return horizon_curves.beside(horizon_curves.curves_at(runs, TOKENS, 64, draws=50), 64).set_index(
+    return horizon_curves.compare_best_rates(horizon_curves.curves_at(runs, TOKENS, 64, draws=50), 64).set_index(
         ["rank", "strength"]
     )
 
@@ -437,7 +439,7 @@ def test_runs_stand_beside_those_of_another_setting() -> None:
     runs = [run for run in grid(-0.53, seeds=2) if (run.rank, run.strength) == (8, 64)]
     runs += [replace(run, rank=None, strength=None) for run in runs]
     others = worse(runs, 0.97, rate=2.0)
-    found = horizons.judge_runs(runs, TOKENS, takeovers=(), warmup=4, others={"targets all": others}).beside
+    found = horizons.judge_runs(runs, TOKENS, takeovers=(), warmup=4, other_runs={"targets all": others}).comparisons
     found = found[(found["step"] == 64) & (found["beside"] == "targets all")]
     assert found["rank"].fillna(0).tolist() == [0, 8], "full fine-tuning has its own beside it"
     assert found["ratio"].to_numpy() == pytest.approx(0.5, rel=0.02)

@@ -25,7 +25,8 @@ def test_what_does_not_end_is_not_begun(tmp_path: Path) -> None:
     """A device would take all memory, a pipe without a writer waits for ever."""
     os.mkfifo(pipe := tmp_path / "pipe")
     os.symlink("/dev/zero", link := tmp_path / "link")
-    for path, kind in ((pipe, "a pipe"), (link, "a device"), (Path("/dev/zero"), "a device"), (tmp_path, "a folder")):
+    special = "not a regular file"
+    for path, kind in ((pipe, special), (link, special), (Path("/dev/zero"), special), (tmp_path, "a folder")):
         with pytest.raises(InputError, match=f"^{path}: is {kind}. Expected a list.$"):
             files.read_json(path, accepted="a list")
         with pytest.raises(InputError, match=f"^{path}: is {kind}. Expected a list.$"):

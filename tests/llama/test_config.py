@@ -343,7 +343,7 @@ QWEN_WINDOW = {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window"
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"use_qk_norm": False}, "use_qk_norm"),
-        ({"hidden_size": 10**30}, "hidden_size .* at most 2147483647, got 10+"),
+        ({"hidden_size": 10**30}, "hidden_size .* at most 2,147,483,647, got 10+"),
         ({"vocab_size": 10**400}, r"vocab_size .*got 10+\.\.\.0+$"),
         ({"num_hidden_layers": -(10**400)}, "num_hidden_layers"),
         ({"max_position_embeddings": 10**30}, "max_position_embeddings"),

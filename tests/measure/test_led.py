@@ -47,7 +47,7 @@ def test_parts_are_those_of_the_whole_products(start, inputs) -> None:
     """A sink, whose input is a hundred times the others', is left out; a layer without an adapter has no row."""
     trained = drawn(3, start)
     with_sink = {name: np.concatenate([x, 100 * x[:, :1]], axis=1) for name, x in inputs.items()}
-    found = led.led_parts(start, trained, with_sink)
+    found = led.compute_led_rms(start, trained, with_sink)
     assert found[["layer", "module"]].to_numpy().tolist() == [[1, "self_attn.q_proj"], [1, "mlp.down_proj"]]
     for row in found.to_dict("records"):
         first, last = (one.params[row["module"]] for one in (start, trained))
@@ -65,7 +65,7 @@ def test_where_A_has_not_moved_B_leads_alone(start, inputs) -> None:
     moved = start.replace(
         {name: one | {"lora_B": one["lora_B"] + 1} for name, one in start.params.items()},
     )
-    found = led.led_parts(start, moved, inputs)
+    found = led.compute_led_rms(start, moved, inputs)
     assert (found["led_A"] == 0).all()
     np.testing.assert_allclose(found["led_B"], found["whole"])
     assert (found["led_B"] > 0).all()
@@ -135,4 +135,4 @@ def test_inputs_are_those_of_the_records_own_tokens(start) -> None:
 
 def test_dora_is_refused(start, inputs) -> None:
     with pytest.raises(InputError, match=r"use_dora .* true"):
-        led.led_parts(start, replace(start, config=replace(start.config, use_dora=True)), inputs)
+        led.compute_led_rms(start, replace(start, config=replace(start.config, use_dora=True)), inputs)

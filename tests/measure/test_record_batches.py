@@ -10,7 +10,7 @@ from rora_theory import InputError
 from rora_theory.finetune import read_records
 from rora_theory.llama import load
 from rora_theory.llama.tokenizer import Tokenizer
-from rora_theory.measure.record_batches import BatchConfig, PairConfig, by_seed, pair
+from rora_theory.measure.record_batches import BatchConfig, PairConfig, by_seed, make_batch_pair
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +71,16 @@ def test_too_few_records_for_batches_of_their_own(changed, message, tokenizer, d
 
 def test_too_few_records_for_a_pair(tokenizer, data) -> None:
     with pytest.raises(InputError, match=r"at least 5 records .* got 4 records"):
-        pair(PairConfig(batch_size=2, held_out=3), data[:4], tokenizer)
+        make_batch_pair(PairConfig(batch_size=2, held_out=3), data[:4], tokenizer)
     asked = [record._replace(instruction="a " * 40) if i % 2 else record for i, record in enumerate(data)]
     config = PairConfig(batch_size=8, held_out=8, cutoff=80, loss_on="answer")
     with pytest.raises(InputError, match="of 8 records of a batch have a target within --cutoff 80"):
-        pair(config, asked, tokenizer, template="plain")
-    assert len(pair(replace(config, cutoff=160), asked, tokenizer, template="plain").train.inputs) == 8
+        make_batch_pair(config, asked, tokenizer, template="plain")
+    assert len(make_batch_pair(replace(config, cutoff=160), asked, tokenizer, template="plain").train.inputs) == 8
 
 
 @pytest.mark.parametrize("config", [BatchConfig, PairConfig])
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("held_out", 0), ("cutoff", 1)])
 def test_what_is_out_of_range_is_named(config: type, name: str, value: int) -> None:
-    with pytest.raises(InputError, match=rf"--{name.replace('_', '-')} .*\b{value}$"):
+    with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} must .*, got {value}$"):
         config(**{name: value})

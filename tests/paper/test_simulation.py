@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rora_theory import InputError
+from rora_theory.optimizers import Optimizer
 from rora_theory.paper import simulation, verdicts
 from rora_theory.paper.simulation import SimulationCell, SimulationConfig
 from rora_theory.theory import laws, sampling
@@ -101,7 +102,7 @@ def test_rules_differ_by_their_power_of_gamma(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "power"), [("sgd", 2), ("adam", 1)])
-def test_the_direct_check_takes_each_rule_s_own_step(optimizer: laws.Optimizer, power: int) -> None:
+def test_the_direct_check_takes_each_rule_s_own_step(optimizer: Optimizer, power: int) -> None:
     """All rules use the same draws, so that the rows differ only by the power of gamma, up to rounding."""
     grid = StepGrid(ranks=(8,), optimizers=(optimizer,), alpha=8.0, lr=1e-3)
     config = SimulationConfig(grid, p_in=16, p_out=2, overlaps=(0.5,))

@@ -68,7 +68,7 @@ def test_several_devices_of_ones_own(folder, capsys):
     assert "4 devices (replicas 2 x fsdp 2)" in out
     assert re.search(r"weights of modules\W+in 2\W", out)
     assert re.search(r"norms\W+whole\W", out)
-    assert "split in 4: 2 rows a device" in out
+    assert "split in 4: 2 rows per device" in " ".join(out.split())
     assert "a device of 24 GB and 120 TFLOP/s: fits (0.0 GB of 23.0 GB)" in " ".join(out.split())
 
 
@@ -93,7 +93,10 @@ def test_what_does_not_fit_says_what_takes_less(capsys):
         ("--utilisation 1.5", "--utilisation must be a number above 0 and at most 1, got 1.5"),
         ("--steps 5 --examples 5", "--steps and --examples cannot be combined"),
         ("--seq 0", "--seq must be an integer of 1 or more, got 0"),
-        ("--seq 4096 --model llama-7b", "sequence length is 4096; accepted is at most 2048"),
+        (
+            "--seq 4096 --model llama-7b",
+            "sequence length must be 1 to 2048 (the model's max_position_embeddings), got 4096",
+        ),
         ("--memory 24", "--memory, --tflops and --bandwidth describe a custom device"),
         ("--memory 0.5 --tflops 100", "memory must be more than 1 GB, got 0.5 GB"),
         (
@@ -103,9 +106,9 @@ def test_what_does_not_fit_says_what_takes_less(capsys):
         ("--method full --rank 64", "--rank 64 has no effect with --method full"),
         ("--epochs 2", "--epochs 2 has no effect without --examples"),
         ("--fsdp 3 --model llama-7b", "batch_size must be a multiple of 3 "),
-        ("--rank 0", "rank is 0; accepted"),
+        ("--rank 0", "--rank must be an integer of 1 or more, got 0"),
         ("--accumulation 3", "accumulation must divide batch_size, 16, got 3"),
-        ("--measure", "--compile and --measure take one model"),
+        ("--measure", "--compile and --measure require one model"),
         ("--model EMPTY", "or a folder with config.json, got '"),
     ],
 )

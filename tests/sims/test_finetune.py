@@ -451,7 +451,7 @@ def bad_input(model, data, tmp_path) -> dict[str, tuple[list[str], str]]:
         "rank above width": (arguments(model, data, out, "--rank", "17"), "rank must be at most 16 at model.layers.0"),
         "pattern of nothing": (arguments(model, data, out, "--rank-pattern", "x_proj", "2"), "matches no adapted"),
         "unknown module": (arguments(model, data, out, "--targets", "w_proj"), "'w_proj', which matches no module"),
-        "rate of zero": (arguments(model, data, out, "--lr", "0"), "lr is 0.0"),
+        "rate of zero": (arguments(model, data, out, "--lr", "0"), "lr must be a finite number above 0, got 0.0"),
         "parts of a batch": (
             arguments(model, data, out, "--accumulation", "3"),
             "accumulation must divide batch",

@@ -8,6 +8,7 @@ import pytest
 from figures import layers_vs_rank, style
 from rora_theory.io import frames
 from rora_theory.measure.layers import layer_grid
+from rora_theory.optimizers import OPTIMIZERS
 from rora_theory.theory import laws
 from sims import layer_sweep
 
@@ -105,9 +106,7 @@ def test_real_layers(layer_data: Path) -> None:
     assert len(found) == 9
     for layer in found:
         for x in layer.inputs.values():
-            sgd, adam = (
-                float(np.median(laws.crossing_rank(layer.grad, x, optimizer=name))) for name in laws.OPTIMIZERS
-            )
+            sgd, adam = (float(np.median(laws.crossing_rank(layer.grad, x, optimizer=name))) for name in OPTIMIZERS)
             assert 1 <= sgd < 64
             assert sgd < adam < 64
 

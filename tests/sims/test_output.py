@@ -213,7 +213,7 @@ def test_real_layers(printed) -> None:
 
 def regime_of(name: str) -> Regime:
     """A published run's tables; earlier runs have fewer."""
-    found = Regime.of([LayerRegime([], [], [], [])], math.nan, math.nan)
+    found = Regime.from_layers([LayerRegime([], [], [], [])], math.nan, math.nan)
     names = {"crossings": "crossing_ranks", "results": "results", "takeover": "takeover", "tokens": "tokens"}
     paths = {field: PUBLISHED / name / f"{file}.csv" for field, file in names.items()}
     return dataclasses.replace(

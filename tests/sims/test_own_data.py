@@ -17,7 +17,7 @@ from rora_theory.data.formats import Chat
 from rora_theory.finetune import sharding, tokenize
 from rora_theory.finetune.held_out import record_losses
 from rora_theory.llama import load
-from rora_theory.measure.record_batches import PairConfig, pair
+from rora_theory.measure.record_batches import PairConfig, make_batch_pair
 from sims import coordinate_check, finetune, regime
 from sims.common import cli
 
@@ -179,7 +179,9 @@ def test_the_regime_of_chats(model, data, tmp_path) -> None:
     assert "6 as messages" in " ".join(said.split())
     assert said.count("⟦") == said.count("⟧") >= 2
     base = load(str(model))
-    expected = pair(PairConfig(2, 2, loss_on="answer"), [Chat(tuple(chat)) for chat in CHATS], base.tokenizer, seed=0)
+    expected = make_batch_pair(
+        PairConfig(2, 2, loss_on="answer"), [Chat(tuple(chat)) for chat in CHATS], base.tokenizer, seed=0
+    )
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     counts = (expected.examples.target_counts, expected.examples.lengths)
     kept = [json.loads(line) for line in (tmp_path / "run" / "prompts.jsonl").read_text().splitlines()]

@@ -27,8 +27,8 @@ from rora_theory.measure.regimes import tables as regime_tables
 from rora_theory.measure.regimes import thin
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.measure.regimes.tables import JudgeConfig
+from rora_theory.optimizers import scaling_power
 from rora_theory.runs.reading import CELLS
-from rora_theory.theory import laws
 from sims import regime
 from sims.common import cli
 
@@ -104,7 +104,7 @@ def test_crossings(finished) -> None:
     assert len(crossings) == 2 * 2 * 2 * 2 * 2
     for row in crossings:
         key = tuple(row[k] for k in ("module", "split", "optimizer", "init"))
-        power = laws.scaling_power(row["optimizer"])
+        power = scaling_power(row["optimizer"])
         # gamma^p of rora falls by 4^(-p/2) from rank 4 to 16, gaussian's deviation by 4^-p.
         strength = (4**-0.5 * (0.25 if row["init"] == "gaussian" else 1)) ** power
         c = float(row["linear_term"])
@@ -120,7 +120,7 @@ def test_crossings(finished) -> None:
 def test_figures_are_of_the_batch_and_of_other_records(finished, inputs) -> None:
     """The batch is the records that were not held out; its gradient, and both splits' tokens, are in every figure."""
     model, records = load(inputs["model"]), read_records(inputs["data"])
-    pair = record_batches.pair(PairConfig(4, 4), records, model.tokenizer)
+    pair = record_batches.make_batch_pair(PairConfig(4, 4), records, model.tokenizer)
     rest, held_out = split_records(records, 4, 0)
     for part, own in ((pair.train, rest[:4]), (pair.held_out, held_out)):
         examples = tokenize(own, model.tokenizer)
@@ -142,7 +142,7 @@ def test_figures_are_of_the_batch_and_of_other_records(finished, inputs) -> None
             every = read[row["split"]].inputs[module][layer]
             masked = np.zeros(len(every), bool)
             if row["split"] == "heldout":
-                masked = unseen.seen(pair.held_out, [pair.train])[real_tokens(pair.held_out)]
+                masked = unseen.mark_seen(pair.held_out, [pair.train])[real_tokens(pair.held_out)]
                 masked = masked | tokens.sinks(np.linalg.norm(every, axis=1))
             grad, x = read["train"].gradient(module, layer), every[tokens.sample(16, 0, masked)]
             expected = np.sum(np.float64(grad) ** 2) * np.mean(np.sum(np.float64(x) ** 2, axis=1))

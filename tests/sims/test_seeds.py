@@ -57,7 +57,7 @@ def test_the_seeds_that_are_accepted_are_told_apart() -> None:
     assert len(keys) == 4
     assert SEED_COUNT == 2**32
     for seed in (0, 1, 2**32 - 1):
-        check_seed(seed)
+        check_seed("seed", seed)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -106,4 +106,4 @@ def test_a_seed_beyond_them_is_one_line(name, path, seed, tmp_path, monkeypatch,
 @pytest.mark.parametrize("seed", [True, 1.0, "1", None])
 def test_what_is_no_integer_is_no_seed(seed) -> None:
     with pytest.raises(InputError, match="seed must be "):
-        check_seed(seed)
+        check_seed("seed", seed)

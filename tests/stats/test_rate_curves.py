@@ -165,7 +165,7 @@ def test_a_draw_s_spread_is_the_error_itself():
     """
     values = [1.0, 2.0, 4.0, 9.0]
     wide, near = np.std(values, ddof=1), [3.999, 4.0, 4.001]
-    lowest = rate_curves.Curve.least
+    lowest = rate_curves.Curve.lowest_losses
     assert rate_curves.estimate(lowest, levels(values)) == Estimate(4.0, wide / 2, 4, "seeds")
     assert rate_curves.estimate(lowest, levels([7.0], values)) == Estimate(4.0, wide, 4, "held-out records")
     assert rate_curves.estimate(lowest, levels([7.0])).over == ""
@@ -194,7 +194,7 @@ def test_seeds_and_records_are_two_sources_of_error(seeds, records, n, over):
     """Errors add in squares, degrees of freedom by Welch and Satterthwaite; the value is the mean over seeds."""
     by_seeds = Estimate(2.0, *seeds, "seeds" if seeds[1] > 1 else "")
     by_records = Estimate(2.1, *records, "held-out records")
-    combined = rate_curves.joint(by_seeds, by_records)
+    combined = rate_curves.combine_errors(by_seeds, by_records)
     assert (combined.value, combined.over) == (2.0, over)
     if over == "seeds and held-out records":
         assert (combined.error, combined.n) == (pytest.approx(np.hypot(seeds[0], records[0])), n)
@@ -213,7 +213,7 @@ def test_seeds_and_records_are_two_sources_of_error(seeds, records, n, over):
 )
 def test_rounding_decides_neither_the_sources_nor_the_degrees_of_freedom(seeds, records, n, over):
     """Errors of equal values are 1e-16, not 0, and integer degrees of freedom may be computed slightly too low."""
-    combined = rate_curves.joint(Estimate(2.0, *seeds, "seeds"), Estimate(2.0, *records, "held-out records"))
+    combined = rate_curves.combine_errors(Estimate(2.0, *seeds, "seeds"), Estimate(2.0, *records, "held-out records"))
     assert (combined.n, combined.over) == (n, over)
 
 
@@ -226,7 +226,7 @@ def test_both_errors_cover_what_seeds_and_records_draw():
     held = {"both": 0, "seeds": 0}
     for values, common in zip(seeds, shared, strict=True):
         by_seeds = Estimate(values.mean() + common, values.std(ddof=1) / n**0.5, n, "seeds")
-        both = rate_curves.joint(by_seeds, Estimate(0.0, 1 / n**0.5, 1000, "held-out records"))
+        both = rate_curves.combine_errors(by_seeds, Estimate(0.0, 1 / n**0.5, 1000, "held-out records"))
         for name, estimate in (("both", both), ("seeds", by_seeds)):
             held[name] += abs(estimate.value) <= estimate.half_width()
     assert held["both"] / worlds > 0.94  # 0.95 less three standard errors
@@ -238,7 +238,7 @@ def test_curves_are_paired_by_their_seeds():
     first, second = levels([5.0, 1.0, 9.0], seeds=(1, 0, 2)), levels([0.5, 4.5], seeds=(0, 1))
     both = rate_curves.at_shared_seeds(first, second)
     assert [curve.seeds for curve in both] == [(1, 0)] * 2
-    assert rate_curves.less(*both) == Estimate(0.5, 0.0, 2, "seeds")
+    assert rate_curves.estimate_loss_difference(*both) == Estimate(0.5, 0.0, 2, "seeds")
     assert rate_curves.at_shared_seeds(first, levels([1.0], seeds=(3,))) == ()
     assert rate_curves.at_shared_seeds(first, levels([1.0]))[0].seeds == (0,), "unnamed seeds are numbered from 0"
     drawn = levels([5.0, 1.0], [1.0, 2.0], seeds=(4, 7)).select_seeds([7])
@@ -439,5 +439,5 @@ def test_what_a_grid_hides_is_the_mean_over_seeds_or_draws():
 def test_the_value_is_the_mean_over_seeds_where_there_are_seeds():
     """Resamples of the records have another mean, which is reported only for a single seed."""
     losses, drawn = [1.0, 3.0], [5.0, 7.0, 9.0]
-    assert rate_curves.estimate(rate_curves.Curve.least, levels(losses, drawn)).value == 2.0
-    assert rate_curves.estimate(rate_curves.Curve.least, levels(losses[:1], drawn)).value == 7.0
+    assert rate_curves.estimate(rate_curves.Curve.lowest_losses, levels(losses, drawn)).value == 2.0
+    assert rate_curves.estimate(rate_curves.Curve.lowest_losses, levels(losses[:1], drawn)).value == 7.0

@@ -28,6 +28,7 @@ from support.pairings import (
 
 from rora_theory import InputError
 from rora_theory.inits import INITS, entries
+from rora_theory.optimizers import OPTIMIZERS
 from rora_theory.random.draws import draw_A
 from rora_theory.stats.moments import threshold
 from rora_theory.theory import laws, sampling
@@ -39,7 +40,7 @@ small_grads = st.lists(st.lists(st.integers(-3, 3), min_size=3, max_size=3), min
 small_x = st.lists(st.integers(-3, 3), min_size=3, max_size=3)
 
 
-@pytest.mark.parametrize("optimizer", laws.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @given(grad=small_grads, x=small_x, rank=st.integers(1, 3))
 def test_enumeration(optimizer: str, grad: list[list[int]], x: list[int], rank: int) -> None:
     """All 2^(r p) Rademacher matrices, ties and zero rows included: the law equals the exact fractions."""
@@ -111,9 +112,9 @@ def test_direct_sampler_random_inputs(init: str) -> None:
     z = threshold(FALSE_ALARM, 3 * len(cases) * len(INITS) * 2)
     for number, (rank, p_in, overlap) in enumerate(cases):
         law = {"rank": rank, "p_in": p_in, "scaling": 0.8, "learning_rate": 0.5, "overlap": overlap, "init": init}
-        settings = [sampling.RandomStep(**law, optimizer=optimizer) for optimizer in laws.OPTIMIZERS]
+        settings = [sampling.RandomStep(**law, optimizer=optimizer) for optimizer in OPTIMIZERS]
         drawn = sampling.estimate_settings(settings, "direct", jax.random.key(number), draws=40_000)
-        for optimizer, sums in zip(laws.OPTIMIZERS, drawn, strict=True):
+        for optimizer, sums in zip(OPTIMIZERS, drawn, strict=True):
             moments = laws.random_input_moments(**law, optimizer=optimizer)
             # The uniform Adam law is a series: its stated error, 0.6%, is added to the sampling error.
             slack = 0.006 if (optimizer, init) == ("adam", "kaiming_uniform") else 0.0
@@ -198,7 +199,7 @@ def test_crossing_ranks() -> None:
     """At r* the two terms are equal: checked on the law's own increments in r."""
     rng = np.random.default_rng(3)
     grad, x = rng.standard_normal((4, 50)), rng.standard_normal((3, 50)) + 0.3
-    for optimizer in laws.OPTIMIZERS:
+    for optimizer in OPTIMIZERS:
         stars = laws.crossing_rank(grad, x, optimizer=optimizer)
         for token, star in enumerate(stars):
             # E|w|^2 = a r^2 + b r (SGD, Gaussian), a r (r - 1) + b r (Adam), from ranks 1 and 2
@@ -215,7 +216,7 @@ def test_crossing_ranks() -> None:
             assert star == pytest.approx(float(expected), rel=1e-9)
 
 
-@given(st.integers(1, 5000), st.floats(1e-3, 1.0), st.sampled_from(laws.OPTIMIZERS))
+@given(st.integers(1, 5000), st.floats(1e-3, 1.0), st.sampled_from(OPTIMIZERS))
 def test_local_exponent_is_the_derivative(rank: int, overlap: float, optimizer: str) -> None:
     p_in = 512
 

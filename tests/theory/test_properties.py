@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rora_theory import scaling_factor
 from rora_theory.inits import INITS, draw
-from rora_theory.optimizers import make_optimizer
+from rora_theory.optimizers import OPTIMIZERS, Optimizer, make_optimizer, scaling_power
 from rora_theory.paper import equations
 from rora_theory.theory import first_step, laws
 
@@ -23,7 +23,7 @@ layers = st.fixed_dictionaries(
         "rule": st.sampled_from(["lora", "rora", 0.25]),
         "overlap": st.floats(-1, 1),
         "init": st.sampled_from(INITS),
-        "optimizer": st.sampled_from(laws.OPTIMIZERS),
+        "optimizer": st.sampled_from(OPTIMIZERS),
         "learning_rate": st.floats(1e-4, 1.0),
         "seed": st.integers(0, 2**31 - 1),
     }
@@ -66,7 +66,7 @@ def closed_form(
 ) -> tuple[np.ndarray, float]:
     """-eta gamma^2 G A^T A x' (SGD) or -eta gamma sign(G A^T) A x' (Adam), and the size of its terms."""
     weights = grad @ A.T if layer["optimizer"] == "sgd" else np.sign(grad @ A.T)
-    step = layer["learning_rate"] * scaling ** laws.scaling_power(layer["optimizer"])
+    step = layer["learning_rate"] * scaling ** scaling_power(layer["optimizer"])
     size = np.abs(grad) @ np.abs(A).T if layer["optimizer"] == "sgd" else np.abs(weights)
     return -step * weights @ (A @ x), float(np.max(step * size @ (np.abs(A) @ np.abs(x))))
 
@@ -85,7 +85,7 @@ def test_autodiff_equals_the_closed_form(layer: dict) -> None:
 @given(layers)
 def test_w_carries_gamma_squared_or_gamma(layer: dict) -> None:
     scaling = scaling_factor(layer["rule"], alpha=layer["alpha"], rank=layer["rank"])
-    power = laws.scaling_power(layer["optimizer"])
+    power = scaling_power(layer["optimizer"])
     w, A, grad, x = one_step(layer, scaling)
     doubled = one_step(layer, 2 * scaling)[0]
     size = closed_form(layer, scaling, A, grad, x)[1]
@@ -170,9 +170,9 @@ def test_eq9_holds_exactly_where_the_signal_leads(
     assert (abs(exact / printed - 1) < 0.05) == (far < 0.05)
 
 
-@pytest.mark.parametrize("optimizer", laws.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(("regime", "overlap", "ranks"), [("signal", 1.0, (512, 1024)), ("cross-talk", 0.0, (4, 8))])
-def test_the_two_by_two_table(optimizer: laws.Optimizer, regime: str, overlap: float, ranks: tuple) -> None:
+def test_the_two_by_two_table(optimizer: Optimizer, regime: str, overlap: float, ranks: tuple) -> None:
     """Each cell's kappa keeps E[w^2] within 1.2% on doubling r, and every other candidate fails by over 15%."""
     flat = {("sgd", "signal"): 0.5, ("sgd", "cross-talk"): 0.25, ("adam", "signal"): 1.0, ("adam", "cross-talk"): 0.5}
     for kappa in (0.25, 0.5, 1.0):

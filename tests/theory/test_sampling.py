@@ -11,7 +11,8 @@ from scipy import stats
 from support.streams import take
 
 from rora_theory import InputError
-from rora_theory.theory import laws, sampling
+from rora_theory.optimizers import OPTIMIZERS, Optimizer, scaling_power
+from rora_theory.theory import sampling
 from rora_theory.theory.sampling import RandomStep
 
 CASES = [
@@ -51,18 +52,18 @@ def test_norm_is_of_all_outputs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", laws.OPTIMIZERS)
-def test_scaling_power(optimizer: laws.Optimizer) -> None:
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_scaling_power(optimizer: Optimizer) -> None:
     """The same draws at another gamma: w carries gamma^2 (SGD) or gamma (Adam), by autodiff and optax."""
     base = take(RandomStep(rank=3, p_in=6, optimizer=optimizer), "direct", 500)[0]
     scaled = take(RandomStep(rank=3, p_in=6, optimizer=optimizer, scaling=0.3), "direct", 500)[0]
-    np.testing.assert_allclose(scaled, 0.3 ** laws.scaling_power(optimizer) * base, rtol=2e-5, atol=1e-5)
+    np.testing.assert_allclose(scaled, 0.3 ** scaling_power(optimizer) * base, rtol=2e-5, atol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "optimizer"), [("direct", "sgd"), ("pairs", "adam")])
 def test_each_setting_has_its_own_step_of_the_same_draws(
-    sampler: sampling.Sampler, optimizer: laws.Optimizer, monkeypatch: pytest.MonkeyPatch
+    sampler: sampling.Sampler, optimizer: Optimizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several settings give the same estimates together as alone, from the same key and number of draws.
 
@@ -70,7 +71,7 @@ def test_each_setting_has_its_own_step_of_the_same_draws(
     """
     monkeypatch.setattr(sampling, "_BLOCK_NUMBERS", 200 * 3 * 6)
     setting, key = RandomStep(rank=3, p_in=6, p_out=2, optimizer=optimizer, learning_rate=0.1), jax.random.key(4)
-    optimizers = laws.OPTIMIZERS if sampler == "direct" else (optimizer,)
+    optimizers = OPTIMIZERS if sampler == "direct" else (optimizer,)
     settings = [replace(setting, scaling=gamma, optimizer=name) for name in optimizers for gamma in (2.0, 0.5)]
     all_sums = sampling.estimate_settings(settings, sampler, key, draws=300)
     for separate, sums in zip(settings, all_sums, strict=True):
@@ -131,7 +132,7 @@ def test_memory_is_bounded() -> None:
         (10**6, 1 << 20, "chi_square", 64e6),
         (256, 4096, "direct", 64e6),
     ]:
-        kind = sampling.BlockKind.of([RandomStep(rank=rank, p_in=p_in)], sampler)  # type: ignore[arg-type]
+        kind = sampling.BlockKind.from_settings([RandomStep(rank=rank, p_in=p_in)], sampler)  # type: ignore[arg-type]
         numbers = kind.numbers([RandomStep(rank=rank, p_in=p_in)])
         arguments = (jax.random.key(0), numbers, np.arange(64, dtype=np.uint32), np.int32(64))
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), "devices")

@@ -12,9 +12,9 @@ import pytest
 from scipy import stats
 from support.streams import take
 
+from rora_theory.optimizers import Optimizer
 from rora_theory.stats.moments import threshold
 from rora_theory.theory import laws, sampling
-from rora_theory.theory.laws import Optimizer
 from rora_theory.theory.sampling import RandomStep
 
 pytestmark = pytest.mark.usefixtures("optimised")

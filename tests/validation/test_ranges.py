@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import pytest
 
 from rora_theory.errors import InputError
-from rora_theory.validation.ranges import Count, Natural, NotNegative, Plural, Positive, Share, check_ranges
+from rora_theory.validation.ranges import AtLeastTwo, Count, Natural, NotNegative, Positive, Share, check_ranges
 
 
 @dataclass(frozen=True)
 class Config:
     natural: Natural = 0
     count: Count = 1
-    plural_one: Plural = 2
+    plural_one: AtLeastTwo = 2
     positive: Positive = 5e-324
     not_negative: NotNegative = 0.0
     share: Share = 1.0

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from rora_theory import InputError, scaling_factor
+from rora_theory import InputError, scaling, scaling_factor
 from rora_theory.validation import rules
 
 
@@ -18,12 +18,12 @@ from rora_theory.validation import rules
             lambda: rules.check_rules((math.inf,)),
             "--rules must be lora, rora, rslora or a finite exponent .*, got inf",
         ),
-        (lambda: rules.check_rule("--to-rule", math.nan), r"--to-rule must .*, got nan"),
+        (lambda: scaling.exponent(math.nan, "--to-rule"), r"--to-rule must .*, got nan"),
         (lambda: rules.check_ranks((4,)), "--ranks must have 2 or more values, got 1"),
         (lambda: rules.check_ranks((4, 4)), r"--ranks must have different values, got 4 4"),
-        (lambda: rules.check_ranks((4, 0)), "--ranks: rank must .*, got 0"),
+        (lambda: rules.check_ranks((4, 0)), "--ranks must .*, got 0"),
         (lambda: rules.alpha_at("lora", gamma=0.0, reference_rank=4), "--gamma must .*, got 0.0"),
-        (lambda: rules.alpha_at("lora", gamma=1.0, reference_rank=0), "--reference-rank: rank must .*, got 0"),
+        (lambda: rules.alpha_at("lora", gamma=1.0, reference_rank=0), "--reference-rank must .*, got 0"),
     ],
 )
 def test_what_is_refused(check, said) -> None:

@@ -13,12 +13,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from rora_theory import inits
 from rora_theory.inits import Init
 from rora_theory.measure.layers.layer_data import SPLITS, Layer
-from rora_theory.optimizers import EPSILON, make_optimizer
+from rora_theory.optimizers import EPSILON, Optimizer, make_optimizer
 from rora_theory.random.draws import draw_A
 from rora_theory.stats.estimate import Estimate, root
 from rora_theory.stats.moments import Moments
 from rora_theory.theory import first_step, laws
-from rora_theory.theory.laws import Optimizer
 
 _BLOCK_ROWS = 4096
 """Number of rows of A in a block, over all its adapters; a block has at least one adapter."""
@@ -26,7 +25,7 @@ _BLOCK_ROWS = 4096
 _MIN_DRAWS = 64
 """Number of adapters before the standard error is accurate enough to stop."""
 
-Step = tuple[laws.Optimizer, float]
+Step = tuple[Optimizer, float]
 """Optimizer and scaling gamma of a first step."""
 
 
@@ -208,7 +207,7 @@ class CrossingRanks(NamedTuple):
     upper_quartile: float
 
 
-def crossing(layer: Layer, split: str, optimizer: laws.Optimizer) -> CrossingRanks:
+def crossing(layer: Layer, split: str, optimizer: Optimizer) -> CrossingRanks:
     """Compute the crossing rank of a layer at the tokens of a split."""
     x = layer.inputs[split]
     ranks = laws.crossing_rank(layer.grad, x, optimizer=optimizer)

@@ -35,11 +35,10 @@ from rora_theory.measure.rank_check.coordinate_table import (
 )
 from rora_theory.measure.rank_check.coordinates import Checker
 from rora_theory.measure.regimes import thin
-from rora_theory.optimizers import DISPLAY_NAMES, FAMILY, OPTIMIZER_NAMES, OptimizerName
+from rora_theory.optimizers import DISPLAY_NAMES, FAMILY, OPTIMIZER_NAMES, OptimizerName, scaling_power
 from rora_theory.scaling import Rule, exponent
 from rora_theory.stats import slopes
 from rora_theory.stats.rate_optimum import predicted_slopes
-from rora_theory.theory.laws import scaling_power
 from rora_theory.validation.ranges import Positive, check_ranges
 from rora_theory.validation.rules import (
     alpha_at,

@@ -37,7 +37,7 @@ class RegimeCell:
 
 
 @dataclass(frozen=True, eq=False)
-class Recorded:
+class RecordedModules:
     """Inputs and output gradients of a model's modules at two batches, see `record_modules`.
 
     Attributes:
@@ -93,7 +93,7 @@ class Recorded:
 
 def record_modules(
     params: dict[str, Any], config: LlamaConfig, train: Batch, held_out: Batch, modules: Sequence[str]
-) -> Recorded:
+) -> RecordedModules:
     """Run two batches through a model and record what its modules receive.
 
     Args:
@@ -106,10 +106,10 @@ def record_modules(
     Raises:
       InputError: If a module is unknown or a loss is not finite.
     """
-    return Recorded(
+    return RecordedModules(
         record(params, config, train, modules),
         record(params, config, held_out, modules, gradients=False),
-        unseen.seen(held_out, [train])[real_tokens(held_out)],
+        unseen.mark_seen(held_out, [train])[real_tokens(held_out)],
     )
 
 
@@ -132,7 +132,7 @@ def modules_by_layer(
     return dict(sorted(modules.items()))
 
 
-def kinds(modules: dict[int, list[str]]) -> list[str]:
+def distinct_names(modules: dict[int, list[str]]) -> list[str]:
     """Return the distinct module names of all layers, in the order of `rora_theory.llama.MODULES`."""
     return [module for module in MODULES if any(module in names for names in modules.values())]
 
@@ -166,8 +166,8 @@ def regime(
       InputError: If a module or layer does not exist, a loss is not finite, or no held-out token is left.
     """
     modules = modules_by_layer(model.config, target_modules, layers)
-    recorded = record_modules(model.params, model.config, train, held_out, kinds(modules))
+    recorded = record_modules(model.params, model.config, train, held_out, distinct_names(modules))
     layer_regimes = [recorded.measure(config or RegimeConfig(), index, names) for index, names in modules.items()]
-    measured = Regime.of(layer_regimes, recorded.train.loss, recorded.held_out.loss)
+    measured = Regime.from_layers(layer_regimes, recorded.train.loss, recorded.held_out.loss)
     thin.warn(measured.files().values(), thin.regime_warnings(measured.crossings, model.config.num_hidden_layers))
     return measured

@@ -33,11 +33,10 @@ from rora_theory.measure.regimes.tables import (
     TOKEN_COLUMNS,
     TOKENS,
 )
-from rora_theory.optimizers import DISPLAY_NAMES, EPSILON
+from rora_theory.optimizers import DISPLAY_NAMES, EPSILON, OPTIMIZERS, Optimizer
 from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import Rule, exponent, scaling_factor
 from rora_theory.theory import horizon
-from rora_theory.theory.laws import OPTIMIZERS, Optimizer
 from rora_theory.validation.ranges import Count, Natural, Positive, check_ranges
 from rora_theory.validation.rules import check_ranks, check_rules, name_of
 
@@ -50,7 +49,7 @@ TAKEOVER_RANKS = (8, 32, 128)
 TAKEOVER_ROWS = 256
 """Number of rows of A from which takeover distances are estimated."""
 
-SIGN_FLIP_PERCENTS = tuple(round(100 * share) for share in horizon.TURNS)
+SIGN_FLIP_PERCENTS = tuple(round(100 * share) for share in horizon.SIGN_CHANGE_SHARES)
 """Percentages of the entries of G A^T that have changed sign at the distances ``turn_5`` to ``turn_95``."""
 
 ERRORS = {
@@ -126,7 +125,7 @@ class RegimeConfig:
                 f"--rows must be at most {MAX_ROWS:,}, got {self.rows}. That many rows already give the rms at rank 1 "
                 "to 0.01%, and more would take days per module."
             )
-        check_seed(self.seed)
+        check_seed("seed", self.seed)
         min_rows = 4 * max(self.ranks)
         if self.rows and self.rows < min_rows:
             raise InputError(
@@ -197,7 +196,7 @@ class Regime:
     held_out_loss: float
 
     @classmethod
-    def of(cls, layers: Iterable[LayerRegime], training_loss: float, held_out_loss: float) -> "Regime":
+    def from_layers(cls, layers: Iterable[LayerRegime], training_loss: float, held_out_loss: float) -> "Regime":
         """Create a regime from the rows of layers."""
         columns = (CROSSING_COLUMNS, RESULT_COLUMNS, TAKEOVER_COLUMNS, TOKEN_COLUMNS)
         tables = [[row for rows in table for row in rows] for table in zip(*layers, strict=True)]

@@ -19,9 +19,8 @@ from rora_theory.errors import InputError
 from rora_theory.inits import Init
 from rora_theory.measure.layers.layer_data import SPLITS
 from rora_theory.measure.tokens import SINK_RATIO
-from rora_theory.optimizers import EPSILON
+from rora_theory.optimizers import EPSILON, Optimizer
 from rora_theory.stats.verdicts import RESOLUTION, judge_gaps, summarise_outcomes
-from rora_theory.theory.laws import Optimizer
 from rora_theory.validation.ranges import Positive, check_ranges
 from rora_theory.validation.rules import USUAL_RANKS
 

@@ -19,9 +19,8 @@ from jaxtyping import Float
 
 from rora_theory import inits
 from rora_theory.errors import InputError
-from rora_theory.optimizers import EPSILON
+from rora_theory.optimizers import EPSILON, Optimizer, scaling_power
 from rora_theory.theory import laws, sign_expectation
-from rora_theory.theory.laws import Optimizer
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class Terms:
             scaling * inits.entries(self.init, rank=rank, p_in=p_in).deviation / unit
             for rank, scaling in zip(ranks, scalings, strict=True)
         ]
-        power = laws.scaling_power(self.optimizer)
+        power = scaling_power(self.optimizer)
 
         def moments_with_epsilon(strength: float) -> tuple[np.ndarray, np.ndarray]:
             first, second = _rank_one_moments(self.grad, self.x, self.optimizer, self.init, strength, epsilon)

@@ -178,7 +178,7 @@ def coordinate_check(
     check_ranks(ranks)
     check_steps(steps)
     check_integer("seeds", seeds, minimum=2)
-    check_seed(seed)
+    check_seed("seed", seed)
     ranks = tuple(sorted(ranks))
     batches = [batch] if isinstance(batch, Mapping) else list(batch)
     compute_loss = model_loss if loss is None else loss

@@ -53,10 +53,9 @@ from rora_theory.measure.torch.modules import (
     with_autograd,
     without_adapters,
 )
-from rora_theory.optimizers import FAMILY
+from rora_theory.optimizers import FAMILY, Optimizer
 from rora_theory.random import seeds
 from rora_theory.scaling import Rule
-from rora_theory.theory.laws import Optimizer
 
 DEFAULT = RegimeConfig(ranks=(8, 128), rows=0)
 """Default configuration, which trains no adapters.
@@ -282,7 +281,7 @@ def regime(
             f"no gradient reaches any of {len(reached)} target modules. Choose target_modules that the loss depends on."
         )
     # Gradients arrive in the order of the backward pass: restore the model's order.
-    frames = Regime.of(
+    frames = Regime.from_layers(
         [reducer.layers[name] for name in modules if name in reducer.layers], training_loss, held_out_loss
     )
     # Warn if the result rests on too few tokens or layers.

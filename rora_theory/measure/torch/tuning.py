@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from peft import LoraConfig
@@ -39,14 +39,13 @@ from rora_theory.measure.torch.probe import (
 )
 from rora_theory.measure.torch.progress import bar
 from rora_theory.random.seeds import check_seed
-from rora_theory.scaling import check_integer, check_not_negative
+from rora_theory.scaling import check_choice, check_integer, check_not_negative
 from rora_theory.tune.plan import (
     BUDGET,
     LONGEST_PROBE,
     ProbePlan,
     ProbeRun,
     Schedule,
-    check_schedule,
     check_warmup,
     make_plan,
     next_trial,
@@ -137,14 +136,14 @@ def tune(
         probe; and if every rate diverged.
     """
     check_integer("steps", steps)
-    check_schedule(schedule)
+    check_choice("schedule", schedule, get_args(Schedule))
     check_warmup(warmup, steps)
     for name, value in (("batch_size", batch_size), ("accumulation", accumulation), ("probe_rank", probe_rank)):
         check_integer(name, value)
     check_integer("max_length", max_length, minimum=2)
     check_not_negative("weight_decay", weight_decay)
     check_not_negative("max_grad_norm", max_grad_norm)
-    check_seed(seed)
+    check_seed("seed", seed)
     strength = strength_of(config)
     model = unwrap(model)
     if config.target_modules is not None:

@@ -97,11 +97,11 @@ def test_what_is_no_npz_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "one.npz.npy", np.ones(3))
     for name, said in (
         ("none.npz", "no such file"),
-        ("pipe.npz", "is a pipe"),
+        ("pipe.npz", "is not a regular file"),
         ("text.npz", "not a readable .npz"),
         ("cut.npz", "not a readable .npz"),
         ("one.npz.npy", "not a readable .npz"),
-        ("../../../../../../../../dev/zero", "is a device"),
+        ("../../../../../../../../dev/zero", "is not a regular file"),
     ):
         with pytest.raises(InputError, match=rf"{said}.*an .npz of layers' gradients and inputs"):
             layer_data.read_layers(tmp_path / name)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rora_theory.measure.layers import layer_data, layer_rms
+from rora_theory.optimizers import OPTIMIZERS, Optimizer
 from rora_theory.random.draws import stream_key
 from rora_theory.theory import laws
 
@@ -28,8 +29,8 @@ def test_measured_is_the_law_s() -> None:
     assert max(a.error / a.value for a in found) <= 0.05
 
 
-@pytest.mark.parametrize("optimizer", laws.OPTIMIZERS)
-def test_a_layer_s_crossing_is_where_its_terms_are_equal(optimizer: laws.Optimizer) -> None:
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_layer_s_crossing_is_where_its_terms_are_equal(optimizer: Optimizer) -> None:
     """Each token's terms are |x|^2 r and |x|^2 r (r - o) / (r* - o), o 1 for Adam: equal in sum at the layer's r*."""
     x = LAYER.inputs["heldout"]
     found, weight = layer_rms.crossing(LAYER, "heldout", optimizer), np.sum(np.float64(x) ** 2, axis=1)

@@ -46,12 +46,12 @@ def model(tmp_path_factory) -> Model:
 
 def test_what_was_seen_is_a_beginning() -> None:
     """The template, and what goes on as one trained row does; not tokens that stand elsewhere, nor the padding."""
-    found = unseen.seen(HELD_OUT, [TRAIN])
+    found = unseen.mark_seen(HELD_OUT, [TRAIN])
     np.testing.assert_array_equal(found.sum(axis=1), [4, 5, 6])
     assert found[:, :4].all()  # beginnings
-    assert not unseen.seen(batch([2, *TEMPLATE]), [TRAIN]).any()
+    assert not unseen.mark_seen(batch([2, *TEMPLATE]), [TRAIN]).any()
     both = batch([*TEMPLATE, 11, 12, 13, 15])
-    assert unseen.seen(both, [batch([1, 2]), TRAIN]).sum() == 7
+    assert unseen.mark_seen(both, [batch([1, 2]), TRAIN]).sum() == 7
 
 
 def test_what_leaves_no_token_of_its_own_is_refused() -> None:
@@ -67,7 +67,7 @@ def test_what_leaves_no_token_of_its_own_is_refused() -> None:
 def test_the_template_alone_is_masked_whole(model) -> None:
     """As is the training batch itself: nothing is left, which is said before anything is measured."""
     for held_out, seen in ((TRAIN, 13), (batch(TEMPLATE), 4)):
-        assert unseen.seen(held_out, [TRAIN])[real_tokens(held_out)].all()
+        assert unseen.mark_seen(held_out, [TRAIN])[real_tokens(held_out)].all()
         with pytest.raises(InputError, match=f"{seen} held-out tokens: {seen} "):
             regimes.regime(model, TRAIN, held_out, SMALL, target_modules=TARGETS)
 
@@ -180,7 +180,7 @@ def test_only_adam_is_taken_over(model) -> None:
 def test_modules_go_by_layer(model) -> None:
     found = regimes.modules_by_layer(model.config, TARGETS)
     assert found == {layer: ["self_attn.q_proj", "mlp.down_proj"] for layer in (0, 1)}
-    assert regimes.kinds(found) == ["self_attn.q_proj", "mlp.down_proj"]
+    assert regimes.distinct_names(found) == ["self_attn.q_proj", "mlp.down_proj"]
     assert regimes.modules_by_layer(model.config, TARGETS, (1,))[1] == ["self_attn.q_proj", "mlp.down_proj"]
 
 

@@ -11,8 +11,8 @@ import pytest
 from rora_theory.io import frames
 from rora_theory.measure.regimes import tables as regime_tables
 from rora_theory.measure.regimes.tables import JudgeConfig
+from rora_theory.optimizers import OPTIMIZERS
 from rora_theory.stats.verdicts import RESOLUTION
-from rora_theory.theory import laws
 
 
 def judged_row(measured: float, error: float, adapters: int = 1000, **more: object) -> dict:
@@ -152,7 +152,7 @@ def test_flat_kappa() -> None:
     """The four corners of the table, and the init whose deviation falls as 1/r."""
     flat = {
         (optimizer, init, c): round(regime_tables.flat_kappa_between(optimizer, init, c), 9)
-        for optimizer in laws.OPTIMIZERS
+        for optimizer in OPTIMIZERS
         for init in ("kaiming_uniform", "gaussian")
         for c in (0.0, math.inf)
     }

@@ -11,7 +11,7 @@ from rora_theory import InputError
 from rora_theory.measure.layers import drawn_steps
 from rora_theory.measure.layers.layer_data import Layer
 from rora_theory.measure.regimes import terms
-from rora_theory.optimizers import make_optimizer
+from rora_theory.optimizers import OPTIMIZERS, Optimizer, make_optimizer
 from rora_theory.random.draws import draw_A
 from rora_theory.stats.moments import Moments, threshold
 from rora_theory.theory import first_step, laws
@@ -28,7 +28,7 @@ def layer() -> Layer:
     return Layer("m", grad.astype(np.float32), {"train": x.astype(np.float32), "heldout": fresh.astype(np.float32)})
 
 
-@pytest.mark.parametrize("optimizer", laws.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("init", ["kaiming_uniform", "gaussian", "normal", "rademacher"])
 @pytest.mark.parametrize("epsilon", [0.0, 1e-8, 1e-2])
 def test_rms_is_the_law_rank_by_rank(layer, optimizer, init, epsilon) -> None:
@@ -47,7 +47,7 @@ def test_rms_is_the_law_rank_by_rank(layer, optimizer, init, epsilon) -> None:
         )
 
 
-@pytest.mark.parametrize("optimizer", laws.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_crossing(layer, optimizer) -> None:
     """Signal and cross-talk by their definitions; with Gaussian A the linear term is r* + 1 and r* - 2."""
     x = np.float64(layer.inputs["heldout"])
@@ -67,7 +67,7 @@ def test_crossing(layer, optimizer) -> None:
     assert found.quartiles == pytest.approx(tuple(np.quantile(ranks, [0.25, 0.5, 0.75])), rel=1e-9)
 
 
-@pytest.mark.parametrize("optimizer", laws.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("init", ["kaiming_uniform", "gaussian", "normal", "rademacher"])
 @pytest.mark.parametrize("size", [1.0, 1e-25])
 def test_fast_terms_are_the_terms(layer, optimizer, init, size) -> None:
@@ -94,7 +94,7 @@ def test_shared_rows_are_adapters_of_autodiff(layer) -> None:
     grad = jnp.asarray(layer.grad)
 
     @partial(jax.jit, static_argnames="name")
-    def judged(lora_A: jax.Array, gamma: jax.Array, name: laws.Optimizer) -> jax.Array:
+    def judged(lora_A: jax.Array, gamma: jax.Array, name: Optimizer) -> jax.Array:
         step = first_step.run(
             lambda dm: dm.inner(grad),
             lora_A,
@@ -106,7 +106,7 @@ def test_shared_rows_are_adapters_of_autodiff(layer) -> None:
 
     for init in ("kaiming_uniform", "gaussian"):
         stream = drawn_steps.step_adapters(
-            layer, key, ranks=ranks, scalings=scalings, optimizers=laws.OPTIMIZERS, learning_rate=0.3, init=init,
+            layer, key, ranks=ranks, scalings=scalings, optimizers=OPTIMIZERS, learning_rate=0.3, init=init,
             rows=rows, epsilon=1e-2,
         )  # fmt: skip
         found = next(stream)
@@ -118,7 +118,7 @@ def test_shared_rows_are_adapters_of_autodiff(layer) -> None:
             for adapter in range(rows // rank):
                 lora_A = jnp.asarray(own[adapter * rank : (adapter + 1) * rank], jnp.float32)
                 for g, gamma in enumerate(gammas):
-                    for o, name in enumerate(laws.OPTIMIZERS):
+                    for o, name in enumerate(OPTIMIZERS):
                         expected = judged(lora_A, jnp.float32(gamma), name)
                         # Optax's bias correction 1 - 0.999 has a relative rounding of 6e-5 in float32.
                         np.testing.assert_allclose(block[adapter, g, o], expected, rtol=1e-4)
@@ -130,11 +130,11 @@ def test_steps_follow_the_law(layer, init) -> None:
     ranks, blocks, rows = (1, 4, 16), 40, 1024
     scalings = [[2.0 / rank] for rank in ranks]
     stream = drawn_steps.step_adapters(
-        layer, jax.random.key(0), ranks=ranks, scalings=scalings, optimizers=laws.OPTIMIZERS, learning_rate=1.0,
+        layer, jax.random.key(0), ranks=ranks, scalings=scalings, optimizers=OPTIMIZERS, learning_rate=1.0,
         init=init, rows=rows,
     )  # fmt: skip
     drawn = [next(stream) for _ in range(blocks)]
-    for o, optimizer in enumerate(laws.OPTIMIZERS):
+    for o, optimizer in enumerate(OPTIMIZERS):
         for s, x in enumerate(layer.inputs.values()):
             law = terms.terms(layer.grad, x, optimizer=optimizer, init=init)
             exact = law.rms(ranks, [each[0] for each in scalings], learning_rate=1.0)

@@ -1,0 +1,13 @@
+"""Default batch sizes, which functions and commands share."""
+
+TRAIN_BATCH_SIZE = 16
+"""Number of records per training step: that of the published runs."""
+
+SCORE_BATCH_SIZE = 8
+"""Number of prompts per batch for ``generate``, and of device calls in flight for ``label`` and ``harness``."""
+
+MEASURE_BATCH_SIZE = 8
+"""Number of records in the batch that yields the gradient, and in the held-out batch."""
+
+SMALL_BATCH_SIZE = 4
+"""Number of records per step where many short runs are compared, and of windows per batch for a perplexity."""
