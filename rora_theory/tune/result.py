@@ -9,9 +9,10 @@ from rora_theory.theory.displacement import RateRange
 from rora_theory.tune.curve import EDGE_FACTOR, FittedRate, curve_frame, fit_best_rate
 from rora_theory.tune.plan import SHORTEST_MEASURED, ProbePlan, ProbeRun, carry_steps
 
-if TYPE_CHECKING:  # both take as long to import as a short command to run
+if TYPE_CHECKING:  # they take as long to import as a short command to run
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PUBLISHED = "SmolLM2-135M, ranks 1 to 128, 16 to 256 steps, constant rate, batches of 4"
 """Scope of the published runs of results/published/horizon."""
@@ -111,31 +112,38 @@ class Tuning:
             f"(range {self.low:.2g} to {self.high:.2g}). {self.cost.sentence()}"
         )
 
-    def plot(self, axes: "Axes | None" = None) -> "Axes":
+    def plot(self, axis: "Axes | None" = None) -> "Figure":
         """Plot the held-out losses against the learning rate, with the probe's best rate and the planned run's range.
 
+        A cross at the upper edge marks a rate that diverged. Save the figure with ``tuned.plot().savefig("tune.png")``.
+
         Args:
-          axes: Axes to draw on; None makes a figure.
+          axis: Axes to draw on; None creates a figure.
 
         Returns:
-          The axes.
+          The figure.
         """
         import matplotlib.pyplot as plt
 
-        if axes is None:
-            axes = plt.subplots(layout="constrained")[1]
-        finite = self.curve[self.curve["held_out_loss"] < float("inf")]
-        for steps, runs in finite.groupby("steps"):
-            axes.plot(runs["learning_rate"], runs["held_out_loss"], "o-", label=f"{steps} steps")
-        diverged = self.curve.loc[self.curve["diverged_at"].notna(), "learning_rate"]
-        if len(diverged):
-            axes.plot(diverged, [finite["held_out_loss"].max()] * len(diverged), "kx", label="diverged")
-        axes.axvline(self.probe.learning_rate, color="grey", linestyle=":", label=f"best at {self.probe_steps} steps")
-        axes.axvspan(self.low, self.high, color="grey", alpha=0.2)
-        axes.axvline(self.learning_rate, color="black", label=f"for {self.cost.steps} steps, with range")
-        axes.set(xscale="log", xlabel="Learning rate", ylabel="Held-out loss (nats per token)")
-        axes.legend()
-        return axes
+        from rora_theory.measure import plots
+
+        # The learning rate and its range for the planned run lie behind the curves of the probe.
+        with plt.rc_context(plots.STYLE):
+            if axis is None:
+                axis = plt.subplots(figsize=(4.8, 3.0))[1]
+            axis.axvspan(self.low, self.high, color=plots.BAND_COLOUR, zorder=0)
+            axis.axvline(self.learning_rate, color="black", label=f"for {self.cost.steps:,} steps, with range")
+            axis.axvline(
+                self.probe.learning_rate,
+                color="grey",
+                linestyle=plots.DOTTED,
+                label=f"best at {self.probe_steps} steps",
+            )
+        losses = {
+            f"{steps} steps": dict(zip(runs["learning_rate"], runs["held_out_loss"], strict=True))
+            for steps, runs in self.curve.groupby("steps")
+        }
+        return plots.plot_losses(losses, axis=axis)
 
 
 def conclude(

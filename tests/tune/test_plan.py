@@ -2,6 +2,11 @@
 
 import math
 
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from hypothesis import given
@@ -210,7 +215,8 @@ def test_the_range_allows_for_another_rank() -> None:
     assert rank_factors(8, 2).low < 1 < rank_factors(8, 2).high
 
 
-def test_the_plot_shows_curve_and_range() -> None:
+def test_the_plot_shows_curve_and_range(tmp_path) -> None:
+    """A figure, as from the other measurements, which the caller saves."""
     plan = plan_of(2000)
     result = conclude(
         plan,
@@ -221,9 +227,12 @@ def test_the_plot_shows_curve_and_range() -> None:
         probe_rank=8,
         schedule="cosine",
     )
-    axes = result.plot()
-    assert axes.get_xscale() == "log"
-    labels = axes.get_legend_handles_labels()[1]
+    figure = result.plot()
+    (axis,) = figure.axes
+    assert axis.get_xscale() == "log"
+    labels = axis.get_legend_handles_labels()[1]
     assert f"{plan.probe_steps} steps" in labels
-    assert result.plot(axes) is axes
+    assert result.plot(axis) is figure
     assert f"{result.learning_rate:.3g}" in result.sentence()
+    figure.savefig(tmp_path / "probe.png")
+    plt.close(figure)
