@@ -106,10 +106,10 @@ class Tuning:
     cost: ProbeCost
 
     def sentence(self) -> str:
-        """Return the learning rate with its range and the cost of the probe."""
+        """Return the learning rate with its range, an edge of the grid at which it lies, and the cost of the probe."""
         return (
             f"Train {self.cost.steps:,} steps at learning rate {self.learning_rate:.3g} "
-            f"(range {self.low:.2g} to {self.high:.2g}). {self.cost.sentence()}"
+            f"(range {self.low:.2g} to {self.high:.2g}). {_describe_edge(self.probe)}{self.cost.sentence()}"
         )
 
     def plot(self, axis: "Axes | None" = None) -> "Figure":
@@ -247,9 +247,16 @@ def _assumptions(plan: ProbePlan, fitted: FittedRate, rank: int, probe_rank: int
             "was measured, so that the range is wide. A larger budget narrows it."
         )
     if fitted.edge:
-        side, other = ("lower", "lower") if fitted.edge == "low" else ("higher", "higher")
-        sentences.append(
-            f"The best rate lies at the {fitted.edge} end of the probe's grid and may be {side}. The range is extended "
-            f"by a factor of {EDGE_FACTOR:g}; repeat the probe with a {other} learning_rate."
-        )
+        sentences.append(f"{_describe_edge(fitted)}The range is extended by a factor of {EDGE_FACTOR:g}.")
     return sentences
+
+
+def _describe_edge(fitted: FittedRate) -> str:
+    """Return a sentence and a space if the best rate lies at an end of the grid, or nothing."""
+    if not fitted.edge:
+        return ""
+    side = {"low": "lower", "high": "higher"}[fitted.edge]
+    return (
+        f"The best rate lies at the {fitted.edge} end of the probe's grid and may be {side}: repeat the probe with a "
+        f"{side} learning_rate, or raise budget. "
+    )

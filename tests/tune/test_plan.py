@@ -59,8 +59,8 @@ def plan_of(steps, **settings):
     ("steps", "factors"),
     [
         (180, (0.7, 1.0, 2.5)),
-        (256, (0.7, 1.0, 2.5)),
-        (400, (0.7, 1.0, 2.5)),
+        (256, (0.3, 0.7, 1.0, 2.5)),
+        (400, (0.3, 0.7, 1.0, 2.5)),
         (1000, (1 / 4, 1 / 3, 1.0, 2.5, 8.0)),
         (2000, (1 / 8, 1 / 3, 1.0, 2.5, 8.0)),
         (10_000, (1 / 30, 1 / 8, 1 / 3, 1.0, 2.5, 8.0, 30.0)),
@@ -117,6 +117,7 @@ def test_an_edge_that_the_budget_leaves_is_reported() -> None:
         result = conclude(plan, probe(plan, true), TOKENS, config=None, rank=8, probe_rank=8, schedule="cosine")
         assert result.probe.edge == edge
         assert any(f"at the {edge} end" in sentence for sentence in result.assumptions)
+        assert f"at the {edge} end" in result.sentence()
         assert result.high / result.low > 16
 
 
