@@ -53,6 +53,9 @@ held-out loss was measured there.
 SHORTEST_SCREENING = 8
 """Minimum number of steps of a screening run. With fewer, there is no screening."""
 
+FEWEST_RUNS = 3
+"""Minimum number of full runs: the best rate and its neighbours."""
+
 SCREENED = 5
 """Number of learning rates that are screened before the grid is extended."""
 
@@ -180,7 +183,7 @@ class ProbePlan:
         if self.screen_steps is not None:
             screening = f"{SCREENED} or more learning rates for {self.screen_steps} steps, then "
         return (
-            f"The probe trains {screening}3 or more learning rates for {self.probe_steps} steps. "
+            f"The probe trains {screening}{FEWEST_RUNS} or more learning rates for {self.probe_steps} steps. "
             f"Its cost is at most {self.budget:.4g} training steps, {self.budget / self.steps:.1%} of the planned "
             f"{self.steps:,}."
         )
@@ -199,9 +202,9 @@ def make_plan(
     """Plan a probe within a share of the planned run's cost.
 
     The number of steps of a run is the largest, up to `LONGEST_PROBE` and a sixteenth of the planned steps, at which
-    the runs that are needed and one or two extensions of the grid fit into the budget. Runs of fewer than
-    `SHORTEST_MEASURED` steps have a coarser grid. The number of held-out tokens is reduced to what the rest of the
-    budget allows.
+    the runs that are needed and one or two extensions of the grid fit into the budget. The smallest probe has no
+    extension. Runs of fewer than `SHORTEST_MEASURED` steps have a coarser grid. The number of held-out tokens is
+    reduced to what the rest of the budget allows.
 
     Args:
       steps: Number of optimizer steps of the planned run.
@@ -232,12 +235,14 @@ def make_plan(
     # Largest number of steps whose runs fit into the budget's share for training.
     longest = min(LONGEST_PROBE, max(steps // 16, SHORTEST_PROBE))
     training_share = (1 - EVALUATION_SHARE) * total
-    options = ((number, _count_runs(number)) for number in range(longest, SHORTEST_PROBE - 1, -1))
+    options = [(number, _count_runs(number)) for number in range(longest, SHORTEST_PROBE - 1, -1)]
+    # The smallest probe cannot extend its grid.
+    options.append((SHORTEST_PROBE, (0, FEWEST_RUNS)))
     chosen = next(
         ((number, runs) for number, runs in options if _cost_of_training(number, runs) <= training_share), None
     )
     if chosen is None:
-        cost = _cost_of_training(SHORTEST_PROBE, _count_runs(SHORTEST_PROBE)) / (1 - EVALUATION_SHARE) + setup_cost
+        cost = _cost_of_training(*options[-1]) / (1 - EVALUATION_SHARE) + setup_cost
         raise InputError(
             f"steps must be at least {math.ceil(cost / budget)} for a probe that costs {budget:.0%} of the run, got "
             f"{steps}. Raise budget, or scale a known learning rate with rora_theory.transfer."
@@ -278,7 +283,7 @@ def next_trial(plan: ProbePlan, runs: Sequence[ProbeRun]) -> Trial | None:
     if plan.screen_steps is not None:
         # First phase: short runs. It leaves enough for three runs of the second.
         screened = _by_index(plan, runs, plan.screen_steps)
-        reserve = 3 * plan.cost_of_trial(plan.probe_steps)
+        reserve = FEWEST_RUNS * plan.cost_of_trial(plan.probe_steps)
         shift = _grid_shift(plan, plan.probe_steps, plan.screen_steps)
         index = _next_index(screened, shift, width=SCREENED // 2)
         if index is not None and left - reserve >= plan.cost_of_trial(plan.screen_steps):
@@ -386,7 +391,7 @@ def _count_runs(probe_steps: int) -> tuple[int, int]:
     """Return the numbers of screening runs and of full runs that must fit into the budget."""
     if _screen_steps(probe_steps) >= SHORTEST_SCREENING:
         return SCREENED + 1, 4
-    return 0, 5 if probe_steps >= SHORTEST_MEASURED else 3
+    return 0, FEWEST_RUNS + (2 if probe_steps >= SHORTEST_MEASURED else 1)
 
 
 def _cost_of_training(probe_steps: int, runs: tuple[int, int]) -> int:

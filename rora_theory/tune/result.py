@@ -9,9 +9,10 @@ from rora_theory.theory.displacement import RateRange
 from rora_theory.tune.curve import EDGE_FACTOR, FittedRate, curve_frame, fit_best_rate
 from rora_theory.tune.plan import SHORTEST_MEASURED, ProbePlan, ProbeRun, carry_steps
 
-if TYPE_CHECKING:  # both take as long to import as a short command to run
+if TYPE_CHECKING:  # they take as long to import as a short command to run
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PUBLISHED = "SmolLM2-135M, ranks 1 to 128, 16 to 256 steps, constant rate, batches of 4"
 """Scope of the published runs of results/published/horizon."""
@@ -105,37 +106,44 @@ class Tuning:
     cost: ProbeCost
 
     def sentence(self) -> str:
-        """Return the learning rate with its range and the cost of the probe."""
+        """Return the learning rate with its range, an edge of the grid at which it lies, and the cost of the probe."""
         return (
             f"Train {self.cost.steps:,} steps at learning rate {self.learning_rate:.3g} "
-            f"(range {self.low:.2g} to {self.high:.2g}). {self.cost.sentence()}"
+            f"(range {self.low:.2g} to {self.high:.2g}). {_describe_edge(self.probe)}{self.cost.sentence()}"
         )
 
-    def plot(self, axes: "Axes | None" = None) -> "Axes":
+    def plot(self, axis: "Axes | None" = None) -> "Figure":
         """Plot the held-out losses against the learning rate, with the probe's best rate and the planned run's range.
 
+        A cross at the upper edge marks a rate that diverged. Save the figure with ``tuned.plot().savefig("tune.png")``.
+
         Args:
-          axes: Axes to draw on; None makes a figure.
+          axis: Axes to draw on; None creates a figure.
 
         Returns:
-          The axes.
+          The figure.
         """
         import matplotlib.pyplot as plt
 
-        if axes is None:
-            axes = plt.subplots(layout="constrained")[1]
-        finite = self.curve[self.curve["held_out_loss"] < float("inf")]
-        for steps, runs in finite.groupby("steps"):
-            axes.plot(runs["learning_rate"], runs["held_out_loss"], "o-", label=f"{steps} steps")
-        diverged = self.curve.loc[self.curve["diverged_at"].notna(), "learning_rate"]
-        if len(diverged):
-            axes.plot(diverged, [finite["held_out_loss"].max()] * len(diverged), "kx", label="diverged")
-        axes.axvline(self.probe.learning_rate, color="grey", linestyle=":", label=f"best at {self.probe_steps} steps")
-        axes.axvspan(self.low, self.high, color="grey", alpha=0.2)
-        axes.axvline(self.learning_rate, color="black", label=f"for {self.cost.steps} steps, with range")
-        axes.set(xscale="log", xlabel="Learning rate", ylabel="Held-out loss (nats per token)")
-        axes.legend()
-        return axes
+        from rora_theory.measure import plots
+
+        # The learning rate and its range for the planned run lie behind the curves of the probe.
+        with plt.rc_context(plots.STYLE):
+            if axis is None:
+                axis = plt.subplots(figsize=(4.8, 3.0))[1]
+            axis.axvspan(self.low, self.high, color=plots.BAND_COLOUR, zorder=0)
+            axis.axvline(self.learning_rate, color="black", label=f"for {self.cost.steps:,} steps, with range")
+            axis.axvline(
+                self.probe.learning_rate,
+                color="grey",
+                linestyle=plots.DOTTED,
+                label=f"best at {self.probe_steps} steps",
+            )
+        losses = {
+            f"{steps} steps": dict(zip(runs["learning_rate"], runs["held_out_loss"], strict=True))
+            for steps, runs in self.curve.groupby("steps")
+        }
+        return plots.plot_losses(losses, axis=axis)
 
 
 def conclude(
@@ -239,9 +247,16 @@ def _assumptions(plan: ProbePlan, fitted: FittedRate, rank: int, probe_rank: int
             "was measured, so that the range is wide. A larger budget narrows it."
         )
     if fitted.edge:
-        side, other = ("lower", "lower") if fitted.edge == "low" else ("higher", "higher")
-        sentences.append(
-            f"The best rate lies at the {fitted.edge} end of the probe's grid and may be {side}. The range is extended "
-            f"by a factor of {EDGE_FACTOR:g}; repeat the probe with a {other} learning_rate."
-        )
+        sentences.append(f"{_describe_edge(fitted)}The range is extended by a factor of {EDGE_FACTOR:g}.")
     return sentences
+
+
+def _describe_edge(fitted: FittedRate) -> str:
+    """Return a sentence and a space if the best rate lies at an end of the grid, or nothing."""
+    if not fitted.edge:
+        return ""
+    side = {"low": "lower", "high": "higher"}[fitted.edge]
+    return (
+        f"The best rate lies at the {fitted.edge} end of the probe's grid and may be {side}: repeat the probe with a "
+        f"{side} learning_rate, or raise budget. "
+    )

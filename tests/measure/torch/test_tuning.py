@@ -89,7 +89,7 @@ def test_a_probe_reports_a_rate_and_leaves_the_model_as_it_was(checkpointing) ->
 
 def test_a_run_is_that_of_a_loop_by_hand() -> None:
     """The first run's held-out loss: AdamW on the scaled cosine schedule, clipped gradients, the same batches."""
-    result = run(probe_rank=4, warmup=40)
+    result = run(probe_rank=4, warmup=40, budget=0.15)  # affords all held-out rows
     row = result.curve.iloc[1]
     steps = result.probe_steps
     model = torch_models.model().train()
@@ -114,7 +114,7 @@ def test_a_run_is_that_of_a_loop_by_hand() -> None:
 def test_accumulated_batches_are_one_step() -> None:
     halves = [{name: value[i : i + 1] for name, value in batch.items()} for batch in batches(12) for i in range(2)]
     whole, parts = run(), run(train=halves, accumulation=2)
-    assert parts.curve["held_out_loss"].to_numpy() == pytest.approx(whole.curve["held_out_loss"].to_numpy(), rel=1e-4)
+    assert parts.curve["held_out_loss"].to_numpy() == pytest.approx(whole.curve["held_out_loss"].to_numpy(), rel=1e-3)
 
 
 def test_a_longer_probe_screens_rates_first() -> None:
@@ -151,7 +151,7 @@ def test_an_interrupted_probe_resumes_and_refuses_other_settings(tmp_path) -> No
 
     def interrupted(model, batch):
         calls.append(1)
-        if len(calls) == 15:  # a run has 7 steps and evaluates 6 groups
+        if len(calls) == 15:  # a run has 5 steps and evaluates 5 groups
             raise KeyboardInterrupt
         return model(**batch).loss
 
@@ -165,7 +165,7 @@ def test_an_interrupted_probe_resumes_and_refuses_other_settings(tmp_path) -> No
     resumed = run(model, checkpoint=path, loss=lambda m, b: trained.append(1) or m(**b).loss)
     assert resumed.curve.equals(whole.curve)
     assert resumed.learning_rate == whole.learning_rate
-    assert len(trained) == (len(whole.curve) - 1) * (whole.probe_steps + 3 * 2)
+    assert len(trained) == (len(whole.curve) - 1) * (whole.probe_steps + 5)  # held-out rows that the budget affords
     done = path.read_text()
     assert run(model, checkpoint=path, loss=lambda *_: pytest.fail("trained again")).curve.equals(whole.curve)
     for changed in (
