@@ -237,8 +237,8 @@ def test_refuses_files(entries, message, config, params, tmp_path) -> None:
     ("settings", "message"),
     [
         ({"placement": "before"}, r"placement .*got 'before'"),
-        ({"width": 0}, "bottleneck width is 0"),
-        ({"width": True}, "bottleneck width is True"),
+        ({"width": 0}, "bottleneck width must .*, got 0"),
+        ({"width": True}, "bottleneck width must .*, got True"),
         ({"non_linearity": "sin"}, r"non_linearity .*got 'sin'"),
         ({"init": "zero"}, r"init .*got 'zero'"),
         ({"scaling": float("inf")}, r"scaling .*inf"),

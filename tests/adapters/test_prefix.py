@@ -226,7 +226,7 @@ def test_refuses_files(entries, message, config, tmp_path) -> None:
 @pytest.mark.usefixtures("unchecked")
 def test_refuses_settings_and_merging(params, adapter) -> None:
     for value in (0, True, 2.0):
-        with pytest.raises(InputError, match="virtual_tokens is"):
+        with pytest.raises(InputError, match="virtual_tokens must"):
             PrefixConfig(value)
     with pytest.raises(InputError, match=r"init .*'ones'"):
         PrefixConfig(3, "ones")

@@ -171,7 +171,7 @@ def test_generate_is_beam_search_after_the_prompt() -> None:
 def test_generated_text_is_parsed(
     text: str, prediction: str | None, correct: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "beam", lambda *_, **__: [TOKENIZER.encode(text)])
+    monkeypatch.setattr(scoring, "beam_search", lambda *_, **__: [TOKENIZER.encode(text)])
     (sample,) = _score(_records("openbookqa"), Scoring("generate")).values()
     assert (sample.prediction, sample.correct) == (prediction, correct)
 
