@@ -91,7 +91,7 @@ def check_integer(name: str, value: Any, *, minimum: int = 1, maximum: int = LAR
     """Raise `InputError` unless a value is an integer from ``minimum`` to ``maximum``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
         raise InputError(f"{name} must be an integer of {minimum} or more, got {shown(value)}")
-    if value > maximum:
+    if int(value) > maximum:
         raise InputError(f"{name} must be an integer of at most {maximum:,}, got {shown(value)}")
 
 
