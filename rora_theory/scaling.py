@@ -3,7 +3,7 @@
 import math
 import numbers
 from collections.abc import Collection
-from typing import Literal
+from typing import Any, Literal
 
 from rora_theory.errors import InputError, shown
 
@@ -87,11 +87,11 @@ def alpha_for(rule: Rule, *, scaling: float, rank: int) -> float:
     return float(scaling) / scaling_factor(rule, alpha=1.0, rank=rank)
 
 
-def check_integer(name: str, value: int, *, minimum: int = 1, maximum: int = LARGEST) -> None:
+def check_integer(name: str, value: Any, *, minimum: int = 1, maximum: int = LARGEST) -> None:
     """Raise `InputError` unless a value is an integer from ``minimum`` to ``maximum``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
         raise InputError(f"{name} must be an integer of {minimum} or more, got {shown(value)}")
-    if value > maximum:
+    if int(value) > maximum:
         raise InputError(f"{name} must be an integer of at most {maximum:,}, got {shown(value)}")
 
 

@@ -1,6 +1,7 @@
 """Validate seeds, and derive the seeds of named streams."""
 
 import hashlib
+from typing import Any
 
 from rora_theory.scaling import check_integer
 
@@ -8,7 +9,7 @@ SEED_COUNT = 2**32
 """Number of distinct seeds. `jax.random.key` uses 32 bits of a seed: 2^32 equals 0, and -1 equals 2^32 - 1."""
 
 
-def check_seed(name: str, value: int) -> None:
+def check_seed(name: str, value: Any) -> None:
     """Raise `InputError` unless a value is an integer from 0 to 2^32 - 1."""
     check_integer(name, value, minimum=0, maximum=SEED_COUNT - 1)
 

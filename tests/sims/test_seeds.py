@@ -64,11 +64,11 @@ def test_the_seeds_that_are_accepted_are_told_apart() -> None:
 @pytest.mark.parametrize("kind", [np.int64, np.uint64])
 def test_a_seed_of_numpy_is_the_seed_of_its_value(kind) -> None:
     for seed in (0, 3, 2**32 - 1):
-        check_seed(kind(seed))
+        check_seed("seed", kind(seed))
         keys = [jax.random.key_data(jax.random.key(one)).tolist() for one in (seed, kind(seed))]
         assert keys[0] == keys[1]
     with pytest.raises(InputError, match="seed must be "):
-        check_seed(kind(2**32))
+        check_seed("seed", kind(2**32))
 
 
 def test_every_command_with_a_seed_is_tried() -> None:
