@@ -140,7 +140,8 @@ def test_a_special_file_is_refused_at_once(name, kind, tiny, draw_params, tmp_pa
         path.symlink_to("/dev/zero")
     else:
         path.mkdir()
-    with time_limit(10), pytest.raises(InputError, match=rf"^{re.escape(str(path))}: .*\b{kind}\b") as caught:
+    reason = "folder" if kind == "folder" else "not a regular file"
+    with time_limit(10), pytest.raises(InputError, match=f"^{re.escape(str(path))}: .*{reason}") as caught:
         load(folder)
     assert "\n" not in str(caught.value)
 
@@ -149,7 +150,7 @@ def test_a_special_file_is_refused_at_once(name, kind, tiny, draw_params, tmp_pa
 def test_a_model_that_is_no_file_is_refused_at_once(kind, tmp_path, time_limit):
     os.mkfifo(tmp_path / "model.gguf")
     path = tmp_path / "model.gguf" if kind == "pipe" else "/dev/zero"
-    with time_limit(10), pytest.raises(InputError, match=f"{path}: is a {kind}"):
+    with time_limit(10), pytest.raises(InputError, match=f"{path}: .*not a regular file"):
         load(path)
 
 
