@@ -53,7 +53,7 @@ def estimator_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
                 chosen = [pairs[at] for at in group]
                 edges = sum(any(curve.edge for curve in at_shared_seeds(*pair)) for pair in chosen)
                 labels = {"step": step, "over": over, "at": " ".join(f"{at:g}" for at in group)}
-                labels |= {"first": low, "second": high}
+                labels |= {"first": float(low), "second": float(high)}
                 for method in get_args(Method):
                     exponent = pooled_exponent({high / low: chosen}, method)
                     if not math.isnan(exponent.value):
