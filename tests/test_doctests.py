@@ -70,4 +70,4 @@ def test_the_lines_that_a_newcomer_copies(page: str, capsys: pytest.CaptureFixtu
     assert blocks
     for block in blocks:
         exec(block, {})
-    assert "keep alpha 32 under alpha / r and keep the learning rate 0.0002" in capsys.readouterr().out
+    assert "keep lora_alpha=32 and the learning rate 0.0002" in capsys.readouterr().out

@@ -246,7 +246,7 @@ def quick(monkeypatch) -> type[Quick]:
 
 def quicken(monkeypatch) -> None:
     monkeypatch.setattr(rank_sweep, "Workbench", Quick)
-    monkeypatch.setattr(rank_sweep.prompts, "keep", lambda *_, **__: None)  # which a tokenizer is needed for
+    monkeypatch.setattr(rank_sweep.prompts, "save_prompts", lambda *_, **__: None)  # which a tokenizer is needed for
 
 
 def interrupt(*_: object) -> None:
