@@ -551,7 +551,7 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
     write()
     with pytest.raises(SystemExit):
         style.main(accuracy_vs_rank.draw, accuracy_vs_rank.Config(tmp_path))
-    assert "rora r=64 has alpha 64, 128; accepted is --alpha with one of them" in capsys.readouterr().err
+    assert "rora r=64 has alpha 64, 128. Choose one with --alpha" in capsys.readouterr().err
     rows = [row | {"method": "prefix", "rank": "", "alpha": ""} for row in rows]
     write()
     with pytest.raises(SystemExit):
