@@ -44,9 +44,9 @@ def draw(config: Config) -> Sequence[Path]:
 
     Lines are the law rho (1 + rho) = K / G, with the geometric mean of K for each folder and number of steps.
     """
+    folders = read_folders(config.runs, "constants.csv")
     figure, axes = plt.subplots(figsize=(4.4, 3.2))
     series = 0
-    folders = read_folders(config.runs, "constants.csv")
     for (place, (label, constants)), (colour, step) in product(
         enumerate(folders), zip(style.COLOURS, config.steps, strict=False)
     ):

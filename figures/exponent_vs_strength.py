@@ -48,7 +48,6 @@ def draw(config: Config) -> Sequence[Path]:
 
     The band is the displacement law with every measured K and c from 1 to 2.
     """
-    figure, axes = plt.subplots(figsize=(4.6, 3.4))
     folders = read_folders(config.runs, "estimators.csv")
     series = [
         (f"{label}, r = {rank}" if len(folders) > 1 else f"r = {rank}", pairs)
@@ -60,6 +59,7 @@ def draw(config: Config) -> Sequence[Path]:
             f"the run folders must have exponents over two or more seeds at 1 to {MAX_SERIES} ranks after "
             f"{config.steps} steps, got {len(series)} ranks. Choose other --steps or fewer runs."
         )
+    figure, axes = plt.subplots(figsize=(4.6, 3.4))
     for place, (label, pairs) in enumerate(series):
         # Several ranks have the same ends: their points are moved apart, so that no bar hides another.
         middle = np.sqrt(pairs["first"] * pairs["second"]) * 1.05 ** (place - (len(series) - 1) / 2)

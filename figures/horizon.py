@@ -36,7 +36,7 @@ def draw(config: Config) -> Sequence[Path]:
     exponents = exponents[exponents["over"] == "strength"]
     if exponents.empty:
         style.fail(f"{config.run}: no rank has best rates at two strengths. Run sims.horizon with further --strengths.")
-    ranks, steps = sorted(set(best["rank"])), sorted(set(best["step"]))
+    ranks, steps = (sorted({int(value) for value in best[name]}) for name in ("rank", "step"))
     figure, (first, second, last) = style.panels(3)
     against_strength(first, best, exponents, ranks, steps)
     # Exponents from one value of G to the largest: the one that most ranks and horizons have.

@@ -429,7 +429,7 @@ def band_handle() -> Any:
     return Rectangle((0, 0), 1, 1, facecolor=BAND_COLOUR, edgecolor="none")
 
 
-def integer_ticks(axis: "matplotlib.axes.Axes", values: Iterable[int], max_count: int = 7) -> None:
+def integer_ticks(axis: "matplotlib.axes.Axes", values: Iterable[int | np.integer], max_count: int = 7) -> None:
     """Make the x axis logarithmic, with ticks at ranks or steps that were run, as plain integers.
 
     Args:

@@ -237,7 +237,7 @@ def test_no_data_folder_is_refused(
     monkeypatch.delenv("RORA_COMMONSENSE_DIR", raising=False)
     with pytest.raises(SystemExit):
         evaluate.main(["--model", str(model), "--protocol", "label"])
-    assert "RORA_COMMONSENSE_DIR not set" in capsys.readouterr().err
+    assert "RORA_COMMONSENSE_DIR is not set" in capsys.readouterr().err
 
 
 def test_bad_records_and_other_data_are_refused(
@@ -254,7 +254,9 @@ def test_bad_records_and_other_data_are_refused(
     copy.write_text(json.dumps(rows))
     with pytest.raises(SystemExit):
         evaluate.main(arguments)
-    assert f"{copy}: record 3: answer is 'solution9'" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{copy}: record 3: answer must be " in error
+    assert "got 'solution9'" in error
     copy.write_text(json.dumps(rows[:3]))
     with pytest.raises(SystemExit):
         evaluate.main(arguments)

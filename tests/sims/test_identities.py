@@ -337,7 +337,7 @@ SKIPPED |= {"out", "devices", "list", "matrix", "matrix_model", "matrix_loss"}
 """What is read, which the other tests change; where it is done; and what another of a command's ways reads."""
 
 OF_TRANSFER = {
-    "from_", "steps", "to_steps", "schedule", "to_schedule", "displacement_constant", "split", "per",
+    "from_", "write", "steps", "to_steps", "schedule", "to_schedule", "displacement_constant", "split", "per",
 }  # fmt: skip
 """Settings of sims.transfer that are given with others, or do not change a first step."""
 

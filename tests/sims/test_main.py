@@ -39,7 +39,7 @@ def test_it_is_the_command_of_that_name(monkeypatch, capsys) -> None:
     words = ["--from-rank", "16", "--to-rank", "128", "--lr", "2e-4"]
     run(monkeypatch, "transfer", *words)
     ours = capsys.readouterr().out
-    assert "keep alpha 16" in " ".join(ours.split())
+    assert "keep lora_alpha=16" in " ".join(ours.split())
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "variance-sweep", "--help")
     assert stop.value.code == 0

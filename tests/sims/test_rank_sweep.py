@@ -246,7 +246,7 @@ def quick(monkeypatch) -> type[Quick]:
 
 def quicken(monkeypatch) -> None:
     monkeypatch.setattr(rank_sweep, "Workbench", Quick)
-    monkeypatch.setattr(rank_sweep.prompts, "keep", lambda *_, **__: None)  # which a tokenizer is needed for
+    monkeypatch.setattr(rank_sweep.prompts, "save_prompts", lambda *_, **__: None)  # which a tokenizer is needed for
 
 
 def interrupt(*_: object) -> None:
@@ -551,7 +551,7 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
     write()
     with pytest.raises(SystemExit):
         style.main(accuracy_vs_rank.draw, accuracy_vs_rank.Config(tmp_path))
-    assert "rora r=64 has alpha 64, 128; accepted is --alpha with one of them" in capsys.readouterr().err
+    assert "rora r=64 has alpha 64, 128. Choose one with --alpha" in capsys.readouterr().err
     rows = [row | {"method": "prefix", "rank": "", "alpha": ""} for row in rows]
     write()
     with pytest.raises(SystemExit):
