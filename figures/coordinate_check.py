@@ -12,8 +12,8 @@ import pandas as pd
 import tyro
 
 from figures import style
+from rora_theory import plots
 from rora_theory.io import frames
-from rora_theory.measure import plots
 
 SHORT = {
     "self_attn.q_proj": "q",

@@ -15,7 +15,6 @@ import pandas as pd
 import tyro
 
 from figures import style
-from figures.loss_curves import REQUIRED
 from rora_theory.io import frames
 from rora_theory.theory.displacement import displacement_ratio
 from rora_theory.validation.rules import check_steps
@@ -28,7 +27,7 @@ MAX_SERIES = 8
 class Config:
     """Runs to draw, and numbers of steps."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, REQUIRED]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, style.RUN_FOLDERS]
     """Run folders of sims.horizon"""
     steps: tuple[int, ...] = (16, 64, 256)
     """Numbers of optimizer steps, a colour each; those that a run lacks are left out"""

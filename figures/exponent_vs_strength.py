@@ -16,7 +16,6 @@ from matplotlib.axes import Axes
 
 from figures import style
 from figures.displacement_ratio import plain_ticks, read_folders
-from figures.loss_curves import REQUIRED
 from rora_theory.io import frames
 from rora_theory.stats.curve_optima import Method
 from rora_theory.theory.displacement import COHERENCE_RANGE, best_rate_exponent
@@ -30,7 +29,7 @@ MAX_SERIES = 5
 class Config:
     """Runs to draw, with the number of steps and the estimator."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, REQUIRED]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, style.RUN_FOLDERS]
     """Run folders of sims.horizon"""
     steps: Count = 64
     """Number of optimizer steps"""

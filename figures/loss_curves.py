@@ -22,16 +22,12 @@ from rora_theory.runs.journal import read_entries
 from rora_theory.validation.ranges import Count, Natural, Positive, check_ranges
 from rora_theory.validation.rules import check_unread
 
-REQUIRED = tyro.conf.arg(
-    metavar="PATH [PATH ...]", help_behavior_hint="(required)"
-)  # the parser would also accept none
-
 
 @dataclass(frozen=True)
 class Config:
     """Settings of the figure."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, REQUIRED]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, style.RUN_FOLDERS]
     """Run folders of sims.finetune, cell folders of sims.rank_sweep, or its run folder."""
     rank: Count | None = None
     """Rank of the cells of a sweep."""

@@ -10,8 +10,8 @@ import pandas as pd
 import tyro
 
 from figures import style
+from rora_theory import plots
 from rora_theory.io import frames
-from rora_theory.measure import plots
 
 FINISHED = "the file of a finished run"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import matplotlib
+import tyro
 
 matplotlib.use("Agg")
 
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 
 from rora_theory.errors import InputError
 from rora_theory.io import files, frames
-from rora_theory.measure.plots import (  # noqa: F401 (figures take them from here)
+from rora_theory.plots import (  # noqa: F401 (figures take them from here)
     BAND_COLOUR,
     COLOURS,
     MARKERS,
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Config = TypeVar("Config")
+
+RUN_FOLDERS = tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="(required)")
+"""Option of one or more run folders. Figures refuse an empty list, which the parser accepts."""
 
 METHODS = {
     "base": ("no adapter", 6),

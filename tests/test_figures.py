@@ -282,6 +282,8 @@ def test_a_rule_has_one_colour_and_one_label_in_all_figures(published) -> None:
     for axis in [axis for figure in published[0].values() for axis in figure.axes]:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             line = handle.lines[0] if hasattr(handle, "lines") else handle
+            if not hasattr(line, "get_color"):  # a band, which is no rule
+                continue
             # Beside a label may stand a rank, or a slope.
             looks.setdefault(label.partition(", r =")[0].partition(":")[0], set()).add(line.get_color())
     named = {style.METHODS[name][0] for name in ("lora", "rora", "quarter", "dora")}

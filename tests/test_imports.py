@@ -221,7 +221,7 @@ def test_a_stand_in_is_what_a_missing_package_is_asked_for() -> None:
 
 DRAWN_ORDER = (
     ("defaults", "errors"),
-    ("extras", "lazy_modules", "scaling"),
+    ("extras", "lazy_modules", "plots", "scaling"),
     ("inits", "io", "optimizers"),
     ("adapter_config", "random"),
     ("runs", "stats", "validation"),

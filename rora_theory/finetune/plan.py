@@ -2,7 +2,7 @@
 
 Examples:
   >>> from rora_theory.finetune.capacity import account, find_model
-  >>> plan = PlanConfig("llama-7b", rank=64, device="h100")
+  >>> plan = PlanConfig(model="llama-7b", rank=64, device="h100")
   >>> estimate = account(find_model(plan.model), plan.finetune(), plan.seq, plan.layout())  # doctest: +SKIP
   >>> estimate.verdict(plan.place())  # doctest: +SKIP
 """

@@ -125,7 +125,7 @@ class Tuning:
         """
         import matplotlib.pyplot as plt
 
-        from rora_theory.measure import plots
+        from rora_theory import plots
 
         # The learning rate and its range for the planned run lie behind the curves of the probe.
         with plt.rc_context(plots.STYLE):

@@ -289,7 +289,7 @@ OTHER: dict[str, Any] = {
     "regime": {"layers": (0,), "rows": 4096},
     "transfer": {
         "regime": "cross-talk", "to_rule": "rora", "task_type": "SEQ_CLS", "to_alpha": 32.0, "alpha": 8.0,
-        "seeds": (0, 3),
+        "seeds": (0, 3), "lr": 1e-3,
     },
     "coordinate_check": {"steps": (1, 3), "seeds": (0, 3), "batches": "fresh", "template": "train"},
     "prune": {"layers": None, "kv_heads": 1, "width": 8, "share": 0.9, "seq": 30},

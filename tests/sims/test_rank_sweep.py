@@ -563,7 +563,7 @@ def test_bad_input_is_one_line_before_anything_is_written(model, data, tmp_path,
     for more, message in {
         ("--methods", "qlora"): "'qlora'; supported: base, prefix",
         ("--ranks", "4", "4"): "--ranks must have different values, got 4 4",
-        ("--ranks", "0"): "rank must be an integer of 1 or more, got 0",
+        ("--ranks", "0"): "--ranks must be an integer of 1 or more, got 0",
         ("--ranks", "64"): "64",
         ("--lrs", "-1"): "--lrs must be a finite number above 0, got -1",
         ("--rank", "4"): "--rank",

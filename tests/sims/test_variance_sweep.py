@@ -127,7 +127,7 @@ def test_killed_and_started_again(finished: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("--ranks 0", "rank must be an integer of 1 or more, got 0"),
+        ("--ranks 0", "--ranks must be an integer of 1 or more, got 0"),
         ("--ranks 2.5", "2.5"),
         ("--rules loar", "--rules"),
         ("--alpha -1", "--alpha must be a finite number above 0, got -1.0"),

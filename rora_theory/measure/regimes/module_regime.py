@@ -17,11 +17,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from rora_theory import inits
+from rora_theory import inits, plots
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
 from rora_theory.io import frames
-from rora_theory.measure import plots
 from rora_theory.measure.layers.layer_data import SPLITS, Layer, Split
 from rora_theory.measure.regimes import terms
 from rora_theory.measure.regimes.tables import (

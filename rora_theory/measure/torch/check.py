@@ -24,10 +24,9 @@ import pandas as pd
 import torch
 from peft.tuners.lora import LoraLayer
 
-from rora_theory import inits
+from rora_theory import inits, plots
 from rora_theory.adapter_config import init_of
 from rora_theory.errors import InputError
-from rora_theory.measure import plots
 from rora_theory.measure.rank_check.coordinate_table import (
     MODEL,
     MODEL_QUANTITIES,

@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rora_theory import InputError
-from rora_theory.measure import plots
+from rora_theory import InputError, plots
 
 RANKS = (2, 8, 32)
 
