@@ -3,7 +3,7 @@
 python -m figures.displacement_ratio RUN [RUN ...]
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -15,7 +15,6 @@ import pandas as pd
 import tyro
 
 from figures import style
-from rora_theory.io import frames
 from rora_theory.theory.displacement import displacement_ratio
 from rora_theory.validation.rules import check_steps
 
@@ -43,7 +42,7 @@ def draw(config: Config) -> Sequence[Path]:
 
     Lines are the law rho (1 + rho) = K / G, with the geometric mean of K for each folder and number of steps.
     """
-    folders = read_folders(config.runs, "constants.csv")
+    folders = style.read_folders(config.runs, "constants.csv")
     figure, axes = plt.subplots(figsize=(4.4, 3.2))
     series = 0
     for (place, (label, constants)), (colour, step) in product(
@@ -82,34 +81,11 @@ def draw(config: Config) -> Sequence[Path]:
             "Choose other --steps."
         )
     axes.set(xscale="log", yscale="log", xlabel=r"$G = \gamma r$", ylabel=r"$\rho$ = A-led / B-led change")
-    plain_ticks(axes, pd.concat([constants["strength"] for _, constants in folders]))
+    style.plain_ticks(axes, pd.concat([constants["strength"] for _, constants in folders]))
     axes.set_yticks([0.05, 0.1, 0.2, 0.5, 1, 2, 5], ["0.05", "0.1", "0.2", "0.5", "1", "2", "5"])
     axes.minorticks_off()
     axes.legend(frameon=False, title="lines: " + r"$\rho (1 + \rho) = K / G$", title_fontsize=7)
     return style.save(figure, config.out or config.runs[0], "displacement_ratio")
-
-
-def read_folders(runs: Sequence[Path], name: str) -> list[tuple[str, pd.DataFrame]]:
-    """Return a label and a table of every run folder: the label is the model, or the folder where models repeat."""
-    if not runs:
-        style.fail("runs must be one or more run folders of sims.horizon, got none")
-    models = [style.read_frame(run, "horizon")[0]["config"]["model"] for run in runs]
-    labels = models if len(set(models)) == len(models) else [run.name for run in runs]
-    return list(zip(labels, _tables(runs, name), strict=True))
-
-
-def _tables(runs: Sequence[Path], name: str) -> Iterator[pd.DataFrame]:
-    for run in runs:
-        if not (run / name).exists():
-            style.fail(f"{run} has no {name}. Run sims.horizon into it again with --regime.")
-        yield frames.read_csv(run / name)
-
-
-def plain_ticks(axes: plt.Axes, strengths: pd.Series) -> None:
-    """Label a logarithmic axis with the values of G that were run, without exponents."""
-    values = sorted(set(strengths.round(6)))
-    axes.set_xticks(values, [f"{value:g}" for value in values])
-    axes.minorticks_off()
 
 
 if __name__ == "__main__":

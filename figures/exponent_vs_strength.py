@@ -15,7 +15,6 @@ import tyro
 from matplotlib.axes import Axes
 
 from figures import style
-from figures.displacement_ratio import plain_ticks, read_folders
 from rora_theory.io import frames
 from rora_theory.stats.curve_optima import Method
 from rora_theory.theory.displacement import COHERENCE_RANGE, best_rate_exponent
@@ -47,7 +46,7 @@ def draw(config: Config) -> Sequence[Path]:
 
     The band is the displacement law with every measured K and c from 1 to 2.
     """
-    folders = read_folders(config.runs, "estimators.csv")
+    folders = style.read_folders(config.runs, "estimators.csv")
     series = [
         (f"{label}, r = {rank}" if len(folders) > 1 else f"r = {rank}", pairs)
         for label, table in folders
@@ -69,7 +68,7 @@ def draw(config: Config) -> Sequence[Path]:
     draw_laws(axes, config, (strengths.min() / 2, strengths.max() * 2))
     axes.set(xscale="log", xlabel=r"$G = \gamma r$", ylim=(-1.05, -0.4))
     axes.set_ylabel(rf"$d \log \eta^* / d \log G$ after {config.steps} steps ({config.estimate})")
-    plain_ticks(axes, strengths)
+    style.plain_ticks(axes, strengths)
     words = "bars: the two values of G, and one standard error over seeds; band: c = 1 to 2"
     style.legend(figure, style.named([axes]), words)
     return style.save(figure, config.out or config.runs[0], "exponent_vs_strength")
@@ -98,7 +97,8 @@ def draw_laws(axes: Axes, config: Config, strengths: tuple[float, float]) -> Non
     """Draw the band of the displacement law, and the lines of a constant gradient and of the first step."""
     grid = np.geomspace(*strengths, 60)
     measured = [
-        constants[constants["step"] == config.steps] for _, constants in read_folders(config.runs, "constants.csv")
+        constants[constants["step"] == config.steps]
+        for _, constants in style.read_folders(config.runs, "constants.csv")
     ]
     constants = np.concatenate([rows["constant"].to_numpy(float) for rows in measured])
     if constants.size:

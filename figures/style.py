@@ -3,7 +3,7 @@
 import contextlib
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -81,6 +81,29 @@ def panels(count: int, *, sharex: bool = False) -> tuple[Figure, list[Any]]:
     size = (4.6, 0.5 + 2.5 * count) if below else (0.6 + 3.3 * count, 3.0)
     figure, axes = plt.subplots(*((count, 1) if below else (1, count)), figsize=size, squeeze=False, sharex=sharex)
     return figure, axes.ravel().tolist()
+
+
+def read_folders(runs: Sequence[Path], name: str) -> "list[tuple[str, pd.DataFrame]]":
+    """Return a label and a table of every run folder: the label is the model, or the folder where models repeat."""
+    if not runs:
+        fail("runs must be one or more run folders of sims.horizon, got none")
+    models = [read_frame(run, "horizon")[0]["config"]["model"] for run in runs]
+    labels = models if len(set(models)) == len(models) else [run.name for run in runs]
+    return list(zip(labels, _tables(runs, name), strict=True))
+
+
+def _tables(runs: Sequence[Path], name: str) -> "Iterator[pd.DataFrame]":
+    for run in runs:
+        if not (run / name).exists():
+            fail(f"{run} has no {name}. Run sims.horizon into it again with --regime.")
+        yield frames.read_csv(run / name)
+
+
+def plain_ticks(axes: plt.Axes, strengths: "pd.Series") -> None:
+    """Label a logarithmic axis with the values of G that were run, without exponents."""
+    values = sorted(set(strengths.round(6)))
+    axes.set_xticks(values, [f"{value:g}" for value in values])
+    axes.minorticks_off()
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:

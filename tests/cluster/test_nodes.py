@@ -292,14 +292,15 @@ def cells_done(out: Path) -> list[dict[str, float]]:
 
 def test_draws_are_the_bytes_of_one_process(nodes, tmp_path, capfd) -> None:
     one, two = both(variance_sweep.main, VARIANCE.split(), tmp_path, "--address", nodes.address)
-    assert set(files(one)) == {"results.csv", "second_moments.csv", "direct_check.csv", "verdicts.json", "cells.jsonl"}
+    written = {"results.csv", "second_moments.csv", "direct_check.csv", "verdicts.json", "cells.jsonl"}
+    assert set(files(one)) == written | {"summary.json", "tables.md"}
     assert files(one) == files(two)
     assert capfd.readouterr().err == ""
 
 
 def test_fine_tuning_leaves_the_bytes_of_one_process(nodes, checkpoints, tmp_path, capfd) -> None:
     one, two = both(horizon.main, [*checkpoints, *HORIZON.split()], tmp_path, "--address", nodes.address)
-    assert len(unmeasured(one)) == 5
+    assert len(unmeasured(one)) == 7
     assert unmeasured(one) == unmeasured(two)
     assert capfd.readouterr().err == ""
     seconds = [value for node in cells_done(two) for value in node.values()]
@@ -373,7 +374,7 @@ def test_two_workers_of_this_machine_leave_the_bytes_of_one_process(checkpoints,
         left = subprocess.Popen(["sleep", "60"], stderr=stderr)
     words = [*checkpoints, *RANKS.split()]
     one, two = both(rank_sweep.main, words, tmp_path, "--workers", "2", "--cell-memory", "plan")
-    assert len(unmeasured(one)) == 10
+    assert len(unmeasured(one)) == 12
     assert unmeasured(one) == unmeasured(two)
     said = capfd.readouterr()
     assert said.err == ""
