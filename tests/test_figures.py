@@ -63,6 +63,7 @@ FIGURES = {
         (exponent_vs_strength, {}),
         (displacement_ratio, {}),
     ],
+    "horizon_gemma": [(displacement_ratio, {})],
     "rank_sweep_pruned": [
         (accuracy_vs_rank, {"lr": 3e-4, "name": "SmolLM2-135M pruned to half"}),
         (loss_vs_rate, {"rank": 32, "name": "SmolLM2-135M pruned to half"}),
