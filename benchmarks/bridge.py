@@ -2,8 +2,9 @@
 
     python benchmarks/bridge.py agreement --data DATA/ARC-Easy/train.json --out agreement.json
     python benchmarks/bridge.py cost --data DATA/ARC-Easy/train.json --out cost.json
+    python benchmarks/bridge.py cost --model gemma3-270m --data DATA/ARC-Easy/train.json --out cost_gemma.json
 
-``agreement`` measures every adapted module by `rora_theory.measure.regime` and by `rora_theory.measure.torch.regime`,
+``agreement`` measures every adapted module with `rora_theory.measure.regime` and by `rora_theory.measure.torch.regime`,
 both in float32 on one batch, at the same held-out tokens and with one draw of A's rows, and reports the largest
 relative difference of every figure. Exit status 1 where one is above its bound. It takes some minutes.
 
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -42,7 +43,8 @@ BOUNDS |= dict.fromkeys(("signal", "crossing_rank", "lower_quartile", "median", 
 """Largest accepted relative differences: two float32 programs of thirty layers, whose gradients differ by some 1e-5 of
 their largest entry; a signal is a sum of such entries in which much cancels."""
 
-CASES = ("training step", "hooks alone", "measurement", "exact measurement")
+Case = Literal["training step", "hooks alone", "measurement", "exact measurement"]
+CASES: tuple[Case, ...] = get_args(Case)
 
 
 @dataclass(frozen=True)
@@ -50,23 +52,25 @@ class Config:
     """What to compare."""
 
     what: tyro.conf.Positional[Literal["agreement", "cost"]]
-    """agreement with the JAX route, or cost beside a training step"""
+    """Comparison to run: agreement with the JAX route, or cost relative to a training step"""
     data: tuple[str, ...]
     """.json or .jsonl files in the LLM-Adapters schema"""
     model: str = "smollm2-135m"
-    """for both routes"""
+    """Model of both routes: smollm2-135m or gemma3-270m, a folder, a GGUF file or a hub id"""
     batch_size: int = 8
-    """records of the batch, and as many held-out ones"""
+    """Number of records of the training batch, and of the held-out batch"""
     cutoff: int = 256
-    """most tokens of a record"""
+    """Maximum number of tokens of a record"""
     rounds: int = 5
-    """turns of each case of cost"""
+    """Number of times that each case of cost is timed"""
+    cases: tuple[Case, ...] = CASES
+    """Cases of cost to time"""
     device: str = "cpu"
-    """of cost: PyTorch's"""
+    """PyTorch device of cost"""
     seed: int = 0
-    """of the records and tokens"""
+    """Seed of the records and tokens"""
     out: Path | None = None
-    """JSON file for the figures"""
+    """JSON file for the results"""
 
 
 def main(config: Config) -> None:
@@ -75,45 +79,46 @@ def main(config: Config) -> None:
     check_integer("cutoff", config.cutoff, minimum=2)
     here, others = machine(packages=("torch", "transformers", "peft", "jax")), Others()
     print(in_words(here), flush=True)
-    found = agreement(config) if config.what == "agreement" else cost(config)
+    results = agreement(config) if config.what == "agreement" else cost(config)
     print(others.in_words())
-    apart = {"out", *(("rounds", "device") if config.what == "agreement" else ())}
-    said = {name: value for name, value in asdict(config).items() if name not in apart}
-    said["data"] = ["/".join(Path(name).parts[-2:]) for name in config.data]
-    report = {"config": said, "machine": here, "others": others.share()} | found
+    omitted = {"out", *(("rounds", "cases", "device") if config.what == "agreement" else ())}
+    settings = {name: value for name, value in asdict(config).items() if name not in omitted}
+    settings["data"] = ["/".join(Path(name).parts[-2:]) for name in config.data]
+    report = {"config": settings, "machine": here, "others": others.share()} | results
     if config.out is not None:
         write_whole(config.out, (json.dumps(report, indent=2) + "\n").encode())
-    if found.get("outside"):
-        print(f"outside its bound: {', '.join(found['outside'])}", file=sys.stderr)
+    if results.get("outside"):
+        print(f"outside its bound: {', '.join(results['outside'])}", file=sys.stderr)
         sys.exit(1)
 
 
-def prepared(config: Config, folder: Path) -> tuple[Any, list[Any], list[dict[str, np.ndarray]]]:
-    """The model in JAX, written to ``folder`` for PyTorch too; and both batches for each of them."""
+def prepare(config: Config, folder: Path) -> tuple[Any, list[Any], list[dict[str, np.ndarray]]]:
+    """Load the model in JAX, save it to ``folder`` for PyTorch, and prepare both batches for each route."""
     from rora_theory.finetune import Batches, choose_widths, read_records, split_records, tokenize
     from rora_theory.llama import load
     from rora_theory.llama.weights import save_hf
 
     records = read_records(config.data)
     if len(records) < 2 * config.batch_size:
-        raise InputError(f"--data holds {len(records)} records; accepted are {2 * config.batch_size} or more")
+        raise InputError(f"--data must have at least {2 * config.batch_size} records, got {len(records)}")
     model = load(config.model)
     save_hf(folder, model.params, model.config)
-    rest, apart = split_records(records, config.batch_size, config.seed)
-    ours, theirs = [], []
-    for part in (rest[: config.batch_size], apart):
-        examples = tokenize(part, model.tokenizer, cutoff=config.cutoff)
-        ours.append(Batches(examples, choose_widths(examples.input_lengths, 1), batch_size=len(examples))[0])
+    training, held_out = split_records(records, config.batch_size, config.seed)
+    jax_batches, torch_batches = [], []
+    for sample in (training[: config.batch_size], held_out):
+        examples = tokenize(sample, model.tokenizer, cutoff=config.cutoff)
+        widths = choose_widths(examples.input_lengths, 1)
+        jax_batches.append(Batches(examples, widths, batch_size=len(examples))[0])
         ids = np.zeros((len(examples), int(examples.lengths.max())), np.int64)
         mask = np.zeros_like(ids)
         for i in range(len(examples)):
             ids[i, : len(examples[i])], mask[i, : len(examples[i])] = examples[i], 1
-        theirs.append({"input_ids": ids, "attention_mask": mask, "labels": np.where(mask, ids, -100)})
-    return model, ours, theirs
+        torch_batches.append({"input_ids": ids, "attention_mask": mask, "labels": np.where(mask, ids, -100)})
+    return model, jax_batches, torch_batches
 
 
 def load_torch(folder: Path) -> Any:
-    return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
@@ -127,33 +132,34 @@ def agreement(config: Config) -> dict[str, Any]:
 
     measured = RegimeConfig(ranks=(1, 8, 128), rows=0, seed=config.seed, exact=True)
     with tempfile.TemporaryDirectory() as scratch:
-        model, ours, theirs = prepared(config, Path(scratch))
-        found = regime(
+        model, jax_batches, torch_batches = prepare(config, Path(scratch))
+        measured_torch = regime(
             load_torch(Path(scratch)),
-            *map(tensors, theirs),
+            *map(tensors, torch_batches),
             list(PAPER_TARGETS),
             config=measured,
             lora_A=drawn_steps.takeover_rows,
         )
-        expected = regimes.regime(model, *ours, measured, target_modules=PAPER_TARGETS)
+        measured_jax = regimes.regime(model, *jax_batches, measured, target_modules=PAPER_TARGETS)
     differences: dict[str, float] = {"loss": 0.0}
     for name in ("training_loss", "held_out_loss"):
-        one, other = getattr(found, name), getattr(expected, name)
-        differences["loss"] = max(differences["loss"], abs(one / other - 1))
+        ratio = getattr(measured_torch, name) / getattr(measured_jax, name)
+        differences["loss"] = max(differences["loss"], abs(ratio - 1))
     keys = ["module", "split", "optimizer", "init", "rule", "rank"]
     rows, where = [], {}
     for name in ("tokens", "crossings", "results", "takeover"):
-        tables_ = (getattr(found, name), getattr(expected, name))
-        own = [key for key in keys if key in tables_[0]]
-        one, other = (table.sort_values(own, ignore_index=True) for table in tables_)
-        if not one.drop(columns=_figures(one)).equals(other.drop(columns=_figures(other))):
+        frames = (getattr(measured_torch, name), getattr(measured_jax, name))
+        index = [key for key in keys if key in frames[0]]
+        by_torch, by_jax = (frame.sort_values(index, ignore_index=True) for frame in frames)
+        numeric = [column for column in by_torch if by_torch[column].dtype.kind == "f"]
+        if not by_torch.drop(columns=numeric).equals(by_jax.drop(columns=numeric)):
             raise AssertionError(f"{name}: modules or tokens differ")
-        for column in set(_figures(one)) & set(BOUNDS):
-            gap = (one[column] / other[column] - 1).abs()
+        for column in set(numeric) & set(BOUNDS):
+            gap = (by_torch[column] / by_jax[column] - 1).abs()
             differences[column] = float(gap.max())
-            where[column] = " ".join(map(str, one.loc[gap.idxmax(), own]))
+            where[column] = " ".join(map(str, by_torch.loc[gap.idxmax(), index]))
             rows.append([column, f"{gap.max():.1e}", f"{gap.median():.1e}", f"{BOUNDS[column]:.0e}"])
-    modules = found.crossings["module"].nunique()
+    modules = measured_torch.crossings["module"].nunique()
     tables.print_table(
         f"The bridge against the JAX route on {config.model}, {modules} modules: relative differences",
         ["figure", "largest", "median", "bound"],
@@ -163,26 +169,25 @@ def agreement(config: Config) -> dict[str, Any]:
     return {"modules": modules, "differences": differences, "where": where, "bounds": BOUNDS, "outside": outside}
 
 
-def _figures(table: pd.DataFrame) -> list[str]:
-    return [name for name in table if table[name].dtype.kind == "f"]
-
-
 def cost(config: Config) -> dict[str, Any]:
-    seconds: dict[str, list[float]] = {case: [] for case in CASES}
-    memory: dict[str, list[int]] = {case: [] for case in CASES}
+    cases = config.cases
+    seconds: dict[str, list[float]] = {case: [] for case in cases}
+    memory: dict[str, list[int]] = {case: [] for case in cases}
     with tempfile.TemporaryDirectory() as scratch:
-        _, _, batches = prepared(config, Path(scratch))
+        _, _, batches = prepare(config, Path(scratch))
         context = multiprocessing.get_context("spawn")
         for turn in range(config.rounds):
-            for case in CASES[turn % len(CASES) :] + CASES[: turn % len(CASES)]:
+            # Each round starts with another case, so that a drift of the machine's speed does not favour one.
+            for case in cases[turn % len(cases) :] + cases[: turn % len(cases)]:
                 with context.Pool(1) as pool:
-                    took, peak = pool.apply(work, (case, scratch, batches, config.device))
-                seconds[case].append(took)
+                    elapsed, peak = pool.apply(time_case, (case, scratch, batches, config.device))
+                seconds[case].append(elapsed)
                 memory[case].append(peak)
-    base = statistics.median(seconds[CASES[0]])
+                print(f"round {turn + 1} of {config.rounds}, {case}: {elapsed:.2f} s", file=sys.stderr, flush=True)
+    base = statistics.median(seconds[cases[0]])
     tables.print_table(
-        f"Cost on {config.model}, {config.batch_size} records, {config.device}: medians of {config.rounds} turns",
-        ["", "seconds", "of a step", "peak MiB above the model"],
+        f"Cost on {config.model}, {config.batch_size} records, {config.device}: medians of {config.rounds} rounds",
+        ["", "seconds", f"relative to {cases[0]}", "peak MiB above the model"],
         [
             [
                 case,
@@ -190,14 +195,14 @@ def cost(config: Config) -> dict[str, Any]:
                 f"{statistics.median(seconds[case]) / base:.2f}",
                 f"{statistics.median(memory[case]) / 2**20:.0f}",
             ]
-            for case in CASES
+            for case in cases
         ],
     )
     return {"seconds": seconds, "peak_bytes_above_the_model": memory}
 
 
-def work(case: str, folder: str, batches: list[dict[str, np.ndarray]], device: str) -> tuple[float, int]:
-    """Seconds and peak memory of one case, in this process, after one turn to warm up."""
+def time_case(case: Case, folder: str, batches: list[dict[str, np.ndarray]], device: str) -> tuple[float, int]:
+    """Return the seconds and the peak memory of a case in this process, after a warm-up run of all but the exact one."""
     from peft import LoraConfig, get_peft_model
 
     from rora_theory.measure.torch import hooks, regime
@@ -208,8 +213,8 @@ def work(case: str, folder: str, batches: list[dict[str, np.ndarray]], device: s
     base.config.use_cache = False
     lora = LoraConfig(r=16, lora_alpha=16, target_modules=list(PAPER_TARGETS), task_type="CAUSAL_LM")
     model = get_peft_model(base, lora).train()
-    batch, held_out = ({name: value.to(device) for name, value in tensors(each).items()} for each in batches)
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.0)
+    batch, held_out = ({name: value.to(device) for name, value in tensors(arrays).items()} for arrays in batches)
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=0.0)
     modules = chosen(base_model(model), None)
 
     def step() -> None:
@@ -229,7 +234,7 @@ def work(case: str, folder: str, batches: list[dict[str, np.ndarray]], device: s
         regime(model, batch, held_out, config=replace(DEFAULT, exact=True))
 
     turn: Callable[[], None] = dict(zip(CASES, (step, alone, whole, exact), strict=True))[case]
-    if turn is not exact:
+    if turn is not exact:  # it takes minutes, and its first run is hardly slower
         turn()
     before = _reset_peak(device)
     started = time.perf_counter()
@@ -240,7 +245,7 @@ def work(case: str, folder: str, batches: list[dict[str, np.ndarray]], device: s
 
 
 def _reset_peak(device: str) -> int:
-    """Bytes in use; the peak is told from here on."""
+    """Return the number of bytes in use, and start the record of the peak anew."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -253,7 +258,7 @@ def _peak(device: str) -> int:
 
 
 def _status(name: str) -> int:
-    line = next(each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith(name))
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return 1024 * int(line.split()[1])
 
 

@@ -117,6 +117,7 @@ def entries(result: Tuning) -> dict[str, Any]:
         "high": result.high,
         "config": result.config,
         "probe": asdict(result.probe) | {"steps": result.probe_steps},
+        "displacement_constant": result.displacement_constant,
         "expected_regret": asdict(result.expected_regret),
         "cost": asdict(result.cost) | {"share": result.cost.share},
         "assumptions": list(result.assumptions),
@@ -128,6 +129,11 @@ def report(result: Tuning) -> None:
     answers.print_answer(result.sentence(), (), tuning=entries(result))
     settings = ", ".join(f"{name}={value!r}" for name, value in result.config.items())
     tables.print_text(f"PEFT: LoraConfig({settings})")
+    if result.displacement_constant is not None:
+        constant = f"{result.displacement_constant:.3g}"
+        tables.print_text(
+            f"Displacement constant K = {constant}, for `rora transfer --displacement-constant {constant}`."
+        )
     tables.print_records(
         f"Runs of the probe (best rate at {result.probe_steps} steps: {result.probe.learning_rate:.3g})",
         result.curve,

@@ -33,6 +33,28 @@ export default {
       ]
     }
   },
+  "displacement_constant_16_steps_gemma": {
+    "model": "Gemma 3 270M",
+    "steps": 16,
+    "rows": "horizon_gemma/constants.csv step=16",
+    "ranges": {
+      "constant": [
+        18.463391204942422,
+        26.65014471483433
+      ]
+    }
+  },
+  "displacement_constant_64_steps_gemma": {
+    "model": "Gemma 3 270M",
+    "steps": 64,
+    "rows": "horizon_gemma/constants.csv step=64",
+    "ranges": {
+      "constant": [
+        16.568281281357056,
+        17.181055110040887
+      ]
+    }
+  },
   "steps_exponents": {
     "model": "SmolLM2-135M",
     "rows": "horizon/steps.csv seeds!=1",

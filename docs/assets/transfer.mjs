@@ -14,7 +14,12 @@ const COHERENCE_RANGE = [1, 2];
 const TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"];
 const LARGEST = 2 ** 31 - 1;
 
-const MODELS = [...new Set(Object.values(measured).map((entry) => entry.model))].sort();
+/** Sorted models of the entries whose names begin with a prefix. */
+const modelsOf = (prefix) => [
+  ...new Set(Object.entries(measured).filter(([name]) => name.startsWith(prefix)).map(([, entry]) => entry.model)),
+].sort();
+const COST_MODELS = modelsOf("cost_");
+const CONSTANT_MODELS = modelsOf("displacement_constant_");
 const SETTINGS = measured.measured_settings.ranges;
 const STEPS_EXPONENTS = measured.steps_exponents.ranges.exponent.map((value) => Math.round(value * 10) / 10);
 const COST_OF_USE_RSLORA = measured.cost_of_use_rslora_at_the_tuned_rate.columns.regret;
@@ -351,7 +356,7 @@ function costOf({ changed }) {
   if (!entry) return [];
   const { largest, pairs } = entry.columns;
   return [`In comparable runs this choice cost at most ${largest.toFixed(4)} nats per token (${pairs} pairs of settings of ` +
-    `${MODELS.join(" and ")}); switching on use_rslora and keeping the rate cost ${COST_OF_USE_RSLORA.toFixed(2)}.`];
+    `${COST_MODELS.join(" and ")}); switching on use_rslora and keeping the rate cost ${COST_OF_USE_RSLORA.toFixed(2)}.`];
 }
 
 function lawOf({ old, unchanged, alpha, run, changed }) {
@@ -359,8 +364,9 @@ function lawOf({ old, unchanged, alpha, run, changed }) {
   if (changed.strength) {
     const [low, high] = run.constants;
     const constant = low === high ? `K = ${g(low, 3)}` : `K = ${g(low, 3)} to ${g(high, 3)}`;
-    sentences.push(`The rate follows the displacement law with the ${run.own !== null ? "given" : "measured"} ${constant}, as scaling ` +
-      `times rank goes from ${g(strengthOf(old), 4)} to ${g(strengthOf({ ...unchanged, alpha }), 4)}.`);
+    const origin = run.own !== null ? `given ${constant}` : `measured ${constant} (${CONSTANT_MODELS.join(" and ")})`;
+    sentences.push(`The rate follows the displacement law with the ${origin}, as scaling times rank ` +
+      `goes from ${g(strengthOf(old), 4)} to ${g(strengthOf({ ...unchanged, alpha }), 4)}.`);
     if (run.steps === null && run.own === null) sentences.push("The range is narrower if the number of steps is given.");
   }
   if (run.changesSteps) {
@@ -394,7 +400,7 @@ function limitsOf({ old, unchanged, alpha, run }) {
   const lower = decreases.filter(([isLower]) => isLower).map(([, name]) => name);
   if (lower.length) sentences.push(`Runs with ${lower.join(" and ")} than the tuned one were not compared.`);
   const schedule = run.hasUnmeasuredSchedule ? "a constant rate, not with this schedule" : "a constant rate";
-  sentences.push(`Measured in ${MODELS.join(" and ")} alone, with AdamW and ${schedule}.`);
+  sentences.push(`Measured in ${COST_MODELS.join(" and ")} alone, with AdamW and ${schedule}.`);
   return sentences;
 }
 

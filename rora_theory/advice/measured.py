@@ -34,8 +34,8 @@ def _range_of(entry: str, column: str) -> tuple[float, float]:
     return low, high
 
 
-MODELS = sorted({entry["model"] for entry in ENTRIES.values()})
-"""Models of the runs."""
+COST_MODELS = sorted({entry["model"] for name, entry in ENTRIES.items() if name.startswith("cost_")})
+"""Models in whose runs the regret was measured."""
 
 MEASURED_RANKS = _range_of("measured_settings", "rank")
 """Lowest and highest rank of the runs."""
@@ -70,6 +70,9 @@ def _constants_by_model() -> dict[str, dict[int, tuple[float, float]]]:
 MEASURED_CONSTANTS = _constants_by_model()
 """Lowest and highest displacement constant K by model and number of optimizer steps."""
 
+CONSTANT_MODELS = sorted(MEASURED_CONSTANTS)
+"""Models in whose runs the displacement constant was measured."""
+
 
 def default_displacement_constants(steps: int | None = None) -> tuple[float, float]:
     """Return the range of the displacement constant K that was measured after a number of optimizer steps.
@@ -88,7 +91,7 @@ def default_displacement_constants(steps: int | None = None) -> tuple[float, flo
 
     Examples:
       >>> [round(constant) for constant in default_displacement_constants(64)]
-      [88, 167]
+      [17, 167]
     """
     if steps is not None:
         check_integer("steps", steps)

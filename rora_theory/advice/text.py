@@ -3,7 +3,7 @@
 from math import isclose
 
 from rora_theory.advice.carried import CarriedSetting, HorizonLimits, strength_of
-from rora_theory.advice.measured import COST_OF_USE_RSLORA, MODELS, STEPS_EXPONENTS
+from rora_theory.advice.measured import CONSTANT_MODELS, COST_MODELS, COST_OF_USE_RSLORA, STEPS_EXPONENTS
 from rora_theory.advice.setting import SIGNAL, Setting, step_ratio
 from rora_theory.optimizers import DISPLAY_NAMES
 from rora_theory.scaling import KAPPAS, exponent
@@ -83,7 +83,7 @@ def _describe_cost(carried: CarriedSetting) -> list[str]:
         return []
     return [
         f"In comparable runs this choice cost at most {cost.largest:.4f} nats per token ({cost.pairs} pairs of "
-        f"settings of {' and '.join(MODELS)}); switching on use_rslora and keeping the rate cost "
+        f"settings of {' and '.join(COST_MODELS)}); switching on use_rslora and keeping the rate cost "
         f"{COST_OF_USE_RSLORA:.2f}."
     ]
 
@@ -94,11 +94,14 @@ def _describe_law(carried: CarriedSetting) -> list[str]:
     if "strength" in carried.changed:
         low, high = carried.run.displacement_constants
         constant = f"K = {low:.3g} to {high:.3g}" if low != high else f"K = {low:.3g}"
-        origin = "given" if carried.run.displacement_constant is not None else "measured"
+        if carried.run.displacement_constant is None:
+            origin, models = "measured", f" ({' and '.join(CONSTANT_MODELS)})"
+        else:
+            origin, models = "given", ""
         old, new = strength_of(carried.old), strength_of(carried.setting)
         sentences.append(
-            f"The rate follows the displacement law with the {origin} {constant}, as scaling times rank goes from "
-            f"{old:.4g} to {new:.4g}."
+            f"The rate follows the displacement law with the {origin} {constant}{models}, as scaling times rank "
+            f"goes from {old:.4g} to {new:.4g}."
         )
         if carried.run.steps is None and carried.run.displacement_constant is None:
             sentences.append("The range is narrower if the number of steps is given.")
@@ -128,7 +131,7 @@ def _describe_limits(carried: CarriedSetting) -> list[str]:
     schedule = "a constant rate"
     if carried.run.has_unmeasured_schedule:
         schedule += ", not with this schedule"
-    sentences.append(f"Measured in {' and '.join(MODELS)} alone, with AdamW and {schedule}.")
+    sentences.append(f"Measured in {' and '.join(COST_MODELS)} alone, with AdamW and {schedule}.")
     return sentences
 
 
