@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import pandas as pd
 import torch
 import transformers
 import tyro
@@ -202,7 +201,7 @@ def cost(config: Config) -> dict[str, Any]:
 
 
 def time_case(case: Case, folder: str, batches: list[dict[str, np.ndarray]], device: str) -> tuple[float, int]:
-    """Return the seconds and the peak memory of a case in this process, after a warm-up run of all but the exact one."""
+    """Return the seconds and the peak memory of a case in this process, after a warm-up (the exact case has none)."""
     from peft import LoraConfig, get_peft_model
 
     from rora_theory.measure.torch import hooks, regime

@@ -486,7 +486,8 @@ def test_the_first_step_s_limit_is_the_first_step_s_advice() -> None:
             {"rule": "rslora", "alpha": 16.0},
             [
                 "set lora_alpha=181.019 without use_rslora and divide the learning rate by 5.73, to 5.23e-05 (range",
-                "displacement law with the measured K = 16.6 to 210 (Gemma 3 270M and SmolLM2-135M), as scaling times rank goes from 16 to 181.",
+                "displacement law with the measured K = 16.6 to 210 (Gemma 3 270M and SmolLM2-135M), as",
+                "scaling times rank goes from 16 to 181.",
                 "narrower if the number of steps is given",
             ],
         ),
