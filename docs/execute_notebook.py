@@ -31,6 +31,8 @@ def execute(notebook: dict[str, Any], on_cell: Callable[[], Any] = lambda: None)
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    plt.close("all")  # figures that the caller left open are not the notebook's
+
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for count, cell in enumerate(code_cells(notebook), start=1):
         printed = io.StringIO()
