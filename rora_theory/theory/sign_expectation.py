@@ -42,11 +42,19 @@ _LARGE = 0.4
 """Lower bound of large entries in `uniform_fast`, relative to the small entries' root sum of squares. The first omitted
 term is then at most 0.26 * 0.4^6 = 1e-3 of the expectation of a small entry."""
 
-_NODES, _DEVIATIONS = 24, 7.0
-"""Number of nodes of the integral in `uniform_fast`, and its upper end in standard deviations of P."""
+_DEVIATIONS = 7.0
+"""Upper end of the integral in `uniform_fast`, in standard deviations of the small entries' sum."""
 
-_MIN_SMALL_SHARE = 0.05
-"""Minimum share of the small entries in |g|^2 for which `uniform_fast` computes a row."""
+_NODES = ((0.05, 24), (5e-3, 112), (5e-4, 300), (0.0, 640))
+"""Lower bounds of the small entries' share of |g|^2, and numbers of nodes of the integral in `uniform_fast`.
+
+phi of a large entry oscillates up to a phase of 7 sqrt(3 / share), which needs about half as many nodes."""
+
+_LINEAR_SHARE = 1e-4
+"""Share of the small entries in |g|^2 below which their expectations are linear in the entries, to 1e-4 of |g|."""
+
+_INTEGRAND_ENTRIES = 1 << 20
+"""Maximum number of large entries times nodes that are processed together: eight megabytes."""
 
 _FOURTH, _SIXTH = -6 / 5, 48 / 7
 """Fourth and sixth cumulants of a uniform entry of variance 1."""
@@ -75,10 +83,8 @@ def uniform(
     return done, expectations
 
 
-def uniform_fast(
-    unit: Float[np.ndarray, "p_out p_in"],
-) -> tuple[Bool[np.ndarray, " p_out"], Float[np.ndarray, "p_out p_in"]]:
-    r"""Compute `uniform` in float32 from the first three terms of the series, to 1e-3 of a row's norm.
+def uniform_fast(unit: Float[np.ndarray, "p_out p_in"]) -> Float[np.ndarray, "p_out p_in"]:
+    r"""Compute E[sign(g . a) a] in float32 from the first three terms of the series, to 1e-3 of a row's norm.
 
     With :math:`Q_n = \sum_l g_l^n` over a row's small entries and the cumulants :math:`\kappa_4 = -6/5` and
     :math:`\kappa_6 = 48/7`,
@@ -100,47 +106,70 @@ def uniform_fast(
       unit: Rows of length 1, or of zeros.
 
     Returns:
-      A mask of the rows that were computed, and the expectations in float32 for entries of variance 1 (zeros in the
-      other rows).
+      The expectations in float32 for entries of variance 1; zeros in rows of zeros.
     """
-    done = np.zeros(len(unit), bool)
     expectations = np.zeros(unit.shape, np.float32)
     size = max(1, _BLOCK_ENTRIES // max(1, unit.shape[1]))
     for first in range(0, len(unit), size):
-        rows = slice(first, first + size)
-        done[rows] = _fill_fast_block(unit[rows].astype(np.float32), expectations[rows])
-    return done, expectations
+        rows = unit[first : first + size].astype(np.float32)
+        is_large, share = _split_entries(rows)
+        # The smaller the share of the small entries, the more nodes the integral needs.
+        counts = np.select([share > bound for bound, _ in _NODES], [count for _, count in _NODES], _NODES[-1][1])
+        counts[~rows.any(axis=1)] = 0
+        for _, count in _NODES:
+            members = np.flatnonzero(counts == count)
+            entries_per_row = count * max(1, int(np.max(np.sum(is_large[members], axis=1), initial=0)))
+            for chunk in np.array_split(members, -(-len(members) * entries_per_row // _INTEGRAND_ENTRIES) or 1):
+                expectations[first + chunk] = _integrate(rows[chunk], is_large[chunk], count)
+    return expectations
 
 
-def _fill_fast_block(rows: Float[np.ndarray, "rows p_in"], expectations: Float[np.ndarray, "rows p_in"]) -> np.ndarray:
-    """Write the expectations of a block of rows into ``expectations`` and return the mask of computed rows."""
-    # Split the entries: an entry is large relative to the root sum of squares of the small ones, which decreases as
-    # entries become large. Repeat for the rows in which it decreased.
-    rest = np.ones(len(rows), np.float32)
+def _split_entries(
+    rows: Float[np.ndarray, "rows p_in"],
+) -> tuple[Bool[np.ndarray, "rows p_in"], Float[np.ndarray, " rows"]]:
+    """Split the entries of rows into large and small ones.
+
+    An entry is large relative to the root sum of squares of the small ones, which decreases as entries become large.
+
+    Returns:
+      A mask of the large entries, and the sum of the squares of the small ones in each row.
+    """
+    share = np.sum(rows**2, axis=1)
     size, is_large = np.abs(rows), np.zeros(rows.shape, bool)
+    # Repeat for the rows in which the small entries' share decreased, until it is so small that they do not matter.
     changed = np.arange(len(rows))
     while len(changed):
-        is_large[changed] = size[changed] > _LARGE * rest[changed, None]
+        is_large[changed] = size[changed] > _LARGE * np.sqrt(share[changed])[:, None]
         squares = np.sum(np.where(is_large[changed], 0.0, rows[changed]) ** 2, axis=1)
-        decreased = squares < 0.999 * rest[changed] ** 2
+        decreased = squares < 0.999 * share[changed]
         changed, squares = changed[decreased], squares[decreased]
-        rest[changed] = np.sqrt(squares)
-        changed = changed[squares > _MIN_SMALL_SHARE]
+        share[changed] = squares
+        changed = changed[squares > _LINEAR_SHARE]
+    return is_large, share
+
+
+def _integrate(
+    rows: Float[np.ndarray, "rows p_in"], is_large: Bool[np.ndarray, "rows p_in"], count: int
+) -> Float[np.ndarray, "rows p_in"]:
+    """Integrate the series over t with a number of nodes, for rows that are not zero."""
     at_row, at_column = np.nonzero(is_large)
     large = rows[at_row, at_column]
 
     # Power sums Q_2, Q_4 and Q_6 of the small entries.
-    small = rows.copy()
-    small[at_row, at_column] = 0.0
+    small = np.where(is_large, np.float32(0.0), rows)
     small2 = small * small
     second = np.einsum("ij->i", small2).astype(np.float64)
     fourth = np.einsum("ij,ij->i", small2, small2).astype(np.float64)
     sixth = np.einsum("ij,ij,ij->i", small2, small2, small2).astype(np.float64)
-    done = np.asarray(second > _MIN_SMALL_SHARE)
+    # Where the small entries hardly matter, a Gaussian of a little more variance stands in for their sum: the integral
+    # ends there, and only the term linear in an entry is left.
+    is_linear = second < _LINEAR_SHARE
+    second[is_linear] = _LINEAR_SHARE
+    fourth[is_linear] = sixth[is_linear] = 0.0
 
     # P at the nodes of each row, in units of the small entries' root sum of squares.
-    deviation = np.sqrt(np.where(done, second, 1.0))
-    nodes, weights = _nodes(_NODES)
+    deviation = np.sqrt(second)
+    nodes, weights = _nodes(count)
     t = (_DEVIATIONS / 2 * (nodes + 1))[None, :] / deviation[:, None]
     weights = _DEVIATIONS / 2 * weights[None, :] / deviation[:, None]
     product = np.exp(
@@ -149,17 +178,17 @@ def _fill_fast_block(rows: Float[np.ndarray, "rows p_in"], expectations: Float[n
     phi, slope = _UNIFORM.characteristic(t[at_row] * large[:, None].astype(np.float64))
     phi[phi == 0.0] = np.finfo(np.float64).tiny
     if len(at_row):  # np.nonzero returns entries row by row, so that each row is one segment
-        present, first = np.unique(at_row, return_index=True)
-        product[present] *= np.multiply.reduceat(phi, first, axis=0)
+        present, first_entry = np.unique(at_row, return_index=True)
+        product[present] *= np.multiply.reduceat(phi, first_entry, axis=0)
 
     # m_j as a polynomial in g_j for small entries, and as the integral itself for large ones.
-    product *= 2 / math.pi * weights * done[:, None]
-    first, third, fifth = (np.sum(product * t**n, axis=1).astype(np.float32)[:, None] for n in (0, 2, 4))
-    expectations[:] = ((_SIXTH / 120 * fifth) * small2 - _FOURTH / 6 * third) * small2
-    expectations += first
-    expectations *= small
+    product *= 2 / math.pi * weights
+    first, third, fifth = (np.sum(product * t**power, axis=1)[:, None] for power in (0, 2, 4))
+    third[is_linear] = fifth[is_linear] = 0.0
+    cubic, quintic = (-_FOURTH / 6 * third).astype(np.float32), (_SIXTH / 120 * fifth).astype(np.float32)
+    expectations = ((quintic * small2 + cubic) * small2 + first.astype(np.float32)) * small
     expectations[at_row, at_column] = np.sum(-slope / phi / t[at_row] * product[at_row], axis=1)
-    return done
+    return expectations
 
 
 def _block(unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

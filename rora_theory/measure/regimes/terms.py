@@ -154,7 +154,7 @@ class FastTerms:
     """Terms of a layer from float32 products that all optimizers and initialisations share.
 
     Sums over outputs are accumulated in float64. For uniform entries, E[sign(g . a) a] comes from
-    `sign_expectation.uniform_fast`, or from the exact integral in rows that it does not cover.
+    `sign_expectation.uniform_fast`.
 
     Args:
       grad: Full-weight gradient G.
@@ -213,10 +213,7 @@ class FastTerms:
     @cached_property
     def _uniform(self) -> Float[np.ndarray, " tokens"]:
         """Sums over outputs of (m . x)^2, where m = E[sign(g . a) a] for uniform entries of variance 1."""
-        is_covered, direction = sign_expectation.uniform_fast(self._unit)
-        remaining = ~is_covered & (self._norms > 0)
-        if remaining.any():
-            direction[remaining] = laws.sign_direction(self._unit[remaining].astype(np.float64), "uniform")
+        direction = sign_expectation.uniform_fast(self._unit)
         return np.sum((self._x @ direction.T).astype(np.float64) ** 2, axis=1)
 
 
