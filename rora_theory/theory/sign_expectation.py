@@ -118,8 +118,10 @@ def uniform_fast(unit: Float[np.ndarray, "p_out p_in"]) -> Float[np.ndarray, "p_
         counts[~rows.any(axis=1)] = 0
         for _, count in _NODES:
             members = np.flatnonzero(counts == count)
-            entries_per_row = count * max(1, int(np.max(np.sum(is_large[members], axis=1), initial=0)))
-            for chunk in np.array_split(members, -(-len(members) * entries_per_row // _INTEGRAND_ENTRIES) or 1):
+            if not len(members):
+                continue
+            entries_per_row = count * max(1, int(np.max(np.sum(is_large[members], axis=1))))
+            for chunk in np.array_split(members, -(-len(members) * entries_per_row // _INTEGRAND_ENTRIES)):
                 expectations[first + chunk] = _integrate(rows[chunk], is_large[chunk], count)
     return expectations
 

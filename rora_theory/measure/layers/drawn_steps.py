@@ -13,7 +13,7 @@ from rora_theory import inits
 from rora_theory.inits import Init
 from rora_theory.measure.layers.layer_data import SPLITS, Layer
 from rora_theory.measure.layers.layer_rms import mean_square
-from rora_theory.measure.regimes.module_regime import TAKEOVER_ROWS, RegimeConfig
+from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.optimizers import EPSILON, Optimizer, make_optimizer
 from rora_theory.random.draws import draw_A, stream_key
 from rora_theory.stats.estimate import root
@@ -59,7 +59,7 @@ def measure_adapters(config: RegimeConfig, layer: Layer) -> dict[tuple, dict[str
 def takeover_rows(config: RegimeConfig, layer: Layer, init: Init) -> Float[np.ndarray, "rows p_in"]:
     """Draw the rows of A from which `module_regime.takeover` computes takeover distances."""
     key = stream_key(config.seed, f"{layer.name} {init} takeover")
-    return np.asarray(draw_A(key, init, rank=TAKEOVER_ROWS, p_in=layer.grad.shape[1]))
+    return np.asarray(draw_A(key, init, rank=config.takeover_rows, p_in=layer.grad.shape[1]))
 
 
 def step_adapters(

@@ -26,7 +26,7 @@ from rora_theory.errors import InputError, shown
 from rora_theory.inits import Init
 from rora_theory.measure.layers.layer_data import SPLITS, Layer, Split
 from rora_theory.measure.regimes import module_regime, thin
-from rora_theory.measure.regimes.module_regime import TAKEOVER_ROWS, LayerRegime, Regime, RegimeConfig
+from rora_theory.measure.regimes.module_regime import LayerRegime, Regime, RegimeConfig
 from rora_theory.measure.tokens import choose_tokens
 from rora_theory.measure.torch import hooks
 from rora_theory.measure.torch import progress as progress_bars
@@ -411,7 +411,7 @@ def _sample_keys(counts: Mapping[str, int], seed: list[int]) -> Float[np.ndarray
 
 def _draw_takeover_rows(config: RegimeConfig, layer: Layer, init: Init) -> Float[np.ndarray, "rows p_in"]:
     random = np.random.default_rng([config.seed, seeds.seed_from_name(f"{layer.name} {init} takeover")])
-    return inits.draw(random, init, rank=TAKEOVER_ROWS, p_in=layer.grad.shape[1])
+    return inits.draw(random, init, rank=config.takeover_rows, p_in=layer.grad.shape[1])
 
 
 def _to_host(x: torch.Tensor) -> np.ndarray:
