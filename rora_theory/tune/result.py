@@ -130,7 +130,7 @@ class Tuning:
         # The learning rate and its range for the planned run lie behind the curves of the probe.
         with plt.rc_context(plots.STYLE):
             if axis is None:
-                axis = plt.subplots(figsize=(4.8, 3.0))[1]
+                axis = plt.subplots(figsize=(6.4, 3.0), layout="constrained")[1]
             axis.axvspan(self.low, self.high, color=plots.BAND_COLOUR, zorder=0)
             axis.axvline(self.learning_rate, color="black", label=f"for {self.cost.steps:,} steps, with range")
             axis.axvline(
@@ -143,7 +143,10 @@ class Tuning:
             f"{steps} steps": dict(zip(runs["learning_rate"], runs["held_out_loss"], strict=True))
             for steps, runs in self.curve.groupby("steps")
         }
-        return plots.plot_losses(losses, axis=axis)
+        figure = plots.plot_losses(losses, axis=axis)
+        # The band and both rates leave no room for the legend inside.
+        axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+        return figure
 
 
 def conclude(
