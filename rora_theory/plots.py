@@ -176,6 +176,7 @@ def plot_losses(
       InputError: If there are no losses.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     if not any(losses.values()):
         raise InputError("losses must have at least one learning rate, got none")
@@ -188,6 +189,9 @@ def plot_losses(
             if best is not None and name in best:
                 axis.axvline(best[name], color=colour, linestyle=DOTTED)
         axis.set(xscale="log", xlabel="learning rate", ylabel=label)
+        # Two labels for each decade: the default labels every minor tick of a short axis, and they overlap.
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axis.minorticks_off()
         if any(losses):
             axis.legend(frameon=False)
     figure: Any = axis.get_figure(root=True)
