@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from rora_theory.errors import InputError
+from rora_theory.horizon.grid import VARIANTS
 from rora_theory.horizon.readings import Reading, ReadRun
 from rora_theory.io import frames
 from rora_theory.io.files import naming_damage
@@ -151,6 +152,7 @@ def read_comparison_runs(path: Path, identity: Mapping[str, Any]) -> tuple[str, 
     different = [name for name in settings if name != "model" and settings[name] != other_settings.get(name)]
     if not different:
         raise InputError(f"--compare-to {path}: no setting differs. Use a run with another setting, such as --targets.")
-    values = {name: other_settings.get(name) for name in different}
+    # A manifest leaves out variants at their default.
+    values = {name: other_settings.get(name, VARIANTS.get(name)) for name in different}
     descriptions = [f"{name} {' '.join(value) if isinstance(value, list) else value}" for name, value in values.items()]
     return ", ".join(descriptions), read_finished(path)
