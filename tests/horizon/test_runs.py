@@ -5,29 +5,28 @@ import json
 import pytest
 
 from rora_theory.errors import InputError
+from rora_theory.horizon import runs
 from rora_theory.horizon.grid import HorizonGrid
-from rora_theory.horizon.runs import read_comparison_runs
 from rora_theory.runs import seals
-from rora_theory.runs.reading import CELLS
 
 
 def write_folder(path, identity) -> None:
     path.mkdir()
     (path / "manifest.json").write_text(json.dumps(seals.seal({"experiment": "horizon", "config": identity})))
-    (path / CELLS).write_text("")
 
 
-def test_the_settings_of_compared_runs_are_named(tmp_path) -> None:
+def test_the_settings_of_compared_runs_are_named(tmp_path, monkeypatch) -> None:
     """A manifest leaves out a variant at its default, which is named nevertheless."""
+    monkeypatch.setattr(runs, "read_finished", lambda path: [path])
     records = {"model": "m", "model_sha256": "0", "records": {"all": 3}}
     constant, cosine = HorizonGrid().identity(), HorizonGrid(schedule="cosine", read_at=(64,)).identity()
     assert "schedule" not in constant
     write_folder(tmp_path / "constant", constant | records)
-    description, runs = read_comparison_runs(tmp_path / "constant", cosine | records)
+    description, other_runs = runs.read_comparison_runs(tmp_path / "constant", cosine | records)
     assert description == "schedule constant"
-    assert runs == []
+    assert other_runs == [tmp_path / "constant"]
     write_folder(tmp_path / "cosine", cosine | records)
     with pytest.raises(InputError, match="no setting differs"):
-        read_comparison_runs(tmp_path / "cosine", cosine | records)
+        runs.read_comparison_runs(tmp_path / "cosine", cosine | records)
     with pytest.raises(InputError, match="records"):
-        read_comparison_runs(tmp_path / "constant", cosine | records | {"records": {"all": 4}})
+        runs.read_comparison_runs(tmp_path / "constant", cosine | records | {"records": {"all": 4}})
