@@ -136,12 +136,13 @@ def _split_entries(
     Returns:
       A mask of the large entries, and the sum of the squares of the small ones in each row.
     """
-    share = np.sum(rows**2, axis=1)
-    size, is_large = np.abs(rows), np.zeros(rows.shape, bool)
+    share, is_large = np.einsum("ij,ij->i", rows, rows), np.zeros(rows.shape, bool)
+    # Most rows have no large entry, so that one pass suffices for them.
+    largest = np.maximum(np.max(rows, axis=1, initial=0.0), -np.min(rows, axis=1, initial=0.0))
+    changed = np.flatnonzero(largest > _LARGE * np.sqrt(share))
     # Repeat for the rows in which the small entries' share decreased, until it is so small that they do not matter.
-    changed = np.arange(len(rows))
     while len(changed):
-        is_large[changed] = size[changed] > _LARGE * np.sqrt(share[changed])[:, None]
+        is_large[changed] = np.abs(rows[changed]) > _LARGE * np.sqrt(share[changed])[:, None]
         squares = np.sum(np.where(is_large[changed], 0.0, rows[changed]) ** 2, axis=1)
         decreased = squares < 0.999 * share[changed]
         changed, squares = changed[decreased], squares[decreased]
@@ -158,7 +159,7 @@ def _integrate(
     large = rows[at_row, at_column]
 
     # Power sums Q_2, Q_4 and Q_6 of the small entries.
-    small = np.where(is_large, np.float32(0.0), rows)
+    small = np.where(is_large, np.float32(0.0), rows) if len(at_row) else rows
     small2 = small * small
     second = np.einsum("ij->i", small2).astype(np.float64)
     fourth = np.einsum("ij,ij->i", small2, small2).astype(np.float64)
