@@ -341,6 +341,7 @@ def abstract_step(
     state = jax.eval_shape(
         lambda params, k: steps.init_state(adapters.replace(adapter, params), optimizer, k), adapter.params, key
     )
+    # Token ids and targets share one shape; the loss weights are real numbers.
     integers = jax.ShapeDtypeStruct((config.batch_size, width), jnp.int32)
     weights = jax.ShapeDtypeStruct((config.batch_size, width), jnp.float32)
     batch = Batch(integers, integers, weights, None)
@@ -409,6 +410,7 @@ def account(
         trainable=adapters.count(abstract_adapter(llama_config, config)),
         tokens=config.batch_size * width,
         flops=traced_cost.flops(traced.jaxpr),
+        # Forward and backward pass read every weight once for each microbatch; rematerialisation adds one more read.
         passes=(3 if config.remat else 2) * config.accumulation,
         base=base,
         adapter=adapter,
@@ -446,6 +448,7 @@ def fit_table(
       Columns ``model`` and ``remat``; ``trained`` in per cent of the base's parameters; ``base``, ``state`` (trainable
       parameters and Adam's moments), ``activations`` and ``total`` in GB; ``fits``; ``seconds`` per step.
     """
+    # Trace each model once without and once with rematerialisation: the trade of memory for time.
     rows = []
     for name, remat in itertools.product(models, (False, True)):
         estimate = account(MODELS[name], replace(config, remat=remat), width, layout)

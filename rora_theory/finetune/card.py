@@ -42,8 +42,10 @@ def build_training_card(
     counts = f"{summary['records']:,}, SHA-256 `{records.sha256}`"
     held_out = summary["validated_on"]
     decay = f", weight decay {config.weight_decay:g}" if config.weight_decay else ""
+    # Settings without an effect are left out of the description.
     clip = "" if config.clip == float("inf") else f", gradients clipped at norm {config.clip:g}"
     trained_part = "weights" if config.method == "full" else "adapter"
+    # One row for each property; an empty text marks a property that this run does not have.
     rows = [
         (
             "quantization",
@@ -108,6 +110,7 @@ def figures(events: Sequence[Mapping[str, Any]], trainable: int) -> list[dict[st
     steps = [event for event in events if event["event"] == "step"]
     validations = [event for event in events if event["event"] == "validation"]
     rows: list[tuple[str, int | None, float]] = []
+    # Training loss at both ends. The mean over the last steps averages out the noise between batches.
     if steps:
         last = steps[-LAST:]
         rows += [("training loss, first", steps[0]["step"], steps[0]["loss"])]
@@ -117,6 +120,7 @@ def figures(events: Sequence[Mapping[str, Any]], trainable: int) -> list[dict[st
             (f"validation loss, {name}", event["step"], event["loss"])
             for name, event in _notable_validations(validations).items()
         ]
+    # Median speed: a mean would include the steps that compile the program.
     if speeds := [step["targets"] / step["seconds"] for step in steps if step["seconds"]]:
         rows += [("tokens/s, median", None, median(speeds))]
     rows += [("trainable parameters", None, trainable)]

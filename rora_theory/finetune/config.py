@@ -150,6 +150,7 @@ class FinetuneConfig(CostConfig):
 
     def __post_init__(self) -> None:
         """Validate the settings and convert real numbers to float."""
+        # Settings with a fixed list of choices.
         for name, kind in (("method", Method), ("loss_on", LossOn), ("schedule", Schedule), ("dtype", BaseDtype)):
             check_choice(name, getattr(self, name), get_args(kind))
         if self.template is not None:
@@ -165,16 +166,19 @@ class FinetuneConfig(CostConfig):
                     f"{name} has no effect with method {self.method}, got {getattr(self, name)!r}. Remove it, or use "
                     f"method {' or '.join(methods)}."
                 )
+        # Construct the adapter's configuration once, because it validates the adapter's fields.
         self.adapter()
         check_ranges(self, str)
         check_seed("seed", self.seed)
         if self.batch_size % self.accumulation:
             raise InputError(f"accumulation must divide batch_size, {self.batch_size}, got {self.accumulation}")
+        # Written as "not above 0", so that NaN is rejected too.
         if not self.clip > 0:
             raise InputError(f"clip must be a number above 0, or inf, got {self.clip!r}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas must be two numbers from 0 to below 1, got {self.betas!r}")
         # Runs are compared by their settings as text: without the conversion, alpha 4 and alpha 4.0 would differ.
+        # The dataclass is frozen, so the converted values are set through object.
         for name in _REAL:
             if not isinstance(value := getattr(self, name), (str, type(None))):
                 object.__setattr__(self, name, float(value))

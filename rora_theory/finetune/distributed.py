@@ -56,6 +56,7 @@ def initialize(
     arguments = dict(zip(VARIABLES, (coordinator, num_processes, process_id), strict=True))
     options = {name: os.environ.get(name) if value is None else value for name, value in arguments.items()}
     missing = [name for name, value in options.items() if value is None]
+    # No option at all: SLURM describes the processes, or there is only one.
     if len(missing) == len(VARIABLES):
         if not _in_slurm():
             return False
@@ -65,6 +66,7 @@ def initialize(
         unset = ", ".join(f"{names.get(name, 'process_id')} ({name})" for name in missing)
         raise InputError(f"several processes: {unset} not set. Set all of {', '.join(VARIABLES)}, or none.")
     address = str(options[VARIABLES[0]])
+    # An IPv6 address contains colons too, so the port follows the last one.
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise InputError(f"coordinator must be HOST:PORT of process 0, got {address!r}")

@@ -142,6 +142,7 @@ class Trainer:
         pauses: Collection[int] = (),
     ) -> None:
         self._pauses = frozenset(pauses)
+        # Batches are at most as wide as the model's context.
         context = llama_config.max_position_embeddings
         train, validation = (
             train.limit_widths(context),
@@ -150,6 +151,7 @@ class Trainer:
         self.steps = min(len(train), config.steps or len(train))
         self._params, self._adapter, self._config = params, adapter, config
         self._train, self._validation = train, validation
+        # Initial state. Its key seeds the dropout only: the adapter is drawn by the caller.
         key = jax.random.key(config.seed)
         self._state = steps.init_state(adapter, steps.finetune_optimizer(config, self.steps), key)
         # Commit the arrays to their device, as restored arrays are. Otherwise a resumed run compiles the step again.
@@ -271,6 +273,7 @@ class Trainer:
                 yield from yield_pending()
                 yield Paused(number)
                 clock = time.perf_counter()
+        # Checkpoints are written in the background: the run has ended when the last one is on disk.
         if self._checkpoints is not None:
             self._checkpoints.wait()
 

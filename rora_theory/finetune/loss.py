@@ -39,6 +39,7 @@ def cross_entropy(
     Returns:
       The sum, a float32 scalar. Divide it by the sum of the weights for the mean.
     """
+    # Equal chunks are needed to scan over them. The padding has weight 0, so it adds nothing to the sum.
     chunk, count = _chunks(targets.shape, head.shape[0], logits_bytes)
     padding = ((0, 0), (0, chunk * count - targets.shape[1]))
 

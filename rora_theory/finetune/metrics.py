@@ -32,6 +32,7 @@ class Metrics:
     """
 
     def __init__(self, path: Path, trainer: Trainer, identity: str) -> None:
+        # A run from the first step on does not continue an older journal.
         if not trainer.step:
             path.unlink(missing_ok=True)
         self._trainer, self._journal = trainer, Journal(path, identity)
@@ -49,6 +50,7 @@ class Metrics:
                 f"{path}: has {len(past_events)} of {len(expected)} lines before the checkpoint at step "
                 f"{trainer.step}. Restore the file, or remove the folder checkpoints/ next to it to start over."
             )
+        # Drop the events after the checkpoint: the resumed run computes these steps again.
         if len(past_events) < len(self._journal.entries):
             self._journal.rewrite(past_events)
 

@@ -79,12 +79,14 @@ def write_outputs(folder: RunFolder, config: OutputConfig, adapter: Any, model: 
         adapters.save_merged(path, adapter, model, trained=trained)
 
     relicensed, replaces = config.license not in (None, folder.entry("license")), adapter.config.replaces
+    # Weights that replace the base's have no adapter file, so they are always saved as a whole model.
     outputs: dict[str, tuple[bool, Callable[[Path], None]]] = {
         ADAPTER: (not replaces, save_adapter),
         MERGED: (config.merge or replaces, save_model),
     }
     for name, (is_requested, save) in outputs.items():
         path = folder.path / name
+        # The licence is stated in the model card only, so a new one leaves the weights as they are.
         if folder.has_files(name):
             if relicensed:
                 entries = entries_of(adapter, model.origin) if name == MERGED else read_entries(path / FILE)

@@ -64,6 +64,7 @@ class PlanConfig(CostConfig):
     def __post_init__(self) -> None:
         """Validate the settings."""
         check_choice("--device", self.device, DEVICES)
+        # Combinations of options that contradict each other.
         if self.steps is not None and self.examples is not None:
             raise InputError("--steps and --examples cannot be combined. Set one of them.")
         if (self.memory is None) != (self.tflops is None) or (self.bandwidth is not None and self.memory is None):
@@ -72,9 +73,11 @@ class PlanConfig(CostConfig):
                 "--device instead."
             )
         check_ranges(self)
+        # Construct the device and the configuration: both validate their own fields.
         self.place()
         if self.memory is not None:
             check_unread(self, "device", conflicts_with="--memory")
+        # Options that have no effect without, or beside, another one.
         if self.examples is None:
             check_unread(self, "epochs", requires="--examples")
         if self.method == "full":

@@ -319,6 +319,7 @@ def _spec(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
 
 def _logical_axes(path: tuple[Any, ...], ndim: int) -> tuple[str | None, ...]:
     """Return the logical axes of an array from its path in the tree; None is an axis that is never split."""
+    # The last key of the path names the kind of array, in the base and in the adapter.
     keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
     names: tuple[str | None, ...] | None = {
         "weight": _WEIGHT,

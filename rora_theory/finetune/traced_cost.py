@@ -42,6 +42,7 @@ def flops(jaxpr: jex.ClosedJaxpr | jex.Jaxpr) -> int:
         if eqn.primitive.name == "dot_general":
             total += _product_flops(eqn)
             continue
+        # Operations inside: of a loop's body, of a checkpointed layer, or of a function with its own derivative.
         inner = sum(flops(sub) for sub in _called_jaxprs(eqn))
         if eqn.primitive.name == "while" and inner:
             raise ValueError("cannot count a matrix product in a loop of unknown length")
@@ -106,9 +107,11 @@ class _Computation:
         self.nodes: list[_Node] = []
         # Values of the inlined program by the jaxpr's variables.
         values: dict[Any, Any] = {var: var for var in (*jaxpr.invars, *jaxpr.constvars)}
+        # Inline all calls first: the lifetime of a value does not end at the boundary of a call.
         self._inline(jaxpr, values)
         outputs = zip(jaxpr.outvars, needed, strict=True)
         self.outs = {values.get(v, v) for v, is_needed in outputs if is_needed and _is_var(v)}
+        # Loop carries stay in memory until the body ends, even if nothing in it reads them again.
         self._results_free = results_free
         carries = {values.get(v, v) for v in jaxpr.outvars[:carried] if _is_var(v)}
         self._live_to_end = set() if results_free else carries

@@ -112,6 +112,7 @@ def track(
         import wandb
 
         project = os.environ.get("WANDB_PROJECT", PROJECT)
+        # The name is also the id, which is how Weights & Biases recognises the run that is resumed.
         wandb_run = wandb.init(
             project=project, name=run, id=run, dir=str(folder), config=dict(config), resume="allow", reinit=True
         )

@@ -226,6 +226,7 @@ class LlamaConfig:
         local_theta = _pop_local_theta(values, family)
         theta, scaling = _pop_rope(values, family)
         heads, hidden = values["num_attention_heads"], values["hidden_size"]
+        # Width of a head: older files imply it by the hidden size.
         head_dim = values.pop("head_dim", None)
         if head_dim is None:
             if hidden % heads:
@@ -238,6 +239,7 @@ class LlamaConfig:
             key, value = unknown[0], values[unknown[0]]
             key = key if key.isidentifier() and len(key) < 80 else shown(key)
             raise InputError(f"config: {key} is not supported, got {shown(value)}")
+        # Defaults of transformers: as many key/value heads as query heads, and 2 as the end token.
         kv_heads = values.pop("num_key_value_heads", None)
         eos = values.pop("eos_token_id", 2)
         fields = {
@@ -472,6 +474,7 @@ def _pop_local_theta(values: dict[str, Any], family: Family) -> float | None:
       Base of the rotary frequencies of layers with a sliding window; None for families with one base.
     """
     if "rope_local_base_freq" not in family.fields:
+        # With one base for all layers the key has no place: `_validate` rejects it unless it is null.
         return values.pop("rope_local_base_freq", None)
     base, groups = values.pop("rope_local_base_freq", None), values.get("rope_parameters")
     if groups is None:
@@ -493,6 +496,7 @@ def _pop_local_theta(values: dict[str, Any], family: Family) -> float | None:
 
 def _pop_rope(values: dict[str, Any], family: Family) -> tuple[float, RopeScaling | None]:
     """Remove the rotary keys from a configuration; return base and scaling."""
+    # Base of the frequencies: by its own key, inside an object, or the family's default.
     theta = values.pop("rope_theta", None)
     # Older and newer files have different keys; a file may have both if they agree.
     parsed = []
@@ -508,6 +512,7 @@ def _pop_rope(values: dict[str, Any], family: Family) -> tuple[float, RopeScalin
         _check_positive("config: rope_theta", value)
     if len(set(thetas)) > 1:
         raise InputError(f"config: rope_theta must be the same wherever it is given, got {shown(thetas)}")
+    # Equal scalings collapse in the set: two that remain contradict each other.
     scalings = {scaling for _, scaling in parsed}
     if len(scalings) > 1:
         raise InputError("config: rope_scaling and rope_parameters must agree, or one of them be absent")
@@ -526,6 +531,7 @@ def _parse_rope_object(source: str, rope: dict[str, Any]) -> tuple[float | None,
         choices = ", ".join(ROPE_KINDS)
         raise InputError(f"config: {source} type must be default or one of {choices}, got {shown(rope_type)}")
     # The parameters of that type, no more and no fewer.
+    # A factor of 1 rotates whole heads, which is what every model here does.
     if rope.get("partial_rotary_factor") == 1:
         del rope["partial_rotary_factor"]
     names = [] if rope_type == "default" else [field.name for field in dataclasses.fields(ROPE_KINDS[rope_type])]
@@ -537,6 +543,7 @@ def _parse_rope_object(source: str, rope: dict[str, Any]) -> tuple[float | None,
         )
     missing = [name for name in names if rope.get(name) is None]
     if missing:
+        # The dataclass of the scaling validates the values.
         raise InputError(f"config: {source} of type {rope_type} lacks {', '.join(missing)}")
     try:
         return theta, None if rope_type == "default" else ROPE_KINDS[rope_type](**rope)
@@ -596,6 +603,7 @@ def _check_full_layers(full: Any, fields: Mapping[str, Any], family: Family) -> 
         raise InputError(f"full_attention_layers must be a tuple of integers from 0 to {layers - 1}, got {value}")
     if list(full) != sorted(set(full)) or len(full) == layers:
         raise InputError(f"full_attention_layers must be some of {layers} layers in increasing order, got {value}")
+    # The family decides whether, and where, layers without a window may be.
     if full and fields["sliding_window"] is None:
         raise InputError(f"full_attention_layers must be () without a sliding_window, got {value}")
     if full and (family.full_layers == "none" or (family.full_layers == "first" and full != tuple(range(len(full))))):

@@ -239,6 +239,7 @@ def _run_greedy_search(
     count: int,
 ) -> tuple[Int[Array, "b t"], Int[Array, " b"]]:
     """Run greedy search on a padded batch; return the generated tokens and their number in each row."""
+    # Read the prompts once; the logits after them choose the first token.
     logits, prompts, real = _read_prompts(params, adapter, shared, tokens, real, config)
     batch = len(real)
     prompt_lengths = jnp.sum(real.astype(jnp.int32), axis=1)
@@ -291,6 +292,7 @@ def _run_beam_search(
     stop_when_full: bool,
 ) -> tuple[Int[Array, "b t"], Int[Array, " b"]]:
     """Run beam search on a padded batch; return the tokens of each row's best sequence and their number."""
+    # Read the prompts once; all beams of an item share the keys and values of its prompt.
     logits, prompts, real = _read_prompts(params, adapter, shared, tokens, real, config)
     batch = len(real)
     prompt_lengths = jnp.sum(real.astype(jnp.int32), axis=1)
@@ -429,6 +431,7 @@ def _read_prompts(
       The logits after each prompt; keys and values of the shared tokens, if there are any, and of the rests; and which
       slots hold real tokens.
     """
+    # Cache of the prompts alone: generated tokens get slots of their own.
     (batch, length), shared = tokens.shape, shared_tokens.shape[0]
     dtype = params["embed_tokens"].dtype
     cache = init_cache(config, batch, shared + length, dtype)
@@ -442,6 +445,7 @@ def _read_prompts(
             "real": cache["real"].at[:, :shared].set(True),
             "length": one_row["length"],
         }
+    # Read the rests, padded on the left, behind the shared tokens.
     logits, cache = forward_cached(params, tokens, cache, config, adapter, attention_mask=real.astype(jnp.int32))
     prompts.append(_to_attention_layout(cache["k"][:, :, shared:], cache["v"][:, :, shared:]))
     return logits, prompts, cache["real"]
@@ -491,6 +495,7 @@ def _decode_step(
       The logits after each token, and the cache with the tokens.
     """
     adapter = NoAdapter() if adapter is None else adapter
+    # All beams of an item are at the same position, that of the token read.
     queries_at = jnp.broadcast_to(positions[:, None], tokens.shape)
     angles = rope.layer_angles(config, queries_at)
 
@@ -526,6 +531,7 @@ def _decode_step(
 
         return (decoder_layer(x, weights, config, angles(windowed), apply, attend_to_all), cache), None
 
+    # The cache of all layers is carried through the scan and updated in place; everything else is sliced by layer.
     index = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
     xs = (index, params["layers"], adapter.layers(), list(prompts), windowed_layers(config))
     (x, cache), _ = jax.lax.scan(body, (embed(params, tokens, config), cache), xs)

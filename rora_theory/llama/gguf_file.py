@@ -133,6 +133,7 @@ def read_metadata(reader: GGUFReader, where: str, name: str, kind: Any, default:
         raise InputError(f"{where}: metadata {name} is damaged: {error}") from None
     if kind is Any:
         return value
+    # Compare exact types: a bool is an int for isinstance.
     (element_type,) = get_args(kind) or (kind,)
     expects_list = kind is not element_type
     elements = value if expects_list and isinstance(value, list) else [value]
@@ -199,6 +200,7 @@ def config_from_gguf(reader: GGUFReader, where: str) -> LlamaConfig:
     layers = get(f"{architecture}.block_count", int)
     check_layers(f"{where}: {architecture}.block_count", layers)
     gemma3_fields = _gemma3_fields(get, where, layers, hidden // heads, head_dim) if architecture == "gemma3" else {}
+    # A file may name several end tokens, such as the end of text and the end of a turn.
     eos_ids = dict.fromkeys(token for name in END_TOKENS if (token := get(name, int, None)) is not None)
     fields = {
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
@@ -227,6 +229,7 @@ def config_from_gguf(reader: GGUFReader, where: str) -> LlamaConfig:
         value = read_metadata(reader, where, unknown[0], Any)
         raise InputError(f"{where}: metadata {unknown[0]} is not supported, got {shown(value)}")
 
+    # The rotary scaling is recovered last, because its divisors are compared with the plain frequencies.
     scaling: RopeScaling | None = None
     try:
         if scaling_type == "linear" and factor != 1:
@@ -253,6 +256,7 @@ def _gemma3_fields(
     period = get("gemma3.attention.sliding_window_pattern", int, 6)
     if period < 1:
         raise InputError(f"{where}: gemma3.attention.sliding_window_pattern must be at least 1, got {period}")
+    # Every period-th layer attends without a window.
     full = tuple(range(period - 1, layers, period))
     has_window = len(full) < layers
     return {
@@ -312,6 +316,7 @@ def load_gguf(
         permuted_heads = heads.get(projection[0]) if projection[1:].startswith("_proj") else None
         return _unpermuted_rows(config.head_dim, permuted_heads, shapes[name][0])
 
+    # Blocks of the requested type are kept without rounding; a permutation of rows does not change them.
     def read_blocks(name: str) -> np.ndarray | None:
         if tensors[name].tensor_type.name != quantization.upper():
             return None
@@ -322,6 +327,7 @@ def load_gguf(
         ordered[rows] = blocks
         return ordered
 
+    # Dequantise a few rows at a time, so that the float32 copy of a large tensor is never held whole.
     def read(names: list[str], out: np.ndarray) -> None:
         for i, name in enumerate(names):
             rows = row_order(name)
@@ -366,6 +372,7 @@ def _stored_rows(path: Path, tensor: ReaderTensor) -> Iterator[tuple[int, np.nda
 
 def _hugging_face_name(name: str, family: Family) -> str | None:
     """Return Hugging Face's name of a GGUF tensor; None if no model of the family has such a tensor."""
+    # Tensors outside the layers, then those of a layer: blk.INDEX.MODULE.weight or .bias.
     if name in _TOP:
         return _TOP[name]
     norms = {gguf_name: getattr(family.norms, field) for gguf_name, field in _NORMS.items()}

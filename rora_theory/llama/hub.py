@@ -169,6 +169,7 @@ def locate(name: str | Path, revision: str | None = None) -> ModelSource:
     Raises:
       InputError: There is no model under that name, or the hub refuses access.
     """
+    # Built-in models have their own order of places to look.
     text = str(name)
     if text in BUILT_IN:
         return _locate_built_in(text, revision)
@@ -184,6 +185,7 @@ def locate(name: str | Path, revision: str | None = None) -> ModelSource:
                 f"{path}: revision must be None for a path, got {revision!r}; only hub ids have revisions."
             )
         return ModelSource(text, path)
+    # Neither a path nor an id that the hub could have.
     if path.suffix == ".gguf" or not HUB_ID.fullmatch(text):
         raise InputError(
             f"{text or repr(text)}: no such path, and not a hub id OWNER/NAME. Built-in models: {', '.join(BUILT_IN)}."
@@ -216,6 +218,7 @@ def _locate_built_in(name: str, revision: str | None) -> ModelSource:
 
 def _packaged(built_in: BuiltIn) -> Path | None:
     """Return the GGUF file of an installed distribution or of its parts, joined; None if it is not installed."""
+    # A distribution of one file needs no joining.
     if not built_in.parts:
         return next(iter(_installed_files(built_in.distribution, r".+\.gguf")), None)
     parts = [path for name in built_in.parts for path in _installed_files(name, r".+\.gguf\.part[0-9]+")]
@@ -227,6 +230,7 @@ def _packaged(built_in: BuiltIn) -> Path | None:
     if joined.is_file() and joined.stat().st_size == sum(part.stat().st_size for part in parts):
         return joined
 
+    # Join the parts in their order; the digest of the whole shows damage in any of them.
     def write(folder: Path) -> None:
         with (folder / name).open("xb") as output:
             for part in parts:

@@ -86,6 +86,7 @@ def read_storage(source: Path) -> Storage:
     Raises:
       InputError: A file cannot be read, is damaged, or the folder has no safetensors.
     """
+    # Only the headers are read: they state type and size of every tensor.
     counts: Counter[str] = Counter()
     if source.is_dir():
         for header in read_headers(source).values():

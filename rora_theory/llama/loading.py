@@ -128,17 +128,20 @@ def restrict_to_embeddings(tokenizer: Tokenizer, embedding_rows: int) -> Tokeniz
       InputError: The vocabulary without added tokens is larger than the model's, or a beginning or end token lies
         beyond it: the tokenizer belongs to another model.
     """
+    # Beginning and end tokens cannot be dropped, because texts need them.
     remedy = f"but the model has {embedding_rows} embeddings. Use the model's own tokenizer."
     for role, ids in (("beginning", [tokenizer.bos_id]), ("end", tokenizer.eos_ids)):
         for token_id in ids:
             if token_id is not None and token_id >= embedding_rows:
                 raise InputError(f"{tokenizer.source}: the {role}-of-text token has id {token_id}, {remedy}")
+    # Added tokens may lie beyond the embeddings, the vocabulary proper may not.
     if tokenizer.vocab_size > embedding_rows:
         vocabulary_size = max(tokenizer.backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1
         if vocabulary_size > embedding_rows:
             raise InputError(f"{tokenizer.source}: the tokenizer has {vocabulary_size} tokens, {remedy}")
         tokenizer = replace(tokenizer, embedding_rows=embedding_rows)
 
+    # Padding and unknown tokens can be done without, so they are dropped.
     def drop_unembedded(token_id: int | None) -> int | None:
         return token_id if token_id is not None and 0 <= token_id < embedding_rows else None
 

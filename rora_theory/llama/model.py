@@ -441,6 +441,7 @@ def abstract_params(config: LlamaConfig, dtype: DTypeLike = jnp.float32, quantiz
       InputError: The quantization is unknown, or the number of a module's inputs is not a multiple of the block.
     """
     check_choice("quantization", quantization, QUANTIZATIONS)
+    # The arrays of all layers are stacked along a leading axis, for the scan over layers.
     count, width = config.num_hidden_layers, config.hidden_size
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:
@@ -454,9 +455,11 @@ def abstract_params(config: LlamaConfig, dtype: DTypeLike = jnp.float32, quantiz
             layers[name]["weight"] = abstract_weight(name, (count, *shape), jnp.dtype(dtype), quantization)
         if config.has_bias(name):
             layers[name]["bias"] = array(count, shape[0])
+    # Families that normalise queries and keys have one scale per head dimension, shared by all heads.
     if config.family.has_qk_norm:
         layers |= {name: array(count, config.head_dim) for name in ("self_attn.q_norm", "self_attn.k_norm")}
     params = {"embed_tokens": array(config.vocab_size, width), "layers": layers, "norm": array(width)}
+    # Tied models use the embeddings as the output layer.
     if not config.tie_word_embeddings:
         params["lm_head"] = array(config.vocab_size, width)
     return params
@@ -481,6 +484,7 @@ def init_params(
       dtype: Type of the weights, see `abstract_params`.
       quantization: Storage of the modules' weights, see `abstract_params`.
     """
+    # One key for each leaf; a quantised weight is one leaf, though it holds several arrays.
     leaves, tree = jax.tree.flatten_with_path(abstract_params(config, dtype, quantization), is_leaf=is_quantised)
     keys = jax.random.split(key, len(leaves))
 
@@ -488,6 +492,7 @@ def init_params(
         if isinstance(leaf, QuantisedWeight):
             return random_weight(key, leaf, 0.02)
         name = path[-1].key
+        # Some families add an offset to the stored scale: store what makes the sum 1.
         if name.endswith("norm"):
             return jnp.full(leaf.shape, 1 - config.family.norm_offset, leaf.dtype)
         if name == "bias":
@@ -556,6 +561,7 @@ def decoder_layer(
 def _checkpointed(body: Callable, remat: bool | str) -> Callable:
     """Return the body of the scan over layers with the checkpoint policy of ``remat``: only named results are saved."""
     check_choice("remat", remat, REMAT_CHOICES)
+    # Results that the backward pass reads from memory; it recomputes all others.
     saved_names = {ALWAYS_SAVED}
     if remat in (False, "mlp"):
         saved_names.update(_ATTENTION)
@@ -582,12 +588,14 @@ def prepend_prefix(
     """
     if prefix is None:
         return k, v, mask
+    # Every row of the batch gets a copy of the prefix.
     count = prefix[0].shape[0]
     shape = (k.shape[0], *prefix[0].shape)
     k, v = (
         jnp.concatenate([jnp.broadcast_to(extra[None], shape).astype(states.dtype), states], axis=1)
         for extra, states in zip(prefix, (k, v), strict=True)
     )
+    # Every query sees the prefix. Without a mask, attention counts the queries from the last key, so it sees it too.
     if mask is not None:
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (count, 0)), constant_values=True)
     return k, v, mask
@@ -626,10 +634,12 @@ def apply_window(
     Returns:
       The mask; None if it is merely causal.
     """
+    # Nothing to hide: no window, or no more keys than one window holds.
     window = config.sliding_window
     if window is None or keys_at is None or (mask is None and keys <= window):
         return mask
     prefix_keys = keys - keys_at.shape[1]
+    # All rows share their positions, so one row of the mask is enough.
     if mask is None:
         mask = causal_mask(queries_at.shape[1], keys, prefix_keys)[None, None]
         queries_at, keys_at = queries_at[:1], keys_at[:1]

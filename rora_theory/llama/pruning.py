@@ -125,6 +125,7 @@ class KeptParts(NamedTuple):
 @partial(jax.jit, static_argnames="config")
 def batch_statistics(params: Params, tokens: Int[Array, "b s"], config: LlamaConfig) -> Statistics:
     """Compute the sums over the tokens of a batch of whole sequences; the sums of several batches add up."""
+    # Calibration batches are whole sequences: attention is causal, with the layer's window if it has one.
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
     angles = rope.layer_angles(config, positions)
 
@@ -135,6 +136,7 @@ def batch_statistics(params: Params, tokens: Int[Array, "b s"], config: LlamaCon
         weights, windowed = xs
         module_inputs: dict[str, Array] = {}
 
+        # Record the inputs of the modules whose columns are scored.
         def apply(name: str, u: Array) -> Array:
             module_inputs[name] = u
             return linear(u, weights[name]["weight"], weights[name].get("bias"))
@@ -150,6 +152,7 @@ def batch_statistics(params: Params, tokens: Int[Array, "b s"], config: LlamaCon
         attended, gated = module_inputs["self_attn.o_proj"], module_inputs["mlp.down_proj"]
         return y, (squares(attended), squares(gated), jnp.sum(1.0 - cosine))
 
+    # Only the sums leave the scan, so no layer's activations stay in memory.
     _, sums = jax.lax.scan(body, embed(params, tokens, config), (params["layers"], windowed_layers(config)))
     return Statistics(*sums, jnp.int32(tokens.size))
 
@@ -172,9 +175,11 @@ def score_parts(params: Params, statistics: Statistics, config: LlamaConfig) -> 
         magnitudes = jax.lax.map(lambda w: jnp.sum(jnp.square(w.astype(jnp.float32)), axis=0), weight)
         return np.asarray(magnitudes, np.float64) * np.asarray(squares, np.float64)
 
+    # Each key/value head is scored by the inputs of o_proj that its query heads produce.
     layers, groups = config.num_hidden_layers, config.num_key_value_heads
     heads = squared_scores("self_attn.o_proj", statistics.attended).reshape(layers, groups, -1).sum(axis=-1)
     features = squared_scores("mlp.down_proj", statistics.gated)
+    # Influence is 1 minus a cosine, and rounding can make it slightly negative.
     influence = np.asarray(statistics.influence, np.float64) / int(statistics.tokens)
     return Scores(np.maximum(influence, 0.0), np.sqrt(heads), np.sqrt(features))
 
@@ -202,6 +207,7 @@ def plan_shape(
     Raises:
       InputError: The share is outside (0, 1] or smaller than that of the embeddings, or a size exceeds the model's.
     """
+    # Sizes that the caller sets must not exceed the model's.
     model_shape = PrunedShape(config.num_hidden_layers, config.num_key_value_heads, config.intermediate_size)
     for name, value, maximum in zip(PrunedShape._fields, (layers, kv_heads, width), model_shape, strict=True):
         if value is not None and not 1 <= value <= maximum:
@@ -212,6 +218,7 @@ def plan_shape(
     cut = math.sqrt(min(1.0, max(0.0, 1 - (1 - share) * total / inside)))
     layers = max(1, round(cut * model_shape.layers)) if layers is None else layers
     kv_heads = max(1, round(cut * model_shape.kv_heads)) if kv_heads is None else kv_heads
+    # The widest feed-forward that fits, found by counting exactly, since the square root above is an approximation.
     if width is None:
         max_parameters = share * total
         # Number of parameters with each possible width, in increasing order.
@@ -268,6 +275,7 @@ def prune(params: Params, config: LlamaConfig, parts: KeptParts) -> tuple[Params
         "mlp.down_proj": (2, parts.features),
     }
     layers: Params = {}
+    # Keep the rows of the kept layers; parts within a layer differ from layer to layer, so they are gathered by index.
     for name, value in params["layers"].items():
         if name not in cuts:
             layers[name] = value[parts.layers]
@@ -343,6 +351,7 @@ def pruning_table(scores: Scores, parts: KeptParts) -> "pd.DataFrame":
                 ("features_kept_score", scores.features[layer], parts.features[at]),
             ):
                 total = float(np.sum(values**2))
+                # Share of the squared score that the kept parts hold; the scores are norms.
                 row[name] = float(np.sum(values[chosen] ** 2)) / total if total else 1.0
         rows.append(row)
     return frames.from_rows(rows, COLUMNS)

@@ -106,6 +106,7 @@ def abstract_weight(name: str, shape: tuple[int, ...], dtype: np.dtype, kind: st
             f"quantization must be 'none' for {name}, because its {shape[-1]} inputs are not a multiple of {BLOCK}, "
             f"got {kind!r}"
         )
+    # One scale for each block of 32 inputs.
     scales = jax.ShapeDtypeStruct((*shape[:-1], shape[-1] // BLOCK), np.dtype(np.float16))
     if kind == "q8_0":
         codes = jax.ShapeDtypeStruct(shape, np.dtype(np.int8))

@@ -78,6 +78,7 @@ def layer_angles(config: LlamaConfig, positions: Int[Array, "b s"]) -> Callable[
       A function that selects one layer's angles. Its argument is the layer's entry of `model.windowed_layers`: whether
       the layer has a sliding window, or None if all layers are alike.
     """
+    # Without windows, or with one base, all layers share their angles.
     full = angles(config, positions)
     if config.sliding_window is None or config.rope_local_base_freq is None:
         return lambda _: full

@@ -85,9 +85,11 @@ class Tokenizer:
         """Encode many texts at once, in parallel; see `encode`."""
         if add_bos and self.bos_id is None:
             raise InputError("add_bos must be False or None, got True; the checkpoint has no beginning-of-text token")
+        # An explicit add_bos replaces the tokenizer's own beginning and end.
         prefix, suffix = self.prefix, self.suffix
         if add_bos is not None:
             prefix, suffix = ((self.bos_id,) if add_bos and self.bos_id is not None else ()), ()
+        # Special tokens are added here and not by the backend, which would add them by its post-processor.
         with _naming_failure(f"{self.source}: the tokenizer cannot read a text"):
             encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         ids = [[*prefix, *encoding.ids, *suffix] for encoding in encodings]
@@ -346,6 +348,7 @@ def _add_missing_tokens(
     Raises:
       InputError: A token has another id in the tokenizer than in ``added_tokens_decoder``.
     """
+    # A token that the backend knows already keeps its id.
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     decoder_entries = decoder_entries if isinstance(decoder_entries, Mapping) else {}
     # The tokenizer numbers new tokens in the order in which they are added, so add them in the order of their ids.
@@ -359,11 +362,13 @@ def _add_missing_tokens(
             values = token if isinstance(token, Mapping) else {}
             missing.append(tokenizers.AddedToken(content, **{flag: bool(values.get(flag)) for flag in flags}))
             known.add(content)
+    # Special tokens that only the settings name get the next free ids.
     missing += [
         tokenizers.AddedToken(content, special=True, normalized=False)
         for content in dict.fromkeys(special_tokens)
         if content is not None and content not in known
     ]
+    # The ids in the file are those that the model was trained with: the numbering must agree.
     backend.add_tokens(missing)
     for number, token in entries:
         if (content := _token_text(token)) is not None and backend.token_to_id(content) != number:

@@ -138,6 +138,7 @@ def parse_sentencepiece(data: bytes) -> SentencePieceModel:
     # Bytes of another format can parse as a model without pieces.
     if not model.pieces:
         raise InputError("the sentencepiece model has no pieces. Use a LLaMA 1 or 2 tokenizer.model.")
+    # Only BPE with escaped spaces can be rebuilt as a `tokenizers` object.
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type != trainer.BPE:
         model_type = trainer.ModelType.Name(trainer.model_type)
@@ -145,6 +146,7 @@ def parse_sentencepiece(data: bytes) -> SentencePieceModel:
     if not normalizer.escape_whitespaces:
         raise InputError("escape_whitespaces of the sentencepiece model must be true, got false")
 
+    # sentencepiece writes -1 for a special token that the model lacks.
     def drop_missing(token_id: int) -> int | None:
         return token_id if 0 <= token_id < len(model.pieces) else None
 

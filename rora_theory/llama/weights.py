@@ -100,6 +100,7 @@ def check_shapes(where: str, shapes: Mapping[str, tuple[int, ...]], config: Llam
     Raises:
       InputError: Tensors are missing, unknown or of another shape; the message names the first ones.
     """
+    # Compare the names first: a shape can only be compared for a tensor that is there.
     expected = expected_shapes(config)
     missing = [name for name in expected if name not in shapes]
     if missing:
@@ -141,6 +142,7 @@ def check_finite(name: str, values: np.ndarray) -> None:
     Raises:
       InputError: A value is not finite; the message names the first one.
     """
+    # View the floats as integers, and test a block at a time to bound the temporary memory.
     exponent_mask, integer = _EXPONENT_BITS[values.dtype.name]
     bits = values.reshape(-1).view(integer)
     for start in range(0, len(bits), _FINITE_CHECK_ELEMENTS):
@@ -209,6 +211,7 @@ def _fill_blocks(
     read_blocks: Callable[[str], np.ndarray | None],
 ) -> None:
     """Fill the layers of a module in blocks: with the stored blocks, or with those that ggml makes of the weights."""
+    # Stored blocks are copied; other weights are quantised one layer at a time, which bounds the dense memory.
     for layer, name in enumerate(names):
         blocks = read_blocks(name)
         if blocks is None:
@@ -420,10 +423,12 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     Raises:
       InputError: A file is missing, truncated or outside the folder, or it contradicts the index.
     """
+    # A single file has precedence, and needs no index.
     if os.path.exists(folder / SINGLE):
         return dict(_file_headers(folder / SINGLE))
     file_of_tensor = read_weight_map(folder)
     headers: dict[str, TensorHeader] = {}
+    # The headers must agree with the index in both directions.
     for file in sorted(set(file_of_tensor.values())):
         if not os.path.exists(folder / file):
             raise InputError(f"{folder / file}: no such file, though {INDEX} names it")
@@ -442,6 +447,7 @@ def _explain_missing_weights(folder: Path) -> str:
     """Return the message for a folder without safetensors."""
     if not folder.is_dir():
         return f"{folder}: no such folder"
+    # Name what the folder holds instead, with the way to use it.
     files = sorted(path.name for path in folder.iterdir())
     pickled = [name for name in files if name.endswith(_PICKLE_SUFFIXES)]
     if pickled:
