@@ -234,6 +234,7 @@ def carry_rate(
         factor = best_rate_factor(old_strength, new_strength, displacement_constant=constant, coherence=coherence)
         return learning_rate * factor * growth_of_steps**exponent
 
+    # Central values: K is a scale, so its middle is the geometric mean; the law itself has coherence 1.
     best = carried(math.sqrt(low_constant * high_constant), COHERENCE_RANGE[0], (low_exponent + high_exponent) / 2)
     # The rate is monotonic in K, in c and in the exponent, so the extremes lie at the ends of the three ranges.
     ends = [carried(*corner) for corner in itertools.product(displacement_constants, COHERENCE_RANGE, steps_exponents)]

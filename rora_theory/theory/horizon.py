@@ -108,6 +108,7 @@ def distances(
             f"takeover must be at least {1 / MAX_GRADIENT_GROWTH:g} of the sum of A's rates, which is {reach:.3g}; "
             f"got {takeover!r}"
         )
+    # Both factors start at distance 0, each with Adam moments of its own.
     adam_B, adam_A = _AdamStep(decay), _AdamStep(decay)
     b = a = 0.0
     for rate_B, rate_A in zip(rates_B.tolist(), rates_A.tolist(), strict=True):
@@ -500,6 +501,7 @@ def matching_rate(
             raise InputError(f"terms must describe an output that changes, got a change of {size:g} at rank {rank}")
         return math.log(size)
 
+    # The distances depend on the rate in turn, so the equation is solved numerically.
     target = log_size(*old)
     return _rate_without(lambda rate: log_size(*new, rate) - target, old[2])
 
@@ -538,6 +540,7 @@ def rate_for_equal_change(
         moved = distances(peak_rate * np.asarray(schedule), takeover=takeover)
         return math.log(moved.B) + math.log1p(moved.A / takeover)
 
+    # A's distance depends on the rate in turn, so the equation is solved numerically.
     target = log_change(first, rate)
     return _rate_without(lambda new_rate: log_change(second, new_rate) - target, rate)
 
@@ -598,6 +601,7 @@ def sgd_equivalent(
     b, a = np.zeros_like(values), np.ones_like(values)
     speed_b, speed_a = np.zeros_like(values), np.zeros_like(values)
     for rate in rates.tolist():
+        # Heavy-ball steps: the gradient of B is proportional to a, and that of A to b.
         speed_b = momentum * speed_b + scaling * values * a
         speed_a = momentum * speed_a + scaling * values * b
         b, a = b - rate * speed_b, a - rate * speed_a

@@ -119,6 +119,7 @@ def first_step_moments(
     p_in = grad.shape[1]
     law = entries(init, rank=rank, p_in=p_in)
     r, s2, k = float(rank), law.variance, law.kurtosis
+    # Gamma enters SGD's change twice, through the gradient of B and through the output; Adam's only through the output.
     step = learning_rate * scaling ** scaling_power(optimizer)
     signal, grad2, x2 = x @ grad.T, np.sum(grad**2, axis=1), np.sum(x**2, axis=-1, keepdims=True)
 
@@ -132,6 +133,7 @@ def first_step_moments(
 
     # Adam: a sum over r independent rows of A, r (r - 1) of the pairs with different rows.
     check_not_negative("epsilon", float(epsilon))
+    # The gradient of B is gamma G A^T: dividing it by gamma moves gamma to epsilon.
     row = _adam_row(grad, law, epsilon / scaling)
     coupled = x @ row.direction.T
     mean = -step * r * coupled

@@ -340,6 +340,7 @@ class BlockKind:
         if len(distinct) > 1:
             fields = "scaling and optimizer" if sampler == "direct" else "scaling"
             raise InputError(f"settings must differ only in {fields} for the {sampler} sampler, got other differences")
+        # The other samplers draw products with A, whose distribution is known for Gaussian entries only.
         normal = inits.entries(setting.init, rank=setting.rank, p_in=setting.p_in).is_normal
         if sampler != "direct" and not normal:
             raise InputError(
@@ -349,9 +350,11 @@ class BlockKind:
             raise InputError(
                 f"the chi_square sampler requires optimizer sgd, got {setting.optimizer}. Use pairs or direct."
             )
+        # Only the direct sampler draws A itself, so only its program depends on the sizes.
         if sampler != "direct":
             return cls(sampler, optimizers)
         draws = block_draws(setting, sampler)
+        # Number of draws whose entries of A are held at once.
         step = int(np.clip(_STEP_NUMBERS // (setting.rank * setting.p_in), 1, draws))
         return cls(sampler, optimizers, setting.init, setting.rank, setting.p_in, setting.p_out, draws, step)
 
@@ -366,6 +369,7 @@ class BlockKind:
             "scalings": [other.scaling for other in settings],
             "learning_rate": setting.learning_rate,
             "overlap": setting.overlap,
+            # x' = overlap x + fresh z, in which z is independent of x, has the variance of x.
             "fresh": np.sqrt(1 - setting.overlap**2),
             "deviation": law.deviation,
         }
@@ -441,6 +445,7 @@ def _direct(keys: Keys, numbers: dict[str, Array], kind: BlockKind) -> Float[Arr
                 scaling=scaling,
                 optimizer=make_optimizer(name, numbers["learning_rate"], epsilon=0.0),
             )
+            # One output for the mean of w, and the squared norm of all outputs for its second moment.
             w = step(x_next)
             return jnp.stack([w[0], jnp.vdot(w, w)])
 
