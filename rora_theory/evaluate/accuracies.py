@@ -83,6 +83,7 @@ def accuracies(samples: Iterable[Sample], records: Sequence[TaskRecord]) -> list
         if not items:
             continue
         scored = by_task.get(key, [])
+        # A missing or repeated sample would bias the accuracy without a trace.
         if len(scored) != len(items):
             raise InputError(f"{key}: needs one sample per record, got {len(scored)} samples of {len(items)} records")
         unmatched = {sample.index for sample in scored} ^ {record.index for record in items}
@@ -91,6 +92,7 @@ def accuracies(samples: Iterable[Sample], records: Sequence[TaskRecord]) -> list
                 f"{key}: needs one sample per record, samples and records differ at index {min(unmatched)}"
             )
         accuracy = proportion(sum(sample.correct for sample in scored), len(scored))
+        # The harness reports an accuracy per character for some tasks only.
         norms = [sample.correct_norm for sample in scored if sample.correct_norm is not None]
         accuracy_norm = proportion(sum(norms), len(norms)) if norms else None
         unparsed = sum(sample.prediction is None for sample in scored) / len(scored)
@@ -117,6 +119,7 @@ def average(tasks: Sequence[TaskAccuracy]) -> TaskAccuracy:
     def mean(values: Iterable[float]) -> float:
         return math.fsum(values) / count
 
+    # Tasks have different records, so the squares of their errors add up.
     def error(values: Iterable[float]) -> float:
         return math.sqrt(math.fsum(value**2 for value in values)) / count
 

@@ -66,6 +66,7 @@ def harness_choices(record: TaskRecord) -> tuple[Choice, ...]:
         contexts = [before + text for text in texts]
         pairs = zip(record.labels, contexts, strict=True)
         return tuple(Choice(label, context, " " + after.strip(), len(context)) for label, context in pairs)
+    # The context of HellaSwag names the activity, and both texts contain WikiHow's markers.
     if record.task == "hellaswag":
         activity, sentences, fragment = hellaswag_parts(question)
         question = _clean(f"{activity}: {sentences} {fragment.capitalize()}")
@@ -78,6 +79,7 @@ def harness_choices(record: TaskRecord) -> tuple[Choice, ...]:
         "ARC-Challenge": f"Question: {question}\nAnswer:",
         "openbookqa": question,
     }[record.task]
+    # The length divides the log-likelihood. The space before the text does not count.
     return tuple(
         Choice(label, context, f" {text}", len(text)) for label, text in zip(record.labels, texts, strict=True)
     )
@@ -144,6 +146,7 @@ def encode_choices(tokenizer: Tokenizer, items: Sequence[Sequence[Choice]], *, m
         choices = []
         for choice in item:
             (context, continuation), context_ids, text_ids = next(encoded)
+            # The tokens beyond the context's are scored. Without a context, the start token stands in for it.
             if context:
                 scored = text_ids[len(context_ids) :]
             elif start_id is None:
@@ -158,6 +161,7 @@ def encode_choices(tokenizer: Tokenizer, items: Sequence[Sequence[Choice]], *, m
                     f"item {number}: choice {choice.label} must have 1 to {max_length} tokens after its context, "
                     f"got {len(scored)}"
                 )
+            # Truncation on the left removes context only: the scored tokens are the last ones.
             choices.append(Scored(tuple((context_ids + scored)[-(max_length + 1) :]), len(scored)))
         tokens_by_item.append(choices)
     return tokens_by_item

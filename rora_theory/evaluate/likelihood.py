@@ -99,6 +99,7 @@ def _score(params: dict, adapter: Adapter | None, block: Block, config: LlamaCon
         block.end,
         block.position,
         block.slots,
+        # Number of chunks with valid slots, as a dynamic value: the padding after them is not computed.
         np.int32(-(-block.used // chunk)),
         block.entries,
         config=config,

@@ -138,6 +138,7 @@ def score(
     skip = {number for number, record in enumerate(records) if (record.task, record.index) in known}
     if scoring.protocol == "generate":
         return _generated(params, config, tokenizer, records, scoring, adapter, batch_size, skip)
+    # Both other protocols compare log-likelihoods of choices. They differ in the texts only.
     if scoring.protocol == "harness":
         choices = [harness_choices(record) for record in records]
     else:
@@ -200,6 +201,7 @@ def _likeliest(record: TaskRecord, choices: Sequence[Choice], totals: Sequence[f
     labels = [choice.label for choice in choices]
     best = labels[int(np.argmax(totals))]
     best_norm = None
+    # Log-likelihood per character, so that a long choice is not at a disadvantage.
     if norm and TASKS[record.task].harness_norm:
         lengths = np.array([float(choice.length) for choice in choices])
         best_norm = labels[int(np.argmax(np.array(totals) / lengths))]
