@@ -103,6 +103,7 @@ class BottleneckConfig:
             raise InputError(
                 f"target_modules must be a list of names for a {self.placement} adapter, got the string {modules!r}"
             )
+        # The frozen dataclass is hashable only with a tuple, and equal only with numbers of one type.
         for name, value in (("target_modules", tuple(modules)), ("scaling", float(self.scaling))):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "dropout", float(self.dropout))
@@ -138,6 +139,7 @@ class BottleneckConfig:
         tensors = {}
         for module in self.modules(llama_config):
             down, up = self.shapes(module, llama_config).values()
+            # A key for each module, so that its draw does not depend on which other modules are adapted.
             module_key = jax.random.fold_in(key, MODULES.index(module))
             if self.init == "bert":
                 keys = jax.random.split(module_key)

@@ -160,12 +160,14 @@ def _base_rows(name: str, base: str | ModelSource | None) -> list[tuple[str, str
 def _adapter_rows(entries: Mapping[str, Any]) -> list[tuple[str, str]]:
     modules = entries.get("target_modules")
     module_rows = [("modules", _code(modules))] if modules else []
+    # Methods without a rank list their own size.
     if entries["peft_type"] == FULL:
         return module_rows
     if entries["peft_type"] == peft_baselines.PREFIX:
         return [("virtual tokens", str(entries["num_virtual_tokens"]))]
     if entries["peft_type"] != LORA:
         return [("bottleneck", str(entries["bottleneck_size"])), *module_rows]
+    # Common rank, alpha and rule; single modules may have others by the patterns.
     rank, alpha = entries["r"], entries["lora_alpha"]
     rule, form = ("rora", "alpha / sqrt(r)") if entries["use_rslora"] else ("lora", "alpha / r")
     gamma = scaling_factor(rule, alpha=alpha, rank=rank)  # type: ignore[arg-type]

@@ -61,6 +61,7 @@ class Expression:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # syntax that a later Python may interpret differently
                 tree = _parser.parse(pattern)
+            # Numbers of characters that a match can have, by which `matches` excludes positions.
             self._min_width, self._max_width = tree.getwidth()
             self._match = _sequence(tree, tree.state.flags)
         except _Unsupported as error:
@@ -124,6 +125,7 @@ def _sequence(items: Any, flags: int) -> Part:
         parts.append(_compound(item, flags))
     flush()
 
+    # Every part maps all positions reached so far to those where it may end, so no path is followed twice.
     def match(text: str, starts: Positions, work: Work) -> Positions:
         work.spend(1)
         for part in parts:
@@ -151,6 +153,7 @@ def _simple(items: Sequence[Any], flags: int) -> Part:
 def _compound(item: Any, flags: int) -> Part:
     """Return a part that matches a repetition, a branch, a group or an assertion."""
     kind, value = item
+    # Constructs that depend on the path, which sets of positions do not record.
     if kind in _NAMES:
         raise _Unsupported(_NAMES[kind])
     if kind in _REPEATS:
@@ -162,6 +165,7 @@ def _compound(item: Any, flags: int) -> Part:
     if kind is _parser.SUBPATTERN:
         _, added, removed, body = value
         return _sequence(body, (flags | added) & ~removed)
+    # An assertion matches without moving on. A look-behind begins a fixed width before the position.
     direction, body = value
     min_width, max_width = body.getwidth()
     if direction < 0 and min_width != max_width:

@@ -69,10 +69,12 @@ class LoraConfig:
         """Validate the settings and convert them to hashable values."""
         object.__setattr__(self, "alpha", _as_float(self.alpha))
         object.__setattr__(self, "dropout", _as_float(self.dropout))
+        # Computing the scaling validates the rule, the alpha and the rank.
         scaling_factor(self.rule, alpha=self.alpha, rank=self.rank)
         if not isinstance(self.dropout, float) or not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be a number from 0 to below 1, got {self.dropout!r}")
         check_choice("init", self.init, LORA_INITS)
+        # Sequences become tuples, and mappings become tuples of pairs: jit needs hashable values.
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         for name in ("rank_pattern", "alpha_pattern"):
@@ -114,6 +116,7 @@ class LoraConfig:
         targets = self.targets(llama_config)
         for target in targets:
             p_out, p_in = llama_config.module_shape(target.module)
+            # A key for each module, so that its draw does not depend on which other modules are adapted.
             module_key = jax.random.fold_in(key, MODULES.index(target.module))
             tensors[target.module] = {
                 "lora_A": init_a(module_key, self.init, target.ranks, target.width, p_in),

@@ -89,6 +89,7 @@ def save_peft(
     folder, config = Path(folder), entries_of(adapter, base_model)
     tensors = _tensors(adapter) if isinstance(adapter, LoraAdapter) else peft_baselines.tensors(adapter)
     metadata = {"format": "pt"}
+    # A name may point to other weights later: record the commit and the digest of these.
     if isinstance(base_model, ModelSource):
         config["revision"], metadata["base_model_sha256"] = base_model.commit, base_model.sha256
     if portable:
@@ -135,6 +136,7 @@ def _write(
     """Write the files of an adapter, each completely or not at all."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file. Pass a folder to save the adapter to.")
+    # Serialise all files first, so that an error leaves the folder as it is.
     contents = {
         WEIGHTS: _sorted(safetensors.numpy.save(tensors, metadata=dict(metadata))),
         card.FILE: readme.encode(),
@@ -188,6 +190,7 @@ def load_peft(folder: str | os.PathLike[str], llama_config: LlamaConfig, params:
         raise InputError(f"{folder} is not a folder. Pass a folder with {CONFIG} and {WEIGHTS}.")
     path, values = folder / CONFIG, adapter_config.read_entries(folder / CONFIG)
     kind = values["peft_type"]
+    # Baselines have tensors and entries of their own.
     if kind in peft_baselines.READ:
         baseline = peft_baselines.read_baseline(path, values, llama_config)
         tensors = _read_tensors(folder / WEIGHTS)
@@ -268,6 +271,7 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
                 f"{pickle}: pickle files are not read, because they can run code. Save the adapter as {WEIGHTS}."
             ) from error
         raise InputError(f"{path.parent} has no {WEIGHTS}. Pass the folder of an adapter saved by PEFT.") from error
+    # Decode the bytes directly, because NumPy lacks bfloat16.
     try:
         raw = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
@@ -306,6 +310,7 @@ def _expected_shapes(
 
 def _check(path: Path, tensors: Mapping[str, np.ndarray], expected: Mapping[str, Shape], layers: int) -> None:
     """Raise `InputError` unless the tensors are those that the configuration implies for this model."""
+    # A layer that the model does not have shows that the adapter belongs to another model.
     for name in tensors:
         layer = re.match(r"base_model\.model\.model\.layers\.([0-9]{1,9})\.", name)
         if layer and int(layer[1]) >= layers:

@@ -127,6 +127,7 @@ def read_baseline(path: Path, values: Mapping[str, Any], llama_config: LlamaConf
     known = READ[values["peft_type"]]
     entries = validate_entries(path, values, known)
     check_supported(path, values, known)
+    # PEFT stores the sizes of the model with a prefix; they must be those of this model.
     if entries["peft_type"] == PREFIX:
         heads, layers = llama_config.num_key_value_heads, llama_config.num_hidden_layers
         shape = {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * llama_config.head_dim}
@@ -143,6 +144,7 @@ def read_baseline(path: Path, values: Mapping[str, Any], llama_config: LlamaConf
         entries["adapter_dropout"],
         entries["init_weights"],
     )
+    # Resolve the modules once: a name that matches nothing is an error of this file.
     try:
         config.modules(llama_config)
     except InputError as error:
@@ -168,6 +170,7 @@ def assemble_baseline(config: BaselineConfig, tensors: Mapping[str, np.ndarray],
     """Construct an adapter from tensors with the shapes of `shapes`."""
     if isinstance(config, PrefixConfig):
         count, tokens, heads, width = config.shape(llama_config)
+        # A row of PEFT's table holds the keys and values of all layers for one virtual token.
         pair = np.moveaxis(tensors[TENSOR].reshape(tokens, count, 2, heads, width), 0, 2)
         return PrefixAdapter({"key": jnp.asarray(pair[:, 0]), "value": jnp.asarray(pair[:, 1])}, config, llama_config)
     layers = range(llama_config.num_hidden_layers)

@@ -83,8 +83,10 @@ def _from_entries(entries: Mapping[str, Any], llama_config: LlamaConfig) -> Lora
     """Convert entries as PEFT does, ignoring names, layers and patterns that the model does not have."""
     modules, excluded = entries["target_modules"], entries["exclude_modules"] or ()
     layers = entries["layers_to_transform"]
+    # PEFT ignores names that match nothing, provided that another name matches.
     if not isinstance(modules, str):
         modules = known_names(llama_config, modules) or modules
+    # PEFT reads an empty list as all layers, and ignores layers that do not exist.
     if layers == []:
         layers = None
     elif layers is not None:

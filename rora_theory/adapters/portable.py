@@ -90,6 +90,7 @@ def portable(
 
 def _pairs(path: Path, tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return A and B of every module by its full name."""
+    # Collect A and B of each module, and reject tensors of any other kind.
     pairs: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():
         name, _, kind = key.removeprefix(PREFIX).rpartition(".lora_")
@@ -120,6 +121,7 @@ def _gammas(path: Path, entries: Mapping[str, Any], ranks: Mapping[str, int]) ->
 
     gammas = {}
     for name, rank in ranks.items():
+        # PEFT computes the scaling from the configured rank, so it must be that of the tensors.
         configured = value("rank_pattern", name, entries["r"])
         if rank != configured:
             raise InputError(f"{path}: r must be {rank} at {name}, the number of rows of its lora_A, got {configured}")

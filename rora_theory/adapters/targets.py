@@ -126,6 +126,7 @@ def matched(
         raise InputError(
             f"layers {tuple(layers)} requires target_modules to be a list of names, got {target_modules!r}"
         )
+    # PEFT ignores a name without a match; here it is an error, because it is probably misspelt.
     if not isinstance(target_modules, str):
         known = frozenset(known_names(llama_config, target_modules))
         for target in target_modules:
@@ -135,6 +136,7 @@ def matched(
         module_predicate("target_modules", target_modules),
         module_predicate("exclude_modules", exclude_modules),
     )
+    # A pattern may also match modules that exist but cannot be adapted.
     for other in OTHERS:
         if chosen_by(other) and not excluded_by(other):
             raise InputError(f"target_modules matches {other}, which cannot be adapted. {_supported()}")
@@ -146,6 +148,7 @@ def matched(
     for layer in layers:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count:
             raise InputError(f"layers must be indices from 0 to {count - 1}, got {shown(layer)}")
+    # A module listed by its full name is adapted whatever its layer.
     selected = tuple(name for name in chosen if name in target_modules or int(name.split(".")[2]) in layers)
     if not selected:
         raise InputError(f"layers {tuple(layers)} has none of target_modules {shown(target_modules)}")
@@ -243,6 +246,7 @@ def layer_text(layers: Sequence[int]) -> str:
 def _patterned(where: str, pattern: Mapping[str, Any], chosen: Sequence[str], default: Any) -> dict[str, Any]:
     """Return the value of every chosen name, or raise `InputError` if an entry applies to none."""
     entries = first_matches(where, pattern, chosen)
+    # An entry without effect is an error: say whether an earlier entry hides it.
     used = set(entries.values())
     unused = [key for key in pattern if key not in used]
     if unused:
