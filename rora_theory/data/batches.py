@@ -427,6 +427,7 @@ class Batches:
                 f"a record has {longest + 1} tokens, but the model reads at most {max_width + 1}. "
                 f"Set the cutoff to {max_width + 1}."
             )
+        # The order of the records depends on the settings, not on the widths, so it stays the same.
         batch_size, seed, answer_only = self._order
         widths = [min(width, max_width) for width in self._widths]
         return Batches(

@@ -220,9 +220,11 @@ class ChatTemplate:
         """
         turns = [index for index, message in enumerate(messages) if message.get("role") == ASSISTANT]
         ignored = {index for index, message in enumerate(messages) if message.get("weight") == 0}
+        # Loss on the answers: locate the assistant's turns that are learned.
         if answer_only:
             learned = [index for index in turns if index >= context and index not in ignored]
             return self._locate_turns(messages, tools, turns, learned, max_characters)
+        # Loss on the whole text: only the assistant's turns can be located, and so left out.
         if other_roles := ignored.difference(turns):
             index = min(other_roles)
             raise InputError(
@@ -252,6 +254,7 @@ class ChatTemplate:
           max_characters: Number of characters after which no turn is located, see `render_with_spans`.
         """
         if not self.has_generation_blocks:
+            # Locate the turns in order, each after the end of the one before.
             text = self.render(messages, tools)
             spans: list[tuple[int, int]] = []
             for index in selected:
@@ -262,6 +265,7 @@ class ChatTemplate:
         # The template marks the turns while it renders them.
         marked: list[tuple[int, int]] = []
         text = "".join(self._render_blocks(messages, tools, False, marked))
+        # With all turns or none, the marks need not correspond to the turns.
         if len(selected) in (0, len(turns)):
             return RenderedText(text, tuple(marked) if selected else ())
         # To select some of the turns, marks and turns must correspond.

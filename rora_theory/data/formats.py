@@ -333,6 +333,7 @@ def _parse_arguments(turn: RawRecord, index: int, call: Any) -> Any:
     """
     if not isinstance(call, dict):
         return call
+    # OpenAI's interface nests the name and the arguments in ``function``.
     if "function" in call:
         return call | {"function": _parse_arguments(turn, index, call["function"])}
     if not isinstance(text := call.get("arguments"), str):

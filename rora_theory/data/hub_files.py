@@ -73,9 +73,11 @@ def parse_split(source: str) -> Split | None:
     # An existing file may have a colon in its name.
     if not colon or not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or os.path.exists(source):
         return None
+    # On the hub: owner, repository and, optionally, a subset.
     if place.startswith(HUB_PREFIX):
         owner, repository, subset = [*place.removeprefix(HUB_PREFIX).strip("/").split("/", 2), "", ""][:3]
         return Split(f"{HUB_PREFIX}{owner}/{repository}", subset or None, name) if owner and repository else None
+    # On the disk: a folder, or a folder with a subset as the last component.
     if os.path.isdir(place):
         return Split(place, None, name)
     folder, _, subset = place.rpartition("/")
@@ -131,6 +133,7 @@ def select_files(names: Sequence[str], split: Split, card: Mapping[str, Any]) ->
       >>> select_files(files, Split("them/set", None, "train"), {})
       ['data/train-00000-of-00001.parquet']
     """
+    # The card's lists of files take precedence over the names of the files.
     subsets = _parse_subsets(card)
     selected = _select_by_card(names, split, subsets) if subsets else _select_by_name(names, split)
     # A name such as train-00000-of-00003.parquet says how many files there are; an offline cache may have only some.
@@ -208,6 +211,7 @@ def _list_files(repository: str, revision: str | None, where: str) -> tuple[list
         return [file.rfilename for file in info.siblings or []], info.sha
     except Exception as error:  # of the hub's HTTP client, which differs between versions of huggingface_hub
         reason = first_line(error)
+    # Fall back to the cache, in which the folder of a snapshot is named after its commit.
     with contextlib.suppress(Exception):
         root = Path(snapshot_download(repository, repo_type="dataset", revision=revision, local_files_only=True))
         return _relative_files(root), root.name
@@ -251,6 +255,7 @@ def _parse_subsets(card: Mapping[str, Any]) -> dict[str, Subset]:
             if not all(isinstance(pattern, str) for pattern in patterns):
                 raise InputError(f"{CARD_NAME}: data_files of {name} must be names of files, got {shown(path)}")
             splits.setdefault(str(split), []).extend(f"{folder}/{path}" if folder else str(path) for path in patterns)
+        # A subset is the default if the card marks it as such, or by its name.
         subsets[name] = splits, bool(config.get("default", name == "default"))
     return subsets
 

@@ -54,6 +54,7 @@ def run(function: Callable[..., Iterator[Any]], *arguments: Any, seconds: float,
       InputError: The function raised it.
       RuntimeError: The function raised anything else.
     """
+    # The child needs the parent's import path before it can unpickle the function.
     task = pickle.dumps(sys.path) + pickle.dumps((function, arguments, seconds, memory))
     child = subprocess.run([sys.executable, "-c", _CHILD_CODE], input=task, capture_output=True, check=False)
     # Parse one message a line. The last line may be incomplete if a signal ended the child.

@@ -292,7 +292,9 @@ def _read_source(source: str | Path, field_names: Mapping[str, str]) -> Iterator
       source: File or split.
       field_names: The source's own names of fields.
     """
+    # Columns of a table that may be fields of a record.
     columns = {field_names.get(key, key) for key in FIELD_NAMES}
+    # A source is a split of several files, one file on the hub, or a local file.
     split = hub_files.parse_split(source) if isinstance(source, str) else None
     if split is not None:
         for path in hub_files.locate_split(split):
@@ -327,6 +329,7 @@ def _read_file(path: Path, where: str, columns: Container[str]) -> Iterator[tupl
     if path.suffix == ".txt":
         for number, line in _numbered_lines(text):
             yield f"{where}: line {number}", {"text": line.removesuffix("\r")}
+    # Files named .json may hold a record per line, too.
     elif path.suffix == ".jsonl" or _has_json_lines(text):
         for number, line in _numbered_lines(text):
             place = f"{where}: line {number}"

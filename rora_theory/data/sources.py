@@ -42,6 +42,7 @@ def read_tasks(
     data = data or os.environ.get(DATA_DIR_VARIABLE)
     if not data:
         raise InputError(f"--data-dir is not given and {DATA_DIR_VARIABLE} is not set. {advice}")
+    # Locate all files before reading any, so that a missing one is reported at once.
     files = {key: locate_task(data, TASKS[key]) for key in keys}
     records = {key: read_task(file, TASKS[key])[:limit] for key, file in files.items()}
     return records, {key: digests.of_file(file) for key, file in files.items()}

@@ -147,6 +147,7 @@ def _render_each(
             result = _truncate(rendered, max_characters)
         except InputError as error:
             result = str(error)
+        # Limit the total length: a template may write far more text than the record has.
         remaining -= len(result if isinstance(result, str) else result.text)
         if remaining < 0:
             raise InputError(

@@ -65,6 +65,7 @@ def sample_windows(
     Raises:
       InputError: The documents have too few tokens.
     """
+    # An end token separates each document from the next.
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     tokens = [token for ids in tokenizer.encode_batch(list(texts)) for token in (*ids, *end)]
     available, required = len(tokens) // seq, windows + held_out
