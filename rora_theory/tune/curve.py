@@ -89,6 +89,7 @@ def fit_best_rate(plan: ProbePlan, runs: Sequence[ProbeRun], tokens: Sequence[in
     logs = weighted_log2_rates((1.0,), curve)
     # Add the variance between seeds, which a single seed does not show.
     half_width = replace(logs, error=math.hypot(logs.error, SEED_LOG2_ERROR)).half_width()
+    # At an edge of the grid the best rate may lie beyond it, so the interval is extended on that side.
     edge = _edge(full)
     low = 2 ** (logs.value - half_width) / (EDGE_FACTOR if edge == "low" else 1.0)
     high = 2 ** (logs.value + half_width) * (EDGE_FACTOR if edge == "high" else 1.0)

@@ -230,6 +230,7 @@ def make_plan(
     check_share("budget", budget)
     if learning_rate is not None:
         check_positive("learning_rate", learning_rate)
+    # All costs are in units of a training step of the planned run.
     setup_cost = EVALUATION_COST * setup_tokens / batch_tokens
     total = budget * steps - setup_cost
     # Largest number of steps whose runs fit into the budget's share for training.
@@ -356,6 +357,7 @@ def check_warmup(warmup: int, steps: int) -> None:
 
 def _carry(learning_rate: float, old_strength: float, new_strength: float, old_steps: int, new_steps: int) -> RateRange:
     constants = measured.default_displacement_constants(old_steps)
+    # Change gamma r first, at the old number of steps.
     at_strength = carry_rate(
         learning_rate,
         old_strength=old_strength,
