@@ -88,6 +88,7 @@ def make_batch_pair(
         examples = tokenize(
             chosen, tokenizer, cutoff=config.cutoff, template=template, answer_only=answer_only, chat=chat
         )
+        # A record without a target would silently make the batch smaller, so it is an error.
         if len(examples) < len(chosen):
             raise InputError(
                 f"only {len(examples)} of {len(chosen)} records of a batch have a target within --cutoff "

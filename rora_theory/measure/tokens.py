@@ -88,6 +88,7 @@ def choose_tokens(
     if seen is None:
         seen = is_sink
     else:
+        # The few tokens with outlying norms would dominate every mean, and so hide the others.
         is_sink = sinks(norms) & ~seen
     indices = sample(count, seed, seen | is_sink)
     counts = {"all": len(norms), "seen": int(seen.sum()), "sinks": int(is_sink.sum()), "read": len(indices)}

@@ -64,8 +64,10 @@ def candidates(advice: Advice) -> dict[str, Candidate]:
         "one alpha": Candidate(one_alpha),
         "one rate": Candidate(replace(new, learning_rate=advice.rate_at_alpha)),
     }
+    # The common habit at a larger rank, unless the rule is rsLoRA's already.
     if exponent(new.rule) != KAPPAS["rslora"]:
         settings["neither changed, use_rslora"] = Candidate(replace(new, rule="rslora"))
+    # A measured regime gives modules alphas of their own.
     if advice.regime == "measured":
         for per in ("type", "module"):
             settings[f"alpha by {per}"] = Candidate(one_alpha, advice.alpha_pattern(per))
@@ -107,6 +109,7 @@ def first_step_rows(stepper: RealStep, advice: Advice, step: FirstStep, seed: in
     """
     candidate = candidates(advice)[step.plan]
     setting, pattern = candidate.setting, dict(candidate.alpha_pattern)
+    # The same draws of A for every candidate.
     change = stepper.change(setting, jax.random.fold_in(jax.random.key(seed), step.seed), pattern)
     labels = {
         "plan": step.plan,

@@ -135,6 +135,7 @@ def read_tuned(config: TransferConfig) -> tuple[Setting, str | list[str] | None,
     saved = DEFAULT if config.from_ is None else read_trainer_config(config.from_)
     values: dict[str, Any] = dict(zip(("from_rank", "alpha", "rule", "init", "targets"), saved, strict=False))
     values |= {"lr": saved.learning_rate, "optimizer": saved.optimizer}
+    # An option may repeat the value in the file but not contradict it.
     for name, saved_value in values.items():
         option, key = getattr(config, name), COMPARISON_KEYS.get(name, lambda value: value)
         if config.from_ is not None and None not in (option, saved_value) and key(option) != key(saved_value):

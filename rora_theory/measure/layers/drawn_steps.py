@@ -94,6 +94,7 @@ def step_adapters(
     Yields:
       Blocks without end, each a list with an array for every rank. Splits are in the order of ``layer.inputs``.
     """
+    # Copy the data to the device once, not for each block.
     data = jax.device_put((layer.grad, tuple(layer.inputs.values())))
     gammas = tuple(tuple(jnp.float32(scaling) for scaling in by_rule) for by_rule in scalings)
     block = 0

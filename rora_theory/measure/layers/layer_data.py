@@ -58,6 +58,7 @@ def read_layers(path: Path) -> list[Layer]:
     layers = []
     for name in names:
         layer_arrays = {}
+        # Number of inputs, which the gradient and both arrays of inputs must share.
         width = arrays[f"{name}/grad"].shape[-1:] if f"{name}/grad" in arrays else ()
         for suffix in ("grad", *(f"x_{split}" for split in SPLITS)):
             key = f"{name}/{suffix}"

@@ -84,6 +84,7 @@ def layer_rows(grid: StepGrid, layers: Sequence[Layer], cell: LayerCell) -> list
         for value in layer_rms.exact_rms(layer, step, rank=cell.rank, learning_rate=grid.lr, init=cell.init)
     ]
     p_out, p_in = layer.grad.shape
+    # One row for each step and split, in the order of the measured and predicted values.
     rows: list[dict[str, Any]] = []
     for (optimizer, rule), split in ((pair, split) for pair in pairs for split in SPLITS):
         kappa, gamma = rules[rule]

@@ -101,9 +101,11 @@ def _step_by_autodiff(
         lora_A = draw_A(adapter_key, init, rank=rank, p_in=p_in)
         by_step = []
         for name, scaling in zip(names, scalings, strict=True):
+            # The loss <G, dM> has G as its gradient in the full weight.
             step = first_step.run(
                 lambda dm: dm.inner(grad), lora_A, p_out=p_out, scaling=scaling, optimizer=optimizers[name]
             )
+            # The change at a token is B times the scaled A x.
             inner = [step.scaling * jnp.einsum("ti,ri->tr", x, step.lora_A) for x in inputs]
             by_step.append(jnp.stack([mean_square(step.lora_B, product) for product in inner]))
         return jnp.stack(by_step)
@@ -187,6 +189,7 @@ def exact_rms(
         init=init,
         epsilon=epsilon,
     )
+    # Divide the moments of all tokens into those of the splits.
     ends = np.cumsum([len(layer.inputs[split]) for split in SPLITS])[:-1]
     return [math.sqrt(float(np.mean(part))) for part in np.split(law.second_moment, ends)]
 

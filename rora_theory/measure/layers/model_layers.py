@@ -74,6 +74,7 @@ def record(
     loss, inputs, deltas = _record(params, zeros, batch, config=config, modules=tuple(modules))
     if not np.isfinite(float(loss)):
         raise InputError(f"the loss of the batch must be finite, got {float(loss)}. Check the model and the batch.")
+    # Remove the positions of padding.
     real = real_tokens(batch)
     return Recording(
         {name: np.asarray(x)[:, real] for name, x in inputs.items()},
@@ -125,8 +126,10 @@ class _Perturbed:
 def _record(
     params: Params, zeros: dict[str, Array], batch: Batch, *, config: LlamaConfig, modules: tuple[str, ...]
 ) -> tuple[Array, dict[str, Array], dict[str, Array]]:
+    # The derivative in a value added to an output is the gradient of that output.
     def loss(added: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         hidden, inputs = llama.hidden_states(params, batch.inputs, config, _Perturbed(added), capture=modules)
+        # The loss is over the few positions with a target.
         if batch.positions is not None:
             hidden = jnp.take_along_axis(hidden, batch.positions[..., None], axis=1)
         head = llama.output_matrix(params, config)

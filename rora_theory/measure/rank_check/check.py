@@ -155,6 +155,7 @@ def cases(config: CheckConfig) -> Iterator[Case]:
         for rule in config.rules:
             for init in config.inits:
                 yield Case(optimizer, rule, init, False)
+    # Controls, for which the law predicts a dependence on the rank: the check must detect it.
     if config.controls:
         first = config.optimizers[0]
         if 0.0 not in map(exponent, config.rules):
@@ -184,6 +185,7 @@ def coordinate_rows(
       held_out: Batch that is never trained on.
     """
     (optimizer, rule, init, control), rank = cell.case, cell.rank
+    # Each optimizer has its own learning rate.
     rates = {"sgd": config.sgd_lr, "momentum": config.momentum_lr}
     setting = Setting(
         rank=rank,
@@ -193,6 +195,7 @@ def coordinate_rows(
         optimizer=optimizer,
         init=init,
     )
+    # A key that depends on the seed only: adapters of all ranks and rules share rows of A.
     key = jax.random.fold_in(jax.random.key(0), cell.seed)
     labels = {"optimizer": optimizer, "rule": name_of(rule), "kappa": exponent(rule), "init": init}
     labels |= {"control": int(control), "rank": rank, "learning_rate": setting.learning_rate, "seed": cell.seed}
@@ -256,6 +259,7 @@ def verdicts(config: CheckConfig, slopes: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for case in cases(config):
         group = rows_of_case(slopes, case)
+        # Verdicts on the modules' outputs by split and step.
         outputs = group[(group["quantity"] == "output") & (group["module"] != MODEL)]
         module_verdicts = {
             (split, step): outputs["verdict"][(outputs["split"] == split) & (outputs["step"] == step)].tolist()
@@ -264,6 +268,7 @@ def verdicts(config: CheckConfig, slopes: pd.DataFrame) -> pd.DataFrame:
         }
         model_verdict = judge_model(group.to_dict("records"))
         modules_verdict = summarise_verdicts([verdict for group in module_verdicts.values() for verdict in group])
+        # A control is expected to fail, so its verdict is translated.
         if case.control:
             model_verdict, modules_verdict = (_judge_control(case, text) for text in (model_verdict, modules_verdict))
         last = group.query("quantity == 'hidden' and split == 'train' and step == @config.steps[-1]")
@@ -363,6 +368,7 @@ def coordinate_check(
     """
     config = config or CheckConfig()
     batches = [train] if isinstance(train, Batch) else list(train)
+    # Adapters of all ranks are padded to one width, so that the model is compiled once.
     checker = Checker(model.params, model.config, width=max(config.ranks), target_modules=target_modules)
     sizes = size_table(
         row

@@ -114,6 +114,7 @@ class Checker:
         state = make_optimizer(setting.optimizer, setting.learning_rate).init(adapter.params)
         rate = jnp.float32(setting.learning_rate)
         for step in range(1, max(steps) + 1):
+            # The norms of the gradients come with the step, the other sizes from forward passes after it.
             batch = batch_of(step - 1)
             adapter, state, norms = _step(
                 adapter, state, self.params, batch, rate, optimizer=setting.optimizer, llama_config=self.llama_config

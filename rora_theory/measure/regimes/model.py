@@ -79,6 +79,7 @@ class RecordedModules:
         inputs, token_rows = {}, []
         for split, recording in (("train", self.train), ("heldout", self.held_out)):
             x = recording.inputs[module][index]
+            # Sample tokens. At held-out ones, leave out those seen in training and the attention sinks.
             sample = choose_tokens(
                 np.linalg.norm(x.astype(np.float64), axis=1),
                 self.seen if config.mask and split == "heldout" else None,

@@ -110,6 +110,7 @@ class RegimeConfig:
 
     def __post_init__(self) -> None:
         """Validate the settings."""
+        # Lists of distinct and known values.
         check_ranks(self.ranks, fewest=1)
         check_rules(self.rules)
         for name, known in (("optimizers", OPTIMIZERS), ("inits", INITS)):
@@ -119,6 +120,7 @@ class RegimeConfig:
             unknown = [value for value in values if value not in known]
             if unknown:
                 raise InputError(f"{name} has an unknown value {unknown[0]!r}; supported: {', '.join(known)}")
+        # Computing the scaling validates the rule together with alpha.
         for rule in self.rules:
             scaling_factor(rule, alpha=self.alpha, rank=max(self.ranks))
         check_ranges(self, str)
@@ -128,6 +130,7 @@ class RegimeConfig:
                 "to 0.01%, and more would take days per module."
             )
         check_seed("seed", self.seed)
+        # A standard error needs several adapters, also of the largest rank.
         min_rows = 4 * max(self.ranks)
         if self.rows and self.rows < min_rows:
             raise InputError(

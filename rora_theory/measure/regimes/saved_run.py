@@ -70,6 +70,7 @@ class RegimeRun:
           Sentences, or an empty string if all targets were measured well.
         """
         terms, settings = self.terms_of(targets), self.manifest.get("config", {})
+        # What the run did not measure: layers, settings and kinds of modules.
         layers = sorted({int(name.split(".layers.")[1].split(".")[0]) for name in terms if ".layers." in name})
         model_layers = self.manifest.get("model_layers")
         missing = []

@@ -144,6 +144,7 @@ def _read_decoder(model: torch.nn.Module, batch: Batch) -> _DecoderTokens | None
         ids = np.concatenate([np.zeros((len(labels), 1), labels.dtype), labels[:, :-1]], axis=1)
     if ids is None or ids.ndim != 2:
         return None
+    # Ignored labels and the mask both mark tokens that do not count.
     real, mask = np.ones(ids.shape, bool), _array(batch, "decoder_attention_mask")
     if labels is not None and labels.shape == ids.shape:
         real &= labels != IGNORED_LABEL
@@ -162,6 +163,7 @@ def _seen_by_decoder(
         return np.zeros(decoder.real.shape, bool)
     if ids.ndim != 2 or trained_ids.ndim != 2:
         return np.zeros(decoder.real.shape, bool)
+    # A decoder token is seen only with all encoder tokens before it: compare both as one row.
     rows, starts = _join_decoder(ids, _real_tokens(model, ids, batch), decoder)
     trained_rows, _ = _join_decoder(trained_ids, _real_tokens(model, trained_ids, trained), trained_decoder)
     repeats = mark_repeats(rows, [trained_rows])

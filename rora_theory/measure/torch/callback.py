@@ -166,6 +166,7 @@ def read_setting(model: torch.nn.Module, args: Any) -> Setting:
     check_uniform(vars(config))
     if config.use_dora:
         logger.warning(OF_DORA)
+    # An enumeration or a string, depending on the version of transformers.
     name = str(getattr(args.optim, "value", args.optim))
     try:
         optimizer = optimizer_named(name)

@@ -65,6 +65,7 @@ class ChatCollator:
             batch["input_ids"][row, : len(ids)] = torch.tensor(ids)
             batch["attention_mask"][row, : len(ids)] = 1
             batch["labels"][row, : len(ids)] = torch.tensor(labels)
+        # Labels are shifted by one, so the first token has no prediction.
         if not bool((batch["labels"][:, 1:] != IGNORED_LABEL).any()):
             raise InputError(
                 f"none of {len(rows)} chats has a token of the assistant within max_length {self._max_length}. "

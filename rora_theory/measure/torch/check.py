@@ -238,6 +238,7 @@ def _fresh_layers(model: torch.nn.Module, rank: int) -> dict[str, tuple[LoraLaye
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or not module.lora_A:
             continue
+        # PEFT lists an adapter as active also in layers that it does not adapt.
         for adapter in module.active_adapters:
             if adapter not in module.lora_A:
                 continue

@@ -57,6 +57,7 @@ def read_batches(
     """
     if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
         raise InputError(f"{name} must be a sequence of batches or records, got {type(data).__name__}")
+    # Look at the first element and put it back, because an iterator cannot be rewound.
     elements = iter(data)
     first = next(elements, None)
     if first is None:
@@ -102,6 +103,7 @@ def held_out_groups(model: torch.nn.Module, batches: Sequence[Batch]) -> list[Gr
       InputError: If no group has a label.
     """
     total = sum(_rows(batch) for batch in batches)
+    # Rows per group, so that there are at most about `MAX_GROUPS` of them.
     size = -(-total // MAX_GROUPS)
     groups = []
     for batch in batches:
@@ -188,6 +190,7 @@ def _collator(first: Any, name: str, tokenizer: Any, max_length: int) -> Callabl
 
     def collate(records: Sequence[Any]) -> Batch:
         rows = [encode(record) for record in records]
+        # Pad on the right. Padding is masked and has no label.
         width = max(len(ids) for ids, _ in rows)
         batch = {
             "input_ids": torch.full((len(rows), width), padding),

@@ -70,6 +70,7 @@ def strength_of(config: LoraConfig) -> float:
         raise InputError(f"config must be a LoraConfig of PEFT, got {type(config).__name__}")
     values = vars(config)
     check_uniform(values)
+    # The law describes adapters that start at B = 0, with nothing else trained.
     for name in TRAINS_OTHERS:
         if values.get(name):
             raise InputError(f"config.{name} must be empty for a probe, got {shown(values[name])}")
@@ -122,6 +123,7 @@ class ProbeModel:
                 parts = LedParts(layers)
                 diverged_at = self._train_adapter(trial)
                 if diverged_at is None:
+                    # The last update may diverge too, which only the evaluation shows.
                     losses = self._evaluate(parts)
                     if not math.isfinite(math.fsum(losses)):
                         diverged_at = trial.steps
@@ -230,6 +232,7 @@ def _adapted(model: torch.nn.Module, config: LoraConfig) -> Iterator[list[LoraLa
       InputError: If PEFT refuses the configuration for this model.
     """
     try:
+        # PEFT writes to the configuration that it receives, so it receives a copy.
         wrapped = get_peft_model(model, copy.deepcopy(config), adapter_name=ADAPTER)
     except ValueError as error:
         raise InputError(f"config does not suit the model: {first_line(error)}") from error
