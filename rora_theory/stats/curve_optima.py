@@ -40,10 +40,12 @@ def quadratic_optima(curve: Curve) -> Float[np.ndarray, " seeds"]:
     optima = []
     for losses in curve.losses:
         finite = np.isfinite(losses)
+        # A parabola has three coefficients.
         if np.sum(finite) < 3:
             optima.append(math.nan)
             continue
         curvature, slope, _ = np.polyfit(x[finite], np.log(losses[finite]), 2)
+        # A parabola that is not convex has no minimum.
         vertex = -slope / (2 * curvature) if curvature > 0 else math.nan
         optima.append(float(np.clip(vertex, x[finite][0], x[finite][-1])))
     return np.array(optima)
@@ -123,6 +125,7 @@ def pooled_exponent(pairs: Mapping[float, Sequence[tuple[Curve, Curve]]], method
     """
     by_seed: dict[int, list[float]] = {}
     for ratio, pairs_at_ratio in pairs.items():
+        # Exponents of all pairs by seed.
         for shared in (at_shared_seeds(*pair) for pair in pairs_at_ratio):
             if shared:
                 exponents = _DIFFERENCES[method](*shared) / math.log2(ratio)

@@ -38,11 +38,13 @@ class Moments:
         values = np.asarray(values, np.float64)
         if values.size == 0:
             return self
+        # Sum powers of the distance to a fixed shift: powers of the values themselves would cancel.
         shift = self.shift if self.count else float(np.mean(values))
         power = np.ones_like(values)
         sums, rests = [], []
         for total, rest in zip(self.sums, self.rests, strict=True):
             power = power * (values - shift)
+            # Compensated sums: the rest holds what rounding the sum has lost.
             total, rest = _two_sum_into(total, rest, float(np.sum(power)))
             sums.append(total)
             rests.append(rest)

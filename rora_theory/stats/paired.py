@@ -37,6 +37,7 @@ def mean_per_token(losses: Sequence[float], tokens: Sequence[int]) -> Estimate:
         )
     count, total = len(losses), math.fsum(tokens)
     ratio = math.fsum(losses) / total
+    # Residuals l - R t, the mean of which has the error of the ratio.
     spread = math.fsum((loss - ratio * size) ** 2 for loss, size in zip(losses, tokens, strict=True))
     if count < 2:
         return Estimate(ratio, math.nan, count, "")

@@ -119,6 +119,7 @@ class Curve:
           seeds: Seeds of the rows of ``losses``; empty numbers them from 0.
         """
         sizes = np.asarray(tokens, np.float64)
+        # Resample records rather than tokens, because the tokens of a record are dependent.
         samples = [resampled_ratios(list(by_rate), sizes, draws=draws) for by_rate in losses]
         return cls(
             "adamw",

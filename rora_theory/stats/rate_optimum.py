@@ -124,12 +124,15 @@ def grid_gap(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) ->
     index = int(np.argmin(losses))
     if index in (0, len(losses) - 1):
         return 0.0
+    # Widths and heights of the two sides of the lowest loss, in logarithms.
     sides = np.diff(np.log(np.asarray(rates, np.float64)[index - 1 : index + 2]))
     rises = np.log(losses[[index - 1, index + 1]] / losses[index])
     known = np.isfinite(rises)
     if known.all():
+        # Height of the chord above the lowest rate: the neighbours' heights, weighted by the opposite sides.
         chord = float(rises @ sides[::-1] / np.sum(sides))
         return float(losses[index] * HIDDEN_SHARE * chord * np.max(sides) / np.min(sides))
+    # One neighbour diverged: continue the slope of the other side, which convexity allows at most.
     return float(losses[index] * rises[known][0] * sides[~known][0] / sides[known][0]) if known.any() else math.inf
 
 

@@ -101,6 +101,7 @@ def regret(tuned: Curve, target: Curve, policy: Policy) -> Regret:
       The regret.
     """
     optimum = weighted_log2_rates((1.0,), tuned)
+    # An unknown error gives no range.
     half_width = optimum.half_width() if math.isfinite(optimum.half_width()) else 0.0
 
     def costs(learning_rate: float, curve: Curve = target) -> Float[np.ndarray, " seeds"]:

@@ -104,6 +104,7 @@ def seed_slopes(
             f"y must have {len(log_x)} columns of finite values above 0, got shape {y.shape} with "
             f"{int(np.sum(~(np.isfinite(y) & (y > 0))))} other values"
         )
+    # Weights of the values in the least-squares slope, which all seeds share.
     lever = log_x - np.mean(log_x)
     return np.log(y) @ (lever / np.sum(lever**2))
 
