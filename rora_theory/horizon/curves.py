@@ -41,6 +41,7 @@ def curves_at(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int, *, d
         setting_runs = {
             (run.seed, run.rate): run for run in reached if (run.rank or 0, run.strength or 0.0) == (rank, strength)
         }
+        # A curve needs the same rates at every seed.
         seeds, rates = _shared_grid({key: run.losses(step) is not None for key, run in setting_runs.items()})
         if not seeds:
             continue
@@ -74,11 +75,13 @@ def _shared_grid(has_losses: Mapping[tuple[int, float], bool]) -> tuple[list[int
     Args:
       has_losses: Whether a run has losses (did not diverge), by seed and rate.
     """
+    # Rates that each seed ran at.
     by_seed: dict[int, set[float]] = {}
     for seed, rate in has_losses:
         by_seed.setdefault(seed, set()).add(rate)
     seeds: list[int] = []
     rates: set[float] = set()
+    # Add seeds from those with the most rates on, as long as the set still makes a curve.
     for seed in sorted(by_seed, key=lambda seed: (-len(by_seed[seed]), seed)):
         shared = rates & by_seed[seed] if seeds else by_seed[seed]
         candidates = (*seeds, seed)
@@ -199,6 +202,7 @@ def at_one_rate(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int) ->
         seeds = sorted(by_seed.keys() & other_by_seed.keys())
         if strength == strongest[rank] or not seeds:
             continue
+        # Losses of both strengths by the same seeds and records, so that the difference is paired.
         first, second = (np.array([losses[seed] for seed in seeds]) for losses in (by_seed, other_by_seed))
         difference = paired_losses(
             first.sum(axis=1) / sizes.sum(),

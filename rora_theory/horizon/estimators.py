@@ -48,6 +48,7 @@ def estimator_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
                 if key[index] == low and (other := (high, key[1]) if index == 0 else (key[0], high)) in by
                 and at_shared_seeds(curve, by[other])
             }  # fmt: skip
+            # Each value of the other setting by itself and, if there are several, all of them pooled.
             groups = [(at,) for at in pairs] + ([tuple(pairs)] if len(pairs) > 1 else [])
             for group in groups:
                 chosen = [pairs[at] for at in group]

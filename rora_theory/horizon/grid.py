@@ -100,6 +100,7 @@ class HorizonGrid:
                 f"--read-at must be a single step with --schedule {self.schedule}, got "
                 f"{' '.join(map(str, self.read_at))}: a rate that decays depends on where the run ends"
             )
+        # Constructing the configuration of a run validates the settings that all runs share.
         self.training(next(self.cells()))
 
     def training(self, cell: HorizonCell) -> FinetuneConfig:

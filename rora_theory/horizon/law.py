@@ -200,6 +200,7 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence
       best rate; and ``verdict``, see `stats.verdicts.judge_range`.
     """
     rows = []
+    # Curves of each setting by step, without steps at which the warm-up has not raised the rate from 0.
     by: dict[tuple[int, float], dict[int, Curve]] = {}
     for step in sorted(curves):
         for curve in curves[step] if any(warmed_up(step, warmup)) else ():
@@ -211,11 +212,13 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence
             ends = at_shared_seeds(curve, by_step[second])
             if not ends:
                 continue
+            # Measured exponent: change of the log of the best rate per doubling of the steps.
             octaves = math.log2(second / first)
             slope = weighted_log2_rates((-1.0, 1.0), *ends).times(1 / octaves)
             rate = _best_rate(ends[0])
             # Full fine-tuning has no A that could take over.
             distances = np.quantile(takeovers, QUANTILES).tolist() if curve.rank else [math.inf]
+            # Exponents of the law, at quantiles of the modules' takeover distances.
             schedules = (warmed_up(first, warmup), warmed_up(second, warmup))
             preserving_rates = [
                 horizon.rate_for_equal_change(rate, *schedules, takeover=distance) for distance in distances

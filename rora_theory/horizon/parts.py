@@ -37,6 +37,7 @@ def led_table(runs: Sequence[HorizonRun], *, takeovers: Sequence[float], warmup:
         for reading in run.read.readings:
             if reading.parts is None:
                 continue
+            # Root mean squares, by module, of the B-led part, the A-led part and the whole change.
             b, a, w = (np.asarray(reading.parts[name]) for name in PARTS)
             row: dict[str, Any] = {"rank": run.rank, "strength": run.strength, "learning_rate": run.rate}
             row |= {"seed": run.seed, "step": reading.step}
@@ -44,6 +45,7 @@ def led_table(runs: Sequence[HorizonRun], *, takeovers: Sequence[float], warmup:
                 low, middle, high = np.quantile(values, QUANTILES).tolist()
                 row |= {name: middle, f"{name}_low": low, f"{name}_high": high}
             row["change"] = float(np.sqrt(np.mean(w**2)))
+            # The law's ratio at a constant gradient is the distance that A moves over the takeover distance.
             if takeover is not None:
                 rates = [run.rate * factor for factor in warmed_up(reading.step, warmup)]
                 row["law_ratio"] = horizon.distances(rates, takeover=takeover).A / takeover
@@ -136,6 +138,7 @@ def exponent_of_parts(
                 continue
             exponents.setdefault(run.seed, {})[math.log10(run.rate / rate)] = math.log(factor) / math.log(growth)
     by_seed = []
+    # Interpolate to the best rate, at distance 0, or use a run close enough to it.
     for seed in sorted(exponents):
         distances, values = zip(*sorted(exponents[seed].items()), strict=True)
         right = int(np.searchsorted(distances, 0.0))

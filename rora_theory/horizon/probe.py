@@ -120,6 +120,7 @@ class ProbeConfig:
         return FinetuneConfig(
             rule="lora",
             rank=min(self.probe_rank, self.rank),
+            # Under alpha / r, alpha equals gamma r at every rank.
             alpha=self.strength,
             lr=trial.learning_rate,
             warmup=scaled_warmup(self.warmup, self.steps, trial.steps),
@@ -171,6 +172,7 @@ class Probe:
             learning_rate=config.lr,
             budget=config.budget,
         )
+        # Held-out records that the budget allows to evaluate after every run.
         used = _affordable(held_out.input_lengths, self.plan.held_out_tokens(batch_tokens))
         self._input_examples = select(held_out, inputs)
         bench.held_out = select(held_out, used)
@@ -178,6 +180,7 @@ class Probe:
         self.tokens: list[int] = (
             bench.held_out.target_counts if self._is_answer else bench.held_out.input_lengths
         ).tolist()
+        # Number of passes over the records that the longest run needs.
         steps_per_epoch = -(-len(bench.train_examples) // config.batch_size)
         self._epochs = -(-self.plan.probe_steps // steps_per_epoch)
         self._inputs: dict[str, Float[np.ndarray, "layers tokens p_in"]] | None = None
@@ -191,6 +194,7 @@ class Probe:
         """Train an adapter and evaluate it."""
         config, bench = self._config, self._bench
         training = config.training(trial, epochs=self._epochs)
+        # Inputs of the untrained model: the adapter's change is 0 at the start of every run.
         if self._inputs is None:
             adapter = adapters.init(
                 jax.random.key(training.seed), training.adapter(), bench.model.config, bench.model.params
@@ -203,6 +207,7 @@ class Probe:
         losses = reading.answer_losses if self._is_answer else reading.losses
         ratios: list[float] = []
         if reading.parts is not None:
+            # The ratio is undefined in modules where B has not moved.
             ratios = [a / b for a, b in zip(reading.parts["led_A"], reading.parts["led_B"], strict=True) if b > 0]
         return ProbeRun(trial.learning_rate, trial.steps, tuple(losses), tuple(ratios))
 

@@ -52,6 +52,7 @@ def policies(
     """
 
     def displaced(old: Condition, new: Condition, rate: float) -> float:
+        # A number of steps without a constant uses that of the nearest one.
         steps = min(constants, key=lambda steps: abs(math.log(steps / old.steps)))
         factor = displacement.best_rate_factor(
             old.strength, new.strength, displacement_constant=constants[steps], coherence=coherence
@@ -93,9 +94,11 @@ def constants_by_steps(led: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
         for row in frames.rows(best[best["rank"].notna()])
     }
     for (step, rank, strength), runs in led.groupby(["step", "rank", "strength"]) if len(led) else ():
+        # Runs up to the best rate, with half a grid step of slack because it lies between the rates of the grid.
         optimum = optima.get((step, rank, round(strength, 6)))
         near = runs[runs["learning_rate"] <= (optimum or 0.0) * 10 ** (1 / 8)]
         if len(near):
+            # K = G rho (1 + rho), with the measured ratio rho of the A-led to the B-led part.
             values = strength * near["ratio"] * (1 + near["ratio"])
             rows.append(
                 {"step": int(step), "rank": int(rank), "strength": float(strength)}
@@ -137,6 +140,7 @@ def regret_table(
     measured = _MeasuredCurves(runs, tokens, curves, draws)
     rows: list[dict[str, Any]] = []
     for old, tuned in measured.curves.items():
+        # Geometric mean of the seeds' best rates.
         tuned_rate = 2 ** float(np.mean(log2_rates(tuned.spread)))
         for new, shared in measured.curves.items():
             if new == old or new.rank < old.rank or new.steps < old.steps:
@@ -149,6 +153,8 @@ def regret_table(
                 if any(math.isclose(carried(tuned_rate), rate, rel_tol=1e-9) for rate in rates):
                     continue
                 rates.append(carried(tuned_rate))
+                # Seeds with rates on both sides of the policy's rate, if there are any: otherwise the regret is a lower
+                # bound.
                 target = measured.covering(new, carried(tuned_rate)) or shared
                 cost = regret(tuned, target, carried)
                 nats = cost.nats
@@ -187,12 +193,14 @@ class _MeasuredCurves:
                 if condition in measured:
                     self._runs.setdefault(condition, []).append(run)
         self.curves = {condition: measured[condition] for condition in self._runs}
+        # Curves of subsets of the seeds are fitted on demand, and start with the curves of all seeds.
         self._covering: dict[tuple[Condition, frozenset[int]], Curve | None] = {
             (condition, frozenset(curve.by_seed)): curve for condition, curve in self.curves.items()
         }
 
     def covering(self, condition: Condition, learning_rate: float) -> Curve | None:
         """Return the curve of the seeds whose rates lie on both sides of a learning rate, or None."""
+        # A rate at the end of a grid counts as covered in spite of rounding.
         runs, slack = self._runs[condition], 1 + 1e-9
         by_seed: dict[int, list[float]] = {}
         for run in runs:
@@ -221,6 +229,7 @@ def regret_by_policy(costs: pd.DataFrame) -> pd.DataFrame:
       outside the measured ones. Pairs with a best rate at the end of a grid are left out.
     """
     rows: list[dict[str, Any]] = []
+    # At the end of a grid the lowest loss is unknown, and with it the regret.
     inside = costs[~costs["is_edge"].astype(bool)] if len(costs) else costs
     for (changed, policy), pairs in inside.groupby(["changed", "policy"], sort=False) if len(inside) else ():
         worst = pairs.loc[pairs["regret"].idxmax()]

@@ -88,6 +88,7 @@ def distinct(runs: Iterable[HorizonRun]) -> list[HorizonRun]:
         by_setting.setdefault((run.rank, run.strength, run.rate, run.seed), []).append(run)
     merged = []
     for same in by_setting.values():
+        # From the shortest to the longest run, so that the readings of longer runs replace those of shorter ones.
         same = sorted(same, key=lambda run: len(run.read.train_losses))
         readings: dict[int, Reading] = {}
         for reading in (reading for run in same for reading in run.read.readings):
@@ -146,6 +147,7 @@ def read_comparison_runs(path: Path, identity: Mapping[str, Any]) -> tuple[str, 
     if manifest is None or manifest["experiment"] != "horizon":
         raise InputError(f"--compare-to must be a run folder of sims.horizon, got {path}")
     other_settings, settings = manifest["config"], as_json(identity)
+    # Losses can be compared for one model and the same records only.
     for name in ("model_sha256", "records"):
         if other_settings.get(name) != settings[name]:
             raise InputError(f"--compare-to {path}: {name} differs. Use a run of the same model and records.")
