@@ -94,6 +94,7 @@ def cells_of(
     seed_evaluation = None if is_tuning and len(design.seeds) > 1 else evaluation
     common: dict[str, Any] = {"revision": revision, "dtype": design.dtype, "data": dict(data)}
     cells = []
+    # Stage 1 repeats the rates that were best at the first seed.
     best_rates: dict[Any, tuple[float, ...]] = {
         (row["model"], row["method"], row["rank"]): (row["learning_rate"],)
         for row in ([] if best is None else frames.rows(best))
@@ -106,6 +107,7 @@ def cells_of(
         for seed in seeds:
             for rank in (None, *design.ranks):
                 for method in design.methods:
+                    # Methods without a rank belong to the first turn of the loop, in which the rank is None.
                     if method == BASE or METHODS[method].ranked == (rank is None):
                         continue
                     if stage == 1:

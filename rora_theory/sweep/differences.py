@@ -162,11 +162,13 @@ def compare_cells(
     group: Group, against: Group, cells: Path, rates: Rates, grid_error: float | None = None
 ) -> Iterator[Difference]:
     """Yield the difference of two groups, if they have a seed in common; the base stands for every seed."""
+    # Pairs of the same seed. The base model is not trained, so it pairs with every seed.
     base = against.get(None)
     pairs = [(row, base or against[seed]) for seed, row in group.items() if base or seed in against]
     if not pairs:
         return
     loss, answer = _losses(pairs, cells)
+    # Accuracies are compared over the seeds at which both were scored.
     scored = [(row, other) for row, other in pairs if None not in (row["average"], other["average"])]
     average, tasks = _accuracies(scored, cells) if scored else (None, {})
     row, other = pairs[0]

@@ -146,6 +146,7 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
     training, scoring = replace(config.training, dtype=design.dtype), Scoring(design.protocol, config.eval_template)
     sample: dict[str, Any] = {name: getattr(config, name) for name in ("train_records", "shares")}
     sample |= {"held_out": training.held_out, "seed": config.data_seed}
+    # The records decide the default template, and are read before any model.
     records = draw_records(config.data, **sample, config=config.reading)
     training = replace(training, template=records.source.template(training.template))
     tasks: dict[str, list[TaskRecord]] = {}
@@ -154,5 +155,6 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
         advice = "Pass a folder with TASK/test.json, or --no-accuracy."
         tasks, digests = sources.read_tasks(config.data_dir, config.tasks, config.limit, advice=advice)
         evaluation = asdict(scoring) | {"limit": config.limit, "data": digests}
+    # Locate all models now, so that a missing one ends the command before any training.
     located = {name: llama.locate(name, config.revision) for name in design.models}
     return SweepPlan(design, training, scoring, records, tasks, evaluation, located, config.revision)

@@ -141,6 +141,7 @@ def describe_results(rows: pd.DataFrame) -> str:
         parts.append(f"{model}: {loss}, {best['method']}{setting}")
     diverged = int((rows["status"] == "diverged").sum())
     more = f" {diverged} diverged." if diverged else ""
+    # A best rate at the end of its grid is only a bound on the optimum.
     if edges := int(rows.drop_duplicates([*GROUP, "learning_rate"])["best_rate"].eq("edge").sum()):
         groups = int(rows.loc[rows["learning_rate"].notna(), GROUP].drop_duplicates().shape[0])
         more += (
@@ -229,6 +230,7 @@ def _columns_of(cell: FinishedCell) -> dict[str, Any]:
     row["protocol"] = (config["evaluation"] or {}).get("protocol")
     row |= {name: value for name, value in cell.value.items() if name != "levels"}
     levels = cell.value.get("levels", [])
+    # A single task is its own average.
     for level in [*levels, *(level | {"task": "average"} for level in levels[:1] if len(levels) == 1)]:
         name = level["task"]
         row |= {name: level["accuracy"], f"{name}_error": level["error"], f"{name}_unparsed": level["unparsed"]}

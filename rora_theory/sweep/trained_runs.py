@@ -103,6 +103,7 @@ def kappa_of(runs: Sequence[TrainedRun]) -> float:
     """
     gammas = {run.rank: run.gamma for run in runs}
     method = f"method {runs[0].method}"
+    # Two scalings at one rank come from two rules or alphas.
     deviating = sorted({run.gamma for run in runs if not math.isclose(run.gamma, gammas[run.rank], rel_tol=1e-9)})
     if deviating:
         raise InputError(f"{method} must have one rule and alpha, got the scalings {deviating} in addition to {gammas}")

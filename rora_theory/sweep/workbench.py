@@ -134,7 +134,9 @@ class Workbench:
         encode = partial(tokenize, tokenizer=tokenizer, template=template, chat=chat)
         answer_only = self.shared.loss_on == "answer"
         self.train_examples: Examples = encode(self.records.train, cutoff=self.shared.cutoff, answer_only=answer_only)
+        # Few padded lengths keep the number of compilations low.
         self._widths = choose_widths(self.train_examples.input_lengths, self.shared.widths)
+        # Held-out records are kept whole, because losses are compared over the same tokens.
         self.held_out: Examples = encode(
             [record for _, _, record in self.records.held_out], cutoff=longest, answer_only=True
         )
@@ -144,6 +146,7 @@ class Workbench:
             )
         # The weights come last, so that unsuitable records are refused before they are read.
         self.model = llama.load(located, jnp.dtype(self.shared.dtype))
+        # Compiled steps of another model would not be used again.
         self._name, self.steps = model, SharedSteps()
         return list(self.model.remarks)
 
@@ -233,6 +236,7 @@ class Workbench:
         training = replace(training, checkpoint_every=self.shared.checkpoint_every)
         adapter, batches = self.begin(training)
         steps = min(len(batches), training.steps or len(batches))
+        # A short run is repeated after an interruption, which costs less than its checkpoints.
         checkpoints = folder / "checkpoints" if steps > training.checkpoint_every else None
         before, model = self.steps.compilations, self.model
         trainer = Trainer(model.params, model.config, adapter, training, batches, None, checkpoints, shared=self.steps)
@@ -246,6 +250,7 @@ class Workbench:
         finally:
             trainer.close()
         result["compilations"] = self.steps.compilations - before
+        # The mean over the last steps averages out the noise between batches.
         result["train_loss"] = float(np.mean([event["loss"] for event in events.events[-10:]]))
         return TrainedAdapter(result, trainer.adapter("last"))
 
