@@ -72,6 +72,7 @@ def averages(rows: Sequence[PublishedRow]) -> list[Finding]:
     """Find printed averages that no counts of right answers consistent with the row's entries can give."""
     findings = []
     for row in rows:
+        # The exact average lies between the bounds, and the printed one is rounded from it.
         low, high = mean_bounds(row)
         if not low - HALF_EXACT <= _exact(row.average) <= high + HALF_EXACT:
             text = (
@@ -123,6 +124,7 @@ def differences(rows: Sequence[PublishedRow], claims: Sequence[Claim]) -> list[F
         ours, theirs = claimed_rows(rows, claim)
         printed = ours.average - theirs.average
         exact = mean(ours) - mean(theirs)
+        # Averages are compared as printed, exact means up to the rounding of two means and of the quote.
         if abs(printed - claim.printed) > 1e-6 or abs(exact - claim.printed) > 3 * HALF + 1e-9:
             text = (
                 f"quotes {claim.printed:.1f} points over {claim.against}; the printed averages "
@@ -218,6 +220,7 @@ def copied(rows: Sequence[PublishedRow], anchors: Sequence[PublishedRow], *, min
     """
     findings = []
     for row in rows:
+        # Number of equal entries, task by task, with every earlier row of the model.
         same = [
             (sum(a == b for a, b in zip(row.scores, anchor.scores, strict=True)), anchor)
             for anchor in anchors

@@ -322,6 +322,7 @@ def eq6(draws: Draws) -> Verdict:
 
     def judge_cell(rank: int, sums: sampling.Sums) -> Outcome:
         claimed = equations.eq6_mean(1.0, rank=rank, p_in=draws.p_in, **UNIT)
+        # Relative to the rms of w, so that the size of the step cancels.
         mean, size = sums.first.mean, math.sqrt(sums.first.second_moment.value)
         return judge_gap(abs(mean.value - claimed) / size, draws.z * mean.error / size, tolerance=0.0)
 
@@ -340,12 +341,14 @@ def eq6(draws: Draws) -> Verdict:
 def eq7(draws: Draws) -> Verdict:
     """Judge Eq. 7. The claimed variance exceeds the true one by the squared mean, which is judged like the mean."""
 
+    # Share of the claimed variance that is the squared mean.
     def missing(sums: sampling.Sums) -> float:
         second = sums.first.second_moment.value
         claimed = equations.eq7_variance(second)
         return 1 - equations.eq5_variance(second, sums.first.mean.value) / claimed
 
     def judge_cell(_: int, sums: sampling.Sums) -> Outcome:
+        # The root of that share is the mean over the rms, so its error is that of the mean.
         size = math.sqrt(sums.first.second_moment.value)
         gap = math.sqrt(abs(missing(sums)))  # the sign differs for a claim that is too small
         return judge_gap(gap, draws.z * sums.first.mean.error / size, tolerance=0.0)
@@ -397,6 +400,7 @@ def eq11(draws: Draws) -> Verdict:
         printed = float(equations.eq11_norm(np.ones(draws.p_out), rank=rank, p_in=p_in, **UNIT))
         return root(draws.sums(rank, 0.0, p_in).norm2.mean).times(1 / printed)
 
+    # The printed formula uses the largest |delta_i| for all outputs.
     spread = np.linspace(-1.0, 1.0, 101)
     inflation = math.sqrt(spread.size * np.max(spread**2) / np.sum(spread**2))
     wide, narrow = ratio(draws.high, draws.p_in), ratio(draws.tall, NARROW)
