@@ -127,6 +127,7 @@ def saved_from_entries(path: Path, values: Mapping[str, Any]) -> Saved:
     # A regular expression and a single name are both strings; only a name is a target by itself.
     expression = targets if isinstance(targets, str) and targets != ALL_LINEAR else None
     names = None if targets is None or expression else (targets,) if isinstance(targets, str) else tuple(targets)
+    # Remarks for the user: defaults, DoRA, and entries that the law does not cover.
     remarks = [
         f"{path} has no {name}: PEFT's default, 8, is used" for name in ("r", "lora_alpha") if name not in values
     ]

@@ -49,6 +49,7 @@ class RunChange:
         if self.displacement_constant is not None:
             check_not_negative("displacement_constant", self.displacement_constant)
             object.__setattr__(self, "displacement_constant", float(self.displacement_constant))
+        # A new value has no effect without the old one. Without a new value, the setting does not change.
         for name, old, new in (
             ("steps", self.steps, self.to_steps),
             ("schedule", self.schedule, self.to_schedule),

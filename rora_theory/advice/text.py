@@ -90,6 +90,7 @@ def _describe_cost(carried: CarriedSetting) -> list[str]:
 
 def _describe_law(carried: CarriedSetting) -> list[str]:
     """Return sentences on where the rate and its range come from, if the rate changes."""
+    # Sentences for each setting that changes: scaling times rank, steps, and schedule.
     sentences = []
     if "strength" in carried.changed:
         low, high = carried.run.displacement_constants
@@ -144,6 +145,7 @@ def _decreases(carried: CarriedSetting) -> dict[str, bool]:
 def _describe_horizon(carried: CarriedSetting, limits: HorizonLimits) -> list[str]:
     """Return sentences on the first step and a long run, where the displacement law does not apply."""
     old = carried.old
+    # The two limits: a single step, and a long run in which the motion of A dominates.
     first_step, long_run = limits if carried.fixes_alpha else map(carried.lora_alpha_of, limits)
     if isclose(first_step, long_run):
         sentences = ["This preserves the first update, and the change in a long run."]

@@ -307,9 +307,11 @@ def _open(path: str | Path) -> _Document:
         return _Document(path, "PEFT", "", read_entries(path))
     supported = f"{FILE} of PEFT, or the YAML of Axolotl (key adapter) or LLaMA-Factory (key lora_rank)"
     text = read_text(path, MAX_BYTES, accepted=supported)
+    # Entries such as patterns can make a JSON file larger than the limit for YAML.
     if path.suffix == ".json" and len(text) > LARGEST_YAML:
         return _Document(path, "PEFT", text, read_entries(path))
     values = parse_yaml(text, where=str(path), accepted=supported)
+    # Recognise the format by keys that only one of them has.
     keys = {name for name in values if isinstance(name, str)} if isinstance(values, dict) else set()
     signs: dict[Format, tuple[str, ...]] = {
         "PEFT": PEFT_KEYS,
@@ -329,6 +331,7 @@ def _read_axolotl(document: _Document) -> Saved:
     path, values = document.path, document.values
     if values["adapter"] not in AXOLOTL_ADAPTERS:
         raise InputError(f"{path}: adapter must be {' or '.join(AXOLOTL_ADAPTERS)}, got {shown(values['adapter'])}")
+    # lora_target_linear replaces the list of modules.
     names: Any = values.get("lora_target_modules")
     if document.flag("lora_target_linear"):
         names = ALL_LINEAR
@@ -347,6 +350,7 @@ def _read_axolotl(document: _Document) -> Saved:
         "exclude_modules": values.get("lora_exclude_modules"),
         "target_parameters": values.get("lora_target_parameters"),
     }
+    # LoftQ starts from B other than 0.
     peft = values.get("peft")
     if isinstance(peft, dict) and peft.get("loftq_config"):
         raise InputError(f"{path}: peft must have no loftq_config, got {shown(peft)}. The law covers B = 0.")
@@ -358,9 +362,11 @@ def _read_llama_factory(document: _Document) -> Saved:
     kind = values.get("finetuning_type")
     if kind not in (None, "lora"):
         raise InputError(f"{path}: finetuning_type must be lora, got {shown(kind)}")
+    # The law assumes AdamW or SGD, and B = 0 at the start.
     for name in ("pissa_init", *OTHER_OPTIMIZERS):
         if document.flag(name):
             raise InputError(f"{path}: {name} must be false, got True. The law covers AdamW and SGD from B = 0.")
+    # Defaults of LLaMA-Factory: rank 8, twice the rank as alpha, and all linear modules.
     rank = document.rank("lora_rank", 8)
     names: Any = values.get("lora_target")
     if isinstance(names, str):
@@ -415,11 +421,13 @@ def _changes(document: _Document, advice: Advice) -> dict[str, Any]:
         alpha, is_rslora = _as_integer(advice.alpha) or advice.alpha, True
         if not advice.is_rslora or isinstance(alpha, float):
             raise InputError(_integer_message(document, advice))
+    # Write only what differs, so that the rest of the file stays as it is.
     changes = {keys.rank: advice.setting.rank, "lora_alpha": alpha}
     if bool(values.get(keys.rslora)) != is_rslora:
         changes[keys.rslora] = is_rslora
     if isinstance(keys, _TrainerKeys):
         old_rate = document.learning_rate(keys.default_learning_rate)
+        # Leave a rate as it is written if it differs by rounding only.
         if not isclose(advice.learning_rate, old_rate, rel_tol=1e-6):
             changes["learning_rate"] = float(f"{advice.learning_rate:.6g}")
     return {name: value for name, value in changes.items() if name not in values or values[name] != value}

@@ -246,6 +246,7 @@ def transfer(
     run = RunChange(steps, to_steps, schedule, to_schedule, displacement_constant)
     _check_run_has_a_law(run, old, name)
     new_rule = old.rule if rule is None else rule
+    # The tuned alpha and rate at the new rank and rule, from which the advice departs.
     unchanged = replace(old, rank=rank, rule=new_rule, alpha=old.alpha if alpha is None else alpha)
     # Alpha and rate that preserve each module's first step.
     modules = []
