@@ -58,6 +58,7 @@ def read_bytes(path: str | Path, limit: int = LARGEST, *, accepted: str = "a reg
         status = os.fstat(descriptor)
         _check_is_regular(path, status, accepted)
         parts, size = [], 0
+        # The size may be wrong, as in /proc, or grow: count the bytes that are read as well.
         while status.st_size <= limit >= size and (part := os.read(descriptor, _CHUNK)):
             parts.append(part)
             size += len(part)
@@ -370,6 +371,7 @@ def append(path: Path, line: str, *, sync: bool = True) -> None:
                 if sync:
                     os.fsync(descriptor)
             except OSError:
+                # Restore the length, so that no incomplete line remains.
                 with contextlib.suppress(OSError):
                     os.ftruncate(descriptor, before)
                 raise

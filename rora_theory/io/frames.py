@@ -116,6 +116,7 @@ def read_csv(
         if not head or (columns is not None and head != list(columns)):
             header = ",".join(columns) if columns is not None else "of a table"
             raise InputError(f"{path}: line 1 is not the header {header}. Expected {accepted}.")
+        # pandas would fill short lines with missing values, and read an index from lines with one field more.
         for line in lines:
             if len(line) != len(head):
                 raise InputError(f"{path}: line {lines.line_num} must have {len(head)} fields, got {len(line)}")
@@ -123,6 +124,7 @@ def read_csv(
         raise InputError(f"{path}: is not a table ({error}). Expected {accepted}.") from error
     import pandas as pd
 
+    # Only empty fields and nan are missing: the default list would drop texts such as NA and None.
     frame = pd.read_csv(
         io.StringIO(text),
         dtype=dict.fromkeys((column for column in text_columns if column in head), object),

@@ -203,12 +203,14 @@ def _record_failure(cell: Any, cell_folder: Path, error: Exception) -> str:
     Raises:
       InputError: The disk is full, which is not the cell's fault.
     """
+    # On a full disk every further cell would fail, so the run stops.
     if files.is_disk_error(error):
         if isinstance(error, OSError):
             reason = error.strerror or str(error)
             raise InputError(f"{cell_folder}: cannot be written ({reason}). Use a disk with free space.") from error
         raise error
     description = f"{type(error).__name__}: {error}"
+    # A traceback that cannot be written must not replace the error itself.
     with contextlib.suppress(InputError, OSError):
         cell_folder.mkdir(parents=True, exist_ok=True)
         files.write_whole(cell_folder / ERROR, "".join(traceback.format_exception(error)))

@@ -23,6 +23,7 @@ def pick(count: int | None) -> list[jax.Device]:
     """
     if count is not None:
         check_integer("--devices", count, maximum=MAX_DEVICES)
+    # Cores that this process may use, which a scheduler or container may limit.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):  # the backend is already initialised: use its devices
         jax.config.update("jax_num_cpu_devices", max(count or cores, 1))

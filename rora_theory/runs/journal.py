@@ -49,6 +49,7 @@ class Journal:
                 )
             self._digests.append(entry.pop(seals.DIGEST))
             self.entries.append(entry)
+        # A killed process leaves an incomplete last line, which the resumed run writes again.
         if mend and len(complete_lines) < len(data):
             os.truncate(path, len(complete_lines))
 

@@ -44,6 +44,7 @@ def _open_locked(folder: Path) -> int:
     except OSError as error:
         raise InputError(f"{path}: cannot be opened ({error.strerror}). Use a writable folder.") from error
     try:
+        # The kernel releases the lock when the process ends, even if it is killed.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)

@@ -103,6 +103,7 @@ def read_finished_cells(path: Path) -> dict[str, FinishedCell]:
     manifest = read_manifest(path, ("run_id",))
     if manifest is None:
         return {}
+    # A cell that was computed again has a later line, which replaces the earlier one.
     cells: dict[str, FinishedCell] = {}
     for number, entry in enumerate(Journal(path / CELLS, manifest["run_id"], mend=False).entries, start=1):
         cell = _parse_cell(entry, f"{path / CELLS}: line {number}")
@@ -137,6 +138,7 @@ def read_manifest(path: Path, keys: Sequence[str]) -> dict[str, Any] | None:
       InputError: The manifest is damaged, was changed, has no digest, or is missing although the folder has files.
     """
     file = path / "manifest.json"
+    # Without a manifest the folder must be empty: files of unknown origin are not overwritten.
     if not os.path.lexists(file):
         if path.is_dir() and any(entry for entry in path.iterdir() if not entry.name.startswith(".")):
             raise InputError(
@@ -147,6 +149,7 @@ def read_manifest(path: Path, keys: Sequence[str]) -> dict[str, Any] | None:
         manifest = files.read_json(file)
     except InputError as error:
         raise InputError(f"{file}: is damaged ({reason_of(error, file)}). {RESTORE}") from error
+    # The manifest must be complete and sealed by the digest of its content.
     missing = [key for key in keys if not isinstance(manifest, dict) or key not in manifest]
     if missing:
         raise InputError(f"{file}: is damaged (it has no {missing[0]}). {RESTORE}")

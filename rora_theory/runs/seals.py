@@ -74,6 +74,7 @@ def describe_problem(folder: Path, within: str = "") -> str | None:
             return f"{path}: has no digest"
         if not is_sealed(manifest):
             return f"{path}: was changed since the run wrote it"
+        # Digests of the files directly in the requested folder.
         recorded = manifest.get("files") or {}
         verified = {name: digest for name, digest in recorded.items() if name.rpartition("/")[0] == within}
         for name in changed_files(folder, verified):
