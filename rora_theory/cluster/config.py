@@ -94,6 +94,7 @@ class ClusterConfig:
         Raises:
           InputError: No node has the resources, and Ray runs on this machine.
         """
+        # One GPU for each cell if any node has one. Cells own the GPUs, so the driver uses the CPU.
         gpus = self.cell_gpus
         if gpus is None:
             gpus = float(any("GPU" in node for node in nodes))
@@ -106,6 +107,7 @@ class ClusterConfig:
             required["memory"] = needs["memory"] = int(self.cell_memory * _GIB)
             description += f" and {self.cell_memory:g} GiB"
         if not any(all(node.get(name, 0) >= count for name, count in required.items()) for node in nodes):
+            # A cluster may get another node with the resources; this machine will not.
             if self.address is None:
                 raise InputError(
                     f"a cell needs {description}, more than this machine has. Lower --cell-cpus, --cell-gpus or "

@@ -93,6 +93,7 @@ def _init(ray: Any, address: str | None, workers: int, cpus: float) -> None:
             _check_listening(address)
             ray.init(address, **quiet)
         else:
+            # Stop the sessions that killed runs have left, and start one in a folder of this user.
             orphans.stop()
             quiet["_temp_dir"] = str(orphans.make_session_root())
             ray.init("local", num_cpus=math.ceil(workers * cpus), include_dashboard=False, **quiet)

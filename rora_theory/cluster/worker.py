@@ -100,6 +100,7 @@ def _compute(
     try:
         try:
             return _run(_fetch(work_reference), cell, folder, lock)
+        # The driver sends the model and submits the cell again; then its files are at hand.
         except MissingModelError as error:
             if error.sha256 not in sent:
                 return MissingModel(error.source, error.sha256)
@@ -131,8 +132,10 @@ def _fetch(work_reference: Any) -> Callable[[Any, Path], Any]:
 
 def _run(work: Callable[[Any, Path], Any], cell: Any, folder: Path, lock: str | None) -> Done:
     started, node = time.monotonic(), _node()
+    # The driver's own folder is visible from here, by its lock: work in it.
     if lock is not None and read_lock(folder) == lock:
         return Done(work(cell, folder), {}, time.monotonic() - started, node)
+    # Otherwise send the files with the result. Checkpoints are of no use after the end.
     with tempfile.TemporaryDirectory(prefix="rora-cell-", ignore_cleanup_errors=True) as scratch:
         scratch_folder = Path(scratch) / folder.name
         value = work(cell, scratch_folder)
