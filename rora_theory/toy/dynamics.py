@@ -205,6 +205,7 @@ def draw_adapters(
     """
     check_choice("start", start, STARTS)
     adapters = []
+    # A key for each layer. The other factor is 0, so that the adapter changes nothing at the start.
     for index, (out, fan_in) in enumerate(config.shapes):
         layer_key = jax.random.fold_in(key, index)
         if start == "A":
@@ -333,6 +334,7 @@ def final_losses(
             loss(trained, seed_problem.weights, seed_problem.x_held_out, seed_problem.target_held_out, scaling),
         )
 
+    # All seeds and learning rates in one compiled call.
     return jax.vmap(jax.vmap(train_one, in_axes=(None, None, 0)), in_axes=(0, 0, None))(
         adapters, problem, learning_rates
     )
@@ -398,6 +400,7 @@ def spectral_norm(matrix: Float[Array, "m n"]) -> Float[Array, ""]:
 
 def _output_change(weights: tuple[Array, ...], x: Array, delta: Callable[[int, Array], Array]) -> Array:
     """Propagate activations and their changes side by side; layer l adds ``delta(l, its input)`` to its output."""
+    # Changes are propagated by themselves: the difference of two outputs would cancel in float32.
     hidden, hidden_change = x, None
     for layer, weight in enumerate(weights):
         adapted_input = hidden if hidden_change is None else hidden + hidden_change
@@ -434,6 +437,7 @@ def _update(
         # Optax relies on type promotion; this package's code also passes under the strict rules.
         with jax.numpy_dtype_promotion("standard"):
             updates, state = transformation.update(jax.grad(loss_of)(adapters), state, adapters)
+            # The frozen factor gets a gradient, but its update is dropped.
             if frozen is not None:
                 name = f"lora_{frozen}"
                 updates = tuple({**tensors, name: jnp.zeros_like(tensors[name])} for tensors in updates)

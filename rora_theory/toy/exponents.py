@@ -52,6 +52,7 @@ def summarise_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for named, group in table.groupby([*CELL, "step"], sort=False):
+        # Diverged seeds are counted, but they would make every mean infinite.
         finite = group[group["diverged"] == 0]
         line = dict(zip((*CELL, "step"), named, strict=True))
         line |= {"seeds": len(group), "diverged": len(group) - len(finite)}
@@ -83,6 +84,7 @@ def exponent_fits(table: pd.DataFrame) -> pd.DataFrame:
             fitted_ranks = [rank for rank in members if not at_step["diverged", rank].any()]
             if len(fitted_ranks) < 2:
                 continue
+            # The loss relative to its start shows how far the training has come.
             loss, origin = (
                 measured_at["loss_train"][fitted_ranks].mean()
                 for measured_at in (at_step, measured.xs(0, axis=1, level="step"))
@@ -202,6 +204,7 @@ def verdicts_by_step(rows: Sequence[dict[Any, Any]]) -> str:
     for row in rows:
         ended = row["loss_left"] < SATURATED
         parts.append((row["verdict"] + (" (loss below half)" if ended else ""), str(row["step"])))
+    # Merge neighbouring steps with the same verdict.
     groups: list[tuple[str, list[str]]] = []
     for verdict, step in parts:
         if not groups or groups[-1][0] != verdict:
