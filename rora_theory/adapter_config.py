@@ -66,6 +66,7 @@ def peft_targets(names: Sequence[str] | str) -> str | list[str]:
     """
     valid = f"names of modules such as q_proj, each listed once, or {ALL_LINEAR} alone"
     if isinstance(names, str):
+        # A string with special characters is a regular expression, any other a single name.
         if _REGEX_SIGNS.search(names):
             return _regular_expression(names)
         names = [names]
@@ -75,6 +76,7 @@ def peft_targets(names: Sequence[str] | str) -> str | list[str]:
         raise InputError(f"targets must be {valid}, got an empty list")
     if list(names) == [ALL_LINEAR]:
         return ALL_LINEAR
+    # A name is a dotted path of identifiers, listed once.
     for name in names:
         if name == ALL_LINEAR or not re.fullmatch(r"\w+(\.\w+)*", name) or list(names).count(name) > 1:
             raise InputError(f"targets must be {valid}, got {name!r} in {' '.join(names)!r}")

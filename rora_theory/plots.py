@@ -145,6 +145,7 @@ def plot_regime(crossings: "pandas.DataFrame", title: str = "") -> "matplotlib.f
                 rows = crossings[(crossings["type"] == name) & (crossings["optimizer"] == optimizer)]
                 draw_crossings(axis, rows, colour=COLOURS[position], marker=MARKERS[position], label=optimizer)
         handles = named(axes)
+        # The bands have no labels, so a rectangle stands for the quartiles of each optimizer.
         for optimizer, handle in list(handles.items()):
             handles[f"{optimizer}, quartiles over tokens"] = plt.Rectangle(
                 (0, 0), 1, 1, color=handle.get_color(), alpha=0.2, linewidth=0
@@ -305,6 +306,7 @@ def draw_losses(
       label: Label in the legend.
     """
     by_rate = {rate: np.atleast_1d(np.asarray(losses[rate], np.float64)) for rate in sorted(losses)}
+    # Mean and error only where no seed diverged.
     finite = {rate: values for rate, values in by_rate.items() if np.isfinite(values).all()}
     errors = [values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0 for values in finite.values()]
     axis.errorbar(
@@ -377,6 +379,7 @@ def legend(figure: "matplotlib.figure.Figure", handles: dict[str, Any], title: s
     for word in title.split(" "):
         longer = f"{lines[-1]} {word}".strip()
         lines = [*lines[:-1], longer] if _text_width(figure, longer) <= width else [*lines, word]
+    # Try as many columns as there are labels, then fewer, until the legend fits.
     for columns in range(len(handles), 0, -1):
         drawn = figure.legend(
             handles.values(),

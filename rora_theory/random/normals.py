@@ -40,6 +40,7 @@ def standard_normal(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "
         size = count if count <= _UNSPLIT_MAX else min(_PIECE, -(-count // 2))  # XLA removes a loop of one iteration
         if size == count:
             return _piece(data, jnp.uint32(0), count).reshape(shape)
+        # The last piece may draw more normals than are needed: cut them off.
         starts = jnp.arange(0, count, size, dtype=jnp.uint32)
         return jax.lax.map(lambda start: _piece(data, start, size), starts).reshape(-1)[:count].reshape(shape)
 
