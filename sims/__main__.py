@@ -30,12 +30,14 @@ def main() -> None:
     """Run the command that the first word of the command line names."""
     from sims.common import cli, completion
 
+    # `rora figures NAME` runs a module of the other package.
     package, words = "sims", sys.argv[1:]
     if words[:1] == [FIGURES]:
         package, words = FIGURES, words[1:]
     commands = describe_commands(package)
     listed = commands | ({FIGURES: "Draw figures of saved runs; rora figures lists them."} if package == "sims" else {})
     name = words[0].replace("-", "_") if words else "--help"
+    # Options of the program itself: the line above has replaced their hyphens.
     if name in ("_h", "__help", "--help"):
         print_commands(package, listed)
         return
@@ -49,6 +51,7 @@ def main() -> None:
     if name not in commands:
         print(f"error: unknown command {words[0]!r}; supported: {', '.join(listed)}", file=sys.stderr)
         sys.exit(2)
+    # Run the module as `python -m` does, with the words as they were typed in help and errors.
     if Path(sys.argv[0]).stem == "rora":
         cli.PROGRAM = " ".join(["rora", *sys.argv[1 : len(sys.argv) - len(words) + 1]])
     sys.argv = [f"{package}.{name}", *words[1:]]

@@ -53,6 +53,7 @@ def show_table(config: Config) -> None:
     estimates = capacity.fit_table(
         PAPER_MODELS, config.finetune(), device, width=config.seq, utilisation=config.utilisation, layout=layout
     )
+    # One row for each model and for each setting of rematerialisation.
     count = config.count_steps()
     forms = {"model": "{model}", "remat": "{remat}", "trained %": "{trained:.2f}", "base GB": "{base:.1f}"}
     forms |= {"trained + Adam GB": "{state:.1f}", "activations GB": "{activations:.1f}", "total GB": "{total:.1f}"}
@@ -73,6 +74,7 @@ def show_model(config: Config, model: LlamaConfig) -> None:
     """Print the estimate of one model by component, then XLA's analysis and the measurement, if requested."""
     run, device, layout = config.finetune(), config.place(), config.layout(here=config.compile or config.measure)
     estimate = capacity.account(model, run, config.seq, layout)
+    # Estimate by component, from the traced program.
     rows = [[name, f"{size / GB:.2f}"] for name, size in estimate.parts().items()]
     rows += [["total", f"{estimate.total / GB:.2f}"], ["(a block of logits)", f"{estimate.logits / GB:.2f}"]]
     seconds = estimate.seconds(device, run.dtype, config.utilisation)
@@ -91,6 +93,7 @@ def show_model(config: Config, model: LlamaConfig) -> None:
         f"{seconds:.3g} s per step, {estimate.tokens / seconds:.0f} tokens/s{run_time}\n"
         f"{config.basis()}"
     )
+    # Compile, and run, the step on this machine to check the estimate, if requested.
     measured = capacity.measure_step(model, run, config.seq, layout) if config.measure else None
     if config.compile:
         xla = measured.program if measured else capacity.compile_here(model, run, config.seq, layout)

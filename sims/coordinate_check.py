@@ -70,6 +70,7 @@ def run(config: Config) -> None:
     # The identity contains digests of the inputs, not their paths, so that the run can be resumed on another machine.
     identity = flat(checked) | flat(chosen) | {"targets": config.targets} | read.identity
     check_free(path_of(NAME, identity, config.out))
+    # Batches of all seeds, and one model with compiled functions for all cells.
     data, tokenizer, steps = read.records.records, read.tokenizer, max(checked.steps)
     batches = record_batches.by_seed(chosen, data, tokenizer, seeds=checked.seeds, steps=steps, chat=read.chat)
     checker = Checker(read.model.params, read.model.config, width=max(checked.ranks), target_modules=config.targets)
@@ -84,6 +85,7 @@ def run(config: Config) -> None:
         return rank_check.coordinate_rows(checked, checker, cell, batch.at, batch.held_out)
 
     sizes = run_table(cells, work, folder, rank_check.COLUMNS, runner=runner, title="coordinate check")
+    # Slopes in the rank, with verdicts.
     slopes = rank_check.coordinate_slopes(checked, sizes)
     folder.write_frame(slopes, "slopes.csv")
     ends = slopes[(slopes["module"] == MODEL) & (slopes["step"] == steps)]
@@ -98,6 +100,7 @@ def report(config: CheckConfig, slopes: pd.DataFrame, sizes: pd.DataFrame, *, ba
     """Print the verdicts, and the slopes of each case by module."""
     judged = rank_check.verdicts(config, slopes)
     answers.print_answer(rank_check.describe_check(config, judged), thin.rank_warnings(config.ranks))
+    # One table for each case and split, with a line for each module and for the whole model.
     cases, losses = list(rank_check.cases(config)), []
     for case in cases:
         group = rank_check.rows_of_case(slopes, case)
@@ -117,6 +120,7 @@ def report(config: CheckConfig, slopes: pd.DataFrame, sizes: pd.DataFrame, *, ba
         loss = rank_check.rows_of_case(sizes, case).query("quantity == 'loss'")["value"]
         is_finite = len(loss) and np.isfinite(loss).all()
         losses.append(f"{loss.min():.2f} to {loss.max():.2f}" if is_finite else "not finite")
+    # Verdicts on all cases.
     ends = [(split, step) for split in SPLITS for step in (config.steps[0], config.steps[-1])]
     tables.print_records(
         f"Verdicts ({batches} batch, {len(config.seeds)} seeds, ranks {' '.join(map(str, sorted(config.ranks)))})",

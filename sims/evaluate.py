@@ -117,6 +117,7 @@ def evaluate(
       The accuracies of the tasks, and their average.
     """
     scoring, records = config.scoring(), [record for items in tasks.values() for record in items]
+    # Samples of an earlier part of this run are read from its file and not scored again.
     saved = Samples(folder.path / samples.FILE, folder.identity, records, config.protocol)
     right = sum(sample.correct for sample in saved.found)
     with progress_bar("scoring", len(records), fields="{task}  accuracy {accuracy:.1%}") as bar:
@@ -125,6 +126,7 @@ def evaluate(
             right += sample.correct
             bar.advance(1, task=TASKS[sample.task].name, accuracy=right / len(saved.found))
     folder.record_files(samples.FILE)
+    # Accuracies, written as a table and, with all settings, as JSON.
     levels = accuracies(saved.found, records)
     heads = {"protocol": scoring.protocol, "template": scoring.template}
     folder.write_frame(frames.from_rows([heads | asdict(level) for level in levels], ACCURACY_COLUMNS))
@@ -148,6 +150,7 @@ def identity(config: Config, data: dict[str, str], origin: ModelSource) -> dict[
 def report(levels: Sequence[TaskAccuracy], scoring: Scoring) -> None:
     """Print the average accuracy and a table of the tasks, in percent ± one standard error."""
     answers.print_answer(describe_accuracy(levels, scoring.protocol))
+    # Columns of the table; the accuracy per character only if a task has one.
     forms = {"task": "{name}", "n": "{n}", "accuracy %": "{accuracy:.1f} ± {error:.1f}"}
     if any(level.accuracy_norm is not None for level in levels):
         forms["per character %"] = "{accuracy_norm:.1f} ± {error_norm:.1f}"
@@ -165,6 +168,7 @@ def report(levels: Sequence[TaskAccuracy], scoring: Scoring) -> None:
 def run(config: Config) -> None:
     """Score the tasks and report the accuracies."""
     tasks, data = sources.read_tasks(config.data_dir, config.tasks, config.limit)
+    # The identity contains digests, so the folder can be checked before the weights are loaded.
     origin = locate(config.model, config.revision)
     known = identity(config, data, origin)
     check_free(path_of(NAME, known, config.out))

@@ -67,6 +67,7 @@ def run(config: Config) -> None:
         return cell_memory(llama.model_config(located[model]), grid.training(cell), FinetuneConfig.dtype)
 
     runner = config.cluster.runner(plan)
+    # Check all inputs before any work: the regime, the records, the model and the runs to compare with.
     takeovers, linear_terms = horizon_law.read_regime(config.regime) if config.regime else ([], [])
     cells = list(grid.cells())
     sample = {name: getattr(config, name) for name in ("held_out", "train_records")}
@@ -81,6 +82,7 @@ def run(config: Config) -> None:
     cli.print_notes(bench.open(config.model))
     prompts.print_summary(split.source, split.source.template(grid.template))
     prompts.save_prompts(folder, bench.train_examples, bench.model.tokenizer, show=config.reading.show)
+    # Number of tokens of every held-out record, by which losses are averaged.
     tokens, answered = readings.token_counts(bench)
     names = pd.DataFrame([(source, index) for source, index, _ in split.held_out], columns=["source", "index"])
     folder.write_frame(names.assign(tokens=tokens, answer_tokens=answered), "records.csv")
@@ -91,6 +93,7 @@ def run(config: Config) -> None:
 
     words = partial(readings.describe_run, tokens=tokens)
     run_with_bar(cells, work, folder, runner=runner, title="runs", words=words)
+    # Analyse all runs in the folder, also those of other grids, after merging runs of one setting.
     runs = horizon_runs.distinct(horizon_runs.read_finished(folder.path))
     folder.write_frame(horizon_runs.horizon_table(runs, tokens, answered), "results.csv")
     law = {"takeovers": takeovers, "linear_terms": linear_terms}

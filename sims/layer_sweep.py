@@ -44,10 +44,12 @@ class Config:
 def run(config: Config) -> None:
     """Run the cells that the run folder lacks, then report on all cells."""
     grid, runner = config.grid, config.cluster.runner()
+    # The identity contains the digest of the data, not the path.
     layers = layer_data.read_layers(config.layers)
     identity = {"layers": digests.of_file(config.layers)} | flat(grid)
     extra = {"units": layer_grid.UNITS, "device": describe(pick(1)), "file": config.layers.name}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=grid.seed, extra=extra)
+    # The law alone gives the crossing ranks; the cells draw adapters to test it.
     cells, crossings = layer_grid.layer_cells(grid, layers), layer_grid.crossings(grid, layers)
     folder.write_frame(crossings, layer_grid.CROSSINGS)
 
@@ -67,6 +69,7 @@ def report(results: pd.DataFrame, crossings: pd.DataFrame) -> None:
     """Print the agreement between measurement and law, and the slopes of each layer."""
     answers.print_answer(layer_grid.describe_agreement(results))
     slopes = layer_grid.layer_exponents(results, low=USUAL_RANKS[0], high=USUAL_RANKS[1])
+    # One table for each split, optimizer and init, with a line for each layer.
     format_quartiles = "{crossing_rank:.1f} ({lower_quartile:.1f}-{upper_quartile:.1f})".format_map
     crossings_by_layer = crossings.set_index(["layer", "split", "optimizer"])
     for split, optimizer in crossings[["split", "optimizer"]].drop_duplicates().itertuples(index=False):

@@ -67,6 +67,7 @@ class Config:
 def run(config: Config) -> None:
     """Train, or read the runs of a matrix, then find the best rates and report."""
     if config.matrix is not None:
+        # Curves of runs that are already trained: their records allow a paired comparison.
         runs = trained_runs.read_runs(config.matrix, model=config.matrix_model, loss=config.matrix_loss)
         curves = run_curves.curves_of_runs(runs)
         identity = {"matrix": trained_runs.runs_digest(runs), "loss": config.matrix_loss, "model": config.matrix_model}
@@ -74,6 +75,7 @@ def run(config: Config) -> None:
         folder.write_frame(run_curves.rate_loss_table(runs))
         compared = run_curves.compare_by_records(curves, runs)
     else:
+        # Curves of the teacher-student problem, trained here.
         runner = config.cluster.runner()
         grid, extra = config.grid, {"units": UNITS, "device": devices.describe(devices.pick(1)), "judge": config.judge}
         folder = RunFolder.open(NAME, asdict(grid), out=config.out, seed=grid.seed, extra=extra)
@@ -82,6 +84,7 @@ def run(config: Config) -> None:
         losses = run_table(cells, work, folder, COLUMNS, runner=runner, title="rates")
         curves = rate_grid.curves_of_losses(losses, config.judge)
         compared = compare_rules(curves)
+    # Best rates, and their slopes against the rank.
     best, slopes = best_rates(curves), rate_slopes(curves)
     folder.write_frame(best, "best.csv")
     folder.write_frame(slopes, "slopes.csv")

@@ -40,6 +40,7 @@ def run(config: Config) -> None:
 
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
         raise InputError(f"--out must be a new or empty folder, got {config.out}")
+    # With a model, merge the adapter into its weights.
     if config.model is not None:
         from rora_theory import llama
 
@@ -48,6 +49,7 @@ def run(config: Config) -> None:
         answers.print_answer("The adapter was merged into the model.")
         answers.print_files(config.out)
         return
+    # Without one, rewrite the adapter's own files.
     if config.revision is not None:
         raise InputError("--revision has no effect without --model. Set both, or neither.")
     adapters.rewrite_portable(config.adapter, config.out)

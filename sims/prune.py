@@ -80,12 +80,14 @@ def run(config: Config) -> None:
 
     texts = text_windows.read_texts(config.text, config.reading)
     origin = locate(config.model, config.revision)
+    # Settings that do not affect the result are not part of the identity.
     identity = asdict(config) | origin.identity() | {"text": digests.of_json(texts)}
     for name in ("out", "batch_size", "revision", "reading"):
         del identity[name]
     check_free(path_of(NAME, identity, config.out))
     model = load(origin, config.dtype)
     cli.print_notes(model.remarks)
+    # Sizes of the pruned model, and windows of text for calibration and evaluation.
     shape = pruning.plan_shape(
         model.config, config.share, layers=config.layers, kv_heads=config.kv_heads, width=config.width
     )
@@ -96,6 +98,7 @@ def run(config: Config) -> None:
     windows, held_out = text_windows.sample_windows(texts, model.tokenizer, **sizes, seed=config.seed)
     extra = {"units": pruning.UNITS}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra, models=[origin])
+    # A finished run has the model and the table; anything less is computed again.
     if not (folder.has_files(MODEL) and folder.has_files("results.csv")):
         folder.clear(MODEL)
         pruned, layers = pruning.prune_model(model, batches(windows, config.batch_size), shape)
@@ -112,6 +115,7 @@ def run(config: Config) -> None:
         folder.update(shape=shape._asdict(), parameters=counts, share=counts[1] / counts[0], **measured)
         save_model(folder.path / MODEL, pruned)
         folder.record_files(MODEL)
+    # Key figures, from the manifest, so that a repeated command reports them too.
     figures = [KeyFigure("share of the parameters", float(folder.entry("share")))]
     for name, value in zip(("original", "pruned"), folder.entry("perplexity_held_out"), strict=True):
         figures.append(KeyFigure("perplexity of held-out text", float(value), scope={"model": name}))

@@ -76,6 +76,7 @@ class Config(SweepConfig):
 def run(config: Config) -> None:
     """Validate the inputs, run the cells that the run folder lacks, and report."""
     plan = plan_sweep(config)
+    # The scoring may be added later to finished cells, so it can extend the identity.
     first_cells, identity, extensible = plan.cells(), plan.identity(), {"evaluation": plan.evaluation}
     models = check_cells(first_cells, plan.located)
     path = path_of(NAME, identity | extensible, config.out)
@@ -104,6 +105,7 @@ def run(config: Config) -> None:
             for description in results.describe_rates(best):
                 print(description, flush=True)
             run_cells(config, folder, bench, plan.cells(1, best), runner)
+    # A failed cell does not stop the others: write their results before ending with its error.
     except FailedError as error:
         failed = error
     rows = results.read_results(path)
@@ -111,6 +113,7 @@ def run(config: Config) -> None:
     folder.write_frame(differences.difference_table(method_differences), "differences.csv")
     if failed is not None:
         raise failed
+    # Report the cells at the best rate of each method and rank.
     best = rows[rows["best_rate"].notna() | (rows["method"] == BASE)]
     scope, loss = ("model", "method", "rank", "alpha", "learning_rate", "seed"), "validation loss, nats per token"
     figures = key_figures(best, loss, "validation_loss", "validation_error", over="records", scope=scope)

@@ -53,6 +53,7 @@ def run(config: Config) -> None:
     seeds = run_table(
         cells, work, folder, training_grid.COLUMNS, runner=runner, title="training dynamics", name="seeds.csv"
     )
+    # Means over seeds, slopes in the rank, and the questions that they answer.
     folder.write_frame(exponents.summarise_seeds(seeds))
     fits = exponents.exponent_fits(seeds)
     folder.write_frame(fits[list(FIT_COLUMNS)], "exponents.csv")
@@ -77,11 +78,13 @@ def report(grid: TrainingGrid, rows: pd.DataFrame, fits: pd.DataFrame, answered:
     """
     first = f" The first: {answered[0][0]} {answered[0][1]}." if answered else ""
     answers.print_answer(f"The last table answers {len(answered)} questions.{first}")
+    # First, middle and last step.
     steps = dict.fromkeys((grid.steps[0], grid.steps[len(grid.steps) // 2], grid.steps[-1]))
     kinds = [
         (model, start, trained) for model in grid.models for start in grid.starts for trained in grid.trained(start)
     ]
     lines = [(optimizer, name_of(rule)) for optimizer in grid.optimizers for rule in grid.rules]
+    # One table for each model, start and trained factors.
     for model, start, trained in kinds:
         fits_of_kind = fits[
             (fits[["model", "start", "trained", "range"]] == [model, start, trained, "all"]).all(axis=1)

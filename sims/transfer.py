@@ -71,6 +71,7 @@ class Config(TransferConfig):
         check_ranges(self)
         check_seeds(self.seeds, fewest=2)
         check_seed("--seed", self.seed)
+        # Options of the check have no effect without it.
         if not self.check:
             check_unread(self, "reading", "cluster", "batch_size", "seeds", "seed", "out", requires="--check")
         super().__post_init__()
@@ -129,6 +130,7 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     from rora_theory.measure.layers.model_layers import RealStep
     from sims.common import prompts
 
+    # Model and batches of the check.
     advice, targets = advised.advice, advised.peft["target_modules"]
     runner, seed = config.cluster.runner(), config.seed
     read = prompts.read_inputs(config.check[1:], config.check[0], config.reading)
@@ -138,6 +140,7 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     identity |= {"targets": targets} | advice.identity() | read.identity
     check_free(path_of(NAME, identity, config.out))
     report(config, advised)
+    # Run every candidate with every seed; candidates of one rank share a compiled step.
     stepper = RealStep(read.model.params, read.model.config, pair.train, pair.held_out, targets)
     extra, models = {"units": transfer_check.UNITS}, [read.origin]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra, models=models)
@@ -150,6 +153,7 @@ def take_first_steps(config: Config, advised: Advised) -> None:
         runner=runner,
         title="first steps",
     )
+    # Ratio of every candidate's change to that of the tuned setting.
     summary = transfer_check.summarise(steps, advice)
     folder.write_frame(summary, "summary.csv")
     print()

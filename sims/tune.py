@@ -77,12 +77,14 @@ def run(config: Config) -> None:
             return f"diverged at {value['diverged_at']}"
         return f"held-out loss {sum(value['losses']) / sum(probe.tokens):.4f}"
 
+    # The plan chooses each rate from the runs before. Finished cells of the folder are not trained again.
     trials: list[Trial] = []
     runs: list[ProbeRun] = []
     while (trial := next_trial(probe.plan, runs)) is not None:
         trials.append(trial)
         values = run_with_bar(trials, work, folder, title="probe", words=words)
         runs = [ProbeRun.from_json(value) for value in values]
+    # Fit the best rate and carry it to the planned run.
     result = conclude(
         probe.plan,
         runs,

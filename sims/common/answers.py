@@ -78,6 +78,7 @@ def reporting() -> Iterator[None]:
     global _report
     try:
         try:
+            # A command that ends early, as after --help, prints an answer only if it has one.
             yield
         except SystemExit:
             if _report is not None and _report[1]["answer"] is not None:

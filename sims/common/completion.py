@@ -34,10 +34,12 @@ def script(shell: str, commands: Mapping[str, Mapping[str, str]]) -> str:
     if shell not in SHELLS:
         raise InputError(f"--print-completion must be {' or '.join(SHELLS)}, got {shell or 'nothing'}")
     (first_package, first_commands), *other_packages = commands.items()
+    # One subcommand for each command, as in the program itself.
     choices = _configs(first_package, first_commands)
     for package, descriptions in other_packages:
         inner: Any = Union[tuple(_configs(package, descriptions))]  # noqa: UP007 (of a list)
         choices.append(_named(package, dataclasses.make_dataclass(package, [("name", inner)]), f"the {package}"))
+    # tyro prints the script and exits; catch both.
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         union: Any = Union[tuple(choices)]  # noqa: UP007
@@ -55,6 +57,7 @@ def _add_choices(line: re.Match[str]) -> str:
     spec = ast.literal_eval(line[1])
     commands = [spec]
     while commands:
+        # tyro lists options by subcommand. Options with a list of names get choices.
         command = commands.pop()
         commands += (command.get("subcommands") or {}).values()
         for option in command["options"]:

@@ -34,6 +34,7 @@ def describe_dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
         return None
     hints = typing.get_type_hints(info.type, include_extras=True)
     fields = []
+    # Default of each field: that of the parent's instance, of the field, or a new one of its factory.
     for field in dataclasses.fields(info.type):
         default: Any = tyro.MISSING_NONPROP
         if isinstance(info.default, info.type):  # a nested dataclass whose defaults its parent sets
@@ -62,6 +63,7 @@ def _attribute_docstrings(config: type) -> dict[str, str]:
         return {}
     (definition,) = ast.parse(textwrap.dedent(source)).body
     texts = {}
+    # The docstring of a field is the string expression right after it.
     for field, text in itertools.pairwise(typing.cast(ast.ClassDef, definition).body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             texts[ast.unparse(field.target)] = " ".join(str(text.value.value).split())

@@ -25,6 +25,7 @@ def options_of(config: type) -> dict[str, Any]:
     """
     hints = typing.get_type_hints(config, include_extras=True)
     types: dict[str, Any] = {}
+    # Options of nested dataclasses appear under their own names.
     for field in dataclasses.fields(config):
         hint, name = hints[field.name], field.name
         if dataclasses.is_dataclass(hint):
@@ -51,6 +52,7 @@ def check_words(words: Sequence[str], known: Mapping[str, Any]) -> None:
     """
     name, hint = "", None
     for word in words:
+        # Values belong to the last option before them.
         value, equals = word, ""
         if word.startswith("--"):
             name, equals, value = word.partition("=")
@@ -159,6 +161,7 @@ def _read(path: Path, known: Mapping[str, Any]) -> FileOptions:
 def _words_of(path: Path, option: str, value: Any, hint: Any) -> Iterator[str]:
     """Yield the words of the command line that set an option to a value."""
     if hint is bool:
+        # Mappings and lists are several words; a single value is joined to its option, as it may begin with a hyphen.
         if not isinstance(value, bool):
             raise InputError(f"{path}: key {option}: must be true or false, got {shown(value)}")
         yield f"--{option}" if value else f"--no-{option}"

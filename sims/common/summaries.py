@@ -28,6 +28,7 @@ def summarised(folder: RunFolder, figures: Iterable[KeyFigure] = (), *, answer: 
     def add_answer(sentence: str, warnings: list[str]) -> None:
         sentences.append((sentence, warnings))
 
+    # Listen to what the block prints, so that files and terminal agree.
     tables.listeners.append(add_table)
     answers.listeners.append(add_answer)
     try:

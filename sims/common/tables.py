@@ -167,6 +167,7 @@ def print_text(text: str) -> None:
             print(line)
             continue
         indent = line[: len(line) - len(line.lstrip())]
+        # Leave room for the backslash in a command, and never break a path or an option.
         rows = textwrap.wrap(
             line,
             width - 2 if indent else width,
