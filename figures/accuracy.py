@@ -43,6 +43,7 @@ class Config:
 def draw(config: Config) -> Sequence[Path]:
     """Draw accuracies at each method's best rate (left) and gains over the base model and over LoRA (right)."""
     manifest, rows = style.read_frame(config.run, "rank_sweep")
+    # Cells of one model and rank, each method at its best rate.
     rows = chosen_model(config.run, rows, config.model, None)
     best = at_best_rate(config.run, rows)
     rank = chosen_rank(config.run, best, config.rank)
@@ -53,10 +54,12 @@ def draw(config: Config) -> Sequence[Path]:
         style.fail(f"{config.run}: needs accuracies of the base model and of an adapter. Score both.")
     tasks = [task for task in TASKS if base[task].notna().iloc[0]]
     columns = [*tasks, "average"]
+    # Paired differences from the base model and from LoRA, for the right panel.
     gained = frames.read_csv(config.run / "differences.csv")
     check_columns(config.run / "differences.csv", gained, columns)
     gained = gained[(gained["model"] == base["model"].iloc[0]) & (gained["rank"].isna() | (gained["rank"] == rank))]
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.0))
+    # Left: accuracy of each method by task.
     for place, method in enumerate(["base", *drawn]):
         selected = base if method == "base" else best[best["method"] == method]
         label, colour, marker = style.look(method)
@@ -66,6 +69,7 @@ def draw(config: Config) -> Sequence[Path]:
         )
         x = [position + shift for position in range(len(columns))]
         left.errorbar(x, values, errors, color=colour, marker=marker, linestyle="none", markersize=4, label=label)
+        # Right: gain over the base model (filled) and over LoRA (open), of the cells drawn on the left.
         for against, face in (("base", colour), ("lora", "white")):
             pair = gained[(gained["method"] == method) & (gained["against"] == against)]
             pair = pair[pair["learning_rate"].isin(selected["learning_rate"]) & pair["average"].notna()]
@@ -80,6 +84,7 @@ def draw(config: Config) -> Sequence[Path]:
                 x, values, errors, color=colour, marker=marker, markerfacecolor=face, linestyle="none", markersize=4
             )
     right.axhline(0, color="black", linewidth=0.6)
+    # Chance level, labels and legend.
     left.axhline(100 * base["average_chance"].iloc[0], color="#777777", linestyle=":", label="chance, of the average")
     names = [TASKS[task].name for task in tasks] + ["average"]
     for axis, text in ((left, f"accuracy, {base['protocol'].iloc[0]} (%)"), (right, "paired difference (points)")):

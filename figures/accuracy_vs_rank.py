@@ -63,6 +63,7 @@ def draw(config: Config) -> Sequence[Path]:
     """Draw means over seeds with the standard error over items; dashes are single seeds and the base model."""
     if config.tuned:
         check_unread(config, "lr", conflicts_with="--tuned")
+    # Cells of one model and alpha, as one line for each method.
     manifest, rows = style.read_frame(config.run, "rank_sweep")
     rows = chosen_model(config.run, rows, config.model, config.alpha)
     style.check_among("--lr", config.lr, rows.loc[rows["method"].isin(METHODS), "learning_rate"])
@@ -71,6 +72,7 @@ def draw(config: Config) -> Sequence[Path]:
     if all(cells.empty for cells in lines.values()):
         style.fail(f"{config.run}: has no cell of {', '.join(METHODS)}. Choose a run with at least one.")
     paired = differences(config, lines)
+    # Panels: the loss, its paired difference from LoRA, further measures, and the printed accuracies.
     count = len(panels) + (not paired.empty) + config.paper
     figure, axes = style.panels(count)
     if not paired.empty:
@@ -115,6 +117,7 @@ def differences(config: Config, lines: dict[str, pd.DataFrame]) -> pd.DataFrame:
     table = table[(table["against"] == "lora") & table["rates"].isin(kinds)]
     if config.model is not None:
         table = table[table["model"] == config.model]
+    # Keep the differences of which both cells are drawn.
     cell = ["method", "rank", "alpha", "learning_rate"]
     drawn = pd.concat(lines.values())[cell].drop_duplicates()
     lora = drawn[drawn["method"] == "lora"].set_axis(["against", "rank", "alpha", "against_rate"], axis=1)
@@ -138,10 +141,12 @@ def draw_differences(axis: Any, rows: pd.DataFrame, answers: bool) -> None:
 def rank_axis(axis: Any, lines: dict[str, pd.DataFrame]) -> None:
     """Label the axis with the ranks, and below each rank the scaling gamma of both rules."""
     cells = pd.concat(lines.values())
+    # Scaling of both rules at each rank, for a second and a third line of labels.
     gammas: dict[str, dict[int, float]] = {}
     for rule, rank, gamma in zip(*(cells[name].tolist() for name in ("rule", "rank", "gamma")), strict=True):
         gammas.setdefault(rule, {})[rank] = gamma
     ranks = sorted({rank for known in gammas.values() for rank in known})
+    # Ticks at the ranks that were run.
     axis.set_xscale("log", base=2)
     labels = ["\n".join([str(rank), *(_gamma(known.get(rank)) for known in gammas.values())]) for rank in ranks]
     axis.set_xticks(ranks, labels)
@@ -156,11 +161,13 @@ def _gamma(value: float | None) -> str:
 
 def printed(axis: Any) -> None:
     """Draw the published averages on LLaMA-7B, which use another model and another protocol."""
+    # DoRA's repository has several ranks: draw lines.
     for method in ("LoRA", "DoRA"):
         rows = [r for r in published.published_rows("DoRA repository") if (r.model, r.method) == ("LLaMA-7B", method)]
         _, colour, marker = style.look(method.lower())
         ranks, averages = [r.rank for r in rows], [r.average for r in rows]
         axis.plot(ranks, averages, color=colour, marker=marker, markerfacecolor="white")
+    # The paper has one rank: draw points.
     for row in published.published_rows("RoRA paper"):
         if (row.table, row.model) == ("I", "LLaMA-7B") and row.method in ("LoRA", "DoRA", "RoRA"):
             _, colour, marker = style.look(row.method.lower())
@@ -179,6 +186,7 @@ def title(manifest: dict[str, Any], drawn: pd.DataFrame, config: Config) -> str:
     alphas, rates = (drawn[name].unique() for name in ("alpha", "learning_rate"))
     alpha = rf"$\alpha$ = {alphas[0]:g}" if len(alphas) == 1 else r"$\alpha$ varies"
     rate = f"lr {rates[0]:g}" if len(rates) == 1 else "lr varies"
+    # A tuned grid has one rate for each cell.
     if config.tuned:
         edge = " (some at the grid's edge)" if (drawn["best_rate"] == "edge").any() else ""
         rate = f"best lr of a seed on these records{edge}"

@@ -102,6 +102,7 @@ def draw(config: Config) -> Sequence[Path]:
     ours = lines_of(rows, manifest.get("models", {}))
     if not any(line.average for line in ours):
         style.fail(f"{config.run}/results.csv: has no cell with accuracy. Choose a run without --no-accuracy.")
+    # The design decides the layout. Without one, a run of several ranks has that of Table II.
     designs = {manifest.get("design"), *(session.get("design") for session in manifest.get("sessions", ()))}
     several = len({line.rank for line in ours if line.rank}) > 1 and "table1" not in designs
     layout = config.layout or ("II" if several or "table2" in designs else "I")
@@ -116,6 +117,7 @@ def draw(config: Config) -> Sequence[Path]:
 
 def lines_of(rows: pd.DataFrame, models: dict[str, Any]) -> list[Line]:
     """Return one line for each model, method, rank, alpha and learning rate, averaged over the scored seeds."""
+    # A cell counts if it was scored or diverged.
     counted = rows[(rows["status"] == "diverged") | ((rows["status"] == "complete") & rows["average"].notna())]
     lines = []
     keys = ["model", "method", "rank", "alpha", "learning_rate"]
@@ -200,6 +202,7 @@ def markdown(lines: Sequence[Line], layout: str, manifest: dict[str, Any]) -> st
     columns = ["Rank", "Model", "Method"] if layout == "II" else ["Model", "Rank", "Method"]
     header = [*columns, "# Params (%)", *published.NAMES, "Average", "Unparsed", "Source"]
     text = [
+        # Caption, header and alignment.
         f"Table {layout}. Accuracy in percent ± one standard error over items.",
         f"This run: protocol {protocol}, {_count(evaluation.get('limit'), 'items a task')}; "
         f"{data['train_records']} training records, {_count(training['steps'], 'steps')} of {training['batch']}. "
@@ -209,6 +212,7 @@ def markdown(lines: Sequence[Line], layout: str, manifest: dict[str, Any]) -> st
         "| " + " | ".join(header) + " |",
         "| " + " | ".join(["---"] * 3 + ["---:"] * (len(header) - 4) + ["---"]) + " |",
     ]
+    # One line for each row; the layouts differ in the order of the first columns.
     for line in lines:
         rank = "" if line.rank is None else str(line.rank)
         first = [rank, line.model] if layout == "II" else [line.model, rank]

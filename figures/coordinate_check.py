@@ -68,6 +68,7 @@ def case_title(case: Sequence[Any]) -> str:
 
 def sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
     """Draw the output of each module against the rank, at the first and last step: columns are cases, rows splits."""
+    # Values of diverged runs are not finite, and would stretch the axis.
     rows = rows.assign(value=rows["value"].where(np.isfinite(rows["value"])))
     cases = dict(list(rows.groupby(CASE, sort=False)))
     modules = [module for module in SHORT if module in set(rows["module"])]
@@ -76,6 +77,7 @@ def sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
     figure, axes = plt.subplots(
         2, len(cases), figsize=(max(3.4, 0.9 + 1.35 * len(cases)), 4.2), sharex=True, sharey=True, squeeze=False
     )
+    # A row of panels for each split, a column for each case, a line for each module and step.
     for axis_row, (split, label) in zip(axes, SPLITS.items(), strict=True):
         for axis, (case, rows_of_case) in zip(axis_row, cases.items(), strict=True):
             selected = rows_of_case[(rows_of_case["split"] == split) & (rows_of_case["quantity"] == "output")]
@@ -112,10 +114,12 @@ def exponents(manifest: dict[str, Any], slopes: pd.DataFrame) -> plt.Figure:
     modules = [module for module in SHORT if module in set(slopes["module"])]
     lines = [("output", module, SHORT[module]) for module in modules]
     lines += [("hidden", "model", "final hidden state"), ("logits", "model", "logits")]
+    # Slopes within the band count as flat.
     band = float(manifest["config"]["band"])
     figure, axes = plt.subplots(
         2, len(cases), figsize=(max(3.4, 0.9 + 1.35 * len(cases)), 4.2), sharex=True, sharey=True, squeeze=False
     )
+    # A row of panels for each split, a column for each case, a line for each module and for the whole model.
     for axis_row, (split, label) in zip(axes, SPLITS.items(), strict=True):
         for axis, (case, rows_of_case) in zip(axis_row, cases.items(), strict=True):
             selected = rows_of_case[(rows_of_case["split"] == split) & rows_of_case["slope"].notna()]

@@ -42,6 +42,7 @@ def draw(config: Config) -> Sequence[Path]:
     overlaps = np.geomspace(0.003, 1, 241)
     figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.9), sharey=True)
     for axis, optimizer in zip(axes, OPTIMIZERS, strict=True):
+        # Crossing rank at each overlap, and the local exponent of E[w^2] between cross-talk and signal.
         crossing = np.array(
             [laws.random_input_crossing_rank(config.p_in, rho, optimizer=optimizer) for rho in overlaps]
         )
@@ -50,6 +51,7 @@ def draw(config: Config) -> Sequence[Path]:
         mesh = axis.pcolormesh(
             ranks, overlaps, slope, cmap="cividis", vmin=1, vmax=2, shading="gouraud", rasterized=True
         )
+        # Contours of the kappa that is flat at each point, between its two limits.
         kappa = laws.flat_kappa(slope, optimizer=optimizer)
         ends = laws.flat_kappa(np.array([1.0, 2.0]), optimizer=optimizer)
         levels = np.linspace(ends[0], ends[1], 6)[1:-1]

@@ -79,10 +79,12 @@ def neighbours_by_rank(table: pd.DataFrame, config: Config) -> list[tuple[str, p
 
     Values are neighbours if no value between them has such a pair with both.
     """
+    # Exponents of single ranks, which have an error over seeds.
     rows = table[(table["step"] == config.steps) & (table["over"] == "strength") & (table["pairs"] == 1)]
     rows = rows[(rows["estimate"] == config.estimate) & (rows["seeds"] >= 2)]
     by_rank = []
     for rank, pairs in rows.groupby("at"):
+        # Drop a pair with a measured value in between: its exponent is the mean of two others.
         ends = set(zip(pairs["first"], pairs["second"], strict=True))
         values = {value for pair in ends for value in pair}
         neighbours = [

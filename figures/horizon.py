@@ -70,8 +70,10 @@ def against_strength(
             best_rates(
                 axes, offset(selected["strength"], index, ranks), selected, index, color=colour, linestyle="none"
             )
+            # A best rate at the end of its grid is a bound only: cross it out.
             at_edge = selected[selected["edge"].notna()]
             axes.plot(at_edge["strength"], at_edge["best_rate"], "x", color="black", markersize=6)
+            # The law gives the slope, and the first measured point the level.
             law = exponents[(exponents["at"] == rank) & (exponents["step"] == step)]
             for row in law.itertuples():
                 start = selected.loc[selected["strength"] == row.first, "best_rate"].iloc[0]
@@ -87,6 +89,7 @@ def against_horizon(axes: Axes, exponents: pd.DataFrame, ranks: Sequence[int], s
     Returns:
       Whether the parts of the change were measured.
     """
+    # Range of the law over all ranks.
     law = exponents.groupby("step").agg({"law_low": "min", "law_high": "max"})
     axes.fill_between(law.index, law["law_low"], law["law_high"], color=style.BAND_COLOUR)
     by_parts = False
@@ -130,6 +133,7 @@ def against_steps(axes: Axes, best: pd.DataFrame, ranks: Sequence[int]) -> None:
         index, colour = ranks.index(rank), "black" if strength == best["strength"].min() else "grey"
         best_rates(axes, offset(selected["step"], index, ranks), selected, index, color=colour, linewidth=0.8)
     steps = np.array(sorted(set(best["step"])))
+    # Reference slopes start at the geometric mean over the ranks.
     for strength, selected in best.groupby("strength"):
         start = np.exp(np.log(selected.loc[selected["step"] == steps[0], "best_rate"]).mean())
         for power, line in ((-1.0, (0, (3, 2))), (-0.5, (0, (1, 1)))):

@@ -47,6 +47,7 @@ def draw(config: Config) -> Sequence[Path]:
     drawn = 0
     for place, rank in enumerate(config.ranks):
         for line, strength in zip(("-", "--"), config.strengths, strict=False):
+            # Strengths are rounded in the options, hence the tolerance.
             curve = losses[(losses["rank"] == rank) & (losses["strength"].sub(strength).abs() < 0.5)]
             if curve["learning_rate"].nunique() < 3:
                 continue

@@ -42,6 +42,7 @@ def draw(config: Config) -> Sequence[Path]:
             for layer in layers:
                 where = {"layer": layer, "optimizer": optimizer, "rule": rule}
                 chosen = frames.where(rows, where).sort_values("rank")
+                # Layers differ in size by orders of magnitude: divide each by its value at the first rank.
                 first = chosen["exact"].iloc[0]
                 axis.plot(chosen["rank"], chosen["exact"] / first, color=colour, linewidth=0.7)
                 axis.errorbar(

@@ -52,6 +52,7 @@ def draw(config: Config) -> Sequence[Path]:
         style.fail("runs must be one or more run folders of sims.finetune or sims.rank_sweep, got none")
     if not any(map(is_sweep, config.runs)):
         check_unread(config, "rank", "seed", "lr", requires="the run folder of a sweep")
+    # One curve for each run, or for each selected cell of a sweep.
     folders = [cell for run in config.runs for cell in cells(run, config)]
     if config.labels and len(config.labels) != len(folders):
         style.fail(f"--labels must have one name for each of the {len(folders)} runs, got {len(config.labels)}")
@@ -62,6 +63,7 @@ def draw(config: Config) -> Sequence[Path]:
     curves = zip(looks([settings for settings, _ in runs]), names, runs, strict=True)
     for number, ((colour, marker), label, (_, events)) in enumerate(curves):
         dashes = "--" if number % 2 else "-"  # of two equal lines, the earlier one shows between the dashes
+        # Single batches are noisy: faint points, with their running mean as a line.
         steps, losses = points(events, "step")
         axis.plot(steps, losses, ".", color=colour, alpha=0.3, markersize=3, markeredgewidth=0)
         width = min(config.smooth, max(1, len(losses) // 4))
@@ -91,6 +93,7 @@ def cells(run: Path, config: Config) -> list[Path]:
     rows = rows[rows["rank"].notna()]
     if rows.empty:
         style.fail(f"{run}/results.csv: has no cell with a rank. Choose a sweep with at least one.")
+    # Each option selects among the cells that the ones before it have left.
     for option, column, value in (
         ("--rank", "rank", config.rank),
         ("--lr", "learning_rate", config.lr),
@@ -107,6 +110,7 @@ def read_events(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
     A missing or damaged file ends the command.
     """
+    # A cell has its settings in a file of its own, a run in its manifest.
     cell = run / "cell.json"
     if cell.exists():
         style.check_as_written(run.resolve().parents[1], f"cells/{run.resolve().name}")

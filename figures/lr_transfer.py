@@ -41,6 +41,7 @@ def draw(config: Config) -> Sequence[Path]:
     rules = list(dict.fromkeys(best_rate_table["rule"]))
     figure, axes = plt.subplots(2, len(optimizers), figsize=(1.0 + 2.8 * len(optimizers), 6.4), squeeze=False)
     left_out = 0
+    # A column for each optimizer, a line for each rule, dashed if A is frozen.
     for column, optimizer in enumerate(optimizers):
         for position, rule in enumerate(rules):
             label, colour, marker = style.look(rule, position)
@@ -55,6 +56,7 @@ def draw(config: Config) -> Sequence[Path]:
                 _best(axes[0, column], best_rows, look, text)
                 if filled:
                     left_out += _losses(axes[1, column], loss_rows, manifest, look, label)
+        # Axes: best rates above, losses at the largest rank below.
         above, below = axes[:, column]
         above.set(
             title=f"{style.OPTIMIZERS[optimizer]}: best rate and its slope in $r$", xlabel="rank $r$", yscale="log"
@@ -67,6 +69,7 @@ def draw(config: Config) -> Sequence[Path]:
             below.set_yscale("log")
     axes[0, 0].set_ylabel("best learning rate")
     axes[1, 0].set_ylabel("held-out loss" + (" (nats a token)" if is_matrix(manifest) else ""))
+    # Legend, with what is left out.
     words = f"bars: ± one s.e. over {' and '.join(sorted(set(best_rate_table['error_over'].dropna())))}"
     if left_out:
         words += f"; below: rates that diverged or have a loss above {MAX_LOSS_RATIO} times the median are left out"

@@ -36,12 +36,14 @@ def draw(config: Config) -> Sequence[Path]:
         sharey="row",
         squeeze=False,
     )
+    # A row of panels for each optimizer and init, a column for each overlap, a line for each rule.
     for axis_row, (optimizer, init) in zip(axes, panels, strict=True):
         for axis, overlap in zip(axis_row, overlaps, strict=True):
             for position, rule in enumerate(rules):
                 where = {"optimizer": optimizer, "init": init, "overlap": overlap, "rule": rule}
                 chosen = frames.where(rows, where).sort_values("rank")
                 label, colour, marker = style.look(rule, position)
+                # The exact law, the paper's formula where it has one, and the simulation.
                 axis.plot(chosen["rank"], chosen["exact"], color=colour)
                 if chosen["paper"].notna().all():
                     axis.plot(chosen["rank"], chosen["paper"], color=colour, linestyle=(0, (4, 3)), linewidth=0.9)

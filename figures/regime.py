@@ -40,6 +40,7 @@ def draw(config: Config) -> Sequence[Path]:
     if unknown := [name for name in config.modules if name not in run_modules]:
         style.fail(f"--modules must be modules of the run, such as {rows['module'].iloc[0]}, got {unknown[0]}")
 
+    # Rows of one split and init, with the type of each module.
     def select(table: pd.DataFrame) -> pd.DataFrame:
         chosen = table[(table["split"] == config.split) & (table["init"] == init)]
         return chosen.assign(kind=chosen["module"].str.split(".").str[-1])
@@ -75,6 +76,7 @@ def _takeover(rows: pd.DataFrame, learning_rate: float, split: str, out: Path) -
     kinds, ranks = (list(dict.fromkeys(rows[name])) for name in ("kind", "rank"))
     figure, axes = plots.layer_panels(kinds, "steps $t_A$ until A leads")
     for axis, kind in zip(axes, kinds, strict=True):
+        # A line for each rank, and one for the signs, which are the same at every rank.
         selected = rows[rows["kind"] == kind].sort_values("layer")
         turns = selected[selected["rank"] == ranks[0]]
         lines = [(f"r = {rank}", "takeover", selected[selected["rank"] == rank]) for rank in ranks]
@@ -117,6 +119,7 @@ def _rms(rows: pd.DataFrame, config: Config, init: str, out: Path) -> list[Path]
                 label, colour, marker = style.look(rule, position)
                 where = {"module": module, "optimizer": optimizer, "rule": rule}
                 selected = frames.where(rows, where).sort_values("rank")
+                # Divide by the law at the smallest rank, so that all modules share an axis.
                 first = selected["predicted"].iloc[0]
                 axis.plot(selected["rank"], selected["predicted"] / first, color=colour, label=label)
                 measured_rows = selected[selected["measured"].notna()]

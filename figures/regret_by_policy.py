@@ -51,6 +51,7 @@ def draw(config: Config) -> Sequence[Path]:
     """Draw a panel for each change of G between two measured conditions, with a bar of regret for each policy."""
     style.read_frame(config.run, "horizon")
     costs = frames.read_csv(config.run / "regret.csv")
+    # Changes of G alone, between the two chosen values.
     costs = costs[(costs["old_steps"] == config.steps) & (costs["steps"] == config.steps)]
     for name, strength in zip(("old_strength", "strength"), config.strengths, strict=True):
         costs = costs[costs[name].sub(strength).abs() < 1e-6 * strength]
@@ -58,6 +59,7 @@ def draw(config: Config) -> Sequence[Path]:
     if costs.empty:
         change = " to ".join(f"{strength:g}" for strength in config.strengths)
         style.fail(f"{config.run}: regret.csv has no change of G = gamma r from {change} after {config.steps} steps")
+    # A panel for each pair of settings.
     changes = list(costs.groupby(["old_rank", "old_strength", "rank", "strength"], sort=True))
     columns = min(len(changes), 3)
     rows = -(-len(changes) // columns)
@@ -80,6 +82,7 @@ def draw_change(axes: Axes, policies: pd.DataFrame, title: str) -> None:
         # The band: regret at the ends of the 95% interval of the tuned optimum.
         low, high = max(row.low, FLOOR), max(row.high, FLOOR)
         axes.barh(place, high - low, left=low, height=0.8, color=style.BAND_COLOUR)
+        # Logarithmic axis: values below the floor are drawn at it.
         value, error = max(row.regret, FLOOR), row.standard_error
         bar = None if np.isnan(error) else [[min(error, value - FLOOR)], [error]]
         marker = ">" if row.is_lower_bound else "o"

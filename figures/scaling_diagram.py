@@ -57,10 +57,12 @@ def scheme(axis: Any, rule: str, config: Config, gamma: float) -> None:
     name, formula = {"lora": ("LoRA", r"\alpha/r"), "rora": ("RoRA", r"\alpha/\sqrt{r}")}[rule]
     axis.set(xlim=(0, 10), ylim=(0, 10.6), aspect="equal")
     axis.axis("off")
+    # The path of x through the frozen weight.
     axis.set_title(name, color=colour, fontweight="bold")
     axis.text(5, 0.3, "$x$", ha="center", va="center")
     axis.add_patch(Rectangle((0.4, 3.0), 3.8, 3.4, facecolor=FROZEN, edgecolor=LINE, linewidth=0.8))
     axis.text(2.3, 4.7, "$W_0$\nfrozen", ha="center", va="center")
+    # The path through A, which narrows to the rank r, and B, which widens again.
     for points, label, y in (
         (((5.6, 2.5), (9.4, 2.5), (8.3, 3.9), (6.7, 3.9)), "$A$", 3.2),
         (((6.7, 4.3), (8.3, 4.3), (9.4, 5.7), (5.6, 5.7)), "$B$", 5.0),
@@ -68,8 +70,10 @@ def scheme(axis: Any, rule: str, config: Config, gamma: float) -> None:
         axis.add_patch(Polygon(points, facecolor=TRAINED, edgecolor=LINE, linewidth=0.8))
         axis.text(7.5, y, label, ha="center", va="center")
     axis.text(8.75, 4.1, "$r$", ha="left", va="center", fontsize=7)
+    # The scaling gamma, in which the rules differ.
     axis.add_patch(Rectangle((5.7, 6.35), 3.6, 1.35, facecolor="white", edgecolor=colour, linewidth=1.4))
     axis.text(7.5, 7.02, rf"$\times\ \gamma = {formula}$", ha="center", va="center", color=colour)
+    # Arrows from x along both paths to their sum.
     for start, end, bend in (
         ((4.7, 0.7), (2.3, 3.0), 0.15),
         ((5.3, 0.7), (7.5, 2.5), -0.15),
@@ -92,6 +96,7 @@ def curve(axis: Any, config: Config, gammas: dict[str, list[float]]) -> None:
     for rule, values in gammas.items():
         label, colour, marker = style.look(rule)
         axis.plot(config.ranks, values, color=colour, marker=marker, label=label)
+        # The slope of each line is the exponent of its rule.
         slope = np.polyfit(np.log(config.ranks), np.log(values), 1)[0] if len(config.ranks) > 1 else np.nan
         axis.annotate(
             f"slope {slope:+.2g}",
@@ -105,6 +110,7 @@ def curve(axis: Any, config: Config, gammas: dict[str, list[float]]) -> None:
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
     axis.set_xticks(config.ranks, [str(rank) for rank in config.ranks])
+    # Powers of four within the drawn range.
     ticks = [2.0**power for power in range(-10, 20, 2)]
     low, high = min(map(min, gammas.values())), max(map(max, gammas.values()))
     shown = [tick for tick in ticks if low / 2 <= tick <= high * 2]

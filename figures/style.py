@@ -215,6 +215,7 @@ def check_output_folder(folder: Path) -> None:
     manifest = folder / "manifest.json"
     if manifest.exists() and "experiment" in files.read_json(manifest, accepted="a run's manifest"):
         return
+    # A figure or table has two files, so a file without its twin is something else.
     twins = {".png": ".svg", ".svg": ".png", ".md": ".csv", ".csv": ".md"}
     for path in sorted(folder.iterdir()):
         if path.suffix not in twins or not path.with_suffix(twins[path.suffix]).exists():

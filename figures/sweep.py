@@ -35,12 +35,14 @@ class Point:
 
 def chosen_model(run: Path, rows: pd.DataFrame, model: str | None, alpha: float | None) -> pd.DataFrame:
     """Return the finished cells of one model, with one alpha for each method and rank, or end the command."""
+    # One model, by the option if there are several.
     models = rows["model"].unique().tolist()
     if model is None and len(models) > 1:
         style.fail(f"{run}: has the models {', '.join(models)}. Choose one with --model.")
     model = models[0] if model is None else model
     style.check_among("--model", model, models)
     cells = rows[(rows["model"] == model) & rows["status"].isin(("complete", "diverged"))]
+    # One alpha for each method and rank, by the option if there are several.
     style.check_among("--alpha", alpha, cells["alpha"].dropna())
     if alpha is not None:
         cells = cells[cells["alpha"].isna() | (cells["alpha"] == alpha)]
@@ -127,10 +129,12 @@ def draw_line(axis: Any, method: str, line: Sequence[Point], places: Sequence[fl
         markersize=size,
     )
     for place, point in zip(places, line, strict=True):
+        # Open marker: some seeds diverged. Cross at the upper edge: all did.
         if point.diverged and point.seeds:
             axis.plot([place], [point.value], marker, color=colour, markerfacecolor="white", zorder=3)
         elif point.diverged:
             axis.plot([place], [0.98], "x", color=colour, transform=axis.get_xaxis_transform())
+        # Single seeds as dashes.
         if len(point.seeds) > 1:
             axis.plot([place] * len(point.seeds), point.seeds, "_", color=colour, markersize=5, alpha=0.7)
 
@@ -163,6 +167,7 @@ def levels(axis: Any, rows: pd.DataFrame, column: str, unit: float) -> None:
     lines = [(unit * bases[column].iloc[0], label, colour, "--")]
     if column == "average" and bases["average_chance"].notna().iloc[0]:
         lines.append((unit * bases["average_chance"].iloc[0], "chance", "#777777", ":"))
+    # A level far from the lines would flatten them, so it is stated as text.
     low, high = axis.get_ylim()
     beyond = 2 * (high - low) if axis.get_autoscaley_on() else 0.0  # how far the axis may be stretched
     for value, name, shade, dashes in lines:

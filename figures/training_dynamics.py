@@ -42,6 +42,7 @@ def draw(config: Config) -> Sequence[Path]:
     if chosen.empty:
         style.fail(f"{config.run}: has no {config.model} with {config.start} random at the start")
     fits = frames.read_csv(config.run / "exponents.csv", accepted="the file of a finished run")
+    # Fits over all ranks of the chosen model; at step 0 nothing has changed.
     where = (fits[["model", "start", "range"]] == [config.model, config.start, "all"]).all(axis=1)
     fits = fits[where & (fits["step"] > 0)]
     name = f"training_dynamics_{config.model}_{config.start}"
@@ -64,6 +65,7 @@ def exponents(manifest: dict[str, Any], fits: pd.DataFrame) -> plt.Figure:
         sharey=True,
         squeeze=False,
     )
+    # A row of panels for each optimizer, a column for each quantity, a line for each rule.
     for axis_row, optimizer in zip(axes, optimizers, strict=True):
         for axis, (quantity, title) in zip(axis_row, QUANTITIES.items(), strict=True):
             axis.axhspan(-BAND, BAND, color=style.BAND_COLOUR, zorder=0)
@@ -88,6 +90,7 @@ def exponents(manifest: dict[str, Any], fits: pd.DataFrame) -> plt.Figure:
             if optimizer == optimizers[-1]:
                 axis.set_xlabel("step")
         axis_row[0].set_ylabel(f"{style.OPTIMIZERS[optimizer]}\nslope in $r$")
+    # Legend entries for line styles, which all rules share.
     handles = style.named(axes.flat)
     frozen = next(iter(set(fits["trained"]) - {"both"}), None)
     if frozen is not None:
@@ -103,6 +106,7 @@ def sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
     """Draw the output change against the rank: rows are optimizers, columns steps, colours rules."""
     optimizers = [name for name in style.OPTIMIZERS if name in set(rows["optimizer"])]
     rules = list(dict.fromkeys(rows["rule"]))
+    # First, middle and last step.
     steps = sorted(set(rows["step"]) - {0})
     steps = list(dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1])))
     figure, axes = plt.subplots(
@@ -113,6 +117,7 @@ def sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
         sharey=True,
         squeeze=False,
     )
+    # A row of panels for each optimizer, a column for each step, a line for each rule and kind of inputs.
     for axis_row, optimizer in zip(axes, optimizers, strict=True):
         for axis, step in zip(axis_row, steps, strict=True):
             for position, rule in enumerate(rules):
@@ -142,6 +147,7 @@ def sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
             if optimizer == optimizers[-1]:
                 axis.set_xlabel("rank $r$")
         axis_row[0].set_ylabel(f"{style.OPTIMIZERS[optimizer]}\nrms of output change")
+    # Legend entry for the line style of held-out inputs, which all rules share.
     handles = style.named(axes.flat)
     handles["held-out inputs"] = plt.Line2D(
         [], [], color="black", linestyle=(0, (1, 1.5)), marker="o", markerfacecolor="white"
