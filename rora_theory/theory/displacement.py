@@ -228,6 +228,7 @@ def carry_rate(
         raise InputError(f"displacement_constants must be in increasing order, got {displacement_constants!r}")
     if not -math.inf < low_exponent <= high_exponent < math.inf:
         raise InputError(f"steps_exponents must be finite and in increasing order, got {steps_exponents!r}")
+    # The steps enter as a factor of their own.
     growth_of_steps = _growth_of_steps(old_steps, new_steps)
 
     def carried(constant: float, coherence: float, exponent: float) -> float:
