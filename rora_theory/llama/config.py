@@ -508,6 +508,7 @@ def _pop_rope(values: dict[str, Any], family: Family) -> tuple[float, RopeScalin
             raise InputError(f"config: {source} must be an object or null, got {shown(rope)}")
         parsed.append(_parse_rope_object(source, dict(rope)))
     thetas = [value for value in (theta, *(base for base, _ in parsed)) if value is not None]
+    # A file may repeat the base, but not contradict itself.
     for value in thetas:
         _check_positive("config: rope_theta", value)
     if len(set(thetas)) > 1:

@@ -305,6 +305,7 @@ def load_gguf(
                 f"got {tensor.tensor_type.name}"
             )
         tensors[name] = tensor
+    # GGUF lists the fastest axis first.
     shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in tensors.items()}
     check_shapes(str(path), shapes, config)
 

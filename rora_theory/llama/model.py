@@ -277,6 +277,7 @@ def hidden_states(
         inputs: dict[str, Array] = {}
 
         def apply(name: str, u: Array) -> Array:
+            # The inputs leave the scan as its outputs, stacked over the layers.
             if capture is not None and name in capture:
                 inputs[name] = u
             module = weights[name]
@@ -381,6 +382,7 @@ def forward_cached(
     adapter = NoAdapter() if adapter is None else adapter
     new = tokens.shape[1]
     _check_length(new, config)
+    # Slots of the cache: those up to ``length`` hold tokens of earlier calls, padding included.
     total = cache["k"].shape[2]
     start = cache["length"]
     real = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask != 0
@@ -421,10 +423,12 @@ def forward_cached(
         x = decoder_layer(x, weights, config, angles(windowed), apply, attend_to_all)
         return (x, keys, values), None
 
+    # Each layer needs its index, because it writes to its own part of the cache.
     index = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
     carry = (embed(params, tokens, config), cache["k"], cache["v"])
     xs = (index, params["layers"], adapter.layers(), windowed_layers(config))
     (x, keys, values), _ = jax.lax.scan(body, carry, xs)
+    # Only the last position's logits are needed: prompts are padded on the left, so it is a real token.
     hidden = rms_norm(x[:, -1], params["norm"], config)
     return unembed(params, hidden, config), {"k": keys, "v": values, "real": all_real, "length": start + new}
 

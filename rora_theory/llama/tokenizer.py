@@ -238,6 +238,7 @@ class Tokenizer:
             if vocabulary.UNKNOWN not in types and unknown is not None and 0 <= unknown < len(types):
                 types[unknown] = vocabulary.UNKNOWN
             pieces = tuple(map(vocabulary.Piece, tokens, scores, types))
+            # Build the tokenizer: sentencepiece for llama, byte-level BPE for gpt2.
             if model_type == "llama":
                 model = vocabulary.SentencePieceModel(
                     pieces, add_dummy_prefix=add_space_prefix, remove_extra_whitespaces=remove_extra_whitespaces
@@ -265,6 +266,7 @@ class Tokenizer:
                 ("unk", unknown),
             )
         }
+        # Chat models name further ends, such as that of a turn.
         further_eos_ids = [read_metadata(reader, where, name, int, None) for name in END_TOKENS[1:]]
         adds_bos = model_type == "llama" or vocabulary.PRE_TOKENIZERS[split][1]
         return cls(
