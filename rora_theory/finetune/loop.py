@@ -269,6 +269,7 @@ class Trainer:
                 if self._checkpoints is not None:
                     self._checkpoints.save(self._state, self._progress)
                 clock = time.perf_counter()
+            # The caller may read the state at a pause, so nothing may be pending.
             if number in self._pauses:
                 yield from yield_pending()
                 yield Paused(number)

@@ -183,6 +183,7 @@ class _Computation:
         self.buffered: set[Any] = set()
         sources: dict[Any, set[Any]] = {}
         for node in self.nodes:
+            # Buffers that this operation reads, directly or through fused operands.
             operand_buffers = set().union(*(sources.get(value, ()) for value in node.reads)) if node.reads else set()
             for value in node.writes:
                 if node.name in _VIEWS:
