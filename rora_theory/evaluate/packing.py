@@ -195,6 +195,7 @@ def _fill(items: Sequence[int], trie: Trie, length: int) -> list[PackedRow]:
                 added = len(nodes) - _shared_count(nodes, row.nodes)
                 if added <= room:
                     best = min(best, (added, room, number))
+        # Add the item to that row; nodes that the row has already cost nothing.
         number = best[2]
         if number == len(rows):
             rows.append(PackedRow([], set()))
