@@ -168,11 +168,13 @@ def _select_by_card(names: Sequence[str], split: Split, subsets: Mapping[str, Su
     if subset is None or subset not in subsets:
         problem = "no subset is named" if subset is None else f"no subset {subset!r}"
         raise _subset_error(split, problem, subsets)
+    # Files that the patterns of the split match.
     splits, _ = subsets[subset]
     if split.name not in splits:
         raise InputError(f"{split.place}: no split {split.name!r}. Pass one of: {', '.join(splits)}.")
     patterns = splits[split.name]
     selected = [name for name in sorted(names) if any(_matches_pattern(name, pattern) for pattern in patterns)]
+    # A listed file of another kind is an error, because leaving it out would change the data.
     unreadable = [name for name in selected if not name.endswith(RECORD_SUFFIXES)]
     if unreadable:
         raise InputError(
@@ -238,6 +240,7 @@ def _parse_subsets(card: Mapping[str, Any]) -> dict[str, Subset]:
     configs = card.get("configs")
     subsets: dict[str, Subset] = {}
     for config in configs if isinstance(configs, list) else []:
+        # Without a list of files, an entry says nothing about the splits of its subset.
         if not isinstance(config, dict) or "data_files" not in config:
             continue
         name, data_files = str(config.get("config_name", "default")), config["data_files"]
@@ -248,6 +251,7 @@ def _parse_subsets(card: Mapping[str, Any]) -> dict[str, Subset]:
             data_files = [data_files]
         folder = str(config.get("data_dir", "")).strip("/")
         splits: dict[str, list[str]] = {}
+        # Collect the patterns of each split, relative to the folder of the data set.
         for item in data_files:
             entry = item if isinstance(item, dict) else {"path": item}
             split, path = entry.get("split", "train"), entry.get("path")

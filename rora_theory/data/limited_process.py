@@ -67,6 +67,7 @@ def run(function: Callable[..., Iterator[Any]], *arguments: Any, seconds: float,
         raise InputError(last["error"])
     if "memory" in last:
         raise LimitError(f"takes more than {memory:,} bytes of memory", results)
+    # The kernel ends the child with this signal at the limit of processor time.
     if child.returncode == -signal.SIGXCPU:
         raise LimitError(f"takes more than {seconds:.0f} s of processor time", results)
     if child.returncode < 0:
