@@ -52,6 +52,7 @@ def read_layers(path: Path) -> list[Layer]:
       InputError: If the file is missing or no .npz, or if an array is missing, has a wrong shape or is not finite.
     """
     arrays = _load_arrays(path)
+    # Layers by the common part of their keys, in natural order (2 before 10).
     names = sorted({key.rpartition("/")[0] for key in arrays} - {""}, key=_natural_key)
     if not names:
         raise InputError(f"{path}: no layer in the file. Its keys must be NAME/grad, NAME/x_train and NAME/x_heldout.")
@@ -60,6 +61,7 @@ def read_layers(path: Path) -> list[Layer]:
         layer_arrays = {}
         # Number of inputs, which the gradient and both arrays of inputs must share.
         width = arrays[f"{name}/grad"].shape[-1:] if f"{name}/grad" in arrays else ()
+        # Check the gradient and the inputs of each split.
         for suffix in ("grad", *(f"x_{split}" for split in SPLITS)):
             key = f"{name}/{suffix}"
             if key not in arrays:
@@ -96,6 +98,7 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray]:
         raise
     except (OSError, ValueError, EOFError, KeyError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not a readable .npz of numbers ({error}). Expected {expected}.") from error
+    # Integers and floats of any width are accepted, and converted to float32.
     for key, array in arrays.items():
         if array.dtype.kind not in "fiu":
             raise InputError(f"{path}: {key} must hold real numbers, got the type {array.dtype}")

@@ -82,6 +82,7 @@ class RegimeRun:
             missing.append("the run is not complete")
         if targets == ALL_LINEAR and settings.get("targets") != [ALL_LINEAR]:
             missing.append(f"{ALL_LINEAR} adapts more modules than it has ({' '.join(_module_types(terms))})")
+        # Together with the warnings about few tokens.
         sentences = list(self.few_tokens)
         if missing:
             sentences.append(
@@ -126,6 +127,7 @@ def read_regime_run(folder: Path, *, optimizer: OptimizerName, init: Init, split
     if not terms:
         described = ", ".join(f"{name} {value}" for name, value in selection.items())
         raise InputError(f"{path} has no row for {described}. Use a run that measured them.")
+    # The manifest gives the layers of the model and the settings, the rows the number of tokens.
     manifest = read_json(folder / "manifest.json", accepted="the manifest of a run of sims.regime")
     check_manifest(folder / "manifest.json", manifest)
     few_tokens = tuple(thin.token_warnings(rows))

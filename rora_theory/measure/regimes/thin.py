@@ -74,6 +74,7 @@ def token_warnings(crossings: pd.DataFrame) -> list[str]:
     error = float(np.median(errors))
     if tokens >= MIN_TOKENS and error <= MAX_STANDARD_ERROR:
         return []
+    # With too few tokens, the error itself is not known.
     if tokens < MIN_TOKENS:
         problem = f"fewer than the {MIN_TOKENS} needed to estimate an error"
     elif math.isinf(error):

@@ -91,6 +91,7 @@ def find_masks(model: torch.nn.Module, batch: Batch, trained: Batch | None = Non
       The masks by leading shape; empty if the batch has no token ids.
     """
     masks: MasksByShape = {}
+    # Tokens of the model or, with a decoder, of its encoder.
     ids = _array(batch, "input_ids")
     if ids is not None and ids.ndim == 2:
         real = _real_tokens(model, ids, batch)

@@ -174,6 +174,7 @@ def coordinate_check(
       InputError: If a model has no fresh LoRA adapter of its rank, if no law is known for its initialisation, or if an
         argument is out of range.
     """
+    # Validate before any model is made.
     check_ranks(ranks)
     check_steps(steps)
     check_integer("seeds", seeds, minimum=2)
@@ -182,6 +183,7 @@ def coordinate_check(
     batches = [batch] if isinstance(batch, Mapping) else list(batch)
     compute_loss = model_loss if loss is None else loss
     make = adamw(learning_rate) if make_optimizer is None else make_optimizer
+    # Sizes by coordinate, seed and rank; NaN marks what is not measured.
     values: dict[Coordinate, np.ndarray] = {}
     optimizers: list[str] = []
     runs = [(number, column, rank) for number in range(seeds) for column, rank in enumerate(ranks)]
@@ -216,6 +218,7 @@ def coordinate_check(
             for column, rank in enumerate(ranks)
         ]
     )
+    # Describe the scope of the verdict.
     step_text = f"{listed(steps)} step{'' if tuple(steps) == (1,) else 's'}"
     batch_text = f"{len(batches)} training batch{'' if len(batches) == 1 else 'es'}"
     scope = (

@@ -178,6 +178,7 @@ def _collator(first: Any, name: str, tokenizer: Any, max_length: int) -> Callabl
         return ChatCollator(tokenizer, max_length)
     padding = tokenizer.pad_token_id or 0  # masked and without a label, so any token will do
 
+    # Without labels of its own, a record is learned as a whole.
     def encode(record: Any) -> tuple[list[int], list[int]]:
         if kind == "text":
             text = record if isinstance(record, str) else record["text"]

@@ -51,6 +51,7 @@ def linear_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
         if isinstance(module, BaseTunerLayer):
             wrapped.append(name)
             inner = module.get_base_layer()
+        # Quantised layers are recognised by their sizes: their classes belong to other packages.
         sizes = (getattr(inner, "in_features", None), getattr(inner, "out_features", None))
         if isinstance(inner, Conv1D) or all(isinstance(size, int) for size in sizes):
             modules[name] = module
@@ -104,6 +105,7 @@ def chosen(
     kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
     supported = f"supported: {kinds}, a regular expression, or {ALL_LINEAR}"
     adapted = {name: module for name, module in linear.items() if isinstance(module, BaseTunerLayer)}
+    # Without targets: what PEFT adapts already, or every linear module but the head.
     if target_modules is None and adapted:
         modules = adapted
     elif target_modules is None or target_modules == ALL_LINEAR:

@@ -136,6 +136,7 @@ class ProbeModel:
         settings = self._settings
         warmup = scaled_warmup(settings.warmup, settings.steps, trial.steps)
         parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        # Each group of parameters keeps its own peak, as an optimizer may have several.
         optimizer = settings.make_optimizer(parameters, trial.learning_rate)
         peaks = [group["lr"] for group in optimizer.param_groups]
         for step in range(trial.steps):
@@ -267,6 +268,7 @@ def _restored(model: torch.nn.Module) -> Iterator[None]:
             stack.enter_context(preserved_state(model))
             yield
     finally:
+        # Remove what was added, and restore what was changed.
         for module, before in hooks:
             for key in set(module._forward_hooks) - before:
                 del module._forward_hooks[key]

@@ -151,6 +151,7 @@ def tune(
     if config.target_modules is not None:
         targets = config.target_modules
         chosen(model, targets if isinstance(targets, str) else sorted(targets))
+    # A checkpoint that cannot be written is an error now, not after the first run.
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
         files.check_folder(path.parent)
