@@ -460,6 +460,7 @@ def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
     result = judge_equivalence(relative, half, margin=EQUIVALENCE_MARGIN, threshold=0.0)
     ratio_errors = rate_errors(ratio, edge=first.edge or second.edge)
     is_one_seed = losses.over == RECORDS and min(len(first.losses), len(second.losses)) < 2
+    # The verdict names the first reason for which the comparison is not settled, or the result.
     if not losses.has_error:
         verdict = "not settled: one seed, no losses a record"
     elif math.isinf(grid):
