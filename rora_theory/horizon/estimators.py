@@ -52,6 +52,7 @@ def estimator_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
             groups = [(at,) for at in pairs] + ([tuple(pairs)] if len(pairs) > 1 else [])
             for group in groups:
                 chosen = [pairs[at] for at in group]
+                # A best rate at the end of a grid makes the exponent a bound.
                 edges = sum(any(curve.edge for curve in at_shared_seeds(*pair)) for pair in chosen)
                 labels = {"step": step, "over": over, "at": " ".join(f"{at:g}" for at in group)}
                 labels |= {"first": float(low), "second": float(high)}

@@ -156,6 +156,7 @@ def horizon_exponents(
                 | {"verdict": judged((min(law), max(law)), rivals, seeds=seeds)}
                 | {"by_parts": float(np.mean(by_parts)) if by_parts else None}
             )
+            # Verdicts on the displacement law and on the measured parts, where the run has them.
             if over == "strength" and displaced is not None:
                 rows[-1] |= dict(zip(("displacement_low", "displacement_high"), displaced, strict=True))
                 rows[-1]["displacement_verdict"] = judged(displaced, other_rivals, seeds=seeds)
