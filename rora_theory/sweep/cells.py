@@ -110,6 +110,7 @@ def cells_of(
                     # Methods without a rank belong to the first turn of the loop, in which the rank is None.
                     if method == BASE or METHODS[method].ranked == (rank is None):
                         continue
+                    # Rates: the best one of stage 0, those of the options, or the published ones of the method.
                     if stage == 1:
                         rates = best_rates.get((model, method, rank), ())
                     else:

@@ -106,6 +106,7 @@ def draw_records(
         [records[i] for i in order if file_questions[i] not in held_out_questions]
         for records, file_questions, order in zip(files, questions, orders, strict=True)
     ]
+    # Without a number, all remaining records of every file; otherwise shares of it.
     if train_records is None:
         train_counts = [len(records) for records in remaining]
     else:

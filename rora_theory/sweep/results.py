@@ -108,6 +108,7 @@ def marked_rates(rows: pd.DataFrame) -> pd.DataFrame:
         seed_rows = group[group["seed"] == counts[counts == counts.max()].index.min()]
         best = seed_rows.sort_values(["loss", "learning_rate"]).iloc[0]
         if math.isfinite(best["loss"]):
+            # At an end of the rates, the minimum may lie beyond them.
             ends = seed_rows["learning_rate"].min(), seed_rows["learning_rate"].max()
             mark = "only" if len(seed_rows) == 1 else "edge" if best["learning_rate"] in ends else "yes"
             by_rate = seed_rows.sort_values("learning_rate")

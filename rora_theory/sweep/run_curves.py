@@ -110,6 +110,7 @@ def compare_by_records(curves: Sequence[Curve], runs: Sequence[TrainedRun]) -> l
             losses = _difference(*([group[seed] for seed in finished] for group in groups))
         else:
             losses = over_seeds(np.array([np.mean(first.lowest_losses()) - np.mean(second.lowest_losses())]))
+        # A diverged run leaves its mark on the verdict, because it is not among the averaged losses.
         result = comparison(first, second, losses)
         if diverged:
             prefix = f"{result.verdict}; " if finished else ""
