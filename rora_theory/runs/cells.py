@@ -154,6 +154,7 @@ def run_cells(
     for outcome in runner(work, tasks, start):
         (cell, cell_folder), index = tasks[outcome.position], todo[outcome.position]
         ended_count += 1
+        # A failed cell does not stop the others; it is retried when the command runs again.
         if isinstance(outcome.result, Exception):
             failures.append(f"{cell} ({_record_failure(cell, cell_folder, outcome.result)})")
         else:
@@ -163,6 +164,7 @@ def run_cells(
             shutil.rmtree(cell_folder / CHECKPOINTS, ignore_errors=True)
             folder.add_cell_time(keys[index], outcome.seconds, outcome.node, outcome.software)
             on_finish(index, cell_record.value, outcome)
+        # Writing all results takes time, so it is not done after every short cell.
         if time.monotonic() - written_at > WRITE_INTERVAL:
             write(available_values())
             written_at = time.monotonic()

@@ -171,6 +171,7 @@ class RunFolder:
             manifest.setdefault("files", {})
             session = {"start": lock.now(), "end": None, "status": "running", "command": sys.argv[1:]}
             manifest["sessions"].append(session | {"process": os.getpid(), "host": platform.node()} | environment)
+            # From here on, the folder object owns the lock and writes the manifest.
             folder = cls(path, identity, manifest, lock_descriptor, resumed=resumed)
             folder._write_manifest()
         except BaseException:
