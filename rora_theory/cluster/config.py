@@ -49,6 +49,7 @@ class ClusterConfig:
             check_positive("--cell-memory", self.cell_memory)
         if self.address is None:
             return
+        # On a cluster, the resources of a cell determine how many run at a time.
         if self.workers > 1:
             raise InputError(
                 f"--workers {self.workers} cannot be combined with --address. On a cluster, set how many cells a node "
@@ -72,6 +73,7 @@ class ClusterConfig:
         """
         if self.cell_memory == "plan" and plan is None:
             raise InputError("--cell-memory must be a number for this experiment, which has no memory plan, got plan")
+        # One worker on this machine needs no Ray.
         if self.workers == 1 and self.address is None:
             return in_process
         connect(self.address, self.workers, self.cell_cpus)
@@ -100,6 +102,7 @@ class ClusterConfig:
             gpus = float(any("GPU" in node for node in nodes))
         if gpus:
             _keep_off_accelerators()
+        # Requirements as options of Ray, as resources of a node, and in words.
         needs: dict[str, Any] = {"num_cpus": self.cell_cpus, "num_gpus": gpus}
         description = f"{self.cell_cpus:g} CPUs and {gpus:g} GPUs"
         required = {"CPU": self.cell_cpus, "GPU": gpus}

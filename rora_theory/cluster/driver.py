@@ -66,6 +66,7 @@ class RayRunner:
                 on_start(index)
 
         try:
+            # Submit all cells at once: Ray keeps them until a node has their resources.
             for index in range(len(todo)):
                 submit(index)
             while index_of_stream:
@@ -79,6 +80,7 @@ class RayRunner:
                         message = RuntimeError(_first_line(error))
                     if isinstance(message, Started):
                         start(index)
+                        # Warn once about each node with other versions, which may compute other results.
                         if message.node not in nodes:
                             differences = software.version_differences(environment, message.software)
                             nodes[message.node] = message.software if differences else None
