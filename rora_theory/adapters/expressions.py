@@ -159,6 +159,7 @@ def _compound(item: Any, flags: int) -> Part:
     if kind in _REPEATS:
         minimum, maximum, body = value
         return _repeat(minimum, maximum, _sequence(body, flags))
+    # A branch reaches the positions of all its alternatives.
     if kind is _parser.BRANCH:
         branches = [_sequence(branch, flags) for branch in value[1]]
         return lambda text, starts, work: set().union(*(branch(text, starts, work) for branch in branches))

@@ -317,6 +317,7 @@ def _check(path: Path, tensors: Mapping[str, np.ndarray], expected: Mapping[str,
             raise InputError(f"{path}: an adapter for another model: has {shown(name)}; the model has {layers} layers")
         if name not in expected:
             raise InputError(f"{path}: unexpected tensor {shown(name)}, which {CONFIG} does not imply for this model")
+    # Every tensor must be there, with the right shape and finite values.
     for name, shape in expected.items():
         if name not in tensors:
             raise InputError(f"{path}: missing tensor {name}, which {CONFIG} implies for this model")

@@ -99,6 +99,7 @@ def _pairs(path: Path, tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[np.
                 f"{path.parent}: unsupported tensor {shown(key)}; supported: lora_A and lora_B of linear modules"
             )
         pairs.setdefault(name, {})[kind[0]] = tensor
+    # Both factors must be there, with one rank.
     for name, pair in pairs.items():
         if len(pair) < 2 or pair["A"].shape[0] != pair["B"].shape[1] or not pair["A"].shape[0]:
             shapes = {kind: list(tensor.shape) for kind, tensor in pair.items()}

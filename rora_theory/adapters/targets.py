@@ -91,6 +91,7 @@ def resolve(
             tuple(int(ranks.get(name, 0)) for name in names),
             tuple(float(alphas.get(name, alpha)) for name in names),
         )
+        # A rank above the size of the weight adds parameters, but no further changes of the weight.
         p_out, p_in = llama_config.module_shape(module)
         if bounded and target.width > min(p_out, p_in):
             layer = target.ranks.index(target.width)
