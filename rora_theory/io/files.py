@@ -115,6 +115,7 @@ def check_folder(path: str | Path) -> None:
         raise InputError(f"{path}: cannot be used ({reason}). {advice}") from error
     if any(len(os.fsencode(part)) > longest for part in Path(path).parts):
         raise InputError(f"{path}: has a name of more than {longest} bytes. {advice}")
+    # A new folder is created in the existing parent, which must be a writable folder.
     if not existing.is_dir():
         raise InputError(f"{path}: {'is' if existing == Path(path) else f'{existing} is'} a file. {advice}")
     if not os.access(existing, os.W_OK | os.X_OK, effective_ids=True):
