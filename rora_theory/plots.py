@@ -85,6 +85,7 @@ def plot_check(sizes: "pandas.DataFrame", slopes: "pandas.DataFrame", band: floa
     import matplotlib.pyplot as plt
 
     sizes = sizes[sizes["module"] == "model"]
+    # Splits and quantities that were measured.
     splits = [split for split in CHECK_SPLITS if (sizes["split"] == split).any()]
     lines = [name for name in MODEL_LINES if (sizes["quantity"] == name).any()]
     steps = sorted({int(step) for step in sizes["step"]})
@@ -109,6 +110,7 @@ def plot_check(sizes: "pandas.DataFrame", slopes: "pandas.DataFrame", band: floa
             integer_ticks(slope_axis, steps, max_count=7)
         axes[-1, 0].set_xlabel("rank $r$")
         axes[-1, 1].set_xlabel("step")
+        # One legend for both columns; steps and the band have handles of their own.
         handles = named(axes.flat) | step_handles(steps) | {f"flat: within ±{band:g}": band_handle()}
         seeds = sizes["seed"].nunique()
         legend(figure, handles, f"mean ± s.e. over {seeds} draws of A; slope ± half its 95% interval")
@@ -138,6 +140,7 @@ def plot_regime(crossings: "pandas.DataFrame", title: str = "") -> "matplotlib.f
     types = module_types(crossings["module"].unique())
     crossings = crossings.assign(type=crossings["module"].map(types))
     with plt.rc_context(STYLE):
+        # A panel for each type of module, a line for each optimizer.
         names = list(dict.fromkeys(crossings["type"]))
         figure, axes = layer_panels(names, "crossing rank $r^*$")
         for axis, name in zip(axes, names, strict=True):
@@ -184,6 +187,7 @@ def plot_losses(
     with plt.rc_context(STYLE):
         if axis is None:
             _, axis = plt.subplots(figsize=(3.6, 2.7))
+        # A line for each name; a vertical line marks its best rate.
         for position, (name, by_rate) in enumerate(losses.items()):
             colour = COLOURS[position % len(COLOURS)]
             draw_losses(axis, by_rate, colour=colour, marker=MARKERS[position % len(MARKERS)], label=name)
@@ -332,6 +336,7 @@ def layer_panels(names: Sequence[str], label: str) -> tuple["matplotlib.figure.F
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
+    # As many columns as fit on a page, and empty panels removed.
     columns = min(len(names), MAX_COLUMNS)
     rows = -(-len(names) // columns)
     size = (max(3.4, 0.5 + 1.35 * columns), 0.5 + 1.8 * rows)
