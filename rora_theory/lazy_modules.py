@@ -17,6 +17,7 @@ def attributes(package: str, names: Mapping[str, str] | None = None) -> tuple[Ca
     """
     public = dict(names or {})
 
+    # Called for names that the package does not have yet: import them on first use.
     def get_attribute(name: str) -> Any:
         if name in public:
             return getattr(importlib.import_module(public[name]), name)
