@@ -78,6 +78,7 @@ def draw(config: Config) -> Sequence[Path]:
     if not paired.empty:
         draw_differences(axes[1], paired, config.answers)
         rank_axis(axes[1], lines)
+    # A line for each method in every panel, moved apart so that error bars do not overlap.
     drawn_lines: list[Any] = []
     measured = [axes[0], *axes[1 + (not paired.empty) :]]
     for axis, (column, error, label, unit) in zip(measured, panels, strict=False):
@@ -90,6 +91,7 @@ def draw(config: Config) -> Sequence[Path]:
         rank_axis(axis, lines)
     if config.paper:
         printed(axes[-1])
+    # One legend below all panels.
     words = title(manifest, pd.concat(lines.values()), config)
     style.legend(figure, style.named(axes) | marks(drawn_lines), words + seeds_in_words(drawn_lines))
     return style.save(figure, config.out or config.run, "accuracy_vs_rank")

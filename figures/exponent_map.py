@@ -70,6 +70,7 @@ def draw(config: Config) -> Sequence[Path]:
                 va="center",
                 path_effects=[withStroke(linewidth=1.8, foreground="#333333")],
             )
+        # The crossing rank separates the two regimes.
         axis.plot(crossing, overlaps, color=style.COLOURS[1], label="crossing rank $r^*$")
         axis.set(xscale="log", yscale="log", xlim=(1, config.max_rank), ylim=(overlaps[0], 1), xlabel="rank $r$")
         axis.set_xscale("log", base=2)

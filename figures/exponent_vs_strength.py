@@ -47,6 +47,7 @@ def draw(config: Config) -> Sequence[Path]:
     The band is the displacement law with every measured K and c from 1 to 2.
     """
     folders = style.read_folders(config.runs, "estimators.csv")
+    # A series for each run folder and rank.
     series = [
         (f"{label}, r = {rank}" if len(folders) > 1 else f"r = {rank}", pairs)
         for label, table in folders

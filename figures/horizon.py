@@ -92,6 +92,7 @@ def against_horizon(axes: Axes, exponents: pd.DataFrame, ranks: Sequence[int], s
     # Range of the law over all ranks.
     law = exponents.groupby("step").agg({"law_low": "min", "law_high": "max"})
     axes.fill_between(law.index, law["law_low"], law["law_high"], color=style.BAND_COLOUR)
+    # Measured exponents, with the law for the measured parts of the change as dashes.
     by_parts = False
     for index, rank in enumerate(ranks):
         selected = exponents[exponents["at"] == rank].sort_values("step")
@@ -105,6 +106,7 @@ def against_horizon(axes: Axes, exponents: pd.DataFrame, ranks: Sequence[int], s
             by_parts = True
             look = {"marker": "_", "markersize": 11, "markeredgewidth": 1.6, "color": "black"}
             axes.plot(places, selected["by_parts"], linestyle="none", **look)
+    # Levels of the simple laws, for comparison.
     levels = {-1.0: "first step's law", -0.5: "A leads", 0.0: "no change"}
     for level in levels:
         axes.axhline(level, color="black", linewidth=0.6, linestyle=(0, (3, 2)))

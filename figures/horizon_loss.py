@@ -45,6 +45,7 @@ def draw(config: Config) -> Sequence[Path]:
     losses = losses[(losses["step"] == config.steps) & losses["rank"].isin(config.ranks)]
     figure, axes = plt.subplots(figsize=(4.8, 3.2))
     drawn = 0
+    # Colours are ranks, dashes are strengths; a curve needs three rates.
     for place, rank in enumerate(config.ranks):
         for line, strength in zip(("-", "--"), config.strengths, strict=False):
             # Strengths are rounded in the options, hence the tolerance.

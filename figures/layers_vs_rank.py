@@ -36,6 +36,7 @@ def draw(config: Config) -> Sequence[Path]:
     figure, axes = plt.subplots(
         len(optimizers), 1, figsize=(3.4, 0.6 + 2.1 * len(optimizers)), sharex=True, squeeze=False
     )
+    # A panel for each optimizer, a colour for each rule, a line for each layer.
     for axis, optimizer in zip(axes[:, 0], optimizers, strict=True):
         for position, rule in enumerate(rules):
             label, colour, marker = style.look(rule, position)
@@ -44,6 +45,7 @@ def draw(config: Config) -> Sequence[Path]:
                 chosen = frames.where(rows, where).sort_values("rank")
                 # Layers differ in size by orders of magnitude: divide each by its value at the first rank.
                 first = chosen["exact"].iloc[0]
+                # The law as a line, the measurement as points.
                 axis.plot(chosen["rank"], chosen["exact"] / first, color=colour, linewidth=0.7)
                 axis.errorbar(
                     chosen["rank"],

@@ -57,6 +57,7 @@ def draw(config: Config) -> Sequence[Path]:
     if config.labels and len(config.labels) != len(folders):
         style.fail(f"--labels must have one name for each of the {len(folders)} runs, got {len(config.labels)}")
     runs = [read_events(folder) for folder in folders]
+    # Without labels, runs are named by the settings in which they differ.
     names = config.labels or names_of([settings for settings, _ in runs])
     figure, axis = plt.subplots(figsize=(3.6, 2.8))
     title = "points: single batches; lines: their running mean"

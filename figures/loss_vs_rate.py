@@ -78,6 +78,7 @@ def draw(config: Config) -> Sequence[Path]:
         axis.set(xscale="log", xlabel="learning rate", ylabel=label)
         axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axis.minorticks_off()
+    # Settings of the runs, for the legend.
     title = (
         model_name(rows["model"].iloc[0], config.name)
         + (f", r = {rank}" if rank else "")

@@ -48,6 +48,7 @@ def draw(config: Config) -> Sequence[Path]:
             for trained, (dashes, filled) in TRAINED.items():
                 look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": dashes}
                 look["markerfacecolor"] = colour if filled else "white"
+                # Above, each line's label states its slope; below, only runs that train both factors.
                 best_rows, slope_rows, loss_rows = (
                     _select(table, optimizer, trained, rule) for table in (best_rate_table, slopes, rows)
                 )

@@ -60,6 +60,7 @@ def draw(config: Config) -> Sequence[Path]:
             style.integer_ticks(axis, rows["rank"])
         named = f", A {init}" if len({init for _, init in panels}) > 1 else ""
         axis_row[0].set_ylabel(rf"rms of $\|w\|_2$ (output units){named}")
+    # Labels of the outer axes, and one legend.
     for axis in axes[-1]:
         axis.set_xlabel("rank $r$")
     handles = style.named(axes.flat) | {"exact law": plt.Line2D([], [], color="black")}

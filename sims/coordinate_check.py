@@ -88,6 +88,7 @@ def run(config: Config) -> None:
     # Slopes in the rank, with verdicts.
     slopes = rank_check.coordinate_slopes(checked, sizes)
     folder.write_frame(slopes, "slopes.csv")
+    # Key figures: the whole model's slopes after the last step.
     ends = slopes[(slopes["module"] == MODEL) & (slopes["step"] == steps)]
     scope = ("optimizer", "rule", "init", "control", "step", "split", "quantity", "verdict")
     with summarised(folder, key_figures(ends, "slope in the rank", "slope", over="seeds", scope=scope)):

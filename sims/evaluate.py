@@ -176,6 +176,7 @@ def run(config: Config) -> None:
     extra = {"protocol": config.protocol, "units": ACCURACY_UNITS}
     folder = RunFolder.open(NAME, known, out=config.out, extra=extra, models=[origin])
     levels = evaluate(config, folder, tasks, model, adapter)
+    # Key figures: the accuracy of each task, with its error over items.
     figures = [
         KeyFigure("accuracy", level.accuracy, level.error, "items", scope={"task": level.task, "n": level.n})
         for level in levels

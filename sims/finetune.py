@@ -76,6 +76,7 @@ def run(config: Config) -> None:
     Args:
       config: Options of the fine-tuning run.
     """
+    # Connect the processes before anything else uses JAX.
     if config.processes.join():
         config.output.check_several(config.training, config.out)
     silence_checkpoint_logs()
@@ -120,6 +121,7 @@ def run(config: Config) -> None:
             record_start(folder, trainer, model, data.summary, training)
             events = train(trainer, folder, config.log_to)
         adapter = trainer.adapter(config.output.keep)
+    # Only the first process writes: the outputs, their card, and the summary.
     if folder is not None:
         best = trainer.best_step if config.output.keep == "best" else None
         license_name = config.output.license

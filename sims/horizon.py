@@ -150,6 +150,7 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
     best = setting | {"rate": "{best_rate:.3g}", "loss": "{best_loss:.4f}", "edge": "{edge}"}
     policies = {"changed setting": "{changed}", "policy": "{policy}"}
     policies |= {"median": "{median:.4f}", "largest": "{largest:.4f}", "lower bounds": "{lower_bounds}"}
+    # Print the tables that the run has data for.
     for title, frame, columns in (
         ("Best rates (parabola through the three lowest losses)", judged.best, best),
         ("Comparisons, each at its own best rate", judged.comparisons, comparisons),

@@ -96,6 +96,7 @@ def run(config: Config) -> None:
     Raises:
       SystemExit: If the measurement contradicts the prediction, with status 1.
     """
+    # Connect to a cluster first, because JAX must not claim its devices before.
     runner = config.cluster.runner()
     options = {name: getattr(config, name) for name in ("template", "dtype", "revision")}
     read = prompts.read_inputs(config.data, config.model, config.reading, **options)
@@ -149,6 +150,7 @@ def run(config: Config) -> None:
     for name, frame in summaries.items():
         folder.write_frame(frame, name)
     warnings = thin.regime_warnings(measured.crossings, model.config.num_hidden_layers)
+    # Key figures and report.
     bounds, scope = ("crossing_rank_low", "crossing_rank_high"), ("kind", "split", "optimizer", "init")
     crossings, name = summaries[regime_tables.CROSSING_SUMMARY], "crossing rank, median over layers"
     ranks = key_figures(crossings, name, "crossing_rank", None, over="layers", bounds=bounds, scope=scope)
@@ -156,6 +158,7 @@ def run(config: Config) -> None:
         report(config.measured, measured, verdict, warnings)
     folder.finish(warnings=warnings)
     answers.print_files(folder.path)
+    # The files are written in any case; the status tells scripts of a contradiction.
     if verdict is not None and verdict["verdict"] == "fails":
         sys.exit(1)
 

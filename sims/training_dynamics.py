@@ -101,6 +101,7 @@ def report(grid: TrainingGrid, rows: pd.DataFrame, fits: pd.DataFrame, answered:
             [[*line, *(table.get((*line, *figure), "diverged") for figure in figures)] for line in lines],
             left=2,
         )
+    # Diverged runs are excluded from the slopes, so they are listed.
     diverged = rows[(rows["step"] == grid.steps[-1]) & (rows["diverged"] > 0)]
     if len(diverged):
         tables.print_text("Runs that diverged by the last step (model, start, trained, optimizer, rule, rank):")

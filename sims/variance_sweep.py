@@ -69,6 +69,7 @@ def run(config: Config) -> None:
     folder.write("verdicts.json", json.dumps([vars(verdict) for verdict in judged], indent=2) + "\n")
     results, check = frame_of(values), frame_of(values, direct=True)
     folder.write_frame(simulation.second_moments(results), "second_moments.csv")
+    # Key figures, and the report.
     slopes, scope = simulation.simulated_exponents(results), (*simulation.GROUP, "low", "high")
     exponents = key_figures(slopes, "exponent of the rms norm in the rank", "slope", over="draws", scope=scope)
     with summarised(folder, exponents):

@@ -266,9 +266,11 @@ def run(main: Callable[[], object]) -> None:
     except SystemExit:
         raise
     except BaseException as error:
+        # Mark the open run first, so that it is closed whatever happens to the output.
         run_status, message, exit_status = _outcome(error)
         is_resumable = folder.count_open() > open_before
         folder.end_all(run_status, message, skip=open_before)
+        # A bug of the program: show its traceback.
         if exit_status is None:
             raise
         if message is not None:
@@ -291,6 +293,7 @@ def _outcome(error: BaseException) -> tuple[str, str | None, int | None]:
     """
     if isinstance(error, (InputError, FailedError)):
         return "failed", str(error), 1 if isinstance(error, FailedError) else 2
+    # A package of an optional extra is missing.
     if (message := extras.missing_message(error)) is not None:
         return "failed", message, 2
     if isinstance(error, BrokenPipeError):

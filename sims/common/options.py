@@ -31,6 +31,7 @@ def options_of(config: type) -> dict[str, Any]:
         if dataclasses.is_dataclass(hint):
             types |= options_of(typing.cast(type, hint))
             continue
+        # Settings of tyro: positional and fixed fields are no options, others may be renamed.
         if get_origin(hint) is typing.Annotated:
             hint, *settings = get_args(hint)
             if tyro.conf.Positional in settings or tyro.conf.Fixed in settings:

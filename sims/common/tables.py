@@ -62,6 +62,7 @@ def print_table(
     console = Console()
     values = [list(row) for row in rows]
     cells = [[str(cell) for cell in row] for row in values]
+    # With --json, and for files of the run, the values are passed on unformatted.
     if collect is not None:
         json_rows = [dict(zip(columns, row, strict=True)) for row in values] if records is None else records
         collect({"title": title, "rows": json_rows})
@@ -85,6 +86,7 @@ def print_table(
             wider = [*range(keys), figure]
             groups.append(wider)
         groups[-1] = wider
+    # Fill the tables: words fold, sentences take the spare width, and numbers stay whole.
     print_text(title)
     for group in groups:
         spare = console.width - sum(widths[i] + GAP for i in group)
