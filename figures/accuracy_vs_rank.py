@@ -92,8 +92,8 @@ def draw(config: Config) -> Sequence[Path]:
     if config.paper:
         printed(axes[-1])
     # One legend below all panels.
-    words = title(manifest, pd.concat(lines.values()), config)
-    style.legend(figure, style.named(axes) | marks(drawn_lines), words + seeds_in_words(drawn_lines))
+    caption = title(manifest, pd.concat(lines.values()), config)
+    style.legend(figure, style.named(axes) | marks(drawn_lines), caption + seeds_in_words(drawn_lines))
     return style.save(figure, config.out or config.run, "accuracy_vs_rank")
 
 

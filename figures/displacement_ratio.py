@@ -45,7 +45,7 @@ def draw(config: Config) -> Sequence[Path]:
     folders = style.read_folders(config.runs, "constants.csv")
     figure, axes = plt.subplots(figsize=(4.4, 3.2))
     series = 0
-    for (place, (label, constants)), (colour, step) in product(
+    for (folder_index, (label, constants)), (colour, step) in product(
         enumerate(folders), zip(style.COLOURS, config.steps, strict=False)
     ):
         at_step = constants[constants["step"] == step]
@@ -69,12 +69,12 @@ def draw(config: Config) -> Sequence[Path]:
         ranks = sorted(set(constants["rank"]))
         shift = at_step["rank"].map(lambda rank, ranks=ranks: ranks.index(rank) - (len(ranks) - 1) / 2)
         x = at_step["strength"] * 1.03**shift * 1.01 ** (config.steps.index(step) - 1)
-        marker = style.MARKERS[place]
+        marker = style.MARKERS[folder_index]
         axes.errorbar(x, ratios["constant"], yerr=bars, fmt=marker, color=colour, label=name)
         # The law's line, over all values of G.
         grid = np.geomspace(constants["strength"].min() / 1.5, constants["strength"].max() * 1.5, 100)
         line = [displacement_ratio(strength, displacement_constant=mean) for strength in grid]
-        axes.plot(grid, line, color=colour, linewidth=0.9, linestyle=("-", "--", ":")[place % 3])
+        axes.plot(grid, line, color=colour, linewidth=0.9, linestyle=("-", "--", ":")[folder_index % 3])
     if not 0 < series <= MAX_SERIES:
         style.fail(
             f"the run folders must have between 1 and {MAX_SERIES} series of constants at --steps, got {series}. "

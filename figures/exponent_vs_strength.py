@@ -59,19 +59,19 @@ def draw(config: Config) -> Sequence[Path]:
             f"{config.steps} steps, got {len(series)} ranks. Choose other --steps or fewer runs."
         )
     figure, axes = plt.subplots(figsize=(4.6, 3.4))
-    for place, (label, pairs) in enumerate(series):
+    for position, (label, pairs) in enumerate(series):
         # Several ranks have the same ends: their points are moved apart, so that no bar hides another.
-        middle = np.sqrt(pairs["first"] * pairs["second"]) * 1.05 ** (place - (len(series) - 1) / 2)
+        middle = np.sqrt(pairs["first"] * pairs["second"]) * 1.05 ** (position - (len(series) - 1) / 2)
         spans = [middle - pairs["first"], pairs["second"] - middle]
-        look: dict[str, Any] = {"fmt": style.MARKERS[place], "color": style.COLOURS[place], "elinewidth": 0.9}
+        look: dict[str, Any] = {"fmt": style.MARKERS[position], "color": style.COLOURS[position], "elinewidth": 0.9}
         axes.errorbar(middle, pairs["exponent"], yerr=pairs["standard_error"], xerr=spans, label=label, **look)
     strengths = pd.concat([pairs[end] for _, pairs in series for end in ("first", "second")])
     draw_laws(axes, config, (strengths.min() / 2, strengths.max() * 2))
     axes.set(xscale="log", xlabel=r"$G = \gamma r$", ylim=(-1.05, -0.4))
     axes.set_ylabel(rf"$d \log \eta^* / d \log G$ after {config.steps} steps ({config.estimate})")
     style.plain_ticks(axes, strengths)
-    words = "bars: the two values of G, and one standard error over seeds; band: c = 1 to 2"
-    style.legend(figure, style.named([axes]), words)
+    caption = "bars: the two values of G, and one standard error over seeds; band: c = 1 to 2"
+    style.legend(figure, style.named([axes]), caption)
     return style.save(figure, config.out or config.runs[0], "exponent_vs_strength")
 
 

@@ -51,10 +51,10 @@ def draw(config: Config) -> Sequence[Path]:
         handles[f"r = {rank:g}"] = plt.Line2D([], [], color="black", marker=marker, linestyle="none")
     if by_parts:
         handles["law with the measured parts"] = plt.Line2D([], [], color="black", marker="_", linestyle="none")
-    words = "bars of rates ± one s.e., of exponents 95%; lines above: the law from the first point on; band: the law"
+    caption = "bars of rates ± one s.e., of exponents 95%; lines above: the law from the first point on; band: the law"
     if best["edge"].notna().any():
-        words += "; crosses: at the grid's edge"
-    style.legend(figure, handles, words)
+        caption += "; crosses: at the grid's edge"
+    style.legend(figure, handles, caption)
     return style.save(figure, config.out or config.run, "horizon")
 
 

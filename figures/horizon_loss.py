@@ -46,14 +46,16 @@ def draw(config: Config) -> Sequence[Path]:
     figure, axes = plt.subplots(figsize=(4.8, 3.2))
     drawn = 0
     # Colours are ranks, dashes are strengths; a curve needs three rates.
-    for place, rank in enumerate(config.ranks):
+    for rank_index, rank in enumerate(config.ranks):
         for line, strength in zip(("-", "--"), config.strengths, strict=False):
             # Strengths are rounded in the options, hence the tolerance.
             curve = losses[(losses["rank"] == rank) & (losses["strength"].sub(strength).abs() < 0.5)]
             if curve["learning_rate"].nunique() < 3:
                 continue
             label = f"r = {rank}, G = {strength:g}"
-            draw_curve(axes, curve, line, color=style.COLOURS[place], marker=style.MARKERS[place], label=label)
+            draw_curve(
+                axes, curve, line, color=style.COLOURS[rank_index], marker=style.MARKERS[rank_index], label=label
+            )
             drawn += 1
     if not drawn:
         style.fail(f"{config.run}: results.csv has no curve of three learning rates after {config.steps} steps")

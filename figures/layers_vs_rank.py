@@ -41,8 +41,8 @@ def draw(config: Config) -> Sequence[Path]:
         for position, rule in enumerate(rules):
             label, colour, marker = style.look(rule, position)
             for layer in layers:
-                where = {"layer": layer, "optimizer": optimizer, "rule": rule}
-                chosen = frames.where(rows, where).sort_values("rank")
+                selection = {"layer": layer, "optimizer": optimizer, "rule": rule}
+                chosen = frames.where(rows, selection).sort_values("rank")
                 # Layers differ in size by orders of magnitude: divide each by its value at the first rank.
                 first = chosen["exact"].iloc[0]
                 # The law as a line, the measurement as points.

@@ -71,13 +71,13 @@ def draw(config: Config) -> Sequence[Path]:
     axes[0, 0].set_ylabel("best learning rate")
     axes[1, 0].set_ylabel("held-out loss" + (" (nats a token)" if is_matrix(manifest) else ""))
     # Legend, with what is left out.
-    words = f"bars: ± one s.e. over {' and '.join(sorted(set(best_rate_table['error_over'].dropna())))}"
+    caption = f"bars: ± one s.e. over {' and '.join(sorted(set(best_rate_table['error_over'].dropna())))}"
     if left_out:
-        words += f"; below: rates that diverged or have a loss above {MAX_LOSS_RATIO} times the median are left out"
+        caption += f"; below: rates that diverged or have a loss above {MAX_LOSS_RATIO} times the median are left out"
     edge = plt.Line2D([], [], color="black", marker="x", markersize=6, linestyle="none")
     handles = style.named(axes[1])
     handles |= {"best rate at the grid's edge": edge} if best_rate_table["edge"].notna().any() else {}
-    style.legend(figure, handles, words)
+    style.legend(figure, handles, caption)
     return style.save(figure, config.out or config.run, "lr_transfer")
 
 

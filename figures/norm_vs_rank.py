@@ -40,8 +40,8 @@ def draw(config: Config) -> Sequence[Path]:
     for axis_row, (optimizer, init) in zip(axes, panels, strict=True):
         for axis, overlap in zip(axis_row, overlaps, strict=True):
             for position, rule in enumerate(rules):
-                where = {"optimizer": optimizer, "init": init, "overlap": overlap, "rule": rule}
-                chosen = frames.where(rows, where).sort_values("rank")
+                selection = {"optimizer": optimizer, "init": init, "overlap": overlap, "rule": rule}
+                chosen = frames.where(rows, selection).sort_values("rank")
                 label, colour, marker = style.look(rule, position)
                 # The exact law, the paper's formula where it has one, and the simulation.
                 axis.plot(chosen["rank"], chosen["exact"], color=colour)
@@ -58,8 +58,8 @@ def draw(config: Config) -> Sequence[Path]:
                 )
             axis.set(yscale="log", title=f"{style.OPTIMIZERS[optimizer]}, overlap {overlap:g}")
             style.integer_ticks(axis, rows["rank"])
-        named = f", A {init}" if len({init for _, init in panels}) > 1 else ""
-        axis_row[0].set_ylabel(rf"rms of $\|w\|_2$ (output units){named}")
+        init_text = f", A {init}" if len({init for _, init in panels}) > 1 else ""
+        axis_row[0].set_ylabel(rf"rms of $\|w\|_2$ (output units){init_text}")
     # Labels of the outer axes, and one legend.
     for axis in axes[-1]:
         axis.set_xlabel("rank $r$")

@@ -117,8 +117,8 @@ def _rms(rows: pd.DataFrame, config: Config, init: str, out: Path) -> list[Path]
         for axis, module in zip(line, modules, strict=True):
             for position, rule in enumerate(rules):
                 label, colour, marker = style.look(rule, position)
-                where = {"module": module, "optimizer": optimizer, "rule": rule}
-                selected = frames.where(rows, where).sort_values("rank")
+                selection = {"module": module, "optimizer": optimizer, "rule": rule}
+                selected = frames.where(rows, selection).sort_values("rank")
                 # Divide by the law at the smallest rank, so that all modules share an axis.
                 first = selected["predicted"].iloc[0]
                 axis.plot(selected["rank"], selected["predicted"] / first, color=colour, label=label)

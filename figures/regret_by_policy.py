@@ -66,9 +66,9 @@ def draw(config: Config) -> Sequence[Path]:
     figure, axes = plt.subplots(
         rows, columns, figsize=(3.2 * columns, 0.5 + 1.5 * rows), sharex=True, sharey=True, squeeze=False
     )
-    for place, ((old_rank, old_strength, rank, strength), policies) in enumerate(changes):
+    for position, ((old_rank, old_strength, rank, strength), policies) in enumerate(changes):
         title = f"r = {old_rank:g}, G = {old_strength:g} to r = {rank:g}, G = {strength:g}"
-        draw_change(axes.flat[place], policies, title)
+        draw_change(axes.flat[position], policies, title)
     for empty in axes.flat[len(changes) :]:
         empty.set_visible(False)
     figure.supxlabel(f"regret in nats per token after {config.steps} steps", fontsize=8)
@@ -78,15 +78,15 @@ def draw(config: Config) -> Sequence[Path]:
 def draw_change(axes: Axes, policies: pd.DataFrame, title: str) -> None:
     """Draw the regret of each policy with its standard error, and the range over the tuned optimum's interval."""
     by_policy = policies.set_index("policy").reindex([name for name in POLICIES if name in set(policies["policy"])])
-    for place, row in enumerate(by_policy.itertuples()):
+    for position, row in enumerate(by_policy.itertuples()):
         # The band: regret at the ends of the 95% interval of the tuned optimum.
         low, high = max(row.low, FLOOR), max(row.high, FLOOR)
-        axes.barh(place, high - low, left=low, height=0.8, color=style.BAND_COLOUR)
+        axes.barh(position, high - low, left=low, height=0.8, color=style.BAND_COLOUR)
         # Logarithmic axis: values below the floor are drawn at it.
         value, error = max(row.regret, FLOOR), row.standard_error
         bar = None if np.isnan(error) else [[min(error, value - FLOOR)], [error]]
         marker = ">" if row.is_lower_bound else "o"
-        axes.errorbar(value, place, xerr=bar, marker=marker, color=style.COLOURS[place], linestyle="none")
+        axes.errorbar(value, position, xerr=bar, marker=marker, color=style.COLOURS[position], linestyle="none")
     axes.set_yticks(range(len(by_policy)), [POLICIES[name] for name in by_policy.index])
     axes.invert_yaxis()
     axes.set(xscale="log", xlim=(FLOOR, 1.0))

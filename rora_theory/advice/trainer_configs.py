@@ -472,8 +472,8 @@ def _edited(document: _Document, changes: Mapping[str, Any]) -> str:
             # A null value may have no text of its own: it ends right after the colon.
             edits.append((start, end, scalar if end > start else f" {scalar}"))
         else:
-            place = anchor.start_mark.index
-            edits.append((place, place, f"{quote}{name}{quote}: {scalar}{separator}"))
+            position = anchor.start_mark.index
+            edits.append((position, position, f"{quote}{name}{quote}: {scalar}{separator}"))
     # Replace from the end, so that earlier positions stay valid.
     for start, end, replacement in sorted(edits, reverse=True):
         text = text[:start] + replacement + text[end:]

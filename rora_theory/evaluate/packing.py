@@ -228,7 +228,7 @@ def _block(rows: Sequence[PackedRow], count: int, length: int, trie: Trie, chunk
         tokens[number, : len(nodes)], position[number, : len(nodes)] = trie.tokens[nodes], start + depth
         end[number, : len(nodes)] = _ends(depth.tolist())
         # Collect the scored tokens with the slots that predict them.
-        slot = {node: number * length + place for place, node in enumerate(nodes)}
+        slot = {node: number * length + slot_index for slot_index, node in enumerate(nodes)}
         for index in row.items:
             for choice, targets in enumerate(trie.targets[index]):
                 scored += [(slot[node], token) for node, token in targets]
@@ -251,8 +251,8 @@ def _ends(depth: list[int]) -> list[int]:
     # Slots on the path from the root to the present node. A node of depth d ends the subtrees of all nodes on the path
     # with depth d or more.
     path: list[int] = []
-    for place, level in enumerate(depth):
+    for slot, level in enumerate(depth):
         for ended in path[level:]:
-            ends[ended] = place
-        path[level:] = [place]
+            ends[ended] = slot
+        path[level:] = [slot]
     return ends

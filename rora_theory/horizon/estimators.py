@@ -36,17 +36,17 @@ def estimator_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
       pairs with a best rate at the end of a grid, which bounds the exponent only. Without a minimum of a curve there is
       no row.
     """
-    by = {(curve.rank, strength_of(curve)): curve for curve in curves if curve.rule != FULL}
+    curve_of_setting = {(curve.rank, strength_of(curve)): curve for curve in curves if curve.rule != FULL}
     rows: list[dict[str, Any]] = []
     for over, index in (("strength", 1), ("rank", 0)):
-        values = sorted({key[index] for key in by})
+        values = sorted({key[index] for key in curve_of_setting})
         for low, high in itertools.combinations(values, 2):
             # Pairs of curves with a shared seed, by the value of the other setting.
             pairs = {
-                key[1 - index]: (curve, by[other])
-                for key, curve in sorted(by.items(), key=lambda item: item[0][1 - index])
-                if key[index] == low and (other := (high, key[1]) if index == 0 else (key[0], high)) in by
-                and at_shared_seeds(curve, by[other])
+                key[1 - index]: (curve, curve_of_setting[other])
+                for key, curve in sorted(curve_of_setting.items(), key=lambda item: item[0][1 - index])
+                if key[index] == low and (other := (high, key[1]) if index == 0 else (key[0], high)) in curve_of_setting
+                and at_shared_seeds(curve, curve_of_setting[other])
             }  # fmt: skip
             # Each value of the other setting by itself and, if there are several, all of them pooled.
             groups = [(at,) for at in pairs] + ([tuple(pairs)] if len(pairs) > 1 else [])

@@ -116,15 +116,15 @@ def horizon_exponents(
       the measured constants and every coherence, and ``displacement_verdict``. Each law is a rival of the other.
     """
     rows = []
-    by = {(curve.rank, strength_of(curve)): curve for curve in curves}
+    curve_of_setting = {(curve.rank, strength_of(curve)): curve for curve in curves}
     for over, index in (("strength", 1), ("rank", 0)):
         # Each curve with the one of the largest strength (or rank) at the same rank (or strength).
         pairs = [
-            (key, max(other for other in by if other[1 - index] == key[1 - index]))
-            for key in sorted(by, key=lambda key: (key[1 - index], key[index]))
+            (key, max(other for other in curve_of_setting if other[1 - index] == key[1 - index]))
+            for key in sorted(curve_of_setting, key=lambda key: (key[1 - index], key[index]))
         ]
         for first, last in pairs:
-            ends = at_shared_seeds(by[first], by[last]) if first != last else ()
+            ends = at_shared_seeds(curve_of_setting[first], curve_of_setting[last]) if first != last else ()
             if not ends:
                 continue
             at, low, high = first[1 - index], first[index], last[index]
@@ -202,11 +202,11 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence
     """
     rows = []
     # Curves of each setting by step, without steps at which the warm-up has not raised the rate from 0.
-    by: dict[tuple[int, float], dict[int, Curve]] = {}
+    curves_of_setting: dict[tuple[int, float], dict[int, Curve]] = {}
     for step in sorted(curves):
         for curve in curves[step] if any(warmed_up(step, warmup)) else ():
-            by.setdefault((curve.rank, curve.scaling), {})[step] = curve
-    for by_step in by.values():
+            curves_of_setting.setdefault((curve.rank, curve.scaling), {})[step] = curve
+    for by_step in curves_of_setting.values():
         *earlier, second = by_step
         for first in earlier:
             curve = by_step[first]

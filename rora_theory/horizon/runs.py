@@ -87,15 +87,15 @@ def distinct(runs: Iterable[HorizonRun]) -> list[HorizonRun]:
     for run in runs:
         by_setting.setdefault((run.rank, run.strength, run.rate, run.seed), []).append(run)
     merged = []
-    for same in by_setting.values():
+    for setting_runs in by_setting.values():
         # From the shortest to the longest run, so that the readings of longer runs replace those of shorter ones.
-        same = sorted(same, key=lambda run: len(run.read.train_losses))
+        setting_runs = sorted(setting_runs, key=lambda run: len(run.read.train_losses))
         readings: dict[int, Reading] = {}
-        for reading in (reading for run in same for reading in run.read.readings):
+        for reading in (reading for run in setting_runs for reading in run.read.readings):
             previous = readings.get(reading.step)
             if previous is None or reading.parts is not None or previous.parts is None:
                 readings[reading.step] = reading
-        longest = same[-1]
+        longest = setting_runs[-1]
         read = replace(longest.read, readings=[readings[step] for step in sorted(readings)])
         merged.append(replace(longest, read=read))
     return merged

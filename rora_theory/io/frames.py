@@ -74,8 +74,8 @@ def where(frame: "pd.DataFrame", values: Mapping[str, Any]) -> "pd.DataFrame":
          rank  loss
       1    16  0.25
     """
-    same = frame[list(values)] == list(values.values())
-    return frame[same.fillna(False).astype(bool).all(axis=1)]  # a missing entry equals no value
+    is_equal = frame[list(values)] == list(values.values())
+    return frame[is_equal.fillna(False).astype(bool).all(axis=1)]  # a missing entry equals no value
 
 
 def to_csv(frame: "pd.DataFrame") -> str:

@@ -385,9 +385,9 @@ def _advance_search(
         ],
         axis=1,
     )
-    done_scores, place = jax.lax.top_k(done_scores, beams)
+    done_scores, finished_index = jax.lax.top_k(done_scores, beams)
     length = jnp.broadcast_to(search.step + 1, (batch, candidates))
-    done = _take_rows(jnp.concatenate([search.done, new], axis=1), place)
+    done = _take_rows(jnp.concatenate([search.done, new], axis=1), finished_index)
 
     # An item stays open if its best running beam would beat its worst finished sequence.
     worst = jnp.where(done, jnp.min(done_scores, axis=1, keepdims=True), EXCLUDED)
@@ -398,8 +398,8 @@ def _advance_search(
         tokens=_take_rows(tokens, chosen),
         ancestry=_set_column(ancestry, new_slot, search.step),
         scores=scores,
-        done_tokens=_take_rows(jnp.concatenate([search.done_tokens, tokens], axis=1), place),
-        done_lengths=_take_rows(jnp.concatenate([search.done_lengths, length], axis=1), place),
+        done_tokens=_take_rows(jnp.concatenate([search.done_tokens, tokens], axis=1), finished_index),
+        done_lengths=_take_rows(jnp.concatenate([search.done_lengths, length], axis=1), finished_index),
         done_scores=done_scores,
         done=done,
     )

@@ -205,10 +205,10 @@ def repeated(rows: Sequence[PublishedRow], *, min_equal: int = 4) -> list[Findin
     findings = []
     for group in _grouped(rows, lambda row: (row.source, row.model)).values():
         for first, second in itertools.combinations(group, 2):
-            same = [name for name, a, b in zip(NAMES, first.scores, second.scores, strict=True) if a == b]
-            if len(same) >= min_equal:
-                text = f"{len(same)} of 8 entries are equal: {', '.join(same)}"
-                findings.append(Finding("repeated", f"{first.label} = {second.label}", text, float(len(same))))
+            equal_names = [name for name, a, b in zip(NAMES, first.scores, second.scores, strict=True) if a == b]
+            if len(equal_names) >= min_equal:
+                text = f"{len(equal_names)} of 8 entries are equal: {', '.join(equal_names)}"
+                findings.append(Finding("repeated", f"{first.label} = {second.label}", text, float(len(equal_names))))
     return findings
 
 
@@ -221,12 +221,12 @@ def copied(rows: Sequence[PublishedRow], anchors: Sequence[PublishedRow], *, min
     findings = []
     for row in rows:
         # Number of equal entries, task by task, with every earlier row of the model.
-        same = [
+        equal_counts = [
             (sum(a == b for a, b in zip(row.scores, anchor.scores, strict=True)), anchor)
             for anchor in anchors
             if anchor.model == row.model
         ]
-        count, anchor = max(same, key=lambda pair: pair[0], default=(0, None))
+        count, anchor = max(equal_counts, key=lambda pair: pair[0], default=(0, None))
         if anchor is not None and count >= min_equal:
             averages_differ = (
                 "" if row.average == anchor.average else f" (average {row.average:.1f} for {anchor.average:.1f})"

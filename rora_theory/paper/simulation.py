@@ -276,6 +276,6 @@ def simulated_exponents(results: pd.DataFrame) -> pd.DataFrame:
     for key, group in norms.groupby(GROUP, sort=False) if len(ranks) > 1 else ():
         for rank_range in ranges:
             in_range = group[group["rank"].isin(rank_range)]
-            line = dict(zip(GROUP, key, strict=True)) | {"low": rank_range[0], "high": rank_range[-1]}
-            rows.append(line | fit_exponent(in_range))
+            row = dict(zip(GROUP, key, strict=True)) | {"low": rank_range[0], "high": rank_range[-1]}
+            rows.append(row | fit_exponent(in_range))
     return pd.DataFrame(rows, columns=[*GROUP, "low", "high", "slope", "standard_error", "exact"])

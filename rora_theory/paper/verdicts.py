@@ -297,7 +297,7 @@ def eq5(draws: Draws) -> Verdict:
 def verdicts_in_words(judged: Sequence[Verdict]) -> str:
     """Return a sentence with the number of claims that hold and the equations that do not."""
     by_status = {
-        status: [v.equation for v in sorted(judged, key=order_in_paper) if v.status == status]
+        status: [verdict.equation for verdict in sorted(judged, key=order_in_paper) if verdict.status == status]
         for status in get_args(Status)
     }
     parts = [
@@ -312,8 +312,8 @@ def verdicts_in_words(judged: Sequence[Verdict]) -> str:
 def verdict_rows(judged: Sequence[Verdict]) -> list[tuple[str, Status, str]]:
     """Return equation, verdict, and lines with the claim, its condition and its evidence, in the paper's order."""
     return [
-        (v.equation, v.status, "\n".join(filter(None, (v.claim, v.where, v.evidence))))
-        for v in sorted(judged, key=order_in_paper)
+        (verdict.equation, verdict.status, "\n".join(filter(None, (verdict.claim, verdict.where, verdict.evidence))))
+        for verdict in sorted(judged, key=order_in_paper)
     ]
 
 

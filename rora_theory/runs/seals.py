@@ -48,8 +48,8 @@ def changed_files(folder: Path, known: Any) -> list[str]:
     """
     if not isinstance(known, Mapping):
         return []
-    where = folder / "manifest.json"
-    paths = {name: files.resolve_inside(folder, name, where=where) for name in known}
+    manifest_path = folder / "manifest.json"
+    paths = {name: files.resolve_inside(folder, name, where=manifest_path) for name in known}
     return [name for name, path in paths.items() if path.is_file() and digests.of_file(path) != known[name]]
 
 

@@ -140,17 +140,19 @@ def cells_of(
 def replace_with_scored(cells: Sequence[SweepCell], folder: Path) -> list[SweepCell]:
     """Replace each cell without scoring by the same cell with scoring, if a run folder has finished that one."""
     manifest = read_manifest(folder, ("config",))
-    evaluation, done = manifest and manifest["config"].get("evaluation"), read_finished_cells(folder)
+    evaluation, finished_cells = manifest and manifest["config"].get("evaluation"), read_finished_cells(folder)
     scored_cells = [cell if cell.evaluation else replace(cell, evaluation=evaluation) for cell in cells]
-    return [scored if key_of(scored) in done else cell for cell, scored in zip(cells, scored_cells, strict=True)]
+    return [
+        scored if key_of(scored) in finished_cells else cell for cell, scored in zip(cells, scored_cells, strict=True)
+    ]
 
 
 def cell_states(cells: Sequence[SweepCell], folder: Path) -> list[dict[str, Any]]:
     """Return the cells, see `replace_with_scored`, with their ``key`` and their ``state``: done, failed or new."""
-    rows, done = [], read_finished_cells(folder)
+    rows, finished_cells = [], read_finished_cells(folder)
     for cell in replace_with_scored(cells, folder):
         key = key_of(cell)
-        state = "done" if key in done else "failed" if (folder / FOLDERS / key / ERROR).exists() else "new"
+        state = "done" if key in finished_cells else "failed" if (folder / FOLDERS / key / ERROR).exists() else "new"
         rows.append(vars(cell) | {"key": key, "state": state})
     return rows
 

@@ -133,23 +133,23 @@ def describe_rates(best: pd.DataFrame) -> list[str]:
 def describe_results(rows: pd.DataFrame) -> str:
     """Return a sentence with the cell of the lowest validation loss of each model."""
     parts = []
-    done = rows[rows["status"] == "complete"]
-    for model, group in done.groupby("model", sort=False):
+    finished = rows[rows["status"] == "complete"]
+    for model, group in finished.groupby("model", sort=False):
         best = group.sort_values(["validation_loss", "key"]).iloc[0]
         setting = "" if pd.isna(best["rank"]) else f" r={best['rank']:g}"
         setting += "" if pd.isna(best["learning_rate"]) else f" at {best['learning_rate']:g}"
         loss = f"{best['validation_loss']:.4f} ± {best['validation_error']:.4f}"
         parts.append(f"{model}: {loss}, {best['method']}{setting}")
     diverged = int((rows["status"] == "diverged").sum())
-    more = f" {diverged} diverged." if diverged else ""
+    remarks = f" {diverged} diverged." if diverged else ""
     # A best rate at the end of its grid is only a bound on the optimum.
     if edges := int(rows.drop_duplicates([*GROUP, "learning_rate"])["best_rate"].eq("edge").sum()):
         groups = int(rows.loc[rows["learning_rate"].notna(), GROUP].drop_duplicates().shape[0])
-        more += (
+        remarks += (
             f" {edges} of {groups} best learning rates lie at the edge of the rates that were tried: the best may lie "
             "beyond."
         )
-    return f"Lowest validation loss of {len(rows)} cells: {'; '.join(parts) or 'none'} (± over records).{more}"
+    return f"Lowest validation loss of {len(rows)} cells: {'; '.join(parts) or 'none'} (± over records).{remarks}"
 
 
 def describe_result(result: Mapping[str, Any]) -> str:

@@ -91,7 +91,10 @@ def runs_digest(runs: Sequence[TrainedRun]) -> str:
         return None if values is None else values.tolist()
 
     return digests.of_json(
-        [(r.method, r.rank, r.gamma, r.rate, r.seed, r.loss, plain(r.records), plain(r.tokens)) for r in runs]
+        [
+            (run.method, run.rank, run.gamma, run.rate, run.seed, run.loss, plain(run.records), plain(run.tokens))
+            for run in runs
+        ]
     )
 
 

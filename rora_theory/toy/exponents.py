@@ -51,16 +51,16 @@ def summarise_seeds(table: pd.DataFrame) -> pd.DataFrame:
       A table with the columns `MEAN_COLUMNS`, which include the number of diverged seeds.
     """
     rows = []
-    for named, group in table.groupby([*CELL, "step"], sort=False):
+    for cell, group in table.groupby([*CELL, "step"], sort=False):
         # Diverged seeds are counted, but they would make every mean infinite.
         finite = group[group["diverged"] == 0]
-        line = dict(zip((*CELL, "step"), named, strict=True))
-        line |= {"seeds": len(group), "diverged": len(group) - len(finite)}
+        row = dict(zip((*CELL, "step"), cell, strict=True))
+        row |= {"seeds": len(group), "diverged": len(group) - len(finite)}
         for name in QUANTITIES if len(finite) else ():
             mean = over_seeds(finite[name].to_numpy(float))
-            line[name] = mean.value
-            line[f"{name}_se"] = mean.error if mean.has_error else None
-        rows.append(line)
+            row[name] = mean.value
+            row[f"{name}_se"] = mean.error if mean.has_error else None
+        rows.append(row)
     return frames.from_rows(rows, MEAN_COLUMNS)
 
 
@@ -76,8 +76,8 @@ def exponent_fits(table: pd.DataFrame) -> pd.DataFrame:
     ranks, steps = (sorted(table[name].unique().tolist()) for name in ("rank", "step"))
     ranges = {"all": ranks} if len(ranks) < 4 else {"all": ranks, "upper": ranks[len(ranks) // 2 :]}
     fits = []
-    for named, line in table.groupby(list(CELL[:6]), sort=False):
-        measured = line.pivot(index="seed", columns=["step", "rank"], values=["diverged", "loss_train", *FITTED])
+    for cell, cell_rows in table.groupby(list(CELL[:6]), sort=False):
+        measured = cell_rows.pivot(index="seed", columns=["step", "rank"], values=["diverged", "loss_train", *FITTED])
         for (span, members), step in itertools.product(ranges.items(), steps):
             at_step = measured.xs(step, axis=1, level="step")
             # Ranks at which no seed has diverged by this step.
@@ -95,7 +95,7 @@ def exponent_fits(table: pd.DataFrame) -> pd.DataFrame:
                     continue  # nothing has changed yet
                 fit = slopes.seed_fit(fitted_ranks, values)
                 fits.append(
-                    dict(zip(CELL[:6], named, strict=True))
+                    dict(zip(CELL[:6], cell, strict=True))
                     | {
                         "range": span,
                         "lowest_rank": min(fitted_ranks),
@@ -240,21 +240,26 @@ def exponent_change(both: Sequence[dict[Any, Any]], frozen: Sequence[dict[Any, A
     """
     # Fits of both runs at the same step, with the loss above half of its start.
     pairs = [
-        (a, b)
-        for a in both
-        for b in frozen
-        if a["step"] == b["step"] and min(a["loss_left"], b["loss_left"]) >= SATURATED
+        (trained_fit, frozen_fit)
+        for trained_fit in both
+        for frozen_fit in frozen
+        if trained_fit["step"] == frozen_fit["step"]
+        and min(trained_fit["loss_left"], frozen_fit["loss_left"]) >= SATURATED
     ]
     # The last step with the same ranks in both runs decides.
     if not pairs:
         return "not settled: the loss is below half of its start at every step"
-    same_ranks = [(a, b) for a, b in pairs if a["fitted_ranks"] == b["fitted_ranks"]]
+    same_ranks = [
+        (trained_fit, frozen_fit)
+        for trained_fit, frozen_fit in pairs
+        if trained_fit["fitted_ranks"] == frozen_fit["fitted_ranks"]
+    ]
     if not same_ranks:
         return "not settled: other ranks diverged with A trained than with A frozen, at every step"
-    a, b = same_ranks[-1]
-    fit = slopes.SeedFit.from_estimate(over_seeds(a["by_seed"] - b["by_seed"]))
+    trained_fit, frozen_fit = same_ranks[-1]
+    fit = slopes.SeedFit.from_estimate(over_seeds(trained_fit["by_seed"] - frozen_fit["by_seed"]))
     is_nonzero = abs(fit.slope) > fit.half_width() + ROUNDING
     verdict = {"flat": "small" if is_nonzero else "no", "undecided": "undecided"}.get(
         slopes.trend(fit, MIN_EXPONENT_CHANGE), "yes"
     )
-    return f"{verdict}: by {fit.slope:+.3f} ± {fit.standard_error:.3f} at step {a['step']}"
+    return f"{verdict}: by {fit.slope:+.3f} ± {fit.standard_error:.3f} at step {trained_fit['step']}"

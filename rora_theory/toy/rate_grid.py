@@ -151,17 +151,17 @@ def cell_rows(grid: RateGrid, cell: GridCell) -> list[dict[str, Any]]:
         frozen="A" if cell.trained == "B" else None,
     )
     # Tidy rows: the cell's columns, then rate, seed and losses.
-    frame: dict[str, Any] = {"optimizer": cell.optimizer, "trained": cell.trained, "rule": name_of(cell.rule)}
-    frame |= {"kappa": exponent(cell.rule), "rank": cell.rank, "scaling": scaling}
+    labels: dict[str, Any] = {"optimizer": cell.optimizer, "trained": cell.trained, "rule": name_of(cell.rule)}
+    labels |= {"kappa": exponent(cell.rule), "rank": cell.rank, "scaling": scaling}
     return [
-        frame
+        labels
         | {"learning_rate": float(rate), "seed": seed}
         | {
-            "loss_train": float(loss_train[line, column]),
-            "loss_held_out": float(held_out[line, column]),
+            "loss_train": float(loss_train[seed_index, rate_index]),
+            "loss_held_out": float(held_out[seed_index, rate_index]),
         }
-        for line, seed in enumerate(grid.seeds)
-        for column, rate in enumerate(rates)
+        for seed_index, seed in enumerate(grid.seeds)
+        for rate_index, rate in enumerate(rates)
     ]
 
 

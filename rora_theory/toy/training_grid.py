@@ -170,14 +170,14 @@ def training_rows(grid: TrainingGrid, cell: TrainingCell) -> list[dict[str, Any]
         frozen=cell.start if cell.trained == "B" else None,
     )
     # Tidy rows: the cell's columns, then seed, step and measurements.
-    named = asdict(cell) | {"rule": name_of(cell.rule), "kappa": exponent(cell.rule)}
-    named |= {"scaling": scaling, "learning_rate": lr}
+    labels = asdict(cell) | {"rule": name_of(cell.rule), "kappa": exponent(cell.rule)}
+    labels |= {"scaling": scaling, "learning_rate": lr}
     return [
-        {name: named[name] for name in CELL}
-        | {"seed": seed, "step": step, "diverged": int(diverged[line, index])}
-        | {name: float(value[line, index]) for name, value in values.items()}
-        for line, seed in enumerate(grid.seeds)
-        for index, step in enumerate((0, *grid.steps))
+        {name: labels[name] for name in CELL}
+        | {"seed": seed, "step": step, "diverged": int(diverged[seed_index, step_index])}
+        | {name: float(value[seed_index, step_index]) for name, value in values.items()}
+        for seed_index, seed in enumerate(grid.seeds)
+        for step_index, step in enumerate((0, *grid.steps))
     ]
 
 

@@ -45,10 +45,10 @@ def measure_adapters(config: RegimeConfig, layer: Layer) -> dict[tuple, dict[str
         moments: dict[tuple, Moments] = {}
         for _ in range(count):
             for rank, squares in zip(config.ranks, next(stream), strict=True):
-                for o, optimizer in enumerate(config.optimizers):
-                    for s, split in enumerate(SPLITS):
+                for optimizer_index, optimizer in enumerate(config.optimizers):
+                    for split_index, split in enumerate(SPLITS):
                         key = (init, optimizer, name_of(rule), rank, split)
-                        moments[key] = moments.get(key, Moments()).add(squares[:, 0, o, s])
+                        moments[key] = moments.get(key, Moments()).add(squares[:, 0, optimizer_index, split_index])
         # The rms is the root of the mean over adapters.
         for key, total in moments.items():
             rms = root(total.mean)

@@ -146,9 +146,9 @@ def judge_regime(results: pd.DataFrame, config: JudgeConfig | None = None) -> di
     tried, gaps, errors, allowed = tried[finite], gaps[finite], errors[finite], allowed[finite]
     if tried.empty:
         return judged | dict.fromkeys(_DIFFERENCE_KEYS)
-    t = gaps / errors
+    standardised = gaps / errors
     names = ["module", "split", "optimizer", "init", "rank", "predicted", "measured", "standard_error"]
-    differences = (np.max(gaps), np.max(t), np.sqrt(np.mean(t**2)), np.median(errors))
+    differences = (np.max(gaps), np.max(standardised), np.sqrt(np.mean(standardised**2)), np.median(errors))
     worst = tried.iloc[[int(np.argmax(gaps / allowed))]][names].to_dict("records")[0]
     return judged | dict(zip(_DIFFERENCE_KEYS, (*map(float, differences), worst), strict=True))
 
@@ -223,7 +223,10 @@ def crossings_by_depth(
         counts |= {"fewest_sinks": left_out["sinks"].min(), "most_sinks": left_out["sinks"].max()} if counts else {}
         for split in SPLITS:
             split_rows = group[group["split"] == split]
-            kappas = [flat_kappa_between(optimizer, init, c, low=low, high=high) for c in split_rows["linear_term"]]
+            kappas = [
+                flat_kappa_between(optimizer, init, linear_term, low=low, high=high)
+                for linear_term in split_rows["linear_term"]
+            ]
             row = {"kind": kind, "layers": layers, "split": split} | split_rows[names].median().to_dict()
             rows.append(row | {"lowest_kappa": min(kappas), "highest_kappa": max(kappas)} | counts)
     return pd.DataFrame(rows)
