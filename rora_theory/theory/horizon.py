@@ -134,6 +134,7 @@ class _AdamStep:
             return float(gradient > 0)
         beta1, beta2 = self._decay
         self._count += 1
+        # Moments of the gradient so far, and Adam's step with bias correction.
         self._first = beta1 * self._first + (1 - beta1) * gradient
         self._second = beta2 * self._second + (1 - beta2) * gradient**2
         if self._second == 0:
