@@ -155,6 +155,7 @@ def write_layer(out: QuantisedWeight, layer: int, stored: UInt8[np.ndarray, "o b
       layer: Index of the layer.
       stored: Blocks of the weight, row by row.
     """
+    # A block begins with its float16 numbers; the codes are the rest of it.
     halves = [out.scales] if out.mins is None else [out.scales, out.mins]
     blocks = stored.reshape(*out.scales.shape[1:], -1)
     for i, numbers in enumerate(halves):
