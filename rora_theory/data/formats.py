@@ -364,6 +364,7 @@ def _parse_content(turn: RawRecord) -> str:
     if not isinstance(turn.value.get(name), list):
         return turn.text("content", optional=True)
     texts = []
+    # Parts of other types, such as images, cannot be trained on.
     for index, part in enumerate(turn.objects("content")):
         if part.get("type") not in TEXT_PART_TYPES or not isinstance(part.get("text"), str):
             part_type = shown(part.get("type"))
@@ -377,6 +378,7 @@ def _parse_sharegpt(raw: RawRecord) -> Chat:
     """Parse a conversation in ShareGPT's form, with an optional system prompt beside it."""
     raw.require("conversations")
     messages: list[dict[str, Any]] = []
+    # A system prompt beside the conversation becomes its first message.
     if system := raw.text("system", optional=True):
         messages.append({"role": "system", "content": system})
     for turn in raw.turns("conversations"):
@@ -402,6 +404,7 @@ def _make_chat(
       messages: Messages of which the assistant's turns are learned.
       context: Messages before them that belong to the prompt.
     """
+    # A turn without a weight is learned.
     weights = [message.get("weight") for message in messages if message["role"] == ASSISTANT]
     if not weights:
         raise InputError(f"{raw.where}: {raw.name(key)!r} must have an assistant turn to learn, got none")
