@@ -293,6 +293,7 @@ def next_trial(plan: ProbePlan, runs: Sequence[ProbeRun]) -> Trial | None:
         finite = {index: loss for index, loss in screened.items() if math.isfinite(loss)}
         best = min(finite, key=finite.__getitem__) if finite else min(screened, default=0) - ALL_DIVERGED_JUMP
         centre = best - shift
+    # Second phase: runs of full length, from the centre on until the best rate has two neighbours.
     index = _next_index(_by_index(plan, runs, plan.probe_steps), centre, width=0)
     if index is None or left < plan.cost_of_trial(plan.probe_steps):
         return None

@@ -237,6 +237,7 @@ def _assumptions(plan: ProbePlan, fitted: FittedRate, rank: int, probe_rank: int
         "schedule scaled to its number of steps. After another batch size, model or data set, run another probe.",
         "The probe has one seed. The range includes the spread between seeds of the published runs.",
     ]
+    # Assumptions that hold for some probes only.
     if rank != probe_rank:
         by_rank = rank_factors(probe_rank, rank)
         sentences.append(
