@@ -314,6 +314,7 @@ def control_direction(case: Case) -> Literal["grows", "shrinks", ""]:
 
 
 def _judge_control(case: Case, verdict: str) -> str:
+    # A control that the law calls flat too is no control; any other flat one shows that the check is blind.
     if verdict == "flat":
         if 0 in control_growth(case):
             return "flat, which the law allows if one term dominates: no control"

@@ -266,6 +266,7 @@ def spread_over_layers(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFr
     for values, layers in table.assign(kind=_module_type(table["module"])).groupby(keys, sort=False):
         row = dict(zip(keys, values, strict=True)) | {"layers": len(layers)}
         for column in columns:
+            # Median over the layers, and the range as low and high.
             spread = layers[column].agg(["median", "min", "max"])
             row |= dict(zip((column, f"{column}_low", f"{column}_high"), spread, strict=True))
         rows.append(row)

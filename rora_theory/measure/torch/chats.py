@@ -33,6 +33,7 @@ class ChatCollator:
         check_integer("max_length", max_length, minimum=2)
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(f"tokenizer must be a fast tokenizer of transformers, got {type(tokenizer).__name__}")
+        # A tokenizer may have several templates by name.
         source = tokenizer.chat_template
         if isinstance(source, Mapping):
             source = source.get("default")

@@ -123,6 +123,7 @@ def digest(batches: Iterable[Batch]) -> str:
         for key in sorted(batch):
             value = batch[key]
             if isinstance(value, torch.Tensor):
+                # Name, type and shape too: equal bytes may be different tensors.
                 tensor = value.detach().cpu().contiguous()
                 state.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 state.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())

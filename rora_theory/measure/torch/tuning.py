@@ -229,6 +229,7 @@ def _affordable(groups: Sequence[Group], tokens: int) -> list[Group]:
         if total > tokens:
             break
         used.append(group)
+    # The error of a loss comes from the spread between groups, which needs two of them.
     fewest = groups[:FEWEST_GROUPS]
     if len(used) < len(fewest):
         raise InputError(
