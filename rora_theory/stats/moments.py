@@ -218,6 +218,7 @@ def threshold(false_alarm: float, comparisons: int = 1) -> float:
 def _two_sum_into(total: float, rest: float, value: float) -> tuple[float, float]:
     """Add a value to (total + rest), with the rounding error of the leading addition in the rest (Knuth)."""
     high = total + value
+    # Part of the value that the rounded sum contains; what is missing goes to the rest.
     back = high - total
     rest += (total - (high - back)) + (value - back)
     new = high + rest

@@ -401,6 +401,7 @@ def pairs(curves: Sequence[Curve]) -> Iterator[tuple[Curve, Curve]]:
     """Yield every pair of rules, at the largest rank that both have."""
     for key in dict.fromkeys((curve.optimizer, curve.trained) for curve in curves):
         group = [curve for curve in curves if (curve.optimizer, curve.trained) == key]
+        # Each pair of rules once, in the order of the curves.
         rules = list(dict.fromkeys(curve.rule for curve in group))
         for index, first in enumerate(rules):
             for second in rules[index + 1 :]:

@@ -98,11 +98,13 @@ def judge_range(
       ``undecided`` if it contains a rival, there is no rival, the value is a bound, or there is one seed, whose error
       leaves out how one training run differs from the next.
     """
+    # A bound, or a value without an error over seeds, decides nothing.
     if edge or seeds < 2 or not math.isfinite(estimate.half_width()):
         return "undecided"
     low, high = estimate.value - estimate.half_width(), estimate.value + estimate.half_width()
     if high < prediction[0] - ROUNDING or low > prediction[1] + ROUNDING:
         return "contradicts"
+    # The prediction gains support only if the interval excludes what rivals predict instead.
     outside = [rival for rival in rivals if not prediction[0] <= rival <= prediction[1]]
     if not outside or any(low <= rival <= high for rival in outside):
         return "undecided"
