@@ -72,6 +72,7 @@ def predictions(
     for count, rate, quantile in product(steps, rates, QUANTILES):
         takeover = float(np.quantile(takeovers, quantile))
         rates_of_steps = [rate * share for share in warmed_up(count, warmup)]
+        # Ratio of the A-led to the B-led part at the end of the run, which decides how much the rate changes.
         rho = horizon.distances(rates_of_steps, takeover=takeover).A / takeover
         factor = 1 / horizon.rate_factor(strengths[1] / strengths[0], rho)
         exponent = -math.log(factor) / math.log(strengths[1] / strengths[0])

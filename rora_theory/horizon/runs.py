@@ -113,6 +113,7 @@ def horizon_table(runs: Sequence[HorizonRun], tokens: Sequence[int], answer_toke
     """
     rows: list[dict[str, Any]] = []
     for run in runs:
+        # Full fine-tuning has neither a rank nor a strength.
         gamma = run.strength / run.rank if run.strength and run.rank else None
         labels: dict[str, Any] = {"rank": run.rank, "strength": run.strength, "gamma": gamma}
         labels |= {"learning_rate": run.rate, "seed": run.seed}
