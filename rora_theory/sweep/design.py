@@ -82,6 +82,7 @@ class Design:
 
     def __post_init__(self) -> None:
         """Validate the settings."""
+        # Lists of distinct values.
         for name, values in (("model", self.models), ("methods", self.methods), ("seeds", self.seeds)):
             if not values or len(set(values)) < len(values):
                 raise InputError(f"{name} must have one or more different values, got {' '.join(map(str, values))!r}")

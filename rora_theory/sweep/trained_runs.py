@@ -140,6 +140,7 @@ def bootstrap(runs: Sequence[TrainedRun], draws: int = BOOTSTRAPS, seed: int = 0
         return None
     losses = np.full((draws, len(runs)), np.inf)
     if finite:
+        # A run that diverged keeps an infinite loss in every sample.
         columns = [math.isfinite(run.loss) for run in runs]
         losses[:, columns] = resampled_ratios(records, tokens_of(finite), draws=draws, seed=seed)
     return losses

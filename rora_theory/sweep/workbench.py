@@ -166,6 +166,7 @@ class Workbench:
         """
         folder.mkdir(parents=True, exist_ok=True)
         measured = self.measure(cell, folder)
+        # Save what was trained, then what was measured on it.
         if save_adapter and measured.adapter is not None:
             if measured.adapter.config.replaces:
                 adapters.save_merged(folder / "merged", measured.adapter, self.model)
