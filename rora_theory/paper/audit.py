@@ -168,6 +168,7 @@ def best_marks(rows: Sequence[PublishedRow]) -> list[Finding]:
     """Find rows marked best that are not the best average of their model and method, and the reverse."""
     findings = []
     for key, group in _grouped(rows, lambda row: (row.model, row.method)).items():
+        # Only groups in which the paper marks a row.
         if not any(row.marked_best for row in group):
             continue
         top = max(row.average for row in group)
