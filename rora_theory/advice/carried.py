@@ -241,6 +241,7 @@ class CarriedSetting:
         if not self.follows_displacement_law:
             return ()
         phrases = []
+        # Old and new value of each setting that the published runs varied.
         for label, values, (low, high) in (
             ("rank", (self.old.rank, self.unchanged.rank), MEASURED_RANKS),
             ("scaling times rank", (strength_of(self.old), strength_of(self.setting)), MEASURED_STRENGTHS),

@@ -23,6 +23,7 @@ def describe_answer(carried: CarriedSetting) -> str:
     """Return a sentence with the lora_alpha and the learning rate to set, in PEFT's terms."""
     old, run = carried.old, carried.run
     steps = f" and from {run.steps} to {run.to_steps} steps" if run.changes_steps else ""
+    # The alpha stated is that of alpha / r, so under another rule it changes in any case.
     keeps_alpha = exponent(old.rule) == KAPPAS["lora"] and isclose(carried.lora_alpha, old.alpha)
     keeps_rate = isclose(carried.learning_rate, old.learning_rate)
     flag = " without use_rslora" if carried.is_rslora else ""
@@ -39,6 +40,7 @@ def _describe_rate(carried: CarriedSetting) -> str:
     tuned, rate = carried.old.learning_rate, carried.learning_rate
     if isclose(rate, tuned):
         return f"keep the learning rate {tuned:.3g}"
+    # State the factor as a number above 1.
     divides = rate < tuned
     factor = tuned / rate if divides else rate / tuned
     result = f"{rate:.3g}"

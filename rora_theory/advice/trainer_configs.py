@@ -232,6 +232,7 @@ def write_trainer_config(path: str | Path, out: str | Path, advice: Advice, *, p
       InputError: If ``out`` exists, if the advice has several alphas, or if its alpha is not an integer where the
         trainer requires one.
     """
+    # Check everything before the file is written.
     document, out = _open(path), Path(out)
     if out.exists():
         raise InputError(f"{out}: the file exists. Choose another name, or remove it.")
@@ -389,6 +390,7 @@ def _read_llama_factory(document: _Document) -> Saved:
 def _saved(document: _Document, entries: Mapping[str, Any], keys: _TrainerKeys) -> Saved:
     """Combine PEFT's entries with the keys of a trainer."""
     path, values = document.path, document.values
+    # The entries are checked as PEFT's own; the trainer adds the run.
     saved = saved_from_entries(path, {"peft_type": "LORA", "task_type": "CAUSAL_LM"} | dict(entries))
     remarks = list(saved.remarks)
     if keys.default_learning_rate is not None and values.get("learning_rate") is None:

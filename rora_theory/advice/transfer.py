@@ -259,6 +259,7 @@ def transfer(
 
 def _linear_terms(regime: str | Mapping[str, float]) -> dict[str, float]:
     """Return the linear term of each module, or raise `InputError`."""
+    # A named regime is one linear term for all modules.
     if isinstance(regime, str) and regime in REGIMES:
         return {ALL: REGIMES[regime]}
     if not isinstance(regime, Mapping):
