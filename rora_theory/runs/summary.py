@@ -97,6 +97,7 @@ def key_figures(
     figures = []
     for row in frames.rows(frame):
         standard_error = row[error] if error is not None else None
+        # What the error is over: the same for all rows, or a column of the frame.
         kind = str(row.get(over) or "") if over in row else over
         low, high = (row[column] for column in bounds) if bounds is not None else (None, None)
         conditions = {column: row[column] for column in scope if row[column] is not None}
