@@ -164,6 +164,7 @@ def _failed(error: Exception) -> Failed:
 
         if files.is_disk_error(error):
             raise error
+        # Causes may not be serialisable; the trace has their text.
         error.__cause__ = error.__context__ = None
         cloudpickle.loads(cloudpickle.dumps(error))
     except Exception:
