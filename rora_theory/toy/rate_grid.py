@@ -84,6 +84,7 @@ class RateGrid:
         """Validate the settings."""
         check_ranks(self.ranks)
         check_rules(self.rules)
+        # All rules have the same gamma at the reference rank.
         check_alphas(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
         check_choices("--optimizers", self.optimizers, OPTIMIZER_NAMES)
         check_choices("--init", (self.init,), INITS)

@@ -90,6 +90,7 @@ class TrainingGrid:
         """Validate the settings."""
         check_ranks(self.ranks)
         check_rules(self.rules)
+        # All rules have the same gamma at the reference rank.
         check_alphas(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
         for name, choices in (("optimizers", OPTIMIZER_NAMES), ("models", MODELS), ("starts", STARTS)):
             check_choices(f"--{name}", getattr(self, name), choices)
