@@ -184,6 +184,7 @@ def _adapter_rows(entries: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _loading(entries: Mapping[str, Any], repository: str | None, base: str | ModelSource | None) -> str:
     if entries["peft_type"] not in _KINDS:
         return "PEFT does not support this kind of adapter. Load it with `rora_theory.adapters.load_peft`."
+    # Names are quoted as JSON, because they may contain any character.
     name = json.dumps(repository or (str(base.path) if isinstance(base, ModelSource) else base) or "THE_BASE_MODEL")
     revision = f", revision={json.dumps(entries['revision'])}" if entries.get("revision") else ""
     lines = [

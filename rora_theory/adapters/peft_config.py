@@ -36,6 +36,7 @@ def to_peft(config: LoraConfig, targets: Sequence[Target], base_model: str | Non
         return [_alpha_as_lora(config, alpha, rank) if rank else alpha for alpha, rank in pairs]
 
     alpha: float = config.alpha if has_flag else _alpha_as_lora(config, config.alpha, config.rank)
+    # Entries that decide what PEFT computes; the others are constants of a causal language model.
     modules = config.target_modules
     return {
         "alpha_pattern": {key: number(value) for key, value in _pattern(targets, alphas, alpha).items()},

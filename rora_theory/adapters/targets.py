@@ -167,6 +167,7 @@ def in_all_layers(llama_config: LlamaConfig, target_modules: Sequence[str], what
     Raises:
       InputError: If a name matches no module, or not in every layer.
     """
+    # These adapters have one stack of tensors for all layers, so a module is in all or in none.
     chosen = set(matched(llama_config, target_modules, None))
     count = llama_config.num_hidden_layers
     modules = []
