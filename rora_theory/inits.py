@@ -76,12 +76,15 @@ def entries(init: Init, *, rank: int, p_in: int) -> Entries:
     """
     check_rank(rank)
     check_integer("p_in", p_in)
+    # Shape, variance and kurtosis of an entry.
     if init == "normal":
         return Entries("normal", 1.0, 3.0)
+    # PEFT's default: uniform on [-1/sqrt(p_in), 1/sqrt(p_in)].
     if init == "kaiming_uniform":
         return Entries("uniform", 1.0 / (3.0 * p_in), 9.0 / 5.0)
     if init == "rademacher":
         return Entries("rademacher", 1.0, 1.0)
+    # PEFT's gaussian: standard deviation 1/r.
     if init == "gaussian":
         return Entries("normal", 1.0 / rank**2, 3.0)
     raise InputError(f"init must be one of {', '.join(INITS)}, got {init!r}")
