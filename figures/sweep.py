@@ -89,6 +89,7 @@ def points(cells: pd.DataFrame, column: str, error: str, unit: float, by: str = 
     means = []
     for place in sorted(cells[by].unique().tolist()):
         group = cells[cells[by] == place]
+        # Means over the seeds that finished; diverged ones are counted, to be marked.
         measured = group[(group["status"] == "complete") & group[column].notna()]
         diverged = int((group["status"] == "diverged").sum())
         if len(measured) or diverged:

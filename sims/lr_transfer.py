@@ -105,6 +105,7 @@ def report(best: pd.DataFrame, slopes: pd.DataFrame, compared: Sequence[Comparis
       compared: Comparisons of two rules at the largest rank.
     """
     answers.print_answer(describe_slopes(slopes))
+    # A line for each optimizer, trained factors and rule; a column for each rank.
     ranks, line = sorted(set(best["rank"])), ["optimizer", "trained", "rule"]
     cells = best.assign(text=best.apply(run_curves.format_best, axis=1))
     cells = cells.pivot(index=line, columns="rank", values="text").fillna("")
@@ -115,6 +116,7 @@ def report(best: pd.DataFrame, slopes: pd.DataFrame, compared: Sequence[Comparis
         [[*key, *cells.loc[key]] for key in best[line].drop_duplicates().itertuples(index=False, name=None)],
         left=3,
     )
+    # A flat slope means that the rate transfers between ranks.
     half = slopes["half_width"].astype(float).map("{:.2g}".format)
     words = slopes.assign(word=slopes["verdict"].replace("flat", "transfers"), half=half)
     tables.print_records(

@@ -172,6 +172,7 @@ def report(config: RegimeConfig, regime: Regime, verdict: dict[str, Any] | None,
       verdict: Verdict on the prediction, if adapters were drawn.
       warnings: Sentences about the limits of the measurement.
     """
+    # The answer: which term leads under each optimizer, and the verdict.
     sentences = [regime.sentence(optimizer, config.inits[0]) for optimizer in config.optimizers]
     if verdict is not None:
         sentences.append(f"{regime_tables.in_words(verdict)}.")

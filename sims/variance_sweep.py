@@ -93,6 +93,7 @@ def report(results: pd.DataFrame, check: pd.DataFrame, judged: Sequence[verdicts
       judged: Verdicts on the equations.
     """
     answers.print_answer(verdicts.verdicts_in_words(judged))
+    # Exponents of the norm, in a table for each optimizer and init.
     slopes = simulation.simulated_exponents(results)
     for (optimizer, init), group in slopes.groupby(["optimizer", "init"], sort=False):
         ranges = group[["low", "high"]].drop_duplicates()
@@ -113,6 +114,7 @@ def report(results: pd.DataFrame, check: pd.DataFrame, judged: Sequence[verdicts
         left=3,
     )
     if len(check):
+        # NaN is not skipped: an undefined z must not look like a small one.
         score = simulation.second_moments(check)["z"].abs().max(skipna=False)
         tables.print_text(
             f"The direct sampler draws A, differentiates, takes a step with optax and evaluates it at x', with "
