@@ -614,6 +614,7 @@ def measure_step(
     batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((config.batch_size, width), np.float32), None)
     if layout is not None:
         state, batch = layout.state(state), layout.batch(batch)
+    # The adapter's arrays are copied into the state: only the state's count.
     del adapter
     jax.block_until_ready((base, state))
     # Resident memory of everything but the step's arguments, which count towards the peak.
@@ -626,6 +627,7 @@ def measure_step(
     start = time.perf_counter()
     jax.block_until_ready(run(state, base, batch))
     seconds = time.perf_counter() - start
+    # Peak of a device: as a GPU's allocator reports it, or that of the process without what was resident before.
     if devices[0].platform == "gpu":
         peak = max(int(device.memory_stats()["peak_bytes_in_use"]) for device in devices)
         return MeasuredStep(peak, program, seconds)

@@ -125,6 +125,7 @@ class Checkpoints:
         Raises:
           InputError: If any bit of the checkpoint has changed, or if it belongs to another model or adapter.
         """
+        # Shapes, types and shardings of the present state, to which the restored arrays are placed.
         abstract = jax.tree.map(_abstract, like)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
         try:

@@ -61,6 +61,7 @@ def initialize(
         if not _in_slurm():
             return False
         return _join(None, None, None, timeout)
+    # Some options only would leave JAX waiting for processes that never come.
     if missing:
         names = {"JAX_COORDINATOR_ADDRESS": "coordinator", "JAX_NUM_PROCESSES": "num_processes"}
         unset = ", ".join(f"{names.get(name, 'process_id')} ({name})" for name in missing)

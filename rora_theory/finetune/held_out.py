@@ -121,6 +121,7 @@ def _losses(
     Rows begin at position ``start``; None means 0.
     """
     width, positions, visible = inputs.shape[1], None, None
+    # After a shared prefix, positions continue from its end, and rows see it through the adapter's prefix.
     if start is not None:
         positions = jnp.broadcast_to(start + jnp.arange(width, dtype=jnp.int32), inputs.shape)
         visible = jnp.broadcast_to(causal_mask(width, width), (*inputs.shape, width))
@@ -128,6 +129,7 @@ def _losses(
 
     def row_losses(row: tuple[Array, Array, Array, Array]) -> Array:
         row_hidden, target, length, in_answer = row
+        # Only the target's logit and the normaliser of each position are needed.
         logits = llama.unembed(params, row_hidden, llama_config)
         gold = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
         # Mask the padding.

@@ -148,6 +148,7 @@ class Trainer:
             train.limit_widths(context),
             None if validation is None else validation.limit_widths(context),
         )
+        # The run ends with the records or after the configured number of steps.
         self.steps = min(len(train), config.steps or len(train))
         self._params, self._adapter, self._config = params, adapter, config
         self._train, self._validation = train, validation

@@ -192,6 +192,7 @@ class SharedSteps:
         key = repr(
             (shared_config, adapter_config, llama_config, steps, attention, logits_bytes, type(adapter), len(fixed))
         )
+        # Compile once for each key; scaling and peak rate are passed to every call.
         if key not in self._jitted:
             update = _step(llama_config, shared_config, steps, attention=attention, logits_bytes=logits_bytes)
 
@@ -240,6 +241,7 @@ def _step(
         # The dropout key depends on the step alone, so a resumed run draws the same masks.
         key = jax.random.fold_in(state.key, state.step) if config.dropout else None
         value_and_grad = jax.value_and_grad(microbatch_loss)
+        # Without accumulation, the batch is its own microbatch.
         if config.accumulation == 1:
             return *value_and_grad(state.params, base, adapter, batch, targets, key), targets
 

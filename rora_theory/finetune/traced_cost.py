@@ -159,6 +159,7 @@ class _Computation:
             node = self.nodes[position]
             is_fused = not any(value in self.buffered for value in node.writes)
             runs_at = max((read_positions.get(v, -1) for v in node.writes), default=-1) if is_fused else position
+            # Carry the position back to the operands, and from them to the buffers that they are computed from.
             for value in node.reads:
                 read_positions[value] = max(read_positions.get(value, -1), runs_at)
                 for buffer in sources.get(value, ()):
@@ -168,6 +169,7 @@ class _Computation:
                 stacked = [v for v in node.eqn.invars[sum(_loop_inputs(node.eqn)) :] if _is_var(v)]
                 stacked_values = node.reads[len(node.reads) - len(stacked) :]
                 read_by_loops.update(buffer for value in stacked_values for buffer in sources.get(value, ()))
+        # A value that the loop carries is read by the next turn.
         for value in self._live_to_end:
             for buffer in sources.get(value, ()):
                 last_reads[buffer] = end
