@@ -278,6 +278,7 @@ class LlamaConfig:
         elif self.family.full_layers == "any":
             has_window = [self.sliding_window is not None and i not in full for i in range(self.num_hidden_layers)]
             plain["layer_types"] = [_SLIDING if windowed else _FULL for windowed in has_window]
+        # JSON has lists, where the dataclass has hashable tuples.
         if isinstance(plain["eos_token_id"], tuple):
             plain["eos_token_id"] = list(plain["eos_token_id"])
         # The rotary embedding, in the older keys and in rope_parameters.
@@ -286,6 +287,7 @@ class LlamaConfig:
             kind = "linear" if isinstance(self.rope_scaling, LinearRope) else "llama3"
             rope = {"rope_type": kind, **dataclasses.asdict(self.rope_scaling)}
         parameters: dict[str, Any] = {"rope_theta": self.rope_theta, **rope}
+        # Gemma 3 has a second base, for the layers with a window.
         if self.rope_local_base_freq is not None:
             local = {"rope_theta": self.rope_local_base_freq, "rope_type": "default"}
             parameters = {_FULL: parameters, _SLIDING: local}
@@ -464,6 +466,7 @@ def _pop_window(values: dict[str, Any], family: Family) -> tuple[int | None, tup
         raise InputError(
             f"config: layer_types must list {entries} for each of {layers} layers, got {shown(layer_types)}"
         )
+    # A window that no layer has is none.
     return (window, tuple(full)) if len(full) < layers else (None, ())
 
 
@@ -531,8 +534,7 @@ def _parse_rope_object(source: str, rope: dict[str, Any]) -> tuple[float | None,
     if rope_type not in ("default", *ROPE_KINDS):
         choices = ", ".join(ROPE_KINDS)
         raise InputError(f"config: {source} type must be default or one of {choices}, got {shown(rope_type)}")
-    # The parameters of that type, no more and no fewer.
-    # A factor of 1 rotates whole heads, which is what every model here does.
+    # The parameters of that type, no more and no fewer. A rotary factor of 1 rotates whole heads, as every model here.
     if rope.get("partial_rotary_factor") == 1:
         del rope["partial_rotary_factor"]
     names = [] if rope_type == "default" else [field.name for field in dataclasses.fields(ROPE_KINDS[rope_type])]
@@ -544,8 +546,8 @@ def _parse_rope_object(source: str, rope: dict[str, Any]) -> tuple[float | None,
         )
     missing = [name for name in names if rope.get(name) is None]
     if missing:
-        # The dataclass of the scaling validates the values.
         raise InputError(f"config: {source} of type {rope_type} lacks {', '.join(missing)}")
+    # The dataclass of the scaling validates the values.
     try:
         return theta, None if rope_type == "default" else ROPE_KINDS[rope_type](**rope)
     except InputError as error:

@@ -310,6 +310,7 @@ def _run_beam_search(
         search, cache = state
         # Read the last token of every beam into the next W slots of the cache, then choose the next beams.
         last = search.step - 1
+        # Beams share slots of the cache: a beam sees those of its own ancestors only.
         token = jax.lax.dynamic_index_in_dim(search.tokens, last, 2, keepdims=False)
         visible = _visible_slots(real, search.ancestry)
         positions, slot = prompt_lengths + last, last * beams

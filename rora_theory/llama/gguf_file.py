@@ -123,6 +123,7 @@ def read_metadata(reader: GGUFReader, where: str, name: str, kind: Any, default:
     Raises:
       InputError: The key is missing, or its value is damaged or of another type.
     """
+    # A key without a default is required.
     if name not in reader.fields:
         if default is ...:
             raise InputError(f"{where}: metadata lacks {name}")
@@ -337,6 +338,7 @@ def load_gguf(
                 # Files hold the sum of the offset and the weight.
                 if name.endswith("norm.weight"):
                     block = block - np.float32(config.family.norm_offset)
+                # Rows in their order, or scattered to where the permutation puts them.
                 at = slice(start, start + len(block)) if rows is None else rows[start : start + len(block)]
                 with np.errstate(over="ignore"):  # a number that overflows float16 is refused below
                     out[i][at] = block

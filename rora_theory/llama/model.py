@@ -281,6 +281,7 @@ def hidden_states(
             if capture is not None and name in capture:
                 inputs[name] = u
             module = weights[name]
+            # Dropout has a key for each module of each layer.
             module_key = None if module_keys is None else module_keys[MODULES.index(name)]
             return adapter.linear(name, u, to_dense(module["weight"]), module.get("bias"), slices, key=module_key)
 

@@ -262,6 +262,7 @@ def pruned_config(config: LlamaConfig, shape: PrunedShape, full: tuple[int, ...]
 def prune(params: Params, config: LlamaConfig, parts: KeptParts) -> tuple[Params, LlamaConfig]:
     """Return the unchanged weights of the kept parts, and the configuration of their model."""
     heads, width = config.num_key_value_heads, config.head_dim
+    # A key/value head is kept with all query heads that share it.
     queries = width * (config.num_attention_heads // heads)
     query_positions, key_positions = _positions(parts.heads, queries), _positions(parts.heads, width)
     # The axis of each module that is cut (0 is the axis of the layers), and the kept positions along it.

@@ -142,6 +142,7 @@ class Tokenizer:
         Raises:
           InputError: There is no tokenizer file, or a file cannot be read or contradicts another.
         """
+        # Files that may each name special tokens; all but the tokenizer itself are optional.
         folder = Path(folder)
         settings = _read_optional_object(folder / "tokenizer_config.json")
         special_tokens = _read_optional_object(folder / "special_tokens_map.json")
@@ -174,6 +175,7 @@ class Tokenizer:
         for name, token in tokens.items():
             if token is not None:
                 ids[name] = backend.token_to_id(token)
+            # Ids in other files apply only where no text names the token.
             for source in (generation, config):
                 if ids.get(name) is None:
                     ids[name] = next(iter(_valid_ids(source.get(f"{name}_token_id"))), None)

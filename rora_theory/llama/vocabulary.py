@@ -189,6 +189,7 @@ def byte_level_tokenizer(pieces: Sequence[Piece], merges: Iterable[str], split: 
         tokenizer.normalizer = normalizers.NFC()
     cuts = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in expressions]
     spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    # Cut first, so that no merge crosses a boundary between words.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, spelling])
     tokenizer.decoder = decoders.ByteLevel()
     _add_special_tokens(tokenizer, pieces)

@@ -330,6 +330,7 @@ def save_hf(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: must be a new or empty folder")
+    # Compare the shapes before writing gigabytes.
     expected, params = abstract_params(config), dense_params(params)
     if {path: leaf.shape for path, leaf in _leaves(params)} != {path: leaf.shape for path, leaf in _leaves(expected)}:
         raise InputError(f"{folder}: not written, because the weights are not those of a model of this configuration")
@@ -352,6 +353,7 @@ def save_hf(
             (new / name).write_bytes(content)
         if folder.exists():
             folder.rmdir()
+        # Replace an empty folder by the complete one.
         new.rename(folder)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written: {error.strerror or error}") from error
@@ -376,6 +378,7 @@ def _write_weights(folder: Path, params: Params, config: LlamaConfig, shard_byte
     for tensor in tensors:
         _, leaf, layer = tensor
         tensor_bytes = leaf.nbytes if layer is None else leaf.nbytes // config.num_hidden_layers
+        # A tensor larger than a shard gets a shard of its own.
         if shards[-1] and size + tensor_bytes > shard_bytes:
             shards.append([])
             size = 0
