@@ -103,6 +103,7 @@ def distances(
         raise InputError("rates_B and rates_A must be finite and at least 0, got a rate that is negative or not finite")
     if not takeover > 0:
         raise InputError(f"takeover must be above 0, or inf, got {takeover!r}")
+    # Adam squares B's gradient, which grows as 1 + a / takeover: float64 must represent the square.
     if (reach := float(rates_A.sum())) / takeover > MAX_GRADIENT_GROWTH:
         raise InputError(
             f"takeover must be at least {1 / MAX_GRADIENT_GROWTH:g} of the sum of A's rates, which is {reach:.3g}; "
@@ -322,6 +323,7 @@ def row_signs(
     projections = grad @ lora_A.T
     signs = np.sign(projections)
     moves = np.sign(signs.T @ grad)
+    # Number of outputs with a gradient in each row: an entry of 0 has no sign and does not move.
     live = np.sum(signs**2, axis=0)
     # Distance at which the motion of A along D turns the sign of an entry of G A^T.
     turn = [math.nan] * len(SIGN_CHANGE_SHARES)

@@ -468,6 +468,7 @@ def _sign_coupling(law: Entries, p_in: int) -> tuple[float, float, float]:
     With independent copies a, a' and their cosine c, exchanging the averages (Grothendieck's identity) gives
     E_x(m.x)^2 = (2/pi) E[|a||a'| (sqrt(1-c^2) + c asin c)] and E_x|m|^2 = (2/pi) E[a.a' asin c].
     """
+    # Gaussian: m is parallel to x, and E|a| is that of a chi distribution.
     p, s2 = float(p_in), law.variance
     if law.is_normal:
         norm = law.deviation * math.sqrt(2) * math.exp(special.gammaln((p + 1) / 2) - special.gammaln(p / 2))
@@ -502,6 +503,7 @@ def _sign_coupling(law: Entries, p_in: int) -> tuple[float, float, float]:
         return zero, two, (3 * two - half**2 * end) / (2 * t)
 
     def over_logs(integrand: "object") -> float:
+        # Integrate over log t, in which the integrand is smooth and concentrated near 1 / E|a|^2.
         centre = -math.log(s2 * p)
         value, _ = scipy.integrate.quad(lambda s: integrand(math.exp(s)), centre - 30, centre + 60, limit=400)  # type: ignore[operator]
         return value

@@ -200,6 +200,7 @@ def _block(unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # The cheapest end of the integral first; rows with too much weight in large entries wait for the next.
     for end in _ENDS:
         remaining = np.flatnonzero(~done)
+        # Large entries leave the series' range of convergence; the small ones must make the integrand decay by the end.
         large = np.abs(unit[remaining]) * end > _REACH
         is_served = np.sum(np.where(large, 0.0, unit[remaining] ** 2), axis=1) * end**2 >= _DECAY
         if is_served.any():
