@@ -162,6 +162,7 @@ def plan(trie: Trie, *, block_tokens: int, chunk: int, start: int = 0) -> list[B
 
     def cheapest(length: int, rows: int) -> tuple[float, int]:
         """Return the lowest cost of computing a number of rows, and the number of rows per block that attains it."""
+        # Rows per block: between half of what the block can hold and all of it.
         max_count = max(1, block_tokens // length)
         # The cost of attention per slot is proportional to the row's length: 1/1500 of all other work per slot.
         slot_cost = 1.0 + length / 1500.0
