@@ -232,6 +232,7 @@ class RawRecord:
                 raise InputError(
                     f"{self.where}: {name!r} must have at most {MAX_TEXT_LENGTH:,} characters, got {len(value):,}"
                 )
+            # JSON can encode half of a surrogate pair, which UTF-8 cannot.
             try:
                 value.encode()
             except UnicodeEncodeError:
@@ -339,6 +340,7 @@ def _parse_arguments(turn: RawRecord, index: int, call: Any) -> Any:
     if not isinstance(text := call.get("arguments"), str):
         return call
     where = f"{turn.where}: arguments of tool_calls {index}"
+    # A call without arguments may have an empty string.
     arguments = files.parse_json(text, where=where, accepted="a JSON object") if text.strip() else {}
     if not isinstance(arguments, dict):
         raise InputError(f"{where} must be a JSON object, got {json_type(arguments)}")

@@ -94,6 +94,7 @@ def locate_split(split: Split) -> list[Path]:
     Raises:
       InputError: The data set, subset or split does not exist. The message names those that do.
     """
+    # A local folder needs no download.
     if not split.place.startswith(HUB_PREFIX):
         root = Path(split.place)
         names = _relative_files(root)

@@ -230,6 +230,7 @@ def read_record_set(sources: Sequence[str | Path], config: FormatConfig | None =
     config = config if isinstance(config, DataConfig) else DataConfig(**vars(config or FormatConfig()))
     if not sources:
         raise InputError(f"data must name at least one source: {SUPPORTED_SOURCES}")
+    # One pass over all sources, which collects errors and reports them together.
     records: list[AnyRecord] = []
     formats: list[tuple[FormatName, int]] = []
     notes: list[str] = []
@@ -259,6 +260,7 @@ def read_record_set(sources: Sequence[str | Path], config: FormatConfig | None =
         if format_name is None or len(records) + errors.count == count_before:
             raise InputError(f"{source}: has no records. Pass a source with at least one.")
         formats.append((format_name, len(records) + errors.count - count_before))
+    # Many bad records are reported in one error, which counts them.
     errors.raise_if_any(len(records) + errors.count)
     notes += [CONVERSION_NOTES[kind].format(count) for kind, count in conversions.items()]
     return RecordSet(records, tuple(formats), config, tuple(notes))

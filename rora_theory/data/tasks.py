@@ -157,6 +157,7 @@ def parse_instruction(task: Task, instruction: str) -> tuple[str, tuple[str, ...
             part, _, remaining = remaining.partition(f"{before}{task.choice_heading}{number}: ")
             parts.append(part)
         question, choices = parts[0], (*parts[1:], remaining)
+    # Rendering must give the instruction back, so that no deviation from the template goes unnoticed.
     if render_instruction(task, question, choices) != instruction:
         raise _template_error(task, instruction)
     return question, choices
