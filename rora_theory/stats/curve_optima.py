@@ -75,7 +75,9 @@ def registration_shifts(first: Curve, second: Curve) -> Float[np.ndarray, " seed
         if min(map(len, x)) < 2:
             shifts.append(math.nan)
             continue
+        # Monotonic interpolation does not swing between the points, as a cubic spline may.
         splines = [scipy.interpolate.PchipInterpolator(*xy, extrapolate=False) for xy in zip(x, y, strict=True)]
+        # Overlap that a shift must leave: half of the shorter curve.
         needed = min(x[0][-1] - x[0][0], x[1][-1] - x[1][0]) / 2
         # All shifts with enough overlap, a row of points in the overlap for each.
         tried = np.arange(x[1][0] - x[0][-1] + needed, x[1][-1] - x[0][0] - needed + SHIFT_STEP, SHIFT_STEP)[:, None]

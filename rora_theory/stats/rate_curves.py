@@ -457,6 +457,7 @@ def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
     grid = max(first.grid_error(), second.grid_error())
     loss_a, loss_b = (float(np.mean(curve.spread.lowest_losses())) for curve in (first, second))
     half_width = losses.half_width() + grid
+    # Relative to the second curve's loss, as the margin is.
     relative, half = losses.value / loss_b, half_width / loss_b
     result = judge_equivalence(relative, half, margin=EQUIVALENCE_MARGIN, threshold=0.0)
     ratio_errors = rate_errors(ratio, edge=first.edge or second.edge)
@@ -475,6 +476,7 @@ def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
         verdict = f"equal to {EQUIVALENCE_MARGIN:.0%} ({relative:+.2%} ± {half:.2%}): a shift of the rate"
     else:
         verdict = f"undecided ({relative:+.2%} ± {half:.2%})"
+    # At an edge, both the loss and the rate may improve beyond the grid, whatever the comparison says.
     if first.edge or second.edge:
         verdict += "; a best rate at the grid's edge, so not settled"
     return Comparison(

@@ -80,6 +80,7 @@ def minima(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, "curves n"]
     rates, losses = np.asarray(rates, np.float64), np.asarray(losses, np.float64)
     if len(rates) < 3 or len(rates) != losses.shape[1] or not (np.diff(rates) > 0).all() or rates[0] <= 0:
         raise InputError(f"rates must be three or more, ascending, above 0, and one per loss, got {rates.tolist()}")
+    # A run that diverged is never the lowest, and never part of a parabola.
     losses = np.where(np.isfinite(losses), losses, np.inf)
     index = np.argmin(losses, axis=1)
     curves = np.arange(len(losses))

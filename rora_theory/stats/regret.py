@@ -75,12 +75,14 @@ def loss_at(
     x, at = np.log(rates), math.log(learning_rate)
     # Tolerance for the rounding of logarithms at the ends of the grid.
     slack = 1e-9 * max(1.0, float(np.max(np.abs(x))))
+    # Rates on both sides, the same one at an end of the grid.
     right = int(np.searchsorted(x, at))
     neighbours = {min(max(right - 1, 0), len(x) - 1), min(right, len(x) - 1)}
     is_outside = not x[0] - slack <= at <= x[-1] + slack
     if is_outside or not all(usable[index] for index in neighbours):
         nearest = int(np.flatnonzero(usable)[np.argmin(np.abs(x[usable] - at))])
         return losses[:, nearest], not math.isclose(x[nearest], at, abs_tol=slack)
+    # Inside the grid, interpolate log loss in log rate.
     curve = scipy.interpolate.PchipInterpolator(x[usable], np.log(losses[:, usable]), axis=1)
     return np.exp(curve(min(max(at, x[usable][0]), x[usable][-1]))), False
 
