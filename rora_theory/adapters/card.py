@@ -88,6 +88,7 @@ def text(
     trained = trained or Trained()
     repository = _repository(base)
     kind = "dora" if entries.get("use_dora") else _KINDS.get(entries["peft_type"], entries["peft_type"].lower())
+    # Tags by which the hub links the adapter to its base.
     tags = [f"base_model:{'finetune' if merged else 'adapter'}:{repository}"] if repository else []
     tags += [kind, *(["rslora"] if entries.get("use_rslora") else []), "rora-theory"]
     data = ModelCardData(

@@ -318,6 +318,7 @@ def _rows(config: LoraConfig, targets: Sequence[Target]) -> tuple[AdaptedModule,
     for target in targets:
         groups: dict[tuple[int, float], list[int]] = {}
         for layer, (rank, alpha) in enumerate(zip(target.ranks, target.alphas, strict=True)):
+            # Rank 0 marks a layer that is not adapted.
             if rank:
                 groups.setdefault((rank, alpha), []).append(layer)
         for (rank, alpha), layers in groups.items():

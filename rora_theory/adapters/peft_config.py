@@ -35,6 +35,7 @@ def to_peft(config: LoraConfig, targets: Sequence[Target], base_model: str | Non
         pairs = zip(target.alphas, target.ranks, strict=True)
         return [_alpha_as_lora(config, alpha, rank) if rank else alpha for alpha, rank in pairs]
 
+    # Common alpha; modules that need another one are listed in alpha_pattern.
     alpha: float = config.alpha if has_flag else _alpha_as_lora(config, config.alpha, config.rank)
     # Entries that decide what PEFT computes; the others are constants of a causal language model.
     modules = config.target_modules

@@ -73,6 +73,7 @@ def portable(
             b = b * ratio
         portable_tensors[f"{PREFIX}{name}.lora_A.weight"] = np.pad(a, ((0, padding), (0, 0)))
         portable_tensors[f"{PREFIX}{name}.lora_B.weight"] = np.pad(b, ((0, 0), (0, padding)))
+    # Entries that every client reads, with the defaults of those that some ignore.
     config = {key: values[key] for key in KEPT if key in values} | {
         "bias": "none",
         "fan_in_fan_out": False,
