@@ -155,6 +155,7 @@ def compare_best_rates(
     columns = ["ratio", "ratio_log2_error", "ratio_log2_half_width", "difference", "half_width"]
     columns += ["grid_error", "error_over"]
     rows = []
+    # Estimates of a pair use only the seeds of both, so that their noise cancels.
     for first, second, first_name, second_name in pairs:
         shared = at_shared_seeds(first, second)
         if shared:

@@ -85,6 +85,7 @@ def judge_runs(
     curves = {step: curves_at(runs, tokens, step) for step in steps}
     best = _concatenate(best_rate_table(step_curves, step) for step, step_curves in curves.items())
     led = led_table(runs, takeovers=takeovers, warmup=warmup)
+    # Without a curve of three rates there is nothing to judge but the parts of the change.
     if best.empty:
         empty = pd.DataFrame()
         return HorizonJudgement(best, empty, empty, empty, empty, empty, led, empty, empty, empty, empty)

@@ -134,6 +134,7 @@ def horizon_exponents(
             law: tuple[float, ...] = (0.0, 0.0, 0.0)
             by_parts: list[float] = []
             rivals = RIVALS[over]
+            # The law of a constant gradient, the displacement law, and the measured parts are rivals of each other.
             if over == "strength":
                 rate = _best_rate(ends[0])
                 predicted = predictions(takeovers, (low, high), steps=[step], rates=[rate], warmup=warmup)

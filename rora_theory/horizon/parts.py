@@ -80,6 +80,7 @@ def change_at_best(best: pd.DataFrame, led: pd.DataFrame) -> pd.DataFrame:
             # Rounding can move a best rate at the end of the grid slightly beyond it.
             log_rate = math.log2(row["best_rate"])
             if len(x) > 1 and x[0] - 1e-4 <= log_rate <= x[-1] + 1e-4:
+                # Line through the readings on both sides of the best rate, or the last two at an end.
                 right = min(max(int(np.searchsorted(x, log_rate)), 1), len(x) - 1)
                 slope = (y[right] - y[right - 1]) / (x[right] - x[right - 1])
                 by_seed = changes.setdefault((row["step"], row["rank"]), {}).setdefault(row["strength"], {})
@@ -90,6 +91,7 @@ def change_at_best(best: pd.DataFrame, led: pd.DataFrame) -> pd.DataFrame:
         measured = changes.get((row["step"], row["rank"]), {})
         seeds = set.intersection(*map(set, measured.values())) if row["strength"] in measured else set()
         if seeds:
+            # The error of the best rate becomes one of the change through the slope of the line.
             logs, slopes = np.mean([measured[row["strength"]][seed] for seed in sorted(seeds)], axis=0)
             error = row["log2_error"]
             table.append(

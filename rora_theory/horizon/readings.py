@@ -80,6 +80,7 @@ def read_run(
         raise InputError(
             f"read_at must be a single step with schedule {training.schedule!r}, got {' '.join(map(str, steps))}"
         )
+    # Train as many steps as the last reading needs, and no more.
     training = replace(training, steps=steps[-1])
     adapter, batches = bench.begin(training)
     if len(batches) < steps[-1]:
@@ -107,6 +108,7 @@ def read_run(
                 # Evaluate the adapter merged into the weights, which is faster than beside them.
                 trained = trainer.adapter("last")
                 reading = read_held_out(bench, event.step, trained.merge(model.params))
+                # The last update may diverge, which no loss of the training shows.
                 if not math.isfinite(math.fsum(reading.losses)):
                     return replace(run, diverged_at=event.step)
                 if start is not None and inputs is not None:

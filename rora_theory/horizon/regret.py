@@ -51,6 +51,7 @@ def policies(
       ``square root``, ``displacement``, ``constant gradient``), and ``displacement and steps``.
     """
 
+    # The displacement law, with the constant measured at about this number of steps.
     def displaced(old: Condition, new: Condition, rate: float) -> float:
         # A number of steps without a constant uses that of the nearest one.
         steps = min(constants, key=lambda steps: abs(math.log(steps / old.steps)))
@@ -59,10 +60,12 @@ def policies(
         )
         return rate * factor
 
+    # The law of a constant gradient: the change at the horizon stays the same.
     def at_constant_gradient(old: Condition, new: Condition, rate: float) -> float:
         assert takeover is not None
         return rate * horizon.rate_factor(new.strength / old.strength, rate * old.steps / takeover)
 
+    # The displacement law, with the random walk's exponent in the steps.
     def halved(old: Condition, new: Condition, rate: float) -> float:
         return displaced(old, new, rate) * (new.steps / old.steps) ** -0.5
 
@@ -142,6 +145,7 @@ def regret_table(
     for old, tuned in measured.curves.items():
         # Geometric mean of the seeds' best rates.
         tuned_rate = 2 ** float(np.mean(log2_rates(tuned.spread)))
+        # Ranks and numbers of steps go upwards, as users do; the strength goes either way.
         for new, shared in measured.curves.items():
             if new == old or new.rank < old.rank or new.steps < old.steps:
                 continue

@@ -92,6 +92,7 @@ def distinct(runs: Iterable[HorizonRun]) -> list[HorizonRun]:
         setting_runs = sorted(setting_runs, key=lambda run: len(run.read.train_losses))
         readings: dict[int, Reading] = {}
         for reading in (reading for run in setting_runs for reading in run.read.readings):
+            # A reading with the parts of the change is not replaced by one without them.
             previous = readings.get(reading.step)
             if previous is None or reading.parts is not None or previous.parts is None:
                 readings[reading.step] = reading
