@@ -117,6 +117,7 @@ def cells_of(
                         rates = design.lrs or rates_of(method, model, tuned=design.tuned)
                     for rate in rates:
                         training = training_of(design, shared, method, rank, rate, seed)
+                        # Alpha and gamma exist only for methods with a rank.
                         strength: dict[str, Any] = {"alpha": None, "gamma": None}
                         if rank is not None:
                             gamma = scaling_factor(training.rule, alpha=training.alpha, rank=rank)

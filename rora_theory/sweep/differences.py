@@ -121,6 +121,7 @@ def method_differences(rows: pd.DataFrame, cells: Path) -> Iterator[Difference]:
     marked = frames.rows(results.marked_rates(rows))
     grid_errors = {tuple(row[name] for name in results.GROUP): row["grid_error"] for row in marked}
     groups: dict[tuple[Any, ...], dict[float | None, Group]] = {}
+    # Finished cells by setting, then by rate, then by seed.
     for row in frames.rows(rows[rows["status"] == "complete"]):
         key = tuple(row[name] for name in results.GROUP)
         groups.setdefault(key, {}).setdefault(row["learning_rate"], {})[row["seed"]] = row
@@ -132,6 +133,7 @@ def method_differences(rows: pd.DataFrame, cells: Path) -> Iterator[Difference]:
         for group in by_rate.values():
             if base:
                 yield from compare_cells(group, base[None], cells, "same")
+        # LoRA of the same model, and of the same rank and alpha for methods that have them.
         for lora_key, lora_by_rate in groups.items():
             lora_model, lora_method, lora_rank, lora_alpha = lora_key
             if lora_model != model or lora_method != AGAINST or method == AGAINST:

@@ -111,6 +111,7 @@ def draw_records(
         train_counts = [len(records) for records in remaining]
     else:
         train_counts = apportion(train_records, sizes, shares)
+    # The first records of the random order, as many as the file's share.
     for source, records, count in zip(data, remaining, train_counts, strict=True):
         if len(records) < count:
             raise InputError(

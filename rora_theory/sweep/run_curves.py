@@ -44,6 +44,7 @@ def curves_of_runs(runs: Sequence[TrainedRun]) -> list[Curve]:
         method_runs = [run for run in runs if run.method == method]
         kappa = trained_runs.kappa_of(method_runs)
         for rank in sorted({run.rank for run in method_runs}):
+            # Runs of this method and rank by seed, then by rate.
             by_seed: dict[int, dict[float, TrainedRun]] = {}
             for run in method_runs:
                 if run.rank == rank:

@@ -61,6 +61,7 @@ def read_runs(folder: Path, *, model: str | None = None, loss: Loss = "validatio
       InputError: If the file is missing, lacks a column, has an invalid line, several models, or no finished cell.
     """
     path = folder / "results.csv"
+    # Only a table that nobody changed since the run wrote it.
     _check_seal(folder)
     rows = frames.read_csv(path, accepted="a folder of sims.rank_sweep")
     column = {"validation": "validation_loss", "answer": "answer_loss"}[loss]

@@ -127,6 +127,7 @@ class Workbench:
         self._name = self.model = None
         located = self.located[model].find_here() if self.elsewhere else self.located[model]
         tokenizer, longest = llama.model_tokenizer(located), llama.model_config(located).max_position_embeddings
+        # The prompt is that of the records, rendered with the model's own chat template if they are chats.
         template = self.records.source.template(self.shared.template)
         chat = self.records.source.chat(tokenizer, template)
         if chat is not None and chat.uses_date and self.records.source.config.chat_date is None:
