@@ -136,6 +136,7 @@ def run_cells(
     todo = [index for index, key in enumerate(keys) if key not in finished and key not in keys[:index]]
     for index in todo:
         folder.forget_digests(f"{FOLDERS}/{keys[index]}")
+    # Each cell has a folder of its own, named by the hash of its settings.
     tasks = [(cells[index], folder.path / FOLDERS / keys[index]) for index in todo]
     failures: list[str] = []
     ended_count, written_at = len(cells) - len(todo), time.monotonic()
@@ -158,6 +159,7 @@ def run_cells(
         if isinstance(outcome.result, Exception):
             failures.append(f"{cell} ({_record_failure(cell, cell_folder, outcome.result)})")
         else:
+            # The files are recorded before the journal's line, which makes the cell count as finished.
             cell_record = _save_cell(keys[index], cell, cell_folder, outcome.result, folder)
             finished[keys[index]] = cell_record
             journal.append(vars(cell_record))

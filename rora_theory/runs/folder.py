@@ -141,6 +141,7 @@ class RunFolder:
         extensions = as_json(dict(extensible or {}))
         _read_previous(path, name, plain, extensions)
         files.check_links(path)
+        # The lock makes this process the only one that writes to the folder.
         lock_descriptor = lock.acquire(path)
         try:
             # Read the manifest again: another process may have changed it before this one owned the folder.

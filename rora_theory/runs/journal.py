@@ -42,6 +42,7 @@ class Journal:
             entry: Any = None
             with contextlib.suppress(InputError, UnicodeDecodeError):
                 entry = parse_json(line.decode(), where=str(path))
+            # Each line is sealed with the digest of the line before it, so that no line can be removed or moved.
             if not seals.is_sealed(entry, of=self._digests[-1]):
                 raise InputError(
                     f"{path}: line {number} is damaged or was changed since the run wrote it. Restore the file, or "
