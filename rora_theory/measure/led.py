@@ -93,6 +93,7 @@ def compute_led_rms(
             start.params[module]["lora_A"], tensors["lora_A"], tensors["lora_B"]
         ))  # fmt: skip
         for layer, gamma in enumerate(np.asarray(trained.scaling[module], np.float64)):
+            # The scaling is 0 in layers that are not adapted.
             if gamma == 0:
                 continue
             # A_0 x' and (A - A_0) x' at the tokens that are no attention sinks.
@@ -157,6 +158,7 @@ def preserving_factor(
     Raises:
       InputError: If the strength or the change is not positive.
     """
+    # Squares of the parts; what they lack of the whole's square is twice their product.
     b, a, w = (float(np.sum(np.asarray(rms, np.float64) ** 2)) for rms in (led_B, led_A, total))
     if not (strength > 0 and w > 0):
         raise InputError(f"strength and the change must be above 0, got {strength!r} and {math.sqrt(w)!r}")

@@ -188,6 +188,7 @@ def by_seed(
         tokenize(part_records, tokenizer, cutoff=config.cutoff, template=config.template, chat=chat)
         for part_records in (train_records, held_out_records)
     )
+    # Fresh batches use other records in every step; otherwise each step repeats one batch.
     fresh = config.batches == "fresh"
     count, size = (steps if fresh else 1), config.batch_size
     if len(train) < count * size:
@@ -204,6 +205,7 @@ def by_seed(
         train_batches, held_out_batches = (
             Batches(examples, widths, batch_size=size, seed=seed) for examples in (train, held_out)
         )
+        # Only a full batch, so that all sizes are over the same number of records.
         batches = SeedBatches(train_batches, held_out_batches[held_out_batches.full_steps[0]], fresh)
         # Mask the held-out tokens that any of the seed's training batches has seen.
         trained = [batches.at(step) for step in range(count)]

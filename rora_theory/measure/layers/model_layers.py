@@ -136,6 +136,7 @@ def _record(
         summed = cross_entropy(hidden, head, batch.targets, batch.weights)
         return summed / jnp.maximum(jnp.sum(batch.weights), 1), inputs
 
+    # Without zeros to differentiate in, a forward pass is enough.
     if not zeros:
         return *loss(zeros), {}
     (value, inputs), deltas = jax.value_and_grad(loss, has_aux=True)(zeros)

@@ -203,6 +203,7 @@ def _measure(
         is_adapted = (adapter.scaling[name] > 0).astype(jnp.float32)
         layers, p_out = jnp.sum(is_adapted), adapter.params[name]["lora_B"].shape[1]
         output, inner, delta = (jnp.sum(is_adapted * by_layer) for by_layer in squares)
+        # Divide by the number of values, to compare modules and ranks of any size.
         sizes["output"][name] = jnp.sqrt(output / (layers * tokens * p_out))
         sizes["inner"][name] = jnp.sqrt(inner / (layers * tokens * rank))
         sizes["delta"][name] = jnp.sqrt(delta / layers)

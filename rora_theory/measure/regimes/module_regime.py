@@ -294,6 +294,7 @@ def measure_module(
       lora_A: Function that draws `RegimeConfig.takeover_rows` rows of A by an initialisation at that rank.
       measured: Results of `drawn_steps.measure_adapters`, if adapters were stepped.
     """
+    # One set of products serves both splits: their tokens are told apart afterwards.
     x = np.concatenate([layer.inputs[split] for split in SPLITS])
     crossings: list[dict[str, Any]] = []
     predicted: dict[tuple, float] = {}

@@ -119,6 +119,7 @@ class Terms:
         rms = []
         for rank, strength in zip(ranks, strengths, strict=True):
             first, second = moments_with_epsilon(strength) if needs_epsilon else (self.first, self.second)
+            # The mean square is quadratic in the rank: r of the same row and r (r - 1) of different rows.
             square = (learning_rate * strength**power) ** 2 * (rank * second + rank * (rank - 1.0) * first)
             rms.append(np.sqrt(square / p_out))
         return np.array(rms)

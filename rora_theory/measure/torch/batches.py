@@ -106,6 +106,7 @@ def find_masks(model: torch.nn.Module, batch: Batch, trained: Batch | None = Non
             for record, position, repeated in zip(records, positions, repeats, strict=True):
                 seen.reshape(-1)[position] = repeated[record != PADDING_ID]
         _add_masks(masks, real, seen)
+    # Tokens of the decoder, if the model has one.
     decoder = _read_decoder(model, batch)
     if decoder is not None:
         _add_masks(masks, decoder.real, _seen_by_decoder(model, batch, trained, decoder))

@@ -319,6 +319,7 @@ class _Run:
     ) -> Iterator[tuple[Coordinate, float]]:
         # Outputs of the base model (B = 0) on every batch that is measured later.
         batch_indices = [(step - 1) % len(self._train) for step in range(1, max(steps) + 1)]
+        # Outputs of the base model, to which the adapted outputs are compared: B is still 0.
         measured = {self._train[batch_indices[step - 1]] for step in steps} | {self._held_out} - {None}
         before = {masked: self._outputs(masked)[0] for masked in measured if masked is not None}
         for step, index in enumerate(batch_indices, start=1):

@@ -117,6 +117,7 @@ def backward(
     with _frozen(model), _hooked(modules, hook), _embeddings_with_graph(model), torch.enable_grad():
         loss = run()
         value = float(loss.detach())
+        # Check before the backward pass, whose errors would be harder to read.
         if not (loss.numel() == 1 and torch.isfinite(loss).item()):
             raise InputError(f"the loss of the batch must be finite, got {value}. Check the model and the batch.")
         if not loss.requires_grad:

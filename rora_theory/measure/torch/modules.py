@@ -192,6 +192,7 @@ def without_adapters(model: torch.nn.Module) -> Iterator[None]:
     # enable_adapters also changes requires_grad, so restore both.
     before = [layer.disable_adapters for layer in layers]
     requirements = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # The original state is restored also if the block raises an error.
     try:
         for layer in layers:
             layer.enable_adapters(False)

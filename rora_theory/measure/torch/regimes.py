@@ -247,6 +247,7 @@ def regime(
         if adapters == "on":
             raise InputError("adapters must be 'off' for a model with a learned prompt, got 'on'")
         model = base
+    # The progress bar counts weights, because the work on a module is proportional to them.
     sizes = {name: linear_size(module) for name, module in modules.items()}
     cost = _estimate_cost(config, sum(sizes.values())) if progress else ""
     description = f"Measuring {len(modules)} modules{cost}"
