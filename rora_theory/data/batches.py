@@ -271,7 +271,6 @@ def _encode_texts(
 
 def _encode_chats(rendered: Sequence[chats.RenderedText], tokenizer: Any, answer_only: bool) -> Iterator[Encoded]:
     # Without masks, the positions of the tokens in the text are not needed.
-    # Without spans to locate, the offsets of the tokens are not needed.
     if not answer_only and all(spans == ((0, len(text)),) for text, spans in rendered):
         for ids in tokenizer.encode_batch([text for text, _ in rendered], False):
             yield ids, np.ones(len(ids), bool)
