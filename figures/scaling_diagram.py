@@ -57,9 +57,9 @@ def scheme(axis: Any, rule: str, config: Config, gamma: float) -> None:
     name, formula = {"lora": ("LoRA", r"\alpha/r"), "rora": ("RoRA", r"\alpha/\sqrt{r}")}[rule]
     axis.set(xlim=(0, 10), ylim=(0, 10.6), aspect="equal")
     axis.axis("off")
-    # The path of x through the frozen weight.
     axis.set_title(name, color=colour, fontweight="bold")
     axis.text(5, 0.3, "$x$", ha="center", va="center")
+    # The path of x through the frozen weight.
     axis.add_patch(Rectangle((0.4, 3.0), 3.8, 3.4, facecolor=FROZEN, edgecolor=LINE, linewidth=0.8))
     axis.text(2.3, 4.7, "$W_0$\nfrozen", ha="center", va="center")
     # The path through A, which narrows to the rank r, and B, which widens again.

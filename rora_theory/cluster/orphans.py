@@ -29,8 +29,8 @@ def make_session_root() -> Path:
     root = session_root()
     try:
         root.mkdir(mode=0o700, exist_ok=True)
-        status = root.lstat()
         # lstat does not follow a link, which another user could have put there.
+        status = root.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
             raise InputError(f"{root}: belongs to another user. Set RAY_TMPDIR to another folder.")
         root.chmod(0o700)

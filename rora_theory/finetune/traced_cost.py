@@ -111,8 +111,8 @@ class _Computation:
         self._inline(jaxpr, values)
         outputs = zip(jaxpr.outvars, needed, strict=True)
         self.outs = {values.get(v, v) for v, is_needed in outputs if is_needed and _is_var(v)}
-        # Loop carries stay in memory until the body ends, even if nothing in it reads them again.
         self._results_free = results_free
+        # Loop carries stay in memory until the body ends, even if nothing in it reads them again.
         carries = {values.get(v, v) for v in jaxpr.outvars[:carried] if _is_var(v)}
         self._live_to_end = set() if results_free else carries
         self._drop_dead()

@@ -606,9 +606,9 @@ def _check_full_layers(full: Any, fields: Mapping[str, Any], family: Family) -> 
         raise InputError(f"full_attention_layers must be a tuple of integers from 0 to {layers - 1}, got {value}")
     if list(full) != sorted(set(full)) or len(full) == layers:
         raise InputError(f"full_attention_layers must be some of {layers} layers in increasing order, got {value}")
-    # The family decides whether, and where, layers without a window may be.
     if full and fields["sliding_window"] is None:
         raise InputError(f"full_attention_layers must be () without a sliding_window, got {value}")
+    # The family decides whether, and where, layers without a window may be.
     if full and (family.full_layers == "none" or (family.full_layers == "first" and full != tuple(range(len(full))))):
         supported = "()" if family.full_layers == "none" else "the first layers"
         raise InputError(f"full_attention_layers must be {supported} for {family.architecture}, got {value}")

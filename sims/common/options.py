@@ -162,11 +162,11 @@ def _read(path: Path, known: Mapping[str, Any]) -> FileOptions:
 def _words_of(path: Path, option: str, value: Any, hint: Any) -> Iterator[str]:
     """Yield the words of the command line that set an option to a value."""
     if hint is bool:
-        # Mappings and lists are several words; a single value is joined to its option, as it may begin with a hyphen.
         if not isinstance(value, bool):
             raise InputError(f"{path}: key {option}: must be true or false, got {shown(value)}")
         yield f"--{option}" if value else f"--no-{option}"
         return
+    # Mappings and lists are several words; a single value is joined to its option, as it may begin with a hyphen.
     if isinstance(value, dict):
         value = [part for pair in value.items() for part in pair]
     if isinstance(value, list):

@@ -134,7 +134,7 @@ class ProbeModel:
     def _train_adapter(self, trial: Trial) -> int | None:
         """Train the adapter and return the step at which a loss or gradient was not finite, or None."""
         settings = self._settings
-        # Records, labels and schedule are those of the planned run, scaled to the trial's steps.
+        # The warm-up keeps its share of the steps.
         warmup = scaled_warmup(settings.warmup, settings.steps, trial.steps)
         parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         # Each group of parameters keeps its own peak, as an optimizer may have several.
