@@ -119,15 +119,15 @@ def evaluate(
     scoring, records = config.scoring(), [record for items in tasks.values() for record in items]
     # Samples of an earlier part of this run are read from its file and not scored again.
     saved = Samples(folder.path / samples.FILE, folder.identity, records, config.protocol)
-    right = sum(sample.correct for sample in saved.found)
+    right = sum(sample.correct for sample in saved.scored)
     with progress_bar("scoring", len(records), fields="{task}  accuracy {accuracy:.1%}") as bar:
-        bar.advance(len(saved.found))
+        bar.advance(len(saved.scored))
         for sample in saved.score(model, tasks, scoring, adapter=adapter, batch_size=config.batch_size):
             right += sample.correct
-            bar.advance(1, task=TASKS[sample.task].name, accuracy=right / len(saved.found))
+            bar.advance(1, task=TASKS[sample.task].name, accuracy=right / len(saved.scored))
     folder.record_files(samples.FILE)
     # Accuracies, written as a table and, with all settings, as JSON.
-    levels = accuracies(saved.found, records)
+    levels = accuracies(saved.scored, records)
     heads = {"protocol": scoring.protocol, "template": scoring.template}
     folder.write_frame(frames.from_rows([heads | asdict(level) for level in levels], ACCURACY_COLUMNS))
     settings = {"model": config.model, "adapter": config.adapter, "dtype": config.dtype}

@@ -26,7 +26,7 @@ class Samples:
       protocol: Name of the protocol.
 
     Attributes:
-      found: Samples so far.
+      scored: Samples that were scored so far.
 
     Raises:
       InputError: If a line is damaged, or is a sample of another record or protocol, or a repeated one.
@@ -52,12 +52,12 @@ class Samples:
                     "scored. Restore the file, or remove it to score all items again."
                 )
             samples[key] = sample
-        self.found = list(samples.values())
+        self.scored = list(samples.values())
 
     def add(self, sample: Sample) -> None:
         """Append a sample to the file."""
         self._journal.append({"protocol": self._protocol} | asdict(sample), sync=False)
-        self.found.append(sample)
+        self.scored.append(sample)
 
     def score(
         self,
@@ -79,7 +79,7 @@ class Samples:
           adapter: Adapter applied to the model, or None.
           batch_size: See `rora_theory.evaluate.score`.
         """
-        done = {(sample.task, sample.index) for sample in self.found}
+        done = {(sample.task, sample.index) for sample in self.scored}
         if len(done) < sum(map(len, tasks.values())):
             for sample in score_tasks(model, tasks, scoring, adapter=adapter, batch_size=batch_size, done=done):
                 self.add(sample)
@@ -88,5 +88,5 @@ class Samples:
 
     def sort(self) -> None:
         """Sort the samples, so that the file does not depend on interruptions of the run."""
-        self.found = in_order(self.found)
-        self._journal.rewrite([{"protocol": self._protocol} | asdict(sample) for sample in self.found])
+        self.scored = in_order(self.scored)
+        self._journal.rewrite([{"protocol": self._protocol} | asdict(sample) for sample in self.scored])

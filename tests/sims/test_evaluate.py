@@ -122,7 +122,7 @@ def test_half_a_line_is_cut_from_the_file_before_more_is_written(model: Path, da
     tasks, _ = sources.read_tasks(str(data), KEYS, 2)
     records = [record for items in tasks.values() for record in items]
     identity = json.loads((tmp_path / "run" / "manifest.json").read_text())["run_id"]
-    assert len(Samples(path, identity, records, "label").found) == 6
+    assert len(Samples(path, identity, records, "label").scored) == 6
     with pytest.raises(InputError, match=r"line 1 is of label \('boolq', 0\), which this run does not score"):
         Samples(path, identity, records[1:], "label")
     with pytest.raises(InputError, match=r"line 1 is of label"):
