@@ -8,6 +8,7 @@ The measurement trains nothing and leaves the model unchanged.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import geometric_mean
@@ -271,11 +272,24 @@ def regime(
         # Forward and backward pass of the batch: reduce each module's gradient as soon as it is complete.
         reducer = _GradientReducer(config, find_masks(base, batch), sampler, lora_A or _draw_takeover_rows)
 
-        def on_gradient(name: str, grad: torch.Tensor, inputs: list[hooks.Inputs]) -> None:
-            reducer.add(name, grad, inputs)
+        # A second thread evaluates the law of one module while the backward pass goes on, which hides much of its time.
+        # Waiting for the previous module bounds the memory to two gradients.
+        pending: list[tuple[str, Future[None]]] = []
+
+        def finish_module() -> None:
+            name, reduction = pending.pop()
+            reduction.result()
             bar.update(sizes[name])
 
+        def on_gradient(name: str, grad: torch.Tensor, inputs: list[hooks.Inputs]) -> None:
+            if pending:
+                finish_module()
+            pending.append((name, worker.submit(reducer.add, name, grad, inputs)))
+
+        worker = stack.enter_context(ThreadPoolExecutor(max_workers=1))
         training_loss = hooks.backward(model, reached, lambda: compute_loss(model, batch), sampler.calls, on_gradient)
+        if pending:
+            finish_module()
     left_out |= {name: "no gradient" for name in reached if name not in reducer.layers}
     if not reducer.layers:
         raise InputError(
