@@ -80,10 +80,15 @@ def test_a_sweep() -> None:
 @pytest.mark.parametrize(
     ("best", "found", "law", "said"),
     [
-        (0, [], True, "No rank and strength has three rates yet; 5 runs are there."),
-        (2, [], False, "5 runs tell 2 best rates; --regime gives the law beside their exponents."),
-        (2, [], True, "5 runs are there; no two of their best rates can be compared yet."),
-        (2, ["agrees", "undecided", "agrees"], True, "The law against 5 runs: agrees 2 times, undecided 1 times."),
+        (0, [], True, "No rank and gamma r has runs at three learning rates yet (5 runs in all)."),
+        (2, [], False, "5 runs give 2 best rates. Pass --regime to compare their exponents with the law."),
+        (2, [], True, "No two best rates of the 5 runs can be compared yet."),
+        (
+            2,
+            ["agrees", "undecided", "agrees"],
+            True,
+            "The constant-gradient law compared with 5 runs: agrees 2 times, undecided 1 times.",
+        ),
     ],
 )
 def test_a_horizon(best, found, law, said) -> None:

@@ -149,14 +149,14 @@ def describe_horizons(runs: int, best: pd.DataFrame, exponents: pd.DataFrame, *,
       law: Whether takeover distances are known.
     """
     if best.empty:
-        return f"No rank and strength has three rates yet; {runs} runs are there."
+        return f"No rank and gamma r has runs at three learning rates yet ({runs} runs in all)."
     if not law:
-        return f"{runs} runs tell {len(best)} best rates; --regime gives the law beside their exponents."
+        return f"{runs} runs give {len(best)} best rates. Pass --regime to compare their exponents with the law."
     if exponents.empty:
-        return f"{runs} runs are there; no two of their best rates can be compared yet."
+        return f"No two best rates of the {runs} runs can be compared yet."
     count = exponents["verdict"].value_counts().to_dict()
     words = [f"{name} {count[name]} times" for name in ("agrees", "contradicts", "undecided") if name in count]
-    return f"The law against {runs} runs: {', '.join(words)}."
+    return f"The constant-gradient law compared with {runs} runs: {', '.join(words)}."
 
 
 def against_in_words(exponents: pd.DataFrame) -> pd.DataFrame:

@@ -115,8 +115,8 @@ def draw_records(
     for source, records, count in zip(data, remaining, train_counts, strict=True):
         if len(records) < count:
             raise InputError(
-                f"{source}: needs {count} records beside the held-out ones, its share of train_records {train_records} "
-                f"in {shares} shares, got {len(records)}"
+                f"{source} must have {count} records besides the held-out ones (its share of train_records "
+                f"{train_records} in {shares} shares), got {len(records)}"
             )
         train += records[:count]
     if not train:

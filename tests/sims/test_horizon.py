@@ -48,7 +48,7 @@ def test_it_says_what_is_missing_grows_and_judges_all_that_the_folder_has(base, 
     first = (out / CELLS).read_text()
     sim.main([*base, "--strengths", "40", "--lrs", *LRS, "--full-lrs", *FULL_LRS, "--out", str(out)])
     said = " ".join(capsys.readouterr().out.split())
-    assert "The law against 9 runs:" in said
+    assert "compared with 9 runs:" in said
     assert "Comparisons, each at its own best rate" in said
     assert (out / CELLS).read_text().startswith(first), "what was done is not done again"
     rows = frames.read_csv(out / "results.csv")
