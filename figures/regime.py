@@ -33,20 +33,25 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Draw the figures; that of takeover only if the run measured it."""
-    manifest, rows = style.read_frame(config.run, "regime")
-    init, run_modules = config.init or rows["init"].iloc[0], set(rows["module"])
-    style.check_among("--init", init, rows["init"])
+    """Draw the figures; those of takeover and sizes only if the run measured them."""
+    manifest = style.read_manifest(config.run, "regime")
+    # Without --exact or --rows a run has crossing ranks, but no sizes of steps.
+    crossings = frames.read_csv(config.run / "crossing_ranks.csv", accepted=FINISHED)
+    rows = frames.read_csv(config.run / "results.csv", accepted=FINISHED)
+    if crossings.empty:
+        style.fail(f"{config.run}/crossing_ranks.csv: has no rows. Choose a run with at least one finished cell.")
+    init, run_modules = config.init or crossings["init"].iloc[0], set(crossings["module"])
+    style.check_among("--init", init, crossings["init"])
     if unknown := [name for name in config.modules if name not in run_modules]:
-        style.fail(f"--modules must be modules of the run, such as {rows['module'].iloc[0]}, got {unknown[0]}")
+        style.fail(f"--modules must be modules of the run, such as {crossings['module'].iloc[0]}, got {unknown[0]}")
 
     # Rows of one split and init, with the type of each module.
     def select(table: pd.DataFrame) -> pd.DataFrame:
         chosen = table[(table["split"] == config.split) & (table["init"] == init)]
         return chosen.assign(kind=chosen["module"].str.split(".").str[-1])
 
-    rows, crossings = select(rows), select(frames.read_csv(config.run / "crossing_ranks.csv", accepted=FINISHED))
-    if rows.empty or crossings.empty:
+    rows, crossings = select(rows), select(crossings)
+    if crossings.empty:
         style.fail(f"{config.run}: has no row of split {config.split}. Choose another --split.")
     out = config.out or config.run
     rate = manifest["config"]["lr"]
@@ -55,7 +60,7 @@ def draw(config: Config) -> Sequence[Path]:
     return [
         *_depth(crossings, config.split, out),
         *(_takeover(takeover, rate, config.split, out) if takeover is not None and len(takeover) else ()),
-        *_rms(rows, config, init, out),
+        *(_rms(rows, config, init, out) if len(rows) else ()),
     ]
 
 
@@ -71,7 +76,7 @@ def _depth(rows: pd.DataFrame, split: str, out: Path) -> list[Path]:
 def _takeover(rows: pd.DataFrame, learning_rate: float, split: str, out: Path) -> list[Path]:
     """Draw the steps after which A leads under Adam, one panel for each type of module and one line for each rank.
 
-    Dashes show where the signs begin to turn.
+    Dashes show where the signs begin to turn, if the run was exact.
     """
     kinds, ranks = (list(dict.fromkeys(rows[name])) for name in ("kind", "rank"))
     figure, axes = plots.layer_panels(kinds, "steps $t_A$ until A leads")
@@ -80,7 +85,8 @@ def _takeover(rows: pd.DataFrame, learning_rate: float, split: str, out: Path) -
         selected = rows[rows["kind"] == kind].sort_values("layer")
         turns = selected[selected["rank"] == ranks[0]]
         lines = [(f"r = {rank}", "takeover", selected[selected["rank"] == rank]) for rank in ranks]
-        lines += [("5% of the signs of $G A^T$ have turned", "turn_5", turns)]
+        if "turn_5" in turns and turns["turn_5"].notna().any():
+            lines += [("5% of the signs of $G A^T$ have turned", "turn_5", turns)]
         for index, (label, column, line) in enumerate(lines):
             axis.plot(
                 line["layer"],

@@ -44,6 +44,7 @@ FIGURES = {
     "real_layers": [(layers_vs_rank, {})],
     "regime": [(regime, {})],
     "regime_held_out": [(regime, {})],
+    "regime_gemma": [(regime, {})],
     "coordinate_check": [(coordinate_check, {})],
     "lr_transfer": [(lr_transfer, {})],
     "lr_transfer_smollm2": [(lr_transfer, {})],
