@@ -87,9 +87,7 @@ def test_the_evidence_is_in_closed_form() -> None:
     off = float(np.abs(0.7 * np.abs(np.outer(delta, inner)) - 1).max())
     assert by_equation["3"].evidence.endswith(f"; under Adam off by {off:.1f}x")
     assert "(r* = 4.7 at overlap 0.5); at overlap 0 r* = p_in + 2 = 66" in by_equation["13"].where
-    assert float(by_equation["5"].evidence.removeprefix("differs by ")) < 1e-12, (
-        "an identity, whatever the number of draws"
-    )
+    assert float(by_equation["5"].evidence.removeprefix("differs by ")) < 1e-12, "whatever the number of draws"
 
 
 @pytest.mark.slow
@@ -103,12 +101,6 @@ def test_few_draws_decide_no_second_moment() -> None:
     undecided = dict.fromkeys(("6", "7", "8", "9", "11"), "undecided")
     assert statuses(few, RANKS, 4096) == EXPECTED | undecided
     assert statuses(few, (128, 160), 4096)["9"] == "undecided"  # 33 and 27 times Eq. 9's
-
-
-def test_an_identity_holds_for_any_number_of_draws() -> None:
-    """Eq. 5 concerns the sample itself: the unbiased variance of two draws is twice the sample's."""
-    two = sampling.Sums(Moments().add(np.array([1.0, 3.0])), Moments().add(np.array([1.0, 2.0])))
-    assert statuses(lambda _: two)["5"] == "holds"
 
 
 @pytest.mark.parametrize(
@@ -227,6 +219,11 @@ def test_the_norm_s_limit(factor: float, status: str) -> None:
     assert statuses(draw)["11"] == status
 
 
+def growth_statuses(draw: verdicts.Sample) -> set[str]:
+    """Return the verdicts on Eq. 13 to 15."""
+    return {status for equation, status in statuses(draw).items() if equation in ("13", "14", "15")}
+
+
 @pytest.mark.parametrize(
     ("slopes", "status"),
     [
@@ -244,8 +241,7 @@ def test_growth_with_the_rank(slopes: tuple[float, float, float], status: str) -
         slope = slopes[0] if not setting.overlap else slopes[1] if setting.rank <= 16 else slopes[2]
         return stream(norm2=float(setting.rank) ** (2 * slope))
 
-    by_equation = statuses(draw)
-    assert [by_equation[equation] for equation in ("13", "14", "15")] == [status] * 3
+    assert growth_statuses(draw) == {status}
 
 
 @pytest.mark.parametrize(
@@ -269,5 +265,4 @@ def test_growth_is_judged_at_the_threshold_of_all_cells(width: float, gap: float
         draws = square * (1 + spread * np.tile([-1.0, 1.0], 50))
         return sampling.Sums(Moments().add(np.tile([-1.0, 1.0], 50)), Moments().add(draws))
 
-    by_equation = statuses(draw)
-    assert [by_equation[equation] for equation in ("13", "14", "15")] == [status] * 3
+    assert growth_statuses(draw) == {status}

@@ -196,22 +196,6 @@ def test_seeds_and_records_are_two_sources_of_error(seeds, records, n, over):
     assert combined.half_width() >= max(known)
 
 
-@pytest.mark.slow
-def test_both_errors_cover_what_seeds_and_records_draw():
-    """The mean over three seeds scored on the same records: its 95% interval holds the truth in 95% of 4000 worlds or
-    more, in which either error alone holds it less often."""
-    random, worlds, n = np.random.default_rng(0), 4000, 8
-    seeds, shared = random.normal(size=(worlds, n)), random.normal(size=worlds) / n**0.5  # both errors alike
-    held = {"both": 0, "seeds": 0}
-    for values, common in zip(seeds, shared, strict=True):
-        by_seeds = Estimate(values.mean() + common, values.std(ddof=1) / n**0.5, n, "seeds")
-        both = rate_curves.combine_errors(by_seeds, Estimate(0.0, 1 / n**0.5, 1000, "held-out records"))
-        for name, estimate in (("both", both), ("seeds", by_seeds)):
-            held[name] += abs(estimate.value) <= estimate.half_width()
-    assert held["both"] / worlds > 0.94  # 0.95 less three standard errors
-    assert held["seeds"] / worlds < 0.90
-
-
 def test_curves_are_paired_by_their_seeds():
     """Differences are paired by seed, in any order; a seed that one curve lacks is ignored."""
     first, second = levels([5.0, 1.0, 9.0], seeds=(1, 0, 2)), levels([0.5, 4.5], seeds=(0, 1))

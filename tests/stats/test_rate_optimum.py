@@ -1,11 +1,10 @@
-"""The minimum of a loss curve, its edges and diverged runs; the predicted slopes against the exact laws."""
+"""The minimum of a loss curve, its edges and diverged runs, and the predicted slopes."""
 
 import numpy as np
 import pytest
 
 from rora_theory.errors import InputError
 from rora_theory.stats.rate_optimum import best_rate, grid_gap, minima, predicted_slopes, rate_gap
-from rora_theory.theory import laws
 
 RATES = 2.0 ** np.arange(-6, 3)
 
@@ -74,24 +73,6 @@ def test_many_curves_are_each_its_own():
 def test_bad_curves(rates, losses, message):
     with pytest.raises(InputError, match=message):
         best_rate(rates, losses)
-
-
-@pytest.mark.parametrize("kappa", [0.0, 0.25, 0.5, 1.0])
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize(
-    ("term", "overlap", "ranks"), [("signal", 1.0, (10**5, 10**6)), ("cross-talk", 0.0, (100, 200))]
-)
-def test_slopes_keep_the_first_step(kappa, optimizer, term, overlap, ranks):
-    """With the predicted rates the exact rms of the first step is constant to 1% per doubling of the rank.
-
-    p_in is 10^6, so r* is 1 to 2.6 at overlap 1, and 10^6 or more at overlap 0.
-    """
-    sizes = []
-    for rank in ranks:
-        step = {"scaling": rank**-kappa, "learning_rate": rank ** predicted_slopes(optimizer, kappa)[term]}
-        moments = laws.random_input_moments(rank=rank, p_in=10**6, overlap=overlap, optimizer=optimizer, **step)
-        sizes.append(moments.second_moment[0])
-    assert abs(np.log(sizes[1] / sizes[0]) / np.log(ranks[1] / ranks[0]) / 2) < 0.01
 
 
 def test_what_a_grid_hides():
