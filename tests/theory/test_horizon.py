@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from support.enumeration import sign
 
 from rora_theory import InputError
-from rora_theory.theory import horizon, laws
+from rora_theory.theory import horizon
 from rora_theory.theory.first_step import Increment
 from rora_theory.theory.horizon import Distances
 
@@ -143,7 +143,7 @@ def test_sgd_closed_form() -> None:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_equals_optax(momentum: float) -> None:
-    """The equivalent first step equals the real steps for any A, and its moments follow the first step's law."""
+    """The equivalent first step equals the real steps."""
     grad, x = data(0, 40)
     rates = [0.0, 0.02, 0.05, 0.05, 0.03, 0.03]
     lora_A = kaiming(1, 6)
@@ -155,11 +155,6 @@ def test_sgd_equals_optax(momentum: float) -> None:
     assert np.max(np.abs(expected)) > 0.1
     # float32 products of 96 terms over six steps
     np.testing.assert_allclose(measured, expected, atol=2e-5 * np.max(np.abs(expected)))
-    adapters = [kaiming(seed, 6) for seed in range(2000)]
-    squares = [np.mean((at[:3] @ A.T @ (equivalent @ A.T).T) ** 2) for A in adapters]
-    law = laws.first_step_moments(equivalent, at[:3], rank=6, scaling=1.0, init="kaiming_uniform")
-    error = np.std(squares) / math.sqrt(len(squares))
-    assert abs(np.mean(squares) - np.mean(law.second_moment)) < 4.9 * error  # a false alarm of 1e-6
 
 
 @pytest.mark.parametrize(("rates", "ratio"), [([1e-3] * 200, 1.0), ([0.0, *[1e-3] * 99], 1.0), ([1e-3] * 60, 16.0)])
@@ -227,9 +222,6 @@ def test_sgd_exponents_by_algebra() -> None:
             assert float(slope.subs(at)) == pytest.approx(exponent, rel=1e-9)
     assert horizon.sgd_rate_exponents(0.0) == (-2.0, -1.0)
     assert horizon.sgd_rate_exponents(math.inf) == (-1.0, 0.0)
-    for kappa_one in (0.0, 0.3, 4.0, math.inf):  # under alpha / r gamma falls as 1 / r: the rate grows as r, always
-        exponents = horizon.sgd_rate_exponents(kappa_one)
-        assert exponents.rank - exponents.scaling == pytest.approx(1.0)
 
 
 def test_the_distance_at_which_an_entry_turns() -> None:
@@ -246,20 +238,6 @@ def test_the_distance_at_which_an_entry_turns() -> None:
     assert np.isfinite(quantiles[0])
 
 
-def test_matching_rate() -> None:
-    """Under alpha / r the rate does not change in the signal regime; a larger gamma needs a rate between the limits."""
-    rng = np.random.default_rng(9)
-    x = rng.normal(size=P_IN)
-    terms = horizon.row_terms(np.outer(rng.normal(size=P_OUT), x), x[None], kaiming(8, 4000))
-    new_rate = horizon.matching_rate(terms, old=(64, 1 / 64, 1e-4), new=(128, 1 / 128), steps=100)
-    assert new_rate == pytest.approx(1e-4, rel=0.02)
-    for steps, low, high in ((1, 0.99, 1.01), (20, 1.1, 3.3), (1000, 3.0, 3.5)):
-        # gamma 11.3 times as large: rate / 11.3 at step 1, towards rate / 3.4 later
-        strength = math.sqrt(128)
-        new = horizon.matching_rate(terms, old=(128, 1 / 128, 1e-4), new=(128, strength / 128), steps=steps)
-        assert low < new / 1e-4 * strength < high, steps
-
-
 def terms_of(square: horizon.Quadratic) -> horizon.RowTerms:
     return horizon.RowTerms(square, square, (math.inf,) * 5, 1, 0)
 
@@ -269,12 +247,13 @@ def test_the_matching_rate_counts_adams_pace() -> None:
     terms = terms_of(horizon.Quadratic(1.0, 2e3, 1e6))
     assert terms.takeover(8) == pytest.approx(1e-3)
     assert terms_of(horizon.Quadratic(1.0, 0.0, 0.0)).takeover(8) == math.inf, "A has no part"
-    new = horizon.matching_rate(terms, old=(8, 1.0, 1e-4), new=(8, 4.0), steps=50)
+    new = horizon.matching_rate(terms, old=(8, 1.0, 1e-4), new=(16, 4.0), steps=50)
 
-    def size(scaling: float, rate: float) -> float:
-        return terms.rms(8, scaling=scaling, moved=horizon.distances([rate] * 50, takeover=terms.takeover(8)))
+    def size(rank: int, scaling: float, rate: float) -> float:
+        moved = horizon.distances([rate] * 50, takeover=terms.takeover(rank))
+        return terms.rms(rank, scaling=scaling, moved=moved)
 
-    assert size(4.0, new) == pytest.approx(size(1.0, 1e-4), rel=1e-8)
+    assert size(16, 4.0, new) == pytest.approx(size(8, 1.0, 1e-4), rel=1e-8)
 
 
 def match(*, square: float = 1.0, old: tuple = (8, 1.0, 1e-4), new: tuple = (8, 2.0), steps: int = 2) -> float:
