@@ -32,7 +32,7 @@ def test_the_regret_of_a_known_curve_is_the_height_above_its_minimum() -> None:
 
 def test_a_regret_is_never_negative() -> None:
     tuned, target = curve(1e-3), curve(1.3e-4)
-    costs = [regret(tuned, target, lambda rate, at=at: at) for at in np.geomspace(RATES[0], RATES[-1], 101)]
+    costs = [regret(tuned, target, lambda rate, at=at: at) for at in np.geomspace(5e-5, 5e-4, 11)]
     assert min(cost.nats.value for cost in costs) >= -1e-12
 
 

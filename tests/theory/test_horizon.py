@@ -184,19 +184,15 @@ def test_one_sample_adam(rates: list[float], ratio: float) -> None:
 def test_many_tokens_adam() -> None:
     """The first step is exact. Once A's motion flips signs the law holds within a factor of 1.5, up to step 64."""
     fresh = np.random.default_rng(3).normal(size=(16, P_IN))
-    for tokens in (16, 64):
+    for tokens, rank, steps in product((16, 64), (8, 64), (1, 64)):
         grad, x = data(11 + tokens, tokens)
-        for read_at in (x[:16], fresh):
-            terms = horizon.row_terms(grad, read_at, kaiming(8, 4000))
-            for rank in (8, 64):
-                for steps in (1, 8, 64):
-                    moved = horizon.distances([1e-3] * steps, takeover=terms.takeover(rank))
-                    law = terms.rms(rank, scaling=1.0, moved=moved)
-                    squares = mean_squares(grad, read_at, rank, [1e-3] * steps, seeds=48)
-                    if steps == 1:  # the rows that the terms rest on are 10 times as many as the adapters'
-                        assert abs(np.mean(squares) - law**2) < 6 * np.std(squares) / math.sqrt(len(squares))
-                    bound = 1.15 if steps <= 8 else 1.5
-                    assert 1 / bound < law / math.sqrt(np.mean(squares)) < bound, (tokens, rank, steps)
+        read_at = x[:16] if tokens == 64 else fresh
+        terms = horizon.row_terms(grad, read_at, kaiming(8, 4000))
+        law = terms.rms(rank, scaling=1.0, moved=horizon.distances([1e-3] * steps, takeover=terms.takeover(rank)))
+        squares = mean_squares(grad, read_at, rank, [1e-3] * steps, seeds=48)
+        if steps == 1:  # the rows that the terms rest on are 10 times as many as the adapters'
+            assert abs(np.mean(squares) - law**2) < 6 * np.std(squares) / math.sqrt(len(squares))
+        assert 1 / 1.5 < law / math.sqrt(np.mean(squares)) < 1.5, (tokens, rank, steps)
 
 
 def test_rate_exponents_are_the_slopes_of_the_factor() -> None:
@@ -243,14 +239,14 @@ def terms_of(square: horizon.Quadratic) -> horizon.RowTerms:
 
 
 def test_the_matching_rate_counts_adams_pace() -> None:
-    """The change at the new rate equals that at the old one, with a takeover that 50 steps of the old rate pass."""
+    """The change at the new rate equals that at the old one, with a takeover that 20 steps of the old rate pass."""
     terms = terms_of(horizon.Quadratic(1.0, 2e3, 1e6))
     assert terms.takeover(8) == pytest.approx(1e-3)
     assert terms_of(horizon.Quadratic(1.0, 0.0, 0.0)).takeover(8) == math.inf, "A has no part"
-    new = horizon.matching_rate(terms, old=(8, 1.0, 1e-4), new=(16, 4.0), steps=50)
+    new = horizon.matching_rate(terms, old=(8, 1.0, 1e-4), new=(16, 4.0), steps=20)
 
     def size(rank: int, scaling: float, rate: float) -> float:
-        moved = horizon.distances([rate] * 50, takeover=terms.takeover(rank))
+        moved = horizon.distances([rate] * 20, takeover=terms.takeover(rank))
         return terms.rms(rank, scaling=scaling, moved=moved)
 
     assert size(16, 4.0, new) == pytest.approx(size(8, 1.0, 1e-4), rel=1e-8)

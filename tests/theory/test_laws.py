@@ -75,11 +75,11 @@ def test_algebra_random_inputs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", ["normal", "kaiming_uniform", "rademacher"])
 def test_direct_sampler_random_inputs(init: str) -> None:
     """The direct sampler (autodiff and optax) against the law over optimizer, rank, overlap and width."""
-    cases = [(1, 4, 0.0), (3, 5, 0.6), (6, 16, -0.3)]
-    z = threshold(FALSE_ALARM, 3 * len(cases) * len(INITS) * 2)
+    cases = [(3, 5, 0.6), (6, 16, -0.3)]
+    z = threshold(FALSE_ALARM, 3 * len(cases) * 3 * 2)
     for number, (rank, p_in, overlap) in enumerate(cases):
         law = {"rank": rank, "p_in": p_in, "scaling": 0.8, "learning_rate": 0.5, "overlap": overlap, "init": init}
         settings = [sampling.RandomStep(**law, optimizer=optimizer) for optimizer in OPTIMIZERS]

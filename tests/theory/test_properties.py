@@ -16,9 +16,7 @@ from rora_theory.theory import first_step, laws
 
 layers = st.fixed_dictionaries(
     {
-        "rank": st.sampled_from([1, 3]),
-        "p_in": st.sampled_from([1, 5]),
-        "p_out": st.sampled_from([1, 4]),
+        "shape": st.sampled_from([(1, 5, 4), (3, 1, 4), (3, 5, 1)]),  # rank, p_in, p_out
         "alpha": st.floats(0.1, 32),
         "rule": st.sampled_from(["lora", "rora", 0.25]),
         "overlap": st.floats(-1, 1),
@@ -35,13 +33,13 @@ layers = st.fixed_dictionaries(
 @given(layers)
 def test_autodiff_equals_the_closed_form(layer: dict) -> None:
     """-eta gamma^2 G A^T A (SGD) or -eta gamma sign(G A^T) A (Adam), applied to an input and to G; A does not move."""
-    random = np.random.default_rng(layer["seed"])
-    scaling = scaling_factor(layer["rule"], alpha=layer["alpha"], rank=layer["rank"])
+    random, (rank, p_in, p_out) = np.random.default_rng(layer["seed"]), layer["shape"]
+    scaling = scaling_factor(layer["rule"], alpha=layer["alpha"], rank=rank)
     is_adam = layer["optimizer"] == "adam"
-    A = np.float32(draw(random, layer["init"], rank=layer["rank"], p_in=layer["p_in"]))
-    x, fresh = random.standard_normal((2, layer["p_in"]), np.float32)
+    A = np.float32(draw(random, layer["init"], rank=rank, p_in=p_in))
+    x, fresh = random.standard_normal((2, p_in), np.float32)
     x_next = np.float32(layer["overlap"] * x + math.sqrt(1 - layer["overlap"] ** 2) * fresh)
-    delta = random.standard_normal(layer["p_out"], np.float32)
+    delta = random.standard_normal(p_out, np.float32)
     grad = np.outer(delta, x)
 
     def loss(dm: first_step.Increment) -> jnp.ndarray:
@@ -50,7 +48,7 @@ def test_autodiff_equals_the_closed_form(layer: dict) -> None:
     step = first_step.run(
         loss,
         jnp.asarray(A),
-        p_out=layer["p_out"],
+        p_out=p_out,
         scaling=scaling,
         optimizer=make_optimizer(layer["optimizer"], layer["learning_rate"], epsilon=0.0),
     )

@@ -17,9 +17,8 @@ from rora_theory.theory.sampling import RandomStep
 
 CASES = [
     (RandomStep(rank=3, p_in=5, overlap=0.4, p_out=4), "chi_square"),
-    (RandomStep(rank=3, p_in=5, overlap=0.4, scaling=0.6, learning_rate=0.5), "pairs"),
+    (RandomStep(rank=3, p_in=5, overlap=0.4, p_out=4, scaling=0.6, learning_rate=0.5), "pairs"),
     (RandomStep(rank=33, p_in=5, overlap=-0.7), "pairs"),
-    (RandomStep(rank=1, p_in=2, overlap=0.0, scaling=0.6, learning_rate=0.5), "chi_square"),
     (RandomStep(rank=2, p_in=1, overlap=1.0), "chi_square"),
     (RandomStep(rank=5, p_in=6, overlap=0.3, optimizer="adam", init="gaussian", scaling=0.5), "pairs"),
 ]

@@ -30,11 +30,11 @@ def test_batch_devices_and_start_change_no_bit(sampler: sampling.Sampler, optimi
 
     That several devices take turns is `test_sampling`'s, and the command's with --devices 2.
     """
-    setting = RandomStep(rank=100, p_in=64, p_out=3, overlap=0.2, optimizer=optimizer)
+    setting = RandomStep(rank=20, p_in=64, p_out=3, overlap=0.2, optimizer=optimizer)
     size = sampling.block_draws(setting, sampler)
-    expected = take(setting, sampler, 6 * size)
-    np.testing.assert_array_equal(expected, take(setting, sampler, 6 * size, batch=2, devices=jax.devices()[1:2]))
-    np.testing.assert_array_equal(expected[:, 2 * size :], take(setting, sampler, 4 * size, first_block=2))
+    expected = take(setting, sampler, 4 * size)
+    np.testing.assert_array_equal(expected, take(setting, sampler, 4 * size, batch=2, devices=jax.devices()[1:2]))
+    np.testing.assert_array_equal(expected[:, 2 * size :], take(setting, sampler, 2 * size, first_block=2))
     assert not np.any(expected[0, :size] == expected[0, size : 2 * size]), "blocks differ"
 
 
