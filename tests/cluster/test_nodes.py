@@ -63,17 +63,33 @@ def nodes(tmp_path_factory) -> Iterator[Any]:
         }
         for name, value in (QUIET | LOOPBACK | environment).items():
             patch.setenv(name, str(value))
+        from ray._private import services
         from ray.cluster_utils import Cluster
 
+        # Ray drops processes of a node that fails to start or ends slowly without waiting for them; their warnings
+        # would fail a later test.
+        started: list[subprocess.Popen] = []
+
+        class RecordedPopen(services.ConsolePopen):
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
+                started.append(self)
+
+        patch.setattr(services, "ConsolePopen", RecordedPopen)
         asked = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}  # a dead node: 2 s, not 15
         head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False, "_system_config": asked}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        cluster.add_node = partial(cluster.add_node, object_store_memory=STORE)
-        for _ in range(2):
-            cluster.add_node(num_cpus=1)
-        yield cluster
-        leave()
-        cluster.shutdown()
+        try:
+            cluster = Cluster(initialize_head=True, head_node_args=head)
+            cluster.add_node = partial(cluster.add_node, object_store_memory=STORE)
+            for _ in range(2):
+                cluster.add_node(num_cpus=1)
+            yield cluster
+            leave()
+            cluster.shutdown()
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -43,12 +43,13 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         )
         for number in range(2)
     ]
-    expected = two_processes.train(tmp_path / "one", tiny.params())  # on one device, meanwhile
     try:
+        expected = two_processes.train(tmp_path / "one", tiny.params())  # on one device, meanwhile
         outputs = [child.communicate(timeout=240) for child in children]
     finally:
         for child in children:
             child.kill()
+            child.communicate()
     if any("gloo" in error.lower() and "not available" in error.lower() for _, error in outputs):
         pytest.skip("this jaxlib has no gloo collectives for the CPU")
     assert [child.returncode for child in children] == [0, 0], outputs

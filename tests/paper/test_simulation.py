@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from rora_theory import InputError
-from rora_theory.optimizers import Optimizer
 from rora_theory.paper import simulation, verdicts
 from rora_theory.paper.simulation import SimulationCell, SimulationConfig
 from rora_theory.theory import laws, sampling
@@ -72,47 +71,21 @@ def test_rows_are_the_law_s_within_their_errors(drawn: dict[SimulationCell, list
     printed = table[(table["optimizer"] == "sgd") & (table["quantity"] == "variance")]
     assert printed["paper"].to_numpy() == pytest.approx(1e-6 * printed["scaling"] ** 4 * printed["rank"] ** 2 * 64)
     assert table["paper"].isna().equals(table["optimizer"] == "adam")
-    second = table[(table["quantity"] == "second_moment") & (table["sampler"] != "direct")]
-    assert (second["standard_error"] <= 0.02 * second["estimate"]).all()
+    reduced = table[table["sampler"] != "direct"]
+    relative = (reduced["standard_error"] / reduced["estimate"]).abs()
+    assert (relative[reduced["quantity"] == "second_moment"] <= 0.02).all()
+    # Rules differ by their power of gamma alone.
+    by_curve = relative.groupby([reduced[name] for name in ("optimizer", "overlap", "rank", "quantity")])
+    np.testing.assert_allclose(by_curve.min(), by_curve.max(), rtol=1e-12)
 
 
 @pytest.mark.slow
-def test_an_asked_number_of_draws_is_the_grid_s() -> None:
+def test_a_requested_number_of_draws_is_the_grid_s() -> None:
     """The direct check has no stopping rule and keeps its own number of draws."""
     config = SimulationConfig(StepGrid(ranks=(1,), draws=300), p_in=8, p_out=2)
     first, *_, last = simulation.simulation_cells(config)
     counts = [[sums.count for sums in simulation.draw_cell(config, cell)] for cell in (first, last)]
     assert counts == [[300], [simulation.CHECK_DRAWS] * 6]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("optimizer", "power"), [("sgd", 2), ("adam", 1)])
-def test_rules_differ_by_their_power_of_gamma(
-    drawn: dict[SimulationCell, list[sampling.Sums]], optimizer: str, power: int
-) -> None:
-    """The norm is proportional to the rate times gamma^2 (SGD) or gamma (Adam), the variance to its square."""
-    cell = next(cell for cell in drawn if cell.setting.optimizer == optimizer and cell.setting.rank == 4)
-    table = simulation.simulation_table(simulation.simulation_rows(CONFIG, cell, drawn[cell]))
-    for quantity, times in (("norm", 1), ("mean", 1), ("second_moment", 2), ("variance", 2)):
-        rows = table[table["quantity"] == quantity]
-        for column in ("estimate", "standard_error"):
-            unit = rows[column] / (1e-3 * rows["scaling"] ** power) ** times
-            assert unit.to_numpy() == pytest.approx(unit.iloc[0], rel=1e-12)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("optimizer", "power"), [("sgd", 2), ("adam", 1)])
-def test_the_direct_check_takes_each_rule_s_own_step(optimizer: Optimizer, power: int) -> None:
-    """All rules use the same draws, so that the rows differ only by the power of gamma, up to rounding."""
-    grid = StepGrid(ranks=(8,), optimizers=(optimizer,), alpha=8.0, lr=1e-3)
-    config = SimulationConfig(grid, p_in=16, p_out=2, overlaps=(0.5,))
-    cell = simulation.simulation_cells(config)[-1]
-    table = simulation.simulation_table(simulation.simulation_rows(config, cell, simulation.draw_cell(config, cell)))
-    rows = table[table["quantity"] == "norm"]
-    assert rows["scaling"].tolist() == pytest.approx([1.0, 8**0.5, 8**0.75])
-    for column in ("estimate", "exact"):
-        unit = rows[column] / rows["scaling"] ** power
-        assert unit.to_numpy() == pytest.approx(unit.iloc[0], rel=1e-5)
 
 
 def test_exponents_are_of_all_ranks_and_of_the_thirds() -> None:

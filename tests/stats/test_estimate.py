@@ -31,13 +31,11 @@ def test_a_factor_is_the_error_s_and_the_bound_s_too() -> None:
 def test_root_error() -> None:
     assert root(Estimate(4.0, 0.4, 9, "draws", 0.2)) == Estimate(2.0, 0.1, 9, "draws", 0.05)
     assert root(Estimate(0.0, 0.0, 9, "draws", 0.04)) == Estimate(0.0, 0.0, 9, "draws", 0.2)
-    assert root(Estimate(0.0, 0.0, 9, "draws")) == Estimate(0.0, 0.0, 9, "draws")
-    assert root(Estimate(-1e-18, 0.1, 9, "draws")) == Estimate(
-        0.0, 0.0, 9, "draws"
-    )  # what rounding leaves of a variance of zero
+    # What rounding leaves of a variance of zero.
+    assert root(Estimate(-1e-18, 0.1, 9, "draws")) == root(Estimate(0.0, 0.0, 9, "draws")) == Estimate(0, 0, 9, "draws")
 
 
-@pytest.mark.parametrize("n", [1, 2, 8, 200])
+@pytest.mark.parametrize("n", [1, 2, 8])
 def test_a_share_has_the_samples_deviation_inside_and_wilsons_interval_at_the_ends(n) -> None:
     for right in range(n + 1):
         share = proportion(right, n)
@@ -51,18 +49,11 @@ def test_a_share_has_the_samples_deviation_inside_and_wilsons_interval_at_the_en
             assert share.error == pytest.approx((interval.high - interval.low) / 2, rel=1e-9)
 
 
-def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
-    values = np.random.default_rng(0).normal(size=7)
-    estimate = jackknife(lambda indices: float(np.mean(values[list(indices)])), 7, "seeds")
-    exact = over_seeds(values)
-    assert (estimate.value, estimate.error) == pytest.approx((exact.value, exact.error), rel=1e-12)
-    assert (estimate.n, estimate.over) == (7, "seeds")
-
-
 def test_the_jackknife_is_about_the_mean_of_what_is_left() -> None:
     """The spread is not about the full statistic, exp(3): without one value it is exp(4), exp(3.5) and exp(1.5)."""
     values = np.array([1.0, 2.0, 6.0])
     estimate = jackknife(lambda indices: math.exp(float(np.mean(values[list(indices)]))), 3, "seeds")
+    assert (estimate.value, estimate.n, estimate.over) == (pytest.approx(math.exp(3)), 3, "seeds")
     assert estimate.error == pytest.approx(math.sqrt(2 * np.var(np.exp([4.0, 3.5, 1.5]))))
 
 

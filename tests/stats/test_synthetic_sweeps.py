@@ -16,7 +16,7 @@ def optima(model: SweepModel, count: int, seed: int = 0) -> np.ndarray:
 
 
 def test_optima_have_the_planted_exponent_spread_and_correlation() -> None:
-    """Of parabolas without noise or records: a mean of 400 differences is known to a twentieth of their deviation."""
+    """Parabolas without noise or records: a mean of 400 differences is known to a twentieth of their deviation."""
     model = SweepModel(-0.7, 16.0, seeds=3, rates=5, record_spread=0.0, noise=0.0, seed_spread=0.1)
     fitted = optima(model, 400)
     first, second = fitted[:, :, 0], fitted[:, :, 1]

@@ -8,7 +8,7 @@ import pytest
 from rora_theory.random.normals import keys_at, standard_normal
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (7, 3), (65,), (4096,), (4097,), (3, 5000), (33, 4096)])
+@pytest.mark.parametrize("shape", [(), (7, 3), (4096,), (3, 5000), (33, 4096)])
 def test_normals_are_jaxs_own(shape: tuple[int, ...]) -> None:
     """In one piece, in several, and with a last piece that is not whole; alone and under vmap.
 

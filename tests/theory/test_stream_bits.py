@@ -13,7 +13,7 @@ from scipy import stats
 from support.streams import take
 
 from rora_theory.optimizers import Optimizer
-from rora_theory.stats.moments import threshold
+from rora_theory.stats.moments import Moments, threshold
 from rora_theory.theory import laws, sampling
 from rora_theory.theory.sampling import RandomStep
 
@@ -23,18 +23,19 @@ pytestmark = pytest.mark.usefixtures("optimised")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "optimizer"),
-    [("direct", "sgd"), ("direct", "adam"), ("pairs", "sgd"), ("pairs", "adam"), ("chi_square", "sgd")],
+    [("direct", "adam"), ("pairs", "sgd"), ("chi_square", "sgd")],
 )
 def test_batch_devices_and_start_change_no_bit(sampler: sampling.Sampler, optimizer: Optimizer) -> None:
     """One block at a time on the first device gives the same as two at once on another, and as a later start.
 
     That several devices take turns is `test_sampling`'s, and the command's with --devices 2.
     """
-    setting = RandomStep(rank=100, p_in=64, p_out=3, overlap=0.2, optimizer=optimizer)
+    setting = RandomStep(rank=20, p_in=64, p_out=3, overlap=0.2, optimizer=optimizer)
     size = sampling.block_draws(setting, sampler)
-    expected = take(setting, sampler, 6 * size)
-    np.testing.assert_array_equal(expected, take(setting, sampler, 6 * size, batch=2, devices=jax.devices()[1:2]))
-    np.testing.assert_array_equal(expected[:, 2 * size :], take(setting, sampler, 4 * size, first_block=2))
+    expected = take(setting, sampler, 4 * size)
+    np.testing.assert_array_equal(expected, take(setting, sampler, 4 * size, batch=2, devices=jax.devices()[1:2]))
+    np.testing.assert_array_equal(expected[:, 2 * size :], take(setting, sampler, 2 * size, first_block=2))
+    assert not np.any(expected[0, :size] == expected[0, size : 2 * size]), "blocks differ"
 
 
 @pytest.mark.slow
@@ -51,14 +52,6 @@ def test_no_pair_is_drawn_twice() -> None:
 
 
 @pytest.mark.slow
-def test_blocks_differ() -> None:
-    setting = RandomStep(rank=4, p_in=5, p_out=4)
-    size = sampling.block_draws(setting, "chi_square")
-    draws = take(setting, "chi_square", 2 * size)[0]
-    assert not np.any(draws[:size] == draws[size:])
-
-
-@pytest.mark.slow
 def test_draws_until_the_error_is_reached() -> None:
     setting = RandomStep(rank=4, p_in=256, overlap=0.3)
     for target in (0.03, 0.008):
@@ -67,14 +60,8 @@ def test_draws_until_the_error_is_reached() -> None:
         assert second.error <= target * second.value
         law = laws.random_input_moments(rank=4, p_in=256, overlap=0.3, scaling=1.0).second_moment[0]
         assert abs(second.value - law) <= threshold(1e-6, 2) * second.error
+    assert sampling.Sums.from_json(json.loads(json.dumps(sums.to_json()))) == sums, "stored without loss"
     assert sampling.estimate(setting, "chi_square", jax.random.key(2), draws=777).count == 777
-
-
-@pytest.mark.slow
-def test_sums_are_kept_to_the_bit() -> None:
-    sums = sampling.estimate(RandomStep(rank=2, p_in=5, p_out=4), "chi_square", jax.random.key(4), draws=70_000)
-    assert sums.count == 70_000
-    assert sampling.Sums.from_json(json.loads(json.dumps(sums.to_json()))) == sums
 
 
 @pytest.mark.slow
@@ -88,7 +75,7 @@ def test_estimates_cover_the_law() -> None:
     draws = take(setting, "chi_square", 400 * 2000)[0].reshape(400, 2000)
     inside = 0
     for run in draws:
-        estimate = sampling.Sums().add(np.stack([run, run**2])).first.second_moment
+        estimate = Moments().add(run).second_moment
         inside += abs(estimate.value - law) <= 2 * estimate.error
     nominal = 1 - 2 * stats.norm.sf(2)
     spread = threshold(1e-6) * math.sqrt(nominal * (1 - nominal) / 400)

@@ -1,6 +1,7 @@
 """Other starts and other first steps: each against the step itself, taken by optax or by the method's definition."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from rora_theory.theory.first_step import Increment
 
 P_IN, P_OUT, TOKENS = 24, 6, 5
 SIGMAS = 5.4  # a false alarm of 1e-6 over about fifteen comparisons of means of thousands
+
+
+ONE_ROW = np.ones((1, P_IN)), np.ones((P_OUT, 1))
 
 
 def data(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -126,19 +130,9 @@ def test_clipped_sgd(init: str) -> None:
         w = 1.7 * read(x, *stepped(grad, A, np.zeros((4000, P_OUT, rank)), 1.7, tx))
         ratio = math.sqrt(np.mean(w**2) / np.mean(law.second_moment))
         assert 1 - 0.5 / rank < ratio < 1  # the norm of a drawn A follows the step: the law is a little high
-    single, doubled = (
-        steps.clipped_sgd_moments(grad, x, rank=8, scaling=gamma, max_norm=0.01, init=init) for gamma in (1.0, 2.0)
-    )
-    np.testing.assert_allclose(doubled.second_moment, 4 * single.second_moment, rtol=1e-12)  # gamma to the power 1
     unclipped = steps.clipped_sgd_moments(grad, x, rank=8, scaling=1.0, max_norm=1e9, init=init)
     law = laws.first_step_moments(grad, x, rank=8, scaling=1.0, init=init)
     np.testing.assert_allclose(unclipped.second_moment, law.second_moment, rtol=1e-12)
-    # cross-talk alone, r far below r*: flat at constant gamma
-    away = np.linalg.svd(grad)[2][-1]
-    small, large = (
-        steps.clipped_sgd_moments(grad, away, rank=rank, scaling=1.0, max_norm=0.01).second_moment for rank in (1, 4)
-    )
-    np.testing.assert_allclose(large, small, rtol=1e-9)
 
 
 def test_muon() -> None:
@@ -186,15 +180,16 @@ def test_dora() -> None:
     assert np.max(np.abs(magnitude)) > 0.01 * np.max(np.abs(measured))
 
 
-def test_bad_input() -> None:
-    grad, x = data()
-    with pytest.raises(InputError, match=r"start.*'eva'"):
-        starts.start_powers("eva", optimizer="adam")
-    with pytest.raises(InputError, match=r"rank.* 7"):
-        starts.pissa_factors(grad, rank=7, scaling=1.0)
-    with pytest.raises(InputError, match=r"lora_A.* 1"):
-        starts.start_terms(grad, x, np.ones((1, P_IN)), np.ones((P_OUT, 1)), learning_rate=1.0)
-    with pytest.raises(InputError, match="max_norm"):
-        steps.clipped_sgd_moments(grad, x, rank=1, scaling=1.0, max_norm=0.0)
-    with pytest.raises(InputError, match=r"weight.*zeros"):
-        steps.dora_first_step(np.zeros((P_OUT, P_IN)), grad, grad, x, learning_rate=1.0)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: starts.start_powers("eva", optimizer="adam"), "start.*'eva'"),
+        (lambda: starts.pissa_factors(np.ones((P_OUT, P_IN)), rank=7, scaling=1.0), "rank.* 7"),
+        (lambda: starts.start_terms(*data(), *ONE_ROW, learning_rate=1.0), "lora_A.* 1"),
+        (lambda: steps.clipped_sgd_moments(*data(), rank=1, scaling=1.0, max_norm=0.0), "max_norm"),
+        (lambda: steps.dora_first_step(0 * data()[0], *[data()[0]] * 2, data()[1], learning_rate=1.0), "weight.*zeros"),
+    ],
+)
+def test_bad_input(call: Callable, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call()

@@ -5,74 +5,41 @@ import numpy as np
 import pytest
 
 from rora_theory.errors import InputError
-from rora_theory.io import frames
 from rora_theory.optimizers import OPTIMIZER_NAMES
-from rora_theory.stats.rate_curves import COLUMNS
 from rora_theory.toy import dynamics, rate_grid
 from rora_theory.toy.dynamics import ProblemConfig
-from rora_theory.toy.rate_grid import GridCell, RateGrid
+from rora_theory.toy.rate_grid import RateGrid
 
 PROBLEM = ProblemConfig(p_in=16, p_out=3, samples=5, held_out=7, overlap=0.3)
 
 
 @pytest.mark.slow
-def test_what_is_judged_is_what_was_asked():
-    """Each loss has its own column and curve; at negligible rates it is the initial loss of the seed's problem."""
-    rates, seeds = (1e-12, 2e-12, 3e-12), (0, 4)
+def test_curves_hold_the_losses_of_the_training_that_they_name():
+    """Training and held-out losses at rank 4, with A trained and with A frozen."""
     grid = RateGrid(
-        ranks=(4, 8), rules=("lora",), optimizers=("adam",), freeze_control=False, adam_lrs=rates, steps=1,
-        seeds=seeds, problem=PROBLEM,
+        ranks=(4, 8), rules=("lora",), optimizers=("sgd",), sgd_lrs=(0.1, 0.2, 0.3), steps=3, seeds=(0, 4),
+        problem=PROBLEM,
     )  # fmt: skip
-    table = rate_grid.losses(grid)
-    for line, seed in enumerate(seeds):
-        key = jax.random.split(jax.random.fold_in(jax.random.key(0), seed))[0]
-        drawn = dynamics.draw_problem(key, PROBLEM)
-        for name, target in (("train", drawn.target_train), ("held_out", drawn.target_held_out)):
-            expected = np.sum(np.square(target)) / (2 * len(target))
-            curves = rate_grid.curves_of_losses(table, name)
-            assert [curve.rank for curve in curves] == [4, 8]
-            for curve in curves:
-                assert curve.losses[line] == pytest.approx([expected] * 3, rel=1e-4), (seed, name)
-
-
-@pytest.mark.slow
-def test_b_alone_is_b_alone():
-    """A control cell has the losses of training with A frozen; the other cell does not."""
-    grid = RateGrid(ranks=(4, 8), optimizers=("sgd",), sgd_lrs=(0.1, 0.2, 0.3), steps=3, seeds=(0, 1), problem=PROBLEM)
-    keys = [jax.random.split(jax.random.fold_in(jax.random.key(0), seed)) for seed in range(2)]
+    keys = [jax.random.split(jax.random.fold_in(jax.random.key(0), seed)) for seed in grid.seeds]
     drawn = jax.tree.map(lambda *a: np.stack(a), *(dynamics.draw_problem(a, PROBLEM) for a, _ in keys))
     adapters = jax.tree.map(lambda *a: np.stack(a), *(dynamics.draw_adapters(b, PROBLEM, rank=4) for _, b in keys))
-    rates = np.float32(grid.sgd_lrs)
-    losses = {
-        frozen: np.asarray(
-            dynamics.final_losses(adapters, drawn, 1.0, rates, optimizer="sgd", steps=3, frozen=frozen)[0]
-        )
-        for frozen in ("A", None)
-    }
-    assert np.abs(losses["A"] / losses[None] - 1).min() > 1e-3
-    for trained, frozen in (("B", "A"), ("both", None)):
-        rows = rate_grid.cell_rows(grid, GridCell("sgd", trained, 4, "lora"))
-        # Five digits are written.
-        np.testing.assert_allclose([row["loss_train"] for row in rows], losses[frozen].ravel(), rtol=5e-5)
+    table, rates = rate_grid.losses(grid), np.float32(grid.sgd_lrs)
+    train_losses = []
+    for trained, frozen in (("both", None), ("B", "A")):
+        losses = dynamics.final_losses(adapters, drawn, 1.0, rates, optimizer="sgd", steps=3, frozen=frozen)
+        train_losses.append(np.asarray(losses[0]))
+        for name, expected in zip(("train", "held_out"), losses, strict=True):
+            curves = {(curve.rank, curve.trained): curve for curve in rate_grid.curves_of_losses(table, name)}
+            assert list(curves) == [(4, "both"), (8, "both"), (4, "B"), (8, "B")]
+            # Five digits are written.
+            np.testing.assert_allclose(curves[4, trained].losses, expected, rtol=5e-5)
+    assert np.abs(train_losses[0] / train_losses[1] - 1).min() > 1e-3
 
 
 def test_rates_of_an_optimizer():
     grid = RateGrid(adam_lrs=(3.0, 1.0, 2.0), sgd_lrs=(30.0, 10.0, 20.0))
     rates = {name: grid.lrs(name).tolist() for name in OPTIMIZER_NAMES}
     assert rates == {"adam": [1, 2, 3], "adamw": [1, 2, 3], "sgd": [10, 20, 30], "momentum": [1, 2, 3]}
-
-
-def test_a_curve_is_of_the_loss_that_was_asked_for():
-    rows = [
-        {"optimizer": "sgd", "trained": "both", "rule": "lora", "kappa": 1.0, "rank": 4, "scaling": 1.0}
-        | {"learning_rate": rate, "seed": seed, "loss_train": rate + seed, "loss_held_out": 10 * rate + seed}
-        for seed in (0, 1)
-        for rate in (1.0, 2.0, 3.0)
-    ]
-    table = frames.from_rows(rows, COLUMNS)
-    for name, factor in (("train", 1), ("held_out", 10)):
-        (curve,) = rate_grid.curves_of_losses(table, name)
-        assert curve.losses.tolist() == [[factor * rate + seed for rate in (1.0, 2.0, 3.0)] for seed in (0, 1)]
 
 
 @pytest.mark.usefixtures("unchecked")
