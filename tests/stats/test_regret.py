@@ -62,3 +62,10 @@ def test_the_band_covers_the_interval_of_the_tuned_optimum() -> None:
     # Three seeds 0.1 decades apart: 4.303 * 0.1 / sqrt(3) = 0.248 decades to either side.
     assert uncertain.low == pytest.approx(0.1 * (1 - 0.248) ** 2, abs=4e-3)
     assert uncertain.high == pytest.approx(0.1 * (1 + 0.248) ** 2, abs=4e-3)
+
+
+def test_the_tuned_and_the_target_curve_are_not_interchangeable() -> None:
+    tuned, target = curve(1e-3, curvature=0.1), curve(1e-4, curvature=0.4)
+    forward, reversed_ = regret(tuned, target, float), regret(target, tuned, float)
+    assert forward.nats.value == pytest.approx(0.4, abs=5e-3)
+    assert reversed_.nats.value == pytest.approx(0.1, abs=5e-3)

@@ -90,3 +90,10 @@ def test_the_departure_is_of_the_seeds_mean_from_the_line():
 def test_values_that_have_no_slope(x, y, message):
     with pytest.raises(InputError, match=message):
         slopes.seed_fit(x, y)
+
+
+def test_interval_covers():
+    """The 95% interval of the mean slope covers the truth in 95% of experiments; 2000 of them, |z| < 4."""
+    fits = [slopes.seed_fit(RANKS, powers([0.4] * 4, noise=0.2, seed=s)) for s in range(2000)]
+    covered = np.mean([abs(fit.slope - 0.4) <= fit.half_width(0.95) for fit in fits])
+    assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2000)

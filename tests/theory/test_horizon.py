@@ -291,3 +291,50 @@ def test_a_takeover_next_to_nothing_is_refused_where_its_squares_would_be_no_num
     assert horizon.distances([1e-3] * 3, takeover=smallest) == pytest.approx(
         horizon.distances([1e-3] * 3, takeover=1e-50)
     )
+
+
+@pytest.mark.slow
+def test_turning_gradient() -> None:
+    """A gradient that turns by theta over the horizon: the law holds to a few per cent up to theta = 0.5."""
+    first, x = data(21, 1)
+    second, _ = data(22, 1)
+    second = second * np.linalg.norm(first) / np.linalg.norm(second)
+    steps, rank = 64, 16
+    terms = horizon.row_terms(first, x, kaiming(8, 4000))
+    moved = horizon.distances([1e-3] * steps, takeover=terms.takeover(rank))
+    law = terms.rms(rank, scaling=1.0, moved=moved)
+    ratios = {}
+    for theta in (0.0, 0.5, 3.0):
+        turning = lambda step, theta=theta: (  # noqa: E731
+            jnp.cos(theta * step / steps) * jnp.asarray(first, jnp.float32)
+            + jnp.sin(theta * step / steps) * jnp.asarray(second, jnp.float32)
+        )
+        squares = mean_squares(turning, x, rank, [1e-3] * steps, seeds=48)
+        ratios[theta] = law / math.sqrt(np.mean(squares))
+    assert ratios[0.0] == pytest.approx(1.0, abs=0.05)
+    assert ratios[0.5] == pytest.approx(1.0, abs=0.1)
+    assert ratios[3.0] > 1.2
+
+
+@pytest.mark.parametrize("tau", [0.02, 1.0, 4.0])
+def test_the_change_that_sgd_s_exponents_keep_is_that_of_real_steps(tau: float) -> None:
+    """gamma r sinh(2 tau), whose slopes they are, at other gammas, ranks and rates, by 1000 steps of optax's SGD on a
+    gradient of one direction, which every row of A reads alike. The law has exp(tau), real steps (1 + tau / n)^n: less
+    by a factor of exp(tau^2 / 2n)."""
+    rng = np.random.default_rng(5)
+    left, right = (v / np.linalg.norm(v) for v in (rng.normal(size=P_OUT), rng.normal(size=P_IN)))
+    sigma, steps = 2.0, 1000
+    rows = kaiming(7, 32)
+    rows += np.outer(0.05 - rows @ right, right)
+
+    def size(rank: int, scaling: float, rate: float) -> float:
+        grad, rates = sigma * np.outer(left, right), [rate] * steps
+        increment = descend(grad, rows[:rank], rates, scaling=scaling, optimizer=optax.sgd)
+        return float(np.linalg.norm(np.asarray(increment(jnp.asarray(right[None], jnp.float32)))))
+
+    base, rate = 0.5, tau / (0.5 * sigma * steps)
+    first = size(16, base, rate)
+    for rank, scaling, factor in ((16, 1.5 * base, 1.0), (32, base, 1.0), (32, base / 2, 1.3)):
+        grown = tau * factor * scaling / base
+        expected = scaling * rank / (base * 16) * math.sinh(2 * grown) / math.sinh(2 * tau)
+        assert size(rank, scaling, factor * rate) / first == pytest.approx(expected, rel=2 * tau**2 / steps + 1e-3)

@@ -135,3 +135,12 @@ def test_settings_that_a_sampler_cannot_draw(
 def test_a_step_out_of_range(name: str, value: float) -> None:
     with pytest.raises(InputError, match=f"{name}.* {value}"):
         replace(STEP, **{name: value})
+
+
+@pytest.mark.slow
+def test_kolmogorov_smirnov_would_see_a_wrong_sampler() -> None:
+    """One pair too many of three, or an overlap off by 0.1, is rejected at the same level."""
+    direct = take(CASES[0][0], "direct", 30_000)[0]
+    sizes = {"p_in": 5, "p_out": 4}
+    for wrong in (RandomStep(rank=4, overlap=0.4, **sizes), RandomStep(rank=3, overlap=0.5, **sizes)):
+        assert stats.ks_2samp(direct, take(wrong, "chi_square", 30_000, seed=1)[0]).pvalue < 1e-6 / len(CASES)
