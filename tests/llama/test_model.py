@@ -228,6 +228,22 @@ def test_capture_returns_the_modules_inputs(params, tokens, tiny):
     np.testing.assert_allclose(inputs["self_attn.q_proj"][0], first, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_a_tree_of_continuations_in_one_row_equals_its_sequences(params, tokens, tiny):
+    """Two continuations after a common start: positions and the mask say which sees which."""
+    common, a, b = 5, 3, 3
+    tree = tokens[:1]
+    branch = jnp.array([0] * common + [1] * a + [2] * b)
+    positions = jnp.array([[*range(common), *range(common, common + a), *range(common, common + b)]])
+    earlier = jnp.arange(11)[None, :] <= jnp.arange(11)[:, None]
+    visible = earlier & ((branch[None, :] == 0) | (branch[None, :] == branch[:, None]))
+    hidden = hidden_states(params, tree, tiny, positions=positions, visible=visible[None])
+    first = hidden_states(params, tree[:, :8], tiny)
+    second = hidden_states(params, jnp.concatenate([tree[:, :5], tree[:, 8:]], axis=1), tiny)
+    np.testing.assert_allclose(hidden[:, :8], first, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(hidden[:, 8:], second[:, 5:], rtol=0, atol=1e-5)
+
+
 def test_bfloat16_weights_give_float32_logits_near_float32s(params, tokens, tiny):
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
     logits = run(half, tokens, tiny)
