@@ -27,44 +27,8 @@ LLAMA3 = {
 
 
 def test_defaults_are_hugging_faces():
-    config = LlamaConfig.from_hf(SMALL)
-    assert config == LlamaConfig(
-        vocab_size=48,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=8,
-        rms_norm_eps=1e-6,
-        rope_theta=10000.0,
-        max_position_embeddings=2048,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-
-
-def test_bookkeeping_is_passed_over():
-    harmless = {
-        "architectures": ["LlamaForCausalLM"],
-        "torch_dtype": "bfloat16",
-        "dtype": "float32",
-        "transformers_version": "4.36.0",
-        "use_cache": True,
-        "initializer_range": 0.02,
-        "_name_or_path": "somewhere",
-        "pretraining_tp": 1,
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "rope_interleaved": False,
-        "max_sequence_length": 2048,
-        "quantization_config": None,
-        "rope_scaling": None,
-        "head_dim": None,
-        "num_key_value_heads": None,
-        "mlp_bias": None,
-    }
-    assert LlamaConfig.from_hf(SMALL | harmless) == LlamaConfig.from_hf(SMALL)
+    fields = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 2048}
+    assert LlamaConfig.from_hf(SMALL) == LlamaConfig(48, 32, 40, 2, 4, 4, 8, **fields, bos_token_id=1, eos_token_id=2)
 
 
 # Keys of config.json as transformers wrote it from 4.28 to 5, and as tools that build on it did.
@@ -86,18 +50,36 @@ HABITS = {
 BOOKKEEPING = {
     "_attn_implementation_autoset": True,
     "_commit_hash": "0" * 40,
+    "_name_or_path": "somewhere",
+    "architectures": ["LlamaForCausalLM"],
+    "attention_dropout": 0.0,
     "attn_implementation": "sdpa",
-    "base_model_tp_plan": {"layers.*.mlp.up_proj": "colwise"},
-    "finetuning_task": None,
-    "id2label": {"0": "LABEL_0"},
-    "tokenizer_class": None,
-    "tf_legacy_loss": False,
-    "use_bfloat16": False,
-    "layer_types": ["full_attention", "full_attention"],
-    "use_sliding_window": False,
-    "cross_attention_hidden_size": None,
     "auto_map": None,
-    "rope_parameters": None,
+    "base_model_tp_plan": {"layers.*.mlp.up_proj": "colwise"},
+    "cross_attention_hidden_size": None,
+    "dtype": "float32",
+    "finetuning_task": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "id2label": {"0": "LABEL_0"},
+    "initializer_range": 0.02,
+    "layer_types": ["full_attention", "full_attention"],
+    "max_sequence_length": 2048,
+    "max_window_layers": 28,
+    "mlp_bias": None,
+    "num_key_value_heads": None,
+    "pretraining_tp": 1,
+    "quantization_config": None,
+    "rope_interleaved": False,
+    "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0},
+    "rope_scaling": None,
+    "tf_legacy_loss": False,
+    "tokenizer_class": None,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.36.0",
+    "use_bfloat16": False,
+    "use_cache": True,
+    "use_sliding_window": False,
 }
 
 
@@ -108,86 +90,51 @@ def test_keys_that_change_nothing_are_passed_over_and_named():
     assert ignored_keys(config.to_hf()) == ()
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "expected"),
-    [
-        ({"rope_theta": 5e5}, {"rope_type": "default", "rope_theta": 5e5}, (5e5, None)),
-        (
-            {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}},
-            {"rope_type": "linear", "rope_theta": 5e5, "factor": 2},
-            (5e5, LinearRope(2)),
-        ),
-        (
-            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
-            {"rope_type": "llama3", "rope_theta": 5e5, "partial_rotary_factor": 1.0, **LLAMA3},
-            (5e5, Llama3Rope(8.0, 1.0, 4.0, 8192)),
-        ),
-    ],
-)
-def test_both_spellings_of_the_rotary_embedding_agree(old, new, expected):
-    first = LlamaConfig.from_hf(SMALL | old)
-    assert (first.rope_theta, first.rope_scaling) == expected
-    assert LlamaConfig.from_hf(SMALL | {"rope_parameters": new}) == first
-    assert LlamaConfig.from_hf(SMALL | old | {"rope_parameters": new}) == first
-
-
-@pytest.mark.parametrize("scaling", [None, LinearRope(2.5), Llama3Rope(8.0, 1.0, 4.0, 8192)])
-@pytest.mark.parametrize("eos", [7, (7, 9), None])
-def test_written_config_reads_back(scaling, eos):
-    config = dataclasses.replace(
-        LlamaConfig.from_hf(SMALL),
-        rope_scaling=scaling,
-        eos_token_id=eos,
-        head_dim=6,
-        rope_theta=123.0,
-        tie_word_embeddings=True,
-        attention_bias=True,
-        mlp_bias=True,
-        pad_token_id=3,
-    )
-    assert LlamaConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
-
-
-def test_every_field_is_written():
-    """A field that changes is not lost on the way to `config.json` and back."""
-    for field in dataclasses.fields(LlamaConfig):
-        config = dataclasses.replace(LlamaConfig.from_hf(SMALL), **BESIDE.get(field.name, {}))
-        changed = dataclasses.replace(config, **{field.name: CHANGED[field.name]})
-        assert changed.to_hf() != config.to_hf(), field.name
-        assert LlamaConfig.from_hf(changed.to_hf()) == changed, field.name
-
-
-CHANGED = {
-    "vocab_size": 49,
-    "hidden_size": 36,
-    "intermediate_size": 44,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 10,
-    "rms_norm_eps": 1e-3,
-    "rope_theta": 100.0,
-    "rope_scaling": LinearRope(2.0),
-    "tie_word_embeddings": True,
-    "attention_bias": True,
-    "mlp_bias": True,
-    "max_position_embeddings": 16,
-    "bos_token_id": 5,
-    "eos_token_id": 6,
-    "pad_token_id": 7,
-    "model_type": "mistral",
-    "sliding_window": 8,
-    "full_attention_layers": (0,),
-    "query_pre_attn_scalar": 4,
-    "rope_local_base_freq": 50.0,
-}
 GEMMA = {"model_type": "gemma3_text", "query_pre_attn_scalar": 8, "rope_local_base_freq": 10.0}
-BESIDE = {
-    "sliding_window": {"model_type": "mistral"},
-    "full_attention_layers": {"model_type": "qwen2", "sliding_window": 8},
-    "query_pre_attn_scalar": GEMMA,
-    "rope_local_base_freq": GEMMA,
-}
+# A changed value of every field, and the fields that it needs beside it.
+CHANGES = [
+    ({}, {"vocab_size": 49}),
+    ({}, {"hidden_size": 36}),
+    ({}, {"intermediate_size": 44}),
+    ({}, {"num_hidden_layers": 3}),
+    ({}, {"num_attention_heads": 8}),
+    ({}, {"num_key_value_heads": 2}),
+    ({}, {"head_dim": 10}),
+    ({}, {"rms_norm_eps": 1e-3}),
+    ({}, {"rope_theta": 123.0}),
+    ({}, {"rope_scaling": LinearRope(2.5)}),
+    ({}, {"rope_scaling": Llama3Rope(8.0, 1.0, 4.0, 8192)}),
+    ({}, {"tie_word_embeddings": True}),
+    ({}, {"attention_bias": True}),
+    ({}, {"mlp_bias": True}),
+    ({}, {"max_position_embeddings": 16}),
+    ({}, {"bos_token_id": 5}),
+    ({}, {"eos_token_id": 6}),
+    ({}, {"eos_token_id": (7, 9)}),
+    ({}, {"eos_token_id": None}),
+    ({}, {"pad_token_id": 7}),
+    ({}, {"model_type": "mistral"}),
+    ({"model_type": "mistral"}, {"sliding_window": 8}),
+    ({"model_type": "qwen2", "sliding_window": 8}, {"full_attention_layers": (0,)}),
+    (GEMMA, {"query_pre_attn_scalar": 4}),
+    (GEMMA, {"rope_local_base_freq": 50.0}),
+]
+
+
+@pytest.mark.parametrize(("fields", "change"), CHANGES)
+def test_a_written_field_reads_back(fields, change):
+    config = dataclasses.replace(LlamaConfig.from_hf(SMALL), **fields)
+    changed = dataclasses.replace(config, **change)
+    assert changed.to_hf() != config.to_hf()
+    assert LlamaConfig.from_hf(json.loads(json.dumps(changed.to_hf()))) == changed
+
+
+def test_every_field_is_changed():
+    assert {field.name for field in dataclasses.fields(LlamaConfig)} == {
+        name for _, change in CHANGES for name in change
+    }
+
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -197,36 +144,25 @@ FULL, SLIDING = "full_attention", "sliding_attention"
         ({"model_type": "mistral"}, 4096, ()),
         ({"model_type": "mistral", "sliding_window": None}, None, ()),
         ({"model_type": "mistral", "sliding_window": 8, "layer_types": [SLIDING] * 2}, 8, ()),
-        ({"model_type": "qwen2", "sliding_window": 8, "max_window_layers": 1}, None, ()),
-        ({"model_type": "qwen2", "sliding_window": 8, "max_window_layers": 1, "use_sliding_window": True}, 8, (0,)),
         ({"model_type": "qwen3", "sliding_window": 8, "max_window_layers": 2, "use_sliding_window": True}, None, ()),
         ({"model_type": "qwen3", "sliding_window": 8, "use_sliding_window": True}, None, ()),  # from layer 28 on
         ({"model_type": "qwen2", "sliding_window": None, "use_sliding_window": True, "max_window_layers": 0}, None, ()),
-        (
-            {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True, "layer_types": [FULL, SLIDING]},
-            8,
-            (0,),
-        ),
         ({"model_type": "qwen3", "sliding_window": None, "layer_types": [FULL, FULL]}, None, ()),
-        ({"max_window_layers": 28, "use_sliding_window": False}, None, ()),
         ({"model_type": "gemma3_text"}, 4096, ()),  # the sixth layer and every sixth after it have no window
-        ({"model_type": "gemma3_text", "sliding_window_pattern": 2}, 4096, (1,)),
         ({"model_type": "gemma3_text", "sliding_window_pattern": 1}, None, ()),
-        ({"model_type": "gemma3_text", "sliding_window": 8, "layer_types": [FULL, SLIDING]}, 8, (0,)),
         ({"model_type": "gemma3_text", "sliding_window": None}, None, ()),
     ],
 )
 def test_where_there_is_a_sliding_window(change, window, full):
+    """Cases beside those of the golden models (`test_families`), whose logits show their windows."""
     config = LlamaConfig.from_hf(SMALL | {"num_key_value_heads": 2} | change)
     assert (config.sliding_window, config.full_attention_layers) == (window, full)
     assert LlamaConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
 
 
 def test_silence_means_what_it_does_in_hugging_faces_classes():
-    least = SMALL | {"hidden_size": 64, "num_attention_heads": 32}
-    mistral, qwen2, qwen3 = (
-        LlamaConfig.from_hf(least | {"model_type": name}) for name in ("mistral", "qwen2", "qwen3")
-    )
+    wide = SMALL | {"hidden_size": 64, "num_attention_heads": 32}
+    mistral, qwen2, qwen3 = (LlamaConfig.from_hf(wide | {"model_type": name}) for name in ("mistral", "qwen2", "qwen3"))
     assert (mistral.num_key_value_heads, mistral.max_position_embeddings, mistral.eos_token_id) == (8, 131072, 2)
     assert (qwen2.num_key_value_heads, qwen2.max_position_embeddings, qwen2.bos_token_id) == (32, 32768, None)
     assert (qwen2.eos_token_id, qwen2.head_dim, qwen3.head_dim) == (None, 2, 128)
@@ -236,33 +172,29 @@ def test_silence_means_what_it_does_in_hugging_faces_classes():
     }
     assert biased == {"mistral": [], "qwen2": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "qwen3": []}
     assert [config.family.has_qk_norm for config in (mistral, qwen2, qwen3)] == [False, False, True]
-    gemma = LlamaConfig.from_hf(least | {"model_type": "gemma3_text", "num_hidden_layers": 12})
+    gemma = LlamaConfig.from_hf(wide | {"model_type": "gemma3_text", "num_hidden_layers": 12})
     assert (gemma.num_key_value_heads, gemma.head_dim, gemma.query_pre_attn_scalar) == (4, 256, 256)
     assert (gemma.sliding_window, gemma.full_attention_layers) == (4096, (5, 11))
     assert (gemma.rope_theta, gemma.rope_local_base_freq, gemma.tie_word_embeddings) == (1e6, 1e4, True)
     assert (gemma.bos_token_id, gemma.eos_token_id, gemma.pad_token_id) == (2, 1, 0)
 
 
-def test_both_rotary_bases_are_read_from_either_spelling():
-    """Gemma 3's configurations name both bases and a scaling flat, newer ones by the kind of layer."""
-    flat = {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
-    grouped = {
-        "rope_parameters": {
-            FULL: {"rope_theta": 5e5, "rope_type": "linear", "factor": 8.0},
-            SLIDING: {"rope_theta": 2e4, "rope_type": "default"},
-        }
-    }
-    old, new = (LlamaConfig.from_hf(SMALL | {"model_type": "gemma3_text"} | keys) for keys in (flat, grouped))
-    assert old == new
-    assert (old.rope_theta, old.rope_local_base_freq, old.rope_scaling) == (5e5, 2e4, LinearRope(8.0))
-
-
+INTEGERS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+INTEGERS += ("num_key_value_heads", "head_dim", "max_position_embeddings")
+# Fields of one type, and values that none of them can have.
+WRONG_VALUES = [
+    (INTEGERS, (0, True, 2.5, "3", 10**30, 10**400, -(10**400))),
+    (("rms_norm_eps", "rope_theta"), (0.0, -1.0, float("nan"), "1e4", [1e4], 5e-324, 1e300, 10**400)),
+    (("tie_word_embeddings", "attention_bias", "mlp_bias"), ("yes", 1)),
+    (("bos_token_id", "eos_token_id", "pad_token_id"), ("</s>", 1.5, True, 10**30, {"a": 1})),
+]
 QWEN_WINDOW = {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window": 8, "use_sliding_window": True}
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "message"),
     [
+        *(({name: value}, name) for names, values in WRONG_VALUES for name in names for value in values),
         ({"model_type": "gemma2"}, "model_type .*llama, mistral, .*'gemma2'.*rora_theory.measure.torch"),
         ({"model_type": "mistral", "attention_bias": True}, "attention_bias .* mistral, got True"),
         ({"model_type": "qwen2", "attention_bias": True}, "attention_bias .* qwen2, got True"),
@@ -276,9 +208,7 @@ QWEN_WINDOW = {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window"
         ({**QWEN_WINDOW, "layer_types": [FULL, SLIDING, SLIDING]}, "layer_types"),
         ({**QWEN_WINDOW, "layer_types": [FULL, "chunked_attention"]}, "layer_types"),
         ({**QWEN_WINDOW, "max_window_layers": -1}, "max_window_layers .*got -1"),
-        ({"model_type": "gemma3_text", "layer_types": [FULL]}, "layer_types"),
         ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "sliding_window_pattern .*got 0"),
-        ({"model_type": "gemma3_text", "sliding_window": None, "layer_types": [FULL, SLIDING]}, "layer_types"),
         ({"model_type": "gemma3_text", "final_logit_softcapping": 30.0}, "final_logit_softcapping .*got 30.0"),
         ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping .*got 50.0"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention .*got True"),
@@ -318,47 +248,23 @@ QWEN_WINDOW = {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window"
             {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
             "rope_scaling and rope_parameters",
         ),
-        ({"rope_theta": "10000"}, "rope_theta"),
-        ({"rope_theta": -1.0}, "rope_theta"),
-        ({"rope_theta": [1e4]}, "rope_theta"),
         ({"hidden_size": None}, "hidden_size"),
-        ({"hidden_size": 32.0}, "hidden_size"),
         ({"hidden_size": 30}, "hidden_size"),
-        ({"vocab_size": 0}, "vocab_size"),
-        ({"num_hidden_layers": True}, "num_hidden_layers"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
         ({"rope_scaling": {"type": ["linear"], "factor": 2.0}}, "linear"),
         ({"head_dim": 7}, "head_dim"),
-        ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
-        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
-        ({"max_position_embeddings": 2.5}, "max_position_embeddings"),
-        ({"eos_token_id": "</s>"}, "eos_token_id"),
-        ({"bos_token_id": 1.5}, "bos_token_id"),
-        ({"pad_token_id": True}, "pad_token_id"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling.Other"}}, "auto_map"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"layer_types": "full_attention"}, "layer_types"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"use_qk_norm": False}, "use_qk_norm"),
         ({"hidden_size": 10**30}, "hidden_size .* at most 2,147,483,647, got 10+"),
         ({"vocab_size": 10**400}, r"vocab_size .*got 10+\.\.\.0+$"),
-        ({"num_hidden_layers": -(10**400)}, "num_hidden_layers"),
-        ({"max_position_embeddings": 10**30}, "max_position_embeddings"),
-        ({"head_dim": 10**400}, "head_dim"),
-        ({"num_key_value_heads": 10**400}, "num_key_value_heads"),
-        ({"rope_theta": 10**400}, "rope_theta"),
-        ({"rope_theta": 1e300}, "rope_theta"),
-        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
-        ({"rms_norm_eps": 5e-324}, "rms_norm_eps"),
         ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "factor"),
         ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "original_max_position_embeddings": 10**400}}, "original"),
         ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": -(10**400)}}, "low_freq_factor"),
-        ({"eos_token_id": 10**30}, "eos_token_id"),
         ({"eos_token_id": [2, 10**400]}, "eos_token_id"),
-        ({"bos_token_id": {"a": 1}}, "bos_token_id"),
         ({"model_type": 10**400}, "model_type"),
         ({"rope_parameters": "x" * 10_000}, "rope_parameters"),
         ({"a\nb": "c\nd" * 1000}, r"a\\nb"),
@@ -366,24 +272,13 @@ QWEN_WINDOW = {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window"
         ({"deep": functools.reduce(lambda inner, _: {"a": inner}, range(900), 1)}, "deep"),
     ],
 )
-def test_unsupported_is_refused_by_name(change, named):
-    with pytest.raises(InputError, match=named) as caught:
+def test_unsupported_is_refused_by_name(change, message):
+    with pytest.raises(InputError, match=message) as caught:
         LlamaConfig.from_hf(SMALL | change)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
 
 
-def test_module_shapes():
-    config = dataclasses.replace(LlamaConfig.from_hf(SMALL), head_dim=6, num_key_value_heads=2)
-    shapes = {name: config.module_shape(name) for name in MODULES}
-    assert shapes == {
-        "self_attn.q_proj": (24, 32),
-        "self_attn.k_proj": (12, 32),
-        "self_attn.v_proj": (12, 32),
-        "self_attn.o_proj": (32, 24),
-        "mlp.gate_proj": (40, 32),
-        "mlp.up_proj": (40, 32),
-        "mlp.down_proj": (32, 40),
-    }
-    with pytest.raises(InputError, match="lm_head"):
-        config.module_shape("lm_head")
+def test_a_module_of_no_layer_is_refused():
+    with pytest.raises(InputError, match="'lm_head'"):
+        LlamaConfig.from_hf(SMALL).module_shape("lm_head")

@@ -3,14 +3,17 @@
 import dataclasses
 import importlib.metadata
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import gguf_files
 
 from rora_theory.llama import LlamaConfig, forward, hub, load
 from rora_theory.llama.gguf_file import open_gguf
 from rora_theory.llama.model import embed, rms_norm
+from rora_theory.llama.weights import expected_shapes
 
 NAME, ROWS = "gemma3-270m", 4096
 TINY = LlamaConfig(
@@ -33,33 +36,13 @@ def model():
     return load(NAME)
 
 
-def reference_tensors(path) -> dict:
-    """The file's tensors, with ``ROWS`` embeddings, by transformers' names; dequantised by the `gguf` package alone."""
-    from gguf import GGMLQuantizationType, dequantize
-
-    modules = {
-        "attn_norm": "input_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "attn_q_norm": "self_attn.q_norm",
-        "attn_k_norm": "self_attn.k_norm",
-        "post_attention_norm": "post_attention_layernorm",
-        "ffn_norm": "pre_feedforward_layernorm",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-        "post_ffw_norm": "post_feedforward_layernorm",
-    }
-    top = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+def reference_tensors(path, config) -> dict:
+    """Return the file's tensors, with ``ROWS`` embeddings, by transformers' names; the `gguf` package dequantises."""
+    names = {gguf_files.tensor_name(name, config): name for name in expected_shapes(config)}
     tensors = {}
     for tensor in open_gguf(path).tensors:
-        name = top.get(tensor.name)
-        if name is None:
-            _, layer, module, _ = tensor.name.split(".")
-            name = f"model.layers.{layer}.{modules[module]}.weight"
-        values = dequantize(tensor.data[:ROWS], GGMLQuantizationType(tensor.tensor_type))
+        name = names[tensor.name]
+        values = gguf.dequantize(tensor.data[:ROWS], gguf.GGMLQuantizationType(tensor.tensor_type))
         tensors[name] = values - 1 if name.endswith("norm.weight") else values
     return tensors
 
@@ -83,7 +66,7 @@ def test_logits_equal_transformers(model):
         attn_implementation="eager",
     )
     theirs = transformers.Gemma3ForCausalLM(settings).eval()
-    tensors = {name: torch.tensor(values) for name, values in reference_tensors(model.source).items()}
+    tensors = {name: torch.tensor(values) for name, values in reference_tensors(model.source, model.config).items()}
     assert theirs.load_state_dict(tensors, strict=False).missing_keys == ["lm_head.weight"]  # tied
     text = " ".join(f"Sentence {i} of a long text about rivers, ships and lamps." for i in range(120))
     tokens = np.array([[token for token in model.tokenizer.encode(text) if token < ROWS][:560]])
@@ -91,19 +74,18 @@ def test_logits_equal_transformers(model):
     assert model.config.full_attention_layers == (5, 11, 17)
     params = model.params | {"embed_tokens": model.params["embed_tokens"][:ROWS]}
     config = dataclasses.replace(model.config, vocab_size=ROWS)
-    last = slice(-8, None)
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens), logits_to_keep=8).logits.numpy()
-    found = jax.jit(forward, static_argnames="config")(params, jnp.asarray(tokens), config)[:, last]
+    logits = jax.jit(forward, static_argnames="config")(params, jnp.asarray(tokens), config)[:, -8:]
     # Float32 sums in another order through 18 layers.
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_bfloat16_rounds_where_the_checkpoints_reference_does():
     """The factor of the embeddings is rounded, sqrt(24) to 4.90625; a norm rounds after the product with 1 + w."""
     table = jnp.linspace(-1, 1, 48 * 24, dtype=jnp.bfloat16).reshape(48, 24)
-    found = embed({"embed_tokens": table}, jnp.array([[3]]), TINY)
-    np.testing.assert_array_equal(found[0, 0], table[3] * jnp.bfloat16(4.90625))
+    embeddings = embed({"embed_tokens": table}, jnp.array([[3]]), TINY)
+    np.testing.assert_array_equal(embeddings[0, 0], table[3] * jnp.bfloat16(4.90625))
     weight = jnp.linspace(0, 0.01, 24, dtype=jnp.bfloat16)  # 1 + w in bfloat16 would lose most of w
     wide = np.asarray(table[5], np.float32)
     scaled = wide / np.sqrt(np.mean(wide**2) + np.float32(TINY.rms_norm_eps)) * (1 + np.asarray(weight, np.float32))

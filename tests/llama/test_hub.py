@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import make_llama
 import pytest
 from support.hub import serving, sha
 
@@ -15,16 +17,8 @@ from rora_theory.errors import InputError
 from rora_theory.io.model_cache import model_cache_folder
 from rora_theory.llama import hub
 
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 48,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
 FILES = {
-    "config.json": json.dumps(CONFIG).encode(),
+    "config.json": json.dumps(make_llama.SIZES).encode(),
     "model.safetensors": b"weights",
     "tokenizer.json": b"{}",
     "tokenizer.model": b"pieces",
@@ -34,18 +28,13 @@ FILES = {
     "onnx/model.safetensors": b"other",
     "consolidated.safetensors": b"the weights again",
 }
+V2 = FILES | {"model.safetensors": b"weights of v2"}
+BUILT_IN_ID = hub.BUILT_IN["smollm2-135m"].repository
 REPOSITORIES = {
-    "org/tiny": {"main": FILES, "v2": FILES | {"model.safetensors": b"weights of v2"}},
+    "org/tiny": {"main": FILES, "v2": V2},
     "org/other": {"main": FILES | {"config.json": b'{"model_type": "gpt2"}'}},
-    hub.BUILT_IN["smollm2-135m"].repository: {"main": FILES},
+    BUILT_IN_ID: {"main": FILES},
 }
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serving(REPOSITORIES) as server:
-        yield server
-
 
 LOCATE = """
 import json, sys
@@ -54,88 +43,74 @@ from rora_theory.llama import hub
 hub._packaged = lambda built_in: None  # as if it were not installed
 for name, revision in json.loads(sys.argv[1]):
     try:
-        found = hub.locate(name, revision)
-        folder = found.path
+        source = hub.locate(name, revision)
+        folder = source.path
         files = {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*.*")}
-        print(json.dumps([str(folder), files, found.repository, found.identity()]))
+        print(json.dumps([str(folder), files, source.repository, source.identity()]))
     except InputError as error:
         print(json.dumps(["refused", str(error)]))
 """
 
 
-def locate(server, home: Path, *asked, **environment) -> list:
+def locate(server, home: Path, *requests, **environment) -> list:
     """Run `hub.locate` in a fresh process that takes ``server`` for the hub."""
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "HF_HOME": str(home),
-        **server.environment,
-        **environment,
-    }
+    environment |= {"JAX_PLATFORMS": "cpu", "HF_HOME": str(home), **server.environment}
     out = subprocess.run(
-        [sys.executable, "-c", LOCATE, json.dumps(asked)],
+        [sys.executable, "-c", LOCATE, json.dumps(requests)],
         capture_output=True,
         text=True,
-        env={k: v for k, v in os.environ.items() if not k.startswith("HF_")} | settings,
+        env={k: v for k, v in os.environ.items() if not k.startswith("HF_")} | environment,
         check=True,
     )
     return [json.loads(line) for line in out.stdout.splitlines()]
 
 
 @pytest.mark.slow
-def test_hub_ids(server, tmp_path):
-    wanted = {name: FILES[name].decode() for name in list(FILES)[:4]}
-    first, pinned, other, absent, gone, built_in = locate(
-        server,
-        tmp_path,
-        ("org/tiny", None),
-        ("org/tiny", "v2"),
-        ("org/other", None),
-        ("org/absent", None),
-        ("org/tiny", "v3"),
-        ("smollm2-135m", None),
-    )
-    assert first[1] == wanted  # no pickle, no read-me, no sub-folder, no second copy of the weights
-    assert pinned[1] == wanted | {"model.safetensors": "weights of v2"}
-    assert other[0] == absent[0] == gone[0] == "refused"
-    assert "org/other" in other[1]
-    assert "model_type" in other[1]
-    assert "'gpt2'" in other[1]
-    assert "org/absent" in absent[1]
-    assert "org/tiny at v3" in gone[1]
-    assert not any("\n" in refused[1] for refused in (other, absent, gone))
-    assert built_in[1] == wanted
-    assert not [path for path in server.asked if path.endswith((".bin", ".md"))]
-    # A model that would be refused costs its configuration, not its weights.
-    assert not [path for path in server.asked if "org/other" in path and "safetensors" in path]
+def test_hub_ids(tmp_path, monkeypatch):
+    tiny, v2, other = ("org/tiny", None), ("org/tiny", "v2"), ("org/other", None)
+    absent, absent_revision, built_in = ("org/absent", None), ("org/tiny", "v3"), ("smollm2-135m", None)
+    with serving(REPOSITORIES) as server:
+        requests = (tiny, v2, other, absent, absent_revision, built_in)
+        answers = dict(zip(requests, locate(server, tmp_path, *requests), strict=True))
+        expected = {name: FILES[name].decode() for name in list(FILES)[:4]}
+        assert answers[tiny][1] == expected  # no pickle, no read-me, no sub-folder, no second copy of the weights
+        assert answers[v2][1] == expected | {"model.safetensors": "weights of v2"}
+        assert answers[built_in][1] == expected
+        assert not [path for path in server.asked if path.endswith((".bin", ".md"))]
+        # A refusal names what was requested and why.
+        messages = (
+            (other, ("org/other", "model_type", "'gpt2'")),
+            (absent, absent[:1]),
+            (absent_revision, ("tiny at v3",)),
+        )
+        for request, parts in messages:
+            assert answers[request][0] == "refused"
+            assert all(part in answers[request][1] for part in parts)
+            assert "\n" not in answers[request][1]
+        # A model that would be refused costs its configuration, not its weights.
+        assert not [path for path in server.asked if "org/other" in path and "safetensors" in path]
 
-    # Every revision is a commit, and the commit is part of what the model is known by.
-    built_in_id = hub.BUILT_IN["smollm2-135m"].repository
-    asked = ("org/tiny", FILES), ("org/tiny", REPOSITORIES["org/tiny"]["v2"]), (built_in_id, FILES)
-    for found, (name, files) in zip((first, pinned, built_in), asked, strict=True):
-        assert found[2] == name
-        assert found[3]["commit"] == sha(name, files) == Path(found[0]).name
-    assert first[3]["model_sha256"] != pinned[3]["model_sha256"]
+        # Every revision is a commit, and the commit identifies the model.
+        for request, name, files in ((tiny, "org/tiny", FILES), (v2, "org/tiny", V2), (built_in, BUILT_IN_ID, FILES)):
+            folder, _, repository, identity = answers[request]
+            assert repository == name
+            assert identity["commit"] == sha(name, files) == Path(folder).name
+        assert answers[tiny][3]["model_sha256"] != answers[v2][3]["model_sha256"]
 
-    # Offline, what is in the cache is used, and what is not is refused.
-    server.asked.clear()
-    again, pinned_again, absent = locate(
-        server, tmp_path, ("org/tiny", None), ("org/tiny", "v2"), ("org/more", None), HF_HUB_OFFLINE="1"
-    )
-    assert again == first
-    assert pinned_again == pinned
-    assert absent[0] == "refused"
-    assert server.asked == []
+        # After the branch has moved, the same name and revision are another model, whatever the cache holds.
+        before = answers[tiny][3]
+        monkeypatch.setitem(REPOSITORIES["org/tiny"], "earlier", FILES)  # the hub keeps a branch's earlier commits
+        monkeypatch.setitem(REPOSITORIES["org/tiny"], "main", FILES | {"tokenizer.json": b'{"other": 1}'})
+        moved, pinned = locate(server, tmp_path, ("org/tiny", "main"), ("org/tiny", before["commit"]))
+        assert {key for key in before if before[key] != moved[3][key]} == {"commit", "model_sha256"}
+        assert pinned[3] == before
 
-
-@pytest.mark.slow
-def test_a_branch_that_moves_is_another_model(server, tmp_path, monkeypatch):
-    """The name and the revision asked for stay; commit and content do not, whatever the cache holds."""
-    before = locate(server, tmp_path, ("org/tiny", "main"))[0][3]
-    monkeypatch.setitem(REPOSITORIES["org/tiny"], "earlier", FILES)  # the hub keeps a branch's earlier commits
-    monkeypatch.setitem(REPOSITORIES["org/tiny"], "main", FILES | {"tokenizer.json": b'{"other": 1}'})
-    after, pinned = (one[3] for one in locate(server, tmp_path, ("org/tiny", "main"), ("org/tiny", before["commit"])))
-    assert {name for name in before if before[name] != after[name]} == {"commit", "model_sha256"}
-    assert pinned == before
+        # Offline, files in the cache are used, and others are refused.
+        server.asked.clear()
+        offline = locate(server, tmp_path, tiny, v2, ("org/more", None), HF_HUB_OFFLINE="1")
+        assert offline[:2] == [moved, answers[v2]]
+        assert offline[2][0] == "refused"
+        assert server.asked == []
 
 
 def test_the_commit_is_resolved_once(monkeypatch, tmp_path):
@@ -176,9 +151,9 @@ def test_the_built_in_name_prefers_the_cache_then_the_package_then_the_hub(monke
 
     monkeypatch.setattr(hub, "_download", download)
     monkeypatch.setattr(hub, "_packaged", lambda built_in: tmp_path / "model.gguf")
-    packaged, repository = hub.locate("smollm2-135m"), hub.BUILT_IN["smollm2-135m"].repository
-    assert packaged == hub.ModelSource("smollm2-135m", tmp_path / "model.gguf", repository, None)
-    assert packaged.hub_id_or_path == repository, "what other programs find"
+    packaged = hub.locate("smollm2-135m")
+    assert packaged == hub.ModelSource("smollm2-135m", tmp_path / "model.gguf", BUILT_IN_ID, None)
+    assert packaged.hub_id_or_path == BUILT_IN_ID, "other programs load it by that name"
     assert tried == [True]
     monkeypatch.setattr(hub, "_packaged", lambda built_in: None)
     assert hub.locate("smollm2-135m").path == tmp_path / "hub"
@@ -186,16 +161,14 @@ def test_the_built_in_name_prefers_the_cache_then_the_package_then_the_hub(monke
     assert hub.locate("smollm2-135m", "abc").path == tmp_path / "hub"
 
 
+def installed_files(*paths):
+    """Return entries as `importlib.metadata.files` lists them."""
+    return [SimpleNamespace(locate=lambda path=path: path) for path in paths]
+
+
 def test_the_packages_gguf_is_found_without_importing_it(monkeypatch, tmp_path):
-    class File:
-        def __init__(self, path):
-            self.path = path
-
-        def locate(self):
-            return self.path
-
     (tmp_path / "weights.gguf").touch()
-    listed = [File(tmp_path / "__init__.py"), File(tmp_path / "gone.gguf"), File(tmp_path / "weights.gguf")]
+    listed = installed_files(tmp_path / "__init__.py", tmp_path / "gone.gguf", tmp_path / "weights.gguf")
     monkeypatch.setattr(importlib.metadata, "files", lambda distribution: listed)
     assert hub._packaged(hub.BUILT_IN["smollm2-135m"]) == tmp_path / "weights.gguf"
     monkeypatch.undo()
@@ -210,17 +183,10 @@ def split_model(monkeypatch, tmp_path):
     for path in paths.values():
         path.write_bytes(path.name.encode())
 
-    class File:
-        def __init__(self, path):
-            self.path = path
-
-        def locate(self):
-            return self.path
-
     def files(distribution):
         if distribution not in paths:
             raise importlib.metadata.PackageNotFoundError(distribution)
-        return [File(tmp_path / "__init__.py"), File(paths[distribution])]
+        return installed_files(tmp_path / "__init__.py", paths[distribution])
 
     monkeypatch.setattr(importlib.metadata, "files", files)
     sha256 = hashlib.sha256(b"model.gguf.part01model.gguf.part02").hexdigest()
@@ -257,9 +223,9 @@ def test_a_built_in_model_names_its_terms_of_use(tmp_path):
 
 
 def test_paths(tmp_path):
-    found = hub.locate(tmp_path)
-    assert found == hub.locate(str(tmp_path)) == hub.ModelSource(str(tmp_path), tmp_path)
-    assert (found.hub_id_or_path, found.label) == (str(tmp_path), tmp_path.name)
+    source = hub.locate(tmp_path)
+    assert source == hub.locate(str(tmp_path)) == hub.ModelSource(str(tmp_path), tmp_path)
+    assert (source.hub_id_or_path, source.label) == (str(tmp_path), tmp_path.name)
     (tmp_path / "m.gguf").touch()
     assert hub.locate(tmp_path / "m.gguf").path == tmp_path / "m.gguf"
     (tmp_path / "model.bin").touch()

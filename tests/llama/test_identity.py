@@ -1,13 +1,11 @@
 """A model is what its files hold: every byte of its weights, its configuration and its tokenizer."""
 
-import shutil
-
 import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import checkpoint
+from support import checkpoint, gguf_files
 
 from rora_theory import InputError, llama
 from rora_theory.io import digests
@@ -20,68 +18,42 @@ def folder(tmp_path_factory):
     return checkpoint.model(tmp_path_factory.mktemp("model"))
 
 
-def told(source):
-    """None where an index is no index any more."""
+def digest_or_none(source):
+    """Return the digest; None if an index is damaged so that it is no index."""
     try:
         return llama.model_digest(source)
     except InputError:
         return None
 
 
-def test_every_byte_of_every_file_that_is_read_counts(folder, tmp_path):
-    model = llama.load(folder)
-    save_hf(tmp_path / "sharded", model.params, model.config, tokenizer_from=folder, shard_bytes=4000)
-    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
-    for source in (folder, tmp_path / "sharded"):
-        found = llama.model_digest(source)
-        files = sorted(source.iterdir())
-        assert found == digests.of_files(files)
-        for file in files:
-            whole = file.read_bytes()
-            for at in (0, len(whole) // 2, len(whole) - 1):
-                file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-                assert told(source) != found, (file, at)
-            file.write_bytes(whole)
-        assert llama.model_digest(source) == found
-
-
-def test_what_is_not_read_does_not_count(folder, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    save_hf(tmp_path / "sharded", *unpacked(folder), tokenizer_from=folder, shard_bytes=4000)
-    for own in (copy, tmp_path / "sharded"):
-        before = llama.model_digest(own)
-        for name in ("README.md", "training_args.json", "pytorch_model.bin", "consolidated.safetensors"):
-            (own / name).write_bytes(b"text")
-        assert llama.model_digest(own) == before
-
-
-def unpacked(folder):
-    model = llama.load(folder)
-    return model.params, model.config
-
-
-def quantised(path):
-    """A GGUF file of two tensors, a matrix of 4-bit blocks and a vector of floats."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_license("mit")
-    kind = gguf.GGMLQuantizationType.Q4_1
-    writer.add_tensor("token_embd.weight", gguf.quantize(np.ones((3, 64), np.float32), kind), raw_dtype=kind)
-    writer.add_tensor("output_norm.weight", np.ones(64, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+@pytest.mark.parametrize("shard_bytes", [10**9, 4000])
+def test_every_byte_of_the_files_that_are_read_counts_and_no_other(shard_bytes, folder, tmp_path):
+    model, source = llama.load(folder), tmp_path / "model"
+    save_hf(source, model.params, model.config, tokenizer_from=folder, shard_bytes=shard_bytes)
+    assert (len(list(source.glob("*.safetensors"))) > 3) == (shard_bytes == 4000)
+    digest, files = llama.model_digest(source), sorted(source.iterdir())
+    assert digest == digests.of_files(files)
+    for file in files:
+        content = file.read_bytes()
+        for at in (0, len(content) // 2, len(content) - 1):
+            file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+            assert digest_or_none(source) != digest, (file, at)
+        file.write_bytes(content)
+    for name in ("README.md", "training_args.json", "pytorch_model.bin", "consolidated.safetensors"):
+        (source / name).write_bytes(b"text")
+    assert llama.model_digest(source) == digest
 
 
 def test_a_model_says_how_its_weights_are_stored(folder, tmp_path):
     """A built-in name may be the hub's weights or 4-bit blocks made from them: which, in a sentence and in numbers."""
-    whole = ModelSource("org/hf", folder, "org/hf", "c0ffee00")
-    made = ModelSource("org", quantised(tmp_path / "m.gguf"), "org/hf")
-    digests_of = {whole: llama.model_digest(folder), made: llama.model_digest(made.path)}
-    assert whole.summary == (
-        f"model org/hf: safetensors, not quantised (F32), org/hf at c0ffee0; sha256 {digests_of[whole][:12]}"
+    stored = ModelSource("org/hf", folder, "org/hf", "c0ffee00")
+    kind = gguf.GGMLQuantizationType.Q4_1
+    blocks = gguf.quantize(np.ones((3, 64), np.float32), kind)
+    tensors = {"token_embd.weight": (blocks, kind), "output_norm.weight": (np.ones(64, np.float32), None)}
+    made = ModelSource("org", gguf_files.write(tmp_path / "m.gguf", {"general.license": "mit"}, tensors), "org/hf")
+    digests_of = {stored: llama.model_digest(folder), made: llama.model_digest(made.path)}
+    assert stored.summary == (
+        f"model org/hf: safetensors, not quantised (F32), org/hf at c0ffee0; sha256 {digests_of[stored][:12]}"
     )
     assert made.summary == (
         f"model org: GGUF, quantised (Q4_1 75%, F32 25%), made from org/hf; sha256 {digests_of[made][:12]}"
@@ -90,7 +62,7 @@ def test_a_model_says_how_its_weights_are_stored(folder, tmp_path):
         "model": "org", "repository": "org/hf", "commit": None, "sha256": digests_of[made], "license": "mit",
         "container": "GGUF", "quantised": True, "types": {"Q4_1": 192, "F32": 64},
     }  # fmt: skip
-    assert whole.describe()["types"] == {"F32": sum(leaf.size for leaf in jax.tree.leaves(unpacked(folder)[0]))}
+    assert stored.describe()["types"] == {"F32": sum(leaf.size for leaf in jax.tree.leaves(llama.load(folder).params))}
     assert ModelSource(str(folder), folder).summary.startswith("model hf: safetensors, not quantised (F32); sha256 ")
 
 

@@ -10,36 +10,18 @@ import pytest
 
 from rora_theory import llama
 from rora_theory.errors import InputError
-from rora_theory.llama import (
-    MODULES,
-    LlamaConfig,
-    count_parameters,
-    init_params,
-    linear,
-    pruning,
-)
+from rora_theory.llama import MODULES, LlamaConfig, count_parameters, linear, pruning
 from rora_theory.llama.pruning import KeptParts, PrunedShape, Scores
 
-STATIC = ("config", "capture")
-forward, hidden_states = (jax.jit(one, static_argnames=STATIC) for one in (llama.forward, llama.hidden_states))
+forward = jax.jit(llama.forward, static_argnames=("config", "capture"))
 CONFIG = LlamaConfig(50, 24, 40, 4, 6, 3, 4, attention_bias=True, mlp_bias=True)
 SMOLLM = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True)
-KEPT = KeptParts(
-    np.array([0, 2]),
-    np.array([[0, 2], [1, 2]]),
-    np.stack([np.arange(0, 40, 5), np.arange(3, 11)]),
-)
+KEPT = KeptParts(np.array([0, 2]), np.array([[0, 2], [1, 2]]), np.stack([np.arange(0, 40, 5), np.arange(3, 11)]))
 
 
 @pytest.fixture(scope="module")
-def params():
-    """Biases and norms that are not trivial."""
-    plain = init_params(jax.random.key(0), CONFIG)
-    leaves, tree = jax.tree.flatten(plain)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return jax.tree.unflatten(
-        tree, [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    )
+def params(draw_params):
+    return draw_params(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +36,17 @@ def statistics(params, tokens):
 
 @pytest.mark.slow
 def test_statistics_are_sums_over_tokens(params, tokens, statistics) -> None:
-    _, seen = forward(params, tokens, CONFIG, capture=("self_attn.o_proj", "mlp.down_proj"))
-    for name, found in (("self_attn.o_proj", statistics.attended), ("mlp.down_proj", statistics.gated)):
-        np.testing.assert_allclose(found, np.square(np.asarray(seen[name], np.float64)).sum(axis=(1, 2)), rtol=1e-5)
+    _, inputs = forward(params, tokens, CONFIG, capture=("self_attn.o_proj", "mlp.down_proj"))
+    for name, sums in (("self_attn.o_proj", statistics.attended), ("mlp.down_proj", statistics.gated)):
+        np.testing.assert_allclose(sums, np.square(np.asarray(inputs[name], np.float64)).sum(axis=(1, 2)), rtol=1e-5)
     assert int(statistics.tokens) == 18
-    # The residual stream after n layers, up to its length: the output of the first n behind a norm of ones.
-    stream = [np.asarray(params["embed_tokens"])[np.asarray(tokens)]]
-    for count in range(1, 5):
-        first = params | {"norm": jnp.ones(24), "layers": jax.tree.map(lambda a, n=count: a[:n], params["layers"])}
-        stream.append(np.asarray(hidden_states(first, tokens, dataclasses.replace(CONFIG, num_hidden_layers=count))))
-    unit = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in stream]
+    # The residual stream after each layer: the sum of the branches that end in these two modules.
+    stream = [params["embed_tokens"][tokens]]
+    for layer in range(4):
+        modules = ((inputs[name][layer], params["layers"][name]) for name in inputs)
+        outputs = [linear(x, module["weight"][layer], module["bias"][layer]) for x, module in modules]
+        stream.append(stream[-1] + outputs[0] + outputs[1])
+    unit = [np.asarray(x / jnp.linalg.norm(x, axis=-1, keepdims=True)) for x in stream]
     expected = [np.sum(1 - np.sum(a * b, axis=-1)) for a, b in itertools.pairwise(unit)]
     np.testing.assert_allclose(statistics.influence, expected, rtol=1e-4)
 
@@ -111,47 +94,46 @@ def test_the_best_are_kept_in_order() -> None:
         np.array([[1.0, 1.0, 2.0], [0, 0, 0], [3, 2, 1], [0, 0, 0]]),
         np.stack([np.arange(6.0), np.zeros(6), -np.arange(6.0), np.zeros(6)]),
     )
-    kept = pruning.choose_parts(scores, PrunedShape(2, 2, 3))
-    assert kept.layers.tolist() == [0, 2]
-    assert kept.heads.tolist() == [[0, 2], [0, 1]], "between equals the earlier"
-    assert kept.features.tolist() == [[3, 4, 5], [0, 1, 2]]
+    parts = pruning.choose_parts(scores, PrunedShape(2, 2, 3))
+    assert parts.layers.tolist() == [0, 2]
+    assert parts.heads.tolist() == [[0, 2], [0, 1]], "between equals the earlier"
+    assert parts.features.tolist() == [[3, 4, 5], [0, 1, 2]]
 
 
 QWEN = LlamaConfig(50, 24, 40, 4, 6, 3, 4, model_type="qwen3", sliding_window=3, full_attention_layers=(0, 1))
 
 
 @pytest.mark.slow
-def test_norms_of_heads_and_windows_of_layers_stay_with_their_layers(tokens) -> None:
+def test_norms_of_heads_and_windows_of_layers_stay_with_their_layers(tokens, draw_params) -> None:
     """Layers 0 and 2 of a model whose layers from 2 on have a window: the second of the two has it. With all heads and
     features kept, that is the model of these two layers."""
-    params = init_params(jax.random.key(3), QWEN)
-    params = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(4), a.shape), params)
-    kept = KeptParts(np.array([0, 2]), np.tile(np.arange(3), (2, 1)), np.tile(np.arange(40), (2, 1)))
-    pruned, config = pruning.prune(params, QWEN, kept)
+    params = draw_params(QWEN)
+    parts = KeptParts(np.array([0, 2]), np.tile(np.arange(3), (2, 1)), np.tile(np.arange(40), (2, 1)))
+    pruned, config = pruning.prune(params, QWEN, parts)
     assert config == dataclasses.replace(QWEN, num_hidden_layers=2, full_attention_layers=(0,))
     jax.tree.map(np.testing.assert_array_equal, pruned["layers"], jax.tree.map(lambda a: a[::2], params["layers"]))
-    assert pruning.prune(params, QWEN, kept._replace(layers=np.array([0, 1])))[1].sliding_window is None
+    assert pruning.prune(params, QWEN, parts._replace(layers=np.array([0, 1])))[1].sliding_window is None
     # The stream after all layers is not that of the same weights without a window: statistics see it.
     without = dataclasses.replace(QWEN, sliding_window=None, full_attention_layers=())
-    found, other = (pruning.batch_statistics(params, tokens, config).attended for config in (QWEN, without))
+    sums, other = (pruning.batch_statistics(params, tokens, config).attended for config in (QWEN, without))
     _, seen = forward(params, tokens, QWEN, capture=("self_attn.o_proj",))
-    np.testing.assert_allclose(found, np.square(seen["self_attn.o_proj"]).sum(axis=(1, 2)), rtol=1e-5)
-    np.testing.assert_allclose(found[:2], other[:2], rtol=1e-5)
-    assert np.abs(found[2:] / other[2:] - 1).max() > 1e-2
+    np.testing.assert_allclose(sums, np.square(seen["self_attn.o_proj"]).sum(axis=(1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(sums[:2], other[:2], rtol=1e-5)
+    assert np.abs(sums[2:] / other[2:] - 1).max() > 1e-2
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.75, 1.0])
 def test_a_plan_keeps_the_share_and_no_more(share) -> None:
     shape = pruning.plan_shape(SMOLLM, share)
-    kept = count_parameters(pruning.pruned_config(SMOLLM, shape)) / count_parameters(SMOLLM)
-    assert share - 0.01 < kept <= share
+    kept_share = count_parameters(pruning.pruned_config(SMOLLM, shape)) / count_parameters(SMOLLM)
+    assert share - 0.01 < kept_share <= share
     assert shape.width % 8 == 0
     if share == 1.0:
         assert shape == PrunedShape(30, 3, 1536)
     if share == 0.5:
         assert shape == pruning.plan_shape(SMOLLM, share, layers=shape.layers, kv_heads=shape.kv_heads)
-    given = pruning.plan_shape(SMOLLM, 0.9, layers=20, kv_heads=2, width=100)
-    assert given == PrunedShape(20, 2, 100)
+    fixed_shape = pruning.plan_shape(SMOLLM, 0.9, layers=20, kv_heads=2, width=100)
+    assert fixed_shape == PrunedShape(20, 2, 100)
 
 
 @pytest.mark.parametrize(

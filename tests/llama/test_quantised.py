@@ -60,39 +60,33 @@ def test_dense_weights_are_gguf_s_own_to_the_bit(kind):
             assert np.all(same | zeros)
 
 
-def read(names, out):
-    """Weights for `build_params`."""
-    for i, name in enumerate(names):
-        out[i] = np.random.default_rng(list(name.encode())).normal(size=out[i].shape)
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_folder_s_weights_are_quantised_as_they_are_read_and_written_dense(kind, tmp_path):
-    """What ggml's reference makes of the weights in float32, before they are rounded to the dtype."""
-    plain = build_params(CONFIG, jnp.float32, read)
+def test_a_folder_s_weights_are_quantised_as_they_are_read_and_written_dense(kind, draw_params, tmp_path):
+    """The result is that of ggml's reference for the weights in float32, before they are rounded to the dtype."""
+    plain = draw_params(CONFIG)
     save_hf(tmp_path / "a", plain, CONFIG)
-    found = load_hf(tmp_path / "a", CONFIG, jnp.bfloat16, quantization=kind)
+    blocks = load_hf(tmp_path / "a", CONFIG, jnp.bfloat16, quantization=kind)
     for name in ("self_attn.q_proj", "mlp.down_proj"):
         for layer in range(2):
             weight, of = np.asarray(plain["layers"][name]["weight"][layer]), Type[kind.upper()]
             expected = gguf.dequantize(gguf.quantize(weight, of), of).astype(jnp.bfloat16)
-            np.testing.assert_array_equal(found["layers"][name]["weight"].dense()[layer], expected)
-    np.testing.assert_array_equal(found["embed_tokens"], plain["embed_tokens"].astype(jnp.bfloat16))
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), found) == jax.tree.map(
+            np.testing.assert_array_equal(blocks["layers"][name]["weight"].dense()[layer], expected)
+    np.testing.assert_array_equal(blocks["embed_tokens"], plain["embed_tokens"].astype(jnp.bfloat16))
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), blocks) == jax.tree.map(
         lambda a: (a.shape, a.dtype), abstract_params(CONFIG, jnp.bfloat16, kind)
     )
-    save_hf(tmp_path / "b", found, CONFIG)
+    save_hf(tmp_path / "b", blocks, CONFIG)
     again = load_hf(tmp_path / "b", CONFIG, jnp.bfloat16)
-    jax.tree.map(np.testing.assert_array_equal, again, dense_params(found))
+    jax.tree.map(np.testing.assert_array_equal, again, dense_params(blocks))
 
 
 @pytest.mark.slow
 def test_random_blocks_have_the_deviation_that_is_asked_for():
     shapes = abstract_weight("a", (1, 256, 64), jnp.dtype("float32"), "q4_1")
-    found = random_weight(jax.random.key(0), shapes, 0.02).dense()
+    weights = random_weight(jax.random.key(0), shapes, 0.02).dense()
     # Of n = 16,384 uniform weights the deviation has a relative error of sqrt(0.2 / n), 0.35%; the mean has 0.00016.
-    assert float(jnp.std(found)) == pytest.approx(0.02, rel=0.02)
-    assert abs(float(jnp.mean(found))) < 1e-3
+    assert float(jnp.std(weights)) == pytest.approx(0.02, rel=0.02)
+    assert abs(float(jnp.mean(weights))) < 1e-3
 
 
 def test_what_is_refused():

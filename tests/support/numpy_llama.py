@@ -39,18 +39,18 @@ def _row(weights, shape, tokens, prefix, module):
         name = f"model.layers.{layer}."
 
         def linear(module_name, u, layer=layer, name=name):
-            z = u @ weights[f"{name}{module_name}.weight"].T + weights[f"{name}{module_name}.bias"]
+            z = u @ weights[f"{name}{module_name}.weight"].T + weights.get(f"{name}{module_name}.bias", 0.0)
             return z if module is None else module(layer, module_name, u, z)
 
         u = _norm(x, weights[name + "input_layernorm.weight"], shape["rms_norm_eps"])
-        q, k, v = (linear(f"self_attn.{one}_proj", u).reshape(len(tokens), -1, width) for one in "qkv")
+        q, k, v = (linear(f"self_attn.{kind}_proj", u).reshape(len(tokens), -1, width) for kind in "qkv")
         outs = []
         for head in range(heads):
             shared = head // (heads // kv_heads)
             keys, values = _turned(k[:, shared], positions), v[:, shared]
             if prefix is not None:
-                own = np.asarray(prefix, np.float64).reshape(before, -1, 2, kv_heads, width)[:, layer, :, shared]
-                keys, values = np.concatenate([own[:, 0], keys]), np.concatenate([own[:, 1], values])
+                extra = np.asarray(prefix, np.float64).reshape(before, -1, 2, kv_heads, width)[:, layer, :, shared]
+                keys, values = np.concatenate([extra[:, 0], keys]), np.concatenate([extra[:, 1], values])
             scores = _turned(q[:, head], positions) @ keys.T / math.sqrt(width)
             for i in range(len(tokens)):
                 scores[i, before + i + 1 :] = -np.inf
@@ -63,11 +63,26 @@ def _row(weights, shape, tokens, prefix, module):
     return _norm(x, weights["model.norm.weight"], shape["rms_norm_eps"]) @ weights["lm_head.weight"].T
 
 
-def loss(found, tokens):
+def llama3_divisors(plain, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
+    """Compute the divisors of frequencies by LLaMA 3.1's scaling, in a loop as in llama.cpp's converter."""
+    divisors = []
+    for wavelength in 2 * np.pi / np.asarray(plain, np.float64):
+        turns = original_max_position_embeddings / wavelength
+        if turns > high_freq_factor:
+            divisors.append(1.0)
+        elif turns < low_freq_factor:
+            divisors.append(factor)
+        else:
+            smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(divisors)
+
+
+def loss(logits, tokens):
     """Mean cross-entropy of the next token."""
     tokens = np.asarray(tokens)
-    top = found.max(axis=-1, keepdims=True)
-    log_chances = found - top - np.log(np.exp(found - top).sum(axis=-1, keepdims=True))
+    top = logits.max(axis=-1, keepdims=True)
+    log_chances = logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
     return -np.mean(np.take_along_axis(log_chances[:, :-1], tokens[:, 1:, None], axis=-1))
 
 
