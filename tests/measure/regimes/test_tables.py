@@ -134,23 +134,21 @@ def test_flat_kappa() -> None:
     }
 
 
-NAMES = ["crossing_rank", "lower_quartile", "median", "upper_quartile"]
-NO_TOKENS = pd.DataFrame(columns=regime_tables.TOKEN_COLUMNS)
-
-
 def test_crossings_by_depth() -> None:
-    """Medians over the layers of a third, by hand; kappas at the range's ends; sinks of those modules alone."""
+    """Medians, which are no means, over the layers of a third; kappas at the range's ends; sinks of those modules."""
     places = [
         {"layer": layer, "module": f"model.layers.{layer}.{name}", "split": split}
-        for layer in range(6)
+        for layer in range(9)
         for name in ("self_attn.q_proj", "mlp.up_proj")
         for split in ("train", "heldout")
     ]
     rows = [
-        place | dict(zip(NAMES, (1.0 + place["layer"], 0.5, 2.0 * place["layer"], 9.0), strict=True))
+        place
         | {"optimizer": "sgd", "init": "normal", "linear_term": math.inf if place["layer"] == 1 else 0.0}
+        | {"crossing_rank": 1.0 + place["layer"] ** 2, "median": 2.0 * place["layer"] ** 2}
+        | {"lower_quartile": 0.5, "upper_quartile": 9.0}
         for place in places
-    ]  # fmt: skip
+    ]
     rows += [row | {"optimizer": "adam", "crossing_rank": 1e6} for row in rows]
     tokens = [
         place | {"all": 50, "seen": 7, "sinks": place["layer"] + 10 * place["module"].endswith("up_proj")}
@@ -160,61 +158,33 @@ def test_crossings_by_depth() -> None:
     assert table[["kind", "layers", "split"]].to_numpy().tolist() == [
         [kind, layers, split]
         for kind in ("q_proj", "up_proj")
-        for layers in ("0-1", "2-3", "4-5")
+        for layers in ("0-2", "3-5", "6-8")
         for split in ("train", "heldout")
     ]
     first, last = table.iloc[0], table.iloc[-1]
     medians = (first["crossing_rank"], first["median"], last["crossing_rank"], last["median"])
-    assert medians == pytest.approx((1.5, 1.0, 5.5, 9.0))
+    assert medians == pytest.approx((2.0, 2.0, 50.0, 98.0))
     assert (first["lowest_kappa"], first["highest_kappa"]) == pytest.approx((0.25, 0.5))
-    assert (last["all"], last["seen"], last["fewest_sinks"], last["most_sinks"]) == (50, 7, 14, 15)
-    assert "all" not in regime_tables.crossings_by_depth(pd.DataFrame(rows), NO_TOKENS, "sgd", "normal")
-
-
-def test_medians_by_depth_are_no_means() -> None:
-    """Three layers of one third, as they have the same number, of which the last is far from the others."""
-    rows = [
-        {"layer": 0, "module": f"model.layers.{layer}.mlp.up_proj", "split": split, "optimizer": "sgd"}
-        | {"init": "normal", "linear_term": 1.0, "rank": 8, "takeover": value, "turn_5": 10 * value}
-        | dict.fromkeys(NAMES, value)
-        for split in ("train", "heldout")
-        for layer, value in enumerate((1.0, 2.0, 30.0))
-    ]
-    table = regime_tables.crossings_by_depth(pd.DataFrame(rows), NO_TOKENS, "sgd", "normal")
-    assert table[NAMES].to_numpy().tolist() == [[2.0] * 4] * 2
-    (row,) = regime_tables.takeover_by_depth(pd.DataFrame(rows[:3]), "normal").to_dict("records")
-    assert [row[name] for name in ("median", "smallest", "largest", "turn_5")] == [2.0, 1.0, 30.0, 20.0]
+    assert (last["all"], last["seen"], last["fewest_sinks"], last["most_sinks"]) == (50, 7, 16, 18)
+    without_tokens = pd.DataFrame(columns=regime_tables.TOKEN_COLUMNS)
+    assert "all" not in regime_tables.crossings_by_depth(pd.DataFrame(rows), without_tokens, "sgd", "normal")
 
 
 def test_takeover_by_depth() -> None:
     """By split and rank over the layers of a third; the turn is of all of them."""
     rows = [
         {"layer": layer, "module": f"model.layers.{layer}.mlp.up_proj", "split": "heldout", "init": init}
-        | {"rank": rank, "takeover": rank * (1.0 + layer) * factor, "turn_5": 10.0 * rank}
-        for layer in range(3)
+        | {"rank": rank, "takeover": rank * (1.0 + layer**2) * factor, "turn_5": 10.0 * rank}
+        for layer in range(9)
         for init, factor in (("gaussian", 100.0), ("normal", 1.0))
         for rank in (8, 32)
     ]
     table = regime_tables.takeover_by_depth(pd.DataFrame(rows), "normal")
-    assert table[["layers", "rank", "median"]].to_numpy().tolist()[2:4] == [["1", 8, 16.0], ["1", 32, 64.0]]
-    assert table["turn_5"][2] == 200.0
-
-
-def test_spread_over_layers() -> None:
-    """Over the layers, by type of module and the keys that the table has."""
-    rows = [
-        {"layer": layer, "module": f"model.layers.{layer}.mlp.{name}", "split": "heldout", "init": "normal"}
-        | {"rank": rank, "takeover": rank * (1.0 + layer), "turn_5": 10.0}
-        for layer in (0, 1, 29)
-        for name in ("up_proj", "down_proj")
-        for rank in (8, 32)
+    columns = ["layers", "rank", "median", "smallest", "largest", "turn_5"]
+    assert table[columns].to_numpy().tolist()[2:4] == [
+        ["3-5", 8, 136.0, 80.0, 208.0, 200.0],
+        ["3-5", 32, 544.0, 320.0, 832.0, 200.0],
     ]
-    spread = regime_tables.spread_over_layers(pd.DataFrame(rows), ("takeover",))
-    assert list(spread) == ["kind", "split", "init", "rank", "layers", "takeover", "takeover_low", "takeover_high"]
-    assert spread[["kind", "rank"]].to_numpy().tolist() == [
-        [kind, rank] for kind in ("up_proj", "down_proj") for rank in (8, 32)
-    ]
-    assert spread.iloc[3, 4:].tolist() == [3, 64.0, 32.0, 960.0]
 
 
 @pytest.mark.parametrize("run", ["regime_held_out", "regime_after/plain_16"])
