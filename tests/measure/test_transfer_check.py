@@ -78,9 +78,7 @@ def test_seeds_that_give_no_error_are_refused_before_any_step() -> None:
     check = partial(transfer_check.check_transfer, model, transfer(OLD, 32), batch, batch, target_modules=["q_proj"])
     for seeds in ((0,), (0, 0), (0, -1)):
         with pytest.raises(InputError, match="--seeds"):
-            transfer_check.check_transfer(
-                model, transfer(OLD, 32), batch, batch, target_modules=["q_proj"], seeds=seeds
-            )
+            check(seeds=seeds)
 
 
 def test_ratios_are_of_root_mean_squares_over_seeds_and_their_errors_the_jackknife_s() -> None:
