@@ -1,5 +1,6 @@
 """The rank coordinate check on a tiny model: what it reads, that padding is exact, what is flat and what must fail."""
 
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -17,7 +18,8 @@ from rora_theory.llama import forward, hidden_states
 from rora_theory.measure.rank_check.coordinate_table import Coordinate, Table
 from rora_theory.measure.rank_check.coordinates import Checker
 
-CONFIG, PARAMS = tiny.CONFIG, tiny.params()
+CONFIG = replace(tiny.CONFIG, vocab_size=40, hidden_size=32, intermediate_size=48, num_key_value_heads=2, head_dim=16)
+PARAMS = tiny.params(config=CONFIG)
 TARGETS = ("q_proj", "down_proj")
 MODULES = ("self_attn.q_proj", "mlp.down_proj")
 RANKS = (4, 12, 32)
