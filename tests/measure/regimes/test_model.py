@@ -175,7 +175,7 @@ def test_modules_go_by_layer(model) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["0.mlp.down_proj", "15.self_attn.q_proj", "29.self_attn.v_proj"])
+@pytest.mark.parametrize("name", ["0.mlp.down_proj", "15.self_attn.q_proj"])
 def test_figures_of_real_layers_are_as_near_as_is_stated(layer_data, name) -> None:
     """The default beside exact=True, for every optimizer and init, on one draw of A's rows."""
     (layer,) = (layer for layer in read_layers(layer_data) if layer.name.endswith(name))
