@@ -10,7 +10,7 @@ from rora_theory import InputError
 from rora_theory.finetune import read_records
 from rora_theory.llama import load
 from rora_theory.llama.tokenizer import Tokenizer
-from rora_theory.measure.record_batches import BatchConfig, PairConfig, by_seed, make_batch_pair
+from rora_theory.measure.record_batches import BatchConfig, PairConfig, SeedBatches, by_seed, make_batch_pair
 
 
 @pytest.fixture(scope="module")
@@ -20,17 +20,17 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> list:
-    return read_records([str(checkpoint.records(tmp_path_factory.mktemp("data") / "train.json", 17))])
+    return read_records([str(checkpoint.records(tmp_path_factory.mktemp("data") / "train.json", 40))])
 
 
-def test_fixed_and_fresh_batches(tmp_path, tokenizer) -> None:
+def batches_of(records, tokenizer, seeds, steps, **changed) -> dict[int, SeedBatches]:
+    settings = {"batches": "fresh", "batch_size": 4, "held_out": 6, "cutoff": 160, "template": "clean"} | changed
+    return by_seed(BatchConfig(**settings), records, tokenizer, seeds=seeds, steps=steps)
+
+
+def test_fixed_and_fresh_batches(tokenizer, data) -> None:
     """Fixed: one batch in every step; fresh: another in each; no held-out record is trained on."""
-    records = read_records([str(checkpoint.records(tmp_path / "train.json", 40))])
-    found = {}
-    for kind in ("fixed", "fresh"):
-        config = BatchConfig(batches=kind, batch_size=2, held_out=6, cutoff=160, template="clean")
-        found[kind] = by_seed(config, records, tokenizer, seeds=(0, 7), steps=10)
-    fixed, fresh = found["fixed"], found["fresh"]
+    fixed, fresh = (batches_of(data, tokenizer, (0, 7), 10, batches=kind, batch_size=2) for kind in ("fixed", "fresh"))
     np.testing.assert_array_equal(fixed[0].at(0).inputs, fixed[0].at(3).inputs)
     assert not np.array_equal(fresh[0].at(0).inputs, fresh[0].at(3).inputs)
     assert not np.array_equal(fixed[0].at(0).inputs, fixed[7].at(0).inputs)
@@ -45,14 +45,13 @@ def test_fixed_and_fresh_batches(tmp_path, tokenizer) -> None:
 
 
 def test_every_row_of_every_batch_is_a_record(tokenizer, data) -> None:
-    """Of 11 records to train on there are two batches of 4, of 6 held out one: what is left is in no batch."""
-    config = BatchConfig(batches="fresh", batch_size=4, held_out=6, cutoff=160, template="clean")
-    for own in by_seed(config, data, tokenizer, seeds=range(8), steps=2).values():
-        trained = np.concatenate([own.at(step).inputs for step in range(2)])
+    """11 records to train on make two batches of 4, and 6 held-out ones make one: what is left is in no batch."""
+    for batches in batches_of(data[:17], tokenizer, range(8), 2).values():
+        trained = np.concatenate([batches.at(step).inputs for step in range(2)])
         assert len({row.tobytes() for row in trained if row.any()}) == 8
-        assert own.held_out.inputs.any(axis=1).tolist() == [True] * 4
+        assert batches.held_out.inputs.any(axis=1).tolist() == [True] * 4
         with pytest.raises(InputError, match=r"step 2 .*, got 2"):
-            own.at(2)
+            batches.at(2)
 
 
 @pytest.mark.parametrize(
@@ -64,19 +63,20 @@ def test_every_row_of_every_batch_is_a_record(tokenizer, data) -> None:
     ],
 )
 def test_too_few_records_for_batches_of_their_own(changed, message, tokenizer, data) -> None:
-    named = {"batches": "fresh", "batch_size": 4, "held_out": 6, "cutoff": 160, "template": "clean"} | changed
     with pytest.raises(InputError, match=message):
-        by_seed(BatchConfig(**named), data, tokenizer, seeds=(0,), steps=3)
+        batches_of(data[:17], tokenizer, (0,), 3, **changed)
 
 
 def test_too_few_records_for_a_pair(tokenizer, data) -> None:
     with pytest.raises(InputError, match=r"at least 5 records .* got 4 records"):
         make_batch_pair(PairConfig(batch_size=2, held_out=3), data[:4], tokenizer)
-    asked = [record._replace(instruction="a " * 40) if i % 2 else record for i, record in enumerate(data)]
+    long_questions = [record._replace(instruction="a " * 40) if i % 2 else record for i, record in enumerate(data[:17])]
     config = PairConfig(batch_size=8, held_out=8, cutoff=80, loss_on="answer")
     with pytest.raises(InputError, match="of 8 records of a batch have a target within --cutoff 80"):
-        make_batch_pair(config, asked, tokenizer, template="plain")
-    assert len(make_batch_pair(replace(config, cutoff=160), asked, tokenizer, template="plain").train.inputs) == 8
+        make_batch_pair(config, long_questions, tokenizer, template="plain")
+    assert (
+        len(make_batch_pair(replace(config, cutoff=160), long_questions, tokenizer, template="plain").train.inputs) == 8
+    )
 
 
 @pytest.mark.parametrize("config", [BatchConfig, PairConfig])

@@ -28,9 +28,9 @@ class ByteEncoder:
         return [[1, *text.encode()] for text in texts]
 
 
-def params(seed=0):
+def params(seed=0, config=CONFIG):
     """Weights of standard deviation 0.2: large enough, at this width, for every layer to matter."""
-    plain = init_params(jax.random.key(seed), CONFIG)
+    plain = init_params(jax.random.key(seed), config)
     return jax.tree.map_with_path(lambda path, a: a if path[-1].key.endswith("norm") else 10.0 * a, plain)
 
 

@@ -1,7 +1,15 @@
-"""Tiny random models of transformers, and batches for them."""
+"""Tiny random models of transformers, batches for them, and what a measurement must not change.
 
-import torch
-import transformers
+A test file that imports this module is skipped without the extra torch.
+"""
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the bridge: the extra torch")
+peft = pytest.importorskip("peft", reason="the bridge: the extra torch")
+transformers = pytest.importorskip("transformers", reason="the bridge: the extra torch")
 
 torch.set_num_threads(1)  # threads wait for each other longer than so small a model takes
 
@@ -13,11 +21,7 @@ TEXT = {
 }  # fmt: skip
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**TEXT),
-    "mistral": lambda: transformers.MistralConfig(**TEXT, sliding_window=4),
     "qwen2": lambda: transformers.Qwen2Config(**TEXT),
-    "qwen3": lambda: transformers.Qwen3Config(**TEXT),
-    "gemma": lambda: transformers.GemmaConfig(**TEXT),
-    "phi3": lambda: transformers.Phi3Config(**TEXT),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2
     ),
@@ -38,25 +42,31 @@ CONFIGS = {
 """By family."""
 
 
-def model(family: str = "llama", seed: int = 0) -> torch.nn.Module:
+def model(family: str = "llama", seed: int = 0) -> Any:
     """In evaluation mode; weight matrices of standard deviation 0.2, so that every layer matters."""
     classes = {"vit": transformers.ViTForImageClassification, "t5": transformers.T5ForConditionalGeneration}
     torch.manual_seed(seed)
     config = CONFIGS[family]()
-    own = classes[family](config) if family in classes else transformers.AutoModelForCausalLM.from_config(config)
-    return initialised(own).eval()
+    create = classes.get(family, transformers.AutoModelForCausalLM.from_config)
+    return initialised(create(config)).eval()
 
 
-def initialised(own: torch.nn.Module) -> torch.nn.Module:
-    """With the weight matrices of `model`."""
+def initialised(network: Any) -> Any:
+    """Draw the weight matrices as `model` does."""
     with torch.no_grad():
-        for parameter in own.parameters():
+        for parameter in network.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0.0, 0.2)
-    return own
+    return network
 
 
-def batch(family: str = "llama", seed: int = 0, rows: int = 3, length: int = 9) -> dict[str, torch.Tensor]:
+def adapted(base: Any, rank: int = 2, **arguments: Any) -> Any:
+    """Return a PEFT model with a fresh LoRA adapter on a base model."""
+    arguments = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | arguments
+    return peft.get_peft_model(base, peft.LoraConfig(r=rank, **arguments))
+
+
+def batch(family: str = "llama", seed: int = 0, rows: int = 3, length: int = 9) -> dict[str, Any]:
     """Random tokens, all of them labels (or images with classes)."""
     random = torch.Generator().manual_seed(seed)
     if family == "vit":
@@ -66,3 +76,36 @@ def batch(family: str = "llama", seed: int = 0, rows: int = 3, length: int = 9) 
     if family == "t5":
         return {"input_ids": tokens, "labels": tokens[:, : length - 4].clone()}
     return {"input_ids": tokens, "labels": tokens.clone()}
+
+
+def padded(rows: list[list[int]], *, left: bool = False) -> dict[str, Any]:
+    """Pad rows of tokens with 0 and label them, as a tokenizer and a collator do."""
+    width = max(map(len, rows))
+    ids, mask = torch.zeros((len(rows), width), dtype=torch.long), torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        columns = slice(width - len(row), width) if left else slice(len(row))
+        ids[i, columns], mask[i, columns] = torch.tensor(row), 1
+    tokens = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    return tokens if left else tokens | {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    """Return what a measurement could change: tensors, flags, modes, hooks, attributes and the random generator."""
+    return {
+        "tensors": {name: value.clone() for name, value in model.state_dict().items()}
+        | {"random": torch.get_rng_state()},
+        "parameters": {name: (id(p), p.requires_grad, p.grad) for name, p in model.named_parameters()},
+        "modules": {
+            name: (id(module), module.training, len(module._forward_hooks)) for name, module in model.named_modules()
+        },
+        "attributes": set(vars(model)),
+    }
+
+
+def assert_unchanged(model: Any, before: dict[str, Any]) -> None:
+    """Assert that a model has the state that `state_of` returned, copies to the bit."""
+    after = state_of(model)
+    for name, value in before["tensors"].items():
+        assert torch.equal(value, after["tensors"][name]), name
+    for key in ("parameters", "modules", "attributes"):
+        assert before[key] == after[key], key

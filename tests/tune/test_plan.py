@@ -2,10 +2,6 @@
 
 import math
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -55,12 +51,20 @@ def plan_of(steps, **settings):
     return make_plan(steps, 64.0, **{"batch_tokens": 1000, "held_out_tokens": 10_000} | settings)
 
 
+def best_at_64(plan, factor):
+    """Return the best rate of 64 steps that differs by a factor from the one that the probe expects."""
+    return factor * carry_steps(plan.learning_rate, plan.probe_steps, 64).best
+
+
+def concluded(plan, runs, rank=128):
+    return conclude(plan, runs, TOKENS, config=None, rank=rank, probe_rank=8, schedule="cosine")
+
+
 @pytest.mark.parametrize(
     ("steps", "factors"),
     [
         (180, (0.7, 1.0, 2.5)),
         (256, (0.3, 0.7, 1.0, 2.5)),
-        (400, (0.3, 0.7, 1.0, 2.5)),
         (1000, (1 / 4, 1 / 3, 1.0, 2.5, 8.0)),
         (2000, (1 / 8, 1 / 3, 1.0, 2.5, 8.0)),
         (10_000, (1 / 30, 1 / 8, 1 / 3, 1.0, 2.5, 8.0, 30.0)),
@@ -68,16 +72,16 @@ def plan_of(steps, **settings):
     ],
 )
 def test_a_probe_finds_the_best_rate_within_its_budget(steps, factors) -> None:
-    """The regret is below 0.003 nats; the best rate differs by these factors from the one that the probe expects."""
+    """The regret is below 0.003 nats, though the best rate lies elsewhere than the probe expects, even where the grid
+    has to be extended."""
     plan = plan_of(steps)
     for factor in factors:
-        true_at_64 = factor * carry_steps(plan.learning_rate, plan.probe_steps, 64).best
-        runs = probe(plan, true_at_64)
+        runs = probe(plan, best_at_64(plan, factor))
         assert plan.spent(runs) <= 0.1 * steps
         assert plan.probe_steps <= max(steps // 16, 5)
-        result = conclude(plan, runs, TOKENS, config=None, rank=128, probe_rank=8, schedule="cosine")
+        result = concluded(plan, runs)
         assert result.cost.share <= 0.1
-        true = carry_steps(true_at_64, 64, steps).best
+        true = carry_steps(best_at_64(plan, factor), 64, steps).best
         assert result.probe.edge == ""
         assert result.low < true < result.high
         at_best, at_advised = (sum(losses_at(rate, true)) / sum(TOKENS) for rate in (true, result.learning_rate))
@@ -103,22 +107,14 @@ def test_screening_shortens_most_runs() -> None:
     assert sum(run.steps for run in short) < sum(run.steps for run in full)
 
 
-@pytest.mark.parametrize("factor", [1 / 20, 20.0])
-def test_the_grid_is_extended_at_its_edges(factor) -> None:
-    plan = plan_of(10_000)
-    runs = probe(plan, factor * carry_steps(plan.learning_rate, plan.probe_steps, 64).best)
-    assert fit_best_rate(plan, runs, TOKENS).edge == ""
-
-
-def test_an_edge_that_the_budget_leaves_is_reported() -> None:
+@pytest.mark.parametrize(("factor", "edge"), [(1 / 100, "low"), (100.0, "high")])
+def test_an_edge_that_the_budget_leaves_is_reported(factor, edge) -> None:
     plan = plan_of(256)
-    for factor, edge in ((1 / 100, "low"), (100.0, "high")):
-        true = factor * carry_steps(plan.learning_rate, plan.probe_steps, 64).best
-        result = conclude(plan, probe(plan, true), TOKENS, config=None, rank=8, probe_rank=8, schedule="cosine")
-        assert result.probe.edge == edge
-        assert any(f"at the {edge} end" in sentence for sentence in result.assumptions)
-        assert f"at the {edge} end" in result.sentence()
-        assert result.high / result.low > 16
+    result = concluded(plan, probe(plan, best_at_64(plan, factor)), rank=8)
+    assert result.probe.edge == edge
+    assert any(f"at the {edge} end" in sentence for sentence in result.assumptions)
+    assert f"at the {edge} end" in result.sentence()
+    assert result.high / result.low > 16
 
 
 def test_divergence_counts_as_infinite_loss_and_higher_rates_are_not_trained() -> None:
@@ -128,25 +124,21 @@ def test_divergence_counts_as_infinite_loss_and_higher_rates_are_not_trained() -
     lowest = min(run.learning_rate for run in runs if run.diverged_at is not None)
     for steps in (plan.screen_steps, plan.probe_steps):
         assert sum(run.learning_rate >= lowest for run in runs if run.steps == steps) <= 3
-    result = conclude(plan, runs, TOKENS, config=None, rank=128, probe_rank=8, schedule="cosine")
+    result = concluded(plan, runs)
     assert result.probe.learning_rate <= limit
-    frame = result.curve
-    assert frame.loc[frame["diverged_at"].notna(), "held_out_loss"].eq(math.inf).all()
-    assert frame.loc[frame["diverged_at"].notna(), "stopped_early"].all()
-
-
-def test_a_probe_in_which_every_rate_diverges_is_refused() -> None:
-    plan = plan_of(256)
+    diverged = result.curve[result.curve["diverged_at"].notna()]
+    assert diverged["held_out_loss"].eq(math.inf).all()
+    assert diverged["stopped_early"].all()
     with pytest.raises(InputError, match="every run of the probe diverged"):
-        fit_best_rate(plan, probe(plan, 8e-4, limit=0.0), TOKENS)
+        fit_best_rate(plan_of(256), probe(plan_of(256), 8e-4, limit=0.0), TOKENS)
 
 
 @given(st.integers(0, 12), st.floats(0.1, 10))
 def test_an_interrupted_probe_continues_with_the_same_runs(cut, factor) -> None:
     plan = plan_of(2000)
-    whole = probe(plan, 8e-4 * factor)
-    stored = [ProbeRun.from_json(run.as_json()) for run in whole[:cut]]
-    assert probe(plan, 8e-4 * factor, finished=stored) == whole
+    runs = probe(plan, 8e-4 * factor)
+    stored = [ProbeRun.from_json(run.as_json()) for run in runs[:cut]]
+    assert probe(plan, 8e-4 * factor, finished=stored) == runs
 
 
 @given(st.floats(20, 10_000), st.floats(0.02, 1.0), st.floats(1, 1e6), st.floats(1, 1e6), st.floats(0.01, 100.0))
@@ -163,9 +155,8 @@ def test_the_start_is_carried_to_the_probe() -> None:
     """A rate of the planned run becomes a higher one of the shorter probe; without one it is the published best."""
     plan = plan_of(2000, learning_rate=2e-4)
     assert plan.learning_rate == pytest.approx(2e-4 * (2000 / plan.probe_steps) ** 0.5)
-    published = make_plan(1024, 64.0, batch_tokens=1, held_out_tokens=1)
+    published, weaker = (make_plan(1024, strength, batch_tokens=1, held_out_tokens=1) for strength in (64.0, 16.0))
     assert published.learning_rate == pytest.approx(8.08e-4 * (64 / published.probe_steps) ** 0.5, rel=1e-3)
-    weaker = make_plan(1024, 16.0, batch_tokens=1, held_out_tokens=1)
     assert 1.5 < weaker.learning_rate / published.learning_rate < 4
 
 
@@ -181,9 +172,8 @@ def test_the_start_is_carried_to_the_probe() -> None:
     ],
 )
 def test_bad_input(settings, named) -> None:
-    arguments = {"steps": 2000, "strength": 64.0, "batch_tokens": 100, "held_out_tokens": 100} | settings
     with pytest.raises(InputError, match=named):
-        make_plan(arguments.pop("steps"), arguments.pop("strength"), **arguments)
+        make_plan(**{"steps": 2000, "strength": 64.0, "batch_tokens": 100, "held_out_tokens": 100} | settings)
 
 
 def test_schedules_are_those_of_transformers() -> None:
@@ -207,9 +197,7 @@ def test_the_expected_regret_is_that_of_published_runs() -> None:
 def test_the_range_allows_for_another_rank() -> None:
     plan = plan_of(2000)
     runs = probe(plan, 8e-4)
-    same, larger = (
-        conclude(plan, runs, TOKENS, config=None, rank=rank, probe_rank=8, schedule="cosine") for rank in (8, 128)
-    )
+    same, larger = (concluded(plan, runs, rank) for rank in (8, 128))
     assert larger.learning_rate == same.learning_rate
     assert (larger.low / same.low, larger.high / same.high) == pytest.approx((0.79, 1.85), abs=0.01)
     assert rank_factors(8, 8) == (1, 1, 1)
@@ -219,20 +207,11 @@ def test_the_range_allows_for_another_rank() -> None:
 def test_the_plot_shows_curve_and_range(tmp_path) -> None:
     """A figure, as from the other measurements, which the caller saves."""
     plan = plan_of(2000)
-    result = conclude(
-        plan,
-        probe(plan, 8e-4, limit=4 * plan.learning_rate),
-        TOKENS,
-        config=None,
-        rank=8,
-        probe_rank=8,
-        schedule="cosine",
-    )
+    result = concluded(plan, probe(plan, 8e-4, limit=4 * plan.learning_rate), rank=8)
     figure = result.plot()
     (axis,) = figure.axes
     assert axis.get_xscale() == "log"
-    labels = axis.get_legend_handles_labels()[1]
-    assert f"{plan.probe_steps} steps" in labels
+    assert f"{plan.probe_steps} steps" in axis.get_legend_handles_labels()[1]
     assert result.plot(axis) is figure
     assert f"{result.learning_rate:.3g}" in result.sentence()
     figure.savefig(tmp_path / "probe.png")

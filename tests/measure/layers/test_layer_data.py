@@ -26,15 +26,15 @@ def test_layers_are_read_in_float32(tmp_path: Path) -> None:
     np.testing.assert_array_equal(layer.inputs["train"], arrays()["layer/x_train"].astype(np.float32))
 
 
+ONES = np.ones((4, 5))
+
+
 def test_layers_are_in_the_order_of_their_numbers_whatever_else_is_in_a_name(tmp_path: Path) -> None:
     names = ["layers.2", "layers.10", "layers.²", "layers." + "9" * 5000]
     np.savez(path := tmp_path / "a.npz", **{f"{name}/{part}": ONES for name in names[::-1] for part in PARTS})
-    read = [layer.name for layer in layer_data.read_layers(path)]
-    assert sorted(read) == sorted(names)
-    assert read.index("layers.2") + 1 == read.index("layers.10")
-
-
-ONES = np.ones((4, 5))
+    order = [layer.name for layer in layer_data.read_layers(path)]
+    assert sorted(order) == sorted(names)
+    assert order.index("layers.2") + 1 == order.index("layers.10")
 
 
 @pytest.mark.parametrize(
@@ -73,9 +73,9 @@ def test_a_file_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path: Path) -> Non
         for name in ("a/grad.npy", "b/grad.npy"):
             file.writestr(name, header("(1, 1)"))
     data = bytearray(packed.getvalue())
-    for at in (data.find(b"PK\x01\x02"), data.rfind(b"PK\x01\x02")):
+    for entry in (data.find(b"PK\x01\x02"), data.rfind(b"PK\x01\x02")):
         # The unpacked size in the list at the file's end.
-        data[at + 24 : at + 28] = (0xFFFFFFF0).to_bytes(4, "little")
+        data[entry + 24 : entry + 28] = (0xFFFFFFF0).to_bytes(4, "little")
     (path := tmp_path / "a.npz").write_bytes(data)
     with pytest.raises(InputError, match=r"a.npz: .* at most 4,294,967,296 bytes, got 8,589,934,560"):
         layer_data.read_layers(path)
@@ -95,7 +95,7 @@ def test_what_is_no_npz_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "cut.npz", **arrays())
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-30])
     np.save(tmp_path / "one.npz.npy", np.ones(3))
-    for name, said in (
+    for name, message in (
         ("none.npz", "no such file"),
         ("pipe.npz", "is not a regular file"),
         ("text.npz", "not a readable .npz"),
@@ -103,5 +103,5 @@ def test_what_is_no_npz_is_refused(tmp_path: Path) -> None:
         ("one.npz.npy", "not a readable .npz"),
         ("../../../../../../../../dev/zero", "is not a regular file"),
     ):
-        with pytest.raises(InputError, match=rf"{said}.*an .npz of layers' gradients and inputs"):
+        with pytest.raises(InputError, match=rf"{message}.*an .npz of layers' gradients and inputs"):
             layer_data.read_layers(tmp_path / name)

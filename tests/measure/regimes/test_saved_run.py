@@ -20,7 +20,7 @@ def run(tmp_path) -> Path:
 
 @pytest.mark.parametrize("term", ["", "many"])
 def test_a_linear_term_that_is_no_number_is_named(run, term) -> None:
-    """Of the rows that are asked for alone."""
+    """Rows that are not asked for may be damaged."""
     path = run / regime_tables.CROSSINGS
     (run / "manifest.json").write_text(json.dumps(seals.seal({})))
     table = frames.read_csv(path).astype({"linear_term": object})
@@ -32,16 +32,13 @@ def test_a_linear_term_that_is_no_number_is_named(run, term) -> None:
     regime_run.read_regime_run(run, optimizer="sgd", init="kaiming_uniform", split="heldout")
 
 
-def test_a_run_that_lacks_the_init(run) -> None:
-    with pytest.raises(InputError, match="no row for optimizer adam, init normal, split heldout"):
-        regime_run.read_regime_run(run, optimizer="adamw", init="normal", split="heldout")
-
-
 def test_targets_are_matched_as_peft_does(run) -> None:
     """A whole name or what follows a dot; a word such as all-linear, or none, takes every module."""
-    found = regime_run.read_regime_run(run, optimizer="adamw", init="gaussian", split="heldout")
-    assert found.module_types == ["q_proj", "down_proj"]
-    assert list(found.terms_of(["self_attn.q_proj"])) == [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]
-    assert found.terms_of("all-linear") == found.terms_of(None) == found.linear_terms
+    regime = regime_run.read_regime_run(run, optimizer="adamw", init="gaussian", split="heldout")
+    assert regime.module_types == ["q_proj", "down_proj"]
+    assert list(regime.terms_of(["self_attn.q_proj"])) == [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]
+    assert regime.terms_of("all-linear") == regime.terms_of(None) == regime.linear_terms
+    with pytest.raises(InputError, match="no row for optimizer adam, init normal, split heldout"):
+        regime_run.read_regime_run(run, optimizer="adamw", init="normal", split="heldout")
     with pytest.raises(InputError, match=r"--targets has proj, which .* did not measure; measured: q_proj down_proj"):
-        found.terms_of(["q_proj", "proj"])
+        regime.terms_of(["q_proj", "proj"])

@@ -1,16 +1,11 @@
 """The collator of chats: labels at the assistant's tokens and end tokens, with or without a token for padding."""
 
 import pytest
+from support import torch_chats
+from support.torch_models import torch
 
 from rora_theory import InputError
-
-torch = pytest.importorskip("torch", reason="the bridge: the extra torch")
-transformers = pytest.importorskip("transformers", reason="the bridge: the extra torch")
-pytest.importorskip("peft", reason="the bridge: the extra torch")
-
-from support import torch_chats  # noqa: E402
-
-from rora_theory.measure.torch import ChatCollator  # noqa: E402
+from rora_theory.measure.torch import ChatCollator
 
 CHATS = [
     {
@@ -28,10 +23,10 @@ CHATS = [
 
 def learned(tokenizer, batch) -> list[list[str]]:
     """The tokens with a label, row by row, each of which is its own label."""
-    kept = batch["labels"] != -100
-    assert torch.equal(batch["labels"][kept], batch["input_ids"][kept])
-    assert bool(batch["attention_mask"][kept].all())
-    return [tokenizer.convert_ids_to_tokens(row[at].tolist()) for row, at in zip(batch["input_ids"], kept, strict=True)]
+    is_label = batch["labels"] != -100
+    assert torch.equal(batch["labels"][is_label], batch["input_ids"][is_label])
+    assert bool(batch["attention_mask"][is_label].all())
+    return [tokenizer.convert_ids_to_tokens(row[row != -100].tolist()) for row in batch["labels"]]
 
 
 @pytest.mark.parametrize("pad", ["</s>", "~", None])
@@ -61,12 +56,12 @@ def test_a_turn_of_no_weight() -> None:
 def test_a_maximum_length() -> None:
     """The beginning of a chat is kept, whichever side the tokenizer truncates."""
     tokenizer = torch_chats.tokenizer(None)
-    whole = ChatCollator(tokenizer)(CHATS)
+    untruncated = ChatCollator(tokenizer)(CHATS)
     tokenizer.truncation_side = "left"
     short = ChatCollator(tokenizer, max_length=15)(CHATS)
     assert short["input_ids"].shape == (2, 15)
-    assert torch.equal(short["input_ids"][0], whole["input_ids"][0, :15])
-    assert torch.equal(short["labels"][0], whole["labels"][0, :15])
+    assert torch.equal(short["input_ids"][0], untruncated["input_ids"][0, :15])
+    assert torch.equal(short["labels"][0], untruncated["labels"][0, :15])
 
 
 def test_bad_input() -> None:

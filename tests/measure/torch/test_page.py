@@ -4,15 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import tokenizers
+from support import torch_models
+from support.torch_models import torch, transformers
 
-torch = pytest.importorskip("torch", reason="the bridge: the extra torch")
-pytest.importorskip("peft", reason="the bridge: the extra torch")
-transformers = pytest.importorskip("transformers", reason="the bridge: the extra torch")
 pytest.importorskip("accelerate", reason="transformers' trainer: accelerate")
-
-import tokenizers  # noqa: E402
-from support import torch_models  # noqa: E402
-
 PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "measure-my-model.md"
 
 
@@ -35,9 +31,9 @@ def test_the_page(tmp_path, monkeypatch, capsys) -> None:
     names = {"texts": [f"{chr(97 + i)} record of some {'words ' * (1 + i % 3)}" for i in range(16)]}
     for block in blocks[:3]:
         exec(block, names)
-    said = capsys.readouterr().out
-    assert "From rank 16 to 128 with AdamW" in said
-    assert "The first steps of the whole model" in said
+    printed = capsys.readouterr().out
+    assert "From rank 16 to 128 with AdamW" in printed
+    assert "The first steps of the whole model" in printed
     assert names["config"].r == 128
     assert names["found"].left_out == {}
     args = transformers.TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)

@@ -1,25 +1,20 @@
 """Which tokens of a batch modules are read at, whatever the order of their inputs."""
 
-import numpy as np
 import pytest
+from support import torch_models
+from support.torch_models import padded, torch
 
 from rora_theory.measure.regimes.module_regime import RegimeConfig
-
-torch = pytest.importorskip("torch", reason="the bridge: the extra torch")
-transformers = pytest.importorskip("transformers", reason="the bridge: the extra torch")
-
-from support import torch_models  # noqa: E402
-
-from rora_theory.measure.torch import regime  # noqa: E402
-from rora_theory.measure.torch import regimes as torch_regimes  # noqa: E402
-from rora_theory.measure.torch.batches import find_masks, select_masks  # noqa: E402
+from rora_theory.measure.torch import regime
+from rora_theory.measure.torch import regimes as torch_regimes
+from rora_theory.measure.torch.batches import find_masks, select_masks
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
 PADDING = 0
 
 
 class Sequential(torch.nn.Module):
-    """A linear module whose input, the token ids themselves, is [sequence, batch] or [batch, sequence]."""
+    """A linear module that is run twice on the token ids themselves, as [sequence, batch] or [batch, sequence]."""
 
     def __init__(self, *, sequence_first: bool) -> None:
         super().__init__()
@@ -27,44 +22,44 @@ class Sequential(torch.nn.Module):
         self.sequence_first = sequence_first
         self.linear = torch.nn.Linear(2, 3)
 
-    def forward(self, input_ids, attention_mask):
+    def forward(self, input_ids, attention_mask, **_):
         x = torch.stack([input_ids.float(), torch.ones_like(input_ids, dtype=torch.float32)], dim=-1)
-        y = self.linear(x.transpose(0, 1) if self.sequence_first else x)
+        x = x.transpose(0, 1) if self.sequence_first else x
+        y = self.linear(x) + torch.tanh(self.linear(x))
         y = y.transpose(0, 1) if self.sequence_first else y
         return (y * attention_mask[..., None]).square().mean()
 
 
-def padded(*lengths: int, first: int = 1) -> dict[str, torch.Tensor]:
-    """Rows of these lengths, padded on the right, no token of which is there twice."""
-    mask = (torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]).long()
-    ids = first + torch.arange(mask.numel()).reshape(mask.shape)
-    return {"input_ids": ids * mask, "attention_mask": mask}
+def distinct_rows(lengths: tuple[int, ...], first: int) -> dict[str, torch.Tensor]:
+    """Return padded rows of these lengths, no token of which is there twice."""
+    return padded([list(range(first + 10 * i, first + 10 * i + length)) for i, length in enumerate(lengths)])
 
 
 @pytest.mark.parametrize("lengths", [(5, 2, 4), (4, 2, 3, 1)], ids=["oblong", "square"])
 @pytest.mark.parametrize("sequence_first", [False, True])
-def test_padding_is_not_read_in_either_order(sequence_first, lengths, monkeypatch) -> None:
-    """A square input may be of either order, so only tokens that are real in both are read."""
-    model, read = Sequential(sequence_first=sequence_first), []
-    add = torch_regimes._InputSampler.add
+def test_neither_padding_nor_what_was_seen_is_read_in_any_call_and_order(sequence_first, lengths, monkeypatch) -> None:
+    """A square input may be of either order, so only tokens that are real, and new, in both are read."""
+    samples = {}
+    measure = torch_regimes.module_regime.measure_module
 
-    def record_sample(self, name, x) -> None:
-        add(self, name, x)
-        read.append(self.inputs[name][:, 0])
+    def watched(config, layer, *rest):
+        samples.update(layer.inputs)
+        return measure(config, layer, *rest)
 
-    monkeypatch.setattr(torch_regimes._InputSampler, "add", record_sample)
-    found = regime(
-        model,
-        padded(*lengths),
-        padded(*lengths, first=40),
-        loss=lambda model, batch: model(**batch),
-        config=RegimeConfig(ranks=(1,), inits=("gaussian",), rows=0, tokens=50),
-    )
-    assert found.unmasked == ()
-    mask = padded(*lengths)["attention_mask"]
-    both = mask & mask.T if mask.shape[0] == mask.shape[1] else mask
-    assert {len(ids) for ids in read} == {int(both.sum())}
-    assert not np.isin(PADDING, np.concatenate(read))
+    monkeypatch.setattr(torch_regimes.module_regime, "measure_module", watched)
+    config = RegimeConfig(ranks=(1,), inits=("gaussian",), rows=0, tokens=50)
+    train, held_out = (distinct_rows(lengths, first) for first in (1, 51))
+    held_out["input_ids"][0, :2] = train["input_ids"][0, :2]
+    model = Sequential(sequence_first=sequence_first)
+    measured = regime(model, train, held_out, loss=lambda model, batch: model(**batch), config=config)
+    assert measured.unmasked == ()
+    real = train["attention_mask"].bool()
+    seen = torch.zeros_like(real)
+    seen[0, :2] = True
+    if len(set(real.shape)) == 1:
+        real, seen = real & real.T, seen | seen.T
+    for split, ids in (("train", train["input_ids"][real]), ("heldout", held_out["input_ids"][real & ~seen])):
+        assert sorted(samples[split][:, 0].tolist()) == sorted(ids.tolist() * 2)
 
 
 def t5_batch(rows: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
@@ -77,57 +72,47 @@ def t5_batch(rows: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]
 
 
 def test_tokens_of_a_decoder() -> None:
-    """Seen where the encoder read the same record and the labels began as the trained ones did."""
+    """They are seen where the encoder read the same record and the labels began as the trained ones did."""
     model = torch_models.model("t5")
     trained = t5_batch([([5, 6, 7], [11, 12, 13, 14, 15]), ([8, 9], [11, 12, 13])])
     held_out = t5_batch([([5, 6, 7], [11, 12, 20, 21]), ([8, 8], [11, 12, 13]), ([8, 9], [11, 12, 13, 30, 31])])
-    known = select_masks(find_masks(model, held_out, trained), torch.zeros(3, 5, 4))
-    assert known is not None
-    assert known.real.reshape(3, 5).sum(1).tolist() == [4, 3, 5]
+    masks = select_masks(find_masks(model, held_out, trained), torch.zeros(3, 5, 4))
+    assert masks is not None
+    assert masks.real.reshape(3, 5).sum(1).tolist() == [4, 3, 5]
     # The input at a position is the label before it: three positions see no new label, and none of another record.
-    assert (known.seen & known.real).reshape(3, 5).astype(int).tolist() == [
+    assert (masks.seen & masks.real).reshape(3, 5).astype(int).tolist() == [
         [1, 1, 1, 0, 0],
         [0, 0, 0, 0, 0],
         [1, 1, 1, 0, 0],
     ]
 
 
-def test_an_encoder_and_a_decoder_of_one_length() -> None:
-    """No padding of either is read, though their inputs have one shape."""
-    model = torch_models.model("t5")
-    batch = t5_batch([([5, 6, 7, 8], [11, 12]), ([9, 10], [13, 14, 15, 16])])
-    real = select_masks(find_masks(model, batch), torch.zeros(2, 4, 4)).real.reshape(2, 4)
-    assert real.astype(int).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0]]
+def test_tokens_of_encoder_and_decoder_of_one_size_are_not_told_apart() -> None:
+    """Only a token that counts in both is read, and it was seen where either was."""
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7, 8, 9, 10]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]]),
+        "labels": torch.tensor([[5, -100, 6, -100, -100, 7]]),
+    }
+    trained = {"input_ids": batch["input_ids"][:, :2]}
+    masks = find_masks(torch_models.model("t5"), batch, trained)[(1, 6)]
+    assert masks.real.tolist() == [True, False, True, False, False, False]
+    assert masks.seen.tolist() == [True, True, False, False, False, False]
 
 
 def test_decoder_inputs_that_are_given() -> None:
-    model = torch_models.model("t5")
     batch = {
         "input_ids": torch.tensor([[5, 6, 7]]),
         "decoder_input_ids": torch.tensor([[0, 11, 12, 13]]),
         "decoder_attention_mask": torch.tensor([[1, 1, 1, 0]]),
     }
-    assert select_masks(find_masks(model, batch), torch.zeros(1, 4, 2)).real.tolist() == [True, True, True, False]
+    masks = select_masks(find_masks(torch_models.model("t5"), batch), torch.zeros(1, 4, 2))
+    assert masks.real.tolist() == [True, True, True, False]
 
 
-@pytest.mark.parametrize("rows", [3, 8], ids=["oblong", "square"])
-def test_longformer(rows) -> None:
-    """Its attention receives [sequence, batch]: the counts are those of its other modules, padding left out."""
-    config = transformers.LongformerConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        attention_window=4, max_position_embeddings=64, pad_token_id=0, num_labels=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = torch_models.initialised(transformers.LongformerForTokenClassification(config)).eval()
-    batches = []
-    for seed in (0, 1):
-        batch = torch_models.batch(seed=seed, rows=rows, length=8)
-        mask = torch.ones_like(batch["input_ids"])
-        mask[0, 4:] = 0
-        labels = (batch["input_ids"] % 2).masked_fill(mask == 0, -100)
-        batches.append({"input_ids": batch["input_ids"] * mask, "attention_mask": mask, "labels": labels})
-    small = RegimeConfig(ranks=(1,), inits=("gaussian",), rows=0, tokens=200)
-    found = regime(model, *batches, ["query", "dense"], config=small)
-    read = found.tokens.query("split == 'train'")["read"]
-    assert found.unmasked == ()
-    assert set(read) == {8 * rows - 4 if rows == 3 else 8 * rows - 8}
+def test_a_record_without_a_target_has_no_token_that_counts() -> None:
+    """In a causal model a token counts if a later one is a target: it is read to predict that one."""
+    labels = torch.full((2, 6), -100)
+    labels[1, 3] = 1
+    masks = find_masks(torch_models.model(), {"input_ids": torch.arange(12).reshape(2, 6), "labels": labels})
+    assert masks[2, 6].real.reshape(2, 6).sum(axis=1).tolist() == [0, 3]

@@ -4,20 +4,17 @@ import copy
 import json
 import math
 
+import pandas as pd
 import pytest
+from support import torch_chats, torch_models
+from support.torch_models import peft, torch
 
 from rora_theory import InputError
-
-torch = pytest.importorskip("torch", reason="the bridge: the extra torch")
-peft = pytest.importorskip("peft", reason="the bridge: the extra torch")
-pytest.importorskip("transformers", reason="the bridge: the extra torch")
-
-from support import torch_chats, torch_models  # noqa: E402
-
-from rora_theory.measure.torch import tune  # noqa: E402
-from rora_theory.measure.torch.batches import find_masks  # noqa: E402
-from rora_theory.measure.torch.examples import held_out_groups, read_batches  # noqa: E402
-from rora_theory.measure.torch.probe import LedParts, probe_config, strength_of  # noqa: E402
+from rora_theory.measure.torch import tune
+from rora_theory.measure.torch.batches import find_masks
+from rora_theory.measure.torch.examples import held_out_groups, read_batches
+from rora_theory.measure.torch.probe import LedParts, probe_config, strength_of
+from rora_theory.tune.result import Tuning
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
 STEPS = 256
@@ -28,8 +25,10 @@ def batches(count, seed=0, rows=2, length=8):
     """Rows that count upwards, which the model can learn within a few steps."""
     random = torch.Generator().manual_seed(seed)
     starts = torch.randint(3, torch_models.VOCABULARY - length, (count, rows, 1), generator=random)
-    tokens = starts + torch.arange(length)
-    return [{"input_ids": each, "attention_mask": torch.ones_like(each), "labels": each.clone()} for each in tokens]
+    return [
+        {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens.clone()}
+        for tokens in starts + torch.arange(length)
+    ]
 
 
 def config(**entries):
@@ -37,54 +36,40 @@ def config(**entries):
 
 
 def run(model=None, **arguments):
-    arguments = {"config": config(), "steps": STEPS, "learning_rate": 2e-3} | arguments
-    train, held_out = arguments.pop("train", batches(12)), arguments.pop("held_out", batches(3, seed=1))
-    return tune(torch_models.model() if model is None else model, train, held_out, **arguments)
+    arguments = {
+        "config": config(), "steps": STEPS, "learning_rate": 2e-3, "train": batches(12), "held_out": batches(3, seed=1)
+    } | arguments  # fmt: skip
+    return tune(torch_models.model() if model is None else model, **arguments)
 
 
-def state_of(model):
-    """Return all that a probe could change: tensors, flags, modes, hooks, attributes, and the random generator."""
-    return {
-        "tensors": {name: value.clone() for name, value in model.state_dict().items()},
-        "parameters": {name: (id(p), p.requires_grad, p.grad) for name, p in model.named_parameters()},
-        "modules": {name: (id(module), module.training) for name, module in model.named_modules()},
-        "hooks": {name: len(module._forward_hooks) for name, module in model.named_modules()},
-        "attributes": set(vars(model)),
-        "random": torch.get_rng_state(),
-    }
+@pytest.fixture(scope="module")
+def usual() -> Tuning:
+    return run()
 
 
-def assert_same(first, second):
-    for name, value in first["tensors"].items():
-        assert torch.equal(value, second["tensors"][name]), name
-    assert torch.equal(first["random"], second["random"])
-    for key in ("parameters", "modules", "hooks", "attributes"):
-        assert first[key] == second[key], key
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_probe_reports_a_rate_and_leaves_the_model_as_it_was(checkpointing) -> None:
+def test_a_probe_reports_a_rate_and_leaves_the_model_as_it_was(usual) -> None:
+    """The model's modes, gradients and checkpointing are unusual, and change nothing of the result."""
     model = torch_models.model()
-    if checkpointing:
-        model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     model.train()
     model.model.layers[0].eval()
     model.lm_head.weight.requires_grad_(False)
-    own, before = config(), state_of(model)
-    entries = copy.deepcopy(vars(own))
-    result = run(model, config=own)
-    assert_same(before, state_of(model))
-    assert vars(own) == entries
+    settings, before = config(), torch_models.state_of(model)
+    entries = copy.deepcopy(vars(settings))
+    result = run(model, config=settings)
+    torch_models.assert_unchanged(model, before)
+    assert vars(settings) == entries
     assert result.low < result.learning_rate < result.high
     assert result.cost.spent <= 0.1 * STEPS
     assert (result.config.r, result.config.lora_alpha) == (32, 16)
-    frame = result.curve
-    assert len(frame) >= 3
-    assert (frame["steps"] == result.probe_steps).all()
-    assert frame["held_out_loss"].nunique() == len(frame)
-    assert frame["learning_rate"].is_monotonic_increasing
+    curve = result.curve
+    assert len(curve) >= 3
+    assert (curve["steps"] == result.probe_steps).all()
+    assert curve["held_out_loss"].nunique() == len(curve)
+    assert curve["learning_rate"].is_monotonic_increasing
     assert result.displacement_constant > 0
     assert any("rank 8" in sentence for sentence in result.assumptions)
+    assert curve["held_out_loss"].to_numpy() == pytest.approx(usual.curve["held_out_loss"].to_numpy(), rel=1e-4)
 
 
 def test_a_run_is_that_of_a_loop_by_hand() -> None:
@@ -111,18 +96,16 @@ def test_a_run_is_that_of_a_loop_by_hand() -> None:
     assert row["held_out_loss"] == pytest.approx(loss, rel=1e-5)
 
 
-def test_accumulated_batches_are_one_step() -> None:
+def test_accumulated_batches_are_one_step(usual) -> None:
     halves = [{name: value[i : i + 1] for name, value in batch.items()} for batch in batches(12) for i in range(2)]
-    whole, parts = run(), run(train=halves, accumulation=2)
-    assert parts.curve["held_out_loss"].to_numpy() == pytest.approx(whole.curve["held_out_loss"].to_numpy(), rel=1e-3)
+    curve = run(train=halves, accumulation=2).curve
+    assert curve["held_out_loss"].to_numpy() == pytest.approx(usual.curve["held_out_loss"].to_numpy(), rel=1e-3)
 
 
 def test_a_longer_probe_screens_rates_first() -> None:
     result = run(steps=1700, learning_rate=1e-3)
-    frame = result.curve
-    assert frame["steps"].nunique() == 2
-    assert frame["stopped_early"].any()
-    assert not frame["stopped_early"].all()
+    assert result.curve["steps"].nunique() == 2
+    assert set(result.curve["stopped_early"]) == {False, True}
     assert result.cost.share <= 0.1
     assert any("were repeated" in sentence for sentence in result.assumptions)
 
@@ -136,18 +119,16 @@ def test_a_diverged_rate_is_infinite_loss() -> None:
         return value * math.nan if largest > 0.01 else value
 
     result = run(loss=loss, learning_rate=1e-3)
-    frame = result.curve
-    diverged = frame["diverged_at"].notna()
-    assert diverged.any()
-    assert frame.loc[diverged, "held_out_loss"].eq(math.inf).all()
-    assert result.probe.learning_rate < frame.loc[diverged, "learning_rate"].min()
+    diverged = result.curve[result.curve["diverged_at"].notna()]
+    assert set(diverged["held_out_loss"]) == {math.inf}
+    assert result.probe.learning_rate < diverged["learning_rate"].min()
     with pytest.raises(InputError, match="every run of the probe diverged"):
         run(loss=lambda model, batch: model(**batch).loss * math.nan)
 
 
-def test_an_interrupted_probe_resumes_and_refuses_other_settings(tmp_path) -> None:
+def test_an_interrupted_probe_resumes_and_refuses_other_settings(usual, tmp_path) -> None:
     path, model = tmp_path / "new" / "probe.json", torch_models.model()
-    whole, calls = run(), []
+    calls = []
 
     def interrupted(model, batch):
         calls.append(1)
@@ -155,19 +136,18 @@ def test_an_interrupted_probe_resumes_and_refuses_other_settings(tmp_path) -> No
             raise KeyboardInterrupt
         return model(**batch).loss
 
-    before = state_of(model)
+    before = torch_models.state_of(model)
     with pytest.raises(KeyboardInterrupt):
         run(model, loss=interrupted, checkpoint=path)
-    assert_same(before, state_of(model))
-    finished = json.loads(path.read_text())["runs"]
-    assert len(finished) == 1
-    trained = []
-    resumed = run(model, checkpoint=path, loss=lambda m, b: trained.append(1) or m(**b).loss)
-    assert resumed.curve.equals(whole.curve)
-    assert resumed.learning_rate == whole.learning_rate
-    assert len(trained) == (len(whole.curve) - 1) * (whole.probe_steps + 5)  # held-out rows that the budget affords
-    done = path.read_text()
-    assert run(model, checkpoint=path, loss=lambda *_: pytest.fail("trained again")).curve.equals(whole.curve)
+    torch_models.assert_unchanged(model, before)
+    assert len(json.loads(path.read_text())["runs"]) == 1
+    calls = []
+    resumed = run(model, checkpoint=path, loss=lambda m, b: calls.append(1) or m(**b).loss)
+    pd.testing.assert_frame_equal(resumed.curve, usual.curve, rtol=1e-6)
+    assert resumed.learning_rate == pytest.approx(usual.learning_rate)
+    assert len(calls) == (len(usual.curve) - 1) * (usual.probe_steps + 5)  # held-out rows that the budget affords
+    stored = run(model, checkpoint=path, loss=lambda *_: pytest.fail("trained again"))
+    assert stored.curve.equals(resumed.curve)
     for changed in (
         {"seed": 1},
         {"train": batches(12, seed=5)},
@@ -176,7 +156,7 @@ def test_an_interrupted_probe_resumes_and_refuses_other_settings(tmp_path) -> No
     ):
         with pytest.raises(InputError, match="another probe"):
             run(model, checkpoint=path, **changed)
-    path.write_text(done[:100])
+    path.write_text(path.read_text()[:100])
     with pytest.raises(InputError, match=r"probe\.json"):
         run(model, checkpoint=path)
 
@@ -204,58 +184,44 @@ def test_texts_chats_and_tokenized_records() -> None:
     assert len(read_batches(as_text, "train", **reading, count=1)) == 1
 
 
+UNLABELLED = torch.ones(2, 4, dtype=torch.long)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         ({"steps": 50}, "steps"),
         ({"schedule": "step"}, "schedule .*'step'"),
         ({"warmup": 300}, "warmup .* 300"),
-        ({"budget": 0.0}, "budget"),
-        ({"learning_rate": 0.0}, "learning_rate"),
         ({"max_grad_norm": -1.0}, "max_grad_norm"),
         ({"train": []}, "train .* none"),
         ({"train": "text"}, "train .* str"),
         ({"train": ["text"]}, "tokenizer"),
         ({"train": [3]}, "train .* int"),
         ({"config": {"r": 8}}, "config .* dict"),
-        ({"config": "bias"}, "bias"),
-        ({"config": "pattern"}, "rank_pattern"),
-        ({"config": "save"}, "modules_to_save"),
-        ({"config": "targets"}, "target_modules .*'none_such'"),
-        ({"held_out": [{"input_ids": torch.ones(2, 4, dtype=torch.long)}]}, "labels"),
-        ({"held_out": "unlabelled"}, "label"),
-        ({"held_out": "long"}, "held_out"),
+        ({"config": config(bias="all")}, "bias"),
+        ({"config": config(rank_pattern={"q_proj": 4})}, "rank_pattern"),
+        ({"config": config(modules_to_save=["lm_head"])}, "modules_to_save"),
+        ({"config": config(target_modules=["none_such"])}, "target_modules .*'none_such'"),
+        ({"held_out": [{"input_ids": UNLABELLED}]}, "labels"),
+        ({"held_out": [{"input_ids": UNLABELLED, "labels": torch.full_like(UNLABELLED, -100)}]}, "label"),
+        ({"held_out": batches(1, rows=2, length=50)}, "held_out"),
+        ({"model": lambda: torch_models.adapted(torch_models.model())}, "adapters"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
 def test_bad_input_is_refused_before_work(arguments, named) -> None:
-    configs = {
-        "bias": {"bias": "all"}, "pattern": {"rank_pattern": {"q_proj": 4}}, "save": {"modules_to_save": ["lm_head"]},
-        "targets": {"target_modules": ["none_such"]},
-    }  # fmt: skip
-    if isinstance(name := arguments.get("config"), str):
-        arguments = {"config": config(**configs[name])}
-    if arguments.get("held_out") == "unlabelled":
-        tokens = torch.ones(2, 4, dtype=torch.long)
-        arguments = {"held_out": [{"input_ids": tokens, "labels": torch.full_like(tokens, -100)}]}
-    if arguments.get("held_out") == "long":
-        arguments = {"held_out": batches(1, rows=2, length=50)}
-    model = torch_models.model()
-    before = state_of(model)
+    model = arguments.get("model", torch_models.model)()
+    before = torch_models.state_of(model)
     with pytest.raises(InputError, match=named):
-        run(model, **arguments)
-    assert_same(before, state_of(model))
-
-
-def test_a_model_with_adapters_is_refused() -> None:
-    with pytest.raises(InputError, match="adapters"):
-        run(peft.get_peft_model(torch_models.model(), config()))
+        run(**arguments | {"model": model})
+    torch_models.assert_unchanged(model, before)
 
 
 def test_the_probe_has_the_planned_strength() -> None:
-    for own, strength in ((config(), 16.0), (config(use_rslora=True), 16 * 32**0.5)):
-        small = probe_config(own, 8)
-        assert strength_of(own) == pytest.approx(strength)
+    for planned, strength in ((config(), 16.0), (config(use_rslora=True), 16 * 32**0.5)):
+        small = probe_config(planned, 8)
+        assert strength_of(planned) == pytest.approx(strength)
         assert strength_of(small) == pytest.approx(strength)
         assert small.r == 8
 
@@ -267,25 +233,26 @@ def test_the_ratio_of_the_parts() -> None:
     layers = [layer.self_attn.q_proj for layer in model.model.layers]
     parts, batch = LedParts(layers), batches(1)[0]
     batch["attention_mask"][0, 5:] = 0
-    starts = [layer.lora_A["probe"].weight.detach().clone() for layer in layers]
+    real = (batch["attention_mask"] == 1) & (torch.arange(8) < 7)  # nothing follows the last token
+    factors = [[layer.lora_A["probe"].weight, layer.lora_B["probe"].weight] for layer in layers]
+    starts = [A.detach().clone() for A, _ in factors]
     inputs = []
     with torch.no_grad():
-        for layer in layers:
-            for factor in (layer.lora_A, layer.lora_B):
-                factor["probe"].weight.add_(0.1 * torch.randn_like(factor["probe"].weight))
-            layer.lora_A["probe"].register_forward_hook(lambda _, args, __: inputs.append(args[0]))
+        for layer, pair in zip(layers, factors, strict=True):
+            for factor in pair:
+                factor.add_(0.1 * torch.randn_like(factor))
+            layer.lora_A["probe"].register_forward_hook(lambda _, args, __: inputs.append(args[0][real]))
         with parts.reading(find_masks(model, batch)):
             adapted(**batch)
-    real = (batch["attention_mask"] == 1) & (torch.arange(8) < 7)  # nothing follows the last token
-    for ratio, layer, start, x in zip(parts.ratios(), layers, starts, inputs, strict=True):
-        A, B = (factor["probe"].weight.detach() for factor in (layer.lora_A, layer.lora_B))
-        led_A, led_B = ((x[real] @ part.T @ B.T).norm() for part in (A - start, start))
-        assert ratio == pytest.approx(float(led_A / led_B), rel=1e-4)
+        for ratio, (A, B), start, x in zip(parts.ratios(), factors, starts, inputs, strict=True):
+            led_A, led_B = ((x @ part.T @ B.T).norm() for part in (A - start, start))
+            assert ratio == pytest.approx(float(led_A / led_B), rel=1e-4)
 
 
 def test_bfloat16_and_dropout() -> None:
+    """Every probe of a model draws the same adapters and dropout masks."""
     model = torch_models.model().to(torch.bfloat16)
-    result = run(model, config=config(lora_dropout=0.1, use_dora=True))
+    first, second = (run(model, config=config(lora_dropout=0.1, use_dora=True)) for _ in range(2))
     assert next(model.parameters()).dtype == torch.bfloat16
-    assert any("DoRA" in sentence for sentence in result.assumptions)
-    assert run(model, config=config(lora_dropout=0.1, use_dora=True)).curve.equals(result.curve)
+    assert any("DoRA" in sentence for sentence in first.assumptions)
+    pd.testing.assert_frame_equal(first.curve, second.curve, rtol=1e-6)
