@@ -12,6 +12,8 @@ from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.measure.torch import coordinate_check, hooks, regime
 from rora_theory.measure.torch import regimes as torch_regimes
 
+transformers = pytest.importorskip("transformers", reason="the bridge: the extra torch")
+
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
 SMALL = RegimeConfig(ranks=(1, 4), rules=("lora",), inits=("gaussian",), optimizers=("sgd",), rows=0, tokens=9)
 BATCHES = torch_models.batch(seed=0), torch_models.batch(seed=1)
@@ -186,3 +188,12 @@ def test_the_estimated_cost_is_proportional_to_the_weights(monkeypatch) -> None:
     weights = torch_regimes.CALIBRATION_SIZE**2
     for modules in (1, 3, 40):
         assert f"about {2 * modules} s on the host" in torch_regimes._estimate_cost(SMALL, modules * weights)
+
+
+def test_llama_4() -> None:
+    config = {**torch_models.TEXT, "intermediate_size_mlp": 24, "num_local_experts": 2, "num_experts_per_tok": 1}
+    torch.manual_seed(0)
+    model = torch_models.initialised(transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**config))).eval()
+    found = regime(model, *BATCHES, config=SMALL)
+    assert set(found.left_out.values()) == {"returns a tuple"}
+    assert all(name.endswith("router") for name in found.left_out)

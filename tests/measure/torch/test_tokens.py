@@ -9,6 +9,8 @@ from rora_theory.measure.torch import regime
 from rora_theory.measure.torch import regimes as torch_regimes
 from rora_theory.measure.torch.batches import find_masks, select_masks
 
+transformers = pytest.importorskip("transformers", reason="the bridge: the extra torch")
+
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
 PADDING = 0
 
@@ -116,3 +118,26 @@ def test_a_record_without_a_target_has_no_token_that_counts() -> None:
     labels[1, 3] = 1
     masks = find_masks(torch_models.model(), {"input_ids": torch.arange(12).reshape(2, 6), "labels": labels})
     assert masks[2, 6].real.reshape(2, 6).sum(axis=1).tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("rows", [3, 8], ids=["oblong", "square"])
+def test_longformer(rows) -> None:
+    """Its attention receives [sequence, batch]: the counts are those of its other modules, padding left out."""
+    config = transformers.LongformerConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        attention_window=4, max_position_embeddings=64, pad_token_id=0, num_labels=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = torch_models.initialised(transformers.LongformerForTokenClassification(config)).eval()
+    batches = []
+    for seed in (0, 1):
+        batch = torch_models.batch(seed=seed, rows=rows, length=8)
+        mask = torch.ones_like(batch["input_ids"])
+        mask[0, 4:] = 0
+        labels = (batch["input_ids"] % 2).masked_fill(mask == 0, -100)
+        batches.append({"input_ids": batch["input_ids"] * mask, "attention_mask": mask, "labels": labels})
+    small = RegimeConfig(ranks=(1,), inits=("gaussian",), rows=0, tokens=200)
+    found = regime(model, *batches, ["query", "dense"], config=small)
+    read = found.tokens.query("split == 'train'")["read"]
+    assert found.unmasked == ()
+    assert set(read) == {8 * rows - 4 if rows == 3 else 8 * rows - 8}
