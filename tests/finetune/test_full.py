@@ -34,7 +34,7 @@ def trained(params):
 @pytest.fixture(scope="module")
 def merged(params, trained):
     """Return the model's weights after the last step."""
-    return adapters.replace(trained.adapter, trained.weights[-1]).merge(params)
+    return adapters.replace(trained.adapter, trained.state.params).merge(params)
 
 
 @pytest.mark.slow
@@ -92,6 +92,7 @@ def test_merging_puts_the_trained_weights_in_place_and_nothing_else(params, trai
     assert adapters.share(trained.adapter, params) == weights / total, "the trained weights are the base's"
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_refuses(params, trained, tmp_path):
     with pytest.raises(InputError, match=r"trained weights.*save_merged"):
         adapters.save_peft(tmp_path / "adapter", trained.adapter)

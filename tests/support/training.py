@@ -93,6 +93,6 @@ def train(
         state, measured = step(state, base, place(item))
         assert all(a.is_deleted() for a in jax.tree.leaves((before.params, before.optimizer))), "memory is reused"
         metrics.append(jax.tree.map(float, measured))
-        weights.append(jax.tree.map(np.asarray, state.params))
+        weights.append(jax.tree.map(np.array, state.params))  # copies: a view would keep the memory from reuse
     assert not any(a.is_deleted() for a in jax.tree.leaves((adapter.params, base))), "the arguments stay"
     return Trained(metrics, weights, adapter, state, base, step)
