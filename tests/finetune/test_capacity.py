@@ -102,7 +102,7 @@ def test_devices_hold_what_they_hold():
     a6000 = DEVICES["a6000"]
     assert account_of(40 * 10**9).fits(a6000)
     assert account_of(40 * 10**9).memory_fraction(a6000) == 0.79
-    assert account_of(48 * 10**9).memory_fraction(a6000) is None
+    assert account_of(38 * 10**9).memory_fraction(a6000) is None
     limit = account_of(a6000.memory - capacity.RESERVE)
     assert limit.fits(a6000)
     assert not dataclasses.replace(limit, working=1).fits(a6000)
