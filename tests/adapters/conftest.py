@@ -50,18 +50,18 @@ def perturbed(config: LlamaConfig, params: dict[str, Any]):
 
     def make(seed: int = 0, **settings: Any) -> LoraAdapter:
         adapter = init(jax.random.key(seed), LoraConfig(**settings), config, params)
+        keys = jax.random.split(jax.random.key(seed + 100), len(adapter.targets))
         changed = {}
-        for target in adapter.targets:
-            ranks = jnp.asarray(target.ranks)
-            rows = jnp.arange(target.width)[None, :] < ranks[:, None]
-            own = dict(adapter.params[target.module])
-            key = jax.random.fold_in(jax.random.key(seed + 100), len(changed))
-            b = own["lora_B"]
-            own["lora_B"] = jnp.where(rows[:, None, :], 0.3 * jax.random.normal(key, b.shape), jnp.zeros(()))
-            if "lora_magnitude_vector" in own:
-                noise = jax.random.uniform(key, own["lora_magnitude_vector"].shape, minval=0.7, maxval=1.4)
-                own["lora_magnitude_vector"] = own["lora_magnitude_vector"] * noise
-            changed[target.module] = own
+        for target, key in zip(adapter.targets, keys, strict=True):
+            tensors = dict(adapter.params[target.module])
+            columns = jnp.arange(target.width)[None, :] < jnp.asarray(target.ranks)[:, None]
+            noise = 0.3 * jax.random.normal(key, tensors["lora_B"].shape)
+            tensors["lora_B"] = jnp.where(columns[:, None, :], noise, jnp.zeros(()))
+            if "lora_magnitude_vector" in tensors:
+                magnitude = tensors["lora_magnitude_vector"]
+                factor = jax.random.uniform(key, magnitude.shape, minval=0.7, maxval=1.4)
+                tensors["lora_magnitude_vector"] = magnitude * factor
+            changed[target.module] = tensors
         return adapter.replace(changed)
 
     return make

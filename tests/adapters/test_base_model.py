@@ -62,12 +62,3 @@ def test_peft_reads_the_name_and_the_commit(model, tmp_path):
     from peft.utils.save_and_load import load_peft_weights
 
     assert len(load_peft_weights(str(tmp_path / "adapter"), device="cpu")) == 4
-
-
-def test_a_name_alone_is_written_as_it_is(model, tmp_path):
-    settings = adapters.LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj",))
-    adapter = adapters.init(jax.random.key(0), settings, model.config, model.params)
-    adapters.save_peft(tmp_path / "adapter", adapter, base_model="org/other")
-    entries, metadata = written(tmp_path / "adapter")
-    assert (entries["base_model_name_or_path"], entries.get("revision")) == ("org/other", None)
-    assert metadata == {"format": "pt"}

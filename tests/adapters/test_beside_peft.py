@@ -15,7 +15,7 @@ peft = pytest.importorskip("peft", reason="beside peft: the extra peers")
 
 
 def peft_logits(golden, folder: Path) -> np.ndarray:
-    """What peft computes with the adapter in a folder."""
+    """Return what peft computes with the adapter in a folder."""
     model = peft.PeftModel.from_pretrained(golden.torch_base(), str(folder))
     with torch.no_grad():
         return model(torch.from_numpy(golden.TOKENS)).logits.numpy()
@@ -34,7 +34,7 @@ def peft_logits(golden, folder: Path) -> np.ndarray:
     ids=["null init", "unknown target", "layer out of range", "targeted and excluded", "overlapping patterns"],
 )
 def test_what_peft_opens_is_the_same_adapter_here(entries, golden, config, params, tokens, run, tmp_path) -> None:
-    """Read here, written again, and in portable form: peft and this package compute the same to 2e-5 (float32 sums)."""
+    """Read it, write it again and in portable form: peft and this package compute the same to 2e-5 (float32 sums)."""
     source = Path(shutil.copytree(golden.FOLDER / "lora_patterns", tmp_path / "peft"))
     path = source / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
@@ -61,5 +61,5 @@ def test_a_rank_above_a_module_s_width_is_run_by_both(golden, config, params, to
     }
     tensors = {name: (0.3 * tensor).astype(np.float32) for name, tensor in tensors.items()}
     weights.write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
-    found = run(params, tokens, load_peft(source, config, params))
-    np.testing.assert_allclose(found, peft_logits(golden, source), rtol=0, atol=2e-5)
+    logits = run(params, tokens, load_peft(source, config, params))
+    np.testing.assert_allclose(logits, peft_logits(golden, source), rtol=0, atol=2e-5)

@@ -33,9 +33,11 @@ def base(tmp_path_factory) -> Path:
     return checkpoint.model(tmp_path_factory.mktemp("base"))
 
 
-def written(folder: Path, base: Any, config: Any = None, **more: Any) -> ModelCard:
-    """The card of a fresh adapter of the tiny model."""
-    config = config or LoraConfig(rank=4, alpha=8.0, rule="rora", target_modules=("q_proj",))
+RORA = LoraConfig(rank=4, alpha=8.0, rule="rora", target_modules=("q_proj",))
+
+
+def written(folder: Path, base: Any, config: Any = RORA, **more: Any) -> ModelCard:
+    """Return the card of a fresh adapter of the tiny model."""
     save_peft(folder, init(jax.random.key(0), config, tiny.CONFIG, tiny.params()), base_model=base, **more)
     return ModelCard.load(folder / "README.md")
 
@@ -66,9 +68,7 @@ def test_the_body_says_which_base_and_how_strongly(base, tmp_path) -> None:
         "scaling gamma": "alpha / sqrt(r) = 4 (`use_rslora` is true)", "modules": "`q_proj`",
     }  # fmt: skip
     assert 'from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct", revision="c0ffee00")' in card.text
-    patterned = LoraConfig(
-        rank=4, alpha=8.0, rule="lora", target_modules=("q_proj", "v_proj"), rank_pattern={"v_proj": 2}
-    )
+    patterned = replace(RORA, rule="lora", target_modules=("q_proj", "v_proj"), rank_pattern={"v_proj": 2})
     card = written(tmp_path / "b", "somewhere/else", patterned)
     assert rows(card)["scaling gamma"] == "alpha / r = 2 (`use_rslora` is false)"
     assert rows(card)["rank r"] == "4; some modules differ, see `rank_pattern` and `alpha_pattern`"
@@ -77,7 +77,7 @@ def test_the_body_says_which_base_and_how_strongly(base, tmp_path) -> None:
 
 
 def test_a_quantised_base_is_called_one(tmp_path, monkeypatch) -> None:
-    """And its licence is the file's, which the hub's folders do not say."""
+    """Check that its licence is the file's, which the hub's folders do not say."""
     path = tmp_path / "m.gguf"
     path.write_bytes(b"weights")
     monkeypatch.setattr(ModelSource, "storage", llama.identity.Storage("GGUF", {"Q4_1": 3, "F32": 1}))
@@ -88,13 +88,13 @@ def test_a_quantised_base_is_called_one(tmp_path, monkeypatch) -> None:
     assert "trained on quantised weights" in card.text
 
 
-@pytest.mark.parametrize(("name", "said"), [(None, "an unnamed model"), ("a\n# b|`c", "a # b|`c")])
-def test_a_base_that_the_hub_has_not_is_no_entry(name, said, tmp_path) -> None:
-    """And no name makes lines of its own."""
+@pytest.mark.parametrize(("name", "title"), [(None, "an unnamed model"), ("a\n# b|`c", "a # b|`c")])
+def test_a_base_that_the_hub_has_not_is_no_entry(name, title, tmp_path) -> None:
+    """Check the entries, and that no name makes lines of its own."""
     card = written(tmp_path / "a", name)
     assert card.data.base_model is None
     assert (card.data.license, card.data.library_name) == ("unknown", "peft")
-    assert f"# LoRA adapter of rank 4 for {said}\n" in card.text
+    assert f"# LoRA adapter of rank 4 for {title}\n" in card.text
     assert "\n# b" not in card.text
 
 
@@ -104,7 +104,7 @@ def test_methods_that_peft_has_not(tmp_path) -> None:
     card = written(tmp_path / "b", None, BottleneckConfig("series", width=3, target_modules=("up_proj",)))
     assert (rows(card)["bottleneck"], card.data.library_name) == ("3", None)
     assert "rora_theory.adapters.load_peft" in card.text
-    card = written(tmp_path / "c", None, LoraConfig(rank=2, alpha=8.0, target_modules=("q_proj",), use_dora=True))
+    card = written(tmp_path / "c", None, replace(RORA, rank=2, use_dora=True))
     assert "dora" in card.data.tags
     assert "# DoRA adapter of rank 2" in card.text
 
@@ -119,15 +119,14 @@ def test_the_portable_form_has_its_own_card(tmp_path) -> None:
 
 
 def test_a_merged_model_says_what_was_merged_into_what(base, tmp_path) -> None:
-    """By the function that writes an adapter's card; of trained weights there is no rank to name."""
+    """Check the card against an adapter's; trained weights have no rank to name."""
     model = llama.load(base)
     model = replace(model, origin=ModelSource(BUILT, base, BUILT, "c0ffee00"))
     known = Trained([("training loss", "2.5 nats a token")], ["me/chats"], "mit")
-    adapter = LoraConfig(rank=4, alpha=8.0, rule="rora", target_modules=("q_proj",))
     cards = {}
-    for name, config in (("lora", adapter), ("full", FullConfig(("q_proj",)))):
-        kept = init(jax.random.key(0), config, model.config, model.params)
-        save_merged(tmp_path / name, kept, model, trained=known)
+    for name, config in (("lora", RORA), ("full", FullConfig(("q_proj",)))):
+        adapter = init(jax.random.key(0), config, model.config, model.params)
+        save_merged(tmp_path / name, adapter, model, trained=known)
         cards[name] = ModelCard.load(tmp_path / name / "README.md")
         assert llama.load(tmp_path / name).config == model.config
     assert cards["lora"].data.to_dict() == {
@@ -148,8 +147,7 @@ def test_a_merged_model_says_what_was_merged_into_what(base, tmp_path) -> None:
 def test_its_lines_load_the_adapter(base, tmp_path) -> None:
     pytest.importorskip("peft", reason="the extra torch")
     model = llama.load(base)
-    config = LoraConfig(rank=4, alpha=8.0, rule="rora", target_modules=("q_proj",))
-    save_peft(tmp_path / "a", init(jax.random.key(0), config, model.config, model.params), base_model=model.origin)
+    save_peft(tmp_path / "a", init(jax.random.key(0), RORA, model.config, model.params), base_model=model.origin)
     card = ModelCard.load(tmp_path / "a" / "README.md")
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     assert code.count("\n") == 4

@@ -49,9 +49,9 @@ def test_row_norms_in_bfloat16_are_those_of_what_is_multiplied() -> None:
     weight, A, B, _ = draw(2)
     weight = weight.astype(jnp.bfloat16)
     w, a, b = wide(weight, A.astype(jnp.bfloat16), B.astype(jnp.bfloat16))
-    found = dora.row_norms(weight, A, B)
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, np.linalg.norm(w + b @ a, axis=1), rtol=2e-6)
+    norms = dora.row_norms(weight, A, B)
+    assert norms.dtype == jnp.float32
+    np.testing.assert_allclose(norms, np.linalg.norm(w + b @ a, axis=1), rtol=2e-6)
 
 
 @pytest.mark.slow
@@ -67,25 +67,18 @@ def test_a_row_of_zeros_stays_finite() -> None:
     assert np.isfinite(jax.grad(total)(m)).all()
 
 
-def test_norms_are_constant_in_the_gradient() -> None:
-    weight, A, B, _ = draw(4)
-    gradients = jax.grad(lambda *arrays: jnp.sum(dora.row_norms(*arrays)), argnums=(0, 1, 2))(weight, A, B)
-    assert not any(np.asarray(gradient).any() for gradient in gradients)
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.4])
-def test_forward_is_the_definition(rate: float) -> None:
-    """W x undropped, (c - 1) W x_d and c gamma B A x_d under one mask, and a bias that nothing scales."""
+def test_forward_is_the_definition() -> None:
+    """Compare W x undropped, (c - 1) W x_d and c gamma B A x_d under one mask, and a bias that nothing scales."""
     weight, A, B, m = draw(5)
     x = jax.random.normal(jax.random.key(9), (2, 3, IN))
     bias = jnp.arange(OUT, dtype=jnp.float32)
-    dropped = dropout(jax.random.key(8), x, rate)
-    found = dora.apply(x, dropped, weight, bias, A, B, m, jnp.asarray(True))
+    dropped = dropout(jax.random.key(8), x, 0.4)
+    output = dora.apply(x, dropped, weight, bias, A, B, m, jnp.asarray(True))
     w, a, b, mm, xx, xd, bb = wide(weight, A, B, m, x, dropped, bias)
     c = mm / np.linalg.norm(w + b @ a, axis=1)
     expected = xx @ w.T + (c - 1) * (xd @ w.T) + c * (xd @ a.T @ b.T) + bb
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
-    assert rate == 0 or np.abs(np.asarray(found) - (c * (xx @ (w + b @ a).T) + bb)).max() > 0.1
+    np.testing.assert_allclose(output, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    assert np.abs(np.asarray(output) - (c * (xx @ (w + b @ a).T) + bb)).max() > 0.1, "dropout decides"
 
 
 def test_the_magnitude_stays_in_float32_beside_bfloat16_weights() -> None:
@@ -93,11 +86,11 @@ def test_the_magnitude_stays_in_float32_beside_bfloat16_weights() -> None:
     weight, A, B, m = draw(7)
     x = jax.random.normal(jax.random.key(9), (4, 16, IN)).astype(jnp.bfloat16)
     weight = weight.astype(jnp.bfloat16)
-    found = dora.apply(x, x, weight, None, A, B, m, jnp.asarray(True))
-    assert found.dtype == jnp.bfloat16
+    output = dora.apply(x, x, weight, None, A, B, m, jnp.asarray(True))
+    assert output.dtype == jnp.bfloat16
     A, B = A.astype(jnp.bfloat16), B.astype(jnp.bfloat16)
     products = linear(x, weight), widen(linear(x, A), B)
-    w, a, b, mm, base, update, y = wide(weight, A, B, m, *products, found)
+    w, a, b, mm, base, update, y = wide(weight, A, B, m, *products, output)
     expected = mm / np.linalg.norm(w + b @ a, axis=1) * (base + update)
     assert np.max(np.abs(y - expected) / np.abs(expected)) < 2.0**-8 * 1.001
 
@@ -108,17 +101,6 @@ def test_a_fresh_magnitude_is_the_norm_of_bfloat16_weights_in_float32(config, pa
     settings = LoraConfig(2, 4, target_modules=("q_proj", "down_proj"), use_dora=True)
     for name, tensors in init(jax.random.key(0), settings, config, params).params.items():
         (weight,) = wide(params["layers"][name]["weight"])
-        found = tensors["lora_magnitude_vector"]
-        assert found.dtype == jnp.float32
-        np.testing.assert_allclose(found, np.linalg.norm(weight, axis=2), rtol=1e-6)
-
-
-def test_a_layer_that_is_not_adapted_is_its_base() -> None:
-    weight, A, B, m = draw(6, 0.0)
-    x = jax.random.normal(jax.random.key(9), (2, 3, IN))
-
-    def run(m):
-        return dora.apply(x, x, weight, None, 0 * A, B, m, jnp.asarray(False))
-
-    np.testing.assert_allclose(run(m), x @ weight.T, rtol=1e-6, atol=1e-6)
-    assert not np.asarray(jax.grad(lambda m: jnp.sum(run(m)))(m)).any()
+        magnitude = tensors["lora_magnitude_vector"]
+        assert magnitude.dtype == jnp.float32
+        np.testing.assert_allclose(magnitude, np.linalg.norm(weight, axis=2), rtol=1e-6)

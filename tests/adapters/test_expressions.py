@@ -1,7 +1,6 @@
 """Regular expressions of files: what Python's own say, in bounded time."""
 
 import re
-import time
 import warnings
 
 import pytest
@@ -48,7 +47,7 @@ def test_agrees_with_re(pattern: str, flags: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "found"),
+    ("pattern", "matches"),
     [
         (r"model(?=\.).*\.(q_proj|v_proj)", True),  # as ms-swift writes it
         (r"(?:.*?(?:language|text|model).*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.[\d]{1,}\.q)", True),
@@ -58,9 +57,9 @@ def test_agrees_with_re(pattern: str, flags: str, text: str) -> None:
         ("q_proj", False),
     ],
 )
-def test_expressions_as_people_write_them(pattern: str, found: bool) -> None:
-    assert Expression(pattern, Work("here")).matches(NAME) is found
-    assert (re.fullmatch(pattern, NAME) is not None) is found
+def test_expressions_as_people_write_them(pattern: str, matches: bool) -> None:
+    assert Expression(pattern, Work("here")).matches(NAME) is matches
+    assert (re.fullmatch(pattern, NAME) is not None) is matches
 
 
 ENDLESS = [
@@ -78,15 +77,14 @@ ENDLESS = [
 
 
 @pytest.mark.parametrize("pattern", ENDLESS, ids=range(len(ENDLESS)))
-def test_an_expression_that_keeps_re_busy_ends(pattern: str, monkeypatch) -> None:
-    """A hundredth of the limit, so that even the ones it stops end at once; 2 s is a hundred times what that takes."""
+def test_an_expression_that_keeps_re_busy_ends(pattern: str, monkeypatch, time_limit) -> None:
+    """Take a hundredth of the limit, so that even the expressions that it stops end at once."""
     monkeypatch.setattr(expressions, "LIMIT", expressions.LIMIT // 100)
-    begun = time.process_time()
-    try:
-        assert not Expression(pattern, Work("target_modules")).matches(NAME)
-    except InputError as error:
-        assert str(error).startswith("target_modules takes too long")  # noqa: PT017 (either end will do)
-    assert time.process_time() - begun < 2
+    with time_limit(20):
+        try:
+            assert not Expression(pattern, Work("target_modules")).matches(NAME)
+        except InputError as error:
+            assert "too long" in str(error)  # noqa: PT017 (either end will do)
 
 
 def test_the_limit_is_for_a_setting_s_expressions_together(monkeypatch) -> None:
@@ -94,7 +92,7 @@ def test_the_limit_is_for_a_setting_s_expressions_together(monkeypatch) -> None:
     work = Work("rank_pattern")
     many = [Expression(f"{i}.*", work) for i in range(60)]
     with pytest.raises(InputError, match="rank_pattern takes too long to match"):
-        [one.matches(NAME) for one in many]
+        [expression.matches(NAME) for expression in many]
 
 
 @pytest.mark.parametrize(

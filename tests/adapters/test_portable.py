@@ -14,19 +14,9 @@ from sims import portable as command
 from sims.common import cli
 
 KEYS = {
-    "base_model_name_or_path",
-    "bias",
-    "fan_in_fan_out",
-    "inference_mode",
-    "lora_alpha",
-    "lora_dropout",
-    "peft_type",
-    "r",
-    "target_modules",
-    "task_type",
-    "use_dora",
-    "use_rslora",
-}
+    "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "lora_alpha", "lora_dropout", "peft_type",
+    "r", "target_modules", "task_type", "use_dora", "use_rslora",
+}  # fmt: skip
 CASES = {
     "rora": {"rule": "rora"},
     "quarter": {"rule": 0.25, "rank_pattern": {"down_proj": 3, ".*v_proj": 7}},
@@ -37,24 +27,63 @@ CASES = {
 }
 
 
+@pytest.fixture
+def source(golden, tmp_path):
+    """Return a function that copies a golden folder with other entries and, by ``damage``, other tensors."""
+
+    def make(name: str, entries=(), damage=lambda _: None) -> Path:
+        folder = tmp_path / "peft"
+        folder.mkdir()
+        config = json.loads((golden.FOLDER / name / "adapter_config.json").read_text()) | dict(entries)
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        tensors = tensors_of(golden.FOLDER / name)
+        damage(tensors)
+        (folder / "adapter_model.safetensors").write_bytes(safetensors.numpy.save(tensors))
+        return folder
+
+    return make
+
+
+def tensors_of(folder: Path) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load((folder / "adapter_model.safetensors").read_bytes())
+
+
+def product(gamma: float, lora_A, lora_B) -> np.ndarray:
+    return gamma * np.asarray(lora_B, np.float64) @ np.asarray(lora_A, np.float64)
+
+
 def served(folder: Path) -> dict[str, np.ndarray]:
-    """What a reader that knows r and lora_alpha alone adds to each module's weight."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    tensors = safetensors.numpy.load((folder / "adapter_model.safetensors").read_bytes())
-    found = {}
+    """Return what a reader that knows r and lora_alpha alone adds to each module's weight."""
+    config, tensors = json.loads((folder / "adapter_config.json").read_text()), tensors_of(folder)
+    updates = {}
     for key in tensors:
         if key.endswith("lora_A.weight"):
-            b = tensors[key.replace("lora_A", "lora_B")].astype(np.float64)
-            assert tensors[key].shape[0] == b.shape[1] == config["r"]
-            found[key] = config["lora_alpha"] / config["r"] * b @ tensors[key].astype(np.float64)
-    return found
+            lora_A, lora_B = tensors[key], tensors[key.replace("lora_A", "lora_B")]
+            assert lora_A.shape[0] == lora_B.shape[1] == config["r"]
+            updates[key] = product(config["lora_alpha"] / config["r"], lora_A, lora_B)
+    return updates
 
 
-@pytest.mark.slow
+def compare(updates: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Check updates to twice float32's rounding: of gamma in the adapter, and of B where its gamma is another."""
+    assert updates.keys() == expected.keys()
+    for key, update in updates.items():
+        np.testing.assert_allclose(update, expected[key], rtol=0, atol=2.4e-7 * np.abs(expected[key]).max())
+
+
+def applied(adapter) -> dict[str, np.ndarray]:
+    """Return what the adapter adds to each module's weight, by the name of PEFT's lora_A."""
+    updates = {}
+    for target in adapter.targets:
+        tensors, gammas = adapter.params[target.module], adapter.scaling[target.module]
+        for layer in np.flatnonzero(target.ranks):
+            name = f"base_model.model.model.layers.{layer}.{target.module}.lora_A.weight"
+            updates[name] = product(float(gammas[layer]), tensors["lora_A"][layer], tensors["lora_B"][layer])
+    return updates
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_a_reader_of_rank_and_alpha_alone_computes_the_same(
-    name, config, params, perturbed, tokens, run, tmp_path
-) -> None:
+def test_a_reader_of_rank_and_alpha_alone_computes_the_same(name, config, perturbed, tmp_path) -> None:
     adapter = perturbed(**{"rank": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], **CASES[name]})
     save_peft(tmp_path / "peft", adapter, base_model="tiny")
     save_peft(tmp_path / "own", adapter, base_model="tiny", portable=True)
@@ -64,74 +93,57 @@ def test_a_reader_of_rank_and_alpha_alone_computes_the_same(
     assert isinstance(written["lora_alpha"], int)
     assert written["lora_alpha"] >= 1
     assert (written["use_rslora"], written["use_dora"], written["base_model_name_or_path"]) == (False, False, "tiny")
-    modules = {
-        target.module: (
-            np.asarray(adapter.params[target.module]["lora_A"]),
-            np.asarray(adapter.params[target.module]["lora_B"]),
-        )
-        for target in adapter.targets
-    }
-    for folder in ("own", "again"):
-        found = served(tmp_path / folder)
-        assert len(found) == sum(map(bool, (rank for target in adapter.targets for rank in target.ranks)))
-        for key, delta in found.items():
-            layer, module = int(key.split(".")[4]), ".".join(key.split(".")[5:7])
-            a, b = (stack[layer].astype(np.float64) for stack in modules[module])
-            expected = float(adapter.scaling[module][layer]) * b @ a
-            # Twice float32's rounding: of gamma in the adapter, and of B where its gamma is not the common one.
-            np.testing.assert_allclose(delta, expected, rtol=0, atol=2.4e-7 * np.abs(expected).max())
-    logits = np.asarray(run(params, tokens, adapter))
-    found = run(params, tokens, load_peft(tmp_path / "again", config))
-    # Float32 sums of other terms through three layers: some tens of roundings.
-    np.testing.assert_allclose(found, logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+    loaded = applied(load_peft(tmp_path / "again", config))
+    for updates in (served(tmp_path / "own"), served(tmp_path / "again"), loaded):
+        compare(updates, applied(adapter))
 
 
 def test_tensors_of_one_rank_and_gamma_stay_bit_for_bit(perturbed, tmp_path) -> None:
     adapter = perturbed(rank=4, alpha=6, rule="rora", target_modules=["q_proj"])
     save_peft(tmp_path / "peft", adapter)
     save_peft(tmp_path / "portable", adapter, portable=True)
-    one, other = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("peft", "portable"))
-    assert one == other
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("peft", "portable")]
+    assert files[0] == files[1]
     written = json.loads((tmp_path / "portable" / "adapter_config.json").read_text())
     assert (written["r"], written["lora_alpha"], written["target_modules"]) == (4, 12, ["q_proj"])
 
 
-def test_an_adapter_of_another_architecture_is_rewritten(golden, tmp_path) -> None:
-    """Names are the file's own: no model is asked."""
-    (tmp_path / "peft").mkdir()
+def test_an_adapter_of_another_architecture_is_rewritten(source, tmp_path) -> None:
+    """Check that names are the file's own and no model is needed."""
     rng = np.random.default_rng(0)
     names = [
         f"base_model.model.transformer.h.{layer}.attn.c_attn.lora_{kind}.weight" for layer in (0, 1) for kind in "AB"
     ]
-    tensors = {name: rng.normal(size=(2, 6) if "A" in name[-9:] else (18, 2)).astype(np.float16) for name in names}
-    (tmp_path / "peft" / "adapter_model.safetensors").write_bytes(safetensors.numpy.save(tensors))
-    entries = json.loads((golden.FOLDER / "rora" / "adapter_config.json").read_text())
-    entries |= {"r": 2, "lora_alpha": 3, "target_modules": ["c_attn"], "layers_to_transform": None}
-    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(entries))
-    rewrite_portable(tmp_path / "peft", tmp_path / "portable")
-    for name, delta in served(tmp_path / "portable").items():
-        a, b = (tensors[key].astype(np.float64) for key in (name, name.replace("lora_A", "lora_B")))
-        expected = 3 / 2**0.5 * b @ a  # alpha 4.24 becomes 4, and B takes the rest: twice float32's rounding
-        np.testing.assert_allclose(delta, expected, rtol=0, atol=2.4e-7 * np.abs(expected).max())
+    shapes = {"A": (2, 6), "B": (18, 2)}
+    tensors = {name: rng.normal(size=shapes[name[-8]]).astype(np.float16) for name in names}
+    entries = {"r": 2, "lora_alpha": 3, "target_modules": ["c_attn"], "layers_to_transform": None}
+    folder = source("rora", entries, lambda golden: (golden.clear(), golden.update(tensors)))
+    rewrite_portable(folder, tmp_path / "portable")
+    # Alpha 4.24 becomes 4, and B takes the rest.
+    pairs = {name: (tensors[name], tensors[name.replace("lora_A", "lora_B")]) for name in names if "lora_A" in name}
+    compare(served(tmp_path / "portable"), {name: product(3 / 2**0.5, *pair) for name, pair in pairs.items()})
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "message"),
+    ("name", "entries", "damage", "message"),
     [
-        ("dora", {}, "use_dora true .*Merge the adapter into the model"),
-        ("lora", {"modules_to_save": ["lm_head"]}, "modules_to_save is .*not supported"),
-        ("lora", {"r": 5}, r"r must be 4 at model.layers.\d.*got 5"),
-        ("lora", {"peft_type": "PREFIX_TUNING"}, "peft_type 'PREFIX_TUNING' has no portable form"),
+        ("dora", {}, lambda _: None, "use_dora true .*Merge the adapter into the model"),
+        ("lora", {"modules_to_save": ["lm_head"]}, lambda _: None, "modules_to_save is .*not supported"),
+        ("lora", {"r": 5}, lambda _: None, r"r must be 4 at model.layers.\d.*got 5"),
+        ("lora", {"peft_type": "PREFIX_TUNING"}, lambda _: None, "peft_type 'PREFIX_TUNING' has no portable form"),
+        (
+            "lora",
+            {},
+            lambda t: t.pop(next(key for key in t if "lora_B" in key)),
+            r"must have A \[r, p_in\].*got \{'A': \[4, \d+\]\}",
+        ),
+        ("lora", {}, lambda t: t.update({"lm_head.weight": np.ones((2, 2), "f4")}), "unsupported tensor 'lm_head"),
+        ("lora", {}, lambda t: t.clear(), "has no tensors"),
     ],
 )
-def test_what_has_no_portable_form_is_refused_by_name(name, change, message, golden, tmp_path) -> None:
-    source = golden.FOLDER / name
-    (tmp_path / "peft").mkdir()
-    entries = json.loads((source / "adapter_config.json").read_text()) | change
-    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(entries))
-    (tmp_path / "peft" / "adapter_model.safetensors").write_bytes((source / "adapter_model.safetensors").read_bytes())
+def test_what_has_no_portable_form_is_refused_by_name(name, entries, damage, message, source, tmp_path) -> None:
     with pytest.raises(InputError, match=message):
-        rewrite_portable(tmp_path / "peft", tmp_path / "out")
+        rewrite_portable(source(name, entries, damage), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -140,26 +152,6 @@ def test_a_prefix_is_refused(config, params, tmp_path) -> None:
     with pytest.raises(InputError, match="peft_type 'PREFIX_TUNING' has no portable form"):
         save_peft(tmp_path / "out", prefix, portable=True)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (
-            lambda t: t.pop(next(key for key in t if "lora_B" in key)),
-            r"must have A \[r, p_in\].*got \{'A': \[4, \d+\]\}",
-        ),
-        (lambda t: t.update({"lm_head.weight": np.ones((2, 2), np.float32)}), "unsupported tensor 'lm_head.weight'"),
-        (lambda t: t.clear(), "has no tensors"),
-    ],
-)
-def test_damaged_tensors_are_refused(damage, message, golden, tmp_path) -> None:
-    tensors = safetensors.numpy.load((golden.FOLDER / "lora" / "adapter_model.safetensors").read_bytes())
-    damage(tensors)
-    (tmp_path / "adapter_config.json").write_bytes((golden.FOLDER / "lora" / "adapter_config.json").read_bytes())
-    (tmp_path / "adapter_model.safetensors").write_bytes(safetensors.numpy.save(tensors))
-    with pytest.raises(InputError, match=message):
-        rewrite_portable(tmp_path, tmp_path / "out")
 
 
 def test_the_command(golden, tmp_path, monkeypatch, capsys) -> None:

@@ -22,12 +22,12 @@ def test_gradients_are_those_of_the_plain_product(dtype):
 
     wide, plain = (np.asarray(product(inner, B), np.float32) for product in (widen, linear))
     np.testing.assert_allclose(wide, plain, rtol=2 * jnp.finfo(dtype).eps, atol=1e-6)
-    found, expected = (jax.grad(loss(product), (0, 1))(inner, B) for product in (widen, linear))
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == other.dtype
+    gradients = (jax.grad(loss(product), (0, 1))(inner, B) for product in (widen, linear))
+    for ours, expected in zip(*gradients, strict=True):
+        assert ours.dtype == expected.dtype
         # The same sums of at most ten products: equal but for their order.
         np.testing.assert_allclose(
-            one.astype(jnp.float32), other.astype(jnp.float32), rtol=20 * jnp.finfo(dtype).eps, atol=1e-6
+            ours.astype(jnp.float32), expected.astype(jnp.float32), rtol=20 * jnp.finfo(dtype).eps, atol=1e-6
         )
 
 

@@ -23,7 +23,7 @@ VALIDATION = (
 
 
 @pytest.mark.parametrize(
-    ("schedule", "warmup", "count", "said", "last"),
+    ("schedule", "warmup", "count", "words", "last"),
     [
         ("linear", 2, 6, "0.5 after 2 steps of warm-up, then linear decay to 0 after the last step", 0.125),
         ("constant", 2, 6, "0.5 after 2 steps of warm-up, then constant", 0.5),
@@ -32,11 +32,11 @@ VALIDATION = (
         ("linear", 0, 2, "0.5 after 0 steps of warm-up, then linear decay to 0 after the last step", 0.25),
     ],
 )
-def test_the_learning_rate_in_words(schedule, warmup, count, said, last):
+def test_the_learning_rate_in_words(schedule, warmup, count, words, last):
     config = FinetuneConfig(schedule=schedule, warmup=warmup, lr=0.5)
     events = [{"event": "step", "step": step, "loss": 1.0} for step in range(1, count + 1)]
     rows = dict(card.build_training_card(config, RECORDS, ["x.json"], SUMMARY, events).rows)
-    assert rows["learning rate"] == said
+    assert rows["learning rate"] == words
     rate = steps.schedule(config, count)
     assert float(rate(count - 1)) == pytest.approx(last)
     assert float(rate(count)) == pytest.approx({"linear": 0.0 if count > warmup else 0.5, "constant": 0.5}[schedule])
@@ -59,9 +59,9 @@ def test_a_card_s_rows():
         lr=0.5,
     )
     sources = ["data/x.json", "hf://datasets/me/chats@main:train", "hf://datasets/me/chats"]
-    found = card.build_training_card(config, RECORDS, sources, SUMMARY, [*STEPS, *TESTED], 8, "mit")
-    assert (found.datasets, found.license) == (("me/chats",), "mit")
-    assert dict(found.rows) == {
+    built = card.build_training_card(config, RECORDS, sources, SUMMARY, [*STEPS, *TESTED], 8, "mit")
+    assert (built.datasets, built.license) == (("me/chats",), "mit")
+    assert dict(built.rows) == {
         "data": "`x.json`, `hf://datasets/me/chats@main:train`, `hf://datasets/me/chats`",
         "records": f"2,500, SHA-256 `{RECORDS.sha256}`",
         "trained on": "1,100; held out for the validation loss: 1,200",

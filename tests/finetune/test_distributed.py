@@ -33,15 +33,9 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     }
     save_hf(tmp_path / "model", tiny.params(), tiny.CONFIG)
     command = [sys.executable, str(SCRIPT), str(tmp_path / "model"), str(tmp_path / "two")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     children = [
-        subprocess.Popen(
-            command,
-            env=environment | {"JAX_PROCESS_ID": str(number)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
+        subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(number)}, **pipes) for number in range(2)
     ]
     try:
         expected = two_processes.train(tmp_path / "one", tiny.params())  # on one device, meanwhile
@@ -74,6 +68,14 @@ def alone(monkeypatch):
     return monkeypatch
 
 
+@pytest.fixture
+def joined(alone):
+    """The positional arguments of every call of JAX's own function, which is not run."""
+    calls = []
+    alone.setattr(jax.distributed, "initialize", lambda *args, **_: calls.append(args))
+    return calls
+
+
 @pytest.mark.usefixtures("alone")
 def test_a_process_on_its_own_joins_nothing():
     assert distributed.initialize() is False
@@ -98,9 +100,7 @@ def test_options_are_refused_by_name(options, match):
         distributed.initialize(*options)
 
 
-def test_the_environment_stands_for_the_options(alone):
-    joined = []
-    alone.setattr(jax.distributed, "initialize", lambda *args, **_: joined.append(args))
+def test_the_environment_stands_for_the_options(alone, joined):
     for name, value in zip(distributed.VARIABLES, ("host:1", "4", "3"), strict=True):
         alone.setenv(name, value)
     distributed.initialize()
@@ -111,12 +111,10 @@ def test_the_environment_stands_for_the_options(alone):
         distributed.initialize()
 
 
-def test_slurm_is_left_to_jax(alone):
-    joined = []
-    alone.setattr(jax.distributed, "initialize", lambda *args, **_: joined.append(args))
-    task = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
-    for name, value in (task | {"SLURM_LOCALID": "0"}).items():
-        alone.setenv(name, value)
+def test_slurm_is_left_to_jax(alone, joined):
+    task = {"JOB_ID": "7", "STEP_NODELIST": "node[1-2]", "NTASKS": "2", "PROCID": "1", "LOCALID": "0"}
+    for name, value in task.items():
+        alone.setenv(f"SLURM_{name}", value)
     distributed.initialize()
     assert joined == [(None, None, None)]
     from jax._src.clusters import ClusterEnv

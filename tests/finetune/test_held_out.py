@@ -22,7 +22,7 @@ PARAMS = init_params(jax.random.key(0), CONFIG)
 
 
 def examples(shared: int, count: int = 9) -> Examples:
-    """Records of 25 to 70 tokens that begin alike; the answers are their last 1 to 5."""
+    """Return records of 25 to 70 tokens that begin alike; the answers are their last 1 to 5."""
     random = np.random.default_rng(shared)
     beginning = random.integers(0, 61, shared)
     rows = [np.concatenate([beginning, random.integers(0, 61, n)]) for n in random.integers(25, 71 - shared, count)]
@@ -34,38 +34,39 @@ def examples(shared: int, count: int = 9) -> Examples:
 LORA = LoraConfig(rule="rora", rank=2, alpha=4.0)
 
 
-@functools.cache
-def drawn(adapted, config: LlamaConfig):
-    return None if adapted is None else init(jax.random.key(1), adapted, config, PARAMS)
-
-
 @functools.partial(jax.jit, static_argnames="config")
 def log_probabilities(tokens, adapter, config):
     return jax.nn.log_softmax(forward(PARAMS, tokens, config, adapter), axis=-1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shared", [0, 16, 17, 40])
 @pytest.mark.parametrize(
-    ("config", "adapted"), [(CONFIG, None), (CONFIG, LORA), (CONFIG, PrefixConfig(3)), (WINDOWED, PrefixConfig(3))]
+    ("shared", "config", "settings"),
+    [
+        *((shared, CONFIG, LORA) for shared in (0, 16, 17, 40)),
+        (17, CONFIG, None),
+        (40, CONFIG, PrefixConfig(3)),
+        (17, WINDOWED, PrefixConfig(3)),
+        (40, WINDOWED, PrefixConfig(3)),
+    ],
 )
-def test_equal_to_plain_forward_passes(shared: int, config: LlamaConfig, adapted, prompts_read) -> None:
-    """Of 17 shared tokens 16 are read once, of 16 none: the last must stay to predict what differs."""
+def test_equal_to_plain_forward_passes(shared: int, config: LlamaConfig, settings, prompts_read) -> None:
+    """Expect 16 of 17 shared tokens to be read once, of 16 none: the last must stay to predict what differs."""
     held_out = examples(shared)
-    adapter = drawn(adapted, config)
-    found = record_losses(PARAMS, config, held_out, adapter=adapter, batch_size=4, widths=2)
+    adapter = None if settings is None else init(jax.random.key(1), settings, config, PARAMS)
+    losses = record_losses(PARAMS, config, held_out, adapter=adapter, batch_size=4, widths=2)
     assert prompts_read == {0: [], 16: [], 17: [16], 40: [32]}[shared]
-    whole = np.zeros((len(held_out), 96), np.int32)
-    for row, index in zip(whole, range(len(held_out)), strict=True):
+    padded = np.zeros((len(held_out), 96), np.int32)
+    for index, row in enumerate(padded):
         row[: held_out.lengths[index]] = held_out[index]
-    logp = np.asarray(log_probabilities(whole, adapter, config), np.float64)
-    for index, one in enumerate(found):
+    logp = np.asarray(log_probabilities(padded, adapter, config), np.float64)
+    for index, record in enumerate(losses):
         tokens = held_out[index]
-        losses = -logp[index, np.arange(len(tokens) - 1), tokens[1:]]
-        answer = losses[held_out.first_targets[index] - 1 :]
-        assert (one.tokens, one.answer_tokens) == (len(losses), len(answer))
+        expected = -logp[index, np.arange(len(tokens) - 1), tokens[1:]]
+        answer = expected[held_out.first_targets[index] - 1 :]
+        assert (record.tokens, record.answer_tokens) == (len(expected), len(answer))
         # Sums of up to 70 float32 terms near 4.
-        np.testing.assert_allclose((one.loss, one.answer_loss), (losses.sum(), answer.sum()), rtol=0, atol=2e-4)
+        np.testing.assert_allclose((record.loss, record.answer_loss), (expected.sum(), answer.sum()), rtol=0, atol=2e-4)
 
 
 def test_a_record_that_the_model_can_t_read_is_refused() -> None:
@@ -76,13 +77,14 @@ def test_a_record_that_the_model_can_t_read_is_refused() -> None:
 
 @pytest.mark.slow
 def test_records_that_are_all_answer_have_one_loss() -> None:
-    """Though they begin alike, nothing of an answer is read at once for all; of the longest size, no multiple of 8."""
+    """Read nothing of an answer at once for all, though the records begin alike; their size is no multiple of 8."""
     random = np.random.default_rng(0)
     beginning = random.integers(0, 61, 40)
     tokens = np.concatenate([part for _ in range(3) for part in (beginning, random.integers(0, 61, 30))])
     held_out = Examples(tokens, np.arange(4) * 70, np.arange(3 * 70) % 70 > 0, 0, 0)
-    for one in record_losses(PARAMS, replace(CONFIG, max_position_embeddings=69), held_out, batch_size=4, widths=1):
-        assert (one.tokens, one.loss) == (one.answer_tokens, pytest.approx(one.answer_loss, rel=1e-6))
+    config = replace(CONFIG, max_position_embeddings=69)
+    for record in record_losses(PARAMS, config, held_out, batch_size=4, widths=1):
+        assert (record.tokens, record.loss) == (record.answer_tokens, pytest.approx(record.answer_loss, rel=1e-6))
 
 
 def test_of_no_record_there_is_no_loss() -> None:
@@ -97,5 +99,5 @@ def test_perplexity_is_that_of_the_logits() -> None:
     for scale, batch_size in ((1.0, 2), (1e3, 4), (1e4, 4)):  # losses of 4, 170 and 1700 nats
         chances = np.asarray(jax.nn.log_softmax(scale * logits), np.float64)
         mean = -np.take_along_axis(chances, windows[:, 1:, None], axis=-1).mean()
-        found = perplexity(PARAMS | {"lm_head": scale * PARAMS["lm_head"]}, CONFIG, windows, batch_size=batch_size)
-        assert math.log(found) == pytest.approx(mean if mean < 700 else math.inf, rel=1e-5)
+        value = perplexity(PARAMS | {"lm_head": scale * PARAMS["lm_head"]}, CONFIG, windows, batch_size=batch_size)
+        assert math.log(value) == pytest.approx(mean if mean < 700 else math.inf, rel=1e-5)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import shutil
 
 import jax
 import numpy as np
@@ -29,26 +28,17 @@ from rora_theory.finetune import step as steps
 from rora_theory.finetune.checkpoints import Progress
 
 CONFIG = FinetuneConfig(
-    rank=2,
-    alpha=4,
-    targets=("q_proj", "down_proj"),
-    dropout=0.1,
-    template="clean",
-    held_out=6,
-    widths=2,
-    epochs=2,
-    batch_size=4,
-    warmup=2,
-    lr=0.03,
-    evaluate_every=4,
-    checkpoint_every=3,
-)
+    rank=2, alpha=4, targets=("q_proj", "down_proj"), dropout=0.1, template="clean", held_out=6, widths=2, epochs=2,
+    batch_size=4, warmup=2, lr=0.03, evaluate_every=4, checkpoint_every=3,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
-    """Compile each step once: runs that ask for the same one share it. That a new process's own gives the same bits is
-    shown where a process is killed."""
+    """Share the compiled steps of runs with equal settings, apart from what no step reads.
+
+    That a new process's own step gives the same bits is shown where a process is killed.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for name in ("train_step", "eval_step"):
             patch.setattr(steps, name, _memo(getattr(steps, name)))
@@ -56,18 +46,17 @@ def compiled_once():
 
 
 def _memo(original):
-    """The function, which makes a step once for each set of arguments, apart from what no step reads."""
     made = {}
+    unread = {"seed": 0, "evaluate_every": 1, "checkpoint_every": 1}
 
-    def once(adapter, *arguments, **options):
-        unread = {"seed": 0, "evaluate_every": 1, "checkpoint_every": 1}
-        read = [dataclasses.replace(each, **unread) if isinstance(each, FinetuneConfig) else each for each in arguments]
+    def make(adapter, *arguments, **options):
+        read = [dataclasses.replace(a, **unread) if isinstance(a, FinetuneConfig) else a for a in arguments]
         key = repr((adapter.config, read, options))
         if key not in made:
             made[key] = original(adapter, *arguments, **options)
         return made[key]
 
-    return once
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +90,9 @@ def checkpoints(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(params, tmp_path_factory):
+def complete(params, tmp_path_factory):
     """An uninterrupted run: its events, trainer, validation batches and the shapes that were traced."""
-    run, _, held_out = trainer(params, tmp_path_factory.mktemp("whole"))
+    run, _, held_out = trainer(params, tmp_path_factory.mktemp("complete"))
     traces = []
     original = steps.llama.hidden_states
     with pytest.MonkeyPatch.context() as patch:
@@ -114,8 +103,9 @@ def whole(params, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_takes_every_step_and_validates_on_time(whole):
-    events, run, _, _ = whole
+def test_a_run_takes_every_step_and_validates_on_time(complete):
+    """Check also that the learning rate rises from 0 over 2 updates, then falls to 0 after the 10th."""
+    events, run, held_out, traces = complete
     taken = [event for event in events if isinstance(event, StepCompleted)]
     assert [event.step for event in taken] == list(range(1, 11))
     assert run.step == run.steps == 10
@@ -123,13 +113,12 @@ def test_a_run_takes_every_step_and_validates_on_time(whole):
     assert (taken[4].epoch, taken[9].epoch) == (1.0, 2.0)
     assert np.mean([event.loss for event in taken[-3:]]) < np.mean([event.loss for event in taken[:3]])
     assert taken[0].targets < taken[0].positions
-
-
-@pytest.mark.slow
-def test_the_learning_rate_rises_and_falls(whole):
-    """It rises from 0 over 2 updates, then falls to 0 after the 10th."""
-    rates = [event.learning_rate for event in whole[0] if isinstance(event, StepCompleted)]
+    rates = [event.learning_rate for event in taken]
     assert rates == pytest.approx([0.0, 0.015, *(0.03 * left / 8 for left in range(8, 0, -1))])
+    widths = {shape[1] for shape in traces}
+    assert len(widths) == 2
+    validated = {batch.inputs.shape[1] for batch in prefetch(held_out)}
+    assert len(traces) == len(widths) + len(validated), "one trace a width of training, one of validation"
 
 
 @pytest.mark.parametrize(
@@ -137,43 +126,39 @@ def test_the_learning_rate_rises_and_falls(whole):
 )
 def test_a_step_is_made_of_the_run_s_own_settings(params, monkeypatch, changes):
     """And of its number of steps, which the schedule depends on."""
-    asked = []
-    monkeypatch.setattr(steps, "train_step", lambda _, model, *settings, **options: asked.append(settings))
+    arguments = []
+    monkeypatch.setattr(steps, "train_step", lambda _, model, *settings, **options: arguments.append(settings))
     run, *_ = trainer(params, None, **changes)
-    assert asked == [(dataclasses.replace(CONFIG, **changes), run.steps)]
+    assert arguments == [(dataclasses.replace(CONFIG, **changes), run.steps)]
     assert run.steps == (5 if {"steps", "epochs"} & set(changes) else 10)
 
 
 @pytest.mark.slow
-def test_each_width_is_compiled_once(whole):
-    _, _, held_out, traces = whole
-    widths = {shape[1] for shape in traces}
-    assert len(widths) == 2
-    validated = {batch.inputs.shape[1] for batch in prefetch(held_out)}
-    assert len(traces) == len(widths) + len(validated), "one trace a width of training, one of validation"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stop", [2, 7])
-def test_a_stopped_run_goes_on_to_the_same_bits(params, whole, tmp_path, stop):
-    expected = timeless(whole[0])
+@pytest.mark.parametrize(("stop", "checkpoint"), [(2, 0), (7, 6)])  # checkpoints are taken at 3, 4, 6, 8, 9 and 10
+def test_a_stopped_run_goes_on_to_the_same_bits(params, complete, tmp_path, stop, checkpoint):
+    expected, finished = timeless(complete[0]), complete[1]
     first, *_ = trainer(params, tmp_path)
-    seen = list(itertools.takewhile(lambda e: e.step <= stop, first.run()))
+    before = list(itertools.takewhile(lambda e: e.step <= stop, first.run()))
     first.close()
-    assert timeless(seen) == [event for event in expected if event.step <= stop]
+    assert timeless(before) == [event for event in expected if event.step <= stop]
     second, *_ = trainer(params, tmp_path)
-    # Checkpoints are taken at 3, 4, 6, 8, 9 and 10.
-    assert second.step == {2: 0, 7: 6}[stop]
-    assert timeless(second.run()) == [event for event in expected if event.step > {2: 0, 7: 6}[stop]]
-    jax.tree.map(np.testing.assert_array_equal, second.adapter("last").params, whole[1].adapter("last").params)
-    assert (second.best_step, second.best_loss) == (whole[1].best_step, whole[1].best_loss)
+    assert second.step == checkpoint
+    assert timeless(second.run()) == [event for event in expected if event.step > checkpoint]
+    jax.tree.map(np.testing.assert_array_equal, second.adapter("last").params, finished.adapter("last").params)
+    assert (second.best_step, second.best_loss) == (finished.best_step, finished.best_loss)
     second.close()
+    third, *_ = trainer(params, tmp_path)
+    assert list(third.run()) == [], "a finished run has nothing left to do"
+    assert third.best_loss == finished.best_loss
+    third.close()
 
 
 @pytest.mark.slow
 def test_the_seed_decides_the_dropout(params):
-    """Another seed with the same adapter and the same batches: other masks, which the first step's gradient of B shows
-    (B itself is still 0, so that its loss shows none)."""
+    """Check that another seed, with the same adapter and batches, has another first gradient.
+
+    B is still 0, so that the first loss does not show the masks.
+    """
     run, batches, _ = trainer(params, None)
     norms = []
     for seed in (CONFIG.seed, CONFIG.seed, CONFIG.seed + 1):
@@ -185,16 +170,7 @@ def test_the_seed_decides_the_dropout(params):
 
 
 @pytest.mark.slow
-def test_a_finished_run_has_nothing_left_to_do(params, whole, tmp_path):
-    folder = shutil.copytree(whole[1]._checkpoints.folder, tmp_path / "copy")
-    again, *_ = trainer(params, folder)
-    assert list(again.run()) == []
-    assert again.best_loss == whole[1].best_loss
-    again.close()
-
-
-@pytest.mark.slow
-def test_the_best_adapter_is_the_one_of_the_lowest_validation_loss(params, whole, tmp_path):
+def test_the_best_adapter_is_the_one_of_the_lowest_validation_loss(params, complete, tmp_path):
     run, _, held_out = trainer(params, tmp_path)
     real, taken = run._evaluate, []
 
@@ -215,7 +191,7 @@ def test_the_best_adapter_is_the_one_of_the_lowest_validation_loss(params, whole
         sums = [real(run.adapter(which).params, params, batch) for batch in prefetch(held_out)]
         return float(sum(s for s, _ in sums) / sum(n for _, n in sums))
 
-    true = {event.step: event.loss for event in whole[0] if isinstance(event, ValidationCompleted)}
+    true = {event.step: event.loss for event in complete[0] if isinstance(event, ValidationCompleted)}
     assert true[10] < true[4], "the adapters differ"
     assert loss("best") == pytest.approx(true[4], rel=1e-6)
     assert loss("last") == pytest.approx(true[10], rel=1e-6)
@@ -225,7 +201,7 @@ def test_the_best_adapter_is_the_one_of_the_lowest_validation_loss(params, whole
 
 @pytest.mark.slow
 def test_an_adapter_is_of_the_steps_taken_and_outlives_the_next(params, tmp_path):
-    """Between two checkpoints, at 4 and 6, the best is not the last."""
+    """Check between two checkpoints, at 4 and 6, where the best is not the last."""
     run, *_ = trainer(params, tmp_path, pauses=(4, 5))
     held = {}
     for event in run.run():
@@ -236,14 +212,14 @@ def test_an_adapter_is_of_the_steps_taken_and_outlives_the_next(params, tmp_path
             break
     run.close()
     assert run.best_step == 4
-    for one in ((4, "best"), (5, "best")):
-        jax.tree.map(np.testing.assert_array_equal, held[one], held[4, "last"])
+    for step in (4, 5):
+        jax.tree.map(np.testing.assert_array_equal, held[step, "best"], held[4, "last"])
     four, five = (held[step, "last"]["self_attn.q_proj"]["lora_B"] for step in (4, 5))
     assert not np.array_equal(four, five)
 
 
 def save(params, folder, progress=None, **changes):
-    """A checkpoint of step 3, that no run has come to."""
+    """Save a checkpoint of step 3 that no run has come to."""
     run, *_ = trainer(params, folder, **changes)
     run._checkpoints.save(run._state, progress or dataclasses.replace(run._progress, step=3))
     run.close()
@@ -251,11 +227,13 @@ def save(params, folder, progress=None, **changes):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_refused(params, tmp_path):
-    """Though its arrays are of the same shapes. How often a run looks and saves may change; how long it is where the
-    learning rate does not depend on it."""
+    """Check a run whose arrays are of the same shapes.
+
+    How often a run validates and saves may change; its length may where the learning rate does not depend on it.
+    """
     save(params, tmp_path)
-    others = ({"lr": 0.01}, {"seed": 1}, {"rule": "lora"}, {"alpha": 8}, {"weight_decay": 0.1}, {"steps": 9})
-    for changes, what in [(one, "settings") for one in others] + [({"template": "train"}, "training data")]:
+    changed = ({"lr": 0.01}, {"seed": 1}, {"rule": "lora"}, {"alpha": 8}, {"weight_decay": 0.1}, {"steps": 9})
+    for changes, what in [(settings, "settings") for settings in changed] + [({"template": "train"}, "training data")]:
         with pytest.raises(InputError, match=f"/3: .* run with other {what}"):
             trainer(params, tmp_path, **changes)
     with pytest.raises(InputError, match=r"/3: .* beyond the 2 steps"):
@@ -271,7 +249,7 @@ def test_a_checkpoint_of_another_run_is_refused(params, tmp_path):
 
 
 def test_a_checkpoint_that_does_not_tell_its_run_is_taken(params, tmp_path):
-    """As versions before wrote it; the next one tells."""
+    """Read a checkpoint of an early version, without digests; the next one has them."""
     save(params, tmp_path, Progress(3, 3, 0.7))
     run, *_ = trainer(params, tmp_path, lr=0.01)
     assert (run.step, run.best_step) == (3, 3)
@@ -283,24 +261,19 @@ def test_a_checkpoint_that_does_not_tell_its_run_is_taken(params, tmp_path):
 
 @pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(params, tmp_path):
-    # One byte's embedding is no number; a record with that byte comes in the batch of some step.
+    # One byte's embedding is no number; a record with that byte comes in the batch of step ``bad``, not before.
     _, batches, _ = trainer(params, tmp_path / "unused")
-    words = {step: set(batches[step - 1].inputs.ravel().tolist()) for step in range(1, 6)}
-    seen = set()
-    bad, byte = 0, 0
-    for step in range(1, 6):
-        new = words[step] - seen
-        if new:
-            bad, byte = step, min(new)
-        seen |= words[step]
-    assert bad > 1
+    words = [set(batches[step].inputs.ravel().tolist()) for step in range(5)]
+    new_words = [words[step].difference(*words[:step]) for step in range(5)]
+    bad = max(step + 1 for step in range(1, 5) if new_words[step])
+    byte = min(new_words[bad - 1])
     poisoned = {**params, "embed_tokens": params["embed_tokens"].at[byte].set(np.nan)}
-    for every, kept in ((1, [bad - 1]), (50, [])):
+    for every, saved in ((1, [bad - 1]), (50, [])):
         folder = tmp_path / str(every)
         run, *_ = trainer(poisoned, folder, checkpoint_every=every, evaluate_every=50)
-        location = f"last good checkpoint is {folder}/{bad - 1}\\." if kept else "no checkpoint yet"
+        location = f"last good checkpoint is {folder}/{bad - 1}\\." if saved else "no checkpoint yet"
         with pytest.raises(NonFiniteLossError, match=f"^loss is nan at step {bad}\\. .*{location}") as caught:
             list(run.run())
         assert caught.value.step == bad
         run.close()
-        assert checkpoints(folder) == kept
+        assert checkpoints(folder) == saved

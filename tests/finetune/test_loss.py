@@ -32,7 +32,7 @@ direct_loss = jax.jit(jax.value_and_grad(direct))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 7, 100])
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
 def test_equals_the_direct_formula_and_its_gradient(chunk):
     arguments = inputs()
     loss, gradient = chunked_loss(*arguments, logits_bytes=chunk * ROW)
@@ -73,33 +73,27 @@ def test_large_logits_do_not_overflow():
 
 
 @pytest.mark.slow
-def test_positions_of_weight_zero_count_for_nothing():
+def test_positions_of_weight_zero_count_for_nothing_and_the_head_is_frozen():
     hidden, head, targets, weights = inputs()
     out = weights == 0
-    other = cross_entropy(
-        jnp.where(out[..., None], 7.0, hidden), head, jnp.where(out, 0, targets), weights, logits_bytes=2 * ROW
-    )
-    assert other == cross_entropy(hidden, head, targets, weights, logits_bytes=2 * ROW)
-    gradient = jax.grad(cross_entropy)(hidden, head, targets, weights)
+    loss, gradient = chunked_loss(hidden, head, targets, weights, logits_bytes=2 * ROW)
+    other = jnp.where(out[..., None], 7.0, hidden), head, jnp.where(out, 0, targets), weights
+    np.testing.assert_allclose(chunked_loss(*other, logits_bytes=2 * ROW)[0], loss, rtol=1e-6)
     assert not gradient[out].any()
     assert gradient[~out].all()
-
-
-def test_the_head_is_frozen():
-    gradient = jax.grad(cross_entropy, argnums=1)(*inputs())
-    assert not gradient.any()
+    assert not jax.grad(cross_entropy, argnums=1)(hidden, head, targets, weights).any()
 
 
 def test_no_array_of_the_whole_logits_exists():
     arguments = inputs()
-    whole = jax.make_jaxpr(jax.grad(direct))(*arguments)
+    unchunked = jax.make_jaxpr(jax.grad(direct))(*arguments)
     chunked = jax.make_jaxpr(jax.grad(lambda *a: cross_entropy(*a, logits_bytes=2 * ROW)))(*arguments)
-    assert largest(whole.jaxpr) >= B * T * V
+    assert largest(unchunked.jaxpr) >= B * T * V
     assert largest(chunked.jaxpr) < B * T * V
 
 
 def largest(jaxpr):
-    """Elements of the largest array in a program and in the programs inside it."""
+    """Return the elements of the largest array in a program and in the programs inside it."""
     sizes = [0]
     for equation in jaxpr.eqns:
         sizes += [v.aval.size for v in equation.outvars]

@@ -35,13 +35,13 @@ def metrics_of(path: Path, steps: int) -> Metrics:
 
 def test_what_came_before_a_checkpoint_must_be_there(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    whole = metrics_of(path, 8).events
+    events = metrics_of(path, 8).events
     again = Metrics(path, At(6), "run")
-    assert again.events == [event for event in whole if event["step"] <= 6]
+    assert again.events == [event for event in events if event["step"] <= 6]
     text = path.read_text()
     lines = text.splitlines(keepends=True)
     assert len(lines) == 9
-    for damaged, said in {
+    for damaged, message in {
         "".join(lines[:-1]): "has 8 of 9 lines before the checkpoint at step 6",  # the last validation
         "".join(lines[:4]): "has 4 of 9 lines",
         text[:-30]: "has 8 of 9 lines",
@@ -50,7 +50,7 @@ def test_what_came_before_a_checkpoint_must_be_there(tmp_path):
         "".join(lines[:3] + lines[4:]): "line 4 is damaged or was changed",
     }.items():
         path.write_text(damaged)
-        with pytest.raises(InputError, match=f"metrics.jsonl: {said}"):
+        with pytest.raises(InputError, match=f"metrics.jsonl: {message}"):
             Metrics(path, At(6), "run")
     path.unlink()
     with pytest.raises(InputError, match=r"metrics\.jsonl: has 0 of 9 lines"):
@@ -69,7 +69,7 @@ def test_events_of_the_wrong_type_are_refused(tmp_path, entry):
 
 
 def test_events_are_on_the_disk_before_a_checkpoint_that_follows_them(tmp_path, monkeypatch):
-    """Of steps 2, 3, 4 and 6, with the validation losses of 2, 4 and 6; the others are left to the next of these."""
+    """Check steps 2, 3, 4 and 6, with the validation losses of 2, 4 and 6; later ones write the other events."""
     path, real, synced = tmp_path / "metrics.jsonl", os.fsync, []
 
     def fsync(descriptor):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import tiny
+from support import tiny, training
 
 from rora_theory import adapters, llama
 from rora_theory.data.batches import Batch
@@ -24,25 +24,25 @@ def params():
     return tiny.params()
 
 
-def adapter(params, config):
-    """A fresh adapter with a lora_B that is not zero, so that every gradient is something."""
-    fresh = adapters.init(jax.random.key(1), config.lora(), tiny.CONFIG, params)
-    noise = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(2), a.shape), fresh.params)
-    return adapters.replace(fresh, noise)
-
-
 def batch(rows=4, width=24, seed=0):
-    random = np.random.default_rng(seed)
-    tokens = random.integers(1, 128, (rows, width + 1)).astype(np.int32)
-    lengths = random.integers(5, width + 1, rows)
-    weights = (np.arange(width) < lengths[:, None]).astype(np.float32)
-    kept = weights.astype(np.int32)
-    return Batch(tokens[:, :-1] * kept, tokens[:, 1:] * kept, weights, None)
+    return training.batch(rows, width, seed)
+
+
+def adapter(params, config):
+    """Return an adapter with a lora_B that is not zero, so that every gradient is something."""
+    return training.start(params, tiny.CONFIG, config, noise=0.1)
+
+
+def run(params, config, batches, adapted=None):
+    """Return the weights and metrics of steps on ``batches``."""
+    adapted = adapter(params, config) if adapted is None else adapted
+    trained = training.train(params, tiny.CONFIG, config, batches, adapter=adapted, schedule=STEPS)
+    return list(zip(trained.weights, trained.metrics, strict=True))
 
 
 @jax.jit
 def direct_loss(params, adapted, inputs, targets, weights):
-    """Mean cross-entropy by the model's own logits."""
+    """Return the mean cross-entropy by the model's own logits."""
     log_probabilities = jax.nn.log_softmax(llama.forward(params, inputs, tiny.CONFIG, adapted), axis=-1)
     picked = jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]
     return -jnp.sum(weights * picked) / jnp.sum(weights)
@@ -52,44 +52,28 @@ def changed(**values):
     return dataclasses.replace(PLAIN, **values)
 
 
-def run(params, config, batches, adapted=None):
-    """The states and metrics of steps on ``batches``."""
-    adapted = adapter(params, config) if adapted is None else adapted
-    function = steps.train_step(adapted, tiny.CONFIG, config, STEPS)
-    state = steps.init_state(adapted, steps.finetune_optimizer(config, STEPS), jax.random.key(3))
-    found = []
-    for item in batches:
-        state, metrics = function(state, params, item)
-        found.append((jax.tree.map(np.asarray, state.params), jax.tree.map(float, metrics)))
-    return found
-
-
-def test_schedule_is_the_published_one():
-    config = FinetuneConfig(warmup=3, lr=0.5)
-    rate = steps.schedule(config, 10)
+def test_schedules():
+    """Check linear and cosine decay to zero after the last step, and the published peaks."""
+    linear = steps.schedule(FinetuneConfig(warmup=3, lr=0.5), 10)
     expected = [0.5 * min(t / 3, (10 - t) / 7) for t in range(10)]
-    np.testing.assert_allclose([float(rate(t)) for t in range(10)], expected, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose([float(linear(t)) for t in range(10)], expected, rtol=1e-6, atol=1e-8)
+    cosine = steps.schedule(FinetuneConfig(warmup=2, lr=0.5, schedule="cosine"), 10)
+    decay = [0.25 * (1 + np.cos(np.pi * share)) for share in np.arange(9) / 8]
+    np.testing.assert_allclose([float(cosine(t)) for t in range(11)], [0.0, 0.25, *decay], atol=1e-7)
     assert float(steps.schedule(FinetuneConfig(warmup=0, lr=0.5), 10)(0)) == 0.5
     assert float(steps.schedule(FinetuneConfig(method="dora"), 1000)(100)) == pytest.approx(2e-4)
     assert float(steps.schedule(FinetuneConfig(), 1000)(100)) == pytest.approx(3e-4)
 
 
-def test_cosine_schedule_decays_to_zero_after_the_last_step():
-    rate = steps.schedule(FinetuneConfig(warmup=2, lr=0.5, schedule="cosine"), 10)
-    decay = [0.25 * (1 + np.cos(np.pi * share)) for share in np.arange(9) / 8]
-    np.testing.assert_allclose([float(rate(t)) for t in range(11)], [0.0, 0.25, *decay], atol=1e-7)
-
-
-@pytest.mark.parametrize("multiplier", [0.125, 8.0])
-def test_lr_multiplier_scales_the_update_of_lora_A_alone(params, multiplier):
+def test_lr_multiplier_scales_the_update_of_lora_A_alone(params):
     updates = {}
-    for factor in (1.0, multiplier):
+    for factor in (1.0, 8.0):
         config = changed(lr_multiplier_A=factor, weight_decay=0.1, warmup=0)
         start = adapter(params, config)
         ((trained, _),) = run(params, config, [batch()], start)
         updates[factor] = jax.tree.map(lambda new, old: new - np.asarray(old), trained, start.params)
-    for module, tensors in updates[multiplier].items():
-        for name, factor in (("lora_A", multiplier), ("lora_B", 1.0)):
+    for module, tensors in updates[8.0].items():
+        for name, factor in (("lora_A", 8.0), ("lora_B", 1.0)):
             np.testing.assert_allclose(tensors[name], factor * updates[1.0][module][name], rtol=2e-3, atol=1e-7)
 
 
@@ -97,12 +81,12 @@ def test_lr_multiplier_scales_the_update_of_lora_A_alone(params, multiplier):
 def test_steps_are_adamw_on_the_clipped_gradient(params):
     config = changed(lr=0.01, weight_decay=0.1, betas=(0.8, 0.9))
     start, data = adapter(params, config), [batch(seed=s) for s in range(4)]
-    found = run(params, config, data, start)
+    trained = run(params, config, data, start)
     gradient = jax.jit(jax.value_and_grad(lambda p, b: direct_loss(params, adapters.replace(start, p), *b[:3])))
     # AdamW as torch writes it, in float64 from the float32 gradients.
     weights = jax.tree.map(lambda a: np.asarray(a, np.float64), start.params)
     first = second = jax.tree.map(np.zeros_like, weights)
-    for t, (item, (after, metrics)) in enumerate(zip(data, found, strict=True)):
+    for t, (item, (after, metrics)) in enumerate(zip(data, trained, strict=True)):
         loss, g = gradient(jax.tree.map(jnp.float32, weights), item)
         norm = np.sqrt(sum(np.sum(np.square(a, dtype=np.float64)) for a in jax.tree.leaves(g)))
         g = jax.tree.map(lambda a, norm=norm: np.asarray(a, np.float64) * min(1, 0.05 / norm), g)
@@ -121,15 +105,14 @@ def test_steps_are_adamw_on_the_clipped_gradient(params):
         assert metrics.targets == np.sum(item.weights)
         # Adam divides by the gradient's own size: a relative error of 1e-4 in it moves a weight by 1e-4 rates.
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after, weights)
-    assert found[0][1].grad_norm > config.clip, "clipping is put to the test"
+    assert trained[0][1].grad_norm > config.clip, "clipping is put to the test"
 
 
 @pytest.mark.slow
 def test_a_batch_worked_in_parts_gives_the_same_step(params):
     data = [batch(seed=s) for s in range(3)]
-    whole = run(params, PLAIN, data)
-    parts = run(params, changed(accumulation=2), data)
-    for (weights, metrics), (other_weights, other) in zip(whole, parts, strict=True):
+    together, parts = (run(params, config, data) for config in (PLAIN, changed(accumulation=2)))
+    for (weights, metrics), (other_weights, other) in zip(together, parts, strict=True):
         np.testing.assert_allclose(other, metrics, rtol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other_weights, weights)
 
@@ -156,101 +139,78 @@ def test_loss_on_the_answer_is_the_loss_at_its_positions(params):
     few = tokenize(records, tiny.ByteEncoder(), template="clean", answer_only=True)
     widths = choose_widths(few.input_lengths, 1)
     item = Batches(few, widths, batch_size=8, answer_only=True)[0]
-    whole = Batches(few, widths, batch_size=8)[0]
+    full = Batches(few, widths, batch_size=8)[0]
     adapted = adapter(params, PLAIN)
     loss, count = steps.eval_step(adapted, tiny.CONFIG)(adapted.params, params, item)
-    assert item.targets.shape[1] < whole.targets.shape[1]
+    assert item.targets.shape[1] < full.targets.shape[1]
     assert count == 8 * len("answer0\0")
-    assert np.sum(whole.weights) == count, "the examples say where their answers begin"
-    assert float(loss / count) == pytest.approx(float(direct_loss(params, adapted, *whole[:3])), rel=1e-5)
+    assert np.sum(full.weights) == count, "the examples say where their answers begin"
+    assert float(loss / count) == pytest.approx(float(direct_loss(params, adapted, *full[:3])), rel=1e-5)
 
 
 @pytest.mark.slow
-def test_dropout_follows_the_key_and_the_step(params):
+def test_dropout_draws_a_mask_for_each_step_and_part(params):
+    """Check that the same batch has another loss at the next step, and one record another in the second part."""
     config = changed(dropout=0.3, warmup=0, lr=1e-30)
-    data = [batch()] * 2
-    losses = [metrics.loss for _, metrics in run(params, config, data)]
-    assert losses[0] != losses[1], "another mask at each step"
-    still = float(direct_loss(params, adapter(params, config), *data[0][:3]))
+    losses = [metrics.loss for _, metrics in run(params, config, [batch()] * 2)]
+    assert losses[0] != losses[1]
+    still = float(direct_loss(params, adapter(params, config), *batch()[:3]))
     assert min(abs(loss - still) for loss in losses) > 1e-4 * still, "a mask at every step"
-
-
-@pytest.mark.slow
-def test_parts_of_a_batch_have_masks_of_their_own(params):
-    """One record in the first part of two or in the second, the other part empty: a loss with another mask."""
-    config = changed(dropout=0.3, accumulation=2, warmup=0, lr=1e-30)
-    one = batch(rows=1)
-    losses = []
-    for before, after in ((0, 1), (1, 0)):
-        padded = Batch(*(np.pad(a, ((before, after), (0, 0))) for a in one[:3]), None)
-        losses += [metrics.loss for _, metrics in run(params, config, [padded])]
+    record = batch(rows=1)
+    in_first, in_second = (Batch(*(np.pad(a, (rows, (0, 0))) for a in record[:3]), None) for rows in ((0, 1), (1, 0)))
+    config = dataclasses.replace(config, accumulation=2)
+    losses = [run(params, config, [item])[0][1].loss for item in (in_first, in_second)]
     assert losses[0] != pytest.approx(losses[1], rel=1e-5)
+
+
+def take_shared(shared, params, config, batches, adapted):
+    """Return weights and metrics as `run` does, of steps that are compiled for several runs."""
+    function = shared.train_step(adapted, tiny.CONFIG, config, STEPS)
+    state = steps.init_state(adapted, steps.finetune_optimizer(config, STEPS), jax.random.key(3))
+    taken = []
+    for item in batches:
+        state, metrics = function(state, params, item)
+        taken.append((jax.tree.map(np.asarray, state.params), jax.tree.map(float, metrics)))
+    return taken
 
 
 @pytest.mark.slow
 def test_shared_steps_are_each_run_s_own(params):
-    """One compiled step for runs of other rules, alphas and rates: each as it would be compiled for itself."""
+    """Compile one step for runs of other rules, alphas and rates, and take each as compiled for itself."""
     shared, data = steps.SharedSteps(), [batch(seed=s) for s in range(2)]
     ends = []
-    for changes in ({}, {"lr": 0.03}, {"alpha": 9.0}, {"rule": "lora"}):
-        config = changed(warmup=1, lr=0.01) if not changes else changed(warmup=1, **changes)
-        start = adapter(params, config)
-        function = shared.train_step(start, tiny.CONFIG, config, STEPS)
-        state = steps.init_state(start, steps.finetune_optimizer(config, STEPS), jax.random.key(3))
-        for item, (expected, metrics) in zip(data, run(params, config, data, start), strict=True):
-            state, found = function(state, params, item)
-            np.testing.assert_allclose(jax.tree.map(float, found), metrics, rtol=1e-5)
+    for changes in ({}, {"lr": 0.03}, {"alpha": 9.0, "rule": "lora"}):
+        config = changed(**{"warmup": 1, "lr": 0.01} | changes)
+        adapted = adapter(params, config)
+        taken = take_shared(shared, params, config, data, adapted)
+        for (weights, metrics), (expected, known) in zip(taken, run(params, config, data, adapted), strict=True):
+            np.testing.assert_allclose(metrics, known, rtol=1e-5)
             # A weight moves by the rate; programs that differ in what is constant round differently.
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), state.params, expected)
-        ends.append(np.concatenate([np.ravel(a) for a in jax.tree.leaves(state.params)]))
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), weights, expected)
+        ends.append(np.concatenate([np.ravel(a) for a in jax.tree.leaves(weights)]))
     assert shared.compilations == 1
     assert min(np.abs(a - b).max() for a, b in itertools.combinations(ends, 2)) > 1e-4
 
 
 @pytest.mark.slow
 def test_shared_steps_are_of_the_adapter_that_they_are_asked_for(params):
-    """Of other settings than the run's: of its own dropout, and of its own rule and alpha without another program."""
+    """Apply its own dropout, and its own rule and alpha without another program, whatever the run's settings."""
     config, shared, losses = changed(dropout=0.3, lr=1e-30), steps.SharedSteps(), []
     for changes in ({}, {"dropout": 0.0}, {"dropout": 0.0, "rule": "lora"}):
-        start = adapter(params, dataclasses.replace(config, **changes))
-        function = shared.train_step(start, tiny.CONFIG, config, STEPS)
-        state = steps.init_state(start, steps.finetune_optimizer(config, STEPS), jax.random.key(3))
-        losses.append(float(function(state, params, batch())[1].loss))
+        adapted = adapter(params, dataclasses.replace(config, **changes))
+        losses += [metrics.loss for _, metrics in take_shared(shared, params, config, [batch()], adapted)]
         if changes:
-            assert losses[-1] == pytest.approx(float(direct_loss(params, start, *batch()[:3])), rel=1e-5)
+            assert losses[-1] == pytest.approx(float(direct_loss(params, adapted, *batch()[:3])), rel=1e-5)
     assert len(set(losses)) == 3
     assert shared.compilations == 2
 
 
 @pytest.mark.slow
-def test_each_shape_is_compiled_once_and_the_state_is_donated(params):
-    adapted = adapter(params, PLAIN)
-    function = steps.train_step(adapted, tiny.CONFIG, PLAIN, STEPS)
-    state = steps.init_state(adapted, steps.finetune_optimizer(PLAIN, STEPS), jax.random.key(3))
-    for item in (batch(width=16), batch(width=24), batch(width=16, seed=1), batch(width=24, seed=2)):
-        before = state
-        state, _ = function(state, params, item)
-        assert all(a.is_deleted() for a in jax.tree.leaves((before.params, before.optimizer)))
-    assert function._cache_size() == 2
-    assert not any(a.is_deleted() for a in jax.tree.leaves((adapted.params, params)))
-
-
-@pytest.mark.slow
-def test_bfloat16_base_trains_a_float32_adapter(params):
-    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
-    config = changed(dtype="bfloat16", method="dora")
-    (weights, metrics), *_ = run(half, config, [batch()])
-    assert {a.dtype for a in jax.tree.leaves(weights)} == {np.dtype(np.float32)}
-    expected = float(direct_loss(params, adapter(params, config), *batch()[:3]))
-    # Weights and activations of 8 bits, two layers: the loss, near log 128, moves in the third place.
-    assert metrics.loss == pytest.approx(expected, rel=5e-3)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"method": "dora", "dropout": 0.05, "remat": True, "accumulation": 2}])
 def test_the_whole_step_lowers_for_cuda(changes, monkeypatch):
-    """The program for an NVIDIA GPU, from abstract shapes: bfloat16 base, fused attention both ways, products in
-    bfloat16, and the state's memory reused; made here without a GPU.
+    """Make the program for an NVIDIA GPU from abstract shapes, without a GPU.
+
+    It has a bfloat16 base, fused attention both ways and products in bfloat16, and it reuses the state's memory.
     """
     from jax._src.cudnn import fused_attention_stablehlo
 

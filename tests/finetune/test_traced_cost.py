@@ -16,7 +16,7 @@ def config(**changes):
 
 
 def by_hand(*, remat=False):
-    """Operations of one step's products."""
+    """Return the operations of one step's products."""
     tokens, width, inner, layers, words = ROWS * WIDTH, 32, 48, 3, 128
     shapes = {name: MODEL.module_shape(name) for name in (
         "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
@@ -39,11 +39,11 @@ def by_hand(*, remat=False):
 
 @pytest.mark.parametrize("changes", [{}, {"accumulation": 2}, {"dropout": 0.1}])
 def test_products_of_a_step_are_those_counted_by_hand(changes):
-    found = capacity.account(MODEL, config(remat=True, **changes), WIDTH)
-    assert found.flops == by_hand(remat=True)
+    remade = capacity.account(MODEL, config(remat=True, **changes), WIDTH)
+    assert remade.flops == by_hand(remat=True)
     # Without it, what is made again in the backward pass is the model's choice: something between nothing and all.
-    kept = capacity.account(MODEL, config(**changes), WIDTH)
-    assert by_hand() <= kept.flops < found.flops
+    plain = capacity.account(MODEL, config(**changes), WIDTH)
+    assert by_hand() <= plain.flops < remade.flops
 
 
 def test_a_loop_counts_as_often_as_it_runs_where_xla_counts_it_once():
@@ -103,17 +103,17 @@ def test_memory_of_programs_small_enough_to_see():
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"dropout": 0.05, "method": "dora"}, {"remat": True}])
 def test_memory_of_a_step_is_what_xla_says(changes):
-    """XLA's buffers of the same step in float32, where its CPU compiler makes no wider copies."""
-    run, beside, others = config(rank=8, batch_size=8, **changes), [], []
-    for layers in (4, 16):
-        model = LlamaConfig(128, 128, 384, layers, 4, 2, 32)
-        found, xla = capacity.account(model, run, 128), capacity.compile_here(model, run, 128)
-        assert xla.arguments == found.base + found.adapter + found.optimizer + found.batch
-        beside.append(found.total - xla.arguments)
-        others.append(xla.temporaries)
-    # What a layer adds is kept, and leaves the compiler no choice; it aligns each array to 64 bytes.
-    assert (beside[1] - beside[0]) == pytest.approx(others[1] - others[0], rel=0.02)
+    """Compare XLA's buffers of the same step in float32, where its CPU compiler makes no wider copies."""
+    run = config(rank=8, batch_size=8, **changes)
+    models = [LlamaConfig(128, 128, 384, layers, 4, 2, 32) for layers in (4, 16)]
+    accounts = [capacity.account(model, run, 128) for model in models]
+    programs = [capacity.compile_here(model, run, 128) for model in models]
+    for account, xla in zip(accounts, programs, strict=True):
+        assert xla.arguments == account.base + account.adapter + account.optimizer + account.batch
+    # What a layer adds is saved for the backward pass and leaves the compiler no choice; it aligns arrays to 64 bytes.
+    few, many = (account.total - xla.arguments for account, xla in zip(accounts, programs, strict=True))
+    assert many - few == pytest.approx(programs[1].temporaries - programs[0].temporaries, rel=0.02)
     # The working set is one layer's, whatever their number. What is fused into what there is the compiler's choice:
     # on a CPU it fuses less than is taken here.
-    constant = others[1] - (found.activations + found.gradients)
-    assert found.working <= constant < 2.5 * found.working
+    constant = programs[1].temporaries - (accounts[1].activations + accounts[1].gradients)
+    assert accounts[1].working <= constant < 2.5 * accounts[1].working

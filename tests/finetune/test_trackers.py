@@ -53,7 +53,7 @@ def test_weights_and_biases_gets_the_same(tmp_path, monkeypatch) -> None:
     (_, options), *logs, end = calls
     assert (options["id"], options["resume"], options["config"]) == ("id", "allow", {"rank": 4})
     assert options["dir"] == str(tmp_path)
-    assert {name: value for _, found, _ in logs for name, value in found.items()} == LOGGED
+    assert {name: value for _, values, _ in logs for name, value in values.items()} == LOGGED
     assert [more for *_, more in logs] == [{"step": 1}] * 2
     assert end == ("end",), "also where the run fails"
 

@@ -40,26 +40,26 @@ def test_what_is_trained_on_and_what_is_held_out():
     data = prepare(records, tiny.ByteEncoder(), config)
     summary = {"records": 7, "trained_on": 4, "validated_on": 1, "truncated": 3, "skipped": 2, "widths": (8, 40)}
     assert data.summary | summary == data.summary
-    found = [bytes(data.train.examples[i][1:-1].tolist()).decode() for i in range(4)]
-    assert found == [2 * chr(97 + i) + "!!" for i in train[1:]]
+    texts = [bytes(data.train.examples[i][1:-1].tolist()).decode() for i in range(4)]
+    assert texts == [2 * chr(97 + i) + "!!" for i in train[1:]]
     assert bytes(data.validation.examples[0][1:].tolist()).decode() == 30 * chr(97 + held_out[1]) + 9 * "!"
 
 
 def test_a_record_set_knows_its_formats_prompt(completions):
-    found = read_record_set([completions])
-    assert first(prepare(found, tiny.ByteEncoder(), CONFIG)) == "2 + 2 = 4"
+    record_set = read_record_set([completions])
+    assert first(prepare(record_set, tiny.ByteEncoder(), CONFIG)) == "2 + 2 = 4"
     expected = prompts.training_text("2 + 2 = ", "4", "clean")
-    assert first(prepare(found, tiny.ByteEncoder(), FinetuneConfig(held_out=1, template="clean"))) == expected
+    assert first(prepare(record_set, tiny.ByteEncoder(), FinetuneConfig(held_out=1, template="clean"))) == expected
 
 
 @pytest.mark.slow
 def test_a_record_set_knows_its_chat_template(tmp_path):
     """The one that it was read with, of a tokenizer that has none."""
     (tmp_path / "x.json").write_text(json.dumps([{"prompt": "fox", "response": "dog"}] * 3))
-    found = read_record_set([tmp_path / "x.json"], DataConfig(chat_template="chatml"))
+    record_set = read_record_set([tmp_path / "x.json"], DataConfig(chat_template="chatml"))
     tokenizer = Tokenizer.from_folder(checkpoint.model(tmp_path / "model"))
     assert tokenizer.chat_template is None
-    data = prepare(found, tokenizer, CONFIG)
+    data = prepare(record_set, tokenizer, CONFIG)
     assert "assistant" in tokenizer.decode(data.train.examples[0].tolist())
 
 

@@ -16,25 +16,23 @@ FUNCTIONS = {
 }
 
 
-def logits(weights, shape, tokens, *, prefix=None, module=None):
+def logits(weights, shape, tokens, *, module=None):
     """[rows, tokens, vocabulary].
 
     Args:
       weights: by Hugging Face's names.
       shape: the configuration as a dictionary, theta 10000.
       tokens: [rows, tokens].
-      prefix: ``prompt_embeddings`` as PEFT lays them out, [virtual tokens, layers x 2 x kv heads x head_dim].
       module: ``module(layer, name, x, z)`` for x into a linear module and z out of it: what the adapted module gives.
     """
     weights = {name: np.asarray(value, np.float64) for name, value in weights.items()}
-    return np.stack([_row(weights, shape, row, prefix, module) for row in np.asarray(tokens)])
+    return np.stack([_row(weights, shape, row, module) for row in np.asarray(tokens)])
 
 
-def _row(weights, shape, tokens, prefix, module):
+def _row(weights, shape, tokens, module):
     heads, kv_heads, width = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
     x = weights["model.embed_tokens.weight"][tokens]
-    before = 0 if prefix is None else len(prefix)
-    positions = before + np.arange(len(tokens))
+    positions = np.arange(len(tokens))
     for layer in range(shape["num_hidden_layers"]):
         name = f"model.layers.{layer}."
 
@@ -48,12 +46,9 @@ def _row(weights, shape, tokens, prefix, module):
         for head in range(heads):
             shared = head // (heads // kv_heads)
             keys, values = _turned(k[:, shared], positions), v[:, shared]
-            if prefix is not None:
-                extra = np.asarray(prefix, np.float64).reshape(before, -1, 2, kv_heads, width)[:, layer, :, shared]
-                keys, values = np.concatenate([extra[:, 0], keys]), np.concatenate([extra[:, 1], values])
             scores = _turned(q[:, head], positions) @ keys.T / math.sqrt(width)
             for i in range(len(tokens)):
-                scores[i, before + i + 1 :] = -np.inf
+                scores[i, i + 1 :] = -np.inf
             chances = np.exp(scores - scores.max(axis=1, keepdims=True))
             outs.append(chances / chances.sum(axis=1, keepdims=True) @ values)
         x = x + linear("self_attn.o_proj", np.concatenate(outs, axis=1))
@@ -79,7 +74,7 @@ def llama3_divisors(plain, factor, low_freq_factor, high_freq_factor, original_m
 
 
 def loss(logits, tokens):
-    """Mean cross-entropy of the next token."""
+    """Return the mean cross-entropy of the next token."""
     tokens = np.asarray(tokens)
     top = logits.max(axis=-1, keepdims=True)
     log_chances = logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))

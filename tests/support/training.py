@@ -1,0 +1,98 @@
+"""Batches of random tokens, and the training steps that the fine-tuning tests take on them."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rora_theory import adapters
+from rora_theory.data.batches import Batch
+from rora_theory.finetune import sharding
+from rora_theory.finetune import step as steps
+
+
+def batch(rows: int = 8, width: int = 16, seed: int = 0, vocabulary: int = 128) -> Batch:
+    """Return rows of 5 to ``width`` random tokens, padded with zeros."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(1, vocabulary, (rows, width + 1)).astype(np.int32)
+    weights = (np.arange(width) < random.integers(5, width + 1, (rows, 1))).astype(np.float32)
+    mask = weights.astype(np.int32)
+    return Batch(tokens[:, :-1] * mask, tokens[:, 1:] * mask, weights, None)
+
+
+class Trained(NamedTuple):
+    """Result of `train`.
+
+    Attributes:
+      metrics: Metrics of each step, as numbers.
+      weights: Trained arrays after each step.
+      adapter: Adapter before the first step.
+      state: State after the last step, where the layout places it.
+      base: Weights of the base model, where the layout places them.
+      step: Compiled step.
+    """
+
+    metrics: list[steps.StepMetrics]
+    weights: list[Any]
+    adapter: Any
+    state: steps.State
+    base: Any
+    step: Any
+
+    @property
+    def losses(self) -> list[float]:
+        """Loss of each step."""
+        return [metrics.loss for metrics in self.metrics]
+
+    @property
+    def norms(self) -> list[float]:
+        """Gradient norm of each step."""
+        return [metrics.grad_norm for metrics in self.metrics]
+
+
+def start(params: Any, model: Any, config: Any, *, noise: float = 0.0) -> Any:
+    """Return a fresh adapter, with noise where every gradient is to be something though lora_B starts as zero."""
+    fresh = adapters.init(jax.random.key(1), config.adapter(), model, params)
+    key = jax.random.key(2)
+    noisy = jax.tree.map(lambda a: a + noise * jax.random.normal(key, a.shape), fresh.params)
+    return adapters.replace(fresh, noisy)
+
+
+def train(
+    params: Any,
+    model: Any,
+    config: Any,
+    batches: list[Batch],
+    layout: Any = None,
+    *,
+    adapter: Any = None,
+    schedule: int | None = None,
+) -> Trained:
+    """Take a step on each batch.
+
+    Args:
+      params: Weights of the base model.
+      model: Configuration of the base model.
+      config: Fine-tuning configuration.
+      batches: Batch of each step.
+      layout: Layout over several devices; None trains on one.
+      adapter: Adapter to train; None starts a fresh one.
+      schedule: Number of steps of the learning-rate schedule; None takes that of the batches.
+    """
+    base, total = params if layout is None else layout.params(params), schedule or len(batches)
+    adapter = start(base, model, config) if adapter is None else adapter
+    state = steps.init_state(adapter, steps.finetune_optimizer(config, total), jax.random.key(3))
+    applied, place, shardings = adapter, lambda batch: batch, None
+    if layout is not None:
+        shardings, place = layout.state_shardings(state), layout.batch
+        state, applied = layout.state(state), sharding.Gathered(adapter, layout)
+    step = steps.train_step(applied, model, config, total, state_shardings=shardings)
+    metrics, weights = [], []
+    for item in batches:
+        before = state
+        state, measured = step(state, base, place(item))
+        assert all(a.is_deleted() for a in jax.tree.leaves((before.params, before.optimizer))), "memory is reused"
+        metrics.append(jax.tree.map(float, measured))
+        weights.append(jax.tree.map(np.array, state.params))  # copies: a view would keep the memory from reuse
+    assert not any(a.is_deleted() for a in jax.tree.leaves((adapter.params, base))), "the arguments stay"
+    return Trained(metrics, weights, adapter, state, base, step)
