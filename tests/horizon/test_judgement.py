@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -85,14 +86,20 @@ def displaced_runs() -> list[HorizonRun]:
     ]
 
 
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch) -> None:
+    """Resample the records less often in a judgement than by default, which no figure here needs."""
+    monkeypatch.setattr(judgement, "curves_at", partial(horizon_curves.curves_at, draws=100))
+
+
 def curves_of(runs: Sequence[HorizonRun], step: int = 64, draws: int = 200) -> list[Curve]:
     return horizon_curves.curves_at(runs, TOKENS, step, draws=draws)
 
 
-def exponents(runs: Sequence[HorizonRun], **options) -> pd.DataFrame:
+def exponents(runs: Sequence[HorizonRun], *, use_parts: bool = False, **options) -> pd.DataFrame:
     """Return the exponents after 64 steps by ``over`` and ``at``."""
-    table = horizon_law.horizon_exponents(curves_of(runs), 64, **(LAW | options))
-    return table.set_index(["over", "at"])
+    law = LAW | {"runs": runs if use_parts else ()} | options
+    return horizon_law.horizon_exponents(curves_of(runs), 64, **law).set_index(["over", "at"])
 
 
 FINE = 10.0 ** np.arange(-6, -1, 0.25)
@@ -447,7 +454,7 @@ def test_at_one_rate_a_difference_can_come_from_the_rate_alone() -> None:
     judged = judgement.judge_runs(runs, TOKENS, takeovers=(), warmup=4)
     assert len(judged.one_rate) == 2 * len(table)
     assert "one_rate.csv" in judged.files()
-    assert len(judged.best) == 10
+    assert len(judged.best) == 2 * (4 + 2), "a curve for each arm and step, also for three runs without a partner"
     assert (len(judged.exponents), len(judged.steps)) == (0, 0), "no takeover distances, no law"
 
 
@@ -654,7 +661,7 @@ def test_measured_parts_are_judged_in_place_of_the_laws_takeover() -> None:
     seeds = [select(runs, seed=seed) for seed in range(3)]
 
     def judge(runs: list[HorizonRun]) -> pd.Series:
-        table = exponents(runs, runs=runs)
+        table = exponents(runs, use_parts=True)
         assert table.loc["rank", "by_parts"].isna().all()
         return table.loc["strength", 8.0]
 
@@ -699,6 +706,8 @@ def test_parts_are_those_of_the_runs_beside_the_best_rate() -> None:
 # ---- regret and estimators
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")  # which is faster
 def test_constants_and_regrets_of_planted_runs(monkeypatch) -> None:
     calls = []
 
@@ -731,11 +740,10 @@ def test_constants_and_regrets_of_planted_runs(monkeypatch) -> None:
 
 
 def test_a_rate_that_one_seed_alone_ran_is_read_from_that_seed() -> None:
-    runs = [run for run in grid(-0.77, seeds=3) if run.strength == 64 or run.seed == 1 or run.rate < 3e-4]
-    curves = {step: curves_of(runs, step, draws=50) for step in (16, 64)}
-    costs = regret.regret_table(runs, TOKENS, curves, regret.policies({64: 130.0}), draws=50)
-    rows = costs.query("steps == 64 and old_steps == 64 and old_strength == 64 and strength == 724")
-    row = rows[(rows["old_rank"] == 8) & (rows["rank"] == 8)].set_index("policy").loc["keep the rate"]
+    runs = select(grid(-0.77, seeds=3), rank=8)
+    runs = [run for run in runs if run.strength == 64 or run.seed == 1 or run.rate < 3e-4]
+    costs = regret.regret_table(runs, TOKENS, {64: curves_of(runs, draws=50)}, regret.policies({64: 130.0}), draws=50)
+    row = costs[costs["old_strength"] == 64].set_index("policy").loc["keep the rate"]
     assert (row["seeds"], row["is_lower_bound"]) == (1, False)
     assert row["regret"] == pytest.approx(0.1 * 0.811**2, abs=0.02)
 
