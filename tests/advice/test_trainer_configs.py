@@ -214,6 +214,7 @@ def test_what_cannot_be_written_is_refused(tmp_path) -> None:
         write_trainer_config(path, tmp_path / "new.yml", measured, per="type")
 
 
+@pytest.mark.slow
 def test_a_lora_config_of_peft_is_transferred() -> None:
     peft = pytest.importorskip("peft")
     old = peft.LoraConfig(r=16, lora_alpha=32, target_modules=["v_proj", "q_proj"], use_rslora=True, use_dora=True)
