@@ -1,4 +1,4 @@
-"""Every published figure is drawn again from `results/published`, and nothing of it is cut, hidden or left unsaid."""
+"""Every published figure is drawn again from `results/published`, and nothing of it is cut, hidden or unlabelled."""
 
 import contextlib
 import csv
@@ -72,44 +72,44 @@ FIGURES = {
     "finetune_arc": [(loss_curves, {})],
 }
 SAVE = style.save
-"""What writes a figure; fixtures put another in its place for as long as the module's tests run."""
+"""Function that writes a figure; fixtures replace it while the module's tests run."""
 CASES = [(folder, module, options) for folder, drawn in FIGURES.items() for module, options in drawn]
 
 
 @contextlib.contextmanager
-def kept():
-    """Figures by name, laid out; nothing is written."""
-    found = {}
+def captured():
+    """Yield figures by name, laid out, as they are drawn; nothing is written."""
+    figures = {}
 
-    def keep(figure, folder, name):
+    def capture(figure, folder, name):
         figure.draw_without_rendering()
-        found[name] = figure
+        figures[name] = figure
         return [folder / f"{name}.png", folder / f"{name}.svg"]
 
     with pytest.MonkeyPatch.context() as patch, plt.rc_context(style.STYLE | {"figure.max_open_warning": 0}):
-        patch.setattr(style, "save", keep)
-        yield found
-    for figure in found.values():
+        patch.setattr(style, "save", capture)
+        yield figures
+    for figure in figures.values():
         plt.close(figure)
 
 
 @pytest.fixture
 def drawn():
-    """What the test draws."""
-    with kept() as found:
-        yield found
+    """Figures that the test draws."""
+    with captured() as figures:
+        yield figures
 
 
 @pytest.fixture(scope="module")
 def published():
-    """Every published figure drawn again, by folder and name, and what the commands said of files they lack."""
-    figures, lacks = {}, io.StringIO()
-    with contextlib.ExitStack() as stack, contextlib.redirect_stderr(lacks):
+    """Every published figure drawn again, by folder and name, and what the commands print about missing files."""
+    figures, errors = {}, io.StringIO()
+    with contextlib.ExitStack() as stack, contextlib.redirect_stderr(errors):
         for folder, module, options in CASES:
-            found = stack.enter_context(kept())
+            by_name = stack.enter_context(captured())
             draw(module, PUBLISHED / folder, options)
-            figures |= {(folder, name): figure for name, figure in found.items()}
-        yield figures, lacks.getvalue()
+            figures |= {(folder, name): figure for name, figure in by_name.items()}
+        yield figures, errors.getvalue()
 
 
 def draw(module, folder: Path, options: dict | None):
@@ -136,27 +136,23 @@ def check(figure) -> None:
         assert not any(legend.get_window_extent(renderer).overlaps(panel) for panel in panels)
 
 
-def said(figure) -> str:
-    """All words of the legends and their titles."""
+def legend_text(figure) -> str:
+    """Return all words of the legends and their titles."""
     texts = [text.get_text() for legend in legends(figure) for text in (legend.get_title(), *legend.get_texts())]
     return " ".join(" ".join(texts).split())
 
 
 @pytest.mark.slow
-def test_published_figures_are_drawn_again(published) -> None:
-    figures, lacks = published
+def test_published_figures_are_drawn_again_and_nothing_is_cut(published) -> None:
+    figures, errors = published
     names = {(path.parent.name, path.stem) for path in PUBLISHED.glob("*/*.png")}
     assert names == {(path.parent.name, path.stem) for path in PUBLISHED.glob("*/*.svg")}
-    # What lacks each seed's own sizes, as the command says in one line.
+    # Its run lacks each seed's own sizes, as the command says in one line.
     assert names - set(figures) == {("coordinate_check", "coordinate_check")}
     assert set(figures) <= names
-    assert lacks.endswith("has no results.csv with the sizes of each seed; coordinate_check is not drawn\n")
-    assert lacks.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_nothing_published_is_cut(published) -> None:
-    for figure in published[0].values():
+    assert errors.endswith("has no results.csv with the sizes of each seed; coordinate_check is not drawn\n")
+    assert errors.count("\n") == 1
+    for figure in figures.values():
         check(figure)
 
 
@@ -169,7 +165,7 @@ def test_published_figures_can_be_read_on_a_phone(published) -> None:
         if name in ("horizon", "accuracy_vs_rank", "scaling_diagram"):
             assert (len(figure.axes), figure.get_figwidth() < 5) == (3, True), (folder, name)
         if folder in ("rank_sweep_pruned", "accuracy_pruned"):
-            assert said(figure).startswith("SmolLM2-135M pruned to half, ")
+            assert legend_text(figure).startswith("SmolLM2-135M pruned to half, ")
 
 
 def test_no_words_lie_under_the_bars_of_a_horizon(published) -> None:
@@ -178,11 +174,12 @@ def test_no_words_lie_under_the_bars_of_a_horizon(published) -> None:
     for axis in figure.axes:
         segments = [
             axis.transData.transform(segment)
-            for each in axis.containers
-            for bars in each.lines[2]
+            for container in axis.containers
+            for bars in container.lines[2]
             for segment in bars.get_segments()
         ]
-        bars = [Bbox([each.min(axis=0), each.max(axis=0)]).padded(1) for each in segments if np.isfinite(each).all()]
+        ends = [(segment.min(axis=0), segment.max(axis=0)) for segment in segments if np.isfinite(segment).all()]
+        bars = [Bbox(corners).padded(1) for corners in ends]
         boxes = [text.get_window_extent(renderer) for text in axis.texts]
         assert bars
         assert not any(box.overlaps(bar) for box in boxes for bar in bars)
@@ -197,29 +194,15 @@ def test_each_panel_against_the_rate_has_several(published) -> None:
     assert len(published[0]["rank_sweep", "loss_vs_rate"].axes) == 2
 
 
-def test_one_of_several_rates_is_not_drawn_unasked(tmp_path, capsys) -> None:
-    config = accuracy_vs_rank.Config(PUBLISHED / "rank_sweep", out=tmp_path / "new")
-    with pytest.raises(SystemExit) as stopped:
-        cli.run(lambda: accuracy_vs_rank.draw(config))
-    line = capsys.readouterr().err
-    assert (stopped.value.code, line.count("\n"), (tmp_path / "new").exists()) == (2, 1, False)
-    assert all(word in line for word in ("0.0003, 0.001, 0.003, 0.01", "--lr", "--tuned"))
-
-
 @pytest.mark.parametrize(
-    ("module", "folder", "options", "line"),
+    ("module", "folder", "options", "words"),
     [
         (regime, "regime", {"init": "foo"}, "--init must be one of the run's values gaussian, kaiming_unif"),
         (regime, "regime", {"modules": ("foo",)}, "--modules must be modules of the run, such as model.layers.0"),
-        (
-            coordinate_check,
-            "horizon_toy/train_10",
-            {},
-            "{}: must be a run of coordinate_check, got a run of lr_transfer",
-        ),
         (coordinate_check, "regime", {}, "{}: must be a run of coordinate_check, got a run of regime"),
         (accuracy, "rank_sweep", {"rank": 8}, "{}/differences.csv: has no column boolq. Choose a run"),
         (accuracy, "accuracy", {"rank": 7}, "{}: has the ranks 32. Choose one with --rank"),
+        (accuracy_vs_rank, "rank_sweep", {}, "0.0003, 0.001, 0.003, 0.01"),
         (accuracy_vs_rank, "rank_sweep", {"lr": 5.0}, "--lr must be one of the run's values 0.0003, 0.001"),
         (accuracy_vs_rank, "rank_sweep", {"alpha": 7.0}, "--alpha must be one of the run's values 64"),
         (accuracy_vs_rank, "rank_sweep", {"model": "foo"}, "--model must be one of the run's values smol"),
@@ -227,55 +210,56 @@ def test_one_of_several_rates_is_not_drawn_unasked(tmp_path, capsys) -> None:
         (loss_curves, "rank_sweep", {"rank": 7}, "--rank must be one of the run's values 4, 8, 16, 32, 64"),
         (loss_curves, "rank_sweep", {"rank": 8, "lr": 7.0}, "--lr must be one of the run's values 0.0003, got 7\n"),
         (loss_curves, "rank_sweep", {"rank": 8, "seed": 9}, "--seed must be one of the run's values 0, 1, got 9\n"),
-        (
-            loss_curves,
-            "finetune_arc",
-            {"rank": 8},
-            "--rank 8 has no effect without the run folder of a sweep",
-        ),
+        (loss_curves, "finetune_arc", {"rank": 8}, "--rank 8 has no effect without the run folder of a sweep"),
+        (displacement_ratio, "horizon", {"steps": (7,)}, "--steps"),
+        (exponent_vs_strength, "horizon", {"steps": 7}, "--steps"),
     ],
 )
-def test_what_a_run_has_not_is_refused_before_anything_is_drawn(
-    module, folder, options, line, tmp_path, capsys
+def test_a_setting_that_a_run_does_not_have_is_refused_before_anything_is_drawn(
+    module, folder, options, words, tmp_path, capsys
 ) -> None:
+    """One of several rates is not drawn unasked."""
     with pytest.raises(SystemExit) as stopped:
         cli.run(lambda: draw(module, PUBLISHED / folder, options | {"out": tmp_path / "new"}))
-    said = capsys.readouterr().err
+    error = capsys.readouterr().err
     assert stopped.value.code == 2
-    assert said.startswith("error: " + line.format(PUBLISHED / folder))
-    assert (said.count("\n"), "error: " in said, (tmp_path / "new").exists()) == (1, True, False)
+    assert error.startswith("error: ")
+    assert words.format(PUBLISHED / folder) in error
+    assert (error.count("\n"), (tmp_path / "new").exists()) == (1, False)
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def part(source: Path, target: Path, **chosen) -> Path:
-    """A run with the rows alone that have one of the values asked for."""
+    """Copy a run with only the rows that have one of the chosen values."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.png", "*.svg"))
     for path in target.glob("*.csv"):
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
-        kept = [row for row in rows if all(row[name] in values for name, values in chosen.items() if name in row)]
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(kept)
+        write_rows(path, [r for r in rows if all(r[name] in chosen[name] for name in chosen if name in r)])
     manifest = json.loads((target / "manifest.json").read_text())
     manifest["files"] = {}  # the tables are no longer as the run wrote them
     (target / "manifest.json").write_text(json.dumps(seals.seal(manifest)))
     return target
 
 
-@pytest.mark.parametrize("overlaps", [("0.5",), ("0.0", "0.5")])
-def test_few_panels_clip_no_legend(overlaps, drawn, tmp_path) -> None:
-    run = part(PUBLISHED / "variance_sweep", tmp_path / "run", overlap=overlaps, optimizer=("adam",))
-    norm_vs_rank.draw(norm_vs_rank.Config(run))
-    check(drawn["norm_vs_rank"])
-    assert "Eq. 11" not in said(drawn["norm_vs_rank"]), "no line of the paper's under Adam: none is promised"
-
-
-@pytest.mark.parametrize("optimizers", [("sgd",), ("sgd", "adamw")])
-def test_few_cases_clip_no_legend(optimizers, drawn, tmp_path) -> None:
-    run = part(PUBLISHED / "coordinate_check", tmp_path / "run", optimizer=optimizers, rule=("lora",), control=("0",))
-    coordinate_check.draw(coordinate_check.Config(run))
-    check(drawn["coordinate_check_slopes"])
+def test_few_panels_clip_no_legend(drawn, tmp_path) -> None:
+    """Under Adam the paper has no line, and the legend promises none."""
+    for name, overlaps in (("one", ("0.5",)), ("two", ("0.0", "0.5"))):
+        run = part(PUBLISHED / "variance_sweep", tmp_path / name, overlap=overlaps, optimizer=("adam",))
+        norm_vs_rank.draw(norm_vs_rank.Config(run))
+        check(drawn["norm_vs_rank"])
+        assert "Eq. 11" not in legend_text(drawn["norm_vs_rank"])
+    for name, optimizers in (("sgd", ("sgd",)), ("both", ("sgd", "adamw"))):
+        chosen = {"optimizer": optimizers, "rule": ("lora",), "control": ("0",)}
+        run = part(PUBLISHED / "coordinate_check", tmp_path / name, **chosen)
+        coordinate_check.draw(coordinate_check.Config(run))
+        check(drawn["coordinate_check_slopes"])
 
 
 @pytest.mark.slow
@@ -293,12 +277,10 @@ def test_a_rule_has_one_colour_and_one_label_in_all_figures(published) -> None:
     assert {label: len(looks[label]) for label in named} == dict.fromkeys(named, 1)
 
 
-@pytest.mark.parametrize(
-    ("name", "same"),
-    [("rslora", "rora"), ("0.5", "rora"), ("1", "lora"), ("1.0", "lora"), ("0.25", "quarter"), (".25", "quarter")],
-)
-def test_names_of_one_rule_look_the_same(name, same) -> None:
-    assert style.look(name, 3) == style.look(same, 0)
+def test_names_of_one_rule_look_the_same() -> None:
+    names = {"rslora": "rora", "0.5": "rora", "1": "lora", "1.0": "lora", "0.25": "quarter", ".25": "quarter"}
+    for name, same in names.items():
+        assert style.look(name, 3) == style.look(same, 0)
     assert style.look("0.3", 0) != style.look("0.3", 1), "a rule without a name takes its colour by position"
 
 
@@ -329,8 +311,8 @@ def test_rates_stand_where_they_were_run_and_top_is_kept(drawn) -> None:
     assert left.get_ylim()[1] == 1.7
     for container in left.containers:
         assert set(container.lines[0].get_xdata()) <= rates
-    assert "a single seed" in said(drawn["loss_vs_rate"])
-    assert "diverged" not in said(drawn["loss_vs_rate"]), "none is there"
+    assert "a single seed" in legend_text(drawn["loss_vs_rate"])
+    assert "diverged" not in legend_text(drawn["loss_vs_rate"]), "none is there"
 
 
 def test_contours_are_whole_and_their_labels_stand_upright_on_them(drawn) -> None:
@@ -349,14 +331,14 @@ def test_contours_are_whole_and_their_labels_stand_upright_on_them(drawn) -> Non
 @pytest.mark.slow
 def test_crosses_and_bands_have_a_word_in_the_legend(published) -> None:
     figures, _ = published
-    assert "at the grid's edge" in said(figures["lr_transfer", "lr_transfer"])
-    assert "are left out" in said(figures["lr_transfer", "lr_transfer"])
-    assert "SGD, quartiles over tokens" in said(figures["regime", "regime_depth"])
+    assert "at the grid's edge" in legend_text(figures["lr_transfer", "lr_transfer"])
+    assert "are left out" in legend_text(figures["lr_transfer", "lr_transfer"])
+    assert "SGD, quartiles over tokens" in legend_text(figures["regime", "regime_depth"])
     for folder, name in (
         ("training_dynamics", "training_dynamics_linear_A_exponents"),
         ("coordinate_check", "coordinate_check_slopes"),
     ):
-        assert "flat: within ±0.1" in said(figures[folder, name])
+        assert "flat: within ±0.1" in legend_text(figures[folder, name])
 
 
 @pytest.mark.slow
@@ -364,17 +346,14 @@ def test_a_run_that_stepped_nothing_promises_no_points(published, drawn, tmp_pat
     run = part(PUBLISHED / "regime", tmp_path / "run")
     with (run / "results.csv").open(newline="") as file:
         rows = [{**row, "measured": "", "standard_error": "", "adapters": ""} for row in csv.DictReader(file)]
-    with (run / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(run / "results.csv", rows)
     draw(regime, run, {})
-    assert "points" not in said(drawn["regime_rms"])
-    assert "points: adapters drawn and stepped" in said(published[0]["regime", "regime_rms"])
+    assert "points" not in legend_text(drawn["regime_rms"])
+    assert "points: adapters drawn and stepped" in legend_text(published[0]["regime", "regime_rms"])
 
 
 def test_rounding_errors_change_no_svg_file(tmp_path) -> None:
-    """As another processor's: 1e-7 of each value, which moves points by up to 1e-5 and all hashed names."""
+    """Another processor's errors of 1e-7 of each value, which move points by up to 1e-5 and change all hashed names."""
 
     def draw(name: str, factor: float) -> str:
         figure, axes = plt.subplots()
@@ -384,18 +363,18 @@ def test_rounding_errors_change_no_svg_file(tmp_path) -> None:
         SAVE(figure, tmp_path, name)
         return (tmp_path / f"{name}.svg").read_text()
 
-    one = draw("one", 1.0)
-    assert one == draw("other", 1 + 1e-7)
-    assert one != draw("third", 1 + 1e-2)
-    assert "0.123456 (x=0.1234567)" in one
-    assert "data:image/png;base64," in one
-    names = re.findall(r'\bid="([^"]*)"', one)
+    svg = draw("exact", 1.0)
+    assert svg == draw("rounded", 1 + 1e-7)
+    assert svg != draw("changed", 1 + 1e-2)
+    assert "0.123456 (x=0.1234567)" in svg
+    assert "data:image/png;base64," in svg
+    names = re.findall(r'\bid="([^"]*)"', svg)
     assert len(names) == len(set(names))
-    assert {*re.findall(r'(?:url\(|href=")#([^")]*)', one)} <= set(names)
+    assert {*re.findall(r'(?:url\(|href=")#([^")]*)', svg)} <= set(names)
 
 
 def test_exponents_are_drawn_between_neighbours_of_each_rank() -> None:
-    """Of pairs with two seeds or more: 16 to 724 is left out where 64 lies between, 64 to 181 has one seed."""
+    """Pairs need two seeds, as 64 to 181 does not have; 16 to 724 is left out because 64 lies between."""
     rows = [(16, 64, 2), (64, 724, 3), (16, 724, 2), (64, 181, 1), (181, 724, 1)]
     table = pd.DataFrame(rows, columns=["first", "second", "seeds"]).assign(
         step=64, over="strength", at="8", pairs=1, estimate="quadratic", exponent=-0.7, standard_error=0.1
@@ -410,15 +389,6 @@ def test_two_runs_of_the_horizon_share_a_figure(drawn) -> None:
     """One model twice: the folders name the series, and the legend has no more than eight entries."""
     runs = (PUBLISHED / "horizon", PUBLISHED / "horizon")
     displacement_ratio.draw(displacement_ratio.Config(runs, steps=(16, 64)))
-    words = said(drawn["displacement_ratio"])
+    words = legend_text(drawn["displacement_ratio"])
     assert words.count("horizon, 16 steps") == words.count("horizon, 64 steps") == 2
     check(drawn["displacement_ratio"])
-
-
-@pytest.mark.parametrize(("module", "steps"), [(displacement_ratio, (7,)), (exponent_vs_strength, 7)])
-def test_steps_that_no_run_has_are_refused(module, steps, capsys) -> None:
-    with pytest.raises(SystemExit):
-        cli.run(lambda: module.draw(module.Config((PUBLISHED / "horizon",), steps=steps)))
-    line = capsys.readouterr().err
-    assert "--steps" in line
-    assert "got 0" in line

@@ -14,10 +14,11 @@ PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 TABLES = sorted(path for path in PUBLISHED.glob("*/*.csv") if not path.name.startswith("table_"))
 
 
-@pytest.mark.parametrize("path", TABLES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_a_published_table_is_written_again_to_the_byte(path: Path) -> None:
-    text = path.read_text()
-    assert frames.to_csv(frames.read_csv(path, text.splitlines()[0].split(","))) == text
+def test_published_tables_are_written_again_to_the_byte() -> None:
+    assert len(TABLES) > 50
+    for path in TABLES:
+        text = path.read_text()
+        assert frames.to_csv(frames.read_csv(path, text.splitlines()[0].split(","))) == text, path
 
 
 def test_floats_are_written_as_python_does_and_read_to_the_bit(tmp_path: Path) -> None:
@@ -66,25 +67,24 @@ def test_numbers_of_several_kinds_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"a,b\n1,2\n3\n", "line 3 must have 2 fields, got 1"),
         (b"a,b\n1,2,3\n", "line 2 must have 2 fields, got 3"),
         (b'a,b\n"x\ny",2\n3\n', "line 4 must have 2 fields, got 1"),
         (b"a,b\n1,2\n3,4", "line 3 is cut off. Expected the file as the run wrote it"),
         (b"b,a\n1,2\n", "line 1 is not the header a,b"),
-        (b"", "line 1 is not the header a,b"),
         (b"a,b\n\xff,2\n", "byte 4 is not UTF-8"),
         (b"a,b\n\n", "line 2 must have 2 fields, got 0"),
     ],
 )
-def test_a_damaged_table_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_damaged_table_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=rf"a\.csv: {said}"):
+    with pytest.raises(InputError, match=rf"a\.csv: {message}"):
         frames.read_csv(path, ["a", "b"])
 
 
-def test_a_table_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_table_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.csv: no such file. Expected a run's table"):
         frames.read_csv(tmp_path / "a.csv", accepted="a run's table")

@@ -1,4 +1,4 @@
-"""What only a GPU can show: its fused attention, its steps beside the CPU's, resumption to the bit, bfloat16.
+"""Tests that need a GPU: its fused attention, its steps beside the CPU's, resumption to the bit, bfloat16.
 
 Run by `pytest -m gpu` with JAX_PLATFORMS=cuda,cpu; `benchmarks/gpu.py` does. Without a GPU they skip, but for
 RORA_GPU_REHEARSAL=1, under which the CPU stands in with the blocked route, to show that the tests themselves run.
@@ -81,11 +81,11 @@ def take(params, config, device, route="blocked", count=4):
         fresh = adapters.init(jax.random.key(1), config.lora(), MODEL, base)
         state = steps.init_state(fresh, steps.finetune_optimizer(config, count), jax.random.key(2))
         function = steps.train_step(fresh, MODEL, config, count, attention=route)
-        found = []
+        rows = []
         for _ in range(count):
             state, metrics = function(state, base, data)
-            found.append([float(metrics.loss), float(metrics.grad_norm)])
-    return np.array(found), jax.tree.map(np.asarray, state.params)
+            rows.append([float(metrics.loss), float(metrics.grad_norm)])
+    return np.array(rows), jax.tree.map(np.asarray, state.params)
 
 
 def devices():
@@ -115,7 +115,7 @@ def test_a_step_in_bfloat16_is_the_cpus(params, changes, fused):
     assert {leaf.dtype for leaf in jax.tree.leaves(here[1])} == {np.dtype(np.float32)}
 
 
-def test_a_run_that_goes_on_ends_in_the_same_bits(params, tmp_path):
+def test_a_resumed_run_ends_in_the_same_bits(params, tmp_path):
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
     config = dataclasses.replace(PLAIN, dtype="bfloat16", dropout=0.1, epochs=2, checkpoint_every=2, steps=6)
     examples = tokenize(tiny.records(16), tiny.ByteEncoder(), template=config.template)
@@ -126,24 +126,24 @@ def test_a_run_that_goes_on_ends_in_the_same_bits(params, tmp_path):
         return Trainer(half, MODEL, adapter, config, train, None, folder)
 
     def losses(run, until):
-        found = []
+        values = []
         for event in run.run():
             if isinstance(event, StepCompleted):
-                found.append(event.loss)
-            if len(found) == until:
+                values.append(event.loss)
+            if len(values) == until:
                 break
-        return found
+        return values
 
-    whole = trainer(tmp_path / "whole")
-    expected = losses(whole, 6)
+    uninterrupted = trainer(tmp_path / "uninterrupted")
+    expected = losses(uninterrupted, 6)
     first = trainer(tmp_path / "cut")
     assert losses(first, 5) == expected[:5]
     first.close()
     second = trainer(tmp_path / "cut")
     assert second.step == 4
     assert losses(second, 2) == expected[4:]
-    jax.tree.map(np.testing.assert_array_equal, second.adapter("last").params, whole.adapter("last").params)
-    whole.close()
+    jax.tree.map(np.testing.assert_array_equal, second.adapter("last").params, uninterrupted.adapter("last").params)
+    uninterrupted.close()
     second.close()
 
 

@@ -1,4 +1,4 @@
-"""What importing the package costs: no circle among its modules, no JAX for the laws, no extra for the core."""
+"""Imports of the package: no cycle among its modules, no JAX for the laws, no extra for the core."""
 
 import ast
 import graphlib
@@ -21,10 +21,10 @@ from rora_theory.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 
-NAMES = {"rora_theory"} | {each.name for each in pkgutil.walk_packages(rora_theory.__path__, "rora_theory.")}
+NAMES = {"rora_theory"} | {module.name for module in pkgutil.walk_packages(rora_theory.__path__, "rora_theory.")}
 
 WITH_EXTRAS = ("adapters", "data", "evaluate", "finetune", "horizon", "llama", "sweep", "measure.torch")
-"""Rooms beyond the core install."""
+"""Packages beyond the core install."""
 OF_A_MODEL = (
     "layers.model_layers",
     "led",
@@ -35,7 +35,7 @@ OF_A_MODEL = (
     "transfer_check",
     "unseen",
 )
-"""Of the room `measure`, what runs a model and needs the extra ``finetune``."""
+"""Modules of `measure` that run a model and need the extra ``finetune``."""
 WITH_JAX = (
     *(
         "rora_theory.runs.devices",
@@ -46,12 +46,12 @@ WITH_JAX = (
     *(f"rora_theory.measure.{name}" for name in ("layers.drawn_steps", "layers.layer_grid", "layers.layer_rms")),
     *(name for name in NAMES if name.startswith("rora_theory.toy")),
 )
-"""Of the core, what has arrays on a device."""
+"""Modules of the core with arrays on a device."""
 
 CORE = sorted(
     name
     for name in NAMES
-    if not name.startswith(tuple(f"rora_theory.{room}" for room in WITH_EXTRAS))
+    if not name.startswith(tuple(f"rora_theory.{package}" for package in WITH_EXTRAS))
     and name not in [f"rora_theory.measure.{module}" for module in OF_A_MODEL]
 )
 WITHOUT_JAX = [name for name in CORE if name not in WITH_JAX]
@@ -76,7 +76,7 @@ class Hidden(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"hidden: {{name}}", name=name)
 sys.meta_path.insert(0, Hidden())
 """
-"""What of the extras is installed can't be imported after this."""
+"""Code after which no package of the extras can be imported."""
 
 
 def test_what_is_hidden_is_every_extra_s() -> None:
@@ -89,33 +89,18 @@ def test_what_is_hidden_is_every_extra_s() -> None:
 
 
 def fresh(code: str) -> str:
-    """What the code prints in a process of its own, with the extras hidden and nothing on standard error."""
-    done = subprocess.run(
-        [sys.executable, "-c", HIDING + code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert (done.stderr, done.returncode) == ("", 0)
-    return done.stdout
+    """Return what the code prints in a process of its own, with the extras hidden and nothing on standard error."""
+    command = [sys.executable, "-c", HIDING + code]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert (process.stderr, process.returncode) == ("", 0)
+    return process.stdout
 
 
 @pytest.mark.slow
 def test_the_laws_and_advice_need_no_jax() -> None:
     """Imported and called: equations of the paper with NumPy's arrays, a law, the exponent after the first step, and
     the command that advises, with a regime that was measured too."""
-    arguments = [
-        "--from-rank",
-        "8",
-        "--to-rank",
-        "128",
-        "--alpha",
-        "16",
-        "--lr",
-        "3e-4",
-        "--rule",
-        "lora",
-        "--optimizer",
-        "adamw",
-        "--json",
-    ]
+    options = "--from-rank 8 --to-rank 128 --alpha 16 --lr 3e-4 --rule lora --optimizer adamw --json"
     run = str(ROOT / "results" / "published" / "regime")
     code = f"""
 for name in {WITHOUT_JAX}:
@@ -132,12 +117,11 @@ print(float(equations.eq10_norm(np.ones(4), lora_A, x, x, 1.0, 0.5)))
 print(round(float(laws.first_step_moments(np.ones((4, 3)), x, rank=8, scaling=1.0).second_moment[0]), 6))
 print(horizon.rate_exponents(0.0).rank)
 for more in ([], ["--regime", {run!r}]):
-    sys.argv = ["sims.transfer", *{arguments}, *more]
+    sys.argv = ["sims.transfer", *{options.split()}, *more]
     runpy.run_module("sims.transfer", run_name="__main__", alter_sys=True)
 assert "jax" not in sys.modules
 """
-    said = fresh(code)
-    laws, _, advice = said.partition("{")
+    laws, _, advice = fresh(code).partition("{")
     assert laws.split() == ["2.0", "720.0", "-1.0"]  # 720 = r (r + 2) |x|^4
     decoder = json.JSONDecoder()
     assumed, end = decoder.raw_decode("{" + advice)
@@ -160,7 +144,7 @@ def test_every_command_prints_its_help_without_the_extras(tmp_path) -> None:
     """Each command of ``rora`` and of ``rora figures``, in one process; a command that needs an extra names it."""
     records = [{"instruction": f"Question {i}?", "input": "", "output": f"Answer {i}."} for i in range(40)]
     (tmp_path / "records.json").write_text(json.dumps(records))
-    wanted = {
+    commands_of_extras = {
         "regime": ["--data", "records.json"],
         "transfer": ["--check", "smollm2-135m", "records.json"],
         "finetune": ["--data", "records.json", "--held-out", "8"],
@@ -177,9 +161,9 @@ def ended(package, name, words):
             commands.main()
         except SystemExit as stop:
             return stop.code, out.getvalue().startswith("usage: rora"), err.getvalue()
-names = [(room, name) for room in ("sims", "figures") for name in commands.describe_commands(room)]
-helps = {{" ".join(each): ended(*each, ["--help"]) for each in names}}
-print(json.dumps([helps, {{name: ended("sims", name, words) for name, words in {wanted}.items()}}]))
+names = [(package, name) for package in ("sims", "figures") for name in commands.describe_commands(package)]
+helps = {{f"{{package}} {{name}}": ended(package, name, ["--help"]) for package, name in names}}
+print(json.dumps([helps, {{name: ended("sims", name, words) for name, words in {commands_of_extras}.items()}}]))
 """
     helps, refused = json.loads(fresh("import json\n" + code))
     assert len(helps) > 20  # the walk sees something
@@ -192,7 +176,7 @@ print(json.dumps([helps, {{name: ended("sims", name, words) for name, words in {
 
 
 def load_with(tokenizers) -> None:
-    """As a module of the package calls a library."""
+    """Call a library as a module of the package does."""
     try:
         tokenizers.models.load()
     except tokenizers.Error:
@@ -297,14 +281,16 @@ def test_an_upward_import_is_found_wherever_it_stands(tmp_path) -> None:
     assert len(upward_imports(graph)) == 2
 
 
+PACKAGES = ("rora_theory", "sims", "figures", "benchmarks")
+
+
 def private(path: Path) -> Iterator[str]:
-    """Names with an underscore that a file takes from another module of the repository, a named tuple's own apart."""
+    """Yield private names that a file uses of another module of the repository, except those of named tuples."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
-    rooms = ("rora_theory", "sims", "figures", "benchmarks")
     taken = [
         alias
         for node in nodes
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in rooms
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in PACKAGES
         for alias in node.names
     ]
     bound = {alias.asname or alias.name for alias in taken}
@@ -315,32 +301,32 @@ def private(path: Path) -> Iterator[str]:
             yield name
 
 
-def test_modules_take_from_each_other_what_is_public(tmp_path) -> None:
-    files = [path for room in ("rora_theory", "sims", "figures", "benchmarks") for path in (ROOT / room).rglob("*.py")]
+def test_modules_use_only_public_names_of_each_other(tmp_path) -> None:
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     assert len(files) > 200  # the walk sees something
     assert {str(path): names for path in files if (names := list(private(path)))} == {}
     (tmp_path / "one.py").write_text("from rora_theory.theory import laws\nfrom sims.common import _cli\nlaws._law\n")
     assert list(private(tmp_path / "one.py")) == ["_cli", "_law"]
 
 
-SCRIPTS = [path for folder in ("benchmarks", "docs", "tests/golden") for path in sorted((ROOT / folder).glob("*.py"))]
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_what_a_script_imports_is_there(path: Path) -> None:
-    """No other test runs most of them. What needs an extra that is not installed is left out."""
-    lacking = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("rora_theory", "sims", "figures"):
-            try:
-                lacking += [each.name for each in node.names if not has(node.module, each.name)]
-            except ModuleNotFoundError as error:
-                lacking += [] if error.name in HIDDEN else [str(error)]
-    assert not lacking
+def test_what_a_script_imports_exists() -> None:
+    """Scripts have no other test as a rule. What needs an extra that is not installed is left out."""
+    scripts = [path for folder in ("benchmarks", "docs", "tests/golden") for path in (ROOT / folder).glob("*.py")]
+    assert len(scripts) > 20
+    missing = []
+    for path in scripts:
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            if module.split(".")[0] in ("rora_theory", "sims", "figures"):
+                try:
+                    missing += [f"{path}: {alias.name}" for alias in node.names if not has(module, alias.name)]
+                except ModuleNotFoundError as error:
+                    missing += [] if error.name in HIDDEN else [f"{path}: {error}"]
+    assert missing == []
 
 
 def has(package: str, name: str) -> bool:
-    """Whether a module has such an attribute, or a package such a module."""
+    """Return whether a module has such an attribute, or a package such a module."""
     module = importlib.import_module(package)
     within = hasattr(module, "__path__") and importlib.util.find_spec(f"{package}.{name}") is not None
     return within or hasattr(module, name)

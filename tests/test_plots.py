@@ -56,13 +56,8 @@ def test_a_check_has_its_sizes_and_slopes(tmp_path, splits) -> None:
         slope_line = ([1, 2, 10], pytest.approx([0.1, 0.2, 1.0]))
         assert [line_of(container) for container in slope_axis.containers] == [slope_line] * 2
         assert (size_axis.get_xscale(), size_axis.get_yscale()) == ("log", "log")
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "final hidden state",
-        "logits",
-        "step 1",
-        "step 10",
-        "flat: within ±0.25",
-    ]
+    labels = ["final hidden state", "logits", "step 1", "step 10", "flat: within ±0.25"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == labels
     figure.savefig(tmp_path / "check.png")
     assert (tmp_path / "check.png").stat().st_size > 10_000
 
@@ -152,6 +147,6 @@ def test_results_of_the_bridge_are_plotted(tmp_path) -> None:
     )
     figure = check.plot()
     x, y = line_of(figure.axes[0].containers[0])
-    own = check.sizes[(check.sizes["quantity"] == "hidden") & (check.sizes["split"] == "train")]
-    assert (x, y) == ([4, 8], pytest.approx(own.groupby("rank")["value"].mean().tolist()))
+    hidden = check.sizes[(check.sizes["quantity"] == "hidden") & (check.sizes["split"] == "train")]
+    assert (x, y) == ([4, 8], pytest.approx(hidden.groupby("rank")["value"].mean().tolist()))
     figure.savefig(tmp_path / "check.png")

@@ -1,29 +1,15 @@
 """The replay of probes on measured runs: regret and coverage where the best rates are known."""
 
 import math
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from benchmarks import tune
 from rora_theory.horizon.readings import Reading, ReadRun
 from rora_theory.horizon.runs import HorizonRun
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "tune.py"
 TOKENS = [10 + index % 7 for index in range(32)]
-
-
-@pytest.fixture(scope="module")
-def replay():
-    spec = spec_from_file_location("benchmark_tune", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules["benchmark_tune"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["benchmark_tune"]
 
 
 def known_runs(exponent: float) -> list[HorizonRun]:
@@ -40,30 +26,29 @@ def known_runs(exponent: float) -> list[HorizonRun]:
     return runs
 
 
-def test_a_probe_of_the_assumed_law_has_almost_no_regret(replay) -> None:
-    cases = replay.replay(known_runs(-0.5), TOKENS)
+@pytest.fixture(scope="module")
+def cases() -> pd.DataFrame:
+    """Probes of runs that follow the assumed law."""
+    return tune.replay(known_runs(-0.5), TOKENS)
+
+
+def test_a_probe_of_the_assumed_law_has_almost_no_regret(cases) -> None:
     assert {*zip(cases["probe_steps"], cases["steps"], strict=True)} == {(16, 64), (16, 256), (64, 256)}
     inside = cases[~cases["is_edge"].astype(bool)]
     assert len(inside) > 0
     assert inside["regret"].max() < 1e-3
     assert inside["covers_best"].all()
+    assert tune.replay(known_runs(0.5), TOKENS)["regret"].max() > 0.01, "another law of the steps"
 
 
-def test_another_law_of_the_steps_is_seen_in_the_regret(replay) -> None:
-    cases = replay.replay(known_runs(0.5), TOKENS)
-    assert cases["regret"].max() > 0.01
-
-
-def test_probes_at_the_end_of_a_grid_are_counted_and_left_out(replay) -> None:
-    cases = replay.replay(known_runs(-0.5), TOKENS)
-    cases["is_edge"] = [True, *[False] * (len(cases) - 1)]
-    summary = replay.by_target(cases)
+def test_probes_at_the_end_of_a_grid_are_counted_and_left_out(cases) -> None:
+    summary = tune.by_target(cases.assign(is_edge=[True, *[False] * (len(cases) - 1)]))
     assert int(summary["edges"].sum()) == 1
     assert int(summary["probes"].sum()) == len(cases) - 1
 
 
-def test_a_default_rate_outside_the_measured_ones_is_a_lower_bound(replay) -> None:
-    costs = replay.defaults(known_runs(-0.5), TOKENS)
+def test_a_default_rate_outside_the_measured_ones_is_a_lower_bound() -> None:
+    costs = tune.defaults(known_runs(-0.5), TOKENS)
     below = costs[costs["learning_rate"] < 2e-4]
     assert below["is_lower_bound"].all()
     assert (below["regret"] > 0).all()

@@ -1,38 +1,24 @@
 """The benchmark of verdict rules: shares of verdicts on sweeps with a known exponent."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pandas as pd
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "verdict_rules.py"
+from benchmarks import verdict_rules
 
 
 @pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("verdict_rules", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["verdict_rules"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["verdict_rules"]
+def tables() -> dict[str, pd.DataFrame]:
+    """Tables of three seeds and five rates of the first shape."""
+    every_case = verdict_rules.cases
 
-
-@pytest.fixture(scope="module")
-def tables(benchmark) -> dict[str, pd.DataFrame]:
-    def few():
-        """Three seeds and five rates of the first shape."""
+    def few_cases():
         for over, shape, model in every_case():
             if shape == "equal parabolas" and (model.seeds, model.rates) == (3, 5):
                 yield over, shape, model
 
-    every_case, benchmark.cases = benchmark.cases, few
-    try:
-        return benchmark.measure(benchmark.Config(sweeps=40, registrations=1))
-    finally:
-        benchmark.cases = every_case
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verdict_rules, "cases", few_cases)
+        return verdict_rules.measure(verdict_rules.Config(sweeps=40, registrations=1))
 
 
 def test_shares_of_verdicts_sum_to_one(tables) -> None:
@@ -60,7 +46,7 @@ def test_precise_data_are_decided_rightly(tables) -> None:
     assert check.loc[4, "contradicts"] == 1
 
 
-def test_the_summary_states_settings_and_coverage(benchmark, tables) -> None:
-    described = benchmark.summary(benchmark.Config(sweeps=40, registrations=1), tables)
+def test_the_summary_states_settings_and_coverage(tables) -> None:
+    described = verdict_rules.summary(verdict_rules.Config(sweeps=40, registrations=1), tables)
     assert described["settings"] == {"sweeps": 40, "registrations": 1, "seed": 0}
     assert described["coverage"]["3"]["mean"] > 0.85

@@ -17,31 +17,30 @@ SHELL, PYTHON = (re.findall(rf"```{kind}\n(.*?)```", PAGE, re.DOTALL)[0] for kin
 
 
 def test_it_is_ten_lines() -> None:
-    imports = [each for each in ast.parse(PYTHON).body if isinstance(each, (ast.Import, ast.ImportFrom))]
+    imports = [node for node in ast.parse(PYTHON).body if isinstance(node, (ast.Import, ast.ImportFrom))]
     lines = [line for line in PYTHON.splitlines() if line]
     assert len(lines) - len(imports) == 10
     assert len(SHELL.splitlines()) == 2
 
 
 def test_the_first_answer(monkeypatch, capsys) -> None:
-    program, *words = shlex.split(SHELL.splitlines()[1])
+    words = shlex.split(SHELL.splitlines()[1])
     monkeypatch.setattr(cli, "PROGRAM", None)
-    monkeypatch.setattr(sys, "argv", [program, *words])
-    monkeypatch.delitem(sys.modules, "sims.transfer", raising=False)
-    main.main()
-    said = " ".join(capsys.readouterr().out.split())
-    assert "keep lora_alpha=32 without use_rslora and the learning rate 0.0002" in said
-    monkeypatch.setattr(sys, "argv", [program, *words, "--rule", "rslora"])
-    monkeypatch.delitem(sys.modules, "sims.transfer", raising=False)
-    main.main()
-    assert "the same adapter as lora_alpha=11.3137 with use_rslora" in " ".join(capsys.readouterr().out.split())
+    for options, answer in (
+        ([], "keep lora_alpha=32 without use_rslora and the learning rate 0.0002"),
+        (["--rule", "rslora"], "the same adapter as lora_alpha=11.3137 with use_rslora"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*words, *options])
+        monkeypatch.delitem(sys.modules, "sims.transfer", raising=False)
+        main.main()
+        assert answer in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of transformers and peft
 @pytest.mark.parametrize("pad", ["</s>", None])
 def test_measured_checked_and_trained(pad, tmp_path, monkeypatch, capsys) -> None:
-    """Where the end token is the padding token too, and where there is none: the model learns to stop."""
+    """The model learns to stop, also if the end token is the padding token or there is no padding token."""
     for package in ("torch", "peft", "transformers", "accelerate"):
         pytest.importorskip(package, reason="the bridge: the extra torch")
     from support import torch_chats, torch_models
@@ -49,14 +48,12 @@ def test_measured_checked_and_trained(pad, tmp_path, monkeypatch, capsys) -> Non
     tokenizer = torch_chats.tokenizer(pad)
     tokenizer.save_pretrained(tmp_path / "my-model")
     torch_models.model("qwen2").save_pretrained(tmp_path / "my-model")
-    rows = [
-        [
-            {"role": "user", "content": f"{'abcdefghij'[i % 10]} words"},
-            {"role": "assistant", "content": "do" * (1 + i % 3)},
-        ]
-        for i in range(48)
-    ]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    lines = []
+    for i in range(48):
+        question, reply = f"{'abcdefghij'[i % 10]} words", "do" * (1 + i % 3)
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+        lines.append(json.dumps({"messages": chat}) + "\n")
+    (tmp_path / "chats.jsonl").write_text("".join(lines))
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     assert "2000" in PYTHON

@@ -33,8 +33,7 @@ def test_its_commands_have_the_options_of_today() -> None:
         for words in (figure.redraw, *figure.commands):
             package, at = ("figures", 3) if words[1] == "figures" else ("sims", 2)
             config = importlib.import_module(f"{package}.{words[at - 1]}").Config
-            found = cli.parse(config, words[at:], description="")
-            assert dataclasses.is_dataclass(found)
+            assert dataclasses.is_dataclass(cli.parse(config, words[at:], description=""))
             parsed += 1
     assert parsed > 40
     commands = {figure.run.name: figure.commands[0] for figure in gallery.figures() if figure.commands}

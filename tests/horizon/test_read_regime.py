@@ -1,4 +1,4 @@
-"""The takeover distances and linear terms that the grid's law is of: one init and split of a run of sims.regime."""
+"""Takeover distances and linear terms for the grid's law: one initialisation and split of a run of sims.regime."""
 
 import json
 
@@ -11,25 +11,18 @@ from rora_theory.measure.regimes.tables import TAKEOVER, TAKEOVER_COLUMNS
 from rora_theory.runs import seals
 
 TERMS = [1.0, 3.0, 6.0, 8.0]
-"""Of `regime_runs.write` under Adam at held-out tokens, a module each."""
+"""Linear terms of the modules of `regime_runs.write` under Adam at held-out tokens."""
 
 
 def test_they_are_those_of_peft_s_init_at_held_out_tokens_under_adam(tmp_path) -> None:
-    takeovers, terms = read_regime(regime_runs.write(tmp_path / "run"))
-    assert takeovers == pytest.approx([term / 100 for term in TERMS], rel=1e-15)
-    assert terms == TERMS
-
-
-def test_a_run_without_a_takeover_distance_of_them_is_bad_input(tmp_path) -> None:
     run = regime_runs.write(tmp_path / "run")
+    takeovers, terms = read_regime(run)
+    assert takeovers == pytest.approx([term / 100 for term in TERMS], rel=1e-12)
+    assert terms == TERMS
+    (run / TAKEOVER).write_text((run / TAKEOVER).read_text().replace("0.01", "0.02"))
+    with pytest.raises(InputError, match=r"takeover\.csv: was changed since the run wrote it"):
+        read_regime(run)
     (run / "manifest.json").write_text(json.dumps(seals.seal({})))
     (run / TAKEOVER).write_text(",".join(TAKEOVER_COLUMNS) + "\n")
     with pytest.raises(InputError, match=r"takeover\.csv has no held-out row for kaiming_uniform"):
-        read_regime(run)
-
-
-def test_a_distance_that_was_changed_is_bad_input(tmp_path) -> None:
-    run = regime_runs.write(tmp_path / "run")
-    (run / TAKEOVER).write_text((run / TAKEOVER).read_text().replace("0.01", "0.02"))
-    with pytest.raises(InputError, match=r"takeover\.csv: was changed since the run wrote it"):
         read_regime(run)

@@ -1,4 +1,4 @@
-"""A run read on the way: each reading is that of a run that ends there, to the bit."""
+"""Readings of a run on the way: each is that of a run that ends there."""
 
 from dataclasses import replace
 
@@ -26,48 +26,59 @@ def bench(tmp_path_factory) -> Workbench:
     data = checkpoint.two_files(tmp_path_factory.mktemp("data"))
     model = str(checkpoint.model(tmp_path_factory.mktemp("model")))
     records = draw_records([str(data / name / "train.json") for name in ("one", "two")], held_out=6, train_records=12)
-    found = Workbench(TRAINING, records, {}, {model: locate(model)}, scoring=Scoring("label", "clean"))
-    found.open(model)
-    return found
+    bench = Workbench(TRAINING, records, {}, {model: locate(model)}, scoring=Scoring("label", "clean"))
+    bench.open(model)
+    return bench
+
+
+@pytest.fixture(scope="module")
+def full_run(bench) -> readings.ReadRun:
+    """A run of five steps, read three times."""
+    return readings.read_run(bench, TRAINING, (2, 3, 5))
+
+
+def assert_same_readings(run: readings.ReadRun, expected: list[readings.Reading]) -> None:
+    assert [reading.step for reading in run.readings] == [reading.step for reading in expected]
+    for reading, other in zip(run.readings, expected, strict=True):
+        assert reading.losses == pytest.approx(other.losses, rel=1e-6)
+        assert reading.answer_losses == pytest.approx(other.answer_losses, rel=1e-6)
+        pd.testing.assert_frame_equal(pd.DataFrame(reading.parts), pd.DataFrame(other.parts), rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_a_reading_on_the_way_is_that_of_a_run_which_ends_there(bench) -> None:
-    whole = readings.read_run(bench, TRAINING, (2, 3, 5))
-    assert [one.step for one in whole.readings] == [2, 3, 5]
-    assert len(whole.train_losses) == 5
-    assert len({tuple(one.losses) for one in whole.readings}) == 3
-    for step, reading in ((2, 0), (3, 1)):
-        part = readings.read_run(bench, TRAINING, (step,))
-        assert part.readings == [whole.readings[reading]]
-        assert part.train_losses == whole.train_losses[:step]
-    first, _, last = (pd.DataFrame(one.parts) for one in whole.readings)
+def test_a_reading_on_the_way_is_that_of_a_run_which_ends_there(bench, full_run) -> None:
+    assert [reading.step for reading in full_run.readings] == [2, 3, 5]
+    assert len(full_run.train_losses) == 5
+    assert len({tuple(reading.losses) for reading in full_run.readings}) == 3
+    short_run = readings.read_run(bench, TRAINING, (3,))
+    assert_same_readings(short_run, full_run.readings[1:2])
+    assert short_run.train_losses == pytest.approx(full_run.train_losses[:3], rel=1e-6)
+    first, _, last = (pd.DataFrame(reading.parts) for reading in full_run.readings)
     assert list(first) == ["layer", "module", *led.PARTS]
     assert (first["led_A"] == 0).all(), "the first rate is 0, and while B = 0 A has no gradient"
     assert (first["led_B"] > 0).all()
     assert ((last["led_A"] > 0) & (last["led_A"] < last["led_B"])).all()
     tokens, answers = readings.token_counts(bench)
-    assert len(tokens) == len(answers) == len(whole.readings[0].losses) == 6
+    assert len(tokens) == len(answers) == len(full_run.readings[0].losses) == 6
     assert all(0 < answer < count for count, answer in zip(tokens, answers, strict=True))
 
 
 @pytest.mark.slow
-def test_a_run_that_diverges_keeps_what_was_read_before(bench, monkeypatch) -> None:
-    whole = readings.read_run(bench, TRAINING, (1, 2))
-    real = readings.read_held_out
+def test_a_run_that_diverges_keeps_the_readings_before(bench, full_run, monkeypatch) -> None:
+    read_held_out = readings.read_held_out
 
-    def spoilt(bench, step, params):
-        found = real(bench, step, params)
-        return readings.Reading(step, [float("nan")] * len(found.losses), []) if step == 2 else found
+    def spoil(bench, step, params):
+        reading = read_held_out(bench, step, params)
+        return replace(reading, losses=[float("nan")] * len(reading.losses)) if step == 3 else reading
 
-    monkeypatch.setattr(readings, "read_held_out", spoilt)
-    found = readings.read_run(bench, TRAINING, (1, 2))
-    assert found.readings == whole.readings[:1]
-    assert found.diverged_at == 2
+    monkeypatch.setattr(readings, "read_held_out", spoil)
+    run = readings.read_run(bench, TRAINING, (2, 3))
+    assert_same_readings(run, full_run.readings[:1])
+    assert run.diverged_at == 3
 
 
 @pytest.mark.parametrize(
-    ("changes", "steps", "said"),
+    ("changes", "steps", "message"),
     [
         ({}, (), "read_at"),
         ({}, (0, 2), "read_at"),
@@ -76,14 +87,14 @@ def test_a_run_that_diverges_keeps_what_was_read_before(bench, monkeypatch) -> N
         ({}, (10**6,), "read_at must end at .*, got 1000000"),
     ],
 )
-def test_bad_steps_are_refused(bench, changes, steps, said) -> None:
-    with pytest.raises(InputError, match=said):
+def test_bad_steps_are_refused(bench, changes, steps, message) -> None:
+    with pytest.raises(InputError, match=message):
         readings.read_run(bench, replace(TRAINING, **changes), steps)
 
 
 def test_a_run_in_words() -> None:
     """Losses a token of all records together, and where it ended before its time."""
     first, second = {"step": 2, "losses": [2.0, 4.0]}, {"step": 3, "losses": [1.0, 0.5]}
-    found = {"readings": [first, second], "diverged_at": None}
-    assert readings.describe_run(found, [1, 2]) == "2.0000 at 2, 0.5000 at 3"
-    assert readings.describe_run(found | {"diverged_at": 4}, [1, 2]).endswith(" at 3, diverged at 4")
+    run = {"readings": [first, second], "diverged_at": None}
+    assert readings.describe_run(run, [1, 2]) == "2.0000 at 2, 0.5000 at 3"
+    assert readings.describe_run(run | {"diverged_at": 4}, [1, 2]).endswith(" at 3, diverged at 4")

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,32 +43,26 @@ def area(cell: Square, _: Path) -> dict[str, Any]:
 
 
 def drawn(cell: Square, folder: Path) -> float:
-    """A cell with a file, whose result needs what an earlier attempt left."""
+    """Write a file of the cell, and a checkpoint as an interrupted attempt leaves it."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     (folder / "checkpoints" / "1").write_text("half")
     (folder / "losses.csv").write_text(f"loss\n{cell.side}\n")
     return cell.side / 3
 
 
-def failing(side: int, work: Callable[..., Any] = area) -> Callable[[Square, Path], Any]:
-    def run(cell: Square, folder: Path) -> Any:
-        if cell.side == side:
-            raise ValueError("no such square")
-        return work(cell, folder)
-
-    return run
-
-
-def stopping(side: int, work: Callable[..., Any] = area) -> Callable[[Square, Path], Any]:
-    """Ctrl-C in the middle of a cell, after what it wrote."""
+def failing(side: int, error: BaseException, work: Callable[..., Any] = area) -> Callable[[Square, Path], Any]:
+    """Return the work that raises an error at the end of one cell."""
 
     def run(cell: Square, folder: Path) -> Any:
         value = work(cell, folder)
         if cell.side == side:
-            raise KeyboardInterrupt
+            raise error
         return value
 
     return run
+
+
+NO_SQUARE = ValueError("no such square")
 
 
 def never(cell: Square, _: Path) -> None:
@@ -79,8 +73,12 @@ def opened(path: Path, **config: Any) -> RunFolder:
     return RunFolder.open("squares", {"unit": "m"} | config, out=path)
 
 
-def table(folder: RunFolder, values: list[Any]) -> None:
-    folder.write("results.csv", "".join(f"{value}\n" for value in values))
+def finished_run(path: Path, sides: Sequence[Square] = SIDES, work: Callable[..., Any] = drawn) -> RunFolder:
+    """Run the cells, write a table of their results and finish the folder."""
+    folder = opened(path)
+    run_with_bar(sides, work, folder, write=lambda values: folder.write("results.csv", f"{values}\n"))
+    folder.finish()
+    return folder
 
 
 def test_a_cell_is_all_its_fields() -> None:
@@ -90,10 +88,10 @@ def test_a_cell_is_all_its_fields() -> None:
 
 
 def test_results_come_in_the_order_of_the_cells_and_are_done_once(tmp_path, capsys) -> None:
-    """numpy's numbers become Python's, and are read back to the bit."""
+    """NumPy's numbers become Python's, and are read back with all digits."""
     folder = opened(tmp_path)
     first = run_with_bar(SIDES, area, folder, words=lambda value: f"{value['area']:.2f} m")
-    assert [value["area"] for value in first] == [3.0, 1 / 3, 4 / 3]
+    assert [value["area"] for value in first] == pytest.approx([3.0, 1 / 3, 4 / 3])
     row = first[0]["rows"][0]
     assert row == {"side": 3, "gone": float("inf"), "note": None, "kept": True}
     assert (type(row["side"]), type(row["kept"])) == (int, bool)
@@ -107,87 +105,59 @@ def test_results_come_in_the_order_of_the_cells_and_are_done_once(tmp_path, caps
     assert again == first[::-1]
     assert run_with_bar(more, area, folder, words=lambda _: "new")[1:4] == again
     assert capsys.readouterr().out == "[1/5] side 4: new, 0 s\n", "once, though it is twice in the list"
-    assert [one.cell["side"] for one in read_finished_cells(tmp_path).values()] == [4, 2, 1, 3], (
-        "all, in the order of the cells"
-    )
+    in_order = [finished.cell["side"] for finished in read_finished_cells(tmp_path).values()]
+    assert in_order == [4, 2, 1, 3], "all, in the order of the cells"
     assert read_finished_cells(tmp_path / "none") == {}
 
 
 def test_a_run_that_was_stopped_leaves_the_same_bytes(tmp_path) -> None:
-    """After each of the cells, with what a kill leaves of a line."""
-    whole = opened(tmp_path / "whole")
-    run_with_bar(SIDES, drawn, whole, write=lambda values: table(whole, values))
-    whole.finish()
+    """Interrupted at the end of each of the cells, with the half line that a kill leaves."""
+    uninterrupted = finished_run(tmp_path / "uninterrupted")
     for stop in (3, 1, 2):
         folder = opened(tmp_path / str(stop))
         with pytest.raises(KeyboardInterrupt):
-            run_with_bar(SIDES, stopping(stop, drawn), folder)
-        left = folder.path / "cells" / key_of(Square(stop)) / "checkpoints" / "1"
-        assert left.read_text() == "half", "the cell goes on from it"
+            run_with_bar(SIDES, failing(stop, KeyboardInterrupt(), drawn), folder)
+        checkpoint = folder.path / "cells" / key_of(Square(stop)) / "checkpoints" / "1"
+        assert checkpoint.read_text() == "half", "the cell resumes from it"
         folder.stop("interrupted")
         with (folder.path / CELLS).open("a") as file:
             file.write('{"key": "')
         assert len(read_finished_cells(folder.path)) == SIDES.index(Square(stop))
-        assert (folder.path / CELLS).read_text().endswith('{"key": "'), "to look is to change nothing"
-        folder = opened(tmp_path / str(stop))
-        run_with_bar(SIDES, drawn, folder, write=lambda values, folder=folder: table(folder, values))
-        folder.finish()
+        assert (folder.path / CELLS).read_text().endswith('{"key": "'), "reading changes nothing"
+        finished_run(folder.path)
         for name in ("results.csv", CELLS, *(f"cells/{key_of(cell)}/losses.csv" for cell in SIDES)):
-            assert (folder.path / name).read_bytes() == (whole.path / name).read_bytes(), name
-        assert not list(folder.path.glob("cells/*/checkpoints")), "a done cell needs none"
-
-
-def test_a_run_that_ended_before_a_done_cell_s_checkpoints_went_clears_them(tmp_path) -> None:
-    folder = opened(tmp_path)
-    run_with_bar(SIDES, drawn, folder)
-    folder.finish()
-    drawn(SIDES[0], tmp_path / "cells" / key_of(SIDES[0]))
-    run_with_bar(SIDES, never, opened(tmp_path))
-    assert not list(tmp_path.glob("cells/*/checkpoints"))
-    assert len(list(tmp_path.glob("cells/*/losses.csv"))) == 3
-
-
-def rewritten(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change every line of a journal and seal it again, as whoever made the folder could have."""
-    journal = Journal(path / CELLS, opened(path).identity)
-    for entry in journal.entries:
-        change(entry)
-    journal.rewrite(journal.entries)
-
-
-@pytest.mark.parametrize("key", ["{victim}", "../../victim", "0123456789abcdef", "", 3, None, ["a"]])
-def test_a_key_that_is_not_its_cell_s_hash_removes_nothing(tmp_path, key) -> None:
-    run, kept = tmp_path / "run", tmp_path / "victim" / "checkpoints" / "mine"
-    kept.parent.mkdir(parents=True)
-    kept.write_text("mine")
-    folder = opened(run)
-    run_with_bar(SIDES[:1], drawn, folder)
-    folder.finish()
-    named = key.format(victim=kept.parents[1]) if isinstance(key, str) else key
-    rewritten(run, lambda entry: entry.update(key=named))
-    with pytest.raises(InputError, match=rf"{CELLS}: line 1: "):
-        run_with_bar(SIDES[:1], drawn, opened(run))
-    assert kept.read_text() == "mine"
+            assert (folder.path / name).read_bytes() == (uninterrupted.path / name).read_bytes(), name
+        assert not list(folder.path.glob("cells/*/checkpoints")), "a finished cell needs none"
+    # A run can also end between saving a cell and removing its checkpoints.
+    drawn(SIDES[0], uninterrupted.path / "cells" / key_of(SIDES[0]))
+    finished_run(uninterrupted.path, work=never)
+    assert not list(uninterrupted.path.glob("cells/*/checkpoints"))
+    assert len(list(uninterrupted.path.glob("cells/*/losses.csv"))) == 3
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"cell": [1]}, {"files": ["a"]}, {"files": None}, {"files": {"../../victim": ""}}, {"files": {"/etc/passwd": ""}}],
-)
-def test_a_cell_of_the_wrong_type_or_with_a_file_elsewhere_is_refused(tmp_path, change) -> None:
-    folder = opened(tmp_path)
-    run_with_bar(SIDES[:1], area, folder)
-    folder.finish()
-    rewritten(tmp_path, lambda entry: entry.update(change))
-    with pytest.raises(InputError, match=CELLS):
-        read_finished_cells(tmp_path)
+    [
+        {"key": "../../victim"}, {"key": "0123456789abcdef"}, {"key": 3}, {"cell": [1]}, {"files": ["a"]},
+        {"files": None}, {"files": {"../../victim": ""}}, {"files": {"/etc/passwd": ""}},
+    ],
+)  # fmt: skip
+def test_an_entry_with_another_key_type_or_a_file_elsewhere_removes_nothing(tmp_path, change) -> None:
+    """The line is sealed, as whoever made the folder could have done."""
+    run, checkpoint = tmp_path / "run", tmp_path / "victim" / "checkpoints" / "mine"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_text("mine")
+    finished_run(run, SIDES[:1])
+    journal = Journal(run / CELLS, opened(run).identity)
+    journal.rewrite([entry | change for entry in journal.entries])
+    for read in (lambda: read_finished_cells(run), lambda: run_with_bar(SIDES[:1], drawn, opened(run))):
+        with pytest.raises(InputError, match=CELLS):
+            read()
+    assert checkpoint.read_text() == "mine"
 
 
 def test_a_result_of_the_wrong_type_is_refused_before_work_starts(tmp_path) -> None:
-    folder = opened(tmp_path)
-    run_with_bar(SIDES[:1], area, folder)
-    folder.finish()
-    rewritten(tmp_path, lambda entry: entry.update(value="3"))
+    finished_run(tmp_path, SIDES[:1], lambda *_: "3")
     with pytest.raises(InputError, match=rf"{CELLS}: is damaged \(TypeError"):
         run_with_bar(SIDES, never, opened(tmp_path), write=lambda values: [value["area"] for value in values])
 
@@ -195,15 +165,15 @@ def test_a_result_of_the_wrong_type_is_refused_before_work_starts(tmp_path) -> N
 @pytest.mark.parametrize("link", ["cells", "cells/{key}", "cells/{key}/checkpoints", "results.csv"])
 def test_nothing_is_written_or_removed_through_a_link_out_of_the_folder(tmp_path, link) -> None:
     run, victim = tmp_path / "run", tmp_path / "victim"
-    folder = opened(run)
-    run_with_bar(SIDES[:1], drawn, folder)
-    folder.finish()
-    for kept in (victim / "checkpoints" / "mine", victim / key_of(SIDES[0]) / "checkpoints" / "mine"):
-        kept.parent.mkdir(parents=True)
-        kept.write_text("mine")
+    finished_run(run, SIDES[:1])
+    for file in (victim / "checkpoints" / "mine", victim / key_of(SIDES[0]) / "checkpoints" / "mine"):
+        file.parent.mkdir(parents=True)
+        file.write_text("mine")
     place = run / link.format(key=key_of(SIDES[0]))
     if place.is_dir():
         shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
     place.symlink_to(victim)
     with pytest.raises(InputError, match=r"symbolic link out of|which is not a path inside"):
         run_with_bar(SIDES, drawn, opened(run))
@@ -211,35 +181,32 @@ def test_nothing_is_written_or_removed_through_a_link_out_of_the_folder(tmp_path
 
 
 def test_a_failing_cell_is_named_and_the_others_are_done(tmp_path, capsys) -> None:
-    folder, tables = opened(tmp_path), []
-    with pytest.raises(cli.FailedError, match=r"1 of 3 cells failed, the first side 1 \(ValueError: no such square\)"):
-        run_with_bar(SIDES, failing(1), folder, write=lambda values: tables.append(len(values)))
-    assert tables == [2], "the table has what is done"
-    own = tmp_path / "cells" / key_of(Square(1))
-    assert (
-        f"side 1 failed (ValueError: no such square); its traceback is in {own}/error.txt\n" in capsys.readouterr().err
-    )
-    assert "in run" in (own / "error.txt").read_text()
-    assert len(run_with_bar(SIDES, area, folder, words=lambda _: "done")) == 3
-    assert capsys.readouterr().out == "[2/3] side 1: done, 0 s\n", "tried again, the others not"
-    assert not own.exists()
-
-
-def test_a_run_with_a_failing_cell_ends_with_status_1(tmp_path, capsys) -> None:
+    """The command ends with status 1; the next run tries the failed cell again."""
+    lengths: list[int] = []
+    work = failing(1, NO_SQUARE)
     with pytest.raises(SystemExit) as stop:
-        cli.run(lambda: run_with_bar(SIDES, failing(2), opened(tmp_path)) and None)
+        cli.run(lambda: run_with_bar(SIDES, work, opened(tmp_path), write=lambda rows: lengths.append(len(rows))))
     assert stop.value.code == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: 1 of 3 cells failed, the first side 2 ")
+    assert lengths == [2], "the table has the finished cells"
+    cell_folder = tmp_path / "cells" / key_of(Square(1))
+    lines = capsys.readouterr().err.splitlines()
+    reason = "side 1 failed (ValueError: no such square); its traceback is in"
+    assert any(f"{reason} {cell_folder / 'error.txt'}" in line for line in lines)
+    assert lines[-1].startswith("error: 1 of 3 cells failed, the first side 1 (ValueError: no such square)")
+    assert "in run" in (cell_folder / "error.txt").read_text()
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert (manifest["status"], manifest["error"][:5]) == ("failed", "1 of ")
+    assert len(run_with_bar(SIDES, area, opened(tmp_path), words=lambda _: "done")) == 3
+    assert capsys.readouterr().out == "[2/3] side 1: done, 0 s\n", "only the failed cell is done again"
+    assert not cell_folder.exists()
 
 
 def test_a_runner_may_end_cells_in_any_order(tmp_path, capsys) -> None:
-    """As one that works on several at once: what is assembled is in the order of the cells all the same."""
+    """A runner that works on several cells at once: the results are in the order of the cells all the same."""
 
-    def last_first(work, todo, begun):
+    def last_first(work, todo, on_start):
         for place in range(len(todo)):
-            begun(place)
+            on_start(place)
         for place in reversed(range(len(todo))):
             result = ValueError("lost") if todo[place][0].side == 1 else work(*todo[place])
             yield CellOutcome(place, result, 2.4, f"n{place % 2}")
@@ -247,30 +214,30 @@ def test_a_runner_may_end_cells_in_any_order(tmp_path, capsys) -> None:
     folder = opened(tmp_path / "a")
     with pytest.raises(cli.FailedError, match=r"1 of 3 cells failed, the first side 1 \(ValueError: lost\)"):
         run_with_bar(SIDES, area, folder, runner=last_first, words=lambda value: f"{value['area']:.2f} m")
-    said = capsys.readouterr()
-    assert said.out == "[3/3] side 2: 1.33 m, 2 s\n[1/3] side 3: 3.00 m, 2 s\n"
-    assert said.err.startswith("note: side 1 failed (ValueError: lost)")
+    streams = capsys.readouterr()
+    assert streams.out == "[3/3] side 2: 1.33 m, 2 s\n[1/3] side 3: 3.00 m, 2 s\n"
+    assert streams.err.startswith("note: side 1 failed (ValueError: lost)")
     assert run_with_bar(SIDES, area, folder) == run_with_bar(SIDES, area, opened(tmp_path / "b"), runner=in_process)
     assert (folder.path / CELLS).read_bytes() == (tmp_path / "b" / CELLS).read_bytes()
 
 
 def test_the_tables_follow_every_few_seconds(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(cells, "WRITE_INTERVAL", -1.0)
-    seen: list[list[float]] = []
-    work = lambda cell, _: cell.side  # noqa: E731
-    run_with_bar(SIDES, work, opened(tmp_path), write=seen.append)
-    assert seen == [[3], [3, 1], [3, 1, 2], [3, 1, 2]]
+    written: list[list[float]] = []
+    run_with_bar(SIDES, lambda cell, _: cell.side, opened(tmp_path), write=written.append)
+    assert written == [[3], [3, 1], [3, 1, 2], [3, 1, 2]]
 
 
 def test_a_full_disk_ends_the_run_and_is_no_fault_of_a_cell(tmp_path, monkeypatch) -> None:
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise error
 
     folder = opened(tmp_path)
     key = key_of(Square(1))
-    work = lambda cell, path: full() if cell.side == 1 else area(cell, path)  # noqa: E731
     with pytest.raises(InputError, match=rf"cells/{key}: cannot be written \(No space left on device\)"):
-        run_with_bar(SIDES, work, folder)
+        run_with_bar(SIDES, failing(1, error), folder)
     with monkeypatch.context() as patch:
         patch.setattr(files, "_write", full)
         with pytest.raises(InputError, match=r"cells\.jsonl: cannot be written \(No space left on device\)"):
@@ -279,35 +246,30 @@ def test_a_full_disk_ends_the_run_and_is_no_fault_of_a_cell(tmp_path, monkeypatc
     assert len(run_with_bar(SIDES, area, folder)) == 3
 
 
-def changed(path: Path) -> pytest.RaisesExc:
-    return pytest.raises(InputError, match=rf"{path.name}: (line 1 is damaged or )?was changed since the run wrote it")
-
-
 @pytest.mark.parametrize("end", [lambda folder: folder.finish(), lambda folder: folder._release()])
-def test_what_was_changed_by_hand_does_not_pass(tmp_path, end) -> None:
-    """A result, a file, or what a cell is: after a run's end, and after a kill, when no digest is in the manifest."""
+def test_a_change_by_hand_is_detected(tmp_path, end) -> None:
+    """Change a result, a file and a cell's configuration, after a run's end and after a kill without digests."""
     folder = opened(tmp_path)
     run_with_bar(SIDES, drawn, folder)
     end(folder)
-    own = tmp_path / "cells" / key_of(Square(3))
+    cell_folder = tmp_path / "cells" / key_of(Square(3))
     for path, old, new in (
-        (tmp_path / CELLS, "1.0", "1.1"), (own / "losses.csv", "3", "2"), (own / "cell.json", "plain", "bold")
+        (tmp_path / CELLS, "1.0", "1.1"), (cell_folder / "losses.csv", "3", "2"), (cell_folder / "cell.json", "pl", "b")
     ):  # fmt: skip
-        whole = path.read_text()
-        assert old in whole
-        path.write_text(whole.replace(old, new, 1))
-        with changed(path):
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+        message = rf"{path.name}: (line 1 is damaged or )?was changed since the run wrote it"
+        with pytest.raises(InputError, match=message):
             run_with_bar(SIDES, never, opened(tmp_path))
-        path.write_text(whole)
+        path.write_text(text)
     run_with_bar(SIDES, never, opened(tmp_path))
 
 
 def test_a_cell_whose_file_was_removed_is_done_again(tmp_path, capsys) -> None:
-    folder = opened(tmp_path)
-    run_with_bar(SIDES, drawn, folder)
-    folder.finish()
-    file = tmp_path / "cells" / key_of(Square(2)) / "losses.csv"
-    file.unlink()
+    finished_run(tmp_path)
+    (tmp_path / "cells" / key_of(Square(2)) / "losses.csv").unlink()
+    capsys.readouterr()
     folder = opened(tmp_path)
 
     def otherwise(cell: Square, path: Path) -> float:
@@ -315,29 +277,30 @@ def test_a_cell_whose_file_was_removed_is_done_again(tmp_path, capsys) -> None:
         (path / "losses.csv").write_text("seconds\n9\n")  # as a measured time would differ
         return 7.0
 
-    assert run_with_bar(SIDES, otherwise, folder, words=lambda _: "again") == [1.0, 1 / 3, 7.0]
+    expected = pytest.approx([1.0, 1 / 3, 7.0])
+    assert run_with_bar(SIDES, otherwise, folder, words=lambda _: "again") == expected
     assert capsys.readouterr().out == "[3/3] side 2: again, 0 s\n"
     folder._release()  # killed: the file before is not taken for the one that was changed
-    assert run_with_bar(SIDES, never, opened(tmp_path)) == [1.0, 1 / 3, 7.0]
+    assert run_with_bar(SIDES, never, opened(tmp_path)) == expected
 
 
-def test_a_folder_may_grow_by_what_was_not_known(tmp_path) -> None:
-    """An entry that is None in one part of a run, and the same in all others."""
+def test_a_folder_may_be_extended_by_a_setting_that_was_none(tmp_path) -> None:
+    """A setting that is None in one part of a run, and the same in all others."""
 
-    def grown(evaluation: Any, **config: Any) -> RunFolder:
-        return RunFolder.open("squares", {"unit": "m"} | config, out=tmp_path, extensible={"evaluation": evaluation})
-
-    first = grown(None)
-    run_with_bar(SIDES, area, first)
-    first.finish()
-    for evaluation in (None, {"limit": 3}, None, {"limit": 3}):
-        folder = grown(evaluation)
-        run_with_bar(SIDES, never, folder)
+    def extended(evaluation: Any, work: Callable[..., Any], **config: Any) -> RunFolder:
+        config = {"unit": "m"} | config
+        folder = RunFolder.open("squares", config, out=tmp_path, extensible={"evaluation": evaluation})
+        run_with_bar(SIDES, work, folder)
         folder.finish()
+        return folder
+
+    extended(None, area)
+    for evaluation in (None, {"limit": 3}, None, {"limit": 3}):
+        folder = extended(evaluation, never)
     assert folder.entry("config") == {"unit": "m", "evaluation": {"limit": 3}}
     before = (tmp_path / "manifest.json").read_bytes()
     with pytest.raises(InputError, match=r"evaluation there \{'limit': 3\}, here \{'limit': 4\}"):
-        grown({"limit": 4})
+        extended({"limit": 4}, never)
     with pytest.raises(InputError, match="unit there 'm', here 'km'"):
-        grown(None, unit="km")
+        extended(None, never, unit="km")
     assert (tmp_path / "manifest.json").read_bytes() == before

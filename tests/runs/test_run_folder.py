@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def manifest(path: Path) -> dict:
     return json.loads((path / "manifest.json").read_text())
 
 
-def test_a_line_half_written_on_a_full_disk_is_taken_back(tmp_path, full_disk):
+def test_a_line_half_written_on_a_full_disk_is_removed(tmp_path, full_disk):
     journal = Journal(tmp_path / "j.jsonl", "run")
     journal.append({"step": 1})
     before = journal.path.read_bytes()
@@ -44,7 +45,7 @@ def test_a_line_half_written_on_a_full_disk_is_taken_back(tmp_path, full_disk):
 
 
 def test_entries_are_read_whatever_run_they_are_of(tmp_path):
-    """Without the last, where it is cut off; what is no JSON is named."""
+    """A truncated last entry is left out; a line that is not JSON is named."""
     journal = Journal(tmp_path / "j.jsonl", "run")
     for step in (1, 2):
         journal.append({"step": step})
@@ -63,8 +64,8 @@ def test_the_weights_that_a_run_reads_are_named(tmp_path, capsys):
     model = checkpoint.model(tmp_path / "model")
     RunFolder.open("sweep", {}, out=tmp_path / "run", models=[llama.locate(model)]).finish()
     assert capsys.readouterr().out.startswith("model hf: safetensors, not quantised (F32); sha256 ")
-    (own,) = manifest(tmp_path / "run")["weights"]
-    assert (own["sha256"], own["quantised"]) == (llama.model_digest(model), False)
+    (weights,) = manifest(tmp_path / "run")["weights"]
+    assert (weights["sha256"], weights["quantised"]) == (llama.model_digest(model), False)
 
 
 # ---- sealed lines
@@ -85,7 +86,6 @@ def journal_of(path: Path, count: int = 4) -> list[str]:
         (lambda lines: [lines[1], lines[0], *lines[2:]], 1),  # moved
         (lambda lines: [*lines, lines[-1]], 5),  # twice
         (lambda lines: [*lines[:3], lines[3].replace("digest", "dagest")], 4),
-        (lambda lines: [*lines[:3], "{}\n"], 4),
         (lambda lines: [*lines[:3], "[" * 100_000 + "\n"], 4),
         (lambda lines: [*lines[:3], '{"step": 3, "loss": 0.\n'], 4),
     ],
@@ -95,8 +95,7 @@ def test_a_changed_line_is_named(tmp_path, damage, line):
     path.write_text("".join(damage(journal_of(path))))
     with pytest.raises(InputError, match=rf"j\.jsonl: line {line} is damaged or was changed"):
         Journal(path, "run")
-    kept = "".join(path.read_text().splitlines(keepends=True)[: line - 1])
-    path.write_text(kept)  # as the message says
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[: line - 1]))  # as the message says
     assert len(Journal(path, "run").entries) == line - 1
 
 
@@ -121,36 +120,32 @@ from pathlib import Path
 from rora_theory.runs.folder import RunFolder
 RunFolder.open("sweep", {"rank": 4}, out=Path(sys.argv[1]))
 print("open", flush=True)
-time.sleep(float(sys.argv[2]))
+time.sleep(60)
 """
-
-
-def holder(path: Path, seconds: float) -> subprocess.Popen:
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", HOLDER, str(path), str(seconds)], **streams)
 
 
 def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path):
     """Two open at once: one gets the folder, the other a line that names it; killed, it frees the folder."""
-    both = [holder(tmp_path / "run", 60) for _ in range(2)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    run = tmp_path / "run"
+    both = [subprocess.Popen([sys.executable, "-c", HOLDER, str(run)], **streams) for _ in range(2)]
     while all(process.poll() is None for process in both):  # the loser ends
-        pass
+        time.sleep(0.02)
     [loser] = [process for process in both if process.poll() is not None]
     [winner] = [process for process in both if process is not loser]
     assert winner.stdout.readline() == "open\n"
-    said = loser.communicate()[1].splitlines()[-1]
-    assert f"{tmp_path / 'run'}: is in use by process {winner.pid} on " in said
+    assert f"{run}: is in use by process {winner.pid} on " in loser.communicate()[1].splitlines()[-1]
     with pytest.raises(InputError, match=f"is in use by process {winner.pid} on .* since 2"):
-        opened(tmp_path / "run")
-    assert [session["process"] for session in manifest(tmp_path / "run")["sessions"]] == [winner.pid]
+        opened(run)
+    assert [session["process"] for session in manifest(run)["sessions"]] == [winner.pid]
     winner.kill()
     winner.communicate()
-    opened(tmp_path / "run").finish()
-    assert [session["status"] for session in manifest(tmp_path / "run")["sessions"]] == ["killed", "complete"]
+    opened(run).finish()
+    assert [session["status"] for session in manifest(run)["sessions"]] == ["killed", "complete"]
 
 
-def test_a_run_that_ended_while_this_one_waited_is_gone_on_from(tmp_path, monkeypatch):
-    """Looked at before the lock, the folder was empty; by the time it is held, another process has done a part."""
+def test_a_run_that_ended_while_this_one_waited_is_resumed(tmp_path, monkeypatch):
+    """The folder was empty before the lock; when the lock is held, another process has done a part."""
     opened(tmp_path / "other").finish()
     real = folder_lock.acquire
 
@@ -165,63 +160,51 @@ def test_a_run_that_ended_while_this_one_waited_is_gone_on_from(tmp_path, monkey
     assert [session["status"] for session in manifest(tmp_path / "run")["sessions"]] == ["complete", "complete"]
 
 
-def test_a_process_may_open_its_own_folder_again(tmp_path):
-    opened(tmp_path / "run")  # as an error leaves it in a notebook
-    opened(tmp_path / "run").finish()
-    opened(tmp_path / "run").finish()
-
-
-def test_a_folder_that_is_no_run_gets_nothing(tmp_path):
+def test_another_folder_gets_nothing(tmp_path):
+    """A process may open its own folder again: an error leaves it open in a notebook."""
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "text").write_text("mine")
-    other = opened(tmp_path / "run")
-    other.finish()
+    opened(tmp_path / "run")
+    opened(tmp_path / "run").finish()
     (tmp_path / "run" / folder_lock.LOCK).unlink()
-    for path, said in (
-        (tmp_path / "thesis", "holds files but no manifest"),
-        (tmp_path / "run", "rank there 4, here 5"),
-    ):
-        before = sorted(path.iterdir())
-        with pytest.raises(InputError, match=said):
-            opened(path, rank=5)
-        assert sorted(path.iterdir()) == before
+    for name, message in (("thesis", "holds files but no manifest"), ("run", "rank there 4, here 5")):
+        before = sorted((tmp_path / name).iterdir())
+        with pytest.raises(InputError, match=message):
+            opened(tmp_path / name, rank=5)
+        assert sorted((tmp_path / name).iterdir()) == before
     opened(tmp_path / "run").finish()
 
 
 # ---- what was changed by hand
 
 
-def edit(path: Path, **entries) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+def write_entries(path: Path, entries: dict) -> None:
+    path.write_text(json.dumps(entries))
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
-        (lambda path: edit(path, best_loss=0.5), "was changed since the run wrote it"),
-        (lambda path: edit(path, digest="0" * 16), "was changed since the run wrote it"),
+        (lambda path: write_entries(path, manifest(path.parent) | {"best": 0.5}), "was changed since the run wrote it"),
         (lambda path: path.write_text("{"), "is damaged"),
         (lambda path: path.write_text("[]"), r"is damaged \(it has no experiment\)"),
         (lambda path: path.write_text("[" * 100_000), "is damaged"),
         (lambda path: path.write_bytes(b"\xff"), "is damaged"),
-        (
-            lambda path: path.write_text(json.dumps({k: v for k, v in manifest(path.parent).items() if k != "digest"})),
-            "has no digest",
-        ),
+        (lambda path: write_entries(path, {"experiment": "x", "config": {}, "sessions": []}), "has no digest"),
         (lambda path: path.unlink(), "holds files but no manifest"),
     ],
 )
-def test_a_changed_manifest_is_refused(tmp_path, damage, said):
+def test_a_changed_manifest_is_refused(tmp_path, damage, message):
     folder = opened(tmp_path / "run")
     folder.write("results.csv", "a\n1\n")
-    folder.finish(best_loss=1.5)
+    folder.finish(best=1.5)
     damage(tmp_path / "run" / "manifest.json")
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         opened(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"files": {"../victim": "0"}}, r"names '\.\./victim'"),
         ({"files": {"/etc/passwd": "0"}}, "names '/etc/passwd'"),
@@ -236,77 +219,75 @@ def test_a_changed_manifest_is_refused(tmp_path, damage, said):
         ({"run_id": None}, "run_id is None"),
     ],
 )
-def test_a_manifest_with_values_of_the_wrong_type_is_refused(tmp_path, change, said):
-    """Sealed, as whoever made the folder could have."""
-    folder = opened(tmp_path)
-    folder.finish()
-    (tmp_path / "manifest.json").write_text(json.dumps(seals.seal(manifest(tmp_path) | change)))
+def test_a_manifest_with_values_of_the_wrong_type_is_refused(tmp_path, change, message):
+    """The manifest is sealed, as whoever made the folder could have done."""
+    opened(tmp_path).finish()
+    write_entries(tmp_path / "manifest.json", seals.seal(manifest(tmp_path) | change))
     for read in (lambda: opened(tmp_path), lambda: read_finished_cells(tmp_path)):
-        with pytest.raises(InputError, match=rf"manifest\.json: .*{said}"):
+        with pytest.raises(InputError, match=rf"manifest\.json: .*{message}"):
             read()
 
 
 def test_a_changed_table_is_refused_and_a_removed_one_is_not(tmp_path):
-    folder = opened(tmp_path / "run")
+    run = tmp_path / "run"
+    folder = opened(run)
     for name in ("results.csv", "slopes.csv"):
         folder.write(name, "a\n1\n")
     folder.finish()
-    assert seals.describe_problem(tmp_path / "run") is None
-    (tmp_path / "run" / "slopes.csv").write_text("a\n2\n")
-    assert "slopes.csv: was changed" in seals.describe_problem(tmp_path / "run")
+    assert seals.describe_problem(run) is None
+    (run / "slopes.csv").write_text("a\n2\n")
+    assert "slopes.csv: was changed" in seals.describe_problem(run)
     with pytest.raises(
         InputError, match=r"slopes\.csv: was changed since the run wrote it.* remove it and run the same"
     ):
-        opened(tmp_path / "run")
-    (tmp_path / "run" / "slopes.csv").unlink()
-    folder = opened(tmp_path / "run")
+        opened(run)
+    (run / "slopes.csv").unlink()
+    folder = opened(run)
     folder.write("slopes.csv", "a\n3\n")  # a new one takes its place, and a kill now is no change by hand
     folder._release()
-    opened(tmp_path / "run").finish()
-    assert not seals.describe_problem(tmp_path / "run")
+    opened(run).finish()
+    assert not seals.describe_problem(run)
 
 
-def test_what_was_recorded_is_missed(tmp_path):
-    folder = opened(tmp_path / "run")
-    model = tmp_path / "run" / "model"
+def test_a_recorded_file_that_was_removed_is_missing(tmp_path):
+    folder = opened(tmp_path)
+    model = tmp_path / "model"
     model.mkdir()
     for name in ("config.json", "model.safetensors"):
         (model / name).write_text(name)
     assert not folder.has_files("model"), "not recorded yet"
     folder.record_files("model")
     folder.finish()
-    folder = opened(tmp_path / "run")
+    folder = opened(tmp_path)
     assert folder.has_files("model")
     (model / "model.safetensors").unlink()
     assert not folder.has_files("model")
     folder.clear("model")
     assert not model.exists()
     folder.finish()
-    assert manifest(tmp_path / "run")["files"] == {}
+    assert manifest(tmp_path)["files"] == {}
 
 
-def test_other_versions_are_said_and_both_kept(tmp_path, monkeypatch, capsys):
-    opened(tmp_path / "run").finish()
-    opened(tmp_path / "run").finish()
-    assert capsys.readouterr().err == "", "the same ones are not"
+def test_other_versions_are_logged_and_both_recorded(tmp_path, monkeypatch, capsys):
+    opened(tmp_path).finish()
+    opened(tmp_path).finish()
+    assert capsys.readouterr().err == "", "not for the same versions"
     here = software.environment()
     newer = here | {"packages": here["packages"] | {"rora-theory": "99.0"}}
     monkeypatch.setattr(software, "environment", lambda: newer)
-    opened(tmp_path / "run").finish()
-    said = capsys.readouterr().err
+    opened(tmp_path).finish()
     old = here["packages"]["rora-theory"]
-    assert (
-        said
-        == f"note: {tmp_path / 'run'} is resumed with rora-theory 99.0 (was {old}); its manifest.json records both\n"
-    )
-    versions = [session["packages"]["rora-theory"] for session in manifest(tmp_path / "run")["sessions"]]
+    note = f"note: {tmp_path} is resumed with rora-theory 99.0 (was {old}); its manifest.json records both\n"
+    assert capsys.readouterr().err == note
+    versions = [session["packages"]["rora-theory"] for session in manifest(tmp_path)["sessions"]]
     assert versions == [old, old, "99.0"]
 
 
 # ---- stopped
 
 
-def ended(main, capsys) -> tuple[int, str]:
+def status_and_error(main, capsys) -> tuple[int, str]:
+    """Run a command that ends early, and return its exit status and what it prints to standard error."""
     with pytest.raises(SystemExit) as stopped:
         cli.run(main)
     return stopped.value.code, capsys.readouterr().err
@@ -324,91 +305,71 @@ def terminate() -> None:
 
 
 @pytest.mark.parametrize(("stop", "status"), [(interrupt, 130), (terminate, 143)])
-def test_only_a_run_folder_can_be_resumed(tmp_path, capsys, stop, status):
-    """A benchmark, or a command that has finished its folder, starts anew."""
-    assert ended(stop, capsys) == (status, "Interrupted.\n")
+def test_a_stopped_run_says_so_in_one_line_and_in_its_manifest(tmp_path, capsys, stop, status):
+    """Only an open run folder can be resumed, not a benchmark or a command that has finished its folder."""
 
-    def main() -> None:
-        opened(tmp_path / "run").finish()
+    def stop_after_finish() -> None:
+        opened(tmp_path / "done").finish()
         stop()
 
-    assert ended(main, capsys) == (status, "Interrupted.\n")
+    assert status_and_error(stop, capsys) == (status, "Interrupted.\n")
+    assert status_and_error(stop_after_finish, capsys) == (status, "Interrupted.\n")
 
-
-@pytest.mark.parametrize(("stop", "status"), [(interrupt, 130), (terminate, 143)])
-def test_a_stopped_run_says_so_in_one_line_and_in_its_manifest(tmp_path, capsys, stop, status):
-    def main() -> None:
+    def stop_within_run() -> None:
         opened(tmp_path / "run").write("results.csv", "a\n1\n")
         stop()
 
     before = signal.getsignal(signal.SIGTERM)
-    assert ended(main, capsys) == (status, sims.STOPPED + "\n")
+    assert status_and_error(stop_within_run, capsys) == (status, sims.STOPPED + "\n")
     assert signal.getsignal(signal.SIGTERM) is before
-    found = manifest(tmp_path / "run")
-    assert (found["status"], found["sessions"][-1]["status"]) == ("interrupted", "interrupted")
-    assert found["end"]
+    stopped = manifest(tmp_path / "run")
+    assert (stopped["status"], stopped["sessions"][-1]["status"]) == ("interrupted", "interrupted")
+    assert stopped["end"]
     (tmp_path / "run" / "results.csv").write_text("a\n2\n")
-    assert "results.csv: was changed" in seals.describe_problem(tmp_path / "run"), (
-        "its figures are not those that were measured"
-    )
+    assert "results.csv: was changed" in seals.describe_problem(tmp_path / "run"), "the digests are in the manifest"
     (tmp_path / "run" / "results.csv").unlink()
     opened(tmp_path / "run").finish()
     assert manifest(tmp_path / "run")["status"] == "complete"
 
 
-def test_a_failed_run_says_why(tmp_path, capsys):
-    def main() -> None:
-        opened(tmp_path / "run")
-        raise InputError("no such thing")
+def test_a_failed_run_records_the_reason_and_other_runs_go_on(tmp_path, capsys):
+    """A command ends the runs that it opened, also after a bug, and no run that was open before."""
+    earlier = opened(tmp_path / "earlier")
 
-    assert ended(main, capsys) == (2, "error: no such thing\n")
+    def fail(error: Exception) -> None:
+        opened(tmp_path / "run")
+        raise error
+
+    assert status_and_error(lambda: fail(InputError("no such thing")), capsys) == (2, "error: no such thing\n")
     assert (manifest(tmp_path / "run")["status"], manifest(tmp_path / "run")["error"]) == ("failed", "no such thing")
-
-    def bug() -> None:
-        opened(tmp_path / "run")
-        raise ZeroDivisionError
-
     with pytest.raises(ZeroDivisionError):
-        cli.run(bug)
-    assert manifest(tmp_path / "run")["status"] == "failed"
+        cli.run(lambda: fail(ZeroDivisionError()))
+    assert [manifest(tmp_path / name)["status"] for name in ("run", "earlier")] == ["failed", "running"]
+    earlier.finish()
+    assert manifest(tmp_path / "earlier")["status"] == "complete"
 
 
-def test_a_command_ends_its_own_runs_alone(tmp_path, capsys):
-    """Those that were open before it began go on."""
-    before = opened(tmp_path / "before")
+@pytest.mark.parametrize("writes_half", [True, False])
+def test_a_run_on_a_full_disk_ends_in_one_line_and_keeps_the_cells_before(
+    tmp_path, monkeypatch, capsys, full_disk, writes_half
+):
+    """The disk is full in the middle of a line of the journal, or before it."""
 
-    def main() -> None:
-        opened(tmp_path / "run")
-        raise InputError("no such thing")
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    assert ended(main, capsys)[0] == 2
-    assert [manifest(tmp_path / name)["status"] for name in ("run", "before")] == ["failed", "running"]
-    before.finish()
-    assert manifest(tmp_path / "before")["status"] == "complete"
-
-
-def test_a_run_on_a_full_disk_ends_in_one_line(tmp_path, capsys, full_disk):
-    def work(cell: str, _: Path) -> str:
+    def fill_disk(cell: str, _: Path) -> str:
         if cell == "two":
-            full_disk()
+            full_disk() if writes_half else monkeypatch.setattr(files, "_write", full)
         return cell
 
-    code, said = ended(lambda: run_with_bar(["one", "two"], work, opened(tmp_path / "run")) and None, capsys)
-    assert code == 2
-    assert said.startswith(f"error: {tmp_path / 'run' / CELLS}: cannot be written (No space left on device)")
-    assert said.count("\n") == 1
-
-
-def test_the_cells_before_a_full_disk_are_kept(tmp_path, monkeypatch, capsys):
-    test_a_run_on_a_full_disk_ends_in_one_line(tmp_path, capsys, lambda: monkeypatch.setattr(files, "_write", _full))
-    monkeypatch.undo()
-
-    def work(cell: str, _: Path) -> str:
+    def only_two(cell: str, _: Path) -> str:
         assert cell == "two", "done twice"
         return cell
 
-    assert run_with_bar(["one", "two"], work, opened(tmp_path / "run")) == ["one", "two"]
-
-
-def _full(*_: object) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    cells = ["one", "two"]
+    status, error = status_and_error(lambda: run_with_bar(cells, fill_disk, opened(tmp_path)) and None, capsys)
+    assert (status, error.count("\n")) == (2, 1)
+    assert error.startswith(f"error: {tmp_path / CELLS}: cannot be written (No space left on device)")
+    monkeypatch.undo()
+    assert run_with_bar(cells, only_two, opened(tmp_path)) == cells

@@ -79,38 +79,34 @@ def test_stages_of_a_tuned_design() -> None:
     assert all(c.evaluation for c in rest)
 
 
-def test_a_scored_twin_stands_in_where_it_is_done(tmp_path) -> None:
-    def folder(name: str, evaluation: object, done: list[SweepCell]) -> Path:
+def test_a_scored_twin_replaces_a_plain_cell_where_it_is_finished(tmp_path) -> None:
+    """A cell that is to be scored is never replaced by one without scores."""
+
+    def folder(name: str, evaluation: object, finished: list[SweepCell]) -> Path:
         run = RunFolder.open("rank_sweep", {}, out=tmp_path / name, extensible={"evaluation": evaluation})
-        run_cells(done, lambda cell, _: cell.rank, run)
+        run_cells(finished, lambda cell, _: cell.rank, run)
         run.finish()
         return run.path
 
     label = {"protocol": "label"}
     make = partial(cells_of, replace(DESIGNS["grid"], methods=("lora",), ranks=(4, 8), seeds=(0,)), SHARED, data={})
-    plain, scored = (make(evaluation=found, stage=0) for found in (None, label))
+    plain, scored = (make(evaluation=evaluation, stage=0) for evaluation in (None, label))
     assert replace_with_scored(plain, folder("a", label, scored[1:])) == [plain[0], scored[1]]
-    assert (
-        replace_with_scored(plain, folder("b", None, plain[:1]))
-        == replace_with_scored(plain, tmp_path / "none")
-        == plain
-    )
-    assert replace_with_scored(scored, folder("c", None, [])) == scored, (
-        "one that is to be scored is never left unscored"
-    )
+    assert replace_with_scored(plain, folder("b", None, plain[:1])) == plain
+    assert replace_with_scored(plain, tmp_path / "none") == plain
+    assert replace_with_scored(scored, folder("c", None, [])) == scored
 
 
-def test_what_methods_with_a_rank_alone_have_reaches_no_other() -> None:
+def test_settings_of_methods_with_a_rank_reach_no_other() -> None:
     """Alpha, targets and dropout; everything else reaches every run."""
     shared = FinetuneConfig(alpha=16.0, targets=("q_proj",), dropout=0.2, cutoff=99, epochs=2, remat="mlp")
     make = partial(training_of, Design(dtype="bfloat16"), shared, rate=1e-3, seed=7)
     for method, rank in (("lora", 4), ("dora", 4), ("series", None), ("prefix", None)):
-        found = make(method=method, rank=rank)
-        own = (16.0, ("q_proj",), 0.2) if rank else (FinetuneConfig.alpha, None, 0.0)
-        assert (found.alpha, found.targets, found.dropout) == own
-        assert (found.method, found.cutoff, found.epochs, found.remat) == (method, 99, 2, "mlp")
-        assert (found.lr, found.seed, found.dtype) == (1e-3, 7, "bfloat16")
-    assert make(method="rora", rank=8).rank == 8
+        config = make(method=method, rank=rank)
+        of_rank = (16.0, ("q_proj",), 0.2) if rank else (FinetuneConfig.alpha, None, 0.0)
+        assert (config.alpha, config.targets, config.dropout) == of_rank
+        assert (config.method, config.cutoff, config.epochs, config.remat) == (method, 99, 2, "mlp")
+        assert (config.lr, config.seed, config.dtype) == (1e-3, 7, "bfloat16")
     with pytest.raises(InputError, match=r"rank .*\b0\b"):
         make(method="lora", rank=0)
 
@@ -119,7 +115,6 @@ def test_what_methods_with_a_rank_alone_have_reaches_no_other() -> None:
     ("changes", "message"),
     [
         ({"methods": ("qlora",)}, "methods .*'qlora'"),
-        ({"methods": ("lora", "lora")}, "methods .*'lora lora'"),
         ({"models": ()}, "model .*''"),
         ({"seeds": (3, 3)}, "seeds .*'3 3'"),
         ({"seeds": (-1,)}, "seeds .*-1"),
@@ -129,7 +124,7 @@ def test_what_methods_with_a_rank_alone_have_reaches_no_other() -> None:
         ({"lrs": (1e-3, -1.0)}, "--lrs .*-1"),
     ],
 )
-def test_a_design_of_what_there_is_not_is_refused(changes, message) -> None:
+def test_an_invalid_design_is_refused(changes, message) -> None:
     with pytest.raises(InputError, match=message):
         Design(**changes)
 

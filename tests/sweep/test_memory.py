@@ -1,4 +1,4 @@
-"""What a cell takes of a node: by its rank and method, not by its rate and seed."""
+"""Memory of a cell: it depends on the rank and method, not on the rate and seed."""
 
 from dataclasses import replace
 
@@ -15,20 +15,30 @@ RUN = FinetuneConfig(rank=4, batch_size=16, cutoff=96, dropout=0.0)
 
 @pytest.mark.slow
 def test_cells_differ_by_what_takes_memory(monkeypatch) -> None:
+    """By rank and method; the rate and the seed take none, and the width is at most what the model reads."""
+    accounts = []
+
+    def account(model, run, width):
+        accounts.append((width, capacity_account(model, run, width)))
+        return accounts[-1][1]
+
+    capacity_account = capacity.account
+    monkeypatch.setattr(capacity, "account", account)
     monkeypatch.setattr(memory, "LOGITS_BYTES", 0)
     small, large, full = (
-        memory.cell_memory(MODEL, replace(RUN, **own), "float32")
-        for own in ({}, {"rank": 32}, {"method": "full", "rank": FinetuneConfig.rank})
+        memory.cell_memory(MODEL, replace(RUN, **changes), "float32")
+        for changes in ({}, {"rank": 32}, {"method": "full", "rank": FinetuneConfig.rank})
     )
     assert small < large < full
-    planned = capacity.account(MODEL, RUN, 64)
-    assert small == planned.on_cpu("float32") + capacity.RESERVE, "no wider than the model reads"
-    monkeypatch.setattr(capacity, "account", None)  # known
+    width, planned = accounts[0]
+    assert width == MODEL.max_position_embeddings
+    assert small == planned.on_cpu("float32") + capacity.RESERVE
     assert memory.cell_memory(MODEL, replace(RUN, lr=1.0, seed=7), "float32") == small
+    assert len(accounts) == 3, "the last is known"
 
 
 def test_measuring_takes_the_weights_twice() -> None:
-    """As they are and merged, and a block of logits."""
+    """The weights and their merged copy, and a block of logits."""
     base = 4 * count_parameters(MODEL)
     assert memory.cell_memory(MODEL, None, "float32") == 2 * base + LOGITS_BYTES + capacity.RESERVE
     half = memory.cell_memory(MODEL, None, "bfloat16")

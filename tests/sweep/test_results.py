@@ -28,9 +28,9 @@ def rate_row(rate: float | None, loss: float, seed: int = 0, status: str = "comp
 
 
 def best_of(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    found = results.marked_rates(frames.from_rows(rows, results.COLUMNS))
-    assert list(found) == ["model", "method", "rank", "alpha", "learning_rate", "best_rate", "grid_error"]
-    return list(found.drop(columns="grid_error").itertuples(index=False, name=None))
+    best = results.marked_rates(frames.from_rows(rows, results.COLUMNS))
+    assert list(best) == ["model", "method", "rank", "alpha", "learning_rate", "best_rate", "grid_error"]
+    return list(best.drop(columns="grid_error").itertuples(index=False, name=None))
 
 
 @pytest.mark.parametrize(
@@ -43,27 +43,24 @@ def best_of(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
         ([rate_row(0.001, 1.0), rate_row(0.003, 1.1), rate_row(0.001, 1.4, 1)], (0.001, "edge")),
         # 0.4, of another seed, leaves 0.3 the highest that was compared.
         ([*(rate_row(r, 1 - r) for r in (0.1, 0.2, 0.3)), rate_row(0.4, 1.0, 1)], (0.3, "edge")),
-        ([rate_row(0.001, 1.0), rate_row(0.003, 0, status="diverged")], (0.001, "edge")),
+        # Seeds 10 and 9 have the most rates: 9 counts, at which the lowest loss is at an end.
+        (
+            [
+                rate_row(0.7, 0.1),
+                *(rate_row(rate, loss, 10) for rate, loss in ((0.1, 1.0), (0.2, 0.5), (0.3, 1.0))),
+                *(rate_row(rate, loss, 9) for rate, loss in ((0.1, 0.9), (0.2, 2.0), (0.3, 1.0))),
+            ],
+            (0.1, "edge"),
+        ),
+        # Of two rows with one rate and seed the last counts.
+        ([rate_row(rate, loss) for rate, loss in ((0.1, 1.0), (0.2, 0.5), (0.2, 2.0), (0.3, 1.1))], (0.1, "edge")),
+        ([rate_row(0.1, 1.0), rate_row(0.2, 0.5), rate_row(0.2, 0, status="diverged")], (0.1, "edge")),
         ([rate_row(0.001, 1.0), rate_row(0.003, 0, status="dead")], (0.001, "only")),
         ([rate_row(0.003, 0, status="diverged")], None),
     ],
 )
 def test_the_best_rate_is_compared_at_one_seed(rows, expected) -> None:
-    assert [one[4:] for one in best_of(rows)] == ([] if expected is None else [expected])
-
-
-def test_of_two_seeds_with_the_most_rates_the_first_counts() -> None:
-    rows = [rate_row(rate, loss, seed) for seed in (10, 9) for rate, loss in ((0.1, 1.0), (0.2, 0.5), (0.3, 1.0))]
-    rows[4] |= {"validation_loss": 2.0}  # at seed 9, 9 before 10, the lowest is at an end
-    rows[3] |= {"validation_loss": 0.9}
-    assert [one[4:] for one in best_of([rate_row(0.7, 0.1, 0), *rows])] == [(0.1, "edge")]
-
-
-def test_of_two_lines_of_one_rate_and_seed_the_last_counts() -> None:
-    rows = [rate_row(rate, loss) for rate, loss in ((0.1, 1.0), (0.2, 0.5), (0.2, 2.0), (0.3, 1.1))]
-    assert [one[4:] for one in best_of(rows)] == [(0.1, "edge")]
-    rows[2] |= {"status": "diverged"}
-    assert [one[4:] for one in best_of(rows)] == [(0.1, "edge")]
+    assert [best[4:] for best in best_of(rows)] == ([] if expected is None else [expected])
 
 
 def test_a_tie_is_the_lower_rate_s_and_groups_are_apart() -> None:
@@ -81,7 +78,7 @@ def test_a_tie_is_the_lower_rate_s_and_groups_are_apart() -> None:
 
 @pytest.mark.parametrize("run", ["rank_sweep", "rank_sweep_pruned"])
 def test_the_best_rates_of_the_published_runs_are_those_in_their_tables(run) -> None:
-    """Of methods without a rank too."""
+    """Including methods without a rank."""
     rows = frames.read_csv(PUBLISHED / run / "results.csv")
     plain = rows.drop(columns="best_rate")
     again = plain.merge(results.marked_rates(plain), how="left", on=[*results.GROUP, "learning_rate"])
@@ -92,81 +89,72 @@ def test_the_best_rates_of_the_published_runs_are_those_in_their_tables(run) -> 
 def cell(
     method: str, rank: int | None = None, rate: float | None = None, seed: int | None = None, **more: object
 ) -> dict:
-    found = {"model": "m", "method": method, "rank": rank, "alpha": None if rank is None else 64.0}
-    found |= {"gamma": None if rank is None else 8.0, "learning_rate": rate, "seed": seed, "evaluation": None}
+    setting = {"model": "m", "method": method, "rank": rank, "alpha": None if rank is None else 64.0}
+    setting |= {"gamma": None if rank is None else 8.0, "learning_rate": rate, "seed": seed, "evaluation": None}
     training = None if rate is None else {"rule": "rora", "rank": rank, "rate": rate, "seed": seed, "kind": method}
-    return found | {"training": training} | more
+    return setting | {"training": training} | more
 
 
-def outcome(config: dict, result: dict) -> FinishedCell:
-    return FinishedCell("key", config, result, {})
+def finished(config: dict, **result: Any) -> FinishedCell:
+    return FinishedCell("key", config, {"status": "complete", "validation_loss": 1.5} | result, {})
 
 
 LEVEL = {"task": "piqa", "accuracy": 0.75, "error": 0.1, "unparsed": 0.25, "chance": 0.5}
 
 
-def test_a_line_a_training_in_order() -> None:
-    """Scored twins stand for unscored ones; the base comes first, then methods, ranks, rates and seeds."""
+def test_a_line_for_each_training_in_order() -> None:
+    """Cells with scores replace those without. The order is base, methods, ranks, alphas, rates and seeds."""
     scored = {"evaluation": {"protocol": "label"}}
-    result = {"status": "complete", "validation_loss": 1.5}
-    done = [
-        cell("rora", 8, 0.1, 1), cell("rora", 8, 0.1, 0), cell("rora", 8, 0.01, 0), cell("rora", 4, 0.1, 0),
-        cell("lora", 16, 0.1, 0), cell("zeta", 2, 0.1, 0), cell("prefix", None, 0.1, 0), cell("base", **scored),
+    unscored = [
+        cell("rora", 8, 0.1, 10), cell("rora", 8, 0.1, 9), cell("rora", 8, 0.01, 9), cell("rora", 8, 0.3, 9, alpha=8.0),
+        cell("rora", 4, 0.1, 9), cell("lora", 16, 0.1, 9), cell("zeta", 2, 0.1, 9), cell("prefix", None, 0.1, 9),
+        cell("base", **scored),
     ]  # fmt: skip
-    found = [outcome(one, result) for one in done]
-    found.append(outcome(cell("rora", 8, 0.1, 1, **scored), result | {"levels": [LEVEL]}))
-    found.append(outcome(cell("rora", 4, 0.1, 0, **scored), {"status": "diverged", "diverged_at": 2}))
-    rows = frames.rows(results.results_table(found))
-    assert [(row["method"], row["rank"], row["learning_rate"], row["seed"]) for row in rows] == [
-        ("base", None, None, None),
-        ("prefix", None, 0.1, 0),
-        ("lora", 16, 0.1, 0),
-        ("rora", 4, 0.1, 0),
-        ("rora", 4, 0.1, 0),  # a scored one that diverged stands for none
-        ("rora", 8, 0.01, 0),
-        ("rora", 8, 0.1, 0),
-        ("rora", 8, 0.1, 1),
-        ("zeta", 2, 0.1, 0),
+    cells = [finished(config) for config in unscored]
+    levels = [LEVEL, LEVEL | {"task": "boolq"}, LEVEL | {"task": "average", "accuracy": 0.6}]
+    cells.append(finished(cell("rora", 8, 0.1, 10, **scored), levels=[LEVEL]))
+    cells.append(finished(cell("lora", 16, 0.1, 9, **scored), levels=levels))
+    cells.append(finished(cell("rora", 4, 0.1, 9, **scored), status="diverged", diverged_at=2))
+    table = results.results_table(cells)
+    rows = frames.rows(table)
+    assert [(row["method"], row["rank"], row["alpha"], row["learning_rate"], row["seed"]) for row in rows] == [
+        ("base", None, None, None, None),
+        ("prefix", None, None, 0.1, 9),
+        ("lora", 16, 64.0, 0.1, 9),
+        ("rora", 4, 64.0, 0.1, 9),
+        ("rora", 4, 64.0, 0.1, 9),  # a scored cell that diverged replaces none
+        ("rora", 8, 8.0, 0.3, 9),
+        ("rora", 8, 64.0, 0.01, 9),
+        ("rora", 8, 64.0, 0.1, 9),
+        ("rora", 8, 64.0, 0.1, 10),
+        ("zeta", 2, 64.0, 0.1, 9),
     ]
     assert sorted(row["status"] for row in rows if row["rank"] == 4) == ["complete", "diverged"]
-    twin = next(row for row in rows if (row["rank"], row["seed"]) == (8, 1))
+    (twin,) = [row for row in rows if row["seed"] == 10]
     assert (twin["protocol"], twin["piqa"], twin["piqa_error"], twin["piqa_unparsed"]) == ("label", 0.75, 0.1, 0.25)
     assert (twin["average"], twin["average_chance"], twin["boolq"]) == (0.75, 0.5, None)
-    assert {row["rule"] for row in rows} == {None, "rora"}
-    assert [row["rule"] for row in rows[:2]] == [None, None], "of a rank alone"
-    marks = {(row["rank"], row["learning_rate"]): row["best_rate"] for row in rows if row["method"] == "rora"}
-    assert (marks[8, 0.01], marks[8, 0.1]) == ("edge", None), "a tie"
-    assert tuple(results.results_table(found)) == results.COLUMNS
-    lines = frames.to_csv(results.results_table(found)).splitlines()
-    assert lines[7].startswith("key,complete,m,rora,rora,8,64.0,8.0,0.1,,0,,,,,1.5,")
-
-
-def test_lines_of_a_rank_are_in_the_order_of_alpha_then_the_rate_then_the_seed() -> None:
-    done = {"status": "complete", "validation_loss": 1.0}
-    trained = ((64.0, 0.01, 0), (8.0, 0.1, 10), (8.0, 0.1, 9), (16.0, 0.03, 0))
-    rows = results.results_table(
-        [outcome(cell("lora", 8, rate, seed, alpha=alpha), done) for alpha, rate, seed in trained]
-    )
-    assert rows[["alpha", "seed"]].values.tolist() == [[8.0, 9], [8.0, 10], [16.0, 0], [64.0, 0]]
-
-
-def test_an_average_of_several_tasks_is_the_one_that_was_made() -> None:
-    levels = [LEVEL, LEVEL | {"task": "boolq"}, LEVEL | {"task": "average", "accuracy": 0.6}]
-    result = {"status": "complete", "validation_loss": 1.0, "levels": levels}
-    (row,) = frames.rows(results.results_table([outcome(cell("lora", 8, 0.1, 0), result)]))
-    assert (row["average"], row["boolq"]) == (0.6, 0.75)
+    assert (rows[2]["average"], rows[2]["boolq"]) == (0.6, 0.75), "the average over tasks that was measured"
+    assert [row["rule"] for row in rows] == [None, None, *["rora"] * 8], "only methods with a rank have a rule"
+    marks = {(row["alpha"], row["learning_rate"]): row["best_rate"] for row in rows if row["rank"] == 8}
+    assert (marks[64.0, 0.01], marks[64.0, 0.1]) == ("edge", None), "a tie"
+    assert tuple(table) == results.COLUMNS
+    assert frames.to_csv(table).splitlines()[8].startswith("key,complete,m,rora,rora,8,64.0,8.0,0.1,,9,,,,,1.5,")
 
 
 def test_what_is_written_of_a_cell_is_read_again(tmp_path) -> None:
-    """To the last digit, with where each record comes from; an answer that could not be read is wrong."""
+    """All digits are kept, and the place of each record; an answer that could not be parsed is wrong."""
     third = 1 / 3
     losses = [RecordLoss(10, third, 2, 0.5), RecordLoss(20, 2.5, 3, third)]
     held_out = [("one/a.json", 3, Record("a", "b")), ("two/b.json", 4, Record("c", "d"))]
     results.write_losses(tmp_path / "l.csv", held_out, losses)
-    found = results.read_losses(tmp_path / "l.csv")
-    assert found[["file", "index"]].values.tolist() == [["one/a.json", 3], ["two/b.json", 4]]
-    assert (found["loss"].tolist(), found["tokens"].tolist()) == ([third, 2.5], [10, 20])
-    assert (found["answer_loss"].tolist(), found["answer_tokens"].tolist()) == ([0.5, third], [2, 3])
+    assert results.read_losses(tmp_path / "l.csv").to_dict("list") == {
+        "file": ["one/a.json", "two/b.json"],
+        "index": [3, 4],
+        "tokens": [10, 20],
+        "loss": [third, 2.5],
+        "answer_tokens": [2, 3],
+        "answer_loss": [0.5, third],
+    }
     results.write_answers(
         tmp_path / "a.csv", [Sample("piqa", 0, "x,y", "x,y", True), Sample("piqa", 1, "x", None, False)]
     )
@@ -175,37 +163,29 @@ def test_what_is_written_of_a_cell_is_read_again(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        (b"\xff\xfe", "is not UTF-8"),
         (b"file,index,tokens,loss\na,3,10\n", "line 1 is not the header"),
-        (b"file,index,tokens,loss,answer_tokens,answer_loss\na,3,10,1.5,2\n", r"line 2 .*\b6 fields.*got 5"),
         (b"file,index,tokens,loss,answer_tokens,answer_loss\na,3,10,x,2,0.5\n", "column loss"),
         (b"file,index,tokens,loss,answer_tokens,answer_loss\na,3,,1.5,2,0.5\n", "column tokens"),
     ],
 )
-def test_a_damaged_file_of_losses_is_named(tmp_path, text, said) -> None:
+def test_a_damaged_file_of_losses_is_named(tmp_path, text, message) -> None:
     path = tmp_path / "losses.csv"
     path.write_bytes(text)
-    with pytest.raises(InputError, match=rf"losses\.csv: .*{said}"):
+    with pytest.raises(InputError, match=rf"losses\.csv: .*{message}"):
         results.read_losses(path)
 
 
-def test_best_rates_in_words() -> None:
-    """A rate at an edge is said to be; a method without a rank has none."""
+def test_results_are_described() -> None:
+    """A rate at an edge is named as such; a method without a rank has no rank; a diverged cell has no lowest loss."""
     best = [{"model": "m", "method": "lora", "rank": 8, "learning_rate": 0.001, "best_rate": "edge"}]
-    best += [best[0] | {"method": "series", "rank": None, "best_rate": word} for word in ("yes", "only")]
+    best += [best[0] | {"method": "series", "rank": None, "best_rate": mark} for mark in ("yes", "only")]
     lines = results.describe_rates(frames.from_rows(best, list(best[0])))
     edge = "; it is at the edge of the rates tried: the best may lie beyond"
     assert lines == [f"m: lora r=8: learning rate 0.001{edge}", *["m: series: learning rate 0.001"] * 2]
-
-
-def test_a_model_whose_cells_all_diverged_has_no_lowest_loss() -> None:
     rows = frames.from_rows([rate_row(0.1, 0, status="diverged")], results.COLUMNS)
     assert results.describe_results(rows) == ("Lowest validation loss of 1 cells: none (± over records). 1 diverged.")
-
-
-def test_a_result_in_words() -> None:
     result = {"status": "complete", "validation_loss": 1.5, "validation_error": 0.01, "answer_loss": 0.5}
     result |= {"answer_error": 0.02, "levels": [LEVEL, LEVEL | {"task": "average"}]}
     assert results.describe_result(result) == (
@@ -216,8 +196,8 @@ def test_a_result_in_words() -> None:
 
 def test_of_a_folder_only_the_asked_cells_are_read(tmp_path) -> None:
     """Not those of an earlier grid, nor those that are not done; without a question all."""
-    own = SweepCell("base", None, None, None, None, None, "m", None, "float32", None, {}, None)
-    cells = [replace(own, model=name) for name in ("one", "two", "three")]
+    base = SweepCell("base", None, None, None, None, None, "m", None, "float32", None, {}, None)
+    cells = [replace(base, model=name) for name in ("one", "two", "three")]
     folder = RunFolder.open("sweep", {}, out=tmp_path / "run")
     run_cells(cells[:2], lambda cell, _: {"status": "complete", "validation_loss": len(cell.model)}, folder)
     folder.finish()

@@ -39,27 +39,27 @@ def bench(tmp_path_factory) -> Workbench:
     model = str(checkpoint.model(tmp_path_factory.mktemp("model")))
     records = draw_records([str(data / name / "train.json") for name in ("one", "two")], held_out=6, train_records=12)
     tasks, _ = read_tasks(str(data), ("boolq", "piqa"), None)
-    found = Workbench(SHARED, records, tasks, {model: locate(model)}, scoring=Scoring("label", "clean"))
-    assert found.open(model) == []
-    return found
+    bench = Workbench(SHARED, records, tasks, {model: locate(model)}, scoring=Scoring("label", "clean"))
+    assert bench.open(model) == []
+    return bench
 
 
 def test_methods_of_a_seed_share_init_and_order_and_seeds_do_not(bench) -> None:
-    def begun(method: str, rank: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    def begin(method: str, rank: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         adapter, batches = bench.begin(training_of(Design(), SHARED, method, rank, 1e-3, seed))
         return np.asarray(adapter.params["mlp.up_proj"]["lora_A"]), np.stack(
             [b.inputs for b in map(batches.__getitem__, range(3))]
         )
 
-    first = begun("lora", 4, 0)
+    first = begin("lora", 4, 0)
     for method in ("rora", "dora", "quarter", "dora-rora"):
-        for ours, its in zip(first, begun(method, 4, 0), strict=True):
-            np.testing.assert_array_equal(ours, its)
-    np.testing.assert_array_equal(first[1], begun("lora", 2, 0)[1])
-    drawn = [first, begun("lora", 4, 1), begun("lora", 4, 2)]
-    for one, other in itertools.combinations(drawn, 2):
-        assert not np.any(one[0] == other[0])
-        assert not np.array_equal(one[1], other[1])
+        for ours, theirs in zip(first, begin(method, 4, 0), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(first[1], begin("lora", 2, 0)[1])
+    drawn = [first, begin("lora", 4, 1), begin("lora", 4, 2)]
+    for (first_A, first_order), (second_A, second_order) in itertools.combinations(drawn, 2):
+        assert not np.any(first_A == second_A)
+        assert not np.array_equal(first_order, second_order)
     assert len({np.unique(order.reshape(12, -1), axis=0).tobytes() for _, order in drawn}) == 1, "the same records"
 
 
@@ -73,29 +73,28 @@ def test_what_is_scored_is_the_adapted_model(bench, kind, tmp_path, monkeypatch)
         fresh, jax.tree.map(lambda a: a + size * jax.random.normal(jax.random.key(1), a.shape), fresh.params)
     )
     monkeypatch.setattr(bench, "train", lambda *_: TrainedAdapter({"steps": 1}, adapter))
-    seen = []
+    scored_models = []
 
-    def scored(params, config, tokenizer, items, asked, **options):
-        assert asked == bench.scoring
-        seen.append((params, options["adapter"]))
-        return score(params, config, tokenizer, items, asked, **options)
+    def scored(params, config, tokenizer, items, settings, **options):
+        assert settings == bench.scoring
+        scored_models.append((params, options["adapter"]))
+        return score(params, config, tokenizer, items, settings, **options)
 
     monkeypatch.setattr(scoring, "score", scored)
     design = Design(models=tuple(bench.located), methods=(kind,), ranks=(2,), seeds=(0,))
     (cell,) = cells_of(design, SHARED, data={}, evaluation={}, stage=0)
-    measured = bench.measure(cell, tmp_path)
-    result = measured.result
+    result = bench.measure(cell, tmp_path).result
     base = bench.model.params
-    for params, beside in seen:
-        assert beside is (adapter if kind == "prefix" else None)
+    for params, unmerged in scored_models:
+        assert unmerged is (adapter if kind == "prefix" else None)
         if kind == "lora":
             jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), params, merge(adapter, base))
-    assert len(seen) == 2, "tasks"
+    assert len(scored_models) == 2, "tasks"
     losses = record_losses(base, bench.model.config, bench.held_out, adapter=adapter)
-    expected = mean_per_token([one.loss for one in losses], [one.tokens for one in losses]).value
+    expected = mean_per_token([record.loss for record in losses], [record.tokens for record in losses]).value
     assert result["validation_loss"] == pytest.approx(expected, rel=1e-4)
     plain = record_losses(base, bench.model.config, bench.held_out)
-    assert abs(sum(one.loss for one in plain) / sum(one.loss for one in losses) - 1) > 1e-3
+    assert abs(sum(record.loss for record in plain) / sum(record.loss for record in losses) - 1) > 1e-3
 
 
 def test_chats_go_through_the_models_template(tmp_path, monkeypatch) -> None:
@@ -108,24 +107,25 @@ def test_chats_go_through_the_models_template(tmp_path, monkeypatch) -> None:
     ]
     (tmp_path / "chats.json").write_text(json.dumps(chats))
 
-    def opened(template: str, **config: str) -> Workbench:
+    def open_bench(template: str, **config: str) -> Workbench:
         (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
         records = draw_records([str(tmp_path / "chats.json")], held_out=2, config=DataConfig(**config))
         shared = FinetuneConfig(loss_on="answer", held_out=2, batch_size=4)
-        found = Workbench(shared, records, {}, {"model": locate(model)}, scoring=Scoring("label", None))
-        found.open("model")
-        return found
+        bench = Workbench(shared, records, {}, {"model": locate(model)}, scoring=Scoring("label", None))
+        bench.open("model")
+        return bench
 
-    bench = opened(chat_templates.LLAMA3)
+    bench = open_bench(chat_templates.LLAMA3)
     for examples, count in ((bench.train_examples, 4), (bench.held_out, 2)):
-        shown = prompt_preview.preview_prompts(examples, bench.model.tokenizer, 9)
-        assert [one.text.endswith("assistant<|end_header_id|>\n\n⟦yes<|eot_id|>⟧") for one in shown] == [True] * count
+        prompts = prompt_preview.preview_prompts(examples, bench.model.tokenizer, 9)
+        ending = "assistant<|end_header_id|>\n\n⟦yes<|eot_id|>⟧"
+        assert [prompt.text.endswith(ending) for prompt in prompts] == [True] * count
     with pytest.raises(InputError, match="--chat-date"):
-        opened(chat_templates.DATED)
-    bench = opened(chat_templates.DATED, chat_date="2026-01-31")
+        open_bench(chat_templates.DATED)
+    bench = open_bench(chat_templates.DATED, chat_date="2026-01-31")
     assert prompt_preview.preview_prompts(bench.train_examples, bench.model.tokenizer, 1)[0].text.startswith(
         "31 Jan 2026<user>"
     )
     monkeypatch.setattr(llama, "load", lambda *_: pytest.fail("weights are read before the chats are rendered"))
     with pytest.raises(InputError, match=r"4 of 4 records .*\(1\) \S*chats\.json: record \d: .*\(4\) "):
-        opened("{{ raise_exception('no') }}")
+        open_bench("{{ raise_exception('no') }}")
