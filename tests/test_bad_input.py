@@ -38,6 +38,9 @@ COMMANDS = sorted(
 LATIN = os.fsdecode(b"caf\xe9")
 HUGE = "1" + "0" * 30
 SEEDS = ("seed", "data_seed", "seeds")
+"""Options that are seeds, but for a number of seeds."""
+SET_BY_OTHERS = {("sims.rank_sweep", "seed")}
+"""Seeds of a command's configuration that are no options of their own."""
 HELP = re.compile("accepted|must|supported|--help|(Add|Choose|Restore|Use|Set|Remove|Pass|Expected) ")
 """What the end of a refusal says: how to go on."""
 
@@ -117,7 +120,7 @@ def options(command: str) -> Iterator[tuple[list[str], str]]:
         elif kind in (int, float):
             key = ["q_proj"] if typing.get_origin(hint) is dict else []
             yield from (([option, *key, value], name) for value in BAD[kind] if (name, value) not in TAKEN)
-            if name in SEEDS and (name, hint) != ("seeds", int):  # a number of seeds is no seed
+            if name in SEEDS and (name, hint) != ("seeds", int) and (command, name) not in SET_BY_OTHERS:
                 several = [str(seed) for seed in range(20)] if name == "seeds" else []
                 check = ["--check", "model", "RECORDS"] if command == "sims.transfer" else []  # without, none is read
                 yield [option, *several, str(2**32), *check], f"got {2**32}"

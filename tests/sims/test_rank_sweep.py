@@ -348,11 +348,11 @@ def test_a_folder_holds_one_model_of_a_place(model, data, tmp_path) -> None:
 def test_a_file_changed_by_hand_is_not_read(swept, tmp_path, capsys) -> None:
     """The table's, and a cell's own; nor is it drawn."""
     out = Path(shutil.copytree(swept, tmp_path / "m"))
-    cell = out / "cells" / commands.selected(table(out), method="rora", rank=4)["key"]
+    cell = out / "cells" / commands.selected(table(out), method="rora", rank=2)["key"]
     for path, read in (
         (out / "results.csv", lambda: accuracy_vs_rank.draw(accuracy_vs_rank.Config(out))),
         (out / "results.csv", lambda: trained_runs.read_runs(out)),
-        (cell / "metrics.jsonl", lambda: loss_curves.draw(loss_curves.Config((out,), rank=4))),
+        (cell / "metrics.jsonl", lambda: loss_curves.draw(loss_curves.Config((out,), rank=2))),
         (cell / "losses.csv", lambda: trained_runs.read_runs(out)),
     ):
         original = path.read_text()
