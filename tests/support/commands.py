@@ -41,7 +41,7 @@ def run_on_one_device(main: Callable[[Sequence[str]], object], *words: object) -
 
 def output(ended: Ended) -> str:
     """Return what a command printed that succeeded without a note."""
-    assert (ended.status, ended.err) == (0, "")
+    assert (ended.status, ended.err) == (0, ""), ended.err
     return ended.out
 
 
