@@ -28,9 +28,10 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    """Records in train.json, one/train.json and two/train.json, and four questions of each of two tasks."""
+    """Records in train.json, other.json, one/train.json and two/train.json, and four questions of each of two tasks."""
     folder = checkpoint.two_files(tmp_path_factory.mktemp("data"))
     checkpoint.records(folder / "train.json", 40)
+    checkpoint.records(folder / "other.json", 20)
     for task, labels in (("boolq", ("true", "false")), ("piqa", ("solution1", "solution2"))):
         checkpoint.questions(folder, task, labels)
     return folder

@@ -93,7 +93,7 @@ def settings(name: str, model: object, data: Path) -> Any:
         "prune": prune.Config(train, model, share=0.85, layers=1, windows=10, held_out=3, seq=32),
         "evaluate": evaluate.Config(model, tasks=("piqa",), protocol="label", data_dir=str(data)),
         "rank_sweep": rank_sweep.Config(
-            (*train, str(data / "two" / "train.json")), model=(model,), methods=("lora",), ranks=(2,), seeds=(0,),
+            (*train, str(data / "other.json")), model=(model,), methods=("lora",), ranks=(2,), seeds=(0,),
             training=rank_sweep.Training(held_out=6, batch_size=8), tasks=("piqa",), data_dir=str(data),
         ),
         "lr_transfer": lr_transfer.Config(),
