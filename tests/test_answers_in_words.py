@@ -6,7 +6,6 @@ import pandas as pd
 import pytest
 
 from rora_theory.evaluate.accuracies import TaskAccuracy, describe_accuracy
-from rora_theory.finetune.card import describe_losses
 from rora_theory.horizon.judgement import describe_horizons
 from rora_theory.measure.rank_check.check import CheckConfig, describe_check
 from rora_theory.paper.verdicts import Verdict, verdicts_in_words
@@ -15,25 +14,12 @@ from rora_theory.sweep.results import describe_results
 
 
 def test_accuracies() -> None:
-    one = TaskAccuracy("piqa", 200, 0.6, 0.034, None, None, 0.0, 0.5, 0.51)
-    assert describe_accuracy([one], "label") == (
+    accuracy = TaskAccuracy("piqa", 200, 0.6, 0.034, None, None, 0.0, 0.5, 0.51)
+    assert describe_accuracy([accuracy], "label") == (
         "60.0 ± 3.4 % of the answers are correct on PIQA under the protocol label; chance is 50.0 %."
     )
-    several = [one, one, TaskAccuracy("average", 400, 0.55, 0.02, None, None, 0.0, 0.4, 0.41)]
+    several = [accuracy, accuracy, TaskAccuracy("average", 400, 0.55, 0.02, None, None, 0.0, 0.4, 0.41)]
     assert describe_accuracy(several, "harness").startswith("55.0 ± 2.0 % of the answers are correct on average over 2")
-
-
-def test_losses() -> None:
-    steps = [{"event": "step", "step": i, "loss": 3.0 - i / 10} for i in range(1, 13)]
-    assert describe_losses(steps, 0) == (
-        "Trained for 12 steps: training loss 2.9000 nats per token on the batch of step 1, before any update; 2.2500, "
-        "the mean of the last 10 steps."
-    )
-    tested = [{"event": "validation", "step": i, "loss": loss} for i, loss in ((4, 2.5), (8, 2.0), (12, 2.25))]
-    assert describe_losses(steps + tested, 6) == (
-        "Trained for 12 steps: validation loss 2.5000 at step 4 (first), 2.0000 at step 8 (best), 2.2500 at step 12 "
-        "(last); nats per token over 6 held-out records."
-    )
 
 
 def test_a_check() -> None:
@@ -71,14 +57,14 @@ def test_a_sweep() -> None:
         "Lowest validation loss of 3 cells: m: 1.5000 ± 0.0500, rora r=8 at 0.0003 (± over records). 1 diverged."
     )
     rows["best_rate"] = ["", "edge", ""]
-    said = describe_results(pd.DataFrame(rows))
-    assert said.endswith(
+    sentence = describe_results(pd.DataFrame(rows))
+    assert sentence.endswith(
         " 1 of 2 best learning rates lie at the edge of the rates that were tried: the best may lie beyond."
     )
 
 
 @pytest.mark.parametrize(
-    ("best", "found", "law", "said"),
+    ("best", "verdicts", "law", "sentence"),
     [
         (0, [], True, "No rank and gamma r has runs at three learning rates yet (5 runs in all)."),
         (2, [], False, "5 runs give 2 best rates. Pass --regime to compare their exponents with the law."),
@@ -91,8 +77,10 @@ def test_a_sweep() -> None:
         ),
     ],
 )
-def test_a_horizon(best, found, law, said) -> None:
+def test_a_horizon(best, verdicts, law, sentence) -> None:
     assert (
-        describe_horizons(5, pd.DataFrame(index=range(best)).assign(step=1), pd.DataFrame({"verdict": found}), law=law)
-        == said
+        describe_horizons(
+            5, pd.DataFrame(index=range(best)).assign(step=1), pd.DataFrame({"verdict": verdicts}), law=law
+        )
+        == sentence
     )

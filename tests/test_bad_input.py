@@ -19,7 +19,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
+import matplotlib.pyplot as plt
 import pytest
+
+from rora_theory import llama
+from rora_theory.finetune import capacity
+from rora_theory.llama import hub
+from rora_theory.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = sorted(
@@ -30,6 +37,12 @@ COMMANDS = sorted(
 )
 LATIN = os.fsdecode(b"caf\xe9")
 HUGE = "1" + "0" * 30
+SEEDS = ("seed", "data_seed", "seeds")
+"""Options that are seeds, but for a number of seeds."""
+SET_BY_OTHERS = {("sims.rank_sweep", "seed")}
+"""Seeds of a command's configuration that are no options of their own."""
+HELP = re.compile("accepted|must|supported|--help|(Add|Choose|Restore|Use|Set|Remove|Pass|Expected) ")
+"""What the end of a refusal says: how to go on."""
 
 GIVEN = {
     "sims.finetune": ["--data", "RECORDS"],
@@ -72,10 +85,10 @@ def fields_of(command: str) -> tuple[tuple[str, Any], ...]:
     return tuple(walk(importlib.import_module(command).Config))
 
 
-def kinds(hint: Any) -> set[Any]:
+def plain_types(hint: Any) -> set[Any]:
     """The plain types in a hint."""
     inner = typing.get_args(hint)
-    return set().union(*map(kinds, inner)) if inner and typing.get_origin(hint) is not typing.Literal else {hint}
+    return set().union(*map(plain_types, inner)) if inner and typing.get_origin(hint) is not typing.Literal else {hint}
 
 
 BAD = {int: (HUGE, "-1"), float: ("1e400", "nan", "-1")}
@@ -90,9 +103,9 @@ TAKEN |= {("rules", "-1"): "kappa", ("to_rule", "-1"): "kappa"}
 
 
 def nameless(command: str) -> set[str]:
-    """What the command takes without an option's name; ``--adapter`` has one but in sims.portable."""
-    own = NAMELESS if command not in ("sims.evaluate", "sims.regime") else ()
-    return {name for name, _ in fields_of(command) if name in own}
+    """Return what the command takes without an option's name; ``--adapter`` has one but in sims.portable."""
+    nameless_fields = NAMELESS if command not in ("sims.evaluate", "sims.regime") else ()
+    return {name for name, _ in fields_of(command) if name in nameless_fields}
 
 
 def options(command: str) -> Iterator[tuple[list[str], str]]:
@@ -101,13 +114,16 @@ def options(command: str) -> Iterator[tuple[list[str], str]]:
     words: set[str] = set()  # names and choices are looked at in one place for all options: one of each is enough
     for name, hint in fields_of(command):
         option = "--" + name.replace("_", "-")
-        found = kinds(hint) - {bool, type(None), Ellipsis}
-        kind = next((kind for kind in (str, Path, float, int) if kind in found), None)
+        kind = next((kind for kind in (str, Path, float, int) if kind in plain_types(hint)), None)
         if name in nameless(command):  # these are given as they are
             yield [LATIN], "caf"
         elif kind in (int, float):
             key = ["q_proj"] if typing.get_origin(hint) is dict else []
             yield from (([option, *key, value], name) for value in BAD[kind] if (name, value) not in TAKEN)
+            if name in SEEDS and (name, hint) != ("seeds", int) and (command, name) not in SET_BY_OTHERS:
+                several = [str(seed) for seed in range(20)] if name == "seeds" else []
+                check = ["--check", "model", "RECORDS"] if command == "sims.transfer" else []  # without, none is read
+                yield [option, *several, str(2**32), *check], f"got {2**32}"
         elif (value := "no-such-choice" if kind is None else LATIN) not in words:
             words.add(value)
             yield [option, value], value[:3]
@@ -118,34 +134,19 @@ def options(command: str) -> Iterator[tuple[list[str], str]]:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with records, in which nothing may be written and no work begun."""
-    record = {"instruction": "Say it.", "input": "", "output": "It."}
-    (tmp_path / "RECORDS").write_text(json.dumps([record | {"instruction": f"Say {n}."} for n in range(40)]))
+    records = [{"instruction": f"Say {n}.", "input": "", "output": "It."} for n in range(40)]
+    (tmp_path / "RECORDS").write_text(json.dumps(records))
     (tmp_path / "FILE").write_text("mine")
     (tmp_path / "FOLDER").mkdir()
     monkeypatch.chdir(tmp_path)
-    forbid(monkeypatch)
+    for work in ((llama, "load"), (hub, "locate"), (RunFolder, "open"), (capacity, "account"), (plt, "subplots")):
+        monkeypatch.setattr(*work, begun)
+    monkeypatch.setattr(jax, "devices", begun)
     return tmp_path
 
 
-def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
-    import jax
-    import matplotlib.pyplot as plt
-
-    from rora_theory import llama
-    from rora_theory.finetune import capacity
-    from rora_theory.llama import hub
-    from rora_theory.runs.folder import RunFolder
-
-    monkeypatch.setattr(llama, "load", begun)
-    monkeypatch.setattr(hub, "locate", begun)
-    monkeypatch.setattr(RunFolder, "open", begun)
-    monkeypatch.setattr(capacity, "account", begun)
-    monkeypatch.setattr(plt, "subplots", begun)
-    monkeypatch.setattr(jax, "devices", begun)
-
-
 def entries(command: str) -> Iterator[Callable[[], object]]:
-    """As ``python -m`` enters a command, and from then on by its main, where it has one.
+    """Yield a command's entry of ``python -m``, and from then on its main, where it has one.
 
     Of a module that is run anew the options' docstrings are read anew, half of the time that a refusal takes.
     """
@@ -155,43 +156,26 @@ def entries(command: str) -> Iterator[Callable[[], object]]:
 
 
 def refusal(enter: Callable[[], object], command: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What is wrong with the way a command refuses its arguments, and what it says; nothing wrong is empty."""
+    """Return the line in which a command refuses its arguments, or what is wrong with the way in which it does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [command, *words])
         with pytest.raises((SystemExit, BegunError)) as stop:
             enter()
-    said = capsys.readouterr()
+    out, err = capsys.readouterr()
     if isinstance(stop.value, BegunError):
         return "begins to work"
-    right = stop.value.code == 2 and not said.out and said.err.startswith("error: ") and said.err.count("\n") == 1
-    helps = any(
-        word in said.err
-        for word in (
-            "accepted",
-            "must",
-            "Add ",
-            "Choose ",
-            "Restore ",
-            "supported",
-            "Use ",
-            "Set ",
-            "Remove ",
-            "Pass ",
-            "Expected ",
-            "--help",
-        )
-    )
-    return said.err if right and helps else f"status {stop.value.code}: {said.out}{said.err}"
+    is_one_line = stop.value.code == 2 and not out and err.startswith("error: ") and err.count("\n") == 1
+    return err if is_one_line and HELP.search(err) else f"status {stop.value.code}: {out}{err}"
 
 
 def called(command: str, words: list[str]) -> list[str]:
-    """The bad words behind what the command can't be called without, but for the option that they are of."""
-    given = GIVEN.get(command, [])
-    if words[0] in given:
-        at = given.index(words[0])
-        given = given[:at] + given[at + 2 :]
+    """Return the bad words behind what the command can't be called without, but for the option that they are of."""
+    required = GIVEN.get(command, [])
+    if words[0] in required:
+        at = required.index(words[0])
+        required = required[:at] + required[at + 2 :]
     first = ["FOLDER"] if nameless(command) and words != [LATIN] else []
-    return [*first, *given, *words]
+    return [*first, *required, *words]
 
 
 def listing(place: Path) -> list[tuple[str, int]]:
@@ -264,25 +248,6 @@ def test_what_is_no_file_is_refused(command: str, place: Path, capsys: pytest.Ca
             faults.append(f"{words}: {line}")
     assert not faults, "\n".join(faults)
     assert listing(place) == before
-
-
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_is_for_who_calls_the_command(
-    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It has no word of exceptions; what a command can't be called without is required there, and its examples stand
-    on lines of their own."""
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr(sys, "argv", [command, "--help"])
-    with pytest.raises(SystemExit, match="0"):
-        runpy.run_module(command, run_name="__main__", alter_sys=True)
-    said = capsys.readouterr().out
-    assert "InputError" not in said
-    assert "[[PATH" not in said
-    for option in {"--data", "--text", "--out"} & set(GIVEN.get(command, [])):
-        assert re.search(rf"(?m)^\W*{option} (?s:.*?)\((required|default: .*?)\)", said)[1] == "required"  # type: ignore[index]
-    assert not re.search(r"python -m .* python -m ", said)
 
 
 def test_every_command_is_here() -> None:

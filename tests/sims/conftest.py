@@ -1,10 +1,12 @@
-"""Commands print here as on a wide terminal: a sentence is one line, a table one table."""
+"""Commands print here as on a wide terminal, and share a tiny model, records and a run folder of sims.regime."""
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
+from support import checkpoint, regime_runs
 
 from rora_theory.cluster import ClusterConfig
 from sims.common.cells import in_process
@@ -14,8 +16,31 @@ jax.devices()  # all eight, before a command under test chooses how many there a
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
-    """240 columns; `test_output` has 80."""
+    """240 columns: a sentence is one line, a table one table; `test_output` has 80."""
     monkeypatch.setenv("COLUMNS", "240")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """A tiny checkpoint."""
+    return checkpoint.model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """Records in train.json, other.json, one/train.json and two/train.json, and four questions of each of two tasks."""
+    folder = checkpoint.two_files(tmp_path_factory.mktemp("data"))
+    checkpoint.records(folder / "train.json", 40)
+    checkpoint.records(folder / "other.json", 20)
+    for task, labels in (("boolq", ("true", "false")), ("piqa", ("solution1", "solution2"))):
+        checkpoint.questions(folder, task, labels)
+    return folder
+
+
+@pytest.fixture
+def regime_run(tmp_path) -> Path:
+    """A run folder of sims.regime."""
+    return regime_runs.write(tmp_path / "regime")
 
 
 @pytest.fixture

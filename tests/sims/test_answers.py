@@ -1,5 +1,6 @@
 """How commands end: the answer, the tables, the files; and the one JSON object of these that --json prints."""
 
+import fcntl
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import commands
 
 from rora_theory.errors import InputError
 from sims.common import answers, cli, tables
@@ -16,7 +18,7 @@ from sims.common import answers, cli, tables
 
 @dataclass(frozen=True)
 class Config:
-    """What a command is told."""
+    """Options of a command."""
 
     rank: int = 8
     """the rank"""
@@ -28,7 +30,7 @@ def command(config: Config) -> None:
     """Work, and an end as every command's."""
     tables.print_text("beginning")
     if config.rank == 0:
-        raise InputError("rank is 0; accepted is 1 or more")
+        raise InputError("rank must be at least 1, got 0")
     answers.print_answer("Rank 8 is enough.", ["thin: one seed"], rates=(0.5, math.inf))
     tables.print_table("Losses", ["rule", "loss"], [["lora", np.float32(0.5)], ["rora", math.nan]])
     if config.out is not None:
@@ -37,14 +39,8 @@ def command(config: Config) -> None:
         sys.exit(1)
 
 
-def run(capsys, *words: str) -> tuple[int, str, str]:
-    """Exit status, output, errors."""
-    status = 0
-    try:
-        cli.run(lambda: command(cli.parse(Config, list(words), description="")))
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    return status, *capsys.readouterr()
+def run(*words: object) -> commands.Ended:
+    return commands.run(cli.command(Config, command, ""), *words)
 
 
 @pytest.fixture
@@ -55,27 +51,23 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_a_sentence_then_the_table_then_the_files(capsys, folder) -> None:
-    status, out, err = run(capsys, "--out", str(folder))
-    lines = [line for line in out.splitlines() if line.strip()]
-    assert (status, err) == (0, "")
+def test_a_sentence_then_the_table_then_the_files(folder) -> None:
+    lines = [line for line in commands.output(run("--out", folder)).splitlines() if line.strip()]
     assert lines[:4] == ["beginning", "Rank 8 is enough.", "thin: one seed", "Losses"]
     assert lines[-1] == f"files in {folder}: cells/, results.csv"
 
 
-def test_json_is_all_there_is_on_standard_output(capsys, folder) -> None:
+def test_json_is_all_there_is_on_standard_output(folder) -> None:
     """Figures are numbers, and what JSON has no number for is a text. Standard error has none of the printed text."""
     before = sys.stdout
-    status, out, err = run(capsys, "--json", "--out", str(folder))
-    assert (status, err) == (0, "")
+    out = commands.output(run("--json --out", folder))
     assert json.loads(out, parse_constant=lambda name: pytest.fail(name)) == {
         "answer": "Rank 8 is enough.", "warnings": ["thin: one seed"], "rates": [0.5, "inf"],
         "tables": [{"title": "Losses", "rows": [{"rule": "lora", "loss": 0.5}, {"rule": "rora", "loss": "nan"}]}],
         "files": [f"{folder}/cells/", f"{folder}/results.csv"],
     }  # fmt: skip
     assert (sys.stdout, tables.collect) == (before, None)
-    _, out, err = run(capsys)
-    assert "Rank 8 is enough." in out, "the next command is as ever"
+    assert "Rank 8 is enough." in commands.output(run()), "the next command is as ever"
 
 
 def test_figures_are_files_alone(capsys) -> None:
@@ -89,7 +81,7 @@ def test_figures_are_files_alone(capsys) -> None:
 
 
 def test_a_table_without_an_answer_is_in_the_json_object(capsys) -> None:
-    """As where a command lists what a run has done."""
+    """It is where a command lists what a run has done."""
 
     def work() -> None:
         answers.collect_json()
@@ -100,27 +92,24 @@ def test_a_table_without_an_answer_is_in_the_json_object(capsys) -> None:
     assert (json.loads(out)["tables"], err) == ([{"title": "Cells", "rows": [{"rank": 8}]}], "")
 
 
-def test_an_answer_that_is_no_good_is_an_answer(capsys) -> None:
+def test_an_answer_that_is_no_good_is_an_answer() -> None:
     """And bad input is none: one line of error, and nothing for the machine to take for a result."""
-    status, out, _ = run(capsys, "--json", "--rank", "1")
+    status, out, _ = run("--json --rank 1")
     assert (status, json.loads(out)["answer"]) == (1, "Rank 8 is enough.")
-    status, out, err = run(capsys, "--json", "--rank", "0")
-    assert (status, out) == (2, "")
-    assert err == "error: rank is 0; accepted is 1 or more\n"
+    assert run("--json --rank 0") == (2, "", "error: rank must be at least 1, got 0\n")
     assert tables.collect is None
 
 
-def test_a_folder_in_use_is_refused_before_any_work(capsys, tmp_path) -> None:
+def test_a_folder_in_use_is_refused_before_any_work(tmp_path) -> None:
     """By whoever holds its lock; not where a command of this process holds it, nor to list what is there."""
-    import fcntl
-
-    (tmp_path / ".lock").write_text(json.dumps({"process": 7, "host": "h", "since": "s"}))
-    with (tmp_path / ".lock").open("r+") as lock:
+    path = tmp_path / ".lock"
+    path.write_text(json.dumps({"process": 7, "host": "h", "since": "s"}))
+    with path.open("r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        status, out, err = run(capsys, "--out", str(tmp_path))
+        status, out, err = run("--out", tmp_path)
     assert (status, out) == (2, "")
     assert err.startswith(f"error: {tmp_path}: is in use by process 7 on h since s")
-    before = (tmp_path / ".lock").read_text()
-    assert run(capsys, "--out", str(tmp_path))[0] == 0
-    assert (tmp_path / ".lock").read_text() == before
+    before = path.read_text()
+    commands.output(run("--out", tmp_path))
+    assert path.read_text() == before
     assert os.listdir(tmp_path) == [".lock"]

@@ -1,9 +1,10 @@
-"""`python -m sims.capacity`: the paper's table, one model by part, models from folders, bad input."""
+"""`python -m sims.capacity`: the paper's table, one model by part, models from folders."""
 
 import json
 import re
 
 import pytest
+from support import commands
 
 from sims import capacity
 
@@ -19,10 +20,13 @@ def folder(tmp_path):
     return tmp_path
 
 
+def plan(*words: object) -> str:
+    return commands.output(commands.run(capacity.main, *words))
+
+
 @pytest.mark.slow
-def test_the_papers_models_on_an_a6000(capsys):
-    capacity.main(["--examples", "1600", "--epochs", "2"])
-    out = capsys.readouterr().out
+def test_the_papers_models_on_an_a6000():
+    out = plan("--examples 1600 --epochs 2")
     rows = [line.split() for line in out.splitlines() if re.search(r"fits?\b", line)]
     verdicts = {(row[0], row[1]): "not" not in row for row in rows if row[0] in capacity.PAPER_MODELS}
     assert len(verdicts) == 10
@@ -40,10 +44,9 @@ def test_the_papers_models_on_an_a6000(capsys):
 
 
 @pytest.mark.slow
-def test_one_model_by_part(folder, capsys):
-    arguments = "--rank 4 --batch-size 4 --seq 32 --method dora --dtype float32 --device h100 --steps 3600 --compile"
-    capacity.main(["--model", str(folder), *arguments.split(), "--measure"])
-    out = capsys.readouterr().out
+def test_one_model_by_part(folder):
+    settings = "--rank 4 --batch-size 4 --seq 32 --method dora --dtype float32 --device h100 --steps 3600"
+    out = plan("--model", folder, settings, "--compile --measure")
     for part in ("base", "adapter", "optimizer", "gradients", "activations", "working", "total", "logits"):
         assert re.search(rf"{part}\W.*\d\.\d\d\b", out), part
     words = " ".join(out.split())
@@ -53,19 +56,16 @@ def test_one_model_by_part(folder, capsys):
     assert re.search(r"Measured .* peak .* GB, estimated .* s per step", words)
 
 
-def test_full_fine_tuning_trains_the_modules_weights(folder, capsys):
+def test_full_fine_tuning_trains_the_modules_weights(folder):
     """Twelve bytes a trained weight: float32 and its two moments, without a rank; dropout 0.05 has no part in it."""
-    capacity.main(["--model", str(folder), "--method", "full", "--batch-size", "4", "--seq", "16"])
-    out = capsys.readouterr().out
+    out = plan("--model", folder, "--method full --batch-size 4 --seq 16")
     weights = 2 * (32 * (32 + 16 + 16) + 2 * 32 * 48)  # q, k, v, up and down of two layers
     assert f"trained {weights:,} (" in out
     assert "full, batch 4 x 16, bfloat16 base" in out
 
 
-def test_several_devices_of_ones_own(folder, capsys):
-    arguments = "--rank 4 --batch-size 8 --seq 32 --memory 24 --tflops 120 --replicas 2 --fsdp 2"
-    capacity.main(["--model", str(folder), *arguments.split()])
-    out = capsys.readouterr().out
+def test_several_devices_of_ones_own(folder):
+    out = plan("--model", folder, "--rank 4 --batch-size 8 --seq 32 --memory 24 --tflops 120 --replicas 2 --fsdp 2")
     assert "4 devices (replicas 2 x fsdp 2)" in out
     assert re.search(r"weights of modules\W+in 2\W", out)
     assert re.search(r"norms\W+whole\W", out)
@@ -74,51 +74,9 @@ def test_several_devices_of_ones_own(folder, capsys):
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_says_what_takes_less(capsys):
-    capacity.main(["--model", "llama3-8b", "--device", "rtx4090", "--dtype", "float32"])
-    out = capsys.readouterr().out
-    assert re.search(
-        r"RTX 4090 24 GB: does not fit \(.* GB of 24.8 GB\); reduce memory with --remat True, a smaller --batch-size",
-        out,
-    )
-    capacity.main(["--model", "llama3-8b", "--device", "rtx4090", "--remat", "True"])
-    out = capsys.readouterr().out
+def test_what_does_not_fit_says_what_takes_less():
+    out = plan("--model llama3-8b --device rtx4090 --dtype float32")
+    advice = "reduce memory with --remat True, a smaller --batch-size"
+    assert re.search(rf"RTX 4090 24 GB: does not fit \(.* GB of 24.8 GB\); {advice}", out)
+    out = plan("--model llama3-8b --device rtx4090 --remat True")
     assert re.search(r"fits \(.*\); needs XLA_PYTHON_CLIENT_MEM_FRACTION=0\.\d\d or more", out)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--device tpu", "--device must be one of a6000, "),
-        ("--model llama-9b", "--model must be one of llama-7b, "),
-        ("--utilisation 1.5", "--utilisation must be a number above 0 and at most 1, got 1.5"),
-        ("--steps 5 --examples 5", "--steps and --examples cannot be combined"),
-        ("--seq 0", "--seq must be an integer of 1 or more, got 0"),
-        (
-            "--seq 4096 --model llama-7b",
-            "sequence length must be 1 to 2048 (the model's max_position_embeddings), got 4096",
-        ),
-        ("--memory 24", "--memory, --tflops and --bandwidth describe a custom device"),
-        ("--memory 0.5 --tflops 100", "memory must be more than 1 GB, got 0.5 GB"),
-        (
-            "--device h100 --memory 24 --tflops 120",
-            "--device h100 has no effect with --memory",
-        ),
-        ("--method full --rank 64", "--rank 64 has no effect with --method full"),
-        ("--epochs 2", "--epochs 2 has no effect without --examples"),
-        ("--fsdp 3 --model llama-7b", "batch_size must be a multiple of 3 "),
-        ("--rank 0", "--rank must be an integer of 1 or more, got 0"),
-        ("--accumulation 3", "accumulation must divide batch_size, 16, got 3"),
-        ("--measure", "--compile and --measure require one model"),
-        ("--model EMPTY", "or a folder with config.json, got '"),
-    ],
-)
-def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit) as exit_:
-        capacity.main(arguments.replace("EMPTY", str(tmp_path / "empty")).split())
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message in error

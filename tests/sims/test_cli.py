@@ -8,8 +8,10 @@ import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support import commands
 from support.options import Config, Inner
 
 import sims
@@ -37,15 +39,27 @@ class Checks:
     """a part"""
 
 
-def refusal(*words: str) -> str:
-    with pytest.raises(InputError) as caught:
-        cli.parse(Config, ["--data", "a", *words], description="")
-    return str(caught.value)
+@dataclass(frozen=True)
+class Parent:
+    """A part with defaults that are not its own."""
+
+    inner: Inner = field(default_factory=lambda: Inner(batch_size=3))
+
+
+def parse(*words: str, config: Any = Config) -> Any:
+    return cli.parse(config, list(words), description="")
 
 
 def test_what_is_right_is_parsed() -> None:
-    found = cli.parse(Config, ["--data", "a", "b", "--limit", "3", "--out", "new/run"], description="")
-    assert found == Config(("a", "b"), limit=3, out=Path("new/run"))
+    assert parse("--data", "a", "b", "--limit", "3", "--out", "new/run") == Config(
+        ("a", "b"), limit=3, out=Path("new/run")
+    )
+    assert parse("--data", "a,b.json", "--out", "new,run").data == ("a,b.json",), "a comma in a name is not a list"
+
+
+def test_a_parent_sets_the_defaults_of_a_part() -> None:
+    assert parse(config=Parent) == Parent()
+    assert parse("--steps", "2", config=Parent).inner == Inner(batch_size=3, steps=2)
 
 
 @pytest.mark.parametrize(
@@ -80,19 +94,17 @@ def test_what_is_right_is_parsed() -> None:
     ],
 )
 def test_what_is_wrong_is_named_with_what_is_accepted(words: list[str], parts: list[str]) -> None:
-    said = refusal(*words)
-    assert [part for part in parts if part not in said] == [], said
-    assert "\n" not in said
-    assert not set("╭│─╰") & set(said), "the option parser's frame"
-
-
-def test_a_comma_in_a_name_is_not_a_list() -> None:
-    assert cli.parse(Config, ["--data", "a,b.json", "--out", "new,run"], description="").data == ("a,b.json",)
+    with pytest.raises(InputError) as caught:
+        parse("--data", "a", *words)
+    message = str(caught.value)
+    assert [part for part in parts if part not in message] == [], message
+    assert "\n" not in message
+    assert not set("╭│─╰") & set(message), "the option parser's frame"
 
 
 def parsed(tmp_path: Path, text: str, *words: str) -> Config:
     (tmp_path / "run.yaml").write_text(text)
-    return cli.parse(Config, ["--config", str(tmp_path / "run.yaml"), *words], description="")
+    return parse("--config", str(tmp_path / "run.yaml"), *words)
 
 
 def test_a_file_gives_options_and_the_command_line_overrides_it(tmp_path: Path) -> None:
@@ -106,10 +118,10 @@ def test_a_file_gives_options_and_the_command_line_overrides_it(tmp_path: Path) 
     ranks_of: {q: 2, k: 3}
     steps: 7
     """
-    whole = Config(("a b.json", "c"), (8, 16), merge=True, remat="mlp", inner=Inner(4, 7, {"q": 2, "k": 3}))
-    assert parsed(tmp_path, text) == whole
+    full = Config(("a b.json", "c"), (8, 16), merge=True, remat="mlp", inner=Inner(4, 7, {"q": 2, "k": 3}))
+    assert parsed(tmp_path, text) == full
     overridden = parsed(tmp_path, text, "--steps=9", "--no-merge", "--batch_size", "5", "--ranks", "1")
-    assert overridden == replace(whole, ranks=(1,), merge=False, inner=replace(whole.inner, steps=9, batch_size=5))
+    assert overridden == replace(full, ranks=(1,), merge=False, inner=replace(full.inner, steps=9, batch_size=5))
     assert parsed(tmp_path, "limit: 3\n", "--data", "a").limit == 3
     assert parsed(tmp_path, "remat: true\n", "--data", "a").remat is True
     assert parsed(tmp_path, "merge: false\n", "--data", "a", "--merge").merge
@@ -122,15 +134,13 @@ def test_later_files_override_earlier_ones_and_the_command_line_overrides_all(tm
         (tmp_path / f"{name}.yaml").write_text(text)
     first, second = (str(tmp_path / f"{name}.yaml") for name in "ab")
     merged = Config(("x",), limit=3, merge=False, inner=Inner(steps=9))
-    assert cli.parse(Config, ["--config", first, "--steps", "9", f"--config={second}"], description="") == merged
+    assert parse("--config", first, "--steps", "9", f"--config={second}") == merged
     swapped = replace(merged, limit=1, merge=True)
-    assert cli.parse(Config, ["--config", second, "--config", first, "--steps=9"], description="") == swapped
+    assert parse("--config", second, "--config", first, "--steps=9") == swapped
     for wrong in ("steps: x", "epochs: 3"):
         (tmp_path / "b.yaml").write_text(wrong)
         with pytest.raises(InputError, match=rf"^{re.escape(second)}: key {wrong.split(':')[0]}: "):
-            cli.parse(Config, ["--config", first, "--config", second], description="")
-    with pytest.raises(InputError, match="--config"):
-        cli.parse(Config, ["--data", "x", "--config"], description="")
+            parse("--config", first, "--config", second)
 
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 10)}]\n" for i in range(9))
@@ -138,7 +148,7 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}']
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("epochs: 3", "key epochs:.* data, ranks, limit, optimizer, merge, accuracy, remat"),
         ("batch: 3", "key batch:.* batch-size"),
@@ -164,8 +174,8 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}']
         ("#" * (1 << 16) + "\n", ".*65,536"),
     ],
 )
-def test_what_is_wrong_in_a_file_is_named_with_file_and_key(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(InputError, match=f"^{re.escape(str(tmp_path / 'run.yaml'))}: {said}"):
+def test_what_is_wrong_in_a_file_is_named_with_file_and_key(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(str(tmp_path / 'run.yaml'))}: {message}"):
         parsed(tmp_path, text, "--data", "a")
 
 
@@ -180,42 +190,36 @@ def test_what_is_wrong_on_the_command_line_beside_a_file_is_not_the_files(tmp_pa
         assert "run.yaml" not in str(caught.value)
     assert parsed(tmp_path, "steps: 3\n", "--data", "steps").inner.steps == 3, "a value is no option"
     with pytest.raises(InputError, match=r"none\.yaml"):
-        cli.parse(Config, ["--config", str(tmp_path / "none.yaml")], description="")
+        parse("--config", str(tmp_path / "none.yaml"))
 
 
 def test_versions(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
-        cli.parse(Config, ["--version"], description="")
+        parse("--version")
     assert re.fullmatch(r"rora-theory \d[\w.]*, jax \d[\w.]*(, \w+ \d[\w.]*)*\n", capsys.readouterr().out)
 
 
 def test_ranges_are_checked_where_the_configuration_is_made(tmp_path: Path) -> None:
-    """What `__post_init__` refuses is said as it is, of the command's own configuration and of a part."""
+    """The message of `__post_init__` is passed on as it is, of the command's own configuration and of a part."""
     for config in (Checked, Checks):
         with pytest.raises(InputError, match=r"^--rank must be at least 1, got -1 \[x\]$"):
-            cli.parse(config, ["--rank", "-1"], description="")
+            parse("--rank", "-1", config=config)
     (tmp_path / "run.yaml").write_text("rank: -1")
     with pytest.raises(InputError, match=r"^.*run\.yaml: key rank: --rank must be at least 1, got -1 \[x\]$"):
-        cli.parse(Checks, ["--config", str(tmp_path / "run.yaml")], description="")
+        parse("--config", str(tmp_path / "run.yaml"), config=Checks)
 
 
 def test_a_missing_option_is_named() -> None:
     with pytest.raises(InputError, match=r"--data \[STR \[STR \.\.\.\]\] files \(required\)\."):
-        cli.parse(Config, [], description="")
+        parse()
 
 
 def test_help_is_as_wide_as_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     with pytest.raises(SystemExit, match="0"):
-        cli.parse(Config, ["--help"], description="")
+        parse("--help")
     assert 50 < max(map(len, capsys.readouterr().out.splitlines())) <= 60
     assert os.environ["COLUMNS"] == "60"
-
-
-def ending(run: object, capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
-    with pytest.raises(SystemExit) as caught:
-        cli.run(run)  # type: ignore[arg-type]
-    return caught.value.code, capsys.readouterr().err
 
 
 def test_what_the_library_says_is_said_once_whoever_else_logs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,42 +232,45 @@ def test_what_the_library_says_is_said_once_whoever_else_logs(capsys: pytest.Cap
     assert capsys.readouterr().err == "note: two versions\n"
 
 
-def test_what_can_not_be_done_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    def raising(error: BaseException) -> object:
-        def run() -> None:
-            raise error
+LONG = "7" * 400
 
-        return run
 
-    long = "7" * 400
-    for error, said in (
-        (InputError(f"rank is {long};\n accepted"), f"error: rank is {long[:150]}...{long[:74]}; accepted\n"),
-        (InputError("a\x1b[31m\udce9: no such file"), "error: a\\x1b[31m\\udce9: no such file\n"),
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (InputError(f"rank is {LONG};\n bad"), 2, f"error: rank is {LONG[:150]}...{LONG[:74]}; bad\n"),
+        (InputError("a\x1b[31m\udce9: no such file"), 2, "error: a\\x1b[31m\\udce9: no such file\n"),
+        (FileNotFoundError(2, "No such file", "a.json"), 2, "error: a.json: No such file. "),
+        (MemoryError("Unable to allocate 8 TiB"), 2, "error: out of memory (Unable to allocate 8 TiB). "),
         (
-            FileNotFoundError(2, "No such file or directory", "a.json"),
-            "error: a.json: No such file or directory. ",
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+            2,
+            "error: out of memory (RESOURCE_EXHAUSTED: Out of memory)",
         ),
-        (MemoryError("Unable to allocate 8 TiB"), "error: out of memory (Unable to allocate 8 TiB). "),
-        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "error: out of memory (RESOURCE_EXHAUSTED: Out of memory)"),
-    ):
-        code, line = ending(raising(error), capsys)
-        assert (code, line[: len(said)], line.count("\n")) == (2, said, 1)
-    with pytest.raises(RuntimeError, match="a fault"):
-        cli.run(raising(RuntimeError("a fault")))  # type: ignore[arg-type]
-    code, line = ending(raising(KeyboardInterrupt()), capsys)
-    assert (code, line.count("\n")) == (130, 1)
+        (KeyboardInterrupt(), 130, sims.INTERRUPTED),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_can_not_be_done_is_one_line(error: BaseException, status: int, line: str) -> None:
+    def work(_: object) -> None:
+        raise error
+
+    ended = commands.run(lambda words: cli.run(lambda: work(words)))
+    assert (ended.status, ended.err[: len(line)], ended.err.count("\n")) == (status, line, 1)
+
+
+def test_a_fault_of_the_program_is_no_message() -> None:
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda: 1 / 0)
 
 
 @pytest.mark.parametrize("words", ["print('x' * 10**6)", "print('x')", "cli.parse(Config, ['--help'], description='')"])
 def test_output_that_nobody_reads_ends_without_a_word(words: str) -> None:
-    """As in ``| head``: whether the pipe closes while the command prints or only when it has ended."""
+    """The pipe closes as in ``| head``, whether while the command prints or only when it has ended."""
     code = f"from sims.common import cli\nfrom support.options import Config\ncli.run(lambda: {words})"
     read, write = os.pipe()
     os.close(read)
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "PYTHONUNBUFFERED": "",
-    }
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": ""}
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, env=environment)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
@@ -272,7 +279,6 @@ def test_output_that_nobody_reads_ends_without_a_word(words: str) -> None:
 @pytest.mark.parametrize(
     ("words", "slow", "number"),
     [
-        ("-m sims.variance_sweep", "jax", signal.SIGINT),
         ("-m sims.variance_sweep", "jax", signal.SIGTERM),
         ("-m figures.regime", "matplotlib", signal.SIGINT),
         ("{rora} variance_sweep", "jax", signal.SIGINT),
@@ -298,15 +304,3 @@ def test_a_signal_while_importing_ends_a_command_with_one_line(
     process.send_signal(number)
     assert process.communicate(timeout=30) == (b"", f"{sims.STOPPED}\n".encode())
     assert process.returncode == 128 + number
-
-
-@dataclass(frozen=True)
-class Parent:
-    """A part with defaults that are not its own."""
-
-    inner: Inner = field(default_factory=lambda: Inner(batch_size=3))
-
-
-def test_a_parent_sets_the_defaults_of_a_part() -> None:
-    assert cli.parse(Parent, [], description="") == Parent()
-    assert cli.parse(Parent, ["--steps", "2"], description="").inner == Inner(batch_size=3, steps=2)

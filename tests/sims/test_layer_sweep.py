@@ -1,33 +1,20 @@
-"""The sweep over real layers as a user runs it: measurement against the law, bad input, the figure."""
+"""The sweep over real layers as a user runs it: measurement against the law, the figure."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support import commands
 
 from figures import layers_vs_rank, style
 from rora_theory.io import frames
 from rora_theory.measure.layers import layer_grid
+from rora_theory.measure.layers.layer_data import read_layers
 from rora_theory.optimizers import OPTIMIZERS
 from rora_theory.theory import laws
 from sims import layer_sweep
 
 pytestmark = pytest.mark.usefixtures("optimised")  # many draws
-
-
-def run(*arguments: object) -> None:
-    layer_sweep.main(list(map(str, arguments)))
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Return the one line that the command ends with, status 2."""
-    with pytest.raises(SystemExit) as stopped:
-        run(*arguments)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    return error
 
 
 @pytest.fixture
@@ -43,83 +30,57 @@ def layers(tmp_path: Path) -> Path:
     return path
 
 
+def sweep(layers: Path, out: Path, words: str) -> str:
+    return commands.output(commands.run(layer_sweep.main, "--layers", layers, "--out", out, words))
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("carried")
-def test_layers_against_the_law(layers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "run"
-    arguments = ["--layers", layers, "--ranks", 1, 8, 32, "--out", out, "--relative-error", 0.02]
-    run(*arguments)
-    first = capsys.readouterr().out
-    assert "adam, A kaiming_uniform, heldout tokens: crossing rank r*" in first
+def test_layers_against_the_law(layers: Path, tmp_path: Path) -> None:
+    out, words = tmp_path / "run", "--ranks 1 8 32 --relative-error 0.02"
+    printed = sweep(layers, out, words)
+    assert "adam, A kaiming_uniform, heldout tokens: crossing rank r*" in printed
     results = frames.read_csv(out / "results.csv", layer_grid.COLUMNS)
     assert len(results) == 2 * 3 * 2 * 2 * 3  # layers x ranks x optimizers x splits x rules
     assert ((results["estimate"] - results["exact"]) / results["standard_error"]).abs().max() < 5
     assert (results["standard_error"] <= 0.02 * results["estimate"]).all()
     assert (frames.read_csv(out / layer_grid.CROSSINGS)["crossing_rank"] >= 1).all()
     before = (out / "results.csv").read_bytes()
-    run(*arguments)  # it is finished: printed again
-    assert capsys.readouterr().out == first
+    assert sweep(layers, out, words) == printed, "it is finished: printed again"
     assert (out / "results.csv").read_bytes() == before
     style.main(layers_vs_rank.draw, layers_vs_rank.Config(out))
     assert (out / "layers_vs_rank.svg").stat().st_size > 1000
 
 
 @pytest.mark.slow
-def test_one_rank_has_a_crossing_rank_and_no_exponent(
-    layers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--layers", layers, "--ranks", 4, "--inits", "normal", "gaussian", "--draws", 64]
-    run(*arguments, "--out", tmp_path / "run")
+def test_one_rank_has_a_crossing_rank_and_no_exponent(layers: Path, tmp_path: Path) -> None:
+    printed = sweep(layers, tmp_path / "run", "--ranks 4 --inits normal gaussian --draws 64")
     assert set(frames.read_csv(tmp_path / "run" / "results.csv")["init"]) == {"normal", "gaussian"}
-    shown = capsys.readouterr().out
-    assert "sgd, A gaussian, train tokens: crossing rank r*" in shown
-    assert "nan" not in shown
+    assert "sgd, A gaussian, train tokens: crossing rank r*" in printed
+    assert "nan" not in printed
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
-    [
-        ("grad", np.ones((6, 23)), "shape"),
-        ("x_train", np.full((3, 24), np.nan), "must be finite in float32"),
-        ("x_heldout", None, "is missing"),
-    ],
+    ("name", "value", "message"), [("grad", np.ones((6, 23)), "shape"), ("x_heldout", None, "is missing")]
 )
-def test_bad_layers(
-    layers: Path, tmp_path: Path, key: str, value: np.ndarray | None, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with np.load(layers) as data:
-        arrays = {name: data[name] for name in data.files}
-    arrays[f"model.layers.10.self_attn.q_proj/{key}"] = value
-    path = tmp_path / "bad.npz"
-    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
-    error = refused(capsys, "--layers", path, "--out", tmp_path / "run")
-    assert said in error
-    assert "bad.npz" in error
+def test_bad_layers(layers: Path, tmp_path: Path, name: str, value: np.ndarray | None, message: str) -> None:
+    """The file and its array are named; what else an array can be is in the tests of the layers' reader."""
+    with np.load(layers) as saved:
+        arrays = dict(saved) | {f"model.layers.10.self_attn.q_proj/{name}": value}
+    bad = tmp_path / "bad.npz"
+    np.savez(bad, **{key: array for key, array in arrays.items() if array is not None})
+    ended = commands.run(layer_sweep.main, "--layers", bad, "--out", tmp_path / "run")
+    assert "bad.npz" in commands.refusal(ended)
+    assert message in ended.err
 
 
 @pytest.mark.slow
 def test_real_layers(layer_data: Path) -> None:
     """Real layers of a real model: their regime, from the law, with the figures the README quotes."""
-    from rora_theory.measure.layers.layer_data import read_layers
-
-    found = read_layers(layer_data)
-    assert len(found) == 9
-    for layer in found:
+    real_layers = read_layers(layer_data)
+    assert len(real_layers) == 9
+    for layer in real_layers:
         for x in layer.inputs.values():
             sgd, adam = (float(np.median(laws.crossing_rank(layer.grad, x, optimizer=name))) for name in OPTIMIZERS)
             assert 1 <= sgd < 64
             assert sgd < adam < 64
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ("", "--layers"),
-        ("--layers nowhere.npz", "nowhere.npz"),
-        ("--layers nowhere.npz --p-in 64", "--p-in"),
-        ("--layers nowhere.npz --sampler reduced", "--sampler"),
-        ("--layers nowhere.npz --ranks 0", "rank"),
-    ],
-)
-def test_bad_arguments(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert said in refused(capsys, *arguments.split())

@@ -1,6 +1,5 @@
 """What commands print fits 80 columns: help and tables, here of the published results; figures are never cut."""
 
-import csv
 import dataclasses
 import importlib
 import inspect
@@ -10,6 +9,9 @@ import json
 import math
 import pkgutil
 import re
+import runpy
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,9 @@ from sims.common import answers, cli, progress, tables
 COMMANDS = [
     module
     for package in (sims, figures)
-    for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
-    if hasattr(module := importlib.import_module(found.name), "Config") and "__main__" in inspect.getsource(module)
+    for module_info in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+    if hasattr(module := importlib.import_module(module_info.name), "Config")
+    and "__main__" in inspect.getsource(module)
 ]
 
 OF_NO_COMMAND = ("A title of many words " * 8, "t", "OF_WORDS")
@@ -63,16 +66,16 @@ def printed(capsys, monkeypatch):
     """The lines printed since the last call, at 80 columns; none is wider. Of a command's report the answer comes
     first, and the tables are such that JSON has them."""
     monkeypatch.setenv("COLUMNS", "80")
-    said: list[Any] = []
+    sentences: list[Any] = []
     print_answer = answers.print_answer
 
     def noted(sentence: str, warnings: Any = (), /, **more: Any) -> None:
         assert re.fullmatch(r"[A-Za-z0-9].*[.)]", sentence), "a sentence"
-        said.append(sentence)
+        sentences.append(sentence)
         print_answer(sentence, warnings, **more)
 
     def collect(table: Any) -> None:
-        assert said or table["title"] in OF_NO_COMMAND, "the answer comes before the tables"
+        assert sentences or table["title"] in OF_NO_COMMAND, "the answer comes before the tables"
         json.dumps(as_json(table), allow_nan=False, default=lambda value: value.item())
 
     monkeypatch.setattr(answers, "print_answer", noted)
@@ -87,29 +90,19 @@ def printed(capsys, monkeypatch):
     return read
 
 
-def typed(path: Path) -> list[dict]:
-    """A published table with its figures as numbers; empty cells are None."""
-
-    def value(name: str, text: str):
-        if text == "" or (name in ("rule", "range", "layer", "ranks") and not text.isdecimal()):
-            return text or None
-        try:
-            return text if name == "rule" else int(text) if re.fullmatch(r"-?\d+", text) else float(text)
-        except ValueError:
-            return text
-
-    with path.open(newline="") as file:
-        return [{name: value(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
+def published(run: str, *names: str) -> list[pd.DataFrame]:
+    """Read tables of a published run."""
+    return [frames.read_csv(PUBLISHED / run / f"{name}.csv") for name in names]
 
 
-def known(row: dict) -> dict:
-    """A row without its empty cells."""
-    return {name: value for name, value in row.items() if value is not None}
+def saved(run: str, name: str) -> Any:
+    """Read a JSON file of a published run."""
+    return json.loads((PUBLISHED / run / f"{name}.json").read_text())
 
 
 def config_of(kind: type, name: str):
     """The published run's configuration, as far as it determines the table."""
-    used = json.loads((PUBLISHED / name / "manifest.json").read_text())["config"]
+    used = saved(name, "manifest")["config"]
     fields = {field.name: field for field in dataclasses.fields(kind)}
     chosen = {key: tuple(v) if isinstance(v, list) else v for key, v in used.items() if key in fields}
     if "rules" in chosen and "rora" in str(fields["rules"].type):  # exponents are numbers there
@@ -148,7 +141,7 @@ def test_long_words_among_the_figures_fold(printed, left, last) -> None:
 
 @pytest.mark.parametrize("keys", [2, 4])
 def test_a_further_table_has_the_keys_again(printed, keys) -> None:
-    """Of words and of figures: no row of a part has to be counted to be known."""
+    """The keys are words or figures: no row of a part has to be counted to be known."""
     columns = ["rule", "method", "rank", "alpha", *(f"figure {i}" for i in range(9))]
     rows = [["lora", "dora", rank, 16, *(f"{rank}.{i} ± 0.001" for i in range(9))] for rank in (8, 128)]
     tables.print_table("OF_WORDS", columns, rows, left=2, keys=keys)
@@ -156,25 +149,23 @@ def test_a_further_table_has_the_keys_again(printed, keys) -> None:
     parts = len(lines) // 2
     assert parts > 1
     for row in (8, 128):
-        own = [line for line in lines if any(word.startswith(f"{row}.") for word in line)]
-        assert len(own) == parts
-        whole = [line[:4] == ["lora", "dora", str(row), "16"] for line in own]
-        assert all(whole) if keys == 4 else whole == [True] + [False] * (parts - 1)
+        row_lines = [line for line in lines if any(word.startswith(f"{row}.") for word in line)]
+        assert len(row_lines) == parts
+        has_keys = [line[:4] == ["lora", "dora", str(row), "16"] for line in row_lines]
+        assert all(has_keys) if keys == 4 else has_keys == [True] + [False] * (parts - 1)
 
 
 def test_a_verdict_beside_another_run_is_whole(printed) -> None:
-    beside = frames.read_csv(PUBLISHED / "horizon" / "beside.csv")
-    best, found = (frames.read_csv(PUBLISHED / "horizon" / name) for name in ("best.csv", "exponents.csv"))
-    none = pd.DataFrame()
-    horizon.report(9, HorizonJudgement(best, beside, none, found, *[pd.DataFrame()] * 7))
+    best, comparisons, exponents = published("horizon", "best", "beside", "exponents")
+    empty = pd.DataFrame()
+    horizon.report(9, HorizonJudgement(best, comparisons, empty, exponents, *[empty] * 7))
     lines = printed()
     title = lines.index("Comparisons, each at its own best rate")
     lines = lines[title : lines.index("Exponents of the best rate")]
     starts = [i for i, line in enumerate(lines) if re.match(r" *\d+ ", line)]
-    said = [" ".join(" ".join(lines[a:b]).split()) for a, b in zip(starts, [*starts[1:], None], strict=True)]
-    assert len(said) == len(beside)
-    assert all(row.split()[-1] in text for row, text in zip(beside["verdict"], said, strict=True))
-    assert all(word in text for row, text in zip(beside["verdict"], said, strict=True) for word in row.split())
+    rows = [" ".join(lines[a:b]).split() for a, b in zip(starts, [*starts[1:], None], strict=True)]
+    assert len(rows) == len(comparisons)
+    assert all(set(verdict.split()) <= set(words) for verdict, words in zip(comparisons["verdict"], rows, strict=True))
 
 
 def test_a_wider_terminal_is_used(capsys, monkeypatch) -> None:
@@ -192,10 +183,8 @@ def test_sentences_fold_between_words_and_paths_stay_whole(printed, capsys) -> N
 
 
 def test_variance_sweep(printed) -> None:
-    folder = PUBLISHED / "variance_sweep"
-    judged = [Verdict(**verdict) for verdict in json.loads((folder / "verdicts.json").read_text())]
-    results, check = (frames.read_csv(folder / name) for name in ("results.csv", "direct_check.csv"))
-    sweep.report(results, check, judged)
+    judged = [Verdict(**verdict) for verdict in saved("variance_sweep", "verdicts")]
+    sweep.report(*published("variance_sweep", "results", "direct_check"), judged)
     lines = printed()
     assert len(lines) < 250, "the second moments are in the folder's file"
     text = " ".join(" ".join(lines).split())
@@ -204,74 +193,67 @@ def test_variance_sweep(printed) -> None:
 
 
 def test_real_layers(printed) -> None:
-    folder = PUBLISHED / "real_layers"
-    layer_sweep.report(*(frames.read_csv(folder / name) for name in ("results.csv", "crossing_ranks.csv")))
+    layer_sweep.report(*published("real_layers", "results", "crossing_ranks"))
     text = "\n".join(printed())
     assert "-1.208 ± 0.003" in text
     assert "21.8 (12.4-95.9)" in text
 
 
 def regime_of(name: str) -> Regime:
-    """A published run's tables; earlier runs have fewer."""
-    found = Regime.from_layers([LayerRegime([], [], [], [])], math.nan, math.nan)
+    """Read a published run's tables; earlier runs have fewer."""
+    empty = Regime.from_layers([LayerRegime([], [], [], [])], math.nan, math.nan)
     names = {"crossings": "crossing_ranks", "results": "results", "takeover": "takeover", "tokens": "tokens"}
-    paths = {field: PUBLISHED / name / f"{file}.csv" for field, file in names.items()}
-    return dataclasses.replace(
-        found, **{field: frames.read_csv(path) for field, path in paths.items() if path.exists()}
-    )
+    written = {field: file for field, file in names.items() if (PUBLISHED / name / f"{file}.csv").exists()}
+    return dataclasses.replace(empty, **dict(zip(written, published(name, *written.values()), strict=True)))
 
 
 def test_regime(printed) -> None:
-    verdict = json.loads((PUBLISHED / "regime" / "verdict.json").read_text())
-    regime.report(config_of(RegimeConfig, "regime"), regime_of("regime"), verdict)
+    regime.report(config_of(RegimeConfig, "regime"), regime_of("regime"), saved("regime", "verdict"))
     assert "verdict: holds." in "\n".join(printed())
 
 
 @pytest.mark.slow
 def test_regime_at_new_tokens(printed) -> None:
-    """How many held-out tokens were left out, medians beside pooled figures, and when A leads."""
-    found = regime_of("regime_held_out")
-    regime.report(config_of(RegimeConfig, "regime_held_out"), found, None)
-    tokens = found.tokens
+    """The report has how many held-out tokens were left out, medians beside pooled figures, and when A leads."""
+    measured = regime_of("regime_held_out")
+    regime.report(config_of(RegimeConfig, "regime_held_out"), measured, None)
     text = "\n".join(printed())
-    where = {"module": "model.layers.29.mlp.down_proj", "split": "heldout"}
-    own = tokens.loc[(tokens[list(where)] == where).all(axis=1)].iloc[0]
-    assert f"{own['seen']}+" in text
-    assert f" of {own['all']}" in text
+    (row,) = measured.tokens.query("module == 'model.layers.29.mlp.down_proj' and split == 'heldout'").to_dict(
+        "records"
+    )
+    assert f"{row['seen']}+" in text
+    assert f" of {row['all']}" in text
     assert "t_A until A leads, at the constant rate 0.0003" in " ".join(text.split())
 
 
 @pytest.mark.slow
 def test_coordinate_check(printed) -> None:
-    config = config_of(CheckConfig, "coordinate_check")
-    slopes = frames.read_csv(PUBLISHED / "coordinate_check" / "slopes.csv")
+    (slopes,) = published("coordinate_check", "slopes")
     sizes = slopes.query("quantity == 'hidden' and step == 1").assign(quantity="loss", value=3.5)
-    coordinate_check.report(config, slopes, sizes, batches="fixed")
+    coordinate_check.report(config_of(CheckConfig, "coordinate_check"), slopes, sizes, batches="fixed")
     assert "+0.00 ± 0.01" in "\n".join(printed())
 
 
 def test_training_dynamics(printed) -> None:
-    folder = PUBLISHED / "training_dynamics"
-    answers = [tuple(answer.values()) for answer in json.loads((folder / "answers.json").read_text())]
-    found = (frames.read_csv(folder / name) for name in ("results.csv", "exponents.csv"))
-    training_dynamics.report(config_of(TrainingGrid, "training_dynamics"), *found, answers)
+    answers = [tuple(answer.values()) for answer in saved("training_dynamics", "answers")]
+    tables = published("training_dynamics", "results", "exponents")
+    training_dynamics.report(config_of(TrainingGrid, "training_dynamics"), *tables, answers)
     assert "-0.56 ± 0.00" in "\n".join(printed())
 
 
 @pytest.mark.parametrize("name", ["lr_transfer", "lr_transfer_smollm2"])
 def test_lr_transfer(printed, name) -> None:
-    folder = PUBLISHED / name
-    compared = [lr_transfer.Comparison(**one) for one in json.loads((folder / "comparison.json").read_text())]
-    slopes = frames.read_csv(folder / "slopes.csv").fillna({"nearest": ""})
-    best = frames.read_csv(folder / "best.csv").assign(log2_half_width=np.nan)  # written before there was this column
-    lr_transfer.report(best, slopes, compared)
+    compared = [lr_transfer.Comparison(**comparison) for comparison in saved(name, "comparison")]
+    best, slopes = published(name, "best", "slopes")
+    best = best.assign(log2_half_width=np.nan)  # written before there was this column
+    lr_transfer.report(best, slopes.fillna({"nearest": ""}), compared)
     text = " ".join(printed())
-    assert all(word in text for one in compared for word in one.verdict.split())
+    assert all(word in text for comparison in compared for word in comparison.verdict.split())
 
 
-@pytest.mark.parametrize("run", [(), ("--regime", str(PUBLISHED / "regime"))])
-def test_transfer(printed, run) -> None:
-    config = transfer.Config(regime=run[1]) if run else transfer.Config()
+@pytest.mark.parametrize("settings", [{}, {"regime": str(PUBLISHED / "regime")}])
+def test_transfer(printed, settings) -> None:
+    config = transfer.Config(**settings)
     transfer.report(config, transfer.advise(config))
     printed()
 
@@ -293,26 +275,32 @@ def test_evaluate(printed) -> None:
     printed()
 
 
-def options(config: type) -> list[str]:
-    """Names of a configuration's options, those of its parts included."""
-    found = []
+def options(config: type) -> dict[str, bool]:
+    """Return the names of a configuration's options, those of its parts included, and whether each is required."""
+    names: dict[str, bool] = {}
     for field in dataclasses.fields(config):
         if dataclasses.is_dataclass(field.type):
-            found += options(field.type)
+            names |= options(field.type)
         elif not {tyro.conf.Positional, tyro.conf.Fixed} & {*getattr(field.type, "__metadata__", ())}:
-            found.append(field.name)
-    return found
+            names[field.name.strip("_").replace("_", "-")] = field.default is field.default_factory  # both missing
+    return names
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("module", COMMANDS, ids=lambda module: module.__name__)
-def test_help(module, printed) -> None:
+def test_help(module, printed, monkeypatch) -> None:
+    """It is for who calls the command: it has no word of exceptions, and its examples stand on lines of their own."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, "--help"])
     with pytest.raises(SystemExit) as caught:
-        cli.parse(module.Config, ["--help"], description=module.__doc__)
+        runpy.run_module(module.__name__, run_name="__main__", alter_sys=True)
     assert not caught.value.code
-    lines = printed()
-    text = " ".join(lines)
+    text = "\n".join(printed())
     assert all(word in text for word in module.__doc__.split()), "no word is broken"
-    assert all(re.search(rf"--{name.replace('_', '-')}\b", text) for name in options(module.Config))
+    for name, is_required in options(module.Config).items():
+        default = re.search(rf"(?ms)^\W*--{name}\b.*?\((required|default: |fixed|repeatable|optional)", text)
+        assert re.search(rf"--{name}\b", text)
+        assert not is_required or default[1] == "required"
+    assert not re.search(r"InputError|\[\[PATH|python -m .* python -m ", text)
     assert str(Path.cwd()) not in text
 
 
@@ -326,13 +314,6 @@ def test_help_fills_its_lines(printed) -> None:
             assert len(f"{row.rstrip()} {following.split()[0]}") > 76, row
 
 
-def test_help_names_what_regime_refuses(printed) -> None:
-    with pytest.raises(SystemExit):
-        cli.parse(regime.Config, ["--help"], description="")
-    text = " ".join(" ".join(printed()).replace("│", " ").split())
-    assert "Not with --targets all-linear" in text
-
-
 def test_commands_fold_as_a_shell_reads_them(printed) -> None:
     tables.print_text("    python -m sims.finetune " + "--data A/train.json " * 6)
     lines = printed()
@@ -340,36 +321,36 @@ def test_commands_fold_as_a_shell_reads_them(printed) -> None:
     assert [line.endswith(" \\") for line in lines] == [True] * (len(lines) - 1) + [False]
 
 
-def test_the_bar_foresees_the_end_of_slow_work(monkeypatch) -> None:
-    """Results that come eight at once every 40 seconds, in a run that an earlier one had begun."""
-    now, shown = [0.0], io.StringIO()
-    options = {"file": shown, "force_terminal": True, "width": 80, "get_time": lambda: now[0]}
+@pytest.fixture
+def terminal(monkeypatch) -> tuple[list[float], Callable[[], str]]:
+    """A terminal of 80 columns with a clock of its own, and what a bar has drawn there, without its colours."""
+    now, drawn = [0.0], io.StringIO()
+    options = {"file": drawn, "force_terminal": True, "width": 80, "get_time": lambda: now[0]}
     monkeypatch.setattr(progress, "Console", lambda **_: Console(**options))
-
-    def left(bursts: int) -> str:
-        now[0] = 0.0
-        shown.truncate(0)
-        with progress.progress_bar("scoring", 1000) as bar:
-            bar.advance(600)
-            for _ in range(bursts):
-                now[0] += 40
-                for _ in range(8):
-                    bar.advance(1)
-                    now[0] += 0.001
-        return re.findall(r"\S+/1000\S* +\S+ +(\S+)", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue()))[-1]
-
-    assert left(0) == "-:--:--"
-    assert left(1) == "0:32:40", "392 are left, 8 each 40 seconds"
-    assert left(10) in ("0:26:40", "0:26:41")
+    return now, lambda: re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.getvalue())
 
 
-def test_the_bar_keeps_its_times_beside_long_words(monkeypatch) -> None:
-    """On a terminal of 80 columns; what is drawn is read back without its colours."""
-    shown = io.StringIO()
-    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=shown, force_terminal=True, width=80))
+@pytest.mark.parametrize(
+    ("bursts", "left"),
+    [(0, ["-:--:--"]), (1, ["0:32:40"]), (10, ["0:26:40", "0:26:41"])],  # 392 are left after one, 8 each 40 seconds
+)
+def test_the_bar_foresees_the_end_of_slow_work(terminal, bursts, left) -> None:
+    """Results that come eight at once every 40 seconds, in a run that an earlier one had begun."""
+    now, drawn = terminal
+    with progress.progress_bar("scoring", 1000) as bar:
+        bar.advance(600)
+        for _ in range(bursts):
+            now[0] += 40
+            for _ in range(8):
+                bar.advance(1)
+                now[0] += 0.001
+    assert re.findall(r"\S+/1000\S* +\S+ +(\S+)", drawn())[-1] in left
+
+
+def test_the_bar_keeps_its_times_beside_long_words(terminal) -> None:
+    _, drawn = terminal
     with progress.progress_bar("coordinate check", 96, fields="{cell}") as bar:
         bar.advance(1, cell="AdamW, alpha/sqrt(r), A kaiming_uniform (control), r = 128, seed 3")
-    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]", shown.getvalue())]
-    drawn = [line for line in lines if "coordinate check" in line and "AdamW" in line]
-    assert drawn
-    assert all(len(line) <= 80 and re.search(r" 1/96 +\d:\d\d:\d\d +[-\d]+:[-\d]+:[-\d]+ ", line) for line in drawn)
+    lines = [line for line in re.split(r"[\r\n]", drawn()) if "coordinate check" in line and "AdamW" in line]
+    assert lines
+    assert all(len(line) <= 80 and re.search(r" 1/96 +\d:\d\d:\d\d +[-\d]+:[-\d]+:[-\d]+ ", line) for line in lines)

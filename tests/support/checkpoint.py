@@ -66,17 +66,11 @@ def two_files(folder: Path) -> Path:
     return folder
 
 
-def questions(folder: Path, task: str, labels: tuple[str, ...]) -> Path:
-    """Writes four questions of a task, of which the first label is the answer."""
-    items = [
-        {
-            "instruction": render_instruction(TASKS[task], f"is it {word}", labels),
-            "input": "",
-            "answer": labels[0],
-            "output": f"the correct answer is {labels[0]}",
-        }
-        for word in WORDS[:4]
-    ]
+def questions(folder: Path, task: str, labels: tuple[str, ...], count: int = 4) -> Path:
+    """Writes questions of a task, of which the first label is the answer."""
+    answer = {"input": "", "answer": labels[0], "output": f"the correct answer is {labels[0]}"}
+    texts = [f"is it {WORDS[i % len(WORDS)]}{' again' * (i // len(WORDS))}" for i in range(count)]
+    items = [{"instruction": render_instruction(TASKS[task], question, labels)} | answer for question in texts]
     (folder / task).mkdir()
     (folder / task / "test.json").write_text(json.dumps(items))
     return folder / task / "test.json"

@@ -1,0 +1,198 @@
+"""Bad input that a command refuses by its own checks, in one line with status 2, before it writes anything.
+
+What every option refuses, whatever it stands for, is in `tests/test_bad_input.py`; what a configuration of the library
+refuses by itself is in that library's tests.
+"""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+from support import commands
+
+BASE = {
+    "capacity": "",
+    "coordinate_check": "--model MODEL --data TRAIN --ranks 2 4 16 --rules lora --optimizers adamw --batch-size 2 "
+    "--targets q_proj down_proj --steps 1 3 --seeds 0 1 2 --held-out 6 --cutoff 160 --template clean",
+    "evaluate": "--model MODEL --data-dir DATA --tasks boolq piqa",
+    "finetune": "--model MODEL --data TRAIN --rank 2 --alpha 4 --batch-size 8 --held-out 8 --template clean",
+    "horizon": "--model MODEL --data ONE TWO --ranks 2 --read-at 1 2 --train-records 12 --held-out 6 --regime REGIME",
+    "layer_sweep": "--layers nowhere.npz",
+    "lr_transfer": "",
+    "prune": "--model MODEL --text TRAIN --share 0.85 --windows 10 --held-out 3 --seq 32 --layers 1",
+    "rank_sweep": "--model MODEL --data ONE TWO --batch-size 4 --steps 3 --warmup 1 --held-out 6 --train-records 12 "
+    "--tasks boolq piqa --data-dir DATA",
+    "regime": "--model MODEL --data TRAIN --batch-size 4 --held-out 4 --targets q_proj down_proj --ranks 1 4 16",
+    "training_dynamics": "",
+    "transfer": "",
+    "tune": "--model MODEL --data ONE TWO --held-out 12 --batch-size 4 --steps 256 --rank 16 --alpha 8 --lr 1e-2",
+    "variance_sweep": "",
+}
+"""Words of each command that are right."""
+
+CASES = [
+    ("capacity", "--device tpu", "--device .* a6000, .*'tpu'"),
+    ("capacity", "--model llama-9b", "--model .* llama-7b, .*'llama-9b'"),
+    ("capacity", "--model DATA", "or a folder with config.json, got '"),
+    ("capacity", "--utilisation 1.5", "--utilisation .* 1.5"),
+    ("capacity", "--steps 5 --examples 5", "--steps and --examples"),
+    ("capacity", "--seq 0", "--seq .* 0"),
+    ("capacity", "--seq 4096 --model llama-7b", "sequence length .* 2048 .* 4096"),
+    ("capacity", "--memory 24", "--memory, --tflops and --bandwidth"),
+    ("capacity", "--memory 0.5 --tflops 100", "memory .* 0.5 GB"),
+    ("capacity", "--device h100 --memory 24 --tflops 120", "--device h100 .* --memory"),
+    ("capacity", "--method full --rank 64", "--rank 64 .* --method full"),
+    ("capacity", "--epochs 2", "--epochs 2 .* --examples"),
+    ("capacity", "--fsdp 3 --model llama-7b", "batch_size .* 3 "),
+    ("capacity", "--rank 0", "--rank .* 0"),
+    ("capacity", "--accumulation 3", "accumulation .* batch_size, 16, got 3"),
+    ("capacity", "--measure", "--compile and --measure"),
+    ("coordinate_check", "--ranks 2 64", "rank .*64"),
+    ("coordinate_check", "--rules lora lora", "--rules .*lora lora"),
+    ("coordinate_check", "--steps 0", "steps .*0"),
+    ("coordinate_check", "--held-out 40", "held_out .* 40, got 40"),
+    ("coordinate_check", "--model nowhere/at/all", "nowhere/at/all"),
+    ("coordinate_check", "--targets z_proj", "z_proj"),
+    ("coordinate_check", "--targets", "--targets .* 1 or more values, got 0"),
+    ("coordinate_check", "--targets q_proj q_proj", "--targets .*q_proj q_proj"),
+    ("evaluate", "--tasks piqa arc", "task .* boolq.*arc"),
+    ("evaluate", "--tasks piqa piqa", "tasks .*'piqa piqa'"),
+    ("evaluate", "--limit 0", "limit .* 0"),
+    ("evaluate", "--batch-size 0", "--batch-size .* 0"),
+    ("evaluate", "--adapter /nowhere", "--adapter .*/nowhere"),
+    ("evaluate", "--adapter DATA", "adapter_config.json"),
+    ("evaluate", "--model /nowhere", "/nowhere: no such path"),
+    ("finetune", "--data EMPTY.json", "EMPTY.json: has no records"),
+    ("finetune", "--data BAD.json", "BAD.json: record 1 has no 'output'"),
+    ("finetune", "--held-out 40", "held_out .* 40, got 40"),
+    ("finetune", "--model TRUNCATED", "TRUNCATED"),
+    ("finetune", "--model nowhere", "nowhere"),
+    ("finetune", "--rank 17", "rank .* 16 at model.layers.0"),
+    ("finetune", "--rank-pattern x_proj 2", "x_proj.* matches no adapted"),
+    ("finetune", "--targets w_proj", "'w_proj', which matches no module"),
+    ("finetune", "--lr 0", "lr .* 0.0"),
+    ("finetune", "--accumulation 3", "accumulation .* batch"),
+    ("horizon", "--lrs 1e-3 1e-3", "lrs"),
+    ("horizon", "--read-at 2 1", "read"),
+    ("horizon", "--ranks 0", "--ranks .* 0"),
+    ("layer_sweep", "--p-in 64", "--p-in"),
+    ("layer_sweep", "--sampler reduced", "--sampler"),
+    ("layer_sweep", "--ranks 0", "rank.* 0"),
+    ("lr_transfer", "--steps 0", "--steps .* 0"),
+    ("lr_transfer", "--ranks 8", "--ranks .* 1"),
+    ("lr_transfer", "--rules 0.5 rora", "--rules .*0.5 rora"),
+    ("lr_transfer", "--rules lore", "'lore'.*--rules|--rules.*'lore'"),
+    ("lr_transfer", "--teacher-rank 0", "teacher_rank .* 0"),
+    ("lr_transfer", "--teacher-rank 999", "--teacher-rank .*999"),
+    ("lr_transfer", "--ranks 2 8", "--teacher-rank .*4"),
+    ("lr_transfer", "--matrix-model tiny", "--matrix-model tiny .* --matrix"),
+    ("lr_transfer", "--matrix-loss answer", "--matrix-loss answer .* --matrix"),
+    ("lr_transfer", "--matrix . --ranks 8 16", "--ranks 8 16 .* --matrix"),
+    ("lr_transfer", "--matrix . --no-freeze-control", "--freeze-control False .* --matrix"),
+    ("lr_transfer", "--matrix . --noise 0.2", "--noise 0.2 .* --matrix"),
+    ("lr_transfer", "--matrix . --judge train", "--judge train .* --matrix"),
+    ("lr_transfer", "--matrix . --workers 2", "--workers 2 .* --matrix"),
+    ("prune", "--text BLANK.txt", "BLANK.txt: is empty"),
+    ("prune", "--windows 0", "windows .*0"),
+    ("prune", "--windows 1000", "at least 1003 windows"),
+    ("prune", "--layers 3", "layers .* 1 to 2.* 3"),
+    ("prune", "--share 0.1", "share .*0.1"),
+    ("prune", "--seq 600", "--seq .* 512.* 600"),
+    ("rank_sweep", "--ranks 64", "64"),
+    ("rank_sweep", "--score-batch-size 0", "--score-batch-size .* 0"),
+    ("rank_sweep", "--limit 0", "--limit .* 0"),
+    ("rank_sweep", "--held-out 100", "records to hold out"),
+    ("rank_sweep", "--train-records 100", "train_records 100"),
+    ("rank_sweep", "--alpha 0", "alpha .* 0"),
+    ("rank_sweep", "--tasks arc", "arc"),
+    ("rank_sweep", "--data-dir none", "none"),
+    ("regime", "--ranks 4 4", "--ranks .* 4 4"),
+    ("regime", "--rules lore", "'lore'"),
+    ("regime", "--rules rora 0.5", "--rules .* rora 0.5"),
+    ("regime", "--targets", "--targets .* 1 or more values, got 0"),
+    ("regime", "--targets q_proj q_proj", "--targets .* q_proj q_proj"),
+    ("regime", "--targets c_proj", "target_modules .*'c_proj'"),
+    ("regime", "--held-out 0", "--held-out .* 0"),
+    ("regime", "--lr 0", "lr .* 0.0"),
+    ("regime", "--inits pissa", "'pissa'.*--inits"),
+    ("regime", "--optimizers lion", "'lion'"),
+    ("regime", "--rows 32", "rows .* 0 or at least 64"),
+    ("regime", "--rows 1000000000", "--rows .* 100,000,000, got 1000000000"),
+    ("regime", "--tokens 0", "tokens .* 0"),
+    ("regime", "--false-alarm 1", "false.alarm .* 1.0"),
+    ("regime", "--batch-size 39", "at least 43 records .* 40"),
+    ("regime", "--adapter missing", "--adapter .* missing"),
+    ("regime", "--data SAME.json --rows 0", r"all \d+ held-out tokens .* or --no-mask"),
+    ("training_dynamics", "--ranks 4 4", "--ranks .* 4 4"),
+    ("training_dynamics", "--rules best", "'best'.*--rules|--rules.*'best'"),
+    ("training_dynamics", "--overlap 2", "overlap .*2"),
+    ("training_dynamics", "--samples 0", "samples .*0"),
+    ("training_dynamics", "--teacher-rank 5", "--teacher-rank .*5"),
+    ("transfer", "--rule lore", "'lore'"),
+    ("transfer", "--rule 400", "400.0"),
+    ("transfer", "--to-rank 0", "--to-rank .* 0"),
+    ("transfer", "--steps 0", "--steps .* 0"),
+    ("transfer", "--check smollm2-135m", "--check .* smollm2-135m"),
+    ("transfer", "--check smollm2-135m none.json", "none.json: no such file"),
+    ("transfer", "--check smollm2-135m none.json --seeds 1", "--seeds .* 1"),
+    ("transfer", "--targets q_proj,v_proj", "'q_proj,v_proj'"),
+    ("transfer", "--targets q_proj all-linear", "'all-linear' in 'q_proj all-linear'"),
+    ("transfer", "--targets q_proj q_proj", "'q_proj' in 'q_proj q_proj'"),
+    ("transfer", "--targets", "empty list"),
+    ("transfer", "--task-type causal", "'causal'"),
+    ("transfer", "--init eva", "'eva'"),
+    ("transfer", "--init normal", "'normal'.*--init"),
+    ("transfer", "--optimizer muon", "'muon'"),
+    ("transfer", "--optimizer sgd --steps 9", "steps .* SGD"),
+    ("transfer", "--batch-size 4", "--batch-size 4 .* --check"),
+    ("transfer", "--seeds 0 1", "--seeds 0 1 .* --check"),
+    ("transfer", "--seed 1", "--seed 1 .* --check"),
+    ("transfer", "--out new", "--out new .* --check"),
+    ("transfer", "--format text", "--format text .* --check"),
+    ("transfer", "--split train", "--split train .* --regime RUN"),
+    ("transfer", "--per one --regime cross-talk", "--per one .* --regime RUN"),
+    ("transfer", "--regime REGIME --targets q_proj o_proj", "--targets .*o_proj.* q_proj down_proj"),
+    ("transfer", "--write new.yml", "--write"),
+    ("transfer", "--from nowhere", "nowhere: no such file"),
+    ("tune", "--warmup 256", "warmup .* 256"),
+    ("tune", "--targets q_proj q_proj", "targets"),
+    ("tune", "--held-out 1", "held-out"),
+    ("tune", "--rule none", "rule"),
+    ("variance_sweep", "--ranks 0", "--ranks .* 0"),
+    ("variance_sweep", "--rules loar", "--rules.*loar"),
+    ("variance_sweep", "--inits xavier", "xavier"),
+    ("variance_sweep", "--devices 0", "--devices .* 0"),
+    ("variance_sweep", "--draws 64 --relative-error 0.1", "--relative-error 0.1 .* --draws"),
+]
+"""A command, further words that are wrong, and what the refusal says."""
+
+
+@pytest.fixture
+def place(model, data, regime_run, tmp_path, monkeypatch) -> dict[str, str]:
+    """A working directory with files of bad content; the paths that the words in capitals stand for."""
+    for name, content in {
+        "EMPTY.json": "[]",
+        "BAD.json": '[{"instruction": "a", "output": "b"}, {"instruction": "a"}]',
+        "SAME.json": "[" + ", ".join(['{"instruction": "Say it.", "output": "It."}'] * 8) + "]",
+        "BLANK.txt": " \n",
+    }.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "TRUNCATED").mkdir()
+    for file in model.iterdir():
+        content = file.read_bytes()
+        (tmp_path / "TRUNCATED" / file.name).write_bytes(content[:-100] if file.suffix == ".safetensors" else content)
+    monkeypatch.chdir(tmp_path)
+    paths = {"MODEL": model, "DATA": data, "TRAIN": data / "train.json", "REGIME": regime_run}
+    paths |= {"ONE": data / "one" / "train.json", "TWO": data / "two" / "train.json"}
+    return {word: str(path) for word, path in paths.items()}
+
+
+@pytest.mark.parametrize(("command", "words", "message"), CASES)
+def test_bad_input_is_one_line_before_anything_is_written(command, words, message, place) -> None:
+    main = importlib.import_module(f"sims.{command}").main
+    arguments = [place.get(word, word) for word in f"{BASE[command]} {words}".split()]
+    ended = commands.run(main, *arguments, "" if command in ("capacity", "transfer") else "--out run")
+    assert re.search(message, commands.refusal(ended))
+    assert not ended.out or command != "transfer"
+    assert not Path("run").exists()
