@@ -12,22 +12,19 @@ from rora_theory.runs.cells import in_process
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        ({"workers": 0}, r"--workers must be an integer of 1 or more, got 0"),
-        ({"cell_cpus": 0.0}, r"--cell-cpus must be a finite number above 0, got 0\.0"),
-        ({"cell_gpus": -1.0}, r"--cell-gpus must be a finite number above 0, got -1\.0"),
-        ({"cell_memory": float("nan")}, r"--cell-memory must be a finite number above 0, got nan"),
-        ({"workers": 2, "address": "auto"}, r"cannot be combined with --address"),
-        (
-            {"address": "ray://head:10001"},
-            r"--address must be HOST:PORT of `ray start --head`, or auto, got 'ray://head:10001'",
-        ),
-        ({"address": "head"}, r"--address must be HOST:PORT of `ray start --head`, or auto, got 'head'"),
+        ({"workers": 0}, "--workers .* got 0"),
+        ({"cell_cpus": 0.0}, r"--cell-cpus .* got 0\.0"),
+        ({"cell_gpus": -1.0}, r"--cell-gpus .* got -1\.0"),
+        ({"cell_memory": float("nan")}, "--cell-memory .* got nan"),
+        ({"workers": 2, "address": "auto"}, "--workers 2 .* --address"),
+        ({"address": "ray://head:10001"}, "--address .* got 'ray://head:10001'"),
+        ({"address": "head"}, "--address .* got 'head'"),
     ],
 )
-def test_bad_options(options, said) -> None:
-    with pytest.raises(InputError, match=said):
+def test_bad_options(options, message) -> None:
+    with pytest.raises(InputError, match=message):
         ClusterConfig(**options)
 
 
@@ -51,7 +48,7 @@ def test_no_cluster_at_the_address(tmp_path, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         squares.main(str(tmp_path / "out"), str(tmp_path), "--address", "127.0.0.1:1")
     assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: --address 127.0.0.1:1: nothing answers there (Connection refused). Pass HOST:PORT")
-    assert said.count("\n") == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: --address 127.0.0.1:1: nothing answers there (Connection refused). Pass HOST:PORT")
+    assert errors.count("\n") == 1
     assert not Path(tmp_path / "out").exists()

@@ -30,6 +30,7 @@ from rora_theory.errors import InputError
 from rora_theory.io import frames
 from rora_theory.llama import locate
 from rora_theory.runs import software
+from rora_theory.runs.cells import CellOutcome
 from rora_theory.runs.reading import key_of
 from sims import horizon, rank_sweep, variance_sweep
 
@@ -115,12 +116,38 @@ def files(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in names}
 
 
+def run_cells(config: ClusterConfig, folder: Path, count: int = 6, work: Any = squares.work) -> list[CellOutcome]:
+    """Compute squares with the runner that the options select; each is begun once."""
+    runner = config.runner()
+    assert runner is not None
+    begun: list[int] = []
+    todo = [(cell, folder / "out" / "cells" / str(cell.side)) for cell in squares.cells(folder, count)]
+    outcomes = list(runner(work, todo, begun.append))
+    assert sorted(outcome.position for outcome in outcomes) == sorted(begun) == list(range(count))
+    return outcomes
+
+
+def attempt_counts(marks: Path) -> list[int]:
+    """Return how often each of the six squares was begun."""
+    return [len(squares.attempts(marks, side)) for side in range(1, 7)]
+
+
 def until(condition: Callable[[], Any]) -> None:
     """Wait for it, a minute at most."""
     end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def processes_at_work(marks: Path, side: int | str = "*") -> set[int]:
+    """Return the processes that began a square, or any of them."""
+    return {int(path.name.split("-")[1]) for path in marks.glob(f"{side}-*.begun")}
+
+
+def is_running(process: int) -> bool:
+    """Return whether there is a process of this id."""
+    return Path(f"/proc/{process}").exists()
 
 
 @contextmanager
@@ -140,62 +167,55 @@ def test_the_bytes_of_one_process(nodes, whole, tmp_path, capfd, monkeypatch, sh
     out = tmp_path / "out"
     squares.main(str(out), str(tmp_path), "--address", nodes.address)
     assert files(out) == whole
+    assert attempt_counts(tmp_path) == [1] * 6
     places = [place for side in range(1, 7) for place in squares.attempts(tmp_path, side)]
-    assert len(places) == 6
     assert {place.startswith(str(out)) for place in places} == {shared}
-    said = capfd.readouterr()
-    assert said.err == ""
-    finished = [line for line in said.out.splitlines() if line.startswith("[")][-6:]
-    assert sorted(line.split(":")[0] for line in finished) == [f"[{i}/6] side {i}" for i in range(1, 7)]
-    ran = json.loads((out / "manifest.json").read_text())["sessions"][-1]["cells"]
-    assert sorted(key for cells in ran.values() for key in cells) == sorted(map(key_of, squares.cells(tmp_path)))
-    at_work = {node.node_id[:12] for node in nodes.worker_nodes}
-    assert set(ran) <= at_work
-    assert "per node: " in said.out
-    assert all(f"{len(cells)} on {node}" in " ".join(said.out.split()) for node, cells in ran.items())
     assert not os.path.exists(places[0].split()[0]) or shared, "a worker's own folder is gone"
+    printed = capfd.readouterr()
+    assert printed.err == ""
+    finished = [line for line in printed.out.splitlines() if line.startswith("[")][-6:]
+    assert sorted(line.split(":")[0] for line in finished) == [f"[{i}/6] side {i}" for i in range(1, 7)]
+    cells = cells_done(out)
+    assert sorted(key for node in cells.values() for key in node) == sorted(map(key_of, squares.cells(tmp_path)))
+    assert set(cells) <= {node.node_id[:12] for node in nodes.worker_nodes}
+    assert "per node: " in printed.out
+    assert all(f"{len(keys)} on {node}" in " ".join(printed.out.split()) for node, keys in cells.items())
 
 
 def test_a_node_killed_in_the_middle_loses_nothing(nodes, whole, tmp_path) -> None:
     """Three cells wait, one on each node; of one node all processes are killed."""
-    node = nodes.add_node(num_cpus=1)
-    waits = [tmp_path / f"{side}.wait" for side in (1, 2, 3)]
-    for wait in waits:
-        wait.touch()
+    node, release = nodes.add_node(num_cpus=1), squares.hold(tmp_path, 1, 2, 3)
 
     def kill() -> None:
         until(lambda: all(squares.attempts(tmp_path, side) for side in (1, 2, 3)))
         nodes.remove_node(node, allow_graceful=False)
-        pids = [path.name.split("-")[1] for path in tmp_path.glob("*.begun")]
-        until(lambda: not all(Path(f"/proc/{pid}").exists() for pid in pids))
-        for wait in waits:
-            wait.unlink()
+        until(lambda: not all(map(is_running, processes_at_work(tmp_path))))
+        release()
 
     with meanwhile(kill):
         squares.main(str(tmp_path / "out"), str(tmp_path), "--address", nodes.address)
     assert files(tmp_path / "out") == whole
-    assert sorted(len(squares.attempts(tmp_path, side)) for side in range(1, 7)) == [1, 1, 1, 1, 1, 2]
+    assert sorted(attempt_counts(tmp_path)) == [1, 1, 1, 1, 1, 2]
 
 
 @pytest.mark.parametrize(("ended", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_a_driver_that_ended_is_started_again(nodes, whole, tmp_path, ended, status) -> None:
     """With all cells done but one, which is being worked on; its worker ends too."""
-    out, wait = tmp_path / "out", tmp_path / "3.wait"
-    wait.touch()
+    out, release = tmp_path / "out", squares.hold(tmp_path, 3)
     words = [str(out), str(tmp_path), "--address", nodes.address]
     process = subprocess.Popen([sys.executable, "-m", "support.squares", *words], stderr=subprocess.PIPE, text=True)
     until(lambda: squares.attempts(tmp_path, 3) and len(lines(out)) == 5)
     process.send_signal(ended)
-    said = process.communicate(timeout=60)[1]
+    errors = process.communicate(timeout=60)[1]
     assert process.returncode == status
-    own = [line for line in said.splitlines() if not OF_RAY.match(line)]
+    own = [line for line in errors.splitlines() if not OF_RAY.match(line)]
     assert own == ([] if ended == signal.SIGKILL else [sims.STOPPED])
-    (at_work,) = tmp_path.glob("3-*.begun")
-    until(lambda: not Path(f"/proc/{at_work.name.split('-')[1]}").exists())
-    wait.unlink()
+    (at_work,) = processes_at_work(tmp_path, 3)
+    until(lambda: not is_running(at_work))
+    release()
     squares.main(*words)
     assert files(out) == whole
-    assert [len(squares.attempts(tmp_path, side)) for side in range(1, 7)] == [1, 1, 2, 1, 1, 1]
+    assert attempt_counts(tmp_path) == [1, 1, 2, 1, 1, 1]
 
 
 def lines(out: Path) -> list[str]:
@@ -223,16 +243,14 @@ def test_a_cell_that_fails_is_named_and_the_others_are_done(nodes, whole, tmp_pa
     with pytest.raises(SystemExit) as stop:
         squares.main(str(out), str(tmp_path), "--address", nodes.address)
     assert stop.value.code == 1
-    said = [line for line in capfd.readouterr().err.splitlines() if not OF_RAY.match(line)]
-    assert len(said) == 3
-    assert any(
-        line.startswith("note: side 2 failed (ValueError: no square of side 2); its traceback is in") for line in said
-    )
-    assert any(line.startswith("note: side 5 failed (RuntimeError: WorkerCrashedError: ") for line in said)
-    assert said[-1].startswith("error: 2 of 6 cells failed, the first side ")
+    notes = [line for line in capfd.readouterr().err.splitlines() if not OF_RAY.match(line)]
+    assert len(notes) == 3
+    assert any(note.startswith("note: side 2 failed (ValueError: no square of side 2); its") for note in notes)
+    assert any(note.startswith("note: side 5 failed (RuntimeError: WorkerCrashedError: ") for note in notes)
+    assert notes[-1].startswith("error: 2 of 6 cells failed, the first side ")
     (error,) = [path for path in out.glob("cells/*/error.txt") if "no square" in path.read_text()]
     assert "in work" in error.read_text(), "the worker's traceback"
-    assert [len(squares.attempts(tmp_path, side)) for side in range(1, 7)] == [1, 1, 1, 1, 1 + RETRIES, 1]
+    assert attempt_counts(tmp_path) == [1, 1, 1, 1, 1 + RETRIES, 1]
     assert len(lines(out)) == 4
     for mark in marks:
         mark.unlink()
@@ -259,21 +277,15 @@ def test_a_model_that_workers_lack_is_put_once(nodes, tmp_path, monkeypatch) -> 
     put: list[Path] = []
     real = driver.put_model
     monkeypatch.setattr(driver, "put_model", lambda source: put.append(source) or real(source))
-    runner = ClusterConfig(address=nodes.address).runner()
-    assert runner is not None
-    begun: list[int] = []
-    todo = [(cell, tmp_path / "out" / "cells" / str(cell.side)) for cell in squares.cells(tmp_path)]
-    found = {one.position: one.result for one in runner(work, todo, begun.append)}
-    assert sorted(found) == sorted(begun) == list(range(6)), "begun is said once"
     kept = Path(os.environ["XDG_CACHE_HOME"]) / "rora-theory" / "models" / sha256 / "tiny"
     expected = (str(kept), (folder / "model.safetensors").read_bytes(), "bfloat16", True, [0, 1, 2])
-    assert list(found.values()) == [expected] * 6
-    assert put == [located.path]
-    assert sorted(path.name for path in kept.parents[1].iterdir()) == [sha256], "nothing half is left"
-    (kept / "model.safetensors").write_bytes(b"damaged")
-    assert [one.result for one in runner(work, todo, begun.append)] == [expected] * 6
-    assert put == [located.path] * 2
-    assert sorted(path.name for path in kept.parents[1].iterdir()) == [sha256], "nothing damaged is left"
+    # Once for a cache without it, and once for a cache whose copy is damaged; nothing half or damaged is left.
+    for count in (1, 2):
+        outcomes = run_cells(ClusterConfig(address=nodes.address), tmp_path, work=work)
+        assert [outcome.result for outcome in outcomes] == [expected] * 6
+        assert put == [located.path] * count
+        assert [path.name for path in kept.parents[1].iterdir()] == [sha256]
+        (kept / "model.safetensors").write_bytes(b"damaged")
 
 
 def unmeasured(out: Path) -> dict[str, bytes]:
@@ -300,41 +312,33 @@ def both(main: Callable[[list[str]], None], words: list[str], tmp_path: Path, *w
     return [one, two]
 
 
-def cells_done(out: Path) -> list[dict[str, float]]:
-    """Seconds of each cell that the last session did, on each node."""
-    manifest = json.loads((out / "manifest.json").read_text())
-    return list(manifest["sessions"][-1]["cells"].values())
+def cells_done(out: Path) -> dict[str, dict[str, float]]:
+    """Return the seconds of each cell that the last session did, by node."""
+    return json.loads((out / "manifest.json").read_text())["sessions"][-1]["cells"]
 
 
-def test_draws_are_the_bytes_of_one_process(nodes, tmp_path, capfd) -> None:
-    one, two = both(variance_sweep.main, VARIANCE.split(), tmp_path, "--address", nodes.address)
-    written = {"results.csv", "second_moments.csv", "direct_check.csv", "verdicts.json", "cells.jsonl"}
-    assert set(files(one)) == written | {"summary.json", "tables.md"}
-    assert files(one) == files(two)
-    assert capfd.readouterr().err == ""
-
-
-def test_fine_tuning_leaves_the_bytes_of_one_process(nodes, checkpoints, tmp_path, capfd) -> None:
-    one, two = both(horizon.main, [*checkpoints, *HORIZON.split()], tmp_path, "--address", nodes.address)
-    assert len(unmeasured(one)) == 7
+@pytest.mark.parametrize(
+    ("main", "words", "file_count"), [(variance_sweep.main, VARIANCE, 7), (horizon.main, HORIZON, 7)]
+)
+def test_an_experiment_leaves_the_files_of_one_process(
+    nodes, checkpoints, tmp_path, capfd, main, words, file_count
+) -> None:
+    options = checkpoints if main is horizon.main else []
+    one, two = both(main, [*options, *words.split()], tmp_path, "--address", nodes.address)
+    assert len(unmeasured(one)) == file_count
     assert unmeasured(one) == unmeasured(two)
     assert capfd.readouterr().err == ""
-    seconds = [value for node in cells_done(two) for value in node.values()]
-    assert len(seconds) == 2
-    assert min(seconds) > 0
+    assert min(value for node in cells_done(two).values() for value in node.values()) > 0
 
 
 @pytest.mark.usefixtures("large")
 def test_a_cell_that_takes_two_gpus_has_both_of_a_node(nodes, tmp_path) -> None:
     """By default a cell takes one."""
     for gpus, seen in ((2.0, {"0,1"}), (None, {"0", "1"})):
-        runner = ClusterConfig(address=nodes.address, cell_gpus=gpus).runner()
-        assert runner is not None
-        todo = [(cell, tmp_path / str(gpus) / "cells" / str(cell.side)) for cell in squares.cells(tmp_path, 2)]
-        assert sorted(one.position for one in runner(squares.work, todo, lambda _: None)) == [0, 1]
-        assert {place.split()[1] for side in (1, 2) for place in squares.attempts(tmp_path, side)} <= seen
-        for mark in tmp_path.glob("*.begun"):
-            mark.unlink()
+        marks = tmp_path / str(gpus)
+        marks.mkdir()
+        run_cells(ClusterConfig(address=nodes.address, cell_gpus=gpus), marks, 2)
+        assert {place.split()[1] for side in (1, 2) for place in squares.attempts(marks, side)} <= seen
     with pytest.raises(InputError, match="--cell-memory must be a number for cells that use GPUs"):
         ClusterConfig(address=nodes.address, cell_memory="plan").runner(lambda _: 1)
 
@@ -344,21 +348,18 @@ def test_cells_take_the_memory_that_is_planned_for_each(nodes, large, tmp_path) 
     plan = {1: 60 << 30, 2: 60 << 30, 3: 1 << 30, 4: 500 << 30}
     config = ClusterConfig(address=nodes.address, cell_gpus=0.0, cell_memory="plan")
     runner, most = config.runner(lambda cell: plan[cell.side]), {1, 2, 4}
-    waits = [tmp_path / f"{side}.wait" for side in most]
-    for wait in waits:
-        wait.touch()
+    release = squares.hold(tmp_path, *most)
     todo = [(cell, tmp_path / "out" / "cells" / str(cell.side)) for cell in squares.cells(tmp_path, 4)]
-    ended = {}
-    for one in runner(squares.work, todo, lambda _: None):
-        ended[one.position + 1] = one.node
-        if one.position + 1 == 3:
+    nodes_of_sides = {}
+    for outcome in runner(squares.work, todo, lambda _: None):
+        nodes_of_sides[outcome.position + 1] = outcome.node
+        if outcome.position + 1 == 3:
             until(lambda: any(squares.attempts(tmp_path, side) for side in most))
             time.sleep(0.5)
             assert sum(len(squares.attempts(tmp_path, side)) for side in most) == 1
-            for wait in waits:
-                wait.unlink()
-    assert sorted(ended) == [1, 2, 3, 4]
-    assert {ended[side] for side in most} == {large.node_id[:12]}
+            release()
+    assert sorted(nodes_of_sides) == [1, 2, 3, 4]
+    assert {nodes_of_sides[side] for side in most} == {large.node_id[:12]}
 
 
 def test_what_a_worker_raises_can_be_carried() -> None:
@@ -392,10 +393,10 @@ def test_two_workers_of_this_machine_leave_the_bytes_of_one_process(checkpoints,
     one, two = both(rank_sweep.main, words, tmp_path, "--workers", "2", "--cell-memory", "plan")
     assert len(unmeasured(one)) == 12
     assert unmeasured(one) == unmeasured(two)
-    said = capfd.readouterr()
-    assert said.err == ""
-    assert "per node: 2 on " in said.out
-    (node,) = cells_done(two)
+    printed = capfd.readouterr()
+    assert printed.err == ""
+    assert "per node: 2 on " in printed.out
+    (node,) = cells_done(two).values()
     assert len(node) == 2
     assert min(node.values()) > 0
     assert left.wait(timeout=1) == -signal.SIGKILL, "what an earlier driver left is stopped"
@@ -430,9 +431,7 @@ def listening(processes: Iterable[int]) -> set[ipaddress.IPv4Address | ipaddress
 
 
 def test_local_workers_are_closed_to_the_network_and_stopped_after_a_killed_driver(tmp_path) -> None:
-    waits = [tmp_path / f"{side}.wait" for side in (1, 2)]
-    for wait in waits:
-        wait.touch()
+    squares.hold(tmp_path, 1, 2)
     environment = {name: value for name, value in os.environ.items() if name not in LOOPBACK}
     environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     words = [str(tmp_path / "out"), str(tmp_path), "--workers", "2"]
@@ -440,8 +439,7 @@ def test_local_workers_are_closed_to_the_network_and_stopped_after_a_killed_driv
     try:
         until(lambda: all(squares.attempts(tmp_path, side) for side in (1, 2)))
         started = processes_of(process.pid)
-        at_work = {int(path.name.split("-")[1]) for path in tmp_path.glob("*.begun")}
-        assert at_work <= started
+        assert processes_at_work(tmp_path) <= started
         addresses = listening({process.pid, *started})
         assert addresses
         assert all(address.is_loopback for address in addresses)

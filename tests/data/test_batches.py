@@ -35,6 +35,13 @@ def test_short_texts_end_in_the_end_token_and_long_ones_keep_their_start():
     assert found[0][-1] == 2
 
 
+def test_defaults_are_the_published_template_and_256_tokens():
+    expected = prompts.training_text("q", "a", "train", input="more")
+    assert bytes(tokenize([Record("q", "a", "more")], ENCODER, cutoff=1000)[0][1:-1].tolist()).decode() == expected
+    found = examples([Record("q" * 300, "answer")])
+    assert (found.lengths.tolist(), found.truncated) == ([256], 1)
+
+
 def test_no_second_end_token_and_none_where_the_model_has_none():
     class Ended(tiny.ByteEncoder):
         def encode_batch(self, texts):
@@ -46,19 +53,6 @@ def test_no_second_end_token_and_none_where_the_model_has_none():
     record = Record("q", "a")
     assert tokenize([record], Ended(), template="clean")[0].tolist() == [1, *text(record).encode(), 2]
     assert tokenize([record], Endless(), template="clean")[0].tolist() == [1, *text(record).encode()]
-
-
-def test_default_template_is_the_published_one():
-    record = Record("q", "a", "more")
-    expected = prompts.training_text("q", "a", "train", input="more")
-    assert bytes(tokenize([record], ENCODER, cutoff=1000)[0][1:-1].tolist()).decode() == expected
-
-
-def test_the_answer_begins_where_the_prompt_ends():
-    records = [Record("q", "answer one"), Record("longer", "b")]
-    found = examples(records, answer_only=True)
-    answers = [bytes(found[i][start:-1].tolist()).decode() for i, start in enumerate(found.first_targets)]
-    assert answers == ["answer one", "b"]
 
 
 def test_a_token_that_straddles_prompt_and_answer_belongs_to_the_answer():
@@ -80,11 +74,6 @@ def test_records_whose_answer_is_cut_off_are_left_out_only_from_the_answers_loss
     assert (len(found), found.skipped, found.truncated) == (1, 1, 1)
     with pytest.raises(InputError, match=r"cutoff .* 1 records, got 20"):
         examples(records[:1], cutoff=20, answer_only=True)
-
-
-def test_a_record_is_cut_at_256_tokens_by_default():
-    found = examples([Record("q" * 300, "answer")])
-    assert (found.lengths.tolist(), found.truncated) == ([256], 1)
 
 
 def test_batches_within_a_model_s_positions():
@@ -146,7 +135,7 @@ def batches(count=22, batch=4, epochs=2, seed=3, **options):
     found = examples(tiny.records(count), **options)
     widths = choose_widths(found.input_lengths, 3)
     answer_only = options.get("answer_only", False)
-    return Batches(found, widths, batch_size=batch, epochs=epochs, seed=seed, answer_only=answer_only), found
+    return Batches(found, widths, batch_size=batch, epochs=epochs, seed=seed, answer_only=answer_only)
 
 
 def contents(batch):
@@ -162,33 +151,36 @@ def contents(batch):
     return rows
 
 
+def as_lists(stream):
+    """Inputs, targets and weights of each batch of a stream."""
+    return [[array.tolist() for array in batch[:3]] for batch in stream]
+
+
 def test_batches_hold_the_records():
-    data, found = batches()
-    expected = sorted(tuple(found[i].tolist()) for i in range(len(found)))
+    data = batches()
+    expected = sorted(tuple(data.examples[i].tolist()) for i in range(22))
     epochs = [[contents(data[step]) for step in range(epoch * 6, epoch * 6 + 6)] for epoch in range(2)]
     assert len(data) == 12
     for epoch in epochs:
         assert sorted(row for batch in epoch for row in batch) == expected
+        assert [len(batch) for batch in epoch if len(batch) < 4] == [2]
     assert epochs[0] != epochs[1], "each epoch has its own order"
-    short = [batch for epoch in epochs for batch in epoch if len(batch) < 4]
-    assert [len(batch) for batch in short] == [2, 2]
 
 
-def test_order_is_a_function_of_seed_and_step():
-    data, again, other = batches()[0], batches()[0], batches(seed=4)[0]
-    steps = [7, 0, 11, 5]
-    assert all(np.array_equal(a, b) for s in steps for a, b in zip(data[s][:3], again[s][:3], strict=True))
-    assert any(not np.array_equal(data[s].inputs, other[s].inputs) for s in steps)
-
-
-def test_a_loop_over_the_batches_ends_with_them():
-    data, _ = batches()
+def test_a_stream_is_a_function_of_seed_and_first_step_and_ends_with_the_batches():
+    data = batches()
+    whole = as_lists(data)
+    assert len(whole) == 12
+    assert as_lists(prefetch(data)) == whole
+    assert as_lists(prefetch(data, start=5)) == whole[5:]
+    assert as_lists([data[-1]]) == whole[-1:]
+    again, other = batches(), batches(seed=4)
+    steps = [7, 0, 11, 5]  # without the ones before them
+    assert as_lists(again[step] for step in steps) == [whole[step] for step in steps]
+    assert as_lists(other) != whole
     for step in (12, -13):
         with pytest.raises(IndexError, match=f"step must be less than 12, got {step}"):
             data[step]
-    looped = [batch.inputs.tolist() for batch in data]
-    assert looped == [batch.inputs.tolist() for batch in prefetch(data)]
-    assert data[-1].inputs.tolist() == looped[-1]
 
 
 def test_the_digest_is_of_all_that_decides_a_batch():
@@ -199,28 +191,13 @@ def test_the_digest_is_of_all_that_decides_a_batch():
         return Batches(found, widths, batch_size=size, seed=seed, epochs=epochs, **options).digest
 
     assert digest() == digest() == digest(epochs=2)
-    others = (
-        digest((pair[0], Record("qq", "b"))),
-        digest(pair[::-1]),
-        digest(widths=(72,)),
-        digest(size=1),
-        digest(seed=4),
-        digest(answer_only=True),
-    )
-    assert len({digest(), *others}) == 7
-
-
-def test_a_stream_begun_at_a_step_goes_on_as_the_whole_one():
-    data, _ = batches()
-    whole, late = list(prefetch(data)), list(prefetch(data, start=5))
-    assert len(whole) == 12
-    assert len(late) == 7
-    for a, b in zip(whole[5:], late, strict=True):
-        assert all(np.array_equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
+    other_records = digest((pair[0], Record("qq", "b"))), digest(pair[::-1])
+    other_settings = digest(widths=(72,)), digest(size=1), digest(seed=4), digest(answer_only=True)
+    assert len({digest(), *other_records, *other_settings}) == 7
 
 
 def test_batches_are_made_ahead_and_fail_in_their_turn(monkeypatch, time_limit):
-    data, _ = batches()
+    data = batches()
     made, real = [], Batches.__getitem__
 
     def watched(self, step):
@@ -243,8 +220,7 @@ def test_batches_are_made_ahead_and_fail_in_their_turn(monkeypatch, time_limit):
 
 
 def test_answer_batches_name_the_positions_of_their_targets():
-    data, _ = batches(answer_only=True)
-    whole, _ = batches()
+    data, whole = batches(answer_only=True), batches()
     for step in range(len(data)):
         few, many = data[step], whole[step]
         assert np.array_equal(few.inputs, many.inputs), "the same order as the loss on all tokens"

@@ -17,7 +17,7 @@ from rora_theory.errors import InputError
 from rora_theory.finetune import Batches, tokenize
 from rora_theory.llama.tokenizer import Tokenizer
 
-CHAT = chat_templates.CHAT
+CHAT, turns = chat_templates.CHAT, chat_templates.turns
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 WEATHER = [{"type": "function", "function": {"name": "weather", "description": "É <b>"}}]
 
@@ -40,36 +40,83 @@ def tokenizer(folder) -> Tokenizer:
     return replace(Tokenizer.from_folder(folder), chat_template=chat_templates.LLAMA3, prefix=(0,))
 
 
-@pytest.mark.parametrize("name", chat_templates.ALL)
-def test_texts_and_turns_are_the_families(name):
-    written = ChatTemplate(chat_templates.ALL[name], tokens=TOKENS).render_with_spans(CHAT)
-    assert marked(written) == chat_templates.TEXTS[name]
+COUNTED = (
+    "{{ messages | length }}{% for m in messages %}<{{ m.role }}>{% if m.thinking %}({{ m.thinking }}){% endif %}"
+    "{{ '-' }}{{ m.content + '-' if m.content }}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+"""Begins with the number of messages, so that no beginning of a chat is written like the chat."""
+HIDING = "{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last else '...' }}{% endfor %}"
+"""Leaves out all turns but the last."""
+THOUGHT = [CHAT[0], CHAT[1] | {"thinking": "Hm."}, *CHAT[2:]]
+LOCATED = {name: (source, CHAT, chat_templates.TEXTS[name]) for name, source in chat_templates.ALL.items()} | {
+    "generation blocks": (
+        chat_templates.MARKED,
+        CHAT[:2],
+        "<|im_start|>user\nIs it <b>?<|im_end|>\n<|im_start|>assistant\n⟦Yes. <|im_end|>⟧\n",
+    ),
+    "a system prompt with the answer's words in the last question": (
+        chat_templates.MISTRAL3,
+        turns("Is it <b>?", "Yes. ", "Sure.", "Sure.", system="Sure."),
+        "<s>[INST] Is it <b>?[/INST] ⟦Yes.</s>⟧[INST] Sure.\n\nSure.[/INST]⟦ Sure.</s>⟧",
+    ),
+    "equal questions and answers": (
+        chat_templates.MISTRAL3,
+        turns(*["Well?", "Yes."] * 3, system="Be brief."),
+        f"<s>{'[INST] Well?[/INST] ⟦Yes.</s>⟧' * 2}[INST] Be brief.\n\nWell?[/INST]⟦ Yes.</s>⟧",
+    ),
+    "turns of the end token's words, all of which end alike": (
+        chat_templates.MISTRAL3.replace("[/INST]", "<|end|>").replace("eos_token", "'<|end|>'"),
+        turns(*["end"] * 4, system="Be brief."),
+        "<s>[INST] end<|end|> ⟦end<|end|>⟧[INST] Be brief.\n\nend<|end|>⟦ end<|end|>⟧",
+    ),
+    "thoughts, and a text before each turn that changes with the chat": (
+        COUNTED,
+        THOUGHT,
+        "4<user>-Is it <b>?-<end><assistant>⟦(Hm.)-Yes. -<end>⟧<user>-Ähm, sure?-<end><assistant>⟦-Sure.-<end>⟧",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOCATED)
+def test_texts_and_turns_are_the_templates(name):
+    """Mistral 3 and COUNTED write the first turns differently as long as they are the last."""
+    source, messages, expected = LOCATED[name]
+    assert marked(ChatTemplate(source, tokens=TOKENS).render_with_spans(messages)) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "messages"),
+    [(HIDING, turns("Yes.", "Yes.", "Yes.")), (COUNTED, [CHAT[0], CHAT[1] | {"content": ""}, *CHAT[2:]])],
+)
+def test_a_turn_that_cannot_be_located_is_refused_where_only_turns_are_learned(source, messages):
+    record = Chat(tuple(messages), where="chats.jsonl: line 7")
+    with pytest.raises(InputError, match=r"^chats\.jsonl: line 7: messages 1: .*--chat-template"):
+        texts.render_record(record, "chat", ChatTemplate(source))
+    text, spans = texts.render_record(record, "chat", ChatTemplate(source), answer_only=False)
+    assert spans == ((0, len(text)),)
 
 
 def test_texts_and_masks_equal_transformers(tokenizer):
     transformers = pytest.importorskip("transformers")
     peer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, **TOKENS)
-    chats = [CHAT, CHAT[:2], CHAT[:3], [{"role": "system", "content": "Be brief."}, *CHAT]]
+    chats = [CHAT, CHAT[:2], CHAT[:3], turns(*(message["content"] for message in CHAT), system="Be brief.")]
     thought = {"role": "assistant", "content": "a", "thinking": "b", "tool_calls": [{"name": "weather"}]}
-    sources = chat_templates.ALL | {"marked": chat_templates.MARKED, "chatml": chat.CHATML}
+    sources = [*chat_templates.ALL.values(), chat_templates.MARKED, chat.CHATML]
     compared = 0
-    for name, source in sources.items():
+    for source, messages, prompt in itertools.product(sources, [*chats, [*CHAT[:3], thought]], (False, True)):
         ours = ChatTemplate(source, tokens=TOKENS)
-        for messages in [*chats, [*CHAT[:3], thought]]:
-            for prompt in (False, True):
-                options = {"tools": WEATHER, "chat_template": source, "add_generation_prompt": prompt}
-                try:
-                    expected = peer.apply_chat_template(messages, tokenize=False, **options)
-                except Exception as error:
-                    with pytest.raises(InputError, match=str(error)):
-                        ours.render(messages, WEATHER, add_generation_prompt=prompt)
-                    continue
-                assert ours.render(messages, WEATHER, add_generation_prompt=prompt) == expected, name
-                compared += 1
+        options = {"tools": WEATHER, "chat_template": source, "add_generation_prompt": prompt}
+        try:
+            expected = peer.apply_chat_template(messages, tokenize=False, **options)
+        except Exception as error:
+            with pytest.raises(InputError, match=str(error)):
+                ours.render(messages, WEATHER, add_generation_prompt=prompt)
+        else:
+            assert ours.render(messages, WEATHER, add_generation_prompt=prompt) == expected, source
+            compared += 1
     assert compared > 80
-    found = peer.apply_chat_template(
-        CHAT, chat_template=chat_templates.MARKED, return_assistant_tokens_mask=True, return_dict=True
-    )
+    marks = {"return_assistant_tokens_mask": True, "return_dict": True}
+    found = peer.apply_chat_template(CHAT, chat_template=chat_templates.MARKED, **marks)
     own = ChatTemplate(chat_templates.MARKED)
     examples = tokenize([Chat(tuple(CHAT))], tokenizer, template="chat", answer_only=True, chat=own)
     assert examples[0].tolist() == found["input_ids"]
@@ -77,79 +124,32 @@ def test_texts_and_masks_equal_transformers(tokenizer):
     assert 0 < sum(found["assistant_masks"]) < len(found["assistant_masks"])
 
 
-def test_marks_say_what_is_learned():
-    written = ChatTemplate(chat_templates.MARKED).render_with_spans(CHAT)
-    assert [written.text[begin:end] for begin, end in written.spans] == ["Yes. <|im_end|>", "Sure.<|im_end|>"]
-
-
 @pytest.mark.parametrize("name", ["MARKED", "MISTRAL3", "LLAMA3"])
-def test_given_turns_are_not_learned(name):
-    """Of three answers, the two in the prompt: as if what is learned were the last one's alone."""
+def test_turns_of_the_prompt_and_of_weight_0_are_not_learned(name):
+    """Of three answers, the two in the prompt are left out, or the second one, which has weight 0."""
     template = ChatTemplate(getattr(chat_templates, name), tokens=TOKENS)
-    messages = [*CHAT, {"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Yes."}]
-    whole, given = template.render_with_spans(messages), template.render_with_spans(messages, context=5)
-    assert (len(whole.spans), given) == (3, whole._replace(spans=whole.spans[2:]))
-    assert texts.render_record(Chat(tuple(messages), context=5), "chat", template) == given
+    messages = [*CHAT, *turns("Well?", "Yes.")]
+    text, spans = template.render_with_spans(messages)
+    assert texts.render_record(Chat(tuple(messages), context=5), "chat", template) == (text, spans[2:])
+    ignored = Chat((*messages[:3], messages[3] | {"weight": 0}, *messages[4:]))
+    assert texts.render_record(ignored, "chat", template) == (text, (spans[0], spans[2]))
+    begin, end = spans[1]
+    whole = texts.render_record(ignored, "chat", template, answer_only=False)
+    assert whole == (text, ((0, begin), (end, len(text))))
 
 
-def test_what_is_marked_otherwise_than_by_turns_is_no_context():
-    twice = (
-        "{% for m in messages %}{% generation %}a{% endgeneration %}{% generation %}b{% endgeneration %}{% endfor %}"
-    )
+def test_other_turns_of_weight_0_are_refused_where_all_is_learned():
+    template = ChatTemplate(chat.CHATML)
+    record = Chat((CHAT[0] | {"weight": 0}, *CHAT[1:]), where="x.jsonl: line 2")
+    assert texts.render_record(record, "chat", template) == template.render_with_spans(CHAT)
+    with pytest.raises(InputError, match=r"x\.jsonl: line 2: messages 0: weight .* user"):
+        texts.render_record(record, "chat", template, answer_only=False)
+
+
+def test_marks_that_are_not_those_of_the_turns_select_none_of_them():
+    twice = "{% for m in messages %}" + "{% generation %}a{% endgeneration %}" * 2 + "{% endfor %}"
     with pytest.raises(InputError, match=r"2 assistant turns .* got 8 marks"):
         ChatTemplate(twice).render_with_spans(CHAT, context=2)
-
-
-def test_what_the_system_says_in_the_last_question():
-    """The first turns are written otherwise as long as they are the last; a question that has the answer's words."""
-    messages = [{"role": "system", "content": "Sure."}, CHAT[0], CHAT[1], {"role": "user", "content": "Sure."}, CHAT[3]]
-    written = ChatTemplate(chat_templates.MISTRAL3, tokens=TOKENS).render_with_spans(messages)
-    assert marked(written) == "<s>[INST] Is it <b>?[/INST] ⟦Yes.</s>⟧[INST] Sure.\n\nSure.[/INST]⟦ Sure.</s>⟧"
-
-
-def test_the_same_answer_three_times_is_three_turns():
-    messages = [{"role": "system", "content": "Be brief."}]
-    for _ in range(3):
-        messages += [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Yes."}]
-    written = ChatTemplate(chat_templates.MISTRAL3, tokens=TOKENS).render_with_spans(messages)
-    first = "[INST] Well?[/INST] ⟦Yes.</s>⟧"
-    assert marked(written) == f"<s>{first}{first}[INST] Be brief.\n\nWell?[/INST]⟦ Yes.</s>⟧"
-
-
-def test_a_question_in_the_answers_words_is_not_the_answer():
-    same = [{"role": role, "content": "Yes."} for role in ("user", "assistant", "user", "assistant")]
-    for name in ("qwen3", "llama3", "mistral"):
-        written = ChatTemplate(chat_templates.ALL[name], tokens=TOKENS).render_with_spans(same)
-        expected = chat_templates.TEXTS[name]
-        for old in ("Yes. ", "Is it <b>?", "Ähm, sure?", "Sure."):
-            expected = expected.replace(old, "Yes.")
-        assert marked(written) == expected
-
-
-def test_a_turn_is_told_from_others_of_the_same_words_and_from_the_end_token():
-    """Where the first turns are written otherwise as long as they are the last, and every role's turn ends alike."""
-    said = [{"role": "system", "content": "Be brief."}]
-    for _ in range(2):
-        said += [{"role": role, "content": "end"} for role in ("user", "assistant")]
-    source = chat_templates.MISTRAL3.replace("[/INST]", "<|end|>").replace("eos_token", "'<|end|>'")
-    written = ChatTemplate(source, tokens=TOKENS).render_with_spans(said)
-    assert marked(written) == "<s>[INST] end<|end|> ⟦end<|end|>⟧[INST] Be brief.\n\nend<|end|>⟦ end<|end|>⟧"
-
-
-def test_a_turn_that_is_left_out_is_not_a_later_one_of_its_words():
-    hides = "{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last else '...' }}{% endfor %}"
-    same = [{"role": role, "content": "Yes."} for role in ("user", "assistant", "user")]
-    with pytest.raises(InputError, match="messages 1: the chat template writes this turn differently"):
-        ChatTemplate(hides).render_with_spans(same)
-
-
-def test_a_turn_that_is_not_in_the_text_is_refused_where_its_loss_is_asked_for():
-    hides = "{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last else '...' }}{% endfor %}"
-    record = Chat(tuple(CHAT), where="chats.jsonl: line 7")
-    with pytest.raises(InputError, match=r"^chats\.jsonl: line 7: messages 1: .*--chat-template"):
-        texts.render_record(record, "chat", ChatTemplate(hides))
-    text, spans = texts.render_record(record, "chat", ChatTemplate(hides), answer_only=False)
-    assert spans == ((0, len(text)),)
 
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bonn"}}}
@@ -164,55 +164,18 @@ ANSWERS = [
 
 @pytest.mark.parametrize("name", ["QWEN25_CALLS", "QWEN3_CALLS"])
 def test_turns_with_tool_calls_and_thoughts_are_located(name):
-    """Also where the template writes a turn differently once others follow, and its content is empty."""
+    """Also where the template writes a turn differently once others follow, and its content is empty.
+
+    The line break that the generation prompt ends in is not learned, although QWEN25_CALLS writes it with the turn.
+    """
     template = ChatTemplate(getattr(chat_templates, name))
     question, result = {"role": "user", "content": "Sure?"}, {"role": "tool", "content": "sun"}
     for first, second, third in itertools.product(ANSWERS, repeat=3):
         follows = result if "tool_calls" in first else question
         text, spans = template.render_with_spans([question, first, follows, second, question, third])
         # Both templates mark a turn's begin and end in the same way.
-        turns = re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>\n)", text, re.DOTALL)
-        assert list(spans) == [turn.span(1) for turn in turns]
-
-
-def test_turns_are_located_where_the_text_before_them_changes_with_the_chat():
-    """As of a template that counts the messages. Thoughts are the turn's; what can't be told is refused."""
-    template = ChatTemplate(
-        "{{ messages | length }}{% for m in messages %}<{{ m.role }}>{% if m.thinking %}({{ m.thinking }}){% endif %}"
-        "{{ '-' }}{{ m.content + '-' if m.content }}<end>{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    chats = [*CHAT[:1], CHAT[1] | {"thinking": "Hm."}, *CHAT[2:]]
-    assert marked(template.render_with_spans(chats)) == (
-        "4<user>-Is it <b>?-<end><assistant>⟦(Hm.)-Yes. -<end>⟧<user>-Ähm, sure?-<end><assistant>⟦-Sure.-<end>⟧"
-    )
-    with pytest.raises(InputError, match="messages 1: the chat template writes this turn differently"):
-        template.render_with_spans([CHAT[0], CHAT[1] | {"content": ""}, *CHAT[2:]])
-
-
-def test_the_line_break_that_the_generation_prompt_ends_in_is_not_learned():
-    """Of a template that has it in a turn as in the prompt: at inference the model is given it."""
-    template = ChatTemplate(chat_templates.QWEN25_CALLS)
-    written = template.render_with_spans([CHAT[0], ANSWERS[0]])
-    prompt = template.render(CHAT[:1], add_generation_prompt=True)
-    assert prompt.endswith("<|im_start|>assistant\n")
-    assert written.text.startswith(prompt)
-    assert written.spans == ((len(prompt), len(written.text)),)
-
-
-@pytest.mark.parametrize("name", ["MARKED", "MISTRAL3", "LLAMA3"])
-def test_turns_of_weight_0_are_not_in_the_loss(name):
-    template = ChatTemplate(getattr(chat_templates, name), tokens=TOKENS)
-    messages = [*CHAT, {"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Yes."}]
-    text, spans = template.render_with_spans(messages)
-    record = Chat((*messages[:3], messages[3] | {"weight": 0}, *messages[4:]))
-    assert texts.render_record(record, "chat", template) == (text, (spans[0], spans[2]))
-    (begin, end), whole = spans[1], texts.render_record(record, "chat", template, answer_only=False)
-    assert whole == (text, ((0, begin), (end, len(text))))
-    user = Chat((messages[0] | {"weight": 0}, *messages[1:]), where="x.jsonl: line 2")
-    assert texts.render_record(user, "chat", template).spans == spans
-    with pytest.raises(InputError, match=r"x\.jsonl: line 2: messages 0: weight must not be 0 in a turn of user"):
-        texts.render_record(user, "chat", template, answer_only=False)
+        matches = re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>\n)", text, re.DOTALL)
+        assert list(spans) == [match.span(1) for match in matches]
 
 
 @pytest.fixture(scope="module")
@@ -228,10 +191,11 @@ def merging() -> Tokenizer:
     return Tokenizer(backend, **ids, chat_template=chat.CHATML)
 
 
-def masked(examples, tokenizer) -> list[tuple[str, bool]]:
-    """Every token of the first record, and whether it is in the loss."""
-    tokens = [tokenizer.decode([token], skip_special=False) for token in examples[0].tolist()]
-    return list(zip(tokens, examples.target_mask(0).tolist(), strict=True))
+def mark_tokens(examples, tokenizer) -> str:
+    """Return the tokens of the first record, separated by spaces, those in the loss in brackets."""
+    tokens = [tokenizer.decode([token], skip_special=False).replace("\n", "↵") for token in examples[0].tolist()]
+    masked = zip(tokens, examples.target_mask(0).tolist(), strict=True)
+    return " ".join(f"[{token}]" if in_loss else token for token, in_loss in masked)
 
 
 def test_every_token_that_has_a_part_of_a_turn_is_in_the_loss(merging):
@@ -240,56 +204,18 @@ def test_every_token_that_has_a_part_of_a_turn_is_in_the_loss(merging):
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if m.role != 'user' %}<|im_end|>{% endif %}"
         "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    record = Chat(
-        (
-            {"role": "user", "content": "Yo!"},
-            {"role": "assistant", "content": "Yes"},
-            {"role": "user", "content": "So"},
-            {"role": "assistant", "content": "No"},
-        )
+    messages = turns("Yo!", "Yes", "So", "No")
+    examples = tokenize([Chat(tuple(messages))], merging, cutoff=1000, answer_only=True, chat=template)
+    assert mark_tokens(examples, merging) == (
+        "<|im_start|> u s e r ↵Y o !↵ <|im_start|> a s s i s t a n t [↵Y] [e] [s] [<|im_end|>] [↵] "
+        "<|im_start|> u s e r ↵ S o ↵ <|im_start|> a s s i s t a n t ↵ [N] [o] [<|im_end|>] [↵]"
     )
-    examples = tokenize([record], merging, cutoff=1000, answer_only=True, chat=template)
-    asked = [("<|im_start|>", False), *((letter, False) for letter in "user")]
-    header = [("<|im_start|>", False), *((letter, False) for letter in "assistant")]
-    assert masked(examples, merging) == [
-        *asked,
-        ("\nY", False),
-        ("o", False),
-        ("!\n", False),
-        *header,
-        ("\nY", True),  # the header's line break and the answer's first letter
-        ("e", True),
-        ("s", True),
-        ("<|im_end|>", True),
-        ("\n", True),
-        *asked,
-        ("\n", False),
-        ("S", False),
-        ("o", False),
-        ("\n", False),
-        *header,
-        ("\n", False),
-        ("N", True),
-        ("o", True),
-        ("<|im_end|>", True),
-        ("\n", True),
-    ]
-    ignored = Chat((*record.messages[:1], record.messages[1] | {"weight": 0}, *record.messages[2:]))
+    ignored = Chat((messages[0], messages[1] | {"weight": 0}, *messages[2:]))
     examples = tokenize([ignored], merging, cutoff=1000, chat=template)
-    left_out = [token for token, in_loss in masked(examples, merging) if not in_loss]
-    assert left_out == ["<|im_start|>", "e", "s", "<|im_end|>", "\n"]  # the first token is no target
-
-
-def test_every_token_that_has_a_part_of_a_response_is_in_the_loss(merging):
+    left_out = [token for token in mark_tokens(examples, merging).split() if not token.startswith("[")]
+    assert left_out == ["<|im_start|>", "e", "s", "<|im_end|>", "↵"]  # the first token is no target
     examples = tokenize([Record("So?\n", "Yes!")], merging, template="plain", answer_only=True)
-    assert masked(examples, merging) == [
-        ("S", False),
-        ("o", False),
-        ("?", False),
-        ("\nY", True),
-        *((letter, True) for letter in "es!"),
-        ("</s>", True),
-    ]
+    assert mark_tokens(examples, merging) == "S o ? [↵Y] [e] [s] [!] [</s>]"
 
 
 def test_the_day_can_be_named():

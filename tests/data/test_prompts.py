@@ -37,12 +37,6 @@ def test_training_text_appends_the_output_with_no_newline() -> None:
     assert text == "\n".join(BYTES["train", ""]) + "the correct answer is true"
 
 
-def test_train_and_eval_differ_in_exactly_two_places() -> None:
-    train, evaluation = prompts.prompt("Q?", "train"), prompts.prompt("Q?", "eval")
-    assert len(train) - len(evaluation) == 1 + 16
-    assert train.replace("request.  ", "request. ").replace(f"Q?\n{SPACES}\n", "Q?\n\n") == evaluation
-
-
 def test_a_multi_line_instruction_is_not_indented_again() -> None:
     assert f"{SPACES}a\n\nb\n{SPACES}\n" in prompts.prompt("a\n\nb", "train")
 

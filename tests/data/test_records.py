@@ -1,26 +1,26 @@
-"""Records are read from files and the hub's cache; a bad one is named by file and index."""
+"""Records are read from files of every kind; a bad one is named by file, place and key."""
 
 import json
 import re
 
+import pandas as pd
 import pytest
+from support.chat_templates import turns
+from support.record_files import write
 
 from rora_theory.data.formats import Text
+from rora_theory.data.records import DataConfig
 from rora_theory.errors import InputError
 from rora_theory.finetune import Record, read_records
 
 GOOD = {"instruction": "Say it.", "input": "", "output": "It.", "answer": "it"}
 
 
-def write(path, content):
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
 def test_reads_several_files_in_order(tmp_path):
-    first = write(tmp_path / "a.json", json.dumps([GOOD, GOOD | {"output": "Two.", "input": "More."}]))
-    second = write(tmp_path / "b.jsonl", json.dumps(GOOD | {"instruction": "Ähm"}) + "\n\n" + json.dumps(GOOD) + "\n")
-    assert read_records([first, str(second)]) == [
+    first = write(tmp_path / "a.json", [GOOD, GOOD | {"output": "Two.", "input": "More."}])
+    second = tmp_path / "b.jsonl"
+    write(second, json.dumps(GOOD | {"instruction": "Ähm"}) + "\n\n" + json.dumps(GOOD) + "\n")
+    assert read_records([first, second]) == [
         Record("Say it.", "It."),
         Record("Say it.", "Two.", "More."),
         Record("Ähm", "It."),
@@ -28,22 +28,24 @@ def test_reads_several_files_in_order(tmp_path):
     ]
 
 
-def test_one_object_on_one_line_is_an_object_a_line(tmp_path):
-    assert read_records([write(tmp_path / "a.json", json.dumps(GOOD) + "\n")]) == [Record("Say it.", "It.")]
-
-
-def test_a_line_ends_where_its_file_says(tmp_path):
-    """At a newline, with a carriage return or without, and at no other sign that Python takes for a line's end."""
-    lines = ["a\u2028b", "c\x85d\x0be\x0cf\x1cg\rh", "", "i"]
-    for end in ("\n", "\r\n"):
-        path = write(tmp_path / "a.txt", end.join(lines))
-        assert [record.text for record in read_records([path])] == [*lines[:2], "i"]
-
-
-@pytest.mark.parametrize(("name", "content"), [("a.txt", "It."), ("a.jsonl", '{"text": "It."}')])
-def test_a_byte_order_mark_is_no_text(tmp_path, name, content):
-    path = write(tmp_path / name, b"\xef\xbb\xbf" + content.encode())
-    assert read_records([path]) == [Text("It.")]
+@pytest.mark.parametrize(
+    ("name", "content", "contents"),
+    [
+        ("one_object.json", '{"text": "a"}\n', ["a"]),
+        ("lines.json", '{"text": "a"}\n\n{"text": "b"}\n', ["a", "b"]),
+        ("plain.txt", "one\n\ntwo\n", ["one", "two"]),
+        ("mark.txt", b"\xef\xbb\xbfa", ["a"]),
+        ("mark.jsonl", b'\xef\xbb\xbf{"text": "a"}', ["a"]),
+        # A line ends at a line feed, and at no other character that Python takes for a line's end.
+        ("feeds.txt", "a\u2028b\nc\x85d\x0be\x0cf\x1cg\rh\n\ni", ["a\u2028b", "c\x85d\x0be\x0cf\x1cg\rh", "i"]),
+        ("returns.txt", "a\u2028b\r\nc\x85d\r\n\r\ni", ["a\u2028b", "c\x85d", "i"]),
+    ],
+)
+def test_lines(tmp_path, name, content, contents):
+    """Lines under the name of JSON too, and after a byte-order mark."""
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert read_records([path]) == list(map(Text, contents))
 
 
 def test_reads_the_commonsense_data(commonsense_dir):
@@ -54,97 +56,103 @@ def test_reads_the_commonsense_data(commonsense_dir):
     assert all(record.output.startswith("the correct answer is answer") for record in records)
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_null_is_a_key_that_is_not_there(tmp_path, name):
-    path = write(tmp_path / name, json.dumps(GOOD | {"input": None}))
-    assert read_records([path]) == [Record("Say it.", "It.")]
-
-
 def test_all_bad_records_are_counted_and_the_first_ten_are_listed(tmp_path):
     """Those of several files, and lines that are not JSON too."""
-    first = write(tmp_path / "a.json", json.dumps([GOOD, {"output": "x"}, GOOD, "text"]))
+    first = write(tmp_path / "a.json", [GOOD, {"output": "x"}, GOOD, "text"])
     second = write(tmp_path / "b.jsonl", "\n".join([json.dumps(GOOD), "{", *[json.dumps(GOOD | {"output": 3})] * 11]))
     third = write(tmp_path / "c.jsonl", "\n".join([json.dumps(GOOD), "{"]))
-    with pytest.raises(InputError, match=r"^3 of 6 records") as caught:
-        read_records([first, third])
     places = (
         r"\(1\) \S*a\.json: record 1 has no 'instruction'",
         r"\(2\) \S*a\.json: record 3",
         r"\(3\) \S*c\.jsonl: line 2: is not J",
     )
-    assert re.search(".*".join(places), str(caught.value))
-    with pytest.raises(InputError, match=r"^14 of 17 records.* 10") as caught:
+    with pytest.raises(InputError, match=r"^3 of 6 records.*" + ".*".join(places)):
+        read_records([first, third])
+    with pytest.raises(InputError, match=r"^14 of 17 records.* 10.*b\.jsonl: line 9: 'output'") as caught:
         read_records([first, second])
-    listed = str(caught.value)
-    assert "(10)" in listed
-    assert "b.jsonl: line 9: 'output'" in listed
-    assert "(11)" not in listed
-    assert "\n" not in listed
+    assert re.findall(r"\((\d+)\)", str(caught.value)) == [str(number) for number in range(1, 11)]
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ([GOOD, {"instruction": "x"}], r"bad\.json: record 1 has no 'output'; its keys are 'instruction'"),
-        ([GOOD, GOOD, {}], r"record 2 has no 'instruction'; its keys are none"),
-        ([GOOD, "text"], r"record 1 must be an object, got a string"),
-        ([GOOD | {"output": 3}], r"record 0: 'output' must be a string, got a number"),
-        ([GOOD, GOOD | {"output": None}], r"record 1 has no 'output'; its keys are 'instruction', 'input', 'answer'"),
-        ([GOOD | {"instruction": ""}], r"record 0: 'instruction' .* empty"),
-        ([GOOD | {"output": "\ud800"}], r"record 0: 'output' .* half a surrogate pair"),
-        ({"data": [GOOD]}, r"bad\.json: line 1: keys .* 'data'"),
-        ([], r"bad\.json: has no records"),
-    ],
-)
-def test_bad_records_are_named(tmp_path, content, message):
-    path = write(tmp_path / "bad.json", json.dumps(content))
-    with pytest.raises(InputError, match=message):
-        read_records([path])
+QUESTION, ANSWER = turns("Ähm?", "Yes.")
+PARTS = [{"type": "text", "text": "Ähm"}, {"type": "thinking", "text": "Hm."}]
+PREFERRED = {"prompt": [QUESTION], "completion": [ANSWER]}
+SURROGATE = "\ud800"
+SENT = {"sent": pd.Timestamp("2026-01-31")}
+
+
+def after_good(*messages):
+    """Return rows of two chats, of which the first is good."""
+    return [{"messages": [QUESTION, ANSWER]}, {"messages": list(messages)}]
+
+
+def call(arguments):
+    """Return a turn that calls a tool."""
+    function = {"name": "weather", "arguments": arguments}
+    return ANSWER | {"tool_calls": [{"id": "1", "type": "function", "function": function}]}
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        # What is no file of records.
         ("cut.json", json.dumps([GOOD])[:-9], r"cut\.json: is not JSON .* a list"),
         ("lines.json", json.dumps(GOOD, indent=1), r"lines\.json: .* a list of records, got an object"),
-        ("empty.json", "", r"empty\.json: is not JSON"),
         ("deep.json", "[" * 100_000, r"deep\.json: .* 64 "),
         ("cut.jsonl", json.dumps(GOOD) + "\n{", r"cut\.jsonl: line 2: is not JSON"),
         ("empty.jsonl", "\n", r"empty\.jsonl: has no records"),
+        ("empty.json", "[]", r"empty\.json: has no records"),
         ("latin.json", b'[{"instruction": "\xe9"}]', r"latin\.json: byte 18 is not UTF-8"),
+        ("x.parquet", b"PAR1 and no more PAR1", r"x\.parquet: not a Parquet file \(.*\).* a \.json, "),
+        # What is no record.
+        ("x.json", [GOOD, GOOD, {}], r"x\.json: record 2 has no 'instruction'; its keys are none"),
+        ("x.json", [GOOD, GOOD | {"output": None}], r"record 1 has no 'output'; its keys are 'instruction', 'input'"),
+        ("x.json", [GOOD, "text"], "record 1 must be an object, got a string"),
+        ("x.json", [GOOD | {"output": 3}], "record 0: 'output' must be a string, got a number"),
+        ("x.json", [GOOD | {"instruction": ""}], "record 0: 'instruction' .* empty"),
+        ("x.json", [GOOD | {"output": SURROGATE}], "record 0: 'output' .* half a surrogate pair"),
+        ("x.json", {"data": [GOOD]}, r"x\.json: line 1: keys .* 'data'"),
+        # What is no chat.
+        ("x.jsonl", [*after_good()[:1], {"messages": "hi"}], r"x\.jsonl: line 2: 'messages' .* got a string"),
+        ("x.jsonl", after_good("hi"), "line 2: 'messages' .* objects, got a string at 0"),
+        ("x.json", after_good({"content": "a"}), r"x\.json: record 1: messages 0 has no 'role'; its keys are"),
+        ("x.json", after_good(QUESTION, {"role": "assistant"}), "record 1: messages 1 has no 'content'"),
+        ("x.json", after_good({"role": "user", "content": [1]}), "messages 0: 'content' .* a number at 0"),
+        ("x.json", after_good(QUESTION | {"content": PARTS}), "messages 0: 'content' .* 'thinking' at 1"),
+        ("x.json", after_good(QUESTION), "record 1: 'messages' .* assistant turn"),
+        ("x.parquet", after_good(QUESTION), r"x\.parquet: row 1: 'messages' .* assistant turn"),
+        ("x.parquet", after_good(QUESTION | SENT, ANSWER | SENT), r"row 1: messages 0: 'sent' .* JSON .* got a \w+"),
+        ("x.json", after_good(QUESTION, ANSWER | {"weight": 0.5}), "messages 1: 'weight' .* 0.5"),
+        ("x.json", after_good(QUESTION, ANSWER | {"weight": "0"}), "messages 1: 'weight' .* '0'"),
+        ("x.json", after_good(QUESTION, ANSWER | {"weight": 0}), "'messages' .* weight 0"),
+        ("x.json", after_good(QUESTION, call("{city")), "record 1: messages 1: arguments of tool_calls 0: is not JSON"),
+        ("x.json", after_good(QUESTION, call('["Bonn"]')), "messages 1: arguments of tool_calls 0 .* a list"),
+        ("x.json", after_good(QUESTION, call('{"city": "\\ud800"}')), "messages 1: 'tool_calls' .* half a surrogate"),
+        ("x.json", [PREFERRED | {"completion": [QUESTION]}], "record 0: 'completion' .* assistant turn"),
+        ("x.json", [PREFERRED | {"prompt": "Sure?"}], "record 0: 'completion' must be a string, got a list"),
+        ("x.json", [{"conversations": [{"from": "narrator"}]}], "conversations 0 has no 'value'"),
+        (
+            "x.json",
+            [{"conversations": [{"from": "narrator", "value": "..."}]}],
+            "conversations 0: 'from' .* human, user, gpt.* 'narrator'",
+        ),
     ],
 )
-def test_bad_files_are_named(tmp_path, name, content, message):
-    with pytest.raises(InputError, match=message):
+def test_bad_files_and_records_are_named(tmp_path, name, content, message):
+    with pytest.raises(InputError, match=message) as caught:
         read_records([write(tmp_path / name, content)])
+    assert "\n" not in str(caught.value)
 
 
-def test_missing_files_and_none_at_all_are_refused(tmp_path):
+def test_sources_and_formats_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"none\.json: no such file.* a \.json, \.jsonl, "):
         read_records([tmp_path / "none.json"])
+    with pytest.raises(InputError, match=r"is a folder.* a \.json.*FOLDER:SPLIT"):
+        read_records([tmp_path])
     with pytest.raises(InputError, match="data must name at least one source"):
         read_records([])
-
-
-def test_hub_files_are_taken_at_their_revision(tmp_path, monkeypatch):
-    path = write(tmp_path / "x.json", json.dumps([GOOD]))
-    asked = []
-
-    def download(repository, filename, **options):
-        asked.append((repository, filename, options))
-        return str(path)
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert read_records(["hf://datasets/them/set@v1/train/x.json"]) == [Record("Say it.", "It.")]
-    assert asked == [("them/set", "train/x.json", {"repo_type": "dataset", "revision": "v1"})]
-
-
-def test_hub_failures_are_one_line(monkeypatch):
-    def download(*_, **__):
-        raise OSError("no route\nmany lines")
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    with pytest.raises(InputError, match=r"^hf://datasets/them/set/x.json: cannot be downloaded \(no route\)"):
-        read_records(["hf://datasets/them/set/x.json"])
-    with pytest.raises(InputError, match="them/set: not the name of a file or split"):
-        read_records(["hf://datasets/them/set"])
+    source = write(tmp_path / "y.json", [{"q": "1", "a": "2"}])
+    with pytest.raises(InputError, match=r"y\.json: record 0: .* 'q', 'a'.* messages \(messages\), .* --fields"):
+        read_records([source])
+    with pytest.raises(InputError, match=r"y\.json: record 0 has no 'text'; its keys are 'q', 'a'"):
+        read_records([source], DataConfig(format="text"))

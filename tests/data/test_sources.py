@@ -1,51 +1,162 @@
-"""Where a task's file is looked for."""
+"""Where sources are looked for: splits of folders and of the hub, and the files of the tasks."""
 
-from pathlib import Path
+import json
 
-import huggingface_hub
+import pandas as pd
 import pytest
+from support.hub import serving
+from support.record_files import write
 
+from rora_theory.data import hub_files
+from rora_theory.data.formats import Text
+from rora_theory.data.hub_files import Split
+from rora_theory.data.records import DataConfig, read_records
 from rora_theory.data.sources import locate_task
 from rora_theory.data.tasks import TASKS
 from rora_theory.errors import InputError
+from rora_theory.io.files import parse_yaml
+
+CARD = b"""---
+configs:
+- config_name: english
+  default: true
+  data_files:
+  - split: train
+    path: en/*.jsonl
+  - {split: test, path: [en-test/part.jsonl]}
+- config_name: german
+  data_dir: de
+  data_files: '**/*.jsonl'
+---
+About it.
+"""
+FILES = ["README.md", "en/a.jsonl", "en/b.jsonl", "en/deep/c.jsonl", "en-test/part.jsonl", "de/x/a.jsonl"]
 
 
-def test_a_folder_holds_one_folder_a_task(tmp_path: Path) -> None:
+def test_a_card_says_which_files_a_split_is():
+    card = {"configs": parse_yaml(CARD.split(b"---")[1].decode(), where="card")["configs"]}
+
+    def files(subset, split):
+        return hub_files.select_files(FILES, Split("them", subset, split), card)
+
+    assert files(None, "train") == files("english", "train") == ["en/a.jsonl", "en/b.jsonl"]
+    assert files(None, "test") == ["en-test/part.jsonl"]
+    assert files("german", "train") == ["de/x/a.jsonl"]
+    turned = {"configs": card["configs"][::-1]}
+    assert hub_files.select_files(FILES, Split("them", None, "train"), turned) == files("english", "train")
+    with pytest.raises(InputError, match=r"them: no split 'dev'.* train, test"):
+        files(None, "dev")
+    with pytest.raises(InputError, match=r"no subset 'french'.* english, german.* them/SUBSET"):
+        files("french", "train")
+
+
+def test_names_say_it_where_no_card_does():
+    def files(names, subset=None, split="train"):
+        return hub_files.select_files(names, Split("them", subset, split), {})
+
+    parts = [f"data/{split}-0000{i}-of-00002.parquet" for split in ("train", "test") for i in (1, 0)]
+    assert files([*parts, "data/train.csv", "train.jsonl"]) == sorted(parts[:2])
+    assert files(["training.jsonl", "constrain.jsonl", "a_train.jsonl"]) == ["a_train.jsonl"]
+    with pytest.raises(InputError, match="them: split 'train' must have 2 files, got 1"):
+        files(parts[:1])
+    assert files(["train/0.jsonl", "test/0.jsonl"]) == ["train/0.jsonl"]
+    both = ["en/train.jsonl", "de/train.jsonl"]
+    assert files(both, "de") == ["de/train.jsonl"]
+    with pytest.raises(InputError, match=r"no subset is named.* de, en.* them/SUBSET:train"):
+        files(both)
+    with pytest.raises(InputError, match=r"no .* file of split 'dev'; it has en/train\.jsonl, de/train\.jsonl"):
+        files(both, split="dev")
+
+
+def test_a_split_of_a_folder(tmp_path):
+    (tmp_path / "en").mkdir()
+    for name, rows in (("train-1", [{"text": "1"}]), ("train-2", [{"text": "2"}]), ("test", [{"text": 3}])):
+        write(tmp_path / "en" / f"{name}.jsonl", rows)
+    for name in (f"{tmp_path}:train", f"{tmp_path}/en:train"):
+        assert read_records([name]) == [Text("1"), Text("2")]
+    with pytest.raises(InputError, match=r"en/test\.jsonl: line 1: 'text' .* a number"):
+        read_records([f"{tmp_path}:test"])
+
+
+def test_the_names_of_splits(tmp_path):
+    (tmp_path / "a:train").touch()
+    names = ("hf://datasets/them/set/x.jsonl", "hf://datasets/them:train", "nowhere/at/all:train", tmp_path / "a:train")
+    assert [hub_files.parse_split(str(name)) for name in names] == [None] * 4
+    assert hub_files.parse_split(f"{tmp_path}/none:train") == Split(str(tmp_path), "none", "train")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A server of three data sets in place of the hub, and an empty cache."""
+    import huggingface_hub.constants as constants
+
+    line = json.dumps({"text": "a"}).encode()
+    pd.DataFrame([{"text": "of the copy"}]).to_parquet(tmp_path / "x.parquet")
+    repositories = {
+        "datasets/them/set": {
+            "main": {"README.md": CARD, "en/a.jsonl": line, "en/b.jsonl": line, "de/x/a.jsonl": line},
+            "v1": {"train.jsonl": b"\n".join([line] * 3)},
+        },
+        "datasets/them/tables": {
+            "main": {"train.csv": b"text\nx\n"},
+            "refs/convert/parquet": {"default/train/0000.parquet": (tmp_path / "x.parquet").read_bytes()},
+        },
+        "datasets/them/tasks": {"main": {"piqa/test.json": b"1"}, "v1": {"data/eval/piqa/test.json": b"2"}},
+    }
+    with serving(repositories) as server:
+        endpoint = server.environment["HF_ENDPOINT"]
+        values = {
+            "ENDPOINT": endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        }
+        for name, value in values.items():
+            monkeypatch.setattr(constants, name, value)
+            monkeypatch.setattr(f"huggingface_hub.file_download.{name}", value, raising=False)  # of older versions
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield server
+
+
+def test_splits_and_files_of_the_hub(hub):
+    def count(name):
+        return len(read_records([f"hf://datasets/them/{name}"]))
+
+    assert count("set:train") == 2
+    assert not [path for path in hub.asked if "de/" in path]
+    names = ("set/german:train", "set@v1:train", "set/en/a.jsonl", "set@v1/train.jsonl")
+    assert [count(name) for name in names] == [1, 3, 1, 3]
+    assert read_records(["hf://datasets/them/tables:train"]) == [Text("of the copy")]
+    for name, message in (
+        ("none:train", r"hf://datasets/them/none: cannot be listed \(.*\)"),
+        ("set/en/none.jsonl", r"^hf://datasets/them/set/en/none\.jsonl: cannot be downloaded \(.*\)"),
+        ("set", "them/set: not the name of a file or split"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            count(name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"a\.jsonl: line 1 has no 'instruction'; its keys are 'text'"):
+        read_records(["hf://datasets/them/set:train"], DataConfig(format="alpaca"))
+    # Without the server, what the cache has is read, and what it hasn't is refused.
+    hub.shutdown()
+    hub.server_close()
+    assert count("set@v1:train") == 3
+    with pytest.raises(InputError, match="cannot be listed"):
+        count("more:train")
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_task_s_file_in_a_folder_or_on_the_hub(tmp_path):
     (tmp_path / "piqa").mkdir()
-    (tmp_path / "piqa" / "test.json").write_text("[]")
-    assert locate_task(tmp_path, TASKS["piqa"]) == tmp_path / "piqa" / "test.json"
-    with pytest.raises(InputError, match=r"boolq/test\.json: no such file.* a folder"):
-        locate_task(tmp_path, TASKS["boolq"])
-
-
-@pytest.mark.parametrize(
-    ("name", "asked"),
-    [
-        ("hf://datasets/owner/name", ("owner/name", "ARC-Easy/test.json", None)),
-        ("hf://datasets/owner/name@v1/data/eval", ("owner/name", "data/eval/ARC-Easy/test.json", "v1")),
-    ],
-)
-def test_a_hub_dataset_of_the_same_layout(
-    name: str, asked: tuple[str, str, str | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    calls = []
-
-    def download(repository: str, file: str, *, repo_type: str, revision: str | None) -> str:
-        assert repo_type == "dataset"
-        calls.append((repository, file, revision))
-        return str(tmp_path / "found")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert locate_task(name, TASKS["ARC-Easy"]) == tmp_path / "found"
-    assert calls == [asked]
-
-
-def test_what_the_hub_lacks_or_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(*_: object, **__: object) -> str:
-        raise OSError("no connection\nmore")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    with pytest.raises(InputError, match=r"piqa/test\.json: cannot be downloaded \(no connection\)"):
-        locate_task("hf://datasets/owner/name", TASKS["piqa"])
-    with pytest.raises(InputError, match="owner: not the name of a data set"):
-        locate_task("hf://datasets/owner", TASKS["piqa"])
+    path = tmp_path / "piqa" / "test.json"
+    path.write_text("[]")
+    assert locate_task(tmp_path, TASKS["piqa"]) == path
+    for data, content in (("tasks", "1"), ("tasks@v1/data/eval", "2")):
+        assert locate_task(f"hf://datasets/them/{data}", TASKS["piqa"]).read_text() == content
+    for data, message in (
+        (tmp_path, r"boolq/test\.json: no such file.* a folder"),
+        ("hf://datasets/them/tasks", r"boolq/test\.json: cannot be downloaded \(.*\)"),
+        ("hf://datasets/them", "them: not the name of a data set"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            locate_task(data, TASKS["boolq"])
+        assert "\n" not in str(caught.value)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from support.record_files import write
 
 from rora_theory.data import tasks
 from rora_theory.data.tasks import TASKS
@@ -54,9 +55,22 @@ def test_parse_inverts_render(key: str) -> None:
     assert tasks.render_instruction(task, *PARTS[key]) == INSTRUCTIONS[key]
 
 
+# Accuracy of guessing and of the most frequent label in per cent, as stated beside the data.
+LEVELS = {
+    "boolq": (50.00, 60.06),
+    "piqa": (50.00, 50.38),
+    "social_i_qa": (33.33, 34.29),
+    "hellaswag": (25.00, 25.91),
+    "winogrande": (50.00, 50.16),
+    "ARC-Easy": (25.00, 27.61),
+    "ARC-Challenge": (25.00, 29.52),
+    "openbookqa": (25.00, 28.40),
+}
+
+
 @pytest.mark.parametrize("key", TASKS)
-def test_parsed_parts_equal_the_prepared_ones(key: str, commonsense_dir: Path) -> None:
-    """Every record of the data, against the same items parsed by whoever prepared them."""
+def test_the_data_s_records_and_levels(key: str, commonsense_dir: Path) -> None:
+    """Every record, against the same items parsed by whoever prepared them."""
     records = tasks.read_task(commonsense_dir / key / "test.json", TASKS[key])
     lines = (commonsense_dir / key / "test_mc.jsonl").read_text().splitlines()
     prepared = [json.loads(line) for line in lines]
@@ -64,81 +78,50 @@ def test_parsed_parts_equal_the_prepared_ones(key: str, commonsense_dir: Path) -
         (p.get("question", p.get("context")), p["choices"], p["label"]) for p in prepared
     ]
     assert [record.index for record in records] == list(range(len(records)))
+    levels = 100 * tasks.chance_accuracy(records), 100 * tasks.majority_accuracy(records)
+    assert levels == pytest.approx(LEVELS[key], abs=0.005)
 
 
-def test_chance_and_majority_of_the_data(commonsense_dir: Path) -> None:
-    """The levels stated beside the data, to its two decimals."""
-    stated = {
-        "boolq": (50.00, 60.06),
-        "piqa": (50.00, 50.38),
-        "social_i_qa": (33.33, 34.29),
-        "hellaswag": (25.00, 25.91),
-        "winogrande": (50.00, 50.16),
-        "ARC-Easy": (25.00, 27.61),
-        "ARC-Challenge": (25.00, 29.52),
-        "openbookqa": (25.00, 28.40),
-    }
-    for key, levels in stated.items():
-        records = tasks.read_task(commonsense_dir / key / "test.json", TASKS[key])
-        found = 100 * tasks.chance_accuracy(records), 100 * tasks.majority_accuracy(records)
-        assert found == pytest.approx(levels, abs=0.005)
-
-
-def _write(folder: Path, value: object, key: str = "piqa") -> Path:
-    (folder / key).mkdir()
-    path = folder / key / "test.json"
-    path.write_text(value if isinstance(value, str) else json.dumps(value))
-    return path
-
-
-def _row(**changes: object) -> dict[str, object]:
-    row = {"instruction": INSTRUCTIONS["piqa"], "input": "", "answer": "solution2"}
-    return row | {"output": "the correct answer is solution2"} | changes
+def _row(key: str = "piqa", **changes: object) -> dict[str, object]:
+    answer = TASKS[key].labels[-1]
+    row = {"instruction": INSTRUCTIONS[key], "input": "", "answer": answer}
+    return row | {"output": f"the correct answer is {answer}"} | changes
 
 
 def test_a_good_record_reads(tmp_path: Path) -> None:
-    _write(tmp_path, [_row()])
-    (record,) = tasks.read_task(tmp_path / "piqa" / "test.json", TASKS["piqa"])
+    path = write(tmp_path / "test.json", [_row()])
+    (record,) = tasks.read_task(Path(path), TASKS["piqa"])
     assert (record.answer, record.gold, record.labels) == ("solution2", 1, ("solution1", "solution2"))
 
 
+TWO_BLANKS = INSTRUCTIONS["winogrande"].replace(" _ ", " __ ")
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("key", "content", "message"),
     [
-        ({"answer": "solution3"}, "answer must be one of solution1, solution2, got 'solution3'"),
-        ({"answer": None}, "answer must be a string, got None"),
-        ({"output": "solution2"}, "output must be 'the correct answer is solution2', got 'solution2'"),
-        ({"input": "more"}, "input must be empty, got 'more'"),
-        ({"instruction": "Please choose."}, "must follow the template of piqa"),
-        ({"instruction": INSTRUCTIONS["boolq"]}, "must follow the template of piqa"),
+        ("piqa", "[{", "is not JSON"),
+        ("piqa", [], r"must hold a list .* got \[\]"),
+        ("piqa", {"a": 1}, "got {'a': 1}"),
+        ("piqa", [3], "record 0 must be an object .*, got a number"),
+        ("piqa", [{"instruction": "x"}], "record 0: input must be a string, got None"),
+        ("piqa", [_row(), _row(answer="solution3")], "record 1.* answer .* solution1, solution2, got 'solution3'"),
+        ("piqa", [_row(), _row(answer=None)], "record 1.* answer must be a string, got None"),
+        ("piqa", [_row(), _row(output="solution2")], "record 1.* output .* 'the correct answer is solution2', got"),
+        ("piqa", [_row(), _row(input="more")], "record 1.* input must be empty, got 'more'"),
+        ("piqa", [_row(), _row(instruction="Please choose.")], "record 1.* must follow the template of piqa"),
+        ("piqa", [_row("boolq")], "record 0.* must follow the template of piqa"),
         # A different number of choices listed than shown.
-        ({"instruction": INSTRUCTIONS["piqa"] + "/solution3"}, "must follow the template of piqa"),
+        ("piqa", [_row(instruction=INSTRUCTIONS["piqa"] + "/solution3")], "record 0.* must follow the template of"),
+        ("winogrande", [_row("winogrande", instruction=TWO_BLANKS)], "record 0: .* one blank .* got 2"),
     ],
 )
-def test_bad_records_are_named_by_file_and_index(changes: dict[str, object], message: str, tmp_path: Path) -> None:
-    path = _write(tmp_path, [_row(), _row(**changes)])
-    with pytest.raises(InputError) as caught:
-        tasks.read_task(tmp_path / "piqa" / "test.json", TASKS["piqa"])
-    assert str(caught.value).startswith(f"{path}: record 1")
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ("[{", "is not JSON"),
-        ("[]", "must hold a list .* got \\[\\]"),
-        ('{"a": 1}', "got {'a': 1}"),
-        ([3], "record 0 must be an object .*, got a number"),
-        ([{"instruction": "x"}], "record 0: input must be a string, got None"),
-    ],
-)
-def test_bad_files_are_named(value: object, message: str, tmp_path: Path) -> None:
-    path = _write(tmp_path, value)
+def test_bad_files_and_records_are_named(key: str, content: object, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "test.json", content)
     with pytest.raises(InputError, match=message) as caught:
-        tasks.read_task(tmp_path / "piqa" / "test.json", TASKS["piqa"])
-    assert str(path) in str(caught.value)
+        tasks.read_task(Path(path), TASKS[key])
+    assert str(caught.value).startswith(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_task_and_an_unknown_one_are_refused(tmp_path: Path) -> None:
@@ -146,14 +129,3 @@ def test_a_missing_task_and_an_unknown_one_are_refused(tmp_path: Path) -> None:
         tasks.read_task(tmp_path / "piqa" / "test.json", TASKS["piqa"])
     with pytest.raises(InputError, match=r"task must be one of boolq, piqa.* got 'arc'"):
         tasks.get_task("arc")
-
-
-def test_winogrande_needs_exactly_one_blank(tmp_path: Path) -> None:
-    row = _row(
-        instruction=INSTRUCTIONS["winogrande"].replace(" _ ", " __ "),
-        answer="option1",
-        output="the correct answer is option1",
-    )
-    _write(tmp_path, [row], "winogrande")
-    with pytest.raises(InputError, match=r"record 0: the sentence must have one blank .* got 2"):
-        tasks.read_task(tmp_path / "winogrande" / "test.json", TASKS["winogrande"])

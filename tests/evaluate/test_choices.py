@@ -1,13 +1,15 @@
 """What the log-likelihood protocols ask, against golden requests and tokens made by lm-evaluation-harness."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tokenizers
+from support.harness import GOLDEN, TOKENIZER
+from support.harness import records as golden_records
 
 from rora_theory.data.prompts import TEMPLATES, prompt
-from rora_theory.data.tasks import TASKS, TaskRecord, render_instruction
+from rora_theory.data.tasks import TASKS, TaskRecord
 from rora_theory.errors import InputError
 from rora_theory.evaluate import choices
 from rora_theory.evaluate.choices import (
@@ -19,28 +21,14 @@ from rora_theory.evaluate.choices import (
     label_choices,
 )
 from rora_theory.io import digests
-from rora_theory.llama.tokenizer import Tokenizer
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "harness.json").read_text())
-BACKEND = tokenizers.Tokenizer.from_str(json.dumps(GOLDEN["tokenizer"]))
-TOKENIZERS = {
-    "plain": Tokenizer(BACKEND, bos_id=0, eos_id=1),
-    "bos": Tokenizer(BACKEND, bos_id=0, eos_id=1, prefix=(0,)),
-}
-
-
-def _record(key: str, index: int = 0) -> TaskRecord:
-    question, choices, gold = GOLDEN["items"][key][index]
-    task = TASKS[key]
-    instruction = render_instruction(task, question, choices)
-    return TaskRecord(key, index, instruction, question, tuple(choices), task.labels[: len(choices)], gold)
+TOKENIZERS = {"plain": TOKENIZER, "bos": replace(TOKENIZER, prefix=(0,))}
 
 
 @pytest.mark.parametrize("key", TASKS)
 def test_harness_asks_what_lm_eval_asks(key: str) -> None:
-    for index, expected in enumerate(GOLDEN["requests"][key]):
-        found = [[choice.context, choice.continuation] for choice in harness_choices(_record(key, index))]
-        assert found == expected
+    for record, expected in zip(golden_records(key), GOLDEN["requests"][key], strict=True):
+        assert [[choice.context, choice.continuation] for choice in harness_choices(record)] == expected
 
 
 def test_texts_that_change_have_another_version() -> None:
@@ -52,7 +40,7 @@ def test_texts_that_change_have_another_version() -> None:
             *((c.context, c.continuation) for template in TEMPLATES for c in label_choices(record, template)),
             *(prompt(record.instruction, template) for template in TEMPLATES),
         ]
-        for record in map(_record, TASKS)
+        for record in (golden_records(key)[0] for key in TASKS)
     ]
     assert (choices.TEXTS, digests.of_json(asked)[:16]) == ("2", "b5ffb9dcc108d61f")
 
@@ -87,23 +75,14 @@ def test_parts_of_the_data(commonsense_dir: Path) -> None:
 
 
 def test_labels_follow_the_choices_whatever_their_order() -> None:
-    assert [(c.label, c.continuation) for c in harness_choices(_record("boolq"))] == [
-        ("false", " no"),
-        ("true", " yes"),
-    ]
-    assert [c.label for c in harness_choices(_record("ARC-Easy"))] == [f"answer{n}" for n in range(1, 6)]
-
-
-def test_lengths_are_characters_of_the_choice_without_the_space_before() -> None:
-    assert [c.length for c in harness_choices(_record("piqa"))] == [25, 16]
-    assert [c.length for c in harness_choices(_record("ARC-Challenge"))] == [3, 3, 4]
-    # Winogrande's choice is the context.
-    assert [c.length for c in harness_choices(_record("winogrande", 1))] == [3, 3]
+    asked = {key: harness_choices(golden_records(key)[0]) for key in ("boolq", "ARC-Easy")}
+    assert [(c.label, c.continuation) for c in asked["boolq"]] == [("false", " no"), ("true", " yes")]
+    assert [c.label for c in asked["ARC-Easy"]] == [f"answer{n}" for n in range(1, 6)]
 
 
 @pytest.mark.parametrize("key", ["piqa", "hellaswag", "winogrande", "ARC-Easy"])
-def test_lengths_are_not_bytes(key: str) -> None:
-    """Each of these letters is two or three bytes of UTF-8."""
+def test_lengths_are_characters_of_the_choice_without_the_space_before(key: str) -> None:
+    """Not bytes: each of these letters is two or three in UTF-8. Winogrande's choice is the context."""
     question = "_ is" if key == "winogrande" else "is it"
     found = harness_choices(TaskRecord(key, 0, "", question, ("é", "über", "日本"), ("a", "b", "c"), 0))
     assert [c.length for c in found] == [1, 4, 2]
@@ -118,41 +97,30 @@ def test_tokens_are_lm_evals(name: str) -> None:
 
 
 def test_a_continuation_that_begins_with_bos_after_nothing_is_not_given_it_twice() -> None:
-    ((scored,),) = encode_choices(TOKENIZERS["plain"], [[Choice("a", "", "<s>the sun", 1)]], max_length=9)
+    ((scored,),) = encode_choices(TOKENIZER, [[Choice("a", "", "<s>the sun", 1)]], max_length=9)
     assert scored.tokens[0] == 0
     assert 0 not in scored.tokens[1:]
 
 
-def test_long_sequences_lose_their_beginning() -> None:
-    choice = Choice("a", "the sun is a star because the box", " fit", 4)
-    ((whole,),) = encode_choices(TOKENIZERS["plain"], [[choice]], max_length=100)
-    ((cut,),) = encode_choices(TOKENIZERS["plain"], [[choice]], max_length=4)
-    assert cut.tokens == whole.tokens[-5:]  # 4 to read, and the last, which is only scored
-    assert cut.count == whole.count
-
-
-@pytest.mark.parametrize("continuation", ["", " the sun is a star because the box"])
-def test_continuations_without_a_token_or_too_long_are_refused(continuation: str) -> None:
-    item = [Choice("answer2", "the sun", continuation, 1)]
-    with pytest.raises(InputError, match=r"item 0: choice answer2 .*tokens after its context, got \d+"):
-        encode_choices(TOKENIZERS["plain"], [item], max_length=4)
-
-
-def test_a_continuation_of_as_many_tokens_as_are_read_is_scored() -> None:
-    item = [Choice("a", "the sun", " is a star", 1)]
-    ((scored,),) = encode_choices(TOKENIZERS["plain"], [item], max_length=100)
-    ((cut,),) = encode_choices(TOKENIZERS["plain"], [item], max_length=scored.count)
-    assert cut.count == scored.count > 1
-    with pytest.raises(InputError, match=f"tokens after its context, got {scored.count}"):
-        encode_choices(TOKENIZERS["plain"], [item], max_length=scored.count - 1)
+def test_long_sequences_lose_their_beginning_and_never_a_scored_token() -> None:
+    item = [Choice("answer2", "the sun is a star because", " the box fit", 4)]
+    ((whole,),) = encode_choices(TOKENIZER, [item], max_length=100)
+    assert 1 < whole.count < len(whole.tokens) - 2
+    for length in (whole.count, whole.count + 1):
+        ((cut,),) = encode_choices(TOKENIZER, [item], max_length=length)
+        assert cut.tokens == whole.tokens[-(length + 1) :]  # those to read, and the last, which is only scored
+        assert cut.count == whole.count
+    empty = [Choice("answer2", "the sun", "", 1)]
+    for refused, length, count in ((item, whole.count - 1, whole.count), (empty, 4, 0)):
+        with pytest.raises(InputError, match=rf"item 0: choice answer2 .*tokens after its context, got {count}"):
+            encode_choices(TOKENIZER, [refused], max_length=length)
 
 
 def test_label_choices_stand_where_training_put_them() -> None:
-    record = _record("openbookqa")
+    record = golden_records("openbookqa")[0]
     choices = label_choices(record, "train")
     assert [c.continuation for c in choices] == ["answer1", "answer2", "answer3", "answer4"]
     assert {c.context for c in choices} == {prompt(record.instruction, "train") + "the correct answer is "}
     # The space goes with the label, as in the training text.
-    scored = encode_choices(TOKENIZERS["plain"], [choices], max_length=500)[0][0]
-    whole = TOKENIZERS["plain"].encode(choices[0].context + choices[0].continuation)
-    assert list(scored.tokens) == whole
+    scored = encode_choices(TOKENIZER, [choices], max_length=500)[0][0]
+    assert list(scored.tokens) == TOKENIZER.encode(choices[0].context + choices[0].continuation)

@@ -38,14 +38,6 @@ def test_what_does_not_end_is_not_begun(tmp_path: Path) -> None:
         files.check_regular(tmp_path / "absent")
 
 
-def test_only_an_object_is_an_object(tmp_path: Path) -> None:
-    (path := tmp_path / "a.json").write_text("{}")
-    assert files.read_object(path) == {}
-    path.write_text("[1]")
-    with pytest.raises(InputError, match=r"holds a list\. Expected a JSON object"):
-        files.read_object(path)
-
-
 def test_a_file_above_the_limit_is_not_read(tmp_path: Path) -> None:
     (path := tmp_path / "a.txt").write_bytes(b"12345")
     assert files.read_bytes(path, limit=5) == b"12345"
@@ -65,12 +57,17 @@ def test_a_name_that_names_no_file_is_refused(tmp_path: Path, name: str) -> None
 
 
 def test_text_and_json_are_refused_by_place(tmp_path: Path) -> None:
-    (path := tmp_path / "a.json").write_bytes(b'["ab\xff"]')
-    with pytest.raises(InputError, match="byte 4 is not UTF-8"):
-        files.read_json(path)
-    path.write_bytes(b'["ab"')
-    with pytest.raises(InputError, match=r"is not JSON \(.*line 1 column 6"):
-        files.read_json(path)
+    path = tmp_path / "a.json"
+    for content, message in (
+        (b'["ab\xff"]', "byte 4 is not UTF-8"),
+        (b'["ab"', r"is not JSON \(.*line 1 column 6"),
+        (b"[1]", r"holds a list\. Expected a JSON object"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            files.read_object(path)
+    path.write_text("{}")
+    assert files.read_object(path) == {}
     with pytest.raises(InputError, match=r"^a: line 3: is not JSON \(.*4300 digits"):
         files.parse_json("9" * 5000, where="a: line 3")
 

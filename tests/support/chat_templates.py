@@ -1,5 +1,7 @@
 """Chat templates that write chats as the families' published ones do, and the texts that they write."""
 
+from typing import Any
+
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
     "{{ m.content | trim }}<|eot_id|>{% endfor %}"
@@ -122,12 +124,14 @@ ALL = {
     "indented": INDENTED,
 }
 
-CHAT = [
-    {"role": "user", "content": "Is it <b>?"},
-    {"role": "assistant", "content": "Yes. "},
-    {"role": "user", "content": "Ähm, sure?"},
-    {"role": "assistant", "content": "Sure."},
-]
+
+def turns(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
+    """Return a chat of alternating turns of the user and the assistant, after the system's if there is one."""
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return first + [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+CHAT = turns("Is it <b>?", "Yes. ", "Ähm, sure?", "Sure.")
 
 TEXTS = {
     "llama3": (

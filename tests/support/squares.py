@@ -6,6 +6,7 @@ What a cell does besides is said by files beside OUT, so that a test can have it
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,19 @@ def work(cell: Square, folder: Path) -> dict[str, Any]:
     (folder / "checkpoints" / "half").write_text("half")
     (folder / "losses.csv").write_text(f"loss\n{cell.side / 3}\n")
     return {"area": cell.side**2 / 3}
+
+
+def hold(marks: Path, *sides: int) -> Callable[[], None]:
+    """Make cells wait once they have begun; return what lets them go on."""
+    waits = [marks / f"{side}.wait" for side in sides]
+    for wait in waits:
+        wait.touch()
+
+    def release() -> None:
+        for wait in waits:
+            wait.unlink()
+
+    return release
 
 
 def attempts(marks: Path, side: int) -> list[str]:
