@@ -17,6 +17,8 @@ from rora_theory.errors import InputError
 from rora_theory.finetune import Batches, tokenize
 from rora_theory.llama.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("no_child")
+
 CHAT, turns = chat_templates.CHAT, chat_templates.turns
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 WEATHER = [{"type": "function", "function": {"name": "weather", "description": "É <b>"}}]
@@ -52,7 +54,7 @@ LOCATED = {name: (source, CHAT, chat_templates.TEXTS[name]) for name, source in 
     "generation blocks": (
         chat_templates.MARKED,
         CHAT[:2],
-        "<|im_start|>user\nIs it <b>?<|im_end|>\n<|im_start|>assistant\n⟦Yes. <|im_end|>⟧\n",
+        "<|im_start|>user\nIs it <b>?<|im_end|>\n<|im_start|>assistant\n⟦Yes. <|im_end|>⟧",
     ),
     "a system prompt with the answer's words in the last question": (
         chat_templates.MISTRAL3,

@@ -8,24 +8,21 @@ from rora_theory.data.formats import FORMATS, Chat, Record, Text, question_key, 
 from rora_theory.data.records import DataConfig, read_record_set
 from rora_theory.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("no_child")
+
 MESSAGES = turns("Ähm?", "Yes.")
 SHAREGPT = [{"from": "human", "value": "Ähm?"}, {"from": "gpt", "value": "Yes."}]
-ROWS = {
-    "messages": {"messages": MESSAGES},
-    "sharegpt": {"conversations": SHAREGPT},
-    "alpaca": {"instruction": "Ähm?", "input": "", "output": "Yes."},
-    "prompt-response": {"prompt": "Ähm?", "response": "Yes."},
-    "prompt-completion": {"prompt": "Ähm?", "completion": "Yes."},
-    "conversational": {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]},
-    "text": {"text": "Ähm? Yes."},
+CHAT, RECORD = Chat(tuple(MESSAGES)), Record("Ähm?", "Yes.")
+CASES = {
+    "messages": ({"messages": MESSAGES}, CHAT, "chat"),
+    "sharegpt": ({"conversations": SHAREGPT}, CHAT, "chat"),
+    "alpaca": ({"instruction": "Ähm?", "input": "", "output": "Yes."}, RECORD, "train"),
+    "prompt-response": ({"prompt": "Ähm?", "response": "Yes."}, RECORD, "chat"),
+    "prompt-completion": ({"prompt": "Ähm?", "completion": "Yes."}, RECORD, "plain"),
+    "conversational": ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, Chat(tuple(MESSAGES), context=1), "chat"),
+    "text": ({"text": "Ähm? Yes."}, Text("Ähm? Yes."), "plain"),
 }
-RECORDS = {
-    "messages": Chat(tuple(MESSAGES)),
-    "sharegpt": Chat(tuple(MESSAGES)),
-    "conversational": Chat(tuple(MESSAGES), context=1),
-    "text": Text("Ähm? Yes."),
-} | dict.fromkeys(("alpaca", "prompt-response", "prompt-completion"), Record("Ähm?", "Yes."))
-TEMPLATES = dict(zip(FORMATS, ("chat", "chat", "train", "chat", "plain", "chat", "plain"), strict=True))
+"""A row of each format, its record and the record's template."""
 
 
 @pytest.fixture
@@ -41,12 +38,12 @@ def read(tmp_path):
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_in_every_file_is_recognised(read, name, suffix):
-    rows = [ROWS[name] | {"id": 3}] * 2
+    row, record, template = CASES[name]
+    rows = [row | {"id": 3}] * 2
     found = read(rows, suffix)
-    assert found.records == [RECORDS[name]] * 2
+    assert found.records == [record] * 2
     assert found.formats == ((name, 2),)
-    assert found.template(None) == TEMPLATES[name]
-    assert found.template("clean") == "clean"
+    assert (found.template(None), found.template("clean")) == (template, "clean")
     assert found.summary == f"records: 2 as {name} (detected from the first record's keys; --format selects another)"
     assert found.notes == ()
     assert read(rows, suffix, format=name).records == found.records
@@ -60,11 +57,11 @@ def test_names_of_their_own(read):
     (note,) = found.notes
     assert note.endswith("x.parquet: read as alpaca; it also matches text (--format)")
     # Formats that use more of the renamed fields come first.
-    for row in (own, {"question": "Q", "reply": "A"} | ROWS["alpaca"]):
+    for row in (own, {"question": "Q", "reply": "A"} | CASES["alpaca"][0]):
         assert read([row], fields={"prompt": "question", "response": "reply"}).formats == (("prompt-response", 1),)
     talk = [{"who": turn["role"], "said": turn["content"]} for turn in MESSAGES]
     found = read([{"conversations": talk}], fields={"messages": "conversations", "role": "who", "content": "said"})
-    assert (found.records, found.formats) == ([RECORDS["messages"]], (("messages", 1),))
+    assert (found.records, found.formats) == ([CHAT], (("messages", 1),))
 
 
 def test_a_chats_further_keys_reach_the_template(read):
@@ -130,11 +127,11 @@ def test_a_prompt_of_several_turns_is_context(read):
 def test_the_parts_of_a_message_are_one_text(read):
     """OpenAI's lists of parts."""
     parts = [{"type": "text", "text": "Ähm"}, {"type": "input_text", "text": "?"}]
-    assert read([{"messages": [{"role": "user", "content": parts}, MESSAGES[1]]}]).records == [RECORDS["messages"]]
+    assert read([{"messages": [{"role": "user", "content": parts}, MESSAGES[1]]}]).records == [CHAT]
 
 
 def test_formats_that_differ_ask_for_a_template(tmp_path):
-    data = read_record_set([write(tmp_path / f"{name}.json", [ROWS[name]]) for name in ("alpaca", "messages")])
+    data = read_record_set([write(tmp_path / f"{name}.json", [CASES[name][0]]) for name in ("alpaca", "messages")])
     with pytest.raises(InputError, match=r"template .* None .* alpaca \(train\), messages \(chat\)"):
         data.template(None)
     assert data.template("chat") == "chat"
@@ -161,10 +158,10 @@ def test_the_chat_template_sees_noon_of_the_date():
 
 
 def test_digests_tell_records_and_not_places():
-    assert records_digest([RECORDS["alpaca"]]) == records_digest([Record("Ähm?", "Yes.", "")])
-    one, other = Chat(tuple(MESSAGES), where="a"), Chat(tuple(MESSAGES), where="b")
-    assert (records_digest([one]), one) == (records_digest([other]), other)
-    assert records_digest([one]) != records_digest([Chat(tuple(MESSAGES), ({"name": "x"},))])
-    assert question_key(one) == question_key(Chat((MESSAGES[0], MESSAGES[1] | {"content": "No."})))
-    assert question_key(one) != question_key(Chat(({"role": "user", "content": "?"}, MESSAGES[1])))
+    other = Chat(tuple(MESSAGES), where="b")
+    assert (records_digest([CHAT]), CHAT) == (records_digest([other]), other)
+    assert records_digest([RECORD]) == records_digest([Record("Ähm?", "Yes.", "")])
+    assert records_digest([CHAT]) != records_digest([Chat(tuple(MESSAGES), ({"name": "x"},))])
+    assert question_key(CHAT) == question_key(Chat(tuple(turns("Ähm?", "No."))))
+    assert question_key(CHAT) != question_key(Chat(tuple(turns("?", "Yes."))))
     assert (question_key(Record("Q", "A")), question_key(Text("T"))) == ("Q", "T")

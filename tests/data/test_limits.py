@@ -135,6 +135,7 @@ class Long(tiny.ByteEncoder):
 
 
 @pytest.mark.parametrize(("template", "answer_only"), [("plain", True), ("chat", True), ("chat", False)])
+@pytest.mark.usefixtures("no_child")
 def test_a_beginning_has_the_tokens_of_the_whole_text(template, answer_only, tokenizer, monkeypatch):
     """Also where a beginning has too few tokens and is lengthened, and where turns are out of the loss."""
     draw = random.Random(0)
@@ -242,7 +243,8 @@ def test_time_to_locate_turns_grows_with_their_number(monkeypatch):
         limited_process, "run", lambda *_, seconds, **__: limits.append(seconds - texts.RENDER_SECONDS) or []
     )
     for count in (2, 200, 200_000):
-        turns = chat_templates.turns(*["a" * (4_000_000 // count)] * count)
+        # Strings of their own, as those of a file are: an equal object is pickled once.
+        turns = chat_templates.turns(*("a" * (4_000_000 // count) for _ in range(count)))
         texts.render_records([Chat(tuple(turns))], "chat", ChatTemplate(chat.CHATML))
     assert limits[1] > 10 * limits[0]
     assert limits[2] < 10_000

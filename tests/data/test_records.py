@@ -13,6 +13,8 @@ from rora_theory.data.records import DataConfig
 from rora_theory.errors import InputError
 from rora_theory.finetune import Record, read_records
 
+pytestmark = pytest.mark.usefixtures("no_child")
+
 GOOD = {"instruction": "Say it.", "input": "", "output": "It.", "answer": "it"}
 
 
