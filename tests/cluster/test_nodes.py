@@ -133,8 +133,8 @@ def attempt_counts(marks: Path) -> list[int]:
 
 
 def until(condition: Callable[[], Any]) -> None:
-    """Wait for it, a minute at most."""
-    end = time.monotonic() + 60
+    """Wait for it, ten minutes at most: a busy machine may take minutes to start Ray."""
+    end = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -206,7 +206,7 @@ def test_a_driver_that_ended_is_started_again(nodes, whole, tmp_path, ended, sta
     process = subprocess.Popen([sys.executable, "-m", "support.squares", *words], stderr=subprocess.PIPE, text=True)
     until(lambda: squares.attempts(tmp_path, 3) and len(lines(out)) == 5)
     process.send_signal(ended)
-    errors = process.communicate(timeout=60)[1]
+    errors = process.communicate(timeout=600)[1]
     assert process.returncode == status
     own = [line for line in errors.splitlines() if not OF_RAY.match(line)]
     assert own == ([] if ended == signal.SIGKILL else [sims.STOPPED])
@@ -388,7 +388,7 @@ def test_two_workers_of_this_machine_leave_the_bytes_of_one_process(checkpoints,
     log = orphans.make_session_root() / f"session_of_a_test_{2**30}" / "logs" / "raylet.err"  # no process has this id
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as stderr:
-        left = subprocess.Popen(["sleep", "60"], stderr=stderr)
+        left = subprocess.Popen(["sleep", "3600"], stderr=stderr)
     words = [*checkpoints, *RANKS.split()]
     one, two = both(rank_sweep.main, words, tmp_path, "--workers", "2", "--cell-memory", "plan")
     assert len(unmeasured(one)) == 12
@@ -399,7 +399,7 @@ def test_two_workers_of_this_machine_leave_the_bytes_of_one_process(checkpoints,
     (node,) = cells_done(two).values()
     assert len(node) == 2
     assert min(node.values()) > 0
-    assert left.wait(timeout=1) == -signal.SIGKILL, "what an earlier driver left is stopped"
+    assert left.wait(timeout=60) == -signal.SIGKILL, "what an earlier driver left is stopped"
     shutil.rmtree(log.parents[1])
     gc.collect()
 

@@ -26,7 +26,7 @@ def start(tmp_path, monkeypatch) -> Iterator[Start]:
     def run(log: Path) -> "subprocess.Popen[bytes]":
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as stderr:
-            running.append(subprocess.Popen(["sleep", "60"], stderr=stderr))
+            running.append(subprocess.Popen(["sleep", "3600"], stderr=stderr))
         return running[-1]
 
     yield run
@@ -48,7 +48,7 @@ def test_only_processes_of_a_driver_that_has_ended_are_stopped(start, tmp_path) 
     reader = subprocess.Popen(["tail", "-f", log(root, ended.pid)])
     try:
         assert orphans.stop() == [left.pid]
-        assert left.wait(timeout=30) == -9
+        assert left.wait(timeout=60) == -9
         assert [process.poll() for process in (*others, reader)] == [None] * 4
         assert orphans.stop() == []
     finally:
