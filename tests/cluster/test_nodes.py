@@ -204,7 +204,7 @@ def test_a_driver_that_ended_is_started_again(nodes, whole, tmp_path, ended, sta
     out, release = tmp_path / "out", squares.hold(tmp_path, 3)
     words = [str(out), str(tmp_path), "--address", nodes.address]
     process = subprocess.Popen([sys.executable, "-m", "support.squares", *words], stderr=subprocess.PIPE, text=True)
-    until(lambda: squares.attempts(tmp_path, 3) and len(lines(out)) == 5)
+    until(lambda: process.poll() is not None or (squares.attempts(tmp_path, 3) and len(lines(out)) == 5))
     process.send_signal(ended)
     errors = process.communicate(timeout=600)[1]
     assert process.returncode == status
@@ -437,7 +437,8 @@ def test_local_workers_are_closed_to_the_network_and_stopped_after_a_killed_driv
     words = [str(tmp_path / "out"), str(tmp_path), "--workers", "2"]
     process = subprocess.Popen([sys.executable, "-m", "support.squares", *words], env=environment)
     try:
-        until(lambda: all(squares.attempts(tmp_path, side) for side in (1, 2)))
+        until(lambda: process.poll() is not None or all(squares.attempts(tmp_path, side) for side in (1, 2)))
+        assert process.poll() is None, "the driver ended before its cells began"
         started = processes_of(process.pid)
         assert processes_at_work(tmp_path) <= started
         addresses = listening({process.pid, *started})
