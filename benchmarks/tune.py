@@ -145,6 +145,7 @@ def replay(runs: Sequence[HorizonRun], tokens: Sequence[int]) -> pd.DataFrame:
                 strength=target.strength,
                 probe_steps=probe_steps,
                 screen_steps=None,
+                schedule="constant",
                 learning_rate=rates[1],
                 spacing=rates[1] / rates[0],
                 budget=float(target.steps),

@@ -92,7 +92,6 @@ def run(config: Config) -> None:
         config=probed.peft_entries(),
         rank=probed.rank,
         probe_rank=training.rank,
-        schedule=probed.schedule,
         remarks=[probe.remark],
     )
     folder.write_frame(result.curve)

@@ -55,8 +55,9 @@ export default {
       ]
     }
   },
-  "steps_exponents": {
+  "steps_exponents_constant": {
     "model": "SmolLM2-135M",
+    "schedule": "constant",
     "rows": "horizon/steps.csv seeds!=1",
     "ranges": {
       "exponent": [

@@ -21,13 +21,14 @@ const modelsOf = (prefix) => [
 const COST_MODELS = modelsOf("cost_");
 const CONSTANT_MODELS = modelsOf("displacement_constant_");
 const SETTINGS = measured.measured_settings.ranges;
-const STEPS_EXPONENTS = measured.steps_exponents.ranges.exponent.map((value) => Math.round(value * 10) / 10);
+const STEPS_EXPONENTS = {}; // range of the exponent in the steps by schedule
 const COST_OF_USE_RSLORA = measured.cost_of_use_rslora_at_the_tuned_rate.columns.regret;
 const CONSTANTS = {}; // range of K by model and number of steps
 const SCHEDULE_FACTORS = { constant: [1, 1] };
 for (const [name, entry] of Object.entries(measured)) {
   if (name.startsWith("displacement_constant_")) (CONSTANTS[entry.model] ??= []).push([entry.steps, entry.ranges.constant]);
   if (name.startsWith("schedule_factor_")) SCHEDULE_FACTORS[entry.schedule] = entry.ranges.factor;
+  if (name.startsWith("steps_exponents_")) STEPS_EXPONENTS[entry.schedule] = entry.ranges.exponent;
 }
 for (const rows of Object.values(CONSTANTS)) rows.sort(([a], [b]) => a - b);
 
@@ -121,9 +122,10 @@ export function carryRate(rate, oldStrength, newStrength, run) {
   const carried = (constant, coherence, exponent) =>
     rate * (size(oldStrength, constant, coherence) / size(newStrength, constant, coherence)) * run.growthOfSteps ** exponent;
   const [lowConstant, highConstant] = run.constants;
-  const best = carried(Math.sqrt(lowConstant * highConstant), COHERENCE_RANGE[0], (STEPS_EXPONENTS[0] + STEPS_EXPONENTS[1]) / 2);
+  const [lowExponent, highExponent] = run.stepsExponents;
+  const best = carried(Math.sqrt(lowConstant * highConstant), COHERENCE_RANGE[0], (lowExponent + highExponent) / 2);
   const ends = run.constants.flatMap((constant) =>
-    COHERENCE_RANGE.flatMap((coherence) => STEPS_EXPONENTS.map((exponent) => carried(constant, coherence, exponent))));
+    COHERENCE_RANGE.flatMap((coherence) => run.stepsExponents.map((exponent) => carried(constant, coherence, exponent))));
   const [low, high] = run.scheduleFactors ?? [1, 1];
   return { low: Math.min(best, ...ends) * low, best: best * Math.sqrt(low * high), high: Math.max(best, ...ends) * high };
 }
@@ -192,11 +194,22 @@ function runOf(asked, old) {
     steps, toSteps, schedule, toSchedule, own,
     constants: own !== null ? [own, own] : [Math.min(ranges[0][0], ranges[1][0]), Math.max(ranges[0][1], ranges[1][1])],
     growthOfSteps: steps === null ? 1 : toSteps / steps,
+    stepsExponents: stepsExponents([schedule, toSchedule]),
     changesSteps: steps !== toSteps,
     changesSchedule: schedule !== toSchedule,
     scheduleFactors: scheduleFactors(schedule, toSchedule),
-    hasUnmeasuredSchedule: [schedule, toSchedule].some((each) => each !== null && each !== "constant"),
+    hasUnmeasuredSchedule: [schedule, toSchedule].some((each) => each !== null && !(each in SCHEDULE_FACTORS)),
+    hasOtherSchedule: [schedule, toSchedule].some(isOther),
   };
+}
+
+const isOther = (schedule) => schedule !== null && schedule !== "constant";
+
+/** Lowest and highest exponent of the best rate in the steps: those of a constant rate, or of all measured schedules. */
+function stepsExponents(schedules) {
+  const ranges = schedules.some(isOther) ? Object.values(STEPS_EXPONENTS) : [STEPS_EXPONENTS.constant];
+  const ends = [Math.min(...ranges.map(([low]) => low)), Math.max(...ranges.map(([, high]) => high))];
+  return ends.map((value) => Math.round(value * 10) / 10);
 }
 
 /** Lowest and highest factor of the best rate due to the schedule; null if it was not measured. */
@@ -370,7 +383,7 @@ function lawOf({ old, unchanged, alpha, run, changed }) {
     if (run.steps === null && run.own === null) sentences.push("The range is narrower if the number of steps is given.");
   }
   if (run.changesSteps) {
-    const [low, high] = STEPS_EXPONENTS.map(Math.abs);
+    const [low, high] = run.stepsExponents.map(Math.abs);
     sentences.push(`The best rate falls as the number of steps to the power ${g(high, 6)} to ${g(low, 6)}, as measured.`);
   }
   if (run.changesSchedule) {
@@ -399,7 +412,9 @@ function limitsOf({ old, unchanged, alpha, run }) {
   const decreases = [[unchanged.rank < old.rank, "a lower rank"], [run.steps !== null && run.toSteps < run.steps, "fewer steps"]];
   const lower = decreases.filter(([isLower]) => isLower).map(([, name]) => name);
   if (lower.length) sentences.push(`Runs with ${lower.join(" and ")} than the tuned one were not compared.`);
-  const schedule = run.hasUnmeasuredSchedule ? "a constant rate, not with this schedule" : "a constant rate";
+  let schedule = "a constant rate";
+  if (run.hasUnmeasuredSchedule) schedule += ", not with this schedule";
+  else if (run.hasOtherSchedule) schedule += ", with another schedule in runs of one seed";
   sentences.push(`Measured in ${COST_MODELS.join(" and ")} alone, with AdamW and ${schedule}.`);
   return sentences;
 }

@@ -49,14 +49,35 @@ MEASURED_STEPS = _range_of("measured_settings", "step")
 MEASURED_SCHEDULE: Schedule = "constant"
 """Schedule of the runs."""
 
-STEPS_EXPONENTS = (
-    round(_range_of("steps_exponents", "exponent")[0], 1),
-    round(_range_of("steps_exponents", "exponent")[1], 1),
-)
-"""Lowest and highest exponent of the best rate in the number of steps, over conditions with two seeds or more.
+MEASURED_STEPS_EXPONENTS: dict[Schedule, tuple[float, float]] = {
+    entry["schedule"]: _range_of(name, "exponent")
+    for name, entry in ENTRIES.items()
+    if name.startswith("steps_exponents_")
+}
+"""Lowest and highest exponent of the best peak rate in the number of steps, by schedule.
 
-Rounded to one decimal, since the standard errors are 0.03 to 0.3.
+At a constant rate over conditions with two seeds or more; under the cosine schedule of one seed.
 """
+
+
+def steps_exponents(*schedules: Schedule | None) -> tuple[float, float]:
+    """Return the range of the exponent of the best peak rate in the number of optimizer steps.
+
+    A schedule other than a constant rate has the range of all schedules that were measured.
+
+    Args:
+      schedules: Schedules of the runs; None and no schedule stand for a constant rate.
+
+    Returns:
+      Lowest and highest exponent, rounded to one decimal, since their standard errors are 0.03 to 0.3.
+
+    Examples:
+      >>> steps_exponents("constant")
+      (-0.6, -0.4)
+    """
+    is_constant = all(schedule in (None, MEASURED_SCHEDULE) for schedule in schedules)
+    ranges = [MEASURED_STEPS_EXPONENTS[MEASURED_SCHEDULE]] if is_constant else list(MEASURED_STEPS_EXPONENTS.values())
+    return round(min(low for low, _ in ranges), 1), round(max(high for _, high in ranges), 1)
 
 
 def _constants_by_model() -> dict[str, dict[int, tuple[float, float]]]:

@@ -4,12 +4,12 @@ import math
 from dataclasses import dataclass
 
 from rora_theory.advice.measured import (
-    MEASURED_SCHEDULE,
+    MEASURED_SCHEDULE_FACTORS,
     SCHEDULES,
-    STEPS_EXPONENTS,
     Schedule,
     default_displacement_constants,
     schedule_factors,
+    steps_exponents,
 )
 from rora_theory.errors import InputError, shown
 from rora_theory.scaling import check_choice, check_integer, check_not_negative
@@ -73,6 +73,11 @@ class RunChange:
         return min(low for low, _ in ranges), max(high for _, high in ranges)
 
     @property
+    def steps_exponents(self) -> tuple[float, float]:
+        """Lowest and highest exponent of the best rate in the number of steps, under the schedules of both runs."""
+        return steps_exponents(self.schedule, self.to_schedule)
+
+    @property
     def changes_steps(self) -> bool:
         """Whether the two numbers of steps differ."""
         return self.steps != self.to_steps
@@ -92,7 +97,8 @@ class RunChange:
     @property
     def has_unmeasured_schedule(self) -> bool:
         """Whether a schedule is given with which no run was made."""
-        return any(schedule not in (None, MEASURED_SCHEDULE) for schedule in (self.schedule, self.to_schedule))
+        known = (None, *MEASURED_SCHEDULE_FACTORS)
+        return any(schedule not in known for schedule in (self.schedule, self.to_schedule))
 
     def carry(self, learning_rate: float, *, old_strength: float, new_strength: float) -> RateRange:
         """Compute the best rate of the new run by the displacement law.
@@ -111,7 +117,7 @@ class RunChange:
             displacement_constants=self.displacement_constants,
             old_steps=self.steps,
             new_steps=self.to_steps,
-            steps_exponents=STEPS_EXPONENTS,
+            steps_exponents=self.steps_exponents,
         )
         low, high = self.schedule_factors or (1.0, 1.0)
         return RateRange(rates.low * low, rates.best * math.sqrt(low * high), rates.high * high)

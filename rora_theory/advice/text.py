@@ -3,7 +3,7 @@
 from math import isclose
 
 from rora_theory.advice.carried import CarriedSetting, HorizonLimits, strength_of
-from rora_theory.advice.measured import CONSTANT_MODELS, COST_MODELS, COST_OF_USE_RSLORA, STEPS_EXPONENTS
+from rora_theory.advice.measured import CONSTANT_MODELS, COST_MODELS, COST_OF_USE_RSLORA, MEASURED_SCHEDULE
 from rora_theory.advice.setting import SIGNAL, Setting, step_ratio
 from rora_theory.optimizers import DISPLAY_NAMES
 from rora_theory.scaling import KAPPAS, exponent
@@ -109,7 +109,7 @@ def _describe_law(carried: CarriedSetting) -> list[str]:
         if carried.run.steps is None and carried.run.displacement_constant is None:
             sentences.append("The range is narrower if the number of steps is given.")
     if carried.run.changes_steps:
-        low, high = STEPS_EXPONENTS
+        low, high = carried.run.steps_exponents
         sentences.append(
             f"The best rate falls as the number of steps to the power {abs(high):g} to {abs(low):g}, as measured."
         )
@@ -134,6 +134,8 @@ def _describe_limits(carried: CarriedSetting) -> list[str]:
     schedule = "a constant rate"
     if carried.run.has_unmeasured_schedule:
         schedule += ", not with this schedule"
+    elif {carried.run.schedule, carried.run.to_schedule} - {None, MEASURED_SCHEDULE}:
+        schedule += ", with another schedule in runs of one seed"
     sentences.append(f"Measured in {' and '.join(COST_MODELS)} alone, with AdamW and {schedule}.")
     return sentences
 

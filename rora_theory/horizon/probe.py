@@ -98,7 +98,14 @@ class ProbeConfig:
         check_warmup(self.warmup, self.steps)
         self.training(Trial(1.0, self.steps), epochs=1)
         # Fails early where the budget is too small, whatever the records are.
-        make_plan(self.steps, self.strength, batch_tokens=1.0, held_out_tokens=1.0, budget=self.budget)
+        make_plan(
+            self.steps,
+            self.strength,
+            batch_tokens=1.0,
+            held_out_tokens=1.0,
+            schedule=self.schedule,
+            budget=self.budget,
+        )
 
     @property
     def strength(self) -> float:
@@ -169,6 +176,7 @@ class Probe:
             batch_tokens=batch_tokens,
             held_out_tokens=float(held_out.input_lengths.sum()),
             setup_tokens=float(held_out.input_lengths[inputs].sum()),
+            schedule=config.schedule,
             learning_rate=config.lr,
             budget=config.budget,
         )

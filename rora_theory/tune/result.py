@@ -157,7 +157,6 @@ def conclude(
     config: Any,
     rank: int,
     probe_rank: int,
-    schedule: str,
     remarks: Sequence[str] = (),
 ) -> Tuning:
     """Fit the best rate of a complete probe and carry it to the planned run.
@@ -169,7 +168,6 @@ def conclude(
       config: Settings of the planned run's adapter.
       rank: Rank of the planned run.
       probe_rank: Rank of the probe.
-      schedule: Schedule of both, for the assumptions.
       remarks: Further assumptions.
 
     Returns:
@@ -180,13 +178,14 @@ def conclude(
     """
     fitted = fit_best_rate(plan, runs, tokens)
     # The range covers the fit's interval, the exponents in the steps and the measured dependence on the rank.
-    by_steps, by_rank = carry_steps(1.0, plan.probe_steps, plan.steps), rank_factors(probe_rank, rank)
+    by_steps = carry_steps(1.0, plan.probe_steps, plan.steps, plan.schedule)
+    by_rank = rank_factors(probe_rank, rank)
     rates = RateRange(
         fitted.low * by_steps.low * by_rank.low,
         fitted.learning_rate * by_steps.best * by_rank.best,
         fitted.high * by_steps.high * by_rank.high,
     )
-    assumptions = (*_assumptions(plan, fitted, rank, probe_rank, schedule), *remarks)
+    assumptions = (*_assumptions(plan, fitted, rank, probe_rank), *remarks)
     return Tuning(
         learning_rate=rates.best,
         low=rates.low,
@@ -228,13 +227,13 @@ def expected_regret(*, same_rank: bool) -> ExpectedRegret:
     return ExpectedRegret(row["median"], row["largest"], row["pairs"], changed, f"{PUBLISHED}; policies.csv")
 
 
-def _assumptions(plan: ProbePlan, fitted: FittedRate, rank: int, probe_rank: int, schedule: str) -> list[str]:
-    low, high = measured.STEPS_EXPONENTS
+def _assumptions(plan: ProbePlan, fitted: FittedRate, rank: int, probe_rank: int) -> list[str]:
+    low, high = measured.steps_exponents(plan.schedule)
     sentences = [
         f"From {plan.probe_steps} to {plan.steps:,} steps the best rate is assumed to change as the number of steps to "
         f"the power of {low:g} to {high:g}, which was measured in {PUBLISHED}.",
-        f"The {schedule} schedule, the batches and the optimizer of the planned run are those of the probe, with the "
-        "schedule scaled to its number of steps. After another batch size, model or data set, run another probe.",
+        f"The {plan.schedule} schedule, the batches and the optimizer of the planned run are those of the probe, with "
+        "the schedule scaled to its number of steps. After another batch size, model or data set, run another probe.",
         "The probe has one seed. The range includes the spread between seeds of the published runs.",
     ]
     # Assumptions that hold for some probes only.

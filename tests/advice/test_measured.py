@@ -49,5 +49,15 @@ def test_a_number_of_steps_out_of_range_is_refused(steps) -> None:
 
 
 def test_the_exponents_in_the_steps_bracket_one_half() -> None:
-    low, high = measured.STEPS_EXPONENTS
+    low, high = measured.steps_exponents()
     assert -1 < low < -0.5 < high < 0
+
+
+def test_exponents_in_the_steps_cover_the_schedules_that_were_measured(monkeypatch) -> None:
+    """A constant rate has its own range. Another schedule, measured or not, has the range of all."""
+    constant = measured.MEASURED_STEPS_EXPONENTS["constant"]
+    monkeypatch.setitem(measured.MEASURED_STEPS_EXPONENTS, "cosine", (-0.31, -0.19))
+    expected = tuple(round(end, 1) for end in constant)
+    assert measured.steps_exponents() == measured.steps_exponents("constant", None) == expected
+    for schedules in (("cosine",), ("linear",), ("constant", "cosine")):
+        assert measured.steps_exponents(*schedules) == (expected[0], -0.2)

@@ -15,7 +15,7 @@ from rora_theory.adapter_config import FILE
 from rora_theory.adapters import LoraConfig
 from rora_theory.advice import measured, text
 from rora_theory.advice.lora_config import read_adapter_config
-from rora_theory.advice.measured import STEPS_EXPONENTS, default_displacement_constants
+from rora_theory.advice.measured import default_displacement_constants, steps_exponents
 from rora_theory.advice.setting import CROSS_TALK, SIGNAL, Setting, growth, step_ratio
 from rora_theory.advice.transfer import transfer
 from rora_theory.io import frames
@@ -300,7 +300,7 @@ def test_the_rate_is_the_displacement_law_s(optimizer, rule, rank, alpha, steps,
         displacement_constants=(min(low for low, _ in ranges), max(high for _, high in ranges)),
         old_steps=steps,
         new_steps=to_steps,
-        steps_exponents=STEPS_EXPONENTS,
+        steps_exponents=steps_exponents(),
     )
     assert advice.rate_range == pytest.approx(expected, rel=1e-9)
     assert advice.learning_rate == advice.rate_range.best

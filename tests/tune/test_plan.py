@@ -36,7 +36,7 @@ def probe(plan, best_at_64, *, limit=math.inf, finished=()):
     """Run a probe on curves whose best rate depends on the steps as in `carry_steps`."""
     runs = list(finished)
     while (trial := next_trial(plan, runs)) is not None:
-        best = carry_steps(best_at_64, 64, trial.steps).best
+        best = carry_steps(best_at_64, 64, trial.steps, plan.schedule).best
         losses = losses_at(trial.learning_rate, best, limit=limit)
         runs.append(
             ProbeRun(trial.learning_rate, trial.steps, diverged_at=2)
@@ -53,11 +53,11 @@ def plan_of(steps, **settings):
 
 def best_at_64(plan, factor):
     """Return the best rate of 64 steps that differs by a factor from the one that the probe expects."""
-    return factor * carry_steps(plan.learning_rate, plan.probe_steps, 64).best
+    return factor * carry_steps(plan.learning_rate, plan.probe_steps, 64, plan.schedule).best
 
 
 def concluded(plan, runs, rank=128):
-    return conclude(plan, runs, TOKENS, config=None, rank=rank, probe_rank=8, schedule="cosine")
+    return conclude(plan, runs, TOKENS, config=None, rank=rank, probe_rank=8)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_probe_finds_the_best_rate_within_its_budget(steps, factors) -> None:
         assert plan.probe_steps <= max(steps // 16, 5)
         result = concluded(plan, runs)
         assert result.cost.share <= 0.1
-        true = carry_steps(best_at_64(plan, factor), 64, steps).best
+        true = carry_steps(best_at_64(plan, factor), 64, steps, plan.schedule).best
         assert result.probe.edge == ""
         assert result.low < true < result.high
         at_best, at_advised = (sum(losses_at(rate, true)) / sum(TOKENS) for rate in (true, result.learning_rate))

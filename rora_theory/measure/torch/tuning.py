@@ -167,6 +167,7 @@ def tune(
         strength,
         batch_tokens=batch_tokens,
         held_out_tokens=sum(group.tokens for group in groups),
+        schedule=schedule,
         learning_rate=learning_rate,
         budget=budget,
     )
@@ -208,7 +209,6 @@ def tune(
         config=copy.deepcopy(config),
         rank=config.r,
         probe_rank=rank,
-        schedule=schedule,
         remarks=_remarks(plan, config, len(batches) // accumulation, used, groups),
     )
 
