@@ -46,8 +46,8 @@ def test_measured_checked_and_trained(pad, tmp_path, monkeypatch, capsys) -> Non
     from support import torch_chats, torch_models
 
     tokenizer = torch_chats.tokenizer(pad)
-    tokenizer.save_pretrained(tmp_path / "model")
-    torch_models.model("qwen2").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "base")
+    torch_models.model("qwen2").save_pretrained(tmp_path / "base")
     lines = []
     for i in range(48):
         question, reply = f"{'abcdefghij'[i % 10]} words", "do" * (1 + i % 3)
