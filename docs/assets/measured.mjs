@@ -66,6 +66,28 @@ export default {
       ]
     }
   },
+  "steps_exponents_cosine": {
+    "model": "SmolLM2-135M",
+    "schedule": "cosine",
+    "rows": "horizon_cosine/steps.csv",
+    "ranges": {
+      "exponent": [
+        -0.39601966142764966,
+        -0.24209276953054207
+      ]
+    }
+  },
+  "schedule_factor_cosine": {
+    "model": "SmolLM2-135M",
+    "schedule": "cosine",
+    "rows": "horizon_cosine/beside.csv beside=\"schedule constant\"",
+    "ranges": {
+      "ratio": [
+        1.7703672334167544,
+        2.4623180503397144
+      ]
+    }
+  },
   "measured_settings": {
     "model": "SmolLM2-135M",
     "rows": "horizon/constants.csv",

@@ -27,7 +27,7 @@ const CONSTANTS = {}; // range of K by model and number of steps
 const SCHEDULE_FACTORS = { constant: [1, 1] };
 for (const [name, entry] of Object.entries(measured)) {
   if (name.startsWith("displacement_constant_")) (CONSTANTS[entry.model] ??= []).push([entry.steps, entry.ranges.constant]);
-  if (name.startsWith("schedule_factor_")) SCHEDULE_FACTORS[entry.schedule] = entry.ranges.factor;
+  if (name.startsWith("schedule_factor_")) SCHEDULE_FACTORS[entry.schedule] = entry.ranges.ratio;
   if (name.startsWith("steps_exponents_")) STEPS_EXPONENTS[entry.schedule] = entry.ranges.exponent;
 }
 for (const rows of Object.values(CONSTANTS)) rows.sort(([a], [b]) => a - b);

@@ -133,13 +133,13 @@ def _constants_of_model(model: str, steps: int | None) -> tuple[float, float]:
 
 
 MEASURED_SCHEDULE_FACTORS: dict[Schedule, tuple[float, float]] = {MEASURED_SCHEDULE: (1.0, 1.0)} | {
-    entry["schedule"]: _range_of(name, "factor")
+    entry["schedule"]: _range_of(name, "ratio")
     for name, entry in ENTRIES.items()
     if name.startswith("schedule_factor_")
 }
 """Range of the best peak rate under a schedule, divided by the best constant rate, where it was measured.
 
-An entry ``schedule_factor_NAME`` of `measured.json` with the keys ``schedule`` and ``ranges.factor`` adds a schedule.
+An entry ``schedule_factor_NAME`` of `measured.json` with the keys ``schedule`` and ``ranges.ratio`` adds a schedule.
 """
 
 

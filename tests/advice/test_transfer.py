@@ -347,12 +347,15 @@ def test_four_times_the_steps_halve_the_rate() -> None:
 
 
 def test_a_schedule_that_was_not_measured_is_named(monkeypatch) -> None:
-    """It leaves the rate alone; once there is a factor, the rate and its range include it."""
+    """It leaves the rate alone; if there is a factor, the rate and its range include it."""
     old, to = Setting(16, 32.0, 2e-4), {"schedule": "constant", "to_schedule": "cosine"}
-    advice = transfer(old, 128, **to)
+    advice = transfer(old, 128, schedule="constant", to_schedule="linear")
     assert advice.learning_rate == 2e-4
-    assert "from constant to cosine was not measured and is left out of the rate" in advice.sentence()
-    assert "with this schedule" in advice.sentence()
+    assert "from constant to linear was not measured and is left out of the rate" in advice.sentence()
+    assert "not with this schedule" in advice.sentence()
+    published = transfer(old, 128, **to)
+    assert published.rate_range.low > 1.5 * 2e-4, "the best peak rate is higher than the best constant one"
+    assert "with another schedule in runs of one seed" in published.sentence()
     assert "schedule" not in transfer(old, 128, schedule="constant").sentence()
     assert "not with this schedule" in transfer(old, 128, schedule="linear").sentence()
     monkeypatch.setitem(measured.MEASURED_SCHEDULE_FACTORS, "cosine", (1.2, 2.0))

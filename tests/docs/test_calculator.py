@@ -156,7 +156,8 @@ def grid() -> list[dict[str, Any]]:
     rules = ("lora", "rora", "rslora", 0.25, 0.0)
     runs = [
         {}, {"steps": 16}, {"steps": 300, "to-steps": 77}, {"steps": 100, "to-steps": 4000, "schedule": "linear"},
-        {"schedule": "constant", "to-schedule": "cosine"}, {"schedule": "constant"}, {"displacement-constant": 95.5},
+        {"schedule": "constant", "to-schedule": "cosine"}, {"schedule": "constant", "to-schedule": "linear"},
+        {"schedule": "constant"}, {"displacement-constant": 95.5},
         {"steps": 40, "displacement-constant": 0.0},
     ]  # fmt: skip
     options = []
@@ -202,7 +203,8 @@ def test_it_answers_as_the_library_does(grid) -> None:
         "Outside the measured range: ",
         "fewer steps than the tuned one were not compared",
         "with the given K = 95.5",
-        "from constant to cosine was not measured",
+        "from constant to linear was not measured",
+        "with another schedule in runs of one seed",
         "not with this schedule",
     ):
         assert words in text

@@ -153,11 +153,16 @@ def test_the_cost_is_within_the_budget(total, budget, batch_tokens, held_out_tok
 
 def test_the_start_is_carried_to_the_probe() -> None:
     """A rate of the planned run becomes a higher one of the shorter probe; without one it is the published best."""
-    plan = plan_of(2000, learning_rate=2e-4)
-    assert plan.learning_rate == pytest.approx(2e-4 * (2000 / plan.probe_steps) ** 0.5)
-    published, weaker = (make_plan(1024, strength, batch_tokens=1, held_out_tokens=1) for strength in (64.0, 16.0))
+    constant, cosine = (plan_of(2000, learning_rate=2e-4, schedule=schedule) for schedule in ("constant", "cosine"))
+    assert constant.learning_rate == pytest.approx(2e-4 * (2000 / constant.probe_steps) ** 0.5)
+    assert cosine.learning_rate == pytest.approx(2e-4 * (2000 / cosine.probe_steps) ** 0.4), "it falls more slowly"
+    published, weaker, decaying = (
+        make_plan(1024, strength, batch_tokens=1, held_out_tokens=1, schedule=schedule)
+        for strength, schedule in ((64.0, "constant"), (16.0, "constant"), (64.0, "cosine"))
+    )
     assert published.learning_rate == pytest.approx(8.08e-4 * (64 / published.probe_steps) ** 0.5, rel=1e-3)
     assert 1.5 < weaker.learning_rate / published.learning_rate < 4
+    assert 1.5 < decaying.learning_rate / published.learning_rate < 3
 
 
 @pytest.mark.parametrize(
