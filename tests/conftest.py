@@ -16,12 +16,16 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said here, older versions write nothing as Ray forks
-# Most of the suite's time is compilation: it optimises nothing, and what one process has compiled all others read.
-# A program's code is made in one piece: split among threads, workers that share the cores took a sixth more time.
-# Flags are read anew at each compilation: `optimised` is for what draws much, or compares programs to the bit.
-# From JAX 0.11 on there are no simpler emitters to ask for, and a flag that XLA does not know ends the process.
-# TEST_XLA_FLAGS adds flags (.ci/kernels); XLA_FLAGS takes the place of all of these.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # if it is set, older versions do not warn when Ray forks
+# Ray reads this when it is imported, and transformers may import it: listen on the loopback address only.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+# The workers of pytest-xdist share the cores, on which idle threads of OpenBLAS would spin.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Most of the suite's time is compilation. Programs are not optimised, and all processes share one compilation cache.
+# Code is generated in one piece: with several threads, workers that share the cores took a sixth more time.
+# XLA reads the flags at each compilation: the fixture `optimised` changes them for tests that draw much.
+# JAX 0.11 has no flag for simpler emitters any more, and XLA ends the process if it does not know a flag.
+# TEST_XLA_FLAGS adds flags (.ci/kernels); XLA_FLAGS replaces all of them.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_flags_reset=true --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"

@@ -30,9 +30,9 @@ def run(base: list[str], words: str) -> commands.Ended:
 def test_it_says_what_is_missing_grows_and_judges_all_that_the_folder_has(base, tmp_path) -> None:
     out = tmp_path / "run"
     printed = run(base, f"--strengths 4 --lrs 1e-3 1e-2 --out {out}").out
-    assert "No rank and strength has three rates yet; 2 runs" in printed
+    assert "runs at three learning rates yet (2 runs" in printed
     printed = run(base, f"--strengths 4 --lrs 1e-3 1e-2 1e-1 --out {out}").out
-    assert "no two of their best rates can be compared yet" in printed
+    assert "No two best rates of the 3 runs" in printed
     first = (out / CELLS).read_text()
     printed = run(base, f"--strengths 40 --lrs 1e-3 1e-2 1e-1 --full-lrs 1e-4 1e-3 1e-2 --out {out}").out
     assert "compared with 9 runs:" in printed

@@ -134,7 +134,9 @@ def test_takeover_is_the_law_of_a_at_its_own_deviation(init) -> None:
 
     def takeover(**changed) -> list[dict]:
         config = RegimeConfig(inits=(init,), rows=0, **{"seed": 3} | changed)
-        return module_regime.takeover(config, layer, 5, partial(drawn_steps.takeover_rows, config, layer))
+        # The rows of an exact measurement, of which there are more.
+        draw = partial(drawn_steps.takeover_rows, replace(config, exact=True), layer)
+        return module_regime.takeover(config, layer, 5, draw)
 
     exact = takeover(exact=True)
     assert [(row["layer"], row["split"], row["rank"]) for row in exact] == [
@@ -151,6 +153,8 @@ def test_takeover_is_the_law_of_a_at_its_own_deviation(init) -> None:
     for row, expected in zip(takeover(), exact, strict=True):
         assert row["takeover"] == pytest.approx(expected["takeover"], rel=module_regime.ERRORS["takeover"])
         assert not [name for name in row if name.startswith("turn")]
+    fast = RegimeConfig(inits=(init,), rows=0)
+    assert len(drawn_steps.takeover_rows(fast, layer, init)) == fast.takeover_rows == 64
     other_draws = takeover(seed=4)[0]["takeover"]
     assert other_draws == pytest.approx(exact[0]["takeover"], rel=0.3)
     assert other_draws != pytest.approx(exact[0]["takeover"], rel=1e-6)
