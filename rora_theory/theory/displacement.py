@@ -10,7 +10,8 @@ Eliminating b gives
 
 .. math:: \rho (1 + \rho) = \frac{K}{G}, \qquad K = \frac{\lambda q W}{p^2}
 
-K depends on the model, its data and the progress of the run, but not on G. It is measured at any G as :math:`G \rho (1 + \rho)`.
+K depends on the model, its data and the progress of the run, but not on G. It is measured at any G as
+:math:`G \rho (1 + \rho)`.
 
 The best rate preserves the effective step rather than the change. One step of size eta moves every entry of B by eta
 and every entry of A by lambda eta, so the change moves by
