@@ -1,12 +1,13 @@
 """Regret of the learning rate that a probe advises, replayed on the published runs, beside trainers' default rates.
 
     python benchmarks/tune.py results/published/horizon --out results/published/tune
+    python benchmarks/tune.py results/published/horizon_cosine --out results/published/tune_cosine
 
 A probe of `rora_theory.tune` needs short runs at three learning rates and the loss of a few held-out records. The
 published runs contain such runs: their first 16 or 64 steps. This script fits the best rate of one seed and of one
 block of held-out records, carries it to the steps of longer runs as `tune` does, and computes the regret of the result
-on the measured curves. Nothing is trained. The schedule is constant, and the probe's runs are the beginnings of runs of
-the curve by which they are judged.
+on the measured curves. Nothing is trained. At a constant rate the probe's runs are the beginnings of runs of the curve
+by which they are judged; under another schedule they are runs of their own.
 
 Files in the output folder: `cases.csv` (a row for each probe), `by_target.csv` (a summary) and `defaults.csv` (regret
 of the default learning rates of TRL, LLaMA-Factory and Unsloth in the same settings).
@@ -26,10 +27,11 @@ from rora_theory.horizon.curves import curves_at, strength_of
 from rora_theory.horizon.runs import HorizonRun, distinct, read_finished
 from rora_theory.io import frames
 from rora_theory.io.files import write_whole
+from rora_theory.runs.reading import read_manifest
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.regret import loss_at
 from rora_theory.tune.curve import fit_best_rate
-from rora_theory.tune.plan import ProbePlan, ProbeRun, carry_steps
+from rora_theory.tune.plan import ProbePlan, ProbeRun, Schedule, carry_steps
 from rora_theory.tune.result import rank_factors
 from sims.common import cli
 from sims.common.tables import print_records
@@ -126,18 +128,20 @@ def probes(
             yield seed, block, probe_runs, list(tokens[records])
 
 
-def replay(runs: Sequence[HorizonRun], tokens: Sequence[int]) -> pd.DataFrame:
+def replay(runs: Sequence[HorizonRun], tokens: Sequence[int], schedule: Schedule = "constant") -> pd.DataFrame:
     """Return a row for each probe and planned run.
 
     Args:
       runs: Distinct runs of the folder.
       tokens: Number of tokens of each held-out record.
+      schedule: Learning-rate schedule of the runs.
     """
     rows: list[dict[str, Any]] = []
     for target, probe_steps in product(targets(runs, tokens), PROBE_STEPS):
         if probe_steps >= target.steps:
             continue
-        by_steps, by_rank = carry_steps(1.0, probe_steps, target.steps), rank_factors(PROBE_RANK, target.rank)
+        by_steps = carry_steps(1.0, probe_steps, target.steps, schedule)
+        by_rank = rank_factors(PROBE_RANK, target.rank)
         for seed, block, probe_runs, block_tokens in probes(runs, tokens, target.strength, probe_steps):
             rates = [run.learning_rate for run in probe_runs]
             plan = ProbePlan(
@@ -145,7 +149,7 @@ def replay(runs: Sequence[HorizonRun], tokens: Sequence[int]) -> pd.DataFrame:
                 strength=target.strength,
                 probe_steps=probe_steps,
                 screen_steps=None,
-                schedule="constant",
+                schedule=schedule,
                 learning_rate=rates[1],
                 spacing=rates[1] / rates[0],
                 budget=float(target.steps),
@@ -205,7 +209,8 @@ def main(config: Config) -> None:
     # Full fine-tuning has no adapter whose rate a probe could tune.
     runs = [replace(run, strength=round(run.strength, 9)) for run in runs if run.rank and run.strength]
     tokens = frames.read_csv(config.run / "records.csv")["tokens"].astype(int).tolist()
-    cases, costs = replay(runs, tokens), defaults(runs, tokens)
+    manifest = read_manifest(config.run, ("config",)) or {"config": {}}
+    cases, costs = replay(runs, tokens, manifest["config"].get("schedule", "constant")), defaults(runs, tokens)
     summary = by_target(cases)
     config.out.mkdir(parents=True, exist_ok=True)
     for name, frame in (("cases", cases), ("by_target", summary), ("defaults", costs)):

@@ -41,6 +41,15 @@ def test_a_probe_of_the_assumed_law_has_almost_no_regret(cases) -> None:
     assert tune.replay(known_runs(0.5), TOKENS)["regret"].max() > 0.01, "another law of the steps"
 
 
+def test_the_schedule_decides_the_exponent() -> None:
+    """Under a cosine schedule the advised rate falls with the steps to the power of -0.4, not -0.5."""
+    constant, cosine = (tune.replay(known_runs(-0.4), TOKENS, schedule) for schedule in ("constant", "cosine"))
+    growth = constant["steps"] / constant["probe_steps"]
+    assert (cosine["learning_rate"] / constant["learning_rate"]).to_numpy() == pytest.approx(growth.to_numpy() ** 0.1)
+    assert (cosine["low"] == constant["low"]).all()
+    assert (cosine["high"] > constant["high"]).all()
+
+
 def test_probes_at_the_end_of_a_grid_are_counted_and_left_out(cases) -> None:
     summary = tune.by_target(cases.assign(is_edge=[True, *[False] * (len(cases) - 1)]))
     assert int(summary["edges"].sum()) == 1
