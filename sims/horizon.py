@@ -97,7 +97,7 @@ def run(config: Config) -> None:
     runs = horizon_runs.distinct(horizon_runs.read_finished(folder.path))
     folder.write_frame(horizon_runs.horizon_table(runs, tokens, answered), "results.csv")
     law = {"takeovers": takeovers, "linear_terms": linear_terms}
-    judged = horizons.judge_runs(runs, tokens, **law, warmup=grid.warmup, other_runs=other_runs)
+    judged = horizons.judge_runs(runs, tokens, **law, warmup=grid.warmup, schedule=grid.schedule, other_runs=other_runs)
     for name, frame in judged.files().items():
         folder.write_frame(frame, name)
     samples, regret = "seeds and held-out records", "largest regret, nats per token"

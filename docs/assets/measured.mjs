@@ -120,14 +120,14 @@ export default {
   },
   "cost_strength": {
     "model": "SmolLM2-135M",
-    "row": "horizon/policies.csv changed=\"strength\" policy=\"displacement\"",
+    "row": "horizon/policies.csv changed=\"strength\" policy=\"advice\"",
     "columns": {
       "changed": "strength",
-      "policy": "displacement",
+      "policy": "advice",
       "pairs": 30,
-      "median": 0.00010139003033757255,
-      "largest": 0.0049313100151337315,
-      "largest_error": 0.0025890397545692855
+      "median": 0.00012904011942291294,
+      "largest": 0.003145171474382813,
+      "largest_error": 0.004272106065830718
     }
   },
   "cost_steps": {
@@ -144,14 +144,14 @@ export default {
   },
   "cost_rank_strength": {
     "model": "SmolLM2-135M",
-    "row": "horizon/policies.csv changed=\"rank strength\" policy=\"displacement\"",
+    "row": "horizon/policies.csv changed=\"rank strength\" policy=\"advice\"",
     "columns": {
       "changed": "rank strength",
-      "policy": "displacement",
+      "policy": "advice",
       "pairs": 36,
-      "median": 0.0003623112981477883,
-      "largest": 0.0029979523346345127,
-      "largest_error": 0.0007591925819305057
+      "median": 0.0003775333594732514,
+      "largest": 0.004182297002924089,
+      "largest_error": 0.002185700054188063
     }
   },
   "cost_rank_steps": {
@@ -168,26 +168,26 @@ export default {
   },
   "cost_strength_steps": {
     "model": "SmolLM2-135M",
-    "row": "horizon/policies.csv changed=\"strength steps\" policy=\"displacement and steps\"",
+    "row": "horizon/policies.csv changed=\"strength steps\" policy=\"advice\"",
     "columns": {
       "changed": "strength steps",
-      "policy": "displacement and steps",
+      "policy": "advice",
       "pairs": 26,
-      "median": 1.2257834597591739e-05,
-      "largest": 0.0024785872590550317,
-      "largest_error": 0.0006306144093527061
+      "median": 3.828269347611046e-05,
+      "largest": 0.0019431577735415557,
+      "largest_error": 0.0017450896546362395
     }
   },
   "cost_rank_strength_steps": {
     "model": "SmolLM2-135M",
-    "row": "horizon/policies.csv changed=\"rank strength steps\" policy=\"displacement and steps\"",
+    "row": "horizon/policies.csv changed=\"rank strength steps\" policy=\"advice\"",
     "columns": {
       "changed": "rank strength steps",
-      "policy": "displacement and steps",
+      "policy": "advice",
       "pairs": 32,
-      "median": 0.000323077106500369,
-      "largest": 0.002869968720399315,
-      "largest_error": 0.0007275718331151885
+      "median": 0.0007275115618478045,
+      "largest": 0.0034968016694372217,
+      "largest_error": 0.0034822777088382444
     }
   },
   "cost_of_use_rslora_at_the_tuned_rate": {

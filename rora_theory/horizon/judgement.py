@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from rora_theory.advice.measured import Schedule
 from rora_theory.horizon.curves import FULL, at_one_rate, best_rate_table, compare_best_rates, curves_at
 from rora_theory.horizon.estimators import estimator_table
 from rora_theory.horizon.law import horizon_exponents, step_exponents
@@ -66,6 +67,7 @@ def judge_runs(
     *,
     takeovers: Sequence[float],
     warmup: int,
+    schedule: Schedule = "constant",
     linear_terms: Sequence[float] = (),
     other_runs: Mapping[str, Sequence[HorizonRun]] | None = None,
 ) -> HorizonJudgement:
@@ -76,6 +78,7 @@ def judge_runs(
       tokens: Number of tokens of each held-out record.
       takeovers: Takeover distances of the model's modules for the law's exponents; if empty, these are left out.
       warmup: Number of steps of linear warm-up.
+      schedule: Schedule of the learning rate after the warm-up.
       linear_terms: Linear terms of the model's modules, see `law.horizon_exponents`.
       other_runs: Runs to compare with, by description, see `runs.read_comparison_runs`.
     """
@@ -117,7 +120,7 @@ def judge_runs(
     if ranges:
         middle = {step: math.sqrt(low * high) for step, (low, high) in ranges.items()}
         takeover = float(np.median(takeovers)) if takeovers else None
-        costs = regret_table(runs, tokens, curves, policies(middle, takeover=takeover))
+        costs = regret_table(runs, tokens, curves, policies(middle, takeover=takeover, schedule=schedule))
     return HorizonJudgement(
         best,
         _concatenate(comparisons),

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from rora_theory.advice.measured import Schedule
+from rora_theory.advice.run_change import RunChange
 from rora_theory.horizon.curves import FULL, curves_at, strength_of
 from rora_theory.horizon.runs import HorizonRun
 from rora_theory.io import frames
@@ -37,7 +39,11 @@ RatePolicy = Callable[[Condition, Condition, float], float]
 
 
 def policies(
-    constants: Mapping[int, float], *, takeover: float | None = None, coherence: float = 1.0
+    constants: Mapping[int, float],
+    *,
+    takeover: float | None = None,
+    coherence: float = 1.0,
+    schedule: Schedule = "constant",
 ) -> dict[str, RatePolicy]:
     """Return the policies that are compared, by name.
 
@@ -45,10 +51,12 @@ def policies(
       constants: Displacement constant K by number of steps; the nearest number in log is used.
       takeover: Median takeover distance of the model's modules; None leaves the constant-gradient law out.
       coherence: Coherence c of the displacement law, from 1 to 2.
+      schedule: Learning-rate schedule of the runs.
 
     Returns:
       Policies that leave the rate alone when the number of steps changes (``keep the rate``, ``first step``,
-      ``square root``, ``displacement``, ``constant gradient``), and ``displacement and steps``.
+      ``square root``, ``displacement``, ``constant gradient``), ``displacement and steps``, and ``advice``: the rate
+      of `rora_theory.transfer`, whose constants are the default ones and not those of the runs.
     """
 
     # The displacement law, with the constant measured at about this number of steps.
@@ -69,12 +77,18 @@ def policies(
     def halved(old: Condition, new: Condition, rate: float) -> float:
         return displaced(old, new, rate) * (new.steps / old.steps) ** -0.5
 
+    # What a user of `rora_theory.transfer` is told, with the constants of all models.
+    def advised(old: Condition, new: Condition, rate: float) -> float:
+        change = RunChange(steps=old.steps, to_steps=new.steps, schedule=schedule)
+        return change.carry(rate, old_strength=old.strength, new_strength=new.strength).best
+
     by_name: dict[str, RatePolicy] = {
         "keep the rate": lambda _old, _new, rate: rate,
         "first step": lambda old, new, rate: rate * old.strength / new.strength,
         "square root": lambda old, new, rate: rate * (old.strength / new.strength) ** 0.5,
         "displacement": displaced,
         "displacement and steps": halved,
+        "advice": advised,
     }
     return by_name if takeover is None else by_name | {"constant gradient": at_constant_gradient}
 

@@ -371,11 +371,11 @@ def test_the_cost_is_the_published_one() -> None:
     old = Setting(16, 32.0, 2e-4)
     for new, changed, policy in (
         ({"rank": 128}, "rank", "keep the rate"),
-        ({"rank": 16, "alpha": 64.0}, "strength", "displacement"),
-        ({"rank": 128, "alpha": 256.0}, "rank strength", "displacement"),
+        ({"rank": 16, "alpha": 64.0}, "strength", "advice"),
+        ({"rank": 128, "alpha": 256.0}, "rank strength", "advice"),
         ({"rank": 16, "steps": 16, "to_steps": 64}, "steps", "displacement and steps"),
         ({"rank": 128, "steps": 16, "to_steps": 64}, "rank steps", "displacement and steps"),
-        ({"rank": 128, "alpha": 256.0, "steps": 16, "to_steps": 64}, "rank strength steps", "displacement and steps"),
+        ({"rank": 128, "alpha": 256.0, "steps": 16, "to_steps": 64}, "rank strength steps", "advice"),
     ):
         advice = transfer(old, **new)
         (row,) = frames.rows(frames.where(published, {"changed": changed, "policy": policy}))

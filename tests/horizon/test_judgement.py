@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from figures import horizon as figure
+from rora_theory import Setting, transfer
 from rora_theory.errors import InputError
 from rora_theory.horizon import curves as horizon_curves
 from rora_theory.horizon import grid as horizon_grid
@@ -769,3 +770,14 @@ def test_all_pairs_of_strengths_are_compared_by_each_estimator() -> None:
     assert {(row["first"], row["second"]) for row in frames.rows(table)} == {(16, 64), (16, 724), (64, 724)}
     assert set(table["over"]) == {"strength"}
     np.testing.assert_allclose(table["exponent"], 0, atol=1e-3)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_the_advice_is_the_rate_that_transfer_names(schedule) -> None:
+    """Its constants are the default ones, whatever the runs' own K is."""
+    policy = regret.policies({64: 130.0}, schedule=schedule)["advice"]
+    old, new = regret.Condition(8, 64.0, 64), regret.Condition(128, 724.0, 256)
+    run_settings = {"steps": 64, "to_steps": 256, "schedule": schedule}
+    advice = transfer(Setting(8, 64.0, 1e-3), 128, alpha=724.0, **run_settings)
+    assert policy(old, new, 1e-3) == pytest.approx(advice.learning_rate, rel=1e-12)
+    assert policy(old, new, 1e-3) != pytest.approx(regret.policies({64: 130.0})["displacement"](old, new, 1e-3))
