@@ -1,7 +1,8 @@
 """Regret of the learning rate that a probe advises, replayed on the published runs, beside trainers' default rates.
 
     python benchmarks/tune.py results/published/horizon --out results/published/tune
-    python benchmarks/tune.py results/published/horizon_cosine --out results/published/tune_cosine
+    python benchmarks/tune.py results/published/horizon_cosine --out results/published/tune_cosine \\
+        --probes results/published/tune_cosine/tenth results/published/tune_cosine/more
 
 A probe of `rora_theory.tune` needs short runs at three learning rates and the loss of a few held-out records. The
 published runs contain such runs: their first 16 or 64 steps. This script fits the best rate of one seed and of one
@@ -10,9 +11,11 @@ on the measured curves. Nothing is trained. At a constant rate the probe's runs 
 by which they are judged; under another schedule they are runs of their own.
 
 Files in the output folder: `cases.csv` (a row for each probe), `by_target.csv` (a summary) and `defaults.csv` (regret
-of the default learning rates of TRL, LLaMA-Factory and Unsloth in the same settings).
+of the default learning rates of TRL, LLaMA-Factory and Unsloth in the same settings). With ``--probes``, `probes.csv`
+has the regret of the rates that runs of `sims.tune` named, at the planned number of steps and gamma r.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -25,9 +28,10 @@ import tyro
 
 from rora_theory.horizon.curves import curves_at, strength_of
 from rora_theory.horizon.runs import HorizonRun, distinct, read_finished
-from rora_theory.io import frames
+from rora_theory.io import files, frames
 from rora_theory.io.files import write_whole
 from rora_theory.runs.reading import read_manifest
+from rora_theory.scaling import scaling_factor
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.regret import loss_at
 from rora_theory.tune.curve import fit_best_rate
@@ -58,6 +62,8 @@ class Config:
     """Run folder of sims.horizon, such as results/published/horizon."""
     out: Path
     """Output folder."""
+    probes: tuple[Path, ...] = ()
+    """Run folders of sims.tune, planned for the same records, schedule and settings."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +209,35 @@ def defaults(runs: Sequence[HorizonRun], tokens: Sequence[int]) -> pd.DataFrame:
     return frames.from_rows(rows, columns)
 
 
+def named(folders: Sequence[Path], runs: Sequence[HorizonRun], tokens: Sequence[int]) -> pd.DataFrame:
+    """Return the regret of the rates that runs of `sims.tune` named, in every measured setting that they planned.
+
+    A rate holds for any rank at the planned gamma r, see `rora_theory.tune.result.rank_factors`.
+
+    Args:
+      folders: Run folders of sims.tune.
+      runs: Distinct runs of the measured folder.
+      tokens: Number of tokens of each held-out record.
+    """
+    rows = []
+    for folder in folders:
+        settings = read_manifest(folder, ("config",))["config"]
+        tuning = files.read_json(folder / "tuning.json", accepted="the file of a run of sims.tune")
+        strength = scaling_factor(settings["rule"], alpha=settings["alpha"], rank=settings["rank"]) * settings["rank"]
+        for target in targets(runs, tokens):
+            if target.steps != settings["steps"] or not math.isclose(target.strength, strength, rel_tol=1e-6):
+                continue
+            cost, is_lower_bound = target.regret(tuning["learning_rate"])
+            rows.append(
+                {"probe": folder.name, "probe_steps": tuning["probe"]["steps"], "share": tuning["cost"]["share"]}
+                | {name: tuning[name] for name in ("learning_rate", "low", "high")}
+                | {"rank": target.rank, "steps": target.steps, "best_rate": target.best_rate, "regret": cost}
+                | {"is_lower_bound": is_lower_bound, "is_edge": target.is_edge}
+            )
+    columns = ("probe", "probe_steps", "share", "learning_rate", "low", "high", "rank", "steps", "best_rate", "regret")
+    return frames.from_rows(rows, (*columns, "is_lower_bound", "is_edge"))
+
+
 def main(config: Config) -> None:
     """Replay the probes, write the tables and print the summary."""
     runs = distinct(read_finished(config.run))
@@ -213,7 +248,10 @@ def main(config: Config) -> None:
     cases, costs = replay(runs, tokens, manifest["config"].get("schedule", "constant")), defaults(runs, tokens)
     summary = by_target(cases)
     config.out.mkdir(parents=True, exist_ok=True)
-    for name, frame in (("cases", cases), ("by_target", summary), ("defaults", costs)):
+    tables = {"cases": cases, "by_target": summary, "defaults": costs}
+    if config.probes:
+        tables["probes"] = named(config.probes, runs, tokens)
+    for name, frame in tables.items():
         write_whole(config.out / f"{name}.csv", frames.to_csv(frame))
     print_records(
         "Regret of the advised rate, nats per token",

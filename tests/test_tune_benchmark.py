@@ -1,5 +1,6 @@
 """The replay of probes on measured runs: regret and coverage where the best rates are known."""
 
+import json
 import math
 
 import pandas as pd
@@ -8,6 +9,7 @@ import pytest
 from benchmarks import tune
 from rora_theory.horizon.readings import Reading, ReadRun
 from rora_theory.horizon.runs import HorizonRun
+from rora_theory.runs import seals
 
 TOKENS = [10 + index % 7 for index in range(32)]
 
@@ -61,3 +63,18 @@ def test_a_default_rate_outside_the_measured_ones_is_a_lower_bound() -> None:
     below = costs[costs["learning_rate"] < 2e-4]
     assert below["is_lower_bound"].all()
     assert (below["regret"] > 0).all()
+
+
+def test_rates_that_a_probe_named_are_judged_where_they_were_planned(tmp_path) -> None:
+    """At the planned steps and gamma r, at any rank: here G = 64 after 256 steps, whose best rate is 4e-4."""
+    for name, steps, alpha, rate in (("best", 256, 64.0, 4e-4), ("far", 256, 64.0, 16e-4), ("other", 256, 16.0, 4e-4)):
+        settings = {"rule": "lora", "alpha": alpha, "rank": 128, "steps": steps}
+        probe = {"probe": {"steps": 16}, "cost": {"share": 0.1}, "learning_rate": rate, "low": 2e-4, "high": 8e-4}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps(seals.seal({"config": settings})))
+        (tmp_path / name / "tuning.json").write_text(json.dumps(probe))
+    folders = [tmp_path / name for name in ("best", "far", "other")]
+    table = tune.named(folders, known_runs(-0.5), TOKENS).set_index(["probe", "rank"])
+    assert set(table.index) == {(name, rank) for name in ("best", "far") for rank in (8, 128)}
+    assert table.loc[("best", 8), "regret"] == pytest.approx(0.0, abs=1e-12)
+    assert table.loc[("far", 128), "regret"] == pytest.approx(0.02 * math.log(4) ** 2, rel=1e-6)

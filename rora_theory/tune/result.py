@@ -229,9 +229,10 @@ def expected_regret(*, same_rank: bool) -> ExpectedRegret:
 
 def _assumptions(plan: ProbePlan, fitted: FittedRate, rank: int, probe_rank: int) -> list[str]:
     low, high = measured.steps_exponents(plan.schedule)
+    scope = PUBLISHED if plan.schedule == measured.MEASURED_SCHEDULE else f"{PUBLISHED}, and cosine decay with one seed"
     sentences = [
         f"From {plan.probe_steps} to {plan.steps:,} steps the best rate is assumed to change as the number of steps to "
-        f"the power of {low:g} to {high:g}, which was measured in {PUBLISHED}.",
+        f"the power of {low:g} to {high:g}, which was measured in {scope}.",
         f"The {plan.schedule} schedule, the batches and the optimizer of the planned run are those of the probe, with "
         "the schedule scaled to its number of steps. After another batch size, model or data set, run another probe.",
         "The probe has one seed. The range includes the spread between seeds of the published runs.",
