@@ -145,7 +145,8 @@ class Tuning:
         }
         figure = plots.plot_losses(losses, axis=axis)
         # The band and both rates leave no room for the legend inside.
-        axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+        with plt.rc_context(plots.STYLE):
+            axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
         return figure
 
 
