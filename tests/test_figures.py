@@ -64,6 +64,7 @@ FIGURES = {
         (exponent_vs_strength, {}),
         (displacement_ratio, {}),
     ],
+    "horizon_cosine": [(horizon_loss, {"ranks": (8, 128), "strengths": (64.0,), "steps": 256, "top": 0.97})],
     "horizon_gemma": [(displacement_ratio, {})],
     "rank_sweep_pruned": [
         (accuracy_vs_rank, {"lr": 3e-4, "name": "SmolLM2-135M pruned to half"}),
