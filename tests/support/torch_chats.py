@@ -1,9 +1,14 @@
-"""A tokenizer of letters with a chat template, for tiny models of `torch_models`."""
+"""A tokenizer of letters with a chat template, for tiny models of `torch_models`.
+
+A test file that imports this module is skipped without the extra torch.
+"""
 
 from typing import Any
 
-import tokenizers
-import transformers
+import pytest
+
+tokenizers = pytest.importorskip("tokenizers", reason="the extra finetune")
+transformers = pytest.importorskip("transformers", reason="the bridge: the extra torch")
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>\n{% endfor %}"
