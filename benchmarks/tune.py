@@ -29,7 +29,6 @@ import tyro
 from rora_theory.horizon.curves import curves_at, strength_of
 from rora_theory.horizon.runs import HorizonRun, distinct, read_finished
 from rora_theory.io import files, frames
-from rora_theory.io.files import write_whole
 from rora_theory.runs.reading import read_manifest
 from rora_theory.scaling import scaling_factor
 from rora_theory.stats.rate_curves import Curve
@@ -219,12 +218,12 @@ def named(folders: Sequence[Path], runs: Sequence[HorizonRun], tokens: Sequence[
       runs: Distinct runs of the measured folder.
       tokens: Number of tokens of each held-out record.
     """
-    rows = []
+    rows, measured = [], targets(runs, tokens)
     for folder in folders:
         settings = read_manifest(folder, ("config",))["config"]
         tuning = files.read_json(folder / "tuning.json", accepted="the file of a run of sims.tune")
         strength = scaling_factor(settings["rule"], alpha=settings["alpha"], rank=settings["rank"]) * settings["rank"]
-        for target in targets(runs, tokens):
+        for target in measured:
             if target.steps != settings["steps"] or not math.isclose(target.strength, strength, rel_tol=1e-6):
                 continue
             cost, is_lower_bound = target.regret(tuning["learning_rate"])
@@ -244,15 +243,16 @@ def main(config: Config) -> None:
     # Full fine-tuning has no adapter whose rate a probe could tune.
     runs = [replace(run, strength=round(run.strength, 9)) for run in runs if run.rank and run.strength]
     tokens = frames.read_csv(config.run / "records.csv")["tokens"].astype(int).tolist()
-    manifest = read_manifest(config.run, ("config",)) or {"config": {}}
-    cases, costs = replay(runs, tokens, manifest["config"].get("schedule", "constant")), defaults(runs, tokens)
+    # A manifest leaves out a constant schedule. `read_finished` has shown that there is one.
+    schedule = read_manifest(config.run, ("config",))["config"].get("schedule", "constant")
+    cases, costs = replay(runs, tokens, schedule), defaults(runs, tokens)
     summary = by_target(cases)
     config.out.mkdir(parents=True, exist_ok=True)
     tables = {"cases": cases, "by_target": summary, "defaults": costs}
     if config.probes:
         tables["probes"] = named(config.probes, runs, tokens)
     for name, frame in tables.items():
-        write_whole(config.out / f"{name}.csv", frames.to_csv(frame))
+        files.write_whole(config.out / f"{name}.csv", frames.to_csv(frame))
     print_records(
         "Regret of the advised rate, nats per token",
         frames.rows(summary),

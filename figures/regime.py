@@ -34,12 +34,9 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """Draw the figures; those of takeover and sizes only if the run measured them."""
-    manifest = style.read_manifest(config.run, "regime")
     # Without --exact or --rows a run has crossing ranks, but no sizes of steps.
-    crossings = frames.read_csv(config.run / "crossing_ranks.csv", accepted=FINISHED)
+    manifest, crossings = style.read_frame(config.run, "regime", "crossing_ranks.csv")
     rows = frames.read_csv(config.run / "results.csv", accepted=FINISHED)
-    if crossings.empty:
-        style.fail(f"{config.run}/crossing_ranks.csv: has no rows. Choose a run with at least one finished cell.")
     init, run_modules = config.init or crossings["init"].iloc[0], set(crossings["module"])
     style.check_among("--init", init, crossings["init"])
     if unknown := [name for name in config.modules if name not in run_modules]:

@@ -157,12 +157,14 @@ def read_manifest(folder: Path, experiment: str | None = None) -> dict[str, Any]
     return manifest
 
 
-def read_frame(folder: Path, experiment: str | None = None) -> tuple[dict[str, Any], "pd.DataFrame"]:
-    """Read the manifest and the table of a run folder. A missing, damaged or changed file ends the command."""
+def read_frame(
+    folder: Path, experiment: str | None = None, name: str = "results.csv"
+) -> tuple[dict[str, Any], "pd.DataFrame"]:
+    """Read the manifest and a table of a run folder. A missing, damaged, changed or empty file ends the command."""
     manifest = read_manifest(folder, experiment)
-    table = frames.read_csv(folder / "results.csv", accepted=RUN_FILE)
+    table = frames.read_csv(folder / name, accepted=RUN_FILE)
     if table.empty:
-        fail(f"{folder}/results.csv: has no rows. Choose a run with at least one finished cell.")
+        fail(f"{folder}/{name}: has no rows. Choose a run with at least one finished cell.")
     return manifest, table
 
 

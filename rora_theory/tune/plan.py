@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rora_theory.advice import measured
+from rora_theory.advice.run_change import RunChange
 from rora_theory.errors import InputError
 from rora_theory.scaling import check_integer, check_not_negative, check_positive, check_share
 from rora_theory.theory.displacement import RateRange, carry_rate
@@ -258,10 +259,11 @@ def make_plan(
     evaluation_cost = min(rest, EVALUATION_COST * held_out_tokens / batch_tokens)
     # Carry the learning rate to the probe's number of steps.
     if learning_rate is None:
-        start = measured.ROWS["best_rate"]["best_rate"]
-        low, high = measured.schedule_factors(measured.MEASURED_SCHEDULE, schedule) or (1.0, 1.0)
-        start *= math.sqrt(low * high)
-        learning_rate = _carry(start, ANCHOR_STRENGTH, strength, ANCHOR_STEPS, steps, schedule).best
+        change = RunChange(steps=ANCHOR_STEPS, schedule=measured.MEASURED_SCHEDULE, to_schedule=schedule)
+        start = change.carry(
+            measured.ROWS["best_rate"]["best_rate"], old_strength=ANCHOR_STRENGTH, new_strength=strength
+        )
+        learning_rate = carry_steps(start.best, ANCHOR_STEPS, steps, schedule).best
     return ProbePlan(
         steps=steps,
         strength=float(strength),
@@ -320,7 +322,25 @@ def carry_steps(learning_rate: float, old_steps: int, new_steps: int, schedule: 
       The learning rate and its range, with the schedule's measured exponents; `EARLY_STEPS_EXPONENTS` apply below
       `SHORTEST_MEASURED` steps.
     """
-    return _carry(learning_rate, 1.0, 1.0, old_steps, new_steps, schedule)
+    low = best = high = learning_rate
+    limit = SHORTEST_MEASURED
+    # Split the change of the steps where the measured exponents begin.
+    for first, last, exponents in (
+        (min(old_steps, limit), min(new_steps, limit), EARLY_STEPS_EXPONENTS),
+        (max(old_steps, limit), max(new_steps, limit), measured.steps_exponents(schedule)),
+    ):
+        # At an unchanged gamma * r the displacement constant has no effect.
+        factors = carry_rate(
+            1.0,
+            old_strength=1.0,
+            new_strength=1.0,
+            displacement_constants=(0.0, 0.0),
+            old_steps=first,
+            new_steps=last,
+            steps_exponents=exponents,
+        )
+        low, best, high = low * factors.low, best * factors.best, high * factors.high
+    return RateRange(low, best, high)
 
 
 def schedule_factor(schedule: Schedule, step: int, *, steps: int, warmup: int = 0) -> float:
@@ -362,43 +382,6 @@ def check_warmup(warmup: int, steps: int) -> None:
     check_integer("warmup", warmup, minimum=0)
     if warmup >= steps:
         raise InputError(f"warmup must be less than the number of steps, {steps}, got {warmup}")
-
-
-def _carry(
-    learning_rate: float,
-    old_strength: float,
-    new_strength: float,
-    old_steps: int,
-    new_steps: int,
-    schedule: Schedule,
-) -> RateRange:
-    constants, steps_exponents = measured.default_displacement_constants(old_steps), measured.steps_exponents(schedule)
-    # Change gamma r first, at the old number of steps.
-    at_strength = carry_rate(
-        learning_rate,
-        old_strength=old_strength,
-        new_strength=new_strength,
-        displacement_constants=constants,
-        steps_exponents=steps_exponents,
-    )
-    # Split the change of the steps where the measured exponents begin.
-    low, best, high = at_strength
-    limit = SHORTEST_MEASURED
-    for first, last, exponents in (
-        (min(old_steps, limit), min(new_steps, limit), EARLY_STEPS_EXPONENTS),
-        (max(old_steps, limit), max(new_steps, limit), steps_exponents),
-    ):
-        factors = carry_rate(
-            1.0,
-            old_strength=1.0,
-            new_strength=1.0,
-            displacement_constants=constants,
-            old_steps=first,
-            new_steps=last,
-            steps_exponents=exponents,
-        )
-        low, best, high = low * factors.low, best * factors.best, high * factors.high
-    return RateRange(low, best, high)
 
 
 def _screen_steps(probe_steps: int) -> int:
