@@ -60,6 +60,11 @@ At a constant rate over conditions with two seeds or more; under the cosine sche
 """
 
 
+def is_constant_rate(*schedules: Schedule | None) -> bool:
+    """Return whether all runs have a constant rate, the schedule of most measurements, which None stands for."""
+    return all(schedule in (None, MEASURED_SCHEDULE) for schedule in schedules)
+
+
 def steps_exponents(*schedules: Schedule | None) -> tuple[float, float]:
     """Return the range of the exponent of the best peak rate in the number of optimizer steps.
 
@@ -75,8 +80,9 @@ def steps_exponents(*schedules: Schedule | None) -> tuple[float, float]:
       >>> steps_exponents("constant")
       (-0.6, -0.4)
     """
-    is_constant = all(schedule in (None, MEASURED_SCHEDULE) for schedule in schedules)
-    ranges = [MEASURED_STEPS_EXPONENTS[MEASURED_SCHEDULE]] if is_constant else list(MEASURED_STEPS_EXPONENTS.values())
+    ranges = list(MEASURED_STEPS_EXPONENTS.values())
+    if is_constant_rate(*schedules):
+        ranges = [MEASURED_STEPS_EXPONENTS[MEASURED_SCHEDULE]]
     return round(min(low for low, _ in ranges), 1), round(max(high for _, high in ranges), 1)
 
 

@@ -3,7 +3,7 @@
 from math import isclose
 
 from rora_theory.advice.carried import CarriedSetting, HorizonLimits, strength_of
-from rora_theory.advice.measured import CONSTANT_MODELS, COST_MODELS, COST_OF_USE_RSLORA, MEASURED_SCHEDULE
+from rora_theory.advice.measured import CONSTANT_MODELS, COST_MODELS, COST_OF_USE_RSLORA, is_constant_rate
 from rora_theory.advice.setting import SIGNAL, Setting, step_ratio
 from rora_theory.optimizers import DISPLAY_NAMES
 from rora_theory.scaling import KAPPAS, exponent
@@ -134,7 +134,7 @@ def _describe_limits(carried: CarriedSetting) -> list[str]:
     schedule = "a constant rate"
     if carried.run.has_unmeasured_schedule:
         schedule += ", not with this schedule"
-    elif {carried.run.schedule, carried.run.to_schedule} - {None, MEASURED_SCHEDULE}:
+    elif not is_constant_rate(carried.run.schedule, carried.run.to_schedule):
         schedule += ", with another schedule in runs of one seed"
     sentences.append(f"Measured in {' and '.join(COST_MODELS)} alone, with AdamW and {schedule}.")
     return sentences

@@ -230,7 +230,7 @@ def expected_regret(*, same_rank: bool) -> ExpectedRegret:
 
 def _assumptions(plan: ProbePlan, fitted: FittedRate, rank: int, probe_rank: int) -> list[str]:
     low, high = measured.steps_exponents(plan.schedule)
-    scope = PUBLISHED if plan.schedule == measured.MEASURED_SCHEDULE else f"{PUBLISHED}, and cosine decay with one seed"
+    scope = PUBLISHED if measured.is_constant_rate(plan.schedule) else f"{PUBLISHED}, and cosine decay with one seed"
     sentences = [
         f"From {plan.probe_steps} to {plan.steps:,} steps the best rate is assumed to change as the number of steps to "
         f"the power of {low:g} to {high:g}, which was measured in {scope}.",
