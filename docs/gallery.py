@@ -1,7 +1,7 @@
 """The gallery of published figures, made from the manifests, the code that draws them and the pages that use them.
 
 Every published figure appears under the page that shows its run most often, or that names its command most often if
-no page shows the run. Commands are folded.
+no page shows the run. The commands of a run are in its manifest; those that draw its figures are folded.
 """
 
 import ast
@@ -125,14 +125,20 @@ def markdown() -> str:
         lines += [f'<section class="gallery" data-question="{page.stem}" markdown>', ""]
         lines += [f"## [{_title(page)}]({link})", ""]
         stated_commands: set[str] = set()
+        stated_captions: set[str] = set()
         for run, run_figures in sections[page].items():
             lines += [f"### {run.relative_to(PUBLISHED).as_posix()}", "", _data_links(run), ""]
             commands = [figure.drawing.command for figure in run_figures]
             for figure in run_figures:
-                # State the subject of a command once in a section, and only if the captions of its figures need it.
+                # State a caption once in a section, and the subject of its command only if the captions need it.
                 command = figure.drawing.command
-                lines += _image(figure, with_subject=commands.count(command) == 1 and command not in stated_commands)
+                sentences = [figure.drawing.caption]
+                if commands.count(command) == 1 and command not in stated_commands:
+                    sentences.insert(0, figure.drawing.subject)
+                caption = " ".join(sentences)
+                lines += _image(figure, "As above." if caption in stated_captions else caption)
                 stated_commands.add(command)
+                stated_captions |= {caption, figure.drawing.caption}
             lines += _commands(run_figures)
         lines += ["</section>", ""]
     return "\n".join(lines)
@@ -146,29 +152,25 @@ def _data_links(run: Path) -> str:
 
 
 def _commands(run_figures: Sequence[Figure]) -> list[str]:
-    """Return the folded commands that made a run and that draw its figures."""
+    """Return the folded commands that draw a run's figures with options, or what its manifest does not record."""
     figure = run_figures[0]
-    lines = ["<details markdown><summary>Commands</summary>", ""]
+    lines = []
     if not figure.commands:
         keys = {"command": "command", "versions": "packages", "revision": "git_revision", "date": "end"}
         missing = [word for word, key in keys.items() if key not in figure.manifest]
         lines += [f"The manifest of this run records its settings, but not: {', '.join(missing)}.", ""]
-    elif len(figure.commands) > 1:
-        lines += [f"The manifest lists the {len(figure.commands)} commands of the run.", ""]
-    run_lines = [shlex.join(command) for command in figure.commands] if len(figure.commands) == 1 else []
-    # The page states how to draw the figures that need no options.
     redraw_lines = dict.fromkeys(shlex.join(figure.redraw) for figure in run_figures if figure.redraw_options)
-    if run_lines or redraw_lines:
-        lines += ["```", *run_lines, *redraw_lines, "```", ""]
-    return [*lines, "</details>", ""]
+    if redraw_lines:
+        lines += ["<details markdown><summary>Commands</summary>", ""]
+        lines += ["```", *redraw_lines, "```", "", "</details>", ""]
+    return lines
 
 
-def _image(figure: Figure, *, with_subject: bool) -> list[str]:
+def _image(figure: Figure, caption: str) -> list[str]:
     """Return a figure that opens its file, and its caption."""
     image = f"published/{figure.path.relative_to(PUBLISHED).as_posix()}"
     alt = figure.path.stem.replace("_", " ")
-    sentences = [figure.drawing.subject, figure.drawing.caption] if with_subject else [figure.drawing.caption]
-    return [f"[![{alt}]({image})]({image})", "", " ".join(sentences), ""]
+    return [f"[![{alt}]({image})]({image})", "", caption, ""]
 
 
 @cache
