@@ -30,7 +30,7 @@ SOURCE = re.compile(r"[,:] (?:from )?(?:an? |runs? |of )*sims\.\w+(?: or cells o
 
 
 class Drawing(NamedTuple):
-    """How a figure is drawn.
+    """Command and captions of a figure.
 
     Attributes:
       command: Name of the command of `rora figures`.
@@ -50,7 +50,7 @@ class Figure:
     Attributes:
       path: Path of the PNG file.
       manifest: Manifest of the run that the figure shows.
-      drawing: How the figure is drawn.
+      drawing: Command and captions of the figure.
     """
 
     path: Path
