@@ -34,6 +34,9 @@ HALF = 0.05
 HALF_EXACT = Fraction(1, 20)
 """`HALF` as an exact fraction."""
 
+HALF_SHARE = 0.005
+"""Half a unit of the last printed digit of a parameter percentage, which has two decimals."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -313,7 +316,8 @@ def parameter_shares(
 ) -> list[Finding]:
     """Find the ranks that the printed parameter percentages of ``method`` correspond to.
 
-    Rows with the percentage of their stated rank give no finding.
+    Rows with the percentage of their stated rank give no finding: the printed figure has to be the exact one rounded to
+    two decimals, as the figures of all rows of LoRA are at rank 32.
 
     Args:
       rows: Printed rows.
@@ -334,7 +338,7 @@ def parameter_shares(
         expected = None if rank is None else lora_percent(row.model, rank)
         if expected is None:
             text = f"prints {row.params_percent:.2f}% trainable, rank {implied}'s share; no rank is stated"
-        elif abs(row.params_percent - expected) > 0.1 * expected:
+        elif abs(row.params_percent - expected) > HALF_SHARE + 1e-9:
             text = (
                 f"prints {row.params_percent:.2f}% trainable, rank {implied}'s share; the stated rank {rank} trains "
                 f"{expected:.2f}%"
