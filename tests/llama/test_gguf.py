@@ -16,7 +16,7 @@ from support import gguf_files, numpy_llama
 
 from rora_theory.errors import InputError
 from rora_theory.llama import LinearRope, Llama3Rope, LlamaConfig, forward, load, rope
-from rora_theory.llama.gguf_file import config_from_gguf, load_gguf, open_gguf
+from rora_theory.llama.gguf_file import TENSOR_TYPES, config_from_gguf, load_gguf, open_gguf
 from rora_theory.llama.quantised import QuantisedWeight, dense_params
 
 # Rows of 256: one block of the K-quantisations.
@@ -82,6 +82,10 @@ def nibbles(data: np.ndarray) -> np.ndarray:
     return np.concatenate([data & 15, data >> 4], axis=-1).astype(np.float32)
 
 
+def bits(data: np.ndarray) -> np.ndarray:
+    return np.stack([byte >> i & 1 for byte in data.T for i in range(8)], axis=-1).astype(np.float32)
+
+
 def f16(data: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(data).view(np.float16).astype(np.float32)
 
@@ -101,9 +105,14 @@ def define(kind: Type, raw: np.ndarray) -> np.ndarray:
             values = f16(blocks[:, :2]) * (nibbles(blocks[:, 2:]) - 8)
         case Type.Q4_1:  # scale, minimum, 32 nibbles
             values = f16(blocks[:, :2]) * nibbles(blocks[:, 4:]) + f16(blocks[:, 2:4])
-        case Type.Q4_K:  # scales of scales and minima, 8 x (6-bit scale, 6-bit minimum), 256 nibbles
+        case Type.Q5_0:  # scale, 32 fifth bits, 32 nibbles; about 16
+            values = f16(blocks[:, :2]) * (nibbles(blocks[:, 6:]) + 16 * bits(blocks[:, 2:6]) - 16)
+        case Type.Q5_1:  # scale, minimum, 32 fifth bits, 32 nibbles
+            values = f16(blocks[:, :2]) * (nibbles(blocks[:, 8:]) + 16 * bits(blocks[:, 4:8])) + f16(blocks[:, 2:4])
+        case Type.Q4_K | Type.Q5_K:
+            # Scales of scales and minima, 8 x (6-bit scale, 6-bit minimum), 256 fifth bits (Q5_K), 256 nibbles.
             d, d_minimum = f16(blocks[:, :2]), f16(blocks[:, 2:4])
-            packed, quants = blocks[:, 4:16], blocks[:, 16:]
+            packed, fifth, quants = blocks[:, 4:16], blocks[:, 16:-128], blocks[:, -128:]
             values = np.empty((len(blocks), 256), np.float32)
             for j in range(8):
                 if j < 4:
@@ -112,6 +121,8 @@ def define(kind: Type, raw: np.ndarray) -> np.ndarray:
                     scale = (packed[:, j + 4] & 15) | ((packed[:, j - 4] >> 6) << 4)
                     minimum = (packed[:, j + 4] >> 4) | ((packed[:, j] >> 6) << 4)
                 quant = quants[:, 32 * (j // 2) : 32 * (j // 2) + 32] >> (4 * (j % 2)) & 15
+                if kind == Type.Q5_K:  # bit j of byte l is that of the value l of sub-block j
+                    quant = quant | (fifth >> j & 1) << 4
                 scale, minimum = (part[:, None].astype(np.float32) for part in (scale, minimum))
                 values[:, 32 * j : 32 * j + 32] = d * scale * quant - d_minimum * minimum
         case Type.Q6_K:  # low nibbles, high pairs of bits, 16 signed scales, scale of scales
@@ -122,25 +133,33 @@ def define(kind: Type, raw: np.ndarray) -> np.ndarray:
                 half, rest = divmod(i, 128)
                 part, j = divmod(rest, 32)
                 nibble = low[:, 64 * half + 32 * (part % 2) + j] >> (4 * (part // 2)) & 15
-                bits = high[:, 32 * half + j] >> (2 * part) & 3
-                quant = (nibble | bits << 4).astype(np.float32) - 32
+                pair = high[:, 32 * half + j] >> (2 * part) & 3
+                quant = (nibble | pair << 4).astype(np.float32) - 32
                 values[:, i] = d[:, 0] * scales[:, i // 16] * quant
     return values.reshape(len(raw), -1)
 
 
-@pytest.mark.parametrize("kind", [Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q4_K, Type.Q6_K])
+QUANTISED = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+
+
+def test_every_type_has_its_definition_below():
+    assert set(TENSOR_TYPES) == {"F32", *QUANTISED}
+
+
+@pytest.mark.parametrize("kind", [Type[name] for name in QUANTISED])
 def test_quantised_weights_equal_their_definition(kind, write):
     stored = {}
 
     def encode(name, array):
         if array.ndim == 1:
             return array, None
-        if kind in (Type.Q4_K, Type.Q6_K):  # no quantiser in Python: blocks of random bits, with plain scales
+        # The types K have no quantiser in Python: take blocks of random bits, with plain scales.
+        if kind in (Type.Q4_K, Type.Q5_K, Type.Q6_K):
             block, size = gguf.GGML_QUANT_SIZES[kind]
             count = array.size // block
             raw = np.random.default_rng(len(name)).integers(0, 256, (count, size), np.uint8)
             scale = np.random.default_rng(1).uniform(1e-3, 2e-3, (count, 2)).astype(np.float16).view(np.uint8)
-            raw[:, :4] = scale if kind == Type.Q4_K else raw[:, :4]
+            raw[:, :4] = raw[:, :4] if kind == Type.Q6_K else scale
             raw[:, -2:] = scale[:, :2] if kind == Type.Q6_K else raw[:, -2:]
             raw = raw.reshape(len(array), -1)
         else:
