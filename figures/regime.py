@@ -94,6 +94,7 @@ def _takeover(rows: pd.DataFrame, learning_rate: float, split: str, out: Path) -
                 markersize=2,
                 label=label,
             )
+    plots.label_short_axis(axes[0])
     title = f"Adam, A {rows['init'].iloc[0]}, {plots.REGIME_SPLITS[split]} tokens; "
     title += f"steps at rate {learning_rate:g} and a constant gradient"
     style.legend(figure, style.named(axes), title)

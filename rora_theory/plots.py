@@ -147,6 +147,7 @@ def plot_regime(crossings: "pandas.DataFrame", title: str = "") -> "matplotlib.f
             for position, optimizer in enumerate(dict.fromkeys(crossings["optimizer"])):
                 rows = crossings[(crossings["type"] == name) & (crossings["optimizer"] == optimizer)]
                 draw_crossings(axis, rows, colour=COLOURS[position], marker=MARKERS[position], label=optimizer)
+        label_short_axis(axes[0])
         handles = named(axes)
         # The bands have no labels, so a rectangle stands for the quartiles of each optimizer.
         for optimizer, handle in list(handles.items()):
@@ -352,6 +353,21 @@ def layer_panels(names: Sequence[str], label: str) -> tuple["matplotlib.figure.F
         # Panels share ticks with those below them, which an incomplete last row does not have.
         axis.tick_params(labelbottom=position + columns >= len(names))
     return figure, axes[: len(names)]
+
+
+def label_short_axis(axis: "matplotlib.axes.Axes") -> None:
+    """Label 1, 2 and 5 of each decade of a logarithmic y axis of at most two and a half decades.
+
+    On such an axis the default labels further multiples in scientific notation, which overlap. Longer axes keep the
+    powers of ten. Call it after drawing: the axis is that of the data.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    low, high = axis.get_ylim()
+    if high / low <= 10**2.5:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def module_types(names: Iterable[str]) -> dict[str, str]:

@@ -1,5 +1,8 @@
 """Plots of measurements: the axes have the data, and the figures can be saved."""
 
+import itertools
+import operator
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -12,6 +15,7 @@ import pytest
 from rora_theory import InputError, plots
 
 RANKS = (2, 8, 32)
+BOTTOM = operator.attrgetter("y0")
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +99,19 @@ def test_a_regime_has_a_panel_for_each_type_of_module(tmp_path, modules) -> None
     figure.savefig(tmp_path / "regime.png")
     with pytest.raises(InputError, match=r"crossings must .*got none"):
         plots.plot_regime(crossing_frame(layers=0).reindex(columns=crossing_frame().columns))
+
+
+@pytest.mark.parametrize("upper", [40.0, 100.0, 3000.0])
+def test_the_labels_of_crossing_ranks_do_not_overlap(upper) -> None:
+    """Axes of one and a half, two and three decades."""
+    figure = plots.plot_regime(crossing_frame().assign(lower_quartile=1.2, upper_quartile=upper))
+    figure.canvas.draw()
+    axis = figure.axes[0].yaxis
+    texts = [tick.label1 for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()) if tick.label1.get_text()]
+    low, high = figure.axes[0].get_ylim()
+    boxes = sorted((text.get_window_extent() for text in texts if low <= text.get_position()[1] <= high), key=BOTTOM)
+    assert len(boxes) >= 3
+    assert all(below.y1 < above.y0 for below, above in itertools.pairwise(boxes))
 
 
 def test_losses_against_the_rate(tmp_path) -> None:
