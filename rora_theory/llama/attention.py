@@ -160,6 +160,9 @@ def _blocked_forward(
     for rows, visible_keys in _blocks(q.shape[1], k.shape[1]):
         scores, _ = _scores(_group(q, rows, k.shape[2]), keys, mask, rows, visible_keys)
         # Softmax, stabilised by the row's largest score; the division comes after the product with the values.
+        # A hidden key has the weight 0, but 0 x NaN is NaN: a value that is not finite reaches the queries of its block
+        # that must not see it. PyTorch's and cuDNN's kernels behave alike. Hiding it here would take a second product,
+        # since later queries must still see it, and finite models and valid ids, padding included, have no such value.
         top = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)

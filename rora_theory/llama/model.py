@@ -177,7 +177,8 @@ def forward(
 
     Args:
       params: Weights, in the tree of the module docstring. Their dtype is the dtype of the activations.
-      tokens: Token ids from 0 to ``vocab_size`` - 1. Another id gives NaN, never another token's embedding.
+      tokens: Token ids from 0 to ``vocab_size`` - 1. Another id gives NaN, never another token's embedding. It spoils
+        its whole row, positions before it and under a mask included, so padding needs a valid id too.
       config: Configuration of the model, static under jit.
       adapter: Adapter that runs beside the weights; None for the base model.
       attention_mask: Array that is non-zero at real tokens; None if all are real. Positions count real tokens, so left
