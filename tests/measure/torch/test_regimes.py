@@ -20,7 +20,7 @@ from rora_theory.measure.regimes import terms
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.measure.torch import hooks, regime
 from rora_theory.measure.torch import regimes as torch_regimes
-from rora_theory.measure.torch.modules import chosen, linear_modules, without_adapters
+from rora_theory.measure.torch.modules import chosen, linear_modules, linear_size, without_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
 SMALL = RegimeConfig(ranks=(1, 4), rules=("lora",), inits=("gaussian",), rows=0, tokens=9)
@@ -243,15 +243,37 @@ def test_weights_that_are_loaded_when_needed() -> None:
 class Packed(torch.nn.Module):
     """Stands in for a quantised linear module: whole numbers, unpacked when it is run, of no use to autograd."""
 
+    levels = 127
+
     def __init__(self, linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        scale = linear.weight.detach().abs().max() / 127
+        scale = linear.weight.detach().abs().max() / self.levels
         self.register_buffer("scale", scale)
-        self.weight = torch.nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.pack((linear.weight.detach() / scale).round().to(torch.int8))
+
+    def pack(self, quants) -> None:
+        self.weight = torch.nn.Parameter(quants, requires_grad=False)
+
+    def unpacked(self):
+        return self.weight
 
     def forward(self, x):
-        return x @ (self.weight.to(x.dtype) * self.scale).T
+        return x @ (self.unpacked().to(x.dtype) * self.scale).T
+
+
+class PackedInPairs(Packed):
+    """Two numbers of 4 bits in a byte: one column of half as many entries as the module has weights, a buffer."""
+
+    levels = 7
+
+    def pack(self, quants) -> None:
+        even, odd = (quants + 8).to(torch.uint8).reshape(-1, 2).T
+        self.register_buffer("weight", (even | odd << 4)[:, None])
+
+    def unpacked(self):
+        pairs = torch.cat([self.weight & 15, self.weight >> 4], dim=1)
+        return (pairs.to(torch.int8) - 8).reshape(self.out_features, self.in_features)
 
 
 def bitsandbytes_of_4_bits(linear) -> torch.nn.Module:
@@ -261,18 +283,23 @@ def bitsandbytes_of_4_bits(linear) -> torch.nn.Module:
     return packed.to("cpu")
 
 
-@pytest.mark.parametrize("pack", [Packed, bitsandbytes_of_4_bits])
+@pytest.mark.parametrize("pack", [Packed, PackedInPairs, bitsandbytes_of_4_bits])
 def test_quantised_modules(pack) -> None:
-    """G is that of the model whose weights are the quantised ones: each is read off by running it on the identity."""
+    """G is that of the model whose weights are the quantised ones: each is read off by running it on the identity.
+    The weights are counted as those of a plain module, and are not copied while the model is measured."""
     model, plain = torch_models.model(), torch_models.model()
     for name, linear in chosen(plain, None).items():
         parent, _, last = name.rpartition(".")
         packed = pack(linear)
+        assert linear_size(packed) == linear.weight.numel()
         setattr(model.get_submodule(parent), last, packed)
         with torch.no_grad():
             linear.weight.copy_(packed(torch.eye(linear.in_features)).T)
     assert_same(gradients(model, BATCHES[0]), autograd(plain, BATCHES[0]), tolerance=1e-4)
+    # Buffers of a model in training are restored, which writes to them and counts their versions up.
+    versions = {name: module.weight._version for name, module in chosen(model.train(), None).items()}
     assert len(regime(model, *BATCHES, config=SMALL).tokens) == 2 * len(chosen(plain, None))
+    assert {name: module.weight._version for name, module in chosen(model, None).items()} == versions
 
 
 def test_wrapped_models() -> None:
