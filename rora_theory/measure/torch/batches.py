@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from rora_theory.errors import InputError
+from rora_theory.errors import InputError, shown
 from rora_theory.measure.tokens import PADDING_ID, mark_repeats
 from rora_theory.measure.torch.modules import task_type
 
@@ -39,6 +39,45 @@ def model_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
             "Add labels to the batch, or pass a function as loss."
         )
     return loss
+
+
+def check_batch(name: str, batch: object) -> None:
+    """Raise `InputError` unless ``batch`` is a mapping with at least one row of tokens, if it has tokens."""
+    if not isinstance(batch, Mapping) or not batch:
+        raise InputError(
+            f"{name} must be a mapping with the arguments of the model's forward pass, such as input_ids and labels, "
+            f"got {shown(batch)}"
+        )
+    for key in ("input_ids", "labels"):
+        value = batch.get(key)
+        if isinstance(value, torch.Tensor) and not value.numel():
+            raise InputError(f"{name} must have at least one row, got {key} of shape {tuple(value.shape)}")
+
+
+def check_function(name: str, value: object) -> None:
+    """Raise `InputError` unless ``value`` can be called."""
+    if not callable(value):
+        raise InputError(f"{name} must be a function, got {shown(value)}")
+
+
+def checked_loss(loss: Loss | None) -> Loss:
+    """Return a loss function that refuses results other than a tensor with one number; None is `model_loss`.
+
+    Raises:
+      InputError: If ``loss`` is not a function. Later: if it returns anything else.
+    """
+    if loss is None:
+        return model_loss
+    check_function("loss", loss)
+
+    def compute(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        value = loss(model, batch)
+        if not isinstance(value, torch.Tensor) or value.numel() != 1:
+            result = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else shown(value)
+            raise InputError(f"loss must return a tensor with one number, got {result}")
+        return value
+
+    return compute
 
 
 class TokenMasks(NamedTuple):

@@ -13,7 +13,7 @@ The draws of A are nested: the A of a smaller rank consists of the first rows of
 noise of different ranks is shared. `rora_theory.measure.rank_check.check` is the check of scaling rules in JAX.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from peft.tuners.lora import LoraLayer
 
 from rora_theory import inits, plots
 from rora_theory.adapter_config import init_of
-from rora_theory.errors import InputError
+from rora_theory.errors import InputError, shown
 from rora_theory.measure.rank_check.coordinate_table import (
     MODEL,
     MODEL_QUANTITIES,
@@ -36,11 +36,21 @@ from rora_theory.measure.rank_check.coordinate_table import (
     judge_model,
 )
 from rora_theory.measure.regimes import thin
-from rora_theory.measure.torch.batches import Batch, Loss, find_masks, model_loss, move_batch, select_masks
-from rora_theory.measure.torch.modules import base_model, preserved_state, unwrap, with_autograd
+from rora_theory.measure.torch.batches import (
+    Batch,
+    Loss,
+    check_batch,
+    check_function,
+    checked_loss,
+    find_masks,
+    move_batch,
+    select_masks,
+)
+from rora_theory.measure.torch.modules import base_model, check_model, preserved_state, unwrap, with_autograd
+from rora_theory.measure.torch.probe import check_optimizer
 from rora_theory.measure.torch.progress import bar
 from rora_theory.random.seeds import check_seed
-from rora_theory.scaling import check_integer
+from rora_theory.scaling import check_integer, check_positive
 from rora_theory.stats.slopes import BAND
 from rora_theory.validation.rules import check_ranks, check_steps, listed
 
@@ -175,13 +185,31 @@ def coordinate_check(
         argument is out of range.
     """
     # Validate before any model is made.
+    check_function("make_model", make_model)
+    for option, integers in (("ranks", ranks), ("steps", steps)):
+        if not isinstance(integers, Collection):
+            raise InputError(f"{option} must be a sequence of integers, got {shown(integers)}")
     check_ranks(ranks)
+    for step in steps:
+        check_integer("steps", step)
     check_steps(steps)
     check_integer("seeds", seeds, minimum=2)
     check_seed("seed", seed)
     ranks = tuple(sorted(ranks))
-    batches = [batch] if isinstance(batch, Mapping) else list(batch)
-    compute_loss = model_loss if loss is None else loss
+    batches = list(batch) if isinstance(batch, Iterable) and not isinstance(batch, Mapping) else [batch]
+    if not batches:
+        raise InputError("batch must have at least one batch, got none")
+    for training_batch in batches:
+        check_batch("batch", training_batch)
+    if held_out is not None:
+        check_batch("held_out", held_out)
+    check_positive("band", band)
+    compute_loss = checked_loss(loss)
+    if make_optimizer is None:
+        for rank in ranks:
+            check_positive("learning_rate", learning_rate(rank) if callable(learning_rate) else learning_rate)
+    else:
+        check_function("make_optimizer", make_optimizer)
     make = adamw(learning_rate) if make_optimizer is None else make_optimizer
     # Sizes by coordinate, seed and rank; NaN marks what is not measured.
     values: dict[Coordinate, np.ndarray] = {}
@@ -191,7 +219,9 @@ def coordinate_check(
     description = f"Checking {len(ranks)} ranks with {seeds} draws of A ({total} training steps)"
     with with_autograd(), bar(total, description=description, unit="step", shown=progress) as progress_bar:
         for number, column, rank in runs:
-            model = unwrap(make_model(rank))
+            model = make_model(rank)
+            check_model(model, f"make_model({rank})")
+            model = unwrap(model)
             with preserved_state(model):
                 # Dropout masks depend on the seed alone: ranks share them.
                 torch.manual_seed(seed + number)
@@ -200,6 +230,7 @@ def coordinate_check(
                 # Train the adapter and record the size of every coordinate.
                 run = _Run(model, layers, batches, held_out, compute_loss)
                 optimizer = make([parameter for parameter in model.parameters() if parameter.requires_grad], rank)
+                check_optimizer(optimizer)
                 for coordinate, value in run.measure(optimizer, steps, progress_bar.update):
                     values.setdefault(coordinate, np.full((seeds, len(ranks)), np.nan))[number, column] = value
             optimizers.append(_describe_optimizer(optimizer))

@@ -177,6 +177,8 @@ def _collator(first: Any, name: str, tokenizer: Any, max_length: int) -> Callabl
         raise InputError(f"{name} has records with {kind}, which need a tokenizer. Pass tokenizer, or batches.")
     if kind == "messages":
         return ChatCollator(tokenizer, max_length)
+    if not callable(tokenizer) or not hasattr(tokenizer, "pad_token_id"):
+        raise InputError(f"tokenizer must be a tokenizer of transformers, got {shown(tokenizer)}")
     padding = tokenizer.pad_token_id or 0  # masked and without a label, so any token will do
 
     # Without labels of its own, a record is learned as a whole.

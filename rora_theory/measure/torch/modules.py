@@ -1,7 +1,7 @@
 """Linear modules of a PyTorch model, selected by PEFT's rules, and contexts that leave the model as it was."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,12 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
         if not isinstance(inner, torch.nn.Module):
             return model
         model = inner
+
+
+def check_model(model: object, name: str = "model") -> None:
+    """Raise `InputError` unless ``model`` is a module of PyTorch."""
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"{name} must be a torch.nn.Module, got {shown(model)}")
 
 
 def base_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -99,8 +105,18 @@ def chosen(
       The modules by name, in the order of the model.
 
     Raises:
-      InputError: If an entry matches no linear module, or if no module is left.
+      InputError: If an argument is of another type, an entry matches no linear module, or no module is left.
     """
+    for argument, value in (("target_modules", target_modules), ("layers", layers)):
+        if not isinstance(value, Iterable | None):
+            raise InputError(f"{argument} must be a sequence or None, got {shown(value)}")
+    if isinstance(target_modules, str):
+        try:
+            re.compile(target_modules)
+        except re.error as error:
+            raise InputError(
+                f"target_modules must be a regular expression if it is a string, got {shown(target_modules)}: {error}"
+            ) from None
     linear = linear_modules(model)
     kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
     supported = f"supported: {kinds}, a regular expression, or {ALL_LINEAR}"

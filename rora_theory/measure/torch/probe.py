@@ -59,6 +59,12 @@ class ProbeSettings:
     seed: int
 
 
+def check_optimizer(optimizer: object) -> None:
+    """Raise `InputError` unless a function that makes an optimizer has returned one."""
+    if not hasattr(optimizer, "param_groups"):
+        raise InputError(f"make_optimizer must return an optimizer of PyTorch, got {shown(optimizer)}")
+
+
 def strength_of(config: LoraConfig) -> float:
     """Return gamma * r of a configuration.
 
@@ -139,6 +145,7 @@ class ProbeModel:
         parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         # Each group of parameters keeps its own peak, as an optimizer may have several.
         optimizer = settings.make_optimizer(parameters, trial.learning_rate)
+        check_optimizer(optimizer)
         peaks = [group["lr"] for group in optimizer.param_groups]
         for step in range(trial.steps):
             # Learning rate of this step.

@@ -36,14 +36,17 @@ from rora_theory.measure.torch.batches import (
     Loss,
     MasksByShape,
     TokenMasks,
+    check_batch,
+    check_function,
+    checked_loss,
     find_masks,
-    model_loss,
     move_batch,
     select_masks,
 )
 from rora_theory.measure.torch.modules import (
     adapted_targets,
     base_model,
+    check_model,
     chosen,
     is_prompt_learning,
     layer_index,
@@ -56,7 +59,7 @@ from rora_theory.measure.torch.modules import (
 )
 from rora_theory.optimizers import FAMILY, Optimizer
 from rora_theory.random import seeds
-from rora_theory.scaling import Rule
+from rora_theory.scaling import Rule, check_choice
 
 DEFAULT = RegimeConfig(ranks=(8, 128), rows=0)
 """Default configuration, which trains no adapters.
@@ -234,15 +237,24 @@ def regime(
       The measured regime.
 
     Raises:
-      InputError: If a target module does not exist, a batch has no labels, the loss is not finite, no held-out token is
-        left, the two batches call the modules differently often, ``adapters`` is ``"on"`` for a learned prompt, or
-        weights were created within ``torch.inference_mode``.
+      InputError: If an argument is of another type, a target module does not exist, a batch has no labels, the loss is
+        not finite, no held-out token is left, the two batches call the modules differently often, ``adapters`` is
+        ``"on"`` for a learned prompt, or weights were created within ``torch.inference_mode``.
     """
-    config = config or DEFAULT
+    # Validate the arguments before any pass of the model.
+    check_model(model)
+    config = DEFAULT if config is None else config
+    if not isinstance(config, RegimeConfig):
+        raise InputError(f"config must be a RegimeConfig, got {shown(config)}")
+    check_choice("adapters", adapters, ("off", "on"))
+    if lora_A is not None:
+        check_function("lora_A", lora_A)
+    compute_loss = checked_loss(loss)
+    for name, value in (("batch", batch), ("held_out", held_out)):
+        check_batch(name, value)
     model = unwrap(model)
     base = base_model(model)
     modules = chosen(base, target_modules, layers)
-    compute_loss = model_loss if loss is None else loss
     # A learned prompt lies outside the base model: without it, the base model runs.
     if is_prompt_learning(model):
         if adapters == "on":

@@ -17,9 +17,9 @@ from typing import Any, get_args
 import torch
 from peft import LoraConfig
 
-from rora_theory.errors import InputError
+from rora_theory.errors import InputError, shown
 from rora_theory.io import files
-from rora_theory.measure.torch.batches import Loss, model_loss
+from rora_theory.measure.torch.batches import Loss, check_function, checked_loss
 from rora_theory.measure.torch.examples import (
     MAX_HELD_OUT_BATCHES,
     Data,
@@ -29,7 +29,7 @@ from rora_theory.measure.torch.examples import (
     held_out_groups,
     read_batches,
 )
-from rora_theory.measure.torch.modules import chosen, preserved_state, unwrap
+from rora_theory.measure.torch.modules import check_model, chosen, preserved_state, unwrap
 from rora_theory.measure.torch.probe import (
     MakeOptimizer,
     ProbeModel,
@@ -145,13 +145,19 @@ def tune(
     check_not_negative("weight_decay", weight_decay)
     check_not_negative("max_grad_norm", max_grad_norm)
     check_seed("seed", seed)
+    check_model(model)
     strength = strength_of(config)
+    compute_loss = checked_loss(loss)
+    if make_optimizer is not None:
+        check_function("make_optimizer", make_optimizer)
     model = unwrap(model)
     # Report an entry that matches no module before any data are read.
     if config.target_modules is not None:
         targets = config.target_modules
         chosen(model, targets if isinstance(targets, str) else sorted(targets))
     # A checkpoint that cannot be written is an error now, not after the first run.
+    if not isinstance(checkpoint, str | Path | None):
+        raise InputError(f"checkpoint must be the path of a file, got {shown(checkpoint)}")
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
         files.check_folder(path.parent)
@@ -196,7 +202,7 @@ def tune(
     # Train one rate after the other, each chosen from the results so far, and save every result.
     with bar(shown_total, description=description, unit="step", shown=progress) as progress_bar:
         progress_bar.update(sum(run.diverged_at or run.steps for run in runs))
-        probe = ProbeModel(model, settings, batches, used, loss or model_loss, progress_bar.update)
+        probe = ProbeModel(model, settings, batches, used, compute_loss, progress_bar.update)
         while (trial := next_trial(plan, runs)) is not None:
             runs.append(probe.train(trial))
             if path is not None:

@@ -254,8 +254,24 @@ def test_a_held_out_batch_is_read_where_it_is_new() -> None:
         ({}, {"make_model": lambda _: torch_models.model()}, r"make_model\(4\) .* LoRA"),
         ({"init_lora_weights": False}, {}, r"make_model\(4\) .* B that is not zero"),
         ({"init_lora_weights": "eva"}, {}, "init_lora_weights .*'eva'"),
+        ({}, {"make_model": 3}, "make_model .* 3$"),
+        ({}, {"make_model": lambda _: None}, r"make_model\(4\) .* None$"),
+        ({}, {"batch": 3}, "batch .* 3$"),
+        ({}, {"batch": []}, "batch .* none$"),
+        ({}, {"batch": [BATCHES[0], 3]}, "batch .* 3$"),
+        ({}, {"held_out": {}}, "held_out .* {}$"),
+        ({}, {"ranks": 3}, "ranks .* 3$"),
+        ({}, {"steps": 3}, "steps .* 3$"),
+        ({}, {"steps": ("a",)}, "steps .* 'a'$"),
+        ({}, {"learning_rate": "x"}, "learning_rate .* 'x'$"),
+        ({}, {"learning_rate": lambda rank: 4.0 - rank}, "learning_rate .* 0.0$"),
+        ({}, {"make_optimizer": 3}, "make_optimizer .* 3$"),
+        ({}, {"make_optimizer": lambda *_: None}, "make_optimizer .* None$"),
+        ({}, {"loss": lambda *_: None}, "loss .* None$"),
+        ({}, {"band": float("nan")}, "band .* nan$"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_input(config, arguments, message) -> None:
     with pytest.raises(InputError, match=message):
         coordinate_check(**{"make_model": maker(**config), "batch": BATCHES[0], "ranks": RANKS} | arguments)

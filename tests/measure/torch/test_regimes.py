@@ -489,13 +489,29 @@ def test_the_advice_and_the_crossing_rank_are_one_statement(measured, caplog) ->
         ({"loss": lambda model, batch: model(**batch).loss * np.inf}, "loss .* inf"),
         ({"loss": lambda *_: torch.tensor(1.0)}, "loss .*gradient"),
         ({"batch": padded(TRAIN), "held_out": padded(TRAIN)}, r"13 held-out tokens.* 13 "),
+        ({"model": 3}, "model .* 3$"),
+        ({"batch": None}, "batch .* None$"),
+        ({"batch": [BATCHES[0]]}, r"batch .* \["),
+        ({"held_out": {}}, "held_out .* {}$"),
+        ({"held_out": {name: value[:0] for name, value in BATCHES[1].items()}}, r"held_out .*input_ids .*\(0, 9\)"),
+        ({"target_modules": 3}, "target_modules .* 3$"),
+        ({"target_modules": "("}, r"target_modules .*'\('"),
+        ({"layers": 0}, "layers .* 0$"),
+        ({"loss": 3}, "loss .* 3$"),
+        ({"loss": lambda *_: None}, "loss .* None$"),
+        ({"loss": lambda model, batch: model(**batch).logits}, r"loss .*\(3, 9, 64\)"),
+        ({"config": {}}, "config .* {}$"),
+        ({"adapters": "maybe"}, "adapters .*'maybe'"),
+        ({"lora_A": 3}, "lora_A .* 3$"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_input(arguments, message) -> None:
     model = torch_models.model()
-    arguments = {"batch": BATCHES[0], "held_out": BATCHES[1], "config": SMALL} | arguments
-    with pytest.raises(InputError, match=message):
-        regime(model, **arguments)
+    arguments = {"model": model, "batch": BATCHES[0], "held_out": BATCHES[1], "config": SMALL} | arguments
+    with pytest.raises(InputError, match=message) as caught:
+        regime(**arguments)
+    assert "\n" not in str(caught.value)
     assert not any(module._forward_hooks for module in model.modules())
 
 
