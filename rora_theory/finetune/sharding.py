@@ -290,7 +290,7 @@ def layout_over_all_devices(
     Raises:
       InputError: If the devices cannot share the batch evenly, or their number is not a multiple of ``fsdp``.
     """
-    if len(jax.devices()) == 1:
+    if len(jax.devices()) == 1 and fsdp == 1:
         return None, None
     layout = Layout(mesh(fsdp=fsdp))
     layout.check_batch(config.batch_size, config.accumulation)

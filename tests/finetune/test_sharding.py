@@ -190,3 +190,11 @@ def test_an_adapter_that_is_handed_out_lies_where_the_run_s_does(params):
 def test_refused_by_name(make, match):
     with pytest.raises(InputError, match=match):
         make()
+
+
+def test_one_device_has_no_layout_and_cannot_share_weights(monkeypatch):
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: first)
+    assert sharding.layout_over_all_devices(MODEL, CONFIG) == (None, None)
+    with pytest.raises(InputError, match=r"fsdp .*divisor .*1, got 2"):
+        sharding.layout_over_all_devices(MODEL, CONFIG, fsdp=2)
