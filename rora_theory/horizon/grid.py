@@ -95,6 +95,12 @@ class HorizonGrid:
             check_list(option, values, check_positive, fewest=fewest)
         check_seeds(self.seeds)
         check_steps(self.read_at, "--read-at")
+        # The first step of a warm-up has the rate 0: after it there is no change to measure.
+        if self.read_at[0] == 1 and self.warmup:
+            raise InputError(
+                f"--read-at must begin at 2 or more with --warmup {self.warmup}, under which the first step has the "
+                "rate 0, got 1"
+            )
         if self.schedule != "constant" and len(self.read_at) > 1:
             raise InputError(
                 f"--read-at must be a single step with --schedule {self.schedule}, got "
