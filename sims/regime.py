@@ -25,6 +25,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,8 +85,8 @@ class Config:
     def __post_init__(self) -> None:
         """Validate the options."""
         check_list("--targets", self.targets)
-        for layer in self.layers or ():
-            check_integer("--layers", layer, minimum=0)
+        if self.layers is not None:
+            check_list("--layers", self.layers, partial(check_integer, minimum=0))
         if self.adapter is not None and not self.adapter.is_dir():
             raise InputError(f"--adapter must be the folder of an adapter in PEFT's format, got {self.adapter}")
 

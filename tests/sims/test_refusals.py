@@ -111,6 +111,7 @@ CASES = [
     ("regime", "--ranks 4 4", "--ranks .* 4 4"),
     ("regime", "--rules lore", "'lore'"),
     ("regime", "--rules rora 0.5", "--rules .* rora 0.5"),
+    ("regime", "--layers 0 0", "--layers .* 0 0"),
     ("regime", "--targets", "--targets .* 1 or more values, got 0"),
     ("regime", "--targets q_proj q_proj", "--targets .* q_proj q_proj"),
     ("regime", "--targets c_proj", "target_modules .*'c_proj'"),
