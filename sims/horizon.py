@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from rora_theory import llama
+from rora_theory import adapters, llama
 from rora_theory.cluster import ClusterConfig
 from rora_theory.data.records import DataConfig
 from rora_theory.evaluate.scoring import Scoring
@@ -73,6 +73,10 @@ def run(config: Config) -> None:
     sample = {name: getattr(config, name) for name in ("held_out", "train_records")}
     split = draw_records(config.data, **sample, seed=config.data_seed, config=config.reading)
     located = {model: llama.locate(model)}
+    # The adapters of all runs have to fit the model.
+    llama_config = llama.model_config(located[model])
+    for cell in cells:
+        adapters.table(grid.training(cell).adapter(), llama_config)
     identity = grid.identity() | sample | {"model": config.model, "data_seed": config.data_seed}
     identity |= {"records": split.summary, "model_sha256": located[config.model].sha256}
     extra = {"units": horizons.UNITS, "device": devices.describe(devices.pick(1))}

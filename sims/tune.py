@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rora_theory import llama
+from rora_theory import adapters, llama
 from rora_theory.data.records import DataConfig
 from rora_theory.evaluate.scoring import Scoring
 from rora_theory.horizon.probe import Probe, ProbeConfig, spread
@@ -57,10 +57,12 @@ def run(config: Config) -> None:
     )
     split = replace(split, train=[split.train[index] for index in spread(len(split.train), probed.train_records)])
     located = {model: llama.locate(model)}
+    # The adapters of the probe have to fit the model.
+    training = probed.training(Trial(1.0, probed.steps), epochs=1)
+    adapters.table(training.adapter(), llama.model_config(located[model]))
     identity = flat(probed) | {"model": model, "records": split.summary, "model_sha256": located[model].sha256}
     extra = {"units": UNITS, "device": devices.describe(devices.pick(1))}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=probed.seed, extra=extra, models=located.values())
-    training = probed.training(Trial(1.0, probed.steps), epochs=1)
     bench = Workbench(training, split, {}, located, scoring=Scoring("label", None))
     cli.print_notes(bench.open(model))
     prompts.print_summary(split.source, split.source.template(training.template))
