@@ -88,7 +88,7 @@ def run(config: Config) -> None:
     best, slopes = best_rates(curves), rate_slopes(curves)
     folder.write_frame(best, "best.csv")
     folder.write_frame(slopes, "slopes.csv")
-    folder.write("comparison.json", json.dumps([comparison._asdict() for comparison in compared], indent=2) + "\n")
+    folder.write("comparison.json", json.dumps([asdict(comparison) for comparison in compared], indent=2) + "\n")
     samples, scope = best["error_over"].iloc[0], ("optimizer", "trained", "rule", "ranks", "verdict")
     with summarised(folder, key_figures(slopes, "slope of the best rate", "slope", over=samples, scope=scope)):
         report(best, slopes, compared)
@@ -131,7 +131,7 @@ def report(best: pd.DataFrame, slopes: pd.DataFrame, compared: Sequence[Comparis
     tables.print_records(
         "Comparison of rules at the largest rank, each at its own best rate; ± half of the 95% interval and the error "
         "of the grid",
-        [comparison._asdict() for comparison in compared],
+        [asdict(comparison) for comparison in compared],
         {
             "rules": "{first}, {second}",
             "trained": "{optimizer}, {trained}",

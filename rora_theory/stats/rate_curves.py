@@ -7,7 +7,7 @@ remaining difference is more than a shift of the rate.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
@@ -348,7 +348,8 @@ def describe_slopes(slopes: "pd.DataFrame") -> str:
     return f"The best rate does not move with the rank in {len(flat)} of {len(slopes)} lines{names}."
 
 
-class Comparison(NamedTuple):
+@dataclass(frozen=True)
+class Comparison:
     """Comparison of two rules at one rank, at their respective best rates.
 
     Attributes:
@@ -448,7 +449,8 @@ def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
     Returns:
       The comparison.
     """
-    # Ratio of the best rates.
+    # Ratio of the best rates, and the power of gamma to which the first step is proportional.
+    power = scaling_power(FAMILY[first.optimizer])  # type: ignore[index]
     if shared := at_shared_seeds(first, second):
         ratio = weighted_log2_rates((1.0, -1.0), *shared)
     else:
@@ -460,7 +462,7 @@ def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
     # Relative to the second curve's loss, as the margin is.
     relative, half = losses.value / loss_b, half_width / loss_b
     result = judge_equivalence(relative, half, margin=EQUIVALENCE_MARGIN, threshold=0.0)
-    ratio_errors = rate_errors(ratio, edge=first.edge or second.edge)
+    ratio_error, ratio_half_width = rate_errors(ratio, edge=first.edge or second.edge)
     is_one_seed = losses.over == RECORDS and min(len(first.losses), len(second.losses)) < 2
     # The verdict names the first reason for which the comparison is not settled, or the result.
     if not losses.has_error:
@@ -480,21 +482,21 @@ def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
     if first.edge or second.edge:
         verdict += "; a best rate at the grid's edge, so not settled"
     return Comparison(
-        first.optimizer,
-        first.trained,
-        first.rank,
-        first.rule,
-        second.rule,
-        2**ratio.value,
-        ratio_errors[0],
-        (second.scaling / first.scaling) ** scaling_power(FAMILY[first.optimizer]),  # type: ignore[index]
-        loss_a,
-        loss_b,
-        losses.value,
-        losses.error if losses.has_error else None,
-        half_width if math.isfinite(half_width) else None,
-        losses.over,
-        verdict,
-        grid if math.isfinite(grid) else None,
-        ratio_errors[1],
+        optimizer=first.optimizer,
+        trained=first.trained,
+        rank=first.rank,
+        first=first.rule,
+        second=second.rule,
+        ratio=2**ratio.value,
+        ratio_log2_error=ratio_error,
+        scaling_ratio=(second.scaling / first.scaling) ** power,
+        first_loss=loss_a,
+        second_loss=loss_b,
+        difference=losses.value,
+        standard_error=losses.error if losses.has_error else None,
+        half_width=half_width if math.isfinite(half_width) else None,
+        error_over=losses.over,
+        verdict=verdict,
+        grid_error=grid if math.isfinite(grid) else None,
+        ratio_log2_half_width=ratio_half_width,
     )

@@ -6,6 +6,7 @@ best = best_rates(curves_of_runs(runs))
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -116,7 +117,7 @@ def compare_by_records(curves: Sequence[Curve], runs: Sequence[TrainedRun]) -> l
         if diverged:
             prefix = f"{result.verdict}; " if finished else ""
             verdict = f"{prefix}diverged at the best rates: {', '.join(diverged)}, so not settled"
-            result = result._replace(verdict=verdict)
+            result = replace(result, verdict=verdict)
         comparisons.append(result)
     return comparisons
 

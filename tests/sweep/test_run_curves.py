@@ -90,7 +90,7 @@ def test_a_run_that_diverged_at_the_best_rate_settles_nothing_and_is_named(metho
         by_seed[7] = {1e-3: np.inf if name == method else 1.0}
     diverged = compare(*(runs_of(name, by_seed) for name, by_seed in losses.items()))
     verdict = f"{plain.verdict}; diverged at the best rates: {method} at seed 7, so not settled"
-    assert diverged == plain._replace(verdict=verdict)
+    assert diverged == replace(plain, verdict=verdict)
     bare = compare(*(runs_of(name, by_seed, records=False) for name, by_seed in losses.items()))
     assert bare.verdict.startswith("not settled: one seed, no losses a record; diverged")
 
