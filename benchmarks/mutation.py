@@ -44,7 +44,8 @@ JUDGING = {
     "run_change": ("rora_theory/advice/run_change.py", "tests/advice/test_transfer.py"),
     "verdicts": ("rora_theory/paper/verdicts.py", "tests/paper/test_verdicts.py"),
     "differences": ("rora_theory/sweep/differences.py", "tests/sweep/test_differences.py"),
-    "trained_runs": (
+    "trained_runs": ("rora_theory/stats/trained_runs.py", "tests/stats/test_trained_runs.py"),
+    "read_runs": (
         "rora_theory/sweep/trained_runs.py",
         "tests/sweep/test_trained_runs.py tests/sims/test_lr_transfer.py",
     ),

@@ -1,14 +1,13 @@
 """Curves of loss against learning rate after a number of steps, and paired comparisons of curves."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from rora_theory.horizon.runs import HorizonRun
+from rora_theory.horizon.runs import FULL, HorizonRun
 from rora_theory.io import frames
 from rora_theory.stats.rate_curves import (
     Curve,
@@ -16,11 +15,8 @@ from rora_theory.stats.rate_curves import (
     best_rates,
     comparison,
     estimate_loss_difference,
-    paired_losses,
 )
-
-FULL = "full"
-"""Value of `Curve.rule` for full fine-tuning, which has no rule."""
+from rora_theory.stats.trained_runs import TrainedRun, curve_of_runs, loss_difference
 
 
 def curves_at(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int, *, draws: int = 1000) -> list[Curve]:
@@ -35,59 +31,37 @@ def curves_at(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int, *, d
       step: Number of steps.
       draws: Number of bootstrap samples of the records.
     """
-    sizes, curves = np.asarray(tokens, np.float64), []
-    reached = [run for run in runs if run.reaches(step)]
-    for rank, strength in sorted({(run.rank or 0, run.strength or 0.0) for run in reached}):
-        setting_runs = {
-            (run.seed, run.rate): run for run in reached if (run.rank or 0, run.strength or 0.0) == (rank, strength)
-        }
-        # A curve needs the same rates at every seed.
-        seeds, rates = _shared_grid({key: run.losses(step) is not None for key, run in setting_runs.items()})
-        if not seeds:
-            continue
-        # Losses by seed, rate and record, infinite where a run diverged.
-        sums = np.full((len(seeds), len(rates), len(sizes)), np.inf)
-        for (i, seed), (j, rate) in product(enumerate(seeds), enumerate(rates)):
-            losses = setting_runs[seed, rate].losses(step)
-            if losses is not None:
-                sums[i, j] = losses
-        curves.append(
-            Curve.from_records(
-                sums,
-                sizes,
-                rates=rates,
-                rule="lora" if rank else FULL,
-                rank=rank,
-                scaling=strength / rank if rank else 1.0,
-                draws=draws,
-                seeds=seeds,
-            )
-        )
+    reached, curves = [run.at(step, tokens) for run in runs if run.reaches(step)], []
+    for rank, gamma in sorted({(run.rank, run.gamma) for run in reached}):
+        complete = _select_grid([run for run in reached if (run.rank, run.gamma) == (rank, gamma)])
+        if complete:
+            curves.append(curve_of_runs(complete, kappa=1.0, draws=draws))
     return curves
 
 
-def _shared_grid(has_losses: Mapping[tuple[int, float], bool]) -> tuple[list[int], list[float]]:
-    """Choose the seeds of a curve, and return them with the rates that all of them ran at, both ascending.
+def _select_grid(runs: Sequence[TrainedRun]) -> list[TrainedRun]:
+    """Select the runs of a curve, which needs the same rates at every seed.
 
     Seeds with more rates are chosen first. A seed is left out if fewer than three rates would remain, or if a seed
     would have no rate at which it did not diverge.
 
     Args:
-      has_losses: Whether a run has losses (did not diverge), by seed and rate.
+      runs: Runs of one rank and scaling.
     """
-    # Rates that each seed ran at.
+    # Rates that each seed ran at, and those at which it did not diverge.
     by_seed: dict[int, set[float]] = {}
-    for seed, rate in has_losses:
-        by_seed.setdefault(seed, set()).add(rate)
+    finite: dict[int, set[float]] = {}
+    for run in runs:
+        by_seed.setdefault(run.seed, set()).add(run.rate)
+        finite.setdefault(run.seed, set()).update([run.rate] if math.isfinite(run.loss) else [])
     seeds: list[int] = []
     rates: set[float] = set()
     # Add seeds from those with the most rates on, as long as the set still makes a curve.
     for seed in sorted(by_seed, key=lambda seed: (-len(by_seed[seed]), seed)):
         shared = rates & by_seed[seed] if seeds else by_seed[seed]
-        candidates = (*seeds, seed)
-        if len(shared) >= 3 and all(any(has_losses[member, rate] for rate in shared) for member in candidates):
-            seeds, rates = list(candidates), shared
-    return sorted(seeds), sorted(rates)
+        if len(shared) >= 3 and all(shared & finite[member] for member in (*seeds, seed)):
+            seeds, rates = [*seeds, seed], shared
+    return [run for run in runs if run.seed in seeds and run.rate in rates]
 
 
 def best_rate_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
@@ -187,30 +161,24 @@ def at_one_rate(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int) ->
 
     Returns:
       A row for each rank, strength and rate: ``step``, ``rank``, ``strength``, ``beside`` and ``learning_rate``;
-      ``difference`` of the losses with its 95% ``half_width`` and ``error_over``, see `paired_losses`; and ``seeds``,
+      ``difference`` of the losses with its 95% ``half_width`` and ``error_over``, see `loss_difference`; and ``seeds``,
       the number of seeds that did not diverge at either strength.
     """
-    # Losses by rank, strength and rate, then by seed.
-    by_setting: dict[tuple[int, float, float], dict[int, list[float]]] = {}
+    # Runs by rank, strength and rate, then by seed.
+    by_setting: dict[tuple[int, float, float], dict[int, TrainedRun]] = {}
     for run in runs:
-        if run.rank and run.strength and (losses := run.losses(step)) is not None:
-            by_setting.setdefault((run.rank, run.strength, run.rate), {})[run.seed] = losses
+        if run.rank and run.strength and run.losses(step) is not None:
+            by_setting.setdefault((run.rank, run.strength, run.rate), {})[run.seed] = run.at(step, tokens)
     # Strengths ascend, so that the last one of a rank, its largest, remains.
     strongest = {rank: strength for rank, strength, _ in sorted(by_setting)}
-    sizes, rows = np.asarray(tokens, np.float64), []
+    rows = []
     for rank, strength, rate in sorted(by_setting):
         by_seed, other_by_seed = by_setting[rank, strength, rate], by_setting.get((rank, strongest[rank], rate), {})
         seeds = sorted(by_seed.keys() & other_by_seed.keys())
         if strength == strongest[rank] or not seeds:
             continue
-        # Losses of both strengths by the same seeds and records, so that the difference is paired.
-        first, second = (np.array([losses[seed] for seed in seeds]) for losses in (by_seed, other_by_seed))
-        difference = paired_losses(
-            first.sum(axis=1) / sizes.sum(),
-            second.sum(axis=1) / sizes.sum(),
-            (first.mean(axis=0), second.mean(axis=0)),
-            sizes,
-        )
+        # Runs of both strengths with the same seeds and records, so that the difference is paired.
+        difference = loss_difference(*([group[seed] for seed in seeds] for group in (by_seed, other_by_seed)))
         row = {"step": step, "rank": rank, "strength": strength, "beside": _gamma_r(strongest[rank])}
         row |= {"learning_rate": rate, "difference": difference.value}
         row |= {"half_width": difference.half_width() if difference.has_error else None}

@@ -7,7 +7,8 @@ from typing import Any, get_args
 
 import pandas as pd
 
-from rora_theory.horizon.curves import FULL, strength_of
+from rora_theory.horizon.curves import strength_of
+from rora_theory.horizon.runs import FULL
 from rora_theory.io import frames
 from rora_theory.stats.curve_optima import Method, pooled_exponent
 from rora_theory.stats.rate_curves import Curve, at_shared_seeds

@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 
 from rora_theory.advice.measured import Schedule
-from rora_theory.horizon.curves import FULL, at_one_rate, best_rate_table, compare_best_rates, curves_at
+from rora_theory.horizon.curves import at_one_rate, best_rate_table, compare_best_rates, curves_at
 from rora_theory.horizon.estimators import estimator_table
 from rora_theory.horizon.law import horizon_exponents, step_exponents
 from rora_theory.horizon.parts import change_at_best, led_table
 from rora_theory.horizon.regret import constants_by_steps, policies, regret_by_policy, regret_table
-from rora_theory.horizon.runs import HorizonRun, distinct
+from rora_theory.horizon.runs import FULL, HorizonRun, distinct
 
 UNITS = {
     "strength": "gamma times the rank: alpha under alpha / r, alpha sqrt(r) under alpha / sqrt(r)",

@@ -14,6 +14,10 @@ from rora_theory.io import frames
 from rora_theory.io.files import naming_damage
 from rora_theory.runs.reading import CELLS, as_json, read_finished_cells, read_manifest
 from rora_theory.stats.paired import mean_per_token
+from rora_theory.stats.trained_runs import TrainedRun
+
+FULL = "full"
+"""Value of `TrainedRun.method` and `Curve.rule` for full fine-tuning, which has no rule."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,17 @@ class HorizonRun:
     def reaches(self, step: int) -> bool:
         """Return whether the run has losses after a step, or diverged at or before it."""
         return self.losses(step) is not None or (self.read.diverged_at is not None and self.read.diverged_at <= step)
+
+    def at(self, step: int, tokens: Sequence[int]) -> TrainedRun:
+        """Return the run as it is after a step that it `reaches`; full fine-tuning has rank 0 and a scaling of 1.
+
+        Args:
+          step: Number of steps.
+          tokens: Number of tokens of each held-out record.
+        """
+        method, rank = ("lora", self.rank) if self.rank else (FULL, 0)
+        gamma = self.strength / rank if self.strength and rank else 1.0
+        return TrainedRun.from_records(method, rank, gamma, self.rate, self.seed, self.losses(step), tokens)
 
 
 def read_finished(folder: Path) -> list[HorizonRun]:

@@ -16,7 +16,6 @@ from rora_theory.io import frames
 from rora_theory.optimizers import FAMILY, scaling_power
 from rora_theory.stats import slopes
 from rora_theory.stats.estimate import ROUNDING, Estimate, over_seeds
-from rora_theory.stats.paired import mean_per_token, resampled_ratios
 from rora_theory.stats.rate_optimum import Best, grid_gap, minima, predicted_slopes, rate_gap
 from rora_theory.stats.slopes import SeedFit
 from rora_theory.stats.verdicts import judge_equivalence
@@ -90,49 +89,6 @@ class Curve:
     losses: Float[np.ndarray, "seeds rates"]
     resampled: Float[np.ndarray, "draws seeds rates"] | None = None
     seeds: tuple[int, ...] = ()
-
-    @classmethod
-    def from_records(
-        cls,
-        losses: Float[np.ndarray, "seeds rates records"],
-        tokens: Sequence[int] | Float[np.ndarray, " records"],
-        *,
-        rates: Sequence[float],
-        rule: str,
-        rank: int,
-        scaling: float,
-        draws: int,
-        seeds: Sequence[int] = (),
-    ) -> "Curve":
-        """Create the curve of runs with AdamW that train both factors, from the losses of all held-out records.
-
-        The bootstrap samples of the records are the same for every seed, rate and curve.
-
-        Args:
-          losses: Summed loss of each record; infinite where a run diverged.
-          tokens: Number of tokens of each record.
-          rates: Learning rates, ascending.
-          rule: Scaling rule, with kappa = 1.
-          rank: Rank of the adapter.
-          scaling: Scaling factor gamma.
-          draws: Number of bootstrap samples.
-          seeds: Seeds of the rows of ``losses``; empty numbers them from 0.
-        """
-        sizes = np.asarray(tokens, np.float64)
-        # Resample records rather than tokens, because the tokens of a record are dependent.
-        samples = [resampled_ratios(list(by_rate), sizes, draws=draws) for by_rate in losses]
-        return cls(
-            "adamw",
-            "both",
-            rule,
-            1.0,
-            rank,
-            scaling,
-            np.asarray(rates, np.float64),
-            losses.sum(axis=2) / sizes.sum(),
-            np.stack(samples, axis=1),
-            tuple(seeds),
-        )
 
     @property
     def line(self) -> tuple[str, str, str, float]:
@@ -410,32 +366,6 @@ def pairs(curves: Sequence[Curve]) -> Iterator[tuple[Curve, Curve]]:
                 if ranks:
                     by_rule = {curve.rule: curve for curve in group if curve.rank == max(ranks)}
                     yield by_rule[first], by_rule[second]
-
-
-def paired_losses(
-    first: Float[np.ndarray, " seeds"],
-    second: Float[np.ndarray, " seeds"],
-    records: tuple[Float[np.ndarray, " records"], Float[np.ndarray, " records"]] | None = None,
-    tokens: Float[np.ndarray, " records"] | None = None,
-) -> Estimate:
-    """Estimate the loss of the first minus the second, with the error over seeds and over held-out records.
-
-    The two errors are combined by `combine_errors`. For a single seed without losses per record there is no error.
-
-    Args:
-      first: Losses per token of the first, one per seed.
-      second: Losses per token of the second, for the same seeds.
-      records: Summed loss of every held-out record, averaged over the seeds, of the first and of the second; or None.
-      tokens: Number of tokens of each record.
-
-    Returns:
-      The difference with its error.
-    """
-    by_seeds = over_seeds(first - second)
-    if records is None or tokens is None:
-        return by_seeds
-    over_records = mean_per_token((records[0] - records[1]).tolist(), tokens.astype(int).tolist())
-    return combine_errors(by_seeds, replace(over_records, over=RECORDS))
 
 
 def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:

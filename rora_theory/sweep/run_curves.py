@@ -13,13 +13,16 @@ import numpy as np
 
 from rora_theory.errors import InputError
 from rora_theory.io import frames
-from rora_theory.stats.estimate import Estimate, over_seeds
-from rora_theory.stats.rate_curves import COLUMNS, Comparison, Curve, comparison, paired_losses, pairs
-from rora_theory.sweep import trained_runs
-from rora_theory.sweep.trained_runs import TrainedRun
+from rora_theory.stats.estimate import over_seeds
+from rora_theory.stats.rate_curves import COLUMNS, Comparison, Curve, comparison, pairs
+from rora_theory.stats.trained_runs import TrainedRun, curve_of_runs, loss_difference
+from rora_theory.sweep.trained_runs import kappa_of
 
 if TYPE_CHECKING:
     import pandas as pd
+
+BOOTSTRAPS = 400
+"""Number of bootstrap samples of the held-out records."""
 
 
 def format_best(row: Any) -> str:
@@ -43,25 +46,14 @@ def curves_of_runs(runs: Sequence[TrainedRun]) -> list[Curve]:
     curves = []
     for method in dict.fromkeys(run.method for run in runs):
         method_runs = [run for run in runs if run.method == method]
-        kappa = trained_runs.kappa_of(method_runs)
+        kappa = kappa_of(method_runs)
         for rank in sorted({run.rank for run in method_runs}):
-            # Runs of this method and rank by seed, then by rate.
-            by_seed: dict[int, dict[float, TrainedRun]] = {}
-            for run in method_runs:
-                if run.rank == rank:
-                    by_seed.setdefault(run.seed, {})[run.rate] = run
-            # Use only seeds without a gap in the grid.
-            rates = sorted({rate for by_rate in by_seed.values() for rate in by_rate})
-            complete = {seed: by_seed[seed] for seed in sorted(by_seed) if len(by_seed[seed]) == len(rates)}
-            if len(rates) < 3 or not complete:
-                continue
-            losses = np.array([[by_rate[rate].loss for rate in rates] for by_rate in complete.values()])
-            # Bootstrap over records, if every run has its losses by record.
-            samples = [trained_runs.bootstrap([by_rate[rate] for rate in rates]) for by_rate in complete.values()]
-            has_gap = any(sample is None for sample in samples)
-            resampled = None if has_gap else np.stack(samples, axis=1)  # type: ignore[arg-type]
-            gamma, seeds = next(iter(complete.values()))[rates[0]].gamma, tuple(complete)
-            curves.append(Curve("adamw", "both", method, kappa, rank, gamma, np.array(rates), losses, resampled, seeds))
+            # Use only seeds that ran at every rate: seeds near the best rates alone must not shorten the curve.
+            rank_runs = [run for run in method_runs if run.rank == rank]
+            rates, cells = {run.rate for run in rank_runs}, {(run.seed, run.rate) for run in rank_runs}
+            complete = [run for run in rank_runs if all((run.seed, rate) in cells for rate in rates)]
+            if len(rates) >= 3 and complete:
+                curves.append(curve_of_runs(complete, kappa=kappa, draws=BOOTSTRAPS))
     if not curves:
         raise InputError("no method and rank has a seed that ran at three or more learning rates. Run more rates.")
     return curves
@@ -70,7 +62,7 @@ def curves_of_runs(runs: Sequence[TrainedRun]) -> list[Curve]:
 def rate_loss_table(runs: Sequence[TrainedRun]) -> "pd.DataFrame":
     """Return a row for each run, in the columns that all tables of loss against rate share."""
     kappas = {
-        method: trained_runs.kappa_of([run for run in runs if run.method == method])
+        method: kappa_of([run for run in runs if run.method == method])
         for method in dict.fromkeys(run.method for run in runs)
     }
     rows = [
@@ -109,7 +101,7 @@ def compare_by_records(curves: Sequence[Curve], runs: Sequence[TrainedRun]) -> l
         # Difference over the seeds that finished both runs.
         finished = [seed for seed in seeds if all(math.isfinite(group[seed].loss) for group in groups)]
         if finished:
-            losses = _difference(*([group[seed] for seed in finished] for group in groups))
+            losses = loss_difference(*([group[seed] for seed in finished] for group in groups))
         else:
             losses = over_seeds(np.array([np.mean(first.lowest_losses()) - np.mean(second.lowest_losses())]))
         # A diverged run leaves its mark on the verdict, because it is not among the averaged losses.
@@ -120,15 +112,3 @@ def compare_by_records(curves: Sequence[Curve], runs: Sequence[TrainedRun]) -> l
             result = replace(result, verdict=verdict)
         comparisons.append(result)
     return comparisons
-
-
-def _difference(a: Sequence[TrainedRun], b: Sequence[TrainedRun]) -> Estimate:
-    """Compute the loss of the first runs minus that of the second, for runs of the same seeds."""
-    (left, _), (right, _) = trained_runs.stacked(a), trained_runs.stacked(b)
-    records = None if left is None or right is None else (left, right)
-    return paired_losses(
-        np.array([run.loss for run in a]),
-        np.array([run.loss for run in b]),
-        records,
-        None if records is None else trained_runs.tokens_of([*a, *b]),
-    )

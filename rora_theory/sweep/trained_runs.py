@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ import numpy as np
 from rora_theory.errors import InputError
 from rora_theory.io import digests, frames
 from rora_theory.runs import seals
-from rora_theory.stats.paired import resampled_ratios
+from rora_theory.stats.trained_runs import TrainedRun
 from rora_theory.sweep import results
 
 Loss = Literal["validation", "answer"]
@@ -19,34 +18,6 @@ Loss = Literal["validation", "answer"]
 
 REQUIRED_COLUMNS = ("key", "status", "model", "method", "rank", "gamma", "learning_rate", "seed")
 """Columns that `results.csv` must have."""
-
-BOOTSTRAPS = 400
-"""Default number of bootstrap samples."""
-
-
-@dataclass(frozen=True)
-class TrainedRun:
-    """Result of one fine-tuning run.
-
-    Attributes:
-      method: Name of the method.
-      rank: Rank of the adapter.
-      gamma: Scaling of the adapter.
-      rate: Peak learning rate.
-      seed: Seed.
-      loss: Held-out loss in nats per token; infinite if the run diverged.
-      records: Loss of each held-out record, summed over its tokens; None if the run diverged or has no such file.
-      tokens: Number of tokens of each record; None if ``records`` is None.
-    """
-
-    method: str
-    rank: int
-    gamma: float
-    rate: float
-    seed: int
-    loss: float
-    records: np.ndarray | None
-    tokens: np.ndarray | None
 
 
 def read_runs(folder: Path, *, model: str | None = None, loss: Loss = "validation") -> list[TrainedRun]:
@@ -119,65 +90,6 @@ def kappa_of(runs: Sequence[TrainedRun]) -> float:
     if np.abs(level + slope * x - y).max() > 1e-6:
         raise InputError(f"{method} must have one rule and alpha, got the scalings {gammas}")
     return round(-float(slope), 6)
-
-
-def bootstrap(runs: Sequence[TrainedRun], draws: int = BOOTSTRAPS, seed: int = 0) -> np.ndarray | None:
-    """Compute losses over resampled held-out records, which are the same for every run.
-
-    Args:
-      runs: Runs with the same held-out records.
-      draws: Number of bootstrap samples.
-      seed: Seed of the bootstrap; the same seed draws the same records in every call.
-
-    Returns:
-      An array [draws, runs], infinite for runs that diverged; None if a run has no losses by record.
-
-    Raises:
-      InputError: If runs have different records.
-    """
-    finite = [run for run in runs if math.isfinite(run.loss)]
-    records = [run.records for run in finite if run.records is not None]
-    if len(records) < len(finite):
-        return None
-    losses = np.full((draws, len(runs)), np.inf)
-    if finite:
-        # A run that diverged keeps an infinite loss in every sample.
-        columns = [math.isfinite(run.loss) for run in runs]
-        losses[:, columns] = resampled_ratios(records, tokens_of(finite), draws=draws, seed=seed)
-    return losses
-
-
-def stacked(runs: Sequence[TrainedRun]) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Average the losses by record over runs.
-
-    Returns:
-      The mean losses and the numbers of tokens by record; None and None if a run has no losses by record.
-
-    Raises:
-      InputError: If runs have different records.
-    """
-    records = [run.records for run in runs if run.records is not None]
-    if len(records) < len(runs):
-        return None, None
-    tokens = tokens_of(runs)
-    return np.mean(np.stack(records), axis=0), tokens
-
-
-def tokens_of(runs: Sequence[TrainedRun]) -> np.ndarray:
-    """Return the number of tokens of each held-out record, which must be the same for all runs.
-
-    Raises:
-      InputError: If runs have different records.
-    """
-    first = np.asarray(runs[0].tokens)
-    for run in runs:
-        if not np.array_equal(first, np.asarray(run.tokens)):
-            names = [
-                f"{differing.method} of rank {differing.rank} at {differing.rate:g}, seed {differing.seed}"
-                for differing in (runs[0], run)
-            ]
-            raise InputError(f"{' and '.join(names)} must have the same held-out records, got different ones")
-    return first
 
 
 def _read_run(folder: Path, row: Mapping[str, Any], column: str) -> TrainedRun:

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from rora_theory.errors import InputError
 from rora_theory.io import frames
-from rora_theory.stats.rate_curves import Curve, weighted_log2_rates
+from rora_theory.stats.rate_curves import weighted_log2_rates
 from rora_theory.stats.rate_optimum import Edge
+from rora_theory.stats.trained_runs import TrainedRun, curve_of_runs
 from rora_theory.theory.displacement import measured_constant
 from rora_theory.tune.plan import ProbePlan, ProbeRun
 
@@ -78,14 +77,12 @@ def fit_best_rate(plan: ProbePlan, runs: Sequence[ProbeRun], tokens: Sequence[in
         lowest = f", the lowest at {min(rates):.3g}" if rates else ""
         raise InputError(f"every run of the probe diverged{lowest}. Pass a lower learning_rate.")
     # A parabola needs three points. Rates next to the grid stand in for missing ones, as if they had diverged.
-    rates = [run.learning_rate for run in full]
-    sums = [np.full(len(tokens), np.inf) if run.diverged_at is not None else np.array(run.losses) for run in full]
-    while len(rates) < 3:
-        rates.append(rates[-1] * plan.spacing)
-        sums.append(np.full(len(tokens), np.inf))
-    curve = Curve.from_records(
-        np.stack(sums)[None], tokens, rates=rates, rule="lora", rank=1, scaling=plan.strength, draws=DRAWS
-    )
+    measured = [(run.learning_rate, None if run.diverged_at is not None else run.losses) for run in full]
+    while len(measured) < 3:
+        measured.append((measured[-1][0] * plan.spacing, None))
+    # The vertex depends on neither the method nor the rank, which no run of a probe varies.
+    trained = [TrainedRun.from_records("lora", 1, plan.strength, rate, 0, losses, tokens) for rate, losses in measured]
+    curve = curve_of_runs(trained, kappa=1.0, draws=DRAWS)
     logs = weighted_log2_rates((1.0,), curve)
     # Add the variance between seeds, which a single seed does not show.
     half_width = replace(logs, error=math.hypot(logs.error, SEED_LOG2_ERROR)).half_width()

@@ -23,7 +23,7 @@ from rora_theory.horizon.readings import Reading, ReadRun
 from rora_theory.horizon.runs import HorizonRun
 from rora_theory.io import frames
 from rora_theory.runs import seals
-from rora_theory.stats import rate_curves
+from rora_theory.stats import trained_runs
 from rora_theory.stats.paired import resampled_ratios
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.theory.displacement import displacement_ratio
@@ -363,7 +363,7 @@ def test_full_fine_tuning_is_judged_by_the_law_of_a_weight_that_moves_by_itself(
     for power, full, adapter in ((CONSTANT, "agrees", "contradicts"), (adapter_law, "contradicts", "agrees")):
         ends = curve([1e-3] * 3), curve(moved([power - 0.01, power, power + 0.01], 4))
         assert in_steps(*ends)["verdict"] == adapter
-        row = in_steps(*(replace(end, rule=horizon_curves.FULL, rank=0, scaling=1.0) for end in ends))
+        row = in_steps(*(replace(end, rule=horizon_runs.FULL, rank=0, scaling=1.0) for end in ends))
         assert row["verdict"] == full
         assert [row["law_low"], row["law"], row["law_high"]] == pytest.approx([CONSTANT] * 3)
 
@@ -716,7 +716,7 @@ def test_constants_and_regrets_of_planted_runs(monkeypatch) -> None:
         calls.append(arguments)
         return resampled_ratios(*arguments, **options)
 
-    monkeypatch.setattr(rate_curves, "resampled_ratios", count)
+    monkeypatch.setattr(trained_runs, "resampled_ratios", count)
     judged = judgement.judge_runs(displaced_runs(), TOKENS, **LAW)
     assert len(calls) == 2 * 2 * 2 * 3, "one bootstrap for each rank, strength, step and seed: the regret needs no more"
     assert set(judged.constants["step"]) == {16, 64}

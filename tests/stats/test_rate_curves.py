@@ -233,30 +233,6 @@ def test_a_rare_draw_at_the_grid_s_end_is_no_edge():
     assert edge([inside, inside], [inside] * 97 + [end] * 3) == "high", "the mean of the seeds may end there"
 
 
-@pytest.mark.parametrize(
-    ("by_seed", "records", "over"),
-    [
-        ((0.1, -0.1, 0.3), True, "seeds and held-out records"),
-        ((0.1,), True, "held-out records"),
-        ((0.1, 0.3), False, "seeds"),
-        ((0.1,), False, ""),
-    ],
-)
-def test_both_errors_are_kept(by_seed, records, over):
-    """Errors over seeds and over four records, computed by hand; no error for one seed without records."""
-    tokens, noise = np.array([10.0, 20.0, 30.0, 40.0]), np.array([1.0, -2.0, 2.0, -1.0])
-    second = np.full(len(by_seed), 2.0)
-    first = second + np.array(by_seed)
-    summed = (np.mean(first) * tokens + noise, 2 * tokens) if records else None
-    difference = rate_curves.paired_losses(first, second, summed, tokens if records else None)
-    assert (difference.over, difference.value) == (over, pytest.approx(np.mean(by_seed)))
-    by_seeds = np.std(by_seed, ddof=1) / len(by_seed) ** 0.5 if len(by_seed) > 1 else np.inf
-    by_records = np.sqrt(np.sum(noise**2) * 4 / 3) / 100
-    both = {"held-out records": by_records, "seeds and held-out records": np.hypot(by_seeds, by_records)}
-    expected = both.get(over, by_seeds)
-    assert difference.error == pytest.approx(expected, rel=1e-9)
-
-
 def test_best_rates_and_their_ratio():
     """Rates in numbers, errors in powers of two, and what the errors are over."""
     # Of two seeds: the mean of the logs is in between.

@@ -8,8 +8,8 @@ import pytest
 
 from rora_theory.errors import InputError
 from rora_theory.stats.rate_curves import Comparison
+from rora_theory.stats.trained_runs import TrainedRun
 from rora_theory.sweep import run_curves
-from rora_theory.sweep.trained_runs import TrainedRun
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 TOKENS = np.array([10.0, 20.0, 30.0, 40.0])

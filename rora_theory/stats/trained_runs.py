@@ -1,0 +1,146 @@
+"""Trained runs of a grid of learning rates: their resampled records, their curve of loss against rate, their losses."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float
+
+from rora_theory.errors import InputError
+from rora_theory.stats.estimate import Estimate, over_seeds
+from rora_theory.stats.paired import mean_per_token, resampled_ratios
+from rora_theory.stats.rate_curves import RECORDS, Curve, combine_errors
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """Held-out loss of one fine-tuning run with AdamW that trains both factors, after a number of steps.
+
+    Attributes:
+      method: Name of the method or scaling rule.
+      rank: Rank of the adapter.
+      gamma: Scaling of the adapter.
+      rate: Peak learning rate.
+      seed: Seed.
+      loss: Held-out loss in nats per token; infinite if the run diverged.
+      records: Loss of each held-out record, summed over its tokens; None if the run diverged or has no such losses.
+      tokens: Number of tokens of each record; None if ``records`` is None.
+    """
+
+    method: str
+    rank: int
+    gamma: float
+    rate: float
+    seed: int
+    loss: float
+    records: np.ndarray | None
+    tokens: np.ndarray | None
+
+    @classmethod
+    def from_records(
+        cls,
+        method: str,
+        rank: int,
+        gamma: float,
+        rate: float,
+        seed: int,
+        records: Sequence[float] | None,
+        tokens: Sequence[int],
+    ) -> "TrainedRun":
+        """Create a run from the losses of its held-out records, or one that diverged from None."""
+        if records is None:
+            return cls(method, rank, gamma, rate, seed, math.inf, None, None)
+        sums, sizes = np.array(records, np.float64), np.asarray(tokens, np.float64)
+        return cls(method, rank, gamma, rate, seed, float(sums.sum() / sizes.sum()), sums, sizes)
+
+
+def bootstrap(runs: Sequence[TrainedRun], draws: int, seed: int = 0) -> Float[np.ndarray, "draws runs"] | None:
+    """Compute losses over resampled held-out records, which are the same for every run.
+
+    Args:
+      runs: Runs with the same held-out records.
+      draws: Number of bootstrap samples.
+      seed: Seed of the bootstrap; the same seed draws the same records in every call.
+
+    Returns:
+      The losses, infinite for runs that diverged; None if a run has no losses by record.
+
+    Raises:
+      InputError: If runs have different records.
+    """
+    finite = [run for run in runs if math.isfinite(run.loss)]
+    records = [run.records for run in finite if run.records is not None]
+    if len(records) < len(finite):
+        return None
+    losses = np.full((draws, len(runs)), np.inf)
+    if finite:
+        # Resample records rather than tokens, because the tokens of a record are dependent. A run that diverged keeps
+        # an infinite loss in every sample.
+        columns = [math.isfinite(run.loss) for run in runs]
+        losses[:, columns] = resampled_ratios(records, tokens_of(finite), draws=draws, seed=seed)
+    return losses
+
+
+def curve_of_runs(runs: Sequence[TrainedRun], *, kappa: float, draws: int) -> Curve:
+    """Return the curve of loss against learning rate of one method and rank.
+
+    The bootstrap samples of the records are the same for every seed, rate and curve. If a run has no losses by record,
+    the curve has no resampled losses.
+
+    Args:
+      runs: A run for every seed and rate of the curve.
+      kappa: Exponent of the scaling rule gamma = alpha / r^kappa.
+      draws: Number of bootstrap samples.
+
+    Raises:
+      InputError: If runs of one seed have different records.
+    """
+    by_cell = {(run.seed, run.rate): run for run in runs}
+    seeds, rates = sorted({run.seed for run in runs}), sorted({run.rate for run in runs})
+    grid = [[by_cell[seed, rate] for rate in rates] for seed in seeds]
+    losses = np.array([[run.loss for run in seed_runs] for seed_runs in grid])
+    samples = [sample for sample in (bootstrap(seed_runs, draws) for seed_runs in grid) if sample is not None]
+    resampled = np.stack(samples, axis=1) if len(samples) == len(seeds) else None
+    method, rank, gamma = runs[0].method, runs[0].rank, runs[0].gamma
+    return Curve("adamw", "both", method, kappa, rank, gamma, np.array(rates), losses, resampled, tuple(seeds))
+
+
+def loss_difference(first: Sequence[TrainedRun], second: Sequence[TrainedRun]) -> Estimate:
+    """Estimate the mean loss of the first runs minus that of the second, with the error over seeds and over records.
+
+    The two errors are combined by `combine_errors`. For a single seed without losses per record there is no error.
+
+    Args:
+      first: Runs that did not diverge, one per seed.
+      second: Runs of the same seeds in the same order.
+
+    Raises:
+      InputError: If runs have different records.
+    """
+    runs = [*first, *second]
+    by_seeds = over_seeds(np.array([a.loss - b.loss for a, b in zip(first, second, strict=True)]))
+    records = [run.records for run in runs if run.records is not None]
+    if len(records) < len(runs):
+        return by_seeds
+    # Losses by record are averaged over the seeds of each side.
+    gaps = np.mean(records[: len(first)], axis=0) - np.mean(records[len(first) :], axis=0)
+    over_records = mean_per_token(gaps.tolist(), tokens_of(runs).astype(int).tolist())
+    return combine_errors(by_seeds, replace(over_records, over=RECORDS))
+
+
+def tokens_of(runs: Sequence[TrainedRun]) -> Float[np.ndarray, " records"]:
+    """Return the number of tokens of each held-out record, which must be the same for all runs.
+
+    Raises:
+      InputError: If runs have different records.
+    """
+    first = np.asarray(runs[0].tokens)
+    for run in runs:
+        if not np.array_equal(first, np.asarray(run.tokens)):
+            names = [
+                f"{differing.method} of rank {differing.rank} at {differing.rate:g}, seed {differing.seed}"
+                for differing in (runs[0], run)
+            ]
+            raise InputError(f"{' and '.join(names)} must have the same held-out records, got different ones")
+    return first

@@ -1,0 +1,114 @@
+"""Trained runs: the same resampled records at every rate, the curve that they make, and the errors of a difference."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rora_theory.errors import InputError
+from rora_theory.stats.trained_runs import TrainedRun, bootstrap, curve_of_runs, loss_difference
+
+
+def run(method: str = "lora", rank: int = 8, gamma: float = 2.0, rate: float = 0.1, **values) -> TrainedRun:
+    """Return a run of seed 0 with a loss of 1 and no losses by record unless stated."""
+    defaults = {"seed": 0, "loss": 1.0, "records": None, "tokens": None}
+    return TrainedRun(method, rank, gamma, rate, **(defaults | values))
+
+
+def test_the_bootstrap_draws_the_same_records_at_every_rate():
+    """Records that differ widely, and a loss a token that does not: a ratio of sums that no draw changes."""
+    tokens = np.array([1.0, 10.0, 100.0])
+    runs = [run(rate=factor, loss=factor, records=factor * tokens, tokens=tokens) for factor in (1.0, 3.0)]
+    runs.append(run(rate=9.0, loss=np.inf))
+    np.testing.assert_allclose(bootstrap(runs, draws=7), [[1.0, 3.0, np.inf]] * 7)
+    np.testing.assert_allclose(bootstrap([runs[2], runs[0]], draws=2), [[np.inf, 1.0]] * 2)
+    level = np.array([5.0, 1.0, 2.0]) * tokens
+    uneven = [run(rate=factor, records=factor * level, tokens=tokens) for factor in (1.0, 3.0)]
+    drawn = bootstrap(uneven, draws=50)
+    np.testing.assert_allclose(drawn[:, 1], 3 * drawn[:, 0])
+    assert len(np.unique(drawn[:, 0])) > 3
+    np.testing.assert_array_equal(drawn, bootstrap(uneven, draws=50), "seeded: methods share their draws")
+    shares = bootstrap([run(records=np.array([1.0, 0.0, 0.0]), tokens=np.ones(3))], draws=50)
+    assert set(np.round(3 * shares.ravel()).tolist()) == {0, 1, 2, 3}, "the first record is drawn 0 to 3 times"
+
+
+def test_losses_by_record_are_of_the_same_records_or_of_none():
+    first, second = (
+        run(seed=seed, records=np.array(sums), tokens=np.ones(2)) for seed, sums in enumerate(([1.0, 3.0], [3.0, 5.0]))
+    )
+    without_records = replace(second, records=None, tokens=None)
+    assert bootstrap([first, without_records], draws=2) is None
+    assert not loss_difference([first], [without_records]).has_error
+    message = r"seed 0 and lora of rank 8 at 0\.1, seed 1 must have the same held-out records"
+    other = replace(second, tokens=np.array([1.0, 2.0]))
+    for call in (lambda: bootstrap([first, other], draws=2), lambda: loss_difference([first], [other])):
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+def test_a_run_of_records_has_their_loss_and_one_without_diverged():
+    finished, diverged = (
+        TrainedRun.from_records("lora", 8, 2.0, 0.1, 0, records, [1, 3]) for records in ([2.0, 4.0], None)
+    )
+    assert finished.loss == pytest.approx(1.5)
+    assert (finished.records.tolist(), finished.tokens.tolist()) == ([2.0, 4.0], [1.0, 3.0])
+    assert (diverged.loss, diverged.records, diverged.tokens) == (np.inf, None, None)
+
+
+@pytest.mark.parametrize("lacks_records", [False, True])
+def test_a_curve_has_its_seeds_and_rates_in_order(lacks_records):
+    """Runs in any order; the resampled losses belong to the same seeds and rates, if all runs have records."""
+    tokens = np.array([1.0, 10.0, 100.0])
+    runs = [
+        run("rora", rate=rate, seed=seed, loss=seed + rate, records=(seed + rate) * tokens, tokens=tokens)
+        for seed in (3, 1)
+        for rate in (0.4, 0.1, 0.2)
+    ]
+    runs[0] = replace(runs[0], loss=np.inf, records=None, tokens=None)
+    if lacks_records:
+        runs[1] = replace(runs[1], records=None, tokens=None)
+    curve = curve_of_runs(runs, kappa=0.5, draws=5)
+    assert (curve.rule, curve.kappa, curve.rank, curve.scaling) == ("rora", 0.5, 8, 2.0)
+    assert (curve.seeds, curve.rates.tolist()) == ((1, 3), [0.1, 0.2, 0.4])
+    losses = [[1.1, 1.2, 1.4], [3.1, 3.2, np.inf]]
+    np.testing.assert_allclose(curve.losses, losses)
+    if lacks_records:
+        assert curve.resampled is None
+    else:
+        np.testing.assert_allclose(curve.resampled, [losses] * 5)
+
+
+@pytest.mark.parametrize(
+    ("by_seed", "records", "over"),
+    [
+        ((0.1, -0.1, 0.3), True, "seeds and held-out records"),
+        ((0.1,), True, "held-out records"),
+        ((0.1, 0.3), False, "seeds"),
+        ((0.1,), False, ""),
+    ],
+)
+def test_both_errors_are_kept(by_seed, records, over):
+    """Errors over seeds and over four records, computed by hand; no error for one seed without records.
+
+    The records' differences grow from seed to seed, with ``noise`` as their mean.
+    """
+    tokens, noise = np.array([10.0, 20.0, 30.0, 40.0]), np.array([1.0, -2.0, 2.0, -1.0])
+    growth = 2 * np.arange(1, len(by_seed) + 1) / (len(by_seed) + 1)
+
+    def records_of(sums):
+        return {"records": sums, "tokens": tokens} if records else {}
+
+    first, second = (
+        [
+            run(seed=seed, loss=loss, **records_of(loss * tokens + growth[seed] * sums))
+            for seed, loss in enumerate(losses)
+        ]
+        for losses, sums in ((2 + np.array(by_seed), noise), (np.full(len(by_seed), 2.0), 0 * noise))
+    )
+    difference = loss_difference(first, second)
+    assert (difference.over, difference.value) == (over, pytest.approx(np.mean(by_seed)))
+    by_seeds = np.std(by_seed, ddof=1) / len(by_seed) ** 0.5 if len(by_seed) > 1 else np.inf
+    by_records = np.sqrt(np.sum(noise**2) * 4 / 3) / 100
+    both = {"held-out records": by_records, "seeds and held-out records": np.hypot(by_seeds, by_records)}
+    expected = both.get(over, by_seeds)
+    assert difference.error == pytest.approx(expected, rel=1e-9)
