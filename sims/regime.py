@@ -41,7 +41,7 @@ from rora_theory.measure.regimes import model as regimes
 from rora_theory.measure.regimes import tables as regime_tables
 from rora_theory.measure.regimes import thin
 from rora_theory.measure.regimes.model import RegimeCell
-from rora_theory.measure.regimes.module_regime import LayerRegime, Regime, RegimeConfig
+from rora_theory.measure.regimes.module_regime import Regime, RegimeConfig, RegimeRows
 from rora_theory.measure.regimes.tables import JudgeConfig
 from rora_theory.runs.devices import describe
 from rora_theory.runs.folder import RunFolder, check_free, path_of
@@ -132,13 +132,13 @@ def run(config: Config) -> None:
 
     def assemble(parts: list[Any]) -> Regime:
         losses = (folder.entry(name) for name in ("training_loss", "heldout_loss"))
-        return Regime.from_layers([LayerRegime(*part) for part in parts], *losses)
+        return Regime.from_rows([RegimeRows(*part) for part in parts], *losses)
 
     def write(parts: list[Any]) -> None:
         for name, frame in assemble(parts).files().items():
             folder.write_frame(frame, name)
 
-    def work(cell: RegimeCell, _: Path) -> LayerRegime:
+    def work(cell: RegimeCell, _: Path) -> RegimeRows:
         return recorded.measure(config.measured, cell.layer, modules[cell.layer])
 
     measured = assemble(run_with_bar(cells, work, folder, runner=runner, title="layers", write=write))

@@ -28,7 +28,7 @@ from rora_theory.evaluate.scoring import Scoring
 from rora_theory.horizon.judgement import HorizonJudgement
 from rora_theory.io import frames
 from rora_theory.measure.rank_check.check import CheckConfig
-from rora_theory.measure.regimes.module_regime import LayerRegime, Regime, RegimeConfig
+from rora_theory.measure.regimes.module_regime import Regime, RegimeConfig, RegimeRows
 from rora_theory.paper.verdicts import Verdict
 from rora_theory.runs.reading import as_json
 from rora_theory.scaling import KAPPAS
@@ -201,7 +201,7 @@ def test_real_layers(printed) -> None:
 
 def regime_of(name: str) -> Regime:
     """Read a published run's tables; earlier runs have fewer."""
-    empty = Regime.from_layers([LayerRegime([], [], [], [])], math.nan, math.nan)
+    empty = Regime.from_rows([RegimeRows([], [], [], [])], math.nan, math.nan)
     names = {"crossings": "crossing_ranks", "results": "results", "takeover": "takeover", "tokens": "tokens"}
     written = {field: file for field, file in names.items() if (PUBLISHED / name / f"{file}.csv").exists()}
     return dataclasses.replace(empty, **dict(zip(written, published(name, *written.values()), strict=True)))

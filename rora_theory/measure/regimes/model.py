@@ -21,7 +21,7 @@ from rora_theory.measure.layers import drawn_steps
 from rora_theory.measure.layers.layer_data import Layer
 from rora_theory.measure.layers.model_layers import Recording, real_tokens, record
 from rora_theory.measure.regimes import thin
-from rora_theory.measure.regimes.module_regime import LayerRegime, ModuleRegime, Regime, RegimeConfig, measure_module
+from rora_theory.measure.regimes.module_regime import Regime, RegimeConfig, RegimeRows, measure_module
 from rora_theory.measure.tokens import choose_tokens
 
 
@@ -50,7 +50,7 @@ class RecordedModules:
     held_out: Recording
     seen: Bool[np.ndarray, " tokens"]
 
-    def measure(self, config: RegimeConfig, index: int, modules: Sequence[str]) -> LayerRegime:
+    def measure(self, config: RegimeConfig, index: int, modules: Sequence[str]) -> RegimeRows:
         """Measure modules of one layer.
 
         Args:
@@ -61,22 +61,12 @@ class RecordedModules:
         Raises:
           InputError: If no held-out token is left.
         """
-        tables = LayerRegime([], [], [], [])
-        for module in modules:
-            # Gradient and sampled inputs of the module.
-            layer, token_rows = self._sample_layer(config, index, module)
-            # Adapters that are drawn and stepped, if requested, and the law.
-            stepped = drawn_steps.measure_adapters(config, layer) if config.rows else {}
-            lora_A = partial(drawn_steps.takeover_rows, config, layer)
-            module_regime: ModuleRegime = measure_module(config, layer, index, lora_A, stepped)
-            for table, rows in zip(tables, (*module_regime, token_rows), strict=True):
-                table += rows
-        return tables
+        return RegimeRows.concatenate([self._measure_module(config, index, module) for module in modules])
 
-    def _sample_layer(self, config: RegimeConfig, index: int, module: str) -> tuple[Layer, list[dict[str, Any]]]:
-        """Return a module's gradient and inputs at sampled tokens, and the numbers of tokens as rows."""
+    def _measure_module(self, config: RegimeConfig, index: int, module: str) -> RegimeRows:
         name = full_name(index, module)
-        inputs, token_rows = {}, []
+        inputs: dict[str, np.ndarray] = {}
+        counts: dict[str, dict[str, int]] = {}
         for split, recording in (("train", self.train), ("heldout", self.held_out)):
             x = recording.inputs[module][index]
             # Sample tokens. At held-out ones, leave out those seen in training and the attention sinks.
@@ -87,9 +77,11 @@ class RecordedModules:
                 seed=config.seed,
                 name=name,
             )
-            inputs[split] = x[sample.indices].astype(np.float32)
-            token_rows.append({"layer": index, "module": name, "split": split} | sample.counts)
-        return Layer(name, self.train.gradient(module, index), inputs), token_rows
+            inputs[split], counts[split] = x[sample.indices].astype(np.float32), sample.counts
+        layer = Layer(name, self.train.gradient(module, index), inputs)
+        # Adapters that are drawn and stepped, if requested, and the law.
+        stepped = drawn_steps.measure_adapters(config, layer) if config.rows else {}
+        return measure_module(config, layer, index, partial(drawn_steps.takeover_rows, config, layer), stepped, counts)
 
 
 def record_modules(
@@ -168,7 +160,7 @@ def regime(
     """
     modules = modules_by_layer(model.config, target_modules, layers)
     recorded = record_modules(model.params, model.config, train, held_out, distinct_names(modules))
-    layer_regimes = [recorded.measure(config or RegimeConfig(), index, names) for index, names in modules.items()]
-    measured = Regime.from_layers(layer_regimes, recorded.train.loss, recorded.held_out.loss)
+    layer_rows = [recorded.measure(config or RegimeConfig(), index, names) for index, names in modules.items()]
+    measured = Regime.from_rows(layer_rows, recorded.train.loss, recorded.held_out.loss)
     thin.warn(measured.files().values(), thin.regime_warnings(measured.crossings, model.config.num_hidden_layers))
     return measured

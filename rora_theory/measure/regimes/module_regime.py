@@ -158,29 +158,27 @@ class RegimeConfig:
         return [scaling_factor(rule, alpha=self.alpha, rank=rank) for rank in self.ranks]
 
 
-class ModuleRegime(NamedTuple):
-    """Figures of one module as rows of tables.
+class RegimeRows(NamedTuple):
+    """Figures of one or more modules as rows of tables, whose columns are those of `Regime`.
 
     Attributes:
-      crossings: Signal, cross-talk, r* with its quartiles, and the linear term; a row for each split, optimizer and
-        initialisation.
-      results: Predicted and, under the first rule, measured rms of the change; a row for each split, optimizer,
+      crossings: Signal, cross-talk, r* with its quartiles, and the linear term; a row for each module, split, optimizer
+        and initialisation.
+      results: Predicted and, under the first rule, measured rms of the change; a row for each module, split, optimizer,
         initialisation, rule and rank. Empty unless exact.
-      takeover: Takeover distance under Adam; a row for each split, initialisation and rank.
+      takeover: Takeover distance under Adam; a row for each module, split, initialisation and rank.
+      tokens: Numbers of tokens; a row for each module and split.
     """
 
     crossings: list[dict[str, Any]]
     results: list[dict[str, Any]]
     takeover: list[dict[str, Any]]
-
-
-class LayerRegime(NamedTuple):
-    """Figures of the modules of one layer as rows of tables, see `Regime`."""
-
-    crossings: list[dict[str, Any]]
-    results: list[dict[str, Any]]
-    takeover: list[dict[str, Any]]
     tokens: list[dict[str, Any]]
+
+    @classmethod
+    def concatenate(cls, parts: Iterable["RegimeRows"]) -> "RegimeRows":
+        """Concatenate each table of several modules or layers."""
+        return cls(*([row for rows in tables for row in rows] for tables in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,11 +204,10 @@ class Regime:
     held_out_loss: float
 
     @classmethod
-    def from_layers(cls, layers: Iterable[LayerRegime], training_loss: float, held_out_loss: float) -> "Regime":
-        """Create a regime from the rows of layers."""
+    def from_rows(cls, parts: Iterable[RegimeRows], training_loss: float, held_out_loss: float) -> "Regime":
+        """Create a regime from the rows of modules or layers."""
         columns = (CROSSING_COLUMNS, RESULT_COLUMNS, TAKEOVER_COLUMNS, TOKEN_COLUMNS)
-        tables = [[row for rows in table for row in rows] for table in zip(*layers, strict=True)]
-        crossings, results, takeover, tokens = map(frames.from_rows, tables, columns)
+        crossings, results, takeover, tokens = map(frames.from_rows, RegimeRows.concatenate(parts), columns)
         return cls(crossings, results, takeover, tokens, training_loss, held_out_loss)
 
     def sentence(self, optimizer: Optimizer = "adam", init: Init = "kaiming_uniform", split: Split = "heldout") -> str:
@@ -284,7 +281,8 @@ def measure_module(
     index: int,
     lora_A: Callable[[Init], Float[np.ndarray, "rows p_in"]],
     measured: Mapping[tuple, dict[str, Any]] | None = None,
-) -> ModuleRegime:
+    counts: Mapping[str, Mapping[str, int]] | None = None,
+) -> RegimeRows:
     """Compute crossing ranks, predictions and takeover distances of one module.
 
     Args:
@@ -293,6 +291,7 @@ def measure_module(
       index: Index of the module's layer.
       lora_A: Function that draws `RegimeConfig.takeover_rows` rows of A by an initialisation at that rank.
       measured: Results of `drawn_steps.measure_adapters`, if adapters were stepped.
+      counts: Numbers of tokens by split, see `choose_tokens`; None leaves out their rows.
     """
     # One set of products serves both splits: their tokens are told apart afterwards.
     x = np.concatenate([layer.inputs[split] for split in SPLITS])
@@ -316,7 +315,9 @@ def measure_module(
         results.append(row | {"predicted": predicted[key]} | measured.get(key, {}))
     # Takeover distances, which exist under Adam only.
     takeover_rows = takeover(config, layer, index, lora_A) if "adam" in config.optimizers else []
-    return ModuleRegime(crossings, results, takeover_rows)
+    label = {"layer": index, "module": layer.name}
+    tokens = [label | {"split": split} | dict(numbers) for split, numbers in (counts or {}).items()]
+    return RegimeRows(crossings, results, takeover_rows, tokens)
 
 
 def _result_keys(config: RegimeConfig, index: int, module: str) -> Iterator[dict[str, Any]]:

@@ -27,7 +27,7 @@ from rora_theory.errors import InputError, shown
 from rora_theory.inits import Init
 from rora_theory.measure.layers.layer_data import SPLITS, Layer, Split
 from rora_theory.measure.regimes import module_regime, thin
-from rora_theory.measure.regimes.module_regime import LayerRegime, Regime, RegimeConfig
+from rora_theory.measure.regimes.module_regime import Regime, RegimeConfig, RegimeRows
 from rora_theory.measure.tokens import choose_tokens
 from rora_theory.measure.torch import hooks
 from rora_theory.measure.torch import progress as progress_bars
@@ -302,14 +302,14 @@ def regime(
         training_loss = hooks.backward(model, reached, lambda: compute_loss(model, batch), sampler.calls, on_gradient)
         if pending:
             finish_module()
-    left_out |= {name: "no gradient" for name in reached if name not in reducer.layers}
-    if not reducer.layers:
+    left_out |= {name: "no gradient" for name in reached if name not in reducer.rows}
+    if not reducer.rows:
         raise InputError(
             f"no gradient reaches any of {len(reached)} target modules. Choose target_modules that the loss depends on."
         )
     # Gradients arrive in the order of the backward pass: restore the model's order.
-    frames = Regime.from_layers(
-        [reducer.layers[name] for name in modules if name in reducer.layers], training_loss, held_out_loss
+    frames = Regime.from_rows(
+        [reducer.rows[name] for name in modules if name in reducer.rows], training_loss, held_out_loss
     )
     # Warn if the result rests on too few tokens or layers.
     all_modules = modules if layers is None else chosen(base, target_modules)
@@ -377,12 +377,12 @@ class _GradientReducer:
     """Reduction of each module's gradient to rows of the frames.
 
     Attributes:
-      layers: Rows by module.
+      rows: Rows by module.
     """
 
     def __init__(self, config: RegimeConfig, masks: MasksByShape, held_out: _InputSampler, draw: Draw) -> None:
         self._config, self._masks, self._held_out, self._draw = config, masks, held_out, draw
-        self.layers: dict[str, LayerRegime] = {}
+        self.rows: dict[str, RegimeRows] = {}
 
     def add(self, name: str, grad: torch.Tensor, calls: list[hooks.Inputs]) -> None:
         """Measure a module from its gradient and its training inputs, call by call; skip a zero gradient."""
@@ -402,12 +402,10 @@ class _GradientReducer:
 
             stepped = drawn_steps.measure_adapters(config, layer)
         # Evaluate the law.
-        module = module_regime.measure_module(
-            config, layer, index, lambda init: self._draw(config, layer, init), stepped
+        counts = {"train": training.counts[name], "heldout": self._held_out.counts[name]}
+        self.rows[name] = module_regime.measure_module(
+            config, layer, index, lambda init: self._draw(config, layer, init), stepped, counts
         )
-        counts = (("train", training.counts[name]), ("heldout", self._held_out.counts[name]))
-        rows = [{"layer": index, "module": name, "split": split} | numbers for split, numbers in counts]
-        self.layers[name] = LayerRegime(*module, rows)
 
 
 def _estimate_cost(config: RegimeConfig, weights: int) -> str:
