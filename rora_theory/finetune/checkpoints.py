@@ -7,7 +7,8 @@ remaining steps depend on: adapter, optimizer state, dropout key and step, which
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,8 @@ class Checkpoints:
         # The seal detects changes of the progress, its checksum changes of the arrays.
         sealed = seals.seal(asdict(progress) | {"state": checksum(state)})
         items = ocp.args.Composite(state=ocp.args.StandardSave(copy), progress=ocp.args.JsonSave(sealed))
-        try:
+        with self._naming_write_error():
             self._manager.save(progress.step, args=items, force=True)
-        except (OSError, ValueError) as error:
-            raise self._write_error(error) from error
 
     def wait(self) -> None:
         """Wait until all checkpoints are written.
@@ -110,10 +109,8 @@ class Checkpoints:
         Raises:
           InputError: If a checkpoint cannot be written.
         """
-        try:
+        with self._naming_write_error():
             self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
-            raise self._write_error(error) from error
 
     def restore(self, step: int, like: State) -> tuple[State, Progress]:
         """Load a checkpoint.
@@ -155,15 +152,18 @@ class Checkpoints:
         Raises:
           InputError: If a checkpoint cannot be written.
         """
-        try:
+        with self._naming_write_error():
             self._manager.close()
-        except (OSError, ValueError) as error:
-            raise self._write_error(error) from error
 
-    def _write_error(self, error: Exception) -> InputError:
-        return InputError(
-            f"{self.folder}: cannot write a checkpoint ({_reason(error)}). Free disk space or choose another folder."
-        )
+    @contextmanager
+    def _naming_write_error(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{self.folder}: cannot write a checkpoint ({_reason(error)}). "
+                "Free disk space or choose another folder."
+            ) from error
 
 
 def silence_checkpoint_logs() -> None:

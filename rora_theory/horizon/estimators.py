@@ -63,7 +63,7 @@ def estimator_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
                         rows.append(
                             labels
                             | {"estimate": method, "exponent": exponent.value}
-                            | {"standard_error": exponent.error if exponent.has_error else None}
+                            | {"standard_error": exponent.known_error}
                             | {"half_width": exponent.half_width() if exponent.has_error else None}
                             | {"seeds": exponent.n, "pairs": len(chosen), "edges": edges}
                         )

@@ -181,7 +181,7 @@ def regret_table(
                     | {"rank": new.rank, "strength": new.strength, "steps": new.steps}
                     | {"changed": " ".join(changed), "policy": name}
                     | {"tuned_rate": tuned_rate, "learning_rate": cost.learning_rate}
-                    | {"regret": nats.value, "standard_error": nats.error if nats.has_error else None}
+                    | {"regret": nats.value, "standard_error": nats.known_error}
                     | {"half_width": nats.half_width() if math.isfinite(nats.half_width()) else None}
                     | {"error_over": nats.over, "low": cost.low, "high": cost.high, "per_cent": cost.per_cent}
                     | {"lowest_loss": cost.lowest_loss, "seeds": len(target.losses)}

@@ -29,7 +29,7 @@ class Estimate:
       n: Number of samples behind the error; for a bootstrap, the number of resamples.
       over: Kind of samples: ``"draws"``, ``"seeds"``, ``"records"``, ``"items"``, ``"trials"``; empty if there is no
         error.
-      bound: Additional error that does not average out, such as a grid's spacing; added to indices half width.
+      bound: Additional error that does not average out, such as a grid's spacing; added to the half width.
     """
 
     value: float
@@ -42,6 +42,11 @@ class Estimate:
     def has_error(self) -> bool:
         """Whether the standard error is known."""
         return math.isfinite(self.error)
+
+    @property
+    def known_error(self) -> float | None:
+        """Standard error as a table shows it; None if it is unknown."""
+        return self.error if self.has_error else None
 
     def half_width(self, confidence: float = CONFIDENCE) -> float:
         """Compute half the two-sided confidence interval by Student's t, plus the bound.

@@ -252,7 +252,7 @@ def best_rates(curves: Sequence[Curve]) -> "pd.DataFrame":
             | {"rank": curve.rank, "best_rate": 2**logs.value}
             | {"log2_error": error, "log2_half_width": half_width}
             | {"best_loss": losses.value}
-            | {"best_loss_error": losses.error if losses.has_error else None}
+            | {"best_loss_error": losses.known_error}
             | {"seeds": len(curve.losses), "edge": curve.edge}
             | {"error_over": logs.over}
         )
@@ -282,7 +282,7 @@ def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
         nearest = " or ".join(name for name, distance in distances.items() if distance <= reach)
         row = dict(zip(("optimizer", "trained", "rule", "kappa"), line, strict=True))
         row |= {"ranks": " ".join(str(curve.rank) for curve in used), "slope": slope.value}
-        row |= {"standard_error": slope.error if slope.has_error else None}
+        row |= {"standard_error": slope.known_error}
         row |= {"half_width": slope.half_width() if slope.has_error else None}
         # A single seed's error is over records and does not contain the variation between training runs.
         row |= {"verdict": slopes.trend(fit) if len(used[0].losses) > 1 else "undecided"}
@@ -423,7 +423,7 @@ def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
         first_loss=loss_a,
         second_loss=loss_b,
         difference=losses.value,
-        standard_error=losses.error if losses.has_error else None,
+        standard_error=losses.known_error,
         half_width=half_width if math.isfinite(half_width) else None,
         error_over=losses.over,
         verdict=verdict,

@@ -59,7 +59,7 @@ def summarise_seeds(table: pd.DataFrame) -> pd.DataFrame:
         for name in QUANTITIES if len(finite) else ():
             mean = over_seeds(finite[name].to_numpy(float))
             row[name] = mean.value
-            row[f"{name}_se"] = mean.error if mean.has_error else None
+            row[f"{name}_se"] = mean.known_error
         rows.append(row)
     return frames.from_rows(rows, MEAN_COLUMNS)
 

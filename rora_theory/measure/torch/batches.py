@@ -1,4 +1,4 @@
-"""Masks of the tokens of a batch that a measurement uses.
+"""Batches of padded rows, and masks of the tokens of a batch that a measurement uses.
 
 Padding is left out. In a causal model so are the tokens after a row's last target. In a held-out batch, tokens that
 repeat the beginning of a training record are marked as seen.
@@ -24,6 +24,26 @@ Batch = Mapping[str, Any]
 
 Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
 """Function of a model and a batch that returns the loss."""
+
+
+def pad_rows(rows: Sequence[tuple[Sequence[int], Sequence[int]]], padding: int | None) -> dict[str, torch.Tensor]:
+    """Return a batch of rows padded on the right, where padding is masked and has no label.
+
+    Args:
+      rows: Token ids and labels of each row.
+      padding: Padding token; None uses token 0.
+    """
+    width = max((len(ids) for ids, _ in rows), default=0)
+    batch = {
+        "input_ids": torch.full((len(rows), width), padding or 0),
+        "attention_mask": torch.zeros((len(rows), width), dtype=torch.long),
+        "labels": torch.full((len(rows), width), IGNORED_LABEL),
+    }
+    for row, (ids, labels) in enumerate(rows):
+        batch["input_ids"][row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+        batch["attention_mask"][row, : len(ids)] = 1
+        batch["labels"][row, : len(labels)] = torch.tensor(labels, dtype=torch.long)
+    return batch
 
 
 def model_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from rora_theory.data.chat import ChatTemplate
 from rora_theory.errors import InputError
-from rora_theory.measure.torch.batches import IGNORED_LABEL
+from rora_theory.measure.torch.batches import IGNORED_LABEL, pad_rows
 from rora_theory.scaling import check_integer
 
 
@@ -55,17 +55,7 @@ class ChatCollator:
             within ``max_length``.
         """
         rows = [self._encode(chat) for chat in chats]
-        width = max((len(ids) for ids, _ in rows), default=0)
-        padding = self._tokenizer.pad_token_id or 0  # masked and without a label, so any token will do
-        batch = {
-            "input_ids": torch.full((len(rows), width), padding),
-            "attention_mask": torch.zeros((len(rows), width), dtype=torch.long),
-            "labels": torch.full((len(rows), width), IGNORED_LABEL),
-        }
-        for row, (ids, labels) in enumerate(rows):
-            batch["input_ids"][row, : len(ids)] = torch.tensor(ids)
-            batch["attention_mask"][row, : len(ids)] = 1
-            batch["labels"][row, : len(ids)] = torch.tensor(labels)
+        batch = pad_rows(rows, self._tokenizer.pad_token_id)
         # Labels are shifted by one, so the first token has no prediction.
         if not bool((batch["labels"][:, 1:] != IGNORED_LABEL).any()):
             raise InputError(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rora_theory.errors import InputError, shown
-from rora_theory.measure.torch.batches import IGNORED_LABEL, Batch
+from rora_theory.measure.torch.batches import IGNORED_LABEL, Batch, pad_rows
 from rora_theory.measure.torch.chats import ChatCollator
 from rora_theory.measure.torch.modules import task_type
 
@@ -179,7 +179,6 @@ def _collator(first: Any, name: str, tokenizer: Any, max_length: int) -> Callabl
         return ChatCollator(tokenizer, max_length)
     if not callable(tokenizer) or not hasattr(tokenizer, "pad_token_id"):
         raise InputError(f"tokenizer must be a tokenizer of transformers, got {shown(tokenizer)}")
-    padding = tokenizer.pad_token_id or 0  # masked and without a label, so any token will do
 
     # Without labels of its own, a record is learned as a whole.
     def encode(record: Any) -> tuple[list[int], list[int]]:
@@ -193,18 +192,6 @@ def _collator(first: Any, name: str, tokenizer: Any, max_length: int) -> Callabl
         return ids[:max_length], labels[:max_length]
 
     def collate(records: Sequence[Any]) -> Batch:
-        rows = [encode(record) for record in records]
-        # Pad on the right. Padding is masked and has no label.
-        width = max(len(ids) for ids, _ in rows)
-        batch = {
-            "input_ids": torch.full((len(rows), width), padding),
-            "attention_mask": torch.zeros((len(rows), width), dtype=torch.long),
-            "labels": torch.full((len(rows), width), IGNORED_LABEL),
-        }
-        for row, (ids, labels) in enumerate(rows):
-            batch["input_ids"][row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-            batch["attention_mask"][row, : len(ids)] = 1
-            batch["labels"][row, : len(labels)] = torch.tensor(labels, dtype=torch.long)
-        return batch
+        return pad_rows([encode(record) for record in records], tokenizer.pad_token_id)
 
     return collate
