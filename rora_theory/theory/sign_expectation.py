@@ -16,7 +16,7 @@ import math
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy import special
 
 from rora_theory.inits import Entries
@@ -53,14 +53,18 @@ phi of a large entry oscillates up to a phase of 7 sqrt(3 / share), which needs 
 _LINEAR_SHARE = 1e-4
 """Share of the small entries in |g|^2 below which their expectations are linear in the entries, to 1e-4 of |g|."""
 
-_INTEGRAND_ENTRIES = 1 << 20
-"""Maximum number of large entries times nodes that are processed together: eight megabytes."""
-
 _FOURTH, _SIXTH = -6 / 5, 48 / 7
 """Fourth and sixth cumulants of a uniform entry of variance 1."""
 
 _BLOCK_ENTRIES = 1 << 16
 """Number of matrix entries processed together: half a megabyte, which stays in a processor's cache."""
+
+_FAST_BLOCK_ENTRIES, _FAST_BLOCK_ROWS = 1 << 18, 512
+"""Maximum numbers of matrix entries and of rows that `uniform_fast` processes together.
+
+One megabyte in float32 is little enough for the cache, and enough for the cost of each NumPy call to be small. The
+number of rows bounds the memory of the integrals.
+"""
 
 
 def uniform(
@@ -108,90 +112,127 @@ def uniform_fast(unit: Float[np.ndarray, "p_out p_in"]) -> Float[np.ndarray, "p_
     Returns:
       The expectations in float32 for entries of variance 1; zeros in rows of zeros.
     """
-    expectations = np.zeros(unit.shape, np.float32)
-    size = max(1, _BLOCK_ENTRIES // max(1, unit.shape[1]))
+    expectations = np.empty(unit.shape, np.float32)
+    size = min(_FAST_BLOCK_ROWS, max(1, _FAST_BLOCK_ENTRIES // max(1, unit.shape[1])))
     for first in range(0, len(unit), size):
-        rows = unit[first : first + size].astype(np.float32)
-        is_large, share = _split_entries(rows)
-        # The smaller the share of the small entries, the more nodes the integral needs.
-        counts = np.select([share > bound for bound, _ in _NODES], [count for _, count in _NODES], _NODES[-1][1])
-        counts[~rows.any(axis=1)] = 0
-        for _, count in _NODES:
-            members = np.flatnonzero(counts == count)
-            if not len(members):
-                continue
-            entries_per_row = count * max(1, int(np.max(np.sum(is_large[members], axis=1))))
-            for chunk in np.array_split(members, -(-len(members) * entries_per_row // _INTEGRAND_ENTRIES)):
-                expectations[first + chunk] = _integrate(rows[chunk], is_large[chunk], count)
+        rows = np.asarray(unit[first : first + size], np.float32)
+        expectations[first : first + size] = _fast_block(rows)
     return expectations
+
+
+def _fast_block(rows: Float[np.ndarray, "rows p_in"]) -> Float[np.ndarray, "rows p_in"]:
+    """Compute the expectations of a block of rows."""
+    at_row, at_column, share = _split_entries(rows)
+    # Power sums Q_4 and Q_6 of the small entries; Q_2 is their share.
+    small = rows
+    if len(at_row):
+        small = rows.copy()
+        small[at_row, at_column] = 0.0
+    squares = small * small
+    fourth_powers = squares * squares
+    fourth = np.einsum("ij->i", fourth_powers)
+    sixth = np.einsum("ij,ij->i", fourth_powers, squares)
+
+    # Integrals over t: the smaller the share of the small entries, the more nodes a row needs. Rows of zeros need none.
+    counts = np.select([share > bound for bound, _ in _NODES], [count for _, count in _NODES], _NODES[-1][1])
+    counts[(share == 0) & (np.bincount(at_row, minlength=len(rows)) == 0)] = 0
+    sums, large = np.stack([share, fourth, sixth], axis=1), rows[at_row, at_column]
+    coefficients, at_large = np.zeros(sums.shape, np.float32), np.zeros_like(large)
+    for count in np.unique(counts[counts > 0]).tolist():
+        members, with_count = np.flatnonzero(counts == count), counts[at_row] == count
+        positions = np.searchsorted(members, at_row[with_count])
+        integrals = _integrate(sums[members], large[with_count], positions, count)
+        coefficients[members], at_large[with_count] = integrals
+
+    # m_j as a polynomial in g_j for small entries, and as the integral itself for large ones.
+    first, cubic, quintic = (column[:, None] for column in coefficients.T)
+    result = np.multiply(squares, quintic, out=fourth_powers)
+    result += cubic
+    result *= squares
+    result += first
+    result *= small
+    result[at_row, at_column] = at_large
+    return result
 
 
 def _split_entries(
     rows: Float[np.ndarray, "rows p_in"],
-) -> tuple[Bool[np.ndarray, "rows p_in"], Float[np.ndarray, " rows"]]:
+) -> tuple[Int[np.ndarray, " large"], Int[np.ndarray, " large"], Float[np.ndarray, " rows"]]:
     """Split the entries of rows into large and small ones.
 
     An entry is large relative to the root sum of squares of the small ones, which decreases as entries become large.
 
     Returns:
-      A mask of the large entries, and the sum of the squares of the small ones in each row.
+      The rows and columns of the large entries, row by row, and the sum of the squares of the small ones in each row.
     """
-    share, is_large = np.einsum("ij,ij->i", rows, rows), np.zeros(rows.shape, bool)
+    share = np.einsum("ij,ij->i", rows, rows)
     # Most rows have no large entry, so that one pass suffices for them.
     largest = np.maximum(np.max(rows, axis=1, initial=0.0), -np.min(rows, axis=1, initial=0.0))
-    changed = np.flatnonzero(largest > _LARGE * np.sqrt(share))
+    with_large = np.flatnonzero(largest > _LARGE * np.sqrt(share))
+    squares = np.square(rows[with_large])
+    is_large = np.zeros(squares.shape, bool)
     # Repeat for the rows in which the small entries' share decreased, until it is so small that they do not matter.
+    changed = np.arange(len(with_large))
     while len(changed):
-        is_large[changed] = np.abs(rows[changed]) > _LARGE * np.sqrt(share[changed])[:, None]
-        squares = np.sum(np.where(is_large[changed], 0.0, rows[changed]) ** 2, axis=1)
-        decreased = squares < 0.999 * share[changed]
-        changed, squares = changed[decreased], squares[decreased]
-        share[changed] = squares
-        changed = changed[squares > _LINEAR_SHARE]
-    return is_large, share
+        before = share[with_large[changed]]
+        candidates = squares[changed]
+        is_large[changed] = is_beyond = candidates > _LARGE**2 * before[:, None]
+        candidates[is_beyond] = 0.0
+        after = np.einsum("ij->i", candidates)
+        decreased = after < 0.999 * before
+        share[with_large[changed[decreased]]] = after[decreased]
+        changed = changed[decreased & (after > _LINEAR_SHARE)]
+    # `np.nonzero` takes much longer in two dimensions.
+    at_row, at_column = np.divmod(np.flatnonzero(is_large), rows.shape[1])
+    return with_large[at_row], at_column, share
 
 
 def _integrate(
-    rows: Float[np.ndarray, "rows p_in"], is_large: Bool[np.ndarray, "rows p_in"], count: int
-) -> Float[np.ndarray, "rows p_in"]:
-    """Integrate the series over t with a number of nodes, for rows that are not zero."""
-    at_row, at_column = np.nonzero(is_large)
-    large = rows[at_row, at_column]
+    sums: Float[np.ndarray, "rows 3"],
+    large: Float[np.ndarray, " large"],
+    at_row: Int[np.ndarray, " large"],
+    count: int,
+) -> tuple[Float[np.ndarray, "rows 3"], Float[np.ndarray, " large"]]:
+    """Integrate the series over t with a number of nodes, for rows that are not zero.
 
-    # Power sums Q_2, Q_4 and Q_6 of the small entries.
-    small = np.where(is_large, np.float32(0.0), rows) if len(at_row) else rows
-    small2 = small * small
-    second = np.einsum("ij->i", small2).astype(np.float64)
-    fourth = np.einsum("ij,ij->i", small2, small2).astype(np.float64)
-    sixth = np.einsum("ij,ij,ij->i", small2, small2, small2).astype(np.float64)
+    Args:
+      sums: Power sums Q_2, Q_4 and Q_6 of the small entries.
+      large: Large entries, row by row.
+      at_row: Row of each large entry.
+      count: Number of nodes.
+
+    Returns:
+      The coefficients of g_j, g_j^3 and g_j^5 in the expectations of the small entries, and the expectations of the
+      large entries.
+    """
+    second, fourth, sixth = sums.astype(np.float64).T
     # Where the small entries hardly matter, a Gaussian of a little more variance stands in for their sum: the integral
     # ends there, and only the term linear in an entry is left.
     is_linear = second < _LINEAR_SHARE
-    second[is_linear] = _LINEAR_SHARE
-    fourth[is_linear] = sixth[is_linear] = 0.0
+    second = np.where(is_linear, _LINEAR_SHARE, second)
+    fourth, sixth = np.where(is_linear, 0.0, fourth), np.where(is_linear, 0.0, sixth)
 
-    # P at the nodes of each row, in units of the small entries' root sum of squares.
-    deviation = np.sqrt(second)
-    nodes, weights = _nodes(count)
-    t = (_DEVIATIONS / 2 * (nodes + 1))[None, :] / deviation[:, None]
-    weights = _DEVIATIONS / 2 * weights[None, :] / deviation[:, None]
-    product = np.exp(
-        -second[:, None] * t**2 / 2 + _FOURTH / 24 * fourth[:, None] * t**4 - _SIXTH / 720 * sixth[:, None] * t**6
-    )
-    phi, slope = _UNIFORM.characteristic(t[at_row] * large[:, None].astype(np.float64))
-    phi[phi == 0.0] = np.finfo(np.float64).tiny
-    if len(at_row):  # np.nonzero returns entries row by row, so that each row is one segment
-        present, first_entry = np.unique(at_row, return_index=True)
-        product[present] *= np.multiply.reduceat(phi, first_entry, axis=0)
-
-    # m_j as a polynomial in g_j for small entries, and as the integral itself for large ones.
+    # P of the small entries at the nodes s = t sqrt(Q_2), which all rows share.
+    s, weights, powers = _scaled_nodes(count)
+    exponents = np.stack([np.ones_like(second), fourth / second**2, sixth / second**3], axis=1)
+    product = np.exp(exponents @ (np.array([[-1 / 2], [_FOURTH / 24], [-_SIXTH / 720]]) * powers[1:]))
     product *= 2 / math.pi * weights
-    first, third, fifth = (np.sum(product * t**power, axis=1)[:, None] for power in (0, 2, 4))
-    third[is_linear] = fifth[is_linear] = 0.0
-    cubic, quintic = (-_FOURTH / 6 * third).astype(np.float32), (_SIXTH / 120 * fifth).astype(np.float32)
-    expectations = ((quintic * small2 + cubic) * small2 + first.astype(np.float32)) * small
-    expectations[at_row, at_column] = np.sum(-slope / phi / t[at_row] * product[at_row], axis=1)
-    return expectations
+    # Times phi(t g) = sin(y) / y of the large entries, with y = sqrt(3) t g. Sine and cotangent of y come from the
+    # tangent of y / 2, which NumPy computes several times as fast in float64.
+    deviation = np.sqrt(second)
+    y = (math.sqrt(3) * large / deviation[at_row])[:, None] * s
+    tangent = np.tan(y / 2)
+    if len(at_row):  # entries are ordered row by row, so that each row is one segment
+        present, first_entry = np.unique(at_row, return_index=True)
+        product[present] *= np.multiply.reduceat(2 * tangent / (1 + tangent**2) / y, first_entry, axis=0)
+
+    # Integrals of P, t^2 P and t^4 P, for the small entries.
+    moments = (product @ powers[:3].T) / second[:, None] ** np.array([0.5, 1.5, 2.5])
+    moments[is_linear, 1:] = 0.0
+    # Integral of psi(t g) P / t, for the large entries: psi(t g) = sqrt(3) (1 / y - cot(y)).
+    psi = math.sqrt(3) * (1 / y - (1 - tangent**2) / (2 * tangent))
+    at_large = np.einsum("ij,ij->i", psi / s, product[at_row])
+    return moments * np.array([1.0, -_FOURTH / 6, _SIXTH / 120]), at_large
 
 
 def _block(unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -207,6 +248,14 @@ def _block(unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             expectations[remaining[is_served]] = _series(unit[remaining[is_served]], large[is_served], end)
             done[remaining[is_served]] = True
     return done, expectations
+
+
+@lru_cache
+def _scaled_nodes(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return nodes and weights of the integral up to `_DEVIATIONS`, and the nodes' powers 0, 2, 4 and 6."""
+    nodes, weights = _nodes(count)
+    s = _DEVIATIONS / 2 * (nodes + 1)
+    return s, _DEVIATIONS / 2 * weights, np.stack([np.ones_like(s), s**2, s**4, s**6])
 
 
 @lru_cache
