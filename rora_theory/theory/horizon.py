@@ -41,6 +41,9 @@ from rora_theory.scaling import check_integer, check_positive, check_rank
 SIGN_CHANGE_SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Levels of the reported quantiles of the distance at which an entry of G A^T changes its sign."""
 
+MatrixProduct = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Function that multiplies two matrices of the same dtype."""
+
 MAX_GRADIENT_GROWTH = 1e100
 """Largest growth of B's gradient: float64 must represent its square."""
 
@@ -241,6 +244,7 @@ class RowSigns:
       gram: Gram matrix :math:`S^\top S`.
       turn: Quantiles of the distance at which a sign changes; NaN if they were not requested.
       p_out: Number of outputs.
+      multiply: Product of two matrices.
     """
 
     lora_A: Float[np.ndarray, "rows p_in"]
@@ -249,6 +253,7 @@ class RowSigns:
     gram: Float[np.ndarray, "rows rows"]
     turn: tuple[float, float, float, float, float]
     p_out: int
+    multiply: MatrixProduct = np.matmul
 
     def terms(self, x: Float[np.ndarray, "tokens p_in"]) -> RowTerms:
         """Compute the terms at the inputs, in the precision of the rows.
@@ -272,10 +277,10 @@ class RowSigns:
             raise InputError("x must be finite, got a NaN or infinite value")
         rows, tokens = len(self.lora_A), len(x)
         # Products uu, uv and vv of the B-led part u and the A-led part v, each [tokens, rows].
-        products = _pairs(x @ self.lora_A.T, x @ self.moves.T)
+        products = _pairs(self.multiply(x, self.lora_A.T), self.multiply(x, self.moves.T))
         total = [float(np.sum(self.live * first * second, dtype=np.float64) / rows) for first, second in products]
         # Sum over outputs of (S u) (S v) by the Gram matrix of S, without forming S u.
-        sums = [float(np.sum((first @ self.gram) * second, dtype=np.float64)) for first, second in products]
+        sums = [float(np.sum(self.multiply(first, self.gram) * second, dtype=np.float64)) for first, second in products]
         # Without the terms in which a row meets itself, the sum estimates E[q_i]^2 without bias.
         pairs = rows * (rows - 1.0)
         coherent = [(all_pairs - same_row * rows) / pairs for all_pairs, same_row in zip(sums, total, strict=True)]
@@ -293,6 +298,7 @@ def row_signs(
     lora_A: Float[np.ndarray, "rows p_in"],
     *,
     exact: bool = True,
+    multiply: MatrixProduct = np.matmul,
 ) -> RowSigns:
     """Prepare `row_terms` for one gradient and the inputs of several splits.
 
@@ -301,6 +307,7 @@ def row_signs(
       lora_A: Rows drawn from A's initial distribution, two or more.
       exact: Whether to compute in float64, with the quantiles of the distance at which a sign changes. Otherwise
         products are computed in float32, with a relative error of about 1e-6 in the terms.
+      multiply: Product of two matrices.
 
     Returns:
       The signs, directions and Gram matrix of the rows.
@@ -317,23 +324,24 @@ def row_signs(
         )
     if len(lora_A) < 2:
         raise InputError(f"lora_A must have at least 2 rows, got {len(lora_A)}")
-    if not all(np.isfinite(matrix).all() for matrix in (grad, lora_A)):
+    # The extreme entries are finite if all are; unlike a mask of all entries, they take no memory.
+    if not all(np.isfinite([matrix.min(), matrix.max()]).all() for matrix in (grad, lora_A) if matrix.size):
         raise InputError("grad and lora_A must be finite, got a NaN or infinite value")
     # S, the constant sign of B's gradient, and D, that of A's gradient once B has moved.
-    projections = grad @ lora_A.T
+    projections = multiply(grad, lora_A.T)
     signs = np.sign(projections)
-    moves = np.sign(signs.T @ grad)
+    moves = np.sign(multiply(signs.T, grad))
     # Number of outputs with a gradient in each row: an entry of 0 has no sign and does not move.
     live = np.sum(signs**2, axis=0)
     # Distance at which the motion of A along D turns the sign of an entry of G A^T.
     turn = [math.nan] * len(SIGN_CHANGE_SHARES)
     if exact:
         with np.errstate(divide="ignore", invalid="ignore"):
-            drift = signs * (grad @ moves.T)  # negative if the entry moves towards 0
+            drift = signs * multiply(grad, moves.T)  # negative if the entry moves towards 0
             distance = np.where(drift < 0, -np.abs(projections) / drift, np.inf)
         turn = np.quantile(distance, SIGN_CHANGE_SHARES, method="lower").tolist()
     quantiles: Any = tuple(turn)
-    return RowSigns(lora_A, moves, live, signs.T @ signs, quantiles, grad.shape[0])
+    return RowSigns(lora_A, moves, live, multiply(signs.T, signs), quantiles, grad.shape[0], multiply)
 
 
 def _pairs(first: np.ndarray, second: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -282,6 +282,7 @@ def measure_module(
     lora_A: Callable[[Init], Float[np.ndarray, "rows p_in"]],
     measured: Mapping[tuple, dict[str, Any]] | None = None,
     counts: Mapping[str, Mapping[str, int]] | None = None,
+    multiply: horizon.MatrixProduct = np.matmul,
 ) -> RegimeRows:
     """Compute crossing ranks, predictions and takeover distances of one module.
 
@@ -292,13 +293,14 @@ def measure_module(
       lora_A: Function that draws `RegimeConfig.takeover_rows` rows of A by an initialisation at that rank.
       measured: Results of `drawn_steps.measure_adapters`, if adapters were stepped.
       counts: Numbers of tokens by split, see `choose_tokens`; None leaves out their rows.
+      multiply: Product of two matrices.
     """
     # One set of products serves both splits: their tokens are told apart afterwards.
     x = np.concatenate([layer.inputs[split] for split in SPLITS])
     crossings: list[dict[str, Any]] = []
     predicted: dict[tuple, float] = {}
     # Terms of the law, from shared float32 products or exactly; they give the crossing rank of each split.
-    fast = None if config.is_exact else terms.FastTerms(layer.grad, x)
+    fast = None if config.is_exact else terms.FastTerms(layer.grad, x, multiply)
     for init in config.inits:
         for optimizer in config.optimizers:
             if fast is not None:
@@ -314,7 +316,7 @@ def measure_module(
         key = tuple(row[name] for name in ("init", "optimizer", "rule", "rank", "split"))
         results.append(row | {"predicted": predicted[key]} | measured.get(key, {}))
     # Takeover distances, which exist under Adam only.
-    takeover_rows = takeover(config, layer, index, lora_A) if "adam" in config.optimizers else []
+    takeover_rows = takeover(config, layer, index, lora_A, multiply) if "adam" in config.optimizers else []
     label = {"layer": index, "module": layer.name}
     tokens = [label | {"split": split} | dict(numbers) for split, numbers in (counts or {}).items()]
     return RegimeRows(crossings, results, takeover_rows, tokens)
@@ -394,7 +396,11 @@ def predict(config: RegimeConfig, layer: Layer, law: terms.Terms) -> dict[tuple,
 
 
 def takeover(
-    config: RegimeConfig, layer: Layer, index: int, lora_A: Callable[[Init], Float[np.ndarray, "rows p_in"]]
+    config: RegimeConfig,
+    layer: Layer,
+    index: int,
+    lora_A: Callable[[Init], Float[np.ndarray, "rows p_in"]],
+    multiply: horizon.MatrixProduct = np.matmul,
 ) -> list[dict[str, Any]]:
     """Compute the distance that A's entries move under Adam until A's part of the change leads.
 
@@ -409,7 +415,7 @@ def takeover(
     for init in config.inits:
         # Signs of G A^T, which all splits and ranks share.
         rows = lora_A(init)
-        signs = horizon.row_signs(layer.grad, rows, exact=config.is_exact)
+        signs = horizon.row_signs(layer.grad, rows, exact=config.is_exact, multiply=multiply)
         deviation = inits.entries(init, rank=len(rows), p_in=_p_in(layer)).deviation
         for split in SPLITS:
             law = signs.terms(layer.inputs[split])

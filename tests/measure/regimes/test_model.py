@@ -1,5 +1,6 @@
 """Which held-out tokens count, the frames of a tiny model's regime, and the distance at which A takes over."""
 
+import tracemalloc
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from support import checkpoint
 
-from rora_theory import InputError
+from rora_theory import InputError, inits
 from rora_theory.data.batches import Batch
 from rora_theory.llama import Model, load
 from rora_theory.measure import tokens, unseen
@@ -16,7 +17,7 @@ from rora_theory.measure.layers import drawn_steps
 from rora_theory.measure.layers.layer_data import Layer, read_layers
 from rora_theory.measure.layers.model_layers import record
 from rora_theory.measure.regimes import model as regimes
-from rora_theory.measure.regimes import module_regime
+from rora_theory.measure.regimes import module_regime, terms
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.measure.regimes.thin import ThinWarning
 from rora_theory.random.draws import draw_A, stream_key
@@ -178,11 +179,8 @@ def test_modules_go_by_layer(model) -> None:
     assert regimes.modules_by_layer(model.config, TARGETS, (1,))[1] == ["self_attn.q_proj", "mlp.down_proj"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["0.mlp.down_proj", "15.self_attn.q_proj"])
-def test_figures_of_real_layers_are_as_near_as_is_stated(layer_data, name) -> None:
-    """The default beside exact=True, for every optimizer and init, on one draw of A's rows."""
-    (layer,) = (layer for layer in read_layers(layer_data) if layer.name.endswith(name))
+def check_stated_errors(layer: Layer) -> None:
+    """Compare the default with exact=True, for every optimizer and init, on one draw of A's rows."""
     config = RegimeConfig(ranks=(8,), rules=("lora",), rows=0)
     draw = partial(drawn_steps.takeover_rows, config, layer)
     fast, exact = (
@@ -194,3 +192,38 @@ def test_figures_of_real_layers_are_as_near_as_is_stated(layer_data, name) -> No
         table = "takeover" if figure == "takeover" else "crossings"
         for row, expected in zip(getattr(fast, table), getattr(exact, table), strict=True):
             assert row[figure] == pytest.approx(expected[figure], rel=bound)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["0.mlp.down_proj", "15.self_attn.q_proj"])
+def test_figures_of_real_layers_are_as_near_as_is_stated(layer_data, name) -> None:
+    (layer,) = (layer for layer in read_layers(layer_data) if layer.name.endswith(name))
+    check_stated_errors(layer)
+
+
+def random_layer(p_out: int, p_in: int) -> Layer:
+    """A layer with a row of zeros and columns of very different sizes, so that some entries of a row are large."""
+    random = np.random.default_rng(0)
+    grad, *inputs = (random.normal(size=(rows, p_in)).astype(np.float32) for rows in (p_out, 6, 5))
+    grad *= np.float32(10.0) ** random.normal(scale=0.5, size=p_in).astype(np.float32)
+    grad[3] = 0
+    return Layer("m", grad, dict(zip(("train", "heldout"), inputs, strict=True)))
+
+
+def test_figures_of_many_blocks_are_as_near_as_is_stated(monkeypatch) -> None:
+    """The gradient is read in blocks of 7 rows, and a last one of 5."""
+    monkeypatch.setattr(terms, "BLOCK_ENTRIES", 7 * 400)
+    monkeypatch.setattr(terms, "MIN_BLOCK_ROWS", 1)
+    check_stated_errors(random_layer(40, 400))
+
+
+def test_memory_is_below_that_of_the_gradient() -> None:
+    """NumPy's peak beside the gradient and the inputs; one float32 copy of the gradient would take more."""
+    layer, config = random_layer(3000, 2000), RegimeConfig(rows=0)
+    draw = {init: inits.draw(np.random.default_rng(0), init, rank=64, p_in=2000) for init in config.inits}
+    tracemalloc.start()
+    try:
+        module_regime.measure_module(config, layer, 0, lambda init: draw[init])
+        assert tracemalloc.get_traced_memory()[1] < 0.8 * layer.grad.nbytes
+    finally:
+        tracemalloc.stop()
