@@ -64,7 +64,7 @@ def backward(
       run: Function that runs the forward pass and returns the loss as a scalar tensor.
       calls: Number of calls of each module in a pass, after which its G is complete.
       on_gradient: Function of a module's name, its G and its inputs by call. It is called within the backward pass,
-        without autograd, and not for modules that receive no gradient.
+        without autograd, with products in float32, and not for modules that receive no gradient.
 
     Returns:
       The loss.
@@ -127,8 +127,9 @@ def backward(
             )
         loss.backward()
     # Modules with fewer calls in this pass than expected: what arrived is their whole gradient.
-    for name, (grad, inputs) in partial_sums.items():
-        on_gradient(name, grad, inputs)
+    with torch.no_grad(), _full_precision():
+        for name, (grad, inputs) in partial_sums.items():
+            on_gradient(name, grad, inputs)
     return value
 
 

@@ -8,9 +8,9 @@ The measurement trains nothing and leaves the model unchanged.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from statistics import geometric_mean
 from typing import Any, Literal, NamedTuple
 
@@ -284,24 +284,11 @@ def regime(
         # Forward and backward pass of the batch: reduce each module's gradient as soon as it is complete.
         reducer = _GradientReducer(config, find_masks(base, batch), sampler, lora_A or _draw_takeover_rows)
 
-        # A second thread evaluates the law of one module while the backward pass goes on, which hides much of its time.
-        # Waiting for the previous module bounds the memory to two gradients.
-        pending: list[tuple[str, Future[None]]] = []
-
-        def finish_module() -> None:
-            name, reduction = pending.pop()
-            reduction.result()
+        def on_gradient(name: str, grad: torch.Tensor, inputs: list[hooks.Inputs]) -> None:
+            reducer.add(name, grad, inputs)
             bar.update(sizes[name])
 
-        def on_gradient(name: str, grad: torch.Tensor, inputs: list[hooks.Inputs]) -> None:
-            if pending:
-                finish_module()
-            pending.append((name, worker.submit(reducer.add, name, grad, inputs)))
-
-        worker = stack.enter_context(ThreadPoolExecutor(max_workers=1))
         training_loss = hooks.backward(model, reached, lambda: compute_loss(model, batch), sampler.calls, on_gradient)
-        if pending:
-            finish_module()
     left_out |= {name: "no gradient" for name in reached if name not in reducer.rows}
     if not reducer.rows:
         raise InputError(
@@ -401,11 +388,14 @@ class _GradientReducer:
             from rora_theory.measure.layers import drawn_steps
 
             stepped = drawn_steps.measure_adapters(config, layer)
+
+        # Copy the rows of A, because PyTorch warns about arrays that are not writable, such as JAX's.
+        def lora_A(init: Init) -> np.ndarray:
+            return np.array(self._draw(config, layer, init))
+
         # Evaluate the law.
         counts = {"train": training.counts[name], "heldout": self._held_out.counts[name]}
-        self.rows[name] = module_regime.measure_module(
-            config, layer, index, lambda init: self._draw(config, layer, init), stepped, counts
-        )
+        self.rows[name] = module_regime.measure_module(config, layer, index, lora_A, stepped, counts, _multiply)
 
 
 def _estimate_cost(config: RegimeConfig, weights: int) -> str:
@@ -415,7 +405,7 @@ def _estimate_cost(config: RegimeConfig, weights: int) -> str:
     layer = Layer("calibration", random.standard_normal((size, size)), inputs)
 
     def measure() -> None:
-        module_regime.measure_module(config, layer, 0, lambda init: _draw_takeover_rows(config, layer, init))
+        module_regime.measure_module(config, layer, 0, partial(_draw_takeover_rows, config, layer), multiply=_multiply)
 
     duration = progress_bars.format_duration(progress_bars.time_second_call(measure) * weights / size**2)
     adapters = ", plus the training of adapters" if config.rows else ""
@@ -437,6 +427,11 @@ def _sample_keys(counts: Mapping[str, int], seed: list[int]) -> Float[np.ndarray
 def _draw_takeover_rows(config: RegimeConfig, layer: Layer, init: Init) -> Float[np.ndarray, "rows p_in"]:
     random = np.random.default_rng([config.seed, seeds.seed_from_name(f"{layer.name} {init} takeover")])
     return inits.draw(random, init, rank=config.takeover_rows, p_in=layer.grad.shape[1])
+
+
+def _multiply(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Multiply matrices by PyTorch, since the threads of NumPy's BLAS would compete with PyTorch's for the cores."""
+    return (torch.from_numpy(first) @ torch.from_numpy(second)).numpy()
 
 
 def _to_host(x: torch.Tensor) -> np.ndarray:
