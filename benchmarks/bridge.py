@@ -10,9 +10,11 @@ relative difference of every figure. Exit status 1 where one is above its bound.
 
 ``cost`` times, in processes of their own that take turns, one plain training step of PEFT's LoRA (forward, backward,
 AdamW), the hooks alone (each module's gradient formed and dropped), and the whole measurement, as it is by default and
-exact; and the peak memory of each above the loaded model's.
+exact; and the peak memory of each above the loaded model's. Memory that the warm-up freed counts for neither.
 """
 
+import ctypes
+import gc
 import json
 import multiprocessing
 import statistics
@@ -245,9 +247,12 @@ def time_case(case: Case, folder: str, batches: list[dict[str, np.ndarray]], dev
 
 def _reset_peak(device: str) -> int:
     """Return the number of bytes in use, and start the record of the peak anew."""
+    gc.collect()
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    # glibc keeps freed memory, gigabytes after a training step: give it back, so that it does not count as in use.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
