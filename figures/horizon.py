@@ -1,4 +1,4 @@
-"""Plot best rates against gamma r and their exponents against the number of steps, with the law, from sims.horizon."""
+"""Plot best rates against gamma r and their exponents against the steps, with the law of a constant gradient."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Config:
 def draw(config: Config) -> Sequence[Path]:
     """Draw best rates against gamma r, their exponents against the steps, and best rates against the steps.
 
-    Lines show the law from the first point on, the band its range.
+    Lines show the law of a constant gradient from the first point on, the band its range.
     """
     style.read_frame(config.run, "horizon")
     best, exponents = (frames.read_csv(config.run / name) for name in ("best.csv", "exponents.csv"))
@@ -51,7 +51,9 @@ def draw(config: Config) -> Sequence[Path]:
         handles[f"r = {rank:g}"] = plt.Line2D([], [], color="black", marker=marker, linestyle="none")
     if by_parts:
         handles["law with the measured parts"] = plt.Line2D([], [], color="black", marker="_", linestyle="none")
-    caption = "bars of rates ± one s.e., of exponents 95%; lines above: the law from the first point on; band: the law"
+    caption = (
+        "bars of rates ± one s.e., of exponents 95%; lines above, and band: constant gradient from the first point"
+    )
     if best["edge"].notna().any():
         caption += "; crosses: at the grid's edge"
     style.legend(figure, handles, caption)
@@ -61,7 +63,7 @@ def draw(config: Config) -> Sequence[Path]:
 def against_strength(
     axes: Axes, best: pd.DataFrame, exponents: pd.DataFrame, ranks: Sequence[int], steps: Sequence[int]
 ) -> None:
-    """Draw best rates against gamma r, with the law from the first point of each rank and number of steps."""
+    """Draw best rates against gamma r, with the constant-gradient law from the first point of each rank and horizon."""
     for colour, step in zip(style.COLOURS, steps, strict=False):
         for index, rank in enumerate(ranks):
             selected = best[(best["rank"] == rank) & (best["step"] == step)]

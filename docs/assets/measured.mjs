@@ -124,8 +124,8 @@ export default {
     "columns": {
       "changed": "strength",
       "policy": "advice",
-      "pairs": 30,
-      "median": 0.00012904011942291294,
+      "pairs": 40,
+      "median": 0.00013477711908843615,
       "largest": 0.003145171474382813,
       "largest_error": 0.004272106065830718
     }
@@ -136,8 +136,8 @@ export default {
     "columns": {
       "changed": "steps",
       "policy": "displacement and steps",
-      "pairs": 15,
-      "median": 0.00015416329028124695,
+      "pairs": 16,
+      "median": 0.00015945084601407905,
       "largest": 0.0026269149036757624,
       "largest_error": 0.0006674081268556024
     }
@@ -148,8 +148,8 @@ export default {
     "columns": {
       "changed": "rank strength",
       "policy": "advice",
-      "pairs": 36,
-      "median": 0.0003775333594732514,
+      "pairs": 48,
+      "median": 0.00033796031211622923,
       "largest": 0.004182297002924089,
       "largest_error": 0.002185700054188063
     }
@@ -172,10 +172,10 @@ export default {
     "columns": {
       "changed": "strength steps",
       "policy": "advice",
-      "pairs": 26,
-      "median": 3.828269347611046e-05,
-      "largest": 0.0019431577735415557,
-      "largest_error": 0.0017450896546362395
+      "pairs": 35,
+      "median": 0.0001301733456534245,
+      "largest": 0.002169729025918684,
+      "largest_error": 0.0005537911294556335
     }
   },
   "cost_rank_strength_steps": {
@@ -184,8 +184,8 @@ export default {
     "columns": {
       "changed": "rank strength steps",
       "policy": "advice",
-      "pairs": 32,
-      "median": 0.0007275115618478045,
+      "pairs": 37,
+      "median": 0.0006396725963905281,
       "largest": 0.0034968016694372217,
       "largest_error": 0.0034822777088382444
     }
@@ -209,8 +209,8 @@ export default {
     "model": "SmolLM2-135M",
     "row": "horizon/policies.csv changed=steps policy=\"displacement and steps\"",
     "columns": {
-      "pairs": 15,
-      "median": 0.00015416329028124695,
+      "pairs": 16,
+      "median": 0.00015945084601407905,
       "largest": 0.0026269149036757624
     }
   },
