@@ -35,7 +35,7 @@ def test_the_page(tmp_path, monkeypatch, capsys) -> None:
     assert "From rank 16 to 128 with AdamW" in printed
     assert "The first steps of the whole model" in printed
     assert names["config"].r == 128
-    assert names["found"].left_out == {}
+    assert names["measured"].left_out == {}
     args = transformers.TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
     rows = [{name: value[i] for name, value in names["batch"].items()} for i in range(8)]
     names["trainer"] = transformers.Trainer(names["make_model"](2), args, train_dataset=rows)
