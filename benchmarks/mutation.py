@@ -49,7 +49,10 @@ JUDGING = {
         "rora_theory/sweep/trained_runs.py",
         "tests/sweep/test_trained_runs.py tests/sims/test_lr_transfer.py",
     ),
-    "horizon_law": ("rora_theory/horizon/law.py", "tests/horizon/test_judgement.py"),
+    "horizon_law": (
+        "rora_theory/horizon/law.py",
+        "tests/horizon/test_judgement.py tests/horizon/test_read_regime.py",
+    ),
     "horizon_curves": ("rora_theory/horizon/curves.py", "tests/horizon/test_judgement.py"),
     "horizon_parts": ("rora_theory/horizon/parts.py", "tests/horizon/test_judgement.py"),
     "horizon_runs": ("rora_theory/horizon/runs.py", "tests/horizon/test_judgement.py"),

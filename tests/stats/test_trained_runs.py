@@ -90,9 +90,10 @@ def test_a_curve_has_its_seeds_and_rates_in_order(lacks_records):
 def test_both_errors_are_kept(by_seed, records, over):
     """Errors over seeds and over four records, computed by hand; no error for one seed without records.
 
-    The records' differences grow from seed to seed, with ``noise`` as their mean.
+    The records' differences grow from seed to seed, with ``noise`` as their mean. What both sides share cancels.
     """
     tokens, noise = np.array([10.0, 20.0, 30.0, 40.0]), np.array([1.0, -2.0, 2.0, -1.0])
+    shared = np.array([5.0, 3.0, -4.0, -4.0])
     growth = 2 * np.arange(1, len(by_seed) + 1) / (len(by_seed) + 1)
 
     def records_of(sums):
@@ -103,7 +104,7 @@ def test_both_errors_are_kept(by_seed, records, over):
             run(seed=seed, loss=loss, **records_of(loss * tokens + growth[seed] * sums))
             for seed, loss in enumerate(losses)
         ]
-        for losses, sums in ((2 + np.array(by_seed), noise), (np.full(len(by_seed), 2.0), 0 * noise))
+        for losses, sums in ((2 + np.array(by_seed), shared + noise), (np.full(len(by_seed), 2.0), shared))
     )
     difference = loss_difference(first, second)
     assert (difference.over, difference.value) == (over, pytest.approx(np.mean(by_seed)))
