@@ -144,6 +144,7 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
     }
     steps = setting | {"steps": "{first} to {second}", "exponent, 95%": exponents["exponent, 95%"]}
     steps |= {"law at a constant gradient": "{law_low:+.2f} to {law_high:+.2f}", "verdict": "{verdict}"}
+    steps |= {"edge": "{edge}"}
     comparisons = setting | {"compared with": "{beside}", "ratio of best rates": "{ratio:.3g}", "verdict": "{verdict}"}
     one_rate = setting | {"compared with": "{beside}", "rate": "{learning_rate:.3g}"}
     one_rate |= {"difference in nats, 95%": "{difference:+.3f} ± {half_width:.3f}", "seeds": "{seeds}"}

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +186,12 @@ def _displacement_exponents(
 def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence[float], warmup: int) -> pd.DataFrame:
     """Measure the exponent of the best rate in the number of steps, and compare it with that of a constant gradient.
 
+    At every rank and strength the exponent is measured between all pairs of numbers of steps. Steps within a warm-up
+    at rate 0 have no best rate and are left out.
+
     If signs are constant, both factors move by the sum of the rates. The rate that preserves the change is then
     inversely proportional to that sum, whichever part leads (`rora_theory.theory.horizon.rate_for_equal_change`).
-    Entries in a random walk move by the root of the sum, which gives -1/2. Steps within a warm-up at rate 0 have no
-    best rate and are left out.
+    Entries in a random walk move by the root of the sum, which gives -1/2.
 
     Args:
       curves: `curves.curves_at` by step.
@@ -197,10 +199,12 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence
       warmup: Number of steps of linear warm-up.
 
     Returns:
-      A row for each pair of steps: ``rank``, ``strength``, ``first`` and ``second``; ``exponent`` with
-      ``standard_error``, 95% ``half_width``, ``error_over`` and the number of common ``seeds``; the exponents
-      ``law_low``, ``law`` and ``law_high`` of a constant gradient over the modules' takeover distances at the first
-      best rate; and ``verdict``, see `stats.verdicts.judge_range`.
+      A row for each rank, strength and pair of numbers of steps, ``first`` below ``second``: ``rank``, ``strength``,
+      ``first`` and ``second``; ``exponent`` with ``standard_error``, 95% ``half_width``, ``error_over`` and the number
+      of common ``seeds``; the exponents ``law_low``, ``law`` and ``law_high`` of a constant gradient over the modules'
+      takeover distances at the first best rate; ``verdict``, see `stats.verdicts.judge_range`; and ``edge``, which of
+      the two best rates lies at an end of its grid: ``first``, ``second`` or ``both``; empty if neither does. The
+      exponent of a pair with an edge is not reliable, and its verdict is ``undecided``.
     """
     rows = []
     # Curves of each setting by step, without steps at which the warm-up has not raised the rate from 0.
@@ -209,8 +213,8 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence
         for curve in curves[step] if any(warmed_up(step, warmup)) else ():
             curves_of_setting.setdefault((curve.rank, curve.scaling), {})[step] = curve
     for by_step in curves_of_setting.values():
-        *earlier, second = by_step
-        for first in earlier:
+        # Steps ascend, so that the first number of every pair is the smaller one.
+        for first, second in combinations(by_step, 2):
             curve = by_step[first]
             ends = at_shared_seeds(curve, by_step[second])
             if not ends:
@@ -227,15 +231,23 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence
                 horizon.rate_for_equal_change(rate, *schedules, takeover=distance) for distance in distances
             ]
             law = sorted(math.log2(preserving / rate) / octaves for preserving in preserving_rates)
-            edge, seeds = any(end.edge for end in ends), len(ends[0].losses)
+            edge, seeds = _edge_of_pair(*ends), len(ends[0].losses)
             rows.append(
                 labels_of(curve)
                 | {"first": first, "second": second, "exponent": slope.value}
                 | _errors(slope)
                 | {"seeds": seeds, "law_low": law[0], "law": law[len(law) // 2], "law_high": law[-1]}
-                | {"verdict": judge_range(slope, (law[0], law[-1]), RIVALS["step"], edge=edge, seeds=seeds)}
+                | {"verdict": judge_range(slope, (law[0], law[-1]), RIVALS["step"], edge=bool(edge), seeds=seeds)}
+                | {"edge": edge}
             )
     return frames.from_rows(rows, list(rows[0])) if rows else pd.DataFrame()
+
+
+def _edge_of_pair(first: Curve, second: Curve) -> str:
+    """Return which of two best rates lies at an end of its grid: ``first``, ``second``, ``both`` or an empty string."""
+    if first.edge and second.edge:
+        return "both"
+    return "first" if first.edge else "second" if second.edge else ""
 
 
 def _best_rate(curve: Curve) -> float:

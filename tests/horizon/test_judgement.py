@@ -351,10 +351,38 @@ def test_how_the_best_rate_falls_with_the_steps(planted: float, verdict: str) ->
     assert row["verdict"] == verdict
 
 
-def test_each_horizon_is_compared_with_the_longest() -> None:
-    by_step = {step: [curve(moved([power] * 3, 4))] for step, power in ((16, 0), (64, -1), (256, -2))}
+@pytest.mark.parametrize("order", [(16, 64, 256), (256, 16, 64)])
+def test_all_pairs_of_steps_are_compared_within_a_setting(order) -> None:
+    """Planted powers of 4 for each fourfold number of steps: -1/2 from 16 to 64, -1 from 64 to 256."""
+    powers = {16: 0.0, 64: -0.5, 256: -1.5}
+    at_64 = {step: curve(moved([powers[step]] * 3, 4)) for step in order}
+    at_724 = {step: curve([1e-4] * 3, strength=724.0) for step in (16, 64)}
+    rank_32 = replace(at_64[64], rank=32, scaling=2.0)  # one number of steps
+    by_step = {step: [at_64[step], *([at_724[step]] if step in at_724 else [])] for step in order}
+    by_step[64].append(rank_32)
     table = horizon_law.step_exponents(by_step, **LAW)
-    assert table[["first", "second"]].to_numpy().tolist() == [[16, 256], [64, 256]]
+    pairs = [tuple(row) for row in table[["rank", "strength", "first", "second"]].to_numpy().tolist()]
+    assert pairs == [(8, 64, 16, 64), (8, 64, 16, 256), (8, 64, 64, 256), (8, 724, 16, 64)]
+    assert table["exponent"].tolist() == pytest.approx([-0.5, -0.75, -1.0, 0.0], abs=1e-6)
+    assert table["edge"].tolist() == [""] * 4
+
+
+def test_a_pair_of_steps_names_the_best_rate_at_an_end_of_its_grid() -> None:
+    """Such a pair decides nothing; the same exponent without an edge contradicts the law."""
+    inside, low, high = (curve([rate] * 3) for rate in (1e-3, 1e-7, 1e-1))
+    for first, second, edge in (
+        (inside, curve(moved([-0.2] * 3, 4)), ""),
+        (high, inside, "first"),
+        (inside, low, "second"),
+        (high, low, "both"),
+        (low, high, "both"),
+    ):
+        row = in_steps(first, second)
+        assert (row["edge"], row["verdict"]) == (edge, "undecided" if edge else "contradicts")
+    # Only the seeds of both numbers of steps count.
+    mixed = curve([1e-3, 1e-3, 1e-7], seeds=(0, 1, 2))
+    assert in_steps(mixed, curve([2e-4] * 2, seeds=(0, 1)))["edge"] == ""
+    assert in_steps(mixed, curve([2e-4] * 3, seeds=(0, 1, 2)))["edge"] == "first"
 
 
 def test_full_fine_tuning_is_judged_by_the_law_of_a_weight_that_moves_by_itself() -> None:
