@@ -58,7 +58,7 @@ export default {
   "steps_exponents_constant": {
     "model": "SmolLM2-135M",
     "schedule": "constant",
-    "rows": "horizon/steps.csv seeds!=1",
+    "rows": "horizon/steps.csv second=256 seeds!=1 edge=",
     "ranges": {
       "exponent": [
         -0.6254438924067403,
@@ -69,7 +69,7 @@ export default {
   "steps_exponents_cosine": {
     "model": "SmolLM2-135M",
     "schedule": "cosine",
-    "rows": "horizon_cosine/steps.csv",
+    "rows": "horizon_cosine/steps.csv second=256 edge=",
     "ranges": {
       "exponent": [
         -0.39601966142764966,
