@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from functools import cached_property
@@ -223,9 +223,9 @@ def read_record_set(sources: Sequence[str | Path], config: FormatConfig | None =
       The records of all sources in order.
 
     Raises:
-      InputError: A file is missing, unreadable or empty, or records do not follow their format. The message lists the
-        first ten of them and their number, each with the file, the record's index from 0 (in a file of lines, the line
-        from 1) and the key.
+      InputError: A file is missing, unreadable or empty, or belongs to two sources, or records do not follow their
+        format. The message lists the first ten of these records and their number, each with the file, the record's
+        index from 0 (in a file of lines, the line from 1) and the key.
     """
     config = config if isinstance(config, DataConfig) else DataConfig(**vars(config or FormatConfig()))
     if not sources:
@@ -235,9 +235,14 @@ def read_record_set(sources: Sequence[str | Path], config: FormatConfig | None =
     formats: list[tuple[FormatName, int]] = []
     notes: list[str] = []
     errors, conversions = RecordErrors(), Counter[str]()
+    source_of_file: dict[tuple[int, int], str | Path] = {}
+    # Columns of a table that may be fields of a record.
+    columns = {config.fields.get(key, key) for key in FIELD_NAMES}
     for source in sources:
+        located = _locate_source(source)
+        _check_new_files(source, [path for path, _ in located], source_of_file)
         count_before, format_name = len(records) + errors.count, config.format
-        for where, value in _read_source(source, config.fields):
+        for where, value in itertools.chain.from_iterable(_read_file(path, name, columns) for path, name in located):
             try:
                 if isinstance(value, InputError):  # of a line that is not JSON
                     raise value
@@ -287,25 +292,40 @@ def _detect_formats(where: str, value: dict[str, Any], config: FormatConfig) -> 
     raise InputError(f"{where}: keys must match a format, got {keys}. Formats: {listed}. Rename fields with --fields.")
 
 
-def _read_source(source: str | Path, field_names: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
-    """Yield the place and the value of each record of a source, or the error of a line that is not JSON.
-
-    Args:
-      source: File or split.
-      field_names: The source's own names of fields.
-    """
-    # Columns of a table that may be fields of a record.
-    columns = {field_names.get(key, key) for key in FIELD_NAMES}
+def _locate_source(source: str | Path) -> list[tuple[Path, str]]:
+    """Return the files of a source with their names for errors; files on the hub are downloaded."""
     # A source is a split of several files, one file on the hub, or a local file.
     split = hub_files.parse_split(source) if isinstance(source, str) else None
     if split is not None:
-        for path in hub_files.locate_split(split):
-            where = path.name if split.place.startswith(hub_files.HUB_PREFIX) else str(path)
-            yield from _read_file(path, where, columns)
-    elif isinstance(source, str) and source.startswith(hub_files.HUB_PREFIX):
-        yield from _read_file(_download(source), source, columns)
-    else:
-        yield from _read_file(Path(source), str(source), columns)
+        on_hub = split.place.startswith(hub_files.HUB_PREFIX)
+        return [(path, path.name if on_hub else str(path)) for path in hub_files.locate_split(split)]
+    if isinstance(source, str) and source.startswith(hub_files.HUB_PREFIX):
+        return [(_download(source), source)]
+    return [(Path(source), str(source))]
+
+
+def _check_new_files(
+    source: str | Path, paths: Sequence[Path], source_of_file: dict[tuple[int, int], str | Path]
+) -> None:
+    """Raise `InputError` if a file belongs to an earlier source, and add the others to ``source_of_file``.
+
+    A record that is read twice could be in both the training and the validation data.
+    """
+    identities = set()
+    for path in paths:
+        # The file system's identity also detects links and other spellings of a path.
+        try:
+            status = path.stat()
+        except (OSError, ValueError):  # reported when the file is read
+            continue
+        identity = (status.st_dev, status.st_ino)
+        if identity in source_of_file:
+            raise InputError(
+                f"data must not name a file twice, got {path} in {source_of_file[identity]} and {source}. "
+                "Remove one of them."
+            )
+        identities.add(identity)
+    source_of_file.update(dict.fromkeys(identities, source))
 
 
 def _download(source: str) -> Path:
@@ -321,7 +341,10 @@ def _download(source: str) -> Path:
 
 
 def _read_file(path: Path, where: str, columns: Container[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the place and the value of each record of a file, by the kind that its suffix names."""
+    """Yield the place and the value of each record of a file, by the kind that its suffix names.
+
+    The value of a line that is not JSON is the error.
+    """
     if path.suffix == ".parquet":
         yield from _read_table(path, where, columns)
         return

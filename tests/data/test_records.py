@@ -30,6 +30,25 @@ def test_reads_several_files_in_order(tmp_path):
     ]
 
 
+def test_a_file_is_not_read_twice(tmp_path, monkeypatch):
+    """Under any name: the split would put one record into both parts. Equal records of two files are no error."""
+    (tmp_path / "data").mkdir()
+    path = write(tmp_path / "data" / "train.json", [GOOD] * 4)
+    other = write(tmp_path / "data" / "other.json", [GOOD] * 4)
+    (tmp_path / "link.json").symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    for sources in (
+        [path, path],
+        [str(path), other, "data/../data/train.json"],
+        [path, "link.json"],
+        ["data:train", path],
+        ["data:train", "data:train"],
+    ):
+        with pytest.raises(InputError, match=f"twice.*{re.escape(str(sources[0]))} and {re.escape(str(sources[-1]))}"):
+            read_records(sources)
+    assert len(read_records([path, other])) == 8
+
+
 @pytest.mark.parametrize(
     ("name", "content", "contents"),
     [
