@@ -22,10 +22,11 @@ from rora_theory.advice.measured import (
 from rora_theory.advice.modules import Module, ModuleGroup, ModuleSpread, compute_geometric_mean, group_by_type
 from rora_theory.advice.run_change import RunChange
 from rora_theory.advice.setting import SIGNAL, Setting, step_ratio
+from rora_theory.errors import InputError
 from rora_theory.optimizers import FAMILY
 from rora_theory.scaling import KAPPAS, Rule, alpha_for, exponent, scaling_factor
 from rora_theory.theory import horizon
-from rora_theory.theory.displacement import RateRange
+from rora_theory.theory.displacement import RateRange, has_displacement_ratio
 
 
 class HorizonLimits(NamedTuple):
@@ -155,6 +156,13 @@ class CarriedSetting:
         # A gamma r that differs by rounding alone leaves the rate as it is, to the last digit.
         if isclose(old_strength, new_strength):
             new_strength = old_strength
+        # The law divides its constant by gamma r, which a tiny alpha lets overflow.
+        for setting, strength in ((self.old, old_strength), (new, new_strength)):
+            if not has_displacement_ratio(strength, self.run.displacement_constants[1]):
+                raise InputError(
+                    f"alpha must not be as small as {setting.alpha!r}: the displacement constant over gamma r, "
+                    f"{strength:g}, is not representable as a float. Use a larger alpha."
+                )
         return self.run.carry(self.old.learning_rate, old_strength=old_strength, new_strength=new_strength)
 
     @property

@@ -58,6 +58,11 @@ class RateRange(NamedTuple):
     high: float
 
 
+def has_displacement_ratio(strength: float, displacement_constant: float) -> bool:
+    """Return whether the displacement ratio can be computed, for which 4 K / G must not overflow."""
+    return math.isfinite(4 * (displacement_constant / strength))
+
+
 def displacement_ratio(strength: float, *, displacement_constant: float) -> float:
     r"""Compute the ratio of the A-led to the B-led change at a given G.
 
@@ -79,6 +84,11 @@ def displacement_ratio(strength: float, *, displacement_constant: float) -> floa
     """
     check_positive("strength", strength)
     check_not_negative("displacement_constant", displacement_constant)
+    if not has_displacement_ratio(strength, displacement_constant):
+        raise InputError(
+            f"strength must be larger for displacement_constant {displacement_constant:g}, got {strength!r}: their "
+            "ratio is not representable as a float"
+        )
     share = displacement_constant / strength
     # The root of rho^2 + rho - share, in a form without the difference that cancels at small shares.
     return 2 * share / (1 + math.sqrt(1 + 4 * share))

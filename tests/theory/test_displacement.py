@@ -91,6 +91,14 @@ def test_simulated_factors_obey_the_law() -> None:
         assert factor == pytest.approx(s0 / s1, rel=0.05)
 
 
+@pytest.mark.parametrize("strength", [1e-320, 1e-307, 5e-307])
+def test_a_ratio_that_overflows_is_refused(strength) -> None:
+    """4 K / G is infinite, which would give a ratio of nan or 0."""
+    with pytest.raises(InputError, match=f"strength .* {strength!r}:"):
+        displacement.displacement_ratio(strength, displacement_constant=100.0)
+    assert displacement.displacement_ratio(1e-305, displacement_constant=100.0) == pytest.approx(math.sqrt(1e307))
+
+
 def test_the_exponent_runs_from_minus_one_half_to_minus_one() -> None:
     for coherence in (1.0, 1.5, 2.0):
         exponents = [
