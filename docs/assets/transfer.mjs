@@ -395,7 +395,7 @@ function lawOf({ old, unchanged, alpha, run, changed }) {
   return sentences;
 }
 
-function limitsOf({ old, unchanged, alpha, run }) {
+function limitsOf({ old, unchanged, alpha, changed, run }) {
   const sentences = [];
   const outside = [];
   for (const [label, values, [low, high]] of [
@@ -415,7 +415,11 @@ function limitsOf({ old, unchanged, alpha, run }) {
   let schedule = "a constant rate";
   if (run.hasUnmeasuredSchedule) schedule += ", not with this schedule";
   else if (run.hasOtherSchedule) schedule += ", with another schedule in runs of one seed";
-  sentences.push(`Measured in ${COST_MODELS.join(" and ")} alone, with AdamW and ${schedule}.`);
+  // The measured constant of the displacement law comes from more models than the rest.
+  const usesMeasuredConstant = changed.strength && run.own === null;
+  const others = CONSTANT_MODELS.filter((model) => !COST_MODELS.includes(model));
+  const constant = others.length && usesMeasuredConstant ? ` (K also in ${others.join(" and ")})` : "";
+  sentences.push(`Measured in ${COST_MODELS.join(" and ")} alone${constant}, with AdamW and ${schedule}.`);
   return sentences;
 }
 

@@ -97,7 +97,7 @@ def _describe_law(carried: CarriedSetting) -> list[str]:
     if "strength" in carried.changed:
         low, high = carried.run.displacement_constants
         constant = f"K = {low:.3g} to {high:.3g}" if low != high else f"K = {low:.3g}"
-        if carried.run.displacement_constant is None:
+        if _uses_measured_constant(carried):
             origin, models = "measured", f" ({' and '.join(CONSTANT_MODELS)})"
         else:
             origin, models = "given", ""
@@ -136,8 +136,15 @@ def _describe_limits(carried: CarriedSetting) -> list[str]:
         schedule += ", not with this schedule"
     elif not is_constant_rate(carried.run.schedule, carried.run.to_schedule):
         schedule += ", with another schedule in runs of one seed"
-    sentences.append(f"Measured in {' and '.join(COST_MODELS)} alone, with AdamW and {schedule}.")
+    # The measured constant of the displacement law comes from more models than the rest.
+    others = [model for model in CONSTANT_MODELS if model not in COST_MODELS]
+    constant = f" (K also in {' and '.join(others)})" if others and _uses_measured_constant(carried) else ""
+    sentences.append(f"Measured in {' and '.join(COST_MODELS)} alone{constant}, with AdamW and {schedule}.")
     return sentences
+
+
+def _uses_measured_constant(carried: CarriedSetting) -> bool:
+    return "strength" in carried.changed and carried.run.displacement_constant is None
 
 
 def _decreases(carried: CarriedSetting) -> dict[str, bool]:

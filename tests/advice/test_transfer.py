@@ -402,6 +402,28 @@ def test_what_lies_outside_the_measured_range_is_named() -> None:
     assert "a lower rank than the tuned one were not compared" in transfer(Setting(128, 32.0, 2e-4), 16).sentence()
 
 
+def test_the_models_of_each_measurement_are_named() -> None:
+    """K was measured in Gemma 3 270M too, which the sentence on the limits names if the advice uses that range."""
+    old = Setting(8, 16.0, 1e-3)
+    alone = "Measured in SmolLM2-135M alone, with"
+    both = "Measured in SmolLM2-135M alone (K also in Gemma 3 270M), with"
+    assert alone in transfer(old, 128).sentence()
+    assert alone in transfer(old, 8, steps=16, to_steps=64).sentence()
+    assert both in transfer(old, 128, alpha=64.0).sentence()
+    assert both in transfer(old, 128, alpha=64.0, steps=16, to_steps=64).sentence()
+    assert alone in transfer(old, 128, alpha=64.0, displacement_constant=100.0).sentence()
+
+
+@pytest.mark.parametrize(
+    ("old", "alpha", "value"),
+    [(1e-320, None, "1e-320"), (1e-307, None, "1e-307"), (1e-300, 1e-307, "1e-307"), (1e-307, 1e-300, "1e-307")],
+)
+def test_an_alpha_that_is_too_small_for_the_law_is_named(old, alpha, value) -> None:
+    with pytest.raises(InputError, match=f"^alpha .* {value}:"):
+        _ = transfer(Setting(8, old, 1e-3), 16, alpha=alpha).learning_rate
+    assert transfer(Setting(8, 1e-305, 1e-3), 16).learning_rate == pytest.approx(1e-3)
+
+
 def test_limits_of_the_first_step_and_of_a_long_run() -> None:
     """With A's deviation 1 / r the first step asks for a constant scaling, and a long run for a constant alpha."""
     gaussian = transfer(Setting(8, 16.0, 3e-4, init="gaussian"), 128).alpha_limits
