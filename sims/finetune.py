@@ -36,6 +36,7 @@ from rora_theory.finetune.trackers import TrackerName
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.summary import KeyFigure
 from rora_theory.validation.ranges import Count, check_ranges
+from rora_theory.validation.rules import check_warmup
 from sims.common import answers, cli, prompts, tables
 from sims.common.progress import progress_bar
 from sims.common.summaries import summarised
@@ -65,6 +66,8 @@ class Config:
         """Validate the options."""
         check_ranges(self, str)
         trackers.check_tracker(self.log_to)
+        if self.training.steps is not None:
+            check_warmup(self.training.warmup, self.training.steps)
         self.output.check_training(self.training)
 
 
@@ -103,6 +106,7 @@ def run(config: Config) -> None:
         check_free(path_of(NAME, identity, config.out))
     # Tokenize, which refuses bad records, then load the weights.
     data = prepare(records.records, tokenizer, training, chat)
+    check_warmup(training.warmup, min(len(data.train), training.steps or len(data.train)))
     layout, shardings = sharding.layout_over_all_devices(llama_config, training, fsdp=config.fsdp)
     model = llama.load(origin, training.dtype, shardings=shardings, quantization=training.quantization)
     cli.print_notes(model.remarks if first else [])

@@ -27,12 +27,11 @@ from rora_theory.tune.plan import (
     ProbeRun,
     Schedule,
     Trial,
-    check_warmup,
     make_plan,
     scaled_warmup,
 )
 from rora_theory.validation.ranges import AtLeastTwo, Count, Natural, NotNegative, Positive, Share, check_ranges
-from rora_theory.validation.rules import check_list
+from rora_theory.validation.rules import check_list, check_warmup
 
 MAX_INPUT_RECORDS = 8
 """Maximum number of held-out records at which the parts of the change are measured."""

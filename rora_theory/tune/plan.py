@@ -377,13 +377,6 @@ def scaled_warmup(warmup: int, steps: int, probe_steps: int) -> int:
     return warmup * probe_steps // steps
 
 
-def check_warmup(warmup: int, steps: int) -> None:
-    """Raise `InputError` unless the warm-up is shorter than the planned run."""
-    check_integer("warmup", warmup, minimum=0)
-    if warmup >= steps:
-        raise InputError(f"warmup must be less than the number of steps, {steps}, got {warmup}")
-
-
 def _screen_steps(probe_steps: int) -> int:
     return probe_steps // 3
 

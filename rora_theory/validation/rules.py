@@ -148,9 +148,15 @@ def check_seeds(seeds: Sequence[int], *, fewest: int = 1) -> None:
     check_list("--seeds", seeds, check_seed, fewest=fewest)
 
 
-def check_ranks(ranks: Sequence[int], *, fewest: int = 2) -> None:
-    """Raise `InputError` unless ranks are at least ``fewest`` different integers of 1 or more."""
-    check_list("--ranks", ranks, check_integer, fewest=fewest)
+def check_ranks(ranks: Sequence[int], *, fewest: int = 2, name: str = "--ranks") -> None:
+    """Raise `InputError` unless ranks are at least ``fewest`` different integers of 1 or more.
+
+    Args:
+      ranks: Ranks to check.
+      fewest: Minimum number of ranks.
+      name: Name of the option or argument, for the error.
+    """
+    check_list(name, ranks, check_integer, fewest=fewest)
 
 
 def check_steps(steps: Sequence[int], name: str = "steps") -> None:
@@ -158,3 +164,10 @@ def check_steps(steps: Sequence[int], name: str = "steps") -> None:
     if not steps or steps[0] < 1 or any(a >= b for a, b in itertools.pairwise(steps)):
         raise InputError(f"{name} must be ascending integers of 1 or more, got {' '.join(map(str, steps))}")
     check_integer(name, steps[-1])
+
+
+def check_warmup(warmup: int, steps: int) -> None:
+    """Raise `InputError` unless the warm-up is shorter than the planned run."""
+    check_integer("warmup", warmup, minimum=0)
+    if warmup >= steps:
+        raise InputError(f"warmup must be less than the number of steps, {steps}, got {warmup}")

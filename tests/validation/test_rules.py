@@ -22,6 +22,8 @@ from rora_theory.validation import rules
         (lambda: rules.check_ranks((4,)), "--ranks must have 2 or more values, got 1"),
         (lambda: rules.check_ranks((4, 4)), r"--ranks must have different values, got 4 4"),
         (lambda: rules.check_ranks((4, 0)), "--ranks must .*, got 0"),
+        (lambda: rules.check_ranks((4, 0), name="ranks"), "^ranks must .*, got 0"),
+        (lambda: rules.check_warmup(4, 4), "warmup .* 4, got 4"),
         (lambda: rules.alpha_at("lora", gamma=0.0, reference_rank=4), "--gamma must .*, got 0.0"),
         (lambda: rules.alpha_at("lora", gamma=1.0, reference_rank=0), "--reference-rank must .*, got 0"),
     ],

@@ -189,7 +189,7 @@ def coordinate_check(
     for option, integers in (("ranks", ranks), ("steps", steps)):
         if not isinstance(integers, Collection):
             raise InputError(f"{option} must be a sequence of integers, got {shown(integers)}")
-    check_ranks(ranks)
+    check_ranks(ranks, name="ranks")
     for step in steps:
         check_integer("steps", step)
     check_steps(steps)

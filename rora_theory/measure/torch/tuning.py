@@ -46,11 +46,11 @@ from rora_theory.tune.plan import (
     ProbePlan,
     ProbeRun,
     Schedule,
-    check_warmup,
     make_plan,
     next_trial,
 )
 from rora_theory.tune.result import Tuning, conclude
+from rora_theory.validation.rules import check_warmup
 
 logger = logging.getLogger(__name__)
 

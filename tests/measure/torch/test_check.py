@@ -247,7 +247,8 @@ def test_a_held_out_batch_is_read_where_it_is_new() -> None:
 @pytest.mark.parametrize(
     ("config", "arguments", "message"),
     [
-        ({}, {"ranks": (4,)}, r"ranks .*\b[14]\b"),
+        ({}, {"ranks": (4,)}, r"^ranks .*\b[14]\b"),
+        ({}, {"ranks": (4, 4)}, "^ranks .* 4 4$"),
         ({}, {"steps": (2, 1)}, "steps .*2,? 1"),
         ({}, {"seeds": 1}, r"seeds .*\b1\b"),
         ({}, {"make_model": lambda _: maker()(8)}, r"make_model\(4\) .* rank 4, got rank 8 "),
