@@ -98,7 +98,8 @@ def exponents(manifest: dict[str, Any], fits: pd.DataFrame) -> plt.Figure:
             [], [], color="black", linestyle=(0, (3, 2)), marker="o", markerfacecolor="white"
         )
     handles[f"flat: within ±{BAND:g}"] = style.band_handle()
-    style.legend(figure, handles, f"log-log slope over ranks ± s.e. over {style.seeds_of(manifest)} seeds")
+    ranks = f"{fits['lowest_rank'].min()} to {fits['highest_rank'].max()}"
+    style.legend(figure, handles, f"log-log slope over ranks {ranks} ± s.e. over {style.seeds_of(manifest)} seeds")
     return figure
 
 

@@ -340,6 +340,8 @@ def test_crosses_and_bands_have_a_word_in_the_legend(published) -> None:
         ("coordinate_check", "coordinate_check_slopes"),
     ):
         assert "flat: within ±0.1" in legend_text(figures[folder, name])
+    slopes = legend_text(figures["training_dynamics", "training_dynamics_linear_A_exponents"])
+    assert "over ranks 4 to 1024 " in slopes
 
 
 @pytest.mark.slow
