@@ -254,6 +254,12 @@ export function advise(asked) {
   const rateRangeOf = (next) => {
     if (!followsDisplacementLaw) return null;
     const strength = strengthOf(next);
+    // The law divides its constant by the strength, which a tiny alpha lets overflow.
+    for (const setting of [old, next]) {
+      if (!Number.isFinite(4 * (run.constants[1] / strengthOf(setting)))) {
+        throw new InputError("alpha", `must not be as small as ${setting.alpha}: use a larger one`);
+      }
+    }
     return carryRate(old.lr, strengthOf(old), isClose(strength, strengthOf(old)) ? strengthOf(old) : strength, run);
   };
   const rateLimitsOf = (next) => {

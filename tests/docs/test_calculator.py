@@ -265,7 +265,8 @@ def test_what_the_library_refuses_is_refused_in_one_line() -> None:
         {"lr": -1e-4}, {"to-alpha": 0}, {"optimizer": "muon"}, {"init": "normal"}, {"rule": "lore"}, {"rule": 400.0},
         {"to-rule": "dora"}, {"regime": "both"}, {"regime": {}}, {"optimizer": "sgd", "steps": 9}, {"steps": 0},
         {"to-steps": 576}, {"steps": 9, "to-steps": 0.5}, {"to-schedule": "cosine"}, {"schedule": "triangle"},
-        {"displacement-constant": -1}, {"init": "gaussian", "steps": 9}, {"regime": "cross-talk", "schedule": "linear"},
+        {"alpha": 1e-320}, {"displacement-constant": -1}, {"init": "gaussian", "steps": 9},
+        {"regime": "cross-talk", "schedule": "linear"},
     ]  # fmt: skip
     for options, answer in zip(bad, ask([["advise", BASE | options] for options in bad]), strict=True):
         with pytest.raises(InputError):
