@@ -423,8 +423,8 @@ function limitsOf({ old, unchanged, alpha, changed, run }) {
   else if (run.hasOtherSchedule) schedule += ", with another schedule in runs of one seed";
   // The measured constant of the displacement law comes from more models than the rest.
   const usesMeasuredConstant = changed.strength && run.own === null;
-  const others = CONSTANT_MODELS.filter((model) => !COST_MODELS.includes(model));
-  const constant = others.length && usesMeasuredConstant ? ` (K also in ${others.join(" and ")})` : "";
+  const otherModels = CONSTANT_MODELS.filter((model) => !COST_MODELS.includes(model));
+  const constant = otherModels.length && usesMeasuredConstant ? ` (K also in ${otherModels.join(" and ")})` : "";
   sentences.push(`Measured in ${COST_MODELS.join(" and ")} alone${constant}, with AdamW and ${schedule}.`);
   return sentences;
 }

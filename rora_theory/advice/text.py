@@ -137,8 +137,8 @@ def _describe_limits(carried: CarriedSetting) -> list[str]:
     elif not is_constant_rate(carried.run.schedule, carried.run.to_schedule):
         schedule += ", with another schedule in runs of one seed"
     # The measured constant of the displacement law comes from more models than the rest.
-    others = [model for model in CONSTANT_MODELS if model not in COST_MODELS]
-    constant = f" (K also in {' and '.join(others)})" if others and _uses_measured_constant(carried) else ""
+    other_models = [model for model in CONSTANT_MODELS if model not in COST_MODELS]
+    constant = f" (K also in {' and '.join(other_models)})" if other_models and _uses_measured_constant(carried) else ""
     sentences.append(f"Measured in {' and '.join(COST_MODELS)} alone{constant}, with AdamW and {schedule}.")
     return sentences
 

@@ -400,7 +400,7 @@ def test_a_step_before_anything_has_moved_has_no_exponent() -> None:
     """The first step's rate is 0 under a warm-up."""
     by_step = {step: [curve([1e-3] * 3)] for step in (1, 16, 64)}
     assert horizon_law.step_exponents(by_step, **LAW)["first"].tolist() == [16]
-    assert horizon_law.step_exponents(by_step, takeovers=TAKEOVERS, warmup=0)["first"].tolist() == [1, 16]
+    assert horizon_law.step_exponents(by_step, takeovers=TAKEOVERS, warmup=0)["first"].tolist() == [1, 1, 16]
 
 
 def test_one_seed_an_edge_or_a_rival_decides_nothing_in_the_steps() -> None:
