@@ -366,7 +366,7 @@ def test_every_setting_of_a_fine_tuning_run_is_in_its_identity(model, data) -> N
         ("lora", {"rank": 2}, {"virtual_tokens", "bottleneck", "non_linearity"}),
         ("series", {"bottleneck": 4}, {"virtual_tokens", *ranked}),
     ):
-        training = FinetuneConfig(method=method, batch_size=16, held_out=4, warmup=4, dropout=0.0, **size)
+        training = FinetuneConfig(method=method, batch_size=16, held_out=4, warmup=1, dropout=0.0, **size)
         before = start("finetune", replace(config, training=training)).identity
         for field in fields(training):
             if field.name in missing | {"quantization"}:  # this model has no blocks; `test_quantised` has one that does
