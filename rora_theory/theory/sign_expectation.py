@@ -122,13 +122,9 @@ def uniform_fast(unit: Float[np.ndarray, "p_out p_in"]) -> Float[np.ndarray, "p_
 
 def _fast_block(rows: Float[np.ndarray, "rows p_in"]) -> Float[np.ndarray, "rows p_in"]:
     """Compute the expectations of a block of rows."""
-    at_row, at_column, share = _split_entries(rows)
-    # Power sums Q_4 and Q_6 of the small entries; Q_2 is their share.
-    small = rows
-    if len(at_row):
-        small = rows.copy()
-        small[at_row, at_column] = 0.0
-    squares = small * small
+    # Power sums Q_4 and Q_6 of the small entries; Q_2 is their share. The squares of the large ones become zeros.
+    squares = np.square(rows)
+    at_row, at_column, share = _remove_large(squares)
     fourth_powers = squares * squares
     fourth = np.einsum("ij->i", fourth_powers)
     sixth = np.einsum("ij,ij->i", fourth_powers, squares)
@@ -150,41 +146,43 @@ def _fast_block(rows: Float[np.ndarray, "rows p_in"]) -> Float[np.ndarray, "rows
     result += cubic
     result *= squares
     result += first
-    result *= small
+    result *= rows
     result[at_row, at_column] = at_large
     return result
 
 
-def _split_entries(
-    rows: Float[np.ndarray, "rows p_in"],
+def _remove_large(
+    squares: Float[np.ndarray, "rows p_in"],
 ) -> tuple[Int[np.ndarray, " large"], Int[np.ndarray, " large"], Float[np.ndarray, " rows"]]:
-    """Split the entries of rows into large and small ones.
+    """Find the large entries of rows, and set their squares to zero in place.
 
     An entry is large relative to the root sum of squares of the small ones, which decreases as entries become large.
+
+    Args:
+      squares: Squares of the entries.
 
     Returns:
       The rows and columns of the large entries, row by row, and the sum of the squares of the small ones in each row.
     """
-    share = np.einsum("ij,ij->i", rows, rows)
-    # Most rows have no large entry, so that one pass suffices for them.
-    largest = np.maximum(np.max(rows, axis=1, initial=0.0), -np.min(rows, axis=1, initial=0.0))
-    with_large = np.flatnonzero(largest > _LARGE * np.sqrt(share))
-    squares = np.square(rows[with_large])
-    is_large = np.zeros(squares.shape, bool)
-    # Repeat for the rows in which the small entries' share decreased, until it is so small that they do not matter.
-    changed = np.arange(len(with_large))
-    while len(changed):
-        before = share[with_large[changed]]
-        candidates = squares[changed]
-        is_large[changed] = is_beyond = candidates > _LARGE**2 * before[:, None]
-        candidates[is_beyond] = 0.0
-        after = np.einsum("ij->i", candidates)
-        decreased = after < 0.999 * before
-        share[with_large[changed[decreased]]] = after[decreased]
-        changed = changed[decreased & (after > _LINEAR_SHARE)]
-    # `np.nonzero` takes much longer in two dimensions.
-    at_row, at_column = np.divmod(np.flatnonzero(is_large), rows.shape[1])
-    return with_large[at_row], at_column, share
+    width = squares.shape[1]
+    share = np.einsum("ij->i", squares)
+    places = [np.zeros(0, np.intp)]
+    # The largest entry of a row decides whether it has a large one: each pass copies only the rows that have.
+    members = np.flatnonzero(np.max(squares, axis=1, initial=0.0) > _LARGE**2 * share)
+    while len(members):
+        candidates = squares[members]
+        is_large = candidates > _LARGE**2 * share[members, None]
+        # `np.nonzero` takes much longer in two dimensions.
+        at_member, at_column = np.divmod(np.flatnonzero(is_large), width)
+        candidates[at_member, at_column] = squares[members[at_member], at_column] = 0.0
+        places.append(members[at_member] * width + at_column)
+        # Without these entries the share is smaller, so that others can be large relative to it. Stop where the small
+        # entries do not matter any more.
+        share[members] = remaining = np.einsum("ij->i", candidates)
+        has_large = np.max(candidates, axis=1) > _LARGE**2 * remaining
+        members = members[has_large & (remaining > _LINEAR_SHARE)]
+    at_row, at_column = np.divmod(np.sort(np.concatenate(places)), width)
+    return at_row, at_column, share
 
 
 def _integrate(
