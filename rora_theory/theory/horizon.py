@@ -267,20 +267,41 @@ class RowSigns:
         Raises:
           InputError: If there are no inputs, p_in differs, or a value is not finite.
         """
+        return self.terms_by_part(x, [slice(None)])[0]
+
+    def terms_by_part(self, x: Float[np.ndarray, "tokens p_in"], parts: Sequence[slice]) -> list[RowTerms]:
+        """Compute the terms at each of several parts of the inputs from products that the parts share.
+
+        Args:
+          x: Inputs x' at which the layer is evaluated.
+          parts: Slices of the inputs with at least one token each.
+
+        Returns:
+          The terms of one row at each part.
+
+        Raises:
+          InputError: If a part has no inputs, p_in differs, or a value is not finite.
+        """
         x = np.asarray(x, self.lora_A.dtype)
-        if x.ndim != 2 or x.shape[1] != self.lora_A.shape[1] or not len(x):
+        if x.ndim != 2 or x.shape[1] != self.lora_A.shape[1] or not all(len(x[part]) for part in parts):
             raise InputError(
                 "x and lora_A must have shapes [tokens, p_in] and [rows, p_in] with the same p_in and at least one "
                 f"token, got {x.shape} and {self.lora_A.shape}"
             )
         if not np.isfinite(x).all():
             raise InputError("x must be finite, got a NaN or infinite value")
-        rows, tokens = len(self.lora_A), len(x)
-        # Products uu, uv and vv of the B-led part u and the A-led part v, each [tokens, rows].
-        products = _pairs(self.multiply(x, self.lora_A.T), self.multiply(x, self.moves.T))
-        total = [float(np.sum(self.live * first * second, dtype=np.float64) / rows) for first, second in products]
+        # Products of the inputs with A (the B-led part u) and with D (the A-led part v), each [tokens, rows].
+        products_A, products_D = self.multiply(x, self.lora_A.T), self.multiply(x, self.moves.T)
+        return [self._terms(products_A[part], products_D[part]) for part in parts]
+
+    def _terms(self, u: Float[np.ndarray, "tokens rows"], v: Float[np.ndarray, "tokens rows"]) -> RowTerms:
+        tokens, rows = u.shape
+        # Sums over tokens of the products uu, uv and vv of every two rows, [rows, rows], and their weights S^T S.
+        u, v, gram = (np.asarray(matrix, np.float64) for matrix in (u, v, self.gram))
+        products = [self.multiply(first.T, second) for first, second in _pairs(u, v)]
         # Sum over outputs of (S u) (S v) by the Gram matrix of S, without forming S u.
-        sums = [float(np.sum(self.multiply(first, self.gram) * second, dtype=np.float64)) for first, second in products]
+        sums = [float(np.sum(gram * product)) for product in products]
+        total = [float(np.sum(self.live * np.diagonal(product))) / rows for product in products]
         # Without the terms in which a row meets itself, the sum estimates E[q_i]^2 without bias.
         pairs = rows * (rows - 1.0)
         coherent = [(all_pairs - same_row * rows) / pairs for all_pairs, same_row in zip(sums, total, strict=True)]

@@ -296,7 +296,7 @@ def measure_module(
       multiply: Product of two matrices.
     """
     # One set of products serves both splits: their tokens are told apart afterwards.
-    x = np.concatenate([layer.inputs[split] for split in SPLITS])
+    x, slices = _all_inputs(layer), _token_slices(layer)
     crossings: list[dict[str, Any]] = []
     predicted: dict[tuple, float] = {}
     # Terms of the law, from shared float32 products or exactly; they give the crossing rank of each split.
@@ -308,7 +308,7 @@ def measure_module(
             else:
                 law = terms.terms(layer.grad, x, optimizer=optimizer, init=init)
                 predicted |= predict(config, layer, law)
-            crossings += [_crossing_row(law, layer, index, split) for split in SPLITS]
+            crossings += [_crossing_row(law, layer, index, split, tokens) for split, tokens in slices.items()]
     # Predicted rms, with the measured rms where adapters were stepped.
     measured = measured or {}
     results = []
@@ -343,14 +343,19 @@ def _result_keys(config: RegimeConfig, index: int, module: str) -> Iterator[dict
                         }
 
 
+def _all_inputs(layer: Layer) -> Float[np.ndarray, "tokens p_in"]:
+    """Return the inputs of all splits, one after the other."""
+    return np.concatenate([layer.inputs[split] for split in SPLITS])
+
+
 def _token_slices(layer: Layer) -> dict[str, slice]:
     """Return the slice of each split's tokens in the concatenation of all splits."""
     edges = np.cumsum([0, *(len(layer.inputs[split]) for split in SPLITS)]).tolist()
     return {split: slice(*pair) for split, pair in zip(SPLITS, itertools.pairwise(edges), strict=True)}
 
 
-def _crossing_row(law: terms.Terms, layer: Layer, index: int, split: str) -> dict[str, Any]:
-    crossing = law.crossing(_token_slices(layer)[split])
+def _crossing_row(law: terms.Terms, layer: Layer, index: int, split: str, tokens: slice) -> dict[str, Any]:
+    crossing = law.crossing(tokens)
     p_out, p_in = layer.grad.shape
     return {
         "layer": index,
@@ -411,31 +416,28 @@ def takeover(
     Returns:
       A row for each split, initialisation and rank.
     """
+    x, slices, p_in = _all_inputs(layer), _token_slices(layer), int(layer.grad.shape[1])
     results = []
     for init in config.inits:
-        # Signs of G A^T, which all splits and ranks share.
+        # Signs of G A^T, which all splits and ranks share, and products with the inputs, which all ranks share.
         rows = lora_A(init)
         signs = horizon.row_signs(layer.grad, rows, exact=config.is_exact, multiply=multiply)
-        deviation = inits.entries(init, rank=len(rows), p_in=_p_in(layer)).deviation
-        for split in SPLITS:
-            law = signs.terms(layer.inputs[split])
+        laws = signs.terms_by_part(x, list(slices.values()))
+        # Signs do not depend on A's standard deviation, but every distance is proportional to it.
+        deviation = inits.entries(init, rank=len(rows), p_in=p_in).deviation
+        relatives = [inits.entries(init, rank=rank, p_in=p_in).deviation / deviation for rank in TAKEOVER_RANKS]
+        for split, law in zip(slices, laws, strict=True):
             flips = dict(zip(SIGN_FLIP_PERCENTS, law.turn, strict=True)) if config.is_exact else {}
-            for rank in TAKEOVER_RANKS:
-                # Signs do not depend on A's standard deviation, but every distance is proportional to it.
-                relative = inits.entries(init, rank=rank, p_in=_p_in(layer)).deviation / deviation
-                results.append(
-                    {
-                        "layer": index,
-                        "module": layer.name,
-                        "split": split,
-                        "init": init,
-                        "rank": rank,
-                        "takeover": relative * law.takeover(rank),
-                        **{f"turn_{percent}": relative * distance for percent, distance in flips.items()},
-                    }
-                )
+            results += [
+                {
+                    "layer": index,
+                    "module": layer.name,
+                    "split": split,
+                    "init": init,
+                    "rank": rank,
+                    "takeover": relative * law.takeover(rank),
+                    **{f"turn_{percent}": relative * distance for percent, distance in flips.items()},
+                }
+                for rank, relative in zip(TAKEOVER_RANKS, relatives, strict=True)
+            ]
     return results
-
-
-def _p_in(layer: Layer) -> int:
-    return int(layer.grad.shape[1])
