@@ -335,6 +335,66 @@ def test_every_token_of_every_call_is_as_likely_to_be_read() -> None:
     np.testing.assert_array_equal(sampler.inputs["once"], x.numpy()[indices])
 
 
+def test_modules_share_the_sample_of_one_tensor_alone() -> None:
+    """Two modules that receive one tensor have one array. Any other tensor is sampled: one of other values at the
+    address of one that is gone, one changed in place, and another view of the same memory."""
+    config, random = RegimeConfig(rows=0, tokens=4), torch.Generator().manual_seed(0)
+
+    def draw() -> torch.Tensor:
+        return torch.randn(6, 6, generator=random)
+
+    def sampled_alone(x: torch.Tensor) -> np.ndarray:
+        alone = torch_regimes._InputSampler(config, {}, mask=False)
+        alone.add("alone", x)
+        return alone.inputs["alone"]
+
+    def assert_sampled(name: str, x: torch.Tensor) -> None:
+        sampler.add(name, x)
+        np.testing.assert_array_equal(sampler.inputs[name], sampled_alone(x))
+
+    sampler = torch_regimes._InputSampler(config, {}, mask=False)
+    x = draw()
+    assert_sampled("q", x)
+    sampler.add("k", x.detach())  # as the backward pass reads a saved tensor: another object of the same memory
+    assert sampler.inputs["k"] is sampler.inputs["q"]
+    assert_sampled("transposed", x.T)
+    assert_sampled("rows", x[:5])
+    assert_sampled("before", x)
+    x.mul_(2)
+    assert_sampled("after", x)
+    assert sampler.counts["after"] == {"all": 6, "seen": 0, "sinks": 0, "read": 4}
+    for i in range(4):  # each is gone before the next, which would take its address
+        assert_sampled(f"draw {i}", draw())
+    # A second call has other tokens, and is not the first one's though it has the same input.
+    sampler.add("draw 3", x)
+    once = torch_regimes._InputSampler(config, {}, mask=False)
+    for _ in range(2):
+        once.add("twice", x)
+    sampler.add("again", x)
+    sampler.add("again", x)
+    np.testing.assert_array_equal(sampler.inputs["again"], once.inputs["twice"])
+    # The samples in one block are the same arrays, of which modules share one.
+    before = {name: rows.copy() for name, rows in sampler.inputs.items()}
+    sampler.finish()
+    assert set(sampler.inputs) == set(before)
+    for name, rows in before.items():
+        np.testing.assert_array_equal(sampler.inputs[name], rows)
+    assert sampler.inputs["k"] is sampler.inputs["q"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_a_module_measured_with_others_has_its_own_inputs(family) -> None:
+    """As when it is measured alone, so that it can share nothing with another module."""
+    model, batches = torch_models.model(family), [torch_models.batch(family, seed) for seed in (0, 1)]
+    config = replace(SMALL, inits=("kaiming_uniform",))
+    together = regime(model, *batches, config=config)
+    for name in together.crossings["module"].unique():
+        alone = regime(model, *batches, "^" + name.replace(".", r"\.") + "$", config=config)
+        for frame, expected in ((together.crossings, alone.crossings), (together.takeover, alone.takeover)):
+            rows = frame[frame["module"] == name].reset_index(drop=True)
+            pd.testing.assert_frame_equal(rows, expected, rtol=1e-5)
+
+
 def test_keys_are_those_of_the_tokens_that_could_be_read() -> None:
     """The keys are uniform where all tokens are read, and the smallest ones otherwise; means within 5 deviations."""
     counts = {"all": 10, "seen": 5, "sinks": 3, "read": 2}
