@@ -42,7 +42,7 @@ JUDGING = {
     "transfer": ("rora_theory/advice/transfer.py", "tests/advice/test_transfer.py"),
     "carried": ("rora_theory/advice/carried.py", "tests/advice/test_transfer.py"),
     "run_change": ("rora_theory/advice/run_change.py", "tests/advice/test_transfer.py"),
-    "verdicts": ("rora_theory/paper/verdicts.py", "tests/paper/test_verdicts.py"),
+    "verdicts": ("rora_theory/paper/verdicts.py", "tests/paper/test_verdicts.py tests/test_answers_in_words.py"),
     "differences": ("rora_theory/sweep/differences.py", "tests/sweep/test_differences.py"),
     "trained_runs": ("rora_theory/stats/trained_runs.py", "tests/stats/test_trained_runs.py"),
     "read_runs": (
@@ -55,7 +55,7 @@ JUDGING = {
     ),
     "horizon_curves": ("rora_theory/horizon/curves.py", "tests/horizon/test_judgement.py"),
     "horizon_parts": ("rora_theory/horizon/parts.py", "tests/horizon/test_judgement.py"),
-    "horizon_runs": ("rora_theory/horizon/runs.py", "tests/horizon/test_judgement.py"),
+    "horizon_runs": ("rora_theory/horizon/runs.py", "tests/horizon/test_runs.py tests/horizon/test_judgement.py"),
     "sweep_results": ("rora_theory/sweep/results.py", "tests/sweep/test_differences.py tests/sweep/test_results.py"),
     "rate_curves": ("rora_theory/stats/rate_curves.py", "tests/stats/test_rate_curves.py"),
 }

@@ -224,9 +224,8 @@ class CarriedSetting:
         )
 
     def groups(self) -> tuple[ModuleGroup, ...]:
-        """Summarise all modules, and in a measured regime also each type of module over its layers."""
-        groups = group_by_type(self.modules)
-        return groups if self.regime == "measured" else groups[:1]
+        """Summarise all modules, then each type of module over its layers. An assumed regime has one group."""
+        return group_by_type(self.modules)
 
     @property
     def changed(self) -> tuple[Changed, ...]:

@@ -38,6 +38,11 @@ class HorizonRun:
     seed: int
     read: ReadRun
 
+    @property
+    def gamma(self) -> float | None:
+        """Scaling of the adapter; None for full fine-tuning, which has neither a rank nor a strength."""
+        return self.strength / self.rank if self.strength and self.rank else None
+
     def losses(self, step: int) -> list[float] | None:
         """Return the losses of the held-out records after a step; None if they were not measured there."""
         return next((reading.losses for reading in self.read.readings if reading.step == step), None)
@@ -54,8 +59,7 @@ class HorizonRun:
           tokens: Number of tokens of each held-out record.
         """
         method, rank = ("lora", self.rank) if self.rank else (FULL, 0)
-        gamma = self.strength / rank if self.strength and rank else 1.0
-        return TrainedRun.from_records(method, rank, gamma, self.rate, self.seed, self.losses(step), tokens)
+        return TrainedRun.from_records(method, rank, self.gamma or 1.0, self.rate, self.seed, self.losses(step), tokens)
 
 
 def read_finished(folder: Path) -> list[HorizonRun]:
@@ -129,9 +133,7 @@ def horizon_table(runs: Sequence[HorizonRun], tokens: Sequence[int], answer_toke
     """
     rows: list[dict[str, Any]] = []
     for run in runs:
-        # Full fine-tuning has neither a rank nor a strength.
-        gamma = run.strength / run.rank if run.strength and run.rank else None
-        labels: dict[str, Any] = {"rank": run.rank, "strength": run.strength, "gamma": gamma}
+        labels: dict[str, Any] = {"rank": run.rank, "strength": run.strength, "gamma": run.gamma}
         labels |= {"learning_rate": run.rate, "seed": run.seed}
         for reading in run.read.readings:
             loss = mean_per_token(reading.losses, tokens)

@@ -205,7 +205,7 @@ def combine_errors(by_seeds: Estimate, by_records: Estimate) -> Estimate:
     a, b = by_seeds.error**2, by_records.error**2
     freedom = (a + b) ** 2 / (a**2 / (by_seeds.n - 1) + b**2 / (by_records.n - 1))
     freedom = math.floor(freedom * (1 + ROUNDING))  # 30 degrees may be computed as 29.999...
-    combined = Estimate(by_seeds.value, math.sqrt(a + b), max(freedom, 1) + 1, f"{by_seeds.over} and {by_records.over}")
+    combined = Estimate(by_seeds.value, math.sqrt(a + b), freedom + 1, f"{by_seeds.over} and {by_records.over}")
     return max((combined, by_seeds, by_records), key=Estimate.half_width)
 
 

@@ -106,10 +106,11 @@ def exponents(runs: Sequence[HorizonRun], *, use_parts: bool = False, **options)
 FINE = 10.0 ** np.arange(-6, -1, 0.25)
 
 
-def curve(best: Sequence[float], strength: float = 64.0, seeds: tuple[int, ...] = ()) -> Curve:
-    """Return a curve of rank 8 with a best rate for each seed."""
+def curve(best: Sequence[float], strength: float = 64.0, seeds: tuple[int, ...] = (), rank: int = 8) -> Curve:
+    """Return a curve with a best rate for each seed."""
     losses = np.exp(0.1 * np.log(FINE / np.array(best)[:, None]) ** 2)
-    return Curve("adamw", "both", "lora", 1.0, 8, strength / 8, FINE, losses, seeds=seeds or tuple(range(len(best))))
+    seeds = seeds or tuple(range(len(best)))
+    return Curve("adamw", "both", "lora", 1.0, rank, strength / rank, FINE, losses, seeds=seeds)
 
 
 def moved(powers: Sequence[float], factor: float) -> list[float]:
@@ -228,6 +229,7 @@ def test_full_fine_tuning_is_compared_with_the_adapters_and_in_no_exponent() -> 
     best = frames.rows(horizon_curves.best_rate_table(curves, 64))
     settings = {(row["rank"], row["strength"]) for row in best}
     assert settings == {(None, None), (8, 64), (8, 724), (128, 64), (128, 724)}
+    assert list(best[0])[:3] == ["step", "rank", "strength"]
     assert all(isinstance(row["rank"], int) for row in best if row["rank"]), "8, not 8.0, in the file"
     lora = [curve for curve in curves if curve.rule == "lora"]
     tables = [horizon_law.horizon_exponents(selected, 64, **LAW) for selected in (curves, lora)]
@@ -244,6 +246,24 @@ def test_an_interval_that_includes_a_rival_does_not_agree(powers: tuple[float, .
     assert low < row["law"] < high
     assert low < -1 or high > 0
     assert row["verdict"] == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("exponent", "spread", "linear_term", "verdict"),
+    [
+        (0.02, 0.03, 0.0, "agrees"),
+        (0.06, 0.03, 0.0, "undecided"),  # an eighth, which a user would notice
+        (-0.06, 0.03, 0.0, "undecided"),
+        (0.40, 0.03, 1e3, "agrees"),  # cross-talk dominates below rank 1000: the law is 0 to 0.48
+        (0.44, 0.03, 1e3, "undecided"),  # a half, if it dominates at every rank
+    ],
+)
+def test_a_rival_in_the_rank_prevents_agreement(exponent, spread, linear_term, verdict) -> None:
+    """Three seeds, whose interval is 2.5 spreads wide on either side."""
+    powers = (exponent - spread, exponent, exponent + spread)
+    ends = [curve([1e-3] * 3), curve(moved(powers, 16), rank=128)]
+    (row,) = frames.rows(horizon_law.horizon_exponents(ends, 64, **LAW, linear_terms=[linear_term]))
+    assert (row["over"], row["verdict"]) == ("rank", verdict)
 
 
 def test_an_edge_at_either_strength_decides_nothing() -> None:

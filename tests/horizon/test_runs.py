@@ -1,32 +1,46 @@
 """Reading of run folders of sims.horizon."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rora_theory.errors import InputError
-from rora_theory.horizon import runs
 from rora_theory.horizon.grid import HorizonGrid
+from rora_theory.horizon.readings import Reading, ReadRun
+from rora_theory.horizon.runs import HorizonRun, read_comparison_runs
 from rora_theory.runs import seals
+from rora_theory.runs.journal import Journal
+from rora_theory.runs.reading import CELLS, key_of
+
+CELL = {"rank": 2, "strength": 4, "rate": 1e-3, "seed": 3}
+RESULT = {"readings": [{"step": 2, "losses": [1], "answer_losses": [0.5]}], "train_losses": [2], "diverged_at": 5}
 
 
-def write_folder(path, identity) -> None:
+def write_folder(path: Path, identity: dict[str, Any], result: dict[str, Any] = RESULT) -> None:
+    """Write a run folder with one finished cell."""
     path.mkdir()
-    (path / "manifest.json").write_text(json.dumps(seals.seal({"experiment": "horizon", "config": identity})))
+    manifest = {"experiment": "horizon", "run_id": "1", "config": identity}
+    (path / "manifest.json").write_text(json.dumps(seals.seal(manifest)))
+    Journal(path / CELLS, "1").append({"key": key_of(CELL), "cell": CELL, "value": result, "files": {}})
 
 
-def test_the_settings_of_compared_runs_are_named(tmp_path, monkeypatch) -> None:
+def test_compared_runs_are_read_and_their_settings_named(tmp_path) -> None:
     """A manifest leaves out a variant at its default, which is named nevertheless."""
-    monkeypatch.setattr(runs, "read_finished", lambda path: [])
     records = {"model": "m", "model_sha256": "0", "records": {"all": 3}}
     constant, cosine = HorizonGrid().identity(), HorizonGrid(schedule="cosine", read_at=(64,)).identity()
     assert "schedule" not in constant
     write_folder(tmp_path / "constant", constant | records)
-    description, other_runs = runs.read_comparison_runs(tmp_path / "constant", cosine | records)
+    description, other_runs = read_comparison_runs(tmp_path / "constant", cosine | records)
     assert description == "schedule constant"
-    assert other_runs == []
+    reading = Reading(2, [1.0], [0.5])
+    assert other_runs == [HorizonRun(2, 4.0, 1e-3, 3, ReadRun([2.0], [reading], diverged_at=5))]
     write_folder(tmp_path / "cosine", cosine | records)
     with pytest.raises(InputError, match="no setting differs"):
-        runs.read_comparison_runs(tmp_path / "cosine", cosine | records)
+        read_comparison_runs(tmp_path / "cosine", cosine | records)
     with pytest.raises(InputError, match="records"):
-        runs.read_comparison_runs(tmp_path / "constant", cosine | records | {"records": {"all": 4}})
+        read_comparison_runs(tmp_path / "constant", cosine | records | {"records": {"all": 4}})
+    write_folder(tmp_path / "damaged", constant | records, RESULT | {"train_losses": ["x"]})
+    with pytest.raises(InputError, match=rf"damaged/{CELLS}.*{key_of(CELL)}.*'x'"):
+        read_comparison_runs(tmp_path / "damaged", cosine | records)

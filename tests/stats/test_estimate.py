@@ -17,6 +17,10 @@ def test_half_width_is_students(make) -> None:
     assert make(1.0, 1).half_width() == math.inf
 
 
+def test_a_bound_widens_the_interval() -> None:
+    assert Estimate(0.5, 2.0, 5, "seeds", 0.25).half_width(0.9) == pytest.approx(2 * stats.t.ppf(0.95, 4) + 0.25)
+
+
 def test_one_seed_has_no_interval_and_two_have_a_wide_one() -> None:
     single, pair = over_seeds(np.array([3.0])), over_seeds(np.array([1.0, 3.0]))
     assert (single, single.has_error, single.half_width()) == (Estimate(3.0, math.inf, 1, ""), False, math.inf)

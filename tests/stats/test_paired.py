@@ -32,6 +32,7 @@ def test_one_record_has_no_error() -> None:
     estimate = mean_per_token([3.0], [2])
     assert (estimate.value, estimate.n, estimate.over, estimate.has_error) == (1.5, 1, "", False)
     assert math.isnan(estimate.error)
+    assert mean_per_token([1.0, 3.0], [1, 1]) == Estimate(2.0, 1.0, 2, "records")
 
 
 def test_seeds_are_averaged_before_the_error_over_records() -> None:
@@ -74,6 +75,9 @@ def test_resampled_ratios() -> None:
     assert np.std(drawn[:, 1]) == pytest.approx(error, rel=0.085)
     np.testing.assert_array_equal(drawn, resampled_ratios([3 * sizes, losses, 2 * losses], sizes, draws=2000))
     assert not np.array_equal(drawn, resampled_ratios([3 * sizes, losses, 2 * losses], sizes, draws=2000, seed=1))
+    # Each of three records is drawn as often as another; their shares are known to 0.006.
+    shares = resampled_ratios(list(np.eye(3)), np.ones(3), draws=2000).mean(axis=0)
+    np.testing.assert_allclose(shares, 1 / 3, atol=0.03)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,7 @@ def test_a_comparison_with_a_best_rate_at_the_edge_is_not_settled(centres, is_se
     """However large the difference is, the loss at the edge may be lower beyond it."""
     comparison = compare(bowl("lora", 8, centres[0]), bowl("rora", 8, centres[1], lowest=3))
     assert comparison.verdict.endswith("; a best rate at the grid's edge, so not settled") != is_settled
+    assert (comparison.ratio_log2_error is not None) == is_settled
 
 
 SHAPES = {
@@ -174,6 +175,8 @@ def test_a_draw_s_spread_is_the_error_itself():
         ((0.3, 3), (0.1, 1000), 3, "seeds and held-out records"),
         ((0.3, 12), (0.3, 1000), 44, "seeds and held-out records"),  # 43.5
         ((0.1, 12), (0.5, 1000), 944, "seeds and held-out records"),
+        ((0.3, 2), (0.01, 1000), 2, "seeds and held-out records"),  # 1.002
+        ((0.0, 3), (0.0, 1000), 1000, "held-out records"),
         ((0.0, 3), (0.2, 1000), 1000, "held-out records"),
         ((0.3, 3), (0.0, 1000), 3, "seeds"),
         ((math.inf, 1), (0.2, 1000), 1000, "held-out records"),
