@@ -5,9 +5,9 @@
     python benchmarks/mutation.py bridge data --most 10          # modules of two groups
 
 A mutant is one module with one operator, comparison, number or condition changed (cosmic-ray's operators, `OPERATORS`).
-It is killed if a test file of the module fails on it, or if its time runs out. Everything is imported once, and each
-mutant runs in a fork that imports anew only what depends on the module, so that it costs about a second, or some
-seconds in the bridge. Extra `mutation`; on demand, not part of the suite.
+It is killed if a test file of the module or an example in its docstrings fails on it, or if its time runs out.
+Everything is imported once, and each mutant runs in a fork that imports anew only what depends on the module, so that
+it costs about a second, or some seconds in the bridge. Extra `mutation`; on demand, not part of the suite.
 """
 
 import argparse
@@ -261,9 +261,8 @@ def _test(path: Path, mutant: Mutant, tests: list[str]) -> None:
     os.dup2(null, 2)
     code = 70
     try:
-        code = int(
-            pytest.main([*tests, "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *IGNORED, "-k", f"not ({LEFT_OUT})"])
-        )
+        options = ["--doctest-modules", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *IGNORED]
+        code = int(pytest.main([str(path), *tests, *options, "-k", f"not ({LEFT_OUT})"]))
     finally:
         os._exit(code)
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import numpy as np
@@ -171,8 +171,12 @@ def written(text: str) -> dict:
 def test_snippet_gives_every_module_its_scaling(rule, per) -> None:
     """PEFT's patterns are matched by this package, module by module; six digits are written."""
     advice = transfer(Setting(4, 16.0, 3e-4, rule), 32, MEASURED)
-    config = written(advice.peft_config(target_modules=["q_proj", "down_proj"], per=per))
-    assert (config["r"], config["init_lora_weights"]) == (32, True)
+    source = advice.peft_config(target_modules=["q_proj", "down_proj"], per=per)
+    config = written(source)
+    assert (config["r"], config["init_lora_weights"], config["task_type"]) == (32, True, "CAUSAL_LM")
+    comments = {"lora": "", "rora": f"  # the same adapter as {advice.alpha:.6g} with use_rslora=True"}
+    comments[0.25] = f"  # alpha / r with the gamma of {advice.alpha:.6g} / r^0.25"
+    assert f"lora_alpha={advice.lora_alpha:.6g},{comments[rule]}\n" in source
     assert config["use_rslora"] is False, "several servers ignore it"
     lora = LoraConfig(
         rank=config["r"],
@@ -273,6 +277,13 @@ def test_bad_input_is_named(call, message) -> None:
     with pytest.raises(InputError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_what_was_validated_cannot_be_changed() -> None:
+    advice = transfer(OLD, 16)
+    for value in (OLD, advice, advice.run, advice.alternatives()[0]):
+        with pytest.raises(FrozenInstanceError):
+            value.rank = 0
 
 
 def test_headings_say_what_was_tuned() -> None:

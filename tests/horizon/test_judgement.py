@@ -742,7 +742,7 @@ def test_parts_are_those_of_the_runs_beside_the_best_rate() -> None:
         return with_parts([bare], ratio)[0]
 
     runs = [run(0, 1e-3 * 10 ** (-1 / 16), 1.0), run(0, 1e-3 * 10 ** (3 / 16), 9.0), run(0, 5e-3, 30.0)]
-    runs += [run(1, 1.1e-3, 2.0), run(2, 1.5e-3, 30.0), run(6, 1e-3, 30.0)]
+    runs += [run(1, 1e-3 * 10 ** (1 / 8), 2.0), run(2, 1.5e-3, 30.0), run(6, 1e-3, 30.0)]
     runs += [run(3, 0.9e-3, 3.0), run(3, 3e-3, 30.0)]  # too far apart for a line
     runs += [run(4, 1e-3, 30.0, rank=16), run(4, 1e-3, 30.0, strength=32.0), run(5, 1e-3, 30.0, step=16)]
     runs += [run(5, 1e-3, -0.9)]

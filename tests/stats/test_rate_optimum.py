@@ -67,7 +67,7 @@ def test_many_curves_are_each_its_own():
         (np.array([1.0, 1.0, 2.0]), np.ones(3), "rates"),
         (RATES[:2], np.ones(2), "rates"),
         (RATES[::-1], np.ones(len(RATES)), "rates"),
-        (RATES - 1, np.ones(len(RATES)), "rates"),
+        (np.array([0.0, 1.0, 2.0]), np.ones(3), "rates"),
     ],
 )
 def test_bad_curves(rates, losses, message):
@@ -103,3 +103,6 @@ def test_a_curve_that_hardly_bends_has_its_least_at_the_end() -> None:
     rates = np.array([1e-3, 1e-2, 1e-1])
     (best,) = minima(rates, np.exp(-0.1 * np.log(rates) + 1e-6 * np.log(rates) ** 2)[None])
     assert (best.rate, best.edge) == (0.1, "high")
+    # Two losses that differ, with logarithms that do not.
+    (best,) = minima(rates, np.array([[np.nextafter(100.0, 101.0), 100.0, 100.0]]))
+    assert 1e-3 < best.rate < 1e-1

@@ -112,7 +112,7 @@ def test_a_line_for_each_training_in_order() -> None:
     ]  # fmt: skip
     cells = [finished(config) for config in unscored]
     levels = [LEVEL, LEVEL | {"task": "boolq"}, LEVEL | {"task": "average", "accuracy": 0.6}]
-    cells.append(finished(cell("rora", 8, 0.1, 10, **scored), levels=[LEVEL]))
+    cells.insert(0, finished(cell("rora", 8, 0.1, 10, **scored), levels=[LEVEL]))
     cells.append(finished(cell("lora", 16, 0.1, 9, **scored), levels=levels))
     cells.append(finished(cell("rora", 4, 0.1, 9, **scored), status="diverged", diverged_at=2))
     table = results.results_table(cells)
