@@ -19,7 +19,7 @@ from rora_theory.stats.rate_curves import (
 from rora_theory.stats.trained_runs import TrainedRun, curve_of_runs, loss_difference
 
 
-def curves_at(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int, *, draws: int = 1000) -> list[Curve]:
+def curves_at(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int, *, draws: int) -> list[Curve]:
     """Return the curves of loss against learning rate after a number of steps.
 
     There is a curve for every rank and strength, and for full fine-tuning (rule ``full``, rank 0, gamma 1), if runs at

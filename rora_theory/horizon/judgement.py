@@ -21,6 +21,9 @@ UNITS = {
     "validation_loss, answer_loss": "nats a token of the held-out records; errors are over records",
 }
 
+BOOTSTRAP_SAMPLES = 1000
+"""Number of bootstrap samples of the held-out records."""
+
 FILES = {"comparisons": "beside.csv"}
 """Names of files that differ from the field. Published runs and pages name this file and its column ``beside``."""
 
@@ -85,7 +88,7 @@ def judge_runs(
     # Curves of loss against rate at every step, and their minima.
     runs = distinct(runs)
     steps = sorted({reading.step for run in runs for reading in run.read.readings})
-    curves = {step: curves_at(runs, tokens, step) for step in steps}
+    curves = {step: curves_at(runs, tokens, step, draws=BOOTSTRAP_SAMPLES) for step in steps}
     best = _concatenate(best_rate_table(step_curves, step) for step, step_curves in curves.items())
     led = led_table(runs, takeovers=takeovers, warmup=warmup)
     # Without a curve of three rates there is nothing to judge but the parts of the change.
@@ -98,7 +101,10 @@ def judge_runs(
         compare_best_rates(
             step_curves,
             step,
-            {name: curves_at(named_runs, tokens, step) for name, named_runs in distinct_others.items()},
+            {
+                name: curves_at(named_runs, tokens, step, draws=BOOTSTRAP_SAMPLES)
+                for name, named_runs in distinct_others.items()
+            },
         )
         for step, step_curves in curves.items()
     ]
@@ -120,7 +126,8 @@ def judge_runs(
     if ranges:
         middle = {step: math.sqrt(low * high) for step, (low, high) in ranges.items()}
         takeover = float(np.median(takeovers)) if takeovers else None
-        costs = regret_table(runs, tokens, curves, policies(middle, takeover=takeover, schedule=schedule))
+        by_name = policies(middle, takeover=takeover, schedule=schedule)
+        costs = regret_table(runs, tokens, curves, by_name, draws=BOOTSTRAP_SAMPLES)
     return HorizonJudgement(
         best,
         _concatenate(comparisons),

@@ -132,7 +132,7 @@ def regret_table(
     curves: Mapping[int, Sequence[Curve]],
     by_name: Mapping[str, RatePolicy],
     *,
-    draws: int = 1000,
+    draws: int,
 ) -> pd.DataFrame:
     """Compute the regret of every policy between all pairs of measured conditions.
 

@@ -102,8 +102,9 @@ def curve_of_runs(runs: Sequence[TrainedRun], *, kappa: float, draws: int) -> Cu
     losses = np.array([[run.loss for run in seed_runs] for seed_runs in grid])
     samples = [sample for sample in (bootstrap(seed_runs, draws) for seed_runs in grid) if sample is not None]
     resampled = np.stack(samples, axis=1) if len(samples) == len(seeds) else None
-    method, rank, gamma = runs[0].method, runs[0].rank, runs[0].gamma
-    return Curve("adamw", "both", method, kappa, rank, gamma, np.array(rates), losses, resampled, tuple(seeds))
+    first = runs[0]
+    setting = "adamw", "both", first.method, kappa, first.rank, first.gamma
+    return Curve(*setting, np.array(rates), losses, resampled, tuple(seeds))
 
 
 def loss_difference(first: Sequence[TrainedRun], second: Sequence[TrainedRun]) -> Estimate:

@@ -169,7 +169,7 @@ def compare_cells(
     pairs = [(row, base or against[seed]) for seed, row in group.items() if base or seed in against]
     if not pairs:
         return
-    loss, answer = _losses(pairs, cells)
+    (loss, loss_by_seed), (answer, answer_by_seed) = _losses(pairs, cells)
     # Accuracies are compared over the seeds at which both were scored.
     scored = [(row, other) for row, other in pairs if None not in (row["average"], other["average"])]
     average, tasks = _accuracies(scored, cells) if scored else (None, {})
@@ -185,13 +185,13 @@ def compare_cells(
         learning_rate=row["learning_rate"],
         against_rate=other["learning_rate"],
         seeds=len(pairs),
-        loss=loss[0].value,
-        loss_error=loss[0].error,
-        loss_seed_error=loss[1].known_error,
+        loss=loss.value,
+        loss_error=loss.error,
+        loss_seed_error=loss_by_seed.known_error,
         grid_error=grid_error,
-        answer_loss=answer[0].value,
-        answer_error=answer[0].error,
-        answer_seed_error=answer[1].known_error,
+        answer_loss=answer.value,
+        answer_error=answer.error,
+        answer_seed_error=answer_by_seed.known_error,
         average=average.value if average else None,
         average_error=average.error if average else None,
         average_seeds=len(scored),

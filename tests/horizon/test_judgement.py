@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -90,7 +89,7 @@ def displaced_runs() -> list[HorizonRun]:
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch) -> None:
     """Resample the records less often in a judgement than by default, which no figure here needs."""
-    monkeypatch.setattr(judgement, "curves_at", partial(horizon_curves.curves_at, draws=100))
+    monkeypatch.setattr(judgement, "BOOTSTRAP_SAMPLES", 100)
 
 
 def curves_of(runs: Sequence[HorizonRun], step: int = 64, draws: int = 200) -> list[Curve]:
@@ -231,6 +230,7 @@ def test_full_fine_tuning_is_compared_with_the_adapters_and_in_no_exponent() -> 
     assert settings == {(None, None), (8, 64), (8, 724), (128, 64), (128, 724)}
     assert list(best[0])[:3] == ["step", "rank", "strength"]
     assert all(isinstance(row["rank"], int) for row in best if row["rank"]), "8, not 8.0, in the file"
+    assert {curve.line for curve in curves} == {("adamw", "both", rule, 1.0) for rule in ("full", "lora")}
     lora = [curve for curve in curves if curve.rule == "lora"]
     tables = [horizon_law.horizon_exponents(selected, 64, **LAW) for selected in (curves, lora)]
     pd.testing.assert_frame_equal(*tables)
@@ -674,7 +674,8 @@ def test_the_change_at_the_best_rate_is_interpolated() -> None:
     def change(*rows: dict, led: pd.DataFrame = led) -> list[dict]:
         return parts.change_at_best(pd.DataFrame(rows), led).to_dict("records")
 
-    assert change(other_rows[2]) == change(row, led=led.iloc[:0]) == []
+    assert change(other_rows[2]) == change(row | {"best_rate": 6e-5}) == change(row, led=led.iloc[:0]) == []
+    assert change(row | {"best_rate": 1e-4}, led=led[led["learning_rate"] == 1e-4]) == []
     (result,) = change(row, *other_rows[:2])
     assert result["change"] == pytest.approx(2 * 2e-4**1.5, rel=1e-9)
     expected = (pytest.approx(0.3), 2, 64, 8)

@@ -18,10 +18,10 @@ CELL = {"rank": 2, "strength": 4, "rate": 1e-3, "seed": 3}
 RESULT = {"readings": [{"step": 2, "losses": [1], "answer_losses": [0.5]}], "train_losses": [2], "diverged_at": 5}
 
 
-def write_folder(path: Path, identity: dict[str, Any]) -> None:
+def write_folder(path: Path, identity: dict[str, Any], experiment: str = "horizon") -> None:
     """Write a run folder with one finished cell."""
     path.mkdir()
-    manifest = {"experiment": "horizon", "run_id": "1", "config": identity}
+    manifest = {"experiment": experiment, "run_id": "1", "config": identity}
     (path / "manifest.json").write_text(json.dumps(seals.seal(manifest)))
     Journal(path / CELLS, "1").append({"key": key_of(CELL), "cell": CELL, "value": RESULT, "files": {}})
 
@@ -41,3 +41,7 @@ def test_compared_runs_are_read_and_their_settings_named(tmp_path) -> None:
         read_comparison_runs(tmp_path / "cosine", cosine | records)
     with pytest.raises(InputError, match="records"):
         read_comparison_runs(tmp_path / "constant", cosine | records | {"records": {"all": 4}})
+    write_folder(tmp_path / "other", constant | records, "lr_transfer")
+    for name in ("other", "absent"):
+        with pytest.raises(InputError, match=f"--compare-to must be a run folder of sims.horizon, got .*{name}"):
+            read_comparison_runs(tmp_path / name, cosine | records)
