@@ -468,14 +468,6 @@ def test_limits_under_sgd(optimizer) -> None:
     assert f"lora_alpha={strength:.6g} and the learning rate 0.0048 suit both." in other
 
 
-def test_the_first_step_s_limit_is_the_first_step_s_advice() -> None:
-    """One law by two routes: `step_ratio` of the signal, and the modules'."""
-    for other in ({"init": "gaussian"}, {"optimizer": "sgd"}):
-        advice = transfer(Setting(8, 16.0, 3e-4, **other), 128, rule="rora", alpha=20.0)
-        assert advice.rate_limits.first_step == pytest.approx(advice.rate_at_alpha, rel=1e-12)
-        assert advice.alpha_limits.first_step == pytest.approx(advice.alpha_at_old_rate, rel=1e-12)
-
-
 @pytest.mark.parametrize(
     ("setting", "new", "words"),
     [

@@ -11,14 +11,12 @@ from rora_theory.stats.estimate import Estimate, jackknife, over_seeds, proporti
 from rora_theory.stats.slopes import SeedFit
 
 
-@pytest.mark.parametrize("make", [lambda error, n: Estimate(0.5, error, n, "seeds"), lambda *a: SeedFit(0.5, *a)])
-def test_half_width_is_students(make) -> None:
-    assert make(2.0, 5).half_width(0.9) == pytest.approx(2 * stats.t.ppf(0.95, 4))
+@pytest.mark.parametrize(
+    "make", [lambda error, n: Estimate(0.5, error, n, "seeds", 0.25), lambda *a: SeedFit(0.5, *a, bound=0.25)]
+)
+def test_half_width_is_students_plus_the_bound(make) -> None:
+    assert make(2.0, 5).half_width(0.9) == pytest.approx(2 * stats.t.ppf(0.95, 4) + 0.25)
     assert make(1.0, 1).half_width() == math.inf
-
-
-def test_a_bound_widens_the_interval() -> None:
-    assert Estimate(0.5, 2.0, 5, "seeds", 0.25).half_width(0.9) == pytest.approx(2 * stats.t.ppf(0.95, 4) + 0.25)
 
 
 def test_one_seed_has_no_interval_and_two_have_a_wide_one() -> None:
