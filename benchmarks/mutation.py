@@ -135,13 +135,13 @@ class Mutant(NamedTuple):
 
 
 def mutants(path: Path) -> Iterator[Mutant]:
-    """Every mutant of a module that is another program, each once."""
+    """Yield every mutant of a module that is a different program, each once."""
     from cosmic_ray import plugins
     from cosmic_ray.mutating import mutate_code
 
     original = path.read_text()
-    whole = ast.parse(original)
-    seen = {ast.dump(whole)}
+    original_tree = ast.parse(original)
+    seen = {ast.dump(original_tree)}
     for name in OPERATORS:
         operator, occurrence = plugins.get_operator(name)(), 0
         while (source := mutate_code(original, operator, occurrence)) is not None:
@@ -150,43 +150,47 @@ def mutants(path: Path) -> Iterator[Mutant]:
                 tree = ast.parse(source)
             except SyntaxError:
                 continue
-            if ast.dump(tree) not in seen and _fixed(tree) == _fixed(whole):
+            if ast.dump(tree) not in seen and _fixed_parts(tree) == _fixed_parts(original_tree):
                 seen.add(ast.dump(tree))
                 lines = difflib.unified_diff(original.splitlines(), source.splitlines(), n=0, lineterm="")
                 yield Mutant(source, "\n".join(line for line in lines if not line.startswith(("---", "+++"))))
 
 
-def _fixed(tree: ast.AST) -> list[str]:
-    """What is no arithmetic, and changes in no mutant: arguments by keyword alone, and defaults of a class's fields."""
+def _fixed_parts(tree: ast.AST) -> list[str]:
+    """Return the parts that no mutant changes: keyword-only arguments, and the fields of classes with their defaults.
+
+    The operators would replace the star before keyword-only arguments as if it were a product.
+    """
     nodes = list(ast.walk(tree))
-    keywords = [ast.dump(one) for node in nodes if isinstance(node, ast.arguments) for one in node.kwonlyargs]
-    fields = [one for node in nodes if isinstance(node, ast.ClassDef) for one in node.body]
-    return keywords + [ast.dump(one) for one in fields if isinstance(one, ast.AnnAssign)]
+    keywords = [ast.dump(keyword) for node in nodes if isinstance(node, ast.arguments) for keyword in node.kwonlyargs]
+    statements = [statement for node in nodes if isinstance(node, ast.ClassDef) for statement in node.body]
+    return keywords + [ast.dump(statement) for statement in statements if isinstance(statement, ast.AnnAssign)]
 
 
 @cache
 def imports() -> dict[str, set[str]]:
-    """What each module of the project imports from the project, the packages that a module lies in among them."""
+    """Return the modules of the project that each of its modules imports, with the packages that contain them."""
     files = {_name(path): path for room in ROOMS for path in Path(room).rglob("*.py")}
-    found: dict[str, set[str]] = {}
+    imported: dict[str, set[str]] = {}
     for name, path in files.items():
-        found[name] = set()
+        direct: set[str] = set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
-                found[name] |= {one.name for one in node.names}
+                direct |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
-                parts = [f"{node.module}.{one.name}" for one in node.names]
-                found[name] |= {part if part in files else str(node.module) for part in parts}
-        found[name] = {other for one in (name, *found[name]) for other in (one, *_packages(one))} - {name}
-    return found
+                members = [f"{node.module}.{alias.name}" for alias in node.names]
+                direct |= {member if member in files else str(node.module) for member in members}
+        with_packages = {module for inner in (name, *direct) for module in (inner, *_packages(inner))}
+        imported[name] = with_packages - {name}
+    return imported
 
 
 def dependents(name: str) -> set[str]:
-    """A module and all that import it, directly or not."""
-    found = {name}
-    while more := {other for other, needs in imports().items() if needs & found} - found:
-        found |= more
-    return found
+    """Return a module and all modules that import it, directly or not."""
+    modules = {name}
+    while more := {other for other, needs in imports().items() if needs & modules} - modules:
+        modules |= more
+    return modules
 
 
 def _name(path: Path) -> str:
@@ -278,7 +282,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.modules) - set(names)):
         parser.error(f"unknown module {unknown[0]!r}; choose from {', '.join(names)}")
-    chosen = list(dict.fromkeys(each for name in arguments.modules or GROUPS for each in GROUPS.get(name, [name])))
+    chosen = list(dict.fromkeys(module for name in arguments.modules or GROUPS for module in GROUPS.get(name, [name])))
     if importlib.util.find_spec("cosmic_ray") is None:
         parser.error("cosmic-ray is not there; accepted after pip install 'rora-theory[mutation]'")
     os.environ |= {
@@ -295,20 +299,20 @@ def main() -> None:
         importlib.import_module(name)
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:  # a clean process for each module
         settings = (arguments.most, arguments.seed, arguments.seconds)
-        found = pool.starmap(judge, [(name, *settings) for name in chosen], chunksize=1)
-    tried, dead = (sum(counts) for counts in zip(*found, strict=True))
+        scores = pool.starmap(judge, [(name, *settings) for name in chosen], chunksize=1)
+    tried, dead = (sum(counts) for counts in zip(*scores, strict=True))
     print(f"{dead} of {tried} killed: {dead / tried:.1%}")
 
 
-def judge(name: str, most: int, seed: int, seconds: float) -> tuple[int, int]:
-    """How many mutants of a module were tried, and how many of them killed; prints the others."""
+def judge(name: str, max_mutants: int, seed: int, seconds: float) -> tuple[int, int]:
+    """Print the surviving mutants of a module, and return the numbers of tested and of killed ones."""
     path, tests = Path(MODULES[name][0]), MODULES[name][1].split()
     prepare(path)
     if killed(path, Mutant(path.read_text(), ""), tests, 10 * seconds):
         raise RuntimeError(f"{name}: the tests fail without a mutant")
     every = list(mutants(path))
     random.Random(seed).shuffle(every)
-    tried = every[: most or None]
+    tried = every[: max_mutants or None]
     dead = 0
     for mutant in tried:
         if killed(path, mutant, tests, seconds):

@@ -823,7 +823,7 @@ def test_all_pairs_of_strengths_are_compared_by_each_estimator() -> None:
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_the_advice_is_the_rate_that_transfer_names(schedule) -> None:
-    """Its constants are the default ones, whatever the runs' own K is."""
+    """The constants are the default ones, whatever the runs' own K is."""
     policy = regret.policies({64: 130.0}, schedule=schedule)["advice"]
     old, new = regret.Condition(8, 64.0, 64), regret.Condition(128, 724.0, 256)
     run_settings = {"steps": 64, "to_steps": 256, "schedule": schedule}
