@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(folder) -> Tokenizer:
-    """Of bytes, which puts a beginning token before every text that is no chat."""
+    """Return a tokenizer of bytes, which puts a beginning token before every text that is no chat."""
     return replace(Tokenizer.from_folder(folder), chat_template=chat_templates.LLAMA3, prefix=(0,))
 
 
@@ -118,17 +118,23 @@ def test_texts_and_masks_equal_transformers(tokenizer):
             compared += 1
     assert compared > 80
     marks = {"return_assistant_tokens_mask": True, "return_dict": True}
-    found = peer.apply_chat_template(CHAT, chat_template=chat_templates.MARKED, **marks)
-    own = ChatTemplate(chat_templates.MARKED)
-    examples = tokenize([Chat(tuple(CHAT))], tokenizer, template="chat", answer_only=True, chat=own)
-    assert examples[0].tolist() == found["input_ids"]
-    assert examples.is_target.astype(int).tolist() == found["assistant_masks"]
-    assert 0 < sum(found["assistant_masks"]) < len(found["assistant_masks"])
+    peer_output = peer.apply_chat_template(CHAT, chat_template=chat_templates.MARKED, **marks)
+    template = ChatTemplate(chat_templates.MARKED)
+    examples = tokenize([Chat(tuple(CHAT))], tokenizer, template="chat", answer_only=True, chat=template)
+    assert examples[0].tolist() == peer_output["input_ids"]
+    assert examples.is_target.astype(int).tolist() == peer_output["assistant_masks"]
+    assert 0 < sum(peer_output["assistant_masks"]) < len(peer_output["assistant_masks"])
+
+
+def test_all_chats_that_a_template_cannot_render_are_listed():
+    chats = [Chat(tuple(messages), where=f"line {line}") for line, messages in enumerate((CHAT, CHAT[:2], CHAT))]
+    with pytest.raises(InputError, match=r"^2 of 3 .*line 0: .*line 2: "):
+        texts.render_records(chats, "clean")
 
 
 @pytest.mark.parametrize("name", ["MARKED", "MISTRAL3", "LLAMA3"])
 def test_turns_of_the_prompt_and_of_weight_0_are_not_learned(name):
-    """Of three answers, the two in the prompt are left out, or the second one, which has weight 0."""
+    """Three answers: the two in the prompt are left out, or the second one, which has weight 0."""
     template = ChatTemplate(getattr(chat_templates, name), tokens=TOKENS)
     messages = [*CHAT, *turns("Well?", "Yes.")]
     text, spans = template.render_with_spans(messages)
@@ -136,8 +142,8 @@ def test_turns_of_the_prompt_and_of_weight_0_are_not_learned(name):
     ignored = Chat((*messages[:3], messages[3] | {"weight": 0}, *messages[4:]))
     assert texts.render_record(ignored, "chat", template) == (text, (spans[0], spans[2]))
     begin, end = spans[1]
-    whole = texts.render_record(ignored, "chat", template, answer_only=False)
-    assert whole == (text, ((0, begin), (end, len(text))))
+    rendered = texts.render_record(ignored, "chat", template, answer_only=False)
+    assert rendered == (text, ((0, begin), (end, len(text))))
 
 
 def test_other_turns_of_weight_0_are_refused_where_all_is_learned():
@@ -182,7 +188,7 @@ def test_turns_with_tool_calls_and_thoughts_are_located(name):
 
 @pytest.fixture(scope="module")
 def merging() -> Tokenizer:
-    """Of bytes, with two tokens of two letters that no boundary in a text keeps apart."""
+    """Return a tokenizer of bytes, with two tokens of two letters that no boundary in a text keeps apart."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*alphabet, "ĊY", "!Ċ"])}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[("Ċ", "Y"), ("!", "Ċ")]))
@@ -221,9 +227,9 @@ def test_every_token_that_has_a_part_of_a_turn_is_in_the_loss(merging):
 
 
 def test_the_day_can_be_named():
-    own = ChatTemplate(chat_templates.DATED, now=datetime(2024, 7, 26))
-    assert own.render(CHAT[:1]).startswith("26 Jul 2024<user>")
-    assert own.identity()["chat_date"] == "2024-07-26"
+    template = ChatTemplate(chat_templates.DATED, now=datetime(2024, 7, 26))
+    assert template.render(CHAT[:1]).startswith("26 Jul 2024<user>")
+    assert template.identity()["chat_date"] == "2024-07-26"
     assert "chat_date" not in ChatTemplate(chat.CHATML).identity()
 
 
@@ -259,17 +265,17 @@ def test_no_template_and_no_jinja_name_the_choices(tmp_path, tokenizer):
 
 
 def test_other_templates_take_one_question_and_its_answer():
-    one = Chat(tuple(CHAT[:2]), where="x.json: record 3")
-    assert texts.render_record(one, "plain").text == "Is it <b>?Yes. "
-    assert texts.render_record(one, "clean") == texts.render_record(Record("Is it <b>?", "Yes. "), "clean")
+    conversation = Chat(tuple(CHAT[:2]), where="x.json: record 3")
+    assert texts.render_record(conversation, "plain").text == "Is it <b>?Yes. "
+    assert texts.render_record(conversation, "clean") == texts.render_record(Record("Is it <b>?", "Yes. "), "clean")
     with pytest.raises(InputError, match=r"x\.json: record 3: turns .* got user, assistant, user, assistant"):
-        texts.render_record(Chat(tuple(CHAT), where=one.where), "clean")
+        texts.render_record(Chat(tuple(CHAT), where=conversation.where), "clean")
     with pytest.raises(InputError, match=r"template must be plain .* got 'train'"):
         texts.render_record(Text("a"), "train")
     with pytest.raises(InputError, match=r"^the record 'Say\.': .* rejects the chat \(no\)"):
         texts.render_record(Record("Say.", "It."), "chat", ChatTemplate("{{ raise_exception('no') }}"))
-    asked = texts.render_record(Record("Say.", "It.", "Now"), "chat", ChatTemplate(chat.CHATML))
-    assert marked(asked) == "<|im_start|>user\nSay.\n\nNow<|im_end|>\n<|im_start|>assistant\n⟦It.<|im_end|>\n⟧"
+    rendered = texts.render_record(Record("Say.", "It.", "Now"), "chat", ChatTemplate(chat.CHATML))
+    assert marked(rendered) == "<|im_start|>user\nSay.\n\nNow<|im_end|>\n<|im_start|>assistant\n⟦It.<|im_end|>\n⟧"
 
 
 def test_a_chats_tokens_are_the_templates_alone(tokenizer):
@@ -280,13 +286,13 @@ def test_a_chats_tokens_are_the_templates_alone(tokenizer):
     assert tokenizer.decode(examples[0].tolist(), skip_special=False) == text
     assert examples[0].tolist().count(0) == 1
     assert examples[0].tolist().count(1) == 0
-    assert [one.text for one in prompt_preview.preview_prompts(examples, tokenizer, 5)] == [
+    assert [preview.text for preview in prompt_preview.preview_prompts(examples, tokenizer, 5)] == [
         chat_templates.TEXTS["llama3"]
     ] * 2
     assert prompt_preview.preview_prompts(examples, tokenizer, 1)[0].in_loss == examples.target_mask(0).tolist()
 
-    whole = tokenize([record], tokenizer, cutoff=1000)
-    assert whole.is_target.tolist() == [False] + [True] * (len(whole.tokens) - 1)
+    all_targets = tokenize([record], tokenizer, cutoff=1000)
+    assert all_targets.is_target.tolist() == [False] + [True] * (len(all_targets.tokens) - 1)
 
     cut = tokenize([record], tokenizer, cutoff=115, answer_only=True)
     assert (len(cut.tokens), cut.truncated) == (115, 1)
@@ -297,27 +303,27 @@ def test_a_chats_tokens_are_the_templates_alone(tokenizer):
 
 def test_batches_hold_every_turn(tokenizer):
     records = [Chat(tuple(CHAT)), Record("Say it.", "It."), Chat(tuple(CHAT[:2]))]
-    found = {
+    by_loss = {
         only: tokenize(records, tokenizer, cutoff=1000, template="chat", answer_only=only) for only in (True, False)
     }
-    assert np.array_equal(found[True].tokens, found[False].tokens)
-    few = Batches(found[True], (512,), batch_size=3, answer_only=True)[0]
-    many = Batches(found[True], (512,), batch_size=3)[0]
+    assert np.array_equal(by_loss[True].tokens, by_loss[False].tokens)
+    few = Batches(by_loss[True], (512,), batch_size=3, answer_only=True)[0]
+    many = Batches(by_loss[True], (512,), batch_size=3)[0]
     for row in range(3):
-        tokens, learned = found[True][row], found[True].target_mask(row)
+        tokens, learned = by_loss[True][row], by_loss[True].target_mask(row)
         counted = few.weights[row] == 1
         assert few.targets[row][counted].tolist() == tokens[learned].tolist()
         assert (few.positions[row][counted] + 1).tolist() == np.flatnonzero(learned).tolist()
         assert many.targets[row][many.weights[row] == 1].tolist() == tokens[learned].tolist()
-    assert few.targets.shape[1] == -(-int(found[True].target_counts.max()) // 8) * 8
-    assert found[True].target_counts.tolist() == [int(found[True].target_mask(i).sum()) for i in range(3)]
-    assert found[True].first_targets.tolist() == [int(np.argmax(found[True].target_mask(i))) for i in range(3)]
+    assert few.targets.shape[1] == -(-int(by_loss[True].target_counts.max()) // 8) * 8
+    assert by_loss[True].target_counts.tolist() == [int(by_loss[True].target_mask(i).sum()) for i in range(3)]
+    assert by_loss[True].first_targets.tolist() == [int(np.argmax(by_loss[True].target_mask(i))) for i in range(3)]
 
 
 def test_letters_of_several_bytes_belong_to_every_of_their_tokens(tokenizer):
     record = Chat(({"role": "user", "content": "é"}, {"role": "assistant", "content": "日é"}))
-    own = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
-    examples = tokenize([record], tokenizer, template="chat", answer_only=True, chat=own)
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
+    examples = tokenize([record], tokenizer, template="chat", answer_only=True, chat=template)
     assert examples.is_target.tolist() == [False] * 2 + [True] * 5
 
 
