@@ -36,11 +36,17 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rora-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+# Where Python may not write compiled modules beside their sources, every process would compile all that it imports
+# anew, for seconds: the processes that this one starts, the workers among them, share them in a folder of their own.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+    os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="rora-tests-")
+    atexit.register(shutil.rmtree, os.environ["PYTHONPYCACHEPREFIX"], ignore_errors=True)
 
 import jax
 import jaxtyping
 import pytest
 from hypothesis import settings
+from hypothesis.internal.conjecture import providers
 from jax._src.interpreters import mlir
 from jaxtyping import install_import_hook
 from support import checker
@@ -71,7 +77,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Seeded (derandomized): a test passes or fails the same way everywhere.
+# Seeded (derandomized): a test passes or fails the same way everywhere. Constants of modules, which hypothesis gathers
+# for seconds to draw some of them, would make the draws depend on what the tests before have imported.
+providers._get_local_constants = lambda: providers._local_constants
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("ci")
 
