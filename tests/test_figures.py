@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import dataclasses
 import io
 import json
 import re
@@ -14,6 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.transforms import Bbox
+from support import drawings
+from support.drawings import draw
 
 from figures import (
     accuracy,
@@ -77,27 +78,10 @@ SAVE = style.save
 CASES = [(folder, module, options) for folder, drawn in FIGURES.items() for module, options in drawn]
 
 
-@contextlib.contextmanager
-def captured():
-    """Yield figures by name, laid out, as they are drawn; nothing is written."""
-    figures = {}
-
-    def capture(figure, folder, name):
-        figure.draw_without_rendering()
-        figures[name] = figure
-        return [folder / f"{name}.png", folder / f"{name}.svg"]
-
-    with pytest.MonkeyPatch.context() as patch, plt.rc_context(style.STYLE | {"figure.max_open_warning": 0}):
-        patch.setattr(style, "save", capture)
-        yield figures
-    for figure in figures.values():
-        plt.close(figure)
-
-
 @pytest.fixture
 def drawn():
     """Figures that the test draws."""
-    with captured() as figures:
+    with drawings.captured() as figures:
         yield figures
 
 
@@ -107,18 +91,10 @@ def published():
     figures, errors = {}, io.StringIO()
     with contextlib.ExitStack() as stack, contextlib.redirect_stderr(errors):
         for folder, module, options in CASES:
-            by_name = stack.enter_context(captured())
+            by_name = stack.enter_context(drawings.captured())
             draw(module, PUBLISHED / folder, options)
             figures |= {(folder, name): figure for name, figure in by_name.items()}
         yield figures, errors.getvalue()
-
-
-def draw(module, folder: Path, options: dict | None):
-    """Call a figure's own entry; None: it reads no run."""
-    if options is None:
-        return module.draw(module.Config())
-    takes_several = "runs" in {field.name for field in dataclasses.fields(module.Config)}
-    return module.draw(module.Config(**({"runs": (folder,)} if takes_several else {"run": folder}), **options))
 
 
 def legends(figure) -> list:
@@ -304,21 +280,22 @@ def test_a_step_of_one_has_no_fractional_ticks(drawn, tmp_path) -> None:
     assert all(float(tick).is_integer() for tick in drawn["loss_curves"].axes[0].get_xticks())
 
 
-def test_rates_stand_where_they_were_run_and_top_is_kept(drawn) -> None:
-    draw(loss_vs_rate, PUBLISHED / "rank_sweep", {"rank": 32, "top": 1.7})
+@pytest.mark.slow
+def test_rates_stand_where_they_were_run_and_top_is_kept(published) -> None:
+    figure = published[0]["rank_sweep", "loss_vs_rate"]
     with (PUBLISHED / "rank_sweep" / "results.csv").open(newline="") as file:
         rates = {float(row["learning_rate"]) for row in csv.DictReader(file) if row["learning_rate"]}
-    left = drawn["loss_vs_rate"].axes[0]
+    left = figure.axes[0]
     assert left.get_ylim()[1] == 1.7
     for container in left.containers:
         assert set(container.lines[0].get_xdata()) <= rates
-    assert "a single seed" in legend_text(drawn["loss_vs_rate"])
-    assert "diverged" not in legend_text(drawn["loss_vs_rate"]), "none is there"
+    assert "a single seed" in legend_text(figure)
+    assert "diverged" not in legend_text(figure), "none is there"
 
 
-def test_contours_are_whole_and_their_labels_stand_upright_on_them(drawn) -> None:
-    exponent_map.draw(exponent_map.Config())
-    for axis in drawn["exponent_map"].axes[:2]:
+@pytest.mark.slow
+def test_contours_are_whole_and_their_labels_stand_upright_on_them(published) -> None:
+    for axis in published[0]["variance_sweep", "exponent_map"].axes[:2]:
         lines = next(child for child in axis.collections if hasattr(child, "levels"))
         assert [text.get_text() for text in axis.texts] == [f"{level:.3g}" for level in lines.levels]
         for text, path in zip(axis.texts, lines.get_paths(), strict=True):

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import commands
+from support import commands, drawings
 
 from figures import lr_transfer as figure
-from figures import style
 from rora_theory.stats.rate_curves import COLUMNS
-from rora_theory.sweep import trained_runs
 from rora_theory.toy import dynamics
 from sims import lr_transfer as sim
 
@@ -33,12 +31,13 @@ def finished(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_rows(finished):
+def test_rows_and_their_figure(finished):
     rows = commands.rows(finished / "results.csv")
     assert tuple(rows[0]) == COLUMNS
     assert len(rows) == 2 * 3 * 3 * 3 * len(sim.Config().grid.adam_lrs)  # trained, rules, ranks, seeds
     for row in rows:
         assert float(row["scaling"]) == pytest.approx((4 / int(row["rank"])) ** float(row["kappa"]), rel=1e-5)
+    assert drawings.names(figure, finished) == {"lr_transfer"}
 
 
 @pytest.mark.slow
@@ -133,64 +132,33 @@ def matrix(folder: Path, *, seeds=(0,), records=True, gap=0.0, models=("tiny",))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
-def test_matrix(tmp_path, capsys, seeds):
-    """The parabolas that the losses were made from are found, over seeds or over records; the figure draws them."""
-    out = run(tmp_path / "run", "--matrix", matrix(tmp_path / "matrix", seeds=seeds))
+@pytest.mark.parametrize(
+    ("seeds", "error_over", "verdict"),
+    [((0,), "held-out records", "undecided: one seed ("), ((0, 1, 2), "seeds", "lora is better by")],
+)
+def test_matrix(tmp_path, seeds, error_over, verdict):
+    """The parabolas that the losses were made from are found, over seeds or over records; the figure draws them.
+
+    A best loss that is 2% higher, on the same records in every run, shows although the records' own spread is 30%.
+    """
+    out = run(tmp_path / "run", "--matrix", matrix(tmp_path / "matrix", seeds=seeds, gap=0.02))
     best_rates = commands.rows(out / "best.csv")
     for rank in (8, 32, 128):
         for rule, rate in (("lora", 1e-3), ("rora", 1e-3 * (rank / 8) ** -0.5)):
             row = commands.selected(best_rates, rule=rule, rank=rank)
             # The curve's log is a parabola to second order in 0.02: 3% at these distances.
             assert float(row["best_rate"]) == pytest.approx(rate, rel=0.03)
-    error_over = commands.selected(best_rates, rule="lora", rank=8)["error_over"]
-    assert error_over == ("seeds" if len(seeds) > 1 else "held-out records")
+    assert commands.selected(best_rates, rule="lora", rank=8)["error_over"] == error_over
     slopes = {row["rule"]: float(row["slope"]) for row in commands.rows(out / "slopes.csv")}
     assert slopes == pytest.approx({"lora": 0.0, "rora": -0.5}, abs=0.02)
     (compared,) = json.loads((out / "comparison.json").read_text())
     assert compared["rank"] == 128
     assert compared["ratio"] == pytest.approx(4, rel=0.05)
     assert compared["scaling_ratio"] == pytest.approx(128**0.5)
-    style.main(figure.draw, figure.Config(out))
-    assert len(capsys.readouterr().out.split()) == 2
-    assert (out / "lr_transfer.png").stat().st_size > 10000
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("seeds", "records", "message"),
-    [((0, 1), True, "lora is better by"), ((0,), True, "undecided: one seed ("), ((0,), False, "not settled")],
-)
-def test_matrix_finds_a_real_difference(tmp_path, seeds, records, message):
-    """2% more at the best rate, the same records in every run: found although the records' own spread is 30%."""
-    folder = matrix(tmp_path / "matrix", gap=0.02, seeds=seeds, records=records)
-    (compared,) = json.loads((run(tmp_path / "run", "--matrix", folder) / "comparison.json").read_text())
-    assert message in compared["verdict"]
-    if records:
-        assert compared["verdict"].startswith(message)
-        assert compared["standard_error"] < 0.005
-        assert "held-out records" in compared["error_over"]
-    else:
-        assert compared["standard_error"] is None
-
-
-def test_what_is_read_of_a_matrix(tmp_path):
-    """The loss that was asked for, infinite where a run diverged, each cell's own records; no base, none unfinished."""
-    folder = matrix(tmp_path / "matrix")
-    rows = commands.rows(folder / "results.csv")
-    for row in rows:
-        if row["validation_loss"]:
-            row["answer_loss"] = str(10 * float(row["validation_loss"]))
-    rows += [rows[1] | {"key": "later", "status": "running", "validation_loss": "", "answer_loss": ""}]
-    write(folder, rows)
-    validation, answers = (trained_runs.read_runs(folder, loss=kind) for kind in ("validation", "answer"))
-    assert len(validation) == len(rows) - 2
-    for plain, answer in zip(validation, answers, strict=True):
-        assert answer.loss == pytest.approx(10 * plain.loss) or plain.loss == answer.loss == np.inf
-        assert (plain.records is None) == (plain.loss == np.inf)
-        if plain.records is not None:
-            assert plain.records.sum() / plain.tokens.sum() == pytest.approx(plain.loss)
-    assert [(c.method, c.rank, c.rate) for c in validation if c.loss == np.inf] == [("rora", 128, 1e-2)]
+    assert compared["verdict"].startswith(verdict)
+    assert compared["standard_error"] < 0.005
+    assert "held-out records" in compared["error_over"]
+    assert drawings.names(figure, out) == {"lr_transfer"}
 
 
 def test_bad_matrices(tmp_path):
@@ -207,9 +175,3 @@ def test_bad_matrices(tmp_path):
         ended = commands.run(sim.main, "--matrix", folder, words, "--out", tmp_path / "out")
         assert message in commands.refusal(ended)
         assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_figures(finished, tmp_path):
-    style.main(figure.draw, figure.Config(finished, out=tmp_path))
-    assert (tmp_path / "lr_transfer.png").stat().st_size > 10000

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from support import commands
+from support import commands, drawings
 
-from figures import style
 from figures import training_dynamics as figure
 from rora_theory.io import frames
 from rora_theory.toy import exponents, training_grid
@@ -72,17 +71,6 @@ def test_an_interrupted_run_resumes(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_frozen_control_trains_b_alone(finished):
-    """With A frozen, A x stays bit for bit while the output moves; trained, Adam moves it in the fifth digit."""
-    seeds = frames.read_csv(finished / "seeds.csv").set_index(["trained", "optimizer", "rule", "rank", "seed", "step"])
-    late, start = (seeds.xs(step, level="step") for step in (4, 0))
-    assert (late["output_train"] > 0).all()
-    moved = (late["inner"] != start["inner"]).sort_index()
-    assert not moved["B"].any()
-    assert moved["both", "adam"].all()
-
-
-@pytest.mark.slow
 def test_diverged_runs_are_reported(tmp_path):
     words = ["--optimizers", "sgd", "--no-freeze-control", "--sgd-lr", "3", "--out", tmp_path / "run"]
     assert "diverged by the last step" in commands.output(commands.run(sim.main, SMALL, *words))
@@ -92,9 +80,7 @@ def test_diverged_runs_are_reported(tmp_path):
 
 
 @pytest.mark.slow
-def test_figures(finished, tmp_path, capsys):
-    style.main(figure.draw, figure.Config(finished, out=tmp_path))
-    assert len(capsys.readouterr().out.split()) == 4
-    assert all(path.stat().st_size > 5000 for path in tmp_path.iterdir())
+def test_figures(finished):
+    assert drawings.names(figure, finished) == {f"training_dynamics_linear_A_{kind}" for kind in ("exponents", "rms")}
     with pytest.raises(SystemExit):
         figure.draw(figure.Config(finished, model="mlp"))

@@ -32,13 +32,19 @@ def test_kappa_of_a_rule():
 
 @pytest.mark.parametrize(("loss", "records", "tokens"), [("validation", [15.0], [10.0]), ("answer", [1.0], [2.0])])
 def test_records_are_of_the_loss_that_was_asked_for(tmp_path, loss, records, tokens):
+    """Infinite where a run diverged; the base and a cell that is not finished are no runs."""
     (tmp_path / "results.csv").write_text(
         "key,status,model,method,rank,gamma,learning_rate,seed,validation_loss,answer_loss\n"
+        "base,complete,m,base,,,,,2.0,2.0\n"
         "a,complete,m,lora,8,2.0,0.1,0,1.5,0.5\n"
+        "b,diverged,m,rora,8,2.0,0.3,0,,\n"
+        "c,running,m,lora,8,2.0,0.3,0,,\n"
     )
     (tmp_path / "cells" / "a").mkdir(parents=True)
     (tmp_path / "cells" / "a" / "losses.csv").write_text(
         "file,index,tokens,loss,answer_tokens,answer_loss\nx,0,10,15.0,2,1.0\n"
     )
-    (run,) = read_runs(tmp_path, loss=loss)
+    run, diverged = read_runs(tmp_path, loss=loss)
+    assert run.loss == {"validation": 1.5, "answer": 0.5}[loss]
     assert (run.records.tolist(), run.tokens.tolist()) == (records, tokens)
+    assert diverged == TrainedRun("rora", 8, 2.0, 0.3, 0, float("inf"), None, None)

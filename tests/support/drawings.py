@@ -1,0 +1,53 @@
+"""Figures as they are drawn and laid out; no file is written."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from figures import style
+
+
+@contextlib.contextmanager
+def captured() -> Iterator[dict[str, Figure]]:
+    """Yield the figures that are drawn meanwhile by name, laid out; nothing is written."""
+    figures: dict[str, Figure] = {}
+
+    def capture(figure: Figure, folder: Path, name: str) -> list[Path]:
+        figure.draw_without_rendering()
+        figures[name] = figure
+        return [folder / f"{name}.png", folder / f"{name}.svg"]
+
+    with pytest.MonkeyPatch.context() as patch, plt.rc_context(style.STYLE | {"figure.max_open_warning": 0}):
+        patch.setattr(style, "save", capture)
+        yield figures
+    for figure in figures.values():
+        plt.close(figure)
+
+
+def draw(module: ModuleType, folder: Path, options: dict[str, Any] | None) -> Any:
+    """Call a figure's own entry; None: it reads no run."""
+    if options is None:
+        return module.draw(module.Config())
+    takes_several = "runs" in {field.name for field in dataclasses.fields(module.Config)}
+    return module.draw(module.Config(**({"runs": (folder,)} if takes_several else {"run": folder}), **options))
+
+
+def words(module: ModuleType, folder: Path, **options: Any) -> dict[str, str]:
+    """Draw the figures of a run, and return the words of each by its name, whatever their lines."""
+    with captured() as figures:
+        draw(module, folder, options)
+    texts = {name: [text.get_text() for text in figure.findobj(Text)] for name, figure in figures.items()}
+    return {name: " ".join(" ".join(lines).split()) for name, lines in texts.items()}
+
+
+def names(module: ModuleType, folder: Path) -> set[str]:
+    """Draw the figures of a run, and return their names."""
+    return set(words(module, folder))
