@@ -1,13 +1,9 @@
 """`python -m sims.evaluate` on a tiny checkpoint and a few invented records: results, resuming, damaged samples."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -85,25 +81,24 @@ def test_a_run_writes_samples_and_results(protocol: str, finished: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_kill_loses_nothing(model: Path, data: Path, finished: Path, tmp_path: Path) -> None:
-    """Killed by SIGKILL at its first samples, the command goes on; every file is then the uninterrupted run's."""
-    words = arguments(model, data, tmp_path / "killed", "label")
-    command = [sys.executable, "-m", "sims.evaluate", *" ".join(map(str, words)).split()]
-    path = tmp_path / "killed" / samples.FILE
-    process = subprocess.Popen(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while not (path.exists() and path.stat().st_size) and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert process.returncode == -signal.SIGKILL, "it had ended before"
+def test_a_stop_loses_nothing(model: Path, data: Path, finished: Path, tmp_path: Path, monkeypatch) -> None:
+    """A sample is in the file before the next is scored, so that a kill loses none; a resumed run ends with the files
+    of an uninterrupted one. `test_finetune` kills a process."""
+    words, path, add = arguments(model, data, tmp_path / "run", "label"), tmp_path / "run" / samples.FILE, Samples.add
+
+    def stop_at_the_ninth(self: Samples, sample: Any) -> None:
+        add(self, sample)
+        assert path.read_bytes().count(b"\n") == len(self.scored)
+        if len(self.scored) == 9:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Samples, "add", stop_at_the_ninth)
+        assert commands.run(evaluate.main, *words).status == 130
     lines = path.read_bytes()
-    path.write_bytes(lines[: lines.rfind(b"\n", 0, -1) + 20])  # and its last line half written
+    path.write_bytes(lines[: lines.rfind(b"\n", 0, -1) + 20])  # its last line half written
     run(*words)
-    assert tables(tmp_path / "killed") == tables(finished / "label")
+    assert tables(tmp_path / "run") == tables(finished / "label")
 
 
 @pytest.mark.slow

@@ -25,8 +25,17 @@ from support.event_files import logged
 
 from figures import loss_curves, style
 from rora_theory.adapters import init, load_peft, merge, share
-from rora_theory.data import records
-from rora_theory.finetune import Batches, FinetuneConfig, prepare, read_records, split_records, tokenize
+from rora_theory.finetune import (
+    Batches,
+    FinetuneConfig,
+    Metrics,
+    card,
+    prepare,
+    read_record_set,
+    read_records,
+    split_records,
+    tokenize,
+)
 from rora_theory.finetune import step as steps
 from rora_theory.finetune.checkpoints import Checkpoints
 from rora_theory.finetune.held_out import record_losses
@@ -168,7 +177,7 @@ def test_a_base_in_blocks_is_trained_stopped_gone_on_with_and_merged(model, data
 @pytest.mark.slow
 def test_what_is_written_is_the_best_or_the_last(model, data, tmp_path, monkeypatch):
     """With validation losses that are made to grow after step 2, on top of what they are; and the schedule ends where
-    the run does, at step 6 of 42."""
+    the run does, at step 6 of 78."""
     factors, real = iter((9.0, 1.0, 2.0, 3.0, 4.0, 5.0)), steps.eval_step
     made = {}
 
@@ -178,11 +187,12 @@ def test_what_is_written_is_the_best_or_the_last(model, data, tmp_path, monkeypa
 
     monkeypatch.setattr(steps, "eval_step", growing)
     out, base = tmp_path / "run", load(str(model))
-    command = arguments(model, data, out, "--steps", "6", "--warmup", "1", "--evaluate-every", "1")
+    more = "--steps 6 --warmup 1 --evaluate-every 1 --dropout 0"
+    command = arguments(model, data, out, *more.split())
     held_out = split_records(read_records([str(data)]), 8, 42)[1]
     apart = tokenize(held_out, base.tokenizer, cutoff=400, template="clean", answer_only=True)
     for keep, step, factor in (("best", 2, 1.0), ("last", 6, 5.0)):
-        train_on_eight([*command, "--keep", keep])
+        train([*command, "--keep", keep])
         recorded = {event["step"]: event["loss"] for event in events(out, "validation")}
         assert manifest_of(out)["best_step"] == 2
         adapter = load_peft(out / "adapter", base.config, base.params)
@@ -221,26 +231,17 @@ def test_the_curves_in_tensorboard_are_those_of_the_run(brief):
 def test_a_run_ends_with_its_figures_in_a_table(brief):
     """And as JSON, those of the run's own files."""
     command, out, printed = brief
-    taken, tested = events(out, "step"), events(out, "validation")
-    best = min(tested, key=lambda item: item["loss"])
-    speed = sorted(item["targets"] / item["seconds"] for item in taken)[1]
-    expected = [
-        ("training loss, first", 1, taken[0]["loss"]),
-        ("training loss, mean of the last 3", 3, pytest.approx(np.mean([item["loss"] for item in taken]))),
-        ("validation loss, first", 1, tested[0]["loss"]),
-        ("validation loss, best", best["step"], best["loss"]),
-        ("validation loss, last", 3, tested[2]["loss"]),
-        ("tokens/s, median", None, speed),
-        ("trainable parameters", None, 288),
-    ]
+    expected = {values[0]: values for values in (tuple(row.values()) for row in card.figures(events(out), 288))}
+    _, best_step, best_loss = expected["validation loss, best"]
+    assert best_loss == min(event["loss"] for event in events(out, "validation"))
     lines = printed.splitlines()
     table = "\n".join(lines[lines.index("Key figures; losses in nats per token") :])
-    assert re.search(rf"validation loss, best +{best['step']} +{best['loss']:.4f}\b", table)
-    assert re.search(rf"tokens/s, median +{speed:,.0f}\n", table.replace(" \n", "\n"))
+    assert re.search(rf"validation loss, best +{best_step} +{best_loss:.4f}\b", table)
+    assert re.search(rf"tokens/s, median +{expected['tokens/s, median'][2]:,.0f}\n", table.replace(" \n", "\n"))
     assert re.search(r"trainable parameters +288\b", table)
     assert lines[-1].startswith("files in ") or table.index("files in ") > table.index("288")
     answered = json.loads(train_on_eight([*command, "--json"]))
-    assert [tuple(row.values()) for row in answered["tables"][-1]["rows"]] == expected
+    assert [tuple(row.values()) for row in answered["tables"][-1]["rows"]] == list(expected.values())
 
 
 @pytest.mark.slow
@@ -290,29 +291,19 @@ def test_the_adapter_has_a_model_card_and_names_its_weights(complete, model, dat
     """The card says what was trained on what, how long and to which losses, as the run's own files have it."""
     text = (complete / "adapter" / "README.md").read_text()
     card_rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE))
-    steps = [event["loss"] for event in events(complete, "step")]
-    tested = {event["step"]: event["loss"] for event in events(complete, "validation")}
-    best = min(tested, key=tested.__getitem__)
-    assert card_rows["training loss"] == (
-        f"{steps[0]:.4f} nats per token on the batch of step 1, before any update; {np.mean(steps[-10:]):.4f}, "
-        "the mean of the last 10 steps"
+    manifest, digest = manifest_of(complete), model_digest(model)
+    config = FinetuneConfig(
+        rank=2, alpha=4, targets=("q_proj", "down_proj"), batch_size=4, epochs=6, warmup=4, lr=0.02, template="clean",
+        cutoff=400,
+    )  # fmt: skip
+    trained = card.build_training_card(
+        config, read_record_set([data]), [data.name], manifest["data"], events(complete), manifest["best_step"]
     )
-    assert card_rows["validation loss"] == (
-        f"{tested[20]:.4f} at step 20 (first), {tested[best]:.4f} at step {best} (best), {tested[78]:.4f} at step 78 "
-        "(last); nats per token over 8 held-out records"
-    )
-    digest = model_digest(model)
-    expected = {
-        "records": f"60, SHA-256 `{records.records_digest(read_records([str(data)]))}`",
-        "data": "`train.json`",
-        "trained on": "52; held out for the validation loss: 8",
-        "horizon": f"78 steps of 4 records; adapter of step {best}",
-        "learning rate": "0.02 after 4 steps of warm-up, then linear decay to 0 after the last step",
+    expected = dict(trained.rows) | {
         "base model SHA-256": f"`{digest}`",
         "scaling gamma": "alpha / sqrt(r) = 2.82843 (`use_rslora` is true)",
     }
     assert {name: card_rows[name] for name in expected} == expected
-    manifest = manifest_of(complete)
     assert "adapter/README.md" not in manifest["files"], "free to be edited"
     assert manifest["config"]["model_sha256"] == digest
     entries = json.loads((complete / "adapter" / "adapter_config.json").read_text())
@@ -322,16 +313,26 @@ def test_the_adapter_has_a_model_card_and_names_its_weights(complete, model, dat
 
 
 @pytest.mark.slow
-def test_killed_twice_it_ends_with_the_same_bits(complete, model, data, tmp_path):
+def test_killed_and_interrupted_it_ends_with_the_same_bits(complete, model, data, tmp_path, monkeypatch):
+    """Killed by SIGKILL after some steps; resumed, then interrupted at step 50; resumed once more."""
     out, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
     command = [sys.executable, "-m", "sims.finetune", *arguments(model, data, out)]
-    for lines in (15, 50):
-        process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL)
-        while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < lines):
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "killed in the middle"
-        assert not (out / "adapter").exists()
+    process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL)
+    while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 15):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "killed in the middle"
+    assert not (out / "adapter").exists()
+    add = Metrics.add
+
+    def stop_at_50(self, event):
+        if event.step == 50:
+            raise KeyboardInterrupt
+        add(self, event)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "add", stop_at_50)
+        assert commands.run_on_one_device(finetune.main, *arguments(model, data, out)).status == 130
     missing = Path(shutil.copytree(out, tmp_path / "missing"))
     (missing / "metrics.jsonl").unlink()
     assert "missing/metrics.jsonl: has 0 of " in refused(arguments(model, data, missing))

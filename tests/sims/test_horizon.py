@@ -1,5 +1,8 @@
 """The command on tiny weights: it goes on, grows, judges what the folder has, and says what is missing."""
 
+import shutil
+from pathlib import Path
+
 import pandas as pd
 import pytest
 from support import commands, regime_runs
@@ -25,14 +28,21 @@ def run(base: list[str], words: str) -> commands.Ended:
     return commands.Ended(status, " ".join(out.split()), err)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("carried")
-def test_it_says_what_is_missing_grows_and_judges_all_that_the_folder_has(base, tmp_path) -> None:
-    out = tmp_path / "run"
+@pytest.fixture(scope="module")
+def begun(base, tmp_path_factory) -> Path:
+    """A folder of one strength, which lacked a rate at first."""
+    out = tmp_path_factory.mktemp("horizon") / "run"
     printed = run(base, f"--strengths 4 --lrs 1e-3 1e-2 --out {out}").out
     assert "runs at three learning rates yet (2 runs" in printed
     printed = run(base, f"--strengths 4 --lrs 1e-3 1e-2 1e-1 --out {out}").out
     assert "No two best rates of the 3 runs" in printed
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("carried")
+def test_it_grows_and_judges_all_that_the_folder_has(base, begun, tmp_path) -> None:
+    out = Path(shutil.copytree(begun, tmp_path / "run"))
     first = (out / CELLS).read_text()
     printed = run(base, f"--strengths 40 --lrs 1e-3 1e-2 1e-1 --full-lrs 1e-4 1e-3 1e-2 --out {out}").out
     assert "compared with 9 runs:" in printed
@@ -61,20 +71,18 @@ def test_it_says_what_is_missing_grows_and_judges_all_that_the_folder_has(base, 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("carried")
-def test_a_folder_of_another_setting_stands_beside_it(base, tmp_path) -> None:
+def test_a_folder_of_another_setting_stands_beside_it(base, begun, tmp_path) -> None:
     """The records must be the same and the setting another; both are checked before anything is trained."""
-    first_run, other = tmp_path / "one", tmp_path / "other"
-    words = "--strengths 4 --lrs 1e-3 1e-2 1e-1"
-    assert run(base, f"{words} --out {first_run}").status == 0
-    assert run(base, f"{words} --targets q_proj --compare-to {first_run} --out {other}").status == 0
+    other, words = tmp_path / "other", "--strengths 4 --lrs 1e-3 1e-2 1e-1"
+    assert run(base, f"{words} --targets q_proj --compare-to {begun} --out {other}").status == 0
     comparisons = frames.read_csv(other / "beside.csv")
     name = "targets q_proj k_proj v_proj up_proj down_proj"
     assert comparisons[["step", "rank", "strength", "beside"]].to_numpy().tolist() == [[s, 2, 4, name] for s in (1, 2)]
     assert (comparisons["difference"] != 0).all()
-    q_alone, all_modules = (frames.read_csv(path / "best.csv").set_index("step") for path in (other, first_run))
+    q_alone, all_modules = (frames.read_csv(path / "best.csv").set_index("step") for path in (other, begun))
     difference = (q_alone["best_loss"] - all_modules["best_loss"]).to_numpy()
     assert comparisons["difference"].to_numpy() == pytest.approx(difference, abs=2e-5), "these less those"
     for more, message in (("", "no setting differs"), ("--held-out 5", "records differs")):
-        ended = run(base, f"{words} --compare-to {first_run} {more} --out {tmp_path / 'new'}")
+        ended = run(base, f"{words} --compare-to {begun} {more} --out {tmp_path / 'new'}")
         assert message in commands.refusal(ended)
         assert not (tmp_path / "new").exists()
