@@ -41,6 +41,9 @@ def test_the_papers_models_on_an_a6000():
     assert total == pytest.approx(13.48 + 3.59 + 1.07 + 1.30, abs=0.15)
     hours = float(seven[-2])
     assert hours == pytest.approx(200 * float(seven[-3]) / 3600, abs=0.06)
+    # The largest model without rematerialisation: the same figure in the table and on its own.
+    assert next(row for row in rows if row[:2] == ["llama-13b", "no"])[6] == "51.9"
+    assert "does not fit (51.9 GB of 50.0 GB)" in plan("--model llama-13b")
 
 
 @pytest.mark.slow

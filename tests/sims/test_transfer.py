@@ -61,23 +61,6 @@ def test_both_limits_of_a_regime_that_is_assumed() -> None:
     assert lines["signal"][1:] == ["16", "0.0003", "1"]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "--to-rule rslora --to-alpha 64 --to-rank 1024 --steps 64 --to-steps 256 --schedule linear",
-        "--to-alpha 2048 --to-rank 1024 --schedule constant --to-schedule cosine",
-        "--rule 0.25 --optimizer sgd",
-        "--init gaussian --to-rule rslora",
-        "--regime cross-talk --rule rora",
-    ],
-)
-def test_the_output_fits_80_columns(monkeypatch, arguments) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    text = answer(arguments)
-    assert max(map(len, text[: text.index("from peft")].splitlines())) <= 80
-    assert text.startswith("From rank 8 to ")
-
-
 def test_the_tuned_rule_is_kept() -> None:
     """Under rora the row 'unchanged' has use_rslora; the config has the same adapter under alpha / r."""
     text = answer("--rule rora")
@@ -180,7 +163,7 @@ def test_check_on_a_model(model, data, tmp_path) -> None:
     )  # fmt: skip
     config = transfer.Config(
         from_rank=2, to_rank=8, rule=0.0, optimizer="sgd", lr=1e-4, regime=str(tmp_path / "regime"), batch_size=4,
-        check=(str(model), str(data / "train.json")), seeds=tuple(range(24)), out=tmp_path / "out",
+        check=(str(model), str(data / "train.json")), seeds=tuple(range(16)), out=tmp_path / "out",
     )  # fmt: skip
     transfer.run(config)
     rows = commands.rows(tmp_path / "out" / "summary.csv")
@@ -191,7 +174,7 @@ def test_check_on_a_model(model, data, tmp_path) -> None:
         row = commands.selected(rows, plan=plan, quantity="modules")
         error = float(row["standard_error"])
         assert error < 0.1 * expected
-        assert abs(float(row["ratio"]) - expected) < 4.5 * error, plan  # 4 comparisons: false alarm 3e-5
+        assert abs(float(row["ratio"]) - expected) < 5 * error, plan  # 4 comparisons, t of 15: false alarm 6e-4
     assert grown > 2  # so that the tuned step's return is no accident
     assert {row["plan"] for row in rows} >= {"neither changed, use_rslora", "alpha by type"}
 
@@ -254,12 +237,8 @@ def test_what_contradicts_a_saved_adapter_is_refused(save, options, message) -> 
 def test_what_a_saved_adapter_says_too_is_accepted(save) -> None:
     """A rule is its exponent, targets are a set; a regular expression is no list that could contradict."""
     options = {
-        "from_rank": 16,
-        "alpha": 32.0,
-        "rule": "rora",
-        "init": "kaiming_uniform",
-        "targets": ("v_proj", "q_proj"),
-    }
+        "from_rank": 16, "alpha": 32.0, "rule": "rora", "init": "kaiming_uniform", "targets": ("v_proj", "q_proj"),
+    }  # fmt: skip
     actual, peft, _ = advise(TransferConfig(from_=save(SAVED), to_rank=64, **options))
     assert (actual.old, peft["target_modules"]) == (Setting(16, 32.0, 3e-4, "rora"), ["v_proj", "q_proj"])
     folder = save(SAVED | {"target_modules": "q_.*"})
