@@ -25,7 +25,7 @@ from support import checkpoint, squares
 
 import sims
 from rora_theory.cluster import ClusterConfig, driver, leave, orphans, worker
-from rora_theory.cluster.connection import LOOPBACK, QUIET, RETRIES
+from rora_theory.cluster.connection import LOOPBACK, QUIET
 from rora_theory.errors import InputError
 from rora_theory.io import frames
 from rora_theory.llama import locate
@@ -163,9 +163,12 @@ def meanwhile(act: Callable[[], None]) -> Iterator[None]:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_bytes_of_one_process(nodes, whole, tmp_path, capfd, monkeypatch, shared) -> None:
-    """Of workers that see the run folder, and of such that see none: their files come through Ray."""
+    """Of workers that see the run folder, and of such that see none, whose files come through Ray; the manifest names
+    the Python of the latter, which is not the driver's."""
+    there = software.environment()
     if not shared:
         monkeypatch.setattr(driver, "read_lock", lambda _: "another")
+        monkeypatch.setattr(driver.software, "environment", lambda: there | {"python": "3.0.0"})
     out = tmp_path / "out"
     squares.main(str(out), str(tmp_path), "--address", nodes.address)
     assert files(out) == whole
@@ -174,10 +177,13 @@ def test_the_bytes_of_one_process(nodes, whole, tmp_path, capfd, monkeypatch, sh
     assert {place.startswith(str(out)) for place in places} == {shared}
     assert not os.path.exists(places[0].split()[0]) or shared, "a worker's own folder is gone"
     printed = capfd.readouterr()
-    assert printed.err == ""
+    assert (f"uses python {there['python']} (was 3.0.0)" in printed.err) == (printed.err != "") == (not shared)
     finished = [line for line in printed.out.splitlines() if line.startswith("[")][-6:]
     assert sorted(line.split(":")[0] for line in finished) == [f"[{i}/6] side {i}" for i in range(1, 7)]
-    cells = cells_done(out)
+    (session,) = json.loads((out / "manifest.json").read_text())["sessions"]
+    cells = session["cells"]
+    others = {} if shared else dict.fromkeys(cells, there)
+    assert (session["python"] == "3.0.0", session.get("other_software", {})) == (not shared, others)
     assert sorted(key for node in cells.values() for key in node) == sorted(map(key_of, squares.cells(tmp_path)))
     assert set(cells) <= {node.node_id[:12] for node in nodes.worker_nodes}
     assert "per node: " in printed.out
@@ -200,24 +206,30 @@ def test_a_node_killed_in_the_middle_loses_nothing(nodes, whole, tmp_path) -> No
     assert sorted(attempt_counts(tmp_path)) == [1, 1, 1, 1, 1, 2]
 
 
-@pytest.mark.parametrize(("ended", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
-def test_a_driver_that_ended_is_started_again(nodes, whole, tmp_path, ended, status) -> None:
-    """With all cells done but one, which is being worked on; its worker ends too."""
+def test_a_driver_that_ended_is_started_again(nodes, whole, tmp_path) -> None:
+    """Twice, with all cells done but one, which is being worked on; its worker ends too."""
     out, release = tmp_path / "out", squares.hold(tmp_path, 3)
     words = [str(out), str(tmp_path), "--address", nodes.address]
-    process = subprocess.Popen([sys.executable, "-m", "support.squares", *words], stderr=subprocess.PIPE, text=True)
-    until(lambda: process.poll() is not None or (squares.attempts(tmp_path, 3) and len(lines(out)) == 5))
-    process.send_signal(ended)
-    errors = process.communicate(timeout=600)[1]
-    assert process.returncode == status
-    own = [line for line in errors.splitlines() if not OF_RAY.match(line)]
-    assert own == ([] if ended == signal.SIGKILL else [sims.STOPPED])
-    (at_work,) = processes_at_work(tmp_path, 3)
-    until(lambda: not is_running(at_work))
+
+    def is_at_work(attempt: int) -> bool:
+        return len(squares.attempts(tmp_path, 3)) == attempt and len(lines(out)) == 5
+
+    def end(attempt: int, number: signal.Signals) -> tuple[int, list[str]]:
+        """Start a driver, and end it when its cell is at work; return its status and its own messages."""
+        command = [sys.executable, "-m", "support.squares", *words]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        until(lambda: process.poll() is not None or is_at_work(attempt))
+        process.send_signal(number)
+        errors = process.communicate(timeout=600)[1]
+        until(lambda: not any(map(is_running, processes_at_work(tmp_path, 3))))
+        return process.returncode, [line for line in errors.splitlines() if not OF_RAY.match(line)]
+
+    assert end(1, signal.SIGKILL) == (-9, [])
+    assert end(2, signal.SIGTERM) == (143, [sims.STOPPED])
     release()
     squares.main(*words)
     assert files(out) == whole
-    assert attempt_counts(tmp_path) == [1, 1, 2, 1, 1, 1]
+    assert attempt_counts(tmp_path) == [1, 1, 3, 1, 1, 1]
 
 
 def lines(out: Path) -> list[str]:
@@ -226,19 +238,9 @@ def lines(out: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def test_a_worker_s_other_software_is_in_the_manifest(nodes, tmp_path, monkeypatch, capfd) -> None:
-    there = software.environment()
-    here = there | {"python": "3.0.0"}
-    monkeypatch.setattr(driver.software, "environment", lambda: here)
-    squares.main(str(tmp_path / "out"), str(tmp_path), "--address", nodes.address)
-    (session,) = json.loads((tmp_path / "out" / "manifest.json").read_text())["sessions"]
-    assert session["python"] == "3.0.0"
-    assert session["other_software"] == dict.fromkeys(session["cells"], there)
-    assert f"uses python {there['python']} (was 3.0.0)" in capfd.readouterr().err
-
-
-def test_a_cell_that_fails_is_named_and_the_others_are_done(nodes, whole, tmp_path, capfd) -> None:
-    """One raises an error, which is not tried again; one ends its worker, which Ray begins again."""
+def test_a_cell_that_fails_is_named_and_the_others_are_done(nodes, whole, tmp_path, capfd, monkeypatch) -> None:
+    """One raises an error, which is not tried again; one ends its worker, which Ray begins again, here once."""
+    monkeypatch.setattr(driver, "RETRIES", 1)
     out, marks = tmp_path / "out", [tmp_path / "2.fail", tmp_path / "5.die"]
     for mark in marks:
         mark.touch()
@@ -252,7 +254,7 @@ def test_a_cell_that_fails_is_named_and_the_others_are_done(nodes, whole, tmp_pa
     assert notes[-1].startswith("error: 2 of 6 cells failed, the first side ")
     (error,) = [path for path in out.glob("cells/*/error.txt") if "no square" in path.read_text()]
     assert "in work" in error.read_text(), "the worker's traceback"
-    assert attempt_counts(tmp_path) == [1, 1, 1, 1, 1 + RETRIES, 1]
+    assert attempt_counts(tmp_path) == [1, 1, 1, 1, 2, 1]
     assert len(lines(out)) == 4
     for mark in marks:
         mark.unlink()
@@ -354,10 +356,10 @@ def test_an_experiment_leaves_the_files_of_one_process(
 @pytest.mark.usefixtures("large")
 def test_a_cell_that_takes_two_gpus_has_both_of_a_node(nodes, tmp_path) -> None:
     """By default a cell takes one."""
-    for gpus, seen in ((2.0, {"0,1"}), (None, {"0", "1"})):
+    for gpus, count, seen in ((2.0, 1, {"0,1"}), (None, 2, {"0", "1"})):
         marks = tmp_path / str(gpus)
         marks.mkdir()
-        run_cells(ClusterConfig(address=nodes.address, cell_gpus=gpus), marks, 2)
+        run_cells(ClusterConfig(address=nodes.address, cell_gpus=gpus), marks, count)
         assert {place.split()[1] for side in (1, 2) for place in squares.attempts(marks, side)} <= seen
     with pytest.raises(InputError, match="--cell-memory must be a number for cells that use GPUs"):
         ClusterConfig(address=nodes.address, cell_memory="plan").runner(lambda _: 1)
