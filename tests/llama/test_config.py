@@ -11,19 +11,12 @@ from rora_theory.llama import MODULES, LinearRope, Llama3Rope, LlamaConfig
 from rora_theory.llama.config import ignored_keys
 
 SMALL = {
-    "model_type": "llama",
-    "vocab_size": 48,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
+    "model_type": "llama", "vocab_size": 48, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
     "num_attention_heads": 4,
-}
+}  # fmt: skip
 LLAMA3 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+}  # fmt: skip
 
 
 def test_defaults_are_hugging_faces():
@@ -33,54 +26,22 @@ def test_defaults_are_hugging_faces():
 
 # Keys of config.json as transformers wrote it from 4.28 to 5, and as tools that build on it did.
 HABITS = {
-    "_model_name_or_path": "meta-llama/Llama-2-7b-hf",
-    "bad_words_ids": None,
-    "do_sample": False,
-    "max_length": 20,
-    "num_beams": 1,
-    "sep_token_id": None,
-    "suppress_tokens": [1, 2],
-    "temperature": 0.6,
-    "top_p": 0.9,
-    "unk_token_id": 0,
-    "unsloth_fixed": True,
-    "unsloth_version": "2024.9",
-    "what_nobody_set": None,
-}
+    "_model_name_or_path": "meta-llama/Llama-2-7b-hf", "bad_words_ids": None, "do_sample": False, "max_length": 20,
+    "num_beams": 1, "sep_token_id": None, "suppress_tokens": [1, 2], "temperature": 0.6, "top_p": 0.9,
+    "unk_token_id": 0, "unsloth_fixed": True, "unsloth_version": "2024.9", "what_nobody_set": None,
+}  # fmt: skip
 BOOKKEEPING = {
-    "_attn_implementation_autoset": True,
-    "_commit_hash": "0" * 40,
-    "_name_or_path": "somewhere",
-    "architectures": ["LlamaForCausalLM"],
-    "attention_dropout": 0.0,
-    "attn_implementation": "sdpa",
-    "auto_map": None,
-    "base_model_tp_plan": {"layers.*.mlp.up_proj": "colwise"},
-    "cross_attention_hidden_size": None,
-    "dtype": "float32",
-    "finetuning_task": None,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "id2label": {"0": "LABEL_0"},
-    "initializer_range": 0.02,
-    "layer_types": ["full_attention", "full_attention"],
-    "max_sequence_length": 2048,
-    "max_window_layers": 28,
-    "mlp_bias": None,
-    "num_key_value_heads": None,
-    "pretraining_tp": 1,
-    "quantization_config": None,
-    "rope_interleaved": False,
-    "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0},
-    "rope_scaling": None,
-    "tf_legacy_loss": False,
-    "tokenizer_class": None,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.36.0",
-    "use_bfloat16": False,
-    "use_cache": True,
-    "use_sliding_window": False,
-}
+    "_attn_implementation_autoset": True, "_commit_hash": "0" * 40, "_name_or_path": "somewhere",
+    "architectures": ["LlamaForCausalLM"], "attention_dropout": 0.0, "attn_implementation": "sdpa",
+    "auto_map": None, "base_model_tp_plan": {"layers.*.mlp.up_proj": "colwise"},
+    "cross_attention_hidden_size": None, "dtype": "float32", "finetuning_task": None, "head_dim": None,
+    "hidden_act": "silu", "id2label": {"0": "LABEL_0"}, "initializer_range": 0.02,
+    "layer_types": ["full_attention", "full_attention"], "max_sequence_length": 2048, "max_window_layers": 28,
+    "mlp_bias": None, "num_key_value_heads": None, "pretraining_tp": 1, "quantization_config": None,
+    "rope_interleaved": False, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0},
+    "rope_scaling": None, "tf_legacy_loss": False, "tokenizer_class": None, "torch_dtype": "bfloat16",
+    "transformers_version": "4.36.0", "use_bfloat16": False, "use_cache": True, "use_sliding_window": False,
+}  # fmt: skip
 
 
 def test_keys_that_change_nothing_are_passed_over_and_named():

@@ -61,19 +61,45 @@ def test_a_result_depends_neither_on_its_company_nor_on_padding(settings: dict):
     assert run(case, long)[1:] == case["new"]
 
 
+class Spy:
+    """An adapter that doubles one module's output, adds a prefix, and counts how often the model is run."""
+
+    runs = 0
+
+    def layers(self):
+        return {"k": jnp.ones((2, 3, 2, 8)), "v": jnp.full((2, 3, 2, 8), 0.5)}
+
+    def linear(self, name, x, weight, bias, layer, *, key):
+        assert key is None
+        assert layer["k"].shape == (3, 2, 8)
+        if name == "self_attn.q_proj":
+            jax.debug.callback(Spy.count)
+        y = linear(x, weight, bias)
+        return y * 2.0 if name == "mlp.up_proj" else y
+
+    def prefix(self, layer):
+        return layer["k"], layer["v"]
+
+    @staticmethod
+    def count():
+        Spy.runs += 1
+
+
+jax.tree_util.register_pytree_node(Spy, lambda _: ((), None), lambda *_: Spy())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, make_generation.BEAM])
-@pytest.mark.parametrize("shared", [1, 16, 20])
-def test_what_all_prompts_begin_with_is_read_once(settings: dict, shared: int):
-    """The same texts, also beside an adapter's prefix; another beginning gives other ones."""
+@pytest.mark.parametrize(("shared", "more"), [(1, {}), (20, {}), (20, {"adapter": Spy()})])
+def test_what_all_prompts_begin_with_is_read_once(settings: dict, shared: int, more: dict):
+    """The same texts, also beside an adapter's prefix, and other texts after another beginning."""
     case = next(c for c in CASES if c["settings"] == settings and c["model"] == "grouped")
     begins = [[1 + (7 * i + start) % 30 for i in range(20)] for start in (0, 3)]
     rests = make_generation.prompts("grouped", case["seed"])
     texts, other_texts = ([begin + rest for rest in rests] for begin in begins)
-    for more in ({}, {"adapter": Spy()}):
-        expected = run(case, texts, **more)
-        assert run(case, texts, shared=shared, **more) == expected
-        assert run(case, other_texts, shared=shared, **more) != expected
+    expected = run(case, texts, **more)
+    assert run(case, texts, shared=shared, **more) == expected
+    assert run(case, other_texts, shared=shared, **more) != expected
 
 
 @pytest.mark.slow
@@ -108,33 +134,6 @@ def test_buckets_waste_little_and_are_few():
     sizes = [generate.batch_bucket(n) for n in range(1, 65)]
     assert all(n <= p <= 1.5 * n for n, p in enumerate(sizes, 1))
     assert sorted(set(sizes)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
-
-
-class Spy:
-    """An adapter that doubles one module's output, adds a prefix, and counts how often the model is run."""
-
-    runs = 0
-
-    def layers(self):
-        return {"k": jnp.ones((2, 3, 2, 8)), "v": jnp.full((2, 3, 2, 8), 0.5)}
-
-    def linear(self, name, x, weight, bias, layer, *, key):
-        assert key is None
-        assert layer["k"].shape == (3, 2, 8)
-        if name == "self_attn.q_proj":
-            jax.debug.callback(Spy.count)
-        y = linear(x, weight, bias)
-        return y * 2.0 if name == "mlp.up_proj" else y
-
-    def prefix(self, layer):
-        return layer["k"], layer["v"]
-
-    @staticmethod
-    def count():
-        Spy.runs += 1
-
-
-jax.tree_util.register_pytree_node(Spy, lambda _: ((), None), lambda *_: Spy())
 
 
 @pytest.mark.slow

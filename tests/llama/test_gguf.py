@@ -22,16 +22,9 @@ from rora_theory.llama.quantised import QuantisedWeight, dense_params
 # Rows of 256: one block of the K-quantisations.
 CONFIG = LlamaConfig(40, 256, 512, 2, 4, 2, 64, 1e-5, rope_theta=5e5, max_position_embeddings=512, pad_token_id=0)
 GEMMA = dataclasses.replace(
-    CONFIG,
-    num_hidden_layers=3,
-    model_type="gemma3_text",
-    head_dim=32,
-    tie_word_embeddings=True,
-    sliding_window=8,
-    full_attention_layers=(1,),
-    query_pre_attn_scalar=32,
-    rope_local_base_freq=1e4,
-)
+    CONFIG, num_hidden_layers=3, model_type="gemma3_text", head_dim=32, tie_word_embeddings=True, sliding_window=8,
+    full_attention_layers=(1,), query_pre_attn_scalar=32, rope_local_base_freq=1e4,
+)  # fmt: skip
 PERIOD = "gemma3.attention.sliding_window_pattern"
 
 

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,37 +43,40 @@ import json, sys
 from rora_theory.errors import InputError
 from rora_theory.llama import hub
 hub._packaged = lambda built_in: None  # as if it were not installed
-for name, revision in json.loads(sys.argv[1]):
+for line in sys.stdin:
     try:
-        source = hub.locate(name, revision)
+        source = hub.locate(*json.loads(line))
         folder = source.path
         files = {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*.*")}
-        print(json.dumps([str(folder), files, source.repository, source.identity()]))
+        print(json.dumps([str(folder), files, source.repository, source.identity()]), flush=True)
     except InputError as error:
-        print(json.dumps(["refused", str(error)]))
+        print(json.dumps(["refused", str(error)]), flush=True)
 """
 
 
-def locate(server, home: Path, *requests, **environment) -> list:
-    """Run `hub.locate` in a fresh process that takes ``server`` for the hub."""
+@contextmanager
+def locating(server, home: Path, **environment) -> Iterator[Callable[..., list]]:
+    """Yield `hub.locate` of several requests in a fresh process that takes ``server`` for the hub."""
     environment |= {"JAX_PLATFORMS": "cpu", "HF_HOME": str(home), **server.environment}
-    out = subprocess.run(
-        [sys.executable, "-c", LOCATE, json.dumps(requests)],
-        capture_output=True,
-        text=True,
-        env={k: v for k, v in os.environ.items() if not k.startswith("HF_")} | environment,
-        check=True,
-    )
-    return [json.loads(line) for line in out.stdout.splitlines()]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | environment
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", LOCATE], env=environment, **pipes) as process:
+
+        def locate(*requests) -> list:
+            process.stdin.write("".join(json.dumps(request) + "\n" for request in requests))
+            process.stdin.flush()
+            return [json.loads(process.stdout.readline()) for _ in requests]
+
+        yield locate
 
 
 @pytest.mark.slow
 def test_hub_ids(tmp_path, monkeypatch):
     tiny, v2, other = ("org/tiny", None), ("org/tiny", "v2"), ("org/other", None)
     absent, absent_revision, built_in = ("org/absent", None), ("org/tiny", "v3"), ("smollm2-135m", None)
-    with serving(REPOSITORIES) as server:
+    with serving(REPOSITORIES) as server, locating(server, tmp_path) as locate:
         requests = (tiny, v2, other, absent, absent_revision, built_in)
-        answers = dict(zip(requests, locate(server, tmp_path, *requests), strict=True))
+        answers = dict(zip(requests, locate(*requests), strict=True))
         expected = {name: FILES[name].decode() for name in list(FILES)[:4]}
         assert answers[tiny][1] == expected  # no pickle, no read-me, no sub-folder, no second copy of the weights
         assert answers[v2][1] == expected | {"model.safetensors": "weights of v2"}
@@ -101,13 +106,14 @@ def test_hub_ids(tmp_path, monkeypatch):
         before = answers[tiny][3]
         monkeypatch.setitem(REPOSITORIES["org/tiny"], "earlier", FILES)  # the hub keeps a branch's earlier commits
         monkeypatch.setitem(REPOSITORIES["org/tiny"], "main", FILES | {"tokenizer.json": b'{"other": 1}'})
-        moved, pinned = locate(server, tmp_path, ("org/tiny", "main"), ("org/tiny", before["commit"]))
+        moved, pinned = locate(("org/tiny", "main"), ("org/tiny", before["commit"]))
         assert {key for key in before if before[key] != moved[3][key]} == {"commit", "model_sha256"}
         assert pinned[3] == before
 
         # Offline, files in the cache are used, and others are refused.
         server.asked.clear()
-        offline = locate(server, tmp_path, tiny, v2, ("org/more", None), HF_HUB_OFFLINE="1")
+        with locating(server, tmp_path, HF_HUB_OFFLINE="1") as locate_offline:
+            offline = locate_offline(tiny, v2, ("org/more", None))
         assert offline[:2] == [moved, answers[v2]]
         assert offline[2][0] == "refused"
         assert server.asked == []
