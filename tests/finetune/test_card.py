@@ -49,15 +49,9 @@ def test_a_loss_that_is_no_number_is_not_the_best():
 
 def test_a_card_s_rows():
     config = FinetuneConfig(
-        batch_size=4,
-        cutoff=64,
-        loss_on="answer",
-        template="clean",
-        weight_decay=0.1,
-        warmup=2,
-        schedule="constant",
+        batch_size=4, cutoff=64, loss_on="answer", template="clean", weight_decay=0.1, warmup=2, schedule="constant",
         lr=0.5,
-    )
+    )  # fmt: skip
     sources = ["data/x.json", "hf://datasets/me/chats@main:train", "hf://datasets/me/chats"]
     built = card.build_training_card(config, RECORDS, sources, SUMMARY, [*STEPS, *TESTED], 8, "mit")
     assert (built.datasets, built.license) == (("me/chats",), "mit")

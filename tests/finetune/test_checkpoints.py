@@ -117,7 +117,7 @@ def test_a_flipped_byte_is_named(checkpoints):
     random = np.random.default_rng(0)
     for file in sorted(path for path in (checkpoints.folder / "1").rglob("*") if path.is_file()):
         content = file.read_bytes()
-        for place in random.integers(0, len(content), 4 if content else 0).tolist():
+        for place in random.integers(0, len(content), 2 if content else 0).tolist():
             file.write_bytes(content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1 :])
             try:
                 restored, where = checkpoints.restore(1, original)

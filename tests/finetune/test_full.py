@@ -18,11 +18,6 @@ CONFIG = FinetuneConfig(method="full", targets=("q_proj", "down_proj"), batch_si
 CHOSEN = ("self_attn.q_proj", "mlp.down_proj")
 
 
-@pytest.fixture(scope="module")
-def params():
-    return tiny.params()
-
-
 BATCHES = [training.batch(seed=seed) for seed in range(3)]
 
 

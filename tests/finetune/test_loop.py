@@ -59,11 +59,6 @@ def _memo(original):
     return make
 
 
-@pytest.fixture(scope="module")
-def params():
-    return tiny.params()
-
-
 RECORDS = [*tiny.records(24), Record("~" * 30, "answer0")]
 
 

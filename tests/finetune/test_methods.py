@@ -27,11 +27,6 @@ def settings(method, **changes):
 
 
 @pytest.fixture(scope="module")
-def params():
-    return tiny.params()
-
-
-@pytest.fixture(scope="module")
 def trained(params):
     """Return a function that trains a method once."""
     return functools.cache(lambda method: training.train(params, tiny.CONFIG, settings(method), BATCHES))

@@ -19,11 +19,6 @@ TARGETS = ("q_proj", "down_proj")
 PLAIN = FinetuneConfig(rank=2, alpha=4, targets=TARGETS, batch_size=4, dropout=0.0, warmup=2, clip=0.05)
 
 
-@pytest.fixture(scope="module")
-def params():
-    return tiny.params()
-
-
 def batch(rows=4, width=24, seed=0):
     return training.batch(rows, width, seed)
 

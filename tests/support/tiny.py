@@ -7,16 +7,9 @@ from rora_theory.finetune import Record
 from rora_theory.llama import LlamaConfig, init_params
 
 CONFIG = LlamaConfig(
-    vocab_size=128,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-    max_position_embeddings=512,
-    eos_token_id=2,
-)
+    vocab_size=128, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=8, max_position_embeddings=512, eos_token_id=2,
+)  # fmt: skip
 
 
 class ByteEncoder:

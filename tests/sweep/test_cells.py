@@ -40,14 +40,9 @@ def test_designs() -> None:
     table = cells("table1")
     llama = [(c.method, c.rank, c.learning_rate) for c in table if c.model == "yahma/llama-7b-hf" and c.rank != 128]
     assert llama == [
-        ("base", None, None),
-        ("prefix", None, 3e-2),
-        ("series", None, 3e-4),
-        ("parallel", None, 3e-4),
-        ("lora", 32, 3e-4),
-        ("dora", 32, 2e-4),
-        ("rora", 32, 3e-4),
-    ]
+        ("base", None, None), ("prefix", None, 3e-2), ("series", None, 3e-4), ("parallel", None, 3e-4),
+        ("lora", 32, 3e-4), ("dora", 32, 2e-4), ("rora", 32, 3e-4),
+    ]  # fmt: skip
     assert {c.learning_rate for c in table if c.method == "dora" and "Llama-3" in c.model} == {1e-4}
     assert {(c.dtype, c.training.dropout) for c in table if c.method in ("lora", "dora", "rora")} == {
         ("bfloat16", 0.05)

@@ -115,12 +115,9 @@ def test_each_at_its_best_rate(tmp_path):
 def test_the_grid_error_is_the_larger_bound_of_the_two_methods(tmp_path):
     """Rates a decade apart around a loss of 1; no bound at an edge or beside two runs that diverged."""
     curves = {
-        "lora": [1.2, 1.0, 1.3],
-        "rora": [1.1, 1.0, 1.1],
-        "wide": [1.4, 1.0, 1.5],
-        "dora": [1.2, 1.1, 1.0],
+        "lora": [1.2, 1.0, 1.3], "rora": [1.1, 1.0, 1.1], "wide": [1.4, 1.0, 1.5], "dora": [1.2, 1.1, 1.0],
         "quarter": [None, 1.0, None],
-    }
+    }  # fmt: skip
     rates, rows = (1e-4, 1e-3, 1e-2), []
     for method, losses in curves.items():
         for rate, loss in zip(rates, losses, strict=True):
