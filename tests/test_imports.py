@@ -26,15 +26,9 @@ NAMES = {"rora_theory"} | {module.name for module in pkgutil.walk_packages(rora_
 WITH_EXTRAS = ("adapters", "data", "evaluate", "finetune", "horizon", "llama", "sweep", "measure.torch")
 """Packages beyond the core install."""
 OF_A_MODEL = (
-    "layers.model_layers",
-    "led",
-    "rank_check.check",
-    "rank_check.coordinates",
-    "record_batches",
-    "regimes.model",
-    "transfer_check",
-    "unseen",
-)
+    "layers.model_layers", "led", "rank_check.check", "rank_check.coordinates", "record_batches", "regimes.model",
+    "transfer_check", "unseen",
+)  # fmt: skip
 """Modules of `measure` that run a model and need the extra ``finetune``."""
 WITH_JAX = (
     *(
@@ -132,16 +126,10 @@ assert "jax" not in sys.modules
 
 
 @pytest.mark.slow
-def test_the_core_needs_no_extra() -> None:
+def test_the_core_and_the_help_of_every_command_need_no_extra(tmp_path) -> None:
+    """Each module, and each command of ``rora`` and of ``rora figures``; a command that needs an extra names it."""
     assert len(CORE) > len(WITHOUT_JAX) > 30  # the walk sees something
     assert {*WITH_JAX, *(f"rora_theory.measure.{module}" for module in OF_A_MODEL)} <= NAMES
-    code = f"for name in {CORE}: importlib.import_module(name)\n"
-    fresh(code + "assert not {'scipy.stats', 'scipy.optimize'} & {*sys.modules}, 'slow to import: a second a command'")
-
-
-@pytest.mark.slow
-def test_every_command_prints_its_help_without_the_extras(tmp_path) -> None:
-    """Each command of ``rora`` and of ``rora figures``, in one process; a command that needs an extra names it."""
     records = [{"instruction": f"Question {i}?", "input": "", "output": f"Answer {i}."} for i in range(40)]
     (tmp_path / "records.json").write_text(json.dumps(records))
     commands_of_extras = {
@@ -151,6 +139,9 @@ def test_every_command_prints_its_help_without_the_extras(tmp_path) -> None:
         "variance_sweep": ["--workers", "2"],
     }
     code = f"""
+for name in {CORE}:
+    importlib.import_module(name)
+assert not {{"scipy.stats", "scipy.optimize"}} & {{*sys.modules}}, "slow to import: a second a command"
 import contextlib, io, os
 from sims import __main__ as commands
 os.chdir({str(tmp_path)!r})
