@@ -19,9 +19,13 @@ from rora_theory.io import frames
 from rora_theory.stats.curve_optima import Method
 from rora_theory.theory.displacement import COHERENCE_RANGE, best_rate_exponent
 from rora_theory.validation.ranges import Count, check_ranges
+from rora_theory.validation.rules import check_ranks
 
-MAX_SERIES = 5
-"""Largest number of measured series, beside the three laws."""
+MAX_ENTRIES = 8
+"""Largest number of legend entries: measured series, a band for each run folder, and two lines."""
+
+BAND_COLOURS = (style.BAND_COLOUR, "#f3d9b1")
+"""Colours of the displacement law's bands, one for each run folder."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +38,20 @@ class Config:
     """Number of optimizer steps"""
     estimate: Method = "quadratic"
     """Estimator of the best rate"""
+    ranks: tuple[int, ...] = ()
+    """Ranks to draw; all by default"""
     out: Path | None = None
     """Folder for exponent_vs_strength.png and .svg; the first run's by default"""
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_ranks(self.ranks, fewest=0)
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Bars span the two values of G and one standard error over seeds; pairs with a single seed are left out.
+    """Bars span the two values of G and one standard error over seeds; a hollow point has one seed and no error.
 
-    The band is the displacement law with every measured K and c from 1 to 2.
+    A band is the displacement law with every K measured in a run folder and c from 1 to 2.
     """
     folders = style.read_folders(config.runs, "estimators.csv")
     # A series for each run folder and rank.
@@ -53,36 +60,43 @@ def draw(config: Config) -> Sequence[Path]:
         for label, table in folders
         for rank, pairs in neighbours_by_rank(table, config)
     ]
-    if not 0 < len(series) <= MAX_SERIES:
+    largest = MAX_ENTRIES - len(folders) - 2
+    if not 0 < len(series) <= largest:
         style.fail(
-            f"the run folders must have exponents over two or more seeds at 1 to {MAX_SERIES} ranks after "
-            f"{config.steps} steps, got {len(series)} ranks. Choose other --steps or fewer runs."
+            f"the run folders must have exponents at 1 to {largest} ranks after {config.steps} steps, got "
+            f"{len(series)} ranks. Choose other --steps or --ranks, or fewer runs."
         )
     figure, axes = plt.subplots(figsize=(4.6, 3.4))
     for position, (label, pairs) in enumerate(series):
         # Several ranks have the same ends: their points are moved apart, so that no bar hides another.
         middle = np.sqrt(pairs["first"] * pairs["second"]) * 1.05 ** (position - (len(series) - 1) / 2)
         spans = [middle - pairs["first"], pairs["second"] - middle]
+        errors = pairs["standard_error"].to_numpy(float, na_value=np.nan)
         look: dict[str, Any] = {"fmt": style.MARKERS[position], "color": style.COLOURS[position], "elinewidth": 0.9}
-        axes.errorbar(middle, pairs["exponent"], yerr=pairs["standard_error"], xerr=spans, label=label, **look)
+        look["fillstyle"] = "none" if (pairs["seeds"] == 1).all() else "full"
+        axes.errorbar(middle, pairs["exponent"], yerr=errors, xerr=spans, label=label, **look)
     strengths = pd.concat([pairs[end] for _, pairs in series for end in ("first", "second")])
     draw_laws(axes, config, (strengths.min() / 2, strengths.max() * 2))
     axes.set(xscale="log", xlabel=r"$G = \gamma r$", ylim=(-1.05, -0.4))
-    axes.set_ylabel(rf"$d \log \eta^* / d \log G$ after {config.steps} steps ({config.estimate})")
+    axes.set_ylabel(rf"$d \log \eta^* / d \log G$ after {config.steps} steps")
     style.plain_ticks(axes, strengths)
-    caption = "bars: the two values of G, and one standard error over seeds; band: c = 1 to 2"
+    caption = f"{config.estimate} fit; bars: both G, one s.e. over seeds (hollow: one seed); bands: c = 1 to 2"
     style.legend(figure, style.named([axes]), caption)
     return style.save(figure, config.out or config.runs[0], "exponent_vs_strength")
 
 
 def neighbours_by_rank(table: pd.DataFrame, config: Config) -> list[tuple[str, pd.DataFrame]]:
-    """Return each rank's exponents between neighbouring values of G, of pairs with two or more seeds.
+    """Return each rank's exponents between neighbouring values of G.
 
-    Values are neighbours if no value between them has such a pair with both.
+    Pairs with one seed are left out, unless no pair of the table has more. Values are neighbours if no value between
+    them has such a pair with both.
     """
     # Exponents of single ranks, which have an error over seeds.
     rows = table[(table["step"] == config.steps) & (table["over"] == "strength") & (table["pairs"] == 1)]
-    rows = rows[(rows["estimate"] == config.estimate) & (rows["seeds"] >= 2)]
+    rows = rows[rows["estimate"] == config.estimate]
+    if config.ranks:
+        rows = rows[rows["at"].astype(float).isin(config.ranks)]
+    rows = rows[rows["seeds"] >= 2] if (rows["seeds"] >= 2).any() else rows
     by_rank = []
     for rank, pairs in rows.groupby("at"):
         # Drop a pair with a measured value in between: its exponent is the mean of two others.
@@ -97,14 +111,13 @@ def neighbours_by_rank(table: pd.DataFrame, config: Config) -> list[tuple[str, p
 
 
 def draw_laws(axes: Axes, config: Config, strengths: tuple[float, float]) -> None:
-    """Draw the band of the displacement law, and the lines of a constant gradient and of the first step."""
+    """Draw the displacement law as a band for each run folder, and the lines of the two other laws."""
     grid = np.geomspace(*strengths, 60)
-    measured = [
-        constants[constants["step"] == config.steps]
-        for _, constants in style.read_folders(config.runs, "constants.csv")
-    ]
-    constants = np.concatenate([rows["constant"].to_numpy(float) for rows in measured])
-    if constants.size:
+    folders = style.read_folders(config.runs, "constants.csv")
+    for (model, table), colour in zip(folders, BAND_COLOURS, strict=False):
+        constants = table[table["step"] == config.steps]["constant"].to_numpy(float)
+        if not constants.size:
+            continue
         # Exponent at each G, as the mean over a hundredth of an octave.
         bounds = np.array(
             [
@@ -118,8 +131,9 @@ def draw_laws(axes: Axes, config: Config, strengths: tuple[float, float]) -> Non
                 for strength in grid
             ]
         )
-        label = f"displacement law, K = {constants.min():.0f} to {constants.max():.0f}"
-        axes.fill_between(grid, bounds.min(axis=1), bounds.max(axis=1), color=style.BAND_COLOUR, label=label)
+        prefix = f"{model}, " if len(folders) > 1 else ""
+        label = f"{prefix}displacement law, K = {constants.min():.0f} to {constants.max():.0f}"
+        axes.fill_between(grid, bounds.min(axis=1), bounds.max(axis=1), color=colour, alpha=0.6, label=label)
     # The constant-gradient law, at the geometric middle of the pairs for which the run has it.
     predicted = pd.concat([frames.read_csv(run / "exponents.csv") for run in config.runs])
     predicted = predicted[(predicted["over"] == "strength") & (predicted["step"] == config.steps)]

@@ -66,7 +66,7 @@ FIGURES = {
         (displacement_ratio, {}),
     ],
     "horizon_cosine": [(horizon_loss, {"ranks": (8, 128), "strengths": (64.0,), "steps": 256, "top": 0.97})],
-    "horizon_gemma": [(displacement_ratio, {})],
+    "horizon_gemma": [(displacement_ratio, {}), (exponent_vs_strength, {"ranks": (8, 128)})],
     "rank_sweep_pruned": [
         (accuracy_vs_rank, {"lr": 3e-4, "name": "SmolLM2-135M pruned to half"}),
         (loss_vs_rate, {"rank": 32, "name": "SmolLM2-135M pruned to half"}),
@@ -354,7 +354,10 @@ def test_rounding_errors_change_no_svg_file(tmp_path) -> None:
 
 
 def test_exponents_are_drawn_between_neighbours_of_each_rank() -> None:
-    """Pairs need two seeds, as 64 to 181 does not have; 16 to 724 is left out because 64 lies between."""
+    """Pairs need two seeds, as 64 to 181 does not have; 16 to 724 is left out because 64 lies between.
+
+    Where no pair has two seeds, those with one are drawn.
+    """
     rows = [(16, 64, 2), (64, 724, 3), (16, 724, 2), (64, 181, 1), (181, 724, 1)]
     table = pd.DataFrame(rows, columns=["first", "second", "seeds"]).assign(
         step=64, over="strength", at="8", pairs=1, estimate="quadratic", exponent=-0.7, standard_error=0.1
@@ -363,6 +366,10 @@ def test_exponents_are_drawn_between_neighbours_of_each_rank() -> None:
     ((rank, pairs),) = exponent_vs_strength.neighbours_by_rank(table, config)
     assert rank == "8"
     assert list(zip(pairs["first"], pairs["second"], strict=True)) == [(16, 64), (64, 724)]
+    ((_, pairs),) = exponent_vs_strength.neighbours_by_rank(table.assign(seeds=1), config)
+    assert list(zip(pairs["first"], pairs["second"], strict=True)) == [(16, 64), (64, 181), (181, 724)]
+    of_another_rank = exponent_vs_strength.Config((PUBLISHED / "horizon",), ranks=(16,))
+    assert not exponent_vs_strength.neighbours_by_rank(table, of_another_rank)
 
 
 def test_two_runs_of_the_horizon_share_a_figure(drawn) -> None:

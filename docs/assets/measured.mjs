@@ -40,7 +40,7 @@ export default {
     "ranges": {
       "constant": [
         18.463391204942422,
-        26.65014471483433
+        23.98187475398428
       ]
     }
   },
@@ -50,8 +50,8 @@ export default {
     "rows": "horizon_gemma/constants.csv step=64",
     "ranges": {
       "constant": [
-        16.568281281357056,
-        17.181055110040887
+        17.181055110040887,
+        20.85876548408815
       ]
     }
   },
