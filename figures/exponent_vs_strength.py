@@ -53,6 +53,8 @@ def draw(config: Config) -> Sequence[Path]:
 
     A band is the displacement law with every K measured in a run folder and c from 1 to 2.
     """
+    if len(config.runs) > len(BAND_COLOURS):
+        style.fail(f"runs must be at most {len(BAND_COLOURS)} run folders, got {len(config.runs)}")
     folders = style.read_folders(config.runs, "estimators.csv")
     # A series for each run folder and rank.
     series = [
@@ -80,7 +82,10 @@ def draw(config: Config) -> Sequence[Path]:
     axes.set(xscale="log", xlabel=r"$G = \gamma r$", ylim=(-1.05, -0.4))
     axes.set_ylabel(rf"$d \log \eta^* / d \log G$ after {config.steps} steps")
     style.plain_ticks(axes, strengths)
-    caption = f"{config.estimate} fit; bars: both G, one s.e. over seeds (hollow: one seed); bands: c = 1 to 2"
+    caption = (
+        f"{config.estimate} fit; bars: the two values of G, one standard error over seeds; hollow: one seed; "
+        "bands: c from 1 to 2"
+    )
     style.legend(figure, style.named([axes]), caption)
     return style.save(figure, config.out or config.runs[0], "exponent_vs_strength")
 
@@ -114,7 +119,7 @@ def draw_laws(axes: Axes, config: Config, strengths: tuple[float, float]) -> Non
     """Draw the displacement law as a band for each run folder, and the lines of the two other laws."""
     grid = np.geomspace(*strengths, 60)
     folders = style.read_folders(config.runs, "constants.csv")
-    for (model, table), colour in zip(folders, BAND_COLOURS, strict=False):
+    for (model, table), colour in zip(folders, BAND_COLOURS[: len(folders)], strict=True):
         constants = table[table["step"] == config.steps]["constant"].to_numpy(float)
         if not constants.size:
             continue
@@ -134,13 +139,19 @@ def draw_laws(axes: Axes, config: Config, strengths: tuple[float, float]) -> Non
         prefix = f"{model}, " if len(folders) > 1 else ""
         label = f"{prefix}displacement law, K = {constants.min():.0f} to {constants.max():.0f}"
         axes.fill_between(grid, bounds.min(axis=1), bounds.max(axis=1), color=colour, alpha=0.6, label=label)
-    # The constant-gradient law, at the geometric middle of the pairs for which the run has it.
-    predicted = pd.concat([frames.read_csv(run / "exponents.csv") for run in config.runs])
-    predicted = predicted[(predicted["over"] == "strength") & (predicted["step"] == config.steps)]
-    by_middle = predicted.groupby(np.sqrt(predicted["first"] * predicted["second"]))["law"].mean()
-    x = [strengths[0], *by_middle.index, strengths[1]]
-    y = [by_middle.iloc[0], *by_middle, by_middle.iloc[-1]]
-    axes.plot(x, y, color="black", linewidth=0.9, linestyle=(0, (1, 1)), label="constant gradient")
+    # The constant-gradient law of each model, at the geometric middle of the pairs for which the run has it.
+    for position, run in enumerate(config.runs):
+        predicted = frames.read_csv(run / "exponents.csv")
+        predicted = predicted[(predicted["over"] == "strength") & (predicted["step"] == config.steps)]
+        if config.ranks:
+            predicted = predicted[predicted["at"].isin(config.ranks)]
+        by_middle = predicted.groupby(np.sqrt(predicted["first"] * predicted["second"]))["law"].mean()
+        if by_middle.empty:
+            continue
+        x = [strengths[0], *by_middle.index, strengths[1]]
+        y = [by_middle.iloc[0], *by_middle, by_middle.iloc[-1]]
+        line = {"color": "black", "linewidth": 0.9, "linestyle": (0, (1, 1 + position))}
+        axes.plot(x, y, label="constant gradient" if position == 0 else "_same law", **line)
     axes.axhline(-1, color="black", linewidth=0.9, linestyle=(0, (4, 2)), label="first step")
 
 

@@ -79,6 +79,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Seeded (derandomized): a test passes or fails the same way everywhere. Constants of modules, which hypothesis gathers
 # for seconds to draw some of them, would make the draws depend on what the tests before have imported.
+assert hasattr(providers, "_get_local_constants"), "this version of hypothesis gathers constants elsewhere"
 providers._get_local_constants = lambda: providers._local_constants
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("ci")

@@ -424,8 +424,8 @@ function limitsOf({ old, unchanged, alpha, changed, run }) {
   // The measured constant of the displacement law comes from more models than the rest.
   const usesMeasuredConstant = changed.strength && run.own === null;
   const otherModels = CONSTANT_MODELS.filter((model) => !COST_MODELS.includes(model));
-  const constant = otherModels.length && usesMeasuredConstant ? ` (K also in ${otherModels.join(" and ")})` : "";
-  sentences.push(`Measured in ${COST_MODELS.join(" and ")} alone${constant}, with AdamW and ${schedule}.`);
+  const constant = otherModels.length && usesMeasuredConstant ? ` (K also from ${otherModels.join(" and ")})` : "";
+  sentences.push(`The measurements are from ${COST_MODELS.join(" and ")}${constant}, with AdamW and ${schedule}.`);
   return sentences;
 }
 

@@ -138,8 +138,10 @@ def _describe_limits(carried: CarriedSetting) -> list[str]:
         schedule += ", with another schedule in runs of one seed"
     # The measured constant of the displacement law comes from more models than the rest.
     other_models = [model for model in CONSTANT_MODELS if model not in COST_MODELS]
-    constant = f" (K also in {' and '.join(other_models)})" if other_models and _uses_measured_constant(carried) else ""
-    sentences.append(f"Measured in {' and '.join(COST_MODELS)} alone{constant}, with AdamW and {schedule}.")
+    constant = (
+        f" (K also from {' and '.join(other_models)})" if other_models and _uses_measured_constant(carried) else ""
+    )
+    sentences.append(f"The measurements are from {' and '.join(COST_MODELS)}{constant}, with AdamW and {schedule}.")
     return sentences
 
 

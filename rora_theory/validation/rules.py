@@ -170,4 +170,7 @@ def check_warmup(warmup: int, steps: int) -> None:
     """Raise `InputError` unless the warm-up is shorter than the planned run."""
     check_integer("warmup", warmup, minimum=0)
     if warmup >= steps:
-        raise InputError(f"warmup must be less than the number of steps, {steps}, got {warmup}")
+        raise InputError(
+            f"warmup must be less than the number of steps, {steps}, got {warmup}. "
+            "Use a shorter warm-up or a longer run."
+        )

@@ -416,8 +416,8 @@ def test_what_lies_outside_the_measured_range_is_named() -> None:
 def test_the_models_of_each_measurement_are_named() -> None:
     """K was measured in Gemma 3 270M too, which the sentence on the limits names if the advice uses that range."""
     old = Setting(8, 16.0, 1e-3)
-    alone = "Measured in SmolLM2-135M alone, with"
-    both = "Measured in SmolLM2-135M alone (K also in Gemma 3 270M), with"
+    alone = "The measurements are from SmolLM2-135M, with"
+    both = "The measurements are from SmolLM2-135M (K also from Gemma 3 270M), with"
     assert alone in transfer(old, 128).sentence()
     assert alone in transfer(old, 8, steps=16, to_steps=64).sentence()
     assert both in transfer(old, 128, alpha=64.0).sentence()

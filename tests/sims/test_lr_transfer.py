@@ -133,15 +133,19 @@ def matrix(folder: Path, *, seeds=(0,), records=True, gap=0.0, models=("tiny",))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("seeds", "error_over", "verdict"),
-    [((0,), "held-out records", "undecided: one seed ("), ((0, 1, 2), "seeds", "lora is better by")],
+    ("seeds", "records", "error_over", "verdict"),
+    [
+        ((0,), True, "held-out records", "undecided: one seed ("),
+        ((0,), False, "", "not settled"),
+        ((0, 1, 2), True, "seeds", "lora is better by"),
+    ],
 )
-def test_matrix(tmp_path, seeds, error_over, verdict):
+def test_matrix(tmp_path, seeds, records, error_over, verdict):
     """The parabolas that the losses were made from are found, over seeds or over records; the figure draws them.
 
     A best loss that is 2% higher, on the same records in every run, shows although the records' own spread is 30%.
     """
-    out = run(tmp_path / "run", "--matrix", matrix(tmp_path / "matrix", seeds=seeds, gap=0.02))
+    out = run(tmp_path / "run", "--matrix", matrix(tmp_path / "matrix", seeds=seeds, records=records, gap=0.02))
     best_rates = commands.rows(out / "best.csv")
     for rank in (8, 32, 128):
         for rule, rate in (("lora", 1e-3), ("rora", 1e-3 * (rank / 8) ** -0.5)):
@@ -155,9 +159,13 @@ def test_matrix(tmp_path, seeds, error_over, verdict):
     assert compared["rank"] == 128
     assert compared["ratio"] == pytest.approx(4, rel=0.05)
     assert compared["scaling_ratio"] == pytest.approx(128**0.5)
-    assert compared["verdict"].startswith(verdict)
-    assert compared["standard_error"] < 0.005
-    assert "held-out records" in compared["error_over"]
+    assert verdict in compared["verdict"]
+    if records:
+        assert compared["verdict"].startswith(verdict)
+        assert compared["standard_error"] < 0.005
+        assert "held-out records" in compared["error_over"]
+    else:
+        assert compared["standard_error"] is None
     assert drawings.names(figure, out) == {"lr_transfer"}
 
 

@@ -17,7 +17,7 @@ from figures import style
 
 @contextlib.contextmanager
 def captured() -> Iterator[dict[str, Figure]]:
-    """Yield the figures that are drawn meanwhile by name, laid out; nothing is written."""
+    """Yield the figures drawn inside the context, by name and laid out, without writing files."""
     figures: dict[str, Figure] = {}
 
     def capture(figure: Figure, folder: Path, name: str) -> list[Path]:
@@ -33,7 +33,7 @@ def captured() -> Iterator[dict[str, Figure]]:
 
 
 def draw(module: ModuleType, folder: Path, options: dict[str, Any] | None) -> Any:
-    """Call a figure's own entry; None: it reads no run."""
+    """Call a figure's draw function; options of None mean that it reads no run."""
     if options is None:
         return module.draw(module.Config())
     takes_several = "runs" in {field.name for field in dataclasses.fields(module.Config)}
@@ -41,7 +41,7 @@ def draw(module: ModuleType, folder: Path, options: dict[str, Any] | None) -> An
 
 
 def words(module: ModuleType, folder: Path, **options: Any) -> dict[str, str]:
-    """Draw the figures of a run, and return the words of each by its name, whatever their lines."""
+    """Draw the figures of a run, and return the text of each by its name, with line breaks as spaces."""
     with captured() as figures:
         draw(module, folder, options)
     texts = {name: [text.get_text() for text in figure.findobj(Text)] for name, figure in figures.items()}

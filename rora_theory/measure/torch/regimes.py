@@ -209,8 +209,8 @@ def regime(
     A forward pass of ``held_out`` samples ``config.tokens`` inputs of every module. A forward and a backward pass of
     ``batch`` compute the gradients of the modules one after the other. Each is reduced to its figures on the host at
     once, to the accuracy of `Regime.errors`, or in float64 with ``config.exact``. Compared with a fine-tuning step,
-    the device needs memory for one more gradient. The passes run in the model's own mode (training or evaluation).
-    The random generators and the model's buffers are restored afterwards.
+    the device needs memory for one more gradient and one more input. The passes run in the model's own mode (training
+    or evaluation). The random generators and the model's buffers are restored afterwards.
 
     If the result rests on too few tokens or layers, a warning and the frames' ``attrs`` say so, see
     `rora_theory.measure.regimes.thin`.
@@ -320,11 +320,13 @@ class _CallSample(NamedTuple):
       rows: Inputs at the sampled tokens.
       keys: Keys of the sampled tokens, see `_sample_keys`.
       counts: Numbers of tokens by kind, see `choose_tokens`.
+      indices: Positions of the sampled tokens among all tokens of the call, on the device of the inputs.
     """
 
     rows: Float[np.ndarray, "read p_in"]
     keys: Float[np.ndarray, " read"]
     counts: dict[str, int]
+    indices: torch.Tensor
 
 
 class _LatestSample:
@@ -349,7 +351,11 @@ class _LatestSample:
             and (x.device, x.dtype, x.shape, x.stride()) == (latest.device, latest.dtype, latest.shape, latest.stride())
             and x._version == latest._version == version
         )
-        return sample if is_same and call == latest_call else None
+        if not is_same or call != latest_call:
+            return None
+        # A kernel that writes in place need not increase the version: compare the sampled tokens themselves.
+        rows = _to_host(x.reshape(-1, x.shape[-1])[sample.indices])
+        return sample if np.array_equal(rows, sample.rows) else None
 
     def store(self, x: hooks.Inputs, call: int, sample: _CallSample) -> None:
         """Replace the latest input and its sample."""
@@ -392,7 +398,7 @@ class _InputSampler:
         if sample is None:
             sample = self._sample(name, x, masks, call)
             self._latest.store(x, call, sample)
-        rows, keys, counts = sample
+        rows, keys, counts, _ = sample
         if call:
             # Keep the smallest keys over all calls, which makes every token equally likely to be sampled.
             rows, keys = np.concatenate([self.inputs[name], rows]), np.concatenate([self._keys[name], keys])
@@ -426,8 +432,9 @@ class _InputSampler:
         seen = masks.seen[real] if self._mask else None
         token_seed = [seed, call] if call else seed
         chosen_tokens = choose_tokens(norms, seen, count=self._config.tokens, seed=token_seed, name=name)
-        rows = _to_host(x[torch.from_numpy(real[chosen_tokens.indices]).to(x.device)])
-        return _CallSample(rows, _sample_keys(chosen_tokens.counts, [seed, call, 1]), chosen_tokens.counts)
+        indices = torch.from_numpy(real[chosen_tokens.indices]).to(x.device)
+        keys = _sample_keys(chosen_tokens.counts, [seed, call, 1])
+        return _CallSample(_to_host(x[indices]), keys, chosen_tokens.counts, indices)
 
 
 class _GradientReducer:
