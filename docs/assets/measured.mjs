@@ -69,10 +69,10 @@ export default {
   "steps_exponents_cosine": {
     "model": "SmolLM2-135M",
     "schedule": "cosine",
-    "rows": "horizon_cosine/steps.csv second=256 edge=",
+    "rows": "horizon_cosine/steps.csv second=256,1024 edge=",
     "ranges": {
       "exponent": [
-        -0.39601966142764966,
+        -0.7028100138134493,
         -0.24209276953054207
       ]
     }
