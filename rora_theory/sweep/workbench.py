@@ -146,7 +146,7 @@ class Workbench:
                 f"held-out records must have at most {longest} tokens, the context of {model}, got a longer one"
             )
         # The weights come last, so that unsuitable records are refused before they are read.
-        self.model = llama.load(located, jnp.dtype(self.shared.dtype))
+        self.model = llama.load(located, jnp.dtype(self.shared.dtype), quantization=self.shared.quantization)
         # Compiled steps of another model would not be used again.
         self._name, self.steps = model, SharedSteps()
         return list(self.model.remarks)

@@ -1,5 +1,6 @@
 """What a cell does, on a tiny checkpoint: methods of a seed begin alike, and what is measured is the adapted model."""
 
+import dataclasses
 import itertools
 import json
 from functools import partial
@@ -20,7 +21,8 @@ from rora_theory.evaluate import scoring
 from rora_theory.evaluate.scoring import Scoring, score
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.finetune.held_out import record_losses
-from rora_theory.llama import locate
+from rora_theory.llama import LlamaConfig, locate
+from rora_theory.llama.quantised import QuantisedWeight
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep.cells import cells_of, training_of
 from rora_theory.sweep.design import Design
@@ -95,6 +97,21 @@ def test_what_is_scored_is_the_adapted_model(bench, kind, tmp_path, monkeypatch)
     assert result["validation_loss"] == pytest.approx(expected, rel=1e-4)
     plain = record_losses(base, bench.model.config, bench.held_out)
     assert abs(sum(record.loss for record in plain) / sum(record.loss for record in losses) - 1) > 1e-3
+
+
+def test_the_base_has_the_storage_of_the_settings(bench, tmp_path, monkeypatch) -> None:
+    """A sweep or horizon with ``--quantization`` trains on rounded weights, not on those of the file."""
+    monkeypatch.setattr(checkpoint, "CONFIG", LlamaConfig(300, 32, 64, 2, 4, 2, 8, max_position_embeddings=512))
+    model = str(checkpoint.model(tmp_path))
+    shared = dataclasses.replace(SHARED, quantization="q4_0")
+    rounded = Workbench(shared, bench.records, {}, {model: locate(model)}, scoring=Scoring("label", "clean"))
+    rounded.open(model)
+    weight = rounded.model.params["layers"]["mlp.up_proj"]["weight"]
+    assert isinstance(weight, QuantisedWeight)
+    assert weight.kind == "q4_0"
+    exact = llama.load(model).params["layers"]["mlp.up_proj"]["weight"]
+    error = np.linalg.norm(weight.dense() - exact) / np.linalg.norm(exact)
+    assert 0.02 < error < 0.2, "4 bits round by a few per cent"
 
 
 def test_chats_go_through_the_models_template(tmp_path, monkeypatch) -> None:
