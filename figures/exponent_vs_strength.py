@@ -150,7 +150,7 @@ def draw_laws(axes: Axes, config: Config, strengths: tuple[float, float]) -> Non
             continue
         x = [strengths[0], *by_middle.index, strengths[1]]
         y = [by_middle.iloc[0], *by_middle, by_middle.iloc[-1]]
-        line = {"color": "black", "linewidth": 0.9, "linestyle": (0, (1, 1 + position))}
+        line: dict[str, Any] = {"color": "black", "linewidth": 0.9, "linestyle": (0, (1, 1 + position))}
         axes.plot(x, y, label="constant gradient" if position == 0 else "_same law", **line)
     axes.axhline(-1, color="black", linewidth=0.9, linestyle=(0, (4, 2)), label="first step")
 
