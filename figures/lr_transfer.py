@@ -1,6 +1,5 @@
 """Plot best learning rates against the rank and losses at the largest rank, from a run of sims.lr_transfer."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +120,7 @@ def _select(table: pd.DataFrame, *key: str) -> pd.DataFrame:
 
 
 def _slope(row: dict[Any, Any]) -> str:
-    error = "" if math.isnan(row["standard_error"]) else f" ± {row['standard_error']:.3f}"
+    error = "" if pd.isna(row["standard_error"]) else f" ± {row['standard_error']:.3f}"
     return f": {row['slope']:+.3f}{error}"
 
 

@@ -44,11 +44,11 @@ def test_a_probe_of_the_assumed_law_has_almost_no_regret(cases) -> None:
 
 
 def test_the_schedule_decides_the_exponent() -> None:
-    """Under a cosine schedule the advised rate falls with the steps to the power of -0.4, not -0.5."""
+    """Under a cosine schedule the advised rate falls with the steps to the power of -0.45, not -0.5."""
     constant, cosine = (tune.replay(known_runs(-0.4), TOKENS, schedule) for schedule in ("constant", "cosine"))
     growth = constant["steps"] / constant["probe_steps"]
-    assert (cosine["learning_rate"] / constant["learning_rate"]).to_numpy() == pytest.approx(growth.to_numpy() ** 0.1)
-    assert (cosine["low"] == constant["low"]).all()
+    assert (cosine["learning_rate"] / constant["learning_rate"]).to_numpy() == pytest.approx(growth.to_numpy() ** 0.05)
+    assert (cosine["low"] < constant["low"]).all()
     assert (cosine["high"] > constant["high"]).all()
 
 

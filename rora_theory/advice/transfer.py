@@ -238,7 +238,7 @@ def transfer(
       (16.0, 0.0003)
       >>> advice = transfer(Setting(16, 32, 2e-4), 128, alpha=256, steps=64)  # alpha = 2r at both ranks
       >>> [f"{rate:.2g}" for rate in advice.rate_range]
-      ['3.2e-05', '4e-05', '6.2e-05']
+      ['3.3e-05', '4e-05', '6.2e-05']
     """
     check_setting("old", old)
     terms = _linear_terms(regime)

@@ -177,7 +177,7 @@ def test_a_base_in_blocks_is_trained_stopped_gone_on_with_and_merged(model, data
 @pytest.mark.slow
 def test_what_is_written_is_the_best_or_the_last(model, data, tmp_path, monkeypatch):
     """With validation losses that are made to grow after step 2, on top of what they are; and the schedule ends where
-    the run does, at step 6 of 78."""
+    the run does, at step 6 of 42."""
     factors, real = iter((9.0, 1.0, 2.0, 3.0, 4.0, 5.0)), steps.eval_step
     made = {}
 
@@ -192,7 +192,7 @@ def test_what_is_written_is_the_best_or_the_last(model, data, tmp_path, monkeypa
     held_out = split_records(read_records([str(data)]), 8, 42)[1]
     apart = tokenize(held_out, base.tokenizer, cutoff=400, template="clean", answer_only=True)
     for keep, step, factor in (("best", 2, 1.0), ("last", 6, 5.0)):
-        train([*command, "--keep", keep])
+        train_on_eight([*command, "--keep", keep])
         recorded = {event["step"]: event["loss"] for event in events(out, "validation")}
         assert manifest_of(out)["best_step"] == 2
         adapter = load_peft(out / "adapter", base.config, base.params)
