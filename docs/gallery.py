@@ -1,7 +1,7 @@
 """The gallery of published figures, made from the manifests, the code that draws them and the pages that use them.
 
 Every published figure appears under the page that shows its run most often, or that names its command most often if
-no page shows the run. The commands of a run are in its manifest; those that draw its figures are folded.
+no page shows the run. The commands of a run are in its manifest; options that draw its figures again are listed.
 """
 
 import ast
@@ -109,7 +109,7 @@ def figures() -> list[Figure]:
 
 
 def markdown() -> str:
-    """Return the gallery: a section for each page, in it each run with its data, figures and folded commands."""
+    """Return the gallery: a section for each page, in it each run with its data, figures and options."""
     # Group the figures by page, then by run.
     sections: dict[Path, dict[Path, list[Figure]]] = {}
     for figure in figures():
@@ -139,7 +139,7 @@ def markdown() -> str:
                 lines += _image(figure, "As above." if caption in stated_captions else caption)
                 stated_commands.add(command)
                 stated_captions |= {caption, figure.drawing.caption}
-            lines += _commands(run_figures)
+            lines += _redrawing(run_figures)
         lines += ["</section>", ""]
     return "\n".join(lines)
 
@@ -151,18 +151,19 @@ def _data_links(run: Path) -> str:
     return ", ".join(f"[{name}]({folder}/{name})" for name in names)
 
 
-def _commands(run_figures: Sequence[Figure]) -> list[str]:
-    """Return the folded commands that draw a run's figures with options, or what its manifest does not record."""
+def _redrawing(run_figures: Sequence[Figure]) -> list[str]:
+    """Return the options that draw a run's figures again, and what its manifest does not record."""
     figure = run_figures[0]
     lines = []
     if not figure.commands:
         keys = {"command": "command", "versions": "packages", "revision": "git_revision", "date": "end"}
         missing = [word for word, key in keys.items() if key not in figure.manifest]
         lines += [f"The manifest of this run records its settings, but not: {', '.join(missing)}.", ""]
-    redraw_lines = dict.fromkeys(shlex.join(figure.redraw) for figure in run_figures if figure.redraw_options)
-    if redraw_lines:
-        lines += ["<details markdown><summary>Commands</summary>", ""]
-        lines += ["```", *redraw_lines, "```", "", "</details>", ""]
+    options = dict.fromkeys(
+        shlex.join([figure.drawing.command, *figure.redraw_options]) for figure in run_figures if figure.redraw_options
+    )
+    if options:
+        lines += [f"Options: {', '.join(f'`{line}`' for line in options)}.", ""]
     return lines
 
 
