@@ -3,6 +3,7 @@
 python -m figures.exponent_vs_strength RUN [RUN ...]
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
+from jaxtyping import Float
 from matplotlib.axes import Axes
 
 from figures import style
-from rora_theory.io import frames
 from rora_theory.stats.curve_optima import Method
 from rora_theory.theory.displacement import COHERENCE_RANGE, best_rate_exponent
 from rora_theory.validation.ranges import Count, check_ranges
@@ -78,7 +79,15 @@ def draw(config: Config) -> Sequence[Path]:
         look["fillstyle"] = "none" if (pairs["seeds"] == 1).all() else "full"
         axes.errorbar(middle, pairs["exponent"], yerr=errors, xerr=spans, label=label, **look)
     strengths = pd.concat([pairs[end] for _, pairs in series for end in ("first", "second")])
-    draw_laws(axes, config, (strengths.min() / 2, strengths.max() * 2))
+    # Laws: a band for each run folder, a line for each run folder, and the law of the first step.
+    ends = (strengths.min() / 2, strengths.max() * 2)
+    grid = np.geomspace(*ends, 60)
+    for run, (label, _), colour in zip(config.runs, folders, BAND_COLOURS, strict=False):
+        name = label if len(folders) > 1 else ""
+        draw_displacement_law(axes, style.read_table(run, "constants.csv"), config, grid, name=name, colour=colour)
+    for position, run in enumerate(config.runs):
+        draw_constant_gradient_law(axes, style.read_table(run, "exponents.csv"), config, ends, position)
+    axes.axhline(-1, color="black", linewidth=0.9, linestyle=(0, (4, 2)), label="first step")
     axes.set(xscale="log", xlabel=r"$G = \gamma r$", ylim=(-1.05, -0.4))
     axes.set_ylabel(rf"$d \log \eta^* / d \log G$ after {config.steps} steps")
     style.plain_ticks(axes, strengths)
@@ -115,44 +124,57 @@ def neighbours_by_rank(table: pd.DataFrame, config: Config) -> list[tuple[str, p
     return sorted(by_rank, key=lambda item: float(item[0]))
 
 
-def draw_laws(axes: Axes, config: Config, strengths: tuple[float, float]) -> None:
-    """Draw the displacement law as a band for each run folder, and the lines of the two other laws."""
-    grid = np.geomspace(*strengths, 60)
-    folders = style.read_folders(config.runs, "constants.csv")
-    for (model, table), colour in zip(folders, BAND_COLOURS[: len(folders)], strict=True):
-        constants = table[table["step"] == config.steps]["constant"].to_numpy(float)
-        if not constants.size:
-            continue
-        # Exponent at each G, as the mean over a hundredth of an octave.
-        bounds = np.array(
-            [
-                [
-                    best_rate_exponent(
-                        strength, strength * 2**0.01, displacement_constant=constant, coherence=coherence
-                    )
-                    for constant in (constants.min(), constants.max())
-                    for coherence in COHERENCE_RANGE
-                ]
-                for strength in grid
-            ]
-        )
-        prefix = f"{model}, " if len(folders) > 1 else ""
-        label = f"{prefix}displacement law, K = {constants.min():.0f} to {constants.max():.0f}"
-        axes.fill_between(grid, bounds.min(axis=1), bounds.max(axis=1), color=colour, alpha=0.6, label=label)
-    # The constant-gradient law of each model, at the geometric middle of the pairs for which the run has it.
-    for position, run in enumerate(config.runs):
-        predicted = frames.read_csv(run / "exponents.csv")
-        predicted = predicted[(predicted["over"] == "strength") & (predicted["step"] == config.steps)]
-        if config.ranks:
-            predicted = predicted[predicted["at"].isin(config.ranks)]
-        by_middle = predicted.groupby(np.sqrt(predicted["first"] * predicted["second"]))["law"].mean()
-        if by_middle.empty:
-            continue
-        x = [strengths[0], *by_middle.index, strengths[1]]
-        y = [by_middle.iloc[0], *by_middle, by_middle.iloc[-1]]
-        line: dict[str, Any] = {"color": "black", "linewidth": 0.9, "linestyle": (0, (1, 1 + position))}
-        axes.plot(x, y, label="constant gradient" if position == 0 else "_same law", **line)
-    axes.axhline(-1, color="black", linewidth=0.9, linestyle=(0, (4, 2)), label="first step")
+def draw_displacement_law(
+    axes: Axes, constants: pd.DataFrame, config: Config, strengths: Float[np.ndarray, " n"], *, name: str, colour: str
+) -> None:
+    """Draw the displacement law as a band over all K that a run measured, and over all c.
+
+    Args:
+      axes: Axes to draw on.
+      constants: The run's constants.csv. Without a K after the configured steps, nothing is drawn.
+      config: Configuration of the figure.
+      strengths: Values of G at which the law is evaluated.
+      name: Name of the model in the legend, or an empty string for a single run.
+      colour: Colour of the band.
+    """
+    measured = constants[constants["step"] == config.steps]["constant"].to_numpy(float)
+    if not measured.size:
+        return
+    # Exponent at each G, as the mean over a hundredth of an octave, with the smallest and largest K and c.
+    corners = list(itertools.product((measured.min(), measured.max()), COHERENCE_RANGE))
+    bounds = np.array(
+        [
+            [best_rate_exponent(low, low * 2**0.01, displacement_constant=K, coherence=c) for K, c in corners]
+            for low in strengths
+        ]
+    )
+    law = f"displacement law, K = {measured.min():.0f} to {measured.max():.0f}"
+    label = f"{name}, {law}" if name else law
+    axes.fill_between(strengths, bounds.min(axis=1), bounds.max(axis=1), color=colour, alpha=0.6, label=label)
+
+
+def draw_constant_gradient_law(
+    axes: Axes, exponents: pd.DataFrame, config: Config, ends: tuple[float, float], position: int
+) -> None:
+    """Draw the exponents of the constant-gradient law at the geometric middle of each pair that a run has.
+
+    Args:
+      axes: Axes to draw on.
+      exponents: The run's exponents.csv. Without pairs after the configured steps, nothing is drawn.
+      config: Configuration of the figure.
+      ends: Values of G at which the line begins and ends.
+      position: Index of the run, which selects the line's style. Only the first line is in the legend.
+    """
+    predicted = exponents[(exponents["over"] == "strength") & (exponents["step"] == config.steps)]
+    if config.ranks:
+        predicted = predicted[predicted["at"].isin(config.ranks)]
+    by_middle = predicted.groupby(np.sqrt(predicted["first"] * predicted["second"]))["law"].mean()
+    if by_middle.empty:
+        return
+    x = [ends[0], *by_middle.index, ends[1]]
+    y = [by_middle.iloc[0], *by_middle, by_middle.iloc[-1]]
+    line: dict[str, Any] = {"color": "black", "linewidth": 0.9, "linestyle": (0, (1, 1 + position))}
+    axes.plot(x, y, label="constant gradient" if position == 0 else "_same law", **line)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -89,14 +89,14 @@ def read_folders(runs: Sequence[Path], name: str) -> "list[tuple[str, pd.DataFra
         fail("runs must be one or more run folders of sims.horizon, got none")
     models = [read_frame(run, "horizon")[0]["config"]["model"] for run in runs]
     labels = models if len(set(models)) == len(models) else [run.name for run in runs]
-    return list(zip(labels, _tables(runs, name), strict=True))
+    return list(zip(labels, (read_table(run, name) for run in runs), strict=True))
 
 
-def _tables(runs: Sequence[Path], name: str) -> "Iterator[pd.DataFrame]":
-    for run in runs:
-        if not (run / name).exists():
-            fail(f"{run} has no {name}. Run sims.horizon into it again with --regime.")
-        yield frames.read_csv(run / name)
+def read_table(run: Path, name: str) -> "pd.DataFrame":
+    """Read a table of a run folder of sims.horizon. A missing table ends the command."""
+    if not (run / name).exists():
+        fail(f"{run} has no {name}. Run sims.horizon into it again with --regime.")
+    return frames.read_csv(run / name)
 
 
 def plain_ticks(axes: plt.Axes, strengths: "pd.Series") -> None:
