@@ -166,8 +166,13 @@ def check_steps(steps: Sequence[int], name: str = "steps") -> None:
     check_integer(name, steps[-1])
 
 
-def check_warmup(warmup: int, steps: int) -> None:
-    """Raise `InputError` unless the warm-up is shorter than the planned run."""
+def check_warmup(warmup: int, steps: float) -> None:
+    """Raise `InputError` unless the warm-up is shorter than the planned run.
+
+    Args:
+      warmup: Number of steps of warm-up.
+      steps: Number of steps of the planned run; infinity if it is not known yet.
+    """
     check_integer("warmup", warmup, minimum=0)
     if warmup >= steps:
         raise InputError(

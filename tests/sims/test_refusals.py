@@ -75,6 +75,7 @@ CASES = [
     ("finetune", "--data TRAIN TRAIN", "data .*train.json"),
     ("finetune", "--warmup 99 --steps 2", "warmup .* 2, got 99"),
     ("finetune", "--warmup 12 --epochs 3", "warmup .* 12, got 12"),
+    ("finetune", "--warmup 12 --epochs 3 --steps 99", "warmup .* 12, got 12"),
     ("finetune", "--accumulation 3", "accumulation .* batch"),
     ("horizon", "--lrs 1e-3 1e-3", "lrs"),
     ("horizon", "--read-at 2 1", "read"),
