@@ -239,8 +239,8 @@ def read_record_set(sources: Sequence[str | Path], config: FormatConfig | None =
     # Columns of a table that may be fields of a record.
     columns = {config.fields.get(key, key) for key in FIELD_NAMES}
     for source in sources:
-        located = _locate_source(source)
-        _check_new_files(source, [path for path, _ in located], source_of_file)
+        located = locate_source(source)
+        check_new_files(source, [path for path, _ in located], source_of_file)
         count_before, format_name = len(records) + errors.count, config.format
         for where, value in itertools.chain.from_iterable(_read_file(path, name, columns) for path, name in located):
             try:
@@ -292,7 +292,7 @@ def _detect_formats(where: str, value: dict[str, Any], config: FormatConfig) -> 
     raise InputError(f"{where}: keys must match a format, got {keys}. Formats: {listed}. Rename fields with --fields.")
 
 
-def _locate_source(source: str | Path) -> list[tuple[Path, str]]:
+def locate_source(source: str | Path) -> list[tuple[Path, str]]:
     """Return the files of a source with their names for errors; files on the hub are downloaded."""
     # A source is a split of several files, one file on the hub, or a local file.
     split = hub_files.parse_split(source) if isinstance(source, str) else None
@@ -304,12 +304,21 @@ def _locate_source(source: str | Path) -> list[tuple[Path, str]]:
     return [(Path(source), str(source))]
 
 
-def _check_new_files(
-    source: str | Path, paths: Sequence[Path], source_of_file: dict[tuple[int, int], str | Path]
+def check_new_files(
+    source: str | Path, paths: Sequence[Path], source_of_file: dict[tuple[int, int], str | Path], *, name: str = "data"
 ) -> None:
-    """Raise `InputError` if a file belongs to an earlier source, and add the others to ``source_of_file``.
+    """Check that no file of a source belongs to an earlier source, and add the files to ``source_of_file``.
 
     A record that is read twice could be in both the training and the validation data.
+
+    Args:
+      source: Source of the files.
+      paths: Files of the source.
+      source_of_file: Earlier sources by the device and inode of their files, which is extended.
+      name: Name of the argument that lists the sources, for the error.
+
+    Raises:
+      InputError: A file belongs to an earlier source.
     """
     identities = set()
     for path in paths:
@@ -321,7 +330,7 @@ def _check_new_files(
         identity = (status.st_dev, status.st_ino)
         if identity in source_of_file:
             raise InputError(
-                f"data must not name a file twice, got {path} in {source_of_file[identity]} and {source}. "
+                f"{name} must not name a file twice, got {path} in {source_of_file[identity]} and {source}. "
                 "Remove one of them."
             )
         identities.add(identity)

@@ -1,6 +1,7 @@
 """Cut plain text into windows of equal length, for calibration and perplexity."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
@@ -8,7 +9,7 @@ from jaxtyping import Int
 from rora_theory.data.batches import TextEncoder
 from rora_theory.data.formats import AnyRecord, Chat, Text
 from rora_theory.data.prompts import training_text
-from rora_theory.data.records import FormatConfig, read_records
+from rora_theory.data.records import FormatConfig, check_new_files, locate_source, read_records
 from rora_theory.errors import InputError
 from rora_theory.io import files
 
@@ -24,11 +25,16 @@ def read_texts(sources: Sequence[str], config: FormatConfig | None = None) -> li
       config: Format of the records; None detects it from the first record's keys.
 
     Raises:
-      InputError: A file is missing, unreadable or empty.
+      InputError: A file is missing, unreadable or empty, or belongs to two sources.
     """
     documents: list[str] = []
+    source_of_file: dict[tuple[int, int], str | Path] = {}
     for source in sources:
-        if source.endswith(".txt"):
+        is_document = source.endswith(".txt")
+        # Refuse a repeated file: the same text could be in the windows and the held-out windows.
+        paths = [Path(source)] if is_document else [path for path, _ in locate_source(source)]
+        check_new_files(source, paths, source_of_file, name="text")
+        if is_document:
             text = files.read_text(source)
             if not text.strip():
                 raise InputError(f"{source}: is empty. Pass a file with text.")

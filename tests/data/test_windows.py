@@ -30,6 +30,18 @@ def test_windows_do_not_overlap(tmp_path) -> None:
         sample_windows(["x" * 60], tokenizer, **sizes)
 
 
+def test_a_file_that_is_named_twice_is_refused(tmp_path) -> None:
+    """Also by another path; its windows could be both calibration and held-out windows."""
+    text, records = tmp_path / "text.txt", tmp_path / "train.json"
+    text.write_text("the quick brown fox " * 20)
+    checkpoint.records(records, 10)
+    (tmp_path / "link.txt").symlink_to(text)
+    assert len(read_texts([str(text), str(records)])) == 11
+    for sources in ([text, text], [text, tmp_path / "link.txt"], [text, records, records]):
+        with pytest.raises(InputError, match=f"^text .*{sources[-2].name} .*{sources[-1].name}"):
+            read_texts([str(source) for source in sources])
+
+
 def test_windows_take_all_of_a_text_that_is_just_long_enough() -> None:
     """Four documents of 6 letters become 8 tokens each, with a token before and the end token behind each one."""
     texts, sizes = ["abcdef", "ghijkl", "mnopqr", "stuvwx"], {"seq": 16, "windows": 1, "held_out": 1}

@@ -101,6 +101,7 @@ CASES = [
     ("lr_transfer", "--matrix . --judge train", "--judge train .* --matrix"),
     ("lr_transfer", "--matrix . --workers 2", "--workers 2 .* --matrix"),
     ("prune", "--text BLANK.txt", "BLANK.txt: is empty"),
+    ("prune", "--text TRAIN TRAIN", "text must .*train.json .*train.json"),
     ("prune", "--windows 0", "windows .*0"),
     ("prune", "--windows 1000", "at least 1003 windows"),
     ("prune", "--layers 3", "layers .* 1 to 2.* 3"),
