@@ -4,37 +4,33 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.trained_runs import trained_run
 
 from rora_theory.errors import InputError
 from rora_theory.stats.trained_runs import TrainedRun, bootstrap, curve_of_runs, loss_difference
 
 
-def run(method: str = "lora", rank: int = 8, gamma: float = 2.0, rate: float = 0.1, **values) -> TrainedRun:
-    """Return a run of seed 0 with a loss of 1 and no losses by record unless stated."""
-    defaults = {"seed": 0, "loss": 1.0, "records": None, "tokens": None}
-    return TrainedRun(method, rank, gamma, rate, **(defaults | values))
-
-
 def test_the_bootstrap_draws_the_same_records_at_every_rate():
     """Records that differ widely, and a loss a token that does not: a ratio of sums that no draw changes."""
     tokens = np.array([1.0, 10.0, 100.0])
-    runs = [run(rate=factor, loss=factor, records=factor * tokens, tokens=tokens) for factor in (1.0, 3.0)]
-    runs.append(run(rate=9.0, loss=np.inf))
+    runs = [trained_run(rate=factor, loss=factor, records=factor * tokens, tokens=tokens) for factor in (1.0, 3.0)]
+    runs.append(trained_run(rate=9.0, loss=np.inf))
     np.testing.assert_allclose(bootstrap(runs, draws=7), [[1.0, 3.0, np.inf]] * 7)
     np.testing.assert_allclose(bootstrap([runs[2], runs[0]], draws=2), [[np.inf, 1.0]] * 2)
     level = np.array([5.0, 1.0, 2.0]) * tokens
-    uneven = [run(rate=factor, records=factor * level, tokens=tokens) for factor in (1.0, 3.0)]
+    uneven = [trained_run(rate=factor, records=factor * level, tokens=tokens) for factor in (1.0, 3.0)]
     drawn = bootstrap(uneven, draws=50)
     np.testing.assert_allclose(drawn[:, 1], 3 * drawn[:, 0])
     assert len(np.unique(drawn[:, 0])) > 3
     np.testing.assert_array_equal(drawn, bootstrap(uneven, draws=50), "seeded: methods share their draws")
-    shares = bootstrap([run(records=np.array([1.0, 0.0, 0.0]), tokens=np.ones(3))], draws=50)
+    shares = bootstrap([trained_run(records=np.array([1.0, 0.0, 0.0]), tokens=np.ones(3))], draws=50)
     assert set(np.round(3 * shares.ravel()).tolist()) == {0, 1, 2, 3}, "the first record is drawn 0 to 3 times"
 
 
 def test_losses_by_record_are_of_the_same_records_or_of_none():
     first, second = (
-        run(seed=seed, records=np.array(sums), tokens=np.ones(2)) for seed, sums in enumerate(([1.0, 3.0], [3.0, 5.0]))
+        trained_run(seed=seed, records=np.array(sums), tokens=np.ones(2))
+        for seed, sums in enumerate(([1.0, 3.0], [3.0, 5.0]))
     )
     without_records = replace(second, records=None, tokens=None)
     assert bootstrap([first, without_records], draws=2) is None
@@ -60,7 +56,7 @@ def test_a_curve_has_its_seeds_and_rates_in_order(lacks_records):
     """Runs in any order; the resampled losses belong to the same seeds and rates, if all runs have records."""
     tokens = np.array([1.0, 10.0, 100.0])
     runs = [
-        run("rora", rate=rate, seed=seed, loss=seed + rate, records=(seed + rate) * tokens, tokens=tokens)
+        trained_run("rora", rate=rate, seed=seed, loss=seed + rate, records=(seed + rate) * tokens, tokens=tokens)
         for seed in (3, 1)
         for rate in (0.4, 0.1, 0.2)
     ]
@@ -101,7 +97,7 @@ def test_both_errors_are_kept(by_seed, records, over):
 
     first, second = (
         [
-            run(seed=seed, loss=loss, **records_of(loss * tokens + growth[seed] * sums))
+            trained_run(seed=seed, loss=loss, **records_of(loss * tokens + growth[seed] * sums))
             for seed, loss in enumerate(losses)
         ]
         for losses, sums in ((2 + np.array(by_seed), shared + noise), (np.full(len(by_seed), 2.0), shared))

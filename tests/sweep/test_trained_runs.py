@@ -1,30 +1,25 @@
 """Trained runs of a sweep: the exponent their scalings have, and the losses that are read."""
 
 import pytest
+from support.trained_runs import trained_run
 
 from rora_theory.errors import InputError
 from rora_theory.stats.trained_runs import TrainedRun
 from rora_theory.sweep.trained_runs import kappa_of, read_runs
 
 
-def run(method: str = "lora", rank: int = 8, gamma: float = 2.0, rate: float = 0.1, **values) -> TrainedRun:
-    """Return a run of seed 0 with a loss of 1 and no losses by record unless stated."""
-    defaults = {"seed": 0, "loss": 1.0, "records": None, "tokens": None}
-    return TrainedRun(method, rank, gamma, rate, **(defaults | values))
-
-
 def test_kappa_of_a_rule():
     """Alpha / sqrt(r) has 0.5, and alpha = 2 r has 0."""
-    rora = [run("rora", rank, 16 / rank**0.5) for rank in (8, 32, 128)]
-    alpha_2r = [run(rank=rank) for rank in (8, 32)]
+    rora = [trained_run("rora", rank, 16 / rank**0.5) for rank in (8, 32, 128)]
+    alpha_2r = [trained_run(rank=rank) for rank in (8, 32)]
     assert (kappa_of(rora), kappa_of(alpha_2r)) == (0.5, 0)
     with pytest.raises(InputError, match="method rora must have two or more ranks, got 32"):
         kappa_of(rora[1:2])
     # Another alpha at one of two ranks, and scalings that are no power of the rank.
     for runs in (
-        [*rora[:2], run("rora", 8, 64 / 8**0.5)],
-        [*rora, run("rora", 256, 1.00001)],
-        [*alpha_2r, run(rank=128, gamma=0.1)],
+        [*rora[:2], trained_run("rora", 8, 64 / 8**0.5)],
+        [*rora, trained_run("rora", 256, 1.00001)],
+        [*alpha_2r, trained_run(rank=128, gamma=0.1)],
     ):
         with pytest.raises(InputError, match=f"method {runs[0].method} must have one rule and alpha, got"):
             kappa_of(runs)
