@@ -65,8 +65,9 @@ def test_measured_checked_and_trained(tmp_path, monkeypatch, capsys) -> None:
     assert "the signal term dominates above rank" in measured
     assert "(Adam, kaiming_uniform, held-out tokens" in measured
     assert "14 modules" in measured
-    assert "at ranks 16, 32 and 128" in checked
-    assert "AdamW at 0.0002," in checked
+    assert "ranks 16 to 128, steps up to 2, 3 draws)" in checked
+    assert "at ranks 16, 32 and 128" in names["check"].scope
+    assert "AdamW at 0.0002," in names["check"].scope
     assert "not accepted" not in printed.out + printed.err
     assert "Measuring 14 modules (two forward passes" in printed.err
     trained = json.loads(next((tmp_path / "tuned").glob("checkpoint-*/adapter_config.json")).read_text())

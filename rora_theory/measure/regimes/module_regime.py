@@ -211,7 +211,9 @@ class Regime:
         return cls(crossings, results, takeover, tokens, training_loss, held_out_loss)
 
     def sentence(self, optimizer: Optimizer = "adam", init: Init = "kaiming_uniform", split: Split = "heldout") -> str:
-        """Return a sentence with the rank above which the signal term dominates a module's first step.
+        """Return the rank above which the signal term dominates a module's first step, and the check that must follow.
+
+        The values of single modules and of a typical token are in `crossings`.
 
         Args:
           optimizer: Optimizer of the step.
@@ -221,15 +223,13 @@ class Regime:
         Raises:
           InputError: If nothing was measured for these arguments.
         """
-        rows = self.crossings_of(optimizer, init, split)
-        pooled, token = rows["crossing_rank"].astype(float), rows["median"].astype(float).median()
+        ranks = self.crossings_of(optimizer, init, split)["crossing_rank"].astype(float)
         tokens = {"train": "training tokens", "heldout": "held-out tokens"}[split]
         return (
-            f"In the first step of a single module, the signal term dominates above rank {pooled.median():.3g} "
-            f"({DISPLAY_NAMES[optimizer]}, {init}, {tokens}). This is the median over {len(rows)} modules; their "
-            f"crossing ranks range from {pooled.min():.3g} to {pooled.max():.3g}, and that of a typical token is "
-            f"{token:.3g}. In the step of the whole model, cross-talk averages out over modules; a coordinate check "
-            "tests this."
+            f"In the first step of a module, the signal term dominates above rank {ranks.median():.3g} "
+            f"({DISPLAY_NAMES[optimizer]}, {init}, {tokens}; median of {len(ranks)} modules, "
+            f"range {ranks.min():.3g} to {ranks.max():.3g}). "
+            "Run a coordinate check: cross-talk averages out over modules."
         )
 
     def plot(self, split: Split = "heldout", init: Init | None = None) -> "matplotlib.figure.Figure":

@@ -64,12 +64,16 @@ LearningRate = float | Callable[[int], float]
 """One learning rate for all ranks, or a function of the rank."""
 
 CONCLUSIONS = {
-    "flat": "do not depend on the rank, so the advice holds as it stands",
-    "grows with the rank": "grow with the rank, so alpha or the learning rate is too large at the higher ranks",
-    "shrinks with the rank": "shrink with the rank, so alpha or the learning rate is too small at the higher ranks",
-    "undecided": "may or may not depend on the rank: the draws of A differ too much, so raise seeds",
+    "flat": ("do not depend on the rank", "Use the advice as it stands."),
+    "grows with the rank": ("grow with the rank", "Lower alpha or the learning rate at higher ranks."),
+    "shrinks with the rank": ("shrink with the rank", "Raise alpha or the learning rate at higher ranks."),
+    "undecided": ("may or may not depend on the rank", "Repeat the check with more seeds."),
+    "nothing moved": ("do not change its outputs", "Use float32 or a higher learning rate."),
 }
-"""Conclusion from each verdict about a setting that is used at several ranks."""
+"""Conclusion from each verdict about a setting that is used at several ranks, and what to do."""
+
+MIXED = ("behave differently by step or split", "Compare the steps and splits in `slopes`.")
+"""Conclusion from a verdict that names steps or splits, and what to do."""
 
 
 def adamw(learning_rate: LearningRate) -> MakeOptimizer:
@@ -101,9 +105,13 @@ class TorchCheck:
     band: float
 
     def sentence(self) -> str:
-        """Return a sentence with the verdict on the whole model, followed by its scope."""
-        conclusion = CONCLUSIONS.get(self.verdict, "behave differently by step or split (see slopes)")
-        return f"The first steps of the whole model {conclusion} (verdict: {self.verdict}). {self.scope}"
+        """Return the verdict on the whole model and what to do. `scope` states the model, optimizer and batches."""
+        conclusion, action = CONCLUSIONS.get(self.verdict, MIXED)
+        ranks, steps, seeds = (self.sizes[name] for name in ("rank", "step", "seed"))
+        return (
+            f"The first steps of the whole model {conclusion} (verdict: {self.verdict}; ranks {ranks.min()} to "
+            f"{ranks.max()}, steps up to {steps.max()}, {seeds.nunique()} draws). {action}"
+        )
 
     def plot(self) -> "matplotlib.figure.Figure":
         """Plot the change of the model's outputs against the rank, and its slopes against the step.

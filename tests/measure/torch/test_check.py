@@ -1,5 +1,6 @@
 """The rank coordinate check of PEFT models: which rule keeps the first steps, and that it can fail."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -142,7 +143,11 @@ def test_which_rule_keeps_the_first_step(arguments, optimizer, verdict) -> None:
     )
     assert check.verdict == verdict
     assert check.sentence().startswith("The first steps of the whole model ")
-    assert f"(verdict: {verdict}). Measured on LlamaForCausalLM in float32" in check.sentence()
+    assert f"(verdict: {verdict}; ranks 32 to 128, steps up to 2, 3 draws)." in check.sentence()
+    assert len(check.sentence().split()) <= 35
+    assert "Use float32" in replace(check, verdict="nothing moved").sentence()
+    assert "in `slopes`" in replace(check, verdict="mixed (1 flat, 1 grows)").sentence()
+    assert check.scope.startswith("Measured on LlamaForCausalLM in float32 ")
     assert "at ranks 32, 64 and 128, after 1 and 2 steps of" in check.scope
     assert "3 draws of A, 1 training batch and no held-out batch" in check.scope
     if verdict == "flat":
