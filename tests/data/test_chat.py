@@ -132,6 +132,16 @@ def test_all_chats_that_a_template_cannot_render_are_listed():
         texts.render_records(chats, "clean")
 
 
+def test_a_chat_template_has_no_effect_on_other_templates():
+    """Records are rendered by the template that is named, and by the chat template only if that is named `chat`."""
+    records, template = [Record("Who?", "I."), Record("What?", "It.")], ChatTemplate(chat.CHATML)
+    for name in ("clean", "plain"):
+        expected = [texts.render_record(record, name) for record in records]
+        assert texts.render_records(records, name, template) == expected
+    with pytest.raises(InputError, match="template .*'chat'.*no chat template"):
+        texts.render_records(records, "chat")
+
+
 @pytest.mark.parametrize("name", ["MARKED", "MISTRAL3", "LLAMA3"])
 def test_turns_of_the_prompt_and_of_weight_0_are_not_learned(name):
     """Three answers: the two in the prompt are left out, or the second one, which has weight 0."""
