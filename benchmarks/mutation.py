@@ -6,8 +6,8 @@
 
 A mutant is one module with one operator, comparison, number or condition changed (cosmic-ray's operators, `OPERATORS`).
 It is killed if a test file of the module or an example in its docstrings fails on it, or if its time runs out.
-Everything is imported once, and each mutant runs in a fork that imports anew only what depends on the module, so that
-it costs about a second, or some seconds in the bridge. Extra `mutation`; on demand, not part of the suite.
+What the tests need is imported once, and each mutant runs in a fork that imports anew only what depends on the module,
+so that it costs about a second, or some seconds in the bridge. Extra `mutation`; on demand, not part of the suite.
 """
 
 import argparse
@@ -168,21 +168,54 @@ def _fixed_parts(tree: ast.AST) -> list[str]:
 
 
 @cache
-def imports() -> dict[str, set[str]]:
-    """Return the modules of the project that each of its modules imports, with the packages that contain them."""
+def project_files() -> dict[str, Path]:
+    """Return the paths of the project's modules, and of what the tests share, by their names."""
     files = {_name(path): path for room in ROOMS for path in Path(room).rglob("*.py")}
-    imported: dict[str, set[str]] = {}
-    for name, path in files.items():
-        direct: set[str] = set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                direct |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                members = [f"{node.module}.{alias.name}" for alias in node.names]
-                direct |= {member if member in files else str(node.module) for member in members}
-        with_packages = {module for inner in (name, *direct) for module in (inner, *_packages(inner))}
-        imported[name] = with_packages - {name}
-    return imported
+    shared = {_name(path.relative_to("tests")): path for path in Path("tests/support").glob("*.py")}
+    return files | shared
+
+
+@cache
+def imports() -> dict[str, set[str]]:
+    """Return what importing each module of the project imports directly, with the packages that contain it.
+
+    An import in a function is not among them: it runs in the fork, where it finds the mutant.
+    """
+    return {name: _imported_by(path, name) - {name} for name, path in project_files().items()}
+
+
+def _imported_by(path: Path, *names: str, in_functions: bool = False) -> set[str]:
+    """Return the modules that a file imports and the given ones, with the packages that contain them."""
+    direct = set(names)
+    for node in _import_statements(ast.parse(path.read_text()), in_functions):
+        if isinstance(node, ast.Import):
+            direct |= {alias.name for alias in node.names}
+        else:
+            members = [f"{node.module}.{alias.name}" for alias in node.names]
+            direct |= {member if member in project_files() else str(node.module) for member in members}
+    return {module for inner in direct for module in (inner, *_packages(inner))}
+
+
+def _import_statements(node: ast.AST, in_functions: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Yield the imports that run: without those for type checkers, and without those in functions unless asked for."""
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        yield node
+        return
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not in_functions:
+        return
+    is_for_checkers = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    for child in node.orelse if is_for_checkers else ast.iter_child_nodes(node):  # type: ignore[attr-defined]
+        yield from _import_statements(child, in_functions)
+
+
+def needed(path: Path, tests: list[str]) -> set[str]:
+    """Return the modules of the project that a module and its tests import, directly or not."""
+    modules: set[str] = set()
+    more = set().union(*(_imported_by(file, in_functions=True) for file in (path, *map(Path, tests))))
+    while more := (more & imports().keys()) - modules:
+        modules |= more
+        more = set().union(*(imports()[name] for name in more))
+    return modules
 
 
 def dependents(name: str) -> set[str]:
@@ -202,19 +235,28 @@ def _packages(name: str) -> list[str]:
     return [name[:end] for end, letter in enumerate(name) if letter == "."]
 
 
-def prepare(path: Path) -> None:
-    """Import what does not depend on a module, as the tests do; no device is touched, so that forks are safe."""
+def prepare(path: Path, tests: list[str]) -> None:
+    """Import what a module's tests need and what does not depend on it; no device is touched, so that forks are safe.
+
+    Args:
+      path: Path of the module.
+      tests: Files that test the module.
+    """
     from jaxtyping import install_import_hook
 
     install_import_hook("rora_theory", "support.checker.checker")
-    for name in imports().keys() - dependents(_name(path)):
-        importlib.import_module(name)
+    for name in needed(path, tests) - dependents(_name(path)):
+        if name.split(".")[0] in ROOMS:
+            importlib.import_module(name)
     if path.is_relative_to("rora_theory/measure/torch"):
         for name in BRIDGE_LIBRARIES.split():
             importlib.import_module(name)
         models = importlib.import_module("support.torch_models")
         for family in ("llama", "gpt2", "t5"):  # transformers imports a family's code when it is first used
             models.model(family)
+    # A module that is loaded already would be tested in place of its mutants.
+    if _name(path) in sys.modules:
+        raise RuntimeError(f"{_name(path)} was imported before its mutants")
 
 
 def killed(path: Path, mutant: Mutant, tests: list[str], seconds: float) -> bool:
@@ -307,7 +349,7 @@ def main() -> None:
 def judge(name: str, max_mutants: int, seed: int, seconds: float) -> tuple[int, int]:
     """Print the surviving mutants of a module, and return the numbers of tested and of killed ones."""
     path, tests = Path(MODULES[name][0]), MODULES[name][1].split()
-    prepare(path)
+    prepare(path, tests)
     if killed(path, Mutant(path.read_text(), ""), tests, 10 * seconds):
         raise RuntimeError(f"{name}: the tests fail without a mutant")
     every = list(mutants(path))
