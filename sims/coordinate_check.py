@@ -38,6 +38,7 @@ from sims.common.summaries import summarised
 
 NAME = "coordinate_check"
 SPLITS = {"train": "training", "held_out": "held-out"}
+"""Labels of the batches at which changes are measured."""
 
 
 @dataclass(frozen=True)

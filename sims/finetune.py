@@ -83,7 +83,7 @@ def run(config: Config) -> None:
     if config.processes.join():
         config.output.check_several(config.training, config.out)
     silence_checkpoint_logs()
-    if (first := distributed.is_first()) and config.out is not None:
+    if (is_first := distributed.is_first()) and config.out is not None:
         check_free(config.out)
     # Records: refuse too few of them before the weights are read.
     records = read_record_set(config.data, config.reading)
@@ -93,25 +93,25 @@ def run(config: Config) -> None:
     origin = llama.locate(config.model, config.revision)
     llama_config = llama.model_config(origin)
     adapted = adapters.table(training.adapter(), llama_config)
-    if first:
+    if is_first:
         prompts.print_summary(records, training.template)
-        forms = {name: f"{{{name}}}" for name in ("module", "layers", "rule", "rank")}
-        forms |= {"alpha": "{alpha:g}", "scaling": "{scaling:.6g}"}
+        formats = {name: f"{{{name}}}" for name in ("module", "layers", "rule", "rank")}
+        formats |= {"alpha": "{alpha:g}", "scaling": "{scaling:.6g}"}
         rows = [row._asdict() for row in adapted]
-        tables.print_records(f"{training.method} on {config.model}", rows, forms, left=3, missing="-")
+        tables.print_records(f"{training.method} on {config.model}", rows, formats, left=3, missing="-")
     tokenizer = llama.model_tokenizer(origin)
     chat = records.chat(tokenizer, training.template)
     identity = origin.identity() | {"data": config.data} | records.identity(chat) | training.settings()
-    if first:
+    if is_first:
         check_free(path_of(NAME, identity, config.out))
     # Tokenize, which refuses bad records, then load the weights.
     data = prepare(records.records, tokenizer, training, chat)
     check_run_length(training, len(data.train))
     layout, shardings = sharding.layout_over_all_devices(llama_config, training, fsdp=config.fsdp)
     model = llama.load(origin, training.dtype, shardings=shardings, quantization=training.quantization)
-    cli.print_notes(model.remarks if first else [])
+    cli.print_notes(model.remarks if is_first else [])
     folder, path = None, config.out
-    if first:
+    if is_first:
         folder = RunFolder.open(NAME, identity, out=config.out, seed=training.seed, models=[origin])
         path = folder.path
         prompts.save_prompts(folder, data.train.examples, model.tokenizer, show=config.reading.show)

@@ -29,6 +29,7 @@ from sims.common.summaries import summarised
 
 NAME = "training_dynamics"
 SHOWN = {"output_train": "training", "output_held_out": "held-out", "delta_frobenius": "|dM|_F"}
+"""Quantities in the printed tables, with their labels: output changes, and the Frobenius norm of the change dM."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,19 @@ def run(config: Config) -> None:
     def work(cell: TrainingCell, _: Path) -> list[dict[str, Any]]:
         return training_grid.training_rows(grid, cell)
 
-    seeds = run_table(
+    seed_rows = run_table(
         cells, work, folder, training_grid.COLUMNS, runner=runner, title="training dynamics", name="seeds.csv"
     )
     # Means over seeds, slopes in the rank, and the questions that they answer.
-    folder.write_frame(exponents.summarise_seeds(seeds))
-    fits = exponents.exponent_fits(seeds)
+    folder.write_frame(exponents.summarise_seeds(seed_rows))
+    fits = exponents.exponent_fits(seed_rows)
     folder.write_frame(fits[list(FIT_COLUMNS)], "exponents.csv")
     answered = training_grid.grid_answers(grid, fits)
     folder.write("answers.json", json.dumps([answer._asdict() for answer in answered], indent=2) + "\n")
     ends = fits[(fits["step"] == grid.steps[-1]) & (fits["range"] == "all") & fits["quantity"].isin(SHOWN)]
     scope = ("model", "start", "trained", "optimizer", "rule", "quantity", "step", "ranks", "verdict")
     with summarised(folder, key_figures(ends, "slope in the rank", "slope", over="seeds", scope=scope)):
-        report(grid, seeds, fits, answered)
+        report(grid, seed_rows, fits, answered)
     folder.finish()
     answers.print_files(folder.path)
 

@@ -23,8 +23,8 @@ from rora_theory.runs import software
 from rora_theory.scaling import scaling_factor
 
 FILE = "README.md"
-HERE = "THIS_FOLDER_OR_ITS_HUB_ID"
-"""Placeholder for the folder in the code that loads it."""
+FOLDER_PLACEHOLDER = "THIS_FOLDER_OR_ITS_HUB_ID"
+"""Stands for the folder in the code that loads it; readers of the card replace it."""
 
 FULL = "FULL"
 """``peft_type`` of full fine-tuning, which PEFT does not have."""
@@ -192,7 +192,7 @@ def _loading(entries: Mapping[str, Any], repository: str | None, base: str | Mod
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         f"base = AutoModelForCausalLM.from_pretrained({name}{revision})",
-        f'model = PeftModel.from_pretrained(base, "{HERE}")',
+        f'model = PeftModel.from_pretrained(base, "{FOLDER_PLACEHOLDER}")',
     ]
     loading = "```python\n" + "\n".join(lines) + "\n```"
     if (storage := _read(base, "storage")) and storage.quantised:
@@ -203,8 +203,8 @@ def _loading(entries: Mapping[str, Any], repository: str | None, base: str | Mod
 def _loading_merged() -> str:
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f'model = AutoModelForCausalLM.from_pretrained("{HERE}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{HERE}")',
+        f'model = AutoModelForCausalLM.from_pretrained("{FOLDER_PLACEHOLDER}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{FOLDER_PLACEHOLDER}")',
     ]
     return "```python\n" + "\n".join(lines) + "\n```"
 

@@ -110,17 +110,17 @@ def _from_entries(entries: Mapping[str, Any], llama_config: LlamaConfig) -> Lora
         target_modules=modules,
         dropout=entries["lora_dropout"],
         init=INIT_LORA_WEIGHTS[str(entries["init_lora_weights"]).lower()],  # type: ignore[arg-type]
-        rank_pattern=_effective("rank_pattern", entries, chosen),
-        alpha_pattern=_effective("alpha_pattern", entries, chosen),
+        rank_pattern=_matching_entries("rank_pattern", entries, chosen),
+        alpha_pattern=_matching_entries("alpha_pattern", entries, chosen),
         layers=layers,
         use_dora=entries["use_dora"],
     )
 
 
-def _effective(where: str, entries: Mapping[str, Any], chosen: Sequence[str]) -> dict[str, Any]:
-    """Return the entries of a pattern that apply to one of the ``chosen`` names, in the file's order."""
-    pattern = entries[where] or {}
-    used = set(first_matches(where, pattern, chosen).values())
+def _matching_entries(name: str, entries: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
+    """Return the entries of the pattern ``name`` that apply to one of the modules, in the file's order."""
+    pattern = entries[name] or {}
+    used = set(first_matches(name, pattern, modules).values())
     return {key: value for key, value in pattern.items() if key in used}
 
 

@@ -60,28 +60,30 @@ def _numbered_labels(word: str, count: int) -> tuple[str, ...]:
     return tuple(f"{word}{number}" for number in range(1, count + 1))
 
 
-_TRUE = "Please answer the following question with true or false, question: "
-_SOLUTION = "Please choose the correct solution to the question: "
-_ANSWER = "Please choose the correct answer to the question: "
-_ENDING = "Please choose the correct ending to complete the given sentence: "
-_OPTION = "Please choose the correct answer to fill in the blank to complete the given sentence: "
-_SOLUTIONS, _ENDINGS, _OPTIONS = (
+_TRUE_FALSE_OPENING = "Please answer the following question with true or false, question: "
+_SOLUTION_OPENING = "Please choose the correct solution to the question: "
+_ANSWER_OPENING = "Please choose the correct answer to the question: "
+_ENDING_OPENING = "Please choose the correct ending to complete the given sentence: "
+_OPTION_OPENING = "Please choose the correct answer to fill in the blank to complete the given sentence: "
+_SOLUTION_LABELS, _ENDING_LABELS, _OPTION_LABELS = (
     _numbered_labels("solution", 2),
     _numbered_labels("ending", 4),
     _numbered_labels("option", 2),
 )
-_ANSWERS = _numbered_labels("answer", 5)
+_ANSWER_LABELS = _numbered_labels("answer", 5)
 
+# Columns: key, labels, opening, heading of a choice, text between choices, text before "Answer format:", the harness's
+# name and whether it reports acc_norm.
 # fmt: off
 _TASK_TABLE = (
-    Task("boolq", ("true", "false"), _TRUE, "", "", "\n\n", "boolq", False),
-    Task("piqa", _SOLUTIONS, _SOLUTION, "Solution", "\n\n", "\n\n", "piqa", True),
-    Task("social_i_qa", _ANSWERS, _ANSWER, "Answer", " ", "\n\n", "social_iqa", False),
-    Task("hellaswag", _ENDINGS, _ENDING, "Ending", " ", "\n\n", "hellaswag", True),
-    Task("winogrande", _OPTIONS, _OPTION, "Option", " ", " ", "winogrande", False),
-    Task("ARC-Easy", _ANSWERS, _ANSWER, "Answer", " ", "\n\n", "arc_easy", True),
-    Task("ARC-Challenge", _ANSWERS, _ANSWER, "Answer", " ", "\n\n", "arc_challenge", True),
-    Task("openbookqa", _ANSWERS, _ANSWER, "Answer", " ", "\n\n", "openbookqa", True),
+    Task("boolq", ("true", "false"), _TRUE_FALSE_OPENING, "", "", "\n\n", "boolq", False),
+    Task("piqa", _SOLUTION_LABELS, _SOLUTION_OPENING, "Solution", "\n\n", "\n\n", "piqa", True),
+    Task("social_i_qa", _ANSWER_LABELS, _ANSWER_OPENING, "Answer", " ", "\n\n", "social_iqa", False),
+    Task("hellaswag", _ENDING_LABELS, _ENDING_OPENING, "Ending", " ", "\n\n", "hellaswag", True),
+    Task("winogrande", _OPTION_LABELS, _OPTION_OPENING, "Option", " ", " ", "winogrande", False),
+    Task("ARC-Easy", _ANSWER_LABELS, _ANSWER_OPENING, "Answer", " ", "\n\n", "arc_easy", True),
+    Task("ARC-Challenge", _ANSWER_LABELS, _ANSWER_OPENING, "Answer", " ", "\n\n", "arc_challenge", True),
+    Task("openbookqa", _ANSWER_LABELS, _ANSWER_OPENING, "Answer", " ", "\n\n", "openbookqa", True),
 )
 # fmt: on
 
@@ -181,6 +183,7 @@ def read_task(path: Path, task: Task) -> list[TaskRecord]:
 
 
 RECORD_KEYS = ("instruction", "input", "output", "answer")
+"""Keys of a record in a task's file."""
 
 
 def _parse_record(task: Task, index: int, row: Any, where: str) -> TaskRecord:

@@ -147,7 +147,7 @@ def preserving_factor(
     rates, and there may be several solutions. Only a solution in the same increasing range as 1 is returned.
 
     Args:
-      strength: Factor by which gamma r is multiplied, above 0.
+      strength: Factor by which gamma r is multiplied (new value over old value), above 0.
       led_B: Rms b of the B-led part of each module.
       led_A: Rms a of the A-led part of each module.
       total: Rms w of their sum for each module.
@@ -158,14 +158,15 @@ def preserving_factor(
     Raises:
       InputError: If the strength or the change is not positive.
     """
-    # Squares of the parts; what they lack of the whole's square is twice their product.
+    # Sums of squares: b^2, a^2 and w^2 of the docstring.
     b, a, w = (float(np.sum(np.asarray(rms, np.float64) ** 2)) for rms in (led_B, led_A, total))
     if not (strength > 0 and w > 0):
         raise InputError(f"strength and the change must be above 0, got {strength!r} and {math.sqrt(w)!r}")
 
-    # 2 c, limited by the Cauchy-Schwarz inequality, which rounded parts can violate.
+    # 2 c = w^2 - b^2 - a^2, limited by the Cauchy-Schwarz inequality, which rounded parts can violate.
     twice_c = max(w - a - b, -2 * math.sqrt(a * b))
 
+    # Logarithm of the mean square at the new strength and rate over the old one: 0 at the solution.
     def log_ratio(y: float) -> float:
         square = strength**2 * y**2 * (b + twice_c * y + a * y**2) / w
         return math.log(max(square, sys.float_info.min))

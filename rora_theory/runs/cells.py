@@ -28,7 +28,11 @@ from rora_theory.runs.reading import CELLS, CHECKPOINTS, FinishedCell, as_json, 
 logger = logging.getLogger(__name__)
 
 FOLDERS = "cells"
+"""Folder in a run folder that holds the folders of its cells."""
+
 ERROR = "error.txt"
+"""File in a cell's folder with the traceback of a failure."""
+
 WRITE_INTERVAL = 5.0
 """Seconds between two writes of the tables while cells are computed."""
 

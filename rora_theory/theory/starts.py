@@ -109,19 +109,19 @@ def start_terms(
         step_B, step_A = scaling * step_B, scaling * step_A
     new_B, new_A = lora_B - learning_rate * step_B, lora_A - learning_rate * step_A
     # Projections of the inputs on the rows of A after and before the step, [tokens, rows].
-    new, old = x @ new_A.T, x @ lora_A.T
-    # |q|^2 = |new_b new - old_b old|^2, summed over outputs, expanded so that only norms and products of columns of B
-    # are needed.
+    new_Ax, old_Ax = x @ new_A.T, x @ lora_A.T
+    # |q|^2 = |new_b (new_a x) - old_b (old_a x)|^2, summed over outputs, expanded so that only norms and products of
+    # columns of B are needed.
     squares = (
-        np.sum(new_B**2, axis=0) * new**2
-        - 2 * np.sum(new_B * lora_B, axis=0) * new * old
-        + np.sum(lora_B**2, axis=0) * old**2
+        np.sum(new_B**2, axis=0) * new_Ax**2
+        - 2 * np.sum(new_B * lora_B, axis=0) * new_Ax * old_Ax
+        + np.sum(lora_B**2, axis=0) * old_Ax**2
     )
     total = float(np.sum(squares)) / rows
-    # The square of the sum over rows, without the terms in which a row meets itself.
-    sums = new @ new_B.T - old @ lora_B.T
+    # E[q]^2 from the products of different rows: the square of the sum over rows, without the squares of single rows.
+    sums = new_Ax @ new_B.T - old_Ax @ lora_B.T
     coherent = (float(np.sum(sums**2)) - rows * total) / (rows * (rows - 1.0))
-    forward = float(np.sum(np.sum(lora_B**2, axis=0) * old**2)) / rows
+    forward = float(np.sum(np.sum(lora_B**2, axis=0) * old_Ax**2)) / rows
     tokens = len(x)
     return StartTerms(coherent / tokens, total / tokens, forward / tokens, len(grad))
 

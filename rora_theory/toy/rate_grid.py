@@ -125,9 +125,9 @@ class GridCell:
 
 def rate_cells(grid: RateGrid) -> Iterator[GridCell]:
     """Yield the cells of a grid."""
-    kinds: tuple[Literal["both", "B"], ...] = ("both", "B") if grid.freeze_control else ("both",)
+    trained_factors: tuple[Literal["both", "B"], ...] = ("both", "B") if grid.freeze_control else ("both",)
     for optimizer in grid.optimizers:
-        for trained in kinds:
+        for trained in trained_factors:
             for rank in sorted(grid.ranks):
                 for rule in grid.rules:
                     yield GridCell(optimizer, trained, rank, rule)
@@ -142,7 +142,7 @@ def cell_rows(grid: RateGrid, cell: GridCell) -> list[dict[str, Any]]:
         grid.problem, rank=cell.rank, seeds=grid.seeds, seed=grid.seed, init=grid.init
     )
     rates = grid.lrs(cell.optimizer)
-    loss_train, held_out = ensemble.losses_at_rates(
+    train_losses, held_out_losses = ensemble.losses_at_rates(
         adapters,
         problems,
         scaling=scaling,
@@ -158,8 +158,8 @@ def cell_rows(grid: RateGrid, cell: GridCell) -> list[dict[str, Any]]:
         labels
         | {"learning_rate": float(rate), "seed": seed}
         | {
-            "loss_train": float(loss_train[seed_index, rate_index]),
-            "loss_held_out": float(held_out[seed_index, rate_index]),
+            "loss_train": float(train_losses[seed_index, rate_index]),
+            "loss_held_out": float(held_out_losses[seed_index, rate_index]),
         }
         for seed_index, seed in enumerate(grid.seeds)
         for rate_index, rate in enumerate(rates)
@@ -176,7 +176,7 @@ def curves_of_losses(table: "pd.DataFrame", judge: JudgedLoss = "held_out") -> l
 
     Args:
       table: Losses of complete cells.
-      judge: Loss of the curves.
+      judge: Loss that the curves show: on held-out or on training inputs.
 
     Returns:
       One curve per cell.

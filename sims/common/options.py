@@ -13,7 +13,8 @@ import yaml
 from rora_theory.errors import InputError, shown
 from rora_theory.io import files
 
-FILE = "--config"
+CONFIG_OPTION = "--config"
+"""Option that names a file of options."""
 MAX_BYTES = 1 << 16
 """Maximum size of a file of options."""
 
@@ -114,14 +115,14 @@ def expand(words: Sequence[str], known: Mapping[str, Any]) -> tuple[list[str], l
         and the key.
     """
     rest, paths = _split_files(words)
-    names_set = {word[2:].partition("=")[0].replace("_", "-") for word in rest if word[:2] == "--"}
+    overriding_options = {word[2:].partition("=")[0].replace("_", "-") for word in rest if word[:2] == "--"}
     option_files = [_read(path, known) for path in paths]
     # Remove what the command line or a later file overrides.
     for file in reversed(option_files):
         for key in list(file.words):
-            if key in names_set or f"no-{key}" in names_set:
+            if key in overriding_options or f"no-{key}" in overriding_options:
                 del file.words[key]
-        names_set |= file.words.keys()
+        overriding_options |= file.words.keys()
     return rest + [word for file in option_files for words in file.words.values() for word in words], option_files
 
 
@@ -132,7 +133,7 @@ def _split_files(words: Sequence[str]) -> tuple[list[str], list[Path]]:
     remaining = iter(words)
     for word in remaining:
         name, equals, path = word.partition("=")
-        value = (path if equals else next(remaining, None)) if name == FILE else None
+        value = (path if equals else next(remaining, None)) if name == CONFIG_OPTION else None
         if value is None:
             rest.append(word)
         else:

@@ -67,8 +67,8 @@ DEFAULT = RegimeConfig(ranks=(8, 128), rows=0)
 With ``exact`` it predicts the size of the step at two ranks only, because Adam's epsilon requires an integral for each.
 """
 
-RETURNS = "returns a"
-"""Prefix in `TorchRegime.left_out` for a module that does not return a tensor."""
+RETURN_TYPE_PREFIX = "returns a"
+"""Beginning of the reason in `TorchRegime.left_out` for a module that does not return a tensor."""
 
 CALIBRATION_SIZE = 256
 """Width of the square random module that is measured to estimate the total time."""
@@ -181,7 +181,7 @@ class TorchRegime(Regime):
         preserved: Any = terms if regime == "measured" else regime
         advice = transfer(setting, rank, preserved, rule=rule, alpha=alpha, steps=steps, to_steps=to_steps)
         # PEFT can't adapt a module that does not return a tensor.
-        unsupported = [name for name, reason in self.left_out.items() if reason.startswith(RETURNS)]
+        unsupported = [name for name, reason in self.left_out.items() if reason.startswith(RETURN_TYPE_PREFIX)]
         config: Any = LoraConfig(
             task_type=self.task_type,
             target_modules=self.target_modules,
@@ -278,7 +278,9 @@ def regime(
         # List the modules that the pass did not reach, and fail if none is left.
         reached = {name: module for name, module in modules.items() if name in sampler.calls}
         left_out = {name: "no held-out token" for name in modules if name not in reached}
-        left_out |= {name: f"{RETURNS} {output}" for name, output in unsupported.items() if name not in reached}
+        left_out |= {
+            name: f"{RETURN_TYPE_PREFIX} {output}" for name, output in unsupported.items() if name not in reached
+        }
         if unsupported and not reached:
             name, reason = next((name, left_out[name]) for name in unsupported)
             raise InputError(f"none of {len(modules)} target modules can be measured; {name}: {reason}")
