@@ -22,7 +22,7 @@ from rora_theory.adapters import (
     save_merged,
     save_peft,
 )
-from rora_theory.adapters.card import HERE, Trained
+from rora_theory.adapters.card import FOLDER_PLACEHOLDER, Trained
 from rora_theory.llama.hub import ModelSource
 
 BUILT = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -152,5 +152,5 @@ def test_its_lines_load_the_adapter(base, tmp_path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     assert code.count("\n") == 4
     names: dict[str, Any] = {}
-    exec(code.replace(json.dumps(HERE), json.dumps(str(tmp_path / "a"))), names)
+    exec(code.replace(json.dumps(FOLDER_PLACEHOLDER), json.dumps(str(tmp_path / "a"))), names)
     assert names["model"].peft_config["default"].r == 4

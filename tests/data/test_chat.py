@@ -138,7 +138,7 @@ def test_a_chat_template_has_no_effect_on_other_templates():
     for name in ("clean", "plain"):
         expected = [texts.render_record(record, name) for record in records]
         assert texts.render_records(records, name, template) == expected
-    with pytest.raises(InputError, match="template .*'chat'.*no chat template"):
+    with pytest.raises(InputError, match=r"template .*'chat'.*no chat template"):
         texts.render_records(records, "chat")
 
 

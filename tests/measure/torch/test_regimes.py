@@ -277,7 +277,7 @@ class PackedInPairs(Packed):
 
 
 def bitsandbytes_of_4_bits(linear) -> torch.nn.Module:
-    bitsandbytes = pytest.importorskip("bitsandbytes", reason="modules quantised by bitsandbytes: pip install bitsandbytes")
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="quantised modules: pip install bitsandbytes")
     packed = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, False, compute_dtype=torch.float32)
     packed.load_state_dict({"weight": linear.weight})
     return packed.to("cpu")
