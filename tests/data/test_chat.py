@@ -49,6 +49,8 @@ COUNTED = (
 """Begins with the number of messages, so that no beginning of a chat is written like the chat."""
 HIDING = "{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last else '...' }}{% endfor %}"
 """Leaves out all turns but the last."""
+NEWEST_FIRST = "{% for m in messages[:2] + messages[2:] | reverse | list %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+"""Writes the third answer before the second."""
 THOUGHT = [CHAT[0], CHAT[1] | {"thinking": "Hm."}, *CHAT[2:]]
 LOCATED = {name: (source, CHAT, chat_templates.TEXTS[name]) for name, source in chat_templates.ALL.items()} | {
     "generation blocks": (
@@ -87,12 +89,16 @@ def test_texts_and_turns_are_the_templates(name):
 
 
 @pytest.mark.parametrize(
-    ("source", "messages"),
-    [(HIDING, turns("Yes.", "Yes.", "Yes.")), (COUNTED, [CHAT[0], CHAT[1] | {"content": ""}, *CHAT[2:]])],
+    ("source", "messages", "index"),
+    [
+        (HIDING, turns("Yes.", "Yes.", "Yes."), 1),
+        (COUNTED, [CHAT[0], CHAT[1] | {"content": ""}, *CHAT[2:]], 1),
+        (NEWEST_FIRST, [*CHAT, *turns("Well?", "Of course.")], 5),
+    ],
 )
-def test_a_turn_that_cannot_be_located_is_refused_where_only_turns_are_learned(source, messages):
+def test_a_turn_that_cannot_be_located_is_refused_where_only_turns_are_learned(source, messages, index):
     record = Chat(tuple(messages), where="chats.jsonl: line 7")
-    with pytest.raises(InputError, match=r"^chats\.jsonl: line 7: messages 1: .*--chat-template"):
+    with pytest.raises(InputError, match=rf"^chats\.jsonl: line 7: messages {index}: .*--chat-template"):
         texts.render_record(record, "chat", ChatTemplate(source))
     text, spans = texts.render_record(record, "chat", ChatTemplate(source), answer_only=False)
     assert spans == ((0, len(text)),)
@@ -154,6 +160,10 @@ def test_turns_of_the_prompt_and_of_weight_0_are_not_learned(name):
     begin, end = spans[1]
     rendered = texts.render_record(ignored, "chat", template, answer_only=False)
     assert rendered == (text, ((0, begin), (end, len(text))))
+    # The text ends with the last answer, so no part follows it.
+    ignored = Chat((*messages[:5], messages[5] | {"weight": 0}))
+    rendered = texts.render_record(ignored, "chat", template, answer_only=False)
+    assert rendered == (text, ((0, spans[2][0]),))
 
 
 def test_other_turns_of_weight_0_are_refused_where_all_is_learned():
@@ -272,6 +282,12 @@ def test_no_template_and_no_jinja_name_the_choices(tmp_path, tokenizer):
     path.write_text("{{ bos_token }}{{ messages[0].content }}")
     assert chat.load_chat_template(tokenizer, str(path)).render(CHAT) == "<s>Is it <b>?"
     assert chat.load_chat_template(replace(tokenizer, chat_template=None), "chatml").source == chat.CHATML
+
+
+def test_a_template_is_limited_in_length():
+    assert ChatTemplate("a" * 1_048_576).render(CHAT) == "a" * 1_048_576
+    with pytest.raises(InputError, match=r"^FOLDER: .* 1,048,576 .* 1,048,577$"):
+        ChatTemplate("a" * 1_048_577, where="FOLDER")
 
 
 def test_other_templates_take_one_question_and_its_answer():
