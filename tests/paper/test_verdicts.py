@@ -88,6 +88,8 @@ def test_the_evidence_is_in_closed_form() -> None:
     assert by_equation["3"].evidence.endswith(f"; under Adam off by {off:.1f}x")
     assert "(r* = 4.7 at overlap 0.5); at overlap 0 r* = p_in + 2 = 66" in by_equation["13"].where
     assert float(by_equation["5"].evidence.removeprefix("differs by ")) < 1e-12, "whatever the number of draws"
+    sweep = judged(exact, (2, 4, 64, 128), 64)["13"]  # two ranks far above r*, which are enough
+    assert sweep.evidence.endswith(" at 0.5 from r = 64")
 
 
 @pytest.mark.slow
