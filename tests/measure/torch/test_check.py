@@ -242,8 +242,9 @@ def test_a_held_out_batch_is_read_where_it_is_new() -> None:
     batch, held_out = BATCHES
     with pytest.raises(InputError, match="held_out has no token"):
         coordinate_check(maker(), batch, RANKS, held_out=batch, steps=(1,), seeds=2)
-    check = coordinate_check(maker(), batch, held_out=held_out, steps=(1,), seeds=2)
+    check = coordinate_check(maker(), batch, held_out=held_out, steps=(1,))
     assert check.table.ranks == (2, 8, 32, 128), "the default"
+    assert set(check.sizes["seed"]) == {0, 1, 2}, "the default"
     assert set(check.slopes["split"]) == {"train", "held_out"}
     assert set(check.slopes.query("module == 'down_proj'")["quantity"]) == {"output"}
     assert np.isfinite(check.sizes["value"]).all()
