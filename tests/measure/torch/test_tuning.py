@@ -187,6 +187,26 @@ def test_texts_chats_and_tokenized_records() -> None:
     assert len(read_batches(as_text, "train", **reading, count=1)) == 1
 
 
+def test_records_are_read_eight_at_a_time() -> None:
+    """The default batch size, and the default maximum of 1024 tokens."""
+    shapes = []
+
+    def loss(model, batch):  # noqa: ARG001
+        shapes.append(tuple(batch["input_ids"].shape))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(train=[{"input_ids": [3] * 1025}] * 20, tokenizer=torch_chats.tokenizer("~"), loss=loss)
+    assert shapes == [(8, 1024)]
+
+
+def test_held_out_images_are_split_into_rows() -> None:
+    """They have no token ids: each row counts as one token and has one label."""
+    groups = held_out_groups(torch_models.model("vit"), [torch_models.batch("vit", rows=3)])
+    assert [(group.targets, group.tokens) for group in groups] == [(1, 1)] * 3
+    assert [group.batch["pixel_values"].shape[0] for group in groups] == [1] * 3
+
+
 UNLABELLED = torch.ones(2, 4, dtype=torch.long)
 
 
