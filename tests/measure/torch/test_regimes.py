@@ -95,7 +95,7 @@ def test_every_family(family) -> None:
 
 
 class Calls(torch.nn.Module):
-    """A linear module that is run twice, two that share one weight, and an expert that is never reached."""
+    """A linear module that is run twice, two that share one weight, and an expert that receives no token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,6 +108,7 @@ class Calls(torch.nn.Module):
     def forward(self, x):
         x = torch.tanh(self.twice(torch.tanh(self.twice(x))))
         self.experts[0](x)  # no loss depends on it
+        self.experts[1](x[:0])
         y = self.first(x)
         y.mul_(0.5)  # in place, after the hook has seen it
         return y + 2 * self.second(torch.sin(x))
@@ -619,6 +620,7 @@ def test_adapters_that_were_off_stay_off() -> None:
     layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
     model.disable_adapter_layers()
     layers[0].enable_adapters(True)
+    layers[0].lora_A["default"].requires_grad_(False)  # PEFT trains what it enables
     trainable = [parameter.requires_grad for parameter in model.parameters()]
     with without_adapters(model):
         assert all(layer.disable_adapters for layer in layers)
