@@ -81,11 +81,14 @@ def test_the_evidence_is_in_closed_form() -> None:
         for text in words:
             assert text in by_equation[equation].evidence
     random = np.random.default_rng(15)  # the identities' layer: Adam's step is the rate times a sign
-    shapes = (6, 5), (6, 3), (3, 5), (6,), (5,)
-    _, _, A, delta, x = (random.standard_normal(shape, np.float32) for shape in shapes)
+    shapes = (6, 5), (6, 3), (3, 5), (6,), (5,), (5,)
+    _, _, A, delta, x, x_next = (random.standard_normal(shape, np.float32) for shape in shapes)
     inner = A @ x
     off = float(np.abs(0.7 * np.abs(np.outer(delta, inner)) - 1).max())
     assert by_equation["3"].evidence.endswith(f"; under Adam off by {off:.1f}x")
+    sgd, adam = (-0.3 * step @ (A @ x_next) for step in (0.7 * np.outer(delta, inner), np.sign(np.outer(delta, inner))))
+    off = float(np.abs(sgd - adam).max() / np.abs(adam).max())
+    assert by_equation["4"].evidence.endswith(f"; under Adam off by {off:.1f}x")
     assert "(r* = 4.7 at overlap 0.5); at overlap 0 r* = p_in + 2 = 66" in by_equation["13"].where
     assert float(by_equation["5"].evidence.removeprefix("differs by ")) < 1e-12, "whatever the number of draws"
     sweep = judged(exact, (2, 4, 64, 128), 64)["13"]  # two ranks far above r*, which are enough
@@ -208,6 +211,16 @@ def test_a_claim_agrees_to_two_percent(
     assert statuses(thin)["8"] == status
     tall = limit(factor, other, lambda setting: setting.p_in == verdicts.NARROW and setting.rank == 2048)
     assert statuses(tall)["9"] == status
+
+
+@pytest.mark.parametrize(("rank", "status"), [(16, "fails"), (17, "holds in a limit")])
+def test_ranks_up_to_a_hundredth_of_the_inputs_are_the_limit(
+    monkeypatch: pytest.MonkeyPatch, rank: int, status: str
+) -> None:
+    """A contradiction at rank 16 of 1600 inputs is in the limit of Eq. 8, whose error there is 1%; at 17 it is not."""
+    monkeypatch.setattr(equations, "eq8_second_moment", lambda delta, *, rank, p_in, **_: rank * p_in * max(rank, p_in))
+    draw = limit(1.021, 1.0, lambda setting: setting.p_in == 1600 and setting.rank == rank)
+    assert statuses(draw, (1, 4, rank))["8"] == status
 
 
 @pytest.mark.parametrize(("factor", "status"), [(1.03, "holds in a limit"), (1.05, "fails"), (0.95, "fails")])
