@@ -184,6 +184,7 @@ def test_texts_chats_and_tokenized_records() -> None:
     assert int((as_text[0]["labels"] == -100).sum()) == int((as_text[0]["attention_mask"] == 0).sum())
     groups = held_out_groups(torch_models.model(), as_text)
     assert [group.targets for group in groups] == [len(text) - 1 for text in texts]
+    assert [group.tokens for group in groups] == [len(text) for text in texts]  # without padding
     assert len(read_batches(as_text, "train", **reading, count=1)) == 1
 
 
