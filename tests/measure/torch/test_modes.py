@@ -137,6 +137,14 @@ def test_a_module_that_returns_no_tensor_is_left_out() -> None:
         regime(Routed(), *batches, ["router"], loss=squares, config=SMALL)
 
 
+def test_embeddings_that_return_no_tensor() -> None:
+    """The embeddings of Swin's patches return a tuple, which is passed on as it is."""
+    model, batches = Routed(), random_inputs()
+    before = signals(model, *batches, loss=squares)
+    model.get_input_embeddings = lambda: model.router
+    assert signals(model, *batches, loss=squares) == pytest.approx(before)
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_hook_of_the_user_s_that_changes_an_output(in_place) -> None:
     """G is the gradient of the weight, as autograd has it, whatever a hook makes of the output."""
