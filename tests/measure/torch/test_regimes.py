@@ -95,7 +95,7 @@ def test_every_family(family) -> None:
 
 
 class Calls(torch.nn.Module):
-    """A linear module that is run twice, two that share one weight, and an expert that receives no token."""
+    """A linear module that is run twice, two that share one weight, and experts without a token or a gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Calls(torch.nn.Module):
         self.twice = torch.nn.Linear(6, 6)
         self.first, self.second = torch.nn.Linear(6, 5), torch.nn.Linear(6, 5)
         self.second.weight = self.first.weight
-        self.experts = torch.nn.ModuleList([torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)])
+        self.experts = torch.nn.ModuleList([torch.nn.Linear(6, 4) for _ in range(3)])
 
     def forward(self, x):
         x = torch.tanh(self.twice(torch.tanh(self.twice(x))))
@@ -111,7 +111,7 @@ class Calls(torch.nn.Module):
         self.experts[1](x[:0])
         y = self.first(x)
         y.mul_(0.5)  # in place, after the hook has seen it
-        return y + 2 * self.second(torch.sin(x))
+        return y + 0 * self.experts[2](x).sum() + 2 * self.second(torch.sin(x))
 
 
 def test_modules_run_twice_sharing_a_weight_or_not_reached() -> None:
@@ -131,7 +131,8 @@ def test_modules_run_twice_sharing_a_weight_or_not_reached() -> None:
     assert not torch.allclose(grads["first"], grads["second"])
     measured = regime(model, batch, held_out, loss=loss, config=SMALL)
     assert measured.training_loss == pytest.approx(value)
-    assert measured.left_out == {"experts.1": "no held-out token", "experts.0": "no gradient"}
+    left_out = {"experts.0": "no gradient", "experts.1": "no held-out token", "experts.2": "no gradient"}
+    assert measured.left_out == left_out
     assert set(measured.crossings["module"]) == set(modules)
     counts = measured.tokens.set_index(["module", "split"])[["all", "read"]]
     assert tuple(counts.loc[("twice", "train")]) == (14, 9)
@@ -602,6 +603,8 @@ def test_layers_are_a_sample_of_the_model() -> None:
     assert set(sample.crossings["layer"]) == {1}
     assert sum("1 of the model's 2 layers" in text for text in sample.crossings.attrs["warnings"]) == 1
     assert sample.target_modules == "all-linear"
+    with pytest.raises(InputError, match=r"layers \[3\] .* layers -1 to -1$"):
+        chosen(torch.nn.ModuleDict({"outside": torch.nn.Linear(2, 2)}), None, [3])
 
 
 def test_a_head_is_no_target_of_all_linear() -> None:
