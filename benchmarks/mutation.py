@@ -36,6 +36,7 @@ JUDGING = {
     "rate_optimum": ("rora_theory/stats/rate_optimum.py", "tests/stats/test_rate_optimum.py"),
     "slopes": ("rora_theory/stats/slopes.py", "tests/stats/test_slopes.py"),
     "paired": ("rora_theory/stats/paired.py", "tests/stats/test_paired.py"),
+    "engine": ("rora_theory/stats/verdicts.py", "tests/stats/test_verdicts.py tests/measure/regimes/test_tables.py"),
     "estimate": ("rora_theory/stats/estimate.py", "tests/stats/test_estimate.py"),
     "moments": ("rora_theory/stats/moments.py", "tests/stats/test_moments.py"),
     "setting": ("rora_theory/advice/setting.py", "tests/advice/test_transfer.py"),
@@ -67,7 +68,9 @@ BRIDGE = {
         "tests/measure/torch/test_regimes.py tests/measure/torch/test_tokens.py tests/measure/torch/test_modes.py",
     ),
     "torch_callback": ("rora_theory/measure/torch/callback.py", "tests/measure/torch/test_callback.py"),
+    "torch_chats": ("rora_theory/measure/torch/chats.py", "tests/measure/torch/test_chats.py"),
     "torch_check": ("rora_theory/measure/torch/check.py", "tests/measure/torch/test_check.py"),
+    "torch_examples": ("rora_theory/measure/torch/examples.py", "tests/measure/torch/test_tuning.py"),
     "torch_hooks": (
         "rora_theory/measure/torch/hooks.py",
         "tests/measure/torch/test_regimes.py tests/measure/torch/test_modes.py",
@@ -76,10 +79,12 @@ BRIDGE = {
         "rora_theory/measure/torch/modules.py",
         "tests/measure/torch/test_callback.py tests/measure/torch/test_regimes.py",
     ),
+    "torch_probe": ("rora_theory/measure/torch/probe.py", "tests/measure/torch/test_tuning.py"),
     "torch_regimes": (
         "rora_theory/measure/torch/regimes.py",
         "tests/measure/torch/test_regimes.py tests/measure/torch/test_modes.py",
     ),
+    "torch_tuning": ("rora_theory/measure/torch/tuning.py", "tests/measure/torch/test_tuning.py"),
 }
 """Modules of the PyTorch bridge with the files that test them."""
 

@@ -182,6 +182,8 @@ def test_a_hostile_template_ends_in_one_line(name, monkeypatch, time_limit):
         texts.render_records([Chat(TURNS, where="x.jsonl: line 7")], "chat", ChatTemplate(HOSTILE[name]))
     assert "\n" not in str(caught.value)
     assert name in ("digits", "long source") or "x.jsonl: line 7" in str(caught.value)
+    # The longest source is told before it is parsed, with its length.
+    assert name != "long source" or f"{1 << 21:,}" in str(caught.value)
 
 
 def test_a_child_process_writes_what_this_process_does():
