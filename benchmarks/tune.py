@@ -249,8 +249,10 @@ def main(config: Config) -> None:
     summary = by_target(cases)
     config.out.mkdir(parents=True, exist_ok=True)
     tables = {"cases": cases, "by_target": summary, "defaults": costs}
-    extra = [named(config.probes, runs, tokens)] if config.probes else []
-    tables |= {"probes": table for table in extra}
+    judged = [cases]
+    if config.probes:
+        tables["probes"] = named(config.probes, runs, tokens)
+        judged.append(tables["probes"])
     for name, frame in tables.items():
         files.write_whole(config.out / f"{name}.csv", frames.to_csv(frame))
     print_records(
@@ -267,9 +269,9 @@ def main(config: Config) -> None:
         },
     )
     # A folder whose runs were read at the end alone has no beginnings to replay, only probes that were run.
-    judged = pd.concat([table[~table["is_edge"].astype(bool)] for table in (cases, *extra)])
-    within = int((judged["regret"] <= 0.01).sum())
-    print(f"\n{within} of {len(judged)} probes advise a rate within 0.01 nats of the best one measured.")
+    inside = pd.concat([table[~table["is_edge"].astype(bool)] for table in judged])
+    within = int((inside["regret"] <= 0.01).sum())
+    print(f"\n{within} of {len(inside)} probes advise a rate within 0.01 nats of the best one measured.")
 
 
 if __name__ == "__main__":
