@@ -132,22 +132,26 @@ def preserving_exponent(
 
 
 def preserving_factor(
-    strength: float, led_B: Float[np.ndarray, " n"], led_A: Float[np.ndarray, " n"], total: Float[np.ndarray, " n"]
+    strength_ratio: float,
+    led_B: Float[np.ndarray, " n"],
+    led_A: Float[np.ndarray, " n"],
+    total: Float[np.ndarray, " n"],
 ) -> float:
     r"""Compute the factor of the learning rate that preserves the rms of the change if gamma r is multiplied.
 
-    In the notation of `preserving_exponent`, and with sums over modules, the factor is the y > 0 that solves
+    In the notation of `preserving_exponent`, with s = ``strength_ratio`` and sums over modules, the factor is the y > 0
+    that solves
 
-    .. math:: \mathrm{strength}^2\, y^2 \textstyle\sum (b^2 + 2 c y + a^2 y^2) = \sum w^2
+    .. math:: s^2\, y^2 \textstyle\sum (b^2 + 2 c y + a^2 y^2) = \sum w^2
 
-    Its logarithmic slope at a strength of 1 is `preserving_exponent`. If both parts have the same direction, it equals
+    Its logarithmic slope at s = 1 is `preserving_exponent`. If both parts have the same direction, it equals
     `theory.horizon.rate_factor`.
 
     If the parts are nearly opposite (a correlation below -0.94), the change decreases with the rate over a range of
     rates, and there may be several solutions. Only a solution in the same increasing range as 1 is returned.
 
     Args:
-      strength: Factor by which gamma r is multiplied (new value over old value), above 0.
+      strength_ratio: Factor by which gamma r is multiplied (new value over old value), above 0.
       led_B: Rms b of the B-led part of each module.
       led_A: Rms a of the A-led part of each module.
       total: Rms w of their sum for each module.
@@ -156,24 +160,24 @@ def preserving_factor(
       The factor y, or NaN if there is none.
 
     Raises:
-      InputError: If the strength or the change is not positive.
+      InputError: If ``strength_ratio`` or the change is not positive.
     """
     # Sums of squares: b^2, a^2 and w^2 of the docstring.
     b, a, w = (float(np.sum(np.asarray(rms, np.float64) ** 2)) for rms in (led_B, led_A, total))
-    if not (strength > 0 and w > 0):
-        raise InputError(f"strength and the change must be above 0, got {strength!r} and {math.sqrt(w)!r}")
+    if not (strength_ratio > 0 and w > 0):
+        raise InputError(f"strength_ratio and the change must be above 0, got {strength_ratio!r} and {math.sqrt(w)!r}")
 
     # 2 c = w^2 - b^2 - a^2, limited by the Cauchy-Schwarz inequality, which rounded parts can violate.
     twice_c = max(w - a - b, -2 * math.sqrt(a * b))
 
     # Logarithm of the mean square at the new strength and rate over the old one: 0 at the solution.
     def log_ratio(y: float) -> float:
-        square = strength**2 * y**2 * (b + twice_c * y + a * y**2) / w
+        square = strength_ratio**2 * y**2 * (b + twice_c * y + a * y**2) / w
         return math.log(max(square, sys.float_info.min))
 
     # Restrict the search to an increasing range that contains 1. With opposite parts the change decreases between two
     # turning points, the roots of 4 a y^2 + 3 (2 c) y + 2 b.
-    low, high = 1e-9 / strength, math.inf
+    low, high = 1e-9 / strength_ratio, math.inf
     discriminant = 9 * twice_c**2 - 32 * a * b
     if twice_c < 0 <= discriminant:
         shift = math.sqrt(discriminant) - 3 * twice_c

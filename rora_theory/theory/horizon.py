@@ -467,14 +467,14 @@ def sgd_rate_exponents(growth: float) -> RateExponents:
     return RateExponents(-1 - inverse, -inverse or 0.0)
 
 
-def rate_factor(strength: float, rho: float) -> float:
+def rate_factor(strength_ratio: float, rho: float) -> float:
     r"""Compute the factor of the rate that preserves the change at the horizon when :math:`\gamma r` changes.
 
-    The factor is the positive root y of :math:`y (1 + \rho y) = (1 + \rho) / \mathrm{strength}`: 1/strength if B leads
-    (rho = 0), 1/sqrt(strength) if A leads.
+    With s the ratio of strengths, the factor is the positive root y of :math:`y (1 + \rho y) = (1 + \rho) / s`: 1/s if
+    B leads (rho = 0), 1/sqrt(s) if A leads.
 
     Args:
-      strength: Factor :math:`\gamma' r' / (\gamma r)` by which the strength changes, above 0.
+      strength_ratio: Factor :math:`\gamma' r' / (\gamma r)` by which the strength changes, above 0.
       rho: Ratio of the A-led to the B-led term at the horizon under the old rate, 0 or more, or infinity.
 
     Returns:
@@ -489,11 +489,11 @@ def rate_factor(strength: float, rho: float) -> float:
       >>> tuple(round(1 / rate_factor(math.sqrt(128), rho), 1) for rho in (0.0, 1.0, math.inf))
       (11.3, 6.5, 3.4)
     """
-    check_positive("strength", strength)
+    check_positive("strength_ratio", strength_ratio)
     _check_rho(rho)
     if math.isinf(rho):
-        return strength**-0.5
-    target = (1 + rho) / strength
+        return strength_ratio**-0.5
+    target = (1 + rho) / strength_ratio
     # The root of rho y^2 + y - target, in a form that avoids cancellation at small rho.
     return 2 * target / (1 + math.sqrt(1 + 4 * rho * target))
 
