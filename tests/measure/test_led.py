@@ -126,7 +126,7 @@ def test_inputs_are_those_of_the_records_own_tokens(start) -> None:
 def test_bad_input(start, inputs) -> None:
     with pytest.raises(InputError, match=r"examples .* 2 "):
         led.module_inputs(PARAMS, CONFIG, examples([[5, 6, 7]] * 2), start)
-    with pytest.raises(InputError, match=r"strength .* 0\.0"):
+    with pytest.raises(InputError, match=r"strength_ratio .* 0\.0"):
         led.preserving_factor(0.0, *np.ones((3, 1)))
     with pytest.raises(InputError, match=r"use_dora .* true"):
         led.compute_led_rms(start, replace(start, config=replace(start.config, use_dora=True)), inputs)
