@@ -7,7 +7,6 @@ no page shows the run. The commands of a run are in its manifest; options that d
 import ast
 import dataclasses
 import html
-import importlib
 import json
 import re
 import shlex
@@ -67,14 +66,6 @@ class Figure:
         """Name of the command that made the run."""
         experiment = self.manifest["experiment"]
         return max((name for name in command_names("sims") if experiment.startswith(name)), key=len)
-
-    @property
-    def redraw(self) -> list[str]:
-        """Command line that draws the figure again, with the options recorded in the manifest."""
-        fields = {field.name for field in dataclasses.fields(_config("figures", self.drawing.command))}
-        folder = self.run.relative_to(ROOT).as_posix()
-        target = [folder] if fields & {"run", "runs"} else ["--out", folder]
-        return ["rora", "figures", self.drawing.command, *target, *self.redraw_options]
 
     @property
     def redraw_options(self) -> list[str]:
@@ -220,10 +211,6 @@ def _page_of(figure: Figure) -> Path:
 
 def _title(page: Path) -> str:
     return page.read_text().split("\n")[0].removeprefix("# ")
-
-
-def _config(package: str, name: str) -> Any:
-    return importlib.import_module(f"{package}.{name}").Config
 
 
 def _without_folder(words: Sequence[str]) -> list[str]:

@@ -202,7 +202,46 @@ class RecordSet:
         return f"records: {listed} ({'as --format says' if self.config.format else detected})"
 
 
-def read_record_set(sources: Sequence[str | Path], config: FormatConfig | None = None) -> RecordSet:
+@dataclass
+class FilesRead:
+    """Files that have been read, none of which may be read again.
+
+    A record that is read twice could be in both the training and the validation data.
+
+    Attributes:
+      argument: Name of the argument that lists the sources, for errors.
+      sources: Source of each file, by the device and inode of the file.
+    """
+
+    argument: str = "data"
+    sources: dict[tuple[int, int], str | Path] = field(default_factory=dict)
+
+    def add(self, source: str | Path, paths: Sequence[Path]) -> None:
+        """Add the files of a source.
+
+        Raises:
+          InputError: A file belongs to an earlier source.
+        """
+        identities = set()
+        for path in paths:
+            # The file system's identity also detects links and other spellings of a path.
+            try:
+                status = path.stat()
+            except (OSError, ValueError):  # reported when the file is read
+                continue
+            identity = (status.st_dev, status.st_ino)
+            if identity in self.sources:
+                raise InputError(
+                    f"{self.argument} must not name a file twice, got {path} in {self.sources[identity]} and {source}. "
+                    "Remove one of them."
+                )
+            identities.add(identity)
+        self.sources.update(dict.fromkeys(identities, source))
+
+
+def read_record_set(
+    sources: Sequence[str | Path], config: FormatConfig | None = None, *, files_read: FilesRead | None = None
+) -> RecordSet:
     """Read the records of several sources.
 
     A source is a file or a split of a data set:
@@ -218,6 +257,7 @@ def read_record_set(sources: Sequence[str | Path], config: FormatConfig | None =
     Args:
       sources: Files and splits.
       config: Settings; None selects the defaults.
+      files_read: Files of earlier sources, to which those of these sources are added; None stands for no file.
 
     Returns:
       The records of all sources in order.
@@ -235,12 +275,12 @@ def read_record_set(sources: Sequence[str | Path], config: FormatConfig | None =
     formats: list[tuple[FormatName, int]] = []
     notes: list[str] = []
     errors, conversions = RecordErrors(), Counter[str]()
-    source_of_file: dict[tuple[int, int], str | Path] = {}
+    files_read = FilesRead() if files_read is None else files_read
     # Columns of a table that may be fields of a record.
     columns = {config.fields.get(key, key) for key in FIELD_NAMES}
     for source in sources:
-        located = locate_source(source)
-        check_new_files(source, [path for path, _ in located], source_of_file)
+        located = _locate_source(source)
+        files_read.add(source, [path for path, _ in located])
         count_before, format_name = len(records) + errors.count, config.format
         for where, value in itertools.chain.from_iterable(_read_file(path, name, columns) for path, name in located):
             try:
@@ -292,7 +332,7 @@ def _detect_formats(where: str, value: dict[str, Any], config: FormatConfig) -> 
     raise InputError(f"{where}: keys must match a format, got {keys}. Formats: {listed}. Rename fields with --fields.")
 
 
-def locate_source(source: str | Path) -> list[tuple[Path, str]]:
+def _locate_source(source: str | Path) -> list[tuple[Path, str]]:
     """Return the files of a source with their names for errors; files on the hub are downloaded."""
     # A source is a split of several files, one file on the hub, or a local file.
     split = hub_files.parse_split(source) if isinstance(source, str) else None
@@ -302,39 +342,6 @@ def locate_source(source: str | Path) -> list[tuple[Path, str]]:
     if isinstance(source, str) and source.startswith(hub_files.HUB_PREFIX):
         return [(_download(source), source)]
     return [(Path(source), str(source))]
-
-
-def check_new_files(
-    source: str | Path, paths: Sequence[Path], source_of_file: dict[tuple[int, int], str | Path], *, name: str = "data"
-) -> None:
-    """Check that no file of a source belongs to an earlier source, and add the files to ``source_of_file``.
-
-    A record that is read twice could be in both the training and the validation data.
-
-    Args:
-      source: Source of the files.
-      paths: Files of the source.
-      source_of_file: Earlier sources by the device and inode of their files, which is extended.
-      name: Name of the argument that lists the sources, for the error.
-
-    Raises:
-      InputError: A file belongs to an earlier source.
-    """
-    identities = set()
-    for path in paths:
-        # The file system's identity also detects links and other spellings of a path.
-        try:
-            status = path.stat()
-        except (OSError, ValueError):  # reported when the file is read
-            continue
-        identity = (status.st_dev, status.st_ino)
-        if identity in source_of_file:
-            raise InputError(
-                f"{name} must not name a file twice, got {path} in {source_of_file[identity]} and {source}. "
-                "Remove one of them."
-            )
-        identities.add(identity)
-    source_of_file.update(dict.fromkeys(identities, source))
 
 
 def _download(source: str) -> Path:

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from rora_theory.data.batches import TextEncoder
 from rora_theory.data.formats import AnyRecord, Chat, Text
 from rora_theory.data.prompts import training_text
-from rora_theory.data.records import FormatConfig, check_new_files, locate_source, read_records
+from rora_theory.data.records import FilesRead, FormatConfig, read_record_set
 from rora_theory.errors import InputError
 from rora_theory.io import files
 
@@ -28,19 +28,17 @@ def read_texts(sources: Sequence[str], config: FormatConfig | None = None) -> li
       InputError: A file is missing, unreadable or empty, or belongs to two sources.
     """
     documents: list[str] = []
-    source_of_file: dict[tuple[int, int], str | Path] = {}
+    # Refuse a repeated file: the same text could be in the windows and the held-out windows.
+    files_read = FilesRead("text")
     for source in sources:
-        is_document = source.endswith(".txt")
-        # Refuse a repeated file: the same text could be in the windows and the held-out windows.
-        paths = [Path(source)] if is_document else [path for path, _ in locate_source(source)]
-        check_new_files(source, paths, source_of_file, name="text")
-        if is_document:
+        if source.endswith(".txt"):
+            files_read.add(source, [Path(source)])
             text = files.read_text(source)
             if not text.strip():
                 raise InputError(f"{source}: is empty. Pass a file with text.")
             documents.append(text)
         else:
-            documents += map(_document, read_records([source], config))
+            documents += map(_document, read_record_set([source], config, files_read=files_read).records)
     return documents
 
 

@@ -28,13 +28,18 @@ def test_every_published_figure_is_in_it() -> None:
 
 @pytest.mark.slow
 def test_its_commands_have_the_options_of_today() -> None:
+    def check(module: str, words: list[str]) -> None:
+        config = importlib.import_module(module).Config
+        takes_folder = {field.name for field in dataclasses.fields(config)} & {"run", "runs"}
+        positional = ["folder"] if takes_folder and module.startswith("figures.") else []
+        assert dataclasses.is_dataclass(cli.parse(config, [*positional, *words], description=""))
+
     parsed = 0
     for figure in gallery.figures():
-        for words in (figure.redraw, *figure.commands):
-            package, at = ("figures", 3) if words[1] == "figures" else ("sims", 2)
-            config = importlib.import_module(f"{package}.{words[at - 1]}").Config
-            assert dataclasses.is_dataclass(cli.parse(config, words[at:], description=""))
-            parsed += 1
+        check(f"figures.{figure.drawing.command}", figure.redraw_options)
+        for _, command, *options in figure.commands:
+            check(f"sims.{command}", options)
+        parsed += 1 + len(figure.commands)
     assert parsed > 40
     commands = {figure.run.name: figure.commands[0] for figure in gallery.figures() if figure.commands}
     assert "--no-mask" in commands["regime"], "made before there was a mask"

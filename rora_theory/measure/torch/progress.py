@@ -19,12 +19,17 @@ def bar(total: int, *, description: str, unit: str, shown: bool) -> Any:
     return logging.tqdm(total=total, desc=description, unit=unit, unit_scale=total > 10**4, disable=not shown)
 
 
-def time_second_call(work: Callable[[], Any]) -> float:
-    """Return the duration in seconds of a function's second call, which excludes the loading of libraries."""
-    work()
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+def time_shortest_call(work: Callable[[], Any], calls: int = 4) -> float:
+    """Return the duration in seconds of a function's shortest call.
+
+    The shortest call excludes the loading of libraries and moments in which another process has the processor.
+    """
+    durations = []
+    for _ in range(calls):
+        started = time.perf_counter()
+        work()
+        durations.append(time.perf_counter() - started)
+    return min(durations)
 
 
 def format_duration(seconds: float) -> str:

@@ -487,7 +487,7 @@ def _estimate_cost(config: RegimeConfig, weights: int) -> str:
     def measure() -> None:
         module_regime.measure_module(config, layer, 0, partial(_draw_takeover_rows, config, layer), multiply=_multiply)
 
-    duration = progress_bars.format_duration(progress_bars.time_second_call(measure) * weights / size**2)
+    duration = progress_bars.format_duration(progress_bars.time_shortest_call(measure) * weights / size**2)
     adapters = ", plus the training of adapters" if config.rows else ""
     return f" (two forward passes, one backward pass, and about {duration} on the host{adapters})"
 

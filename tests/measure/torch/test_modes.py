@@ -192,7 +192,7 @@ def test_progress_states_the_cost(capsys) -> None:
 
 
 def test_the_estimated_cost_is_proportional_to_the_weights(monkeypatch) -> None:
-    monkeypatch.setattr(torch_regimes.progress_bars, "time_second_call", lambda _: 2.0)
+    monkeypatch.setattr(torch_regimes.progress_bars, "time_shortest_call", lambda _: 2.0)
     weights = torch_regimes.CALIBRATION_SIZE**2
     for modules in (1, 3, 40):
         assert f"about {2 * modules} s on the host" in torch_regimes._estimate_cost(SMALL, modules * weights)
