@@ -10,9 +10,9 @@ block of held-out records, carries it to the steps of longer runs as `tune` does
 on the measured curves. Nothing is trained. At a constant rate the probe's runs are the beginnings of runs of the curve
 by which they are judged; under another schedule they are runs of their own.
 
-Files in the output folder: `cases.csv` (a row for each probe), `by_target.csv` (a summary) and `defaults.csv` (regret
-of the default learning rates of TRL, LLaMA-Factory and Unsloth in the same settings). With ``--probes``, `probes.csv`
-has the regret of the rates that runs of `sims.tune` named, at the planned number of steps and gamma r.
+Files in the output folder: `cases.csv` (a row for each replayed probe), `by_target.csv` (a summary) and `defaults.csv`
+(regret of the default learning rates of TRL, LLaMA-Factory and Unsloth in the same settings). With ``--probes``,
+`probes.csv` has the regret of the rates that runs of `sims.tune` named, at the planned number of steps and gamma r.
 """
 
 import math
@@ -254,7 +254,9 @@ def main(config: Config) -> None:
         tables["probes"] = named(config.probes, runs, tokens)
         judged.append(tables["probes"])
     for name, frame in tables.items():
-        files.write_whole(config.out / f"{name}.csv", frames.to_csv(frame))
+        # Runs that were read at the end alone leave no beginnings to replay, only probes that were run.
+        if len(frame):
+            files.write_whole(config.out / f"{name}.csv", frames.to_csv(frame))
     print_records(
         "Regret of the advised rate in replayed probes, nats per token",
         frames.rows(summary),
@@ -268,7 +270,6 @@ def main(config: Config) -> None:
             "range has the best": "{covers_best:.0%}",
         },
     )
-    # A folder whose runs were read at the end alone has no beginnings to replay, only probes that were run.
     inside = pd.concat([table[~table["is_edge"].astype(bool)] for table in judged])
     within = int((inside["regret"] <= 0.01).sum())
     print(f"\n{within} of {len(inside)} probes advise a rate within 0.01 nats of the best one measured.")
