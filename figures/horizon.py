@@ -132,7 +132,12 @@ def best_rates(axes: Axes, x: pd.Series, selected: pd.DataFrame, index: int, **l
 
 
 def against_steps(axes: Axes, best: pd.DataFrame, ranks: Sequence[int]) -> None:
-    """Draw the best rates of each rank and gamma r against the number of steps, with two reference slopes."""
+    """Draw the best rates of each rank and gamma r against the number of steps, with two reference slopes.
+
+    Only the values of gamma r with the largest number of readings are drawn, so that few lines cross.
+    """
+    counts = best.groupby("strength")["step"].nunique()
+    best = best[best["strength"].map(counts) == counts.max()]
     for (rank, strength), selected in best.groupby(["rank", "strength"]):
         index, colour = ranks.index(rank), "black" if strength == best["strength"].min() else "grey"
         best_rates(axes, offset(selected["step"], index, ranks), selected, index, color=colour, linewidth=0.8)

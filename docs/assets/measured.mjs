@@ -101,7 +101,7 @@ export default {
         128
       ],
       "strength": [
-        16.0,
+        8.0,
         724.0
       ]
     }
@@ -124,10 +124,10 @@ export default {
     "columns": {
       "changed": "strength",
       "policy": "advice",
-      "pairs": 40,
-      "median": 0.00013477711908843615,
-      "largest": 0.003145171474382813,
-      "largest_error": 0.004272106065830718
+      "pairs": 58,
+      "median": 0.0003291507235601473,
+      "largest": 0.009969752093218154,
+      "largest_error": 0.002629079233696999
     }
   },
   "cost_steps": {
@@ -148,10 +148,10 @@ export default {
     "columns": {
       "changed": "rank strength",
       "policy": "advice",
-      "pairs": 48,
-      "median": 0.00033796031211622923,
-      "largest": 0.004182297002924089,
-      "largest_error": 0.002185700054188063
+      "pairs": 62,
+      "median": 0.0005993958841997715,
+      "largest": 0.006326273974863812,
+      "largest_error": 0.0015720208213898157
     }
   },
   "cost_rank_steps": {
@@ -172,10 +172,10 @@ export default {
     "columns": {
       "changed": "strength steps",
       "policy": "advice",
-      "pairs": 35,
-      "median": 0.0001301733456534245,
-      "largest": 0.002169729025918684,
-      "largest_error": 0.0005537911294556335
+      "pairs": 43,
+      "median": 0.00016906370092521308,
+      "largest": 0.00657585077277878,
+      "largest_error": 0.0018062131258376915
     }
   },
   "cost_rank_strength_steps": {
@@ -184,10 +184,10 @@ export default {
     "columns": {
       "changed": "rank strength steps",
       "policy": "advice",
-      "pairs": 37,
-      "median": 0.0006396725963905281,
-      "largest": 0.0034968016694372217,
-      "largest_error": 0.0034822777088382444
+      "pairs": 43,
+      "median": 0.0006479449006917548,
+      "largest": 0.0034546160887358734,
+      "largest_error": 0.0034764731223119157
     }
   },
   "cost_of_use_rslora_at_the_tuned_rate": {

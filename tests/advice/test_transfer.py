@@ -401,10 +401,10 @@ def test_what_lies_outside_the_measured_range_is_named() -> None:
     inside = transfer(Setting(16, 32.0, 2e-4), 128, alpha=256.0, steps=16, to_steps=256)
     assert inside.outside == ()
     assert "Outside" not in inside.sentence()
-    outside = transfer(Setting(256, 8.0, 2e-4), 512, alpha=1024.0, steps=8, to_steps=5000)
+    outside = transfer(Setting(256, 4.0, 2e-4), 512, alpha=1024.0, steps=8, to_steps=5000)
     assert outside.outside == (
         "rank 256 and 512 (measured: 1 to 128)",
-        "scaling times rank 8 and 1024 (measured: 16 to 724)",
+        "scaling times rank 4 and 1024 (measured: 8 to 724)",
         "steps 8 and 5000 (measured: 16 to 256)",
     )
     assert f"Outside the measured range: {'; '.join(outside.outside)}." in outside.sentence()
