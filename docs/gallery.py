@@ -1,7 +1,7 @@
 """The gallery of published figures, made from the manifests, the code that draws them and the pages that use them.
 
 Every published figure appears under the page that shows its run most often, or that names its command most often if
-no page shows the run. The commands of a run are in its manifest; options that draw its figures again are listed.
+no page shows the run. The commands of a run and the options that draw its figures again are in its manifest.
 """
 
 import ast
@@ -9,7 +9,6 @@ import dataclasses
 import html
 import json
 import re
-import shlex
 from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -24,21 +23,16 @@ PAGES = [
     path for folder in ("results", "how-to", "explanation") for path in sorted((ROOT / "docs" / folder).glob("*.md"))
 ]
 
-SOURCE = re.compile(r"[,:] (?:from )?(?:an? |runs? |of )*sims\.\w+(?: or cells of sims\.\w+)?\.?$")
-"""End of a caption that names the command of the run, which the gallery states apart."""
-
 
 class Drawing(NamedTuple):
-    """Command and captions of a figure.
+    """Command and caption of a figure.
 
     Attributes:
       command: Name of the command of `rora figures`.
-      subject: First sentence of the docstring of the command.
-      caption: First sentence of the docstring of the function that draws.
+      caption: Docstring of the function that draws.
     """
 
     command: str
-    subject: str
     caption: str
 
 
@@ -49,7 +43,7 @@ class Figure:
     Attributes:
       path: Path of the PNG file.
       manifest: Manifest of the run that the figure shows.
-      drawing: Command and captions of the figure.
+      drawing: Command and caption of the figure.
     """
 
     path: Path
@@ -100,7 +94,7 @@ def figures() -> list[Figure]:
 
 
 def markdown() -> str:
-    """Return the gallery: a section for each page, in it each run with its data, figures and options."""
+    """Return the gallery: a section for each page, in it each run with its data and figures."""
     # Group the figures by page, then by run.
     sections: dict[Path, dict[Path, list[Figure]]] = {}
     for figure in figures():
@@ -115,22 +109,15 @@ def markdown() -> str:
         link = page.relative_to(ROOT / "docs").as_posix()
         lines += [f'<section class="gallery" data-question="{page.stem}" markdown>', ""]
         lines += [f"## [{_title(page)}]({link})", ""]
-        stated_commands: set[str] = set()
         stated_captions: set[str] = set()
         for run, run_figures in sections[page].items():
             lines += [f"### {run.relative_to(PUBLISHED).as_posix()}", "", _data_links(run), ""]
-            commands = [figure.drawing.command for figure in run_figures]
             for figure in run_figures:
-                # State a caption once in a section, and the subject of its command only if the captions need it.
-                command = figure.drawing.command
-                sentences = [figure.drawing.caption]
-                if commands.count(command) == 1 and command not in stated_commands:
-                    sentences.insert(0, figure.drawing.subject)
-                caption = " ".join(sentences)
+                # State a caption once in a section.
+                caption = figure.drawing.caption
                 lines += _image(figure, "As above." if caption in stated_captions else caption)
-                stated_commands.add(command)
-                stated_captions |= {caption, figure.drawing.caption}
-            lines += _redrawing(run_figures)
+                stated_captions.add(caption)
+            lines += _missing_record(run_figures[0])
         lines += ["</section>", ""]
     return "\n".join(lines)
 
@@ -142,20 +129,13 @@ def _data_links(run: Path) -> str:
     return ", ".join(f"[{name}]({folder}/{name})" for name in names)
 
 
-def _redrawing(run_figures: Sequence[Figure]) -> list[str]:
-    """Return the options that draw a run's figures again, and what its manifest does not record."""
-    figure = run_figures[0]
-    lines = []
-    if not figure.commands:
-        keys = {"command": "command", "versions": "packages", "revision": "git_revision", "date": "end"}
-        missing = [word for word, key in keys.items() if key not in figure.manifest]
-        lines += [f"The manifest of this run records its settings, but not: {', '.join(missing)}.", ""]
-    options = dict.fromkeys(
-        shlex.join([figure.drawing.command, *figure.redraw_options]) for figure in run_figures if figure.redraw_options
-    )
-    if options:
-        lines += [f"Options: {', '.join(f'`{line}`' for line in options)}.", ""]
-    return lines
+def _missing_record(figure: Figure) -> list[str]:
+    """Return a sentence with what the manifest of a figure's run does not record, if it records no command."""
+    if figure.commands:
+        return []
+    keys = {"command": "command", "versions": "packages", "revision": "git_revision", "date": "end"}
+    missing = [word for word, key in keys.items() if key not in figure.manifest]
+    return [f"The manifest of this run records its settings, but not: {', '.join(missing)}.", ""]
 
 
 def _image(figure: Figure, caption: str) -> list[str]:
@@ -179,8 +159,8 @@ def _drawings() -> list[tuple[re.Pattern[str], Drawing]]:
                 # The caption comes from the function whose result is saved, or else from the one that saves it.
                 figure = call.args[0]
                 owner = functions.get(ast.unparse(figure.func), function) if isinstance(figure, ast.Call) else function
-                subject, caption = _sentence(ast.get_docstring(tree)), _sentence(ast.get_docstring(owner))
-                drawings.append((re.compile(_pattern(call.args[2])), Drawing(command, subject, caption)))
+                caption = _caption(ast.get_docstring(owner))
+                drawings.append((re.compile(_pattern(call.args[2])), Drawing(command, caption)))
     return sorted(drawings, key=lambda pair: ".*" in pair[0].pattern)
 
 
@@ -190,12 +170,10 @@ def _pattern(name: ast.expr) -> str:
     return "".join(re.escape(part.value) if isinstance(part, ast.Constant) else ".*" for part in parts)
 
 
-def _sentence(text: str | None) -> str:
-    """Return the first paragraph of a docstring as a caption, without its leading verb and the command of the run."""
-    paragraph = " ".join((text or "").split("\n\n")[0].split()).rstrip(":")
-    paragraph = SOURCE.sub("", paragraph)
-    paragraph = re.sub(r"^(?:Draw|Plot|Map) (?:the )?(.)", lambda start: start[1].upper(), paragraph)
-    return (paragraph if paragraph.endswith(".") else f"{paragraph}.").replace("*", r"\*")
+def _caption(docstring: str | None) -> str:
+    """Return a docstring in one paragraph, without its leading verb."""
+    text = " ".join((docstring or "").split())
+    return re.sub(r"^Draw (?:the )?(.)", lambda start: start[1].upper(), text).replace("*", r"\*")
 
 
 def _page_of(figure: Figure) -> Path:

@@ -41,7 +41,7 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Draw accuracies at each method's best rate (left) and gains over the base model and over LoRA (right)."""
+    """Draw accuracies at each method's best rate (left) and paired gains over the base model and LoRA (right)."""
     manifest, rows = style.read_frame(config.run, "rank_sweep")
     # Cells of one model and rank, each method at its best rate.
     rows = chosen_model(config.run, rows, config.model, None)

@@ -60,7 +60,10 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Draw means over seeds with the standard error over items; dashes are single seeds and the base model."""
+    """Draw the validation loss, its difference from LoRA and the average accuracy against the rank.
+
+    Points are means over seeds with the standard error over items, dashes single seeds and the base model.
+    """
     if config.tuned:
         check_unread(config, "lr", conflicts_with="--tuned")
     # Cells of one model and alpha, as one line for each method.

@@ -38,9 +38,10 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Points are means over runs at or below the best rate, a marker for each run folder, with the range over runs.
+    """Draw the ratio of the A-led to the B-led change against G = gamma r, with the displacement law.
 
-    Lines are the law rho (1 + rho) = K / G, with the geometric mean of K for each folder and number of steps.
+    Points are means over the runs at or below the best rate, with their range. Lines use the geometric mean of the
+    constant K for each number of steps.
     """
     folders = style.read_folders(config.runs, "constants.csv")
     figure, axes = plt.subplots(figsize=(4.4, 3.2))

@@ -37,7 +37,7 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Draw the maps for SGD and Adam."""
+    """Draw the exponent of the first step's mean square in the rank, over rank and overlap, by the exact law."""
     ranks = np.geomspace(1, config.max_rank, 241)
     overlaps = np.geomspace(0.003, 1, 241)
     figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.9), sharey=True)

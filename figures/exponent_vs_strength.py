@@ -50,9 +50,10 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Bars span the two values of G and one standard error over seeds; a hollow point has one seed and no error.
+    """Draw exponents of the best rate between neighbouring values of G = gamma r, with the laws.
 
-    A band is the displacement law with every K measured in a run folder and c from 1 to 2.
+    Bars span the two values of G and one standard error; a hollow point has one seed. Bands are the displacement law
+    with every measured K and c from 1 to 2.
     """
     if len(config.runs) > len(BAND_COLOURS):
         style.fail(f"runs must be at most {len(BAND_COLOURS)} run folders, got {len(config.runs)}")

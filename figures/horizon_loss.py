@@ -40,7 +40,7 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Draw the mean loss over seeds, and a dot for every seed."""
+    """Draw the held-out loss against the learning rate: the mean over seeds, and a dot for every seed."""
     _, losses = style.read_frame(config.run, "horizon")
     losses = losses[(losses["step"] == config.steps) & losses["rank"].isin(config.ranks)]
     figure, axes = plt.subplots(figsize=(4.8, 3.2))

@@ -27,7 +27,10 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Draw one panel for each optimizer; each rule's curve is divided by its value at the smallest rank."""
+    """Draw the measured and predicted size of the first update against the rank, one panel for each optimizer.
+
+    Each rule's curve is divided by its value at the smallest rank.
+    """
     _, rows = style.read_frame(config.run, "layer_sweep")
     rows = rows[rows["split"] == config.split]
     if config.split not in SPLITS or rows.empty:

@@ -47,7 +47,7 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Draw single batches as faint points, their running mean as lines and validation losses as markers."""
+    """Draw training loss (points, running mean as lines) and validation loss (markers) against the step."""
     if not config.runs:
         style.fail("runs must be one or more run folders of sims.finetune or sims.rank_sweep, got none")
     if not any(map(is_sweep, config.runs)):

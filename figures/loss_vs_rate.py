@@ -51,7 +51,10 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Draw means over seeds with the standard error over items; dashes are single seeds, crosses diverged runs."""
+    """Draw the validation loss and the average accuracy against the learning rate.
+
+    Points are means over seeds with the standard error over items, dashes single seeds, crosses diverged runs.
+    """
     manifest, rows = style.read_frame(config.run, "rank_sweep")
     rows = chosen_model(config.run, rows, config.model, config.alpha)
     rank = chosen_rank(config.run, rows, config.rank)

@@ -30,7 +30,7 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Draw best rates with their slopes (above) and losses at the largest rank (below); columns are optimizers."""
+    """Draw best rates against the rank (above) and losses at the largest rank (below); columns are optimizers."""
     manifest, rows = style.read_frame(config.run, "lr_transfer")
     accepted = "the file of a finished run"
     best_rate_table, slopes = (

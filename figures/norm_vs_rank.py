@@ -23,7 +23,7 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Draw simulated values as points, the exact law as lines and the paper's Eq. 11 as dashes."""
+    """Draw |w| against the rank: simulations as points, the exact law as lines, the paper's Eq. 11 as dashes."""
     manifest, rows = style.read_frame(config.run, "variance_sweep")
     rows = rows[rows["quantity"] == "norm"]
     overlaps, rules = (list(dict.fromkeys(rows[name])) for name in ("overlap", "rule"))

@@ -62,7 +62,7 @@ def draw(config: Config) -> Sequence[Path]:
 
 
 def _depth(rows: pd.DataFrame, split: str, out: Path) -> list[Path]:
-    """Draw r* of each layer with the quartiles over tokens, one panel for each type of module."""
+    """Draw crossing ranks against depth with the quartiles over tokens, one panel for each type of module."""
     tokens = ", ".join(map(str, sorted(set(rows["tokens"]))))
     figure = plots.plot_regime(
         rows, f"{tokens} {plots.REGIME_SPLITS[split]} tokens a module; line: $r^*$ of all of them together"
@@ -102,9 +102,9 @@ def _takeover(rows: pd.DataFrame, learning_rate: float, split: str, out: Path) -
 
 
 def _rms(rows: pd.DataFrame, config: Config, init: str, out: Path) -> list[Path]:
-    """Draw the law of each rule as lines and the rule that was measured as points.
+    """Draw the size of the first update against the rank: laws as lines, the measured rule as points.
 
-    There is one row for each optimizer and one panel for each module.
+    Rows are optimizers, columns modules.
     """
     all_modules, optimizers, rules = (list(dict.fromkeys(rows[name])) for name in ("module", "optimizer", "rule"))
     modules = config.modules or _default(all_modules)

@@ -48,7 +48,7 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Draw a panel for each change of G between two measured conditions, with a bar of regret for each policy."""
+    """Draw the cost of each policy for the learning rate in nats per token, one panel for each change of G."""
     style.read_frame(config.run, "horizon")
     costs = frames.read_csv(config.run / "regret.csv")
     # Changes of G alone, between the two chosen values.

@@ -39,7 +39,7 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Draw schemes of W x + gamma B A x, and gamma against the rank, for both rules."""
+    """Draw the adapters of LoRA and RoRA, and gamma against the rank for both rules."""
     gammas = {
         rule: [scaling_factor(rule, alpha=config.alpha, rank=rank) for rank in (*config.ranks, config.rank)]
         for rule in ("lora", "rora")
