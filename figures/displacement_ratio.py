@@ -40,8 +40,7 @@ class Config:
 def draw(config: Config) -> Sequence[Path]:
     """Draw the ratio of the A-led to the B-led change against G = gamma r, with the displacement law.
 
-    Points are means over the runs at or below the best rate, with their range. Lines use the geometric mean of the
-    constant K for each number of steps.
+    Points are means over the runs at or below the best rate, with their range.
     """
     folders = style.read_folders(config.runs, "constants.csv")
     figure, axes = plt.subplots(figsize=(4.4, 3.2))
