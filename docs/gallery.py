@@ -6,7 +6,6 @@ no page shows the run. The commands of a run and the options that draw its figur
 
 import ast
 import dataclasses
-import html
 import json
 import re
 from collections.abc import Sequence
@@ -100,11 +99,7 @@ def markdown() -> str:
     for figure in figures():
         sections.setdefault(_page_of(figure), {}).setdefault(figure.run, []).append(figure)
     pages = [page for page in PAGES if page in sections]
-    # The menu that shows the figures of one page.
-    lines = ["", '<p class="gallery-filter"><label>Show the figures of <select id="gallery-filter">']
-    lines += ['<option value="">all questions</option>']
-    lines += [f'<option value="{page.stem}">{html.escape(_title(page))}</option>' for page in pages]
-    lines += ["</select></label></p>", ""]
+    lines = [""]
     for page in pages:
         link = page.relative_to(ROOT / "docs").as_posix()
         lines += [f'<section class="gallery" data-question="{page.stem}" markdown>', ""]
