@@ -335,8 +335,27 @@ class ChatTemplate:
         return (before, after[0]) if len(after) == 1 else None
 
     def _generation_prompt(self, prompt_text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> str:
-        """Return the generation prompt with which ``prompt_text``, the text of ``messages``, ends."""
-        return prompt_text.removeprefix(self.render(messages, tools)) if messages else ""
+        """Return the generation prompt that ends ``prompt_text``.
+
+        Args:
+          prompt_text: Text of the messages, rendered with the generation prompt.
+          messages: Turns before the one that the model is prompted for.
+          tools: Descriptions of tools.
+
+        Raises:
+          InputError: The template does not append the generation prompt to the text of the messages.
+        """
+        if not messages:
+            return ""
+        chat_text = self.render(messages, tools)
+        # Otherwise the difference between both texts is not a prompt, and the turn would begin at a wrong place.
+        if not prompt_text.startswith(chat_text):
+            raise InputError(
+                f"messages {len(messages)}: the chat template changes the earlier turns if add_generation_prompt is "
+                "true, so this turn's tokens cannot be located. Pass a template that appends the generation prompt or "
+                "has {% generation %} blocks (--chat-template), or --loss-on all."
+            )
+        return prompt_text.removeprefix(chat_text)
 
     def _render_blocks(
         self,

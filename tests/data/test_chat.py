@@ -53,6 +53,8 @@ NEWEST_FIRST = "{% for m in messages[:2] + messages[2:] | reverse | list %}<{{ m
 """Writes the third answer before the second."""
 ENDING = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ '<end>' if loop.last else '<next>' }}{% endfor %}"
 """Ends a turn in another way once others follow."""
+PREPENDING = "{{ '!' if add_generation_prompt }}" + COUNTED
+"""Begins in another way with the generation prompt, so that the prompt is not what is added at the end."""
 THOUGHT = [CHAT[0], CHAT[1] | {"thinking": "Hm."}, *CHAT[2:]]
 LOCATED = {name: (source, CHAT, chat_templates.TEXTS[name]) for name, source in chat_templates.ALL.items()} | {
     "generation blocks": (
@@ -97,6 +99,7 @@ def test_texts_and_turns_are_the_templates(name):
         (COUNTED, [CHAT[0], CHAT[1] | {"content": ""}, *CHAT[2:]], 1),
         (NEWEST_FIRST, [*CHAT, *turns("Well?", "Of course.")], 5),
         (ENDING, CHAT, 1),
+        (PREPENDING, THOUGHT, 1),
     ],
 )
 def test_a_turn_that_cannot_be_located_is_refused_where_only_turns_are_learned(source, messages, index):
