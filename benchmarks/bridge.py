@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import transformers
 import tyro
-from hardware import Others, in_words, machine
+from hardware import OtherLoad, describe_machine, format_machine
 
 from rora_theory.adapter_config import PAPER_TARGETS
 from rora_theory.errors import InputError
@@ -79,10 +79,10 @@ def main(config: Config) -> None:
     for name in ("batch_size", "rounds"):
         check_integer(name, getattr(config, name))
     check_integer("cutoff", config.cutoff, minimum=2)
-    here, others = machine(packages=("torch", "transformers", "peft", "jax")), Others()
-    print(in_words(here), flush=True)
+    here, others = describe_machine(packages=("torch", "transformers", "peft", "jax")), OtherLoad()
+    print(format_machine(here), flush=True)
     results = agreement(config) if config.what == "agreement" else cost(config)
-    print(others.in_words())
+    print(others.describe())
     omitted = {"out", *(("rounds", "cases", "device") if config.what == "agreement" else ())}
     settings = {name: value for name, value in asdict(config).items() if name not in omitted}
     settings["data"] = ["/".join(Path(name).parts[-2:]) for name in config.data]

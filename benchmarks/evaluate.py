@@ -1,12 +1,12 @@
-"""Items per second of evaluation beside the usual tools: same CPU, weights, tokenizer, float32 and items, one run.
+"""Compare evaluation speed with the usual tools: same CPU, weights, tokenizer, float32 and items, in one run.
 
     python benchmarks/evaluate.py --data-dir DATA --out evaluate.json
 
-`harness` against lm-evaluation-harness's own model class, `generate` against transformers' `generate` at 4 beams.
-Beside `harness` stands what its matrix products take alone, each timed by itself. Each batch size of a peer has its
-time and the fastest makes the ratio (lm-eval's default is 1, and the published evaluation generates one item at a
-time). Every side tokenizes in its own time. Ours is run once before it is timed, so that compilation is not counted
-(`cold` has that first run); the peers compile nothing.
+The protocol `harness` is compared with lm-evaluation-harness's own model class, and `generate` with transformers'
+`generate` at 4 beams. For `harness`, the time of its matrix products alone is reported too, each timed by itself. The
+peers run at several batch sizes, and the fastest one counts (lm-eval's default is 1, and the published evaluation
+generates one item at a time). The times include tokenization on every side. This side runs once before it is timed, so
+that compilation is not counted (`ours_cold_s` and `cold_s` are the times of that run); the peers compile nothing.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
-from hardware import Others, in_words, machine
+from hardware import OtherLoad, describe_machine, format_machine
 
 from rora_theory.data import prompts, sources, tasks
 from rora_theory.evaluate import likelihood
@@ -35,25 +35,28 @@ from sims.common import cli
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """Settings of the benchmark."""
+
     model: str = "smollm2-135m"
-    """model of all sides"""
+    """Model of all sides"""
     data_dir: Path = Path("commonsense")
-    """folder in the LLM-Adapters schema"""
+    """Folder of the tasks in the LLM-Adapters schema"""
     tasks: tuple[str, ...] = tuple(tasks.TASKS)
-    """tasks of the harness part"""
+    """Tasks of the part harness"""
     items: int = 100
-    """items a task in the harness part"""
+    """Number of items of each task in the part harness"""
     generated: int = 16
-    """items in the generate part, from BoolQ and OBQA in turn"""
+    """Number of items in the part generate, alternately from BoolQ and OBQA"""
     harness_batches: tuple[int, ...] = (1, 32)
-    """batch sizes that lm-eval is tried with"""
+    """Batch sizes of lm-eval, of which the fastest counts"""
     generate_batches: tuple[int, ...] = (1, 8, 16)
-    """batch sizes that transformers is tried with; the fastest counts"""
+    """Batch sizes of transformers, of which the fastest counts"""
     out: Path | None = None
-    """JSON file for the figures"""
+    """JSON file for the results"""
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the seconds that a call takes, and its result."""
     started = time.perf_counter()
     result = work()
     return time.perf_counter() - started, result
@@ -61,33 +64,46 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 @functools.cache
 def product_seconds(rows: int, inner: int, columns: int, *, vocabulary: bool = False) -> float:
-    """Median time of one float32 product, as XLA makes it: a layer's, or of a vocabulary's rows with hidden states."""
+    """Return the median seconds of one float32 matrix product compiled by XLA.
+
+    Args:
+      rows: Number of rows of the left matrix.
+      inner: Length of the sums.
+      columns: Number of columns of the result.
+      vocabulary: Whether the right matrix is transposed, as in the product of the vocabulary with hidden states.
+    """
     left, right = jnp.ones((rows, inner)), jnp.ones((columns, inner) if vocabulary else (inner, columns))
     product = jax.jit(lambda a, b: jnp.einsum("vd,cd->vc", a, b)) if vocabulary else jax.jit(jnp.matmul)
     jax.block_until_ready(product(left, right))
     return statistics.median(timed(lambda: jax.block_until_ready(product(left, right)))[0] for _ in range(15))
 
 
-def floor(model: Model, records: list[tasks.TaskRecord]) -> float:
-    """Seconds of the products of `harness`: of every block's slots with the layers' weights, and of the slots that
-    predict with the vocabulary. Attention, and all that is no product, is left out."""
-    own = model.config
-    asked = [harness_choices(record) for record in records]
-    items = encode_choices(model.tokenizer, asked, max_length=own.max_position_embeddings)
+def harness_product_seconds(model: Model, records: list[tasks.TaskRecord]) -> float:
+    """Return the seconds that the matrix products of `harness` take: a lower bound of its time.
+
+    These are the products of every block's slots with the layers' weights, and of the predicting slots with the
+    vocabulary. Attention and everything that is not a matrix product are left out.
+    """
+    shape = model.config
+    # The blocks that `harness` runs on these records.
+    choices = [harness_choices(record) for record in records]
+    items = encode_choices(model.tokenizer, choices, max_length=shape.max_position_embeddings)
     block_tokens, chunk = likelihood.CPU_SHAPE
     _, blocks = likelihood.blocks_of(items, block_tokens=block_tokens, chunk=chunk)
-    queries, keys = own.num_attention_heads * own.head_dim, own.num_key_value_heads * own.head_dim
-    hidden, wide = own.hidden_size, own.intermediate_size
-    layer = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)]
-    layer += [(hidden, wide), (hidden, wide), (wide, hidden)]
-    in_layers = [product_seconds(block.tokens.size, *shape) for block in blocks for shape in layer]
+    # Inputs and outputs of the modules of a layer: q, k, v, o; gate, up, down.
+    queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    hidden, wide = shape.hidden_size, shape.intermediate_size
+    modules = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)]
+    modules += [(hidden, wide), (hidden, wide), (wide, hidden)]
+    layer_seconds = [product_seconds(block.tokens.size, *module) for block in blocks for module in modules]
+    # Only the predicting slots are projected to the vocabulary, a chunk at a time.
     chunks = sum(math.ceil(block.used / chunk) for block in blocks)
-    of_vocabulary = product_seconds(own.vocab_size, hidden, chunk, vocabulary=True)
-    return own.num_hidden_layers * sum(in_layers) + chunks * of_vocabulary
+    chunk_seconds = product_seconds(shape.vocab_size, hidden, chunk, vocabulary=True)
+    return shape.num_hidden_layers * sum(layer_seconds) + chunks * chunk_seconds
 
 
 def harness(config: Config, model: Model) -> list[dict[str, Any]]:
-    """Rows of the harness part: a task each, and their sum."""
+    """Measure the part harness; return a row for each task, and one for all of them."""
     import lm_eval_peer
 
     rows = []
@@ -102,8 +118,8 @@ def harness(config: Config, model: Model) -> list[dict[str, Any]]:
         cold, _ = timed(ours)
         warm = min(timed(ours)[0] for _ in range(2))
         requests = lm_eval_peer.task(key, records).instances
-        # Its speed settles within a few batches; compiling nothing, it needs no full warm-up.
-        theirs = {
+        # The peer compiles nothing and reaches its speed within a few batches, so it runs once, without a warm-up.
+        peer_seconds = {
             size: timed(functools.partial(peer.loglikelihood, requests, disable_tqdm=True))[0]
             for size, peer in peers.items()
         }
@@ -113,12 +129,13 @@ def harness(config: Config, model: Model) -> list[dict[str, Any]]:
                 "items": len(records),
                 "ours_s": warm,
                 "ours_cold_s": cold,
-                "products_s": floor(model, records),
-                "lm_eval_s": theirs,
-                "ratio": min(theirs.values()) / warm,
+                "products_s": harness_product_seconds(model, records),
+                "lm_eval_s": peer_seconds,
+                "ratio": min(peer_seconds.values()) / warm,
             }
         )
         print(json.dumps(rows[-1]), flush=True)
+    # The row of all tasks: times add up.
     total = {name: sum(row[name] for row in rows) for name in ("items", "ours_s", "ours_cold_s", "products_s")}
     sums = {size: sum(row["lm_eval_s"][size] for row in rows) for size in config.harness_batches}
     rows.append({"task": "all", **total, "lm_eval_s": sums, "ratio": min(sums.values()) / total["ours_s"]})
@@ -127,9 +144,10 @@ def harness(config: Config, model: Model) -> list[dict[str, Any]]:
 
 
 def generate(config: Config, model: Model) -> list[dict[str, Any]]:
-    """Rows of the generate part: our batch sizes, then transformers'."""
+    """Measure the part generate; return a row for each batch size of this side and of transformers."""
     import lm_eval_peer
 
+    # Items of both tasks, alternately.
     both = [
         tasks.read_task(sources.locate_task(config.data_dir, tasks.TASKS[key]), tasks.TASKS[key])
         for key in ("boolq", "openbookqa")
@@ -139,21 +157,24 @@ def generate(config: Config, model: Model) -> list[dict[str, Any]]:
     for size in (8, config.generated):
 
         def ours(size: int = size) -> dict[tuple[str, int], str | None]:
-            found = score(model.params, model.config, model.tokenizer, records, Scoring("generate"), batch_size=size)
-            return {(sample.task, sample.index): sample.text for sample in found}
+            scoring = Scoring("generate")
+            samples = score(model.params, model.config, model.tokenizer, records, scoring, batch_size=size)
+            return {(sample.task, sample.index): sample.text for sample in samples}
 
         cold, _ = timed(ours)
         warm, texts = timed(ours)
         rows.append({"side": "ours", "batch_size": size, "seconds": warm, "cold_s": cold})
         print(json.dumps(rows[-1]), flush=True)
 
+    # The peer, with the number of texts that are equal to this side's.
     peer, tokenizer = lm_eval_peer.torch_model(model), lm_eval_peer.torch_tokenizer(model)
     tokenizer.padding_side = "left"
     for size in config.generate_batches:
         seconds, answers = timed(lambda size=size: transformers_texts(peer, tokenizer, records, size))
-        same = sum(texts[record.task, record.index] == text for record, text in zip(records, answers, strict=True))
-        rows.append({"side": "transformers", "batch_size": size, "seconds": seconds, "texts_equal": same})
+        equal = sum(texts[record.task, record.index] == text for record, text in zip(records, answers, strict=True))
+        rows.append({"side": "transformers", "batch_size": size, "seconds": seconds, "texts_equal": equal})
         print(json.dumps(rows[-1]), flush=True)
+    # Ratios to this side's fastest batch size.
     ours_s = min(row["seconds"] for row in rows if row["side"] == "ours")
     for row in rows:
         row |= {"items": len(records), "items_per_s": len(records) / row["seconds"]}
@@ -163,10 +184,19 @@ def generate(config: Config, model: Model) -> list[dict[str, Any]]:
 
 
 def transformers_texts(peer: Any, tokenizer: Any, records: list[tasks.TaskRecord], size: int) -> list[str]:
-    """The published protocol by transformers: 4 beams, 32 new tokens; prompts of like length together."""
+    """Generate answers with transformers by the published protocol: 4 beams, 32 new tokens.
+
+    Prompts of similar length share a batch.
+
+    Args:
+      peer: Model of transformers.
+      tokenizer: Tokenizer of transformers, which pads on the left.
+      records: Records to answer.
+      size: Number of prompts in a batch.
+    """
     texts = [prompts.prompt(record.instruction, "eval") for record in records]
     order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
-    found = [""] * len(texts)
+    answers = [""] * len(texts)
     for start in range(0, len(order), size):
         group = order[start : start + size]
         inputs = tokenizer([texts[number] for number in group], return_tensors="pt", padding=True)
@@ -176,25 +206,26 @@ def transformers_texts(peer: Any, tokenizer: Any, records: list[tasks.TaskRecord
             )
         new = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for number, text in zip(group, new, strict=True):
-            found[number] = text.split(prompts.RESPONSE_HEADING)[-1].strip()
-    return found
+            answers[number] = text.split(prompts.RESPONSE_HEADING)[-1].strip()
+    return answers
 
 
 def main(config: Config) -> None:
+    """Measure both parts, print their rows and write them."""
     model = load(config.model)
     names = ("jax", "torch", "transformers", "lm-eval", "tokenizers")
-    figures = {"config": dataclasses.asdict(config), "machine": machine(packages=names)}
-    figures["machine"]["torch_threads"] = torch.get_num_threads()
-    others = Others()
-    print(in_words(figures["machine"]), flush=True)
-    figures["harness"] = harness(config, model)
-    figures["generate"] = generate(config, model)
-    for row in figures["generate"]:
+    results = {"config": dataclasses.asdict(config), "machine": describe_machine(packages=names)}
+    results["machine"]["torch_threads"] = torch.get_num_threads()
+    other_load = OtherLoad()
+    print(format_machine(results["machine"]), flush=True)
+    results["harness"] = harness(config, model)
+    results["generate"] = generate(config, model)
+    for row in results["generate"]:
         print(json.dumps(row))
-    figures["others"] = others.share()
-    print(others.in_words())
+    results["others"] = other_load.share()
+    print(other_load.describe())
     if config.out is not None:
-        write_whole(config.out, json.dumps(figures, indent=2, default=str) + "\n")
+        write_whole(config.out, json.dumps(results, indent=2, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Training speed and memory beside transformers + peft on torch: same model, data, precision and batch, in one run.
+"""Compare training speed and memory with transformers + peft on torch: same model, data, precision and batch.
 
     python benchmarks/finetune.py --data DATA/ARC-Easy/train.json DATA/openbookqa/train.json --out finetune.json
 
-Each side is a process of its own, loads the same folder and is warmed up (this side has compiled by then); then they
-take turns on the same cores, and medians over the turns are compared. Parts:
+Each side runs in a process of its own, loads the same folder and is warmed up, so that this side has compiled. Then the
+sides take turns on the same cores, and medians over the turns are compared. Parts:
 
   tokens   batches of 4 x 256 tokens of the text, LoRA of rank 8: tokens/s and peak memory of the process
-  text     batches of 16 records: examples/s. Here records of like length share a batch; the peer's batches
-           are random and padded to their longest, as the published code does it. Every k-th batch of an epoch, in order
-           of padded length, so that a few stand for all
+  text     batches of 16 records: examples/s. Here records of similar length share a batch; the peer's batches are
+           random and padded to their longest record, as in the published code. A few batches stand for the epoch: every
+           k-th one in the order of padded length
   methods  LoRA and DoRA of rank 128, batches of 4 x 256, without and with dropout: time of a step
 
-The modules adapted are the paper's five. Run it on a quiet machine; it uses the first ``--cores`` cores.
+The adapted modules are the paper's five. Run it on a quiet machine; it uses the first ``--cores`` cores.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from hardware import Others, in_words, machine
+from hardware import OtherLoad, describe_machine, format_machine
 
 HERE = Path(__file__).parent
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -36,50 +36,60 @@ Part = Literal["tokens", "text", "methods"]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """Settings of the benchmark."""
+
     data: tuple[str, ...] = ()
-    """training files in the LLM-Adapters schema"""
+    """Training files in the LLM-Adapters schema"""
     model: str = "smollm2-135m"
-    """model of both sides"""
+    """Model of both sides"""
     parts: tuple[Part, ...] = ("tokens", "text", "methods")
-    """parts to run"""
+    """Parts to run"""
     rounds: int = 5
-    """turns of each side"""
+    """Number of turns of each side"""
     steps: int = 3
-    """steps a turn (tokens, methods)"""
+    """Number of steps in a turn (tokens, methods)"""
     batches: int = 10
-    """batches of an epoch that a turn works (text)"""
+    """Number of batches of the epoch in a turn (text)"""
     cores: int = 2
-    """cores that both sides run on"""
+    """Number of cores that both sides run on"""
     out: Path | None = None
-    """JSON file for the figures"""
+    """JSON file for the results"""
 
 
 class Worker:
-    """A side's process: it sets itself up, then takes steps when told to."""
+    """Process of one side, which loads its model and then runs steps on request.
+
+    Args:
+      side: ``"ours"`` or ``"peer"``.
+      spec: Settings of the side, a JSON object, see `work`.
+
+    Attributes:
+      setup: Report that the process sends once it is ready.
+    """
 
     def __init__(self, side: str, spec: dict[str, Any]) -> None:
         script = HERE / ("finetune.py" if side == "ours" else "finetune_peer.py")
         command = [sys.executable, str(script), "--work", json.dumps(spec)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.setup = self._answer()
+        self.setup = self._receive()
 
     def steps(self, count: int) -> list[float]:
-        """Take ``count`` steps, each on the next batch; the seconds of each."""
-        return self._ask({"steps": count})["seconds"]
+        """Run ``count`` steps, each on the next batch, and return the seconds of each."""
+        return self._request({"steps": count})["seconds"]
 
     def finish(self) -> dict[str, Any]:
-        """End the process; its report."""
-        report = self._ask({"steps": 0, "end": True})
+        """End the process and return its report."""
+        report = self._request({"steps": 0, "end": True})
         self._process.wait()
         return report
 
-    def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
+    def _request(self, message: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(message) + "\n")
         self._process.stdin.flush()
-        return self._answer()
+        return self._receive()
 
-    def _answer(self) -> dict[str, Any]:
+    def _receive(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -88,73 +98,92 @@ class Worker:
 
 
 def take_turns(workers: dict[str, Worker], rounds: int, steps: int) -> dict[str, list[list[float]]]:
-    """Seconds of every step of every turn, the sides in an order that turns too; standard error says how far it is."""
-    found: dict[str, list[list[float]]] = {name: [] for name in workers}
+    """Time the steps of all workers in turns, with progress on standard error.
+
+    Args:
+      workers: Workers by name.
+      rounds: Number of turns of each worker.
+      steps: Number of steps in a turn.
+
+    Returns:
+      Seconds of every step of every turn, by worker.
+    """
+    seconds: dict[str, list[list[float]]] = {name: [] for name in workers}
     names = list(workers)
     for turn in range(rounds):
+        # Each round starts with another worker, so that a drift of the machine's speed does not favour one.
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            found[name].append(workers[name].steps(steps))
-            print(f"turn {turn + 1} of {rounds}: {name} {sum(found[name][-1]):.0f} s", file=sys.stderr, flush=True)
-    return found
+            seconds[name].append(workers[name].steps(steps))
+            print(f"turn {turn + 1} of {rounds}: {name} {sum(seconds[name][-1]):.0f} s", file=sys.stderr, flush=True)
+    return seconds
 
 
-def middle(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Return the median, the quartiles and the number of values."""
     low, mid, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
     return {"median": mid, "lower_quartile": low, "upper_quartile": high, "count": len(values)}
 
 
+def step_quartiles(turns: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Return the `quartiles` of the seconds of all steps of all turns."""
+    return quartiles([seconds for turn in turns for seconds in turn])
+
+
 def run_tokens(config: Config, folder: Path) -> dict[str, Any]:
+    """Run the part ``tokens`` on the batches in ``folder``."""
     spec = {"model": str(folder / "model"), "cores": config.cores, "method": "lora", "rank": 8, "dropout": 0.0}
     workers = {side: Worker(side, spec | {"batches": str(folder / f"tokens_{side}.npz")}) for side in ("ours", "peer")}
     seconds = take_turns(workers, config.rounds, config.steps)
     reports = {side: worker.finish() for side, worker in workers.items()}
-    figures: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for side in workers:
-        step = middle([one for turn in seconds[side] for one in turn])
-        figures[side] = {
+        step = step_quartiles(seconds[side])
+        results[side] = {
             "seconds_a_step": step,
-            "tokens_per_second": 1024 / step["median"],
+            "tokens_per_second": 1024 / step["median"],  # batches of 4 x 256 tokens
             "peak_memory_gb": reports[side]["peak_memory_gb"],
             "first_step_seconds": workers[side].setup["first_step_seconds"],
             "loss": reports[side]["loss"],
         }
-    figures["speed_ratio"] = figures["ours"]["tokens_per_second"] / figures["peer"]["tokens_per_second"]
-    figures["memory_ratio"] = figures["ours"]["peak_memory_gb"] / figures["peer"]["peak_memory_gb"]
-    return figures
+    results["speed_ratio"] = results["ours"]["tokens_per_second"] / results["peer"]["tokens_per_second"]
+    results["memory_ratio"] = results["ours"]["peak_memory_gb"] / results["peer"]["peak_memory_gb"]
+    return results
 
 
 def run_text(config: Config, folder: Path) -> dict[str, Any]:
+    """Run the part ``text`` on the batches in ``folder``."""
     spec = {"model": str(folder / "model"), "cores": config.cores, "method": "lora", "rank": 8, "dropout": 0.0}
     workers = {side: Worker(side, spec | {"batches": str(folder / f"text_{side}.npz")}) for side in ("ours", "peer")}
     seconds = take_turns(workers, config.rounds, config.batches)
-    figures: dict[str, Any] = json.loads((folder / "text.json").read_text())
+    results: dict[str, Any] = json.loads((folder / "text.json").read_text())
     for side, worker in workers.items():
-        rates = middle([16 * config.batches / sum(turn) for turn in seconds[side]])
-        figures[side] |= {"examples_per_second": rates, "peak_memory_gb": worker.finish()["peak_memory_gb"]}
-    ours, peer = (figures[side]["examples_per_second"]["median"] for side in ("ours", "peer"))
-    return figures | {"speed_ratio": ours / peer}
+        rates = quartiles([16 * config.batches / sum(turn) for turn in seconds[side]])
+        results[side] |= {"examples_per_second": rates, "peak_memory_gb": worker.finish()["peak_memory_gb"]}
+    ours, peer = (results[side]["examples_per_second"]["median"] for side in ("ours", "peer"))
+    return results | {"speed_ratio": ours / peer}
 
 
 def run_methods(config: Config, folder: Path) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
+    """Run the part ``methods`` on the batches in ``folder``."""
+    results: dict[str, Any] = {}
     for dropout in (0.0, 0.05):
         for side in ("ours", "peer"):
             spec = {"model": str(folder / "model"), "cores": config.cores, "rank": 128, "dropout": dropout}
             spec |= {"batches": str(folder / f"tokens_{side}.npz")}
+            # LoRA and DoRA of one side take turns, since their ratio is the result.
             workers = {method: Worker(side, spec | {"method": method}) for method in ("lora", "dora")}
             seconds = take_turns(workers, config.rounds, config.steps)
-            found: dict[str, Any] = {}
+            by_method: dict[str, Any] = {}
             for method, worker in workers.items():
                 worker.finish()
-                found[method] = middle([one for turn in seconds[method] for one in turn])
-            ratio = found["dora"]["median"] / found["lora"]["median"]
-            figures[f"{side}, dropout {dropout:g}"] = found | {"dora_over_lora": ratio}
-    return figures
+                by_method[method] = step_quartiles(seconds[method])
+            ratio = by_method["dora"]["median"] / by_method["lora"]["median"]
+            results[f"{side}, dropout {dropout:g}"] = by_method | {"dora_over_lora": ratio}
+    return results
 
 
 def prepare(config: Config, folder: Path) -> None:
-    """Write the model's folder and both sides' batches of ``tokens`` and ``text``."""
+    """Write the model's folder, and the batches of both sides for ``tokens`` and ``text``."""
     from rora_theory.finetune import Batches, choose_widths, read_records, tokenize
     from rora_theory.llama import load
     from rora_theory.llama.saving import save_model
@@ -162,36 +191,41 @@ def prepare(config: Config, folder: Path) -> None:
     model = load(config.model)
     save_model(folder / "model", model)
     examples = tokenize(read_records(config.data), model.tokenizer)
+    # Part tokens: three batches of 4 x 257 consecutive tokens. Here inputs and targets are shifted by one position;
+    # transformers shifts its labels itself.
     windows = examples.tokens[: 3 * 4 * 257].reshape(3, 4, 257)
-    ours = [(w[:, :-1], w[:, 1:], np.ones((4, 256), np.float32)) for w in windows]
+    ours = [(window[:, :-1], window[:, 1:], np.ones((4, 256), np.float32)) for window in windows]
     save(folder / "tokens_ours.npz", ours)
-    ids = [w[:, :-1] for w in windows]
-    save(folder / "tokens_peer.npz", [(w, np.ones_like(w), w) for w in ids])
+    ids = [window[:, :-1] for window in windows]
+    save(folder / "tokens_peer.npz", [(tokens, np.ones_like(tokens), tokens) for tokens in ids])
 
+    # Part text, this side: full batches of records of similar length.
     widths = choose_widths(examples.input_lengths, 6)
     batches = Batches(examples, widths, batch_size=16, seed=42)
-    whole = [batches[step] for step in range(len(batches)) if batches[step].weights.any(axis=1).all()]
-    whole.sort(key=lambda batch: batch.inputs.shape[1])
-    save(folder / "text_ours.npz", [batch[:3] for batch in spread(whole, config.batches)])
+    full = [batches[step] for step in range(len(batches)) if batches[step].weights.any(axis=1).all()]
+    full.sort(key=lambda batch: batch.inputs.shape[1])
+    save(folder / "text_ours.npz", [batch[:3] for batch in spread(full, config.batches)])
 
+    # Part text, the peer: random batches, each padded to its longest record.
     order = np.random.default_rng(42).permutation(len(examples))
     random = [pad([examples[i] for i in rows.tolist()]) for rows in order[: len(order) // 16 * 16].reshape(-1, 16)]
     random.sort(key=lambda batch: batch[0].shape[1])
     save(folder / "text_peer.npz", spread(random, config.batches))
+    # Share of padding over the whole epoch.
     padding = {
         "ours": {"records": len(examples), "widths": widths, "padding": batches.padding_share},
-        "peer": {"padding": 1 - sum(b[1].sum() for b in random) / sum(b[1].size for b in random)},
+        "peer": {"padding": 1 - sum(mask.sum() for _, mask, _ in random) / sum(mask.size for _, mask, _ in random)},
     }
     (folder / "text.json").write_text(json.dumps(padding))
 
 
 def spread(items: list[Any], count: int) -> list[Any]:
-    """``count`` of the items, evenly over the list, from the middle of each stretch."""
+    """Return ``count`` items, spread evenly over a list: the middle one of each of ``count`` equal stretches."""
     return [items[int((i + 0.5) * len(items) / count)] for i in range(count)]
 
 
 def pad(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, mask and labels of a random batch, as the published code pads: on the left, to a multiple of 8."""
+    """Return tokens, mask and labels of a batch, padded on the left to a multiple of 8 as in the published code."""
     width = -(-max(map(len, rows)) // 8) * 8
     tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), np.int32)
     for i, row in enumerate(rows):
@@ -200,45 +234,56 @@ def pad(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def save(path: Path, batches: Sequence[Sequence[np.ndarray]]) -> None:
-    """Write batches as ``BATCH_ARRAY`` entries."""
+    """Write batches to an .npz file with entries ``BATCH_ARRAY``, such as ``0_2``."""
     np.savez(path, **{f"{i}_{j}": array for i, batch in enumerate(batches) for j, array in enumerate(batch)})
 
 
 def read(path: str) -> list[list[np.ndarray]]:
-    """Batches of `save`."""
+    """Read the batches that `save` has written."""
     with np.load(path) as file:
         count = 1 + max(int(name.split("_")[0]) for name in file.files)
         return [[file[f"{i}_{j}"] for j in range(3)] for i in range(count)]
 
 
-def serve(setup: dict[str, Any], step: Any, report: Any) -> None:
-    """A worker's end of `Worker`: ``step(i)`` works batch i to the end, ``report()`` is the last word."""
+def serve(setup: dict[str, Any], step: Callable[[int], None], report: Callable[[], dict[str, Any]]) -> None:
+    """Answer the requests of a `Worker` on standard input until it ends the process.
+
+    Args:
+      setup: Report that is sent at once.
+      step: Function that runs the step of a given index and returns when it is done.
+      report: Function that returns the report sent at the end.
+    """
     print(json.dumps(setup), flush=True)
-    at = 0
+    index = 0
     for line in sys.stdin:
         message = json.loads(line)
         seconds = []
         for _ in range(message["steps"]):
             begin = time.perf_counter()
-            step(at)
+            step(index)
             seconds.append(time.perf_counter() - begin)
-            at += 1
-        end = message.get("end", False)
-        print(json.dumps({"seconds": seconds} | (report() if end else {})), flush=True)
-        if end:
+            index += 1
+        is_end = message.get("end", False)
+        print(json.dumps({"seconds": seconds} | (report() if is_end else {})), flush=True)
+        if is_end:
             return
 
 
 def peak_memory_gb() -> float:
-    """The most memory this process has had."""
+    """Return the peak resident memory of this process."""
     status = Path("/proc/self/status").read_text()
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    assert found is not None
-    return int(found.group(1)) / 1e6
+    match = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert match is not None
+    return int(match.group(1)) / 1e6
 
 
 def work(spec: dict[str, Any]) -> None:
-    """This package's side."""
+    """Run this package's side in a worker process.
+
+    Args:
+      spec: Settings ``model`` and ``batches`` (paths), ``method``, ``rank``, ``dropout``, ``cores``, and optionally
+        ``remat``.
+    """
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: spec["cores"]])
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
@@ -247,8 +292,9 @@ def work(spec: dict[str, Any]) -> None:
     from rora_theory.finetune import Batch, FinetuneConfig
     from rora_theory.finetune import step as steps
 
+    # Model, adapter, state and compiled step.
     remat = {"False": False, "mlp": "mlp", "True": True}[spec.get("remat", "False")]
-    config = FinetuneConfig(**own_settings(spec["method"], spec["rank"]), dropout=spec["dropout"], remat=remat)
+    config = FinetuneConfig(**method_settings(spec["method"], spec["rank"]), dropout=spec["dropout"], remat=remat)
     setup: dict[str, Any] = {}
     model = llama.load(spec["model"])
     params, model_config = model.params, model.config
@@ -264,10 +310,11 @@ def work(spec: dict[str, Any]) -> None:
         state, metrics = function(state, params, batches[index % len(batches)])
         loss = jax.block_until_ready(metrics.loss)
 
+    # Warm-up: time the first step, then compile for every shape before the first turn.
     begin = time.perf_counter()
     step(0)
     setup["first_step_seconds"] = time.perf_counter() - begin
-    for index in range(len(batches)):  # every shape is compiled before the first turn
+    for index in range(len(batches)):
         step(index)
 
     def report() -> dict[str, Any]:
@@ -276,8 +323,13 @@ def work(spec: dict[str, Any]) -> None:
     serve(setup, step, report)
 
 
-def own_settings(method: str, size: int) -> dict[str, Any]:
-    """Settings of a method at a size: the rank, a bottleneck's width, or the number of a prefix's tokens."""
+def method_settings(method: str, size: int) -> dict[str, Any]:
+    """Return a method's settings.
+
+    Args:
+      method: Name of the method.
+      size: Rank, width of the bottleneck, or number of a prefix's virtual tokens.
+    """
     low_rank = {"rank": size, "alpha": 16}
     return {
         "lora": {"method": "lora", "rule": "lora", **low_rank},
@@ -289,50 +341,50 @@ def own_settings(method: str, size: int) -> dict[str, Any]:
     }[method]
 
 
-def lines(figures: dict[str, Any]) -> Iterator[str]:
-    """The figures in words."""
-    if "tokens" in figures:
-        found = figures["tokens"]
+def describe(results: dict[str, Any]) -> Iterator[str]:
+    """Yield lines of text with the results of the parts that were run."""
+    if "tokens" in results:
+        tokens = results["tokens"]
         for side in ("ours", "peer"):
-            one = found[side]
-            yield f"tokens: {side} {one['tokens_per_second']:.0f} tokens/s, peak {one['peak_memory_gb']:.2f} GB"
-        yield f"tokens: speed {found['speed_ratio']:.2f} of the peer's, memory {found['memory_ratio']:.2f}"
-    if "text" in figures:
-        found = figures["text"]
+            rate, memory = tokens[side]["tokens_per_second"], tokens[side]["peak_memory_gb"]
+            yield f"tokens: {side} {rate:.0f} tokens/s, peak {memory:.2f} GB"
+        yield f"tokens: speed {tokens['speed_ratio']:.2f} of the peer's, memory {tokens['memory_ratio']:.2f}"
+    if "text" in results:
+        text = results["text"]
         for side in ("ours", "peer"):
-            one = found[side]
-            rate = one["examples_per_second"]["median"]
-            yield f"text: {side} {rate:.2f} examples/s, padding {one['padding']:.1%}"
-        yield f"text: speed {found['speed_ratio']:.2f} of the peer's"
-    for name, one in figures.get("methods", {}).items():
+            rate, padding = text[side]["examples_per_second"]["median"], text[side]["padding"]
+            yield f"text: {side} {rate:.2f} examples/s, padding {padding:.1%}"
+        yield f"text: speed {text['speed_ratio']:.2f} of the peer's"
+    for name, times in results.get("methods", {}).items():
         yield (
-            f"methods: {name}: LoRA {one['lora']['median']:.3f} s, DoRA {one['dora']['median']:.3f} s a step, "
-            f"ratio {one['dora_over_lora']:.2f}"
+            f"methods: {name}: LoRA {times['lora']['median']:.3f} s, DoRA {times['dora']['median']:.3f} s a step, "
+            f"ratio {times['dora_over_lora']:.2f}"
         )
 
 
 def main() -> None:
+    """Run the parts, print their results, and write them after each part."""
     from rora_theory.errors import InputError
     from rora_theory.io.files import write_whole
     from sims.common import cli
 
     config = cli.parse(Config, description=(__doc__ or "").split("\n", 1)[0])
     if not config.data:
-        raise InputError("--data is missing; accepted are training files in the LLM-Adapters schema")
-    figures: dict[str, Any] = {"machine": machine(config.cores)}
-    others = Others()
-    print(in_words(figures["machine"]), flush=True)
+        raise InputError("--data must be one or more training files in the LLM-Adapters schema, got none")
+    results: dict[str, Any] = {"machine": describe_machine(config.cores)}
+    other_load = OtherLoad()
+    print(format_machine(results["machine"]), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         prepare(config, Path(folder))
         runs = {"tokens": run_tokens, "text": run_text, "methods": run_methods}
         for part in config.parts:
-            figures[part] = runs[part](config, Path(folder))
-            for line in lines({part: figures[part]}):
+            results[part] = runs[part](config, Path(folder))
+            for line in describe({part: results[part]}):
                 print(line, flush=True)
-            figures["others"] = others.share()
+            results["others"] = other_load.share()
             if config.out is not None:
-                write_whole(config.out, json.dumps(figures, indent=2) + "\n")
-    print(others.in_words())
+                write_whole(config.out, json.dumps(results, indent=2) + "\n")
+    print(other_load.describe())
 
 
 if __name__ == "__main__":

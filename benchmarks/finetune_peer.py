@@ -1,6 +1,6 @@
-"""The peer's side of benchmarks/finetune.py: transformers' LLaMA with peft's adapters, trained by a plain torch loop.
+"""Peer of benchmarks/finetune.py: transformers' LLaMA with peft's adapters, trained by a plain torch loop.
 
-What transformers' Trainer does in a step, without its bookkeeping: forward, loss, backward, clipping, AdamW, schedule.
+A step is that of transformers' Trainer without its bookkeeping: forward, loss, backward, clipping, AdamW, schedule.
 """
 
 import json
@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
 
 def work(spec: dict[str, Any]) -> None:
+    """Run the peer's side in a worker process, with the settings of `finetune.work`."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: spec["cores"]])
     torch.manual_seed(0)
     torch.set_num_threads(spec["cores"])
+    # Model, adapter, optimizer and schedule, with the settings of this package's side.
     model: Any = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
-    batches = [tuple(torch.from_numpy(a).long() for a in arrays) for arrays in finetune.read(spec["batches"])]
+    batches = [tuple(torch.from_numpy(array).long() for array in arrays) for arrays in finetune.read(spec["batches"])]
     model.config.use_cache = False
     lora = LoraConfig(
         r=spec["rank"],
@@ -33,7 +35,7 @@ def work(spec: dict[str, Any]) -> None:
     )
     model = get_peft_model(model, lora)
     model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-4, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, 100, 1000)
     loss = 0.0
@@ -49,6 +51,7 @@ def work(spec: dict[str, Any]) -> None:
         optimizer.zero_grad()
         loss = float(out.loss.detach())
 
+    # Warm-up, as on this package's side.
     begin = time.perf_counter()
     step(0)
     setup = {"first_step_seconds": time.perf_counter() - begin}

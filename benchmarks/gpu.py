@@ -57,6 +57,8 @@ CLOSING = 12.0
 
 @dataclass(frozen=True)
 class Config:
+    """Settings of the benchmark."""
+
     out: Path = Path("gpu.jsonl")
     """file of JSON lines; what it has already is kept"""
     minutes: float = 9.0

@@ -1,4 +1,4 @@
-"""The machine that a benchmark ran on, in general terms, and what other processes took of it meanwhile."""
+"""Description of the machine that a benchmark runs on, and of the load that other processes put on it meanwhile."""
 
 import os
 import platform
@@ -14,25 +14,27 @@ from typing import Any
 from rora_theory.runs.software import environment
 
 PACKAGES = ("rora-theory", "jax", "jaxlib", "optax", "torch", "transformers", "peft")
-SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
-"""Instruction sets that decide how fast products are."""
-DISTURBED = 0.03
-"""Share of the processors' time from which a benchmark says that others were at work."""
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
+"""Instruction sets that determine the speed of matrix products."""
+MAX_QUIET_SHARE = 0.03
+"""Share of the processors' time above which a benchmark reports that other processes disturbed it."""
 
 
-def machine(cores: int | None = None, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """The processor's name, its instruction sets, the cores that are used (None: all that this process may), packages,
-    the revision of this package's source tree and the day.
+def describe_machine(cores: int | None = None, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """Return the processor, its instruction sets, the cores, the packages, the source revision and the date.
 
-    Packages that are not installed are left out.
+    Args:
+      cores: Number of cores that the benchmark uses; None means all that this process may use.
+      packages: Names of the packages to report. Packages that are not installed are left out.
     """
+    # The processor and its flags; the file exists on Linux only.
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"model name\s*: (.*)", info)
     flags = set((re.search(r"flags\s*: (.*)", info) or [""])[0].split())
-    installed = {found.metadata["Name"] for found in distributions()}  # `methods.py` needs no peer
+    installed = {package.metadata["Name"] for package in distributions()}  # `methods.py` needs no peer
     return {
         "processor": model.group(1) if model else platform.machine(),
-        "instruction_sets": [name for name in SETS if name in flags],
+        "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
         "cores": cores or len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages if name in installed},
@@ -41,36 +43,39 @@ def machine(cores: int | None = None, packages: Sequence[str] = PACKAGES) -> dic
     }
 
 
-def in_words(found: dict[str, Any]) -> str:
-    """A machine of `machine` in a line."""
-    sets = ", ".join(found["instruction_sets"]) or "no instruction set that counts here"
-    packages = ", ".join(f"{name} {number}" for name, number in found["packages"].items())
-    return f"{found['processor']} ({sets}), {found['cores']} cores, Python {found['python']}; {packages}"
+def format_machine(machine: dict[str, Any]) -> str:
+    """Return the result of `describe_machine` as one line of text."""
+    sets = ", ".join(machine["instruction_sets"]) or "no instruction set that counts here"
+    packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
+    return f"{machine['processor']} ({sets}), {machine['cores']} cores, Python {machine['python']}; {packages}"
 
 
-class Others:
-    """What processes other than this one and those it started and waited for took of the machine since it was made."""
+class OtherLoad:
+    """Processor time that other processes use from the construction of this object on.
+
+    Processes that this one started and has waited for count as its own.
+    """
 
     def __init__(self) -> None:
-        self._busy, self._own, self._clock = _busy(), _own(), time.monotonic()
+        self._busy, self._own, self._clock = _busy_seconds(), _own_seconds(), time.monotonic()
 
     def share(self) -> float | None:
-        """Share of the time of all processors, 0 to 1; None where the system doesn't tell."""
-        if (busy := _busy()) is None or self._busy is None:
+        """Return the share of all processors' time, from 0 to 1; None if the system does not report it."""
+        if (busy := _busy_seconds()) is None or self._busy is None:
             return None
-        taken = busy - self._busy - (_own() - self._own)
+        taken = busy - self._busy - (_own_seconds() - self._own)
         return max(0.0, taken / ((time.monotonic() - self._clock) * (os.cpu_count() or 1)))
 
-    def in_words(self) -> str:
-        """Whether the figures are of a quiet machine."""
+    def describe(self) -> str:
+        """Return a sentence with the share, which states whether the benchmark was disturbed."""
         if (share := self.share()) is None:
             return "what other processes took meanwhile is not known"
-        found = f"other processes took {share:.0%} of the processors' time meanwhile"
-        return f"{found}: disturbed, run it again" if share > DISTURBED else found
+        text = f"other processes took {share:.0%} of the processors' time meanwhile"
+        return f"{text}: disturbed, run it again" if share > MAX_QUIET_SHARE else text
 
 
-def _busy() -> float | None:
-    """Seconds that all processors have worked since the system started: neither idle nor waiting for a disk."""
+def _busy_seconds() -> float | None:
+    """Return the working time of all processors since the system started, without idle time and waits for disks."""
     path = Path("/proc/stat")
     if not path.exists():
         return None
@@ -78,6 +83,6 @@ def _busy() -> float | None:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def _own() -> float:
-    found = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in found)
+def _own_seconds() -> float:
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)

@@ -29,6 +29,8 @@ from sims.common import cli
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """Settings of the benchmark."""
+
     model: str = "smollm2-135m"
     """model of both sides"""
     data_dir: Path = Path("commonsense")

@@ -1,9 +1,9 @@
-"""lm-evaluation-harness's side of the commonsense comparisons: its own tasks on local records, its own model class.
+"""Run lm-evaluation-harness's own tasks on local records, with its own model class.
 
-The hub cannot be assumed, so each task is lm-eval's own YAML with one change: its dataset is the local records in
-the schema of the hub's dataset. Its functions and templates make the text. What the local data do not have, lm-eval
-does not get either: BoolQ's passage is empty, and HellaSwag's contexts, which come in one piece and without
-WikiHow's bracketed marks, are divided into ``ctx_a`` and ``ctx_b`` by this package (`choices.hellaswag_parts`).
+The hub may be out of reach, so each task is lm-eval's own YAML with one change: its dataset consists of the local
+records in the schema of the hub's dataset. Its functions and templates render the text. lm-eval lacks what the local
+data lack: BoolQ's passage is empty. HellaSwag's contexts are stored in one piece and without WikiHow's bracketed marks,
+so this package divides them into ``ctx_a`` and ``ctx_b`` (`choices.hellaswag_parts`).
 """
 
 import os
@@ -28,7 +28,7 @@ from rora_theory.data.tasks import TaskRecord
 from rora_theory.evaluate.choices import hellaswag_parts
 from rora_theory.llama import Model
 
-FOLDERS = {
+TASK_FILES = {
     "boolq": "super_glue/boolq/default.yaml",
     "piqa": "piqa/piqa.yaml",
     "social_i_qa": "siqa/siqa.yaml",
@@ -41,7 +41,7 @@ FOLDERS = {
 
 
 def hub_document(record: TaskRecord) -> dict[str, Any]:
-    """A record in the schema of the dataset that lm-eval reads for its task."""
+    """Return a record in the schema of the dataset that lm-eval reads for its task."""
     question, choices, gold = record.question, list(record.choices), record.gold
     letters = [chr(ord("A") + number) for number in range(len(choices))]
     match record.task:
@@ -51,7 +51,7 @@ def hub_document(record: TaskRecord) -> dict[str, Any]:
         case "piqa":
             return {"goal": question, "sol1": choices[0], "sol2": choices[1], "label": gold}
         case "social_i_qa":
-            context, _, rest = question.partition(" ")  # joined by a space again by the task
+            context, _, rest = question.partition(" ")  # the task joins both with a space again
             answers = {f"answer{letter}": text for letter, text in zip(letters, choices, strict=True)}
             return {"context": context, "question": rest, **answers, "label": str(gold + 1)}
         case "hellaswag":
@@ -69,24 +69,31 @@ def hub_document(record: TaskRecord) -> dict[str, Any]:
 
 
 def task(key: str, records: list[TaskRecord]) -> ConfigurableTask:
-    """lm-eval's task over these records, its requests built."""
-    path = Path(lm_eval.tasks.__file__).parent / FOLDERS[key]
+    """Return lm-eval's task over records, with its requests.
+
+    Args:
+      key: Name of the task, a key of `TASK_FILES`.
+      records: Records of the task.
+    """
+    path = Path(lm_eval.tasks.__file__).parent / TASK_FILES[key]
     config = load_yaml(path)
     split = config.get("test_split") or config["validation_split"]
+    # Replace the hub's dataset by the records, as the only split.
     rows = datasets.Dataset.from_list([hub_document(record) for record in records])
     config |= {"custom_dataset": lambda **_: datasets.DatasetDict({split: rows}), "metadata": {}}
     config |= {"training_split": None, "validation_split": split, "test_split": None}
     config.pop("tag", None)
-    found = ConfigurableTask(config=config)
-    found.build_all_requests()
-    return found
+    configured = ConfigurableTask(config=config)
+    configured.build_all_requests()
+    return configured
 
 
 def torch_model(model: Model) -> transformers.LlamaForCausalLM:
-    """transformers' model with the same float32 weights."""
+    """Return transformers' model with the same weights in float32."""
     config = transformers.LlamaConfig(**model.config.to_hf())
     with torch.device("meta"):
         peer = transformers.LlamaForCausalLM(config)
+    # Weights by transformers' names; the stacked arrays of the layers are split.
     state = {
         "model.embed_tokens.weight": model.params["embed_tokens"],
         "model.norm.weight": model.params["norm"],
@@ -102,13 +109,13 @@ def torch_model(model: Model) -> transformers.LlamaForCausalLM:
     peer.to_empty(device="cpu")
     peer.load_state_dict(tensors, strict=not model.config.tie_word_embeddings)
     peer.tie_weights()
-    # Not among the weights, so undefined after to_empty.
+    # The rotary embedding is not among the weights, so it is undefined after to_empty: build it anew.
     peer.model.rotary_emb = type(peer.model.rotary_emb)(config)
     return peer.eval()
 
 
 def torch_tokenizer(model: Model) -> transformers.PreTrainedTokenizerFast:
-    """The same tokenizer in transformers' clothes."""
+    """Return the model's tokenizer as a tokenizer of transformers."""
     names = {"bos": model.tokenizer.bos_id, "eos": model.tokenizer.eos_id, "pad": model.tokenizer.pad_id}
     backend = model.tokenizer.backend
     tokens = {f"{name}_token": backend.id_to_token(id_) for name, id_ in names.items() if id_ is not None}
@@ -116,7 +123,7 @@ def torch_tokenizer(model: Model) -> transformers.PreTrainedTokenizerFast:
 
 
 def harness_model(model: Model, batch_size: int) -> HFLM:
-    """lm-eval's model class over the same weights and tokenizer, float32, softmax in float32."""
+    """Return lm-eval's model class with the same weights and tokenizer; weights and softmax are float32."""
     return HFLM(
         pretrained=torch_model(model),
         tokenizer=torch_tokenizer(model),

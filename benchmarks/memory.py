@@ -1,12 +1,13 @@
-"""Peak memory of a fine-tuning step on a CPU: beside `sims.capacity`'s plan, and beside torch + peft + bitsandbytes.
+"""Compare the peak memory of a fine-tuning step on a CPU with `sims.capacity`'s plan and torch + peft + bitsandbytes.
 
     python benchmarks/memory.py --out memory.json          SmolLM2-135M, LoRA r = 8, 4 x 64 tokens, minutes on two cores
 
-In float32 on 1, 2 and 4 host devices that share the weights; on a base in bfloat16, 8 and 4 bits; and the peer's on
-float32, bfloat16 and bitsandbytes' int8 and nf4 (where that is installed). Each measurement is a process of its own,
-and the figures are written after every round of them. A step's peak is what its arrays took before it and what the
-process's resident memory grew by in it, a device's share; so what Python, the libraries and the loading of a model take
-is left out, on both sides. Random weights here, the model's own there. Linux alone tells.
+This side is measured in float32 on 1, 2 and 4 host devices that share the weights, and on a base in bfloat16, 8 and 4
+bits; the peer in float32, bfloat16 and bitsandbytes' int8 and nf4 (if that is installed). Each measurement runs in a
+process of its own, and the results are written after every round. The peak of a step is the size of its arrays before
+it plus the growth of the process's resident memory in it, divided by the number of devices. Memory of Python, of the
+libraries and of loading a model is therefore left out on both sides. This side has random weights, the peer the model's
+own. Only Linux reports the peak.
 """
 
 import ctypes
@@ -21,38 +22,44 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from finetune import HERE, TARGETS, middle
-from hardware import PACKAGES, in_words, machine
+from finetune import HERE, TARGETS, quartiles
+from hardware import PACKAGES, describe_machine, format_machine
 
 from rora_theory.validation.ranges import Count, check_ranges
 
-OURS = ("float32", "bfloat16", "q8_0", "q4_1", "q4_0")
-PEER = ("float32", "bfloat16", "int8", "nf4")
+OUR_BASES = ("float32", "bfloat16", "q8_0", "q4_1", "q4_0")
+PEER_BASES = ("float32", "bfloat16", "int8", "nf4")
 
 
 @dataclass(frozen=True)
 class Config:
+    """Settings of the benchmark."""
+
     model: str = "smollm2-135m"
-    """model to train; of this package's side the shapes alone"""
+    """Model to train; this package's side uses its shapes only"""
     rounds: Count = 3
-    """processes of each measurement; the median stands"""
+    """Number of processes of each measurement, whose median is reported"""
     rows: Count = 4
-    """records a step"""
+    """Number of records in a step"""
     seq: Count = 64
-    """tokens a record"""
+    """Number of tokens of a record"""
     rank: Count = 8
-    """of LoRA on q, k, v, up and down"""
+    """Rank of LoRA on q, k, v, up and down"""
     cores: Count = 2
-    """cores that a process runs on"""
+    """Number of cores that a process runs on"""
     out: Path | None = None
-    """JSON file for the figures"""
+    """JSON file for the results"""
 
     def __post_init__(self) -> None:
         check_ranges(self)
 
 
-def ours(spec: dict[str, Any]) -> dict[str, Any]:
-    """This package's side of a measurement: planned, by the compiler's account, and measured, each device's bytes."""
+def measure_ours(spec: dict[str, Any]) -> dict[str, Any]:
+    """Return the planned, the compiled and the measured bytes of this package's step on each device.
+
+    Args:
+      spec: Settings of the measurement, see `main` and `measurements`.
+    """
     import jax
 
     jax.config.update("jax_num_cpu_devices", spec["devices"])
@@ -60,19 +67,26 @@ def ours(spec: dict[str, Any]) -> dict[str, Any]:
     from rora_theory.finetune.sharding import Layout
 
     dense = spec["base"] in ("float32", "bfloat16")
-    own = {"dtype": spec["base"]} if dense else {"dtype": "float32", "quantization": spec["base"]}
-    run = FinetuneConfig(rule="lora", rank=spec["rank"], alpha=16.0, dropout=0.0, batch_size=spec["rows"], **own)
+    base = {"dtype": spec["base"]} if dense else {"dtype": "float32", "quantization": spec["base"]}
+    run = FinetuneConfig(rule="lora", rank=spec["rank"], alpha=16.0, dropout=0.0, batch_size=spec["rows"], **base)
     layout = None if spec["devices"] == 1 else Layout(sharding.mesh(1, spec["devices"], devices=jax.devices()))
     model = capacity.find_model(spec["model"])
     planned = capacity.account(model, run, spec["seq"], layout)
-    found = capacity.measure_step(model, run, spec["seq"], layout)
-    most = planned.on_cpu(run.dtype)
-    figures = {"planned": planned.total, "on_cpu": most, "program": found.program.total, "peak": found.peak}
-    return figures | {f"{name}_bytes": size for name, size in planned.parts().items()}
+    measured = capacity.measure_step(model, run, spec["seq"], layout)
+    sizes = {"planned": planned.total, "on_cpu": planned.on_cpu(run.dtype)}
+    sizes |= {"program": measured.program.total, "peak": measured.peak}
+    return sizes | {f"{name}_bytes": size for name, size in planned.parts().items()}
 
 
-def peer(spec: dict[str, Any]) -> dict[str, Any]:
-    """The peer's: peft's LoRA on transformers' model, its linear layers bitsandbytes' where the base is int8 or nf4."""
+def measure_peer(spec: dict[str, Any]) -> dict[str, Any]:
+    """Return the measured bytes of a step of peft's LoRA on transformers' model.
+
+    Args:
+      spec: Settings of the measurement; bases int8 and nf4 use the linear layers of bitsandbytes.
+
+    Returns:
+      Bytes of the weights, ``held``; bytes of the peak; and the types of the linear modules.
+    """
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -80,6 +94,7 @@ def peer(spec: dict[str, Any]) -> dict[str, Any]:
     from rora_theory.finetune import capacity
 
     torch.set_num_threads(spec["cores"])
+    # Base model, quantised while it is loaded.
     dense = spec["base"] in ("float32", "bfloat16")
     settings: dict[str, Any] = {"dtype": getattr(torch, spec["base"]) if dense else torch.float32}
     if not dense:
@@ -90,18 +105,21 @@ def peer(spec: dict[str, Any]) -> dict[str, Any]:
     model.config.use_cache = False
     if not dense:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    # Adapter, optimizer and batch.
     lora = LoraConfig(r=spec["rank"], lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
     model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-4, weight_decay=0.0)
     tokens = torch.randint(model.config.vocab_size, (spec["rows"], spec["seq"]))
-    for p in model.parameters():
-        if p.is_floating_point():
-            p.data = p.data.clone()  # in memory, no more a view of the file that a first step reads in
-    held = sum(a.numel() * a.element_size() for a in [*model.parameters(), *model.buffers()])
-    held += sum(absmax.numel() * absmax.element_size() for absmax in _scales(model))
-    ctypes.CDLL(None).malloc_trim(0)  # what loading has freed is not there for the step
+    # Loaded weights are views of the file, which the first step would read: copy them into memory before it.
+    for weight in model.parameters():
+        if weight.is_floating_point():
+            weight.data = weight.data.clone()
+    held = sum(array.numel() * array.element_size() for array in [*model.parameters(), *model.buffers()])
+    held += sum(scales.numel() * scales.element_size() for scales in _scales(model))
+    # glibc keeps the memory that loading has freed: give it back, so that the step's use of it counts as growth.
+    ctypes.CDLL(None).malloc_trim(0)
     capacity.reset_peak_memory()
     before = capacity.resident("VmRSS")
     out = model(input_ids=tokens, labels=tokens)
@@ -113,75 +131,87 @@ def peer(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scales(model: Any) -> Iterator[Any]:
-    """Of bitsandbytes' blocks or rows, which are beside the parameters."""
-    for weight in (getattr(module, "weight", None) for module in model.modules()):
-        state = getattr(weight, "quant_state", None)
-        yield from (each for each in (getattr(state, "absmax", None), getattr(weight, "SCB", None)) if each is not None)
+    """Yield the scales of bitsandbytes' blocks (nf4) or rows (int8), which are not among the parameters."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        block_scales = getattr(getattr(weight, "quant_state", None), "absmax", None)
+        row_scales = getattr(weight, "SCB", None)
+        yield from (scales for scales in (block_scales, row_scales) if scales is not None)
 
 
 def measurements() -> list[dict[str, Any]]:
-    """Which, in the order of a round."""
-    ours = [("float32", 1), ("float32", 2), ("float32", 4), *((base, 1) for base in OURS[1:])]
-    peers = PEER if find_spec("bitsandbytes") else PEER[:2]
-    found = [{"side": "ours", "base": base, "devices": count} for base, count in ours]
-    return found + [{"side": "peer", "base": base, "devices": 1} for base in peers]
+    """Return the side, the base and the number of devices of each measurement of a round, in order."""
+    ours = [("float32", 1), ("float32", 2), ("float32", 4), *((base, 1) for base in OUR_BASES[1:])]
+    peer_bases = PEER_BASES if find_spec("bitsandbytes") else PEER_BASES[:2]
+    cases = [{"side": "ours", "base": base, "devices": count} for base, count in ours]
+    return cases + [{"side": "peer", "base": base, "devices": 1} for base in peer_bases]
 
 
-def measure(one: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
-    """A process of its own."""
+def measure(case: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
+    """Run one of the `measurements` in a process of its own.
+
+    Args:
+      case: Side, base and number of devices.
+      spec: Settings that all measurements share.
+
+    Returns:
+      Result of `measure_ours` or `measure_peer`.
+    """
     command = [
         sys.executable,
         str(HERE / "memory.py"),
-        f"--{one['side']}",
-        json.dumps(spec | {name: one[name] for name in ("base", "devices")}),
+        f"--{case['side']}",
+        json.dumps(spec | {name: case[name] for name in ("base", "devices")}),
     ]
-    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return json.loads(said.splitlines()[-1])
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(output.splitlines()[-1])
 
 
-def line(found: dict[str, Any]) -> str:
-    """The figures of a measurement in words."""
-    held = found["held"] if found["side"] == "peer" else found["base_bytes"]
-    text = f"{found['side']}, {found['base']}, {found['devices']} devices: weights {held / 1e6:.0f} MB a device, "
-    text += f"a step's peak {found['peak']['median'] / 1e6:.0f}"
-    if found["side"] == "ours":
-        text += f", planned {found['planned'] / 1e6:.0f}, by XLA's account {found['program'] / 1e6:.0f}"
+def describe(case: dict[str, Any]) -> str:
+    """Return a line of text with a measurement and its results."""
+    held = case["held"] if case["side"] == "peer" else case["base_bytes"]
+    text = f"{case['side']}, {case['base']}, {case['devices']} devices: weights {held / 1e6:.0f} MB a device, "
+    text += f"a step's peak {case['peak']['median'] / 1e6:.0f}"
+    if case["side"] == "ours":
+        text += f", planned {case['planned'] / 1e6:.0f}, by XLA's account {case['program'] / 1e6:.0f}"
     return text
 
 
 def main() -> None:
+    """Repeat all measurements, print each result, and write the medians after each round."""
     from rora_theory.io.files import write_whole
     from rora_theory.llama import load
     from rora_theory.llama.saving import save_model
     from sims.common import cli
 
     config = cli.parse(Config, description=__doc__ or "")
-    figures: dict[str, Any] = {"machine": machine(config.cores, (*PACKAGES, "bitsandbytes"))}
-    print(in_words(figures["machine"]), flush=True)
-    figures["config"] = {name: getattr(config, name) for name in ("model", "rows", "seq", "rank")}
+    results: dict[str, Any] = {"machine": describe_machine(config.cores, (*PACKAGES, "bitsandbytes"))}
+    print(format_machine(results["machine"]), flush=True)
+    results["config"] = {name: getattr(config, name) for name in ("model", "rows", "seq", "rank")}
     spec = {name: getattr(config, name) for name in ("model", "rows", "seq", "rank", "cores")}
-    ones = measurements()
-    peaks: list[list[int]] = [[] for _ in ones]
+    cases = measurements()
+    peaks: list[list[int]] = [[] for _ in cases]
     with tempfile.TemporaryDirectory() as folder:
         spec["folder"] = f"{folder}/model"
         save_model(Path(spec["folder"]), load(config.model))
-        os.environ |= {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache", "JAX_PLATFORMS": "cpu"}  # for later rounds
+        # Later rounds reuse the programs that the first one compiles.
+        os.environ |= {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache", "JAX_PLATFORMS": "cpu"}
         for _ in range(config.rounds):
-            for one, known in zip(ones, peaks, strict=True):
-                found = measure(one, spec)
-                known.append(found["peak"])
-                one |= found | {"peak": middle(known)}
-                print(line(one), flush=True)
-            figures["measurements"] = ones
+            for case, case_peaks in zip(cases, peaks, strict=True):
+                measured = measure(case, spec)
+                case_peaks.append(measured["peak"])
+                case |= measured | {"peak": quartiles(case_peaks)}
+                print(describe(case), flush=True)
+            results["measurements"] = cases
             if config.out is not None:
-                write_whole(config.out, json.dumps(figures, indent=2) + "\n")
+                write_whole(config.out, json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] in (["--ours"], ["--peer"]):
         spec = json.loads(sys.argv[2])
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: spec["cores"]])
-        print(json.dumps({"--ours": ours, "--peer": peer}[sys.argv[1]](spec)))
+        print(json.dumps({"--ours": measure_ours, "--peer": measure_peer}[sys.argv[1]](spec)))
     else:
         from sims.common import cli
 

@@ -59,6 +59,8 @@ largest entry, of a loss relative to itself."""
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """Settings of the benchmark."""
+
     model: str = "smollm2-135m"
     """Model for both sides."""
     rank: int = 8

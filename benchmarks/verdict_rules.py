@@ -99,6 +99,8 @@ TREND = "flat in the rank, band"
 
 @dataclass(frozen=True)
 class Config:
+    """Settings of the benchmark."""
+
     out: Path | None = None
     """Folder for the tables"""
     sweeps: int = 250

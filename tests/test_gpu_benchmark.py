@@ -133,7 +133,7 @@ def test_wheels_bring_what_they_need_and_replace_nothing(tmp_path, monkeypatch):
     pure = {"tyro": ["rich>=13", "numpy", 'colorama; sys_platform == "win32"', 'torch; extra == "ml"'], "rich": []}
 
     def download(requirement, folder):
-        if (name := gather_wheels.name_of(requirement)) not in pure:
+        if (name := gather_wheels.package_name(requirement)) not in pure:
             return None
         path = folder / f"{name}-1.0-py3-none-any.whl"
         with zipfile.ZipFile(path, "w") as file:
@@ -142,13 +142,13 @@ def test_wheels_bring_what_they_need_and_replace_nothing(tmp_path, monkeypatch):
         return path
 
     monkeypatch.setattr(gather_wheels, "download", download)
-    monkeypatch.setattr(gather_wheels, "wanted", lambda: ["tyro>=0.9", "JAX_lib>=1"])
+    monkeypatch.setattr(gather_wheels, "required_packages", lambda: ["tyro>=0.9", "JAX_lib>=1"])
     gathered, compiled = gather_wheels.gather(tmp_path / "wheels")
     assert [path.name.split("-")[0] for path in gathered] == ["tyro", "rich"]
     assert compiled == ["jax-lib", "numpy"]
     started = []
     monkeypatch.setattr(gather_wheels.subprocess, "run", lambda command, **_: started.append(command))
-    monkeypatch.setattr(gather_wheels, "missing", lambda names: [name for name in names if name == "rich"])
+    monkeypatch.setattr(gather_wheels, "missing_packages", lambda names: [name for name in names if name == "rich"])
     assert gather_wheels.install(tmp_path / "wheels") == ["rich"]
     wheels = [word for word in started[0] if word.endswith(".whl")]
     assert wheels == [str(tmp_path / "wheels/rich-1.0-py3-none-any.whl")]
