@@ -1,22 +1,22 @@
-"""All that needs an NVIDIA GPU, in one command of at most nine minutes; each figure is written as soon as it is known.
+"""Run everything that needs an NVIDIA GPU, in at most nine minutes; each result is written as soon as it is known.
 
-    python benchmarks/gather_wheels.py               beforehand, where a package index is reached
-    python benchmarks/gather_wheels.py --install     there
+    python benchmarks/gather_wheels.py               beforehand, on a machine with a package index
+    python benchmarks/gather_wheels.py --install     on the machine with the GPU
     python benchmarks/gpu.py --out gpu.jsonl
 
-In order of value:
+Sections, the most valuable first:
 
-  rate        the card's own rate of bfloat16 products and of copies, against which the rest is set
-  tests       `pytest -m gpu`: fused attention, whole steps beside the CPU's, resumption to the bit, bfloat16
+  rate        the card's own rates of bfloat16 products and of copies, as a reference for the other sections
+  tests       `pytest -m gpu`: fused attention, whole steps against the CPU's, bitwise resumption, bfloat16
   training    LLaMA-7B shapes, random weights, LoRA and DoRA of ranks 8 and 128, batches of 16 x 256 and 4 x 2048:
-              tokens/s, share of the card's rate, peak memory beside what `sims.capacity` plans; beside torch + peft
-              (bfloat16 autocast, fused attention, as it is and compiled)
-  scoring     log-likelihoods of made-up choices, as `harness` asks for them, beside transformers
-  generation  4 beams, 32 new tokens, beside transformers
+              tokens/s, share of the card's rate, and peak memory with the plan of `sims.capacity`; compared with
+              torch + peft (bfloat16 autocast, fused attention, eager and compiled)
+  scoring     log-likelihoods of random choices, as in the protocol `harness`, compared with transformers
+  generation  4 beams, 32 new tokens, compared with transformers
   sweep       `python -m sims.variance_sweep` at its defaults
 
-Every part runs in a process of its own with a time limit, so that one that fails, hangs or runs out of memory loses its
-own figures alone. ``--rehearse`` is the same code on a CPU at tiny sizes.
+Every part runs in a process of its own with a time limit. A part that fails, hangs or runs out of memory therefore
+loses its own results only. ``--rehearse`` runs the same code on a CPU at tiny sizes.
 """
 
 import json
@@ -38,21 +38,22 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-MARK = "@record "
-"""What a worker's answers begin with; the rest of a line is a JSON object."""
+RECORD_PREFIX = "@record "
+"""Beginning of a line with a worker's record; the rest of the line is a JSON object."""
 
 READY = "@ready"
-"""A worker's line once it is set up."""
+"""Line that a worker prints once it is set up."""
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "numpy", "optax", "orbax-checkpoint", "torch",
             "transformers", "peft")  # fmt: skip
 Section = Literal["rate", "tests", "training", "scoring", "generation", "sweep"]
 RESERVED: dict[str, float] = {"rate": 25, "tests": 80, "training": 200, "scoring": 55, "generation": 55, "sweep": 45}
-"""Seconds that earlier sections leave to a section, of nine minutes."""
+"""Seconds of the nine minutes that each section is guaranteed: earlier sections must leave them."""
 
-WHOLE = 540.0
+TOTAL_SECONDS = 540.0
+"""Time of all sections that `RESERVED` refers to."""
 CLOSING = 12.0
-"""Seconds kept for ending what still runs and for the last lines."""
+"""Seconds reserved for ending running processes and for the last lines."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +61,26 @@ class Config:
     """Settings of the benchmark."""
 
     out: Path = Path("gpu.jsonl")
-    """file of JSON lines; what it has already is kept"""
+    """File of JSON lines, to which the records are appended"""
     minutes: float = 9.0
-    """time for everything"""
+    """Time of all sections together, in minutes"""
     sections: tuple[Section, ...] = ("rate", "tests", "training", "scoring", "generation", "sweep")
-    """sections to run"""
+    """Sections to run"""
     rehearse: bool = False
-    """tiny sizes on a CPU: shows that everything runs, measures nothing"""
+    """Run tiny sizes on a CPU, to show that everything runs; nothing is measured"""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run that is timed."""
+    """Training run to time.
+
+    Attributes:
+      method: ``"lora"`` or ``"dora"``.
+      rank: Rank of the adapter.
+      rows: Number of sequences in a batch.
+      width: Number of tokens of a sequence.
+      compiled: Whether the peer compiles its layers with torch.compile.
+    """
 
     method: str
     rank: int
@@ -81,13 +90,27 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """As the figures name it."""
+        """Name of the run in the records."""
         return f"{self.method} r={self.rank} {self.rows}x{self.width}{' compiled' if self.compiled else ''}"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is run: the model's shape, and how much of everything."""
+    """Sizes of everything that is run.
+
+    Attributes:
+      platform: JAX's name of the device, which is torch's name too.
+      model: Shape of the model, as fields of both configurations of LLaMA.
+      ranks: Ranks of the adapters.
+      shapes: Rows and width of the batches.
+      product: Width of the square matrices of the section rate.
+      copied: Number of bfloat16 numbers that the section rate copies.
+      steps: Number of timed training steps of each cell.
+      items: Number of scored items.
+      prompts: Number of prompts of the section generation.
+      new_tokens: Number of tokens generated after each prompt.
+      sweep: Arguments of sims.variance_sweep.
+    """
 
     platform: str
     model: dict[str, Any]
@@ -102,7 +125,7 @@ class Sizes:
     sweep: tuple[str, ...] = ()
 
     def cells(self, shape: tuple[int, int]) -> list[Cell]:
-        """Runs of one shape, least memory first: of what a device has held at most only a new height is seen."""
+        """Return the runs of one shape, least memory first, since a device reports only its highest peak so far."""
         return [Cell(method, rank, *shape) for rank in self.ranks for method in ("lora", "dora")]
 
 
@@ -150,14 +173,18 @@ REHEARSAL = Sizes(
 
 
 class Log:
-    """The file of JSON lines, and a line of text for each."""
+    """File of JSON lines, each of which is printed as text too.
+
+    Attributes:
+      records: Records that were written.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self.records = path, list[dict[str, Any]]()
 
     def write(self, section: str, name: str, **figures: Any) -> None:
-        """Append a record; it is on the disk when this returns."""
+        """Append a record, which is on the disk when this returns."""
         record = {"section": section, "name": name} | figures
         self.records.append(record)
         with self._path.open("a") as file:
@@ -167,13 +194,22 @@ class Log:
         print(describe(record), flush=True)
 
     def find(self, section: str, name: str) -> dict[str, Any]:
-        """The record of that name; empty where there is none."""
+        """Return the record of a name, or an empty dictionary."""
         return next((r for r in self.records if (r["section"], r["name"]) == (section, name)), {})
 
 
 @dataclass(frozen=True)
 class Task:
-    """A worker's program and what it is to do: one thing after another, each with a name."""
+    """Program of a worker, and the parts that it runs one after another.
+
+    Attributes:
+      section: Section of the records.
+      side: ``"ours"`` or ``"peer"``.
+      script: File name of the program.
+      spec: Settings of the program, a JSON object.
+      names: Names of the parts.
+      environment: Additional environment variables.
+    """
 
     section: str
     side: str
@@ -184,10 +220,15 @@ class Task:
 
 
 def run_worker(log: Log, task: Task, until: float) -> None:
-    """Have a process do what ``task`` names, and record each answer; begun again without a part that killed it.
+    """Run the parts of a task in a process and log each record.
 
-    A part that is not done at ``until`` (of `time.monotonic`) is recorded as out of time. A process that ends before it
-    is set up ends the task.
+    A process that dies in a part is started again for the parts after it. One that dies before it is set up ends the
+    task.
+
+    Args:
+      log: Log of the records.
+      task: Program and parts to run.
+      until: Time of `time.monotonic` at which the process is ended. Unfinished parts are logged as out of time.
     """
     waiting = list(task.names)
     ready = False
@@ -195,8 +236,8 @@ def run_worker(log: Log, task: Task, until: float) -> None:
     def read(line: str) -> None:
         nonlocal ready
         ready = ready or line == READY
-        if line.startswith(MARK):
-            record = json.loads(line.removeprefix(MARK))
+        if line.startswith(RECORD_PREFIX):
+            record = json.loads(line.removeprefix(RECORD_PREFIX))
             name = record.pop("name")
             waiting.remove(name)
             log.write(task.section, f"{task.side} {name}", **record)
@@ -204,29 +245,36 @@ def run_worker(log: Log, task: Task, until: float) -> None:
     while waiting and until - time.monotonic() > 1:
         command = [sys.executable, str(HERE / task.script), json.dumps(task.spec | {"names": waiting})]
         ready = False
-        status, last = stream(command, until, task.environment, read)
+        status, messages = run_command(command, until, task.environment, read)
         if time.monotonic() > until - 0.2:
             break
+        # The process has ended by itself. It crashed in the first waiting part, or in its set-up, which they all need.
         for name in waiting[: 1 if ready else None]:
             waiting.remove(name)
-            log.write(task.section, f"{task.side} {name}", status="crashed", exit_status=status, output=last)
+            log.write(task.section, f"{task.side} {name}", status="crashed", exit_status=status, output=messages)
     for name in waiting:
         log.write(task.section, f"{task.side} {name}", status="out of time")
 
 
-def stream(
+def run_command(
     command: Sequence[str], until: float, environment: dict[str, str], read: Callable[[str], None]
 ) -> tuple[int, str]:
-    """Run a command, give every line of its output to ``read``, end it and its children at ``until``.
+    """Run a command from the repository's root, and end it and its children when the time is over.
+
+    Args:
+      command: Program and arguments.
+      until: Time of `time.monotonic` at which the command is ended.
+      environment: Additional environment variables.
+      read: Function that is called with every line of the command's standard output.
 
     Returns:
-      exit status, and the end of its messages.
+      The exit status, and the last 2,000 characters of standard error.
     """
-    own = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    inherited = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     with tempfile.TemporaryFile("w+") as messages:
-        options: dict[str, Any] = {"stderr": messages, "text": True, "cwd": ROOT, "env": own | environment}
+        options: dict[str, Any] = {"stderr": messages, "text": True, "cwd": ROOT, "env": inherited | environment}
         with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, **options) as process:
-            timer = threading.Timer(max(until - time.monotonic(), 0.1), end, (process,))
+            timer = threading.Timer(max(until - time.monotonic(), 0.1), kill, (process,))
             timer.start()
             try:
                 assert process.stdout is not None
@@ -235,61 +283,69 @@ def stream(
                 status = process.wait()
             finally:
                 timer.cancel()
-                end(process)
+                kill(process)
         messages.seek(0)
         return status, messages.read()[-2000:]
 
 
-def how(status: int, until: float) -> str:
-    """How a command of `stream` ended."""
+def outcome(status: int, until: float) -> str:
+    """Return "done", "failed" or "out of time" for the exit status and the time limit of `run_command`."""
     if status == -signal.SIGKILL and time.monotonic() >= until:
         return "out of time"
     return "failed" if status else "done"
 
 
-def end(process: subprocess.Popen[str]) -> None:
-    """End a process and all that it started."""
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kill a process and all processes that it started."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def answer(record: dict[str, Any]) -> None:
-    """A worker's record, sent."""
-    print(MARK + json.dumps(record), flush=True)
+def send_record(record: dict[str, Any]) -> None:
+    """Send a worker's record to `run_worker`."""
+    print(RECORD_PREFIX + json.dumps(record), flush=True)
 
 
-def each(spec: dict[str, Any], work: Callable[[str], dict[str, Any]]) -> None:
-    """A worker's loop: ``work(name)`` for every name that is asked for; one that fails says why, the next goes on."""
+def run_parts(spec: dict[str, Any], work: Callable[[str], dict[str, Any]]) -> None:
+    """Run the parts of a worker and send a record of each, also of one that raises an exception.
+
+    Args:
+      spec: Settings of the worker with the ``names`` of its parts.
+      work: Function that runs the part of a given name and returns its results.
+    """
     print(READY, flush=True)
     for name in spec["names"]:
         begin = time.perf_counter()
         try:
-            found = {"status": "done"} | work(name)
+            results = {"status": "done"} | work(name)
         except Exception as error:
-            found = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:600]}
-        answer({"name": name} | found | {"wall_seconds": round(time.perf_counter() - begin, 2)})
+            results = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:600]}
+        send_record({"name": name} | results | {"wall_seconds": round(time.perf_counter() - begin, 2)})
 
 
-# What both sides are given: the same texts of the same lengths, in token ids.
+# Inputs of both sides: the same token ids.
 
 
-def made_items(count: int, vocabulary: int, longest: int = 100) -> list[list[tuple[tuple[int, ...], int]]]:
-    """Items of four choices: tokens of context and choice, and how many of them are the choice's.
+def random_items(count: int, vocabulary: int, longest: int = 100) -> list[list[tuple[tuple[int, ...], int]]]:
+    """Return items of four choices, each as the tokens of context and choice and the number of the choice's tokens.
 
-    Contexts have 30 to ``longest`` tokens, of which all share the first 20, and choices 1 to 12.
+    Args:
+      count: Number of items.
+      vocabulary: Number of tokens in the vocabulary.
+      longest: Maximum number of tokens of a context, which has at least 30. The first 20 are the same in all items.
     """
     random = np.random.default_rng(0)
     shared = random.integers(3, vocabulary, 20).tolist()
-    found = []
+    items = []
     for _ in range(count):
         context = (*shared, *random.integers(3, vocabulary, random.integers(10, longest - 19)).tolist())
         sizes = random.integers(1, 13, 4).tolist()
-        found.append([((*context, *random.integers(3, vocabulary, size).tolist()), size) for size in sizes])
-    return found
+        items.append([((*context, *random.integers(3, vocabulary, size).tolist()), size) for size in sizes])
+    return items
 
 
-def made_prompts(count: int, vocabulary: int, longest: int = 160) -> list[list[int]]:
-    """Prompts of 60 to ``longest`` tokens that begin alike."""
+def random_prompts(count: int, vocabulary: int, longest: int = 160) -> list[list[int]]:
+    """Return prompts of 60 to ``longest`` tokens, of which the first 40 are the same in all."""
     random = np.random.default_rng(1)
     shared = random.integers(3, vocabulary, 40).tolist()
     return [
@@ -297,8 +353,8 @@ def made_prompts(count: int, vocabulary: int, longest: int = 160) -> list[list[i
     ]
 
 
-def middle(values: Sequence[float]) -> dict[str, Any]:
-    """Median and all of a few timings, in seconds."""
+def summarise_timings(values: Sequence[float]) -> dict[str, Any]:
+    """Return the median of a few timings in seconds, and all of them."""
     return {"seconds": float(np.median(values)), "timings": [round(value, 5) for value in values]}
 
 
@@ -306,11 +362,15 @@ def middle(values: Sequence[float]) -> dict[str, Any]:
 
 
 def run_rate(log: Log, sizes: Sizes, until: float) -> None:
-    run_worker(log, ours("rate", sizes, ["card"]), until)
+    """Measure the card's own rates."""
+    run_worker(log, our_task("rate", sizes, ["card"]), until)
 
 
 def run_tests(log: Log, sizes: Sizes, until: float) -> None:
-    """The marked tests, one record each; sums go in a fixed order, without which no run repeats another's bits."""
+    """Run the GPU tests, with a record for each.
+
+    XLA adds in a fixed order, since otherwise no two runs agree bitwise.
+    """
     environment = {"JAX_PLATFORMS": "cuda,cpu", "XLA_FLAGS": "--xla_gpu_deterministic_ops=true"}
     if sizes.platform == "cpu":
         environment = {"JAX_PLATFORMS": "cpu", "RORA_GPU_REHEARSAL": "1"}
@@ -331,18 +391,19 @@ def run_tests(log: Log, sizes: Sizes, until: float) -> None:
 
     def read(line: str) -> None:
         lines.append(line)
-        if found := re.match(r"tests/\S+::(.+?) (PASSED|FAILED|SKIPPED|ERROR)", line):
-            log.write("tests", found[1], status=found[2].lower())
+        if match := re.match(r"tests/\S+::(.+?) (PASSED|FAILED|SKIPPED|ERROR)", line):
+            log.write("tests", match[1], status=match[2].lower())
 
-    status, last = stream(command, until, environment, read)
+    status, messages = run_command(command, until, environment, read)
+    # Counts of outcomes in pytest's last line.
     counts = re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1]) if lines else []
-    figures = {what: int(count) for count, what in counts}
-    output = "" if status == 0 else "\n".join(lines)[-6000:] + last
-    log.write("tests", "pytest", status=how(status, until), exit_status=status, output=output, **figures)
+    outcomes = {name: int(count) for count, name in counts}
+    output = "" if status == 0 else "\n".join(lines)[-6000:] + messages
+    log.write("tests", "pytest", status=outcome(status, until), exit_status=status, output=output, **outcomes)
 
 
 def run_training(log: Log, sizes: Sizes, until: float) -> None:
-    """Both sides of each shape, each with an equal part of the time that is left."""
+    """Time the training steps of both sides at each shape; each side gets an equal part of the remaining time."""
     rounds = [(side, shape) for shape in sizes.shapes for side in ("ours", "peer")]
     rate = log.find("rate", "ours card").get("product_flops_per_second")
     for number, (side, shape) in enumerate(rounds):
@@ -350,43 +411,45 @@ def run_training(log: Log, sizes: Sizes, until: float) -> None:
         limit = now + (until - now) / (len(rounds) - number)
         cells = sizes.cells(shape)
         if side == "ours":
-            task = ours("training", sizes, [cell.name for cell in cells], rate=rate)
+            task = our_task("training", sizes, [cell.name for cell in cells], rate=rate)
         else:
             cells += [Cell(cell.method, cell.rank, *shape, compiled=True) for cell in cells]
-            task = peer("training", sizes, [cell.name for cell in cells])
+            task = peer_task("training", sizes, [cell.name for cell in cells])
         task.spec["cells"] = {cell.name: asdict(cell) for cell in cells}
         run_worker(log, task, limit)
 
 
 def run_scoring(log: Log, sizes: Sizes, until: float) -> None:
-    both(log, sizes, until, "scoring", ["4 choices"])
+    """Time the scoring of both sides."""
+    run_both_sides(log, sizes, until, "scoring", ["4 choices"])
 
 
 def run_generation(log: Log, sizes: Sizes, until: float) -> None:
-    both(log, sizes, until, "generation", ["4 beams"])
+    """Time the generation of both sides."""
+    run_both_sides(log, sizes, until, "generation", ["4 beams"])
 
 
-def both(log: Log, sizes: Sizes, until: float, section: str, names: list[str]) -> None:
-    """This side with half of the time, then the peer with what is left."""
+def run_both_sides(log: Log, sizes: Sizes, until: float, section: str, names: list[str]) -> None:
+    """Run this side with half of the remaining time, then the peer with the rest."""
     now = time.monotonic()
-    run_worker(log, ours(section, sizes, names), now + (until - now) / 2)
-    run_worker(log, peer(section, sizes, names), until)
+    run_worker(log, our_task(section, sizes, names), now + (until - now) / 2)
+    run_worker(log, peer_task(section, sizes, names), until)
 
 
 def run_sweep(log: Log, sizes: Sizes, until: float) -> None:
-    """The command itself, whose own manifest says how long it took."""
+    """Run sims.variance_sweep as a command, whose manifest has its time."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "sims.variance_sweep", *sizes.sweep, "--out", folder]
         begin = time.monotonic()
-        status, last = stream(command, until, {"JAX_PLATFORMS": sizes.platform}, lambda _: None)
-        figures: dict[str, Any] = {"exit_status": status, "wall_seconds": round(time.monotonic() - begin, 1)}
+        status, messages = run_command(command, until, {"JAX_PLATFORMS": sizes.platform}, lambda _: None)
+        results: dict[str, Any] = {"exit_status": status, "wall_seconds": round(time.monotonic() - begin, 1)}
         manifest = Path(folder) / "manifest.json"
         if status == 0 and manifest.exists():
-            told = json.loads(manifest.read_text())
-            figures |= {name: told.get(name) for name in ("device", "last_session_seconds")}
-            held = json.loads((Path(folder) / "verdicts.json").read_text())
-            figures["verdicts"] = [one["status"] for one in held]
-        log.write("sweep", "variance_sweep", status=how(status, until), output=last[-600:], **figures)
+            entries = json.loads(manifest.read_text())
+            results |= {name: entries.get(name) for name in ("device", "last_session_seconds")}
+            verdicts = json.loads((Path(folder) / "verdicts.json").read_text())
+            results["verdicts"] = [verdict["status"] for verdict in verdicts]
+        log.write("sweep", "variance_sweep", status=outcome(status, until), output=messages[-600:], **results)
 
 
 RUNS: dict[str, Callable[[Log, Sizes, float], None]] = {
@@ -399,47 +462,54 @@ RUNS: dict[str, Callable[[Log, Sizes, float], None]] = {
 }
 
 
-def ours(section: str, sizes: Sizes, names: list[str], **more: Any) -> Task:
-    """Work for this package's side; a program that was compiled once on this machine is found again."""
+def our_task(section: str, sizes: Sizes, names: list[str], **settings: Any) -> Task:
+    """Return a task of this package's side, which reuses programs that were compiled on this machine before.
+
+    Args:
+      section: Section of the task.
+      sizes: Sizes of everything that is run.
+      names: Names of the parts.
+      **settings: Additional settings of the worker.
+    """
     environment = {
         "JAX_PLATFORMS": sizes.platform,
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
         "JAX_COMPILATION_CACHE_DIR": os.path.join(tempfile.gettempdir(), "rora-gpu-programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
     }
-    spec = {"section": section, "sizes": asdict(sizes)} | more
+    spec = {"section": section, "sizes": asdict(sizes)} | settings
     return Task(section, "ours", "gpu_ours.py", spec, names, environment)
 
 
-def peer(section: str, sizes: Sizes, names: list[str]) -> Task:
-    """Work for torch's side."""
+def peer_task(section: str, sizes: Sizes, names: list[str]) -> Task:
+    """Return a task of the peer's side, torch."""
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     return Task(section, "peer", "gpu_peer.py", {"section": section, "sizes": asdict(sizes)}, names, environment)
 
 
-def machine() -> dict[str, Any]:
-    """The card and the software."""
-    found: dict[str, Any] = {"python": sys.version.split()[0], "processors": os.cpu_count()}
+def describe_machine() -> dict[str, Any]:
+    """Return the cards and the versions of the software."""
+    machine: dict[str, Any] = {"python": sys.version.split()[0], "processors": os.cpu_count()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            machine[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
+            machine[name] = None
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version,utilization.gpu", "--format=csv,noheader"]
     try:
-        found["cards"] = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split(
-            "\n"
-        )
+        listing = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        machine["cards"] = listing.split("\n")
     except (OSError, subprocess.SubprocessError) as error:
-        found["cards"] = f"nvidia-smi: {error}"
-    return found
+        machine["cards"] = f"nvidia-smi: {error}"
+    return machine
 
 
 def describe(record: dict[str, Any]) -> str:
-    """A record in one line of text."""
+    """Return a record as one line of text."""
     parts = [f"{record['section']}: {record['name']}: {record.get('status', '')}"]
-    figures = {
+    # Keys of the record that are printed, with their format and unit.
+    formats = {
         "product_flops_per_second": ("{:.1f} TFLOP/s", 1e-12),
         "copied_bytes_per_second": ("copies {:.2f} TB/s", 1e-12),
         "tokens_per_second": ("{:.0f} tokens/s", 1),
@@ -449,36 +519,37 @@ def describe(record: dict[str, Any]) -> str:
         "items_per_second": ("{:.2f} items/s", 1),
         "last_session_seconds": ("{:.1f} s", 1),
     }
-    for key, (form, unit) in figures.items():
+    for key, (template, unit) in formats.items():
         if isinstance(value := record.get(key), (int, float)):
-            parts.append(form.format(value * unit))
+            parts.append(template.format(value * unit))
     return ", ".join([*parts, *([record["error"]] if "error" in record else [])])
 
 
-def comparisons(log: Log) -> Iterator[str]:
-    """This side over the peer at its best, for everything that both did."""
+def compare_sides(log: Log) -> Iterator[str]:
+    """Yield a line of text with this side's rate relative to the peer's best, for each part that both sides ran."""
     for record in log.records:
         side, _, name = record["name"].partition(" ")
         if side != "ours":
             continue
         for key in ("tokens_per_second", "items_per_second"):
-            theirs = [log.find(record["section"], f"peer {name}{how}").get(key) for how in ("", " compiled")]
-            known = [value for value in theirs if value]
-            if record.get(key) and known:
-                yield f"{record['section']}: {name}: {record[key] / max(known):.2f} times the peer's {key}"
+            peers = [log.find(record["section"], f"peer {name}{suffix}") for suffix in ("", " compiled")]
+            peer_rates = [rate for peer in peers if (rate := peer.get(key))]
+            if record.get(key) and peer_rates:
+                yield f"{record['section']}: {name}: {record[key] / max(peer_rates):.2f} times the peer's {key}"
 
 
 def main(config: Config) -> bool:
-    """Run the sections; whether all that was tried was done."""
+    """Run the sections, and return whether every part succeeded."""
     begin = time.monotonic()
     finish = begin + 60 * config.minutes - min(CLOSING, 6 * config.minutes)
     sizes = REHEARSAL if config.rehearse else SEVEN_B
     log = Log(config.out)
-    log.write("machine", "rehearsal on a CPU" if config.rehearse else "GPU", status="done", **machine())
-    scale = 60 * config.minutes / WHOLE
+    log.write("machine", "rehearsal on a CPU" if config.rehearse else "GPU", status="done", **describe_machine())
+    # A section ends early enough to leave later ones their reserved time, and may use what earlier ones left over.
+    scale = 60 * config.minutes / TOTAL_SECONDS
     for number, section in enumerate(config.sections):
-        later = scale * sum(RESERVED[name] for name in config.sections[number + 1 :])
-        until = max(finish - later, time.monotonic() + 1)
+        reserved = scale * sum(RESERVED[name] for name in config.sections[number + 1 :])
+        until = max(finish - reserved, time.monotonic() + 1)
         started = time.monotonic()
         if started > finish - 1:
             log.write(section, "all", status="out of time")
@@ -488,7 +559,7 @@ def main(config: Config) -> bool:
         except Exception as error:
             log.write(section, "all", status="failed", error=f"{type(error).__name__}: {error}"[:600])
         log.write(section, "section", status="ended", wall_seconds=round(time.monotonic() - started, 1))
-    lines = list(comparisons(log))
+    lines = list(compare_sides(log))
     log.write("summary", "ours over the peer", status="done", lines=lines, seconds=round(time.monotonic() - begin, 1))
     print("\n".join(lines))
     return all(record.get("status") in ("done", "passed", "ended") for record in log.records)

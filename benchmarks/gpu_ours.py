@@ -1,4 +1,4 @@
-"""This package's side of benchmarks/gpu.py: what a worker process does of one section."""
+"""Run one section of benchmarks/gpu.py with this package, in a worker process."""
 
 import dataclasses
 import json
@@ -21,25 +21,31 @@ from rora_theory.finetune import step as steps
 from rora_theory.llama.generate import beam_search
 
 REMATS: tuple[Any, ...] = (False, "mlp", True)
-"""Least work first."""
+"""Settings of rematerialisation, least recomputation first."""
 
 Work = Callable[[str], dict[str, Any]]
+"""Function that runs the part of a given name and returns its results."""
 
 
 def rate(spec: dict[str, Any]) -> Work:
-    """The card's own rates: of products of square bfloat16 matrices, and of copies, read and written bytes together."""
+    """Measure the card's own rates: products of square bfloat16 matrices, and copies, in bytes read and written."""
     size, copied = spec["sizes"]["product"], spec["sizes"]["copied"]
 
     def card(_: str) -> dict[str, Any]:
-        many = 20
+        count = 20
         a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
-        chain = jax.jit(lambda a, b: jax.lax.fori_loop(0, many, lambda _, x: (x @ b) * jnp.bfloat16(0.01), a))
+
+        # Each product depends on the one before it; the factor keeps the numbers finite.
+        @jax.jit
+        def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
+            return jax.lax.fori_loop(0, count, lambda _, x: (x @ b) * jnp.bfloat16(0.01), a)
+
         x = jnp.ones((copied,), jnp.bfloat16)
         copy = jax.jit(lambda x: x + jnp.bfloat16(1))
-        products, copies = (best_of(5, function, *of) for function, of in ((chain, (a, a)), (copy, (x,))))
+        product_seconds, copy_seconds = best_of(5, multiply, a, a), best_of(5, copy, x)
         return {
-            "product_flops_per_second": many * 2 * size**3 / products,
-            "copied_bytes_per_second": 2 * x.nbytes / copies,
+            "product_flops_per_second": count * 2 * size**3 / product_seconds,
+            "copied_bytes_per_second": 2 * x.nbytes / copy_seconds,
             "device": jax.devices()[0].device_kind,
         }
 
@@ -47,27 +53,30 @@ def rate(spec: dict[str, Any]) -> Work:
 
 
 def best_of(count: int, function: Callable[..., Any], *arguments: Any) -> float:
-    """Least seconds of a call, after one that compiles."""
+    """Return the fewest seconds of ``count`` calls, after one that compiles."""
     jax.block_until_ready(function(*arguments))
     return min(timed(lambda: function(*arguments))[0] for _ in range(count))
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds until the result is there, and the result."""
+    """Return the seconds until the result of a call is ready, and the result."""
     begin = time.perf_counter()
-    found = jax.block_until_ready(work())
-    return time.perf_counter() - begin, found
+    result = jax.block_until_ready(work())
+    return time.perf_counter() - begin, result
 
 
-def shape_of(spec: dict[str, Any]) -> llama.LlamaConfig:
-    """The model's configuration."""
+def model_config(spec: dict[str, Any]) -> llama.LlamaConfig:
+    """Return the model's configuration."""
     return llama.LlamaConfig(**spec["sizes"]["model"], max_position_embeddings=2048)
 
 
 def random_weights(config: llama.LlamaConfig) -> Any:
-    """bfloat16 weights, made one layer at a time: what is held at most stays what training holds."""
+    """Return random bfloat16 weights.
 
-    def one(key: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    They are drawn one layer at a time, so that drawing needs less memory than training and does not set the peak.
+    """
+
+    def draw_stack(key: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
         if like.ndim < 3:
             return draw(key, like.shape)
         return jax.lax.map(lambda key: draw(key, like.shape[1:]), jax.random.split(key, like.shape[0]))
@@ -76,78 +85,96 @@ def random_weights(config: llama.LlamaConfig) -> Any:
         return 0.02 * jax.random.normal(key, shape, jnp.bfloat16)
 
     leaves, structure = jax.tree.flatten(llama.abstract_params(config, jnp.bfloat16))
-    made = jax.jit(one, static_argnums=1)
+    jitted = jax.jit(draw_stack, static_argnums=1)
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    weights = [jax.block_until_ready(made(key, like)) for key, like in zip(keys, leaves, strict=True)]
+    weights = [jax.block_until_ready(jitted(key, like)) for key, like in zip(keys, leaves, strict=True)]
     params = jax.tree.unflatten(structure, weights)
+    # Weights of norms are 1.
     return jax.tree.map_with_path(lambda path, a: jnp.ones_like(a) if path[-1].key.endswith("norm") else a, params)
 
 
 def peak_bytes() -> int | None:
-    """The most that this process has held on the device; None where the device does not tell."""
-    told = jax.local_devices()[0].memory_stats()
-    return None if told is None else told["peak_bytes_in_use"]
+    """Return the peak of this process's memory on the device; None if the device does not report it."""
+    statistics = jax.local_devices()[0].memory_stats()
+    return None if statistics is None else statistics["peak_bytes_in_use"]
 
 
 def training(spec: dict[str, Any]) -> Work:
-    """Steps of training on random tokens, each cell with the least recomputation that fits."""
-    model = shape_of(spec)
+    """Time training steps on random tokens, each cell with the least recomputation that fits the device."""
+    model = model_config(spec)
     params = random_weights(model)
-    told = jax.local_devices()[0].memory_stats() or {}
-    memory = told.get("bytes_limit", math.inf)
-    highest = peak_bytes()
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    memory = statistics.get("bytes_limit", math.inf)
+    highest_peak = peak_bytes()
 
-    def cell(name: str) -> dict[str, Any]:
-        nonlocal highest
-        one = gpu.Cell(**spec["cells"][name])
+    def run_named(name: str) -> dict[str, Any]:
+        nonlocal highest_peak
+        cell = gpu.Cell(**spec["cells"][name])
         config = FinetuneConfig(
-            method=one.method, rule="lora", rank=one.rank, alpha=16, dropout=0.0, batch_size=one.rows, dtype="bfloat16"
+            method=cell.method,
+            rule="lora",
+            rank=cell.rank,
+            alpha=16,
+            dropout=0.0,
+            batch_size=cell.rows,
+            dtype="bfloat16",
         )
+        # Try the settings in order; skip one whose plan exceeds the memory, and go on after one that exceeds it.
         flops = None
         for remat in REMATS:
-            own = dataclasses.replace(config, remat=remat)
-            plan = capacity.account(model, own, one.width)
-            flops = flops or plan.flops  # without what is made again
+            remat_config = dataclasses.replace(config, remat=remat)
+            plan = capacity.account(model, remat_config, cell.width)
+            flops = flops or plan.flops  # operations of the model, without recomputation
             if plan.total > memory and remat is not REMATS[-1]:
                 continue
             try:
-                found = run_cell(model, params, own, one, spec)
+                results = run_cell(model, params, remat_config, cell, spec)
                 break
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error) or remat is REMATS[-1]:
                     raise
-        seconds = found["seconds"]
+        seconds = results["seconds"]
+        # The device reports its highest peak only: a cell that stayed below an earlier one has no peak of its own.
         peak = peak_bytes()
-        risen = peak is not None and highest is not None and peak > highest
-        highest = peak
-        return found | {
+        has_risen = peak is not None and highest_peak is not None and peak > highest_peak
+        highest_peak = peak
+        return results | {
             "remat": str(remat),
-            "tokens_per_second": one.rows * one.width / seconds,
+            "tokens_per_second": cell.rows * cell.width / seconds,
             "model_flops_per_second": flops / seconds,
             "utilisation": flops / seconds / spec["rate"] if spec.get("rate") else None,
             "planned_bytes": plan.total,
-            # The device tells its highest peak alone: a cell that stayed below an earlier one has none of its own.
-            "peak_bytes": peak if risen else None,
+            "peak_bytes": peak if has_risen else None,
         }
 
-    return cell
+    return run_named
 
 
 def run_cell(model: llama.LlamaConfig, params: Any, config: FinetuneConfig, cell: gpu.Cell, spec: Any) -> Any:
-    """Timings of a cell's steps, the compiler's own account, and the loss."""
+    """Train a cell, and return the timings of its steps, the compiler's memory analysis, and the loss.
+
+    Args:
+      model: Configuration of the base model.
+      params: Weights of the base model.
+      config: Fine-tuning configuration.
+      cell: Shape of the batch.
+      spec: Settings of the worker.
+    """
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (cell.rows, cell.width + 1)).astype(np.int32)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((cell.rows, cell.width), np.float32), None)
     adapter = adapters.init(jax.random.key(0), config.adapter(), model, params)
     state = steps.init_state(adapter, steps.finetune_optimizer(config, 1000), jax.random.key(1))
+    # Compile first, so that its time is known and is not part of the first step's.
     begin = time.perf_counter()
     compiled = steps.train_step(adapter, model, config, 1000).lower(state, params, batch).compile()
     compile_seconds = time.perf_counter() - begin
     planned = compiled.memory_analysis()
     timings = []
+    # The first two steps are a warm-up.
     for number in range(2 + spec["sizes"]["steps"]):
         seconds, (state, metrics) = timed(lambda state=state: compiled(state, params, batch))
         timings += [seconds] if number > 1 else []
-    return gpu.middle(timings) | {
+    return gpu.summarise_timings(timings) | {
         "compile_seconds": round(compile_seconds, 2),
         "compiler_bytes": planned.argument_size_in_bytes + planned.temp_size_in_bytes,
         "loss": float(metrics.loss),
@@ -156,26 +183,26 @@ def run_cell(model: llama.LlamaConfig, params: Any, config: FinetuneConfig, cell
 
 
 def scoring(spec: dict[str, Any]) -> Work:
-    """Log-likelihoods of choices, whose programs are compiled before they are timed."""
-    model = shape_of(spec)
-    made = gpu.made_items(spec["sizes"]["items"], model.vocab_size)
-    items = [[Scored(tokens, count) for tokens, count in one] for one in made]
+    """Time the log-likelihoods of choices, after a first run that compiles."""
+    model = model_config(spec)
+    random_items = gpu.random_items(spec["sizes"]["items"], model.vocab_size)
+    items = [[Scored(tokens, count) for tokens, count in choices] for choices in random_items]
     params = random_weights(model)
 
     def score(_: str) -> dict[str, Any]:
         cold, _ = timed(lambda: list(log_likelihoods(params, model, items, batch_size=8)))
-        seconds, found = timed(lambda: list(log_likelihoods(params, model, items, batch_size=8)))
-        total = math.fsum(value for _, values in found for value in values)
+        seconds, scores = timed(lambda: list(log_likelihoods(params, model, items, batch_size=8)))
+        total = math.fsum(value for _, values in scores for value in values)
         return {"seconds": seconds, "cold_seconds": cold, "items_per_second": len(items) / seconds, "total": total}
 
     return score
 
 
 def generation(spec: dict[str, Any]) -> Work:
-    """Texts by 4 beams, all prompts together."""
-    model = shape_of(spec)
+    """Time the generation of texts by 4 beams, all prompts together."""
+    model = model_config(spec)
     sizes = spec["sizes"]
-    prompts = gpu.made_prompts(sizes["prompts"], model.vocab_size)
+    prompts = gpu.random_prompts(sizes["prompts"], model.vocab_size)
     params = random_weights(model)
 
     def generate(_: str) -> dict[str, Any]:
@@ -183,8 +210,8 @@ def generation(spec: dict[str, Any]) -> Work:
             return beam_search(params, model, prompts, max_new_tokens=sizes["new_tokens"], eos_ids=(), shared=40)
 
         cold, _ = timed(texts)
-        seconds, found = timed(texts)
-        assert all(len(text) == sizes["new_tokens"] for text in found)
+        seconds, generated = timed(texts)
+        assert all(len(text) == sizes["new_tokens"] for text in generated)
         return {"seconds": seconds, "cold_seconds": cold, "items_per_second": len(prompts) / seconds}
 
     return generate
@@ -193,5 +220,5 @@ def generation(spec: dict[str, Any]) -> Work:
 SECTIONS = {"rate": rate, "training": training, "scoring": scoring, "generation": generation}
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    gpu.each(given, SECTIONS[given["section"]](given))
+    arguments = json.loads(sys.argv[1])
+    gpu.run_parts(arguments, SECTIONS[arguments["section"]](arguments))

@@ -1,8 +1,8 @@
-"""The peer's side of benchmarks/gpu.py: transformers' LLaMA with peft's adapters on torch, in bfloat16.
+"""Run one section of benchmarks/gpu.py with the peer: transformers' LLaMA and peft's adapters on torch, in bfloat16.
 
-Training is what transformers' Trainer does in a step, without its bookkeeping: forward and backward under autocast, the
-adapter in float32, clipping, fused AdamW. Attention is torch's own fused kernel. Layers are checkpointed only where the
-card would not hold a step otherwise. "compiled" has each layer compiled by torch.compile.
+A training step is that of transformers' Trainer without its bookkeeping: forward and backward under autocast, the
+adapter in float32, clipping, fused AdamW. Attention is torch's own fused kernel. Layers are checkpointed only if a step
+would not fit the card otherwise. In a cell with "compiled", torch.compile compiles each layer.
 """
 
 import json
@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 Work = Callable[[str], dict[str, Any]]
+"""Function that runs the part of a given name and returns its results."""
 
 
-def made_model(spec: dict[str, Any]) -> Any:
-    """Random bfloat16 weights on the device."""
+def random_model(spec: dict[str, Any]) -> Any:
+    """Return a model with random bfloat16 weights on the device."""
     config = LlamaConfig(**spec["sizes"]["model"], max_position_embeddings=2048, tie_word_embeddings=False)
     torch.manual_seed(0)
     with torch.device(device(spec)):
@@ -30,48 +31,55 @@ def made_model(spec: dict[str, Any]) -> Any:
 
 
 def device(spec: dict[str, Any]) -> str:
-    """torch's name of the platform."""
+    """Return torch's name of the platform."""
     return spec["sizes"]["platform"]
 
 
 def timed(spec: dict[str, Any], work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds until the result is there, and the result."""
+    """Return the seconds until the result of a call is ready, and the result."""
     wait(spec)
     begin = time.perf_counter()
-    found = work()
+    result = work()
     wait(spec)
-    return time.perf_counter() - begin, found
+    return time.perf_counter() - begin, result
 
 
 def wait(spec: dict[str, Any]) -> None:
-    """Until the device has done all."""
+    """Wait until the device has finished all work."""
     if device(spec) == "cuda":
         torch.cuda.synchronize()
 
 
 def training(spec: dict[str, Any]) -> Work:
-    """Steps of training on random tokens."""
-    model = made_model(spec).train()
+    """Time training steps on random tokens, without checkpointing if that fits the device."""
+    model = random_model(spec).train()
     model.config.use_cache = False
 
-    def cell(name: str) -> dict[str, Any]:
-        one = gpu.Cell(**spec["cells"][name])
+    def run_named(name: str) -> dict[str, Any]:
+        cell = gpu.Cell(**spec["cells"][name])
         for checkpointing in (False, True):
             try:
-                return run_cell(spec, model, one, checkpointing) | {"checkpointing": checkpointing}
+                return run_cell(spec, model, cell, checkpointing) | {"checkpointing": checkpointing}
             except torch.OutOfMemoryError:
                 if checkpointing:
                     raise
             torch.cuda.empty_cache()
-        raise AssertionError("a cell ends in the loop")
+        raise AssertionError("the loop returns or raises")
 
-    return cell
+    return run_named
 
 
 def run_cell(spec: dict[str, Any], base: Any, cell: gpu.Cell, checkpointing: bool) -> dict[str, Any]:
-    """Timings of a cell's steps, peak memory and loss; the base is as before afterwards."""
-    on = device(spec)
-    if on == "cuda":
+    """Train a cell, and return the timings of its steps, the peak memory and the loss.
+
+    Args:
+      spec: Settings of the worker.
+      base: Base model, which is restored afterwards.
+      cell: Adapter and shape of the batch.
+      checkpointing: Whether the layers are recomputed in the backward pass.
+    """
+    platform = device(spec)
+    if platform == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     lora = LoraConfig(
@@ -89,13 +97,13 @@ def run_cell(spec: dict[str, Any], base: Any, cell: gpu.Cell, checkpointing: boo
     try:
         if cell.compiled:
             for layer in base.model.layers:
-                layer.compile(**({} if on == "cuda" else {"backend": "aot_eager"}))
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=3e-4, weight_decay=0.0, fused=on == "cuda" or None)
-        tokens = torch.randint(0, base.config.vocab_size, (cell.rows, cell.width), device=on)
+                layer.compile(**({} if platform == "cuda" else {"backend": "aot_eager"}))
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=3e-4, weight_decay=0.0, fused=platform == "cuda" or None)
+        tokens = torch.randint(0, base.config.vocab_size, (cell.rows, cell.width), device=platform)
 
         def step() -> float:
-            with torch.autocast(on, torch.bfloat16):
+            with torch.autocast(platform, torch.bfloat16):
                 out = model(input_ids=tokens, labels=tokens)
             out.loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -103,20 +111,23 @@ def run_cell(spec: dict[str, Any], base: Any, cell: gpu.Cell, checkpointing: boo
             optimizer.zero_grad()
             return float(out.loss.detach())
 
-        first, _ = timed(spec, step)
+        # The first two steps are a warm-up.
+        first_seconds, _ = timed(spec, step)
         timings, loss = [], 0.0
         for number in range(1 + spec["sizes"]["steps"]):
             seconds, loss = timed(spec, step)
             timings += [seconds] if number else []
-        return gpu.middle(timings) | {
-            "tokens_per_second": cell.rows * cell.width / gpu.middle(timings)["seconds"],
-            "first_step_seconds": round(first, 2),
+        summary = gpu.summarise_timings(timings)
+        return summary | {
+            "tokens_per_second": cell.rows * cell.width / summary["seconds"],
+            "first_step_seconds": round(first_seconds, 2),
             "set_up_seconds": round(time.perf_counter() - begin, 2),
-            "peak_bytes": torch.cuda.max_memory_allocated() if on == "cuda" else None,
-            "trainable": sum(p.numel() for p in trained),
+            "peak_bytes": torch.cuda.max_memory_allocated() if platform == "cuda" else None,
+            "trainable": sum(weight.numel() for weight in trained),
             "loss": loss,
         }
     finally:
+        # Remove everything that the cell has added to the base model.
         for layer in base.model.layers:
             layer._compiled_call_impl = None
         if cell.compiled:
@@ -129,34 +140,37 @@ def run_cell(spec: dict[str, Any], base: Any, cell: gpu.Cell, checkpointing: boo
 
 
 def scoring(spec: dict[str, Any]) -> Work:
-    """Log-likelihoods as lm-evaluation-harness asks for them: a row a choice, longest first, 32 rows a call."""
-    model = made_model(spec)
-    items = gpu.made_items(spec["sizes"]["items"], model.config.vocab_size)
+    """Time log-likelihoods as lm-evaluation-harness computes them: a row for each choice, the longest first."""
+    model = random_model(spec)
+    items = gpu.random_items(spec["sizes"]["items"], model.config.vocab_size)
     rows = sorted((choice for item in items for choice in item), key=lambda choice: -len(choice[0]))
 
     @torch.inference_mode()
     def run(size: int) -> float:
         total = 0.0
         for start in range(0, len(rows), size):
+            # Pad the rows on the right; the last token of a row is not read.
             group = rows[start : start + size]
             width = max(len(tokens) - 1 for tokens, _ in group)
             inputs = torch.zeros((len(group), width), dtype=torch.long)
             for number, (tokens, _) in enumerate(group):
                 inputs[number, : len(tokens) - 1] = torch.tensor(tokens[:-1])
             logits = model(input_ids=inputs.to(device(spec))).logits
-            found = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+            log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+            # Sum the log-probabilities of each choice's own tokens.
             for number, (tokens, count) in enumerate(group):
                 end = len(tokens) - 1
-                gold = torch.tensor(tokens[-count:], device=found.device)[:, None]
-                total += float(found[number, end - count : end].gather(1, gold).sum())
+                gold = torch.tensor(tokens[-count:], device=log_probabilities.device)[:, None]
+                total += float(log_probabilities[number, end - count : end].gather(1, gold).sum())
         return total
 
     def score(_: str) -> dict[str, Any]:
         cold, _ = timed(spec, lambda: run(32))
-        tried = {size: timed(spec, lambda size=size: run(size))[0] for size in (32, 128)}
-        seconds = min(tried.values())
+        # The faster of two batch sizes counts.
+        by_size = {size: timed(spec, lambda size=size: run(size))[0] for size in (32, 128)}
+        seconds = min(by_size.values())
         _, total = timed(spec, lambda: run(32))
-        return {"seconds": seconds, "by_batch_size": tried, "cold_seconds": cold, "total": total} | {
+        return {"seconds": seconds, "by_batch_size": by_size, "cold_seconds": cold, "total": total} | {
             "items_per_second": len(items) / seconds
         }
 
@@ -164,10 +178,10 @@ def scoring(spec: dict[str, Any]) -> Work:
 
 
 def generation(spec: dict[str, Any]) -> Work:
-    """transformers' `generate` at 4 beams, all prompts together, padded on the left."""
-    model = made_model(spec)
+    """Time transformers' `generate` at 4 beams, all prompts together, padded on the left."""
+    model = random_model(spec)
     sizes = spec["sizes"]
-    prompts = gpu.made_prompts(sizes["prompts"], model.config.vocab_size)
+    prompts = gpu.random_prompts(sizes["prompts"], model.config.vocab_size)
     width = max(map(len, prompts))
     inputs = torch.zeros((len(prompts), width), dtype=torch.long)
     mask = torch.zeros_like(inputs)
@@ -190,8 +204,8 @@ def generation(spec: dict[str, Any]) -> Work:
 
     def generate(_: str) -> dict[str, Any]:
         cold, _ = timed(spec, texts)
-        seconds, found = timed(spec, texts)
-        assert found.shape[1] == width + sizes["new_tokens"]
+        seconds, generated = timed(spec, texts)
+        assert generated.shape[1] == width + sizes["new_tokens"]
         return {"seconds": seconds, "cold_seconds": cold, "items_per_second": len(prompts) / seconds}
 
     return generate
@@ -200,5 +214,5 @@ def generation(spec: dict[str, Any]) -> Work:
 SECTIONS = {"training": training, "scoring": scoring, "generation": generation}
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    gpu.each(given, SECTIONS[given["section"]](given))
+    arguments = json.loads(sys.argv[1])
+    gpu.run_parts(arguments, SECTIONS[arguments["section"]](arguments))

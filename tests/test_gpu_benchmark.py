@@ -72,7 +72,7 @@ def test_a_command_that_is_not_done_in_time_has_not_failed(tmp_path, capsys):
     gpu.run_sweep(log, gpu.REHEARSAL, time.monotonic() + 0.1)
     assert log.find("sweep", "variance_sweep")["status"] == "out of time"
     later = time.monotonic() + 60
-    assert [gpu.how(status, later) for status in (0, 1, -9)] == ["done", "failed", "failed"]
+    assert [gpu.outcome(status, later) for status in (0, 1, -9)] == ["done", "failed", "failed"]
     capsys.readouterr()
 
 
@@ -91,11 +91,11 @@ def test_every_section_has_its_time_and_its_own_failure(tmp_path, monkeypatch, c
         return run
 
     monkeypatch.setattr(gpu, "RUNS", {name: section(name) for name in gpu.RUNS})
-    monkeypatch.setattr(gpu, "machine", dict)
+    monkeypatch.setattr(gpu, "describe_machine", dict)
     config = gpu.Config(out=tmp_path / "gpu.jsonl", rehearse=True)
     assert not gpu.main(config), "a section failed"
     # Each section leaves the later ones their share of the nine minutes.
-    assert sum(gpu.RESERVED.values()) + gpu.CLOSING < gpu.WHOLE == 540
+    assert sum(gpu.RESERVED.values()) + gpu.CLOSING < gpu.TOTAL_SECONDS == 540
     assert seconds["sweep"] == pytest.approx(540 - gpu.CLOSING, abs=2)
     reserved = sum(gpu.RESERVED.values()) - gpu.RESERVED["rate"]
     assert seconds["rate"] == pytest.approx(540 - gpu.CLOSING - reserved, abs=2)
@@ -117,7 +117,7 @@ def test_a_cell_is_timed_and_compared_with_its_plan(monkeypatch):
     (cell, *_) = gpu.REHEARSAL.cells((2, 16))
     names = ["lora r=8 4x2048", "dora r=8 4x2048", "lora r=128 4x2048", "dora r=128 4x2048"]
     assert [row.name for row in gpu.SEVEN_B.cells((4, 2048))] == names
-    spec = gpu.ours("training", gpu.REHEARSAL, [cell.name], rate=1e12).spec | {"cells": {cell.name: vars(cell)}}
+    spec = gpu.our_task("training", gpu.REHEARSAL, [cell.name], rate=1e12).spec | {"cells": {cell.name: vars(cell)}}
     record = worker.training(spec)(cell.name)
     assert record["tokens_per_second"] == pytest.approx(32 / record["seconds"])
     assert len(record["timings"]) == gpu.REHEARSAL.steps
