@@ -183,9 +183,9 @@ class Log:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self.records = path, list[dict[str, Any]]()
 
-    def write(self, section: str, name: str, **figures: Any) -> None:
+    def write(self, section: str, name: str, **results: Any) -> None:
         """Append a record, which is on the disk when this returns."""
-        record = {"section": section, "name": name} | figures
+        record = {"section": section, "name": name} | results
         self.records.append(record)
         with self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")

@@ -1,13 +1,15 @@
-"""Our `harness` protocol against lm-evaluation-harness itself: text, log-likelihoods and choices, item by item.
+"""Compare the protocol `harness` with lm-evaluation-harness item by item: texts, log-likelihoods and choices.
 
     python benchmarks/harness_parity.py --data-dir DATA --items 200 --out parity.json
 
-The texts of all records are compared: lm-eval's own task files make theirs, from the local records in the schema of
-the hub's dataset (`lm_eval_peer` says what these lack). Of the first ``--items`` of each task both sides then score
-the choices with the same weights and tokenizer in float32; 0 compares texts alone and loads no model. The choices that
-differ most are scored once more in float64, which says whose rounding it is: a sum over a hundred tokens has a hundred
-errors of torch's float32 log-softmax, all of one sign. Exit status 1 where a text differs, a choice although its
-margin exceeds the tolerance, or a log-likelihood by more than the tolerance both from lm-eval's and from float64's.
+The texts of all records are compared. lm-eval's own task files render its texts, from the local records in the schema
+of the hub's dataset (`lm_eval_peer` states what these lack). Then both sides score the choices of the first ``--items``
+records of each task with the same weights and tokenizer in float32; 0 compares texts only and loads no model. The
+choices that differ most are scored again in float64, which shows on which side the rounding is: a sum over a hundred
+tokens contains a hundred errors of torch's float32 log-softmax, all of one sign.
+
+The exit status is 1 if a text differs, if a choice differs although its margin exceeds the tolerance, or if a
+log-likelihood differs by more than the tolerance from both lm-eval's and the one in float64.
 """
 
 import dataclasses
@@ -32,29 +34,29 @@ class Config:
     """Settings of the benchmark."""
 
     model: str = "smollm2-135m"
-    """model of both sides"""
+    """Model of both sides"""
     data_dir: Path = Path("commonsense")
-    """folder in the LLM-Adapters schema"""
+    """Folder of the tasks in the LLM-Adapters schema"""
     tasks: tuple[str, ...] = tuple(tasks.TASKS)
-    """tasks to compare"""
+    """Tasks to compare"""
     items: int = 200
-    """records of each task whose choices are scored, from the first on; texts are compared of all"""
+    """Number of records of each task whose choices are scored; the texts of all are compared"""
     batch_size: int = 8
-    """of lm-eval"""
+    """Batch size of lm-eval"""
     tolerance: float = 1e-3
-    """largest accepted difference of a choice's log-likelihood"""
+    """Largest accepted difference of a choice's log-likelihood"""
     checked: int = 4
-    """choices of each task, those that differ most, that are scored in float64 too"""
+    """Number of choices of each task, those that differ most, that are scored in float64 too"""
     out: Path | None = None
-    """JSON file for the figures"""
+    """JSON file for the results"""
 
     def __post_init__(self) -> None:
         if self.items < 0:
-            raise InputError(f"--items is {self.items}; accepted is an integer of 0 or more")
+            raise InputError(f"--items must be an integer of at least 0, got {self.items}")
 
 
-def local_gaps(records: list[tasks.TaskRecord]) -> str:
-    """What the local data of a task do not have of the hub's dataset; empty where nothing is missing."""
+def describe_gaps(records: list[tasks.TaskRecord]) -> str:
+    """Describe what the local data of a task lack of the hub's dataset; return an empty string if they lack nothing."""
     if records[0].task == "boolq":
         return (
             "no passages: lm-eval's template is filled with an empty one, so these are not its published task's texts"
@@ -72,62 +74,82 @@ def local_gaps(records: list[tasks.TaskRecord]) -> str:
 
 
 def compare_texts(key: str, records: list[tasks.TaskRecord]) -> dict[str, Any]:
-    """How many records have another context or continuation than lm-eval's own task asks about."""
+    """Count the records whose context or continuation differs from that of lm-eval's own task."""
     import lm_eval_peer
 
-    asked = [
+    our_texts = [
         [(choice.context, choice.continuation) for choice in choices.harness_choices(record)] for record in records
     ]
-    theirs: list[list[tuple[str, str]]] = [[] for _ in records]
+    # lm-eval lists the choices of all items; collect them by item.
+    peer_texts: list[list[tuple[str, str]]] = [[] for _ in records]
     for instance in lm_eval_peer.task(key, records).instances:
-        theirs[instance.doc_id].append(tuple(instance.args))
-    different = [index for index, pair in enumerate(zip(asked, theirs, strict=True)) if pair[0] != pair[1]]
+        peer_texts[instance.doc_id].append(tuple(instance.args))
+    pairs = zip(our_texts, peer_texts, strict=True)
+    different = [index for index, (ours, theirs) in enumerate(pairs) if ours != theirs]
     row = {"texts_compared": len(records), "texts_differ": len(different), "first_that_differ": different[:5]}
-    return row | {"missing_in_data": local_gaps(records)}
+    return row | {"missing_in_data": describe_gaps(records)}
 
 
 def compare_choices(
     config: Config, key: str, records: list[tasks.TaskRecord], model: Model, peer: Any, exact: Any
 ) -> dict[str, Any]:
-    """One task: how far the two sides are apart, and on the worst choices how far each is from float64."""
+    """Compare the log-likelihoods and choices of one task, and check the largest differences in float64.
+
+    Args:
+      config: Settings of the benchmark.
+      key: Name of the task.
+      records: Records to score.
+      model: Model of this side.
+      peer: lm-eval's model class with the same weights.
+      exact: Model of transformers with the same weights in float64.
+
+    Returns:
+      Row of the task: largest differences and errors, numbers of disagreements, and the accuracies of both sides.
+    """
     import lm_eval_peer
 
     task = tasks.get_task(key)
-    asked = [choices.harness_choices(record) for record in records]
-    theirs = lm_eval_peer.task(key, records)
+    # lm-eval's requests, by item, and its answers.
+    peer_task = lm_eval_peer.task(key, records)
     by_item: list[list[Any]] = [[] for _ in records]
-    for instance in theirs.instances:
+    for instance in peer_task.instances:
         by_item[instance.doc_id].append(instance)
-
-    answers = peer.loglikelihood(theirs.instances, disable_tqdm=True)
-    results = {id(instance): answer for instance, answer in zip(theirs.instances, answers, strict=True)}
+    answers = peer.loglikelihood(peer_task.instances, disable_tqdm=True)
+    results = {id(instance): answer for instance, answer in zip(peer_task.instances, answers, strict=True)}
+    # This side's scores, in the order of the records.
     samples = list(scoring.score(model.params, model.config, model.tokenizer, records, scoring.Scoring("harness")))
     samples.sort(key=lambda sample: sample.index)
 
+    # Compare item by item. ``correct`` counts right answers: rows are acc and acc_norm, columns this side and lm-eval.
     gaps: list[tuple[float, int, int]] = []
     values: dict[tuple[int, int], tuple[float, float]] = {}
-    right = np.zeros((2, 2), int)
+    correct = np.zeros((2, 2), int)
     disagreements = near_ties = 0
-    for sample, item in zip(samples, by_item, strict=True):
-        answered = [results[id(instance)] for instance in item]
+    for sample, instances in zip(samples, by_item, strict=True):
+        item_answers = [results[id(instance)] for instance in instances]
         ours = np.array([value for _, value in sample.log_likelihoods])
-        other = np.array([value for value, _ in answered])
-        for choice, pair in enumerate(zip(ours, other, strict=True)):
+        theirs = np.array([value for value, _ in item_answers])
+        for choice, pair in enumerate(zip(ours, theirs, strict=True)):
             values[sample.index, choice] = pair
             gaps.append((abs(pair[0] - pair[1]), sample.index, choice))
-        scored = theirs.process_results(item[0].doc, answered)
-        right += np.array([[sample.correct, scored["acc"]], [sample.correct_norm or 0, scored.get("acc_norm", 0)]], int)
-        if ours.argmax() != other.argmax():
-            margin = np.diff(np.sort(other)[-2:])[0]
+        scores = peer_task.process_results(instances[0].doc, item_answers)
+        correct += np.array(
+            [[sample.correct, scores["acc"]], [sample.correct_norm or 0, scores.get("acc_norm", 0)]], int
+        )
+        # Two choices within the rounding of both sides may be ordered either way.
+        if ours.argmax() != theirs.argmax():
+            margin = np.diff(np.sort(theirs)[-2:])[0]
             disagreements += margin > 2 * config.tolerance
             near_ties += margin <= 2 * config.tolerance
 
-    items = choices.encode_choices(model.tokenizer, asked, max_length=model.config.max_position_embeddings)
+    # Errors of both sides against float64: all choices beyond the tolerance, and at least the worst ones.
+    item_choices = [choices.harness_choices(record) for record in records]
+    items = choices.encode_choices(model.tokenizer, item_choices, max_length=model.config.max_position_embeddings)
     errors = []
     gaps.sort(reverse=True)
     beyond = sum(bool(gap > config.tolerance) for gap, _, _ in gaps)
     for _, index, choice in gaps[: max(config.checked, beyond)]:
-        value = float64(exact, items[index][choice])
+        value = exact_log_likelihood(exact, items[index][choice])
         errors.append([abs(side - value) for side in values[index, choice]])
     ours_error, their_error = np.max(errors, axis=0)
     n = len(records)
@@ -135,15 +157,15 @@ def compare_choices(
     row |= {"beyond_tolerance": beyond, "checked_in_float64": len(errors)}
     row |= {"error_ours": ours_error, "error_lm_eval": their_error}
     row |= {"disagreements": int(disagreements), "near_ties": int(near_ties)}
-    row |= {"acc_ours": right[0, 0] / n, "acc_lm_eval": right[0, 1] / n}
+    row |= {"acc_ours": correct[0, 0] / n, "acc_lm_eval": correct[0, 1] / n}
     if task.harness_norm:
-        row |= {"acc_norm_ours": right[1, 0] / n, "acc_norm_lm_eval": right[1, 1] / n}
+        row |= {"acc_norm_ours": correct[1, 0] / n, "acc_norm_lm_eval": correct[1, 1] / n}
     row["choices_passed"] = bool(not disagreements and (not beyond or ours_error <= config.tolerance))
     return row
 
 
-def float64(exact: Any, scored: choices.Scored) -> float:
-    """The log-likelihood of a choice by transformers in float64."""
+def exact_log_likelihood(exact: Any, scored: choices.Scored) -> float:
+    """Return the log-likelihood of a choice by a model of transformers in float64."""
     with torch.no_grad():
         logits = exact(torch.tensor([scored.tokens[:-1]])).logits[0, -scored.count :]
     tokens = torch.tensor(scored.tokens[-scored.count :])
@@ -151,6 +173,7 @@ def float64(exact: Any, scored: choices.Scored) -> float:
 
 
 def main(config: Config) -> bool:
+    """Compare all tasks, print and write their rows, and return whether every comparison passed."""
     import lm_eval_peer
 
     all_records = {}
@@ -168,12 +191,9 @@ def main(config: Config) -> bool:
             rows[key] |= compare_choices(config, key, records[: config.items], model, peer, exact)
             print(json.dumps(rows[key], default=float), flush=True)
     if config.out is not None:
-        figures = {"config": dataclasses.asdict(config), "tasks": list(rows.values())}
-        write_whole(
-            config.out,
-            json.dumps(figures, indent=2, default=lambda value: str(value) if isinstance(value, Path) else float(value))
-            + "\n",
-        )
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(config).items()}
+        comparison = {"config": settings, "tasks": list(rows.values())}
+        write_whole(config.out, json.dumps(comparison, indent=2, default=float) + "\n")
     return all(not row["texts_differ"] and row.get("choices_passed", True) for row in rows.values())
 
 

@@ -1,4 +1,4 @@
-"""Mutation testing: how many small faults in the judging layer, the PyTorch bridge and the data do the tests detect?
+"""Test the tests: count the small faults in the judging layer, the PyTorch bridge and the data that they detect.
 
     python benchmarks/mutation.py                                # all modules, 60 mutants of each, drawn at seed 0
     python benchmarks/mutation.py slopes rate_optimum --most 0   # every mutant of two modules
@@ -6,8 +6,9 @@
 
 A mutant is one module with one operator, comparison, number or condition changed (cosmic-ray's operators, `OPERATORS`).
 It is killed if a test file of the module or an example in its docstrings fails on it, or if its time runs out.
-What the tests need is imported once, and each mutant runs in a fork that imports anew only what depends on the module,
-so that it costs about a second, or some seconds in the bridge. Extra `mutation`; on demand, not part of the suite.
+The modules that the tests need are imported once. Each mutant runs in a fork that imports only what depends on the
+module, so that it takes about a second, or some seconds in the bridge. It needs the extra `mutation` and is run on
+demand, not with the test suite.
 """
 
 import argparse
@@ -100,7 +101,7 @@ DATA = {
 GROUPS = {"judging": JUDGING, "bridge": BRIDGE, "data": DATA}
 MODULES = JUDGING | BRIDGE | DATA
 
-LEFT_OUT = (
+SKIPPED_TESTS = (
     "finished or finite_but_diverged or figures or interval_covers or errors_cover or error_covers "
     "or what_is_judged or b_alone or every_equation or small_sweep or works_in_peft or goes_on "
     "or test_rows or frozen_adam or nothing_of_jax or jax_route or wrapped_models or bitsandbytes "
@@ -118,10 +119,10 @@ OPERATORS = (
     *(f"core/{name}" for name in ("ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ZeroIterationForLoop")),
 )
 
-WAITING = 20
+MAX_WAIT_RATIO = 20
 """Ratio of elapsed to processor time at which a mutant that waits for ever is stopped."""
 
-ROOMS = ("rora_theory", "sims", "figures")
+PACKAGES = ("rora_theory", "sims", "figures")
 
 IGNORED = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # plugins among the libraries that are imported before
 
@@ -175,13 +176,13 @@ def _fixed_parts(tree: ast.AST) -> list[str]:
 @cache
 def project_files() -> dict[str, Path]:
     """Return the paths of the project's modules, and of what the tests share, by their names."""
-    files = {_name(path): path for room in ROOMS for path in Path(room).rglob("*.py")}
+    files = {_name(path): path for room in PACKAGES for path in Path(room).rglob("*.py")}
     shared = {_name(path.relative_to("tests")): path for path in Path("tests/support").glob("*.py")}
     return files | shared
 
 
 @cache
-def imports() -> dict[str, set[str]]:
+def direct_imports() -> dict[str, set[str]]:
     """Return what importing each module of the project imports directly, with the packages that contain it.
 
     An import in a function is not among them: it runs in the fork, where it finds the mutant.
@@ -213,20 +214,20 @@ def _import_statements(node: ast.AST, in_functions: bool) -> Iterator[ast.Import
         yield from _import_statements(child, in_functions)
 
 
-def needed(path: Path, tests: list[str]) -> set[str]:
+def needed_modules(path: Path, tests: list[str]) -> set[str]:
     """Return the modules of the project that a module and its tests import, directly or not."""
     modules: set[str] = set()
     more = set().union(*(_imported_by(file, in_functions=True) for file in (path, *map(Path, tests))))
-    while more := (more & imports().keys()) - modules:
+    while more := (more & direct_imports().keys()) - modules:
         modules |= more
-        more = set().union(*(imports()[name] for name in more))
+        more = set().union(*(direct_imports()[name] for name in more))
     return modules
 
 
 def dependents(name: str) -> set[str]:
     """Return a module and all modules that import it, directly or not."""
     modules = {name}
-    while more := {other for other, needs in imports().items() if needs & modules} - modules:
+    while more := {other for other, needs in direct_imports().items() if needs & modules} - modules:
         modules |= more
     return modules
 
@@ -250,8 +251,8 @@ def prepare(path: Path, tests: list[str]) -> None:
     from jaxtyping import install_import_hook
 
     install_import_hook("rora_theory", "support.checker.checker")
-    for name in needed(path, tests) - dependents(_name(path)):
-        if name.split(".")[0] in ROOMS:
+    for name in needed_modules(path, tests) - dependents(_name(path)):
+        if name.split(".")[0] in PACKAGES:
             importlib.import_module(name)
     if path.is_relative_to("rora_theory/measure/torch"):
         for name in BRIDGE_LIBRARIES.split():
@@ -264,7 +265,7 @@ def prepare(path: Path, tests: list[str]) -> None:
         raise RuntimeError(f"{_name(path)} was imported before its mutants")
 
 
-def killed(path: Path, mutant: Mutant, tests: list[str], seconds: float) -> bool:
+def is_killed(path: Path, mutant: Mutant, tests: list[str], seconds: float) -> bool:
     """Return whether a test fails with a mutant in the module's place; the file itself is not touched.
 
     Args:
@@ -273,13 +274,14 @@ def killed(path: Path, mutant: Mutant, tests: list[str], seconds: float) -> bool
       tests: Files that test the module.
       seconds: Processor time after which the mutant counts as killed, so that a busy machine kills none.
     """
-    sys.stdout.flush()
+    sys.stdout.flush()  # otherwise the child would print the buffer again
     child = os.fork()
     if child == 0:
         limit = math.ceil(seconds)
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
         _test(path, mutant, tests)
-    deadline = time.monotonic() + WAITING * seconds
+    # A mutant may also wait without using the processor, so elapsed time is limited too.
+    deadline = time.monotonic() + MAX_WAIT_RATIO * seconds
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -291,47 +293,50 @@ def killed(path: Path, mutant: Mutant, tests: list[str], seconds: float) -> bool
 
 
 def _test(path: Path, mutant: Mutant, tests: list[str]) -> None:
-    """In the child: pytest's exit status is the process's."""
+    """Run pytest in the forked child, and end the process with its exit status."""
     import pytest
 
-    place, read, stats = str(path.resolve()), SourceFileLoader.get_data, SourceFileLoader.path_stats
+    # Importing the module reads the mutant's source; every other file is read as usual.
+    mutated_file, read, stats = str(path.resolve()), SourceFileLoader.get_data, SourceFileLoader.path_stats
 
     def get_data(self: SourceFileLoader, name: str) -> bytes:
-        return mutant.source.encode() if os.path.realpath(name) == place else read(self, name)
+        return mutant.source.encode() if os.path.realpath(name) == mutated_file else read(self, name)
 
     def path_stats(self: SourceFileLoader, name: str) -> object:
-        if os.path.realpath(name) == place:
+        if os.path.realpath(name) == mutated_file:
             raise OSError("the mutant has no compiled file")
         return stats(self, name)
 
     SourceFileLoader.get_data = get_data  # type: ignore[method-assign]
     SourceFileLoader.path_stats = path_stats  # type: ignore[method-assign,assignment]
     sys.dont_write_bytecode = True
+    # Discard all output: only the exit status counts.
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
     code = 70
     try:
         options = ["--doctest-modules", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *IGNORED]
-        code = int(pytest.main([str(path), *tests, *options, "-k", f"not ({LEFT_OUT})"]))
+        code = int(pytest.main([str(path), *tests, *options, "-k", f"not ({SKIPPED_TESTS})"]))
     finally:
         os._exit(code)
 
 
 def main() -> None:
-    """Run, and print each module's score and survivors."""
+    """Test the mutants of the chosen modules, and print the survivors and the score of each module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     names = [*GROUPS, *MODULES]
     parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"any of {', '.join(names)}; none is all")
-    parser.add_argument("--most", type=int, default=60, help="mutants of a module, drawn at random; 0 is all")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--most", type=int, default=60, help="number of mutants of a module, drawn at random; 0 is all")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw")
     parser.add_argument("--seconds", type=float, default=60.0, help="processor time after which a mutant is killed")
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.modules) - set(names)):
         parser.error(f"unknown module {unknown[0]!r}; choose from {', '.join(names)}")
     chosen = list(dict.fromkeys(module for name in arguments.modules or GROUPS for module in GROUPS.get(name, [name])))
     if importlib.util.find_spec("cosmic_ray") is None:
-        parser.error("cosmic-ray is not there; accepted after pip install 'rora-theory[mutation]'")
+        parser.error("cosmic-ray is not installed. Run pip install 'rora-theory[mutation]'.")
+    # Set the environment before JAX is imported: fast compilation on the CPU, with a cache that all forks share.
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
         "OPENBLAS_NUM_THREADS": "1",
@@ -346,28 +351,28 @@ def main() -> None:
         importlib.import_module(name)
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:  # a clean process for each module
         settings = (arguments.most, arguments.seed, arguments.seconds)
-        scores = pool.starmap(judge, [(name, *settings) for name in chosen], chunksize=1)
-    tried, dead = (sum(counts) for counts in zip(*scores, strict=True))
-    print(f"{dead} of {tried} killed: {dead / tried:.1%}")
+        scores = pool.starmap(score_module, [(name, *settings) for name in chosen], chunksize=1)
+    total, total_killed = (sum(counts) for counts in zip(*scores, strict=True))
+    print(f"{total_killed} of {total} killed: {total_killed / total:.1%}")
 
 
-def judge(name: str, max_mutants: int, seed: int, seconds: float) -> tuple[int, int]:
+def score_module(name: str, max_mutants: int, seed: int, seconds: float) -> tuple[int, int]:
     """Print the surviving mutants of a module, and return the numbers of tested and of killed ones."""
     path, tests = Path(MODULES[name][0]), MODULES[name][1].split()
     prepare(path, tests)
-    if killed(path, Mutant(path.read_text(), ""), tests, 10 * seconds):
+    if is_killed(path, Mutant(path.read_text(), ""), tests, 10 * seconds):
         raise RuntimeError(f"{name}: the tests fail without a mutant")
-    every = list(mutants(path))
-    random.Random(seed).shuffle(every)
-    tried = every[: max_mutants or None]
-    dead = 0
-    for mutant in tried:
-        if killed(path, mutant, tests, seconds):
-            dead += 1
+    all_mutants = list(mutants(path))
+    random.Random(seed).shuffle(all_mutants)
+    sample = all_mutants[: max_mutants or None]
+    killed_count = 0
+    for mutant in sample:
+        if is_killed(path, mutant, tests, seconds):
+            killed_count += 1
         else:
             print(f"{path}: survives\n{mutant.change}", flush=True)
-    print(f"{name}: {dead} of {len(tried)} killed ({len(every)} in all)", flush=True)
-    return len(tried), dead
+    print(f"{name}: {killed_count} of {len(sample)} killed ({len(all_mutants)} in all)", flush=True)
+    return len(sample), killed_count
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""LoRA, RoRA and DoRA against transformers and peft on a real model, in one run, on CPU.
+"""Compare LoRA, RoRA and DoRA with transformers and peft on a real model, in one run, on a CPU.
 
     python benchmarks/parity.py --model smollm2-135m --out parity.json
 
-For each method peft makes an adapter (random A and B, none zero) and saves it; this package opens the folder. On the
-same two texts this package in float32, the peer in float32 and the peer in float64 compute logits, the gradient of
-every adapter tensor, and the losses of AdamW steps. The figures are differences from the peer in float64: two float32
-programs differ by the errors of both, and on a real model the peer's own can exceed the bound. (Its norms and softmax
-stay in float32 there too.) Then the adapter trained here is saved, and peft opens it: ``back``. The first row has no
-adapter. Exit status 1 where a figure of this package exceeds its bound.
+For each method, peft initialises an adapter (random A and B, none zero) and saves it; this package loads the folder. On
+the same two texts, this package in float32, the peer in float32 and the peer in float64 compute the logits, the
+gradient of every adapter tensor, and the losses of AdamW steps. The results are differences from the peer in float64,
+because two float32 programs differ by the errors of both, and on a real model the peer's own error can exceed the
+bound. (Its norms and softmax stay in float32 there too.) Then the adapter trained here is saved and loaded by peft:
+``back``. The first row has no adapter. The exit status is 1 if a difference of this package exceeds its bound.
 """
 
 import dataclasses
@@ -68,19 +68,21 @@ class Config:
     alpha: float = 16.0
     """Alpha of every adapter."""
     length: int = 40
-    """Tokens of each of the two texts."""
+    """Number of tokens of each of the two texts."""
     steps: int = 20
-    """AdamW steps of the loss curve."""
+    """Number of AdamW steps of the loss curve."""
     learning_rate: float = 2e-4
-    """Constant rate of AdamW; the rest is torch's default. At larger ones with alpha / sqrt(r) two texts are learnt by
-    heart within the steps, and rounding grows: at 1e-3 the peer's own float32 is off by 4%."""
+    """Constant learning rate of AdamW; its other settings are torch's defaults. At larger rates with alpha / sqrt(r),
+    the model memorises the two texts within the steps, and rounding errors grow: at 1e-3, the peer's own float32 is off
+    by 4%."""
     methods: tuple[str, ...] = tuple(METHODS)
     """Methods to compare."""
     out: Path | None = None
-    """JSON file for the figures."""
+    """JSON file for the results."""
 
 
 def main(config: Config) -> bool:
+    """Compare all methods, print and write the differences, and return whether all are within their bounds."""
     transformers.utils.logging.disable_progress_bar()
     model = load(config.model)
     tokens = np.asarray([model.tokenizer.encode(text)[: config.length] for text in TEXTS])
@@ -93,13 +95,13 @@ def main(config: Config) -> bool:
                 base, dtype=torch.float32, attn_implementation="eager"
             )
 
-        rows = [without_adapter(model, torch_base, tokens)]
+        rows = [compare_base(model, torch_base, tokens)]
         for name in config.methods:
             row = compare(config, model, torch_base, tokens, METHODS[name], Path(scratch))
             rows.append({"method": name, **row})
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     columns = ["method", "parameters"]
-    columns += [name + of for name in ("logits", "gradients", "losses") for of in ("", ", peer")] + ["back"]
+    columns += [name + suffix for name in ("logits", "gradients", "losses") for suffix in ("", ", peer")] + ["back"]
     print_table(
         f"{config.model}: largest differences from transformers {transformers.__version__} and peft {peft.__version__} "
         "in float64",
@@ -111,10 +113,10 @@ def main(config: Config) -> bool:
     return all(row[key] <= bound for row in rows for key, bound in BOUNDS.items() if key in row)
 
 
-def without_adapter(
+def compare_base(
     model: Model, torch_base: Callable[[], transformers.PreTrainedModel], tokens: np.ndarray
 ) -> dict[str, Any]:
-    """The row of the base model."""
+    """Return the row of the base model."""
     ids = torch.from_numpy(tokens)
     with torch.no_grad():
         peer, reference = torch_base()(ids).logits.numpy(), torch_base().double()(ids).logits.numpy()
@@ -134,43 +136,58 @@ def compare(
     settings: dict[str, Any],
     scratch: Path,
 ) -> dict[str, Any]:
-    """One method: its differences, both ways."""
+    """Compare one method.
+
+    Args:
+      config: Settings of the benchmark.
+      model: Model of this package.
+      torch_base: Function that loads the peer's base model in float32.
+      tokens: Token ids of the texts, [texts, length].
+      settings: Settings of peft's LoraConfig in which the methods differ.
+      scratch: Folder for the adapters.
+
+    Returns:
+      Row of differences from the peer in float64, those of this package and of the peer in float32.
+    """
     torch.manual_seed(0)
     settings = {"r": config.rank, "lora_alpha": config.alpha, "target_modules": TARGETS, **settings}
-    made = peft.get_peft_model(torch_base(), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    # An adapter whose factors and magnitudes are all random, saved by peft.
+    peft_model = peft.get_peft_model(torch_base(), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
     with torch.no_grad():
-        for name, value in made.named_parameters():
+        for name, value in peft_model.named_parameters():
             if "lora_B" in name:
                 value.normal_(std=0.01)
             elif "magnitude" in name:
                 value.mul_(1 + 0.05 * torch.randn_like(value))
     theirs, ours = scratch / "theirs", scratch / "ours"
-    made.save_pretrained(theirs)
+    peft_model.save_pretrained(theirs)
+    # This package loads it, trains it and saves it.
     adapter = load_peft(theirs, model.config, model.params)
     logits, gradients, losses, trained, trained_logits = jax_side(adapter, model, tokens, config)
     save_peft(ours, trained)
 
-    def opened(folder: Path, dtype: torch.dtype, trainable: bool = False) -> peft.PeftModel:
+    def load_in_peft(folder: Path, dtype: torch.dtype, trainable: bool = False) -> peft.PeftModel:
         return peft.PeftModel.from_pretrained(torch_base(), folder, is_trainable=trainable).to(dtype).eval()
 
+    # peft loads the trained adapter, and trains its own in float32 and in float64.
     with torch.no_grad():
-        back = opened(ours, torch.float32)(torch.from_numpy(tokens)).logits.numpy()
-    peer = torch_side(opened(theirs, torch.float32, True), tokens, config)
-    reference = torch_side(opened(theirs, torch.float64, True), tokens, config)
-    found: dict[str, Any] = {"parameters": adapter.count(), "back": relative(trained_logits, back)}
-    for of, side in (("", (logits, gradients, losses)), (", peer", peer)):
+        back = load_in_peft(ours, torch.float32)(torch.from_numpy(tokens)).logits.numpy()
+    peer = torch_side(load_in_peft(theirs, torch.float32, True), tokens, config)
+    reference = torch_side(load_in_peft(theirs, torch.float64, True), tokens, config)
+    row: dict[str, Any] = {"parameters": adapter.count(), "back": relative(trained_logits, back)}
+    for suffix, side in (("", (logits, gradients, losses)), (", peer", peer)):
         if set(side[1]) != set(reference[1]):
             raise SystemExit("the two sides train different tensors")
-        found["logits" + of] = relative(side[0], reference[0])
-        found["gradients" + of] = max(relative(side[1][name], reference[1][name]) for name in reference[1])
-        found["losses" + of] = float(np.abs(side[2] / reference[2] - 1).max())
-    return found | {"first and last loss": [float(losses[0]), float(losses[-1])]}
+        row["logits" + suffix] = relative(side[0], reference[0])
+        row["gradients" + suffix] = max(relative(side[1][name], reference[1][name]) for name in reference[1])
+        row["losses" + suffix] = float(np.abs(side[2] / reference[2] - 1).max())
+    return row | {"first and last loss": [float(losses[0]), float(losses[-1])]}
 
 
 def torch_side(
     peer: peft.PeftModel, tokens: np.ndarray, config: Config
 ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
-    """Logits, gradients by name of the saved tensor, and losses."""
+    """Train with torch; return the first step's logits and gradients (by the saved tensors' names), and the losses."""
     ids = torch.from_numpy(tokens)
     adapted = {name: value for name, value in peer.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(adapted.values(), lr=config.learning_rate)
@@ -193,7 +210,11 @@ def torch_side(
 def jax_side(
     adapter: LoraAdapter, model: Model, tokens: np.ndarray, config: Config
 ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray, LoraAdapter, np.ndarray]:
-    """Logits, gradients by peft's names, losses, the trained adapter and its logits."""
+    """Train with this package, with torch's defaults for AdamW.
+
+    Returns:
+      The first step's logits and gradients (by peft's names), the losses, the trained adapter and its logits.
+    """
     ids = jnp.asarray(tokens, jnp.int32)
     optimizer = optax.adamw(config.learning_rate, eps=1e-8, weight_decay=0.01)
 
@@ -201,8 +222,8 @@ def jax_side(
     def step(trained: Any, state: Any, params: Any) -> Any:
         def loss(trained: Any) -> Any:
             logits = forward(params, ids, model.config, adapter.replace(trained))
-            each = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:])
-            return jnp.mean(each), logits
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:])
+            return jnp.mean(losses), logits
 
         (value, logits), gradient = jax.value_and_grad(loss, has_aux=True)(trained)
         updates, state = optimizer.update(gradient, state, trained)
@@ -220,7 +241,7 @@ def jax_side(
 
 
 def by_peft_names(adapter: LoraAdapter) -> dict[str, np.ndarray]:
-    """The adapter's tensors as `save_peft` writes them."""
+    """Return the adapter's tensors under the names that `save_peft` writes."""
     from safetensors.numpy import load_file
 
     with tempfile.TemporaryDirectory() as folder:
@@ -229,7 +250,7 @@ def by_peft_names(adapter: LoraAdapter) -> dict[str, np.ndarray]:
 
 
 def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Largest difference over the largest absolute value."""
+    """Return the largest absolute difference, divided by the largest absolute value of ``theirs``."""
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 

@@ -101,7 +101,7 @@ class Target:
         return float(np.mean(losses - self.curve.losses[:, self._lowest])), is_lower_bound
 
 
-def targets(runs: Sequence[HorizonRun], tokens: Sequence[int]) -> list[Target]:
+def planned_targets(runs: Sequence[HorizonRun], tokens: Sequence[int]) -> list[Target]:
     """Return the settings of planned runs: both ranks at every G and number of steps that was measured."""
     return [
         Target(curve.rank, strength_of(curve), steps, curve)
@@ -111,7 +111,7 @@ def targets(runs: Sequence[HorizonRun], tokens: Sequence[int]) -> list[Target]:
     ]
 
 
-def probes(
+def replayed_probes(
     runs: Sequence[HorizonRun], tokens: Sequence[int], strength: float, steps: int
 ) -> Iterator[tuple[int, int, list[ProbeRun], list[int]]]:
     """Yield the probes at a G and number of steps: the seed, the block of records, three runs and the tokens."""
@@ -142,13 +142,14 @@ def replay(runs: Sequence[HorizonRun], tokens: Sequence[int], schedule: Schedule
       schedule: Learning-rate schedule of the runs.
     """
     rows: list[dict[str, Any]] = []
-    for target, probe_steps in product(targets(runs, tokens), PROBE_STEPS):
+    for target, probe_steps in product(planned_targets(runs, tokens), PROBE_STEPS):
         if probe_steps >= target.steps:
             continue
         by_steps = carry_steps(1.0, probe_steps, target.steps, schedule)
         by_rank = rank_factors(PROBE_RANK, target.rank)
-        for seed, block, probe_runs, block_tokens in probes(runs, tokens, target.strength, probe_steps):
+        for seed, block, probe_runs, block_tokens in replayed_probes(runs, tokens, target.strength, probe_steps):
             rates = [run.learning_rate for run in probe_runs]
+            # The plan of such a probe; its costs do not matter here.
             plan = ProbePlan(
                 steps=target.steps,
                 strength=target.strength,
@@ -161,20 +162,21 @@ def replay(runs: Sequence[HorizonRun], tokens: Sequence[int], schedule: Schedule
                 setup_cost=0.0,
                 evaluation_cost=0.0,
             )
+            # Fit the best rate, and carry it to the target's steps and rank.
             fitted = fit_best_rate(plan, probe_runs, block_tokens)
             rate = fitted.learning_rate * by_steps.best * by_rank.best
             low, high = fitted.low * by_steps.low * by_rank.low, fitted.high * by_steps.high * by_rank.high
-            cost, is_lower_bound = target.regret(rate)
+            regret, is_lower_bound = target.regret(rate)
             rows.append(
                 {"strength": target.strength, "probe_steps": probe_steps, "seed": seed, "block": block}
                 | {"rank": target.rank, "steps": target.steps, "learning_rate": rate, "low": low, "high": high}
-                | {"best_rate": target.best_rate, "regret": cost, "is_lower_bound": is_lower_bound}
+                | {"best_rate": target.best_rate, "regret": regret, "is_lower_bound": is_lower_bound}
                 | {"is_edge": bool(fitted.edge) or target.is_edge, "covers_best": low <= target.best_rate <= high}
             )
     return frames.from_rows(rows, CASE_COLUMNS)
 
 
-def by_target(cases: pd.DataFrame) -> pd.DataFrame:
+def summarise_targets(cases: pd.DataFrame) -> pd.DataFrame:
     """Summarise the probes by number of steps and rank. Probes with a best rate at the end of a grid are left out."""
     inside = cases[~cases["is_edge"].astype(bool)]
     rows = [
@@ -193,10 +195,10 @@ def _count_edges(cases: pd.DataFrame, probe_steps: int, steps: int, rank: int) -
     return int(cases.loc[same, "is_edge"].sum())
 
 
-def defaults(runs: Sequence[HorizonRun], tokens: Sequence[int]) -> pd.DataFrame:
+def default_rate_regret(runs: Sequence[HorizonRun], tokens: Sequence[int]) -> pd.DataFrame:
     """Return the regret of the default rates in every planned run whose best rate lies inside the grid."""
     rows = []
-    for target, (trainer, rate) in product(targets(runs, tokens), DEFAULT_RATES.items()):
+    for target, (trainer, rate) in product(planned_targets(runs, tokens), DEFAULT_RATES.items()):
         if target.is_edge:
             continue
         cost, is_lower_bound = target.regret(rate)
@@ -208,7 +210,7 @@ def defaults(runs: Sequence[HorizonRun], tokens: Sequence[int]) -> pd.DataFrame:
     return frames.from_rows(rows, columns)
 
 
-def named(folders: Sequence[Path], runs: Sequence[HorizonRun], tokens: Sequence[int]) -> pd.DataFrame:
+def probe_run_regret(folders: Sequence[Path], runs: Sequence[HorizonRun], tokens: Sequence[int]) -> pd.DataFrame:
     """Return the regret of the rates that runs of `sims.tune` named, in every measured setting that they planned.
 
     A rate holds for any rank at the planned gamma r, see `rora_theory.tune.result.rank_factors`.
@@ -218,7 +220,7 @@ def named(folders: Sequence[Path], runs: Sequence[HorizonRun], tokens: Sequence[
       runs: Distinct runs of the measured folder.
       tokens: Number of tokens of each held-out record.
     """
-    rows, measured = [], targets(runs, tokens)
+    rows, measured = [], planned_targets(runs, tokens)
     for folder in folders:
         settings = read_manifest(folder, ("config",))["config"]
         tuning = files.read_json(folder / "tuning.json", accepted="the file of a run of sims.tune")
@@ -245,13 +247,13 @@ def main(config: Config) -> None:
     tokens = frames.read_csv(config.run / "records.csv")["tokens"].astype(int).tolist()
     # A manifest leaves out a constant schedule. `read_finished` has shown that there is one.
     schedule = read_manifest(config.run, ("config",))["config"].get("schedule", "constant")
-    cases, costs = replay(runs, tokens, schedule), defaults(runs, tokens)
-    summary = by_target(cases)
+    cases, costs = replay(runs, tokens, schedule), default_rate_regret(runs, tokens)
+    summary = summarise_targets(cases)
     config.out.mkdir(parents=True, exist_ok=True)
     tables = {"cases": cases, "by_target": summary, "defaults": costs}
     judged = [cases]
     if config.probes:
-        tables["probes"] = named(config.probes, runs, tokens)
+        tables["probes"] = probe_run_regret(config.probes, runs, tokens)
         judged.append(tables["probes"])
     for name, frame in tables.items():
         # Runs that were read at the end alone leave no beginnings to replay, only probes that were run.

@@ -53,13 +53,13 @@ def test_the_schedule_decides_the_exponent() -> None:
 
 
 def test_probes_at_the_end_of_a_grid_are_counted_and_left_out(cases) -> None:
-    summary = tune.by_target(cases.assign(is_edge=[True, *[False] * (len(cases) - 1)]))
+    summary = tune.summarise_targets(cases.assign(is_edge=[True, *[False] * (len(cases) - 1)]))
     assert int(summary["edges"].sum()) == 1
     assert int(summary["probes"].sum()) == len(cases) - 1
 
 
 def test_a_default_rate_outside_the_measured_ones_is_a_lower_bound() -> None:
-    costs = tune.defaults(known_runs(-0.5), TOKENS)
+    costs = tune.default_rate_regret(known_runs(-0.5), TOKENS)
     below = costs[costs["learning_rate"] < 2e-4]
     assert below["is_lower_bound"].all()
     assert (below["regret"] > 0).all()
@@ -74,7 +74,7 @@ def test_rates_that_a_probe_named_are_judged_where_they_were_planned(tmp_path) -
         (tmp_path / name / "manifest.json").write_text(json.dumps(seals.seal({"config": settings})))
         (tmp_path / name / "tuning.json").write_text(json.dumps(probe))
     folders = [tmp_path / name for name in ("best", "far", "other")]
-    table = tune.named(folders, known_runs(-0.5), TOKENS).set_index(["probe", "rank"])
+    table = tune.probe_run_regret(folders, known_runs(-0.5), TOKENS).set_index(["probe", "rank"])
     assert set(table.index) == {(name, rank) for name in ("best", "far") for rank in (8, 128)}
     assert table.loc[("best", 8), "regret"] == pytest.approx(0.0, abs=1e-12)
     assert table.loc[("far", 128), "regret"] == pytest.approx(0.02 * math.log(4) ** 2, rel=1e-6)
