@@ -49,7 +49,7 @@ def run(config: Config) -> None:
 
 def show_table(config: Config) -> None:
     """Print the estimates of the paper's models, with and without rematerialisation."""
-    device, layout = config.place(), config.layout()
+    device, layout = config.resolve_device(), config.layout()
     estimates = capacity.fit_table(
         PAPER_MODELS, config.finetune(), device, width=config.seq, utilisation=config.utilisation, layout=layout
     )
@@ -66,24 +66,27 @@ def show_table(config: Config) -> None:
     )
     fitting = [f"{row.model}{' (remat)' * row.remat}" for row in estimates[estimates["fits"]].itertuples()]
     answers.print_answer(f"Models that fit on {device.name}: {', '.join(fitting) or 'none'}.")
-    tables.print_records(f"{device.name}, {config.in_words()}", shown, forms, left=2)
-    tables.print_text(config.basis())
+    tables.print_records(f"{device.name}, {config.describe()}", shown, forms, left=2)
+    tables.print_text(config.describe_assumptions())
 
 
 def show_model(config: Config, model: LlamaConfig) -> None:
     """Print the estimate of one model by component, then XLA's analysis and the measurement, if requested."""
-    run, device, layout = config.finetune(), config.place(), config.layout(here=config.compile or config.measure)
+    run, device = config.finetune(), config.resolve_device()
+    layout = config.layout(here=config.compile or config.measure)
     estimate = capacity.account(model, run, config.seq, layout)
-    # Estimate by component, from the traced program.
+    # Memory by component, from the traced program.
     rows = [[name, f"{size / GB:.2f}"] for name, size in estimate.parts().items()]
     rows += [["total", f"{estimate.total / GB:.2f}"], ["(a block of logits)", f"{estimate.logits / GB:.2f}"]]
+    # Time of a step, and of the whole run if its length is known.
     seconds = estimate.seconds(device, run.dtype, config.utilisation)
     count = config.count_steps()
     run_time = "" if count is None else f"; the whole run takes {count * seconds / 3600:.1f} h"
     per_device = "" if layout is None else " per device"
     flops = estimate.flops * estimate.devices
+    # Print the verdict first, then what it is based on.
     answers.print_answer(f"{config.model} on {device.name}: {estimate.verdict(device)}.")
-    tables.print_table(f"{config.model}, {config.in_words()}", ["memory", f"GB{per_device}"], rows)
+    tables.print_table(f"{config.model}, {config.describe()}", ["memory", f"GB{per_device}"], rows)
     if layout is not None:
         show_placement(config, model, layout)
     tables.print_text(
@@ -91,7 +94,7 @@ def show_model(config: Config, model: LlamaConfig) -> None:
         f"({estimate.trainable / estimate.parameters:.2%})\n"
         f"products {flops / 1e12:.4g} TFLOP per step, {flops / estimate.tokens / 1e9:.3g} GFLOP per token\n"
         f"{seconds:.3g} s per step, {estimate.tokens / seconds:.0f} tokens/s{run_time}\n"
-        f"{config.basis()}"
+        f"{config.describe_assumptions()}"
     )
     # Compile, and run, the step on this machine to check the estimate, if requested.
     measured = capacity.measure_step(model, run, config.seq, layout) if config.measure else None

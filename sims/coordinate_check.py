@@ -29,7 +29,7 @@ from rora_theory.measure.record_batches import BatchConfig
 from rora_theory.measure.regimes import thin
 from rora_theory.runs import devices
 from rora_theory.runs.folder import RunFolder, check_free, path_of
-from rora_theory.runs.reading import flat
+from rora_theory.runs.reading import flatten
 from rora_theory.runs.summary import key_figures
 from rora_theory.validation.rules import check_list
 from sims.common import answers, cli, prompts, tables
@@ -63,38 +63,39 @@ class Config:
 
 def run(config: Config) -> None:
     """Run the cells that the run folder lacks, then fit the slopes and report."""
-    checked, runner = config.check, config.cluster.runner()
-    read = prompts.read_inputs(
+    check_config, runner = config.check, config.cluster.runner()
+    inputs = prompts.read_inputs(
         config.data, config.model, config.reading, template=config.records.template, revision=config.revision
     )
-    chosen = replace(config.records, template=read.template)
+    batch_config = replace(config.records, template=inputs.template)
     # The identity contains digests of the inputs, not their paths, so that the run can be resumed on another machine.
-    identity = flat(checked) | flat(chosen) | {"targets": config.targets} | read.identity
+    identity = flatten(check_config) | flatten(batch_config) | {"targets": config.targets} | inputs.identity
     check_free(path_of(NAME, identity, config.out))
     # Batches of all seeds, and one model with compiled functions for all cells.
-    data, tokenizer, steps = read.records.records, read.tokenizer, max(checked.steps)
-    batches = record_batches.by_seed(chosen, data, tokenizer, seeds=checked.seeds, steps=steps, chat=read.chat)
-    checker = Checker(read.model.params, read.model.config, width=max(checked.ranks), target_modules=config.targets)
+    data, tokenizer, steps = inputs.records.records, inputs.tokenizer, max(check_config.steps)
+    seeds, width = check_config.seeds, max(check_config.ranks)
+    batches = record_batches.by_seed(batch_config, data, tokenizer, seeds=seeds, steps=steps, chat=inputs.chat)
+    checker = Checker(inputs.model.params, inputs.model.config, width=width, target_modules=config.targets)
     sources = ["/".join(Path(source).parts[-2:]) for source in config.data]
-    extra = {"units": rank_check.UNITS, "device": devices.describe(read.places), "data": sources}
-    folder = RunFolder.open(NAME, identity, out=config.out, extra=extra, models=[read.origin])
-    prompts.save_prompts(folder, batches[checked.seeds[0]].train.examples, tokenizer, show=config.reading.show)
-    cells = rank_check.coordinate_cells(checked)
+    extra = {"units": rank_check.UNITS, "device": devices.describe(inputs.devices), "data": sources}
+    folder = RunFolder.open(NAME, identity, out=config.out, extra=extra, models=[inputs.origin])
+    prompts.save_prompts(folder, batches[check_config.seeds[0]].train.examples, tokenizer, show=config.reading.show)
+    cells = rank_check.coordinate_cells(check_config)
 
     def work(cell: CoordinateCell, _: Path) -> list[dict[str, Any]]:
         batch = batches[cell.seed]
-        return rank_check.coordinate_rows(checked, checker, cell, batch.at, batch.held_out)
+        return rank_check.coordinate_rows(check_config, checker, cell, batch.at, batch.held_out)
 
     sizes = run_table(cells, work, folder, rank_check.COLUMNS, runner=runner, title="coordinate check")
     # Slopes in the rank, with verdicts.
-    slopes = rank_check.coordinate_slopes(checked, sizes)
+    slopes = rank_check.coordinate_slopes(check_config, sizes)
     folder.write_frame(slopes, "slopes.csv")
     # Key figures: the whole model's slopes after the last step.
     ends = slopes[(slopes["module"] == MODEL) & (slopes["step"] == steps)]
     scope = ("optimizer", "rule", "init", "control", "step", "split", "quantity", "verdict")
     with summarised(folder, key_figures(ends, "slope in the rank", "slope", over="seeds", scope=scope)):
-        report(checked, slopes, sizes, batches=config.records.batches)
-    folder.finish(warnings=thin.rank_warnings(checked.ranks))
+        report(check_config, slopes, sizes, batches=config.records.batches)
+    folder.finish(warnings=thin.rank_warnings(check_config.ranks))
     answers.print_files(folder.path)
 
 

@@ -119,17 +119,17 @@ def evaluate(
     scoring, records = config.scoring(), [record for items in tasks.values() for record in items]
     # Samples of an earlier part of this run are read from its file and not scored again.
     saved = Samples(folder.path / samples.FILE, folder.identity, records, config.protocol)
-    right = sum(sample.correct for sample in saved.scored)
+    correct_count = sum(sample.correct for sample in saved.scored)
     with progress_bar("scoring", len(records), fields="{task}  accuracy {accuracy:.1%}") as bar:
         bar.advance(len(saved.scored))
         for sample in saved.score(model, tasks, scoring, adapter=adapter, batch_size=config.batch_size):
-            right += sample.correct
-            bar.advance(1, task=TASKS[sample.task].name, accuracy=right / len(saved.scored))
+            correct_count += sample.correct
+            bar.advance(1, task=TASKS[sample.task].name, accuracy=correct_count / len(saved.scored))
     folder.record_files(samples.FILE)
     # Accuracies, written as a table and, with all settings, as JSON.
     levels = accuracies(saved.scored, records)
-    heads = {"protocol": scoring.protocol, "template": scoring.template}
-    folder.write_frame(frames.from_rows([heads | asdict(level) for level in levels], ACCURACY_COLUMNS))
+    protocol_columns = {"protocol": scoring.protocol, "template": scoring.template}
+    folder.write_frame(frames.from_rows([protocol_columns | asdict(level) for level in levels], ACCURACY_COLUMNS))
     settings = {"model": config.model, "adapter": config.adapter, "dtype": config.dtype}
     summary = {"scoring": asdict(scoring), **settings, "levels": levels}
     folder.write(RESULTS, json.dumps(as_json(summary), indent=2) + "\n")

@@ -133,7 +133,7 @@ def run(config: Config) -> None:
             training, records, config.data, data.summary, events, best, license_name
         )
         write_outputs(folder, config.output, adapter, model, training_card)
-        rows = card.figures(events, folder.entry("trainable_parameters"))
+        rows = card.summary_rows(events, folder.entry("trainable_parameters"))
         with summarised(folder, [KeyFigure(row["what"], row["value"], scope={"step": row["step"]}) for row in rows]):
             report(folder, events, data.summary["validated_on"])
         folder.finish(best_step=trainer.best_step, best_loss=trainer.best_loss)
@@ -187,7 +187,7 @@ def train(trainer: Trainer, folder: RunFolder, log_to: TrackerName | None = None
                 if isinstance(event, StepCompleted):
                     bar.advance(1, loss=event.loss, lr=event.learning_rate, rate=event.speed)
                 elif isinstance(event, ValidationCompleted):
-                    print(event.in_words(trainer.steps))
+                    print(event.describe(trainer.steps))
     except NonFiniteLossError as error:
         folder.finish("failed", error=str(error))
         cli.fail(str(error))
@@ -198,7 +198,7 @@ def train(trainer: Trainer, folder: RunFolder, log_to: TrackerName | None = None
 def report(folder: RunFolder, events: Sequence[Mapping[str, Any]], held_out: int) -> None:
     """Print the losses and the key figures of the run."""
     answers.print_answer(card.describe_losses(events, held_out))
-    rows = card.figures(events, folder.entry("trainable_parameters"))
+    rows = card.summary_rows(events, folder.entry("trainable_parameters"))
     cells = [(row["what"], row["step"] or "", f"{row['value']:{'.4f' if row['step'] else ',.0f'}}") for row in rows]
     tables.print_table("Key figures; losses in nats per token", ["", "step", "value"], cells, records=rows)
 

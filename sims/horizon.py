@@ -95,8 +95,8 @@ def run(config: Config) -> None:
         bench.open(model)
         return asdict(readings.read_run(bench, grid.training(cell), cell.read_at))
 
-    words = partial(readings.describe_run, tokens=tokens)
-    run_with_bar(cells, work, folder, runner=runner, title="runs", words=words)
+    describe_run = partial(readings.describe_run, tokens=tokens)
+    run_with_bar(cells, work, folder, runner=runner, title="runs", describe=describe_run)
     # Analyse all runs in the folder, also those of other grids, after merging runs of one setting.
     runs = horizon_runs.distinct(horizon_runs.read_finished(folder.path))
     folder.write_frame(horizon_runs.horizon_table(runs, tokens, answered), "results.csv")
@@ -135,7 +135,7 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
     }
     if "by_parts" in judged.exponents and judged.exponents["by_parts"].notna().any():
         exponents["by measured parts"] = "{by_parts:+.2f}"
-    led = setting | {
+    larger_part = setting | {
         "rate": "{learning_rate:.3g}",
         "seed": "{seed}",
         "A-led over B-led": "{ratio:.2g} ({ratio_low:.2g} to {ratio_high:.2g})",
@@ -161,21 +161,21 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
         ("Comparisons, each at its own best rate", judged.comparisons, comparisons),
         ("Two values of gamma r at the same rate: difference of their losses", judged.one_rate, one_rate),
         ("Exponents of the best rate", judged.exponents, exponents),
-        ("Exponents in gamma r by estimator, ranks pooled with seeds as clusters", pooled(judged), estimators),
+        ("Exponents in gamma r by estimator, ranks pooled with seeds as clusters", select_pooled(judged), estimators),
         ("Exponent of the best rate in the steps; -1/2 if entries walk at random", judged.steps, steps),
-        ("Larger part of the change, median over modules (5% to 95%)", judged.led, led),
+        ("Larger part of the change, median over modules (5% to 95%)", judged.led, larger_part),
         ("Size of the change at the best rate: equal if the best rate preserves it", judged.change, setting | change),
         ("Regret in nats per token; lower bounds: pairs with a rate outside the grid", judged.policies, policies),
     ):
         if frame.empty:
             continue
         has_exponents = frame is judged.exponents
-        words = horizons.against_in_words if has_exponents else horizons.size_in_words
+        with_labels = horizons.against_in_words if has_exponents else horizons.size_in_words
         left = 2 if has_exponents else list(columns).index("compared with") + 1 if "compared with" in columns else 0
-        tables.print_records(title, words(frame), columns, left=left)
+        tables.print_records(title, with_labels(frame), columns, left=left)
 
 
-def pooled(judged: horizons.HorizonJudgement) -> pd.DataFrame:
+def select_pooled(judged: horizons.HorizonJudgement) -> pd.DataFrame:
     """Select the exponents in gamma r that are pooled over the largest number of ranks, by every estimator."""
     table = judged.estimators
     if table.empty:

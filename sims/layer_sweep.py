@@ -19,7 +19,7 @@ from rora_theory.io import digests
 from rora_theory.measure.layers import layer_data, layer_grid
 from rora_theory.runs.devices import describe, pick
 from rora_theory.runs.folder import RunFolder
-from rora_theory.runs.reading import flat
+from rora_theory.runs.reading import flatten
 from rora_theory.runs.summary import key_figures
 from rora_theory.theory.grid import StepGrid
 from rora_theory.validation.rules import USUAL_RANKS
@@ -46,7 +46,7 @@ def run(config: Config) -> None:
     grid, runner = config.grid, config.cluster.runner()
     # The identity contains the digest of the data, not the path.
     layers = layer_data.read_layers(config.layers)
-    identity = {"layers": digests.of_file(config.layers)} | flat(grid)
+    identity = {"layers": digests.of_file(config.layers)} | flatten(grid)
     extra = {"units": layer_grid.UNITS, "device": describe(pick(1)), "file": config.layers.name}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=grid.seed, extra=extra)
     # The law alone gives the crossing ranks; the cells draw adapters to test it.
@@ -79,7 +79,7 @@ def report(results: pd.DataFrame, crossings: pd.DataFrame) -> None:
             for layer, fits in group.groupby("layer", sort=False):
                 crossing = format_quartiles(crossings_by_layer.T[layer, split, optimizer])
                 rows.append(
-                    [layer.removeprefix("model.layers."), crossing, *map(tables.slope, fits.to_dict("records"))]
+                    [layer.removeprefix("model.layers."), crossing, *map(tables.format_slope, fits.to_dict("records"))]
                 )
             tables.print_table(
                 f"{optimizer}, A {init}, {split} tokens: crossing rank r* (quartiles over tokens), and slope of the "

@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -80,7 +81,10 @@ def run(config: Config) -> None:
         grid, extra = config.grid, {"units": UNITS, "device": devices.describe(devices.pick(1)), "judge": config.judge}
         folder = RunFolder.open(NAME, asdict(grid), out=config.out, seed=grid.seed, extra=extra)
         cells = list(rate_grid.rate_cells(grid))
-        work = lambda cell, _: rate_grid.cell_rows(grid, cell)  # noqa: E731
+
+        def work(cell: rate_grid.GridCell, _: Path) -> list[dict[str, Any]]:
+            return rate_grid.cell_rows(grid, cell)
+
         losses = run_table(cells, work, folder, COLUMNS, runner=runner, title="rates")
         curves = rate_grid.curves_of_losses(losses, config.judge)
         compared = compare_rules(curves)
@@ -116,7 +120,7 @@ def report(best: pd.DataFrame, slopes: pd.DataFrame, compared: Sequence[Comparis
         [[*key, *cells.loc[key]] for key in best[line].drop_duplicates().itertuples(index=False, name=None)],
         left=3,
     )
-    # A flat slope means that the rate transfers between ranks.
+    # Slopes; a flat one means that the rate transfers between ranks.
     half = slopes["half_width"].astype(float).map("{:.2g}".format)
     words = slopes.assign(word=slopes["verdict"].replace("flat", "transfers"), half=half)
     tables.print_records(
@@ -128,6 +132,7 @@ def report(best: pd.DataFrame, slopes: pd.DataFrame, compared: Sequence[Comparis
         | {"nearest": "{nearest}"},
         left=3,
     )
+    # Rules at the largest rank, each at its own best rate: what differs then is more than a shift of the rate.
     tables.print_records(
         "Comparison of rules at the largest rank, each at its own best rate; ± half of the 95% interval and the error "
         "of the grid",

@@ -144,9 +144,9 @@ def run_cells(config: Config, folder: RunFolder, bench: Workbench, cells: Sequen
     def write(_: Sequence[Any]) -> None:
         folder.write_frame(results.read_results(folder.path))
 
-    run_with_bar(
-        replace_with_scored(cells, folder.path), work, folder, runner=runner, words=results.describe_result, write=write
-    )
+    # A cell that an earlier command has scored is not run again without scoring.
+    cells = replace_with_scored(cells, folder.path)
+    run_with_bar(cells, work, folder, runner=runner, describe=results.describe_result, write=write)
 
 
 def report(rows: pd.DataFrame) -> None:

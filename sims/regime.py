@@ -45,7 +45,7 @@ from rora_theory.measure.regimes.module_regime import Regime, RegimeConfig, Regi
 from rora_theory.measure.regimes.tables import JudgeConfig
 from rora_theory.runs.devices import describe
 from rora_theory.runs.folder import RunFolder, check_free, path_of
-from rora_theory.runs.reading import flat, key_of, read_finished_cells
+from rora_theory.runs.reading import flatten, key_of, read_finished_cells
 from rora_theory.runs.summary import key_figures
 from rora_theory.scaling import check_integer
 from rora_theory.validation.rules import check_list
@@ -100,23 +100,26 @@ def run(config: Config) -> None:
     # Connect to a cluster first, because JAX must not claim its devices before.
     runner = config.cluster.runner()
     options = {name: getattr(config, name) for name in ("template", "dtype", "revision")}
-    read = prompts.read_inputs(config.data, config.model, config.reading, **options)
+    inputs = prompts.read_inputs(config.data, config.model, config.reading, **options)
     # The identity contains digests of model, records and adapter, so that the run can be resumed anywhere.
-    identity, seed = flat(config.batches) | flat(config.measured) | read.identity, config.measured.seed
-    identity |= {name: getattr(config, name) for name in ("dtype", "targets", "layers")} | {"template": read.template}
+    identity, seed = (
+        flatten(config.batches) | flatten(config.measured) | inputs.identity,
+        config.measured.seed,
+    )
+    identity |= {name: getattr(config, name) for name in ("dtype", "targets", "layers")} | {"template": inputs.template}
     if config.adapter is not None:
         identity["adapter_sha256"] = adapters.adapter_digest(config.adapter)
     check_free(path_of(NAME, identity, config.out))
     # Batches, then the model with a merged adapter, and its modules.
-    pair = record_batches.make_batch_pair(config.batches, **read.texts(), seed=seed)
+    pair = record_batches.make_batch_pair(config.batches, **inputs.texts(), seed=seed)
     if config.measured.mask:
         unseen.check_unseen(pair.held_out, [pair.train])
-    model = read.model
+    model = inputs.model
     if config.adapter is not None:
         model = adapters.merged(adapters.load_peft(config.adapter, model.config, model.params), model)
     targets = "all-linear" if config.targets == ("all-linear",) else config.targets
     modules = regimes.modules_by_layer(model.config, targets, config.layers)
-    extra: dict[str, Any] = {"units": regime_tables.UNITS, "device": describe(read.places)}
+    extra: dict[str, Any] = {"units": regime_tables.UNITS, "device": describe(inputs.devices)}
     extra["data"] = [Path(name).name for name in config.data]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=seed, extra=extra, models=[model.origin])
     prompts.save_prompts(folder, pair.examples, model.tokenizer, show=config.reading.show)

@@ -17,7 +17,7 @@ import pandas as pd
 from rora_theory.cluster import ClusterConfig
 from rora_theory.runs import devices
 from rora_theory.runs.folder import RunFolder
-from rora_theory.runs.reading import flat
+from rora_theory.runs.reading import flatten
 from rora_theory.runs.summary import key_figures
 from rora_theory.toy import exponents, training_grid
 from rora_theory.toy.exponents import CELL, FIT_COLUMNS, SATURATED, Answer
@@ -45,7 +45,7 @@ def run(config: Config) -> None:
     """Train the cells that the run folder lacks, then fit the slopes and report."""
     grid, runner = config.grid, config.cluster.runner()
     extra = {"units": training_grid.UNITS, "device": devices.describe(devices.pick(1))}
-    folder = RunFolder.open(NAME, flat(grid), out=config.out, seed=grid.seed, extra=extra)
+    folder = RunFolder.open(NAME, flatten(grid), out=config.out, seed=grid.seed, extra=extra)
     cells = training_grid.training_cells(grid)
 
     def work(cell: TrainingCell, _: Path) -> list[dict[str, Any]]:

@@ -133,18 +133,18 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     # Model and batches of the check.
     advice, targets = advised.advice, advised.peft["target_modules"]
     runner, seed = config.cluster.runner(), config.seed
-    read = prompts.read_inputs(config.check[1:], config.check[0], config.reading)
-    size = record_batches.PairConfig(config.batch_size, config.batch_size)
-    pair = record_batches.make_batch_pair(size, **read.texts(), seed=config.seed)
+    inputs = prompts.read_inputs(config.check[1:], config.check[0], config.reading)
+    pair_config = record_batches.PairConfig(config.batch_size, config.batch_size)
+    pair = record_batches.make_batch_pair(pair_config, **inputs.texts(), seed=config.seed)
     identity: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "seeds", "seed")}
-    identity |= {"targets": targets} | advice.identity() | read.identity
+    identity |= {"targets": targets} | advice.identity() | inputs.identity
     check_free(path_of(NAME, identity, config.out))
     report(config, advised)
     # Run every candidate with every seed; candidates of one rank share a compiled step.
-    stepper = RealStep(read.model.params, read.model.config, pair.train, pair.held_out, targets)
-    extra, models = {"units": transfer_check.UNITS}, [read.origin]
+    stepper = RealStep(inputs.model.params, inputs.model.config, pair.train, pair.held_out, targets)
+    extra, models = {"units": transfer_check.UNITS}, [inputs.origin]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra, models=models)
-    prompts.save_prompts(folder, pair.examples, read.tokenizer, show=config.reading.show)
+    prompts.save_prompts(folder, pair.examples, inputs.tokenizer, show=config.reading.show)
     steps = run_table(
         list(transfer_check.first_steps(advice, config.seeds)),
         lambda cell, _: transfer_check.first_step_rows(stepper, advice, cell, seed),

@@ -18,7 +18,7 @@ from rora_theory.evaluate.scoring import Scoring
 from rora_theory.horizon.probe import Probe, ProbeConfig, spread
 from rora_theory.runs import devices
 from rora_theory.runs.folder import RunFolder
-from rora_theory.runs.reading import flat
+from rora_theory.runs.reading import flatten
 from rora_theory.runs.summary import KeyFigure
 from rora_theory.sweep.records import draw_records
 from rora_theory.sweep.workbench import Workbench
@@ -50,31 +50,32 @@ class Config:
 
 def run(config: Config) -> None:
     """Train the runs of the probe that the folder lacks, and report the learning rate."""
-    probed, model = config.probe, config.model
+    probe_config, model = config.probe, config.model
     # Records: a held-out sample, and training records for the longest run, in proportion to the files.
-    split = draw_records(
-        config.data, held_out=probed.held_out, shares="proportional", seed=probed.seed, config=config.reading
-    )
-    split = replace(split, train=[split.train[index] for index in spread(len(split.train), probed.train_records)])
+    sample: dict[str, Any] = {"held_out": probe_config.held_out, "seed": probe_config.seed}
+    split = draw_records(config.data, **sample, shares="proportional", config=config.reading)
+    split = replace(split, train=[split.train[index] for index in spread(len(split.train), probe_config.train_records)])
     located = {model: llama.locate(model)}
     # The adapters of the probe have to fit the model.
-    training = probed.training(Trial(1.0, probed.steps), epochs=1)
+    training = probe_config.training(Trial(1.0, probe_config.steps), epochs=1)
     adapters.table(training.adapter(), llama.model_config(located[model]))
-    identity = flat(probed) | {"model": model, "records": split.summary, "model_sha256": located[model].sha256}
+    identity = flatten(probe_config) | {"model": model, "records": split.summary}
+    identity |= {"model_sha256": located[model].sha256}
     extra = {"units": UNITS, "device": devices.describe(devices.pick(1))}
-    folder = RunFolder.open(NAME, identity, out=config.out, seed=probed.seed, extra=extra, models=located.values())
+    sources = located.values()
+    folder = RunFolder.open(NAME, identity, out=config.out, seed=probe_config.seed, extra=extra, models=sources)
     bench = Workbench(training, split, {}, located, scoring=Scoring("label", None))
     cli.print_notes(bench.open(model))
     prompts.print_summary(split.source, split.source.template(training.template))
     prompts.save_prompts(folder, bench.train_examples, bench.model.tokenizer, show=config.reading.show)
     # State the cost, then train one run after another.
-    probe = Probe(probed, bench)
+    probe = Probe(probe_config, bench)
     tables.print_text(probe.plan.sentence())
 
     def work(trial: Trial, _: Path) -> dict[str, Any]:
         return probe.run(trial).as_json()
 
-    def words(value: dict[str, Any]) -> str:
+    def describe_run(value: dict[str, Any]) -> str:
         if value["diverged_at"] is not None:
             return f"diverged at {value['diverged_at']}"
         return f"held-out loss {sum(value['losses']) / sum(probe.tokens):.4f}"
@@ -84,15 +85,15 @@ def run(config: Config) -> None:
     runs: list[ProbeRun] = []
     while (trial := next_trial(probe.plan, runs)) is not None:
         trials.append(trial)
-        values = run_with_bar(trials, work, folder, title="probe", words=words)
+        values = run_with_bar(trials, work, folder, title="probe", describe=describe_run)
         runs = [ProbeRun.from_json(value) for value in values]
     # Fit the best rate and carry it to the planned run.
     result = conclude(
         probe.plan,
         runs,
         probe.tokens,
-        config=probed.peft_entries(),
-        rank=probed.rank,
+        config=probe_config.peft_entries(),
+        rank=probe_config.rank,
         probe_rank=training.rank,
         remarks=[probe.remark],
     )
@@ -104,7 +105,7 @@ def run(config: Config) -> None:
         over="held-out records, seeds and exponents in the steps",
         low=result.low,
         high=result.high,
-        scope={"steps": probed.steps, "rank": probed.rank, "gamma r": probed.strength},
+        scope={"steps": probe_config.steps, "rank": probe_config.rank, "gamma r": probe_config.strength},
     )
     with summarised(folder, [figure]):
         report(result)

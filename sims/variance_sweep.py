@@ -20,7 +20,7 @@ from rora_theory.paper import simulation, verdicts
 from rora_theory.paper.simulation import SimulationCell, SimulationConfig
 from rora_theory.runs import devices
 from rora_theory.runs.folder import RunFolder
-from rora_theory.runs.reading import flat
+from rora_theory.runs.reading import flatten
 from rora_theory.runs.summary import key_figures
 from rora_theory.theory.sampling import Sums
 from sims.common import answers, cli, tables
@@ -43,15 +43,16 @@ class Config:
 
 def run(config: Config) -> None:
     """Run the cells that the run folder lacks, then judge the equations and report."""
-    simulated, runner = config.simulation, config.cluster.runner()
-    places = devices.pick(count := config.devices)
+    simulation_config, runner = config.simulation, config.cluster.runner()
+    places = devices.pick(count := config.devices)  # before any other work of JAX, which would fix the devices
     extra = {"units": simulation.UNITS, "device": devices.describe(places)}
-    folder = RunFolder.open(NAME, flat(simulated), out=config.out, seed=simulated.grid.seed, extra=extra)
-    cells = simulation.simulation_cells(simulated)
+    identity, seed = flatten(simulation_config), simulation_config.grid.seed
+    folder = RunFolder.open(NAME, identity, out=config.out, seed=seed, extra=extra)
+    cells = simulation.simulation_cells(simulation_config)
 
     def work(cell: SimulationCell, _: Path) -> dict[str, Any]:
-        sums = simulation.draw_cell(simulated, cell, devices.pick(count))
-        rows = simulation.simulation_rows(simulated, cell, sums)
+        sums = simulation.draw_cell(simulation_config, cell, devices.pick(count))
+        rows = simulation.simulation_rows(simulation_config, cell, sums)
         return {"rows": rows, "direct": bool(cell.steps), "sums": [cell_sums.to_json() for cell_sums in sums]}
 
     def write(values: list[Any]) -> None:
@@ -65,7 +66,7 @@ def run(config: Config) -> None:
         for cell, value in zip(cells, values, strict=True)
         if not cell.steps
     }
-    judged = simulation.judge_simulation(simulated, sums_of_grid, places)
+    judged = simulation.judge_simulation(simulation_config, sums_of_grid, places)
     folder.write("verdicts.json", json.dumps([vars(verdict) for verdict in judged], indent=2) + "\n")
     results, check = frame_of(values), frame_of(values, direct=True)
     folder.write_frame(simulation.second_moments(results), "second_moments.csv")
@@ -102,7 +103,7 @@ def report(results: pd.DataFrame, check: pd.DataFrame, judged: Sequence[verdicts
             "law, same fit)",
             ["overlap", "rule", *(f"r = {low}..{high}" for low, high in ranges.itertuples(index=False))],
             [
-                [f"{overlap:g}", rule, *map(tables.slope, line.to_dict("records"))]
+                [f"{overlap:g}", rule, *map(tables.format_slope, line.to_dict("records"))]
                 for (overlap, rule), line in group.groupby(["overlap", "rule"], sort=False)
             ],
             left=2,

@@ -12,7 +12,7 @@ from rora_theory.data.hub_files import HUB_PREFIX
 from rora_theory.data.records import RecordSet
 from rora_theory.finetune.config import FinetuneConfig
 
-LAST = 10
+LAST_STEPS = 10
 """Number of final steps over which the final training loss is averaged, to reduce the noise of single batches."""
 
 
@@ -96,7 +96,7 @@ def describe_losses(events: Sequence[Mapping[str, Any]], held_out: int) -> str:
     return f"Trained for {len(steps):,} steps: {losses}."
 
 
-def figures(events: Sequence[Mapping[str, Any]], trainable: int) -> list[dict[str, Any]]:
+def summary_rows(events: Sequence[Mapping[str, Any]], trainable: int) -> list[dict[str, Any]]:
     """Return the summary table of a run, with the keys ``what``, ``step`` and ``value`` in each row.
 
     Losses are in nats per token: the training loss of the first batch and the mean of the last steps; the first, best
@@ -112,7 +112,7 @@ def figures(events: Sequence[Mapping[str, Any]], trainable: int) -> list[dict[st
     rows: list[tuple[str, int | None, float]] = []
     # Training loss at both ends. The mean over the last steps averages out the noise between batches.
     if steps:
-        last = steps[-LAST:]
+        last = steps[-LAST_STEPS:]
         rows += [("training loss, first", steps[0]["step"], steps[0]["loss"])]
         rows += [(f"training loss, mean of the last {len(last)}", last[-1]["step"], fmean(s["loss"] for s in last))]
     if validations:
@@ -164,7 +164,7 @@ def _notable_validations(validations: Sequence[Mapping[str, Any]]) -> dict[str, 
 def _training_loss(steps: Sequence[Mapping[str, Any]]) -> str:
     if not steps:
         return ""
-    last = steps[-LAST:]
+    last = steps[-LAST_STEPS:]
     return (
         f"{steps[0]['loss']:.4f} nats per token on the batch of step 1, before any update; "
         f"{fmean(step['loss'] for step in last):.4f}, the mean of the last {len(last)} steps"

@@ -67,7 +67,7 @@ class ValidationCompleted:
     loss: float
     best: bool
 
-    def in_words(self, steps: int) -> str:
+    def describe(self, steps: int) -> str:
         """Return a line for the log of a run of ``steps`` steps."""
         return f"step {self.step}/{steps}: validation loss {self.loss:.4f}{' (best)' * self.best}"
 

@@ -4,7 +4,7 @@ Examples:
   >>> from rora_theory.finetune.capacity import account, find_model
   >>> plan = PlanConfig(model="llama-7b", rank=64, device="h100")
   >>> estimate = account(find_model(plan.model), plan.finetune(), plan.seq, plan.layout())  # doctest: +SKIP
-  >>> estimate.verdict(plan.place())  # doctest: +SKIP
+  >>> estimate.verdict(plan.resolve_device())  # doctest: +SKIP
 """
 
 from dataclasses import dataclass, fields
@@ -30,7 +30,7 @@ class PlanConfig(CostConfig):
 
     Examples:
       >>> plan = PlanConfig(rank=64, examples=1600, epochs=2, fsdp=2)
-      >>> plan.in_words(), plan.count_steps()
+      >>> plan.describe(), plan.count_steps()
       ('rora, rank 64, batch 16 x 256, bfloat16 base, 2 devices (replicas 1 x fsdp 2)', 200)
     """
 
@@ -74,7 +74,7 @@ class PlanConfig(CostConfig):
             )
         check_ranges(self)
         # Construct the device and the configuration: both validate their own fields.
-        self.place()
+        self.resolve_device()
         if self.memory is not None:
             check_unread(self, "device", conflicts_with="--memory")
         # Options that have no effect without, or beside, another one.
@@ -93,8 +93,8 @@ class PlanConfig(CostConfig):
             settings["rule"] = "lora" if self.method == "lora" else "rora"
         return FinetuneConfig(**settings | {"method": "lora" if self.method == "rora" else self.method})
 
-    def place(self) -> Device:
-        """Return the device to plan for."""
+    def resolve_device(self) -> Device:
+        """Return the device to plan for: the one named by ``device``, or the custom one."""
         if self.memory is None or self.tflops is None:
             return DEVICES[self.device]
         return Device.from_specification(
@@ -122,7 +122,7 @@ class PlanConfig(CostConfig):
             return self.steps
         return -(-self.examples // self.batch_size) * self.epochs
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """Return a one-line description of the run."""
         microbatches = f" in {self.accumulation} parts" if self.accumulation > 1 else ""
         size = "" if self.method == "full" else f" rank {self.rank},"
@@ -131,9 +131,9 @@ class PlanConfig(CostConfig):
         count = self.replicas * self.fsdp
         return text if count == 1 else f"{text}, {count} devices (replicas {self.replicas} x fsdp {self.fsdp})"
 
-    def basis(self) -> str:
+    def describe_assumptions(self) -> str:
         """Return a phrase with the assumptions behind the estimated times and memory."""
-        device = self.place()
+        device = self.resolve_device()
         return (
             f"times at {100 * self.utilisation:.0f}% of {device.peak(self.dtype) / 1e12:.0f} TFLOP/s; "
             f"{RESERVE / GB:.0f} GB of {device.memory / GB:.1f} GB reserved for the driver and libraries"

@@ -55,12 +55,12 @@ def as_json(value: Any) -> Any:
     return value
 
 
-def flat(config: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass and of the dataclasses in it by name, in one dict."""
+def flatten(config: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass and of all dataclasses nested in it as one dictionary by name."""
     settings: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        settings |= flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
+        settings |= flatten(value) if dataclasses.is_dataclass(value) else {field.name: value}
     return settings
 
 

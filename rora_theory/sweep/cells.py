@@ -108,7 +108,7 @@ def cells_of(
             for rank in (None, *design.ranks):
                 for method in design.methods:
                     # Methods without a rank belong to the first turn of the loop, in which the rank is None.
-                    if method == BASE or METHODS[method].ranked == (rank is None):
+                    if method == BASE or METHODS[method].has_rank == (rank is None):
                         continue
                     # Rates: the best one of stage 0, those of the options, or the published ones of the method.
                     if stage == 1:

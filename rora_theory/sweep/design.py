@@ -28,7 +28,7 @@ class Method:
     settings: Mapping[str, Any]
 
     @property
-    def ranked(self) -> bool:
+    def has_rank(self) -> bool:
         """Whether the method has a rank, alpha and scaling; other methods run once per seed at their published size."""
         return self.settings["method"] in ("lora", "dora")
 

@@ -95,8 +95,8 @@ class SweepConfig:
         """Validate the settings."""
         check_ranges(self)
 
-    def the_design(self) -> Design:
-        """Return the named design, with the values that are set replaced."""
+    def resolve_design(self) -> Design:
+        """Return the named design, with its values replaced by those that are set."""
         names = ("methods", "ranks", "lrs", "seeds", "alpha_rule", "protocol", "dtype")
         options = {name: getattr(self, name) for name in names} | {"models": self.model, "tuned": self.tuned or None}
         return replace(DESIGNS[self.design], **{name: value for name, value in options.items() if value is not None})
@@ -142,7 +142,7 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
     Raises:
       InputError: If `draw_records`, `sources.read_tasks`, `Scoring`, `Design` or `llama.locate` refuses a value.
     """
-    design = config.the_design()
+    design = config.resolve_design()
     training, scoring = replace(config.training, dtype=design.dtype), Scoring(design.protocol, config.eval_template)
     sample: dict[str, Any] = {name: getattr(config, name) for name in ("train_records", "shares")}
     sample |= {"held_out": training.held_out, "seed": config.data_seed}

@@ -51,7 +51,7 @@ class TrainedAdapter:
 
 
 @dataclass(frozen=True)
-class CellOutcome:
+class EvaluatedCell:
     """Outcome of a cell.
 
     Attributes:
@@ -78,7 +78,7 @@ class Workbench:
       located: Locations of the models by name.
       scoring: Protocol of the scoring.
       score_batch_size: Batch size of the scoring.
-      elsewhere: Whether the models were located on another machine.
+      is_remote: Whether the models were located on another machine.
     """
 
     def __init__(
@@ -90,10 +90,10 @@ class Workbench:
         *,
         scoring: Scoring,
         score_batch_size: int = SCORE_BATCH_SIZE,
-        elsewhere: bool = False,
+        is_remote: bool = False,
     ) -> None:
         self.shared, self.records, self.tasks, self.located = shared, records, tasks, located
-        self.scoring, self.score_batch_size, self.elsewhere = scoring, score_batch_size, elsewhere
+        self.scoring, self.score_batch_size, self.is_remote = scoring, score_batch_size, is_remote
         self._name: str | None = None
         self.model: Any = None
         self.steps = SharedSteps()
@@ -104,7 +104,7 @@ class Workbench:
         for located in self.located.values():
             located.sha256  # noqa: B018
         options: dict[str, Any] = {"scoring": self.scoring, "score_batch_size": self.score_batch_size}
-        options["elsewhere"] = True
+        options["is_remote"] = True
         return partial(Workbench, **options), (self.shared, self.records, self.tasks, self.located)
 
     def open(self, model: str) -> list[str]:
@@ -125,7 +125,7 @@ class Workbench:
             return []
         # Free the memory of the previous model before loading the next one.
         self._name = self.model = None
-        located = self.located[model].find_here() if self.elsewhere else self.located[model]
+        located = self.located[model].find_here() if self.is_remote else self.located[model]
         tokenizer, longest = llama.model_tokenizer(located), llama.model_config(located).max_position_embeddings
         # The prompt is that of the records, rendered with the model's own chat template if they are chats.
         template = self.records.source.template(self.shared.template)
@@ -160,7 +160,7 @@ class Workbench:
           save_adapter: Whether to save the trained adapter in PEFT's format, or trained weights as a model.
 
         Returns:
-          The result, see `CellOutcome`.
+          The result, see `EvaluatedCell`.
 
         Raises:
           InputError: If a file can't be written or was modified, or if `open` refuses the model.
@@ -179,7 +179,7 @@ class Workbench:
             results.write_answers(folder / results.ANSWERS, measured.samples)
         return measured.result
 
-    def measure(self, cell: SweepCell, folder: Path) -> CellOutcome:
+    def measure(self, cell: SweepCell, folder: Path) -> EvaluatedCell:
         """Train and evaluate a cell without writing its results; the arguments are those of `run`."""
         self.open(cell.model)
         start_time = time.perf_counter()
@@ -190,7 +190,7 @@ class Workbench:
             trained = self.train(cell.training, folder)
             result |= trained.result
             if trained.adapter is None:
-                return CellOutcome(result)
+                return EvaluatedCell(result)
             adapter = trained_adapter = trained.adapter
             # Evaluating merged weights is faster than adding the adapter's output.
             if cell.training.adapter().mergeable:
@@ -202,7 +202,7 @@ class Workbench:
         if not math.isfinite(result["validation_loss"]):
             step = result.get("steps", 0)
             diverged = {"status": "diverged", "diverged_at": step, "steps": step}
-            return CellOutcome(diverged | {"error": "the validation loss is not finite"}, trained_adapter, losses)
+            return EvaluatedCell(diverged | {"error": "the validation loss is not finite"}, trained_adapter, losses)
         losses_time = time.perf_counter()
         result["loss_seconds"] = losses_time - trained_time
         # Accuracies of the tasks.
@@ -213,7 +213,7 @@ class Workbench:
             result["levels"] = [asdict(level) for level in levels]
             result["accuracy_seconds"] = time.perf_counter() - losses_time
         result["seconds"] = time.perf_counter() - start_time
-        return CellOutcome(result, trained_adapter, losses, samples)
+        return EvaluatedCell(result, trained_adapter, losses, samples)
 
     def begin(self, training: FinetuneConfig) -> tuple[Any, Batches]:
         """Create the fresh adapter and the batches of a run, which depend on the seed and not on the rule."""

@@ -22,7 +22,7 @@ def run_with_bar(
     *,
     runner: Runner = in_process,
     title: str = "cells",
-    words: Callable[[Any], str] | None = None,
+    describe: Callable[[Any], str] | None = None,
     write: Callable[[list[Any]], object] = lambda values: None,
 ) -> list[Any]:
     """Run `rora_theory.runs.cells.run_cells` under a progress bar.
@@ -35,7 +35,7 @@ def run_with_bar(
       folder: Run folder.
       runner: Function that runs the cells, in this process or on a cluster.
       title: Title of the bar.
-      words: Function that describes a result in words, for a line per finished cell; without it, no line is printed.
+      describe: Function that returns a description of a result for a line per finished cell; None prints no line.
       write: Function that writes the results so far.
 
     Returns:
@@ -43,15 +43,15 @@ def run_with_bar(
     """
     cells_of_node: Counter[str] = Counter()
 
-    def done(index: int, value: Any, ended: CellOutcome) -> None:
-        cells_of_node.update([ended.node] if ended.node else [])
-        if words is not None:
-            print(f"[{index + 1}/{len(cells)}] {cells[index]}: {words(value)}, {ended.seconds:.0f} s", flush=True)
+    def report_finish(index: int, value: Any, outcome: CellOutcome) -> None:
+        cells_of_node.update([outcome.node] if outcome.node else [])
+        if describe is not None:
+            print(f"[{index + 1}/{len(cells)}] {cells[index]}: {describe(value)}, {outcome.seconds:.0f} s", flush=True)
 
     with progress_bar(title, len(cells), fields="{cell}") as bar:
         values = engine.run_cells(
             cells, work, folder, runner=runner, on_start=lambda cell, passed: bar.reach(passed, cell=cell),
-            on_finish=done, write=write,
+            on_finish=report_finish, write=write,
         )  # fmt: skip
     # Cells that ran in this process have no node.
     if cells_of_node:

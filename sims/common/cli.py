@@ -26,7 +26,7 @@ from rora_theory import cluster, extras
 from rora_theory.errors import FailedError, InputError
 from rora_theory.io import files
 from rora_theory.runs import folder, software
-from rora_theory.runs.reading import flat
+from rora_theory.runs.reading import flatten
 from sims.common import answers, help_texts, options, tables
 
 Config = TypeVar("Config")
@@ -142,7 +142,7 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, *, descriptio
 
 
 def _check_integers(config: Any) -> None:
-    for name, value in flat(config).items():
+    for name, value in flatten(config).items():
         values = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
         for number in values:
             if isinstance(number, int) and abs(number) > MAX_INTEGER:

@@ -17,7 +17,7 @@ from sims.common import cli, help_texts
 SHELLS = ("bash", "zsh")
 
 
-def script(shell: str, commands: Mapping[str, Mapping[str, str]]) -> str:
+def completion_script(shell: str, commands: Mapping[str, Mapping[str, str]]) -> str:
     """Return the completion script of a shell.
 
     Args:

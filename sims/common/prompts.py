@@ -32,7 +32,7 @@ class Inputs:
       tokenizer: Tokenizer of the model.
       dtype: Type of the weights.
       chat: Chat template of the prompts.
-      places: Device of the model.
+      devices: Devices of the run, one for the model.
     """
 
     records: RecordSet
@@ -41,7 +41,7 @@ class Inputs:
     tokenizer: Any
     dtype: str
     chat: Any
-    places: list[Any]
+    devices: list[Any]
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def _cell(form: str, row: Mapping[str, Any]) -> str:
     return "" if is_empty else form.format_map(row)
 
 
-def slope(row: Mapping[Any, Any]) -> str:
+def format_slope(row: Mapping[Any, Any]) -> str:
     """Format a fitted exponent with its standard error and the exponent of the exact law; empty without a fit."""
     if row["slope"] != row["slope"]:
         return ""

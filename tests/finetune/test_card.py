@@ -87,7 +87,7 @@ def test_the_losses_in_words():
 
 def test_the_figures_of_a_run():
     """A step that took no time has no speed."""
-    assert [tuple(row.values()) for row in card.figures([*STEPS, *TESTED], 288)] == [
+    assert [tuple(row.values()) for row in card.summary_rows([*STEPS, *TESTED], 288)] == [
         ("training loss, first", 1, 12.0),
         ("training loss, mean of the last 10", 12, 5.5),
         ("validation loss, first", 4, 2.0),

@@ -90,7 +90,7 @@ def test_a_cell_is_all_its_fields() -> None:
 def test_results_come_in_the_order_of_the_cells_and_are_done_once(tmp_path, capsys) -> None:
     """NumPy's numbers become Python's, and are read back with all digits."""
     folder = opened(tmp_path)
-    first = run_with_bar(SIDES, area, folder, words=lambda value: f"{value['area']:.2f} m")
+    first = run_with_bar(SIDES, area, folder, describe=lambda value: f"{value['area']:.2f} m")
     assert [value["area"] for value in first] == pytest.approx([3.0, 1 / 3, 4 / 3])
     row = first[0]["rows"][0]
     assert row == {"side": 3, "gone": float("inf"), "note": None, "kept": True}
@@ -103,7 +103,7 @@ def test_results_come_in_the_order_of_the_cells_and_are_done_once(tmp_path, caps
     more = [Square(4), *reversed(SIDES), Square(4)]
     again = run_with_bar(more[1:4], never, folder)
     assert again == first[::-1]
-    assert run_with_bar(more, area, folder, words=lambda _: "new")[1:4] == again
+    assert run_with_bar(more, area, folder, describe=lambda _: "new")[1:4] == again
     assert capsys.readouterr().out == "[1/5] side 4: new, 0 s\n", "once, though it is twice in the list"
     in_order = [finished.cell["side"] for finished in read_finished_cells(tmp_path).values()]
     assert in_order == [4, 2, 1, 3], "all, in the order of the cells"
@@ -196,7 +196,7 @@ def test_a_failing_cell_is_named_and_the_others_are_done(tmp_path, capsys) -> No
     assert "in run" in (cell_folder / "error.txt").read_text()
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert (manifest["status"], manifest["error"][:5]) == ("failed", "1 of ")
-    assert len(run_with_bar(SIDES, area, opened(tmp_path), words=lambda _: "done")) == 3
+    assert len(run_with_bar(SIDES, area, opened(tmp_path), describe=lambda _: "done")) == 3
     assert capsys.readouterr().out == "[2/3] side 1: done, 0 s\n", "only the failed cell is done again"
     assert not cell_folder.exists()
 
@@ -213,7 +213,7 @@ def test_a_runner_may_end_cells_in_any_order(tmp_path, capsys) -> None:
 
     folder = opened(tmp_path / "a")
     with pytest.raises(cli.FailedError, match=r"1 of 3 cells failed, the first side 1 \(ValueError: lost\)"):
-        run_with_bar(SIDES, area, folder, runner=last_first, words=lambda value: f"{value['area']:.2f} m")
+        run_with_bar(SIDES, area, folder, runner=last_first, describe=lambda value: f"{value['area']:.2f} m")
     streams = capsys.readouterr()
     assert streams.out == "[3/3] side 2: 1.33 m, 2 s\n[1/3] side 3: 3.00 m, 2 s\n"
     assert streams.err.startswith("note: side 1 failed (ValueError: lost)")
@@ -278,7 +278,7 @@ def test_a_cell_whose_file_was_removed_is_done_again(tmp_path, capsys) -> None:
         return 7.0
 
     expected = pytest.approx([1.0, 1 / 3, 7.0])
-    assert run_with_bar(SIDES, otherwise, folder, words=lambda _: "again") == expected
+    assert run_with_bar(SIDES, otherwise, folder, describe=lambda _: "again") == expected
     assert capsys.readouterr().out == "[3/3] side 2: again, 0 s\n"
     folder._release()  # killed: the file before is not taken for the one that was changed
     assert run_with_bar(SIDES, never, opened(tmp_path)) == expected

@@ -232,7 +232,7 @@ def test_the_curves_in_tensorboard_are_those_of_the_run(brief):
 def test_a_run_ends_with_its_figures_in_a_table(brief):
     """And as JSON, those of the run's own files."""
     command, out, printed = brief
-    expected = {values[0]: values for values in (tuple(row.values()) for row in card.figures(events(out), 288))}
+    expected = {values[0]: values for values in (tuple(row.values()) for row in card.summary_rows(events(out), 288))}
     _, best_step, best_loss = expected["validation loss, best"]
     assert best_loss == min(event["loss"] for event in events(out, "validation"))
     lines = printed.splitlines()

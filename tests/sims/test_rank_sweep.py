@@ -25,7 +25,7 @@ from rora_theory.runs import seals
 from rora_theory.runs.reading import CELLS, key_of, read_finished_cells
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep import results, trained_runs
-from rora_theory.sweep.workbench import CellOutcome, Workbench
+from rora_theory.sweep.workbench import EvaluatedCell, Workbench
 from sims import rank_sweep
 
 PLAIN = (
@@ -194,7 +194,7 @@ class Quick(Workbench):
         self.train_examples, self.model = None, SimpleNamespace(tokenizer=None)
         return []
 
-    def measure(self, cell, *_) -> CellOutcome:
+    def measure(self, cell, *_) -> EvaluatedCell:
         random = np.random.default_rng(int(key_of(cell), 16))
         rate = cell.learning_rate or 1.0
         loss = float(abs(np.log(rate / (1e-3 if cell.method == "lora" else 3e-3))) + 1e-3 * random.random())
@@ -207,7 +207,7 @@ class Quick(Workbench):
             result["levels"] = [level]
             right = random.random(4) < 0.5
             samples = [Sample("piqa", i, "solution1", "solution1", bool(item)) for i, item in enumerate(right)]
-        return CellOutcome(result, None, losses, samples)
+        return EvaluatedCell(result, None, losses, samples)
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def stopped(number: int, what, *words: object) -> commands.Ended:
     """End a sweep in whose cell of that number, from 1, ``what`` happens instead of its work."""
     begun, measure = [], Quick.measure
 
-    def work(self, cell, folder) -> CellOutcome:
+    def work(self, cell, folder) -> EvaluatedCell:
         begun.append(cell)
         if len(begun) == number:
             (folder / "checkpoints").mkdir()

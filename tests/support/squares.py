@@ -87,7 +87,7 @@ def run(config: Config) -> None:
     def said(value: Any) -> str:
         return f"area {value['area']:.3f}"
 
-    run_with_bar(cells(config.marks, config.count), work, folder, runner=runner, words=said, write=write)
+    run_with_bar(cells(config.marks, config.count), work, folder, runner=runner, describe=said, write=write)
     folder.finish()
 
 
