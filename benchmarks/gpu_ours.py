@@ -123,7 +123,7 @@ def training(spec: dict[str, Any]) -> Work:
         flops = None
         for remat in REMATS:
             remat_config = dataclasses.replace(config, remat=remat)
-            plan = capacity.account(model, remat_config, cell.width)
+            plan = capacity.estimate_step(model, remat_config, cell.width)
             flops = flops or plan.flops  # operations of the model, without recomputation
             if plan.total > memory and remat is not REMATS[-1]:
                 continue

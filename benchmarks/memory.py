@@ -71,7 +71,7 @@ def measure_ours(spec: dict[str, Any]) -> dict[str, Any]:
     run = FinetuneConfig(rule="lora", rank=spec["rank"], alpha=16.0, dropout=0.0, batch_size=spec["rows"], **base)
     layout = None if spec["devices"] == 1 else Layout(sharding.mesh(1, spec["devices"], devices=jax.devices()))
     model = capacity.find_model(spec["model"])
-    planned = capacity.account(model, run, spec["seq"], layout)
+    planned = capacity.estimate_step(model, run, spec["seq"], layout)
     measured = capacity.measure_step(model, run, spec["seq"], layout)
     sizes = {"planned": planned.total, "on_cpu": planned.on_cpu(run.dtype)}
     sizes |= {"program": measured.program.total, "peak": measured.peak}
@@ -121,13 +121,13 @@ def measure_peer(spec: dict[str, Any]) -> dict[str, Any]:
     # glibc keeps the memory that loading has freed: give it back, so that the step's use of it counts as growth.
     ctypes.CDLL(None).malloc_trim(0)
     capacity.reset_peak_memory()
-    before = capacity.resident("VmRSS")
+    before = capacity.process_memory("VmRSS")
     out = model(input_ids=tokens, labels=tokens)
     out.loss.backward()
     torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     kinds = {type(module).__name__ for module in model.modules() if "Linear" in type(module).__name__}
-    return {"held": held, "peak": held + capacity.resident("VmHWM") - before, "modules": sorted(kinds)}
+    return {"held": held, "peak": held + capacity.process_memory("VmHWM") - before, "modules": sorted(kinds)}
 
 
 def _scales(model: Any) -> Iterator[Any]:

@@ -74,7 +74,7 @@ def show_model(config: Config, model: LlamaConfig) -> None:
     """Print the estimate of one model by component, then XLA's analysis and the measurement, if requested."""
     run, device = config.finetune(), config.resolve_device()
     layout = config.layout(here=config.compile or config.measure)
-    estimate = capacity.account(model, run, config.seq, layout)
+    estimate = capacity.estimate_step(model, run, config.seq, layout)
     # Memory by component, from the traced program.
     rows = [[name, f"{size / GB:.2f}"] for name, size in estimate.parts().items()]
     rows += [["total", f"{estimate.total / GB:.2f}"], ["(a block of logits)", f"{estimate.logits / GB:.2f}"]]
@@ -99,7 +99,7 @@ def show_model(config: Config, model: LlamaConfig) -> None:
     # Compile, and run, the step on this machine to check the estimate, if requested.
     measured = capacity.measure_step(model, run, config.seq, layout) if config.measure else None
     if config.compile:
-        xla = measured.program if measured else capacity.compile_here(model, run, config.seq, layout)
+        xla = measured.program if measured else capacity.analyse_compiled_step(model, run, config.seq, layout)
         arguments = estimate.base + estimate.adapter + estimate.optimizer + estimate.batch
         tables.print_text(
             f"XLA's analysis for this machine ({xla.seconds:.0f} s): arguments {xla.arguments / GB:.2f} GB (estimated "

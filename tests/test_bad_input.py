@@ -139,7 +139,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "FILE").write_text("mine")
     (tmp_path / "FOLDER").mkdir()
     monkeypatch.chdir(tmp_path)
-    for work in ((llama, "load"), (hub, "locate"), (RunFolder, "open"), (capacity, "account"), (plt, "subplots")):
+    for work in ((llama, "load"), (hub, "locate"), (RunFolder, "open"), (capacity, "estimate_step"), (plt, "subplots")):
         monkeypatch.setattr(*work, begun)
     monkeypatch.setattr(jax, "devices", begun)
     return tmp_path

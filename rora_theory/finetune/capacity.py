@@ -5,10 +5,10 @@ shapes; the rest is read off the traced program (`traced_cost`). On several devi
 the estimate is per device: its rows of the batch, its part of the weights, and the weights that it gathers for a
 product.
 
-`compile_here` returns XLA's own estimate of the same step for the default backend. For LLaMA-7B in bfloat16 at rank 128
-with 16 x 256 tokens, XLA's GPU compiler (targeting an A6000, without one) reports 30.1 GB, this module 30.0 GB. With
-rematerialisation it reports 19.7 GB, this module 19.5 GB. XLA fuses a layer's elementwise work a little less than this
-module assumes.
+`analyse_compiled_step` returns XLA's own estimate of the same step for the default backend. For LLaMA-7B in bfloat16 at
+rank 128 with 16 x 256 tokens, XLA's GPU compiler (targeting an A6000, without one) reports 30.1 GB, this module
+30.0 GB. With rematerialisation it reports 19.7 GB, this module 19.5 GB. XLA fuses a layer's elementwise work a little
+less than this module assumes.
 """
 
 import itertools
@@ -201,7 +201,7 @@ PREALLOCATED_FRACTION = 0.75
 
 
 @dataclass(frozen=True)
-class Account:
+class StepEstimate:
     """Estimated cost of one training step, in bytes per device unless noted otherwise.
 
     Attributes:
@@ -365,9 +365,9 @@ def _with_shardings(tree: Any, shardings: Any) -> Any:
     )
 
 
-def account(
+def estimate_step(
     llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256, layout: Layout | None = None
-) -> Account:
+) -> StepEstimate:
     """Estimate the memory and the operations of one training step per device.
 
     Each of several devices processes its own rows, so its activations are those of a smaller batch. It holds the base
@@ -392,6 +392,7 @@ def account(
     device_config = replace(config, batch_size=config.batch_size // parts)
     logits_bytes = LOGITS_BYTES // parts
     step = abstract_step(llama_config, device_config, width, attention="blocked", logits_bytes=logits_bytes)
+    # Peak over the program: stacked gradients, saved activations, and the largest set of other live values.
     traced = step.function.trace(step.state, step.base, step.batch)
     peak = traced_cost.peak_memory(traced.jaxpr)
     # Arguments of the step: whole on a single device, sharded on several.
@@ -405,7 +406,9 @@ def account(
     # float32 logits of one position of every row that is processed at once.
     rows = device_config.batch_size // config.accumulation
     position_bytes = 4 * llama_config.vocab_size * rows
-    return Account(
+    # A block has whole positions only, at least one and at most the sequence.
+    block_bytes = min(position_bytes * width, max(position_bytes, logits_bytes // position_bytes * position_bytes))
+    return StepEstimate(
         parameters=count_parameters(llama_config),
         trainable=adapters.count(abstract_adapter(llama_config, config)),
         tokens=config.batch_size * width,
@@ -419,7 +422,7 @@ def account(
         gradients=peak.stacked,
         activations=peak.saved,
         working=peak.working,
-        logits=min(position_bytes * width, max(position_bytes, logits_bytes // position_bytes * position_bytes)),
+        logits=block_bytes,
         gathered=gathered,
         devices=devices,
     )
@@ -451,7 +454,7 @@ def fit_table(
     # Trace each model once without and once with rematerialisation: the trade of memory for time.
     rows = []
     for name, remat in itertools.product(models, (False, True)):
-        estimate = account(MODELS[name], replace(config, remat=remat), width, layout)
+        estimate = estimate_step(MODELS[name], replace(config, remat=remat), width, layout)
         sizes = {
             "base": estimate.base,
             "state": estimate.adapter + estimate.optimizer,
@@ -522,12 +525,12 @@ def _gathered_bytes(base: Any, layout: Layout) -> int:
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompiledStep:
     """XLA's memory analysis of a step compiled for the default backend.
 
     Attributes:
       arguments: Bytes of the weights, state and batch.
-      temporaries: Bytes of all other values. A CPU needs more than a GPU, see `Account.on_cpu`.
+      temporaries: Bytes of all other values. A CPU needs more than a GPU, see `StepEstimate.on_cpu`.
       seconds: Compilation time in seconds.
     """
 
@@ -541,10 +544,10 @@ class Compiled:
         return self.arguments + self.temporaries
 
 
-def compile_here(
+def analyse_compiled_step(
     llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256, layout: Layout | None = None
-) -> Compiled:
-    """Compile a run's step for the default backend, without weights, and return XLA's memory analysis per device.
+) -> CompiledStep:
+    """Compile a run's step for the default backend, without weights, and return XLA's memory analysis of one device.
 
     Args:
       llama_config: Configuration of the base model.
@@ -558,12 +561,13 @@ def compile_here(
     return _compile(abstract_step(llama_config, config, width, layout=layout))[1]
 
 
-def _compile(step: Program) -> tuple[jax.stages.Compiled, Compiled]:
+def _compile(step: Program) -> tuple[jax.stages.Compiled, CompiledStep]:
+    """Compile a step, and return the executable and its memory analysis."""
     start = time.perf_counter()
     program = step.function.lower(step.state, step.base, step.batch).compile()
     analysis = program.memory_analysis()
     seconds = time.perf_counter() - start
-    return program, Compiled(analysis.argument_size_in_bytes, analysis.temp_size_in_bytes, seconds)
+    return program, CompiledStep(analysis.argument_size_in_bytes, analysis.temp_size_in_bytes, seconds)
 
 
 @dataclass(frozen=True)
@@ -578,7 +582,7 @@ class MeasuredStep:
     """
 
     peak: int
-    program: Compiled
+    program: CompiledStep
     seconds: float
 
 
@@ -621,7 +625,7 @@ def measure_step(
     resident_before = 0
     if devices[0].platform != "gpu":
         reset_peak_memory()
-        resident_before = resident("VmRSS") - _bytes_on_devices((base, state))
+        resident_before = process_memory("VmRSS") - _bytes_on_devices((base, state))
     # The first step reaches the peak, the second is timed.
     state, _ = jax.block_until_ready(run(state, base, batch))
     start = time.perf_counter()
@@ -631,7 +635,7 @@ def measure_step(
     if devices[0].platform == "gpu":
         peak = max(int(device.memory_stats()["peak_bytes_in_use"]) for device in devices)
         return MeasuredStep(peak, program, seconds)
-    return MeasuredStep((resident("VmHWM") - resident_before) // len(devices), program, seconds)
+    return MeasuredStep((process_memory("VmHWM") - resident_before) // len(devices), program, seconds)
 
 
 def abstract_adapter(llama_config: LlamaConfig, config: FinetuneConfig) -> Any:
@@ -667,7 +671,7 @@ def _bytes_on_devices(tree: Any) -> int:
     return sum(shard.data.nbytes for array in arrays for shard in array.addressable_shards)
 
 
-def resident(field: str) -> int:
+def process_memory(field: str) -> int:
     """Return a memory field of Linux's status of this process, such as ``VmRSS``, in bytes."""
     try:
         with open("/proc/self/status") as file:

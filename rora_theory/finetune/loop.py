@@ -249,13 +249,13 @@ class Trainer:
             if pending is None:
                 return
             (number, metrics, positions), pending = pending, None
-            event = self._stepped(number, metrics, positions)  # waits for the device
+            event = self._completed_step(number, metrics, positions)  # waits for the device
             now = time.perf_counter()
             event, clock = replace(event, seconds=now - clock), now
             yield event
 
         for number in range(start + 1, self.steps + 1):
-            # Dispatch this step, then wait for the one before it.
+            # Dispatch this step, which returns at once, then wait for the one before it and yield its event.
             batch = next(batches)
             self._state, metrics = self._step(self._state, self._params, self._place(batch))
             self.step = number
@@ -266,7 +266,7 @@ class Trainer:
                 yield from yield_pending()
                 self._progress = replace(self._progress, step=number)
                 if self.validates(number):
-                    yield self._validated(number)
+                    yield self._validate(number)
                 if self._checkpoints is not None:
                     self._checkpoints.save(self._state, self._progress)
                 clock = time.perf_counter()
@@ -315,14 +315,16 @@ class Trainer:
                     f"{path}: checkpoint belongs to a run with other {subject}. Resume in the folder of this run."
                 )
 
-    def _stepped(self, number: int, metrics: steps.StepMetrics, positions: int) -> StepCompleted:
+    def _completed_step(self, number: int, metrics: steps.StepMetrics, positions: int) -> StepCompleted:
+        """Return the event of a dispatched step without its time, after the device has computed the metrics."""
         loss, norm, rate, targets = (float(value) for value in jax.device_get(metrics))
         for quantity, value in (("loss", loss), ("gradient norm", norm)):
             self._check_finite(quantity, value, number)
         epoch = number / self._train.steps_per_epoch
         return StepCompleted(number, epoch, loss, norm, rate, int(targets), positions, 0.0)
 
-    def _validated(self, number: int) -> ValidationCompleted:
+    def _validate(self, number: int) -> ValidationCompleted:
+        """Compute the validation loss after a step, and record it if it is the best so far."""
         assert self._validation is not None
         # Sum loss and targets over all batches; fetch them once, so that the device never waits for the host.
         sums = [
@@ -331,12 +333,13 @@ class Trainer:
         total, count = (math.fsum(map(float, values)) for values in zip(*jax.device_get(sums), strict=True))
         loss = total / count
         self._check_finite("validation loss", loss, number)
-        best = self.best_loss is None or loss < self.best_loss
-        if best:
+        is_best = self.best_loss is None or loss < self.best_loss
+        if is_best:
             self._progress = replace(self._progress, best_step=number, best_loss=loss)
-        return ValidationCompleted(number, loss, best)
+        return ValidationCompleted(number, loss, is_best)
 
     def _check_finite(self, quantity: str, value: float, number: int) -> None:
+        """Raise `NonFiniteLossError` if a value of a step is infinite or not a number."""
         if not math.isfinite(value):
             last_good = None
             if self._checkpoints is not None and (latest := self._checkpoints.latest) is not None:

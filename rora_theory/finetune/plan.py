@@ -1,9 +1,9 @@
 """Configuration of a planned fine-tuning run: model, method, devices and duration.
 
 Examples:
-  >>> from rora_theory.finetune.capacity import account, find_model
+  >>> from rora_theory.finetune.capacity import estimate_step, find_model
   >>> plan = PlanConfig(model="llama-7b", rank=64, device="h100")
-  >>> estimate = account(find_model(plan.model), plan.finetune(), plan.seq, plan.layout())  # doctest: +SKIP
+  >>> estimate = estimate_step(find_model(plan.model), plan.finetune(), plan.seq, plan.layout())  # doctest: +SKIP
   >>> estimate.verdict(plan.resolve_device())  # doctest: +SKIP
 """
 

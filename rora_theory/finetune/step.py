@@ -66,14 +66,15 @@ def schedule(config: FinetuneConfig, steps: int, peak: float | Array | None = No
         an argument of a compiled step.
     """
     peak = config.peak_learning_rate if peak is None else peak
-    rise = optax.linear_schedule(0.0, peak, config.warmup)
+    # Warm-up from 0, then the decay, which counts its steps from the end of the warm-up.
+    warmup = optax.linear_schedule(0.0, peak, config.warmup)
     if config.schedule == "constant":
         decay = optax.constant_schedule(peak)
     elif config.schedule == "cosine":
         decay = optax.cosine_decay_schedule(peak, max(1, steps - config.warmup))
     else:
         decay = optax.linear_schedule(peak, 0.0, max(1, steps - config.warmup))
-    return optax.join_schedules([rise, decay], [config.warmup]) if config.warmup else decay
+    return optax.join_schedules([warmup, decay], [config.warmup]) if config.warmup else decay
 
 
 def finetune_optimizer(
@@ -134,7 +135,7 @@ def train_step(
       state_shardings: Shardings of the new state, see `rora_theory.finetune.sharding`; None keeps it on the device of
         the old state.
     """
-    update = _step(llama_config, config, steps, attention=attention, logits_bytes=logits_bytes)
+    update = _make_step(llama_config, config, steps, attention=attention, logits_bytes=logits_bytes)
 
     def step(state: State, base: Params, batch: Batch) -> tuple[State, StepMetrics]:
         return update(state, base, batch, adapter, None)
@@ -182,26 +183,32 @@ class SharedSteps:
         # The compiled step reads neither scaling, learning rate nor seed from its configuration.
         scaling: dict[str, Any] = {"rule": "lora", "alpha": 1.0, "alpha_pattern": {}}
         shared_config = replace(config, lr=1.0, seed=0, **(scaling if config.method in ("lora", "dora") else {}))
-        # The adapter's arrays that are not trained, the scaling among them, become arguments of the step.
-        untrained = adapters.replace(adapter, jax.tree.map(lambda _: None, adapters.trainable(adapter)))
-        fixed, structure = jax.tree.flatten(untrained)
+        # The adapter's arrays that are not trained, the scaling among them, become arguments of the step. With the
+        # trained ones replaced by None, they are the only leaves of the tree.
+        without_trained = adapters.replace(adapter, jax.tree.map(lambda _: None, adapters.trainable(adapter)))
+        untrained, structure = jax.tree.flatten(without_trained)
         # The adapter's settings may differ from the run's. They are part of the key, except for the scaling.
         adapter_config = adapter.config
         if isinstance(adapter_config, adapters.LoraConfig):
             adapter_config = replace(adapter_config, **scaling)
         key = repr(
-            (shared_config, adapter_config, llama_config, steps, attention, logits_bytes, type(adapter), len(fixed))
+            (shared_config, adapter_config, llama_config, steps, attention, logits_bytes, type(adapter), len(untrained))
         )
         # Compile once for each key; scaling and peak rate are passed to every call.
         if key not in self._jitted:
-            update = _step(llama_config, shared_config, steps, attention=attention, logits_bytes=logits_bytes)
+            update = _make_step(llama_config, shared_config, steps, attention=attention, logits_bytes=logits_bytes)
 
-            def shared(state: State, base: Params, batch: Batch, fixed: list[Array], peak: Array) -> Any:
-                return update(state, base, batch, jax.tree.unflatten(structure, fixed), peak)
+            def shared_step(state: State, base: Params, batch: Batch, untrained: list[Array], peak: Array) -> Any:
+                return update(state, base, batch, jax.tree.unflatten(structure, untrained), peak)
 
-            self._jitted[key] = _jit(shared)
-        function, peak = self._jitted[key], jnp.float32(config.peak_learning_rate)
-        return lambda state, base, batch: function(state, base, batch, fixed, peak)
+            self._jitted[key] = _jit(shared_step)
+        jitted, peak = self._jitted[key], jnp.float32(config.peak_learning_rate)
+
+        def step(state: State, base: Params, batch: Batch) -> tuple[State, StepMetrics]:
+            new_state, metrics = jitted(state, base, batch, untrained, peak)
+            return new_state, metrics
+
+        return step
 
     @property
     def compilations(self) -> int:
@@ -209,10 +216,10 @@ class SharedSteps:
         return sum(function._cache_size() for function in self._jitted.values())  # type: ignore[attr-defined]
 
 
-def _step(
+def _make_step(
     llama_config: LlamaConfig, config: FinetuneConfig, steps: int, *, attention: str, logits_bytes: int
 ) -> Callable[[State, Params, Batch, TrainableAdapter, Array | None], tuple[State, StepMetrics]]:
-    """Return one step to be compiled, a function of ``(state, base, batch, adapter, peak)``.
+    """Return the function ``(state, base, batch, adapter, peak) -> (state, metrics)``, which the caller compiles.
 
     The adapter's trainable arrays are not read. ``peak`` is the learning rate at the end of the warm-up; None reads it
     from ``config``.
@@ -236,7 +243,7 @@ def _step(
 
     def gradient(state: State, base: Params, adapter: TrainableAdapter, batch: Batch) -> tuple[Array, Params, Array]:
         """Return the batch's loss, its gradient in the trainable parameters, and the number of targets."""
-        # At least 1, so that a batch without targets has loss 0 and not NaN.
+        # Number of targets: at least 1, so that a batch without targets has loss 0 and not NaN.
         targets = jnp.maximum(jnp.sum(batch.weights), 1)
         # The dropout key depends on the step alone, so a resumed run draws the same masks.
         key = jax.random.fold_in(state.key, state.step) if config.dropout else None
@@ -251,8 +258,10 @@ def _step(
             loss_and_grads = value_and_grad(state.params, base, adapter, microbatch, targets, microbatch_key)
             return jax.tree.map(jnp.add, sums, loss_and_grads), None
 
-        # Microbatch i takes every accumulation-th row from row i on, so rows split over devices stay on their device.
+        # Split the rows: [B, ...] becomes [accumulation, B / accumulation, ...]. Microbatch i takes every
+        # accumulation-th row from row i on, so that rows which are split over devices stay on their devices.
         microbatches = jax.tree.map(lambda a: a.reshape(-1, config.accumulation, *a.shape[1:]).swapaxes(0, 1), batch)
+        # Add up loss and gradient over the microbatches, so that only one microbatch's activations exist at a time.
         zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params))
         sums, _ = jax.lax.scan(add, zeros, (microbatches, jnp.arange(config.accumulation)))
         return *sums, targets
@@ -262,13 +271,15 @@ def _step(
     ) -> tuple[State, StepMetrics]:
         # Loss and gradient of the whole batch.
         loss, grads, targets = gradient(state, base, adapter, batch)
-        # Clip the gradient and update the parameters and AdamW's moments.
-        transformation, rate = finetune_optimizer(config, steps, peak), schedule(config, steps, peak)
+        # Clip the gradient, and update the parameters and AdamW's moments.
+        transformation, learning_rate = finetune_optimizer(config, steps, peak), schedule(config, steps, peak)
         # Optax relies on type promotion, which a caller may have disabled with JAX's strict rules.
         with jax.numpy_dtype_promotion("standard"):
             updates, moments = transformation.update(grads, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
-            metrics = StepMetrics(loss, optax.tree.norm(grads), jnp.float32(rate(state.step)), targets)
+            # Reported values: the norm before clipping, and the rate of this update.
+            grad_norm, rate = optax.tree.norm(grads), jnp.float32(learning_rate(state.step))
+            metrics = StepMetrics(loss, grad_norm, rate, targets)
         return State(state.step + 1, params, moments, state.key), metrics
 
     return step

@@ -204,7 +204,7 @@ class _Beams(NamedTuple):
 
     Attributes:
       step: Number of tokens generated.
-      open: Whether a running beam could still improve on the finished sequences.
+      is_open: Whether a running beam could still improve on the finished sequences.
       tokens: Tokens of the running beams.
       ancestry: Index of the beam whose cache slot holds each of those tokens; -1 for steps to come.
       scores: Log-probabilities of the running beams, best first.
@@ -215,7 +215,7 @@ class _Beams(NamedTuple):
     """
 
     step: Int[Array, ""]
-    open: Bool[Array, " b"]
+    is_open: Bool[Array, " b"]
     tokens: Int[Array, "b w t"]
     ancestry: Int[Array, "b w t"]
     scores: Float[Array, "b w"]
@@ -243,7 +243,7 @@ def _run_greedy_search(
     logits, prompts, real = _read_prompts(params, adapter, shared, tokens, real, config)
     batch = len(real)
     prompt_lengths = jnp.sum(real.astype(jnp.int32), axis=1)
-    slots_at = _slot_positions(config, real, count, 1)
+    cached_positions = _slot_positions(config, real, count, 1)
 
     def choose(logits: Array, out: Array, lengths: Array, running: Array, step: Array) -> tuple[Array, ...]:
         # Rows that have ended keep their tokens and lengths.
@@ -259,7 +259,7 @@ def _run_greedy_search(
         visible = jnp.concatenate([real[:, None], jnp.broadcast_to(filled, (batch, 1, count))], axis=-1)
         positions = prompt_lengths + step - 1
         logits, cache = _decode_step(
-            params, adapter, token[:, None], positions, slots_at, prompts, cache, step - 1, visible, config
+            params, adapter, token[:, None], positions, cached_positions, prompts, cache, step - 1, visible, config
         )
         return choose(logits[:, 0], out, lengths, running, step), cache
 
@@ -296,7 +296,7 @@ def _run_beam_search(
     logits, prompts, real = _read_prompts(params, adapter, shared, tokens, real, config)
     batch = len(real)
     prompt_lengths = jnp.sum(real.astype(jnp.int32), axis=1)
-    slots_at = _slot_positions(config, real, count, beams)
+    cached_positions = _slot_positions(config, real, count, beams)
     advance = functools.partial(
         _advance_search,
         eos=eos,
@@ -308,24 +308,27 @@ def _run_beam_search(
 
     def body(state: tuple[_Beams, Any]) -> tuple[_Beams, Any]:
         search, cache = state
-        # Read the last token of every beam into the next W slots of the cache, then choose the next beams.
+        # Last token of every beam, [b, w]; its keys and values are written to the next W slots of the cache.
         last = search.step - 1
-        # Beams share slots of the cache: a beam sees those of its own ancestors only.
         token = jax.lax.dynamic_index_in_dim(search.tokens, last, 2, keepdims=False)
-        visible = _visible_slots(real, search.ancestry)
         positions, slot = prompt_lengths + last, last * beams
-        logits, cache = _decode_step(params, adapter, token, positions, slots_at, prompts, cache, slot, visible, config)
+        # The beams of an item share the cache: a beam sees the slots of its own ancestors only.
+        visible = _visible_slots(real, search.ancestry)
+        # Read these tokens, then choose the next beams from the logits after them.
+        logits, cache = _decode_step(
+            params, adapter, token, positions, cached_positions, prompts, cache, slot, visible, config
+        )
         return advance(search, logits), cache
 
     def is_unfinished(state: tuple[_Beams, Any]) -> Array:
         search, _ = state
-        running = search.open & ~jnp.all(search.done, axis=1) if stop_when_full else search.open
+        running = search.is_open & ~jnp.all(search.done, axis=1) if stop_when_full else search.is_open
         return (search.step < count) & jnp.any(running)
 
-    # One beam an item, of no tokens; no finished sequences.
+    # Before the first token, an item has one beam without tokens and no finished sequence.
     start = _Beams(
         step=jnp.zeros((), jnp.int32),
-        open=is_item,
+        is_open=is_item,
         tokens=jnp.zeros((batch, 1, count), jnp.int32),
         ancestry=jnp.full((batch, 1, count), -1, jnp.int32),
         scores=jnp.zeros((batch, 1), jnp.float32),
@@ -334,6 +337,7 @@ def _run_beam_search(
         done_scores=jnp.full((batch, beams), EXCLUDED, jnp.float32),
         done=jnp.zeros((batch, beams), bool),
     )
+    # The prompts' logits give the first W beams; each turn of the loop adds one token to every beam.
     first = advance(start, logits[:, None])
     end, _ = jax.lax.while_loop(is_unfinished, body, (first, _empty_slots(prompts[-1], count * beams)))
     return end.done_tokens[:, 0], end.done_lengths[:, 0]
@@ -349,53 +353,63 @@ def _advance_search(
     beams: int,
     stop_when_full: bool,
 ) -> _Beams:
-    """Advance the search by one token: from the logits after every running beam to the next beams."""
+    """Advance the search by one token.
+
+    Args:
+      search: State of the search with w running beams, one before the first step and W afterwards.
+      logits: Logits after each running beam.
+      eos: Tokens that end a text.
+      penalties: Divisor of the score of a finished sequence of 1, 2, ... tokens.
+      running_penalties: Divisor of a running beam's score of 1, 2, ... tokens in the comparison with finished ones.
+      beams: Number of beams W.
+      stop_when_full: Whether an item accepts no further sequence once it has W of them.
+
+    Returns:
+      The state with W running beams of one more token.
+    """
     batch, count = logits.shape[0], penalties.shape[0]
     candidates = beams * max(2, 1 + eos.shape[0])
 
-    # Candidates: the best tokens of each beam, then the best of those over all beams. This is the best of all without
-    # normalising every logit. The logits have two axes here, and the maximum is computed by itself, because XLA on a
-    # CPU otherwise turns top_k into a sort of the whole vocabulary.
-    top, token = jax.lax.top_k(logits.reshape(-1, logits.shape[-1]), candidates)
+    # Best tokens of each beam, [b w, c]. The logits have two axes here, and the maximum is computed by itself, because
+    # XLA on a CPU otherwise turns top_k into a sort of the whole vocabulary.
+    top_logits, top_tokens = jax.lax.top_k(logits.reshape(-1, logits.shape[-1]), candidates)
     highest = jnp.max(logits, axis=-1, keepdims=True)
     normaliser = jnp.log(jnp.sum(jnp.exp(logits - highest), axis=-1, keepdims=True))
-    total = (top.reshape(batch, -1, candidates) - highest) - normaliser + search.scores[..., None]
-    total, index = jax.lax.top_k(total.reshape(batch, -1), candidates)
+    # Their log-probabilities, added to those of their beams: [b, w, c].
+    log_probabilities = (top_logits.reshape(batch, -1, candidates) - highest) - normaliser
+    beam_totals = log_probabilities + search.scores[..., None]
+    # Candidates: the best of those over all beams, [b, c]. No other token of a beam can be among the best c.
+    total, index = jax.lax.top_k(beam_totals.reshape(batch, -1), candidates)
     parent = index // candidates
-    token = jnp.take_along_axis(token.reshape(batch, -1), index, axis=1)
+    token = jnp.take_along_axis(top_tokens.reshape(batch, -1), index, axis=1)
     tokens = _set_column(_take_rows(search.tokens, parent), token, search.step)
     ends = jnp.isin(token, eos) | (search.step + 1 == count)
 
-    # Next beams: the best W candidates that do not end. Their new token is in their own slot of this step.
-    running_scores = total + jnp.where(ends, EXCLUDED, 0.0)
-    scores, chosen = jax.lax.top_k(running_scores, beams)
+    # Next beams: the best W candidates that do not end. The new token of a beam is in its own slot of this step.
+    scores, chosen = jax.lax.top_k(total + jnp.where(ends, EXCLUDED, 0.0), beams)
     ancestry = _take_rows(search.ancestry, jnp.take_along_axis(parent, chosen, axis=1))
     new_slot = jnp.broadcast_to(jnp.arange(beams, dtype=jnp.int32)[None], (batch, beams))
 
-    # Finished sequences: those of before, and the candidates among the first W that end now, ordered by score.
-    may_finish = search.open
+    # Finished sequences: the best W of the earlier ones and of those candidates among the first W that end now.
+    may_finish = search.is_open
     if stop_when_full:
         may_finish = may_finish & ~jnp.all(search.done, axis=1)
-    new = ends & (jnp.arange(candidates) < beams)[None]
-    done_scores = jnp.concatenate(
-        [
-            search.done_scores,
-            total / penalties[search.step]
-            + jnp.where(may_finish[:, None], 0.0, EXCLUDED)
-            + jnp.where(new, 0.0, EXCLUDED),
-        ],
-        axis=1,
+    is_new = ends & (jnp.arange(candidates) < beams)[None]
+    new_scores = (
+        total / penalties[search.step]
+        + jnp.where(may_finish[:, None], 0.0, EXCLUDED)
+        + jnp.where(is_new, 0.0, EXCLUDED)
     )
-    done_scores, finished_index = jax.lax.top_k(done_scores, beams)
+    done_scores, finished_index = jax.lax.top_k(jnp.concatenate([search.done_scores, new_scores], axis=1), beams)
     length = jnp.broadcast_to(search.step + 1, (batch, candidates))
-    done = _take_rows(jnp.concatenate([search.done, new], axis=1), finished_index)
+    done = _take_rows(jnp.concatenate([search.done, is_new], axis=1), finished_index)
 
     # An item stays open if its best running beam would beat its worst finished sequence.
     worst = jnp.where(done, jnp.min(done_scores, axis=1, keepdims=True), EXCLUDED)
-    improvable = jnp.any(scores[:, :1] / running_penalties[search.step] > worst, axis=1)
+    can_improve = jnp.any(scores[:, :1] / running_penalties[search.step] > worst, axis=1)
     return _Beams(
         step=search.step + 1,
-        open=search.open & improvable,
+        is_open=search.is_open & can_improve,
         tokens=_take_rows(tokens, chosen),
         ancestry=_set_column(ancestry, new_slot, search.step),
         scores=scores,
@@ -415,7 +429,7 @@ def _visible_slots(real: Bool[Array, "b s"], ancestry: Int[Array, "b w t"]) -> B
 
 
 def _slot_positions(config: LlamaConfig, real: Bool[Array, "b s"], count: int, beams: int) -> Int[Array, "b n"] | None:
-    """Return the position of the token in each of the s + t w slots; None without a sliding window."""
+    """Return the position of the token in each of the s + t w slots; None if no layer has a sliding window."""
     if config.sliding_window is None:
         return None
     # All beams of a step are at the same position.
@@ -471,7 +485,7 @@ def _decode_step(
     adapter: Adapter | None,
     tokens: Int[Array, "b w"],
     positions: Int[Array, " b"],
-    slots_at: Int[Array, "b n"] | None,
+    cached_positions: Int[Array, "b n"] | None,
     prompts: Sequence[_KeysAndValues],
     cache: _KeysAndValues,
     slot: Int[Array, ""],
@@ -485,7 +499,7 @@ def _decode_step(
       adapter: Adapter; None for the base model.
       tokens: Last token of each beam.
       positions: Position of those tokens, the same for all beams of an item.
-      slots_at: Position of the token in each slot, see `_slot_positions`.
+      cached_positions: Position of the token in each slot, see `_slot_positions`.
       prompts: Keys and values of the prompts, in one or two segments.
       cache: Keys and values of the generated tokens.
       slot: First of the w slots of the cache that the tokens' keys and values are written to.
@@ -497,8 +511,8 @@ def _decode_step(
     """
     adapter = NoAdapter() if adapter is None else adapter
     # All beams of an item are at the same position, that of the token read.
-    queries_at = jnp.broadcast_to(positions[:, None], tokens.shape)
-    angles = rope.layer_angles(config, queries_at)
+    query_positions = jnp.broadcast_to(positions[:, None], tokens.shape)
+    angles = rope.layer_angles(config, query_positions)
 
     def body(carry: tuple[Array, _KeysAndValues], xs: tuple[Array, Params, Any, Any, Array | None]) -> tuple[Any, None]:
         x, cache = carry
@@ -527,7 +541,7 @@ def _decode_step(
                 keys, values = _to_attention_layout(*prefix)
                 segments = [(keys[None].astype(q.dtype), values[None].astype(q.dtype)), *segments]
                 mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (keys.shape[2], 0)), constant_values=True)
-            mask = cast(Array, apply_window(config, mask, queries_at, slots_at, mask.shape[3], windowed))
+            mask = cast(Array, apply_window(config, mask, query_positions, cached_positions, mask.shape[3], windowed))
             return attend_segments(q, segments, mask)
 
         return (decoder_layer(x, weights, config, angles(windowed), apply, attend_to_all), cache), None

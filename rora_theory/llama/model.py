@@ -382,8 +382,8 @@ def forward_cached(
       Float32 logits after the last token, and the cache with the tokens.
     """
     adapter = NoAdapter() if adapter is None else adapter
-    new = tokens.shape[1]
-    _check_length(new, config)
+    new_count = tokens.shape[1]
+    _check_length(new_count, config)
     # Slots of the cache: those up to ``length`` hold tokens of earlier calls, padding included.
     total = cache["k"].shape[2]
     start = cache["length"]
@@ -394,8 +394,8 @@ def forward_cached(
     angles = rope.layer_angles(config, positions)
     # A query sees the real tokens in the cache and those of this call up to itself.
     all_real = jax.lax.dynamic_update_slice_in_dim(cache["real"], real, start, axis=1)
-    mask = causal_mask(new, total, start)[None, None] & all_real[:, None, None, :]
-    slots_at = None if config.sliding_window is None else slot_positions(all_real)
+    mask = causal_mask(new_count, total, start)[None, None] & all_real[:, None, None, :]
+    cached_positions = None if config.sliding_window is None else slot_positions(all_real)
 
     def body(
         carry: tuple[Array, Array, Array], xs: tuple[Array, Params, Any, Array | None]
@@ -412,14 +412,14 @@ def forward_cached(
             # Write the new keys and values to this layer's slots. The whole cache is carried through the scan and
             # updated in place; as inputs and outputs of the scan it would be copied.
             zero = jnp.zeros((), jnp.int32)
-            at = (layer, zero, start, zero, zero)
-            keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), at)
-            values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), at)
+            write_start = (layer, zero, start, zero, zero)
+            keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), write_start)
+            values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), write_start)
             # Attend to all slots of this layer; the mask hides those that are still empty.
             k = jax.lax.dynamic_index_in_dim(keys, layer, 0, keepdims=False).astype(q.dtype)
             v = jax.lax.dynamic_index_in_dim(values, layer, 0, keepdims=False).astype(q.dtype)
             k, v, layer_mask = prepend_prefix(adapter.prefix(slices), k, v, mask)
-            layer_mask = apply_window(config, layer_mask, positions, slots_at, k.shape[1], windowed)
+            layer_mask = apply_window(config, layer_mask, positions, cached_positions, k.shape[1], windowed)
             return attend(q, k, v, layer_mask, route="blocked")
 
         x = decoder_layer(x, weights, config, angles(windowed), apply, attend_to_all)
@@ -432,7 +432,7 @@ def forward_cached(
     (x, keys, values), _ = jax.lax.scan(body, carry, xs)
     # Only the last position's logits are needed: prompts are padded on the left, so it is a real token.
     hidden = rms_norm(x[:, -1], params["norm"], config)
-    return unembed(params, hidden, config), {"k": keys, "v": values, "real": all_real, "length": start + new}
+    return unembed(params, hidden, config), {"k": keys, "v": values, "real": all_real, "length": start + new_count}
 
 
 def abstract_params(config: LlamaConfig, dtype: DTypeLike = jnp.float32, quantization: str = "none") -> Params:
@@ -621,8 +621,8 @@ def slot_positions(real: Bool[Array, "b n"]) -> Int[Array, "b n"]:
 def apply_window(
     config: LlamaConfig,
     mask: Bool[Array, "#b 1 s t"] | None,
-    queries_at: Int[Array, "#b s"],
-    keys_at: Int[Array, "#b n"] | None,
+    query_positions: Int[Array, "#b s"],
+    key_positions: Int[Array, "#b n"] | None,
     keys: int,
     windowed: Bool[Array, ""] | None,
 ) -> Bool[Array, "#b 1 s t"] | None:
@@ -632,9 +632,9 @@ def apply_window(
       config: Configuration of the model. Without a window, the mask is returned unchanged.
       mask: True if a query may attend to a key. None allows all keys up to the query's own, and requires that all rows
         have the same positions.
-      queries_at: Positions of the queries.
-      keys_at: Positions of the last n keys; None without a window.
-      keys: Number of keys t. The first t - n belong to a prefix, whose positions end where ``keys_at`` begins.
+      query_positions: Positions of the queries.
+      key_positions: Positions of the last n keys; None without a window.
+      keys: Number of keys t. The first t - n belong to a prefix, whose positions end where ``key_positions`` begins.
       windowed: Whether this layer has the window, an entry of `windowed_layers`.
 
     Returns:
@@ -642,17 +642,17 @@ def apply_window(
     """
     # Nothing to hide: no window, or no more keys than one window holds.
     window = config.sliding_window
-    if window is None or keys_at is None or (mask is None and keys <= window):
+    if window is None or key_positions is None or (mask is None and keys <= window):
         return mask
-    prefix_keys = keys - keys_at.shape[1]
+    prefix_keys = keys - key_positions.shape[1]
     # All rows share their positions, so one row of the mask is enough.
     if mask is None:
-        mask = causal_mask(queries_at.shape[1], keys, prefix_keys)[None, None]
-        queries_at, keys_at = queries_at[:1], keys_at[:1]
+        mask = causal_mask(query_positions.shape[1], keys, prefix_keys)[None, None]
+        query_positions, key_positions = query_positions[:1], key_positions[:1]
     # Positions of all keys: those of the prefix count back from the first key after it.
-    prefix_at = keys_at[:, :1] - jnp.arange(prefix_keys, 0, -1, dtype=jnp.int32)[None]
-    all_keys_at = jnp.concatenate([prefix_at, keys_at], axis=1)
-    is_near = all_keys_at[:, None, None, :] > queries_at[:, None, :, None] - window
+    prefix_positions = key_positions[:, :1] - jnp.arange(prefix_keys, 0, -1, dtype=jnp.int32)[None]
+    all_key_positions = jnp.concatenate([prefix_positions, key_positions], axis=1)
+    is_near = all_key_positions[:, None, None, :] > query_positions[:, None, :, None] - window
     return mask & (is_near if windowed is None else is_near | ~windowed)
 
 

@@ -37,5 +37,5 @@ def _training_memory(model: LlamaConfig, training: FinetuneConfig) -> int:
     key = key_of({"model": model, "training": training})
     if key not in _cache:
         width = min(training.cutoff, model.max_position_embeddings)
-        _cache[key] = capacity.account(model, training, width).on_cpu(training.dtype)
+        _cache[key] = capacity.estimate_step(model, training, width).on_cpu(training.dtype)
     return _cache[key]

@@ -9,7 +9,7 @@ import pytest
 from rora_theory import adapters
 from rora_theory.errors import InputError
 from rora_theory.finetune import FinetuneConfig, capacity, sharding
-from rora_theory.finetune.capacity import DEVICES, MODELS, Account, Device
+from rora_theory.finetune.capacity import DEVICES, MODELS, Device, StepEstimate
 from rora_theory.finetune.sharding import Layout
 from rora_theory.llama import LlamaConfig, abstract_params, init_params
 from rora_theory.llama.model import count_parameters
@@ -65,7 +65,7 @@ def test_adapters_have_the_papers_share_of_the_weights(model, method, changes, p
 @pytest.mark.parametrize("changes", [{}, {"method": "dora", "dtype": "bfloat16"}, {"accumulation": 2, "remat": True}])
 def test_parts_are_the_real_arrays_and_sum_up(changes):
     config = dataclasses.replace(SMALL, **changes)
-    account = capacity.account(TINY, config, 16)
+    account = capacity.estimate_step(TINY, config, 16)
     params = init_params(jax.random.key(0), TINY, jnp.dtype(config.dtype))
     adapter = adapters.init(jax.random.key(1), config.lora(), TINY, params)
     moments = 2 * sum(a.nbytes for a in jax.tree.leaves(adapter.params))
@@ -83,7 +83,7 @@ def test_parts_are_the_real_arrays_and_sum_up(changes):
 @pytest.mark.slow
 def test_what_takes_less_memory():
     plain, parts, again = (
-        capacity.account(TINY, dataclasses.replace(SMALL, **changes), 32)
+        capacity.estimate_step(TINY, dataclasses.replace(SMALL, **changes), 32)
         for changes in ({}, {"accumulation": 4}, {"remat": True})
     )
     assert again.activations == 2 * 4 * 32 * 32 * 4, "of each layer the input: [4, 32, 32] float32"
@@ -95,7 +95,7 @@ def test_what_takes_less_memory():
 
 def account_of(base, flops=1):
     """Return an account of a step with some bytes of weights and nothing else that takes memory."""
-    return Account(1, 1, 100, flops, 2, base, 0, 0, 0, 0, 0, 0, 0)
+    return StepEstimate(1, 1, 100, flops, 2, base, 0, 0, 0, 0, 0, 0, 0)
 
 
 def test_devices_hold_what_they_hold():
@@ -137,7 +137,7 @@ def test_any_device_by_its_figures():
 def test_operations_are_three_products_with_every_weight():
     """Check the largest head of the papers' models; that each of them fits an A6000 is in the command's table."""
     config = FinetuneConfig(rank=128, batch_size=16, dtype="bfloat16", remat=True)
-    account = capacity.account(MODELS["llama3-8b"], config, 256)
+    account = capacity.estimate_step(MODELS["llama3-8b"], config, 256)
     assert account.base == 2 * account.parameters
     # Two operations a weight and token, forward, again, and backward to the inputs, the embedding apart. The adapters
     # and attention add some; the head, 8% of the weights, and each layer's last product are not made again.
@@ -153,7 +153,7 @@ def test_operations_are_three_products_with_every_weight():
 def test_what_fits_in_four_bits(name, device, planned):
     """Check also the planned total, as the pages print it."""
     config = FinetuneConfig(rank=128, batch_size=16, dtype="bfloat16", remat=True, quantization="q4_0")
-    account, card = capacity.account(MODELS[name], config, 256), DEVICES[device]
+    account, card = capacity.estimate_step(MODELS[name], config, 256), DEVICES[device]
     assert account.fits(card)
     assert 2 * account.parameters > card.memory
     assert planned == f"{account.total / 1e9:.1f} GB of the {(card.memory - capacity.RESERVE) / 1e9:.1f}"
@@ -169,7 +169,9 @@ def test_no_copy_is_made_of_the_weights(fsdp):
     """Check with few tokens, where weights are nearly all: no stack of layers is copied, no table gathered."""
     model = LlamaConfig(8192, 256, 768, 8, 4, 4, 64, max_position_embeddings=128)
     config = FinetuneConfig(rank=8, batch_size=4, dropout=0.0)
-    planned, xla = (make(model, config, 8, layout(1, fsdp)) for make in (capacity.account, capacity.compile_here))
+    planned, xla = (
+        make(model, config, 8, layout(1, fsdp)) for make in (capacity.estimate_step, capacity.analyse_compiled_step)
+    )
     assert planned.base * fsdp == pytest.approx(44.1e6, rel=0.01)
     assert xla.total == pytest.approx(planned.total, rel=0.06)
 
@@ -178,7 +180,9 @@ def test_no_copy_is_made_of_the_weights(fsdp):
 def test_each_of_several_devices_has_its_part(monkeypatch):
     """Expect half of the rows on each, half of the weights where two share a copy, and the rest whole."""
     monkeypatch.setattr(capacity, "LOGITS_BYTES", 4 * 512 * 4 * 8)  # 8 of 32 positions at once, on all devices together
-    alone, copies, shared = (capacity.account(TINY, SMALL, 32, abstract(*shape)) for shape in ((1, 1), (2, 1), (1, 2)))
+    alone, copies, shared = (
+        capacity.estimate_step(TINY, SMALL, 32, abstract(*shape)) for shape in ((1, 1), (2, 1), (1, 2))
+    )
     for account in (copies, shared):
         assert (account.devices, alone.devices) == (2, 1)
         assert account.tokens == alone.tokens
@@ -195,7 +199,7 @@ def test_each_of_several_devices_has_its_part(monkeypatch):
     table = {part.name: part for part in capacity.placement(odd, SMALL, abstract(1, 2))}
     assert (table["embeddings"].ways, table["weights of modules"].ways, table["norms"].ways) == (1, 2, 1)
     assert table["embeddings"].bytes_per_device == table["embeddings"].bytes_whole == 4 * 511 * 32
-    base = capacity.account(odd, SMALL, 32, abstract(1, 2)).base
+    base = capacity.estimate_step(odd, SMALL, 32, abstract(1, 2)).base
     assert sum(part.bytes_per_device for part in table.values()) == base
 
 
@@ -206,9 +210,9 @@ def abstract(data, fsdp):
 def test_a_plan_does_not_depend_on_the_machine_it_is_made_on(monkeypatch):
     """A fused kernel is no product of the program, so a plan that is made on a GPU would miss attention's."""
     config = dataclasses.replace(SMALL, dtype="bfloat16")
-    here = capacity.account(TINY, config, 16)
+    here = capacity.estimate_step(TINY, config, 16)
     monkeypatch.setattr("rora_theory.llama.attention._has_fused_kernel", lambda: True)
-    assert capacity.account(TINY, config, 16) == here
+    assert capacity.estimate_step(TINY, config, 16) == here
 
 
 @pytest.mark.parametrize(
@@ -223,7 +227,7 @@ def test_a_plan_does_not_depend_on_the_machine_it_is_made_on(monkeypatch):
 )
 def test_refused_by_name(config, width, devices, match):
     with pytest.raises(InputError, match=match):
-        capacity.account(TINY, config, width, abstract(*devices))
+        capacity.estimate_step(TINY, config, width, abstract(*devices))
 
 
 @pytest.mark.slow
@@ -241,7 +245,7 @@ def test_a_step_takes_the_memory_that_was_planned(data, fsdp, monkeypatch):
     devices, place = data * fsdp, layout(data, fsdp)
     model = LlamaConfig(1024, 256, 768, 8, 4, 4, 64, max_position_embeddings=128)
     config = FinetuneConfig(rank=8, batch_size=24)
-    planned = capacity.account(model, config, 128, place)
+    planned = capacity.estimate_step(model, config, 128, place)
     measured = capacity.measure_step(model, config, 128, place)
     xla = measured.program
     assert planned.devices == devices

@@ -53,7 +53,7 @@ def test_devices_that_share_the_weights_train_the_same(params, trained):
 @pytest.mark.parametrize("method", [*OTHERS, "full"])
 def test_capacity_counts_them(method, params):
     config = settings(method)
-    account = capacity.account(tiny.CONFIG, config, 16)
+    account = capacity.estimate_step(tiny.CONFIG, config, 16)
     adapter = adapters.init(jax.random.key(1), config.adapter(), tiny.CONFIG, params)
     assert account.adapter == 4 * account.trainable == 4 * adapters.count(adapter)
     assert account.optimizer - 2 * account.adapter in range(8, 33), "beside the moments: counters and the dropout key"
@@ -70,7 +70,7 @@ def test_no_product_with_a_weight_is_made_again(method):
     """
     targets = ("up_proj", "down_proj")
     low_rank = FinetuneConfig(rank=4, targets=targets, batch_size=8, dropout=0.0, held_out=0)
-    ours, known = (capacity.account(tiny.CONFIG, c, 16) for c in (settings(method, targets=targets), low_rank))
+    ours, known = (capacity.estimate_step(tiny.CONFIG, c, 16) for c in (settings(method, targets=targets), low_rank))
     if method == "parallel":
         assert ours.flops == known.flops
     else:

@@ -58,8 +58,8 @@ def test_the_program_takes_the_memory_of_the_blocks_and_makes_one_layer_dense():
     """Compare with XLA's own account, which on a CPU keeps wide copies of a dense bfloat16 base."""
     model = LlamaConfig(64, 256, 512, 16, 4, 2, 64, max_position_embeddings=64)
     config = dataclasses.replace(PLAIN, batch_size=1, dtype="bfloat16", quantization="q4_0")
-    planned, xla = capacity.account(model, config, 8), capacity.compile_here(model, config, 8)
-    half = capacity.account(model, dataclasses.replace(config, quantization="none"), 8)
+    planned, xla = capacity.estimate_step(model, config, 8), capacity.analyse_compiled_step(model, config, 8)
+    half = capacity.estimate_step(model, dataclasses.replace(config, quantization="none"), 8)
     assert xla.arguments == pytest.approx(planned.base + planned.adapter + planned.optimizer + planned.batch, abs=64)
     arrays = 2 * (64 * 256 * 2 + 256 * (2 * 16 + 1))  # embeddings, head and norms stay bfloat16
     assert planned.base - arrays == (half.base - arrays) * 4.5 / 16

@@ -39,10 +39,10 @@ def by_hand(*, remat=False):
 
 @pytest.mark.parametrize("changes", [{}, {"accumulation": 2}, {"dropout": 0.1}])
 def test_products_of_a_step_are_those_counted_by_hand(changes):
-    remade = capacity.account(MODEL, config(remat=True, **changes), WIDTH)
+    remade = capacity.estimate_step(MODEL, config(remat=True, **changes), WIDTH)
     assert remade.flops == by_hand(remat=True)
     # Without it, what is made again in the backward pass is the model's choice: something between nothing and all.
-    plain = capacity.account(MODEL, config(**changes), WIDTH)
+    plain = capacity.estimate_step(MODEL, config(**changes), WIDTH)
     assert by_hand() <= plain.flops < remade.flops
 
 
@@ -106,8 +106,8 @@ def test_memory_of_a_step_is_what_xla_says(changes):
     """Compare XLA's buffers of the same step in float32, where its CPU compiler makes no wider copies."""
     run = config(rank=8, batch_size=8, **changes)
     models = [LlamaConfig(128, 128, 384, layers, 4, 2, 32) for layers in (4, 16)]
-    accounts = [capacity.account(model, run, 128) for model in models]
-    programs = [capacity.compile_here(model, run, 128) for model in models]
+    accounts = [capacity.estimate_step(model, run, 128) for model in models]
+    programs = [capacity.analyse_compiled_step(model, run, 128) for model in models]
     for account, xla in zip(accounts, programs, strict=True):
         assert xla.arguments == account.base + account.adapter + account.optimizer + account.batch
     # What a layer adds is saved for the backward pass and leaves the compiler no choice; it aligns arrays to 64 bytes.

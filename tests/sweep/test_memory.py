@@ -16,25 +16,25 @@ RUN = FinetuneConfig(rank=4, batch_size=16, cutoff=96, dropout=0.0)
 @pytest.mark.slow
 def test_cells_differ_by_what_takes_memory(monkeypatch) -> None:
     """By rank and method; the rate and the seed take none, and the width is at most what the model reads."""
-    accounts = []
+    estimates = []
 
-    def account(model, run, width):
-        accounts.append((width, capacity_account(model, run, width)))
-        return accounts[-1][1]
+    def record_estimate(model, run, width):
+        estimates.append((width, estimate_step(model, run, width)))
+        return estimates[-1][1]
 
-    capacity_account = capacity.account
-    monkeypatch.setattr(capacity, "account", account)
+    estimate_step = capacity.estimate_step
+    monkeypatch.setattr(capacity, "estimate_step", record_estimate)
     monkeypatch.setattr(memory, "LOGITS_BYTES", 0)
     small, large, full = (
         memory.cell_memory(MODEL, replace(RUN, **changes), "float32")
         for changes in ({}, {"rank": 32}, {"method": "full", "rank": FinetuneConfig.rank})
     )
     assert small < large < full
-    width, planned = accounts[0]
+    width, planned = estimates[0]
     assert width == MODEL.max_position_embeddings
     assert small == planned.on_cpu("float32") + capacity.RESERVE
     assert memory.cell_memory(MODEL, replace(RUN, lr=1.0, seed=7), "float32") == small
-    assert len(accounts) == 3, "the last is known"
+    assert len(estimates) == 3, "the last is known"
 
 
 def test_measuring_takes_the_weights_twice() -> None:
