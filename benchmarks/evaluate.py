@@ -89,7 +89,7 @@ def harness_product_seconds(model: Model, records: list[tasks.TaskRecord]) -> fl
     choices = [harness_choices(record) for record in records]
     items = encode_choices(model.tokenizer, choices, max_length=shape.max_position_embeddings)
     block_tokens, chunk = likelihood.CPU_SHAPE
-    _, blocks = likelihood.blocks_of(items, block_tokens=block_tokens, chunk=chunk)
+    _, blocks = likelihood.plan_shared_blocks(items, block_tokens=block_tokens, chunk=chunk)
     # Inputs and outputs of the modules of a layer: q, k, v, o; gate, up, down.
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     hidden, wide = shape.hidden_size, shape.intermediate_size

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rora_theory import adapters, llama
-from rora_theory.evaluate.choices import Scored
+from rora_theory.evaluate.choices import EncodedChoice
 from rora_theory.evaluate.likelihood import log_likelihoods
 from rora_theory.finetune import Batch, FinetuneConfig, capacity
 from rora_theory.finetune import step as steps
@@ -186,7 +186,7 @@ def scoring(spec: dict[str, Any]) -> Work:
     """Time the log-likelihoods of choices, after a first run that compiles."""
     model = model_config(spec)
     random_items = gpu.random_items(spec["sizes"]["items"], model.vocab_size)
-    items = [[Scored(tokens, count) for tokens, count in choices] for choices in random_items]
+    items = [[EncodedChoice(tokens, count) for tokens, count in choices] for choices in random_items]
     params = random_weights(model)
 
     def score(_: str) -> dict[str, Any]:

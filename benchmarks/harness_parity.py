@@ -164,7 +164,7 @@ def compare_choices(
     return row
 
 
-def exact_log_likelihood(exact: Any, scored: choices.Scored) -> float:
+def exact_log_likelihood(exact: Any, scored: choices.EncodedChoice) -> float:
     """Return the log-likelihood of a choice by a model of transformers in float64."""
     with torch.no_grad():
         logits = exact(torch.tensor([scored.tokens[:-1]])).logits[0, -scored.count :]

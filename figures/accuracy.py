@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import tyro
 
 from figures import style
-from figures.sweep import at_best_rate, check_columns, chosen_model, chosen_rank, mean, model_name
+from figures.sweep import at_best_rate, check_columns, mean, model_name, select_model, select_rank
 from rora_theory.data.tasks import TASKS
 from rora_theory.io import frames
 from rora_theory.validation.ranges import Count, check_ranges
@@ -44,9 +44,9 @@ def draw(config: Config) -> Sequence[Path]:
     """Draw accuracies at each method's best rate (left) and paired gains over the base model and LoRA (right)."""
     manifest, rows = style.read_frame(config.run, "rank_sweep")
     # Cells of one model and rank, each method at its best rate.
-    rows = chosen_model(config.run, rows, config.model, None)
+    rows = select_model(config.run, rows, config.model, None)
     best = at_best_rate(config.run, rows)
-    rank = chosen_rank(config.run, best, config.rank)
+    rank = select_rank(config.run, best, config.rank)
     best = best[(best["rank"].isna() | (best["rank"] == rank)) & best["average"].notna()]
     base = rows[(rows["method"] == "base") & rows["average"].notna()]
     drawn = [name for name in style.METHODS if (best["method"] == name).any()]

@@ -14,15 +14,15 @@ import tyro
 from figures import style
 from figures.sweep import (
     at_best_rate,
-    chosen_model,
+    describe_seed_marks,
+    diverged_handles,
+    draw_levels,
     draw_line,
-    levels,
-    marks,
-    measures,
+    measured_panels,
     model_name,
     offset,
     points,
-    seeds_in_words,
+    select_model,
 )
 from rora_theory.io import frames
 from rora_theory.paper import published
@@ -68,9 +68,9 @@ def draw(config: Config) -> Sequence[Path]:
         check_unread(config, "lr", conflicts_with="--tuned")
     # Cells of one model and alpha, as one line for each method.
     manifest, rows = style.read_frame(config.run, "rank_sweep")
-    rows = chosen_model(config.run, rows, config.model, config.alpha)
+    rows = select_model(config.run, rows, config.model, config.alpha)
     style.check_among("--lr", config.lr, rows.loc[rows["method"].isin(METHODS), "learning_rate"])
-    panels = measures(rows, config.answers)
+    panels = measured_panels(rows, config.answers)
     lines = {method: curves_of_method(config, rows, method) for method in METHODS}
     if all(cells.empty for cells in lines.values()):
         style.fail(f"{config.run}: has no cell of {', '.join(METHODS)}. Choose a run with at least one.")
@@ -89,14 +89,14 @@ def draw(config: Config) -> Sequence[Path]:
             line = points(cells, column, error, unit)
             drawn_lines.append(line)
             draw_line(axis, method, line, offset([point.place for point in line], METHODS.index(method) - 1))
-        levels(axis, rows, column, unit)
+        draw_levels(axis, rows, column, unit)
         axis.set_ylabel(label)
         rank_axis(axis, lines)
     if config.paper:
-        printed(axes[-1])
+        draw_published(axes[-1])
     # One legend below all panels.
-    caption = title(manifest, pd.concat(lines.values()), config)
-    style.legend(figure, style.named(axes) | marks(drawn_lines), caption + seeds_in_words(drawn_lines))
+    caption = run_title(manifest, pd.concat(lines.values()), config)
+    style.legend(figure, style.named(axes) | diverged_handles(drawn_lines), caption + describe_seed_marks(drawn_lines))
     return style.save(figure, config.out or config.run, "accuracy_vs_rank")
 
 
@@ -164,7 +164,7 @@ def _gamma(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def printed(axis: Any) -> None:
+def draw_published(axis: Any) -> None:
     """Draw the published averages on LLaMA-7B, which use another model and another protocol."""
     # DoRA's repository has several ranks: draw lines.
     for method in ("LoRA", "DoRA"):
@@ -184,7 +184,7 @@ def printed(axis: Any) -> None:
     axis.set_ylabel("printed for LLaMA-7B: average (%)")
 
 
-def title(manifest: dict[str, Any], drawn: pd.DataFrame, config: Config) -> str:
+def run_title(manifest: dict[str, Any], drawn: pd.DataFrame, config: Config) -> str:
     """Return a title that states how the drawn cells were trained and measured."""
     settings = manifest["config"]
     steps = next(iter(drawn["steps"].dropna()), "?")

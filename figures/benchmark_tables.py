@@ -99,23 +99,23 @@ def draw(config: Config) -> Sequence[Path]:
     manifest, rows = style.read_frame(config.run, "rank_sweep")
     if config.tuned:
         rows = pd.concat([rows[rows["method"] == "base"], at_best_rate(config.run, rows)])
-    ours = lines_of(rows, manifest.get("models", {}))
+    ours = run_lines(rows, manifest.get("models", {}))
     if not any(line.average for line in ours):
         style.fail(f"{config.run}/results.csv: has no cell with accuracy. Choose a run without --no-accuracy.")
     # The design decides the layout. Without one, a run of several ranks has that of Table II.
     designs = {manifest.get("design"), *(session.get("design") for session in manifest.get("sessions", ()))}
     several = len({line.rank for line in ours if line.rank}) > 1 and "table1" not in designs
     layout = config.layout or ("II" if several or "table2" in designs else "I")
-    table = arranged([*ours, *printed(layout)], layout)
+    table = sort_lines([*ours, *paper_lines(layout)], layout)
     folder = config.out or config.run
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"table_{layout}.md", folder / f"table_{layout}.csv"]
     paths[0].write_text(markdown(table, layout, manifest))
-    paths[1].write_text(as_csv(table))
+    paths[1].write_text(lines_to_csv(table))
     return paths
 
 
-def lines_of(rows: pd.DataFrame, models: dict[str, Any]) -> list[Line]:
+def run_lines(rows: pd.DataFrame, models: dict[str, Any]) -> list[Line]:
     """Return one line for each model, method, rank, alpha and learning rate, averaged over the scored seeds."""
     # A cell counts if it was scored or diverged.
     counted = rows[(rows["status"] == "diverged") | ((rows["status"] == "complete") & rows["average"].notna())]
@@ -153,7 +153,7 @@ def mean_score(group: pd.DataFrame, column: str) -> tuple[float, float | None] |
     return (100 * _mean(values[column]), 100 * _mean(values[f"{column}_error"])) if len(values) else None
 
 
-def printed(layout: str) -> list[Line]:
+def paper_lines(layout: str) -> list[Line]:
     """Return the paper's rows of a layout."""
     return [
         Line(
@@ -177,7 +177,7 @@ def printed(layout: str) -> list[Line]:
     ]
 
 
-def arranged(lines: Sequence[Line], layout: str) -> list[Line]:
+def sort_lines(lines: Sequence[Line], layout: str) -> list[Line]:
     """Sort lines by model (I) or by rank (II): the run before the paper, methods in the order of the paper."""
     methods = list(METHODS.values())
 
@@ -230,7 +230,7 @@ def escaped(text: str) -> str:
     return html.escape(marks, quote=False)
 
 
-def as_csv(lines: Iterable[Line]) -> str:
+def lines_to_csv(lines: Iterable[Line]) -> str:
     """Return a tidy CSV text with one column for each score and one for its standard error."""
     names = [*published.NAMES, "average"]
     rows = []

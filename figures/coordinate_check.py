@@ -47,11 +47,11 @@ def draw(config: Config) -> Sequence[Path]:
             f"{config.run}: has no results.csv with the sizes of each seed; coordinate_check is not drawn",
             file=sys.stderr,
         )
-        return style.save(exponents(manifest, slopes), folder, "coordinate_check_slopes")
+        return style.save(draw_slopes(manifest, slopes), folder, "coordinate_check_slopes")
     _, rows = style.read_frame(config.run)
     return [
-        *style.save(sizes(manifest, rows), folder, "coordinate_check"),
-        *style.save(exponents(manifest, slopes), folder, "coordinate_check_slopes"),
+        *style.save(draw_sizes(manifest, rows), folder, "coordinate_check"),
+        *style.save(draw_slopes(manifest, slopes), folder, "coordinate_check_slopes"),
     ]
 
 
@@ -66,7 +66,7 @@ def case_title(case: Sequence[Any]) -> str:
     return text + ("\n(control: must fail)" if control else "")
 
 
-def sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
+def draw_sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
     """Draw the output of each module against the rank, at the first and last step: columns are cases, rows splits."""
     # Values of diverged runs are not finite, and would stretch the axis.
     rows = rows.assign(value=rows["value"].where(np.isfinite(rows["value"])))
@@ -108,7 +108,7 @@ def sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
     return figure
 
 
-def exponents(manifest: dict[str, Any], slopes: pd.DataFrame) -> plt.Figure:
+def draw_slopes(manifest: dict[str, Any], slopes: pd.DataFrame) -> plt.Figure:
     """Draw slopes against the step: columns are cases, rows splits, lines modules; black lines are the whole model."""
     cases = dict(list(slopes.groupby(CASE, sort=False)))
     modules = [module for module in SHORT if module in set(slopes["module"])]

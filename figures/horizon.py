@@ -38,11 +38,11 @@ def draw(config: Config) -> Sequence[Path]:
         style.fail(f"{config.run}: no rank has best rates at two strengths. Run sims.horizon with further --strengths.")
     ranks, steps = (sorted({int(value) for value in best[name]}) for name in ("rank", "step"))
     figure, (first, second, last) = style.panels(3)
-    against_strength(first, best, exponents, ranks, steps)
+    draw_against_strength(first, best, exponents, ranks, steps)
     # Exponents from one value of G to the largest: the one that most ranks and horizons have.
     from_one = exponents[exponents["first"] == exponents["first"].mode()[0]]
-    by_parts = against_horizon(second, from_one, ranks, steps)
-    against_steps(last, best, ranks)
+    by_parts = draw_exponents(second, from_one, ranks, steps)
+    draw_against_steps(last, best, ranks)
     # Colours are steps and markers are ranks in all panels, so that the legend has one entry for each.
     handles: dict[str, Any] = {
         f"{step} steps": plt.Line2D([], [], color=colour) for step, colour in zip(steps, style.COLOURS, strict=False)
@@ -60,7 +60,7 @@ def draw(config: Config) -> Sequence[Path]:
     return style.save(figure, config.out or config.run, "horizon")
 
 
-def against_strength(
+def draw_against_strength(
     axes: Axes, best: pd.DataFrame, exponents: pd.DataFrame, ranks: Sequence[int], steps: Sequence[int]
 ) -> None:
     """Draw best rates against gamma r, with the constant-gradient law from the first point of each rank and horizon."""
@@ -69,7 +69,7 @@ def against_strength(
             selected = best[(best["rank"] == rank) & (best["step"] == step)]
             if selected.empty:
                 continue
-            best_rates(
+            draw_best_rates(
                 axes, offset(selected["strength"], index, ranks), selected, index, color=colour, linestyle="none"
             )
             # A best rate at the end of its grid is a bound only: cross it out.
@@ -85,7 +85,7 @@ def against_strength(
     axes.set(yscale="log", xlabel=r"$\gamma r$", ylabel="best learning rate")
 
 
-def against_horizon(axes: Axes, exponents: pd.DataFrame, ranks: Sequence[int], steps: Sequence[int]) -> bool:
+def draw_exponents(axes: Axes, exponents: pd.DataFrame, ranks: Sequence[int], steps: Sequence[int]) -> bool:
     """Draw exponents against the number of steps with the range of the law.
 
     Returns:
@@ -124,14 +124,14 @@ def offset(places: pd.Series, index: int, ranks: Sequence[int]) -> pd.Series:
     return places * 1.04 ** (index - (len(ranks) - 1) / 2)
 
 
-def best_rates(axes: Axes, x: pd.Series, selected: pd.DataFrame, index: int, **look: Any) -> None:
+def draw_best_rates(axes: Axes, x: pd.Series, selected: pd.DataFrame, index: int, **look: Any) -> None:
     """Draw best rates with one standard error, with the marker of the rank of this index."""
     error = 2 ** selected["log2_error"].fillna(0)
     bars = [selected["best_rate"] * (1 - 1 / error), selected["best_rate"] * (error - 1)]
     axes.errorbar(x, selected["best_rate"], yerr=bars, marker=style.MARKERS[index], **look)
 
 
-def against_steps(axes: Axes, best: pd.DataFrame, ranks: Sequence[int]) -> None:
+def draw_against_steps(axes: Axes, best: pd.DataFrame, ranks: Sequence[int]) -> None:
     """Draw the best rates of each rank and gamma r against the number of steps, with two reference slopes.
 
     Only the values of gamma r with the largest number of readings are drawn, so that few lines cross.
@@ -140,7 +140,7 @@ def against_steps(axes: Axes, best: pd.DataFrame, ranks: Sequence[int]) -> None:
     best = best[best["strength"].map(counts) == counts.max()]
     for (rank, strength), selected in best.groupby(["rank", "strength"]):
         index, colour = ranks.index(rank), "black" if strength == best["strength"].min() else "grey"
-        best_rates(axes, offset(selected["step"], index, ranks), selected, index, color=colour, linewidth=0.8)
+        draw_best_rates(axes, offset(selected["step"], index, ranks), selected, index, color=colour, linewidth=0.8)
     steps = np.array(sorted(set(best["step"])))
     # Reference slopes start at the geometric mean over the ranks.
     for strength, selected in best.groupby("strength"):

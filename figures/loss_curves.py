@@ -53,15 +53,15 @@ def draw(config: Config) -> Sequence[Path]:
     if not any(map(is_sweep, config.runs)):
         check_unread(config, "rank", "seed", "lr", requires="the run folder of a sweep")
     # One curve for each run, or for each selected cell of a sweep.
-    folders = [cell for run in config.runs for cell in cells(run, config)]
+    folders = [cell for run in config.runs for cell in run_folders(run, config)]
     if config.labels and len(config.labels) != len(folders):
         style.fail(f"--labels must have one name for each of the {len(folders)} runs, got {len(config.labels)}")
     runs = [read_events(folder) for folder in folders]
     # Without labels, runs are named by the settings in which they differ.
-    names = config.labels or names_of([settings for settings, _ in runs])
+    names = config.labels or run_names([settings for settings, _ in runs])
     figure, axis = plt.subplots(figsize=(3.6, 2.8))
     title = "points: single batches; lines: their running mean"
-    curves = zip(looks([settings for settings, _ in runs]), names, runs, strict=True)
+    curves = zip(choose_looks([settings for settings, _ in runs]), names, runs, strict=True)
     for number, ((colour, marker), label, (_, events)) in enumerate(curves):
         dashes = "--" if number % 2 else "-"  # of two equal lines, the earlier one shows between the dashes
         # Single batches are noisy: faint points, with their running mean as a line.
@@ -86,7 +86,7 @@ def is_sweep(run: Path) -> bool:
     return (run / "results.csv").exists() and (run / "cells").is_dir()
 
 
-def cells(run: Path, config: Config) -> list[Path]:
+def run_folders(run: Path, config: Config) -> list[Path]:
     """Return a run's folder, or the folders of the selected cells of a sweep in the order of its table."""
     if not is_sweep(run):
         return [run]
@@ -128,7 +128,7 @@ def read_events(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return settings, events
 
 
-def looks(runs: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+def choose_looks(runs: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """Return the colour and marker of each run: by method, or by position if two runs have the same method."""
     methods = [_method(settings) for settings in runs]
     if len(set(methods)) == len(methods):
@@ -148,9 +148,9 @@ def _method(settings: dict[str, Any]) -> str:
     )
 
 
-def names_of(runs: Sequence[dict[str, Any]]) -> list[str]:
+def run_names(runs: Sequence[dict[str, Any]]) -> list[str]:
     """Return the names of runs, with the learning rate where two names would be equal."""
-    plain = [name(settings) for settings in runs]
+    plain = [run_name(settings) for settings in runs]
     peaks = [settings["lr"] for settings in runs]
     rates = set(zip(plain, peaks, strict=True))
     several = {label for label in plain if sum(label == known for known, _ in rates) > 1}
@@ -160,7 +160,7 @@ def names_of(runs: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def name(settings: dict[str, Any]) -> str:
+def run_name(settings: dict[str, Any]) -> str:
     """Return the name of a run: the label of its method and its rank."""
     label = style.look(_method(settings))[0]
     return (

@@ -12,15 +12,15 @@ import tyro
 
 from figures import style
 from figures.sweep import (
-    chosen_model,
-    chosen_rank,
+    describe_seed_marks,
+    diverged_handles,
+    draw_levels,
     draw_line,
-    levels,
-    marks,
-    measures,
+    measured_panels,
     model_name,
     points,
-    seeds_in_words,
+    select_model,
+    select_rank,
 )
 from rora_theory.validation.ranges import Count, Positive, check_ranges
 
@@ -56,12 +56,12 @@ def draw(config: Config) -> Sequence[Path]:
     Points are means over seeds with the standard error over items, dashes single seeds, crosses diverged runs.
     """
     manifest, rows = style.read_frame(config.run, "rank_sweep")
-    rows = chosen_model(config.run, rows, config.model, config.alpha)
-    rank = chosen_rank(config.run, rows, config.rank)
+    rows = select_model(config.run, rows, config.model, config.alpha)
+    rank = select_rank(config.run, rows, config.rank)
     rows = rows[rows["rank"].isna() | (rows["rank"] == rank)]
     trained = rows[rows["learning_rate"].notna()]
     # The loss always has a panel; a further measure needs values at several rates.
-    loss, *further = measures(rows, config.answers)
+    loss, *further = measured_panels(rows, config.answers)
     panels = [loss, *(panel for panel in further if trained.dropna(subset=panel[0])["learning_rate"].nunique() > 1)]
     drawn = [name for name in style.METHODS if (trained["method"] == name).any()]
     rates = sorted(trained["learning_rate"].unique().tolist())
@@ -77,7 +77,7 @@ def draw(config: Config) -> Sequence[Path]:
             lines.append(line)
         if config.top is not None and axis is axes[0]:
             axis.set_ylim(top=config.top)
-        levels(axis, rows, column, unit)
+        draw_levels(axis, rows, column, unit)
         axis.set(xscale="log", xlabel="learning rate", ylabel=label)
         axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axis.minorticks_off()
@@ -87,7 +87,7 @@ def draw(config: Config) -> Sequence[Path]:
         + (f", r = {rank}" if rank else "")
         + f", {trained['steps'].iloc[0]} steps of {manifest['config']['training']['batch']}; bars: ± s.e. over items"
     )
-    style.legend(figure, style.named(axes) | marks(lines), title + seeds_in_words(lines))
+    style.legend(figure, style.named(axes) | diverged_handles(lines), title + describe_seed_marks(lines))
     return style.save(figure, config.out or config.run, "loss_vs_rate")
 
 

@@ -46,12 +46,12 @@ def draw(config: Config) -> Sequence[Path]:
     }
     figure, axes = plt.subplot_mosaic([[*gammas], ["curve"] * 2], figsize=(4.6, 5.0), height_ratios=(1, 0.9))
     for rule in gammas:
-        scheme(axes[rule], rule, config, gammas[rule][-1])
-    curve(axes["curve"], config, {rule: values[:-1] for rule, values in gammas.items()})
+        draw_scheme(axes[rule], rule, config, gammas[rule][-1])
+    draw_scaling_curve(axes["curve"], config, {rule: values[:-1] for rule, values in gammas.items()})
     return style.save(figure, config.out, "scaling_diagram")
 
 
-def scheme(axis: Any, rule: str, config: Config, gamma: float) -> None:
+def draw_scheme(axis: Any, rule: str, config: Config, gamma: float) -> None:
     """Draw the path of x through the frozen W, and the path through A, B and gamma, to their sum."""
     _, colour, _ = style.look(rule)
     name, formula = {"lora": ("LoRA", r"\alpha/r"), "rora": ("RoRA", r"\alpha/\sqrt{r}")}[rule]
@@ -91,7 +91,7 @@ def scheme(axis: Any, rule: str, config: Config, gamma: float) -> None:
     axis.text(5, -0.75, text, ha="center", va="center", fontsize=7, color=colour)
 
 
-def curve(axis: Any, config: Config, gammas: dict[str, list[float]]) -> None:
+def draw_scaling_curve(axis: Any, config: Config, gammas: dict[str, list[float]]) -> None:
     """Draw gamma against the rank on logarithmic axes, with the slopes."""
     for rule, values in gammas.items():
         label, colour, marker = style.look(rule)

@@ -33,7 +33,7 @@ class Point:
     diverged: int
 
 
-def chosen_model(run: Path, rows: pd.DataFrame, model: str | None, alpha: float | None) -> pd.DataFrame:
+def select_model(run: Path, rows: pd.DataFrame, model: str | None, alpha: float | None) -> pd.DataFrame:
     """Return the finished cells of one model, with one alpha for each method and rank, or end the command."""
     # One model, by the option if there are several.
     models = rows["model"].unique().tolist()
@@ -55,7 +55,7 @@ def chosen_model(run: Path, rows: pd.DataFrame, model: str | None, alpha: float 
     return cells
 
 
-def chosen_rank(run: Path, rows: pd.DataFrame, rank: int | None) -> int | None:
+def select_rank(run: Path, rows: pd.DataFrame, rank: int | None) -> int | None:
     """Return the selected rank or the only rank of a run, None if no cell has a rank, or end the command."""
     ranks = sorted(rows["rank"].dropna().unique().tolist())
     rank = ranks[0] if rank is None and len(ranks) == 1 else rank
@@ -98,7 +98,7 @@ def points(cells: pd.DataFrame, column: str, error: str, unit: float, by: str = 
     return means
 
 
-def measures(rows: pd.DataFrame, answers: bool) -> list[tuple[str, str, str, float]]:
+def measured_panels(rows: pd.DataFrame, answers: bool) -> list[tuple[str, str, str, float]]:
     """Return the measures of a run: columns of the value and its error, axis label, and unit."""
     loss = "answer" if answers else "validation"
     panels = [(f"{loss}_loss", f"{loss}_error", f"{loss} loss per token (nats)", 1.0)]
@@ -140,7 +140,7 @@ def draw_line(axis: Any, method: str, line: Sequence[Point], places: Sequence[fl
             axis.plot([place] * len(point.seeds), point.seeds, "_", color=colour, markersize=5, alpha=0.7)
 
 
-def marks(lines: Iterable[Sequence[Point]]) -> dict[str, Any]:
+def diverged_handles(lines: Iterable[Sequence[Point]]) -> dict[str, Any]:
     """Return the legend handles of marks for diverged seeds."""
     all_points = [point for line in lines for point in line]
     marks_by_label = {
@@ -154,12 +154,12 @@ def marks(lines: Iterable[Sequence[Point]]) -> dict[str, Any]:
     }
 
 
-def seeds_in_words(lines: Iterable[Sequence[Point]]) -> str:
+def describe_seed_marks(lines: Iterable[Sequence[Point]]) -> str:
     """Return the end of a title that explains the marks of single seeds; empty if none are drawn."""
     return "; short dashes: a single seed" if any(len(point.seeds) > 1 for line in lines for point in line) else ""
 
 
-def levels(axis: Any, rows: pd.DataFrame, column: str, unit: float) -> None:
+def draw_levels(axis: Any, rows: pd.DataFrame, column: str, unit: float) -> None:
     """Draw the base model as dashes and chance as dots; a level far from the lines is stated at the edge."""
     bases = rows[(rows["method"] == "base") & rows[column].notna()]
     if bases.empty:

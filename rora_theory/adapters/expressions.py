@@ -19,10 +19,10 @@ LIMIT = 5_000_000
 needs 300 000."""
 
 Positions = set[int]
-Part = Callable[[str, Positions, "Work"], Positions]
+Part = Callable[[str, Positions, "MatchBudget"], Positions]
 
 
-class Work:
+class MatchBudget:
     """Budget of `LIMIT` matched parts, shared by the expressions of one setting.
 
     Args:
@@ -30,7 +30,7 @@ class Work:
     """
 
     def __init__(self, where: str) -> None:
-        self.where, self.left = where, LIMIT
+        self.where, self.remaining = where, LIMIT
 
     def spend(self, parts: int) -> None:
         """Subtract matched parts from the budget.
@@ -38,8 +38,8 @@ class Work:
         Raises:
           InputError: If the budget is exhausted.
         """
-        self.left -= parts
-        if self.left < 0:
+        self.remaining -= parts
+        if self.remaining < 0:
             raise InputError(f"{self.where} takes too long to match. Use fewer or simpler regular expressions.")
 
 
@@ -48,15 +48,15 @@ class Expression:
 
     Args:
       pattern: Expression in the syntax of `re`.
-      work: Budget of the setting that the expression belongs to.
+      budget: Budget of the setting that the expression belongs to.
 
     Raises:
       InputError: If the pattern is not a regular expression, or contains a reference, an atomic group or a possessive
         repetition.
     """
 
-    def __init__(self, pattern: str, work: Work) -> None:
-        self._work, self._pattern = work, pattern
+    def __init__(self, pattern: str, budget: MatchBudget) -> None:
+        self._budget, self._pattern = budget, pattern
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # syntax that a later Python may interpret differently
@@ -65,9 +65,11 @@ class Expression:
             self._min_width, self._max_width = tree.getwidth()
             self._match = _sequence(tree, tree.state.flags)
         except _Unsupported as error:
-            raise InputError(f"{work.where} {shown(pattern)} has {error}, which is not supported. Remove it.") from None
+            raise InputError(
+                f"{budget.where} {shown(pattern)} has {error}, which is not supported. Remove it."
+            ) from None
         except (re.error, OverflowError) as error:
-            raise InputError(f"{work.where} {shown(pattern)} is not a regular expression: {error}") from error
+            raise InputError(f"{budget.where} {shown(pattern)} is not a regular expression: {error}") from error
         except RecursionError:
             raise self._nesting_error() from None
 
@@ -77,19 +79,19 @@ class Expression:
         Raises:
           InputError: If the budget is exhausted.
         """
-        self._work.spend(1)
+        self._budget.spend(1)
         end = len(text)
         # Skip positions from which the remaining text is too short or too long.
         candidates = {start for start in starts if self._min_width <= end - start <= self._max_width}
         if not candidates:
             return False
         try:
-            return end in self._match(text, candidates, self._work)
+            return end in self._match(text, candidates, self._budget)
         except RecursionError:
             raise self._nesting_error() from None
 
     def _nesting_error(self) -> InputError:
-        return InputError(f"{self._work.where} {shown(self._pattern)} is nested too deeply. Simplify it.")
+        return InputError(f"{self._budget.where} {shown(self._pattern)} is nested too deeply. Simplify it.")
 
 
 class _Unsupported(Exception):  # noqa: N818 (internal)
@@ -126,12 +128,12 @@ def _sequence(items: Any, flags: int) -> Part:
     flush()
 
     # Every part maps all positions reached so far to those where it may end, so no path is followed twice.
-    def match(text: str, starts: Positions, work: Work) -> Positions:
-        work.spend(1)
+    def match(text: str, starts: Positions, budget: MatchBudget) -> Positions:
+        budget.spend(1)
         for part in parts:
             if not starts:
                 break
-            starts = part(text, starts, work)
+            starts = part(text, starts, budget)
         return starts
 
     return match
@@ -143,8 +145,8 @@ def _simple(items: Sequence[Any], flags: int) -> Part:
     state.flags = flags
     compiled = _compiler.compile(_parser.SubPattern(state, list(items)), flags)
 
-    def match(text: str, starts: Positions, work: Work) -> Positions:
-        work.spend(len(starts))
+    def match(text: str, starts: Positions, budget: MatchBudget) -> Positions:
+        budget.spend(len(starts))
         return {result.end() for start in starts if (result := compiled.match(text, start))}
 
     return match
@@ -162,7 +164,7 @@ def _compound(item: Any, flags: int) -> Part:
     # A branch reaches the positions of all its alternatives.
     if kind is _parser.BRANCH:
         branches = [_sequence(branch, flags) for branch in value[1]]
-        return lambda text, starts, work: set().union(*(branch(text, starts, work) for branch in branches))
+        return lambda text, starts, budget: set().union(*(branch(text, starts, budget) for branch in branches))
     if kind is _parser.SUBPATTERN:
         _, added, removed, body = value
         return _sequence(body, (flags | added) & ~removed)
@@ -178,17 +180,17 @@ def _compound(item: Any, flags: int) -> Part:
 def _repeat(minimum: int, maximum: int, body: Part) -> Part:
     """Return a part that matches ``body`` from ``minimum`` to ``maximum`` times."""
 
-    def match(text: str, starts: Positions, work: Work) -> Positions:
+    def match(text: str, starts: Positions, budget: MatchBudget) -> Positions:
         # Required repetitions; once the positions no longer change, further ones change nothing.
         for _ in range(minimum):
-            following = body(text, starts, work)
+            following = body(text, starts, budget)
             if following == starts:
                 break
             starts = following
         # Optional repetitions, from new positions only: a text of n characters has at most n + 1 positions.
         ends, new, count = set(starts), starts, minimum
         while new and count < maximum:
-            new = body(text, new, work) - ends
+            new = body(text, new, budget) - ends
             ends |= new
             count += 1
         return ends
@@ -206,10 +208,10 @@ def _assertion(body: Part, width: int, *, positive: bool, ahead: bool) -> Part:
       ahead: Whether the assertion is a look-ahead.
     """
 
-    def body_matches(text: str, position: int, work: Work) -> bool:
+    def body_matches(text: str, position: int, budget: MatchBudget) -> bool:
         if position < width:
             return False
-        ends = body(text, {position - width}, work)
+        ends = body(text, {position - width}, budget)
         return bool(ends) if ahead else position in ends
 
-    return lambda text, starts, work: {start for start in starts if body_matches(text, start, work) is positive}
+    return lambda text, starts, budget: {start for start in starts if body_matches(text, start, budget) is positive}

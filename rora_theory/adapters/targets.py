@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rora_theory.adapter_config import ALL_LINEAR
-from rora_theory.adapters.expressions import Expression, Work
+from rora_theory.adapters.expressions import Expression, MatchBudget
 from rora_theory.errors import InputError, shown
 from rora_theory.llama import MODULES, LlamaConfig
 from rora_theory.scaling import check_positive, check_rank
@@ -206,7 +206,7 @@ def module_predicate(where: str, modules: Sequence[str] | str) -> Callable[[str]
         return lambda name: not names.isdisjoint(_tails(name))
     if modules.lower() == ALL_LINEAR and where == "target_modules":
         return lambda name: name not in OTHERS
-    return Expression(modules, Work(where)).matches
+    return Expression(modules, MatchBudget(where)).matches
 
 
 def first_matches(where: str, pattern: Sequence[str] | Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
@@ -222,8 +222,8 @@ def first_matches(where: str, pattern: Sequence[str] | Mapping[str, Any], names:
     Raises:
       InputError: If an entry is not a regular expression, or matching takes too long.
     """
-    work = Work(where)
-    entries = {entry: Expression(entry, work) for entry in pattern}
+    budget = MatchBudget(where)
+    entries = {entry: Expression(entry, budget) for entry in pattern}
     matches = {}
     for name in names:
         # An entry may match from the start of the name, or after any dot.

@@ -49,15 +49,15 @@ class RayRunner:
         lock = read_lock(todo[0][1])
         work_reference = _put(work)
         attempt = ray.remote(max_retries=RETRIES)(worker.attempt)
-        sent: dict[str, list[tuple[str, Any]]] = {}
-        index_of_stream: dict[Any, int] = {}
+        sent_models: dict[str, list[tuple[str, Any]]] = {}  # references of the files that were sent, by digest
+        index_of_stream: dict[Any, int] = {}  # position of the cell that each stream of messages reports on
         started: set[int] = set()
         nodes: dict[str, Mapping[str, Any] | None] = {}  # software of each node if it differs from the driver's
 
         def submit(index: int) -> None:
             cell, folder = todo[index]
             remote_attempt = attempt.options(**self.needs(cell))
-            stream = remote_attempt.remote([work_reference], cell, folder.resolve(), lock, dict(sent))
+            stream = remote_attempt.remote([work_reference], cell, folder.resolve(), lock, dict(sent_models))
             index_of_stream[stream] = index
 
         def start(index: int) -> None:
@@ -90,8 +90,8 @@ class RayRunner:
                     # The stream has ended: send the model that the node lacks and submit the cell again, or finish it.
                     del index_of_stream[stream]
                     if isinstance(message, MissingModel):
-                        if message.sha256 not in sent:
-                            sent[message.sha256] = put_model(message.source)
+                        if message.sha256 not in sent_models:
+                            sent_models[message.sha256] = put_model(message.source)
                         submit(index)
                     else:
                         start(index)

@@ -29,7 +29,7 @@ def put_model(source: Path) -> list[tuple[str, Any]]:
     return [(str(path.relative_to(source.parent)), ray.put(content(path))) for path in model_files(source)]
 
 
-def keep_model(sha256: str, parts: Sequence[tuple[str, Any]]) -> None:
+def cache_sent_model(sha256: str, parts: Sequence[tuple[str, Any]]) -> None:
     """Write the files of `put_model` to this machine's cache, unless they are there.
 
     Args:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, no_type_check
 
-from rora_theory.cluster.models import keep_model
+from rora_theory.cluster.models import cache_sent_model
 from rora_theory.io import files
 from rora_theory.io.model_cache import MissingModelError
 from rora_theory.runs import software
@@ -104,7 +104,7 @@ def _compute(
         except MissingModelError as error:
             if error.sha256 not in sent:
                 return MissingModel(error.source, error.sha256)
-            keep_model(error.sha256, sent[error.sha256])
+            cache_sent_model(error.sha256, sent[error.sha256])
             return _run(_fetch(work_reference), cell, folder, lock)
     except Exception as error:
         return _failed(error)

@@ -39,7 +39,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Scored:
+class EncodedChoice:
     """Tokens of one choice of an item.
 
     Attributes:
@@ -117,7 +117,9 @@ def _clean(text: str) -> str:
     return text.replace("  ", " ")
 
 
-def encode_choices(tokenizer: Tokenizer, items: Sequence[Sequence[Choice]], *, max_length: int) -> list[list[Scored]]:
+def encode_choices(
+    tokenizer: Tokenizer, items: Sequence[Sequence[Choice]], *, max_length: int
+) -> list[list[EncodedChoice]]:
     """Tokenize every choice of every item as lm-evaluation-harness does.
 
     Spaces at the end of the context move to the continuation. The context and the entire text are encoded separately,
@@ -162,7 +164,7 @@ def encode_choices(tokenizer: Tokenizer, items: Sequence[Sequence[Choice]], *, m
                     f"got {len(scored)}"
                 )
             # Truncation on the left removes context only: the scored tokens are the last ones.
-            choices.append(Scored(tuple((context_ids + scored)[-(max_length + 1) :]), len(scored)))
+            choices.append(EncodedChoice(tuple((context_ids + scored)[-(max_length + 1) :]), len(scored)))
         tokens_by_item.append(choices)
     return tokens_by_item
 
@@ -173,11 +175,15 @@ def _move_spaces(context: str, continuation: str) -> tuple[str, str]:
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str], start_text: str) -> list[list[int]]:
-    """Encode texts, equal ones only once, without a BOS token if the text begins with ``start_text``."""
+    """Encode texts, equal ones only once, and without a second BOS token if a text begins with ``start_text``."""
     distinct = list(dict.fromkeys(texts))
-    starts = [bool(start_text) and text.startswith(start_text) for text in distinct]
-    with_bos = tokenizer.encode_batch([text for text, has in zip(distinct, starts, strict=True) if not has])
-    without_bos = tokenizer.encode_batch([text for text, has in zip(distinct, starts, strict=True) if has], False)
-    rows = {False: iter(with_bos), True: iter(without_bos)}
-    ids = {text: next(rows[has]) for text, has in zip(distinct, starts, strict=True)}
+
+    def has_start(text: str) -> bool:
+        return bool(start_text) and text.startswith(start_text)
+
+    # Encode both kinds in one batch each, then restore the order of the texts.
+    with_bos = tokenizer.encode_batch([text for text in distinct if not has_start(text)])
+    without_bos = tokenizer.encode_batch([text for text in distinct if has_start(text)], False)
+    encoded = {False: iter(with_bos), True: iter(without_bos)}
+    ids = {text: next(encoded[has_start(text)]) for text in distinct}
     return [ids[text] for text in texts]

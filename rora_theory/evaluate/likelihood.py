@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from rora_theory.evaluate.choices import Scored
-from rora_theory.evaluate.packing import Block, grow, plan
+from rora_theory.evaluate.choices import EncodedChoice
+from rora_theory.evaluate.packing import Block, build_trie, plan_blocks
 from rora_theory.llama import shared_prompt
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.model import Adapter, hidden_states, output_matrix
@@ -30,7 +30,7 @@ amortise reading the weights, small enough to stay in its caches."""
 def log_likelihoods(
     params: dict,
     config: LlamaConfig,
-    items: Sequence[Sequence[Scored]],
+    items: Sequence[Sequence[EncodedChoice]],
     *,
     adapter: Adapter | None = None,
     batch_size: int = 1,
@@ -54,7 +54,7 @@ def log_likelihoods(
     block_tokens, chunk = shape or (CPU_SHAPE if jax.default_backend() == "cpu" else OTHER_SHAPE)
     skip = set(done)
     # Plan all items, so that the remaining blocks are the same whichever items are done.
-    shared, blocks = blocks_of(items, block_tokens=block_tokens, chunk=chunk)
+    shared, blocks = plan_shared_blocks(items, block_tokens=block_tokens, chunk=chunk)
     blocks = [block for block in blocks if not skip.issuperset(block.items)]
     # The shared prefix becomes cached keys and values that the rows attend to.
     if shared and blocks:
@@ -69,21 +69,25 @@ def log_likelihoods(
                     yield item, totals
 
 
-def blocks_of(items: Sequence[Sequence[Scored]], *, block_tokens: int, chunk: int) -> tuple[int, list[Block]]:
+def plan_shared_blocks(
+    items: Sequence[Sequence[EncodedChoice]], *, block_tokens: int, chunk: int
+) -> tuple[int, list[Block]]:
     """Return the number of tokens that all contexts share, and the blocks of the tokens after them.
 
     Args:
       items: Choices of each item.
-      block_tokens: Maximum number of slots per block, see `packing.plan`.
-      chunk: Number of slots per vocabulary chunk, see `packing.plan`.
+      block_tokens: Maximum number of slots per block, see `packing.plan_blocks`.
+      chunk: Number of slots per vocabulary chunk, see `packing.plan_blocks`.
     """
     # Exclude the last token of each context, which predicts the first scored token.
     contexts = [choice.tokens[: -choice.count - 1] for choices in items for choice in choices]
     shared = shared_prompt.shared_length(contexts) if items else 0
-    return shared, plan(grow(items, shared), block_tokens=block_tokens, chunk=chunk, start=shared)
+    return shared, plan_blocks(build_trie(items, shared), block_tokens=block_tokens, chunk=chunk, start=shared)
 
 
-def _choice_totals(block: Block, values: np.ndarray, items: Sequence[Sequence[Scored]]) -> dict[int, list[float]]:
+def _choice_totals(
+    block: Block, values: np.ndarray, items: Sequence[Sequence[EncodedChoice]]
+) -> dict[int, list[float]]:
     """Sum the log-probabilities of each choice's tokens in float64."""
     totals = {item: [0.0] * len(items[item]) for item in block.items}
     for (item, choice), value in zip(block.owners, values[: len(block.owners)].tolist(), strict=True):

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rora_theory.evaluate.choices import Scored
+from rora_theory.evaluate.choices import EncodedChoice
 from rora_theory.llama.shared_prompt import common_length
 
-SHORTEST_ROW, STEP = 64, 8
-"""Smallest number of slots per row, and the number that it must be a multiple of."""
-WINDOW = 256
+MIN_ROW_LENGTH, ROW_MULTIPLE = 64, 8
+"""Minimum number of slots per row, and the number that it must be a multiple of."""
+PACKING_WINDOW = 256
 """Number of items that are packed together; the packing time grows with its square."""
 BLOCK_COST = 64
 """Fixed cost of a block, for reading every weight once, in units of the cost of a slot (on two CPU cores)."""
@@ -46,13 +46,13 @@ class Trie:
     items: tuple[frozenset[int], ...]
     targets: tuple[tuple[tuple[tuple[int, int], ...], ...], ...]
 
-    def scored(self, item: int) -> int:
+    def count_scored(self, item: int) -> int:
         """Return the number of scored tokens of an item over all its choices."""
         return sum(map(len, self.targets[item]))
 
-    def size(self, item: int) -> int:
+    def row_size(self, item: int) -> int:
         """Return the number of slots of a row with this item alone; a row has two scored tokens per slot at most."""
-        return max(len(self.items[item]), math.ceil(self.scored(item) / 2))
+        return max(len(self.items[item]), math.ceil(self.count_scored(item) / 2))
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Block:
     items: tuple[int, ...]
 
 
-def grow(items: Sequence[Sequence[Scored]], start: int = 0) -> Trie:
+def build_trie(items: Sequence[Sequence[EncodedChoice]], start: int = 0) -> Trie:
     """Build the trie of the tokens that all choices read.
 
     Args:
@@ -117,48 +117,51 @@ def grow(items: Sequence[Sequence[Scored]], start: int = 0) -> Trie:
         nodes_of[path] = nodes
         previous = path
 
-    # The node of each token predicts the next one.
-    def targets(choice: Scored) -> tuple[tuple[int, int], ...]:
-        path = nodes_of[choice.tokens[start:-1]]
-        return tuple(zip(path[-choice.count :], choice.tokens[-choice.count :], strict=True))
+    def path_of(choice: EncodedChoice) -> list[int]:
+        return nodes_of[choice.tokens[start:-1]]
+
+    # The node of each token predicts the next one, so the last ``count`` nodes of a path predict the scored tokens.
+    def targets(choice: EncodedChoice) -> tuple[tuple[int, int], ...]:
+        return tuple(zip(path_of(choice)[-choice.count :], choice.tokens[-choice.count :], strict=True))
 
     return Trie(
         tokens=np.array(tokens, np.int32),
         depth=np.array(depth, np.int32),
-        items=tuple(frozenset(n for choice in item for n in nodes_of[choice.tokens[start:-1]]) for item in items),
+        items=tuple(frozenset().union(*map(path_of, item)) for item in items),
         targets=tuple(tuple(map(targets, item)) for item in items),
     )
 
 
-def plan(trie: Trie, *, block_tokens: int, chunk: int, start: int = 0) -> list[Block]:
+def plan_blocks(trie: Trie, *, block_tokens: int, chunk: int, start: int = 0) -> list[Block]:
     """Assign every item to a row of a block.
 
     Rows are as short as the items allow, because the cost of attention grows with the square of a row's length. The
     number of rows per block is chosen between half the maximum and the maximum, to leave few slots empty.
 
     Args:
-      trie: Trie of the items, see `grow`.
+      trie: Trie of the items, see `build_trie`.
       block_tokens: Maximum number of slots per block, a power of two. An item of more slots gets a block of its own,
         with its size rounded up to a multiple of ``block_tokens``.
       chunk: Number of slots that are projected to the vocabulary together, a divisor of ``block_tokens``.
       start: Position of the trie's roots.
     """
     # Oversized items get blocks of their own. The others are sorted such that neighbours share long prefixes.
-    sizes = list(map(trie.size, range(len(trie.items))))
-    blocks = []
-    short = []
+    sizes = list(map(trie.row_size, range(len(trie.items))))
+    blocks: list[Block] = []
+    short: list[int] = []
     for index in sorted(range(len(sizes)), key=lambda index: (max(trie.items[index]), index)):
         if sizes[index] <= block_tokens:
             short.append(index)
         else:
             length = math.ceil(sizes[index] / block_tokens) * block_tokens
-            blocks.append(_block([PackedRow([index], set(trie.items[index]))], 1, length, trie, chunk, start))
+            blocks.append(_build_block([PackedRow([index], set(trie.items[index]))], 1, length, trie, chunk, start))
     if not short:
         return blocks
     # Candidate row lengths: from the largest item's size, rounded up, to four times this size.
-    shortest = -(-max(SHORTEST_ROW, *(sizes[index] for index in short)) // STEP) * STEP
-    lengths = range(shortest, min(block_tokens, 4 * shortest) + 1, STEP) or [block_tokens]
-    sample = short[:: math.ceil(len(short) / WINDOW)]
+    shortest = -(-max(MIN_ROW_LENGTH, *(sizes[index] for index in short)) // ROW_MULTIPLE) * ROW_MULTIPLE
+    lengths = range(shortest, min(block_tokens, 4 * shortest) + 1, ROW_MULTIPLE) or [block_tokens]
+    # Packing a sample of one window tells how many rows a length needs.
+    sample = short[:: math.ceil(len(short) / PACKING_WINDOW)]
 
     def cheapest(length: int, rows: int) -> tuple[float, int]:
         """Return the lowest cost of computing a number of rows, and the number of rows per block that attains it."""
@@ -170,24 +173,25 @@ def plan(trie: Trie, *, block_tokens: int, chunk: int, start: int = 0) -> list[B
         return min((math.ceil(rows / count) * (count * length * slot_cost + BLOCK_COST), count) for count in counts)
 
     # Choose the row length by packing a sample of the items, and extrapolating the number of rows to all items.
-    row_counts = {length: len(_fill(sample, trie, length)) * len(short) / len(sample) for length in lengths}
+    row_counts = {length: len(_pack_rows(sample, trie, length)) * len(short) / len(sample) for length in lengths}
     length = min(row_counts, key=lambda length: cheapest(length, math.ceil(row_counts[length])))
     # Pack all items, a window at a time, and group the rows into blocks.
-    windows = [short[first : first + WINDOW] for first in range(0, len(short), WINDOW)]
-    rows = [row for window in windows for row in _fill(window, trie, length)]
+    windows = [short[first : first + PACKING_WINDOW] for first in range(0, len(short), PACKING_WINDOW)]
+    rows = [row for window in windows for row in _pack_rows(window, trie, length)]
     _, count = cheapest(length, len(rows))
     return blocks + [
-        _block(rows[first : first + count], count, length, trie, chunk, start) for first in range(0, len(rows), count)
+        _build_block(rows[first : first + count], count, length, trie, chunk, start)
+        for first in range(0, len(rows), count)
     ]
 
 
-def _fill(items: Sequence[int], trie: Trie, length: int) -> list[PackedRow]:
+def _pack_rows(items: Sequence[int], trie: Trie, length: int) -> list[PackedRow]:
     """Pack items greedily into rows of at most ``length`` slots and ``2 * length`` scored tokens."""
     rows: list[PackedRow] = []
     scored: list[int] = []
     # Large items first; items of similar size in the order of the trie, so that neighbours share prefixes.
     for index in sorted(items, key=lambda index: (-(len(trie.items[index]) // 16), max(trie.items[index]), index)):
-        nodes, count = sorted(trie.items[index]), trie.scored(index)
+        nodes, count = sorted(trie.items[index]), trie.count_scored(index)
         # Best row so far: fewest added nodes, then least room. The default is a new row.
         best = (length + 1, 0, len(rows))
         for number, row in enumerate(rows):
@@ -215,7 +219,7 @@ def _shared_count(nodes: list[int], present: set[int]) -> int:
     return len(nodes)
 
 
-def _block(rows: Sequence[PackedRow], count: int, length: int, trie: Trie, chunk: int, start: int) -> Block:
+def _build_block(rows: Sequence[PackedRow], count: int, length: int, trie: Trie, chunk: int, start: int) -> Block:
     """Build the arrays of a block of ``count`` rows, adding empty rows if there are fewer."""
     tokens, position = np.zeros((count, length), np.int32), np.zeros((count, length), np.int32)
     # An empty slot is visible to itself only.

@@ -23,8 +23,8 @@ class Continuation:
 
     Attributes:
       adapter: Adapter of the model; None for the base model.
-      key: Keys of the shared prefix, as attention takes them.
-      value: Values of the shared prefix, as attention takes them.
+      key: Rotated keys of the shared prefix.
+      value: Values of the shared prefix.
     """
 
     adapter: Adapter | None

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rora_theory.adapters import expressions
-from rora_theory.adapters.expressions import Expression, Work
+from rora_theory.adapters.expressions import Expression, MatchBudget
 from rora_theory.errors import InputError
 
 NAME = "model.layers.12.self_attn.q_proj"
@@ -43,7 +43,7 @@ def test_agrees_with_re(pattern: str, flags: str, text: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = re.fullmatch(flags + pattern, text)
-    assert Expression(flags + pattern, Work("here")).matches(text) is (expected is not None)
+    assert Expression(flags + pattern, MatchBudget("here")).matches(text) is (expected is not None)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_agrees_with_re(pattern: str, flags: str, text: str) -> None:
     ],
 )
 def test_expressions_as_people_write_them(pattern: str, matches: bool) -> None:
-    assert Expression(pattern, Work("here")).matches(NAME) is matches
+    assert Expression(pattern, MatchBudget("here")).matches(NAME) is matches
     assert (re.fullmatch(pattern, NAME) is not None) is matches
 
 
@@ -82,15 +82,15 @@ def test_an_expression_that_keeps_re_busy_ends(pattern: str, monkeypatch, time_l
     monkeypatch.setattr(expressions, "LIMIT", expressions.LIMIT // 100)
     with time_limit(20):
         try:
-            assert not Expression(pattern, Work("target_modules")).matches(NAME)
+            assert not Expression(pattern, MatchBudget("target_modules")).matches(NAME)
         except InputError as error:
             assert "too long" in str(error)  # noqa: PT017 (either end will do)
 
 
 def test_the_limit_is_for_a_setting_s_expressions_together(monkeypatch) -> None:
     monkeypatch.setattr(expressions, "LIMIT", 50)
-    work = Work("rank_pattern")
-    many = [Expression(f"{i}.*", work) for i in range(60)]
+    budget = MatchBudget("rank_pattern")
+    many = [Expression(f"{i}.*", budget) for i in range(60)]
     with pytest.raises(InputError, match="rank_pattern takes too long to match"):
         [expression.matches(NAME) for expression in many]
 
@@ -111,5 +111,5 @@ def test_the_limit_is_for_a_setting_s_expressions_together(monkeypatch) -> None:
 )
 def test_refuses(pattern: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
-        Expression(pattern, Work("target_modules"))
+        Expression(pattern, MatchBudget("target_modules"))
     assert len(str(error.value)) < 250

@@ -14,7 +14,7 @@ from rora_theory.errors import InputError
 from rora_theory.evaluate import choices
 from rora_theory.evaluate.choices import (
     Choice,
-    Scored,
+    EncodedChoice,
     encode_choices,
     harness_choices,
     hellaswag_parts,
@@ -92,7 +92,7 @@ def test_lengths_are_characters_of_the_choice_without_the_space_before(key: str)
 def test_tokens_are_lm_evals(name: str) -> None:
     items = [[Choice("a", context, continuation, 1)] for context, continuation in GOLDEN["pairs"]]
     found = encode_choices(TOKENIZERS[name], items, max_length=100)
-    expected = [Scored((*context, *scored), len(scored)) for context, scored in GOLDEN["tokens"][name]]
+    expected = [EncodedChoice((*context, *scored), len(scored)) for context, scored in GOLDEN["tokens"][name]]
     assert [choices[0] for choices in found] == expected
 
 

@@ -11,9 +11,9 @@ import pytest
 from support.harness import plain_log_likelihoods
 
 from rora_theory.adapters import PrefixAdapter, PrefixConfig, init
-from rora_theory.evaluate.choices import Scored
+from rora_theory.evaluate.choices import EncodedChoice
 from rora_theory.evaluate.likelihood import log_likelihoods, visible
-from rora_theory.evaluate.packing import grow, plan
+from rora_theory.evaluate.packing import build_trie, plan_blocks
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.model import init_params
 from rora_theory.llama.shared_prompt import shared_length
@@ -25,7 +25,7 @@ PARAMS = jax.tree.map(lambda leaf: 10 * leaf if leaf.ndim > 1 else leaf, init_pa
 SHAPE = (64, 16)
 
 
-def _items(seed: int, count: int) -> list[list[Scored]]:
+def _items(seed: int, count: int) -> list[list[EncodedChoice]]:
     """Items of 2-4 choices: shared contexts mostly, one-token and equal choices, differing contexts, long ones."""
     rng = np.random.default_rng(seed)
 
@@ -42,13 +42,13 @@ def _items(seed: int, count: int) -> list[list[Scored]]:
         if kind == 3:
             contexts = [context + some(2, 2) for _ in choices]  # winogrande: differing contexts, equal ends
             choices = [choices[0]] * len(choices)
-        items.append([Scored(c + y, len(y)) for c, y in zip(contexts, choices, strict=True)])
+        items.append([EncodedChoice(c + y, len(y)) for c, y in zip(contexts, choices, strict=True)])
     long = some(70, 70)
-    return [*items, [Scored(long + some(3, 3), 3), Scored(long + some(4, 4), 4)]]
+    return [*items, [EncodedChoice(long + some(3, 3), 3), EncodedChoice(long + some(4, 4), 4)]]
 
 
 def _check(
-    items: Sequence[Sequence[Scored]],
+    items: Sequence[Sequence[EncodedChoice]],
     *,
     params: dict = PARAMS,
     config: LlamaConfig = CONFIG,
@@ -76,7 +76,7 @@ def test_equal_to_plain_forward_passes(shared_count, config, prefix, params, pro
     """Of 40 tokens that all items share, 32 are read once; with a trained prefix before them, and in a window."""
     shared = tuple(np.random.default_rng(5).integers(0, CONFIG.vocab_size, shared_count).tolist())
     items = [
-        [Scored(shared + choice.tokens[: 96 - shared_count], choice.count) for choice in item]
+        [EncodedChoice(shared + choice.tokens[: 96 - shared_count], choice.count) for choice in item]
         for item in _items(4, 12)[: -1 if shared_count else None]
     ]
     adapter = init(jax.random.key(1), PrefixConfig(3), config, params) if prefix else None
@@ -88,9 +88,9 @@ def test_equal_to_plain_forward_passes(shared_count, config, prefix, params, pro
     ("items", "read"),
     [
         # Items of 34 tokens, two scored: 32 are context, the last of which predicts, so that 16 are read once.
-        ([[Scored(tuple(range(34)), 2), Scored((*range(32), 60, 59), 2)]] * 2, [16]),
+        ([[EncodedChoice(tuple(range(34)), 2), EncodedChoice((*range(32), 60, 59), 2)]] * 2, [16]),
         # 16 choices of 9 scored tokens on 9 slots, more than two a slot: the row is as long as they need.
-        ([[Scored(tuple(range(10)), 9)] * 16, [Scored((5, 4, 3), 1)]], []),
+        ([[EncodedChoice(tuple(range(10)), 9)] * 16, [EncodedChoice((5, 4, 3), 1)]], []),
     ],
     ids=["a token that predicts is no beginning", "many equal choices"],
 )
@@ -128,7 +128,12 @@ def test_no_bit_depends_on_the_batch_size_or_on_what_was_done_before() -> None:
 
 def test_trie_of_choices() -> None:
     """The last token of each choice is scored, not read."""
-    trie = grow([[Scored((1, 2, 3, 4, 5), 3), Scored((1, 2, 3, 6), 2)], [Scored((1, 2, 7, 8), 1), Scored((1, 2), 1)]])
+    trie = build_trie(
+        [
+            [EncodedChoice((1, 2, 3, 4, 5), 3), EncodedChoice((1, 2, 3, 6), 2)],
+            [EncodedChoice((1, 2, 7, 8), 1), EncodedChoice((1, 2), 1)],
+        ]
+    )
     assert trie.tokens.tolist() == [1, 2, 3, 4, 7]
     assert trie.depth.tolist() == [0, 1, 2, 3, 2]
     assert trie.items == ({0, 1, 2, 3}, {0, 1, 4})
@@ -137,15 +142,19 @@ def test_trie_of_choices() -> None:
 
 def test_trie_without_a_shared_beginning() -> None:
     """Depths count from where it ends."""
-    trie = grow([[Scored((1, 2, 3, 4, 5), 2), Scored((1, 2, 3, 6), 1)]], start=2)
+    trie = build_trie([[EncodedChoice((1, 2, 3, 4, 5), 2), EncodedChoice((1, 2, 3, 6), 1)]], start=2)
     assert (trie.tokens.tolist(), trie.depth.tolist()) == ([3, 4], [0, 1])
     assert trie.targets == ((((0, 4), (1, 5)), ((0, 6),)),)
 
 
 def test_a_row_is_in_depth_first_order_and_sees_its_paths() -> None:
     """Two items that begin alike, one that does not: 1 2 (3 4 | 5), 1 6, 7; the rest of the row stays empty."""
-    items = [[Scored((1, 2, 3, 4, 0), 1), Scored((1, 2, 5, 0), 1)], [Scored((7, 0), 1)], [Scored((1, 6, 0), 2)]]
-    (block,) = plan(grow(items), block_tokens=64, chunk=16)
+    items = [
+        [EncodedChoice((1, 2, 3, 4, 0), 1), EncodedChoice((1, 2, 5, 0), 1)],
+        [EncodedChoice((7, 0), 1)],
+        [EncodedChoice((1, 6, 0), 2)],
+    ]
+    (block,) = plan_blocks(build_trie(items), block_tokens=64, chunk=16)
     (seen_by,) = visible(jnp.asarray(block.end))
     assert block.tokens[0, :9].tolist() == [1, 2, 3, 4, 5, 6, 7, 0, 0]
     assert block.position[0, :9].tolist() == [0, 1, 2, 3, 2, 1, 0, 0, 0]
@@ -167,15 +176,15 @@ def test_a_row_is_in_depth_first_order_and_sees_its_paths() -> None:
 
 @pytest.mark.parametrize("count", [1, 7, 60, 600])
 def test_plan_holds_every_item_once_in_few_shapes(count: int) -> None:
-    trie = grow(_items(2, count))
-    blocks = plan(trie, block_tokens=64, chunk=16)
+    trie = build_trie(_items(2, count))
+    blocks = plan_blocks(trie, block_tokens=64, chunk=16)
     assert sorted(itertools.chain.from_iterable(block.items for block in blocks)) == list(range(count + 1))
     assert {block.tokens.shape for block in blocks} <= {(1, 64), (1, 128)}
     for block in blocks:
         nodes = frozenset().union(*(trie.items[index] for index in block.items))
         assert np.count_nonzero(block.tokens) <= len(nodes) <= block.tokens.size
         assert block.tokens[0, : len(nodes)].tolist() == trie.tokens[sorted(nodes)].tolist()
-        assert len(block.owners) == sum(trie.scored(index) for index in block.items)
+        assert len(block.owners) == sum(trie.count_scored(index) for index in block.items)
 
 
 @pytest.mark.slow
@@ -184,9 +193,9 @@ def test_plan_wastes_little() -> None:
     a row."""
     sizes = np.random.default_rng(0).integers(10, 90, 300).tolist()
     for beginning in ((), (7, 8, 9)):
-        items = [[Scored((*beginning, 100 + n, *range(size)), 1)] * 2 for n, size in enumerate(sizes)]
-        trie = grow(items)
-        blocks = plan(trie, block_tokens=512, chunk=64)
+        items = [[EncodedChoice((*beginning, 100 + n, *range(size)), 1)] * 2 for n, size in enumerate(sizes)]
+        trie = build_trie(items)
+        blocks = plan_blocks(trie, block_tokens=512, chunk=64)
         slots = sum(block.tokens.size for block in blocks)
         assert sum(len(nodes) - len(beginning) for nodes in trie.items) > 0.9 * slots
         assert len({block.tokens.shape for block in blocks}) == 1
@@ -197,6 +206,8 @@ def test_plan_wastes_little() -> None:
 )
 def test_blocks_have_the_rows_that_leave_fewest_slots_empty(count: int, rows: list[int]) -> None:
     """Items of 64 slots, one a row, at most eight rows a block; all blocks are of one shape."""
-    items = [[Scored(tuple(range(n, n + 65)), 1), Scored((*range(n, n + 64), 0), 1)] for n in range(count)]
-    found = plan(grow(items), block_tokens=512, chunk=64)
+    items = [
+        [EncodedChoice(tuple(range(n, n + 65)), 1), EncodedChoice((*range(n, n + 64), 0), 1)] for n in range(count)
+    ]
+    found = plan_blocks(build_trie(items), block_tokens=512, chunk=64)
     assert [block.tokens.shape for block in found] == [(number, 64) for number in rows]

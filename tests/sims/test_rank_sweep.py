@@ -377,7 +377,7 @@ def test_a_file_changed_by_hand_is_not_read(swept, tmp_path, capsys) -> None:
 def test_names_are_no_markup(name, shown) -> None:
     """A model may be called as a folder may."""
     assert benchmark_tables.escaped(name) == shown
-    line = benchmark_tables.printed("I")[0]
+    line = benchmark_tables.paper_lines("I")[0]
     named = dataclasses.replace(line, model=name, method=name, source=name)
     manifest = {"config": {"data": {"train_records": 1}, "evaluation": {"protocol": name}}}
     manifest["config"]["training"] = {"steps": 1, "batch": 1}

@@ -9,7 +9,7 @@ import numpy as np
 import tokenizers
 
 from rora_theory.data.tasks import TASKS, TaskRecord, render_instruction
-from rora_theory.evaluate.choices import Scored
+from rora_theory.evaluate.choices import EncodedChoice
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.model import Adapter, forward
 from rora_theory.llama.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ def records(key: str) -> list[TaskRecord]:
 
 
 def plain_log_likelihoods(
-    params: dict, config: LlamaConfig, choices: Sequence[Scored], *, length: int, adapter: Adapter | None = None
+    params: dict, config: LlamaConfig, choices: Sequence[EncodedChoice], *, length: int, adapter: Adapter | None = None
 ) -> list[float]:
     """Score each choice in a row of its own, padded to a length, by a log-softmax over every position."""
     tokens = np.zeros((len(choices), length), np.int32)
