@@ -204,6 +204,7 @@ def cost(config: Config) -> dict[str, Any]:
                 seconds[case].append(elapsed)
                 memory[case].append(peak)
                 print(f"round {number + 1} of {config.rounds}, {case}: {elapsed:.2f} s", file=sys.stderr, flush=True)
+    # Medians, relative to the first case.
     base = statistics.median(seconds[cases[0]])
     tables.print_table(
         f"Cost on {config.model}, {config.batch_size} records, {config.device}: medians of {config.rounds} rounds",

@@ -374,6 +374,7 @@ def main() -> None:
     results: dict[str, Any] = {"machine": describe_machine(config.cores)}
     other_load = OtherLoad()
     print(format_machine(results["machine"]), flush=True)
+    # Both sides read the same model and batches from files.
     with tempfile.TemporaryDirectory() as folder:
         prepare(config, Path(folder))
         runs = {"tokens": run_tokens, "text": run_text, "methods": run_methods}

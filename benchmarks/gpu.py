@@ -371,6 +371,7 @@ def run_tests(log: Log, sizes: Sizes, until: float) -> None:
 
     XLA adds in a fixed order, since otherwise no two runs agree bitwise.
     """
+    # The tests compare the GPU with the CPU, so both platforms are needed; a rehearsal has only the CPU.
     environment = {"JAX_PLATFORMS": "cuda,cpu", "XLA_FLAGS": "--xla_gpu_deterministic_ops=true"}
     if sizes.platform == "cpu":
         environment = {"JAX_PLATFORMS": "cpu", "RORA_GPU_REHEARSAL": "1"}

@@ -182,6 +182,7 @@ def generation(spec: dict[str, Any]) -> Work:
     model = random_model(spec)
     sizes = spec["sizes"]
     prompts = gpu.random_prompts(sizes["prompts"], model.config.vocab_size)
+    # Pad on the left, so that every prompt ends at the last position.
     width = max(map(len, prompts))
     inputs = torch.zeros((len(prompts), width), dtype=torch.long)
     mask = torch.zeros_like(inputs)

@@ -100,6 +100,7 @@ def main(config: Config) -> bool:
             row = compare(config, model, torch_base, tokens, METHODS[name], Path(scratch))
             rows.append({"method": name, **row})
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    # A column for this package and one for the peer in float32, for each quantity.
     columns = ["method", "parameters"]
     columns += [name + suffix for name in ("logits", "gradients", "losses") for suffix in ("", ", peer")] + ["back"]
     print_table(
@@ -229,6 +230,7 @@ def jax_side(
         updates, state = optimizer.update(gradient, state, trained)
         return optax.apply_updates(trained, updates), state, value, logits, gradient
 
+    # The first step's logits and gradients are those of the loaded adapter.
     trained, state = adapter.params, optimizer.init(adapter.params)
     losses, first, gradients = [], None, {}
     for index in range(config.steps):
@@ -236,6 +238,7 @@ def jax_side(
         losses.append(float(value))
         if index == 0:
             first, gradients = np.asarray(logits), by_peft_names(adapter.replace(gradient))
+    # One more evaluation gives the logits of the trained adapter; its update is discarded.
     _, _, _, logits, _ = step(trained, state, model.params)
     return first, gradients, np.asarray(losses), adapter.replace(trained), np.asarray(logits)
 

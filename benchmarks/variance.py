@@ -125,6 +125,7 @@ def main(_: Config) -> None:
         "pairs": partial(run_sampler, "pairs", places),
         "chi_square": partial(run_sampler, "chi_square", places),
     }
+    # Time all samplers on the same devices, one after another.
     times = {name: time_per_draw(start) for name, start in runs.items()}
     medians = {name: statistics.median(timings) for name, timings in times.items()}
     print(format_machine(describe_machine(packages=("jax", "jaxlib", "numpy"))))

@@ -145,12 +145,14 @@ def exponent_tables(config: Config) -> tuple[pd.DataFrame, pd.DataFrame]:
     for number, (over, shape, model) in enumerate(cases()):
         random = np.random.default_rng((config.seed, number))
         labels = {"over": over, "shape": shape, "exponent": model.exponent, "seeds": model.seeds, "rates": model.rates}
+        # Estimates of all sweeps, each with whether one of its best rates lies at the end of a grid.
         estimates: dict[tuple[str, int], list[tuple[Estimate, bool]]] = {}
         for place, pairs in enumerate(draw_sweeps(model, config.sweeps, random)):
             methods = METHODS if place < config.registrations else METHODS[:-1]
             edges = [any(curve.edge for curve in pair) for pair in pairs]
             for key, estimate in measure_exponents(pairs, model.ratio, methods).items():
                 estimates.setdefault(key, []).append((estimate, any(edges[: key[1]])))
+        # Accuracy of each estimator, and verdicts of each rule on its estimates.
         for (method, ranks), sample in estimates.items():
             named = labels | {"estimate": method, "ranks": ranks}
             estimator_rows.append(named | accuracy(model.exponent, sample))

@@ -122,6 +122,7 @@ def run_lines(rows: pd.DataFrame, models: dict[str, Any]) -> list[Line]:
     lines = []
     keys = ["model", "method", "rank", "alpha", "learning_rate"]
     for _, group in counted.groupby(keys, dropna=False, sort=False):
+        # The settings are those of the group; scores are means over its seeds that finished.
         first = frames.rows(group[:1])[0]
         total = models.get(first["model"], {}).get("parameters")
         trainable = next(iter(group["trainable_parameters"].dropna()), None)

@@ -77,7 +77,7 @@ def draw_sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
     figure, axes = plt.subplots(
         2, len(cases), figsize=(max(3.4, 0.9 + 1.35 * len(cases)), 4.2), sharex=True, sharey=True, squeeze=False
     )
-    # A row of panels for each split, a column for each case, a line for each module and step.
+    # A row of panels for each split, a column for each case, a line for each module and drawn step (`shown`).
     for axis_row, (split, label) in zip(axes, SPLITS.items(), strict=True):
         for axis, (case, rows_of_case) in zip(axis_row, cases.items(), strict=True):
             selected = rows_of_case[(rows_of_case["split"] == split) & (rows_of_case["quantity"] == "output")]

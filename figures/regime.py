@@ -117,6 +117,7 @@ def _rms(rows: pd.DataFrame, config: Config, init: str, out: Path) -> list[Path]
         squeeze=False,
     )
     measured = rows["measured"][rows["module"].isin(modules)].notna().any()
+    # A row of panels for each optimizer, a column for each module, a line for each rule.
     for line, optimizer in zip(axes, optimizers, strict=True):
         for axis, module in zip(line, modules, strict=True):
             for position, rule in enumerate(rules):
@@ -126,6 +127,7 @@ def _rms(rows: pd.DataFrame, config: Config, init: str, out: Path) -> list[Path]
                 # Divide by the law at the smallest rank, so that all modules share an axis.
                 first = selected["predicted"].iloc[0]
                 axis.plot(selected["rank"], selected["predicted"] / first, color=colour, label=label)
+                # Only one rule was measured: the others differ from it by a known factor.
                 measured_rows = selected[selected["measured"].notna()]
                 if len(measured_rows):
                     axis.errorbar(
@@ -137,6 +139,7 @@ def _rms(rows: pd.DataFrame, config: Config, init: str, out: Path) -> list[Path]
                         markersize=2.5,
                         linestyle="none",
                     )
+            # Titles above the first row and labels below the last one, as all panels share their axes.
             axis.set(yscale="log")
             style.integer_ticks(axis, rows["rank"], max_count=5)
             if optimizer == optimizers[0]:

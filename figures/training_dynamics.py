@@ -72,6 +72,7 @@ def draw_slopes(manifest: dict[str, Any], fits: pd.DataFrame) -> plt.Figure:
             for position, rule in enumerate(rules):
                 label, colour, marker = style.look(rule, position)
                 for trained, dashes, face in (("both", "-", colour), ("frozen", (0, (3, 2)), "white")):
+                    # Filled markers: both factors are trained; open ones: only one is.
                     selected = (fits[["optimizer", "quantity", "rule"]] == [optimizer, quantity, rule]).all(axis=1)
                     points = fits[selected & ((fits["trained"] == "both") == (trained == "both"))]
                     axis.errorbar(

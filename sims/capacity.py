@@ -119,6 +119,7 @@ def show_model(config: Config, model: LlamaConfig) -> None:
 
 def show_placement(config: Config, model: LlamaConfig, layout: Layout) -> None:
     """Print how the arrays of the run are split over the devices."""
+    # One line for each kind of array.
     rows = [
         [
             arrays.name,

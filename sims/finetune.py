@@ -188,6 +188,7 @@ def train(trainer: Trainer, folder: RunFolder, log_to: TrackerName | None = None
                     bar.advance(1, loss=event.loss, lr=event.learning_rate, rate=event.speed)
                 elif isinstance(event, ValidationCompleted):
                     print(event.describe(trainer.steps))
+    # Mark the run as failed before the command ends, so that its folder states why.
     except NonFiniteLossError as error:
         folder.finish("failed", error=str(error))
         cli.fail(str(error))

@@ -135,6 +135,7 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
     }
     if "by_parts" in judged.exponents and judged.exponents["by_parts"].notna().any():
         exponents["by measured parts"] = "{by_parts:+.2f}"
+    # Which factor's part of the change is larger, after each run.
     larger_part = setting | {
         "rate": "{learning_rate:.3g}",
         "seed": "{seed}",
@@ -142,9 +143,11 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
         "rms change": "{change:.3g}",
         "exponent that preserves it": "{exponent:+.2f} ({exponent_low:+.2f} to {exponent_high:+.2f})",
     }
+    # Dependence of the best rate on the number of steps.
     steps = setting | {"steps": "{first} to {second}", "exponent, 95%": exponents["exponent, 95%"]}
     steps |= {"law at a constant gradient": "{law_low:+.2f} to {law_high:+.2f}", "verdict": "{verdict}"}
     steps |= {"edge": "{edge}"}
+    # Comparisons of two settings, each at its own best rate, and of two values of gamma r at the same rate.
     comparisons = setting | {"compared with": "{beside}", "ratio of best rates": "{ratio:.3g}", "verdict": "{verdict}"}
     one_rate = setting | {"compared with": "{beside}", "rate": "{learning_rate:.3g}"}
     one_rate |= {"difference in nats, 95%": "{difference:+.3f} ± {half_width:.3f}", "seeds": "{seeds}"}
@@ -152,6 +155,7 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
     change |= {"edge": "{edge}"}
     estimators = {"steps": "{step}", "ranks": "{at}", "gamma r": "{first:g} to {second:g}", "estimator": "{estimate}"}
     estimators |= {"exponent": "{exponent:+.3f}", "s.e.": "{standard_error:.3f}", "seeds": "{seeds}"}
+    # Best rates themselves, and the cost of carrying them to another setting.
     best = setting | {"rate": "{best_rate:.3g}", "loss": "{best_loss:.4f}", "edge": "{edge}"}
     policies = {"changed setting": "{changed}", "policy": "{policy}"}
     policies |= {"median": "{median:.4f}", "largest": "{largest:.4f}", "lower bounds": "{lower_bounds}"}

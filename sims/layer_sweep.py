@@ -75,6 +75,7 @@ def report(results: pd.DataFrame, crossings: pd.DataFrame) -> None:
     for split, optimizer in crossings[["split", "optimizer"]].drop_duplicates().itertuples(index=False):
         slopes_of_split = slopes[(slopes["split"] == split) & (slopes["optimizer"] == optimizer)]
         for init, group in slopes_of_split.groupby("init", sort=False):
+            # A line has the layer's crossing rank, and the slope of each rule with that of the law.
             rows = []
             for layer, fits in group.groupby("layer", sort=False):
                 crossing = format_quartiles(crossings_by_layer.T[layer, split, optimizer])

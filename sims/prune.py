@@ -140,6 +140,7 @@ def report(folder: RunFolder, config: Any, shape: "PrunedShape") -> None:
         f"The pruned model has {folder.entry('share'):.1%} of the parameters. Its perplexity on held-out text is "
         f"{after:.4g}, that of the original model {before:.4g}."
     )
+    # Sizes and perplexities of both models, side by side.
     cells = [
         ("layers", config.num_hidden_layers, shape.layers),
         ("key/value heads", config.num_key_value_heads, shape.kv_heads),

@@ -51,6 +51,7 @@ def run(config: Config) -> None:
     def work(cell: TrainingCell, _: Path) -> list[dict[str, Any]]:
         return training_grid.training_rows(grid, cell)
 
+    # Rows of every seed, step and quantity.
     seed_rows = run_table(
         cells, work, folder, training_grid.COLUMNS, runner=runner, title="training dynamics", name="seeds.csv"
     )

@@ -130,7 +130,7 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     from rora_theory.measure.layers.model_layers import RealStep
     from sims.common import prompts
 
-    # Model and batches of the check.
+    # Batches of the check. The weights are loaded only after the advice is printed.
     advice, targets = advised.advice, advised.peft["target_modules"]
     runner, seed = config.cluster.runner(), config.seed
     inputs = prompts.read_inputs(config.check[1:], config.check[0], config.reading)
@@ -139,6 +139,7 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     identity: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "seeds", "seed")}
     identity |= {"targets": targets} | advice.identity() | inputs.identity
     check_free(path_of(NAME, identity, config.out))
+    # The advice needs no training: print it before the model takes steps.
     report(config, advised)
     # Run every candidate with every seed; candidates of one rank share a compiled step.
     stepper = RealStep(inputs.model.params, inputs.model.config, pair.train, pair.held_out, targets)
@@ -157,6 +158,7 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     summary = transfer_check.summarise(steps, advice)
     folder.write_frame(summary, "summary.csv")
     print()
+    # Key figures and the printed table.
     scope = ("plan", "rank", "alpha", "learning_rate", "quantity")
     ratios = key_figures(
         summary,

@@ -130,6 +130,7 @@ def entries(result: Tuning) -> dict[str, Any]:
 
 def report(result: Tuning) -> None:
     """Print the learning rate, PEFT's entries, the curve and the assumptions."""
+    # The rate, and what to paste into PEFT.
     answers.print_answer(result.sentence(), (), tuning=entries(result))
     settings = ", ".join(f"{name}={value!r}" for name, value in result.config.items())
     tables.print_text(f"PEFT: LoraConfig({settings})")
@@ -138,6 +139,7 @@ def report(result: Tuning) -> None:
         tables.print_text(
             f"Displacement constant K = {constant}, for `rora transfer --displacement-constant {constant}`."
         )
+    # The evidence: losses of the probe's runs, the expected regret, and the assumptions.
     tables.print_records(
         f"Runs of the probe (best rate at {result.probe_steps} steps: {result.probe.learning_rate:.3g})",
         result.curve,

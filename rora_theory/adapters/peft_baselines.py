@@ -70,6 +70,7 @@ READ: dict[str, Entries] = {PREFIX: _PREFIX, **dict.fromkeys(PLACEMENTS, _BOTTLE
 def baseline_to_peft(adapter: Baseline, base_model: str | None) -> dict[str, Any]:
     """Return the entries of the configuration file."""
     shared = {"base_model_name_or_path": base_model, "inference_mode": True, "task_type": "CAUSAL_LM"}
+    # PEFT's prefix tuning: one table of keys and values, without PEFT's optional projection.
     if isinstance(adapter, PrefixAdapter):
         heads = adapter.llama_config.num_key_value_heads
         width = heads * adapter.llama_config.head_dim
@@ -84,6 +85,7 @@ def baseline_to_peft(adapter: Baseline, base_model: str | None) -> dict[str, Any
             "prefix_projection": False,
             "token_dim": width,
         }
+    # Bottlenecks have LLM-Adapters' entries, since PEFT itself has no such adapter.
     config = adapter.config
     kinds = {placement: kind for kind, placement in PLACEMENTS.items()}
     return shared | {
@@ -173,6 +175,7 @@ def assemble_baseline(config: BaselineConfig, tensors: Mapping[str, np.ndarray],
         # A row of PEFT's table holds the keys and values of all layers for one virtual token.
         pair = np.moveaxis(tensors[TENSOR].reshape(tokens, count, 2, heads, width), 0, 2)
         return PrefixAdapter({"key": jnp.asarray(pair[:, 0]), "value": jnp.asarray(pair[:, 1])}, config, llama_config)
+    # Bottlenecks: stack the layers' matrices of each module, [layers, out, in].
     layers = range(llama_config.num_hidden_layers)
     params = {
         module: {

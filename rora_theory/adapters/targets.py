@@ -86,6 +86,7 @@ def resolve(
         names = [full_name(layer, module) for layer in range(count)]
         if not any(name in ranks for name in names):
             continue
+        # Rank 0 marks a layer in which the module is not adapted.
         target = Target(
             module,
             tuple(int(ranks.get(name, 0)) for name in names),

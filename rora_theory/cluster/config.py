@@ -41,6 +41,7 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         """Validate the settings."""
+        # Ranges of the single options.
         check_integer("--workers", self.workers, maximum=MAX_WORKERS)
         check_ranges(self)
         if self.cell_gpus:

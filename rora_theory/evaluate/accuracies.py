@@ -74,6 +74,7 @@ def accuracies(samples: Iterable[Sample], records: Sequence[TaskRecord]) -> list
     Raises:
       InputError: If a task does not have exactly one sample of each of its records.
     """
+    # Samples of each task, in any order.
     by_task: dict[str, list[Sample]] = {}
     for sample in samples:
         by_task.setdefault(sample.task, []).append(sample)
@@ -95,6 +96,7 @@ def accuracies(samples: Iterable[Sample], records: Sequence[TaskRecord]) -> list
         # The harness reports an accuracy per character for some tasks only.
         norms = [sample.correct_norm for sample in scored if sample.correct_norm is not None]
         accuracy_norm = proportion(sum(norms), len(norms)) if norms else None
+        # Answers without a label count as wrong; their share is reported too.
         unparsed = sum(sample.prediction is None for sample in scored) / len(scored)
         levels.append(
             TaskAccuracy(

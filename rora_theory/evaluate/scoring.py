@@ -198,6 +198,7 @@ def _likeliest(record: TaskRecord, choices: Sequence[Choice], totals: Sequence[f
             f"{record.task} record {record.index}: log-likelihoods must be finite, got {list(totals)}. Check the "
             "weights, or use a dtype of larger range."
         )
+    # argmax returns the first of equal values.
     labels = [choice.label for choice in choices]
     best = labels[int(np.argmax(totals))]
     best_norm = None

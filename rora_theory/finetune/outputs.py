@@ -78,7 +78,7 @@ def write_outputs(folder: RunFolder, config: OutputConfig, adapter: Any, model: 
     def save_model(path: Path) -> None:
         adapters.save_merged(path, adapter, model, trained=trained)
 
-    relicensed, replaces = config.license not in (None, folder.entry("license")), adapter.config.replaces
+    has_new_license, replaces = config.license not in (None, folder.entry("license")), adapter.config.replaces
     # Weights that replace the base's have no adapter file, so they are always saved as a whole model.
     outputs: dict[str, tuple[bool, Callable[[Path], None]]] = {
         ADAPTER: (not replaces, save_adapter),
@@ -88,12 +88,12 @@ def write_outputs(folder: RunFolder, config: OutputConfig, adapter: Any, model: 
         path = folder.path / name
         # The licence is stated in the model card only, so a new one leaves the weights as they are.
         if folder.has_files(name):
-            if relicensed:
+            if has_new_license:
                 entries = entries_of(adapter, model.origin) if name == MERGED else read_entries(path / FILE)
                 card.save(path, entries, model.origin, trained, merged=name == MERGED)
         elif is_requested:
             folder.clear(name)
             save(path)
             folder.record_files(name)
-    if relicensed:
+    if has_new_license:
         folder.update(license=config.license)

@@ -241,6 +241,7 @@ def parse_json(text: str, *, where: str, accepted: str = "JSON") -> Any:
       >>> parse_json('{"rank": [8, 16]}', where="run.json")
       {'rank': [8, 16]}
     """
+    # A very deep text exceeds the parser's own recursion; a text that it can parse may still be too deep for us.
     try:
         value = json.loads(text)
     except RecursionError:

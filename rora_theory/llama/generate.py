@@ -125,6 +125,7 @@ def beam_search(
       InputError: ``num_beams`` is below 1 or too large for the vocabulary; ``length_penalty`` is not finite;
         ``early_stopping`` is unknown; or one of the conditions of `greedy_search` holds.
     """
+    # Validate the settings. A step needs as many candidates as `_advance_search` chooses from.
     batch = _make_batch(prompts, config, max_new_tokens, eos_ids, pad_id, shared)
     check_integer("num_beams", num_beams)
     if (candidates := num_beams * max(2, 1 + batch.eos.size)) > config.vocab_size:

@@ -37,7 +37,9 @@ def check_unowned(folder: Path) -> None:
 
 
 def _open_locked(folder: Path) -> int:
+    """Open and lock the lock file of a folder, or raise `InputError` if another process holds it."""
     path = folder / LOCK
+    # Do not follow a link, which could lead to another file; child processes must not inherit the lock.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags, 0o666)

@@ -169,10 +169,12 @@ def compare_cells(
     pairs = [(row, base or against[seed]) for seed, row in group.items() if base or seed in against]
     if not pairs:
         return
+    # Losses of the same records, and answers to the same items: their paired differences have small errors.
     (loss, loss_by_seed), (answer, answer_by_seed) = _losses(pairs, cells)
     # Accuracies are compared over the seeds at which both were scored.
     scored = [(row, other) for row, other in pairs if None not in (row["average"], other["average"])]
     average, tasks = _accuracies(scored, cells) if scored else (None, {})
+    # All pairs have the same settings except for the seed, so the first one describes them.
     row, other = pairs[0]
     ranked = row if row["rank"] else other
     yield Difference(
