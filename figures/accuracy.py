@@ -51,7 +51,7 @@ def draw(config: Config) -> Sequence[Path]:
     base = rows[(rows["method"] == "base") & rows["average"].notna()]
     drawn = [name for name in style.METHODS if (best["method"] == name).any()]
     if base.empty or not drawn:
-        style.fail(f"{config.run}: needs accuracies of the base model and of an adapter. Score both.")
+        style.fail(f"{config.run}: must have accuracies of the base model and of an adapter. Score both.")
     tasks = [task for task in TASKS if base[task].notna().iloc[0]]
     columns = [*tasks, "average"]
     # Paired differences from the base model and from LoRA, for the right panel.

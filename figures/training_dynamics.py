@@ -40,7 +40,10 @@ def draw(config: Config) -> Sequence[Path]:
     manifest, rows = style.read_frame(config.run, "training_dynamics")
     chosen = rows[(rows["model"] == config.model) & (rows["start"] == config.start)]
     if chosen.empty:
-        style.fail(f"{config.run}: has no {config.model} with {config.start} random at the start")
+        style.fail(
+            f"{config.run}: has no {config.model} with {config.start} random at the start. Choose another --model or "
+            "--start."
+        )
     fits = frames.read_csv(config.run / "exponents.csv", accepted="the file of a finished run")
     # Fits over all ranks of the chosen model; at step 0 nothing has changed.
     where = (fits[["model", "start", "range"]] == [config.model, config.start, "all"]).all(axis=1)

@@ -96,7 +96,8 @@ def draw_records(
         unused = list({file_questions[i]: i for i in reversed(unused)}.values())[::-1]
         if len(unused) < count:
             raise InputError(
-                f"{source}: needs {count} records to hold out, its share, got {len(unused)} with different questions"
+                f"{source} must have {count} records to hold out, all with different questions (its share of held_out "
+                f"{held_out} in {shares} shares), got {len(unused)}"
             )
         held_out_records += [(_short_path(source), i, records[i]) for i in unused[:count]]
         held_out_questions |= {file_questions[i] for i in unused[:count]}
