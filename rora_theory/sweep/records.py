@@ -92,7 +92,8 @@ def draw_records(
         data, files, questions, orders, held_out_counts, strict=True
     ):
         unused = [i for i in order if file_questions[i] not in held_out_questions]
-        # The first record of each question in this order: later items of a dict comprehension win, hence reversed.
+        # The first record of each question in this order, since later items of a dict comprehension win. Questions that
+        # occur several times are placed at their last occurrence, on which published samples depend.
         unused = list({file_questions[i]: i for i in reversed(unused)}.values())[::-1]
         if len(unused) < count:
             raise InputError(
