@@ -84,7 +84,7 @@ class AdapterConfig(Protocol):
         ...
 
     @property
-    def replaces(self) -> bool:
+    def replaces_weights(self) -> bool:
         """Whether the trained parameters replace weights, so that there is no adapter to write besides the model."""
         ...
 
@@ -171,7 +171,7 @@ def share(adapter: TrainableAdapter, params: Params) -> float:
     """
     trainable_count = adapter.count()
     base_count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_quantised))
-    return trainable_count / (base_count if adapter.config.replaces else trainable_count + base_count)
+    return trainable_count / (base_count if adapter.config.replaces_weights else trainable_count + base_count)
 
 
 def with_weights(params: Params, weights: Mapping[str, Array]) -> Params:

@@ -88,7 +88,7 @@ class BottleneckConfig:
     init: BottleneckInit = "bert"
 
     mergeable: ClassVar[bool] = False
-    replaces: ClassVar[bool] = False
+    replaces_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Validate the settings and convert numbers to float."""

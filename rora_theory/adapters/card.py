@@ -34,7 +34,7 @@ _KINDS = {LORA: "lora", peft_baselines.PREFIX: "prefix-tuning"}
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingDescription:
     """Description of a training run in a model card.
 
     Attributes:
@@ -52,7 +52,7 @@ def save(
     folder: Path,
     entries: Mapping[str, Any],
     base: str | ModelSource | None,
-    trained: Trained | None = None,
+    trained: TrainingDescription | None = None,
     *,
     merged: bool = False,
 ) -> None:
@@ -72,7 +72,11 @@ def save(
 
 
 def text(
-    entries: Mapping[str, Any], base: str | ModelSource | None, trained: Trained | None = None, *, merged: bool = False
+    entries: Mapping[str, Any],
+    base: str | ModelSource | None,
+    trained: TrainingDescription | None = None,
+    *,
+    merged: bool = False,
 ) -> str:
     """Return the model card of an adapter or of a merged model.
 
@@ -85,7 +89,7 @@ def text(
     from huggingface_hub import ModelCardData
 
     # YAML header.
-    trained = trained or Trained()
+    trained = trained or TrainingDescription()
     repository = _repository(base)
     kind = "dora" if entries.get("use_dora") else _KINDS.get(entries["peft_type"], entries["peft_type"].lower())
     # Tags by which the hub links the adapter to its base.

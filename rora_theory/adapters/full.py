@@ -38,7 +38,7 @@ class FullConfig:
     target_modules: Sequence[str] = PAPER_TARGETS
 
     mergeable: ClassVar[bool] = True
-    replaces: ClassVar[bool] = True
+    replaces_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Validate the settings."""

@@ -63,7 +63,7 @@ class LoraConfig:
     use_dora: bool = False
 
     mergeable: ClassVar[bool] = True
-    replaces: ClassVar[bool] = False
+    replaces_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Validate the settings and convert them to hashable values."""

@@ -41,7 +41,11 @@ def load_with_adapter(
 
 
 def save_merged(
-    folder: str | os.PathLike[str], adapter: TrainableAdapter, model: Model, *, trained: card.Trained | None = None
+    folder: str | os.PathLike[str],
+    adapter: TrainableAdapter,
+    model: Model,
+    *,
+    trained: card.TrainingDescription | None = None,
 ) -> None:
     """Save the merged model with its tokenizer and its model card in Hugging Face format.
 

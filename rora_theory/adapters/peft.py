@@ -60,7 +60,7 @@ def save_peft(
     *,
     base_model: str | ModelSource | None = None,
     portable: bool = False,
-    trained: card.Trained | None = None,
+    trained: card.TrainingDescription | None = None,
 ) -> None:
     """Save an adapter so that PEFT loads it and computes the same. PEFT does not support series and parallel adapters.
 
@@ -84,7 +84,7 @@ def save_peft(
       InputError: If ``folder`` is a file or cannot be written, in which case no partial file remains; or if the adapter
         has no portable form.
     """
-    if adapter.config.replaces:
+    if adapter.config.replaces_weights:
         raise InputError(f"{folder}: trained weights cannot be saved as an adapter. Use save_merged to save the model.")
     folder, config = Path(folder), entries_of(adapter, base_model)
     tensors = _tensors(adapter) if isinstance(adapter, LoraAdapter) else peft_baselines.tensors(adapter)

@@ -49,7 +49,7 @@ class PrefixConfig:
     init: PrefixInit = "normal"
 
     mergeable: ClassVar[bool] = False
-    replaces: ClassVar[bool] = False
+    replaces_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Validate the settings."""

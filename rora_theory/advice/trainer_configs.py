@@ -36,7 +36,7 @@ from rora_theory.advice.modules import AlphaGrouping
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import Advice, transfer
 from rora_theory.errors import InputError, shown
-from rora_theory.io.files import LARGEST_YAML, parse_yaml, read_text, write_whole
+from rora_theory.io.files import MAX_YAML_CHARACTERS, parse_yaml, read_text, write_whole
 from rora_theory.optimizers import OptimizerName, optimizer_named
 from rora_theory.scaling import Rule
 
@@ -309,7 +309,7 @@ def _open(path: str | Path) -> _Document:
     supported = f"{FILE} of PEFT, or the YAML of Axolotl (key adapter) or LLaMA-Factory (key lora_rank)"
     text = read_text(path, MAX_BYTES, accepted=supported)
     # Entries such as patterns can make a JSON file larger than the limit for YAML.
-    if path.suffix == ".json" and len(text) > LARGEST_YAML:
+    if path.suffix == ".json" and len(text) > MAX_YAML_CHARACTERS:
         return _Document(path, "PEFT", text, read_entries(path))
     values = parse_yaml(text, where=str(path), accepted=supported)
     # Recognise the format by keys that only one of them has.

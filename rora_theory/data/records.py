@@ -58,7 +58,7 @@ CONVERSION_NOTES = {
 
 SUPPORTED_SOURCES = "a .json, .jsonl, .parquet or .txt file, or a split as FOLDER:SPLIT"
 
-MAX_TABLE_BYTES = files.LARGEST
+MAX_TABLE_BYTES = files.MAX_FILE_BYTES
 """Maximum size in memory of the columns that are read from a Parquet file."""
 
 TABLE_OVERHEAD_BYTES = 3 << 30

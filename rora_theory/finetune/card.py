@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from rora_theory.adapters.card import Trained
+from rora_theory.adapters.card import TrainingDescription
 from rora_theory.data.hub_files import HUB_PREFIX
 from rora_theory.data.records import RecordSet
 from rora_theory.finetune.config import FinetuneConfig
@@ -24,7 +24,7 @@ def build_training_card(
     events: Sequence[Mapping[str, Any]],
     saved_step: int | None = None,
     license: str | None = None,  # noqa: A002 (the hub's name for it)
-) -> Trained:
+) -> TrainingDescription:
     """Build the description of a run for its model card.
 
     Args:
@@ -76,7 +76,7 @@ def build_training_card(
     # Data sets of the hub are listed by name, without revision or file.
     matches = (re.match(rf"{HUB_PREFIX}([^/@:]+/[^/@:]+)", source) for source in sources)
     datasets = dict.fromkeys(match[1] for match in matches if match)
-    return Trained([row for row in rows if row[1]], tuple(datasets), license)
+    return TrainingDescription([row for row in rows if row[1]], tuple(datasets), license)
 
 
 def describe_losses(events: Sequence[Mapping[str, Any]], held_out: int) -> str:

@@ -45,14 +45,16 @@ class OutputConfig:
     def check_several(self, training: FinetuneConfig, out: Path | None) -> None:
         """Raise `InputError` if several processes cannot write these outputs."""
         # Without --out, each process would name its own folder.
-        if out is None or self.merge or training.adapter().replaces:
+        if out is None or self.merge or training.adapter().replaces_weights:
             raise InputError(
                 "several processes require --out and support neither --merge nor method full. Merge afterwards in a "
                 "single process."
             )
 
 
-def write_outputs(folder: RunFolder, config: OutputConfig, adapter: Any, model: Model, trained: card.Trained) -> None:
+def write_outputs(
+    folder: RunFolder, config: OutputConfig, adapter: Any, model: Model, trained: card.TrainingDescription
+) -> None:
     """Write the outputs that do not exist yet, and rewrite the cards of existing ones if the licence has changed.
 
     Args:
@@ -78,7 +80,7 @@ def write_outputs(folder: RunFolder, config: OutputConfig, adapter: Any, model: 
     def save_model(path: Path) -> None:
         adapters.save_merged(path, adapter, model, trained=trained)
 
-    has_new_license, replaces = config.license not in (None, folder.entry("license")), adapter.config.replaces
+    has_new_license, replaces = config.license not in (None, folder.entry("license")), adapter.config.replaces_weights
     # Weights that replace the base's have no adapter file, so they are always saved as a whole model.
     outputs: dict[str, tuple[bool, Callable[[Path], None]]] = {
         ADAPTER: (not replaces, save_adapter),

@@ -16,16 +16,16 @@ from typing import Any
 
 from rora_theory.errors import InputError, first_line, shown
 
-LARGEST = 1 << 30
-"""Maximum size of a text file in bytes: 1 GiB, about eight times the 170,000 records of the eight tasks."""
+MAX_FILE_BYTES = 1 << 30
+"""Default maximum size in bytes of a file that is read whole: 1 GiB, eight times the 170,000 records of the tasks."""
 
-LARGEST_YAML = 1 << 20
+MAX_YAML_CHARACTERS = 1 << 20
 """Maximum length of a YAML text in characters."""
 
 MAX_DEPTH = 64
 """Maximum nesting depth of lists and objects in JSON."""
 
-PART = ".part"
+PARTIAL_SUFFIX = ".part"
 """Suffix of a temporary file, which is renamed when it is complete."""
 
 _FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -34,7 +34,7 @@ _CHUNK = 1 << 24
 """Number of bytes read at a time."""
 
 
-def read_bytes(path: str | Path, limit: int = LARGEST, *, accepted: str = "a regular file") -> bytes:
+def read_bytes(path: str | Path, limit: int = MAX_FILE_BYTES, *, accepted: str = "a regular file") -> bytes:
     """Read the content of a regular file.
 
     Args:
@@ -178,7 +178,7 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def read_text(path: str | Path, limit: int = LARGEST, *, accepted: str = "a text file in UTF-8") -> str:
+def read_text(path: str | Path, limit: int = MAX_FILE_BYTES, *, accepted: str = "a text file in UTF-8") -> str:
     """Read a text file in UTF-8 without changing its line ends. A byte-order mark at its start is removed.
 
     Args:
@@ -195,7 +195,7 @@ def read_text(path: str | Path, limit: int = LARGEST, *, accepted: str = "a text
         raise InputError(f"{path}: byte {error.start} is not UTF-8. Expected {accepted}.") from error
 
 
-def read_json(path: str | Path, limit: int = LARGEST, *, accepted: str = "a JSON file") -> Any:
+def read_json(path: str | Path, limit: int = MAX_FILE_BYTES, *, accepted: str = "a JSON file") -> Any:
     """Read the value in a JSON file.
 
     Args:
@@ -209,7 +209,7 @@ def read_json(path: str | Path, limit: int = LARGEST, *, accepted: str = "a JSON
     return parse_json(read_text(path, limit, accepted=accepted), where=str(path), accepted=accepted)
 
 
-def read_object(path: str | Path, limit: int = LARGEST, *, accepted: str = "a JSON object") -> dict[str, Any]:
+def read_object(path: str | Path, limit: int = MAX_FILE_BYTES, *, accepted: str = "a JSON object") -> dict[str, Any]:
     """Read the object in a JSON file.
 
     Args:
@@ -284,12 +284,12 @@ def parse_yaml(text: str, *, where: str, accepted: str = "YAML") -> Any:
       The value that `yaml.safe_load` returns.
 
     Raises:
-      InputError: The text is not YAML, has an alias, or is larger than `LARGEST_YAML`.
+      InputError: The text is not YAML, has an alias, or is larger than `MAX_YAML_CHARACTERS`.
     """
     import yaml
 
-    if len(text) > LARGEST_YAML:
-        raise InputError(f"{where}: has more than {LARGEST_YAML:,} characters of YAML. Expected {accepted}.")
+    if len(text) > MAX_YAML_CHARACTERS:
+        raise InputError(f"{where}: has more than {MAX_YAML_CHARACTERS:,} characters of YAML. Expected {accepted}.")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where libyaml is installed
     try:
         alias = next((event for event in yaml.parse(text, loader) if isinstance(event, yaml.AliasEvent)), None)
@@ -335,7 +335,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 def temporary_path(path: Path) -> Path:
     """Return an unpredictable path in the same folder, for a file that is renamed to ``path`` when it is complete."""
-    return path.with_name(f".{secrets.token_hex(8)}{PART}")
+    return path.with_name(f".{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
 
 
 def write_new(path: Path, content: bytes) -> None:
@@ -391,6 +391,7 @@ def is_disk_error(error: BaseException | None) -> bool:
 
 
 def _write(descriptor: int, data: bytes) -> None:
+    """Write all bytes; the system may accept only a part of them at a time."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
@@ -398,6 +399,7 @@ def _write(descriptor: int, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
+    """Raise `InputError` with the path and how to resume, if the block cannot write."""
     try:
         yield
     except OSError as error:

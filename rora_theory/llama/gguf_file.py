@@ -164,7 +164,6 @@ def config_from_gguf(reader: GGUFReader, where: str) -> LlamaConfig:
         return read_metadata(reader, where, name, kind, default)
 
     # Architecture, and the tensors that the file holds.
-
     architecture = get("general.architecture", str)
     if architecture not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)

@@ -148,7 +148,7 @@ class RunFolder:
             manifest = _read_previous(path, name, plain, extensions)
             resumed = manifest is not None
             # Remove the temporary files of killed processes.
-            for part in path.glob(f".*{files.PART}"):
+            for part in path.glob(f".*{files.PARTIAL_SUFFIX}"):
                 part.unlink(missing_ok=True)
             # Start the manifest, or mark the sessions of killed processes in the existing one.
             environment = software.environment()

@@ -169,7 +169,7 @@ class Workbench:
         measured = self.measure(cell, folder)
         # Save what was trained, then what was measured on it.
         if save_adapter and measured.adapter is not None:
-            if measured.adapter.config.replaces:
+            if measured.adapter.config.replaces_weights:
                 adapters.save_merged(folder / "merged", measured.adapter, self.model)
             else:
                 adapters.save_peft(folder / "adapter", measured.adapter, base_model=self.model.origin)

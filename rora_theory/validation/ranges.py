@@ -67,6 +67,7 @@ def check_ranges(config: Any, name_field: Callable[[str], str] = option_of) -> N
 def _ranges(kind: Any) -> dict[str, tuple[Check, bool]]:
     """Return the check of each field with a range, and whether it may be None. Redeclared fields keep their range."""
     checks: dict[str, tuple[Check, bool]] = {}
+    # Parents first: a field that a subclass declares again without a range keeps the parent's.
     for base in reversed(kind.__mro__):
         for name, hint in get_type_hints(base, include_extras=True).items():
             for check in _checks(hint):

@@ -40,6 +40,7 @@ def check_rules(rules: Sequence[Rule], option: str = "--rules") -> None:
         raise InputError(f"{option} must have at least one rule, got none")
     for rule in rules:
         exponent(rule, option)
+    # Compare exponents, not names: "rora" and 0.5 are the same rule.
     if len({exponent(rule) for rule in rules}) != len(rules):
         names = " ".join(map(name_of, rules))
         raise InputError(f"{option} must have different rules, got one rule twice: {names}")
@@ -95,6 +96,7 @@ def check_unread(config: Any, *names: str, requires: str = "", conflicts_with: s
     Raises:
       InputError: A field differs from its default.
     """
+    # Report the first option that differs from its default, with the reason that the caller passes.
     for field in fields(config):
         if field.name in names:
             default = field.default if field.default_factory is MISSING else field.default_factory()

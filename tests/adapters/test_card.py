@@ -22,7 +22,7 @@ from rora_theory.adapters import (
     save_merged,
     save_peft,
 )
-from rora_theory.adapters.card import FOLDER_PLACEHOLDER, Trained
+from rora_theory.adapters.card import FOLDER_PLACEHOLDER, TrainingDescription
 from rora_theory.llama.hub import ModelSource
 
 BUILT = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -48,7 +48,7 @@ def rows(card: ModelCard) -> dict[str, str]:
 
 def test_the_hubs_entries(base, tmp_path) -> None:
     origin = ModelSource(BUILT, base, BUILT, "c0ffee00")
-    card = written(tmp_path / "a", origin, trained=Trained([("horizon", "9 steps")], ["me/chats"]))
+    card = written(tmp_path / "a", origin, trained=TrainingDescription([("horizon", "9 steps")], ["me/chats"]))
     link = f"https://huggingface.co/{BUILT}"
     assert card.data.to_dict() == {
         "base_model": BUILT, "library_name": "peft", "pipeline_tag": "text-generation", "datasets": ["me/chats"],
@@ -56,7 +56,9 @@ def test_the_hubs_entries(base, tmp_path) -> None:
         "tags": [f"base_model:adapter:{BUILT}", "lora", "rslora", "rora-theory"],
     }  # fmt: skip
     assert rows(card)["horizon"] == "9 steps"
-    assert written(tmp_path / "b", origin, trained=Trained(license="mit")).data.to_dict()["license"] == "mit"
+    assert (
+        written(tmp_path / "b", origin, trained=TrainingDescription(license="mit")).data.to_dict()["license"] == "mit"
+    )
 
 
 def test_the_body_says_which_base_and_how_strongly(base, tmp_path) -> None:
@@ -122,7 +124,7 @@ def test_a_merged_model_says_what_was_merged_into_what(base, tmp_path) -> None:
     """Check the card against an adapter's; trained weights have no rank to name."""
     model = llama.load(base)
     model = replace(model, origin=ModelSource(BUILT, base, BUILT, "c0ffee00"))
-    known = Trained([("training loss", "2.5 nats a token")], ["me/chats"], "mit")
+    known = TrainingDescription([("training loss", "2.5 nats a token")], ["me/chats"], "mit")
     cards = {}
     for name, config in (("lora", RORA), ("full", FullConfig(("q_proj",)))):
         adapter = init(jax.random.key(0), config, model.config, model.params)
