@@ -87,12 +87,12 @@ def accuracies(samples: Iterable[Sample], records: Sequence[TaskRecord]) -> list
         # A missing or repeated sample would bias the accuracy without a trace.
         if len(scored) != len(items):
             raise InputError(
-                f"{key} must have one sample per record, got {len(scored)} samples of {len(items)} records"
+                f"{key}: must have one sample per record, got {len(scored)} samples of {len(items)} records"
             )
         unmatched = {sample.index for sample in scored} ^ {record.index for record in items}
         if unmatched:
             raise InputError(
-                f"{key} must have one sample per record, but samples and records differ at index {min(unmatched)}"
+                f"{key}: must have one sample per record, but samples and records differ at index {min(unmatched)}"
             )
         accuracy = proportion(sum(sample.correct for sample in scored), len(scored))
         # The harness reports an accuracy per character for some tasks only.
