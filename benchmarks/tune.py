@@ -27,7 +27,7 @@ import pandas as pd
 import tyro
 
 from rora_theory.horizon.curves import curves_at, strength_of
-from rora_theory.horizon.runs import HorizonRun, distinct, read_finished
+from rora_theory.horizon.runs import HorizonRun, merge_repeated_runs, read_finished
 from rora_theory.io import files, frames
 from rora_theory.runs.reading import read_manifest
 from rora_theory.scaling import scaling_factor
@@ -241,7 +241,7 @@ def probe_run_regret(folders: Sequence[Path], runs: Sequence[HorizonRun], tokens
 
 def main(config: Config) -> None:
     """Replay the probes, write the tables and print the summary."""
-    runs = distinct(read_finished(config.run))
+    runs = merge_repeated_runs(read_finished(config.run))
     # Full fine-tuning has no adapter whose rate a probe could tune.
     runs = [replace(run, strength=round(run.strength, 9)) for run in runs if run.rank and run.strength]
     tokens = frames.read_csv(config.run / "records.csv")["tokens"].astype(int).tolist()

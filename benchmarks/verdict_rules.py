@@ -79,9 +79,9 @@ class Rule:
     def judge(self, slope: Estimate, *, edge: bool, seeds: int) -> Outcome:
         """Judge a measured exponent."""
         if self.rivals is not None:
-            return judge_range(slope, self.prediction, self.rivals, edge=edge, seeds=seeds)
+            return judge_range(slope, self.prediction, self.rivals, is_bound=edge, seeds=seeds)
         # A rival that no finite interval contains leaves the overlap with the prediction alone.
-        return judge_range(slope, self.prediction, (math.inf,), edge=edge, seeds=seeds)
+        return judge_range(slope, self.prediction, (math.inf,), is_bound=edge, seeds=seeds)
 
 
 RULES = (

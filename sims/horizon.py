@@ -98,7 +98,7 @@ def run(config: Config) -> None:
     describe_run = partial(readings.describe_run, tokens=tokens)
     run_with_bar(cells, work, folder, runner=runner, title="runs", describe=describe_run)
     # Analyse all runs in the folder, also those of other grids, after merging runs of one setting.
-    runs = horizon_runs.distinct(horizon_runs.read_finished(folder.path))
+    runs = horizon_runs.merge_repeated_runs(horizon_runs.read_finished(folder.path))
     folder.write_frame(horizon_runs.horizon_table(runs, tokens, answered), "results.csv")
     law = {"takeovers": takeovers, "linear_terms": linear_terms}
     judged = horizons.judge_runs(runs, tokens, **law, warmup=grid.warmup, schedule=grid.schedule, other_runs=other_runs)
@@ -174,7 +174,7 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
         if frame.empty:
             continue
         has_exponents = frame is judged.exponents
-        with_labels = horizons.against_in_words if has_exponents else horizons.size_in_words
+        with_labels = horizons.add_against_column if has_exponents else horizons.add_size_column
         left = 2 if has_exponents else list(columns).index("compared with") + 1 if "compared with" in columns else 0
         tables.print_records(title, with_labels(frame), columns, left=left)
 

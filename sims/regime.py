@@ -179,7 +179,7 @@ def report(config: RegimeConfig, regime: Regime, verdict: dict[str, Any] | None,
     # The answer: which term leads under each optimizer, and the verdict.
     sentences = [regime.sentence(optimizer, config.inits[0]) for optimizer in config.optimizers]
     if verdict is not None:
-        sentences.append(f"{regime_tables.in_words(verdict)}.")
+        sentences.append(f"{regime_tables.describe_verdict(verdict)}.")
     answers.print_answer(" ".join(sentences), warnings)
     init = config.inits[0]
     for optimizer in config.optimizers:

@@ -15,7 +15,7 @@ from typing import Any
 from rora_theory import adapters, llama
 from rora_theory.data.records import DataConfig
 from rora_theory.evaluate.scoring import Scoring
-from rora_theory.horizon.probe import Probe, ProbeConfig, spread
+from rora_theory.horizon.probe import Probe, ProbeConfig, evenly_spaced
 from rora_theory.runs import devices
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flatten
@@ -54,7 +54,8 @@ def run(config: Config) -> None:
     # Records: a held-out sample, and training records for the longest run, in proportion to the files.
     sample: dict[str, Any] = {"held_out": probe_config.held_out, "seed": probe_config.seed}
     split = draw_records(config.data, **sample, shares="proportional", config=config.reading)
-    split = replace(split, train=[split.train[index] for index in spread(len(split.train), probe_config.train_records)])
+    chosen = evenly_spaced(len(split.train), probe_config.train_records)
+    split = replace(split, train=[split.train[index] for index in chosen])
     located = {model: llama.locate(model)}
     # The adapters of the probe have to fit the model.
     training = probe_config.training(Trial(1.0, probe_config.steps), epochs=1)

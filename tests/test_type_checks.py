@@ -42,7 +42,7 @@ def test_the_package_is_checked() -> None:
     """Functions, methods, class methods and the fields of a dataclass."""
     with pytest.raises(jaxtyping.TypeCheckError):
         equations.eq10_norm(np.ones(4), np.eye(2, 3), np.ones(2), np.ones(3), 1.0, 0.5)
-    for wrong in (lambda: horizon_grid.warmed_up("1", 4), lambda: Sums.from_json([1]), lambda: Sums(1, 2)):
+    for wrong in (lambda: horizon_grid.warmup_factors("1", 4), lambda: Sums.from_json([1]), lambda: Sums(1, 2)):
         with pytest.raises(BeartypeCallHintViolation):
             wrong()
 

@@ -26,16 +26,20 @@ def curves_at(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int, *, d
     three or more rates reach the step.
 
     Args:
-      runs: Runs of the grid, see `runs.distinct`.
+      runs: Runs of the grid, see `runs.merge_repeated_runs`.
       tokens: Number of tokens of each held-out record.
       step: Number of steps.
       draws: Number of bootstrap samples of the records.
+
+    Returns:
+      The curves in ascending order of rank and scaling.
     """
-    reached, curves = [run.at(step, tokens) for run in runs if run.reaches(step)], []
-    for rank, gamma in sorted({(run.rank, run.gamma) for run in reached}):
-        complete = _select_grid([run for run in reached if (run.rank, run.gamma) == (rank, gamma)])
-        if complete:
-            curves.append(curve_of_runs(complete, kappa=1.0, draws=draws))
+    runs_at_step = [run.at(step, tokens) for run in runs if run.reaches(step)]
+    curves = []
+    for rank, gamma in sorted({(run.rank, run.gamma) for run in runs_at_step}):
+        grid_runs = _select_grid([run for run in runs_at_step if (run.rank, run.gamma) == (rank, gamma)])
+        if grid_runs:
+            curves.append(curve_of_runs(grid_runs, kappa=1.0, draws=draws))
     return curves
 
 
@@ -49,18 +53,20 @@ def _select_grid(runs: Sequence[TrainedRun]) -> list[TrainedRun]:
       runs: Runs of one rank and scaling.
     """
     # Rates that each seed ran at, and those at which it did not diverge.
-    by_seed: dict[int, set[float]] = {}
-    finite: dict[int, set[float]] = {}
+    rates_of_seed: dict[int, set[float]] = {}
+    finite_rates_of_seed: dict[int, set[float]] = {}
     for run in runs:
-        by_seed.setdefault(run.seed, set()).add(run.rate)
-        finite.setdefault(run.seed, set()).update([run.rate] if math.isfinite(run.loss) else [])
+        rates_of_seed.setdefault(run.seed, set()).add(run.rate)
+        finite_rates = finite_rates_of_seed.setdefault(run.seed, set())
+        if math.isfinite(run.loss):
+            finite_rates.add(run.rate)
     seeds: list[int] = []
     rates: set[float] = set()
-    # Add seeds from those with the most rates on, as long as the set still makes a curve.
-    for seed in sorted(by_seed, key=lambda seed: (-len(by_seed[seed]), seed)):
-        shared = rates & by_seed[seed] if seeds else by_seed[seed]
-        if len(shared) >= 3 and all(shared & finite[member] for member in (*seeds, seed)):
-            seeds, rates = [*seeds, seed], shared
+    # Add one seed after the other, those with the most rates first, if the rates that remain still give a curve.
+    for seed in sorted(rates_of_seed, key=lambda seed: (-len(rates_of_seed[seed]), seed)):
+        shared_rates = rates & rates_of_seed[seed] if seeds else rates_of_seed[seed]
+        if len(shared_rates) >= 3 and all(shared_rates & finite_rates_of_seed[member] for member in (*seeds, seed)):
+            seeds, rates = [*seeds, seed], shared_rates
     return [run for run in runs if run.seed in seeds and run.rate in rates]
 
 
@@ -80,7 +86,7 @@ def strength_of(curve: Curve) -> float:
     return round(curve.scaling * curve.rank, 9)
 
 
-def labels_of(curve: Curve) -> dict[str, Any]:
+def setting_labels(curve: Curve) -> dict[str, Any]:
     """Return the rank and strength of a curve, which are None for full fine-tuning."""
     return {"rank": curve.rank or None, "strength": strength_of(curve) if curve.rank else None}
 
@@ -106,26 +112,29 @@ def compare_best_rates(
       lowest losses with its 95% ``half_width``, which includes ``grid_error``, and ``error_over``; ``seeds``; and
       ``verdict``, see `stats.rate_curves.comparison`.
     """
-    # Pairs of curves with their names: full fine-tuning, ranks at one strength, strengths at one rank, other runs.
+    # Pairs of curves, each followed by the names of both. First every adapter with full fine-tuning.
     adapters = [curve for curve in curves if curve.rule != FULL]
-    pairs = [(curve, full, _rank(curve), FULL) for curve in adapters for full in curves if full.rule == FULL]
+    pairs = [(curve, full, _rank_name(curve), FULL) for curve in adapters for full in curves if full.rule == FULL]
+    # With the largest rank at one strength.
     for curve in adapters:
         same_strength = (other for other in adapters if strength_of(other) == strength_of(curve))
         largest = max(same_strength, key=lambda other: other.rank)
         if largest is not curve:
-            pairs.append((curve, largest, _rank(curve), _rank(largest)))
+            pairs.append((curve, largest, _rank_name(curve), _rank_name(largest)))
+    # With the largest strength at one rank.
     for curve in adapters:
         strongest = max((other for other in adapters if other.rank == curve.rank), key=strength_of)
         if strongest is not curve:
-            pairs.append((curve, strongest, _gamma_r(strength_of(curve)), _gamma_r(strength_of(strongest))))
+            names = (_strength_name(strength_of(member)) for member in (curve, strongest))
+            pairs.append((curve, strongest, *names))
+    # With the same setting in other runs.
     for name, other_curves in (other_runs or {}).items():
         by_setting = {(other.rank, other.scaling): other for other in other_curves}
         pairs += [
-            (curve, by_setting[key], _rank(curve), name)
+            (curve, by_setting[curve.rank, curve.scaling], _rank_name(curve), name)
             for curve in curves
-            if (key := (curve.rank, curve.scaling)) in by_setting
+            if (curve.rank, curve.scaling) in by_setting
         ]
-    # Paired comparison over the seeds that both curves have.
     columns = ["ratio", "ratio_log2_error", "ratio_log2_half_width", "difference", "half_width"]
     columns += ["grid_error", "error_over"]
     rows = []
@@ -135,27 +144,27 @@ def compare_best_rates(
         if shared:
             curve, other = replace(shared[0], rule=first_name), replace(shared[1], rule=second_name)
             result = comparison(curve, other, estimate_loss_difference(curve, other))
-            row = {"step": step} | labels_of(first) | {"beside": second_name}
+            row = {"step": step} | setting_labels(first) | {"beside": second_name}
             row |= {column: getattr(result, column) for column in columns}
             rows.append(row | {"seeds": len(curve.losses), "verdict": result.verdict})
     return frames.from_rows(rows, list(rows[0])) if rows else pd.DataFrame()
 
 
-def _rank(curve: Curve) -> str:
+def _rank_name(curve: Curve) -> str:
     return f"r = {curve.rank}" if curve.rank else FULL
 
 
-def _gamma_r(strength: float) -> str:
+def _strength_name(strength: float) -> str:
     return f"gamma r = {strength:g}"
 
 
-def at_one_rate(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int) -> pd.DataFrame:
+def compare_at_one_rate(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int) -> pd.DataFrame:
     """Compare every strength with the largest strength of its rank at the same learning rate.
 
     In contrast, `compare_best_rates` compares curves at their own best rates.
 
     Args:
-      runs: Runs of the grid, see `runs.distinct`.
+      runs: Runs of the grid, see `runs.merge_repeated_runs`.
       tokens: Number of tokens of each held-out record.
       step: Number of steps.
 
@@ -178,8 +187,8 @@ def at_one_rate(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int) ->
         if strength == strongest[rank] or not seeds:
             continue
         # Runs of both strengths with the same seeds and records, so that the difference is paired.
-        difference = loss_difference(*([group[seed] for seed in seeds] for group in (by_seed, other_by_seed)))
-        row = {"step": step, "rank": rank, "strength": strength, "beside": _gamma_r(strongest[rank])}
+        difference = loss_difference([by_seed[seed] for seed in seeds], [other_by_seed[seed] for seed in seeds])
+        row = {"step": step, "rank": rank, "strength": strength, "beside": _strength_name(strongest[rank])}
         row |= {"learning_rate": rate, "difference": difference.value}
         row |= {"half_width": difference.half_width() if difference.has_error else None}
         rows.append(row | {"error_over": difference.over, "seeds": len(seeds)})

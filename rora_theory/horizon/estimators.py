@@ -42,29 +42,30 @@ def estimator_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
     for over, index in (("strength", 1), ("rank", 0)):
         values = sorted({key[index] for key in curve_of_setting})
         for low, high in itertools.combinations(values, 2):
-            # Pairs of curves with a shared seed, by the value of the other setting.
-            pairs = {
-                key[1 - index]: (curve, curve_of_setting[other])
-                for key, curve in sorted(curve_of_setting.items(), key=lambda item: item[0][1 - index])
-                if key[index] == low and (other := (high, key[1]) if index == 0 else (key[0], high)) in curve_of_setting
-                and at_shared_seeds(curve, curve_of_setting[other])
-            }  # fmt: skip
+            # Pairs of curves with a shared seed, by the value of the other setting in ascending order.
+            pairs: dict[float, tuple[Curve, Curve]] = {}
+            for other_value in sorted({key[1 - index] for key in curve_of_setting}):
+                keys = [(value, other_value) if index == 0 else (other_value, value) for value in (low, high)]
+                if all(key in curve_of_setting for key in keys):
+                    first, second = (curve_of_setting[key] for key in keys)
+                    if at_shared_seeds(first, second):
+                        pairs[other_value] = first, second
             # Each value of the other setting by itself and, if there are several, all of them pooled.
             groups = [(at,) for at in pairs] + ([tuple(pairs)] if len(pairs) > 1 else [])
             for group in groups:
-                chosen = [pairs[at] for at in group]
+                group_pairs = [pairs[at] for at in group]
                 # A best rate at the end of a grid makes the exponent a bound.
-                edges = sum(any(curve.edge for curve in at_shared_seeds(*pair)) for pair in chosen)
+                edges = sum(any(curve.edge for curve in at_shared_seeds(*pair)) for pair in group_pairs)
                 labels = {"step": step, "over": over, "at": " ".join(f"{at:g}" for at in group)}
                 labels |= {"first": float(low), "second": float(high)}
                 for method in get_args(Method):
-                    exponent = pooled_exponent({high / low: chosen}, method)
+                    exponent = pooled_exponent({high / low: group_pairs}, method)
                     if not math.isnan(exponent.value):
                         rows.append(
                             labels
                             | {"estimate": method, "exponent": exponent.value}
                             | {"standard_error": exponent.known_error}
                             | {"half_width": exponent.half_width() if exponent.has_error else None}
-                            | {"seeds": exponent.n, "pairs": len(chosen), "edges": edges}
+                            | {"seeds": exponent.n, "pairs": len(group_pairs), "edges": edges}
                         )
     return frames.from_rows(rows, COLUMNS)

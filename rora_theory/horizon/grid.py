@@ -134,6 +134,6 @@ class HorizonGrid:
             yield HorizonCell(None, None, rate, seed, self.read_at)
 
 
-def warmed_up(steps: int, warmup: int) -> list[float]:
+def warmup_factors(steps: int, warmup: int) -> list[float]:
     """Return the factor of the learning rate in each step: constant after a linear warm-up from 0."""
     return [min(1.0, step / warmup) if warmup else 1.0 for step in range(steps)]

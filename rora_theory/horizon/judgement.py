@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 
 from rora_theory.advice.measured import Schedule
-from rora_theory.horizon.curves import at_one_rate, best_rate_table, compare_best_rates, curves_at
+from rora_theory.horizon.curves import best_rate_table, compare_at_one_rate, compare_best_rates, curves_at
 from rora_theory.horizon.estimators import estimator_table
 from rora_theory.horizon.law import horizon_exponents, step_exponents
 from rora_theory.horizon.parts import change_at_best, led_table
 from rora_theory.horizon.regret import constants_by_steps, policies, regret_by_policy, regret_table
-from rora_theory.horizon.runs import FULL, HorizonRun, distinct
+from rora_theory.horizon.runs import FULL, HorizonRun, merge_repeated_runs
 
 UNITS = {
     "strength": "gamma times the rank: alpha under alpha / r, alpha sqrt(r) under alpha / sqrt(r)",
@@ -35,7 +35,7 @@ class HorizonJudgement:
     Attributes:
       best: Best rates at every step, `curves.best_rate_table`.
       comparisons: Comparisons of curves at their best rates, `curves.compare_best_rates`.
-      one_rate: Comparisons at the same rate, `curves.at_one_rate`.
+      one_rate: Comparisons at the same rate, `curves.compare_at_one_rate`.
       exponents: Exponents of the best rates in strength and rank, `law.horizon_exponents`.
       estimators: Exponents by estimators that use whole curves, `estimators.estimator_table`.
       steps: Exponents of the best rates in the number of steps, `law.step_exponents`.
@@ -77,16 +77,19 @@ def judge_runs(
     """Find the best rates at every step of the readings, and compare them with each other and with the law.
 
     Args:
-      runs: Runs of one grid; runs of the same setting are merged, see `runs.distinct`.
+      runs: Runs of one grid; runs of the same setting are merged, see `runs.merge_repeated_runs`.
       tokens: Number of tokens of each held-out record.
       takeovers: Takeover distances of the model's modules for the law's exponents; if empty, these are left out.
       warmup: Number of steps of linear warm-up.
       schedule: Schedule of the learning rate after the warm-up.
       linear_terms: Linear terms of the model's modules, see `law.horizon_exponents`.
       other_runs: Runs to compare with, by description, see `runs.read_comparison_runs`.
+
+    Returns:
+      The frames of the analysis.
     """
     # Curves of loss against rate at every step, and their minima.
-    runs = distinct(runs)
+    runs = merge_repeated_runs(runs)
     steps = sorted({reading.step for run in runs for reading in run.read.readings})
     curves = {step: curves_at(runs, tokens, step, draws=BOOTSTRAP_SAMPLES) for step in steps}
     best = _concatenate(best_rate_table(step_curves, step) for step, step_curves in curves.items())
@@ -95,19 +98,15 @@ def judge_runs(
     if best.empty:
         empty = pd.DataFrame()
         return HorizonJudgement(best, empty, empty, empty, empty, empty, led, empty, empty, empty, empty)
-    # Comparisons of curves.
-    distinct_others = {name: distinct(named_runs) for name, named_runs in (other_runs or {}).items()}
-    comparisons = [
-        compare_best_rates(
-            step_curves,
-            step,
-            {
-                name: curves_at(named_runs, tokens, step, draws=BOOTSTRAP_SAMPLES)
-                for name, named_runs in distinct_others.items()
-            },
-        )
-        for step, step_curves in curves.items()
-    ]
+    # Comparisons of curves, also with those of other runs after the same number of steps.
+    merged_others = {name: merge_repeated_runs(named_runs) for name, named_runs in (other_runs or {}).items()}
+    comparisons = []
+    for step, step_curves in curves.items():
+        other_curves = {
+            name: curves_at(named_runs, tokens, step, draws=BOOTSTRAP_SAMPLES)
+            for name, named_runs in merged_others.items()
+        }
+        comparisons.append(compare_best_rates(step_curves, step, other_curves))
     # Exponents of the best rates, with those of the laws.
     constants = constants_by_steps(led, best)
     by_steps = constants.groupby("step") if len(constants) else ()
@@ -120,7 +119,7 @@ def judge_runs(
             for step, step_curves in curves.items()
         )
         exponents_in_steps = step_exponents(curves, **law)
-    at_same_rate = _concatenate(at_one_rate(runs, tokens, step) for step in steps)
+    at_same_rate = _concatenate(compare_at_one_rate(runs, tokens, step) for step in steps)
     # Regret of policies, with the geometric middle of the displacement constants at each step.
     costs = pd.DataFrame()
     if ranges:
@@ -165,16 +164,16 @@ def describe_horizons(runs: int, best: pd.DataFrame, exponents: pd.DataFrame, *,
     if exponents.empty:
         return f"No two best rates of the {runs} runs can be compared yet."
     count = exponents["verdict"].value_counts().to_dict()
-    words = [f"{name} {count[name]} times" for name in ("agrees", "contradicts", "undecided") if name in count]
-    return f"The constant-gradient law compared with {runs} runs: {', '.join(words)}."
+    counts = [f"{name} {count[name]} times" for name in ("agrees", "contradicts", "undecided") if name in count]
+    return f"The constant-gradient law compared with {runs} runs: {', '.join(counts)}."
 
 
-def against_in_words(exponents: pd.DataFrame) -> pd.DataFrame:
+def add_against_column(exponents: pd.DataFrame) -> pd.DataFrame:
     """Add a column ``against`` to `law.horizon_exponents` that describes what the rate is compared against."""
     return exponents.assign(against=exponents["over"].map({"strength": "gamma r at r =", "rank": "r at gamma r ="}))
 
 
-def size_in_words(frame: pd.DataFrame) -> pd.DataFrame:
+def add_size_column(frame: pd.DataFrame) -> pd.DataFrame:
     """Add a column ``size`` with the rank as text to a frame of a judgement, unless it summarises ranks."""
     if "rank" not in frame:
         return frame

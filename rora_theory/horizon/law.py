@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from rora_theory.errors import InputError
-from rora_theory.horizon.curves import labels_of, strength_of
-from rora_theory.horizon.grid import warmed_up
+from rora_theory.horizon.curves import setting_labels, strength_of
+from rora_theory.horizon.grid import warmup_factors
 from rora_theory.horizon.parts import QUANTILES, exponent_of_parts
 from rora_theory.horizon.runs import HorizonRun
 from rora_theory.io import frames
@@ -23,12 +23,23 @@ from rora_theory.stats.rate_curves import Curve, at_shared_seeds, log2_rates, we
 from rora_theory.stats.verdicts import judge_range
 from rora_theory.theory import displacement, horizon, laws
 
+RIVALS = {"strength": (-1.0, 0.0), "rank": (-0.125, 0.125, 0.5), "step": (-0.5,)}
+"""Exponents that rival explanations predict for the best rate, by the setting that changes.
+
+In the strength G: -1 (the law of the first step) and 0 (the rate does not depend on G). In the rank at fixed G: 1/2
+(cross-talk leads), and -1/8 and 1/8, the smallest exponents that a user would notice: from rank 8 to 128 they change
+the rate by a factor of 1.4, which costs a few thousandths of a nat. In the number of steps: -1/2 (a random walk).
+"""
+
 
 def read_regime(folder: Path) -> tuple[list[float], list[float]]:
     """Read the takeover distances and the linear terms under Adam of all modules, with PEFT's default initialisation.
 
     Args:
       folder: Run folder of ``sims.regime``.
+
+    Returns:
+      The takeover distances, and the linear terms c of the first step; a value of each per module.
 
     Raises:
       InputError: If `read_regime_run` refuses the folder, or if it has no such takeover distance.
@@ -44,7 +55,7 @@ def read_regime(folder: Path) -> tuple[list[float], list[float]]:
     return held_out["takeover"].astype(float).tolist(), list(run.linear_terms.values())
 
 
-def predictions(
+def predict_exponents(
     takeovers: Sequence[float],
     strengths: tuple[float, float],
     *,
@@ -71,7 +82,7 @@ def predictions(
     rows = []
     for count, rate, quantile in product(steps, rates, QUANTILES):
         takeover = float(np.quantile(takeovers, quantile))
-        rates_of_steps = [rate * share for share in warmed_up(count, warmup)]
+        rates_of_steps = [rate * share for share in warmup_factors(count, warmup)]
         # Ratio of the A-led to the B-led part at the end of the run, which decides how much the rate changes.
         rho = horizon.distances(rates_of_steps, takeover=takeover).A / takeover
         factor = 1 / horizon.rate_factor(strengths[1] / strengths[0], rho)
@@ -98,7 +109,7 @@ def horizon_exponents(
     Args:
       curves: `curves.curves_at` the step.
       step: Number of steps.
-      takeovers: Takeover distances of the model's modules, see `predictions`.
+      takeovers: Takeover distances of the model's modules, see `predict_exponents`.
       warmup: Number of steps of linear warm-up.
       runs: Runs with measured parts of the change, see `parts.exponent_of_parts`.
       linear_terms: Linear terms c of the modules' first step under Adam; if empty, the signal term dominates.
@@ -106,17 +117,24 @@ def horizon_exponents(
         `regret.constants_by_steps`; without them the displacement law is left out.
 
     Returns:
-      ``step``, ``over`` (``strength`` or ``rank``), ``at`` (the other), ``first``, ``second``; ``exponent`` with
-      ``standard_error``, ``half_width`` (95%) and ``error_over``, of the ``seeds`` that both ends have; ``law_low``,
-      ``law``, ``law_high``; ``verdict``, see `stats.verdicts.judge_range`. Over the strength the law is that of the
-      modules' takeover distances, at the measured best rate. In the rank it goes from 0, where the signal or A leads,
-      to what keeps the first step of the median module and of 95% of them, see `laws.equal_change_rank_exponent`.
-      Over the strength ``by_parts``, the mean of `parts.exponent_of_parts` over seeds, ``by_parts_low`` and
-      ``by_parts_high`` their range, and ``by_parts_verdict`` on that in place of the law's.
-      Over the strength also ``displacement_low`` and ``displacement_high``, the exponents of the displacement law over
-      the measured constants and every coherence, and ``displacement_verdict``. Each law is a rival of the other.
+      A row for each pair of values of the strength or the rank, with the columns
+
+      - ``step``, ``over`` (``strength`` or ``rank``, the setting that changes), ``at`` (value of the other setting),
+        ``first`` and ``second`` (values of the setting that changes);
+      - ``exponent`` with ``standard_error``, 95% ``half_width`` and ``error_over``, from the ``seeds`` that both curves
+        have;
+      - ``law_low``, ``law`` and ``law_high``, the exponent by the law of a constant gradient, and ``verdict`` on it,
+        see `stats.verdicts.judge_range`. Over the strength the range is that of the modules' takeover distances, at the
+        measured best rate. Over the rank it extends from 0, where the signal or A leads, to the exponents that preserve
+        the first step of the median module and of the module at the 95% quantile, see
+        `laws.equal_change_rank_exponent`;
+      - over the strength ``by_parts``, the mean over seeds of `parts.exponent_of_parts`, their range ``by_parts_low``
+        and ``by_parts_high``, and ``by_parts_verdict``, the verdict on this range;
+      - over the strength ``displacement_low`` and ``displacement_high``, the exponents of the displacement law over the
+        measured constants and every coherence, and ``displacement_verdict``. Each law is a rival of the other.
     """
     rows = []
+    # Settings are pairs of rank (index 0) and strength (index 1). One of them changes, the other is the same.
     curve_of_setting = {(curve.rank, strength_of(curve)): curve for curve in curves}
     for over, index in (("strength", 1), ("rank", 0)):
         # Each curve with the one of the largest strength (or rank) at the same rank (or strength).
@@ -137,10 +155,10 @@ def horizon_exponents(
             # The law of a constant gradient, the displacement law, and the measured parts are rivals of each other.
             if over == "strength":
                 rate = _best_rate(ends[0])
-                predicted = predictions(takeovers, (low, high), steps=[step], rates=[rate], warmup=warmup)
+                predicted = predict_exponents(takeovers, (low, high), steps=[step], rates=[rate], warmup=warmup)
                 law = tuple(predicted["exponent"])
                 displaced = _displacement_exponents((constants or {}).get(step), low, high)
-                rivals, other_rivals = (*rivals, *(displaced or ())), (*rivals, min(law), max(law))
+                rivals, displacement_rivals = (*rivals, *(displaced or ())), (*rivals, min(law), max(law))
                 by_parts = exponent_of_parts(
                     runs, step, rank=int(at), strengths=(low, high), rate=rate, seeds=tuple(ends[0].by_seed)
                 )
@@ -150,22 +168,22 @@ def horizon_exponents(
                 law = (0.0, *np.quantile(exponents, QUANTILES[1:]).tolist())
             # Row with the verdict on each law.
             edge, seeds = any(curve.edge for curve in ends), len(ends[0].losses)
-            judged = partial(judge_range, slope, edge=edge)
+            judge_prediction = partial(judge_range, slope, edge=edge)
             rows.append(
                 {"step": step, "over": over, "at": at, "first": low, "second": high, "exponent": slope.value}
                 | _errors(slope)
                 | {"law_low": min(law), "law": law[1], "law_high": max(law), "seeds": seeds}
-                | {"verdict": judged((min(law), max(law)), rivals, seeds=seeds)}
+                | {"verdict": judge_prediction((min(law), max(law)), rivals, seeds=seeds)}
                 | {"by_parts": float(np.mean(by_parts)) if by_parts else None}
             )
             # Verdicts on the displacement law and on the measured parts, where the run has them.
             if over == "strength" and displaced is not None:
                 rows[-1] |= dict(zip(("displacement_low", "displacement_high"), displaced, strict=True))
-                rows[-1]["displacement_verdict"] = judged(displaced, other_rivals, seeds=seeds)
+                rows[-1]["displacement_verdict"] = judge_prediction(displaced, displacement_rivals, seeds=seeds)
             if by_parts:
-                ends_of_parts = min(by_parts), max(by_parts)
-                rows[-1] |= dict(zip(("by_parts_low", "by_parts_high"), ends_of_parts, strict=True))
-                rows[-1]["by_parts_verdict"] = judged(ends_of_parts, (*rivals, law[1]), seeds=len(by_parts))
+                parts_range = min(by_parts), max(by_parts)
+                rows[-1] |= dict(zip(("by_parts_low", "by_parts_high"), parts_range, strict=True))
+                rows[-1]["by_parts_verdict"] = judge_prediction(parts_range, (*rivals, law[1]), seeds=len(by_parts))
     return pd.DataFrame(rows)
 
 
@@ -195,7 +213,7 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence
 
     Args:
       curves: `curves.curves_at` by step.
-      takeovers: Takeover distances of the model's modules, see `predictions`.
+      takeovers: Takeover distances of the model's modules, see `predict_exponents`.
       warmup: Number of steps of linear warm-up.
 
     Returns:
@@ -210,7 +228,7 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence
     # Curves of each setting by step, without steps at which the warm-up has not raised the rate from 0.
     curves_of_setting: dict[tuple[int, float], dict[int, Curve]] = {}
     for step in sorted(curves):
-        for curve in curves[step] if any(warmed_up(step, warmup)) else ():
+        for curve in curves[step] if any(warmup_factors(step, warmup)) else ():
             curves_of_setting.setdefault((curve.rank, curve.scaling), {})[step] = curve
     for by_step in curves_of_setting.values():
         # Steps ascend, so that the first number of every pair is the smaller one.
@@ -226,18 +244,18 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence
             # Full fine-tuning has no A that could take over.
             distances = np.quantile(takeovers, QUANTILES).tolist() if curve.rank else [math.inf]
             # Exponents of the law, at quantiles of the modules' takeover distances.
-            schedules = (warmed_up(first, warmup), warmed_up(second, warmup))
+            schedules = (warmup_factors(first, warmup), warmup_factors(second, warmup))
             preserving_rates = [
                 horizon.rate_for_equal_change(rate, *schedules, takeover=distance) for distance in distances
             ]
             law = sorted(math.log2(preserving / rate) / octaves for preserving in preserving_rates)
             edge, seeds = _edge_of_pair(*ends), len(ends[0].losses)
             rows.append(
-                labels_of(curve)
+                setting_labels(curve)
                 | {"first": first, "second": second, "exponent": slope.value}
                 | _errors(slope)
                 | {"seeds": seeds, "law_low": law[0], "law": law[len(law) // 2], "law_high": law[-1]}
-                | {"verdict": judge_range(slope, (law[0], law[-1]), RIVALS["step"], edge=bool(edge), seeds=seeds)}
+                | {"verdict": judge_range(slope, (law[0], law[-1]), RIVALS["step"], is_bound=bool(edge), seeds=seeds)}
                 | {"edge": edge}
             )
     return frames.from_rows(rows, list(rows[0])) if rows else pd.DataFrame()
@@ -252,14 +270,8 @@ def _edge_of_pair(first: Curve, second: Curve) -> str:
 
 def _best_rate(curve: Curve) -> float:
     """Return the geometric mean of the seeds' best rates."""
-    return 2 ** float(np.mean(log2_rates(curve.spread)))
+    return 2 ** float(np.mean(log2_rates(curve.replicates)))
 
 
 def _errors(slope: Estimate) -> dict[str, Any]:
     return {"standard_error": slope.error, "half_width": slope.half_width(), "error_over": slope.over}
-
-
-RIVALS = {"strength": (-1.0, 0.0), "rank": (-0.125, 0.125, 0.5), "step": (-0.5,)}
-"""Exponents that rival explanations predict for the best rate. In G: -1 (the law of the first step) and 0 (nothing to
-change). In the rank at fixed G: 1/2 (cross-talk leads), and 1/8 either way, the smallest that a user would notice: from
-rank 8 to 128 it is a factor of 1.4, which costs a few thousandths of a nat. In the steps: -1/2 (a random walk)."""

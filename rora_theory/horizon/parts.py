@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rora_theory.horizon.grid import warmed_up
+from rora_theory.horizon.grid import warmup_factors
 from rora_theory.horizon.runs import HorizonRun
 from rora_theory.io import frames
 from rora_theory.measure.led import PARTS, preserving_exponent, preserving_factor
@@ -15,6 +15,9 @@ from rora_theory.theory import horizon
 
 QUANTILES = (0.05, 0.5, 0.95)
 """Quantiles over a model's modules of quantities such as the takeover distance."""
+
+GRID_STEP = 1 / 4
+"""Distance of adjacent learning rates in decades."""
 
 
 def led_table(runs: Sequence[HorizonRun], *, takeovers: Sequence[float], warmup: int) -> pd.DataFrame:
@@ -47,7 +50,7 @@ def led_table(runs: Sequence[HorizonRun], *, takeovers: Sequence[float], warmup:
             row["change"] = float(np.sqrt(np.mean(w**2)))
             # The law's ratio at a constant gradient is the distance that A moves over the takeover distance.
             if takeover is not None:
-                rates = [run.rate * factor for factor in warmed_up(reading.step, warmup)]
+                rates = [run.rate * factor for factor in warmup_factors(reading.step, warmup)]
                 row["law_ratio"] = horizon.distances(rates, takeover=takeover).A / takeover
             rows.append(row)
     return pd.DataFrame(rows)
@@ -69,7 +72,7 @@ def change_at_best(best: pd.DataFrame, led: pd.DataFrame) -> pd.DataFrame:
       have a change at every strength of the rank. Best rates without such a seed, or outside the rates at which the
       change was measured, have no row.
     """
-    # Logarithm of the change at the best rate, and slope, by step and rank, strength and seed.
+    # log2 of the change at the best rate, and its slope in log2 of the rate: by step and rank, by strength, by seed.
     changes: dict[tuple[int, int], dict[float, dict[int, tuple[float, float]]]] = {}
     rows = frames.rows(best[best["rank"].notna()]) if len(led) else []
     for row in rows:
@@ -92,13 +95,13 @@ def change_at_best(best: pd.DataFrame, led: pd.DataFrame) -> pd.DataFrame:
         seeds = set.intersection(*map(set, measured.values())) if row["strength"] in measured else set()
         if seeds:
             # The error of the best rate becomes one of the change through the slope of the line.
-            logs, slopes = np.mean([measured[row["strength"]][seed] for seed in sorted(seeds)], axis=0)
+            log_change, slope = np.mean([measured[row["strength"]][seed] for seed in sorted(seeds)], axis=0)
             error = row["log2_error"]
             table.append(
                 {"step": int(row["step"]), "rank": int(row["rank"])}
                 | {name: row[name] for name in ("strength", "best_rate")}
-                | {"change": float(2**logs)}
-                | {"log2_error": None if error is None else float(slopes) * error, "seeds": len(seeds)}
+                | {"change": float(2**log_change)}
+                | {"log2_error": None if error is None else float(slope) * error, "seeds": len(seeds)}
                 | {"edge": row["edge"]}
             )
     return pd.DataFrame(table)
@@ -126,6 +129,9 @@ def exponent_of_parts(
       strengths: Strength gamma r of the runs, and the other strength.
       rate: Best rate at the first strength.
       seeds: Seeds to include.
+
+    Returns:
+      The exponents of the seeds that have one, in ascending order of the seed.
     """
     growth = strengths[1] / strengths[0]
     # Exponents by seed and log10 of the run's rate over the best rate.
@@ -144,8 +150,9 @@ def exponent_of_parts(
     for seed in sorted(exponents):
         distances, values = zip(*sorted(exponents[seed].items()), strict=True)
         right = int(np.searchsorted(distances, 0.0))
-        if 0 < right < len(distances) and distances[right] - distances[right - 1] <= 1 / 4 + 1e-3:
+        nearest = min(distances, key=abs)
+        if 0 < right < len(distances) and distances[right] - distances[right - 1] <= GRID_STEP + 1e-3:
             by_seed.append(float(np.interp(0.0, distances, values)))
-        elif abs(nearest := min(distances, key=abs)) <= 1 / 8 + 1e-3:
+        elif abs(nearest) <= GRID_STEP / 2 + 1e-3:
             by_seed.append(exponents[seed][nearest])
     return by_seed

@@ -22,7 +22,7 @@ from rora_theory.scaling import Rule, scaling_factor
 from rora_theory.sweep.workbench import Workbench
 from rora_theory.tune.plan import (
     BUDGET,
-    LONGEST_PROBE,
+    MAX_PROBE_STEPS,
     ProbePlan,
     ProbeRun,
     Schedule,
@@ -96,7 +96,7 @@ class ProbeConfig:
         check_list("--targets", self.targets)
         check_warmup(self.warmup, self.steps)
         self.training(Trial(1.0, self.steps), epochs=1)
-        # Fails early where the budget is too small, whatever the records are.
+        # Plan for records of one token, the smallest cost: this raises an error early if the budget never suffices.
         make_plan(
             self.steps,
             self.strength,
@@ -114,7 +114,7 @@ class ProbeConfig:
     @property
     def train_records(self) -> int:
         """Number of records that the longest run of any probe trains on."""
-        return LONGEST_PROBE * self.batch_size
+        return MAX_PROBE_STEPS * self.batch_size
 
     def training(self, trial: Trial, *, epochs: int) -> FinetuneConfig:
         """Return the fine-tuning configuration of a run.
@@ -168,7 +168,7 @@ class Probe:
         held_out = bench.held_out
         batch_tokens = config.batch_size * float(np.mean(bench.train_examples.input_lengths))
         # The inputs at which the parts of the change are measured cost one forward pass of a few records.
-        inputs = spread(len(held_out), min(MAX_INPUT_RECORDS, max(2, config.batch_size // 2)))
+        inputs = evenly_spaced(len(held_out), min(MAX_INPUT_RECORDS, max(2, config.batch_size // 2)))
         self.plan: ProbePlan = make_plan(
             config.steps,
             config.strength,
@@ -180,9 +180,9 @@ class Probe:
             budget=config.budget,
         )
         # Held-out records that the budget allows to evaluate after every run.
-        used = _affordable(held_out.input_lengths, self.plan.held_out_tokens(batch_tokens))
-        self._input_examples = select(held_out, inputs)
-        bench.held_out = select(held_out, used)
+        used = _affordable_records(held_out.input_lengths, self.plan.held_out_tokens(batch_tokens))
+        self._input_examples = select_examples(held_out, inputs)
+        bench.held_out = select_examples(held_out, used)
         self._is_answer = config.loss_on == "answer"
         self.tokens: list[int] = (
             bench.held_out.target_counts if self._is_answer else bench.held_out.input_lengths
@@ -219,7 +219,7 @@ class Probe:
         return ProbeRun(trial.learning_rate, trial.steps, tuple(losses), tuple(ratios))
 
 
-def select(examples: Examples, indices: Sequence[int] | Int[np.ndarray, " n"]) -> Examples:
+def select_examples(examples: Examples, indices: Sequence[int] | Int[np.ndarray, " n"]) -> Examples:
     """Return some of the examples, in the order of the indices."""
     rows = [examples[int(index)] for index in indices]
     return replace(
@@ -230,7 +230,7 @@ def select(examples: Examples, indices: Sequence[int] | Int[np.ndarray, " n"]) -
     )
 
 
-def spread(count: int, limit: int) -> Int[np.ndarray, " n"]:
+def evenly_spaced(count: int, limit: int) -> Int[np.ndarray, " n"]:
     """Return at most ``limit`` indices below ``count``, evenly spaced.
 
     Examples:
@@ -240,14 +240,14 @@ def spread(count: int, limit: int) -> Int[np.ndarray, " n"]:
     return np.arange(min(count, limit)) * count // min(count, limit)
 
 
-def _affordable(sizes: Int[np.ndarray, " n"], tokens: int) -> Int[np.ndarray, " m"]:
+def _affordable_records(sizes: Int[np.ndarray, " n"], tokens: int) -> Int[np.ndarray, " m"]:
     """Return evenly spaced indices of as many records as have at most this number of tokens together.
 
     Raises:
       InputError: If two records have more.
     """
     for limit in range(len(sizes), 1, -1):
-        indices = spread(len(sizes), limit)
+        indices = evenly_spaced(len(sizes), limit)
         if int(sizes[indices].sum()) <= tokens:
             return indices
     raise InputError(

@@ -72,6 +72,9 @@ def read_run(
       inputs: Inputs of the modules, at which the parts of the change are measured; None computes
         `measure.led.module_inputs` of the held-out records.
 
+    Returns:
+      The losses of the run and its readings. A run that diverged ends with its last finite reading.
+
     Raises:
       InputError: If the steps do not ascend, are more than the records provide, or do not suit the schedule.
     """

@@ -12,6 +12,7 @@ import pandas as pd
 from rora_theory.advice.measured import Schedule
 from rora_theory.advice.run_change import RunChange
 from rora_theory.horizon.curves import curves_at, strength_of
+from rora_theory.horizon.parts import GRID_STEP
 from rora_theory.horizon.runs import FULL, HorizonRun
 from rora_theory.io import frames
 from rora_theory.stats.rate_curves import Curve, log2_rates
@@ -60,7 +61,7 @@ def policies(
     """
 
     # The displacement law, with the constant measured at about this number of steps.
-    def displaced(old: Condition, new: Condition, rate: float) -> float:
+    def displacement_rate(old: Condition, new: Condition, rate: float) -> float:
         # A number of steps without a constant uses that of the nearest one.
         steps = min(constants, key=lambda steps: abs(math.log(steps / old.steps)))
         factor = displacement.best_rate_factor(
@@ -68,17 +69,18 @@ def policies(
         )
         return rate * factor
 
-    # The law of a constant gradient: the change at the horizon stays the same.
-    def at_constant_gradient(old: Condition, new: Condition, rate: float) -> float:
+    # The law of a constant gradient: the change at the horizon stays the same. rate * steps / takeover is the ratio of
+    # the A-led to the B-led part at the old horizon.
+    def constant_gradient_rate(old: Condition, new: Condition, rate: float) -> float:
         assert takeover is not None
         return rate * horizon.rate_factor(new.strength / old.strength, rate * old.steps / takeover)
 
     # The displacement law, with the random walk's exponent in the steps.
-    def halved(old: Condition, new: Condition, rate: float) -> float:
-        return displaced(old, new, rate) * (new.steps / old.steps) ** -0.5
+    def displacement_and_steps_rate(old: Condition, new: Condition, rate: float) -> float:
+        return displacement_rate(old, new, rate) * (new.steps / old.steps) ** -0.5
 
-    # What a user of `rora_theory.transfer` is told, with the constants of all models.
-    def advised(old: Condition, new: Condition, rate: float) -> float:
+    # The rate that `rora_theory.transfer` returns, with its default constants.
+    def advised_rate(old: Condition, new: Condition, rate: float) -> float:
         change = RunChange(steps=old.steps, to_steps=new.steps, schedule=schedule)
         return change.carry(rate, old_strength=old.strength, new_strength=new.strength).best
 
@@ -86,11 +88,11 @@ def policies(
         "keep the rate": lambda _old, _new, rate: rate,
         "first step": lambda old, new, rate: rate * old.strength / new.strength,
         "square root": lambda old, new, rate: rate * (old.strength / new.strength) ** 0.5,
-        "displacement": displaced,
-        "displacement and steps": halved,
-        "advice": advised,
+        "displacement": displacement_rate,
+        "displacement and steps": displacement_and_steps_rate,
+        "advice": advised_rate,
     }
-    return by_name if takeover is None else by_name | {"constant gradient": at_constant_gradient}
+    return by_name if takeover is None else by_name | {"constant gradient": constant_gradient_rate}
 
 
 def constants_by_steps(led: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
@@ -113,7 +115,7 @@ def constants_by_steps(led: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
     for (step, rank, strength), runs in led.groupby(["step", "rank", "strength"]) if len(led) else ():
         # Runs up to the best rate, with half a grid step of slack because it lies between the rates of the grid.
         optimum = optima.get((step, rank, round(strength, 6)))
-        near = runs[runs["learning_rate"] <= (optimum or 0.0) * 10 ** (1 / 8)]
+        near = runs[runs["learning_rate"] <= (optimum or 0.0) * 10 ** (GRID_STEP / 2)]
         if len(near):
             # K = G rho (1 + rho), with the measured ratio rho of the A-led to the B-led part.
             values = strength * near["ratio"] * (1 + near["ratio"])
@@ -141,7 +143,7 @@ def regret_table(
     an earlier one, as all laws at an unchanged G, has no row.
 
     Args:
-      runs: Runs of one grid, see `runs.distinct`.
+      runs: Runs of one grid, see `runs.merge_repeated_runs`.
       tokens: Number of tokens of every held-out record.
       curves: `curves.curves_at` of the runs by step.
       by_name: Policies by name, see `policies`.
@@ -154,27 +156,29 @@ def regret_table(
       ``high`` over the interval of the tuned optimum, ``per_cent``, ``lowest_loss``, ``seeds``, ``is_lower_bound`` and
       ``is_edge`` (a best rate of either curve lies at the end of its grid).
     """
+    # Every measured condition is an old one, with its tuned rate, and a new one for the others.
     measured = _MeasuredCurves(runs, tokens, curves, draws)
     rows: list[dict[str, Any]] = []
     for old, tuned in measured.curves.items():
         # Geometric mean of the seeds' best rates.
-        tuned_rate = 2 ** float(np.mean(log2_rates(tuned.spread)))
+        tuned_rate = 2 ** float(np.mean(log2_rates(tuned.replicates)))
         # Ranks and numbers of steps go upwards, as users do; the strength goes either way.
-        for new, shared in measured.curves.items():
+        for new, all_seeds in measured.curves.items():
             if new == old or new.rank < old.rank or new.steps < old.steps:
                 continue
             changed = [name for name in ("rank", "strength", "steps") if getattr(old, name) != getattr(new, name)]
             rates: list[float] = []
             for name, policy in by_name.items():
-                carried = partial(policy, old, new)
+                carry_rate = partial(policy, old, new)
+                rate = carry_rate(tuned_rate)
                 # Policies that agree by construction, such as all laws at an unchanged G, have one row: the first's.
-                if any(math.isclose(carried(tuned_rate), rate, rel_tol=1e-9) for rate in rates):
+                if any(math.isclose(rate, other_rate, rel_tol=1e-9) for other_rate in rates):
                     continue
-                rates.append(carried(tuned_rate))
+                rates.append(rate)
                 # Seeds with rates on both sides of the policy's rate, if there are any: otherwise the regret is a lower
                 # bound.
-                target = measured.covering(new, carried(tuned_rate)) or shared
-                cost = regret(tuned, target, carried)
+                target = measured.covering(new, rate) or all_seeds
+                cost = regret(tuned, target, carry_rate)
                 nats = cost.nats
                 rows.append(
                     {"old_rank": old.rank, "old_strength": old.strength, "old_steps": old.steps}

@@ -96,7 +96,7 @@ def _convert_run(cell: Any, value: Any) -> HorizonRun:
     return HorizonRun(rank, strength, float(cell["rate"]), int(cell["seed"]), read)
 
 
-def distinct(runs: Iterable[HorizonRun]) -> list[HorizonRun]:
+def merge_repeated_runs(runs: Iterable[HorizonRun]) -> list[HorizonRun]:
     """Merge runs of the same rank, strength, rate and seed into the longest, with the readings of all of them.
 
     At a constant rate, runs that differ only in length are the same run, up to rounding. Of two readings at one step,

@@ -46,6 +46,9 @@ def module_inputs(
       adapter: Adapter of the modules.
       records: Maximum number of records.
 
+    Returns:
+      The inputs of every module, [layers, tokens, p_in], with the tokens of all records one after the other.
+
     Raises:
       InputError: If there is no record, or if the records do not differ.
     """
@@ -88,22 +91,23 @@ def compute_led_rms(
         raise InputError("use_dora must be false, got true: DoRA's change is not gamma B A x")
     rows: list[dict[str, Any]] = []
     for module in (target.module for target in trained.targets):
-        tensors = trained.params[module]
-        first, last, B = (np.asarray(a, np.float64) for a in (
-            start.params[module]["lora_A"], tensors["lora_A"], tensors["lora_B"]
-        ))  # fmt: skip
+        # Factors of all layers: [layers, r, p_in] and [layers, p_out, r].
+        start_A = np.asarray(start.params[module]["lora_A"], np.float64)
+        trained_A = np.asarray(trained.params[module]["lora_A"], np.float64)
+        trained_B = np.asarray(trained.params[module]["lora_B"], np.float64)
         for layer, gamma in enumerate(np.asarray(trained.scaling[module], np.float64)):
             # The scaling is 0 in layers that are not adapted.
             if gamma == 0:
                 continue
-            # A_0 x' and (A - A_0) x' at the tokens that are no attention sinks.
+            # A_0 x' and (A - A_0) x' at the tokens that are not attention sinks, [tokens, r].
             x = inputs[module][layer].astype(np.float64)
             x = x[~sinks(np.linalg.norm(x, axis=1))]
-            led_B, led_A = x @ first[layer].T, x @ (last[layer] - first[layer]).T
-            # |B u|^2 = u' B'B u: avoids forming B u.
-            gram = B[layer].T @ B[layer]
+            led_B, led_A = x @ start_A[layer].T, x @ (trained_A[layer] - start_A[layer]).T
+            # |B u|^2 = u^T B^T B u: avoids forming B u, which has p_out instead of r columns.
+            gram = trained_B[layer].T @ trained_B[layer]
             squares = [np.einsum("tr,rs,ts->", u, gram, u, optimize=True) for u in (led_B, led_A, led_B + led_A)]
-            rms = gamma * np.sqrt(np.maximum(squares, 0) / (len(x) * B.shape[1]))
+            # Rounding may make a sum of squares negative.
+            rms = gamma * np.sqrt(np.maximum(squares, 0) / (len(x) * trained_B.shape[1]))
             rows.append({"layer": layer, "module": module} | dict(zip(PARTS, rms.tolist(), strict=True)))
     return pd.DataFrame(rows, columns=["layer", "module", *PARTS])
 
@@ -125,6 +129,9 @@ def preserving_exponent(
       led_B: Rms b of the B-led part.
       led_A: Rms a of the A-led part.
       total: Rms w of their sum, above 0.
+
+    Returns:
+      The exponent for each module, from -1 to -1/2 if the parts do not cancel.
     """
     b, a, w = (np.asarray(rms, np.float64) for rms in (led_B, led_A, total))
     c = (w**2 - a**2 - b**2) / 2
@@ -162,29 +169,30 @@ def preserving_factor(
     Raises:
       InputError: If ``strength_ratio`` or the change is not positive.
     """
-    # Sums of squares: b^2, a^2 and w^2 of the docstring.
-    b, a, w = (float(np.sum(np.asarray(rms, np.float64) ** 2)) for rms in (led_B, led_A, total))
-    if not (strength_ratio > 0 and w > 0):
-        raise InputError(f"strength_ratio and the change must be above 0, got {strength_ratio!r} and {math.sqrt(w)!r}")
+    # Sums of b^2, a^2 and w^2 over modules.
+    b2, a2, w2 = (float(np.sum(np.asarray(rms, np.float64) ** 2)) for rms in (led_B, led_A, total))
+    if not (strength_ratio > 0 and w2 > 0):
+        raise InputError(f"strength_ratio and the change must be above 0, got {strength_ratio!r} and {math.sqrt(w2)!r}")
 
     # 2 c = w^2 - b^2 - a^2, limited by the Cauchy-Schwarz inequality, which rounded parts can violate.
-    twice_c = max(w - a - b, -2 * math.sqrt(a * b))
+    twice_c = max(w2 - a2 - b2, -2 * math.sqrt(a2 * b2))
 
     # Logarithm of the mean square at the new strength and rate over the old one: 0 at the solution.
     def log_ratio(y: float) -> float:
-        square = strength_ratio**2 * y**2 * (b + twice_c * y + a * y**2) / w
-        return math.log(max(square, sys.float_info.min))
+        ratio = strength_ratio**2 * y**2 * (b2 + twice_c * y + a2 * y**2) / w2
+        return math.log(max(ratio, sys.float_info.min))
 
     # Restrict the search to an increasing range that contains 1. With opposite parts the change decreases between two
     # turning points, the roots of 4 a y^2 + 3 (2 c) y + 2 b.
     low, high = 1e-9 / strength_ratio, math.inf
-    discriminant = 9 * twice_c**2 - 32 * a * b
+    discriminant = 9 * twice_c**2 - 32 * a2 * b2
     if twice_c < 0 <= discriminant:
-        shift = math.sqrt(discriminant) - 3 * twice_c
-        first, second = 4 * b / shift, shift / (8 * a)
-        if first <= 1 <= second:
+        # The smaller root in the form without a difference, which would cancel.
+        root_sum = math.sqrt(discriminant) - 3 * twice_c
+        maximum, minimum = 4 * b2 / root_sum, root_sum / (8 * a2)
+        if maximum <= 1 <= minimum:
             return math.nan
-        low, high = (low, first) if first > 1 else (second, high)
+        low, high = (low, maximum) if maximum > 1 else (minimum, high)
     # Find a finite upper end, then the root.
     if high == math.inf:
         high = max(low, 1.0)

@@ -126,6 +126,9 @@ def read_tuned(config: TransferConfig) -> tuple[Setting, str | list[str] | None,
     Each value comes from the options, the file or `DEFAULT`, in this order. Remarks about the file are logged as
     warnings.
 
+    Args:
+      config: Options of the request.
+
     Returns:
       The tuned setting, its targets, and the content of the file.
 
@@ -157,6 +160,12 @@ def read_tuned(config: TransferConfig) -> tuple[Setting, str | list[str] | None,
 def advise(config: TransferConfig) -> Advised:
     """Compute the advice that a configuration requests.
 
+    Args:
+      config: Options of the request.
+
+    Returns:
+      The advice, the arguments of `Advice.peft_config`, and the limits of a measured regime.
+
     Raises:
       InputError: If `read_tuned`, `transfer`, `peft_targets` or `saved_run.read_regime_run` refuses a value.
     """
@@ -170,7 +179,7 @@ def advise(config: TransferConfig) -> Advised:
         run = regime_run.read_regime_run(
             Path(config.regime), optimizer=tuned.optimizer, init=tuned.init, split=config.split
         )
-        regime, targets, thin = run.terms_of(requested), requested or run.module_types, run.gaps(requested)
+        regime, targets, thin = run.terms_of(requested), requested or run.module_types, run.describe_gaps(requested)
     new: dict[str, Any] = {"rule": config.to_rule, "alpha": config.to_alpha}
     runs = {field.name: getattr(config, field.name) for field in fields(RunChange)}
     # A trainer's file states the run of the tuned setting, which matters only if the new run is another.

@@ -20,7 +20,7 @@ from fractions import Fraction
 from rora_theory.errors import InputError
 from rora_theory.paper.published import NAMES, Claim, PublishedRow
 from rora_theory.paper.tasks import PUBLISHED_TASKS
-from rora_theory.stats.estimate import in_errors
+from rora_theory.stats.estimate import standard_score
 
 SIZES = tuple(task.size for task in PUBLISHED_TASKS.values())
 """Number of items of each full evaluation set."""
@@ -280,7 +280,7 @@ def within_noise(rows: Sequence[PublishedRow], method: str = "RoRA", *, z: float
         error = math.hypot(average_error(row.scores), average_error(best.scores))
         # All eight entries and the average.
         for name, ours, theirs, spread in [*pairs, ("average", row.average, best.average, error)]:
-            distance = in_errors(ours - theirs, spread)
+            distance = standard_score(ours - theirs, spread)
             if abs(distance) < z:
                 text = (
                     f"{name}: {ours:.1f} against {best.method}'s {theirs:.1f} is {ours - theirs:+.1f} "

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from rora_theory.paper import equations
-from rora_theory.stats.estimate import Estimate, root
+from rora_theory.stats.estimate import Estimate, square_root
 from rora_theory.theory import laws
 from rora_theory.theory.sampling import RandomStep, Sums
 
@@ -70,7 +70,7 @@ def quantity_estimate(sums: Sums, quantity: Quantity, *, step: float = 1.0) -> E
         "mean": (sums.first.mean, 1),
         "second_moment": (sums.first.second_moment, 2),
         "variance": (sums.first.variance, 2),
-        "norm": (root(sums.norm2.mean), 1),
+        "norm": (square_root(sums.norm2.mean), 1),
     }
     simulated, power = estimates[quantity]
     return simulated.times(step**power)

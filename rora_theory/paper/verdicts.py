@@ -20,7 +20,7 @@ from jaxtyping import Array
 from rora_theory.optimizers import OPTIMIZERS, make_optimizer
 from rora_theory.paper import equations
 from rora_theory.scaling import Rule, scaling_factor
-from rora_theory.stats.estimate import Estimate, root
+from rora_theory.stats.estimate import Estimate, square_root
 from rora_theory.stats.moments import Fit, log_log_fit, threshold
 from rora_theory.stats.verdicts import TOLERANCE, Outcome, judge_gap, summarise_outcomes
 from rora_theory.theory import first_step, laws, sampling
@@ -398,7 +398,7 @@ def eq11(draws: Draws) -> Verdict:
 
     def ratio(rank: int, p_in: int) -> Estimate:
         printed = float(equations.eq11_norm(np.ones(draws.p_out), rank=rank, p_in=p_in, **UNIT))
-        return root(draws.sums(rank, 0.0, p_in).norm2.mean).times(1 / printed)
+        return square_root(draws.sums(rank, 0.0, p_in).norm2.mean).times(1 / printed)
 
     # The printed formula uses the largest |delta_i| for all outputs.
     spread = np.linspace(-1.0, 1.0, 101)
@@ -462,7 +462,7 @@ def _growth(draws: Draws, equation: str, claim: str, rule: Rule, printed: Callab
 
     def slope(cells: Mapping[int, sampling.Sums]) -> Fit:
         gammas = [scaling_factor(rule, alpha=1.0, rank=rank) ** 2 for rank in cells]
-        norms = [root(sums.norm2.mean).times(gamma) for sums, gamma in zip(cells.values(), gammas, strict=True)]
+        norms = [square_root(sums.norm2.mean).times(gamma) for sums, gamma in zip(cells.values(), gammas, strict=True)]
         return log_log_fit(list(cells), [norm.value for norm in norms], [norm.error for norm in norms])
 
     # Ranks far above the crossing rank: those of the sweep, or two others if it has fewer than two.

@@ -67,30 +67,30 @@ def registration_shifts(first: Curve, second: Curve) -> Float[np.ndarray, " seed
       finite losses.
     """
     shifts = []
-    for losses in zip(first.losses, second.losses, strict=True):
-        x, y = zip(
-            *(_finite(curve.rates, curve_losses) for curve, curve_losses in zip((first, second), losses, strict=True)),
-            strict=True,
-        )
-        if min(map(len, x)) < 2:
+    for first_losses, second_losses in zip(first.losses, second.losses, strict=True):
+        x1, y1 = _finite(first.rates, first_losses)
+        x2, y2 = _finite(second.rates, second_losses)
+        if min(len(x1), len(x2)) < 2:
             shifts.append(math.nan)
             continue
         # Monotonic interpolation does not swing between the points, as a cubic spline may.
-        splines = [scipy.interpolate.PchipInterpolator(*xy, extrapolate=False) for xy in zip(x, y, strict=True)]
+        spline1 = scipy.interpolate.PchipInterpolator(x1, y1, extrapolate=False)
+        spline2 = scipy.interpolate.PchipInterpolator(x2, y2, extrapolate=False)
         # Overlap that a shift must leave: half of the shorter curve.
-        needed = min(x[0][-1] - x[0][0], x[1][-1] - x[1][0]) / 2
-        # All shifts with enough overlap, a row of points in the overlap for each.
-        tried = np.arange(x[1][0] - x[0][-1] + needed, x[1][-1] - x[0][0] - needed + SHIFT_STEP, SHIFT_STEP)[:, None]
-        low, high = np.maximum(x[0][0], x[1][0] - tried), np.minimum(x[0][-1], x[1][-1] - tried)
-        at = low + (high - low) * np.linspace(0, 1, 41)
+        overlap = min(x1[-1] - x1[0], x2[-1] - x2[0]) / 2
+        # All shifts with enough overlap, [shifts, 1], with a row of points in the overlap for each.
+        candidates = np.arange(x2[0] - x1[-1] + overlap, x2[-1] - x1[0] - overlap + SHIFT_STEP, SHIFT_STEP)[:, None]
+        low, high = np.maximum(x1[0], x2[0] - candidates), np.minimum(x1[-1], x2[-1] - candidates)
+        points = low + (high - low) * np.linspace(0, 1, 41)
         # Rounding may put an end of the overlap outside a curve, where its spline is NaN.
-        variances = np.nanvar(splines[0](at) - splines[1](at + tried), axis=1)
-        # Parabola through the smallest variance and its neighbours, so that shifts are no multiples of the step.
-        lowest = int(np.clip(np.argmin(variances), 1, len(tried) - 2))
+        variances = np.nanvar(spline1(points) - spline2(points + candidates), axis=1)
+        # Vertex of the parabola through the smallest variance and its neighbours, so that shifts are not restricted to
+        # multiples of the step.
+        lowest = int(np.clip(np.argmin(variances), 1, len(candidates) - 2))
         before, middle, after = variances[lowest - 1 : lowest + 2]
-        bend = before - 2 * middle + after
-        offset = float(np.clip((before - after) / (2 * bend), -1, 1)) if bend > 0 else 0.0
-        shifts.append(float(tried[lowest, 0]) + SHIFT_STEP * offset)
+        curvature = before - 2 * middle + after
+        offset = float(np.clip((before - after) / (2 * curvature), -1, 1)) if curvature > 0 else 0.0
+        shifts.append(float(candidates[lowest, 0]) + SHIFT_STEP * offset)
     return np.array(shifts)
 
 

@@ -95,14 +95,15 @@ def over_seeds(values: Float[np.ndarray, " seeds"]) -> Estimate:
     return Estimate(float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(count)), count, "seeds")
 
 
-def jackknife(figure: Callable[[Sequence[int]], float], n: int, over: str) -> Estimate:
+def jackknife(statistic: Callable[[Sequence[int]], float], n: int, over: str) -> Estimate:
     r"""Estimate a statistic of ``n`` samples and its standard error by the jackknife.
 
     The error is :math:`\sqrt{(n - 1)\, \overline{(f_{-i} - \overline{f_{-i}})^2}}` over the statistics without one
     sample. For a mean it is exactly the standard error; for a single sample it is infinite.
 
     Args:
-      figure: Function that computes the statistic from the samples with the given indices.
+      statistic: Function that computes the statistic from the samples with the given indices, of which there is at
+        least one.
       n: Number of samples, 1 or more.
       over: Kind of samples.
 
@@ -124,22 +125,23 @@ def jackknife(figure: Callable[[Sequence[int]], float], n: int, over: str) -> Es
     check_integer("n", n)
     indices = range(n)
     if n < 2:
-        return Estimate(figure(indices), math.inf, n, "")
-    leave_one_out = np.array([figure([index for index in indices if index != left_out]) for left_out in indices])
-    spread = (n - 1) * float(np.mean((leave_one_out - np.mean(leave_one_out)) ** 2))
-    return Estimate(figure(indices), math.sqrt(spread), n, over)
+        return Estimate(statistic(indices), math.inf, n, "")
+    leave_one_out = np.array([statistic([index for index in indices if index != left_out]) for left_out in indices])
+    variance = (n - 1) * float(np.mean((leave_one_out - np.mean(leave_one_out)) ** 2))
+    return Estimate(statistic(indices), math.sqrt(variance), n, over)
 
 
-def root(estimate: Estimate) -> Estimate:
+def square_root(estimate: Estimate) -> Estimate:
     """Return the square root of an estimate, with its error and bound to first order."""
     value = math.sqrt(max(estimate.value, 0.0))
+    # The derivative 1 / (2 sqrt(value)) is infinite at 0; a bound of the square is still one of the root.
     if not value:
         return replace(estimate, value=value, error=0.0, bound=math.sqrt(estimate.bound))
     return replace(estimate, value=value, error=estimate.error / (2 * value), bound=estimate.bound / (2 * value))
 
 
-def in_errors(gap: float, error: float) -> float:
-    """Return a difference in units of its standard error.
+def standard_score(gap: float, error: float) -> float:
+    """Compute the standard score (z) of a difference: its ratio to its standard error.
 
     Args:
       gap: Difference.
@@ -157,7 +159,7 @@ def in_errors(gap: float, error: float) -> float:
     return gap * math.inf if gap else 0.0
 
 
-def proportion(right: int, n: int) -> Estimate:
+def proportion(successes: int, n: int) -> Estimate:
     r"""Estimate the proportion of successes in ``n`` independent trials.
 
     The standard error is :math:`\sqrt{p (1 - p) / (n - 1)}`, the sample deviation over :math:`\sqrt n`. If no trial or
@@ -165,7 +167,7 @@ def proportion(right: int, n: int) -> Estimate:
     Wilson's interval at one standard deviation, :math:`1 / (2 (n + 1))`.
 
     Args:
-      right: Number of successes, from 0 to ``n``.
+      successes: Number of successes, from 0 to ``n``.
       n: Number of trials, 1 or more.
 
     Returns:
@@ -182,6 +184,8 @@ def proportion(right: int, n: int) -> Estimate:
       Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
     """
     check_integer("n", n)
-    check_integer("right", right, minimum=0, maximum=n)
-    p = right / n
-    return Estimate(p, math.sqrt(p * (1 - p) / (n - 1)) if 0 < right < n else 1 / (2 * (n + 1)), n, "trials")
+    check_integer("right", successes, minimum=0, maximum=n)
+    p = successes / n
+    # Wilson's half-width where the sample deviation is 0.
+    error = math.sqrt(p * (1 - p) / (n - 1)) if 0 < successes < n else 1 / (2 * (n + 1))
+    return Estimate(p, error, n, "trials")

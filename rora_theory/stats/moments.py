@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from scipy import special
 
-from rora_theory.stats.estimate import ROUNDING, Estimate, in_errors
+from rora_theory.stats.estimate import ROUNDING, Estimate, standard_score
 
 _POWERS = 4
 
@@ -25,13 +25,13 @@ class Moments:
       count: Number of values.
       shift: Mean of the first block; the sums are of (value - shift)^n for n = 1..4.
       sums: High parts of the four sums.
-      rests: Low parts of the four sums.
+      low_sums: Low parts of the four sums: what rounding the high parts has lost.
     """
 
     count: int = 0
     shift: float = 0.0
     sums: tuple[float, ...] = (0.0,) * _POWERS
-    rests: tuple[float, ...] = (0.0,) * _POWERS
+    low_sums: tuple[float, ...] = (0.0,) * _POWERS
 
     def add(self, values: Float[np.ndarray, " n"]) -> "Moments":
         """Return the moments including another block of values."""
@@ -41,19 +41,18 @@ class Moments:
         # Sum powers of the distance to a fixed shift: powers of the values themselves would cancel.
         shift = self.shift if self.count else float(np.mean(values))
         power = np.ones_like(values)
-        sums, rests = [], []
-        for total, rest in zip(self.sums, self.rests, strict=True):
+        sums, low_sums = [], []
+        for high, low in zip(self.sums, self.low_sums, strict=True):
             power = power * (values - shift)
-            # Compensated sums: the rest holds what rounding the sum has lost.
-            total, rest = _two_sum_into(total, rest, float(np.sum(power)))
-            sums.append(total)
-            rests.append(rest)
-        return Moments(self.count + values.size, shift, tuple(sums), tuple(rests))
+            new_high, new_low = _add_double_double(high, low, float(np.sum(power)))
+            sums.append(new_high)
+            low_sums.append(new_low)
+        return Moments(self.count + values.size, shift, tuple(sums), tuple(low_sums))
 
     @property
     def _means(self) -> tuple[float, ...]:
         """Means of (value - shift)^n for n = 1..4."""
-        return tuple((total + rest) / self.count for total, rest in zip(self.sums, self.rests, strict=True))
+        return tuple((high + low) / self.count for high, low in zip(self.sums, self.low_sums, strict=True))
 
     @property
     def mean(self) -> Estimate:
@@ -63,24 +62,26 @@ class Moments:
 
     @property
     def second_moment(self) -> Estimate:
-        """Second moment and its standard error, from value^2 = c^2 + 2 c d + d^2."""
+        """Second moment and its standard error, from value^2 = c^2 + 2 c d + d^2 with the shift c."""
         d1, d2, d3, d4 = self._means
         c = self.shift
-        spread = 4 * c**2 * (d2 - d1**2) + 4 * c * (d3 - d1 * d2) + (d4 - d2**2)
-        return self._estimate(c**2 + 2 * c * d1 + d2, spread)
+        # Variance of value^2: 4 c^2 var(d) + 4 c cov(d, d^2) + var(d^2).
+        variance = 4 * c**2 * (d2 - d1**2) + 4 * c * (d3 - d1 * d2) + (d4 - d2**2)
+        return self._estimate(c**2 + 2 * c * d1 + d2, variance)
 
     @property
     def variance(self) -> Estimate:
         """Unbiased variance and its standard error, sqrt((mu_4 - mu_2^2) / n)."""
         d1, d2, d3, d4 = self._means
+        # Second and fourth central moments from those about the shift.
         mu2 = d2 - d1**2
         mu4 = d4 - 4 * d1 * d3 + 6 * d1**2 * d2 - 3 * d1**4
         n = self.count
         return self._estimate(mu2 * n / max(n - 1, 1), mu4 - mu2**2)
 
-    def _estimate(self, value: float, spread: float) -> Estimate:
-        """Return an estimate with the error of a mean of values with variance ``spread``."""
-        return Estimate(value, math.sqrt(max(spread / max(self.count - 1, 1), 0.0)), self.count, "draws")
+    def _estimate(self, value: float, variance: float) -> Estimate:
+        """Return an estimate with the error of a mean of values of this variance; rounding may make it negative."""
+        return Estimate(value, math.sqrt(max(variance / max(self.count - 1, 1), 0.0)), self.count, "draws")
 
     def to_json(self) -> dict[str, Any]:
         """Return the moments as JSON types, without loss of precision."""
@@ -88,7 +89,7 @@ class Moments:
             "count": self.count,
             "shift": self.shift.hex(),
             "sums": [value.hex() for value in self.sums],
-            "rests": [value.hex() for value in self.rests],
+            "rests": [value.hex() for value in self.low_sums],
         }
 
     @classmethod
@@ -99,15 +100,6 @@ class Moments:
             float.fromhex(data["shift"]),
             tuple(float.fromhex(value) for value in data["sums"]),
             tuple(float.fromhex(value) for value in data["rests"]),
-        )
-
-    def scaled(self, factor: float) -> "Moments":
-        """Return the moments of ``factor * value``."""
-        return replace(
-            self,
-            shift=self.shift * factor,
-            sums=tuple(total * factor**n for n, total in enumerate(self.sums, start=1)),
-            rests=tuple(rest * factor**n for n, rest in enumerate(self.rests, start=1)),
         )
 
 
@@ -142,17 +134,19 @@ def log_log_fit(
       The slope and its standard error.
     """
     log_x, log_y = np.log(np.asarray(x, np.float64)), np.log(np.asarray(y, np.float64))
-    spread = np.asarray(errors, np.float64) / np.asarray(y, np.float64)
-    lever = log_x - np.mean(log_x)
-    lever = lever / np.sum(lever**2)
-    return Fit(float(lever @ log_y), float(np.sqrt(np.sum((lever * spread) ** 2))))
+    # Standard errors of log y, to first order.
+    log_errors = np.asarray(errors, np.float64) / np.asarray(y, np.float64)
+    # The slope is a weighted sum of the log y, whose errors are independent.
+    centred = log_x - np.mean(log_x)
+    weights = centred / np.sum(centred**2)
+    return Fit(float(weights @ log_y), float(np.sqrt(np.sum((weights * log_errors) ** 2))))
 
 
 class Agreement(NamedTuple):
     """Agreement of estimates with exact values.
 
     Attributes:
-      scores: Differences (estimate - exact) in standard errors, see `in_errors`.
+      scores: Differences (estimate - exact) in standard errors, see `standard_score`.
       largest_gap: Largest relative difference; infinity if an exact value is 0, NaN if a value is NaN.
     """
 
@@ -190,12 +184,13 @@ def agreement(estimates: Sequence[float], errors: Sequence[float], exact: Sequen
       >>> round(result.largest_score, 3), result.largest_gap  # the third exact value is 0
       (3.0, inf)
     """
-    scores = [
-        in_errors(0.0 if math.isclose(value, law, rel_tol=ROUNDING) else value - law, error)
-        for value, error, law in zip(estimates, errors, exact, strict=True)
-    ]
-    gaps = [abs(value / law - 1) if law else math.inf for value, law in zip(estimates, exact, strict=True)]
-    return Agreement(tuple(scores), float(np.max(gaps)))
+    scores, relative_gaps = [], []
+    for value, error, exact_value in zip(estimates, errors, exact, strict=True):
+        gap = 0.0 if math.isclose(value, exact_value, rel_tol=ROUNDING) else value - exact_value
+        scores.append(standard_score(gap, error))
+        relative_gaps.append(abs(value / exact_value - 1) if exact_value else math.inf)
+    # Unlike the built-in maximum, NumPy's propagates a NaN.
+    return Agreement(tuple(scores), float(np.max(relative_gaps)))
 
 
 def threshold(false_alarm: float, comparisons: int = 1) -> float:
@@ -215,11 +210,12 @@ def threshold(false_alarm: float, comparisons: int = 1) -> float:
     return -float(special.ndtri(false_alarm / comparisons / 2))
 
 
-def _two_sum_into(total: float, rest: float, value: float) -> tuple[float, float]:
-    """Add a value to (total + rest), with the rounding error of the leading addition in the rest (Knuth)."""
-    high = total + value
-    # Part of the value that the rounded sum contains; what is missing goes to the rest.
-    back = high - total
-    rest += (total - (high - back)) + (value - back)
-    new = high + rest
-    return new, rest - (new - high)
+def _add_double_double(high: float, low: float, value: float) -> tuple[float, float]:
+    """Add a value to the double-double number high + low by Knuth's error-free two-sum."""
+    total = high + value
+    # Part of the value that the rounded total contains. What rounding has lost goes to the low part.
+    contained = total - high
+    low += (high - (total - contained)) + (value - contained)
+    # Renormalise, so that the high part is the sum rounded to float64.
+    new_high = total + low
+    return new_high, low - (new_high - total)

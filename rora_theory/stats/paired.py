@@ -37,11 +37,11 @@ def mean_per_token(losses: Sequence[float], tokens: Sequence[int]) -> Estimate:
         )
     count, total = len(losses), math.fsum(tokens)
     ratio = math.fsum(losses) / total
-    # Residuals l - R t, the mean of which has the error of the ratio.
-    spread = math.fsum((loss - ratio * size) ** 2 for loss, size in zip(losses, tokens, strict=True))
     if count < 2:
         return Estimate(ratio, math.nan, count, "")
-    return Estimate(ratio, math.sqrt(spread * count / (count - 1)) / total, count, "records")
+    # Sum of squares of the residuals l - R t, the mean of which has the error of the ratio.
+    residual_squares = math.fsum((loss - ratio * size) ** 2 for loss, size in zip(losses, tokens, strict=True))
+    return Estimate(ratio, math.sqrt(residual_squares * count / (count - 1)) / total, count, "records")
 
 
 def mean_per_token_over_seeds(
@@ -75,11 +75,12 @@ def mean_of_groups(groups: Sequence[Num[np.ndarray, "_seeds _items"]]) -> Estima
     Returns:
       The mean of the groups' means. Its error is NaN if a group has a single item.
     """
-    means = [np.mean(columns, axis=0) for columns in groups]
-    mean, count = float(np.mean([np.mean(items) for items in means])), sum(map(len, means))
-    if min(map(len, means)) < 2:
+    # Items of each group, averaged over seeds first: repeated runs on an item are not independent samples.
+    item_means = [np.mean(group, axis=0) for group in groups]
+    mean, count = float(np.mean([np.mean(items) for items in item_means])), sum(map(len, item_means))
+    if min(map(len, item_means)) < 2:
         return Estimate(mean, math.nan, count, "")
-    error = math.sqrt(sum(np.var(items, ddof=1) / len(items) for items in means)) / len(means)
+    error = math.sqrt(sum(np.var(items, ddof=1) / len(items) for items in item_means)) / len(item_means)
     return Estimate(mean, error, count, "items")
 
 
@@ -101,6 +102,7 @@ def resampled_ratios(
       >>> resampled_ratios([np.array([3.0])], np.array([2.0]), draws=2).tolist()
       [[1.5], [1.5]]
     """
+    # Indices of the records in each bootstrap sample, [draws, records].
     index = np.random.default_rng(seed).integers(0, len(sizes), (draws, len(sizes)))
     total_sizes = sizes[index].sum(axis=1)
     return np.stack([series[index].sum(axis=1) / total_sizes for series in sums], axis=1)

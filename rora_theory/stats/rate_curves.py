@@ -4,6 +4,7 @@ A rule transfers if its best rate does not depend on the rank. Two rules are com
 remaining difference is more than a shift of the rate.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from rora_theory.io import frames
 from rora_theory.optimizers import FAMILY, scaling_power
 from rora_theory.stats import slopes
 from rora_theory.stats.estimate import ROUNDING, Estimate, over_seeds
-from rora_theory.stats.rate_optimum import Best, grid_gap, minima, predicted_slopes, rate_gap
+from rora_theory.stats.rate_optimum import Best, fit_minima, grid_gap, predicted_slopes, rate_gap
 from rora_theory.stats.slopes import SeedFit
 from rora_theory.stats.verdicts import judge_equivalence
 
@@ -106,20 +107,20 @@ class Curve:
         resampled = None if self.resampled is None else self.resampled[:, rows]
         return replace(self, losses=self.losses[rows], resampled=resampled, seeds=tuple(seeds))
 
-    def drawn(self) -> "Curve | None":
+    def over_resamples(self) -> "Curve | None":
         """Return the mean over seeds for every resample of the records, in place of seeds; None without resamples."""
         if self.resampled is None:
             return None
         return replace(self, losses=self.resampled.mean(axis=1), resampled=None, seeds=())
 
     @property
-    def spread(self) -> "Curve":
-        """The curve itself, or `drawn` if a single seed has no spread but its records do."""
-        return (self.drawn() if len(self.losses) == 1 else None) or self
+    def replicates(self) -> "Curve":
+        """Curve with replicates as its rows: the seeds, or `over_resamples` of a single seed with losses per record."""
+        return (self.over_resamples() if len(self.losses) == 1 else None) or self
 
     def optima(self) -> list[Best]:
         """Fit the minimum of each seed's curve."""
-        return minima(self.rates, self.losses)
+        return fit_minima(self.rates, self.losses)
 
     @property
     def edge(self) -> str:
@@ -128,13 +129,15 @@ class Curve:
         The best rate is at an edge if that of any seed is, or if it is for more resamples of the records than a 95%
         interval excludes.
         """
-        drawn = self.drawn()
+        over_resamples = self.over_resamples()
         # A single seed counts through its resampled records, if it has any.
-        is_resampled_seed = drawn is not None and len(self.losses) == 1
+        is_resampled_seed = over_resamples is not None and len(self.losses) == 1
         ends = [] if is_resampled_seed else [best.edge for best in self.optima() if best.edge]
-        if drawn is not None:
-            drawn_ends = [best.edge for best in drawn.optima() if best.edge]
-            ends += drawn_ends if len(drawn_ends) >= EDGE_SHARE * len(drawn.losses) else []
+        if over_resamples is not None:
+            resampled_ends = [best.edge for best in over_resamples.optima() if best.edge]
+            if len(resampled_ends) >= EDGE_SHARE * len(over_resamples.losses):
+                ends += resampled_ends
+        # The more frequent of the two ends.
         return max(ends, key=ends.count) if ends else ""
 
     def lowest_losses(self) -> np.ndarray:
@@ -143,11 +146,11 @@ class Curve:
 
     def grid_error(self) -> float:
         """Compute the mean of `rate_optimum.grid_gap` over seeds, or over the resamples of a single seed."""
-        return float(np.mean([grid_gap(self.rates, losses) for losses in self.spread.losses]))
+        return float(np.mean([grid_gap(self.rates, losses) for losses in self.replicates.losses]))
 
     def rate_error(self) -> float:
         """Compute the mean of `rate_optimum.rate_gap` over seeds, or over the resamples of a single seed."""
-        return float(np.mean([rate_gap(self.rates, losses) for losses in self.spread.losses]))
+        return float(np.mean([rate_gap(self.rates, losses) for losses in self.replicates.losses]))
 
 
 def at_shared_seeds(*curves: Curve) -> tuple[Curve, ...]:
@@ -156,24 +159,24 @@ def at_shared_seeds(*curves: Curve) -> tuple[Curve, ...]:
     return tuple(curve.select_seeds(shared) for curve in curves) if shared else ()
 
 
-def estimate(figure: Callable[..., Sequence[float] | np.ndarray], *curves: Curve) -> Estimate:
+def estimate(statistic: Callable[..., Sequence[float] | np.ndarray], *curves: Curve) -> Estimate:
     """Estimate a statistic of curves with its error over seeds and over held-out records, see `combine_errors`.
 
     For a single seed the value is the mean over resamples of the records, and the error their spread. Without losses
     per record there is no error.
 
     Args:
-      figure: Function that computes one value per seed from the curves.
+      statistic: Function that computes one value per seed from the curves.
       *curves: Curves of the same seeds, see `at_shared_seeds`.
 
     Returns:
       The statistic with its error.
     """
-    by_seeds = over_seeds(np.asarray(figure(*curves), np.float64))
-    drawn = [curve.drawn() for curve in curves]
-    if any(curve is None for curve in drawn):
+    by_seeds = over_seeds(np.asarray(statistic(*curves), np.float64))
+    resampled_curves = [curve.over_resamples() for curve in curves]
+    if any(curve is None for curve in resampled_curves):
         return by_seeds
-    values = np.asarray(figure(*drawn), np.float64)
+    values = np.asarray(statistic(*resampled_curves), np.float64)
     # The spread of bootstrap resamples is the standard error itself, without a division by their number.
     by_records = Estimate(float(np.mean(values)), float(np.std(values, ddof=1)), len(values), RECORDS)
     return combine_errors(by_seeds, by_records) if by_seeds.has_error else by_records
@@ -203,8 +206,8 @@ def combine_errors(by_seeds: Estimate, by_records: Estimate) -> Estimate:
     if min(by_seeds.error, by_records.error) <= ROUNDING * max(by_seeds.error, by_records.error):
         return by_seeds if by_seeds.error > by_records.error else by_records
     a, b = by_seeds.error**2, by_records.error**2
-    freedom = (a + b) ** 2 / (a**2 / (by_seeds.n - 1) + b**2 / (by_records.n - 1))
-    freedom = math.floor(freedom * (1 + ROUNDING))  # 30 degrees may be computed as 29.999...
+    degrees = (a + b) ** 2 / (a**2 / (by_seeds.n - 1) + b**2 / (by_records.n - 1))
+    freedom = math.floor(degrees * (1 + ROUNDING))  # 30 degrees may be computed as 29.999...
     combined = Estimate(by_seeds.value, math.sqrt(a + b), freedom + 1, f"{by_seeds.over} and {by_records.over}")
     return max((combined, by_seeds, by_records), key=Estimate.half_width)
 
@@ -229,9 +232,12 @@ def weighted_log2_rates(weights: Sequence[float] | Float[np.ndarray, " n"], *cur
     Returns:
       The sum with its error. Its bound is the weighted sum of the curves' rate errors.
     """
-    weighted_sum = estimate(lambda *sampled: np.asarray(weights) @ [log2_rates(curve) for curve in sampled], *curves)
+
+    def weighted_sum(*sampled: Curve) -> np.ndarray:
+        return np.asarray(weights) @ [log2_rates(curve) for curve in sampled]
+
     bound = sum(abs(weight) * curve.rate_error() for weight, curve in zip(weights, curves, strict=True))
-    return replace(weighted_sum, bound=float(bound))
+    return replace(estimate(weighted_sum, *curves), bound=float(bound))
 
 
 def rate_errors(logs: Estimate, *, edge: str) -> tuple[float | None, float | None]:
@@ -269,17 +275,18 @@ def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
         if len(used) < 2:
             continue
         # The least-squares slope is a weighted sum of the log best rates.
-        x = np.log([curve.rank for curve in used])
-        lever = (x - x.mean()) / np.sum((x - x.mean()) ** 2)
-        slope = weighted_log2_rates(math.log(2) * lever, *used)
-        means = np.array([np.mean(log2_rates(curve.spread)) for curve in used]) * math.log(2)
-        fit = SeedFit.from_estimate(slope, slopes.departure(x, means, slope.value))
+        log_ranks = np.log([curve.rank for curve in used])
+        centred = log_ranks - log_ranks.mean()
+        weights = centred / np.sum(centred**2)
+        slope = weighted_log2_rates(math.log(2) * weights, *used)
+        mean_log_rates = np.array([np.mean(log2_rates(curve.replicates)) for curve in used]) * math.log(2)
+        fit = SeedFit.from_estimate(slope, slopes.departure(log_ranks, mean_log_rates, slope.value))
         # All predictions that the interval cannot exclude.
         optimizer, trained, _, kappa = line
         predicted = predicted_slopes(optimizer, kappa, trained=trained)  # type: ignore[arg-type]
         distances = {name: abs(value - slope.value) for name, value in predicted.items()}
-        reach = slope.half_width() + slopes.BAND if slope.has_error else -math.inf
-        nearest = " or ".join(name for name, distance in distances.items() if distance <= reach)
+        max_distance = slope.half_width() + slopes.BAND if slope.has_error else -math.inf
+        nearest = " or ".join(name for name, distance in distances.items() if distance <= max_distance)
         row = dict(zip(("optimizer", "trained", "rule", "kappa"), line, strict=True))
         row |= {"ranks": " ".join(str(curve.rank) for curve in used), "slope": slope.value}
         row |= {"standard_error": slope.known_error}
@@ -350,22 +357,22 @@ class Comparison:
 
 def compare_rules(curves: Sequence[Curve]) -> list[Comparison]:
     """Compare all pairs of rules at the largest rank that both have, paired by seed."""
-    shared = [at_shared_seeds(*pair) for pair in pairs(curves)]
-    return [comparison(pair[0], pair[1], estimate_loss_difference(pair[0], pair[1])) for pair in shared if pair]
+    shared_pairs = [at_shared_seeds(*pair) for pair in rule_pairs(curves)]
+    return [comparison(*pair, estimate_loss_difference(*pair)) for pair in shared_pairs if pair]
 
 
-def pairs(curves: Sequence[Curve]) -> Iterator[tuple[Curve, Curve]]:
+def rule_pairs(curves: Sequence[Curve]) -> Iterator[tuple[Curve, Curve]]:
     """Yield every pair of rules, at the largest rank that both have."""
     for key in dict.fromkeys((curve.optimizer, curve.trained) for curve in curves):
-        group = [curve for curve in curves if (curve.optimizer, curve.trained) == key]
-        # Each pair of rules once, in the order of the curves.
-        rules = list(dict.fromkeys(curve.rule for curve in group))
-        for index, first in enumerate(rules):
-            for second in rules[index + 1 :]:
-                ranks = {c.rank for c in group if c.rule == first} & {c.rank for c in group if c.rule == second}
-                if ranks:
-                    by_rule = {curve.rule: curve for curve in group if curve.rank == max(ranks)}
-                    yield by_rule[first], by_rule[second]
+        # Curves of each rule by rank, in the order of the curves.
+        by_rule: dict[str, dict[int, Curve]] = {}
+        for curve in curves:
+            if (curve.optimizer, curve.trained) == key:
+                by_rule.setdefault(curve.rule, {})[curve.rank] = curve
+        for first, second in itertools.combinations(by_rule.values(), 2):
+            shared_ranks = first.keys() & second.keys()
+            if shared_ranks:
+                yield first[max(shared_ranks)], second[max(shared_ranks)]
 
 
 def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
@@ -384,30 +391,31 @@ def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
     if shared := at_shared_seeds(first, second):
         ratio = weighted_log2_rates((1.0, -1.0), *shared)
     else:
-        ratio = over_seeds(np.array([np.mean(log2_rates(first.spread)) - np.mean(log2_rates(second.spread))]))
+        ratio = over_seeds(np.array([np.mean(log2_rates(first.replicates)) - np.mean(log2_rates(second.replicates))]))
     # Difference of the lowest losses, with the larger bound of the two grids added to the interval.
-    grid = max(first.grid_error(), second.grid_error())
-    loss_a, loss_b = (float(np.mean(curve.spread.lowest_losses())) for curve in (first, second))
-    half_width = losses.half_width() + grid
+    grid_error = max(first.grid_error(), second.grid_error())
+    first_loss, second_loss = (float(np.mean(curve.replicates.lowest_losses())) for curve in (first, second))
+    half_width = losses.half_width() + grid_error
     # Relative to the second curve's loss, as the margin is.
-    relative, half = losses.value / loss_b, half_width / loss_b
-    result = judge_equivalence(relative, half, margin=EQUIVALENCE_MARGIN, threshold=0.0)
+    relative, relative_half_width = losses.value / second_loss, half_width / second_loss
+    result = judge_equivalence(relative, relative_half_width, margin=EQUIVALENCE_MARGIN, threshold=0.0)
+    interval = f"{relative:+.2%} ± {relative_half_width:.2%}"
     ratio_error, ratio_half_width = rate_errors(ratio, edge=first.edge or second.edge)
     is_one_seed = losses.over == RECORDS and min(len(first.losses), len(second.losses)) < 2
     # The verdict names the first reason for which the comparison is not settled, or the result.
     if not losses.has_error:
         verdict = "not settled: one seed, no losses a record"
-    elif math.isinf(grid):
+    elif math.isinf(grid_error):
         verdict = "undecided: a best rate lies between two that diverged"
     elif is_one_seed:  # the error does not contain the variation between training runs
-        verdict = f"undecided: one seed ({relative:+.2%} ± {half:.2%} over held-out records)"
+        verdict = f"undecided: one seed ({interval} over held-out records)"
     elif result == "differs":
-        better = first.rule if losses.value < 0 else second.rule
-        verdict = f"{better} is better by {abs(relative):.2%} ± {half:.2%}: more than a shift of the rate"
+        better, gain = first.rule if losses.value < 0 else second.rule, abs(relative)
+        verdict = f"{better} is better by {gain:.2%} ± {relative_half_width:.2%}: more than a shift of the rate"
     elif result == "equal":
-        verdict = f"equal to {EQUIVALENCE_MARGIN:.0%} ({relative:+.2%} ± {half:.2%}): a shift of the rate"
+        verdict = f"equal to {EQUIVALENCE_MARGIN:.0%} ({interval}): a shift of the rate"
     else:
-        verdict = f"undecided ({relative:+.2%} ± {half:.2%})"
+        verdict = f"undecided ({interval})"
     # At an edge, both the loss and the rate may improve beyond the grid, whatever the comparison says.
     if first.edge or second.edge:
         verdict += "; a best rate at the grid's edge, so not settled"
@@ -420,13 +428,13 @@ def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
         ratio=2**ratio.value,
         ratio_log2_error=ratio_error,
         scaling_ratio=(second.scaling / first.scaling) ** power,
-        first_loss=loss_a,
-        second_loss=loss_b,
+        first_loss=first_loss,
+        second_loss=second_loss,
         difference=losses.value,
         standard_error=losses.known_error,
         half_width=half_width if math.isfinite(half_width) else None,
         error_over=losses.over,
         verdict=verdict,
-        grid_error=grid if math.isfinite(grid) else None,
+        grid_error=grid_error if math.isfinite(grid_error) else None,
         ratio_log2_half_width=ratio_half_width,
     )

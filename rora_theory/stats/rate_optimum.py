@@ -61,10 +61,10 @@ def best_rate(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) -
       1.0
     """
     losses = np.asarray(losses, np.float64)
-    return minima(rates, losses.reshape(1, -1))[0]
+    return fit_minima(rates, losses.reshape(1, -1))[0]
 
 
-def minima(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, "curves n"]) -> list[Best]:
+def fit_minima(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, "curves n"]) -> list[Best]:
     """Compute `best_rate` for several curves over the same rates.
 
     Args:
@@ -82,23 +82,26 @@ def minima(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, "curves n"]
         raise InputError(f"rates must be three or more, ascending, above 0, and one per loss, got {rates.tolist()}")
     # A run that diverged is never the lowest, and never part of a parabola.
     losses = np.where(np.isfinite(losses), losses, np.inf)
-    index = np.argmin(losses, axis=1)
+    lowest = np.argmin(losses, axis=1)
     curves = np.arange(len(losses))
-    if not np.isfinite(losses[curves, index]).all():
+    if not np.isfinite(losses[curves, lowest]).all():
         raise InputError("every run diverged. Add lower learning rates to the grid.")
-    # The three points around each minimum; at an edge the inner neighbours stand in, and are not used.
-    inner = np.clip(index, 1, len(rates) - 2)
-    logs, (y0, y1, y2) = np.log(rates), np.log([losses[curves, inner + side] for side in (-1, 0, 1)])
-    left, right = logs[inner] - logs[inner - 1], logs[inner + 1] - logs[inner]
+    # The three points around each minimum. At an edge they are those of the nearest inner point, and are not used.
+    inner = np.clip(lowest, 1, len(rates) - 2)
+    log_rates = np.log(rates)
+    y0, y1, y2 = np.log([losses[curves, inner + side] for side in (-1, 0, 1)])
+    left, right = log_rates[inner] - log_rates[inner - 1], log_rates[inner + 1] - log_rates[inner]
     with np.errstate(invalid="ignore", divide="ignore"):
         # Parabola y1 + tilt x + curvature x^2 through (-left, y0) and (right, y2).
         curvature = ((y2 - y1) / right - (y1 - y0) / left) / (left + right)
         tilt = (y1 - y0) / left + curvature * left
-        has_vertex = (inner == index) & np.isfinite(y0 + y2)
-        shift = np.where(has_vertex & (curvature > 0), -tilt / (2 * curvature), 0.0)  # unbounded at an edge
-        best_rates = np.where(has_vertex, rates[index] * np.exp(shift), rates[index])
-        best_losses = np.where(has_vertex, np.exp(y1 + tilt * shift / 2), losses[curves, index])
-    edges: list[Edge] = ["low" if i == 0 else "high" if i == len(rates) - 1 else "" for i in index.tolist()]
+        # At an edge the vertex may lie anywhere, so that the measured point is used.
+        has_vertex = (inner == lowest) & np.isfinite(y0 + y2)
+        shift = np.where(has_vertex & (curvature > 0), -tilt / (2 * curvature), 0.0)
+        best_rates = np.where(has_vertex, rates[lowest] * np.exp(shift), rates[lowest])
+        # Value of the parabola at its vertex, y1 + tilt shift + curvature shift^2 = y1 + tilt shift / 2.
+        best_losses = np.where(has_vertex, np.exp(y1 + tilt * shift / 2), losses[curves, lowest])
+    edges: list[Edge] = ["low" if i == 0 else "high" if i == len(rates) - 1 else "" for i in lowest.tolist()]
     return [Best(*best) for best in zip(best_rates.tolist(), best_losses.tolist(), edges, strict=True)]
 
 
@@ -128,13 +131,15 @@ def grid_gap(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) ->
     # Widths and heights of the two sides of the lowest loss, in logarithms.
     sides = np.diff(np.log(np.asarray(rates, np.float64)[index - 1 : index + 2]))
     rises = np.log(losses[[index - 1, index + 1]] / losses[index])
-    known = np.isfinite(rises)
-    if known.all():
+    is_finite = np.isfinite(rises)
+    if is_finite.all():
         # Height of the chord above the lowest rate: the neighbours' heights, weighted by the opposite sides.
         chord = float(rises @ sides[::-1] / np.sum(sides))
         return float(losses[index] * HIDDEN_SHARE * chord * np.max(sides) / np.min(sides))
+    if not is_finite.any():
+        return math.inf
     # One neighbour diverged: continue the slope of the other side, which convexity allows at most.
-    return float(losses[index] * rises[known][0] * sides[~known][0] / sides[known][0]) if known.any() else math.inf
+    return float(losses[index] * rises[is_finite][0] * sides[~is_finite][0] / sides[is_finite][0])
 
 
 def rate_gap(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) -> float:
@@ -159,7 +164,8 @@ def rate_gap(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) ->
     index = int(np.argmin(losses))
     if index in (0, len(losses) - 1) or np.isfinite(losses[[index - 1, index + 1]]).all():
         return 0.0
-    return float(np.max(np.diff(np.log2(np.asarray(rates, np.float64)[index - 1 : index + 2]))) / 2)
+    neighbouring_rates = np.asarray(rates, np.float64)[index - 1 : index + 2]
+    return float(np.max(np.diff(np.log2(neighbouring_rates))) / 2)
 
 
 def predicted_slopes(
@@ -180,6 +186,7 @@ def predicted_slopes(
       >>> predicted_slopes("adam", 0.5)
       {'signal': -0.5, 'cross-talk': 0.0, 'A moves': -0.25}
     """
+    # Solve for the exponent of eta that cancels those of gamma^p and of the rank in the size of the step.
     if optimizer in ("sgd", "momentum"):
         predicted = {"signal": 2 * kappa - 1, "cross-talk": 2 * kappa - 0.5, "A moves": kappa}
     else:

@@ -28,8 +28,8 @@ class Regret:
       learning_rate: Learning rate given by the policy from the tuned optimum.
       nats: Regret in nats per token. Its error is over seeds and held-out records, paired; its bound is how far
         the true minimum may lie below the lowest measured loss.
-      low: Smallest regret over the 95% interval of the tuned optimum.
-      high: Largest regret over that interval.
+      low: Smallest regret over the 95% interval of the tuned optimum, in nats per token.
+      high: Largest regret over the 95% interval of the tuned optimum, in nats per token.
       lowest_loss: Lowest measured held-out loss of the new setting, in nats per token, averaged over seeds.
       is_lower_bound: Whether the rate lies outside the measured rates, or next to one that diverged, so that the
         regret is at least `nats`.
@@ -44,7 +44,7 @@ class Regret:
 
     @property
     def per_cent(self) -> float:
-        """Return the regret as a percentage of the lowest loss."""
+        """Regret as a percentage of the lowest loss."""
         return 100 * self.nats.value / self.lowest_loss
 
 
@@ -72,19 +72,19 @@ def loss_at(
     """
     # Rates at which every seed has a finite loss.
     usable = np.isfinite(losses).all(axis=0)
-    x, at = np.log(rates), math.log(learning_rate)
+    x, log_rate = np.log(rates), math.log(learning_rate)
     # Tolerance for the rounding of logarithms at the ends of the grid.
     slack = 1e-9 * max(1.0, float(np.max(np.abs(x))))
-    # Rates on both sides, the same one at an end of the grid.
-    right = int(np.searchsorted(x, at))
+    # Indices of the rates on both sides, the same one at an end of the grid.
+    right = int(np.searchsorted(x, log_rate))
     neighbours = {min(max(right - 1, 0), len(x) - 1), min(right, len(x) - 1)}
-    is_outside = not x[0] - slack <= at <= x[-1] + slack
+    is_outside = not x[0] - slack <= log_rate <= x[-1] + slack
     if is_outside or not all(usable[index] for index in neighbours):
-        nearest = int(np.flatnonzero(usable)[np.argmin(np.abs(x[usable] - at))])
-        return losses[:, nearest], not math.isclose(x[nearest], at, abs_tol=slack)
-    # Inside the grid, interpolate log loss in log rate.
+        nearest = int(np.flatnonzero(usable)[np.argmin(np.abs(x[usable] - log_rate))])
+        return losses[:, nearest], not math.isclose(x[nearest], log_rate, abs_tol=slack)
+    # Inside the grid, interpolate log loss in log rate. Rounding may put an end of the grid slightly outside.
     curve = scipy.interpolate.PchipInterpolator(x[usable], np.log(losses[:, usable]), axis=1)
-    return np.exp(curve(min(max(at, x[usable][0]), x[usable][-1]))), False
+    return np.exp(curve(min(max(log_rate, x[usable][0]), x[usable][-1]))), False
 
 
 def regret(tuned: Curve, target: Curve, policy: Policy) -> Regret:
@@ -106,26 +106,29 @@ def regret(tuned: Curve, target: Curve, policy: Policy) -> Regret:
     # An unknown error gives no range.
     half_width = optimum.half_width() if math.isfinite(optimum.half_width()) else 0.0
 
-    def costs(learning_rate: float, curve: Curve = target) -> Float[np.ndarray, " seeds"]:
-        return loss_at(curve.rates, curve.losses, learning_rate)[0] - curve.losses[:, _lowest(target)]
+    # The reference is one rate for all seeds and for all resamples of the records.
+    lowest = _index_of_lowest_loss(target)
+
+    def seed_regrets(learning_rate: float, curve: Curve = target) -> Float[np.ndarray, " seeds"]:
+        return loss_at(curve.rates, curve.losses, learning_rate)[0] - curve.losses[:, lowest]
 
     learning_rate = policy(2**optimum.value)
-    nats = estimate(partial(costs, learning_rate), target)
+    nats = estimate(partial(seed_regrets, learning_rate), target)
     # For a single seed `estimate` averages over resampled records. Report the measured value instead.
-    nats = replace(nats, value=float(np.mean(costs(learning_rate))), bound=target.grid_error())
+    nats = replace(nats, value=float(np.mean(seed_regrets(learning_rate))), bound=target.grid_error())
     # Range of the regret over the confidence interval of the tuned optimum.
     shifts = np.linspace(-half_width, half_width, 33)
-    over_interval = [float(np.mean(costs(policy(2 ** (optimum.value + shift))))) for shift in shifts]
+    over_interval = [float(np.mean(seed_regrets(policy(2 ** (optimum.value + shift))))) for shift in shifts]
     return Regret(
         learning_rate,
         nats,
-        min(over_interval),
-        max(over_interval),
-        float(np.mean(target.losses[:, _lowest(target)])),
-        loss_at(target.rates, target.losses, learning_rate)[1],
+        low=min(over_interval),
+        high=max(over_interval),
+        lowest_loss=float(np.mean(target.losses[:, lowest])),
+        is_lower_bound=loss_at(target.rates, target.losses, learning_rate)[1],
     )
 
 
-def _lowest(curve: Curve) -> int:
+def _index_of_lowest_loss(curve: Curve) -> int:
     """Return the index of the rate with the lowest mean loss over seeds."""
     return int(np.argmin(np.mean(np.where(np.isfinite(curve.losses), curve.losses, np.inf), axis=0)))

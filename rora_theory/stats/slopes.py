@@ -61,8 +61,8 @@ def seed_fit(x: Sequence[float] | Float[np.ndarray, " n"], y: Float[np.ndarray, 
     """
     slope = over_seeds(seed_slopes(x, y))
     log_x = np.log(np.asarray(x, np.float64))
-    means = np.mean(np.log(np.atleast_2d(np.asarray(y, np.float64))), axis=0)
-    return SeedFit.from_estimate(slope, departure(log_x, means, slope.value))
+    mean_log_y = np.mean(np.log(np.atleast_2d(np.asarray(y, np.float64))), axis=0)
+    return SeedFit.from_estimate(slope, departure(log_x, mean_log_y, slope.value))
 
 
 def departure(log_x: Float[np.ndarray, " n"], log_y: Float[np.ndarray, " n"], slope: float) -> float:
@@ -76,8 +76,8 @@ def departure(log_x: Float[np.ndarray, " n"], log_y: Float[np.ndarray, " n"], sl
     Returns:
       The departure in units of a slope; 0 for two points.
     """
-    rest = log_y - log_y.mean() - slope * (log_x - log_x.mean())
-    return float(np.max(np.abs(rest)) / np.ptp(log_x)) if len(log_x) > 2 else 0.0
+    residuals = log_y - log_y.mean() - slope * (log_x - log_x.mean())
+    return float(np.max(np.abs(residuals)) / np.ptp(log_x)) if len(log_x) > 2 else 0.0
 
 
 def seed_slopes(
@@ -99,14 +99,15 @@ def seed_slopes(
     if len(set(x.tolist())) < 2 or not (np.isfinite(x).all() and (x > 0).all()):
         raise InputError(f"x must have at least two different values, finite and above 0, got {x.tolist()}")
     log_x = np.log(x)
-    if y.shape[1] != len(log_x) or not (np.isfinite(y).all() and (y > 0).all()):
+    is_valid = np.isfinite(y) & (y > 0)
+    if y.shape[1] != len(log_x) or not is_valid.all():
         raise InputError(
             f"y must have {len(log_x)} columns of finite values above 0, got shape {y.shape} with "
-            f"{int(np.sum(~(np.isfinite(y) & (y > 0))))} other values"
+            f"{int(np.sum(~is_valid))} other values"
         )
     # Weights of the values in the least-squares slope, which all seeds share.
-    lever = log_x - np.mean(log_x)
-    return np.log(y) @ (lever / np.sum(lever**2))
+    centred = log_x - np.mean(log_x)
+    return np.log(y) @ (centred / np.sum(centred**2))
 
 
 def trend(fit: SeedFit, band: float = BAND, confidence: float = CONFIDENCE) -> Trend:

@@ -83,7 +83,7 @@ def draw_sweeps(
     # Displacements of seeds and records, correlated between curves.
     by_seed = _correlated(random, shape, model.seeds, model.seed_spread, model.seed_correlation)
     by_record = _correlated(random, shape, model.records, model.record_spread, model.record_correlation)
-    # Log losses by sweep, rank, end, seed, rate and record.
+    # Distance u of each rate from the optimum, and the losses: [sweeps, ranks, ends, seeds, rates, records].
     u = (x - optima[..., None])[..., None, :, None] - by_seed[..., None, None] - by_record[..., None, None, :]
     curvature = np.array([model.curvature, model.second_curvature])[:, None, None, None]
     noise = model.noise * random.normal(size=(*shape, model.seeds, model.rates, 1))
@@ -91,16 +91,20 @@ def draw_sweeps(
     # Bootstrap of the records, as weights that every curve shares.
     picks = random.integers(0, model.records, (draws, model.records))
     weights = np.stack([np.bincount(pick, minlength=model.records) for pick in picks]) / model.records
+    # Means over all records, [..., seeds, rates], and over each bootstrap sample, [..., draws, seeds, rates].
     means, resampled = losses.mean(axis=-1), np.moveaxis(losses @ weights.T, -1, 3)
     seeds = tuple(range(model.seeds))
 
-    def curve(sweep: int, rank: int, end: int) -> Curve:
+    def make_curve(sweep: int, rank: int, end: int) -> Curve:
         index = (sweep, rank, end)
         return Curve(
             "adamw", "both", "lora", 1.0, rank + 1, 1.0, 2.0 ** x[index], means[index], resampled[index], seeds
         )  # fmt: skip
 
-    return [[(curve(sweep, rank, 0), curve(sweep, rank, 1)) for rank in range(model.ranks)] for sweep in range(count)]
+    return [
+        [(make_curve(sweep, rank, 0), make_curve(sweep, rank, 1)) for rank in range(model.ranks)]
+        for sweep in range(count)
+    ]
 
 
 def _correlated(

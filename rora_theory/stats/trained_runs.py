@@ -48,7 +48,7 @@ class TrainedRun:
         records: Sequence[float] | None,
         tokens: Sequence[int],
     ) -> "TrainedRun":
-        """Create a run from the losses of its held-out records, or one that diverged from None."""
+        """Create a run from the losses of its held-out records; None as ``records`` creates one that diverged."""
         if records is None:
             return cls(method, rank, gamma, rate, seed, math.inf, None, None)
         sums, sizes = np.array(records, np.float64), np.asarray(tokens, np.float64)
@@ -96,10 +96,12 @@ def curve_of_runs(runs: Sequence[TrainedRun], *, kappa: float, draws: int) -> Cu
     Raises:
       InputError: If runs of one seed have different records.
     """
+    # Runs in a grid of seeds and rates.
     by_cell = {(run.seed, run.rate): run for run in runs}
     seeds, rates = sorted({run.seed for run in runs}), sorted({run.rate for run in runs})
     grid = [[by_cell[seed, rate] for rate in rates] for seed in seeds]
     losses = np.array([[run.loss for run in seed_runs] for seed_runs in grid])
+    # Bootstrap of each seed's runs, stacked to [draws, seeds, rates].
     samples = [sample for sample in (bootstrap(seed_runs, draws) for seed_runs in grid) if sample is not None]
     resampled = np.stack(samples, axis=1) if len(samples) == len(seeds) else None
     first = runs[0]
@@ -136,12 +138,12 @@ def tokens_of(runs: Sequence[TrainedRun]) -> Float[np.ndarray, " records"]:
     Raises:
       InputError: If runs have different records.
     """
-    first = np.asarray(runs[0].tokens)
+    first_tokens = np.asarray(runs[0].tokens)
     for run in runs:
-        if not np.array_equal(first, np.asarray(run.tokens)):
+        if not np.array_equal(first_tokens, np.asarray(run.tokens)):
             names = [
                 f"{differing.method} of rank {differing.rank} at {differing.rate:g}, seed {differing.seed}"
                 for differing in (runs[0], run)
             ]
             raise InputError(f"{' and '.join(names)} must have the same held-out records, got different ones")
-    return first
+    return first_tokens

@@ -80,7 +80,7 @@ def summarise_outcomes(outcomes: Iterable[Outcome]) -> Status:
 
 
 def judge_range(
-    estimate: Estimate, prediction: tuple[float, float], rivals: Sequence[float], *, edge: bool, seeds: int
+    estimate: Estimate, prediction: tuple[float, float], rivals: Sequence[float], *, is_bound: bool, seeds: int
 ) -> Outcome:
     """Judge whether a measured value supports a range of predictions.
 
@@ -90,7 +90,7 @@ def judge_range(
       estimate: Measured value.
       prediction: Smallest and largest predicted value.
       rivals: Values predicted by rival explanations; those inside the predicted range are ignored.
-      edge: Whether the value is only a bound, such as a best rate at the end of its grid.
+      is_bound: Whether the value is only a bound, because it comes from a best rate at the end of its grid.
       seeds: Number of seeds behind the value.
 
     Returns:
@@ -99,14 +99,14 @@ def judge_range(
       leaves out how one training run differs from the next.
     """
     # A bound, or a value without an error over seeds, decides nothing.
-    if edge or seeds < 2 or not math.isfinite(estimate.half_width()):
+    if is_bound or seeds < 2 or not math.isfinite(estimate.half_width()):
         return "undecided"
     low, high = estimate.value - estimate.half_width(), estimate.value + estimate.half_width()
     if high < prediction[0] - ROUNDING or low > prediction[1] + ROUNDING:
         return "contradicts"
     # The prediction gains support only if the interval excludes what rivals predict instead.
-    outside = [rival for rival in rivals if not prediction[0] <= rival <= prediction[1]]
-    if not outside or any(low <= rival <= high for rival in outside):
+    distinct_rivals = [rival for rival in rivals if not prediction[0] <= rival <= prediction[1]]
+    if not distinct_rivals or any(low <= rival <= high for rival in distinct_rivals):
         return "undecided"
     return "agrees"
 

@@ -14,7 +14,7 @@ import numpy as np
 from rora_theory.errors import InputError
 from rora_theory.io import frames
 from rora_theory.stats.estimate import over_seeds
-from rora_theory.stats.rate_curves import COLUMNS, Comparison, Curve, comparison, pairs
+from rora_theory.stats.rate_curves import COLUMNS, Comparison, Curve, comparison, rule_pairs
 from rora_theory.stats.trained_runs import TrainedRun, curve_of_runs, loss_difference
 from rora_theory.sweep.trained_runs import kappa_of
 
@@ -82,7 +82,7 @@ def compare_by_records(curves: Sequence[Curve], runs: Sequence[TrainedRun]) -> l
     difference is then that of the seeds that finished both runs, or that of the curves' lowest losses without an error.
     """
     comparisons = []
-    for first, second in pairs(curves):
+    for first, second in rule_pairs(curves):
         # Runs of both rules at their best rates, by seed.
         rates = [curve.rates[int(np.argmin(np.mean(curve.losses, axis=0)))] for curve in (first, second)]
         groups = [

@@ -59,7 +59,7 @@ class RateRange(NamedTuple):
 
 
 def has_displacement_ratio(strength: float, displacement_constant: float) -> bool:
-    """Return whether the displacement ratio can be computed, for which 4 K / G must not overflow."""
+    """Return whether `displacement_ratio` can be computed: 4 K / G must not overflow."""
     return math.isfinite(4 * (displacement_constant / strength))
 
 
@@ -241,14 +241,16 @@ def carry_rate(
     # The steps enter as a factor of their own.
     growth_of_steps = _growth_of_steps(old_steps, new_steps)
 
-    def carried(constant: float, coherence: float, exponent: float) -> float:
+    def compute_rate(constant: float, coherence: float, exponent: float) -> float:
         factor = best_rate_factor(old_strength, new_strength, displacement_constant=constant, coherence=coherence)
         return learning_rate * factor * growth_of_steps**exponent
 
     # Central values: K is a scale, so its middle is the geometric mean; the law itself has coherence 1.
-    best = carried(math.sqrt(low_constant * high_constant), COHERENCE_RANGE[0], (low_exponent + high_exponent) / 2)
+    middle_constant = math.sqrt(low_constant * high_constant)
+    best = compute_rate(middle_constant, COHERENCE_RANGE[0], (low_exponent + high_exponent) / 2)
     # The rate is monotonic in K, in c and in the exponent, so the extremes lie at the ends of the three ranges.
-    ends = [carried(*corner) for corner in itertools.product(displacement_constants, COHERENCE_RANGE, steps_exponents)]
+    corners = itertools.product(displacement_constants, COHERENCE_RANGE, steps_exponents)
+    ends = [compute_rate(*corner) for corner in corners]
     return RateRange(min(best, *ends), best, max(best, *ends))
 
 

@@ -12,7 +12,7 @@ gradient is nearly constant while the loss has hardly changed. Every later step 
 Here b and a are the distances that every entry of B and of A has moved (`distances`): b is the sum of the learning
 rates, and a starts to grow one step later. The first term is **B-led**, the second **A-led**. The law holds as long as
 no entry of :math:`G A^\top` changes its sign: without limit for one sample, otherwise for distances far below the
-quantiles `RowTerms.turn`.
+quantiles `RowTerms.sign_change_distances`.
 
 Rows of A are independent and identically distributed, so that with :math:`q_k = S_k(a_k \cdot x' + a D_k \cdot x')`
 at every rank
@@ -165,15 +165,15 @@ class RowTerms:
     Attributes:
       coherent: Polynomial in a of :math:`\sum_i E[q_i]^2`.
       total: Polynomial in a of :math:`\sum_i E[q_i^2]`.
-      turn: Quantiles (`SIGN_CHANGE_SHARES`) of the distance at which an entry of :math:`G A^\top` changes its sign;
-        infinity if it never does. The law is exact far below the first quantile.
+      sign_change_distances: Quantiles (`SIGN_CHANGE_SHARES`) of the distance at which an entry of :math:`G A^\top`
+        changes its sign; infinity if it never does. The law is exact far below the first quantile.
       p_out: Number of outputs.
       rows: Number of rows of A in the estimate.
     """
 
     coherent: Quadratic
     total: Quadratic
-    turn: tuple[float, float, float, float, float]
+    sign_change_distances: tuple[float, float, float, float, float]
     p_out: int
     rows: int
 
@@ -239,19 +239,19 @@ class RowSigns:
 
     Attributes:
       lora_A: Sampled rows of A.
-      moves: Directions D in which the rows move.
-      live: Number of outputs with a nonzero gradient, for each row.
+      directions: Signs D of the directions in which the rows move.
+      moving_outputs: Number of outputs for which the entry of B moves, for each row.
       gram: Gram matrix :math:`S^\top S`.
-      turn: Quantiles of the distance at which a sign changes; NaN if they were not requested.
+      sign_change_distances: Quantiles of the distance at which a sign changes; NaN if they were not requested.
       p_out: Number of outputs.
       multiply: Product of two matrices.
     """
 
     lora_A: Float[np.ndarray, "rows p_in"]
-    moves: Float[np.ndarray, "rows p_in"]
-    live: Float[np.ndarray, " rows"]
+    directions: Float[np.ndarray, "rows p_in"]
+    moving_outputs: Float[np.ndarray, " rows"]
     gram: Float[np.ndarray, "rows rows"]
-    turn: tuple[float, float, float, float, float]
+    sign_change_distances: tuple[float, float, float, float, float]
     p_out: int
     multiply: MatrixProduct = np.matmul
 
@@ -291,24 +291,24 @@ class RowSigns:
         if not np.isfinite(x).all():
             raise InputError("x must be finite, got a NaN or infinite value")
         # Products of the inputs with A (the B-led part u) and with D (the A-led part v), each [tokens, rows].
-        products_A, products_D = self.multiply(x, self.lora_A.T), self.multiply(x, self.moves.T)
+        products_A, products_D = self.multiply(x, self.lora_A.T), self.multiply(x, self.directions.T)
         return [self._terms(products_A[part], products_D[part]) for part in parts]
 
     def _terms(self, u: Float[np.ndarray, "tokens rows"], v: Float[np.ndarray, "tokens rows"]) -> RowTerms:
         tokens, rows = u.shape
         # Sums over tokens of the products uu, uv and vv of every two rows, [rows, rows], and their weights S^T S.
         u, v, gram = (np.asarray(matrix, np.float64) for matrix in (u, v, self.gram))
-        products = [self.multiply(first.T, second) for first, second in _pairs(u, v)]
+        products = [self.multiply(first.T, second) for first, second in ((u, u), (u, v), (v, v))]
         # Sum over outputs of (S u) (S v) by the Gram matrix of S, without forming S u.
-        sums = [float(np.sum(gram * product)) for product in products]
-        total = [float(np.sum(self.live * np.diagonal(product))) / rows for product in products]
-        # Without the terms in which a row meets itself, the sum estimates E[q_i]^2 without bias.
+        pair_sums = [float(np.sum(gram * product)) for product in products]
+        total = [float(np.sum(self.moving_outputs * np.diagonal(product))) / rows for product in products]
+        # Without the pairs of a row with itself, the mean over pairs estimates E[q_i]^2 without bias.
         pairs = rows * (rows - 1.0)
-        coherent = [(all_pairs - same_row * rows) / pairs for all_pairs, same_row in zip(sums, total, strict=True)]
+        coherent = [(all_pairs - same_row * rows) / pairs for all_pairs, same_row in zip(pair_sums, total, strict=True)]
         return RowTerms(
             _quadratic([value / tokens for value in coherent]),
             _quadratic([value / tokens for value in total]),
-            self.turn,
+            self.sign_change_distances,
             self.p_out,
             rows,
         )
@@ -351,22 +351,17 @@ def row_signs(
     # S, the constant sign of B's gradient, and D, that of A's gradient once B has moved.
     projections = multiply(grad, lora_A.T)
     signs = np.sign(projections)
-    moves = np.sign(multiply(signs.T, grad))
+    directions = np.sign(multiply(signs.T, grad))
     # Number of outputs with a gradient in each row: an entry of 0 has no sign and does not move.
-    live = np.sum(signs**2, axis=0)
+    moving_outputs = np.sum(signs**2, axis=0)
     # Distance at which the motion of A along D turns the sign of an entry of G A^T.
-    turn = [math.nan] * len(SIGN_CHANGE_SHARES)
+    quantiles: Any = (math.nan,) * len(SIGN_CHANGE_SHARES)
     if exact:
         with np.errstate(divide="ignore", invalid="ignore"):
-            drift = signs * multiply(grad, moves.T)  # negative if the entry moves towards 0
+            drift = signs * multiply(grad, directions.T)  # negative if the entry moves towards 0
             distance = np.where(drift < 0, -np.abs(projections) / drift, np.inf)
-        turn = np.quantile(distance, SIGN_CHANGE_SHARES, method="lower").tolist()
-    quantiles: Any = tuple(turn)
-    return RowSigns(lora_A, moves, live, multiply(signs.T, signs), quantiles, grad.shape[0], multiply)
-
-
-def _pairs(first: np.ndarray, second: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [(first, first), (first, second), (second, second)]
+        quantiles = tuple(np.quantile(distance, SIGN_CHANGE_SHARES, method="lower").tolist())
+    return RowSigns(lora_A, directions, moving_outputs, multiply(signs.T, signs), quantiles, grad.shape[0], multiply)
 
 
 def _quadratic(products: Sequence[float]) -> Quadratic:
@@ -526,16 +521,16 @@ def matching_rate(
     check_positive("learning_rate", old[2])
     check_integer("steps", steps)
 
-    def log_size(rank: int, scaling: float, rate: float) -> float:
+    def log_change(rank: int, scaling: float, rate: float) -> float:
         moved = distances([rate] * steps, decay=decay, takeover=terms.takeover(rank))
-        size = terms.rms(rank, scaling=scaling, moved=moved)
-        if not size > 0:
-            raise InputError(f"terms must describe an output that changes, got a change of {size:g} at rank {rank}")
-        return math.log(size)
+        change = terms.rms(rank, scaling=scaling, moved=moved)
+        if not change > 0:
+            raise InputError(f"terms must describe an output that changes, got a change of {change:g} at rank {rank}")
+        return math.log(change)
 
-    # The distances depend on the rate in turn, so the equation is solved numerically.
-    target = log_size(*old)
-    return _rate_without(lambda rate: log_size(*new, rate) - target, old[2])
+    # A's distance depends on the rate in a way that has no closed form, so that the equation is solved numerically.
+    target = log_change(*old)
+    return _solve_rate(lambda rate: log_change(*new, rate) - target, old[2])
 
 
 def rate_for_equal_change(
@@ -572,17 +567,18 @@ def rate_for_equal_change(
         moved = distances(peak_rate * np.asarray(schedule), takeover=takeover)
         return math.log(moved.B) + math.log1p(moved.A / takeover)
 
-    # A's distance depends on the rate in turn, so the equation is solved numerically.
+    # A's distance depends on the rate in a way that has no closed form, so that the equation is solved numerically.
     target = log_change(first, rate)
-    return _rate_without(lambda new_rate: log_change(second, new_rate) - target, rate)
+    return _solve_rate(lambda new_rate: log_change(second, new_rate) - target, rate)
 
 
-def _rate_without(excess: Callable[[float], float], start: float) -> float:
-    """Solve for the rate at which ``excess``, the log of a size over its target, is 0."""
-    # The size grows at least in proportion to the rate, so that the root lies within the excess of the start.
-    middle, reach = math.log(start), abs(excess(start)) + 1e-9
+def _solve_rate(excess: Callable[[float], float], start: float) -> float:
+    """Solve for the rate at which ``excess``, the log of a change over its target, is 0."""
+    # The change grows at least in proportion to the rate, so that in log the root is at most the excess away from the
+    # start.
+    log_start, reach = math.log(start), abs(excess(start)) + 1e-9
     log_root = scipy.optimize.brentq(
-        lambda log_rate: excess(math.exp(log_rate)), middle - reach, middle + reach, xtol=1e-10
+        lambda log_rate: excess(math.exp(log_rate)), log_start - reach, log_start + reach, xtol=1e-10
     )
     return math.exp(log_root)
 
@@ -628,17 +624,17 @@ def sgd_equivalent(
     if not 0 <= momentum < 1:
         raise InputError(f"momentum must be at least 0 and below 1, got {momentum!r}")
     grad, x = np.asarray(grad, np.float64), np.asarray(x, np.float64)
-    left, values, right = np.linalg.svd(grad, full_matrices=False)
+    U, singular_values, Vt = np.linalg.svd(grad, full_matrices=False)
     # Every singular direction evolves by itself: b from 0 and a from 1, relative to a_0.
-    b, a = np.zeros_like(values), np.ones_like(values)
-    speed_b, speed_a = np.zeros_like(values), np.zeros_like(values)
+    b, a = np.zeros_like(singular_values), np.ones_like(singular_values)
+    velocity_b, velocity_a = np.zeros_like(singular_values), np.zeros_like(singular_values)
     for rate in rates.tolist():
         # Heavy-ball steps: the gradient of B is proportional to a, and that of A to b.
-        speed_b = momentum * speed_b + scaling * values * a
-        speed_a = momentum * speed_a + scaling * values * b
-        b, a = b - rate * speed_b, a - rate * speed_a
+        velocity_b = momentum * velocity_b + scaling * singular_values * a
+        velocity_a = momentum * velocity_a + scaling * singular_values * b
+        b, a = b - rate * velocity_b, a - rate * velocity_a
     # U sigma_t V^T / gamma, and x' with its components along V multiplied by c_t.
-    return (left * (-b / scaling)) @ right, x + ((x @ right.T) * (a - 1)) @ right
+    return (U * (-b / scaling)) @ Vt, x + ((x @ Vt.T) * (a - 1)) @ Vt
 
 
 def _check_rho(rho: float) -> None:

@@ -12,6 +12,7 @@ All values are computed in float64 on the host.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -30,7 +31,7 @@ from rora_theory.theory import sign_expectation
 HALF_NORMAL_MEAN = math.sqrt(2 / math.pi)
 """E|z| of a standard normal z."""
 
-_ENUMERABLE = 16
+_MAX_ENUMERATED_INPUTS = 16
 """Largest p_in for which the law of Rademacher entries enumerates the 2^p_in values of a row."""
 
 
@@ -124,7 +125,8 @@ def first_step_moments(
     signal, grad2, x2 = x @ grad.T, np.sum(grad**2, axis=1), np.sum(x**2, axis=-1, keepdims=True)
 
     if optimizer == "sgd":
-        # Fourth moments of A by pairings; the excess kurtosis k - 3 adds one term.
+        # E[w_i^2] contains fourth moments of A's entries. As for Gaussian entries, they are sums over pairings of equal
+        # indices; the excess kurtosis k - 3 adds a term where all four indices are equal.
         fourth = (x**2) @ (grad**2).T
         mean = -step * s2 * r * signal
         second = (step * s2) ** 2 * ((r**2 + r) * signal**2 + r * grad2 * x2 + r * (k - 3) * fourth)
@@ -134,7 +136,7 @@ def first_step_moments(
     # Adam: a sum over r independent rows of A, r (r - 1) of the pairs with different rows.
     check_not_negative("epsilon", float(epsilon))
     # The gradient of B is gamma G A^T: dividing it by gamma moves gamma to epsilon.
-    row = _adam_row(grad, law, epsilon / scaling)
+    row = _adam_row_moments(grad, law, epsilon / scaling)
     coupled = x @ row.direction.T
     mean = -step * r * coupled
     second = step**2 * (r * row.second_moment(x) + r * (r - 1) * coupled**2)
@@ -211,10 +213,10 @@ def random_input_moments(
 
     # Adam in the sign limit depends on the sign of delta alone.
     signs = np.sign(delta)
-    norm, along, length = _sign_coupling(law, p_in)
-    moment = r * s2 * p + r * (r - 1) * (rho2 * along + (1 - rho2) * length)
-    mean = -step * r * HALF_NORMAL_MEAN * norm * overlap * signs
-    matrix = step**2 * float(np.sum(signs**2)) * (r * s2 * p + r * (r - 1) * length)
+    mean_norm, along, direction2 = _sign_coupling(law, p_in)
+    moment = r * s2 * p + r * (r - 1) * (rho2 * along + (1 - rho2) * direction2)
+    mean = -step * r * HALF_NORMAL_MEAN * mean_norm * overlap * signs
+    matrix = step**2 * float(np.sum(signs**2)) * (r * s2 * p + r * (r - 1) * direction2)
     return FirstStepMoments(mean, step**2 * moment * signs**2, matrix)
 
 
@@ -244,10 +246,13 @@ def crossing_rank(
     grad, x = np.asarray(grad, np.float64), np.asarray(x, np.float64)
     check_optimizer(optimizer)
     x2 = np.sum(x**2, axis=-1)
-    rows = np.linalg.norm(grad, axis=1)
+    row_norms = np.linalg.norm(grad, axis=1)
     if optimizer == "adam":
-        grad, rows = grad[rows > 0] / rows[rows > 0, None], np.ones(np.count_nonzero(rows))
-    ratio = np.sum(rows**2) * x2 / np.maximum(np.sum((x @ grad.T) ** 2, axis=-1), np.finfo(np.float64).tiny)
+        # The sign step sees only the direction of a row, so that every row with a gradient counts as a unit vector.
+        grad, row_norms = grad[row_norms > 0] / row_norms[row_norms > 0, None], np.ones(np.count_nonzero(row_norms))
+    # Without a signal the ratio is very large rather than a division by 0.
+    signal2 = np.maximum(np.sum((x @ grad.T) ** 2, axis=-1), np.finfo(np.float64).tiny)
+    ratio = np.sum(row_norms**2) * x2 / signal2
     return np.asarray(ratio if optimizer == "sgd" else 1 + math.pi / 2 * ratio)
 
 
@@ -347,8 +352,8 @@ def check_step(*, rank: int, scaling: float, learning_rate: float, optimizer: Op
 
 
 @dataclass(frozen=True)
-class _AdamRow:
-    """Moments over one row a of A of f(u) = u / (|u| + e) with u = g_i . a.
+class _AdamRowMoments:
+    """Moments over one row a of A of Adam's step f(u) = u / (|u| + e), with u = g_i . a and e = epsilon / gamma.
 
     Attributes:
       direction: Vectors m_i = E[f a], [p_out, p_in].
@@ -356,7 +361,8 @@ class _AdamRow:
       unit: Unit vectors g_i / |g_i|, 0 for a zero row, [p_out, p_in].
       along: E[f^2 (a.v)^2] for a unit vector v along g_i, [p_out].
       across: E[f^2 (a.v)^2] for a unit vector v orthogonal to g_i, [p_out].
-      table: The 2^p values of a and of f if they are enumerated. E[f^2 (a.x)^2] is then their mean.
+      table: All 2^p_in values of a, [2^p_in, p_in], and of f, [2^p_in, p_out], if they are enumerated.
+        E[f^2 (a.x)^2] is then their mean.
     """
 
     direction: np.ndarray
@@ -371,30 +377,34 @@ class _AdamRow:
         if self.table is not None:
             a, f = self.table
             return ((x @ a.T) ** 2) @ (f**2) / len(a)
+        # Split |x'|^2 into the components along g_i and orthogonal to it.
         inner2 = (x @ self.unit.T) ** 2
         return self.along * inner2 + self.across * (np.sum(x**2, axis=-1, keepdims=True) - inner2)
 
 
-def _adam_row(grad: Float[np.ndarray, "p_out p_in"], law: Entries, e: float) -> _AdamRow:
+def _adam_row_moments(grad: Float[np.ndarray, "p_out p_in"], law: Entries, e: float) -> _AdamRowMoments:
+    """Compute the moments for the gradient G, the distribution of A's entries and e = epsilon / gamma."""
     p_out, p_in = grad.shape
     norms = np.linalg.norm(grad, axis=1)
-    live = norms > 0  # rows with a gradient; the others contribute nothing
-    unit = np.where(live[:, None], grad / np.where(live, norms, 1.0)[:, None], 0.0)
+    has_gradient = norms > 0  # the other rows contribute nothing
+    unit = np.where(has_gradient[:, None], grad / np.where(has_gradient, norms, 1.0)[:, None], 0.0)
     # Rademacher entries of a short row: mean over all 2^p_in values.
-    if law.shape == "rademacher" and p_in <= _ENUMERABLE:
+    if law.shape == "rademacher" and p_in <= _MAX_ENUMERATED_INPUTS:
+        # Bit j of the index n gives the sign of entry j.
         signs = 1 - 2 * ((np.arange(2**p_in)[:, None] >> np.arange(p_in)) & 1)
         a = law.deviation * signs.astype(np.float64)
         u = a @ grad.T
         u[np.abs(u) <= 1e-12 * np.abs(grad).sum(axis=1) * law.deviation] = 0.0  # ties, up to rounding
         f = np.divide(u, np.abs(u) + e, out=np.zeros_like(u), where=u != 0)
         norm2 = law.variance * p_in * np.mean(f**2, axis=0)
-        return _AdamRow(f.T @ a / len(a), norm2, unit, norm2, norm2, (a, f))
+        return _AdamRowMoments(f.T @ a / len(a), norm2, unit, norm2, norm2, (a, f))
     # Otherwise: the exact sign direction, corrected for epsilon by the factor of a Gaussian u.
-    ratio = np.divide(e, law.deviation * norms, out=np.full(p_out, np.inf), where=live)
-    first, plain, weighted = _smoothed_sign_moments(ratio)
-    direction = law.deviation * sign_direction(unit, law.shape) * (first / HALF_NORMAL_MEAN)[:, None]
-    along, across = law.variance * weighted, law.variance * plain
-    return _AdamRow(direction, along + (p_in - 1) * across, unit, along, across)
+    ratio = np.divide(e, law.deviation * norms, out=np.full(p_out, np.inf), where=has_gradient)
+    mean_fz, mean_f2, mean_f2z2 = _smoothed_sign_moments(ratio)
+    direction = law.deviation * sign_direction(unit, law.shape) * (mean_fz / HALF_NORMAL_MEAN)[:, None]
+    # Along g_i the entries of a are correlated with f; orthogonal to g_i they are independent of it.
+    along, across = law.variance * mean_f2z2, law.variance * mean_f2
+    return _AdamRowMoments(direction, along + (p_in - 1) * across, unit, along, across)
 
 
 def _smoothed_sign_moments(ratio: Float[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -403,10 +413,13 @@ def _smoothed_sign_moments(ratio: Float[np.ndarray, " n"]) -> tuple[np.ndarray, 
     The trapezoidal rule in log z converges geometrically, because the integrands are smooth and vanish at both ends.
     An infinite e gives zeros.
     """
+    # Half of the density doubled, because the integrands are even; dz = z d(log z). Beyond 40 the density underflows.
     z = np.exp(np.linspace(math.log(1e-16), math.log(40.0), 1201))
     weight = 2 * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) * z * math.log(z[1] / z[0])
+    # Rows often share a ratio, in the sign limit all of them: integrate once for each distinct value.
     values, inverse = np.unique(ratio, return_inverse=True)
-    f = np.where(np.isinf(values)[:, None], 0.0, z / (z + np.where(np.isinf(values), 1.0, values)[:, None]))
+    is_infinite = np.isinf(values)[:, None]
+    f = np.where(is_infinite, 0.0, z / (z + np.where(is_infinite, 1.0, values[:, None])))
     return (f @ (weight * z))[inverse], (f**2 @ weight)[inverse], (f**2 @ (weight * z**2))[inverse]
 
 
@@ -420,10 +433,11 @@ def sign_direction(
       entry: Distribution of the entries of a.
 
     Returns:
-      The expectation for each row.
+      The expectation for each row, in float64.
     """
     if entry == "normal":
         return HALF_NORMAL_MEAN * unit
+    # The bytes of the matrix are hashable, unlike the array, so that the result can be cached.
     return _sign_direction(unit.tobytes(), unit.shape, entry)
 
 
@@ -437,27 +451,28 @@ def _sign_direction(data: bytes, shape: tuple[int, int], entry: Literal["uniform
     """
     unit = np.frombuffer(data).reshape(shape)
     law = Entries(entry, 1.0, 1.0 if entry == "rademacher" else 9 / 5)
-    nodes, weights = np.polynomial.legendre.leggauss(8)
     direction = np.zeros_like(unit)
-    width, end = 2.0, 400.0  # in units of 1 / deviation of u, which is 1 for unit rows
-    done = np.zeros(shape[0], bool)
+    # The power series is much faster; it serves uniform entries in most rows.
+    is_done = np.zeros(shape[0], bool)
     if entry == "uniform":
-        done, direction = sign_expectation.uniform(unit)
+        is_done, direction = sign_expectation.uniform(unit)
     # Gauss-Legendre rule on one interval after the other, until the integrand of a row is negligible.
-    live = np.flatnonzero(np.any(unit != 0, axis=1) & ~done)
+    nodes, weights = np.polynomial.legendre.leggauss(8)
+    width, end = 2.0, 400.0  # in units of 1 / deviation of u, which is 1 for unit rows
+    remaining = np.flatnonzero(np.any(unit != 0, axis=1) & ~is_done)
     start = 0.0
-    while live.size and start < end:
-        largest = np.zeros(live.size)
-        part = np.zeros((live.size, unit.shape[1]))
+    while remaining.size and start < end:
+        largest = np.zeros(remaining.size)
+        integral = np.zeros((remaining.size, unit.shape[1]))
         for node, weight in zip(nodes, weights, strict=True):
             t = start + width * (node + 1) / 2
-            phi, slope = law.characteristic(t * unit[live])
+            phi, slope = law.characteristic(t * unit[remaining])
             phi[phi == 0.0] = np.finfo(np.float64).tiny  # the product over the others is a quotient
-            term = (-2 / math.pi / t) * slope * (np.prod(phi, axis=1, keepdims=True) / phi)
-            part += weight * width / 2 * term
-            largest = np.maximum(largest, np.max(np.abs(term), axis=1))
-        direction[live] += part
-        live = live[largest * end > 1e-11]
+            integrand = (-2 / math.pi / t) * slope * (np.prod(phi, axis=1, keepdims=True) / phi)
+            integral += weight * width / 2 * integrand
+            largest = np.maximum(largest, np.max(np.abs(integrand), axis=1))
+        direction[remaining] += integral
+        remaining = remaining[largest * end > 1e-11]
         start += width
     return direction
 
@@ -468,55 +483,71 @@ def _sign_coupling(law: Entries, p_in: int) -> tuple[float, float, float]:
     With independent copies a, a' and their cosine c, exchanging the averages (Grothendieck's identity) gives
     E_x(m.x)^2 = (2/pi) E[|a||a'| (sqrt(1-c^2) + c asin c)] and E_x|m|^2 = (2/pi) E[a.a' asin c].
     """
-    # Gaussian: m is parallel to x, and E|a| is that of a chi distribution.
     p, s2 = float(p_in), law.variance
+    # Gaussian: m is parallel to x, and E|a| is that of a chi distribution.
     if law.is_normal:
-        norm = law.deviation * math.sqrt(2) * math.exp(special.gammaln((p + 1) / 2) - special.gammaln(p / 2))
-        return norm, 2 / math.pi * s2 * p, 2 / math.pi * s2
+        mean_norm = law.deviation * math.sqrt(2) * math.exp(special.gammaln((p + 1) / 2) - special.gammaln(p / 2))
+        return mean_norm, 2 / math.pi * s2 * p, 2 / math.pi * s2
     # Rademacher: c depends on the number of entries that agree, which is binomial.
     if law.shape == "rademacher":
         agree = np.arange(p_in + 1)
-        log_weight = special.gammaln(p + 1) - special.gammaln(agree + 1) - special.gammaln(p - agree + 1)
-        weight = np.exp(log_weight - p * math.log(2))
+        log_probability = special.gammaln(p + 1) - special.gammaln(agree + 1) - special.gammaln(p - agree + 1)
+        probability = np.exp(log_probability - p * math.log(2))
         c = (2 * agree - p) / p
-        along = s2 * p * float(weight @ (np.sqrt(1 - c**2) + c * np.arcsin(c)))
-        return (
-            math.sqrt(s2 * p),
-            2 / math.pi * along,
-            2 / math.pi * s2 * p * float(weight @ (c * np.arcsin(c))),
-        )
-    # Uniform: the first two terms of the series in c, which are one-dimensional integrals. The rest of the series is
-    # that of Gaussian entries with the same E|a|. By the symmetry of signs E[(a.a')^2/(|a||a'|)] = (E|a|)^2/p, and
-    # E[(a.a')^4/(|a||a'|)^3] is the sum over j, l of squares of E[a_j^2 a_l^2/|a|^3].
-    half = math.sqrt(3 * s2)
+        along = s2 * p * float(probability @ (np.sqrt(1 - c**2) + c * np.arcsin(c)))
+        direction2 = s2 * p * float(probability @ (c * np.arcsin(c)))
+        return math.sqrt(s2 * p), 2 / math.pi * along, 2 / math.pi * direction2
+    return _uniform_sign_coupling(s2, p_in)
 
-    def laplace(t: float) -> tuple[float, float, float]:
+
+def _uniform_sign_coupling(s2: float, p_in: int) -> tuple[float, float, float]:
+    """Compute the coupling of `_sign_coupling` for uniform entries, by its series in the cosine c.
+
+    The first two terms of the series are one-dimensional integrals. The rest is that of Gaussian entries with the same
+    E|a|. By the symmetry of signs E[(a.a')^2/(|a||a'|)] = (E|a|)^2/p, and E[(a.a')^4/(|a||a'|)^3] is the sum over j, l
+    of squares of E[a_j^2 a_l^2/|a|^3].
+    """
+    p = float(p_in)
+    half_width = math.sqrt(3 * s2)  # entries are uniform from -half_width to half_width
+
+    def laplace_moments(t: float) -> tuple[float, float, float]:
         """Compute E exp(-t a^2), E a^2 exp(-t a^2) and E a^4 exp(-t a^2)."""
-        y = half * math.sqrt(t)
-        zero = math.sqrt(math.pi) * math.erf(y) / (2 * y) if y > 1e-8 else 1.0
-        end = math.exp(-y * y)
+        y = half_width * math.sqrt(t)
+        zeroth = math.sqrt(math.pi) * math.erf(y) / (2 * y) if y > 1e-8 else 1.0
         if y < 0.3:  # the closed forms cancel at small y: sum_n (-y^2)^n / n! / (2n + 1 + m)
-            two = s2 * 3 * sum((-y * y) ** n / math.factorial(n) / (2 * n + 3) for n in range(9))
-            four = s2**2 * 9 * sum((-y * y) ** n / math.factorial(n) / (2 * n + 5) for n in range(9))
-            return zero, two, four
-        two = (zero - end) / (2 * t)
-        return zero, two, (3 * two - half**2 * end) / (2 * t)
+            second = s2 * 3 * sum((-y * y) ** n / math.factorial(n) / (2 * n + 3) for n in range(9))
+            fourth = s2**2 * 9 * sum((-y * y) ** n / math.factorial(n) / (2 * n + 5) for n in range(9))
+            return zeroth, second, fourth
+        # Integration by parts, with exp(-y^2) at the ends of the interval.
+        end = math.exp(-y * y)
+        second = (zeroth - end) / (2 * t)
+        return zeroth, second, (3 * second - half_width**2 * end) / (2 * t)
 
-    def over_logs(integrand: "object") -> float:
-        # Integrate over log t, in which the integrand is smooth and concentrated near 1 / E|a|^2.
+    def norm_integrand(t: float) -> float:
+        zeroth, second, _ = laplace_moments(t)
+        return p * second * zeroth ** (p - 1) * math.sqrt(t)
+
+    def same_entry_integrand(t: float) -> float:
+        zeroth, _, fourth = laplace_moments(t)
+        return fourth * zeroth ** (p - 1) * t**1.5
+
+    def integrate_over_log(integrand: Callable[[float], float]) -> float:
+        # In log t the integrand is smooth and concentrated near 1 / E|a|^2.
         centre = -math.log(s2 * p)
-        value, _ = scipy.integrate.quad(lambda s: integrand(math.exp(s)), centre - 30, centre + 60, limit=400)  # type: ignore[operator]
+        value, _ = scipy.integrate.quad(lambda log_t: integrand(math.exp(log_t)), centre - 30, centre + 60, limit=400)
         return value
 
     # E[Q / sqrt(Q)] = int E[Q exp(-tQ)] t^(-1/2) dt / Gamma(1/2), and with t^(1/2) / Gamma(3/2) for 1 / Q^(3/2).
-    norm = over_logs(lambda t: p * laplace(t)[1] * laplace(t)[0] ** (p - 1) * math.sqrt(t)) / math.gamma(0.5)
-    same = over_logs(lambda t: laplace(t)[2] * laplace(t)[0] ** (p - 1) * t**1.5) / math.gamma(1.5)
-    cross = (norm - p * same) / (p * (p - 1)) if p_in > 1 else 0.0  # the sum over j, l of E[a_j^2 a_l^2/|a|^3] is E|a|
-    second = norm**2 / p
-    fourth = p * same**2 + 3 * p * (p - 1) * cross**2
+    mean_norm = integrate_over_log(norm_integrand) / math.gamma(0.5)
+    # E[a_j^2 a_l^2/|a|^3] for j = l and for j != l. Its sum over j, l is E|a|.
+    same_entry = integrate_over_log(same_entry_integrand) / math.gamma(1.5)
+    two_entries = (mean_norm - p * same_entry) / (p * (p - 1)) if p_in > 1 else 0.0
+    # E[(a.a')^2/(|a||a'|)] and E[(a.a')^4/(|a||a'|)^3], the first two terms of the series.
+    second = mean_norm**2 / p
+    fourth = p * same_entry**2 + 3 * p * (p - 1) * two_entries**2
     # The rest of the series from Gaussian entries, for which ratio is (E|a|)^2 / (s2 p).
     ratio = 2 / p * math.exp(2 * (special.gammaln((p + 1) / 2) - special.gammaln(p / 2)))
-    rest_along = (1 - ratio * (1 + 1 / (2 * p) + 1 / (8 * p * (p + 2)))) / ratio * norm**2
-    rest_length = (1 - ratio * (1 + 1 / (2 * (p + 2)))) / ratio * second
-    along = norm**2 + second / 2 + fourth / 24 + rest_along
-    return norm, 2 / math.pi * along, 2 / math.pi * (second + fourth / 6 + rest_length)
+    rest_along = (1 - ratio * (1 + 1 / (2 * p) + 1 / (8 * p * (p + 2)))) / ratio * mean_norm**2
+    rest_direction2 = (1 - ratio * (1 + 1 / (2 * (p + 2)))) / ratio * second
+    along = mean_norm**2 + second / 2 + fourth / 24 + rest_along
+    return mean_norm, 2 / math.pi * along, 2 / math.pi * (second + fourth / 6 + rest_direction2)

@@ -42,10 +42,10 @@ from rora_theory.theory.laws import check_overlap, check_step
 
 Sampler = Literal["direct", "pairs", "chi_square"]
 
-_BLOCK_NUMBERS = 2**22
+_MAX_BLOCK_NUMBERS = 2**22
 """Maximum number of random numbers in a block (16 MiB), unless a single draw needs more."""
 
-_STEP_NUMBERS = 2**18
+_MAX_STEP_NUMBERS = 2**18
 """Maximum number of random numbers that the direct sampler holds at once, so that they fit in a core's cache."""
 
 _MAX_BLOCK_DRAWS = 2**14
@@ -137,7 +137,7 @@ def block_draws(setting: RandomStep, sampler: Sampler) -> int:
     """Return the number of draws in one block."""
     if sampler != "direct":
         return _MAX_BLOCK_DRAWS
-    return int(np.clip(_BLOCK_NUMBERS // (setting.rank * setting.p_in), 1, _MAX_BLOCK_DRAWS))
+    return int(np.clip(_MAX_BLOCK_NUMBERS // (setting.rank * setting.p_in), 1, _MAX_BLOCK_DRAWS))
 
 
 def stream(
@@ -188,7 +188,7 @@ def _streams(
     used_devices = list(devices or jax.devices()[:1])[: None if block_count is None else max(block_count // batch, 1)]
     mesh = Mesh(np.array(used_devices), "devices")
     replicated, sharded = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("devices",)))
-    arguments = jax.device_put((key, kind.numbers(settings)), replicated)
+    arguments = jax.device_put((key, kind.arguments(settings)), replicated)
     blocks_per_device = jax.device_put(np.int32(batch), replicated)
 
     # Calls run asynchronously. All have the same shape, so that every device runs one program.
@@ -202,12 +202,12 @@ def _streams(
         # Two calls in flight keep every device busy while the host adds up. The first call runs alone, because it may
         # suffice.
         if call == 0 or len(pending) >= 2:
-            yield from _read(*pending.popleft())
+            yield from _to_host(*pending.popleft())
     for needed, computed in pending:
-        yield from _read(needed, computed)
+        yield from _to_host(needed, computed)
 
 
-def _read(
+def _to_host(
     needed: int, computed: Float[Array, "blocks settings 2 draws"]
 ) -> Float[np.ndarray, "needed settings 2 draws"]:
     return np.asarray(computed, np.float64)[:needed]
@@ -229,8 +229,8 @@ def estimate(
       setting: Setting to simulate.
       sampler: Sampler, see the module's documentation.
       key: Key of the stream.
-      relative_error: Relative standard error of the second moment at which sampling stops, above 0. At least 256 draws
-        are taken.
+      relative_error: Relative standard error of the second moment at which sampling stops, above 0. Sampling stops
+        after 256 draws at the earliest.
       draws: Exact number of draws, 1 or more, instead of a relative error.
       batch: Number of blocks that a device computes in one call.
       devices: Devices that share the blocks. None uses the default device.
@@ -278,12 +278,13 @@ def estimate_settings(
         # The last block may hold more draws than requested.
         needed = sampled if draws is None else sampled[..., : draws - sums[0].count]
         sums = [moments.add(block) for moments, block in zip(sums, needed, strict=True)]
-        if _enough(sums[0], relative_error, draws):
+        if _has_enough_draws(sums[0], relative_error, draws):
             break
     return sums
 
 
-def _enough(sums: Sums, relative_error: float, draws: int | None) -> bool:
+def _has_enough_draws(sums: Sums, relative_error: float, draws: int | None) -> bool:
+    """Return whether a stream has the requested number of draws, or without one the requested precision."""
     if draws is not None:
         return sums.count >= draws
     if sums.count < _MIN_DRAWS:
@@ -294,7 +295,7 @@ def _enough(sums: Sums, relative_error: float, draws: int | None) -> bool:
 
 @dataclass(frozen=True)
 class BlockKind:
-    """Static arguments of a compiled block.
+    """Static arguments of a compiled block, one for each program that the compiler produces.
 
     The reduced samplers receive all sizes as dynamic arguments, so that one program serves every setting.
 
@@ -354,11 +355,11 @@ class BlockKind:
         if sampler != "direct":
             return cls(sampler, optimizers)
         draws = block_draws(setting, sampler)
-        # Number of draws whose entries of A are held at once.
-        step = int(np.clip(_STEP_NUMBERS // (setting.rank * setting.p_in), 1, draws))
+        # Number of draws that are computed together; their entries of A must fit in a core's cache.
+        step = int(np.clip(_MAX_STEP_NUMBERS // (setting.rank * setting.p_in), 1, draws))
         return cls(sampler, optimizers, setting.init, setting.rank, setting.p_in, setting.p_out, draws, step)
 
-    def numbers(self, settings: Sequence[RandomStep]) -> dict[str, np.ndarray]:
+    def arguments(self, settings: Sequence[RandomStep]) -> dict[str, np.ndarray]:
         """Return the dynamic arguments of a block by name, in float32."""
         setting = settings[0]
         law = inits.entries(setting.init, rank=setting.rank, p_in=setting.p_in)
@@ -369,7 +370,7 @@ class BlockKind:
             "scalings": [other.scaling for other in settings],
             "learning_rate": setting.learning_rate,
             "overlap": setting.overlap,
-            # x' = overlap x + fresh z, in which z is independent of x, has the variance of x.
+            # Weight of the independent z in x' = overlap x + fresh z, with which x' has the variance of x.
             "fresh": np.sqrt(1 - setting.overlap**2),
             "deviation": law.deviation,
         }
@@ -379,7 +380,7 @@ class BlockKind:
 @partial(jax.jit, static_argnames=("kind", "mesh"))
 def _blocks(
     key: PRNGKeyArray,
-    numbers: dict[str, Array],
+    arguments: dict[str, Array],
     indices: Array,
     blocks_per_device: Array,
     *,
@@ -401,32 +402,32 @@ def _blocks(
         check_vma=False,
     )
     def compute_on_device(
-        key: PRNGKeyArray, numbers: dict[str, Array], indices: Array, blocks_per_device: Array
+        key: PRNGKeyArray, arguments: dict[str, Array], indices: Array, blocks_per_device: Array
     ) -> Array:
         def add_block(
             position: Array, blocks: Float[Array, "padded settings 2 draws"]
         ) -> Float[Array, "padded settings 2 draws"]:
-            block = sample(partial(keys_at, key, padded[position]), numbers, kind)
+            block = sample(partial(keys_at, key, padded[position]), arguments, kind)
             # The barrier keeps the compiler from fusing the block with the loop, which would change its rounding.
             return blocks.at[position].set(jax.lax.optimization_barrier(block))
 
         # One unused index more: with a single one, its position would be static too.
         padded = jnp.append(indices, indices[-1])
-        blocks = jnp.zeros((len(padded), len(numbers["scalings"]), 2, kind.draws), jnp.float32)
+        blocks = jnp.zeros((len(padded), len(arguments["scalings"]), 2, kind.draws), jnp.float32)
         return jax.lax.fori_loop(0, blocks_per_device, add_block, blocks)[: len(indices)]
 
-    return compute_on_device(key, numbers, indices, blocks_per_device)
+    return compute_on_device(key, arguments, indices, blocks_per_device)
 
 
 Keys = Callable[[int], Key[Array, " count"]]
 """Function that returns the requested number of keys of a block."""
 
 
-def _direct(keys: Keys, numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "settings 2 draws"]:
+def _direct(keys: Keys, arguments: dict[str, Array], kind: BlockKind) -> Float[Array, "settings 2 draws"]:
     """Sample a block by the definition: draw A and the inputs, differentiate, take the step, evaluate at x'."""
     delta = jnp.ones(kind.p_out, jnp.float32)
     # Neighbouring settings with one optimizer share a program, which maps over their scalings.
-    settings = list(zip(kind.optimizers, numbers["scalings"], strict=True))
+    settings = list(zip(kind.optimizers, arguments["scalings"], strict=True))
     groups = [
         (name, jnp.stack([gamma for _, gamma in group])) for name, group in itertools.groupby(settings, itemgetter(0))
     ]
@@ -434,8 +435,8 @@ def _direct(keys: Keys, numbers: dict[str, Array], kind: BlockKind) -> Float[Arr
     def draw_step(draw_keys: Key[Array, "2"]) -> Float[Array, "settings 2"]:
         # A, the training input x and the correlated input x' at which the layer is evaluated.
         lora_A = draw_A(draw_keys[0], kind.init, rank=kind.rank, p_in=kind.p_in)
-        x, fresh = standard_normal(draw_keys[1], (2, kind.p_in))
-        x_next = numbers["overlap"] * x + numbers["fresh"] * fresh
+        x, z = standard_normal(draw_keys[1], (2, kind.p_in))
+        x_next = arguments["overlap"] * x + arguments["fresh"] * z
 
         def evaluate_step(name: Optimizer, scaling: Float[Array, ""]) -> Float[Array, "2"]:
             step = first_step.run(
@@ -443,7 +444,7 @@ def _direct(keys: Keys, numbers: dict[str, Array], kind: BlockKind) -> Float[Arr
                 lora_A,
                 p_out=kind.p_out,
                 scaling=scaling,
-                optimizer=make_optimizer(name, numbers["learning_rate"], epsilon=0.0),
+                optimizer=make_optimizer(name, arguments["learning_rate"], epsilon=0.0),
             )
             # One output for the mean of w, and the squared norm of all outputs for its second moment.
             w = step(x_next)
@@ -460,60 +461,66 @@ def _direct(keys: Keys, numbers: dict[str, Array], kind: BlockKind) -> Float[Arr
 
 
 def _inputs(
-    keys: Key[Array, "2"], numbers: dict[str, Array], kind: BlockKind, rank_chi_squares: int = 0
+    keys: Key[Array, "2"], arguments: dict[str, Array], kind: BlockKind, rank_chi_squares: int = 0
 ) -> tuple[Array, ...]:
-    """Draw |x| and the components of x' along x and across it, then chi squares with ``rank`` degrees of freedom."""
-    freedom = numbers["p_in"] - 1  # at 0, x' has no component across x
-    freedoms = [numbers["p_in"], jnp.maximum(freedom, 1)] + [numbers["rank"]] * rank_chi_squares
-    length2, across2, *squares = sample_chi_squares(keys[0], jnp.stack(freedoms), kind.draws)
+    """Draw |x| and the components of x' along x and across it, then chi squares with ``rank`` degrees of freedom.
+
+    Each is a vector with one value per draw.
+    """
+    across_freedom = arguments["p_in"] - 1  # at 0, x' has no component across x
+    freedoms = [arguments["p_in"], jnp.maximum(across_freedom, 1)] + [arguments["rank"]] * rank_chi_squares
+    length2, across2, *chi_squares = sample_chi_squares(keys[0], jnp.stack(freedoms), kind.draws)
     length = jnp.sqrt(length2)
-    along = numbers["overlap"] * length + numbers["fresh"] * standard_normal(keys[1], (kind.draws,))
-    return length, along, numbers["fresh"] * jnp.sqrt(jnp.where(freedom > 0, across2, 0)), *squares
+    # x' = overlap x + fresh z: along x it has overlap |x| and a normal component of z, across it the rest of z.
+    along = arguments["overlap"] * length + arguments["fresh"] * standard_normal(keys[1], (kind.draws,))
+    across = arguments["fresh"] * jnp.sqrt(jnp.where(across_freedom > 0, across2, 0))
+    return length, along, across, *chi_squares
 
 
-def _pairs(keys: Keys, numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "settings 2 draws"]:
+def _pairs(keys: Keys, arguments: dict[str, Array], kind: BlockKind) -> Float[Array, "settings 2 draws"]:
     """Sample a block from the pairs (a_k . x, a_k . x') given the inputs, a few pairs at a time."""
     *input_keys, key_u, key_v = keys(4)
-    length, along, across = _inputs(jnp.stack(input_keys), numbers, kind)
-    rank, s = numbers["rank"], numbers["deviation"]
+    length, along, across = _inputs(jnp.stack(input_keys), arguments, kind)
+    rank, s = arguments["rank"], arguments["deviation"]
     shape = (_PAIRS_AT_ONCE, kind.draws)
 
-    def add_pairs(turn: Array, total: Float[Array, " draws"]) -> Float[Array, " draws"]:
-        # The last turn may have more pairs than the rank; they are masked.
-        is_counted = turn * _PAIRS_AT_ONCE + jnp.arange(_PAIRS_AT_ONCE) < rank.astype(jnp.int32)
-        u = standard_normal(keys_at(key_u, turn.astype(jnp.uint32), 1)[0], shape)  # a_k . x / (s |x|)
+    def add_pairs(group: Array, total: Float[Array, " draws"]) -> Float[Array, " draws"]:
+        # The last group may have more pairs than the rank; the surplus is masked.
+        is_counted = group * _PAIRS_AT_ONCE + jnp.arange(_PAIRS_AT_ONCE) < rank.astype(jnp.int32)
+        u = standard_normal(keys_at(key_u, group.astype(jnp.uint32), 1)[0], shape)  # a_k . x / (s |x|)
         if kind.optimizers[0] == "adam":
+            # sign(u_k) times the component of v_k along x; the components across x are added after the loop.
             return total + jnp.sum(jnp.abs(u), axis=0, where=is_counted[:, None])
-        fresh = standard_normal(keys_at(key_v, turn.astype(jnp.uint32), 1)[0], shape)
-        v = along[None] * u + across[None] * fresh  # a_k . x' / s
+        z = standard_normal(keys_at(key_v, group.astype(jnp.uint32), 1)[0], shape)
+        v = along[None] * u + across[None] * z  # a_k . x' / s
         return total + jnp.sum(u * v, axis=0, where=is_counted[:, None])
 
-    turns = -(-rank.astype(jnp.int32) // _PAIRS_AT_ONCE)
-    total = jax.lax.fori_loop(0, turns, add_pairs, jnp.zeros(kind.draws, jnp.float32))
+    group_count = -(-rank.astype(jnp.int32) // _PAIRS_AT_ONCE)
+    total = jax.lax.fori_loop(0, group_count, add_pairs, jnp.zeros(kind.draws, jnp.float32))
     if kind.optimizers[0] == "sgd":
-        return _finish(s**2 * length * total, numbers, kind)
+        return _outputs_of_sum(s**2 * length * total, arguments, kind)
     # sum_k sign(u_k) v_k: the components across x are r independent normals, summed as one normal of variance r.
     rest = jnp.sqrt(rank) * standard_normal(key_v, (kind.draws,))
-    return _finish(s * (along * total + across * rest), numbers, kind)
+    return _outputs_of_sum(s * (along * total + across * rest), arguments, kind)
 
 
-def _chi_square(keys: Keys, numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "settings 2 draws"]:
+def _chi_square(keys: Keys, arguments: dict[str, Array], kind: BlockKind) -> Float[Array, "settings 2 draws"]:
     """Sample a block from two chi squares of the rank, given the inputs."""
-    length, along, across, plus, minus = _inputs(keys(2), numbers, kind, rank_chi_squares=2)
+    length, along, across, plus, minus = _inputs(keys(2), arguments, kind, rank_chi_squares=2)
     size = jnp.hypot(along, across)
     # |x'| (1 + c) and |x'| (1 - c). The smaller one, |x'| - |along|, is written without its cancellation for nearly
     # parallel inputs.
     small = across**2 / jnp.maximum(size + jnp.abs(along), jnp.finfo(jnp.float32).tiny)
     large = size + jnp.abs(along)
     total = jnp.where(along >= 0, large * plus - small * minus, small * plus - large * minus)
-    return _finish(numbers["deviation"] ** 2 * length / 2 * total, numbers, kind)
+    return _outputs_of_sum(arguments["deviation"] ** 2 * length / 2 * total, arguments, kind)
 
 
-def _finish(
-    total: Float[Array, " draws"], numbers: dict[str, Array], kind: BlockKind
+def _outputs_of_sum(
+    total: Float[Array, " draws"], arguments: dict[str, Array], kind: BlockKind
 ) -> Float[Array, "settings 2 draws"]:
     """Compute w_1 and |w|^2 from the sum over k of (gradient or its sign) times (a_k . x'), for delta_i = 1."""
-    gamma = numbers["scalings"]
-    step = numbers["learning_rate"] * (gamma**2 if kind.optimizers[0] == "sgd" else gamma)
+    gamma = arguments["scalings"]
+    step = arguments["learning_rate"] * (gamma**2 if kind.optimizers[0] == "sgd" else gamma)
     w = -step[:, None] * total[None]
-    return jnp.stack([w, numbers["p_out"] * w**2], axis=1)
+    return jnp.stack([w, arguments["p_out"] * w**2], axis=1)

@@ -27,22 +27,22 @@ _ENDS = (12.0, 24.0, 48.0)
 """Upper ends of the integral over t, tried in turn. A small end requires little weight in large entries; a large end
 takes more nodes."""
 
-_DECAY = 72.0
+_MIN_DECAY = 72.0
 """Minimum of end^2 times the small entries' share of |g|^2, which bounds P at the end by exp(-36) = 2e-16."""
 
-_REACH = 0.8 * math.pi / math.sqrt(3)
+_MAX_SERIES_ARGUMENT = 0.8 * math.pi / math.sqrt(3)
 """Upper bound of \\|end g_j\\| for small entries: 0.8 of the series' radius of convergence."""
 
-_TERMS = 40
+_SERIES_TERMS = 40
 """Number of terms of the series. The first omitted term is 0.8^80 = 2e-8 of the first term at the end, where P is
 2e-16, and less before it."""
 
 
-_LARGE = 0.4
+_MIN_LARGE_ENTRY = 0.4
 """Lower bound of large entries in `uniform_fast`, relative to the small entries' root sum of squares. The first omitted
 term is then at most 0.26 * 0.4^6 = 1e-3 of the expectation of a small entry."""
 
-_DEVIATIONS = 7.0
+_FAST_END = 7.0
 """Upper end of the integral in `uniform_fast`, in standard deviations of the small entries' sum."""
 
 _NODES = ((0.05, 24), (5e-3, 112), (5e-4, 300), (0.0, 640))
@@ -78,13 +78,13 @@ def uniform(
     Returns:
       A mask of the rows that were computed, and the expectations to 1e-11 of the largest (zeros in the other rows).
     """
-    done = np.zeros(len(unit), bool)
+    is_done = np.zeros(len(unit), bool)
     expectations = np.zeros_like(unit)
     size = max(1, _BLOCK_ENTRIES // max(1, unit.shape[1]))
     for first in range(0, len(unit), size):
         rows = slice(first, first + size)
-        done[rows], expectations[rows] = _block(unit[rows])
-    return done, expectations
+        is_done[rows], expectations[rows] = _converged_rows(unit[rows])
+    return is_done, expectations
 
 
 def uniform_fast(unit: Float[np.ndarray, "p_out p_in"]) -> Float[np.ndarray, "p_out p_in"]:
@@ -116,11 +116,11 @@ def uniform_fast(unit: Float[np.ndarray, "p_out p_in"]) -> Float[np.ndarray, "p_
     size = min(_FAST_BLOCK_ROWS, max(1, _FAST_BLOCK_ENTRIES // max(1, unit.shape[1])))
     for first in range(0, len(unit), size):
         rows = np.asarray(unit[first : first + size], np.float32)
-        expectations[first : first + size] = _fast_block(rows)
+        expectations[first : first + size] = _block_expectations(rows)
     return expectations
 
 
-def _fast_block(rows: Float[np.ndarray, "rows p_in"]) -> Float[np.ndarray, "rows p_in"]:
+def _block_expectations(rows: Float[np.ndarray, "rows p_in"]) -> Float[np.ndarray, "rows p_in"]:
     """Compute the expectations of a block of rows."""
     # Power sums Q_4 and Q_6 of the small entries; Q_2 is their share. The squares of the large ones become zeros.
     squares = np.square(rows)
@@ -131,18 +131,21 @@ def _fast_block(rows: Float[np.ndarray, "rows p_in"]) -> Float[np.ndarray, "rows
 
     # Integrals over t: the smaller the share of the small entries, the more nodes a row needs. Rows of zeros need none.
     counts = np.select([share > bound for bound, _ in _NODES], [count for _, count in _NODES], _NODES[-1][1])
-    counts[(share == 0) & (np.bincount(at_row, minlength=len(rows)) == 0)] = 0
-    sums, large = np.stack([share, fourth, sixth], axis=1), rows[at_row, at_column]
-    coefficients, at_large = np.zeros(sums.shape, np.float32), np.zeros_like(large)
+    is_zero_row = (share == 0) & (np.bincount(at_row, minlength=len(rows)) == 0)
+    counts[is_zero_row] = 0
+    power_sums, large = np.stack([share, fourth, sixth], axis=1), rows[at_row, at_column]
+    coefficients, at_large = np.zeros(power_sums.shape, np.float32), np.zeros_like(large)
+    # Rows with one number of nodes are integrated together.
     for count in np.unique(counts[counts > 0]).tolist():
         members, with_count = np.flatnonzero(counts == count), counts[at_row] == count
+        # Index of each large entry's row among the members.
         positions = np.searchsorted(members, at_row[with_count])
-        integrals = _integrate(sums[members], large[with_count], positions, count)
+        integrals = _integrate(power_sums[members], large[with_count], positions, count)
         coefficients[members], at_large[with_count] = integrals
 
-    # m_j as a polynomial in g_j for small entries, and as the integral itself for large ones.
+    # m_j as a polynomial in g_j for small entries, by Horner's rule in place, and as the integral for large ones.
     first, cubic, quintic = (column[:, None] for column in coefficients.T)
-    result = np.multiply(squares, quintic, out=fourth_powers)
+    result = np.multiply(squares, quintic, out=fourth_powers)  # reuses memory that is no longer needed
     result += cubic
     result *= squares
     result += first
@@ -168,10 +171,10 @@ def _remove_large(
     share = np.einsum("ij->i", squares)
     places = [np.zeros(0, np.intp)]
     # The largest entry of a row decides whether it has a large one: each pass copies only the rows that have.
-    members = np.flatnonzero(np.max(squares, axis=1, initial=0.0) > _LARGE**2 * share)
+    members = np.flatnonzero(np.max(squares, axis=1, initial=0.0) > _MIN_LARGE_ENTRY**2 * share)
     while len(members):
         candidates = squares[members]
-        is_large = candidates > _LARGE**2 * share[members, None]
+        is_large = candidates > _MIN_LARGE_ENTRY**2 * share[members, None]
         # `np.nonzero` takes much longer in two dimensions.
         at_member, at_column = np.divmod(np.flatnonzero(is_large), width)
         candidates[at_member, at_column] = squares[members[at_member], at_column] = 0.0
@@ -179,14 +182,14 @@ def _remove_large(
         # Without these entries the share is smaller, so that others can be large relative to it. Stop where the small
         # entries do not matter any more.
         share[members] = remaining = np.einsum("ij->i", candidates)
-        has_large = np.max(candidates, axis=1) > _LARGE**2 * remaining
+        has_large = np.max(candidates, axis=1) > _MIN_LARGE_ENTRY**2 * remaining
         members = members[has_large & (remaining > _LINEAR_SHARE)]
     at_row, at_column = np.divmod(np.sort(np.concatenate(places)), width)
     return at_row, at_column, share
 
 
 def _integrate(
-    sums: Float[np.ndarray, "rows 3"],
+    power_sums: Float[np.ndarray, "rows 3"],
     large: Float[np.ndarray, " large"],
     at_row: Int[np.ndarray, " large"],
     count: int,
@@ -194,7 +197,7 @@ def _integrate(
     """Integrate the series over t with a number of nodes, for rows that are not zero.
 
     Args:
-      sums: Power sums Q_2, Q_4 and Q_6 of the small entries.
+      power_sums: Power sums Q_2, Q_4 and Q_6 of the small entries.
       large: Large entries, row by row.
       at_row: Row of each large entry.
       count: Number of nodes.
@@ -203,7 +206,7 @@ def _integrate(
       The coefficients of g_j, g_j^3 and g_j^5 in the expectations of the small entries, and the expectations of the
       large entries.
     """
-    second, fourth, sixth = sums.astype(np.float64).T
+    second, fourth, sixth = power_sums.astype(np.float64).T
     # Where the small entries hardly matter, a Gaussian of a little more variance stands in for their sum: the integral
     # ends there, and only the term linear in an entry is left.
     is_linear = second < _LINEAR_SHARE
@@ -212,8 +215,9 @@ def _integrate(
 
     # P of the small entries at the nodes s = t sqrt(Q_2), which all rows share.
     s, weights, powers = _scaled_nodes(count)
-    exponents = np.stack([np.ones_like(second), fourth / second**2, sixth / second**3], axis=1)
-    product = np.exp(exponents @ (np.array([[-1 / 2], [_FOURTH / 24], [-_SIXTH / 720]]) * powers[1:]))
+    relative_sums = np.stack([np.ones_like(second), fourth / second**2, sixth / second**3], axis=1)
+    series_terms = np.array([[-1 / 2], [_FOURTH / 24], [-_SIXTH / 720]]) * powers[1:]
+    product = np.exp(relative_sums @ series_terms)
     product *= 2 / math.pi * weights
     # Times phi(t g) = sin(y) / y of the large entries, with y = sqrt(3) t g. Sine and cotangent of y come from the
     # tangent of y / 2, which NumPy computes several times as fast in float64.
@@ -233,27 +237,32 @@ def _integrate(
     return moments * np.array([1.0, -_FOURTH / 6, _SIXTH / 120]), at_large
 
 
-def _block(unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    done = np.zeros(len(unit), bool)
+def _converged_rows(
+    unit: Float[np.ndarray, "rows p_in"],
+) -> tuple[Bool[np.ndarray, " rows"], Float[np.ndarray, "rows p_in"]]:
+    """Compute the expectations of a block of rows in `uniform`, with a mask of the rows that were computed."""
+    is_done = np.zeros(len(unit), bool)
     expectations = np.zeros_like(unit)
     # The cheapest end of the integral first; rows with too much weight in large entries wait for the next.
     for end in _ENDS:
-        remaining = np.flatnonzero(~done)
-        # Large entries leave the series' range of convergence; the small ones must make the integrand decay by the end.
-        large = np.abs(unit[remaining]) * end > _REACH
-        is_served = np.sum(np.where(large, 0.0, unit[remaining] ** 2), axis=1) * end**2 >= _DECAY
-        if is_served.any():
-            expectations[remaining[is_served]] = _series(unit[remaining[is_served]], large[is_served], end)
-            done[remaining[is_served]] = True
-    return done, expectations
+        remaining = np.flatnonzero(~is_done)
+        # The series does not converge for large entries; the small ones must make the integrand decay by the end.
+        is_large = np.abs(unit[remaining]) * end > _MAX_SERIES_ARGUMENT
+        small_share = np.sum(np.where(is_large, 0.0, unit[remaining] ** 2), axis=1)
+        converges = small_share * end**2 >= _MIN_DECAY
+        if converges.any():
+            rows = remaining[converges]
+            expectations[rows] = _series(unit[rows], is_large[converges], end)
+            is_done[rows] = True
+    return is_done, expectations
 
 
 @lru_cache
 def _scaled_nodes(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return nodes and weights of the integral up to `_DEVIATIONS`, and the nodes' powers 0, 2, 4 and 6."""
+    """Return nodes and weights of the integral up to `_FAST_END`, and the nodes' powers 0, 2, 4 and 6."""
     nodes, weights = _nodes(count)
-    s = _DEVIATIONS / 2 * (nodes + 1)
-    return s, _DEVIATIONS / 2 * weights, np.stack([np.ones_like(s), s**2, s**4, s**6])
+    s = _FAST_END / 2 * (nodes + 1)
+    return s, _FAST_END / 2 * weights, np.stack([np.ones_like(s), s**2, s**4, s**6])
 
 
 @lru_cache
@@ -261,22 +270,26 @@ def _nodes(count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.polynomial.legendre.leggauss(count)
 
 
-def _series(rows: np.ndarray, large: np.ndarray, end: float) -> np.ndarray:
+def _series(
+    rows: Float[np.ndarray, "rows p_in"], is_large: Bool[np.ndarray, "rows p_in"], end: float
+) -> Float[np.ndarray, "rows p_in"]:
+    """Integrate the series from 0 to ``end`` by a Gauss-Legendre rule, with phi itself for the large entries."""
+    # 16 nodes for every 3 units of t.
     nodes, weights = _nodes(int(16 * end / 3))
     t, weights = end * (nodes + 1) / 2, end / 2 * weights
-    order = np.arange(1, _TERMS + 1)
+    order = np.arange(1, _SERIES_TERMS + 1)
     # Coefficients of the series in powers of t / end and end g, which neither overflow nor underflow.
     ratio = special.zeta(2.0 * order) * (math.sqrt(3) / math.pi) ** (2 * order)
     # Power sums of the small entries, one order after the other.
-    small = np.where(large, 0.0, end * rows)
-    squares, power, sums = small**2, np.ones_like(small), []
+    small = np.where(is_large, 0.0, end * rows)
+    squares, power, power_sums = small**2, np.ones_like(small), []
     for _ in order:
         power *= squares
-        sums.append(np.sum(power, axis=1))
-    # P at the nodes: the exponential of the series, times phi of the large entries.
+        power_sums.append(np.sum(power, axis=1))
+    # P at the nodes, [rows, nodes]: the exponential of the series, times phi of the large entries.
     powers = (t / end)[None, :] ** (2 * order[:, None])
-    product = np.exp(-(np.array(sums).T * (ratio / order)) @ powers)
-    at_row, at_column = np.nonzero(large)
+    product = np.exp(-(np.array(power_sums).T * (ratio / order)) @ powers)
+    at_row, at_column = np.nonzero(is_large)
     phi, slope = _UNIFORM.characteristic(t[None, :] * rows[at_row, at_column][:, None])
     phi[phi == 0.0] = np.finfo(np.float64).tiny
     if len(at_row):  # np.nonzero returns entries row by row, so that each row is one segment

@@ -119,8 +119,8 @@ def start_terms(
     )
     total = float(np.sum(squares)) / rows
     # E[q]^2 from the products of different rows: the square of the sum over rows, without the squares of single rows.
-    sums = new_Ax @ new_B.T - old_Ax @ lora_B.T
-    coherent = (float(np.sum(sums**2)) - rows * total) / (rows * (rows - 1.0))
+    q_sums = new_Ax @ new_B.T - old_Ax @ lora_B.T  # [tokens, p_out]
+    coherent = (float(np.sum(q_sums**2)) - rows * total) / (rows * (rows - 1.0))
     forward = float(np.sum(np.sum(lora_B**2, axis=0) * old_Ax**2)) / rows
     tokens = len(x)
     return StartTerms(coherent / tokens, total / tokens, forward / tokens, len(grad))
@@ -168,9 +168,9 @@ def pissa_factors(
     References:
       Meng et al., "PiSSA" (2024), as implemented in PEFT.
     """
-    left, values, right = np.linalg.svd(_checked(weight, rank, scaling), full_matrices=False)
-    root = np.sqrt(values[:rank] / scaling)
-    return root[:, None] * right[:rank], left[:, :rank] * root
+    U, singular_values, Vt = np.linalg.svd(_check_weight(weight, rank, scaling), full_matrices=False)
+    root = np.sqrt(singular_values[:rank] / scaling)
+    return root[:, None] * Vt[:rank], U[:, :rank] * root
 
 
 def olora_factors(
@@ -194,7 +194,7 @@ def olora_factors(
     References:
       Büyükakyüz, "OLoRA" (2024), as implemented in PEFT.
     """
-    Q, R = np.linalg.qr(_checked(weight, rank, scaling))
+    Q, R = np.linalg.qr(_check_weight(weight, rank, scaling))
     return R[:rank], Q[:, :rank]
 
 
@@ -217,7 +217,8 @@ def start_powers(start: str, *, optimizer: Optimizer) -> float:
     return powers[start] * (2 if optimizer == "sgd" else 1)
 
 
-def _checked(weight: np.ndarray, rank: int, scaling: float) -> np.ndarray:
+def _check_weight(weight: np.ndarray, rank: int, scaling: float) -> np.ndarray:
+    """Return the weight in float64, or raise `InputError` if an argument is out of range."""
     weight = np.asarray(weight, np.float64)
     check_rank(rank)
     check_positive("scaling", scaling)

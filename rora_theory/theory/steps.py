@@ -63,6 +63,7 @@ def clipped_sgd_moments(
     check_positive("max_norm", max_norm)
     check_not_negative("other_squares", float(other_squares))
     unclipped = first_step_moments(grad, x, rank=rank, scaling=scaling, learning_rate=learning_rate, init=init)
+    # Root mean square of the global norm over A, with the contributions of all adapted modules.
     squares = entries(init, rank=rank, p_in=grad.shape[1]).variance * float(np.sum(np.asarray(grad, np.float64) ** 2))
     norm = scaling * math.sqrt(rank * (squares + other_squares))
     factor = min(1.0, max_norm / norm) if norm > 0 else 1.0

@@ -130,7 +130,8 @@ def _edge(full: Sequence[ProbeRun]) -> Edge:
 
 
 def _displacement_constant(plan: ProbePlan, full: Sequence[ProbeRun], best: float) -> float | None:
-    near = [
+    """Compute K from the run at the best rate or the highest one below it; above the best rate K is too large."""
+    usable_runs = [
         run for run in full if run.ratios and run.diverged_at is None and run.learning_rate <= best * RATE_TOLERANCE
     ]
-    return measured_constant(plan.strength, near[-1].ratios) if near else None
+    return measured_constant(plan.strength, usable_runs[-1].ratios) if usable_runs else None

@@ -35,29 +35,29 @@ With frozen base weights, training needs a forward pass and the gradients of the
 EVALUATION_SHARE = 0.15
 """Share of the budget that is reserved for evaluations."""
 
-LONGEST_PROBE = 64
+MAX_PROBE_STEPS = 64
 """Maximum number of steps of a run in a probe."""
 
-SHORTEST_PROBE = 5
+MIN_PROBE_STEPS = 5
 """Minimum number of steps of a run in a probe."""
 
-SHORTEST_MEASURED = 16
+MIN_MEASURED_STEPS = 16
 """Fewest steps at which the published runs measured a best rate."""
 
 EARLY_STEPS_EXPONENTS = (-1.0, 0.0)
-"""Lowest and highest exponent of the best rate in the number of steps below `SHORTEST_MEASURED`.
+"""Lowest and highest exponent of the best rate in the number of steps below `MIN_MEASURED_STEPS`.
 
 At a constant rate the training losses of steps 5 to 14 have minima that differ by powers of about -1. Under a cosine
 schedule, probes of 5 and 17 steps had the same best rate. Neither is a measured held-out curve.
 """
 
-SHORTEST_SCREENING = 8
+MIN_SCREENING_STEPS = 8
 """Minimum number of steps of a screening run. With fewer, there is no screening."""
 
-FEWEST_RUNS = 3
+MIN_FULL_RUNS = 3
 """Minimum number of full runs: the best rate and its neighbours."""
 
-SCREENED = 5
+MIN_SCREENING_RUNS = 5
 """Number of learning rates that are screened before the grid is extended."""
 
 ANCHOR_STEPS, ANCHOR_STRENGTH = 64, 64.0
@@ -184,9 +184,9 @@ class ProbePlan:
         """Return a sentence with the runs and the maximum cost, to be shown before the probe starts."""
         screening = ""
         if self.screen_steps is not None:
-            screening = f"{SCREENED} or more learning rates for {self.screen_steps} steps, then "
+            screening = f"{MIN_SCREENING_RUNS} or more learning rates for {self.screen_steps} steps, then "
         return (
-            f"The probe trains {screening}{FEWEST_RUNS} or more learning rates for {self.probe_steps} steps. "
+            f"The probe trains {screening}{MIN_FULL_RUNS} or more learning rates for {self.probe_steps} steps. "
             f"Its cost is at most {self.budget:.4g} training steps, {self.budget / self.steps:.1%} of the planned "
             f"{self.steps:,}."
         )
@@ -205,9 +205,9 @@ def make_plan(
 ) -> ProbePlan:
     """Plan a probe within a share of the planned run's cost.
 
-    The number of steps of a run is the largest, up to `LONGEST_PROBE` and a sixteenth of the planned steps, at which
+    The number of steps of a run is the largest, up to `MAX_PROBE_STEPS` and a sixteenth of the planned steps, at which
     the runs that are needed and one or two extensions of the grid fit into the budget. The smallest probe has no
-    extension. Runs of fewer than `SHORTEST_MEASURED` steps have a coarser grid. The number of held-out tokens is
+    extension. Runs of fewer than `MIN_MEASURED_STEPS` steps have a coarser grid. The number of held-out tokens is
     reduced to what the rest of the budget allows.
 
     Args:
@@ -238,26 +238,26 @@ def make_plan(
     # All costs are in units of a training step of the planned run.
     setup_cost = EVALUATION_COST * setup_tokens / batch_tokens
     total = budget * steps - setup_cost
-    # Largest number of steps whose runs fit into the budget's share for training.
-    longest = min(LONGEST_PROBE, max(steps // 16, SHORTEST_PROBE))
-    training_share = (1 - EVALUATION_SHARE) * total
-    options = [(number, _count_runs(number)) for number in range(longest, SHORTEST_PROBE - 1, -1)]
+    # Candidates, from the largest to the smallest: number of steps of a run, and numbers of screening and full runs.
+    longest = min(MAX_PROBE_STEPS, max(steps // 16, MIN_PROBE_STEPS))
+    candidates = [(number, _count_runs(number)) for number in range(longest, MIN_PROBE_STEPS - 1, -1)]
     # The smallest probe cannot extend its grid.
-    options.append((SHORTEST_PROBE, (0, FEWEST_RUNS)))
-    chosen = next(
-        ((number, runs) for number, runs in options if _cost_of_training(number, runs) <= training_share), None
-    )
+    candidates.append((MIN_PROBE_STEPS, (0, MIN_FULL_RUNS)))
+    # The first candidate whose runs fit into the budget's share for training.
+    training_budget = (1 - EVALUATION_SHARE) * total
+    affordable = (candidate for candidate in candidates if _cost_of_training(*candidate) <= training_budget)
+    chosen = next(affordable, None)
     if chosen is None:
-        cost = _cost_of_training(*options[-1]) / (1 - EVALUATION_SHARE) + setup_cost
+        cost = _cost_of_training(*candidates[-1]) / (1 - EVALUATION_SHARE) + setup_cost
         raise InputError(
             f"steps must be at least {math.ceil(cost / budget)} for a probe that costs {budget:.0%} of the run, got "
             f"{steps}. Raise budget, or scale a known learning rate with rora_theory.transfer."
         )
     probe_steps, (screening_runs, full_runs) = chosen
     # The rest of the budget pays for the evaluations, of all held-out tokens or fewer.
-    rest = (total - _cost_of_training(probe_steps, chosen[1])) / (screening_runs + full_runs)
-    evaluation_cost = min(rest, EVALUATION_COST * held_out_tokens / batch_tokens)
-    # Carry the learning rate to the probe's number of steps.
+    cost_per_evaluation = (total - _cost_of_training(*chosen)) / (screening_runs + full_runs)
+    evaluation_cost = min(cost_per_evaluation, EVALUATION_COST * held_out_tokens / batch_tokens)
+    # Learning rate of the planned run: by default the published best rate, carried to its schedule, G and steps.
     if learning_rate is None:
         change = RunChange(steps=ANCHOR_STEPS, schedule=measured.MEASURED_SCHEDULE, to_schedule=schedule)
         start = change.carry(
@@ -271,7 +271,7 @@ def make_plan(
         screen_steps=_screen_steps(probe_steps) if screening_runs else None,
         schedule=schedule,
         learning_rate=carry_steps(float(learning_rate), steps, probe_steps, schedule).best,
-        spacing=2.0 if probe_steps >= SHORTEST_MEASURED else 3.0,
+        spacing=2.0 if probe_steps >= MIN_MEASURED_STEPS else 3.0,
         budget=budget * steps,
         setup_cost=setup_cost,
         evaluation_cost=evaluation_cost,
@@ -279,32 +279,36 @@ def make_plan(
 
 
 def next_trial(plan: ProbePlan, runs: Sequence[ProbeRun]) -> Trial | None:
-    """Return the next run of a probe, or None if the probe is complete.
+    """Choose the next run of a probe; None if the probe is complete.
 
     The probe is complete if the best rate lies between two measured ones, or if the budget does not allow another run.
 
     Args:
       plan: Plan of the probe.
       runs: Finished runs, in any order.
+
+    Returns:
+      The learning rate and the number of steps of the next run, or None.
     """
     # The tolerance is for the rounding of sums of costs.
-    left = plan.budget * (1 + 1e-9) - plan.spent(runs)
+    remaining = plan.budget * (1 + 1e-9) - plan.spent(runs)
     centre = 0
     if plan.screen_steps is not None:
         # First phase: short runs. It leaves enough for three runs of the second.
         screened = _by_index(plan, runs, plan.screen_steps)
-        reserve = FEWEST_RUNS * plan.cost_of_trial(plan.probe_steps)
+        reserve = MIN_FULL_RUNS * plan.cost_of_trial(plan.probe_steps)
         shift = _grid_shift(plan, plan.probe_steps, plan.screen_steps)
-        index = _next_index(screened, shift, width=SCREENED // 2)
-        if index is not None and left - reserve >= plan.cost_of_trial(plan.screen_steps):
+        index = _next_index(screened, shift, width=MIN_SCREENING_RUNS // 2)
+        if index is not None and remaining - reserve >= plan.cost_of_trial(plan.screen_steps):
             return _trial(plan, index, plan.screen_steps)
-        # The best rate of the screening, carried to the second phase's number of steps.
+        # The best rate of the screening, carried to the second phase's number of steps. If every rate diverged, the
+        # second phase starts below all of them.
         finite = {index: loss for index, loss in screened.items() if math.isfinite(loss)}
         best = min(finite, key=finite.__getitem__) if finite else min(screened, default=0) - ALL_DIVERGED_JUMP
         centre = best - shift
     # Second phase: runs of full length, from the centre on until the best rate has two neighbours.
     index = _next_index(_by_index(plan, runs, plan.probe_steps), centre, width=0)
-    if index is None or left < plan.cost_of_trial(plan.probe_steps):
+    if index is None or remaining < plan.cost_of_trial(plan.probe_steps):
         return None
     return _trial(plan, index, plan.probe_steps)
 
@@ -320,10 +324,10 @@ def carry_steps(learning_rate: float, old_steps: int, new_steps: int, schedule: 
 
     Returns:
       The learning rate and its range, with the schedule's measured exponents; `EARLY_STEPS_EXPONENTS` apply below
-      `SHORTEST_MEASURED` steps.
+      `MIN_MEASURED_STEPS` steps.
     """
     low = best = high = learning_rate
-    limit = SHORTEST_MEASURED
+    limit = MIN_MEASURED_STEPS
     # Split the change of the steps where the measured exponents begin.
     for first, last, exponents in (
         (min(old_steps, limit), min(new_steps, limit), EARLY_STEPS_EXPONENTS),
@@ -383,9 +387,9 @@ def _screen_steps(probe_steps: int) -> int:
 
 def _count_runs(probe_steps: int) -> tuple[int, int]:
     """Return the numbers of screening runs and of full runs that must fit into the budget."""
-    if _screen_steps(probe_steps) >= SHORTEST_SCREENING:
-        return SCREENED + 1, 4
-    return 0, FEWEST_RUNS + (2 if probe_steps >= SHORTEST_MEASURED else 1)
+    if _screen_steps(probe_steps) >= MIN_SCREENING_STEPS:
+        return MIN_SCREENING_RUNS + 1, 4
+    return 0, MIN_FULL_RUNS + (2 if probe_steps >= MIN_MEASURED_STEPS else 1)
 
 
 def _cost_of_training(probe_steps: int, runs: tuple[int, int]) -> int:
@@ -420,12 +424,17 @@ def _next_index(losses: Mapping[int, float], centre: int, *, width: int) -> int 
       width: Number of initial rates on either side of it.
     """
     # Rates above one that diverged are not trained: they would diverge too.
-    limit = min((index for index, loss in losses.items() if math.isinf(loss)), default=math.inf)
+    lowest_diverged = min((index for index, loss in losses.items() if math.isinf(loss)), default=math.inf)
+    # The initial grid, from the centre outwards: centre, +1, -1, +2, -2, ...
     initial = [centre, *(centre + side * distance for distance in range(1, width + 1) for side in (1, -1))]
     for index in initial:
-        if index not in losses and index < limit:
+        if index not in losses and index < lowest_diverged:
             return index
     if min(losses.values()) == math.inf:
         return min(losses) - ALL_DIVERGED_JUMP
+    # Extend the grid until the lowest loss has a measured neighbour on both sides.
     best = min(losses, key=losses.__getitem__)
-    return next((index for index in (best + 1, best - 1) if index not in losses and index < limit), None)
+    for index in (best + 1, best - 1):
+        if index not in losses and index < lowest_diverged:
+            return index
+    return None

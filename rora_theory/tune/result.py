@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rora_theory.advice import measured
 from rora_theory.theory.displacement import RateRange
 from rora_theory.tune.curve import EDGE_FACTOR, FittedRate, curve_frame, fit_best_rate
-from rora_theory.tune.plan import SHORTEST_MEASURED, ProbePlan, ProbeRun, carry_steps
+from rora_theory.tune.plan import MIN_MEASURED_STEPS, ProbePlan, ProbeRun, carry_steps
 
 if TYPE_CHECKING:  # they take as long to import as a short command to run
     import pandas as pd
@@ -246,9 +246,9 @@ def _assumptions(plan: ProbePlan, fitted: FittedRate, rank: int, probe_rank: int
             f"change the best rate. The range allows for {by_rank.low:.1f} to {by_rank.high:.1f} times the rate, the "
             "interval that SmolLM2-135M's best rates at ranks 8 and 128 give."
         )
-    if plan.probe_steps < SHORTEST_MEASURED:
+    if plan.probe_steps < MIN_MEASURED_STEPS:
         sentences.append(
-            f"The budget allowed runs of {plan.probe_steps} steps only. Below {SHORTEST_MEASURED} steps no best rate "
+            f"The budget allowed runs of {plan.probe_steps} steps only. Below {MIN_MEASURED_STEPS} steps no best rate "
             "was measured, so that the range is wide. A larger budget narrows it."
         )
     if fitted.edge:

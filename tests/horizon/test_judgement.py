@@ -137,7 +137,7 @@ def adams_power(takeover: float, rate: float = 1e-3) -> float:
     """Find the power of the steps from 16 to 64 that preserves b (1 + a / takeover) under Adam, by bisection."""
 
     def change(steps: int, rate: float) -> float:
-        distance = distances([rate * factor for factor in horizon_grid.warmed_up(steps, 4)], takeover=takeover)
+        distance = distances([rate * factor for factor in horizon_grid.warmup_factors(steps, 4)], takeover=takeover)
         return distance.B * (1 + distance.A / takeover)
 
     low, high = rate / 64, rate
@@ -152,14 +152,14 @@ def adams_power(takeover: float, rate: float = 1e-3) -> float:
 
 def test_the_predicted_exponent_rises_from_minus_one_to_minus_a_half_with_the_horizon() -> None:
     """A warm-up delays the takeover."""
-    table = horizon_law.predictions(TAKEOVERS, (64.0, 724.0), steps=(2, 64, 4096), rates=(1e-5, 1e-3), warmup=0)
+    table = horizon_law.predict_exponents(TAKEOVERS, (64.0, 724.0), steps=(2, 64, 4096), rates=(1e-5, 1e-3), warmup=0)
     medians = table[table["quantile"] == 0.5].set_index(["steps", "rate"])["exponent"]
     assert medians[2, 1e-5] == pytest.approx(-1, abs=0.01)
     assert medians[4096, 1e-3] == pytest.approx(-0.5, abs=0.01)
     assert medians.groupby("rate").apply(lambda exponents: exponents.is_monotonic_increasing).all()
     np.testing.assert_allclose(table["factor"], GROWTH ** -table["exponent"], rtol=1e-12)
     plain, warm = (
-        horizon_law.predictions(TAKEOVERS, (64.0, 724.0), steps=(16,), rates=(1e-3,), warmup=warmup)["factor"]
+        horizon_law.predict_exponents(TAKEOVERS, (64.0, 724.0), steps=(16,), rates=(1e-3,), warmup=warmup)["factor"]
         for warmup in (0, 8)
     )
     assert (warm > plain).all()
@@ -172,7 +172,8 @@ def test_a_planted_exponent_is_found_and_judged(seeds: int) -> None:
     table = exponents(grid(-0.53, seeds=seeds))
     verdict = "undecided" if seeds == 1 else "agrees"
     best = 1e-3 * 1.1 ** ((seeds - 1) / 2)
-    predicted = horizon_law.predictions(TAKEOVERS, (64.0, 724.0), steps=(64,), rates=(best,), warmup=4)["exponent"]
+    table_of_law = horizon_law.predict_exponents(TAKEOVERS, (64.0, 724.0), steps=(64,), rates=(best,), warmup=4)
+    predicted = table_of_law["exponent"]
     for rank in (8, 128):
         row = table.loc["strength", rank]
         assert row["exponent"] == pytest.approx(-0.53, abs=0.02)
@@ -347,7 +348,9 @@ def test_beside_a_run_that_diverged_the_exponent_is_known_to_half_a_step_of_the_
 @pytest.mark.parametrize("takeover", [1e-4, 0.004, 1.0, math.inf])
 def test_the_law_in_the_steps_is_that_of_adam(takeover: float) -> None:
     """If A takes over, its gradient grows and Adam follows faster than a constant gradient; not where B leads."""
-    rate = rate_for_equal_change(1e-3, horizon_grid.warmed_up(16, 4), horizon_grid.warmed_up(64, 4), takeover=takeover)
+    rate = rate_for_equal_change(
+        1e-3, horizon_grid.warmup_factors(16, 4), horizon_grid.warmup_factors(64, 4), takeover=takeover
+    )
     power = math.log(rate / 1e-3, 4)
     assert power == pytest.approx(adams_power(takeover), abs=1e-6)
     assert (power < CONSTANT - 0.1) if takeover < 0.01 else power == pytest.approx(CONSTANT, abs=0.01)
@@ -478,7 +481,7 @@ def test_at_one_rate_a_difference_can_come_from_the_rate_alone() -> None:
     runs += [replace(run, rank=None, strength=None) for run in runs[:3]]
     runs += [replace(run, rank=16, strength=5000.0) for run in runs[:3]]
     assert runs[0].rate == RATES[1]
-    table = horizon_curves.at_one_rate(runs, TOKENS, 64)
+    table = horizon_curves.compare_at_one_rate(runs, TOKENS, 64)
     assert (table["strength"] == 64).all(), "the largest strength is compared with nothing"
     assert (table["beside"] == "gamma r = 724").all()
     assert (table["step"] == 64).all()
@@ -578,15 +581,15 @@ def test_runs_that_differ_in_their_length_are_one() -> None:
     led = {"led_B": [1.0], "led_A": [1.0], "whole": [2.0]}
     long = ReadRun([1.0] * 256, [Reading(step, [9.0], [9.0]) for step in (64, 256)])
     runs = [HorizonRun(8, 64.0, 1e-3, 0, read) for read in (long, short)]
-    (merged,) = horizon_runs.distinct(runs)
+    (merged,) = horizon_runs.merge_repeated_runs(runs)
     assert len(merged.read.train_losses) == 256
     assert [(r.step, r.losses) for r in merged.read.readings] == [(16, [1.0]), (64, [9.0]), (256, [9.0])]
     short.readings[1] = replace(short.readings[1], parts=led)
-    assert [r.losses for r in horizon_runs.distinct(runs)[0].read.readings] == [[1.0], [2.0], [9.0]]
+    assert [r.losses for r in horizon_runs.merge_repeated_runs(runs)[0].read.readings] == [[1.0], [2.0], [9.0]]
     long.readings[0] = replace(long.readings[0], parts=led)
-    assert [r.losses for r in horizon_runs.distinct(runs)[0].read.readings] == [[1.0], [9.0], [9.0]]
+    assert [r.losses for r in horizon_runs.merge_repeated_runs(runs)[0].read.readings] == [[1.0], [9.0], [9.0]]
     distinct = [replace(runs[0], **change) for change in ({"seed": 1}, {"rate": 2e-3}, {"rank": 4}, {"strength": 8.0})]
-    assert len(horizon_runs.distinct([*runs, *distinct])) == 5
+    assert len(horizon_runs.merge_repeated_runs([*runs, *distinct])) == 5
     assert len(judgement.judge_runs([*runs, *distinct], [1], takeovers=(), warmup=4).led) == 5
 
 

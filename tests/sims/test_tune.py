@@ -53,11 +53,11 @@ def test_it_finds_a_rate_and_resumes(model, data, tmp_path, monkeypatch) -> None
 
 def test_held_out_records_are_reduced_to_what_the_budget_allows() -> None:
     examples = Examples(np.arange(20), np.array([0, 4, 9, 14, 20]), np.arange(20) % 4 > 0, 0, 0)
-    chosen = probe.select(examples, [1, 3])
+    chosen = probe.select_examples(examples, [1, 3])
     assert [chosen[index].tolist() for index in range(len(chosen))] == [[4, 5, 6, 7, 8], [14, 15, 16, 17, 18, 19]]
     assert chosen.target_counts.tolist() == examples.target_counts[[1, 3]].tolist()
     sizes = np.array([10, 20, 30, 40])
     for tokens, expected in ((100, [0, 1, 2, 3]), (60, [0, 1, 2]), (59, [0, 2]), (40, [0, 2])):
-        assert probe._affordable(sizes, tokens).tolist() == expected
+        assert probe._affordable_records(sizes, tokens).tolist() == expected
     with pytest.raises(InputError, match="39 tokens"):
-        probe._affordable(sizes, 39)
+        probe._affordable_records(sizes, 39)

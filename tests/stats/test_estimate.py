@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from rora_theory.errors import InputError
-from rora_theory.stats.estimate import Estimate, jackknife, over_seeds, proportion, root
+from rora_theory.stats.estimate import Estimate, jackknife, over_seeds, proportion, square_root
 from rora_theory.stats.slopes import SeedFit
 
 
@@ -31,10 +31,14 @@ def test_a_factor_is_the_error_s_and_the_bound_s_too() -> None:
 
 
 def test_root_error() -> None:
-    assert root(Estimate(4.0, 0.4, 9, "draws", 0.2)) == Estimate(2.0, 0.1, 9, "draws", 0.05)
-    assert root(Estimate(0.0, 0.0, 9, "draws", 0.04)) == Estimate(0.0, 0.0, 9, "draws", 0.2)
+    assert square_root(Estimate(4.0, 0.4, 9, "draws", 0.2)) == Estimate(2.0, 0.1, 9, "draws", 0.05)
+    assert square_root(Estimate(0.0, 0.0, 9, "draws", 0.04)) == Estimate(0.0, 0.0, 9, "draws", 0.2)
     # What rounding leaves of a variance of zero.
-    assert root(Estimate(-1e-18, 0.1, 9, "draws")) == root(Estimate(0.0, 0.0, 9, "draws")) == Estimate(0, 0, 9, "draws")
+    assert (
+        square_root(Estimate(-1e-18, 0.1, 9, "draws"))
+        == square_root(Estimate(0.0, 0.0, 9, "draws"))
+        == Estimate(0, 0, 9, "draws")
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 8])
@@ -69,10 +73,10 @@ def test_the_jackknife_of_one_case_has_no_error() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: proportion(9, 8), "right.* 9"),
-        (lambda: proportion(-1, 8), "right.* -1"),
+        (lambda: proportion(9, 8), "successes.* 9"),
+        (lambda: proportion(-1, 8), "successes.* -1"),
         (lambda: proportion(0, 0), "n .* 0"),
-        (lambda: proportion(0.5, 8), r"right.* 0\.5"),
+        (lambda: proportion(0.5, 8), r"successes.* 0\.5"),
         (lambda: jackknife(lambda indices: 0.0, 0, "seeds"), "n .* 0"),
         (lambda: over_seeds(np.array([])), "values.*empty"),
     ],

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rora_theory.errors import InputError
-from rora_theory.stats.rate_optimum import best_rate, grid_gap, minima, predicted_slopes, rate_gap
+from rora_theory.stats.rate_optimum import best_rate, fit_minima, grid_gap, predicted_slopes, rate_gap
 
 RATES = 2.0 ** np.arange(-6, 3)
 
@@ -44,7 +44,7 @@ def test_many_curves_are_each_its_own():
     curves = np.exp(np.random.default_rng(0).normal(size=(50, len(RATES))))
     curves[7, :] = np.linspace(2, 1, len(RATES))
     curves[8, int(np.argmin(curves[8])) - 1] = np.inf
-    best_rate_table = minima(RATES, curves)
+    best_rate_table = fit_minima(RATES, curves)
     for best, losses in zip(best_rate_table, curves, strict=True):
         alone = best_rate(RATES, losses)  # NumPy's logarithm of other numbers of elements may differ in the last digit
         assert (best.rate, best.loss) == pytest.approx((alone.rate, alone.loss), rel=1e-12)
@@ -101,8 +101,8 @@ def test_how_far_the_best_rate_may_lie_beside_a_run_that_diverged():
 def test_a_curve_that_hardly_bends_has_its_least_at_the_end() -> None:
     """The vertex of its parabola overflows and is not computed."""
     rates = np.array([1e-3, 1e-2, 1e-1])
-    (best,) = minima(rates, np.exp(-0.1 * np.log(rates) + 1e-6 * np.log(rates) ** 2)[None])
+    (best,) = fit_minima(rates, np.exp(-0.1 * np.log(rates) + 1e-6 * np.log(rates) ** 2)[None])
     assert (best.rate, best.edge) == (0.1, "high")
     # Two losses that differ, with logarithms that do not.
-    (best,) = minima(rates, np.array([[np.nextafter(100.0, 101.0), 100.0, 100.0]]))
+    (best,) = fit_minima(rates, np.array([[np.nextafter(100.0, 101.0), 100.0, 100.0]]))
     assert 1e-3 < best.rate < 1e-1

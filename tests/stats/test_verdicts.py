@@ -46,7 +46,7 @@ def test_a_difference_is_equal_or_different_only_with_its_whole_interval() -> No
 def test_a_range_needs_a_rival_that_the_interval_excludes() -> None:
     def judged(value: float, error: float, *, edge: bool = False, seeds: int = 2) -> str:
         slope = Estimate(value, error, 1000, "seeds")
-        return judge_range(slope, (-0.55, -0.5), (-1.0, 0.0), edge=edge, seeds=seeds)
+        return judge_range(slope, (-0.55, -0.5), (-1.0, 0.0), is_bound=edge, seeds=seeds)
 
     assert judged(-0.52, 0.01) == "agrees"
     assert judged(-0.60, 0.03) == "agrees"
@@ -58,9 +58,9 @@ def test_a_range_needs_a_rival_that_the_interval_excludes() -> None:
     assert judged(-0.52, 0.01, seeds=1) == judged(-0.70, 0.01, seeds=1) == "undecided"
     assert judged(-0.52, math.inf) == "undecided"
     over_rank = Estimate(0.25, 0.13, 1000, "seeds")
-    assert judge_range(over_rank, (0.0, 0.0), RIVALS["rank"], edge=False, seeds=3) == "undecided"
-    assert judge_range(over_rank, (0.0, 0.0), (-1.0,), edge=False, seeds=3) == "agrees"
+    assert judge_range(over_rank, (0.0, 0.0), RIVALS["rank"], is_bound=False, seeds=3) == "undecided"
+    assert judge_range(over_rank, (0.0, 0.0), (-1.0,), is_bound=False, seeds=3) == "agrees"
     equal = Estimate(2e-16, 0.0, 3, "seeds")  # seeds that agree to the digit: 0, but for rounding
-    assert judge_range(equal, (0.0, 0.0), (-1.0,), edge=False, seeds=3) == "agrees"
+    assert judge_range(equal, (0.0, 0.0), (-1.0,), is_bound=False, seeds=3) == "agrees"
     for rivals in ((), (0.0,)):
-        assert judge_range(over_rank, (0.0, 0.0), rivals, edge=False, seeds=3) == "undecided", "no rival"
+        assert judge_range(over_rank, (0.0, 0.0), rivals, is_bound=False, seeds=3) == "undecided", "no rival"

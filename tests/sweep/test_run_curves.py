@@ -119,7 +119,7 @@ def test_a_curve_has_its_complete_seeds_in_order_and_their_draws():
         np.testing.assert_allclose(curve.losses, [[1.0] * 5, [3.0] * 5])
         np.testing.assert_allclose(curve.resampled[:, 0], 1.0)
         np.testing.assert_allclose(curve.resampled[:, 1], 3.0)
-        np.testing.assert_allclose(curve.drawn().losses, 2.0)
+        np.testing.assert_allclose(curve.over_resamples().losses, 2.0)
 
 
 def test_the_table_has_every_run_and_the_exponent_of_its_method():

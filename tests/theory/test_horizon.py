@@ -229,7 +229,7 @@ def test_one_sample_closed_form() -> None:
         error = np.std(drawn, axis=0, ddof=1) / math.sqrt(len(drawn))
         gap = np.abs(np.mean(drawn, axis=0) - np.array(getattr(exact, name)))
         assert (gap <= 5.3 * error + 1e-9 * np.abs(getattr(exact, name))).all(), name  # six comparisons, 1e-6 in all
-    assert blocks[0].turn[0] == math.inf
+    assert blocks[0].sign_change_distances[0] == math.inf
 
 
 @pytest.mark.parametrize(("rates", "ratio"), [([1e-3] * 200, 1.0), ([0.0, *[1e-3] * 99], 1.0), ([1e-3] * 60, 16.0)])
@@ -357,7 +357,7 @@ def test_when_entries_turn_is_reckoned_entry_by_entry() -> None:
     for row, (here, way) in product(grad, zip(lora_A, moves, strict=True)):
         read, drift = row @ here, row @ way
         turn.append(-read / drift if read * drift < 0 else math.inf)
-    quantiles = horizon.row_terms(grad, rng.normal(size=(2, 4)), lora_A).turn
+    quantiles = horizon.row_terms(grad, rng.normal(size=(2, 4)), lora_A).sign_change_distances
     assert quantiles == pytest.approx(tuple(np.quantile(turn, [0.05, 0.25, 0.5, 0.75, 0.95], method="lower")))
     assert np.isfinite(quantiles[0])
 

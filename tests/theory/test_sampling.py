@@ -42,7 +42,7 @@ def test_each_setting_has_its_own_step_of_the_same_draws(
 
     The direct sampler takes one block and a half, with both optimizers at once.
     """
-    monkeypatch.setattr(sampling, "_BLOCK_NUMBERS", 200 * 3 * 6)
+    monkeypatch.setattr(sampling, "_MAX_BLOCK_NUMBERS", 200 * 3 * 6)
     setting, key = RandomStep(rank=3, p_in=6, p_out=2, optimizer=optimizer, learning_rate=0.1), jax.random.key(4)
     optimizers = OPTIMIZERS if sampler == "direct" else (optimizer,)
     settings = [replace(setting, scaling=gamma, optimizer=name) for name in optimizers for gamma in (2.0, 0.5)]
@@ -104,7 +104,7 @@ def test_memory_is_bounded() -> None:
         (256, 4096, "direct", 64e6),
     ]:
         kind = sampling.BlockKind.from_settings([RandomStep(rank=rank, p_in=p_in)], sampler)  # type: ignore[arg-type]
-        numbers = kind.numbers([RandomStep(rank=rank, p_in=p_in)])
+        numbers = kind.arguments([RandomStep(rank=rank, p_in=p_in)])
         arguments = (jax.random.key(0), numbers, np.arange(64, dtype=np.uint32), np.int32(64))
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), "devices")
         memory = sampling._blocks.lower(*arguments, kind=kind, mesh=mesh).compile().memory_analysis()

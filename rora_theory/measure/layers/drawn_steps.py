@@ -16,13 +16,17 @@ from rora_theory.measure.layers.layer_rms import mean_square
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.optimizers import EPSILON, Optimizer, make_optimizer
 from rora_theory.random.draws import draw_A, stream_key
-from rora_theory.stats.estimate import root
+from rora_theory.stats.estimate import square_root
 from rora_theory.stats.moments import Moments
 from rora_theory.validation.rules import name_of
 
 
 def measure_adapters(config: RegimeConfig, layer: Layer) -> dict[tuple, dict[str, Any]]:
     """Measure the rms of the first change under the first rule, from adapters of each rank.
+
+    Args:
+      config: Settings of the measurement.
+      layer: Gradient and inputs of the module.
 
     Returns:
       The rms with its standard error and the number of adapters, by the keys of `module_regime.predict`.
@@ -51,7 +55,7 @@ def measure_adapters(config: RegimeConfig, layer: Layer) -> dict[tuple, dict[str
                         moments[key] = moments.get(key, Moments()).add(squares[:, 0, optimizer_index, split_index])
         # The rms is the root of the mean over adapters.
         for key, total in moments.items():
-            rms = root(total.mean)
+            rms = square_root(total.mean)
             results[key] = {"measured": rms.value, "standard_error": rms.error, "adapters": total.count}
     return results
 
@@ -135,27 +139,29 @@ def _step_regrouped_rows(
     deviation = inits.entries(init, rank=rows, p_in=p_in).deviation
     gradient_B = jnp.einsum("oi,ri->or", grad, lora_A)  # gradient of <G, B A> with respect to B
     inner = [jnp.einsum("ti,ri->tr", x, lora_A) for x in inputs]  # A x'
-    by_adapter = jax.vmap(mean_square, in_axes=(1, 1))
+    mean_squares = jax.vmap(mean_square, in_axes=(1, 1))  # over adapters, the second axis of both factors
     by_rank = []
     for rank, gammas in zip(ranks, scalings, strict=True):
         # Group the rows into adapters of this rank, and rescale them to its standard deviation.
         count = rows // rank
         used = count * rank
-        relative = inits.entries(init, rank=rank, p_in=p_in).deviation / deviation
+        relative_deviation = inits.entries(init, rank=rank, p_in=p_in).deviation / deviation
         by_rule = []
         for gamma in gammas:
             by_optimizer = []
             for name in optimizers:
                 # B after one step from zero.
                 transformation = make_optimizer(name, learning_rate, epsilon=epsilon)
-                gradient = gamma * relative * gradient_B[:, :used]
+                gradient = gamma * relative_deviation * gradient_B[:, :used]
                 zero = jnp.zeros_like(gradient)
                 with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and its integer step count
                     lora_B, _ = transformation.update(gradient, transformation.init(zero), zero)
                 # Mean squares of w = B (gamma A x') at each split.
                 lora_B = lora_B.reshape(p_out, count, rank)
-                scaled = [(gamma * relative * product[:, :used]).reshape(-1, count, rank) for product in inner]
-                by_optimizer.append(jnp.stack([by_adapter(lora_B, product) for product in scaled], axis=-1))
+                scaled = [
+                    (gamma * relative_deviation * product[:, :used]).reshape(-1, count, rank) for product in inner
+                ]
+                by_optimizer.append(jnp.stack([mean_squares(lora_B, product) for product in scaled], axis=-1))
             by_rule.append(jnp.stack(by_optimizer, axis=1))
         by_rank.append(jnp.stack(by_rule, axis=1))
     return by_rank

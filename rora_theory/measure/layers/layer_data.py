@@ -48,6 +48,9 @@ def read_layers(path: Path) -> list[Layer]:
     Args:
       path: File with an array [p_out, p_in] and two arrays [tokens, p_in] for each layer.
 
+    Returns:
+      The layers in natural order of their names, in float32.
+
     Raises:
       InputError: If the file is missing or no .npz, or if an array is missing, has a wrong shape or is not finite.
     """
@@ -109,8 +112,9 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray]:
 def _check_header(where: str, member: Any, size: int) -> None:
     """Refuse an array with a header that claims more than the file holds, since NumPy would allocate it first."""
     version = np.lib.format.read_magic(member)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(member)
+    # Later versions of the format share the header's layout with version 2.
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(member)
     if math.prod(shape) * dtype.itemsize > size:
         raise InputError(f"{where}: claims the shape {list(shape)}, but has only {size:,} bytes. The file is damaged.")
 
@@ -132,5 +136,9 @@ def _check_norms(where: str, array: Float[np.ndarray, "rows p_in"], *, by_row: b
 
 def _natural_key(name: str) -> list[tuple[bool, int | str]]:
     """Return a sort key that compares numbers by value, so that layer 2 comes before layer 15."""
-    numbers = [(part, re.fullmatch("[0-9]{1,9}", part) is not None) for part in name.split(".")]
-    return [(is_number, int(part) if is_number else part) for part, is_number in numbers]
+    key: list[tuple[bool, int | str]] = []
+    for part in name.split("."):
+        is_number = re.fullmatch("[0-9]{1,9}", part) is not None
+        # The flag comes first, because numbers and strings cannot be compared.
+        key.append((is_number, int(part) if is_number else part))
+    return key

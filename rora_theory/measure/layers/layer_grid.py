@@ -5,6 +5,7 @@ crossings(grid, layers)
 frames.from_rows([row for cell in layer_cells(grid, layers) for row in layer_rows(grid, layers, cell)], COLUMNS)
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,14 @@ def layer_rows(grid: StepGrid, layers: Sequence[Layer], cell: LayerCell) -> list
     """Measure and predict the rms of w for each optimizer, rule and split.
 
     Adapters are drawn until the precision that the grid requests is reached.
+
+    Args:
+      grid: Settings of the adapters.
+      layers: Layers, one of which the cell names.
+      cell: Stream of adapters.
+
+    Returns:
+      A row with the columns `COLUMNS` for each optimizer, rule and split.
     """
     (layer,) = (layer for layer in layers if layer.name == cell.layer)
     rules = {name_of(rule): (exponent(rule), gamma) for rule, gamma in grid.scalings(cell.rank)}
@@ -78,17 +87,15 @@ def layer_rows(grid: StepGrid, layers: Sequence[Layer], cell: LayerCell) -> list
         relative_error=grid.relative_error or RELATIVE_ERROR,
         draws=grid.draws,
     )
-    exact = [
-        value
-        for step in steps
-        for value in layer_rms.exact_rms(layer, step, rank=cell.rank, learning_rate=grid.lr, init=cell.init)
-    ]
+    exact: list[float] = []
+    for step in steps:
+        exact += layer_rms.exact_rms(layer, step, rank=cell.rank, learning_rate=grid.lr, init=cell.init)
     p_out, p_in = layer.grad.shape
     # One row for each step and split, in the order of the measured and predicted values.
     rows: list[dict[str, Any]] = []
-    for (optimizer, rule), split in ((pair, split) for pair in pairs for split in SPLITS):
+    labels = itertools.product(pairs, SPLITS)
+    for ((optimizer, rule), split), rms, exact_rms in zip(labels, measured, exact, strict=True):
         kappa, gamma = rules[rule]
-        rms = measured[len(rows)]
         rows.append(
             {
                 "layer": cell.layer,
@@ -106,7 +113,7 @@ def layer_rows(grid: StepGrid, layers: Sequence[Layer], cell: LayerCell) -> list
                 "quantity": "rms",
                 "estimate": rms.value,
                 "standard_error": rms.error,
-                "exact": exact[len(rows)],
+                "exact": exact_rms,
                 "draws": draws,
                 "sampler": "direct",
             }

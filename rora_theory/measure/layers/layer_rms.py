@@ -15,7 +15,7 @@ from rora_theory.inits import Init
 from rora_theory.measure.layers.layer_data import SPLITS, Layer
 from rora_theory.optimizers import EPSILON, Optimizer, make_optimizer
 from rora_theory.random.draws import draw_A
-from rora_theory.stats.estimate import Estimate, root
+from rora_theory.stats.estimate import Estimate, square_root
 from rora_theory.stats.moments import Moments
 from rora_theory.theory import first_step, laws
 
@@ -124,6 +124,7 @@ def mean_square(lora_B: Float[Array, "p_out r"], inner: Float[Array, "tokens r"]
     # At a low rank the Gram matrices of B and of gamma A x cost less than w itself.
     if rank * (tokens + p_out) >= tokens * p_out:
         return jnp.mean(jnp.einsum("or,tr->to", lora_B, inner) ** 2)
+    # |w|^2 summed over tokens is tr(B^T B (A x)^T (A x)), with two matrices of shape [r, r].
     grams = jnp.vdot(jnp.einsum("tr,ts->rs", inner, inner), jnp.einsum("or,os->rs", lora_B, lora_B))
     return grams / (tokens * p_out)
 
@@ -160,18 +161,18 @@ def measured_rms(
     stream = mean_squares(layer, key, rank=rank, steps=steps, learning_rate=learning_rate, init=init, epsilon=epsilon)
     moments = [Moments()] * columns
     for block in stream:
-        flat = block.reshape(len(block), columns)
+        squares = block.reshape(len(block), columns)  # a column for each step and split
         # With a fixed number of adapters, use only the first ones of the last block.
         if draws is not None:
-            flat = flat[: draws - moments[0].count]
-        moments = [total.add(flat[:, column]) for column, total in enumerate(moments)]
+            squares = squares[: draws - moments[0].count]
+        moments = [total.add(squares[:, column]) for column, total in enumerate(moments)]
         if draws is not None and moments[0].count >= draws:
             break
         # The relative error of a root is half that of the mean square.
         largest_error = max(total.mean.error / total.mean.value for total in moments) / 2
         if draws is None and moments[0].count >= _MIN_DRAWS and largest_error <= relative_error:
             break
-    return [root(total.mean) for total in moments], moments[0].count
+    return [square_root(total.mean) for total in moments], moments[0].count
 
 
 def exact_rms(
@@ -215,8 +216,8 @@ def crossing(layer: Layer, split: str, optimizer: Optimizer) -> CrossingRanks:
     x = layer.inputs[split]
     ranks = laws.crossing_rank(layer.grad, x, optimizer=optimizer)
     # Cross-talk is proportional to |x|^2, and the signal to |x|^2 / (r* - offset): sum both over tokens.
-    weight = np.sum(np.float64(x) ** 2, axis=1)
+    input_squares = np.sum(np.float64(x) ** 2, axis=1)
     offset = 0.0 if optimizer == "sgd" else 1.0
-    pooled = offset + float(np.sum(weight) / np.sum(weight / (ranks - offset)))
+    pooled = offset + float(np.sum(input_squares) / np.sum(input_squares / (ranks - offset)))
     low, middle, high = (float(value) for value in np.quantile(ranks, [0.25, 0.5, 0.75]))
     return CrossingRanks(pooled, low, middle, high)

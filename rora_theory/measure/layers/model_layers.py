@@ -61,6 +61,9 @@ def record(
       modules: Names from `rora_theory.llama.MODULES`.
       gradients: Whether to run a backward pass too and record output gradients.
 
+    Returns:
+      The inputs, output gradients and loss.
+
     Raises:
       InputError: If a module is unknown or the loss is not finite.
     """

@@ -54,7 +54,7 @@ On layers of SmolLM2-135M their draw gives a takeover distance a relative standa
 SIGN_FLIP_PERCENTS = tuple(round(100 * share) for share in horizon.SIGN_CHANGE_SHARES)
 """Percentages of the entries of G A^T that have changed sign at the distances ``turn_5`` to ``turn_95``."""
 
-ERRORS = {
+MAX_RELATIVE_ERRORS = {
     "signal": 1e-5,
     "cross_talk": 1e-5,
     "crossing_rank": 1e-5,
@@ -178,7 +178,11 @@ class RegimeRows(NamedTuple):
     @classmethod
     def concatenate(cls, parts: Iterable["RegimeRows"]) -> "RegimeRows":
         """Concatenate each table of several modules or layers."""
-        return cls(*([row for rows in tables for row in rows] for tables in zip(*parts, strict=True)))
+        concatenated = cls([], [], [], [])
+        for part in parts:
+            for table, rows in zip(concatenated, part, strict=True):
+                table.extend(rows)
+        return concatenated
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,7 +272,7 @@ class Regime:
     @property
     def errors(self) -> dict[str, float]:
         """Largest relative error of each figure; empty if the figures are exact."""
-        return ERRORS if self.results.empty else {}
+        return MAX_RELATIVE_ERRORS if self.results.empty else {}
 
     def files(self) -> dict[str, pd.DataFrame]:
         """Return the frames by the names of a run's files."""
@@ -279,7 +283,7 @@ def measure_module(
     config: RegimeConfig,
     layer: Layer,
     index: int,
-    lora_A: Callable[[Init], Float[np.ndarray, "rows p_in"]],
+    draw_rows: Callable[[Init], Float[np.ndarray, "rows p_in"]],
     measured: Mapping[tuple, dict[str, Any]] | None = None,
     counts: Mapping[str, Mapping[str, int]] | None = None,
     multiply: horizon.MatrixProduct = np.matmul,
@@ -290,12 +294,15 @@ def measure_module(
       config: Settings of the measurement.
       layer: Gradient and inputs of the module.
       index: Index of the module's layer.
-      lora_A: Function that draws `RegimeConfig.takeover_rows` rows of A by an initialisation at that rank.
+      draw_rows: Function that draws `RegimeConfig.takeover_rows` rows of A by an initialisation at that rank.
       measured: Results of `drawn_steps.measure_adapters`, if adapters were stepped.
       counts: Numbers of tokens by split, see `choose_tokens`; None leaves out their rows.
       multiply: Product of two matrices.
+
+    Returns:
+      The rows of the module for every table.
     """
-    # One set of products serves both splits: their tokens are told apart afterwards.
+    # One set of products serves the tokens of both splits, which are separated afterwards.
     x, slices = _all_inputs(layer), _token_slices(layer)
     crossings: list[dict[str, Any]] = []
     predicted: dict[tuple, float] = {}
@@ -316,7 +323,7 @@ def measure_module(
         key = tuple(row[name] for name in ("init", "optimizer", "rule", "rank", "split"))
         results.append(row | {"predicted": predicted[key]} | measured.get(key, {}))
     # Takeover distances, which exist under Adam only.
-    takeover_rows = takeover(config, layer, index, lora_A, multiply) if "adam" in config.optimizers else []
+    takeover_rows = takeover(config, layer, index, draw_rows, multiply) if "adam" in config.optimizers else []
     label = {"layer": index, "module": layer.name}
     tokens = [label | {"split": split} | dict(numbers) for split, numbers in (counts or {}).items()]
     return RegimeRows(crossings, results, takeover_rows, tokens)
@@ -382,6 +389,11 @@ def predict(config: RegimeConfig, layer: Layer, law: terms.Terms) -> dict[tuple,
     Adam's epsilon is included under the first rule only, under which adapters are stepped. Without it the rms is a
     power of gamma, which saves an integral for each rank.
 
+    Args:
+      config: Settings of the measurement.
+      layer: Gradient and inputs of the module.
+      law: Terms of the module at the inputs of all splits.
+
     Returns:
       The rms by initialisation, optimizer, rule, rank and split.
     """
@@ -404,7 +416,7 @@ def takeover(
     config: RegimeConfig,
     layer: Layer,
     index: int,
-    lora_A: Callable[[Init], Float[np.ndarray, "rows p_in"]],
+    draw_rows: Callable[[Init], Float[np.ndarray, "rows p_in"]],
     multiply: horizon.MatrixProduct = np.matmul,
 ) -> list[dict[str, Any]]:
     """Compute the distance that A's entries move under Adam until A's part of the change leads.
@@ -413,6 +425,13 @@ def takeover(
     distances ``turn_5`` to ``turn_95`` at which that percentage of the entries of G A^T has changed sign. The law is
     only approximate far beyond the first of them.
 
+    Args:
+      config: Settings of the measurement.
+      layer: Gradient and inputs of the module.
+      index: Index of the module's layer.
+      draw_rows: Function that draws rows of A by an initialisation, see `measure_module`.
+      multiply: Product of two matrices.
+
     Returns:
       A row for each split, initialisation and rank.
     """
@@ -420,24 +439,18 @@ def takeover(
     results = []
     for init in config.inits:
         # Signs of G A^T, which all splits and ranks share, and products with the inputs, which all ranks share.
-        rows = lora_A(init)
-        signs = horizon.row_signs(layer.grad, rows, exact=config.is_exact, multiply=multiply)
+        lora_A = draw_rows(init)
+        signs = horizon.row_signs(layer.grad, lora_A, exact=config.is_exact, multiply=multiply)
         laws = signs.terms_by_part(x, list(slices.values()))
         # Signs do not depend on A's standard deviation, but every distance is proportional to it.
-        deviation = inits.entries(init, rank=len(rows), p_in=p_in).deviation
-        relatives = [inits.entries(init, rank=rank, p_in=p_in).deviation / deviation for rank in TAKEOVER_RANKS]
+        deviation = inits.entries(init, rank=len(lora_A), p_in=p_in).deviation
         for split, law in zip(slices, laws, strict=True):
-            flips = dict(zip(SIGN_FLIP_PERCENTS, law.turn, strict=True)) if config.is_exact else {}
-            results += [
-                {
-                    "layer": index,
-                    "module": layer.name,
-                    "split": split,
-                    "init": init,
-                    "rank": rank,
-                    "takeover": relative * law.takeover(rank),
-                    **{f"turn_{percent}": relative * distance for percent, distance in flips.items()},
-                }
-                for rank, relative in zip(TAKEOVER_RANKS, relatives, strict=True)
-            ]
+            for rank in TAKEOVER_RANKS:
+                relative_deviation = inits.entries(init, rank=rank, p_in=p_in).deviation / deviation
+                row = {"layer": index, "module": layer.name, "split": split, "init": init, "rank": rank}
+                row["takeover"] = relative_deviation * law.takeover(rank)
+                if config.is_exact:
+                    for percent, distance in zip(SIGN_FLIP_PERCENTS, law.sign_change_distances, strict=True):
+                        row[f"turn_{percent}"] = relative_deviation * distance
+                results.append(row)
     return results

@@ -55,6 +55,7 @@ class RegimeRun:
         terms = {
             name: term for name, term in self.linear_terms.items() if any(_matches(name, target) for target in targets)
         }
+        # A target without a measured module would silently get no advice.
         for target in targets:
             if not any(_matches(name, target) for name in terms):
                 raise InputError(
@@ -63,8 +64,11 @@ class RegimeRun:
                 )
         return terms
 
-    def gaps(self, targets: str | list[str] | None) -> str:
+    def describe_gaps(self, targets: str | list[str] | None) -> str:
         """Describe which of the targets the run did not measure, or measured with a large error.
+
+        Args:
+          targets: Target modules, see `terms_of`.
 
         Returns:
           Sentences, or an empty string if all targets were measured well.
@@ -101,6 +105,9 @@ def read_regime_run(folder: Path, *, optimizer: OptimizerName, init: Init, split
       init: Initialisation of A.
       split: Split at which the change is measured.
 
+    Returns:
+      The linear terms with the manifest of the run.
+
     Raises:
       InputError: If there is no such run, it was modified, or it did not measure this optimizer and initialisation.
     """
@@ -113,7 +120,7 @@ def read_regime_run(folder: Path, *, optimizer: OptimizerName, init: Init, split
     problem = seals.describe_problem(folder)
     if problem is not None:
         raise InputError(f"{problem}. Use the run as sims.regime wrote it.")
-    # Linear terms of the rows that were asked for.
+    # Linear terms of the rows for this optimizer, initialisation and split.
     selection = {"optimizer": FAMILY[optimizer], "init": init, "split": split}
     rows = frames.where(frames.read_csv(path, CROSSING_COLUMNS), selection)
     terms = {}

@@ -117,39 +117,40 @@ def judge_regime(results: pd.DataFrame, config: JudgeConfig | None = None) -> di
     """
     config = config or JudgeConfig()
     false_alarm, tolerance = config.false_alarm, config.tolerance
-    tried = _rows_with_adapters(results)
-    if tried.empty:
+    stepped = _rows_with_adapters(results)
+    if stepped.empty:
         return None
     # Half-width of the error bar in standard errors, by number of adapters.
-    adapters = tried["adapters"].astype(int)
-    bars = {count: -float(special.stdtrit(count - 1, false_alarm / len(tried) / 2)) for count in sorted(set(adapters))}
+    adapters = stepped["adapters"].astype(int)
+    tail = false_alarm / len(stepped) / 2
+    half_widths = {count: -float(special.stdtrit(count - 1, tail)) for count in sorted(set(adapters))}
     # Relative differences, with the larger of error bar and tolerance.
-    gaps = np.abs((tried["measured"] / tried["predicted"] - 1).to_numpy(float))
-    errors = (tried["standard_error"] / tried["predicted"]).to_numpy(float)
-    widths = errors * adapters.map(bars).to_numpy(float)
+    gaps = np.abs((stepped["measured"] / stepped["predicted"] - 1).to_numpy(float))
+    errors = (stepped["standard_error"] / stepped["predicted"]).to_numpy(float)
+    widths = errors * adapters.map(half_widths).to_numpy(float)
     allowed = np.maximum(tolerance, widths)
     # A value that is not finite fails, as does one from a single adapter, which has an error bar of NaN.
     finite = np.isfinite(gaps) & np.isfinite(errors)
     outcomes = judge_gaps(np.where(finite, gaps, math.nan), widths, tolerance=tolerance)
     judged: dict[str, Any] = {
         "verdict": summarise_outcomes(outcomes),
-        "comparisons": len(tried),
+        "comparisons": len(stepped),
         "outside": outcomes.count("contradicts"),
         "undecided": outcomes.count("undecided"),
         "not_finite": int(np.sum(~finite)),
         "false_alarm": false_alarm,
         "tolerance": tolerance,
-        "error_bars_in_standard_errors": {str(count): bar for count, bar in bars.items()},
+        "error_bars_in_standard_errors": {str(count): bar for count, bar in half_widths.items()},
         "within_tolerance": float(np.mean(gaps <= tolerance)),
     }
     # Largest differences, over the finite values.
-    tried, gaps, errors, allowed = tried[finite], gaps[finite], errors[finite], allowed[finite]
-    if tried.empty:
+    stepped, gaps, errors, allowed = stepped[finite], gaps[finite], errors[finite], allowed[finite]
+    if stepped.empty:
         return judged | dict.fromkeys(_DIFFERENCE_KEYS)
     standardised = gaps / errors
     names = ["module", "split", "optimizer", "init", "rank", "predicted", "measured", "standard_error"]
     differences = (np.max(gaps), np.max(standardised), np.sqrt(np.mean(standardised**2)), np.median(errors))
-    worst = tried.iloc[[int(np.argmax(gaps / allowed))]][names].to_dict("records")[0]
+    worst = stepped.iloc[[int(np.argmax(gaps / allowed))]][names].to_dict("records")[0]
     return judged | dict(zip(_DIFFERENCE_KEYS, (*map(float, differences), worst), strict=True))
 
 
@@ -157,7 +158,7 @@ _DIFFERENCE_KEYS = ("largest_deviation", "largest_t", "rms_t", "median_relative_
 """Keys of `judge_regime` that describe the finite values."""
 
 
-def in_words(verdict: Mapping[str, Any]) -> str:
+def describe_verdict(verdict: Mapping[str, Any]) -> str:
     """Return a sentence that describes a verdict of `judge_regime`."""
     text = (
         f"verdict: {verdict['verdict']}. {verdict['comparisons'] - verdict['outside']} of {verdict['comparisons']} "
@@ -185,16 +186,17 @@ def measured_over_predicted(results: pd.DataFrame) -> pd.DataFrame:
     for key, group in _rows_with_adapters(results).groupby(keys, sort=False):
         # Average mean squares, which are unbiased, and take the root of the mean.
         squares = ((group["measured"] / group["predicted"]) ** 2).to_numpy(float)
-        spread = (group["standard_error"] / group["predicted"]).to_numpy(float)
-        ratios, mean = np.sqrt(squares), math.sqrt(float(np.mean(squares)))
+        errors = (group["standard_error"] / group["predicted"]).to_numpy(float)
+        ratios, mean_ratio = np.sqrt(squares), math.sqrt(float(np.mean(squares)))
         rows.append(
             dict(zip(keys, key, strict=True))
             | {
                 "modules": len(group),
-                "mean_ratio": mean,
-                "standard_error": float(np.sqrt(np.sum((spread * ratios) ** 2))) / len(group) / mean,
+                "mean_ratio": mean_ratio,
+                # Errors of the squares, 2 ratio error, carried to the root of their mean.
+                "standard_error": float(np.sqrt(np.sum((errors * ratios) ** 2))) / len(group) / mean_ratio,
                 "largest_deviation": float(np.max(np.abs(ratios - 1))),
-                "largest_t": float(np.max(np.abs((ratios - 1) / spread))),
+                "largest_t": float(np.max(np.abs((ratios - 1) / errors))),
             }
         )
     return pd.DataFrame(rows, columns=list(JUDGE_COLUMNS)).sort_values(
@@ -241,11 +243,11 @@ def takeover_by_depth(takeover: pd.DataFrame, init: Init) -> pd.DataFrame:
     """
     rows = []
     for kind, layers, group in by_depth(takeover[takeover["init"] == init]):
-        turn = group["turn_5"].median()
+        turn_5 = group["turn_5"].median()
         for (split, rank), cell in group.groupby(["split", "rank"], sort=False):
-            spread = cell["takeover"].agg(["median", "min", "max"]).tolist()
-            row = {"kind": kind, "layers": layers, "split": split, "rank": rank}
-            rows.append(row | dict(zip(("median", "smallest", "largest"), spread, strict=True)) | {"turn_5": turn})
+            distances = cell["takeover"]
+            row = {"kind": kind, "layers": layers, "split": split, "rank": rank, "median": distances.median()}
+            rows.append(row | {"smallest": distances.min(), "largest": distances.max(), "turn_5": turn_5})
     return pd.DataFrame(rows)
 
 
@@ -261,14 +263,14 @@ def spread_over_layers(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFr
       keys, the number of ``layers``, and of each summarised column ``x`` the median ``x``, the smallest ``x_low`` and
       the largest ``x_high``.
     """
-    keys = ["kind", *(key for key in ("split", "optimizer", "init", "rank") if key in table)]
+    keys = ["kind", *(name for name in ("split", "optimizer", "init", "rank") if name in table)]
     rows = []
-    for values, layers in table.assign(kind=_module_type(table["module"])).groupby(keys, sort=False):
-        row = dict(zip(keys, values, strict=True)) | {"layers": len(layers)}
+    for key, layers in table.assign(kind=_module_type(table["module"])).groupby(keys, sort=False):
+        row = dict(zip(keys, key, strict=True)) | {"layers": len(layers)}
         for column in columns:
-            # Median over the layers, and the range as low and high.
-            spread = layers[column].agg(["median", "min", "max"])
-            row |= dict(zip((column, f"{column}_low", f"{column}_high"), spread, strict=True))
+            values_of_layers = layers[column]
+            row[column] = values_of_layers.median()
+            row |= {f"{column}_low": values_of_layers.min(), f"{column}_high": values_of_layers.max()}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -357,12 +359,16 @@ def format_ratios(results: pd.DataFrame, optimizer: Optimizer) -> FormattedTable
     """Format `measured_over_predicted` at held-out tokens with a row for each rank and a column for each init."""
     table = measured_over_predicted(results)
     rows = table[(table["optimizer"] == optimizer) & (table["split"] == "heldout")]
-    text = "{mean_ratio:.4f} ± {standard_error:.4f} ({largest_deviation:.1%})".format_map
+    template = "{mean_ratio:.4f} ± {standard_error:.4f} ({largest_deviation:.1%})"
+    cells = [
+        [rank, *(template.format_map(row) for row in group.to_dict("records"))]
+        for rank, group in rows.groupby("rank", sort=False)
+    ]
     return FormattedTable(
         f"{optimizer}: ratio of measured to predicted rms at held-out tokens, mean over modules ± standard error "
         "(largest single deviation), by initialisation of A",
         ["rank", *rows["init"].unique()],
-        [[rank, *map(text, group.to_dict("records"))] for rank, group in rows.groupby("rank", sort=False)],
+        cells,
     )
 
 
@@ -382,13 +388,16 @@ def _format_groups(table: pd.DataFrame, cells: Callable[[list[dict[Any, Any]]], 
 
 
 def _format_crossings(splits: list[dict[Any, Any]]) -> list[str]:
-    ranks = "{crossing_rank:.1f}|{median:.1f} ({lower_quartile:.1f}-{upper_quartile:.1f})"
-    kappas = ["{lowest_kappa:.2f}-{highest_kappa:.2f}".format_map(row) for row in splits]
+    ranks, kappas = [], []
+    for row in splits:
+        ranks.append(f"{row['crossing_rank']:.1f}")
+        ranks.append(f"{row['median']:.1f} ({row['lower_quartile']:.1f}-{row['upper_quartile']:.1f})")
+        kappas.append(f"{row['lowest_kappa']:.2f}-{row['highest_kappa']:.2f}")
     left_out = ""
     if "all" in splits[0]:
         low, high = splits[0]["fewest_sinks"], splits[0]["most_sinks"]
         left_out = f"{splits[0]['seen']}+{low if low == high else f'{low}-{high}'} of {splits[0]['all']}"
-    return [*(text for row in splits for text in ranks.format_map(row).split("|")), *kappas, left_out]
+    return [*ranks, *kappas, left_out]
 
 
 def _format_steps(learning_rate: float, distances: list[dict[Any, Any]]) -> list[str]:

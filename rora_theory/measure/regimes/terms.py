@@ -57,35 +57,37 @@ class Terms:
       x: Inputs at the tokens.
       optimizer: Optimizer of the step.
       init: Initialisation of A.
-      ranks: Crossing rank r* at each token.
+      crossing_ranks: Crossing rank r* at each token.
       cross_talk: Cross-talk at each token, see `Crossing`.
-      first: Sum over outputs of E[t]^2 at each token, where t is the step of rank 1, gamma 1, rate 1 and epsilon 0.
-      second: Sum over outputs of E[t^2] at each token.
+      squared_mean: Sum over outputs of E[t]^2 at each token, where t is the step of rank 1, gamma 1, rate 1 and
+        epsilon 0.
+      mean_square: Sum over outputs of E[t^2] at each token.
     """
 
     grad: Float[np.ndarray, "p_out p_in"]
     x: Float[np.ndarray, "tokens p_in"]
     optimizer: Optimizer
     init: inits.Init
-    ranks: Float[np.ndarray, " tokens"]
+    crossing_ranks: Float[np.ndarray, " tokens"]
     cross_talk: Float[np.ndarray, " tokens"]
-    first: Float[np.ndarray, " tokens"]
-    second: Float[np.ndarray, " tokens"]
+    squared_mean: Float[np.ndarray, " tokens"]
+    mean_square: Float[np.ndarray, " tokens"]
 
     def crossing(self, tokens: slice = slice(None)) -> Crossing:
         """Compute signal, cross-talk, crossing rank and linear term of a slice of the tokens."""
-        ranks, noise = self.ranks[tokens], self.cross_talk[tokens]
-        # At each token r* is noise / signal under SGD, and 1 + (pi/2) noise / signal under Adam: solve for the signal.
+        ranks, cross_talk = self.crossing_ranks[tokens], self.cross_talk[tokens]
+        # At each token r* is cross_talk / signal under SGD, and 1 + (pi/2) cross_talk / signal under Adam: solve for
+        # the signal.
         offset, factor = (0.0, 1.0) if self.optimizer == "sgd" else (1.0, np.pi / 2)
-        signal = factor * noise / (ranks - offset)
+        signal = factor * cross_talk / (ranks - offset)
         # The same relation, with sums over tokens, gives the crossing rank of all tokens together.
-        pooled = offset + factor * float(np.sum(noise) / np.sum(signal))
+        pooled = offset + factor * float(np.sum(cross_talk) / np.sum(signal))
         # Quartiles by linear interpolation, for which `np.quantile` takes ten times as long.
         order = np.arange(len(ranks))
         low, middle, high = np.interp(np.array([0.25, 0.5, 0.75]) * order[-1], order, np.sort(ranks)).tolist()
         # The mean square r E[t^2] + r (r - 1) E[t]^2 is proportional to r^2 + c r with c = E[t^2] / E[t]^2 - 1.
-        linear = float(np.sum(self.second[tokens]) / np.sum(self.first[tokens])) - 1
-        return Crossing(float(np.mean(signal)), float(np.mean(noise)), pooled, (low, middle, high), linear)
+        linear_term = float(np.sum(self.mean_square[tokens]) / np.sum(self.squared_mean[tokens])) - 1
+        return Crossing(float(np.mean(signal)), float(np.mean(cross_talk)), pooled, (low, middle, high), linear_term)
 
     def rms(
         self, ranks: Sequence[int], scalings: Sequence[float], *, learning_rate: float, epsilon: float = EPSILON
@@ -102,31 +104,37 @@ class Terms:
           epsilon: Adam's epsilon.
         """
         p_out, p_in = self.grad.shape
-        unit = inits.entries(self.init, rank=1, p_in=p_in).deviation
-        # The step depends only on the product of gamma and A's standard deviation, which may depend on the rank.
-        strengths = [
-            scaling * inits.entries(self.init, rank=rank, p_in=p_in).deviation / unit
+        # The step depends only on the product of gamma and A's standard deviation, which may depend on the rank. The
+        # terms are those of rank 1: express a deviation at another rank by a scaling of the one at rank 1.
+        rank_one_deviation = inits.entries(self.init, rank=1, p_in=p_in).deviation
+        effective_scalings = [
+            scaling * inits.entries(self.init, rank=rank, p_in=p_in).deviation / rank_one_deviation
             for rank, scaling in zip(ranks, scalings, strict=True)
         ]
         power = scaling_power(self.optimizer)
 
-        def moments_with_epsilon(strength: float) -> tuple[np.ndarray, np.ndarray]:
-            first, second = _rank_one_moments(self.grad, self.x, self.optimizer, self.init, strength, epsilon)
-            return first / strength**2, second / strength**2
+        def moments_with_epsilon(scaling: float) -> tuple[np.ndarray, np.ndarray]:
+            squared_mean, mean_square = _rank_one_moments(
+                self.grad, self.x, self.optimizer, self.init, scaling, epsilon
+            )
+            return squared_mean / scaling**2, mean_square / scaling**2
 
         # Epsilon matters most for the smallest gradient of B. Include it only if it changes a mean square there.
         needs_epsilon = False
         if self.optimizer == "adam" and epsilon > 0:
-            weakest = moments_with_epsilon(min(strengths))
+            smallest = moments_with_epsilon(min(effective_scalings))
             needs_epsilon = any(
                 np.any(np.abs(moment - limit) > 2e-4 * limit)
-                for moment, limit in zip(weakest, (self.first, self.second), strict=True)
+                for moment, limit in zip(smallest, (self.squared_mean, self.mean_square), strict=True)
             )
         rms = []
-        for rank, strength in zip(ranks, strengths, strict=True):
-            first, second = moments_with_epsilon(strength) if needs_epsilon else (self.first, self.second)
-            # The mean square is quadratic in the rank: r of the same row and r (r - 1) of different rows.
-            square = (learning_rate * strength**power) ** 2 * (rank * second + rank * (rank - 1.0) * first)
+        for rank, scaling in zip(ranks, effective_scalings, strict=True):
+            squared_mean, mean_square = self.squared_mean, self.mean_square
+            if needs_epsilon:
+                squared_mean, mean_square = moments_with_epsilon(scaling)
+            # The mean square is quadratic in the rank: r pairs of a row with itself, r (r - 1) of different rows.
+            rank_terms = rank * mean_square + rank * (rank - 1.0) * squared_mean
+            square = (learning_rate * scaling**power) ** 2 * rank_terms
             rms.append(np.sqrt(square / p_out))
         return np.array(rms)
 
@@ -149,12 +157,13 @@ def terms(
     Raises:
       InputError: If shapes do not match or a value is not finite.
     """
-    first, second = _rank_one_moments(grad, x, optimizer, init, 1.0, 0.0)
-    ranks = laws.crossing_rank(grad, x, optimizer=optimizer)
-    rows = np.sum(np.asarray(grad, np.float64) ** 2, axis=1)
-    noise = np.sum(np.asarray(x, np.float64) ** 2, axis=1)
-    noise = noise * (np.sum(rows) if optimizer == "sgd" else np.count_nonzero(rows))
-    return Terms(grad, x, optimizer, init, ranks, noise, first, second)
+    squared_mean, mean_square = _rank_one_moments(grad, x, optimizer, init, 1.0, 0.0)
+    crossing_ranks = laws.crossing_rank(grad, x, optimizer=optimizer)
+    # |G|_F^2 |x'|^2 under SGD; under Adam every row with a gradient counts as a unit vector.
+    row_squares = np.sum(np.asarray(grad, np.float64) ** 2, axis=1)
+    input_squares = np.sum(np.asarray(x, np.float64) ** 2, axis=1)
+    cross_talk = input_squares * (np.sum(row_squares) if optimizer == "sgd" else np.count_nonzero(row_squares))
+    return Terms(grad, x, optimizer, init, crossing_ranks, cross_talk, squared_mean, mean_square)
 
 
 class FastTerms:
@@ -183,20 +192,20 @@ class FastTerms:
         self._largest = np.maximum(np.max(self._grad, axis=1, initial=0.0), -np.min(self._grad, axis=1, initial=0.0))
         if not (np.isfinite(self._largest).all() and np.isfinite(self._x).all()):
             raise InputError("grad and x must be finite in float32, got a value that is not")
-        self._squares = np.einsum("ij,ij->i", self._x, self._x, dtype=np.float64)
+        self._input_squares = np.einsum("ij,ij->i", self._x, self._x, dtype=np.float64)
         # Norms of the rows relative to the largest entry of all, so that their squares do not overflow.
-        self._scale = float(np.max(self._largest, initial=0.0)) or 1.0
+        self._largest_entry = float(np.max(self._largest, initial=0.0)) or 1.0
         # Sums over the rows of G of (g . x)^2 and (g . x)^2 / (g . g) at each token, of g_j^2, and of g . g.
         self._signal_sgd, self._signal_adam = np.zeros((2, len(self._x)))
-        self._columns = np.zeros(self._grad.shape[1])
-        self._grad_square, self._live_rows = 0.0, int(np.count_nonzero(self._largest))
+        self._column_squares = np.zeros(self._grad.shape[1])
+        self._grad_square, self._nonzero_rows = 0.0, int(np.count_nonzero(self._largest))
         for unit, norms in self._unit_blocks():
             weights = norms**2
             along = self._multiply(unit, self._x.T)
             np.square(along, out=along)
             self._signal_adam += np.einsum("ij->j", along)
             self._signal_sgd += np.einsum("i,ij->j", weights, along)
-            self._columns += self._multiply(weights[None, :], np.square(unit))[0]
+            self._column_squares += self._multiply(weights[None, :], np.square(unit))[0]
             self._grad_square += float(np.sum(weights, dtype=np.float64))
 
     def terms(self, optimizer: Optimizer, init: inits.Init) -> Terms:
@@ -208,28 +217,30 @@ class FastTerms:
         tiny = np.finfo(np.float64).tiny
         if optimizer == "sgd":
             # The step is a quadratic form in a row of A: its second moment has a term in the kurtosis.
-            scale_square = self._scale**2
-            noise = scale_square * self._grad_square * self._squares
+            # Restore the scale of the gradient, by whose largest entry the sums are divided.
+            scale_square = self._largest_entry**2
+            cross_talk = scale_square * self._grad_square * self._input_squares
             signal = scale_square * self._signal_sgd
-            ranks = noise / np.maximum(signal, tiny)
-            first = law.variance**2 * signal
-            second = law.variance**2 * (2 * signal + noise + (law.kurtosis - 3) * scale_square * self._fourth)
+            crossing_ranks = cross_talk / np.maximum(signal, tiny)
+            squared_mean = law.variance**2 * signal
+            excess = (law.kurtosis - 3) * scale_square * self._fourth_moments
+            mean_square = law.variance**2 * (2 * signal + cross_talk + excess)
         else:
-            # In the sign limit the step is sign(g . a) a . x: its mean is 2/pi of the signal for normal entries.
-            noise, signal = self._live_rows * self._squares, self._signal_adam
-            ranks = 1 + np.pi / 2 * noise / np.maximum(signal, tiny)
-            first = 2 / np.pi * signal if law.is_normal else self._uniform
-            first = law.variance * first
-            second = law.variance * noise
-        return Terms(self._grad, self._x, optimizer, init, ranks, noise, first, second)
+            # In the sign limit the step is sign(g . a) a . x, whose squared mean is 2/pi of the signal for normal
+            # entries.
+            cross_talk, signal = self._nonzero_rows * self._input_squares, self._signal_adam
+            crossing_ranks = 1 + np.pi / 2 * cross_talk / np.maximum(signal, tiny)
+            squared_mean = law.variance * (2 / np.pi * signal if law.is_normal else self._uniform_signal)
+            mean_square = law.variance * cross_talk
+        return Terms(self._grad, self._x, optimizer, init, crossing_ranks, cross_talk, squared_mean, mean_square)
 
     @cached_property
-    def _fourth(self) -> Float[np.ndarray, " tokens"]:
+    def _fourth_moments(self) -> Float[np.ndarray, " tokens"]:
         """Sums over outputs and inputs of (g_j x_j)^2."""
-        return np.einsum("ij,j->i", np.square(self._x), self._columns)
+        return np.einsum("ij,j->i", np.square(self._x), self._column_squares)
 
     @cached_property
-    def _uniform(self) -> Float[np.ndarray, " tokens"]:
+    def _uniform_signal(self) -> Float[np.ndarray, " tokens"]:
         """Sums over outputs of (m . x)^2, where m = E[sign(g . a) a] for uniform entries of variance 1."""
         sums = np.zeros(len(self._x))
         for unit, _ in self._unit_blocks():
@@ -247,7 +258,7 @@ class FastTerms:
             unit = self._grad[rows] / np.where(largest > 0, largest, 1.0)[:, None]
             lengths = np.sqrt(np.einsum("ij,ij->i", unit, unit))
             unit /= np.where(lengths > 0, lengths, 1.0)[:, None]
-            yield unit, largest / np.float32(self._scale) * lengths
+            yield unit, largest / np.float32(self._largest_entry) * lengths
 
 
 def _rank_one_moments(

@@ -105,10 +105,10 @@ def layer_warnings(crossings: pd.DataFrame, layers: int | None) -> list[str]:
     kinds = crossings["module"].str.rpartition(".")[2]
     terms = crossings["linear_term"].astype(float)
     logs = crossings.assign(kind=kinds, log=np.log(terms.where((terms > 0) & (terms < math.inf))))
-    spread = logs.groupby(["optimizer", "init", "kind"])["log"].agg(["std", "count", "size"])
-    errors = spread["std"] / np.sqrt(spread["count"]) * math.sqrt(1 - measured / layers)
-    # The error is unknown if a logarithm is missing, or if only one layer has the kind.
-    errors = errors.where(spread["count"] == spread["size"]).fillna(math.inf)
+    by_kind = logs.groupby(["optimizer", "init", "kind"])["log"].agg(["std", "count", "size"])
+    errors = by_kind["std"] / np.sqrt(by_kind["count"]) * math.sqrt(1 - measured / layers)
+    # The error is unknown if a logarithm is missing (pandas counts without them), or if only one layer has the kind.
+    errors = errors.where(by_kind["count"] == by_kind["size"]).fillna(math.inf)
     if measured >= MIN_LAYERS and float(errors.max()) <= MAX_STANDARD_ERROR:
         return []
     if measured < MIN_LAYERS:

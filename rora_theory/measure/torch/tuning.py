@@ -42,7 +42,7 @@ from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import check_choice, check_integer, check_not_negative
 from rora_theory.tune.plan import (
     BUDGET,
-    LONGEST_PROBE,
+    MAX_PROBE_STEPS,
     ProbePlan,
     ProbeRun,
     Schedule,
@@ -164,7 +164,7 @@ def tune(
     # Reading a DataLoader draws from PyTorch's random generators.
     with preserved_state(model):
         reading: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length}
-        batches = read_batches(train, "train", **reading, count=LONGEST_PROBE * accumulation)
+        batches = read_batches(train, "train", **reading, count=MAX_PROBE_STEPS * accumulation)
         groups = held_out_groups(model, read_batches(held_out, "held_out", **reading, count=MAX_HELD_OUT_BATCHES))
     # Mean number of tokens of an optimizer step, which is the unit of the budget.
     batch_tokens = accumulation * sum(map(count_tokens, batches)) / len(batches)
@@ -178,7 +178,7 @@ def tune(
         budget=budget,
     )
     # Evaluate on as many held-out groups as the budget allows.
-    used = _affordable(groups, plan.held_out_tokens(batch_tokens))
+    used = _affordable_records(groups, plan.held_out_tokens(batch_tokens))
     # A smaller rank at the same gamma r has about the same best rate and trains faster.
     rank = min(probe_rank, config.r)
     settings = ProbeSettings(
@@ -223,7 +223,7 @@ def _adamw(weight_decay: float) -> MakeOptimizer:
     return lambda parameters, rate: torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay)
 
 
-def _affordable(groups: Sequence[Group], tokens: int) -> list[Group]:
+def _affordable_records(groups: Sequence[Group], tokens: int) -> list[Group]:
     """Return the first groups with at most this number of tokens.
 
     Raises:

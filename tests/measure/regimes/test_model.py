@@ -149,10 +149,12 @@ def test_takeover_is_the_law_of_a_at_its_own_deviation(init) -> None:
         lora_A = drawn * (256 / row["rank"] if init == "gaussian" else 1)
         law = horizon.row_terms(grad, layer.inputs[row["split"]], lora_A)
         assert row["takeover"] == pytest.approx(law.takeover(row["rank"]), rel=1e-6)
-        assert [row[f"turn_{n}"] for n in (5, 25, 50, 75, 95)] == pytest.approx(list(law.turn), rel=1e-6)
+        assert [row[f"turn_{n}"] for n in (5, 25, 50, 75, 95)] == pytest.approx(
+            list(law.sign_change_distances), rel=1e-6
+        )
     assert len({row["takeover"] for row in exact}) == 6
     for row, expected in zip(takeover(), exact, strict=True):
-        assert row["takeover"] == pytest.approx(expected["takeover"], rel=module_regime.ERRORS["takeover"])
+        assert row["takeover"] == pytest.approx(expected["takeover"], rel=module_regime.MAX_RELATIVE_ERRORS["takeover"])
         assert not [name for name in row if name.startswith("turn")]
     fast = RegimeConfig(inits=(init,), rows=0)
     assert len(drawn_steps.takeover_rows(fast, layer, init)) == fast.takeover_rows == 64
@@ -188,7 +190,7 @@ def check_stated_errors(layer: Layer) -> None:
     )
     assert fast.results == []
     assert len(exact.results) == 8
-    for figure, bound in module_regime.ERRORS.items():
+    for figure, bound in module_regime.MAX_RELATIVE_ERRORS.items():
         table = "takeover" if figure == "takeover" else "crossings"
         for row, expected in zip(getattr(fast, table), getattr(exact, table), strict=True):
             assert row[figure] == pytest.approx(expected[figure], rel=bound)

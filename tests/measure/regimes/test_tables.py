@@ -67,7 +67,7 @@ def test_few_adapters_and_many_comparisons_tell_nothing() -> None:
     assert judged["error_bars_in_standard_errors"]["4"] > 55
     assert (judged["verdict"], judged["undecided"], judged["outside"]) == ("undecided", 1000, 0)
     assert judge(*rows, row_of(9.0, 0.05, adapters=4))["verdict"] == "fails", "before undecided"
-    assert regime_tables.in_words(judged).startswith(
+    assert regime_tables.describe_verdict(judged).startswith(
         "verdict: undecided. 1000 of 1000 figures agree within 2% or their error bar (total false alarm probability "
         "0.01), 1000 of them within an error bar wider than 25%, which decides nothing; 99.9% within 2%; largest "
         "deviation 100.0%"
@@ -84,13 +84,13 @@ def test_a_measurement_that_is_no_finite_number_fails(measured: float, error: fl
     assert (judged["verdict"], judged["comparisons"], judged["outside"], judged["not_finite"]) == ("fails", 2, 1, 1)
     assert (judged["largest_deviation"], judged["largest_t"]) == pytest.approx((0.01, 1.0))
     assert judged["nearest_to_failing"]["measured"] == 2.02
-    assert regime_tables.in_words(judged).startswith(
+    assert regime_tables.describe_verdict(judged).startswith(
         "verdict: fails. 1 of 2 figures agree within 2% or their error bar (total false alarm probability 0.01); "
         "1 not finite; "
     )
     alone = judge(wrong)
     assert (alone["verdict"], alone["largest_deviation"], alone["nearest_to_failing"]) == ("fails", None, None)
-    assert regime_tables.in_words(alone).endswith(" within 2%")
+    assert regime_tables.describe_verdict(alone).endswith(" within 2%")
     assert not any(isinstance(value, float) and not math.isfinite(value) for value in alone.values())
     table = regime_tables.measured_over_predicted(pd.DataFrame([row_of(1.0, 0.01), wrong]))
     assert not np.isfinite(table[["mean_ratio", "standard_error"]].to_numpy(float)).all(), "it does not vanish"
