@@ -237,7 +237,7 @@ def time_case(case: Case, folder: str, batches: list[dict[str, np.ndarray]], dev
     from peft import LoraConfig, get_peft_model
 
     from rora_theory.measure.torch import hooks, regime
-    from rora_theory.measure.torch.modules import base_model, chosen
+    from rora_theory.measure.torch.modules import base_model, select_modules
     from rora_theory.measure.torch.regimes import DEFAULT
 
     base = load_torch(Path(folder)).to(device)
@@ -246,7 +246,7 @@ def time_case(case: Case, folder: str, batches: list[dict[str, np.ndarray]], dev
     model = get_peft_model(base, lora).train()
     batch, held_out = ({name: value.to(device) for name, value in tensors(arrays).items()} for arrays in batches)
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=0.0)
-    modules = chosen(base_model(model), None)
+    modules = select_modules(base_model(model), None)
 
     def training_step() -> None:
         optimizer.zero_grad()

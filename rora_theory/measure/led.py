@@ -26,7 +26,7 @@ from rora_theory.data.batches import Examples
 from rora_theory.errors import InputError
 from rora_theory.llama import LlamaConfig
 from rora_theory.llama.shared_prompt import common_length
-from rora_theory.measure.tokens import sinks
+from rora_theory.measure.tokens import mark_sinks
 
 PARTS = ("led_B", "led_A", "whole")
 """Columns of `compute_led_rms` with the rms of the B-led part, the A-led part and their sum."""
@@ -101,7 +101,7 @@ def compute_led_rms(
                 continue
             # A_0 x' and (A - A_0) x' at the tokens that are not attention sinks, [tokens, r].
             x = inputs[module][layer].astype(np.float64)
-            x = x[~sinks(np.linalg.norm(x, axis=1))]
+            x = x[~mark_sinks(np.linalg.norm(x, axis=1))]
             led_B, led_A = x @ start_A[layer].T, x @ (trained_A[layer] - start_A[layer]).T
             # |B u|^2 = u^T B^T B u: avoids forming B u, which has p_out instead of r columns.
             gram = trained_B[layer].T @ trained_B[layer]

@@ -72,6 +72,9 @@ def make_batch_pair(
       chat: Chat template, see `tokenize`.
       seed: Seed of the split.
 
+    Returns:
+      The two batches and the tokenized records of the training batch.
+
     Raises:
       InputError: If there are too few records, a record has no target within the cutoff, or `tokenize` refuses an
         argument.
@@ -84,14 +87,14 @@ def make_batch_pair(
     train_records, held_out = split_records(records, config.held_out, seed)
     answer_only = config.loss_on == "answer"
 
-    def make_batch(chosen: Sequence[AnyRecord]) -> Batches:
+    def make_batch(batch_records: Sequence[AnyRecord]) -> Batches:
         examples = tokenize(
-            chosen, tokenizer, cutoff=config.cutoff, template=template, answer_only=answer_only, chat=chat
+            batch_records, tokenizer, cutoff=config.cutoff, template=template, answer_only=answer_only, chat=chat
         )
         # A record without a target would silently make the batch smaller, so it is an error.
-        if len(examples) < len(chosen):
+        if len(examples) < len(batch_records):
             raise InputError(
-                f"only {len(examples)} of {len(chosen)} records of a batch have a target within --cutoff "
+                f"only {len(examples)} of {len(batch_records)} records of a batch have a target within --cutoff "
                 f"{config.cutoff}. Raise --cutoff, or use --loss-on all."
             )
         widths = choose_widths(np.asarray(examples.input_lengths), 1)
@@ -158,7 +161,7 @@ class SeedBatches:
         return self.train[steps[index]]
 
 
-def by_seed(
+def make_seed_batches(
     config: BatchConfig,
     records: Sequence[AnyRecord],
     tokenizer: TextEncoder,
@@ -179,6 +182,9 @@ def by_seed(
       seeds: Seeds of the order of the batches.
       steps: Number of batches that a seed trains on if they are fresh.
       chat: Chat template for the training prompt ``chat``; None uses the tokenizer's own.
+
+    Returns:
+      The batches of every seed.
 
     Raises:
       InputError: If there are too few records, or if no held-out token is left.

@@ -39,6 +39,9 @@ def mark_repeats(rows: Int[np.ndarray, "B S"], trained: Sequence[Int[np.ndarray,
     Args:
       rows: Token ids.
       trained: Token ids of training rows, with `PADDING_ID` at padding.
+
+    Returns:
+      A mask that is true from the start of each row up to its first difference from every training row.
     """
     repeats = np.zeros(rows.shape, bool)
     for training_rows in trained:
@@ -49,16 +52,23 @@ def mark_repeats(rows: Int[np.ndarray, "B S"], trained: Sequence[Int[np.ndarray,
     return repeats
 
 
-def sinks(norms: Float[np.ndarray, " tokens"]) -> Bool[np.ndarray, " tokens"]:
+def mark_sinks(norms: Float[np.ndarray, " tokens"]) -> Bool[np.ndarray, " tokens"]:
     """Mark the tokens with an input norm above `SINK_RATIO` times the median."""
     return norms > SINK_RATIO * np.median(norms)
 
 
-def sample(count: int, seed: int | Sequence[int], masked: Bool[np.ndarray, " all"]) -> Int[np.ndarray, " read"]:
+def sample_tokens(count: int, seed: int | Sequence[int], masked: Bool[np.ndarray, " all"]) -> Int[np.ndarray, " read"]:
     """Sample at most ``count`` tokens that are not masked, without replacement.
 
-    The result is the same for the same mask and seed.
+    Args:
+      count: Maximum number of tokens.
+      seed: Seed of the sample. The same seed and mask give the same tokens.
+      masked: Mask of the tokens to leave out.
+
+    Returns:
+      The indices of the sampled tokens, in ascending order.
     """
+    # The first unmasked tokens of a random order.
     order = np.random.default_rng(seed).permutation(len(masked))
     return np.sort(order[~masked[order]][:count])
 
@@ -81,17 +91,19 @@ def choose_tokens(
       seed: Seed of the sample.
       name: Name of the module for the error message.
 
+    Returns:
+      The sampled tokens with the numbers of tokens by kind.
+
     Raises:
       InputError: If no token is left.
     """
-    is_sink = np.zeros(len(norms), bool)
     if seen is None:
-        seen = is_sink
+        is_seen = is_sink = np.zeros(len(norms), bool)
     else:
         # The few tokens with outlying norms would dominate every mean, and so hide the others.
-        is_sink = sinks(norms) & ~seen
-    indices = sample(count, seed, seen | is_sink)
-    counts = {"all": len(norms), "seen": int(seen.sum()), "sinks": int(is_sink.sum()), "read": len(indices)}
+        is_seen, is_sink = seen, mark_sinks(norms) & ~seen
+    indices = sample_tokens(count, seed, is_seen | is_sink)
+    counts = {"all": len(norms), "seen": int(is_seen.sum()), "sinks": int(is_sink.sum()), "read": len(indices)}
     if not len(indices):
         raise InputError(
             f"{name} has no usable token among {counts['all']} held-out tokens: {counts['seen']} repeat the beginning "

@@ -137,6 +137,9 @@ def summarise(table: pd.DataFrame, advice: Advice) -> pd.DataFrame:
     Args:
       table: Rows of `first_step_rows`, with two seeds or more.
       advice: Advice to check.
+
+    Returns:
+      A frame with the columns `SUMMARY_COLUMNS`, with a row for each candidate and quantity.
     """
 
     def mean_squares(plan: str, quantity: str) -> np.ndarray:
@@ -149,11 +152,10 @@ def summarise(table: pd.DataFrame, advice: Advice) -> pd.DataFrame:
         setting = candidate.setting
         for quantity in ("module", "hidden", "logits"):
             candidate_squares, tuned_squares = mean_squares(name, quantity), mean_squares(TUNED, quantity)
-            ratios = partial(_ratios, candidate_squares, tuned_squares)
             # The seeds of both settings are the same draws of A: the jackknife leaves them out together.
             seeds = len(candidate_squares)
             estimate = jackknife(partial(_mean_ratio, candidate_squares, tuned_squares), seeds, "seeds")
-            by_module = ratios(range(seeds))
+            by_module = _ratios(candidate_squares, tuned_squares, range(seeds))
             summary.append(
                 {
                     "plan": name,
@@ -172,10 +174,8 @@ def summarise(table: pd.DataFrame, advice: Advice) -> pd.DataFrame:
 
 def _ratios(candidate_squares: np.ndarray, tuned_squares: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
     """Compute the ratio of root mean squares over some of the seeds, by module."""
-    candidate_mean, tuned_mean = (
-        np.mean(squares[list(seeds)], axis=0) for squares in (candidate_squares, tuned_squares)
-    )
-    return np.sqrt(candidate_mean / tuned_mean)
+    indices = list(seeds)
+    return np.sqrt(np.mean(candidate_squares[indices], axis=0) / np.mean(tuned_squares[indices], axis=0))
 
 
 def _mean_ratio(candidate_squares: np.ndarray, tuned_squares: np.ndarray, seeds: Sequence[int]) -> float:
@@ -188,13 +188,14 @@ HEADS = ("plan", "alpha", "rate", "modules: mean (range)", "final hidden states"
 
 def format_candidates(summary: pd.DataFrame) -> list[list[str]]:
     """Format the ratios of `summarise` with their standard errors, with a row for each candidate but the tuned one."""
-    ratio = "{ratio:.3f} ± {standard_error:.3f}".format_map
     rows = []
     for plan, group in summary[summary["plan"] != TUNED].groupby("plan", sort=False):
-        modules, hidden, logits = group.to_dict("records")
-        spread = "{smallest:.2f} to {largest:.2f}".format_map(modules)
-        setting = f"{modules['alpha']:.4g}", f"{modules['learning_rate']:.3g}"
-        rows.append([str(plan), *setting, f"{ratio(modules)} ({spread})", ratio(hidden), ratio(logits)])
+        records = group.to_dict("records")
+        modules, hidden, logits = (f"{row['ratio']:.3f} ± {row['standard_error']:.3f}" for row in records)
+        # The row of the modules has the range over modules, and the setting that all rows share.
+        first = records[0]
+        modules += f" ({first['smallest']:.2f} to {first['largest']:.2f})"
+        rows.append([str(plan), f"{first['alpha']:.4g}", f"{first['learning_rate']:.3g}", modules, hidden, logits])
     return rows
 
 

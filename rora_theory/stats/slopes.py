@@ -143,7 +143,7 @@ def assert_flat(
     *,
     band: float = BAND,
     confidence: float = CONFIDENCE,
-    what: str = "y",
+    label: str = "y",
 ) -> SeedFit:
     """Assert in a test that log y does not depend on log x.
 
@@ -154,7 +154,7 @@ def assert_flat(
       y: Quantity to test, one row per seed.
       band: Largest absolute slope that counts as flat.
       confidence: Level of the two-sided interval that must lie within the band.
-      what: Name of the quantity for the message.
+      label: Name of the quantity in the message.
 
     Returns:
       The fit.
@@ -167,7 +167,7 @@ def assert_flat(
     result = trend(fit, band, confidence)
     if result != "flat":
         raise AssertionError(
-            f"{what} is not flat but {result}: slope {fit.slope:+.3f} ± {fit.half_width(confidence):.3f} "
+            f"{label} is not flat but {result}: slope {fit.slope:+.3f} ± {fit.half_width(confidence):.3f} "
             f"({confidence:.0%}, {fit.seeds} seeds) against a band of ±{band:g}, and largest departure from the line "
             f"{fit.departure:.3f}"
         )

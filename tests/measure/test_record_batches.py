@@ -10,7 +10,7 @@ from rora_theory import InputError
 from rora_theory.finetune import read_records
 from rora_theory.llama import load
 from rora_theory.llama.tokenizer import Tokenizer
-from rora_theory.measure.record_batches import BatchConfig, PairConfig, SeedBatches, by_seed, make_batch_pair
+from rora_theory.measure.record_batches import BatchConfig, PairConfig, SeedBatches, make_batch_pair, make_seed_batches
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def data(tmp_path_factory) -> list:
 
 def batches_of(records, tokenizer, seeds, steps, **changed) -> dict[int, SeedBatches]:
     settings = {"batches": "fresh", "batch_size": 4, "held_out": 6, "cutoff": 160, "template": "clean"} | changed
-    return by_seed(BatchConfig(**settings), records, tokenizer, seeds=seeds, steps=steps)
+    return make_seed_batches(BatchConfig(**settings), records, tokenizer, seeds=seeds, steps=steps)
 
 
 def test_fixed_and_fresh_batches(tokenizer, data) -> None:

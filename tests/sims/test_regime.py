@@ -117,8 +117,8 @@ def test_figures_are_of_the_batch_and_of_other_records(finished, model, records)
             masked = np.zeros(len(every), bool)
             if row["split"] == "heldout":
                 masked = unseen.mark_seen(pair.held_out, [pair.train])[real_tokens(pair.held_out)]
-                masked = masked | tokens.sinks(np.linalg.norm(every, axis=1))
-            grad, x = read["train"].gradient(module, layer), every[tokens.sample(16, 0, masked)]
+                masked = masked | tokens.mark_sinks(np.linalg.norm(every, axis=1))
+            grad, x = read["train"].gradient(module, layer), every[tokens.sample_tokens(16, 0, masked)]
             expected = np.sum(np.float64(grad) ** 2) * np.mean(np.sum(np.float64(x) ** 2, axis=1))
             assert float(row["cross_talk"]) == pytest.approx(expected, rel=1e-5)
 

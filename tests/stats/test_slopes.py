@@ -56,7 +56,7 @@ def test_assert_flat():
     flat = powers([0.01, -0.01, 0.02])
     assert slopes.assert_flat(RANKS, flat).slope == pytest.approx(0.02 / 3)
     with pytest.raises(AssertionError, match=r"the loss.*grows.*\+0\.500"):
-        slopes.assert_flat(RANKS, powers([0.5, 0.51, 0.49]), what="the loss")
+        slopes.assert_flat(RANKS, powers([0.5, 0.51, 0.49]), label="the loss")
     with pytest.raises(AssertionError, match="undecided"):
         slopes.assert_flat(RANKS, flat[:1])
     with pytest.raises(AssertionError, match=r"undecided.*departure.* 0\.5"):

@@ -157,12 +157,12 @@ def cases(config: CheckConfig) -> Iterator[Case]:
                 yield Case(optimizer, rule, init, False)
     # Controls, for which the law predicts a dependence on the rank: the check must detect it.
     if config.controls:
-        first = config.optimizers[0]
+        optimizer = config.optimizers[0]
         if 0.0 not in map(exponent, config.rules):
-            yield Case(first, 0.0, "kaiming_uniform", True)
+            yield Case(optimizer, 0.0, "kaiming_uniform", True)
         if "gaussian" not in config.inits:
             # The gaussian init is flat under constant gamma: use the rule with the largest exponent, farthest from it.
-            yield Case(first, max(config.rules, key=exponent), "gaussian", True)
+            yield Case(optimizer, max(config.rules, key=exponent), "gaussian", True)
 
 
 def coordinate_cells(config: CheckConfig) -> list[CoordinateCell]:
@@ -183,6 +183,9 @@ def coordinate_rows(
       cell: Case, seed and rank of the adapter.
       batch_of: Function that returns the batch of step t = 0, 1, ...
       held_out: Batch that is never trained on.
+
+    Returns:
+      A row with the columns `COLUMNS` for each coordinate.
     """
     (optimizer, rule, init, control), rank = cell.case, cell.rank
     # Each optimizer has its own learning rate.
@@ -215,6 +218,9 @@ def coordinate_slopes(config: CheckConfig, sizes: pd.DataFrame) -> pd.DataFrame:
     Args:
       config: Settings of the check.
       sizes: Frame of `size_table` with all cells.
+
+    Returns:
+      A frame with the columns `SLOPE_COLUMNS`.
     """
     rows: list[dict[str, Any]] = []
     ranks = tuple(sorted(config.ranks))
@@ -261,22 +267,21 @@ def verdicts(config: CheckConfig, slopes: pd.DataFrame) -> pd.DataFrame:
         group = rows_of_case(slopes, case)
         # Verdicts on the modules' outputs by split and step.
         outputs = group[(group["quantity"] == "output") & (group["module"] != MODEL)]
-        module_verdicts = {
-            (split, step): outputs["verdict"][(outputs["split"] == split) & (outputs["step"] == step)].tolist()
-            for split in BATCH_SPLITS
-            for step in config.steps
-        }
-        model_verdict = judge_model(group.to_dict("records"))
-        modules_verdict = summarise_verdicts([verdict for group in module_verdicts.values() for verdict in group])
-        # A control is expected to fail, so its verdict is translated.
+        flat_counts: dict[str, str] = {}
+        all_verdicts: list[str] = []
+        for split in BATCH_SPLITS:
+            for step in config.steps:
+                is_selected = (outputs["split"] == split) & (outputs["step"] == step)
+                module_verdicts = outputs["verdict"][is_selected].tolist()
+                flat_counts[f"flat {split} {step}"] = f"{module_verdicts.count('flat')} of {len(module_verdicts)}"
+                all_verdicts += module_verdicts
+        whole_model, modules = judge_model(group.to_dict("records")), summarise_verdicts(all_verdicts)
+        # A control is expected to fail: state whether it does.
         if case.control:
-            model_verdict, modules_verdict = (_judge_control(case, text) for text in (model_verdict, modules_verdict))
+            whole_model, modules = _judge_control(case, whole_model), _judge_control(case, modules)
         last = group.query("quantity == 'hidden' and split == 'train' and step == @config.steps[-1]")
-        row = case._asdict() | {"rule": name_of(case.rule), "whole_model": model_verdict, "modules": modules_verdict}
-        row |= {
-            f"flat {split} {step}": f"{group.count('flat')} of {len(group)}"
-            for (split, step), group in module_verdicts.items()
-        }
+        row = case._asdict() | {"rule": name_of(case.rule), "whole_model": whole_model, "modules": modules}
+        row |= flat_counts
         rows.append(row | {"kappa_flat": last["kappa_flat"].iloc[0] if len(last) else math.nan})
     return pd.DataFrame(rows)
 
@@ -289,7 +294,7 @@ def describe_check(config: CheckConfig, judged: pd.DataFrame) -> str:
       judged: Frame of `verdicts`.
     """
     clauses = [f"{case}: {verdict}" for case, verdict in zip(cases(config), judged["whole_model"], strict=True)]
-    steps = f"{listed(config.steps)} step{'s' * (max(config.steps) > 1)}"
+    steps = f"{listed(config.steps)} {'steps' if max(config.steps) > 1 else 'step'}"
     return f"Change of the whole model after {steps}, against the rank: {'; '.join(clauses)}."
 
 
@@ -314,7 +319,8 @@ def control_direction(case: Case) -> Literal["grows", "shrinks", ""]:
 
 
 def _judge_control(case: Case, verdict: str) -> str:
-    # A control that the law calls flat too is no control; any other flat one shows that the check is blind.
+    """Describe whether a control depends on the rank in the direction that the law predicts."""
+    # A flat control means that the check cannot detect a dependence, unless the law allows the control to be flat.
     if verdict == "flat":
         if 0 in control_growth(case):
             return "flat, which the law allows if one term dominates: no control"

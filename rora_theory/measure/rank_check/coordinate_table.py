@@ -94,11 +94,28 @@ class Table:
         band: float = BAND,
         confidence: float = CONFIDENCE,
     ) -> SeedFit:
-        """Assert that a slope lies within ``band`` of zero, see `slopes.assert_flat`."""
+        """Assert that a slope lies within ``band`` of zero, see `slopes.assert_flat`.
+
+        Args:
+          quantity: Name of the quantity, see `Coordinate`.
+          split: Batch at which it is measured.
+          step: Number of updates.
+          module: Name of the module, or ``model``.
+          band: Largest absolute slope that counts as flat.
+          confidence: Level of the two-sided interval that must lie within the band.
+
+        Returns:
+          The fit.
+
+        Raises:
+          AssertionError: If the trend is not flat.
+          InputError: If the table has no such coordinate, or if a size is not finite and positive.
+        """
+        # Raises `InputError` if the table has no such coordinate.
         self.slope(quantity, split=split, step=step, module=module)
-        what = f"{quantity} of {module} on {split} at step {step}"
-        y = self.values[Coordinate(quantity, split, module, step)]
-        return slopes.assert_flat(self.ranks, y, band=band, confidence=confidence, what=what)
+        label = f"{quantity} of {module} on {split} at step {step}"
+        sizes = self.values[Coordinate(quantity, split, module, step)]
+        return slopes.assert_flat(self.ranks, sizes, band=band, confidence=confidence, label=label)
 
     def slope_rows(self, *, band: float = BAND, kappa: float | None = None, power: int = 1) -> list[dict[str, Any]]:
         """Return a row with the slope and verdict of every coordinate except the loss.

@@ -83,8 +83,12 @@ class Checker:
         if setting.rank > self.width:
             raise InputError(f"rank must be at most the width of the Checker, {self.width}, got {setting.rank}")
         config = lora_config_for(setting, self.target_modules)
-        template, relative = self._template.params, partial(nested.relative, setting.init, rank=setting.rank)
-        deviations = {name: relative(p_in=tensors["lora_A"].shape[-1]) for name, tensors in template.items()}
+        # Rows are shared by all ranks; the standard deviation of A's entries may depend on the rank.
+        template = self._template.params
+        deviations = {
+            name: nested.relative(setting.init, rank=setting.rank, p_in=tensors["lora_A"].shape[-1])
+            for name, tensors in template.items()
+        }
         params = _init_nested(key, template, setting.rank, deviations, init=setting.init)
         return replace(self._template, params=params, scaling=scalings(config, config.targets(self.llama_config)))
 
@@ -120,9 +124,9 @@ class Checker:
                 adapter, state, self.params, batch, rate, optimizer=setting.optimizer, llama_config=self.llama_config
             )
             if step in steps:
-                yield from _named(norms, "train", step)
+                yield from _coordinates(norms, "train", step)
                 for split, split_batch in zip(BATCH_SPLITS, (batch, held_out), strict=True):
-                    yield from _named(self._measure(adapter, split_batch, setting.rank, split), split, step)
+                    yield from _coordinates(self._measure(adapter, split_batch, setting.rank, split), split, step)
 
     def _measure(self, adapter: LoraAdapter, batch: Batch, rank: int, split: BatchSplit) -> dict[str, dict[str, Array]]:
         # The base model's hidden states depend on the batch alone: compute them once.
@@ -191,11 +195,11 @@ def _measure(
     """Compute the coordinates of one adapter on one batch, by quantity and module."""
     # Forward pass of the adapted model, which captures the inputs of the adapted modules.
     hidden, inputs = hidden_states(base, batch.inputs, llama_config, adapter, capture=tuple(adapter.params))
-    real = (batch.weights > 0).astype(jnp.float32)[:, :, None]
-    tokens = jnp.sum(real)
+    is_target = (batch.weights > 0).astype(jnp.float32)[:, :, None]
+    tokens = jnp.sum(is_target)
 
     def square_sum(values: Float[Array, "b s n"]) -> Float[Array, ""]:
-        return jnp.sum(real * values**2)
+        return jnp.sum(is_target * values**2)
 
     # Root mean squares of each module over its adapted layers; layers without an adapter have the scaling 0.
     sizes: dict[str, dict[str, Array]] = {"output": {}, "inner": {}, "delta": {}}
@@ -208,10 +212,10 @@ def _measure(
         sizes["inner"][name] = jnp.sqrt(inner / (layers * tokens * rank))
         sizes["delta"][name] = jnp.sqrt(delta / layers)
     # Logits are linear in the hidden state, so their mean square change is a quadratic form: no logits are computed.
-    change = (hidden.astype(jnp.float32) - before) * real
-    logits = jnp.einsum("bsd,de,bse->", change, correlation, change)
+    change = (hidden.astype(jnp.float32) - before) * is_target
+    logit_squares = jnp.einsum("bsd,de,bse->", change, correlation, change)
     sizes["hidden"] = {MODEL: jnp.sqrt(jnp.sum(change**2) / (tokens * change.shape[-1]))}
-    sizes["logits"] = {MODEL: jnp.sqrt(logits / tokens)}
+    sizes["logits"] = {MODEL: jnp.sqrt(logit_squares / tokens)}
     sizes["loss"] = {MODEL: batch_loss(base, batch, llama_config, adapter) / tokens}
     return sizes
 
@@ -228,7 +232,7 @@ def _unembedding_correlation(base: Params, llama_config: LlamaConfig) -> Float[A
     return jnp.einsum("vd,ve->de", head, head, preferred_element_type=jnp.float32) / head.shape[0]
 
 
-def _named(sizes: dict[str, dict[str, Array]], split: str, step: int) -> Iterator[tuple[Coordinate, float]]:
+def _coordinates(sizes: dict[str, dict[str, Array]], split: str, step: int) -> Iterator[tuple[Coordinate, float]]:
     for quantity, by_module in sizes.items():
         for module, value in by_module.items():
             yield Coordinate(quantity, split, module, step), float(value)

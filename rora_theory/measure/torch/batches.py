@@ -179,6 +179,7 @@ def select_masks(masks: MasksByShape, x: Float[torch.Tensor, "*tokens _features"
 
 
 def _add_masks(masks: MasksByShape, real: Bool[np.ndarray, "B S"], seen: Bool[np.ndarray, "B S"]) -> None:
+    """Add the masks of one batch's tokens under every leading shape that a module's input may have."""
     batch_first = TokenMasks(real.reshape(-1), seen.reshape(-1))
     sequence_first = TokenMasks(real.T.reshape(-1), seen.T.reshape(-1))
     shapes = ((real.shape, batch_first), (real.shape[::-1], sequence_first), ((real.size,), batch_first))
@@ -251,6 +252,7 @@ def _join_decoder(
 
 
 def _real_tokens(model: torch.nn.Module, ids: Int[np.ndarray, "B S"], batch: Batch) -> Bool[np.ndarray, "B S"]:
+    """Return the mask of the tokens that are not padding and, in a causal model, precede a token with a target."""
     labels, mask = _array(batch, "labels"), _array(batch, "attention_mask")
     real = np.ones(ids.shape, bool) if mask is None or mask.shape != ids.shape else mask.astype(bool)
     if task_type(model) == "CAUSAL_LM" and labels is not None and labels.shape == ids.shape:

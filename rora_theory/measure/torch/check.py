@@ -218,31 +218,33 @@ def coordinate_check(
             check_positive("learning_rate", learning_rate(rank) if callable(learning_rate) else learning_rate)
     else:
         check_function("make_optimizer", make_optimizer)
-    make = adamw(learning_rate) if make_optimizer is None else make_optimizer
+    make_optimizer_of_rank = adamw(learning_rate) if make_optimizer is None else make_optimizer
     # Sizes by coordinate, seed and rank; NaN marks what is not measured.
     values: dict[Coordinate, np.ndarray] = {}
     optimizers: list[str] = []
-    runs = [(number, column, rank) for number in range(seeds) for column, rank in enumerate(ranks)]
+    runs = [(draw, column, rank) for draw in range(seeds) for column, rank in enumerate(ranks)]
     total = len(runs) * max(steps)
     description = f"Checking {len(ranks)} ranks with {seeds} draws of A ({total} training steps)"
     with with_autograd(), bar(total, description=description, unit="step", shown=progress) as progress_bar:
-        for number, column, rank in runs:
+        for draw, column, rank in runs:
             model = make_model(rank)
             check_model(model, f"make_model({rank})")
             model = unwrap(model)
             with preserved_state(model):
                 # Dropout masks depend on the seed alone: ranks share them.
-                torch.manual_seed(seed + number)
+                torch.manual_seed(seed + draw)
                 layers = _fresh_layers(model, rank)
-                _draw_nested(layers, model, [seed, number])
+                _draw_nested(layers, model, [seed, draw])
                 # Train the adapter and record the size of every coordinate.
                 run = _Run(model, layers, batches, held_out, compute_loss)
-                optimizer = make([parameter for parameter in model.parameters() if parameter.requires_grad], rank)
+                optimizer = make_optimizer_of_rank(
+                    [parameter for parameter in model.parameters() if parameter.requires_grad], rank
+                )
                 check_optimizer(optimizer)
                 for coordinate, value in run.measure(optimizer, steps, progress_bar.update):
-                    values.setdefault(coordinate, np.full((seeds, len(ranks)), np.nan))[number, column] = value
+                    values.setdefault(coordinate, np.full((seeds, len(ranks)), np.nan))[draw, column] = value
             optimizers.append(_describe_optimizer(optimizer))
-            name = f"{type(base_model(model)).__name__} in {next(model.parameters()).dtype}".replace("torch.", "")
+            model_name = f"{type(base_model(model)).__name__} in {next(model.parameters()).dtype}".replace("torch.", "")
             # Remove PEFT's layers, so that the next rank can use the same base model.
             if hasattr(model, "unload"):
                 model.unload()
@@ -251,17 +253,18 @@ def coordinate_check(
     slopes = table.slope_rows(band=band)
     sizes = pd.DataFrame(
         [
-            {"rank": rank, "seed": number} | coordinate._asdict() | {"value": float(value[number, column])}
+            {"rank": rank, "seed": draw} | coordinate._asdict() | {"value": float(value[draw, column])}
             for coordinate, value in values.items()
-            for number in range(seeds)
+            for draw in range(seeds)
             for column, rank in enumerate(ranks)
         ]
     )
     # Describe the scope of the verdict.
     step_text = f"{listed(steps)} step{'' if tuple(steps) == (1,) else 's'}"
     batch_text = f"{len(batches)} training batch{'' if len(batches) == 1 else 'es'}"
+    optimizer_text = "; ".join(dict.fromkeys(optimizers))
     scope = (
-        f"Measured on {name} at ranks {listed(ranks)}, after {step_text} of {'; '.join(dict.fromkeys(optimizers))}, "
+        f"Measured on {model_name} at ranks {listed(ranks)}, after {step_text} of {optimizer_text}, "
         f"with {seeds} draws of A, {batch_text} and {'one' if held_out else 'no'} held-out batch. "
         f"A slope is flat if its 95% interval lies within ±{band:g}."
     )
@@ -356,11 +359,14 @@ class _Run:
     def measure(
         self, optimizer: torch.optim.Optimizer, steps: Sequence[int], on_step: Callable[[], Any]
     ) -> Iterator[tuple[Coordinate, float]]:
-        # Outputs of the base model (B = 0) on every batch that is measured later.
+        """Train the adapter, and yield its coordinates with their sizes after each of ``steps``."""
+        # Index of the batch of every step: the steps cycle through the batches.
         batch_indices = [(step - 1) % len(self._train) for step in range(1, max(steps) + 1)]
-        # Outputs of the base model, to which the adapted outputs are compared: B is still 0.
-        measured = {self._train[batch_indices[step - 1]] for step in steps} | {self._held_out} - {None}
-        before = {masked: self._outputs(masked)[0] for masked in measured if masked is not None}
+        # Outputs of the base model on every batch that is measured later: B is still 0.
+        measured = {self._train[batch_indices[step - 1]] for step in steps}
+        if self._held_out is not None:
+            measured.add(self._held_out)
+        before = {masked: self._outputs(masked)[0] for masked in measured}
         for step, index in enumerate(batch_indices, start=1):
             # One training step on the step's batch.
             optimizer.zero_grad()

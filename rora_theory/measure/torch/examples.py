@@ -66,7 +66,7 @@ def read_batches(
     if _is_batch(first):
         batches = list(itertools.islice(elements, count))
     else:
-        collate = _collator(first, name, tokenizer, max_length)
+        collate = _make_collator(first, name, tokenizer, max_length)
         batches = [collate(records) for records in itertools.islice(_chunks(elements, batch_size), count)]
     for batch in batches:
         if not _is_batch(batch):
@@ -81,14 +81,14 @@ def count_tokens(batch: Batch) -> int:
         return int((mask != 0).sum())
     if isinstance(ids, torch.Tensor):
         return ids.numel()
-    return _rows(batch)
+    return _count_rows(batch)
 
 
 def count_targets(model: torch.nn.Module, batch: Batch) -> int:
     """Return the number of labels in the loss of a batch. A causal model has no prediction of a row's first token."""
     labels = batch.get("labels")
     if not isinstance(labels, torch.Tensor):
-        return _rows(batch)
+        return _count_rows(batch)
     if task_type(model) == "CAUSAL_LM" and labels.ndim == 2:
         labels = labels[:, 1:]
     return int((labels != IGNORED_LABEL).sum()) if not labels.is_floating_point() else len(labels)
@@ -102,7 +102,7 @@ def held_out_groups(model: torch.nn.Module, batches: Sequence[Batch]) -> list[Gr
     Raises:
       InputError: If no group has a label.
     """
-    total = sum(_rows(batch) for batch in batches)
+    total = sum(_count_rows(batch) for batch in batches)
     # Rows per group, so that there are at most about `MAX_GROUPS` of them.
     size = -(-total // MAX_GROUPS)
     groups = []
@@ -137,14 +137,18 @@ def _is_batch(element: Any) -> bool:
     )
 
 
-def _rows(batch: Batch) -> int:
+def _count_rows(batch: Batch) -> int:
+    """Return the number of rows of ``input_ids``, or of the first tensor with rows; 1 if there is none."""
     tensors = [value for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim]
     ids = batch.get("input_ids")
-    return len(ids) if isinstance(ids, torch.Tensor) and ids.ndim else len(tensors[0]) if tensors else 1
+    if isinstance(ids, torch.Tensor) and ids.ndim:
+        return len(ids)
+    return len(tensors[0]) if tensors else 1
 
 
 def _split_rows(batch: Batch, size: int) -> Iterator[Batch]:
-    rows = _rows(batch)
+    """Yield parts of a batch of at most ``size`` rows, or the batch itself if a tensor has another number of rows."""
+    rows = _count_rows(batch)
     tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
     if any(not tensor.ndim or len(tensor) != rows for tensor in tensors):
         yield batch
@@ -161,7 +165,7 @@ def _chunks(elements: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _collator(first: Any, name: str, tokenizer: Any, max_length: int) -> Callable[[Sequence[Any]], Batch]:
+def _make_collator(first: Any, name: str, tokenizer: Any, max_length: int) -> Callable[[Sequence[Any]], Batch]:
     """Return a function that builds a batch from records like ``first``."""
     is_mapping = isinstance(first, Mapping)
     kind = next((key for key in ("messages", "text", "input_ids") if is_mapping and key in first), None)

@@ -90,7 +90,7 @@ def layer_index(name: str) -> int:
     return next((int(part) for part in name.split(".") if re.fullmatch("[0-9]{1,9}", part)), -1)
 
 
-def chosen(
+def select_modules(
     model: torch.nn.Module, target_modules: Sequence[str] | str | None, layers: Sequence[int] | None = None
 ) -> dict[str, torch.nn.Module]:
     """Return the linear modules of a base model that PEFT would adapt.

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from rora_theory.advice.lora_config import check_uniform, init_of
 from rora_theory.errors import InputError, first_line, shown
-from rora_theory.measure.tokens import sinks
+from rora_theory.measure.tokens import mark_sinks
 from rora_theory.measure.torch.batches import Batch, Loss, MasksByShape, find_masks, move_batch, select_masks
 from rora_theory.measure.torch.examples import Group, count_targets
 from rora_theory.measure.torch.modules import preserved_state, with_autograd
@@ -28,7 +28,7 @@ MakeOptimizer = Callable[[Iterable[torch.nn.Parameter], float], torch.optim.Opti
 ADAPTER = "probe"
 """Name of the adapter that a run trains."""
 
-TRAINS_OTHERS = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
+UNSUPPORTED_ENTRIES = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
 """Entries of a ``LoraConfig`` with which weights outside the adapters' matrices are trained or copied."""
 
 
@@ -77,7 +77,7 @@ def strength_of(config: LoraConfig) -> float:
     values = vars(config)
     check_uniform(values)
     # The law describes adapters that start at B = 0, with nothing else trained.
-    for name in TRAINS_OTHERS:
+    for name in UNSUPPORTED_ENTRIES:
         if values.get(name):
             raise InputError(f"config.{name} must be empty for a probe, got {shown(values[name])}")
     if config.bias != "none":
@@ -223,14 +223,17 @@ class LedParts:
             rows = rows[torch.from_numpy(mask.real & ~mask.seen).to(rows.device)]
         if not len(rows):
             return
-        rows = rows[~torch.from_numpy(sinks(rows.norm(dim=1).cpu().numpy())).to(rows.device)]
-        layer, start = self._layers[index], self._starts[index].float()
+        rows = rows[~torch.from_numpy(mark_sinks(rows.norm(dim=1).cpu().numpy())).to(rows.device)]
+        layer, start_A = self._layers[index], self._starts[index].float()
         A, B = (factors[ADAPTER].weight.detach().float() for factors in (layer.lora_A, layer.lora_B))
-        # |B u|^2 = u' B'B u: avoids forming B u.
+        # |B u|^2 = u^T B^T B u for u = A_0 x and u = (A - A_0) x: avoids forming B u.
         gram = B.T @ B
-        squares = [float(((rows @ part.T) @ gram * (rows @ part.T)).sum()) for part in (start, A - start)]
+        squares = []
+        for part in (start_A, A - start_A):
+            u = rows @ part.T
+            squares.append(max(float((u @ gram * u).sum()), 0.0))  # rounding may make a sum of squares negative
         led_B, led_A = self._squares[index]
-        self._squares[index] = led_B + max(squares[0], 0.0), led_A + max(squares[1], 0.0)
+        self._squares[index] = led_B + squares[0], led_A + squares[1]
 
 
 @contextmanager

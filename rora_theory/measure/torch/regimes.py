@@ -47,11 +47,11 @@ from rora_theory.measure.torch.modules import (
     adapted_targets,
     base_model,
     check_model,
-    chosen,
     is_prompt_learning,
     layer_index,
     linear_size,
     preserved_state,
+    select_modules,
     task_type,
     unwrap,
     with_autograd,
@@ -254,7 +254,7 @@ def regime(
         check_batch(name, value)
     model = unwrap(model)
     base = base_model(model)
-    modules = chosen(base, target_modules, layers)
+    modules = select_modules(base, target_modules, layers)
     # A learned prompt lies outside the base model: without it, the base model runs.
     if is_prompt_learning(model):
         if adapters == "on":
@@ -298,16 +298,16 @@ def regime(
             f"no gradient reaches any of {len(reached)} target modules. Choose target_modules that the loss depends on."
         )
     # Gradients arrive in the order of the backward pass: restore the model's order.
-    frames = Regime.from_rows(
+    measured = Regime.from_rows(
         [reducer.rows[name] for name in modules if name in reducer.rows], training_loss, held_out_loss
     )
     # Warn if the result rests on too few tokens or layers.
-    all_modules = modules if layers is None else chosen(base, target_modules)
-    warnings = thin.regime_warnings(frames.crossings, len({layer_index(name) for name in all_modules}))
-    thin.warn(frames.files().values(), warnings)
+    all_modules = modules if layers is None else select_modules(base, target_modules)
+    warnings = thin.regime_warnings(measured.crossings, len({layer_index(name) for name in all_modules}))
+    thin.warn(measured.files().values(), warnings)
     targets = adapted_targets(model) if target_modules is None else target_modules
     return TorchRegime(
-        **vars(frames),
+        **vars(measured),
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type=task_type(base),
         left_out=left_out,
@@ -417,6 +417,7 @@ class _InputSampler:
         memory that they leave, so that the next pass could not use all of it.
         """
         self._latest.clear()
+        # Modules that share an input share the array: copy each array once.
         distinct = list({id(rows): rows for rows in self.inputs.values()}.values())
         if distinct:
             block = np.concatenate([rows.reshape(-1) for rows in distinct])
@@ -470,12 +471,12 @@ class _GradientReducer:
             stepped = drawn_steps.measure_adapters(config, layer)
 
         # Copy the rows of A, because PyTorch warns about arrays that are not writable, such as JAX's.
-        def lora_A(init: Init) -> np.ndarray:
+        def draw_rows(init: Init) -> np.ndarray:
             return np.array(self._draw(config, layer, init))
 
         # Evaluate the law.
         counts = {"train": training.counts[name], "heldout": self._held_out.counts[name]}
-        self.rows[name] = module_regime.measure_module(config, layer, index, lora_A, stepped, counts, _multiply)
+        self.rows[name] = module_regime.measure_module(config, layer, index, draw_rows, stepped, counts, _multiply)
 
 
 def _estimate_cost(config: RegimeConfig, weights: int) -> str:

@@ -29,7 +29,7 @@ from rora_theory.measure.torch.examples import (
     held_out_groups,
     read_batches,
 )
-from rora_theory.measure.torch.modules import check_model, chosen, preserved_state, unwrap
+from rora_theory.measure.torch.modules import check_model, preserved_state, select_modules, unwrap
 from rora_theory.measure.torch.probe import (
     MakeOptimizer,
     ProbeModel,
@@ -60,7 +60,7 @@ PROBE_RANK = 8
 NOT_IDENTIFYING = ("base_model_name_or_path", "auto_mapping", "peft_version", "runtime_config")
 """Entries of a ``LoraConfig`` that have no effect on training."""
 
-FEWEST_GROUPS = 2
+MIN_GROUPS = 2
 """Minimum number of groups of held-out rows that an evaluation must afford."""
 
 
@@ -154,7 +154,7 @@ def tune(
     # Report an entry that matches no module before any data are read.
     if config.target_modules is not None:
         targets = config.target_modules
-        chosen(model, targets if isinstance(targets, str) else sorted(targets))
+        select_modules(model, targets if isinstance(targets, str) else sorted(targets))
     # A checkpoint that cannot be written is an error now, not after the first run.
     if not isinstance(checkpoint, str | Path | None):
         raise InputError(f"checkpoint must be the path of a file, got {shown(checkpoint)}")
@@ -163,9 +163,9 @@ def tune(
         files.check_folder(path.parent)
     # Reading a DataLoader draws from PyTorch's random generators.
     with preserved_state(model):
-        reading: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length}
-        batches = read_batches(train, "train", **reading, count=MAX_PROBE_STEPS * accumulation)
-        groups = held_out_groups(model, read_batches(held_out, "held_out", **reading, count=MAX_HELD_OUT_BATCHES))
+        read_options: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length}
+        batches = read_batches(train, "train", **read_options, count=MAX_PROBE_STEPS * accumulation)
+        groups = held_out_groups(model, read_batches(held_out, "held_out", **read_options, count=MAX_HELD_OUT_BATCHES))
     # Mean number of tokens of an optimizer step, which is the unit of the budget.
     batch_tokens = accumulation * sum(map(count_tokens, batches)) / len(batches)
     plan = make_plan(
@@ -178,7 +178,7 @@ def tune(
         budget=budget,
     )
     # Evaluate on as many held-out groups as the budget allows.
-    used = _affordable_records(groups, plan.held_out_tokens(batch_tokens))
+    affordable_groups = _affordable_groups(groups, plan.held_out_tokens(batch_tokens))
     # A smaller rank at the same gamma r has about the same best rate and trains faster.
     rank = min(probe_rank, config.r)
     settings = ProbeSettings(
@@ -194,7 +194,7 @@ def tune(
     )
     # A checkpoint belongs to one model, configuration, plan and data.
     identity = _identity(model, settings, plan, weight_decay if make_optimizer is None else make_optimizer)
-    identity |= {"train": digest(batches), "held_out": digest(group.batch for group in used)}
+    identity |= {"train": digest(batches), "held_out": digest(group.batch for group in affordable_groups)}
     runs = [] if path is None else _read_runs(path, identity)
     logger.info(plan.sentence())
     shown_total = math.ceil(plan.budget)
@@ -202,7 +202,7 @@ def tune(
     # Train one rate after the other, each chosen from the results so far, and save every result.
     with bar(shown_total, description=description, unit="step", shown=progress) as progress_bar:
         progress_bar.update(sum(run.diverged_at or run.steps for run in runs))
-        probe = ProbeModel(model, settings, batches, used, compute_loss, progress_bar.update)
+        probe = ProbeModel(model, settings, batches, affordable_groups, compute_loss, progress_bar.update)
         while (trial := next_trial(plan, runs)) is not None:
             runs.append(probe.train(trial))
             if path is not None:
@@ -211,11 +211,11 @@ def tune(
     return conclude(
         plan,
         runs,
-        [group.targets for group in used],
+        [group.targets for group in affordable_groups],
         config=copy.deepcopy(config),
         rank=config.r,
         probe_rank=rank,
-        remarks=_remarks(plan, config, len(batches) // accumulation, used, groups),
+        remarks=_remarks(plan, config, len(batches) // accumulation, affordable_groups, groups),
     )
 
 
@@ -223,34 +223,34 @@ def _adamw(weight_decay: float) -> MakeOptimizer:
     return lambda parameters, rate: torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay)
 
 
-def _affordable_records(groups: Sequence[Group], tokens: int) -> list[Group]:
+def _affordable_groups(groups: Sequence[Group], tokens: int) -> list[Group]:
     """Return the first groups with at most this number of tokens.
 
     Raises:
       InputError: If the first two have more.
     """
-    used, total = [], 0
+    affordable_groups, total = [], 0
     for group in groups:
         total += group.tokens
         if total > tokens:
             break
-        used.append(group)
+        affordable_groups.append(group)
     # The error of a loss comes from the spread between groups, which needs two of them.
-    fewest = groups[:FEWEST_GROUPS]
-    if len(used) < len(fewest):
+    fewest = groups[:MIN_GROUPS]
+    if len(affordable_groups) < len(fewest):
         raise InputError(
             f"held_out must have rows of which two have at most {tokens} tokens, which the budget allows per "
             f"evaluation, got {sum(group.tokens for group in fewest)}. Raise budget, or pass shorter held-out rows."
         )
-    return used
+    return affordable_groups
 
 
 def _remarks(
-    plan: ProbePlan, config: LoraConfig, step_batches: int, used: Sequence[Group], groups: Sequence[Group]
+    plan: ProbePlan, config: LoraConfig, step_batches: int, affordable_groups: Sequence[Group], groups: Sequence[Group]
 ) -> list[str]:
-    tokens = sum(group.targets for group in used)
+    tokens = sum(group.targets for group in affordable_groups)
     remarks = [f"Held-out losses are over {tokens:,} labels."]
-    if len(used) < len(groups):
+    if len(affordable_groups) < len(groups):
         total = sum(group.targets for group in groups)
         remarks = [f"Held-out losses are over {tokens:,} of {total:,} labels, as the budget allows."]
     if step_batches < plan.probe_steps:

@@ -71,19 +71,19 @@ def test_what_leaves_no_token_of_its_own_is_refused(model) -> None:
 
 
 def test_a_sink_is_ten_times_the_median() -> None:
-    np.testing.assert_array_equal(tokens.sinks(np.array([1, 9.9, 1, 10.1, 1])), [False, False, False, True, False])
+    np.testing.assert_array_equal(tokens.mark_sinks(np.array([1, 9.9, 1, 10.1, 1])), [False, False, False, True, False])
 
 
 def test_a_sample_is_the_same_in_every_module() -> None:
     """Each token that is not masked is there once, ascending; all of them where there are fewer."""
     masked = np.array([False, True] * 10)
-    sample = tokens.sample(6, 0, masked)
+    sample = tokens.sample_tokens(6, 0, masked)
     assert len(sample) == 6
     assert (np.diff(sample) > 0).all()
     assert not masked[sample].any()
-    np.testing.assert_array_equal(sample, tokens.sample(6, 0, masked))
-    assert sample.tolist() != tokens.sample(6, 1, masked).tolist()
-    np.testing.assert_array_equal(tokens.sample(64, 0, masked), np.flatnonzero(~masked))
+    np.testing.assert_array_equal(sample, tokens.sample_tokens(6, 0, masked))
+    assert sample.tolist() != tokens.sample_tokens(6, 1, masked).tolist()
+    np.testing.assert_array_equal(tokens.sample_tokens(64, 0, masked), np.flatnonzero(~masked))
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from rora_theory.measure.regimes import terms
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.measure.torch import hooks, regime
 from rora_theory.measure.torch import regimes as torch_regimes
-from rora_theory.measure.torch.modules import chosen, linear_modules, linear_size, without_adapters
+from rora_theory.measure.torch.modules import linear_modules, linear_size, select_modules, without_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
 SMALL = RegimeConfig(ranks=(1, 4), rules=("lora",), inits=("gaussian",), rows=0, tokens=9)
@@ -37,7 +37,7 @@ def run_backward(model, modules, loss, calls=None) -> tuple[float, dict[str, tor
 
 def gradients(model, batch) -> dict[str, torch.Tensor]:
     """Return G of every module that a pass of the model calls."""
-    modules = chosen(model, None)
+    modules = select_modules(model, None)
     calls: dict[str, int] = {}
     hooks.read_modules(
         modules, lambda: float(model(**batch).loss), lambda name, _: calls.update({name: calls.get(name, 0) + 1})
@@ -52,7 +52,7 @@ def autograd(model, batch) -> dict[str, torch.Tensor]:
     is_transposed = transformers.pytorch_utils.Conv1D
     return {
         name: module.weight.grad.T if isinstance(module, is_transposed) else module.weight.grad
-        for name, module in chosen(copied, None).items()
+        for name, module in select_modules(copied, None).items()
     }
 
 
@@ -167,7 +167,7 @@ def test_gradient_checkpointing(reentrant) -> None:
 def test_one_gradient_at_a_time(monkeypatch) -> None:
     """When a module's G comes, the others' are gone; and as soon as it is formed nothing keeps the module's inputs."""
     model = torch_models.model()
-    modules = chosen(model, None)
+    modules = select_modules(model, None)
     gradients: list[weakref.ref] = []
     keepers: list[weakref.ref] = []
     apply = hooks._SavedInput.apply
@@ -237,7 +237,7 @@ def test_weights_that_are_loaded_when_needed() -> None:
     model = torch_models.model()
     expected = autograd(model, BATCHES[0])
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    assert all(weight.is_meta for weight in chosen(model, None)["model.layers.0.self_attn.q_proj"].parameters())
+    assert all(weight.is_meta for weight in select_modules(model, None)["model.layers.0.self_attn.q_proj"].parameters())
     assert_same(gradients(model, BATCHES[0]), expected)
     assert regime(model, *BATCHES, config=SMALL).left_out == {}
 
@@ -290,7 +290,7 @@ def test_quantised_modules(pack) -> None:
     """G is that of the model whose weights are the quantised ones: each is read off by running it on the identity.
     The weights are counted as those of a plain module, and are not copied while the model is measured."""
     model, plain = torch_models.model(), torch_models.model()
-    for name, linear in chosen(plain, None).items():
+    for name, linear in select_modules(plain, None).items():
         parent, _, last = name.rpartition(".")
         packed = pack(linear)
         assert linear_size(packed) == linear.weight.numel()
@@ -299,9 +299,9 @@ def test_quantised_modules(pack) -> None:
             linear.weight.copy_(packed(torch.eye(linear.in_features)).T)
     assert_same(gradients(model, BATCHES[0]), autograd(plain, BATCHES[0]), tolerance=1e-4)
     # Buffers of a model in training are restored, which writes to them and counts their versions up.
-    versions = {name: module.weight._version for name, module in chosen(model.train(), None).items()}
-    assert len(regime(model, *BATCHES, config=SMALL).tokens) == 2 * len(chosen(plain, None))
-    assert {name: module.weight._version for name, module in chosen(model, None).items()} == versions
+    versions = {name: module.weight._version for name, module in select_modules(model.train(), None).items()}
+    assert len(regime(model, *BATCHES, config=SMALL).tokens) == 2 * len(select_modules(plain, None))
+    assert {name: module.weight._version for name, module in select_modules(model, None).items()} == versions
 
 
 def test_wrapped_models() -> None:
@@ -604,7 +604,7 @@ def test_layers_are_a_sample_of_the_model() -> None:
     assert sum("1 of the model's 2 layers" in text for text in sample.crossings.attrs["warnings"]) == 1
     assert sample.target_modules == "all-linear"
     with pytest.raises(InputError, match=r"layers \[3\] .* layers -1 to -1$"):
-        chosen(torch.nn.ModuleDict({"outside": torch.nn.Linear(2, 2)}), None, [3])
+        select_modules(torch.nn.ModuleDict({"outside": torch.nn.Linear(2, 2)}), None, [3])
 
 
 def test_a_head_is_no_target_of_all_linear() -> None:
@@ -614,8 +614,8 @@ def test_a_head_is_no_target_of_all_linear() -> None:
         (transformers.LlamaForSequenceClassification(configuration), "score"),
         (torch_models.model(), "lm_head"),
     ):
-        assert set(linear_modules(model)) - set(chosen(model, None)) == {head}
-        assert list(chosen(model, [head])) == [head]
+        assert set(linear_modules(model)) - set(select_modules(model, None)) == {head}
+        assert list(select_modules(model, [head])) == [head]
 
 
 def test_adapters_that_were_off_stay_off() -> None:
