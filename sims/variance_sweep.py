@@ -69,7 +69,7 @@ def run(config: Config) -> None:
     judged = simulation.judge_simulation(simulation_config, sums_of_grid, places)
     folder.write("verdicts.json", json.dumps([vars(verdict) for verdict in judged], indent=2) + "\n")
     results, check = frame_of(values), frame_of(values, direct=True)
-    folder.write_frame(simulation.second_moments(results), "second_moments.csv")
+    folder.write_frame(simulation.compare_second_moments(results), "second_moments.csv")
     # Key figures, and the report.
     slopes, scope = simulation.simulated_exponents(results), (*simulation.GROUP, "low", "high")
     exponents = key_figures(slopes, "exponent of the rms norm in the rank", "slope", over="draws", scope=scope)
@@ -77,7 +77,7 @@ def run(config: Config) -> None:
         report(results, check, judged)
     folder.finish()
     answers.print_files(folder.path)
-    tables.print_text(verdicts.verdicts_in_words(judged))  # again, because the tables do not fit on a screen
+    tables.print_text(verdicts.describe_verdicts(judged))  # again, because the tables do not fit on a screen
 
 
 def frame_of(values: list[Any], *, direct: bool = False) -> pd.DataFrame:
@@ -93,7 +93,7 @@ def report(results: pd.DataFrame, check: pd.DataFrame, judged: Sequence[verdicts
       check: Moments of the direct check.
       judged: Verdicts on the equations.
     """
-    answers.print_answer(verdicts.verdicts_in_words(judged))
+    answers.print_answer(verdicts.describe_verdicts(judged))
     # Exponents of the norm, in a table for each optimizer and init.
     slopes = simulation.simulated_exponents(results)
     for (optimizer, init), group in slopes.groupby(["optimizer", "init"], sort=False):
@@ -116,7 +116,7 @@ def report(results: pd.DataFrame, check: pd.DataFrame, judged: Sequence[verdicts
     )
     if len(check):
         # NaN is not skipped: an undefined z must not look like a small one.
-        score = simulation.second_moments(check)["z"].abs().max(skipna=False)
+        score = simulation.compare_second_moments(check)["z"].abs().max(skipna=False)
         tables.print_text(
             f"The direct sampler draws A, differentiates, takes a step with optax and evaluates it at x', with "
             f"{simulation.CHECK_DRAWS} draws for each rank and overlap. Over the {len(check)} rows of "

@@ -8,7 +8,7 @@ import pytest
 from rora_theory.evaluate.accuracies import TaskAccuracy, describe_accuracy
 from rora_theory.horizon.judgement import describe_horizons
 from rora_theory.measure.rank_check.check import CheckConfig, describe_check
-from rora_theory.paper.verdicts import Verdict, verdicts_in_words
+from rora_theory.paper.verdicts import Verdict, describe_verdicts
 from rora_theory.stats.rate_curves import describe_slopes
 from rora_theory.sweep.results import describe_results
 
@@ -32,7 +32,7 @@ def test_a_check() -> None:
 
 def test_verdicts() -> None:
     judged = [Verdict(str(9 - i), "", status, "", "") for i, status in enumerate(("fails", "holds", "fails", "holds"))]
-    assert verdicts_in_words(judged) == "Of 4 claims of the paper's equations 2 hold, 2 fail (7, 9)."
+    assert describe_verdicts(judged) == "Of 4 claims of the paper's equations 2 hold, 2 fail (7, 9)."
 
 
 def test_slopes() -> None:

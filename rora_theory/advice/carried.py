@@ -170,6 +170,7 @@ class CarriedSetting:
         """Alpha at the tuned rate for the first step and for a long run, as `rate_limits`."""
         if not self._has_limits:
             return None
+        # In a long run SGD needs the same gamma, and Adam the same gamma r, see `rate_limits_of`.
         if self.is_sgd:
             return HorizonLimits(self.alpha_at_old_rate, self.unchanged.with_scaling(self.old.scaling).alpha)
         long_run = self.unchanged.with_scaling(strength_of(self.old) / self.unchanged.rank).alpha

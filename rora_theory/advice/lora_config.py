@@ -24,16 +24,18 @@ from rora_theory.errors import InputError
 from rora_theory.inits import Init
 from rora_theory.optimizers import OptimizerName
 
-OF_DORA = "use_dora is set: the advice covers its low-rank part; the step of DoRA's magnitude has no alpha and no rank"
+DORA_REMARK = (
+    "use_dora is set: the advice covers its low-rank part; the step of DoRA's magnitude has no alpha and no rank"
+)
 """Remark on the setting of a DoRA adapter."""
 
-CARRIED = (
+COPIED_ENTRIES = (
     "use_dora", "lora_dropout", "bias", "lora_bias", "modules_to_save", "layers_to_transform", "layers_pattern",
     "exclude_modules", "target_parameters", "trainable_token_indices", "layer_replication", "fan_in_fan_out",
 )  # fmt: skip
 """Entries of a saved ``LoraConfig`` that stay as they are at another rank."""
 
-PASSED_OVER = (
+NOT_COPIED = (
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "use_rslora", "init_lora_weights", "target_modules", "rank_pattern", "alpha_pattern",
     "megatron_core", "qalora_group_size",
@@ -54,7 +56,7 @@ ADVICE_ENTRIES: Entries = {
 """Entries that the advice reads whose value alone decides whether they are valid."""
 
 
-class Saved(NamedTuple):
+class SavedSetting(NamedTuple):
     """The tuned setting in a saved adapter, or in the configuration file of a trainer.
 
     Attributes:
@@ -66,7 +68,7 @@ class Saved(NamedTuple):
       remarks: Sentences on defaults that were assumed and on entries that the advice does not cover.
       expression: Regular expression of the target modules, or None.
       task_type: PEFT's task type.
-      other_entries: Entries of `CARRIED` in the file that differ from PEFT's default.
+      other_entries: Entries of `COPIED_ENTRIES` in the file that differ from PEFT's default.
       learning_rate: Learning rate, which only a trainer's file has.
       optimizer: Optimizer in a trainer's file.
       schedule: Name of the learning-rate schedule in a trainer's file.
@@ -90,11 +92,14 @@ class Saved(NamedTuple):
     epochs: float | None = None
 
 
-def read_adapter_config(path: str | Path) -> Saved:
+def read_adapter_config(path: str | Path) -> SavedSetting:
     """Read the tuned setting from an ``adapter_config.json``, with PEFT's defaults for missing entries.
 
     Args:
       path: The file, or the adapter's folder.
+
+    Returns:
+      The tuned setting, without a learning rate or an optimizer.
 
     Raises:
       InputError: If there is no such file, it is not LoRA's, an entry is invalid, modules have several ranks or alphas,
@@ -105,7 +110,7 @@ def read_adapter_config(path: str | Path) -> Saved:
     return saved_from_entries(path, read_entries(path))
 
 
-def saved_from_entries(path: Path, values: Mapping[str, Any]) -> Saved:
+def saved_from_entries(path: Path, values: Mapping[str, Any]) -> SavedSetting:
     """Return the tuned setting in the entries of a ``LoraConfig``.
 
     Args:
@@ -126,17 +131,19 @@ def saved_from_entries(path: Path, values: Mapping[str, Any]) -> Saved:
         raise InputError(f"{path}: {error}") from None
     # A regular expression and a single name are both strings; only a name is a target by itself.
     expression = targets if isinstance(targets, str) and targets != ALL_LINEAR else None
-    names = None if targets is None or expression else (targets,) if isinstance(targets, str) else tuple(targets)
+    names = None
+    if targets is not None and expression is None:
+        names = (targets,) if isinstance(targets, str) else tuple(targets)
     # Remarks for the user: defaults, DoRA, and entries that the law does not cover.
     remarks = [
         f"{path} has no {name}: PEFT's default, 8, is used" for name in ("r", "lora_alpha") if name not in values
     ]
     if values.get("use_dora"):
-        remarks.append(OF_DORA)
-    unknown_names = [name for name in values if name not in (*CARRIED, *PASSED_OVER) and values[name]]
+        remarks.append(DORA_REMARK)
+    unknown_names = [name for name in values if name not in (*COPIED_ENTRIES, *NOT_COPIED) and values[name]]
     if unknown_names:
         remarks.append(f"{', '.join(unknown_names)} of {path}: not copied, and not covered by the law")
-    return Saved(
+    return SavedSetting(
         entries["r"],
         float(entries["lora_alpha"]),
         "rslora" if entries["use_rslora"] else "lora",
@@ -145,5 +152,5 @@ def saved_from_entries(path: Path, values: Mapping[str, Any]) -> Saved:
         tuple(remarks),
         expression,
         values.get("task_type"),
-        {name: values[name] for name in CARRIED if values.get(name) and values[name] != "none"},
+        {name: values[name] for name in COPIED_ENTRIES if values.get(name) and values[name] != "none"},
     )

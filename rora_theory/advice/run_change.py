@@ -109,6 +109,9 @@ class RunChange:
           learning_rate: Best rate of the tuned run.
           old_strength: gamma r of the tuned run.
           new_strength: gamma r of the new run.
+
+        Returns:
+          The best rate with its range.
         """
         rates = carry_rate(
             learning_rate,
@@ -119,5 +122,6 @@ class RunChange:
             new_steps=self.to_steps,
             steps_exponents=self.steps_exponents,
         )
+        # The factor of the schedule has a range of its own, whose middle is the geometric mean.
         low, high = self.schedule_factors or (1.0, 1.0)
         return RateRange(rates.low * low, rates.best * math.sqrt(low * high), rates.high * high)

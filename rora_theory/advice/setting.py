@@ -57,11 +57,15 @@ class Setting:
         """Validate the settings."""
         check_positive("learning_rate", self.learning_rate)
         object.__setattr__(self, "optimizer", optimizer_named(self.optimizer))
+        # Computing these validates the rank, initialisation, rule and alpha.
         inits.entries(self.init, rank=self.rank, p_in=1)
         _ = self.scaling
-        rule = {} if isinstance(self.rule, str) else {"rule": float}
-        for name, kind in {"rank": int, "alpha": float, "learning_rate": float, **rule}.items():
-            object.__setattr__(self, name, kind(getattr(self, name)))
+        # Numbers of NumPy become Python's, so that the setting is printed and stored as plain numbers.
+        types = {"rank": int, "alpha": float, "learning_rate": float}
+        if not isinstance(self.rule, str):
+            types["rule"] = float
+        for name, number_type in types.items():
+            object.__setattr__(self, name, number_type(getattr(self, name)))
 
     @property
     def scaling(self) -> float:
@@ -101,6 +105,9 @@ def growth(old_rank: int, new_rank: int, linear_term: float) -> float:
       linear_term: Linear term c, above -1: 0 if only the signal counts (r'/r), infinity if only cross-talk does
         (sqrt(r'/r)).
 
+    Returns:
+      The root mean square at the new rank divided by that at the old one.
+
     Raises:
       InputError: If a value is out of range.
 
@@ -124,6 +131,9 @@ def step_ratio(new: Setting, old: Setting, linear_term: float) -> float:
       old: Old setting.
       linear_term: Linear term c of the module, under that optimizer and initialisation.
 
+    Returns:
+      The ratio of the root mean squares.
+
     Raises:
       InputError: If the optimizer or the initialisation differs, or if the ratio is not representable as a float.
     """
@@ -134,11 +144,13 @@ def step_ratio(new: Setting, old: Setting, linear_term: float) -> float:
                 "of the rank depends on it"
             )
     # The step depends on gamma times the standard deviation of A, which may depend on the rank.
-    deviation = [inits.entries(setting.init, rank=setting.rank, p_in=1).deviation for setting in (new, old)]
-    rate, grown = new.learning_rate / old.learning_rate, growth(old.rank, new.rank, linear_term)
+    new_deviation, old_deviation = (
+        inits.entries(setting.init, rank=setting.rank, p_in=1).deviation for setting in (new, old)
+    )
+    rate_ratio, rank_factor = new.learning_rate / old.learning_rate, growth(old.rank, new.rank, linear_term)
     try:
-        strength = new.scaling * deviation[0] / (old.scaling * deviation[1])
-        ratio = rate * strength**new.power * grown
+        scaling_ratio = new.scaling * new_deviation / (old.scaling * old_deviation)
+        ratio = rate_ratio * scaling_ratio**new.power * rank_factor
     except (OverflowError, ZeroDivisionError):
         ratio = math.inf
     if not sys.float_info.min <= ratio < math.inf:

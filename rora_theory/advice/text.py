@@ -186,7 +186,7 @@ def describe_regime(carried: CarriedSetting) -> str:
     if carried.regime != "measured":
         return f"assumed: {carried.regime}"
     count = len(carried.modules)
-    return f"measured at {count} module{'s' * (count > 1)}"
+    return f"measured at {count} {'modules' if count > 1 else 'module'}"
 
 
 def describe_rule(setting: Setting) -> str:

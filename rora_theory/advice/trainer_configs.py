@@ -16,7 +16,7 @@ Names and defaults are those of Axolotl 0.18.0 (``src/axolotl/utils/schemas/``),
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf, isclose
 from pathlib import Path
@@ -31,7 +31,7 @@ from rora_theory.adapter_config import (
     is_a,
     read_entries,
 )
-from rora_theory.advice.lora_config import Saved, saved_from_entries
+from rora_theory.advice.lora_config import SavedSetting, saved_from_entries
 from rora_theory.advice.modules import AlphaGrouping
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import Advice, transfer
@@ -179,11 +179,13 @@ class _Document(NamedTuple):
 
     def optimizer(self, name: str) -> OptimizerName:
         """Return the optimizer by this package's name."""
-        word = self.entry(name, TRAINER_OPTIMIZER, is_a(str), "the name of an optimizer")
+        trainer_name = self.entry(name, TRAINER_OPTIMIZER, is_a(str), "the name of an optimizer")
         try:
-            return optimizer_named(word)
+            return optimizer_named(trainer_name)
         except InputError:
-            raise InputError(f"{self.path}: {name} must be a variant of adamw or sgd, got {shown(word)}") from None
+            raise InputError(
+                f"{self.path}: {name} must be a variant of adamw or sgd, got {shown(trainer_name)}"
+            ) from None
 
     def steps(self) -> int | None:
         """Return ``max_steps``, or None if the number of steps follows from the epochs."""
@@ -195,7 +197,7 @@ class _Document(NamedTuple):
         return float(self.entry(name, default, lambda v: is_a(int, float)(v) and v > 0, "a number above 0"))
 
 
-def read_trainer_config(path: str | Path) -> Saved:
+def read_trainer_config(path: str | Path) -> SavedSetting:
     """Read the tuned setting from a configuration file of PEFT, Axolotl or LLaMA-Factory.
 
     Args:
@@ -207,13 +209,12 @@ def read_trainer_config(path: str | Path) -> Saved:
     Raises:
       InputError: If the format is unknown, or if a value is invalid or has no law.
     """
-    document = _open(path)
-    readers: dict[Format, Callable[[_Document], Saved]] = {
-        "PEFT": lambda document: saved_from_entries(document.path, document.values),
-        "Axolotl": _read_axolotl,
-        "LLaMA-Factory": _read_llama_factory,
-    }
-    return readers[document.format](document)
+    document = _open_config(path)
+    if document.format == "Axolotl":
+        return _read_axolotl(document)
+    if document.format == "LLaMA-Factory":
+        return _read_llama_factory(document)
+    return saved_from_entries(document.path, document.values)
 
 
 def write_trainer_config(path: str | Path, out: str | Path, advice: Advice, *, per: AlphaGrouping = "one") -> None:
@@ -233,16 +234,16 @@ def write_trainer_config(path: str | Path, out: str | Path, advice: Advice, *, p
         trainer requires one.
     """
     # Check everything before the file is written.
-    document, out = _open(path), Path(out)
+    document, out = _open_config(path), Path(out)
     if out.exists():
         raise InputError(f"{out}: the file exists. Choose another name, or remove it.")
     if not advice.fixes_alpha and advice.alpha_pattern(per):
         raise InputError(f"per must be 'one' to write one alpha to {out}, got {shown(per)}")
-    changes = _changes(document, advice)
+    changes = _changed_values(document, advice)
     if document.format == "PEFT":
         write_whole(out, json.dumps(document.values | changes, indent=2) + "\n")
     else:
-        write_whole(out, _edited(document, changes))
+        write_whole(out, _edit_yaml(document, changes))
 
 
 class Transferred(NamedTuple):
@@ -282,6 +283,9 @@ def transfer_config(
       regime: Regime, see `transfer`.
       **planned: Further arguments of `transfer`, such as ``steps``.
 
+    Returns:
+      The copy, its learning rate and the full advice.
+
     Raises:
       InputError: If the configuration has no law, or `transfer` refuses a value.
     """
@@ -300,7 +304,7 @@ def transfer_config(
     return Transferred(new, advice.learning_rate, advice)
 
 
-def _open(path: str | Path) -> _Document:
+def _open_config(path: str | Path) -> _Document:
     """Read a file and recognise its format."""
     path = Path(path)
     path = path / FILE if path.is_dir() else path
@@ -314,21 +318,22 @@ def _open(path: str | Path) -> _Document:
     values = parse_yaml(text, where=str(path), accepted=supported)
     # Recognise the format by keys that only one of them has.
     keys = {name for name in values if isinstance(name, str)} if isinstance(values, dict) else set()
-    signs: dict[Format, tuple[str, ...]] = {
+    distinctive_keys: dict[Format, tuple[str, ...]] = {
         "PEFT": PEFT_KEYS,
         "Axolotl": AXOLOTL_KEYS,
         "LLaMA-Factory": LLAMA_FACTORY_KEYS,
     }
-    formats = [name for name, sign in signs.items() if keys & {*sign}]
+    formats = [name for name, format_keys in distinctive_keys.items() if keys & {*format_keys}]
     if len(formats) != 1:
-        seen = " and ".join(formats) if formats else "neither"
-        raise InputError(f"{path}: the format must be {supported}; its keys are those of {seen}")
+        matches = " and ".join(formats) if formats else "neither"
+        raise InputError(f"{path}: the format must be {supported}; its keys are those of {matches}")
     if formats == ["PEFT"]:
         return _Document(path, "PEFT", text, read_entries(path))
     return _Document(path, formats[0], text, values)
 
 
-def _read_axolotl(document: _Document) -> Saved:
+def _read_axolotl(document: _Document) -> SavedSetting:
+    """Read the tuned setting from Axolotl's keys, translated to PEFT's entries."""
     path, values = document.path, document.values
     if values["adapter"] not in AXOLOTL_ADAPTERS:
         raise InputError(f"{path}: adapter must be {' or '.join(AXOLOTL_ADAPTERS)}, got {shown(values['adapter'])}")
@@ -355,10 +360,11 @@ def _read_axolotl(document: _Document) -> Saved:
     peft = values.get("peft")
     if isinstance(peft, dict) and peft.get("loftq_config"):
         raise InputError(f"{path}: peft must have no loftq_config, got {shown(peft)}. The law covers B = 0.")
-    return _saved(document, entries, AXOLOTL)
+    return _with_run(document, entries, AXOLOTL)
 
 
-def _read_llama_factory(document: _Document) -> Saved:
+def _read_llama_factory(document: _Document) -> SavedSetting:
+    """Read the tuned setting from LLaMA-Factory's keys, translated to PEFT's entries."""
     path, values = document.path, document.values
     kind = values.get("finetuning_type")
     if kind not in (None, "lora"):
@@ -384,11 +390,11 @@ def _read_llama_factory(document: _Document) -> Saved:
         "lora_dropout": values.get("lora_dropout"),
         "modules_to_save": [name.strip() for name in extra.split(",")] if isinstance(extra, str) else extra,
     }
-    return _saved(document, entries, LLAMA_FACTORY)
+    return _with_run(document, entries, LLAMA_FACTORY)
 
 
-def _saved(document: _Document, entries: Mapping[str, Any], keys: _TrainerKeys) -> Saved:
-    """Combine PEFT's entries with the keys of a trainer."""
+def _with_run(document: _Document, entries: Mapping[str, Any], keys: _TrainerKeys) -> SavedSetting:
+    """Return the setting in PEFT's entries, with the learning rate, optimizer, schedule and steps of the trainer."""
     path, values = document.path, document.values
     # The entries are checked as PEFT's own; the trainer adds the run.
     saved = saved_from_entries(path, {"peft_type": "LORA", "task_type": "CAUSAL_LM"} | dict(entries))
@@ -409,7 +415,7 @@ def _saved(document: _Document, entries: Mapping[str, Any], keys: _TrainerKeys) 
     )
 
 
-def _changes(document: _Document, advice: Advice) -> dict[str, Any]:
+def _changed_values(document: _Document, advice: Advice) -> dict[str, Any]:
     """Return the new values of the keys that the advice changes.
 
     Raises:
@@ -450,7 +456,7 @@ def _as_integer(value: float) -> int | None:
     return nearest if nearest and isclose(value, nearest, rel_tol=1e-9) else None
 
 
-def _edited(document: _Document, changes: Mapping[str, Any]) -> str:
+def _edit_yaml(document: _Document, changes: Mapping[str, Any]) -> str:
     """Return the YAML text with some values replaced in place, which keeps comments and layout.
 
     Raises:
@@ -459,6 +465,7 @@ def _edited(document: _Document, changes: Mapping[str, Any]) -> str:
     import yaml
 
     text = document.text
+    # Nodes of the top-level mapping, which state the positions of keys and values in the text.
     root = yaml.compose(text, yaml.SafeLoader)
     pairs = {key.value: (key, value) for key, value in root.value}
     # New keys are inserted before the rank, or before the first key.

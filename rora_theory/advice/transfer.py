@@ -35,6 +35,7 @@ class Advice(CarriedSetting):
             return self.groups()
         alpha = self.unchanged.alpha if self.fixes_alpha else None
         summaries = []
+        # The assumed regime first, because False sorts before True.
         for name in sorted(REGIMES, key=lambda name: name != self.regime):
             in_regime = transfer(self.old, self.unchanged.rank, name, rule=self.unchanged.rule, alpha=alpha)
             summaries.append(in_regime.groups()[0]._replace(name=name))
@@ -242,19 +243,19 @@ def transfer(
     """
     check_setting("old", old)
     terms = _linear_terms(regime)
-    name = regime if isinstance(regime, str) else "measured"
+    regime_name = regime if isinstance(regime, str) else "measured"
     run = RunChange(steps, to_steps, schedule, to_schedule, displacement_constant)
-    _check_run_has_a_law(run, old, name)
+    _check_run_has_a_law(run, old, regime_name)
     new_rule = old.rule if rule is None else rule
     # The tuned alpha and rate at the new rank and rule, from which the advice departs.
     unchanged = replace(old, rank=rank, rule=new_rule, alpha=old.alpha if alpha is None else alpha)
-    # Alpha and rate that preserve each module's first step.
+    # Alpha and rate that preserve each module's first step, which is proportional to gamma^power and to the rate.
     modules = []
-    for module, linear_term in terms.items():
+    for module_name, linear_term in terms.items():
         ratio = step_ratio(unchanged, old, linear_term)
         preserving = unchanged.with_scaling(unchanged.scaling * ratio ** (-1 / old.power))
-        modules.append(Module(module, linear_term, preserving.alpha, old.learning_rate / ratio, ratio))
-    return Advice(old, unchanged, tuple(modules), name, alpha is not None, run)
+        modules.append(Module(module_name, linear_term, preserving.alpha, old.learning_rate / ratio, ratio))
+    return Advice(old, unchanged, tuple(modules), regime_name, alpha is not None, run)
 
 
 def _linear_terms(regime: str | Mapping[str, float]) -> dict[str, float]:

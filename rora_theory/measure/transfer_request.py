@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rora_theory.adapter_config import PAPER_TARGETS, PeftInit, TaskType, peft_targets
-from rora_theory.advice.lora_config import Saved
+from rora_theory.advice.lora_config import SavedSetting
 from rora_theory.advice.measured import Schedule
 from rora_theory.advice.modules import AlphaGrouping
 from rora_theory.advice.run_change import RunChange
@@ -99,7 +99,7 @@ class TransferConfig:
             check_unread(self, "split", "per", requires="--regime RUN")
 
 
-DEFAULT = Saved(8, 16.0, "lora", "kaiming_uniform", None, (), learning_rate=3e-4, optimizer="adamw")
+DEFAULT = SavedSetting(8, 16.0, "lora", "kaiming_uniform", None, (), learning_rate=3e-4, optimizer="adamw")
 """Tuned setting where neither the options nor a saved adapter provide a value."""
 
 COMPARISON_KEYS: dict[str, Callable[[Any], object]] = {"rule": exponent, "targets": frozenset}
@@ -120,7 +120,7 @@ class Advised(NamedTuple):
     thin: str
 
 
-def read_tuned(config: TransferConfig) -> tuple[Setting, str | list[str] | None, Saved]:
+def read_tuned(config: TransferConfig) -> tuple[Setting, str | list[str] | None, SavedSetting]:
     """Determine the tuned setting and its targets.
 
     Each value comes from the options, the file or `DEFAULT`, in this order. Remarks about the file are logged as

@@ -28,13 +28,13 @@ SIZES = tuple(task.size for task in PUBLISHED_TASKS.values())
 CHANCE = tuple(100.0 / task.choices for task in PUBLISHED_TASKS.values())
 """Accuracy of guessing in percent (ARC's few items with 3 or 5 choices change it by less than 0.01)."""
 
-HALF = 0.05
+HALF_DIGIT = 0.05
 """Half a unit of the last printed digit."""
 
-HALF_EXACT = Fraction(1, 20)
-"""`HALF` as an exact fraction."""
+EXACT_HALF_DIGIT = Fraction(1, 20)
+"""`HALF_DIGIT` as an exact fraction."""
 
-HALF_SHARE = 0.005
+HALF_PERCENT_DIGIT = 0.005
 """Half a unit of the last printed digit of a parameter percentage, which has two decimals."""
 
 
@@ -71,16 +71,16 @@ def average_error(scores: Sequence[float], sizes: Sequence[int] = SIZES) -> floa
     return math.sqrt(variance) / len(scores)
 
 
-def averages(rows: Sequence[PublishedRow]) -> list[Finding]:
+def find_wrong_averages(rows: Sequence[PublishedRow]) -> list[Finding]:
     """Find printed averages that no counts of right answers consistent with the row's entries can give."""
     findings = []
     for row in rows:
         # The exact average lies between the bounds, and the printed one is rounded from it.
         low, high = mean_bounds(row)
-        if not low - HALF_EXACT <= _exact(row.average) <= high + HALF_EXACT:
+        if not low - EXACT_HALF_DIGIT <= _exact(row.average) <= high + EXACT_HALF_DIGIT:
             text = (
                 f"prints the average {row.average:.1f}; its eight entries, counts out of the test sets' sizes, average "
-                f"{_spread(low, high)}"
+                f"{_format_range(low, high)}"
             )
             findings.append(Finding("average", row.label, text, row.average, mean(row)))
     return findings
@@ -89,8 +89,8 @@ def averages(rows: Sequence[PublishedRow]) -> list[Finding]:
 def mean_bounds(row: PublishedRow) -> tuple[Fraction, Fraction]:
     """Compute the smallest and largest average of the eight accuracies that is consistent with the printed entries.
 
-    Every accuracy is k/n of its test set and rounds to its entry. An entry that no count gives (`impossible`)
-    contributes the whole interval that rounds to it.
+    Every accuracy is k/n of its test set and rounds to its entry. An entry that no count gives (see
+    `find_impossible_entries`) contributes the whole interval that rounds to it.
 
     Args:
       row: Printed row.
@@ -98,26 +98,25 @@ def mean_bounds(row: PublishedRow) -> tuple[Fraction, Fraction]:
     Returns:
       The bounds in percent, as exact fractions.
     """
-    ends = []
+    lows, highs = [], []
     for score, size in zip(row.scores, SIZES, strict=True):
         counts = possible_counts(score, size)
-        printed = _exact(score)
-        ends.append(
-            (Fraction(100 * counts[0], size), Fraction(100 * counts[-1], size))
-            if counts
-            else (printed - HALF_EXACT, printed + HALF_EXACT)
-        )
-    lows, highs = zip(*ends, strict=True)
+        if counts:
+            lows.append(Fraction(100 * counts[0], size))
+            highs.append(Fraction(100 * counts[-1], size))
+        else:
+            lows.append(_exact(score) - EXACT_HALF_DIGIT)
+            highs.append(_exact(score) + EXACT_HALF_DIGIT)
     return sum(lows, Fraction()) / len(lows), sum(highs, Fraction()) / len(highs)
 
 
 def possible_counts(percent: float, size: int) -> range:
     """Return the counts out of ``size`` items that round to ``percent`` with one decimal; ties round either way."""
-    low, high = (_exact(percent) + sign * HALF_EXACT for sign in (-1, 1))
+    low, high = (_exact(percent) + sign * EXACT_HALF_DIGIT for sign in (-1, 1))
     return range(max(math.ceil(low * size / 100), 0), min(math.floor(high * size / 100), size) + 1)
 
 
-def differences(rows: Sequence[PublishedRow], claims: Sequence[Claim]) -> list[Finding]:
+def find_wrong_differences(rows: Sequence[PublishedRow], claims: Sequence[Claim]) -> list[Finding]:
     """Find quoted differences that contradict the printed averages or the rows' entries.
 
     The difference of two means of eight rounded entries is known to 0.1; printing it adds 0.05.
@@ -128,7 +127,7 @@ def differences(rows: Sequence[PublishedRow], claims: Sequence[Claim]) -> list[F
         printed = ours.average - theirs.average
         exact = mean(ours) - mean(theirs)
         # Averages are compared as printed, exact means up to the rounding of two means and of the quote.
-        if abs(printed - claim.printed) > 1e-6 or abs(exact - claim.printed) > 3 * HALF + 1e-9:
+        if abs(printed - claim.printed) > 1e-6 or abs(exact - claim.printed) > 3 * HALF_DIGIT + 1e-9:
             text = (
                 f"quotes {claim.printed:.1f} points over {claim.against}; the printed averages "
                 f"{ours.average:.1f} and {theirs.average:.1f} differ by {printed:.1f}, the rows' entries by "
@@ -167,10 +166,10 @@ def claimed_rows(rows: Sequence[PublishedRow], claim: Claim) -> tuple[PublishedR
     return pick(claim.method, claim.rank), pick(claim.against, claim.against_rank)
 
 
-def best_marks(rows: Sequence[PublishedRow]) -> list[Finding]:
+def find_wrong_best_marks(rows: Sequence[PublishedRow]) -> list[Finding]:
     """Find rows marked best that are not the best average of their model and method, and the reverse."""
     findings = []
-    for key, group in _grouped(rows, lambda row: (row.model, row.method)).items():
+    for key, group in _group_rows(rows, lambda row: (row.model, row.method)).items():
         # Only groups in which the paper marks a row.
         if not any(row.marked_best for row in group):
             continue
@@ -183,7 +182,7 @@ def best_marks(rows: Sequence[PublishedRow]) -> list[Finding]:
     return findings
 
 
-def below_chance(rows: Sequence[PublishedRow], *, z: float = 2.0) -> list[Finding]:
+def find_entries_below_chance(rows: Sequence[PublishedRow], *, z: float = 2.0) -> list[Finding]:
     """Find entries more than ``z`` standard errors below uniform guessing among the choices.
 
     Under the published protocol such an entry counts unparsed answers as wrong, or the run is broken. A lack of
@@ -199,7 +198,7 @@ def below_chance(rows: Sequence[PublishedRow], *, z: float = 2.0) -> list[Findin
     return findings
 
 
-def repeated(rows: Sequence[PublishedRow], *, min_equal: int = 4) -> list[Finding]:
+def find_repeated_rows(rows: Sequence[PublishedRow], *, min_equal: int = 4) -> list[Finding]:
     """Find pairs of rows of one model and source with at least ``min_equal`` of the eight entries identical.
 
     Two runs with equal true accuracy and independent errors print the same digit with a probability of about 0.1
@@ -207,7 +206,7 @@ def repeated(rows: Sequence[PublishedRow], *, min_equal: int = 4) -> list[Findin
     then below 1e-4.
     """
     findings = []
-    for group in _grouped(rows, lambda row: (row.source, row.model)).values():
+    for group in _group_rows(rows, lambda row: (row.source, row.model)).values():
         for first, second in itertools.combinations(group, 2):
             equal_names = [name for name, a, b in zip(NAMES, first.scores, second.scores, strict=True) if a == b]
             if len(equal_names) >= min_equal:
@@ -216,7 +215,9 @@ def repeated(rows: Sequence[PublishedRow], *, min_equal: int = 4) -> list[Findin
     return findings
 
 
-def copied(rows: Sequence[PublishedRow], anchors: Sequence[PublishedRow], *, min_equal: int = 4) -> list[Finding]:
+def find_copied_rows(
+    rows: Sequence[PublishedRow], anchors: Sequence[PublishedRow], *, min_equal: int = 4
+) -> list[Finding]:
     """Find rows that share at least ``min_equal`` entries with an earlier published row of the same model.
 
     Such numbers were carried over and not measured again. Among several earlier rows the one with the most equal
@@ -230,6 +231,7 @@ def copied(rows: Sequence[PublishedRow], anchors: Sequence[PublishedRow], *, min
             for anchor in anchors
             if anchor.model == row.model
         ]
+        # `max` returns the first of equal maxima, the earliest publication.
         count, anchor = max(equal_counts, key=lambda pair: pair[0], default=(0, None))
         if anchor is not None and count >= min_equal:
             averages_differ = (
@@ -240,7 +242,7 @@ def copied(rows: Sequence[PublishedRow], anchors: Sequence[PublishedRow], *, min
     return findings
 
 
-def impossible(rows: Sequence[PublishedRow]) -> list[Finding]:
+def find_impossible_entries(rows: Sequence[PublishedRow]) -> list[Finding]:
     """Find entries that no count of right answers in the full set can give (only OBQA's 500 items are so coarse)."""
     findings = []
     for row in rows:
@@ -251,7 +253,9 @@ def impossible(rows: Sequence[PublishedRow]) -> list[Finding]:
     return findings
 
 
-def within_noise(rows: Sequence[PublishedRow], method: str = "RoRA", *, z: float = 2.0) -> list[Finding]:
+def find_differences_within_noise(
+    rows: Sequence[PublishedRow], method: str = "RoRA", *, z: float = 2.0
+) -> list[Finding]:
     """Find entries and averages within ``z`` standard errors of the best other row of the group.
 
     A group is one table, model and rank. Differences of both signs count. Test sets are treated as independent, with
@@ -266,25 +270,26 @@ def within_noise(rows: Sequence[PublishedRow], method: str = "RoRA", *, z: float
       One finding per entry or average below the threshold.
     """
     findings = []
-    for group in _grouped(rows, lambda row: (row.source, row.table, row.model, row.rank)).values():
+    for group in _group_rows(rows, lambda row: (row.source, row.table, row.model, row.rank)).values():
         own_rows = [row for row in group if row.method == method]
         rivals = [row for row in group if row.method != method]
         if not own_rows or not rivals:
             continue
         # The method's row against the best average of the others.
         row, best = own_rows[0], max(rivals, key=lambda other: other.average)
-        pairs = [
-            (name, a, b, math.hypot(score_error(a, size), score_error(b, size)))
-            for name, a, b, size in zip(NAMES, row.scores, best.scores, SIZES, strict=True)
+        # Name, both figures and the standard error of their difference: the eight entries, then the average.
+        comparisons = [
+            (name, ours, theirs, math.hypot(score_error(ours, size), score_error(theirs, size)))
+            for name, ours, theirs, size in zip(NAMES, row.scores, best.scores, SIZES, strict=True)
         ]
-        error = math.hypot(average_error(row.scores), average_error(best.scores))
-        # All eight entries and the average.
-        for name, ours, theirs, spread in [*pairs, ("average", row.average, best.average, error)]:
-            distance = standard_score(ours - theirs, spread)
+        error_of_average = math.hypot(average_error(row.scores), average_error(best.scores))
+        comparisons.append(("average", row.average, best.average, error_of_average))
+        for name, ours, theirs, error in comparisons:
+            distance = standard_score(ours - theirs, error)
             if abs(distance) < z:
                 text = (
                     f"{name}: {ours:.1f} against {best.method}'s {theirs:.1f} is {ours - theirs:+.1f} "
-                    f"points, {abs(distance):.1f} standard errors ({spread:.1f})"
+                    f"points, {abs(distance):.1f} standard errors ({error:.1f})"
                 )
                 findings.append(Finding("within noise", row.label, text, ours, theirs, distance))
     return findings
@@ -302,6 +307,7 @@ MODELS = {
 def lora_percent(model: str, rank: int) -> float:
     """Compute LoRA's trainable percentage of base and adapter for the published targets: q, k, v, up and down."""
     layers, hidden, keys, inner, total = MODELS[model]
+    # An adapter of a module has r (p_in + p_out) parameters: q is square, k and v are equal, as are up and down.
     widths = (hidden + hidden) + 2 * (hidden + keys) + 2 * (hidden + inner)
     adapter = layers * rank * widths
     return 100.0 * adapter / (total + adapter)
@@ -311,7 +317,7 @@ STATED_RANKS = {("LLaMA-7B", "RoRA"): 128}
 """Ranks that the paper states for rows of Table I: Sec. IV and Fig. 1, for this row only."""
 
 
-def parameter_shares(
+def find_wrong_parameter_shares(
     rows: Sequence[PublishedRow], *, stated: Mapping[tuple[str, str], int] = STATED_RANKS, method: str = "RoRA"
 ) -> list[Finding]:
     """Find the ranks that the printed parameter percentages of ``method`` correspond to.
@@ -338,7 +344,7 @@ def parameter_shares(
         expected = None if rank is None else lora_percent(row.model, rank)
         if expected is None:
             text = f"prints {row.params_percent:.2f}% trainable, rank {implied}'s share; no rank is stated"
-        elif abs(row.params_percent - expected) > HALF_SHARE + 1e-9:
+        elif abs(row.params_percent - expected) > HALF_PERCENT_DIGIT + 1e-9:
             text = (
                 f"prints {row.params_percent:.2f}% trainable, rank {implied}'s share; the stated rank {rank} trains "
                 f"{expected:.2f}%"
@@ -354,15 +360,15 @@ def audit(rows: Sequence[PublishedRow], claims: Sequence[Claim]) -> list[Finding
     paper = [row for row in rows if row.source == "RoRA paper"]
     anchors = [row for row in rows if row.source != "RoRA paper"]
     return [
-        *averages(rows),
-        *differences(paper, claims),
-        *best_marks(paper),
-        *below_chance(rows),
-        *repeated(rows),
-        *copied([row for row in paper if row.table == "I"], anchors),
-        *impossible(rows),
-        *within_noise(paper),
-        *parameter_shares(paper),
+        *find_wrong_averages(rows),
+        *find_wrong_differences(paper, claims),
+        *find_wrong_best_marks(paper),
+        *find_entries_below_chance(rows),
+        *find_repeated_rows(rows),
+        *find_copied_rows([row for row in paper if row.table == "I"], anchors),
+        *find_impossible_entries(rows),
+        *find_differences_within_noise(paper),
+        *find_wrong_parameter_shares(paper),
     ]
 
 
@@ -371,11 +377,11 @@ def _exact(printed: float) -> Fraction:
     return Fraction(round(10 * printed), 10)
 
 
-def _spread(low: Fraction, high: Fraction) -> str:
+def _format_range(low: Fraction, high: Fraction) -> str:
     return f"{float(low):.4f} to {float(high):.4f}"
 
 
-def _grouped(
+def _group_rows(
     rows: Sequence[PublishedRow], key: Callable[[PublishedRow], tuple[object, ...]]
 ) -> dict[tuple, list[PublishedRow]]:
     groups: dict[tuple, list[PublishedRow]] = {}

@@ -177,15 +177,21 @@ def simulation_rows(
     """
     grid, unit, rows = config.grid, cell.setting, []
     rules, scalings = zip(*grid.scalings(unit.rank), strict=True)
-    rescaled = [replace(unit, scaling=gamma, learning_rate=grid.lr) for gamma in scalings]
-    for number, (setting, rule) in enumerate(zip(cell.steps or rescaled, itertools.cycle(rules), strict=False)):
-        # A step at unit scaling and rate is multiplied by the rule's factor; a separate step is used as it is.
-        gamma = setting.scaling
-        step = 1.0 if cell.steps else grid.lr * gamma ** scaling_power(unit.optimizer)
-        step_sums = sums[number if cell.steps else 0]
+    # Setting and moments of every step, with the factor by which the simulated w is multiplied.
+    steps: list[tuple[sampling.RandomStep, sampling.Sums, float]] = []
+    if cell.steps:
+        # Separate steps are used as they are.
+        steps = [(setting, step_sums, 1.0) for setting, step_sums in zip(cell.steps, sums, strict=True)]
+    else:
+        # The step at unit scaling and rate is multiplied by the factor of each rule.
+        for gamma in scalings:
+            factor = grid.lr * gamma ** scaling_power(unit.optimizer)
+            steps.append((replace(unit, scaling=gamma, learning_rate=grid.lr), sums[0], factor))
+    # Separate steps repeat the rules for every optimizer.
+    for (setting, step_sums, factor), rule in zip(steps, itertools.cycle(rules), strict=False):
         exact, printed = quantities.exact(setting), quantities.printed(setting)
         for quantity in quantities.QUANTITIES:
-            simulated = quantities.quantity_estimate(step_sums, quantity, step=step)
+            simulated = quantities.quantity_estimate(step_sums, quantity, step=factor)
             rows.append(
                 {
                     "optimizer": setting.optimizer,
@@ -197,7 +203,7 @@ def simulation_rows(
                     "p_out": unit.p_out,
                     "rank": unit.rank,
                     "alpha": grid.alpha,
-                    "scaling": gamma,
+                    "scaling": setting.scaling,
                     "quantity": quantity,
                     "estimate": simulated.value,
                     "standard_error": simulated.error,
@@ -215,7 +221,7 @@ def simulation_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     return frames.from_rows(rows, COLUMNS)
 
 
-def second_moments(table: pd.DataFrame) -> pd.DataFrame:
+def compare_second_moments(table: pd.DataFrame) -> pd.DataFrame:
     """Select the rows of E[w_i^2] in a table and compare them with the exact law and the paper's Eq. 9.
 
     Args:
@@ -252,7 +258,7 @@ def judge_simulation(
             (drawn[setting],) = draw_cell(config, SimulationCell(setting, sampling.best_sampler(setting)), devices)
         return drawn[setting]
 
-    ranks = verdicts.enough_ranks(config.grid.ranks)
+    ranks = verdicts.choose_ranks(config.grid.ranks)
     return verdicts.judge_equations(sample, ranks=ranks, p_in=config.p_in, p_out=config.p_out)
 
 

@@ -98,12 +98,15 @@ def judge_equations(sample: Sample, *, ranks: Sequence[int], p_in: int, p_out: i
       One verdict per equation.
     """
     layer, draws = RandomLayer.draw(), Draws(sample, tuple(ranks), p_in, p_out)
-    identities = (eq1, eq2, eq_gradient_A, eq_gradient_B, eq3, eq4, eq10)
-    moments = (eq5, eq6, eq7, eq8, eq9, eq11, eq12, eq13, eq14, eq15)
+    identities = (judge_eq1, judge_eq2, judge_eq_gradient_A, judge_eq_gradient_B, judge_eq3, judge_eq4, judge_eq10)
+    moments = (
+        judge_eq5, judge_eq6, judge_eq7, judge_eq8, judge_eq9, judge_eq11, judge_eq12, judge_eq13, judge_eq14,
+        judge_eq15,
+    )  # fmt: skip
     return [*(judge(layer) for judge in identities), *(judge(draws) for judge in moments)]
 
 
-def enough_ranks(ranks: Sequence[int]) -> list[int]:
+def choose_ranks(ranks: Sequence[int]) -> list[int]:
     """Return the ranks for the verdicts, ascending: those of a sweep, or `RANKS` if it has fewer than three."""
     return sorted(ranks) if len(ranks) >= 3 else list(RANKS)
 
@@ -156,16 +159,21 @@ class RandomLayer(NamedTuple):
         random, (p_out, rank, p_in) = np.random.default_rng(15), (6, 3, 5)
         shapes = (p_out, p_in), (p_out, rank), (rank, p_in), (p_out,), (p_in,), (p_in,)
         m0, B, A, delta, x, x_next = (random.standard_normal(shape, np.float32) for shape in shapes)
-        return cls(m0, B, A, delta, x, x_next, *jax.device_get(_differentiated(m0, B, A, delta, x, x_next)))
+        return cls(m0, B, A, delta, x, x_next, *jax.device_get(_differentiate_layer(m0, B, A, delta, x, x_next)))
 
 
 @jax.jit
-def _differentiated(m0: Array, B: Array, A: Array, delta: Array, x: Array, x_next: Array) -> tuple[Array, ...]:
+def _differentiate_layer(m0: Array, B: Array, A: Array, delta: Array, x: Array, x_next: Array) -> tuple[Array, ...]:
+    """Compute the fields of `RandomLayer` after ``x_next``, in their order."""
+
+    # Linear loss with the derivatives delta, at the layer's input x.
     def loss(dm: first_step.Increment) -> Array:
         return jnp.vdot(delta, m0 @ x + dm(x))
 
+    # Gradients at the given B and A; the merged weight is the layer's output at the unit vectors.
     gradients = jax.grad(lambda factors: loss(first_step.Increment(factors[0], factors[1], GAMMA)))((A, B))
     merged = m0 + first_step.Increment(A, B, GAMMA)(jnp.eye(A.shape[1])).T
+    # First steps from B = 0.
     sgd, adam = (
         first_step.run(loss, A, p_out=len(m0), scaling=GAMMA, optimizer=make_optimizer(name, ETA, epsilon=0.0))
         for name in OPTIMIZERS
@@ -187,38 +195,38 @@ def _gap(printed: np.ndarray, exact: np.ndarray) -> float:
     return float(np.max(np.abs(printed - exact)) / np.max(np.abs(exact)))
 
 
-def eq1(layer: RandomLayer) -> Verdict:
+def judge_eq1(layer: RandomLayer) -> Verdict:
     """Judge Eq. 1."""
     printed = equations.eq1_output(layer.m0, layer.B, layer.A, layer.x, GAMMA)
     return _identity("1", "H(x) = (m0 + gamma B A) x", printed, layer.merged @ layer.x, "definition")
 
 
-def eq2(layer: RandomLayer) -> Verdict:
+def judge_eq2(layer: RandomLayer) -> Verdict:
     """Judge Eq. 2."""
     printed = equations.eq2_increment(layer.B, layer.A, layer.x, GAMMA)
     return _identity("2", "w = gamma B A x", printed, (layer.merged - layer.m0) @ layer.x, "definition")
 
 
-def eq_gradient_A(layer: RandomLayer) -> Verdict:
+def judge_eq_gradient_A(layer: RandomLayer) -> Verdict:
     """Judge the first formula above Eq. 3."""
     printed = equations.gradient_A(layer.delta, layer.B, layer.x, GAMMA)
     return _identity("gradient A", "dL/dA = gamma B^T delta x^T", printed, layer.grad_A, "one sample")
 
 
-def eq_gradient_B(layer: RandomLayer) -> Verdict:
+def judge_eq_gradient_B(layer: RandomLayer) -> Verdict:
     """Judge the second formula above Eq. 3."""
     printed = equations.gradient_B(layer.delta, layer.A, layer.x, GAMMA)
     return _identity("gradient B", "dL/dB = gamma delta (A x)^T", printed, layer.grad_B, "one sample")
 
 
-def eq3(layer: RandomLayer) -> Verdict:
+def judge_eq3(layer: RandomLayer) -> Verdict:
     """Judge Eq. 3."""
     printed = equations.eq3_first_step_B(layer.delta, layer.A, layer.x, GAMMA, ETA)
     off = f"; under Adam off by {_gap(printed, layer.adam_B):.1f}x"
     return _identity("3", "B1 = -eta gamma delta (A x)^T", printed, layer.sgd_B, "SGD only", off)
 
 
-def eq4(layer: RandomLayer) -> Verdict:
+def judge_eq4(layer: RandomLayer) -> Verdict:
     """Judge Eq. 4."""
     printed = equations.eq4_increment(layer.delta, layer.A, layer.x, layer.x_next, GAMMA, ETA)
     off = f"; under Adam off by {_gap(printed, layer.adam_w):.1f}x"
@@ -226,7 +234,7 @@ def eq4(layer: RandomLayer) -> Verdict:
     return _identity("4", claim, printed, layer.sgd_w, "SGD only", off)
 
 
-def eq10(layer: RandomLayer) -> Verdict:
+def judge_eq10(layer: RandomLayer) -> Verdict:
     """Judge Eq. 10."""
     printed = equations.eq10_norm(layer.delta, layer.A, layer.x, layer.x_next, GAMMA, ETA)[None]
     truth = np.sqrt(np.sum(layer.sgd_w**2, keepdims=True))
@@ -247,11 +255,11 @@ class Draws:
       p_out: Number of outputs.
       low: Smallest rank.
       high: Largest rank.
-      tall: Rank that is far above `NARROW` inputs.
+      far_rank: Rank that is far above `NARROW` inputs.
       z: Threshold on |z| of every comparison.
     """
 
-    tall = 512 * NARROW
+    far_rank = 512 * NARROW
 
     def __init__(self, sample: Sample, ranks: tuple[int, ...], p_in: int, p_out: int) -> None:
         self._sample, self.ranks, self.p_in, self.p_out = sample, ranks, p_in, p_out
@@ -265,27 +273,27 @@ class Draws:
         width = self.p_in if p_in is None else p_in
         return self._sample(sampling.RandomStep(rank=rank, p_in=width, p_out=self.p_out, overlap=overlap))
 
-    def by_means(self, judge_cell: Callable[[int, sampling.Sums], Outcome]) -> Status:
+    def judge_means(self, judge_cell: Callable[[int, sampling.Sums], Outcome]) -> Status:
         """Judge a claim about the mean, which may hold only at overlap 0."""
         cells = (self.independent, self.overlapping)
         return decide(*([judge_cell(rank, sums) for rank, sums in group.items()] for group in cells))
 
-    def against(self, claim: Callable[..., float], rank: int, p_in: int | None = None) -> Estimate:
-        """Return the second moment at overlap 0 divided by the claimed one."""
+    def second_moment_ratio(self, claim: Callable[..., float], rank: int, p_in: int | None = None) -> Estimate:
+        """Estimate the second moment at overlap 0 divided by the claimed one."""
         printed = claim(1.0, rank=rank, p_in=self.p_in if p_in is None else p_in, **UNIT)
         return self.sums(rank, 0.0, p_in).first.second_moment.times(1 / printed)
 
-    def near_one(self, ratio: Estimate) -> Outcome:
+    def judge_ratio(self, ratio: Estimate) -> Outcome:
         """Judge whether a ratio is 1."""
         return judge_gap(abs(ratio.value - 1), self.z * ratio.error)
 
-    def everywhere(self, claim: Callable[..., float]) -> list[Outcome]:
+    def judge_all_cells(self, claim: Callable[..., float]) -> list[Outcome]:
         """Judge a claimed second moment at every rank, and at ranks far above p_in."""
-        cells = [(rank, self.p_in) for rank in self.ranks] + [(rank, NARROW) for rank in (64 * NARROW, self.tall)]
-        return [self.near_one(self.against(claim, *cell)) for cell in cells]
+        cells = [(rank, self.p_in) for rank in self.ranks] + [(rank, NARROW) for rank in (64 * NARROW, self.far_rank)]
+        return [self.judge_ratio(self.second_moment_ratio(claim, *cell)) for cell in cells]
 
 
-def eq5(draws: Draws) -> Verdict:
+def judge_eq5(draws: Draws) -> Verdict:
     """Judge Eq. 5 for the sample itself, with a variance of (n - 1)/n times the unbiased one."""
     sums = draws.overlapping[draws.low].first
     drawn = sums.variance.value * (sums.count - 1) / sums.count
@@ -294,18 +302,17 @@ def eq5(draws: Draws) -> Verdict:
     return Verdict("5", "Var = E[w^2] - E[w]^2", status, "identity", f"differs by {gap:.0e}")
 
 
-def verdicts_in_words(judged: Sequence[Verdict]) -> str:
+def describe_verdicts(judged: Sequence[Verdict]) -> str:
     """Return a sentence with the number of claims that hold and the equations that do not."""
-    by_status = {
-        status: [verdict.equation for verdict in sorted(judged, key=order_in_paper) if verdict.status == status]
-        for status in get_args(Status)
-    }
-    parts = [
-        f"{len(numbers)} {status if len(numbers) == 1 else status.replace('holds', 'hold').replace('fails', 'fail')}"
-        + (f" ({', '.join(numbers)})" if status != "holds" else "")
-        for status, numbers in by_status.items()
-        if numbers
-    ]
+    parts = []
+    for status in get_args(Status):
+        numbers = [verdict.equation for verdict in sorted(judged, key=order_in_paper) if verdict.status == status]
+        if not numbers:
+            continue
+        # The verb agrees with the number of claims.
+        verb = status if len(numbers) == 1 else status.replace("holds", "hold").replace("fails", "fail")
+        equation_list = "" if status == "holds" else f" ({', '.join(numbers)})"
+        parts.append(f"{len(numbers)} {verb}{equation_list}")
     return f"Of {len(judged)} claims of the paper's equations {', '.join(parts)}."
 
 
@@ -317,7 +324,7 @@ def verdict_rows(judged: Sequence[Verdict]) -> list[tuple[str, Status, str]]:
     ]
 
 
-def eq6(draws: Draws) -> Verdict:
+def judge_eq6(draws: Draws) -> Verdict:
     """Judge Eq. 6."""
 
     def judge_cell(rank: int, sums: sampling.Sums) -> Outcome:
@@ -331,18 +338,18 @@ def eq6(draws: Draws) -> Verdict:
     return Verdict(
         "6",
         "E[w] = 0",
-        draws.by_means(judge_cell),
+        draws.judge_means(judge_cell),
         "overlap 0 only; E[A_kl A_kj] is not 0 at l = j",
         f"largest |z| {largest:.1f} at overlap 0; at overlap 0.5, r = {draws.high}: E[w] = "
         f"{draws.overlapping[draws.high].first.mean.value:.4g} (exact {law:.4g})",
     )
 
 
-def eq7(draws: Draws) -> Verdict:
+def judge_eq7(draws: Draws) -> Verdict:
     """Judge Eq. 7. The claimed variance exceeds the true one by the squared mean, which is judged like the mean."""
 
     # Share of the claimed variance that is the squared mean.
-    def missing(sums: sampling.Sums) -> float:
+    def excess_share(sums: sampling.Sums) -> float:
         second = sums.first.second_moment.value
         claimed = equations.eq7_variance(second)
         return 1 - equations.eq5_variance(second, sums.first.mean.value) / claimed
@@ -350,71 +357,75 @@ def eq7(draws: Draws) -> Verdict:
     def judge_cell(_: int, sums: sampling.Sums) -> Outcome:
         # The root of that share is the mean over the rms, so its error is that of the mean.
         size = math.sqrt(sums.first.second_moment.value)
-        gap = math.sqrt(abs(missing(sums)))  # the sign differs for a claim that is too small
+        gap = math.sqrt(abs(excess_share(sums)))  # the sign differs for a claim that is too small
         return judge_gap(gap, draws.z * sums.first.mean.error / size, tolerance=0.0)
 
-    low, high = (missing(draws.overlapping[rank]) for rank in (draws.low, draws.high))
+    low, high = (excess_share(draws.overlapping[rank]) for rank in (draws.low, draws.high))
     return Verdict(
         "7",
         "Var = E[w^2]",
-        draws.by_means(judge_cell),
+        draws.judge_means(judge_cell),
         "where Eq. 6 holds: overlap 0",
         f"E[w]^2 / E[w^2] at overlap 0.5: {low:.3f} at r = {draws.low}, {high:.3f} at r = {draws.high}",
     )
 
 
-def eq8(draws: Draws) -> Verdict:
+def judge_eq8(draws: Draws) -> Verdict:
     """Judge Eq. 8 in the limit of ranks far below p_in."""
     claim = equations.eq8_second_moment
-    thin = [(rank, draws.p_in) for rank in draws.ranks if rank <= TOLERANCE * draws.p_in / 2] or [(1, WIDE)]
-    limit = [draws.near_one(draws.against(claim, *cell)) for cell in thin]
+    # Ranks at which the dropped terms, of relative size r / p_in, are below the tolerance.
+    low_ranks = [(rank, draws.p_in) for rank in draws.ranks if rank <= TOLERANCE * draws.p_in / 2] or [(1, WIDE)]
+    limit = [draws.judge_ratio(draws.second_moment_ratio(claim, *cell)) for cell in low_ranks]
     return Verdict(
         "8",
         "E[w^2] = eta^2 delta^2 gamma^4 r p_in^2 (its sum, counted)",
-        decide(limit, draws.everywhere(claim)),
+        decide(limit, draws.judge_all_cells(claim)),
         "r << p_in, overlap 0: drops the terms k != k'",
-        f"simulated/printed {_format(draws.against(claim, draws.low))} at r = {draws.low}, "
-        f"{_format(draws.against(claim, draws.tall, NARROW))} at r = {draws.tall}, p_in = {NARROW}",
+        f"simulated/printed {_format(draws.second_moment_ratio(claim, draws.low))} at r = {draws.low}, "
+        f"{_format(draws.second_moment_ratio(claim, draws.far_rank, NARROW))} at r = {draws.far_rank}, p_in = {NARROW}",
     )
 
 
-def eq9(draws: Draws) -> Verdict:
+def judge_eq9(draws: Draws) -> Verdict:
     """Judge Eq. 9 in the limit of ranks far above p_in."""
-    claim, p_in, low, high = equations.eq9_variance, draws.p_in, draws.low, draws.high
-    limit = draws.against(claim, draws.tall, NARROW)
+    claim = equations.eq9_variance
+    limit = draws.second_moment_ratio(claim, draws.far_rank, NARROW)
+    # By the exact law the ratio is (p_in + r + 1) / r.
+    figures = [
+        f"{_format(draws.second_moment_ratio(claim, rank))} at r = {rank} (exact {(draws.p_in + rank + 1) / rank:.4g})"
+        for rank in (draws.low, draws.high)
+    ]
     return Verdict(
         "9",
         "Var = eta^2 delta^2 gamma^4 r^2 p_in",
-        decide([draws.near_one(limit)], draws.everywhere(claim)),
+        decide([draws.judge_ratio(limit)], draws.judge_all_cells(claim)),
         "r >> p_in, overlap 0; does not follow from Eq. 8, whose sum has r p_in^2 terms",
-        f"simulated/printed {_format(draws.against(claim, low))} at r = {low} (exact {(p_in + low + 1) / low:.4g}), "
-        f"{_format(draws.against(claim, high))} at r = {high} (exact {(p_in + high + 1) / high:.4g}), "
-        f"{_format(limit)} at r = {draws.tall}, p_in = {NARROW}",
+        f"simulated/printed {', '.join(figures)}, {_format(limit)} at r = {draws.far_rank}, p_in = {NARROW}",
     )
 
 
-def eq11(draws: Draws) -> Verdict:
+def judge_eq11(draws: Draws) -> Verdict:
     """Judge Eq. 11 for equal and for different |delta_i|; by Eq. 4 w is delta times one number."""
 
     def ratio(rank: int, p_in: int) -> Estimate:
         printed = float(equations.eq11_norm(np.ones(draws.p_out), rank=rank, p_in=p_in, **UNIT))
         return square_root(draws.sums(rank, 0.0, p_in).norm2.mean).times(1 / printed)
 
-    # The printed formula uses the largest |delta_i| for all outputs.
-    spread = np.linspace(-1.0, 1.0, 101)
-    inflation = math.sqrt(spread.size * np.max(spread**2) / np.sum(spread**2))
-    wide, narrow = ratio(draws.high, draws.p_in), ratio(draws.tall, NARROW)
+    # The printed formula uses the largest |delta_i| for all outputs, which inflates the norm if they differ.
+    deltas = np.linspace(-1.0, 1.0, 101)
+    inflation = math.sqrt(deltas.size * np.max(deltas**2) / np.sum(deltas**2))
+    wide, narrow = ratio(draws.high, draws.p_in), ratio(draws.far_rank, NARROW)
     return Verdict(
         "11",
         "|w| = sqrt(p_out) times the largest term of Eq. 9",
-        decide([draws.near_one(narrow)], ["contradicts"]),  # always for other delta_i: a maximum is not a mean
+        decide([draws.judge_ratio(narrow)], ["contradicts"]),  # always for other delta_i: a maximum is not a mean
         "r >> p_in and all |delta_i| equal; else an upper bound of the signal term alone",
-        f"rms |w|/printed {wide.value:.4g} at r = {draws.high}, {narrow.value:.4g} at r = {draws.tall}, p_in = {NARROW}"
-        f"; delta_i even over [-1, 1] inflates it {inflation:.2f} times",
+        f"rms |w|/printed {wide.value:.4g} at r = {draws.high}, {narrow.value:.4g} at r = {draws.far_rank}, "
+        f"p_in = {NARROW}; delta_i even over [-1, 1] inflates it {inflation:.2f} times",
     )
 
 
-def eq12(draws: Draws) -> Verdict:
+def judge_eq12(draws: Draws) -> Verdict:
     """Judge the printed constant of Eq. 12 at a learning rate other than 1."""
     eta, p_in, rank = 1e-3, draws.p_in, draws.high
     printed = equations.eq12_constant(1.0, p_out=draws.p_out, p_in=p_in, learning_rate=eta)
@@ -429,37 +440,38 @@ def eq12(draws: Draws) -> Verdict:
     )
 
 
-def eq13(draws: Draws) -> Verdict:
+def judge_eq13(draws: Draws) -> Verdict:
     """Judge Eq. 13 at a constant gamma."""
 
     def printed(rank: int) -> float:
         return equations.eq13_norm(1.0, rank=rank, scaling=1.0)
 
-    return _growth(draws, "13", "|w| grows as gamma^2 r", 0.0, printed)
+    return _judge_growth(draws, "13", "|w| grows as gamma^2 r", 0.0, printed)
 
 
-def eq14(draws: Draws) -> Verdict:
+def judge_eq14(draws: Draws) -> Verdict:
     """Judge Eq. 14."""
 
     def printed(rank: int) -> float:
         return equations.eq14_lora_norm(1.0, alpha=1.0, rank=rank)
 
-    return _growth(draws, "14", "under alpha/r, |w| falls as 1/r", "lora", printed)
+    return _judge_growth(draws, "14", "under alpha/r, |w| falls as 1/r", "lora", printed)
 
 
-def eq15(draws: Draws) -> Verdict:
+def judge_eq15(draws: Draws) -> Verdict:
     """Judge Eq. 15."""
 
     def printed(rank: int) -> float:
         return equations.eq15_rora_norm(1.0, alpha=1.0, rank=rank)
 
     claim = "under alpha/sqrt(r), |w| does not depend on r"
-    return _growth(draws, "15", claim, "rora", printed)
+    return _judge_growth(draws, "15", claim, "rora", printed)
 
 
-def _growth(draws: Draws, equation: str, claim: str, rule: Rule, printed: Callable[[int], float]) -> Verdict:
+def _judge_growth(draws: Draws, equation: str, claim: str, rule: Rule, printed: Callable[[int], float]) -> Verdict:
     """Judge a printed norm's growth with the rank at overlap 0, at 0.5, and far above the crossing rank."""
 
+    # The samples have unit scaling; w is proportional to gamma^2 under SGD.
     def slope(cells: Mapping[int, sampling.Sums]) -> Fit:
         gammas = [scaling_factor(rule, alpha=1.0, rank=rank) ** 2 for rank in cells]
         norms = [square_root(sums.norm2.mean).times(gamma) for sums, gamma in zip(cells.values(), gammas, strict=True)]

@@ -184,7 +184,7 @@ def proportion(successes: int, n: int) -> Estimate:
       Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
     """
     check_integer("n", n)
-    check_integer("right", successes, minimum=0, maximum=n)
+    check_integer("successes", successes, minimum=0, maximum=n)
     p = successes / n
     # Wilson's half-width where the sample deviation is 0.
     error = math.sqrt(p * (1 - p) / (n - 1)) if 0 < successes < n else 1 / (2 * (n + 1))

@@ -162,25 +162,25 @@ class Measures(NamedTuple):
 
 def draw_problem(key: PRNGKeyArray, config: ProblemConfig) -> Problem:
     """Sample the base, the teacher and the inputs; base weights are N(0, 1/in)."""
-    # Inputs that share the direction ``mean``.
-    inputs, noise, *layers = jax.random.split(key, 2 + len(config.shapes))
-    shared_key, input_key = jax.random.split(inputs)
+    # Inputs that share the direction ``shared``.
+    inputs_key, noise_key, *layer_keys = jax.random.split(key, 2 + len(config.shapes))
+    shared_key, specific_key = jax.random.split(inputs_key)
     total = config.samples + config.held_out
-    mean = jax.random.normal(shared_key, (1, config.p_in))
-    x = math.sqrt(config.overlap) * mean + math.sqrt(1 - config.overlap) * jax.random.normal(
-        input_key, (total, config.p_in)
-    )
+    shared = jax.random.normal(shared_key, (1, config.p_in))
+    specific = jax.random.normal(specific_key, (total, config.p_in))
+    x = math.sqrt(config.overlap) * shared + math.sqrt(1 - config.overlap) * specific
     # Base weights, and the teacher's low-rank change of each layer.
     weights, changes = [], []
-    for layer, (out, fan_in) in zip(layers, config.shapes, strict=True):
-        base, left, right = jax.random.split(layer, 3)
-        weights.append(jax.random.normal(base, (out, fan_in)) / math.sqrt(fan_in))
+    for layer_key, (out, fan_in) in zip(layer_keys, config.shapes, strict=True):
+        base_key, left_key, right_key = jax.random.split(layer_key, 3)
+        weights.append(jax.random.normal(base_key, (out, fan_in)) / math.sqrt(fan_in))
         # Scaled so that the entries of D x have variance 1 like those of x.
-        rows = jax.random.normal(right, (config.teacher_rank, fan_in)) / math.sqrt(fan_in)
-        changes.append(jax.random.normal(left, (out, config.teacher_rank)) @ rows / math.sqrt(config.teacher_rank))
+        right = jax.random.normal(right_key, (config.teacher_rank, fan_in)) / math.sqrt(fan_in)
+        left = jax.random.normal(left_key, (out, config.teacher_rank))
+        changes.append(left @ right / math.sqrt(config.teacher_rank))
     # Targets: the teacher's change of the output plus noise.
     target = _output_change(tuple(weights), x, lambda layer, u: u @ changes[layer].T)
-    target = target + config.noise * jax.random.normal(noise, target.shape)
+    target = target + config.noise * jax.random.normal(noise_key, target.shape)
     n = config.samples
     return Problem(tuple(weights), x[:n], x[n:], target[:n], target[n:])
 
@@ -355,7 +355,8 @@ def measure_student(adapters: Adapters, problem: Problem, scaling: Float[Array, 
         return scaling * (inner[-1] @ tensors["lora_B"].T)
 
     _output_change(problem.weights, problem.x_train, record_inner)
-    products = [t["lora_B"] @ t["lora_A"] for t in adapters]
+    # Weight change B A of each layer, without the scaling.
+    products = [tensors["lora_B"] @ tensors["lora_A"] for tensors in adapters]
     return Measures(
         loss_train=jnp.sum((train - problem.target_train) ** 2) / (2 * train.shape[0]),
         loss_held_out=jnp.sum((held_out - problem.target_held_out) ** 2) / (2 * held_out.shape[0]),
@@ -364,8 +365,8 @@ def measure_student(adapters: Adapters, problem: Problem, scaling: Float[Array, 
         delta_frobenius=scaling * _norm(products),
         delta_spectral=scaling * jnp.max(jnp.stack([spectral_norm(product) for product in products])),
         inner=jnp.sqrt(sum(jnp.sum(a**2) for a in inner) / sum(a.size for a in inner)),
-        grad_A=_norm([g["lora_A"] for g in grads]),
-        grad_B=_norm([g["lora_B"] for g in grads]),
+        grad_A=_norm([tensors["lora_A"] for tensors in grads]),
+        grad_B=_norm([tensors["lora_B"] for tensors in grads]),
     )
 
 
@@ -384,18 +385,19 @@ def spectral_norm(matrix: Float[Array, "m n"]) -> Float[Array, ""]:
       The largest singular value.
     """
     # Scale the entries to 1, because squares of small changes underflow.
-    size = jnp.maximum(jnp.max(jnp.abs(matrix)), jnp.finfo(jnp.float32).tiny)
-    wide = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T) / size
+    tiny = jnp.finfo(jnp.float32).tiny
+    largest_entry = jnp.maximum(jnp.max(jnp.abs(matrix)), tiny)
+    wide = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T) / largest_entry
     gram = wide @ wide.T
 
     # Powers of the Gram matrix, normalised to trace 1.
     def square(_: Array, power: Array) -> Array:
-        power = power @ power
-        return power / jnp.maximum(jnp.trace(power), jnp.finfo(jnp.float32).tiny)
+        squared = power @ power
+        return squared / jnp.maximum(jnp.trace(squared), tiny)
 
-    start = gram / jnp.maximum(jnp.trace(gram), jnp.finfo(jnp.float32).tiny)
+    start = gram / jnp.maximum(jnp.trace(gram), tiny)
     power = jax.lax.fori_loop(0, _SQUARINGS, square, start)
-    return size * jnp.sqrt(jnp.sum(power * gram))  # tr(K^p K) with tr(K^p) = 1
+    return largest_entry * jnp.sqrt(jnp.sum(power * gram))  # tr(K^p K) with tr(K^p) = 1
 
 
 def _output_change(weights: tuple[Array, ...], x: Array, delta: Callable[[int, Array], Array]) -> Array:

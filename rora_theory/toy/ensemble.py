@@ -37,7 +37,8 @@ def draw_ensemble(
     Returns:
       The adapters and the problems.
     """
-    keys = jax.vmap(lambda s: jax.random.split(jax.random.fold_in(jax.random.key(seed), s)))(
+    # Two keys for each seed, [seeds, 2]: one of the problem and one of the adapters.
+    keys = jax.vmap(lambda member: jax.random.split(jax.random.fold_in(jax.random.key(seed), member)))(
         np.asarray(seeds, np.uint32)
     )
     problems = jax.vmap(lambda key: dynamics.draw_problem(key, config))(keys[:, 0])
@@ -54,7 +55,7 @@ def ensemble_trajectories(
     optimizer: OptimizerName,
     steps: tuple[int, ...],
     frozen: str | None = None,
-) -> tuple[dict[str, Float[np.ndarray, "seeds moments"]], Bool[np.ndarray, "seeds moments"]]:
+) -> tuple[dict[str, Float[np.ndarray, "seeds recorded"]], Bool[np.ndarray, "seeds recorded"]]:
     """Train an ensemble and measure it before the first step and after each of ``steps``.
 
     Args:
@@ -74,9 +75,10 @@ def ensemble_trajectories(
         adapters, problems, scaling, learning_rate, optimizer=optimizer, steps=steps, frozen=frozen
     )
     values = {name: np.asarray(value, np.float64) for name, value in measured._asdict().items()}
-    finite = np.all([np.isfinite(value) for value in values.values()], axis=0)
-    bounded = values["loss_train"] <= dynamics.DIVERGED * values["loss_train"][:, :1]
-    return values, np.maximum.accumulate(~(finite & bounded), axis=1)
+    is_finite = np.all([np.isfinite(value) for value in values.values()], axis=0)
+    is_bounded = values["loss_train"] <= dynamics.DIVERGED * values["loss_train"][:, :1]
+    # Along the steps, a run stays diverged once it has diverged.
+    return values, np.maximum.accumulate(~(is_finite & is_bounded), axis=1)
 
 
 def losses_at_rates(
@@ -112,8 +114,8 @@ def losses_at_rates(
         steps=steps,
         frozen=frozen,
     )
-    train, held_out = (np.asarray(part, np.float64) for part in final)
+    train, held_out = (np.asarray(losses, np.float64) for losses in final)
     # A loss that is finite but far above its initial value counts as diverged too.
-    start = np.asarray(jax.vmap(dynamics.start_loss)(problems), np.float64)[:, None]
-    has_diverged = ~(train <= dynamics.DIVERGED * start)
+    start_losses = np.asarray(jax.vmap(dynamics.start_loss)(problems), np.float64)[:, None]
+    has_diverged = ~(train <= dynamics.DIVERGED * start_losses)
     return np.where(has_diverged, np.inf, train), np.where(has_diverged, np.inf, held_out)

@@ -74,6 +74,7 @@ def exponent_fits(table: pd.DataFrame) -> pd.DataFrame:
       A table with the columns `FIT_COLUMNS`, the ``fitted_ranks``, and the slope of each seed, ``by_seed``.
     """
     ranks, steps = (sorted(table[name].unique().tolist()) for name in ("rank", "step"))
+    # All ranks, and the upper half if that leaves two or more.
     ranges = {"all": ranks} if len(ranks) < 4 else {"all": ranks, "upper": ranks[len(ranks) // 2 :]}
     fits = []
     for cell, cell_rows in table.groupby(list(CELL[:6]), sort=False):
@@ -84,11 +85,9 @@ def exponent_fits(table: pd.DataFrame) -> pd.DataFrame:
             fitted_ranks = [rank for rank in members if not at_step["diverged", rank].any()]
             if len(fitted_ranks) < 2:
                 continue
-            # The loss relative to its start shows how far the training has come.
-            loss, origin = (
-                measured_at["loss_train"][fitted_ranks].mean()
-                for measured_at in (at_step, measured.xs(0, axis=1, level="step"))
-            )
+            # Mean loss over seeds by rank, now and at the start: their ratio shows how far the training has come.
+            loss = at_step["loss_train"][fitted_ranks].mean()
+            start_loss = measured.xs(0, axis=1, level="step")["loss_train"][fitted_ranks].mean()
             for quantity in FITTED:
                 values = at_step[quantity][fitted_ranks].to_numpy(float)
                 if not (values > 0).all():
@@ -104,7 +103,7 @@ def exponent_fits(table: pd.DataFrame) -> pd.DataFrame:
                     }
                     | {"step": step, "quantity": quantity, "slope": fit.slope}
                     | {"standard_error": fit.standard_error, "seeds": fit.seeds}
-                    | {"verdict": slopes.trend(fit), "loss_left": (loss / origin).min()}
+                    | {"verdict": slopes.trend(fit), "loss_left": (loss / start_loss).min()}
                     | {"fitted_ranks": tuple(fitted_ranks), "by_seed": slopes.seed_slopes(fitted_ranks, values)}
                 )
     return pd.DataFrame(fits, columns=[*FIT_COLUMNS, "fitted_ranks", "by_seed"])
@@ -148,24 +147,25 @@ def answers(
     Returns:
       The answers.
     """
-    listed: list[Answer] = []
+    collected: list[Answer] = []
     ranks = sorted(ranks)
     upper_range = f"from r = {ranks[len(ranks) // 2]} on" if len(ranks) >= 4 else ""
 
+    # Questions about optimizers and rules that were not run have no answer.
     def add(model: str, optimizer: str, quantity: str, kappa: float, question: str, span: str = "all") -> None:
         if optimizer in optimizers and kappa in kappas:
-            rows = _line(fits, model, optimizer, quantity, kappa, span=span)
-            listed.append(Answer(f"{model}, {question}", verdicts_by_step(rows), slopes_by_step(rows)))
+            rows = _fits_of_curve(fits, model, optimizer, quantity, kappa, span=span)
+            collected.append(Answer(f"{model}, {question}", verdicts_by_step(rows), slopes_by_step(rows)))
 
     held_out = f"output change on held-out inputs (overlap {overlap:g})"
     for model in models:
         # Is the output change on training inputs flat, over all ranks and over the upper half?
         for span, where in {"all": "", "upper": upper_range}.items():
             if span == "all" or where:
-                theorem = f"SGD: output change on training inputs flat under alpha/sqrt(r) (rsLoRA's theorem) {where}"
-                add(model, "sgd", "output_train", 0.5, theorem.strip() + "?", span)
-                theta = f"Adam: output change on training inputs flat under alpha/r, so as r at fixed gamma {where}"
-                add(model, "adam", "output_train", 1.0, theta.strip() + "?", span)
+                question = f"SGD: output change on training inputs flat under alpha/sqrt(r) (rsLoRA's theorem) {where}"
+                add(model, "sgd", "output_train", 0.5, question.strip() + "?", span)
+                question = f"Adam: output change on training inputs flat under alpha/r, so as r at fixed gamma {where}"
+                add(model, "adam", "output_train", 1.0, question.strip() + "?", span)
         # Is it flat on held-out inputs?
         add(model, "sgd", "output_held_out", 0.25, f"SGD: {held_out} flat under kappa = 1/4?")
         add(model, "adam", "output_held_out", 0.5, f"Adam: {held_out} flat under kappa = 1/2?")
@@ -173,15 +173,17 @@ def answers(
         for optimizer, power in (("sgd", 2), ("adam", 1)):
             if optimizer not in optimizers or not freeze_control or 1.0 not in kappas:
                 continue
-            both, frozen = (_line(fits, model, optimizer, "delta_frobenius", 1.0, trained) for trained in ("both", "B"))
+            both, frozen = (
+                _fits_of_curve(fits, model, optimizer, "delta_frobenius", 1.0, trained) for trained in ("both", "B")
+            )
             question = f"{model}, {DISPLAY_NAMES[optimizer]}: exponent of |dM|_F changes once A moves?"
             trained_slopes, frozen_slopes = (slopes_at_constant_gamma(rows, power) for rows in (both, frozen))
             figures = f"under alpha/r, plus {power}: A trained: {trained_slopes}; A frozen: {frozen_slopes}"
-            listed.append(Answer(question, exponent_change(both, frozen), figures))
-    return listed
+            collected.append(Answer(question, exponent_change(both, frozen), figures))
+    return collected
 
 
-def _line(
+def _fits_of_curve(
     fits: pd.DataFrame,
     model: str,
     optimizer: str,
@@ -200,16 +202,14 @@ def verdicts_by_step(rows: Sequence[dict[Any, Any]]) -> str:
     """Return a sentence with the verdicts along the steps, marking steps with a loss below half of its start."""
     if not rows:
         return "not measured: the runs diverged"
-    parts = []
-    for row in rows:
-        ended = row["loss_left"] < SATURATED
-        parts.append((row["verdict"] + (" (loss below half)" if ended else ""), str(row["step"])))
     # Merge neighbouring steps with the same verdict.
     groups: list[tuple[str, list[str]]] = []
-    for verdict, step in parts:
+    for row in rows:
+        is_saturated = row["loss_left"] < SATURATED
+        verdict = row["verdict"] + (" (loss below half)" if is_saturated else "")
         if not groups or groups[-1][0] != verdict:
             groups.append((verdict, []))
-        groups[-1][1].append(step)
+        groups[-1][1].append(str(row["step"]))
     return "; ".join(f"{verdict} at step{'s' if len(steps) > 1 else ''} {' '.join(steps)}" for verdict, steps in groups)
 
 
@@ -259,7 +259,6 @@ def exponent_change(both: Sequence[dict[Any, Any]], frozen: Sequence[dict[Any, A
     trained_fit, frozen_fit = same_ranks[-1]
     fit = slopes.SeedFit.from_estimate(over_seeds(trained_fit["by_seed"] - frozen_fit["by_seed"]))
     is_nonzero = abs(fit.slope) > fit.half_width() + ROUNDING
-    verdict = {"flat": "small" if is_nonzero else "no", "undecided": "undecided"}.get(
-        slopes.trend(fit, MIN_EXPONENT_CHANGE), "yes"
-    )
+    verdicts = {"flat": "small" if is_nonzero else "no", "undecided": "undecided"}
+    verdict = verdicts.get(slopes.trend(fit, MIN_EXPONENT_CHANGE), "yes")
     return f"{verdict}: by {fit.slope:+.3f} ± {fit.standard_error:.3f} at step {trained_fit['step']}"

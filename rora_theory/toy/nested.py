@@ -35,6 +35,7 @@ def draw_a(key: PRNGKeyArray, init: Init, *, rank: int, p_in: int) -> Float[Arra
 
 def rows(key: PRNGKeyArray, init: Init, *, count: int, p_in: int) -> Float[Array, "count p_in"]:
     """Sample the first rows of A with the standard deviation that belongs to rank 1."""
+    # A key for each row, which depends on its index alone.
     keys = jax.vmap(lambda k: jax.random.fold_in(key, k))(jnp.arange(count))
     return jax.vmap(lambda k: draw_A(k, init, rank=1, p_in=p_in)[0])(keys)
 

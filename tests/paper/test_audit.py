@@ -75,8 +75,11 @@ def test_the_bounds_of_a_mean_hold_every_count() -> None:
         ends.append((Fraction(100 * fits[0], size), Fraction(100 * fits[-1], size)))
     low, high = (sum(pair[end] for pair in ends) / 8 for end in (0, 1))
     assert audit.mean_bounds(row) == (low, high)
-    assert not audit.averages([dataclasses.replace(row, average=81.5)])
-    assert [len(audit.averages([dataclasses.replace(row, average=average)])) for average in (1.0, 99.0)] == [1, 1]
+    assert not audit.find_wrong_averages([dataclasses.replace(row, average=81.5)])
+    assert [len(audit.find_wrong_averages([dataclasses.replace(row, average=average)])) for average in (1.0, 99.0)] == [
+        1,
+        1,
+    ]
 
 
 def test_an_entry_that_is_no_count_leaves_its_rounding_to_the_mean() -> None:
@@ -94,19 +97,19 @@ def test_a_quoted_difference_is_the_entries_to_three_roundings(gap: float, count
     ours, theirs = audit.claimed_rows(PAPER, claim)
     scores = tuple(score + gap for score in theirs.scores)
     rows = [dataclasses.replace(ours, scores=scores, average=theirs.average + 1), theirs]
-    assert len(audit.differences(rows, [dataclasses.replace(claim, printed=1.0)])) == count
+    assert len(audit.find_wrong_differences(rows, [dataclasses.replace(claim, printed=1.0)])) == count
 
 
 def test_a_claim_about_no_row_is_refused() -> None:
     claim = dataclasses.replace(published.claims()[0], rank=7)
     with pytest.raises(InputError, match=r"rows.*LLaMA-7B RoRA rank 7.* 0"):
-        audit.differences(PAPER, [claim])
+        audit.find_wrong_differences(PAPER, [claim])
 
 
 def test_rows_marked_best_are_best() -> None:
-    assert audit.best_marks(PAPER) == []
+    assert audit.find_wrong_best_marks(PAPER) == []
     moved = [dataclasses.replace(row, marked_best=row.table == "II" and row.rank == 16) for row in PAPER]
-    texts = {f.where.removeprefix("Table II, Sheared-LLaMA-1.3B "): f.text for f in audit.best_marks(moved)}
+    texts = {f.where.removeprefix("Table II, Sheared-LLaMA-1.3B "): f.text for f in audit.find_wrong_best_marks(moved)}
     assert len(texts) == 6
     assert texts["RoRA r=16"].startswith("is marked best at ")
     assert texts["RoRA r=128"].startswith("is not marked best at ")
@@ -114,15 +117,15 @@ def test_rows_marked_best_are_best() -> None:
 
 def test_rows_of_two_models_are_no_repetition() -> None:
     rows = [dataclasses.replace(PAPER[0], model=model) for model in ("LLaMA-7B", "LLaMA-13B")]
-    assert not audit.repeated(rows)
-    assert len(audit.repeated([rows[0], rows[0]])) == 1
+    assert not audit.find_repeated_rows(rows)
+    assert len(audit.find_repeated_rows([rows[0], rows[0]])) == 1
 
 
 def test_few_equal_entries_are_no_copy() -> None:
     row, anchor = _row("LLaMA-7B", "DoRA"), _row("LLaMA-7B", "DoRA", 32, "DoRA repository")
     changed = [dataclasses.replace(row, scores=(0.0,) * n + row.scores[n:]) for n in range(9)]
-    assert [f.printed for f in audit.copied(changed, [anchor])] == [8, 7, 6, 5, 4]
-    assert not audit.copied([dataclasses.replace(row, model="LLaMA2-7B")], [anchor])
+    assert [f.printed for f in audit.find_copied_rows(changed, [anchor])] == [8, 7, 6, 5, 4]
+    assert not audit.find_copied_rows([dataclasses.replace(row, model="LLaMA2-7B")], [anchor])
 
 
 def test_possible_counts() -> None:
@@ -160,7 +163,7 @@ TWO_ERRORS = 2 * math.hypot(audit.score_error(80.0, 3270), audit.score_error(79.
 )
 def test_a_gap_of_two_standard_errors_is_the_border(score: float, other: float, is_flagged: bool) -> None:
     rows = [with_boolq(_row("LLaMA-7B", "RoRA"), score), with_boolq(_row("LLaMA-7B", "DoRA"), other)]
-    assert any(finding.text.startswith("BoolQ:") for finding in audit.within_noise(rows)) is is_flagged
+    assert any(finding.text.startswith("BoolQ:") for finding in audit.find_differences_within_noise(rows)) is is_flagged
 
 
 @pytest.mark.parametrize(
@@ -175,7 +178,7 @@ def test_printed_shares_of_lora_are_rank_32s(model: str, percent: float) -> None
 def test_a_share_is_a_rank_s_to_its_printed_digits(share: float, count: int) -> None:
     """Rank 128 of LLaMA-7B trains 3.2228%, which two decimals print as 3.22."""
     row = dataclasses.replace(_row("LLaMA-7B", "RoRA"), params_percent=share)
-    assert len(audit.parameter_shares([row])) == count
+    assert len(audit.find_wrong_parameter_shares([row])) == count
 
 
 def test_published_findings() -> None:

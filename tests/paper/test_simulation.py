@@ -110,7 +110,7 @@ def test_second_moments_are_beside_the_law_and_the_paper() -> None:
         {"quantity": quantity, "estimate": 3.0, "standard_error": 0.5, "exact": 2.0, "paper": 1.0}
         for quantity in ("mean", "second_moment")
     ]
-    (row,) = simulation.second_moments(simulation.simulation_table(rows)).to_dict("records")
+    (row,) = simulation.compare_second_moments(simulation.simulation_table(rows)).to_dict("records")
     assert [row[name] for name in ("ratio", "of_paper", "z")] == [1.5, 3.0, 2.0]
 
 

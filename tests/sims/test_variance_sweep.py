@@ -74,7 +74,7 @@ def test_the_tables_are_printed_and_nothing_is_drawn_again(
     assert "Verdicts on the paper's equations" in printed
     assert "adam, A normal: exponent of the rms norm" in printed
     judged = [verdicts.Verdict(**row) for row in json.loads((out / "verdicts.json").read_text())]
-    assert " ".join(printed.split()).endswith(verdicts.verdicts_in_words(judged)), "the answer is the last line"
+    assert " ".join(printed.split()).endswith(verdicts.describe_verdicts(judged)), "the answer is the last line"
     seconds = frames.read_csv(out / "second_moments.csv")
     assert {"optimizer", "init", "overlap", "rule", "rank", "estimate", "exact", "ratio", "paper", "z"} <= {*seconds}
     assert len(seconds) == (frames.read_csv(out / "results.csv")["quantity"] == "second_moment").sum()

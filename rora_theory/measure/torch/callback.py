@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from rora_theory.adapter_config import check_uniform, init_of
-from rora_theory.advice.lora_config import OF_DORA
+from rora_theory.advice.lora_config import DORA_REMARK
 from rora_theory.advice.setting import Setting, check_setting
 from rora_theory.errors import InputError, shown
 from rora_theory.measure.regimes.module_regime import RegimeConfig
@@ -165,7 +165,7 @@ def read_setting(model: torch.nn.Module, args: Any) -> Setting:
         raise InputError("the model has no LoRA adapter of PEFT. Add one with get_peft_model, or pass setting.")
     check_uniform(vars(config))
     if config.use_dora:
-        logger.warning(OF_DORA)
+        logger.warning(DORA_REMARK)
     # An enumeration or a string, depending on the version of transformers.
     name = str(getattr(args.optim, "value", args.optim))
     try:
