@@ -121,6 +121,7 @@ def saved_from_entries(path: Path, values: Mapping[str, Any]) -> SavedSetting:
       InputError: If the entries are not LoRA's, one is invalid, modules have several ranks or alphas, or `init_of`
         refuses the initialisation.
     """
+    # Validate single entries, then the combinations that the law does not cover.
     entries = validate_entries(path, values, ADVICE_ENTRIES)
     try:
         check_uniform(values)

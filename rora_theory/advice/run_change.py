@@ -39,6 +39,7 @@ class RunChange:
 
     def __post_init__(self) -> None:
         """Validate the settings."""
+        # Numbers of NumPy are converted to Python's.
         for name, value in (("steps", self.steps), ("to_steps", self.to_steps)):
             if value is not None:
                 check_integer(name, value)

@@ -143,7 +143,8 @@ def step_ratio(new: Setting, old: Setting, linear_term: float) -> float:
                 f"{name} must be {getattr(old, name)!r} as in the old setting, got {getattr(new, name)!r}: the effect "
                 "of the rank depends on it"
             )
-    # The step depends on gamma times the standard deviation of A, which may depend on the rank.
+    # The step depends on gamma times the standard deviation of A, which may depend on the rank. The number of inputs
+    # cancels in the ratio.
     new_deviation, old_deviation = (
         inits.entries(setting.init, rank=setting.rank, p_in=1).deviation for setting in (new, old)
     )

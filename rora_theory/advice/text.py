@@ -108,6 +108,7 @@ def _describe_law(carried: CarriedSetting) -> list[str]:
         )
         if carried.run.steps is None and carried.run.displacement_constant is None:
             sentences.append("The range is narrower if the number of steps is given.")
+    # The exponents are negative: state how the rate falls.
     if carried.run.changes_steps:
         low, high = carried.run.steps_exponents
         sentences.append(
@@ -169,6 +170,8 @@ def _describe_horizon(carried: CarriedSetting, limits: HorizonLimits) -> list[st
             "change."
         ]
     if carried.is_sgd:
+        # The same gamma r, with the rate in proportion to the rank, preserves the first step and the product of gamma
+        # and the rate.
         rate = old.learning_rate * carried.unchanged.rank / old.rank
         sentences += [
             "A run is long if the scaling times the sum of the learning rates times the gradient's singular values "

@@ -114,6 +114,7 @@ class Advice(CarriedSetting):
         comment = "" if kappa == KAPPAS["lora"] else f"  # alpha / r with the gamma of {self.alpha:.6g} / r^{kappa:g}"
         if self.is_rslora:
             comment = f"  # the same adapter as {self.alpha:.6g} with use_rslora=True"
+        # Python source, one argument on each line.
         lines = [
             "from peft import LoraConfig",
             "",

@@ -96,7 +96,7 @@ class ProbeConfig:
         check_list("--targets", self.targets)
         check_warmup(self.warmup, self.steps)
         self.training(Trial(1.0, self.steps), epochs=1)
-        # Plan for records of one token, the smallest cost: this raises an error early if the budget never suffices.
+        # A plan without the sizes of the records raises an error early if the budget is too small for any.
         make_plan(
             self.steps,
             self.strength,

@@ -232,6 +232,7 @@ class _MeasuredCurves:
             for seed, rates in by_seed.items()
             if min(rates) <= learning_rate * slack and learning_rate <= max(rates) * slack
         )
+        # Fit the curve of these seeds once; None if they have no complete grid.
         if (condition, seeds) not in self._covering:
             covering_runs = [run for run in runs if run.seed in seeds]
             curves = curves_at(covering_runs, self._tokens, condition.steps, draws=self._draws)

@@ -133,6 +133,7 @@ def horizon_table(runs: Sequence[HorizonRun], tokens: Sequence[int], answer_toke
     """
     rows: list[dict[str, Any]] = []
     for run in runs:
+        # The setting of the run, in every row.
         labels: dict[str, Any] = {"rank": run.rank, "strength": run.strength, "gamma": run.gamma}
         labels |= {"learning_rate": run.rate, "seed": run.seed}
         for reading in run.read.readings:
@@ -144,6 +145,7 @@ def horizon_table(runs: Sequence[HorizonRun], tokens: Sequence[int], answer_toke
                 | {"validation_loss": loss.value, "validation_error": loss.error}
                 | {"answer_loss": answer.value, "answer_error": answer.error}
             )
+        # A divergence has no loss.
         if run.read.diverged_at is not None:
             rows.append(labels | {"step": run.read.diverged_at, "status": "diverged"})
     return frames.from_rows(rows, list(dict.fromkeys(name for row in rows for name in row)))

@@ -84,6 +84,7 @@ def make_batch_pair(
         raise InputError(
             f"data must hold at least {required} records (--batch-size and --held-out), got {len(records)} records"
         )
+    # No record is in both batches.
     train_records, held_out = split_records(records, config.held_out, seed)
     answer_only = config.loss_on == "answer"
 

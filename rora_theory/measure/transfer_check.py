@@ -120,6 +120,7 @@ def first_step_rows(stepper: RealStep, advice: Advice, step: FirstStep, seed: in
         "alpha_pattern": len(pattern),
         "seed": step.seed,
     }
+    # A row for each module and layer, then two for the whole model.
     rows = [
         labels | {"quantity": "module", "module": module, "layer": layer, "rms": float(value)}
         for module, values in change.modules.items()
@@ -155,6 +156,7 @@ def summarise(table: pd.DataFrame, advice: Advice) -> pd.DataFrame:
             # The seeds of both settings are the same draws of A: the jackknife leaves them out together.
             seeds = len(candidate_squares)
             estimate = jackknife(partial(_mean_ratio, candidate_squares, tuned_squares), seeds, "seeds")
+            # Ratios of single modules over all seeds, for their range.
             by_module = _ratios(candidate_squares, tuned_squares, range(seeds))
             summary.append(
                 {

@@ -338,6 +338,7 @@ def find_wrong_parameter_shares(
         if row.params_percent is None or row.method != method or row.model not in MODELS:
             continue
         rank = stated.get((row.model, row.method))
+        # Rank whose share is nearest to the printed percentage.
         percent_at_one = lora_percent(row.model, 1)
         # The ratio of adapter to base parameters is proportional to the rank.
         implied = round(row.params_percent / (100 - row.params_percent) * (100 - percent_at_one) / percent_at_one)

@@ -118,6 +118,7 @@ def simulation_cells(config: SimulationConfig) -> list[SimulationCell]:
       The cells to draw.
     """
     grid = config.grid
+    # Settings at unit scaling and rate, from which all rules follow.
     settings = [
         sampling.RandomStep(rank, config.p_in, config.p_out, overlap=overlap, optimizer=optimizer, init=init)
         for optimizer in grid.optimizers

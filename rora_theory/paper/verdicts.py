@@ -333,6 +333,7 @@ def judge_eq6(draws: Draws) -> Verdict:
         mean, size = sums.first.mean, math.sqrt(sums.first.second_moment.value)
         return judge_gap(abs(mean.value - claimed) / size, draws.z * mean.error / size, tolerance=0.0)
 
+    # Figures for the evidence: the largest deviation from 0 where the claim holds, and the mean where it does not.
     largest = max(abs(sums.first.mean.value / sums.first.mean.error) for sums in draws.independent.values())
     law = laws.random_input_moments(rank=draws.high, p_in=draws.p_in, overlap=0.5, scaling=1.0).mean[0]
     return Verdict(

@@ -134,7 +134,7 @@ def jackknife(statistic: Callable[[Sequence[int]], float], n: int, over: str) ->
 def square_root(estimate: Estimate) -> Estimate:
     """Return the square root of an estimate, with its error and bound to first order."""
     value = math.sqrt(max(estimate.value, 0.0))
-    # The derivative 1 / (2 sqrt(value)) is infinite at 0; a bound of the square is still one of the root.
+    # At 0 the derivative 1 / (2 sqrt(value)) is infinite; a bound b of the square still bounds the root by sqrt(b).
     if not value:
         return replace(estimate, value=value, error=0.0, bound=math.sqrt(estimate.bound))
     return replace(estimate, value=value, error=estimate.error / (2 * value), bound=estimate.bound / (2 * value))

@@ -251,6 +251,7 @@ def best_rates(curves: Sequence[Curve]) -> "pd.DataFrame":
     """Return a table of the best rate and loss of every curve, with the columns `BEST_COLUMNS` in units of `UNITS`."""
     rows = []
     for curve in curves:
+        # The best rate is fitted, in log2; the best loss is the lowest measured one.
         logs, losses = weighted_log2_rates((1.0,), curve), estimate(Curve.lowest_losses, curve)
         error, half_width = rate_errors(logs, edge=curve.edge)
         rows.append(

@@ -66,6 +66,7 @@ class StepGrid:
         for name, known, fewest in (("optimizers", OPTIMIZERS, 1), ("inits", INITS, 0)):
             check_choices(f"--{name}", getattr(self, name), known, fewest=fewest)
         check_ranges(self)
+        # Sampling stops at a precision or at a number of draws, whose limits match.
         if self.relative_error is not None and self.relative_error < MIN_RELATIVE_ERROR:
             raise InputError(
                 f"--relative-error must be at least {MIN_RELATIVE_ERROR:.0e} (about {MAX_DRAWS:,} draws), "

@@ -402,7 +402,7 @@ def _adam_row_moments(grad: Float[np.ndarray, "p_out p_in"], law: Entries, e: fl
     ratio = np.divide(e, law.deviation * norms, out=np.full(p_out, np.inf), where=has_gradient)
     mean_fz, mean_f2, mean_f2z2 = _smoothed_sign_moments(ratio)
     direction = law.deviation * sign_direction(unit, law.shape) * (mean_fz / HALF_NORMAL_MEAN)[:, None]
-    # Along g_i the entries of a are correlated with f; orthogonal to g_i they are independent of it.
+    # Along g_i the row a determines f; orthogonal to g_i it is independent of f, exactly so if a is Gaussian.
     along, across = law.variance * mean_f2z2, law.variance * mean_f2
     return _AdamRowMoments(direction, along + (p_in - 1) * across, unit, along, across)
 

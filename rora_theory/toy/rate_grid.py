@@ -141,6 +141,7 @@ def cell_rows(grid: RateGrid, cell: GridCell) -> list[dict[str, Any]]:
     adapters, problems = ensemble.draw_ensemble(
         grid.problem, rank=cell.rank, seeds=grid.seeds, seed=grid.seed, init=grid.init
     )
+    # Arrays [seeds, rates].
     rates = grid.lrs(cell.optimizer)
     train_losses, held_out_losses = ensemble.losses_at_rates(
         adapters,

@@ -161,6 +161,7 @@ def training_rows(grid: TrainingGrid, cell: TrainingCell) -> list[dict[str, Any]
         start=cell.start,
         init=grid.init,
     )
+    # Arrays [seeds, 1 + steps], with the start as the first recorded step.
     values, diverged = ensemble.ensemble_trajectories(
         adapters,
         problems,

@@ -177,6 +177,7 @@ def conclude(
     Raises:
       InputError: If every run diverged.
     """
+    # Best rate of the probe's own runs, at its rank and number of steps.
     fitted = fit_best_rate(plan, runs, tokens)
     # The range covers the fit's interval, the exponents in the steps and the measured dependence on the rank.
     by_steps = carry_steps(1.0, plan.probe_steps, plan.steps, plan.schedule)
@@ -229,6 +230,7 @@ def expected_regret(*, same_rank: bool) -> ExpectedRegret:
 
 
 def _assumptions(plan: ProbePlan, fitted: FittedRate, rank: int, probe_rank: int) -> list[str]:
+    # Assumptions of every probe, with the scope in which they were measured.
     low, high = measured.steps_exponents(plan.schedule)
     scope = PUBLISHED if measured.is_constant_rate(plan.schedule) else f"{PUBLISHED}, and cosine decay with one seed"
     sentences = [

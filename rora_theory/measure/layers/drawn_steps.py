@@ -45,7 +45,8 @@ def measure_adapters(config: RegimeConfig, layer: Layer) -> dict[tuple, dict[str
             init=init,
             rows=size,
         )
-        # Accumulate the adapters' mean squares over blocks.
+        # Accumulate the adapters' mean squares over blocks, each an array [adapters, rules, optimizers, splits] for
+        # every rank, with the first rule only.
         moments: dict[tuple, Moments] = {}
         for _ in range(count):
             for rank, squares in zip(config.ranks, next(stream), strict=True):
@@ -100,6 +101,7 @@ def step_adapters(
     """
     # Copy the data to the device once, not for each block.
     data = jax.device_put((layer.grad, tuple(layer.inputs.values())))
+    # Scalings are dynamic arguments, so that settings with other rules or alphas reuse the compiled program.
     gammas = tuple(tuple(jnp.float32(scaling) for scaling in by_rule) for by_rule in scalings)
     block = 0
     while True:

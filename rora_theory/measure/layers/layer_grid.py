@@ -73,6 +73,7 @@ def layer_rows(grid: StepGrid, layers: Sequence[Layer], cell: LayerCell) -> list
       A row with the columns `COLUMNS` for each optimizer, rule and split.
     """
     (layer,) = (layer for layer in layers if layer.name == cell.layer)
+    # A step for every optimizer and rule, all from the same draws of A.
     rules = {name_of(rule): (exponent(rule), gamma) for rule, gamma in grid.scalings(cell.rank)}
     pairs = [(optimizer, rule) for optimizer in grid.optimizers for rule in rules]
     steps = [(optimizer, rules[rule][1]) for optimizer, rule in pairs]

@@ -55,6 +55,7 @@ def mean_squares(
     Yields:
       Blocks of adapters without end.
     """
+    # Copy the data to the device once. The scalings are dynamic arguments, so that other scalings reuse the program.
     adapters = max(1, _BLOCK_ROWS // rank)
     data = jax.device_put((layer.grad, tuple(layer.inputs[split] for split in SPLITS)))
     scalings = tuple(jnp.float32(scaling) for _, scaling in steps)

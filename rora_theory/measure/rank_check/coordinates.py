@@ -116,6 +116,7 @@ class Checker:
         check_steps(steps)
         adapter = self.adapter(key, setting)
         state = make_optimizer(setting.optimizer, setting.learning_rate).init(adapter.params)
+        # The rate is a dynamic argument: the step is compiled once for all rates.
         rate = jnp.float32(setting.learning_rate)
         for step in range(1, max(steps) + 1):
             # The norms of the gradients come with the step, the other sizes from forward passes after it.

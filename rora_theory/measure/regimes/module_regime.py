@@ -399,12 +399,14 @@ def predict(config: RegimeConfig, layer: Layer, law: terms.Terms) -> dict[tuple,
     """
     predicted = {}
     for position, rule in enumerate(config.rules):
+        # Root mean square at every rank and token, [ranks, tokens].
         rms = law.rms(
             config.ranks,
             config.scalings(rule),
             learning_rate=config.lr,
             epsilon=EPSILON if position == 0 else 0.0,
         )
+        # Average the mean squares over the tokens of each split.
         for rank, by_token in zip(config.ranks, rms, strict=True):
             for split, tokens in _token_slices(layer).items():
                 key = (law.init, law.optimizer, name_of(rule), rank, split)

@@ -225,6 +225,7 @@ def crossings_by_depth(
         counts |= {"fewest_sinks": left_out["sinks"].min(), "most_sinks": left_out["sinks"].max()} if counts else {}
         for split in SPLITS:
             split_rows = group[group["split"] == split]
+            # Exponent of the flat rule in every layer of the third.
             kappas = [
                 flat_kappa_between(optimizer, init, linear_term, low=low, high=high)
                 for linear_term in split_rows["linear_term"]

@@ -124,6 +124,7 @@ class RegimeCallback(TrainerCallback):
             rows=0,
             tokens=self._tokens,
         )
+        # Measure the model as it is at this step, with its adapters active.
         measured = regime(
             kwargs["model"],
             self._batch,
@@ -139,6 +140,7 @@ class RegimeCallback(TrainerCallback):
         # Log the figures with the loss, and the advice as a sentence.
         held_out = measured.crossings[measured.crossings["split"] == "heldout"]
         figures = {"crossing_rank": float(held_out["crossing_rank"].median())}
+        # The takeover distance divided by the learning rate is a number of steps.
         if family == "adam":
             takeover = measured.takeover_at(setting.rank, setting.init)
             figures["steps_until_A_leads"] = takeover / setting.learning_rate

@@ -131,6 +131,7 @@ class TorchCheck:
           AssertionError: If a slope is outside the band, or if the seeds leave it undecided.
           InputError: If nothing was measured for the split and step.
         """
+        # Hidden states and logits at the selected splits and steps.
         coordinates = [
             coordinate
             for coordinate in self.table.values
@@ -293,6 +294,7 @@ def _fresh_layers(model: torch.nn.Module, rank: int) -> dict[str, tuple[LoraLaye
                     f"make_model({rank}) must return adapters of rank {rank}, got rank {rows} in {name}. "
                     "Pass the argument on as LoraConfig(r=rank)."
                 )
+            # The law describes a first step from B = 0.
             if bool(module.lora_B[adapter].weight.any()):
                 raise InputError(
                     f"make_model({rank}) must return a fresh adapter, got a B that is not zero in {name}. "

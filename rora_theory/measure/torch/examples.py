@@ -167,6 +167,7 @@ def _chunks(elements: Iterator[Any], size: int) -> Iterator[list[Any]]:
 
 def _make_collator(first: Any, name: str, tokenizer: Any, max_length: int) -> Callable[[Sequence[Any]], Batch]:
     """Return a function that builds a batch from records like ``first``."""
+    # Kind of the records, by the first of these keys that a record has.
     is_mapping = isinstance(first, Mapping)
     kind = next((key for key in ("messages", "text", "input_ids") if is_mapping and key in first), None)
     if isinstance(first, str):

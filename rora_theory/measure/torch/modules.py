@@ -110,6 +110,7 @@ def select_modules(
     for argument, value in (("target_modules", target_modules), ("layers", layers)):
         if not isinstance(value, Iterable | None):
             raise InputError(f"{argument} must be a sequence or None, got {shown(value)}")
+    # Report an invalid regular expression here, with the name of the argument.
     if isinstance(target_modules, str):
         try:
             re.compile(target_modules)
@@ -117,6 +118,7 @@ def select_modules(
             raise InputError(
                 f"target_modules must be a regular expression if it is a string, got {shown(target_modules)}: {error}"
             ) from None
+    # All linear modules, and their kinds for error messages.
     linear = linear_modules(model)
     kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
     supported = f"supported: {kinds}, a regular expression, or {ALL_LINEAR}"
@@ -251,11 +253,13 @@ def preserved_state(model: torch.nn.Module) -> Iterator[None]:
         for name, buffer in module.named_buffers(recurse=False)
         if not (module in linear and not buffer.is_floating_point()) and not buffer.is_meta
     ]
+    # The generators of the CPU and of every GPU with weights.
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=[device.index for device in devices]):
             yield
     finally:
+        # Copy in place, so that references to the buffers stay valid.
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 setattr(module, name, buffer.copy_(value))

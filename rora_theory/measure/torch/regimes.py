@@ -176,6 +176,7 @@ class TorchRegime(Regime):
             argument.
         """
         check_setting("setting", setting)
+        # Linear terms are those of the optimizer's family: AdamW has Adam's first step.
         family = FAMILY[setting.optimizer]
         terms = self.linear_terms(family, setting.init, split)
         preserved: Any = terms if regime == "measured" else regime
