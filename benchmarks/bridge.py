@@ -151,7 +151,7 @@ def agreement(config: Config) -> dict[str, Any]:
             *map(tensors, torch_batches),
             list(PAPER_TARGETS),
             config=regime_config,
-            lora_A=drawn_steps.takeover_rows,
+            lora_A=drawn_steps.draw_takeover_rows,
         )
         measured_jax = regimes.regime(model, *jax_batches, regime_config, target_modules=PAPER_TARGETS)
     # Relative differences of the losses, then of every numeric column of the tables.

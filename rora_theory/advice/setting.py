@@ -94,7 +94,7 @@ def check_linear_term(name: str, value: float) -> None:
         raise InputError(f"{name} must be a number above -1, or inf, got {shown(value)}")
 
 
-def growth(old_rank: int, new_rank: int, linear_term: float) -> float:
+def rank_growth(old_rank: int, new_rank: int, linear_term: float) -> float:
     r"""Compute the growth of the first step's root mean square with the rank, at fixed gamma and learning rate.
 
     .. math:: \sqrt{(r'^2 + c r') / (r^2 + c r)}
@@ -112,7 +112,7 @@ def growth(old_rank: int, new_rank: int, linear_term: float) -> float:
       InputError: If a value is out of range.
 
     Examples:
-      >>> growth(8, 128, SIGNAL), growth(8, 128, CROSS_TALK), round(growth(8, 128, 5.0), 3)
+      >>> rank_growth(8, 128, SIGNAL), rank_growth(8, 128, CROSS_TALK), round(rank_growth(8, 128, 5.0), 3)
       (16.0, 4.0, 12.794)
     """
     check_rank(old_rank)
@@ -148,7 +148,7 @@ def step_ratio(new: Setting, old: Setting, linear_term: float) -> float:
     new_deviation, old_deviation = (
         inits.entries(setting.init, rank=setting.rank, p_in=1).deviation for setting in (new, old)
     )
-    rate_ratio, rank_factor = new.learning_rate / old.learning_rate, growth(old.rank, new.rank, linear_term)
+    rate_ratio, rank_factor = new.learning_rate / old.learning_rate, rank_growth(old.rank, new.rank, linear_term)
     try:
         scaling_ratio = new.scaling * new_deviation / (old.scaling * old_deviation)
         ratio = rate_ratio * scaling_ratio**new.power * rank_factor

@@ -13,7 +13,7 @@ from rora_theory.stats.rate_curves import (
     Curve,
     at_shared_seeds,
     best_rates,
-    comparison,
+    compare_curves,
     estimate_loss_difference,
 )
 from rora_theory.stats.trained_runs import TrainedRun, curve_of_runs, loss_difference
@@ -110,7 +110,7 @@ def compare_best_rates(
       A row for each pair that has curves with a common seed: ``step``, ``rank``, ``strength`` and ``beside``, the
       second curve; ``ratio``, the first best rate over the second, with ``ratio_log2_error``; ``difference`` of the
       lowest losses with its 95% ``half_width``, which includes ``grid_error``, and ``error_over``; ``seeds``; and
-      ``verdict``, see `stats.rate_curves.comparison`.
+      ``verdict``, see `stats.rate_curves.compare_curves`.
     """
     # Pairs of curves, each followed by the names of both. First every adapter with full fine-tuning.
     adapters = [curve for curve in curves if curve.rule != FULL]
@@ -143,7 +143,7 @@ def compare_best_rates(
         shared = at_shared_seeds(first, second)
         if shared:
             curve, other = replace(shared[0], rule=first_name), replace(shared[1], rule=second_name)
-            result = comparison(curve, other, estimate_loss_difference(curve, other))
+            result = compare_curves(curve, other, estimate_loss_difference(curve, other))
             row = {"step": step} | setting_labels(first) | {"beside": second_name}
             row |= {column: getattr(result, column) for column in columns}
             rows.append(row | {"seeds": len(curve.losses), "verdict": result.verdict})

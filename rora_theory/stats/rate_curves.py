@@ -359,7 +359,7 @@ class Comparison:
 def compare_rules(curves: Sequence[Curve]) -> list[Comparison]:
     """Compare all pairs of rules at the largest rank that both have, paired by seed."""
     shared_pairs = [at_shared_seeds(*pair) for pair in rule_pairs(curves)]
-    return [comparison(*pair, estimate_loss_difference(*pair)) for pair in shared_pairs if pair]
+    return [compare_curves(*pair, estimate_loss_difference(*pair)) for pair in shared_pairs if pair]
 
 
 def rule_pairs(curves: Sequence[Curve]) -> Iterator[tuple[Curve, Curve]]:
@@ -376,7 +376,7 @@ def rule_pairs(curves: Sequence[Curve]) -> Iterator[tuple[Curve, Curve]]:
                 yield first[max(shared_ranks)], second[max(shared_ranks)]
 
 
-def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
+def compare_curves(first: Curve, second: Curve, losses: Estimate) -> Comparison:
     """Compare two curves of one rank.
 
     Args:

@@ -14,7 +14,7 @@ import numpy as np
 from rora_theory.errors import InputError
 from rora_theory.io import frames
 from rora_theory.stats.estimate import over_seeds
-from rora_theory.stats.rate_curves import COLUMNS, Comparison, Curve, comparison, rule_pairs
+from rora_theory.stats.rate_curves import COLUMNS, Comparison, Curve, compare_curves, rule_pairs
 from rora_theory.stats.trained_runs import TrainedRun, curve_of_runs, loss_difference
 from rora_theory.sweep.trained_runs import kappa_of
 
@@ -105,7 +105,7 @@ def compare_by_records(curves: Sequence[Curve], runs: Sequence[TrainedRun]) -> l
         else:
             losses = over_seeds(np.array([np.mean(first.lowest_losses()) - np.mean(second.lowest_losses())]))
         # A diverged run leaves its mark on the verdict, because it is not among the averaged losses.
-        result = comparison(first, second, losses)
+        result = compare_curves(first, second, losses)
         if diverged:
             prefix = f"{result.verdict}; " if finished else ""
             verdict = f"{prefix}diverged at the best rates: {', '.join(diverged)}, so not settled"

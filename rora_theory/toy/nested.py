@@ -30,7 +30,7 @@ def draw_a(key: PRNGKeyArray, init: Init, *, rank: int, p_in: int) -> Float[Arra
       >>> bool(np.array_equal(small, large[:2]))
       True
     """
-    return relative(init, rank=rank, p_in=p_in) * rows(key, init, count=rank, p_in=p_in)
+    return relative_deviation(init, rank=rank, p_in=p_in) * rows(key, init, count=rank, p_in=p_in)
 
 
 def rows(key: PRNGKeyArray, init: Init, *, count: int, p_in: int) -> Float[Array, "count p_in"]:
@@ -40,7 +40,7 @@ def rows(key: PRNGKeyArray, init: Init, *, count: int, p_in: int) -> Float[Array
     return jax.vmap(lambda k: draw_A(k, init, rank=1, p_in=p_in)[0])(keys)
 
 
-def relative(init: Init, *, rank: int, p_in: int) -> float:
+def relative_deviation(init: Init, *, rank: int, p_in: int) -> float:
     """Return the standard deviation of A's entries relative to rank 1; it depends on the rank only for ``gaussian``."""
     return inits.entries(init, rank=rank, p_in=p_in).deviation / inits.entries(init, rank=1, p_in=p_in).deviation
 

@@ -16,7 +16,7 @@ from rora_theory.adapters import LoraConfig
 from rora_theory.advice import measured, text
 from rora_theory.advice.lora_config import read_adapter_config
 from rora_theory.advice.measured import default_displacement_constants, steps_exponents
-from rora_theory.advice.setting import CROSS_TALK, SIGNAL, Setting, growth, step_ratio
+from rora_theory.advice.setting import CROSS_TALK, SIGNAL, Setting, rank_growth, step_ratio
 from rora_theory.advice.transfer import transfer
 from rora_theory.io import frames
 from rora_theory.llama import LlamaConfig
@@ -97,8 +97,8 @@ def test_either_change_keeps_the_step(old: Setting, rank: int, c: float) -> None
 
 @given(ranks, ranks, st.floats(0, 1e6))
 def test_growth_lies_between_its_limits(old: int, new: int, c: float) -> None:
-    low, high = sorted([growth(old, new, CROSS_TALK), growth(old, new, SIGNAL)])
-    assert low * (1 - 1e-12) <= growth(old, new, c) <= high * (1 + 1e-12)
+    low, high = sorted([rank_growth(old, new, CROSS_TALK), rank_growth(old, new, SIGNAL)])
+    assert low * (1 - 1e-12) <= rank_growth(old, new, c) <= high * (1 + 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -254,10 +254,10 @@ SGD, GAUSSIAN = replace(OLD, optimizer="sgd"), replace(OLD, init="gaussian")
         (lambda: transfer(OLD, 16, {"a": 1.0, "m": -1.0}), "linear_term of m .*-1.0"),
         (lambda: transfer(OLD, 16, {"q": 10**400}), "linear_term of q .*10"),
         (lambda: transfer(OLD, 16, {3: 1.0}), "regime must have names.*3"),
-        (lambda: growth(8, 16, "x"), "linear_term .*'x'"),
-        (lambda: growth(8, 16, -math.inf), "linear_term .*-inf"),
-        (lambda: growth(0, 8, 0.0), "rank .*got 0"),
-        (lambda: growth(8, 0, 0.0), "rank .*got 0"),
+        (lambda: rank_growth(8, 16, "x"), "linear_term .*'x'"),
+        (lambda: rank_growth(8, 16, -math.inf), "linear_term .*-inf"),
+        (lambda: rank_growth(0, 8, 0.0), "rank .*got 0"),
+        (lambda: rank_growth(8, 0, 0.0), "rank .*got 0"),
         (lambda: step_ratio(SGD, OLD, 0.0), "optimizer .*'adamw'.*'sgd'"),
         (lambda: step_ratio(GAUSSIAN, OLD, 0.0), "init .*'kaiming_uniform'.*'gaussian'"),
         # An alpha beyond the range of floats, at the end and on the way.

@@ -29,7 +29,7 @@ def measure_adapters(config: RegimeConfig, layer: Layer) -> dict[tuple, dict[str
       layer: Gradient and inputs of the module.
 
     Returns:
-      The rms with its standard error and the number of adapters, by the keys of `module_regime.predict`.
+      The rms with its standard error and the number of adapters, by the keys of `module_regime.predict_rms`.
     """
     rule = config.rules[0]
     size, count = config.blocks
@@ -61,8 +61,8 @@ def measure_adapters(config: RegimeConfig, layer: Layer) -> dict[tuple, dict[str
     return results
 
 
-def takeover_rows(config: RegimeConfig, layer: Layer, init: Init) -> Float[np.ndarray, "rows p_in"]:
-    """Draw the rows of A from which `module_regime.takeover` computes takeover distances."""
+def draw_takeover_rows(config: RegimeConfig, layer: Layer, init: Init) -> Float[np.ndarray, "rows p_in"]:
+    """Draw the rows of A from which `module_regime.measure_takeover` computes takeover distances."""
     key = stream_key(config.seed, f"{layer.name} {init} takeover")
     return np.asarray(draw_A(key, init, rank=config.takeover_rows, p_in=layer.grad.shape[1]))
 

@@ -86,7 +86,7 @@ class Checker:
         # Rows are shared by all ranks; the standard deviation of A's entries may depend on the rank.
         template = self._template.params
         deviations = {
-            name: nested.relative(setting.init, rank=setting.rank, p_in=tensors["lora_A"].shape[-1])
+            name: nested.relative_deviation(setting.init, rank=setting.rank, p_in=tensors["lora_A"].shape[-1])
             for name, tensors in template.items()
         }
         params = _init_nested(key, template, setting.rank, deviations, init=setting.init)

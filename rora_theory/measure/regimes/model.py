@@ -81,7 +81,8 @@ class RecordedModules:
         layer = Layer(name, self.train.gradient(module, index), inputs)
         # Adapters that are drawn and stepped, if requested, and the law.
         stepped = drawn_steps.measure_adapters(config, layer) if config.rows else {}
-        return measure_module(config, layer, index, partial(drawn_steps.takeover_rows, config, layer), stepped, counts)
+        draw_rows = partial(drawn_steps.draw_takeover_rows, config, layer)
+        return measure_module(config, layer, index, draw_rows, stepped, counts)
 
 
 def record_modules(

@@ -313,8 +313,8 @@ def measure_module(
             if fast is not None:
                 law = fast.terms(optimizer, init)
             else:
-                law = terms.terms(layer.grad, x, optimizer=optimizer, init=init)
-                predicted |= predict(config, layer, law)
+                law = terms.compute_terms(layer.grad, x, optimizer=optimizer, init=init)
+                predicted |= predict_rms(config, layer, law)
             crossings += [_crossing_row(law, layer, index, split, tokens) for split, tokens in slices.items()]
     # Predicted rms, with the measured rms where adapters were stepped.
     measured = measured or {}
@@ -323,7 +323,7 @@ def measure_module(
         key = tuple(row[name] for name in ("init", "optimizer", "rule", "rank", "split"))
         results.append(row | {"predicted": predicted[key]} | measured.get(key, {}))
     # Takeover distances, which exist under Adam only.
-    takeover_rows = takeover(config, layer, index, draw_rows, multiply) if "adam" in config.optimizers else []
+    takeover_rows = measure_takeover(config, layer, index, draw_rows, multiply) if "adam" in config.optimizers else []
     label = {"layer": index, "module": layer.name}
     tokens = [label | {"split": split} | dict(numbers) for split, numbers in (counts or {}).items()]
     return RegimeRows(crossings, results, takeover_rows, tokens)
@@ -383,7 +383,7 @@ def _crossing_row(law: terms.Terms, layer: Layer, index: int, split: str, tokens
     }
 
 
-def predict(config: RegimeConfig, layer: Layer, law: terms.Terms) -> dict[tuple, float]:
+def predict_rms(config: RegimeConfig, layer: Layer, law: terms.Terms) -> dict[tuple, float]:
     """Predict the rms of the first change by the law.
 
     Adam's epsilon is included under the first rule only, under which adapters are stepped. Without it the rms is a
@@ -414,7 +414,7 @@ def predict(config: RegimeConfig, layer: Layer, law: terms.Terms) -> dict[tuple,
     return predicted
 
 
-def takeover(
+def measure_takeover(
     config: RegimeConfig,
     layer: Layer,
     index: int,

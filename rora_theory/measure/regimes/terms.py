@@ -50,7 +50,7 @@ class Crossing:
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """Terms of a layer's first-step law at tokens, see `terms`.
+    """Terms of a layer's first-step law at tokens, see `compute_terms`.
 
     Attributes:
       grad: Full-weight gradient G.
@@ -139,7 +139,7 @@ class Terms:
         return np.array(rms)
 
 
-def terms(
+def compute_terms(
     grad: Float[np.ndarray, "p_out p_in"],
     x: Float[np.ndarray, "tokens p_in"],
     *,
@@ -209,10 +209,10 @@ class FastTerms:
             self._grad_square += float(np.sum(weights, dtype=np.float64))
 
     def terms(self, optimizer: Optimizer, init: inits.Init) -> Terms:
-        """Compute the terms for one optimizer and initialisation, see `terms`."""
+        """Compute the terms for one optimizer and initialisation, see `compute_terms`."""
         # Signs of Rademacher rows can tie, which only the exact law treats.
         if init == "rademacher":
-            return terms(self._grad, self._x, optimizer=optimizer, init=init)
+            return compute_terms(self._grad, self._x, optimizer=optimizer, init=init)
         law = inits.entries(init, rank=1, p_in=self._grad.shape[1])
         tiny = np.finfo(np.float64).tiny
         if optimizer == "sgd":

@@ -125,7 +125,7 @@ def test_a_transfer_keeps_the_real_step(stepper, recordings) -> None:
     tuned = Setting(2, 8.0, 1e-4, "lora", "adamw")
     train, held_out = recordings
     linear_terms = {
-        f"model.layers.{layer}.{name}": terms.terms(
+        f"model.layers.{layer}.{name}": terms.compute_terms(
             train.gradient(name, layer), held_out.inputs[name][layer], optimizer="adam"
         )
         .crossing()

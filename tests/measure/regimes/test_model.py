@@ -136,8 +136,8 @@ def test_takeover_is_the_law_of_a_at_its_own_deviation(init) -> None:
     def takeover(**changed) -> list[dict]:
         config = RegimeConfig(inits=(init,), rows=0, **{"seed": 3} | changed)
         # The rows of an exact measurement, of which there are more.
-        draw = partial(drawn_steps.takeover_rows, replace(config, exact=True), layer)
-        return module_regime.takeover(config, layer, 5, draw)
+        draw = partial(drawn_steps.draw_takeover_rows, replace(config, exact=True), layer)
+        return module_regime.measure_takeover(config, layer, 5, draw)
 
     exact = takeover(exact=True)
     assert [(row["layer"], row["split"], row["rank"]) for row in exact] == [
@@ -157,7 +157,7 @@ def test_takeover_is_the_law_of_a_at_its_own_deviation(init) -> None:
         assert row["takeover"] == pytest.approx(expected["takeover"], rel=module_regime.MAX_RELATIVE_ERRORS["takeover"])
         assert not [name for name in row if name.startswith("turn")]
     fast = RegimeConfig(inits=(init,), rows=0)
-    assert len(drawn_steps.takeover_rows(fast, layer, init)) == fast.takeover_rows == 64
+    assert len(drawn_steps.draw_takeover_rows(fast, layer, init)) == fast.takeover_rows == 64
     other_draws = takeover(seed=4)[0]["takeover"]
     assert other_draws == pytest.approx(exact[0]["takeover"], rel=0.3)
     assert other_draws != pytest.approx(exact[0]["takeover"], rel=1e-6)
@@ -184,7 +184,7 @@ def test_modules_go_by_layer(model) -> None:
 def check_stated_errors(layer: Layer) -> None:
     """Compare the default with exact=True, for every optimizer and init, on one draw of A's rows."""
     config = RegimeConfig(ranks=(8,), rules=("lora",), rows=0)
-    draw = partial(drawn_steps.takeover_rows, config, layer)
+    draw = partial(drawn_steps.draw_takeover_rows, config, layer)
     fast, exact = (
         module_regime.measure_module(replace(config, exact=exact), layer, 0, draw) for exact in (False, True)
     )

@@ -35,7 +35,7 @@ def test_rms_is_the_law_rank_by_rank(layer, optimizer, init, epsilon) -> None:
     """At 1e-2 epsilon changes Adam's rms by percents; at 1e-8 by less than the 1e-4 that are promised."""
     ranks, scalings = (1, 3, 64), (2.0, 0.7, 0.1)
     x = layer.inputs["heldout"]
-    law = terms.terms(layer.grad, x, optimizer=optimizer, init=init)
+    law = terms.compute_terms(layer.grad, x, optimizer=optimizer, init=init)
     by_rank = law.rms(ranks, scalings, learning_rate=0.3, epsilon=epsilon)
     for rank, scaling, rms in zip(ranks, scalings, by_rank, strict=True):
         moments = laws.first_step_moments(
@@ -51,7 +51,7 @@ def test_crossing(layer, optimizer) -> None:
     """Signal and cross-talk by their definitions; with Gaussian A the linear term is r* + 1 and r* - 2."""
     x = np.float64(layer.inputs["heldout"])
     inputs = np.concatenate([layer.inputs["train"], layer.inputs["heldout"]])
-    crossing = terms.terms(layer.grad, inputs, optimizer=optimizer, init="normal").crossing(slice(4, None))
+    crossing = terms.compute_terms(layer.grad, inputs, optimizer=optimizer, init="normal").crossing(slice(4, None))
     grad = np.float64(layer.grad)
     if optimizer == "adam":
         rows = np.linalg.norm(grad, axis=1)
@@ -73,7 +73,7 @@ def test_fast_terms_are_the_terms(layer, optimizer, init, size) -> None:
     """To float32's rounding, whatever the gradient's size, with an output that has none."""
     x = layer.inputs["heldout"]
     fast = terms.FastTerms(layer.grad * np.float32(size), x).terms(optimizer, init)
-    expected = terms.terms(np.float64(layer.grad) * size, x, optimizer=optimizer, init=init)
+    expected = terms.compute_terms(np.float64(layer.grad) * size, x, optimizer=optimizer, init=init)
     for name in ("ranks", "cross_talk", "first", "second"):
         np.testing.assert_allclose(getattr(fast, name), getattr(expected, name), rtol=1e-4, err_msg=name)
 

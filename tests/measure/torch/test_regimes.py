@@ -226,7 +226,7 @@ def test_gradients_of_a_bfloat16_module_are_summed_in_float32() -> None:
     assert_same(grads, {"0": expected}, tolerance=1e-6)
     measured = regime(model, batch, batch, loss=loss, config=replace(SMALL, tokens=300))
     (row,) = measured.crossings.query("optimizer == 'sgd' and split == 'heldout'").to_dict("records")
-    law = terms.terms(expected.numpy(), x.double().numpy(), optimizer="sgd", init="gaussian").crossing(slice(None))
+    law = terms.compute_terms(expected.numpy(), x.double().numpy(), optimizer="sgd", init="gaussian").crossing()
     for name in ("signal", "cross_talk"):
         assert row[name] == pytest.approx(getattr(law, name), rel=1e-5)
 
@@ -459,7 +459,7 @@ def test_equal_to_the_jax_route(tmp_path) -> None:
     targets = ["q_proj", "k_proj", "up_proj", "down_proj"]
     config = replace(SMALL, inits=("kaiming_uniform", "gaussian"), rows=16)
     batches = [padded(records) for records in (TRAIN, HELD_OUT)]
-    measured = regime(model, *batches, targets, config=config, lora_A=drawn_steps.takeover_rows)
+    measured = regime(model, *batches, targets, config=config, lora_A=drawn_steps.draw_takeover_rows)
     arrays = [[batch[name].numpy() for name in ("input_ids", "attention_mask")] for batch in batches]
     jax_batches = [
         Batch(ids[:, :-1].astype(np.int32), ids[:, 1:].astype(np.int32), mask[:, 1:].astype(np.float32), None)
