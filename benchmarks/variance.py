@@ -51,7 +51,7 @@ def time_per_draw(start: Callable[[], Iterator[int]]) -> list[float]:
 
 def run_sampler(sampler: sampling.Sampler, places: list[jax.Device]) -> Iterator[int]:
     """Draw from one of the package's samplers and sum the moments as the sweep does; yield each block's draws."""
-    sums = sampling.Sums()
+    sums = sampling.StreamMoments()
     for block in sampling.stream(SETTING, sampler, jax.random.key(0), devices=places):
         sums = sums.add(block)
         yield block.shape[1]

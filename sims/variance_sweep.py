@@ -22,7 +22,7 @@ from rora_theory.runs import devices
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flatten
 from rora_theory.runs.summary import key_figures
-from rora_theory.theory.sampling import Sums
+from rora_theory.theory.sampling import StreamMoments
 from sims.common import answers, cli, tables
 from sims.common.cells import run_with_bar
 from sims.common.summaries import summarised
@@ -51,9 +51,9 @@ def run(config: Config) -> None:
     cells = simulation.simulation_cells(simulation_config)
 
     def work(cell: SimulationCell, _: Path) -> dict[str, Any]:
-        sums = simulation.draw_cell(simulation_config, cell, devices.pick(count))
-        rows = simulation.simulation_rows(simulation_config, cell, sums)
-        return {"rows": rows, "direct": bool(cell.steps), "sums": [cell_sums.to_json() for cell_sums in sums]}
+        moments = simulation.draw_cell(simulation_config, cell, devices.pick(count))
+        rows = simulation.simulation_rows(simulation_config, cell, moments)
+        return {"rows": rows, "direct": bool(cell.steps), "sums": [cell_sums.to_json() for cell_sums in moments]}
 
     def write(values: list[Any]) -> None:
         for name, direct in (("results.csv", False), ("direct_check.csv", True)):
@@ -62,7 +62,7 @@ def run(config: Config) -> None:
     values = run_with_bar(cells, work, folder, runner=runner, title="variance sweep", write=write)
     # The verdicts use the sums of the grid's cells, not those of the direct check.
     sums_of_grid = {
-        cell.setting: Sums.from_json(value["sums"][0])
+        cell.setting: StreamMoments.from_json(value["sums"][0])
         for cell, value in zip(cells, values, strict=True)
         if not cell.steps
     }

@@ -9,7 +9,7 @@ from support.checker import checker, jaxtyped
 
 from rora_theory.horizon import grid as horizon_grid
 from rora_theory.paper import equations
-from rora_theory.theory.sampling import Sums
+from rora_theory.theory.sampling import StreamMoments
 
 
 @jaxtyped(typechecker=checker)
@@ -42,7 +42,11 @@ def test_the_package_is_checked() -> None:
     """Functions, methods, class methods and the fields of a dataclass."""
     with pytest.raises(jaxtyping.TypeCheckError):
         equations.eq10_norm(np.ones(4), np.eye(2, 3), np.ones(2), np.ones(3), 1.0, 0.5)
-    for wrong in (lambda: horizon_grid.warmup_factors("1", 4), lambda: Sums.from_json([1]), lambda: Sums(1, 2)):
+    for wrong in (
+        lambda: horizon_grid.warmup_factors("1", 4),
+        lambda: StreamMoments.from_json([1]),
+        lambda: StreamMoments(1, 2),
+    ):
         with pytest.raises(BeartypeCallHintViolation):
             wrong()
 

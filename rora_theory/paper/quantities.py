@@ -8,7 +8,7 @@ import numpy as np
 from rora_theory.paper import equations
 from rora_theory.stats.estimate import Estimate, square_root
 from rora_theory.theory import laws
-from rora_theory.theory.sampling import RandomStep, Sums
+from rora_theory.theory.sampling import RandomStep, StreamMoments
 
 Quantity = Literal["mean", "second_moment", "variance", "norm"]
 """E[w_i], E[w_i^2], Var[w_i], and the root mean square of |w|_2 over draws."""
@@ -55,11 +55,11 @@ def printed(setting: RandomStep) -> dict[Quantity, float] | dict[Quantity, None]
     return figures
 
 
-def quantity_estimate(sums: Sums, quantity: Quantity, *, step: float = 1.0) -> Estimate:
+def quantity_estimate(moments: StreamMoments, quantity: Quantity, *, step: float = 1.0) -> Estimate:
     """Return a simulated quantity of ``step`` times the simulated w.
 
     Args:
-      sums: Moments of the simulated w and its norm.
+      moments: Moments of the simulated w and its norm.
       quantity: Quantity to estimate.
       step: Factor of w: a power of the scaling times the learning rate.
 
@@ -67,10 +67,10 @@ def quantity_estimate(sums: Sums, quantity: Quantity, *, step: float = 1.0) -> E
       The estimate.
     """
     estimates = {
-        "mean": (sums.first.mean, 1),
-        "second_moment": (sums.first.second_moment, 2),
-        "variance": (sums.first.variance, 2),
-        "norm": (square_root(sums.norm2.mean), 1),
+        "mean": (moments.first.mean, 1),
+        "second_moment": (moments.first.second_moment, 2),
+        "variance": (moments.first.variance, 2),
+        "norm": (square_root(moments.norm2.mean), 1),
     }
     simulated, power = estimates[quantity]
     return simulated.times(step**power)

@@ -6,8 +6,8 @@ gamma^2 (SGD) or gamma (Adam). The direct sampler checks this on a part of the g
 every rule and optimizer, from the same draws of A and the inputs.
 
     config = SimulationConfig(StepGrid(ranks=(1, 4, 16)), p_in=64)
-    sums = {cell: draw_cell(config, cell) for cell in simulation_cells(config)}
-    simulation_table([row for cell in sums for row in simulation_rows(config, cell, sums[cell])])
+    moments = {cell: draw_cell(config, cell) for cell in simulation_cells(config)}
+    simulation_table([row for cell in moments for row in simulation_rows(config, cell, moments[cell])])
 """
 
 import itertools
@@ -142,7 +142,7 @@ def simulation_cells(config: SimulationConfig) -> list[SimulationCell]:
 
 def draw_cell(
     config: SimulationConfig, cell: SimulationCell, devices: Sequence[jax.Device] | None = None
-) -> list[sampling.Sums]:
+) -> list[sampling.StreamMoments]:
     """Draw a cell.
 
     Args:
@@ -164,14 +164,14 @@ def draw_cell(
 
 
 def simulation_rows(
-    config: SimulationConfig, cell: SimulationCell, sums: Sequence[sampling.Sums]
+    config: SimulationConfig, cell: SimulationCell, moments: Sequence[sampling.StreamMoments]
 ) -> list[dict[str, Any]]:
     """Return a cell's estimates next to the exact law and the paper's formulas.
 
     Args:
       config: Settings of the simulation.
       cell: Drawn cell.
-      sums: Moments from `draw_cell`.
+      moments: Moments from `draw_cell`.
 
     Returns:
       One row for each rule and quantity.
@@ -179,20 +179,20 @@ def simulation_rows(
     grid, unit, rows = config.grid, cell.setting, []
     rules, scalings = zip(*grid.scalings(unit.rank), strict=True)
     # Setting and moments of every step, with the factor by which the simulated w is multiplied.
-    steps: list[tuple[sampling.RandomStep, sampling.Sums, float]] = []
+    steps: list[tuple[sampling.RandomStep, sampling.StreamMoments, float]] = []
     if cell.steps:
         # Separate steps are used as they are.
-        steps = [(setting, step_sums, 1.0) for setting, step_sums in zip(cell.steps, sums, strict=True)]
+        steps = [(setting, step_moments, 1.0) for setting, step_moments in zip(cell.steps, moments, strict=True)]
     else:
         # The step at unit scaling and rate is multiplied by the factor of each rule.
         for gamma in scalings:
             factor = grid.lr * gamma ** scaling_power(unit.optimizer)
-            steps.append((replace(unit, scaling=gamma, learning_rate=grid.lr), sums[0], factor))
+            steps.append((replace(unit, scaling=gamma, learning_rate=grid.lr), moments[0], factor))
     # Separate steps repeat the rules for every optimizer.
-    for (setting, step_sums, factor), rule in zip(steps, itertools.cycle(rules), strict=False):
+    for (setting, step_moments, factor), rule in zip(steps, itertools.cycle(rules), strict=False):
         exact, printed = quantities.exact(setting), quantities.printed(setting)
         for quantity in quantities.QUANTITIES:
-            simulated = quantities.quantity_estimate(step_sums, quantity, step=factor)
+            simulated = quantities.quantity_estimate(step_moments, quantity, step=factor)
             rows.append(
                 {
                     "optimizer": setting.optimizer,
@@ -210,7 +210,7 @@ def simulation_rows(
                     "standard_error": simulated.error,
                     "exact": exact[quantity],
                     "paper": printed[quantity],
-                    "draws": step_sums.count,
+                    "draws": step_moments.count,
                     "sampler": cell.sampler,
                 }
             )
@@ -239,7 +239,7 @@ def compare_second_moments(table: pd.DataFrame) -> pd.DataFrame:
 
 def judge_simulation(
     config: SimulationConfig,
-    known: Mapping[sampling.RandomStep, sampling.Sums],
+    known: Mapping[sampling.RandomStep, sampling.StreamMoments],
     devices: Sequence[jax.Device] | None = None,
 ) -> list[verdicts.Verdict]:
     """Judge the paper's equations from a simulation.
@@ -254,7 +254,7 @@ def judge_simulation(
     """
     drawn = dict(known)
 
-    def sample(setting: sampling.RandomStep) -> sampling.Sums:
+    def sample(setting: sampling.RandomStep) -> sampling.StreamMoments:
         if setting not in drawn:
             (drawn[setting],) = draw_cell(config, SimulationCell(setting, sampling.best_sampler(setting)), devices)
         return drawn[setting]

@@ -41,7 +41,7 @@ _ROUNDING = 1e-4
 NARROW, WIDE = 4, 4096
 """Values of p_in for the limits r >> p_in and r << p_in, if the sweep's p_in does not reach them."""
 
-Sample = Callable[[sampling.RandomStep], sampling.Sums]
+Sample = Callable[[sampling.RandomStep], sampling.StreamMoments]
 """Function that returns the moments of a setting at unit scaling and learning rate."""
 
 
@@ -264,24 +264,24 @@ class Draws:
     def __init__(self, sample: Sample, ranks: tuple[int, ...], p_in: int, p_out: int) -> None:
         self._sample, self.ranks, self.p_in, self.p_out = sample, ranks, p_in, p_out
         self.low, self.high = ranks[0], ranks[-1]
-        self.independent = {rank: self.sums(rank, 0.0) for rank in ranks}
-        self.overlapping = {rank: self.sums(rank, 0.5) for rank in ranks}
+        self.independent = {rank: self.moments(rank, 0.0) for rank in ranks}
+        self.overlapping = {rank: self.moments(rank, 0.5) for rank in ranks}
         self.z = threshold(FALSE_ALARM, 2 * len(ranks))
 
-    def sums(self, rank: int, overlap: float, p_in: int | None = None) -> sampling.Sums:
+    def moments(self, rank: int, overlap: float, p_in: int | None = None) -> sampling.StreamMoments:
         """Return the moments of one setting; None uses the layer's p_in."""
         width = self.p_in if p_in is None else p_in
         return self._sample(sampling.RandomStep(rank=rank, p_in=width, p_out=self.p_out, overlap=overlap))
 
-    def judge_means(self, judge_cell: Callable[[int, sampling.Sums], Outcome]) -> Status:
+    def judge_means(self, judge_cell: Callable[[int, sampling.StreamMoments], Outcome]) -> Status:
         """Judge a claim about the mean, which may hold only at overlap 0."""
         cells = (self.independent, self.overlapping)
-        return decide(*([judge_cell(rank, sums) for rank, sums in group.items()] for group in cells))
+        return decide(*([judge_cell(rank, moments) for rank, moments in group.items()] for group in cells))
 
     def second_moment_ratio(self, claim: Callable[..., float], rank: int, p_in: int | None = None) -> Estimate:
         """Estimate the second moment at overlap 0 divided by the claimed one."""
         printed = claim(1.0, rank=rank, p_in=self.p_in if p_in is None else p_in, **UNIT)
-        return self.sums(rank, 0.0, p_in).first.second_moment.times(1 / printed)
+        return self.moments(rank, 0.0, p_in).first.second_moment.times(1 / printed)
 
     def judge_ratio(self, ratio: Estimate) -> Outcome:
         """Judge whether a ratio is 1."""
@@ -295,9 +295,9 @@ class Draws:
 
 def judge_eq5(draws: Draws) -> Verdict:
     """Judge Eq. 5 for the sample itself, with a variance of (n - 1)/n times the unbiased one."""
-    sums = draws.overlapping[draws.low].first
-    drawn = sums.variance.value * (sums.count - 1) / sums.count
-    gap = abs(drawn / equations.eq5_variance(sums.second_moment.value, sums.mean.value) - 1)
+    moments = draws.overlapping[draws.low].first
+    drawn = moments.variance.value * (moments.count - 1) / moments.count
+    gap = abs(drawn / equations.eq5_variance(moments.second_moment.value, moments.mean.value) - 1)
     status: Status = "holds" if gap < _ROUNDING else "fails"
     return Verdict("5", "Var = E[w^2] - E[w]^2", status, "identity", f"differs by {gap:.0e}")
 
@@ -327,14 +327,14 @@ def verdict_rows(judged: Sequence[Verdict]) -> list[tuple[str, Status, str]]:
 def judge_eq6(draws: Draws) -> Verdict:
     """Judge Eq. 6."""
 
-    def judge_cell(rank: int, sums: sampling.Sums) -> Outcome:
+    def judge_cell(rank: int, moments: sampling.StreamMoments) -> Outcome:
         claimed = equations.eq6_mean(1.0, rank=rank, p_in=draws.p_in, **UNIT)
         # Relative to the rms of w, so that the size of the step cancels.
-        mean, size = sums.first.mean, math.sqrt(sums.first.second_moment.value)
+        mean, size = moments.first.mean, math.sqrt(moments.first.second_moment.value)
         return judge_gap(abs(mean.value - claimed) / size, draws.z * mean.error / size, tolerance=0.0)
 
     # Figures for the evidence: the largest deviation from 0 where the claim holds, and the mean where it does not.
-    largest = max(abs(sums.first.mean.value / sums.first.mean.error) for sums in draws.independent.values())
+    largest = max(abs(moments.first.mean.value / moments.first.mean.error) for moments in draws.independent.values())
     law = laws.random_input_moments(rank=draws.high, p_in=draws.p_in, overlap=0.5, scaling=1.0).mean[0]
     return Verdict(
         "6",
@@ -350,16 +350,16 @@ def judge_eq7(draws: Draws) -> Verdict:
     """Judge Eq. 7. The claimed variance exceeds the true one by the squared mean, which is judged like the mean."""
 
     # Share of the claimed variance that is the squared mean.
-    def excess_share(sums: sampling.Sums) -> float:
-        second = sums.first.second_moment.value
+    def excess_share(moments: sampling.StreamMoments) -> float:
+        second = moments.first.second_moment.value
         claimed = equations.eq7_variance(second)
-        return 1 - equations.eq5_variance(second, sums.first.mean.value) / claimed
+        return 1 - equations.eq5_variance(second, moments.first.mean.value) / claimed
 
-    def judge_cell(_: int, sums: sampling.Sums) -> Outcome:
+    def judge_cell(_: int, moments: sampling.StreamMoments) -> Outcome:
         # The root of that share is the mean over the rms, so its error is that of the mean.
-        size = math.sqrt(sums.first.second_moment.value)
-        gap = math.sqrt(abs(excess_share(sums)))  # the sign differs for a claim that is too small
-        return judge_gap(gap, draws.z * sums.first.mean.error / size, tolerance=0.0)
+        size = math.sqrt(moments.first.second_moment.value)
+        gap = math.sqrt(abs(excess_share(moments)))  # the sign differs for a claim that is too small
+        return judge_gap(gap, draws.z * moments.first.mean.error / size, tolerance=0.0)
 
     low, high = (excess_share(draws.overlapping[rank]) for rank in (draws.low, draws.high))
     return Verdict(
@@ -410,7 +410,7 @@ def judge_eq11(draws: Draws) -> Verdict:
 
     def ratio(rank: int, p_in: int) -> Estimate:
         printed = float(equations.eq11_norm(np.ones(draws.p_out), rank=rank, p_in=p_in, **UNIT))
-        return square_root(draws.sums(rank, 0.0, p_in).norm2.mean).times(1 / printed)
+        return square_root(draws.moments(rank, 0.0, p_in).norm2.mean).times(1 / printed)
 
     # The printed formula uses the largest |delta_i| for all outputs, which inflates the norm if they differ.
     deltas = np.linspace(-1.0, 1.0, 101)
@@ -473,16 +473,17 @@ def _judge_growth(draws: Draws, equation: str, claim: str, rule: Rule, printed: 
     """Judge a printed norm's growth with the rank at overlap 0, at 0.5, and far above the crossing rank."""
 
     # The samples have unit scaling; w is proportional to gamma^2 under SGD.
-    def slope(cells: Mapping[int, sampling.Sums]) -> Fit:
-        gammas = [scaling_factor(rule, alpha=1.0, rank=rank) ** 2 for rank in cells]
-        norms = [square_root(sums.norm2.mean).times(gamma) for sums, gamma in zip(cells.values(), gammas, strict=True)]
+    def slope(cells: Mapping[int, sampling.StreamMoments]) -> Fit:
+        gamma_squares = [scaling_factor(rule, alpha=1.0, rank=rank) ** 2 for rank in cells]
+        unit_norms = [square_root(moments.norm2.mean) for moments in cells.values()]
+        norms = [norm.times(square) for norm, square in zip(unit_norms, gamma_squares, strict=True)]
         return log_log_fit(list(cells), [norm.value for norm in norms], [norm.error for norm in norms])
 
     # Ranks far above the crossing rank: those of the sweep, or two others if it has fewer than two.
     crossing = laws.random_input_crossing_rank(draws.p_in, 0.5)
-    beyond = {rank: sums for rank, sums in draws.overlapping.items() if rank >= 10 * crossing}
+    beyond = {rank: moments for rank, moments in draws.overlapping.items() if rank >= 10 * crossing}
     if len(beyond) < 2:
-        beyond = {rank: draws.sums(rank, 0.5) for rank in (math.ceil(16 * crossing), math.ceil(64 * crossing))}
+        beyond = {rank: draws.moments(rank, 0.5) for rank in (math.ceil(16 * crossing), math.ceil(64 * crossing))}
     # Claimed slope against the fitted slopes; the limit decides.
     ranks = (draws.low, draws.high)
     claimed = log_log_fit(ranks, [printed(rank) for rank in ranks], [0.0, 0.0]).slope

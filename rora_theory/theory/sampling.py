@@ -90,7 +90,7 @@ class RandomStep:
 
 
 @dataclass(frozen=True)
-class Sums:
+class StreamMoments:
     """Running moments of one stream.
 
     Attributes:
@@ -101,9 +101,9 @@ class Sums:
     first: Moments = field(default_factory=Moments)
     norm2: Moments = field(default_factory=Moments)
 
-    def add(self, block: Float[np.ndarray, "2 n"]) -> "Sums":
+    def add(self, block: Float[np.ndarray, "2 n"]) -> "StreamMoments":
         """Return the moments with one more block."""
-        return Sums(self.first.add(block[0]), self.norm2.add(block[1]))
+        return StreamMoments(self.first.add(block[0]), self.norm2.add(block[1]))
 
     @property
     def count(self) -> int:
@@ -115,7 +115,7 @@ class Sums:
         return {"first": self.first.to_json(), "norm2": self.norm2.to_json()}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Sums":
+    def from_json(cls, data: Mapping[str, Any]) -> "StreamMoments":
         """Restore the moments from the output of `to_json`."""
         return cls(Moments.from_json(data["first"]), Moments.from_json(data["norm2"]))
 
@@ -222,7 +222,7 @@ def estimate(
     draws: int | None = None,
     batch: int = 1,
     devices: Sequence[jax.Device] | None = None,
-) -> Sums:
+) -> StreamMoments:
     """Sample until the relative standard error of E[w_1^2] is reached, or for an exact number of draws.
 
     Args:
@@ -238,10 +238,10 @@ def estimate(
     Returns:
       The moments. They depend only on the setting, the sampler, the key and the stopping rule.
     """
-    (sums,) = estimate_settings(
+    (moments,) = estimate_settings(
         (setting,), sampler, key, relative_error=relative_error, draws=draws, batch=batch, devices=devices
     )
-    return sums
+    return moments
 
 
 def estimate_settings(
@@ -253,7 +253,7 @@ def estimate_settings(
     draws: int | None = None,
     batch: int = 1,
     devices: Sequence[jax.Device] | None = None,
-) -> list[Sums]:
+) -> list[StreamMoments]:
     """Sample several settings from the same draws of A and the inputs, with a separate step for each setting.
 
     Args:
@@ -272,24 +272,24 @@ def estimate_settings(
     Raises:
       InputError: If the settings differ in other fields, or a reduced sampler is not exact for the initialisation.
     """
-    sums = [Sums() for _ in settings]
+    totals = [StreamMoments() for _ in settings]
     blocks = None if draws is None else -(-draws // block_draws(settings[0], sampler))
     for sampled in _streams(settings, sampler, key, 0, blocks, batch, devices):
         # The last block may hold more draws than requested.
-        needed = sampled if draws is None else sampled[..., : draws - sums[0].count]
-        sums = [moments.add(block) for moments, block in zip(sums, needed, strict=True)]
-        if _has_enough_draws(sums[0], relative_error, draws):
+        needed = sampled if draws is None else sampled[..., : draws - totals[0].count]
+        totals = [moments.add(block) for moments, block in zip(totals, needed, strict=True)]
+        if _has_enough_draws(totals[0], relative_error, draws):
             break
-    return sums
+    return totals
 
 
-def _has_enough_draws(sums: Sums, relative_error: float, draws: int | None) -> bool:
+def _has_enough_draws(moments: StreamMoments, relative_error: float, draws: int | None) -> bool:
     """Return whether a stream has the requested number of draws, or without one the requested precision."""
     if draws is not None:
-        return sums.count >= draws
-    if sums.count < _MIN_DRAWS:
+        return moments.count >= draws
+    if moments.count < _MIN_DRAWS:
         return False
-    second: Estimate = sums.first.second_moment
+    second: Estimate = moments.first.second_moment
     return second.error <= relative_error * second.value
 
 

@@ -20,7 +20,7 @@ CONFIG = SimulationConfig(
 
 
 @pytest.fixture(scope="module")
-def drawn() -> dict[SimulationCell, list[sampling.Sums]]:
+def drawn() -> dict[SimulationCell, list[sampling.StreamMoments]]:
     return {cell: simulation.draw_cell(CONFIG, cell) for cell in simulation.simulation_cells(CONFIG)}
 
 
@@ -47,7 +47,7 @@ def test_cells_are_the_grid_and_the_direct_check() -> None:
 
 
 @pytest.mark.slow
-def test_rows_are_the_law_s_within_their_errors(drawn: dict[SimulationCell, list[sampling.Sums]]) -> None:
+def test_rows_are_the_law_s_within_their_errors(drawn: dict[SimulationCell, list[sampling.StreamMoments]]) -> None:
     """Rows of every rule come from one stream; the direct check takes a separate step for each rule.
 
     |z| below 5.6: a false alarm of 1e-5 over 288 rows, of which fewer are independent.
@@ -116,13 +116,13 @@ def test_second_moments_are_beside_the_law_and_the_paper() -> None:
 
 @pytest.mark.slow
 def test_verdicts_take_the_sums_that_are_known(
-    drawn: dict[SimulationCell, list[sampling.Sums]], monkeypatch: pytest.MonkeyPatch
+    drawn: dict[SimulationCell, list[sampling.StreamMoments]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No stream is drawn twice, and missing ones are drawn like the grid's cells."""
     requested: list[sampling.RandomStep] = []
     draw = simulation.draw_cell
 
-    def watched(config: SimulationConfig, cell: SimulationCell, devices: Any = None) -> list[sampling.Sums]:
+    def watched(config: SimulationConfig, cell: SimulationCell, devices: Any = None) -> list[sampling.StreamMoments]:
         requested.append(cell.setting)
         return draw(config, cell, devices)
 

@@ -23,7 +23,7 @@ EXPECTED = (
 
 
 @functools.cache
-def sample(setting: sampling.RandomStep) -> sampling.Sums:
+def sample(setting: sampling.RandomStep) -> sampling.StreamMoments:
     key = jax.random.fold_in(jax.random.key(9), setting.rank + 10_000 * int(10 * setting.overlap))
     return sampling.estimate(setting, "chi_square", key, relative_error=0.01)
 
@@ -46,14 +46,14 @@ def test_every_equation_has_its_verdict() -> None:
     assert all(verdict.where and verdict.evidence for verdict in by_equation.values())
 
 
-def stream(mean: float = 0.0, second: float = 1.0, norm2: float = 1.0) -> sampling.Sums:
+def stream(mean: float = 0.0, second: float = 1.0, norm2: float = 1.0) -> sampling.StreamMoments:
     """Return the moments of 10,000 draws of w with a given mean and second moment, and a constant squared norm."""
     spread = math.sqrt(second - mean**2)
     values = np.tile([mean - spread, mean + spread], 5000)
-    return sampling.Sums(Moments().add(values), Moments().add(np.full(10_000, float(norm2))))
+    return sampling.StreamMoments(Moments().add(values), Moments().add(np.full(10_000, float(norm2))))
 
 
-def exact(setting: sampling.RandomStep) -> sampling.Sums:
+def exact(setting: sampling.RandomStep) -> sampling.StreamMoments:
     """Return draws with the exact law's moments, without sampling error."""
     law = laws.random_input_moments(rank=setting.rank, p_in=setting.p_in, overlap=setting.overlap, scaling=1.0)
     second = float(law.second_moment[0])
@@ -99,7 +99,7 @@ def test_the_evidence_is_in_closed_form() -> None:
 def test_few_draws_decide_no_second_moment() -> None:
     """With 64 draws the errors cover both Eq. 9's value and the exact one, 26 times larger."""
 
-    def few(setting: sampling.RandomStep) -> sampling.Sums:
+    def few(setting: sampling.RandomStep) -> sampling.StreamMoments:
         key = jax.random.fold_in(jax.random.key(3), setting.rank + 10_000 * int(10 * setting.overlap))
         return sampling.estimate(setting, "chi_square", key, relative_error=1.0, draws=64)
 
@@ -189,7 +189,7 @@ def test_a_mean_is_judged_at_the_threshold_of_all_cells(factor: float, status: s
 def limit(inside: float, outside: float, within: Callable[[sampling.RandomStep], bool]) -> verdicts.Sample:
     """Return a sampler with the second moment of Eq. 8 or 9 times one factor in the limit, and another elsewhere."""
 
-    def draw(setting: sampling.RandomStep) -> sampling.Sums:
+    def draw(setting: sampling.RandomStep) -> sampling.StreamMoments:
         near = setting.rank * setting.p_in * (setting.p_in if setting.rank < setting.p_in else setting.rank)
         return stream(second=near * (inside if within(setting) else outside))
 
@@ -227,7 +227,7 @@ def test_ranks_up_to_a_hundredth_of_the_inputs_are_the_limit(
 def test_the_norm_s_limit(factor: float, status: str) -> None:
     """Eq. 11's norm, p_out p_in r^2 when squared, in its limit alone; a norm's error is half of its square's."""
 
-    def draw(setting: sampling.RandomStep) -> sampling.Sums:
+    def draw(setting: sampling.RandomStep) -> sampling.StreamMoments:
         exact = setting.p_out * setting.p_in * setting.rank**2
         return stream(norm2=exact * (factor if setting.p_in == verdicts.NARROW else 9))
 
@@ -252,7 +252,7 @@ def growth_statuses(draw: verdicts.Sample) -> set[str]:
 def test_growth_with_the_rank(slopes: tuple[float, float, float], status: str) -> None:
     """|w| of these powers of the rank, at overlap 0, at 0.5 and far beyond the crossing rank: Eq. 13 to 15 alike."""
 
-    def draw(setting: sampling.RandomStep) -> sampling.Sums:
+    def draw(setting: sampling.RandomStep) -> sampling.StreamMoments:
         slope = slopes[0] if not setting.overlap else slopes[1] if setting.rank <= 16 else slopes[2]
         return stream(norm2=float(setting.rank) ** (2 * slope))
 
@@ -275,9 +275,9 @@ def test_growth_is_judged_at_the_threshold_of_all_cells(width: float, gap: float
     error = width / threshold(verdicts.FALSE_ALARM, 6)  # of a slope between two points
     spread = error * math.log(high / low) / math.sqrt(2) * 2 * math.sqrt(99)  # of the square, a hundred draws
 
-    def draw(setting: sampling.RandomStep) -> sampling.Sums:
+    def draw(setting: sampling.RandomStep) -> sampling.StreamMoments:
         square = float(setting.rank) ** (2 * (1 + gap * (setting.rank in (low, high))))
         draws = square * (1 + spread * np.tile([-1.0, 1.0], 50))
-        return sampling.Sums(Moments().add(np.tile([-1.0, 1.0], 50)), Moments().add(draws))
+        return sampling.StreamMoments(Moments().add(np.tile([-1.0, 1.0], 50)), Moments().add(draws))
 
     assert growth_statuses(draw) == {status}

@@ -60,7 +60,7 @@ def test_draws_until_the_error_is_reached() -> None:
         assert second.error <= target * second.value
         law = laws.random_input_moments(rank=4, p_in=256, overlap=0.3, scaling=1.0).second_moment[0]
         assert abs(second.value - law) <= threshold(1e-6, 2) * second.error
-    assert sampling.Sums.from_json(json.loads(json.dumps(sums.to_json()))) == sums, "stored without loss"
+    assert sampling.StreamMoments.from_json(json.loads(json.dumps(sums.to_json()))) == sums, "stored without loss"
     assert sampling.estimate(setting, "chi_square", jax.random.key(2), draws=777).count == 777
 
 
