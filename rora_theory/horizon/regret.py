@@ -138,9 +138,9 @@ def regret_table(
 ) -> pd.DataFrame:
     """Compute the regret of every policy between all pairs of measured conditions.
 
-    Ranks and numbers of steps go upwards, as users do; G goes either way. Where the policy's rate lies outside the
-    rates that all seeds ran, the seeds that ran rates on both sides of it are used. A policy whose rate equals that of
-    an earlier one, as all laws at an unchanged G, has no row.
+    The new condition has the same or a higher rank and number of steps, the usual direction of a transfer; its G may be
+    higher or lower. Where the policy's rate lies outside the rates that all seeds ran, the seeds that ran rates on both
+    sides of it are used. A policy that gives the same rate as an earlier one has no row; all laws do at an unchanged G.
 
     Args:
       runs: Runs of one grid, see `runs.merge_repeated_runs`.
@@ -162,7 +162,7 @@ def regret_table(
     for old, tuned in measured.curves.items():
         # Geometric mean of the seeds' best rates.
         tuned_rate = 2 ** float(np.mean(log2_rates(tuned.replicates)))
-        # Ranks and numbers of steps go upwards, as users do; the strength goes either way.
+        # Skip lower ranks and shorter runs; the strength may change in both directions.
         for new, all_seeds in measured.curves.items():
             if new == old or new.rank < old.rank or new.steps < old.steps:
                 continue

@@ -2,7 +2,7 @@
 
 Three questions have a rule each. Is a value the claimed one (`judge_gap`)? Does a range of predictions describe it,
 against rival predictions (`judge_range`)? Is it negligible (`judge_equivalence`)? Each rule answers "undecided" where
-the data could not have told the difference. `summarise_outcomes` combines several comparisons into one verdict.
+the data cannot distinguish the alternatives. `summarise_outcomes` combines several comparisons into one verdict.
 """
 
 import math

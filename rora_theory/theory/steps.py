@@ -1,8 +1,8 @@
 r"""First steps of other optimizers and methods from B = 0: clipped SGD, Muon, DoRA's magnitude.
 
 - **Clipping by the global norm** divides SGD's step by a norm that is proportional to gamma. The clipped step is
-  proportional to gamma to the power 1, and since :math:`|G A^\top| \propto \sqrt r` its exponents in the rank decrease
-  by one half: it is flat at kappa = 1/2 in the signal regime (as without clipping) and at kappa = 0 in the cross-talk
+  proportional to gamma to the power 1. Since :math:`|G A^\top| \propto \sqrt r`, its exponents in the rank decrease by
+  one half. It is flat at kappa = 1/2 in the signal regime (as without clipping) and at kappa = 0 in the cross-talk
   regime. Adam's first step does not depend on clipping.
 - **Muon** moves B by the orthogonal factor of :math:`G A^\top`. Its columns are orthonormal if r is at most the rank of
   G, so that :math:`|w| = \eta\gamma |A x'|` exactly, for any data: ``alpha / sqrt(r)`` is flat in both regimes. Muon's

@@ -76,7 +76,7 @@ def fit_best_rate(plan: ProbePlan, runs: Sequence[ProbeRun], tokens: Sequence[in
         rates = [run.learning_rate for run in runs]
         lowest = f", the lowest at {min(rates):.3g}" if rates else ""
         raise InputError(f"every run of the probe diverged{lowest}. Pass a lower learning_rate.")
-    # A parabola needs three points. Rates next to the grid stand in for missing ones, as if they had diverged.
+    # A parabola needs three points: add rates above the grid, as if they had diverged.
     measured = [(run.learning_rate, None if run.diverged_at is not None else run.losses) for run in full]
     while len(measured) < 3:
         measured.append((measured[-1][0] * plan.spacing, None))

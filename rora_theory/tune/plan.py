@@ -205,9 +205,9 @@ def make_plan(
 ) -> ProbePlan:
     """Plan a probe within a share of the planned run's cost.
 
-    The number of steps of a run is the largest, up to `MAX_PROBE_STEPS` and a sixteenth of the planned steps, at which
-    the runs that are needed and one or two extensions of the grid fit into the budget. The smallest probe has no
-    extension. Runs of fewer than `MIN_MEASURED_STEPS` steps have a coarser grid. The number of held-out tokens is
+    The number of steps of a run is at most `MAX_PROBE_STEPS` and a sixteenth of the planned steps. It is the largest
+    one at which the minimum number of runs and one or two extensions of the grid fit into the budget. The smallest
+    probe has no extension. Runs of fewer than `MIN_MEASURED_STEPS` steps have a coarser grid. The number of held-out tokens is
     reduced to what the rest of the budget allows.
 
     Args:

@@ -223,7 +223,7 @@ def measure_adapter(
     inputs: dict[str, Float[Array, "layers b s _i"]],
     square_sum: Callable[[Float[Array, "b s _n"]], Float[Array, ""]],
 ) -> dict[str, StepSquares]:
-    """Compute the size of what an adapter adds at a batch, by module.
+    """Compute the sizes of an adapter's output and of its weight change on a batch, by module.
 
     Args:
       adapter: Adapter.

@@ -261,7 +261,7 @@ def _remarks(
 
 
 def _identity(model: torch.nn.Module, settings: ProbeSettings, plan: ProbePlan, optimizer: Any) -> dict[str, Any]:
-    """Return what a checkpoint must agree with, in JSON types."""
+    """Return the model, settings and plan that identify the probe of a checkpoint, in JSON types."""
     # The first entries of every weight identify the model without reading all weights.
     state = hashlib.sha256()
     for name, parameter in model.named_parameters():
