@@ -207,8 +207,8 @@ def make_plan(
 
     The number of steps of a run is at most `MAX_PROBE_STEPS` and a sixteenth of the planned steps. It is the largest
     one at which the minimum number of runs and one or two extensions of the grid fit into the budget. The smallest
-    probe has no extension. Runs of fewer than `MIN_MEASURED_STEPS` steps have a coarser grid. The number of held-out tokens is
-    reduced to what the rest of the budget allows.
+    probe has no extension. Runs of fewer than `MIN_MEASURED_STEPS` steps have a coarser grid. The number of held-out
+    tokens is reduced to what the rest of the budget allows.
 
     Args:
       steps: Number of optimizer steps of the planned run.

@@ -187,7 +187,7 @@ class RegimeRows(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Regime:
-    """Measured regime of a model as tidy frames, with the columns of `regime_tables`.
+    """Measured regime of a model as tidy frames, with the columns of `rora_theory.measure.regimes.tables`.
 
     Attributes:
       crossings: Signal, cross-talk, r* with its quartiles over tokens, and the linear term, by module, split, optimizer
@@ -239,7 +239,7 @@ class Regime:
     def plot(self, split: Split = "heldout", init: Init | None = None) -> "matplotlib.figure.Figure":
         """Plot the crossing rank of every module over the layers, with a panel for each type of module.
 
-        See `rora_theory.measure.plots.plot_regime`. Save the figure with ``regime.plot().savefig("regime.png")``.
+        See `rora_theory.plots.plot_regime`. Save the figure with ``regime.plot().savefig("regime.png")``.
 
         Args:
           split: Split at which the change is measured.

@@ -116,7 +116,7 @@ class TorchCheck:
     def plot(self) -> "matplotlib.figure.Figure":
         """Plot the change of the model's outputs against the rank, and its slopes against the step.
 
-        See `rora_theory.measure.plots.plot_check`. Save the figure with ``check.plot().savefig("check.png")``.
+        See `rora_theory.plots.plot_check`. Save the figure with ``check.plot().savefig("check.png")``.
         """
         return plots.plot_check(self.sizes, self.slopes, self.band)
 

@@ -74,7 +74,7 @@ def test_fast_terms_are_the_terms(layer, optimizer, init, size) -> None:
     x = layer.inputs["heldout"]
     fast = terms.FastTerms(layer.grad * np.float32(size), x).terms(optimizer, init)
     expected = terms.compute_terms(np.float64(layer.grad) * size, x, optimizer=optimizer, init=init)
-    for name in ("ranks", "cross_talk", "first", "second"):
+    for name in ("crossing_ranks", "cross_talk", "squared_mean", "mean_square"):
         np.testing.assert_allclose(getattr(fast, name), getattr(expected, name), rtol=1e-4, err_msg=name)
 
 
