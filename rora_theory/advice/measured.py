@@ -128,14 +128,16 @@ def default_displacement_constants(steps: int | None = None) -> tuple[float, flo
 
 
 def _constants_of_model(model: str, steps: int | None) -> tuple[float, float]:
+    """Return the range of K of one model, interpolated to a number of steps; None covers all measured numbers."""
     by_steps = MEASURED_CONSTANTS[model]
     if steps is None:
         return min(low for low, _ in by_steps.values()), max(high for _, high in by_steps.values())
-    log_steps = np.log(sorted(by_steps))
-    low, high = (
-        math.exp(np.interp(math.log(steps), log_steps, [math.log(by_steps[count][end]) for count in sorted(by_steps)]))
-        for end in (0, 1)
-    )
+    # Interpolate both ends in logarithms; beyond the measured numbers of steps the nearest value is used.
+    counts = sorted(by_steps)
+    log_steps = np.log(counts)
+    log_lows, log_highs = ([math.log(by_steps[count][end]) for count in counts] for end in (0, 1))
+    low = math.exp(np.interp(math.log(steps), log_steps, log_lows))
+    high = math.exp(np.interp(math.log(steps), log_steps, log_highs))
     return low, high
 
 
@@ -164,6 +166,7 @@ def schedule_factors(old: Schedule, new: Schedule) -> tuple[float, float] | None
         return 1.0, 1.0
     if old not in MEASURED_SCHEDULE_FACTORS or new not in MEASURED_SCHEDULE_FACTORS:
         return None
+    # Both factors are relative to a constant rate. The extremes of their ratio combine opposite ends.
     (old_low, old_high), (new_low, new_high) = MEASURED_SCHEDULE_FACTORS[old], MEASURED_SCHEDULE_FACTORS[new]
     return new_low / old_high, new_high / old_low
 

@@ -98,8 +98,8 @@ class RunChange:
     @property
     def has_unmeasured_schedule(self) -> bool:
         """Whether a schedule is given with which no run was made."""
-        known = (None, *MEASURED_SCHEDULE_FACTORS)
-        return any(schedule not in known for schedule in (self.schedule, self.to_schedule))
+        measured = (None, *MEASURED_SCHEDULE_FACTORS)
+        return any(schedule not in measured for schedule in (self.schedule, self.to_schedule))
 
     def carry(self, learning_rate: float, *, old_strength: float, new_strength: float) -> RateRange:
         """Compute the best rate of the new run by the displacement law.

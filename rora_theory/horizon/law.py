@@ -82,12 +82,12 @@ def predict_exponents(
     rows = []
     for count, rate, quantile in product(steps, rates, QUANTILES):
         takeover = float(np.quantile(takeovers, quantile))
-        rates_of_steps = [rate * share for share in warmup_factors(count, warmup)]
+        rates_of_steps = [rate * factor for factor in warmup_factors(count, warmup)]
         # Ratio of the A-led to the B-led part at the end of the run, which decides how much the rate changes.
         rho = horizon.distances(rates_of_steps, takeover=takeover).A / takeover
-        factor = 1 / horizon.rate_factor(strengths[1] / strengths[0], rho)
-        exponent = -math.log(factor) / math.log(strengths[1] / strengths[0])
-        rows.append((count, rate, quantile, takeover, factor, exponent))
+        divisor = 1 / horizon.rate_factor(strengths[1] / strengths[0], rho)
+        exponent = -math.log(divisor) / math.log(strengths[1] / strengths[0])
+        rows.append((count, rate, quantile, takeover, divisor, exponent))
     return pd.DataFrame(rows, columns=["steps", "rate", "quantile", "takeover", "factor", "exponent"])
 
 

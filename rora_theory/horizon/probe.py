@@ -180,9 +180,9 @@ class Probe:
             budget=config.budget,
         )
         # Held-out records that the budget allows to evaluate after every run.
-        used = _affordable_records(held_out.input_lengths, self.plan.held_out_tokens(batch_tokens))
+        affordable = _affordable_records(held_out.input_lengths, self.plan.held_out_tokens(batch_tokens))
         self._input_examples = select_examples(held_out, inputs)
-        bench.held_out = select_examples(held_out, used)
+        bench.held_out = select_examples(held_out, affordable)
         self._is_answer = config.loss_on == "answer"
         self.tokens: list[int] = (
             bench.held_out.target_counts if self._is_answer else bench.held_out.input_lengths

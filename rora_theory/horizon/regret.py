@@ -115,14 +115,14 @@ def constants_by_steps(led: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
     for (step, rank, strength), runs in led.groupby(["step", "rank", "strength"]) if len(led) else ():
         # Runs up to the best rate, with half a grid step of slack because it lies between the rates of the grid.
         optimum = optima.get((step, rank, round(strength, 6)))
-        near = runs[runs["learning_rate"] <= (optimum or 0.0) * 10 ** (GRID_STEP / 2)]
-        if len(near):
+        near_best = runs[runs["learning_rate"] <= (optimum or 0.0) * 10 ** (GRID_STEP / 2)]
+        if len(near_best):
             # K = G rho (1 + rho), with the measured ratio rho of the A-led to the B-led part.
-            values = strength * near["ratio"] * (1 + near["ratio"])
+            values = strength * near_best["ratio"] * (1 + near_best["ratio"])
             rows.append(
                 {"step": int(step), "rank": int(rank), "strength": float(strength)}
                 | {"constant": float(values.mean())}
-                | {"constant_low": float(values.min()), "constant_high": float(values.max()), "runs": len(near)}
+                | {"constant_low": float(values.min()), "constant_high": float(values.max()), "runs": len(near_best)}
             )
     columns = ["step", "rank", "strength", "constant", "constant_low", "constant_high", "runs"]
     return frames.from_rows(rows, columns)

@@ -497,14 +497,14 @@ def _judge_growth(draws: Draws, equation: str, claim: str, rule: Rule, printed: 
         )
         for fit in fits
     ]
-    zero, half, limit = (f"{fit.slope:+.3f} ± {fit.standard_error:.3f}" for fit in fits)
+    independent, overlapping, in_limit = (f"{fit.slope:+.3f} ± {fit.standard_error:.3f}" for fit in fits)
     return Verdict(
         equation,
         claim,
         decide(outcomes[-1:], outcomes[:-1]),
         f"r >> r* (r* = {crossing:.1f} at overlap 0.5); at overlap 0 r* = p_in + 2 = {draws.p_in + 2}",
-        f"slope of |w| over ranks {draws.low}-{draws.high}: {zero} at overlap 0, {half} at 0.5, "
-        f"{limit} at 0.5 from r = {min(beyond)}",
+        f"slope of |w| over ranks {draws.low}-{draws.high}: {independent} at overlap 0, {overlapping} at 0.5, "
+        f"{in_limit} at 0.5 from r = {min(beyond)}",
     )
 
 

@@ -272,15 +272,15 @@ def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
     for line in dict.fromkeys(curve.line for curve in curves):
         # Curves of the line with an inner minimum, at the seeds that all of them share.
         inner = [curve for curve in curves if curve.line == line and not curve.edge]
-        used = at_shared_seeds(*inner) if inner else ()
-        if len(used) < 2:
+        fitted_curves = at_shared_seeds(*inner) if inner else ()
+        if len(fitted_curves) < 2:
             continue
         # The least-squares slope is a weighted sum of the log best rates.
-        log_ranks = np.log([curve.rank for curve in used])
+        log_ranks = np.log([curve.rank for curve in fitted_curves])
         centred = log_ranks - log_ranks.mean()
         weights = centred / np.sum(centred**2)
-        slope = weighted_log2_rates(math.log(2) * weights, *used)
-        mean_log_rates = np.array([np.mean(log2_rates(curve.replicates)) for curve in used]) * math.log(2)
+        slope = weighted_log2_rates(math.log(2) * weights, *fitted_curves)
+        mean_log_rates = np.array([np.mean(log2_rates(curve.replicates)) for curve in fitted_curves]) * math.log(2)
         fit = SeedFit.from_estimate(slope, slopes.departure(log_ranks, mean_log_rates, slope.value))
         # All predictions that the interval cannot exclude.
         optimizer, trained, _, kappa = line
@@ -289,11 +289,11 @@ def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
         max_distance = slope.half_width() + slopes.BAND if slope.has_error else -math.inf
         nearest = " or ".join(name for name, distance in distances.items() if distance <= max_distance)
         row = dict(zip(("optimizer", "trained", "rule", "kappa"), line, strict=True))
-        row |= {"ranks": " ".join(str(curve.rank) for curve in used), "slope": slope.value}
+        row |= {"ranks": " ".join(str(curve.rank) for curve in fitted_curves), "slope": slope.value}
         row |= {"standard_error": slope.known_error}
         row |= {"half_width": slope.half_width() if slope.has_error else None}
         # A single seed's error is over records and does not contain the variation between training runs.
-        row |= {"verdict": slopes.trend(fit) if len(used[0].losses) > 1 else "undecided"}
+        row |= {"verdict": slopes.trend(fit) if len(fitted_curves[0].losses) > 1 else "undecided"}
         row |= {**predicted, "nearest": nearest}
         rows.append(row)
     return frames.from_rows(rows, RATE_SLOPE_COLUMNS)

@@ -89,9 +89,9 @@ def displacement_ratio(strength: float, *, displacement_constant: float) -> floa
             f"strength must be larger for displacement_constant {displacement_constant:g}, got {strength!r}: their "
             "ratio is not representable as a float"
         )
-    share = displacement_constant / strength
-    # The root of rho^2 + rho - share, in a form without the difference that cancels at small shares.
-    return 2 * share / (1 + math.sqrt(1 + 4 * share))
+    ratio = displacement_constant / strength
+    # The root of rho^2 + rho - ratio, in a form without the difference that cancels at small ratios.
+    return 2 * ratio / (1 + math.sqrt(1 + 4 * ratio))
 
 
 def measured_constant(strength: float, ratios: Sequence[float] | Float[np.ndarray, " modules"]) -> float:

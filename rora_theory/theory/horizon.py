@@ -107,9 +107,10 @@ def distances(
     if not takeover > 0:
         raise InputError(f"takeover must be above 0, or inf, got {takeover!r}")
     # Adam squares B's gradient, which grows as 1 + a / takeover: float64 must represent the square.
-    if (reach := float(rates_A.sum())) / takeover > MAX_GRADIENT_GROWTH:
+    rate_sum = float(rates_A.sum())
+    if rate_sum / takeover > MAX_GRADIENT_GROWTH:
         raise InputError(
-            f"takeover must be at least {1 / MAX_GRADIENT_GROWTH:g} of the sum of A's rates, which is {reach:.3g}; "
+            f"takeover must be at least {1 / MAX_GRADIENT_GROWTH:g} of the sum of A's rates, which is {rate_sum:.3g}; "
             f"got {takeover!r}"
         )
     # Both factors start at distance 0, each with Adam moments of its own.
@@ -576,9 +577,9 @@ def _solve_rate(excess: Callable[[float], float], start: float) -> float:
     """Solve for the rate at which ``excess``, the log of a change over its target, is 0."""
     # The change grows at least in proportion to the rate, so that in log the root is at most the excess away from the
     # start.
-    log_start, reach = math.log(start), abs(excess(start)) + 1e-9
+    log_start, max_distance = math.log(start), abs(excess(start)) + 1e-9
     log_root = scipy.optimize.brentq(
-        lambda log_rate: excess(math.exp(log_rate)), log_start - reach, log_start + reach, xtol=1e-10
+        lambda log_rate: excess(math.exp(log_rate)), log_start - max_distance, log_start + max_distance, xtol=1e-10
     )
     return math.exp(log_root)
 

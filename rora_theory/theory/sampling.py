@@ -500,8 +500,8 @@ def _pairs(keys: Keys, arguments: dict[str, Array], kind: BlockKind) -> Float[Ar
     if kind.optimizers[0] == "sgd":
         return _outputs_of_sum(s**2 * length * total, arguments, kind)
     # sum_k sign(u_k) v_k: the components across x are r independent normals, summed as one normal of variance r.
-    rest = jnp.sqrt(rank) * standard_normal(key_v, (kind.draws,))
-    return _outputs_of_sum(s * (along * total + across * rest), arguments, kind)
+    across_sum = jnp.sqrt(rank) * standard_normal(key_v, (kind.draws,))
+    return _outputs_of_sum(s * (along * total + across * across_sum), arguments, kind)
 
 
 def _chi_square(keys: Keys, arguments: dict[str, Array], kind: BlockKind) -> Float[Array, "settings 2 draws"]:

@@ -146,7 +146,7 @@ def _step_regrouped_rows(
     for rank, gammas in zip(ranks, scalings, strict=True):
         # Group the rows into adapters of this rank, and rescale them to its standard deviation.
         count = rows // rank
-        used = count * rank
+        row_count = count * rank
         relative_deviation = inits.entries(init, rank=rank, p_in=p_in).deviation / deviation
         by_rule = []
         for gamma in gammas:
@@ -154,14 +154,14 @@ def _step_regrouped_rows(
             for name in optimizers:
                 # B after one step from zero.
                 transformation = make_optimizer(name, learning_rate, epsilon=epsilon)
-                gradient = gamma * relative_deviation * gradient_B[:, :used]
+                gradient = gamma * relative_deviation * gradient_B[:, :row_count]
                 zero = jnp.zeros_like(gradient)
                 with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and its integer step count
                     lora_B, _ = transformation.update(gradient, transformation.init(zero), zero)
                 # Mean squares of w = B (gamma A x') at each split.
                 lora_B = lora_B.reshape(p_out, count, rank)
                 scaled = [
-                    (gamma * relative_deviation * product[:, :used]).reshape(-1, count, rank) for product in inner
+                    (gamma * relative_deviation * product[:, :row_count]).reshape(-1, count, rank) for product in inner
                 ]
                 by_optimizer.append(jnp.stack([mean_squares(lora_B, product) for product in scaled], axis=-1))
             by_rule.append(jnp.stack(by_optimizer, axis=1))

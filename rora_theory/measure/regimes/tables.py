@@ -406,6 +406,8 @@ def _format_steps(learning_rate: float, distances: list[dict[Any, Any]]) -> list
     texts = []
     for row in distances:
         steps = (row[name] / learning_rate for name in ("median", "smallest", "largest", "turn_5"))
-        median, low, high, turn = (f"{value:.1f}" for value in steps)
+        median, low, high, sign_change = (f"{value:.1f}" for value in steps)
+        # A single layer has no range.
         texts.append(f"{median} ({low}-{high})" if "-" in row["layers"] else median)
-    return [*texts, "-" if turn == "nan" else turn]
+    # The distance at which signs change is that of the group, in all of its rows.
+    return [*texts, "-" if sign_change == "nan" else sign_change]
