@@ -106,6 +106,9 @@ def first_step_rows(stepper: RealStep, advice: Advice, step: FirstStep, seed: in
       advice: Advice to check.
       step: Candidate and seed of A.
       seed: Seed of all draws.
+
+    Returns:
+      A row with the columns `COLUMNS` for each module and layer, and for the hidden states and the logits.
     """
     candidate = candidates(advice)[step.plan]
     setting, pattern = candidate.setting, dict(candidate.alpha_pattern)

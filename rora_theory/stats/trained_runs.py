@@ -118,6 +118,9 @@ def loss_difference(first: Sequence[TrainedRun], second: Sequence[TrainedRun]) -
       first: Runs that did not diverge, one per seed.
       second: Runs of the same seeds in the same order.
 
+    Returns:
+      The difference in nats per token, with the combined error.
+
     Raises:
       InputError: If runs have different records.
     """

@@ -120,6 +120,9 @@ def mean_square(lora_B: Float[Array, "p_out r"], inner: Float[Array, "tokens r"]
     Args:
       lora_B: Factor B after the step.
       inner: gamma A x of every token.
+
+    Returns:
+      The mean square as a scalar.
     """
     (p_out, rank), tokens = lora_B.shape, inner.shape[0]
     # At a low rank the Gram matrices of B and of gamma A x cost less than w itself.

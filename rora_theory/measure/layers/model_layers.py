@@ -229,6 +229,9 @@ def measure_adapter(
       adapter: Adapter.
       inputs: Input x of every adapted module.
       square_sum: Function that sums squares over entries and unmasked tokens.
+
+    Returns:
+      The sums of squares in each layer, by module.
     """
 
     def measure_layer(layer: tuple[dict[str, Array], Float[Array, "b s i"]]) -> StepSquares:
@@ -294,6 +297,9 @@ class RealStep:
           setting: Rank, alpha, rule, learning rate, optimizer and initialisation.
           key: Random key of A.
           alpha_pattern: Alphas of modules that differ from the setting's, in PEFT's format.
+
+        Returns:
+          The sizes of the change at the held-out tokens.
 
         Raises:
           InputError: If the pattern matches no module, the rank exceeds a module's size, or adapters do not support the

@@ -75,6 +75,9 @@ class Table:
           step: Number of updates.
           module: Name of the module, or ``model``.
 
+        Returns:
+          The slope with its error over seeds.
+
         Raises:
           InputError: If the table has no such coordinate, or if a size is not finite and positive.
         """

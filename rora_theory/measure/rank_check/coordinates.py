@@ -77,6 +77,9 @@ class Checker:
           key: Random key of A.
           setting: Rank, scaling and initialisation of the adapter.
 
+        Returns:
+          The adapter, with B = 0 and zeros in the rows of A beyond the rank.
+
         Raises:
           InputError: If the rank exceeds the width.
         """

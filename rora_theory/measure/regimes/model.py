@@ -58,6 +58,9 @@ class RecordedModules:
           index: Index of the layer.
           modules: Names of the modules.
 
+        Returns:
+          The rows of all modules for every table.
+
         Raises:
           InputError: If no held-out token is left.
         """
@@ -96,6 +99,9 @@ def record_modules(
       train: Batch that yields the gradient.
       held_out: Batch of other records.
       modules: Names from `rora_theory.llama.MODULES`.
+
+    Returns:
+      The recorded inputs and output gradients.
 
     Raises:
       InputError: If a module is unknown or a loss is not finite.

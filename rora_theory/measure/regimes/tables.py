@@ -71,6 +71,9 @@ def flat_kappa_between(optimizer: Optimizer, init: Init, linear_term: float, *, 
       linear_term: Linear term c, a column of the crossing ranks.
       low: Lower rank.
       high: Higher rank.
+
+    Returns:
+      The exponent kappa.
     """
     advice = transfer(Setting(low, 1.0, 1.0, 0.0, optimizer, init), high, {"module": linear_term})
     return -math.log(advice.alpha) / math.log(high / low)

@@ -102,6 +102,9 @@ class Terms:
           scalings: Scaling gamma of each adapter.
           learning_rate: Learning rate of the step.
           epsilon: Adam's epsilon.
+
+        Returns:
+          The root mean square at each rank and token.
         """
         p_out, p_in = self.grad.shape
         # The step depends only on the product of gamma and A's standard deviation, which may depend on the rank. The
@@ -153,6 +156,9 @@ def compute_terms(
       x: Inputs at which the change is evaluated.
       optimizer: Optimizer of the step.
       init: Initialisation of A.
+
+    Returns:
+      The terms at each token.
 
     Raises:
       InputError: If shapes do not match or a value is not finite.

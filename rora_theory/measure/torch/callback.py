@@ -158,6 +158,9 @@ def read_setting(model: torch.nn.Module, args: Any) -> Setting:
       model: PEFT model with LoRA.
       args: ``TrainingArguments`` of the run.
 
+    Returns:
+      The tuned setting of the run.
+
     Raises:
       InputError: If the model has no LoRA, has modules of several ranks or alphas, or if no law is known for its
         optimizer or initialisation.
