@@ -125,8 +125,8 @@ def compare_best_rates(
     for curve in adapters:
         strongest = max((other for other in adapters if other.rank == curve.rank), key=strength_of)
         if strongest is not curve:
-            names = (_strength_name(strength_of(member)) for member in (curve, strongest))
-            pairs.append((curve, strongest, *names))
+            name, strongest_name = (_strength_name(strength_of(member)) for member in (curve, strongest))
+            pairs.append((curve, strongest, name, strongest_name))
     # With the same setting in other runs.
     for name, other_curves in (other_runs or {}).items():
         by_setting = {(other.rank, other.scaling): other for other in other_curves}

@@ -45,9 +45,11 @@ def estimator_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
             # Pairs of curves with a shared seed, by the value of the other setting in ascending order.
             pairs: dict[float, tuple[Curve, Curve]] = {}
             for other_value in sorted({key[1 - index] for key in curve_of_setting}):
-                keys = [(value, other_value) if index == 0 else (other_value, value) for value in (low, high)]
-                if all(key in curve_of_setting for key in keys):
-                    first, second = (curve_of_setting[key] for key in keys)
+                ends: list[Any] = [(low, other_value), (high, other_value)]
+                if over == "strength":
+                    ends = [(other_value, low), (other_value, high)]
+                if all(end in curve_of_setting for end in ends):
+                    first, second = (curve_of_setting[end] for end in ends)
                     if at_shared_seeds(first, second):
                         pairs[other_value] = first, second
             # Each value of the other setting by itself and, if there are several, all of them pooled.

@@ -168,7 +168,7 @@ def horizon_exponents(
                 law = (0.0, *np.quantile(exponents, QUANTILES[1:]).tolist())
             # Row with the verdict on each law.
             edge, seeds = any(curve.edge for curve in ends), len(ends[0].losses)
-            judge_prediction = partial(judge_range, slope, edge=edge)
+            judge_prediction = partial(judge_range, slope, is_bound=edge)
             rows.append(
                 {"step": step, "over": over, "at": at, "first": low, "second": high, "exponent": slope.value}
                 | _errors(slope)

@@ -358,8 +358,13 @@ class Comparison:
 
 def compare_rules(curves: Sequence[Curve]) -> list[Comparison]:
     """Compare all pairs of rules at the largest rank that both have, paired by seed."""
-    shared_pairs = [at_shared_seeds(*pair) for pair in rule_pairs(curves)]
-    return [compare_curves(*pair, estimate_loss_difference(*pair)) for pair in shared_pairs if pair]
+    comparisons = []
+    for pair in rule_pairs(curves):
+        shared = at_shared_seeds(*pair)
+        if shared:
+            first, second = shared
+            comparisons.append(compare_curves(first, second, estimate_loss_difference(first, second)))
+    return comparisons
 
 
 def rule_pairs(curves: Sequence[Curve]) -> Iterator[tuple[Curve, Curve]]:
