@@ -234,7 +234,7 @@ def evenly_spaced(count: int, limit: int) -> Int[np.ndarray, " n"]:
     """Return at most ``limit`` indices below ``count``, evenly spaced.
 
     Examples:
-      >>> spread(10, 3).tolist(), spread(2, 3).tolist()
+      >>> evenly_spaced(10, 3).tolist(), evenly_spaced(2, 3).tolist()
       ([0, 3, 6], [0, 1])
     """
     return np.arange(min(count, limit)) * count // min(count, limit)

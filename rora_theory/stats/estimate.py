@@ -151,7 +151,7 @@ def standard_score(gap: float, error: float) -> float:
       The ratio; infinity for a nonzero difference without an error, 0 for a zero one.
 
     Examples:
-      >>> in_errors(-1.0, 0.5), in_errors(-1.0, 0.0), in_errors(0.0, 0.0)
+      >>> standard_score(-1.0, 0.5), standard_score(-1.0, 0.0), standard_score(0.0, 0.0)
       (-2.0, -inf, 0.0)
     """
     if error:
