@@ -74,7 +74,9 @@ def run(config: Config) -> None:
     # Batches of all seeds, and one model with compiled functions for all cells.
     data, tokenizer, steps = inputs.records.records, inputs.tokenizer, max(check_config.steps)
     seeds, width = check_config.seeds, max(check_config.ranks)
-    batches = record_batches.make_seed_batches(batch_config, data, tokenizer, seeds=seeds, steps=steps, chat=inputs.chat)
+    batches = record_batches.make_seed_batches(
+        batch_config, data, tokenizer, seeds=seeds, steps=steps, chat=inputs.chat
+    )
     checker = Checker(inputs.model.params, inputs.model.config, width=width, target_modules=config.targets)
     sources = ["/".join(Path(source).parts[-2:]) for source in config.data]
     extra = {"units": rank_check.UNITS, "device": devices.describe(inputs.devices), "data": sources}
