@@ -112,8 +112,8 @@ export default {
     "columns": {
       "changed": "rank",
       "policy": "keep the rate",
-      "pairs": 21,
-      "median": 0.0007644782920370741,
+      "pairs": 22,
+      "median": 0.0006295947024524962,
       "largest": 0.00944101798298306,
       "largest_error": 0.004905569759342791
     }
@@ -124,8 +124,8 @@ export default {
     "columns": {
       "changed": "strength",
       "policy": "advice",
-      "pairs": 58,
-      "median": 0.0003291507235601473,
+      "pairs": 66,
+      "median": 0.0005177312296829051,
       "largest": 0.009969752093218154,
       "largest_error": 0.002629079233696999
     }
@@ -148,8 +148,8 @@ export default {
     "columns": {
       "changed": "rank strength",
       "policy": "advice",
-      "pairs": 62,
-      "median": 0.0005993958841997715,
+      "pairs": 70,
+      "median": 0.0006174290059706711,
       "largest": 0.006326273974863812,
       "largest_error": 0.0015720208213898157
     }
@@ -172,8 +172,8 @@ export default {
     "columns": {
       "changed": "strength steps",
       "policy": "advice",
-      "pairs": 43,
-      "median": 0.00016906370092521308,
+      "pairs": 48,
+      "median": 0.00019757653177040108,
       "largest": 0.00657585077277878,
       "largest_error": 0.0018062131258376915
     }
@@ -184,8 +184,8 @@ export default {
     "columns": {
       "changed": "rank strength steps",
       "policy": "advice",
-      "pairs": 43,
-      "median": 0.0006479449006917548,
+      "pairs": 48,
+      "median": 0.000714453636721124,
       "largest": 0.0034546160887358734,
       "largest_error": 0.0034764731223119157
     }
