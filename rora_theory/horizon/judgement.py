@@ -18,7 +18,7 @@ from rora_theory.horizon.runs import FULL, HorizonRun, merge_repeated_runs
 
 UNITS = {
     "strength": "gamma times the rank: alpha under alpha / r, alpha sqrt(r) under alpha / sqrt(r)",
-    "validation_loss, answer_loss": "nats a token of the held-out records; errors are over records",
+    "validation_loss, answer_loss": "nats per token of the held-out records; errors are over records",
 }
 
 BOOTSTRAP_SAMPLES = 1000
