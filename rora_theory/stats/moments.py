@@ -10,6 +10,7 @@ from jaxtyping import Float
 from scipy import special
 
 from rora_theory.stats.estimate import ROUNDING, Estimate, standard_score
+from rora_theory.stats.slopes import slope_weights
 
 _POWERS = 4
 
@@ -137,8 +138,7 @@ def log_log_fit(
     # Standard errors of log y, to first order.
     log_errors = np.asarray(errors, np.float64) / np.asarray(y, np.float64)
     # The slope is a weighted sum of the log y, whose errors are independent.
-    centred = log_x - np.mean(log_x)
-    weights = centred / np.sum(centred**2)
+    weights = slope_weights(log_x)
     return Fit(float(weights @ log_y), float(np.sqrt(np.sum((weights * log_errors) ** 2))))
 
 

@@ -277,9 +277,7 @@ def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
             continue
         # The least-squares slope is a weighted sum of the log best rates.
         log_ranks = np.log([curve.rank for curve in fitted_curves])
-        centred = log_ranks - log_ranks.mean()
-        weights = centred / np.sum(centred**2)
-        slope = weighted_log2_rates(math.log(2) * weights, *fitted_curves)
+        slope = weighted_log2_rates(math.log(2) * slopes.slope_weights(log_ranks), *fitted_curves)
         mean_log_rates = np.array([np.mean(log2_rates(curve.replicates)) for curve in fitted_curves]) * math.log(2)
         fit = SeedFit.from_estimate(slope, slopes.departure(log_ranks, mean_log_rates, slope.value))
         # All predictions that the interval cannot exclude.

@@ -105,9 +105,17 @@ def seed_slopes(
             f"y must have {len(log_x)} columns of finite values above 0, got shape {y.shape} with "
             f"{int(np.sum(~is_valid))} other values"
         )
-    # Weights of the values in the least-squares slope, which all seeds share.
-    centred = log_x - np.mean(log_x)
-    return np.log(y) @ (centred / np.sum(centred**2))
+    return np.log(y) @ slope_weights(log_x)
+
+
+def slope_weights(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Return the weights of the values y in the least-squares slope of y against x, which is their weighted sum.
+
+    Args:
+      x: At least two different values.
+    """
+    centred = x - np.mean(x)
+    return centred / np.sum(centred**2)
 
 
 def trend(fit: SeedFit, band: float = BAND, confidence: float = CONFIDENCE) -> Trend:
