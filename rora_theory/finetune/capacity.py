@@ -32,7 +32,7 @@ from rora_theory.errors import InputError
 from rora_theory.finetune import step as steps
 from rora_theory.finetune import traced_cost
 from rora_theory.finetune.config import FinetuneConfig
-from rora_theory.finetune.loss import LOGITS_BYTES
+from rora_theory.finetune.loss import LOGITS_BYTES, count_blocks
 from rora_theory.finetune.sharding import Gathered, Layout
 from rora_theory.llama import LlamaConfig
 from rora_theory.llama.model import abstract_params, count_parameters, init_params
@@ -403,11 +403,10 @@ def estimate_step(
         shardings = layout.state_shardings(step.state)
         adapter, state = _bytes(step.state.params, shardings.params), _bytes(step.state, shardings)
         gathered = _gathered_bytes(abstract_params(llama_config, jnp.dtype(config.dtype)), layout)
-    # float32 logits of one position of every row that is processed at once.
-    rows = device_config.batch_size // config.accumulation
-    position_bytes = 4 * llama_config.vocab_size * rows
-    # A block has whole positions only, at least one and at most the sequence.
-    block_bytes = min(position_bytes * width, max(position_bytes, logits_bytes // position_bytes * position_bytes))
+    # float32 logits of all positions that are processed at once, for one block of the vocabulary.
+    positions = device_config.batch_size // config.accumulation * width
+    blocks = count_blocks(positions, llama_config.vocab_size, logits_bytes)
+    block_bytes = 4 * positions * -(-llama_config.vocab_size // blocks)
     return StepEstimate(
         parameters=count_parameters(llama_config),
         trainable=adapters.count(abstract_adapter(llama_config, config)),

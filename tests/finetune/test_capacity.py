@@ -173,7 +173,8 @@ def test_no_copy_is_made_of_the_weights(fsdp):
         make(model, config, 8, layout(1, fsdp)) for make in (capacity.estimate_step, capacity.analyse_compiled_step)
     )
     assert planned.base * fsdp == pytest.approx(44.1e6, rel=0.01)
-    assert xla.total == pytest.approx(planned.total, rel=0.06)
+    # A table copied would add a sixth to the total, a stack of layers more.
+    assert xla.total == pytest.approx(planned.total, rel=0.1)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The chunked cross-entropy is the direct formula, gradient included, without the batch's logits."""
+"""The cross-entropy in blocks is the direct formula, gradient included, without the batch's logits."""
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +8,15 @@ import pytest
 from rora_theory.finetune.loss import cross_entropy
 
 B, T, D, V = 3, 7, 5, 11
-ROW = 4 * B * V  # bytes of one position of each row
+TOKEN = 4 * B * T  # bytes of the logits of one token at every position
 
 
-def inputs(dtype=jnp.float32):
+def inputs(dtype=jnp.float32, vocabulary=V):
     keys = jax.random.split(jax.random.key(0), 4)
     return (
         jax.random.normal(keys[0], (B, T, D)).astype(dtype),
-        jax.random.normal(keys[1], (V, D)).astype(dtype),
-        jax.random.randint(keys[2], (B, T), 0, V),
+        jax.random.normal(keys[1], (vocabulary, D)).astype(dtype),
+        jax.random.randint(keys[2], (B, T), 0, vocabulary),
         jax.random.bernoulli(keys[3], 0.6, (B, T)).astype(jnp.float32),
     )
 
@@ -27,20 +27,22 @@ def direct(hidden, head, targets, weights):
     return -jnp.sum(weights * jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0])
 
 
-chunked_loss = jax.jit(jax.value_and_grad(cross_entropy), static_argnames="logits_bytes")
+blocked_loss = jax.jit(jax.value_and_grad(cross_entropy), static_argnames="logits_bytes")
 direct_loss = jax.jit(jax.value_and_grad(direct))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
-def test_equals_the_direct_formula_and_its_gradient(chunk):
-    arguments = inputs()
-    loss, gradient = chunked_loss(*arguments, logits_bytes=chunk * ROW)
+@pytest.mark.parametrize("vocabulary", [11, 12])
+@pytest.mark.parametrize("size", [1, 3, 4, 7, 100])
+def test_equals_the_direct_formula_and_its_gradient(vocabulary, size):
+    """Check blocks that overlap (11 tokens) and blocks that do not (12 tokens)."""
+    arguments = inputs(vocabulary=vocabulary)
+    loss, gradient = blocked_loss(*arguments, logits_bytes=size * TOKEN)
     expected, expected_gradient = direct_loss(*arguments)
     # Both sum about 100 terms of size 1 in float32: rounding of a few units in the last place of the sum.
     np.testing.assert_allclose(loss, expected, rtol=2e-6)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
-    alone = jax.jit(cross_entropy, static_argnames="logits_bytes")(*arguments, logits_bytes=chunk * ROW)
+    alone = jax.jit(cross_entropy, static_argnames="logits_bytes")(*arguments, logits_bytes=size * TOKEN)
     np.testing.assert_allclose(alone, loss, rtol=2e-6)
 
 
@@ -54,7 +56,7 @@ def test_the_gradient_is_scaled_by_what_follows():
 
 def test_bfloat16_products_accumulate_and_normalise_in_float32():
     hidden, head, targets, weights = inputs(jnp.bfloat16)
-    loss, gradient = chunked_loss(hidden, head, targets, weights, logits_bytes=2 * ROW)
+    loss, gradient = blocked_loss(hidden, head, targets, weights, logits_bytes=2 * TOKEN)
     wide = (hidden.astype(jnp.float32), head.astype(jnp.float32), targets, weights)
     expected, expected_gradient = direct_loss(*wide)
     assert loss.dtype == jnp.float32
@@ -67,7 +69,7 @@ def test_bfloat16_products_accumulate_and_normalise_in_float32():
 
 def test_large_logits_do_not_overflow():
     hidden, head, targets, weights = inputs()
-    loss = cross_entropy(100 * hidden, 10 * head, targets, weights, logits_bytes=2 * ROW)
+    loss = cross_entropy(100 * hidden, 10 * head, targets, weights, logits_bytes=2 * TOKEN)
     assert np.isfinite(loss)
     np.testing.assert_allclose(loss, direct(100 * hidden, 10 * head, targets, weights), rtol=2e-6)
 
@@ -76,9 +78,9 @@ def test_large_logits_do_not_overflow():
 def test_positions_of_weight_zero_count_for_nothing_and_the_head_is_frozen():
     hidden, head, targets, weights = inputs()
     out = weights == 0
-    loss, gradient = chunked_loss(hidden, head, targets, weights, logits_bytes=2 * ROW)
+    loss, gradient = blocked_loss(hidden, head, targets, weights, logits_bytes=2 * TOKEN)
     other = jnp.where(out[..., None], 7.0, hidden), head, jnp.where(out, 0, targets), weights
-    np.testing.assert_allclose(chunked_loss(*other, logits_bytes=2 * ROW)[0], loss, rtol=1e-6)
+    np.testing.assert_allclose(blocked_loss(*other, logits_bytes=2 * TOKEN)[0], loss, rtol=1e-6)
     assert not gradient[out].any()
     assert gradient[~out].all()
     assert not jax.grad(cross_entropy, argnums=1)(hidden, head, targets, weights).any()
@@ -86,10 +88,10 @@ def test_positions_of_weight_zero_count_for_nothing_and_the_head_is_frozen():
 
 def test_no_array_of_the_whole_logits_exists():
     arguments = inputs()
-    unchunked = jax.make_jaxpr(jax.grad(direct))(*arguments)
-    chunked = jax.make_jaxpr(jax.grad(lambda *a: cross_entropy(*a, logits_bytes=2 * ROW)))(*arguments)
-    assert largest(unchunked.jaxpr) >= B * T * V
-    assert largest(chunked.jaxpr) < B * T * V
+    direct_program = jax.make_jaxpr(jax.grad(direct))(*arguments)
+    blocked_program = jax.make_jaxpr(jax.grad(lambda *a: cross_entropy(*a, logits_bytes=2 * TOKEN)))(*arguments)
+    assert largest(direct_program.jaxpr) >= B * T * V
+    assert largest(blocked_program.jaxpr) < B * T * V
 
 
 def largest(jaxpr):
