@@ -178,6 +178,15 @@ def test_no_copy_is_made_of_the_weights(fsdp):
 
 
 @pytest.mark.slow
+def test_no_device_gathers_the_unembedding_for_a_block_of_the_loss():
+    """Check a vocabulary of four blocks that four devices share: consecutive rows in a block would gather all rows."""
+    model = LlamaConfig(4 * 8192, 64, 128, 1, 4, 4, 16, max_position_embeddings=128)
+    xla = capacity.analyse_compiled_step(model, FinetuneConfig(rank=8, batch_size=4, dropout=0.0), 8, layout(1, 4))
+    table = 4 * model.vocab_size * model.hidden_size
+    assert xla.temporaries < table / 2
+
+
+@pytest.mark.slow
 def test_each_of_several_devices_has_its_part(monkeypatch):
     """Expect half of the rows on each, half of the weights where two share a copy, and the rest whole."""
     monkeypatch.setattr(capacity, "LOGITS_BYTES", 4 * 512 * 4 * 8)  # 8 of 32 positions at once, on all devices together
