@@ -68,7 +68,7 @@ def draw(config: Config) -> Sequence[Path]:
         if not is_matrix(manifest):
             below.set_yscale("log")
     axes[0, 0].set_ylabel("best learning rate")
-    axes[1, 0].set_ylabel("held-out loss" + (" (nats a token)" if is_matrix(manifest) else ""))
+    axes[1, 0].set_ylabel("held-out loss" + (" (nats per token)" if is_matrix(manifest) else ""))
     # Legend, with what is left out.
     caption = f"bars: ± one s.e. over {' and '.join(sorted(set(best_rate_table['error_over'].dropna())))}"
     if left_out:
