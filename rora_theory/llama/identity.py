@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rora_theory.errors import InputError
 from rora_theory.io import digests
-from rora_theory.llama.weights import INDEX, SINGLE, TOKENIZER_FILES, read_headers, read_weight_map
+from rora_theory.llama.weights import TOKENIZER_FILES, read_headers, weight_files
 
 GGUF, SAFETENSORS = "GGUF", "safetensors"
 
@@ -44,12 +44,8 @@ def model_files(source: Path) -> list[Path]:
     """Return the files that a model is loaded from: a GGUF file, or a folder's weights, configuration and tokenizer."""
     if not source.is_dir():
         return [source]
-    weights = [source / SINGLE]
-    if not weights[0].is_file():
-        names = set(read_weight_map(source).values())
-        weights = [source / INDEX, *(source / name for name in names)]
     settings = (source / name for name in ("config.json", *TOKENIZER_FILES))
-    return [path for path in (*weights, *settings) if path.is_file()]
+    return [path for path in (*weight_files(source), *settings) if path.is_file()]
 
 
 @dataclass(frozen=True)

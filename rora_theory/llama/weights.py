@@ -41,6 +41,13 @@ TOKENIZER_FILES = (
 _EMBEDDINGS = "model.embed_tokens.weight"
 _FLOAT_TYPES = ("BF16", "F16", "F32", "F64")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Mask of the exponent of each dtype, and the integer type of its bits.
+_EXPONENT_BITS = {
+    "float32": (np.uint32(0x7F800000), np.uint32),
+    "bfloat16": (np.uint16(0x7F80), np.uint16),
+    "float16": (np.uint16(0x7C00), np.uint16),
+}
+_FINITE_CHECK_ELEMENTS = 1 << 18  # elements checked at a time, which fit in a cache
 
 
 @dataclass(frozen=True)
@@ -155,14 +162,6 @@ def check_finite(name: str, values: np.ndarray) -> None:
             )
 
 
-_EXPONENT_BITS = {
-    "float32": (np.uint32(0x7F800000), np.uint32),
-    "bfloat16": (np.uint16(0x7F80), np.uint16),
-    "float16": (np.uint16(0x7C00), np.uint16),
-}
-_FINITE_CHECK_ELEMENTS = 1 << 18  # elements checked at a time, which fit in a cache
-
-
 def build_params(
     config: LlamaConfig,
     dtype: DTypeLike,
@@ -186,6 +185,7 @@ def build_params(
       InputError: The dtype or quantization is unknown, or weights exceed a block's float16 scale.
     """
     abstract = abstract_params(config, check_dtype(dtype), quantization)
+    # A weight in blocks is one leaf here, so that all its parts are filled together.
     leaves, structure = jax.tree.flatten_with_path(abstract, is_leaf=is_quantised)
     places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings, is_leaf=is_quantised)
     built = []
@@ -351,9 +351,9 @@ def save_hf(
                 shutil.copyfile(tokenizer_from / name, new / name)
         for name, content in (files or {}).items():
             (new / name).write_bytes(content)
+        # Replace an empty folder by the complete one.
         if folder.exists():
             folder.rmdir()
-        # Replace an empty folder by the complete one.
         new.rename(folder)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written: {error.strerror or error}") from error
@@ -420,13 +420,24 @@ def read_weight_map(folder: Path) -> dict[str, str]:
     return file_of_tensor
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold the weights of a folder, the index of shards included; some may be missing.
+
+    Raises:
+      InputError: There is neither a single file nor an index, or the index is damaged.
+    """
+    # A single file has precedence, and needs no index.
+    if os.path.exists(folder / SINGLE):
+        return [folder / SINGLE]
+    return [folder / INDEX, *(folder / name for name in sorted(set(read_weight_map(folder).values())))]
+
+
 def read_headers(folder: Path) -> dict[str, TensorHeader]:
     """Read the headers of all tensors in the safetensors files that `load_hf` reads.
 
     Raises:
       InputError: A file is missing, truncated or outside the folder, or it contradicts the index.
     """
-    # A single file has precedence, and needs no index.
     if os.path.exists(folder / SINGLE):
         return dict(_file_headers(folder / SINGLE))
     file_of_tensor = read_weight_map(folder)

