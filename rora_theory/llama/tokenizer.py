@@ -6,7 +6,7 @@ A `tokenizer.json` determines everything, the beginning and end of a text includ
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,17 +151,11 @@ class Tokenizer:
 
         # The tokenizer itself, and the ids that a sentencepiece model names.
         ids: dict[str, int | None] = {}
+        adds_bos = False
         if os.path.exists(path := folder / "tokenizer.json"):
             backend = _read_backend(path)
-            adds_bos = False
         elif os.path.exists(path := folder / "tokenizer.model"):
-            data = read_bytes(path)
-            try:
-                model = vocabulary.parse_sentencepiece(data)
-                backend = vocabulary.sentencepiece_tokenizer(model)
-            except InputError as error:
-                raise InputError(f"{path}: {error}") from None
-            ids = {"bos": model.bos_id, "eos": model.eos_id, "pad": model.pad_id}
+            backend, ids = _read_sentencepiece(path)
             adds_bos = True  # LLaMA's default if tokenizer_config.json has no entry
         else:
             raise InputError(f"{folder}: no tokenizer. The folder must contain tokenizer.json or tokenizer.model.")
@@ -222,25 +216,13 @@ class Tokenizer:
         def read(key: str, kind: Any, default: Any = None) -> Any:
             return read_metadata(reader, where, f"tokenizer.ggml.{key}", kind, default)
 
-        # Vocabulary: texts, types and scores.
-        model_type, split = read("model", str), read("pre", str)
-        tokens, merges = read("tokens", list[str], []), read("merges", list[str], [])
-        types = read("token_type", list[int]) or [vocabulary.NORMAL] * len(tokens)
-        scores = read("scores", list[float]) or [0.0] * len(tokens)
+        # Build the tokenizer: sentencepiece for llama, byte-level BPE for gpt2.
+        model_type, split, merges = read("model", str), read("pre", str), read("merges", list[str], [])
         add_space_prefix = read("add_space_prefix", bool, True)
         remove_extra_whitespaces = read("remove_extra_whitespaces", bool, False)
+        unk_id = read("unknown_token_id", int)
+        pieces = _read_pieces(read, where, unk_id)
         try:
-            if not len(tokens) == len(types) == len(scores) > 0:
-                raise InputError(
-                    "tokens, types and scores must be equally many and not empty, "
-                    f"got {len(tokens)} tokens, {len(types)} types and {len(scores)} scores"
-                )
-            unknown = read("unknown_token_id", int)
-            # Gemma's files have the unknown piece as a control piece.
-            if vocabulary.UNKNOWN not in types and unknown is not None and 0 <= unknown < len(types):
-                types[unknown] = vocabulary.UNKNOWN
-            pieces = tuple(map(vocabulary.Piece, tokens, scores, types))
-            # Build the tokenizer: sentencepiece for llama, byte-level BPE for gpt2.
             if model_type == "llama":
                 model = vocabulary.SentencePieceModel(
                     pieces, add_dummy_prefix=add_space_prefix, remove_extra_whitespaces=remove_extra_whitespaces
@@ -265,12 +247,12 @@ class Tokenizer:
                 ("bos", read("bos_token_id", int, 1 if model_type == "llama" else None)),
                 ("eos", read("eos_token_id", int, 2 if model_type == "llama" else None)),
                 ("pad", read("padding_token_id", int)),
-                ("unk", unknown),
+                ("unk", unk_id),
             )
         }
         # Chat models name further ends, such as that of a turn.
         further_eos_ids = [read_metadata(reader, where, name, int, None) for name in END_TOKENS[1:]]
-        adds_bos = model_type == "llama" or vocabulary.PRE_TOKENIZERS[split][1]
+        adds_bos = model_type == "llama" or vocabulary.PRE_TOKENIZERS[split].adds_bos
         return cls(
             backend,
             bos_id=ids["bos"],
@@ -302,6 +284,40 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
             backend.encode("a")
         backend.decode([0])
     return backend
+
+
+def _read_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int | None]]:
+    """Read a sentencepiece ``tokenizer.model``, and the ids of its special tokens."""
+    data = read_bytes(path)
+    try:
+        model = vocabulary.parse_sentencepiece(data)
+        backend = vocabulary.sentencepiece_tokenizer(model)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return backend, {"bos": model.bos_id, "eos": model.eos_id, "pad": model.pad_id}
+
+
+def _read_pieces(read: Callable[..., Any], where: str, unk_id: int | None) -> tuple[vocabulary.Piece, ...]:
+    """Read the vocabulary in a GGUF file's metadata: texts, scores and types.
+
+    Args:
+      read: Function ``read(key, type, default)`` that returns the value of ``tokenizer.ggml.KEY``.
+      where: Name of the file, for the error.
+      unk_id: Id of unknown text.
+    """
+    # A file without types or scores has normal pieces of equal score.
+    tokens = read("tokens", list[str], [])
+    types = read("token_type", list[int]) or [vocabulary.NORMAL] * len(tokens)
+    scores = read("scores", list[float]) or [0.0] * len(tokens)
+    if not len(tokens) == len(types) == len(scores) > 0:
+        raise InputError(
+            f"{where}: tokens, types and scores must be equally many and not empty, "
+            f"got {len(tokens)} tokens, {len(types)} types and {len(scores)} scores"
+        )
+    # Gemma's files have the unknown piece as a control piece.
+    if vocabulary.UNKNOWN not in types and unk_id is not None and 0 <= unk_id < len(types):
+        types[unk_id] = vocabulary.UNKNOWN
+    return tuple(map(vocabulary.Piece, tokens, scores, types))
 
 
 @contextmanager
@@ -384,6 +400,7 @@ def _add_missing_tokens(
 
 def _prefix_and_suffix(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the ids that the post-processor puts before and after a text."""
+    # Encode one letter: the prefix ends at the first token that is not special, the suffix follows the letter's tokens.
     plain = backend.encode("a", add_special_tokens=False)
     processed = backend.encode("a")
     start = processed.special_tokens_mask.index(0) if 0 in processed.special_tokens_mask else 0

@@ -12,7 +12,7 @@ Two families cover the supported architectures:
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rora_theory import extras
 from rora_theory.errors import InputError
@@ -180,14 +180,14 @@ def byte_level_tokenizer(pieces: Sequence[Piece], merges: Iterable[str], split: 
     for number, pair in enumerate(pairs):
         if len(pair) != 2:
             raise InputError(f"merge {number} must have two parts with one space between them, got {len(pair)} parts")
-    expressions, takes_whole_words = PRE_TOKENIZERS[split]
+    pre_tokenizer = PRE_TOKENIZERS[split]
     vocab = _index_pieces([piece.text for piece in pieces])
-    tokenizer = _bpe_tokenizer(vocab=vocab, merges=pairs, ignore_merges=takes_whole_words)
+    tokenizer = _bpe_tokenizer(vocab=vocab, merges=pairs, ignore_merges=pre_tokenizer.ignores_merges)
 
     # A text is normalised, cut by the expressions and spelled in the byte alphabet. Decoding reverses the spelling.
-    if split == "qwen2":
+    if pre_tokenizer.applies_nfc:
         tokenizer.normalizer = normalizers.NFC()
-    cuts = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in expressions]
+    cuts = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in pre_tokenizer.expressions]
     spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     # Cut first, so that no merge crosses a boundary between words.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, spelling])
@@ -203,20 +203,38 @@ _LLAMA3 = (
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")  # digits one by one
 
-PRE_TOKENIZERS: dict[str, tuple[tuple[str, ...], bool]] = {
+
+class PreTokenizer(NamedTuple):
+    """Steps of a byte-level tokenizer that its vocabulary and merges do not determine.
+
+    Attributes:
+      expressions: Regular expressions that cut a text, applied one after the other.
+      ignores_merges: Whether a part in the vocabulary becomes one token even if no merges lead to it.
+      adds_bos: Whether a text begins with the beginning-of-text token, unless the file states otherwise.
+      applies_nfc: Whether a text is brought into Unicode's normal form NFC before it is cut.
+    """
+
+    expressions: tuple[str, ...]
+    ignores_merges: bool = False
+    adds_bos: bool = False
+    applies_nfc: bool = False
+
+
+_LLAMA3_PRE_TOKENIZER = PreTokenizer((_LLAMA3,), ignores_merges=True, adds_bos=True)
+
+PRE_TOKENIZERS = {
     # SmolLM2's tokenizer.json isolates single digits before it applies GPT-2's expression, so that a run of spaces
     # before a digit stays whole.
-    "smollm": ((r"\p{N}", _GPT2), False),
-    "llama-bpe": ((_LLAMA3,), True),
-    "llama3": ((_LLAMA3,), True),
-    "llama-v3": ((_LLAMA3,), True),
-    "falcon3": ((_LLAMA3,), True),
-    "qwen2": ((_QWEN2,), False),
-    "gpt-2": ((_GPT2,), False),
-    "default": ((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"), False),
+    "smollm": PreTokenizer((r"\p{N}", _GPT2)),
+    "llama-bpe": _LLAMA3_PRE_TOKENIZER,
+    "llama3": _LLAMA3_PRE_TOKENIZER,
+    "llama-v3": _LLAMA3_PRE_TOKENIZER,
+    "falcon3": _LLAMA3_PRE_TOKENIZER,
+    "qwen2": PreTokenizer((_QWEN2,), applies_nfc=True),
+    "gpt-2": PreTokenizer((_GPT2,)),
+    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
 }
-"""Ways to cut text by GGUF's names: regular expressions that are applied one after the other, and whether a part in the
-vocabulary becomes one token even if no merges lead to it."""
+"""Pre-tokenizers by GGUF's names (``tokenizer.ggml.pre``), as llama.cpp defines them."""
 
 
 def _bpe_tokenizer(**model: Any) -> Tokenizer:

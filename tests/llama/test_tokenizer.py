@@ -303,7 +303,7 @@ def test_a_broken_tokenizer_is_refused(container: str, content: dict, message: s
         path, load = write("smollm", **content), Tokenizer.from_gguf
     with pytest.raises(InputError, match=message) as caught:
         load(path)
-    assert str(path) in str(caught.value)
+    assert str(caught.value).count(str(path)) == 1
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
 
