@@ -19,10 +19,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from rora_theory import extras
-from rora_theory.errors import InputError
+from rora_theory.errors import InputError, shown
 from rora_theory.io.files import check_regular
 from rora_theory.llama import rope
-from rora_theory.llama.config import OTHER_MODELS, LinearRope, Llama3Rope, LlamaConfig, RopeScaling, check_layers, shown
+from rora_theory.llama.config import OTHER_MODELS, LinearRope, Llama3Rope, LlamaConfig, RopeScaling, check_layers
 from rora_theory.llama.families import FAMILIES, Family
 from rora_theory.llama.model import Params
 from rora_theory.llama.weights import build_params, check_finite, check_shapes
@@ -39,7 +39,7 @@ ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3":
 """Supported values of ``general.architecture``, and Hugging Face's ``model_type`` of each."""
 
 # GGUF's names of tensors, and Hugging Face's.
-_MODULES = {
+_MODULES = {  # of a layer, ``blk.INDEX.MODULE``
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -57,7 +57,7 @@ _NORMS = {
     "post_ffw_norm": "after_feed_forward",
 }
 """GGUF's names of the norms of the residual stream, and the fields of `families.LayerNorms`."""
-_TOP = {
+_OUTSIDE_LAYERS = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
@@ -174,18 +174,7 @@ def config_from_gguf(reader: GGUFReader, where: str) -> LlamaConfig:
     if "token_embd.weight" not in tensors:
         raise InputError(f"{where}: lacks token_embd.weight")
 
-    # Sizes of the heads, which must all be the same.
-    heads, hidden = get(f"{architecture}.attention.head_count", int), get(f"{architecture}.embedding_length", int)
-    for name, value in ((f"{architecture}.attention.head_count", heads), (f"{architecture}.embedding_length", hidden)):
-        if value < 1:
-            raise InputError(f"{where}: {name} must be at least 1, got {value!r}")
-    head_dim = get(f"{architecture}.attention.key_length", int, hidden // heads)
-    for name in (f"{architecture}.attention.value_length", f"{architecture}.rope.dimension_count"):
-        if (value := get(name, int, head_dim)) != head_dim:
-            raise InputError(f"{where}: {name} must equal the width of a head, {head_dim}, got {value!r}")
-    for name in (f"{architecture}.expert_count", f"{architecture}.expert_used_count"):
-        if value := get(name, int, 0):
-            raise InputError(f"{where}: {name} must be 0, got {value!r}; mixtures of experts are not supported")
+    hidden, heads, head_dim = _read_head_sizes(get, where, architecture)
 
     # Rotary embedding.
     scaling_type = get(f"{architecture}.rope.scaling.type", str, "none")
@@ -244,6 +233,26 @@ def config_from_gguf(reader: GGUFReader, where: str) -> LlamaConfig:
     return config
 
 
+def _read_head_sizes(get: Callable[..., Any], where: str, architecture: str) -> tuple[int, int, int]:
+    """Read the hidden size, the number of heads and the width of a head.
+
+    Raises:
+      InputError: Keys, values and rotated parts of a head differ in width, or the model is a mixture of experts.
+    """
+    heads, hidden = get(f"{architecture}.attention.head_count", int), get(f"{architecture}.embedding_length", int)
+    for name, value in ((f"{architecture}.attention.head_count", heads), (f"{architecture}.embedding_length", hidden)):
+        if value < 1:
+            raise InputError(f"{where}: {name} must be at least 1, got {value!r}")
+    head_dim = get(f"{architecture}.attention.key_length", int, hidden // heads)
+    for name in (f"{architecture}.attention.value_length", f"{architecture}.rope.dimension_count"):
+        if (value := get(name, int, head_dim)) != head_dim:
+            raise InputError(f"{where}: {name} must equal the width of a head, {head_dim}, got {value!r}")
+    for name in (f"{architecture}.expert_count", f"{architecture}.expert_used_count"):
+        if value := get(name, int, 0):
+            raise InputError(f"{where}: {name} must be 0, got {value!r}; mixtures of experts are not supported")
+    return hidden, heads, head_dim
+
+
 def _gemma3_fields(
     get: Callable[..., Any], where: str, layers: int, hidden_per_head: int, head_dim: int
 ) -> dict[str, Any]:
@@ -291,31 +300,19 @@ def load_gguf(
       InputError: A tensor is missing, unknown, of another shape than the configuration's, quantised in an unsupported
         way, or not finite in ``dtype``.
     """
-    # Tensors of the file by Hugging Face's names, checked against the configuration.
-    tensors = {}
-    for tensor in reader.tensors:
-        if tensor.name == _FREQUENCIES:
-            continue
-        name = _hugging_face_name(tensor.name, config.family)
-        if name is None:
-            raise InputError(f"{path}: holds {shown(tensor.name)}, which a {config.model_type} model does not have")
-        if tensor.tensor_type.name not in TENSOR_TYPES:
-            raise InputError(
-                f"{path}: {tensor.name} must be of a type among {', '.join(TENSOR_TYPES)}, "
-                f"got {tensor.tensor_type.name}"
-            )
-        tensors[name] = tensor
+    tensors = _tensors_by_hugging_face_name(reader, path, config)
     # GGUF lists the fastest axis first.
     shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in tensors.items()}
     check_shapes(str(path), shapes, config)
 
-    # Number of heads of the projections whose rows LLaMA files store in another order, see `_unpermuted_rows`.
-    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads} if config.model_type == "llama" else {}
+    # Number of heads of the projections whose rows, and biases, LLaMA files store in another order.
+    permuted_heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
 
     def row_order(name: str) -> np.ndarray | None:
-        projection = name.rpartition(".self_attn.")[2]
-        permuted_heads = heads.get(projection[0]) if projection[1:].startswith("_proj") else None
-        return _unpermuted_rows(config.head_dim, permuted_heads, shapes[name][0])
+        module = name.split(".")[-2]
+        if config.model_type != "llama" or module not in permuted_heads:
+            return None
+        return _unpermuted_rows(shapes[name][0], permuted_heads[module])
 
     # Blocks of the requested type are kept without rounding; a permutation of rows does not change them.
     def read_blocks(name: str) -> np.ndarray | None:
@@ -346,14 +343,30 @@ def load_gguf(
     return build_params(config, dtype, read, shardings, quantization, read_blocks)
 
 
-def _unpermuted_rows(head_dim: int, heads: int | None, count: int) -> np.ndarray | None:
-    """Return the row of the projection that each stored row belongs to; None if the order is the same.
+def _tensors_by_hugging_face_name(reader: GGUFReader, path: Path, config: LlamaConfig) -> dict[str, ReaderTensor]:
+    """Return the tensors that hold weights; `InputError` for one that the family lacks or whose type is unsupported."""
+    tensors = {}
+    for tensor in reader.tensors:
+        if tensor.name == _FREQUENCIES:
+            continue
+        name = _hugging_face_name(tensor.name, config.family)
+        if name is None:
+            raise InputError(f"{path}: holds {shown(tensor.name)}, which a {config.model_type} model does not have")
+        if tensor.tensor_type.name not in TENSOR_TYPES:
+            raise InputError(
+                f"{path}: {tensor.name} must be of a type among {', '.join(TENSOR_TYPES)}, "
+                f"got {tensor.tensor_type.name}"
+            )
+        tensors[name] = tensor
+    return tensors
+
+
+def _unpermuted_rows(rows: int, heads: int) -> np.ndarray:
+    """Return the row of the projection that each stored row belongs to.
 
     LLaMA's files store the two rows of a rotary pair next to each other. Here they are half a head apart.
     """
-    if heads is None:
-        return None
-    return np.arange(count).reshape(heads, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
+    return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
 def _stored_rows(path: Path, tensor: ReaderTensor) -> Iterator[tuple[int, np.ndarray]]:
@@ -375,8 +388,8 @@ def _stored_rows(path: Path, tensor: ReaderTensor) -> Iterator[tuple[int, np.nda
 def _hugging_face_name(name: str, family: Family) -> str | None:
     """Return Hugging Face's name of a GGUF tensor; None if no model of the family has such a tensor."""
     # Tensors outside the layers, then those of a layer: blk.INDEX.MODULE.weight or .bias.
-    if name in _TOP:
-        return _TOP[name]
+    if name in _OUTSIDE_LAYERS:
+        return _OUTSIDE_LAYERS[name]
     norms = {gguf_name: getattr(family.norms, field) for gguf_name, field in _NORMS.items()}
     parts = name.split(".")
     module = (_MODULES | norms).get(parts[2]) if len(parts) == 4 else None
@@ -389,7 +402,10 @@ def _hugging_face_name(name: str, family: Family) -> str | None:
 
 
 def _shortest_decimal(value: float) -> float:
-    """Return the shortest decimal that is the same float32: 1e-05 for a file's 9.99999974e-06."""
+    """Return the shortest decimal that is the same float32: 1e-05 for a file's 9.99999974e-06.
+
+    GGUF stores the numbers of `config.json` in float32. This restores them, so that both files give one configuration.
+    """
     with np.errstate(over="ignore"):  # a float64 that overflows is refused by the configuration
         return float(str(np.float32(value)))
 
@@ -399,6 +415,7 @@ def _recover_llama3_scaling(config: LlamaConfig, tensor: ReaderTensor, original_
 
     The files do not contain the low and high frequency factors; every released model has 1 and 4 over 8192 tokens.
     """
+    # Divisors of the plain frequencies; all equal to 1 means no scaling.
     divisors = np.asarray(tensor.data, np.float32)
     plain = rope.frequencies(config)
     if divisors.shape != plain.shape or not np.all(np.isfinite(divisors)):
