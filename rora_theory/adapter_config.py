@@ -35,13 +35,16 @@ PEFT_INITS: dict[Init, bool | str] = {"kaiming_uniform": True, "gaussian": "gaus
 INIT_LORA_WEIGHTS = dict.fromkeys(("true", "false", "none", "eva", "orthogonal"), "kaiming_uniform") | {
     "gaussian": "gaussian"
 }
-"""Values of ``init_lora_weights``, as lower-case text, that do not change the base weights."""
+"""Distribution of A for each ``init_lora_weights``, as lower-case text, that does not change the base weights.
+
+A saved adapter contains A itself. The distribution only describes its start, so eva and orthogonal count as the default.
+"""
 
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 """The modules that the DoRA and RoRA experiments adapt."""
 
 ALL_LINEAR = "all-linear"
-"""PEFT's word for every linear module but the output head; it stands alone, not in a list."""
+"""PEFT's name for every linear module but the output head; it is passed alone, never with other names."""
 
 TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 """PEFT's task types."""
@@ -144,34 +147,34 @@ def _object_of(check: Check) -> Check:
     return lambda value: isinstance(value, dict) and all(map(check, value.values()))
 
 
-def _names(value: Any) -> bool:
+def _is_module_selection(value: Any) -> bool:
     return isinstance(value, str) or list_of(is_a(str))(value)
 
 
-def _rank(value: Any) -> bool:
+def _is_rank(value: Any) -> bool:
     return is_a(int)(value) and 1 <= value < 2**31
 
 
-def _alpha(value: Any) -> bool:
+def _is_alpha(value: Any) -> bool:
     return is_a(int, float)(value) and 0 < value <= sys.float_info.max
 
 
-def _init(value: Any) -> bool:
+def _is_init(value: Any) -> bool:
     return value is None or (isinstance(value, (bool, str)) and str(value).lower() in INIT_LORA_WEIGHTS)
 
 
-def _rate(value: Any) -> bool:
+def _is_dropout(value: Any) -> bool:
     return is_a(int, float)(value) and 0 <= value < 1
 
 
 _NO_SIGN = "an alpha of 0 disables the adapter, and a sign belongs in lora_B"
 
 LORA_ENTRIES: Entries = {
-    "alpha_pattern": ({}, null_or(_object_of(_alpha)), f"an object of numbers above 0: {_NO_SIGN}"),
-    "exclude_modules": (None, null_or(_names), "a list of names, or a regular expression"),
+    "alpha_pattern": ({}, null_or(_object_of(_is_alpha)), f"an object of numbers above 0: {_NO_SIGN}"),
+    "exclude_modules": (None, null_or(_is_module_selection), "a list of names, or a regular expression"),
     "init_lora_weights": (
         True,
-        _init,
+        _is_init,
         "true, false, null, gaussian, eva or orthogonal (other values change the base weights)",
     ),
     "layers_pattern": (None, lambda v: v in (None, "", [], "layers", ["layers"]), "null or 'layers'"),
@@ -180,12 +183,12 @@ LORA_ENTRIES: Entries = {
         lambda v: v is None or is_a(int)(v) or list_of(is_a(int))(v),
         "indices of layers",
     ),
-    "lora_alpha": (8, _alpha, f"a number above 0: {_NO_SIGN}"),
-    "lora_dropout": (0.0, _rate, "a number from 0 to below 1"),
+    "lora_alpha": (8, _is_alpha, f"a number above 0: {_NO_SIGN}"),
+    "lora_dropout": (0.0, _is_dropout, "a number from 0 to below 1"),
     "peft_type": (None, lambda v: v == LORA, "'LORA'"),
-    "r": (8, _rank, "an integer of 1 or more"),
-    "rank_pattern": ({}, null_or(_object_of(_rank)), "an object of integers of 1 or more"),
-    "target_modules": (None, _names, "a list of names, or a regular expression"),
+    "r": (8, _is_rank, "an integer of 1 or more"),
+    "rank_pattern": ({}, null_or(_object_of(_is_rank)), "an object of integers of 1 or more"),
+    "target_modules": (None, _is_module_selection, "a list of names, or a regular expression"),
     "task_type": (None, lambda v: v in (None, "CAUSAL_LM"), "'CAUSAL_LM'"),
     "use_dora": (False, is_a(bool), "true or false"),
     "use_rslora": (False, is_a(bool), "true or false"),

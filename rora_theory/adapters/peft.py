@@ -87,14 +87,14 @@ def save_peft(
     if adapter.config.replaces_weights:
         raise InputError(f"{folder}: trained weights cannot be saved as an adapter. Use save_merged to save the model.")
     folder, config = Path(folder), entries_of(adapter, base_model)
-    tensors = _tensors(adapter) if isinstance(adapter, LoraAdapter) else peft_baselines.tensors(adapter)
+    tensors = _peft_tensors(adapter) if isinstance(adapter, LoraAdapter) else peft_baselines.tensors(adapter)
     metadata = {"format": "pt"}
     # A name may point to other weights later: record the commit and the digest of these.
     if isinstance(base_model, ModelSource):
         config["revision"], metadata["base_model_sha256"] = base_model.commit, base_model.sha256
     if portable:
         config, tensors = portable_form(folder / CONFIG, config, tensors)
-    _write(folder, config, tensors, metadata, card.text(config, base_model, trained))
+    _write_files(folder, config, tensors, metadata, card.text(config, base_model, trained))
 
 
 def entries_of(adapter: TrainableAdapter, base_model: str | ModelSource | None = None) -> dict[str, Any]:
@@ -127,10 +127,10 @@ def rewrite_portable(source: str | os.PathLike[str], folder: str | os.PathLike[s
     config, tensors = portable_form(path, adapter_config.read_entries(path), _read_tensors(weights))
     with safetensors.safe_open(weights, framework="numpy") as file:
         metadata = file.metadata() or {"format": "pt"}
-    _write(Path(folder), config, tensors, metadata, card.text(config, config.get("base_model_name_or_path")))
+    _write_files(Path(folder), config, tensors, metadata, card.text(config, config.get("base_model_name_or_path")))
 
 
-def _write(
+def _write_files(
     folder: Path, config: Mapping[str, Any], tensors: dict[str, np.ndarray], metadata: Mapping[str, str], readme: str
 ) -> None:
     """Write the files of an adapter, each completely or not at all."""
@@ -138,7 +138,7 @@ def _write(
         raise InputError(f"{folder} is a file. Pass a folder to save the adapter to.")
     # Serialise all files first, so that an error leaves the folder as it is.
     contents = {
-        WEIGHTS: _sorted(safetensors.numpy.save(tensors, metadata=dict(metadata))),
+        WEIGHTS: _sort_metadata(safetensors.numpy.save(tensors, metadata=dict(metadata))),
         card.FILE: readme.encode(),
         CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
@@ -159,7 +159,7 @@ def _write(
                 path.unlink(missing_ok=True)
 
 
-def _sorted(data: bytes) -> bytes:
+def _sort_metadata(data: bytes) -> bytes:
     """Return a safetensors file with sorted metadata, which the library writes in varying order."""
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
@@ -195,20 +195,20 @@ def load_peft(folder: str | os.PathLike[str], llama_config: LlamaConfig, params:
         baseline = peft_baselines.read_baseline(path, values, llama_config)
         tensors = _read_tensors(folder / WEIGHTS)
         expected = peft_baselines.shapes(baseline, llama_config)
-        _check(folder / WEIGHTS, tensors, expected, llama_config.num_hidden_layers)
+        _check_tensors(folder / WEIGHTS, tensors, expected, llama_config.num_hidden_layers)
         return peft_baselines.assemble_baseline(baseline, tensors, llama_config)
     if kind != adapter_config.LORA:
         supported = ", ".join(map(repr, (adapter_config.LORA, *peft_baselines.READ)))
         raise InputError(f"{path}: unsupported peft_type {kind!r}; supported: {supported}")
-    # Compare the tensors with the shapes that the configuration and the model imply.
+    # LoRA: compare the tensors with the shapes that the configuration and the model imply.
     config, targets = peft_config.lora_config_of(path, values, llama_config)
     tensors = _read_tensors(folder / WEIGHTS)
     shapes = {target.module: _module_shape(target.module, llama_config, params) for target in targets}
-    _check(folder / WEIGHTS, tensors, _expected_shapes(config, targets, shapes), llama_config.num_hidden_layers)
+    _check_tensors(folder / WEIGHTS, tensors, _expected_shapes(config, targets, shapes), llama_config.num_hidden_layers)
     # Stack each module's layers, padded to its largest rank.
     params_by_module = {}
     for target in targets:
-        stacks = _empty(len(target.ranks), target.width, *shapes[target.module], use_dora=config.use_dora)
+        stacks = _empty_stacks(len(target.ranks), target.width, *shapes[target.module], use_dora=config.use_dora)
         for layer in _adapted_layers(target):
             for name, stack in stacks.items():
                 tensor = tensors[_tensor_name(layer, target.module, name)]
@@ -234,7 +234,7 @@ def _adapted_layers(target: Target) -> list[int]:
     return [layer for layer, rank in enumerate(target.ranks) if rank]
 
 
-def _tensors(adapter: LoraAdapter) -> dict[str, np.ndarray]:
+def _peft_tensors(adapter: LoraAdapter) -> dict[str, np.ndarray]:
     """Return the tensors of every adapted layer by PEFT's names, without the padding of ranks."""
     tensors = {}
     for target in adapter.targets:
@@ -247,7 +247,7 @@ def _tensors(adapter: LoraAdapter) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _empty(count: int, width: int, p_out: int, p_in: int, *, use_dora: bool) -> dict[str, np.ndarray]:
+def _empty_stacks(count: int, width: int, p_out: int, p_in: int, *, use_dora: bool) -> dict[str, np.ndarray]:
     """Return stacks to fill: zeros in the padding of ranks, magnitudes of one in layers that are not adapted."""
     stacks = {
         "lora_A": np.zeros((count, width, p_in), np.float32),
@@ -271,6 +271,8 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
                 f"{pickle}: pickle files are not read, because they can run code. Save the adapter as {WEIGHTS}."
             ) from error
         raise InputError(f"{path.parent} has no {WEIGHTS}. Pass the folder of an adapter saved by PEFT.") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}). Pass a readable file.") from error
     # Decode the bytes directly, because NumPy lacks bfloat16.
     try:
         raw = safetensors.deserialize(data)
@@ -308,7 +310,7 @@ def _expected_shapes(
     return shapes
 
 
-def _check(path: Path, tensors: Mapping[str, np.ndarray], expected: Mapping[str, Shape], layers: int) -> None:
+def _check_tensors(path: Path, tensors: Mapping[str, np.ndarray], expected: Mapping[str, Shape], layers: int) -> None:
     """Raise `InputError` unless the tensors are those that the configuration implies for this model."""
     # A layer that the model does not have shows that the adapter belongs to another model.
     for name in tensors:

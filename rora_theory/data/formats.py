@@ -414,6 +414,7 @@ def _make_chat(
         raise InputError(
             f"{raw.where}: {raw.name(key)!r} must have an assistant turn to learn, got weight 0 in all of them"
         )
+    # ShareGPT's form has no field for tools; files that have one write it in several ways, so it is not read.
     tools = [] if key == "conversations" else raw.objects("tools", optional=True)
     for tool in tools:
         raw.check_value(raw.name("tools"), tool)

@@ -165,7 +165,9 @@ def _select_by_card(names: Sequence[str], split: Split, subsets: Mapping[str, Su
     subset = split.subset
     if subset is None:
         defaults = [name for name, (_, is_default) in subsets.items() if is_default]
-        subset = defaults[0] if defaults else next(iter(subsets)) if len(subsets) == 1 else None
+        if not defaults and len(subsets) == 1:
+            defaults = list(subsets)
+        subset = next(iter(defaults), None)
     if subset is None or subset not in subsets:
         problem = "no subset is named" if subset is None else f"no subset {subset!r}"
         raise _subset_error(split, problem, subsets)
@@ -259,7 +261,9 @@ def _parse_subsets(card: Mapping[str, Any]) -> dict[str, Subset]:
             patterns = path if isinstance(path, list) else [path]
             if not all(isinstance(pattern, str) for pattern in patterns):
                 raise InputError(f"{CARD_NAME}: data_files of {name} must be names of files, got {shown(path)}")
-            splits.setdefault(str(split), []).extend(f"{folder}/{path}" if folder else str(path) for path in patterns)
+            splits.setdefault(str(split), []).extend(
+                f"{folder}/{pattern}" if folder else pattern for pattern in patterns
+            )
         # A subset is the default if the card marks it as such, or by its name.
         subsets[name] = splits, bool(config.get("default", name == "default"))
     return subsets

@@ -131,7 +131,7 @@ def test_a_rule_is_written_as_peft_s_flag_or_as_other_alphas(rule, config, param
 def test_half_precision_files_are_read_as_float32(dtype, config, folder) -> None:
     exact = load_peft(folder, config)
     rounded = jax.tree.map(lambda leaf: leaf.astype(dtype), exact.params)
-    tensors = {name: jnp.asarray(value) for name, value in files._tensors(exact.replace(rounded)).items()}
+    tensors = {name: jnp.asarray(value) for name, value in files._peft_tensors(exact.replace(rounded)).items()}
     (folder / "adapter_model.safetensors").write_bytes(safetensors.flax.save(tensors))
     for ours, theirs in zip(jax.tree.leaves(load_peft(folder, config).params), jax.tree.leaves(rounded), strict=True):
         assert ours.dtype == jnp.float32
@@ -229,6 +229,10 @@ def test_weights_that_are_a_pipe_or_a_device_are_refused(config, folder) -> None
         for read in (lambda: load_peft(folder, config), lambda: adapter_digest(folder)):
             with pytest.raises(InputError, match=r"adapter_model\.safetensors: is not a regular file"):
                 read()
+    weights.unlink()
+    weights.symlink_to(weights)
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors"):
+        load_peft(folder, config)
 
 
 def test_equal_adapters_are_equal_in_bytes(golden, config, tmp_path) -> None:
