@@ -37,7 +37,8 @@ INIT_LORA_WEIGHTS = dict.fromkeys(("true", "false", "none", "eva", "orthogonal")
 }
 """Distribution of A for each ``init_lora_weights``, as lower-case text, that does not change the base weights.
 
-A saved adapter contains A itself. The distribution only describes its start, so eva and orthogonal count as the default.
+A saved adapter contains A itself. The distribution only describes its start, so that eva and orthogonal
+count as the default.
 """
 
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")

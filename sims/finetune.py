@@ -81,7 +81,7 @@ def run(config: Config) -> None:
     """
     # Connect the processes before anything else uses JAX.
     if config.processes.join():
-        config.output.check_several(config.training, config.out)
+        config.output.check_several_processes(config.training, config.out)
     silence_checkpoint_logs()
     if (is_first := distributed.is_first()) and config.out is not None:
         check_free(config.out)
@@ -129,10 +129,10 @@ def run(config: Config) -> None:
     if folder is not None:
         best = trainer.best_step if config.output.keep == "best" else None
         license_name = config.output.license
-        training_card = card.build_training_card(
+        description = card.build_training_description(
             training, records, config.data, data.summary, events, best, license_name
         )
-        write_outputs(folder, config.output, adapter, model, training_card)
+        write_outputs(folder, config.output, adapter, model, description)
         rows = card.summary_rows(events, folder.entry("trainable_parameters"))
         with summarised(folder, [KeyFigure(row["what"], row["value"], scope={"step": row["step"]}) for row in rows]):
             report(folder, events, data.summary["validated_on"])

@@ -16,7 +16,7 @@ LAST_STEPS = 10
 """Number of final steps over which the final training loss is averaged, to reduce the noise of single batches."""
 
 
-def build_training_card(
+def build_training_description(
     config: FinetuneConfig,
     records: RecordSet,
     sources: Sequence[str],
@@ -36,14 +36,13 @@ def build_training_card(
       saved_step: Step after which the saved adapter or weights were taken; None means the last step.
       license: Licence identifier of the Hugging Face hub.
     """
-    steps = [event for event in events if event["event"] == "step"]
-    validations = [event for event in events if event["event"] == "validation"]
+    steps, validations = _steps_and_validations(events)
     names = [source if source.startswith(HUB_PREFIX) else Path(source).name for source in sources]
     counts = f"{summary['records']:,}, SHA-256 `{records.sha256}`"
     held_out = summary["validated_on"]
     decay = f", weight decay {config.weight_decay:g}" if config.weight_decay else ""
     # Settings without an effect are left out of the description.
-    clip = "" if config.clip == float("inf") else f", gradients clipped at norm {config.clip:g}"
+    clip = "" if config.clip == inf else f", gradients clipped at norm {config.clip:g}"
     trained_part = "weights" if config.method == "full" else "adapter"
     # One row for each property; an empty text marks a property that this run does not have.
     rows = [
@@ -70,8 +69,8 @@ def build_training_card(
             "requested rule",
             f"{config.rule}, alpha {config.alpha:g}" if config.method in ("lora", "dora") else "",
         ),
-        ("training loss", _training_loss(steps)),
-        ("validation loss", _validation_loss(validations, held_out)),
+        ("training loss", _describe_training_loss(steps)),
+        ("validation loss", _describe_validation_loss(validations, held_out)),
     ]
     # Data sets of the hub are listed by name, without revision or file.
     matches = (re.match(rf"{HUB_PREFIX}([^/@:]+/[^/@:]+)", source) for source in sources)
@@ -86,12 +85,11 @@ def describe_losses(events: Sequence[Mapping[str, Any]], held_out: int) -> str:
       events: Events of the whole run, `metrics.Metrics.events`.
       held_out: Number of held-out records.
     """
-    steps = [event for event in events if event["event"] == "step"]
-    validations = [event for event in events if event["event"] == "validation"]
+    steps, validations = _steps_and_validations(events)
     losses = (
-        f"validation loss {_validation_loss(validations, held_out)}"
+        f"validation loss {_describe_validation_loss(validations, held_out)}"
         if validations
-        else f"training loss {_training_loss(steps)}"
+        else f"training loss {_describe_training_loss(steps)}"
     )
     return f"Trained for {len(steps):,} steps: {losses}."
 
@@ -107,8 +105,7 @@ def summary_rows(events: Sequence[Mapping[str, Any]], trainable: int) -> list[di
       events: Events of the whole run, `metrics.Metrics.events`.
       trainable: Number of trainable parameters.
     """
-    steps = [event for event in events if event["event"] == "step"]
-    validations = [event for event in events if event["event"] == "validation"]
+    steps, validations = _steps_and_validations(events)
     rows: list[tuple[str, int | None, float]] = []
     # Training loss at both ends. The mean over the last steps averages out the noise between batches.
     if steps:
@@ -155,13 +152,21 @@ def describe_learning_rate(config: FinetuneConfig, steps: int) -> str:
     return f"{peak:g} after {warmup} steps of warm-up, then {shape}"
 
 
+def _steps_and_validations(
+    events: Sequence[Mapping[str, Any]],
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """Return the events of optimizer steps and those of validations, each in their order."""
+    steps, validations = ([event for event in events if event["event"] == kind] for kind in ("step", "validation"))
+    return steps, validations
+
+
 def _notable_validations(validations: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """Return the first, best and last validation event; a loss that is not a number is never the best."""
     best = min(validations, key=lambda event: inf if isnan(event["loss"]) else event["loss"])
     return {"first": validations[0], "best": best, "last": validations[-1]}
 
 
-def _training_loss(steps: Sequence[Mapping[str, Any]]) -> str:
+def _describe_training_loss(steps: Sequence[Mapping[str, Any]]) -> str:
     if not steps:
         return ""
     last = steps[-LAST_STEPS:]
@@ -171,7 +176,7 @@ def _training_loss(steps: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _validation_loss(validations: Sequence[Mapping[str, Any]], held_out: int) -> str:
+def _describe_validation_loss(validations: Sequence[Mapping[str, Any]], held_out: int) -> str:
     if not validations:
         return "not measured: no record was held out"
     losses = ", ".join(

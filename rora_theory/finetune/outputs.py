@@ -42,7 +42,7 @@ class OutputConfig:
             alternative = "serve_as peft with merge" if mergeable else "serve_as peft"
             raise InputError(f"serve_as portable requires method lora, got {method}. Use {alternative} instead.")
 
-    def check_several(self, training: FinetuneConfig, out: Path | None) -> None:
+    def check_several_processes(self, training: FinetuneConfig, out: Path | None) -> None:
         """Raise `InputError` if several processes cannot write these outputs."""
         # Without --out, each process would name its own folder.
         if out is None or self.merge or training.adapter().replaces_weights:
@@ -80,7 +80,8 @@ def write_outputs(
     def save_model(path: Path) -> None:
         adapters.save_merged(path, adapter, model, trained=trained)
 
-    has_new_license, replaces = config.license not in (None, folder.entry("license")), adapter.config.replaces_weights
+    has_new_license = config.license not in (None, folder.entry("license"))
+    replaces = adapter.config.replaces_weights
     # Weights that replace the base's have no adapter file, so they are always saved as a whole model.
     outputs: dict[str, tuple[bool, Callable[[Path], None]]] = {
         ADAPTER: (not replaces, save_adapter),

@@ -93,14 +93,17 @@ def track(
       folder: Folder of the run. TensorBoard writes to ``tensorboard/`` in it, Weights & Biases to ``wandb/``.
       run: Name of the run; a resumed run with the same name continues its curves.
       config: Settings that Weights & Biases shows with the curves.
-      step: Number of steps already taken. Values that were logged after this step before an interruption are replaced.
+      step: Number of steps already taken. If values beyond it were logged before an interruption, TensorBoard replaces
+        them, and Weights & Biases keeps the first ones.
 
     Raises:
       InputError: If the tracker's package is not installed.
     """
     check_tracker(name)
     if name == "tensorboard":
-        writer_class = importlib.import_module(_writer_module() or "").SummaryWriter
+        module = _writer_module()
+        assert module is not None  # by check_tracker
+        writer_class = importlib.import_module(module).SummaryWriter
         # TensorBoard names files by the second, within which a run may resume: the suffix keeps the names distinct.
         purge = step + 1 if step else None
         writer = writer_class(str(folder / FOLDER), purge_step=purge, filename_suffix=f".from-{step + 1}")

@@ -35,7 +35,7 @@ VALIDATION = (
 def test_the_learning_rate_in_words(schedule, warmup, count, words, last):
     config = FinetuneConfig(schedule=schedule, warmup=warmup, lr=0.5)
     events = [{"event": "step", "step": step, "loss": 1.0} for step in range(1, count + 1)]
-    rows = dict(card.build_training_card(config, RECORDS, ["x.json"], SUMMARY, events).rows)
+    rows = dict(card.build_training_description(config, RECORDS, ["x.json"], SUMMARY, events).rows)
     assert rows["learning rate"] == words
     rate = steps.schedule(config, count)
     assert float(rate(count - 1)) == pytest.approx(last)
@@ -53,7 +53,7 @@ def test_a_card_s_rows():
         lr=0.5,
     )  # fmt: skip
     sources = ["data/x.json", "hf://datasets/me/chats@main:train", "hf://datasets/me/chats"]
-    built = card.build_training_card(config, RECORDS, sources, SUMMARY, [*STEPS, *TESTED], 8, "mit")
+    built = card.build_training_description(config, RECORDS, sources, SUMMARY, [*STEPS, *TESTED], 8, "mit")
     assert (built.datasets, built.license) == (("me/chats",), "mit")
     assert dict(built.rows) == {
         "data": "`x.json`, `hf://datasets/me/chats@main:train`, `hf://datasets/me/chats`",
@@ -71,12 +71,14 @@ def test_a_card_s_rows():
 
 def test_a_card_has_no_row_of_what_the_run_had_not():
     quantised = FinetuneConfig(method="prefix", quantization="q8_0", clip=math.inf)
-    rows = dict(card.build_training_card(quantised, RECORDS, ["x.json"], SUMMARY, []).rows)
+    rows = dict(card.build_training_description(quantised, RECORDS, ["x.json"], SUMMARY, []).rows)
     assert not {"requested rule", "training loss"} & set(rows)
     assert rows["quantization"] == "the base's linear weights in q8_0 blocks, multiplied in float32"
     assert rows["optimizer"] == "AdamW, betas 0.9 and 0.999, epsilon 1e-08"
     assert rows["validation loss"] == "not measured: no record was held out"
-    full = dict(card.build_training_card(FinetuneConfig(method="full"), RECORDS, ["x.json"], SUMMARY, STEPS).rows)
+    full = dict(
+        card.build_training_description(FinetuneConfig(method="full"), RECORDS, ["x.json"], SUMMARY, STEPS).rows
+    )
     assert full["horizon"] == "12 steps of 16 records; weights of step 12"
 
 

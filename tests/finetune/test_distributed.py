@@ -140,6 +140,6 @@ def test_processes_that_do_not_meet(alone):
     [({}, {}, None), ({"merge": True}, {}, "run"), ({}, {"method": "full"}, "run")],
 )
 def test_what_several_processes_can_t_write_is_refused(output, training, out):
-    OutputConfig().check_several(FinetuneConfig(), Path("run"))
+    OutputConfig().check_several_processes(FinetuneConfig(), Path("run"))
     with pytest.raises(InputError, match=r"several processes .*--out .*--merge .*method full"):
-        OutputConfig(**output).check_several(FinetuneConfig(**training), out and Path(out))
+        OutputConfig(**output).check_several_processes(FinetuneConfig(**training), out and Path(out))

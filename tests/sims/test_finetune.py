@@ -297,7 +297,7 @@ def test_the_adapter_has_a_model_card_and_names_its_weights(complete, model, dat
         rank=2, alpha=4, targets=("q_proj", "down_proj"), batch_size=4, epochs=6, warmup=4, lr=0.02, template="clean",
         cutoff=400,
     )  # fmt: skip
-    trained = card.build_training_card(
+    trained = card.build_training_description(
         config, read_record_set([data]), [data.name], manifest["data"], events(complete), manifest["best_step"]
     )
     expected = dict(trained.rows) | {
