@@ -41,7 +41,10 @@ _SESSION = {"status": str, "python": str, "packages": dict, "git_revision": str 
 
 
 def as_json(value: Any) -> Any:
-    """Convert a value to JSON types: dataclasses to dicts, tuples to lists, paths and non-finite floats to text."""
+    """Convert a value to JSON types: dataclasses to dicts, tuples to lists, paths and non-finite floats to text.
+
+    Numbers of NumPy and JAX become Python numbers. Values of other types are returned unchanged.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -50,6 +53,9 @@ def as_json(value: Any) -> Any:
         return [as_json(item) for item in value]
     if isinstance(value, Path):
         return str(value)
+    if hasattr(value, "item"):  # a number of NumPy or JAX
+        return as_json(value.item())
+    # JSON has no NaN and no infinity.
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     return value
@@ -141,9 +147,7 @@ def read_manifest(path: Path, keys: Sequence[str]) -> dict[str, Any] | None:
     # Without a manifest the folder must be empty: files of unknown origin are not overwritten.
     if not os.path.lexists(file):
         if path.is_dir() and any(entry for entry in path.iterdir() if not entry.name.startswith(".")):
-            raise InputError(
-                f"{path}: holds files but no manifest.json. Use an empty folder or the folder of a run."
-            ) from None
+            raise InputError(f"{path}: holds files but no manifest.json. Use an empty folder or the folder of a run.")
         return None
     try:
         manifest = files.read_json(file)

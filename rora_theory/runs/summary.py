@@ -129,14 +129,9 @@ def write_summary(
         "warnings": list(warnings),
         "figures": [dataclasses.asdict(figure) for figure in figures],
     }
-    folder.write(SUMMARY, json.dumps(as_json(summary), indent=2, ensure_ascii=False, default=_to_python) + "\n")
+    folder.write(SUMMARY, json.dumps(as_json(summary), indent=2, ensure_ascii=False, default=str) + "\n")
     folder.write(TABLES, "\n".join(table.to_markdown() for table in tables))
 
 
 def _escape(cell: str) -> str:
     return cell.replace("|", r"\|").replace("\n", "<br>")
-
-
-def _to_python(value: Any) -> Any:
-    """Convert a NumPy number to a Python number, and any other object to text."""
-    return value.item() if hasattr(value, "item") else str(value)

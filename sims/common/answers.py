@@ -78,9 +78,9 @@ def reporting() -> Iterator[None]:
     global _report
     try:
         try:
-            # A command that ends early, as after --help, prints an answer only if it has one.
             yield
         except SystemExit:
+            # A command that ends early, as after --help, may have no answer.
             if _report is not None and _report[1]["answer"] is not None:
                 _print_json()
             raise
@@ -92,10 +92,5 @@ def reporting() -> Iterator[None]:
 
 def _print_json() -> None:
     if _report is not None:
-        text = json.dumps(as_json(_report[1]), indent=2, ensure_ascii=False, default=_plain)
+        text = json.dumps(as_json(_report[1]), indent=2, ensure_ascii=False, default=str)
         print(text, file=_report[0], flush=True)
-
-
-def _plain(value: Any) -> Any:
-    """Return a NumPy scalar as a Python number, and any other value as a string."""
-    return value.item() if hasattr(value, "item") else str(value)

@@ -67,6 +67,20 @@ def test_files_hold_the_figures_and_the_tables(tmp_path):
     assert {"summary.json", "tables.md"} <= set(run.entry("files"))
 
 
+def test_every_number_is_valid_json(tmp_path):
+    """JSON has no NaN: non-finite numbers of any precision are text."""
+    values = [np.float32("nan"), np.float32("inf"), np.float64("nan"), math.nan, np.float32(0.5), np.bool_(True)]
+    run = opened(tmp_path)
+    write_summary(run, figures=[KeyFigure("loss", None, scope={"rate": value}) for value in values])
+    run.finish()
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
+    assert [figure["scope"]["rate"] for figure in summary["figures"]] == ["nan", "inf", "nan", "nan", 0.5, True]
+
+
 def test_a_summary_is_written_from_what_the_report_prints(tmp_path, capsys):
     run = opened(tmp_path)
     with summarised(run, [KeyFigure("share", 0.5)]):
