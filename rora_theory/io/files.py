@@ -17,7 +17,7 @@ from typing import Any
 from rora_theory.errors import InputError, first_line, shown
 
 MAX_FILE_BYTES = 1 << 30
-"""Default maximum size in bytes of a file that is read whole: 1 GiB, eight times the 170,000 records of the tasks."""
+"""Default maximum size in bytes of a file that is read whole: 1 GiB, eight times a file of 170,000 training records."""
 
 MAX_YAML_CHARACTERS = 1 << 20
 """Maximum length of a YAML text in characters."""

@@ -187,9 +187,9 @@ def build_params(
     abstract = abstract_params(config, check_dtype(dtype), quantization)
     # A weight in blocks is one leaf here, so that all its parts are filled together.
     leaves, structure = jax.tree.flatten_with_path(abstract, is_leaf=is_quantised)
-    places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings, is_leaf=is_quantised)
+    leaf_shardings = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings, is_leaf=is_quantised)
     built = []
-    for (path, leaf), place in zip(leaves, places, strict=True):
+    for (path, leaf), sharding in zip(leaves, leaf_shardings, strict=True):
         # Fill one leaf on the host: all layers of a module, or one array.
         keys = tuple(entry.key for entry in path)
         names = tensor_names(keys, config.num_hidden_layers)
@@ -199,7 +199,7 @@ def build_params(
         else:
             read(names, host if keys[0] == "layers" else host[None])
         # Wait for the copy to the device, so that the host's memory is free before the next leaf is allocated.
-        built.append(jax.block_until_ready(_put(host, place)))
+        built.append(jax.block_until_ready(_put(host, sharding)))
         del host
     return jax.tree.unflatten(structure, built)
 
@@ -225,18 +225,18 @@ def _fill_blocks(
                 check_finite(f"a block's scale of {name}", numbers[layer])
 
 
-def _put(host: Any, place: Any) -> Any:
+def _put(host: Any, sharding: Any) -> Any:
     """Put an array, or the parts of a weight in blocks, on its devices."""
-    if place is None:
+    if sharding is None:
         return jax.device_put(host)
 
-    def put_part(part: np.ndarray, sharding: Any) -> jax.Array:
-        if sharding.is_fully_addressable:
-            return jax.device_put(part, sharding)
+    def put_part(part: np.ndarray, part_sharding: Any) -> jax.Array:
+        if part_sharding.is_fully_addressable:
+            return jax.device_put(part, part_sharding)
         # Several processes: each places its own part, and nothing is sent between them.
-        return jax.make_array_from_callback(part.shape, sharding, lambda index: part[index])
+        return jax.make_array_from_callback(part.shape, part_sharding, lambda index: part[index])
 
-    return jax.tree.map(put_part, host, place)
+    return jax.tree.map(put_part, host, sharding)
 
 
 def read_config(folder: Path) -> LlamaConfig:

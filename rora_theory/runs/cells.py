@@ -128,13 +128,8 @@ def run_cells(
       FailedError: Cells failed; all others have finished.
       InputError: The disk is full, or a line or file was changed; results so far are saved.
     """
-    # Read the finished cells and verify their files. The manifest's files were verified when the folder was opened.
     keys = [key_of(cell) for cell in cells]
-    finished, verified = read_finished_cells(folder.path), folder.entry("files")
-    for cell_record in finished.values():
-        check_files(folder.path, {name: sha for name, sha in cell_record.files.items() if name not in verified})
-        # A run that ended between saving a cell and removing its checkpoints has left them.
-        shutil.rmtree(folder.path / FOLDERS / cell_record.key / CHECKPOINTS, ignore_errors=True)
+    finished = _read_verified_cells(folder)
     journal = Journal(folder.path / CELLS, folder.identity)
     # Collect the cells to compute; equal cells are computed once.
     todo = [index for index, key in enumerate(keys) if key not in finished and key not in keys[:index]]
@@ -174,11 +169,8 @@ def run_cells(
         if time.monotonic() - written_at > WRITE_INTERVAL:
             write(available_values())
             written_at = time.monotonic()
-    # Sort the journal by the order of the cells, so that its bytes do not depend on the order in which they ended.
-    order = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
-    lines = sorted(journal.entries, key=lambda line: order.get(line.get("key", ""), -1))
-    if todo and lines != journal.entries:
-        journal.rewrite(lines)
+    if todo:
+        _sort_journal(journal, keys)
     write(available_values())
     if failures:
         raise FailedError(
@@ -186,6 +178,31 @@ def run_cells(
             "same command again to retry."
         )
     return available_values()
+
+
+def _read_verified_cells(folder: RunFolder) -> dict[str, FinishedCell]:
+    """Read the finished cells by key, and raise `InputError` if a file of one was changed."""
+    # The files in the manifest were verified when the folder was opened.
+    finished, verified = read_finished_cells(folder.path), folder.entry("files")
+    for cell in finished.values():
+        check_files(folder.path, {name: sha256 for name, sha256 in cell.files.items() if name not in verified})
+        # A run that ended between saving a cell and removing its checkpoints has left them.
+        shutil.rmtree(folder.path / FOLDERS / cell.key / CHECKPOINTS, ignore_errors=True)
+    return finished
+
+
+def _sort_journal(journal: Journal, keys: Sequence[str]) -> None:
+    """Sort the journal by the order of the cells, so that its bytes do not depend on the order in which they ended.
+
+    Lines of other cells, which an earlier run of the folder computed, come first in their order.
+    """
+    # Equal cells have one line, at the position of the first of them.
+    position: dict[str, int] = {}
+    for index, key in enumerate(keys):
+        position.setdefault(key, index)
+    lines = sorted(journal.entries, key=lambda line: position.get(line.get("key", ""), -1))
+    if lines != journal.entries:
+        journal.rewrite(lines)
 
 
 def _save_cell(key: str, cell: Any, cell_folder: Path, value: Any, folder: RunFolder) -> FinishedCell:

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_open: "dict[Path, RunFolder]" = {}
+_open_folders: "dict[Path, RunFolder]" = {}
 """Folders that this process owns, by their resolved paths."""
 
 
 def count_open() -> int:
     """Return the number of run folders that this process owns."""
-    return len(_open)
+    return len(_open_folders)
 
 
 def check_free(path: Path) -> None:
@@ -38,7 +38,7 @@ def check_free(path: Path) -> None:
     Raises:
       InputError: Another process owns the folder.
     """
-    if path.resolve() not in _open:
+    if path.resolve() not in _open_folders:
         lock.check_unowned(path)
 
 
@@ -60,7 +60,7 @@ def end_all(status: str, error: str | None = None, *, skip: int = 0) -> None:
       error: Error message written to the manifests.
       skip: Number of folders, opened first, that stay open.
     """
-    for folder in reversed(list(_open.values())[skip:]):
+    for folder in reversed(list(_open_folders.values())[skip:]):
         folder.stop(status, error)
 
 
@@ -135,7 +135,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{path}: cannot be created ({error.strerror}). Use a writable folder.") from error
-        if stale := _open.get(path.resolve()):  # left open by an error in this process
+        if stale := _open_folders.get(path.resolve()):  # left open by an error in this process
             stale._release()
         # Refuse a folder of another run before anything is written to it.
         extensions = as_json(dict(extensible or {}))
@@ -150,17 +150,13 @@ class RunFolder:
             # Remove the temporary files of killed processes.
             for part in path.glob(f".*{files.PARTIAL_SUFFIX}"):
                 part.unlink(missing_ok=True)
-            # Start the manifest, or mark the sessions of killed processes in the existing one.
+            # Start the manifest, or continue the existing one.
             environment = software.environment()
             if manifest is None:
                 manifest = {"experiment": name, "run_id": identity, "config": extensions | plain, "seed": seed}
                 manifest |= {"start": lock.now(), "sessions": []}
             else:
-                if changed := software.version_differences((manifest["sessions"] or [environment])[-1], environment):
-                    logger.warning("%s is resumed with %s; its manifest.json records both", path, changed)
-                manifest.pop("error", None)
-                for session in manifest["sessions"]:
-                    session["status"] = session.get("status", "").replace("running", "killed")
+                _resume_manifest(path, manifest, environment)
             # Record this session.
             manifest["config"] |= {key: value for key, value in extensions.items() if value is not None}
             manifest |= {"status": "running", "end": None, "command": sys.argv[1:]} | environment
@@ -178,7 +174,7 @@ class RunFolder:
         except BaseException:
             os.close(lock_descriptor)
             raise
-        _open[path.resolve()] = folder
+        _open_folders[path.resolve()] = folder
         return folder
 
     def update(self, **entries: Any) -> None:
@@ -278,8 +274,8 @@ class RunFolder:
         return self.write(name, frames.to_csv(frame))
 
     def _release(self) -> None:
-        if _open.get(self.path.resolve()) is self:
-            del _open[self.path.resolve()]
+        if _open_folders.get(self.path.resolve()) is self:
+            del _open_folders[self.path.resolve()]
             os.close(self._lock)
 
     def _write_manifest(self) -> None:
@@ -313,6 +309,15 @@ def _read_previous(path: Path, name: str, config: Any, extensions: Mapping[str, 
     manifest["files"] = {file: digest for file, digest in recorded.items() if not file.endswith(".jsonl")}
     check_files(path, manifest["files"])
     return manifest
+
+
+def _resume_manifest(path: Path, manifest: dict[str, Any], environment: Mapping[str, Any]) -> None:
+    """Mark the sessions of killed processes in a manifest, and warn of software that has changed since the last."""
+    if changed := software.version_differences((manifest["sessions"] or [environment])[-1], environment):
+        logger.warning("%s is resumed with %s; its manifest.json records both", path, changed)
+    manifest.pop("error", None)
+    for session in manifest["sessions"]:
+        session["status"] = session.get("status", "").replace("running", "killed")
 
 
 def _difference(manifest: Mapping[str, Any], name: str, old: Mapping[str, Any], config: Mapping[str, Any]) -> str:

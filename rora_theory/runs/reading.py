@@ -193,7 +193,7 @@ def _check_types(file: Path, entries: Any, types: Mapping[str, Any], owner: str 
             raise InputError(f"{file}: is damaged ({reason}). {RESTORE}")
 
 
-def check_files(folder: Path, known: Any) -> None:
+def check_files(folder: Path, known: Mapping[str, str]) -> None:
     """Raise `InputError` if a file of a folder differs from its recorded digest.
 
     Args:

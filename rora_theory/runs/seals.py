@@ -36,18 +36,16 @@ def is_sealed(entry: Any, *, of: str = "") -> bool:
     return isinstance(entry, Mapping) and DIGEST in entry and seal(entry, of=of)[DIGEST] == entry[DIGEST]
 
 
-def changed_files(folder: Path, known: Any) -> list[str]:
+def changed_files(folder: Path, known: Mapping[str, str]) -> list[str]:
     """Return the names of the files whose SHA-256 differs from a recorded one. Missing files are not changed files.
 
     Args:
       folder: Folder of the run.
-      known: Recorded digests by file name; any other value stands for no digests.
+      known: Recorded digests by file name.
 
     Raises:
       InputError: A file cannot be read, or a name leads out of the folder.
     """
-    if not isinstance(known, Mapping):
-        return []
     manifest_path = folder / "manifest.json"
     paths = {name: files.resolve_inside(folder, name, where=manifest_path) for name in known}
     return [name for name, path in paths.items() if path.is_file() and digests.of_file(path) != known[name]]

@@ -2,13 +2,13 @@
 
 Call `check_ranges` where the configuration is created:
 
-@dataclass(frozen=True)
-class Config:
-    batch_size: Count = 16
-    lr: Positive | None = None
+    @dataclass(frozen=True)
+    class Config:
+        batch_size: Count = 16
+        lr: Positive | None = None
 
-    def __post_init__(self) -> None:
-        check_ranges(self)
+        def __post_init__(self) -> None:
+            check_ranges(self)
 """
 
 from collections.abc import Callable
@@ -78,10 +78,10 @@ def _ranges(kind: Any) -> dict[str, tuple[Check, bool]]:
 def _checks(hint: Any) -> list[Check]:
     """Return the checks of a type, or of the members of a union."""
     if get_origin(hint) is Annotated:
-        return [annotation for annotation in get_args(hint)[1:] if annotation in _ALL]
+        return [annotation for annotation in get_args(hint)[1:] if annotation in _RANGE_CHECKS]
     if get_origin(hint) in (Union, UnionType):
         return [check for member in get_args(hint) for check in _checks(member)]
     return []
 
 
-_ALL = [get_args(range_type)[1] for range_type in (Natural, Count, AtLeastTwo, Positive, NotNegative, Share)]
+_RANGE_CHECKS = [get_args(range_type)[1] for range_type in (Natural, Count, AtLeastTwo, Positive, NotNegative, Share)]

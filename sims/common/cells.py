@@ -70,7 +70,7 @@ def run_table(
     title: str,
     name: str = "results.csv",
 ) -> "pd.DataFrame":
-    """Run cells whose results are rows of a table, and write the table after each finished cell.
+    """Run cells whose results are rows of a table, and write the table every few seconds and at the end.
 
     Args:
       cells: Cells.

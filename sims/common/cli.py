@@ -53,7 +53,7 @@ SHARED_OPTIONS: Any = (
 )
 """Options of every command."""
 
-FORM = (
+PARSER_SETTINGS = (
     tyro.conf.OmitArgPrefixes,
     tyro.conf.OmitSubcommandPrefixes,
     tyro.conf.SuppressFixed,
@@ -187,7 +187,7 @@ def _parse(config: Any, words: Sequence[str], description: str) -> Any:
                 prog=PROGRAM or (f"python -m {spec.name}" if spec else None),
                 args=words,
                 description=description,
-                config=FORM,
+                config=PARSER_SETTINGS,
                 registry=help_texts.registry,
             )
     except SystemExit as stop:

@@ -44,7 +44,7 @@ def completion_script(shell: str, commands: Mapping[str, Mapping[str, str]]) -> 
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         union: Any = Union[tuple(choices)]  # noqa: UP007
         words = ["--tyro-write-completion", shell, "-"]
-        tyro.cli(union, prog="rora", args=words, config=cli.FORM, registry=help_texts.registry)
+        tyro.cli(union, prog="rora", args=words, config=cli.PARSER_SETTINGS, registry=help_texts.registry)
     return re.sub("^COMPLETION_SPEC = (.*)", _add_choices, text.getvalue(), flags=re.M)
 
 

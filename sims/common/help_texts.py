@@ -41,6 +41,7 @@ def describe_dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
             default = getattr(info.default, field.name)
         elif field.default is not dataclasses.MISSING:
             default = field.default
+        # A nested dataclass that is its own factory has no default here: tyro takes those of its fields.
         elif field.default_factory is not dataclasses.MISSING and field.default_factory is not field.type:
             default = field.default_factory()
         help_text = functools.partial(_help_of, info.type, field.name)

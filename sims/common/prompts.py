@@ -92,11 +92,11 @@ def read_inputs(
     """
     records = training_records.read_record_set(data, config)
     chosen = records.template(template)
-    places = devices.pick(1)
+    run_devices = devices.pick(1)  # before any other work of JAX, which would fix the devices
     origin = llama.locate(model, revision)
     tokenizer = llama.model_tokenizer(origin)
     print_summary(records, chosen)
-    return Inputs(records, chosen, origin, tokenizer, dtype, records.chat(tokenizer, chosen), places)
+    return Inputs(records, chosen, origin, tokenizer, dtype, records.chat(tokenizer, chosen), run_devices)
 
 
 def print_summary(records: RecordSet, template: str | None) -> None:

@@ -68,33 +68,16 @@ def print_table(
         collect({"title": title, "rows": json_rows})
     for listener in listeners:
         listener(title, columns, cells, left)
-    # Natural width of every column, and the columns that contain sentences and therefore fold.
-    widths = [_width(column, [row[i] for row in cells], words=i < left) for i, column in enumerate(columns)]
-    width = console.width - sum(widths[i] + GAP for i in range(left, keys))  # without the keys that are numbers
-    widest = width - left * (MIN_WORDS_WIDTH + GAP) - GAP  # of a column next to the narrowest words
-    folds = {i for i in range(keys, len(columns)) if widths[i] > widest}
-    widths = [WORDS_WIDTH if i in folds else width for i, width in enumerate(widths)]
-    # Shrink the widest column of words until the widest column of numbers fits next to the words.
-    room = width - max((widths[i] + GAP for i in range(keys, len(columns))), default=0)
-    while left and sum(widths[i] + GAP for i in range(left)) > room and max(widths[:left]) > MIN_WORDS_WIDTH:
-        widths[widths.index(max(widths[:left]))] -= 1
-    # Distribute the columns of numbers over as many tables as needed, each with the keys.
-    groups = [list(range(keys))]
-    for figure in range(keys, len(columns)):
-        wider = [*groups[-1], figure]
-        if len(groups[-1]) > keys and sum(widths[i] + GAP for i in wider) > console.width:
-            wider = [*range(keys), figure]
-            groups.append(wider)
-        groups[-1] = wider
+    widths, folding = _fit_columns(columns, cells, left, keys, console.width)
     # Fill the tables: words fold, sentences take the spare width, and numbers stay whole.
     print_text(title)
-    for group in groups:
+    for group in _group_columns(widths, keys, console.width):
         spare = console.width - sum(widths[i] + GAP for i in group)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, GAP - 1, 0, 0))
         for i in group:
             if i < left:
                 table.add_column(columns[i], overflow="fold", min_width=widths[i])
-            elif i in folds:
+            elif i in folding:
                 table.add_column(columns[i], overflow="fold", width=widths[i] + max(spare, 0))
                 spare = 0
             else:
@@ -103,6 +86,42 @@ def print_table(
         for row in cells:
             table.add_row(*[Text(row[i]) for i in group])  # Text: brackets are not markup
         console.print(table)
+
+
+def _fit_columns(
+    columns: Sequence[str], cells: Sequence[Sequence[str]], left: int, keys: int, line_width: int
+) -> tuple[list[int], set[int]]:
+    """Return the width of every column, and the columns after the keys that contain sentences and therefore fold.
+
+    Args:
+      columns: Heads of the columns.
+      cells: Cells, row by row.
+      left: Number of leading columns of words.
+      keys: Number of leading columns that identify a row.
+      line_width: Width of a line in characters.
+    """
+    # Columns that do not fit next to the narrowest words and the numbers among the keys contain sentences.
+    widths = [_width(column, [row[i] for row in cells], words=i < left) for i, column in enumerate(columns)]
+    without_key_numbers = line_width - sum(widths[i] + GAP for i in range(left, keys))
+    widest = without_key_numbers - left * (MIN_WORDS_WIDTH + GAP) - GAP
+    folding = {i for i in range(keys, len(columns)) if widths[i] > widest}
+    widths = [WORDS_WIDTH if i in folding else width for i, width in enumerate(widths)]
+    # Shrink the widest column of words until the widest column of numbers fits next to the words.
+    room = without_key_numbers - max((widths[i] + GAP for i in range(keys, len(columns))), default=0)
+    while left and sum(widths[i] + GAP for i in range(left)) > room and max(widths[:left]) > MIN_WORDS_WIDTH:
+        widths[widths.index(max(widths[:left]))] -= 1
+    return widths, folding
+
+
+def _group_columns(widths: Sequence[int], keys: int, line_width: int) -> list[list[int]]:
+    """Distribute the columns over as many tables as needed, each with the keys and at least one other column."""
+    groups = [list(range(keys))]
+    for column in range(keys, len(widths)):
+        is_full = sum(widths[i] + GAP for i in (*groups[-1], column)) > line_width
+        if is_full and len(groups[-1]) > keys:
+            groups.append(list(range(keys)))
+        groups[-1].append(column)
+    return groups
 
 
 def print_records(
