@@ -23,7 +23,7 @@ from rora_theory import llama
 from rora_theory.cluster import ClusterConfig
 from rora_theory.errors import FailedError
 from rora_theory.finetune import FinetuneConfig
-from rora_theory.runs.cells import FOLDERS
+from rora_theory.runs.cells import CELLS_FOLDER
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.summary import key_figures
 from rora_theory.sweep import differences, results
@@ -109,7 +109,7 @@ def run(config: Config) -> None:
     except FailedError as error:
         failed = error
     rows = results.read_results(path)
-    method_differences = differences.method_differences(rows, path / FOLDERS)
+    method_differences = differences.method_differences(rows, path / CELLS_FOLDER)
     folder.write_frame(differences.difference_table(method_differences), "differences.csv")
     if failed is not None:
         raise failed

@@ -199,7 +199,7 @@ class RecordSet:
             counts[name] += count
         listed = ", ".join(f"{count:,} as {name}" for name, count in counts.items())
         detected = "detected from the first record's keys; --format selects another"
-        return f"records: {listed} ({'as --format says' if self.config.format else detected})"
+        return f"records: {listed} ({'selected with --format' if self.config.format else detected})"
 
 
 @dataclass

@@ -27,10 +27,10 @@ from rora_theory.runs.reading import CELLS, CHECKPOINTS, FinishedCell, as_json, 
 
 logger = logging.getLogger(__name__)
 
-FOLDERS = "cells"
+CELLS_FOLDER = "cells"
 """Folder in a run folder that holds the folders of its cells."""
 
-ERROR = "error.txt"
+ERROR_FILE = "error.txt"
 """File in a cell's folder with the traceback of a failure."""
 
 WRITE_INTERVAL = 5.0
@@ -134,9 +134,9 @@ def run_cells(
     # Collect the cells to compute; equal cells are computed once.
     todo = [index for index, key in enumerate(keys) if key not in finished and key not in keys[:index]]
     for index in todo:
-        folder.forget_digests(f"{FOLDERS}/{keys[index]}")
+        folder.forget_digests(f"{CELLS_FOLDER}/{keys[index]}")
     # Each cell has a folder of its own, named by the hash of its settings.
-    tasks = [(cells[index], folder.path / FOLDERS / keys[index]) for index in todo]
+    tasks = [(cells[index], folder.path / CELLS_FOLDER / keys[index]) for index in todo]
     failures: list[str] = []
     ended_count, written_at = len(cells) - len(todo), time.monotonic()
 
@@ -187,7 +187,7 @@ def _read_verified_cells(folder: RunFolder) -> dict[str, FinishedCell]:
     for cell in finished.values():
         check_files(folder.path, {name: sha256 for name, sha256 in cell.files.items() if name not in verified})
         # A run that ended between saving a cell and removing its checkpoints has left them.
-        shutil.rmtree(folder.path / FOLDERS / cell.key / CHECKPOINTS, ignore_errors=True)
+        shutil.rmtree(folder.path / CELLS_FOLDER / cell.key / CHECKPOINTS, ignore_errors=True)
     return finished
 
 
@@ -208,7 +208,7 @@ def _sort_journal(journal: Journal, keys: Sequence[str]) -> None:
 def _save_cell(key: str, cell: Any, cell_folder: Path, value: Any, folder: RunFolder) -> FinishedCell:
     """Write the configuration of a finished cell that has files, and return its record with the files' digests."""
     products: dict[str, str] = {}
-    (cell_folder / ERROR).unlink(missing_ok=True)
+    (cell_folder / ERROR_FILE).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         cell_folder.rmdir()  # succeeds if the folder was created for the error alone
     if cell_folder.exists():
@@ -238,6 +238,6 @@ def _record_failure(cell: Any, cell_folder: Path, error: Exception) -> str:
     # A traceback that cannot be written must not replace the error itself.
     with contextlib.suppress(InputError, OSError):
         cell_folder.mkdir(parents=True, exist_ok=True)
-        files.write_whole(cell_folder / ERROR, "".join(traceback.format_exception(error)))
-    logger.warning("%s failed (%s); its traceback is in %s", cell, description, cell_folder / ERROR)
+        files.write_whole(cell_folder / ERROR_FILE, "".join(traceback.format_exception(error)))
+    logger.warning("%s failed (%s); its traceback is in %s", cell, description, cell_folder / ERROR_FILE)
     return description

@@ -19,7 +19,7 @@ class Journal:
     Args:
       path: Path of the journal, which need not exist.
       identity: Identity of the run that the journal belongs to.
-      mend: Whether to cut an incomplete last line off the file. Pass False if another process may be writing the file.
+      repair: Whether to cut an incomplete last line off the file. Pass False if another process may be writing it.
 
     Attributes:
       entries: Entries of all lines, without their digests.
@@ -28,7 +28,7 @@ class Journal:
       InputError: A line is not as it was written; the message names the file and the line.
     """
 
-    def __init__(self, path: Path, identity: str, *, mend: bool = True) -> None:
+    def __init__(self, path: Path, identity: str, *, repair: bool = True) -> None:
         """Read the journal, if it exists."""
         self.path = path
         self.entries: list[dict[str, Any]] = []
@@ -51,7 +51,7 @@ class Journal:
             self._digests.append(entry.pop(seals.DIGEST))
             self.entries.append(entry)
         # A killed process leaves an incomplete last line, which the resumed run writes again.
-        if mend and len(complete_lines) < len(data):
+        if repair and len(complete_lines) < len(data):
             os.truncate(path, len(complete_lines))
 
     def append(self, entry: dict[str, Any], *, sync: bool = True) -> None:

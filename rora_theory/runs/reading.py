@@ -111,7 +111,7 @@ def read_finished_cells(path: Path) -> dict[str, FinishedCell]:
         return {}
     # A cell that was computed again has a later line, which replaces the earlier one.
     cells: dict[str, FinishedCell] = {}
-    for number, entry in enumerate(Journal(path / CELLS, manifest["run_id"], mend=False).entries, start=1):
+    for number, entry in enumerate(Journal(path / CELLS, manifest["run_id"], repair=False).entries, start=1):
         cell = _parse_cell(entry, f"{path / CELLS}: line {number}")
         cells[cell.key] = cell
     return {

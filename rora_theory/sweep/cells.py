@@ -10,7 +10,7 @@ import pandas as pd
 from rora_theory import adapters, llama
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.io import frames
-from rora_theory.runs.cells import ERROR, FOLDERS
+from rora_theory.runs.cells import CELLS_FOLDER, ERROR_FILE
 from rora_theory.runs.reading import as_json, key_of, read_finished_cells, read_manifest
 from rora_theory.scaling import scaling_factor
 from rora_theory.sweep.design import BASE, METHODS, Design, rates_of
@@ -153,7 +153,8 @@ def cell_states(cells: Sequence[SweepCell], folder: Path) -> list[dict[str, Any]
     rows, finished_cells = [], read_finished_cells(folder)
     for cell in replace_with_scored(cells, folder):
         key = key_of(cell)
-        state = "done" if key in finished_cells else "failed" if (folder / FOLDERS / key / ERROR).exists() else "new"
+        has_failed = (folder / CELLS_FOLDER / key / ERROR_FILE).exists()
+        state = "done" if key in finished_cells else "failed" if has_failed else "new"
         rows.append(vars(cell) | {"key": key, "state": state})
     return rows
 
