@@ -163,6 +163,13 @@ def config_from_gguf(reader: GGUFReader, where: str) -> LlamaConfig:
         used_keys.add(name)
         return read_metadata(reader, where, name, kind, default)
 
+    # One file of several has only some of the tensors, and only the first of them has the metadata.
+    if (files := get("split.count", int, 1)) != 1:
+        raise InputError(
+            f"{where}: split.count must be 1, got {files}; the model is split into files. Join them with "
+            "llama-gguf-split --merge."
+        )
+
     # Architecture, and the tensors that the file holds.
     architecture = get("general.architecture", str)
     if architecture not in ARCHITECTURES:

@@ -50,9 +50,14 @@ def run_with_bar(
 
     with progress_bar(title, len(cells), fields="{cell}") as bar:
         values = engine.run_cells(
-            cells, work, folder, runner=runner, on_start=lambda cell, passed: bar.reach(passed, cell=cell),
-            on_finish=report_finish, write=write,
-        )  # fmt: skip
+            cells,
+            work,
+            folder,
+            runner=runner,
+            on_start=lambda cell, ended_count: bar.reach(ended_count, cell=cell),
+            on_finish=report_finish,
+            write=write,
+        )
     # Cells that ran in this process have no node.
     if cells_of_node:
         counts = ", ".join(f"{count} on {node}" for node, count in cells_of_node.most_common())

@@ -250,6 +250,7 @@ TYPES = {key: type(value) for key, value in FIELDS.items() if key != "llama.voca
     "llama.expert_count": int,
     "llama.expert_used_count": int,
     "tokenizer.ggml.eot_token_id": int,
+    "split.count": int,
 }
 
 
@@ -372,6 +373,7 @@ FAULTS = [
     ({"llama.rope.scaling.type": "yarn"}, None, "'yarn'"),
     ({"llama.attention.sliding_window": 4096}, None, "sliding_window .* 4096$"),
     ({"llama.attention.layer_norm_rms_epsilon": None}, None, "lacks .*rms_epsilon"),
+    ({"split.count": 3}, None, r"split\.count .* 3.*--merge"),
     ({"general.architecture": "gemma2"}, None, r"'gemma2'.*rora_theory\.measure\.torch"),
     ({}, lambda tensors: tensors.pop("token_embd.weight"), r"lacks token_embd\.weight"),
     ({}, put("blk.0.attn_q.bias", np.ones(256, np.float32)), "lacks .*bias"),
