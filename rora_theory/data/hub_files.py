@@ -262,7 +262,7 @@ def _parse_subsets(card: Mapping[str, Any]) -> dict[str, Subset]:
             if not all(isinstance(pattern, str) for pattern in patterns):
                 raise InputError(f"{CARD_NAME}: data_files of {name} must be names of files, got {shown(path)}")
             splits.setdefault(str(split), []).extend(
-                f"{folder}/{pattern}" if folder else pattern for pattern in patterns
+                f"{folder}/{pattern}" if folder else str(pattern) for pattern in patterns
             )
         # A subset is the default if the card marks it as such, or by its name.
         subsets[name] = splits, bool(config.get("default", name == "default"))
