@@ -69,7 +69,7 @@ _CHUNK_ELEMENTS = 1 << 24  # elements dequantised at a time: 64 MiB in float32
 # Maximum number of parts of a header, each an object in memory; 128 000 tokens with their merges make one million.
 _MAX_HEADER_PARTS = 1 << 22
 
-END_TOKENS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+END_TOKEN_KEYS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
 """Metadata keys of the tokens that end a text, a turn and a message."""
 
 
@@ -197,7 +197,7 @@ def config_from_gguf(reader: GGUFReader, where: str) -> LlamaConfig:
     check_layers(f"{where}: {architecture}.block_count", layers)
     gemma3_fields = _gemma3_fields(get, where, layers, hidden // heads, head_dim) if architecture == "gemma3" else {}
     # A file may name several end tokens, such as the end of text and the end of a turn.
-    eos_ids = dict.fromkeys(token for name in END_TOKENS if (token := get(name, int, None)) is not None)
+    eos_ids = dict.fromkeys(token for name in END_TOKEN_KEYS if (token := get(name, int, None)) is not None)
     fields = {
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "hidden_size": hidden,

@@ -19,7 +19,7 @@ from rora_theory import extras
 from rora_theory.errors import InputError, first_line
 from rora_theory.io.files import read_bytes, read_object
 from rora_theory.llama import vocabulary
-from rora_theory.llama.gguf_file import END_TOKENS, open_gguf, read_metadata
+from rora_theory.llama.gguf_file import END_TOKEN_KEYS, open_gguf, read_metadata
 
 try:
     import tokenizers
@@ -251,7 +251,7 @@ class Tokenizer:
             )
         }
         # Chat models name further ends, such as that of a turn.
-        further_eos_ids = [read_metadata(reader, where, name, int, None) for name in END_TOKENS[1:]]
+        further_eos_ids = [read_metadata(reader, where, name, int, None) for name in END_TOKEN_KEYS[1:]]
         adds_bos = model_type == "llama" or vocabulary.PRE_TOKENIZERS[split].adds_bos
         return cls(
             backend,
