@@ -44,8 +44,8 @@ class Config:
 def run(config: Config) -> None:
     """Run the cells that the run folder lacks, then judge the equations and report."""
     simulation_config, runner = config.simulation, config.cluster.runner()
-    places = devices.pick(count := config.devices)  # before any other work of JAX, which would fix the devices
-    extra = {"units": simulation.UNITS, "device": devices.describe(places)}
+    chosen_devices = devices.pick(count := config.devices)  # before any other work of JAX, which would fix the devices
+    extra = {"units": simulation.UNITS, "device": devices.describe(chosen_devices)}
     identity, seed = flatten(simulation_config), simulation_config.grid.seed
     folder = RunFolder.open(NAME, identity, out=config.out, seed=seed, extra=extra)
     cells = simulation.simulation_cells(simulation_config)
@@ -66,7 +66,7 @@ def run(config: Config) -> None:
         for cell, value in zip(cells, values, strict=True)
         if not cell.steps
     }
-    judged = simulation.judge_simulation(simulation_config, sums_of_grid, places)
+    judged = simulation.judge_simulation(simulation_config, sums_of_grid, chosen_devices)
     folder.write("verdicts.json", json.dumps([vars(verdict) for verdict in judged], indent=2) + "\n")
     results, check = frame_of(values), frame_of(values, direct=True)
     folder.write_frame(simulation.compare_second_moments(results), "second_moments.csv")

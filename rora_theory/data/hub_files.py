@@ -271,6 +271,12 @@ def _parse_subsets(card: Mapping[str, Any]) -> dict[str, Subset]:
 
 def _matches_pattern(file: str, pattern: str) -> bool:
     """Return whether a path matches a glob pattern in which only ``**`` matches a slash."""
-    parts = re.split(r"(\*\*/?|\*|\?)", pattern.removeprefix("./"))
+    parts = re.split(r"(\*\*/?|\*|\?|\[!?[^\]/]+\])", pattern.removeprefix("./"))
     wildcards = {"**": ".*", "**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
-    return re.fullmatch("".join(wildcards.get(part) or re.escape(part) for part in parts), file) is not None
+    # A set of characters, such as [0-9] or [!a], excludes with ^ in a regular expression.
+    wildcards |= {part: re.sub(r"^\[!", "[^", part) for part in parts if part.startswith("[")}
+    expression = "".join(wildcards.get(part) or re.escape(part) for part in parts)
+    try:
+        return re.fullmatch(expression, file) is not None
+    except re.error:  # an empty range such as [z-a] matches nothing
+        return False

@@ -24,6 +24,7 @@ configs:
   - split: train
     path: en/*.jsonl
   - {split: test, path: [en-test/part.jsonl]}
+  - {split: first, path: ['en/[!b-z].jsonl']}
 - config_name: german
   data_dir: de
   data_files: '**/*.jsonl'
@@ -41,10 +42,11 @@ def test_a_card_says_which_files_a_split_is():
 
     assert files(None, "train") == files("english", "train") == ["en/a.jsonl", "en/b.jsonl"]
     assert files(None, "test") == ["en-test/part.jsonl"]
+    assert files(None, "first") == ["en/a.jsonl"]
     assert files("german", "train") == ["de/x/a.jsonl"]
     turned = {"configs": card["configs"][::-1]}
     assert hub_files.select_files(FILES, Split("them", None, "train"), turned) == files("english", "train")
-    with pytest.raises(InputError, match=r"them: no split 'dev'.* train, test"):
+    with pytest.raises(InputError, match=r"them: no split 'dev'.* train, test, first"):
         files(None, "dev")
     with pytest.raises(InputError, match=r"no subset 'french'.* english, german.* them/SUBSET"):
         files("french", "train")
