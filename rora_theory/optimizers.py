@@ -68,7 +68,7 @@ def optimizer_named(name: str) -> OptimizerName:
         return "adamw"
     raise InputError(
         f"optimizer must be one of {', '.join(OPTIMIZER_NAMES)} or a Trainer's name of AdamW such as adamw_bnb_8bit, "
-        f"got {shown(name)}. For Lion and signSGD use adam, whose first step they take; no other is covered."
+        f"got {shown(name)}. For Lion and signSGD, adam describes the first step alone; no other is covered."
     )
 
 

@@ -4,12 +4,13 @@
     python -m sims.transfer --from-rank 16 --to-rank 128 --alpha 32 --to-alpha 256 --lr 2e-4 --steps 64 --to-steps 256
     python -m sims.transfer --from ADAPTER/adapter_config.json --lr 3e-4 --to-rank 128 --to-rule rslora --to-alpha 16
 
-The first sentence is the answer. Its cost in comparable runs and its limits follow, then the learning rates of common
+The first sentence is the answer. Its cost in measured runs and its limits follow, then the learning rates of common
 choices, and a PEFT `LoraConfig` to paste. Under Adam with PEFT's default initialisation the learning rate follows the
-displacement law; otherwise the first step is preserved. The regime is assumed (signal, the default, which describes the
-whole model, or cross-talk) or measured: --regime RUN loads a run of sims.regime, and alphas then differ by module and
-preserve each module's own first step. --check MODEL DATA... trains the model for one step at both ranks, and writes the
-sizes of the changes to a run folder.
+displacement law; otherwise the size of the first step is preserved. The regime is the part of the first step that
+dominates: signal, along the gradient of the full weight (the default, which describes the whole model), or cross-talk,
+which the random directions of A add. It can be measured: --regime RUN loads a run of sims.regime, and alphas then
+differ by module and preserve each module's own first step. --check MODEL DATA... trains the model for one step at both
+ranks, and writes the sizes of the changes to a run folder.
 """
 
 from dataclasses import dataclass, field
@@ -46,7 +47,8 @@ class Config(TransferConfig):
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Folder of a saved adapter, its adapter_config.json, or the YAML of Axolotl or LLaMA-Factory. It provides
     --from-rank, --alpha, --rule, --init and --targets, and in YAML --lr and --optimizer, which must not be set to other
-    values, and the other entries of the LoraConfig"""
+    values, and the other entries of the LoraConfig. In YAML it also provides --steps and --schedule for --to-steps and
+    --to-schedule"""
     write: Path | None = None
     """New file, in the format of --from, with the advised rank, alpha, rule and learning rate; other keys are kept"""
     check: tuple[str, ...] = ()

@@ -359,7 +359,7 @@ function sameAdapter({ unchanged, alpha, isRslora }) {
   return kappa === 1 ? [] : [`This is the same adapter as alpha ${g(alpha, 6)} under alpha / r^${g(kappa, 6)}.`];
 }
 
-/** Sentences on the evidence, the cost in comparable runs and the limits. */
+/** Sentences on the evidence, the cost in the measured runs and the limits. */
 function scopeOf(found) {
   if (found.followsDisplacementLaw) return [...costOf(found), ...lawOf(found), ...limitsOf(found)];
   const limits = found.fixesAlpha ? found.rate_limits : found.alpha_limits;
@@ -374,8 +374,9 @@ function costOf({ changed }) {
   const entry = measured[["cost", ...["rank", "strength", "steps"].filter((name) => changed[name])].join("_")];
   if (!entry) return [];
   const { largest, pairs } = entry.columns;
-  return [`In comparable runs this choice cost at most ${largest.toFixed(4)} nats per token (${pairs} pairs of settings of ` +
-    `${COST_MODELS.join(" and ")}); switching on use_rslora and keeping the rate cost ${COST_OF_USE_RSLORA.toFixed(2)}.`];
+  return [`In the measured runs the held-out loss of this choice exceeded the lowest by at most ${largest.toFixed(4)} nats per ` +
+    `token (${pairs} pairs of settings of ${COST_MODELS.join(" and ")}); from rank 8 to 128, switching on use_rslora and ` +
+    `keeping the rate cost ${COST_OF_USE_RSLORA.toFixed(2)}.`];
 }
 
 function lawOf({ old, unchanged, alpha, run, changed }) {
@@ -389,8 +390,9 @@ function lawOf({ old, unchanged, alpha, run, changed }) {
     if (run.steps === null && run.own === null) sentences.push("The range is narrower if the number of steps is given.");
   }
   if (run.changesSteps) {
-    const [low, high] = run.stepsExponents.map(Math.abs);
-    sentences.push(`The best rate falls as the number of steps to the power ${g(high, 6)} to ${g(low, 6)}, as measured.`);
+    const [low, high] = run.stepsExponents;
+    sentences.push(`The best rate is assumed to change as the number of steps to the power ${g(low, 6)} to ${g(high, 6)}, ` +
+      "as in the measured runs.");
   }
   if (run.changesSchedule) {
     const change = `from ${run.schedule} to ${run.toSchedule}`;
@@ -425,7 +427,9 @@ function limitsOf({ old, unchanged, alpha, changed, run }) {
   const usesMeasuredConstant = changed.strength && run.own === null;
   const otherModels = CONSTANT_MODELS.filter((model) => !COST_MODELS.includes(model));
   const constant = otherModels.length && usesMeasuredConstant ? ` (K also from ${otherModels.join(" and ")})` : "";
-  sentences.push(`The measurements are from ${COST_MODELS.join(" and ")}${constant}, with AdamW and ${schedule}.`);
+  const [fewest, most] = SETTINGS.step;
+  sentences.push(`The measurements are from ${COST_MODELS.join(" and ")}${constant}, with AdamW, ${g(fewest, 6)} to ` +
+    `${g(most, 6)} steps and ${schedule}.`);
   return sentences;
 }
 

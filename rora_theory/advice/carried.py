@@ -240,7 +240,7 @@ class CarriedSetting:
 
     @property
     def measured_cost(self) -> MeasuredCost | None:
-        """Regret of the advised choice in comparable runs; None where the displacement law does not apply."""
+        """Regret of the advised choice in the measured runs; None where the displacement law does not apply."""
         return measured_cost(self.changed) if self.follows_displacement_law else None
 
     @property

@@ -3,7 +3,13 @@
 from math import isclose
 
 from rora_theory.advice.carried import CarriedSetting, HorizonLimits, strength_of
-from rora_theory.advice.measured import CONSTANT_MODELS, COST_MODELS, COST_OF_USE_RSLORA, is_constant_rate
+from rora_theory.advice.measured import (
+    CONSTANT_MODELS,
+    COST_MODELS,
+    COST_OF_USE_RSLORA,
+    MEASURED_STEPS,
+    is_constant_rate,
+)
 from rora_theory.advice.setting import SIGNAL, Setting, step_ratio
 from rora_theory.optimizers import DISPLAY_NAMES
 from rora_theory.scaling import KAPPAS, exponent
@@ -15,7 +21,7 @@ def describe_advice(carried: CarriedSetting) -> str:
 
 
 def describe_details(carried: CarriedSetting) -> str:
-    """Return the evidence for the advice, its cost in comparable runs and its limits as one paragraph."""
+    """Return the evidence for the advice, its cost in the measured runs and its limits as one paragraph."""
     return " ".join([*_describe_same_adapter(carried), *_describe_scope(carried)])
 
 
@@ -84,9 +90,9 @@ def _describe_cost(carried: CarriedSetting) -> list[str]:
     if cost is None:
         return []
     return [
-        f"In comparable runs this choice cost at most {cost.largest:.4f} nats per token ({cost.pairs} pairs of "
-        f"settings of {' and '.join(COST_MODELS)}); switching on use_rslora and keeping the rate cost "
-        f"{COST_OF_USE_RSLORA:.2f}."
+        "In the measured runs the held-out loss of this choice exceeded the lowest by at most "
+        f"{cost.largest:.4f} nats per token ({cost.pairs} pairs of settings of {' and '.join(COST_MODELS)}); from rank "
+        f"8 to 128, switching on use_rslora and keeping the rate cost {COST_OF_USE_RSLORA:.2f}."
     ]
 
 
@@ -108,11 +114,11 @@ def _describe_law(carried: CarriedSetting) -> list[str]:
         )
         if carried.run.steps is None and carried.run.displacement_constant is None:
             sentences.append("The range is narrower if the number of steps is given.")
-    # The exponents are negative: state how the rate falls.
     if carried.run.changes_steps:
         low, high = carried.run.steps_exponents
         sentences.append(
-            f"The best rate falls as the number of steps to the power {abs(high):g} to {abs(low):g}, as measured."
+            f"The best rate is assumed to change as the number of steps to the power {low:g} to {high:g}, as in the "
+            "measured runs."
         )
     if carried.run.changes_schedule:
         change = f"from {carried.run.schedule} to {carried.run.to_schedule}"
@@ -142,7 +148,11 @@ def _describe_limits(carried: CarriedSetting) -> list[str]:
     constant = (
         f" (K also from {' and '.join(other_models)})" if other_models and _uses_measured_constant(carried) else ""
     )
-    sentences.append(f"The measurements are from {' and '.join(COST_MODELS)}{constant}, with AdamW and {schedule}.")
+    fewest, most = MEASURED_STEPS
+    sentences.append(
+        f"The measurements are from {' and '.join(COST_MODELS)}{constant}, with AdamW, {fewest:g} to {most:g} steps "
+        f"and {schedule}."
+    )
     return sentences
 
 

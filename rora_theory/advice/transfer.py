@@ -134,12 +134,12 @@ class Advice(CarriedSetting):
         return "\n".join([*lines, ")"])
 
     def sentence(self) -> str:
-        """Return the answer, its cost in comparable runs and its limits, in words.
+        """Return the answer, its cost in the measured runs and its limits, in words.
 
         Examples:
           >>> advice = transfer(Setting(rank=16, alpha=32, learning_rate=2e-4), 128)
           >>> print(advice.sentence())  # doctest: +ELLIPSIS
-          From rank 16 to 128 with AdamW: keep lora_alpha=32 and the learning rate 0.0002. In comparable runs ...
+          From rank 16 to 128 with AdamW: keep lora_alpha=32 and the learning rate 0.0002. In the measured runs ...
         """
         return text.describe_advice(self)
 
@@ -148,7 +148,7 @@ class Advice(CarriedSetting):
         return text.describe_answer(self)
 
     def details(self) -> str:
-        """Return the rest of `sentence`: the evidence for the advice, its cost in comparable runs and its limits."""
+        """Return the rest of `sentence`: the evidence for the advice, its cost in the measured runs and its limits."""
         return text.describe_details(self)
 
     def as_dict(self) -> dict[str, Any]:

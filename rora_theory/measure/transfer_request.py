@@ -51,14 +51,14 @@ class TransferConfig:
     to_rule: Rule | None = None
     """Scaling rule at the new rank; the default is the tuned rule"""
     optimizer: OptimizerName | str | None = None
-    """Optimizer: sgd, momentum, adam, adamw, or the Trainer's name of a variant of AdamW such as adamw_bnb_8bit. Lion
-    and signSGD have the same first step as Adam; other optimizers are not supported. The default is that of --from, or
-    adamw"""
+    """Optimizer: sgd, momentum, adam, adamw, or the Trainer's name of a variant of AdamW such as adamw_bnb_8bit. For
+    Lion and signSGD, adam describes the first step alone; other optimizers are not supported. The default is that of
+    --from, or adamw"""
     init: PeftInit | None = None
     """Initialisation of lora_A: kaiming_uniform (PEFT's default) or gaussian (PEFT's, with standard deviation 1/r); the
     default is that of --from, or kaiming_uniform"""
     regime: str = "signal"
-    """Regime: signal, cross-talk, or the folder of a sims.regime run"""
+    """Part of the first step that dominates: signal, cross-talk, or the folder of a sims.regime run that measured it"""
     split: Split = "heldout"
     """Tokens of a measured regime: heldout (other text) or train (the batch of the gradient)"""
     per: AlphaGrouping = "type"
@@ -72,12 +72,13 @@ class TransferConfig:
     from_: Path | None = None
     """Folder of a saved adapter, its adapter_config.json, or the YAML of Axolotl or LLaMA-Factory. It provides
     --from-rank, --alpha, --rule, --init and --targets, and in YAML --lr and --optimizer, which must not be set to other
-    values, and the other entries of the LoraConfig"""
+    values, and the other entries of the LoraConfig. In YAML it also provides --steps and --schedule for --to-steps and
+    --to-schedule"""
     to_alpha: Positive | None = None
-    """Alpha at the new rank, for which the learning rate then compensates. By default alpha changes and the learning
-    rate stays"""
+    """Alpha at the new rank, for which the learning rate then compensates. By default alpha is computed for the tuned
+    learning rate"""
     steps: Count | None = None
-    """Number of optimizer steps for which --lr was tuned (Adam with PEFT's default initialisation)"""
+    """Number of optimizer steps for which --lr was tuned; only for Adam with PEFT's default initialisation"""
     to_steps: Count | None = None
     """Number of optimizer steps of the new run; the default is --steps"""
     schedule: Schedule | None = None
@@ -150,6 +151,10 @@ def read_tuned(config: TransferConfig) -> tuple[Setting, str | list[str] | None,
     for remark in saved.remarks:
         logger.warning(remark)
     # An adapter's configuration has neither a learning rate nor an optimizer.
+    if values["lr"] is None:
+        logger.warning(
+            f"{config.from_} has no learning rate: {DEFAULT.learning_rate:g} is used; pass the tuned one as --lr"
+        )
     values["lr"] = values["lr"] or DEFAULT.learning_rate
     values["optimizer"] = values["optimizer"] or DEFAULT.optimizer
     rank, alpha, rule, init, targets, learning_rate, optimizer = values.values()

@@ -351,6 +351,7 @@ def test_four_times_the_steps_halve_the_rate() -> None:
     assert (longer.alpha, longer.learning_rate) == (32.0, pytest.approx(1e-4))
     assert shorter.learning_rate == pytest.approx(4e-4)
     assert "multiply the learning rate by 2," in shorter.sentence()
+    assert "to the power -0.6 to -0.4" in longer.sentence()
     assert "fewer steps than the tuned one were not compared" in shorter.sentence()
     assert longer.rate_range.low < longer.learning_rate < longer.rate_range.high
     same = transfer(old, 128, steps=64)
@@ -419,6 +420,7 @@ def test_the_models_of_each_measurement_are_named() -> None:
     alone = "The measurements are from SmolLM2-135M, with"
     both = "The measurements are from SmolLM2-135M (K also from Gemma 3 270M), with"
     assert alone in transfer(old, 128).sentence()
+    assert "16 to 256 steps" in transfer(old, 128).sentence(), "also where no number of steps is given"
     assert alone in transfer(old, 8, steps=16, to_steps=64).sentence()
     assert both in transfer(old, 128, alpha=64.0).sentence()
     assert both in transfer(old, 128, alpha=64.0, steps=16, to_steps=64).sentence()

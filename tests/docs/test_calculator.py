@@ -199,7 +199,7 @@ def test_it_answers_as_the_library_does(grid) -> None:
         "measured at 5 modules",
         "SGD with",
         "without use_rslora and",
-        "In comparable runs this choice cost at most",
+        "this choice exceeded the lowest by at most",
         "Outside the measured range: ",
         "fewer steps than the tuned one were not compared",
         "with the given K = 95.5",

@@ -253,6 +253,16 @@ def test_the_initialisation_is_that_of_the_saved_adapter(save) -> None:
     assert (written["init_lora_weights"], written["lora_alpha"]) == ("gaussian", 4 * 32)
 
 
+def test_a_missing_learning_rate_of_a_saved_adapter_is_named(save) -> None:
+    """The default takes its place, which may not be the tuned one; a rate that is given is not remarked."""
+    folder = save(SAVED)
+    remark = commands.run(transfer.main, "--from", folder).err
+    assert f"{folder} has no learning rate" in remark
+    assert "0.0003" in remark
+    assert "--lr" in remark
+    assert not commands.run(transfer.main, "--from", folder, "--lr 3e-4").err
+
+
 OWN = {
     "task_type": "SEQ_CLS", "use_dora": True, "lora_dropout": 0.05, "bias": "lora_only", "modules_to_save": ["score"],
     "layers_to_transform": [0, 1], "exclude_modules": ["lm_head"], "target_modules": r".*\.[qv]_proj",
