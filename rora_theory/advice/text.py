@@ -148,10 +148,10 @@ def _describe_limits(carried: CarriedSetting) -> list[str]:
     constant = (
         f" (K also from {' and '.join(other_models)})" if other_models and _uses_measured_constant(carried) else ""
     )
-    fewest, most = MEASURED_STEPS
+    low_steps, high_steps = MEASURED_STEPS
     sentences.append(
-        f"The measurements are from {' and '.join(COST_MODELS)}{constant}, with AdamW, {fewest:g} to {most:g} steps "
-        f"and {schedule}."
+        f"The measurements are from {' and '.join(COST_MODELS)}{constant}, with AdamW, {low_steps:g} to "
+        f"{high_steps:g} steps and {schedule}."
     )
     return sentences
 
