@@ -1,8 +1,8 @@
-"""Measure how the best learning rate under Adam depends on gamma r, the rank and the number of steps.
+"""Measure how the best learning rate under Adam depends on the scaling, the rank and the number of steps.
 
     python -m sims.horizon --data DATA/*/train.json --ranks 8 128 --strengths 64 724 --lrs 3e-4 1e-3 3e-3
 
-The model is fine-tuned at every rank, strength gamma r and learning rate, at a constant rate after a short warm-up. The
+The model is fine-tuned at every rank, strength (scaling times rank) and learning rate, constant after a warm-up. The
 held-out loss is measured after each of ``--read-at`` steps of a run. ``--full-lrs`` also trains the same modules in
 full. Finished cells are not run again: more strengths, ranks, rates and seeds extend the run folder.
 """

@@ -1,13 +1,14 @@
-"""Measure the regime of a model from one batch, without training, for every adapted module of every layer.
+"""Measure from which rank on the gradient dominates each module's first step, from one batch and without training.
 
     python -m sims.regime --model smollm2-135m --data DATA/ARC-Easy/train.json
 
-For each module, the command computes the signal, the cross-talk and the crossing rank r* under SGD and Adam, on the
-batch and on held-out records; the predicted rms of the first change of the output at each rank; and the steps after
-which A dominates under Adam. It then draws adapters at every rank, takes their first step, and compares the measured
-change with the prediction. Attention sinks, and held-out tokens with the same beginning as a training text, are left
-out. `--adapter` measures the model with a trained adapter merged into its weights; for a model that was trained in
-full, pass its folder as `--model`.
+For each module, the command computes the signal (the part of the step along the gradient of the full weight), the
+cross-talk (the part that A's random directions add) and the crossing rank r*, at which they are equal, under SGD and
+Adam, on the batch and on held-out records; the predicted rms of the first change of the output at each rank; and the
+steps after which A dominates under Adam. It then draws adapters at every rank, takes their first step, and compares the
+measured change with the prediction. Attention sinks, and held-out tokens with the same beginning as a training text,
+are left out. `--adapter` measures the model with a trained adapter merged into its weights; for a model that was
+trained in full, pass its folder as `--model`.
 
 The run folder contains:
 

@@ -2,9 +2,10 @@
 
     python -m sims.tune --model smollm2-135m --data DATA/*/train.json --rank 128 --steps 2000
 
-The probe trains adapters of a small rank at the planned run's gamma r for a few steps at several learning rates, on the
-same batches in the same order, and carries the best rate to the planned number of steps. It costs at most --budget of
-the planned run, evaluations included. The same command resumes an interrupted probe.
+The probe trains adapters of a small rank, at the same product of scaling and rank as the planned run, for a few steps
+at several learning rates. All see the same batches in the same order. The best rate is carried to the planned number
+of steps. The probe costs at most --budget of the planned run, evaluations included. The same command resumes an
+interrupted probe.
 """
 
 import json
