@@ -80,11 +80,11 @@ export default {
   "schedule_factor_cosine": {
     "model": "SmolLM2-135M",
     "schedule": "cosine",
-    "rows": "horizon_cosine/beside.csv beside=\"schedule constant\" rank=8",
+    "rows": "horizon_cosine/beside.csv beside=\"schedule constant\"",
     "ranges": {
       "ratio": [
         1.7703672334167544,
-        2.4623180503397144
+        2.775365851514373
       ]
     }
   },
@@ -92,10 +92,6 @@ export default {
     "model": "SmolLM2-135M",
     "rows": "horizon/constants.csv",
     "ranges": {
-      "step": [
-        16,
-        256
-      ],
       "rank": [
         1,
         128
@@ -103,6 +99,28 @@ export default {
       "strength": [
         8.0,
         724.0
+      ]
+    }
+  },
+  "measured_steps_constant": {
+    "model": "SmolLM2-135M",
+    "schedule": "constant",
+    "rows": "horizon/constants.csv",
+    "ranges": {
+      "step": [
+        16,
+        256
+      ]
+    }
+  },
+  "measured_steps_cosine": {
+    "model": "SmolLM2-135M",
+    "schedule": "cosine",
+    "rows": "horizon_cosine/constants.csv",
+    "ranges": {
+      "step": [
+        16,
+        1024
       ]
     }
   },

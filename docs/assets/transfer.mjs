@@ -21,12 +21,14 @@ const modelsOf = (prefix) => [
 const COST_MODELS = modelsOf("cost_");
 const CONSTANT_MODELS = modelsOf("displacement_constant_");
 const SETTINGS = measured.measured_settings.ranges;
+const MEASURED_STEPS = {}; // lowest and highest number of steps by schedule
 const STEPS_EXPONENTS = {}; // range of the exponent in the steps by schedule
 const COST_OF_USE_RSLORA = measured.cost_of_use_rslora_at_the_tuned_rate.columns.regret;
 const CONSTANTS = {}; // range of K by model and number of steps
 const SCHEDULE_FACTORS = { constant: [1, 1] };
 for (const [name, entry] of Object.entries(measured)) {
   if (name.startsWith("displacement_constant_")) (CONSTANTS[entry.model] ??= []).push([entry.steps, entry.ranges.constant]);
+  if (name.startsWith("measured_steps_")) MEASURED_STEPS[entry.schedule] = entry.ranges.step;
   if (name.startsWith("schedule_factor_")) SCHEDULE_FACTORS[entry.schedule] = entry.ranges.ratio;
   if (name.startsWith("steps_exponents_")) STEPS_EXPONENTS[entry.schedule] = entry.ranges.exponent;
 }
@@ -199,7 +201,7 @@ function runOf(asked, old) {
     changesSchedule: schedule !== toSchedule,
     scheduleFactors: scheduleFactors(schedule, toSchedule),
     hasUnmeasuredSchedule: [schedule, toSchedule].some((each) => each !== null && !(each in SCHEDULE_FACTORS)),
-    hasOtherSchedule: [schedule, toSchedule].some(isOther),
+    otherSchedules: [...new Set([schedule, toSchedule].filter(isOther))],
   };
 }
 
@@ -406,10 +408,16 @@ function lawOf({ old, unchanged, alpha, run, changed }) {
 function limitsOf({ old, unchanged, alpha, changed, run }) {
   const sentences = [];
   const outside = [];
+  // Numbers of steps by the measured range of their schedule; a schedule that was not measured has that of a constant rate.
+  const stepsByRange = new Map();
+  for (const [schedule, steps] of [[run.schedule, run.steps], [run.toSchedule, run.toSteps]]) {
+    const limits = MEASURED_STEPS[schedule ?? "constant"] ?? MEASURED_STEPS.constant;
+    stepsByRange.set(limits, [...(stepsByRange.get(limits) ?? []), ...(steps === null ? [] : [steps])]);
+  }
   for (const [label, values, [low, high]] of [
     ["rank", [old.rank, unchanged.rank], SETTINGS.rank],
     ["scaling times rank", [strengthOf(old), strengthOf({ ...unchanged, alpha })], SETTINGS.strength],
-    ["steps", [run.steps, run.toSteps].filter((value) => value !== null), SETTINGS.step],
+    ...[...stepsByRange].map(([limits, values]) => ["steps", values, limits]),
   ]) {
     const beyond = [...new Set(values)].filter((value) => !(low * (1 - 1e-3) <= value && value <= high * (1 + 1e-3)));
     beyond.sort((a, b) => a - b);
@@ -420,16 +428,16 @@ function limitsOf({ old, unchanged, alpha, changed, run }) {
   const decreases = [[unchanged.rank < old.rank, "a lower rank"], [run.steps !== null && run.toSteps < run.steps, "fewer steps"]];
   const lower = decreases.filter(([isLower]) => isLower).map(([, name]) => name);
   if (lower.length) sentences.push(`Runs with ${lower.join(" and ")} than the tuned one were not compared.`);
-  let schedule = "a constant rate";
-  if (run.hasUnmeasuredSchedule) schedule += ", not with this schedule";
-  else if (run.hasOtherSchedule) schedule += ", with another schedule in runs of one seed";
+  const stepsOf = (schedule) => MEASURED_STEPS[schedule].map((value) => g(value, 6)).join(" to ");
+  let runs = `${stepsOf("constant")} steps at a constant rate`;
+  if (run.hasUnmeasuredSchedule) runs += ", not with this schedule";
+  // Schedules other than a constant rate were measured with one seed.
+  else for (const schedule of run.otherSchedules) runs += `, and ${stepsOf(schedule)} with ${schedule} decay (one seed)`;
   // The measured constant of the displacement law comes from more models than the rest.
   const usesMeasuredConstant = changed.strength && run.own === null;
   const otherModels = CONSTANT_MODELS.filter((model) => !COST_MODELS.includes(model));
   const constant = otherModels.length && usesMeasuredConstant ? ` (K also from ${otherModels.join(" and ")})` : "";
-  const [fewest, most] = SETTINGS.step;
-  sentences.push(`The measurements are from ${COST_MODELS.join(" and ")}${constant}, with AdamW, ${g(fewest, 6)} to ` +
-    `${g(most, 6)} steps and ${schedule}.`);
+  sentences.push(`The measurements are from ${COST_MODELS.join(" and ")}${constant}, with AdamW: ${runs}.`);
   return sentences;
 }
 

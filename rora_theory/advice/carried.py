@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 from rora_theory.advice.measured import (
     MEASURED_RANKS,
-    MEASURED_STEPS,
     MEASURED_STRENGTHS,
     Changed,
     MeasuredCost,
     measured_cost,
+    measured_steps,
 )
 from rora_theory.advice.modules import Module, ModuleGroup, ModuleSpread, compute_geometric_mean, group_by_type
 from rora_theory.advice.run_change import RunChange
@@ -250,10 +250,13 @@ class CarriedSetting:
             return ()
         phrases = []
         # Old and new value of each setting that the published runs varied.
+        steps_by_range: dict[tuple[float, float], list[int | None]] = {}
+        for schedule, steps in ((self.run.schedule, self.run.steps), (self.run.to_schedule, self.run.to_steps)):
+            steps_by_range.setdefault(measured_steps(schedule), []).append(steps)
         for label, values, (low, high) in (
             ("rank", (self.old.rank, self.unchanged.rank), MEASURED_RANKS),
             ("scaling times rank", (strength_of(self.old), strength_of(self.setting)), MEASURED_STRENGTHS),
-            ("steps", (self.run.steps, self.run.to_steps), MEASURED_STEPS),
+            *(("steps", values, limits) for limits, values in steps_by_range.items()),
         ):
             beyond = _outside_of([value for value in values if value is not None], low, high)
             if beyond:

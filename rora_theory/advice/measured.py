@@ -43,11 +43,13 @@ MEASURED_RANKS = _range_of("measured_settings", "rank")
 MEASURED_STRENGTHS = _range_of("measured_settings", "strength")
 """Lowest and highest value of gamma r in the runs."""
 
-MEASURED_STEPS = _range_of("measured_settings", "step")
-"""Lowest and highest number of optimizer steps after which the best rate was measured."""
+MEASURED_STEPS: dict[Schedule, tuple[float, float]] = {
+    entry["schedule"]: _range_of(name, "step") for name, entry in ENTRIES.items() if name.startswith("measured_steps_")
+}
+"""Lowest and highest number of optimizer steps after which the best rate was measured, by schedule."""
 
 MEASURED_SCHEDULE: Schedule = "constant"
-"""Schedule of the runs."""
+"""Schedule of most runs."""
 
 MEASURED_STEPS_EXPONENTS: dict[Schedule, tuple[float, float]] = {
     entry["schedule"]: _range_of(name, "exponent")
@@ -64,6 +66,19 @@ under the cosine schedule with one. Pairs that end at 64 steps are left out, sin
 def is_constant_rate(*schedules: Schedule | None) -> bool:
     """Return whether all runs have a constant rate, the schedule of most measurements, which None stands for."""
     return all(schedule in (None, MEASURED_SCHEDULE) for schedule in schedules)
+
+
+def measured_steps(schedule: Schedule | None) -> tuple[float, float]:
+    """Return the lowest and highest number of optimizer steps after which the best rate was measured.
+
+    Args:
+      schedule: Schedule of the runs; a constant rate stands for None and for schedules that were not measured.
+
+    Examples:
+      >>> measured_steps("constant")
+      (16, 256)
+    """
+    return MEASURED_STEPS.get(schedule or MEASURED_SCHEDULE, MEASURED_STEPS[MEASURED_SCHEDULE])
 
 
 def steps_exponents(*schedules: Schedule | None) -> tuple[float, float]:

@@ -7,8 +7,8 @@ from rora_theory.advice.measured import (
     CONSTANT_MODELS,
     COST_MODELS,
     COST_OF_USE_RSLORA,
+    MEASURED_SCHEDULE,
     MEASURED_STEPS,
-    is_constant_rate,
 )
 from rora_theory.advice.setting import SIGNAL, Setting, step_ratio
 from rora_theory.optimizers import DISPLAY_NAMES
@@ -138,21 +138,22 @@ def _describe_limits(carried: CarriedSetting) -> list[str]:
     lower = [name for name, is_lower in _decreases(carried).items() if is_lower]
     if lower:
         sentences.append(f"Runs with {' and '.join(lower)} than the tuned one were not compared.")
-    schedule = "a constant rate"
+    low, high = MEASURED_STEPS[MEASURED_SCHEDULE]
+    runs = f"{low:g} to {high:g} steps at a constant rate"
     if carried.run.has_unmeasured_schedule:
-        schedule += ", not with this schedule"
-    elif not is_constant_rate(carried.run.schedule, carried.run.to_schedule):
-        schedule += ", with another schedule in runs of one seed"
+        runs += ", not with this schedule"
+    else:
+        # Schedules other than a constant rate were measured with one seed.
+        for schedule in dict.fromkeys((carried.run.schedule, carried.run.to_schedule)):
+            if schedule not in (None, MEASURED_SCHEDULE):
+                low, high = MEASURED_STEPS[schedule]
+                runs += f", and {low:g} to {high:g} with {schedule} decay (one seed)"
     # The measured constant of the displacement law comes from more models than the rest.
     other_models = [model for model in CONSTANT_MODELS if model not in COST_MODELS]
     constant = (
         f" (K also from {' and '.join(other_models)})" if other_models and _uses_measured_constant(carried) else ""
     )
-    low_steps, high_steps = MEASURED_STEPS
-    sentences.append(
-        f"The measurements are from {' and '.join(COST_MODELS)}{constant}, with AdamW, {low_steps:g} to "
-        f"{high_steps:g} steps and {schedule}."
-    )
+    sentences.append(f"The measurements are from {' and '.join(COST_MODELS)}{constant}, with AdamW: {runs}.")
     return sentences
 
 

@@ -367,7 +367,7 @@ def test_a_schedule_that_was_not_measured_is_named(monkeypatch) -> None:
     assert "not with this schedule" in advice.sentence()
     published = transfer(old, 128, **to)
     assert published.rate_range.low > 1.5 * 2e-4, "the best peak rate is higher than the best constant one"
-    assert "with another schedule in runs of one seed" in published.sentence()
+    assert "with cosine decay (one seed)" in published.sentence()
     assert "schedule" not in transfer(old, 128, schedule="constant").sentence()
     assert "not with this schedule" in transfer(old, 128, schedule="linear").sentence()
     monkeypatch.setitem(measured.MEASURED_SCHEDULE_FACTORS, "cosine", (1.2, 2.0))

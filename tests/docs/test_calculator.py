@@ -204,7 +204,7 @@ def test_it_answers_as_the_library_does(grid) -> None:
         "fewer steps than the tuned one were not compared",
         "with the given K = 95.5",
         "from constant to linear was not measured",
-        "with another schedule in runs of one seed",
+        "with cosine decay (one seed)",
         "not with this schedule",
     ):
         assert words in text
