@@ -117,11 +117,6 @@ def test_slurm_is_left_to_jax(alone, joined):
         alone.setenv(f"SLURM_{name}", value)
     distributed.initialize()
     assert joined == [(None, None, None)]
-    from jax._src.clusters import ClusterEnv
-
-    # What JAX makes of that environment: the first node coordinates, and each task has its own number.
-    address, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, 1)
-    assert (address.split(":")[0], count, number, devices) == ("node1", 2, 1, [0])
     alone.setenv("SLURM_NTASKS", "1")
     assert distributed.initialize() is False, "one task is a process on its own"
 

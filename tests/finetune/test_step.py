@@ -17,6 +17,7 @@ from rora_theory.finetune import step as steps
 STEPS = 10
 TARGETS = ("q_proj", "down_proj")
 PLAIN = FinetuneConfig(rank=2, alpha=4, targets=TARGETS, batch_size=4, dropout=0.0, warmup=2, clip=0.05)
+FULL = FinetuneConfig(method="full", targets=TARGETS, batch_size=4, dropout=0.0, warmup=2, clip=0.05)
 
 
 def batch(rows=4, width=24, seed=0):
@@ -73,11 +74,20 @@ def test_lr_multiplier_scales_the_update_of_lora_A_alone(params):
 
 
 @pytest.mark.slow
-def test_steps_are_adamw_on_the_clipped_gradient(params):
-    config = changed(lr=0.01, weight_decay=0.1, betas=(0.8, 0.9))
+@pytest.mark.parametrize("plain", [PLAIN, FULL], ids=["lora", "full"])
+def test_steps_are_adamw_on_the_clipped_gradient(params, plain):
+    """Full fine-tuning is compared with the plain model, in which the trained weights are in place."""
+    config = dataclasses.replace(plain, lr=0.01, weight_decay=0.1, betas=(0.8, 0.9))
     start, data = adapter(params, config), [batch(seed=s) for s in range(4)]
     trained = run(params, config, data, start)
-    gradient = jax.jit(jax.value_and_grad(lambda p, b: direct_loss(params, adapters.replace(start, p), *b[:3])))
+
+    def loss_of(weights, item):
+        adapted = adapters.replace(start, weights)
+        if plain is FULL:
+            return direct_loss(adapters.merge(adapted, params), None, *item[:3])
+        return direct_loss(params, adapted, *item[:3])
+
+    gradient = jax.jit(jax.value_and_grad(loss_of))
     # AdamW as torch writes it, in float64 from the float32 gradients.
     weights = jax.tree.map(lambda a: np.asarray(a, np.float64), start.params)
     first = second = jax.tree.map(np.zeros_like, weights)
@@ -98,8 +108,12 @@ def test_steps_are_adamw_on_the_clipped_gradient(params):
         assert metrics.grad_norm == pytest.approx(norm, rel=1e-4)
         assert metrics.learning_rate == pytest.approx(rate, rel=1e-5)
         assert metrics.targets == np.sum(item.weights)
-        # Adam divides by the gradient's own size: a relative error of 1e-4 in it moves a weight by 1e-4 rates.
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after, weights)
+        # Adam divides by the gradient's own size: a relative error of 1e-4 in it moves a weight by 1e-4 rates, and one
+        # whose gradient is float32's rounding by up to a rate.
+        for ours, expected in zip(jax.tree.leaves(after), jax.tree.leaves(weights), strict=True):
+            errors = np.abs(ours - expected)
+            assert np.quantile(errors, 0.99 if plain is FULL else 1) < 1e-5
+            assert errors.max() < config.lr
     assert trained[0][1].grad_norm > config.clip, "clipping is put to the test"
 
 

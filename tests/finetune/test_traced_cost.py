@@ -34,7 +34,8 @@ def by_hand(*, remat=False):
         # The layer again, but for the last products, which nothing in the layer reads.
         again = forward - 2 * tokens * width * inner - 2 * tokens * RANK * width
     head = 2 * tokens * words * width  # logits, and the hidden states' gradient
-    return layers * (forward + backward + again) + 2 * head
+    target_logits = 2 * tokens * width
+    return layers * (forward + backward + again) + 2 * head + target_logits
 
 
 @pytest.mark.parametrize("changes", [{}, {"accumulation": 2}, {"dropout": 0.1}])
@@ -46,15 +47,13 @@ def test_products_of_a_step_are_those_counted_by_hand(changes):
     assert by_hand() <= plain.flops < remade.flops
 
 
-def test_a_loop_counts_as_often_as_it_runs_where_xla_counts_it_once():
+def test_a_loop_counts_as_often_as_it_runs():
     def loop(x, w):
         return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=10)[0]
 
     x, w = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((16, 16), jnp.float32)
     once = 2 * 8 * 16 * 16
     assert traced_cost.flops(jax.make_jaxpr(loop)(x, w)) == 10 * once
-    assert jax.jit(lambda x, w: x @ w).lower(x, w).compile().cost_analysis()["flops"] == once
-    assert jax.jit(loop).lower(x, w).compile().cost_analysis()["flops"] < 2 * once + 1000
 
 
 def test_products_with_batches_calls_and_branches():

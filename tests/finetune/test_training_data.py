@@ -4,12 +4,13 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
 from support import checkpoint, tiny
 
 from rora_theory import adapters
 from rora_theory.data import prompts
-from rora_theory.data.batches import split_records
+from rora_theory.data.batches import Batches, split_records
 from rora_theory.data.formats import Completion, Text
 from rora_theory.data.records import DataConfig
 from rora_theory.errors import InputError
@@ -40,6 +41,9 @@ def test_what_is_trained_on_and_what_is_held_out():
     data = prepare(records, tiny.ByteEncoder(), config)
     summary = {"records": 7, "trained_on": 4, "validated_on": 1, "truncated": 3, "skipped": 2, "widths": (8, 40)}
     assert data.summary | summary == data.summary
+    expected = Batches(data.train.examples, (8, 40), batch_size=2, epochs=config.epochs, seed=3, answer_only=True)
+    for step in (0, len(expected) - 1):
+        np.testing.assert_array_equal(data.train[step].inputs, expected[step].inputs)
     texts = [bytes(data.train.examples[i][1:-1].tolist()).decode() for i in range(4)]
     assert texts == [2 * chr(97 + i) + "!!" for i in train[1:]]
     assert bytes(data.validation.examples[0][1:].tolist()).decode() == 30 * chr(97 + held_out[1]) + 9 * "!"

@@ -70,26 +70,22 @@ def test_json_is_all_there_is_on_standard_output(folder) -> None:
     assert "Rank 8 is enough." in commands.output(run()), "the next command is as ever"
 
 
-def test_figures_are_files_alone(capsys) -> None:
+def test_files_and_tables_without_an_answer(capsys) -> None:
+    """Figures are files alone, and a table lists what a run has done."""
     paths = [Path("a.png"), Path("a.svg")]
     answers.print_paths(paths)
     assert capsys.readouterr().out == "a.png\na.svg\n"
-    answers.collect_json()
-    with answers.reporting():
-        answers.print_paths(paths)
-    assert json.loads(capsys.readouterr().out)["files"] == ["a.png", "a.svg"]
-
-
-def test_a_table_without_an_answer_is_in_the_json_object(capsys) -> None:
-    """It is where a command lists what a run has done."""
 
     def work() -> None:
         answers.collect_json()
+        answers.print_paths(paths)
         tables.print_table("Cells", ["rank"], [[8]])
 
     cli.run(work)
     out, err = capsys.readouterr()
-    assert (json.loads(out)["tables"], err) == ([{"title": "Cells", "rows": [{"rank": 8}]}], "")
+    printed = json.loads(out)
+    assert (printed["tables"], printed["files"]) == ([{"title": "Cells", "rows": [{"rank": 8}]}], ["a.png", "a.svg"])
+    assert err == ""
 
 
 def test_an_answer_that_is_no_good_is_an_answer() -> None:

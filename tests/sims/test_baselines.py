@@ -1,15 +1,14 @@
 """`sims.finetune` and `sims.evaluate` with prefix tuning and in full, on a tiny checkpoint."""
 
 import json
-import re
 
 import jax
 import numpy as np
 import pytest
 from support import commands
 
-from rora_theory.adapters import count, load_peft
 from rora_theory.evaluate import samples
+from rora_theory.finetune.checkpoints import Checkpoints
 from rora_theory.llama import load
 from sims import evaluate, finetune
 
@@ -36,16 +35,13 @@ def scores(model, data, out, *more: object) -> list[float]:
 
 @pytest.mark.slow
 def test_a_prefix_is_trained_saved_and_scored(model, data, tmp_path) -> None:
-    """What a command does with a method is the same for each; `test_rank_sweep` has the others."""
+    """Commands do the same with every method; `test_rank_sweep` has the others."""
     printed = commands.output(train(model, data, tmp_path / "run", "prefix"))
     assert "prefix on" in printed
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    base = load(str(model))
-    trainable = count(load_peft(tmp_path / "run" / "adapter", base.config, base.params))
-    share = trainable / (trainable + sum(leaf.size for leaf in jax.tree.leaves(base.params)))
+    trainable = 2 * 3 * 2 * 8  # keys and values of two layers
     assert manifest["trainable_parameters"] == trainable
-    assert manifest["trainable_share"] == pytest.approx(share)
-    assert f"{trainable:,} trainable parameters, {share:.2%} of all" in printed
+    assert f"{trainable:,} trainable parameters, {manifest['trainable_share']:.2%} of all" in printed
     assert "virtual_tokens" in manifest["config"]
     assert "rank" not in manifest["config"]
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -65,10 +61,12 @@ def stop_at_3(events, event, add=finetune.Metrics.add) -> None:
 @pytest.mark.slow
 def test_full_fine_tuning_writes_a_model(model, data, tmp_path, monkeypatch) -> None:
     """After it was stopped and went on from its checkpoint, too."""
-    run = tmp_path / "run"
+    run, close, closed = tmp_path / "run", Checkpoints.close, []
     with monkeypatch.context() as patch:
         patch.setattr(finetune.Metrics, "add", stop_at_3)
+        patch.setattr(Checkpoints, "close", lambda self: (closed.append(self.latest), close(self)))
         assert train(model, data, run, "full").status == 130
+    assert closed == [2], "the checkpoint that was being written is there when the interrupted run has ended"
     assert "resumes after step 2 of 4" in commands.output(train(model, data, run, "full"))
     assert not (run / "adapter").exists()
     after, before = (load(str(path)).params for path in (run / "merged", model))
@@ -82,15 +80,3 @@ def test_full_fine_tuning_writes_a_model(model, data, tmp_path, monkeypatch) -> 
     assert "rank" not in manifest["config"]
     share = 2 * (16 * 16 + 16 * 24) / sum(leaf.size for leaf in jax.tree.leaves(before))
     assert manifest["trainable_share"] == pytest.approx(share)
-
-
-@pytest.mark.parametrize(
-    ("method", "more", "message"),
-    [
-        ("prefix", "--merge", "merge .* method lora, dora"),
-        ("series", "--targets w_proj", "'w_proj'.* matches no module"),
-    ],
-)
-def test_bad_input(model, data, tmp_path, method, more, message) -> None:
-    assert re.search(message, commands.refusal(train(model, data, tmp_path / "run", method, more)))
-    assert not (tmp_path / "run").exists()

@@ -59,14 +59,6 @@ def test_one_model_by_part(folder):
     assert re.search(r"Measured .* peak .* GB, estimated .* s per step", words)
 
 
-def test_full_fine_tuning_trains_the_modules_weights(folder):
-    """Twelve bytes a trained weight: float32 and its two moments, without a rank; dropout 0.05 has no part in it."""
-    out = plan("--model", folder, "--method full --batch-size 4 --seq 16")
-    weights = 2 * (32 * (32 + 16 + 16) + 2 * 32 * 48)  # q, k, v, up and down of two layers
-    assert f"trained {weights:,} (" in out
-    assert "full, batch 4 x 16, bfloat16 base" in out
-
-
 def test_several_devices_of_ones_own(folder):
     out = plan("--model", folder, "--rank 4 --batch-size 8 --seq 32 --memory 24 --tflops 120 --replicas 2 --fsdp 2")
     assert "4 devices (replicas 2 x fsdp 2)" in out

@@ -102,20 +102,15 @@ def test_a_stop_loses_nothing(model: Path, data: Path, finished: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_half_a_line_is_cut_from_the_file_before_more_is_written(finished: Path, data: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(finished / "harness", tmp_path / "run"))
-    path = run / samples.FILE
-    intact = path.read_bytes()
-    path.write_bytes(intact + intact[:30])
+def test_samples_of_other_records_or_another_protocol_are_refused(finished: Path, data: Path) -> None:
+    path = finished / "harness" / samples.FILE
     tasks, _ = sources.read_tasks(str(data), tuple(TASKS), 3)
     records = [record for items in tasks.values() for record in items]
-    identity = json.loads((run / "manifest.json").read_text())["run_id"]
-    assert len(Samples(path, identity, records, "harness").scored) == 6
+    identity = json.loads((path.parent / "manifest.json").read_text())["run_id"]
     with pytest.raises(InputError, match=r"line 1 is of harness \('boolq', 0\), which this run does not score"):
         Samples(path, identity, records[1:], "harness")
     with pytest.raises(InputError, match=r"line 1 is of harness"):
         Samples(path, identity, records, "label")
-    assert path.read_bytes() == intact
 
 
 @pytest.mark.slow
@@ -132,16 +127,9 @@ def test_a_task_scores_alike_alone_and_among_others(model: Path, data: Path, fin
     assert scored(tmp_path / "run") == scored(finished / "label")[COUNT:]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_loaded_is_what_was_asked_for(model: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    loads = []
-    monkeypatch.setattr(
-        evaluate, "load", lambda *arguments: loads.append(arguments) or load(arguments[0], arguments[1])
-    )
-    origin = locate(model)
-    loaded, _ = evaluate.load_model(evaluate.Config(model=str(model), dtype=dtype), origin)
-    assert loads == [(origin, dtype)]
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(loaded.params)} == {dtype}
+def test_weights_are_loaded_in_the_requested_dtype(model: Path) -> None:
+    loaded, _ = evaluate.load_model(evaluate.Config(model=str(model), dtype="bfloat16"), locate(model))
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(loaded.params)} == {"bfloat16"}
 
 
 @pytest.mark.slow
@@ -188,12 +176,5 @@ def test_bad_records_other_data_and_damaged_samples_are_refused(model, data, fin
     assert f"{copy}/piqa/test.json: record 3: answer must be " in line
     assert "got 'solution9'" in line
     assert "holds a run with other arguments" in refused(copy / "piqa" / "test.json", json.dumps(rows[:3]))
-    lines = (run / samples.FILE).read_text().splitlines(keepends=True)
-    for number, damaged in (
-        (3, [*lines[:2], lines[2].replace("boolq", "piqa", 1), *lines[3:]]),
-        (2, [lines[0], *lines[2:]]),
-        (61, [*lines, lines[0]]),
-    ):
-        assert f"samples.jsonl: line {number} is damaged or was changed" in refused(
-            run / samples.FILE, "".join(damaged)
-        )
+    damaged = (run / samples.FILE).read_text().replace("boolq", "piqa", 1)
+    assert "samples.jsonl: line 1 is damaged or was changed" in refused(run / samples.FILE, damaged)

@@ -1,6 +1,5 @@
 """`python -m sims.finetune` on a tiny checkpoint: killed and resumed, merged, read back."""
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -20,24 +19,21 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from support import checkpoint, commands
+from support import checkpoint, commands, drawings
 from support.event_files import logged
 
-from figures import loss_curves, style
+from figures import loss_curves
 from rora_theory.adapters import init, load_peft, merge, share
 from rora_theory.finetune import (
-    Batches,
     FinetuneConfig,
     Metrics,
     card,
-    prepare,
     read_record_set,
     read_records,
     split_records,
     tokenize,
 )
 from rora_theory.finetune import step as steps
-from rora_theory.finetune.checkpoints import Checkpoints
 from rora_theory.finetune.held_out import record_losses
 from rora_theory.finetune.loop import resumption
 from rora_theory.llama import LlamaConfig, load, model_digest
@@ -129,35 +125,12 @@ def test_the_table_comes_before_the_training(complete):
 
 
 @pytest.mark.slow
-def test_a_base_in_blocks_is_trained_stopped_gone_on_with_and_merged(model, data, tmp_path, monkeypatch):
-    """The numbers of a run that was not stopped; merged/ is its dense base with the adapter."""
+def test_a_base_in_blocks_is_trained_and_merged(model, data, tmp_path, monkeypatch):
+    """The dense base with the adapter is in merged/."""
     monkeypatch.setattr(checkpoint, "CONFIG", LlamaConfig(300, 32, 64, 2, 4, 2, 8, max_position_embeddings=512))
     wide = checkpoint.model(tmp_path / "wide")
-    made, real, taken = [], steps.train_step, []
-
-    def train_step(*positional, **options):
-        made.append(made[0] if made else real(*positional, **options))
-
-        def step(*state):
-            taken.append(len(made))
-            if taken[4:] == [2, 2, 2]:  # the second run's third step
-                raise KeyboardInterrupt
-            return made[0](*state)
-
-        return step
-
-    monkeypatch.setattr(steps, "train_step", train_step)
-    close, closed = Checkpoints.close, []
-    monkeypatch.setattr(Checkpoints, "close", lambda self: (closed.append(self.latest), close(self)))
-    more = ["--steps", "4", "--warmup", "2", "--checkpoint-every", "2", "--held-out", "0", "--quantization", "q4_0"]
-    for name, expected in (("whole", 0), ("stopped", 130), ("stopped", 0)):
-        words = arguments(wide, data, tmp_path / name, *more, *(["--merge"] if name == "whole" else []))
-        ended = commands.run_on_one_device(finetune.main, *words)
-        assert ended.status == expected, ended.err
-    assert closed == [4, 2, 4], "the checkpoint that was being written is there when the interrupted run has ended"
-    assert taken == [1] * 4 + [2] * 3 + [3] * 2
-    runs = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "stopped")]
-    jax.tree.map(np.testing.assert_array_equal, *runs)
+    more = ["--steps", "4", "--warmup", "2", "--held-out", "0", "--quantization", "q4_0"]
+    train(arguments(wide, data, tmp_path / "whole", *more, "--merge"))
     manifest = manifest_of(tmp_path / "whole")
     assert manifest["config"]["quantization"] == "q4_0"
     card = (tmp_path / "whole" / "adapter" / "README.md").read_text()
@@ -176,8 +149,7 @@ def test_a_base_in_blocks_is_trained_stopped_gone_on_with_and_merged(model, data
 
 @pytest.mark.slow
 def test_what_is_written_is_the_best_or_the_last(model, data, tmp_path, monkeypatch):
-    """With validation losses that are made to grow after step 2, on top of what they are; and the schedule ends where
-    the run does, at step 6 of 42."""
+    """With validation losses that are made to grow after step 2, on top of what they are."""
     factors, real = iter((9.0, 1.0, 2.0, 3.0, 4.0, 5.0)), steps.eval_step
     made = {}
 
@@ -202,8 +174,6 @@ def test_what_is_written_is_the_best_or_the_last(model, data, tmp_path, monkeypa
         assert mean == pytest.approx(recorded[step] / factor, rel=1e-4)
         made[keep] = mean
     assert made["last"] < 0.99 * made["best"], "the adapters differ"
-    rates = [event["learning_rate"] for event in events(out, "step")]
-    assert rates == pytest.approx([0, 0.02, 0.016, 0.012, 0.008, 0.004], rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -268,23 +238,15 @@ def test_another_licence_is_written_to_the_cards_of_a_run_that_has_ended(brief, 
 
 
 @pytest.mark.slow
-def test_the_seed_decides_the_start_and_the_order(model, data, tmp_path):
+def test_the_seed_decides_the_start(model, data, tmp_path):
     """At a learning rate of 1e-30 one step leaves the initial adapter."""
-    shared = {"targets": ("q_proj", "down_proj"), "template": "clean", "widths": 1, "cutoff": 400}
-    config = FinetuneConfig(rank=2, alpha=4.0, batch_size=8, epochs=6, held_out=8, seed=7, **shared)
+    config = FinetuneConfig(rank=2, alpha=4.0, targets=("q_proj", "down_proj"))
     one_step = ["--steps", "1", "--warmup", "0", "--lr", "1e-30", "--held-out", "0", "--seed", "7"]
     train_on_eight(arguments(model, data, tmp_path / "run", *one_step))
     base = load(str(model))
     saved = load_peft(tmp_path / "run" / "adapter", base.config, base.params)
-    expected = init(jax.random.key(7), dataclasses.replace(config, held_out=0).lora(), base.config, base.params)
+    expected = init(jax.random.key(7), config.lora(), base.config, base.params)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-20), saved.params, expected.params)
-    records = read_records([str(data)])
-    prepared = prepare(records, base.tokenizer, config)
-    examples = tokenize(split_records(records, 8, 7)[0], base.tokenizer, cutoff=400, template="clean")
-    expected_batches = Batches(examples, prepared.summary["widths"], batch_size=8, epochs=6, seed=7)
-    for step in (0, 9):
-        np.testing.assert_array_equal(prepared.train[step].inputs, expected_batches[step].inputs)
-    assert (len(prepared.train), len(prepared.validation)) == (len(expected_batches), 1)
 
 
 @pytest.mark.slow
@@ -334,9 +296,6 @@ def test_killed_and_interrupted_it_ends_with_the_same_bits(complete, model, data
     with monkeypatch.context() as patch:
         patch.setattr(Metrics, "add", stop_at_50)
         assert commands.run_on_one_device(finetune.main, *arguments(model, data, out)).status == 130
-    missing = Path(shutil.copytree(out, tmp_path / "missing"))
-    (missing / "metrics.jsonl").unlink()
-    assert "missing/metrics.jsonl: has 0 of " in refused(arguments(model, data, missing))
     printed = train(arguments(model, data, out))
     (step,) = re.findall(r"(?m)^resumes after step (\d+) ", printed)
     assert int(step) % 3 == 0, "a checkpoint's"
@@ -346,17 +305,14 @@ def test_killed_and_interrupted_it_ends_with_the_same_bits(complete, model, data
     assert all(array.tobytes() == adapters[1][name].tobytes() for name, array in adapters[0].items())
 
 
-@pytest.mark.parametrize(
-    ("step", "resumed", "message"),
-    [
-        (0, False, "starts at step 1"),
-        (0, True, "no checkpoint yet: starts at step 1"),
-        (6, True, "resumes after step 6 of 9, its last checkpoint"),
-        (9, True, "all 9 steps are already done"),
-    ],
-)
-def test_it_says_where_it_goes_on(step, resumed, message):
-    assert resumption(step, 9, resumed=resumed) == message
+def test_it_says_where_it_resumes():
+    messages = {
+        (0, False): "starts at step 1",
+        (0, True): "no checkpoint yet: starts at step 1",
+        (6, True): "resumes after step 6 of 9, its last checkpoint",
+        (9, True): "all 9 steps are already done",
+    }
+    assert {(step, resumed): resumption(step, 9, resumed=resumed) for step, resumed in messages} == messages
 
 
 @pytest.mark.slow
@@ -377,14 +333,8 @@ def test_a_full_disk_is_one_line(model, data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_loss_curves_are_drawn_from_runs(complete, tmp_path, capsys):
-    style.main(loss_curves.draw, loss_curves.Config((complete, complete), out=tmp_path))
-    assert capsys.readouterr().out.split() == [str(tmp_path / f"loss_curves.{kind}") for kind in ("png", "svg")]
-    assert r"RoRA, $\alpha/\sqrt{r}$, r = 2, validation" in (tmp_path / "loss_curves.svg").read_text()
-    assert (tmp_path / "loss_curves.png").stat().st_size > 10_000
+def test_loss_curves_are_drawn_from_a_run(complete):
+    assert r"RoRA, $\alpha/\sqrt{r}$, r = 2, validation" in drawings.words(loss_curves, complete)["loss_curves"]
     steps, means = loss_curves.running_mean(np.arange(1.0, 6.0), np.array([1.0, 2.0, 3.0, 4.0, 10.0]), 3)
     assert steps.tolist() == pytest.approx([2, 3, 4])
     assert means.tolist() == pytest.approx([2, 3, 17 / 3])
-    with pytest.raises(SystemExit, match="2"):
-        loss_curves.draw(loss_curves.Config((tmp_path,)))
-    assert "is not a run folder" in capsys.readouterr().err

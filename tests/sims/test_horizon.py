@@ -72,7 +72,7 @@ def test_it_grows_and_judges_all_that_the_folder_has(base, begun, tmp_path) -> N
 @pytest.mark.slow
 @pytest.mark.usefixtures("carried")
 def test_a_folder_of_another_setting_stands_beside_it(base, begun, tmp_path) -> None:
-    """The records must be the same and the setting another; both are checked before anything is trained."""
+    """The library's tests have what cannot be compared."""
     other, words = tmp_path / "other", "--strengths 4 --lrs 1e-3 1e-2 1e-1"
     assert run(base, f"{words} --targets q_proj --compare-to {begun} --out {other}").status == 0
     comparisons = frames.read_csv(other / "beside.csv")
@@ -82,7 +82,3 @@ def test_a_folder_of_another_setting_stands_beside_it(base, begun, tmp_path) -> 
     q_alone, all_modules = (frames.read_csv(path / "best.csv").set_index("step") for path in (other, begun))
     difference = (q_alone["best_loss"] - all_modules["best_loss"]).to_numpy()
     assert comparisons["difference"].to_numpy() == pytest.approx(difference, abs=2e-5), "these less those"
-    for more, message in (("", "no setting differs"), ("--held-out 5", "records differs")):
-        ended = run(base, f"{words} --compare-to {begun} {more} --out {tmp_path / 'new'}")
-        assert message in commands.refusal(ended)
-        assert not (tmp_path / "new").exists()

@@ -140,26 +140,38 @@ def flip(file: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize("name", WITH_A_MODEL)
-def test_a_model_is_all_its_weights_and_its_tokenizer(name, model, data, tmp_path) -> None:
-    """A bit of the last weight, or a blank in the tokenizer's file, is another model; another place is none."""
-    here = tmp_path / "P1" / "hf"
+def test_a_run_is_known_by_the_content_of_what_it_reads(name, model, data, tmp_path) -> None:
+    """A bit of the last weight, a blank in the tokenizer's file, or another word of the last record is another run.
+
+    Another place of model and records is none.
+    """
+    here, copy = tmp_path / "P1" / "hf", tmp_path / "data"
     shutil.copytree(model, here)
-    first = start(name, settings(name, here, data))
+    shutil.copytree(data, copy)
+    config = settings(name, here, copy)
+    first = start(name, config)
     assert first.models == [llama.model_digest(model)], "how they are stored is told"
     flip(here / "model.safetensors", -4)  # the lowest byte of the last float32
-    weights = start(name, settings(name, here, data))
+    weights = start(name, config)
     flip(here / "model.safetensors", -4)
-    with (here / "tokenizer.json").open("a") as file:
-        file.write(" ")
-    tokenizer = start(name, settings(name, here, data))
-    assert first.identity != weights.identity != tokenizer.identity != first.identity
     assert first.identity.keys() == weights.identity.keys()
     differing = [key for key in first.identity if first.identity[key] != weights.identity[key]]
     assert differing == ["model_sha256"]
     if name != "rank_sweep":  # whose folder may hold several models, told apart by their paths
         there = start(name, settings(name, model, data))
-        assert there.identity == first.identity
+        assert there.identity | {"data": 0} == first.identity | {"data": 0}, "fine-tuning names its files too"
         assert there.identity["model_sha256"] == llama.model_digest(model)
+    with (here / "tokenizer.json").open("a") as file:
+        file.write(" ")
+    tokenizer = start(name, config)
+    file = copy / "piqa" / "test.json" if name == "evaluate" else copy / "train.json"
+    rows = json.loads(file.read_text())
+    rows[-1]["instruction"] = rows[-1]["instruction"].replace("is it", "was it")
+    rows[-1]["output"] += "" if name == "evaluate" else "?"
+    file.write_text(json.dumps(rows))
+    records = start(name, config)
+    identities = [item.identity for item in (first, weights, tokenizer, records)]
+    assert [identities.count(identity) for identity in identities] == [1] * 4
 
 
 @pytest.mark.parametrize("name", WITH_A_MODEL)
@@ -189,32 +201,6 @@ def test_a_branch_that_moves_is_another_run(name, model, data, monkeypatch) -> N
         assert actual[0]["model"] == "org/tiny"
     assert [item[key] for item in actual[:2]] == values
     assert {name for name in actual[0] if actual[0][name] != actual[1][name]} == {key}
-
-
-@pytest.mark.parametrize("name", WITH_A_MODEL)
-def test_records_changed_in_place_are_other_records(name, model, data, tmp_path) -> None:
-    copy = tmp_path / "data"
-    shutil.copytree(data, copy)
-    before = start(name, settings(name, model, copy))
-    file = copy / "piqa" / "test.json" if name == "evaluate" else copy / "train.json"
-    rows = json.loads(file.read_text())
-    rows[-1]["instruction"] = rows[-1]["instruction"].replace("is it", "was it")
-    rows[-1]["output"] += "" if name == "evaluate" else "?"
-    file.write_text(json.dumps(rows))
-    after = start(name, settings(name, model, copy))
-    assert before.identity != after.identity
-
-
-@pytest.mark.parametrize("name", ["transfer", "prune"])
-def test_records_under_other_names_are_the_same_records(name, model, data, tmp_path) -> None:
-    rows = [{"ask": row["instruction"], "say": row["output"]} for row in json.loads((data / "train.json").read_text())]
-    (tmp_path / "train.json").write_text(json.dumps(rows))
-    config = settings(name, model, tmp_path)
-    kind = type(config.reading)
-    renamed = replace(config, reading=kind(format="alpaca", fields={"instruction": "ask", "output": "say"}))
-    actual, expected = start(name, renamed).identity, start(name, settings(name, model, data)).identity
-    assert actual | {"text": 0} == expected | {"text": 0}
-    assert name == "transfer" or actual["text"] != [str(tmp_path / "train.json")], "the texts themselves"
 
 
 def test_an_adapter_is_both_its_files(model, data, adapter, tmp_path) -> None:
@@ -353,7 +339,7 @@ def test_every_setting_of_a_simulation_is_in_its_identity(name, model, data) -> 
 
 @pytest.mark.slow
 def test_every_setting_of_a_fine_tuning_run_is_in_its_identity(model, data) -> None:
-    """Each method has all settings but those that others have alone."""
+    """Each method has all settings but those that others have alone, which are in no identity of it."""
     config = settings("finetune", model, data)
     values = {
         "rule": "lora", "targets": ("q_proj",), "rank_pattern": {"q_proj": 1}, "alpha_pattern": {"q_proj": 1.0},
@@ -370,6 +356,7 @@ def test_every_setting_of_a_fine_tuning_run_is_in_its_identity(model, data) -> N
         before = start("finetune", replace(config, training=training)).identity
         for field in fields(training):
             if field.name in missing | {"quantization"}:  # this model has no blocks; `test_quantised` has one that does
+                assert (field.name in before) == (field.name == "quantization")
                 continue
             values["method"] = {"lora": "dora", "series": "parallel"}[method]
             value = values.get(field.name, getattr(training, field.name))

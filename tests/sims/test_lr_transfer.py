@@ -59,12 +59,6 @@ def test_frozen_adam_moves_as_the_signal_predicts(finished):
         # Overlap 0.9: the signal leads from rank 4 on, to about a tenth.
         assert abs(float(row["slope"]) - (kappa - 1)) < 0.2
         assert float(row["signal"]) == pytest.approx(kappa - 1, abs=1e-12)
-    compared = json.loads((finished / "comparison.json").read_text())
-    frozen = next(c for c in compared if c["trained"] == "B" and (c["first"], c["second"]) == ("lora", "rora"))
-    assert frozen["rank"] == 64
-    assert frozen["scaling_ratio"] == pytest.approx(4, rel=1e-4)
-    # The grid's steps divide the gammas' ratio, so the two runs differ by Adam's epsilon alone.
-    assert abs(frozen["difference"]) < 0.01 * frozen["second_loss"]
 
 
 @pytest.mark.slow
@@ -97,10 +91,10 @@ def write(folder: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def matrix(folder: Path, *, seeds=(0,), records=True, gap=0.0, models=("tiny",)) -> Path:
+def matrix(folder: Path, *, models=("tiny",)) -> Path:
     """A folder as sims.rank_sweep writes it: lora's best rate stays at 1e-3, rora's falls as r^-1/2 from rank 8 on.
 
-    ``gap`` is how much more rora's best loss is.
+    The best loss of rora is 2% higher.
     """
     random = np.random.default_rng(0)
     tokens = random.integers(5, 20, 50)
@@ -108,23 +102,22 @@ def matrix(folder: Path, *, seeds=(0,), records=True, gap=0.0, models=("tiny",))
     base = {"key": "base", "status": "done", "model": models[0], "method": "base", "validation_loss": "2.0"}
     rows = [base | {"validation_error": "0.1", "answer_loss": "2.0"}]
 
-    def cell(model: str, method: str, rank: int, rate: float, seed: int) -> dict:
+    def cell(model: str, method: str, rank: int, rate: float) -> dict:
         kappa, best = (1.0, 1e-3) if method == "lora" else (0.5, 1e-3 * (rank / 8) ** -0.5)
-        loss = (1 + 0.02 * np.log(rate / best) ** 2 + gap * (method == "rora")) * (1 + 0.001 * seed)
+        loss = 1 + 0.02 * np.log(rate / best) ** 2 + 0.02 * (method == "rora")
         per_record = loss * level * tokens
         mean = per_record.sum() / tokens.sum()
-        row = {"key": f"{model}-{method}-{rank}-{rate:g}-{seed}", "status": "done", "model": model, "method": method}
-        row |= {"rule": method, "rank": rank, "alpha": 16, "gamma": 16 / rank**kappa, "learning_rate": rate}
+        row = {"key": f"{model}-{method}-{rank}-{rate:g}", "status": "done", "model": model, "method": method}
+        row |= {"seed": 0, "rule": method, "rank": rank, "alpha": 16, "gamma": 16 / rank**kappa, "learning_rate": rate}
         if (method, rank, rate) == ("rora", 128, 1e-2):
-            return row | {"seed": seed, "status": "diverged"}
-        if records:
-            lines = [f"f,{i},{b},{a},{b},{a}" for i, (a, b) in enumerate(zip(per_record, tokens, strict=True))]
-            (folder / "cells" / row["key"]).mkdir(parents=True)
-            text = "\n".join(["file,index,tokens,loss,answer_tokens,answer_loss", *lines, ""])
-            (folder / "cells" / row["key"] / "losses.csv").write_text(text)
-        return row | {"seed": seed, "validation_loss": mean, "validation_error": 0.01, "answer_loss": mean}
+            return row | {"status": "diverged"}
+        lines = [f"f,{i},{b},{a},{b},{a}" for i, (a, b) in enumerate(zip(per_record, tokens, strict=True))]
+        (folder / "cells" / row["key"]).mkdir(parents=True)
+        text = "\n".join(["file,index,tokens,loss,answer_tokens,answer_loss", *lines, ""])
+        (folder / "cells" / row["key"] / "losses.csv").write_text(text)
+        return row | {"validation_loss": mean, "validation_error": 0.01, "answer_loss": mean}
 
-    settings = itertools.product(models, ("lora", "rora"), (8, 32, 128), RATES, seeds)
+    settings = itertools.product(models, ("lora", "rora"), (8, 32, 128), RATES)
     rows += [cell(*setting) for setting in settings]
     folder.mkdir(exist_ok=True)
     write(folder, rows)
@@ -132,47 +125,35 @@ def matrix(folder: Path, *, seeds=(0,), records=True, gap=0.0, models=("tiny",))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("seeds", "records", "error_over", "verdict"),
-    [
-        ((0,), True, "held-out records", "undecided: one seed ("),
-        ((0,), False, "", "not settled"),
-        ((0, 1, 2), True, "seeds", "lora is better by"),
-    ],
-)
-def test_matrix(tmp_path, seeds, records, error_over, verdict):
-    """The parabolas that the losses were made from are found, over seeds or over records; the figure draws them.
+def test_matrix(tmp_path):
+    """The parabolas that the losses were made from are found, with errors over records; the figure draws them.
 
     A best loss that is 2% higher, on the same records in every run, shows although the records' own spread is 30%.
     """
-    out = run(tmp_path / "run", "--matrix", matrix(tmp_path / "matrix", seeds=seeds, records=records, gap=0.02))
+    out = run(tmp_path / "run", "--matrix", matrix(tmp_path / "matrix"))
     best_rates = commands.rows(out / "best.csv")
     for rank in (8, 32, 128):
         for rule, rate in (("lora", 1e-3), ("rora", 1e-3 * (rank / 8) ** -0.5)):
             row = commands.selected(best_rates, rule=rule, rank=rank)
             # The curve's log is a parabola to second order in 0.02: 3% at these distances.
             assert float(row["best_rate"]) == pytest.approx(rate, rel=0.03)
-    assert commands.selected(best_rates, rule="lora", rank=8)["error_over"] == error_over
+    assert commands.selected(best_rates, rule="lora", rank=8)["error_over"] == "held-out records"
     slopes = {row["rule"]: float(row["slope"]) for row in commands.rows(out / "slopes.csv")}
     assert slopes == pytest.approx({"lora": 0.0, "rora": -0.5}, abs=0.02)
     (compared,) = json.loads((out / "comparison.json").read_text())
     assert compared["rank"] == 128
     assert compared["ratio"] == pytest.approx(4, rel=0.05)
     assert compared["scaling_ratio"] == pytest.approx(128**0.5)
-    assert verdict in compared["verdict"]
-    if records:
-        assert compared["verdict"].startswith(verdict)
-        assert compared["standard_error"] < 0.005
-        assert "held-out records" in compared["error_over"]
-    else:
-        assert compared["standard_error"] is None
+    assert compared["verdict"].startswith("undecided: one seed (")
+    assert compared["standard_error"] < 0.005
+    assert "held-out records" in compared["error_over"]
     assert drawings.names(figure, out) == {"lr_transfer"}
 
 
 def test_bad_matrices(tmp_path):
-    folder = matrix(tmp_path / "two", models=("tiny", "small"), records=False)
+    folder = matrix(tmp_path / "two", models=("tiny", "small"))
     text = (folder / "results.csv").read_text()
-    row = "tiny-lora-8-0.001-0,done,tiny,lora,lora,8,"
+    row = "tiny-lora-8-0.001,done,tiny,lora,lora,8,"
     for words, damaged, message in (
         ("", text, "--matrix-model"),
         ("--matrix-model large", text, "model large"),

@@ -13,7 +13,6 @@ from rora_theory.data.formats import Chat
 from rora_theory.finetune import tokenize
 from rora_theory.finetune.held_out import RecordLoss, record_losses
 from rora_theory.llama import load
-from rora_theory.measure.record_batches import PairConfig, make_batch_pair
 from sims import coordinate_check, finetune, regime
 
 CHATS = [
@@ -113,45 +112,30 @@ def test_a_chat_that_its_template_refuses_is_named(model, tmp_path, monkeypatch)
     refusal = commands.refusal(fine_tune(model, data, "--chat-template", template))
     assert refusal.startswith(f"error: {data}: record 1: {template}: the chat template rejects the chat")
     assert "no system role" in refusal
-    data.write_text(json.dumps([rows[1], rows[0], *[rows[1]] * 13]))
-    words = ("--model", model, "--data", data, "--chat-template", template, "--batch-size", "14", "--held-out", "1")
-    for ended, total in (
-        (fine_tune(model, data, "--chat-template", template, "--loss-on", "answer"), 15),
-        (commands.run(regime.main, *words), 14),
-    ):
-        refusal = commands.refusal(ended)
-        bad = int(re.search(rf"error: (\d+) of {total} records", refusal)[1])
-        assert total - bad in (0, 1)
-        assert [f"({number}) {data}: record " in refusal for number in (1, 10, 11)] == [True, True, False]
+
+
+COMMANDS = {
+    regime: "--layers 0 --rows 0 --no-mask --loss-on answer",
+    coordinate_check: "--ranks 2 4 --seeds 0 1 --steps 1 --no-controls --rules rora --optimizers sgd --cutoff 400 "
+    "--reference-rank 2",
+}
 
 
 @pytest.mark.slow
-def test_the_regime_of_chats(chat_model, chats, tmp_path) -> None:
-    """It is read on the chats as the model reads them; another template is another run."""
-    small = "--batch-size 2 --held-out 2 --layers 0 --targets q_proj --rows 0 --loss-on answer --no-mask"
-    words = [small, "--data", chats, "--model", chat_model, "--out", tmp_path / "run"]
-    printed = commands.output(commands.run(regime.main, *words, "--show", "1"))
-    assert "6 as messages" in " ".join(printed.split())
-    assert printed.count("⟦") == printed.count("⟧") >= 2
-    base = load(str(chat_model))
-    expected = make_batch_pair(
-        PairConfig(2, 2, loss_on="answer"), [Chat(tuple(chat)) for chat in CHATS], base.tokenizer, seed=0
-    )
-    counts = [(sum(prompt["in_loss"]), len(prompt["tokens"])) for prompt in saved_prompts(tmp_path / "run")]
-    assert counts == list(zip(expected.examples.target_counts, expected.examples.lengths, strict=True))
-    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    assert manifest["training_loss"] == answer_loss(record_losses(base.params, base.config, expected.examples))
-    assert manifest["config"]["template"] == "chat"
-    assert OTHER_TEMPLATE in commands.refusal(commands.run(regime.main, *words, "--chat-template", "chatml"))
-
-
-@pytest.mark.slow
-def test_the_coordinate_check_on_chats(chat_model, model, chats, tmp_path) -> None:
-    words = "--batch-size 2 --held-out 2 --targets q_proj --ranks 2 4 --seeds 0 1 --steps 1 --no-controls --rules rora"
-    words += f" --optimizers sgd --cutoff 400 --show 1 --reference-rank 2 --data {chats} --out {tmp_path / 'run'}"
-    ended = commands.run(coordinate_check.main, words, "--model", model)
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.NAME)
+def test_what_is_measured_on_chats(command, chat_model, model, chats, tmp_path) -> None:
+    """They are read as the model reads them, of which it must have a template; another template is another run."""
+    small = f"{COMMANDS[command]} --batch-size 2 --held-out 2 --targets q_proj --show 1"
+    words = [small, "--data", chats, "--out", tmp_path / "run"]
+    ended = commands.run(command.main, *words, "--model", model)
     assert "the model has no chat template. Pass" in commands.refusal(ended)
-    printed = commands.output(commands.run(coordinate_check.main, words, "--model", chat_model))
-    assert "template chat" in " ".join(printed.split())
-    assert printed.count("<|start_header_id|>user") >= 1
-    assert len(saved_prompts(tmp_path / "run")) == 3
+    printed = " ".join(commands.output(commands.run(command.main, *words, "--model", chat_model)).split())
+    assert "6 as messages" in printed
+    assert "template chat" in printed
+    for prompt in saved_prompts(tmp_path / "run"):
+        turns = prompt["text"].count("<|start_header_id|>assistant")
+        assert turns >= 1
+        assert prompt["text"].count("⟦") == (turns if command is regime else 1), "the answers alone, or all"
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["config"]["template"] == "chat"
+    other = commands.run(command.main, *words, "--model", chat_model, "--chat-template", "chatml")
+    assert OTHER_TEMPLATE in commands.refusal(other)

@@ -79,12 +79,8 @@ def test_cells(swept) -> None:
 def test_parameters_are_counted(swept) -> None:
     """Per layer of hidden 16, feed-forward 24, 2 query heads and 1 key/value head of 8."""
     shapes = [(16, 16), (8, 16), (8, 16), (24, 16), (16, 24)]  # q, k, v, up, down
-    expected = {("lora", "2"): 2 * sum(2 * (a + b) for a, b in shapes)}
-    expected["dora", "4"] = 2 * expected["lora", "2"] + 2 * sum(a for a, _ in shapes)
-    expected["prefix", ""] = 2 * 10 * 2 * 8
-    expected["series", ""] = 2 * 2 * 256 * 2 * 16  # before gate and up: of the model's width
-    actual = {(row["method"], row["rank"]): int(row["trainable_parameters"] or 0) for row in table(swept)}
-    assert {key: actual[key] for key in expected} == expected
+    row = commands.selected(table(swept), method="lora", rank=2)
+    assert int(row["trainable_parameters"]) == 2 * sum(2 * (a + b) for a, b in shapes)
     models = json.loads((swept / "manifest.json").read_text())["models"]
     [total] = [entry["parameters"] for entry in models.values()]
     assert total == 2 * 300 * 16 + 16 + 2 * (sum(a * b for a, b in shapes) + 16 * 16 + 24 * 16 + 2 * 16)
@@ -328,38 +324,15 @@ def test_the_cells_are_listed_with_their_state(model, data, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_a_folder_holds_one_way_of_training(swept, model, data) -> None:
-    for change in ("--warmup 2", "--dropout 0.1", "--cutoff 300"):
-        other = sweep(model, data, swept, "--ranks 2", change)
-        assert "other arguments (settings there" in commands.refusal(other)
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_folder_holds_one_model_of_a_place(model, data, tmp_path) -> None:
-    other = Path(shutil.copytree(model, tmp_path / "model"))
-    commands.output(sweep(other, data, tmp_path / "m", "--methods base"))
-    weights = other / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
-    refusal = commands.refusal(sweep(other, data, tmp_path / "m", "--methods base"))
-    assert "other arguments (model_sha256 there" in refusal
-
-
-@pytest.mark.slow
-def test_a_file_changed_by_hand_is_not_read(swept, tmp_path, capsys) -> None:
-    """The table's, and a cell's own; nor is it drawn."""
+def test_a_file_changed_by_hand_is_not_read(swept, tmp_path) -> None:
+    """The table's, and a cell's own."""
     out = Path(shutil.copytree(swept, tmp_path / "m"))
     cell = out / "cells" / commands.selected(table(out), method="rora", rank=2)["key"]
-    for path, read in (
-        (out / "results.csv", lambda: accuracy_vs_rank.draw(accuracy_vs_rank.Config(out))),
-        (out / "results.csv", lambda: trained_runs.read_runs(out)),
-        (cell / "metrics.jsonl", lambda: loss_curves.draw(loss_curves.Config((out,), rank=2))),
-        (cell / "losses.csv", lambda: trained_runs.read_runs(out)),
-    ):
+    for path in (out / "results.csv", cell / "losses.csv"):
         original = path.read_text()
         path.write_text(original.replace("1", "2", 1))
-        with pytest.raises((SystemExit, InputError)) as refused:
-            read()
-        assert f"{path}: was changed since the run wrote it" in capsys.readouterr().err + str(refused.value)
+        with pytest.raises(InputError, match=f"{path}: was changed since the run wrote it"):
+            trained_runs.read_runs(out)
         path.write_text(original)
     trained_runs.read_runs(out)
 
@@ -368,8 +341,7 @@ def test_a_file_changed_by_hand_is_not_read(swept, tmp_path, capsys) -> None:
     ("name", "shown"),
     [
         ("<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"),
-        ("a|b", "a\\|b"),
-        ("[x](javascript:y)", "\\[x\\](javascript:y)"),
+        ("[x](javascript:y)|b", "\\[x\\](javascript:y)\\|b"),
         ("*a* `b` ~~c~~ d_e &amp; f\ng\\", "\\*a\\* \\`b\\` \\~\\~c\\~\\~ d\\_e &amp;amp; f g\\\\"),
         ("LoRA, alpha/r^(1/4)", "LoRA, alpha/r^(1/4)"),
     ],
@@ -405,7 +377,7 @@ def test_a_tuned_design_goes_on_at_the_best_rate(model, data, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_figures(swept, tmp_path, capsys) -> None:
+def test_figures(swept, capsys) -> None:
     """Drawn from the folder alone."""
     methods = ("LoRA", "RoRA", "DoRA", "prefix tuning", "series adapter", "no adapter")
     for figure, name, options, words in (
@@ -418,14 +390,11 @@ def test_figures(swept, tmp_path, capsys) -> None:
         assert [word for word in words if word not in drawn] == []
         assert "(above)" not in drawn
     assert "(above)" in drawings.words(loss_vs_rate, swept, rank=4, top=0.5)["loss_vs_rate"], "below every loss"
-    for figure, options in ((accuracy, {"rank": 3}), (loss_vs_rate, {})):
-        with pytest.raises(SystemExit):
-            figure.draw(figure.Config(swept, out=tmp_path, **options))
-        assert "has the ranks 2, 4. Choose one with --rank" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        loss_vs_rate.draw(loss_vs_rate.Config(swept))
+    assert "has the ranks 2, 4. Choose one with --rank" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"--top must be a finite number above 0, got .*"):
-        loss_vs_rate.draw(loss_vs_rate.Config(swept, rank=4, top=0.0, out=tmp_path))
-    with pytest.raises(InputError, match=r"manifest\.json: no such file\. Expected the file of a run folder"):
-        style.main(accuracy_vs_rank.draw, accuracy_vs_rank.Config(tmp_path))
+        loss_vs_rate.draw(loss_vs_rate.Config(swept, rank=4, top=0.0))
 
 
 @pytest.mark.slow
@@ -482,12 +451,7 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
     line = "| 25.0 | this run, 1 seed, 1 diverged, alpha 64, lr 0.001 (best tried) |"
     assert line in (tmp_path / "table_I.md").read_text()
     rows[2] |= {"rank": "64", "alpha": "128.0"}
-    without_rank = [row | {"method": "prefix", "rank": "", "alpha": ""} for row in rows]
-    for mixture, refusal in (
-        (rows, "rora r=64 has alpha 64, 128. Choose one with --alpha"),
-        (without_rank, "has no cell of lora, "),
-    ):
-        write(mixture)
-        with pytest.raises(SystemExit):
-            style.main(accuracy_vs_rank.draw, accuracy_vs_rank.Config(tmp_path))
-        assert refusal in capsys.readouterr().err
+    write(rows)
+    with pytest.raises(SystemExit):
+        style.main(accuracy_vs_rank.draw, accuracy_vs_rank.Config(tmp_path))
+    assert "rora r=64 has alpha 64, 128. Choose one with --alpha" in capsys.readouterr().err

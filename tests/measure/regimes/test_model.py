@@ -25,7 +25,7 @@ from rora_theory.theory import horizon
 
 pytestmark = pytest.mark.filterwarnings("ignore::rora_theory.measure.regimes.thin.ThinWarning")  # so few tokens
 TARGETS = ("q_proj", "down_proj")
-SMALL = RegimeConfig(ranks=(1, 4), rules=("lora",), rows=0, tokens=9, exact=True)
+SMALL = RegimeConfig(ranks=(1, 4), rules=("lora",), rows=0, tokens=9, exact=True, alpha=1e4)  # far above Adam's epsilon
 TEMPLATE = [1, 5, 6, 7]
 
 
@@ -86,6 +86,21 @@ def test_a_sample_is_the_same_in_every_module() -> None:
     np.testing.assert_array_equal(tokens.sample_tokens(64, 0, masked), np.flatnonzero(~masked))
 
 
+def check_crossings(measured: module_regime.Regime) -> None:
+    """Check that r* is the ratio of its definition, and that predictions at ranks 1 and 4 follow the linear term."""
+    keys = ["module", "split", "optimizer", "init"]
+    predicted = measured.results.pivot(index=keys, columns="rank", values="predicted")
+    for row in measured.crossings.to_dict("records"):
+        is_sgd, c = row["optimizer"] == "sgd", row["linear_term"]
+        ratio = row["cross_talk"] / row["signal"]
+        assert row["crossing_rank"] == pytest.approx(ratio if is_sgd else 1 + np.pi / 2 * ratio, rel=1e-9)
+        assert row["lower_quartile"] <= row["median"] <= row["upper_quartile"]
+        # Gamma falls by 4, once under Adam and squared under SGD, and so does the deviation of `gaussian`.
+        strength = (1 / 16 if row["init"] == "gaussian" else 1 / 4) ** (2 if is_sgd else 1)
+        first, fourth = predicted.loc[tuple(row[key] for key in keys)]
+        assert fourth / first == pytest.approx(strength * np.sqrt(4 * (4 + c) / (1 + c)), rel=1e-4)
+
+
 @pytest.mark.slow
 def test_frames_are_of_the_tokens_that_count(model, monkeypatch) -> None:
     """By hand: the cross-talk of SGD, |G|^2 times the mean |x'|^2, of each split; held out the 6 new tokens less sinks.
@@ -110,8 +125,10 @@ def test_frames_are_of_the_tokens_that_count(model, monkeypatch) -> None:
         counts = measured.tokens.query("module == @module").set_index("split")[["all", "seen", "sinks", "read"]]
         assert counts.loc["train"].tolist() == [13, 0, 0, 9]
         assert counts.loc["heldout"].tolist() == [21, 15, 6 - used.sum(), used.sum()]
-        cross_talk = np.sum(np.float64(train.gradient(kind, layer)) ** 2) * np.mean(norms[used] ** 2)
-        assert by_sgd["cross_talk"][module, "heldout"] == pytest.approx(cross_talk, rel=1e-5)
+        trained_on = np.float64(train.inputs[kind][layer])[tokens.sample_tokens(9, 0, np.zeros(13, bool))]
+        gradient_square = np.sum(np.float64(train.gradient(kind, layer)) ** 2)
+        for split, squares in (("heldout", norms[used] ** 2), ("train", np.sum(trained_on**2, axis=1))):
+            assert by_sgd["cross_talk"][module, split] == pytest.approx(gradient_square * np.mean(squares), rel=1e-5)
     assert sinks
     assert (plain.tokens[["seen", "sinks"]] == 0).all(axis=None)
     assert set(plain.tokens["read"]) == {9}
@@ -119,6 +136,7 @@ def test_frames_are_of_the_tokens_that_count(model, monkeypatch) -> None:
     is_train = measured.crossings["split"] == "train"
     np.testing.assert_allclose(ratios[is_train], 1, rtol=1e-6)
     assert (np.abs(ratios[~is_train] - 1) > 1e-3).all()
+    check_crossings(measured)
     assert len(measured.results) == 4 * 2 * 2 * 2 * 2
     assert len(measured.takeover) == 4 * 2 * 2 * 3
     assert measured.training_loss == pytest.approx(train.loss)
