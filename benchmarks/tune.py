@@ -41,7 +41,7 @@ from sims.common.tables import print_records
 
 PROBE_RANK = 8
 PROBE_STEPS = (16, 64)
-TARGET_RANKS, TARGET_STEPS = (8, 128), (64, 256)
+TARGET_RANKS, TARGET_STEPS = (8, 128), (64, 256, 1024)
 
 BLOCK_SIZE = 16
 """Number of held-out records of a probe; the 96 published ones make six probes."""
