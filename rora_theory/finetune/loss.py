@@ -19,7 +19,7 @@ LOGITS_BYTES = 1 << 27
 """Default maximum size in bytes of the block of float32 logits held at once."""
 
 _MAX_BLOCK_SIZE = 8192
-"""Largest number of tokens in a block. Larger blocks are no faster, and on a CPU they no longer fit in its cache."""
+"""Largest number of tokens in a block; on a CPU, larger blocks do not fit in its cache and take longer."""
 
 
 def cross_entropy(
