@@ -38,7 +38,7 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     out: cli.Out = None
     devices: int | None = None
-    """Number of devices, which changes results by rounding at most; by default all accelerators or one per core"""
+    """Number of devices, without effect beyond rounding; by default all accelerators, or one host device per core"""
 
 
 def run(config: Config) -> None:
