@@ -107,7 +107,8 @@ def run(config: Config) -> None:
     samples, regret = "seeds and held-out records", "largest regret, nats per token"
     policy = ("changed", "policy", "pairs", "lower_bounds")
     figures = key_figures(judged.policies, regret, "largest", "largest_error", over=samples, scope=policy)
-    scope = ("step", "over", "at", "first", "second", "law_low", "law_high", "verdict")
+    laws = ("law_low", "law_high", "verdict", "displacement_low", "displacement_high", "displacement_verdict")
+    scope = ("step", "over", "at", "first", "second", *laws)
     figures += key_figures(judged.exponents, "exponent of the best rate", "exponent", over="error_over", scope=scope)
     with summarised(folder, figures):
         report(len(runs), judged, law=bool(takeovers))
@@ -126,13 +127,15 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
     answers.print_answer(horizons.describe_horizons(runs, judged.best, judged.exponents, law=law))
     setting = {"steps": "{step}", "rank": "{size}", "gamma r": "{strength:g}"}
     # Columns of each table.
-    exponents = {
+    measured = {
         "steps": "{step}",
         "best rate against": "{against} {at:g}",
+        "from, to": "{first:g} to {second:g}",
         "exponent, 95%": "{exponent:+.2f} ± {half_width:.2f}",
-        "law": "{law_low:+.2f} to {law_high:+.2f}",
-        "verdict": "{verdict}",
     }
+    exponents = measured | {"law at a constant gradient": "{law_low:+.2f} to {law_high:+.2f}", "verdict": "{verdict}"}
+    displacement = measured | {"displacement law": "{displacement_low:+.2f} to {displacement_high:+.2f}"}
+    displacement |= {"verdict": "{displacement_verdict}"}
     if "by_parts" in judged.exponents and judged.exponents["by_parts"].notna().any():
         exponents["by measured parts"] = "{by_parts:+.2f}"
     # Which factor's part of the change is larger, after each run.
@@ -164,7 +167,8 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
         ("Best rates (parabola through the three lowest losses)", judged.best, best),
         ("Comparisons, each at its own best rate", judged.comparisons, comparisons),
         ("Two values of gamma r at the same rate: difference of their losses", judged.one_rate, one_rate),
-        ("Exponents of the best rate", judged.exponents, exponents),
+        ("Exponents of the best rate, and those of the displacement law", judged.exponents, displacement),
+        ("Exponents of the best rate, and those of the law of a constant gradient", judged.exponents, exponents),
         ("Exponents in gamma r by estimator, ranks pooled with seeds as clusters", select_pooled(judged), estimators),
         ("Exponent of the best rate in the steps; -1/2 if entries walk at random", judged.steps, steps),
         ("Larger part of the change, median over modules (5% to 95%)", judged.led, larger_part),
@@ -175,7 +179,7 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
             continue
         has_exponents = frame is judged.exponents
         with_labels = horizons.add_against_column if has_exponents else horizons.add_size_column
-        left = 2 if has_exponents else list(columns).index("compared with") + 1 if "compared with" in columns else 0
+        left = 3 if has_exponents else list(columns).index("compared with") + 1 if "compared with" in columns else 0
         tables.print_records(title, with_labels(frame), columns, left=left)
 
 

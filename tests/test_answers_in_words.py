@@ -73,14 +73,11 @@ def test_a_sweep() -> None:
             2,
             ["agrees", "undecided", "agrees"],
             True,
-            "The constant-gradient law compared with 5 runs: agrees 2 times, undecided 1 times.",
+            "Exponents of 5 runs: the displacement law contradicts 3 times; "
+            "the law of a constant gradient agrees 2 times, undecided 1 times.",
         ),
     ],
 )
 def test_a_horizon(best, verdicts, law, sentence) -> None:
-    assert (
-        describe_horizons(
-            5, pd.DataFrame(index=range(best)).assign(step=1), pd.DataFrame({"verdict": verdicts}), law=law
-        )
-        == sentence
-    )
+    exponents = pd.DataFrame({"verdict": verdicts, "displacement_verdict": ["contradicts"] * len(verdicts)})
+    assert describe_horizons(5, pd.DataFrame({"step": [1] * best}), exponents, law=law) == sentence

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ from rora_theory.horizon.law import horizon_exponents, step_exponents
 from rora_theory.horizon.parts import change_at_best, led_table
 from rora_theory.horizon.regret import constants_by_steps, policies, regret_by_policy, regret_table
 from rora_theory.horizon.runs import FULL, HorizonRun, merge_repeated_runs
+from rora_theory.stats.verdicts import Outcome
 
 UNITS = {
     "strength": "gamma times the rank: alpha under alpha / r, alpha sqrt(r) under alpha / sqrt(r)",
@@ -149,7 +150,7 @@ def _concatenate(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
 
 
 def describe_horizons(runs: int, best: pd.DataFrame, exponents: pd.DataFrame, *, law: bool) -> str:
-    """Return a sentence on whether the runs support the law, or on what is missing.
+    """Return a sentence on whether the runs support each law, or on what is missing.
 
     Args:
       runs: Number of runs.
@@ -163,9 +164,14 @@ def describe_horizons(runs: int, best: pd.DataFrame, exponents: pd.DataFrame, *,
         return f"{runs} runs give {len(best)} best rates. Pass --regime to compare their exponents with the law."
     if exponents.empty:
         return f"No two best rates of the {runs} runs can be compared yet."
-    count = exponents["verdict"].value_counts().to_dict()
-    counts = [f"{name} {count[name]} times" for name in ("agrees", "contradicts", "undecided") if name in count]
-    return f"The constant-gradient law compared with {runs} runs: {', '.join(counts)}."
+    laws = {"displacement law": "displacement_verdict", "law of a constant gradient": "verdict"}
+    clauses = [f"the {law} {_count_verdicts(exponents[column])}" for law, column in laws.items() if column in exponents]
+    return f"Exponents of {runs} runs: {'; '.join(clauses)}."
+
+
+def _count_verdicts(verdicts: pd.Series) -> str:
+    counts = verdicts.value_counts()
+    return ", ".join(f"{name} {counts[name]} times" for name in get_args(Outcome) if name in counts)
 
 
 def add_against_column(exponents: pd.DataFrame) -> pd.DataFrame:

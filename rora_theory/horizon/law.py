@@ -114,7 +114,7 @@ def horizon_exponents(
       runs: Runs with measured parts of the change, see `parts.exponent_of_parts`.
       linear_terms: Linear terms c of the modules' first step under Adam; if empty, the signal term dominates.
       constants: Smallest and largest measured displacement constant K by number of steps, see
-        `regret.constants_by_steps`; without them the displacement law is left out.
+        `regret.constants_by_steps`; without them the displacement law is left out over the strength.
 
     Returns:
       A row for each pair of values of the strength or the rank, with the columns
@@ -130,8 +130,9 @@ def horizon_exponents(
         `laws.equal_change_rank_exponent`;
       - over the strength ``by_parts``, the mean over seeds of `parts.exponent_of_parts`, their range ``by_parts_low``
         and ``by_parts_high``, and ``by_parts_verdict``, the verdict on this range;
-      - over the strength ``displacement_low`` and ``displacement_high``, the exponents of the displacement law over the
-        measured constants and every coherence, and ``displacement_verdict``. Each law is a rival of the other.
+      - ``displacement_low`` and ``displacement_high``, the exponents of the displacement law, and
+        ``displacement_verdict``: over the strength those over the measured constants and every coherence, over the rank
+        0. Each law is a rival of the other.
     """
     rows = []
     # Settings are pairs of rank (index 0) and strength (index 1). One of them changes, the other is the same.
@@ -150,15 +151,14 @@ def horizon_exponents(
             # Measured exponent, then those of the laws.
             slope = weighted_log2_rates((-1.0, 1.0), *ends).times(1 / math.log2(high / low))
             law: tuple[float, ...] = (0.0, 0.0, 0.0)
+            # By the displacement law the rank has no effect but through gamma r.
+            displaced: tuple[float, float] | None = (0.0, 0.0)
             by_parts: list[float] = []
-            rivals = RIVALS[over]
-            # The law of a constant gradient, the displacement law, and the measured parts are rivals of each other.
             if over == "strength":
                 rate = _best_rate(ends[0])
                 predicted = predict_exponents(takeovers, (low, high), steps=[step], rates=[rate], warmup=warmup)
                 law = tuple(predicted["exponent"])
                 displaced = _displacement_exponents((constants or {}).get(step), low, high)
-                rivals, displacement_rivals = (*rivals, *(displaced or ())), (*rivals, min(law), max(law))
                 by_parts = exponent_of_parts(
                     runs, step, rank=int(at), strengths=(low, high), rate=rate, seeds=tuple(ends[0].by_seed)
                 )
@@ -166,9 +166,10 @@ def horizon_exponents(
                 # Rates that preserve each module's first step.
                 exponents = laws.equal_change_rank_exponent(low, high, np.asarray(linear_terms))
                 law = (0.0, *np.quantile(exponents, QUANTILES[1:]).tolist())
-            # Row with the verdict on each law.
+            # Row with the verdict on each law. The laws and the measured parts are rivals of each other.
             edge, seeds = any(curve.edge for curve in ends), len(ends[0].losses)
             judge_prediction = partial(judge_range, slope, is_bound=edge)
+            rivals = (*RIVALS[over], *(displaced or ()))
             rows.append(
                 {"step": step, "over": over, "at": at, "first": low, "second": high, "exponent": slope.value}
                 | _errors(slope)
@@ -176,9 +177,9 @@ def horizon_exponents(
                 | {"verdict": judge_prediction((min(law), max(law)), rivals, seeds=seeds)}
                 | {"by_parts": float(np.mean(by_parts)) if by_parts else None}
             )
-            # Verdicts on the displacement law and on the measured parts, where the run has them.
-            if over == "strength" and displaced is not None:
+            if displaced is not None:
                 rows[-1] |= dict(zip(("displacement_low", "displacement_high"), displaced, strict=True))
+                displacement_rivals = (*RIVALS[over], min(law), max(law))
                 rows[-1]["displacement_verdict"] = judge_prediction(displaced, displacement_rivals, seeds=seeds)
             if by_parts:
                 parts_range = min(by_parts), max(by_parts)

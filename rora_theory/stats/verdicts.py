@@ -89,7 +89,8 @@ def judge_range(
     Args:
       estimate: Measured value.
       prediction: Smallest and largest predicted value.
-      rivals: Values predicted by rival explanations; those inside the predicted range are ignored.
+      rivals: Values predicted by rival explanations. Those strictly inside the predicted range are ignored, because the
+        prediction includes them; so is one that is itself the only predicted value.
       is_bound: Whether the value is only a bound, because it comes from a best rate at the end of its grid.
       seeds: Number of seeds behind the value.
 
@@ -105,7 +106,11 @@ def judge_range(
     if high < prediction[0] - ROUNDING or low > prediction[1] + ROUNDING:
         return "contradicts"
     # The prediction gains support only if the interval excludes what rivals predict instead.
-    distinct_rivals = [rival for rival in rivals if not prediction[0] <= rival <= prediction[1]]
+    distinct_rivals = [
+        rival
+        for rival in rivals
+        if not prediction[0] < rival < prediction[1] and not prediction[0] == rival == prediction[1]
+    ]
     if not distinct_rivals or any(low <= rival <= high for rival in distinct_rivals):
         return "undecided"
     return "agrees"

@@ -250,21 +250,23 @@ def test_an_interval_that_includes_a_rival_does_not_agree(powers: tuple[float, .
 
 
 @pytest.mark.parametrize(
-    ("exponent", "spread", "linear_term", "verdict"),
+    ("exponent", "spread", "linear_term", "verdict", "displacement"),
     [
-        (0.02, 0.03, 0.0, "agrees"),
-        (0.06, 0.03, 0.0, "undecided"),  # an eighth, which a user would notice
-        (-0.06, 0.03, 0.0, "undecided"),
-        (0.40, 0.03, 1e3, "agrees"),  # cross-talk dominates below rank 1000: the law is 0 to 0.48
-        (0.44, 0.03, 1e3, "undecided"),  # a half, if it dominates at every rank
+        (0.02, 0.03, 0.0, "agrees", "agrees"),
+        (0.06, 0.03, 0.0, "undecided", "undecided"),  # an eighth, which a user would notice
+        (-0.06, 0.03, 0.0, "undecided", "undecided"),
+        (0.40, 0.03, 1e3, "agrees", "contradicts"),  # cross-talk dominates below rank 1000: the law is 0 to 0.48
+        (0.44, 0.03, 1e3, "undecided", "contradicts"),  # a half, if it dominates at every rank
+        (0.06, 0.03, 1e3, "undecided", "undecided"),  # 0 is within, which both laws predict
+        (0.02, 0.03, 1e3, "undecided", "agrees"),
     ],
 )
-def test_a_rival_in_the_rank_prevents_agreement(exponent, spread, linear_term, verdict) -> None:
+def test_a_rival_in_the_rank_prevents_agreement(exponent, spread, linear_term, verdict, displacement) -> None:
     """Three seeds, whose interval is 2.5 spreads wide on either side."""
     powers = (exponent - spread, exponent, exponent + spread)
     ends = [curve([1e-3] * 3), curve(moved(powers, 16), rank=128)]
     (row,) = frames.rows(horizon_law.horizon_exponents(ends, 64, **LAW, linear_terms=[linear_term]))
-    assert (row["over"], row["verdict"]) == ("rank", verdict)
+    assert (row["over"], row["verdict"], row["displacement_verdict"]) == ("rank", verdict, displacement)
 
 
 def test_an_edge_at_either_strength_decides_nothing() -> None:
@@ -290,7 +292,8 @@ def test_in_the_rank_the_law_includes_cross_talk() -> None:
     assert row["law_low"] == 0
     assert row["law"] == pytest.approx(preserving[1], rel=1e-9)
     assert row["law_high"] == pytest.approx(np.quantile(preserving, 0.95), rel=1e-9)
-    assert row["verdict"] == "agrees"
+    # The rank has an effect beyond gamma r, against the displacement law.
+    assert (row["verdict"], row["displacement_verdict"]) == ("agrees", "contradicts")
     pd.testing.assert_frame_equal(crossed.loc["strength"], signal.loc["strength"])
     judged = judgement.judge_runs(runs, TOKENS, **LAW, linear_terms=terms).exponents
     assert set(judged[judged["over"] == "rank"]["verdict"]) == {"agrees"}

@@ -45,7 +45,7 @@ def test_it_grows_and_judges_all_that_the_folder_has(base, begun, tmp_path) -> N
     out = Path(shutil.copytree(begun, tmp_path / "run"))
     first = (out / CELLS).read_text()
     printed = run(base, f"--strengths 40 --lrs 1e-3 1e-2 1e-1 --full-lrs 1e-4 1e-3 1e-2 --out {out}").out
-    assert "compared with 9 runs:" in printed
+    assert "of 9 runs:" in printed
     assert "Comparisons, each at its own best rate" in printed
     assert (out / CELLS).read_text().startswith(first), "what was done is not done again"
     rows = frames.read_csv(out / "results.csv")

@@ -62,5 +62,9 @@ def test_a_range_needs_a_rival_that_the_interval_excludes() -> None:
     assert judge_range(over_rank, (0.0, 0.0), (-1.0,), is_bound=False, seeds=3) == "agrees"
     equal = Estimate(2e-16, 0.0, 3, "seeds")  # seeds that agree to the digit: 0, but for rounding
     assert judge_range(equal, (0.0, 0.0), (-1.0,), is_bound=False, seeds=3) == "agrees"
+    # A rival at the end of the range counts; one strictly inside is part of the prediction.
+    near_zero = Estimate(0.05, 0.03, 1000, "seeds")
+    for rival, verdict in ((0.0, "undecided"), (0.1, "agrees"), (0.3, "agrees")):
+        assert judge_range(near_zero, (0.0, 0.3), (rival, 0.5), is_bound=False, seeds=3) == verdict
     for rivals in ((), (0.0,)):
         assert judge_range(over_rank, (0.0, 0.0), rivals, is_bound=False, seeds=3) == "undecided", "no rival"
