@@ -122,12 +122,9 @@ def judge_runs(
         exponents_in_steps = step_exponents(curves, **law)
     at_same_rate = _concatenate(compare_at_one_rate(runs, tokens, step) for step in steps)
     # Regret of policies, with the geometric middle of the displacement constants at each step.
-    costs = pd.DataFrame()
-    if ranges:
-        middle = {step: math.sqrt(low * high) for step, (low, high) in ranges.items()}
-        takeover = float(np.median(takeovers)) if takeovers else None
-        by_name = policies(middle, takeover=takeover, schedule=schedule)
-        costs = regret_table(runs, tokens, curves, by_name, draws=BOOTSTRAP_SAMPLES)
+    middle = {step: math.sqrt(low * high) for step, (low, high) in ranges.items()}
+    by_name = policies(middle, takeover=float(np.median(takeovers)) if takeovers else None, schedule=schedule)
+    costs = regret_table(runs, tokens, curves, by_name, draws=BOOTSTRAP_SAMPLES)
     return HorizonJudgement(
         best,
         _concatenate(comparisons),

@@ -49,7 +49,8 @@ def policies(
     """Return the policies that are compared, by name.
 
     Args:
-      constants: Displacement constant K by number of steps; the nearest number in log is used.
+      constants: Displacement constant K by number of steps; the nearest number in log is used. If empty, the policies
+        of the displacement law with a measured constant are left out.
       takeover: Median takeover distance of the model's modules; None leaves the constant-gradient law out.
       coherence: Coherence c of the displacement law, from 1 to 2.
       schedule: Learning-rate schedule of the runs.
@@ -88,10 +89,10 @@ def policies(
         "keep the rate": lambda _old, _new, rate: rate,
         "first step": lambda old, new, rate: rate * old.strength / new.strength,
         "square root": lambda old, new, rate: rate * (old.strength / new.strength) ** 0.5,
-        "displacement": displacement_rate,
-        "displacement and steps": displacement_and_steps_rate,
-        "advice": advised_rate,
     }
+    if constants:
+        by_name |= {"displacement": displacement_rate, "displacement and steps": displacement_and_steps_rate}
+    by_name["advice"] = advised_rate
     return by_name if takeover is None else by_name | {"constant gradient": constant_gradient_rate}
 
 

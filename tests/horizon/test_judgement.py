@@ -836,3 +836,9 @@ def test_the_advice_is_the_rate_that_transfer_names(schedule) -> None:
     advice = transfer(Setting(8, 64.0, 1e-3), 128, alpha=724.0, **run_settings)
     assert policy(old, new, 1e-3) == pytest.approx(advice.learning_rate, rel=1e-12)
     assert policy(old, new, 1e-3) != pytest.approx(regret.policies({64: 130.0})["displacement"](old, new, 1e-3))
+
+
+def test_runs_without_measured_parts_have_the_regret_of_the_other_policies() -> None:
+    """Only the displacement law needs a constant K of the runs."""
+    costs = judgement.judge_runs(grid(-0.53), TOKENS, takeovers=(), warmup=4).regret
+    assert set(costs["policy"]) == {"keep the rate", "first step", "square root", "advice"}
