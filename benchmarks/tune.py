@@ -12,7 +12,8 @@ by which they are judged; under another schedule they are runs of their own.
 
 Files in the output folder: `cases.csv` (a row for each replayed probe), `by_target.csv` (a summary) and `defaults.csv`
 (regret of the default learning rates of TRL, LLaMA-Factory and Unsloth in the same settings). With ``--probes``,
-`probes.csv` has the regret of the rates that runs of `sims.tune` named, at the planned number of steps and gamma r.
+`probes.csv` has the regret of the rates that runs of `sims.tune` give with the current exponents in the steps, at the
+planned number of steps and gamma r. `recorded_rate` is the rate that such a run advised.
 """
 
 import math
@@ -33,9 +34,10 @@ from rora_theory.runs.reading import read_manifest
 from rora_theory.scaling import scaling_factor
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.regret import loss_at
+from rora_theory.theory.displacement import RateRange
 from rora_theory.tune.curve import fit_best_rate
-from rora_theory.tune.plan import ProbePlan, ProbeRun, Schedule, carry_steps
-from rora_theory.tune.result import rank_factors
+from rora_theory.tune.plan import ProbePlan, ProbeRun, Schedule
+from rora_theory.tune.result import carry_fitted
 from sims.common import cli
 from sims.common.tables import print_records
 
@@ -145,8 +147,6 @@ def replay(runs: Sequence[HorizonRun], tokens: Sequence[int], schedule: Schedule
     for target, probe_steps in product(planned_targets(runs, tokens), PROBE_STEPS):
         if probe_steps >= target.steps:
             continue
-        by_steps = carry_steps(1.0, probe_steps, target.steps, schedule)
-        by_rank = rank_factors(PROBE_RANK, target.rank)
         for seed, block, probe_runs, block_tokens in replayed_probes(runs, tokens, target.strength, probe_steps):
             rates = [run.learning_rate for run in probe_runs]
             # The plan of such a probe; its costs do not matter here.
@@ -164,8 +164,12 @@ def replay(runs: Sequence[HorizonRun], tokens: Sequence[int], schedule: Schedule
             )
             # Fit the best rate, and carry it to the target's steps and rank.
             fitted = fit_best_rate(plan, probe_runs, block_tokens)
-            rate = fitted.learning_rate * by_steps.best * by_rank.best
-            low, high = fitted.low * by_steps.low * by_rank.low, fitted.high * by_steps.high * by_rank.high
+            low, rate, high = carry_fitted(
+                RateRange(fitted.low, fitted.learning_rate, fitted.high),
+                steps=(probe_steps, target.steps),
+                ranks=(PROBE_RANK, target.rank),
+                schedule=schedule,
+            )
             regret, is_lower_bound = target.regret(rate)
             rows.append(
                 {"strength": target.strength, "probe_steps": probe_steps, "seed": seed, "block": block}
@@ -211,9 +215,11 @@ def default_rate_regret(runs: Sequence[HorizonRun], tokens: Sequence[int]) -> pd
 
 
 def probe_run_regret(folders: Sequence[Path], runs: Sequence[HorizonRun], tokens: Sequence[int]) -> pd.DataFrame:
-    """Return the regret of the rates that runs of `sims.tune` named, in every measured setting that they planned.
+    """Return the regret of the rates of runs of `sims.tune`, in every measured setting that they planned.
 
-    A rate holds for any rank at the planned gamma r, see `rora_theory.tune.result.rank_factors`.
+    The best rate that a probe recorded is carried to the planned run with the current exponents. The rate that the
+    probe advised when it ran, ``recorded_rate``, may come from earlier ones. A rate holds for any rank at the planned
+    gamma r, see `rora_theory.tune.result.rank_factors`.
 
     Args:
       folders: Run folders of sims.tune.
@@ -228,15 +234,23 @@ def probe_run_regret(folders: Sequence[Path], runs: Sequence[HorizonRun], tokens
         for target in measured:
             if target.steps != settings["steps"] or not math.isclose(target.strength, strength, rel_tol=1e-6):
                 continue
-            cost, is_lower_bound = target.regret(tuning["learning_rate"])
+            fitted = tuning["probe"]
+            low, rate, high = carry_fitted(
+                RateRange(fitted["low"], fitted["learning_rate"], fitted["high"]),
+                steps=(fitted["steps"], target.steps),
+                ranks=(min(settings["probe_rank"], settings["rank"]), target.rank),
+                schedule=settings["schedule"],
+            )
+            cost, is_lower_bound = target.regret(rate)
             rows.append(
-                {"probe": folder.name, "probe_steps": tuning["probe"]["steps"], "share": tuning["cost"]["share"]}
-                | {name: tuning[name] for name in ("learning_rate", "low", "high")}
+                {"probe": folder.name, "seed": settings["seed"], "probe_steps": fitted["steps"]}
+                | {"share": tuning["cost"]["share"], "recorded_rate": tuning["learning_rate"]}
+                | {"learning_rate": rate, "low": low, "high": high}
                 | {"rank": target.rank, "steps": target.steps, "best_rate": target.best_rate, "regret": cost}
                 | {"is_lower_bound": is_lower_bound, "is_edge": target.is_edge}
             )
-    columns = ("probe", "probe_steps", "share", "learning_rate", "low", "high", "rank", "steps", "best_rate", "regret")
-    return frames.from_rows(rows, (*columns, "is_lower_bound", "is_edge"))
+    columns = ("probe", "seed", "probe_steps", "share", "recorded_rate", "learning_rate", "low", "high", "rank")
+    return frames.from_rows(rows, (*columns, "steps", "best_rate", "regret", "is_lower_bound", "is_edge"))
 
 
 def main(config: Config) -> None:
@@ -273,8 +287,14 @@ def main(config: Config) -> None:
         },
     )
     inside = pd.concat([table[~table["is_edge"].astype(bool)] for table in judged])
-    within = int((inside["regret"] <= 0.01).sum())
-    print(f"\n{within} of {len(inside)} probes advise a rate within 0.01 nats of the best one measured.")
+    # Below or above the measured rates the regret is a lower bound, which can't show that a rate is close enough.
+    is_bound = inside["is_lower_bound"].astype(bool)
+    within = int(((inside["regret"] <= 0.01) & ~is_bound).sum())
+    unknown = int(((inside["regret"] <= 0.01) & is_bound).sum())
+    print(
+        f"\n{within} of {len(inside)} probes advise a rate within 0.01 nats of the best one measured. "
+        f"For {unknown} more, whose rate lies outside the measured ones, this is unknown."
+    )
 
 
 if __name__ == "__main__":

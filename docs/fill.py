@@ -51,6 +51,7 @@ import difflib
 import json
 import math
 import re
+import statistics
 import string
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -310,19 +311,23 @@ def fill_packaged(text: str, where: str) -> tuple[str, list[str]]:
     The file is an object of entries of two kinds. In ``{"row": "FILE conditions", "columns": {name: value, ...}}`` the
     conditions select one row, whose values of these columns are copied with all digits. In ``{"rows": "FILE
     conditions", "ranges": {name: [lowest, highest], ...}}`` they select one row or more, and the lowest and highest
-    value of each column are copied. Other keys of an entry are left as they are.
+    value of each column are copied. Such an entry may also have ``"medians": {name: median, ...}`` and ``"distinct":
+    {what: {"columns": "name ...", "number": n}, ...}``, the number of distinct combinations of values of some columns.
+    Other keys of an entry are left as they are.
     """
     entries, problems = json.loads(text), []
     for name, entry in entries.items():
-        key, load = ("columns", packaged_columns) if "columns" in entry else ("ranges", packaged_ranges)
         try:
-            values = load(entry)
+            values = {"columns": packaged_columns(entry)} if "columns" in entry else packaged_summaries(entry)
         except (MarkError, MissingValueError) as error:
             problems.append(f"{where}: {name}: error: {error}")
             continue
-        if values != entry[key]:
-            problems.append(f"{where}: {name}: is {entry[key]}, the files give {values}")
-        entry[key] = values
+        problems += [
+            f"{where}: {name}: is {entry[key]}, the files give {value}"
+            for key, value in values.items()
+            if value != entry[key]
+        ]
+        entry |= values
     return json.dumps(entries, indent=2) + "\n", problems
 
 
@@ -332,18 +337,30 @@ def packaged_columns(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {column: RowFormatter().get_field(column, (), row)[0] for column in entry["columns"]}
 
 
-def packaged_ranges(entry: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Return the lowest and highest values of an entry that quotes the range over several rows."""
+def packaged_summaries(entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the ranges, and the medians and numbers if it has them, of an entry that summarises several rows."""
     source, _, words = entry["rows"].partition(" ")
     conditions, columns = parse_words(words)
     if columns:
         raise MarkError(f"not a condition: {columns[0][0]}")
     rows = select(load_rows(source), conditions)
-    ranges = {}
-    for column in entry["ranges"]:
-        values = [RowFormatter().get_field(column, (), row)[0] for row in rows]
-        ranges[column] = [min(values), max(values)]
-    return ranges
+
+    def values_of(column: str) -> list[Any]:
+        return [RowFormatter().get_field(column, (), row)[0] for row in rows]
+
+    def count(item: Mapping[str, Any]) -> dict[str, Any]:
+        # A value may be missing here: files of one pattern need not have the same columns.
+        columns = item["columns"].split()
+        if lost := next((column for column in columns if column not in rows[0]), None):
+            raise missing_column(lost, rows[0])
+        return {**item, "number": len({tuple(row[column] for column in columns) for row in rows})}
+
+    summaries: dict[str, Callable[[str], Any]] = {
+        "ranges": lambda column: [min(values_of(column)), max(values_of(column))],
+        "medians": lambda column: statistics.median(values_of(column)),
+        "distinct": lambda name: count(entry["distinct"][name]),
+    }
+    return {key: {name: summarise(name) for name in entry[key]} for key, summarise in summaries.items() if key in entry}
 
 
 def fill_calculator(text: str, where: str) -> tuple[str, list[str]]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -10,7 +11,9 @@ from benchmarks import tune
 from rora_theory.horizon.readings import Reading, ReadRun
 from rora_theory.horizon.runs import HorizonRun
 from rora_theory.runs import seals
+from rora_theory.tune.plan import carry_steps
 
+PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 TOKENS = [10 + index % 7 for index in range(32)]
 
 
@@ -65,16 +68,46 @@ def test_a_default_rate_outside_the_measured_ones_is_a_lower_bound() -> None:
     assert (below["regret"] > 0).all()
 
 
-def test_rates_that_a_probe_named_are_judged_where_they_were_planned(tmp_path) -> None:
-    """At the planned steps and gamma r, at any rank: here G = 64 after 256 steps, whose best rate is 4e-4."""
-    for name, steps, alpha, rate in (("best", 256, 64.0, 4e-4), ("far", 256, 64.0, 16e-4), ("other", 256, 16.0, 4e-4)):
-        settings = {"rule": "lora", "alpha": alpha, "rank": 128, "steps": steps}
-        probe = {"probe": {"steps": 16}, "cost": {"share": 0.1}, "learning_rate": rate, "low": 2e-4, "high": 8e-4}
+def test_probes_are_judged_by_the_rate_of_the_current_exponents(tmp_path) -> None:
+    """At the planned steps and gamma r, at any rank: here G = 64 after 256 steps, whose best rate is 4e-4.
+
+    A probe of 16 steps whose best rate is 1.6e-3 leads to it at a constant rate. The rate that its file records came
+    from other exponents.
+    """
+    for name, schedule, alpha, best_rate in (
+        ("best", "constant", 64.0, 1.6e-3),
+        ("far", "constant", 64.0, 6.4e-3),
+        ("cosine", "cosine", 64.0, 1.6e-3),
+        ("other", "constant", 16.0, 1.6e-3),
+    ):
+        settings = {"rule": "lora", "alpha": alpha, "rank": 128, "steps": 256, "schedule": schedule}
+        settings |= {"probe_rank": 8, "seed": 3}
+        fitted = {"learning_rate": best_rate, "low": best_rate / 2, "high": best_rate * 2, "steps": 16}
+        recorded = {"learning_rate": 7e-4, "low": 6e-4, "high": 8e-4}
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text(json.dumps(seals.seal({"config": settings})))
-        (tmp_path / name / "tuning.json").write_text(json.dumps(probe))
-    folders = [tmp_path / name for name in ("best", "far", "other")]
+        (tmp_path / name / "tuning.json").write_text(json.dumps(recorded | {"probe": fitted, "cost": {"share": 0.1}}))
+    folders = [tmp_path / name for name in ("best", "far", "cosine", "other")]
     table = tune.probe_run_regret(folders, known_runs(-0.5), TOKENS).set_index(["probe", "rank"])
-    assert set(table.index) == {(name, rank) for name in ("best", "far") for rank in (8, 128)}
+    assert set(table.index) == {(name, rank) for name in ("best", "far", "cosine") for rank in (8, 128)}
+    assert table["recorded_rate"].unique() == pytest.approx([7e-4])
+    assert table.loc[("best", 8), "learning_rate"] == pytest.approx(4e-4)
     assert table.loc[("best", 8), "regret"] == pytest.approx(0.0, abs=1e-12)
     assert table.loc[("far", 128), "regret"] == pytest.approx(0.02 * math.log(4) ** 2, rel=1e-6)
+    assert table.loc[("cosine", 8), "learning_rate"] == pytest.approx(4e-4 * 16**0.05)
+    # The range covers the exponents, and at rank 128 those in the rank too.
+    assert table.loc[("best", 8), "low"] == pytest.approx(0.8e-3 * 16**-0.6)
+    assert table.loc[("best", 128), "low"] < table.loc[("best", 8), "low"]
+    assert table.loc[("best", 128), "high"] > table.loc[("best", 8), "high"]
+
+
+def test_the_published_probes_show_the_rate_of_the_current_exponents() -> None:
+    """The range contains the best rate of every planned run; the rate is the recorded fit, carried to the run."""
+    tables = [published / "probes.csv" for published in (PUBLISHED / "tune_cosine", PUBLISHED / "tune_gemma")]
+    probes = pd.concat([pd.read_csv(table).assign(folder=table.parent) for table in tables])
+    assert len(probes) >= 6
+    for row in probes.itertuples():
+        fitted = json.loads((row.folder / row.probe / "tuning.json").read_text())["probe"]
+        carried = carry_steps(fitted["learning_rate"], row.probe_steps, row.steps, "cosine")
+        assert row.learning_rate == pytest.approx(carried.best, rel=1e-6)
+        assert row.low < row.best_rate < row.high

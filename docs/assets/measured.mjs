@@ -223,26 +223,9 @@ export default {
       "best_rate": 0.0008080485377916947
     }
   },
-  "regret_of_steps": {
-    "model": "SmolLM2-135M",
-    "row": "horizon/policies.csv changed=steps policy=\"displacement and steps\"",
-    "columns": {
-      "pairs": 16,
-      "median": 0.00015945084601407905,
-      "largest": 0.0026269149036757624
-    }
-  },
-  "regret_of_rank_and_steps": {
-    "model": "SmolLM2-135M",
-    "row": "horizon/policies.csv changed=\"rank steps\" policy=\"displacement and steps\"",
-    "columns": {
-      "pairs": 21,
-      "median": 0.0005353034901578457,
-      "largest": 0.0047987085193019014
-    }
-  },
   "from_rank_8": {
     "model": "SmolLM2-135M",
+    "schedule": "constant",
     "row": "horizon/exponents.csv over=rank step=64 at=64 first=8",
     "columns": {
       "first": 8.0,
@@ -250,6 +233,228 @@ export default {
       "exponent": 0.06964743649191263,
       "half_width": 0.15288085710389324,
       "law_high": 0.31750341935912474
+    }
+  },
+  "from_rank_8_cosine": {
+    "model": "SmolLM2-135M",
+    "schedule": "cosine",
+    "row": "horizon_cosine/exponents.csv over=rank step=256 first=8 second=128",
+    "columns": {
+      "first": 8,
+      "second": 128,
+      "exponent": 0.09369798056340875,
+      "half_width": 0.059446093760966004
+    }
+  },
+  "from_rank_8_cosine_gemma": {
+    "model": "Gemma 3 270M",
+    "schedule": "cosine",
+    "row": "horizon_gemma_cosine/exponents.csv over=rank step=256 first=8 second=128",
+    "columns": {
+      "first": 8,
+      "second": 128,
+      "exponent": 0.17069144740996392,
+      "half_width": 0.050948292078220804
+    }
+  },
+  "probe_regret_constant_same_rank": {
+    "model": "SmolLM2-135M",
+    "schedule": "constant",
+    "rows": "tune/cases.csv is_edge=False rank=8",
+    "ranges": {
+      "regret": [
+        -0.00014941629575212131,
+        0.008873162513572341
+      ],
+      "is_lower_bound": [
+        "False",
+        "True"
+      ],
+      "probe_steps": [
+        16,
+        64
+      ],
+      "steps": [
+        64,
+        256
+      ]
+    },
+    "medians": {
+      "regret": 0.0003695372701048398
+    },
+    "distinct": {
+      "pairs": {
+        "columns": "strength seed block probe_steps rank steps",
+        "number": 109
+      },
+      "probes": {
+        "columns": "strength seed block probe_steps",
+        "number": 76
+      },
+      "seeds": {
+        "columns": "seed",
+        "number": 3
+      }
+    }
+  },
+  "probe_regret_cosine_same_rank": {
+    "model": "SmolLM2-135M and Gemma 3 270M",
+    "schedule": "cosine",
+    "rows": "tune_*/[cp]*s.csv is_edge=False rank=8 probe_steps!=5,6,7,8,9,10,11,12,13,14,15",
+    "ranges": {
+      "regret": [
+        9.225909269661159e-06,
+        0.007040879046357751
+      ],
+      "is_lower_bound": [
+        "False",
+        "False"
+      ],
+      "probe_steps": [
+        16,
+        64
+      ],
+      "steps": [
+        64,
+        1024
+      ]
+    },
+    "medians": {
+      "regret": 0.0003466076406967722
+    },
+    "distinct": {
+      "pairs": {
+        "columns": "folder probe strength seed block probe_steps rank steps",
+        "number": 24
+      },
+      "probes": {
+        "columns": "folder probe strength seed block probe_steps",
+        "number": 11
+      },
+      "seeds": {
+        "columns": "seed",
+        "number": 1
+      }
+    }
+  },
+  "probe_regret_constant_other_rank": {
+    "model": "SmolLM2-135M",
+    "schedule": "constant",
+    "rows": "tune/cases.csv is_edge=False rank!=8",
+    "ranges": {
+      "regret": [
+        -0.0004042639359113642,
+        0.007678996175728499
+      ],
+      "is_lower_bound": [
+        "False",
+        "True"
+      ],
+      "probe_steps": [
+        16,
+        64
+      ],
+      "steps": [
+        64,
+        256
+      ]
+    },
+    "medians": {
+      "regret": 0.00039546006699638553
+    },
+    "distinct": {
+      "pairs": {
+        "columns": "strength seed block probe_steps rank steps",
+        "number": 101
+      },
+      "probes": {
+        "columns": "strength seed block probe_steps",
+        "number": 68
+      },
+      "seeds": {
+        "columns": "seed",
+        "number": 3
+      }
+    }
+  },
+  "probe_regret_cosine_other_rank": {
+    "model": "SmolLM2-135M and Gemma 3 270M",
+    "schedule": "cosine",
+    "rows": "tune_*/[cp]*s.csv is_edge=False rank!=8 probe_steps!=5,6,7,8,9,10,11,12,13,14,15",
+    "ranges": {
+      "regret": [
+        0.0007766989008367586,
+        0.009847999753931136
+      ],
+      "is_lower_bound": [
+        "False",
+        "True"
+      ],
+      "probe_steps": [
+        16,
+        64
+      ],
+      "steps": [
+        256,
+        256
+      ]
+    },
+    "medians": {
+      "regret": 0.0040158616477585785
+    },
+    "distinct": {
+      "pairs": {
+        "columns": "folder probe strength seed block probe_steps rank steps",
+        "number": 11
+      },
+      "probes": {
+        "columns": "folder probe strength seed block probe_steps",
+        "number": 11
+      },
+      "seeds": {
+        "columns": "seed",
+        "number": 1
+      }
+    }
+  },
+  "probe_regret_short": {
+    "model": "SmolLM2-135M",
+    "schedule": "cosine",
+    "rows": "tune_*/probes.csv is_edge=False probe_steps=5,6,7,8,9,10,11,12,13,14,15",
+    "ranges": {
+      "regret": [
+        0.009847999753931136,
+        0.011087747577089413
+      ],
+      "is_lower_bound": [
+        "False",
+        "True"
+      ],
+      "probe_steps": [
+        5,
+        5
+      ],
+      "steps": [
+        256,
+        256
+      ]
+    },
+    "medians": {
+      "regret": 0.010467873665510274
+    },
+    "distinct": {
+      "pairs": {
+        "columns": "folder probe seed probe_steps rank steps",
+        "number": 2
+      },
+      "probes": {
+        "columns": "folder probe seed probe_steps",
+        "number": 1
+      },
+      "seeds": {
+        "columns": "seed",
+        "number": 1
+      }
     }
   }
 }

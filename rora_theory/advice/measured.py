@@ -6,7 +6,7 @@ if they differ.
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from importlib.resources import files
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -100,6 +100,102 @@ def steps_exponents(*schedules: Schedule | None) -> tuple[float, float]:
     if is_constant_rate(*schedules):
         ranges = [MEASURED_STEPS_EXPONENTS[MEASURED_SCHEDULE]]
     return round(min(low for low, _ in ranges), 1), round(max(high for _, high in ranges), 1)
+
+
+class RankExponent(NamedTuple):
+    """95% interval of the exponent of the best rate in the rank, at an unchanged gamma r.
+
+    Attributes:
+      model: Model of the runs.
+      schedule: Schedule of the runs.
+      low: Lower end of the interval.
+      high: Upper end of the interval.
+    """
+
+    model: str
+    schedule: Schedule
+    low: float
+    high: float
+
+    @classmethod
+    def from_entry(cls, entry: dict[str, Any]) -> "RankExponent":
+        """Return the interval of an entry ``from_rank_*`` of `measured.json`."""
+        exponent, half_width = entry["columns"]["exponent"], entry["columns"]["half_width"]
+        return cls(entry["model"], entry["schedule"], exponent - half_width, exponent + half_width)
+
+
+RANK_EXPONENTS = tuple(
+    RankExponent.from_entry(entry) for name, entry in ENTRIES.items() if name.startswith("from_rank_")
+)
+"""Exponents that were measured from rank 8 to 128."""
+
+
+def rank_exponents(schedule: Schedule) -> list[RankExponent]:
+    """Return the measured exponents in the rank that apply to a schedule.
+
+    A schedule other than a constant rate has those of all schedules that were measured, as in `steps_exponents`.
+
+    Args:
+      schedule: Schedule of the runs.
+    """
+    return [row for row in RANK_EXPONENTS if not is_constant_rate(schedule) or is_constant_rate(row.schedule)]
+
+
+class ProbeRegret(NamedTuple):
+    """Regret of the rates that published probes advise, in nats per token.
+
+    Attributes:
+      median: Median over the pairs of a probe and a planned run.
+      largest: Largest regret of a pair.
+      is_lower_bound: Whether a rate lies outside the measured ones, so that the largest regret may be larger.
+      pairs: Number of pairs of a probe and a planned run.
+      probes: Number of probes.
+      scope: Models, numbers of steps, schedule, seeds and file of the probes.
+    """
+
+    median: float
+    largest: float
+    is_lower_bound: bool
+    pairs: int
+    probes: int
+    scope: str
+
+
+def probe_regret(*, schedule: Schedule, same_rank: bool, is_short: bool) -> ProbeRegret:
+    """Return the regret that published probes had under a schedule.
+
+    The probes of cosine decay stand for every schedule with a decay.
+
+    Args:
+      schedule: Schedule of the probe and of the planned run.
+      same_rank: Whether the probe has the rank of the planned run. Short probes are not distinguished by it.
+      is_short: Whether the probe's runs have fewer than the measured number of steps. Such probes were measured under
+        cosine decay alone.
+    """
+    kind = "constant" if is_constant_rate(schedule) else "cosine"
+    name = "probe_regret_short" if is_short else f"probe_regret_{kind}_{'same' if same_rank else 'other'}_rank"
+    entry = ENTRIES[name]
+    ranges, counts = entry["ranges"], {name: count["number"] for name, count in entry["distinct"].items()}
+    seeds = counts["seeds"]
+    scope = (
+        f"{entry['model']}, {_describe_range(ranges['probe_steps'])} of {_describe_range(ranges['steps'])} steps, "
+        f"{entry['schedule']} schedule, {'one seed' if seeds == 1 else f'up to {seeds} seeds'}; "
+        f"{entry['rows'].partition('/')[0]}"
+    )
+    return ProbeRegret(
+        entry["medians"]["regret"],
+        ranges["regret"][1],
+        "True" in ranges["is_lower_bound"],
+        counts["pairs"],
+        counts["probes"],
+        scope,
+    )
+
+
+def _describe_range(values: Sequence[float]) -> str:
+    """Return a range of integers in words, or its value if both ends are equal."""
+    low, high = values
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _constants_by_model() -> dict[str, dict[int, tuple[float, float]]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rora_theory.advice import measured
 from rora_theory.theory.displacement import RateRange
 from rora_theory.tune.curve import EDGE_FACTOR, FittedRate, curve_frame, fit_best_rate
-from rora_theory.tune.plan import MIN_MEASURED_STEPS, ProbePlan, ProbeRun, carry_steps
+from rora_theory.tune.plan import MIN_MEASURED_STEPS, ProbePlan, ProbeRun, Schedule, carry_steps
 
 if TYPE_CHECKING:  # they take as long to import as a short command to run
     import pandas as pd
@@ -20,30 +20,37 @@ PUBLISHED = "SmolLM2-135M, ranks 1 to 128, 16 to 256 steps, constant rate, batch
 
 @dataclass(frozen=True)
 class ExpectedRegret:
-    """Regret of a carried learning rate in the published runs, in nats per token.
+    """Regret of the learning rates of published probes, in nats per token.
 
-    The regret is the held-out loss at the carried rate minus the lowest measured loss. The rate was tuned on full
-    curves; the error of a probe's own best rate comes on top.
+    The regret is the held-out loss at the rate that a probe advises minus the lowest loss that was measured for the
+    planned run. It includes the error of the probe's own best rate. Most probes were replayed on the beginnings of
+    published runs and on a part of their held-out records, see `benchmarks/tune.py`.
 
     Attributes:
-      median: Median over pairs of settings.
+      median: Median over pairs of a probe and a planned run.
       largest: Largest regret of a pair.
+      is_lower_bound: Whether a rate lies outside the measured ones, so that the largest regret may be larger.
       pairs: Number of pairs.
-      changed: Names of the settings that differ within a pair.
-      source: Runs and file of the numbers.
+      probes: Number of probes.
+      changed: Names of the settings that differ between a probe and a planned run.
+      source: Models, numbers of steps, schedule, seeds and folder of the probes.
     """
 
     median: float
     largest: float
+    is_lower_bound: bool
     pairs: int
+    probes: int
     changed: str
     source: str
 
     def sentence(self) -> str:
         """Return a sentence with the numbers and their scope."""
+        largest = f"{'a largest of at least' if self.is_lower_bound else 'at most'} {self.largest:.4f}"
         return (
-            f"A rate carried to another {self.changed} cost a median of {self.median:.4f} and at most "
-            f"{self.largest:.4f} nats per token in {self.pairs} pairs of published runs ({self.source})."
+            f"A rate carried to another {self.changed} cost a median of {self.median:.4f} and {largest} nats per token "
+            f"in {self.pairs} pairs of a probe and a full run, from {self.probes} probe{'s' * (self.probes > 1)} "
+            f"({self.source})."
         )
 
 
@@ -180,12 +187,11 @@ def conclude(
     # Best rate of the probe's own runs, at its rank and number of steps.
     fitted = fit_best_rate(plan, runs, tokens)
     # The range covers the fit's interval, the exponents in the steps and the measured dependence on the rank.
-    by_steps = carry_steps(1.0, plan.probe_steps, plan.steps, plan.schedule)
-    by_rank = rank_factors(probe_rank, rank)
-    rates = RateRange(
-        fitted.low * by_steps.low * by_rank.low,
-        fitted.learning_rate * by_steps.best * by_rank.best,
-        fitted.high * by_steps.high * by_rank.high,
+    rates = carry_fitted(
+        RateRange(fitted.low, fitted.learning_rate, fitted.high),
+        steps=(plan.probe_steps, plan.steps),
+        ranks=(probe_rank, rank),
+        schedule=plan.schedule,
     )
     assumptions = (*_assumptions(plan, fitted, rank, probe_rank), *remarks)
     return Tuning(
@@ -193,7 +199,9 @@ def conclude(
         low=rates.low,
         high=rates.high,
         config=config,
-        expected_regret=expected_regret(same_rank=rank == probe_rank),
+        expected_regret=expected_regret(
+            same_rank=rank == probe_rank, schedule=plan.schedule, probe_steps=plan.probe_steps
+        ),
         curve=curve_frame(plan, runs, tokens),
         probe=fitted,
         probe_steps=plan.probe_steps,
@@ -203,30 +211,59 @@ def conclude(
     )
 
 
-def rank_factors(old_rank: int, new_rank: int) -> RateRange:
+def carry_fitted(
+    fitted: RateRange, *, steps: tuple[int, int], ranks: tuple[int, int], schedule: Schedule
+) -> RateRange:
+    """Carry the best rate of a probe, with its interval, to the planned run at the same gamma * r.
+
+    Args:
+      fitted: Best rate of the probe.
+      steps: Number of steps of the probe and of the planned run.
+      ranks: Rank of the probe and of the planned run.
+      schedule: Learning-rate schedule of both.
+
+    Returns:
+      The rate, and a range that also covers the exponents in the steps and in the rank.
+    """
+    by_steps, by_rank = carry_steps(1.0, *steps, schedule), rank_factors(*ranks, schedule)
+    return RateRange(
+        fitted.low * by_steps.low * by_rank.low,
+        fitted.best * by_steps.best * by_rank.best,
+        fitted.high * by_steps.high * by_rank.high,
+    )
+
+
+def rank_factors(old_rank: int, new_rank: int, schedule: Schedule = "constant") -> RateRange:
     """Return the factor of the best rate at another rank and the same gamma * r.
 
-    The law keeps the rate. The range is the 95% interval of the exponent in the rank that was measured from rank 8 to
-    128, and includes 1.
+    The law keeps the rate. The range covers the 95% intervals of the exponents in the rank that were measured from
+    rank 8 to 128, and includes 1.
 
     Args:
       old_rank: Rank at which the rate was tuned.
       new_rank: New rank.
+      schedule: Learning-rate schedule; with a decay, the exponents of both schedules that were measured apply.
     """
-    row = measured.ROWS["from_rank_8"]
-    factors = [(new_rank / old_rank) ** (row["exponent"] + side * row["half_width"]) for side in (-1, 1)]
+    exponents = [end for row in measured.rank_exponents(schedule) for end in (row.low, row.high)]
+    factors = [(new_rank / old_rank) ** exponent for exponent in exponents]
     return RateRange(min(1.0, *factors), 1.0, max(1.0, *factors))
 
 
-def expected_regret(*, same_rank: bool) -> ExpectedRegret:
-    """Return the regret that a carried rate had in the published runs.
+def expected_regret(*, same_rank: bool, schedule: Schedule, probe_steps: int) -> ExpectedRegret:
+    """Return the regret that the rates of published probes had.
 
     Args:
       same_rank: Whether the probe has the rank of the planned run.
+      schedule: Learning-rate schedule; the probes under cosine decay stand for a linear decay too.
+      probe_steps: Number of steps of the probe's runs. Below `MIN_MEASURED_STEPS` the regret is that of the probes as
+        short as that, which was larger, whatever the schedule.
     """
-    row = measured.ROWS["regret_of_steps" if same_rank else "regret_of_rank_and_steps"]
+    is_short = probe_steps < MIN_MEASURED_STEPS
+    cost = measured.probe_regret(schedule=schedule, same_rank=same_rank, is_short=is_short)
     changed = "number of steps" if same_rank else "rank and number of steps"
-    return ExpectedRegret(row["median"], row["largest"], row["pairs"], changed, f"{PUBLISHED}; policies.csv")
+    return ExpectedRegret(
+        cost.median, cost.largest, cost.is_lower_bound, cost.pairs, cost.probes, changed=changed, source=cost.scope
+    )
 
 
 def _assumptions(plan: ProbePlan, fitted: FittedRate, rank: int, probe_rank: int) -> list[str]:
@@ -242,11 +279,13 @@ def _assumptions(plan: ProbePlan, fitted: FittedRate, rank: int, probe_rank: int
     ]
     # Assumptions that hold for some probes only.
     if rank != probe_rank:
-        by_rank = rank_factors(probe_rank, rank)
+        by_rank = rank_factors(probe_rank, rank, plan.schedule)
+        exponents = measured.rank_exponents(plan.schedule)
+        sources = ", ".join(f"{row.model} ({row.schedule} rate)" for row in exponents).replace("cosine rate", "cosine")
         sentences.append(
             f"The probe has rank {probe_rank} at the same gamma * r = {plan.strength:g}, at which the law does not "
-            f"change the best rate. The range allows for {by_rank.low:.1f} to {by_rank.high:.1f} times the rate, the "
-            "interval that SmolLM2-135M's best rates at ranks 8 and 128 give."
+            f"change the best rate. The range allows for {by_rank.low:.1f} to {by_rank.high:.1f} times the rate, which "
+            f"covers the intervals that the best rates at ranks 8 and 128 give in {sources}."
         )
     if plan.probe_steps < MIN_MEASURED_STEPS:
         sentences.append(

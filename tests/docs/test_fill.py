@@ -167,6 +167,21 @@ def test_packaged_ranges_cover_the_selected_rows() -> None:
     assert ["data.json: a: is {" in problems[0], "data.json: missing: error: " in problems[1]] == [True, True]
 
 
+def test_packaged_medians_and_numbers_of_distinct_values() -> None:
+    distinct = {"rules": {"columns": "rule", "number": 0}, "both": {"columns": "rule policy rank", "number": 0}}
+    entry = {"rows": "run/rates.csv", "ranges": {}, "medians": {"rate": 0}, "distinct": distinct}
+    filled, problems = fill.fill_packaged(json.dumps({"a": entry}), "data.json")
+    assert json.loads(filled)["a"]["medians"] == pytest.approx({"rate": 0.035})
+    assert {name: count["number"] for name, count in json.loads(filled)["a"]["distinct"].items()} == {
+        "rules": 3,
+        "both": 4,
+    }
+    assert len(problems) == 2
+    assert fill.fill_packaged(filled, "data.json") == (filled, [])
+    for wrong in ({"medians": {"rank": 0}}, {"distinct": {"rules": {"columns": "rules", "number": 0}}}):
+        assert "error: " in fill.fill_packaged(json.dumps({"a": entry | wrong}), "data.json")[1][0]
+
+
 def test_check_reports_and_filling_corrects(monkeypatch, tmp_path, capsys) -> None:
     page = tmp_path / "page.md"
     monkeypatch.setattr(fill, "ROOT", tmp_path)

@@ -1,13 +1,16 @@
 """The plan of a probe: its cost, the order of its runs, and that an interrupted one continues alike."""
 
 import math
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rora_theory.advice import measured
 from rora_theory.errors import InputError
 from rora_theory.tune.curve import fit_best_rate
 from rora_theory.tune.plan import (
@@ -21,6 +24,7 @@ from rora_theory.tune.plan import (
 from rora_theory.tune.result import conclude, expected_regret, rank_factors
 
 TOKENS = (40, 60, 50, 30)
+PUBLISHED = Path(__file__).parents[2] / "results" / "published"
 
 
 def losses_at(rate, best, *, limit=math.inf, width=1.0):
@@ -95,6 +99,22 @@ def test_a_short_run_costs_at_most_26_steps_of_256() -> None:
     assert plan.screen_steps is None
     assert plan.held_out_tokens(320) * 0.5 / 320 == pytest.approx(plan.evaluation_cost, rel=0.01)
     assert "25.6 training steps" in plan.sentence()
+
+
+def test_screening_begins_where_a_third_of_a_run_is_long_enough() -> None:
+    """At the default budget from 1,695 planned steps; the sentence states whether and how rates are screened."""
+    plans = {steps: plan_of(steps) for steps in (256, 1000, 1694, 1695, 2000)}
+    assert [steps for steps, plan in plans.items() if plan.screen_steps is not None] == [1695, 2000]
+    for plan in plans.values():
+        runs = probe(plan, best_at_64(plan, 1.0))
+        if plan.screen_steps is None:
+            assert {run.steps for run in runs} == {plan.probe_steps}
+            assert "24 steps" in plan.sentence(), "the shortest probe with screening"
+        else:
+            assert {run.steps for run in runs} == {plan.screen_steps, plan.probe_steps}
+            assert f"for {plan.screen_steps} steps" in plan.sentence()
+        assert f"for {plan.probe_steps} steps" in plan.sentence()
+        assert ("without screening" in plan.sentence()) is (plan.screen_steps is None)
 
 
 def test_screening_shortens_most_runs() -> None:
@@ -190,13 +210,42 @@ def test_schedules_are_those_of_transformers() -> None:
     assert scaled_warmup(0, 2000, 28) == 0
 
 
-def test_the_expected_regret_is_that_of_published_runs() -> None:
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_the_expected_regret_is_that_of_published_probes(schedule) -> None:
+    """No published probe that inside its scope was compared with full runs cost more than the sentence states."""
+    probes = pd.concat([pd.read_csv(path) for path in sorted(PUBLISHED.glob("tune_*/probes.csv"))])
+    replays = pd.concat([pd.read_csv(path) for path in sorted(PUBLISHED.glob("tune*/cases.csv"))])
     for same_rank in (True, False):
-        regret = expected_regret(same_rank=same_rank)
-        assert 0 < regret.median < regret.largest < 0.01
-        assert regret.pairs >= 15
-        assert "SmolLM2-135M" in regret.sentence()
-        assert ("rank" in regret.changed) is not same_rank
+        usual, short = (
+            expected_regret(same_rank=same_rank, schedule=schedule, probe_steps=steps) for steps in (16, 5)
+        )
+        assert ("rank" in usual.changed) is not same_rank
+        assert usual.pairs >= usual.probes >= 10
+        assert 0 < usual.median < usual.largest < short.largest
+        cost = probes[(probes["rank"] == 8) == same_rank]
+        for regret, is_short in ((short, True), (usual, False)):
+            same_length = cost[(cost["probe_steps"] < 16) == is_short]
+            if schedule != "constant":
+                assert regret.largest >= same_length["regret"].max()
+                assert regret.is_lower_bound or not same_length["is_lower_bound"].any()
+            for expected in (f"{regret.largest:.4f}", "SmolLM2-135M", f"{regret.probes} probe", f"{regret.pairs} pairs"):
+                assert expected in regret.sentence()
+            assert ("at least" in regret.sentence()) == regret.is_lower_bound
+        assert "one seed" in short.sentence()
+        assert ("cosine schedule" in usual.sentence()) is (schedule != "constant")
+        assert ("Gemma" in usual.sentence()) is (schedule != "constant")
+    largest = replays[(replays["strength"] == 64) & ~replays["is_edge"]]["regret"].max()
+    both = [expected_regret(same_rank=same, schedule="cosine", probe_steps=64).largest for same in (True, False)]
+    assert max(both) >= largest or schedule == "constant"
+
+
+def test_a_result_states_the_cost_of_probes_of_its_schedule_and_length() -> None:
+    for steps, schedule in ((256, "cosine"), (2000, "cosine"), (2000, "constant")):
+        plan = plan_of(steps, schedule=schedule)
+        result = concluded(plan, probe(plan, best_at_64(plan, 1.0)))
+        assert result.expected_regret == expected_regret(
+            same_rank=False, schedule=schedule, probe_steps=plan.probe_steps
+        )
 
 
 def test_the_range_allows_for_another_rank() -> None:
@@ -207,6 +256,23 @@ def test_the_range_allows_for_another_rank() -> None:
     assert (larger.low / same.low, larger.high / same.high) == pytest.approx((0.79, 1.85), abs=0.01)
     assert rank_factors(8, 8) == (1, 1, 1)
     assert rank_factors(8, 2).low < 1 < rank_factors(8, 2).high
+
+
+def test_the_range_covers_the_exponents_in_the_rank_of_both_schedules(monkeypatch) -> None:
+    """Under a schedule other than a constant rate it covers the intervals that were measured under any schedule."""
+    for folder, name in (("horizon_cosine", "SmolLM2-135M"), ("horizon_gemma_cosine", "Gemma 3 270M")):
+        row = pd.read_csv(PUBLISHED / folder / "exponents.csv").set_index("over").loc["rank"]
+        ends = [row["exponent"] + side * row["half_width"] for side in (-1, 1)]
+        for schedule in ("cosine", "linear"):
+            factors = rank_factors(8, 128, schedule)
+            assert factors.low <= 16 ** ends[0] < 16 ** ends[1] <= factors.high
+            assert factors.best == 1
+        plan = plan_of(2000)
+        assert any(name in sentence for sentence in concluded(plan, probe(plan, 8e-4)).assumptions[3:])
+    wider = measured.RankExponent("another", "cosine", 0.1, 0.9)
+    monkeypatch.setattr(measured, "RANK_EXPONENTS", (*measured.RANK_EXPONENTS, wider))
+    assert rank_factors(8, 128, "linear").high == rank_factors(8, 128, "cosine").high == pytest.approx(16**0.9)
+    assert rank_factors(8, 128, "constant").high == pytest.approx(1.85, abs=0.01)
 
 
 def test_the_plot_shows_curve_and_range(tmp_path) -> None:

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 
 from rora_theory.advice.lora_config import check_uniform, init_of
 from rora_theory.errors import InputError, first_line, shown
@@ -57,6 +58,20 @@ class ProbeSettings:
     make_optimizer: MakeOptimizer
     max_grad_norm: float
     seed: int
+
+
+def check_no_adapters(model: torch.nn.Module) -> None:
+    """Raise `InputError` if PEFT has changed a model: layers with adapters, a learned prompt, or a configuration.
+
+    A learned prompt adds no layers to the base model, only a configuration to the model around it.
+    """
+    for module in model.modules():
+        configs = getattr(module, "peft_config", None)
+        if configs or isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            # Name the kinds of adapters if their configuration is known.
+            kinds = [str(config.peft_type.value) for config in configs.values()] if isinstance(configs, dict) else []
+            description = ", ".join(kinds) or type(module).__name__
+            raise InputError(f"model must have no adapters of PEFT, got {description}. Pass the base model.")
 
 
 def check_optimizer(optimizer: object) -> None:
@@ -260,13 +275,7 @@ def _adapted(model: torch.nn.Module, config: LoraConfig) -> Iterator[list[LoraLa
 
 @contextmanager
 def _restored(model: torch.nn.Module) -> Iterator[None]:
-    """Restore the state of a model on exit: modes, ``requires_grad``, hooks, buffers and random generators.
-
-    Raises:
-      InputError: If the model has adapters.
-    """
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise InputError("the model must have no adapters, got a model with layers of PEFT. Pass the base model.")
+    """Restore the state of a model on exit: modes, ``requires_grad``, hooks, buffers and random generators."""
     modes = [(module, module.training) for module in model.modules()]
     requirements = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     # PEFT registers hooks for gradient checkpointing; transformers stores theirs in attributes.

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -34,6 +35,7 @@ from rora_theory.measure.torch.probe import (
     MakeOptimizer,
     ProbeModel,
     ProbeSettings,
+    check_no_adapters,
     probe_config,
     strength_of,
 )
@@ -92,8 +94,9 @@ def tune(
 
     The probe trains adapters of a small rank at the planned run's ``gamma * r`` for a few steps, at several learning
     rates, on the same batches in the same order. It fits the rate with the lowest held-out loss and carries it to the
-    planned number of steps (`rora_theory.theory.displacement`). Its cost is stated in the log before it starts and is
-    at most ``budget`` of the planned run, evaluations included; see `rora_theory.tune.plan`.
+    planned number of steps (`rora_theory.theory.displacement`). Its cost is at most ``budget`` of the planned run,
+    evaluations included; see `rora_theory.tune.plan`. It is stated before the probe starts, above the progress bar or
+    in the log.
 
     The model is trained in its own dtype and on its own device. Afterwards it is as it was: weights, buffers, modes,
     ``requires_grad`` and random generators.
@@ -124,7 +127,8 @@ def tune(
       seed: Seed of the adapters' initialisation and of dropout, the same for every run.
       checkpoint: JSON file to which finished runs are saved and from which an interrupted probe resumes; None saves
         nothing.
-      progress: Whether to show transformers' progress bar.
+      progress: Whether to show transformers' progress bar, below a sentence with the planned runs and their cost.
+        Without it the sentence is logged at level ``INFO``.
 
     Returns:
       The learning rate with its range, the curve of losses, the assumptions and the cost; ``config`` is that of the
@@ -151,6 +155,7 @@ def tune(
     if make_optimizer is not None:
         check_function("make_optimizer", make_optimizer)
     model = unwrap(model)
+    check_no_adapters(model)
     # Report an entry that matches no module before any data are read.
     if config.target_modules is not None:
         targets = config.target_modules
@@ -196,11 +201,15 @@ def tune(
     identity = _identity(model, settings, plan, weight_decay if make_optimizer is None else make_optimizer)
     identity |= {"train": digest(batches), "held_out": digest(group.batch for group in affordable_groups)}
     runs = [] if path is None else _read_runs(path, identity)
-    logger.info(plan.sentence())
     shown_total = math.ceil(plan.budget)
     description = f"Tuning the learning rate (at most {shown_total} training steps)"
     # Train one rate after the other, each chosen from the results so far, and save every result.
     with bar(shown_total, description=description, unit="step", shown=progress) as progress_bar:
+        # State the cost before the first run.
+        if progress:
+            progress_bar.write(plan.sentence(), file=sys.stderr)
+        else:
+            logger.info(plan.sentence())
         progress_bar.update(sum(run.diverged_at or run.steps for run in runs))
         probe = ProbeModel(model, settings, batches, affordable_groups, compute_loss, progress_bar.update)
         while (trial := next_trial(plan, runs)) is not None:

@@ -208,6 +208,12 @@ def test_held_out_images_are_split_into_rows() -> None:
     assert [group.batch["pixel_values"].shape[0] for group in groups] == [1] * 3
 
 
+def prompted(config_class):
+    """Return a model with a learned prompt, which adds no layers to the base model."""
+    settings = config_class(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    return peft.get_peft_model(torch_models.model(), settings)
+
+
 UNLABELLED = torch.ones(2, 4, dtype=torch.long)
 
 
@@ -230,7 +236,11 @@ UNLABELLED = torch.ones(2, 4, dtype=torch.long)
         ({"held_out": [{"input_ids": UNLABELLED}]}, "labels"),
         ({"held_out": [{"input_ids": UNLABELLED, "labels": torch.full_like(UNLABELLED, -100)}]}, "label"),
         ({"held_out": batches(1, rows=2, length=50)}, "held_out"),
-        ({"model": lambda: torch_models.adapted(torch_models.model())}, "adapters"),
+        ({"model": lambda: torch_models.adapted(torch_models.model())}, "model .*adapters"),
+        ({"model": lambda: prompted(peft.PromptTuningConfig)}, "model .*adapters .*PROMPT_TUNING"),
+        ({"model": lambda: prompted(peft.PrefixTuningConfig)}, "model .*adapters .*PREFIX_TUNING"),
+        ({"model": lambda: prompted(peft.PromptEncoderConfig)}, "model .*adapters .*P_TUNING"),
+        ({"model": lambda: torch.nn.Sequential(prompted(peft.PromptTuningConfig))}, "model .*adapters"),
         ({"model": lambda: torch_models}, "model .*module"),
         ({"train": ["text"], "tokenizer": 3}, "tokenizer .* 3$"),
         ({"loss": 3}, "loss .* 3$"),
@@ -249,6 +259,43 @@ def test_bad_input_is_refused_before_work(arguments, named) -> None:
         run(**arguments | {"model": model})
     if before is not None:
         torch_models.assert_unchanged(model, before)
+
+
+def test_a_model_with_a_learned_prompt_is_refused_before_data_are_read() -> None:
+    """A model that it shares its base with stays usable: the base model has no adapters."""
+    model = prompted(peft.PromptTuningConfig)
+    before = torch_models.state_of(model)
+
+    def unread():
+        pytest.fail("data were read")
+        yield
+
+    with pytest.raises(InputError, match="adapters") as refused:
+        run(model, train=unread(), held_out=unread())
+    assert "\n" not in str(refused.value)
+    torch_models.assert_unchanged(model, before)
+    assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_the_cost_is_stated_before_the_first_run(progress, capsys, caplog) -> None:
+    """Above the progress bar if there is one, in the log otherwise."""
+    caplog.set_level("INFO", logger="rora_theory")
+    shown = []
+
+    def loss(model, batch):  # noqa: ARG001
+        shown.append((capsys.readouterr(), caplog.text))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(loss=loss, progress=progress)
+    ((captured, log),) = shown
+    assert captured.out == ""
+    stated, silent = (captured.err, log) if progress else (log, captured.err)
+    for expected in ("5 steps", "25.6 training steps", "10.0% of the planned 256"):
+        assert expected in stated
+    assert "25.6" not in silent
+    assert bool(captured.err) is progress
 
 
 def test_the_probe_has_the_planned_strength() -> None:
