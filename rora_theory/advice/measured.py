@@ -178,9 +178,9 @@ def probe_regret(*, schedule: Schedule, same_rank: bool, is_short: bool) -> Prob
     ranges, counts = entry["ranges"], {name: count["number"] for name, count in entry["distinct"].items()}
     seeds = counts["seeds"]
     scope = (
-        f"{entry['model']}, {_describe_range(ranges['probe_steps'])} of {_describe_range(ranges['steps'])} steps, "
-        f"{entry['schedule']} schedule, {'one seed' if seeds == 1 else f'up to {seeds} seeds'}; "
-        f"{entry['rows'].partition('/')[0]}"
+        f"{entry['model']}, probes of {_describe_range(ranges['probe_steps'])} steps, runs of "
+        f"{_describe_range(ranges['steps'])} steps, {entry['schedule']} schedule, "
+        f"{'one seed' if seeds == 1 else f'up to {seeds} seeds'}; results/published/{entry['rows'].partition('/')[0]}"
     )
     return ProbeRegret(
         entry["medians"]["regret"],

@@ -41,6 +41,9 @@ MAX_PROBE_STEPS = 64
 MIN_PROBE_STEPS = 5
 """Minimum number of steps of a run in a probe."""
 
+MIN_STEPS_RATIO = 16
+"""Minimum ratio of the planned number of steps to that of a run in a probe, except for the shortest runs."""
+
 MIN_MEASURED_STEPS = 16
 """Fewest steps at which the published runs measured a best rate."""
 
@@ -190,7 +193,7 @@ class ProbePlan:
         """Return a sentence with the runs and the maximum cost, to be shown before the probe starts."""
         runs = (
             f"trains {MIN_FULL_RUNS} or more learning rates for {self.probe_steps} steps each, without screening, "
-            f"which needs runs of {MIN_SCREENED_STEPS} steps"
+            f"which begins at {self._screening_begins():,} planned steps"
         )
         if self.screen_steps is not None:
             runs = (
@@ -199,9 +202,15 @@ class ProbePlan:
                 f"{self.probe_steps} steps each"
             )
         return (
-            f"The probe {runs}. Its cost is at most {self.budget:.4g} training steps, {self.budget / self.steps:.1%} of the planned "
-            f"{self.steps:,}."
+            f"The probe {runs}. It costs at most {self.budget:.4g} training steps, {self.budget / self.steps:.1%} of "
+            f"the planned {self.steps:,}."
         )
+
+    def _screening_begins(self) -> int:
+        """Return the smallest number of planned steps at which a probe of the same share of the cost has screening."""
+        training = _cost_of_training(MIN_SCREENED_STEPS, _count_runs(MIN_SCREENED_STEPS))
+        cost = training / (1 - EVALUATION_SHARE) + self.setup_cost
+        return max(math.ceil(cost * self.steps / self.budget), MIN_STEPS_RATIO * MIN_SCREENED_STEPS)
 
 
 def make_plan(
@@ -224,10 +233,10 @@ def make_plan(
 
     Screening begins at full runs of `MIN_SCREENED_STEPS` steps, a third of which is `MIN_SCREENING_STEPS`. At the
     default budget and without ``setup_tokens`` these fit from 1,695 planned steps on. A shorter probe trains every rate
-    at full length, the middle of the grid first, and moves towards the lower loss. Earlier screening would cost the
-    full runs more steps than it saves: with 8 and 16 steps it fits from 1,318 planned steps on, where the same budget
-    pays for five runs of 22 steps. It reaches a best rate of 1/8 to 8 times the middle of the grid, these five of 1/4
-    to 8 times.
+    at full length, the middle of the grid first, and moves towards the lower loss. Screening reaches more rates at the
+    cost of the length of the full runs. With 8 and 16 steps it would fit from 1,318 planned steps on, where the same
+    budget pays for five full runs of 22 steps, which find a best rate of 1/4 to 8 times the middle. It begins later
+    because no best rate was measured after fewer than `MIN_MEASURED_STEPS` steps.
 
     Args:
       steps: Number of optimizer steps of the planned run.
@@ -258,7 +267,7 @@ def make_plan(
     setup_cost = EVALUATION_COST * setup_tokens / batch_tokens
     total = budget * steps - setup_cost
     # Candidates, from the largest to the smallest: number of steps of a run, and numbers of screening and full runs.
-    longest = min(MAX_PROBE_STEPS, max(steps // 16, MIN_PROBE_STEPS))
+    longest = min(MAX_PROBE_STEPS, max(steps // MIN_STEPS_RATIO, MIN_PROBE_STEPS))
     candidates = [(number, _count_runs(number)) for number in range(longest, MIN_PROBE_STEPS - 1, -1)]
     # The smallest probe cannot extend its grid.
     candidates.append((MIN_PROBE_STEPS, (0, MIN_FULL_RUNS)))

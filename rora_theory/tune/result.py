@@ -29,7 +29,7 @@ class ExpectedRegret:
     Attributes:
       median: Median over pairs of a probe and a planned run.
       largest: Largest regret of a pair.
-      is_lower_bound: Whether a rate lies outside the measured ones, so that the largest regret may be larger.
+      is_lower_bound: Whether a rate lies outside the measured ones, so that both regrets may be larger.
       pairs: Number of pairs.
       probes: Number of probes.
       changed: Names of the settings that differ between a probe and a planned run.
@@ -46,11 +46,11 @@ class ExpectedRegret:
 
     def sentence(self) -> str:
         """Return a sentence with the numbers and their scope."""
-        largest = f"{'a largest of at least' if self.is_lower_bound else 'at most'} {self.largest:.4f}"
+        bound = "at least " if self.is_lower_bound else ""
         return (
-            f"A rate carried to another {self.changed} cost a median of {self.median:.4f} and {largest} nats per token "
-            f"in {self.pairs} pairs of a probe and a full run, from {self.probes} probe{'s' * (self.probes > 1)} "
-            f"({self.source})."
+            f"The rates of {self.probes} {'probe' if self.probes == 1 else 'probes'} of published runs, carried to "
+            f"another {self.changed}, cost a median of {bound}{self.median:.4f} and at worst {bound}{self.largest:.4f} "
+            f"nats per token in {self.pairs} pairs of a probe and a planned run ({self.source})."
         )
 
 
@@ -211,9 +211,7 @@ def conclude(
     )
 
 
-def carry_fitted(
-    fitted: RateRange, *, steps: tuple[int, int], ranks: tuple[int, int], schedule: Schedule
-) -> RateRange:
+def carry_fitted(fitted: RateRange, *, steps: tuple[int, int], ranks: tuple[int, int], schedule: Schedule) -> RateRange:
     """Carry the best rate of a probe, with its interval, to the planned run at the same gamma * r.
 
     Args:
@@ -261,6 +259,8 @@ def expected_regret(*, same_rank: bool, schedule: Schedule, probe_steps: int) ->
     is_short = probe_steps < MIN_MEASURED_STEPS
     cost = measured.probe_regret(schedule=schedule, same_rank=same_rank, is_short=is_short)
     changed = "number of steps" if same_rank else "rank and number of steps"
+    if is_short:
+        changed = "number of steps, at the same rank or another"
     return ExpectedRegret(
         cost.median, cost.largest, cost.is_lower_bound, cost.pairs, cost.probes, changed=changed, source=cost.scope
     )
@@ -281,7 +281,7 @@ def _assumptions(plan: ProbePlan, fitted: FittedRate, rank: int, probe_rank: int
     if rank != probe_rank:
         by_rank = rank_factors(probe_rank, rank, plan.schedule)
         exponents = measured.rank_exponents(plan.schedule)
-        sources = ", ".join(f"{row.model} ({row.schedule} rate)" for row in exponents).replace("cosine rate", "cosine")
+        sources = ", ".join(f"{row.model} ({row.schedule} schedule)" for row in exponents)
         sentences.append(
             f"The probe has rank {probe_rank} at the same gamma * r = {plan.strength:g}, at which the law does not "
             f"change the best rate. The range allows for {by_rank.low:.1f} to {by_rank.high:.1f} times the rate, which "

@@ -1,6 +1,7 @@
 """The plan of a probe: its cost, the order of its runs, and that an interrupted one continues alike."""
 
 import math
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -109,12 +110,19 @@ def test_screening_begins_where_a_third_of_a_run_is_long_enough() -> None:
         runs = probe(plan, best_at_64(plan, 1.0))
         if plan.screen_steps is None:
             assert {run.steps for run in runs} == {plan.probe_steps}
-            assert "24 steps" in plan.sentence(), "the shortest probe with screening"
+            assert "begins at 1,695 planned steps" in plan.sentence()
         else:
             assert {run.steps for run in runs} == {plan.screen_steps, plan.probe_steps}
             assert f"for {plan.screen_steps} steps" in plan.sentence()
         assert f"for {plan.probe_steps} steps" in plan.sentence()
         assert ("without screening" in plan.sentence()) is (plan.screen_steps is None)
+    # At other budgets, and if a part of the budget is spent beforehand.
+    for settings in ({"budget": 0.07}, {"budget": 0.2}, {"budget": 0.9}, {"setup_tokens": 20_000}):
+        first = int(
+            re.search(r"begins at ([\d,]+)", plan_of(380, **{"budget": 0.1} | settings).sentence())[1].replace(",", "")
+        )
+        shorter, longer = plan_of(first - 1, **settings), plan_of(first, **settings)
+        assert (shorter.screen_steps, longer.screen_steps) == (None, 8)
 
 
 def test_screening_shortens_most_runs() -> None:
@@ -216,9 +224,7 @@ def test_the_expected_regret_is_that_of_published_probes(schedule) -> None:
     probes = pd.concat([pd.read_csv(path) for path in sorted(PUBLISHED.glob("tune_*/probes.csv"))])
     replays = pd.concat([pd.read_csv(path) for path in sorted(PUBLISHED.glob("tune*/cases.csv"))])
     for same_rank in (True, False):
-        usual, short = (
-            expected_regret(same_rank=same_rank, schedule=schedule, probe_steps=steps) for steps in (16, 5)
-        )
+        usual, short = (expected_regret(same_rank=same_rank, schedule=schedule, probe_steps=steps) for steps in (16, 5))
         assert ("rank" in usual.changed) is not same_rank
         assert usual.pairs >= usual.probes >= 10
         assert 0 < usual.median < usual.largest < short.largest
@@ -228,7 +234,8 @@ def test_the_expected_regret_is_that_of_published_probes(schedule) -> None:
             if schedule != "constant":
                 assert regret.largest >= same_length["regret"].max()
                 assert regret.is_lower_bound or not same_length["is_lower_bound"].any()
-            for expected in (f"{regret.largest:.4f}", "SmolLM2-135M", f"{regret.probes} probe", f"{regret.pairs} pairs"):
+            scope = (f"{regret.largest:.4f}", "SmolLM2-135M", f"{regret.probes} probe", f"{regret.pairs} pairs")
+            for expected in scope:
                 assert expected in regret.sentence()
             assert ("at least" in regret.sentence()) == regret.is_lower_bound
         assert "one seed" in short.sentence()
