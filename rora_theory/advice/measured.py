@@ -147,7 +147,7 @@ class ProbeRegret(NamedTuple):
     Attributes:
       median: Median over the pairs of a probe and a planned run.
       largest: Largest regret of a pair.
-      is_lower_bound: Whether a rate lies outside the measured ones, so that the largest regret may be larger.
+      is_lower_bound: Whether a rate lies outside the measured ones, so that both regrets may be larger.
       pairs: Number of pairs of a probe and a planned run.
       probes: Number of probes.
       scope: Models, numbers of steps, schedule, seeds and file of the probes.

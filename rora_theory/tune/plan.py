@@ -235,8 +235,8 @@ def make_plan(
     default budget and without ``setup_tokens`` these fit from 1,695 planned steps on. A shorter probe trains every rate
     at full length, the middle of the grid first, and moves towards the lower loss. Screening reaches more rates at the
     cost of the length of the full runs. With 8 and 16 steps it would fit from 1,318 planned steps on, where the same
-    budget pays for five full runs of 22 steps, which find a best rate of 1/4 to 8 times the middle. It begins later
-    because no best rate was measured after fewer than `MIN_MEASURED_STEPS` steps.
+    budget pays for five full runs of 22 steps, which find a best rate of 1/4 to 8 times the middle. It begins later so
+    that the full runs stay longer: the range of the rate widens with the ratio of the planned steps to theirs.
 
     Args:
       steps: Number of optimizer steps of the planned run.
