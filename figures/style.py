@@ -20,6 +20,7 @@ from rora_theory.io import files, frames
 from rora_theory.plots import (  # noqa: F401 (figures take them from here)
     BAND_COLOUR,
     COLOURS,
+    DOTTED,
     MARKERS,
     OPTIMIZERS,
     STYLE,
