@@ -50,10 +50,10 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Draw exponents of the best rate between neighbouring values of G = gamma r, with the laws.
+    """Draw exponents of the best rate between neighbouring values of G = gamma r, hollow for one seed, with the laws.
 
-    Bars span the two values of G and one standard error; a hollow point has one seed. Bands are the displacement law
-    with every measured K and c from 1 to 2. Points, band and dotted line of a model share a colour.
+    Bars span the two values of G and one standard error. Bands are the displacement law with every measured K and c
+    from 1 to 2. Points, band and dotted line of a model share a colour.
     """
     if len(config.runs) > MAX_FOLDERS:
         style.fail(f"runs must be at most {MAX_FOLDERS} run folders, got {len(config.runs)}")
@@ -160,7 +160,9 @@ def draw_displacement_law(
     )
     law = f"displacement law, K = {measured.min():.0f} to {measured.max():.0f}"
     label = f"{name}, {law}" if name else law
-    axes.fill_between(strengths, bounds.min(axis=1), bounds.max(axis=1), color=colour, alpha=0.2, linewidth=0, label=label)
+    axes.fill_between(
+        strengths, bounds.min(axis=1), bounds.max(axis=1), color=colour, alpha=0.2, linewidth=0, label=label
+    )
 
 
 def draw_constant_gradient_law(

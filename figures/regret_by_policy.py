@@ -75,10 +75,10 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Draw the regret of each policy for the learning rate, in nats per token, one panel for each change of setting.
+    """Draw the regret of each policy, with bands over the tuned rate's 95% interval and triangles for lower bounds.
 
-    Each rate was tuned at r = 8 and is used at the rank in the legend. Grey bands span the regret over the 95% interval
-    of the tuned rate. A triangle is a lower bound: the policy's rate lies outside the rates that were run.
+    Each change of setting has a panel. The rate is tuned at one rank and used at the rank in the legend. The regret is
+    a lower bound where the policy's rate lies outside the rates that were run.
     """
     costs = select_costs(config)
     # Series have the same colour and marker in all panels.
