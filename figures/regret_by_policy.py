@@ -104,8 +104,9 @@ def draw(config: Config) -> Sequence[Path]:
     axes.flat[-1].tick_params(axis="x", which="major", length=3)
     handles: dict[str, Any] = {name: Line2D([], [], linestyle="none", **look) for name, look in looks.items()}
     handles["lower bound: rate not run"] = Line2D([], [], linestyle="none", marker=">", color="black")
-    handles["95% interval of the tuned rate"] = style.band_handle()
-    style.legend(figure, handles, f"rate tuned at r = {config.rank}; bars: standard error; hollow: one seed")
+    handles["over the tuned rate's 95% interval"] = style.band_handle()
+    caption = rf"$G = \gamma r$; rate tuned at r = {config.rank}; bars: standard error; hollow: one seed"
+    style.legend(figure, handles, caption)
     return style.save(figure, config.out or config.runs[0], "regret_by_policy")
 
 
