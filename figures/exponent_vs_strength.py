@@ -124,7 +124,7 @@ def neighbours_by_rank(table: pd.DataFrame, config: Config) -> list[tuple[str, p
             not _has_value_between(first, second, several if seeds >= 2 else pairs)
             for first, second, seeds in zip(pairs["first"], pairs["second"], pairs["seeds"], strict=True)
         ]
-        by_rank.append((f"{rank}", pairs[neighbours].sort_values("first")))
+        by_rank.append((f"{rank}", pairs[neighbours].sort_values(["first", "second"])))
     return sorted(by_rank, key=lambda item: float(item[0]))
 
 
