@@ -6,8 +6,8 @@
 A page holds marks, which are HTML comments of one line or several. What stands between a mark and its end is generated.
 FILE is a path below `results/published`, without spaces.
 
-A number inside a sentence. The conditions must select exactly one row. The text after the first colon and space is a
-Python format string over the row's columns:
+A number inside a sentence. The conditions must select exactly one row. The text after the first colon and space has
+the row's columns in braces, with Python's formats:
 
     fell as G to the <!-- n horizon/exponents.csv over=strength at=8 step=64: {exponent:+.2f} -->-0.79<!-- / --> and
 
@@ -171,12 +171,12 @@ def natural_key(value: Any) -> list[Any]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in parts if part]
 
 
-def equals(value: Any, wanted: str) -> bool:
+def equals(value: Any, text: str) -> bool:
     """Return whether a value is the one that a condition names."""
-    target = parse_value(wanted)
+    target = parse_value(text)
     if isinstance(value, (int, float)) and isinstance(target, (int, float)) and not isinstance(value, bool):
         return math.isclose(value, target, rel_tol=RELATIVE_TOLERANCE)
-    return value is target if value is None or target is None else str(value) == wanted
+    return value is target if value is None or target is None else str(value) == text
 
 
 def select(rows: Iterable[Row], conditions: Sequence[re.Match[str]]) -> list[Row]:

@@ -108,7 +108,7 @@ def _drawings() -> list[tuple[str, str, str]]:
 def _pattern(name: ast.expr) -> str:
     """Return a regular expression for a string or an f-string."""
     parts = name.values if isinstance(name, ast.JoinedStr) else [name]
-    return "".join(re.escape(part.value) if isinstance(part, ast.Constant) else ".*" for part in parts)
+    return "".join(re.escape(str(part.value)) if isinstance(part, ast.Constant) else ".*" for part in parts)
 
 
 def _caption(docstring: str) -> str:

@@ -86,7 +86,7 @@ def draw(config: Config) -> Sequence[Path]:
     if len(names) > len(MARKERS):
         style.fail(f"the run folders must have at most {len(MARKERS)} pairs of a run and a rank, got {len(names)}")
     styles = zip(names, style.COLOURS, MARKERS, strict=False)
-    looks = {name: {"color": colour, "marker": marker} for name, colour, marker in styles}
+    looks: dict[str, dict[str, Any]] = {name: {"color": color, "marker": marker} for name, color, marker in styles}
     # Panels are as high as their rows, in the order of the changes.
     panels = list(costs.sort_values("change", kind="stable").groupby("panel", sort=False))
     heights = [len(rows) + ROW_GAP * (rows["row"].nunique() + 1) for _, rows in panels]
@@ -113,7 +113,7 @@ def draw(config: Config) -> Sequence[Path]:
 def select_costs(config: Config) -> pd.DataFrame:
     """Select the rows of every run's regret.csv that a panel shows.
 
-    Pairs with a best rate at the end of a grid are left out: their lowest loss is unknown.
+    Pairs with a best rate at the end of a grid are left out, because their lowest loss is unknown.
 
     Returns:
       The rows in the order of the runs and ranks, with the columns ``series`` (a run and a rank), ``change`` (its
@@ -158,7 +158,7 @@ def titles_of(change: Change, row: Any) -> tuple[str, str]:
     return f"alpha = {scaling:g}r, {title}" if is_kept else title, POLICIES[row.policy]
 
 
-def draw_panel(axes: Axes, costs: pd.DataFrame, looks: Mapping[str, Mapping[str, Any]]) -> None:
+def draw_panel(axes: Axes, costs: pd.DataFrame, looks: Mapping[str, dict[str, Any]]) -> None:
     """Draw a panel: for each row and series the regret, its standard error and the range over the tuned optimum.
 
     Args:
