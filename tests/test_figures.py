@@ -420,10 +420,17 @@ def test_regrets_of_two_models_share_a_figure(drawn) -> None:
         assert sum(point.get_fillstyle() == "none" for point in points) == (rows["seeds"] == 1).sum()
 
 
-def test_regrets_that_no_run_has_are_refused(tmp_path) -> None:
-    config = regret_by_policy.Config((PUBLISHED / "horizon",), rank=7, out=tmp_path / "new")
+@pytest.mark.parametrize(
+    ("folder", "options"),
+    [("horizon", {"rank": 7}), ("horizon_gemma", {"changes": ((16.0, 16.0, 16, 64),)})],
+    ids=["unknown rank", "grid edge"],
+)
+def test_regrets_that_no_run_has_are_refused(folder, options, tmp_path, capsys) -> None:
+    """A pair whose best rate lies at the end of its grid has no known regret."""
     with pytest.raises(SystemExit):
-        regret_by_policy.draw(config)
+        regret_by_policy.draw(regret_by_policy.Config((PUBLISHED / folder,), out=tmp_path / "new", **options))
+    assert "--changes" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("change", [(64.0, 0.0, 64, 64), (64.0, float("nan"), 64, 64)])
