@@ -6,8 +6,8 @@
 A page holds marks, which are HTML comments of one line or several. What stands between a mark and its end is generated.
 FILE is a path below `results/published`, without spaces.
 
-A number inside a sentence. The conditions must select exactly one row. The text after the first colon and space is a
-Python format string over the row's columns:
+A number inside a sentence. The conditions must select exactly one row. The text after the first colon and space has
+the row's columns in braces, with Python's formats:
 
     fell as G to the <!-- n horizon/exponents.csv over=strength at=8 step=64: {exponent:+.2f} -->-0.79<!-- / --> and
 
@@ -27,9 +27,8 @@ The gallery of figures: `<!-- gallery -->`, on a line of its own. The package's 
 FILE
     x.csv            The rows of the file. An empty cell is a missing value.
     x.json           A list of objects has a row for each. Any other object is one row; nested keys are joined by dots.
-    x.json#a.b       The value at the keys `a`, `b` of the file. In `a.*` each value of `a` is a row, its key in `key`.
+    x.json#a.b       The value at the keys `a`, `b` of the file.
     x/*/y.csv        The rows of all files that match; `folder` is the name of the folder that holds a row's file.
-    x/tables.md#T    In a table mark alone: the Markdown table below the heading T.
 Conditions
     column=value     Numbers compare with a relative tolerance of 1e-6. `column=a,b` accepts either value.
     column!=value    The opposite. `column=` selects rows where the value is missing, `column!=` rows where it is not.
@@ -47,20 +46,19 @@ that a tie does not depend on the processor that wrote the file.
 """
 
 import csv
-import difflib
 import json
 import math
 import re
 import statistics
-import string
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-PUBLISHED = ROOT / "results" / "published"
+import gallery
+from gallery import PUBLISHED, ROOT
+
 PACKAGED = ROOT / "rora_theory" / "advice" / "measured.json"
 """Measured numbers that the library uses."""
 CALCULATOR = ROOT / "docs" / "assets" / "measured.mjs"
@@ -77,10 +75,12 @@ OPENING = re.compile(r"<!--\s*(?:n|table|gallery)\b(?P<body>[^>]{0,60})")
 
 QUOTED = r'"[^"]*"'
 WORD = re.compile(
-    rf"(?P<column>[\w.]+)(?P<test>!=|=)(?P<value>(?:{QUOTED}|[^\s:\"])*):?"  # a condition
+    rf"\s*(?:(?P<column>[\w.]+)(?P<test>!=|=)(?P<value>(?:{QUOTED}|[^\s:\"])*):?"  # a condition
     rf"|(?P<heading>{QUOTED})=(?P<cell>[^\"]*\}}[^\s\"]*|[^\s\"]+)"  # a column with a heading
-    r"|(?P<name>[\w.]+)(?P<format>:\S+)?"  # a column
+    r"|(?P<name>[\w.]+(?::\S+)?))(?=\s|$)"  # a column
 )
+FIELD = re.compile(r"\{([^{}:]*):?([^{}]*)\}")
+"""A column and its format in a format string."""
 RELATIVE_TOLERANCE = 1e-6
 SIGNIFICANT_DIGITS = 12
 
@@ -91,36 +91,22 @@ class MarkError(Exception):
     """A mark that cannot be filled."""
 
 
-class MissingValueError(Exception):
-    """A format string names a column whose value is missing."""
+class MissingValueError(MarkError):
+    """A mark names a column whose value is missing."""
 
 
-def missing_column(name: str, columns: Iterable[str]) -> MarkError:
-    """Return an error that lists the columns which are similar, or the first."""
-    columns = list(columns)
-    listed = difflib.get_close_matches(name, columns, n=5) or columns[:15]
-    return MarkError(f"no column {name!r}; there are {len(columns)}, among them {', '.join(listed)}")
+def check_column(name: str, row: Row) -> None:
+    """Raise if a row does not have a column."""
+    if name not in row:
+        raise MarkError(f"no column {name!r}; there are {', '.join(row)}")
 
 
-class RowFormatter(string.Formatter):
-    """Format columns of a row, whose names may contain dots."""
-
-    def get_field(self, field_name: str, _: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Return the value of a column."""
-        if field_name not in kwargs:
-            raise missing_column(field_name, kwargs)
-        if kwargs[field_name] is None:
-            raise MissingValueError(field_name)
-        return kwargs[field_name], field_name
-
-    def format_field(self, value: Any, format_spec: str) -> str:
-        """Format a value, a float after rounding that removes differences between processors."""
-        format_spec, _, divisor = format_spec.partition("/")
-        value = value / float(divisor) if divisor else value
-        if isinstance(value, float):
-            value, format_spec = float(f"{value:.{SIGNIFICANT_DIGITS}g}"), format_spec or "g"
-        text = format(value, format_spec)
-        return text.replace("*", "\\*") if isinstance(value, str) else text  # r* is no emphasis
+def value_of(row: Row, column: str) -> Any:
+    """Return the value of a column, which must not be missing."""
+    check_column(column, row)
+    if row[column] is None:
+        raise MissingValueError(f"the value of column {column} is missing")
+    return row[column]
 
 
 def parse_value(text: str) -> int | float | str | None:
@@ -150,12 +136,9 @@ def json_rows(path: Path, keys: str) -> list[dict[str, Any]]:
     """Return the rows of a JSON file, or of the value at some dotted keys."""
     value = json.loads(path.read_text())
     for key in keys.split(".") if keys else ():
-        if key == "*" and isinstance(value, dict):
-            value = [{"key": name} | child for name, child in value.items() if isinstance(child, dict)]
-        elif isinstance(value, dict) and key in value:
-            value = value[key]
-        else:
+        if not isinstance(value, dict) or key not in value:
             raise MarkError(f"{path.name} has no key {key!r} of #{keys}")
+        value = value[key]
     return [flatten(row) for row in (value if isinstance(value, list) else [value])]
 
 
@@ -189,12 +172,12 @@ def natural_key(value: Any) -> list[Any]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in parts if part]
 
 
-def equals(value: Any, wanted: str) -> bool:
+def equals(value: Any, text: str) -> bool:
     """Return whether a value is the one that a condition names."""
-    target = parse_value(wanted)
+    target = parse_value(text)
     if isinstance(value, (int, float)) and isinstance(target, (int, float)) and not isinstance(value, bool):
         return math.isclose(value, target, rel_tol=RELATIVE_TOLERANCE)
-    return value is target if value is None or target is None else str(value) == wanted
+    return value is target if value is None or target is None else str(value) == text
 
 
 def select(rows: Iterable[Row], conditions: Sequence[re.Match[str]]) -> list[Row]:
@@ -205,8 +188,8 @@ def select(rows: Iterable[Row], conditions: Sequence[re.Match[str]]) -> list[Row
         # "a,b" is one quoted value; a,b are two.
         values = [value.strip('"') for value in re.findall(rf"{QUOTED}|[^,]+", condition["value"])] or [""]
         name = values[0] if column == "sort" else column
-        if rows and name not in rows[0]:
-            raise missing_column(name, rows[0])
+        if rows:
+            check_column(name, rows[0])
         if column == "sort":
             rows.sort(key=lambda row: natural_key(row[name]))
         else:
@@ -220,9 +203,8 @@ def parse_words(text: str) -> tuple[list[re.Match[str]], list[re.Match[str]]]:
     """Split the words of a mark into conditions and columns."""
     matches, end = [], 0
     while rest := text[end:].strip():
-        end = len(text) - len(text[end:].lstrip())
         match = WORD.match(text, end)
-        if match is None or not (match.end() == len(text) or text[match.end()].isspace()):
+        if match is None:
             raise MarkError(f"neither a condition nor a column: {rest[:40]}")
         matches.append(match)
         end = match.end()
@@ -231,19 +213,36 @@ def parse_words(text: str) -> tuple[list[re.Match[str]], list[re.Match[str]]]:
 
 def format_row(template: str, row: Row) -> str:
     """Fill a format string from the columns of a row."""
+
+    def replacement(field: re.Match[str]) -> str:
+        value, (spec, _, divisor) = value_of(row, field[1]), field[2].partition("/")
+        value = value / float(divisor) if divisor else value
+        if isinstance(value, float):
+            # Rounding removes differences between processors.
+            value, spec = float(f"{value:.{SIGNIFICANT_DIGITS}g}"), spec or "g"
+        text = format(value, spec)
+        return text.replace("*", "\\*") if isinstance(value, str) else text  # r* is no emphasis
+
+    if {"{", "}"} & set(FIELD.sub("", template)):
+        raise MarkError(f"format {template!r}: a brace without its other")
     try:
-        return RowFormatter().vformat(template, (), row)
-    except (ValueError, TypeError, IndexError) as error:
+        return FIELD.sub(replacement, template)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
         raise MarkError(f"format {template!r}: {error}") from error
+
+
+def select_rows(text: str) -> list[Row]:
+    """Return the rows that ``FILE conditions`` selects."""
+    source, _, words = text.partition(" ")
+    conditions, columns = parse_words(words)
+    if columns:
+        raise MarkError(f"not a condition: {columns[0][0].strip()}")
+    return select(load_rows(source), conditions)
 
 
 def one_row(text: str) -> Row:
     """Return the one row that ``FILE conditions`` selects."""
-    source, _, words = text.partition(" ")
-    conditions, columns = parse_words(words)
-    if columns:
-        raise MarkError(f"not a condition: {columns[0][0]}")
-    rows = select(load_rows(source), conditions)
+    rows = select_rows(text)
     if len(rows) > 1:
         raise MarkError(f"the conditions select {len(rows)} rows; a number needs one")
     return rows[0]
@@ -252,12 +251,9 @@ def one_row(text: str) -> Row:
 def number(body: str) -> str:
     """Return the text of a number mark."""
     head, separator, template = body.partition(": ")
-    if not separator or "{" not in template:
+    if not separator or not FIELD.search(template):
         raise MarkError("a number is FILE conditions: {column:format}")
-    try:
-        return format_row(template, one_row(head))
-    except MissingValueError as error:
-        raise MarkError(f"the value of column {error} is missing") from error
+    return format_row(template, one_row(head))
 
 
 def markdown_row(cells: Iterable[str]) -> str:
@@ -268,16 +264,14 @@ def markdown_row(cells: Iterable[str]) -> str:
 def table(body: str) -> str:
     """Return the lines of a table mark."""
     source, _, words = body.partition(" ")
-    if ".md#" in source:
-        return f"\n{included_table(body)}\n"
     conditions, columns = parse_words(words)
     if not columns:
         raise MarkError("a table names no column")
     headings, templates = [], []
     for column in columns:
-        name, colon, spec = (column["cell"] or f"{column['name']}{column['format'] or ''}").partition(":")
-        headings.append((column["heading"] or name).strip('"'))
-        templates.append(column["cell"] if "{" in name else f"{{{name}{colon}{spec}}}")
+        cell = column["cell"] or column["name"]
+        headings.append((column["heading"] or cell.partition(":")[0]).strip('"'))
+        templates.append(cell if "{" in cell else f"{{{cell}}}")
     lines = [markdown_row(headings), "|" + "---|" * len(headings)]
     for row in select(load_rows(source.removesuffix(":")), conditions):
         cells = []
@@ -288,21 +282,6 @@ def table(body: str) -> str:
                 cells.append("")
         lines.append(markdown_row(cells))
     return "\n" + "\n".join(lines) + "\n"
-
-
-def included_table(body: str) -> str:
-    """Return the table below a heading of a run's Markdown file."""
-    file, _, heading = body.partition("#")
-    if not (PUBLISHED / file).is_file():
-        raise MarkError(f"no file {file} below results/published")
-    sections = re.split(r"^#+ +(.*)$", (PUBLISHED / file).read_text(), flags=re.MULTILINE)
-    matching = [text for title, text in zip(sections[1::2], sections[2::2], strict=True) if title.strip() == heading]
-    if len(matching) != 1:
-        raise MarkError(f"{len(matching)} headings {heading!r} in {file}")
-    lines = [line for line in matching[0].splitlines() if line.startswith("|")]
-    if not lines:
-        raise MarkError(f"no table below {heading!r} in {file}")
-    return "\n".join(lines)
 
 
 def fill_packaged(text: str, where: str) -> tuple[str, list[str]]:
@@ -319,7 +298,7 @@ def fill_packaged(text: str, where: str) -> tuple[str, list[str]]:
     for name, entry in entries.items():
         try:
             values = {"columns": packaged_columns(entry)} if "columns" in entry else packaged_summaries(entry)
-        except (MarkError, MissingValueError) as error:
+        except MarkError as error:
             problems.append(f"{where}: {name}: error: {error}")
             continue
         problems += [
@@ -334,25 +313,21 @@ def fill_packaged(text: str, where: str) -> tuple[str, list[str]]:
 def packaged_columns(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of an entry that quotes one row."""
     row = one_row(entry["row"])
-    return {column: RowFormatter().get_field(column, (), row)[0] for column in entry["columns"]}
+    return {column: value_of(row, column) for column in entry["columns"]}
 
 
 def packaged_summaries(entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the ranges, and the medians and numbers if it has them, of an entry that summarises several rows."""
-    source, _, words = entry["rows"].partition(" ")
-    conditions, columns = parse_words(words)
-    if columns:
-        raise MarkError(f"not a condition: {columns[0][0]}")
-    rows = select(load_rows(source), conditions)
+    rows = select_rows(entry["rows"])
 
     def values_of(column: str) -> list[Any]:
-        return [RowFormatter().get_field(column, (), row)[0] for row in rows]
+        return [value_of(row, column) for row in rows]
 
     def count(item: Mapping[str, Any]) -> dict[str, Any]:
         # A value may be missing here: files of one pattern need not have the same columns.
         columns = item["columns"].split()
-        if lost := next((column for column in columns if column not in rows[0]), None):
-            raise missing_column(lost, rows[0])
+        for column in columns:
+            check_column(column, rows[0])
         return {**item, "number": len({tuple(row[column] for column in columns) for row in rows})}
 
     summaries: dict[str, Callable[[str], Any]] = {
@@ -369,27 +344,17 @@ def fill_calculator(text: str, where: str) -> tuple[str, list[str]]:
     return filled, [] if text == filled else [f"{where}: differs from {PACKAGED.relative_to(ROOT)}"]
 
 
-def figures(_: str) -> str:
-    """Return the gallery of published figures."""
-    import gallery  # beside this file; imports every command, which takes a second
-
-    return gallery.markdown()
-
-
-KINDS: dict[str, Callable[[str], str]] = {"n": number, "table": table, "gallery": figures}
+KINDS: dict[str, Callable[[str], str]] = {"n": number, "table": table, "gallery": lambda _: gallery.markdown()}
 """What fills each kind of mark, from the mark's words."""
 
 
 def check_place(text: str, mark: re.Match[str]) -> None:
     """Raise if Markdown would end a paragraph at a number, or not see a table as one."""
-    line_start = text.rfind("\n", 0, mark.start()) + 1
-    before = text[line_start : mark.start()]
-    previous_line = text[:line_start].rstrip("\n").rpartition("\n")[2] if text[:line_start] else ""
-    follows_text = bool(previous_line.strip()) and not text[:line_start].endswith("\n\n")
-    if mark["kind"] != "n" and (before.strip() or follows_text):
+    *_, previous_line, before = ("\n\n" + text[: mark.start()]).split("\n")
+    begins_line, follows_text = not before.strip(), bool(previous_line.strip())
+    if mark["kind"] != "n" and (follows_text or not begins_line):
         raise MarkError(f"a {mark['kind']} stands on lines of its own, after an empty line")
-    follows_paragraph = follows_text and not re.match(r"\s*(\||#|```|<!--)", previous_line)
-    if mark["kind"] == "n" and not before.strip() and follows_paragraph:
+    if mark["kind"] == "n" and begins_line and follows_text and not re.match(r"\s*(\||#|```|<!--)", previous_line):
         raise MarkError("it begins a line and would end its paragraph; put it behind a word")
 
 
@@ -430,20 +395,12 @@ def fill(text: str, where: str) -> tuple[str, list[str]]:
 
 
 def documents() -> list[Path]:
-    """Return every file to fill: the package's data, the calculator's, README.md, the pages.
-
-    The gallery is last, as it quotes the pages.
-    """
-    pages = sorted((ROOT / "docs").rglob("*.md"), key=lambda page: (page.name == "gallery.md", page))
-    pages = [page for page in pages if "published" not in page.relative_to(ROOT).parts]
-    return [PACKAGED, CALCULATOR, ROOT / "README.md", *pages]
+    """Return every file to fill: the package's data, the calculator's, README.md, the pages."""
+    pages = [page.relative_to(ROOT) for page in sorted((ROOT / "docs").rglob("*.md"))]
+    return [PACKAGED, CALCULATOR, ROOT / "README.md", *(ROOT / page for page in pages if "published" not in page.parts)]
 
 
-FILLERS: dict[str, Callable[[str, str], tuple[str, list[str]]]] = {
-    ".json": fill_packaged,
-    ".mjs": fill_calculator,
-    ".md": fill,
-}
+FILLERS = {".json": fill_packaged, ".mjs": fill_calculator, ".md": fill}
 """What fills a file, by its suffix."""
 
 

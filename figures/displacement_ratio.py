@@ -38,9 +38,9 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Draw the ratio of the A-led to the B-led change against G = gamma r, with the displacement law.
+    """Draw the ratio of the A-led to the B-led change against G = gamma r, with the displacement law; bars: all runs.
 
-    Points are means over the runs at or below the best rate, with their range.
+    Points are means over the runs at or below the best rate.
     """
     folders = style.read_folders(config.runs, "constants.csv")
     figure, axes = plt.subplots(figsize=(4.4, 3.2))

@@ -25,8 +25,8 @@ from rora_theory.validation.rules import check_ranks
 MAX_ENTRIES = 8
 """Largest number of legend entries: measured series, a band for each run folder, and two lines."""
 
-BAND_COLOURS = (style.BAND_COLOUR, "#f3d9b1")
-"""Colours of the displacement law's bands, one for each run folder."""
+MAX_FOLDERS = 2
+"""Largest number of run folders, each with a colour that its points, band and line share."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,21 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Draw exponents of the best rate between neighbouring values of G = gamma r, with the laws.
+    """Draw exponents of the best rate between neighbouring values of G = gamma r, hollow for one seed, with the laws.
 
-    Bars span the two values of G and one standard error; a hollow point has one seed. Bands are the displacement law
-    with every measured K and c from 1 to 2.
+    Bars span the two values of G and one standard error. Bands are the displacement law with every measured K and c
+    from 1 to 2. Points, band and dotted line of a model share a colour.
     """
-    if len(config.runs) > len(BAND_COLOURS):
-        style.fail(f"runs must be at most {len(BAND_COLOURS)} run folders, got {len(config.runs)}")
+    if len(config.runs) > MAX_FOLDERS:
+        style.fail(f"runs must be at most {MAX_FOLDERS} run folders, got {len(config.runs)}")
     folders = style.read_folders(config.runs, "estimators.csv")
-    # A series for each run folder and rank.
-    series = [
-        (f"{label}, r = {rank}" if len(folders) > 1 else f"r = {rank}", pairs)
-        for label, table in folders
-        for rank, pairs in neighbours_by_rank(table, config)
-    ]
+    is_single = len(folders) == 1
+    # A series for each run folder and rank. Several run folders have a colour each, the ranks of a single one.
+    series = []
+    for folder, (label, table) in enumerate(folders):
+        for index, (rank, pairs) in enumerate(neighbours_by_rank(table, config)):
+            name = f"r = {rank}" if is_single else f"{label}, r = {rank}"
+            series.append((name, pairs, style.COLOURS[index if is_single else folder], style.MARKERS[index]))
     largest = MAX_ENTRIES - len(folders) - 2
     if not 0 < len(series) <= largest:
         style.fail(
@@ -71,25 +72,29 @@ def draw(config: Config) -> Sequence[Path]:
             f"{len(series)} ranks. Choose other --steps or --ranks, or fewer runs."
         )
     figure, axes = plt.subplots(figsize=(4.6, 3.4))
-    for position, (label, pairs) in enumerate(series):
+    for position, (label, pairs, colour, marker) in enumerate(series):
         # Several ranks have the same ends: their points are moved apart, so that no bar hides another.
-        middle = np.sqrt(pairs["first"] * pairs["second"]) * 1.05 ** (position - (len(series) - 1) / 2)
-        spans = [middle - pairs["first"], pairs["second"] - middle]
-        errors = pairs["standard_error"].to_numpy(float, na_value=np.nan)
-        look: dict[str, Any] = {"fmt": style.MARKERS[position], "color": style.COLOURS[position], "elinewidth": 0.9}
-        look["fillstyle"] = "none" if (pairs["seeds"] == 1).all() else "full"
-        axes.errorbar(middle, pairs["exponent"], yerr=errors, xerr=spans, label=label, **look)
-    strengths = pd.concat([pairs[end] for _, pairs in series for end in ("first", "second")])
-    # Laws: a band for each run folder, a line for each run folder, and the law of the first step.
+        shift = 1.05 ** (position - (len(series) - 1) / 2)
+        for is_hollow, points in pairs.groupby(pairs["seeds"] == 1):
+            middle = np.sqrt(points["first"] * points["second"]) * shift
+            spans = [middle - points["first"], points["second"] - middle]
+            errors = points["standard_error"].to_numpy(float, na_value=np.nan)
+            fill = "none" if is_hollow else "full"
+            look: dict[str, Any] = {"fmt": marker, "color": colour, "elinewidth": 0.9, "fillstyle": fill}
+            axes.errorbar(middle, points["exponent"], yerr=errors, xerr=spans, **look)
+        # The legend has one entry for filled and hollow points.
+        axes.plot([], [], marker, color=colour, label=label)
+    strengths = pd.concat([pairs[end] for _, pairs, *_ in series for end in ("first", "second")])
+    # Laws: a band and a line for each run folder, and the law of the first step.
     ends = (strengths.min() / 2, strengths.max() * 2)
     grid = np.geomspace(*ends, 60)
-    for run, (label, _), colour in zip(config.runs, folders, BAND_COLOURS, strict=False):
-        name = label if len(folders) > 1 else ""
-        draw_displacement_law(axes, style.read_table(run, "constants.csv"), config, grid, name=name, colour=colour)
-    for position, run in enumerate(config.runs):
-        draw_constant_gradient_law(axes, style.read_table(run, "exponents.csv"), config, ends, position)
+    for run, (label, _), colour in zip(config.runs, folders, style.COLOURS, strict=False):
+        name, band, line = ("", "black", "black") if is_single else (label, colour, colour)
+        draw_displacement_law(axes, style.read_table(run, "constants.csv"), config, grid, name=name, colour=band)
+        draw_constant_gradient_law(axes, style.read_table(run, "exponents.csv"), config, ends, colour=line)
+    axes.plot([], [], color="black", linewidth=0.9, linestyle=style.DOTTED, label="constant gradient")
     axes.axhline(-1, color="black", linewidth=0.9, linestyle=(0, (4, 2)), label="first step")
-    axes.set(xscale="log", xlabel=r"$G = \gamma r$", ylim=(-1.05, -0.4))
+    axes.set(xscale="log", xlabel=r"$G = \gamma r$", ylim=(-1.05, -0.35))
     axes.set_ylabel(rf"$d \log \eta^* / d \log G$ after {config.steps} steps")
     style.plain_ticks(axes, strengths)
     caption = (
@@ -103,26 +108,30 @@ def draw(config: Config) -> Sequence[Path]:
 def neighbours_by_rank(table: pd.DataFrame, config: Config) -> list[tuple[str, pd.DataFrame]]:
     """Return each rank's exponents between neighbouring values of G.
 
-    Pairs with one seed are left out, unless no pair of the table has more. Values are neighbours if no value between
-    them has such a pair with both.
+    Values are neighbours if no value between them has a pair with both. Pairs with one seed do not count where the
+    pair has more seeds.
     """
-    # Exponents of single ranks, which have an error over seeds.
+    # Exponents of single ranks.
     rows = table[(table["step"] == config.steps) & (table["over"] == "strength") & (table["pairs"] == 1)]
     rows = rows[rows["estimate"] == config.estimate]
     if config.ranks:
         rows = rows[rows["at"].astype(float).isin(config.ranks)]
-    rows = rows[rows["seeds"] >= 2] if (rows["seeds"] >= 2).any() else rows
     by_rank = []
     for rank, pairs in rows.groupby("at"):
         # Drop a pair with a measured value in between: its exponent is the mean of two others.
-        ends = set(zip(pairs["first"], pairs["second"], strict=True))
-        values = {value for pair in ends for value in pair}
+        several = pairs[pairs["seeds"] >= 2]
         neighbours = [
-            not any((first, value) in ends and (value, second) in ends for value in values)
-            for first, second in zip(pairs["first"], pairs["second"], strict=True)
+            not _has_value_between(first, second, several if seeds >= 2 else pairs)
+            for first, second, seeds in zip(pairs["first"], pairs["second"], pairs["seeds"], strict=True)
         ]
-        by_rank.append((f"{rank}", pairs[neighbours].sort_values("first")))
+        by_rank.append((f"{rank}", pairs[neighbours].sort_values(["first", "second"])))
     return sorted(by_rank, key=lambda item: float(item[0]))
+
+
+def _has_value_between(first: float, second: float, pairs: pd.DataFrame) -> bool:
+    """Return whether the pairs have both halves of a pair, divided at some value."""
+    upper_halves = pairs.loc[pairs["second"] == second, "first"]
+    return bool(upper_halves.isin(pairs.loc[pairs["first"] == first, "second"]).any())
 
 
 def draw_displacement_law(
@@ -151,11 +160,13 @@ def draw_displacement_law(
     )
     law = f"displacement law, K = {measured.min():.0f} to {measured.max():.0f}"
     label = f"{name}, {law}" if name else law
-    axes.fill_between(strengths, bounds.min(axis=1), bounds.max(axis=1), color=colour, alpha=0.6, label=label)
+    axes.fill_between(
+        strengths, bounds.min(axis=1), bounds.max(axis=1), color=colour, alpha=0.2, linewidth=0, label=label
+    )
 
 
 def draw_constant_gradient_law(
-    axes: Axes, exponents: pd.DataFrame, config: Config, ends: tuple[float, float], position: int
+    axes: Axes, exponents: pd.DataFrame, config: Config, ends: tuple[float, float], *, colour: str
 ) -> None:
     """Draw the exponents of the constant-gradient law at the geometric middle of each pair that a run has.
 
@@ -164,7 +175,7 @@ def draw_constant_gradient_law(
       exponents: The run's exponents.csv. Without pairs after the configured steps, nothing is drawn.
       config: Configuration of the figure.
       ends: Values of G at which the line begins and ends.
-      position: Index of the run, which selects the line's style. Only the first line is in the legend.
+      colour: Colour of the line.
     """
     predicted = exponents[(exponents["over"] == "strength") & (exponents["step"] == config.steps)]
     if config.ranks:
@@ -174,8 +185,7 @@ def draw_constant_gradient_law(
         return
     x = [ends[0], *by_middle.index, ends[1]]
     y = [by_middle.iloc[0], *by_middle, by_middle.iloc[-1]]
-    line: dict[str, Any] = {"color": "black", "linewidth": 0.9, "linestyle": (0, (1, 1 + position))}
-    axes.plot(x, y, label="constant gradient" if position == 0 else "_same law", **line)
+    axes.plot(x, y, color=colour, linewidth=1.2, linestyle=style.DOTTED)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from rora_theory.io import files, frames
 from rora_theory.plots import (  # noqa: F401 (figures take them from here)
     BAND_COLOUR,
     COLOURS,
+    DOTTED,
     MARKERS,
     OPTIMIZERS,
     STYLE,
@@ -84,11 +85,15 @@ def panels(count: int, *, sharex: bool = False) -> tuple[Figure, list[Any]]:
 
 
 def read_folders(runs: Sequence[Path], name: str) -> "list[tuple[str, pd.DataFrame]]":
-    """Return a label and a table of every run folder: the label is the model, or the folder where models repeat."""
+    """Return a label and a table of every run folder.
+
+    The label is the model with a schedule that is not constant, or the folder where these repeat.
+    """
     if not runs:
         fail("runs must be one or more run folders of sims.horizon, got none")
-    models = [read_frame(run, "horizon")[0]["config"]["model"] for run in runs]
-    labels = models if len(set(models)) == len(models) else [run.name for run in runs]
+    configs = [read_frame(run, "horizon")[0]["config"] for run in runs]
+    labels = [config["model"] + (f", {config['schedule']}" if "schedule" in config else "") for config in configs]
+    labels = labels if len(set(labels)) == len(labels) else [run.name for run in runs]
     return list(zip(labels, (read_table(run, name) for run in runs), strict=True))
 
 

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.transforms import Bbox
 from support import drawings
 from support.drawings import draw
@@ -36,6 +37,7 @@ from figures import (
     style,
     training_dynamics,
 )
+from rora_theory.errors import InputError
 from rora_theory.runs import seals
 from sims.common import cli
 
@@ -354,10 +356,7 @@ def test_rounding_errors_change_no_svg_file(tmp_path) -> None:
 
 
 def test_exponents_are_drawn_between_neighbours_of_each_rank() -> None:
-    """Pairs need two seeds, as 64 to 181 does not have; 16 to 724 is left out because 64 lies between.
-
-    Where no pair has two seeds, those with one are drawn.
-    """
+    """16 to 724 is left out because 64 lies between. Pairs with one seed divide none with more, but each other."""
     rows = [(16, 64, 2), (64, 724, 3), (16, 724, 2), (64, 181, 1), (181, 724, 1)]
     table = pd.DataFrame(rows, columns=["first", "second", "seeds"]).assign(
         step=64, over="strength", at="8", pairs=1, estimate="quadratic", exponent=-0.7, standard_error=0.1
@@ -365,11 +364,79 @@ def test_exponents_are_drawn_between_neighbours_of_each_rank() -> None:
     config = exponent_vs_strength.Config((PUBLISHED / "horizon",))
     ((rank, pairs),) = exponent_vs_strength.neighbours_by_rank(table, config)
     assert rank == "8"
-    assert list(zip(pairs["first"], pairs["second"], strict=True)) == [(16, 64), (64, 724)]
+    ends = list(zip(pairs["first"], pairs["second"], strict=True))
+    assert ends == [(16, 64), (64, 181), (64, 724), (181, 724)]
     ((_, pairs),) = exponent_vs_strength.neighbours_by_rank(table.assign(seeds=1), config)
     assert list(zip(pairs["first"], pairs["second"], strict=True)) == [(16, 64), (64, 181), (181, 724)]
     of_another_rank = exponent_vs_strength.Config((PUBLISHED / "horizon",), ranks=(16,))
     assert not exponent_vs_strength.neighbours_by_rank(table, of_another_rank)
+
+
+def test_an_exponent_of_one_seed_is_hollow_in_the_colour_of_its_model(drawn) -> None:
+    """Points, band and line of a model have the same colour."""
+    runs = (PUBLISHED / "horizon_gemma", PUBLISHED / "horizon")
+    exponent_vs_strength.draw(exponent_vs_strength.Config(runs, ranks=(8, 128)))
+    (axes,) = drawn["exponent_vs_strength"].axes
+    drawn_points = {
+        (container.lines[0].get_color(), round(float(y), 3)): container.lines[0].get_fillstyle()
+        for container in axes.containers
+        for y in container.lines[0].get_ydata()
+    }
+    expected = {}
+    for run, colour in zip(runs, style.COLOURS, strict=False):
+        table = pd.read_csv(run / "estimators.csv")
+        config = exponent_vs_strength.Config((run,), ranks=(8, 128))
+        for _, pairs in exponent_vs_strength.neighbours_by_rank(table, config):
+            for exponent, seeds in zip(pairs["exponent"], pairs["seeds"], strict=True):
+                expected[colour, round(exponent, 3)] = "none" if seeds == 1 else "full"
+    assert drawn_points == expected
+    assert set(expected.values()) == {"none", "full"}
+    bands = [to_hex(band.get_facecolor()[0]).upper() for band in axes.collections if band.get_alpha() == 0.2]
+    # Lines without markers and with more points than the horizontal one.
+    laws = [line.get_color() for line in axes.lines if line.get_marker() == "None" and len(line.get_xdata()) > 2]
+    assert bands == laws == list(style.COLOURS[:2])
+    assert len(drawn["exponent_vs_strength"].legends[0].get_texts()) == 8
+
+
+def test_regrets_of_two_models_share_a_figure(drawn) -> None:
+    """Each panel has the rows of regret.csv, triangles for lower bounds, and nothing cut at its edge."""
+    runs = tuple(PUBLISHED / name for name in ("horizon", "horizon_gemma", "horizon_gemma_cosine"))
+    config = regret_by_policy.Config(runs)
+    regret_by_policy.draw(config)
+    figure = drawn["regret_by_policy"]
+    check(figure)
+    assert len(figure.legends[0].get_texts()) == 8
+    costs = regret_by_policy.select_costs(config)
+    assert not costs["is_edge"].any()
+    assert set(costs["change"]) == set(range(len(config.changes)))
+    low, _ = figure.axes[0].get_xlim()
+    for axes in figure.axes:
+        rows = costs[costs["panel"] == axes.get_title(loc="left")]
+        points = [container.lines[0] for container in axes.containers if hasattr(container, "has_xerr")]
+        values = [float(point.get_xdata()[0]) for point in points]
+        assert sorted(values) == pytest.approx(sorted(rows["regret"].clip(lower=regret_by_policy.FLOOR)))
+        assert min(values) > 1.2 * low
+        assert sum(point.get_marker() == ">" for point in points) == rows["is_lower_bound"].sum()
+        assert sum(point.get_fillstyle() == "none" for point in points) == (rows["seeds"] == 1).sum()
+
+
+@pytest.mark.parametrize(
+    ("folder", "options"),
+    [("horizon", {"rank": 7}), ("horizon_gemma", {"changes": ((16.0, 16.0, 16, 64),)})],
+    ids=["unknown rank", "grid edge"],
+)
+def test_regrets_that_no_run_has_are_refused(folder, options, tmp_path, capsys) -> None:
+    """A pair whose best rate lies at the end of its grid has no known regret."""
+    with pytest.raises(SystemExit):
+        regret_by_policy.draw(regret_by_policy.Config((PUBLISHED / folder,), out=tmp_path / "new", **options))
+    assert "--changes" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("change", [(64.0, 0.0, 64, 64), (64.0, float("nan"), 64, 64)])
+def test_a_change_to_no_scaling_is_refused(change) -> None:
+    with pytest.raises(InputError, match="--changes"):
+        regret_by_policy.Config((PUBLISHED / "horizon",), changes=(change,))
 
 
 def test_two_runs_of_the_horizon_share_a_figure(drawn) -> None:

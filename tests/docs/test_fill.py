@@ -23,7 +23,7 @@ def published(monkeypatch, tmp_path):
     (tmp_path / "run" / "a.json").write_text(
         json.dumps({"seconds": 2.4, "config": {"seeds": [0, 1]}, "sides": {"here": {"gb": 1.5}, "peer": {"gb": 2}}})
     )
-    (tmp_path / "run" / "tables.md").write_text("# All\n\n## Best rates\n\n| a |\n|---|\n| 1 |\n\n## Other\n\nNone.\n")
+    (tmp_path / "run" / "notes.md").write_text("# Notes\n")
     for steps in (100, 30):
         (tmp_path / f"steps_{steps}").mkdir()
         (tmp_path / f"steps_{steps}" / "slopes.csv").write_text(f"rule,slope\nlora,{steps / 1000}\n")
@@ -46,7 +46,6 @@ def published(monkeypatch, tmp_path):
         ("run/rates.csv rank=8: {strength:.1f/5e-1} halves", "128.0 halves"),
         ("run/a.json: {seconds:.0f} s, seed {config.seeds.1}", "2 s, seed 1"),
         ("run/a.json#sides.peer: {gb:.1f}", "2.0"),
-        ("run/a.json#sides.* key=here: {gb:.1f}", "1.5"),
         ("steps_*/slopes.csv folder=steps_30: {slope:+.2f}", "+0.03"),
     ],
 )
@@ -89,10 +88,6 @@ def test_rows_of_several_files_are_sorted_by_the_numbers_in_their_names() -> Non
     assert lines == ["| 1 |", "| 8 |", "| 128 |"]
 
 
-def test_table_of_a_run() -> None:
-    assert fill.table("run/tables.md#Best rates") == "\n| a |\n|---|\n| 1 |\n"
-
-
 @pytest.mark.parametrize(
     ("mark", "problem"),
     [
@@ -103,6 +98,8 @@ def test_table_of_a_run() -> None:
         ("n run/rates.csv rank=8: {loss} --><!-- / -->", "no column 'loss'"),
         ("n run/rates.csv width=8: {rate} --><!-- / -->", "no column 'width'"),
         ("n run/rates.csv rank=8: {rule:.2f} --><!-- / -->", "'{rule:.2f}'"),
+        ("n run/rates.csv rank=8: {rate} {error --><!-- / -->", "'{rate} {error'"),
+        ("n run/rates.csv rank=8: {rate:.1f/0} --><!-- / -->", "'{rate:.1f/0}'"),
         ("n run/rates.csv rank=8: rate --><!-- / -->", "a number is FILE"),
         ("n run/rates.csv rank: {rate} --><!-- / -->", "not a condition: rank"),
         ("n run/other.csv rank=8: {rate} --><!-- / -->", "no file run/other.csv"),
@@ -127,9 +124,8 @@ def test_wrong_marks_are_reported(mark, problem) -> None:
     [
         ("run/rates.csv rank=8", "names no column"),
         ("run/rates.csv rank=8 ?", "neither a condition nor a column: ?"),
-        ("run/tables.md#Worst", "0 headings 'Worst'"),
-        ("run/tables.md#Other", "no table below 'Other'"),
-        ("run/missing.md#Other", "no file run/missing.md"),
+        ("run/missing.csv rank", "no file run/missing.csv"),
+        ("run/notes.md rank", "rows come from .csv and .json files"),
     ],
 )
 def test_wrong_tables_are_reported(mark, problem) -> None:

@@ -35,16 +35,19 @@ def test_its_commands_have_the_options_of_today() -> None:
         assert dataclasses.is_dataclass(cli.parse(config, [*positional, *words], description=""))
 
     parsed = 0
+    commands = {}
     for figure in gallery.figures():
-        check(f"figures.{figure.drawing.command}", figure.redraw_options)
-        for _, command, *options in figure.commands:
-            check(f"sims.{command}", options)
-        parsed += 1 + len(figure.commands)
+        check(f"figures.{figure.command}", figure.manifest.get("figures", {}).get(figure.path.stem, []))
+        sessions = [figure.manifest, *figure.manifest["sessions"]]
+        lines = [list(line) for line in dict.fromkeys(tuple(run["command"]) for run in sessions if run.get("command"))]
+        for options in lines:
+            check(f"sims.{figure.manifest['experiment']}", options)
+        parsed += 1 + len(lines)
+        commands[figure.path.parent.name] = lines
     assert parsed > 40
-    commands = {figure.run.name: figure.commands[0] for figure in gallery.figures() if figure.commands}
-    assert "--no-mask" in commands["regime"], "made before there was a mask"
-    assert "--no-mask" not in commands["regime_held_out"]
-    drawn = {figure.path.stem: figure.drawing for figure in gallery.figures()}
+    assert "--no-mask" in commands["regime"][0], "made before there was a mask"
+    assert "--no-mask" not in commands["regime_held_out"][0]
+    drawn = {figure.path.stem: figure for figure in gallery.figures()}
     assert drawn["regime_takeover"].command == "regime"
     assert "teps after which A leads under Adam" in drawn["regime_takeover"].caption
     assert "Slopes in the rank" in drawn["training_dynamics_linear_A_exponents"].caption
@@ -57,7 +60,7 @@ def test_a_figure_that_nothing_draws_or_that_has_no_run_is_refused(monkeypatch, 
     with pytest.raises(ValueError, match=r"norm_vs_rank.png.*manifest.json"):
         gallery.figures()
     (tmp_path / "manifest.json").write_text(json.dumps({"experiment": "variance_sweep"}))
-    assert [figure.drawing.command for figure in gallery.figures()] == ["norm_vs_rank"]
+    assert [figure.command for figure in gallery.figures()] == ["norm_vs_rank"]
     (tmp_path / "pie.png").touch()
     with pytest.raises(ValueError, match=r"pie.png.*accuracy, accuracy_vs_rank"):
         gallery.figures()
