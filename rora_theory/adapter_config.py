@@ -134,7 +134,7 @@ def is_a(*kinds: type) -> Check:
     return lambda value: isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
 
 
-def null_or(check: Check) -> Check:
+def accept_none(check: Check) -> Check:
     """Return a predicate that also accepts None."""
     return lambda value: value is None or check(value)
 
@@ -171,8 +171,8 @@ def _is_dropout(value: Any) -> bool:
 _NO_SIGN = "an alpha of 0 disables the adapter, and a sign belongs in lora_B"
 
 LORA_ENTRIES: Entries = {
-    "alpha_pattern": ({}, null_or(_object_of(_is_alpha)), f"an object of numbers above 0: {_NO_SIGN}"),
-    "exclude_modules": (None, null_or(_is_module_selection), "a list of names, or a regular expression"),
+    "alpha_pattern": ({}, accept_none(_object_of(_is_alpha)), f"an object of numbers above 0: {_NO_SIGN}"),
+    "exclude_modules": (None, accept_none(_is_module_selection), "a list of names, or a regular expression"),
     "init_lora_weights": (
         True,
         _is_init,
@@ -188,7 +188,7 @@ LORA_ENTRIES: Entries = {
     "lora_dropout": (0.0, _is_dropout, "a number from 0 to below 1"),
     "peft_type": (None, lambda v: v == LORA, "'LORA'"),
     "r": (8, _is_rank, "an integer of 1 or more"),
-    "rank_pattern": ({}, null_or(_object_of(_is_rank)), "an object of integers of 1 or more"),
+    "rank_pattern": ({}, accept_none(_object_of(_is_rank)), "an object of integers of 1 or more"),
     "target_modules": (None, _is_module_selection, "a list of names, or a regular expression"),
     "task_type": (None, lambda v: v in (None, "CAUSAL_LM"), "'CAUSAL_LM'"),
     "use_dora": (False, is_a(bool), "true or false"),

@@ -51,14 +51,14 @@ def scaling_power(optimizer: Optimizer) -> int:
     return 2 if optimizer == "sgd" else 1
 
 
-def optimizer_named(name: str) -> OptimizerName:
-    """Return the optimizer of a name, which may also be a name of AdamW in the Hugging Face Trainer's ``optim``.
+def parse_optimizer(name: str) -> OptimizerName:
+    """Parse an optimizer's name; all AdamW names of the Hugging Face Trainer's ``optim`` are accepted.
 
     Raises:
-      InputError: The name is of another optimizer, which the advice does not cover.
+      InputError: The advice does not cover the optimizer.
 
     Examples:
-      >>> [optimizer_named(name) for name in ("sgd", "AdamW", "adamw_torch_fused", "paged_adamw_8bit")]
+      >>> [parse_optimizer(name) for name in ("sgd", "AdamW", "adamw_torch_fused", "paged_adamw_8bit")]
       ['sgd', 'adamw', 'adamw', 'adamw']
     """
     lowercase = name.lower() if isinstance(name, str) else name

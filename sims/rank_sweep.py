@@ -132,7 +132,7 @@ def run_cells(config: Config, folder: RunFolder, bench: Workbench, cells: Sequen
       config: Options of the matrix.
       folder: Run folder.
       bench: Model, records and tasks.
-      cells: Cells.
+      cells: Cells to run.
       runner: Function that runs the cells, in this process or on a cluster.
     """
     save_adapter = config.save_adapters

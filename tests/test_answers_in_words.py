@@ -43,9 +43,12 @@ def test_slopes() -> None:
         "verdict": ["flat", "shrinks"],
     }
     assert describe_slopes(pd.DataFrame(rows)) == (
-        "The best rate does not move with the rank in 1 of 2 lines: adam lora (both)."
+        "The best rate does not move with the rank for 1 of 2 combinations of optimizer, rule and trained factors: "
+        "adam lora (both)."
     )
-    assert describe_slopes(pd.DataFrame(rows).iloc[:0]).startswith("No line has two ranks")
+    assert describe_slopes(pd.DataFrame(rows).iloc[:0]).startswith(
+        "No combination of optimizer, rule and trained factors has "
+    )
 
 
 def test_a_sweep() -> None:

@@ -212,6 +212,8 @@ export default {
     "model": "SmolLM2-135M",
     "row": "horizon/regret.csv policy=\"keep the rate\" old_rank=8 old_strength=64 old_steps=64 rank=128 strength=724 steps=64",
     "columns": {
+      "old_rank": 8,
+      "rank": 128,
       "regret": 0.13565418614546565,
       "half_width": 0.01606138337811231
     }

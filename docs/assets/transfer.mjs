@@ -23,7 +23,7 @@ const CONSTANT_MODELS = modelsOf("displacement_constant_");
 const SETTINGS = measured.measured_settings.ranges;
 const MEASURED_STEPS = {}; // lowest and highest number of steps by schedule
 const STEPS_EXPONENTS = {}; // range of the exponent in the steps by schedule
-const COST_OF_USE_RSLORA = measured.cost_of_use_rslora_at_the_tuned_rate.columns.regret;
+const USE_RSLORA = measured.cost_of_use_rslora_at_the_tuned_rate.columns;
 const CONSTANTS = {}; // range of K by model and number of steps
 const SCHEDULE_FACTORS = { constant: [1, 1] };
 for (const [name, entry] of Object.entries(measured)) {
@@ -377,8 +377,8 @@ function costOf({ changed }) {
   if (!entry) return [];
   const { largest, pairs } = entry.columns;
   return [`In the measured runs the held-out loss of this choice exceeded the lowest by at most ${largest.toFixed(4)} nats per ` +
-    `token (${pairs} pairs of settings of ${COST_MODELS.join(" and ")}); from rank 8 to 128, switching on use_rslora and ` +
-    `keeping the rate cost ${COST_OF_USE_RSLORA.toFixed(2)}.`];
+    `token (${pairs} pairs of settings of ${COST_MODELS.join(" and ")}); from rank ${USE_RSLORA.old_rank} to ${USE_RSLORA.rank}, switching ` +
+    `on use_rslora and keeping the rate cost ${USE_RSLORA.regret.toFixed(2)}.`];
 }
 
 function lawOf({ old, unchanged, alpha, run, changed }) {

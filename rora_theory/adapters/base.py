@@ -54,23 +54,23 @@ class TrainableAdapter(Adapter, Protocol):
         ...
 
     def replace(self, params: Any) -> "TrainableAdapter":
-        """See `rora_theory.adapters.replace`."""
+        """Return the adapter with other trainable parameters of the same structure."""
         ...
 
     def merge(self, params: Params) -> Params:
-        """See `rora_theory.adapters.merge`."""
+        """Merge the adapter into the weights of the base model."""
         ...
 
     def unmerge(self, params: Params, norms: Norms | None = None) -> Params:
-        """See `rora_theory.adapters.unmerge`."""
+        """Invert `merge`, up to rounding; ``norms`` are required for DoRA."""
         ...
 
     def count(self) -> int:
-        """See `rora_theory.adapters.count`."""
+        """Return the number of trainable parameters, without the padding of ranks."""
         ...
 
     def table(self) -> tuple[AdaptedModule, ...]:
-        """See `rora_theory.adapters.table`."""
+        """Return the table of adapted modules."""
         ...
 
 
@@ -89,11 +89,11 @@ class AdapterConfig(Protocol):
         ...
 
     def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> TrainableAdapter:
-        """See `init`."""
+        """Initialise an adapter of this configuration."""
         ...
 
     def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]:
-        """See `rora_theory.adapters.table`."""
+        """Return the table of the modules that this configuration adapts in a model."""
         ...
 
 

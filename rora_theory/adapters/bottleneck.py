@@ -118,7 +118,7 @@ class BottleneckConfig:
         return in_all_layers(llama_config, self.target_modules, f"a {self.placement} adapter")
 
     def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]:
-        """See `base.table`."""
+        """Return the table of adapted modules, whose rank is the bottleneck's width."""
         layers = layer_text(range(llama_config.num_hidden_layers))
         modules = self.modules(llama_config)
         return tuple(
@@ -170,7 +170,7 @@ class BottleneckAdapter:
     llama_config: LlamaConfig
 
     def layers(self) -> dict[str, dict[str, Any]]:
-        """See `rora_theory.llama.Adapter`."""
+        """Return the matrices of all layers."""
         return self.params
 
     def linear(
@@ -212,7 +212,7 @@ class BottleneckAdapter:
         """Return None: the adapter has no prefix."""
 
     def replace(self, params: Any) -> "BottleneckAdapter":
-        """See `base.replace`."""
+        """Return the adapter with other trainable parameters of the same structure."""
         return replace(self, params=params)
 
     def merge(self, params: Params) -> Params:  # noqa: ARG002
@@ -225,9 +225,9 @@ class BottleneckAdapter:
         return self.merge(params)
 
     def count(self) -> int:
-        """See `base.count`."""
+        """Return the number of trainable parameters."""
         return sum(math.prod(tensor.shape) for tensor in jax.tree.leaves(self.params))
 
     def table(self) -> tuple[AdaptedModule, ...]:
-        """See `base.table`."""
+        """Return the table of adapted modules."""
         return self.config.table(self.llama_config)

@@ -49,7 +49,7 @@ class FullConfig:
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
 
     def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]:
-        """See `base.table`; the rank is the largest rank of a weight."""
+        """Return the table of the trained modules; the rank is the largest rank of a weight."""
         layers = layer_text(range(llama_config.num_hidden_layers))
         return tuple(
             AdaptedModule(module, layers, min(llama_config.module_shape(module)), None, "full", None)
@@ -79,7 +79,7 @@ class FullAdapter:
     llama_config: LlamaConfig
 
     def layers(self) -> dict[str, dict[str, Any]]:
-        """See `rora_theory.llama.Adapter`."""
+        """Return the trained weights of all layers."""
         return self.params
 
     def linear(
@@ -99,11 +99,11 @@ class FullAdapter:
         """Return None: there is no prefix."""
 
     def replace(self, params: Any) -> "FullAdapter":
-        """See `base.replace`."""
+        """Return the adapter with other trainable parameters of the same structure."""
         return replace(self, params=params)
 
     def merge(self, params: Params) -> Params:
-        """See `base.merge`."""
+        """Replace the weights of the base model by the trained ones."""
         base = params["layers"]
         weights = {name: tensors["weight"].astype(base[name]["weight"].dtype) for name, tensors in self.params.items()}
         return with_weights(params, weights)
@@ -114,9 +114,9 @@ class FullAdapter:
         raise InputError("full fine-tuning cannot be undone from the trained weights. Load the base model instead.")
 
     def count(self) -> int:
-        """See `base.count`."""
+        """Return the number of trainable parameters."""
         return sum(tensors["weight"].size for tensors in self.params.values())
 
     def table(self) -> tuple[AdaptedModule, ...]:
-        """See `base.table`."""
+        """Return the table of trained modules."""
         return self.config.table(self.llama_config)

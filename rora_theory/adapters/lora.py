@@ -107,7 +107,7 @@ class LoraConfig:
         )
 
     def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]:
-        """See `base.table`."""
+        """Return the table of the modules that this configuration adapts in a model."""
         return _rows(self, self.targets(llama_config))
 
     def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> "LoraAdapter":
@@ -154,7 +154,7 @@ class LoraAdapter:
     targets: tuple[Target, ...]
 
     def layers(self) -> dict[str, dict[str, Any]]:
-        """See `rora_theory.llama.Adapter`."""
+        """Return the factors and the scaling of all layers."""
         return {name: {**tensors, "scaling": self.scaling[name]} for name, tensors in self.params.items()}
 
     def linear(
@@ -193,15 +193,15 @@ class LoraAdapter:
         """Return None: the adapter has no prefix."""
 
     def replace(self, params: Any) -> "LoraAdapter":
-        """See `base.replace`."""
+        """Return the adapter with other trainable parameters of the same structure."""
         return replace(self, params=params)
 
     def merge(self, params: Params) -> Params:
-        """See `base.merge`."""
+        """Merge the adapter into the weights of the base model."""
         return with_weights(params, _merged_weights(self, params))
 
     def unmerge(self, params: Params, norms: Norms | None = None) -> Params:
-        r"""See `base.unmerge`.
+        r"""Remove a merged adapter from weights, up to rounding.
 
         Raises:
           InputError: If ``norms`` is None for DoRA. A merged row has the direction of :math:`W + \gamma B A` and the
@@ -214,7 +214,7 @@ class LoraAdapter:
         return with_weights(params, _unmerged_weights(self, params, norms))
 
     def count(self) -> int:
-        """See `base.count`."""
+        """Return the number of trainable parameters, without the padding of ranks."""
         total = 0
         for target in self.targets:
             tensors = self.params[target.module]
@@ -224,7 +224,7 @@ class LoraAdapter:
         return total
 
     def table(self) -> tuple[AdaptedModule, ...]:
-        """See `base.table`."""
+        """Return the table of adapted modules."""
         return _rows(self.config, self.targets)
 
 

@@ -57,7 +57,7 @@ class PrefixConfig:
         check_choice("init", self.init, get_args(PrefixInit))
 
     def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]:
-        """See `base.table`."""
+        """Return the table of adapted modules, whose rank is the number of virtual tokens."""
         layers = layer_text(range(llama_config.num_hidden_layers))
         return (AdaptedModule("self_attn", layers, self.virtual_tokens, None, "prefix", None),)
 
@@ -93,7 +93,7 @@ class PrefixAdapter:
     llama_config: LlamaConfig
 
     def layers(self) -> dict[str, Any]:
-        """See `rora_theory.llama.Adapter`."""
+        """Return the keys and values of all layers, and which layers have windowed attention."""
         return {**self.params, "windowed": windowed_layers(self.llama_config)}
 
     def linear(
@@ -116,7 +116,7 @@ class PrefixAdapter:
         return rope.rotate(layer["key"][None], *angles(layer["windowed"]))[0], layer["value"]
 
     def replace(self, params: Any) -> "PrefixAdapter":
-        """See `base.replace`."""
+        """Return the adapter with other trainable parameters of the same structure."""
         return replace(self, params=params)
 
     def merge(self, params: Params) -> Params:  # noqa: ARG002
@@ -129,9 +129,9 @@ class PrefixAdapter:
         return self.merge(params)
 
     def count(self) -> int:
-        """See `base.count`."""
+        """Return the number of trainable parameters."""
         return sum(math.prod(tensor.shape) for tensor in self.params.values())
 
     def table(self) -> tuple[AdaptedModule, ...]:
-        """See `base.table`."""
+        """Return the table of adapted modules."""
         return self.config.table(self.llama_config)

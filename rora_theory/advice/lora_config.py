@@ -10,12 +10,12 @@ from rora_theory.adapter_config import (
     LORA_ENTRIES,
     Entries,
     TaskType,
+    accept_none,
     check_task_type,
     check_uniform,
     init_of,
     is_a,
     list_of,
-    null_or,
     peft_targets,
     read_entries,
     validate_entries,
@@ -49,7 +49,7 @@ ADVICE_ENTRIES: Entries = {
     "use_rslora": LORA_ENTRIES["use_rslora"],
     "target_modules": (
         None,
-        null_or(lambda value: isinstance(value, str) or list_of(is_a(str))(value)),
+        accept_none(lambda value: isinstance(value, str) or list_of(is_a(str))(value)),
         "a list of names, or a regular expression",
     ),
 }

@@ -316,8 +316,8 @@ def measured_cost(changed: Collection[Changed]) -> MeasuredCost | None:
     return MeasuredCost(*(columns[field] for field in MeasuredCost._fields))
 
 
-COST_OF_USE_RSLORA = float(ENTRIES["cost_of_use_rslora_at_the_tuned_rate"]["columns"]["regret"])
-"""Regret, in nats per token, of switching on ``use_rslora`` and keeping alpha and the rate.
-
-From rank 8 to 128 with alpha 64, after 64 steps.
-"""
+_USE_RSLORA = ENTRIES["cost_of_use_rslora_at_the_tuned_rate"]["columns"]
+COST_OF_USE_RSLORA = float(_USE_RSLORA["regret"])
+"""Regret, in nats per token, of switching on ``use_rslora`` and keeping alpha 64 and the rate, after 64 steps."""
+RANKS_OF_USE_RSLORA: tuple[int, int] = (_USE_RSLORA["old_rank"], _USE_RSLORA["rank"])
+"""Tuned and new rank of the runs behind `COST_OF_USE_RSLORA`."""

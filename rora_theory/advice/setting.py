@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from rora_theory import inits
 from rora_theory.errors import InputError, shown
-from rora_theory.optimizers import FAMILY, OptimizerName, optimizer_named, scaling_power
+from rora_theory.optimizers import FAMILY, OptimizerName, parse_optimizer, scaling_power
 from rora_theory.scaling import Rule, alpha_for, check_positive, check_rank, is_finite, scaling_factor
 
 SIGNAL, CROSS_TALK = 0.0, math.inf
@@ -38,7 +38,7 @@ class Setting:
       alpha: Alpha, above 0.
       learning_rate: Learning rate, above 0; the peak rate if there is a schedule.
       rule: Scaling rule, see `rora_theory.scaling_factor`.
-      optimizer: Name of the optimizer, or a name that `rora_theory.optimizers.optimizer_named` accepts.
+      optimizer: Name of the optimizer, or a name that `rora_theory.optimizers.parse_optimizer` accepts.
       init: Distribution of A's entries, see `rora_theory.inits.entries`. The standard deviation of ``"gaussian"``
         depends on the rank.
 
@@ -56,7 +56,7 @@ class Setting:
     def __post_init__(self) -> None:
         """Validate the settings."""
         check_positive("learning_rate", self.learning_rate)
-        object.__setattr__(self, "optimizer", optimizer_named(self.optimizer))
+        object.__setattr__(self, "optimizer", parse_optimizer(self.optimizer))
         # Computing these validates the rank, initialisation, rule and alpha.
         inits.entries(self.init, rank=self.rank, p_in=1)
         _ = self.scaling
@@ -89,7 +89,7 @@ def check_setting(name: str, value: object) -> None:
 
 
 def check_linear_term(name: str, value: float) -> None:
-    """Raise `InputError` unless ``value`` is infinity or a number above -1, the value of a vanishing rank-1 step."""
+    """Raise `InputError` unless ``value`` is above -1 or infinite; at -1 the first step of rank 1 vanishes."""
     if not (is_finite(value) or value == math.inf) or value <= -1:
         raise InputError(f"{name} must be a number above -1, or inf, got {shown(value)}")
 

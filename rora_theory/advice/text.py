@@ -9,6 +9,7 @@ from rora_theory.advice.measured import (
     COST_OF_USE_RSLORA,
     MEASURED_SCHEDULE,
     MEASURED_STEPS,
+    RANKS_OF_USE_RSLORA,
 )
 from rora_theory.advice.setting import SIGNAL, Setting, step_ratio
 from rora_theory.optimizers import DISPLAY_NAMES
@@ -42,7 +43,7 @@ def describe_answer(carried: CarriedSetting) -> str:
 
 
 def _describe_rate(carried: CarriedSetting) -> str:
-    """Return what to do with the learning rate: keep, divide or multiply it, with the result and its range."""
+    """Return a phrase that states how to change the learning rate."""
     tuned, rate = carried.old.learning_rate, carried.learning_rate
     if isclose(rate, tuned):
         return f"keep the learning rate {tuned:.3g}"
@@ -89,10 +90,11 @@ def _describe_cost(carried: CarriedSetting) -> list[str]:
     cost = carried.measured_cost
     if cost is None:
         return []
+    old_rank, rank = RANKS_OF_USE_RSLORA
     return [
         "In the measured runs the held-out loss of this choice exceeded the lowest by at most "
         f"{cost.largest:.4f} nats per token ({cost.pairs} pairs of settings of {' and '.join(COST_MODELS)}); from rank "
-        f"8 to 128, switching on use_rslora and keeping the rate cost {COST_OF_USE_RSLORA:.2f}."
+        f"{old_rank} to {rank}, switching on use_rslora and keeping the rate cost {COST_OF_USE_RSLORA:.2f}."
     ]
 
 

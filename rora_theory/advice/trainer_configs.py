@@ -37,7 +37,7 @@ from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import Advice, transfer
 from rora_theory.errors import InputError, shown
 from rora_theory.io.files import MAX_YAML_CHARACTERS, parse_yaml, read_text, write_whole
-from rora_theory.optimizers import OptimizerName, optimizer_named
+from rora_theory.optimizers import OptimizerName, parse_optimizer
 from rora_theory.scaling import Rule
 
 Format = Literal["PEFT", "Axolotl", "LLaMA-Factory"]
@@ -181,7 +181,7 @@ class _Document(NamedTuple):
         """Return the optimizer by this package's name."""
         trainer_name = self.entry(name, TRAINER_OPTIMIZER, is_a(str), "the name of an optimizer")
         try:
-            return optimizer_named(trainer_name)
+            return parse_optimizer(trainer_name)
         except InputError:
             raise InputError(
                 f"{self.path}: {name} must be a variant of adamw or sgd, got {shown(trainer_name)}"
@@ -296,7 +296,7 @@ def transfer_config(
     entries = {name: sorted(value) if isinstance(value, set) else value for name, value in entries.items()}
     entries["peft_type"] = str(getattr(entries.get("peft_type"), "value", entries.get("peft_type")))
     saved = saved_from_entries(Path(type(config).__name__), entries)
-    old = Setting(saved.rank, saved.alpha, learning_rate, saved.rule, optimizer_named(optimizer), saved.init)
+    old = Setting(saved.rank, saved.alpha, learning_rate, saved.rule, parse_optimizer(optimizer), saved.init)
     advice = transfer(old, rank, regime, rule=rule, alpha=alpha, **planned)
     new = copy.deepcopy(config)
     new.r, new.use_rslora = advice.setting.rank, False

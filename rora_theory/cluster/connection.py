@@ -115,7 +115,7 @@ def _check_loopback(ray: Any) -> None:
     if not all(ipaddress.ip_address(address).is_loopback for address in addresses):
         ray.shutdown()
         raise RuntimeError(
-            f"it listens on {', '.join(sorted(addresses))}, because it was imported before with other settings"
+            f"Ray listens on {', '.join(sorted(addresses))}, because it was imported before with other settings"
         )
 
 

@@ -406,7 +406,7 @@ def _read_table(path: Path, where: str, columns: Container[str]) -> Iterator[tup
     # A file of a few kilobytes may expand to any size, so a child process with limits reads it first.
     limits = {"seconds": MAX_TABLE_SECONDS, "memory": TABLE_OVERHEAD_BYTES + MAX_TABLE_BYTES}
     try:
-        limited_process.run(_check_table_size, str(path), where, columns, MAX_TABLE_BYTES, **limits)
+        limited_process.run(_measure_table, str(path), where, columns, MAX_TABLE_BYTES, **limits)
     except limited_process.LimitError as error:
         raise InputError(
             f"{where}: reading the table {error}. Pass a table of at most {MAX_TABLE_BYTES:,} bytes."
@@ -473,7 +473,7 @@ def _not_parquet(where: str, error: Exception) -> InputError:
     return InputError(f"{where}: not a Parquet file ({first_line(error)}). Pass {SUPPORTED_SOURCES}.")
 
 
-def _check_table_size(path: str, where: str, columns: Container[str], max_bytes: int) -> Iterator[int]:
+def _measure_table(path: str, where: str, columns: Container[str], max_bytes: int) -> Iterator[int]:
     """Read a Parquet file and yield its size in memory; for `limited_process.run`.
 
     Args:

@@ -21,7 +21,7 @@ from rora_theory.advice.trainer_configs import read_trainer_config
 from rora_theory.advice.transfer import Advice, transfer
 from rora_theory.errors import InputError
 from rora_theory.measure.layers.layer_data import Split
-from rora_theory.optimizers import OptimizerName, optimizer_named
+from rora_theory.optimizers import OptimizerName, parse_optimizer
 from rora_theory.scaling import Rule, exponent
 from rora_theory.validation.ranges import Count, Positive, check_ranges
 from rora_theory.validation.rules import as_words, check_unread, option_of
@@ -91,7 +91,7 @@ class TransferConfig:
     def __post_init__(self) -> None:
         """Normalise the name of the optimizer, and validate the settings."""
         if self.optimizer is not None:
-            object.__setattr__(self, "optimizer", optimizer_named(self.optimizer))
+            object.__setattr__(self, "optimizer", parse_optimizer(self.optimizer))
         check_ranges(self)
         for option, rule in (("--rule", self.rule), ("--to-rule", self.to_rule)):
             if rule is not None:

@@ -164,7 +164,7 @@ class RandomLayer(NamedTuple):
 
 @jax.jit
 def _differentiate_layer(m0: Array, B: Array, A: Array, delta: Array, x: Array, x_next: Array) -> tuple[Array, ...]:
-    """Compute the fields of `RandomLayer` after ``x_next``, in their order."""
+    """Compute the fields of `RandomLayer` declared after ``x_next``, in that order."""
 
     # Linear loss with the derivatives delta, at the layer's input x.
     def loss(dm: first_step.Increment) -> Array:

@@ -36,7 +36,7 @@ def environment() -> dict[str, Any]:
 
 
 def version_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return the versions in one environment that differ from an earlier one as text; empty if none differs."""
+    """Return a text that lists each package whose version changed, with both versions; empty if none changed."""
     old_versions, new_versions = (
         dict(recorded.get("packages") or {}) | {name: recorded.get(name) for name in ("python", "git_revision")}
         for recorded in (before, now)

@@ -298,16 +298,18 @@ def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
 
 
 def describe_slopes(slopes: "pd.DataFrame") -> str:
-    """Return a sentence with the number and names of lines whose best rate does not depend on the rank."""
+    """Return a sentence with the settings whose best rate does not depend on the rank."""
     flat = [
         f"{row['optimizer']} {row['rule']} ({row['trained']})"
         for row in frames.rows(slopes)
         if row["verdict"] == "flat"
     ]
+    settings = "optimizer, rule and trained factors"
     if slopes.empty:
-        return "No line has two ranks with the best rate inside the grid. Add learning rates to the grid."
+        return f"No combination of {settings} has two best rates inside the grid. Add learning rates to the grid."
     names = f": {', '.join(flat)}" if flat else ""
-    return f"The best rate does not move with the rank in {len(flat)} of {len(slopes)} lines{names}."
+    count = f"{len(flat)} of {len(slopes)}"
+    return f"The best rate does not move with the rank for {count} combinations of {settings}{names}."
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def run_with_bar(
     If cells ran on the nodes of a cluster, a line with the number of cells of each node is printed at the end.
 
     Args:
-      cells: Cells.
+      cells: Cells to run.
       work: Function that computes the result of a cell.
       folder: Run folder.
       runner: Function that runs the cells, in this process or on a cluster.
@@ -78,7 +78,7 @@ def run_table(
     """Run cells whose results are rows of a table, and write the table every few seconds and at the end.
 
     Args:
-      cells: Cells.
+      cells: Cells to run.
       work: Function that computes the rows of a cell.
       folder: Run folder.
       columns: Columns of the table.

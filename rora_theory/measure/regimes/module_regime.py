@@ -233,7 +233,7 @@ class Regime:
             f"In the first step of a module, the signal term dominates above rank {ranks.median():.3g} "
             f"({DISPLAY_NAMES[optimizer]}, {init}, {tokens}; median of {len(ranks)} modules, "
             f"range {ranks.min():.3g} to {ranks.max():.3g}). "
-            "Run a coordinate check: cross-talk averages out over modules."
+            "The whole model can differ: run a coordinate check."
         )
 
     def plot(self, split: Split = "heldout", init: Init | None = None) -> "matplotlib.figure.Figure":
@@ -295,7 +295,7 @@ def measure_module(
       layer: Gradient and inputs of the module.
       index: Index of the module's layer.
       draw_rows: Function that draws `RegimeConfig.takeover_rows` rows of A by an initialisation at that rank.
-      measured: Results of `drawn_steps.measure_adapters`, if adapters were stepped.
+      measured: Results of `drawn_steps.measure_adapters`; None if no adapters were drawn.
       counts: Numbers of tokens by split, see `choose_tokens`; None leaves out their rows.
       multiply: Product of two matrices.
 

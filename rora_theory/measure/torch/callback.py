@@ -15,7 +15,7 @@ from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.measure.torch.batches import Batch, Loss
 from rora_theory.measure.torch.modules import lora_config
 from rora_theory.measure.torch.regimes import TorchRegime, Transfer, regime
-from rora_theory.optimizers import FAMILY, optimizer_named
+from rora_theory.optimizers import FAMILY, parse_optimizer
 from rora_theory.scaling import check_integer, check_rank
 
 logger = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ def read_setting(model: torch.nn.Module, args: Any) -> Setting:
     # An enumeration or a string, depending on the version of transformers.
     name = str(getattr(args.optim, "value", args.optim))
     try:
-        optimizer = optimizer_named(name)
+        optimizer = parse_optimizer(name)
     except InputError:
         raise InputError(
             f"optim must be a variant of adamw or sgd, got {shown(name)}. For another optimizer pass setting."
