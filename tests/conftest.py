@@ -1,4 +1,4 @@
-"""Shared by all tests: strict JAX semantics, host devices, run-time shape checks, and where the data lies."""
+"""Settings of all tests: strict JAX semantics, host devices, run-time shape checks, and locations of data."""
 
 import atexit
 import errno
@@ -62,7 +62,7 @@ _parsers: dict[Any, ParserSpecification] = {}
 
 
 def _parser(config: Any, *, make: Callable[..., Any] = ParserSpecification.from_callable_or_type, **where: Any) -> Any:
-    """A command's option parser, which takes longer to make than to read a command line with: made at its first."""
+    """Return a command's option parser, which is built once, as that takes longer than parsing."""
     if where["parent_classes"]:
         return make(config, **where)
     key = config, where["description"]
@@ -86,7 +86,7 @@ settings.load_profile("ci")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Workers begin with the files of most slow tests, so that none is left alone with one at the end.
+    """Start with the files that have most slow tests, so that no worker ends alone with one.
 
     Before all others those of `optimised`, which drops the programs that are there: a few in place of thousands.
     """
@@ -98,7 +98,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file's tests go to one worker, so that what they share is made once."""
+    """Assign all tests of a file to one worker, so that shared fixtures are built once."""
     from xdist.scheduler import LoadFileScheduling
 
     if config.getoption("dist") != "load":
@@ -108,14 +108,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_finish() -> None:
-    """Modules and tests live to the end: the garbage collector need not look through them again and again."""
+    """Freeze modules and tests, so that the garbage collector does not scan them repeatedly."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 100)
 
 
 def pytest_sessionfinish() -> None:
-    """Collected once and frozen: pytest collects five times more before it ends, and looks through all that lives."""
+    """Collect once and freeze, as pytest collects garbage five times before it ends."""
     gc.collect()
     gc.freeze()
 
@@ -131,7 +131,7 @@ def _folder(variable: str) -> Path:
 
 @pytest.fixture(scope="module")
 def optimised() -> Iterator[None]:
-    """A module's programs compiled with optimisation and fusion, as a user's are, also in processes that it starts."""
+    """Compile a module's programs with optimisation and fusion, as a user does, also in its child processes."""
     before = os.environ["XLA_FLAGS"]
     os.environ["XLA_FLAGS"] = before.replace("level=0", "level=1").replace("emitters=false", "emitters=true")
     jax.clear_caches()
@@ -142,7 +142,7 @@ def optimised() -> Iterator[None]:
 
 @pytest.fixture
 def unchecked() -> Iterator[None]:
-    """Run-time type checks off: what a user meets who passes a wrong type."""
+    """Turn run-time type checks off, as for a user who passes a wrong type."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -150,7 +150,7 @@ def unchecked() -> Iterator[None]:
 
 @pytest.fixture
 def time_limit() -> Callable[[float], AbstractContextManager[None]]:
-    """``with time_limit(seconds)``: what waits for ever fails instead."""
+    """Return ``time_limit(seconds)``, a context that fails instead of waiting forever."""
 
     @contextmanager
     def limit(seconds: float) -> Iterator[None]:
@@ -170,20 +170,20 @@ def time_limit() -> Callable[[float], AbstractContextManager[None]]:
 
 @pytest.fixture(scope="session")
 def commonsense_dir() -> Path:
-    """Folder of the eight tasks' data in the LLM-Adapters schema."""
+    """Return the folder of the eight tasks' data in the LLM-Adapters schema."""
     return _folder("RORA_COMMONSENSE_DIR")
 
 
 @pytest.fixture(scope="session")
 def layer_data() -> Path:
-    """An .npz of real layers' gradients and inputs."""
+    """Return an .npz file with gradients and inputs of real layers."""
     path = _folder("RORA_LAYER_DATA")
     return next(iter(sorted(path.glob("*.npz")))) if path.is_dir() else path
 
 
 @pytest.fixture
 def prompts_read(monkeypatch) -> list[int]:
-    """The length of every shared prompt that is read once for all its continuations, as the test goes on."""
+    """Return a list of the lengths of all shared prompts that are read once for their continuations."""
     from rora_theory.llama import shared_prompt
 
     lengths: list[int] = []
@@ -198,7 +198,7 @@ def prompts_read(monkeypatch) -> list[int]:
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """From the call on, a write takes half of what it is given, and the next one nothing."""
+    """Return a function after which one write stores half of its bytes, and the next one none."""
 
     def fill() -> None:
         written, real = [], os.write

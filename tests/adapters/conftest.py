@@ -1,4 +1,4 @@
-"""The golden script's tiny model, whose weights come from a seed, and its cases."""
+"""The tiny model of the golden script, with weights from a seed, and its cases."""
 
 from types import ModuleType
 from typing import Any
@@ -14,7 +14,7 @@ from rora_theory.llama import LlamaConfig, forward
 
 @pytest.fixture(scope="session")
 def golden() -> ModuleType:
-    """The script that made tests/golden/adapters; its module level needs no torch."""
+    """Return the script that made tests/golden/adapters; importing it needs no torch."""
     return make_adapters
 
 
@@ -35,7 +35,7 @@ def tokens(golden: ModuleType) -> jax.Array:
 
 @pytest.fixture(scope="session")
 def run(config: LlamaConfig):
-    """``run(params, tokens, adapter=None, key=None)``: logits, compiled once a kind of adapter."""
+    """Return ``run(params, tokens, adapter=None, key=None)``: logits, compiled once for each kind of adapter."""
 
     @jax.jit
     def logits(params, tokens, adapter=None, key=None):
@@ -46,7 +46,7 @@ def run(config: LlamaConfig):
 
 @pytest.fixture(scope="session")
 def perturbed(config: LlamaConfig, params: dict[str, Any]):
-    """``perturbed(settings...)``: an adapter whose trained numbers are random and non-zero, padding apart."""
+    """Return ``perturbed(settings...)``: an adapter with random non-zero parameters, except the padding."""
 
     def make(seed: int = 0, **settings: Any) -> LoraAdapter:
         adapter = init(jax.random.key(seed), LoraConfig(**settings), config, params)

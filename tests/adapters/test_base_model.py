@@ -1,4 +1,4 @@
-"""An adapter names the model it was trained on: where others find it, at which commit, and which bytes were used."""
+"""An adapter records the model it was trained on: its name, its commit, and the digest of its weights."""
 
 import json
 
@@ -20,7 +20,7 @@ def model(tmp_path_factory):
 
 
 def written(folder) -> tuple[dict, dict]:
-    """The entries of the configuration, and the weights' metadata."""
+    """Return the entries of the configuration and the metadata of the weights."""
     with safe_open(folder / adapters.peft.WEIGHTS, "numpy") as file:
         return json.loads((folder / adapters.peft.CONFIG).read_text()), file.metadata()
 

@@ -1,4 +1,4 @@
-"""Beside peft, where it is installed: what it opens, and what it then computes."""
+"""Compare adapters with peft, where it is installed: what it loads, and what it then computes."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def peft_logits(golden, folder: Path) -> np.ndarray:
     ids=["null init", "unknown target", "layer out of range", "targeted and excluded", "overlapping patterns"],
 )
 def test_what_peft_opens_is_the_same_adapter_here(entries, golden, config, params, tokens, run, tmp_path) -> None:
-    """Read it, write it again and in portable form: peft and this package compute the same to 2e-5 (float32 sums)."""
+    """Read, written again and in portable form, it computes the same in peft to 2e-5 (float32 sums)."""
     source = Path(shutil.copytree(golden.FOLDER / "lora_patterns", tmp_path / "peft"))
     path = source / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))

@@ -1,4 +1,4 @@
-"""Series and parallel adapters: against numpy, their laws and their files."""
+"""Series and parallel adapters: comparison with numpy, their distributions and their files."""
 
 import json
 from dataclasses import replace
@@ -20,7 +20,7 @@ ALL = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def perturbed(config, params, placement, **settings):
-    """Return an adapter with random numbers in U too, of a size that reaches the bends of f."""
+    """Return an adapter with random numbers in U as well, large enough to reach the non-linear part of f."""
     adapter = init(jax.random.key(0), BottleneckConfig(placement, 5, init="mam_adapter", **settings), config, params)
     keys = iter(jax.random.split(jax.random.key(1), 20))
     noise = {
@@ -31,7 +31,7 @@ def perturbed(config, params, placement, **settings):
 
 
 def reference(golden, adapter, params):
-    """Return the logits by the definition, an adapter of one layer and module at a time."""
+    """Compute the logits by the definition, one layer and module at a time."""
     weights, settings = golden.base_weights(), adapter.config
 
     def module(layer, name, x, z):
@@ -50,7 +50,7 @@ def reference(golden, adapter, params):
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_a_fresh_adapter_is_drawn_as_published(placement) -> None:
-    """Normal, deviation 0.02, both tensors, every layer anew: within 5 standard errors of the deviation."""
+    """Both tensors are normal with deviation 0.02, within 5 standard errors, and differ between layers."""
     settings = BottleneckConfig(placement, 64, target_modules=("up_proj",))
     model = LlamaConfig(8, 128, 256, 2, 2, 2, 64)
     adapter = init(jax.random.key(0), settings, model, {})
@@ -82,7 +82,7 @@ def test_agrees_with_numpy(placement, settings, golden, config, params, tokens, 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_gradient_is_the_slope_of_the_numpy_loss(placement, golden, config, params, tokens) -> None:
-    """In a random direction of every tensor."""
+    """The slope is compared in a random direction of every tensor."""
     adapter = perturbed(config, params, placement)
     loss = next_token_loss(params, tokens, config, adapter)
     gradient, _ = jax.jit(jax.grad(loss, has_aux=True))(adapter.params)
@@ -125,7 +125,7 @@ def test_published_modules_and_table(config) -> None:
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_files(placement, config, params, tmp_path) -> None:
-    """Read back they are the adapter; the tensors have PEFT's kind of names, shapes [out, in]."""
+    """Reading returns the adapter that was written; the tensors have PEFT's naming scheme and shapes [out, in]."""
     settings = {"target_modules": ("o_proj", "down_proj"), "non_linearity": "silu", "scaling": 0.25, "dropout": 0.1}
     adapter = perturbed(config, params, placement, **settings)
     save_peft(tmp_path, adapter, base_model="tiny")

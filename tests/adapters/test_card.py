@@ -1,4 +1,4 @@
-"""The model card of an adapter's folder: the hub's entries read back, what it says of base and scaling, how to load."""
+"""The model card in an adapter's folder: the hub's entries, base model, scaling, and how to load the adapter."""
 
 import json
 import re
@@ -79,7 +79,7 @@ def test_the_body_says_which_base_and_how_strongly(base, tmp_path) -> None:
 
 
 def test_a_quantised_base_is_called_one(tmp_path, monkeypatch) -> None:
-    """Check that its licence is the file's, which the hub's folders do not say."""
+    """The licence is that of the file, which the hub's folders do not state."""
     path = tmp_path / "m.gguf"
     path.write_bytes(b"weights")
     monkeypatch.setattr(ModelSource, "storage", llama.identity.Storage("GGUF", {"Q4_1": 3, "F32": 1}))
@@ -92,7 +92,7 @@ def test_a_quantised_base_is_called_one(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize(("name", "title"), [(None, "an unnamed model"), ("a\n# b|`c", "a # b|`c")])
 def test_a_base_that_the_hub_has_not_is_no_entry(name, title, tmp_path) -> None:
-    """Check the entries, and that no name makes lines of its own."""
+    """The card has no entry for such a base, and a name cannot add lines to the header."""
     card = written(tmp_path / "a", name)
     assert card.data.base_model is None
     assert (card.data.license, card.data.library_name) == ("unknown", "peft")
@@ -112,7 +112,7 @@ def test_methods_that_peft_has_not(tmp_path) -> None:
 
 
 def test_the_portable_form_has_its_own_card(tmp_path) -> None:
-    """gamma = 8 / sqrt(4) is written as alpha / r with alpha 16."""
+    """The scaling 8 / sqrt(4) is written as alpha / r with alpha 16."""
     written(tmp_path / "a", BUILT)
     rewrite_portable(tmp_path / "a", tmp_path / "b")
     card = ModelCard.load(tmp_path / "b" / "README.md")
@@ -121,7 +121,7 @@ def test_the_portable_form_has_its_own_card(tmp_path) -> None:
 
 
 def test_a_merged_model_says_what_was_merged_into_what(base, tmp_path) -> None:
-    """Check the card against an adapter's; trained weights have no rank to name."""
+    """The card names the adapter and its base; fully trained weights have no rank to name."""
     model = llama.load(base)
     model = replace(model, origin=ModelSource(BUILT, base, BUILT, "c0ffee00"))
     known = TrainingDescription([("training loss", "2.5 nats a token")], ["me/chats"], "mit")

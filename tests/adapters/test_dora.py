@@ -27,7 +27,7 @@ def wide(*arrays):
 
 @pytest.mark.parametrize("update", [0.0, 0.01, 0.3, 10.0])
 def test_row_norms_are_those_of_the_sum(update: float) -> None:
-    """To 2e-6 in float32: a few roundings of sums of 40 terms, half of them undone by the root."""
+    """The norms agree to 2e-6 in float32: a few roundings of sums of 40 terms, half of which the root removes."""
     weight, A, B, _ = draw(0, update)
     w, a, b = wide(weight, A, B)
     np.testing.assert_allclose(dora.row_norms(weight, A, B), np.linalg.norm(w + b @ a, axis=1), rtol=2e-6)
@@ -35,7 +35,7 @@ def test_row_norms_are_those_of_the_sum(update: float) -> None:
 
 @pytest.mark.parametrize("left", [0.3, 0.1, 0.03, 0.01])
 def test_error_when_the_update_cancels_the_weight(left: float) -> None:
-    """A row left at a fraction of itself: the error grows as eps / fraction^2, as the docstring says."""
+    """Where the update leaves a fraction of a row, the error grows as eps / fraction^2, as the docstring states."""
     _, A, B, _ = draw(1)
     w = np.asarray(B, np.float64) @ np.asarray(A, np.float64)
     weight = jnp.asarray(-(1 + left) * w, jnp.float32)
@@ -45,7 +45,10 @@ def test_error_when_the_update_cancels_the_weight(left: float) -> None:
 
 
 def test_row_norms_in_bfloat16_are_those_of_what_is_multiplied() -> None:
-    """The update rounded to bfloat16 as in the products; then float32 arithmetic, hence still 2e-6."""
+    """The update is rounded to bfloat16 as in the products.
+
+    The rest is float32 arithmetic, so the tolerance stays 2e-6.
+    """
     weight, A, B, _ = draw(2)
     weight = weight.astype(jnp.bfloat16)
     w, a, b = wide(weight, A.astype(jnp.bfloat16), B.astype(jnp.bfloat16))
@@ -68,7 +71,7 @@ def test_a_row_of_zeros_stays_finite() -> None:
 
 
 def test_forward_is_the_definition() -> None:
-    """Compare W x undropped, (c - 1) W x_d and c gamma B A x_d under one mask, and a bias that nothing scales."""
+    """The output has W x without dropout, (c - 1) W x_d and c gamma B A x_d under one mask, and an unscaled bias."""
     weight, A, B, m = draw(5)
     x = jax.random.normal(jax.random.key(9), (2, 3, IN))
     bias = jnp.arange(OUT, dtype=jnp.float32)
@@ -82,7 +85,7 @@ def test_forward_is_the_definition() -> None:
 
 
 def test_the_magnitude_stays_in_float32_beside_bfloat16_weights() -> None:
-    """The output is rounded once, by at most 2^-8 of itself: a rounded magnitude would double that."""
+    """The output is rounded once, by at most 2^-8 of itself. A rounded magnitude would double that."""
     weight, A, B, m = draw(7)
     x = jax.random.normal(jax.random.key(9), (4, 16, IN)).astype(jnp.bfloat16)
     weight = weight.astype(jnp.bfloat16)
@@ -96,7 +99,7 @@ def test_the_magnitude_stays_in_float32_beside_bfloat16_weights() -> None:
 
 
 def test_a_fresh_magnitude_is_the_norm_of_bfloat16_weights_in_float32(config, params) -> None:
-    """Each row's norm is taken in float32, to a few of its roundings."""
+    """Each row's norm is computed in float32, to a few of its roundings."""
     params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
     settings = LoraConfig(2, 4, target_modules=("q_proj", "down_proj"), use_dora=True)
     for name, tensors in init(jax.random.key(0), settings, config, params).params.items():

@@ -1,4 +1,4 @@
-"""Inverted dropout: the law of the mask, the exact mean, and what a key decides."""
+"""Inverted dropout: the distribution of the mask, the exact mean, and the dependence on the key."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from rora_theory.adapters.dropout import dropout
 
 @pytest.mark.parametrize("rate", [0.05, 0.5, 0.9])
 def test_mean_is_the_input(rate: float) -> None:
-    """10^6 draws of m/q: their mean within five standard errors, a false alarm in 6e-7 of seeds."""
+    """The mean of 10^6 draws of m/q lies within five standard errors; the false-alarm rate is 6e-7."""
     x = jnp.ones((1000, 1000))
     y = np.asarray(dropout(jax.random.key(0), x, rate), np.float64)
     assert abs(y.mean() - 1) < 5 * (rate / (1 - rate) / y.size) ** 0.5
@@ -22,7 +22,7 @@ def test_mean_is_the_input(rate: float) -> None:
 
 
 def test_neighbours_drawn_from_one_word_are_independent() -> None:
-    """Covariance of the two halves of a word, 500 000 pairs, within five standard errors of zero."""
+    """The covariance of the two halves of a word is within five standard errors of zero over 500,000 pairs."""
     y = np.asarray(dropout(jax.random.key(1), jnp.ones((1000, 1000)), 0.5)) - 1.0
     products = y[:, ::2] * y[:, 1::2]
     assert abs(products.mean()) < 5 / products.size**0.5
@@ -37,7 +37,7 @@ def test_kept_values_are_exactly_the_input_over_the_kept_share() -> None:
 
 
 def test_bfloat16_is_scaled_before_rounding() -> None:
-    """1/0.95 in bfloat16 is 1.0547, off by 0.2%; the mean of many values must not be."""
+    """In bfloat16 1/0.95 is 1.0547, off by 0.2%. The mean of many values must not be off by as much."""
     x = jax.random.uniform(jax.random.key(4), (400, 500), minval=0.5, maxval=1.0).astype(jnp.bfloat16)
     y = dropout(jax.random.key(5), x, 0.05)
     assert y.dtype == jnp.bfloat16

@@ -87,7 +87,7 @@ def rows_of(table):
 
 
 def name_and_value(field, value) -> str:
-    """Return the pattern of a message that names the field and the value, of which a long one may be cut."""
+    """Return a pattern for a message that names the field and the value; a long value may be cut."""
     return rf"\b{field} .*{re.escape(repr(value)[:4])}"
 
 

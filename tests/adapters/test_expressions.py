@@ -1,4 +1,4 @@
-"""Regular expressions of files: what Python's own say, in bounded time."""
+"""Regular expressions in files: they match as in Python's `re`, in bounded time."""
 
 import re
 import warnings
@@ -78,7 +78,7 @@ ENDLESS = [
 
 @pytest.mark.parametrize("pattern", ENDLESS, ids=range(len(ENDLESS)))
 def test_an_expression_that_keeps_re_busy_ends(pattern: str, monkeypatch, time_limit) -> None:
-    """Take a hundredth of the limit, so that even the expressions that it stops end at once."""
+    """The limit is lowered to a hundredth, so that expressions that exceed it end at once."""
     monkeypatch.setattr(expressions, "LIMIT", expressions.LIMIT // 100)
     with time_limit(20):
         try:

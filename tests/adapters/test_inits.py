@@ -1,4 +1,4 @@
-"""The laws of lora_A. Every bound is five standard errors: a false alarm in 6e-7 of seeds."""
+"""Distributions of lora_A. Every bound is five standard errors, a false-alarm rate of 6e-7."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""LoRA, RoRA and DoRA: the start, merging, padding, the scaling rule, dropout, precision, compilation."""
+"""LoRA, RoRA and DoRA: initial values, merging, padding, the scaling rule, dropout, precision and compilation."""
 
 import dataclasses
 import itertools
@@ -28,7 +28,7 @@ def to_float32(params):
 
 
 def test_modules_and_layers_of_one_shape_start_apart(config, params) -> None:
-    """Check four shapes over seven modules and three layers: no two of one shape share a number of A."""
+    """Over seven modules with four shapes and three layers, no two of one shape share a number of A."""
     adapter = init(jax.random.key(0), LoraConfig(rank=3, alpha=3.0, target_modules="all-linear"), config, params)
     drawn = [np.asarray(layer) for tensors in adapter.params.values() for layer in tensors["lora_A"]]
     pairs = [(a, b) for a, b in itertools.combinations(drawn, 2) if a.shape == b.shape]
@@ -39,7 +39,7 @@ def test_modules_and_layers_of_one_shape_start_apart(config, params) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True])
 def test_unmerging_undoes_merging(dora, params, perturbed) -> None:
-    """Check the weights; that a merged model computes what the adapter does is among peft's golden cases."""
+    """Unmerging restores the weights. The golden cases of peft test what a merged model computes."""
     adapter = perturbed(**settings(use_dora=dora, target_modules="all-linear"))
     merged = merge(adapter, params)
     if dora:
@@ -66,7 +66,7 @@ def test_merging_into_bfloat16_rounds_once(params, perturbed) -> None:
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_padded_layer_is_the_layer_at_its_own_rank(dora, params, perturbed) -> None:
-    """Adding exact zeros: equal to rounding in another order of summation, 1e-6."""
+    """Padding adds exact zeros, so that the outputs agree to 1e-6, the rounding of another summation order."""
     adapter = perturbed(**settings(use_dora=dora))
     name, layer = "self_attn.q_proj", 1
     target = next(target for target in adapter.targets if target.module == name)
@@ -83,7 +83,7 @@ def test_a_padded_layer_is_the_layer_at_its_own_rank(dora, params, perturbed) ->
 
 @pytest.mark.slow
 def test_layers_left_out_learn_nothing(params, tokens, perturbed, run) -> None:
-    """Check DoRA, whose magnitudes are drawn for all layers; LoRA's layers left out are among peft's golden cases."""
+    """DoRA's magnitudes are drawn for all layers. For LoRA, peft's golden cases test the layers left out."""
     adapter = perturbed(rank=4, alpha=3.0, layers=[1], use_dora=True)
     for name, tensors in adapter.params.items():
         assert adapter.scaling[name].tolist() == [0.0, 1.5, 0.0]
@@ -122,7 +122,7 @@ def test_dropout_acts_on_the_branch_alone_and_by_key(config, params, tokens, per
 
 @pytest.mark.slow
 def test_bfloat16_base_with_float32_adapter(config, params, tokens, perturbed) -> None:
-    """Gradients are float32 arrays; logits are the float32 model's to bfloat16's 8 bits over three layers."""
+    """Gradients are float32. Logits agree with the float32 model's to bfloat16's 8 bits over three layers."""
     low = to_bfloat16(params)
     adapter = perturbed(**settings(use_dora=True))
 

@@ -16,7 +16,7 @@ def test_every_case_is_tested(golden) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_peft(name: str, golden, config, params, tokens, run) -> None:
-    """Logits to 1e-5, gradients and 20 AdamW losses to 1e-4 relative: float32 sums in another order."""
+    """Logits agree to 1e-5, gradients and 20 AdamW losses to a relative 1e-4: float32 sums in another order."""
     expected = np.load(golden.FOLDER / name / "golden.npz")
     adapter = load_peft(golden.FOLDER / name, config, params)
     assert count(adapter) == int(expected["count"])

@@ -1,4 +1,4 @@
-"""PEFT's files: written as peft writes them, read as peft reads them, all else refused with one line."""
+"""PEFT's files: they are written and read as in peft, and everything else is refused with one line."""
 
 import json
 import os
@@ -47,13 +47,13 @@ def read(folder: Path) -> dict:
 
 
 def peft_value(pattern: dict, name: str):
-    """The value that PEFT's rule finds for a module, None where none: the first entry that matches."""
+    """Return the value of the first pattern that matches a module, as PEFT does; None if none matches."""
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), None)
 
 
 @pytest.fixture
 def folder(golden, tmp_path) -> Path:
-    """A copy of a folder that peft wrote, to damage."""
+    """Return a copy of a folder that peft wrote, which a test may damage."""
     return Path(shutil.copytree(golden.FOLDER / "dora_rora_patterns", tmp_path / "adapter"))
 
 
@@ -74,7 +74,7 @@ def rewrite(folder: Path, change_tensors) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_writes_what_peft_wrote(name: str, golden, config, tmp_path) -> None:
-    """Names, shapes and bits of the tensors, the file's metadata, and every entry of the configuration.
+    """Names, shapes and bits of the tensors agree, and so do the metadata and every entry of the configuration.
 
     Patterns are written resolved, so that of them it is what they say of each tensor that is compared.
     """
@@ -103,7 +103,7 @@ def test_writes_what_peft_wrote(name: str, golden, config, tmp_path) -> None:
 
 @pytest.mark.parametrize("rule", ["lora", "rora", "rslora", 0.25])
 def test_a_rule_is_written_as_peft_s_flag_or_as_other_alphas(rule, config, params, tmp_path) -> None:
-    """Check that what is read back has the same scaling; a rule without a flag is written as LoRA."""
+    """Reading gives the same scaling. A rule without a flag in PEFT is written as LoRA with other alphas."""
     adapter = init(
         jax.random.key(0),
         LoraConfig(
@@ -147,7 +147,7 @@ def test_half_precision_files_are_read_as_float32(dtype, config, folder) -> None
     ],
 )
 def test_what_the_model_has_not_is_passed_over(entries, config, folder) -> None:
-    """Ignore, as PEFT does, names, layers and patterns of other models, neutral entries, and excluded targets."""
+    """As in PEFT, names, layers and patterns of other models, neutral entries and excluded targets are ignored."""
     expected = load_peft(folder, config)
     change(folder, **entries)
     assert load_peft(folder, config).targets == expected.targets
@@ -174,7 +174,7 @@ def test_exclusions_and_a_layer_by_its_number_are_understood(entries, config, fo
 
 
 def test_an_older_adapter_is_replaced_whole(config, params, folder, monkeypatch) -> None:
-    """Check that a folder is refused if writing stopped between the renames, and else is the new adapter."""
+    """A folder is refused if writing stopped between the renames; otherwise it has the new adapter."""
     new = init(jax.random.key(0), LoraConfig(rank=2, alpha=1.0), config, params)
     replaced = os.replace
 
@@ -204,7 +204,7 @@ def test_a_full_disk_leaves_the_older_adapter(golden, config, folder, full_disk)
 
 
 def test_no_planted_link_is_followed(golden, config, folder, tmp_path, monkeypatch) -> None:
-    """Neither at the name of a file beside, should that be foreseen, nor at the file's own."""
+    """No link is followed at the file's own name or at the predictable name of the temporary file."""
     victim, adapter = tmp_path / "victim", load_peft(golden.FOLDER / "rora", config)
     victim.write_text("mine")
     monkeypatch.setattr("secrets.token_hex", lambda size: "0" * 2 * size)
@@ -236,7 +236,7 @@ def test_weights_that_are_a_pipe_or_a_device_are_refused(config, folder) -> None
 
 
 def test_equal_adapters_are_equal_in_bytes(golden, config, tmp_path) -> None:
-    """Check 12 files: with the two entries in a random order, all would be equal once in 2,048 times."""
+    """With the two entries in a random order, all 12 files would be equal once in 2,048 times."""
     adapter, written = load_peft(golden.FOLDER / "rora", config), set()
     (tmp_path / "model.gguf").write_text("weights")
     base = ModelSource("model.gguf", tmp_path / "model.gguf")
@@ -429,7 +429,7 @@ patterns = st.lists(
 @given(ranks=patterns, alphas=patterns, rule=st.sampled_from(["lora", "rora", 0.25]))
 @settings(max_examples=20, deadline=None, derandomize=True)
 def test_overlapping_patterns_keep_their_order(ranks, alphas, rule, config) -> None:
-    """The first entry that matches decides, when a file is read, and again when what was read is written and read."""
+    """The first entry that matches decides when a file is read, and again after it was written and read."""
     modules = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
     names = [full_name(layer, module) for layer in range(3) for module in modules]
     ranks, alphas = (
@@ -455,7 +455,7 @@ def test_overlapping_patterns_keep_their_order(ranks, alphas, rule, config) -> N
 
 
 def test_a_module_by_its_full_name_is_adapted_whatever_its_layer(config, params, tmp_path) -> None:
-    """Select as PEFT does, where ``layers_to_transform`` is for names that end a module's."""
+    """As in PEFT, ``layers_to_transform`` applies only to names that match the end of a module's name."""
     modules = ["v_proj", "model.layers.2.self_attn.q_proj"]
     adapter = init(jax.random.key(0), LoraConfig(rank=2, alpha=1.0, target_modules=modules, layers=[0]), config, params)
     assert {target.module: target.ranks for target in adapter.targets} == {

@@ -1,4 +1,4 @@
-"""Portable form: the same function from one rank, one alpha and no flag, whatever a reader knows beyond these."""
+"""Portable form: the same function from one rank, one alpha and no flag."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ CASES = {
 
 @pytest.fixture
 def source(golden, tmp_path):
-    """Return a function that copies a golden folder with other entries and, by ``damage``, other tensors."""
+    """Return a function that copies a golden folder with other entries and, with ``damage``, other tensors."""
 
     def make(name: str, entries=(), damage=lambda _: None) -> Path:
         folder = tmp_path / "peft"
@@ -53,7 +53,7 @@ def product(gamma: float, lora_A, lora_B) -> np.ndarray:
 
 
 def served(folder: Path) -> dict[str, np.ndarray]:
-    """Return what a reader that knows r and lora_alpha alone adds to each module's weight."""
+    """Return what a reader that knows only r and lora_alpha adds to each module's weight."""
     config, tensors = json.loads((folder / "adapter_config.json").read_text()), tensors_of(folder)
     updates = {}
     for key in tensors:
@@ -65,7 +65,7 @@ def served(folder: Path) -> dict[str, np.ndarray]:
 
 
 def compare(updates: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """Check updates to twice float32's rounding: of gamma in the adapter, and of B where its gamma is another."""
+    """Compare updates to twice float32's rounding: of gamma in the adapter, and of B where its gamma differs."""
     assert updates.keys() == expected.keys()
     for key, update in updates.items():
         np.testing.assert_allclose(update, expected[key], rtol=0, atol=2.4e-7 * np.abs(expected[key]).max())
@@ -109,7 +109,7 @@ def test_tensors_of_one_rank_and_gamma_stay_bit_for_bit(perturbed, tmp_path) -> 
 
 
 def test_an_adapter_of_another_architecture_is_rewritten(source, tmp_path) -> None:
-    """Check that names are the file's own and no model is needed."""
+    """The names are those of the file, and no model is needed."""
     rng = np.random.default_rng(0)
     names = [
         f"base_model.model.transformer.h.{layer}.attn.c_attn.lora_{kind}.weight" for layer in (0, 1) for kind in "AB"

@@ -1,4 +1,4 @@
-"""Prefix tuning against peft (`tests/golden/make_prefix.py`): training, padding, generation, its files and its law."""
+"""Prefix tuning against peft (`tests/golden/make_prefix.py`): training, padding, generation, files, initial values."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def adapter(config):
 
 @pytest.mark.slow
 def test_agrees_with_peft(golden, config, params, tokens, adapter, expected) -> None:
-    """Logits to 1e-5, the gradient and 20 AdamW losses to 1e-4 relative: float32 sums in another order."""
+    """Logits agree to 1e-5, the gradient and 20 AdamW losses to a relative 1e-4: float32 sums in another order."""
     logits, gradient, losses, _ = train_as_peft(adapter, params, tokens, config, steps=golden.STEPS, rate=golden.RATE)
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=1e-5)
     # PEFT's layout has the tokens first, and keys and values of a layer next to each other.
@@ -51,7 +51,7 @@ def test_padding_on_the_left_changes_nothing(config, params, tokens, adapter, ex
 
 @pytest.mark.slow
 def test_generation_reads_the_prefix(config, params, tokens, adapter, expected, run) -> None:
-    """Greedy tokens are peft's, and the best of 4 beams is at least as likely by the model without a cache."""
+    """Greedy tokens equal peft's. The best of 4 beams is at least as likely under the model without a cache."""
     prompts = [np.asarray(tokens)[0, 4:].tolist(), np.asarray(tokens)[1].tolist()]
     settings = {"max_new_tokens": expected["generated"].shape[1], "eos_ids": ()}
     greedy = generate.greedy_search(params, config, prompts, adapter=adapter, **settings)

@@ -1,4 +1,4 @@
-"""Matching of modules, layers and patterns, as PEFT does it, and what is refused."""
+"""Modules, layers and patterns are matched as in PEFT; invalid ones are refused."""
 
 import pytest
 

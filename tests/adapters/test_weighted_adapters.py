@@ -1,4 +1,4 @@
-"""What PEFT's `add_weighted_adapter` does to the scaling of adapters of several rules and ranks: docs/serving.md."""
+"""Effect of PEFT's `add_weighted_adapter` on the scaling of adapters of several rules and ranks (docs/serving.md)."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
 
 
 def made(first: dict, second: dict):
-    """A PEFT model with two adapters whose B is not zero."""
+    """Return a PEFT model with two adapters whose B is not zero."""
     model = peft.get_peft_model(torch_models.model("llama"), config(**first), "first")
     model.add_adapter("second", config(**second))
     generator = torch.Generator().manual_seed(0)
@@ -47,7 +47,7 @@ RSLORA = {"rank": 9, "alpha": 8.0, "use_rslora": True}
 
 
 def test_the_page_s_example_is_the_exact_sum() -> None:
-    """With the rsLoRA adapter first, whose flag is on again afterwards."""
+    """The rsLoRA adapter comes first, and its flag is set again afterwards."""
     (code,) = (code for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "weighted" in code)
     model = made(RSLORA, PLAIN)
     exec(code, {"model": model})
@@ -59,7 +59,7 @@ def test_the_page_s_example_is_the_exact_sum() -> None:
 
 
 def test_plain_lora_first_gives_the_sum_and_rslora_first_may_be_too_strong() -> None:
-    """PEFT copies the flag of the first adapter: sqrt of the new rank, unless the version has corrected it."""
+    """PEFT copies the first adapter's flag, which adds the root of the new rank unless the version has corrected it."""
     model = made(PLAIN, RSLORA)
     combine(model, "cat")
     for layer in layers(model):
@@ -82,7 +82,7 @@ def test_svd_is_the_closest_matrix_of_the_largest_rank() -> None:
 
 
 def test_linear_takes_one_rank_and_is_not_the_sum() -> None:
-    """It multiplies the sum of the B by the sum of the A, each with the root of weight times scaling."""
+    """It multiplies the sum of the B by the sum of the A, each weighted by the root of weight times scaling."""
     model = made(PLAIN, RSLORA)
     with pytest.raises(ValueError, match="same r"):
         combine(model, "linear")

@@ -1,4 +1,4 @@
-"""The adapter's second product: its gradient is automatic differentiation's, formed with the narrow operand first."""
+"""The adapter's second product has automatic differentiation's gradient, computed with the narrow operand first."""
 
 import jax
 import jax.numpy as jnp

@@ -59,7 +59,7 @@ def test_the_exponents_in_the_steps_bracket_one_half() -> None:
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_a_best_rate_at_an_end_of_its_grid_gives_no_exponent_in_the_steps(schedule, monkeypatch, tmp_path) -> None:
-    """A steep exponent, planted among the published pairs, widens the range without an edge alone."""
+    """A steep exponent, planted among the published pairs, widens the range only if its best rate is not at an edge."""
     name = f"steps_exponents_{schedule}"
     entry = measured.ENTRIES[name]
     file = entry["rows"].split()[0]
@@ -80,7 +80,7 @@ def test_a_best_rate_at_an_end_of_its_grid_gives_no_exponent_in_the_steps(schedu
 
 
 def test_exponents_in_the_steps_cover_the_schedules_that_were_measured(monkeypatch) -> None:
-    """A constant rate has its own range. Another schedule, measured or not, has the range of all."""
+    """A constant rate has its own range. Any other schedule has the range over all measured schedules."""
     constant = measured.MEASURED_STEPS_EXPONENTS["constant"]
     monkeypatch.setitem(measured.MEASURED_STEPS_EXPONENTS, "cosine", (-0.31, -0.19))
     expected = tuple(round(end, 1) for end in constant)

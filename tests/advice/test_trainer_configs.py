@@ -1,4 +1,4 @@
-"""Settings in the files of PEFT, Axolotl and LLaMA-Factory: read, transferred, and written again."""
+"""Settings in the files of PEFT, Axolotl and LLaMA-Factory are read, transferred, and written again."""
 
 import json
 from pathlib import Path
@@ -137,7 +137,7 @@ def test_a_file_that_cannot_be_read_is_named_in_one_line(tmp_path, text, message
 
 
 def test_axolotl_is_written_with_its_comments(tmp_path) -> None:
-    """At another rank of plain LoRA only the rank changes, to the byte; with a fixed alpha the rate changes too."""
+    """At another rank of plain LoRA only the rank changes in the file; with a fixed alpha the rate changes too."""
     path, out = written(tmp_path / "config.yml", AXOLOTL), tmp_path / "new.yml"
     write_trainer_config(path, out, advice_for(path))
     assert out.read_text() == AXOLOTL.replace("lora_r: 16", "lora_r: 128")
@@ -153,7 +153,7 @@ def test_axolotl_is_written_with_its_comments(tmp_path) -> None:
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_llama_factory_is_written_with_an_alpha_that_it_had_by_default(tmp_path, newline) -> None:
-    """Twice the new rank would be its default: the kept alpha must be stated."""
+    """The default would be twice the new rank, so the file must state the alpha that is kept."""
     path, out = written(tmp_path / "config.yaml", LLAMA_FACTORY.replace("\n", newline)), tmp_path / "new.yaml"
     write_trainer_config(path, out, advice_for(path, 64))
     expected = LLAMA_FACTORY.replace("lora_rank: 8", "lora_alpha: 16\nlora_rank: 64").replace("\n", newline)
@@ -171,7 +171,7 @@ def test_null_values_and_flow_style_are_edited(tmp_path) -> None:
 
 
 def test_a_rule_is_written_with_an_integer_alpha(tmp_path) -> None:
-    """Both trainers declare alpha as an integer: alpha / r where it gives one, else use_rslora, else an error."""
+    """Both trainers need an integer alpha: the file gets alpha / r if it gives one, else use_rslora, else an error."""
     path = written(tmp_path / "config.yml", AXOLOTL)
     # gamma = 16 / sqrt(128) has no integer alpha under alpha / r.
     write_trainer_config(path, tmp_path / "rslora.yml", advice_for(path, rule="rslora", alpha=16.0))

@@ -1,4 +1,4 @@
-"""Carrying alpha and the learning rate to another rank: against the exact law, in closed cases, as PEFT reads it."""
+"""Transfer of alpha and the learning rate to another rank: the exact law, closed cases, and PEFT's reading."""
 
 import json
 import math
@@ -40,7 +40,7 @@ FAMILY = {"sgd": "sgd", "momentum": "sgd", "adam": "adam", "adamw": "adam"}
 
 
 def rms(setting: Setting, grad: np.ndarray, x: np.ndarray) -> float:
-    """The law's rms of w, in the sign limit."""
+    """Compute the law's root mean square of w, in the sign limit."""
     law = laws.first_step_moments(
         grad,
         x,
@@ -64,7 +64,7 @@ def linear_term(setting: Setting, grad: np.ndarray, x: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def layer() -> tuple[np.ndarray, np.ndarray]:
-    """A gradient of two samples and inputs that overlap with one of them."""
+    """Return a gradient of two samples, and inputs that overlap with one of them."""
     random = np.random.default_rng(0)
     x = random.normal(size=(2, 24))
     grad = random.normal(size=(5, 2)) @ x
@@ -75,7 +75,7 @@ def layer() -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw"])
 @pytest.mark.parametrize("rule", ["lora", "rora", 0.25])
 def test_step_ratio_is_the_law_s(layer, init, optimizer, rule) -> None:
-    """For any rule, optimizer and init, and so the transferred alpha and rate give the old step."""
+    """The ratio is exact for any rule, optimizer and init, so the transferred alpha and rate preserve the old step."""
     old = Setting(8, 16.0, 3e-4, rule, optimizer, init)
     new = replace(old, rank=128, alpha=5.0, learning_rate=1e-3)
     c = linear_term(old, *layer)
@@ -134,7 +134,7 @@ def test_gaussian_init_costs_a_factor_of_the_rank(optimizer, power) -> None:
 
 
 def test_common_choices() -> None:
-    """LoRA, Adam, signal: the step is gamma r. rsLoRA multiplies it by sqrt(r), alpha = 2r by what gamma does."""
+    """In Adam's signal regime LoRA's step is gamma r; rsLoRA multiplies it by sqrt(r), alpha = 2r by gamma."""
     old = Setting(16, 32.0, 2e-4, "lora", "adamw")
     steps = {choice.name: choice.step.mean for choice in transfer(old, 256).alternatives()}
     expected = {
@@ -169,7 +169,7 @@ def written(text: str) -> dict:
 @pytest.mark.parametrize("rule", ["lora", "rora", 0.25])
 @pytest.mark.parametrize("per", ["one", "type", "module"])
 def test_snippet_gives_every_module_its_scaling(rule, per) -> None:
-    """PEFT's patterns are matched by this package, module by module; six digits are written."""
+    """This package matches PEFT's patterns module by module; six digits are written."""
     advice = transfer(Setting(4, 16.0, 3e-4, rule), 32, MEASURED)
     source = advice.peft_config(target_modules=["q_proj", "down_proj"], per=per)
     config = written(source)
@@ -200,7 +200,7 @@ def test_snippet_gives_every_module_its_scaling(rule, per) -> None:
 
 @pytest.mark.slow
 def test_snippet_works_in_peft() -> None:
-    """Pasted as it is, on a torch model: PEFT's own scaling of each module."""
+    """The snippet is executed as printed, and PEFT's own scaling of each module is checked on a torch model."""
     torch = pytest.importorskip("torch")
     LoraModel = pytest.importorskip("peft.tuners.lora").LoraModel
     advice = transfer(Setting(4, 16.0, 3e-4, "rora"), 32, MEASURED)
@@ -300,7 +300,7 @@ def test_headings_say_what_was_tuned() -> None:
 @pytest.mark.parametrize("rule", ["lora", "rora", 0.25])
 @given(st.integers(1, 4096), st.floats(1.0, 1e3), st.integers(1, 10**5), st.integers(1, 10**5))
 def test_the_rate_is_the_displacement_law_s(optimizer, rule, rank, alpha, steps, to_steps) -> None:
-    """At any rank, alpha and number of steps, with the default constants of both numbers of steps."""
+    """The rate is checked at several ranks, alphas and steps, with the default constants of both numbers of steps."""
     old = Setting(16, 32.0, 2e-4, optimizer=optimizer)
     advice = transfer(old, rank, rule=rule, alpha=alpha, steps=steps, to_steps=to_steps)
     ranges = [default_displacement_constants(count) for count in (steps, to_steps)]
@@ -331,7 +331,7 @@ def test_alpha_2r_at_both_ranks() -> None:
 
 
 def test_one_s_own_constant_takes_the_place_of_the_published_ones() -> None:
-    """A range is left, since the coherence of the steps is not known; with K = 0 the first step's rate is exact."""
+    """A range remains as the coherence of the steps is unknown. With K = 0 the rate is exactly the first step's."""
     old = Setting(16, 32.0, 2e-4)
     advice = transfer(old, 128, alpha=256.0, displacement_constant=100.0)
     ends = [
@@ -345,7 +345,7 @@ def test_one_s_own_constant_takes_the_place_of_the_published_ones() -> None:
 
 
 def test_four_times_the_steps_halve_the_rate() -> None:
-    """Also where alpha is free, and in the other direction."""
+    """This also holds where alpha is free, and in the other direction."""
     old = Setting(16, 32.0, 2e-4)
     longer, shorter = transfer(old, 128, steps=64, to_steps=256), transfer(old, 128, steps=256, to_steps=64)
     assert (longer.alpha, longer.learning_rate) == (32.0, pytest.approx(1e-4))
@@ -359,7 +359,7 @@ def test_four_times_the_steps_halve_the_rate() -> None:
 
 
 def test_a_schedule_that_was_not_measured_is_named(monkeypatch) -> None:
-    """It leaves the rate alone; if there is a factor, the rate and its range include it."""
+    """It does not change the rate. A schedule with a measured factor changes the rate and its range."""
     old, to = Setting(16, 32.0, 2e-4), {"schedule": "constant", "to_schedule": "cosine"}
     advice = transfer(old, 128, schedule="constant", to_schedule="linear")
     assert advice.learning_rate == 2e-4
@@ -451,7 +451,7 @@ def test_limits_of_the_first_step_and_of_a_long_run() -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
 def test_limits_under_sgd(optimizer) -> None:
-    """Gamma^2 r at the first step, gamma alone in a long run; under alpha / r the rate times r' / r suits both."""
+    """The first step preserves gamma^2 r and a long run gamma. Under alpha / r the rate times r' / r suits both."""
     old = Setting(8, 16.0, 3e-4, optimizer=optimizer)
     assert transfer(old, 128).alpha_limits == pytest.approx((64.0, 256.0))
     assert transfer(old, 128, alpha=16.0).rate_limits == pytest.approx((4.8e-3, 4.8e-3))
@@ -515,7 +515,7 @@ def test_the_sentence_answers_first(setting, new, words) -> None:
 
 @pytest.mark.parametrize("regime", ["signal", "cross-talk", {"a": 3.0}])
 def test_the_rate_is_one_everywhere(regime) -> None:
-    """In the numbers, the config and the JSON."""
+    """The numbers, the config and the JSON state the same rate."""
     advice = transfer(Setting(16, 32.0, 2e-4), 128, regime, rule="rslora", alpha=32.0)
     if regime != "signal":
         assert (advice.rate_range, advice.learning_rate) == (None, advice.rate_at_alpha)
@@ -524,7 +524,7 @@ def test_the_rate_is_one_everywhere(regime) -> None:
 
 
 def test_what_json_gets_is_json() -> None:
-    """Strict: no infinity, no name of Python's."""
+    """The output is strict JSON: it has no infinity and no Python names."""
     for regime in ("cross-talk", {"a": 1.0, "b": math.inf}, "signal"):
         advice = transfer(Setting(8, 16.0, 3e-4), 128, regime)
         read = json.loads(json.dumps(advice.as_dict(), allow_nan=False))
@@ -624,7 +624,7 @@ def test_sgd_names_its_regime_and_a_measured_one_has_a_pattern() -> None:
 
 
 def test_groups_are_over_all_modules_and_by_type() -> None:
-    """Geometric means with their ends; an assumed regime has one group."""
+    """Groups have geometric means with their ends; an assumed regime has one group."""
     terms = {"model.layers.0.q_proj": 0.0, "model.layers.1.q_proj": 5.0, "model.layers.0.up_proj": 50.0}
     advice = transfer(Setting(8, 16.0, 3e-4), 128, terms)
     every, q_proj, up_proj = advice.groups()
@@ -638,7 +638,7 @@ def test_groups_are_over_all_modules_and_by_type() -> None:
 
 
 def test_a_fixed_alpha_stays_fixed() -> None:
-    """It has no pattern beside it, and in both limits the rate makes up for it."""
+    """The configuration has no alpha pattern, and in both limits the rate compensates."""
     old = Setting(8, 16.0, 3e-4)
     assert transfer(old, 128, {"a.q_proj": 1.0, "b.v_proj": 9.0}, alpha=8.0).lora_arguments()["alpha_pattern"] == {}
     groups = transfer(old, 128, rule="rslora", alpha=24.0).groups_by_regime()

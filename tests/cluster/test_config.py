@@ -1,4 +1,4 @@
-"""What the options refuse before any work, with and without Ray."""
+"""Options that are refused before any work starts, with and without Ray."""
 
 import sys
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_an_experiment_without_a_plan_has_none() -> None:
 
 
 def test_no_cluster_at_the_address(tmp_path, capsys) -> None:
-    """One line, before the run folder is made."""
+    """The command prints one line before the run folder is made."""
     pytest.importorskip("ray", reason="the extra cluster (Ray) is not installed")
     with pytest.raises(SystemExit) as stop:
         squares.main(str(tmp_path / "out"), str(tmp_path), "--address", "127.0.0.1:1")

@@ -1,4 +1,4 @@
-"""Clusters of several nodes on one machine: nodes and drivers that die, cells that fail, and always the same bytes."""
+"""Clusters of several nodes on one machine: nodes and drivers that die, cells that fail, and identical output files."""
 
 import gc
 import importlib.util
@@ -57,7 +57,7 @@ OF_RAY = re.compile(r"\[\d{4}-\d\d-\d\d [^]]*\] \w+\.(?:cc|h):\d+: ")
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory) -> Iterator[Any]:
-    """A cluster: a head, which works on no cells, and two nodes that work on one each."""
+    """Start a cluster with a head, which runs no cells, and two nodes that run one cell each."""
     with pytest.MonkeyPatch.context() as patch:
         environment = {
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
@@ -97,7 +97,7 @@ def nodes(tmp_path_factory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def large(nodes) -> Iterator[Any]:
-    """A node that says it has two GPUs and 100 GiB: Ray takes its word."""
+    """Start a node that claims two GPUs and 100 GiB, which Ray does not verify."""
     node = nodes.add_node(num_cpus=2, num_gpus=2, memory=100 << 30)
     yield node
     nodes.remove_node(node)
@@ -105,7 +105,7 @@ def large(nodes) -> Iterator[Any]:
 
 @pytest.fixture
 def whole(tmp_path) -> dict[str, bytes]:
-    """What one process without Ray leaves."""
+    """Return the files that one process without Ray writes."""
     squares.main(str(tmp_path / "whole"), str(tmp_path))
     for mark in tmp_path.glob("*.begun"):
         mark.unlink()
@@ -113,13 +113,13 @@ def whole(tmp_path) -> dict[str, bytes]:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """All files of a run by name, but for the times in its manifest and lock."""
+    """Return all files of a run by name, without the times in its manifest and lock."""
     names = [path for path in out.rglob("*") if path.is_file() and path.name not in ("manifest.json", ".lock")]
     return {str(path.relative_to(out)): path.read_bytes() for path in names}
 
 
 def run_cells(config: ClusterConfig, folder: Path, count: int = 6, work: Any = squares.work) -> list[CellOutcome]:
-    """Compute squares with the runner that the options select; each is begun once."""
+    """Compute squares with the runner that the options select, and check that each is started once."""
     runner = config.runner()
     assert runner is not None
     begun: list[int] = []
@@ -130,12 +130,12 @@ def run_cells(config: ClusterConfig, folder: Path, count: int = 6, work: Any = s
 
 
 def attempt_counts(marks: Path) -> list[int]:
-    """Return how often each of the six squares was begun."""
+    """Return how often each of the six squares was started."""
     return [len(squares.attempts(marks, side)) for side in range(1, 7)]
 
 
 def until(condition: Callable[[], Any]) -> None:
-    """Wait for it, ten minutes at most: a busy machine may take minutes to start Ray."""
+    """Wait for a condition for at most ten minutes, as a busy machine may take minutes to start Ray."""
     end = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < end
@@ -143,18 +143,18 @@ def until(condition: Callable[[], Any]) -> None:
 
 
 def processes_at_work(marks: Path, side: int | str = "*") -> set[int]:
-    """Return the processes that began a square, or any of them."""
+    """Return the processes that started a square, or any of them."""
     return {int(path.name.split("-")[1]) for path in marks.glob(f"{side}-*.begun")}
 
 
 def is_running(process: int) -> bool:
-    """Return whether there is a process of this id."""
+    """Return whether a process with this id exists."""
     return Path(f"/proc/{process}").exists()
 
 
 @contextmanager
 def meanwhile(act: Callable[[], None]) -> Iterator[None]:
-    """Another thread does this."""
+    """Run a function in another thread."""
     thread = threading.Thread(target=act)
     thread.start()
     yield
@@ -163,8 +163,10 @@ def meanwhile(act: Callable[[], None]) -> Iterator[None]:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_bytes_of_one_process(nodes, whole, tmp_path, capfd, monkeypatch, shared) -> None:
-    """Of workers that see the run folder, and of such that see none, whose files come through Ray; the manifest names
-    the Python of the latter, which is not the driver's."""
+    """Workers with and without access to the run folder give the same files.
+
+    The manifest names the Python of the latter, which differs from the driver's.
+    """
     there = software.environment()
     if not shared:
         monkeypatch.setattr(driver, "read_lock", lambda _: "another")
@@ -191,7 +193,7 @@ def test_the_bytes_of_one_process(nodes, whole, tmp_path, capfd, monkeypatch, sh
 
 
 def test_a_node_killed_in_the_middle_loses_nothing(nodes, whole, tmp_path) -> None:
-    """Three cells wait, one on each node; of one node all processes are killed."""
+    """Three cells wait, one on each node, when all processes of one node are killed."""
     node, release = nodes.add_node(num_cpus=1), squares.hold(tmp_path, 1, 2, 3)
 
     def kill() -> None:
@@ -207,7 +209,7 @@ def test_a_node_killed_in_the_middle_loses_nothing(nodes, whole, tmp_path) -> No
 
 
 def test_a_driver_that_ended_is_started_again(nodes, whole, tmp_path) -> None:
-    """Twice, with all cells done but one, which is being worked on; its worker ends too."""
+    """The driver is ended twice while one cell is unfinished; the worker of this cell ends too."""
     out, release = tmp_path / "out", squares.hold(tmp_path, 3)
     words = [str(out), str(tmp_path), "--address", nodes.address]
 
@@ -215,7 +217,7 @@ def test_a_driver_that_ended_is_started_again(nodes, whole, tmp_path) -> None:
         return len(squares.attempts(tmp_path, 3)) == attempt and len(lines(out)) == 5
 
     def end(attempt: int, number: signal.Signals) -> tuple[int, list[str]]:
-        """Start a driver, and end it when its cell is at work; return its status and its own messages."""
+        """Start a driver and end it while its cell runs; return its status and its own messages."""
         command = [sys.executable, "-m", "support.squares", *words]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         until(lambda: process.poll() is not None or is_at_work(attempt))
@@ -233,13 +235,13 @@ def test_a_driver_that_ended_is_started_again(nodes, whole, tmp_path) -> None:
 
 
 def lines(out: Path) -> list[str]:
-    """Of the finished cells."""
+    """Return the journal's lines, one for each finished cell."""
     file = out / "cells.jsonl"
     return file.read_text().splitlines() if file.exists() else []
 
 
 def test_a_cell_that_fails_is_named_and_the_others_are_done(nodes, whole, tmp_path, capfd, monkeypatch) -> None:
-    """One raises an error, which is not tried again; one ends its worker, which Ray begins again, here once."""
+    """One cell raises an error and is not repeated. The other kills its worker, and Ray repeats it, here once."""
     monkeypatch.setattr(driver, "RETRIES", 1)
     out, marks = tmp_path / "out", [tmp_path / "2.fail", tmp_path / "5.die"]
     for mark in marks:
@@ -263,7 +265,7 @@ def test_a_cell_that_fails_is_named_and_the_others_are_done(nodes, whole, tmp_pa
 
 
 def test_a_model_that_workers_lack_is_put_once(nodes, tmp_path, monkeypatch) -> None:
-    """A path that is another folder in every process; arrays of the work arrive as they were."""
+    """The path is another folder in every process, and the work's arrays arrive unchanged."""
     folder = tmp_path / "tiny"
     folder.mkdir()
     for name, content in (("config.json", b"{}"), ("model.safetensors", os.urandom(1 << 20)), ("tokenizer.json", b"")):
@@ -293,7 +295,7 @@ def test_a_model_that_workers_lack_is_put_once(nodes, tmp_path, monkeypatch) -> 
 
 
 def unmeasured(out: Path) -> dict[str, bytes]:
-    """All files of a run but its manifest and lock, without what its cells measured of time."""
+    """Return all files of a run except its manifest and lock, without measured times."""
     found = {name: MEASURED.sub(b"", data) for name, data in files(out).items()}
     rows = frames.read_csv(out / "results.csv")
     kept = rows.drop(columns=[column for column in rows if "seconds" in column])
@@ -320,14 +322,14 @@ def assert_equal_runs(one: Path, two: Path) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> list[str]:
-    """Options that name two files of records and a tiny model."""
+    """Return options that name two files of records and a tiny model."""
     folder = tmp_path_factory.mktemp("checkpoint")
     data, model = checkpoint.two_files(folder), checkpoint.model(folder / "model")
     return ["--data", *(str(data / name / "train.json") for name in ("one", "two")), "--model", str(model)]
 
 
 def both(main: Callable[[list[str]], None], words: list[str], tmp_path: Path, *where: str) -> list[Path]:
-    """The run folders of one process and of workers."""
+    """Return the run folders of one process and of workers."""
     one, two = (tmp_path / "run" / name for name in ("one", "two"))
     main([*words, "--out", str(one)])
     main([*words, "--out", str(two), *where])
@@ -335,7 +337,7 @@ def both(main: Callable[[list[str]], None], words: list[str], tmp_path: Path, *w
 
 
 def cells_done(out: Path) -> dict[str, dict[str, float]]:
-    """Return the seconds of each cell that the last session did, by node."""
+    """Return the seconds of each cell that the last session ran, by node."""
     return json.loads((out / "manifest.json").read_text())["sessions"][-1]["cells"]
 
 
@@ -355,7 +357,7 @@ def test_an_experiment_leaves_the_files_of_one_process(
 
 @pytest.mark.usefixtures("large")
 def test_a_cell_that_takes_two_gpus_has_both_of_a_node(nodes, tmp_path) -> None:
-    """By default a cell takes one."""
+    """A cell takes one GPU by default."""
     for gpus, count, seen in ((2.0, 1, {"0,1"}), (None, 2, {"0", "1"})):
         marks = tmp_path / str(gpus)
         marks.mkdir()
@@ -366,7 +368,7 @@ def test_a_cell_that_takes_two_gpus_has_both_of_a_node(nodes, tmp_path) -> None:
 
 
 def test_cells_take_the_memory_that_is_planned_for_each(nodes, large, tmp_path) -> None:
-    """Of 100 GiB: two cells of 60 wait for one another, and one of 500 is worked on alone."""
+    """Of 100 GiB, two cells of 60 run one after the other, and one of 500 runs alone."""
     plan = {1: 60 << 30, 2: 60 << 30, 3: 1 << 30, 4: 500 << 30}
     config = ClusterConfig(address=nodes.address, cell_gpus=0.0, cell_memory="plan")
     runner, most = config.runner(lambda cell: plan[cell.side]), {1, 2, 4}
@@ -385,7 +387,7 @@ def test_cells_take_the_memory_that_is_planned_for_each(nodes, large, tmp_path) 
 
 
 def test_what_a_worker_raises_can_be_carried() -> None:
-    """An error that can't be, and one of the node's own disk, as their words."""
+    """An error that cannot be pickled, and one of the node's own disk, arrive as text."""
 
     class OddError(Exception):
         def __init__(self, one: int, two: int) -> None:
@@ -405,7 +407,7 @@ def test_what_a_worker_raises_can_be_carried() -> None:
 @pytest.mark.usefixtures("nodes")
 @pytest.mark.filterwarnings("ignore:Exception ignored in. <function Popen.__del__")  # processes of Ray 2.49's
 def test_two_workers_of_this_machine_leave_the_bytes_of_one_process(checkpoints, tmp_path, capfd) -> None:
-    """Ray is started for them: beside the cluster, which this process leaves for it."""
+    """Ray is started for the workers beside the existing cluster, from which this process disconnects."""
     leave()
     log = orphans.make_session_root() / f"session_of_a_test_{2**30}" / "logs" / "raylet.err"  # no process has this id
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -427,7 +429,7 @@ def test_two_workers_of_this_machine_leave_the_bytes_of_one_process(checkpoints,
 
 
 def processes_of(driver: int) -> set[int]:
-    """Processes that Ray started for a driver."""
+    """Return the processes that Ray started for a driver."""
     found = set()
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -437,7 +439,7 @@ def processes_of(driver: int) -> set[int]:
 
 
 def listening(processes: Iterable[int]) -> set[ipaddress.IPv4Address | ipaddress.IPv6Address]:
-    """Addresses at which these processes accept TCP connections."""
+    """Return the addresses at which these processes accept TCP connections."""
     links = (os.readlink(path) for process in processes for path in Path(f"/proc/{process}/fd").iterdir())
     sockets = {link.removeprefix("socket:[").rstrip("]") for link in links}
     found = set()

@@ -1,4 +1,4 @@
-"""Processes that outlive a killed driver are stopped; all others are left alone."""
+"""Processes that outlive a killed driver are stopped, and no others."""
 
 import os
 import stat

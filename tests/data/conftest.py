@@ -1,4 +1,4 @@
-"""Shared by the tests of data."""
+"""Fixtures of the data tests."""
 
 import pytest
 
@@ -7,5 +7,5 @@ from rora_theory.data import limited_process
 
 @pytest.fixture
 def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do in this process what a child process with limits does: `test_limits` tests that the child does the same."""
+    """Run the work of a limited child process in this process; `test_limits` tests the child itself."""
     monkeypatch.setattr(limited_process, "run", lambda function, *arguments, **_: list(function(*arguments)))

@@ -1,4 +1,4 @@
-"""Tokens as the published code makes them, little padding, and an order that any step can be asked for."""
+"""Batches: tokens as in the published code, little padding, and an order that any step can be requested from."""
 
 import itertools
 import time
@@ -57,7 +57,7 @@ def test_no_second_end_token_and_none_where_the_model_has_none():
 
 def test_a_token_that_straddles_prompt_and_answer_belongs_to_the_answer():
     class Joins(tiny.ByteEncoder):
-        """Joins a line feed and the letter after it into one token."""
+        """Tokenizer that joins a line feed and the next letter into one token."""
 
         def encode_batch(self, texts):
             return [[1, *text.replace("\nz", "\x7f").encode()] for text in texts]
@@ -77,7 +77,7 @@ def test_records_whose_answer_is_cut_off_are_left_out_only_from_the_answers_loss
 
 
 def test_batches_within_a_model_s_positions():
-    """The longest width decides: narrower ones stay, and a record that no position is left for is refused."""
+    """The longest width is capped, narrower ones stay, and a record without any position left is refused."""
     found = Batches(examples([Record("q", "a"), Record("q" * 60, "a")]), (160, 256), batch_size=1)
     smaller, size = found.examples.input_lengths.tolist()
     assert smaller < 160 < size < 256
@@ -139,7 +139,7 @@ def batches(count=22, batch=4, epochs=2, seed=3, **options):
 
 
 def contents(batch):
-    """The records in a batch, and that each row's targets follow its inputs."""
+    """Return the records in a batch, after checking that each row's targets follow its inputs."""
     rows = []
     for inputs, targets, weights in zip(batch.inputs, batch.targets, batch.weights, strict=True):
         count = int(weights.sum())
@@ -152,7 +152,7 @@ def contents(batch):
 
 
 def as_lists(stream):
-    """Inputs, targets and weights of each batch of a stream."""
+    """Return inputs, targets and weights of each batch of a stream."""
     return [[array.tolist() for array in batch[:3]] for batch in stream]
 
 

@@ -1,4 +1,4 @@
-"""Chats as text: equal to transformers', every turn of the assistant's told apart, nothing that a template could do."""
+"""Chats as text: equal to transformers', with the assistant's turns located, and templates without side effects."""
 
 import itertools
 import re
@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(folder) -> Tokenizer:
-    """Return a tokenizer of bytes, which puts a beginning token before every text that is no chat."""
+    """Return a tokenizer of bytes, which puts a beginning token before every text that is not a chat."""
     return replace(Tokenizer.from_folder(folder), chat_template=chat_templates.LLAMA3, prefix=(0,))
 
 
@@ -87,7 +87,7 @@ LOCATED = {name: (source, CHAT, chat_templates.TEXTS[name]) for name, source in 
 
 @pytest.mark.parametrize("name", LOCATED)
 def test_texts_and_turns_are_the_templates(name):
-    """Mistral 3 and COUNTED write the first turns differently as long as they are the last."""
+    """Mistral 3 and COUNTED write the first turns differently while they are the last ones."""
     source, messages, expected = LOCATED[name]
     assert marked(ChatTemplate(source, tokens=TOKENS).render_with_spans(messages)) == expected
 
@@ -156,7 +156,7 @@ def test_a_chat_template_has_no_effect_on_other_templates():
 
 @pytest.mark.parametrize("name", ["MARKED", "MISTRAL3", "LLAMA3"])
 def test_turns_of_the_prompt_and_of_weight_0_are_not_learned(name):
-    """Three answers: the two in the prompt are left out, or the second one, which has weight 0."""
+    """Of three answers, the two in the prompt are left out, or the second one if it has weight 0."""
     template = ChatTemplate(getattr(chat_templates, name), tokens=TOKENS)
     messages = [*CHAT, *turns("Well?", "Yes.")]
     text, spans = template.render_with_spans(messages)
@@ -198,7 +198,7 @@ ANSWERS = [
 
 @pytest.mark.parametrize("name", ["QWEN25_CALLS", "QWEN3_CALLS"])
 def test_turns_with_tool_calls_and_thoughts_are_located(name):
-    """Also where the template writes a turn differently once others follow, and its content is empty.
+    """This holds also if a template writes a turn differently before other turns, and for empty content.
 
     The line break that the generation prompt ends in is not learned, although QWEN25_CALLS writes it with the turn.
     """
@@ -226,14 +226,14 @@ def merging() -> Tokenizer:
 
 
 def mark_tokens(examples, tokenizer) -> str:
-    """Return the tokens of the first record, separated by spaces, those in the loss in brackets."""
+    """Return the first record's tokens, separated by spaces, with those in the loss in brackets."""
     tokens = [tokenizer.decode([token], skip_special=False).replace("\n", "↵") for token in examples[0].tolist()]
     masked = zip(tokens, examples.target_mask(0).tolist(), strict=True)
     return " ".join(f"[{token}]" if in_loss else token for token, in_loss in masked)
 
 
 def test_every_token_that_has_a_part_of_a_turn_is_in_the_loss(merging):
-    """Among them a token that an answer shares with its header, and the end token."""
+    """This includes a token that an answer shares with its header, and the end token."""
     template = ChatTemplate(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if m.role != 'user' %}<|im_end|>{% endif %}"
         "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -311,7 +311,7 @@ def test_other_templates_take_one_question_and_its_answer():
 
 
 def test_a_chats_tokens_are_the_templates_alone(tokenizer):
-    """No second beginning token, no end token; every turn of the assistant's is a target and nothing else."""
+    """There is no second beginning token and no end token. Exactly the assistant's turns are targets."""
     record = Chat(tuple(CHAT))
     examples = tokenize([record, record], tokenizer, cutoff=1000, answer_only=True)
     text = chat_templates.TEXTS["llama3"].replace("⟦", "").replace("⟧", "")

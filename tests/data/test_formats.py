@@ -1,4 +1,4 @@
-"""Formats: each reads to its records, is recognised by its keys, and takes what the families of data sets write."""
+"""Formats: each is recognised by its keys, and accepts what the families of data sets write."""
 
 import pytest
 from support.chat_templates import turns
@@ -76,7 +76,7 @@ def test_a_chats_further_keys_reach_the_template(read):
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_arguments_of_tool_calls_written_as_json_are_encoded_once(read, suffix):
-    """OpenAI's strings and the objects that templates expect are one record; a note counts the strings."""
+    """OpenAI's strings and the objects that templates expect give the same record; a note counts the strings."""
     pytest.importorskip("jinja2")
     from rora_theory.data.chat import ChatTemplate
 
@@ -96,7 +96,7 @@ def test_arguments_of_tool_calls_written_as_json_are_encoded_once(read, suffix):
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 @pytest.mark.parametrize(("key", "messages"), [("messages", MESSAGES), ("conversations", SHAREGPT)])
 def test_a_turn_of_weight_0_is_not_learned(read, key, messages, suffix):
-    """OpenAI's and ShareGPT's; a weight of 1 is as none."""
+    """This holds for OpenAI's and ShareGPT's format; a weight of 1 has no effect."""
     question, answer = messages
     rows = [{key: [question, answer | {"weight": weight}, *messages]} for weight in (0, 1, 0.0, None)]
     ignored, plain = Chat((MESSAGES[0], MESSAGES[1] | {"weight": 0}, *MESSAGES)), Chat((*MESSAGES, *MESSAGES))
@@ -117,7 +117,7 @@ def test_roles_of_sharegpt_are_those_of_chat_templates(read):
 
 
 def test_a_prompt_of_several_turns_is_context(read):
-    """TRL's: the assistant's turns in the prompt are given, and the record has their number."""
+    """In TRL's format the assistant's turns in the prompt are context, and the record has their number."""
     row = {"prompt": [*MESSAGES, {"role": "user", "content": "Sure?"}], "completion": [MESSAGES[1]], "tools": [{}]}
     (chat,) = read([row]).records
     assert chat == Chat((*row["prompt"], MESSAGES[1]), ({},), context=3)
@@ -125,7 +125,7 @@ def test_a_prompt_of_several_turns_is_context(read):
 
 
 def test_the_parts_of_a_message_are_one_text(read):
-    """OpenAI's lists of parts."""
+    """OpenAI's lists of parts are joined."""
     parts = [{"type": "text", "text": "Ähm"}, {"type": "input_text", "text": "?"}]
     assert read([{"messages": [{"role": "user", "content": parts}, MESSAGES[1]]}]).records == [CHAT]
 

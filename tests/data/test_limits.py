@@ -1,4 +1,4 @@
-"""Hostile data and templates end in one line, in bounded time and memory; what honest data give does not change."""
+"""Hostile data and templates end in one line, in bounded time and memory; valid data give the same result."""
 
 import json
 import pickle
@@ -28,12 +28,12 @@ def parquet(path, table, **options):
 
 
 def bad_text():
-    """A string whose bytes are not UTF-8."""
+    """Return a string whose bytes are not UTF-8."""
     return pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe"))
 
 
 def messages(**more):
-    """A column of chats of one turn, its struct with ``more`` fields."""
+    """Return a column of chats of one turn, in a struct with ``more`` fields."""
     fields = {"role": pa.array(["assistant"]), "content": pa.array(["x"])} | more
     struct = pa.StructArray.from_arrays(list(fields.values()), names=[name.rstrip("2") for name in fields])
     return pa.table({"messages": pa.ListArray.from_arrays([0, 1], struct)})
@@ -68,7 +68,7 @@ def test_columns_that_no_format_has_are_not_read(tmp_path):
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_small_parquet_file_that_expands_is_refused(nested, tmp_path, monkeypatch, time_limit):
-    """One value a million times, as rows and as the turns of one chat: 5 GB of a file of some kilobytes."""
+    """One value is repeated a million times, as rows and as turns of one chat: 5 GB from some kilobytes."""
     text = pa.DictionaryArray.from_arrays(np.zeros(50_000, np.int32), ["x" * 100_000])
     table = pa.table({"text": text})
     if nested:
@@ -100,7 +100,7 @@ def test_a_text_of_100_mb_is_refused(tmp_path, monkeypatch):
 
 
 class Counting(tiny.ByteEncoder):
-    """Counts the characters that it is given."""
+    """Tokenizer that counts the characters it is given."""
 
     seen = 0
 
@@ -128,7 +128,7 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 
 class Long(tiny.ByteEncoder):
-    """Makes one token of ten letters, which the first of them begins."""
+    """Tokenizer that turns ten letters into one token, recognised by the first letter."""
 
     def encode_batch(self, texts):
         return [[1, *(ord(text[at]) for at in range(0, len(text), 10))] for text in texts]
@@ -137,7 +137,7 @@ class Long(tiny.ByteEncoder):
 @pytest.mark.parametrize(("template", "answer_only"), [("plain", True), ("chat", True), ("chat", False)])
 @pytest.mark.usefixtures("no_child")
 def test_a_beginning_has_the_tokens_of_the_whole_text(template, answer_only, tokenizer, monkeypatch):
-    """Also where a beginning has too few tokens and is lengthened, and where turns are out of the loss."""
+    """A beginning with too few tokens is lengthened, also if turns are out of the loss."""
     draw = random.Random(0)
     written = ["".join(draw.choices(["a", "b ", "\n", "    ", "é"], k=300)) for _ in range(20)]
     options = {"template": template, "answer_only": answer_only, "chat": ChatTemplate(chat.CHATML)}
@@ -220,7 +220,7 @@ def test_all_chats_that_a_template_refuses_are_listed():
     ids=["memory", "size"],
 )
 def test_a_limit_ends_the_work_at_once_and_names_its_record(large, reason, monkeypatch):
-    """Also after records that the template refuses."""
+    """The limit also applies after records that the template refuses."""
     monkeypatch.setattr(texts, "RENDER_MEMORY", 1 << 28)
     source = PICKY + chat.CHATML + "{% if messages[-1].content == 'large' %}" + large + "{% endif %}"
     given = [chat_of(content, line) for line, content in enumerate(["no", "yes", "large", "no"], start=1)]
@@ -229,7 +229,7 @@ def test_a_limit_ends_the_work_at_once_and_names_its_record(large, reason, monke
 
 
 def test_a_limit_that_is_met_while_a_turn_is_located_is_named(monkeypatch):
-    """The template writes the turn differently where others follow, and much where another turn stands in its place."""
+    """The template writes the turn differently before others, and writes much if another turn stands in its place."""
     monkeypatch.setattr(texts, "RENDER_MEMORY", 1 << 28)
     source = (
         "{% for m in messages %}{% if 'another' in m.content %}" + HOSTILE["doubling"] + "{% endif %}"

@@ -1,4 +1,4 @@
-"""The published prompts, byte for byte."""
+"""Prompts equal the published ones byte for byte."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Records are read from files of every kind; a bad one is named by file, place and key."""
+"""Records are read from files of every kind; an invalid one is named by file, place and key."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def test_reads_several_files_in_order(tmp_path):
 
 
 def test_a_file_is_not_read_twice(tmp_path, monkeypatch):
-    """Under any name: the split would put one record into both parts. Equal records of two files are no error."""
+    """A file under two names would put one record into both parts. Equal records of two files are no error."""
     (tmp_path / "data").mkdir()
     path = write(tmp_path / "data" / "train.json", [GOOD] * 4)
     other = write(tmp_path / "data" / "other.json", [GOOD] * 4)
@@ -63,7 +63,7 @@ def test_a_file_is_not_read_twice(tmp_path, monkeypatch):
     ],
 )
 def test_lines(tmp_path, name, content, contents):
-    """Lines under the name of JSON too, and after a byte-order mark."""
+    """JSON lines are read also from a .json file, and after a byte-order mark."""
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert read_records([path]) == list(map(Text, contents))
@@ -78,7 +78,7 @@ def test_reads_the_commonsense_data(commonsense_dir):
 
 
 def test_all_bad_records_are_counted_and_the_first_ten_are_listed(tmp_path):
-    """Those of several files, and lines that are not JSON too."""
+    """The count includes records of several files, and lines that are not JSON."""
     first = write(tmp_path / "a.json", [GOOD, {"output": "x"}, GOOD, "text"])
     second = write(tmp_path / "b.jsonl", "\n".join([json.dumps(GOOD), "{", *[json.dumps(GOOD | {"output": 3})] * 11]))
     third = write(tmp_path / "c.jsonl", "\n".join([json.dumps(GOOD), "{"]))

@@ -1,4 +1,4 @@
-"""Where sources are looked for: splits of folders and of the hub, and the files of the tasks."""
+"""Sources: splits of folders and of the hub, and the files of the tasks."""
 
 import json
 
@@ -89,7 +89,7 @@ def test_the_names_of_splits(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A server of three data sets in place of the hub, and an empty cache."""
+    """Start a server of three data sets in place of the hub, with an empty cache."""
     import huggingface_hub.constants as constants
 
     line = json.dumps({"text": "a"}).encode()

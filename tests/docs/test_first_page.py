@@ -1,4 +1,4 @@
-"""The first page's way from the question to a trained adapter runs as it stands: ten lines, a tiny model and chats."""
+"""The example of the first page runs as printed, from the question to a trained adapter, on a tiny model and chats."""
 
 import ast
 import json
@@ -39,7 +39,7 @@ def test_the_first_answer(monkeypatch, capsys) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of transformers and peft
 def test_measured_checked_and_trained(tmp_path, monkeypatch, capsys) -> None:
-    """The model learns to stop, without a padding token; other ones are in the tests of the collator."""
+    """The model learns to stop without a padding token; the collator's tests have other tokenizers."""
     for package in ("torch", "peft", "transformers", "accelerate"):
         pytest.importorskip(package, reason="the bridge: the extra torch")
     from support import torch_chats, torch_models

@@ -1,4 +1,4 @@
-"""The gallery has every published figure with its command, and the commands are today's."""
+"""The gallery has every published figure with its command, and the commands are current."""
 
 import dataclasses
 import importlib

@@ -1,4 +1,4 @@
-"""The notebook's cells run in order on a tiny random model, and its saved outputs are those of today's cells."""
+"""The notebook's cells run in order on a tiny random model, and its saved outputs belong to the current cells."""
 
 import base64
 import json

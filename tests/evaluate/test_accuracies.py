@@ -24,7 +24,7 @@ def _sample(record: TaskRecord, prediction: str | None, norm: str | None = None)
 
 
 def _scored(task: str, *items: tuple[str | None, ...], count: int = 2) -> Scored:
-    """Return records of ``count`` choices with their samples, from (gold, prediction[, prediction_norm])."""
+    """Return records of ``count`` choices with their samples, given (gold, prediction[, prediction_norm])."""
     records = [_record(task, index, str(gold), count) for index, (gold, *_) in enumerate(items)]
     return [(record, _sample(record, *predictions)) for record, (_, *predictions) in zip(records, items, strict=True)]
 
@@ -80,7 +80,7 @@ def test_chance_follows_each_items_choices() -> None:
 
 
 def test_errors_by_norm_are_their_own_and_chance_is_that_of_the_task_s_choices() -> None:
-    """Two of four right on BoolQ; on ARC two of four by likelihood and one by likelihood per character."""
+    """Two of four are right on BoolQ; on ARC two of four by likelihood and one by likelihood per character."""
     boolq = _scored("boolq", *[("true", "true")] * 2, *[("true", "false")] * 2)
     predictions, norms = ("answer1", "answer1", "answer2", "answer2"), ("answer1", *["answer2"] * 3)
     arc = _scored("ARC-Easy", *(("answer1", predictions[index], norms[index]) for index in range(4)), count=4)

@@ -1,4 +1,4 @@
-"""The published answer parser, quirks included."""
+"""The published answer parser, including its quirks."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What the log-likelihood protocols ask, against golden requests and tokens made by lm-evaluation-harness."""
+"""Requests of the log-likelihood protocols, against golden requests and tokens of lm-evaluation-harness."""
 
 import json
 from dataclasses import replace
@@ -32,8 +32,10 @@ def test_harness_asks_what_lm_eval_asks(key: str) -> None:
 
 
 def test_texts_that_change_have_another_version() -> None:
-    """One record of each task under every protocol and template: where this fails, raise `choices.TEXTS` too, so that
-    no run goes on with other texts."""
+    """The texts of one record of each task are pinned.
+
+    If this fails, raise `choices.TEXTS` too, so that no run resumes with other texts.
+    """
     asked = [
         [
             *((choice.context, choice.continuation, choice.length) for choice in harness_choices(record)),
@@ -62,7 +64,7 @@ def test_parts_of_a_hellaswag_context(context: str, parts: tuple[str, str, str])
 
 
 def test_parts_of_the_data(commonsense_dir: Path) -> None:
-    """ActivityNet's contexts, the file's first 3243, end on a fragment, which begins no sentence; WikiHow's do not."""
+    """ActivityNet's contexts, the file's first 3243, end on a fragment that begins no sentence; WikiHow's do not."""
     lines = (commonsense_dir / "hellaswag" / "test_mc.jsonl").read_text().splitlines()
     fragments = 0
     for row in map(json.loads, lines):
@@ -82,7 +84,7 @@ def test_labels_follow_the_choices_whatever_their_order() -> None:
 
 @pytest.mark.parametrize("key", ["piqa", "hellaswag", "winogrande", "ARC-Easy"])
 def test_lengths_are_characters_of_the_choice_without_the_space_before(key: str) -> None:
-    """Not bytes: each of these letters is two or three in UTF-8. Winogrande's choice is the context."""
+    """Each of these letters has two or three bytes in UTF-8. Winogrande's choice is the context."""
     question = "_ is" if key == "winogrande" else "is it"
     found = harness_choices(TaskRecord(key, 0, "", question, ("é", "über", "日本"), ("a", "b", "c"), 0))
     assert [c.length for c in found] == [1, 4, 2]

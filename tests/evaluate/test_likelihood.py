@@ -26,7 +26,7 @@ SHAPE = (64, 16)
 
 
 def _items(seed: int, count: int) -> list[list[EncodedChoice]]:
-    """Items of 2-4 choices: shared contexts mostly, one-token and equal choices, differing contexts, long ones."""
+    """Return items of 2-4 choices: mostly shared contexts, also one-token and equal choices, and long ones."""
     rng = np.random.default_rng(seed)
 
     def some(least: int, most: int) -> tuple[int, ...]:
@@ -73,7 +73,7 @@ def _check(
     ],
 )
 def test_equal_to_plain_forward_passes(shared_count, config, prefix, params, prompts_read) -> None:
-    """Of 40 tokens that all items share, 32 are read once; with a trained prefix before them, and in a window."""
+    """Of 40 tokens that all items share, 32 are read once, also with a trained prefix before them, and in a window."""
     shared = tuple(np.random.default_rng(5).integers(0, CONFIG.vocab_size, shared_count).tolist())
     items = [
         [EncodedChoice(shared + choice.tokens[: 96 - shared_count], choice.count) for choice in item]
@@ -115,7 +115,7 @@ def test_shared_length(sequences, spare, count) -> None:
 
 
 def test_no_bit_depends_on_the_batch_size_or_on_what_was_done_before() -> None:
-    """Of one compiled program on equal inputs. Equal choices score equally."""
+    """One compiled program gives the same bits for equal inputs, and equal choices score equally."""
     items = _items(1, 30)
     whole, again = (dict(log_likelihoods(PARAMS, CONFIG, items, shape=SHAPE, batch_size=size)) for size in (1, 3))
     assert again == whole
@@ -141,14 +141,14 @@ def test_trie_of_choices() -> None:
 
 
 def test_trie_without_a_shared_beginning() -> None:
-    """Depths count from where it ends."""
+    """Depths count from the end of the shared beginning."""
     trie = build_trie([[EncodedChoice((1, 2, 3, 4, 5), 2), EncodedChoice((1, 2, 3, 6), 1)]], start=2)
     assert (trie.tokens.tolist(), trie.depth.tolist()) == ([3, 4], [0, 1])
     assert trie.targets == ((((0, 4), (1, 5)), ((0, 6),)),)
 
 
 def test_a_row_is_in_depth_first_order_and_sees_its_paths() -> None:
-    """Two items that begin alike, one that does not: 1 2 (3 4 | 5), 1 6, 7; the rest of the row stays empty."""
+    """Two items begin alike and one does not: 1 2 (3 4 | 5), 1 6, 7; the rest of the row stays empty."""
     items = [
         [EncodedChoice((1, 2, 3, 4, 0), 1), EncodedChoice((1, 2, 5, 0), 1)],
         [EncodedChoice((7, 0), 1)],
@@ -189,8 +189,7 @@ def test_plan_holds_every_item_once_in_few_shapes(count: int) -> None:
 
 @pytest.mark.slow
 def test_plan_wastes_little() -> None:
-    """Under a tenth of the slots of many short items stay empty; of items that begin alike, the beginning is there once
-    a row."""
+    """Less than a tenth of the slots of many short items stays empty. A shared beginning is stored once in each row."""
     sizes = np.random.default_rng(0).integers(10, 90, 300).tolist()
     for beginning in ((), (7, 8, 9)):
         items = [[EncodedChoice((*beginning, 100 + n, *range(size)), 1)] * 2 for n, size in enumerate(sizes)]
@@ -205,7 +204,7 @@ def test_plan_wastes_little() -> None:
     ("count", "rows"), [(1, [1]), (3, [3]), (8, [8]), (12, [6, 6]), (14, [7, 7]), (16, [8, 8]), (18, [6, 6, 6])]
 )
 def test_blocks_have_the_rows_that_leave_fewest_slots_empty(count: int, rows: list[int]) -> None:
-    """Items of 64 slots, one a row, at most eight rows a block; all blocks are of one shape."""
+    """Each row has one item of 64 slots and each block at most eight rows; all blocks have one shape."""
     items = [
         [EncodedChoice(tuple(range(n, n + 65)), 1), EncodedChoice((*range(n, n + 64), 0), 1)] for n in range(count)
     ]

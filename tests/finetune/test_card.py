@@ -1,4 +1,4 @@
-"""What a run's card says is what the run was and did: data, optimizer, schedule, length and losses."""
+"""A run's card states what the run did: data, optimizer, schedule, length and losses."""
 
 import math
 

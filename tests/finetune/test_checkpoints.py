@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there; a full disk and a damaged file are named."""
+"""A checkpoint is complete or absent; a full disk and a damaged file are named."""
 
 import contextlib
 import gc
@@ -29,7 +29,7 @@ def checkpoints(tmp_path):
 
 @pytest.fixture
 def saved(checkpoints):
-    """The checkpoints after the first is written."""
+    """Return the checkpoints after the first one is written."""
     checkpoints.save(state(), Progress(1))
     checkpoints.wait()
     return checkpoints
@@ -108,7 +108,7 @@ def test_a_damaged_checkpoint_and_another_adapter_s_are_named(saved):
 # What a reader gave up may complain of its closed event loop later.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_flipped_byte_is_named(checkpoints):
-    """Flip bytes of every file: the checkpoint is refused, or all that it holds is as it was saved."""
+    """After a flipped byte in any file the checkpoint is refused, unless all that it holds is as it was saved."""
     progress = Progress(1, 1, 0.7)
     checkpoints.save(State(jnp.int32(3), {"a": noise()[:2000]}, {}, jax.random.key(5)), progress)
     checkpoints.wait()
@@ -135,7 +135,7 @@ def test_a_flipped_byte_is_named(checkpoints):
 
 
 def test_every_byte_counts_in_the_checksum():
-    """Change one bit of any array, of any type, and the key."""
+    """One bit of any array, of any type, and of the key changes the checksum."""
     arrays = [jnp.arange(6, dtype=kind) for kind in (jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8)]
     plain = State(jnp.int32(3), dict(enumerate(arrays)), {"m": jnp.array([True, False])}, jax.random.key(5))
     original = checksum(plain)
@@ -159,7 +159,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 def noise():
-    """A megabyte that does not compress."""
+    """Return a megabyte that does not compress."""
     return jax.random.normal(jax.random.key(0), (250_000,))
 
 

@@ -1,4 +1,4 @@
-"""Two processes, joined by JAX's runtime, take the steps of one; what does not join says so in a line."""
+"""Two processes joined by JAX's runtime take the steps of one; a failure to join is one line."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
 
 @pytest.fixture
 def alone(monkeypatch):
-    """An environment that names no other process."""
+    """Set an environment that names no other process."""
     for name in list(os.environ):
         if name in distributed.VARIABLES or name.startswith("SLURM_"):
             monkeypatch.delenv(name)
@@ -70,7 +70,7 @@ def alone(monkeypatch):
 
 @pytest.fixture
 def joined(alone):
-    """The positional arguments of every call of JAX's own function, which is not run."""
+    """Record the positional arguments of every call of JAX's own function, which is not run."""
     calls = []
     alone.setattr(jax.distributed, "initialize", lambda *args, **_: calls.append(args))
     return calls

@@ -1,4 +1,4 @@
-"""Full fine-tuning: the targets' own weights, trained by the step, the loop and the layout that adapters have."""
+"""Full fine-tuning: the step, the loop and the layout of adapters train the target modules' own weights."""
 
 import jax
 import jax.numpy as jnp

@@ -51,7 +51,7 @@ def log_probabilities(tokens, adapter, config):
     ],
 )
 def test_equal_to_plain_forward_passes(shared: int, config: LlamaConfig, settings, prompts_read) -> None:
-    """Expect 16 of 17 shared tokens to be read once, of 16 none: the last must stay to predict what differs."""
+    """Of 17 shared tokens 16 are read once, of 16 none, as the last one must stay to predict the next."""
     held_out = examples(shared)
     adapter = None if settings is None else init(jax.random.key(1), settings, config, PARAMS)
     losses = record_losses(PARAMS, config, held_out, adapter=adapter, batch_size=4, widths=2)
@@ -77,7 +77,7 @@ def test_a_record_that_the_model_can_t_read_is_refused() -> None:
 
 @pytest.mark.slow
 def test_records_that_are_all_answer_have_one_loss() -> None:
-    """Read nothing of an answer at once for all, though the records begin alike; their size is no multiple of 8."""
+    """No answer token is read once for all, though the records begin alike; their count is no multiple of 8."""
     random = np.random.default_rng(0)
     beginning = random.integers(0, 61, 40)
     tokens = np.concatenate([part for _ in range(3) for part in (beginning, random.integers(0, 61, 30))])

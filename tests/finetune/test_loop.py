@@ -1,4 +1,4 @@
-"""A run goes on where it stopped, keeps its best, and stops at the first loss that is no number."""
+"""A run resumes where it stopped, keeps its best adapter, and stops at the first loss that is not finite."""
 
 import dataclasses
 import itertools
@@ -35,7 +35,7 @@ CONFIG = FinetuneConfig(
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
-    """Share the compiled steps of runs with equal settings, apart from what no step reads.
+    """Share the compiled steps of runs that differ only in settings that no step reads.
 
     That a new process's own step gives the same bits is shown where a process is killed.
     """
@@ -86,7 +86,7 @@ def checkpoints(folder):
 
 @pytest.fixture(scope="module")
 def complete(params, tmp_path_factory):
-    """An uninterrupted run: its events, trainer, validation batches and the shapes that were traced."""
+    """Return an uninterrupted run: its events, trainer, validation batches and the traced shapes."""
     run, _, held_out = trainer(params, tmp_path_factory.mktemp("complete"))
     traces = []
     original = steps.llama.hidden_states
@@ -99,7 +99,7 @@ def complete(params, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_takes_every_step_and_validates_on_time(complete):
-    """Check also that the learning rate rises from 0 over 2 updates, then falls to 0 after the 10th."""
+    """The learning rate rises from 0 over 2 updates, then falls to 0 after the 10th."""
     events, run, held_out, traces = complete
     taken = [event for event in events if isinstance(event, StepCompleted)]
     assert [event.step for event in taken] == list(range(1, 11))
@@ -120,7 +120,7 @@ def test_a_run_takes_every_step_and_validates_on_time(complete):
     "changes", [{"lr": 0.01}, {"schedule": "constant"}, {"clip": 1e-3}, {"warmup": 1}, {"steps": 5}, {"epochs": 1}]
 )
 def test_a_step_is_made_of_the_run_s_own_settings(params, monkeypatch, changes):
-    """And of its number of steps, which the schedule depends on."""
+    """The settings include the number of steps, on which the schedule depends."""
     arguments = []
     monkeypatch.setattr(steps, "train_step", lambda _, model, *settings, **options: arguments.append(settings))
     run, *_ = trainer(params, None, **changes)
@@ -150,7 +150,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(params, complete, tmp_path, stop
 
 @pytest.mark.slow
 def test_the_seed_decides_the_dropout(params):
-    """Check that another seed, with the same adapter and batches, has another first gradient.
+    """Another seed, with the same adapter and batches, has another first gradient.
 
     B is still 0, so that the first loss does not show the masks.
     """
@@ -196,7 +196,7 @@ def test_the_best_adapter_is_the_one_of_the_lowest_validation_loss(params, compl
 
 @pytest.mark.slow
 def test_an_adapter_is_of_the_steps_taken_and_outlives_the_next(params, tmp_path):
-    """Check between two checkpoints, at 4 and 6, where the best is not the last."""
+    """The check lies between two checkpoints, at 4 and 6, where the best is not the last."""
     run, *_ = trainer(params, tmp_path, pauses=(4, 5))
     held = {}
     for event in run.run():
@@ -214,7 +214,7 @@ def test_an_adapter_is_of_the_steps_taken_and_outlives_the_next(params, tmp_path
 
 
 def save(params, folder, progress=None, **changes):
-    """Save a checkpoint of step 3 that no run has come to."""
+    """Save a checkpoint of step 3 that no run has reached."""
     run, *_ = trainer(params, folder, **changes)
     run._checkpoints.save(run._state, progress or dataclasses.replace(run._progress, step=3))
     run.close()
@@ -222,7 +222,7 @@ def save(params, folder, progress=None, **changes):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_refused(params, tmp_path):
-    """Check a run whose arrays are of the same shapes.
+    """The other run's arrays have the same shapes.
 
     How often a run validates and saves may change; its length may where the learning rate does not depend on it.
     """
@@ -244,7 +244,7 @@ def test_a_checkpoint_of_another_run_is_refused(params, tmp_path):
 
 
 def test_a_checkpoint_that_does_not_tell_its_run_is_taken(params, tmp_path):
-    """Read a checkpoint of an early version, without digests; the next one has them."""
+    """A checkpoint of an early version has no digests; the next checkpoint has them."""
     save(params, tmp_path, Progress(3, 3, 0.7))
     run, *_ = trainer(params, tmp_path, lr=0.01)
     assert (run.step, run.best_step) == (3, 3)

@@ -1,4 +1,4 @@
-"""The cross-entropy in blocks is the direct formula, gradient included, without the batch's logits."""
+"""The cross-entropy in blocks equals the direct formula and its gradient, without storing the batch's logits."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ direct_loss = jax.jit(jax.value_and_grad(direct))
 @pytest.mark.parametrize("vocabulary", [11, 12])
 @pytest.mark.parametrize("size", [1, 3, 4, 7, 100])
 def test_equals_the_direct_formula_and_its_gradient(vocabulary, size):
-    """Check blocks that overlap (11 tokens) and blocks that do not (12 tokens)."""
+    """Blocks overlap for 11 tokens and do not for 12."""
     arguments = inputs(vocabulary=vocabulary)
     loss, gradient = blocked_loss(*arguments, logits_bytes=size * TOKEN)
     expected, expected_gradient = direct_loss(*arguments)

@@ -1,4 +1,4 @@
-"""Every method trains, is counted, and is laid out over devices by the same step."""
+"""The same step trains every method, counts its parameters, and lays it out over devices."""
 
 import functools
 import math
@@ -44,7 +44,7 @@ def test_a_step_changes_every_tensor_for_the_better(method, trained):
 
 @pytest.mark.slow
 def test_devices_that_share_the_weights_train_the_same(params, trained):
-    """Check a prefix, in which no linear module takes part, to float32 sums in another order."""
+    """A prefix, in which no linear module takes part, agrees up to float32 sums in another order."""
     layout = sharding.Layout(sharding.mesh(fsdp=4))
     shared = training.train(params, tiny.CONFIG, settings("prefix"), BATCHES, layout)
     np.testing.assert_allclose(shared.losses, trained("prefix").losses, rtol=1e-4)
@@ -63,7 +63,7 @@ def test_capacity_counts_them(method, params):
 
 @pytest.mark.parametrize("method", ["series", "parallel"])
 def test_no_product_with_a_weight_is_made_again(method):
-    """Check for six products an adapter, as LoRA of the same width on the same modules, and no more.
+    """Each adapter makes six products, as LoRA of the same width on the same modules, and no more.
 
     Each is 2 x tokens x width x the length of what it maps from or to: in + out for LoRA and parallel, twice
     the model's width for series, which stands before up_proj and after down_proj.
@@ -93,7 +93,7 @@ def test_published_settings():
 
 
 def test_a_run_is_identified_by_the_settings_of_its_method():
-    """Check that settings of other methods do not change the identity of a run, and that the order of patterns does."""
+    """Settings of other methods do not change the identity of a run; the order of patterns does."""
     expected = {
         "lora": {"rule", "rank", "alpha", "rank_pattern", "alpha_pattern", "init", "lr_multiplier_A", "targets"},
         "prefix": {"virtual_tokens"},

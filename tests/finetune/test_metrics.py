@@ -1,4 +1,4 @@
-"""The file of a run's events: what a checkpoint needs before it, and what is left out."""
+"""The file of a run's events: which events precede a checkpoint, and which are left out."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from rora_theory.runs.journal import Journal
 
 
 class At(Trainer):
-    """A trainer that stands at a step, validating every second and saving every third."""
+    """Trainer at a given step, which validates every second and saves every third step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -61,14 +61,14 @@ def test_what_came_before_a_checkpoint_must_be_there(tmp_path):
     "entry", [{}, {"event": "step"}, {"event": "step", "step": "1"}, {"event": "step", "step": [1]}]
 )
 def test_events_of_the_wrong_type_are_refused(tmp_path, entry):
-    """Sealed, as whoever made the folder could have."""
+    """The file has a valid digest, as its author could have written."""
     Journal(tmp_path / "metrics.jsonl", "run").append(entry)
     with pytest.raises(InputError, match=r"metrics\.jsonl: is damaged"):
         Metrics(tmp_path / "metrics.jsonl", At(1), "run")
 
 
 def test_events_are_on_the_disk_before_a_checkpoint_that_follows_them(tmp_path, monkeypatch):
-    """Check steps 2, 3, 4 and 6, with the validation losses of 2, 4 and 6; later ones write the other events."""
+    """Steps 2, 3, 4 and 6 have the validation losses of 2, 4 and 6; later checkpoints write the other events."""
     path, real, synced = tmp_path / "metrics.jsonl", os.fsync, []
 
     def fsync(descriptor):

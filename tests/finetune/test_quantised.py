@@ -1,4 +1,4 @@
-"""Training on a base held in blocks is training on its dense weights, in the memory of the blocks."""
+"""Training on a quantised base equals training on its dense weights, in the memory of the blocks."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ BATCHES = [training.batch(4, 16, seed, MODEL.vocab_size) for seed in range(5)]
 
 @pytest.mark.slow
 def test_steps_are_those_of_the_dense_weights():
-    """Compare DoRA's losses, gradients, row norms and magnitudes: products of the same numbers in the same order."""
+    """DoRA's losses, gradients, row norms and magnitudes agree: the same products in the same order."""
     config = dataclasses.replace(PLAIN, method="dora")
     ours, theirs = (training.train(params, MODEL, config, BATCHES) for params in base(config))
     np.testing.assert_allclose((ours.losses, ours.norms), (theirs.losses, theirs.norms), rtol=2e-6)
@@ -46,7 +46,7 @@ def test_steps_are_those_of_the_dense_weights():
 
 
 def test_devices_share_the_blocks():
-    """Check that codes and scales lie where the weights' rows would."""
+    """Codes and scales are sharded as the rows of dense weights."""
     blocks, _ = base()
     weight = Layout(mesh(fsdp=2, devices=jax.devices()[:2])).params(blocks)["layers"]["mlp.up_proj"]["weight"]
     assert weight.codes.addressable_shards[0].data.shape == (2, 32, 16)
@@ -55,7 +55,7 @@ def test_devices_share_the_blocks():
 
 @pytest.mark.slow
 def test_the_program_takes_the_memory_of_the_blocks_and_makes_one_layer_dense():
-    """Compare with XLA's own account, which on a CPU keeps wide copies of a dense bfloat16 base."""
+    """The reference is XLA's own account, which on a CPU keeps wide copies of a dense bfloat16 base."""
     model = LlamaConfig(64, 256, 512, 16, 4, 2, 64, max_position_embeddings=64)
     config = dataclasses.replace(PLAIN, batch_size=1, dtype="bfloat16", quantization="q4_0")
     planned, xla = capacity.estimate_step(model, config, 8), capacity.analyse_compiled_step(model, config, 8)

@@ -1,4 +1,4 @@
-"""Eight devices take the steps that one takes, on base weights of which each holds an eighth."""
+"""Eight devices, each with an eighth of the base weights, take the steps of one device."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ def params():
 
 @contextmanager
 def count_compilations():
-    """Yield the names of the functions that are compiled meanwhile."""
+    """Yield a list to which the names of the functions compiled inside the context are added."""
     names = []
 
     class Handler(logging.Handler):
@@ -58,7 +58,7 @@ def single(params):
 
 @pytest.fixture(scope="module")
 def sharded(params):
-    """``sharded(fsdp, rules)``: layout, what `train` gives on it, and the functions compiled; each trained once."""
+    """Return ``sharded(fsdp, rules)``: layout, result of `train`, and the functions compiled; each is trained once."""
 
     @functools.cache
     def make(fsdp, rules):
@@ -111,7 +111,7 @@ def test_the_steps_of_one_device(sharded, single, fsdp, rules):
 
 @pytest.mark.slow
 def test_each_module_gathers_one_layer_and_keeps_nothing(sharded):
-    """Check that forward and backward gather each of 7 weights inside the scan: [out, in], never all [2, out, in]."""
+    """Forward and backward pass gather each of 7 weights inside the scan: [out, in], never all [2, out, in]."""
     layout, trained, _ = sharded(8, Rules())
     text = trained.step.lower(trained.state, trained.base, layout.batch(BATCHES[0])).compile().as_text()
     gathered = re.findall(r"f32\[([\d,]+)\]\S* all-gather\(", text)
@@ -156,7 +156,7 @@ def test_a_run_takes_all_devices(monkeypatch):
 
 @pytest.mark.slow
 def test_an_adapter_that_is_handed_out_lies_where_the_run_s_does(params):
-    """Check also that it has memory of its own."""
+    """The adapter also has memory of its own."""
     layout = Layout(sharding.mesh(data=2, fsdp=4))
     adapter = adapters.init(jax.random.key(1), CONFIG.lora(), MODEL, params)
     examples = tokenize(tiny.records(8), tiny.ByteEncoder(), cutoff=65, template="clean")

@@ -1,4 +1,4 @@
-"""One step is AdamW on the adapter's exact gradient, whatever the padding, the parts or the shape."""
+"""One step is AdamW on the adapter's exact gradient, for any padding, number of parts and shape."""
 
 import dataclasses
 import itertools
@@ -25,7 +25,7 @@ def batch(rows=4, width=24, seed=0):
 
 
 def adapter(params, config):
-    """Return an adapter with a lora_B that is not zero, so that every gradient is something."""
+    """Return an adapter with a non-zero lora_B, so that no gradient is zero."""
     return training.start(params, tiny.CONFIG, config, noise=0.1)
 
 
@@ -38,7 +38,7 @@ def run(params, config, batches, adapted=None):
 
 @jax.jit
 def direct_loss(params, adapted, inputs, targets, weights):
-    """Return the mean cross-entropy by the model's own logits."""
+    """Return the mean cross-entropy from the model's own logits."""
     log_probabilities = jax.nn.log_softmax(llama.forward(params, inputs, tiny.CONFIG, adapted), axis=-1)
     picked = jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]
     return -jnp.sum(weights * picked) / jnp.sum(weights)
@@ -49,7 +49,7 @@ def changed(**values):
 
 
 def test_schedules():
-    """Check linear and cosine decay to zero after the last step, and the published peaks."""
+    """Linear and cosine schedules decay to zero after the last step and have the published peaks."""
     linear = steps.schedule(FinetuneConfig(warmup=3, lr=0.5), 10)
     expected = [0.5 * min(t / 3, (10 - t) / 7) for t in range(10)]
     np.testing.assert_allclose([float(linear(t)) for t in range(10)], expected, rtol=1e-6, atol=1e-8)
@@ -76,7 +76,7 @@ def test_lr_multiplier_scales_the_update_of_lora_A_alone(params):
 @pytest.mark.slow
 @pytest.mark.parametrize("plain", [PLAIN, FULL], ids=["lora", "full"])
 def test_steps_are_adamw_on_the_clipped_gradient(params, plain):
-    """Full fine-tuning is compared with the plain model, in which the trained weights are in place."""
+    """The reference for full fine-tuning is the plain model with the trained weights in place."""
     config = dataclasses.replace(plain, lr=0.01, weight_decay=0.1, betas=(0.8, 0.9))
     start, data = adapter(params, config), [batch(seed=s) for s in range(4)]
     trained = run(params, config, data, start)
@@ -159,7 +159,7 @@ def test_loss_on_the_answer_is_the_loss_at_its_positions(params):
 
 @pytest.mark.slow
 def test_dropout_draws_a_mask_for_each_step_and_part(params):
-    """Check that the same batch has another loss at the next step, and one record another in the second part."""
+    """The same batch has another loss at the next step, and a record has another loss in the second part."""
     config = changed(dropout=0.3, warmup=0, lr=1e-30)
     losses = [metrics.loss for _, metrics in run(params, config, [batch()] * 2)]
     assert losses[0] != losses[1]
@@ -173,7 +173,7 @@ def test_dropout_draws_a_mask_for_each_step_and_part(params):
 
 
 def take_shared(shared, params, config, batches, adapted):
-    """Return weights and metrics as `run` does, of steps that are compiled for several runs."""
+    """Return weights and metrics as `run` does, from steps that are compiled for several runs."""
     function = shared.train_step(adapted, tiny.CONFIG, config, STEPS)
     state = steps.init_state(adapted, steps.finetune_optimizer(config, STEPS), jax.random.key(3))
     taken = []
@@ -185,7 +185,7 @@ def take_shared(shared, params, config, batches, adapted):
 
 @pytest.mark.slow
 def test_shared_steps_are_each_run_s_own(params):
-    """Compile one step for runs of other rules, alphas and rates, and take each as compiled for itself."""
+    """One step is compiled for runs of other rules, alphas and rates, and equals each run's own step."""
     shared, data = steps.SharedSteps(), [batch(seed=s) for s in range(2)]
     ends = []
     for changes in ({}, {"lr": 0.03}, {"alpha": 9.0, "rule": "lora"}):
@@ -203,7 +203,7 @@ def test_shared_steps_are_each_run_s_own(params):
 
 @pytest.mark.slow
 def test_shared_steps_are_of_the_adapter_that_they_are_asked_for(params):
-    """Apply its own dropout, and its own rule and alpha without another program, whatever the run's settings."""
+    """The step applies the adapter's own dropout, rule and alpha, without another program."""
     config, shared, losses = changed(dropout=0.3, lr=1e-30), steps.SharedSteps(), []
     for changes in ({}, {"dropout": 0.0}, {"dropout": 0.0, "rule": "lora"}):
         adapted = adapter(params, dataclasses.replace(config, **changes))
@@ -217,7 +217,7 @@ def test_shared_steps_are_of_the_adapter_that_they_are_asked_for(params):
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"method": "dora", "dropout": 0.05, "remat": True, "accumulation": 2}])
 def test_the_whole_step_lowers_for_cuda(changes, monkeypatch):
-    """Make the program for an NVIDIA GPU from abstract shapes, without a GPU.
+    """The program for an NVIDIA GPU is made from abstract shapes, without a GPU.
 
     It has a bfloat16 base, fused attention both ways and products in bfloat16, and it reuses the state's memory.
     """

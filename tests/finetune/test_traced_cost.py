@@ -1,4 +1,4 @@
-"""The cost of a traced program: products by hand, and memory against XLA's own account."""
+"""The cost of a traced program: products counted by hand, and memory against XLA's own account."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def config(**changes):
 
 
 def by_hand(*, remat=False):
-    """Return the operations of one step's products."""
+    """Return the number of operations of one step's products."""
     tokens, width, inner, layers, words = ROWS * WIDTH, 32, 48, 3, 128
     shapes = {name: MODEL.module_shape(name) for name in (
         "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
@@ -102,7 +102,7 @@ def test_memory_of_programs_small_enough_to_see():
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"dropout": 0.05, "method": "dora"}, {"remat": True}])
 def test_memory_of_a_step_is_what_xla_says(changes):
-    """Compare XLA's buffers of the same step in float32, where its CPU compiler makes no wider copies."""
+    """The reference is XLA's buffers of the step in float32, where its CPU compiler makes no wider copies."""
     run = config(rank=8, batch_size=8, **changes)
     models = [LlamaConfig(128, 128, 384, layers, 4, 2, 32) for layers in (4, 16)]
     accounts = [capacity.estimate_step(model, run, 128) for model in models]

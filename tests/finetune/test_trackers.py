@@ -1,4 +1,4 @@
-"""What a run logs besides its own files: event files read back by their own format, and Weights & Biases' calls."""
+"""Logging besides a run's own files: event files are read back, and the calls of Weights & Biases are recorded."""
 
 import importlib.util
 import sys
@@ -19,7 +19,7 @@ LOGGED = {
 
 
 def test_event_files_are_read_back(tmp_path) -> None:
-    """And a run that goes on after step 1 takes back what its killed part logged beyond."""
+    """A run that resumes after step 1 also removes what its killed part logged after that step."""
     pytest.importorskip("tensorboardX", reason="the extra logging")
     with trackers.track("tensorboard", tmp_path, run="id", config={}) as tracker:
         for event in (*EVENTS, ValidationCompleted(2, 9.0, best=False), ValidationCompleted(3, 9.0, best=False)):

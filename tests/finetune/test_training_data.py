@@ -1,4 +1,4 @@
-"""The prompt that is trained on is the one that was named, or the data format's."""
+"""Training uses the prompt template that was named, or that of the data format."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ CONFIG = FinetuneConfig(held_out=1, widths=1, batch_size=2)
 
 
 def first(data):
-    """The text of the first training record, without its first and last token."""
+    """Return the text of the first training record, without its first and last token."""
     return bytes(data.train.examples[0][1:-1].tolist()).decode()
 
 
@@ -33,7 +33,7 @@ def completions(tmp_path):
 
 
 def test_what_is_trained_on_and_what_is_held_out():
-    """The seed's split, each counted on its side; widths and what was cut or left out are of both."""
+    """Records are counted on each side of the seed's split; widths and skipped records cover both."""
     train, held_out = split_records(range(7), 2, 3)
     sizes = dict.fromkeys(train, (2, 2)) | {train[0]: (50, 2), held_out[0]: (50, 2), held_out[1]: (30, 20)}
     records = [Completion(chr(97 + i) * sizes[i][0], "!" * sizes[i][1]) for i in range(7)]
@@ -58,7 +58,7 @@ def test_a_record_set_knows_its_formats_prompt(completions):
 
 @pytest.mark.slow
 def test_a_record_set_knows_its_chat_template(tmp_path):
-    """The one that it was read with, of a tokenizer that has none."""
+    """The record set has the template it was read with, of a tokenizer that has none."""
     (tmp_path / "x.json").write_text(json.dumps([{"prompt": "fox", "response": "dog"}] * 3))
     record_set = read_record_set([tmp_path / "x.json"], DataConfig(chat_template="chatml"))
     tokenizer = Tokenizer.from_folder(checkpoint.model(tmp_path / "model"))
@@ -82,7 +82,7 @@ def test_a_list_s_prompt_is_that_of_the_records_kind(completions):
 @pytest.mark.slow
 @pytest.mark.parametrize("loss_on", ["all", "answer"])
 def test_records_as_long_as_the_model_reads_are_trained_on(loss_on):
-    """Though that is no multiple of 8: padding counts for nothing, and goes no further than the model reads."""
+    """The maximum length is no multiple of 8. Padding adds nothing to the loss and does not exceed that length."""
     config = FinetuneConfig(method="prefix", batch_size=2, steps=1, held_out=2, cutoff=70, loss_on=loss_on, widths=2)
     records = [Completion("q" * length, "!" * 80) for length in (2, 9, 30, 40)]
     params, data = tiny.params(), prepare(records, tiny.ByteEncoder(), config)

@@ -1,4 +1,4 @@
-"""Makes tests/golden/adapters/ with transformers and peft, and checks that peft opens what we write.
+"""Make tests/golden/adapters/ with transformers and peft, and check that peft loads the files of this package.
 
     python tests/golden/make_adapters.py
 
@@ -62,7 +62,7 @@ TOKENS = np.random.default_rng(7).integers(0, SHAPE["vocab_size"], (2, 12))
 
 
 def base_weights() -> dict[str, np.ndarray]:
-    """The base model's state dict by Hugging Face's names, float32."""
+    """Return the base model's state dict by Hugging Face's names, in float32."""
     rng = np.random.default_rng(0)
 
     def uniform(*shape: int) -> np.ndarray:
@@ -92,7 +92,7 @@ def base_weights() -> dict[str, np.ndarray]:
 
 
 def torch_base():
-    """The base model in transformers."""
+    """Return the base model in transformers."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -102,7 +102,7 @@ def torch_base():
 
 
 def torch_loss(model):
-    """Mean cross-entropy of the next token over all positions."""
+    """Compute the mean cross-entropy of the next token over all positions."""
     import torch
 
     tokens = torch.from_numpy(TOKENS)
@@ -149,7 +149,7 @@ def make(name: str, settings: dict) -> None:
 
 
 def check_ours(name: str) -> float:
-    """Read a case with this package, write it, open that with peft: the largest difference of the logits."""
+    """Read a case with this package, write it, load it with peft, and return the largest difference of the logits."""
     import torch
     from peft import PeftModel
 
@@ -164,7 +164,7 @@ def check_ours(name: str) -> float:
 
 
 def check_exponent() -> float:
-    """An adapter of kappa = 1/4, ranks and alphas by layer: our logits against peft's on our file."""
+    """Compare the logits of an adapter of kappa = 1/4, with ranks and alphas by layer, with peft's on our file."""
     import jax.numpy as jnp
     import torch
     from peft import PeftModel
@@ -184,7 +184,7 @@ def check_exponent() -> float:
 
 
 def base_params():
-    """The base model's weights in this package's layout."""
+    """Return the base model's weights in this package's layout."""
     import jax.numpy as jnp
 
     from rora_theory.llama import MODULES

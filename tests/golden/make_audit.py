@@ -1,4 +1,4 @@
-"""Write `results/published/audit/findings.csv`: what the audit finds in the printed tables, a row for each finding.
+"""Write `results/published/audit/findings.csv`, with a row for each finding of the audit of the printed tables.
 
 python tests/golden/make_audit.py
 """

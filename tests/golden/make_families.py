@@ -1,4 +1,4 @@
-"""What transformers and peft compute with tiny random models beside LLaMA: `families.json` and `families.npz`.
+"""Write `families.json` and `families.npz`: what transformers and peft compute with tiny models other than LLaMA.
 
     python tests/golden/make_families.py
 
@@ -84,7 +84,7 @@ BEAMS = 3
 
 
 def batch(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and attention mask of a variant: int32 [BATCH, LENGTH]."""
+    """Return tokens and attention mask of a variant: int32 [BATCH, LENGTH]."""
     tokens = np.random.default_rng(zlib.crc32(name.encode())).integers(0, SIZES["vocab_size"], (BATCH, LENGTH))
     mask = np.ones((BATCH, LENGTH), np.int32)
     if name.endswith("padded"):
@@ -93,13 +93,13 @@ def batch(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def prompts(name: str) -> list[list[int]]:
-    """Three prompts, the first longer than the window and the second shorter; token 0 pads."""
+    """Return three prompts, the first longer than the window and the second shorter; token 0 pads."""
     random = np.random.default_rng(zlib.crc32(name.encode()) + 1)
     return [random.integers(3, SIZES["vocab_size"], count).tolist() for count in (14, 2, 6)]
 
 
 def reduced(name: str, gradient: np.ndarray) -> np.ndarray:
-    """A weight's gradient as it is stored: a matrix [out, in] times a vector drawn by name, [out]."""
+    """Reduce a weight's gradient for storage: a matrix [out, in] times a vector drawn by name, [out]."""
     return gradient if gradient.ndim == 1 else gradient @ draw(f"direction:{name}", gradient.shape[1:])
 
 
@@ -109,7 +109,7 @@ def main() -> None:
     import transformers
 
     def tensors(module: torch.nn.Module, keep: str = "") -> dict[str, torch.Tensor]:
-        """Random values of the parameters whose names contain ``keep``."""
+        """Return random values of the parameters whose names contain ``keep``."""
         found = {name: value for name, value in module.named_parameters() if keep in name}
         return {name: torch.tensor(draw(name, tuple(value.shape))) for name, value in found.items()}
 

@@ -1,4 +1,4 @@
-"""What transformers generates with tiny random models, greedily and with beams: `generation.json`.
+"""Write `generation.json`: what transformers generates with tiny random models, greedily and with beams.
 
     python tests/golden/make_generation.py
 
@@ -60,7 +60,7 @@ PLAN: list[tuple[str, dict, int, range]] = [
 
 
 def draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Tensor ``name`` of a random model in float64, its logits sharp enough that near ties are rare."""
+    """Draw tensor ``name`` of a random model in float64, with logits sharp enough that near ties are rare."""
     values = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape)
     if name.endswith("norm.weight"):
         return 1 + 0.3 * values
@@ -69,7 +69,7 @@ def draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def prompts(name: str, seed: int) -> list[list[int]]:
-    """Five prompts of lengths 1 to 20; token 0 pads."""
+    """Return five prompts of lengths 1 to 20; token 0 pads."""
     rng = np.random.default_rng([seed, 7])
     lengths = [20, 1, *rng.integers(2, 20, 3).tolist()]
     return [rng.integers(1, MODELS[name]["vocab_size"], n).tolist() for n in lengths]

@@ -1,4 +1,4 @@
-"""Makes harness.json: what lm-evaluation-harness itself asks about a few records, as text and as tokens.
+"""Write harness.json: the requests of lm-evaluation-harness about a few records, as text and as tokens.
 
     PYTHONPATH=benchmarks python tests/golden/make_harness.py
 
@@ -82,7 +82,7 @@ def small_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
 
 
 def asked(tokenizer: transformers.PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> list[list[list[int]]]:
-    """Context and continuation tokens, from lm-eval's own method on a model class without a model."""
+    """Return context and continuation tokens from lm-eval's own method on a model class without a model."""
 
     class Encoder(HFLM):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Logits of tiny random LLaMA models by transformers: `llama.json` (configurations) and `llama.npz` (tokens, logits).
+"""Write the logits of tiny random LLaMA models by transformers: `llama.json` (configurations) and `llama.npz` (arrays).
 
     python tests/golden/make_llama.py
 
@@ -67,7 +67,7 @@ BATCH, LENGTH = 2, 24
 
 
 def draw(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """Tensor ``name`` of a random model in float32, large enough that every part of the network shows in the logits."""
+    """Draw tensor ``name`` of a random model in float32, large enough that every part affects the logits."""
     values = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape)
     if name.endswith("norm.weight"):
         return (1 + 0.3 * values).astype(np.float32)
@@ -78,7 +78,7 @@ def draw(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 
 def batch(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and attention mask of a variant: int32 [BATCH, LENGTH]."""
+    """Return tokens and attention mask of a variant: int32 [BATCH, LENGTH]."""
     tokens = np.random.default_rng(zlib.crc32(name.encode())).integers(0, SIZES["vocab_size"], (BATCH, LENGTH))
     mask = np.ones((BATCH, LENGTH), np.int32)
     if name == "left_padded":

@@ -1,4 +1,4 @@
-"""Makes tests/golden/prefix/ with transformers and peft, and checks that peft opens what we write.
+"""Make tests/golden/prefix/ with transformers and peft, and check that peft loads the files of this package.
 
     python tests/golden/make_prefix.py
 
@@ -59,7 +59,7 @@ def make() -> None:
 
 
 def check_ours() -> dict[str, float]:
-    """Largest differences: our logits from peft's, and peft's on our file of another prefix from ours."""
+    """Return the largest differences of logits: ours from peft's, and peft's on our file of another prefix."""
     import jax
     import jax.numpy as jnp
     import torch

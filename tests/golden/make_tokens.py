@@ -69,7 +69,7 @@ TEXTS = [
 
 
 def corpus(data: Path) -> dict[str, list[str]]:
-    """Every instruction, output and published training prompt, by file."""
+    """Return every instruction, output and published training prompt, by file."""
     from rora_theory.data import prompts
 
     texts = {}
@@ -88,7 +88,7 @@ def corpus(data: Path) -> dict[str, list[str]]:
 
 
 def digest(ids: list[list[int]]) -> str:
-    """SHA-256 of the lengths and ids of all texts, as little-endian 32-bit integers."""
+    """Compute the SHA-256 of the lengths and ids of all texts, as little-endian 32-bit integers."""
     return hashlib.sha256(np.array([n for one in ids for n in (len(one), *one)], "<i4").tobytes()).hexdigest()
 
 
@@ -102,7 +102,7 @@ def llama_cpp_ids(path: Path, texts: list[str]) -> list[list[int]]:
 
 
 def byte_level(vocab: dict[str, int], merges: list, special: list[str], pre: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a checkpoint, made as its `tokenizer.json` is."""
+    """Build the tokenizer of a checkpoint as its `tokenizer.json` is built."""
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
     backend.decoder = decoders.ByteLevel()
@@ -111,7 +111,7 @@ def byte_level(vocab: dict[str, int], merges: list, special: list[str], pre: str
 
 
 def sentencepiece_model(pieces: list[tuple[str, float, int]], *, add_dummy_prefix: bool = True) -> bytes:
-    """The `tokenizer.model` of LLaMA 2 or Gemma 3 from its pieces."""
+    """Build the `tokenizer.model` of LLaMA 2 or Gemma 3 from its pieces."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()
@@ -264,7 +264,7 @@ def real(path: Path, name: str, texts: dict[str, list[str]]) -> dict[str, str]:
 
 
 def gemma3(path: Path, texts: dict[str, list[str]]) -> dict[str, str]:
-    """Digests of the ids of Gemma 3's vocabulary, on which sentencepiece and transformers agree."""
+    """Return digests of the ids of Gemma 3's vocabulary, on which sentencepiece and transformers agree."""
     fields = gguf.GGUFReader(path).fields
     tokens, scores, kinds = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "scores", "token_type"))
     kinds[fields["tokenizer.ggml.unknown_token_id"].contents()] = 2  # the file has it as a control piece

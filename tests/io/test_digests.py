@@ -1,4 +1,4 @@
-"""Digests of files are those of `sha256sum`, and change with a byte or a name."""
+"""Digests of files equal those of `sha256sum`, and change with a byte or a name."""
 
 import hashlib
 

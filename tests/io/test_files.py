@@ -1,4 +1,4 @@
-"""Files of a user's are read whole, or refused in one line before memory goes."""
+"""A user's files are read completely, or refused in one line before memory is allocated."""
 
 import os
 import re
@@ -22,7 +22,7 @@ def test_a_file_is_read_whole(tmp_path: Path) -> None:
 
 
 def test_what_does_not_end_is_not_begun(tmp_path: Path) -> None:
-    """A device would take all memory, a pipe without a writer waits for ever."""
+    """A device would fill the memory, and a pipe without a writer would wait forever."""
     os.mkfifo(pipe := tmp_path / "pipe")
     os.symlink("/dev/zero", link := tmp_path / "link")
     special = "not a regular file"
@@ -92,7 +92,7 @@ def test_json_is_at_most_64_deep(opening: str) -> None:
 
 @contextmanager
 def nobody() -> Iterator[None]:
-    """Another user where the tests run as root, who may read and write everything."""
+    """Switch to another user if the tests run as root, who may read and write everything."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -153,7 +153,7 @@ def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path, full_disk):
 
 
 def test_no_planted_link_is_followed(tmp_path, monkeypatch):
-    """Neither at the name of the file beside, should that be foreseen, nor at the file's own."""
+    """No link is followed at the file's own name or at the predictable name of the temporary file."""
     victim, path = tmp_path / "victim", tmp_path / "results.csv"
     victim.write_text("mine")
     monkeypatch.setattr(files.secrets, "token_hex", lambda size: "0" * 2 * size)

@@ -1,4 +1,4 @@
-"""Configurations: both spellings of Hugging Face's keys, and every field used or refused by name."""
+"""Configurations: both spellings of Hugging Face's keys are read, and every field is used or refused by name."""
 
 import dataclasses
 import functools
@@ -115,7 +115,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
     ],
 )
 def test_where_there_is_a_sliding_window(change, window, full):
-    """Cases beside those of the golden models (`test_families`), whose logits show their windows."""
+    """These cases complement the golden models of `test_families`, whose logits depend on their windows."""
     config = LlamaConfig.from_hf(SMALL | {"num_key_value_heads": 2} | change)
     assert (config.sliding_window, config.full_attention_layers) == (window, full)
     assert LlamaConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config

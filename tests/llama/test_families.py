@@ -27,7 +27,7 @@ step = jax.jit(forward_cached, static_argnames="config")
 
 @pytest.fixture(params=CASES)
 def case(request, draw_params):
-    """Name, configuration, weights, tokens and mask (None where every token is real)."""
+    """Return name, configuration, weights, tokens and mask (None if every token is real)."""
     name = request.param
     config = LlamaConfig.from_hf(CASES[name]["config"])
     tokens, mask = make_families.batch(name)
@@ -76,7 +76,10 @@ def test_logits_and_gradients_equal_transformers(case):
 @pytest.mark.parametrize("name", make_families.GENERATED)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_equals_transformers(name, beams, draw_params):
-    """Prompts longer and shorter than the window in one padded batch; a beginning read once changes nothing."""
+    """Prompts in one padded batch are longer and shorter than the window.
+
+    Reading their beginning once changes nothing.
+    """
     config = LlamaConfig.from_hf(CASES[name]["config"])
     params, prompts = draw_params(config), make_families.prompts(name)
     settings = {"max_new_tokens": make_families.NEW_TOKENS, "eos_ids": ()}
@@ -93,7 +96,7 @@ def test_generation_equals_transformers(name, beams, draw_params):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", make_families.ADAPTED, indirect=True)
 def test_adapters_equal_pefts(case, tmp_path):
-    """Logits with LoRA on every linear module, biased or not; the same merged; PEFT's names in the file."""
+    """Logits agree with LoRA on every linear module, with or without bias, and merged; the file has PEFT's names."""
     name, config, params, tokens, mask = case
     settings = LoraConfig(rank=make_families.RANK, alpha=make_families.ALPHA, rule="rora", target_modules="all-linear")
     save_peft(tmp_path, adapters.init(jax.random.key(0), settings, config, params))
@@ -116,7 +119,7 @@ def test_adapters_equal_pefts(case, tmp_path):
 
 @pytest.mark.parametrize("name", make_families.PREFIXED)
 def test_a_prefix_equals_pefts(name, draw_params):
-    """The prefix lies before the first token, and leaves the window as tokens do."""
+    """The prefix lies before the first token and leaves the window as tokens do."""
     config = LlamaConfig.from_hf(CASES[name]["config"])
     params, tokens = draw_params(config), jnp.asarray(make_families.batch(name)[0])
     adapter = adapters.init(jax.random.key(0), PrefixConfig(make_families.PREFIX), config, params)
@@ -145,14 +148,14 @@ WINDOWED = LlamaConfig.from_hf(CASES["qwen3_window_padded"]["config"])
 
 @pytest.fixture(scope="module")
 def windowed(draw_params):
-    """Weights and tokens."""
+    """Return weights and tokens of a model with a window."""
     return draw_params(WINDOWED), jax.random.randint(jax.random.key(1), (2, 24), 0, 48)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prefixed", [False, True])
 def test_every_route_hides_the_same(prefixed, windowed):
-    """A causal pass, one under a mask, the plain route, the cache, and a prefix that ends where the tokens begin."""
+    """The routes are a causal pass, a pass under a mask, the plain route, the cache, and a prefix before the tokens."""
     params, tokens = windowed
     adapter = adapters.init(jax.random.key(2), PrefixConfig(7), WINDOWED, params) if prefixed else None
     expected = run(params, tokens, WINDOWED, adapter)
@@ -176,7 +179,7 @@ def test_every_route_hides_the_same(prefixed, windowed):
 
 
 def test_short_sequences_need_no_mask(windowed):
-    """The program is the one without a window if no key is outside it."""
+    """If no key is outside the window, the program is the one without a window."""
     params, tokens = windowed
     plain = dataclasses.replace(WINDOWED, sliding_window=None, full_attention_layers=())
     short = dataclasses.replace(plain, sliding_window=24)

@@ -1,4 +1,4 @@
-"""Gemma 3 270M, the installed package's weights, against transformers; and what rounds in bfloat16."""
+"""Gemma 3 270M, with the weights of the installed package, against transformers; and its rounding in bfloat16."""
 
 import dataclasses
 import importlib.metadata
@@ -52,7 +52,7 @@ def reference_tensors(path, config) -> dict:
 
 @pytest.mark.slow
 def test_logits_equal_transformers(model):
-    """More tokens than the sliding window has."""
+    """The sequence is longer than the sliding window."""
     if model.source.is_dir():
         pytest.skip("the hub's folder is cached, which is read instead of the package's file")
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

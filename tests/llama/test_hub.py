@@ -1,4 +1,4 @@
-"""What a name stands for: paths, built-in names, and hub ids against a stand-in for the hub on this machine."""
+"""Names of models: paths, built-in names, and hub ids, with a local stand-in for the hub."""
 
 import hashlib
 import importlib.metadata
@@ -213,7 +213,7 @@ def test_the_packages_gguf_is_found_without_importing_it(monkeypatch, tmp_path):
 
 @pytest.fixture
 def split_model(monkeypatch, tmp_path):
-    """A model whose file comes in two parts: its sources, and the parts' paths by their distributions."""
+    """Return a model whose file comes in two parts: its sources, and the parts' paths by distribution."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     paths = {f"model-part{number}": tmp_path / f"model.gguf.part0{number}" for number in (1, 2)}
     for path in paths.values():

@@ -1,4 +1,4 @@
-"""A model is what its files hold: every byte of its weights, its configuration and its tokenizer."""
+"""A model is identified by its files: every byte of its weights, its configuration and its tokenizer."""
 
 import gguf
 import jax
@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
 
 
 def digest_or_none(source):
-    """Return the digest; None if an index is damaged so that it is no index."""
+    """Return the digest, or None if an index is too damaged to be read."""
     try:
         return llama.model_digest(source)
     except InputError:
@@ -45,7 +45,7 @@ def test_every_byte_of_the_files_that_are_read_counts_and_no_other(shard_bytes, 
 
 
 def test_a_model_says_how_its_weights_are_stored(folder, tmp_path):
-    """A built-in name may be the hub's weights or 4-bit blocks made from them: which, in a sentence and in numbers."""
+    """A built-in name may be the hub's weights or 4-bit blocks made from them; a sentence and numbers state which."""
     stored = ModelSource("org/hf", folder, "org/hf", "c0ffee00")
     kind = gguf.GGMLQuantizationType.Q4_1
     blocks = gguf.quantize(np.ones((3, 64), np.float32), kind)

@@ -1,4 +1,4 @@
-"""`load`: weights, configuration and tokenizer of one checkpoint, in both formats."""
+"""`load` returns weights, configuration and tokenizer of one checkpoint, in both formats."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ WORDS = ["<unk>", "<s>", "</s>", "the", "sky", "is", "blue"]
 
 @pytest.fixture
 def write(tmp_path, tiny, draw_params):
-    """``write(rows=48, pad=None, **settings)``: a model of so many embeddings, with a tokenizer of seven words."""
+    """Return ``write(rows=48, pad=None, **settings)``: a model of ``rows`` embeddings with a small tokenizer."""
 
     def make(rows=tiny.vocab_size, pad=None, **settings):
         backend = tokenizers.Tokenizer(

@@ -1,4 +1,4 @@
-"""The forward pass against transformers' logits, an independent float64 LLaMA, and itself by other routes."""
+"""The forward pass against transformers' logits, an independent float64 LLaMA, and its own other routes."""
 
 import dataclasses
 import json
@@ -61,7 +61,7 @@ def test_logits_equal_transformers(name, draw_params):
 
 
 def test_logits_equal_a_float64_reference(params, tokens, tiny, draw_tensors):
-    """The epsilon of the norms is large enough to show, unlike that of the golden models."""
+    """The epsilon of the norms is large enough to matter, unlike that of the golden models."""
     expected = numpy_llama.logits(draw_tensors(tiny), dataclasses.asdict(tiny), tokens)
     # Logits reach 4; 2 layers of float32 rounding stay under 100 units in the last place of 1.
     np.testing.assert_allclose(run(params, tokens, tiny), expected, rtol=0, atol=1e-5)
@@ -77,7 +77,7 @@ def test_llama3_scaling_equals_its_definition():
 
 
 def test_positions_count_real_tokens(params, tokens, tiny):
-    """A row with a hole is the row without it. Padding on the left alone would not show: only distances matter."""
+    """A row with a hole equals the row without it. Left padding alone would not test this, as only distances matter."""
     mask = jnp.ones(tokens.shape, jnp.int32).at[0, 3:6].set(0)
     holed = run(params, tokens, tiny, attention_mask=mask)
     closed = run(params, jnp.delete(tokens[:1], jnp.arange(3, 6), axis=1), tiny)
@@ -131,7 +131,10 @@ FREQUENCIES = """
 
 
 def test_rotary_frequencies_are_computed_in_float32(tiny):
-    """The checkpoints were trained so: of float64's, rounded, 10 of 32 differ from torch's, of NumPy's float32 2."""
+    """The checkpoints were trained so.
+
+    Rounded from float64, 10 of 32 frequencies differ from torch's; NumPy's float32, 2.
+    """
     frequencies = rope.frequencies(dataclasses.replace(tiny, head_dim=64))
     assert frequencies.dtype == np.float32
     difference = np.abs(frequencies.view(np.int32) - np.array(FREQUENCIES.split(), np.int32))
@@ -271,7 +274,7 @@ def test_linear_multiplies_in_the_weights_dtype():
 
 
 def plain_attention(q, k, v, mask):
-    """Softmax attention in float64: heads repeated, scores masked by minus infinity."""
+    """Compute softmax attention in float64: heads are repeated, scores masked by minus infinity."""
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     k, v = (np.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
     scores = np.einsum("bsnd,btnd->bnst", q, k) / np.sqrt(q.shape[3])
@@ -340,7 +343,7 @@ def test_a_query_that_sees_nothing_gives_finite_values_and_no_gradient():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_attention_over_parts_equals_its_definition(dtype):
-    """Over keys that all rows share, keys of each row's own, and a part of one key."""
+    """The parts are keys that all rows share, keys of each row, and a part of one key."""
     random = np.random.default_rng(0)
     q = random.normal(size=(3, 4, 6, 8)).astype(dtype)
     parts = [random.normal(size=(2, rows, count, 2, 8)).astype(dtype) for rows, count in ((1, 5), (3, 9), (3, 1))]
@@ -358,7 +361,7 @@ def test_attention_over_parts_equals_its_definition(dtype):
 
 
 def test_long_sequences_make_few_blocks():
-    """Compile time does not grow without bound: at most 16 blocks, however long the sequence."""
+    """Compile time is bounded: there are at most 16 blocks, however long the sequence is."""
     text = str(jax.make_jaxpr(partial(attend, route="blocked"))(*jnp.zeros((3, 1, 4096, 1, 2))))
     assert 0 < text.count("dot_general") <= 2 * 16
 

@@ -1,4 +1,4 @@
-"""Structured pruning: statistics, scores, and that what is left computes as the whole with the rest at zero."""
+"""Structured pruning: statistics and scores; the pruned model computes as the full one with zeros in the rest."""
 
 import dataclasses
 import itertools
@@ -105,8 +105,10 @@ QWEN = LlamaConfig(50, 24, 40, 4, 6, 3, 4, model_type="qwen3", sliding_window=3,
 
 @pytest.mark.slow
 def test_norms_of_heads_and_windows_of_layers_stay_with_their_layers(tokens, draw_params) -> None:
-    """Layers 0 and 2 of a model whose layers from 2 on have a window: the second of the two has it. With all heads and
-    features kept, that is the model of these two layers."""
+    """Layers 0 and 2 are kept of a model with windows from layer 2 on: the second has a window.
+
+    With all heads and features kept, the result is the model of these two layers.
+    """
     params = draw_params(QWEN)
     parts = KeptParts(np.array([0, 2]), np.tile(np.arange(3), (2, 1)), np.tile(np.arange(40), (2, 1)))
     pruned, config = pruning.prune(params, QWEN, parts)

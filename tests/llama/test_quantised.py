@@ -1,4 +1,4 @@
-"""Weights in blocks: what they stand for, where they come from, and what is refused."""
+"""Quantised weights: their values, their sources, and refused files."""
 
 import gguf
 import jax
@@ -25,7 +25,7 @@ CONFIG = LlamaConfig(48, 32, 64, 2, 4, 2, 8, max_position_embeddings=64)
 
 
 def drawn(shape, seed=0):
-    """Rows of every size a float16 scale takes, down to its subnormal numbers; one of zeros."""
+    """Return rows of every size that a float16 scale allows, down to subnormal numbers, and one of zeros."""
     rng = np.random.default_rng(seed)
     sizes = 10.0 ** rng.uniform(-7, 4, (*shape[:-1], 1))
     sizes[0] = 0
@@ -33,7 +33,7 @@ def drawn(shape, seed=0):
 
 
 def held(blocks, kind, shape, dtype):
-    """A file's blocks as one layer of weights in memory."""
+    """Return a file's blocks as one layer of weights in memory."""
     out = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), abstract_weight("a", (1, *shape), jnp.dtype(dtype), kind))
     write_layer(out, 0, blocks)
     return out
@@ -41,7 +41,7 @@ def held(blocks, kind, shape, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dense_weights_are_gguf_s_own_to_the_bit(kind):
-    """Also where every bit of a block is random, as in no file; rounded once in bfloat16."""
+    """This includes random bits, which no file has, and one rounding in bfloat16."""
     kinds, shape = Type[kind.upper()], (40, 96)
     made = quantise(drawn(shape), kind)
     bits = np.random.default_rng(1).integers(0, 256, made.shape).astype(np.uint8)

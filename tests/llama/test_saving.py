@@ -1,4 +1,4 @@
-"""A model that came as a GGUF file, saved as a folder: nothing of its tokenizer is lost, transformers chats with it."""
+"""A model from a GGUF file is saved as a folder with its whole tokenizer, and transformers chats with it."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ MESSAGES = [{"role": "user", "content": "ab ba"}]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, draw_tensors):
-    """A GGUF file of random weights with all metadata of a chat model, loaded."""
+    """Return a loaded GGUF file of random weights with all metadata of a chat model."""
     tokens = {"unknown_token_id": 0, "eot_token_id": 3, "padding_token_id": 2}
     fields = gguf_files.tokenizer_fields("smollm", **tokens, add_bos_token=True, chat_template=TEMPLATE)
     path = tmp_path_factory.mktemp("source") / "model.gguf"
@@ -31,7 +31,7 @@ def model(tmp_path_factory, draw_tensors):
 
 @pytest.fixture(scope="module")
 def saved(model, tmp_path_factory):
-    """The folder that the model is saved as."""
+    """Return the folder that the model is saved to."""
     folder = tmp_path_factory.mktemp("model") / "saved"
     save_model(folder, model)
     return folder
@@ -96,7 +96,7 @@ def test_a_pipeline_of_transformers_chats_with_it(model, saved):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_that_transformers_saved_is_loaded(saved, tmp_path):
-    """Read `config.json` as transformers writes it, and with every key of the configuration, as older versions did."""
+    """`config.json` is read as transformers writes it, and with every key, as older versions wrote it."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG.to_hf())).eval()

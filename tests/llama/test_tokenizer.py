@@ -29,7 +29,7 @@ SENTENCEPIECE_MODEL = base64.b64decode(VOCABULARIES["llama2"]["model"])
 
 @pytest.fixture
 def write(tmp_path):
-    """``write(name, **changes)``: a GGUF file with a golden vocabulary, see `gguf_files.tokenizer_fields`."""
+    """Return ``write(name, **changes)``: a GGUF file with a golden vocabulary, see `gguf_files.tokenizer_fields`."""
     return lambda name, **changes: gguf_files.write(
         tmp_path / "x.gguf", gguf_files.tokenizer_fields(name, **changes), {}
     )
@@ -52,7 +52,7 @@ def json_folder(folder: Path, tokenizer: Tokenizer, **files: dict) -> Path:
 
 
 def test_gemmas_pieces_encode_as_sentencepiece(write):
-    """No space before the text, runs of spaces as pieces, and an unknown piece that the file has as a control piece.
+    """No space precedes the text, runs of spaces are pieces, and the unknown piece is a control piece.
 
     A literal U+2581 is a space to sentencepiece, alone and within a run.
     """
@@ -117,7 +117,7 @@ def test_beginning_and_end_of_a_sentencepiece_folder(config: dict | None, prefix
 
 
 def test_qwens_way_to_cut_text_is_transformers(write):
-    """On LLaMA 3's tiny vocabulary: digits one by one, composed letters, whole words through merges alone."""
+    """With LLaMA 3's tiny vocabulary: digits are single, letters composed, and words formed by merges alone."""
     transformers = pytest.importorskip("transformers", "5.0")
     golden = VOCABULARIES["llama-bpe"]
     # Beside it digits that could be merged, and a word that no merges lead to.
@@ -340,7 +340,7 @@ def _vocabulary_file(name: str) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2", "llama2", "llama3", "gemma3"])
 def test_all_texts_of_the_commonsense_data(name: str, commonsense_dir: Path):
-    """Every instruction, output and published training prompt of every file; SHA-256 of all ids."""
+    """The SHA-256 is over the ids of every instruction, output and published training prompt."""
     tokenizer = Tokenizer.from_gguf(_vocabulary_file(name))
     golden = json.loads((GOLDEN / "tokens.json").read_text())[name]
     present = {file: digest for file, digest in golden.items() if (commonsense_dir / file).exists()}

@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face's layout: read whole, written whole, refused by name, never unpickled."""
+"""Checkpoints in Hugging Face's layout are read and written completely, refused by name, and never unpickled."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def biased(tiny):
 
 @pytest.fixture
 def write(tmp_path, draw_tensors):
-    """``write(config, shards=1, change=..., dtype=float32)``: a checkpoint folder as Hugging Face lays it out."""
+    """Return ``write(config, shards=1, change=..., dtype=float32)``: a checkpoint folder in Hugging Face's layout."""
 
     def make(config: LlamaConfig, shards: int = 1, change=lambda tensors: None, dtype=np.float32) -> Path:
         folder = tmp_path / "model"
@@ -204,7 +204,7 @@ def test_a_folder_without_weights_or_configuration(tmp_path, tiny):
     ],
 )
 def test_a_bad_index_is_refused(index, message, write, tiny, tmp_path):
-    """An index of another form, or entries beside the right ones."""
+    """The index has another form, or extra entries."""
     folder = write(tiny, 2)
     # The path outside the folder exists and would load.
     save_file({"model.norm.weight": np.ones(32, np.float32)}, tmp_path / "secret.safetensors")
@@ -318,7 +318,7 @@ print((peak() - before) / size, size)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
 @pytest.mark.parametrize(("dtype", "shards"), [("float32", 1), ("bfloat16", 2)])
 def test_loading_needs_less_than_twice_the_model(dtype, shards, write):
-    """Peak resident memory of a fresh process, above what it had before loading, over the size of the weights."""
+    """The peak resident memory of a fresh process, above that before loading, is divided by the size of the weights."""
     config = LlamaConfig(8192, 512, 1536, 8, 8, 4, 64)  # 36 million weights, most of them in the layers
     folder = write(config, shards, dtype=np.dtype(jnp.dtype(dtype)))
     out = subprocess.run(

@@ -1,4 +1,4 @@
-"""The parts of a trained adapter's change, against weights that are formed whole, and the exponent that they give."""
+"""The two parts of a trained adapter's change against explicit weights, and the exponent that they give."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ def examples(rows: list[list[int]]) -> Examples:
 
 
 def drawn(seed: int, adapter: LoraAdapter) -> LoraAdapter:
-    """The adapter with every entry drawn anew."""
+    """Return the adapter with every entry drawn anew."""
     random = np.random.default_rng(seed)
     return adapter.replace(jax.tree.map(lambda a: random.normal(size=a.shape).astype(np.float32), adapter.params))
 
@@ -49,7 +49,7 @@ def rms(*changes: np.ndarray) -> list[np.ndarray]:
 
 
 def test_parts_are_those_of_the_whole_products(start, inputs) -> None:
-    """A sink, whose input is a hundred times the others', is left out; a layer without an adapter has no row."""
+    """A sink, with an input a hundred times the others', is left out; a layer without an adapter has no row."""
     trained = drawn(3, start)
     with_sink = {name: np.concatenate([x, 100 * x[:, :1]], axis=1) for name, x in inputs.items()}
     measured = led.compute_led_rms(start, trained, with_sink)
@@ -73,7 +73,7 @@ def test_the_exponent_is_the_laws_where_the_parts_have_one_direction() -> None:
 
 
 def test_the_exponent_keeps_the_change_of_two_parts_at_any_angle() -> None:
-    """A small factor of gamma r, and the factor of the rate that it asks for, leave the rms as it was."""
+    """A small factor of gamma r and the corresponding factor of the rate leave the rms unchanged."""
     b, a = np.random.default_rng(4).normal(size=(2, 50))
     slope = led.preserving_exponent(*rms(b, a, a + b))[0]
     step = 1e-5
@@ -84,7 +84,10 @@ def test_the_exponent_keeps_the_change_of_two_parts_at_any_angle() -> None:
 
 
 def test_the_factor_keeps_the_change_of_all_modules() -> None:
-    """Against the two parts of three modules themselves; the law's where they point one way, and its slope at 1."""
+    """The reference is the parts of three modules.
+
+    The factor is the law's if they are parallel, and has its slope at 1.
+    """
     b, a = np.random.default_rng(5).normal(size=(2, 3, 40))
     parts = rms(b, a, a + b)
     for strength in (11.3, 1.0, 0.2):
@@ -97,7 +100,7 @@ def test_the_factor_keeps_the_change_of_all_modules() -> None:
 
 
 def test_a_rate_behind_a_range_over_which_the_change_shrinks_is_none() -> None:
-    """Two parts that are nearly or exactly opposite; before that range and behind it the factor is the change's own."""
+    """Two parts are nearly or exactly opposite; before and behind that range the factor is the change's own."""
     for strength, *parts in ((2.0, 1.0, 1.0, 0.1), (0.5, 1.0, 0.5, 0.5), (0.1, 1.0, 0.1, 0.9), (0.5, 1.0, 0.8, 0.2)):
         assert np.isnan(led.preserving_factor(strength, *np.reshape(parts, (3, 1))))
     for strength, a in ((2.0, 0.1), (0.8, 0.1), (1.5, 8.0), (0.5, 8.0)):
@@ -110,7 +113,7 @@ def test_a_rate_behind_a_range_over_which_the_change_shrinks_is_none() -> None:
 
 
 def test_inputs_are_those_of_the_records_own_tokens(start) -> None:
-    """The base model's inputs at the tokens behind what all records begin with; the last token is only predicted."""
+    """Inputs are the base model's behind the common beginning of all records; the last token is only predicted."""
     rows = [[5, 6, 7, 8, 9, 1], [5, 6, 3, 8], [5, 6, 3, 2, 4]]
     _, expected = llama.hidden_states(PARAMS, jnp.array([rows[0][:-1]]), CONFIG, capture=("mlp.down_proj",))
     x = led.module_inputs(PARAMS, CONFIG, examples(rows), start)["mlp.down_proj"]

@@ -1,4 +1,4 @@
-"""Batches of records to step on and to read at: fixed or fresh, each seed's own, no record in both."""
+"""Batches of records for training and for reading: fixed or fresh, different for each seed, and disjoint."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ def batches_of(records, tokenizer, seeds, steps, **changed) -> dict[int, SeedBat
 
 
 def test_fixed_and_fresh_batches(tokenizer, data) -> None:
-    """Fixed: one batch in every step; fresh: another in each; no held-out record is trained on."""
+    """Fixed batches are the same in every step and fresh ones differ; no held-out record is trained on."""
     fixed, fresh = (batches_of(data, tokenizer, (0, 7), 10, batches=kind, batch_size=2) for kind in ("fixed", "fresh"))
     np.testing.assert_array_equal(fixed[0].at(0).inputs, fixed[0].at(3).inputs)
     assert not np.array_equal(fresh[0].at(0).inputs, fresh[0].at(3).inputs)
@@ -45,7 +45,7 @@ def test_fixed_and_fresh_batches(tokenizer, data) -> None:
 
 
 def test_every_row_of_every_batch_is_a_record(tokenizer, data) -> None:
-    """11 records to train on make two batches of 4, and 6 held-out ones make one: what is left is in no batch."""
+    """11 training records make two batches of 4, and 6 held-out records one; the rest is in no batch."""
     for batches in batches_of(data[:17], tokenizer, range(8), 2).values():
         trained = np.concatenate([batches.at(step).inputs for step in range(2)])
         assert len({row.tobytes() for row in trained if row.any()}) == 8

@@ -1,4 +1,4 @@
-"""What is compared when a carried setting is checked, and the sizes against the tuned one's with their errors."""
+"""The plans that a check of a transferred setting compares, and their sizes against the tuned one's with errors."""
 
 import math
 from dataclasses import replace
@@ -22,7 +22,7 @@ TERMS = {"model.layers.0.q_proj": 0.0, "model.layers.1.q_proj": 5.0}
 
 
 def test_candidates() -> None:
-    """It lists what the advice changes, at the new rank; patterns only where the regime was measured."""
+    """The plans are the changes of the advice at the new rank; patterns occur only if the regime was measured."""
     advice = transfer(OLD, 32, TERMS)
     plans = transfer_check.candidates(advice)
     one_alpha = replace(advice.unchanged, alpha=advice.alpha_at_old_rate)
@@ -43,7 +43,7 @@ def test_candidates() -> None:
 
 
 class Watching(RealStep):
-    """Stands in for a stepper: keeps what a step asks of it and changes nothing."""
+    """Stepper that records what a step requests and changes nothing."""
 
     def __init__(self) -> None:
         self.calls: list[tuple] = []
@@ -54,7 +54,10 @@ class Watching(RealStep):
 
 
 def test_what_a_first_step_asks_for_and_where_its_sizes_go() -> None:
-    """One A a seed of all, each with its own setting and alphas; a row a module and layer, and the whole."""
+    """Each seed has one A for all plans, and each plan its own setting and alphas.
+
+    There is a row for each module and layer, and for the whole model.
+    """
     advice, stepper = transfer(OLD, 32, TERMS), Watching()
     steps = list(transfer_check.first_steps(advice, (0, 5)))
     assert [step.seed for step in steps[:2]] == [0, 5]

@@ -1,4 +1,4 @@
-"""A file of real layers is read, or refused in one line before it takes memory."""
+"""A file of real layers is read, or refused in one line before memory is allocated."""
 
 import io
 import os
@@ -61,13 +61,13 @@ def test_arrays_that_a_law_can_not_read_are_refused(tmp_path: Path, changed: dic
 
 
 def header(shape: str) -> bytes:
-    """An array's header alone."""
+    """Return an array's header without its data."""
     text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
 
 
 def test_a_file_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path: Path) -> None:
-    """Eight gigabytes of zeros are eight megabytes packed; their size is in the file's own list."""
+    """Eight gigabytes of zeros are packed in eight megabytes; the file's own list has their size."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as file:
         for name in ("a/grad.npy", "b/grad.npy"):

@@ -1,4 +1,4 @@
-"""The grid in real layers: measured sizes against the law, exponents between the users' ranks, crossing ranks."""
+"""The grid on real layers: measured sizes against the law, exponents between common ranks, crossing ranks."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,9 @@ GRID = StepGrid(ranks=(2, 8, 32), draws=300, lr=1e-3, alpha=4.0)
 
 
 def test_the_measured_size_is_the_law_s() -> None:
-    """Two optimizers, two splits: |z| below 5.1 in all four, a false alarm of 1e-6; draws are as many as asked for."""
+    """For two optimizers and two splits |z| is below 5.1, a false-alarm rate of 1e-6; the number of draws is as
+    requested.
+    """
     steps = [("sgd", 2.0), ("adam", 0.5)]
     common = {"rank": 8, "learning_rate": 1e-3, "init": "kaiming_uniform"}
     key = stream_key(0, "a stream")
@@ -39,7 +41,7 @@ def test_the_measured_size_is_the_law_s() -> None:
 
 @pytest.mark.slow
 def test_rows_are_the_law_s_within_their_errors() -> None:
-    """Every optimizer, rule and split, each beside its own law. |z| below 5: a false alarm of 1e-4 over all rows."""
+    """Every optimizer, rule and split has its own law. |z| is below 5, a false-alarm rate of 1e-4 over all rows."""
     rows = [row for cell in layer_grid.layer_cells(GRID, LAYERS) for row in layer_grid.layer_rows(GRID, LAYERS, cell)]
     assert {tuple(row) for row in rows} == {layer_grid.COLUMNS}
     table = frames.from_rows(rows, layer_grid.COLUMNS)
@@ -76,8 +78,9 @@ def test_an_init_that_is_asked_for_is_used() -> None:
 
 
 def test_crossings_are_where_the_terms_are_equal() -> None:
-    """By layer, split and optimizer: each token's terms are |x|^2 r and |x|^2 r (r - o) / (r* - o), o 1 for Adam, and
-    equal in sum at the layer's r*."""
+    """For each layer, split and optimizer, a token's terms are |x|^2 r and |x|^2 r (r - o) / (r* - o), with o = 1
+    for Adam. Their sums are equal at the layer's r*.
+    """
     crossings = layer_grid.crossings(GRID, LAYERS).set_index(["layer", "split", "optimizer"])
     assert len(crossings) == 8
     for layer in LAYERS:

@@ -1,4 +1,6 @@
-"""Gradients and inputs of a LLaMA's modules against autodiff in the weights; a first real step, by hand and by law."""
+"""Gradients and inputs of a LLaMA's modules against autodiff; the first real step against a direct formula and the
+law.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -26,7 +28,7 @@ NAMES = ("self_attn.q_proj", "mlp.down_proj")
 
 
 def batch(seed: int, *, answer_only: bool = False) -> Batch:
-    """Three rows padded on the right to 12; ``answer_only``: the last two targets of each, by position."""
+    """Return three rows padded on the right to 12; ``answer_only`` keeps the last two targets of each."""
     random = np.random.default_rng(seed)
     tokens = random.integers(1, 48, (3, 13)).astype(np.int32)
     inputs, targets = np.where(REAL, tokens[:, :-1], 0), tokens[:, 1:].copy()
@@ -40,8 +42,10 @@ def batch(seed: int, *, answer_only: bool = False) -> Batch:
 @pytest.mark.slow
 @pytest.mark.parametrize("answer_only", [False, True])
 def test_gradient_is_autodiff_s_in_the_weight(answer_only) -> None:
-    """Every module of every layer, by the plain formula of the loss; float32 sums of 26 tokens. Inputs are the model's
-    own, without those of padding."""
+    """Every module of every layer agrees with the plain formula of the loss, in float32 sums of 26 tokens.
+
+    Inputs are the model's own, without those of padding.
+    """
     used = batch(1, answer_only=answer_only)
     recorded = record(PARAMS, CONFIG, used, MODULES)
 
@@ -68,7 +72,7 @@ def test_gradient_is_autodiff_s_in_the_weight(answer_only) -> None:
 
 @pytest.fixture(scope="module")
 def recordings() -> tuple[Recording, Recording]:
-    """The training batch with gradients, and the held-out batch without."""
+    """Return the training batch with gradients, and the held-out batch without."""
     return record(PARAMS, CONFIG, batch(1), NAMES), record(PARAMS, CONFIG, batch(2), NAMES, gradients=False)
 
 
@@ -79,7 +83,7 @@ def stepper() -> RealStep:
 
 @pytest.mark.slow
 def test_real_step_by_hand(stepper, recordings) -> None:
-    """SGD's increment is -eta gamma^2 G A^T A x', from the recorded G and the adapter's own A; and the model's."""
+    """SGD's increment is -eta gamma^2 G A^T A x', from the recorded G and the adapter's A, and equals the model's."""
     setting = Setting(4, 8.0, 1e-3, "rora", "sgd")
     key = jax.random.key(5)
     change = stepper.change(setting, key)
@@ -109,7 +113,7 @@ def test_real_step_by_hand(stepper, recordings) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "power"), [("momentum", 2), ("adamw", 1)])
 def test_power_of_gamma(stepper, optimizer, power) -> None:
-    """The real step, of one A, follows gamma^2 under SGD and gamma under Adam, and the rate in both."""
+    """The real step for one A grows as gamma^2 under SGD and as gamma under Adam, and as the rate in both."""
     key = jax.random.key(0)
     setting = Setting(4, 4.0, 1e-4, "lora", optimizer)
     plain = stepper.change(setting, key).modules
@@ -121,7 +125,9 @@ def test_power_of_gamma(stepper, optimizer, power) -> None:
 
 @pytest.mark.slow
 def test_a_transfer_keeps_the_real_step(stepper, recordings) -> None:
-    """Rank 2 to 8 with the measured linear terms, 40 draws: each module's rms comes back; else it grows by the law."""
+    """From rank 2 to 8, over 40 draws, the measured linear terms preserve each module's rms; without them it grows
+    by the law.
+    """
     tuned = Setting(2, 8.0, 1e-4, "lora", "adamw")
     train, held_out = recordings
     linear_terms = {

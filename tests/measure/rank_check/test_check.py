@@ -1,4 +1,4 @@
-"""The check as a library call: frames of a tiny model, verdicts that follow from the slopes, wrong settings."""
+"""The check as a library call: frames of a tiny model, verdicts that follow from the slopes, invalid settings."""
 
 import itertools
 import json
@@ -50,7 +50,10 @@ def config_of(**changed) -> CheckConfig:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::rora_theory.measure.regimes.thin.ThinWarning")
 def test_frames(tmp_path, capfd) -> None:
-    """Silent; a row a rank, seed and coordinate; slopes are those of the sizes, verdicts those of the slopes."""
+    """Nothing is printed.
+
+    There is a row for each rank, seed and coordinate; slopes follow from sizes, and verdicts from slopes.
+    """
     model = load(checkpoint.model(tmp_path))
     config = config_of(ranks=(2, 8), rules=(0.5,), adam_lr=1e-5)
     with pytest.warns(ThinWarning, match="ranks 2 8,"):
@@ -94,7 +97,7 @@ def test_settings_out_of_range(changed, message) -> None:
 
 
 def judge(config: CheckConfig, value: Callable[..., float]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return slopes and verdicts of made-up sizes of a module's output and the whole model.
+    """Return slopes and verdicts of invented sizes of a module's output and the whole model.
 
     Args:
       config: Settings of the check.
@@ -114,7 +117,9 @@ def judge(config: CheckConfig, value: Callable[..., float]) -> tuple[pd.DataFram
 
 
 def test_a_control_that_the_law_has_flat_is_none() -> None:
-    """Constant gamma with the gaussian init: where the signal leads under Adam the one undoes the other."""
+    """Constant gamma with the gaussian init is no control: where the signal dominates under Adam, the two effects
+    cancel.
+    """
     config = config_of(rules=(0.0,), controls=True)
     _, judged = judge(config, lambda *_: 1.0)
     gaussian = judged[judged["init"] == "gaussian"]
@@ -122,7 +127,7 @@ def test_a_control_that_the_law_has_flat_is_none() -> None:
 
 
 def test_a_table_is_judged_by_the_band_and_the_confidence_that_were_asked_for() -> None:
-    """Slopes of three seeds around 0.2: half a 95% interval is Student's 4.3027 standard errors."""
+    """For slopes of three seeds around 0.2, half of the 95% interval is Student's 4.3027 standard errors."""
     slopes = np.array([[0.2], [0.21], [0.19]])
     table = Table((2, 8, 32), {Coordinate("hidden", "train", "model", 1): np.exp(np.log([2, 8, 32]) * slopes)})
     (row,) = table.slope_rows()
@@ -145,8 +150,10 @@ def test_a_table_is_judged_by_the_band_and_the_confidence_that_were_asked_for() 
     ],
 )
 def test_a_quantity_that_is_zero_at_some_rank_is_undecided(zero, whole_model, modules) -> None:
-    """It has no slope, and does not leave the verdict to the others: hidden states or logits, on either split, at any
-    step. One that is 0 everywhere did not move."""
+    """It has no slope and makes the verdict undecided, for hidden states and logits, on either split, at any step.
+
+    A quantity that is 0 at all ranks did not move.
+    """
     slopes, judged = judge(config_of(steps=(1, 3)), lambda *where: 0.0 if where == zero else 1.0)
     (row,) = judged.to_dict("records")
     assert (row["whole_model"], row["modules"], len(slopes)) == (whole_model, modules, 16)
@@ -170,7 +177,7 @@ RIGHT, WRONG = "with the rank, as expected of the control", "with the rank, AGAI
 )
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_control_goes_where_the_law_has_it_go(optimizer, powers, constant: str, gaussian: str) -> None:
-    """Constant gamma grows and the gaussian init shrinks, of whole model and modules; nothing else will do."""
+    """With constant gamma the whole model and the modules must grow; with the gaussian init they must shrink."""
     config = config_of(optimizers=(optimizer,), controls=True)
     _, judged = judge(config, lambda rank, seed, *_: rank ** powers[seed])
     assert judged["whole_model"].tolist()[1:] == judged["modules"].tolist()[1:] == [constant, gaussian]
@@ -189,12 +196,14 @@ def test_a_control_goes_where_the_law_has_it_go(optimizer, powers, constant: str
     ],
 )
 def test_the_direction_of_a_control(optimizer, rule, init, direction: str) -> None:
-    """By the first step's powers, gamma and A's deviation squared under SGD: 1 - 2 kappa - 2 a and half a rank less."""
+    """By the first step's powers (gamma and A's deviation are squared under SGD) it is 1 - 2 kappa - 2 a, and half a
+    rank less.
+    """
     assert control_direction(Case(optimizer, rule, init, True)) == direction
 
 
 class Watching(Checker):
-    """Stands in for a checker: keeps what a cell asks of it and measures nothing."""
+    """Checker that records what a cell requests and measures nothing."""
 
     def __init__(self) -> None:
         pass
@@ -206,7 +215,7 @@ class Watching(Checker):
 
 @pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 1.0), ("adam", 1.0), ("sgd", 2.0), ("momentum", 3.0)])
 def test_what_a_cell_asks_for(optimizer, rate) -> None:
-    """One A a seed, the same for all ranks and rules; each seed's own batches; each optimizer's own rate."""
+    """Each seed has one A for all ranks and rules and its own batches; each optimizer has its own rate."""
     config = CheckConfig(adam_lr=1.0, sgd_lr=2.0, momentum_lr=3.0, gamma=5.0, reference_rank=4)
     for seed, (rule, kappa), rank in itertools.product(range(2), (("lora", 1), ("rora", 0.5)), (2, 16)):
         checker, held_out = Watching(), batch(seed)
@@ -230,7 +239,8 @@ def test_what_a_cell_asks_for(optimizer, rate) -> None:
 
 @pytest.mark.parametrize(("optimizer", "power"), [("adamw", 1), ("adam", 1), ("sgd", 2), ("momentum", 2)])
 def test_the_exponent_that_would_have_been_flat(optimizer, power) -> None:
-    """A change as gamma^p r^(1/2): with gamma = alpha / r^kappa its slope is 1/2 - p kappa, and kappa = 1/(2p) is flat.
+    """If the change is gamma^p r^(1/2) with gamma = alpha / r^kappa, the slope is 1/2 - p kappa, and kappa = 1/(2p) is
+    flat.
 
     Ranks in no order; two modules, whose outputs are averaged in the logarithm; two seeds a factor apart.
     """
@@ -274,7 +284,7 @@ def test_controls_are_what_was_not_asked_for() -> None:
 
 @pytest.fixture(scope="module")
 def published() -> tuple[CheckConfig, pd.DataFrame]:
-    """The published run on SmolLM2-135M: its settings and slopes."""
+    """Return settings and slopes of the published run on SmolLM2-135M."""
     folder = Path(__file__).parents[3] / "results" / "published" / "coordinate_check"
     used = json.loads((folder / "manifest.json").read_text())["config"]
     names = ("band", "controls", "inits", "optimizers", "ranks", "rules", "seeds", "steps")
@@ -283,12 +293,12 @@ def published() -> tuple[CheckConfig, pd.DataFrame]:
 
 
 def verdicts_of(config: CheckConfig, slopes: pd.DataFrame) -> dict[str, dict]:
-    """Return the verdicts by the case's name."""
+    """Return the verdicts by the name of the case."""
     return dict(zip(map(str, cases(config)), verdicts(config, slopes).to_dict("records"), strict=True))
 
 
 def test_the_verdict_is_on_the_whole_model(published) -> None:
-    """The rule that keeps the model's hidden states and logits is called flat, whatever its modules' own outputs do."""
+    """A rule that keeps the model's hidden states and logits is flat, whatever its modules' own outputs do."""
     judged = verdicts_of(*published)
     row = judged["AdamW, alpha/r, A kaiming_uniform"]
     assert (row["whole_model"], round(row["kappa_flat"], 2)) == ("flat", 1.0)
@@ -302,7 +312,7 @@ def test_the_verdict_is_on_the_whole_model(published) -> None:
 
 
 def test_the_figure_has_the_table_s_intervals(published) -> None:
-    """Half of the 95% interval, as stored and printed."""
+    """Half of the 95% interval agrees as stored and as printed."""
     config, slopes = published
     manifest = {"config": {"model": "m", "batches": "fixed", "seeds": config.seeds, "band": config.band}}
     bars = figure.draw_slopes(manifest, slopes).axes[0].containers[0]  # the first case, trained on, the first module

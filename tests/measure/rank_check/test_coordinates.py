@@ -1,4 +1,4 @@
-"""The rank coordinate check on a tiny model: what it reads, that padding is exact, what is flat and what must fail."""
+"""The rank coordinate check on a tiny model: its readings, exact padding, flat rules and controls that must fail."""
 
 from dataclasses import replace
 from functools import partial
@@ -26,7 +26,7 @@ RANKS = (4, 12, 32)
 
 
 def batch(seed) -> Batch:
-    """Two rows of three random tokens; the second is short, its end is padding."""
+    """Return two rows of three random tokens; the second is shorter and padded at the end."""
     tokens = np.random.default_rng(seed).integers(0, 40, (2, 4)).astype(np.int32)
     weights = np.array([[1, 1, 1], [1, 0, 0]], np.float32)
     return Batch(jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:]), jnp.asarray(weights), None)
@@ -38,14 +38,14 @@ def checker() -> Checker:
 
 
 def run(checker, setting) -> dict[Coordinate, float]:
-    """Three steps on two batches in turn."""
+    """Take three steps on two batches in turn."""
     coordinates = checker.run(setting, jax.random.key(0), lambda step: batch(step % 2), batch(9), steps=(1, 3))
     return dict(coordinates)
 
 
 @pytest.mark.slow
 def test_coordinates_are_what_they_say(checker) -> None:
-    """Three steps of SGD written out, then everything read from the plain model's own inputs and logits."""
+    """Three steps of SGD are written out, and everything is read from the plain model's own inputs and logits."""
     setting = Setting(8, 4.0, 0.05, "rora", "sgd")
     measured = run(checker, setting)
     adapter = checker.adapter(jax.random.key(0), setting)
@@ -98,7 +98,7 @@ def test_coordinates_are_what_they_say(checker) -> None:
 
 @pytest.mark.slow
 def test_padding_is_exact(checker) -> None:
-    """A checker as wide as the rank gives the same coordinates: to 1e-3, Adam dividing by gradients near zero."""
+    """A checker as wide as the rank gives the same coordinates to 1e-3, as Adam divides by gradients near zero."""
     setting = Setting(4, 4.0, 1e-3)
     plain = run(Checker(PARAMS, CONFIG, width=4, target_modules=TARGETS), setting)
     padded = run(checker, setting)
@@ -119,7 +119,7 @@ def test_ranks_share_their_noise(checker) -> None:
 
 
 def table(checker, rule, alpha, optimizer, rate, init="kaiming_uniform") -> Table:
-    """Eight seeds of every rank; a seed's adapters share a key and its batches."""
+    """Return eight seeds of every rank, where a seed's adapters share a key and its batches."""
     values = {}
     for seed, (column, rank) in product(range(8), enumerate(RANKS)):
         setting, key = Setting(rank, alpha, rate, rule, optimizer, init), jax.random.fold_in(jax.random.key(0), seed)
@@ -131,7 +131,7 @@ def table(checker, rule, alpha, optimizer, rate, init="kaiming_uniform") -> Tabl
 
 @pytest.mark.slow
 def test_flat_rules_pass_and_controls_fail(checker) -> None:
-    """Four tokens, so r* is about 4 for SGD and 7 for Adam: the table's right column, in part.
+    """With four tokens r* is about 4 for SGD and 7 for Adam, so the table's right column holds in part.
 
     The rate is so small that the first step is the law's. Bands are the law's distance from its limit over these
     ranks, about 0.2, and seeds.

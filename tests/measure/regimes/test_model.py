@@ -1,4 +1,4 @@
-"""Which held-out tokens count, the frames of a tiny model's regime, and the distance at which A takes over."""
+"""Held-out tokens that count, the frames of a tiny model's regime, and the distance at which A takes over."""
 
 import tracemalloc
 from dataclasses import replace
@@ -30,7 +30,7 @@ TEMPLATE = [1, 5, 6, 7]
 
 
 def batch(*rows: list[int], width: int = 8) -> Batch:
-    """Rows padded with 0, every token but the last a target's place."""
+    """Return rows padded with 0, in which every token except the last has a target."""
     inputs, weights = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), np.float32)
     for i, row in enumerate(rows):
         inputs[i, : len(row)], weights[i, : len(row)] = row, 1
@@ -47,7 +47,9 @@ def model(tmp_path_factory) -> Model:
 
 
 def test_what_was_seen_is_a_beginning() -> None:
-    """The template, and what goes on as one trained row does; not tokens that stand elsewhere, nor the padding."""
+    """Seen tokens are the template and tokens that continue as one trained row does; tokens at other places and
+    padding are not.
+    """
     seen = unseen.mark_seen(HELD_OUT, [TRAIN])
     np.testing.assert_array_equal(seen.sum(axis=1), [4, 5, 6])
     assert seen[:, :4].all()  # beginnings
@@ -58,8 +60,10 @@ def test_what_was_seen_is_a_beginning() -> None:
 
 @pytest.mark.slow
 def test_what_leaves_no_token_of_its_own_is_refused(model) -> None:
-    """The template alone, or the training batch itself: nothing is left, and padding is no token. It is refused before
-    anything is measured."""
+    """The template alone, or the training batch itself, leaves no token, as padding does not count.
+
+    It is refused before anything is measured.
+    """
     unseen.check_unseen(HELD_OUT, [TRAIN])
     with pytest.raises(InputError, match="all 4 held-out tokens"):
         unseen.check_unseen(batch(TEMPLATE), [TRAIN])
@@ -75,7 +79,7 @@ def test_a_sink_is_ten_times_the_median() -> None:
 
 
 def test_a_sample_is_the_same_in_every_module() -> None:
-    """Each token that is not masked is there once, ascending; all of them where there are fewer."""
+    """The sample has each unmasked token once, in ascending order, or all of them if there are fewer."""
     masked = np.array([False, True] * 10)
     sample = tokens.sample_tokens(6, 0, masked)
     assert len(sample) == 6
@@ -103,7 +107,8 @@ def check_crossings(measured: module_regime.Regime) -> None:
 
 @pytest.mark.slow
 def test_frames_are_of_the_tokens_that_count(model, monkeypatch) -> None:
-    """By hand: the cross-talk of SGD, |G|^2 times the mean |x'|^2, of each split; held out the 6 new tokens less sinks.
+    """SGD's cross-talk is computed by hand as |G|^2 times the mean |x'|^2 of each split; held out, over the 6 new
+    tokens without sinks.
 
     A split in the other's place, a mask on the training batch or none on the held-out one is another mean.
     """
@@ -145,7 +150,7 @@ def test_frames_are_of_the_tokens_that_count(model, monkeypatch) -> None:
 
 @pytest.mark.parametrize("init", ["kaiming_uniform", "gaussian"])
 def test_takeover_is_the_law_of_a_at_its_own_deviation(init) -> None:
-    """For each split and rank as from rows drawn at that rank's deviation; `gaussian` falls as 1/r."""
+    """Each split and rank agrees with rows drawn at that rank's deviation, which falls as 1/r for `gaussian`."""
     random = np.random.default_rng(0)
     x = random.normal(size=(6, 20))
     grad = (random.normal(size=(7, 6)) @ x).astype(np.float32)
@@ -200,7 +205,7 @@ def test_modules_go_by_layer(model) -> None:
 
 
 def check_stated_errors(layer: Layer) -> None:
-    """Compare the default with exact=True, for every optimizer and init, on one draw of A's rows."""
+    """Compare the default with exact=True for every optimizer and init, on one draw of A's rows."""
     config = RegimeConfig(ranks=(8,), rules=("lora",), rows=0)
     draw = partial(drawn_steps.draw_takeover_rows, config, layer)
     fast, exact = (
@@ -222,7 +227,9 @@ def test_figures_of_real_layers_are_as_near_as_is_stated(layer_data, name) -> No
 
 
 def random_layer(p_out: int, p_in: int) -> Layer:
-    """A layer with a row of zeros and columns of very different sizes, so that some entries of a row are large."""
+    """Return a layer with a row of zeros and columns of very different sizes, so that some entries of a row are
+    large.
+    """
     random = np.random.default_rng(0)
     grad, *inputs = (random.normal(size=(rows, p_in)).astype(np.float32) for rows in (p_out, 6, 5))
     grad *= np.float32(10.0) ** random.normal(scale=0.5, size=p_in).astype(np.float32)
@@ -231,14 +238,14 @@ def random_layer(p_out: int, p_in: int) -> Layer:
 
 
 def test_figures_of_many_blocks_are_as_near_as_is_stated(monkeypatch) -> None:
-    """The gradient is read in blocks of 7 rows, and a last one of 5."""
+    """The gradient is read in blocks of 7 rows, the last of 5."""
     monkeypatch.setattr(terms, "BLOCK_ENTRIES", 7 * 400)
     monkeypatch.setattr(terms, "MIN_BLOCK_ROWS", 1)
     check_stated_errors(random_layer(40, 400))
 
 
 def test_memory_is_below_that_of_the_gradient() -> None:
-    """NumPy's peak beside the gradient and the inputs; one float32 copy of the gradient would take more."""
+    """The limit is NumPy's peak beyond gradient and inputs; one float32 copy of the gradient would exceed it."""
     layer, config = random_layer(3000, 2000), RegimeConfig(rows=0)
     draw = {init: inits.draw(np.random.default_rng(0), init, rank=64, p_in=2000) for init in config.inits}
     tracemalloc.start()

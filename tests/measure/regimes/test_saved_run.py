@@ -1,4 +1,4 @@
-"""A run of sims.regime that is read for advice: the rows asked for, targets, damage."""
+"""A run of sims.regime is read for advice: the requested rows, targets, damaged files."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def run(tmp_path) -> Path:
 
 @pytest.mark.parametrize("term", ["", "many"])
 def test_a_linear_term_that_is_no_number_is_named(run, term) -> None:
-    """Rows that are not asked for may be damaged."""
+    """Rows that are not requested may be damaged."""
     path = run / regime_tables.CROSSINGS
     (run / "manifest.json").write_text(json.dumps(seals.seal({})))
     table = frames.read_csv(path).astype({"linear_term": object})
@@ -33,7 +33,7 @@ def test_a_linear_term_that_is_no_number_is_named(run, term) -> None:
 
 
 def test_targets_are_matched_as_peft_does(run) -> None:
-    """A whole name or what follows a dot; a word such as all-linear, or none, takes every module."""
+    """A target is a whole name or the part behind a dot; a word such as all-linear, or none, selects every module."""
     regime = regime_run.read_regime_run(run, optimizer="adamw", init="gaussian", split="heldout")
     assert regime.module_types == ["q_proj", "down_proj"]
     assert list(regime.terms_of(["self_attn.q_proj"])) == [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]

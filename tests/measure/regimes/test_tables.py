@@ -1,4 +1,4 @@
-"""Whether the law holds in a table, the kappa that is flat, and summaries by type of module and depth."""
+"""Whether a table agrees with the law, the flat kappa, and summaries by type of module and depth."""
 
 import json
 import math
@@ -18,7 +18,7 @@ PUBLISHED = Path(__file__).parents[3] / "results" / "published"
 
 
 def row_of(measured: float, error: float, adapters: float = 1000, **more: object) -> dict:
-    """A figure's row whose prediction is 2; the measurement and its error in units of the prediction."""
+    """Return a row with the prediction 2, and the measurement and its error in units of the prediction."""
     row = {"module": "m", "split": "train", "optimizer": "sgd", "init": "gaussian", "rank": 1, "predicted": 2.0}
     return row | {"measured": 2 * measured, "standard_error": 2 * error, "adapters": adapters} | more
 
@@ -58,7 +58,9 @@ def test_the_judge(rows: list[tuple], verdict: str, undecided: int) -> None:
 
 
 def test_few_adapters_and_many_comparisons_tell_nothing() -> None:
-    """Four adapters at a thousandth of a hundredth have a bar of 60 standard errors: twice the law lies within it."""
+    """Four adapters at a false-alarm rate of 1e-5 have an error bar of 60 standard errors, which includes twice the
+    law.
+    """
     assert judge(row_of(1.0, 0.1))["error_bars_in_standard_errors"] == {"1000": pytest.approx(2.58, abs=0.01)}
     two = judge(row_of(1.0, 0.1), row_of(1.0, 1.0, adapters=4))
     assert two["error_bars_in_standard_errors"]["4"] == pytest.approx(7.45, abs=0.01)  # Student's t, at half of it
@@ -78,7 +80,10 @@ def test_few_adapters_and_many_comparisons_tell_nothing() -> None:
     ("measured", "error"), [(math.nan, math.nan), (math.inf, math.nan), (1.0, math.nan), (1.0, math.inf)]
 )
 def test_a_measurement_that_is_no_finite_number_fails(measured: float, error: float) -> None:
-    """It fails where adapters were drawn; rows without any were not tried. The other figures are of what is finite."""
+    """It fails if adapters were drawn; rows without adapters were not tested.
+
+    The other figures are over finite rows.
+    """
     wrong, untried = row_of(measured, error), row_of(math.nan, math.nan, adapters=math.nan)
     judged = judge(row_of(1.01, 0.01), wrong, untried)
     assert (judged["verdict"], judged["comparisons"], judged["outside"], judged["not_finite"]) == ("fails", 2, 1, 1)
@@ -99,7 +104,7 @@ def test_a_measurement_that_is_no_finite_number_fails(measured: float, error: fl
 
 
 def test_the_published_verdict_stands() -> None:
-    """The rows that are published are a fifteenth of those measured."""
+    """The published rows are a fifteenth of those measured."""
     published = json.loads((PUBLISHED / "regime" / "verdict.json").read_text())
     judged = regime_tables.judge_regime(frames.read_csv(PUBLISHED / "regime" / "results.csv"))
     assert (judged["verdict"], judged["outside"], judged["undecided"]) == (published["verdict"], 0, 0)
@@ -108,8 +113,9 @@ def test_the_published_verdict_stands() -> None:
 
 
 def test_agreement_is_a_mean_over_modules() -> None:
-    """The root of the mean square, its error to first order: m = sqrt((1/4 + 4) / 2) of 1/2 ± 0.03 and 2 ± 0.01. The
-    error of a mean of independent modules is half of one's for four alike."""
+    """The mean is the root of the mean square, with its first-order error: m = sqrt((1/4 + 4) / 2) of 1/2 ± 0.03 and
+    2 ± 0.01. The mean of four equal independent modules has half of the error of one.
+    """
     rows = [row_of(1.0, 0.02)] * 4 + [row_of(0.5, 0.03, split="heldout"), row_of(2.0, 0.01, split="heldout")]
     table = regime_tables.measured_over_predicted(pd.DataFrame(rows))
     assert table[["split", "modules"]].to_numpy().tolist() == [["train", 4], ["heldout", 2]]
@@ -120,7 +126,7 @@ def test_agreement_is_a_mean_over_modules() -> None:
 
 
 def test_flat_kappa() -> None:
-    """The four corners of the table, and the init whose deviation falls as 1/r."""
+    """The cases are the four corners of the table, and the init whose deviation falls as 1/r."""
     flat = {
         (optimizer, init): [regime_tables.flat_kappa_between(optimizer, init, c) for c in (0.0, math.inf)]
         for optimizer in OPTIMIZERS
@@ -135,7 +141,9 @@ def test_flat_kappa() -> None:
 
 
 def test_crossings_by_depth() -> None:
-    """Medians, which are no means, over the layers of a third; kappas at the range's ends; sinks of those modules."""
+    """Figures are medians, unlike means, over the layers of a third; kappas at the range's ends; sinks of those
+    modules.
+    """
     places = [
         {"layer": layer, "module": f"model.layers.{layer}.{name}", "split": split}
         for layer in range(9)
@@ -171,7 +179,7 @@ def test_crossings_by_depth() -> None:
 
 
 def test_takeover_by_depth() -> None:
-    """By split and rank over the layers of a third; the turn is of all of them."""
+    """Figures are by split and rank over the layers of a third; the turn is over all of them."""
     rows = [
         {"layer": layer, "module": f"model.layers.{layer}.mlp.up_proj", "split": "heldout", "init": init}
         | {"rank": rank, "takeover": rank * (1.0 + layer**2) * factor, "turn_5": 10.0 * rank}

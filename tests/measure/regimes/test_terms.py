@@ -1,4 +1,4 @@
-"""Signal, cross-talk and the one-row form of the law; the shared-row stepping against autodiff and against the law."""
+"""Signal, cross-talk and the one-row form of the law; steps with shared rows against autodiff and the law."""
 
 from functools import partial
 from itertools import product
@@ -19,7 +19,7 @@ from rora_theory.theory import first_step, laws
 
 @pytest.fixture(scope="module")
 def layer() -> Layer:
-    """Four samples, one output without a gradient, inputs from parallel to independent."""
+    """Return four samples with one output without a gradient, and inputs from parallel to independent."""
     random = np.random.default_rng(1)
     x = random.normal(size=(4, 20)) * np.geomspace(0.3, 3, 20)
     grad = random.normal(size=(6, 4)) @ x
@@ -32,7 +32,7 @@ def layer() -> Layer:
 @pytest.mark.parametrize("init", ["kaiming_uniform", "gaussian", "normal", "rademacher"])
 @pytest.mark.parametrize("epsilon", [0.0, 1e-8, 1e-2])
 def test_rms_is_the_law_rank_by_rank(layer, optimizer, init, epsilon) -> None:
-    """At 1e-2 epsilon changes Adam's rms by percents; at 1e-8 by less than the 1e-4 that are promised."""
+    """At 1e-2 epsilon changes Adam's rms by percents; at 1e-8 by less than the promised 1e-4."""
     ranks, scalings = (1, 3, 64), (2.0, 0.7, 0.1)
     x = layer.inputs["heldout"]
     law = terms.compute_terms(layer.grad, x, optimizer=optimizer, init=init)
@@ -48,7 +48,7 @@ def test_rms_is_the_law_rank_by_rank(layer, optimizer, init, epsilon) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_crossing(layer, optimizer) -> None:
-    """Signal and cross-talk by their definitions; with Gaussian A the linear term is r* + 1 and r* - 2."""
+    """Signal and cross-talk follow their definitions. With Gaussian A the linear term is r* + 1 and r* - 2."""
     x = np.float64(layer.inputs["heldout"])
     inputs = np.concatenate([layer.inputs["train"], layer.inputs["heldout"]])
     crossing = terms.compute_terms(layer.grad, inputs, optimizer=optimizer, init="normal").crossing(slice(4, None))
@@ -70,7 +70,7 @@ def test_crossing(layer, optimizer) -> None:
 @pytest.mark.parametrize("init", ["kaiming_uniform", "gaussian", "normal", "rademacher"])
 @pytest.mark.parametrize("size", [1.0, 1e-25])
 def test_fast_terms_are_the_terms(layer, optimizer, init, size) -> None:
-    """To float32's rounding, whatever the gradient's size, with an output that has none."""
+    """They agree to float32's rounding for any size of the gradient, with an output that has none."""
     x = layer.inputs["heldout"]
     fast = terms.FastTerms(layer.grad * np.float32(size), x).terms(optimizer, init)
     expected = terms.compute_terms(np.float64(layer.grad) * size, x, optimizer=optimizer, init=init)
@@ -88,7 +88,7 @@ def test_fast_terms_of_numbers_that_are_not_finite(layer) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("init", ["kaiming_uniform", "gaussian"])
 def test_shared_rows_are_adapters_of_autodiff(layer, init) -> None:
-    """The second block, dealt out by hand and stepped by `first_step.run`, which knows no shortcut."""
+    """The second block is distributed by hand and stepped by `first_step.run`, which has no shortcut."""
     key, ranks, rows = jax.random.key(3), (1, 3, 8), 8
     scalings = [[2.0, 0.5], [1.0, 0.25], [0.5, 4.0]]
     grad = jnp.asarray(layer.grad)

@@ -1,4 +1,6 @@
-"""What is called thin, by the error of the estimate: beside draws of known spread, on both sides of each threshold."""
+"""Criteria for a thin measurement, by the error of the estimate: draws of known spread on both sides of each
+threshold.
+"""
 
 import math
 
@@ -11,20 +13,22 @@ from rora_theory.measure.regimes import thin
 
 
 def crossings(logs: np.ndarray, ratio: float = 2.0, tokens: int = 64) -> pd.DataFrame:
-    """Rows of one kind of module; ``logs``: ln c by layer; ``ratio``: of the quartiles of r* over tokens."""
+    """Return rows of one kind of module, where ``logs`` is ln c by layer and ``ratio`` that of the quartiles of r*
+    over tokens.
+    """
     rows = {"module": [f"model.layers.{i}.mlp.up_proj" for i in range(len(logs))], "layer": range(len(logs))}
     rows |= {"optimizer": "adam", "init": "gaussian", "split": "heldout", "tokens": tokens}
     return pd.DataFrame(rows).assign(linear_term=np.exp(logs), lower_quartile=1.0, upper_quartile=ratio)
 
 
 def spread(count: int, deviation: float) -> np.ndarray:
-    """Logarithms with this standard deviation."""
+    """Return logarithms with this standard deviation."""
     steps = np.linspace(-1, 1, count)
     return deviation * steps / steps.std(ddof=1)
 
 
 def test_an_error_of_a_fifth_moves_alpha_by_a_tenth() -> None:
-    """Under Adam, whatever the ranks and the linear term: d ln alpha / d ln c is at most 1/2."""
+    """Under Adam d ln alpha / d ln c is at most 1/2, for any ranks and linear term."""
     for low, high in ((1, 10**6), (8, 128), (128, 2)):
         for c in (1e-3, 3.0, 1e4):
             alphas = [
@@ -35,8 +39,10 @@ def test_an_error_of_a_fifth_moves_alpha_by_a_tenth() -> None:
 
 
 def test_the_error_over_tokens_is_that_of_draws() -> None:
-    """The sample median's standard deviation over 4000 samples of 64 (known to 1.1%, here to 4 of its errors, and 1.5%
-    for what 64 is short of many), for a normal ln r* whose quartiles are an eighth apart."""
+    """The reference is the sample median's standard deviation over 4000 samples of 64, for a normal ln r* whose
+    quartiles are an eighth apart. It is known to 1.1%, so the bound is 4 of its errors, plus 1.5% since 64 tokens
+    are few.
+    """
     deviation = math.log(8) / (2 * 0.674490)
     drawn = np.random.default_rng(0).normal(0, deviation, (4000, 64))
     (warning,) = thin.token_warnings(crossings(np.zeros(1), 8.0))

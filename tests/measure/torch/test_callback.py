@@ -1,4 +1,4 @@
-"""The trainer's callback: what it logs and when, and that the training goes on as without it."""
+"""The trainer's callback: what it logs and when, and that training is unchanged by it."""
 
 import logging
 from statistics import geometric_mean
@@ -25,7 +25,7 @@ def lora(**arguments):
 
 
 def trainer_arguments(optim: str = "adamw_torch", **arguments) -> SimpleNamespace:
-    """Stand in for a trainer's arguments."""
+    """Return a stand-in for a trainer's arguments."""
     return SimpleNamespace(optim=optim, learning_rate=2e-3, **arguments)
 
 
@@ -50,7 +50,7 @@ def train(folder, model, *callbacks):
 
 @pytest.mark.slow
 def test_logs_beside_the_loss(tmp_path, caplog) -> None:
-    """It logs at steps 0 and 2 what `regime` finds there; the losses are those of a run without it.
+    """At steps 0 and 2 it logs what `regime` measures there; the losses equal those of a run without it.
 
     The advice is that of the first step and of a long run, as the initialisation is gaussian.
     """
@@ -84,7 +84,7 @@ def test_logs_beside_the_loss(tmp_path, caplog) -> None:
 
 
 def test_the_first_process_alone_measures_64_tokens_for_rank_128() -> None:
-    """The defaults, of batches with 72 tokens that have a target."""
+    """These are the defaults, on batches with 72 tokens that have a target."""
     batches = [torch_models.batch(seed=seed, rows=8, length=10) for seed in (0, 1)]
     callback = RegimeCallback(lambda logged: None, *batches, setting=GIVEN)
     for is_first in (False, True):
@@ -95,7 +95,7 @@ def test_the_first_process_alone_measures_64_tokens_for_rank_128() -> None:
 
 
 def test_under_sgd_no_takeover_is_logged() -> None:
-    """The setting is read from the run; a setting that is given has precedence."""
+    """The setting is read from the run; an explicit setting has precedence."""
     logged: list[dict] = []
     model, arguments = lora(use_rslora=True, init_lora_weights="gaussian"), trainer_arguments("sgd")
     of_run = Setting(2, 4.0, 2e-3, "rslora", "sgd", "gaussian")
@@ -128,7 +128,7 @@ def test_the_active_adapter_is_the_one_that_learns(caplog) -> None:
     ("steps", "at_begin", "at_end"), [((0, 10, 12), "[10, 12]", ""), ((0, 3, 9), "", "[9]"), ((0,), "", "")]
 )
 def test_a_step_that_is_never_reached(steps, at_begin, at_end, caplog) -> None:
-    """Named before training where the run is shorter, and at its end where it stopped early."""
+    """It is named before training if the run is shorter, and at its end if it stopped early."""
     state = trainer_state(4, max_steps=10)
     callback = RegimeCallback(print, *BATCHES, setting=GIVEN, steps=steps)
     for event, missed in ((callback.on_train_begin, at_begin), (callback.on_train_end, at_end)):

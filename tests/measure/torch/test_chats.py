@@ -1,4 +1,4 @@
-"""The collator of chats: labels at the assistant's tokens and end tokens, with or without a token for padding."""
+"""The collator of chats: labels are the assistant's tokens and end tokens, with or without a padding token."""
 
 import pytest
 from support import torch_chats
@@ -22,7 +22,7 @@ CHATS = [
 
 
 def learned(tokenizer, batch) -> list[list[str]]:
-    """The tokens with a label, row by row, each of which is its own label."""
+    """Return the tokens with a label row by row, after checking that each is its own label."""
     is_label = batch["labels"] != -100
     assert torch.equal(batch["labels"][is_label], batch["input_ids"][is_label])
     assert bool(batch["attention_mask"][is_label].all())
@@ -31,7 +31,7 @@ def learned(tokenizer, batch) -> list[list[str]]:
 
 @pytest.mark.parametrize("pad", ["</s>", "~", None])
 def test_the_assistant_s_tokens_and_its_end_token(pad) -> None:
-    """Whatever pads: not a prompt, not a mark, not the line break after the end token."""
+    """For any padding token, no prompt, template mark or line break after the end token has a label."""
     tokenizer = torch_chats.tokenizer(pad)
     batch = ChatCollator(tokenizer)(CHATS)
     assert learned(tokenizer, batch) == [["d", "o", "</s>", "d", "o", "d", "o", "</s>"], ["x", "o", "</s>"]]
@@ -44,7 +44,7 @@ def test_the_assistant_s_tokens_and_its_end_token(pad) -> None:
 
 
 def test_a_turn_of_no_weight() -> None:
-    """It is read and not trained on."""
+    """The model reads the turn but is not trained on it."""
     first, last = CHATS[0]["messages"][2], CHATS[0]["messages"][4]
     messages = [*CHATS[0]["messages"][:2], first | {"weight": 0}, CHATS[0]["messages"][3], last | {"weight": 1}]
     tokenizer = torch_chats.tokenizer(None)
@@ -54,7 +54,7 @@ def test_a_turn_of_no_weight() -> None:
 
 
 def test_a_maximum_length() -> None:
-    """The beginning of a chat is kept, whichever side the tokenizer truncates."""
+    """The beginning of a chat is kept, for either truncation side of the tokenizer."""
     tokenizer = torch_chats.tokenizer(None)
     untruncated = ChatCollator(tokenizer)(CHATS)
     tokenizer.truncation_side = "left"

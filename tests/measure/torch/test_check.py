@@ -1,4 +1,4 @@
-"""The rank coordinate check of PEFT models: which rule keeps the first steps, and that it can fail."""
+"""The rank coordinate check of PEFT models: which rule preserves the first steps, and that the check can fail."""
 
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,7 @@ BATCHES = torch_models.batch(seed=0), torch_models.batch(seed=1)
 
 
 def maker(base=None, **arguments) -> partial:
-    """Return a function of a rank that puts a fresh adapter on one and the same base."""
+    """Return a function of the rank that adds a fresh adapter to the same base."""
     arguments = {"target_modules": "all-linear", "lora_alpha": 16} | arguments
     return partial(torch_models.adapted, torch_models.model() if base is None else base, **arguments)
 
@@ -45,8 +45,9 @@ def trained(model, values):
 
 
 def outputs(model, batch) -> dict[str, Any]:
-    """Return what a model adds to the outputs of its modules, its logits, and what its head reads, if it has one for
-    every token."""
+    """Return what a model adds to the outputs of its modules, its logits, and its head's input if there is one for
+    every token.
+    """
     values = {"output": []}
     hooks = [
         module.lora_B["default"].register_forward_hook(lambda _, __, y: values["output"].append(y))
@@ -71,8 +72,10 @@ def outputs(model, batch) -> dict[str, Any]:
     ],
 )
 def test_the_changes_are_those_of_the_model_itself(family, config) -> None:
-    """The check reports the changes that PEFT's own forward pass shows after two steps, at the tokens that are in the
-    loss: those of hidden states and logits, and what an adapter adds to its module's output."""
+    """The changes equal those of PEFT's own forward pass after two steps, at the tokens in the loss.
+
+    They are those of hidden states and logits, and the adapter's addition to its module's output.
+    """
     base, ends = torch_models.model(family), []
     make_model = maker(base, **config)
 
@@ -107,7 +110,7 @@ def test_the_changes_are_those_of_the_model_itself(family, config) -> None:
 
 
 def test_draws_of_A_are_nested_over_ranks_and_differ_otherwise() -> None:
-    """They are uniform within PEFT's bound, and differ between layers and seeds."""
+    """Draws are uniform within PEFT's bound, and differ between layers and seeds."""
     starts = []
 
     def optimizer(parameters, rank):  # noqa: ARG001
@@ -136,7 +139,7 @@ def test_draws_of_A_are_nested_over_ranks_and_differ_otherwise() -> None:
     ids=["alpha/r, AdamW", "alpha/sqrt(r), AdamW", "alpha/sqrt(r), SGD", "gaussian, AdamW"],
 )
 def test_which_rule_keeps_the_first_step(arguments, optimizer, verdict) -> None:
-    """The law where signal leads: on the batch that was learned, whose tokens are few."""
+    """The law holds where the signal dominates: on the trained batch, which has few tokens."""
     batch = torch_models.batch(rows=1, length=3)
     check = coordinate_check(
         maker(**arguments), batch, (32, 64, 128), make_optimizer=optimizer, steps=(1, 2), seeds=3, band=0.25
@@ -162,7 +165,7 @@ def test_which_rule_keeps_the_first_step(arguments, optimizer, verdict) -> None:
 
 
 def test_the_steps_are_the_user_s() -> None:
-    """Batches in turn; a rate that falls with the rank undoes a scaling that grows with it."""
+    """Batches are used in turn; a rate that falls with the rank cancels a scaling that grows with it."""
     batches = [torch_models.batch(seed=seed, rows=1, length=3) for seed in (0, 1)]
     first_tokens = []
 
@@ -185,7 +188,7 @@ def test_the_steps_are_the_user_s() -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_models_are_stepped_in_their_own_mode_and_share_their_dropout(training) -> None:
-    """While B is zero, the loss of a step depends on the dropout masks alone: they are equal at every rank."""
+    """While B is zero, a step's loss depends on the dropout masks alone, which are equal at every rank."""
     base, batch = torch_models.model("gpt2"), torch_models.batch("gpt2")
     make_model = maker(base, target_modules=["c_attn"], lora_dropout=0.3)
     plain = float(base(**batch).loss)
@@ -221,7 +224,7 @@ def test_models_are_stepped_in_their_own_mode_and_share_their_dropout(training) 
 
 
 def test_the_learning_rate_is_the_user_s() -> None:
-    """A number or a function of the rank: under Adam a step's change of an adapter is proportional to it."""
+    """It is a number or a function of the rank; under Adam an adapter's change in a step is proportional to it."""
     sizes = {}
     for name, rate, described in (
         ("plain", 1e-5, "AdamW at 1e-05,"),
@@ -238,7 +241,7 @@ def test_the_learning_rate_is_the_user_s() -> None:
 
 
 def test_a_held_out_batch_is_read_where_it_is_new() -> None:
-    """Nothing of a batch is apart from itself."""
+    """No token of a batch is new relative to the same batch."""
     batch, held_out = BATCHES
     with pytest.raises(InputError, match="held_out has no token"):
         coordinate_check(maker(), batch, RANKS, held_out=batch, steps=(1,), seeds=2)

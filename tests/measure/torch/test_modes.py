@@ -1,4 +1,4 @@
-"""The bridge in unusual settings of PyTorch, PEFT and the user's model: right gradients, and nothing changed after."""
+"""The bridge in unusual settings of PyTorch, PEFT and the model: right gradients, and an unchanged model."""
 
 from functools import partial
 
@@ -20,19 +20,19 @@ BATCHES = torch_models.batch(seed=0), torch_models.batch(seed=1)
 
 
 def signals(model, *batches, **arguments) -> np.ndarray:
-    """The measured signal of every module, which needs its gradient and its inputs."""
+    """Return the measured signal of every module, which needs its gradient and its inputs."""
     return regime(model, *(batches or BATCHES), config=SMALL, **arguments).crossings["signal"].to_numpy(float)
 
 
 @pytest.fixture(scope="module")
 def expected() -> np.ndarray:
-    """The signals of the tiny model in PyTorch's usual settings."""
+    """Return the signals of the tiny model in PyTorch's usual settings."""
     return signals(torch_models.model())
 
 
 @pytest.fixture
 def precisions():
-    """PyTorch's settings of float32 products, restored after the test."""
+    """Restore PyTorch's settings of float32 products after the test."""
     if not hasattr(torch.backends, "fp32_precision"):
         pytest.skip("torch before 2.9 has one way to set the precision")
     backends = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
@@ -44,7 +44,7 @@ def precisions():
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_tf32_that_the_attributes_set(place, expected, precisions) -> None:
-    """The getter of the older function raises where tf32 is set as transformers' tf32=True sets it."""
+    """The getter of the older function raises if tf32 is set as transformers' tf32=True sets it."""
     for backend in precisions[1:]:
         backend.fp32_precision = "none"
     precisions[place].fp32_precision = "tf32"
@@ -67,7 +67,7 @@ def test_a_learned_prompt_is_switched_off(expected) -> None:
 
 
 class Normalised(torch.nn.Module):
-    """Buffers that every forward pass in training mode updates."""
+    """Module with buffers that every forward pass in training mode updates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ def test_buffers_are_restored() -> None:
 
 
 class Routed(torch.nn.Module):
-    """A linear module that returns more than a tensor, as the router of Llama 4 does."""
+    """Linear module that returns more than a tensor, as the router of Llama 4 does."""
 
     class Router(torch.nn.Linear):
         def forward(self, x):
@@ -126,7 +126,7 @@ class Routed(torch.nn.Module):
 
 
 def test_a_module_that_returns_no_tensor_is_left_out() -> None:
-    """It is named, with what it returns, and PEFT is asked not to adapt it."""
+    """It is named with what it returns, and excluded from PEFT's targets."""
     batches = random_inputs()
     measured = regime(Routed(), *batches, loss=squares, config=RegimeConfig(rows=0, inits=("gaussian",)))
     assert measured.left_out == {"router": "returns a tuple"}
@@ -138,7 +138,7 @@ def test_a_module_that_returns_no_tensor_is_left_out() -> None:
 
 
 def test_embeddings_that_return_no_tensor() -> None:
-    """The embeddings of Swin's patches return a tuple, which is passed on as it is."""
+    """The patch embeddings of Swin return a tuple, which is passed on unchanged."""
     model, batches = Routed(), random_inputs()
     before = signals(model, *batches, loss=squares)
     model.get_input_embeddings = lambda: model.router
@@ -147,7 +147,7 @@ def test_embeddings_that_return_no_tensor() -> None:
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_hook_of_the_user_s_that_changes_an_output(in_place) -> None:
-    """G is the gradient of the weight, as autograd has it, whatever a hook makes of the output."""
+    """G is the weight's gradient as autograd computes it, whatever a hook does to the output."""
     model, batch, grads = torch_models.model(), BATCHES[0], {}
     module = model.model.layers[0].mlp.up_proj
     module.register_forward_hook(lambda _, __, y: y.mul_(3.0) if in_place else torch.tanh(3.0 * y))
@@ -176,7 +176,7 @@ def test_weights_without_gradients_are_refused() -> None:
 
 
 def test_progress_states_the_cost(capsys) -> None:
-    """Nothing is printed but where it is asked for: the passes, an estimate of the rest, and the number of steps."""
+    """Only on request the passes, an estimate of the remaining time, and the number of steps are printed."""
     model = torch_models.model()
     make_model = partial(torch_models.adapted, model)
     for shown in (False, True):

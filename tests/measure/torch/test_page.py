@@ -1,4 +1,4 @@
-"""The how-to page's example runs as it stands, on a tiny model in the place of the one that it names."""
+"""The how-to page's example runs as printed, on a tiny model instead of the one that it names."""
 
 import re
 from pathlib import Path
