@@ -1,4 +1,4 @@
-"""The stored tables against the printed ones, and the audit of their contents.
+"""The stored tables equal the printed ones; the audit of their contents.
 
 `test_published_findings` compares all findings in the printed tables; the other tests concern the borders of a check.
 """
@@ -66,7 +66,7 @@ def test_every_anchor_names_the_file_that_prints_it() -> None:
 
 
 def test_the_bounds_of_a_mean_hold_every_count() -> None:
-    """Against all counts that print as the entries, rounded in decimal; the border of a printed average is exact."""
+    """They hold for all counts that print as the entries, with decimal rounding and exact ends."""
     row = _row("LLaMA-13B", "Parallel")
     ends = []
     for score, size in zip(row.scores, audit.SIZES, strict=True):
@@ -182,5 +182,5 @@ def test_a_share_is_a_rank_s_to_its_printed_digits(share: float, count: int) -> 
 
 
 def test_published_findings() -> None:
-    """The file that the page on the audit quotes; `python tests/golden/make_audit.py` writes it."""
+    """`python tests/golden/make_audit.py` writes the file that the page on the audit quotes."""
     pd.testing.assert_frame_equal(frames.read_csv(make_audit.PATH), make_audit.findings(), check_dtype=False, rtol=1e-9)

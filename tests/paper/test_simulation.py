@@ -25,7 +25,7 @@ def drawn() -> dict[SimulationCell, list[sampling.StreamMoments]]:
 
 
 def test_cells_are_the_grid_and_the_direct_check() -> None:
-    """The grid at unit scaling, in the table's order; the check where the grid is not direct, at all scalings."""
+    """The grid has unit scaling and the table's order; the check covers all scalings where the grid is not direct."""
     cells = simulation.simulation_cells(CONFIG)
     grid = [cell for cell in cells if not cell.steps]
     assert cells[: len(grid)] == grid

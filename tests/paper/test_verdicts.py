@@ -1,4 +1,4 @@
-"""The verdicts themselves, and that a wrong claim gets a wrong verdict."""
+"""Verdicts on the paper's equations, and the right verdict on a wrong claim."""
 
 import functools
 import math
@@ -62,7 +62,7 @@ def exact(setting: sampling.RandomStep) -> sampling.StreamMoments:
 
 @pytest.mark.slow
 def test_the_evidence_is_in_closed_form() -> None:
-    """Ranks 2 to 64 of p = 64 inputs: E w^2 is r p (r + p + 1) at overlap 0; at 0.5 the mean is -r p / 2."""
+    """At ranks 2 to 64 with p = 64 inputs E w^2 is r p (r + p + 1) at overlap 0; at 0.5 the mean is -r p / 2."""
     by_equation = judged(exact, (2, 4, 16, 64), 64)
     assert {equation: verdict.status for equation, verdict in by_equation.items()} == EXPECTED
     half = {r: (r * 32) ** 2 / (r * 64 * (0.25 * (r + 2) * 66 + 0.75 * (r + 65))) for r in (2, 64)}
@@ -171,14 +171,14 @@ def test_no_equation_is_left_out() -> None:
     [(0.0, 0.0, "holds"), (0.0, 0.5, "holds in a limit"), (-0.5, 0.5, "fails"), (0.5, 0.0, "fails")],
 )
 def test_a_mean_that_is_not_zero(independent: float, overlapping: float, status: str) -> None:
-    """Eq. 6 and 7 by the two means, in units of which the standard error is less than a hundredth."""
+    """Eq. 6 and 7 depend on the two means, whose standard error is below a hundredth of them."""
     by_equation = statuses(lambda setting: stream(overlapping if setting.overlap else independent))
     assert (by_equation["6"], by_equation["7"]) == (status, status)
 
 
 @pytest.mark.parametrize(("factor", "status"), [(0.99, "holds"), (1.01, "fails")])
 def test_a_mean_is_judged_at_the_threshold_of_all_cells(factor: float, status: str) -> None:
-    """Two for each of three ranks, at overlap 0 and at 0.5; one for each would be a threshold that is 3% lower."""
+    """Three ranks at overlap 0 and 0.5 are six means; with three the threshold would be 3% lower."""
     z = threshold(verdicts.FALSE_ALARM, 6)
     spread = z * factor / 100  # of standard error 1/100, whose variance is 1 - mean^2
     mean = spread / math.sqrt(1 + spread**2)
@@ -203,7 +203,7 @@ def limit(inside: float, outside: float, within: Callable[[sampling.RandomStep],
 def test_a_claim_agrees_to_two_percent(
     monkeypatch: pytest.MonkeyPatch, factor: float, other: float, status: str
 ) -> None:
-    """Exact draws, so that the tolerance alone decides: 2%, in every cell or in the limit's alone."""
+    """Exact draws leave only the tolerance of 2%, in every cell or in the limit's cells alone."""
     both_limits = lambda delta, *, rank, p_in, **_: rank * p_in * max(rank, p_in)  # noqa: E731
     monkeypatch.setattr(equations, "eq8_second_moment", both_limits)
     monkeypatch.setattr(equations, "eq9_variance", both_limits)
@@ -225,7 +225,7 @@ def test_ranks_up_to_a_hundredth_of_the_inputs_are_the_limit(
 
 @pytest.mark.parametrize(("factor", "status"), [(1.03, "holds in a limit"), (1.05, "fails"), (0.95, "fails")])
 def test_the_norm_s_limit(factor: float, status: str) -> None:
-    """Eq. 11's norm, p_out p_in r^2 when squared, in its limit alone; a norm's error is half of its square's."""
+    """Eq. 11's squared norm p_out p_in r^2 holds in its limit alone; a norm's error is half of its square's."""
 
     def draw(setting: sampling.RandomStep) -> sampling.StreamMoments:
         exact = setting.p_out * setting.p_in * setting.rank**2
@@ -250,7 +250,7 @@ def growth_statuses(draw: verdicts.Sample) -> set[str]:
     ],
 )
 def test_growth_with_the_rank(slopes: tuple[float, float, float], status: str) -> None:
-    """|w| of these powers of the rank, at overlap 0, at 0.5 and far beyond the crossing rank: Eq. 13 to 15 alike."""
+    """|w| grows as these powers of the rank at overlap 0, at 0.5 and far above the crossing rank."""
 
     def draw(setting: sampling.RandomStep) -> sampling.StreamMoments:
         slope = slopes[0] if not setting.overlap else slopes[1] if setting.rank <= 16 else slopes[2]
@@ -270,7 +270,7 @@ def test_growth_with_the_rank(slopes: tuple[float, float, float], status: str) -
     ],
 )
 def test_growth_is_judged_at_the_threshold_of_all_cells(width: float, gap: float, status: str) -> None:
-    """Three ranks with two cells each: the limit's slope may be off by the threshold, but by a tenth at most."""
+    """For three ranks with two cells each, the limit's slope may be off by the threshold, at most a tenth."""
     low, high = (math.ceil(far * laws.random_input_crossing_rank(1600, 0.5)) for far in (16, 64))
     error = width / threshold(verdicts.FALSE_ALARM, 6)  # of a slope between two points
     spread = error * math.log(high / low) / math.sqrt(2) * 2 * math.sqrt(99)  # of the square, a hundred draws

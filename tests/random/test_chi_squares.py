@@ -1,4 +1,4 @@
-"""Chi squares sampled by rejection against the chi-square distribution."""
+"""Chi-square variates from rejection sampling against the chi-square distribution."""
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,14 @@ pytestmark = pytest.mark.usefixtures("optimised")  # many draws
 
 @pytest.fixture(scope="module")
 def drawn() -> np.ndarray:
-    """Draws of two independent variates for each number of degrees of freedom."""
+    """Return draws of two independent variates for each number of degrees of freedom."""
     draw = jax.jit(sample_chi_squares, static_argnames="draws")
     return np.asarray(draw(jax.random.key(5), jnp.float32(FREEDOMS * 2), draws=DRAWS), np.float64)
 
 
 @pytest.mark.slow
 def test_draws_have_their_law(drawn: np.ndarray) -> None:
-    """Kolmogorov-Smirnov test of the distribution, and tests of mean and variance; false alarm 1e-6 for each."""
+    """Distribution (Kolmogorov-Smirnov), mean and variance are tested at a false-alarm rate of 1e-6 each."""
     z = threshold(1e-6, 2 * len(drawn))
     for sample, freedom in zip(drawn, FREEDOMS * 2, strict=True):
         law = stats.chi2(freedom)
@@ -46,7 +46,7 @@ def test_kolmogorov_smirnov_would_see_another_law(drawn: np.ndarray) -> None:
 
 @pytest.mark.slow
 def test_draws_are_independent(drawn: np.ndarray) -> None:
-    """Ranks of two variates, and of neighbouring draws of one, are uncorrelated; false alarm 1e-6."""
+    """Ranks of two variates, and of neighbouring draws of one, are uncorrelated at a false-alarm rate of 1e-6."""
     ranks = stats.rankdata(drawn, axis=1)
     assert len(np.unique(drawn[0])) > 0.9 * DRAWS
     pairs = np.corrcoef(ranks)[np.triu_indices(len(drawn), 1)]

@@ -1,4 +1,4 @@
-"""Seeds are the integers that JAX's keys tell apart; all commands refuse others, see `tests/test_bad_input.py`."""
+"""Seeds are the integers that JAX's keys distinguish; `tests/test_bad_input.py` tests that commands refuse others."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Cells: each done once, a failing one named and the rest done, the same bytes whatever stopped the run."""
+"""Cells run once, a failure is named and the other cells finish, and interruptions leave identical files."""
 
 import errno
 import json
@@ -25,7 +25,7 @@ from sims.common.cells import run_with_bar
 
 @dataclass(frozen=True)
 class Square:
-    """A cell."""
+    """Cell that squares its number."""
 
     side: int
     kind: str = "plain"
@@ -51,7 +51,7 @@ def drawn(cell: Square, folder: Path) -> float:
 
 
 def failing(side: int, error: BaseException, work: Callable[..., Any] = area) -> Callable[[Square, Path], Any]:
-    """Return the work that raises an error at the end of one cell."""
+    """Return work that raises an error at the end of one cell."""
 
     def run(cell: Square, folder: Path) -> Any:
         value = work(cell, folder)
@@ -88,7 +88,7 @@ def test_a_cell_is_all_its_fields() -> None:
 
 
 def test_results_come_in_the_order_of_the_cells_and_are_done_once(tmp_path, capsys) -> None:
-    """NumPy's numbers become Python's, and are read back with all digits."""
+    """NumPy's numbers become Python's and are read back with all digits."""
     folder = opened(tmp_path)
     first = run_with_bar(SIDES, area, folder, describe=lambda value: f"{value['area']:.2f} m")
     assert [value["area"] for value in first] == pytest.approx([3.0, 1 / 3, 4 / 3])
@@ -111,7 +111,7 @@ def test_results_come_in_the_order_of_the_cells_and_are_done_once(tmp_path, caps
 
 
 def test_a_run_that_was_stopped_leaves_the_same_bytes(tmp_path) -> None:
-    """Interrupted at the end of each of the cells, with the half line that a kill leaves."""
+    """The run is interrupted at the end of each cell, with the half line that a kill leaves."""
     uninterrupted = finished_run(tmp_path / "uninterrupted")
     for stop in (3, 1, 2):
         folder = opened(tmp_path / str(stop))
@@ -143,7 +143,7 @@ def test_a_run_that_was_stopped_leaves_the_same_bytes(tmp_path) -> None:
     ],
 )  # fmt: skip
 def test_an_entry_with_another_key_type_or_a_file_elsewhere_removes_nothing(tmp_path, change) -> None:
-    """The line is sealed, as whoever made the folder could have done."""
+    """The line has a valid digest, as its author could have written."""
     run, checkpoint = tmp_path / "run", tmp_path / "victim" / "checkpoints" / "mine"
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_text("mine")
@@ -202,7 +202,7 @@ def test_a_failing_cell_is_named_and_the_others_are_done(tmp_path, capsys) -> No
 
 
 def test_a_runner_may_end_cells_in_any_order(tmp_path, capsys) -> None:
-    """A runner that works on several cells at once: the results are in the order of the cells all the same."""
+    """Results are in the order of the cells even if a runner computes several at once."""
 
     def last_first(work, todo, on_start):
         for place in range(len(todo)):
@@ -248,7 +248,7 @@ def test_a_full_disk_ends_the_run_and_is_no_fault_of_a_cell(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("end", [lambda folder: folder.finish(), lambda folder: folder._release()])
 def test_a_change_by_hand_is_detected(tmp_path, end) -> None:
-    """Change a result, a file and a cell's configuration, after a run's end and after a kill without digests."""
+    """A result, a file or a cell's configuration is changed after a run's end, or after a kill without digests."""
     folder = opened(tmp_path)
     run_with_bar(SIDES, drawn, folder)
     end(folder)
@@ -285,7 +285,7 @@ def test_a_cell_whose_file_was_removed_is_done_again(tmp_path, capsys) -> None:
 
 
 def test_a_folder_may_be_extended_by_a_setting_that_was_none(tmp_path) -> None:
-    """A setting that is None in one part of a run, and the same in all others."""
+    """A setting may be None in one part of a run if all others are equal."""
 
     def extended(evaluation: Any, work: Callable[..., Any], **config: Any) -> RunFolder:
         config = {"unit": "m"} | config

@@ -1,4 +1,4 @@
-"""Run folders: files whole after a full disk, one owner, nothing changed by hand taken over, stopped in one line."""
+"""Run folders: complete files after a full disk, one owner, detection of changes, and interruption in one line."""
 
 import errno
 import json
@@ -125,7 +125,7 @@ time.sleep(60)
 
 
 def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path):
-    """Two open at once: one gets the folder, the other a line that names it; killed, it frees the folder."""
+    """Of two processes one gets the folder and the other a line that names it; a killed owner frees the folder."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     run = tmp_path / "run"
     both = [subprocess.Popen([sys.executable, "-c", HOLDER, str(run)], **streams) for _ in range(2)]
@@ -145,7 +145,7 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path):
 
 
 def test_a_run_that_ended_while_this_one_waited_is_resumed(tmp_path, monkeypatch):
-    """The folder was empty before the lock; when the lock is held, another process has done a part."""
+    """The folder was empty before the lock; once the lock is held, another process has run a part."""
     opened(tmp_path / "other").finish()
     real = folder_lock.acquire
 
@@ -161,7 +161,7 @@ def test_a_run_that_ended_while_this_one_waited_is_resumed(tmp_path, monkeypatch
 
 
 def test_another_folder_gets_nothing(tmp_path):
-    """A process may open its own folder again: an error leaves it open in a notebook."""
+    """A process may open its own folder again, as an error leaves it open in a notebook."""
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "text").write_text("mine")
     opened(tmp_path / "run")
@@ -220,7 +220,7 @@ def test_a_changed_manifest_is_refused(tmp_path, damage, message):
     ],
 )
 def test_a_manifest_with_values_of_the_wrong_type_is_refused(tmp_path, change, message):
-    """The manifest is sealed, as whoever made the folder could have done."""
+    """The manifest has a valid digest, as its author could have written."""
     opened(tmp_path).finish()
     write_entries(tmp_path / "manifest.json", seals.seal(manifest(tmp_path) | change))
     for read in (lambda: opened(tmp_path), lambda: read_finished_cells(tmp_path)):

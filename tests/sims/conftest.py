@@ -1,4 +1,4 @@
-"""Commands print here as on a wide terminal, and share a tiny model, records and a run folder of sims.regime."""
+"""Commands print as on a wide terminal, and share a tiny model, records and a run folder of sims.regime."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,19 +16,19 @@ jax.devices()  # all eight, before a command under test chooses how many there a
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
-    """240 columns: a sentence is one line, a table one table; `test_output` has 80."""
+    """Print in 240 columns, so that sentences and tables are not broken; `test_output` has 80."""
     monkeypatch.setenv("COLUMNS", "240")
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Path:
-    """A tiny checkpoint."""
+    """Return a tiny checkpoint."""
     return checkpoint.model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    """Records in train.json, other.json, one/train.json and two/train.json, and four questions of each of two tasks."""
+    """Write train.json, other.json, one/train.json and two/train.json, and four questions of each of two tasks."""
     folder = checkpoint.two_files(tmp_path_factory.mktemp("data"))
     checkpoint.records(folder / "train.json", 40)
     checkpoint.records(folder / "other.json", 20)
@@ -39,13 +39,13 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def regime_run(tmp_path) -> Path:
-    """A run folder of sims.regime."""
+    """Return a run folder of sims.regime."""
     return regime_runs.write(tmp_path / "regime")
 
 
 @pytest.fixture
 def carried(monkeypatch):
-    """Cells are done by what a cluster's worker has of their work: a copy out of Ray's pickle, where Ray is here."""
+    """Run cells from a copy of their work out of Ray's pickle, as a worker does, if Ray is installed."""
     try:
         from ray import cloudpickle
     except ImportError:

@@ -1,4 +1,4 @@
-"""How commands end: the answer, the tables, the files; and the one JSON object of these that --json prints."""
+"""The end of a command: answer, tables and files, and the JSON object of these that --json prints."""
 
 import fcntl
 import json
@@ -27,7 +27,7 @@ class Config:
 
 
 def command(config: Config) -> None:
-    """Work, and an end as every command's."""
+    """Run work that ends as every command does."""
     tables.print_text("beginning")
     if config.rank == 0:
         raise InputError("rank must be at least 1, got 0")
@@ -58,7 +58,7 @@ def test_a_sentence_then_the_table_then_the_files(folder) -> None:
 
 
 def test_json_is_all_there_is_on_standard_output(folder) -> None:
-    """Figures are numbers, and what JSON has no number for is a text. Standard error has none of the printed text."""
+    """Figures are numbers, or text where JSON has no number. Standard error has none of the printed text."""
     before = sys.stdout
     out = commands.output(run("--json --out", folder))
     assert json.loads(out, parse_constant=lambda name: pytest.fail(name)) == {
@@ -71,7 +71,7 @@ def test_json_is_all_there_is_on_standard_output(folder) -> None:
 
 
 def test_files_and_tables_without_an_answer(capsys) -> None:
-    """Figures are files alone, and a table lists what a run has done."""
+    """A command of figures prints files alone, and a list of runs is a table."""
     paths = [Path("a.png"), Path("a.svg")]
     answers.print_paths(paths)
     assert capsys.readouterr().out == "a.png\na.svg\n"
@@ -89,7 +89,7 @@ def test_files_and_tables_without_an_answer(capsys) -> None:
 
 
 def test_an_answer_that_is_no_good_is_an_answer() -> None:
-    """And bad input is none: one line of error, and nothing for the machine to take for a result."""
+    """Status 1 comes with an answer. Bad input gives one line of error and no JSON."""
     status, out, _ = run("--json --rank 1")
     assert (status, json.loads(out)["answer"]) == (1, "Rank 8 is enough.")
     assert run("--json --rank 0") == (2, "", "error: rank must be at least 1, got 0\n")
@@ -97,7 +97,10 @@ def test_an_answer_that_is_no_good_is_an_answer() -> None:
 
 
 def test_a_folder_in_use_is_refused_before_any_work(tmp_path) -> None:
-    """By whoever holds its lock; not where a command of this process holds it, nor to list what is there."""
+    """The holder of the lock is named. Once it is released, the command runs and leaves the file unchanged.
+
+    A lock that is not held, or held by a command of this process, does not prevent the run.
+    """
     path = tmp_path / ".lock"
     path.write_text(json.dumps({"process": 7, "host": "h", "since": "s"}))
     with path.open("r+") as lock:

@@ -1,4 +1,4 @@
-"""`sims.finetune` and `sims.evaluate` with prefix tuning and in full, on a tiny checkpoint."""
+"""`sims.finetune` and `sims.evaluate` with prefix tuning and full fine-tuning, on a tiny checkpoint."""
 
 import json
 
@@ -35,7 +35,7 @@ def scores(model, data, out, *more: object) -> list[float]:
 
 @pytest.mark.slow
 def test_a_prefix_is_trained_saved_and_scored(model, data, tmp_path) -> None:
-    """Commands do the same with every method; `test_rank_sweep` has the others."""
+    """Commands work the same with every method; `test_rank_sweep` tests the others."""
     printed = commands.output(train(model, data, tmp_path / "run", "prefix"))
     assert "prefix on" in printed
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
@@ -60,7 +60,7 @@ def stop_at_3(events, event, add=finetune.Metrics.add) -> None:
 
 @pytest.mark.slow
 def test_full_fine_tuning_writes_a_model(model, data, tmp_path, monkeypatch) -> None:
-    """After it was stopped and went on from its checkpoint, too."""
+    """This includes a run that resumed from its checkpoint."""
     run, close, closed = tmp_path / "run", Checkpoints.close, []
     with monkeypatch.context() as patch:
         patch.setattr(finetune.Metrics, "add", stop_at_3)

@@ -1,4 +1,4 @@
-"""`python -m sims.capacity`: the paper's table, one model by part, models from folders."""
+"""`python -m sims.capacity`: the paper's table, one model by item, and models from folders."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""How commands begin and end: one line for what the option parser refuses, none for a closed pipe, one for Ctrl-C."""
+"""Start and end of commands: one line for a refused option, none for a closed pipe, one for Ctrl-C."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ from sims.common import cli
 
 @dataclass(frozen=True)
 class Checked:
-    """A range."""
+    """Options with a range."""
 
     rank: int = 1
     """of the adapter"""
@@ -33,7 +33,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Checks:
-    """Ranges of a part."""
+    """Nested options with ranges."""
 
     part: Checked = field(default_factory=Checked)
     """a part"""
@@ -41,7 +41,7 @@ class Checks:
 
 @dataclass(frozen=True)
 class Parent:
-    """A part with defaults that are not its own."""
+    """Options with a nested part whose defaults differ from the part's own."""
 
     inner: Inner = field(default_factory=lambda: Inner(batch_size=3))
 
@@ -196,7 +196,7 @@ def test_versions(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_ranges_are_checked_where_the_configuration_is_made(tmp_path: Path) -> None:
-    """The message of `__post_init__` is passed on as it is, of the command's own configuration and of a part."""
+    """The message of `__post_init__` is printed unchanged, for the command's own configuration and for a nested one."""
     for config in (Checked, Checks):
         with pytest.raises(InputError, match=r"^--rank must be at least 1, got -1 \[x\]$"):
             parse("--rank", "-1", config=config)
@@ -262,7 +262,7 @@ def test_a_fault_of_the_program_is_no_message() -> None:
 
 @pytest.mark.parametrize("words", ["print('x' * 10**6)", "print('x')", "cli.parse(Config, ['--help'], description='')"])
 def test_output_that_nobody_reads_ends_without_a_word(words: str) -> None:
-    """The pipe closes as in ``| head``, whether while the command prints or only when it has ended."""
+    """The pipe closes as in ``| head``, during the output or after the end."""
     code = f"from sims.common import cli\nfrom support.options import Config\ncli.run(lambda: {words})"
     read, write = os.pipe()
     os.close(read)
@@ -284,7 +284,7 @@ def test_output_that_nobody_reads_ends_without_a_word(words: str) -> None:
 def test_a_signal_while_importing_ends_a_command_with_one_line(
     tmp_path: Path, words: str, slow: str, number: signal.Signals
 ) -> None:
-    """The import of a package of that name takes a minute here, and says when it has begun."""
+    """A package takes a minute to import here, and reports the start of the import."""
     (tmp_path / f"{slow}.py").write_text("import time; print('begun', flush=True); time.sleep(60)")
     (script := tmp_path / "rora").write_text("from sims.__main__ import main; main()")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])}

@@ -19,7 +19,7 @@ ARGUMENTS = (
 
 @pytest.fixture(scope="module")
 def words(data, tmp_path_factory) -> list[str]:
-    """Words of the command; the model's tokens are bytes alone.
+    """Return the words of the command; the model's tokens are bytes alone.
 
     Of so many the signal leads by enough for alpha/r to be flat in this band.
     """
@@ -42,7 +42,7 @@ def verdict(finished, **values):
 
 @pytest.mark.slow
 def test_rules_and_controls(finished):
-    """alpha/r is flat under AdamW at the first step; kappa = 0 grows by one power more, and gaussian A shrinks."""
+    """Under AdamW alpha/r is flat at the first step; kappa = 0 grows by one power more, and gaussian A shrinks."""
     values = {"split": "train", "step": 1, "quantity": "output"}
     for module in ("self_attn.q_proj", "mlp.down_proj", "model"):
         slope, judged = verdict(finished, rule="lora", init="kaiming_uniform", module=module, **values)

@@ -23,7 +23,7 @@ PROTOCOLS = {"label": "--batch-size 1", "harness": "--limit 3", "generate": "--l
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Thirty records of each of two tasks."""
+    """Write thirty records of each of two tasks."""
     folder = tmp_path_factory.mktemp("data")
     for task, labels in TASKS.items():
         checkpoint.questions(folder, task, labels, COUNT)
@@ -42,7 +42,7 @@ def run(*words: object) -> str:
 
 @pytest.fixture(scope="module")
 def finished(model, data, tmp_path_factory) -> Path:
-    """A folder with a run of each protocol, and what it printed."""
+    """Return a folder with a run of each protocol, and what it printed."""
     folder = tmp_path_factory.mktemp("runs")
     for protocol in PROTOCOLS:
         printed = run(*arguments(model, data, folder / protocol, protocol))
@@ -51,7 +51,7 @@ def finished(model, data, tmp_path_factory) -> Path:
 
 
 def scored(folder: Path) -> list[dict]:
-    """The samples of a run, without the digest of each and its run."""
+    """Return the samples of a run, without their digests and run."""
     lines = map(json.loads, (folder / samples.FILE).read_text().splitlines())
     return [{name: value for name, value in line.items() if name != "digest"} for line in lines]
 
@@ -82,8 +82,10 @@ def test_a_run_writes_samples_and_results(protocol: str, finished: Path) -> None
 
 @pytest.mark.slow
 def test_a_stop_loses_nothing(model: Path, data: Path, finished: Path, tmp_path: Path, monkeypatch) -> None:
-    """A sample is in the file before the next is scored, so that a kill loses none; a resumed run ends with the files
-    of an uninterrupted one. `test_finetune` kills a process."""
+    """Each sample is written before the next is scored, so that a kill loses none.
+
+    A resumed run ends with the files of an uninterrupted one. `test_finetune` kills a process.
+    """
     words, path, add = arguments(model, data, tmp_path / "run", "label"), tmp_path / "run" / samples.FILE, Samples.add
 
     def stop_at_the_ninth(self: Samples, sample: Any) -> None:

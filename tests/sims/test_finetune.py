@@ -56,7 +56,7 @@ def arguments(model: Path, data: Path, out: Path, *more: str) -> list[str]:
 
 
 def train(words: list[str]) -> str:
-    """Fine-tune as in a process of its own, which has one device; return what is printed."""
+    """Fine-tune as in a separate process with one device; return what is printed."""
     return commands.output(commands.run_on_one_device(finetune.main, *words))
 
 
@@ -70,7 +70,7 @@ def refused(words: list[str]) -> str:
 
 
 def events(run: Path, kind: str | None = None) -> list[dict]:
-    """The run's events of one kind, or of both."""
+    """Return the run's events of one kind, or of both."""
     recorded = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [event for event in recorded if kind in (None, event["event"])]
 
@@ -85,7 +85,7 @@ def manifest_of(run: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def complete(model, data, tmp_path_factory) -> Path:
-    """The folder of an uninterrupted run."""
+    """Return the folder of an uninterrupted run."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     (out.parent / "printed").write_text(train(arguments(model, data, out, "--merge")))
     return out
@@ -126,7 +126,7 @@ def test_the_table_comes_before_the_training(complete):
 
 @pytest.mark.slow
 def test_a_base_in_blocks_is_trained_and_merged(model, data, tmp_path, monkeypatch):
-    """The dense base with the adapter is in merged/."""
+    """The folder merged/ has the dense base with the adapter."""
     monkeypatch.setattr(checkpoint, "CONFIG", LlamaConfig(300, 32, 64, 2, 4, 2, 8, max_position_embeddings=512))
     wide = checkpoint.model(tmp_path / "wide")
     more = ["--steps", "4", "--warmup", "2", "--held-out", "0", "--quantization", "q4_0"]
@@ -149,7 +149,7 @@ def test_a_base_in_blocks_is_trained_and_merged(model, data, tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_what_is_written_is_the_best_or_the_last(model, data, tmp_path, monkeypatch):
-    """With validation losses that are made to grow after step 2, on top of what they are."""
+    """The validation losses are made to grow after step 2."""
     factors, real = iter((9.0, 1.0, 2.0, 3.0, 4.0, 5.0)), steps.eval_step
     made = {}
 
@@ -178,7 +178,7 @@ def test_what_is_written_is_the_best_or_the_last(model, data, tmp_path, monkeypa
 
 @pytest.fixture(scope="module")
 def brief(model, data, tmp_path_factory) -> tuple[list[str], Path, str]:
-    """A run of three steps, each with a validation loss: its command, its folder and what it printed."""
+    """Return the command, folder and output of a run of three steps, each with a validation loss."""
     out = tmp_path_factory.mktemp("brief") / "run"
     more = "--steps 3 --warmup 1 --evaluate-every 1 --merge --serve-as portable"
     if importlib.util.find_spec("tensorboardX"):
@@ -200,7 +200,7 @@ def test_the_curves_in_tensorboard_are_those_of_the_run(brief):
 
 @pytest.mark.slow
 def test_a_run_ends_with_its_figures_in_a_table(brief):
-    """And as JSON, those of the run's own files."""
+    """The JSON has the same figures, which are those of the run's own files."""
     command, out, printed = brief
     expected = {values[0]: values for values in (tuple(row.values()) for row in card.summary_rows(events(out), 288))}
     _, best_step, best_loss = expected["validation loss, best"]
@@ -217,7 +217,7 @@ def test_a_run_ends_with_its_figures_in_a_table(brief):
 
 @pytest.mark.slow
 def test_another_licence_is_written_to_the_cards_of_a_run_that_has_ended(brief, tmp_path):
-    """The adapter and the merged model have a card each; what its owner wrote there stays where no licence is given."""
+    """The adapter and the merged model have a card each; their owner's text stays if no licence is given."""
     command, finished, _ = brief
     out = Path(shutil.copytree(finished, tmp_path / "run"))
     again = [*command, "--out", str(out)]
@@ -251,7 +251,7 @@ def test_the_seed_decides_the_start(model, data, tmp_path):
 
 @pytest.mark.slow
 def test_the_adapter_has_a_model_card_and_names_its_weights(complete, model, data):
-    """The card says what was trained on what, how long and to which losses, as the run's own files have it."""
+    """The card states data, number of steps and losses, as in the run's own files."""
     text = (complete / "adapter" / "README.md").read_text()
     card_rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE))
     manifest, digest = manifest_of(complete), model_digest(model)
@@ -277,7 +277,7 @@ def test_the_adapter_has_a_model_card_and_names_its_weights(complete, model, dat
 
 @pytest.mark.slow
 def test_killed_and_interrupted_it_ends_with_the_same_bits(complete, model, data, tmp_path, monkeypatch):
-    """Killed by SIGKILL after some steps; resumed, then interrupted at step 50; resumed once more."""
+    """The run is killed by SIGKILL after some steps, resumed, interrupted at step 50, and resumed again."""
     out, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
     command = [sys.executable, "-m", "sims.finetune", *arguments(model, data, out)]
     process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""What a run is known by: every setting that determines its results, and the content of its model, adapter and data.
+"""Identity of a run: every setting that determines its results, and the content of its model, adapter and data.
 
 Each command is stopped where it opens its folder; the configuration it opens with is its identity.
 """
@@ -45,7 +45,7 @@ from sims import (
 
 
 class Opened(Exception):  # noqa: N818 (a way out, not an error)
-    """A command has come as far as its folder."""
+    """Raised once a command has opened its folder."""
 
     def __init__(self, identity: Any, cells: Any = None, models: Any = ()) -> None:
         self.identity, self.cells = json.loads(json.dumps(as_json(identity))), cells
@@ -79,7 +79,7 @@ def adapter(model, tmp_path_factory) -> Path:
 
 
 def settings(name: str, model: object, data: Path) -> Any:
-    """Return a command's configuration on the tiny model, or of a simulation."""
+    """Return a command's configuration on the tiny model, or that of a simulation."""
     model = str(model)
     train = (str(data / "train.json"),)
     return {
@@ -103,7 +103,7 @@ def settings(name: str, model: object, data: Path) -> Any:
 
 
 def start(name: str, config: Any) -> Opened:
-    """Run a command as far as its folder."""
+    """Run a command until it opens its folder."""
     with pytest.raises(Opened) as caught:
         sys.modules[f"sims.{name}"].run(config)
     return caught.value
@@ -114,7 +114,7 @@ WITH_A_MODEL = ("regime", "transfer", "coordinate_check", "finetune", "prune", "
 
 @pytest.mark.parametrize("name", [name for name in WITH_A_MODEL if name != "rank_sweep"])
 def test_a_folder_in_use_is_refused_before_weights_are_read(name, model, data, tmp_path, monkeypatch) -> None:
-    """Without --out too: the folder's name is known from what the weights are, not from what is in memory."""
+    """Without --out too, the folder's name follows from the identity of the weights, not from their values."""
     monkeypatch.chdir(tmp_path)
     config = settings(name, model, data)
     path = path_of(name, start(name, config).identity)
@@ -133,7 +133,7 @@ def test_a_folder_in_use_is_refused_before_weights_are_read(name, model, data, t
 
 
 def flip(file: Path, at: int) -> None:
-    """Change the byte of ``file`` at ``at``, in place."""
+    """Change one byte of ``file`` in place, at the offset ``at``."""
     content = bytearray(file.read_bytes())
     content[at] ^= 1
     file.write_bytes(content)
@@ -141,7 +141,7 @@ def flip(file: Path, at: int) -> None:
 
 @pytest.mark.parametrize("name", WITH_A_MODEL)
 def test_a_run_is_known_by_the_content_of_what_it_reads(name, model, data, tmp_path) -> None:
-    """A bit of the last weight, a blank in the tokenizer's file, or another word of the last record is another run.
+    """One bit of the last weight, a blank in the tokenizer, or a word of the last record makes another run.
 
     Another place of model and records is none.
     """
@@ -176,7 +176,7 @@ def test_a_run_is_known_by_the_content_of_what_it_reads(name, model, data, tmp_p
 
 @pytest.mark.parametrize("name", WITH_A_MODEL)
 def test_a_branch_that_moves_is_another_run(name, model, data, monkeypatch) -> None:
-    """The commit is in the identity beside the content: even where the same files are committed again.
+    """The identity includes the commit, so that a new commit with the same files differs.
 
     The revision asked for is looked up once, and is itself no part of the run: two names of a commit are one.
     """
@@ -284,7 +284,7 @@ def other(command: str, name: str, value: Any) -> Any:
 
 
 def changes(command: str, config: Any, skip: set[str]) -> dict[str, Any]:
-    """The configuration with one setting changed, by the setting."""
+    """Return the configuration with one setting changed, by the name of the setting."""
     actual, hints = {}, get_type_hints(type(config), include_extras=True)
     for field in fields(config):
         if Fixed in getattr(hints[field.name], "__metadata__", ()):  # no setting of this command
@@ -310,7 +310,7 @@ OF_TRANSFER = {
 
 
 def check_settings(name: str, config: Any, skipped: set[str]) -> None:
-    """Check that the settings that leave a command's identity as it is are the neutral ones."""
+    """Check that exactly the neutral settings leave a command's identity unchanged."""
     before = start(name, config)
     same, in_cells = set(), set()
     for setting, changed in changes(name, config, skipped).items():
@@ -329,7 +329,7 @@ def test_every_setting_that_changes_a_result_is_in_the_identity(name, model, dat
 
 @pytest.mark.parametrize("name", ["lr_transfer", "training_dynamics", "variance_sweep"])
 def test_every_setting_of_a_simulation_is_in_its_identity(name, model, data) -> None:
-    """But where and on how many devices it is done."""
+    """Only the output folder and the devices are excluded."""
     config = settings(name, model, data)
     check_settings(name, config, SKIPPED - {"model"})
     elsewhere = {"devices": 1} if name == "variance_sweep" else {}
@@ -339,7 +339,7 @@ def test_every_setting_of_a_simulation_is_in_its_identity(name, model, data) -> 
 
 @pytest.mark.slow
 def test_every_setting_of_a_fine_tuning_run_is_in_its_identity(model, data) -> None:
-    """Each method has all settings but those that others have alone, which are in no identity of it."""
+    """The identity of each method has all settings except those of other methods."""
     config = settings("finetune", model, data)
     values = {
         "rule": "lora", "targets": ("q_proj",), "rank_pattern": {"q_proj": 1}, "alpha_pattern": {"q_proj": 1.0},
@@ -369,7 +369,7 @@ def test_every_setting_of_a_fine_tuning_run_is_in_its_identity(model, data) -> N
 
 
 def test_every_setting_of_a_sweep_on_real_layers_is_in_its_identity(tmp_path) -> None:
-    """And the file's content."""
+    """The identity also includes the content of the file."""
     path = tmp_path / "layers.npz"
     random = np.random.default_rng(0)
     shapes = {"grad": (6, 24), "x_train": (12, 24), "x_heldout": (9, 24)}
@@ -384,7 +384,7 @@ def test_every_setting_of_a_sweep_on_real_layers_is_in_its_identity(tmp_path) ->
 
 
 def test_a_matrix_of_runs_is_all_that_is_read_of_it() -> None:
-    """The losses of single records too: the errors are over them."""
+    """This includes the losses of single records, which determine the errors."""
     cell = trained_runs.TrainedRun("lora", 8, 2.0, 1e-3, 0, 1.5, np.array([1.0, 2.0]), np.array([1.0, 1.0]))
     variants = [
         replace(cell, method="rora"), replace(cell, rank=16), replace(cell, gamma=1.0), replace(cell, rate=1e-4),

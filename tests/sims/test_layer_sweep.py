@@ -1,4 +1,4 @@
-"""The sweep over real layers as a user runs it: measurement against the law, the figure."""
+"""The sweep over real layers as a user runs it: measurement against the law, and the figure."""
 
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def test_one_rank_has_a_crossing_rank_and_no_exponent(layers: Path, tmp_path: Pa
     ("name", "value", "message"), [("grad", np.ones((6, 23)), "shape"), ("x_heldout", None, "is missing")]
 )
 def test_bad_layers(layers: Path, tmp_path: Path, name: str, value: np.ndarray | None, message: str) -> None:
-    """The file and its array are named; what else an array can be is in the tests of the layers' reader."""
+    """The message names the file and its array; the tests of the layers' reader have other invalid arrays."""
     with np.load(layers) as saved:
         arrays = dict(saved) | {f"model.layers.10.self_attn.q_proj/{name}": value}
     bad = tmp_path / "bad.npz"
@@ -76,7 +76,7 @@ def test_bad_layers(layers: Path, tmp_path: Path, name: str, value: np.ndarray |
 
 @pytest.mark.slow
 def test_real_layers(layer_data: Path) -> None:
-    """Real layers of a real model: their regime, from the law, with the figures the README quotes."""
+    """The regime of real layers of a model, computed from the law, has the published figures."""
     real_layers = read_layers(layer_data)
     assert len(real_layers) == 9
     for layer in real_layers:

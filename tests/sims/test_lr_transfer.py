@@ -1,4 +1,4 @@
-"""Best rates on the controlled problem and from a matrix of real runs; bad matrices; figures."""
+"""Best rates in the controlled problem and in a matrix of real runs; invalid matrices; figures."""
 
 import csv
 import itertools
@@ -42,7 +42,7 @@ def test_rows_and_their_figure(finished):
 
 @pytest.mark.slow
 def test_frozen_adam_moves_as_the_signal_predicts(finished):
-    """B alone under Adam: only gamma times the rate counts, so best rates of two rules differ by their gammas.
+    """With B alone under Adam only gamma times the rate counts, so best rates of two rules differ by their gammas.
 
     To 5%: Adam's epsilon and the parabola's place on the grid.
     """
@@ -63,7 +63,7 @@ def test_frozen_adam_moves_as_the_signal_predicts(finished):
 
 @pytest.mark.slow
 def test_a_finite_but_diverged_run_is_no_point(tmp_path):
-    """SGD far beyond its stable rate: a loss of 1e9 times its start is finite and would bend every parabola."""
+    """SGD far above its stable rate has a finite loss of 1e9 times its start, which would distort every parabola."""
     words = "--optimizers sgd --sgd-lrs 0.01 0.1 1 10 100 1000"
     rows = commands.rows(run(tmp_path / "run", SMALL, words) / "results.csv")
     losses = np.array([float(row["loss_train"]) for row in rows])
@@ -92,7 +92,7 @@ def write(folder: Path, rows: list[dict]) -> None:
 
 
 def matrix(folder: Path, *, models=("tiny",)) -> Path:
-    """A folder as sims.rank_sweep writes it: lora's best rate stays at 1e-3, rora's falls as r^-1/2 from rank 8 on.
+    """Write a folder as sims.rank_sweep does: lora's best rate stays at 1e-3, rora's falls as r^-1/2 from rank 8 on.
 
     The best loss of rora is 2% higher.
     """
@@ -126,7 +126,7 @@ def matrix(folder: Path, *, models=("tiny",)) -> Path:
 
 @pytest.mark.slow
 def test_matrix(tmp_path):
-    """The parabolas that the losses were made from are found, with errors over records; the figure draws them.
+    """The fit finds the parabolas behind the losses, with errors over records; the figure draws them.
 
     A best loss that is 2% higher, on the same records in every run, shows although the records' own spread is 30%.
     """

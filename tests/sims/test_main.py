@@ -1,4 +1,4 @@
-"""One name for all commands: what it lists, hands over and refuses."""
+"""The command `rora`: its list of commands, their arguments, and refused names."""
 
 import re
 import runpy
@@ -75,7 +75,7 @@ def test_the_figures_by_themselves_list_the_commands(monkeypatch, capsys) -> Non
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash, to complete in")
 def test_a_shell_completes_commands_and_options(monkeypatch, capsys, tmp_path) -> None:
-    """The script is asked as bash asks it: words so far, of which the last is begun."""
+    """The script is called as bash calls it: with the words so far, of which the last is incomplete."""
     run(monkeypatch, "--print-completion", "bash")
     script = tmp_path / "rora.bash"
     script.write_text(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""What commands print fits 80 columns: help and tables, here of the published results; figures are never cut."""
+"""Printed help and tables fit 80 columns, here for the published results; figures are never cut."""
 
 import dataclasses
 import importlib
@@ -63,8 +63,10 @@ PUBLISHED = Path(__file__).parents[2] / "results" / "published"
 
 @pytest.fixture
 def printed(capsys, monkeypatch):
-    """The lines printed since the last call, at 80 columns; none is wider. Of a command's report the answer comes
-    first, and the tables are such that JSON has them."""
+    """Return the lines printed since the last call in at most 80 columns.
+
+    In a command's report the answer comes first, and the tables are those of the JSON.
+    """
     monkeypatch.setenv("COLUMNS", "80")
     sentences: list[Any] = []
     print_answer = answers.print_answer
@@ -101,7 +103,7 @@ def saved(run: str, name: str) -> Any:
 
 
 def config_of(kind: type, name: str):
-    """The published run's configuration, as far as it determines the table."""
+    """Return the published run's configuration, as far as it determines the table."""
     used = saved(name, "manifest")["config"]
     fields = {field.name: field for field in dataclasses.fields(kind)}
     chosen = {key: tuple(v) if isinstance(v, list) else v for key, v in used.items() if key in fields}
@@ -127,7 +129,7 @@ LONG = "full is better by 1.77% ± 1.57%: more than a shift of the rate; a best 
 @pytest.mark.parametrize("left", [0, 1, 2])
 @pytest.mark.parametrize("last", ["verdict", "0.5"])
 def test_long_words_among_the_figures_fold(printed, left, last) -> None:
-    """Whole words, each row's in one piece, wherever the column stands; a short figure beside them is not folded."""
+    """A long word folds within its cell in any column; a short figure beside it does not."""
     columns = ["steps", "rank", "ratio", "verdict", "more"]
     texts = [LONG, LONG.replace("full", "lora").replace("shift", "move")]
     rows = [[step, 8, "9.993 ± 0.1", text, last] for step, text in zip((16, 64), texts, strict=True)]
@@ -141,7 +143,7 @@ def test_long_words_among_the_figures_fold(printed, left, last) -> None:
 
 @pytest.mark.parametrize("keys", [2, 4])
 def test_a_further_table_has_the_keys_again(printed, keys) -> None:
-    """The keys are words or figures: no row of a part has to be counted to be known."""
+    """The keys are words or figures, so that no rows need to be counted to identify one."""
     columns = ["rule", "method", "rank", "alpha", *(f"figure {i}" for i in range(9))]
     rows = [["lora", "dora", rank, 16, *(f"{rank}.{i} ± 0.001" for i in range(9))] for rank in (8, 128)]
     tables.print_table("OF_WORDS", columns, rows, left=2, keys=keys)
@@ -214,7 +216,7 @@ def test_regime(printed) -> None:
 
 @pytest.mark.slow
 def test_regime_at_new_tokens(printed) -> None:
-    """The report has how many held-out tokens were left out, medians beside pooled figures, and when A leads."""
+    """The report has the number of skipped held-out tokens, medians beside pooled figures, and when A leads."""
     measured = regime_of("regime_held_out")
     regime.report(config_of(RegimeConfig, "regime_held_out"), measured, None)
     text = "\n".join(printed())
@@ -282,7 +284,7 @@ def test_evaluate(printed) -> None:
 
 
 def options(config: type) -> dict[str, bool]:
-    """Return the names of a configuration's options, those of its parts included, and whether each is required."""
+    """Return the names of a configuration's options, including nested ones, and whether each is required."""
     names: dict[str, bool] = {}
     for field in dataclasses.fields(config):
         if dataclasses.is_dataclass(field.type):
@@ -295,7 +297,7 @@ def options(config: type) -> dict[str, bool]:
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("module", COMMANDS, ids=lambda module: module.__name__)
 def test_help(module, printed, monkeypatch) -> None:
-    """It is for who calls the command: it has no word of exceptions, and its examples stand on lines of their own."""
+    """It is written for users of the command: it does not mention exceptions, and examples have their own lines."""
     monkeypatch.setattr(sys, "argv", [module.__name__, "--help"])
     with pytest.raises(SystemExit) as caught:
         runpy.run_module(module.__name__, run_name="__main__", alter_sys=True)
@@ -329,7 +331,7 @@ def test_commands_fold_as_a_shell_reads_them(printed) -> None:
 
 @pytest.fixture
 def terminal(monkeypatch) -> tuple[list[float], Callable[[], str]]:
-    """A terminal of 80 columns with a clock of its own, and what a bar has drawn there, without its colours."""
+    """Return a terminal of 80 columns with its own clock, and what a bar draws there, without colours."""
     now, drawn = [0.0], io.StringIO()
     options = {"file": drawn, "force_terminal": True, "width": 80, "get_time": lambda: now[0]}
     monkeypatch.setattr(progress, "Console", lambda **_: Console(**options))
@@ -341,7 +343,7 @@ def terminal(monkeypatch) -> tuple[list[float], Callable[[], str]]:
     [(0, ["-:--:--"]), (1, ["0:32:40"]), (10, ["0:26:40", "0:26:41"])],  # 392 are left after one, 8 each 40 seconds
 )
 def test_the_bar_foresees_the_end_of_slow_work(terminal, bursts, left) -> None:
-    """Results that come eight at once every 40 seconds, in a run that an earlier one had begun."""
+    """Eight results arrive at once every 40 seconds, in a run that resumes an earlier one."""
     now, drawn = terminal
     with progress.progress_bar("scoring", 1000) as bar:
         bar.advance(600)

@@ -1,4 +1,4 @@
-"""Data of a user's own: chats through the model's template, the assistant's tokens alone in the loss."""
+"""A user's own data: chats through the model's template, with only the assistant's tokens in the loss."""
 
 import json
 import re
@@ -25,7 +25,7 @@ OTHER_TEMPLATE = "holds a run with other arguments (chat_template_sha256"
 
 @pytest.fixture(scope="module")
 def chat_model(model, tmp_path_factory) -> Path:
-    """The tiny model with a chat template, which it has none of."""
+    """Return the tiny model with a chat template added."""
     folder = Path(shutil.copytree(model, tmp_path_factory.mktemp("model") / "hf"))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["chat_template"] = chat_templates.LLAMA3
@@ -49,14 +49,14 @@ def saved_prompts(run: Path) -> list[dict]:
 
 
 def answer_loss(losses: list[RecordLoss]) -> object:
-    """The mean loss over the assistant's tokens."""
+    """Compute the mean loss over the assistant's tokens."""
     mean = sum(record.answer_loss for record in losses) / sum(record.answer_tokens for record in losses)
     return pytest.approx(mean, rel=1e-5)
 
 
 @pytest.mark.slow
 def test_fine_tuning_on_chats(chat_model, chats, tmp_path) -> None:
-    """The first step's loss is the mean over every turn of the assistant's and nothing else."""
+    """The first step's loss is the mean over exactly the assistant's turns."""
     ended = fine_tune(chat_model, chats, "--out", tmp_path, "--loss-on", "answer", "--show", "2")
     printed = commands.output(ended)
     summary = "records: 6 as messages (detected from the first record's keys; --format selects another); template chat"
@@ -86,7 +86,7 @@ def test_fine_tuning_on_chats(chat_model, chats, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_the_template_is_part_of_the_run(model, chats, tmp_path) -> None:
-    """A model without one is told what to choose; another template is another run."""
+    """A model without a template is refused with the choices; another template is another run."""
     out = ("--out", tmp_path / "run")
     refusal = commands.refusal(fine_tune(model, chats, *out))
     assert "the model has no chat template. Pass --chat-template FILE (a Jinja file)" in refusal
@@ -124,7 +124,7 @@ COMMANDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.NAME)
 def test_what_is_measured_on_chats(command, chat_model, model, chats, tmp_path) -> None:
-    """They are read as the model reads them, of which it must have a template; another template is another run."""
+    """Chats need the model's template; another template is another run."""
     small = f"{COMMANDS[command]} --batch-size 2 --held-out 2 --targets q_proj --show 1"
     words = [small, "--data", chats, "--out", tmp_path / "run"]
     ended = commands.run(command.main, *words, "--model", model)

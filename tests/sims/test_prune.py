@@ -17,7 +17,7 @@ from sims import prune
 
 @pytest.fixture(scope="module")
 def texts(data, tmp_path_factory) -> list[str]:
-    """Files of text."""
+    """Write files of text."""
     path = tmp_path_factory.mktemp("text") / "more.txt"
     path.write_text("the quick brown fox " * 20)
     return [str(data / "train.json"), str(path)]
@@ -25,14 +25,14 @@ def texts(data, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def command(model, texts, tmp_path_factory) -> list[object]:
-    """Words of the command, whose run folder is the last one."""
+    """Return the words of the command; its run folder is the last one."""
     small = "--share 0.85 --windows 10 --held-out 3 --seq 32 --batch-size 4 --layers 1"
     return ["--text", *texts, "--model", model, small, "--out", tmp_path_factory.mktemp("prune") / "run"]
 
 
 @pytest.fixture(scope="module")
 def printed(command) -> str:
-    """The output of a finished run."""
+    """Return the output of a finished run."""
     return commands.output(commands.run(prune.main, *command))
 
 

@@ -1,4 +1,4 @@
-"""`python -m sims.rank_sweep`: what a cell measures, on a tiny checkpoint; each cell once, whatever stops the run."""
+"""`python -m sims.rank_sweep` on a tiny checkpoint: what a cell measures, and that interruptions repeat no cell."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ SAVED = "--save-adapters --seeds 0"
 
 @pytest.fixture(scope="module")
 def swept(model, data, tmp_path_factory) -> Path:
-    """A matrix of every kind of cell, which grew by a rank."""
+    """Return a matrix with every kind of cell, extended by a rank."""
     out = tmp_path_factory.mktemp("sweep") / "matrix"
     for methods in ("base prefix series lora dora rora quarter --ranks 4", "lora rora --ranks 2 4"):
         commands.output(sweep(model, data, out, "--methods", methods, SAVED))
@@ -77,7 +77,7 @@ def test_cells(swept) -> None:
 
 @pytest.mark.slow
 def test_parameters_are_counted(swept) -> None:
-    """Per layer of hidden 16, feed-forward 24, 2 query heads and 1 key/value head of 8."""
+    """The count is per layer of hidden 16, feed-forward 24, 2 query heads and 1 key/value head of 8."""
     shapes = [(16, 16), (8, 16), (8, 16), (24, 16), (16, 24)]  # q, k, v, up, down
     row = commands.selected(table(swept), method="lora", rank=2)
     assert int(row["trainable_parameters"]) == 2 * sum(2 * (a + b) for a, b in shapes)
@@ -89,7 +89,7 @@ def test_parameters_are_counted(swept) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["rora", "prefix"])
 def test_a_cell_s_loss_is_its_adapter_s(swept, model, data, method) -> None:
-    """The saved adapter beside the weights, on the held-out records that the cell names."""
+    """The saved adapter is evaluated beside the weights, on the held-out records that the cell names."""
     [row, *_] = [row for row in table(swept) if row["method"] == method]
     folder = swept / "cells" / row["key"]
     written = commands.rows(folder / "losses.csv")
@@ -109,7 +109,7 @@ def test_a_cell_s_loss_is_its_adapter_s(swept, model, data, method) -> None:
 
 
 def test_what_a_command_sets_reaches_the_workbench(model, data, tmp_path, monkeypatch) -> None:
-    """Settings that the identity of its cells does not hold reach it too."""
+    """This includes settings that are not in the identity of its cells."""
     received = {}
 
     def workbench(shared, records, tasks, located, **more):
@@ -128,7 +128,7 @@ def test_what_a_command_sets_reaches_the_workbench(model, data, tmp_path, monkey
 
 @pytest.mark.slow
 def test_the_schedule_ends_at_the_last_step(swept) -> None:
-    """Three steps of nine, one of them warm-up: the rate is 0, the peak, half of it, and the peak is the cell's own."""
+    """In three of nine steps, with one of warm-up, the rate is 0, the cell's peak, and half of it."""
     for row in table(swept):
         if row["method"] != "base":
             events = map(json.loads, (swept / "cells" / row["key"] / "metrics.jsonl").read_text().splitlines())
@@ -138,7 +138,7 @@ def test_the_schedule_ends_at_the_last_step(swept) -> None:
 
 @pytest.mark.slow
 def test_rules_of_a_rank_share_a_compiled_step(swept) -> None:
-    """But for the second rank, which grew later, with `lora` the first of its own."""
+    """The exception is the second rank, which was added later, with `lora` the first of its own."""
     done = read_finished_cells(swept).values()
     compiled = {(item.cell["method"], item.cell["rank"]): item.value.get("compilations") for item in done}
     assert [compiled["lora", rank] for rank in (4, 2)] == [1, 1]
@@ -148,7 +148,9 @@ def test_rules_of_a_rank_share_a_compiled_step(swept) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("carried")
 def test_a_cell_that_was_stopped_goes_on_from_its_checkpoint(swept, model, data, tmp_path, monkeypatch) -> None:
-    """Ctrl-C at the last of three steps, behind a checkpoint a step: to the result of one that was not stopped."""
+    """After Ctrl-C at the last of three steps, with a checkpoint at each, the result is that of an uninterrupted
+    cell.
+    """
     out, more = tmp_path / "m", f"--methods rora --ranks 4 --checkpoint-every 1 {SAVED}"
     steps, add = [], Metrics.add
 
@@ -184,7 +186,7 @@ def test_a_cell_that_was_stopped_goes_on_from_its_checkpoint(swept, model, data,
 
 
 class Quick(Workbench):
-    """Measures at once what is made of the cell's own hash, so that runs can be compared to the byte."""
+    """Workbench that derives results from a cell's hash at once, so that runs can be compared to the byte."""
 
     def open(self, _: str) -> list[str]:
         self.train_examples, self.model = None, SimpleNamespace(tokenizer=None)
@@ -208,7 +210,7 @@ class Quick(Workbench):
 
 @pytest.fixture
 def quick(monkeypatch) -> None:
-    """Sweeps whose cells take no time."""
+    """Run sweeps whose cells take no time."""
     monkeypatch.setattr(rank_sweep, "Workbench", Quick)
     monkeypatch.setattr(rank_sweep.prompts, "save_prompts", lambda *_, **__: None)  # which a tokenizer is needed for
 
@@ -222,7 +224,7 @@ def fail(*_: object) -> None:
 
 
 def stopped(number: int, what, *words: object) -> commands.Ended:
-    """End a sweep in whose cell of that number, from 1, ``what`` happens instead of its work."""
+    """End a sweep by doing ``what`` instead of the work of the cell with that number, counted from 1."""
     begun, measure = [], Quick.measure
 
     def work(self, cell, folder) -> EvaluatedCell:
@@ -247,7 +249,7 @@ FILES = ("results.csv", "differences.csv", CELLS)
 @pytest.mark.parametrize("number", [1, 4])
 @pytest.mark.parametrize("what", [interrupt, fail])
 def test_a_sweep_that_was_stopped_leaves_the_same_bytes(model, data, tmp_path, number, what) -> None:
-    """By Ctrl-C, or by a failure after which all other cells are done; first in the base's cell, then in another."""
+    """It stops by Ctrl-C, or by a failure after which all other cells finish, in the base's cell or in another."""
     original, out = tmp_path / "whole", tmp_path / "stopped"
     assert "Lowest validation loss of 5 cells: " in commands.output(sweep(model, data, original, FOUR))
     assert len(frames.read_csv(original / "differences.csv")) == 3  # each less the base, and rora less lora
@@ -268,7 +270,7 @@ def test_a_sweep_that_was_stopped_leaves_the_same_bytes(model, data, tmp_path, n
 
 @pytest.mark.usefixtures("quick")
 def test_a_sweep_grows_by_what_it_lacks(model, data, tmp_path) -> None:
-    """Ranks, seeds and rates; tasks that were not scored at first, and never again without them."""
+    """It grows by ranks, seeds and rates, and by tasks that were not scored at first."""
     out = tmp_path / "m"
     for more, trained in (
         ("--ranks 2 --seeds 0 --no-accuracy", 1),
@@ -293,7 +295,7 @@ def test_a_sweep_grows_by_what_it_lacks(model, data, tmp_path) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_a_folder_has_one_driver(model, data, tmp_path) -> None:
-    """The second is told who the first is; nothing of the first's is touched."""
+    """The second driver is told which process is the first, and changes none of its files."""
     out = tmp_path / "m"
 
     def content() -> dict[Path, bytes]:
@@ -325,7 +327,7 @@ def test_the_cells_are_listed_with_their_state(model, data, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_a_file_changed_by_hand_is_not_read(swept, tmp_path) -> None:
-    """The table's, and a cell's own."""
+    """This covers the table and a cell's own file."""
     out = Path(shutil.copytree(swept, tmp_path / "m"))
     cell = out / "cells" / commands.selected(table(out), method="rora", rank=2)["key"]
     for path in (out / "results.csv", cell / "losses.csv"):
@@ -347,7 +349,7 @@ def test_a_file_changed_by_hand_is_not_read(swept, tmp_path) -> None:
     ],
 )
 def test_names_are_no_markup(name, shown) -> None:
-    """A model may be called as a folder may."""
+    """The name of a model may be any name of a folder."""
     assert benchmark_tables.escaped(name) == shown
     line = benchmark_tables.paper_lines("I")[0]
     named = dataclasses.replace(line, model=name, method=name, source=name)
@@ -378,7 +380,7 @@ def test_a_tuned_design_goes_on_at_the_best_rate(model, data, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_figures(swept, capsys) -> None:
-    """Drawn from the folder alone."""
+    """They are drawn from the folder alone."""
     methods = ("LoRA", "RoRA", "DoRA", "prefix tuning", "series adapter", "no adapter")
     for figure, name, options, words in (
         (accuracy, "accuracy", {"rank": 4}, ("LoRA", "no adapter", "less the model alone", "less LoRA", "average")),
@@ -418,7 +420,7 @@ def test_tables_have_every_row_of_ours_and_of_the_papers(swept, tmp_path) -> Non
 
 
 def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> None:
-    """A run of three cells by hand: what is drawn, not what was tried, is what the title says."""
+    """In a run of three invented cells, the title states what is drawn, not what was tried."""
     columns = dict.fromkeys(results.COLUMNS, "")
     shared = {
         "status": "complete", "model": "runs/half/model", "method": "rora", "rule": "rora", "rank": "64",

@@ -1,4 +1,4 @@
-"""Bad input that a command refuses by its own checks, in one line with status 2, before it writes anything.
+"""Bad input that a command refuses by its own checks: one line and status 2, before it writes anything.
 
 What every option refuses, whatever it stands for, is in `tests/test_bad_input.py`; what a configuration of the library
 refuses by itself is in that library's tests.
@@ -169,7 +169,7 @@ CASES = [
 
 @pytest.fixture
 def place(model, data, regime_run, tmp_path, monkeypatch) -> dict[str, str]:
-    """A working directory with files of bad content; the paths that the words in capitals stand for."""
+    """Return a working directory with invalid files, and the paths for the placeholders in capitals."""
     for name, content in {
         "EMPTY.json": "[]",
         "BAD.json": '[{"instruction": "a", "output": "b"}, {"instruction": "a"}]',

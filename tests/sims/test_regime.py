@@ -1,4 +1,4 @@
-"""`python -m sims.regime` on a tiny checkpoint: figures, the verdict, resuming by layer, figures drawn."""
+"""`python -m sims.regime` on a tiny checkpoint: results, the verdict, resumption by layer, figures."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def records(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def inputs(model, records) -> list[str]:
-    """Words of the command that name model and data."""
+    """Return the words of the command that name model and data."""
     return ["--model", str(model), "--data", records]
 
 
@@ -44,7 +44,9 @@ def finished(inputs, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_results(finished) -> None:
-    """Every module, split, optimizer, init, rule and rank; measured under the first rule; others by gamma's power."""
+    """There is a row for every module, split, optimizer, init, rule and rank, measured under the first rule; gamma's
+    power gives the others.
+    """
     rows = commands.rows(finished / "results.csv")
     assert len(rows) == 2 * 2 * 2 * 2 * 2 * 3 * 3
     assert {row["module"] for row in rows} == {
@@ -63,7 +65,7 @@ def test_results(finished) -> None:
 
 @pytest.mark.slow
 def test_losses_are_of_the_batch_and_of_other_records(finished, model, records) -> None:
-    """The batch is the records that were not held out; the library's tests have the figures of given batches."""
+    """The batch has the records that were not held out; the library's tests check given batches."""
     model, all_records = load(model), read_records([records])
     pair = record_batches.make_batch_pair(PairConfig(4, 4), all_records, model.tokenizer)
     rest, held_out = split_records(all_records, 4, 0)
@@ -85,7 +87,9 @@ def test_losses_are_of_the_batch_and_of_other_records(finished, model, records) 
 
 @pytest.mark.slow
 def test_verdict(finished) -> None:
-    """The law holds: 96 comparisons at false alarm 0.01 in all, seeded; the mean over modules lies in its own error."""
+    """The law holds: 96 comparisons have a total false-alarm rate of 0.01 with a fixed seed, and the mean over
+    modules is within its error.
+    """
     verdict = json.loads((finished / "verdict.json").read_text())
     assert (verdict["verdict"], verdict["comparisons"], verdict["outside"]) == ("holds", 96, 0)
     for row in commands.rows(finished / "judge.csv"):
@@ -105,7 +109,7 @@ def test_figures(finished) -> None:
 
 @pytest.mark.slow
 def test_a_trained_adapter_is_measured_in_the_weights(inputs, model, records, finished, tmp_path) -> None:
-    """The model with it merged gives the same bytes, and other figures than before the training."""
+    """The model with the merged adapter gives the same files, and other figures than before training."""
     base, lora = load(model), adapters.LoraConfig(rank=2, alpha=4, rule="lora")
     fresh = adapters.init(jax.random.key(0), lora, base.config, base.params)
     trained = adapters.replace(fresh, jax.tree.map(lambda leaf: leaf + 0.1, fresh.params))
@@ -130,7 +134,7 @@ def test_a_trained_adapter_is_measured_in_the_weights(inputs, model, records, fi
 
 @pytest.mark.slow
 def test_a_thin_run_says_so_and_no_path_is_in_its_files(finished, model) -> None:
-    """Sixteen tokens a module are enough to tell a spread, which here is too wide; both layers are there."""
+    """Sixteen tokens per module suffice to measure a spread, which is too wide here; both layers are listed."""
     manifest = json.loads((finished / "manifest.json").read_text())
     assert manifest["warnings"] == thin.regime_warnings(pd.read_csv(finished / "crossing_ranks.csv"), 2)
     assert manifest["model_layers"] == 2

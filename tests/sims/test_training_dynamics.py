@@ -32,7 +32,7 @@ def slope(table, **values):
 
 @pytest.mark.slow
 def test_slopes_are_the_table(finished):
-    """One training input, so the signal leads on it: kappa = 1/2 and 1 are flat; ranks up to p_in, held-out apart.
+    """With one training input the signal dominates on it, so kappa = 1/2 and 1 are flat for ranks up to p_in.
 
     The exact law's slopes over these ranks are within 0.03 of the limit on the training input (r* is 1 and 2.6); the
     rest is the sampling error.

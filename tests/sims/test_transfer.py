@@ -25,7 +25,7 @@ def answer(arguments: str) -> str:
 
 
 def snippet(text: str) -> dict:
-    """The keyword arguments of the printed LoraConfig."""
+    """Return the keyword arguments of the printed LoraConfig."""
     code = text[text.index("from peft") :]
     code = code[: code.index("\n)") + 2]
     space: dict = {}
@@ -34,7 +34,7 @@ def snippet(text: str) -> dict:
 
 
 def cells(text: str) -> dict[str, list[str]]:
-    """The words of each line by its first column."""
+    """Return the words of each line by its first column."""
     return {line.split("  ")[0].strip(): line.split() for line in text.splitlines() if line.strip()}
 
 
@@ -84,7 +84,7 @@ def test_the_tuned_rule_is_kept() -> None:
     ],
 )
 def test_what_is_printed_is_what_peft_takes(arguments, targets, task_type) -> None:
-    """The user's targets and task type, as PEFT's own LoraConfig reads them."""
+    """PEFT's own LoraConfig reads the user's targets and task type."""
     config = snippet(answer(f"{arguments} --rule rora"))
     assert (config["target_modules"], config["task_type"]) == (targets, task_type)
     pytest.importorskip("torch")
@@ -103,7 +103,7 @@ def test_what_is_printed_is_what_peft_takes(arguments, targets, task_type) -> No
     ],
 )
 def test_a_measured_regime(regime_run, arguments, optimizer, base, types) -> None:
-    """The terms of the asked optimizer, split and targets, a pattern by type."""
+    """The terms are those of the requested optimizer, split and targets, with a pattern for each type."""
     written = snippet(answer(f"--regime {regime_run} {arguments}"))
     terms = {
         f"model.layers.{layer}.{name}": base + 5 * layer + 2 * position
@@ -119,7 +119,10 @@ def test_a_measured_regime(regime_run, arguments, optimizer, base, types) -> Non
 
 
 def test_a_measured_regime_prints_one_alpha(regime_run) -> None:
-    """The table's and the snippet's; what it does to the whole model's step is said, another alpha is not advised."""
+    """Table and snippet have one alpha.
+
+    Its effect on the whole model's step is stated, and no other alpha is advised.
+    """
     text = answer(f"--regime {regime_run} --optimizer adamw")
     alpha = snippet(text)["lora_alpha"]
     assert cells(text)["all modules"][2] == f"{alpha:.6g}"
@@ -153,7 +156,7 @@ def test_a_thin_regime_is_said_to_be_thin(regime_run, manifest, targets, message
 @pytest.mark.slow
 @pytest.mark.usefixtures("carried")
 def test_check_on_a_model(model, data, tmp_path) -> None:
-    """SGD in a tiny model: without change the step grows, and the alphas of a measured regime bring it back."""
+    """Under SGD in a tiny model the unchanged step grows, and the alphas of a measured regime restore it."""
     regime.run(
         regime.Config(
             data=(str(data / "train.json"),), model=str(model), targets=("q_proj", "down_proj"),
@@ -201,7 +204,7 @@ def save(tmp_path):
 
 
 def test_from_a_saved_adapter_as_json(save) -> None:
-    """The old setting is the file's; the figures are the library's, beside the answer and the tables' rows."""
+    """The old setting is read from the file; the figures are the library's, beside the answer and the tables' rows."""
     saved = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj"], "use_dora": True}
     arguments = f"--from {save(saved)} --lr 2e-4 --to-rule rslora --to-alpha 32 --steps 50 --to-steps 90 --json"
     _, out, err = commands.run(transfer.main, arguments)
@@ -228,14 +231,14 @@ def test_from_a_saved_adapter_as_json(save) -> None:
     ],
 )
 def test_what_contradicts_a_saved_adapter_is_refused(save, options, message) -> None:
-    """The defaults too: an option that is given is never taken for one that is not."""
+    """This includes the defaults: an explicit option is never mistaken for a missing one."""
     folder = save(SAVED)
     ended = commands.run(transfer.main, "--from", folder, options)
     assert commands.refusal(ended).startswith(f"error: {message.format(folder)}.")
 
 
 def test_what_a_saved_adapter_says_too_is_accepted(save) -> None:
-    """A rule is its exponent, targets are a set; a regular expression is no list that could contradict."""
+    """Rules are compared by exponent and targets as sets; a regular expression cannot contradict a list."""
     options = {
         "from_rank": 16, "alpha": 32.0, "rule": "rora", "init": "kaiming_uniform", "targets": ("v_proj", "q_proj"),
     }  # fmt: skip
@@ -247,14 +250,14 @@ def test_what_a_saved_adapter_says_too_is_accepted(save) -> None:
 
 
 def test_the_initialisation_is_that_of_the_saved_adapter(save) -> None:
-    """PEFT's gaussian has the deviation 1 / r, so that alpha at the first step grows as the rank."""
+    """PEFT's gaussian has the deviation 1 / r, so alpha at the first step grows as the rank."""
     folder = save(SAVED | {"use_rslora": False, "init_lora_weights": "gaussian"})
     written = snippet(answer(f"--from {folder} --lr 2e-4 --to-rank 64"))
     assert (written["init_lora_weights"], written["lora_alpha"]) == ("gaussian", 4 * 32)
 
 
 def test_a_missing_learning_rate_of_a_saved_adapter_is_named(save) -> None:
-    """The default takes its place, which may not be the tuned one; a rate that is given is not remarked."""
+    """The default replaces it, which may not be the tuned rate; there is no remark on an explicit rate."""
     folder = save(SAVED)
     remark = commands.run(transfer.main, "--from", folder).err
     assert f"{folder} has no learning rate" in remark
@@ -270,7 +273,7 @@ OWN = {
 
 
 def test_the_config_to_paste_has_what_the_saved_one_has(save) -> None:
-    """It has what stays as it is at another rank and none of PEFT's defaults; an unknown entry is named."""
+    """It has the entries that stay at another rank and none of PEFT's defaults; an unknown entry is named."""
     saved = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "bias": "none", "lora_bias": False, "loftq_config": {}}
     arguments = f"--from {save(saved | OWN | {'eva_config': {'rho': 2.0}})} --lr 2e-4"
     extra = {"r": 128, "lora_alpha": 32, "use_rslora": False, "init_lora_weights": True}
@@ -314,7 +317,7 @@ def axolotl(tmp_path):
 
 
 def test_the_setting_is_that_of_a_trainers_file(axolotl) -> None:
-    """The learning rate and the optimizer too; the same value given twice is accepted, another is refused."""
+    """It includes learning rate and optimizer. An option with the same value is accepted, with another one refused."""
     path = axolotl("sgd")
     advice, peft, _ = advise(TransferConfig(from_=path, lr=2e-4))
     assert advice.old == Setting(16, 32.0, 2e-4, "lora", "sgd")

@@ -13,7 +13,9 @@ RATES = 10 ** (np.arange(-18, -9) / 4)
 
 
 def curve(best: float, *, noise: float = 0.0, seed: int = 0, seeds: int = 3, skew: float = 0.0) -> Curve:
-    """exp(0.02 (x + skew x^3)^2), x the octaves from the best rate, times lognormal noise."""
+    """Return exp(0.02 (x + skew x^3)^2) times lognormal noise, where x is the distance from the best rate in
+    octaves.
+    """
     random = np.random.default_rng(seed)
     x = np.log2(RATES / best)
     losses = np.exp(0.02 * (x + skew * x**3) ** 2 + noise * random.normal(size=(seeds, len(RATES))))
@@ -40,7 +42,7 @@ def test_registration_finds_the_shift_of_a_skewed_curve() -> None:
 
 
 def test_whole_curves_have_a_smaller_spread_than_three_points() -> None:
-    """200 noisy pairs: the ratio of two deviations is known to 5%, so a factor of 1/1.4 is 6 standard errors from 1."""
+    """Over 200 noisy pairs the ratio of two deviations is known to 5%, so 1/1.4 is 6 standard errors from 1."""
     first, second = (curve(best, noise=0.01, seed=seed, seeds=200) for seed, best in enumerate((1e-3, 3e-4)))
     vertex = np.std(log2_rates(second) - log2_rates(first))
     assert np.std(quadratic_optima(second) - quadratic_optima(first)) < vertex / 1.4
@@ -64,7 +66,7 @@ def test_the_pooled_exponent_is_the_planted_one(method) -> None:
 
 
 def test_a_seed_counts_in_the_pairs_that_have_it() -> None:
-    """Seeds are the clusters: one rank's third seed counts beside two ranks' first two."""
+    """Seeds are the clusters: one rank's third seed counts beside the first two of two ranks."""
     ratio = 8.0
     pairs = [(curve(1e-3, noise=0.01), curve(1e-4, noise=0.01, seed=1)), (curve(2e-3), curve(3e-4))]
     pairs[1] = (pairs[1][0].select_seeds((0, 1)), pairs[1][1].select_seeds((1, 0)))

@@ -56,7 +56,7 @@ def test_a_share_has_the_samples_deviation_inside_and_wilsons_interval_at_the_en
 
 
 def test_the_jackknife_is_about_the_mean_of_what_is_left() -> None:
-    """The spread is not about the full statistic, exp(3): without one value it is exp(4), exp(3.5) and exp(1.5)."""
+    """The spread is around the mean of exp(4), exp(3.5) and exp(1.5), each without one value, not around exp(3)."""
     values = np.array([1.0, 2.0, 6.0])
     estimate = jackknife(lambda indices: math.exp(float(np.mean(values[list(indices)]))), 3, "seeds")
     assert (estimate.value, estimate.n, estimate.over) == (pytest.approx(math.exp(3)), 3, "seeds")
@@ -64,7 +64,7 @@ def test_the_jackknife_is_about_the_mean_of_what_is_left() -> None:
 
 
 def test_the_jackknife_of_one_case_has_no_error() -> None:
-    """There is nothing to leave out: the error is infinite, as for one seed, and not 0."""
+    """Nothing can be left out: the error is infinite, as for one seed, and not 0."""
     estimate = jackknife(lambda indices: 3.0 + len(indices), 1, "seeds")
     assert (estimate, estimate.has_error) == (Estimate(4.0, math.inf, 1, ""), False)
 

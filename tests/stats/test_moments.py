@@ -1,4 +1,4 @@
-"""Running moments: exact sums, right standard errors, honest exponents."""
+"""Running moments: exact sums, right standard errors, and exponents whose errors have the stated coverage."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def test_moments_match_exact_arithmetic(values: list[float], block: int) -> None
 
 @pytest.mark.slow
 def test_a_billion_draws_keep_float64_accuracy() -> None:
-    """10^5 blocks of 10^4 draws, each block's sums known exactly: plain float64 running sums would drift by 1e-12.
+    """The sums of 10^5 blocks of 10^4 draws are known exactly; plain float64 running sums would drift by 1e-12.
 
     The block is fed by its own sums (added 10^5 times), so that the test is quick; the additions are the real ones.
     """
@@ -58,7 +58,7 @@ def test_order_alone_decides() -> None:
 
 
 def test_errors_of_a_small_sample() -> None:
-    """By hand, where n and n - 1 differ by a third: s / sqrt(n) of the values and of their squares."""
+    """They are s / sqrt(n) of the values and of their squares, for a sample where n and n - 1 differ by a third."""
     values = np.array([1.0, 2.0, 4.0, 9.0])
     moments = Moments().add(values[:1]).add(values[1:])  # shifted by 1, not by their mean
     names = ("mean", "second_moment", "variance")
@@ -96,7 +96,7 @@ def test_threshold() -> None:
 
 
 def test_agreement_with_a_law() -> None:
-    """z and the relative gap of each, by hand; a law of 0 has no relative gap."""
+    """z and the relative gap are computed by hand; a law of 0 has no relative gap."""
     result = agreement([1.1, 1.5], [0.05, 0.25], [1.0, 2.0])
     assert result.scores == pytest.approx((2.0, -2.0))
     assert result.largest_gap == pytest.approx(0.25)
@@ -118,7 +118,8 @@ def test_figures_known_exactly_agree_where_they_are_equal() -> None:
 
 @pytest.mark.parametrize("quantity", ["mean", "second_moment", "variance"])
 def test_standard_errors_cover(quantity: str) -> None:
-    """Intervals of +-2 s.e. from 4000 skewed samples cover as often as a binomial allows (false alarm 1e-6, two-sided).
+    """Intervals of +-2 s.e. from 4000 skewed samples cover as often as a binomial allows (false-alarm rate 1e-6, two-
+    sided).
 
     The intervals are asymptotic: at n = 2000 exponential draws the skewness of a squared estimate moves coverage by
     less than 1.5 points, which is allowed for; a standard error off by 5% moves it by 0.4 points per percent at first

@@ -1,4 +1,4 @@
-"""Means with errors over shared records, against a jackknife, arithmetic by hand and sampling."""
+"""Means with errors over shared records, against a jackknife, manual arithmetic and sampling."""
 
 import math
 
@@ -11,7 +11,7 @@ from rora_theory.stats.paired import mean_of_groups, mean_per_token, mean_per_to
 
 
 def test_the_mean_s_error_is_the_jackknife_s() -> None:
-    """The first-order error of a ratio against leaving each record out: they differ by a part in the record count."""
+    """The first-order error of a ratio differs from the jackknife's by a part in the record count."""
     random = np.random.default_rng(0)
     tokens = random.integers(20, 60, 400)
     losses = tokens * random.normal(1.0, 0.1, 400)
@@ -36,7 +36,9 @@ def test_one_record_has_no_error() -> None:
 
 
 def test_seeds_are_averaged_before_the_error_over_records() -> None:
-    """-1 and +1 on one record: no error over records, that over seeds is the deviation of -1/60 and 1/60 by sqrt 2."""
+    """Values of -1 and +1 on one record have no error over records; over seeds it is the deviation of -1/60 and 1/60
+    by sqrt 2.
+    """
     losses = np.array([[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
     by_record, by_seed = mean_per_token_over_seeds(losses, [10, 20, 30])
     assert by_record == Estimate(0.0, 0.0, 3, "records")
@@ -47,7 +49,7 @@ def test_seeds_are_averaged_before_the_error_over_records() -> None:
 
 
 def test_groups_count_alike_whatever_their_size() -> None:
-    """Means 0 and -1/2; variances 2/3 of four items and 1/2 of two; a second seed halves an item that differs."""
+    """Means are 0 and -1/2, variances 2/3 of four items and 1/2 of two; a second seed halves an item that differs."""
     groups = [np.array([[0, 1, 0, -1]]), np.array([[-1, 0]])]
     estimate = mean_of_groups(groups)
     assert (estimate.value, estimate.n, estimate.over) == (-0.25, 6, "items")
@@ -64,7 +66,10 @@ def test_a_group_of_one_item_has_no_error() -> None:
 
 
 def test_resampled_ratios() -> None:
-    """Sums in proportion to the sizes never move; two series share their records; the spread is the ratio's error."""
+    """Sums in proportion to the sizes never change.
+
+    Two series share their records, and the spread is the ratio's error.
+    """
     sizes = np.random.default_rng(1).integers(20, 60, 300).astype(float)
     losses = sizes * np.random.default_rng(2).normal(1.0, 0.1, 300)
     drawn = resampled_ratios([3 * sizes, losses, 2 * losses], sizes, draws=2000)

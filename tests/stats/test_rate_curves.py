@@ -17,7 +17,7 @@ DECADES = np.array([0.1, 1.0, 10.0])
 
 
 def curve(losses: Any, rates: np.ndarray = RATES, *, rule: str = "lora", rank: int = 8, **fields: Any) -> Curve:
-    """Return a curve at gamma = 16 / r^kappa, of AdamW on both factors unless a field is given."""
+    """Return a curve at gamma = 16 / r^kappa of AdamW on both factors, with changed fields."""
     kappa = 0.5 if rule == "rora" else 1.0
     fields = {"optimizer": "adamw", "trained": "both", "scaling": 16 / rank**kappa} | fields
     return Curve(rule=rule, kappa=kappa, rank=rank, rates=rates, losses=np.atleast_2d(losses), **fields)
@@ -26,7 +26,7 @@ def curve(losses: Any, rates: np.ndarray = RATES, *, rule: str = "lora", rank: i
 def bowl(
     rule: str, rank: int, centre: float | np.ndarray, *, lowest: float = 1.0, seeds: int = 3, **fields: Any
 ) -> Curve:
-    """Return parabolas in the log loss around ``centre``, on the grid `RATES`, no two seeds alike."""
+    """Return parabolas in the log loss around ``centre``, on the grid `RATES`, different for each seed."""
     level = lowest * (1 + 0.01 * np.arange(seeds))[:, None]
     return curve(level * np.exp(0.1 * np.log(RATES / centre) ** 2), rule=rule, rank=rank, **fields)
 
@@ -57,7 +57,7 @@ def compare(first: Curve, second: Curve) -> rate_curves.Comparison:
     ],
 )
 def test_a_comparison_s_verdict(differences, word):
-    """Student's t over seeds: better, equal within 1%, or undecided."""
+    """Student's t over seeds decides: better, equal within 1%, or undecided."""
     differences = 4 * np.array(differences)
     second = np.tile([4.008, 4.0, 4.008], (3, 1))  # a grid that may hide 0.06%
     first = second + differences[:, None]
@@ -74,7 +74,7 @@ def test_a_comparison_s_verdict(differences, word):
 
 
 def test_a_rank_whose_best_rate_is_at_the_edge_is_in_no_slope():
-    """Three ranks on the line rate = r^-1/2; two more whose best rates lie beyond the grid, below and above."""
+    """Three ranks are on the line rate = r^-1/2; two more have best rates outside the grid, below and above."""
     inside, single, pair = (
         [bowl("rora", rank, 4e-3 * rank**-0.5, seeds=seeds) for rank in (4, 16, 64)] for seeds in (3, 1, 2)
     )

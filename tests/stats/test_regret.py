@@ -12,7 +12,7 @@ RATES = 10 ** (np.arange(-20, -7) / 4)
 
 
 def curve(best: float, *, seeds: int = 3, curvature: float = 0.1, shift: float = 0.0, noise: float = 0.0) -> Curve:
-    """Loss 1 + curvature log10(rate / best)^2; the seeds' levels and their best rates differ."""
+    """Return the loss 1 + curvature log10(rate / best)^2; levels and best rates differ between seeds."""
     random = np.random.default_rng(5)
     optima = best * 10 ** (shift * (np.arange(seeds) - (seeds - 1) / 2))
     losses = 1 + curvature * np.log10(RATES / optima[:, None]) ** 2 + 0.05 * np.arange(seeds)[:, None]

@@ -1,4 +1,4 @@
-"""Slopes over seeds and the band they must lie in: what is flat passes, what is not or is unsettled fails."""
+"""Slopes over seeds and the band around zero: a flat case passes, others and undecided ones fail."""
 
 import math
 
@@ -13,7 +13,7 @@ RANKS = [4, 16, 64, 256]
 
 
 def powers(exponents, noise=0.0, seed=0):
-    """r^e for each seed's exponent, with noise in the logarithm."""
+    """Return r^e for each seed's exponent, with noise in the logarithm."""
     random = np.random.default_rng(seed)
     lines = np.log(RANKS) * np.asarray(exponents)[:, None]
     return np.exp(lines + noise * random.normal(size=lines.shape))
@@ -69,8 +69,10 @@ def test_assert_flat():
 
 
 def test_the_departure_is_of_the_seeds_mean_from_the_line():
-    """Logs of 0, 3, 2 and 1, 2, 6 in units of ln 2, at 2, 4, 6: the mean 1/2, 5/2, 4 has the slope 7/8 and leaves 1/6
-    of the range of 4."""
+    """The logs are 0, 3, 2 and 1, 2, 6 in units of ln 2, at 2, 4, 6.
+
+    The mean 1/2, 5/2, 4 has the slope 7/8 and departs by 1/6 of the range of 4.
+    """
     fit = slopes.seed_fit(RANKS[:3], np.array([[1.0, 8.0, 4.0], [2.0, 4.0, 64.0]]))
     assert (fit.slope, fit.departure) == pytest.approx((7 / 8, 1 / 24))
 
@@ -93,7 +95,7 @@ def test_values_that_have_no_slope(x, y, message):
 
 
 def test_interval_covers():
-    """The 95% interval of the mean slope covers the truth in 95% of experiments; 2000 of them, |z| < 4."""
+    """In 2000 experiments the 95% interval of the mean slope covers the truth in 95%, with |z| < 4."""
     fits = [slopes.seed_fit(RANKS, powers([0.4] * 4, noise=0.2, seed=s)) for s in range(2000)]
     covered = np.mean([abs(fit.slope - 0.4) <= fit.half_width(0.95) for fit in fits])
     assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2000)

@@ -10,13 +10,13 @@ from rora_theory.stats.synthetic_sweeps import GRID_STEP, SweepModel, draw_sweep
 
 
 def optima(model: SweepModel, count: int, seed: int = 0) -> np.ndarray:
-    """Fitted log2 of the best rates, by sweep, rank, end and seed."""
+    """Return the fitted log2 of the best rates, by sweep, rank, end and seed."""
     sweeps = draw_sweeps(model, count, np.random.default_rng(seed), draws=2)
     return np.array([[[quadratic_optima(curve) for curve in pair] for pair in pairs] for pairs in sweeps])
 
 
 def test_optima_have_the_planted_exponent_spread_and_correlation() -> None:
-    """Parabolas without noise or records: a mean of 400 differences is known to a twentieth of their deviation."""
+    """For parabolas without noise or records, a mean of 400 differences is known to a twentieth of their deviation."""
     model = SweepModel(-0.7, 16.0, seeds=3, rates=5, record_spread=0.0, noise=0.0, seed_spread=0.1)
     fitted = optima(model, 400)
     first, second = fitted[:, :, 0], fitted[:, :, 1]

@@ -1,4 +1,4 @@
-"""Trained runs: the same resampled records at every rate, the curve that they make, and the errors of a difference."""
+"""Trained runs: equal resampled records at every rate, the curve, and the errors of a difference."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from rora_theory.stats.trained_runs import TrainedRun, bootstrap, curve_of_runs,
 
 
 def test_the_bootstrap_draws_the_same_records_at_every_rate():
-    """Records that differ widely, and a loss a token that does not: a ratio of sums that no draw changes."""
+    """The records differ widely and the loss of a token does not, so that no draw changes the ratio of sums."""
     tokens = np.array([1.0, 10.0, 100.0])
     runs = [trained_run(rate=factor, loss=factor, records=factor * tokens, tokens=tokens) for factor in (1.0, 3.0)]
     runs.append(trained_run(rate=9.0, loss=np.inf))
@@ -53,7 +53,7 @@ def test_a_run_of_records_has_their_loss_and_one_without_diverged():
 
 @pytest.mark.parametrize("lacks_records", [False, True])
 def test_a_curve_has_its_seeds_and_rates_in_order(lacks_records):
-    """Runs in any order; the resampled losses belong to the same seeds and rates, if all runs have records."""
+    """Runs come in any order. The resampled losses follow the seeds and rates if all runs have records."""
     tokens = np.array([1.0, 10.0, 100.0])
     runs = [
         trained_run("rora", rate=rate, seed=seed, loss=seed + rate, records=(seed + rate) * tokens, tokens=tokens)

@@ -1,4 +1,4 @@
-"""The rules behind every verdict: gaps against intervals, ranges against rivals, equivalence within a margin."""
+"""Rules of all verdicts: gaps against intervals, ranges against rivals, equivalence within a margin."""
 
 import math
 

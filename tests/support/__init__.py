@@ -1,4 +1,4 @@
-"""What tests share: tiny models and records, brute force by other routes, run-time shape checks."""
+"""Support for tests: tiny models and records, brute force by other routes, run-time shape checks."""
 
 from support import checker
 

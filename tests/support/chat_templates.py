@@ -1,4 +1,4 @@
-"""Chat templates that write chats as the families' published ones do, and the texts that they write."""
+"""Chat templates that write chats as the published ones of model families do, and the resulting texts."""
 
 from typing import Any
 

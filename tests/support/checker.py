@@ -1,4 +1,4 @@
-"""The run-time type checks of all tests: shapes by jaxtyping, types by beartype, int taken for float (PEP 484).
+"""Run-time type checks of all tests: shapes by jaxtyping, types by beartype, int accepted for float (PEP 484).
 
 Where no array is annotated there is no shape to remember from one argument to the next, which is what jaxtyping's
 wrapper is for and takes its time with: beartype alone then checks the same types. Either is made at the first call.
@@ -22,7 +22,7 @@ _with_shapes = jaxtyping.jaxtyped
 
 
 def jaxtyped(fn: Any = None, *, typechecker: Any) -> Any:
-    """In the place of ``jaxtyping.jaxtyped``, which the import hook has each function and class decorated with."""
+    """Replace ``jaxtyping.jaxtyped``, which the import hook adds to each function and class."""
     if fn is None:
         return functools.partial(jaxtyped, typechecker=typechecker)
     if inspect.isclass(fn):
@@ -40,7 +40,7 @@ def jaxtyped(fn: Any = None, *, typechecker: Any) -> Any:
 
 
 def _checked(fn: Callable[..., Any], make: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, with its checks made at the first call."""
+    """Return the function with its checks, which are built at the first call."""
     checked: list[Callable[..., Any]] = []
 
     @functools.wraps(fn)
@@ -55,7 +55,7 @@ def _checked(fn: Callable[..., Any], make: Callable[..., Any]) -> Callable[..., 
 
 
 def _resolved(fn: types.FunctionType) -> types.FunctionType:
-    """The function with its annotations evaluated; what only type checkers import is left out, as by jaxtyping."""
+    """Evaluate the function's annotations, except those that only type checkers import, as jaxtyping does."""
     twin = types.FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
     twin.__kwdefaults__, twin.__qualname__, twin.__module__ = fn.__kwdefaults__, fn.__qualname__, fn.__module__
     found = {}

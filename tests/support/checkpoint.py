@@ -1,4 +1,4 @@
-"""A tiny random checkpoint in Hugging Face layout and made-up records, for tests of the commands."""
+"""A tiny random checkpoint in Hugging Face layout and invented records, for tests of the commands."""
 
 import json
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ TEMPLATE = [
 
 
 def model(folder: Path, words: Sequence[str] = TEMPLATE) -> Path:
-    """Writes it, with a tokenizer of bytes and these words; the weights are large enough for every layer to matter."""
+    """Write a model with a tokenizer of bytes and these words, with weights large enough that every layer matters."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
@@ -44,7 +44,7 @@ def model(folder: Path, words: Sequence[str] = TEMPLATE) -> Path:
 
 
 def records(path: Path, count: int = 20) -> Path:
-    """Writes them."""
+    """Write invented records."""
     random = np.random.default_rng(0)
     rows = [
         {"instruction": " ".join(random.choice(WORDS, random.integers(1, 12))), "output": f"answer{i % 3}"}
@@ -55,7 +55,7 @@ def records(path: Path, count: int = 20) -> Path:
 
 
 def two_files(folder: Path) -> Path:
-    """Writes thirty records to one/train.json and thirty others to two/train.json."""
+    """Write thirty records to one/train.json and thirty others to two/train.json."""
     for name in ("one", "two"):
         (folder / name).mkdir()
         records(folder / name / "train.json", 30)
@@ -67,7 +67,7 @@ def two_files(folder: Path) -> Path:
 
 
 def questions(folder: Path, task: str, labels: tuple[str, ...], count: int = 4) -> Path:
-    """Writes questions of a task, of which the first label is the answer."""
+    """Write questions of a task, whose answer is the first label."""
     answer = {"input": "", "answer": labels[0], "output": f"the correct answer is {labels[0]}"}
     texts = [f"is it {WORDS[i % len(WORDS)]}{' again' * (i // len(WORDS))}" for i in range(count)]
     items = [{"instruction": render_instruction(TASKS[task], question, labels)} | answer for question in texts]

@@ -1,4 +1,4 @@
-"""Run commands in the tests' own process: how they end, the one line of a refusal, and their run folders."""
+"""Run commands in the tests' own process; return how they end, the line of a refusal, and their run folders."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Figures as they are drawn and laid out; no file is written."""
+"""Draw figures with their layout, without writing files."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ def captured() -> Iterator[dict[str, Figure]]:
 
 
 def draw(module: ModuleType, folder: Path, options: dict[str, Any] | None) -> Any:
-    """Call a figure's draw function; options of None mean that it reads no run."""
+    """Call a figure's draw function; None as options means that it reads no run."""
     if options is None:
         return module.draw(module.Config())
     takes_several = "runs" in {field.name for field in dataclasses.fields(module.Config)}

@@ -11,7 +11,7 @@ def sign(value: int) -> int:
 def enumerate_first_step(
     grad: list[list[int]], x: list[int], rank: int, optimizer: str
 ) -> tuple[list[Fraction], list[Fraction], Fraction]:
-    """E[w_i], E[w_i^2] and E|dM|_F^2 over all A in {-1, 1}^(rank x p_in), at eta = gamma = 1.
+    """Return E[w_i], E[w_i^2] and E|dM|_F^2 over all A in {-1, 1}^(rank x p_in), at eta = gamma = 1.
 
     B1 = -f(G A^T) with f the identity (SGD) or the sign (Adam), dM = B1 A, w = dM x, all in Python integers.
     """

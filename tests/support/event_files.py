@@ -1,4 +1,4 @@
-"""TensorBoard's event files read back, without TensorBoard."""
+"""Read TensorBoard's event files without TensorBoard."""
 
 import struct
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 
 def logged(folder: Path) -> dict[tuple[str, int], float]:
-    """The scalars of event files, by name and step; what a later session takes back is gone, as in TensorBoard."""
+    """Return the scalars of event files by name and step, without those that a later session removed."""
     proto = pytest.importorskip("tensorboardX.proto.event_pb2", reason="the extra logging")
     found: dict[tuple[str, int], float] = {}
     for path in sorted(folder.iterdir()):

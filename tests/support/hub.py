@@ -1,4 +1,4 @@
-"""A stand-in for the hub on this machine, of models and of data sets."""
+"""A local stand-in for the hub, with models and data sets."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ Repositories = dict[str, dict[str, dict[str, bytes]]]
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The three kinds of request that huggingface_hub makes to download files."""
+    """Handler of the three kinds of request that huggingface_hub makes to download files."""
 
     def do_GET(self):
         raw = urlsplit(self.path).path
@@ -69,7 +69,7 @@ def by_sha(revisions: dict[str, dict[str, bytes]], name: str, commit: str) -> di
 
 @contextmanager
 def serving(repositories: Repositories) -> Iterator[ThreadingHTTPServer]:
-    """A server of these; ``asked`` has the paths that were asked for, ``environment`` what makes it the hub."""
+    """Serve these; ``asked`` has the requested paths, ``environment`` the variables that select this server."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.asked, server.repositories = [], repositories
     server.environment = {

@@ -1,10 +1,10 @@
-"""Work for a child process that meets its limits."""
+"""Work for a child process that exceeds its limits."""
 
 import signal
 
 
 def work(kind):
-    """Yield 1 and 2, and between them meet the limit that is named."""
+    """Yield 1 and 2, and exceed the named limit between them."""
     yield 1
     if kind == "time":
         while True:

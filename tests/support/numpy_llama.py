@@ -1,4 +1,4 @@
-"""LLaMA and the papers' adapters in plain numpy, float64, written from the definitions: layer by layer, head by head.
+"""LLaMA and the papers' adapters in numpy and float64, written from the definitions by layer and head.
 
 Nothing of the package is used. Weights come by Hugging Face's names (`tests/golden/make_adapters.py`).
 """
@@ -17,7 +17,7 @@ FUNCTIONS = {
 
 
 def logits(weights, shape, tokens, *, module=None):
-    """[rows, tokens, vocabulary].
+    """Compute logits, [rows, tokens, vocabulary].
 
     Args:
       weights: by Hugging Face's names.
@@ -86,7 +86,9 @@ def _norm(x, weight, eps):
 
 
 def _turned(x, positions):
-    """Rotary embedding: the pair (x_i, x_{i + h/2}) as a complex number, times e^{i position 10000^{-2i/h}}."""
+    """Apply the rotary embedding: the pair (x_i, x_{i + h/2}) as a complex number, times e^{i position
+    10000^{-2i/h}}.
+    """
     half = x.shape[1] // 2
     angle = positions[:, None] * 10000.0 ** (-np.arange(half) / half)
     pairs = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angle)

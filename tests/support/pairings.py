@@ -1,4 +1,4 @@
-"""First-step moments by algebra: expectations of products of entries of A from which indices coincide (sympy).
+"""First-step moments by algebra: expectations of products of entries of A, by coincidence of indices (sympy).
 
 An independent route: moments of products of A's entries are summed over all index coincidences, symbolically in the
 step, s2 and k; no closed form of the package is used.
@@ -13,7 +13,7 @@ s2, k, step = sp.symbols("s2 k step", positive=True)
 
 
 def expectation(entries: tuple[tuple[int, int], ...]) -> sp.Expr:
-    """E[product of A's entries at these (row, column) places]: iid, symmetric, variance s2, kurtosis k."""
+    """Return E[product of A's entries at these (row, column) places]: iid, symmetric, variance s2, kurtosis k."""
     value: sp.Expr = sp.Integer(1)
     for power in Counter(entries).values():
         if power % 2:
@@ -23,7 +23,7 @@ def expectation(entries: tuple[tuple[int, int], ...]) -> sp.Expr:
 
 
 def sgd_moments(grad: list[int], x: list[int], rank: int) -> tuple[sp.Expr, sp.Expr]:
-    """E[w] and E[w^2] of w = -step g^T A^T A x, one output row g; step = eta gamma^2."""
+    """Return E[w] and E[w^2] of w = -step g^T A^T A x, for one output row g and step = eta gamma^2."""
     columns = range(len(x))
     mean: sp.Expr = sp.Integer(0)
     second: sp.Expr = sp.Integer(0)
@@ -37,13 +37,13 @@ def sgd_moments(grad: list[int], x: list[int], rank: int) -> tuple[sp.Expr, sp.E
 
 
 def sgd_matrix_moment(grad: list[int], rank: int) -> sp.Expr:
-    """E|dM|_F^2 of dM = -step g^T A^T A for one row: the sum over columns of E[w^2] at unit inputs."""
+    """Return E|dM|_F^2 of dM = -step g^T A^T A for one row: the sum over columns of E[w^2] at unit inputs."""
     units = [[int(i == j) for i in range(len(grad))] for j in range(len(grad))]
     return sp.expand(sum(sgd_moments(grad, unit, rank)[1] for unit in units))
 
 
 def random_input_second_moment(rank: int, p: int) -> sp.Expr:
-    """E[w^2] / step^2 over Gaussian x, z and A with x' = rho x + sqrt(1 - rho^2) z, delta = 1, in rho, s2 and k.
+    """Return E[w^2] / step^2 over Gaussian x, z and A with x' = rho x + sqrt(1 - rho^2) z, delta = 1.
 
     Every index sum is done by Wick's theorem for the inputs (x and z unit normals) and `expectation` for A.
     """

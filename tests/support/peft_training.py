@@ -1,4 +1,4 @@
-"""AdamW steps on an adapter, as the golden scripts take them with torch."""
+"""Take AdamW steps on an adapter, as the golden scripts do with torch."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Files of records, in the form that their suffix says."""
+"""Write files of records in the form of their suffix."""
 
 import json
 from pathlib import Path

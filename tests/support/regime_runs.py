@@ -1,4 +1,4 @@
-"""A run folder of sims.regime, written without a model."""
+"""Write a run folder of sims.regime without a model."""
 
 from pathlib import Path
 
@@ -8,8 +8,10 @@ from rora_theory.runs.folder import RunFolder
 
 
 def write(path: Path) -> Path:
-    """Crossing ranks and takeover distances of two types of module in two layers: the linear term tells rows apart, but
-    for the law of A, and the distance all."""
+    """Write crossing ranks and takeover distances of two types of module in two layers.
+
+    The linear term distinguishes rows except by the law of A, and the distance distinguishes all.
+    """
     folder = RunFolder.open("regime", {}, out=path)
     apart = {"adam": 0, "sgd": 50, "heldout": 0, "train": 9}
     rows = [

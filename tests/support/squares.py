@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Square:
-    """A cell; ``marks`` is the test's folder."""
+    """Cell that squares a number; ``marks`` is the test's folder."""
 
     side: int
     marks: str
@@ -24,12 +24,12 @@ class Square:
 
 
 def cells(marks: Path, count: int = 6) -> list[Square]:
-    """``count`` squares."""
+    """Return ``count`` squares."""
     return [Square(side, str(marks)) for side in range(1, count + 1)]
 
 
 def work(cell: Square, folder: Path) -> dict[str, Any]:
-    """The area, and a file; each attempt is noted in the test's folder."""
+    """Compute the area and write a file; each attempt is noted in the test's folder."""
     marks = Path(cell.marks)
     mark = marks / f"{cell.side}-{os.getpid()}-{time.time_ns()}.begun"
     mark.write_text(f"{folder} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
@@ -46,7 +46,7 @@ def work(cell: Square, folder: Path) -> dict[str, Any]:
 
 
 def hold(marks: Path, *sides: int) -> Callable[[], None]:
-    """Make cells wait once they have begun; return what lets them go on."""
+    """Make cells wait once they have started; return a function that releases them."""
     waits = [marks / f"{side}.wait" for side in sides]
     for wait in waits:
         wait.touch()
@@ -59,7 +59,7 @@ def hold(marks: Path, *sides: int) -> Callable[[], None]:
 
 
 def attempts(marks: Path, side: int) -> list[str]:
-    """Where a cell was begun, and with which GPUs, once for each time."""
+    """Return where a cell was started and with which GPUs, once for each attempt."""
     return [mark.read_text() for mark in sorted(marks.glob(f"{side}-*.begun"))]
 
 
@@ -74,7 +74,7 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """As an experiment does."""
+    """Run the cells as an experiment does."""
     from rora_theory.runs.folder import RunFolder
     from sims.common.cells import run_with_bar
 
@@ -92,7 +92,7 @@ def run(config: Config) -> None:
 
 
 def main(out: str, marks: str, *options: str) -> None:
-    """Drive."""
+    """Run the driver."""
     from rora_theory.cluster import ClusterConfig
     from sims.common import cli
 

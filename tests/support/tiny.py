@@ -1,4 +1,4 @@
-"""A tiny model, an encoder of bytes and made-up records: what the fine-tuning tests train."""
+"""A tiny model, an encoder of bytes and invented records, for the fine-tuning tests."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ CONFIG = LlamaConfig(
 
 
 class ByteEncoder:
-    """One token a byte, after a beginning token 1; the end token is 2."""
+    """Encoder with one token for each byte after a beginning token 1; the end token is 2."""
 
     eos_id = 2
 
@@ -22,13 +22,13 @@ class ByteEncoder:
 
 
 def params(seed=0, config=CONFIG):
-    """Weights of standard deviation 0.2: large enough, at this width, for every layer to matter."""
+    """Draw weights of standard deviation 0.2, large enough at this width for every layer to matter."""
     plain = init_params(jax.random.key(seed), config)
     return jax.tree.map_with_path(lambda path, a: a if path[-1].key.endswith("norm") else 10.0 * a, plain)
 
 
 def records(count, seed=0, longest=60):
-    """Records whose instructions have 1 to ``longest`` letters."""
+    """Return records whose instructions have 1 to ``longest`` letters."""
     random = np.random.default_rng(seed)
     lengths = random.integers(1, longest + 1, count)
     return [

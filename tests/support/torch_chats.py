@@ -18,7 +18,7 @@ MARKS = ("<system>", "<user>", "<assistant>")
 
 
 def tokenizer(pad: str | None) -> Any:
-    """A token a letter, x for unknown ones.
+    """Return a tokenizer with one token for each letter, x for unknown ones.
 
     Args:
       pad: Padding token: ``"</s>"`` is the end token, ``"~"`` one of its own; None is none.

@@ -1,4 +1,4 @@
-"""Tiny random models of transformers, batches for them, and what a measurement must not change.
+"""Tiny random models of transformers, batches for them, and the state that a measurement must not change.
 
 A test file that imports this module is skipped without the extra torch.
 """
@@ -43,7 +43,7 @@ CONFIGS = {
 
 
 def model(family: str = "llama", seed: int = 0) -> Any:
-    """In evaluation mode; weight matrices of standard deviation 0.2, so that every layer matters."""
+    """Build a model in evaluation mode, with weight matrices of standard deviation 0.2, so that every layer matters."""
     classes = {"vit": transformers.ViTForImageClassification, "t5": transformers.T5ForConditionalGeneration}
     torch.manual_seed(seed)
     config = CONFIGS[family]()
@@ -67,7 +67,7 @@ def adapted(base: Any, rank: int = 2, **arguments: Any) -> Any:
 
 
 def batch(family: str = "llama", seed: int = 0, rows: int = 3, length: int = 9) -> dict[str, Any]:
-    """Random tokens, all of them labels (or images with classes)."""
+    """Draw random tokens, all of them labels (or images with classes)."""
     random = torch.Generator().manual_seed(seed)
     if family == "vit":
         pixels = torch.randn((rows, 3, 8, 8), generator=random)

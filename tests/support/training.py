@@ -1,4 +1,4 @@
-"""Batches of random tokens, and the training steps that the fine-tuning tests take on them."""
+"""Batches of random tokens, and training steps on them."""
 
 from typing import Any, NamedTuple
 
@@ -41,17 +41,17 @@ class Trained(NamedTuple):
 
     @property
     def losses(self) -> list[float]:
-        """Loss of each step."""
+        """Return the loss of each step."""
         return [metrics.loss for metrics in self.metrics]
 
     @property
     def norms(self) -> list[float]:
-        """Gradient norm of each step."""
+        """Return the gradient norm of each step."""
         return [metrics.grad_norm for metrics in self.metrics]
 
 
 def start(params: Any, model: Any, config: Any, *, noise: float = 0.0) -> Any:
-    """Return a fresh adapter, with noise where every gradient is to be something though lora_B starts as zero."""
+    """Return a fresh adapter, with noise where no gradient may be zero although lora_B starts at zero."""
     fresh = adapters.init(jax.random.key(1), config.adapter(), model, params)
     key = jax.random.key(2)
     noisy = jax.tree.map(lambda a: a + noise * jax.random.normal(key, a.shape), fresh.params)

@@ -1,4 +1,4 @@
-"""What each process of `test_distributed.py` runs: the tiny model's training, alone or with the others.
+"""Program of each process of `test_distributed.py`: training of the tiny model, alone or with the others.
 
 ``python two_processes.py MODEL FOLDER``: the first process prints the losses and the shapes of its parts of a weight.
 """
@@ -31,7 +31,7 @@ CONFIG = FinetuneConfig(rank=2, alpha=4, template="clean", batch_size=4, steps=3
 
 
 def train(folder: Path, params: Any, layout: Layout | None = None) -> list[float]:
-    """Training and validation losses, in order."""
+    """Return training and validation losses, in order."""
     examples = tokenize(tiny.records(12), tiny.ByteEncoder(), template=CONFIG.template)
     widths = choose_widths(examples.input_lengths, 1)
     adapter = adapters.init(jax.random.key(1), CONFIG.lora(), tiny.CONFIG, params)

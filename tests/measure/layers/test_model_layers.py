@@ -1,6 +1,4 @@
-"""Gradients and inputs of a LLaMA's modules against autodiff; the first real step against a direct formula and the
-law.
-"""
+"""Gradients and inputs of a LLaMA's modules against autodiff; the first real step against formula and law."""
 
 from dataclasses import replace
 from functools import partial

@@ -227,9 +227,7 @@ def test_figures_of_real_layers_are_as_near_as_is_stated(layer_data, name) -> No
 
 
 def random_layer(p_out: int, p_in: int) -> Layer:
-    """Return a layer with a row of zeros and columns of very different sizes, so that some entries of a row are
-    large.
-    """
+    """Return a layer with a row of zeros and columns of very different sizes, so that some entries are large."""
     random = np.random.default_rng(0)
     grad, *inputs = (random.normal(size=(rows, p_in)).astype(np.float32) for rows in (p_out, 6, 5))
     grad *= np.float32(10.0) ** random.normal(scale=0.5, size=p_in).astype(np.float32)

@@ -141,9 +141,7 @@ def test_flat_kappa() -> None:
 
 
 def test_crossings_by_depth() -> None:
-    """Figures are medians, unlike means, over the layers of a third; kappas at the range's ends; sinks of those
-    modules.
-    """
+    """Figures are medians, not means, over the layers of a third; kappas are those at the range's ends."""
     places = [
         {"layer": layer, "module": f"model.layers.{layer}.{name}", "split": split}
         for layer in range(9)

@@ -1,6 +1,4 @@
-"""Criteria for a thin measurement, by the error of the estimate: draws of known spread on both sides of each
-threshold.
-"""
+"""Criteria for a thin measurement, by the estimate's error: draws of known spread around each threshold."""
 
 import math
 
@@ -13,9 +11,7 @@ from rora_theory.measure.regimes import thin
 
 
 def crossings(logs: np.ndarray, ratio: float = 2.0, tokens: int = 64) -> pd.DataFrame:
-    """Return rows of one kind of module, where ``logs`` is ln c by layer and ``ratio`` that of the quartiles of r*
-    over tokens.
-    """
+    """Return rows of one kind of module; ``logs`` is ln c by layer, ``ratio`` that of r*'s quartiles over tokens."""
     rows = {"module": [f"model.layers.{i}.mlp.up_proj" for i in range(len(logs))], "layer": range(len(logs))}
     rows |= {"optimizer": "adam", "init": "gaussian", "split": "heldout", "tokens": tokens}
     return pd.DataFrame(rows).assign(linear_term=np.exp(logs), lower_quartile=1.0, upper_quartile=ratio)

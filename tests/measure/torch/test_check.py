@@ -45,9 +45,7 @@ def trained(model, values):
 
 
 def outputs(model, batch) -> dict[str, Any]:
-    """Return what a model adds to the outputs of its modules, its logits, and its head's input if there is one for
-    every token.
-    """
+    """Return a model's additions to its modules' outputs, its logits, and its head's input if there is one."""
     values = {"output": []}
     hooks = [
         module.lora_B["default"].register_forward_hook(lambda _, __, y: values["output"].append(y))

@@ -1,4 +1,4 @@
-"""The bridge to PyTorch: every module's G is autograd's own, on all kinds of model, and the model stays as it is."""
+"""The bridge to PyTorch: every module's G is autograd's for all kinds of model, and the model is unchanged."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ BATCHES = torch_models.batch(seed=0), torch_models.batch(seed=1)
 
 
 def run_backward(model, modules, loss, calls=None) -> tuple[float, dict[str, torch.Tensor]]:
-    """Return the loss and G of every module, as the hooks form it."""
+    """Return the loss and G of every module, as the hooks compute it."""
     grads: dict[str, torch.Tensor] = {}
     calls = calls or dict.fromkeys(modules, 1)
     value = hooks.backward(model, modules, loss, calls, lambda name, grad, _: grads.__setitem__(name, grad))
@@ -57,7 +57,7 @@ def autograd(model, batch) -> dict[str, torch.Tensor]:
 
 
 def assert_same(grads, expected, tolerance=2e-5) -> None:
-    """Compare to rounding of float32 sums, relative to each gradient's largest entry."""
+    """Compare to the rounding of float32 sums, relative to each gradient's largest entry."""
     assert set(grads) == set(expected) != set()
     for name, grad in expected.items():
         scale = float(grad.abs().max())
@@ -66,7 +66,7 @@ def assert_same(grads, expected, tolerance=2e-5) -> None:
 
 @pytest.mark.parametrize("family", torch_models.CONFIGS)
 def test_every_family(family) -> None:
-    """G is autograd's; the modules are those that PEFT adapts with all-linear; every figure is finite."""
+    """G is autograd's, the modules are those that PEFT adapts with all-linear, and every figure is finite."""
     model = torch_models.model(family)
     batch, held_out = (torch_models.batch(family, seed) for seed in (0, 1))
     assert_same(gradients(model, batch), autograd(model, batch))
@@ -95,7 +95,7 @@ def test_every_family(family) -> None:
 
 
 class Calls(torch.nn.Module):
-    """A linear module that is run twice, two that share one weight, and experts without a token or a gradient."""
+    """Model with a linear module that runs twice, two that share a weight, and experts that are not reached."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,8 +115,11 @@ class Calls(torch.nn.Module):
 
 
 def test_modules_run_twice_sharing_a_weight_or_not_reached() -> None:
-    """A module's G is the sum over its calls; two modules of one weight have their own, which add up to the weight's.
-    What no token or no gradient reaches is named and left out."""
+    """A module's G is the sum over its calls.
+
+    Two modules of one weight have separate G, which add up to the weight's. Modules that no token or no gradient
+    reaches are named and left out.
+    """
     model = Calls()
     batch, held_out = {"x": torch.randn(7, 6)}, {"x": torch.randn(8, 6)}
 
@@ -153,7 +156,7 @@ def test_modules_run_twice_sharing_a_weight_or_not_reached() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant) -> None:
-    """The same G, though a block's inputs are dropped and computed again; also of a model that is frozen."""
+    """G is the same although a block's inputs are dropped and computed again, also for a frozen model."""
     model, batch = torch_models.model(), BATCHES[0]
     expected = autograd(model, batch)
     model.requires_grad_(False).train()
@@ -165,7 +168,7 @@ def test_gradient_checkpointing(reentrant) -> None:
 
 
 def test_one_gradient_at_a_time(monkeypatch) -> None:
-    """When a module's G comes, the others' are gone; and as soon as it is formed nothing keeps the module's inputs."""
+    """When a module's G is computed, the others' are freed, and its inputs are freed right after."""
     model = torch_models.model()
     modules = select_modules(model, None)
     gradients: list[weakref.ref] = []
@@ -188,8 +191,10 @@ def test_one_gradient_at_a_time(monkeypatch) -> None:
 
 
 def test_the_base_of_a_peft_model_is_measured() -> None:
-    """The base's regime has its names, whatever the adapters are; with them on it is another gradient. The model, its
-    adapters, what needs a gradient, hooks and the random numbers stay as they are."""
+    """The base's regime has its module names for any adapters; with the adapters active the gradient differs.
+
+    The model, its adapters, flags, hooks and random numbers are unchanged.
+    """
     model = torch_models.model()
     targets = ["q_proj", "down_proj"]
     plain = regime(model, *BATCHES, targets, config=SMALL)
@@ -212,7 +217,7 @@ def test_the_base_of_a_peft_model_is_measured() -> None:
 
 
 def test_gradients_of_a_bfloat16_module_are_summed_in_float32() -> None:
-    """Against float64: a gradient rounded to bfloat16 would be off by up to one part in 2^8."""
+    """The reference is float64: a gradient rounded to bfloat16 would be off by up to one part in 2^8."""
     random = torch.Generator().manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 4, bias=False, dtype=torch.bfloat16))
     x, delta = (torch.randn(300, size, generator=random).bfloat16() for size in (8, 4))
@@ -243,7 +248,7 @@ def test_weights_that_are_loaded_when_needed() -> None:
 
 
 class Packed(torch.nn.Module):
-    """Stands in for a quantised linear module: whole numbers, unpacked when it is run, of no use to autograd."""
+    """Stand-in for a quantised linear module, whose integers are unpacked when it runs and have no gradient."""
 
     levels = 127
 
@@ -265,7 +270,7 @@ class Packed(torch.nn.Module):
 
 
 class PackedInPairs(Packed):
-    """Two numbers of 4 bits in a byte: one column of half as many entries as the module has weights, a buffer."""
+    """Stand-in that packs two 4-bit numbers in a byte: a buffer of one column with half as many entries as weights."""
 
     levels = 7
 
@@ -287,8 +292,10 @@ def bitsandbytes_of_4_bits(linear) -> torch.nn.Module:
 
 @pytest.mark.parametrize("pack", [Packed, PackedInPairs, bitsandbytes_of_4_bits])
 def test_quantised_modules(pack) -> None:
-    """G is that of the model whose weights are the quantised ones: each is read off by running it on the identity.
-    The weights are counted as those of a plain module, and are not copied while the model is measured."""
+    """G is that of the model with the quantised weights, which are read by running each module on the identity.
+
+    The weights are counted as those of a plain module, and are not copied during the measurement.
+    """
     model, plain = torch_models.model(), torch_models.model()
     for name, linear in select_modules(plain, None).items():
         parent, _, last = name.rpartition(".")
@@ -312,8 +319,9 @@ def test_wrapped_models() -> None:
 
 
 def test_every_token_of_every_call_is_as_likely_to_be_read() -> None:
-    """In 40 draws of 32 tokens from 8 calls of 20 to 160 tokens, the shares are within 4 of a binomial's deviations; no
-    place of a call is tied to that place in another. A single call's are those of `choose_tokens`."""
+    """In 40 draws of 32 tokens from 8 calls of 20 to 160 tokens, the shares are within 4 binomial deviations, and
+    places of different calls are independent. A single call's tokens are those of `choose_tokens`.
+    """
     sizes = range(20, 180, 20)
     shares, pairs = np.zeros(len(sizes)), 0
     for seed in range(40):
@@ -338,8 +346,11 @@ def test_every_token_of_every_call_is_as_likely_to_be_read() -> None:
 
 
 def test_modules_share_the_sample_of_one_tensor_alone() -> None:
-    """Two modules that receive one tensor have one array. Any other tensor is sampled: one of other values at the
-    address of one that is gone, one changed in place (also without a new version), and another view of its memory."""
+    """Two modules that receive the same tensor share one array.
+
+    Any other tensor is sampled anew: one with other values at a freed address, one changed in place (also without a new
+    version), and another view of the memory.
+    """
     config, random = RegimeConfig(rows=0, tokens=4), torch.Generator().manual_seed(0)
 
     def draw() -> torch.Tensor:
@@ -388,7 +399,7 @@ def test_modules_share_the_sample_of_one_tensor_alone() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_a_module_measured_with_others_has_its_own_inputs(family) -> None:
-    """As when it is measured alone, so that it can share nothing with another module."""
+    """Its inputs equal those of a separate measurement, in which it can share nothing with another module."""
     model, batches = torch_models.model(family), [torch_models.batch(family, seed) for seed in (0, 1)]
     config = replace(SMALL, inits=("kaiming_uniform",))
     together = regime(model, *batches, config=config)
@@ -400,7 +411,7 @@ def test_a_module_measured_with_others_has_its_own_inputs(family) -> None:
 
 
 def test_keys_are_those_of_the_tokens_that_could_be_read() -> None:
-    """The keys are uniform where all tokens are read, and the smallest ones otherwise; means within 5 deviations."""
+    """The keys are uniform if all tokens are read, and the smallest ones otherwise; means are within 5 deviations."""
     counts = {"all": 10, "seen": 5, "sinks": 3, "read": 2}
     keys = [torch_regimes._sample_keys(counts, [seed]) for seed in range(200)]
     assert np.mean(keys) == pytest.approx(0.5, abs=5 * 12**-0.5 / 20)
@@ -414,7 +425,7 @@ HELD_OUT = [[*TEMPLATE, 10, 10, 8, 35], [*TEMPLATE, 11, 14, 36], [*TEMPLATE, 9, 
 
 
 def packed_rows(rows: list[list[int]]) -> dict[str, torch.Tensor]:
-    """Put all records in one row; each begins where the position is 0."""
+    """Put all records in one row; each record starts at position 0."""
     ids = torch.tensor([[token for row in rows for token in row]])
     positions = torch.tensor([[position for row in rows for position in range(len(row))]])
     return {"input_ids": ids, "position_ids": positions, "labels": ids.clone()}
@@ -430,7 +441,7 @@ def packed_rows(rows: list[list[int]]) -> dict[str, torch.Tensor]:
     ids=["padded on the right", "padded on the left", "packed"],
 )
 def test_held_out_tokens_that_were_seen_and_padding_are_not_read(held_out, counts) -> None:
-    """The template's 12 tokens with a target, and 3 more, begin as trained rows."""
+    """The template's 12 tokens with a target, and 3 more, begin as trained rows do."""
     model, train = torch_models.model(), padded(TRAIN, left="position_ids" not in held_out)
     measured = regime(model, train, held_out, ["q_proj"], config=SMALL)
     rows = measured.tokens.set_index("split")[["all", "seen", "read"]]
@@ -443,8 +454,9 @@ def test_held_out_tokens_that_were_seen_and_padding_are_not_read(held_out, count
 
 @pytest.mark.slow
 def test_equal_to_the_jax_route(tmp_path) -> None:
-    """Module by module on one checkpoint, with one draw of A's rows: the frames agree to float32's rounding. Adapters
-    that are stepped are the same too."""
+    """On one checkpoint, with one draw of A's rows, the frames of every module agree to float32's rounding, and so
+    do stepped adapters.
+    """
     from support import checkpoint
 
     from rora_theory.data.batches import Batch
@@ -478,7 +490,7 @@ def test_equal_to_the_jax_route(tmp_path) -> None:
 
 @pytest.fixture(scope="module", name="measured")
 def measured_regime() -> torch_regimes.TorchRegime:
-    """Two kinds of module at the default configuration, with predicted sizes."""
+    """Return two kinds of module at the default configuration, with predicted sizes."""
     config = replace(torch_regimes.DEFAULT, exact=True)
     return regime(torch_models.model(), *BATCHES, ["q_proj", "v_proj"], config=config)
 
@@ -490,7 +502,7 @@ def terms_of(measured, split: str) -> dict[str, float]:
 
 
 def test_takeover_distance_is_the_held_out_one_of_the_nearest_measured_rank(measured) -> None:
-    """Nearest on a logarithmic scale, among the ranks 8, 32 and 128; a geometric mean over modules."""
+    """The nearest of the ranks 8, 32 and 128 on a logarithmic scale is used, with a geometric mean over modules."""
     assert set(measured.results["rank"]) == {8, 128}, "the ranks of the default configuration"
     assert set(measured.crossings["optimizer"]) == {"sgd", "adam"}
     rows = measured.takeover.query("init == 'gaussian'")
@@ -501,7 +513,7 @@ def test_takeover_distance_is_the_held_out_one_of_the_nearest_measured_rank(meas
 
 
 def test_transfer(measured) -> None:
-    """The advice of the measured linear terms; PEFT, told so, scales by the gamma that it names."""
+    """The advice uses the measured linear terms; with it PEFT scales by the stated gamma."""
     tuned = Setting(2, 4.0, 3e-4, init="gaussian")
     config, rate, advice = measured.transfer(tuned, rank=8, rule="rslora", regime="measured")
     expected = transfer(tuned, 8, terms_of(measured, "heldout"), rule="rslora")
@@ -532,7 +544,7 @@ def test_what_cannot_be_carried_is_refused(measured) -> None:
 
 
 def test_the_advice_and_the_crossing_rank_are_one_statement(measured, caplog) -> None:
-    """Below a typical module's crossing rank the advice is the whole model's all the same, and nothing warns of it."""
+    """Below the crossing rank of a typical module the advice is still the whole model's, without a warning."""
     measured = replace(measured, crossings=measured.crossings.assign(crossing_rank=31.5))
     sentence = measured.sentence()
     assert "above rank 31.5 " in sentence
@@ -584,7 +596,7 @@ def test_bad_input(arguments, message) -> None:
 
 @pytest.mark.slow
 def test_nothing_of_jax_is_imported() -> None:
-    """A fork of the user's process (a loader of data) must not meet JAX's threads."""
+    """A fork of the user's process, such as a data loader, must not meet JAX's threads."""
     code = """
 import sys, torch, transformers
 from rora_theory.measure import torch as bridge
@@ -608,7 +620,7 @@ def test_layers_are_a_sample_of_the_model() -> None:
 
 
 def test_a_head_is_no_target_of_all_linear() -> None:
-    """Neither the head of a language model, nor that of sequence classification."""
+    """Heads of language models and of sequence classification are no targets."""
     configuration = transformers.LlamaConfig(**torch_models.TEXT, num_labels=2)
     for model, head in (
         (transformers.LlamaForSequenceClassification(configuration), "score"),

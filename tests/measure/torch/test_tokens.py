@@ -1,4 +1,4 @@
-"""Which tokens of a batch modules are read at, whatever the order of their inputs."""
+"""Tokens of a batch at which modules are read, for any order of their inputs."""
 
 import pytest
 from support import torch_models
@@ -16,7 +16,7 @@ PADDING = 0
 
 
 class Sequential(torch.nn.Module):
-    """A linear module that is run twice on the token ids themselves, as [sequence, batch] or [batch, sequence]."""
+    """Linear module that runs twice on the token ids themselves, as [sequence, batch] or [batch, sequence]."""
 
     def __init__(self, *, sequence_first: bool) -> None:
         super().__init__()
@@ -33,14 +33,14 @@ class Sequential(torch.nn.Module):
 
 
 def distinct_rows(lengths: tuple[int, ...], first: int) -> dict[str, torch.Tensor]:
-    """Return padded rows of these lengths, no token of which is there twice."""
+    """Return padded rows of these lengths, in which no token occurs twice."""
     return padded([list(range(first + 10 * i, first + 10 * i + length)) for i, length in enumerate(lengths)])
 
 
 @pytest.mark.parametrize("lengths", [(5, 2, 4), (4, 2, 3, 1)], ids=["oblong", "square"])
 @pytest.mark.parametrize("sequence_first", [False, True])
 def test_neither_padding_nor_what_was_seen_is_read_in_any_call_and_order(sequence_first, lengths, monkeypatch) -> None:
-    """A square input may be of either order, so only tokens that are real, and new, in both are read."""
+    """A square input may have either order, so only tokens that are real and new in both orders are read."""
     samples = {}
     measure = torch_regimes.module_regime.measure_module
 
@@ -65,7 +65,7 @@ def test_neither_padding_nor_what_was_seen_is_read_in_any_call_and_order(sequenc
 
 
 def t5_batch(rows: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
-    """Encoder's and decoder's tokens, padded."""
+    """Return padded tokens of the encoder and the decoder."""
     ids, labels = (
         torch.nn.utils.rnn.pad_sequence([torch.tensor(row[i]) for row in rows], True, padding_value=value)
         for i, value in enumerate((PADDING, -100))
@@ -74,7 +74,7 @@ def t5_batch(rows: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]
 
 
 def test_tokens_of_a_decoder() -> None:
-    """They are seen where the encoder read the same record and the labels began as the trained ones did."""
+    """They count as seen if the encoder read the same record and the labels begin as trained ones."""
     model = torch_models.model("t5")
     trained = t5_batch([([5, 6, 7], [11, 12, 13, 14, 15]), ([8, 9], [11, 12, 13])])
     held_out = t5_batch([([5, 6, 7], [11, 12, 20, 21]), ([8, 8], [11, 12, 13]), ([8, 9], [11, 12, 13, 30, 31])])
@@ -90,7 +90,7 @@ def test_tokens_of_a_decoder() -> None:
 
 
 def test_tokens_of_encoder_and_decoder_of_one_size_are_not_told_apart() -> None:
-    """Only a token that counts in both is read, and it was seen where either was."""
+    """Only a token that counts in both is read; it counts as seen if either was."""
     batch = {
         "input_ids": torch.tensor([[5, 6, 7, 8, 9, 10]]),
         "attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]]),
@@ -113,7 +113,7 @@ def test_decoder_inputs_that_are_given() -> None:
 
 
 def test_a_record_without_a_target_has_no_token_that_counts() -> None:
-    """In a causal model a token counts if a later one is a target: it is read to predict that one."""
+    """In a causal model a token counts if a later one is a target, which it helps to predict."""
     labels = torch.full((2, 6), -100)
     labels[1, 3] = 1
     masks = find_masks(torch_models.model(), {"input_ids": torch.arange(12).reshape(2, 6), "labels": labels})
@@ -122,7 +122,7 @@ def test_a_record_without_a_target_has_no_token_that_counts() -> None:
 
 @pytest.mark.parametrize("rows", [3, 8], ids=["oblong", "square"])
 def test_longformer(rows) -> None:
-    """Its attention receives [sequence, batch]: the counts are those of its other modules, padding left out."""
+    """Its attention receives [sequence, batch]; the counts equal those of its other modules, without padding."""
     config = transformers.LongformerConfig(
         vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         attention_window=4, max_position_embeddings=64, pad_token_id=0, num_labels=2,

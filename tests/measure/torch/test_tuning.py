@@ -1,4 +1,4 @@
-"""The probe for a learning rate on a PyTorch model: what it finds, that it resumes, and that it changes nothing."""
+"""The probe for a learning rate on a PyTorch model: its result, its resumption, and the unchanged model."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ STEPS = 256
 
 
 def batches(count, seed=0, rows=2, length=8):
-    """Rows that count upwards, which the model can learn within a few steps."""
+    """Return rows that count upwards, which the model can learn within a few steps."""
     random = torch.Generator().manual_seed(seed)
     starts = torch.randint(3, torch_models.VOCABULARY - length, (count, rows, 1), generator=random)
     return [
@@ -48,7 +48,7 @@ def usual() -> Tuning:
 
 
 def test_a_probe_reports_a_rate_and_leaves_the_model_as_it_was(usual) -> None:
-    """The model's modes, gradients and checkpointing are unusual, and change nothing of the result."""
+    """The model's unusual modes, gradients and checkpointing do not change the result."""
     model = torch_models.model()
     model.gradient_checkpointing_enable()
     model.train()
@@ -73,7 +73,7 @@ def test_a_probe_reports_a_rate_and_leaves_the_model_as_it_was(usual) -> None:
 
 
 def test_a_run_is_that_of_a_loop_by_hand() -> None:
-    """The first run's held-out loss: AdamW on the scaled cosine schedule, clipped gradients, the same batches."""
+    """The first run's held-out loss is that of AdamW with the scaled cosine schedule, clipping and the same batches."""
     result = run(probe_rank=4, warmup=40, budget=0.15)  # affords all held-out rows
     row = result.curve.iloc[1]
     steps = result.probe_steps
@@ -114,7 +114,7 @@ def test_a_longer_probe_screens_rates_first() -> None:
 
 
 def test_a_diverged_rate_is_infinite_loss() -> None:
-    """A loss that is not finite above a rate: no error, and the probe goes on with lower rates."""
+    """A rate whose loss is not finite raises no error, and the probe continues at lower rates."""
 
     def loss(model, batch):
         value = model(**batch).loss
@@ -189,7 +189,7 @@ def test_texts_chats_and_tokenized_records() -> None:
 
 
 def test_records_are_read_eight_at_a_time() -> None:
-    """The default batch size, and the default maximum of 1024 tokens."""
+    """This is the default batch size; the default maximum is 1024 tokens."""
     shapes = []
 
     def loss(model, batch):  # noqa: ARG001
@@ -202,7 +202,7 @@ def test_records_are_read_eight_at_a_time() -> None:
 
 
 def test_held_out_images_are_split_into_rows() -> None:
-    """They have no token ids: each row counts as one token and has one label."""
+    """Without token ids each row counts as one token and has one label."""
     groups = held_out_groups(torch_models.model("vit"), [torch_models.batch("vit", rows=3)])
     assert [(group.targets, group.tokens) for group in groups] == [(1, 1)] * 3
     assert [group.batch["pixel_values"].shape[0] for group in groups] == [1] * 3
@@ -307,7 +307,7 @@ def test_the_probe_has_the_planned_strength() -> None:
 
 
 def test_the_ratio_of_the_parts() -> None:
-    """A-led over B-led change of each module at the unmasked tokens, against PEFT's forward pass."""
+    """The A-led over the B-led change of each module at the unmasked tokens agrees with PEFT's forward pass."""
     model = torch_models.model()
     adapted = peft.get_peft_model(model, config(r=4, target_modules=["q_proj"]), adapter_name="probe")
     layers = [layer.self_attn.q_proj for layer in model.model.layers]
