@@ -1,4 +1,4 @@
-"""The sentences that commands answer with: each from figures that are told here."""
+"""Sentences that state a command's result are correct for given figures."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Every command refuses bad input in one line before it begins: what is wrong, where, and what is accepted.
+"""Every command refuses bad input before it starts, in one line with what is wrong, where, and what is valid.
 
 The table is generated: each option of each command, from the command's own dataclass, with each bad value of its type,
 and what is no file in the place of each that a command reads. A command that would begin its work fails here: loading
@@ -63,7 +63,7 @@ NAMELESS = ("run", "runs", "adapter")
 
 
 class BegunError(Exception):
-    """A command has begun its work."""
+    """Raised once a command has started its work."""
 
 
 def begun(*_: Any, **__: Any) -> NoReturn:
@@ -72,7 +72,7 @@ def begun(*_: Any, **__: Any) -> NoReturn:
 
 @functools.cache
 def fields_of(command: str) -> tuple[tuple[str, Any], ...]:
-    """Names and types of a command's options, nested ones too."""
+    """Return names and types of a command's options, including nested ones."""
 
     def walk(config: type) -> Iterator[tuple[str, Any]]:
         hints = typing.get_type_hints(config)
@@ -86,7 +86,7 @@ def fields_of(command: str) -> tuple[tuple[str, Any], ...]:
 
 
 def plain_types(hint: Any) -> set[Any]:
-    """The plain types in a hint."""
+    """Return the plain types in a hint."""
     inner = typing.get_args(hint)
     return set().union(*map(plain_types, inner)) if inner and typing.get_origin(hint) is not typing.Literal else {hint}
 
@@ -103,13 +103,13 @@ TAKEN |= {("rules", "-1"): "kappa", ("to_rule", "-1"): "kappa"}
 
 
 def nameless(command: str) -> set[str]:
-    """Return what the command takes without an option's name; ``--adapter`` has one but in sims.portable."""
+    """Return the positional arguments of a command; ``--adapter`` is one in sims.portable alone."""
     nameless_fields = NAMELESS if command not in ("sims.evaluate", "sims.regime") else ()
     return {name for name, _ in fields_of(command) if name in nameless_fields}
 
 
 def options(command: str) -> Iterator[tuple[list[str], str]]:
-    """Bad options of a command, and a word that the refusal must have."""
+    """Return bad options of a command, with a word that the refusal must contain."""
     yield ["--no-such-option"], "--no-such-option"
     words: set[str] = set()  # names and choices are looked at in one place for all options: one of each is enough
     for name, hint in fields_of(command):
@@ -133,7 +133,7 @@ def options(command: str) -> Iterator[tuple[list[str], str]]:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with records, in which nothing may be written and no work begun."""
+    """Return a working directory with records, in which nothing may be written and no work started."""
     records = [{"instruction": f"Say {n}.", "input": "", "output": "It."} for n in range(40)]
     (tmp_path / "RECORDS").write_text(json.dumps(records))
     (tmp_path / "FILE").write_text("mine")
@@ -146,7 +146,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def entries(command: str) -> Iterator[Callable[[], object]]:
-    """Yield a command's entry of ``python -m``, and from then on its main, where it has one.
+    """Yield a command's entry point of ``python -m`` and, if there is one, its main afterwards.
 
     Of a module that is run anew the options' docstrings are read anew, half of the time that a refusal takes.
     """
@@ -156,7 +156,7 @@ def entries(command: str) -> Iterator[Callable[[], object]]:
 
 
 def refusal(enter: Callable[[], object], command: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the line in which a command refuses its arguments, or what is wrong with the way in which it does."""
+    """Return the line in which a command refuses its arguments, or a description of a wrong refusal."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [command, *words])
         with pytest.raises((SystemExit, BegunError)) as stop:
@@ -169,7 +169,7 @@ def refusal(enter: Callable[[], object], command: str, words: list[str], capsys:
 
 
 def called(command: str, words: list[str]) -> list[str]:
-    """Return the bad words behind what the command can't be called without, but for the option that they are of."""
+    """Return the bad arguments behind the command's required ones, except for the option that they replace."""
     required = GIVEN.get(command, [])
     if words[0] in required:
         at = required.index(words[0])
@@ -214,7 +214,7 @@ READ = {
 
 
 def names(place: Path) -> Iterator[str]:
-    """Names of what is no file, or none that can be read."""
+    """Return names that are no file, or no readable file."""
     yield from ("none", "none.jsonl", "/dev/zero", "x" * 300, "x" * 5000)
     os.mkfifo(place / "pipe")
     os.mkfifo(place / "pipe.txt")
@@ -236,7 +236,7 @@ def names(place: Path) -> Iterator[str]:
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("command", sorted(READ))
 def test_what_is_no_file_is_refused(command: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """None of them is waited for, or read until memory is full."""
+    """The command neither waits for it nor reads it until memory is full."""
     bad = list(names(place))
     before, faults = listing(place), []
     if command.startswith("figures.") and "FOLDER" not in called(command, ["--out"]):

@@ -1,4 +1,4 @@
-"""A benchmark's record of its machine: the processor by name, and whether other processes were at work meanwhile."""
+"""A benchmark records its machine: the processor by name, and whether other processes ran during it."""
 
 from datetime import date
 
@@ -9,7 +9,7 @@ from rora_theory.runs import software
 
 
 def test_the_share_of_others_is_the_busy_time_less_our_own(monkeypatch) -> None:
-    """In 10 seconds on 2 processors: 7 busy, of which 5 are ours."""
+    """In 10 seconds on 2 processors 7 are busy, of which 5 are this process's."""
     busy, ours, clock = iter((100.0, 107.0, 107.0)), iter((3.0, 8.0, 8.0)), iter((50.0, 60.0, 60.0))
     monkeypatch.setattr(hardware, "_busy_seconds", lambda: next(busy))
     monkeypatch.setattr(hardware, "_own_seconds", lambda: next(ours))

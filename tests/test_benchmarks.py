@@ -18,7 +18,7 @@ PEERS = {"peft", "torch", "transformers"}
 
 @pytest.mark.parametrize("path", [path for path in SCRIPTS if path.stem not in MODULES | WORKERS], ids=lambda p: p.stem)
 def test_a_benchmark_runs_as_a_script(path: Path, monkeypatch, capsys) -> None:
-    """Shown by its help, with the folder of the script on the path and without the repository's."""
+    """It prints its help with only its own folder on the path, without the repository's."""
     monkeypatch.setattr(sys, "argv", [str(path), "--help"])
     monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
     monkeypatch.setitem(sys.modules, "benchmarks", None)

@@ -1,4 +1,4 @@
-"""Examples in docstrings are true, in every module of every package."""
+"""Examples in docstrings give the stated results, in every module of every package."""
 
 import doctest
 import importlib
@@ -37,7 +37,7 @@ def test_examples(name: str) -> None:
 
 
 def test_examples_stand_in_sections_that_the_site_renders_as_code() -> None:
-    """Google's section is ``Examples:``. The site makes a quotation of any other and links of the lists in it."""
+    """Google's section is ``Examples:``. The site renders any other as a quotation, and lists in it as links."""
     sources = [path for package in PACKAGES for path in Path(package.__path__[0]).rglob("*.py")]
     assert len(sources) >= len(MODULES)
     for path in sources:

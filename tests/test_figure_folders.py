@@ -94,7 +94,7 @@ def test_a_run_or_cell_that_was_changed_is_not_drawn(
 def test_a_manifest_that_lacks_a_setting_is_named(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Sealed and complete but for the experiment's own settings, as no run of the package writes it."""
+    """It is complete with a valid digest, except for the experiment's own settings."""
     experiments = {"norm_vs_rank": "variance_sweep", "loss_vs_rate": "rank_sweep"}
     published = Path(__file__).parents[1] / "results" / "published" / experiments.get(name, name)
     for path in published.glob("*.csv"):

@@ -1,4 +1,4 @@
-"""Every published figure is drawn again from `results/published`, and nothing of it is cut, hidden or unlabelled."""
+"""Every published figure is drawn again from `results/published`, and none is cut, hidden or unlabelled."""
 
 import contextlib
 import csv
@@ -82,14 +82,14 @@ CASES = [(folder, module, options) for folder, drawn in FIGURES.items() for modu
 
 @pytest.fixture
 def drawn():
-    """Figures that the test draws."""
+    """Return figures that the test draws."""
     with drawings.captured() as figures:
         yield figures
 
 
 @pytest.fixture(scope="module")
 def published():
-    """Every published figure drawn again, by folder and name, and what the commands print about missing files."""
+    """Return all published figures drawn again, by folder and name, and the messages about missing files."""
     figures, errors = {}, io.StringIO()
     with contextlib.ExitStack() as stack, contextlib.redirect_stderr(errors):
         for folder, module, options in CASES:
@@ -104,7 +104,7 @@ def legends(figure) -> list:
 
 
 def check(figure) -> None:
-    """Nothing reaches over the figure's edge, and the legend below lies on no panel."""
+    """Check that nothing exceeds the figure's edge, and that the legend below covers no panel."""
     page = figure.bbox
     renderer = figure.canvas.get_renderer()
     panels = [axis.get_tightbbox(renderer) for axis in figure.axes]
@@ -137,7 +137,7 @@ def test_published_figures_are_drawn_again_and_nothing_is_cut(published) -> None
 
 @pytest.mark.slow
 def test_published_figures_can_be_read_on_a_phone(published) -> None:
-    """No more than two panels in a row of runs' figures, few words in a legend, and a model by its name."""
+    """Figures of runs have at most two panels in a row, few words in a legend, and models by name."""
     for (folder, name), figure in published[0].items():
         entries = [len(legend.get_texts()) for legend in legends(figure)]
         assert all(count <= 8 for count in entries), (folder, name, entries)
@@ -197,7 +197,7 @@ def test_each_panel_against_the_rate_has_several(published) -> None:
 def test_a_setting_that_a_run_does_not_have_is_refused_before_anything_is_drawn(
     module, folder, options, words, tmp_path, capsys
 ) -> None:
-    """One of several rates is not drawn unasked."""
+    """If there are several rates, none is drawn without a choice."""
     with pytest.raises(SystemExit) as stopped:
         cli.run(lambda: draw(module, PUBLISHED / folder, options | {"out": tmp_path / "new"}))
     error = capsys.readouterr().err
@@ -228,7 +228,7 @@ def part(source: Path, target: Path, **chosen) -> Path:
 
 
 def test_few_panels_clip_no_legend(drawn, tmp_path) -> None:
-    """Under Adam the paper has no line, and the legend promises none."""
+    """Under Adam the paper has no line, and the legend omits it."""
     for name, overlaps in (("one", ("0.5",)), ("two", ("0.0", "0.5"))):
         run = part(PUBLISHED / "variance_sweep", tmp_path / name, overlap=overlaps, optimizer=("adam",))
         norm_vs_rank.draw(norm_vs_rank.Config(run))
@@ -335,7 +335,7 @@ def test_a_run_that_stepped_nothing_promises_no_points(published, drawn, tmp_pat
 
 
 def test_rounding_errors_change_no_svg_file(tmp_path) -> None:
-    """Another processor's errors of 1e-7 of each value, which move points by up to 1e-5 and change all hashed names."""
+    """Another processor's errors of 1e-7 of each value move points by up to 1e-5 and change all hashed names."""
 
     def draw(name: str, factor: float) -> str:
         figure, axes = plt.subplots()
@@ -440,7 +440,7 @@ def test_a_change_to_no_scaling_is_refused(change) -> None:
 
 
 def test_two_runs_of_the_horizon_share_a_figure(drawn) -> None:
-    """One model twice: the folders name the series, and the legend has no more than eight entries."""
+    """For two runs of one model the folders name the series, and the legend has at most eight entries."""
     runs = (PUBLISHED / "horizon", PUBLISHED / "horizon")
     displacement_ratio.draw(displacement_ratio.Config(runs, steps=(16, 64)))
     words = legend_text(drawn["displacement_ratio"])

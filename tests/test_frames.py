@@ -1,4 +1,4 @@
-"""Tables of a run: floats to the bit, whole numbers whole, published files to the byte, damage named by its line."""
+"""Tables of a run: exact floats, whole numbers without decimals, published files to the byte, damage by line."""
 
 import math
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_floats_are_written_as_python_does_and_read_to_the_bit(tmp_path: Path) -
 
 
 def test_rows_become_a_frame_of_the_asked_columns(tmp_path: Path) -> None:
-    """In their order; a whole number beside a missing one stays whole; a rule that is a number stays a word."""
+    """Columns keep their order, integers stay integers beside missing ones, and a numeric rule stays text."""
     rows = [
         {"rank": 8, "rule": "0.25", "loss": 0.5, "control": True, "said": 'a, "b"', "more": 1},
         {"rule": "0.5", "loss": None, "control": False, "said": ""},

@@ -1,4 +1,4 @@
-"""Tests that need a GPU: its fused attention, its steps beside the CPU's, resumption to the bit, bfloat16.
+"""Tests that need a GPU: fused attention, steps against the CPU's, exact resumption, bfloat16.
 
 Run by `pytest -m gpu` with JAX_PLATFORMS=cuda,cpu; `benchmarks/gpu.py` does. Without a GPU they skip, but for
 RORA_GPU_REHEARSAL=1, under which the CPU stands in with the blocked route, to show that the tests themselves run.
@@ -30,7 +30,7 @@ EPS = float(jnp.finfo(jnp.bfloat16).eps)
 
 @pytest.fixture(scope="module", autouse=True)
 def fused():
-    """The route of attention that the device has in bfloat16."""
+    """Return the route of attention that the device takes in bfloat16."""
     if jax.default_backend() == "gpu":
         return "cudnn"
     if os.environ.get("RORA_GPU_REHEARSAL"):
@@ -75,7 +75,7 @@ def batch():
 
 
 def take(params, config, device, route="blocked", count=4):
-    """Losses, gradient norms and the last adapter of a few steps on a device."""
+    """Return losses, gradient norms and the last adapter of a few steps on a device."""
     with jax.default_device(device):
         base, data = jax.device_put((params, batch()), device)
         fresh = adapters.init(jax.random.key(1), config.lora(), MODEL, base)

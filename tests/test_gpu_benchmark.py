@@ -1,4 +1,4 @@
-"""The GPU benchmark loses nothing: parts that die, hang or fail, the time that is left, and the wheels it brings."""
+"""The GPU benchmark keeps its results when tasks die, hang or fail; the remaining time; its wheels."""
 
 import importlib
 import json
@@ -28,7 +28,7 @@ for name in names:
 
 @pytest.fixture
 def run_worker(tmp_path, monkeypatch):
-    """Function that returns the records of a task's names within some seconds."""
+    """Return a function that returns the records of named tasks within some seconds."""
     (tmp_path / "worker.py").write_text(WORKER)
     monkeypatch.setattr(gpu, "HERE", tmp_path)
 
@@ -67,7 +67,7 @@ def test_what_hangs_is_ended_in_time(run_worker):
 
 
 def test_a_command_that_is_not_done_in_time_has_not_failed(tmp_path, capsys):
-    """One that another kills, or that ends with an error, has."""
+    """A command that is killed from outside, or ends with an error, has failed."""
     log = gpu.Log(tmp_path / "gpu.jsonl")
     gpu.run_sweep(log, gpu.REHEARSAL, time.monotonic() + 0.1)
     assert log.find("sweep", "variance_sweep")["status"] == "out of time"

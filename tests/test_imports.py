@@ -1,4 +1,4 @@
-"""Imports of the package: no cycle among its modules, no JAX for the laws, no extra for the core."""
+"""Imports of the package: no cycle among its modules, no JAX for the laws, and no extra for the core."""
 
 import ast
 import graphlib
@@ -54,7 +54,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 
 
 def import_names(extra: str) -> set[str]:
-    """Names that the packages of an extra are imported by."""
+    """Return the names by which the packages of an extra are imported."""
     distributions = {re.split(r"[^\w]", requirement)[0] for requirement in EXTRAS[extra]}
     return {"google" if name == "protobuf" else name for name in distributions}
 
@@ -83,7 +83,7 @@ def test_what_is_hidden_is_every_extra_s() -> None:
 
 
 def fresh(code: str) -> str:
-    """Return what the code prints in a process of its own, with the extras hidden and nothing on standard error."""
+    """Return what the code prints in a separate process with the extras hidden and nothing on standard error."""
     command = [sys.executable, "-c", HIDING + code]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert (process.stderr, process.returncode) == ("", 0)
@@ -92,8 +92,9 @@ def fresh(code: str) -> str:
 
 @pytest.mark.slow
 def test_the_laws_and_advice_need_no_jax() -> None:
-    """Imported and called: equations of the paper with NumPy's arrays, a law, the exponent after the first step, and
-    the command that advises, with a regime that was measured too."""
+    """Imports and calls need none: equations of the paper with NumPy's arrays, a law, the exponent after the first
+    step, and the command that advises, also with a measured regime.
+    """
     options = "--from-rank 8 --to-rank 128 --alpha 16 --lr 3e-4 --rule lora --optimizer adamw --json"
     run = str(ROOT / "results" / "published" / "regime")
     code = f"""
@@ -127,7 +128,9 @@ assert "jax" not in sys.modules
 
 @pytest.mark.slow
 def test_the_core_and_the_help_of_every_command_need_no_extra(tmp_path) -> None:
-    """Each module, and each command of ``rora`` and of ``rora figures``; a command that needs an extra names it."""
+    """This covers each module and each command of ``rora`` and ``rora figures``; a command that needs an extra names
+    it.
+    """
     assert len(CORE) > len(WITHOUT_JAX) > 30  # the walk sees something
     assert {*WITH_JAX, *(f"rora_theory.measure.{module}" for module in OF_A_MODEL)} <= NAMES
     records = [{"instruction": f"Question {i}?", "input": "", "output": f"Answer {i}."} for i in range(40)]
@@ -175,7 +178,10 @@ def load_with(tokenizers) -> None:
 
 
 def test_a_stand_in_is_what_a_missing_package_is_asked_for() -> None:
-    """A base class, an annotation, an except clause; used, it names the extra, also of a package that is broken."""
+    """It may be a base class, an annotation or an except clause.
+
+    When used, it names the extra, also if the package is broken.
+    """
     tokenizers = extras.missing(ModuleNotFoundError("no", name="tokenizers.models"))
 
     class Reader(tokenizers.Reader):
@@ -301,7 +307,7 @@ def test_modules_use_only_public_names_of_each_other(tmp_path) -> None:
 
 
 def test_what_a_script_imports_exists() -> None:
-    """Scripts have no other test as a rule. What needs an extra that is not installed is left out."""
+    """Most scripts have no other test. Imports of an extra that is not installed are left out."""
     scripts = [path for folder in ("benchmarks", "docs", "tests/golden") for path in (ROOT / folder).glob("*.py")]
     assert len(scripts) > 20
     missing = []
@@ -317,7 +323,7 @@ def test_what_a_script_imports_exists() -> None:
 
 
 def has(package: str, name: str) -> bool:
-    """Return whether a module has such an attribute, or a package such a module."""
+    """Return whether a module has an attribute, or a package a module, of this name."""
     module = importlib.import_module(package)
     within = hasattr(module, "__path__") and importlib.util.find_spec(f"{package}.{name}") is not None
     return within or hasattr(module, name)

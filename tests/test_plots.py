@@ -1,4 +1,4 @@
-"""Plots of measurements: the axes have the data, and the figures can be saved."""
+"""Plots of measurements: the axes show the data, and the figures can be saved."""
 
 import itertools
 import operator
@@ -103,7 +103,7 @@ def test_a_regime_has_a_panel_for_each_type_of_module(tmp_path, modules) -> None
 
 @pytest.mark.parametrize("upper", [40.0, 100.0, 3000.0])
 def test_the_labels_of_crossing_ranks_do_not_overlap(upper) -> None:
-    """Axes of one and a half, two and three decades."""
+    """The axes span one and a half, two and three decades."""
     figure = plots.plot_regime(crossing_frame().assign(lower_quartile=1.2, upper_quartile=upper))
     figure.canvas.draw()
     axis = figure.axes[0].yaxis
@@ -115,7 +115,7 @@ def test_the_labels_of_crossing_ranks_do_not_overlap(upper) -> None:
 
 
 def test_losses_against_the_rate(tmp_path) -> None:
-    """Means over seeds at ascending rates; a cross where a loss is not finite; a vertical line at the best rate."""
+    """The plot has means over seeds at ascending rates, a cross for each infinite loss, and a line at the best rate."""
     losses = {"rank 8": {1e-3: [2.0, 2.2], 1e-4: [3.0, 3.0], 1e-2: [float("inf"), 2.0]}, "rank 32": {1e-3: 2.5}}
     figure = plots.plot_losses(losses, best={"rank 8": 8e-4})
     (axis,) = figure.axes
@@ -135,7 +135,7 @@ def test_losses_against_the_rate(tmp_path) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of transformers and peft
 def test_results_of_the_bridge_are_plotted(tmp_path) -> None:
-    """`TorchCheck.plot` and `TorchRegime.plot` have the frames of the result."""
+    """`TorchCheck.plot` and `TorchRegime.plot` show the frames of the result."""
     pytest.importorskip("torch", reason="the bridge: the extra torch")
     peft = pytest.importorskip("peft", reason="the bridge: the extra torch")
     pytest.importorskip("transformers", reason="the bridge: the extra torch")

@@ -16,7 +16,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def required(extras: set[str]) -> Iterator[Requirement]:
-    """Direct dependencies of the core and of the extras, which may name others."""
+    """Return direct dependencies of the core and of the extras, which may name other extras."""
     texts = [*PROJECT["dependencies"], *(text for name in extras for text in PROJECT["optional-dependencies"][name])]
     for requirement in map(Requirement, texts):
         if canonicalize_name(requirement.name) == PROJECT["name"]:
@@ -26,14 +26,14 @@ def required(extras: set[str]) -> Iterator[Requirement]:
 
 
 def locked(name: str) -> list[tuple[Requirement, list[str]]]:
-    """Pinned requirements of a lock file with their hashes."""
+    """Return pinned requirements of a lock file with their hashes."""
     text = (ROOT / "requirements" / name).read_text().replace("\\\n", " ")
     lines = [line.split("--hash=") for line in text.splitlines() if line and not line.startswith("#")]
     return [(Requirement(line[0]), [digest.strip() for digest in line[1:]]) for line in lines]
 
 
 def versions(name: str, python: str) -> dict[str, str]:
-    """Locked versions by package on Linux."""
+    """Return locked versions by package on Linux."""
     environment = {
         "python_version": python,
         "python_full_version": f"{python}.9",

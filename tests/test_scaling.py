@@ -1,4 +1,4 @@
-"""The scaling rule, and that nothing else computes one."""
+"""The scaling rule, and a check that no other code computes one."""
 
 import math
 from fractions import Fraction

@@ -18,7 +18,7 @@ TOKENS = [10 + index % 7 for index in range(32)]
 
 
 def known_runs(exponent: float) -> list[HorizonRun]:
-    """Runs whose loss is a parabola in the log rate, with a best rate that falls as a power of the steps."""
+    """Return runs with a parabolic log loss in the log rate, whose best rate falls as a power of the steps."""
     runs = []
     for rank in (8, 128):
         for rate in (2e-4, 4e-4, 8e-4, 16e-4, 32e-4):
@@ -33,7 +33,7 @@ def known_runs(exponent: float) -> list[HorizonRun]:
 
 @pytest.fixture(scope="module")
 def cases() -> pd.DataFrame:
-    """Probes of runs that follow the assumed law."""
+    """Return replayed probes of runs that follow the assumed law."""
     return tune.replay(known_runs(-0.5), TOKENS)
 
 

@@ -1,4 +1,4 @@
-"""The suite's own run-time checks: a wrong type and a wrong shape are seen, on the way in and on the way out."""
+"""The tests' own run-time checks: a wrong type or shape is detected in arguments and results."""
 
 import jaxtyping
 import numpy as np
@@ -39,7 +39,7 @@ def test_shapes_are_seen_across_arguments_and_the_result() -> None:
 
 
 def test_the_package_is_checked() -> None:
-    """Functions, methods, class methods and the fields of a dataclass."""
+    """The checks cover functions, methods, class methods and the fields of a dataclass."""
     with pytest.raises(jaxtyping.TypeCheckError):
         equations.eq10_norm(np.ones(4), np.eye(2, 3), np.ones(2), np.ones(3), 1.0, 0.5)
     for wrong in (

@@ -8,7 +8,7 @@ from benchmarks import verdict_rules
 
 @pytest.fixture(scope="module")
 def tables() -> dict[str, pd.DataFrame]:
-    """Tables of three seeds and five rates of the first shape."""
+    """Return tables of three seeds and five rates of the first shape."""
     every_case = verdict_rules.cases
 
     def few_cases():

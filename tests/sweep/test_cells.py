@@ -1,4 +1,4 @@
-"""Designs and their cells: alpha, rule and rate vary apart, the paper's designs have the paper's cells, stages."""
+"""Designs and their cells: alpha, rule and rate vary separately, the paper's designs have its cells; stages."""
 
 from dataclasses import replace
 from functools import partial
@@ -56,7 +56,7 @@ def test_designs() -> None:
 
 
 def test_stages_of_a_tuned_design() -> None:
-    """The first seed at every rate, unscored; the others at the chosen one, scored; the base once."""
+    """The first seed runs at every rate, unscored; the others run at the best rate, scored; the base runs once."""
     design = Design(methods=("base", "lora"), ranks=(4, 8), lrs=(1e-3, 1e-2), seeds=(3, 4, 5), tuned=True)
     make = partial(cells_of, design, SHARED, data={}, evaluation={"protocol": "label"})
     first = make(stage=0)
@@ -75,7 +75,7 @@ def test_stages_of_a_tuned_design() -> None:
 
 
 def test_a_scored_twin_replaces_a_plain_cell_where_it_is_finished(tmp_path) -> None:
-    """A cell that is to be scored is never replaced by one without scores."""
+    """A cell that must be scored is never replaced by one without scores."""
 
     def folder(name: str, evaluation: object, finished: list[SweepCell]) -> Path:
         run = RunFolder.open("rank_sweep", {}, out=tmp_path / name, extensible={"evaluation": evaluation})
@@ -93,7 +93,7 @@ def test_a_scored_twin_replaces_a_plain_cell_where_it_is_finished(tmp_path) -> N
 
 
 def test_settings_of_methods_with_a_rank_reach_no_other() -> None:
-    """Alpha, targets and dropout; everything else reaches every run."""
+    """These are alpha, targets and dropout; all other settings apply to every run."""
     shared = FinetuneConfig(alpha=16.0, targets=("q_proj",), dropout=0.2, cutoff=99, epochs=2, remat="mlp")
     make = partial(training_of, Design(dtype="bfloat16"), shared, rate=1e-3, seed=7)
     for method, rank in (("lora", 4), ("dora", 4), ("series", None), ("prefix", None)):
@@ -126,7 +126,7 @@ def test_an_invalid_design_is_refused(changes, message) -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_sweep_is_identified_by_its_shared_settings() -> None:
-    """Defaults are included; two values of one setting differ in it alone."""
+    """Defaults are included; two values of one setting give identities that differ in it alone."""
     design, records = Design(), SimpleNamespace(summary={})
     for config in (FinetuneConfig, Training):
         settings = [

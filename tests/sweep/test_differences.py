@@ -1,4 +1,4 @@
-"""`differences.csv`: one method less another, record by record and item by item, against arithmetic by hand."""
+"""`differences.csv`: one method minus another, by record and by item, against manual arithmetic."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -113,7 +113,7 @@ def test_each_at_its_best_rate(tmp_path):
 
 
 def test_the_grid_error_is_the_larger_bound_of_the_two_methods(tmp_path):
-    """Rates a decade apart around a loss of 1; no bound at an edge or beside two runs that diverged."""
+    """Rates are a decade apart around a loss of 1; an edge or two diverged neighbours have no bound."""
     curves = {
         "lora": [1.2, 1.0, 1.3], "rora": [1.1, 1.0, 1.1], "wide": [1.4, 1.0, 1.5], "dora": [1.2, 1.1, 1.0],
         "quarter": [None, 1.0, None],
@@ -151,7 +151,7 @@ def test_methods_with_one_rate_are_compared_at_their_own_rates(tmp_path):
 
 
 def test_models_and_alphas_do_not_meet(tmp_path):
-    """Two models, each with a base, and LoRA at two alphas of one rank: a difference is of one model and one alpha."""
+    """With two models and LoRA at two alphas of one rank, each difference is within one model and one alpha."""
     rows = []
     for model, level in (("m", 0.0), ("n", 100.0)):
         for place, (method, alpha) in enumerate((("base", None), ("lora", 64.0), ("lora", 32.0), ("rora", 64.0))):
@@ -167,7 +167,7 @@ def test_models_and_alphas_do_not_meet(tmp_path):
 
 
 def test_a_difference_of_accuracies_needs_both_scored_and_may_be_zero(tmp_path):
-    """Against a base that is not scored there is none, and no answer is read; one of 0 has its error."""
+    """An unscored base gives no difference, and no answers are read; a difference of 0 has an error."""
     for key, correct in (("base", None), ("l", {"s": [1, 0]}), ("r", {"s": [0, 1]})):
         write_cell(tmp_path, key, correct=correct)
     compared = compare([row("base"), row("l", average=0.5), row("r", average=0.5)], tmp_path)

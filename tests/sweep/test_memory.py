@@ -15,7 +15,7 @@ RUN = FinetuneConfig(rank=4, batch_size=16, cutoff=96, dropout=0.0)
 
 @pytest.mark.slow
 def test_cells_differ_by_what_takes_memory(monkeypatch) -> None:
-    """By rank and method; the rate and the seed take none, and the width is at most what the model reads."""
+    """They differ by rank and method, not by rate and seed; the width is at most the model's maximum."""
     estimates = []
 
     def record_estimate(model, run, width):

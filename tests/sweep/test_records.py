@@ -1,4 +1,4 @@
-"""The records of a sweep: seeded, held out once, trained on nowhere else, each file with its share."""
+"""The records of a sweep: seeded, held out once and then never trained on, and each file with its share."""
 
 import json
 from collections import Counter
@@ -41,7 +41,9 @@ def test_held_out_records_are_in_no_training_set(tmp_path) -> None:
 
 
 def test_a_repeated_record_is_on_one_side_alone(tmp_path) -> None:
-    """Every instruction twice in one file and once in another: held out once, and nowhere trained on."""
+    """Every instruction occurs twice in one file and once in another; it is held out once, and then never trained
+    on.
+    """
     rows = prompts("say", 12)
     files = write_files(tmp_path, one=rows * 2, two=rows[:6] + prompts("tell", 9))
     for seed in range(6):
@@ -54,7 +56,7 @@ def test_a_repeated_record_is_on_one_side_alone(tmp_path) -> None:
 
 
 def test_one_instruction_with_other_inputs_is_other_records(tmp_path) -> None:
-    """Hold out four of eight records that share one instruction, as Alpaca has them, and train on the other four."""
+    """Of eight records that share one instruction, as in Alpaca, four are held out and four trained on."""
     rows = [{"instruction": "Translate", "input": str(i), "output": "a"} for i in range(8)]
     sample = draw_records(write_files(tmp_path, x=rows), held_out=4)
     inputs = [{record.input for record in side} for side in (sample.train, [r for *_, r in sample.held_out])]

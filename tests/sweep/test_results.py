@@ -1,4 +1,4 @@
-"""Results of a sweep: which cells have a line, in which order, which rate was the best of those tried, and files."""
+"""Results of a sweep: rows and their order, the best of the rates that were run, and files."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +78,7 @@ def test_a_tie_is_the_lower_rate_s_and_groups_are_apart() -> None:
 
 @pytest.mark.parametrize("run", ["rank_sweep", "rank_sweep_pruned"])
 def test_the_best_rates_of_the_published_runs_are_those_in_their_tables(run) -> None:
-    """Including methods without a rank."""
+    """This includes methods without a rank."""
     rows = frames.read_csv(PUBLISHED / run / "results.csv")
     plain = rows.drop(columns="best_rate")
     again = plain.merge(results.marked_rates(plain), how="left", on=[*results.GROUP, "learning_rate"])
@@ -195,7 +195,7 @@ def test_results_are_described() -> None:
 
 
 def test_of_a_folder_only_the_asked_cells_are_read(tmp_path) -> None:
-    """Not those of an earlier grid, nor those that are not done; without a question all."""
+    """Cells of an earlier grid and unfinished cells are left out; without a selection all are read."""
     base = SweepCell("base", None, None, None, None, None, "m", None, "float32", None, {}, None)
     cells = [replace(base, model=name) for name in ("one", "two", "three")]
     folder = RunFolder.open("sweep", {}, out=tmp_path / "run")
@@ -219,7 +219,7 @@ HORIZON = {"train_losses": [1.0], "readings": READINGS, "diverged_at": None}
     ],
 )  # fmt: skip
 def test_results_of_the_wrong_type_are_refused_by_key(tmp_path: Path, read: Any, value: Any) -> None:
-    """Sealed, as whoever made the folder could have."""
+    """The file has a valid digest, as its author could have written."""
     cell = {"rank": 1, "strength": 1.0, "rate": 1.0, "seed": 0}
     run_cells([cell], lambda *_: value, RunFolder.open("sweep", {}, out=tmp_path))
     with pytest.raises(InputError, match=rf"cells\.jsonl: key {key_of(cell)}: is damaged"):

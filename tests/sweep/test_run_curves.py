@@ -41,7 +41,7 @@ def compare(lora: Sequence[TrainedRun], rora: Sequence[TrainedRun]) -> Compariso
 
 @pytest.mark.parametrize("by_seed", [(0.1, -0.1, 0.3), (0.1, 0.1001, 0.0999)])
 def test_both_errors_are_reported(by_seed):
-    """Two methods on four records, three seeds: the error by hand over seeds and over records."""
+    """For two methods on four records with three seeds, errors over seeds and records are computed by hand."""
     runs = {"lora": [], "rora": []}
     for method, sign in (("lora", 0.0), ("rora", 1.0)):
         for seed, gap in enumerate(by_seed):
@@ -59,7 +59,7 @@ def test_both_errors_are_reported(by_seed):
 
 
 def test_methods_of_other_records_are_not_compared():
-    """The runs of each method agree with each other."""
+    """The runs of each method share their records."""
     other = [replace(run, tokens=run.tokens + 1) for run in runs_of("rora", {0: valley()})]
     message = r"^lora of rank 8 at 0\.001, seed 0 and rora of rank 8 at 0\.001, seed 0 must have"
     with pytest.raises(InputError, match=message):
@@ -67,7 +67,9 @@ def test_methods_of_other_records_are_not_compared():
 
 
 def test_the_best_rate_is_that_of_the_seeds_mean():
-    """By itself either seed would take a rate at which the methods are 0.2 apart; at the best on average it is 0.3."""
+    """Each seed alone would select a rate at which the methods differ by 0.2; at the best rate on average they
+    differ by 0.3.
+    """
     by_seed = {0: valley(losses=(4.0, 1.0, 1.1, 2.0, 4.0)), 1: valley(losses=(4.0, 2.0, 1.1, 1.0, 4.0))}
     gaps = valley(losses=(0.2, 0.2, 0.3, 0.2, 0.2))
     rora = {seed: {rate: loss + gaps[rate] for rate, loss in by_rate.items()} for seed, by_rate in by_seed.items()}
@@ -96,7 +98,7 @@ def test_a_run_that_diverged_at_the_best_rate_settles_nothing_and_is_named(metho
 
 
 def test_where_every_seed_of_both_best_rates_diverged_the_lowest_losses_are_shown():
-    """Each curve has a seed of its own; the ones that they share ran at the best rates alone, and none finished."""
+    """Each curve has a seed of its own. The shared seeds ran at the best rates alone, and none finished."""
     lora = runs_of("lora", {0: valley(), 7: {1e-3: np.inf}, 8: {1e-3: np.inf}})
     rora = runs_of("rora", {1: valley(0.5), 7: {1e-3: 1.0}, 8: {1e-3: np.inf}})
     comparison = compare(lora, rora)
@@ -107,7 +109,10 @@ def test_where_every_seed_of_both_best_rates_diverged_the_lowest_losses_are_show
 
 
 def test_a_curve_has_its_complete_seeds_in_order_and_their_draws():
-    """A seed that lacks a rate has no curve. Over the draws each seed keeps its own loss; drawn, they are averaged."""
+    """A seed that lacks a rate has no curve.
+
+    Each seed keeps its own loss over the draws; resampled losses are averaged.
+    """
     runs = [
         TrainedRun("lora", rank, 16 / rank, rate, seed, float(seed), seed * TOKENS, TOKENS)
         for seed, rates in ((3, RATES), (1, RATES), (9, RATES[:4]))

@@ -9,7 +9,7 @@ from rora_theory.sweep.trained_runs import kappa_of, read_runs
 
 
 def test_kappa_of_a_rule():
-    """Alpha / sqrt(r) has 0.5, and alpha = 2 r has 0."""
+    """The rule alpha / sqrt(r) has kappa 0.5, and alpha = 2 r has 0."""
     rora = [trained_run("rora", rank, 16 / rank**0.5) for rank in (8, 32, 128)]
     alpha_2r = [trained_run(rank=rank) for rank in (8, 32)]
     assert (kappa_of(rora), kappa_of(alpha_2r)) == (0.5, 0)
@@ -27,7 +27,7 @@ def test_kappa_of_a_rule():
 
 @pytest.mark.parametrize(("loss", "records", "tokens"), [("validation", [15.0], [10.0]), ("answer", [1.0], [2.0])])
 def test_records_are_of_the_loss_that_was_asked_for(tmp_path, loss, records, tokens):
-    """Infinite where a run diverged; the base and a cell that is not finished are no runs."""
+    """Losses are infinite if a run diverged; the base and unfinished cells are no runs."""
     (tmp_path / "results.csv").write_text(
         "key,status,model,method,rank,gamma,learning_rate,seed,validation_loss,answer_loss\n"
         "base,complete,m,base,,,,,2.0,2.0\n"

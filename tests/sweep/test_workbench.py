@@ -1,4 +1,4 @@
-"""What a cell does, on a tiny checkpoint: methods of a seed begin alike, and what is measured is the adapted model."""
+"""A cell's work on a tiny checkpoint: a seed's methods start alike, and every measurement is of the adapted model."""
 
 import dataclasses
 import itertools
@@ -34,7 +34,7 @@ SHARED = FinetuneConfig(batch_size=4, cutoff=400, widths=1, template="clean", he
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory) -> Workbench:
-    """The tiny checkpoint in memory, as a sweep has it."""
+    """Return the tiny checkpoint in memory, as a sweep holds it."""
     data = checkpoint.two_files(tmp_path_factory.mktemp("data"))
     for task, labels in (("boolq", ("true", "false")), ("piqa", ("solution1", "solution2"))):
         checkpoint.questions(data, task, labels)
@@ -68,7 +68,7 @@ def test_methods_of_a_seed_share_init_and_order_and_seeds_do_not(bench) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "prefix"])
 def test_what_is_scored_is_the_adapted_model(bench, kind, tmp_path, monkeypatch) -> None:
-    """Whatever training left: an adapter that is merged, or runs beside the weights, is in every measurement."""
+    """Every measurement includes the adapter, merged or beside the weights."""
     settings, size = {"lora": (LoraConfig(rank=2, alpha=4.0), 1.0), "prefix": (PrefixConfig(3), 30.0)}[kind]
     fresh = init(jax.random.key(0), settings, bench.model.config, bench.model.params)
     adapter = adapter_replace(
@@ -115,7 +115,7 @@ def test_the_base_has_the_storage_of_the_settings(bench, tmp_path, monkeypatch) 
 
 
 def test_chats_go_through_the_models_template(tmp_path, monkeypatch) -> None:
-    """A template that asks for the day is refused where none is named: cells of one folder are done on many days."""
+    """A template that needs the date is refused without one, as cells of one folder run on many days."""
     model = checkpoint.model(tmp_path)
     settings = json.loads((model / "tokenizer_config.json").read_text())
     chats = [

@@ -29,13 +29,13 @@ def test_the_ratio_solves_the_quadratic() -> None:
 
 
 def change(b: jax.Array, a: jax.Array, strength: float, p: float, q: float) -> jax.Array:
-    """Size of the change when all entries of B have moved by b and all of A by a."""
+    """Return the size of the change after all entries of B have moved by b and all of A by a."""
     return strength * (p * b + q * a * b)
 
 
 @pytest.mark.parametrize("multiplier", [0.125, 1.0, 8.0])
 def test_autodiff_of_the_change_gives_the_effective_step(multiplier: float) -> None:
-    """Differentiates W by a step of B alone (c = 1) and of both factors (c = 2), at equal W for every G."""
+    """W is differentiated by a step of B alone (c = 1) and of both factors (c = 2), at equal W for every G."""
     p, q, target = 0.7, 90.0, 0.05
     steps = {}
     for strength in (16.0, 724.0):
@@ -55,7 +55,7 @@ def test_autodiff_of_the_change_gives_the_effective_step(multiplier: float) -> N
 
 
 def test_simulated_factors_obey_the_law() -> None:
-    """Rows of A and columns of B that share a direction plus noise: measures both parts of B A x, as a run would.
+    """Rows of A and columns of B share a direction plus noise; both parts of B A x are measured as in a run.
 
     The standard error of each rms ratio is below 1% with 512 rows; 5% allows for the incoherent part of both sums.
     """
@@ -93,7 +93,7 @@ def test_simulated_factors_obey_the_law() -> None:
 
 @pytest.mark.parametrize("strength", [1e-320, 1e-307, 5e-307])
 def test_a_ratio_that_overflows_is_refused(strength) -> None:
-    """4 K / G is infinite, which would give a ratio of nan or 0."""
+    """An infinite 4 K / G would give a ratio of nan or 0."""
     with pytest.raises(InputError, match=f"strength .* {strength!r}:"):
         displacement.displacement_ratio(strength, displacement_constant=100.0)
     assert displacement.displacement_ratio(1e-305, displacement_constant=100.0) == pytest.approx(math.sqrt(1e307))
@@ -114,7 +114,7 @@ STEPS_EXPONENTS = (-0.6, -0.4)
 
 
 def test_a_carried_rate_with_one_constant_and_one_exponent_is_the_law() -> None:
-    """With nothing to vary but c, the ends are the law at c = 1 and 2."""
+    """Only c varies, so the ends are the law at c = 1 and 2."""
     rates = displacement.carry_rate(
         2e-4,
         old_strength=32.0,
@@ -134,7 +134,7 @@ def test_a_carried_rate_with_one_constant_and_one_exponent_is_the_law() -> None:
 @pytest.mark.parametrize("new_strength", [8.0, 64.0, 724.0])
 @pytest.mark.parametrize("new_steps", [16, 64, 1000])
 def test_a_carried_rate_covers_every_constant_coherence_and_exponent(new_strength: float, new_steps: int) -> None:
-    """Draws K, c and the exponent within their ranges; no draw lies outside the range of rates."""
+    """K, c and the exponent are drawn within their ranges; no draw lies outside the range of rates."""
     rates = displacement.carry_rate(
         1e-3,
         old_strength=64.0,

@@ -42,7 +42,7 @@ def test_each_rule_has_its_gamma() -> None:
 
 @pytest.mark.parametrize("order", [sorted, lambda ranks: ranks[::-1]])
 def test_a_table_s_exponent_is_its_power(order: Callable[[list[int]], list[int]]) -> None:
-    """Two points: the error is the root sum of squares of the relative errors over the distance in log rank."""
+    """With two points the error is the root sum of squares of the relative errors over the distance in log rank."""
     ranks = np.array(order([4, 64]))
     table = pd.DataFrame({"rank": ranks, "estimate": 3.0 * ranks**-0.5, "exact": 2.0 * ranks**0.25})
     fit = fit_exponent(table.assign(standard_error=0.1 * table["estimate"]))

@@ -1,4 +1,4 @@
-"""Many steps at a constant gradient: enumeration in integers, algebra, and optax's optimizers really run."""
+"""Many steps at a constant gradient: enumeration in integers, algebra, and real steps of optax's optimizers."""
 
 import math
 from collections.abc import Callable
@@ -88,7 +88,7 @@ def data(seed: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def one_sample_terms(x: np.ndarray, read_at: np.ndarray, *, deviation: float, p_out: int = 1) -> horizon.RowTerms:
-    """On one sample, G = delta x^T, in closed form for Gaussian A: the integral over rows, no row drawn.
+    """Compute the terms on one sample, G = delta x^T, for Gaussian A by an integral over rows, without draws.
 
     With s the deviation, m = sqrt(2 / pi) x . x' / |x| and beta = sign(x) . x', in every output of delta_i other than
     0: E[q] = s m + a beta and E[q^2] = s^2 |x'|^2 + 2 a beta s m + a^2 beta^2.
@@ -107,7 +107,7 @@ def sign(value: int) -> int:
 
 
 def enumerate_descent(delta: list[int], x: list[int], read_at: list[int], rank: int, steps: int) -> Fraction:
-    """E|w|^2 of sign descent on one sample over every sign matrix A: Python integers, no formula of the law."""
+    """Compute E|w|^2 of sign descent on one sample over every sign matrix A, in integers and without the law."""
     total = 0
     for entries in product((-1, 1), repeat=rank * len(x)):
         A = [list(entries[k * len(x) : (k + 1) * len(x)]) for k in range(rank)]
@@ -165,7 +165,7 @@ def test_enumeration_would_see_a_wrong_law() -> None:
 
 
 def test_pace_by_algebra() -> None:
-    """Adam's step on a ramp: sqrt(1 + b2) / (1 + b1) where A first moves (step 2), and sqrt(3) far along."""
+    """On a ramp Adam's step is sqrt(1 + b2) / (1 + b1) where A first moves (step 2), and sqrt(3) in the limit."""
     b1, b2 = sp.symbols("b1 b2", positive=True)
     gradients = [0, 1, 2]
     paces = []
@@ -186,7 +186,9 @@ def test_pace_by_algebra() -> None:
 
 
 def test_sgd_closed_form() -> None:
-    """One direction at a constant rate: halves of (1 + h)^t -+ (1 - h)^t, and any rates by the factors themselves."""
+    """In one direction at a constant rate the factors are halves of (1 + h)^t -+ (1 - h)^t; other rates use the
+    recursion.
+    """
     scaling, rate, steps, sigma = 0.7, 0.3, 5, 1.9
     grad, x = np.array([[0.0, sigma]]), np.array([3.0, 2.0])
     equivalent, at = horizon.sgd_equivalent(grad, x, rates=[rate] * steps, scaling=scaling)
@@ -234,7 +236,7 @@ def test_one_sample_closed_form() -> None:
 
 @pytest.mark.parametrize(("rates", "ratio"), [([1e-3] * 200, 1.0), ([0.0, *[1e-3] * 99], 1.0), ([1e-3] * 60, 16.0)])
 def test_one_sample_adam(rates: list[float], ratio: float) -> None:
-    """Optax's Adam (betas, bias correction, epsilon), a warm-up that starts at 0, and LoRA+'s two rates.
+    """The law holds for optax's Adam (betas, bias correction, epsilon), a warm-up from 0, and LoRA+'s two rates.
 
     The one approximation is that all entries of B share one history: measured within 3% at every horizon here; sign
     descent without Adam's pace is off by up to 2.4 times.
@@ -275,7 +277,7 @@ def test_many_tokens_adam() -> None:
 
 @pytest.mark.slow
 def test_turning_gradient() -> None:
-    """A gradient that turns by theta over the horizon: the law holds to a few per cent up to theta = 0.5."""
+    """If the gradient turns by theta over the horizon, the law holds to a few per cent up to theta = 0.5."""
     first, x = data(21, 1)
     second, _ = data(22, 1)
     second = second * np.linalg.norm(first) / np.linalg.norm(second)
@@ -308,7 +310,7 @@ def test_rate_exponents_are_the_slopes_of_the_factor() -> None:
 
 
 def test_sgd_exponents_by_algebra() -> None:
-    """Implicit derivatives of gamma r sinh(2 gamma eta s) = constant, and the two ends."""
+    """They are implicit derivatives of gamma r sinh(2 gamma eta s) = constant, at two ends too."""
     gamma, rank, eta, sigma = sp.symbols("gamma r eta sigma", positive=True)
     change = gamma * rank * sp.sinh(2 * gamma * eta * sigma)
     for tau in (0.05, 1.0, 6.0):
@@ -326,9 +328,10 @@ def test_sgd_exponents_by_algebra() -> None:
 
 @pytest.mark.parametrize("tau", [0.02, 1.0, 4.0])
 def test_the_change_that_sgd_s_exponents_keep_is_that_of_real_steps(tau: float) -> None:
-    """gamma r sinh(2 tau), whose slopes they are, at other gammas, ranks and rates, by 1000 steps of optax's SGD on a
-    gradient of one direction, which every row of A reads alike. The law has exp(tau), real steps (1 + tau / n)^n: less
-    by a factor of exp(tau^2 / 2n)."""
+    """The change is gamma r sinh(2 tau), at other gammas, ranks and rates, after 1000 steps of optax's SGD on a
+    gradient of one direction, which every row of A reads alike. The law has exp(tau) and real steps (1 + tau /
+    n)^n, less by a factor of exp(tau^2 / 2n).
+    """
     rng = np.random.default_rng(5)
     left, right = (v / np.linalg.norm(v) for v in (rng.normal(size=P_OUT), rng.normal(size=P_IN)))
     sigma, steps = 2.0, 1000
@@ -430,7 +433,7 @@ def test_bad_input(call: Callable, words: str) -> None:
 
 
 def test_a_takeover_next_to_nothing_is_refused_where_its_squares_would_be_no_numbers() -> None:
-    """At the bound the step is still the limit's: B's gradient a ramp from step 3 on, whatever its slope."""
+    """At the bound the step is still that of the limit, where B's gradient is a ramp from step 3 on."""
     smallest = 3e-3 / horizon.MAX_GRADIENT_GROWTH * (1 + 1e-9)
     assert horizon.distances([1e-3] * 3, takeover=smallest) == pytest.approx(
         horizon.distances([1e-3] * 3, takeover=1e-50)

@@ -1,4 +1,4 @@
-"""The exact laws by three routes: enumeration in integers, algebra over index coincidences, and the direct sampler."""
+"""The exact laws by three routes: enumeration in integers, algebra over coincident indices, and the direct sampler."""
 
 import functools
 import math
@@ -35,7 +35,7 @@ def linear_term(p_in: int, overlap: float, optimizer: Optimizer) -> float:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @given(grad=st.lists(vectors, min_size=1, max_size=2), x=vectors, rank=st.integers(1, 3))
 def test_enumeration(optimizer: str, grad: list[list[int]], x: list[int], rank: int) -> None:
-    """All 2^(r p) Rademacher matrices, ties and zero rows included: the law equals the exact fractions."""
+    """Over all 2^(r p) Rademacher matrices, with ties and zero rows, the law equals the exact fractions."""
     mean, second, matrix = enumerate_first_step(grad, x, rank, optimizer)
     law = laws.first_step_moments(
         np.array(grad, float), np.array(x, float), rank=rank, scaling=1.0, optimizer=optimizer, init="rademacher"
@@ -52,7 +52,7 @@ def symbol_values(law: Entries) -> dict[sp.Symbol, float]:
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_algebra_fixed_data(rank: int) -> None:
-    """Symbolic in step, s2 and k: the closed form has every term and no other."""
+    """Symbolically in step, s2 and k, the closed form has every term and no other."""
     grad, x = [1, -2, 3], [2, 1, -1]
     expressions = (*pairings.sgd_moments(grad, x, rank), pairings.sgd_matrix_moment(grad, rank))
     for init in INITS:
@@ -65,7 +65,7 @@ def test_algebra_fixed_data(rank: int) -> None:
 
 
 def test_algebra_random_inputs() -> None:
-    """E[w^2] over A and Gaussian inputs, symbolic in the overlap, for r = 2 and p = 3."""
+    """E[w^2] over A and Gaussian inputs is symbolic in the overlap, for r = 2 and p = 3."""
     symbolic = pairings.random_input_second_moment(2, 3)
     for init in INITS:
         values = symbol_values(entries(init, rank=2, p_in=3))
@@ -78,7 +78,7 @@ def test_algebra_random_inputs() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("init", ["normal", "kaiming_uniform", "rademacher"])
 def test_direct_sampler_random_inputs(init: str) -> None:
-    """The direct sampler (autodiff and optax) against the law over optimizer, rank, overlap and width."""
+    """The direct sampler (autodiff and optax) agrees with the law over optimizer, rank, overlap and width."""
     cases = [(3, 5, 0.6), (6, 16, -0.3)]
     z = threshold(FALSE_ALARM, 3 * len(cases) * 3 * 2)
     for number, (rank, p_in, overlap) in enumerate(cases):
@@ -105,7 +105,9 @@ def drawn_A(init: str, rank: int, p_in: int) -> np.ndarray:
 @pytest.mark.parametrize("epsilon", [0.0, 0.5])
 @pytest.mark.parametrize("init", ["normal", "kaiming_uniform", "rademacher"])
 def test_adam_fixed_data(init: str, epsilon: float) -> None:
-    """Adam's law for fixed data against sampled A, with a dominant entry in one row of G and epsilon near gamma |u|."""
+    """Adam's law for fixed data agrees with sampled A, with a dominant entry in one row of G and epsilon near gamma
+    |u|.
+    """
     rng = np.random.default_rng(7)
     p_in, rank, gamma = 20, 3, 0.5
     grad = rng.standard_normal((3, p_in))
@@ -146,7 +148,7 @@ def test_adam_uniform_direction_in_closed_form() -> None:
 
 
 def test_crossing_ranks() -> None:
-    """At r* the two terms are equal: checked on the law's own increments in r."""
+    """At r* the two terms are equal, by the law's own increments in r."""
     rng = np.random.default_rng(3)
     grad, x = rng.standard_normal((4, 50)), rng.standard_normal((3, 50)) + 0.3
     for optimizer in OPTIMIZERS:
@@ -180,7 +182,7 @@ def test_local_exponent_is_the_derivative(rank: int, overlap: float, optimizer: 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.1, 0.6, 1.0])
 def test_the_rate_that_keeps_the_first_adam_step_at_one_gamma_r(overlap: float) -> None:
-    """By the exact moments: the rate times the step's rms is the same at both ranks."""
+    """By the exact moments the rate times the step's rms is the same at both ranks."""
     for first, second in ((1, 128), (8, 32), (512, 8)):
         squares = [
             laws.random_input_moments(
@@ -195,7 +197,9 @@ def test_the_rate_that_keeps_the_first_adam_step_at_one_gamma_r(overlap: float) 
 
 
 def test_inits_are_those_of_their_names() -> None:
-    """The paper's N(0, 1); PEFT's kaiming_uniform_(a=sqrt 5), U(-b, b) with b = 1/sqrt(p_in); its gaussian, std 1/r."""
+    """They are the paper's N(0, 1); PEFT's U(-b, b) with b = 1/sqrt(p_in), from kaiming_uniform_(a=sqrt 5); and its
+    gaussian, std 1/r.
+    """
     moments = {
         init: (entries(init, rank=4, p_in=25).variance, entries(init, rank=4, p_in=25).kurtosis) for init in INITS
     }
@@ -209,7 +213,7 @@ def test_inits_are_those_of_their_names() -> None:
 
 @pytest.mark.parametrize("init", INITS)
 def test_draws_have_the_moments_of_their_distribution(init: str) -> None:
-    """Variance and kurtosis of drawn entries, and the bound of uniform ones; false alarm 1e-6 over both."""
+    """Variance and kurtosis, and the bound of uniform entries, are tested at a total false-alarm rate of 1e-6."""
     law = entries(init, rank=3, p_in=20)
     sample = drawn_A(init, 3, 20).ravel()
     for power, exact in ((2, law.variance), (4, law.kurtosis * law.variance**2)):
@@ -222,7 +226,7 @@ def test_draws_have_the_moments_of_their_distribution(init: str) -> None:
 
 @pytest.mark.parametrize("init", ["normal", "kaiming_uniform", "rademacher"])
 def test_characteristic_function(init: str) -> None:
-    """phi and phi' against the sample mean of cos and -a sin, and phi' against differences of phi."""
+    """phi and phi' agree with the sample mean of cos and -a sin, and phi' with differences of phi."""
     law = entries(init, rank=1, p_in=3)
     t = np.array([1e-3, 0.1, 0.7, 2.0])
     phi, slope = law.characteristic(t)

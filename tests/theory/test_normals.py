@@ -1,4 +1,4 @@
-"""Normals that are drawn the fast way are those of JAX's own generator, to the bit."""
+"""Normals of the fast sampler equal those of JAX's own generator to the bit."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from rora_theory.random.normals import keys_at, standard_normal
 
 @pytest.mark.parametrize("shape", [(), (7, 3), (4096,), (3, 5000), (33, 4096)])
 def test_normals_are_jaxs_own(shape: tuple[int, ...]) -> None:
-    """In one piece, in several, and with a last piece that is not whole; alone and under vmap.
+    """They are drawn in one piece, in several, and with an incomplete last piece; alone and under vmap.
 
     Two programs: the bits are JAX's own, their transform to float32 to a few roundings.
     """

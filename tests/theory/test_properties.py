@@ -31,7 +31,7 @@ layers = st.fixed_dictionaries(
 
 
 def one_step(layer: dict, scaling: float, *, turn: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
-    """w by autodiff and optax, and A, G, x' it came from; ``turn`` rotates the input space of all of them."""
+    """Return w by autodiff and optax, and its A, G and x'; ``turn`` rotates the input space of all of them."""
     random = np.random.default_rng(layer["seed"])
     A = draw(random, layer["init"], rank=layer["rank"], p_in=layer["p_in"])
     x, fresh = random.standard_normal((2, layer["p_in"]))
@@ -52,7 +52,7 @@ def one_step(layer: dict, scaling: float, *, turn: np.ndarray | None = None) -> 
 
 
 def close(actual: np.ndarray, expected: np.ndarray, scale: np.ndarray | float, *, adam: bool = False) -> None:
-    """Equal to float32 rounding: 40 roundings of 6e-8 of the sum of the terms' sizes.
+    """Compare to float32 rounding: 40 roundings of 6e-8 of the sum of the terms' sizes.
 
     Adam's bias correction divides by 1 - 0.999, whose float32 relative error is up to 3e-5; its root halves that.
     """
@@ -64,7 +64,7 @@ def close(actual: np.ndarray, expected: np.ndarray, scale: np.ndarray | float, *
 def closed_form(
     layer: dict, scaling: float, A: np.ndarray, grad: np.ndarray, x: np.ndarray
 ) -> tuple[np.ndarray, float]:
-    """-eta gamma^2 G A^T A x' (SGD) or -eta gamma sign(G A^T) A x' (Adam), and the size of its terms."""
+    """Return -eta gamma^2 G A^T A x' (SGD) or -eta gamma sign(G A^T) A x' (Adam), and the size of its terms."""
     weights = grad @ A.T if layer["optimizer"] == "sgd" else np.sign(grad @ A.T)
     step = layer["learning_rate"] * scaling ** scaling_power(layer["optimizer"])
     size = np.abs(grad) @ np.abs(A).T if layer["optimizer"] == "sgd" else np.abs(weights)
@@ -148,7 +148,7 @@ def test_rotation_does_change_uniform_A() -> None:
 def test_eq9_holds_exactly_where_the_signal_leads(
     rank: int, p_in: int, overlap: float, alpha: float, rule: str | float
 ) -> None:
-    """r^2 gamma^4 is the growth iff r >> r*: the exact growth on doubling r is 4 (r + r*/2) / (r + r*) at gamma = 1.
+    """r^2 gamma^4 is the growth iff r >> r*: on doubling r at gamma = 1 the growth is 4 (r + r*/2) / (r + r*).
 
     Eq. 9 itself, value included, holds to 5% at overlap 0 iff (p_in + 1) / r < 5%.
     """

@@ -1,4 +1,4 @@
-"""Samplers: reduced equal to direct in distribution, keys of streams, memory."""
+"""Samplers: the reduced one equals the direct one in distribution; keys of streams; memory."""
 
 import hashlib
 from dataclasses import replace
@@ -27,7 +27,7 @@ CASES = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("setting", "sampler"), CASES)
 def test_reduced_equals_direct_in_distribution(setting: RandomStep, sampler: sampling.Sampler) -> None:
-    """Two-sample Kolmogorov-Smirnov, 30000 draws each; false alarm 1e-6 over all cases."""
+    """Two-sample Kolmogorov-Smirnov tests of 30000 draws each have a total false-alarm rate of 1e-6."""
     direct = take(setting, "direct", 30_000)[0]
     reduced = take(setting, sampler, 30_000, seed=1)[0]
     assert stats.ks_2samp(direct, reduced).pvalue > 1e-6 / len(CASES)
@@ -57,7 +57,7 @@ def test_each_setting_has_its_own_step_of_the_same_draws(
 
 
 def test_several_devices_share_the_blocks_and_compute_no_turn_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """41 draws in blocks of 20 take three blocks in order; every device computes whole batches."""
+    """41 draws in blocks of 20 take three blocks in order; every device computes full batches."""
     computed: list[int] = []
     used: set[jax.Device] = set()
 
@@ -97,7 +97,7 @@ def test_a_stream_has_the_key_of_published_runs() -> None:
 
 @pytest.mark.slow
 def test_memory_is_bounded() -> None:
-    """XLA's memory analysis of a block: memory does not grow with the draws, and with r p_in only by one adapter."""
+    """By XLA's memory analysis of a block, memory does not grow with the draws, and with r p_in only by one adapter."""
     for rank, p_in, sampler, limit in [
         (4096, 1 << 20, "pairs", 64e6),
         (10**6, 1 << 20, "chi_square", 64e6),

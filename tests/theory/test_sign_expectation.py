@@ -1,4 +1,4 @@
-"""The series for E[sign(g . a) a]: against the integral over each t, and which rows it serves."""
+"""The series for E[sign(g . a) a] against the integral over t, and the rows it applies to."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from rora_theory.theory import laws, sign_expectation
 
 
 def rows(count: int, p_in: int, *, peak: float, seed: int = 0) -> np.ndarray:
-    """Unit rows whose first entries have about the share ``peak`` of the square."""
+    """Return unit rows whose first entries have about the share ``peak`` of the square."""
     random = np.random.default_rng(seed)
     plain = random.normal(size=(count, p_in)) * np.geomspace(1, 0.1, p_in)
     plain[:, 1:] *= np.sqrt((1 - peak) / np.sum(plain[:, 1:] ** 2, axis=1))[:, None]
@@ -72,7 +72,7 @@ def test_the_fast_series_of_rows_with_few_large_entries(rest) -> None:
 
 
 def test_the_fast_series_of_short_rows() -> None:
-    """E|a| = sqrt(3)/2 for one entry of variance 1; two entries have a closed form, too: 2/3 of it for each."""
+    """E|a| = sqrt(3)/2 for one entry of variance 1; for two equal entries each has 2/3 of it."""
     half = np.sqrt(3) / 2
     np.testing.assert_allclose(sign_expectation.uniform_fast(np.array([[1.0], [-1.0]])), [[half], [-half]], atol=5e-4)
     pair = sign_expectation.uniform_fast(np.full((1, 2), np.sqrt(0.5)))
@@ -80,7 +80,7 @@ def test_the_fast_series_of_short_rows() -> None:
 
 
 def test_the_fast_series_in_closed_form() -> None:
-    """Without large entries it is the expansion to the second order in 1 / p_in, whose terms can be told apart."""
+    """Without large entries it is the expansion to second order in 1 / p_in."""
     random = np.random.default_rng(0)
     g = random.uniform(0.5, 1.5, size=(5, 300))
     g /= np.linalg.norm(g, axis=1, keepdims=True)

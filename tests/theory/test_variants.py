@@ -1,4 +1,4 @@
-"""Other starts and other first steps: each against the step itself, taken by optax or by the method's definition."""
+"""Other starts and other first steps, each against the step itself, by optax or by the method's definition."""
 
 import math
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def data(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def stepped(
     grad: np.ndarray, A: np.ndarray, B: np.ndarray, scaling: float, tx: optax.GradientTransformation
 ) -> tuple[np.ndarray, np.ndarray]:
-    """optax's step on <G, gamma B A> of many adapters, from any start."""
+    """Take optax's step on <G, gamma B A> of many adapters, from any start."""
 
     def take_step(params: tuple) -> tuple:
         loss = lambda pair: Increment(pair[0], pair[1], scaling).inner(jnp.asarray(grad, jnp.float32))  # noqa: E731
@@ -42,7 +42,7 @@ def stepped(
 
 
 def read(x: np.ndarray, A: np.ndarray, B: np.ndarray) -> np.ndarray:
-    """B A x' of many adapters: [adapters, tokens, p_out]."""
+    """Compute B A x' of many adapters, [adapters, tokens, p_out]."""
     return np.einsum("nor,ntr->nto", B, np.einsum("nri,ti->ntr", A, x))
 
 
@@ -55,7 +55,7 @@ def agrees(squares: np.ndarray, law: float) -> None:
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("random", ["B", "both"])
 def test_random_starts(random: str, optimizer: str) -> None:
-    """A zero and B random, and both random: the start and the first step of adapters of rank 3."""
+    """The start and the first step of adapters of rank 3 are checked with A zero and B random, and with both random."""
     grad, x = data()
     rng = np.random.default_rng(1)
     rank, count, rate, scaling = 3, 1500, 0.02, 0.8
@@ -74,7 +74,9 @@ def test_random_starts(random: str, optimizer: str) -> None:
 
 
 def test_random_B_under_sgd_is_exact() -> None:
-    """E|w|^2 = r (r + p_out + k - 2) |G x'|^2 at eta = gamma = s2 = 1: Rademacher B enumerated, Gaussian B drawn."""
+    """E|w|^2 = r (r + p_out + k - 2) |G x'|^2 at eta = gamma = s2 = 1, with Rademacher B enumerated and Gaussian B
+    drawn.
+    """
     grad, x = data()
     p_out, rank = 3, 2
     small = grad[:p_out]
@@ -94,7 +96,7 @@ def test_random_B_under_sgd_is_exact() -> None:
 @pytest.mark.parametrize(("make", "name"), [(starts.pissa_factors, "pissa"), (starts.olora_factors, "olora")])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_starts_from_the_weight(make, name: str, optimizer: str) -> None:
-    """The forward scale at the start, and the power of gamma in the first step."""
+    """The forward scale at the start and the power of gamma in the first step are checked."""
     grad, x = data()
     weight = np.random.default_rng(3).normal(size=(P_OUT, P_IN))
     rate, rank = 1e-4, 4
@@ -119,7 +121,7 @@ def test_starts_from_the_weight(make, name: str, optimizer: str) -> None:
 
 @pytest.mark.parametrize("init", ["normal", "kaiming_uniform"])
 def test_clipped_sgd(init: str) -> None:
-    """Optax's clipping by the global norm: replacing the norm by its root mean square is accurate to 0.5 / r."""
+    """With optax's clipping by the global norm, the norm's root mean square is accurate to 0.5 / r."""
     grad, x = data()
     rng = np.random.default_rng(4)
     for rank in (8, 32):
@@ -156,7 +158,9 @@ def test_muon() -> None:
 
 @pytest.mark.slow
 def test_dora() -> None:
-    """Automatic differentiation of DoRA's layer with a constant norm, and a sign step on A, B and the magnitude."""
+    """The reference is automatic differentiation of DoRA's layer with a constant norm, and a sign step on A, B and
+    magnitude.
+    """
     grad, x = data()
     rng = np.random.default_rng(6)
     W, A = rng.normal(size=(P_OUT, P_IN)), rng.normal(size=(3, P_IN))

@@ -1,4 +1,4 @@
-"""The teacher-student problem: its change of output, its steps, its first step's law, and what it measures."""
+"""The teacher-student problem: change of output, steps, the first step's law, and measurements."""
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def test_problem():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_first_step_has_the_exact_law(optimizer):
-    """Mean squares over 4000 adapters against `laws.first_step_moments`; |z| < 5 on six figures."""
+    """Mean squares over 4000 adapters agree with `laws.first_step_moments`; |z| < 5 on six figures."""
     problem, many, adapters = stacked(LINEAR, 8, 4000)
     rate, scaling = 1e-3, 0.5
     measures = dynamics.trajectories(adapters, many, scaling, rate, optimizer=optimizer, steps=(1,))
@@ -107,7 +107,7 @@ def test_first_step_has_the_exact_law(optimizer):
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
 @pytest.mark.parametrize("frozen", [None, "A"])
 def test_steps_by_hand(optimizer, frozen):
-    """Four steps of both factors against gradients written out and the optimizers' formulas, in float64."""
+    """Four steps of both factors agree with explicit gradients and the optimizers' formulas, in float64."""
     problem, adapters = drawn(LINEAR)
     rate, scaling, steps = 0.02, 0.8, 4
     x, target = wide(problem.x_train), wide(problem.target_train)
@@ -151,7 +151,7 @@ def test_steps_by_hand(optimizer, frozen):
 
 @pytest.mark.slow
 def test_start_of_b():
-    """A = 0 and B random: nothing changes at first, A alone has a gradient, and freezing B keeps it."""
+    """With A = 0 and B random nothing changes at first, A alone has a gradient, and freezing B preserves it."""
     problem, adapters = drawn(MLP, start="B")
     measures = dynamics.trajectory(
         adapters, problem, scaling=1.0, learning_rate=0.1, optimizer="sgd", steps=(1, 3), frozen="B"

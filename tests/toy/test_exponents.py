@@ -1,4 +1,4 @@
-"""Slopes along training: which ranks count, what diverged runs do, whether training A changes an exponent."""
+"""Slopes during training: the ranks that count, diverged runs, and whether training A changes an exponent."""
 
 import itertools
 
@@ -26,7 +26,7 @@ def line(step: int, by_seed: list[float], left: float = 0.9, fitted_ranks: tuple
     ],
 )
 def test_whether_the_exponent_changes(both, frozen, expected):
-    """A trained less A frozen, seed by seed, at the last step where neither loss is below half of its start."""
+    """Trained A is compared with frozen A by seed, at the last step where neither loss is below half of its start."""
     early, late = line(1, [9.0] * 3), line(100, [5.0, 6.0, 7.0], left=0.4)
     for last_both, last_frozen in ((line(100, [1.0] * 3), late), (late, line(100, [1.0] * 3))):
         change = exponents.exponent_change([early, line(10, both), last_both], [early, line(10, frozen), last_frozen])
@@ -65,7 +65,7 @@ def test_where_the_loss_has_come_below_half_is_said():
 
 
 def test_each_answer_is_of_its_own_curve():
-    """Every curve has a unique slope, and each answer shows the slopes of its own curves."""
+    """Every curve has a unique slope, and each answer states its own."""
     curves = list(itertools.product(("sgd", "adam"), (0.25, 0.5, 1.0), ("both", "B"), exponents.FITTED))
     slopes = {curve: round(0.01 * place, 2) for place, curve in enumerate(curves, start=1)}
     rows = []
@@ -112,7 +112,7 @@ FOUR = (64, 4, 16, 256)
 
 
 def test_fits_leave_out_diverged_ranks_and_take_the_upper_half():
-    """Slope 1/2 up to rank 16 and 1 from there on; 4 diverged at one seed."""
+    """The slope is 1/2 up to rank 16 and 1 above; rank 4 diverged at one seed."""
 
     def value(rank: int, step: int) -> float:
         return (rank**0.5 if rank <= 16 else rank / 4) * (step + 1)

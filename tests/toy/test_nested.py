@@ -1,4 +1,4 @@
-"""Nested factors: shared rows, and the laws of `rora_theory.inits`."""
+"""Nested factors share rows and have the distributions of `rora_theory.inits`."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ KEY = jax.random.key(3)
 
 @pytest.mark.parametrize("init", ["kaiming_uniform", "gaussian", "normal"])
 def test_law(init):
-    """The variance of 64 x 500 entries is the law's within |z| < 5 (kurtosis at most 3)."""
+    """The variance of 64 x 500 entries agrees with |z| < 5 (kurtosis at most 3)."""
     a = np.asarray(nested.draw_a(KEY, init, rank=64, p_in=500), np.float64)
     law = entries(init, rank=64, p_in=500)
     error = law.variance * np.sqrt((law.kurtosis - 1) / a.size)

@@ -1,4 +1,4 @@
-"""The grid of rates on the controlled problem: each loss in its own curve, which factor is trained, which rates."""
+"""The grid of rates in the controlled problem: losses of each curve, the trained factor, and the rates."""
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ PROBLEM = ProblemConfig(p_in=16, p_out=3, samples=5, held_out=7, overlap=0.3)
 
 @pytest.mark.slow
 def test_curves_hold_the_losses_of_the_training_that_they_name():
-    """Training and held-out losses at rank 4, with A trained and with A frozen."""
+    """Training and held-out losses at rank 4 are compared, with A trained and frozen."""
     grid = RateGrid(
         ranks=(4, 8), rules=("lora",), optimizers=("sgd",), sgd_lrs=(0.1, 0.2, 0.3), steps=3, seeds=(0, 4),
         problem=PROBLEM,

@@ -1,4 +1,4 @@
-"""The grid of trajectories: its cells, what each trains, and what is out of range."""
+"""The grid of trajectories: its cells, their trained factors, and values out of range."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def test_each_optimizer_has_its_rate() -> None:
 
 
 def test_cells() -> None:
-    """Ranks ascending; B alone is trained where A starts random, as a control."""
+    """Ranks ascend, and B alone is trained as a control if A starts random."""
     cells = training_grid.training_cells(GRID)
     assert len(cells) == len(set(cells)) == 2 * 2 * 3 * 2
     assert [cell.rank for cell in cells[:12]] == [2] * 6 + [8] * 6

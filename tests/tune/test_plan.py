@@ -1,4 +1,4 @@
-"""The plan of a probe: its cost, the order of its runs, and that an interrupted one continues alike."""
+"""The plan of a probe: its cost, the order of its runs, and resumption after an interruption."""
 
 import math
 import re
@@ -126,7 +126,7 @@ def test_screening_begins_where_a_third_of_a_run_is_long_enough() -> None:
 
 
 def test_screening_shortens_most_runs() -> None:
-    """Five rates or more have short runs; of these the best and its neighbours are trained for longer."""
+    """Five rates or more have short runs; the best and its neighbours are trained longer."""
     plan = plan_of(2000)
     runs = probe(plan, 8e-4)
     short, full = ([run for run in runs if run.steps == steps] for steps in (plan.screen_steps, plan.probe_steps))
@@ -180,7 +180,10 @@ def test_the_cost_is_within_the_budget(total, budget, batch_tokens, held_out_tok
 
 
 def test_the_start_is_carried_to_the_probe() -> None:
-    """A rate of the planned run becomes a higher one of the shorter probe; without one it is the published best."""
+    """A rate of the planned run becomes a higher one for the probe's shorter run.
+
+    The default is the published best rate.
+    """
     constant, cosine = (plan_of(2000, learning_rate=2e-4, schedule=schedule) for schedule in ("constant", "cosine"))
     assert constant.learning_rate == pytest.approx(2e-4 * (2000 / constant.probe_steps) ** 0.5)
     assert cosine.learning_rate == pytest.approx(2e-4 * (2000 / cosine.probe_steps) ** 0.45), "it falls more slowly"
@@ -283,7 +286,7 @@ def test_the_range_covers_the_exponents_in_the_rank_of_both_schedules(monkeypatc
 
 
 def test_the_plot_shows_curve_and_range(tmp_path) -> None:
-    """A figure, as from the other measurements, which the caller saves."""
+    """The method returns a figure that the caller saves, as for other measurements."""
     plan = plan_of(2000)
     result = concluded(plan, probe(plan, 8e-4, limit=4 * plan.learning_rate), rank=8)
     figure = result.plot()

@@ -1,4 +1,4 @@
-"""Ranges that a configuration's fields declare: at their edges, behind a union, and where a subclass declares anew."""
+"""Ranges of a configuration's fields: at their ends, behind a union, and redefined in a subclass."""
 
 from dataclasses import dataclass
 

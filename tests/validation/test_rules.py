@@ -1,4 +1,4 @@
-"""Lists of ranks and scaling rules: what is refused, with the option's name, and where rules meet."""
+"""Lists of ranks and scaling rules: invalid ones are refused with the name of the option."""
 
 import math
 from dataclasses import dataclass
