@@ -33,7 +33,7 @@ def reason_of(error: BaseException, where: object = "") -> str:
 
     Args:
       error: Error with a message of the form ``PLACE: problem. How to fix it.``
-      where: Place.
+      where: Place that the message names.
 
     Examples:
       >>> reason_of(InputError("run.json: is not JSON. Pass a JSON file."), "run.json")

@@ -110,7 +110,7 @@ def evaluate(
       config: Options of the evaluation.
       folder: Run folder.
       tasks: Records of each task.
-      model: Model.
+      model: Model to score.
       adapter: Adapter that is not merged into the model.
 
     Returns:

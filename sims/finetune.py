@@ -166,7 +166,7 @@ def train(trainer: Trainer, folder: RunFolder, log_to: TrackerName | None = None
     """Train to the end, writing every event to `metrics.jsonl`, then all events to `results.csv`.
 
     Args:
-      trainer: Trainer.
+      trainer: Trainer of the run.
       folder: Run folder.
       log_to: Tracker that also receives the events.
 

@@ -110,7 +110,7 @@ def print_modules(config: Config, advice: Advice) -> None:
 
 
 def print_alternatives(advice: Advice) -> None:
-    """Print what common choices of alpha and rule ask of the learning rate."""
+    """Print the learning rates that common choices of alpha and rule need."""
     formats = {"choice": "{name}", "scaling": "{scaling:.4g}"}
     if advice.follows_displacement_law:
         formats |= {"divide the rate by (range)": "{divisor:.3g}", "rate": "{learning_rate:.3g}"}

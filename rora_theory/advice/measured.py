@@ -64,7 +64,7 @@ under the cosine schedule with one. Pairs that end at 64 steps are left out, sin
 
 
 def is_constant_rate(*schedules: Schedule | None) -> bool:
-    """Return whether all runs have a constant rate, the schedule of most measurements, which None stands for."""
+    """Return whether all schedules are a constant rate, which None stands for."""
     return all(schedule in (None, MEASURED_SCHEDULE) for schedule in schedules)
 
 

@@ -97,7 +97,7 @@ class RunChange:
 
     @property
     def has_unmeasured_schedule(self) -> bool:
-        """Whether a schedule is given with which no run was made."""
+        """Whether a schedule is given that no measured run has."""
         measured = (None, *MEASURED_SCHEDULE_FACTORS)
         return any(schedule not in measured for schedule in (self.schedule, self.to_schedule))
 

@@ -214,7 +214,7 @@ def describe_tuned(carried: CarriedSetting, tokens: str) -> str:
     """Return the heading of a table of the module groups: the tuned setting, the new rank and the regime.
 
     Args:
-      carried: Advice.
+      carried: Advice to describe.
       tokens: Tokens at which a measured regime was measured, ``heldout`` or ``train``.
     """
     old = carried.old
@@ -235,7 +235,7 @@ def describe_alternatives(carried: CarriedSetting) -> str:
 
 
 def describe_whole_model(carried: CarriedSetting) -> str:
-    """Return sentences on what alphas that preserve each module's first step do to the whole model."""
+    """Return sentences on the effect that the alphas of single modules have on the whole model's first step."""
     factor = step_ratio(carried.setting, carried.old, SIGNAL)
     return (
         "These alphas preserve the root mean square of each module's own output, cross-talk included. Cross-talk does "

@@ -21,7 +21,7 @@ _GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class ClusterConfig:
-    """Settings of where cells are computed: one after another in this process, or with Ray.
+    """Settings for computing cells: one after another in this process, or with Ray.
 
     Raises:
       InputError: A value is out of range.

@@ -82,7 +82,7 @@ def driver_of(process: Path) -> int | None:
 
 
 def _is_written(file: Path) -> bool:
-    """Return whether a process has a file open for writing, by what ``fdinfo`` says of it."""
+    """Return whether a process has a file open for writing, according to its ``fdinfo``."""
     flags = re.search(r"^flags:\s*([0-7]+)$", file.read_text(), re.MULTILINE)
     return flags is not None and int(flags[1], 8) & os.O_ACCMODE != os.O_RDONLY
 

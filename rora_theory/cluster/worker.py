@@ -35,7 +35,7 @@ class Done(NamedTuple):
     """Result of a cell.
 
     Attributes:
-      value: Result.
+      value: Result of the cell.
       files: Content of the files that are part of the result, by name; empty if the worker wrote into the run folder.
       seconds: Run time of the cell, including the loading of the model.
       node: Ray's id of the worker's node.

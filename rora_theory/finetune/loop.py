@@ -348,7 +348,7 @@ class Trainer:
 
 
 def _copy(array: jax.Array) -> jax.Array:
-    """Copy an array shard by shard, which involves no other process and so may happen in one of several."""
+    """Copy an array shard by shard, without the other processes of a run."""
     parts = [jnp.copy(shard.data) for shard in array.addressable_shards]
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
 

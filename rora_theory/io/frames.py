@@ -66,7 +66,7 @@ def where(frame: "pd.DataFrame", values: Mapping[str, Any]) -> "pd.DataFrame":
     """Return the rows that have the given values in the given columns.
 
     Args:
-      frame: Table.
+      frame: Table to select from.
       values: Required value of each column.
 
     Examples:

@@ -74,7 +74,7 @@ END_TOKEN_KEYS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eo
 
 
 class _Reader(GGUFReader):
-    """Reader of the `gguf` package with checks of the lengths in a header, which the package takes on trust."""
+    """Reader of the `gguf` package that also checks the lengths in a header, which the package does not."""
 
     data: Any  # the memory map, then a plain view of its bytes
     _parts = 0

@@ -367,7 +367,7 @@ def forward_cached(
     *,
     attention_mask: Shaped[Array, "b s"] | None = None,
 ) -> tuple[Float[Array, "b v"], Cache]:
-    """Read tokens after those in the cache: a prompt in one call, then one token a call.
+    """Read tokens after those in the cache: a prompt in one call, then one token per call.
 
     Args:
       params: Weights of the model.

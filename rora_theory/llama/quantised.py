@@ -85,7 +85,7 @@ def dense_params(params: Any) -> Any:
 
 
 def is_quantised(node: Any) -> bool:
-    """Return whether a node of a tree of weights is a weight in blocks: the leaf to count or to name."""
+    """Return whether a node of a tree of weights is a quantised weight, which counts as one leaf."""
     return isinstance(node, QuantisedWeight)
 
 

@@ -40,7 +40,7 @@ def save_model(folder: Path, model: Model) -> None:
 
 
 def tokenizer_files(tokenizer: Tokenizer, config: LlamaConfig) -> dict[str, bytes]:
-    """Make `tokenizer.json`, `tokenizer_config.json` and `generation_config.json`.
+    """Build `tokenizer.json`, `tokenizer_config.json` and `generation_config.json`.
 
     The ids before and after every text become a template in `tokenizer.json`, which is where transformers looks for
     them.

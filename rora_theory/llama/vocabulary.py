@@ -48,7 +48,7 @@ class SentencePieceModel:
     """Content of a sentencepiece BPE model.
 
     Attributes:
-      pieces: Vocabulary.
+      pieces: Entries of the vocabulary.
       add_dummy_prefix: Whether a space is put before the text.
       remove_extra_whitespaces: Whether runs of spaces become one space, and those at the ends are removed.
       charsmap: Precompiled normalisation of characters; empty for LLaMA.
@@ -259,7 +259,7 @@ def _add_special_tokens(tokenizer: Tokenizer, pieces: Iterable[Piece], *, normal
 
     Args:
       tokenizer: Tokenizer to change.
-      pieces: Vocabulary.
+      pieces: Entries of the vocabulary.
       normalized: Whether user-defined pieces are found in the normalised text instead of the original text.
     """
     tokens = [

@@ -210,7 +210,7 @@ def _fill_blocks(
     read: Callable[[list[str], np.ndarray], None],
     read_blocks: Callable[[str], np.ndarray | None],
 ) -> None:
-    """Fill the layers of a module in blocks: with the stored blocks, or with those that ggml makes of the weights."""
+    """Fill the layers of a quantised module with stored blocks, or with those that ggml computes from the weights."""
     # Stored blocks are copied; other weights are quantised one layer at a time, which bounds the dense memory.
     for layer, name in enumerate(names):
         blocks = read_blocks(name)

@@ -46,7 +46,7 @@ class Candidate:
     """Setting to compare with the tuned one.
 
     Attributes:
-      setting: Setting.
+      setting: Setting of the candidate.
       alpha_pattern: Alphas of modules that differ from the setting's.
     """
 

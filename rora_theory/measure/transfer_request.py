@@ -111,7 +111,7 @@ class Advised(NamedTuple):
     """Answer to a request.
 
     Attributes:
-      advice: Advice.
+      advice: Advice for the request.
       peft: Arguments of `Advice.peft_config`: the target modules, and other entries of a saved adapter.
       thin: Limits of a measured regime as a sentence, or an empty string.
     """

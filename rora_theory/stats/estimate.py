@@ -144,7 +144,7 @@ def standard_score(gap: float, error: float) -> float:
     """Compute the standard score (z) of a difference: its ratio to its standard error.
 
     Args:
-      gap: Difference.
+      gap: Difference to divide by its standard error.
       error: Standard error of the difference.
 
     Returns:

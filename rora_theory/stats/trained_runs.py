@@ -22,7 +22,7 @@ class TrainedRun:
       rank: Rank of the adapter.
       gamma: Scaling of the adapter.
       rate: Peak learning rate.
-      seed: Seed.
+      seed: Seed of the run.
       loss: Held-out loss in nats per token; infinite if the run diverged.
       records: Loss of each held-out record, summed over its tokens; None if the run diverged or has no such losses.
       tokens: Number of tokens of each record; None if ``records`` is None.

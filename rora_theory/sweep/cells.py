@@ -171,7 +171,7 @@ def training_of(
       method: Name of the method.
       rank: Rank; None for a method without a rank.
       rate: Peak learning rate.
-      seed: Seed.
+      seed: Seed of the run.
 
     Raises:
       InputError: If a value is out of range.

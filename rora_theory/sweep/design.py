@@ -57,10 +57,10 @@ class Design:
     Attributes:
       models: Models by hub id or built-in name.
       methods: Names of methods. Every combination of method, rank and seed is a cell.
-      ranks: Ranks.
+      ranks: Ranks of the adapters.
       alpha_rule: Rule for alpha.
       lrs: Learning rates; None is the published rate of each method, or its grid `RATE_GRIDS` if ``tuned``.
-      seeds: Seeds.
+      seeds: Seeds of the runs.
       tuned: Whether to choose the rate of each method and rank at the first seed by validation loss, and to run the
         other seeds at the chosen rate.
       protocol: Protocol of the scoring.

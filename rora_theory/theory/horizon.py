@@ -371,7 +371,7 @@ def _quadratic(products: Sequence[float]) -> Quadratic:
 
 
 def one_sample_takeover(deviation: float, p_in: int) -> float:
-    r"""Compute the distance of A at which A leads, for one sample evaluated at its own input.
+    r"""Compute the distance of A at which its part dominates, for one sample evaluated at its own input.
 
     :math:`s \sqrt{2/\pi}\, |x|_2 / |x|_1 = s / \sqrt{p_{in}}` for an input with iid Gaussian entries. With
     PEFT's default initialisation it is :math:`1 / (\sqrt 3\, p_{in})`.

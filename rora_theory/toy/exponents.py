@@ -113,7 +113,7 @@ class Answer(NamedTuple):
     """Answer to a question about the exponents.
 
     Attributes:
-      question: Question.
+      question: Question about the exponents.
       answer: Verdicts along the steps.
       figures: Slopes with standard errors.
     """

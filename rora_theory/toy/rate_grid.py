@@ -107,7 +107,7 @@ class GridCell:
     """Runs of one compiled call: all seeds and learning rates.
 
     Attributes:
-      optimizer: Optimizer.
+      optimizer: Optimizer of the runs.
       trained: Trained factors: both, or B alone with A frozen.
       rank: Rank of the adapters.
       rule: Scaling rule.

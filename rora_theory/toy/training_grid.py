@@ -118,7 +118,7 @@ class TrainingCell:
       model: Model of teacher and student.
       start: Factor with a random initialisation.
       trained: Trained factors: both, or B alone with A frozen.
-      optimizer: Optimizer.
+      optimizer: Optimizer of the runs.
       rank: Rank of the adapters.
       rule: Scaling rule.
     """

@@ -34,7 +34,7 @@ def print_answer(sentence: str, warnings: Iterable[str] = (), /, **more: Any) ->
     """Print the answer of a command and its warnings.
 
     Args:
-      sentence: Answer.
+      sentence: Answer of the command.
       warnings: Sentences about the limits of the answer.
       **more: Further entries of the JSON object.
     """
@@ -51,7 +51,7 @@ def print_files(folder: Path, names: Sequence[str] | None = None) -> None:
     """Print which files a folder contains.
 
     Args:
-      folder: Folder.
+      folder: Folder to list.
       names: Names of the files; by default, all names that do not begin with a dot.
     """
     if names is None:

@@ -225,7 +225,7 @@ def _one_line(box: str) -> str:
 
 
 def command(config: type[Config], work: Callable[[Config], object], description: str | None) -> Callable[..., None]:
-    """Return the ``main`` of a command, which parses the command line, or the words it is called with, and works.
+    """Return the ``main`` of a command, which parses its arguments or the command line, and runs the command.
 
     Args:
       config: Dataclass of the options.
@@ -287,7 +287,7 @@ def run(main: Callable[[], object]) -> None:
 
 
 def _outcome(error: BaseException) -> tuple[str, str | None, int | None]:
-    """Return the status of the run, the error message and the exit status that an exception stands for.
+    """Return the status of the run, the error message and the exit status for an exception.
 
     The exit status of a signal is 128 and its number, as in shells. A bug of the program has no exit status.
     """

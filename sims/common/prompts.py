@@ -26,7 +26,7 @@ class Inputs:
     """Records and the model that reads them. The weights are loaded when `model` is first used.
 
     Attributes:
-      records: Records.
+      records: Records that were read.
       template: Template of the prompts.
       origin: Files of the model.
       tokenizer: Tokenizer of the model.

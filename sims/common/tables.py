@@ -203,7 +203,7 @@ def printable(text: str, *, keep: str = "") -> str:
     """Escape the characters that a terminal cannot or must not show.
 
     Args:
-      text: Text.
+      text: Text to escape.
       keep: Control characters that are not escaped.
 
     Returns:

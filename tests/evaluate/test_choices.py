@@ -86,16 +86,16 @@ def test_labels_follow_the_choices_whatever_their_order() -> None:
 def test_lengths_are_characters_of_the_choice_without_the_space_before(key: str) -> None:
     """Each of these letters has two or three bytes in UTF-8. Winogrande's choice is the context."""
     question = "_ is" if key == "winogrande" else "is it"
-    found = harness_choices(TaskRecord(key, 0, "", question, ("é", "über", "日本"), ("a", "b", "c"), 0))
-    assert [c.length for c in found] == [1, 4, 2]
+    choices = harness_choices(TaskRecord(key, 0, "", question, ("é", "über", "日本"), ("a", "b", "c"), 0))
+    assert [c.length for c in choices] == [1, 4, 2]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_tokens_are_lm_evals(name: str) -> None:
     items = [[Choice("a", context, continuation, 1)] for context, continuation in GOLDEN["pairs"]]
-    found = encode_choices(TOKENIZERS[name], items, max_length=100)
+    encoded = encode_choices(TOKENIZERS[name], items, max_length=100)
     expected = [EncodedChoice((*context, *scored), len(scored)) for context, scored in GOLDEN["tokens"][name]]
-    assert [choices[0] for choices in found] == expected
+    assert [choices[0] for choices in encoded] == expected
 
 
 def test_a_continuation_that_begins_with_bos_after_nothing_is_not_given_it_twice() -> None:

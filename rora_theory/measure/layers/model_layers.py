@@ -187,7 +187,7 @@ def take_step(
       base: Weights of the base model.
       batch: Batch of the step.
       config: Configuration of the base model.
-      transformation: Optimizer.
+      transformation: Optimizer of the step.
 
     Returns:
       The updated adapter, the new state of the optimizer, and the gradients of the step.
@@ -226,7 +226,7 @@ def measure_adapter(
     """Compute the sizes of an adapter's output and of its weight change on a batch, by module.
 
     Args:
-      adapter: Adapter.
+      adapter: Adapter to measure.
       inputs: Input x of every adapted module.
       square_sum: Function that sums squares over entries and unmasked tokens.
 

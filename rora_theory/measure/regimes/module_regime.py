@@ -215,7 +215,7 @@ class Regime:
         return cls(crossings, results, takeover, tokens, training_loss, held_out_loss)
 
     def sentence(self, optimizer: Optimizer = "adam", init: Init = "kaiming_uniform", split: Split = "heldout") -> str:
-        """Return the rank above which the signal term dominates a module's first step, and the check that must follow.
+        """Return a sentence with the rank above which the signal term dominates, and the check to run next.
 
         The values of single modules and of a typical token are in `crossings`.
 
@@ -421,7 +421,7 @@ def measure_takeover(
     draw_rows: Callable[[Init], Float[np.ndarray, "rows p_in"]],
     multiply: horizon.MatrixProduct = np.matmul,
 ) -> list[dict[str, Any]]:
-    """Compute the distance that A's entries move under Adam until A's part of the change leads.
+    """Compute the distance that A's entries move under Adam until A's part of the change dominates.
 
     Divided by the learning rate, it is the number of steps t_A (see `horizon.row_terms`). If exact, rows also have the
     distances ``turn_5`` to ``turn_95`` at which that percentage of the entries of G A^T has changed sign. The law is

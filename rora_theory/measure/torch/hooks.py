@@ -147,7 +147,7 @@ class _SavedInput(torch.autograd.Function):
 
 
 def _anchor(y: torch.Tensor) -> torch.Tensor:
-    """Return a zero that requires a gradient, which brings what it is added to into the graph."""
+    """Return a zero that requires a gradient; adding it to a tensor makes the tensor part of the graph."""
     return torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
 
 
