@@ -69,7 +69,7 @@ def test_a_default_rate_outside_the_measured_ones_is_a_lower_bound() -> None:
 
 
 def test_probes_are_judged_by_the_rate_of_the_current_exponents(tmp_path) -> None:
-    """At the planned steps and gamma r, at any rank: here G = 64 after 256 steps, whose best rate is 4e-4.
+    """Regret is at the planned steps and gamma r, at any rank: here G = 64 after 256 steps, with best rate 4e-4.
 
     A probe of 16 steps whose best rate is 1.6e-3 leads to it at a constant rate. The rate that its file records came
     from other exponents.
