@@ -80,7 +80,7 @@ export default {
   "schedule_factor_cosine": {
     "model": "SmolLM2-135M",
     "schedule": "cosine",
-    "rows": "horizon_cosine/beside.csv beside=\"schedule constant\"",
+    "rows": "horizon_cosine/comparisons.csv compared_with=\"schedule constant\"",
     "ranges": {
       "ratio": [
         1.7703672334167544,

@@ -372,13 +372,15 @@ function scopeOf(found) {
   return horizonOf(found, limits);
 }
 
-function costOf({ changed }) {
+function costOf({ changed, run }) {
   const entry = measured[["cost", ...["rank", "strength", "steps"].filter((name) => changed[name])].join("_")];
   if (!entry) return [];
   const { largest, pairs } = entry.columns;
-  return [`In the measured runs the held-out loss of this choice exceeded the lowest by at most ${largest.toFixed(4)} nats per ` +
-    `token (${pairs} pairs of settings of ${COST_MODELS.join(" and ")}); from rank ${USE_RSLORA.old_rank} to ${USE_RSLORA.rank}, switching ` +
-    `on use_rslora and keeping the rate cost ${USE_RSLORA.regret.toFixed(2)}.`];
+  const sentences = ["In runs at a constant learning rate the held-out loss of this choice exceeded the lowest by at most " +
+    `${largest.toFixed(4)} nats per token (${pairs} pairs of settings of ${COST_MODELS.join(" and ")}); from rank ` +
+    `${USE_RSLORA.old_rank} to ${USE_RSLORA.rank}, switching on use_rslora and keeping the rate cost ${USE_RSLORA.regret.toFixed(2)}.`];
+  if (run.changesSchedule) sentences.push("This cost does not include the change of the schedule.");
+  return sentences;
 }
 
 function lawOf({ old, unchanged, alpha, run, changed }) {

@@ -91,11 +91,14 @@ def _describe_cost(carried: CarriedSetting) -> list[str]:
     if cost is None:
         return []
     old_rank, rank = RANKS_OF_USE_RSLORA
-    return [
-        "In the measured runs the held-out loss of this choice exceeded the lowest by at most "
+    sentences = [
+        "In runs at a constant learning rate the held-out loss of this choice exceeded the lowest by at most "
         f"{cost.largest:.4f} nats per token ({cost.pairs} pairs of settings of {' and '.join(COST_MODELS)}); from rank "
         f"{old_rank} to {rank}, switching on use_rslora and keeping the rate cost {COST_OF_USE_RSLORA:.2f}."
     ]
+    if carried.run.changes_schedule:
+        sentences.append("This cost does not include the change of the schedule.")
+    return sentences
 
 
 def _describe_law(carried: CarriedSetting) -> list[str]:

@@ -139,7 +139,7 @@ class Advice(CarriedSetting):
         Examples:
           >>> advice = transfer(Setting(rank=16, alpha=32, learning_rate=2e-4), 128)
           >>> print(advice.sentence())  # doctest: +ELLIPSIS
-          From rank 16 to 128 with AdamW: keep lora_alpha=32 and the learning rate 0.0002. In the measured runs ...
+          From rank 16 to 128 with AdamW: keep lora_alpha=32 and the learning rate 0.0002. In runs at a ...
         """
         return text.describe_advice(self)
 

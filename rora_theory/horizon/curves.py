@@ -107,7 +107,7 @@ def compare_best_rates(
         `runs.read_comparison_runs`.
 
     Returns:
-      A row for each pair that has curves with a common seed: ``step``, ``rank``, ``strength`` and ``beside``, the
+      A row for each pair that has curves with a common seed: ``step``, ``rank``, ``strength`` and ``compared_with``, the
       second curve; ``ratio``, the first best rate over the second, with ``ratio_log2_error``; ``difference`` of the
       lowest losses with its 95% ``half_width``, which includes ``grid_error``, and ``error_over``; ``seeds``; and
       ``verdict``, see `stats.rate_curves.compare_curves`.
@@ -144,7 +144,7 @@ def compare_best_rates(
         if shared:
             curve, other = replace(shared[0], rule=first_name), replace(shared[1], rule=second_name)
             result = compare_curves(curve, other, estimate_loss_difference(curve, other))
-            row = {"step": step} | setting_labels(first) | {"beside": second_name}
+            row = {"step": step} | setting_labels(first) | {"compared_with": second_name}
             row |= {column: getattr(result, column) for column in columns}
             rows.append(row | {"seeds": len(curve.losses), "verdict": result.verdict})
     return frames.from_rows(rows, list(rows[0])) if rows else pd.DataFrame()
@@ -169,7 +169,7 @@ def compare_at_one_rate(runs: Sequence[HorizonRun], tokens: Sequence[int], step:
       step: Number of steps.
 
     Returns:
-      A row for each rank, strength and rate: ``step``, ``rank``, ``strength``, ``beside`` and ``learning_rate``;
+      A row for each rank, strength and rate: ``step``, ``rank``, ``strength``, ``compared_with`` and ``learning_rate``;
       ``difference`` of the losses with its 95% ``half_width`` and ``error_over``, see `loss_difference`; and ``seeds``,
       the number of seeds that did not diverge at either strength.
     """
@@ -188,7 +188,7 @@ def compare_at_one_rate(runs: Sequence[HorizonRun], tokens: Sequence[int], step:
             continue
         # Runs of both strengths with the same seeds and records, so that the difference is paired.
         difference = loss_difference([by_seed[seed] for seed in seeds], [other_by_seed[seed] for seed in seeds])
-        row = {"step": step, "rank": rank, "strength": strength, "beside": _strength_name(strongest[rank])}
+        row = {"step": step, "rank": rank, "strength": strength, "compared_with": _strength_name(strongest[rank])}
         row |= {"learning_rate": rate, "difference": difference.value}
         row |= {"half_width": difference.half_width() if difference.has_error else None}
         rows.append(row | {"error_over": difference.over, "seeds": len(seeds)})

@@ -25,9 +25,6 @@ UNITS = {
 BOOTSTRAP_SAMPLES = 1000
 """Number of bootstrap samples of the held-out records."""
 
-FILES = {"comparisons": "beside.csv"}
-"""Names of files that differ from the field. Published runs and pages name this file and its column ``beside``."""
-
 
 @dataclass(frozen=True, eq=False)
 class HorizonJudgement:
@@ -62,7 +59,7 @@ class HorizonJudgement:
     def files(self) -> dict[str, pd.DataFrame]:
         """Return the frames that are not empty by the names of their files."""
         by_name = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {FILES.get(name, f"{name}.csv"): frame for name, frame in by_name.items() if not frame.empty}
+        return {f"{name}.csv": frame for name, frame in by_name.items() if not frame.empty}
 
 
 def judge_runs(

@@ -219,7 +219,7 @@ def test_full_fine_tuning_is_compared_with_the_adapters_and_in_no_exponent() -> 
     arm = select(runs, rank=8, strength=64.0)
     runs += [replace(run, rank=None, strength=None) for run in scaled(arm, 0.95, rate=1 / 20)]
     curves = curves_of(runs, draws=50)
-    table = horizon_curves.compare_best_rates(curves, 64).query("beside == 'full'").set_index(["rank", "strength"])
+    table = horizon_curves.compare_best_rates(curves, 64).query("compared_with == 'full'").set_index(["rank", "strength"])
     assert len(table) == 4
     row = table.loc[8, 64]
     assert row["ratio"] == pytest.approx(20, rel=0.05)
@@ -464,7 +464,7 @@ def test_curves_are_compared_with_the_largest_rank_and_the_largest_strength() ->
     runs = [run for run in runs if run not in low] + scaled(low, 1.05)
     table = horizon_curves.compare_best_rates(curves_of(runs, draws=50), 64).set_index(["rank", "strength"])
     for largest, settings in (("r = 128", [(8, 64), (8, 724)]), ("gamma r = 724", [(8, 64), (128, 64)])):
-        rows = table[table["beside"] == largest]
+        rows = table[table["compared_with"] == largest]
         assert rows.index.tolist() == settings, "the largest is compared with nothing"
         assert (rows["seeds"] == 3).all()
         behind, equal = rows.iloc[0], rows.iloc[1]
@@ -486,7 +486,7 @@ def test_at_one_rate_a_difference_can_come_from_the_rate_alone() -> None:
     assert runs[0].rate == RATES[1]
     table = horizon_curves.compare_at_one_rate(runs, TOKENS, 64)
     assert (table["strength"] == 64).all(), "the largest strength is compared with nothing"
-    assert (table["beside"] == "gamma r = 724").all()
+    assert (table["compared_with"] == "gamma r = 724").all()
     assert (table["step"] == 64).all()
     by_rank = {rank: rows.set_index("learning_rate") for rank, rows in table.groupby("rank")}
     assert by_rank[8].index.tolist() == RATES[1:], "not where neither ran"
@@ -519,7 +519,7 @@ def test_runs_are_compared_with_those_of_another_setting() -> None:
     runs += [replace(run, rank=None, strength=None) for run in select(runs, strength=64.0)]
     other_runs = [other for run in runs for other in scaled([run], 0.97, rate=4.0 if run.strength == 724.0 else 2.0)]
     judged = judgement.judge_runs(runs, TOKENS, takeovers=(), warmup=4, other_runs={"targets all": other_runs})
-    table = judged.comparisons.query("step == 64 and beside == 'targets all'")
+    table = judged.comparisons.query("step == 64 and compared_with == 'targets all'")
     assert table["rank"].fillna(0).tolist() == [0, 8, 8]
     assert table["ratio"].to_numpy() == pytest.approx([0.5, 0.5, 0.25], rel=0.02)
     assert table["difference"].to_numpy() == pytest.approx(0.03, rel=0.1)

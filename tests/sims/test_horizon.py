@@ -56,8 +56,8 @@ def test_it_grows_and_judges_all_that_the_folder_has(base, begun, tmp_path) -> N
     assert full["learning_rate"].tolist() == [rate for rate in FULL_LRS for _ in (1, 2)]
     assert full["strength"].isna().all()
     assert full.query("step == 2")["validation_loss"].nunique() == 3
-    comparisons = frames.read_csv(out / "beside.csv")
-    assert sorted(comparisons[["step", "rank", "strength", "beside"]].to_numpy().tolist()) == [
+    comparisons = frames.read_csv(out / "comparisons.csv")
+    assert sorted(comparisons[["step", "rank", "strength", "compared_with"]].to_numpy().tolist()) == [
         [s, 2, g, other] for s in (1, 2) for g, other in ((4, "full"), (4, "gamma r = 40"), (40, "full"))
     ]
     losses = rows.set_index(["step", "learning_rate", "strength"])["validation_loss"].unstack()
@@ -75,9 +75,9 @@ def test_a_folder_of_another_setting_stands_beside_it(base, begun, tmp_path) -> 
     """The library's tests have what cannot be compared."""
     other, words = tmp_path / "other", "--strengths 4 --lrs 1e-3 1e-2 1e-1"
     assert run(base, f"{words} --targets q_proj --compare-to {begun} --out {other}").status == 0
-    comparisons = frames.read_csv(other / "beside.csv")
+    comparisons = frames.read_csv(other / "comparisons.csv")
     name = "targets q_proj k_proj v_proj up_proj down_proj"
-    assert comparisons[["step", "rank", "strength", "beside"]].to_numpy().tolist() == [[s, 2, 4, name] for s in (1, 2)]
+    assert comparisons[["step", "rank", "strength", "compared_with"]].to_numpy().tolist() == [[s, 2, 4, name] for s in (1, 2)]
     assert (comparisons["difference"] != 0).all()
     q_alone, all_modules = (frames.read_csv(path / "best.csv").set_index("step") for path in (other, begun))
     difference = (q_alone["best_loss"] - all_modules["best_loss"]).to_numpy()

@@ -158,7 +158,7 @@ def test_a_further_table_has_the_keys_again(printed, keys) -> None:
 
 
 def test_a_verdict_beside_another_run_is_whole(printed) -> None:
-    best, comparisons, exponents = published("horizon", "best", "beside", "exponents")
+    best, comparisons, exponents = published("horizon", "best", "comparisons", "exponents")
     empty = pd.DataFrame()
     horizon.report(9, HorizonJudgement(best, comparisons, empty, exponents, *[empty] * 7))
     lines = printed()
