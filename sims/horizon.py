@@ -151,7 +151,11 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
     steps |= {"law at a constant gradient": "{law_low:+.2f} to {law_high:+.2f}", "verdict": "{verdict}"}
     steps |= {"edge": "{edge}"}
     # Comparisons of two settings, each at its own best rate, and of two values of gamma r at the same rate.
-    comparisons = setting | {"compared with": "{compared_with}", "ratio of best rates": "{ratio:.3g}", "verdict": "{verdict}"}
+    comparisons = setting | {
+        "compared with": "{compared_with}",
+        "ratio of best rates": "{ratio:.3g}",
+        "verdict": "{verdict}",
+    }
     one_rate = setting | {"compared with": "{compared_with}", "rate": "{learning_rate:.3g}"}
     one_rate |= {"difference in nats, 95%": "{difference:+.3f} ± {half_width:.3f}", "seeds": "{seeds}"}
     change = {"rate": "{best_rate:.3g}", "rms change": "{change:.3g}", "log2 s.e.": "{log2_error:.2f}"}

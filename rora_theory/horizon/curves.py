@@ -107,10 +107,10 @@ def compare_best_rates(
         `runs.read_comparison_runs`.
 
     Returns:
-      A row for each pair that has curves with a common seed: ``step``, ``rank``, ``strength`` and ``compared_with``, the
-      second curve; ``ratio``, the first best rate over the second, with ``ratio_log2_error``; ``difference`` of the
-      lowest losses with its 95% ``half_width``, which includes ``grid_error``, and ``error_over``; ``seeds``; and
-      ``verdict``, see `stats.rate_curves.compare_curves`.
+      A row for each pair that has curves with a common seed: ``step``, ``rank`` and ``strength`` of the first curve and
+      ``compared_with``, the name of the second; ``ratio``, the first best rate over the second, with
+      ``ratio_log2_error``; ``difference`` of the lowest losses with its 95% ``half_width``, which includes
+      ``grid_error``, and ``error_over``; ``seeds``; and ``verdict``, see `stats.rate_curves.compare_curves`.
     """
     # Pairs of curves, each followed by the names of both. First every adapter with full fine-tuning.
     adapters = [curve for curve in curves if curve.rule != FULL]

@@ -219,7 +219,9 @@ def test_full_fine_tuning_is_compared_with_the_adapters_and_in_no_exponent() -> 
     arm = select(runs, rank=8, strength=64.0)
     runs += [replace(run, rank=None, strength=None) for run in scaled(arm, 0.95, rate=1 / 20)]
     curves = curves_of(runs, draws=50)
-    table = horizon_curves.compare_best_rates(curves, 64).query("compared_with == 'full'").set_index(["rank", "strength"])
+    table = (
+        horizon_curves.compare_best_rates(curves, 64).query("compared_with == 'full'").set_index(["rank", "strength"])
+    )
     assert len(table) == 4
     row = table.loc[8, 64]
     assert row["ratio"] == pytest.approx(20, rel=0.05)

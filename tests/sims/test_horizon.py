@@ -77,7 +77,9 @@ def test_a_folder_of_another_setting_stands_beside_it(base, begun, tmp_path) -> 
     assert run(base, f"{words} --targets q_proj --compare-to {begun} --out {other}").status == 0
     comparisons = frames.read_csv(other / "comparisons.csv")
     name = "targets q_proj k_proj v_proj up_proj down_proj"
-    assert comparisons[["step", "rank", "strength", "compared_with"]].to_numpy().tolist() == [[s, 2, 4, name] for s in (1, 2)]
+    assert comparisons[["step", "rank", "strength", "compared_with"]].to_numpy().tolist() == [
+        [s, 2, 4, name] for s in (1, 2)
+    ]
     assert (comparisons["difference"] != 0).all()
     q_alone, all_modules = (frames.read_csv(path / "best.csv").set_index("step") for path in (other, begun))
     difference = (q_alone["best_loss"] - all_modules["best_loss"]).to_numpy()
