@@ -33,7 +33,7 @@ OF_A_MODEL = (
 WITH_JAX = (
     *(
         "rora_theory.runs.devices",
-        *(f"rora_theory.random.{name}" for name in ("chi_squares", "draws", "normals")),
+        *(f"rora_theory.random.{name}" for name in ("chi_squares", "draws", "nested", "normals")),
         *(f"rora_theory.theory.{name}" for name in ("first_step", "grid", "sampling")),
     ),
     *(f"rora_theory.paper.{name}" for name in ("quantities", "simulation", "verdicts")),
@@ -207,11 +207,11 @@ DRAWN_ORDER = (
     ("adapter_config", "random"),
     ("runs", "stats", "validation"),
     ("theory",),
-    ("advice", "paper", "toy"),
+    ("advice", "paper"),
     ("llama",),
     ("adapters", "data", "tune"),
     ("finetune",),
-    ("evaluate", "measure"),
+    ("evaluate", "measure", "toy"),
     ("sweep",),
     ("cluster", "horizon"),
     ("rora_theory",),

@@ -29,8 +29,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
 from rora_theory.optimizers import OptimizerName, make_optimizer
+from rora_theory.random import nested
 from rora_theory.scaling import check_choice
-from rora_theory.toy import nested
 from rora_theory.validation.ranges import Count, NotNegative, check_ranges
 from rora_theory.validation.rules import check_steps
 
@@ -188,7 +188,7 @@ def draw_problem(key: PRNGKeyArray, config: ProblemConfig) -> Problem:
 def draw_adapters(
     key: PRNGKeyArray, config: ProblemConfig, *, rank: int, start: Start = "A", init: Init = "kaiming_uniform"
 ) -> Adapters:
-    """Sample the initial adapters, nested over ranks (`rora_theory.toy.nested`); their change is zero.
+    """Sample the initial adapters, nested over ranks (`rora_theory.random.nested`); their change is zero.
 
     Args:
       key: Key of the random factor.

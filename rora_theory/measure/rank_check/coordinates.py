@@ -2,7 +2,7 @@ r"""Rank coordinate check of a LLaMA model: test whether its first steps depend 
 
 The coordinate check of muP (Yang et al. 2022) trains models of several widths for a few steps and tests whether the
 size of each activation depends on the width. Here the width is the rank. Nested adapters of several ranks
-(`toy.nested`) take the same steps on the same batches, and the size of each adapter's output is measured on the
+(`random.nested`) take the same steps on the same batches, and the size of each adapter's output is measured on the
 training batch and on a held-out batch. The held-out batch is needed because a batch that repeats in every step shows
 the coherent part of the change only.
 
@@ -36,7 +36,7 @@ from rora_theory.llama.model import Params
 from rora_theory.measure.layers.model_layers import lora_config_for, measure_adapter, take_step
 from rora_theory.measure.rank_check.coordinate_table import BATCH_SPLITS, MODEL, BatchSplit, Coordinate
 from rora_theory.optimizers import OptimizerName, make_optimizer
-from rora_theory.toy import nested
+from rora_theory.random import nested
 from rora_theory.validation.rules import check_steps
 
 

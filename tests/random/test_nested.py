@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rora_theory.inits import entries
-from rora_theory.toy import nested
+from rora_theory.random import nested
 
 KEY = jax.random.key(3)
 
