@@ -34,6 +34,7 @@ import tyro
 from hardware import OtherLoad, describe_machine, format_machine
 
 from rora_theory.adapter_config import PAPER_TARGETS
+from rora_theory.defaults import MEASURE_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.io.files import write_whole
 from rora_theory.measure.regimes.module_regime import RegimeConfig
@@ -59,7 +60,7 @@ class Config:
     """.json or .jsonl files in the LLM-Adapters schema"""
     model: str = "smollm2-135m"
     """Model of both routes: smollm2-135m or gemma3-270m, a folder, a GGUF file or a hub id"""
-    batch_size: int = 8
+    batch_size: int = MEASURE_BATCH_SIZE
     """Number of records of the training batch, and of the held-out batch"""
     cutoff: int = 256
     """Maximum number of tokens of a record"""

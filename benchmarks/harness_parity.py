@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from rora_theory.data import sources, tasks
+from rora_theory.defaults import SCORE_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.evaluate import choices, scoring
 from rora_theory.io.files import write_whole
@@ -41,7 +42,7 @@ class Config:
     """Tasks to compare"""
     items: int = 200
     """Number of records of each task whose choices are scored; the texts of all are compared"""
-    batch_size: int = 8
+    batch_size: int = SCORE_BATCH_SIZE
     """Batch size of lm-eval"""
     tolerance: float = 1e-3
     """Largest accepted difference of a choice's log-likelihood"""

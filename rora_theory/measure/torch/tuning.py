@@ -18,6 +18,7 @@ from typing import Any, get_args
 import torch
 from peft import LoraConfig
 
+from rora_theory.defaults import TRAINER_BATCH_SIZE
 from rora_theory.errors import InputError, shown
 from rora_theory.io import files
 from rora_theory.measure.torch.batches import Loss, check_function, checked_loss
@@ -76,7 +77,7 @@ def tune(
     schedule: Schedule = "cosine",
     warmup: int = 0,
     tokenizer: Any = None,
-    batch_size: int = 8,
+    batch_size: int = TRAINER_BATCH_SIZE,
     accumulation: int = 1,
     max_length: int = 1024,
     learning_rate: float | None = None,
@@ -111,7 +112,8 @@ def tune(
       schedule: Learning-rate schedule of the planned run: cosine, linear or constant.
       warmup: Number of warm-up steps of the planned run.
       tokenizer: Tokenizer of transformers for records.
-      batch_size: Number of records of a batch; batches that are given keep their size.
+      batch_size: Number of records of a batch, by default that of transformers' Trainer; batches that are given keep
+        their size.
       accumulation: Number of batches per optimizer step.
       max_length: Maximum number of tokens of a record; longer ones are truncated.
       learning_rate: Learning rate of the planned run from which the search starts; None starts from the best rate of
