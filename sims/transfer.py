@@ -104,7 +104,7 @@ def print_modules(config: Config, advice: Advice) -> None:
             "": "{name}",
             f"alpha at rate {advice.old.learning_rate:g}{flag}": "{alpha:.6g}",  # with the digits of the configuration
             f"rate at alpha {advice.unchanged.alpha:g}{flag}": "{learning_rate:.4g}",
-            "step if neither changes": "{unchanged:.4g}",
+            "step if neither changes": "{step_ratio:.4g}",
         },
     )
 

@@ -100,7 +100,7 @@ function tables(found) {
   const about = `Learning rate for common choices at rank ${found.unchanged.rank}, under ${ruleInWords(found.old.rule)} unless stated`;
   const made = [table(about, heads, rows)];
   if (found.groups.length > 1) {
-    const kinds = found.groups.map((group) => [group.name, range(group.alpha, 6), range(group.learning_rate, 4), range(group.unchanged, 4)]);
+    const kinds = found.groups.map((group) => [group.name, range(group.alpha, 6), range(group.learning_rate, 4), range(group.step_ratio, 4)]);
     made.push(table("Alpha and rate that preserve the first step of each type of module: mean (range over modules)",
       ["modules", `alpha at rate ${g(found.old.lr, 6)}`, `rate at alpha ${g(found.unchanged.alpha, 6)}`, "step if neither changes"], kinds));
   }

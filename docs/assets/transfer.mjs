@@ -247,7 +247,7 @@ export function advise(asked) {
   const modules = Object.entries(terms).map(([name, c]) => {
     const ratio = stepRatio(unchanged, old, c);
     const gamma = scaling(unchanged) * ratio ** (isSgd ? -1 / 2 : -1);
-    return { name, c, alpha: alphaFor(unchanged.rule, gamma, unchanged.rank), learning_rate: old.lr / ratio, unchanged: ratio };
+    return { name, c, alpha: alphaFor(unchanged.rule, gamma, unchanged.rank), learning_rate: old.lr / ratio, step_ratio: ratio };
   });
   const mean = (name) => rangeOf(modules.map((module) => module[name])).mean;
   const stepsOf = (next) => rangeOf(modules.map((module) => stepRatio(next, old, module.c)));
@@ -290,7 +290,7 @@ export function advise(asked) {
   if (isMeasured) for (const each of modules) (kinds[each.name.split(".").at(-1)] ??= []).push(each);
   found.groups = Object.entries(kinds).map(([name, members]) => ({
     name,
-    ...Object.fromEntries(["alpha", "learning_rate", "unchanged"].map((part) => [part, rangeOf(members.map((m) => m[part]))])),
+    ...Object.fromEntries(["alpha", "learning_rate", "step_ratio"].map((part) => [part, rangeOf(members.map((m) => m[part]))])),
   }));
   found.changed = {
     rank: old.rank !== unchanged.rank,
@@ -410,18 +410,18 @@ function lawOf({ old, unchanged, alpha, run, changed }) {
 function limitsOf({ old, unchanged, alpha, changed, run }) {
   const sentences = [];
   const outside = [];
-  // Numbers of steps by the measured range of their schedule; a schedule that was not measured has that of a constant rate.
-  const stepsByRange = new Map();
-  for (const [schedule, steps] of [[run.schedule, run.steps], [run.toSchedule, run.toSteps]]) {
-    const limits = MEASURED_STEPS[schedule ?? "constant"] ?? MEASURED_STEPS.constant;
-    stepsByRange.set(limits, [...(stepsByRange.get(limits) ?? []), ...(steps === null ? [] : [steps])]);
-  }
+  // The measured steps depend on the schedule; one that was not measured has those of a constant rate.
+  const limitsOfSteps = (schedule) => MEASURED_STEPS[schedule ?? "constant"] ?? MEASURED_STEPS.constant;
+  const oldLimits = limitsOfSteps(run.schedule), newLimits = limitsOfSteps(run.toSchedule);
+  const steps = oldLimits === newLimits
+    ? [["steps", [run.steps, run.toSteps], oldLimits]]
+    : [["steps", [run.steps], oldLimits], ["steps", [run.toSteps], newLimits]];
   for (const [label, values, [low, high]] of [
     ["rank", [old.rank, unchanged.rank], SETTINGS.rank],
     ["scaling times rank", [strengthOf(old), strengthOf({ ...unchanged, alpha })], SETTINGS.strength],
-    ...[...stepsByRange].map(([limits, values]) => ["steps", values, limits]),
+    ...steps,
   ]) {
-    const beyond = [...new Set(values)].filter((value) => !(low * (1 - 1e-3) <= value && value <= high * (1 + 1e-3)));
+    const beyond = [...new Set(values)].filter((value) => value !== null && !(low * (1 - 1e-3) <= value && value <= high * (1 + 1e-3)));
     beyond.sort((a, b) => a - b);
     const numbers = [...new Set(beyond.map((value) => g(value, 4)))].join(" and ");
     if (beyond.length) outside.push(`${label} ${numbers} (measured: ${g(low, 4)} to ${g(high, 4)})`);

@@ -248,21 +248,20 @@ class CarriedSetting:
         """Settings that lie outside the measured range, as phrases; empty where the displacement law does not apply."""
         if not self.follows_displacement_law:
             return ()
-        phrases = []
-        # Old and new value of each setting that the published runs varied.
-        steps_by_range: dict[tuple[float, float], list[int | None]] = {}
-        for schedule, steps in ((self.run.schedule, self.run.steps), (self.run.to_schedule, self.run.to_steps)):
-            steps_by_range.setdefault(measured_steps(schedule), []).append(steps)
-        for label, values, (low, high) in (
-            ("rank", (self.old.rank, self.unchanged.rank), MEASURED_RANKS),
-            ("scaling times rank", (strength_of(self.old), strength_of(self.setting)), MEASURED_STRENGTHS),
-            *(("steps", values, limits) for limits, values in steps_by_range.items()),
-        ):
-            beyond = _outside_of([value for value in values if value is not None], low, high)
-            if beyond:
-                numbers = " and ".join(dict.fromkeys(f"{value:.4g}" for value in beyond))
-                phrases.append(f"{label} {numbers} (measured: {low:.4g} to {high:.4g})")
-        return tuple(phrases)
+        run = self.run
+        old_limits, new_limits = measured_steps(run.schedule), measured_steps(run.to_schedule)
+        strengths = (strength_of(self.old), strength_of(self.setting))
+        phrases = [
+            _describe_outside("rank", (self.old.rank, self.unchanged.rank), MEASURED_RANKS),
+            _describe_outside("scaling times rank", strengths, MEASURED_STRENGTHS),
+        ]
+        # The measured numbers of steps depend on the schedule: two schedules may need a phrase each.
+        if old_limits == new_limits:
+            phrases.append(_describe_outside("steps", (run.steps, run.to_steps), old_limits))
+        else:
+            phrases.append(_describe_outside("steps", (run.steps,), old_limits))
+            phrases.append(_describe_outside("steps", (run.to_steps,), new_limits))
+        return tuple(phrase for phrase in phrases if phrase)
 
     @property
     def _has_limits(self) -> bool:
@@ -279,7 +278,14 @@ def strength_of(setting: Setting) -> float:
     return setting.scaling * setting.rank
 
 
-def _outside_of(values: Sequence[float], low: float, high: float) -> list[float]:
-    """Return the distinct values outside a range, without those that differ from an end by rounding alone."""
+def _describe_outside(label: str, values: Sequence[float | None], limits: tuple[float, float]) -> str:
+    """Name the values outside a measured range in a phrase, empty if there are none. None is an unknown value."""
+    low, high = limits
     margin = 1e-3  # published values of gamma r are rounded to integers
-    return sorted({value for value in values if not low * (1 - margin) <= value <= high * (1 + margin)})
+    known_values = {value for value in values if value is not None}
+    outside_values = sorted(value for value in known_values if not low * (1 - margin) <= value <= high * (1 + margin))
+    if not outside_values:
+        return ""
+    # Values that print alike are listed once.
+    numbers = " and ".join(dict.fromkeys(f"{value:.4g}" for value in outside_values))
+    return f"{label} {numbers} (measured: {low:.4g} to {high:.4g})"

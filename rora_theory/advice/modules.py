@@ -21,14 +21,14 @@ class Module:
       linear_term: Linear term c of the module, see `rora_theory.advice.setting`.
       alpha: Alpha that preserves the update at the tuned learning rate.
       learning_rate: Learning rate that preserves the update at the new setting's alpha.
-      unchanged: Factor by which the update changes if alpha and learning rate stay as they are.
+      step_ratio: Factor by which the update changes if alpha and learning rate stay as they are.
     """
 
     name: str
     linear_term: float
     alpha: float
     learning_rate: float
-    unchanged: float
+    step_ratio: float
 
 
 def compute_geometric_mean(values: Sequence[float]) -> float:
@@ -78,13 +78,13 @@ class ModuleGroup(NamedTuple):
       name: Type of the modules, or `ALL`.
       alpha: Alphas that preserve the first update at the tuned learning rate.
       learning_rate: Learning rates that preserve it at the new setting's alpha.
-      unchanged: Factors by which the update changes if alpha and learning rate stay as they are.
+      step_ratio: Factors by which the update changes if alpha and learning rate stay as they are.
     """
 
     name: str
     alpha: ModuleSpread
     learning_rate: ModuleSpread
-    unchanged: ModuleSpread
+    step_ratio: ModuleSpread
 
     @classmethod
     def from_modules(cls, name: str, modules: Sequence[Module]) -> "ModuleGroup":
@@ -93,7 +93,7 @@ class ModuleGroup(NamedTuple):
             name,
             ModuleSpread.from_values([module.alpha for module in modules]),
             ModuleSpread.from_values([module.learning_rate for module in modules]),
-            ModuleSpread.from_values([module.unchanged for module in modules]),
+            ModuleSpread.from_values([module.step_ratio for module in modules]),
         )
 
 

@@ -631,7 +631,7 @@ def test_groups_are_over_all_modules_and_by_type() -> None:
     assert [every.name, q_proj.name, up_proj.name] == ["all modules", "q_proj", "up_proj"]
     alphas = [module.alpha for module in advice.modules]
     assert q_proj.alpha == pytest.approx((math.sqrt(alphas[0] * alphas[1]), min(alphas[:2]), max(alphas[:2])))
-    assert every.unchanged.smallest == up_proj.unchanged.mean < every.unchanged.largest == q_proj.unchanged.largest
+    assert every.step_ratio.smallest == up_proj.step_ratio.mean < every.step_ratio.largest == q_proj.step_ratio.largest
     assert advice.by_type() == {"q_proj": q_proj.alpha.mean, "up_proj": up_proj.alpha.mean}
     (only,) = transfer(Setting(8, 16.0, 3e-4), 128).groups()
     assert (only.name, only.alpha) == ("all modules", pytest.approx((16.0, 16.0, 16.0)))

@@ -95,7 +95,7 @@ def library(options: dict[str, Any]) -> dict[str, Any]:
     for choice in numbers["choices"]:
         del choice["setting"]
     names = ("sentence", "alpha", "learning_rate", "rate_range", "alpha_limits", "rate_limits", "choices")
-    spreads = ("alpha", "learning_rate", "unchanged")
+    spreads = ("alpha", "learning_rate", "step_ratio")
     groups = [
         {"name": group.name} | {name: getattr(group, name)._asdict() for name in spreads} for group in advice.groups()
     ]
@@ -365,7 +365,7 @@ def test_the_page_shows_each_figure_under_its_head() -> None:
             "modules": group.name,
             "alpha at rate 0.0002": f"{group.alpha:.6g}",
             "rate at alpha 32": f"{group.learning_rate:.4g}",
-            "step if neither changes": f"{group.unchanged:.4g}",
+            "step if neither changes": f"{group.step_ratio:.4g}",
         }
         for group in measured.groups()
     ]
