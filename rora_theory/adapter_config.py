@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 from rora_theory.errors import InputError, shown
 from rora_theory.inits import Init
 from rora_theory.io.files import read_json
-from rora_theory.scaling import check_choice
 
 FILE = "adapter_config.json"
 """Name of the configuration file in an adapter's folder."""
@@ -49,6 +48,9 @@ ALL_LINEAR = "all-linear"
 
 TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 """PEFT's task types."""
+
+TASK_TYPES = (*get_args(TaskType), None)
+"""Values of PEFT's ``task_type``, which may be absent."""
 
 _REGEX_SIGNS = re.compile(r"[*+?|()\[\]{}^$\\]")
 """Characters of a regular expression that no module's name has."""
@@ -109,12 +111,6 @@ def init_of(value: object) -> Init:
     raise InputError(
         f"init_lora_weights must be true or 'gaussian', got {shown(value)}. The law covers a random A with B = 0."
     )
-
-
-def check_task_type(value: object) -> None:
-    """Raise `InputError` unless ``value`` is a `TaskType` or None."""
-    if value is not None:
-        check_choice("task_type", value, get_args(TaskType))
 
 
 def check_uniform(values: Mapping[str, Any]) -> None:
@@ -240,33 +236,36 @@ def read_entries(path: Path) -> dict[str, Any]:
     return values
 
 
-def validate_entries(path: Path, values: Mapping[str, Any], entries: Entries) -> dict[str, Any]:
+def validate_entries(
+    path: Path, values: Mapping[str, Any], entries: Entries, *, ignore_others: bool = False
+) -> dict[str, Any]:
     """Validate the values of some entries, and fill in PEFT's defaults.
 
     Args:
       path: Path of the file in error messages.
       values: Entries of the file.
       entries: Entries to validate.
+      ignore_others: Whether other entries may enable a feature, which is refused by default; those of `IGNORED` have
+        no effect.
 
     Returns:
       The value of every key in ``entries``.
 
     Raises:
-      InputError: If a value is invalid.
+      InputError: If a value is invalid, or another entry enables a feature.
     """
     validated = {}
     for key, (default, check, valid_values) in entries.items():
         validated[key] = values.get(key, default)
         if not check(validated[key]):
             raise InputError(f"{path}: {key} must be {valid_values}, got {shown(validated[key])}")
-    return validated
-
-
-def check_supported(path: Path, values: Mapping[str, Any], entries: Entries) -> None:
-    """Raise `InputError` if an entry that is neither in ``entries`` nor in `IGNORED` enables a feature."""
+    if ignore_others:
+        return validated
+    # Refuse other entries unless they are off.
     for key, value in values.items():
         # Compare the types too: 0 == False, and a 0 of an unknown entry may not mean off.
         is_off = any(value == neutral and type(value) is type(neutral) for neutral in OFF)
         if key not in entries and key not in IGNORED and not is_off:
             name = key if key.isidentifier() and len(key) < 80 else shown(key)
             raise InputError(f"{path}: {name} is not supported; it must be null, false or 'none', got {shown(value)}")
+    return validated

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rora_theory.errors import InputError
-from rora_theory.scaling import check_integer, check_rank
+from rora_theory.scaling import check_integer
 
 Init = Literal["normal", "kaiming_uniform", "rademacher", "gaussian"]
 """Name of an initial distribution of A, see `entries`."""
@@ -74,7 +74,7 @@ def entries(init: Init, *, rank: int, p_in: int) -> Entries:
     Raises:
       InputError: The name is unknown, or a size is not an integer of 1 or more.
     """
-    check_rank(rank)
+    check_integer("rank", rank)
     check_integer("p_in", p_in)
     # Shape, variance and kurtosis of an entry.
     if init == "normal":

@@ -36,18 +36,13 @@ WEIGHT_DECAY = 0.01
 """Defaults of PyTorch, as are Adam's betas of 0.9 and 0.999."""
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Raise `InputError` unless the optimizer of the first step is known."""
-    check_choice("optimizer", optimizer, OPTIMIZERS)
-
-
 def scaling_power(optimizer: Optimizer) -> int:
     """Return the power of gamma in the first update: 2 for SGD (gradient and forward pass), 1 for Adam (forward pass).
 
     Raises:
       InputError: The optimizer is unknown.
     """
-    check_optimizer(optimizer)
+    check_choice("optimizer", optimizer, OPTIMIZERS)
     return 2 if optimizer == "sgd" else 1
 
 

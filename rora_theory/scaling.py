@@ -55,7 +55,7 @@ def scaling_factor(rule: Rule, *, alpha: float, rank: int) -> float:
       >>> scaling_factor("lora", alpha=16, rank=64), scaling_factor("rora", alpha=16, rank=64)
       (0.25, 2.0)
     """
-    check_rank(rank)
+    check_integer("rank", rank)
     check_positive("alpha", alpha)
     kappa = exponent(rule)
     try:
@@ -95,11 +95,6 @@ def check_integer(name: str, value: Any, *, minimum: int = 1, maximum: int = LAR
         raise InputError(f"{name} must be an integer of at most {maximum:,}, got {shown(value)}")
 
 
-def check_rank(rank: int) -> None:
-    """Raise `InputError` unless a rank is an integer from 1 to `LARGEST`."""
-    check_integer("rank", rank)
-
-
 def is_finite(value: object) -> bool:
     """Return whether a value is a finite real number that fits a float; booleans are not numbers."""
     try:
@@ -124,6 +119,19 @@ def check_share(name: str, value: float) -> None:
     """Raise `InputError` unless a value is a share, 0 < value <= 1."""
     if not is_finite(value) or not 0 < value <= 1:
         raise InputError(f"{name} must be a number above 0 and at most 1, got {shown(value)}")
+
+
+def check_instance(name: str, value: object, kind: Any, description: str) -> None:
+    """Raise `InputError` unless ``value`` is an instance of a type, or of one type of a union.
+
+    Args:
+      name: Name of the argument, for the error.
+      value: Value to check.
+      kind: Type or union of types.
+      description: Description of the type, such as ``"a Setting"``.
+    """
+    if not isinstance(value, kind):
+        raise InputError(f"{name} must be {description}, got {shown(value)}")
 
 
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:

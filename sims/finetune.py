@@ -67,7 +67,7 @@ class Config:
         """Validate the options."""
         check_ranges(self, str)
         trackers.check_tracker(self.log_to)
-        check_run_length(self.training)
+        check_warmup(self.training.warmup, self.training.steps or inf)
         self.output.check_training(self.training)
 
 
@@ -106,7 +106,7 @@ def run(config: Config) -> None:
         check_free(path_of(NAME, identity, config.out))
     # Tokenize, which refuses bad records, then load the weights.
     data = prepare(records.records, tokenizer, training, chat)
-    check_run_length(training, len(data.train))
+    check_warmup(training.warmup, min(len(data.train), training.steps or inf))
     layout, shardings = sharding.layout_over_all_devices(llama_config, training, fsdp=config.fsdp)
     model = llama.load(origin, training.dtype, shardings=shardings, quantization=training.quantization)
     cli.print_notes(model.remarks if is_first else [])
@@ -138,16 +138,6 @@ def run(config: Config) -> None:
             report(folder, events, data.summary["validated_on"])
         folder.finish(best_step=trainer.best_step, best_loss=trainer.best_loss)
         answers.print_files(folder.path)
-
-
-def check_run_length(training: FinetuneConfig, batches: float = inf) -> None:
-    """Raise `InputError` unless the warm-up ends before the run does.
-
-    Args:
-      training: Fine-tuning configuration.
-      batches: Number of batches in all epochs; infinity before the data are read, when only ``steps`` is checked.
-    """
-    check_warmup(training.warmup, min(batches, training.steps or inf))
 
 
 def record_start(

@@ -27,7 +27,7 @@ from rora_theory.runs.cells import CELLS_FOLDER
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.summary import key_figures
 from rora_theory.sweep import differences, results
-from rora_theory.sweep.cells import SweepCell, cell_states, check_cells, replace_with_scored
+from rora_theory.sweep.cells import SweepCell, cell_states, describe_models, replace_with_scored
 from rora_theory.sweep.design import BASE
 from rora_theory.sweep.memory import cell_memory
 from rora_theory.sweep.plan import SweepConfig, plan_sweep
@@ -78,7 +78,7 @@ def run(config: Config) -> None:
     plan = plan_sweep(config)
     # The scoring may be added later to finished cells, so it can extend the identity.
     first_cells, identity, extensible = plan.cells(), plan.identity(), {"evaluation": plan.evaluation}
-    models = check_cells(first_cells, plan.located)
+    models = describe_models(first_cells, plan.located)
     path = path_of(NAME, identity | extensible, config.out)
     if config.list:
         print_cells(config.design, path, first_cells)

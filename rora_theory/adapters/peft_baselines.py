@@ -16,7 +16,7 @@ from typing import Any, get_args
 import jax.numpy as jnp
 import numpy as np
 
-from rora_theory.adapter_config import Entries, check_supported, validate_entries
+from rora_theory.adapter_config import Entries, validate_entries
 from rora_theory.adapters.bottleneck import BottleneckAdapter, BottleneckConfig, BottleneckInit, NonLinearity
 from rora_theory.adapters.prefix import PrefixAdapter, PrefixConfig
 from rora_theory.adapters.targets import full_name
@@ -128,7 +128,6 @@ def read_baseline(path: Path, values: Mapping[str, Any], llama_config: LlamaConf
     """
     known = READ[values["peft_type"]]
     entries = validate_entries(path, values, known)
-    check_supported(path, values, known)
     # PEFT stores the sizes of the model with a prefix; they must be those of this model.
     if entries["peft_type"] == PREFIX:
         heads, layers = llama_config.num_key_value_heads, llama_config.num_hidden_layers

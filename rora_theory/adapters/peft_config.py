@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rora_theory.adapter_config import INIT_LORA_WEIGHTS, LORA, LORA_ENTRIES, check_supported, validate_entries
+from rora_theory.adapter_config import INIT_LORA_WEIGHTS, LORA, LORA_ENTRIES, validate_entries
 from rora_theory.adapters.lora import LoraConfig
 from rora_theory.adapters.targets import Target, first_matches, full_name, known_names, matched
 from rora_theory.errors import InputError, shown
@@ -73,7 +73,6 @@ def lora_config_of(
       InputError: If an entry is invalid, or the model does not have the modules and layers.
     """
     entries = validate_entries(path, values, LORA_ENTRIES)
-    check_supported(path, values, LORA_ENTRIES)
     try:
         config = _from_entries(entries, llama_config)
         return config, config.targets(llama_config, bounded=False)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from rora_theory.adapter_config import LORA, LORA_ENTRIES, check_supported, validate_entries
+from rora_theory.adapter_config import LORA, LORA_ENTRIES, validate_entries
 from rora_theory.adapters.targets import first_matches
 from rora_theory.errors import InputError, shown
 from rora_theory.scaling import Rule, alpha_for, scaling_factor
@@ -53,7 +53,6 @@ def portable(
         kind = shown(values["peft_type"])
         raise InputError(f"{path}: peft_type {kind} has no portable form; supported: {LORA!r}")
     entries = validate_entries(path, values, LORA_ENTRIES)
-    check_supported(path, values, LORA_ENTRIES)
     if entries["use_dora"]:
         raise InputError(
             f"{path}: use_dora true has no portable form, because DoRA scales the base weights. Merge the adapter into "

@@ -9,7 +9,7 @@ from rora_theory.adapter_config import ALL_LINEAR
 from rora_theory.adapters.expressions import Expression, MatchBudget
 from rora_theory.errors import InputError, shown
 from rora_theory.llama import MODULES, LlamaConfig
-from rora_theory.scaling import check_positive, check_rank
+from rora_theory.scaling import check_integer, check_positive
 
 OTHERS = ("lm_head", "model.embed_tokens")
 """Modules of the model that PEFT can adapt and this package cannot."""
@@ -77,7 +77,7 @@ def resolve(
     ranks = _patterned("rank_pattern", rank_pattern or {}, chosen, rank)
     alphas = _patterned("alpha_pattern", alpha_pattern or {}, chosen, alpha)
     for name in chosen:
-        check_rank(ranks[name])
+        check_integer("rank", ranks[name])
         check_positive("alpha", alphas[name])
     # Collect the layers of each module.
     count = llama_config.num_hidden_layers

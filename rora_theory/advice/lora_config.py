@@ -8,10 +8,10 @@ from rora_theory.adapter_config import (
     ALL_LINEAR,
     FILE,
     LORA_ENTRIES,
+    TASK_TYPES,
     Entries,
     TaskType,
     accept_none,
-    check_task_type,
     check_uniform,
     init_of,
     is_a,
@@ -23,6 +23,7 @@ from rora_theory.adapter_config import (
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
 from rora_theory.optimizers import OptimizerName
+from rora_theory.scaling import check_choice
 
 DORA_REMARK = (
     "use_dora is set: the advice covers its low-rank part; the step of DoRA's magnitude has no alpha and no rank"
@@ -122,11 +123,11 @@ def saved_from_entries(path: Path, values: Mapping[str, Any]) -> SavedSetting:
         refuses the initialisation.
     """
     # Validate single entries, then the combinations that the law does not cover.
-    entries = validate_entries(path, values, ADVICE_ENTRIES)
+    entries = validate_entries(path, values, ADVICE_ENTRIES, ignore_others=True)
     try:
         check_uniform(values)
         init = init_of(values.get("init_lora_weights", True))
-        check_task_type(values.get("task_type"))
+        check_choice("task_type", values.get("task_type"), TASK_TYPES)
         targets = None if entries["target_modules"] is None else peft_targets(entries["target_modules"])
     except InputError as error:
         raise InputError(f"{path}: {error}") from None

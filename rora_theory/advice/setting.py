@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from rora_theory import inits
 from rora_theory.errors import InputError, shown
 from rora_theory.optimizers import FAMILY, OptimizerName, parse_optimizer, scaling_power
-from rora_theory.scaling import Rule, alpha_for, check_positive, check_rank, is_finite, scaling_factor
+from rora_theory.scaling import Rule, alpha_for, check_integer, check_positive, is_finite, scaling_factor
 
 SIGNAL, CROSS_TALK = 0.0, math.inf
 """Linear terms of the two limits."""
@@ -82,12 +82,6 @@ class Setting:
         return replace(self, alpha=alpha_for(self.rule, scaling=scaling, rank=self.rank))
 
 
-def check_setting(name: str, value: object) -> None:
-    """Raise `InputError` unless ``value`` is a `Setting`."""
-    if not isinstance(value, Setting):
-        raise InputError(f"{name} must be a Setting, got {shown(value)}")
-
-
 def check_linear_term(name: str, value: float) -> None:
     """Raise `InputError` unless ``value`` is above -1 or infinite; at -1 the first step of rank 1 vanishes."""
     if not (is_finite(value) or value == math.inf) or value <= -1:
@@ -115,8 +109,8 @@ def rank_growth(old_rank: int, new_rank: int, linear_term: float) -> float:
       >>> rank_growth(8, 128, SIGNAL), rank_growth(8, 128, CROSS_TALK), round(rank_growth(8, 128, 5.0), 3)
       (16.0, 4.0, 12.794)
     """
-    check_rank(old_rank)
-    check_rank(new_rank)
+    check_integer("old_rank", old_rank)
+    check_integer("new_rank", new_rank)
     check_linear_term("linear_term", linear_term)
     if linear_term > 1e100:  # the ranks are below its rounding error, and products may overflow
         return math.sqrt(new_rank / old_rank)

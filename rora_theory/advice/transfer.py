@@ -10,16 +10,16 @@ from dataclasses import asdict, dataclass, replace
 from math import isinf
 from typing import Any, get_args
 
-from rora_theory.adapter_config import PEFT_INITS, TaskType, check_task_type, peft_targets
+from rora_theory.adapter_config import PEFT_INITS, TASK_TYPES, TaskType, peft_targets
 from rora_theory.advice import text
 from rora_theory.advice.carried import CarriedSetting, uses_displacement_law
 from rora_theory.advice.measured import Schedule
 from rora_theory.advice.modules import ALL, AlphaGrouping, Module, ModuleGroup
 from rora_theory.advice.run_change import RunChange
-from rora_theory.advice.setting import REGIMES, Setting, check_linear_term, check_setting, step_ratio
+from rora_theory.advice.setting import REGIMES, Setting, check_linear_term, step_ratio
 from rora_theory.errors import InputError, shown
 from rora_theory.optimizers import DISPLAY_NAMES
-from rora_theory.scaling import KAPPAS, Rule, check_choice, exponent
+from rora_theory.scaling import KAPPAS, Rule, check_choice, check_instance, exponent
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Advice(CarriedSetting):
           InputError: If `lora_arguments` or `peft_targets` refuses a value, or PEFT does not have the task type.
         """
         arguments = self.lora_arguments(per)
-        check_task_type(task_type)
+        check_choice("task_type", task_type, TASK_TYPES)
         targets = peft_targets(target_modules)
         # Name the rule in a comment, since the configuration is always under alpha / r.
         kappa = exponent(self.unchanged.rule)
@@ -242,7 +242,7 @@ def transfer(
       >>> [f"{rate:.2g}" for rate in advice.rate_range]
       ['3.3e-05', '4e-05', '6.2e-05']
     """
-    check_setting("old", old)
+    check_instance("old", old, Setting, "a Setting")
     terms = _linear_terms(regime)
     regime_name = regime if isinstance(regime, str) else "measured"
     run = RunChange(steps, to_steps, schedule, to_schedule, displacement_constant)

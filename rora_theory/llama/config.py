@@ -40,7 +40,7 @@ class LinearRope:
 
     def __post_init__(self) -> None:
         """Validate the factor."""
-        _check_factor(self.factor)
+        _check_float("rope factor", self.factor, minimum=1)
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Llama3Rope:
 
     def __post_init__(self) -> None:
         """Validate the fields."""
-        _check_factor(self.factor)
-        _check_positive("rope low_freq_factor", self.low_freq_factor)
-        _check_positive("rope high_freq_factor", self.high_freq_factor)
+        _check_float("rope factor", self.factor, minimum=1)
+        _check_float("rope low_freq_factor", self.low_freq_factor)
+        _check_float("rope high_freq_factor", self.high_freq_factor)
         check_integer("rope original_max_position_embeddings", self.original_max_position_embeddings)
         if self.low_freq_factor >= self.high_freq_factor:
             raise InputError(
@@ -197,7 +197,7 @@ class LlamaConfig:
 
         # Family, and the keys that have one supported value.
         try:
-            model_type = _check_model_type(values.pop("model_type", "llama"))
+            model_type = _supported_model_type(values.pop("model_type", "llama"))
         except InputError as error:
             raise InputError(f"config: {error}") from None
         family = FAMILIES[model_type]
@@ -215,7 +215,7 @@ class LlamaConfig:
             )
         for name in _REQUIRED:
             check_integer(f"config: {name}", values[name])
-        check_layers("config: num_hidden_layers", values["num_hidden_layers"])
+        check_integer("config: num_hidden_layers", values["num_hidden_layers"], maximum=MAX_LAYERS)
 
         # Defaults of the family, the sliding window and the rotary embedding.
         for name in _NULL_IS_DEFAULT:
@@ -331,7 +331,7 @@ _OPTIONAL_FIELDS = {
 _KEYS = {field.name for field in dataclasses.fields(LlamaConfig)} - {"full_attention_layers"}
 """Keys of `config.json` that become fields under their own names."""
 
-_MAX_LAYERS = 10_000  # loading lists the names of every layer's tensors before it reads one
+MAX_LAYERS = 10_000  # loading lists the names of every layer's tensors before it reads one
 _MAX_INT = 2**31 - 1  # sizes and ids are int32 on the device
 _MIN_FLOAT, _MAX_FLOAT = 1e-37, 1e37  # within float32's range, with a margin of ten
 
@@ -422,7 +422,7 @@ _CONVERTED_KEYS = (  # keys that are not fields but determine some
 )
 
 
-def _check_model_type(value: Any) -> str:
+def _supported_model_type(value: Any) -> str:
     if not isinstance(value, str) or value not in FAMILIES:
         raise InputError(f"model_type must be one of {', '.join(FAMILIES)}, got {shown(value)}; {OTHER_MODELS}")
     return value
@@ -513,7 +513,7 @@ def _pop_rope(values: dict[str, Any], family: Family) -> tuple[float, RopeScalin
     thetas = [value for value in (theta, *(base for base, _ in parsed)) if value is not None]
     # A file may repeat the base, but not contradict itself.
     for value in thetas:
-        _check_positive("config: rope_theta", value)
+        _check_float("config: rope_theta", value)
     if len(set(thetas)) > 1:
         raise InputError(f"config: rope_theta must be the same wherever it is given, got {shown(thetas)}")
     # Equal scalings collapse in the set: two that remain contradict each other.
@@ -559,15 +559,15 @@ def _validate(fields: Mapping[str, Any]) -> None:
     # Types and ranges.
     for name in (*_SIZES, "max_position_embeddings"):
         check_integer(name, fields[name])
-    check_layers("num_hidden_layers", fields["num_hidden_layers"])
+    check_integer("num_hidden_layers", fields["num_hidden_layers"], maximum=MAX_LAYERS)
     for name in ("rms_norm_eps", "rope_theta"):
-        _check_positive(name, fields[name])
+        _check_float(name, fields[name])
     for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if not isinstance(fields[name], bool):
             raise InputError(f"{name} must be true or false, got {shown(fields[name])}")
 
     # Fields that only some families have.
-    model_type = _check_model_type(fields["model_type"])
+    model_type = _supported_model_type(fields["model_type"])
     family = FAMILIES[model_type]
     for name, absent_value in _OPTIONAL_FIELDS.items():
         if name not in family.fields and fields[name] != absent_value:
@@ -577,7 +577,7 @@ def _validate(fields: Mapping[str, Any]) -> None:
     if "query_pre_attn_scalar" in family.fields:
         check_integer("query_pre_attn_scalar", fields["query_pre_attn_scalar"])
     if "rope_local_base_freq" in family.fields:
-        _check_positive("rope_local_base_freq", fields["rope_local_base_freq"])
+        _check_float("rope_local_base_freq", fields["rope_local_base_freq"])
     _check_full_layers(fields["full_attention_layers"], fields, family)
 
     # Heads and special tokens.
@@ -591,12 +591,6 @@ def _validate(fields: Mapping[str, Any]) -> None:
         for token in value if name == "eos_token_id" and isinstance(value, tuple) else (value,):
             if token is not None and (isinstance(token, bool) or not isinstance(token, int) or token > _MAX_INT):
                 raise InputError(f"{name} must be an integer of at most {_MAX_INT}, or null, got {shown(value)}")
-
-
-def check_layers(name: str, layers: int) -> None:
-    """Raise `InputError` for a number of layers that is too large to list them."""
-    if layers > _MAX_LAYERS:
-        raise InputError(f"{name} must be at most {_MAX_LAYERS}, got {layers}")
 
 
 def _check_full_layers(full: Any, fields: Mapping[str, Any], family: Family) -> None:
@@ -614,11 +608,6 @@ def _check_full_layers(full: Any, fields: Mapping[str, Any], family: Family) -> 
         raise InputError(f"full_attention_layers must be {supported} for {family.architecture}, got {value}")
 
 
-def _check_factor(value: Any) -> None:
-    if not _is_number(value) or not 1 <= value <= _MAX_FLOAT:
-        raise InputError(f"rope factor must be a number from 1 to {_MAX_FLOAT:g}, got {shown(value)}")
-
-
 def _is_number(value: Any) -> bool:
     # math.isfinite converts an integer to a float, which fails for one with hundreds of digits.
     return (isinstance(value, int) and not isinstance(value, bool)) or (
@@ -626,8 +615,7 @@ def _is_number(value: Any) -> bool:
     )
 
 
-def _check_positive(name: str, value: Any) -> None:
-    """Raise `InputError` unless a value is a positive number in the range of float32."""
-    if not _is_number(value) or not _MIN_FLOAT <= value <= _MAX_FLOAT:
-        limit = f" and at most {_MAX_FLOAT:g}" if _is_number(value) and value > _MAX_FLOAT else ""
-        raise InputError(f"{name} must be a finite number above 0{limit}, got {shown(value)}")
+def _check_float(name: str, value: Any, *, minimum: float = _MIN_FLOAT) -> None:
+    """Raise `InputError` unless a value is a number of ``minimum`` or more in the range of float32."""
+    if not _is_number(value) or not minimum <= value <= _MAX_FLOAT:
+        raise InputError(f"{name} must be a number from {minimum:g} to {_MAX_FLOAT:g}, got {shown(value)}")

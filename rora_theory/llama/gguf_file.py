@@ -22,10 +22,11 @@ from rora_theory import extras
 from rora_theory.errors import InputError, shown
 from rora_theory.io.files import check_regular
 from rora_theory.llama import rope
-from rora_theory.llama.config import OTHER_MODELS, LinearRope, Llama3Rope, LlamaConfig, RopeScaling, check_layers
+from rora_theory.llama.config import MAX_LAYERS, OTHER_MODELS, LinearRope, Llama3Rope, LlamaConfig, RopeScaling
 from rora_theory.llama.families import FAMILIES, Family
 from rora_theory.llama.model import Params
 from rora_theory.llama.weights import build_params, check_finite, check_shapes
+from rora_theory.scaling import check_integer
 
 try:
     from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
@@ -182,6 +183,7 @@ def config_from_gguf(reader: GGUFReader, where: str) -> LlamaConfig:
         raise InputError(f"{where}: lacks token_embd.weight")
 
     hidden, heads, head_dim = _read_head_sizes(get, where, architecture)
+    _refuse_experts(get, where, architecture)
 
     # Rotary embedding.
     scaling_type = get(f"{architecture}.rope.scaling.type", str, "none")
@@ -194,7 +196,7 @@ def config_from_gguf(reader: GGUFReader, where: str) -> LlamaConfig:
 
     # Fields of the configuration.
     layers = get(f"{architecture}.block_count", int)
-    check_layers(f"{where}: {architecture}.block_count", layers)
+    check_integer(f"{where}: {architecture}.block_count", layers, maximum=MAX_LAYERS)
     gemma3_fields = _gemma3_fields(get, where, layers, hidden // heads, head_dim) if architecture == "gemma3" else {}
     # A file may name several end tokens, such as the end of text and the end of a turn.
     eos_ids = dict.fromkeys(token for name in END_TOKEN_KEYS if (token := get(name, int, None)) is not None)
@@ -244,7 +246,7 @@ def _read_head_sizes(get: Callable[..., Any], where: str, architecture: str) -> 
     """Read the hidden size, the number of heads and the width of a head.
 
     Raises:
-      InputError: Keys, values and rotated parts of a head differ in width, or the model is a mixture of experts.
+      InputError: Keys, values and rotated parts of a head differ in width.
     """
     heads, hidden = get(f"{architecture}.attention.head_count", int), get(f"{architecture}.embedding_length", int)
     for name, value in ((f"{architecture}.attention.head_count", heads), (f"{architecture}.embedding_length", hidden)):
@@ -254,10 +256,14 @@ def _read_head_sizes(get: Callable[..., Any], where: str, architecture: str) -> 
     for name in (f"{architecture}.attention.value_length", f"{architecture}.rope.dimension_count"):
         if (value := get(name, int, head_dim)) != head_dim:
             raise InputError(f"{where}: {name} must equal the width of a head, {head_dim}, got {value!r}")
+    return hidden, heads, head_dim
+
+
+def _refuse_experts(get: Callable[..., Any], where: str, architecture: str) -> None:
+    """Raise `InputError` if the model is a mixture of experts."""
     for name in (f"{architecture}.expert_count", f"{architecture}.expert_used_count"):
         if value := get(name, int, 0):
             raise InputError(f"{where}: {name} must be 0, got {value!r}; mixtures of experts are not supported")
-    return hidden, heads, head_dim
 
 
 def _gemma3_fields(

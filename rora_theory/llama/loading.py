@@ -13,7 +13,7 @@ from rora_theory.llama.hub import ModelSource, locate
 from rora_theory.llama.model import Params
 from rora_theory.llama.quantised import QUANTIZATIONS
 from rora_theory.llama.tokenizer import Tokenizer
-from rora_theory.llama.weights import abbreviate_names, check_dtype, load_hf, read_config
+from rora_theory.llama.weights import abbreviate_names, load_hf, parse_dtype, read_config
 from rora_theory.scaling import check_choice
 
 
@@ -80,7 +80,7 @@ def load(
       >>> llama.forward(model.params, tokens, model.config).shape  # doctest: +SKIP
       (1, 2, 49152)
     """
-    check_dtype(dtype)
+    parse_dtype(dtype)
     check_choice("quantization", quantization, QUANTIZATIONS)
     origin = path_or_repo if isinstance(path_or_repo, ModelSource) else locate(path_or_repo, revision)
     # The small files first: a model that is not supported fails before its weights are read.

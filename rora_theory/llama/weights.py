@@ -120,7 +120,7 @@ def check_shapes(where: str, shapes: Mapping[str, tuple[int, ...]], config: Llam
             raise InputError(f"{where}: {name} must have shape {shape} by its configuration, got {tuple(shapes[name])}")
 
 
-def check_dtype(dtype: DTypeLike) -> np.dtype:
+def parse_dtype(dtype: DTypeLike) -> np.dtype:
     """Return the dtype of weights in memory.
 
     Raises:
@@ -184,7 +184,7 @@ def build_params(
     Raises:
       InputError: The dtype or quantization is unknown, or weights exceed a block's float16 scale.
     """
-    abstract = abstract_params(config, check_dtype(dtype), quantization)
+    abstract = abstract_params(config, parse_dtype(dtype), quantization)
     # A weight in blocks is one leaf here, so that all its parts are filled together.
     leaves, structure = jax.tree.flatten_with_path(abstract, is_leaf=is_quantised)
     leaf_shardings = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings, is_leaf=is_quantised)

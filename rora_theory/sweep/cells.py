@@ -188,7 +188,7 @@ def training_of(
     return shared.with_method(**settings)
 
 
-def check_cells(cells: Sequence[SweepCell], located: Mapping[str, llama.ModelSource]) -> dict[str, dict[str, int]]:
+def describe_models(cells: Sequence[SweepCell], located: Mapping[str, llama.ModelSource]) -> dict[str, dict[str, int]]:
     """Check that all adapters fit their models, and return the number of parameters of each model.
 
     Raises:

@@ -196,7 +196,7 @@ def read_losses(path: Path) -> pd.DataFrame:
       InputError: If the file is missing or damaged.
     """
     losses = frames.read_csv(path, LOSS_COLUMNS, accepted=ACCEPTED)
-    return _check_numbers(path, losses, ("tokens", "answer_tokens"), ("loss", "answer_loss"))
+    return _with_numbers(path, losses, ("tokens", "answer_tokens"), ("loss", "answer_loss"))
 
 
 def read_answers(path: Path) -> pd.DataFrame:
@@ -205,10 +205,10 @@ def read_answers(path: Path) -> pd.DataFrame:
     Raises:
       InputError: If the file is missing or damaged.
     """
-    return _check_numbers(path, frames.read_csv(path, ANSWER_COLUMNS, accepted=ACCEPTED), ("correct",))
+    return _with_numbers(path, frames.read_csv(path, ANSWER_COLUMNS, accepted=ACCEPTED), ("correct",))
 
 
-def _check_numbers(path: Path, frame: pd.DataFrame, integers: Sequence[str], reals: Sequence[str] = ()) -> pd.DataFrame:
+def _with_numbers(path: Path, frame: pd.DataFrame, integers: Sequence[str], reals: Sequence[str] = ()) -> pd.DataFrame:
     """Return the frame, or raise `InputError` if a column holds a value that is no integer or no number."""
     wrong = [name for name in integers if frame[name].dtype != "int64"]
     wrong += [name for name in reals if frame[name].dtype.kind not in "if"]

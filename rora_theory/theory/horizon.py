@@ -36,7 +36,7 @@ import scipy
 from jaxtyping import Float
 
 from rora_theory.errors import InputError
-from rora_theory.scaling import check_integer, check_positive, check_rank
+from rora_theory.scaling import check_integer, check_positive
 
 SIGN_CHANGE_SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Levels of the reported quantiles of the distance at which an entry of G A^T changes its sign."""
@@ -207,7 +207,7 @@ class RowTerms:
 
     @staticmethod
     def _square(rank: int, coherent: float, total: float) -> float:
-        check_rank(rank)
+        check_integer("rank", rank)
         return max(rank * total + rank * (rank - 1.0) * coherent, 0.0)
 
 

@@ -24,8 +24,8 @@ from scipy import special
 
 from rora_theory.errors import InputError
 from rora_theory.inits import Entries, Init, entries
-from rora_theory.optimizers import Optimizer, check_optimizer, scaling_power
-from rora_theory.scaling import check_integer, check_not_negative, check_positive, check_rank
+from rora_theory.optimizers import OPTIMIZERS, Optimizer, scaling_power
+from rora_theory.scaling import check_choice, check_integer, check_not_negative, check_positive
 from rora_theory.theory import sign_expectation
 
 HALF_NORMAL_MEAN = math.sqrt(2 / math.pi)
@@ -244,7 +244,7 @@ def crossing_rank(
       InputError: If the optimizer is unknown.
     """
     grad, x = np.asarray(grad, np.float64), np.asarray(x, np.float64)
-    check_optimizer(optimizer)
+    check_choice("optimizer", optimizer, OPTIMIZERS)
     x2 = np.sum(x**2, axis=-1)
     row_norms = np.linalg.norm(grad, axis=1)
     if optimizer == "adam":
@@ -273,7 +273,7 @@ def random_input_crossing_rank(p_in: float, overlap: float, *, optimizer: Optimi
     Raises:
       InputError: If the optimizer is unknown or the overlap is out of range.
     """
-    check_optimizer(optimizer)
+    check_choice("optimizer", optimizer, OPTIMIZERS)
     check_overlap("overlap", overlap)
     rho2 = overlap**2
     if optimizer == "adam":
@@ -345,10 +345,10 @@ def check_overlap(name: str, overlap: float) -> None:
 
 def check_step(*, rank: int, scaling: float, learning_rate: float, optimizer: Optimizer) -> None:
     """Raise `InputError` unless the rank, scaling, learning rate and optimizer are valid."""
-    check_rank(rank)
+    check_integer("rank", rank)
     check_positive("scaling", scaling)
     check_positive("learning_rate", learning_rate)
-    check_optimizer(optimizer)
+    check_choice("optimizer", optimizer, OPTIMIZERS)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ import numpy as np
 from jaxtyping import Float
 
 from rora_theory.errors import InputError
-from rora_theory.optimizers import Optimizer, check_optimizer
-from rora_theory.scaling import check_choice, check_positive, check_rank
+from rora_theory.optimizers import OPTIMIZERS, Optimizer
+from rora_theory.scaling import check_choice, check_integer, check_positive
 
 
 class StartTerms(NamedTuple):
@@ -44,14 +44,14 @@ class StartTerms(NamedTuple):
 
     def rms(self, rank: int, *, scaling: float) -> float:
         """Compute the root mean square of the change over draws, outputs and tokens."""
-        check_rank(rank)
+        check_integer("rank", rank)
         check_positive("scaling", scaling)
         square = rank * self.total + rank * (rank - 1.0) * self.coherent
         return scaling * math.sqrt(max(square, 0.0) / self.p_out)
 
     def start_rms(self, rank: int, *, scaling: float) -> float:
         """Compute the root mean square of the adapter's output before any step, a sum of r terms of mean 0."""
-        check_rank(rank)
+        check_integer("rank", rank)
         check_positive("scaling", scaling)
         return scaling * math.sqrt(rank * self.forward / self.p_out)
 
@@ -89,7 +89,7 @@ def start_terms(
     Raises:
       InputError: If the shapes don't match, there are fewer than two rows, or an argument is out of range.
     """
-    check_optimizer(optimizer)
+    check_choice("optimizer", optimizer, OPTIMIZERS)
     check_positive("learning_rate", learning_rate)
     check_positive("scaling", scaling)
     grad, x, lora_A, lora_B = (np.asarray(array, np.float64) for array in (grad, x, lora_A, lora_B))
@@ -143,7 +143,7 @@ def random_B_crossing(p_out: int, kurtosis: float = 3.0) -> float:
     Raises:
       InputError: If p_out is below 1.
     """
-    check_rank(p_out)
+    check_integer("p_out", p_out)
     return p_out + kurtosis - 2
 
 
@@ -168,7 +168,7 @@ def pissa_factors(
     References:
       Meng et al., "PiSSA" (2024), as implemented in PEFT.
     """
-    U, singular_values, Vt = np.linalg.svd(_check_weight(weight, rank, scaling), full_matrices=False)
+    U, singular_values, Vt = np.linalg.svd(_valid_weight(weight, rank, scaling), full_matrices=False)
     root = np.sqrt(singular_values[:rank] / scaling)
     return root[:, None] * Vt[:rank], U[:, :rank] * root
 
@@ -194,7 +194,7 @@ def olora_factors(
     References:
       Büyükakyüz, "OLoRA" (2024), as implemented in PEFT.
     """
-    Q, R = np.linalg.qr(_check_weight(weight, rank, scaling))
+    Q, R = np.linalg.qr(_valid_weight(weight, rank, scaling))
     return R[:rank], Q[:, :rank]
 
 
@@ -211,16 +211,16 @@ def start_powers(start: str, *, optimizer: Optimizer) -> float:
     Raises:
       InputError: If the start or the optimizer is unknown.
     """
-    check_optimizer(optimizer)
+    check_choice("optimizer", optimizer, OPTIMIZERS)
     powers = {"default": 1.0, "olora": 1.0, "pissa": 0.5}
     check_choice("start", start, powers)
     return powers[start] * (2 if optimizer == "sgd" else 1)
 
 
-def _check_weight(weight: np.ndarray, rank: int, scaling: float) -> np.ndarray:
+def _valid_weight(weight: np.ndarray, rank: int, scaling: float) -> np.ndarray:
     """Return the weight in float64, or raise `InputError` if an argument is out of range."""
     weight = np.asarray(weight, np.float64)
-    check_rank(rank)
+    check_integer("rank", rank)
     check_positive("scaling", scaling)
     if weight.ndim != 2 or rank > min(weight.shape):
         raise InputError(f"rank must be at most the smaller side of the weight, got {rank} for shape {weight.shape}")

@@ -22,8 +22,8 @@ from jaxtyping import Float
 
 from rora_theory.errors import InputError
 from rora_theory.inits import Init, entries
-from rora_theory.optimizers import Optimizer, check_optimizer
-from rora_theory.scaling import check_not_negative, check_positive
+from rora_theory.optimizers import OPTIMIZERS, Optimizer
+from rora_theory.scaling import check_choice, check_not_negative, check_positive
 from rora_theory.theory.laws import FirstStepMoments, first_step_moments
 
 
@@ -136,7 +136,7 @@ def dora_first_step(
     Raises:
       InputError: If W has a row of zeros or an argument is out of range.
     """
-    check_optimizer(optimizer)
+    check_choice("optimizer", optimizer, OPTIMIZERS)
     check_positive("learning_rate", learning_rate)
     weight, grad, change, x = (np.asarray(array, np.float64) for array in (weight, grad, change, x))
     norms = np.linalg.norm(weight, axis=1, keepdims=True)

@@ -17,14 +17,13 @@ from rora_theory.inits import INITS, Init
 from rora_theory.io import frames
 from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
 from rora_theory.random.seeds import check_seed
-from rora_theory.scaling import Rule, check_positive, exponent, scaling_factor
+from rora_theory.scaling import Rule, check_choice, check_positive, exponent, scaling_factor
 from rora_theory.stats.rate_curves import COLUMNS, Curve
 from rora_theory.toy import ensemble
 from rora_theory.toy.dynamics import ProblemConfig
 from rora_theory.validation.ranges import Count, check_ranges
 from rora_theory.validation.rules import (
     alpha_at,
-    check_alphas,
     check_choices,
     check_list,
     check_ranks,
@@ -83,11 +82,10 @@ class RateGrid:
     def __post_init__(self) -> None:
         """Validate the settings."""
         check_ranks(self.ranks)
-        check_rules(self.rules)
         # All rules have the same gamma at the reference rank.
-        check_alphas(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
+        check_rules(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
         check_choices("--optimizers", self.optimizers, OPTIMIZER_NAMES)
-        check_choices("--init", (self.init,), INITS)
+        check_choice("--init", self.init, INITS)
         for option, rates in (("--adam-lrs", self.adam_lrs), ("--sgd-lrs", self.sgd_lrs)):
             check_list(option, rates, check_positive, fewest=3)
         check_seeds(self.seeds, fewest=2)

@@ -21,7 +21,6 @@ from rora_theory.toy.exponents import CELL, QUANTITIES, Answer
 from rora_theory.validation.ranges import Positive, check_ranges
 from rora_theory.validation.rules import (
     alpha_at,
-    check_alphas,
     check_choices,
     check_ranks,
     check_rules,
@@ -89,9 +88,8 @@ class TrainingGrid:
     def __post_init__(self) -> None:
         """Validate the settings."""
         check_ranks(self.ranks)
-        check_rules(self.rules)
         # All rules have the same gamma at the reference rank.
-        check_alphas(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
+        check_rules(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
         for name, choices in (("optimizers", OPTIMIZER_NAMES), ("models", MODELS), ("starts", STARTS)):
             check_choices(f"--{name}", getattr(self, name), choices)
         check_choice("--init", self.init, INITS)

@@ -70,17 +70,17 @@ def _ranges(kind: Any) -> dict[str, tuple[Check, bool]]:
     # Parents first: a field that a subclass declares again without a range keeps the parent's.
     for base in reversed(kind.__mro__):
         for name, hint in get_type_hints(base, include_extras=True).items():
-            for check in _checks(hint):
+            for check in _range_checks(hint):
                 checks[name] = check, type(None) in get_args(hint)
     return checks
 
 
-def _checks(hint: Any) -> list[Check]:
+def _range_checks(hint: Any) -> list[Check]:
     """Return the checks of a type, or of the members of a union."""
     if get_origin(hint) is Annotated:
         return [annotation for annotation in get_args(hint)[1:] if annotation in _RANGE_CHECKS]
     if get_origin(hint) in (Union, UnionType):
-        return [check for member in get_args(hint) for check in _checks(member)]
+        return [check for member in get_args(hint) for check in _range_checks(member)]
     return []
 
 

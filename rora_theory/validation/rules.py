@@ -34,8 +34,20 @@ def name_of(rule: Rule) -> str:
     return rule if isinstance(rule, str) else f"{rule:g}"
 
 
-def check_rules(rules: Sequence[Rule], option: str = "--rules") -> None:
-    """Raise `InputError` unless there is a rule and all rules have different exponents."""
+def check_rules(
+    rules: Sequence[Rule], option: str = "--rules", *, gamma: float | None = None, reference_rank: int = 1
+) -> None:
+    """Check that there is a rule, that all have different exponents, and that each has an alpha.
+
+    Args:
+      rules: Rules to check.
+      option: Name of the option, for the error.
+      gamma: Scaling that every rule has at ``reference_rank``, see `alpha_at`; None checks no alpha.
+      reference_rank: Rank of that scaling.
+
+    Raises:
+      InputError: There is no rule, two have the same exponent, or one has no alpha.
+    """
     if not rules:
         raise InputError(f"{option} must have at least one rule, got none")
     for rule in rules:
@@ -44,6 +56,9 @@ def check_rules(rules: Sequence[Rule], option: str = "--rules") -> None:
     if len({exponent(rule) for rule in rules}) != len(rules):
         names = " ".join(map(name_of, rules))
         raise InputError(f"{option} must have different rules, got one rule twice: {names}")
+    if gamma is not None:
+        for rule in rules:
+            alpha_at(rule, gamma=gamma, reference_rank=reference_rank)
 
 
 def alpha_at(rule: Rule, *, gamma: float, reference_rank: int) -> float:
@@ -55,12 +70,6 @@ def alpha_at(rule: Rule, *, gamma: float, reference_rank: int) -> float:
     check_positive("--gamma", gamma)
     check_integer("--reference-rank", reference_rank)
     return alpha_for(rule, scaling=gamma, rank=reference_rank)
-
-
-def check_alphas(rules: Sequence[Rule], *, gamma: float, reference_rank: int) -> None:
-    """Raise `InputError` unless every rule has an alpha that gives the scaling ``gamma``, see `alpha_at`."""
-    for rule in rules:
-        alpha_at(rule, gamma=gamma, reference_rank=reference_rank)
 
 
 def option_of(name: str) -> str:

@@ -58,14 +58,14 @@ def _stop_at_the_folder(monkeypatch) -> None:
         raise Opened(as_json(config) | (extensible or {}), cells[-1] if cells else None, models)
 
     cells: list[Any] = []
-    check_cells = rank_sweep.check_cells
+    describe_models = rank_sweep.describe_models
 
     def keep(actual: Any, *rest: Any) -> Any:
         cells.append(json.loads(json.dumps(as_json(actual))))
-        return check_cells(actual, *rest)
+        return describe_models(actual, *rest)
 
     monkeypatch.setattr(RunFolder, "open", run_folder)
-    monkeypatch.setattr(rank_sweep, "check_cells", keep)
+    monkeypatch.setattr(rank_sweep, "describe_models", keep)
     monkeypatch.setattr(rank_sweep.Workbench, "open", lambda *_: [])
 
 

@@ -42,7 +42,6 @@ from rora_theory.stats.rate_optimum import predicted_slopes
 from rora_theory.validation.ranges import Positive, check_ranges
 from rora_theory.validation.rules import (
     alpha_at,
-    check_alphas,
     check_choices,
     check_ranks,
     check_rules,
@@ -112,12 +111,11 @@ class CheckConfig:
     def __post_init__(self) -> None:
         """Validate the settings."""
         check_ranks(self.ranks)
-        check_rules(self.rules)
         for name, supported in (("optimizers", OPTIMIZER_NAMES), ("inits", LORA_INITS)):
             check_choices(f"--{name}", getattr(self, name), supported)
         check_steps(self.steps)
         check_ranges(self)
-        check_alphas(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
+        check_rules(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
         check_seeds(self.seeds, fewest=2)
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from rora_theory.errors import InputError, shown
 from rora_theory.measure.tokens import PADDING_ID, mark_repeats
 from rora_theory.measure.torch.modules import task_type
+from rora_theory.scaling import check_instance
 
 IGNORED_LABEL = -100
 """Label that PyTorch and transformers leave out of the loss."""
@@ -74,13 +75,7 @@ def check_batch(name: str, batch: object) -> None:
             raise InputError(f"{name} must have at least one row, got {key} of shape {tuple(value.shape)}")
 
 
-def check_function(name: str, value: object) -> None:
-    """Raise `InputError` unless ``value`` can be called."""
-    if not callable(value):
-        raise InputError(f"{name} must be a function, got {shown(value)}")
-
-
-def checked_loss(loss: Loss | None) -> Loss:
+def loss_function(loss: Loss | None) -> Loss:
     """Return a loss function that refuses results other than a tensor with one number; None is `model_loss`.
 
     Raises:
@@ -88,7 +83,7 @@ def checked_loss(loss: Loss | None) -> Loss:
     """
     if loss is None:
         return model_loss
-    check_function("loss", loss)
+    check_instance("loss", loss, Callable, "a function")
 
     def compute(model: torch.nn.Module, batch: Any) -> torch.Tensor:
         value = loss(model, batch)

@@ -9,14 +9,14 @@ from transformers import TrainerCallback
 
 from rora_theory.adapter_config import check_uniform, init_of
 from rora_theory.advice.lora_config import DORA_REMARK
-from rora_theory.advice.setting import Setting, check_setting
+from rora_theory.advice.setting import Setting
 from rora_theory.errors import InputError, shown
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.measure.torch.batches import Batch, Loss
 from rora_theory.measure.torch.modules import lora_config
 from rora_theory.measure.torch.regimes import TorchRegime, Transfer, regime
 from rora_theory.optimizers import FAMILY, parse_optimizer
-from rora_theory.scaling import check_integer, check_rank
+from rora_theory.scaling import check_instance, check_integer
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +74,9 @@ class RegimeCallback(TrainerCallback):
         layers: Sequence[int] | None = None,
         tokens: int = 64,
     ) -> None:
-        check_rank(to_rank)
+        check_integer("to_rank", to_rank)
         if setting is not None:
-            check_setting("setting", setting)
+            check_instance("setting", setting, Setting, "a Setting")
         for step in steps:
             check_integer("steps", step, minimum=0)
         self._log, self._batch, self._held_out, self._loss = log, batch, held_out, loss

@@ -40,17 +40,16 @@ from rora_theory.measure.torch.batches import (
     Batch,
     Loss,
     check_batch,
-    check_function,
-    checked_loss,
     find_masks,
+    loss_function,
     move_batch,
     select_masks,
 )
-from rora_theory.measure.torch.modules import base_model, check_model, preserved_state, unwrap, with_autograd
-from rora_theory.measure.torch.probe import check_optimizer
+from rora_theory.measure.torch.modules import base_model, preserved_state, unwrap, with_autograd
+from rora_theory.measure.torch.probe import build_optimizer
 from rora_theory.measure.torch.progress import bar
 from rora_theory.random.seeds import check_seed
-from rora_theory.scaling import check_integer, check_positive
+from rora_theory.scaling import check_instance, check_integer, check_positive
 from rora_theory.stats.slopes import BAND
 from rora_theory.validation.rules import check_ranks, check_steps, listed
 
@@ -194,7 +193,7 @@ def coordinate_check(
         argument is out of range.
     """
     # Validate before any model is made.
-    check_function("make_model", make_model)
+    check_instance("make_model", make_model, Callable, "a function")
     for option, integers in (("ranks", ranks), ("steps", steps)):
         if not isinstance(integers, Collection):
             raise InputError(f"{option} must be a sequence of integers, got {shown(integers)}")
@@ -213,12 +212,12 @@ def coordinate_check(
     if held_out is not None:
         check_batch("held_out", held_out)
     check_positive("band", band)
-    compute_loss = checked_loss(loss)
+    compute_loss = loss_function(loss)
     if make_optimizer is None:
         for rank in ranks:
             check_positive("learning_rate", learning_rate(rank) if callable(learning_rate) else learning_rate)
     else:
-        check_function("make_optimizer", make_optimizer)
+        check_instance("make_optimizer", make_optimizer, Callable, "a function")
     make_optimizer_of_rank = adamw(learning_rate) if make_optimizer is None else make_optimizer
     # Sizes by coordinate, seed and rank; NaN marks what is not measured.
     values: dict[Coordinate, np.ndarray] = {}
@@ -229,7 +228,7 @@ def coordinate_check(
     with with_autograd(), bar(total, description=description, unit="step", shown=progress) as progress_bar:
         for draw, column, rank in runs:
             model = make_model(rank)
-            check_model(model, f"make_model({rank})")
+            check_instance(f"make_model({rank})", model, torch.nn.Module, "a torch.nn.Module")
             model = unwrap(model)
             with preserved_state(model):
                 # Dropout masks depend on the seed alone: ranks share them.
@@ -238,10 +237,8 @@ def coordinate_check(
                 _draw_nested(layers, model, [seed, draw])
                 # Train the adapter and record the size of every coordinate.
                 run = _Run(model, layers, batches, held_out, compute_loss)
-                optimizer = make_optimizer_of_rank(
-                    [parameter for parameter in model.parameters() if parameter.requires_grad], rank
-                )
-                check_optimizer(optimizer)
+                trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+                optimizer = build_optimizer(make_optimizer_of_rank, trainable, rank)
                 for coordinate, value in run.measure(optimizer, steps, progress_bar.update):
                     values.setdefault(coordinate, np.full((seeds, len(ranks)), np.nan))[draw, column] = value
             optimizers.append(_describe_optimizer(optimizer))

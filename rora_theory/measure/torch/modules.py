@@ -28,12 +28,6 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
         model = inner
 
 
-def check_model(model: object, name: str = "model") -> None:
-    """Raise `InputError` unless ``model`` is a module of PyTorch."""
-    if not isinstance(model, torch.nn.Module):
-        raise InputError(f"{name} must be a torch.nn.Module, got {shown(model)}")
-
-
 def base_model(model: torch.nn.Module) -> torch.nn.Module:
     """Return the model inside a PEFT model; its modules have the same names as without PEFT."""
     inner = getattr(model, "get_base_model", None)

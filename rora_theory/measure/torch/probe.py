@@ -20,7 +20,7 @@ from rora_theory.measure.tokens import mark_sinks
 from rora_theory.measure.torch.batches import Batch, Loss, MasksByShape, find_masks, move_batch, select_masks
 from rora_theory.measure.torch.examples import Group, count_targets
 from rora_theory.measure.torch.modules import preserved_state, with_autograd
-from rora_theory.scaling import scaling_factor
+from rora_theory.scaling import check_instance, scaling_factor
 from rora_theory.tune.plan import ProbeRun, Schedule, Trial, scaled_warmup, schedule_factor
 
 MakeOptimizer = Callable[[Iterable[torch.nn.Parameter], float], torch.optim.Optimizer]
@@ -74,10 +74,18 @@ def check_no_adapters(model: torch.nn.Module) -> None:
             raise InputError(f"model must have no adapters of PEFT, got {description}. Pass the base model.")
 
 
-def check_optimizer(optimizer: object) -> None:
-    """Raise `InputError` unless a function that makes an optimizer has returned one."""
+def build_optimizer(
+    make_optimizer: Callable[[list[Any], Any], torch.optim.Optimizer], parameters: list[Any], argument: float
+) -> torch.optim.Optimizer:
+    """Return the optimizer that a function makes of trainable parameters and a learning rate or rank.
+
+    Raises:
+      InputError: If the function returns something else.
+    """
+    optimizer = make_optimizer(parameters, argument)
     if not hasattr(optimizer, "param_groups"):
         raise InputError(f"make_optimizer must return an optimizer of PyTorch, got {shown(optimizer)}")
+    return optimizer
 
 
 def strength_of(config: LoraConfig) -> float:
@@ -87,8 +95,7 @@ def strength_of(config: LoraConfig) -> float:
       InputError: If the configuration is not LoRA's, trains more than adapters of one rank and alpha, or has an
         initialisation with B other than 0.
     """
-    if not isinstance(config, LoraConfig):
-        raise InputError(f"config must be a LoraConfig of PEFT, got {type(config).__name__}")
+    check_instance("config", config, LoraConfig, "a LoraConfig of PEFT")
     values = vars(config)
     check_uniform(values)
     # The law describes adapters that start at B = 0, with nothing else trained.
@@ -159,8 +166,7 @@ class ProbeModel:
         warmup = scaled_warmup(settings.warmup, settings.steps, trial.steps)
         parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         # Each group of parameters keeps its own peak, as an optimizer may have several.
-        optimizer = settings.make_optimizer(parameters, trial.learning_rate)
-        check_optimizer(optimizer)
+        optimizer = build_optimizer(settings.make_optimizer, parameters, trial.learning_rate)
         peaks = [group["lr"] for group in optimizer.param_groups]
         for step in range(trial.steps):
             # Learning rate of this step.

@@ -21,7 +21,7 @@ from peft import LoraConfig
 
 from rora_theory import inits
 from rora_theory.advice.modules import AlphaGrouping
-from rora_theory.advice.setting import Setting, check_setting
+from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import Advice, transfer
 from rora_theory.errors import InputError, shown
 from rora_theory.inits import Init
@@ -37,16 +37,14 @@ from rora_theory.measure.torch.batches import (
     MasksByShape,
     TokenMasks,
     check_batch,
-    check_function,
-    checked_loss,
     find_masks,
+    loss_function,
     move_batch,
     select_masks,
 )
 from rora_theory.measure.torch.modules import (
     adapted_targets,
     base_model,
-    check_model,
     is_prompt_learning,
     layer_index,
     linear_size,
@@ -59,7 +57,7 @@ from rora_theory.measure.torch.modules import (
 )
 from rora_theory.optimizers import FAMILY, Optimizer
 from rora_theory.random import seeds
-from rora_theory.scaling import Rule, check_choice
+from rora_theory.scaling import Rule, check_choice, check_instance
 
 DEFAULT = RegimeConfig(ranks=(8, 128), rows=0)
 """Default configuration, which trains no adapters.
@@ -175,7 +173,7 @@ class TorchRegime(Regime):
           InputError: If the optimizer or initialisation was not measured, or if `rora_theory.transfer` refuses an
             argument.
         """
-        check_setting("setting", setting)
+        check_instance("setting", setting, Setting, "a Setting")
         # Linear terms are those of the optimizer's family: AdamW has Adam's first step.
         family = FAMILY[setting.optimizer]
         terms = self.linear_terms(family, setting.init, split)
@@ -243,14 +241,13 @@ def regime(
         ``"on"`` for a learned prompt, or weights were created within ``torch.inference_mode``.
     """
     # Validate the arguments before any pass of the model.
-    check_model(model)
+    check_instance("model", model, torch.nn.Module, "a torch.nn.Module")
     config = DEFAULT if config is None else config
-    if not isinstance(config, RegimeConfig):
-        raise InputError(f"config must be a RegimeConfig, got {shown(config)}")
+    check_instance("config", config, RegimeConfig, "a RegimeConfig")
     check_choice("adapters", adapters, ("off", "on"))
     if lora_A is not None:
-        check_function("lora_A", lora_A)
-    compute_loss = checked_loss(loss)
+        check_instance("lora_A", lora_A, Callable, "a function")
+    compute_loss = loss_function(loss)
     for name, value in (("batch", batch), ("held_out", held_out)):
         check_batch(name, value)
     model = unwrap(model)

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,9 +19,9 @@ import torch
 from peft import LoraConfig
 
 from rora_theory.defaults import TRAINER_BATCH_SIZE
-from rora_theory.errors import InputError, shown
+from rora_theory.errors import InputError
 from rora_theory.io import files
-from rora_theory.measure.torch.batches import Loss, check_function, checked_loss
+from rora_theory.measure.torch.batches import Loss, loss_function
 from rora_theory.measure.torch.examples import (
     MAX_HELD_OUT_BATCHES,
     Data,
@@ -31,7 +31,7 @@ from rora_theory.measure.torch.examples import (
     held_out_groups,
     read_batches,
 )
-from rora_theory.measure.torch.modules import check_model, preserved_state, select_modules, unwrap
+from rora_theory.measure.torch.modules import preserved_state, select_modules, unwrap
 from rora_theory.measure.torch.probe import (
     MakeOptimizer,
     ProbeModel,
@@ -42,7 +42,7 @@ from rora_theory.measure.torch.probe import (
 )
 from rora_theory.measure.torch.progress import bar
 from rora_theory.random.seeds import check_seed
-from rora_theory.scaling import check_choice, check_integer, check_not_negative
+from rora_theory.scaling import check_choice, check_instance, check_integer, check_not_negative
 from rora_theory.tune.plan import (
     BUDGET,
     MAX_PROBE_STEPS,
@@ -151,11 +151,11 @@ def tune(
     check_not_negative("weight_decay", weight_decay)
     check_not_negative("max_grad_norm", max_grad_norm)
     check_seed("seed", seed)
-    check_model(model)
+    check_instance("model", model, torch.nn.Module, "a torch.nn.Module")
     strength = strength_of(config)
-    compute_loss = checked_loss(loss)
+    compute_loss = loss_function(loss)
     if make_optimizer is not None:
-        check_function("make_optimizer", make_optimizer)
+        check_instance("make_optimizer", make_optimizer, Callable, "a function")
     model = unwrap(model)
     check_no_adapters(model)
     # Report an entry that matches no module before any data are read.
@@ -163,8 +163,7 @@ def tune(
         targets = config.target_modules
         select_modules(model, targets if isinstance(targets, str) else sorted(targets))
     # A checkpoint that cannot be written is an error now, not after the first run.
-    if not isinstance(checkpoint, str | Path | None):
-        raise InputError(f"checkpoint must be the path of a file, got {shown(checkpoint)}")
+    check_instance("checkpoint", checkpoint, str | Path | None, "the path of a file")
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
         files.check_folder(path.parent)
