@@ -228,7 +228,7 @@ UNLABELLED = torch.ones(2, 4, dtype=torch.long)
         ({"train": "text"}, "train .* str"),
         ({"train": ["text"]}, "tokenizer"),
         ({"train": [3]}, "train .* int"),
-        ({"config": {"r": 8}}, "config .* dict"),
+        ({"config": {"r": 8}}, r"config .*{'r': 8}"),
         ({"config": config(bias="all")}, "bias"),
         ({"config": config(rank_pattern={"q_proj": 4})}, "rank_pattern"),
         ({"config": config(modules_to_save=["lm_head"])}, "modules_to_save"),
