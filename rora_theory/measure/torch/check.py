@@ -190,8 +190,8 @@ def coordinate_check(
       seeds: Number of draws of A; at least 2, which error bars need.
       band: Largest absolute slope that counts as flat.
       seed: Seed of all draws.
-      progress: Whether to show transformers' progress bar, which states the numbers of training steps and forward passes
-        before they start.
+      progress: Whether to show transformers' progress bar, which states the numbers of training steps and forward
+        passes before they start.
 
     Returns:
       The sizes, slopes and verdict.
