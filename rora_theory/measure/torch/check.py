@@ -387,7 +387,7 @@ class _Reference:
         if self.base() is not base_model(model) or len(weights) != len(self.versions):
             return False
         return all(
-            old() is weight and version == weight._version
+            version == weight._version and old() is weight
             for weight, (old, version) in zip(weights, self.versions, strict=True)
         )
 
@@ -483,8 +483,10 @@ class _Run:
             get_head = getattr(base_model(self._model), "get_output_embeddings", None)
             head = get_head() if callable(get_head) else None
             # Without a head, the model's output has the logits, unless the loss function calls its parts.
-            hooked, hook = (self._model, model_hook) if head is None else (head, head_hook)
-            stack.callback(hooked.register_forward_hook(hook).remove)
+            if head is None:
+                stack.callback(self._model.register_forward_hook(model_hook).remove)
+            else:
+                stack.callback(head.register_forward_hook(head_hook).remove)
             loss = float(self._loss(self._model, masked.batch))
             if head is None and "logits" not in outputs:
                 result = self._model(**masked.batch)
