@@ -1,4 +1,4 @@
-"""Gemma 3 270M, with the weights of the installed package, against transformers; and its rounding in bfloat16."""
+"""Gemma 3 270M, with the weights of the installed package, against transformers and PEFT; and rounding in bfloat16."""
 
 import dataclasses
 import importlib.metadata
@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import gguf_files
+from support.peft_training import next_token_loss
 
+from rora_theory import adapters
 from rora_theory.llama import LlamaConfig, forward, hub, load
 from rora_theory.llama.gguf_file import open_gguf
 from rora_theory.llama.model import embed, rms_norm
@@ -50,9 +52,12 @@ def reference_tensors(path, config) -> dict:
     return tensors
 
 
-@pytest.mark.slow
-def test_logits_equal_transformers(model):
-    """The sequence is longer than the sliding window."""
+@pytest.fixture(scope="module")
+def compared(model):
+    """Return a reduced model of transformers, its configuration and weights, and a text.
+
+    The text is longer than the sliding window.
+    """
     if model.source.is_dir():
         pytest.skip("the hub's folder is cached, which is read instead of the package's file")
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
@@ -71,11 +76,59 @@ def test_logits_equal_transformers(model):
     assert tokens.shape == (1, 560)
     layers = jax.tree.map(lambda stacked: stacked[:LAYERS], model.params["layers"])
     params = model.params | {"embed_tokens": model.params["embed_tokens"][:ROWS], "layers": layers}
+    return theirs, config, params, tokens
+
+
+@pytest.mark.slow
+def test_logits_equal_transformers(compared):
+    theirs, config, params, tokens = compared
+    torch = pytest.importorskip("torch")
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens), logits_to_keep=8).logits.numpy()
     logits = jax.jit(forward, static_argnames="config")(params, jnp.asarray(tokens), config)[:, -8:]
     # Float32 sums in another order through the layers.
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of peft
+def test_gradients_of_an_adapter_equal_pefts(compared, tmp_path):
+    """LoRA on every linear module, with B other than 0, so that A has a gradient too. Few tokens spare time."""
+    theirs, config, params, tokens = compared
+    tokens = tokens[:, :48]
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    settings = adapters.LoraConfig(rank=4, alpha=8.0, rule="rora", target_modules="all-linear")
+    adapter = adapters.init(jax.random.key(0), settings, config, params)
+    random = np.random.default_rng(0)
+    noisy = {
+        module: tensors | {"lora_B": jnp.asarray(random.normal(0, 0.01, tensors["lora_B"].shape), jnp.float32)}
+        for module, tensors in adapter.params.items()
+    }
+    adapter = adapter.replace(noisy)
+    adapters.save_peft(tmp_path, adapter)
+    adapted = peft.PeftModel.from_pretrained(theirs, tmp_path, is_trainable=True)
+    ids = torch.tensor(tokens)
+    expected_loss = adapted(input_ids=ids, labels=ids).loss
+    expected_loss.backward()
+    expected = {name: value.grad.numpy() for name, value in adapted.named_parameters() if value.grad is not None}
+    adapted.unload()
+
+    @jax.jit  # with the weights as an argument: as constants they would be folded for minutes
+    def differentiate(trained, params):
+        loss = next_token_loss(params, jnp.asarray(tokens), config, adapter)
+        return jax.value_and_grad(loss, has_aux=True)(trained)
+
+    (value, _), gradient = differentiate(adapter.params, params)
+    assert float(value) == pytest.approx(float(expected_loss.detach()), rel=1e-5)
+    for module, tensors in gradient.items():
+        for name, stacked in tensors.items():
+            for layer in range(LAYERS):
+                key = f"base_model.model.model.layers.{layer}.{module}.{name}.default.weight"
+                theirs_of_layer = expected.pop(key)
+                atol = 1e-4 * np.abs(theirs_of_layer).max()
+                assert atol > 0, key
+                np.testing.assert_allclose(stacked[layer], theirs_of_layer, rtol=0, atol=atol, err_msg=key)
+    assert not expected
 
 
 def test_bfloat16_rounds_where_the_checkpoints_reference_does():

@@ -58,6 +58,9 @@ MAX_RELATIVE_ERRORS = {
     "signal": 1e-5,
     "cross_talk": 1e-5,
     "crossing_rank": 1e-5,
+    "lower_quartile": 1e-5,
+    "median": 1e-5,
+    "upper_quartile": 1e-5,
     "linear_term": 1e-3,
     "takeover": 1e-4,
 }

@@ -107,8 +107,22 @@ class TokenMasks(NamedTuple):
     seen: Bool[np.ndarray, " tokens"]
 
 
-MasksByShape = dict[tuple[int, ...], TokenMasks]
-"""Masks by the leading shape of a module's input: [batch, sequence], [sequence, batch] and [batch * sequence]."""
+class MasksByShape(dict[tuple[int, ...], TokenMasks]):
+    """Masks by the leading shape of a module's input: [batch, sequence], [sequence, batch] and [batch * sequence].
+
+    A flattened input may be in either order. Its rows come first unless an input of shape [sequence, batch] was found.
+
+    Attributes:
+      agreed: Masks of flattened inputs, with the tokens that count in both orders.
+      sequence_first: Shapes of inputs [sequence, batch].
+      is_sequence_first: Whether `select_masks` found an input of such a shape.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.agreed: dict[tuple[int, ...], TokenMasks] = {}
+        self.sequence_first: set[tuple[int, ...]] = set()
+        self.is_sequence_first = False
 
 
 def move_batch(batch: Batch, model: torch.nn.Module) -> dict[str, Any]:
@@ -144,7 +158,7 @@ def find_masks(model: torch.nn.Module, batch: Batch, trained: Batch | None = Non
     Returns:
       The masks by leading shape; empty if the batch has no token ids.
     """
-    masks: MasksByShape = {}
+    masks = MasksByShape()
     # Tokens of the model or, with a decoder, of its encoder.
     ids = _array(batch, "input_ids")
     if ids is not None and ids.ndim == 2:
@@ -168,20 +182,47 @@ def find_masks(model: torch.nn.Module, batch: Batch, trained: Batch | None = Non
 
 
 def select_masks(masks: MasksByShape, x: Float[torch.Tensor, "*tokens _features"]) -> TokenMasks | None:
-    """Return the masks for a module's input, or None if its shape is unknown."""
+    """Return the masks for a module's input, or None if its shape or the order of its tokens is unknown.
+
+    An input of shape [sequence, batch] is noted, because the flattened inputs of later calls may be in the same order.
+    """
     leading = tuple(x.shape[:-1])
-    return masks.get(leading, masks.get((math.prod(leading),)))
+    masks.is_sequence_first |= leading in masks.sequence_first
+    if not is_flattened(masks, x):
+        return masks[leading]
+    size = (math.prod(leading),)
+    if not masks.is_sequence_first:
+        return masks.get(size)
+    agreed = masks.agreed.get(size)
+    return agreed if agreed is not None and (agreed.real & ~agreed.seen).any() else None
+
+
+def is_flattened(masks: MasksByShape, x: Float[torch.Tensor, "*tokens _features"]) -> bool:
+    """Return whether the order of an input's tokens is not known from its shape."""
+    leading = tuple(x.shape[:-1])
+    return len(leading) == 1 or leading not in masks
 
 
 def _add_masks(masks: MasksByShape, real: Bool[np.ndarray, "B S"], seen: Bool[np.ndarray, "B S"]) -> None:
     """Add the masks of one batch's tokens under every leading shape that a module's input may have."""
     batch_first = TokenMasks(real.reshape(-1), seen.reshape(-1))
     sequence_first = TokenMasks(real.T.reshape(-1), seen.T.reshape(-1))
-    shapes = ((real.shape, batch_first), (real.shape[::-1], sequence_first), ((real.size,), batch_first))
-    for shape, new in shapes:
-        # Shapes can coincide: keep the tokens that count in every order.
-        old = masks.get(shape, new)
-        masks[shape] = TokenMasks(old.real & new.real, old.seen | new.seen)
+    agreed = _intersect(batch_first, sequence_first)
+    shape, flat = real.shape, (real.size,)
+    if shape == shape[::-1]:
+        # The shape of a square batch does not show the order of its tokens, nor that of flattened ones.
+        batch_first = sequence_first = agreed
+    elif 1 not in shape:
+        masks.sequence_first.add(shape[::-1])
+    # Shapes can coincide: keep the tokens that count in every order.
+    for key, new in ((shape, batch_first), (shape[::-1], sequence_first), (flat, batch_first)):
+        masks[key] = _intersect(masks.get(key, new), new)
+    masks.agreed[flat] = _intersect(masks.agreed.get(flat, agreed), agreed)
+
+
+def _intersect(first: TokenMasks, second: TokenMasks) -> TokenMasks:
+    """Return the masks of the tokens that count in both of two orders."""
+    return TokenMasks(first.real & second.real, first.seen | second.seen)
 
 
 class _DecoderTokens(NamedTuple):

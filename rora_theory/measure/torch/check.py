@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import numpy as np
 import pandas as pd
@@ -168,10 +169,15 @@ def coordinate_check(
     Outputs are measured in evaluation mode; steps run in the mode of the model. Use float32: in bfloat16 the changes
     of the first steps may be too small to measure.
 
+    With R ranks and S seeds, the check takes R S ``max(steps)`` training steps. After each of ``steps`` it also takes a
+    forward pass of the step's batch and one of ``held_out``. The base model's outputs, from which the changes are
+    measured, take a forward pass of each of these batches; they are computed once if ``make_model`` uses one and the
+    same base model, and R S times otherwise.
+
     Args:
       make_model: Function of a rank that returns a PEFT model with a fresh LoRA or rsLoRA adapter (B = 0) of that
         rank. A is drawn anew, nested over ranks, by the law that ``init_lora_weights`` names. The function may use the
-        same base model each time: PEFT's layers are removed after each rank.
+        same base model each time, which saves forward passes: PEFT's layers are removed after each rank.
       batch: Batch of every step, or a sequence of batches that the steps cycle through, with labels.
       ranks: Two or more ranks.
       held_out: Batch that is never trained on, without the tokens that repeat the beginning of the first batch.
@@ -183,7 +189,8 @@ def coordinate_check(
       seeds: Number of draws of A; at least 2, which error bars need.
       band: Largest absolute slope that counts as flat.
       seed: Seed of all draws.
-      progress: Whether to show transformers' progress bar, which states the number of steps before they start.
+      progress: Whether to show transformers' progress bar, which states the numbers of training steps and forward
+        passes before they start.
 
     Returns:
       The sizes, slopes and verdict.
@@ -224,7 +231,16 @@ def coordinate_check(
     optimizers: list[str] = []
     runs = [(draw, column, rank) for draw in range(seeds) for column, rank in enumerate(ranks)]
     total = len(runs) * max(steps)
-    description = f"Checking {len(ranks)} ranks with {seeds} draws of A ({total} training steps)"
+    # Forward passes after the steps, and those of the base model, once or (with another base model each time) per run.
+    splits = 1 if held_out is None else 2
+    evaluations = len(runs) * len(steps) * splits
+    base_passes = len({(step - 1) % len(batches) for step in steps}) + splits - 1
+    cost = (
+        f"{total} training steps and {evaluations + base_passes} to {evaluations + len(runs) * base_passes} "
+        "forward passes"
+    )
+    description = f"Checking {len(ranks)} ranks with {seeds} draws of A ({cost})"
+    reference: _Reference | None = None
     with with_autograd(), bar(total, description=description, unit="step", shown=progress) as progress_bar:
         for draw, column, rank in runs:
             model = make_model(rank)
@@ -235,11 +251,15 @@ def coordinate_check(
                 torch.manual_seed(seed + draw)
                 layers = _fresh_layers(model, rank)
                 _draw_nested(layers, model, [seed, draw])
+                # Outputs of the base model, unless they are those of the run before.
+                run = _Run(model, layers, compute_loss)
+                if reference is None or not reference.is_of(model, layers):
+                    reference = None  # frees the outputs of another base model first
+                    reference = run.compute_reference(batches, held_out, steps)
                 # Train the adapter and record the size of every coordinate.
-                run = _Run(model, layers, batches, held_out, compute_loss)
                 trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
                 optimizer = build_optimizer(make_optimizer_of_rank, trainable, rank)
-                for coordinate, value in run.measure(optimizer, steps, progress_bar.update):
+                for coordinate, value in run.measure(reference, optimizer, steps, progress_bar.update):
                     values.setdefault(coordinate, np.full((seeds, len(ranks)), np.nan))[draw, column] = value
             optimizers.append(_describe_optimizer(optimizer))
             model_name = f"{type(base_model(model)).__name__} in {next(model.parameters()).dtype}".replace("torch.", "")
@@ -339,49 +359,91 @@ class _MaskedBatch:
         return float(rows.square().mean().sqrt())
 
 
+@dataclass(frozen=True, eq=False)
+class _Reference:
+    """Batches on the device of a base model, and the outputs of the base model on those that are measured.
+
+    Attributes:
+      train: Batches of the steps.
+      held_out: Batch that is never trained on.
+      outputs: Outputs of the base model on every batch that is measured.
+      base: Base model.
+      versions: Weights of the base model, with the numbers of times that they were changed in place. Buffers are left
+        out, because `preserved_state` restores them.
+    """
+
+    train: list[_MaskedBatch]
+    held_out: _MaskedBatch | None
+    outputs: dict[_MaskedBatch, dict[str, torch.Tensor]]
+    base: ref[torch.nn.Module]
+    versions: list[tuple[ref[torch.Tensor], int]]
+
+    def is_of(self, model: torch.nn.Module, layers: Mapping[str, tuple[LoraLayer, str]]) -> bool:
+        """Return whether a model with a fresh adapter has the same base model, unchanged."""
+        weights = _base_weights(model, layers)
+        if self.base() is not base_model(model) or len(weights) != len(self.versions):
+            return False
+        return all(
+            version == weight._version and old() is weight
+            for weight, (old, version) in zip(weights, self.versions, strict=True)
+        )
+
+
+def _base_weights(model: torch.nn.Module, layers: Mapping[str, tuple[LoraLayer, str]]) -> list[torch.Tensor]:
+    """Return the parameters of a model apart from the A and B of its adapter."""
+    adapter = {
+        id(parameter)
+        for layer, name in layers.values()
+        for factor in (layer.lora_A[name], layer.lora_B[name])
+        for parameter in factor.parameters()
+    }
+    return [parameter for parameter in model.parameters() if id(parameter) not in adapter]
+
+
 class _Run:
     """Training of one adapter, with measurements after chosen steps."""
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        layers: Mapping[str, tuple[LoraLayer, str]],
-        batches: Sequence[Batch],
-        held_out: Batch | None,
-        loss: Loss,
-    ) -> None:
-        base = base_model(model)
+    def __init__(self, model: torch.nn.Module, layers: Mapping[str, tuple[LoraLayer, str]], loss: Loss) -> None:
         self._model, self._layers, self._loss = model, layers, loss
-        self._train = [_MaskedBatch(move_batch(batch, base), base) for batch in batches]
-        self._held_out = None if held_out is None else _MaskedBatch(move_batch(held_out, base), base, batches[0])
+
+    def compute_reference(self, batches: Sequence[Batch], held_out: Batch | None, steps: Sequence[int]) -> _Reference:
+        """Compute the outputs of the base model, while B is still 0, on the batches measured after ``steps``."""
+        base = base_model(self._model)
+        train = [_MaskedBatch(move_batch(batch, base), base) for batch in batches]
+        new = None if held_out is None else _MaskedBatch(move_batch(held_out, base), base, batches[0])
+        measured = dict.fromkeys(train[(step - 1) % len(train)] for step in steps)
+        if new is not None:
+            measured[new] = None
+        outputs = {masked: self._outputs(masked)[0] for masked in measured}
+        versions = [(ref(weight), weight._version) for weight in _base_weights(self._model, self._layers)]
+        return _Reference(train, new, outputs, ref(base), versions)
 
     def measure(
-        self, optimizer: torch.optim.Optimizer, steps: Sequence[int], on_step: Callable[[], Any]
+        self,
+        reference: _Reference,
+        optimizer: torch.optim.Optimizer,
+        steps: Sequence[int],
+        on_step: Callable[[], Any],
     ) -> Iterator[tuple[Coordinate, float]]:
         """Train the adapter, and yield its coordinates with their sizes after each of ``steps``."""
-        # Index of the batch of every step: the steps cycle through the batches.
-        batch_indices = [(step - 1) % len(self._train) for step in range(1, max(steps) + 1)]
-        # Outputs of the base model on every batch that is measured later: B is still 0.
-        measured = {self._train[batch_indices[step - 1]] for step in steps}
-        if self._held_out is not None:
-            measured.add(self._held_out)
-        before = {masked: self._outputs(masked)[0] for masked in measured}
-        for step, index in enumerate(batch_indices, start=1):
-            # One training step on the step's batch.
+        for step in range(1, max(steps) + 1):
+            # One training step on the step's batch: the steps cycle through the batches.
+            trained = reference.train[(step - 1) % len(reference.train)]
             optimizer.zero_grad()
-            self._loss(self._model, self._train[index].batch).backward()
+            self._loss(self._model, trained.batch).backward()
             optimizer.step()
             on_step()
             if step not in steps:
                 continue
             # Sizes of the changes since the base model, on the batch just trained on and on the held-out batch.
-            splits: dict[BatchSplit, _MaskedBatch | None] = {"train": self._train[index], "held_out": self._held_out}
+            splits: dict[BatchSplit, _MaskedBatch | None] = {"train": trained, "held_out": reference.held_out}
             for split, masked in splits.items():
                 if masked is None:
                     continue
                 outputs, added, loss = self._outputs(masked)
                 for name, after in outputs.items():
-                    yield Coordinate(name, split, MODEL, step), masked.rms(after - before[masked][name])
+                    change = after - reference.outputs[masked][name]
+                    yield Coordinate(name, split, MODEL, step), masked.rms(change)
                 for kind, sizes in added.items():
                     yield Coordinate("output", split, kind, step), float(np.sqrt(np.mean(np.square(sizes))))
                 yield Coordinate("loss", split, MODEL, step), loss
@@ -402,6 +464,11 @@ class _Run:
         def head_hook(_: Any, args: tuple, output: torch.Tensor) -> None:
             outputs["hidden"], outputs["logits"] = args[0].detach().float(), output.detach().float()
 
+        def model_hook(_: Any, __: Any, result: Any) -> None:
+            logits = getattr(result, "logits", result)
+            if isinstance(logits, torch.Tensor):
+                outputs["logits"] = logits.detach().float()
+
         with ExitStack() as stack:
             stack.enter_context(_evaluation_mode(self._model))
             stack.enter_context(torch.no_grad())
@@ -412,10 +479,13 @@ class _Run:
             # The head's input and output are the hidden states and the logits, whatever the loss function calls.
             get_head = getattr(base_model(self._model), "get_output_embeddings", None)
             head = get_head() if callable(get_head) else None
-            if head is not None:
+            # Without a head, the model's output has the logits, unless the loss function calls its parts.
+            if head is None:
+                stack.callback(self._model.register_forward_hook(model_hook).remove)
+            else:
                 stack.callback(head.register_forward_hook(head_hook).remove)
             loss = float(self._loss(self._model, masked.batch))
-            if head is None:
+            if head is None and "logits" not in outputs:
                 result = self._model(**masked.batch)
                 outputs["logits"] = getattr(result, "logits", result).detach().float()
         return outputs, added, loss

@@ -38,6 +38,7 @@ from rora_theory.measure.torch.batches import (
     TokenMasks,
     check_batch,
     find_masks,
+    is_flattened,
     loss_function,
     move_batch,
     select_masks,
@@ -98,8 +99,8 @@ class TorchRegime(Regime):
       task_type: Task type for PEFT's ``LoraConfig``.
       left_out: Reason for each module that was not measured: no held-out token or no gradient reached it, or it does
         not return a tensor (``"returns a tuple"``), so that neither this law nor PEFT's LoRA covers it.
-      unmasked: Modules that receive tokens in an unknown order (experts, patches of images), so that padding and seen
-        tokens could not be left out.
+      unmasked: Modules that receive tokens in an unknown order (experts, patches of images, flattened tokens before the
+        first input of shape [sequence, batch]), so that padding and seen tokens could not be left out.
     """
 
     target_modules: str | list[str]
@@ -283,7 +284,9 @@ def regime(
             name, reason = next((name, left_out[name]) for name in unsupported)
             raise InputError(f"none of {len(modules)} target modules can be measured; {name}: {reason}")
         # Forward and backward pass of the batch: reduce each module's gradient as soon as it is complete.
-        reducer = _GradientReducer(config, find_masks(base, batch), sampler, lora_A or _draw_takeover_rows)
+        training_masks = find_masks(base, batch)
+        training_masks.is_sequence_first = sampler.masks.is_sequence_first
+        reducer = _GradientReducer(config, training_masks, sampler, lora_A or _draw_takeover_rows)
 
         def on_gradient(name: str, grad: torch.Tensor, inputs: list[hooks.Inputs]) -> None:
             reducer.add(name, grad, inputs)
@@ -373,27 +376,31 @@ class _InputSampler:
       inputs: Sampled inputs by module. Modules that share an input share the array.
       counts: Numbers of tokens by module and kind, see `choose_tokens`.
       calls: Number of calls by module.
-      unmasked: Modules with inputs of a shape for which no masks are known.
+      unmasked: Modules with inputs of a shape for which no masks are known, or flattened in an unknown order.
+      masks: Masks of the batch's tokens.
     """
 
     def __init__(
         self, config: RegimeConfig, masks: MasksByShape, mask: bool, latest: _LatestSample | None = None
     ) -> None:
-        self._config, self._masks, self._mask = config, masks, mask
+        self._config, self.masks, self._mask = config, masks, mask
         self._latest = _LatestSample() if latest is None else latest
         self.inputs: dict[str, np.ndarray] = {}
         self.counts: dict[str, dict[str, int]] = {}
         self.calls: dict[str, int] = {}
         self.unmasked: set[str] = set()
         self._keys: dict[str, np.ndarray] = {}
+        self._flattened: set[str] = set()  # modules for whose inputs the order [batch, sequence] was assumed
 
     def add(self, name: str, x: hooks.Inputs) -> None:
         """Sample a module's input in one call and merge it with the sample of earlier calls."""
         if not x.shape[:-1].numel():
             return
-        masks, call = select_masks(self._masks, x), self.calls.get(name, 0)
+        masks, call = select_masks(self.masks, x), self.calls.get(name, 0)
         if masks is None:
             self.unmasked.add(name)
+        elif not self.masks.is_sequence_first and is_flattened(self.masks, x):
+            self._flattened.add(name)
         sample = self._latest.find(x, call)
         if sample is None:
             sample = self._sample(name, x, masks, call)
@@ -409,12 +416,15 @@ class _InputSampler:
         self.inputs[name], self._keys[name], self.counts[name], self.calls[name] = rows, keys, counts, call + 1
 
     def finish(self) -> None:
-        """Release the latest input, and move all samples to one block of memory.
+        """Release the latest input, report masks of a wrong order, and move all samples to one block of memory.
 
         A sample is allocated between the temporary tensors of a forward pass. If it stayed there, it would divide the
         memory that they leave, so that the next pass could not use all of it.
         """
         self._latest.clear()
+        # A later input of shape [sequence, batch] showed that the assumed order may be wrong.
+        if self.masks.is_sequence_first:
+            self.unmasked |= self._flattened
         # Modules that share an input share the array: copy each array once.
         distinct = list({id(rows): rows for rows in self.inputs.values()}.values())
         if distinct:

@@ -213,6 +213,8 @@ def check_stated_errors(layer: Layer) -> None:
     )
     assert fast.results == []
     assert len(exact.results) == 8
+    figures = {name for row in (fast.crossings[0], fast.takeover[0]) for name in row if isinstance(row[name], float)}
+    assert figures == set(module_regime.MAX_RELATIVE_ERRORS)
     for figure, bound in module_regime.MAX_RELATIVE_ERRORS.items():
         table = "takeover" if figure == "takeover" else "crossings"
         for row, expected in zip(getattr(fast, table), getattr(exact, table), strict=True):

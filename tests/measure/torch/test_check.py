@@ -238,6 +238,45 @@ def test_the_learning_rate_is_the_user_s() -> None:
     np.testing.assert_allclose(sizes["function"] / sizes["plain"], sizes["plain"].index, rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["llama", pytest.param("vit", marks=pytest.mark.slow)])
+def test_outputs_of_an_unchanged_base_are_computed_once(family, capsys) -> None:
+    """They are the reference of every rank and draw, unless `make_model` returns another base or changes it in place.
+    The bar states the number of forward passes. A vision model has no output embeddings at which to read logits."""
+    batch, held_out = torch_models.batch(family), torch_models.batch(family, seed=1)
+    base, seeds = torch_models.model(family), list(range(6)) * 2
+    passes: list[bool] = []
+
+    def changed_in_place() -> Any:
+        base.load_state_dict(torch_models.model(family, seed=seeds.pop(0)).state_dict())
+        return base
+
+    def check(make_base) -> tuple[np.ndarray, tuple[int, int]]:
+        """Return the sizes, and the numbers of training steps and of other forward passes."""
+
+        def make_model(rank):
+            arguments = {"target_modules": "all-linear", "task_type": None if family == "vit" else "CAUSAL_LM"}
+            model = torch_models.adapted(make_base(), rank, **arguments)
+            model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+            return model
+
+        passes.clear()
+        arguments = {"held_out": held_out, "steps": (1, 2), "seeds": 2, "progress": True}
+        sizes = coordinate_check(make_model, batch, RANKS, **arguments).sizes["value"].to_numpy()
+        assert "(12 training steps and 26 to 36 forward passes)" in capsys.readouterr().err
+        return sizes, (passes.count(True), passes.count(False))
+
+    shared, calls = check(lambda: base)
+    assert calls == (12, 26)
+    copies, calls = check(lambda: torch_models.model(family))
+    assert calls == (12, 36)
+    np.testing.assert_allclose(copies, shared, rtol=1e-5)
+    # References of other weights would make the first changes as large as the outputs.
+    in_place, calls = check(changed_in_place)
+    assert calls == (12, 36)
+    different, _ = check(lambda: torch_models.model(family, seed=seeds.pop(0)))
+    np.testing.assert_allclose(in_place, different, rtol=1e-5)
+
+
 def test_a_held_out_batch_is_read_where_it_is_new() -> None:
     """No token of a batch is new relative to the same batch."""
     batch, held_out = BATCHES

@@ -187,7 +187,7 @@ def test_progress_states_the_cost(capsys) -> None:
         if not shown:
             assert measured == checked == ""
     assert "Measuring 2 modules (two forward passes, one backward pass, and about " in measured
-    assert "(8 training steps)" in checked
+    assert "(8 training steps and 9 to 12 forward passes)" in checked
     assert "8/8" in checked
 
 

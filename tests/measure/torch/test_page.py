@@ -20,9 +20,10 @@ def test_the_page(tmp_path, monkeypatch, capsys) -> None:
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="~")
 
-    def load(name, dtype=torch.float32, device_map=None):
+    def load(name, dtype="auto", device_map=None):
+        """Load a bfloat16 checkpoint: since transformers 5 a model keeps the dtype of its file by default."""
         assert (name, device_map) in (("Qwen/Qwen2.5-0.5B", "auto"), ("Qwen/Qwen2.5-0.5B", None))
-        return torch_models.model("qwen2").to(dtype)
+        return torch_models.model("qwen2").to(torch.bfloat16 if dtype == "auto" else dtype)
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
@@ -34,6 +35,8 @@ def test_the_page(tmp_path, monkeypatch, capsys) -> None:
     printed = capsys.readouterr().out
     assert "From rank 16 to 128 with AdamW" in printed
     assert "The first steps of the whole model" in printed
+    assert " in float32 " in names["check"].scope
+    assert f"AdamW at {names['tuned'].learning_rate:g}," in names["check"].scope
     assert names["config"].r == 128
     assert names["measured"].left_out == {}
     args = transformers.TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)

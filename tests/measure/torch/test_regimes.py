@@ -20,6 +20,7 @@ from rora_theory.measure.regimes import terms
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.measure.torch import hooks, regime
 from rora_theory.measure.torch import regimes as torch_regimes
+from rora_theory.measure.torch.batches import MasksByShape
 from rora_theory.measure.torch.modules import linear_modules, linear_size, select_modules, without_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
@@ -325,7 +326,7 @@ def test_every_token_of_every_call_is_as_likely_to_be_read() -> None:
     sizes = range(20, 180, 20)
     shares, pairs = np.zeros(len(sizes)), 0
     for seed in range(40):
-        sampler = torch_regimes._InputSampler(RegimeConfig(rows=0, tokens=32, seed=seed), {}, mask=False)
+        sampler = torch_regimes._InputSampler(RegimeConfig(rows=0, tokens=32, seed=seed), MasksByShape(), mask=False)
         for call, size in enumerate(sizes):
             place = torch.arange(size, dtype=torch.float32)
             sampler.add("again", torch.stack([torch.full_like(place, call), place, torch.ones_like(place)], dim=1))
@@ -357,7 +358,7 @@ def test_modules_share_the_sample_of_one_tensor_alone() -> None:
         return torch.randn(6, 6, generator=random)
 
     def sampled_alone(x: torch.Tensor) -> np.ndarray:
-        alone = torch_regimes._InputSampler(config, {}, mask=False)
+        alone = torch_regimes._InputSampler(config, MasksByShape(), mask=False)
         alone.add("alone", x)
         return alone.inputs["alone"]
 
@@ -365,7 +366,7 @@ def test_modules_share_the_sample_of_one_tensor_alone() -> None:
         sampler.add(name, x)
         np.testing.assert_array_equal(sampler.inputs[name], sampled_alone(x))
 
-    sampler = torch_regimes._InputSampler(config, {}, mask=False)
+    sampler = torch_regimes._InputSampler(config, MasksByShape(), mask=False)
     x = draw()
     assert_sampled("q", x)
     sampler.add("k", x.detach())  # as the backward pass reads a saved tensor: another object of the same memory
@@ -382,7 +383,7 @@ def test_modules_share_the_sample_of_one_tensor_alone() -> None:
         assert_sampled(f"draw {i}", draw())
     # A second call has other tokens, and is not the first one's though it has the same input.
     sampler.add("draw 3", x)
-    once = torch_regimes._InputSampler(config, {}, mask=False)
+    once = torch_regimes._InputSampler(config, MasksByShape(), mask=False)
     for _ in range(2):
         once.add("twice", x)
     sampler.add("again", x)

@@ -64,6 +64,52 @@ def test_neither_padding_nor_what_was_seen_is_read_in_any_call_and_order(sequenc
         assert sorted(samples[split][:, 0].tolist()) == sorted(ids.tolist() * 2)
 
 
+class Flattened(Sequential):
+    """A sequential model with another linear module, which receives the tokens of all rows as one list."""
+
+    def __init__(self, *, sequence_first: bool, first: bool) -> None:
+        super().__init__(sequence_first=sequence_first)
+        self.first, self.flat = first, torch.nn.Linear(2, 3)
+
+    def forward(self, input_ids, attention_mask, **_):
+        x = torch.stack([input_ids.float(), torch.ones_like(input_ids, dtype=torch.float32)], dim=-1)
+        mask = attention_mask[..., None]
+        x, mask = (value.transpose(0, 1) if self.sequence_first else value for value in (x, mask))
+        order = (self.flat, self.linear) if self.first else (self.linear, self.flat)
+        ys = [linear(x.reshape(-1, 2) if linear is self.flat else x).reshape(*x.shape[:-1], 3) for linear in order]
+        return (sum(ys) * mask).square().mean()
+
+
+@pytest.mark.parametrize("lengths", [(5, 2, 4), (4, 2, 3, 1)], ids=["oblong", "square"])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("sequence_first", [False, True])
+def test_flattened_tokens_are_in_the_order_of_the_pass(sequence_first, first, lengths, monkeypatch) -> None:
+    """Rows come first, as in most models. Once an input of shape [sequence, batch] shows that they may not, only
+    tokens that are real, and new, in both orders are read; a module that was read before is reported."""
+    samples = {}
+    measure = torch_regimes.module_regime.measure_module
+
+    def watched(config, layer, *rest):
+        samples[layer.name] = layer.inputs
+        return measure(config, layer, *rest)
+
+    monkeypatch.setattr(torch_regimes.module_regime, "measure_module", watched)
+    config = RegimeConfig(ranks=(1,), inits=("gaussian",), rows=0, tokens=50)
+    train, held_out = (distinct_rows(lengths, first_token) for first_token in (1, 51))
+    held_out["input_ids"][0, :2] = train["input_ids"][0, :2]
+    model = Flattened(sequence_first=sequence_first, first=first)
+    measured = regime(model, train, held_out, loss=lambda model, batch: model(**batch), config=config)
+    square = len(lengths) == max(lengths)
+    assert measured.unmasked == (("flat",) if sequence_first and first and not square else ())
+    read = set(samples["flat"]["heldout"][:, 0].tolist())
+    seen, padding = set(train["input_ids"].flatten().tolist()), PADDING
+    if not measured.unmasked:
+        assert not read & (seen | {padding})
+        assert padding not in samples["flat"]["train"][:, 0]
+    if not sequence_first and not square:
+        assert read == set(held_out["input_ids"].flatten().tolist()) - seen
+
+
 def t5_batch(rows: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
     """Return padded tokens of the encoder and the decoder."""
     ids, labels = (
