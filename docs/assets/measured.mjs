@@ -367,11 +367,11 @@ export default {
     "distinct": {
       "pairs": {
         "columns": "strength seed block probe_steps rank steps",
-        "number": 101
+        "number": 109
       },
       "probes": {
         "columns": "strength seed block probe_steps",
-        "number": 68
+        "number": 76
       },
       "seeds": {
         "columns": "seed",
@@ -385,8 +385,8 @@ export default {
     "rows": "tune_*/[cp]*s.csv is_edge=False rank!=8 probe_steps!=5,6,7,8,9,10,11,12,13,14,15",
     "ranges": {
       "regret": [
-        0.0007766989008367586,
-        0.009847999753931136
+        3.5315680962932916e-06,
+        0.010062676790902891
       ],
       "is_lower_bound": [
         "False",
@@ -398,16 +398,16 @@ export default {
       ],
       "steps": [
         256,
-        256
+        1024
       ]
     },
     "medians": {
-      "regret": 0.0040158616477585785
+      "regret": 0.0013486933921970645
     },
     "distinct": {
       "pairs": {
         "columns": "folder probe strength seed block probe_steps rank steps",
-        "number": 11
+        "number": 20
       },
       "probes": {
         "columns": "folder probe strength seed block probe_steps",
@@ -425,12 +425,12 @@ export default {
     "rows": "tune_*/probes.csv is_edge=False probe_steps=5,6,7,8,9,10,11,12,13,14,15",
     "ranges": {
       "regret": [
-        0.009847999753931136,
-        0.011087747577089413
+        0.00028498586344050114,
+        0.005538992026912881
       ],
       "is_lower_bound": [
         "False",
-        "True"
+        "False"
       ],
       "probe_steps": [
         5,
@@ -442,16 +442,16 @@ export default {
       ]
     },
     "medians": {
-      "regret": 0.010467873665510274
+      "regret": 0.0036817294989118787
     },
     "distinct": {
       "pairs": {
         "columns": "folder probe seed probe_steps rank steps",
-        "number": 2
+        "number": 4
       },
       "probes": {
         "columns": "folder probe seed probe_steps",
-        "number": 1
+        "number": 2
       },
       "seeds": {
         "columns": "seed",

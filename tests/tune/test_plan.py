@@ -1,5 +1,6 @@
 """The plan of a probe: its cost, the order of its runs, and resumption after an interruption."""
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -271,9 +272,10 @@ def test_the_range_allows_for_another_rank() -> None:
 def test_the_range_covers_the_exponents_in_the_rank_of_both_schedules(monkeypatch) -> None:
     """Under a schedule other than a constant rate it covers the intervals that were measured under any schedule."""
     for folder, name in (("horizon_cosine", "SmolLM2-135M"), ("horizon_gemma_cosine", "Gemma 3 270M")):
-        row = pd.read_csv(PUBLISHED / folder / "exponents.csv").set_index("over").loc["rank"]
-        ends = [row["exponent"] + side * row["half_width"] for side in (-1, 1)]
-        for schedule in ("cosine", "linear"):
+        rows = pd.read_csv(PUBLISHED / folder / "exponents.csv").query("over == 'rank'")
+        assert len(rows)
+        for schedule, (_, row) in itertools.product(("cosine", "linear"), rows.iterrows()):
+            ends = [row["exponent"] + side * row["half_width"] for side in (-1, 1)]
             factors = rank_factors(8, 128, schedule)
             assert factors.low <= 16 ** ends[0] < 16 ** ends[1] <= factors.high
             assert factors.best == 1
