@@ -420,7 +420,7 @@ export default {
     }
   },
   "probe_regret_short": {
-    "model": "SmolLM2-135M",
+    "model": "SmolLM2-135M and Gemma 3 270M",
     "schedule": "cosine",
     "rows": "tune_*/probes.csv is_edge=False probe_steps=5,6,7,8,9,10,11,12,13,14,15",
     "ranges": {

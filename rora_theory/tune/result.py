@@ -254,13 +254,14 @@ def expected_regret(*, same_rank: bool, schedule: Schedule, probe_steps: int) ->
       same_rank: Whether the probe has the rank of the planned run.
       schedule: Learning-rate schedule; the probes under cosine decay stand for a linear decay too.
       probe_steps: Number of steps of the probe's runs. Below `MIN_MEASURED_STEPS` the regret is that of the probes as
-        short as that, which was larger, whatever the schedule.
+        short as that, whatever the schedule and the rank, if it is larger: few such probes were run.
     """
-    is_short = probe_steps < MIN_MEASURED_STEPS
-    cost = measured.probe_regret(schedule=schedule, same_rank=same_rank, is_short=is_short)
+    cost = measured.probe_regret(schedule=schedule, same_rank=same_rank, is_short=False)
     changed = "number of steps" if same_rank else "rank and number of steps"
-    if is_short:
-        changed = "number of steps, at the same rank or another"
+    if probe_steps < MIN_MEASURED_STEPS:
+        short_cost = measured.probe_regret(schedule=schedule, same_rank=same_rank, is_short=True)
+        if short_cost.largest > cost.largest:
+            cost, changed = short_cost, "number of steps, at the same rank or another"
     return ExpectedRegret(
         cost.median, cost.largest, cost.is_lower_bound, cost.pairs, cost.probes, changed=changed, source=cost.scope
     )
