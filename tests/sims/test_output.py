@@ -163,7 +163,7 @@ def test_a_verdict_beside_another_run_is_whole(printed) -> None:
     horizon.report(9, HorizonJudgement(best, comparisons, empty, exponents, *[empty] * 7))
     lines = printed()
     title = lines.index("Comparisons, each at its own best rate")
-    lines = lines[title : lines.index("Exponents of the best rate")]
+    lines = lines[title : next(i for i, line in enumerate(lines) if line.startswith("Exponents of the best rate"))]
     starts = [i for i, line in enumerate(lines) if re.match(r" *\d+ ", line)]
     rows = [" ".join(lines[a:b]).split() for a, b in zip(starts, [*starts[1:], None], strict=True)]
     assert len(rows) == len(comparisons)

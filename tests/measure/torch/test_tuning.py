@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import math
 
 import pandas as pd
@@ -278,8 +279,10 @@ def test_a_model_with_a_learned_prompt_is_refused_before_data_are_read() -> None
 
 
 @pytest.mark.parametrize("progress", [True, False])
-def test_the_cost_is_stated_before_the_first_run(progress, capsys, caplog) -> None:
+def test_the_cost_is_stated_before_the_first_run(progress, capsys, caplog, monkeypatch) -> None:
     """Above the progress bar if there is one, in the log otherwise."""
+    # The commands print the library's log: leave out their handler, which other tests of this process may have added.
+    monkeypatch.setattr(logging.getLogger("rora_theory"), "handlers", [])
     caplog.set_level("INFO", logger="rora_theory")
     shown = []
 
