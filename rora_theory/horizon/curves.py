@@ -34,10 +34,30 @@ def curves_at(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int, *, d
     Returns:
       The curves in ascending order of rank and scaling.
     """
-    runs_at_step = [run.at(step, tokens) for run in runs if run.reaches(step)]
+    return _curves_of([run.at(step, tokens) for run in runs if run.reaches(step)], draws)
+
+
+def training_curves_at(runs: Sequence[HorizonRun], step: int, *, draws: int) -> list[Curve]:
+    """Return the curves of training loss against learning rate, over the second half of the steps up to ``step``.
+
+    Args:
+      runs: Runs at a constant rate, see `runs.merge_repeated_runs`. Under another schedule the losses of a longer run
+        are not those of a run of ``step`` steps.
+      step: Number of steps.
+      draws: Number of bootstrap samples of the batches.
+
+    Returns:
+      The curves in ascending order of rank and scaling, as for `curves_at`.
+    """
+    trained = (run.in_training_at(step) for run in runs)
+    return _curves_of([run for run in trained if run is not None], draws)
+
+
+def _curves_of(runs: Sequence[TrainedRun], draws: int) -> list[Curve]:
+    """Return a curve for every rank and scaling with runs at three or more rates."""
     curves = []
-    for rank, gamma in sorted({(run.rank, run.gamma) for run in runs_at_step}):
-        grid_runs = _select_grid([run for run in runs_at_step if (run.rank, run.gamma) == (rank, gamma)])
+    for rank, gamma in sorted({(run.rank, run.gamma) for run in runs}):
+        grid_runs = _select_grid([run for run in runs if (run.rank, run.gamma) == (rank, gamma)])
         if grid_runs:
             curves.append(curve_of_runs(grid_runs, kappa=1.0, draws=draws))
     return curves

@@ -1,8 +1,8 @@
-"""Exponents of the best rate by several estimators: the vertex through three points, and whole curves."""
+"""Exponents of the best rate by several estimators: three points, whole curves, and curves of training loss."""
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import pandas as pd
@@ -20,7 +20,11 @@ COLUMNS = (
 """Columns of `estimator_table`."""
 
 
-def estimator_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
+TRAINING = "quadratic, training losses"
+"""Name of the estimator that fits a quadratic to the curves of training loss."""
+
+
+def estimator_table(curves: Sequence[Curve], step: int, training_curves: Sequence[Curve] = ()) -> pd.DataFrame:
     """Estimate the exponents of the best rate in gamma r and in the rank by every estimator of `stats.curve_optima`.
 
     Exponents are measured between all pairs of values, at every value of the other setting, and pooled over all of
@@ -29,6 +33,7 @@ def estimator_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
     Args:
       curves: `curves.curves_at` the step.
       step: Number of steps.
+      training_curves: `curves.training_curves_at` the step, for the estimator `TRAINING`.
 
     Returns:
       A row for each exponent and estimator: ``step``, ``over`` (``strength`` or ``rank``), ``at`` (the values of the
@@ -37,6 +42,15 @@ def estimator_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
       pairs with a best rate at the end of a grid, which bounds the exponent only. Without a minimum of a curve there is
       no row.
     """
+    rows = [
+        *_exponent_rows(curves, step, {method: method for method in get_args(Method)}),
+        *_exponent_rows(training_curves, step, {TRAINING: "quadratic"}),
+    ]
+    return frames.from_rows(rows, COLUMNS)
+
+
+def _exponent_rows(curves: Sequence[Curve], step: int, methods: Mapping[str, Method]) -> list[dict[str, Any]]:
+    """Return the rows of `estimator_table` for some curves, by estimators whose names are the keys of ``methods``."""
     curve_of_setting = {(curve.rank, strength_of(curve)): curve for curve in curves if curve.rule != FULL}
     rows: list[dict[str, Any]] = []
     for over, index in (("strength", 1), ("rank", 0)):
@@ -60,14 +74,14 @@ def estimator_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
                 edges = sum(any(curve.edge for curve in at_shared_seeds(*pair)) for pair in group_pairs)
                 labels = {"step": step, "over": over, "at": " ".join(f"{at:g}" for at in group)}
                 labels |= {"first": float(low), "second": float(high)}
-                for method in get_args(Method):
+                for name, method in methods.items():
                     exponent = pooled_exponent({high / low: group_pairs}, method)
                     if not math.isnan(exponent.value):
                         rows.append(
                             labels
-                            | {"estimate": method, "exponent": exponent.value}
+                            | {"estimate": name, "exponent": exponent.value}
                             | {"standard_error": exponent.known_error}
                             | {"half_width": exponent.half_width() if exponent.has_error else None}
                             | {"seeds": exponent.n, "pairs": len(group_pairs), "edges": edges}
                         )
-    return frames.from_rows(rows, COLUMNS)
+    return rows

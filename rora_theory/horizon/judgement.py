@@ -9,7 +9,13 @@ import numpy as np
 import pandas as pd
 
 from rora_theory.advice.measured import Schedule
-from rora_theory.horizon.curves import best_rate_table, compare_at_one_rate, compare_best_rates, curves_at
+from rora_theory.horizon.curves import (
+    best_rate_table,
+    compare_at_one_rate,
+    compare_best_rates,
+    curves_at,
+    training_curves_at,
+)
 from rora_theory.horizon.estimators import estimator_table
 from rora_theory.horizon.law import horizon_exponents, step_exponents
 from rora_theory.horizon.parts import change_at_best, led_table
@@ -118,6 +124,11 @@ def judge_runs(
         )
         exponents_in_steps = step_exponents(curves, **law)
     at_same_rate = _concatenate(compare_at_one_rate(runs, tokens, step) for step in steps)
+    # Curves of training loss, which a longer run at a constant rate shares with a shorter one.
+    training_curves = {
+        step: training_curves_at(runs, step, draws=BOOTSTRAP_SAMPLES) if schedule == "constant" else []
+        for step in steps
+    }
     # Regret of policies, with the geometric middle of the displacement constants at each step.
     middle = {step: math.sqrt(low * high) for step, (low, high) in ranges.items()}
     by_name = policies(middle, takeover=float(np.median(takeovers)) if takeovers else None, schedule=schedule)
@@ -127,7 +138,7 @@ def judge_runs(
         _concatenate(comparisons),
         at_same_rate,
         exponents,
-        _concatenate(estimator_table(step_curves, step) for step, step_curves in curves.items()),
+        _concatenate(estimator_table(curves[step], step, training_curves[step]) for step in steps),
         exponents_in_steps,
         led,
         change_at_best(best, led),

@@ -58,8 +58,25 @@ class HorizonRun:
           step: Number of steps.
           tokens: Number of tokens of each held-out record.
         """
+        return self._with_records(self.losses(step), tokens)
+
+    def in_training_at(self, step: int) -> TrainedRun | None:
+        """Return the run with the training losses of the second half of the steps up to ``step`` as its records.
+
+        Runs of one seed train on the same batches, so that these losses are paired like those of held-out records.
+
+        Returns:
+          The run, or None if it ends before ``step`` without having diverged.
+        """
+        has_diverged = self.read.diverged_at is not None and self.read.diverged_at <= step
+        losses = self.read.train_losses[step // 2 : step]
+        if not has_diverged and len(self.read.train_losses) < step:
+            return None
+        return self._with_records(None if has_diverged else losses, [1] * len(losses))
+
+    def _with_records(self, losses: Sequence[float] | None, tokens: Sequence[int]) -> TrainedRun:
         method, rank = ("lora", self.rank) if self.rank else (FULL, 0)
-        return TrainedRun.from_records(method, rank, self.gamma or 1.0, self.rate, self.seed, self.losses(step), tokens)
+        return TrainedRun.from_records(method, rank, self.gamma or 1.0, self.rate, self.seed, losses, tokens)
 
 
 def read_finished(folder: Path) -> list[HorizonRun]:

@@ -820,6 +820,42 @@ def test_estimators_of_whole_curves_agree_with_the_vertex() -> None:
     assert table.loc["rank", "64 724", "quadratic"]["exponent"] == pytest.approx(0.1, abs=0.03)
 
 
+def in_training(runs: Sequence[HorizonRun], exponent: float) -> list[HorizonRun]:
+    """Add losses of 64 training steps with another exponent; those of the first half have no minimum."""
+    trained = []
+    for run in runs:
+        best = 1e-3 * (run.strength / 64) ** exponent
+        level = 2 + 0.1 * math.log10(run.rate / best) ** 2
+        losses = [9 - 100 * run.rate] * 32 + [level * (1 + 0.01 * (step % 3)) for step in range(32)]
+        trained.append(replace(run, read=replace(run.read, train_losses=losses)))
+    return trained
+
+
+def test_training_losses_give_an_exponent_of_their_own() -> None:
+    """They are those of the second half of the steps, and of runs at a constant rate that reach the step."""
+    runs = in_training(grid(-0.7, seeds=2), -0.5)
+    judged = {
+        name: judgement.judge_runs(runs, TOKENS, **LAW, schedule=name).estimators for name in ("constant", "cosine")
+    }
+    rows = judged["constant"].query("step == 64").set_index(["over", "at", "estimate"])
+    assert rows.loc["strength", "8 128", "quadratic, training losses"]["exponent"] == pytest.approx(-0.5, abs=0.02)
+    assert rows.loc["strength", "8 128", "quadratic"]["exponent"] == pytest.approx(-0.7, abs=0.03)
+    assert not judged["cosine"]["estimate"].str.contains("training").any()
+    # A run that stopped early is left out; one that diverged counts as higher than every other.
+    curves = horizon_curves.training_curves_at(runs, 64, draws=2)
+    assert not horizon_curves.training_curves_at(runs, 65, draws=2)
+    highest = max(run.rate for run in runs)
+    diverged = [
+        replace(run, read=replace(run.read, diverged_at=40, train_losses=run.read.train_losses[:40]))
+        if run.rate == highest
+        else run
+        for run in runs
+    ]
+    ends = [curve.losses[:, -1] for curve in horizon_curves.training_curves_at(diverged, 64, draws=2)]
+    assert len(ends) == len(curves) == 4
+    assert np.isinf(ends).all()
+
+
 def test_all_pairs_of_strengths_are_compared_by_each_estimator() -> None:
     arm = select(grid(0.0, seeds=2), rank=8, strength=64.0)
     runs = [replace(run, strength=strength) for strength in (16.0, 64.0, 724.0) for run in arm]
