@@ -21,8 +21,7 @@ columns:
     <!-- / -->
 
 The gallery of figures: `<!-- gallery -->`, on a line of its own. The package's data file
-`rora_theory/advice/measured.json` is filled and checked with the pages (`fill_packaged`), and copied for the calculator
-(`fill_calculator`).
+`rora_theory/advice/measured.json` is filled and checked with the pages (`fill_packaged`).
 
 FILE
     x.csv            The rows of the file. An empty cell is a missing value.
@@ -32,7 +31,6 @@ FILE
 Conditions
     column=value     Numbers compare with a relative tolerance of 1e-6. `column=a,b` accepts either value.
     column!=value    The opposite. `column=` selects rows where the value is missing, `column!=` rows where it is not.
-    sort=column      Sort the rows; numbers inside words compare as numbers. The default is the file's order.
     A value with spaces or commas is quoted: policy="keep the rate".
 Columns
     name             The heading is the name. `name:format` formats the value.
@@ -51,7 +49,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,10 +57,7 @@ from typing import Any
 import gallery
 from gallery import PUBLISHED, ROOT
 
-PACKAGED = ROOT / "rora_theory" / "advice" / "measured.json"
-"""Measured numbers that the library uses."""
-CALCULATOR = ROOT / "docs" / "assets" / "measured.mjs"
-"""The same numbers for the calculator."""
+PACKAGED = ROOT / "rora_theory" / "advice" / "measured.json"  # for the library and the calculator
 
 MARK = re.compile(
     r"(?P<opening><!-- (?P<kind>n|table|gallery)\b(?P<body>(?:(?!-->).)*?)\s-->)(?P<text>(?:(?!<!--).)*)<!-- / -->",
@@ -146,7 +141,8 @@ def json_rows(path: Path, keys: str) -> list[dict[str, Any]]:
 def load_rows(source: str) -> tuple[dict[str, Any], ...]:
     """Return the rows of FILE, as the head of this module describes it."""
     pattern, _, part = source.partition("#")
-    paths = sorted(PUBLISHED.glob(pattern), key=lambda path: natural_key(path.as_posix()))
+    # Numbers inside names compare as numbers.
+    paths = sorted(PUBLISHED.glob(pattern), key=lambda path: re.sub(r"\d+", lambda n: n[0].zfill(9), str(path)))
     if not paths:
         raise MarkError(f"no file {pattern} below results/published")
     rows: list[dict[str, Any]] = []
@@ -159,17 +155,11 @@ def load_rows(source: str) -> tuple[dict[str, Any], ...]:
         else:
             raise MarkError(f"{pattern}: rows come from .csv and .json files")
         rows += [{"folder": path.parent.name} | row for row in loaded]
+    if not rows:
+        raise MarkError(f"{pattern} has no rows")
     # A column that only some rows have is missing in the others.
     columns = dict.fromkeys(column for row in rows for column in row)
     return tuple(columns | row for row in rows)
-
-
-def natural_key(value: Any) -> list[Any]:
-    """Return a sort key in which numbers, alone or inside words, compare as numbers; missing values come first."""
-    if isinstance(value, (int, float)):
-        return [(0, value)]
-    parts = re.split(r"(\d+)", str("" if value is None else value))
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in parts if part]
 
 
 def equals(value: Any, text: str) -> bool:
@@ -180,35 +170,33 @@ def equals(value: Any, text: str) -> bool:
     return value is target if value is None or target is None else str(value) == text
 
 
-def select(rows: Iterable[Row], conditions: Sequence[re.Match[str]]) -> list[Row]:
-    """Return the rows that meet every condition, sorted if one says so."""
-    rows = list(rows)
-    for condition in conditions:
-        column, negated = condition["column"], condition["test"] == "!="
-        # "a,b" is one quoted value; a,b are two.
-        values = [value.strip('"') for value in re.findall(rf"{QUOTED}|[^,]+", condition["value"])] or [""]
-        name = values[0] if column == "sort" else column
-        if rows:
-            check_column(name, rows[0])
-        if column == "sort":
-            rows.sort(key=lambda row: natural_key(row[name]))
-        else:
-            rows = [row for row in rows if any(equals(row[name], value) for value in values) != negated]
-    if not rows:
-        raise MarkError("the conditions select no row")
-    return rows
-
-
-def parse_words(text: str) -> tuple[list[re.Match[str]], list[re.Match[str]]]:
+def parse_words(text: str) -> Iterator[re.Match[str]]:
     """Split the words of a mark into conditions and columns."""
-    matches, end = [], 0
+    end = 0
     while rest := text[end:].strip():
         match = WORD.match(text, end)
         if match is None:
             raise MarkError(f"neither a condition nor a column: {rest[:40]}")
-        matches.append(match)
+        yield match
         end = match.end()
-    return [match for match in matches if match["column"]], [match for match in matches if not match["column"]]
+
+
+def select(text: str) -> tuple[list[Row], list[re.Match[str]]]:
+    """Return the rows that ``FILE conditions columns`` selects, and the columns."""
+    source, _, words = text.partition(" ")
+    rows: list[Row] = list(load_rows(source.removesuffix(":")))
+    columns = []
+    for word in parse_words(words):
+        if not (column := word["column"]):
+            columns.append(word)
+            continue
+        # "a,b" is one quoted value; a,b are two.
+        values = [value.strip('"') for value in re.findall(rf"{QUOTED}|[^,]+", word["value"])] or [""]
+        check_column(column, rows[0])
+        rows = [row for row in rows if any(equals(row[column], value) for value in values) == (word["test"] == "=")]
+        if not rows:
+            raise MarkError("the conditions select no row")
+    return rows, columns
 
 
 def format_row(template: str, row: Row) -> str:
@@ -231,21 +219,14 @@ def format_row(template: str, row: Row) -> str:
         raise MarkError(f"format {template!r}: {error}") from error
 
 
-def select_rows(text: str) -> list[Row]:
-    """Return the rows that ``FILE conditions`` selects."""
-    source, _, words = text.partition(" ")
-    conditions, columns = parse_words(words)
+def select_rows(text: str, is_one: bool = False) -> list[Row]:
+    """Return the rows that ``FILE conditions`` selects, or the only one."""
+    rows, columns = select(text)
     if columns:
         raise MarkError(f"not a condition: {columns[0][0].strip()}")
-    return select(load_rows(source), conditions)
-
-
-def one_row(text: str) -> Row:
-    """Return the one row that ``FILE conditions`` selects."""
-    rows = select_rows(text)
-    if len(rows) > 1:
+    if is_one and len(rows) > 1:
         raise MarkError(f"the conditions select {len(rows)} rows; a number needs one")
-    return rows[0]
+    return rows
 
 
 def number(body: str) -> str:
@@ -253,7 +234,7 @@ def number(body: str) -> str:
     head, separator, template = body.partition(": ")
     if not separator or not FIELD.search(template):
         raise MarkError("a number is FILE conditions: {column:format}")
-    return format_row(template, one_row(head))
+    return format_row(template, select_rows(head, is_one=True)[0])
 
 
 def markdown_row(cells: Iterable[str]) -> str:
@@ -263,8 +244,7 @@ def markdown_row(cells: Iterable[str]) -> str:
 
 def table(body: str) -> str:
     """Return the lines of a table mark."""
-    source, _, words = body.partition(" ")
-    conditions, columns = parse_words(words)
+    rows, columns = select(body)
     if not columns:
         raise MarkError("a table names no column")
     headings, templates = [], []
@@ -273,7 +253,7 @@ def table(body: str) -> str:
         headings.append((column["heading"] or cell.partition(":")[0]).strip('"'))
         templates.append(cell if "{" in cell else f"{{{cell}}}")
     lines = [markdown_row(headings), "|" + "---|" * len(headings)]
-    for row in select(load_rows(source.removesuffix(":")), conditions):
+    for row in rows:
         cells = []
         for template in templates:
             try:
@@ -287,17 +267,16 @@ def table(body: str) -> str:
 def fill_packaged(text: str, where: str) -> tuple[str, list[str]]:
     """Fill the values of a package's data file, as `fill` fills a page.
 
-    The file is an object of entries of two kinds. In ``{"row": "FILE conditions", "columns": {name: value, ...}}`` the
-    conditions select one row, whose values of these columns are copied with all digits. In ``{"rows": "FILE
-    conditions", "ranges": {name: [lowest, highest], ...}}`` they select one row or more, and the lowest and highest
-    value of each column are copied. Such an entry may also have ``"medians": {name: median, ...}`` and ``"distinct":
-    {what: {"columns": "name ...", "number": n}, ...}``, the number of distinct combinations of values of some columns.
+    The file is an object of entries. In ``{"row": "FILE conditions", "columns": {name: value, ...}}`` the conditions
+    select one row, whose values of these columns are copied with all digits. An entry with ``"rows"`` selects one row
+    or more. It has the lowest and highest values of columns in ``"ranges"``, and may have ``"medians"`` and
+    ``"distinct": {what: {"columns": "name ...", "number": n}, ...}``, the number of distinct combinations of values.
     Other keys of an entry are left as they are.
     """
     entries, problems = json.loads(text), []
     for name, entry in entries.items():
         try:
-            values = {"columns": packaged_columns(entry)} if "columns" in entry else packaged_summaries(entry)
+            values = packaged_values(entry)
         except MarkError as error:
             problems.append(f"{where}: {name}: error: {error}")
             continue
@@ -310,38 +289,27 @@ def fill_packaged(text: str, where: str) -> tuple[str, list[str]]:
     return json.dumps(entries, indent=2) + "\n", problems
 
 
-def packaged_columns(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of an entry that quotes one row."""
-    row = one_row(entry["row"])
-    return {column: value_of(row, column) for column in entry["columns"]}
-
-
-def packaged_summaries(entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the ranges, and the medians and numbers if it has them, of an entry that summarises several rows."""
-    rows = select_rows(entry["rows"])
+def packaged_values(entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the generated objects of an entry, by their keys."""
+    rows = select_rows(entry["row"], is_one=True) if "row" in entry else select_rows(entry["rows"])
 
     def values_of(column: str) -> list[Any]:
         return [value_of(row, column) for row in rows]
 
-    def count(item: Mapping[str, Any]) -> dict[str, Any]:
+    def count(what: str) -> dict[str, Any]:
         # A value may be missing here: files of one pattern need not have the same columns.
-        columns = item["columns"].split()
+        columns = entry["distinct"][what]["columns"].split()
         for column in columns:
             check_column(column, rows[0])
-        return {**item, "number": len({tuple(row[column] for column in columns) for row in rows})}
+        return entry["distinct"][what] | {"number": len({tuple(row[column] for column in columns) for row in rows})}
 
     summaries: dict[str, Callable[[str], Any]] = {
+        "columns": lambda column: values_of(column)[0],
         "ranges": lambda column: [min(values_of(column)), max(values_of(column))],
         "medians": lambda column: statistics.median(values_of(column)),
-        "distinct": lambda name: count(entry["distinct"][name]),
+        "distinct": count,
     }
     return {key: {name: summarise(name) for name in entry[key]} for key, summarise in summaries.items() if key in entry}
-
-
-def fill_calculator(text: str, where: str) -> tuple[str, list[str]]:
-    """Return the package's data file as a module of JavaScript, which replaces the calculator's."""
-    filled = f"// Written by docs/fill.py from {PACKAGED.relative_to(ROOT)}.\nexport default {PACKAGED.read_text()}"
-    return filled, [] if text == filled else [f"{where}: differs from {PACKAGED.relative_to(ROOT)}"]
 
 
 KINDS: dict[str, Callable[[str], str]] = {"n": number, "table": table, "gallery": lambda _: gallery.markdown()}
@@ -395,13 +363,9 @@ def fill(text: str, where: str) -> tuple[str, list[str]]:
 
 
 def documents() -> list[Path]:
-    """Return every file to fill: the package's data, the calculator's, README.md, the pages."""
+    """Return every file to fill: the package's data, README.md, the pages."""
     pages = [page.relative_to(ROOT) for page in sorted((ROOT / "docs").rglob("*.md"))]
-    return [PACKAGED, CALCULATOR, ROOT / "README.md", *(ROOT / page for page in pages if "published" not in page.parts)]
-
-
-FILLERS = {".json": fill_packaged, ".mjs": fill_calculator, ".md": fill}
-"""What fills a file, by its suffix."""
+    return [PACKAGED, ROOT / "README.md", *(ROOT / page for page in pages if "published" not in page.parts)]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -409,17 +373,16 @@ def main(arguments: Sequence[str]) -> int:
     if list(arguments) not in ([], ["--check"]):
         print(f"usage: fill.py [--check], got {' '.join(arguments)}", file=sys.stderr)
         return 2
-    failures = 0
+    remaining = []
     for path in documents():
-        old = path.read_text()
-        new, problems = FILLERS[path.suffix](old, str(path.relative_to(ROOT)))
+        old, fill_file = path.read_text(), fill_packaged if path == PACKAGED else fill
+        new, problems = fill_file(old, str(path.relative_to(ROOT)))
         if not arguments and new != old:
             path.write_text(new)
         # Without --check a mark that differed is now right; only errors remain.
-        remaining = [problem for problem in problems if arguments or ": error: " in problem]
-        failures += len(remaining)
-        print("".join(f"{problem}\n" for problem in remaining), end="")
-    return min(failures, 1)
+        remaining += [problem for problem in problems if arguments or ": error: " in problem]
+    print("".join(f"{problem}\n" for problem in remaining), end="")
+    return int(bool(remaining))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
-PAGES = [
-    path for folder in ("results", "how-to", "explanation") for path in sorted((ROOT / "docs" / folder).glob("*.md"))
-]
+PAGES = [path for folder in ("results", "how-to", "explanation") for path in sorted(ROOT.glob(f"docs/{folder}/*.md"))]
 
 
 class Figure(NamedTuple):
@@ -38,18 +36,17 @@ def figures() -> list[Figure]:
     """Return every published figure.
 
     Raises:
-      ValueError: If a figure has no manifest beside it, or no command of `rora figures` draws it.
+      FileNotFoundError: If a figure has no manifest beside it.
+      ValueError: If no command of `rora figures` draws it.
     """
     published = []
     for path in sorted(PUBLISHED.glob("**/*.png")):
-        manifest = path.parent / "manifest.json"
-        if not manifest.exists():
-            raise ValueError(f"{path} has no manifest.json beside it")
+        manifest = json.loads((path.parent / "manifest.json").read_text())
         drawings = [drawing for pattern, *drawing in _drawings() if re.fullmatch(pattern, path.stem)]
         if not drawings:
             commands = sorted({command for _, command, _ in _drawings()})
             raise ValueError(f"No command of rora figures draws {path}; it has {', '.join(commands)}")
-        published.append(Figure(path, json.loads(manifest.read_text()), *drawings[0]))
+        published.append(Figure(path, manifest, *drawings[0]))
     return published
 
 
@@ -62,8 +59,8 @@ def markdown() -> str:
     lines = [""]
     for page in (page for page in PAGES if page in sections):
         title = page.read_text().split("\n")[0].removeprefix("# ")
-        lines += [f'<section class="gallery" data-question="{page.stem}" markdown>', ""]
-        lines += [f"## [{title}]({page.relative_to(ROOT / 'docs').as_posix()})", ""]
+        heading = f"## [{title}]({page.relative_to(ROOT / 'docs').as_posix()})"
+        lines += [f'<section class="gallery" data-question="{page.stem}" markdown>', "", heading, ""]
         for run, run_figures in sections[page].items():
             folder = run.relative_to(PUBLISHED).as_posix()
             data = [name for name in ("results.csv", "metrics.jsonl", "manifest.json") if (run / name).exists()]
@@ -71,19 +68,8 @@ def markdown() -> str:
             for path, _, _, caption in run_figures:
                 image = f"published/{folder}/{path.name}"
                 lines += [f"[![{path.stem.replace('_', ' ')}]({image})]({image})", "", caption, ""]
-            lines += _missing_record(run_figures[0].manifest)
         lines += ["</section>", ""]
     return "\n".join(lines)
-
-
-def _missing_record(manifest: dict[str, Any]) -> list[str]:
-    """Return a sentence with what a manifest does not record, if it records no command."""
-    if manifest.get("command") or manifest["sessions"]:
-        return []
-    keys = {"command": "command", "versions": "packages", "revision": "git_revision", "date": "end"}
-    *words, last = [word for word, key in keys.items() if key not in manifest]
-    missing = f"{', '.join(words)} or {last}" if words else last
-    return [f"The manifest has the settings but no {missing}.", ""]
 
 
 @cache
@@ -93,22 +79,19 @@ def _drawings() -> list[tuple[str, str, str]]:
     for path in sorted((ROOT / "figures").glob("*.py")):
         tree = ast.parse(path.read_text())
         functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-        for function in functions.values():
-            for call in ast.walk(function):
-                if not (isinstance(call, ast.Call) and ast.unparse(call.func) == "style.save"):
-                    continue
-                # The caption comes from the function whose result is saved, or else from the one that saves it.
+        calls = [
+            (node, owner) for owner in functions.values() for node in ast.walk(owner) if isinstance(node, ast.Call)
+        ]
+        for call, owner in calls:
+            if ast.unparse(call.func) == "style.save":
                 figure, _, name = call.args
-                owner = functions.get(ast.unparse(figure.func), function) if isinstance(figure, ast.Call) else function
-                drawings.append((_pattern(name), path.stem, _caption(ast.get_docstring(owner) or "")))
+                # The caption comes from the function whose result is saved, or else from the one that saves it.
+                drawing = functions.get(ast.unparse(figure).partition("(")[0], owner)
+                # The values in an f-string may be anything.
+                pattern = re.sub(r"\{[^}]*\}", ".*", ast.unparse(name).strip("f'"))
+                drawings.append((pattern, path.stem, _caption(ast.get_docstring(drawing) or "")))
     # Whole names precede patterns.
     return sorted(drawings, key=lambda drawing: ".*" in drawing[0])
-
-
-def _pattern(name: ast.expr) -> str:
-    """Return a regular expression for a string or an f-string."""
-    parts = name.values if isinstance(name, ast.JoinedStr) else [name]
-    return "".join(re.escape(str(part.value)) if isinstance(part, ast.Constant) else ".*" for part in parts)
 
 
 def _caption(docstring: str) -> str:

@@ -1,7 +1,7 @@
 // What `rora transfer` answers, in the browser: the formulas of rora_theory.advice, rora_theory.theory.displacement and
 // rora_theory.scaling. tests/docs/test_calculator.py compares every figure and text with theirs.
 
-import measured from "./measured.mjs";
+import measured from "./measured.json" with { type: "json" };
 
 const KAPPAS = { lora: 1, rora: 0.5, rslora: 0.5 };
 export const FAMILY = { sgd: "sgd", momentum: "sgd", adam: "adam", adamw: "adam" };
