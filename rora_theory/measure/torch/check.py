@@ -46,7 +46,7 @@ from rora_theory.measure.torch.batches import (
     move_batch,
     select_masks,
 )
-from rora_theory.measure.torch.modules import base_model, preserved_state, unwrap, with_autograd
+from rora_theory.measure.torch.modules import base_model, preserved_state, remove_adapters, unwrap, with_autograd
 from rora_theory.measure.torch.probe import build_optimizer
 from rora_theory.measure.torch.progress import bar
 from rora_theory.random.seeds import check_seed
@@ -263,9 +263,9 @@ def coordinate_check(
                     values.setdefault(coordinate, np.full((seeds, len(ranks)), np.nan))[draw, column] = value
             optimizers.append(_describe_optimizer(optimizer))
             model_name = f"{type(base_model(model)).__name__} in {next(model.parameters()).dtype}".replace("torch.", "")
-            # Remove PEFT's layers, so that the next rank can use the same base model.
+            # The next rank can use the same base model.
             if hasattr(model, "unload"):
-                model.unload()
+                remove_adapters(model)
     # Fit a slope against the rank for every coordinate.
     table = Table(ranks, values)
     slopes = table.slope_rows(band=band)

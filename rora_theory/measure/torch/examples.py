@@ -21,6 +21,9 @@ Losses of groups are the samples of the bootstrap.
 MAX_HELD_OUT_BATCHES = 128
 """Maximum number of held-out batches that are read. A probe evaluates fewer."""
 
+LABEL_MASKS = ("completion_mask", "assistant_masks")
+"""Columns of tokenized records, as TRL names them, that are 1 at the tokens to be learned."""
+
 Data = Iterable[Any]
 """Batches (mappings with tensors, such as a ``DataLoader``), or records: texts, chats or tokenized examples."""
 
@@ -165,6 +168,31 @@ def _chunks(elements: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield chunk
 
 
+def _read_tokens(record: Mapping[str, Any], name: str, max_length: int) -> tuple[list[int], list[int]]:
+    """Return the first token ids and labels of a tokenized record, without padding.
+
+    A record without labels is learned as a whole, or where every mask of ``LABEL_MASKS`` that it has is 1.
+
+    Raises:
+      InputError: If the labels or a mask have another length than ``input_ids``.
+    """
+    ids = list(record["input_ids"])
+    keys = ("labels", "attention_mask", *LABEL_MASKS)
+    columns = {key: list(record[key]) for key in keys if record.get(key) is not None}
+    for key, values in columns.items():
+        if len(values) != len(ids):
+            raise InputError(f"{name} has a record with {len(ids)} input_ids, but {key} of length {len(values)}")
+    # A mask that the record does not have leaves out nothing.
+    ones = [1] * len(ids)
+    masks = zip(*(columns.get(key, ones) for key in LABEL_MASKS), strict=True)
+    labels = columns.get("labels") or [
+        token if all(mask) else IGNORED_LABEL for token, mask in zip(ids, masks, strict=True)
+    ]
+    tokens = zip(ids, labels, columns.get("attention_mask", ones), strict=True)
+    pairs = [(int(token), int(label)) for token, label, is_real in tokens if is_real][:max_length]
+    return [token for token, _ in pairs], [label for _, label in pairs]
+
+
 def _make_collator(first: Any, name: str, tokenizer: Any, max_length: int) -> Callable[[Sequence[Any]], Batch]:
     """Return a function that builds a batch from records like ``first``."""
     # Kind of the records, by the first of these keys that a record has.
@@ -185,16 +213,11 @@ def _make_collator(first: Any, name: str, tokenizer: Any, max_length: int) -> Ca
     if not callable(tokenizer) or not hasattr(tokenizer, "pad_token_id"):
         raise InputError(f"tokenizer must be a tokenizer of transformers, got {shown(tokenizer)}")
 
-    # Without labels of its own, a record is learned as a whole.
     def encode(record: Any) -> tuple[list[int], list[int]]:
         if kind == "text":
-            text = record if isinstance(record, str) else record["text"]
-            ids = list(tokenizer(text)["input_ids"])
-            labels = ids
-        else:
-            ids = [int(token) for token in record["input_ids"]]
-            labels = [int(label) for label in record.get("labels", ids)]
-        return ids[:max_length], labels[:max_length]
+            ids = tokenizer(record if isinstance(record, str) else record["text"])["input_ids"]
+            record = {"input_ids": ids}
+        return _read_tokens(record, name, max_length)
 
     def collate(records: Sequence[Any]) -> Batch:
         return pad_rows([encode(record) for record in records], tokenizer.pad_token_id)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from transformers.pytorch_utils import Conv1D
 
 from rora_theory.adapter_config import ALL_LINEAR
@@ -215,6 +215,27 @@ def without_adapters(model: torch.nn.Module) -> Iterator[None]:
                 layer.enable_adapters(True)
         for parameter, requires_grad in requirements:
             parameter.requires_grad_(requires_grad)
+
+
+def copied_modules(model: torch.nn.Module) -> list[str]:
+    """Return the names of the modules of which PEFT trains a copy, such as the head of a classifier."""
+    return [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+
+
+def remove_adapters(model: Any) -> None:
+    """Remove PEFT's layers from a PEFT model, so that its base model is as it was.
+
+    PEFT's ``unload`` leaves the trained copies of other modules in the model. Their originals are put back.
+    """
+    originals = [
+        (parent, name, child.original_module)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, ModulesToSaveWrapper)
+    ]
+    model.unload()
+    for parent, name, original in originals:
+        setattr(parent, name, original.get_base_layer() if isinstance(original, BaseTunerLayer) else original)
 
 
 @contextmanager

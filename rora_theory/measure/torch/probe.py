@@ -19,7 +19,7 @@ from rora_theory.errors import InputError, first_line, shown
 from rora_theory.measure.tokens import mark_sinks
 from rora_theory.measure.torch.batches import Batch, Loss, MasksByShape, find_masks, move_batch, select_masks
 from rora_theory.measure.torch.examples import Group, count_targets
-from rora_theory.measure.torch.modules import preserved_state, with_autograd
+from rora_theory.measure.torch.modules import copied_modules, preserved_state, remove_adapters, with_autograd
 from rora_theory.scaling import check_instance, scaling_factor
 from rora_theory.tune.plan import ProbeRun, Schedule, Trial, scaled_warmup, schedule_factor
 
@@ -125,7 +125,6 @@ class ProbeModel:
       batches: Training batches in the order in which every run uses them; repeated if there are too few.
       groups: Held-out rows.
       loss: Function of the model and a batch that returns the mean loss over its labels.
-      on_step: Function that is called after every optimizer step.
     """
 
     def __init__(
@@ -135,21 +134,55 @@ class ProbeModel:
         batches: Sequence[Batch],
         groups: Sequence[Group],
         loss: Loss,
-        on_step: Callable[[], Any] = lambda: None,
     ) -> None:
-        self._model, self._settings, self._loss, self._on_step = model, settings, loss, on_step
+        self._model, self._settings, self._loss = model, settings, loss
         self._batches, self._groups = batches, groups
+        self._targets = [count_targets(model, batch) for batch in batches]
         self._masks = [find_masks(model, group.batch, batches[0]) for group in groups]
 
-    def train(self, trial: Trial) -> ProbeRun:
-        """Train a fresh adapter and evaluate it. The model is restored, also if an error is raised."""
+    def check_labels(self, steps: int) -> None:
+        """Raise `InputError` unless the batches of each of the first steps have a label.
+
+        The mean loss of a step without labels is 0 / 0, in a training run too.
+        """
+        for step in range(steps):
+            indices = self._batch_indices(step)
+            if not any(self._targets[i] for i in indices):
+                numbers = ", ".join(str(i + 1) for i in indices)
+                raise InputError(f"train must have a label in the batches of every step, got none in batch {numbers}")
+
+    def describe(self) -> tuple[list[dict[str, str]], list[str]]:
+        """Return the settings of the optimizer and the names of the modules that are trained beside the adapters.
+
+        The settings are the class and the options of every group of parameters, at a learning rate of 1.
+
+        Raises:
+          InputError: If ``make_optimizer`` does not return an optimizer, or PEFT refuses the configuration.
+        """
+        with with_autograd(), _restored(self._model), _adapted(self._model, self._settings.config):
+            parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+            optimizer = build_optimizer(self._settings.make_optimizer, parameters, 1.0)
+            kind = {"class": type(optimizer).__qualname__}
+            groups = [
+                kind | {name: repr(value) for name, value in sorted(group.items()) if name != "params"}
+                for group in optimizer.param_groups
+            ]
+            return groups, copied_modules(self._model)
+
+    def train(self, trial: Trial, on_step: Callable[[], Any]) -> ProbeRun:
+        """Train a fresh adapter and evaluate it. The model is restored, also if an error is raised.
+
+        Args:
+          trial: Learning rate and number of steps.
+          on_step: Function that is called after every optimizer step.
+        """
         settings = self._settings
         with with_autograd(), _restored(self._model):
             # The same seed for every run: the same initial adapters and dropout masks.
             torch.manual_seed(settings.seed)
             with _adapted(self._model, settings.config) as layers:
                 parts = LedParts(layers)
-                diverged_at = self._train_adapter(trial)
+                diverged_at = self._train_adapter(trial, on_step)
                 if diverged_at is None:
                     # The last update may diverge too, which only the evaluation shows.
                     losses = self._evaluate(parts)
@@ -159,7 +192,12 @@ class ProbeModel:
                     return ProbeRun(trial.learning_rate, trial.steps, diverged_at=diverged_at)
                 return ProbeRun(trial.learning_rate, trial.steps, tuple(losses), parts.ratios())
 
-    def _train_adapter(self, trial: Trial) -> int | None:
+    def _batch_indices(self, step: int) -> list[int]:
+        """Return the indices of the batches of a step, counted from 0; after the last batch the first follows."""
+        first = step * self._settings.accumulation
+        return [(first + i) % len(self._batches) for i in range(self._settings.accumulation)]
+
+    def _train_adapter(self, trial: Trial, on_step: Callable[[], Any]) -> int | None:
         """Train the adapter and return the step at which a loss or gradient was not finite, or None."""
         settings = self._settings
         # The warm-up keeps its share of the steps.
@@ -175,12 +213,11 @@ class ProbeModel:
                 group["lr"] = peak * factor
             # Gradient of the mean loss over the labels of all batches of the step.
             optimizer.zero_grad()
-            first = step * settings.accumulation
-            batches = [self._batches[(first + i) % len(self._batches)] for i in range(settings.accumulation)]
-            targets = [count_targets(self._model, batch) for batch in batches]
+            labelled = [i for i in self._batch_indices(step) if self._targets[i]]
+            targets = sum(self._targets[i] for i in labelled)
             total = 0.0
-            for batch, count in zip(batches, targets, strict=True):
-                loss = self._loss(self._model, move_batch(batch, self._model)) * (count / max(sum(targets), 1))
+            for i in labelled:
+                loss = self._loss(self._model, move_batch(self._batches[i], self._model)) * (self._targets[i] / targets)
                 loss.backward()
                 total += float(loss.detach())
             if not math.isfinite(total):
@@ -191,7 +228,7 @@ class ProbeModel:
                 if not math.isfinite(float(norm)):
                     return step + 1
             optimizer.step()
-            self._on_step()
+            on_step()
         return None
 
     def _evaluate(self, parts: "LedParts") -> list[float]:
@@ -276,7 +313,7 @@ def _adapted(model: torch.nn.Module, config: LoraConfig) -> Iterator[list[LoraLa
         model.train()
         yield layers
     finally:
-        wrapped.unload()
+        remove_adapters(wrapped)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ TrainingArguments(learning_rate=tuned.learning_rate, max_steps=2000, lr_schedule
 """
 
 import copy
+import functools
 import hashlib
 import json
 import logging
@@ -127,8 +128,8 @@ def tune(
       probe_rank: Maximum rank of the probe's adapters; the rank of ``config`` if that is lower.
       budget: Maximum cost of the probe as a share of the planned run.
       seed: Seed of the adapters' initialisation and of dropout, the same for every run.
-      checkpoint: JSON file to which finished runs are saved and from which an interrupted probe resumes; None saves
-        nothing.
+      checkpoint: JSON file to which finished runs are saved and from which an interrupted probe resumes, if model,
+        settings and batches are the same (give a shuffled ``DataLoader`` a seeded generator); None saves nothing.
       progress: Whether to show transformers' progress bar, below a sentence with the planned runs and their cost.
         Without it the sentence is logged at level ``INFO``.
 
@@ -199,7 +200,10 @@ def tune(
         seed,
     )
     # A checkpoint belongs to one model, configuration, plan and data.
-    identity = _identity(model, settings, plan, weight_decay if make_optimizer is None else make_optimizer)
+    probe = ProbeModel(model, settings, batches, affordable_groups, compute_loss)
+    probe.check_labels(plan.probe_steps)
+    optimizer, heads = probe.describe()
+    identity = _identity(model, settings, plan) | {"optimizer": optimizer, "loss": _qualified_name(loss)}
     identity |= {"train": digest(batches), "held_out": digest(group.batch for group in affordable_groups)}
     runs = [] if path is None else _read_runs(path, identity)
     shown_total = math.ceil(plan.budget)
@@ -212,9 +216,8 @@ def tune(
         else:
             logger.info(plan.sentence())
         progress_bar.update(sum(run.diverged_at or run.steps for run in runs))
-        probe = ProbeModel(model, settings, batches, affordable_groups, compute_loss, progress_bar.update)
         while (trial := next_trial(plan, runs)) is not None:
-            runs.append(probe.train(trial))
+            runs.append(probe.train(trial, progress_bar.update))
             if path is not None:
                 _write_runs(path, identity, runs)
     # Fit the best rate and carry it to the planned number of steps and rank.
@@ -225,7 +228,7 @@ def tune(
         config=copy.deepcopy(config),
         rank=config.r,
         probe_rank=rank,
-        remarks=_remarks(plan, config, len(batches) // accumulation, affordable_groups, groups),
+        remarks=_remarks(plan, config, len(batches) / accumulation, affordable_groups, groups, heads),
     )
 
 
@@ -237,7 +240,7 @@ def _affordable_groups(groups: Sequence[Group], tokens: int) -> list[Group]:
     """Return the first groups with at most this number of tokens.
 
     Raises:
-      InputError: If the first two have more.
+      InputError: If there are fewer than two groups, or the first two have more tokens.
     """
     affordable_groups, total = [], 0
     for group in groups:
@@ -246,8 +249,10 @@ def _affordable_groups(groups: Sequence[Group], tokens: int) -> list[Group]:
             break
         affordable_groups.append(group)
     # The error of a loss comes from the spread between groups, which needs two of them.
-    fewest = groups[:MIN_GROUPS]
-    if len(affordable_groups) < len(fewest):
+    if len(groups) < MIN_GROUPS:
+        raise InputError("held_out must have two rows or more with a label, got one. Pass more held-out rows.")
+    if len(affordable_groups) < MIN_GROUPS:
+        fewest = groups[:MIN_GROUPS]
         raise InputError(
             f"held_out must have rows of which two have at most {tokens} tokens, which the budget allows per "
             f"evaluation, got {sum(group.tokens for group in fewest)}. Raise budget, or pass shorter held-out rows."
@@ -256,21 +261,38 @@ def _affordable_groups(groups: Sequence[Group], tokens: int) -> list[Group]:
 
 
 def _remarks(
-    plan: ProbePlan, config: LoraConfig, step_batches: int, affordable_groups: Sequence[Group], groups: Sequence[Group]
+    plan: ProbePlan,
+    config: LoraConfig,
+    batch_steps: float,
+    affordable_groups: Sequence[Group],
+    groups: Sequence[Group],
+    heads: Sequence[str],
 ) -> list[str]:
+    """Return the assumptions that depend on the data and the configuration.
+
+    Args:
+      plan: Plan of the probe.
+      config: Configuration of the planned run's adapters.
+      batch_steps: Number of steps before the training batches repeat.
+      affordable_groups: Held-out rows that are evaluated.
+      groups: All held-out rows.
+      heads: Names of the modules that are trained beside the adapters.
+    """
     tokens = sum(group.targets for group in affordable_groups)
     remarks = [f"Held-out losses are over {tokens:,} labels."]
     if len(affordable_groups) < len(groups):
         total = sum(group.targets for group in groups)
         remarks = [f"Held-out losses are over {tokens:,} of {total:,} labels, as the budget allows."]
-    if step_batches < plan.probe_steps:
-        remarks.append(f"The batches of {step_batches} steps were repeated over {plan.probe_steps}.")
+    if batch_steps < plan.probe_steps:
+        remarks.append(f"The batches of {batch_steps:g} steps were repeated over {plan.probe_steps}.")
+    if heads:
+        remarks.append(f"{', '.join(heads)}: trained too, at the same rate; the law was measured without.")
     if config.use_dora:
         remarks.append("DoRA's magnitudes are trained too; the law was measured without them.")
     return remarks
 
 
-def _identity(model: torch.nn.Module, settings: ProbeSettings, plan: ProbePlan, optimizer: Any) -> dict[str, Any]:
+def _identity(model: torch.nn.Module, settings: ProbeSettings, plan: ProbePlan) -> dict[str, Any]:
     """Return the model, settings and plan that identify the probe of a checkpoint, in JSON types."""
     # The first entries of every weight identify the model without reading all weights.
     state = hashlib.sha256()
@@ -286,9 +308,15 @@ def _identity(model: torch.nn.Module, settings: ProbeSettings, plan: ProbePlan, 
         "model": state.hexdigest(),
         "config": {name: repr(value) for name, value in entries.items() if name not in NOT_IDENTIFYING},
         "settings": {name: getattr(settings, name) for name in names},
-        "optimizer": getattr(optimizer, "__qualname__", repr(optimizer)),
         "plan": vars(plan),
     }
+
+
+def _qualified_name(function: Any) -> str | None:
+    """Return the name of a function, or of the class of another callable; None for None."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return None if function is None else getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def _read_runs(path: Path, identity: Mapping[str, Any]) -> list[ProbeRun]:

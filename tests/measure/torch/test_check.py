@@ -1,5 +1,6 @@
 """The rank coordinate check of PEFT models: which rule preserves the first steps, and that the check can fail."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import torch_models
-from support.torch_models import peft, torch
+from support.torch_models import peft, torch, transformers
 
 from rora_theory import InputError
 from rora_theory.measure.torch import coordinate_check
@@ -275,6 +276,25 @@ def test_outputs_of_an_unchanged_base_are_computed_once(family, capsys) -> None:
     assert calls == (12, 36)
     different, _ = check(lambda: torch_models.model(family, seed=seeds.pop(0)))
     np.testing.assert_allclose(in_place, different, rtol=1e-5)
+
+
+def test_every_rank_starts_from_the_head_of_a_shared_classifier() -> None:
+    """PEFT trains a copy of a classifier's head, which it leaves in the base model."""
+    classes = transformers.LlamaConfig(**torch_models.TEXT, num_labels=3)
+    base = torch_models.initialised(transformers.LlamaForSequenceClassification(classes)).eval()
+    batches = [batch | {"labels": batch["input_ids"][:, 0] % 3} for batch in BATCHES]
+    head, before = base.score, torch_models.state_of(base)
+
+    def sizes(make_base) -> np.ndarray:
+        def make_model(rank):
+            return torch_models.adapted(make_base(), rank, target_modules=["q_proj"], task_type="SEQ_CLS")
+
+        return coordinate_check(make_model, batches, RANKS, learning_rate=0.1).sizes["value"].to_numpy()
+
+    copies, shared = sizes(lambda: copy.deepcopy(base)), sizes(lambda: base)
+    np.testing.assert_allclose(copies, shared, rtol=1e-4, atol=1e-7)
+    assert base.score is head
+    assert all(torch.equal(value, before["tensors"][name]) for name, value in base.state_dict().items())
 
 
 def test_a_held_out_batch_is_read_where_it_is_new() -> None:

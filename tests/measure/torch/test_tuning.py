@@ -1,6 +1,7 @@
 """The probe for a learning rate on a PyTorch model: its result, its resumption, and the unchanged model."""
 
 import copy
+import functools
 import json
 import logging
 import math
@@ -8,7 +9,7 @@ import math
 import pandas as pd
 import pytest
 from support import torch_chats, torch_models
-from support.torch_models import peft, torch
+from support.torch_models import peft, torch, transformers
 
 from rora_theory import InputError
 from rora_theory.measure.torch import tune
@@ -106,6 +107,42 @@ def test_accumulated_batches_are_one_step(usual) -> None:
     assert accumulated == pytest.approx(expected, rel=1e-3)
 
 
+def test_a_classifiers_head_is_trained_by_every_run_anew_and_put_back() -> None:
+    """PEFT trains a copy of the head of a classifier, which it leaves in the model."""
+    classes = transformers.LlamaConfig(**torch_models.TEXT, num_labels=3)
+    model = torch_models.initialised(transformers.LlamaForSequenceClassification(classes)).eval()
+    data = [batch | {"labels": batch["input_ids"][:, 0] % 3} for batch in batches(12, rows=4, length=4)]
+    arguments = {"train": data, "held_out": data[:4], "config": config(task_type="SEQ_CLS")}
+    before, calls = torch_models.state_of(model), []
+
+    def interrupted(network, batch):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return network(**batch).loss
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, **arguments, loss=interrupted)
+    torch_models.assert_unchanged(model, before)
+    first, second = (run(model, **arguments) for _ in range(2))
+    torch_models.assert_unchanged(model, before)
+    pd.testing.assert_frame_equal(first.curve, second.curve, rtol=1e-6)
+    assert any("score" in sentence for sentence in first.assumptions)
+
+
+def test_a_batch_without_labels_counts_as_nothing() -> None:
+    """Beside other batches of its step it changes nothing; alone it would give a loss of 0 / 0."""
+    empty = batches(1)[0] | {"labels": torch.full((2, 8), -100)}
+    data = [batch for labelled in batches(12) for batch in (labelled, empty)]
+    held_out = batches(1, seed=1)
+    with_empty, alone = (
+        run(train=train, accumulation=count, held_out=held_out).curve for train, count in ((data, 2), (batches(12), 1))
+    )
+    pd.testing.assert_frame_equal(with_empty, alone, rtol=1e-4)
+    with pytest.raises(InputError, match=r"train .*label.* 3"):
+        run(train=[*batches(2), empty, *batches(9)])
+
+
 def test_a_longer_probe_screens_rates_first() -> None:
     result = run(steps=1700, learning_rate=1e-3)
     assert result.curve["steps"].nunique() == 2
@@ -132,37 +169,45 @@ def test_a_diverged_rate_is_infinite_loss() -> None:
 
 def test_an_interrupted_probe_resumes_and_refuses_other_settings(usual, tmp_path) -> None:
     path, model = tmp_path / "new" / "probe.json", torch_models.model()
-    calls = []
+    calls, last = [], [14]  # a run has 5 steps and evaluates 5 groups
 
-    def interrupted(model, batch):
-        calls.append(1)
-        if len(calls) == 15:  # a run has 5 steps and evaluates 5 groups
+    def loss(model, batch):
+        if len(calls) == last[0]:
             raise KeyboardInterrupt
+        calls.append(1)
         return model(**batch).loss
 
     before = torch_models.state_of(model)
     with pytest.raises(KeyboardInterrupt):
-        run(model, loss=interrupted, checkpoint=path)
+        run(model, loss=loss, checkpoint=path)
     torch_models.assert_unchanged(model, before)
     assert len(json.loads(path.read_text())["runs"]) == 1
-    calls = []
-    resumed = run(model, checkpoint=path, loss=lambda m, b: calls.append(1) or m(**b).loss)
+    calls.clear()
+    last[0] = -1
+    resumed = run(model, checkpoint=path, loss=loss)
     pd.testing.assert_frame_equal(resumed.curve, usual.curve, rtol=1e-6)
     assert resumed.learning_rate == pytest.approx(usual.learning_rate)
     assert len(calls) == (len(usual.curve) - 1) * (usual.probe_steps + 5)  # held-out rows that the budget affords
-    stored = run(model, checkpoint=path, loss=lambda *_: pytest.fail("trained again"))
+    # The same optimizer by another function, in a wrapper without a name; nothing is trained again.
+    calls.clear()
+    make_optimizer = functools.partial(torch.optim.AdamW, weight_decay=0.0)
+    stored = run(model, checkpoint=path, loss=functools.partial(loss), make_optimizer=make_optimizer)
     assert stored.curve.equals(resumed.curve)
+    assert not calls
     for changed in (
+        {"make_optimizer": lambda parameters, rate: torch.optim.SGD(parameters, lr=rate)},
+        {"make_optimizer": lambda parameters, rate: torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95))},
+        {"loss": None},
         {"seed": 1},
         {"train": batches(12, seed=5)},
         {"config": config(lora_alpha=8)},
         {"schedule": "linear"},
     ):
         with pytest.raises(InputError, match="another probe"):
-            run(model, checkpoint=path, **changed)
+            run(model, **{"checkpoint": path, "loss": loss} | changed)
     path.write_text(path.read_text()[:100])
     with pytest.raises(InputError, match=r"probe\.json"):
-        run(model, checkpoint=path)
+        run(model, checkpoint=path, loss=loss)
 
 
 def test_texts_chats_and_tokenized_records() -> None:
@@ -187,6 +232,22 @@ def test_texts_chats_and_tokenized_records() -> None:
     assert [group.targets for group in groups] == [len(text) - 1 for text in texts]
     assert [group.tokens for group in groups] == [len(text) for text in texts]  # without padding
     assert len(read_batches(as_text, "train", **reading, count=1)) == 1
+
+
+def test_masked_tokens_of_tokenized_records() -> None:
+    """Padding is left out; what is no completion, or not the assistant's, is read and has no label."""
+    reading = {"tokenizer": torch_chats.tokenizer("~"), "batch_size": 4, "max_length": 4}
+    records = [
+        {"input_ids": [0, 0, 5, 6, 7, 8, 9], "attention_mask": [0, 0, 1, 1, 1, 1, 1]},
+        {"input_ids": [5, 6, 7, 8, 0], "attention_mask": [1, 1, 1, 1, 0], "labels": [-100, 6, 7, 8, -100]},
+        {"input_ids": [5, 6, 7, 8], "completion_mask": [0, 0, 1, 1]},
+        {"input_ids": [5, 6, 7, 8], "assistant_masks": [0, 1, 0, 1]},
+    ]
+    (batch,) = read_batches(records, "train", **reading)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8]] * 4
+    assert batch["labels"].tolist() == [[5, 6, 7, 8], [-100, 6, 7, 8], [-100, -100, 7, 8], [-100, 6, -100, 8]]
+    with pytest.raises(InputError, match=r"train .* 2 .*attention_mask .* 1$"):
+        read_batches([{"input_ids": [5, 6], "attention_mask": [1]}], "train", **reading)
 
 
 def test_records_are_read_eight_at_a_time() -> None:
@@ -237,6 +298,7 @@ UNLABELLED = torch.ones(2, 4, dtype=torch.long)
         ({"held_out": [{"input_ids": UNLABELLED}]}, "labels"),
         ({"held_out": [{"input_ids": UNLABELLED, "labels": torch.full_like(UNLABELLED, -100)}]}, "label"),
         ({"held_out": batches(1, rows=2, length=50)}, "held_out"),
+        ({"held_out": batches(1, rows=1)}, "held_out .* two"),
         ({"model": lambda: torch_models.adapted(torch_models.model())}, "model .*adapters"),
         ({"model": lambda: prompted(peft.PromptTuningConfig)}, "model .*adapters .*PROMPT_TUNING"),
         ({"model": lambda: prompted(peft.PrefixTuningConfig)}, "model .*adapters .*PREFIX_TUNING"),
