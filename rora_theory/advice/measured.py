@@ -7,6 +7,7 @@ if they differ.
 import json
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -141,16 +142,24 @@ def rank_exponents(schedule: Schedule) -> list[RankExponent]:
     return [row for row in RANK_EXPONENTS if not is_constant_rate(schedule) or is_constant_rate(row.schedule)]
 
 
-class ProbeRegret(NamedTuple):
-    """Regret of the rates that published probes advise, in nats per token.
+@dataclass(frozen=True)
+class ProbeRegret:
+    """Regret of the learning rates that published probes advise, in nats per token.
+
+    The regret is the held-out loss at the rate that a probe advises minus the lowest loss that was measured for the
+    planned run. It includes the error of the probe's own best rate. Most probes were replayed on the beginnings of
+    published runs and on a part of their held-out records, see `benchmarks/tune.py`.
 
     Attributes:
-      median: Median over the pairs of a probe and a planned run.
+      median: Median over pairs of a probe and a planned run.
       largest: Largest regret of a pair.
       is_lower_bound: Whether a rate lies outside the measured ones, so that both regrets may be larger.
-      pairs: Number of pairs of a probe and a planned run.
+      pairs: Number of pairs.
       probes: Number of probes.
-      scope: Models, numbers of steps, schedule, seeds and file of the probes.
+      is_edge: Whether the pairs are those in which the best rate of the probe or of the planned run lay at an end of
+        its learning rates, or all others.
+      changed: Names of the settings that differ between a probe and a planned run.
+      source: Models, numbers of steps, schedule, seeds and folder of the probes.
     """
 
     median: float
@@ -158,37 +167,52 @@ class ProbeRegret(NamedTuple):
     is_lower_bound: bool
     pairs: int
     probes: int
-    scope: str
+    is_edge: bool
+    changed: str
+    source: str
+
+    def sentence(self) -> str:
+        """Return a sentence with the numbers and their scope."""
+        bound = "at least " if self.is_lower_bound else ""
+        place = "at an end of" if self.is_edge else "inside"
+        return (
+            f"The rates of {self.probes} {'probe' if self.probes == 1 else 'probes'} of published runs, carried to "
+            f"another {self.changed}, cost a median of {bound}{self.median:.4f} and at worst {bound}{self.largest:.4f} "
+            f"nats per token in {self.pairs} pairs of a probe and a planned run whose best rates lay {place} the "
+            f"measured ones ({self.source})."
+        )
 
 
-def probe_regret(*, schedule: Schedule, same_rank: bool, is_short: bool) -> ProbeRegret:
-    """Return the regret that published probes had under a schedule.
+Probes = Literal["same_rank", "other_rank", "short", "at_edge"]
+"""Published probes with the planned run's rank, with another, of few steps, or whose best rate lay at an end."""
 
-    The probes of cosine decay stand for every schedule with a decay.
+
+def probe_regret(probes: Probes, schedule: Schedule) -> ProbeRegret:
+    """Return the regret that published probes had.
 
     Args:
-      schedule: Schedule of the probe and of the planned run.
-      same_rank: Whether the probe has the rank of the planned run. Short probes are not distinguished by it.
-      is_short: Whether the probe's runs have fewer than the measured number of steps. Such probes were measured under
-        cosine decay alone.
+      probes: Which probes. Those of few steps (measured under cosine decay alone) and those at an end of their rates
+        are not distinguished by rank or schedule.
+      schedule: Schedule of the probe and of the planned run. Cosine decay stands for every schedule with a decay.
     """
     kind = "constant" if is_constant_rate(schedule) else "cosine"
-    name = "probe_regret_short" if is_short else f"probe_regret_{kind}_{'same' if same_rank else 'other'}_rank"
+    name = f"probe_regret_{kind}_{probes}" if probes in ("same_rank", "other_rank") else f"probe_regret_{probes}"
     entry = ENTRIES[name]
     ranges, counts = entry["ranges"], {name: count["number"] for name, count in entry["distinct"].items()}
     seeds = counts["seeds"]
-    scope = (
-        f"{entry['model']}, probes of {_describe_range(ranges['probe_steps'])} steps, runs of "
-        f"{_describe_range(ranges['steps'])} steps, {entry['schedule']} schedule, "
-        f"{'one seed' if seeds == 1 else f'up to {seeds} seeds'}; results/published/{entry['rows'].partition('/')[0]}"
-    )
     return ProbeRegret(
-        entry["medians"]["regret"],
-        ranges["regret"][1],
-        "True" in ranges["is_lower_bound"],
-        counts["pairs"],
-        counts["probes"],
-        scope,
+        median=entry["medians"]["regret"],
+        largest=ranges["regret"][1],
+        is_lower_bound="True" in ranges["is_lower_bound"],
+        pairs=counts["pairs"],
+        probes=counts["probes"],
+        is_edge=probes == "at_edge",
+        changed={"same_rank": "number of steps", "other_rank": "rank and number of steps"}.get(
+            probes, "number of steps, at the same rank or another"
+        ),
+        source=f"{entry['model']}, probes of {_describe_range(ranges['probe_steps'])} steps, runs of "
+        f"{_describe_range(ranges['steps'])} steps, {entry['schedule']} schedule, "
+        f"{'one seed' if seeds == 1 else f'up to {seeds} seeds'}; results/published/{entry['rows'].partition('/')[0]}",
     )
 
 

@@ -19,42 +19,6 @@ PUBLISHED = "SmolLM2-135M, ranks 1 to 128, 16 to 256 steps, constant rate, batch
 
 
 @dataclass(frozen=True)
-class ExpectedRegret:
-    """Regret of the learning rates of published probes, in nats per token.
-
-    The regret is the held-out loss at the rate that a probe advises minus the lowest loss that was measured for the
-    planned run. It includes the error of the probe's own best rate. Most probes were replayed on the beginnings of
-    published runs and on a part of their held-out records, see `benchmarks/tune.py`.
-
-    Attributes:
-      median: Median over pairs of a probe and a planned run.
-      largest: Largest regret of a pair.
-      is_lower_bound: Whether a rate lies outside the measured ones, so that both regrets may be larger.
-      pairs: Number of pairs.
-      probes: Number of probes.
-      changed: Names of the settings that differ between a probe and a planned run.
-      source: Models, numbers of steps, schedule, seeds and folder of the probes.
-    """
-
-    median: float
-    largest: float
-    is_lower_bound: bool
-    pairs: int
-    probes: int
-    changed: str
-    source: str
-
-    def sentence(self) -> str:
-        """Return a sentence with the numbers and their scope."""
-        bound = "at least " if self.is_lower_bound else ""
-        return (
-            f"The rates of {self.probes} {'probe' if self.probes == 1 else 'probes'} of published runs, carried to "
-            f"another {self.changed}, cost a median of {bound}{self.median:.4f} and at worst {bound}{self.largest:.4f} "
-            f"nats per token in {self.pairs} pairs of a probe and a planned run ({self.source})."
-        )
-
-
-@dataclass(frozen=True)
 class ProbeCost:
     """Cost of a probe, in training steps of the planned run.
 
@@ -104,7 +68,7 @@ class Tuning:
     low: float
     high: float
     config: Any
-    expected_regret: ExpectedRegret
+    expected_regret: measured.ProbeRegret
     curve: "pd.DataFrame"
     probe: FittedRate
     probe_steps: int
@@ -200,7 +164,10 @@ def conclude(
         high=rates.high,
         config=config,
         expected_regret=expected_regret(
-            same_rank=rank == probe_rank, schedule=plan.schedule, probe_steps=plan.probe_steps
+            same_rank=rank == probe_rank,
+            schedule=plan.schedule,
+            probe_steps=plan.probe_steps,
+            is_edge=bool(fitted.edge),
         ),
         curve=curve_frame(plan, runs, tokens),
         probe=fitted,
@@ -247,24 +214,25 @@ def rank_factors(old_rank: int, new_rank: int, schedule: Schedule = "constant") 
     return RateRange(min(1.0, *factors), 1.0, max(1.0, *factors))
 
 
-def expected_regret(*, same_rank: bool, schedule: Schedule, probe_steps: int) -> ExpectedRegret:
+def expected_regret(
+    *, same_rank: bool, schedule: Schedule, probe_steps: int, is_edge: bool = False
+) -> measured.ProbeRegret:
     """Return the regret that the rates of published probes had.
+
+    It is the largest of those that apply: few short probes were run, and few whose best rate lay at an end.
 
     Args:
       same_rank: Whether the probe has the rank of the planned run.
       schedule: Learning-rate schedule; the probes under cosine decay stand for a linear decay too.
-      probe_steps: Number of steps of the probe's runs. Below `MIN_MEASURED_STEPS` the regret is that of the probes as
-        short as that, whatever the schedule and the rank, if it is larger: few such probes were run.
+      probe_steps: Number of steps of the probe's runs. Probes of less than `MIN_MEASURED_STEPS` have an entry.
+      is_edge: Whether the best rate lies at an end of the probe's rates. Such probes have an entry too.
     """
-    cost = measured.probe_regret(schedule=schedule, same_rank=same_rank, is_short=False)
-    changed = "number of steps" if same_rank else "rank and number of steps"
+    applying: list[measured.Probes] = ["same_rank" if same_rank else "other_rank"]
     if probe_steps < MIN_MEASURED_STEPS:
-        short_cost = measured.probe_regret(schedule=schedule, same_rank=same_rank, is_short=True)
-        if short_cost.largest > cost.largest:
-            cost, changed = short_cost, "number of steps, at the same rank or another"
-    return ExpectedRegret(
-        cost.median, cost.largest, cost.is_lower_bound, cost.pairs, cost.probes, changed=changed, source=cost.scope
-    )
+        applying.append("short")
+    if is_edge:
+        applying.append("at_edge")
+    return max((measured.probe_regret(probes, schedule) for probes in applying), key=lambda cost: cost.largest)
 
 
 def _assumptions(plan: ProbePlan, fitted: FittedRate, rank: int, probe_rank: int) -> list[str]:

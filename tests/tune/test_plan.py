@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -143,6 +144,7 @@ def test_an_edge_that_the_budget_leaves_is_reported(factor, edge) -> None:
     assert result.probe.edge == edge
     assert any(f"at the {edge} end" in sentence for sentence in result.assumptions)
     assert f"at the {edge} end" in result.sentence()
+    assert result.expected_regret.is_edge
     assert result.high / result.low > 16
 
 
@@ -247,6 +249,11 @@ def test_the_expected_regret_is_that_of_published_probes(schedule) -> None:
     largest = replays[(replays["strength"] == 64) & ~replays["is_edge"]]["regret"].max()
     both = [expected_regret(same_rank=same, schedule="cosine", probe_steps=64).largest for same in (True, False)]
     assert max(both) >= largest or schedule == "constant"
+    # A probe at an end of its rates is not taken to be as good as the others.
+    at_edge = expected_regret(same_rank=True, schedule=schedule, probe_steps=64, is_edge=True)
+    assert at_edge.largest == pytest.approx(replays[replays["is_edge"]]["regret"].max())
+    assert at_edge.pairs == replays["is_edge"].sum()
+    assert ("at an end" in at_edge.sentence(), "at an end" in usual.sentence()) == (True, False)
 
 
 @pytest.mark.parametrize(("largest", "is_stated"), [(0.5, True), (1e-5, False)])
@@ -254,9 +261,9 @@ def test_a_short_probe_is_not_taken_to_be_better_than_a_long_one(monkeypatch, la
     """Plant the regret of the short probes above and below that of the others."""
     original = measured.probe_regret
 
-    def planted(*, schedule, same_rank, is_short):
-        cost = original(schedule=schedule, same_rank=same_rank, is_short=is_short)
-        return cost._replace(largest=largest) if is_short else cost
+    def planted(probes, schedule):
+        cost = original(probes, schedule)
+        return replace(cost, largest=largest) if probes == "short" else cost
 
     monkeypatch.setattr(measured, "probe_regret", planted)
     usual, short = (expected_regret(same_rank=True, schedule="cosine", probe_steps=steps) for steps in (16, 5))
@@ -271,6 +278,7 @@ def test_a_result_states_the_cost_of_probes_of_its_schedule_and_length() -> None
         assert result.expected_regret == expected_regret(
             same_rank=False, schedule=schedule, probe_steps=plan.probe_steps
         )
+        assert not result.expected_regret.is_edge
 
 
 def test_the_range_allows_for_another_rank() -> None:
