@@ -59,8 +59,8 @@ MEASURED_STEPS_EXPONENTS: dict[Schedule, tuple[float, float]] = {
 }
 """Lowest and highest exponent of the best peak rate in the number of steps, by schedule.
 
-Exponents to 256 steps of pairs whose best rates lie inside their grids: at a constant rate with two seeds or more,
-under the cosine schedule with one. Pairs that end at 64 steps are left out, since planned runs are longer.
+Exponents of pairs whose best rates lie inside their grids: to 256 steps at a constant rate with two seeds or more, to
+256 and 1,024 under the cosine schedule with one. Pairs that end at 64 steps are left out: planned runs are longer.
 """
 
 
@@ -191,8 +191,8 @@ def probe_regret(probes: Probes, schedule: Schedule) -> ProbeRegret:
     """Return the regret that published probes had.
 
     Args:
-      probes: Which probes. Those of few steps (measured under cosine decay alone) and those at an end of their rates
-        are not distinguished by rank or schedule.
+      probes: Kind of the probes. Those of few steps (measured under cosine decay alone) and those at an end of their
+        rates are not distinguished by rank or schedule.
       schedule: Schedule of the probe and of the planned run. Cosine decay stands for every schedule with a decay.
     """
     kind = "constant" if is_constant_rate(schedule) else "cosine"
