@@ -286,7 +286,7 @@ def _remarks(
     if batch_steps < plan.probe_steps:
         remarks.append(f"The batches of {batch_steps:g} steps were repeated over {plan.probe_steps}.")
     if heads:
-        remarks.append(f"{', '.join(heads)}: trained too, at the same rate; the law was measured without.")
+        remarks.append(f"PEFT trains {', '.join(heads)} too, at the same learning rate; the law was measured without.")
     if config.use_dora:
         remarks.append("DoRA's magnitudes are trained too; the law was measured without them.")
     return remarks
