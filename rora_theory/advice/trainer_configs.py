@@ -16,6 +16,7 @@ Names and defaults are those of Axolotl 0.18.0 (``src/axolotl/utils/schemas/``),
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf, isclose
@@ -56,6 +57,18 @@ TRAINER_LEARNING_RATE = 5e-5
 
 TRAINER_OPTIMIZER = "adamw_torch_fused"
 """Default of ``optim`` in transformers' ``TrainingArguments``, and of Axolotl's ``optimizer``."""
+
+ONE_RATE = "the advice covers one learning rate for all modules"
+"""Remark on further learning rates."""
+
+AXOLOTL_REMARKS = {
+    "embedding_lr": ONE_RATE,
+    "embedding_lr_scale": ONE_RATE,
+    "lr_groups": ONE_RATE,
+    "peft_trainable_token_indices": "the advice covers lora_A and lora_B, not rows of an embedding",
+    "peft_layer_replication": "the published runs have no replicated layers",
+}
+"""Axolotl's keys that the law does not cover, with the remark on each."""
 
 OTHER_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
 """LLaMA-Factory's flags that replace the optimizer of ``optim``."""
@@ -315,7 +328,7 @@ def _open_config(path: str | Path) -> _Document:
     # Entries such as patterns can make a JSON file larger than the limit for YAML.
     if path.suffix == ".json" and len(text) > MAX_YAML_CHARACTERS:
         return _Document(path, "PEFT", text, read_entries(path))
-    values = parse_yaml(text, where=str(path), accepted=supported)
+    values = parse_yaml(text, where=str(path), accepted=supported, allow_aliases=True)
     # Recognise the format by keys that only one of them has.
     keys = {name for name in values if isinstance(name, str)} if isinstance(values, dict) else set()
     distinctive_keys: dict[Format, tuple[str, ...]] = {
@@ -337,7 +350,7 @@ def _read_axolotl(document: _Document) -> SavedSetting:
     path, values = document.path, document.values
     if values["adapter"] not in AXOLOTL_ADAPTERS:
         raise InputError(f"{path}: adapter must be {' or '.join(AXOLOTL_ADAPTERS)}, got {shown(values['adapter'])}")
-    # lora_target_linear replaces the list of modules.
+    # lora_target_linear adds all linear modules to the list; PEFT's name for them stands alone.
     names: Any = values.get("lora_target_modules")
     if document.flag("lora_target_linear"):
         names = ALL_LINEAR
@@ -355,12 +368,16 @@ def _read_axolotl(document: _Document) -> SavedSetting:
         "layers_to_transform": values.get("peft_layers_to_transform"),
         "exclude_modules": values.get("lora_exclude_modules"),
         "target_parameters": values.get("lora_target_parameters"),
+        "trainable_token_indices": values.get("peft_trainable_token_indices"),
+        "layer_replication": values.get("peft_layer_replication"),
     }
     # LoftQ starts from B other than 0.
     peft = values.get("peft")
     if isinstance(peft, dict) and peft.get("loftq_config"):
         raise InputError(f"{path}: peft must have no loftq_config, got {shown(peft)}. The law covers B = 0.")
-    return _with_run(document, entries, AXOLOTL)
+    saved = _with_run(document, entries, AXOLOTL)
+    remarks = (f"{name} is set: {remark}" for name, remark in AXOLOTL_REMARKS.items() if values.get(name))
+    return saved._replace(remarks=(*saved.remarks, *remarks))
 
 
 def _read_llama_factory(document: _Document) -> SavedSetting:
@@ -464,29 +481,49 @@ def _edit_yaml(document: _Document, changes: Mapping[str, Any]) -> str:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Loader that gives an alias its own position instead of the position of the node that it stands for."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                event = self.get_event()
+                return yaml.ScalarNode("!alias", event.anchor, event.start_mark, event.end_mark)
+            return super().compose_node(parent, index)
+
     text = document.text
     # Nodes of the top-level mapping, which state the positions of keys and values in the text.
-    root = yaml.compose(text, yaml.SafeLoader)
+    root = yaml.compose(text, Loader)
     pairs = {key.value: (key, value) for key, value in root.value}
-    # New keys are inserted before the rank, or before the first key.
-    anchor, _ = pairs.get(KEYS[document.format].rank) or root.value[0]
-    quote = anchor.style or ""
+    # New keys are inserted before the rank, or before the first key. They override keys that `<<` merges.
+    first_key, _ = pairs.get(KEYS[document.format].rank) or root.value[0]
+    quote = first_key.style or ""
     newline = "\r\n" if "\r\n" in text else "\n"
     separator = ", " if root.flow_style else newline + " " * root.start_mark.column
     edits: list[tuple[int, int, str]] = []
+    anchored_names: list[str] = []
     for name, value in changes.items():
         scalar = _yaml_scalar(value)
         if name in pairs:
             start, end = (mark.index for mark in (pairs[name][1].start_mark, pairs[name][1].end_mark))
+            # Keep an anchor, which an alias may refer to.
+            if anchor := re.match(r"&[\w-]+", text[start:end]):
+                anchored_names.append(name)
+                start += anchor.end()
             # A null value may have no text of its own: it ends right after the colon.
-            edits.append((start, end, scalar if end > start else f" {scalar}"))
+            edits.append((start, end, f" {scalar}" if anchor or end == start else scalar))
         else:
-            position = anchor.start_mark.index
+            position = first_key.start_mark.index
             edits.append((position, position, f"{quote}{name}{quote}: {scalar}{separator}"))
     # Replace from the end, so that earlier positions stay valid.
     for start, end, replacement in sorted(edits, reverse=True):
         text = text[:start] + replacement + text[end:]
-    if parse_yaml(text, where=str(document.path)) != document.values | dict(changes):
+    # Aliases of an edited value change with it, and keys that are written twice may hide an edit.
+    if parse_yaml(text, where=str(document.path), allow_aliases=True) != document.values | dict(changes):
+        if anchored_names:
+            raise InputError(
+                f"{document.path}: {' and '.join(anchored_names)} cannot be changed alone, because an alias stands "
+                "for the same value. Write the value itself in place of the alias."
+            )
         raise InputError(f"{document.path}: cannot be edited. Write every key once, on a line of its own.")
     return text
 

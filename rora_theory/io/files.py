@@ -11,6 +11,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
+from math import inf
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -20,10 +21,10 @@ MAX_FILE_BYTES = 1 << 30
 """Default maximum size in bytes of a file that is read whole: 1 GiB, eight times a file of 170,000 training records."""
 
 MAX_YAML_CHARACTERS = 1 << 20
-"""Maximum length of a YAML text in characters."""
+"""Maximum length of a YAML text in characters, and maximum number of its nodes after the expansion of aliases."""
 
 MAX_DEPTH = 64
-"""Maximum nesting depth of lists and objects in JSON."""
+"""Maximum nesting depth of lists and objects in JSON, and in YAML with aliases."""
 
 PARTIAL_SUFFIX = ".part"
 """Suffix of a temporary file, which is renamed when it is complete."""
@@ -272,19 +273,21 @@ def naming_damage(where: str | Path) -> Iterator[None]:
         raise InputError(f"{where}: is damaged ({reason}). Restore the file as the run wrote it.") from error
 
 
-def parse_yaml(text: str, *, where: str, accepted: str = "YAML") -> Any:
-    """Parse a YAML text that has no aliases, which expand to any size.
+def parse_yaml(text: str, *, where: str, accepted: str = "YAML", allow_aliases: bool = False) -> Any:
+    """Parse a YAML text.
 
     Args:
       text: YAML source.
       where: Name of the file, for the errors.
       accepted: Description of the expected content, for the errors.
+      allow_aliases: Whether the text may have aliases. They may expand to at most `MAX_YAML_CHARACTERS` nodes, nested
+        at most `MAX_DEPTH` deep.
 
     Returns:
-      The value that `yaml.safe_load` returns.
+      The value that `yaml.safe_load` returns. Aliases of a list or a mapping share one object.
 
     Raises:
-      InputError: The text is not YAML, has an alias, or is larger than `MAX_YAML_CHARACTERS`.
+      InputError: The text is not YAML, has an alias that is not allowed, or is larger than `MAX_YAML_CHARACTERS`.
     """
     import yaml
 
@@ -294,12 +297,43 @@ def parse_yaml(text: str, *, where: str, accepted: str = "YAML") -> Any:
     try:
         alias = next((event for event in yaml.parse(text, loader) if isinstance(event, yaml.AliasEvent)), None)
         if alias is not None:
-            raise yaml.YAMLError(f"found the alias *{alias.anchor}, which is not supported")
+            if not allow_aliases:
+                raise yaml.YAMLError(f"found the alias *{alias.anchor}, which is not supported")
+            _check_expansion(yaml.compose(text, loader))
         return yaml.load(text, loader)
     # A tag such as !!bool raises whatever the conversion of its text raises.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{where}: is not YAML ({reason}). Expected {accepted}.") from None
+
+
+def _check_expansion(root: Any) -> None:
+    """Check the size of a YAML document after the expansion of its aliases.
+
+    Code that walks through the values, such as a comparison, takes as long as for a document of that size.
+
+    Raises:
+      YAMLError: The document has too many nodes or levels, or a node contains itself.
+    """
+    import yaml
+
+    extents: dict[int, tuple[float, float]] = {}
+
+    def measure(node: Any) -> tuple[float, float]:
+        """Return the number of nodes and of levels of a node."""
+        if id(node) not in extents:
+            # A node that contains itself finds this value.
+            extents[id(node)] = inf, inf
+            children = node.value if isinstance(node, yaml.SequenceNode) else []
+            if isinstance(node, yaml.MappingNode):
+                children = [child for pair in node.value for child in pair]
+            parts = [measure(child) for child in children]
+            extents[id(node)] = 1.0 + sum(part[0] for part in parts), 1.0 + max((part[1] for part in parts), default=0)
+        return extents[id(node)]
+
+    nodes, levels = measure(root)
+    if nodes > MAX_YAML_CHARACTERS or levels > MAX_DEPTH:
+        raise yaml.YAMLError(f"its aliases expand to more than {MAX_YAML_CHARACTERS:,} nodes or {MAX_DEPTH} levels")
 
 
 def _is_deeper(value: Any, depth: int) -> bool:

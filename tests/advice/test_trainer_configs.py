@@ -1,6 +1,7 @@
 """Settings in the files of PEFT, Axolotl and LLaMA-Factory are read, transferred, and written again."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -96,11 +97,23 @@ def test_values_and_defaults(tmp_path, text, expected) -> None:
         (LLAMA_FACTORY + "loraplus_lr_ratio: 16\n", "loraplus_lr_ratio"),
         (LLAMA_FACTORY + "adapter_name_or_path: saves/first\n", "adapter_name_or_path"),
         (AXOLOTL.replace("lora_model_dir:", "lora_model_dir: out"), "lora_model_dir"),
+        (AXOLOTL + "loraplus_lr_ratio: 16\n", "loraplus_lr_ratio"),
+        (AXOLOTL + "embedding_lr: 1.0e-5\n", "embedding_lr"),
+        (AXOLOTL + "embedding_lr_scale: 0.5\n", "embedding_lr_scale"),
+        (AXOLOTL + "lr_groups: [{name: o, modules: [o_proj], lr: 1.0e-6}]\n", "lr_groups"),
+        (AXOLOTL + "peft_trainable_token_indices: [3]\n", "peft_trainable_token_indices"),
+        (AXOLOTL + "peft_layer_replication: [[0, 4], [2, 6]]\n", "peft_layer_replication"),
     ],
 )
 def test_what_the_law_does_not_cover_is_a_remark(tmp_path, text, first_words) -> None:
     (remark,) = read_trainer_config(written(tmp_path / "config.yaml", text)).remarks
-    assert first_words in remark
+    assert re.search(rf"\b{first_words}\b", remark)
+
+
+def test_axolotl_s_entries_of_peft_are_read(tmp_path) -> None:
+    text = AXOLOTL + "peft_trainable_token_indices: [3]\npeft_layer_replication: [[0, 4], [2, 6]]\n"
+    entries = read_trainer_config(written(tmp_path / "config.yml", text)).other_entries
+    assert (entries["trainable_token_indices"], entries["layer_replication"]) == ([3], [[0, 4], [2, 6]])
 
 
 @pytest.mark.parametrize(
@@ -168,6 +181,67 @@ def test_null_values_and_flow_style_are_edited(tmp_path) -> None:
     path = written(tmp_path / "empty.yaml", "stage: sft\nlora_alpha:  # default\nlora_rank:\n")
     write_trainer_config(path, tmp_path / "new_empty.yaml", advice_for(path, 16))
     assert (tmp_path / "new_empty.yaml").read_text() == "stage: sft\nlora_alpha: 16  # default\nlora_rank: 16\n"
+
+
+ALIASES = """\
+# an example
+datasets:
+  - &chats {path: a/b, type: chat_template}   # shared
+test_datasets:
+  - <<: *chats
+    split: test
+adapter: lora
+lora_r: &rank   16  # tuned
+lora_alpha: *rank
+learning_rate: &rate 2.0e-4
+embedding_lr: 1.0e-4
+"""
+
+
+def test_a_file_with_aliases_is_read_and_written_with_the_changed_values(tmp_path) -> None:
+    path = written(tmp_path / "config.yml", ALIASES)
+    tuned = read_trainer_config(path)
+    assert (tuned.rank, tuned.alpha, tuned.learning_rate) == (16, 16.0, 2e-4)
+    # Both the value and its alias change: the anchor stays, and the alias is replaced.
+    write_trainer_config(path, tmp_path / "both.yml", advice_for(path, 128, alpha=64.0))
+    rate = yaml.safe_load((tmp_path / "both.yml").read_text())["learning_rate"]
+    expected = ALIASES.replace("&rank   16", "&rank 128").replace("*rank", "64").replace("2.0e-4", repr(rate))
+    assert (tmp_path / "both.yml").read_text() == expected
+    # The rank alone changes, and its value is shared with alpha.
+    with pytest.raises(InputError, match=r"config\.yml: lora_r cannot .*alias") as error:
+        write_trainer_config(path, tmp_path / "never.yml", advice_for(path))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "never.yml").exists()
+    # An alias in the place of the rank is replaced, and the value that it stood for is unchanged.
+    text = "micro_batch_size: &n 8\nadapter: lora\nlora_r: *n\nlora_alpha: 8\nlearning_rate: 1.0e-4\n"
+    path = written(tmp_path / "size.yml", text)
+    write_trainer_config(path, tmp_path / "new_size.yml", advice_for(path, 64))
+    assert (tmp_path / "new_size.yml").read_text() == text.replace("*n", "64")
+
+
+def test_a_key_that_is_merged_is_overridden(tmp_path) -> None:
+    text = "base: &base\n  lora_rank: 8 # shared\n  lora_alpha: 16\n<<: *base\nstage: sft\nlearning_rate: 1.0e-4\n"
+    path = written(tmp_path / "config.yaml", text)
+    assert read_trainer_config(path).rank == 8
+    write_trainer_config(path, tmp_path / "new.yaml", advice_for(path, 64))
+    assert (tmp_path / "new.yaml").read_text() == "lora_rank: 64\n" + text
+    assert read_trainer_config(tmp_path / "new.yaml").rank == 64
+
+
+LEVELS = "".join(f"a{i + 1}: &a{i + 1} [*a{i}]\n" for i in range(70))
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 10)}]\n" for i in range(9))
+MERGED_BOMB = BOMB.replace("[x]", "{x: 1}").replace("[*", "{<<: [*").replace("]\n", "]}\n")
+
+
+@pytest.mark.parametrize(
+    "aliases", ["a: &a [*a]\n", "a: *b\n", "a0: &a0 [x]\n" + LEVELS, BOMB, MERGED_BOMB],
+    ids=["recursive", "undefined", "levels", "bomb", "merged bomb"],
+)  # fmt: skip
+def test_aliases_that_expand_without_bound_are_refused(tmp_path, aliases) -> None:
+    path = written(tmp_path / "config.yml", AXOLOTL + aliases)
+    with pytest.raises(InputError, match=r"config\.yml: is not YAML \(.*alias") as error:
+        read_trainer_config(path)
+    assert "\n" not in str(error.value)
 
 
 def test_a_rule_is_written_with_an_integer_alpha(tmp_path) -> None:
