@@ -11,7 +11,7 @@ on the measured curves. Nothing is trained. At a constant rate the probe's runs 
 by which they are judged; under another schedule they are runs of their own.
 
 Files in the output folder: `cases.csv` (a row for each replayed probe), `by_target.csv` (a summary) and `defaults.csv`
-(regret of the default learning rates of TRL, LLaMA-Factory and Unsloth in the same settings). With ``--probes``,
+(regret of the default learning rates of TRL, LLaMA-Factory and `unsloth train` in the same settings). With `--probes`,
 `probes.csv` has the regret of the rates that runs of `sims.tune` give with the current exponents in the steps, at the
 planned number of steps and gamma r. `recorded_rate` is the rate that such a run advised.
 """
@@ -48,7 +48,7 @@ TARGET_RANKS, TARGET_STEPS = (8, 128), (64, 256, 1024)
 BLOCK_SIZE = 16
 """Number of held-out records of a probe; the 96 published ones make six probes."""
 
-DEFAULT_RATES = {"TRL": 2e-5, "LLaMA-Factory": 5e-5, "Unsloth": 2e-4}
+DEFAULT_RATES = {"TRL": 2e-5, "LLaMA-Factory": 5e-5, "unsloth train": 2e-4}
 """Default learning rates, from docs/reference/trainers.md."""
 
 CASE_COLUMNS = ("strength", "probe_steps", "seed", "block", "rank", "steps", "learning_rate", "low", "high")

@@ -106,7 +106,8 @@ def tune(
     Args:
       model: Base model without adapters.
       train: Training batches with labels, such as a ``DataLoader``; or, with ``tokenizer``, records: texts, chats
-        (``{"messages": [...]}``), ``{"text": ...}`` or ``{"input_ids": [...]}``. The first ones are used.
+        (``{"messages": [...]}``), ``{"text": ...}`` or ``{"input_ids": [...]}``. The first ones are used. Texts get
+        the tokenizer's own special tokens only: append an end token if the trainer of the run does.
       held_out: Other batches or records, on which the rates are compared.
       config: Configuration of the planned run's adapters.
       steps: Number of optimizer steps of the planned run.
