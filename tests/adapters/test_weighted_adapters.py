@@ -15,7 +15,7 @@ WEIGHTS = (0.7, 0.3)
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
 
 
-def made(first: dict, second: dict):
+def make_model(first: dict, second: dict):
     """Return a PEFT model with two adapters whose B is not zero."""
     model = peft.get_peft_model(torch_models.model("llama"), config(**first), "first")
     model.add_adapter("second", config(**second))
@@ -49,7 +49,7 @@ RSLORA = {"rank": 9, "alpha": 8.0, "use_rslora": True}
 def test_the_page_s_example_is_the_exact_sum() -> None:
     """The rsLoRA adapter comes first, and its flag is set again afterwards."""
     (code,) = (code for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "weighted" in code)
-    model = made(RSLORA, PLAIN)
+    model = make_model(RSLORA, PLAIN)
     exec(code, {"model": model})
     for layer in layers(model):
         assert layer.scaling["both"] == 1.0
@@ -60,11 +60,11 @@ def test_the_page_s_example_is_the_exact_sum() -> None:
 
 def test_plain_lora_first_gives_the_sum_and_rslora_first_may_be_too_strong() -> None:
     """PEFT copies the first adapter's flag, which adds the root of the new rank unless the version has corrected it."""
-    model = made(PLAIN, RSLORA)
+    model = make_model(PLAIN, RSLORA)
     combine(model, "cat")
     for layer in layers(model):
         torch.testing.assert_close(layer.get_delta_weight("both"), weighted_sum(layer), rtol=1e-4, atol=1e-4)
-    model = made(RSLORA, PLAIN)
+    model = make_model(RSLORA, PLAIN)
     combine(model, "cat")
     for layer in layers(model):
         factor = float((layer.get_delta_weight("both") / weighted_sum(layer)).median())
@@ -73,7 +73,7 @@ def test_plain_lora_first_gives_the_sum_and_rslora_first_may_be_too_strong() -> 
 
 
 def test_svd_is_the_closest_matrix_of_the_largest_rank() -> None:
-    model = made(PLAIN, RSLORA)
+    model = make_model(PLAIN, RSLORA)
     combine(model, "svd")
     for layer in layers(model):
         u, s, vh = torch.linalg.svd(weighted_sum(layer), full_matrices=False)
@@ -83,10 +83,10 @@ def test_svd_is_the_closest_matrix_of_the_largest_rank() -> None:
 
 def test_linear_takes_one_rank_and_is_not_the_sum() -> None:
     """It multiplies the sum of the B by the sum of the A, each weighted by the root of weight times scaling."""
-    model = made(PLAIN, RSLORA)
+    model = make_model(PLAIN, RSLORA)
     with pytest.raises(ValueError, match="same r"):
         combine(model, "linear")
-    model = made(PLAIN, PLAIN | {"use_rslora": True})
+    model = make_model(PLAIN, PLAIN | {"use_rslora": True})
     combine(model, "linear")
     for layer in layers(model):
         roots = [(w * layer.scaling[name]) ** 0.5 for w, name in zip(WEIGHTS, ("first", "second"), strict=True)]

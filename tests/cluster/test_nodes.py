@@ -79,8 +79,13 @@ def nodes(tmp_path_factory) -> Iterator[Any]:
                 started.append(self)
 
         patch.setattr(services, "ConsolePopen", RecordedPopen)
-        asked = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}  # a dead node: 2 s, not 15
-        head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False, "_system_config": asked}
+        health_checks = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}  # a dead node: 2 s, not 15
+        head = {
+            "num_cpus": 0,
+            "object_store_memory": STORE,
+            "include_dashboard": False,
+            "_system_config": health_checks,
+        }
         try:
             cluster = Cluster(initialize_head=True, head_node_args=head)
             cluster.add_node = partial(cluster.add_node, object_store_memory=STORE)
@@ -167,10 +172,10 @@ def test_the_bytes_of_one_process(nodes, whole, tmp_path, capfd, monkeypatch, sh
 
     The manifest names the Python of the latter, which differs from the driver's.
     """
-    there = software.environment()
+    environment = software.environment()
     if not shared:
         monkeypatch.setattr(driver, "read_lock", lambda _: "another")
-        monkeypatch.setattr(driver.software, "environment", lambda: there | {"python": "3.0.0"})
+        monkeypatch.setattr(driver.software, "environment", lambda: environment | {"python": "3.0.0"})
     out = tmp_path / "out"
     squares.main(str(out), str(tmp_path), "--address", nodes.address)
     assert files(out) == whole
@@ -179,12 +184,12 @@ def test_the_bytes_of_one_process(nodes, whole, tmp_path, capfd, monkeypatch, sh
     assert {place.startswith(str(out)) for place in places} == {shared}
     assert not os.path.exists(places[0].split()[0]) or shared, "a worker's own folder is gone"
     printed = capfd.readouterr()
-    assert (f"uses python {there['python']} (was 3.0.0)" in printed.err) == (printed.err != "") == (not shared)
+    assert (f"uses python {environment['python']} (was 3.0.0)" in printed.err) == (printed.err != "") == (not shared)
     finished = [line for line in printed.out.splitlines() if line.startswith("[")][-6:]
     assert sorted(line.split(":")[0] for line in finished) == [f"[{i}/6] side {i}" for i in range(1, 7)]
     (session,) = json.loads((out / "manifest.json").read_text())["sessions"]
     cells = session["cells"]
-    others = {} if shared else dict.fromkeys(cells, there)
+    others = {} if shared else dict.fromkeys(cells, environment)
     assert (session["python"] == "3.0.0", session.get("other_software", {})) == (not shared, others)
     assert sorted(key for node in cells.values() for key in node) == sorted(map(key_of, squares.cells(tmp_path)))
     assert set(cells) <= {node.node_id[:12] for node in nodes.worker_nodes}
@@ -280,38 +285,38 @@ def test_a_model_that_workers_lack_is_put_once(nodes, tmp_path, monkeypatch) -> 
         half, weak = arrays
         return str(path), (path / "model.safetensors").read_bytes(), str(half.dtype), weak.weak_type, half.tolist()
 
-    put: list[Path] = []
-    real = driver.put_model
-    monkeypatch.setattr(driver, "put_model", lambda source: put.append(source) or real(source))
-    kept = Path(os.environ["XDG_CACHE_HOME"]) / "rora-theory" / "models" / sha256 / "tiny"
-    expected = (str(kept), (folder / "model.safetensors").read_bytes(), "bfloat16", True, [0, 1, 2])
+    put_paths: list[Path] = []
+    put_model = driver.put_model
+    monkeypatch.setattr(driver, "put_model", lambda source: put_paths.append(source) or put_model(source))
+    cached_folder = Path(os.environ["XDG_CACHE_HOME"]) / "rora-theory" / "models" / sha256 / "tiny"
+    expected = (str(cached_folder), (folder / "model.safetensors").read_bytes(), "bfloat16", True, [0, 1, 2])
     # Once for a cache without it, and once for a cache whose copy is damaged; nothing half or damaged is left.
     for count in (1, 2):
         outcomes = run_cells(ClusterConfig(address=nodes.address), tmp_path, work=work)
         assert [outcome.result for outcome in outcomes] == [expected] * 6
-        assert put == [located.path] * count
-        assert [path.name for path in kept.parents[1].iterdir()] == [sha256]
-        (kept / "model.safetensors").write_bytes(b"damaged")
+        assert put_paths == [located.path] * count
+        assert [path.name for path in cached_folder.parents[1].iterdir()] == [sha256]
+        (cached_folder / "model.safetensors").write_bytes(b"damaged")
 
 
 def unmeasured(out: Path) -> dict[str, bytes]:
     """Return all files of a run except its manifest and lock, without measured times."""
-    found = {name: MEASURED.sub(b"", data) for name, data in files(out).items()}
+    contents = {name: MEASURED.sub(b"", data) for name, data in files(out).items()}
     rows = frames.read_csv(out / "results.csv")
-    kept = rows.drop(columns=[column for column in rows if "seconds" in column])
-    return found | {"results.csv": frames.to_csv(kept).encode()}
+    without_times = rows.drop(columns=[column for column in rows if "seconds" in column])
+    return contents | {"results.csv": frames.to_csv(without_times).encode()}
 
 
-def assert_equal_runs(one: Path, two: Path) -> None:
+def assert_equal_runs(single_process: Path, with_workers: Path) -> None:
     """Compare all files; numbers may differ by the rounding of sums in another order, as on another number of cores.
 
     A hexadecimal number may be the rounding error of a sum itself, which has no relative accuracy.
     """
-    first, second = unmeasured(one), unmeasured(two)
-    assert first.keys() == second.keys()
-    for name, data in first.items():
-        assert NUMBER.sub(b"#", data) == NUMBER.sub(b"#", second[name]), name
-        pairs = zip(NUMBER.findall(data), NUMBER.findall(second[name]), strict=True)
+    expected, actual = unmeasured(single_process), unmeasured(with_workers)
+    assert expected.keys() == actual.keys()
+    for name, data in expected.items():
+        assert NUMBER.sub(b"#", data) == NUMBER.sub(b"#", actual[name]), name
+        pairs = zip(NUMBER.findall(data), NUMBER.findall(actual[name]), strict=True)
         different = [(left.decode(), right.decode()) for left, right in pairs if left != right]
         for left, right in different:
             if "x" in left:
@@ -328,12 +333,12 @@ def checkpoints(tmp_path_factory) -> list[str]:
     return ["--data", *(str(data / name / "train.json") for name in ("one", "two")), "--model", str(model)]
 
 
-def both(main: Callable[[list[str]], None], words: list[str], tmp_path: Path, *where: str) -> list[Path]:
+def both(main: Callable[[list[str]], None], options: list[str], tmp_path: Path, *worker_options: str) -> list[Path]:
     """Return the run folders of one process and of workers."""
-    one, two = (tmp_path / "run" / name for name in ("one", "two"))
-    main([*words, "--out", str(one)])
-    main([*words, "--out", str(two), *where])
-    return [one, two]
+    single_process, with_workers = (tmp_path / "run" / name for name in ("one", "two"))
+    main([*options, "--out", str(single_process)])
+    main([*options, "--out", str(with_workers), *worker_options])
+    return [single_process, with_workers]
 
 
 def cells_done(out: Path) -> dict[str, dict[str, float]]:
@@ -348,11 +353,11 @@ def test_an_experiment_leaves_the_files_of_one_process(
     nodes, checkpoints, tmp_path, capfd, main, words, file_count
 ) -> None:
     options = checkpoints if main is horizon.main else []
-    one, two = both(main, [*options, *words.split()], tmp_path, "--address", nodes.address)
-    assert len(unmeasured(one)) == file_count
-    assert_equal_runs(one, two)
+    single_process, with_workers = both(main, [*options, *words.split()], tmp_path, "--address", nodes.address)
+    assert len(unmeasured(single_process)) == file_count
+    assert_equal_runs(single_process, with_workers)
     assert capfd.readouterr().err == ""
-    assert min(value for node in cells_done(two).values() for value in node.values()) > 0
+    assert min(value for node in cells_done(with_workers).values() for value in node.values()) > 0
 
 
 @pytest.mark.usefixtures("large")
@@ -390,16 +395,16 @@ def test_what_a_worker_raises_can_be_carried() -> None:
     """An error that cannot be pickled, and one of the node's own disk, arrive as text."""
 
     class OddError(Exception):
-        def __init__(self, one: int, two: int) -> None:
-            super().__init__(f"{one} and {two}")
+        def __init__(self, first: int, second: int) -> None:
+            super().__init__(f"{first} and {second}")
 
-    for error, words in (
+    for error, message in (
         (OddError(1, 2), "OddError: 1 and 2"),
         (OSError(28, "No space left on device"), "OSError: [Errno 28]"),
     ):
         failed = worker._failed(error)
         assert type(failed.error) is RuntimeError
-        assert words in str(failed.error)
+        assert message in str(failed.error)
     assert type(worker._failed(KeyError("x")).error) is KeyError
     np.testing.assert_array_equal(driver._to_device(driver._to_host(jnp.arange(3))), [0, 1, 2])
 
@@ -412,37 +417,37 @@ def test_two_workers_of_this_machine_leave_the_bytes_of_one_process(checkpoints,
     log = orphans.make_session_root() / f"session_of_a_test_{2**30}" / "logs" / "raylet.err"  # no process has this id
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as stderr:
-        left = subprocess.Popen(["sleep", "3600"], stderr=stderr)
-    words = [*checkpoints, *RANKS.split()]
-    one, two = both(rank_sweep.main, words, tmp_path, "--workers", "2", "--cell-memory", "plan")
-    assert len(unmeasured(one)) == 12
-    assert_equal_runs(one, two)
+        orphan = subprocess.Popen(["sleep", "3600"], stderr=stderr)
+    options = [*checkpoints, *RANKS.split()]
+    single_process, with_workers = both(rank_sweep.main, options, tmp_path, "--workers", "2", "--cell-memory", "plan")
+    assert len(unmeasured(single_process)) == 12
+    assert_equal_runs(single_process, with_workers)
     printed = capfd.readouterr()
     assert printed.err == ""
     assert "per node: 2 on " in printed.out
-    (node,) = cells_done(two).values()
+    (node,) = cells_done(with_workers).values()
     assert len(node) == 2
     assert min(node.values()) > 0
-    assert left.wait(timeout=60) == -signal.SIGKILL, "what an earlier driver left is stopped"
+    assert orphan.wait(timeout=60) == -signal.SIGKILL, "what an earlier driver left is stopped"
     shutil.rmtree(log.parents[1])
     gc.collect()
 
 
 def processes_of(driver: int) -> set[int]:
     """Return the processes that Ray started for a driver."""
-    found = set()
+    process_ids = set()
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             if orphans.driver_of(path) == driver:
-                found.add(int(path.name))
-    return found
+                process_ids.add(int(path.name))
+    return process_ids
 
 
 def listening(processes: Iterable[int]) -> set[ipaddress.IPv4Address | ipaddress.IPv6Address]:
     """Return the addresses at which these processes accept TCP connections."""
     links = (os.readlink(path) for process in processes for path in Path(f"/proc/{process}/fd").iterdir())
     sockets = {link.removeprefix("socket:[").rstrip("]") for link in links}
-    found = set()
+    addresses = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             _, local, _, state, *_, inode = line.split()[:10]
@@ -450,8 +455,8 @@ def listening(processes: Iterable[int]) -> set[ipaddress.IPv4Address | ipaddress
                 words = bytes.fromhex(local.partition(":")[0])  # each word of four bytes in the order of this machine
                 number = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
                 address = ipaddress.ip_address(number)
-                found.add(getattr(address, "ipv4_mapped", None) or address)
-    return found
+                addresses.add(getattr(address, "ipv4_mapped", None) or address)
+    return addresses
 
 
 def test_local_workers_are_closed_to_the_network_and_stopped_after_a_killed_driver(tmp_path) -> None:

@@ -27,19 +27,19 @@ def text(record):
 
 def test_short_texts_end_in_the_end_token_and_long_ones_keep_their_start():
     record = Record("q", "a")
-    whole = [1, *text(record).encode()]
-    for cutoff in (len(whole) - 1, len(whole), len(whole) + 1):
-        found = examples([record], cutoff=cutoff)
-        assert found[0].tolist() == [*whole, 2][:cutoff]
-        assert found.truncated == (cutoff < len(whole))
-    assert found[0][-1] == 2
+    all_tokens = [1, *text(record).encode()]
+    for cutoff in (len(all_tokens) - 1, len(all_tokens), len(all_tokens) + 1):
+        tokenized = examples([record], cutoff=cutoff)
+        assert tokenized[0].tolist() == [*all_tokens, 2][:cutoff]
+        assert tokenized.truncated == (cutoff < len(all_tokens))
+    assert tokenized[0][-1] == 2
 
 
 def test_defaults_are_the_published_template_and_256_tokens():
     expected = prompts.training_text("q", "a", "train", input="more")
     assert bytes(tokenize([Record("q", "a", "more")], ENCODER, cutoff=1000)[0][1:-1].tolist()).decode() == expected
-    found = examples([Record("q" * 300, "answer")])
-    assert (found.lengths.tolist(), found.truncated) == ([256], 1)
+    tokenized = examples([Record("q" * 300, "answer")])
+    assert (tokenized.lengths.tolist(), tokenized.truncated) == ([256], 1)
 
 
 def test_no_second_end_token_and_none_where_the_model_has_none():
@@ -62,29 +62,29 @@ def test_a_token_that_straddles_prompt_and_answer_belongs_to_the_answer():
         def encode_batch(self, texts):
             return [[1, *text.replace("\nz", "\x7f").encode()] for text in texts]
 
-    found = tokenize([Record("q", "zap")], Joins(), template="clean", answer_only=True)
-    assert found[0][found.first_targets[0] :].tolist() == [0x7F, *b"ap", 2]
+    tokenized = tokenize([Record("q", "zap")], Joins(), template="clean", answer_only=True)
+    assert tokenized[0][tokenized.first_targets[0] :].tolist() == [0x7F, *b"ap", 2]
 
 
 def test_records_whose_answer_is_cut_off_are_left_out_only_from_the_answers_loss():
     records = [Record("q" * 50, "answer"), Record("q", "answer")]
     cutoff = len(text(records[1])) + 2
     assert (len(examples(records, cutoff=cutoff)), examples(records, cutoff=cutoff).skipped) == (2, 0)
-    found = examples(records, cutoff=cutoff, answer_only=True)
-    assert (len(found), found.skipped, found.truncated) == (1, 1, 1)
+    tokenized = examples(records, cutoff=cutoff, answer_only=True)
+    assert (len(tokenized), tokenized.skipped, tokenized.truncated) == (1, 1, 1)
     with pytest.raises(InputError, match=r"cutoff .* 1 records, got 20"):
         examples(records[:1], cutoff=20, answer_only=True)
 
 
 def test_batches_within_a_model_s_positions():
     """The longest width is capped, narrower ones stay, and a record without any position left is refused."""
-    found = Batches(examples([Record("q", "a"), Record("q" * 60, "a")]), (160, 256), batch_size=1)
-    smaller, size = found.examples.input_lengths.tolist()
+    data = Batches(examples([Record("q", "a"), Record("q" * 60, "a")]), (160, 256), batch_size=1)
+    smaller, size = data.examples.input_lengths.tolist()
     assert smaller < 160 < size < 256
-    assert found.limit_widths(256) is found
-    assert {batch.inputs.shape[1] for batch in prefetch(found.limit_widths(size))} == {160, size}
+    assert data.limit_widths(256) is data
+    assert {batch.inputs.shape[1] for batch in prefetch(data.limit_widths(size))} == {160, size}
     with pytest.raises(InputError, match=f"{size + 1} tokens, .* at most {size}"):
-        found.limit_widths(size - 1)
+        data.limit_widths(size - 1)
 
 
 def test_split_is_a_seeded_partition():
@@ -132,10 +132,10 @@ def test_an_epoch_has_each_record_once_and_one_short_batch_at_most(lengths, batc
 
 
 def batches(count=22, batch=4, epochs=2, seed=3, **options):
-    found = examples(tiny.records(count), **options)
-    widths = choose_widths(found.input_lengths, 3)
+    tokenized = examples(tiny.records(count), **options)
+    widths = choose_widths(tokenized.input_lengths, 3)
     answer_only = options.get("answer_only", False)
-    return Batches(found, widths, batch_size=batch, epochs=epochs, seed=seed, answer_only=answer_only)
+    return Batches(tokenized, widths, batch_size=batch, epochs=epochs, seed=seed, answer_only=answer_only)
 
 
 def contents(batch):
@@ -169,15 +169,15 @@ def test_batches_hold_the_records():
 
 def test_a_stream_is_a_function_of_seed_and_first_step_and_ends_with_the_batches():
     data = batches()
-    whole = as_lists(data)
-    assert len(whole) == 12
-    assert as_lists(prefetch(data)) == whole
-    assert as_lists(prefetch(data, start=5)) == whole[5:]
-    assert as_lists([data[-1]]) == whole[-1:]
+    all_batches = as_lists(data)
+    assert len(all_batches) == 12
+    assert as_lists(prefetch(data)) == all_batches
+    assert as_lists(prefetch(data, start=5)) == all_batches[5:]
+    assert as_lists([data[-1]]) == all_batches[-1:]
     again, other = batches(), batches(seed=4)
     steps = [7, 0, 11, 5]  # without the ones before them
-    assert as_lists(again[step] for step in steps) == [whole[step] for step in steps]
-    assert as_lists(other) != whole
+    assert as_lists(again[step] for step in steps) == [all_batches[step] for step in steps]
+    assert as_lists(other) != all_batches
     for step in (12, -13):
         with pytest.raises(IndexError, match=f"step must be less than 12, got {step}"):
             data[step]
@@ -187,8 +187,8 @@ def test_the_digest_is_of_all_that_decides_a_batch():
     pair = (Record("q", "a"), Record("qq", "a"))
 
     def digest(records=pair, widths=(64, 72), size=2, seed=3, epochs=1, **options):
-        found = examples(records, **options)
-        return Batches(found, widths, batch_size=size, seed=seed, epochs=epochs, **options).digest
+        tokenized = examples(records, **options)
+        return Batches(tokenized, widths, batch_size=size, seed=seed, epochs=epochs, **options).digest
 
     assert digest() == digest() == digest(epochs=2)
     other_records = digest((pair[0], Record("qq", "b"))), digest(pair[::-1])
@@ -198,21 +198,21 @@ def test_the_digest_is_of_all_that_decides_a_batch():
 
 def test_batches_are_made_ahead_and_fail_in_their_turn(monkeypatch, time_limit):
     data = batches()
-    made, real = [], Batches.__getitem__
+    started_steps, get_batch = [], Batches.__getitem__
 
-    def watched(self, step):
-        made.append(step)
+    def record_step(self, step):
+        started_steps.append(step)
         if step == 11:
             raise ValueError("record 11")
-        return real(self, step)
+        return get_batch(self, step)
 
-    monkeypatch.setattr(Batches, "__getitem__", watched)
+    monkeypatch.setattr(Batches, "__getitem__", record_step)
     stream = prefetch(data, start=8)
     next(stream)
     with time_limit(20):
-        while len(made) < 3:
+        while len(started_steps) < 3:
             time.sleep(0.001)
-    assert made == [8, 9, 10], "two are made while the first is worked on"
+    assert started_steps == [8, 9, 10], "two are made while the first is worked on"
     next(stream)
     next(stream)
     with pytest.raises(ValueError, match="record 11"):
@@ -220,22 +220,28 @@ def test_batches_are_made_ahead_and_fail_in_their_turn(monkeypatch, time_limit):
 
 
 def test_answer_batches_name_the_positions_of_their_targets():
-    data, whole = batches(answer_only=True), batches()
-    for step in range(len(data)):
-        few, many = data[step], whole[step]
-        assert np.array_equal(few.inputs, many.inputs), "the same order as the loss on all tokens"
-        assert few.targets.shape[1] == 8, "answers of 7 letters and the end token"
+    answer_data, full_data = batches(answer_only=True), batches()
+    for step in range(len(answer_data)):
+        answer_batch, full_batch = answer_data[step], full_data[step]
+        assert np.array_equal(answer_batch.inputs, full_batch.inputs), "the same order as the loss on all tokens"
+        assert answer_batch.targets.shape[1] == 8, "answers of 7 letters and the end token"
         for row in range(4):
-            for target, weight, position in zip(few.targets[row], few.weights[row], few.positions[row], strict=True):
-                assert not weight or many.targets[row, position] == target
-        answers = [bytes(t[:7].tolist()).decode() for t, w in zip(few.targets, few.weights, strict=True) if w.any()]
+            for target, weight, position in zip(
+                answer_batch.targets[row], answer_batch.weights[row], answer_batch.positions[row], strict=True
+            ):
+                assert not weight or full_batch.targets[row, position] == target
+        answers = [
+            bytes(t[:7].tolist()).decode()
+            for t, w in zip(answer_batch.targets, answer_batch.weights, strict=True)
+            if w.any()
+        ]
         assert all(answer in {"answer0", "answer1", "answer2", "answer3"} for answer in answers)
 
 
 def test_padding_of_the_real_text_is_small(commonsense_dir):
     files = [commonsense_dir / task / "train.json" for task in ("ARC-Easy", "ARC-Challenge")]
-    found = tokenize(read_records(files), ENCODER, cutoff=1024)
-    lengths = found.input_lengths
+    tokenized = tokenize(read_records(files), ENCODER, cutoff=1024)
+    lengths = tokenized.input_lengths
 
     def padded(widths):
         plan = plan_epoch(lengths, widths, 16, seed=1, epoch=0)

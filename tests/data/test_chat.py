@@ -339,15 +339,15 @@ def test_batches_hold_every_turn(tokenizer):
         only: tokenize(records, tokenizer, cutoff=1000, template="chat", answer_only=only) for only in (True, False)
     }
     assert np.array_equal(by_loss[True].tokens, by_loss[False].tokens)
-    few = Batches(by_loss[True], (512,), batch_size=3, answer_only=True)[0]
-    many = Batches(by_loss[True], (512,), batch_size=3)[0]
+    answer_batch = Batches(by_loss[True], (512,), batch_size=3, answer_only=True)[0]
+    full_batch = Batches(by_loss[True], (512,), batch_size=3)[0]
     for row in range(3):
         tokens, learned = by_loss[True][row], by_loss[True].target_mask(row)
-        counted = few.weights[row] == 1
-        assert few.targets[row][counted].tolist() == tokens[learned].tolist()
-        assert (few.positions[row][counted] + 1).tolist() == np.flatnonzero(learned).tolist()
-        assert many.targets[row][many.weights[row] == 1].tolist() == tokens[learned].tolist()
-    assert few.targets.shape[1] == -(-int(by_loss[True].target_counts.max()) // 8) * 8
+        counted = answer_batch.weights[row] == 1
+        assert answer_batch.targets[row][counted].tolist() == tokens[learned].tolist()
+        assert (answer_batch.positions[row][counted] + 1).tolist() == np.flatnonzero(learned).tolist()
+        assert full_batch.targets[row][full_batch.weights[row] == 1].tolist() == tokens[learned].tolist()
+    assert answer_batch.targets.shape[1] == -(-int(by_loss[True].target_counts.max()) // 8) * 8
     assert by_loss[True].target_counts.tolist() == [int(by_loss[True].target_mask(i).sum()) for i in range(3)]
     assert by_loss[True].first_targets.tolist() == [int(np.argmax(by_loss[True].target_mask(i))) for i in range(3)]
 

@@ -40,28 +40,28 @@ def read(tmp_path):
 def test_every_format_in_every_file_is_recognised(read, name, suffix):
     row, record, template = CASES[name]
     rows = [row | {"id": 3}] * 2
-    found = read(rows, suffix)
-    assert found.records == [record] * 2
-    assert found.formats == ((name, 2),)
-    assert (found.template(None), found.template("clean")) == (template, "clean")
-    assert found.summary == f"records: 2 as {name} (detected from the first record's keys; --format selects another)"
-    assert found.notes == ()
-    assert read(rows, suffix, format=name).records == found.records
+    loaded = read(rows, suffix)
+    assert loaded.records == [record] * 2
+    assert loaded.formats == ((name, 2),)
+    assert (loaded.template(None), loaded.template("clean")) == (template, "clean")
+    assert loaded.summary == f"records: 2 as {name} (detected from the first record's keys; --format selects another)"
+    assert loaded.notes == ()
+    assert read(rows, suffix, format=name).records == loaded.records
 
 
 def test_names_of_their_own(read):
-    own = {"question": "Q", "context": None, "reply": "A", "text": "T"}
-    rows = [own, own | {"context": "C"}]
-    found = read(rows, "parquet", fields={"instruction": "question", "input": "context", "output": "reply"})
-    assert found.records == [Record("Q", "A"), Record("Q", "A", "C")]
-    (note,) = found.notes
+    row = {"question": "Q", "context": None, "reply": "A", "text": "T"}
+    rows = [row, row | {"context": "C"}]
+    loaded = read(rows, "parquet", fields={"instruction": "question", "input": "context", "output": "reply"})
+    assert loaded.records == [Record("Q", "A"), Record("Q", "A", "C")]
+    (note,) = loaded.notes
     assert note.endswith("x.parquet: read as alpaca; it also matches text (--format)")
     # Formats that use more of the renamed fields come first.
-    for row in (own, {"question": "Q", "reply": "A"} | CASES["alpaca"][0]):
-        assert read([row], fields={"prompt": "question", "response": "reply"}).formats == (("prompt-response", 1),)
-    talk = [{"who": turn["role"], "said": turn["content"]} for turn in MESSAGES]
-    found = read([{"conversations": talk}], fields={"messages": "conversations", "role": "who", "content": "said"})
-    assert (found.records, found.formats) == ([CHAT], (("messages", 1),))
+    for renamed in (row, {"question": "Q", "reply": "A"} | CASES["alpaca"][0]):
+        assert read([renamed], fields={"prompt": "question", "response": "reply"}).formats == (("prompt-response", 1),)
+    messages = [{"who": message["role"], "said": message["content"]} for message in MESSAGES]
+    loaded = read([{"conversations": messages}], fields={"messages": "conversations", "role": "who", "content": "said"})
+    assert (loaded.records, loaded.formats) == ([CHAT], (("messages", 1),))
 
 
 def test_a_chats_further_keys_reach_the_template(read):
@@ -85,12 +85,12 @@ def test_arguments_of_tool_calls_written_as_json_are_encoded_once(read, suffix):
         calls = [{"id": "1", "type": "function", "function": function} for function in functions]
         return {"messages": [MESSAGES[0], {"role": "assistant", "content": None, "tool_calls": calls}]}
 
-    found = read([row('{"city": "Köln", "days": [1]}', ""), row(" {} ")], suffix)
-    assert found.records == read([row({"city": "Köln", "days": [1]}, {}), row({})], "jsonl").records
-    (note,) = found.notes
+    loaded = read([row('{"city": "Köln", "days": [1]}', ""), row(" {} ")], suffix)
+    assert loaded.records == read([row({"city": "Köln", "days": [1]}, {}), row({})], "jsonl").records
+    (note,) = loaded.notes
     assert note.startswith("3 tool calls")
     template = ChatTemplate("{% for m in messages %}{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}")
-    assert '"arguments": {"city": "Köln", "days": [1]}' in template.render(found.records[0].messages)
+    assert '"arguments": {"city": "Köln", "days": [1]}' in template.render(loaded.records[0].messages)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -100,9 +100,9 @@ def test_a_turn_of_weight_0_is_not_learned(read, key, messages, suffix):
     question, answer = messages
     rows = [{key: [question, answer | {"weight": weight}, *messages]} for weight in (0, 1, 0.0, None)]
     ignored, plain = Chat((MESSAGES[0], MESSAGES[1] | {"weight": 0}, *MESSAGES)), Chat((*MESSAGES, *MESSAGES))
-    found = read(rows, suffix)
-    assert found.records == [ignored, plain, ignored, plain]
-    (note,) = found.notes
+    loaded = read(rows, suffix)
+    assert loaded.records == [ignored, plain, ignored, plain]
+    (note,) = loaded.notes
     assert note.startswith("2 turns have weight 0")
     assert records_digest([ignored]) != records_digest([plain])
     renamed = [{key: [question, answer | {"train": 0}, *messages]}]

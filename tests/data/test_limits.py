@@ -111,15 +111,15 @@ class Counting(tiny.ByteEncoder):
 
 def test_only_the_beginning_of_a_long_text_is_tokenized():
     encoder = Counting()
-    found = tokenize([Text("ab" * 1_000_000), Text("short")], encoder, cutoff=16)
-    assert found[0].tolist() == [1, *b"ab" * 7, ord("a")]
-    assert found[1].tolist() == [1, *b"short", 2]
-    assert found.truncated == 1
+    tokenized = tokenize([Text("ab" * 1_000_000), Text("short")], encoder, cutoff=16)
+    assert tokenized[0].tolist() == [1, *b"ab" * 7, ord("a")]
+    assert tokenized[1].tolist() == [1, *b"short", 2]
+    assert tokenized.truncated == 1
     assert encoder.seen < 2000
-    asked = tokenize(
+    answers = tokenize(
         [Record("q" * 1_000_000, "a"), Record("q", "a" * 1_000_000)], encoder, cutoff=400, answer_only=True
     )
-    assert (asked.skipped, asked.truncated, asked.lengths.tolist()) == (1, 2, [400])
+    assert (answers.skipped, answers.truncated, answers.lengths.tolist()) == (1, 2, [400])
 
 
 @pytest.fixture(scope="module")
@@ -142,19 +142,19 @@ def test_a_beginning_has_the_tokens_of_the_whole_text(template, answer_only, tok
     written = ["".join(draw.choices(["a", "b ", "\n", "    ", "é"], k=300)) for _ in range(20)]
     options = {"template": template, "answer_only": answer_only, "chat": ChatTemplate(chat.CHATML)}
     if template == "plain":
-        given, encoder, options["cutoff"] = [Record(text[:30], text[30:]) for text in written], Long(), 40
+        records, encoder, options["cutoff"] = [Record(text[:30], text[30:]) for text in written], Long(), 40
     else:
         encoder, options["cutoff"] = tokenizer, 240
         chats = [chat_templates.turns(*(text[7 * i : 7 * i + 7] for i in range(20))) for text in written]
-        given = [Chat(tuple(turn | {"weight": int(i % 4 != 1)} for i, turn in enumerate(turns))) for turns in chats]
-    whole = tokenize(given, encoder, **options)
+        records = [Chat(tuple(turn | {"weight": int(i % 4 != 1)} for i, turn in enumerate(turns))) for turns in chats]
+    expected = tokenize(records, encoder, **options)
     if template == "chat":
-        assert {*whole.target_mask(0)[1:].tolist()} == {True, False}
+        assert {*expected.target_mask(0)[1:].tolist()} == {True, False}
     monkeypatch.setattr(batches, "CHARACTERS_PER_TOKEN", 1)
-    found = tokenize(given, encoder, **options)
-    assert np.array_equal(found.tokens, whole.tokens)
-    assert np.array_equal(found.is_target, whole.is_target)
-    assert (found.truncated, found.skipped) == (whole.truncated, whole.skipped)
+    by_beginning = tokenize(records, encoder, **options)
+    assert np.array_equal(by_beginning.tokens, expected.tokens)
+    assert np.array_equal(by_beginning.is_target, expected.is_target)
+    assert (by_beginning.truncated, by_beginning.skipped) == (expected.truncated, expected.skipped)
 
 
 HOSTILE = {
@@ -187,11 +187,11 @@ def test_a_hostile_template_ends_in_one_line(name, monkeypatch, time_limit):
 
 
 def test_a_child_process_writes_what_this_process_does():
-    given = [Chat(tuple(chat_templates.CHAT)), Record("Q", "A"), Chat(TURNS, ({"name": "é\ud7ff"},), context=1)]
+    records = [Chat(tuple(chat_templates.CHAT)), Record("Q", "A"), Chat(TURNS, ({"name": "é\ud7ff"},), context=1)]
     for source in (chat_templates.LLAMA3, chat_templates.MARKED):
         template = ChatTemplate(source, tokens={"bos_token": "<s>", "eos_token": "</s>"})
-        assert texts.render_records(given, "chat", template) == [
-            texts.render_record(one, "chat", template) for one in given
+        assert texts.render_records(records, "chat", template) == [
+            texts.render_record(record, "chat", template) for record in records
         ]
     assert pickle.loads(pickle.dumps(template)).source == template.source
     with pytest.raises(InputError, match=r"line 3: .*no such chats"):
@@ -209,9 +209,9 @@ def chat_of(content, line):
 
 
 def test_all_chats_that_a_template_refuses_are_listed():
-    given = [chat_of(content, line) for line, content in enumerate(["yes", "no", "yes", "no"], start=1)]
+    records = [chat_of(content, line) for line, content in enumerate(["yes", "no", "yes", "no"], start=1)]
     with pytest.raises(InputError, match=r"^2 of 4 .*\(1\) x\.jsonl: line 2: .*\(2\) x\.jsonl: line 4: .*not this"):
-        texts.render_records(given, "chat", ChatTemplate(PICKY + chat.CHATML))
+        texts.render_records(records, "chat", ChatTemplate(PICKY + chat.CHATML))
 
 
 @pytest.mark.parametrize(
@@ -223,9 +223,9 @@ def test_a_limit_ends_the_work_at_once_and_names_its_record(large, reason, monke
     """The limit also applies after records that the template refuses."""
     monkeypatch.setattr(texts, "RENDER_MEMORY", 1 << 28)
     source = PICKY + chat.CHATML + "{% if messages[-1].content == 'large' %}" + large + "{% endif %}"
-    given = [chat_of(content, line) for line, content in enumerate(["no", "yes", "large", "no"], start=1)]
+    records = [chat_of(content, line) for line, content in enumerate(["no", "yes", "large", "no"], start=1)]
     with pytest.raises(InputError, match=rf"^x\.jsonl: line 3: .*{reason}"):
-        texts.render_records(given, "chat", ChatTemplate(source))
+        texts.render_records(records, "chat", ChatTemplate(source))
 
 
 def test_a_limit_that_is_met_while_a_turn_is_located_is_named(monkeypatch):

@@ -17,8 +17,8 @@ def test_windows_do_not_overlap(tmp_path) -> None:
     assert texts[0].startswith("the quick brown fox")
     assert "### Response:" in texts[1]
     (tmp_path / "own.jsonl").write_text('{"q": "Who?", "a": "I."}\n')
-    own = FormatConfig(fields={"instruction": "q", "output": "a"})
-    assert "Who?" in read_texts([str(tmp_path / "own.jsonl")], own)[0]
+    renamed_fields = FormatConfig(fields={"instruction": "q", "output": "a"})
+    assert "Who?" in read_texts([str(tmp_path / "own.jsonl")], renamed_fields)[0]
     windows, held_out = sample_windows(texts, tokenizer, **sizes)
     assert (windows.shape, held_out.shape) == ((6, 16), (3, 16))
     text = ["".join(chr(97 + i % 26) + str(i) for i in range(60))]
@@ -45,8 +45,8 @@ def test_a_file_that_is_named_twice_is_refused(tmp_path) -> None:
 def test_windows_take_all_of_a_text_that_is_just_long_enough() -> None:
     """Four documents of 6 letters become 8 tokens each, with a token before and the end token after each one."""
     texts, sizes = ["abcdef", "ghijkl", "mnopqr", "stuvwx"], {"seq": 16, "windows": 1, "held_out": 1}
-    parts = sample_windows(texts, tiny.ByteEncoder(), **sizes)
-    found = sorted(row.tolist() for part in parts for row in part)
-    assert found == [[1, *b"abcdef", 2, 1, *b"ghijkl", 2], [1, *b"mnopqr", 2, 1, *b"stuvwx", 2]]
+    splits = sample_windows(texts, tiny.ByteEncoder(), **sizes)
+    windows = sorted(row.tolist() for split in splits for row in split)
+    assert windows == [[1, *b"abcdef", 2, 1, *b"ghijkl", 2], [1, *b"mnopqr", 2, 1, *b"stuvwx", 2]]
     orders = {tuple(sample_windows(texts, tiny.ByteEncoder(), **sizes, seed=seed)[0][0].tolist()) for seed in range(8)}
     assert len(orders) == 2, "either window is held out at some seed"

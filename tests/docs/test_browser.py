@@ -118,7 +118,7 @@ def answer(old: Setting, rank: int, regime: Any = "signal", **to: Any) -> str:
     return transfer(old, rank, regime, **to).sentence()
 
 
-def put(browser: Any, name: str, text: str) -> None:
+def type_text(browser: Any, name: str, text: str) -> None:
     """Replace the content of a field by typing."""
     field = browser.find_element(By.NAME, name)
     field.send_keys(Keys.CONTROL + "a", Keys.NULL, text or Keys.BACKSPACE)
@@ -172,10 +172,10 @@ def test_by_keyboard_alone(page) -> None:
 
 def test_what_a_screen_reader_is_told(page) -> None:
     fields = page.find_elements(By.CSS_SELECTOR, "#calculator-form :is(input, select)")
-    heard = [field.accessible_name for field in fields]
-    assert len(set(heard)) == len(heard) == 17
-    assert all(heard)
-    assert "Steps of the new run" in heard
+    labels = [field.accessible_name for field in fields]
+    assert len(set(labels)) == len(labels) == 17
+    assert all(labels)
+    assert "Steps of the new run" in labels
     drawings = page.find_elements(By.CSS_SELECTOR, "#calculator-result svg")
     assert [drawing.aria_role for drawing in drawings] == ["image", "image"]
     assert "at rank 128 it is 1 times the tuned one if the signal dominates, 0.354 times" in drawings[0].accessible_name
@@ -243,7 +243,7 @@ def test_contrast(page, site, scheme) -> None:
     ratios["figures"] = lowest("#calculator-result svg text", "fill")
     lines = {number: lowest(f".line-{number}", "stroke") for number in range(3)}
     lines["input"] = lowest("#calculator-form input", "borderTopColor")
-    put(page, "alpha", "0")
+    type_text(page, "alpha", "0")
     ratios["error"] = lowest("#calculator-said")
     assert {name: ratio for name, ratio in ratios.items() if ratio < 4.5} == {}
     assert {name: ratio for name, ratio in lines.items() if ratio < 3} == {}
@@ -299,11 +299,11 @@ def test_bad_input_is_one_line(page, site) -> None:
     ):
         field = page.find_element(By.NAME, name)
         old = field.get_attribute("value")
-        put(page, name, text)
+        type_text(page, name, text)
         assert shown_answer(page) == line
         assert field.get_attribute("aria-invalid") == "true"
         assert page.find_element(By.ID, "calculator-result").text == ""
-        put(page, name, old)
+        type_text(page, name, old)
         assert shown_answer(page) == before
         assert field.get_attribute("aria-invalid") is None
     go(page, f"{site}/calculator/?optimizer=muon&nothing=1")

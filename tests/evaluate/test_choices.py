@@ -36,7 +36,7 @@ def test_texts_that_change_have_another_version() -> None:
 
     If this fails, raise `choices.TEXTS` too, so that no run resumes with other texts.
     """
-    asked = [
+    all_texts = [
         [
             *((choice.context, choice.continuation, choice.length) for choice in harness_choices(record)),
             *((c.context, c.continuation) for template in TEMPLATES for c in label_choices(record, template)),
@@ -44,7 +44,7 @@ def test_texts_that_change_have_another_version() -> None:
         ]
         for record in (golden_records(key)[0] for key in TASKS)
     ]
-    assert (choices.TEXTS, digests.of_json(asked)[:16]) == ("2", "b5ffb9dcc108d61f")
+    assert (choices.TEXTS, digests.of_json(all_texts)[:16]) == ("2", "b5ffb9dcc108d61f")
 
 
 @pytest.mark.parametrize(
@@ -77,9 +77,9 @@ def test_parts_of_the_data(commonsense_dir: Path) -> None:
 
 
 def test_labels_follow_the_choices_whatever_their_order() -> None:
-    asked = {key: harness_choices(golden_records(key)[0]) for key in ("boolq", "ARC-Easy")}
-    assert [(c.label, c.continuation) for c in asked["boolq"]] == [("false", " no"), ("true", " yes")]
-    assert [c.label for c in asked["ARC-Easy"]] == [f"answer{n}" for n in range(1, 6)]
+    choices_of_task = {key: harness_choices(golden_records(key)[0]) for key in ("boolq", "ARC-Easy")}
+    assert [(c.label, c.continuation) for c in choices_of_task["boolq"]] == [("false", " no"), ("true", " yes")]
+    assert [c.label for c in choices_of_task["ARC-Easy"]] == [f"answer{n}" for n in range(1, 6)]
 
 
 @pytest.mark.parametrize("key", ["piqa", "hellaswag", "winogrande", "ARC-Easy"])

@@ -111,7 +111,7 @@ def test_edges_of_packing(items, read, prompts_read) -> None:
     ],
 )
 def test_shared_length(sequences, spare, count) -> None:
-    assert shared_length([list(one) for one in sequences], spare) == count
+    assert shared_length([list(sequence) for sequence in sequences], spare) == count
 
 
 def test_no_bit_depends_on_the_batch_size_or_on_what_was_done_before() -> None:

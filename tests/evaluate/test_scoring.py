@@ -42,11 +42,13 @@ def scored(request) -> tuple[str, dict[tuple[str, int], Sample]]:
 def test_log_likelihood_protocols(scored) -> None:
     protocol, samples = scored
     records = [golden_records(key)[0] for key in ("boolq", "piqa", "winogrande")]
-    asked = [harness_choices(each) if protocol == "harness" else label_choices(each, "train") for each in records]
-    encoded = encode_choices(TOKENIZER, asked, max_length=1024)
-    plain = iter(plain_log_likelihoods(PARAMS, CONFIG, [choice for item in encoded for choice in item], length=512))
-    for record, choices in zip(records, asked, strict=True):
-        sample, expected = samples[record.task, record.index], [next(plain) for _ in choices]
+    item_choices = [
+        harness_choices(record) if protocol == "harness" else label_choices(record, "train") for record in records
+    ]
+    encoded = encode_choices(TOKENIZER, item_choices, max_length=1024)
+    reference = iter(plain_log_likelihoods(PARAMS, CONFIG, [choice for item in encoded for choice in item], length=512))
+    for record, choices in zip(records, item_choices, strict=True):
+        sample, expected = samples[record.task, record.index], [next(reference) for _ in choices]
         labels, values = zip(*sample.log_likelihoods, strict=True)
         assert labels == tuple(choice.label for choice in choices)
         # Sums of up to 40 float32 log-probabilities of order 10, each to about 1e-6 of its size.
@@ -91,8 +93,8 @@ def test_smollm2_scores_as_lm_eval_scores_it() -> None:
 def test_the_length_that_acc_norm_divides_by() -> None:
     """A choice three times as long wins per character although it is less likely."""
     record = golden_records("piqa")[0]
-    asked = zip(harness_choices(record), (10, 30), strict=True)
-    choices = [dataclasses.replace(choice, length=length) for choice, length in asked]
+    pairs = zip(harness_choices(record), (10, 30), strict=True)
+    choices = [dataclasses.replace(choice, length=length) for choice, length in pairs]
     sample = scoring._likeliest(record, choices, [-10.0, -20.0], norm=True)
     assert (sample.prediction, sample.prediction_norm) == ("solution1", "solution2")
     assert (sample.correct, sample.correct_norm) == (False, True)
@@ -161,13 +163,13 @@ def test_generated_text_is_parsed(
 
 def test_templates_of_the_protocols(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [Scoring(name).template for name in ("generate", "label", "harness")] == ["eval", "train", None]
-    asked: list[object] = []
-    monkeypatch.setattr(scoring, "log_likelihoods", lambda *arguments, **_: asked.append(arguments[2]) or [])
+    scored_items: list[object] = []
+    monkeypatch.setattr(scoring, "log_likelihoods", lambda *arguments, **_: scored_items.append(arguments[2]) or [])
     templates = ("train", "eval", "clean")
     for template in templates:
         score(PARAMS, CONFIG, TOKENIZER, [BOOLQ], Scoring("label", template))
     expected = [encode_choices(TOKENIZER, [label_choices(BOOLQ, name)], max_length=1024) for name in templates]
-    assert asked == expected
+    assert scored_items == expected
     assert expected[0] != expected[1] != expected[2] != expected[0]
 
 

@@ -220,9 +220,9 @@ def abstract(data, fsdp):
 def test_a_plan_does_not_depend_on_the_machine_it_is_made_on(monkeypatch):
     """A fused kernel is no product of the program, so a plan made on a GPU would miss attention's products."""
     config = dataclasses.replace(SMALL, dtype="bfloat16")
-    here = capacity.estimate_step(TINY, config, 16)
+    expected = capacity.estimate_step(TINY, config, 16)
     monkeypatch.setattr("rora_theory.llama.attention._has_fused_kernel", lambda: True)
-    assert capacity.estimate_step(TINY, config, 16) == here
+    assert capacity.estimate_step(TINY, config, 16) == expected
 
 
 @pytest.mark.parametrize(

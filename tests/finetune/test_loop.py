@@ -46,15 +46,15 @@ def compiled_once():
 
 
 def _memo(original):
-    made = {}
+    cache = {}
     unread = {"seed": 0, "evaluate_every": 1, "checkpoint_every": 1}
 
     def make(adapter, *arguments, **options):
         read = [dataclasses.replace(a, **unread) if isinstance(a, FinetuneConfig) else a for a in arguments]
         key = repr((adapter.config, read, options))
-        if key not in made:
-            made[key] = original(adapter, *arguments, **options)
-        return made[key]
+        if key not in cache:
+            cache[key] = original(adapter, *arguments, **options)
+        return cache[key]
 
     return make
 
@@ -101,14 +101,14 @@ def complete(params, tmp_path_factory):
 def test_a_run_takes_every_step_and_validates_on_time(complete):
     """The learning rate rises from 0 over 2 updates, then falls to 0 after the 10th."""
     events, run, held_out, traces = complete
-    taken = [event for event in events if isinstance(event, StepCompleted)]
-    assert [event.step for event in taken] == list(range(1, 11))
+    completed = [event for event in events if isinstance(event, StepCompleted)]
+    assert [event.step for event in completed] == list(range(1, 11))
     assert run.step == run.steps == 10
     assert [event.step for event in events if isinstance(event, ValidationCompleted)] == [4, 8, 10]
-    assert (taken[4].epoch, taken[9].epoch) == (1.0, 2.0)
-    assert np.mean([event.loss for event in taken[-3:]]) < np.mean([event.loss for event in taken[:3]])
-    assert taken[0].targets < taken[0].positions
-    rates = [event.learning_rate for event in taken]
+    assert (completed[4].epoch, completed[9].epoch) == (1.0, 2.0)
+    assert np.mean([event.loss for event in completed[-3:]]) < np.mean([event.loss for event in completed[:3]])
+    assert completed[0].targets < completed[0].positions
+    rates = [event.learning_rate for event in completed]
     assert rates == pytest.approx([0.0, 0.015, *(0.03 * left / 8 for left in range(8, 0, -1))])
     widths = {shape[1] for shape in traces}
     assert len(widths) == 2
@@ -167,23 +167,23 @@ def test_the_seed_decides_the_dropout(params):
 @pytest.mark.slow
 def test_the_best_adapter_is_the_one_of_the_lowest_validation_loss(params, complete, tmp_path):
     run, _, held_out = trainer(params, tmp_path)
-    real, taken = run._evaluate, []
+    evaluate, completed_steps = run._evaluate, []
 
     def worse_and_worse(weights, base, batch):
-        total, count = real(weights, base, batch)
-        return total * float(len({step for step in taken if step in (4, 8, 10)})), count
+        total, count = evaluate(weights, base, batch)
+        return total * float(len({step for step in completed_steps if step in (4, 8, 10)})), count
 
     run._evaluate = worse_and_worse
     losses = {}
     for event in run.run():
-        taken.append(event.step)
+        completed_steps.append(event.step)
         if isinstance(event, ValidationCompleted):
             losses[event.step] = event
     assert [(step, event.best) for step, event in losses.items()] == [(4, True), (8, False), (10, False)]
     assert (run.best_step, run.best_loss) == (4, losses[4].loss)
 
     def loss(which):
-        sums = [real(run.adapter(which).params, params, batch) for batch in prefetch(held_out)]
+        sums = [evaluate(run.adapter(which).params, params, batch) for batch in prefetch(held_out)]
         return float(sum(s for s, _ in sums) / sum(n for _, n in sums))
 
     true = {event.step: event.loss for event in complete[0] if isinstance(event, ValidationCompleted)}

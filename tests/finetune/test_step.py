@@ -176,11 +176,11 @@ def take_shared(shared, params, config, batches, adapted):
     """Return weights and metrics as `run` does, from steps that are compiled for several runs."""
     function = shared.train_step(adapted, tiny.CONFIG, config, STEPS)
     state = steps.init_state(adapted, steps.finetune_optimizer(config, STEPS), jax.random.key(3))
-    taken = []
+    results = []
     for item in batches:
         state, metrics = function(state, params, item)
-        taken.append((jax.tree.map(np.asarray, state.params), jax.tree.map(float, metrics)))
-    return taken
+        results.append((jax.tree.map(np.asarray, state.params), jax.tree.map(float, metrics)))
+    return results
 
 
 @pytest.mark.slow
@@ -191,8 +191,8 @@ def test_shared_steps_are_each_run_s_own(params):
     for changes in ({}, {"lr": 0.03}, {"alpha": 9.0, "rule": "lora"}):
         config = changed(**{"warmup": 1, "lr": 0.01} | changes)
         adapted = adapter(params, config)
-        taken = take_shared(shared, params, config, data, adapted)
-        for (weights, metrics), (expected, known) in zip(taken, run(params, config, data, adapted), strict=True):
+        results = take_shared(shared, params, config, data, adapted)
+        for (weights, metrics), (expected, known) in zip(results, run(params, config, data, adapted), strict=True):
             np.testing.assert_allclose(metrics, known, rtol=1e-5)
             # A weight moves by the rate; programs that differ in what is constant round differently.
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), weights, expected)

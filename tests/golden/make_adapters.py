@@ -70,11 +70,11 @@ def base_weights() -> dict[str, np.ndarray]:
 
     width, inner, vocabulary = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["vocab_size"]
     keys = SHAPE["num_key_value_heads"] * SHAPE["head_dim"]
-    found = {"model.embed_tokens.weight": uniform(vocabulary, width)}
+    weights = {"model.embed_tokens.weight": uniform(vocabulary, width)}
     for layer in range(SHAPE["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         for name in ("input_layernorm", "post_attention_layernorm"):
-            found[f"{prefix}{name}.weight"] = 1 + 0.1 * uniform(width)
+            weights[f"{prefix}{name}.weight"] = 1 + 0.1 * uniform(width)
         for name, out, into in (
             ("self_attn.q_proj", width, width),
             ("self_attn.k_proj", keys, width),
@@ -84,11 +84,11 @@ def base_weights() -> dict[str, np.ndarray]:
             ("mlp.up_proj", inner, width),
             ("mlp.down_proj", width, inner),
         ):
-            found[f"{prefix}{name}.weight"] = uniform(out, into) / np.float32(into**0.5)
-            found[f"{prefix}{name}.bias"] = 0.1 * uniform(out)
-    found["model.norm.weight"] = 1 + 0.1 * uniform(width)
-    found["lm_head.weight"] = uniform(vocabulary, width) / np.float32(width**0.5)
-    return found
+            weights[f"{prefix}{name}.weight"] = uniform(out, into) / np.float32(into**0.5)
+            weights[f"{prefix}{name}.bias"] = 0.1 * uniform(out)
+    weights["model.norm.weight"] = 1 + 0.1 * uniform(width)
+    weights["lm_head.weight"] = uniform(vocabulary, width) / np.float32(width**0.5)
+    return weights
 
 
 def torch_base():
@@ -132,9 +132,9 @@ def make(name: str, settings: dict) -> None:
     loss, logits = torch_loss(model)
     loss.backward()
     saved = {key: value.grad for key, value in adapted.items()}
-    found = {"logits": logits.detach().numpy(), "count": np.asarray(model.get_nb_trainable_parameters()[0])}
+    arrays = {"logits": logits.detach().numpy(), "count": np.asarray(model.get_nb_trainable_parameters()[0])}
     for key, gradient in saved.items():
-        found["grad:" + key.replace(".default", "").removesuffix(".weight" if "magnitude" in key else "")] = (
+        arrays["grad:" + key.replace(".default", "").removesuffix(".weight" if "magnitude" in key else "")] = (
             gradient.numpy()
         )
     optimizer = torch.optim.AdamW(adapted.values(), lr=RATE)
@@ -145,7 +145,7 @@ def make(name: str, settings: dict) -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    np.savez_compressed(folder / "golden.npz", losses=np.asarray(losses), **found)
+    np.savez_compressed(folder / "golden.npz", losses=np.asarray(losses), **arrays)
 
 
 def check_ours(name: str) -> float:

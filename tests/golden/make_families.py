@@ -125,8 +125,10 @@ def main() -> None:
         # Positions count real tokens, as they do in generation.
         inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
         logits = model(tokens, **inputs).logits
-        each = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
-        (each * mask[:, :-1]).sum().backward()
+        token_losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none"
+        )
+        (token_losses * mask[:, :-1]).sum().backward()
         arrays[f"{name}/logits"] = logits.detach().numpy()
         for key, value in model.named_parameters():
             arrays[f"{name}/gradient/{key}"] = reduced(key, value.grad.numpy())

@@ -81,22 +81,22 @@ def main() -> None:
 
     def model(name: str, seed: int, dtype: torch.dtype) -> LlamaForCausalLM:
         settings = {key: value for key, value in MODELS[name].items() if key != "model_type"}
-        made = LlamaForCausalLM(LlamaConfig(**settings, attn_implementation="eager")).to(dtype).eval()
+        network = LlamaForCausalLM(LlamaConfig(**settings, attn_implementation="eager")).to(dtype).eval()
         state = {
             key: torch.tensor(draw(key, tuple(value.shape), seed), dtype=dtype)
-            for key, value in made.state_dict().items()
-            if not (key == "lm_head.weight" and made.config.tie_word_embeddings)
+            for key, value in network.state_dict().items()
+            if not (key == "lm_head.weight" and network.config.tie_word_embeddings)
         }
-        made.load_state_dict(state, strict=False)
-        made.generation_config = GenerationConfig()
-        return made
+        network.load_state_dict(state, strict=False)
+        network.generation_config = GenerationConfig()
+        return network
 
-    def generate(made: LlamaForCausalLM, texts: list[list[int]], settings: dict, eos: list[int]) -> list[list[int]]:
+    def generate(network: LlamaForCausalLM, texts: list[list[int]], settings: dict, eos: list[int]) -> list[list[int]]:
         longest = max(map(len, texts))
         tokens = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
         mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
         with torch.no_grad():
-            out = made.generate(
+            out = network.generate(
                 tokens,
                 attention_mask=mask,
                 generation_config=GenerationConfig(
@@ -121,9 +121,9 @@ def main() -> None:
             # End tokens that the model likes: those it generates most often when nothing ends a text.
             free = [token for row in generate(narrow, texts, BEAM, []) for token in row if token]
             eos = sorted(np.bincount(free).argsort()[::-1][1 : 1 + ends].tolist())
-            found = generate(narrow, texts, settings, eos)
-            if found == [generate(wide, [text], settings, eos)[0] for text in texts]:
-                cases.append({"model": name, "seed": seed, "settings": settings, "eos": eos, "new": found})
+            answers = generate(narrow, texts, settings, eos)
+            if answers == [generate(wide, [text], settings, eos)[0] for text in texts]:
+                cases.append({"model": name, "seed": seed, "settings": settings, "eos": eos, "new": answers})
             else:
                 print("left out, hangs on rounding:", name, seed, settings)
     lengths = np.bincount([len(row) for case in cases for row in case["new"]], minlength=NEW_TOKENS + 1)

@@ -81,7 +81,9 @@ def small_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
     return backend
 
 
-def asked(tokenizer: transformers.PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> list[list[list[int]]]:
+def encode_pairs(
+    tokenizer: transformers.PreTrainedTokenizerFast, pairs: list[tuple[str, str]]
+) -> list[list[list[int]]]:
     """Return context and continuation tokens from lm-eval's own method on a model class without a model."""
 
     class Encoder(HFLM):
@@ -113,7 +115,7 @@ def main() -> None:
     with_bos = copy.deepcopy(plain)
     with_bos.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokens = {
-        name: asked(
+        name: encode_pairs(
             transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>"),
             pairs,
         )

@@ -35,18 +35,18 @@ def make() -> None:
     (trained,) = (value for value in model.parameters() if value.requires_grad)
     loss, logits = torch_loss(model)
     loss.backward()
-    found = {"logits": logits.detach().numpy(), "count": np.asarray(trained.numel()), "gradient": trained.grad.numpy()}
-    found["gradient"] = found["gradient"].copy()
+    arrays = {"logits": logits.detach().numpy(), "count": np.asarray(trained.numel()), "gradient": trained.grad.numpy()}
+    arrays["gradient"] = arrays["gradient"].copy()
     with torch.no_grad():
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        found["padded"] = model(tokens, attention_mask=mask, position_ids=positions).logits.numpy()
+        arrays["padded"] = model(tokens, attention_mask=mask, position_ids=positions).logits.numpy()
         # By the forward pass: under transformers 5 peft's own `generate` reads no prefix (its cache is ignored).
-        whole, seen = tokens, mask
+        sequences, masks = tokens, mask
         for _ in range(NEW):
-            positions = (seen.cumsum(1) - 1).clamp(min=0)
-            new = model(whole, attention_mask=seen, position_ids=positions).logits[:, -1:].argmax(-1)
-            whole, seen = torch.cat([whole, new], 1), torch.cat([seen, torch.ones_like(new)], 1)
-        found["generated"] = whole[:, tokens.shape[1] :].numpy()
+            positions = (masks.cumsum(1) - 1).clamp(min=0)
+            new = model(sequences, attention_mask=masks, position_ids=positions).logits[:, -1:].argmax(-1)
+            sequences, masks = torch.cat([sequences, new], 1), torch.cat([masks, torch.ones_like(new)], 1)
+        arrays["generated"] = sequences[:, tokens.shape[1] :].numpy()
     optimizer = torch.optim.AdamW([trained], lr=RATE)
     losses = []
     for _ in range(STEPS):
@@ -55,7 +55,7 @@ def make() -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    np.savez_compressed(FOLDER / "golden.npz", losses=np.asarray(losses), **found)
+    np.savez_compressed(FOLDER / "golden.npz", losses=np.asarray(losses), **arrays)
 
 
 def check_ours() -> dict[str, float]:
@@ -71,22 +71,22 @@ def check_ours() -> dict[str, float]:
     config, params = LlamaConfig(**SHAPE), base_params()
     read = load_peft(FOLDER, config)
     expected = np.load(FOLDER / "golden.npz")["logits"]
-    found = {"ours on peft's": np.abs(forward(params, jnp.asarray(TOKENS), config, read) - expected).max()}
+    differences = {"ours on peft's": np.abs(forward(params, jnp.asarray(TOKENS), config, read) - expected).max()}
     other = init(jax.random.key(1), PrefixConfig(3), config, params)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         save_peft(folder, other)
         theirs = torch_loss(PeftModel.from_pretrained(torch_base(), folder))[1].numpy()
-    found["peft on ours"] = np.abs(forward(params, jnp.asarray(TOKENS), config, other) - theirs).max()
-    return {name: float(value) for name, value in found.items()}
+    differences["peft on ours"] = np.abs(forward(params, jnp.asarray(TOKENS), config, other) - theirs).max()
+    return {name: float(value) for name, value in differences.items()}
 
 
 def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     make()
-    found = check_ours()
-    for name, difference in found.items():
+    differences = check_ours()
+    for name, difference in differences.items():
         print(f"{name}: logits differ by at most {difference:.1e}")
-    if max(found.values()) > 1e-5:
+    if max(differences.values()) > 1e-5:
         sys.exit("peft does not compute from our files what we do")
 
 

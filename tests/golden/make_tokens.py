@@ -89,7 +89,9 @@ def corpus(data: Path) -> dict[str, list[str]]:
 
 def digest(ids: list[list[int]]) -> str:
     """Compute the SHA-256 of the lengths and ids of all texts, as little-endian 32-bit integers."""
-    return hashlib.sha256(np.array([n for one in ids for n in (len(one), *one)], "<i4").tobytes()).hexdigest()
+    return hashlib.sha256(
+        np.array([n for text_ids in ids for n in (len(text_ids), *text_ids)], "<i4").tobytes()
+    ).hexdigest()
 
 
 def llama_cpp_ids(path: Path, texts: list[str]) -> list[list[int]]:
@@ -189,15 +191,15 @@ def tiny_llama2(text: str, work: Path) -> dict:
     assert ids == llama_cpp_ids(work / "llama2.gguf", plain)
     (work / "tokenizer.model").write_bytes(model)
     theirs = LlamaTokenizer.from_pretrained(work)
-    for text, one in zip(plain, ids, strict=True):
+    for text, text_ids in zip(plain, ids, strict=True):
         if not text.startswith((" ", "▁")):
-            assert theirs(text, add_special_tokens=False).input_ids == one, text
+            assert theirs(text, add_special_tokens=False).input_ids == text_ids, text
     return {
         "model": base64.b64encode(model).decode(),
         "pieces": pieces,
         "texts": plain,
         "ids": ids,
-        "decoded": [reference.decode(one) for one in ids],
+        "decoded": [reference.decode(text_ids) for text_ids in ids],
     }
 
 
@@ -232,7 +234,7 @@ def tiny_byte_level(text: str, pre: str, work: Path) -> dict:
         "merges": joined,
         "texts": TEXTS,
         "ids": ids,
-        "decoded": [reference.decode(one, skip_special_tokens=True) for one in ids],
+        "decoded": [reference.decode(text_ids, skip_special_tokens=True) for text_ids in ids],
     }
 
 

@@ -122,7 +122,7 @@ def test_what_may_not_be_read_or_written_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("file", "is a file"),
         ("file/run", "file is a file"),
@@ -132,13 +132,13 @@ def test_what_may_not_be_read_or_written_is_refused() -> None:
         ("nul\0byte", "null (byte|character)"),
     ],
 )
-def test_a_folder_that_can_not_be_made_is_refused(tmp_path: Path, name: str, said: str) -> None:
+def test_a_folder_that_can_not_be_made_is_refused(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(InputError, match=rf"{said}.* Use a folder that can be created or written to"):
+    with pytest.raises(InputError, match=rf"{message}.* Use a folder that can be created or written to"):
         files.check_folder(tmp_path / name)
-    for fine in (tmp_path, tmp_path / "new", tmp_path / "new" / "er", Path("new"), Path()):
-        files.check_folder(fine)
+    for usable in (tmp_path, tmp_path / "new", tmp_path / "new" / "er", Path("new"), Path()):
+        files.check_folder(usable)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
 
 

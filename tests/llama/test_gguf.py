@@ -188,15 +188,15 @@ def test_blocks_of_the_type_that_is_asked_for_are_kept_to_the_bit(kind, write):
         return raw.astype(np.uint8).reshape(len(array), -1), kind
 
     path = write(encode=encode)
-    _, plain = read(path)
+    _, dense = read(path)
     reader = open_gguf(path)
-    held = load_gguf(reader, path, CONFIG, jnp.float32, quantization=kind.name.lower())
-    made = held["layers"]["mlp.up_proj"].pop("weight").dense()
-    weight = plain["layers"]["mlp.up_proj"].pop("weight")
-    np.testing.assert_array_equal(made[0], weight[0])
-    np.testing.assert_array_equal(made[1], gguf.dequantize(gguf.quantize(np.asarray(weight[1]), kind), kind))
-    assert isinstance(held["layers"]["mlp.down_proj"]["weight"], QuantisedWeight)
-    jax.tree.map(np.testing.assert_array_equal, dense_params(held), plain)
+    quantised = load_gguf(reader, path, CONFIG, jnp.float32, quantization=kind.name.lower())
+    dense_weight = quantised["layers"]["mlp.up_proj"].pop("weight").dense()
+    weight = dense["layers"]["mlp.up_proj"].pop("weight")
+    np.testing.assert_array_equal(dense_weight[0], weight[0])
+    np.testing.assert_array_equal(dense_weight[1], gguf.dequantize(gguf.quantize(np.asarray(weight[1]), kind), kind))
+    assert isinstance(quantised["layers"]["mlp.down_proj"]["weight"], QuantisedWeight)
+    jax.tree.map(np.testing.assert_array_equal, dense_params(quantised), dense)
 
 
 def test_conversion_to_bfloat16(write, draw_params):

@@ -46,23 +46,25 @@ def test_every_byte_of_the_files_that_are_read_counts_and_no_other(shard_bytes, 
 
 def test_a_model_says_how_its_weights_are_stored(folder, tmp_path):
     """A built-in name may be the hub's weights or 4-bit blocks made from them; a sentence and numbers state which."""
-    stored = ModelSource("org/hf", folder, "org/hf", "c0ffee00")
+    original = ModelSource("org/hf", folder, "org/hf", "c0ffee00")
     kind = gguf.GGMLQuantizationType.Q4_1
     blocks = gguf.quantize(np.ones((3, 64), np.float32), kind)
     tensors = {"token_embd.weight": (blocks, kind), "output_norm.weight": (np.ones(64, np.float32), None)}
-    made = ModelSource("org", gguf_files.write(tmp_path / "m.gguf", {"general.license": "mit"}, tensors), "org/hf")
-    digests_of = {stored: llama.model_digest(folder), made: llama.model_digest(made.path)}
-    assert stored.summary == (
-        f"model org/hf: safetensors, not quantised (F32), org/hf at c0ffee0; sha256 {digests_of[stored][:12]}"
+    converted = ModelSource("org", gguf_files.write(tmp_path / "m.gguf", {"general.license": "mit"}, tensors), "org/hf")
+    digests_of = {original: llama.model_digest(folder), converted: llama.model_digest(converted.path)}
+    assert original.summary == (
+        f"model org/hf: safetensors, not quantised (F32), org/hf at c0ffee0; sha256 {digests_of[original][:12]}"
     )
-    assert made.summary == (
-        f"model org: GGUF, quantised (Q4_1 75%, F32 25%), made from org/hf; sha256 {digests_of[made][:12]}"
+    assert converted.summary == (
+        f"model org: GGUF, quantised (Q4_1 75%, F32 25%), made from org/hf; sha256 {digests_of[converted][:12]}"
     )
-    assert made.describe() == {
-        "model": "org", "repository": "org/hf", "commit": None, "sha256": digests_of[made], "license": "mit",
+    assert converted.describe() == {
+        "model": "org", "repository": "org/hf", "commit": None, "sha256": digests_of[converted], "license": "mit",
         "container": "GGUF", "quantised": True, "types": {"Q4_1": 192, "F32": 64},
     }  # fmt: skip
-    assert stored.describe()["types"] == {"F32": sum(leaf.size for leaf in jax.tree.leaves(llama.load(folder).params))}
+    assert original.describe()["types"] == {
+        "F32": sum(leaf.size for leaf in jax.tree.leaves(llama.load(folder).params))
+    }
     assert ModelSource(str(folder), folder).summary.startswith("model hf: safetensors, not quantised (F32); sha256 ")
 
 

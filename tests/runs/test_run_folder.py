@@ -272,11 +272,11 @@ def test_other_versions_are_logged_and_both_recorded(tmp_path, monkeypatch, caps
     opened(tmp_path).finish()
     opened(tmp_path).finish()
     assert capsys.readouterr().err == "", "not for the same versions"
-    here = software.environment()
-    newer = here | {"packages": here["packages"] | {"rora-theory": "99.0"}}
+    environment = software.environment()
+    newer = environment | {"packages": environment["packages"] | {"rora-theory": "99.0"}}
     monkeypatch.setattr(software, "environment", lambda: newer)
     opened(tmp_path).finish()
-    old = here["packages"]["rora-theory"]
+    old = environment["packages"]["rora-theory"]
     note = f"note: {tmp_path} is resumed with rora-theory 99.0 (was {old}); its manifest.json records both\n"
     assert capsys.readouterr().err == note
     versions = [session["packages"]["rora-theory"] for session in manifest(tmp_path)["sessions"]]

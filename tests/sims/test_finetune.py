@@ -150,17 +150,17 @@ def test_a_base_in_blocks_is_trained_and_merged(model, data, tmp_path, monkeypat
 @pytest.mark.slow
 def test_what_is_written_is_the_best_or_the_last(model, data, tmp_path, monkeypatch):
     """The validation losses are made to grow after step 2."""
-    factors, real = iter((9.0, 1.0, 2.0, 3.0, 4.0, 5.0)), steps.eval_step
-    made = {}
+    factors, eval_step = iter((9.0, 1.0, 2.0, 3.0, 4.0, 5.0)), steps.eval_step
+    mean_losses = {}
 
     def growing(*arguments, **options):
-        evaluate = real(*arguments, **options)
+        evaluate = eval_step(*arguments, **options)
         return lambda *batch: (lambda total, count: (total * next(factors), count))(*evaluate(*batch))
 
     monkeypatch.setattr(steps, "eval_step", growing)
     out, base = tmp_path / "run", load(str(model))
-    more = "--steps 6 --warmup 1 --evaluate-every 1 --dropout 0"
-    command = arguments(model, data, out, *more.split())
+    options = "--steps 6 --warmup 1 --evaluate-every 1 --dropout 0"
+    command = arguments(model, data, out, *options.split())
     held_out = split_records(read_records([str(data)]), 8, 42)[1]
     apart = tokenize(held_out, base.tokenizer, cutoff=400, template="clean", answer_only=True)
     for keep, step, factor in (("best", 2, 1.0), ("last", 6, 5.0)):
@@ -172,8 +172,8 @@ def test_what_is_written_is_the_best_or_the_last(model, data, tmp_path, monkeypa
         losses = record_losses(base.params, base.config, apart, adapter=adapter)
         mean = mean_per_token([item.loss for item in losses], [item.tokens for item in losses]).value
         assert mean == pytest.approx(recorded[step] / factor, rel=1e-4)
-        made[keep] = mean
-    assert made["last"] < 0.99 * made["best"], "the adapters differ"
+        mean_losses[keep] = mean
+    assert mean_losses["last"] < 0.99 * mean_losses["best"], "the adapters differ"
 
 
 @pytest.fixture(scope="module")

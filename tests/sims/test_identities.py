@@ -145,26 +145,26 @@ def test_a_run_is_known_by_the_content_of_what_it_reads(name, model, data, tmp_p
 
     Another place of model and records is none.
     """
-    here, copy = tmp_path / "P1" / "hf", tmp_path / "data"
-    shutil.copytree(model, here)
-    shutil.copytree(data, copy)
-    config = settings(name, here, copy)
+    model_copy, data_copy = tmp_path / "P1" / "hf", tmp_path / "data"
+    shutil.copytree(model, model_copy)
+    shutil.copytree(data, data_copy)
+    config = settings(name, model_copy, data_copy)
     first = start(name, config)
     assert first.models == [llama.model_digest(model)], "how they are stored is told"
-    flip(here / "model.safetensors", -4)  # the lowest byte of the last float32
+    flip(model_copy / "model.safetensors", -4)  # the lowest byte of the last float32
     weights = start(name, config)
-    flip(here / "model.safetensors", -4)
+    flip(model_copy / "model.safetensors", -4)
     assert first.identity.keys() == weights.identity.keys()
     differing = [key for key in first.identity if first.identity[key] != weights.identity[key]]
     assert differing == ["model_sha256"]
     if name != "rank_sweep":  # whose folder may hold several models, told apart by their paths
-        there = start(name, settings(name, model, data))
-        assert there.identity | {"data": 0} == first.identity | {"data": 0}, "fine-tuning names its files too"
-        assert there.identity["model_sha256"] == llama.model_digest(model)
-    with (here / "tokenizer.json").open("a") as file:
+        original = start(name, settings(name, model, data))
+        assert original.identity | {"data": 0} == first.identity | {"data": 0}, "fine-tuning names its files too"
+        assert original.identity["model_sha256"] == llama.model_digest(model)
+    with (model_copy / "tokenizer.json").open("a") as file:
         file.write(" ")
     tokenizer = start(name, config)
-    file = copy / "piqa" / "test.json" if name == "evaluate" else copy / "train.json"
+    file = data_copy / "piqa" / "test.json" if name == "evaluate" else data_copy / "train.json"
     rows = json.loads(file.read_text())
     rows[-1]["instruction"] = rows[-1]["instruction"].replace("is it", "was it")
     rows[-1]["output"] += "" if name == "evaluate" else "?"

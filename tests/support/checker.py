@@ -58,12 +58,12 @@ def _resolved(fn: types.FunctionType) -> types.FunctionType:
     """Evaluate the function's annotations, except those that only type checkers import, as jaxtyping does."""
     twin = types.FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
     twin.__kwdefaults__, twin.__qualname__, twin.__module__ = fn.__kwdefaults__, fn.__qualname__, fn.__module__
-    found = {}
+    annotations = {}
     for name, annotation in fn.__annotations__.items():
         twin.__annotations__ = {name: annotation}
         with contextlib.suppress(Exception):
-            found |= get_type_hints(twin, include_extras=True)
-    twin.__annotations__ = found
+            annotations |= get_type_hints(twin, include_extras=True)
+    twin.__annotations__ = annotations
     return twin
 
 

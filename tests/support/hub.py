@@ -23,23 +23,23 @@ class Hub(BaseHTTPRequestHandler):
             api = f"/api/{name}" if name.startswith("datasets/") else f"/api/models/{name}"
             if path == api or path.startswith(f"{api}/revision/"):
                 revision = path.removeprefix(api).removeprefix("/revision/") or "main"
-                if found := revisions.get(revision) or by_sha(revisions, name, revision):
-                    siblings = [{"rfilename": file} for file in found]
-                    return self.answer({"id": name, "sha": sha(name, found), "siblings": siblings})
+                if files := revisions.get(revision) or by_sha(revisions, name, revision):
+                    siblings = [{"rfilename": file} for file in files]
+                    return self.answer({"id": name, "sha": sha(name, files), "siblings": siblings})
             if path.startswith(f"{api}/tree/"):
-                found = by_sha(revisions, name, path.rpartition("/")[2])
-                files = [
+                files = by_sha(revisions, name, path.rpartition("/")[2])
+                entries = [
                     {"type": "file", "path": file, "size": len(data), "oid": sha(file, data)}
-                    for file, data in found.items()
+                    for file, data in files.items()
                 ]
-                return self.answer(files)
+                return self.answer(entries)
             if path.startswith(f"/{name}/resolve/"):
                 revision, _, file = raw.removeprefix(f"/{name}/resolve/").partition("/")  # a name may have a slash
                 revision, file = unquote(revision), unquote(file)
-                found = revisions.get(revision) or by_sha(revisions, name, revision)
-                if file in found:
-                    headers = {"X-Repo-Commit": sha(name, found), "ETag": f'"{sha(file, found[file])}"'}
-                    return self.answer(found[file], headers)
+                files = revisions.get(revision) or by_sha(revisions, name, revision)
+                if file in files:
+                    headers = {"X-Repo-Commit": sha(name, files), "ETag": f'"{sha(file, files[file])}"'}
+                    return self.answer(files[file], headers)
         known = any(name in path for name in self.server.repositories)
         return self.answer({"error": "absent"}, {"X-Error-Code": "RevisionNotFound" if known else "RepoNotFound"}, 404)
 

@@ -82,12 +82,12 @@ def run(config: Config) -> None:
     folder = RunFolder.open("squares", {"unit": "m"}, out=config.out)
 
     def write(values: list[Any]) -> None:
-        folder.write("results.csv", "".join(f"{one['area']}\n" for one in values))
+        folder.write("results.csv", "".join(f"{value['area']}\n" for value in values))
 
-    def said(value: Any) -> str:
+    def describe(value: Any) -> str:
         return f"area {value['area']:.3f}"
 
-    run_with_bar(cells(config.marks, config.count), work, folder, runner=runner, describe=said, write=write)
+    run_with_bar(cells(config.marks, config.count), work, folder, runner=runner, describe=describe, write=write)
     folder.finish()
 
 

@@ -8,10 +8,10 @@ from rora_theory.theory.sampling import RandomStep
 
 
 def take(setting: RandomStep, sampler: sampling.Sampler, count: int, seed: int = 0, **options: object) -> np.ndarray:
-    blocks, found = [], 0
+    blocks, drawn_count = [], 0
     for block in sampling.stream(setting, sampler, jax.random.key(seed), **options):  # type: ignore[arg-type]
         blocks.append(block)
-        found += block.shape[1]
-        if found >= count:
+        drawn_count += block.shape[1]
+        if drawn_count >= count:
             return np.concatenate(blocks, axis=1)[:, :count]
     raise AssertionError("a stream has no end")

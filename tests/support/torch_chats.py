@@ -26,7 +26,7 @@ def tokenizer(pad: str | None) -> Any:
     vocabulary = {letter: i for i, letter in enumerate(["~", "</s>", *MARKS, "\n", *"abcdefhij wordsx?"])}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="x"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    own = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    own.add_special_tokens({"additional_special_tokens": list(MARKS)} | ({"pad_token": pad} if pad else {}))
-    own.chat_template = TEMPLATE
-    return own
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    wrapped.add_special_tokens({"additional_special_tokens": list(MARKS)} | ({"pad_token": pad} if pad else {}))
+    wrapped.chat_template = TEMPLATE
+    return wrapped

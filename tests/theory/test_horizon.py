@@ -356,12 +356,12 @@ def test_when_entries_turn_is_reckoned_entry_by_entry() -> None:
     rng = np.random.default_rng(0)
     grad, lora_A = rng.normal(size=(30, 4)), rng.normal(size=(6, 4))
     moves = np.sign(np.sign(grad @ lora_A.T).T @ grad)
-    turn = []
-    for row, (here, way) in product(grad, zip(lora_A, moves, strict=True)):
-        read, drift = row @ here, row @ way
-        turn.append(-read / drift if read * drift < 0 else math.inf)
+    distances = []
+    for row, (start_row, move_row) in product(grad, zip(lora_A, moves, strict=True)):
+        initial, drift = row @ start_row, row @ move_row
+        distances.append(-initial / drift if initial * drift < 0 else math.inf)
     quantiles = horizon.row_terms(grad, rng.normal(size=(2, 4)), lora_A).sign_change_distances
-    assert quantiles == pytest.approx(tuple(np.quantile(turn, [0.05, 0.25, 0.5, 0.75, 0.95], method="lower")))
+    assert quantiles == pytest.approx(tuple(np.quantile(distances, [0.05, 0.25, 0.5, 0.75, 0.95], method="lower")))
     assert np.isfinite(quantiles[0])
 
 

@@ -30,8 +30,8 @@ def test_a_key_of_another_generator_is_refused() -> None:
 def test_places_and_counters_have_keys_of_their_own() -> None:
     """Keys of one counter are a prefix of a longer request; no two keys are equal, and none equals the parent key."""
     key = jax.random.key(3)
-    made = np.stack([jax.random.key_data(keys_at(key, jnp.uint32(place), 40)) for place in (0, 1, 2**32 - 1)])
-    np.testing.assert_array_equal(made[1, :7], jax.random.key_data(keys_at(key, jnp.uint32(1), 7)))
-    every = np.concatenate([*made, jax.random.key_data(key)[None]])
+    keys = np.stack([jax.random.key_data(keys_at(key, jnp.uint32(place), 40)) for place in (0, 1, 2**32 - 1)])
+    np.testing.assert_array_equal(keys[1, :7], jax.random.key_data(keys_at(key, jnp.uint32(1), 7)))
+    every = np.concatenate([*keys, jax.random.key_data(key)[None]])
     assert len(np.unique(every, axis=0)) == 3 * 40 + 1
-    np.testing.assert_array_equal(made[0], jax.random.key_data(jax.random.split(key, 40)))  # JAX's own, of place 0
+    np.testing.assert_array_equal(keys[0], jax.random.key_data(jax.random.split(key, 40)))  # JAX's own, of place 0

@@ -121,10 +121,10 @@ def test_permutation(layer: dict) -> None:
     grad, x = rng.standard_normal((layer["p_out"], layer["p_in"])), rng.standard_normal(layer["p_in"])
     order = rng.permutation(layer["p_in"])
     arguments = {"rank": layer["rank"], "scaling": 1.0, "optimizer": layer["optimizer"], "init": layer["init"]}
-    here = laws.first_step_moments(grad, x, **arguments)
-    there = laws.first_step_moments(grad[:, order], x[order], **arguments)
-    np.testing.assert_allclose(here.second_moment, there.second_moment, rtol=1e-9)
-    np.testing.assert_allclose(here.mean, there.mean, rtol=1e-7, atol=1e-12)
+    original = laws.first_step_moments(grad, x, **arguments)
+    permuted = laws.first_step_moments(grad[:, order], x[order], **arguments)
+    np.testing.assert_allclose(original.second_moment, permuted.second_moment, rtol=1e-9)
+    np.testing.assert_allclose(original.mean, permuted.mean, rtol=1e-7, atol=1e-12)
 
 
 def test_rotation_does_change_uniform_A() -> None:

@@ -43,7 +43,7 @@ def test_an_exponent_changes_between_slopes_over_the_same_ranks_alone():
     for trained, rank, seed, step in itertools.product(("both", "B"), (4, 16, 64, 256), range(3), (0, 1, 2)):
         value = (rank**0.5 if rank <= 64 else rank / 8) * (1 + seed)
         has_diverged = int((trained, rank, step) == ("both", 256, 2))
-        rows.append(made(rank, seed, step, has_diverged, trained=trained, loss_train=1.0, delta_frobenius=value))
+        rows.append(seed_row(rank, seed, step, has_diverged, trained=trained, loss_train=1.0, delta_frobenius=value))
     fitted = exponents.exponent_fits(pd.DataFrame(rows))
     fitted = fitted[(fitted["quantity"] == "delta_frobenius") & (fitted["range"] == "all") & (fitted["step"] > 0)]
     both, frozen = (fitted[fitted["trained"] == trained].to_dict("records") for trained in ("both", "B"))
@@ -73,7 +73,7 @@ def test_each_answer_is_of_its_own_curve():
         (4, 16, 64, 256), range(2), (0, 1), dict.fromkeys(curve[:3] for curve in curves)
     ):
         values = {name: rank ** slopes[optimizer, kappa, trained, name] for name in exponents.FITTED}
-        row = made(rank, seed, step, loss_train=1.0, **values)
+        row = seed_row(rank, seed, step, loss_train=1.0, **values)
         rows.append(row | {"optimizer": optimizer, "kappa": kappa, "rule": str(kappa), "trained": trained})
     answers = exponents.answers(
         exponents.exponent_fits(pd.DataFrame(rows)),
@@ -101,7 +101,7 @@ def test_each_answer_is_of_its_own_curve():
     assert ["held-out" in text for text in words] == [*[False] * 4, True, True, False, False]
 
 
-def made(rank: int, seed: int, step: int, diverged: int = 0, **values: float | str) -> dict:
+def seed_row(rank: int, seed: int, step: int, diverged: int = 0, **values: float | str) -> dict:
     """Return a row of seeds.csv with every quantity as r^(1/2) times a factor of the seed, updated by ``values``."""
     row = {"model": "linear", "start": "A", "trained": "both", "optimizer": "sgd", "rule": "lora", "kappa": 1.0}
     row |= {"rank": rank, "scaling": 4 / rank, "learning_rate": 0.1, "seed": seed, "step": step, "diverged": diverged}
@@ -121,7 +121,7 @@ def test_fits_leave_out_diverged_ranks_and_take_the_upper_half():
     for rank, seed, step in itertools.product(FOUR, range(2), (0, 1)):
         has_diverged = int((rank, seed, step) == (4, 1, 1))
         left = 1.0 if (rank, step) == (64, 1) else 8.0
-        rows.append(made(rank, seed, step, has_diverged, output_train=value(rank, step), loss_train=left))
+        rows.append(seed_row(rank, seed, step, has_diverged, output_train=value(rank, step), loss_train=left))
     fitted = exponents.exponent_fits(pd.DataFrame(rows)).to_dict("records")
     fits = {(row["range"], row["step"]): row for row in fitted if row["quantity"] == "output_train"}
     assert fits["upper", 1]["slope"] == pytest.approx(1.0, abs=1e-4)
@@ -134,7 +134,7 @@ def test_fits_leave_out_diverged_ranks_and_take_the_upper_half():
 
 
 def test_means_leave_out_diverged_seeds():
-    rows = [made(4, seed, 1, diverged=int(seed == 2), inner=float(10**seed)) for seed in range(3)]
+    rows = [seed_row(4, seed, 1, diverged=int(seed == 2), inner=float(10**seed)) for seed in range(3)]
     (line_,) = exponents.summarise_seeds(pd.DataFrame(rows)).to_dict("records")
     assert (line_["seeds"], line_["diverged"], line_["inner"]) == (3, 1, pytest.approx(5.5, rel=1e-12))
     assert line_["inner_se"] == pytest.approx(4.5, rel=1e-12)  # |10 - 1| / sqrt(2) / sqrt(2)

@@ -32,7 +32,7 @@ def test_the_edges_are_in_range():
 
 
 @pytest.mark.parametrize(
-    ("given", "accepted"),
+    ("settings", "message"),
     [
         ({"natural": -1}, "--natural must be an integer of 0 or more, got -1"),
         ({"natural": 0.0}, "--natural must be an integer of 0 or more, got 0.0"),
@@ -51,10 +51,10 @@ def test_the_edges_are_in_range():
     ],
 )
 @pytest.mark.usefixtures("unchecked")
-def test_what_is_out_of_range_is_named(given, accepted):
+def test_what_is_out_of_range_is_named(settings, message):
     with pytest.raises(InputError) as refused:
-        check_ranges(Config(**given))
-    assert str(refused.value) == accepted
+        check_ranges(Config(**settings))
+    assert str(refused.value) == message
 
 
 def test_a_subclass_that_declares_a_field_anew_keeps_its_range():

@@ -10,7 +10,7 @@ from rora_theory.validation import rules
 
 
 @pytest.mark.parametrize(
-    ("check", "said"),
+    ("check", "message"),
     [
         (lambda: rules.check_rules(()), "--rules must .*, got none"),
         (lambda: rules.check_rules(("rora", 0.5)), r"--rules must .*, got one rule twice: rora 0.5"),
@@ -28,8 +28,8 @@ from rora_theory.validation import rules
         (lambda: rules.alpha_at("lora", gamma=1.0, reference_rank=0), "--reference-rank must .*, got 0"),
     ],
 )
-def test_what_is_refused(check, said) -> None:
-    with pytest.raises(InputError, match=said):
+def test_what_is_refused(check, message) -> None:
+    with pytest.raises(InputError, match=message):
         check()
 
 
@@ -41,12 +41,12 @@ class Options:
 
 def test_an_option_that_nothing_reads_is_told_with_the_two_ways_out() -> None:
     config = Options(batch_size=8)
-    for why, ways in (
+    for condition, advice in (
         ({"requires": "--check"}, r"without --check\. Add --check or remove --batch-size\."),
         ({"conflicts_with": "--all"}, r"with --all\. Remove --batch-size or --all\."),
     ):
-        with pytest.raises(InputError, match=f"^--batch-size 8 has no effect {ways}$"):
-            rules.check_unread(config, "check", "batch_size", **why)
+        with pytest.raises(InputError, match=f"^--batch-size 8 has no effect {advice}$"):
+            rules.check_unread(config, "check", "batch_size", **condition)
     rules.check_unread(Options(check="given"), "batch_size", requires="--check")
 
 

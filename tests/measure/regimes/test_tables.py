@@ -62,8 +62,8 @@ def test_few_adapters_and_many_comparisons_tell_nothing() -> None:
     law.
     """
     assert judge(row_of(1.0, 0.1))["error_bars_in_standard_errors"] == {"1000": pytest.approx(2.58, abs=0.01)}
-    two = judge(row_of(1.0, 0.1), row_of(1.0, 1.0, adapters=4))
-    assert two["error_bars_in_standard_errors"]["4"] == pytest.approx(7.45, abs=0.01)  # Student's t, at half of it
+    two_rows = judge(row_of(1.0, 0.1), row_of(1.0, 1.0, adapters=4))
+    assert two_rows["error_bars_in_standard_errors"]["4"] == pytest.approx(7.45, abs=0.01)  # Student's t, at half of it
     rows = [row_of(2.0, 0.05, adapters=4)] + [row_of(1.0, 0.05, adapters=4)] * 999
     judged = judge(*rows)
     assert judged["error_bars_in_standard_errors"]["4"] > 55

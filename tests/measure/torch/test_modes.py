@@ -202,6 +202,6 @@ def test_llama_4() -> None:
     config = {**torch_models.TEXT, "intermediate_size_mlp": 24, "num_local_experts": 2, "num_experts_per_tok": 1}
     torch.manual_seed(0)
     model = torch_models.initialised(transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**config))).eval()
-    found = regime(model, *BATCHES, config=SMALL)
-    assert set(found.left_out.values()) == {"returns a tuple"}
-    assert all(name.endswith("router") for name in found.left_out)
+    measured = regime(model, *BATCHES, config=SMALL)
+    assert set(measured.left_out.values()) == {"returns a tuple"}
+    assert all(name.endswith("router") for name in measured.left_out)

@@ -183,7 +183,7 @@ def test_longformer(rows) -> None:
         labels = (batch["input_ids"] % 2).masked_fill(mask == 0, -100)
         batches.append({"input_ids": batch["input_ids"] * mask, "attention_mask": mask, "labels": labels})
     small = RegimeConfig(ranks=(1,), inits=("gaussian",), rows=0, tokens=200)
-    found = regime(model, *batches, ["query", "dense"], config=small)
-    read = found.tokens.query("split == 'train'")["read"]
-    assert found.unmasked == ()
+    measured = regime(model, *batches, ["query", "dense"], config=small)
+    read = measured.tokens.query("split == 'train'")["read"]
+    assert measured.unmasked == ()
     assert set(read) == {8 * rows - 4 if rows == 3 else 8 * rows - 8}
