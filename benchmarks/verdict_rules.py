@@ -56,7 +56,7 @@ METHODS: tuple[Method, ...] = ("vertex", "quadratic", "registration")
 
 @dataclass(frozen=True)
 class Rule:
-    """Prediction of the exponent of a best rate, with the rule that judges it.
+    """Prediction of the exponent of a best rate, with the rule that tests it.
 
     Attributes:
       name: Name in the tables.
@@ -77,7 +77,7 @@ class Rule:
         return ends[1] / ends[0]
 
     def judge(self, slope: Estimate, *, edge: bool, seeds: int) -> Outcome:
-        """Judge a measured exponent."""
+        """Apply the rule to a measured exponent."""
         if self.rivals is not None:
             return judge_range(slope, self.prediction, self.rivals, is_bound=edge, seeds=seeds)
         # A rival that no finite interval contains leaves the overlap with the prediction alone.
@@ -124,7 +124,8 @@ def measure_exponents(
 ) -> dict[tuple[str, int], Estimate]:
     """Estimate the exponent of a sweep by every method, from one rank and from all of them.
 
-    The method "as judged" is that of the horizon runs: the vertex, with the errors over seeds and records combined.
+    The method "as judged" is the one behind the verdicts on the horizon runs: the vertex, with the errors over seeds
+    and over records combined.
     """
     as_judged = weighted_log2_rates((-1.0, 1.0), *pairs[0]).times(1 / math.log2(ratio))
     estimates = {("as judged", 1): as_judged}
@@ -188,7 +189,7 @@ def accuracy(truth: float, sample: list[tuple[Estimate, bool]]) -> dict[str, Any
 
 
 def judge_trend(slope: Estimate, *, edge: bool) -> Outcome:
-    """Judge a slope by `slopes.trend`; a best rate at the end of a grid is left out of the slopes."""
+    """Classify a slope by `slopes.trend`; a best rate at the end of a grid is left out of the slopes."""
     if edge or not slope.has_error:
         return "undecided"
     trends: dict[str, Outcome] = {"flat": "agrees", "undecided": "undecided"}
@@ -220,7 +221,7 @@ def other_rules(config: Config) -> pd.DataFrame:
         judged = [judge_trend(Estimate(fit.slope, fit.standard_error, seeds, "seeds"), edge=False) for fit in fits]
         labels = {"rule": "coordinate check, flat", "truth": slope, "error": spread, "samples": seeds}
         rows.append(labels | {"claim": "true" if abs(slope) <= BAND else "false"} | shares(judged))
-    # Regime: 360 ratios of a run, with errors estimated from the adapters; fewer runs, since one judges many ratios.
+    # Regime: 360 ratios of a run, with errors estimated from the adapters. One verdict covers all: fewer runs suffice.
     comparisons, runs = 360, max(config.sweeps // 4, 1)
     as_outcome: dict[str, Outcome] = {"holds": "agrees", "fails": "contradicts", "undecided": "undecided"}
     for ratio, error, adapters in product((1.0, 1.02, 1.05, 1.25), (0.013, 0.05), (16, 64)):
@@ -259,7 +260,7 @@ def summarise_rules(rules: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     """Return the mean and the largest false verdicts of every rule over its cases.
 
     Args:
-      rules: First table of `exponent_tables`; of its estimates, those that the runs judge are used.
+      rules: First table of `exponent_tables`, of which the rows with the estimate "as judged" are used.
       other: `other_rules`.
 
     Returns:

@@ -42,7 +42,7 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Run the cells that the run folder lacks, then judge the equations and report."""
+    """Run the cells that the run folder lacks, then compare the equations with the samples and report."""
     simulation_config, runner = config.simulation, config.cluster.runner()
     chosen_devices = devices.pick(count := config.devices)  # before any other work of JAX, which would fix the devices
     extra = {"units": simulation.UNITS, "device": devices.describe(chosen_devices)}

@@ -242,7 +242,7 @@ def judge_simulation(
     known: Mapping[sampling.RandomStep, sampling.StreamMoments],
     devices: Sequence[jax.Device] | None = None,
 ) -> list[verdicts.Verdict]:
-    """Judge the paper's equations from a simulation.
+    """Compare the paper's equations with a simulation.
 
     Args:
       config: Settings of the simulation. With fewer than three ranks the ranks of `grid.RANKS` are used.

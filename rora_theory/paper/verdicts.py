@@ -1,6 +1,6 @@
 """Verdicts on the equations of the paper, from a claim, the exact law and samples.
 
-Identities are judged against automatic differentiation, moments against samples. In one cell, samples *contradict* a
+Identities are compared with automatic differentiation, moments with samples. In one cell, samples *contradict* a
 claim about a moment if the estimate deviates from it by more than 2% and by more than the sampling threshold. They
 *agree* with it if they do not contradict it and the threshold is narrow enough to detect an error of a quarter
 (`stats.verdicts.judge_gap`). A claim holds if all cells agree with it. It holds in a limit if all cells of that limit
@@ -85,7 +85,7 @@ def decide(limit: Sequence[Outcome], other_cells: Sequence[Outcome]) -> Status:
 
 
 def judge_equations(sample: Sample, *, ranks: Sequence[int], p_in: int, p_out: int) -> list[Verdict]:
-    """Judge Eq. 1-15 and both gradients.
+    """Compare Eq. 1-15 and both gradients with automatic differentiation and with samples.
 
     Args:
       sample: Function that returns the moments of a `sampling.RandomStep` with unit scaling and learning rate,
@@ -184,7 +184,7 @@ def _differentiate_layer(m0: Array, B: Array, A: Array, delta: Array, x: Array, 
 def _identity(
     equation: str, claim: str, printed: np.ndarray, exact: np.ndarray, where: str, suffix: str = ""
 ) -> Verdict:
-    """Judge an equation that must equal the result of automatic differentiation."""
+    """Compare an equation with automatic differentiation, whose result it must equal."""
     error = _gap(printed, exact)
     status: Status = "holds" if error < _ROUNDING else "fails"
     return Verdict(equation, claim, status, where, f"autodiff differs by {error:.0e} of the largest entry{suffix}")
@@ -196,38 +196,38 @@ def _gap(printed: np.ndarray, exact: np.ndarray) -> float:
 
 
 def judge_eq1(layer: RandomLayer) -> Verdict:
-    """Judge Eq. 1."""
+    """Compare Eq. 1 with the output of the merged weight."""
     printed = equations.eq1_output(layer.m0, layer.B, layer.A, layer.x, GAMMA)
     return _identity("1", "H(x) = (m0 + gamma B A) x", printed, layer.merged @ layer.x, "definition")
 
 
 def judge_eq2(layer: RandomLayer) -> Verdict:
-    """Judge Eq. 2."""
+    """Compare Eq. 2 with the output of the merged weight less that of the frozen one."""
     printed = equations.eq2_increment(layer.B, layer.A, layer.x, GAMMA)
     return _identity("2", "w = gamma B A x", printed, (layer.merged - layer.m0) @ layer.x, "definition")
 
 
 def judge_eq_gradient_A(layer: RandomLayer) -> Verdict:
-    """Judge the first formula above Eq. 3."""
+    """Compare the first formula above Eq. 3, the gradient of A, with automatic differentiation."""
     printed = equations.gradient_A(layer.delta, layer.B, layer.x, GAMMA)
     return _identity("gradient A", "dL/dA = gamma B^T delta x^T", printed, layer.grad_A, "one sample")
 
 
 def judge_eq_gradient_B(layer: RandomLayer) -> Verdict:
-    """Judge the second formula above Eq. 3."""
+    """Compare the second formula above Eq. 3, the gradient of B, with automatic differentiation."""
     printed = equations.gradient_B(layer.delta, layer.A, layer.x, GAMMA)
     return _identity("gradient B", "dL/dB = gamma delta (A x)^T", printed, layer.grad_B, "one sample")
 
 
 def judge_eq3(layer: RandomLayer) -> Verdict:
-    """Judge Eq. 3."""
+    """Compare Eq. 3 with B after SGD's first step, and state its error under Adam."""
     printed = equations.eq3_first_step_B(layer.delta, layer.A, layer.x, GAMMA, ETA)
     off = f"; under Adam off by {_gap(printed, layer.adam_B):.1f}x"
     return _identity("3", "B1 = -eta gamma delta (A x)^T", printed, layer.sgd_B, "SGD only", off)
 
 
 def judge_eq4(layer: RandomLayer) -> Verdict:
-    """Judge Eq. 4."""
+    """Compare Eq. 4 with the increment after SGD's first step, and state its error under Adam."""
     printed = equations.eq4_increment(layer.delta, layer.A, layer.x, layer.x_next, GAMMA, ETA)
     off = f"; under Adam off by {_gap(printed, layer.adam_w):.1f}x"
     claim = "w = -eta gamma^2 delta x^T A^T A x'"
@@ -235,7 +235,7 @@ def judge_eq4(layer: RandomLayer) -> Verdict:
 
 
 def judge_eq10(layer: RandomLayer) -> Verdict:
-    """Judge Eq. 10."""
+    """Compare Eq. 10 with the norm of the increment after SGD's first step."""
     printed = equations.eq10_norm(layer.delta, layer.A, layer.x, layer.x_next, GAMMA, ETA)[None]
     truth = np.sqrt(np.sum(layer.sgd_w**2, keepdims=True))
     return _identity("10", "|w| = root of the sum of squares of Eq. 4", printed, truth, "definition, with Eq. 4")
@@ -274,7 +274,7 @@ class Draws:
         return self._sample(sampling.RandomStep(rank=rank, p_in=width, p_out=self.p_out, overlap=overlap))
 
     def judge_means(self, judge_cell: Callable[[int, sampling.StreamMoments], Outcome]) -> Status:
-        """Judge a claim about the mean, which may hold only at overlap 0."""
+        """Derive the verdict on a claim about the mean, which may hold only at overlap 0."""
         cells = (self.independent, self.overlapping)
         return decide(*([judge_cell(rank, moments) for rank, moments in group.items()] for group in cells))
 
@@ -284,17 +284,17 @@ class Draws:
         return self.moments(rank, 0.0, p_in).first.second_moment.times(1 / printed)
 
     def judge_ratio(self, ratio: Estimate) -> Outcome:
-        """Judge whether a ratio is 1."""
+        """Compare a ratio with 1."""
         return judge_gap(abs(ratio.value - 1), self.z * ratio.error)
 
     def judge_all_cells(self, claim: Callable[..., float]) -> list[Outcome]:
-        """Judge a claimed second moment at every rank, and at ranks far above p_in."""
+        """Compare a claimed second moment with samples at every rank, and at ranks far above p_in."""
         cells = [(rank, self.p_in) for rank in self.ranks] + [(rank, NARROW) for rank in (64 * NARROW, self.far_rank)]
         return [self.judge_ratio(self.second_moment_ratio(claim, *cell)) for cell in cells]
 
 
 def judge_eq5(draws: Draws) -> Verdict:
-    """Judge Eq. 5 for the sample itself, with a variance of (n - 1)/n times the unbiased one."""
+    """Check Eq. 5 on the sample itself, of which the variance is (n - 1)/n times the unbiased one."""
     moments = draws.overlapping[draws.low].first
     drawn = moments.variance.value * (moments.count - 1) / moments.count
     gap = abs(drawn / equations.eq5_variance(moments.second_moment.value, moments.mean.value) - 1)
@@ -325,7 +325,7 @@ def verdict_rows(judged: Sequence[Verdict]) -> list[tuple[str, Status, str]]:
 
 
 def judge_eq6(draws: Draws) -> Verdict:
-    """Judge Eq. 6."""
+    """Compare Eq. 6 with the mean of the samples at overlaps 0 and 0.5."""
 
     def judge_cell(rank: int, moments: sampling.StreamMoments) -> Outcome:
         claimed = equations.eq6_mean(1.0, rank=rank, p_in=draws.p_in, **UNIT)
@@ -347,7 +347,10 @@ def judge_eq6(draws: Draws) -> Verdict:
 
 
 def judge_eq7(draws: Draws) -> Verdict:
-    """Judge Eq. 7. The claimed variance exceeds the true one by the squared mean, which is judged like the mean."""
+    """Compare Eq. 7 with the variance of the samples at overlaps 0 and 0.5.
+
+    The claimed variance exceeds the true one by the squared mean, which has the tolerance and the error of the mean.
+    """
 
     # Share of the claimed variance that is the squared mean.
     def excess_share(moments: sampling.StreamMoments) -> float:
@@ -372,14 +375,14 @@ def judge_eq7(draws: Draws) -> Verdict:
 
 
 def judge_eq8(draws: Draws) -> Verdict:
-    """Judge Eq. 8 in the limit of ranks far below p_in."""
+    """Compare Eq. 8 with the second moment of the samples; it may hold at ranks far below p_in."""
     claim = equations.eq8_second_moment
     # Ranks at which the dropped terms, of relative size r / p_in, are below the tolerance.
     low_ranks = [(rank, draws.p_in) for rank in draws.ranks if rank <= TOLERANCE * draws.p_in / 2] or [(1, WIDE)]
     limit = [draws.judge_ratio(draws.second_moment_ratio(claim, *cell)) for cell in low_ranks]
     return Verdict(
         "8",
-        "E[w^2] = eta^2 delta^2 gamma^4 r p_in^2 (its sum, counted)",
+        "E[w^2] = eta^2 delta^2 gamma^4 r p_in^2 (printed sum, evaluated)",
         decide(limit, draws.judge_all_cells(claim)),
         "r << p_in, overlap 0: drops the terms k != k'",
         f"simulated/printed {_format(draws.second_moment_ratio(claim, draws.low))} at r = {draws.low}, "
@@ -388,7 +391,7 @@ def judge_eq8(draws: Draws) -> Verdict:
 
 
 def judge_eq9(draws: Draws) -> Verdict:
-    """Judge Eq. 9 in the limit of ranks far above p_in."""
+    """Compare Eq. 9 with the second moment of the samples; it may hold at ranks far above p_in."""
     claim = equations.eq9_variance
     limit = draws.second_moment_ratio(claim, draws.far_rank, NARROW)
     # By the exact law the ratio is (p_in + r + 1) / r.
@@ -406,7 +409,10 @@ def judge_eq9(draws: Draws) -> Verdict:
 
 
 def judge_eq11(draws: Draws) -> Verdict:
-    """Judge Eq. 11 for equal and for different |delta_i|; by Eq. 4 w is delta times one number."""
+    """Compare Eq. 11 with the norm of the samples, in which all delta_i are 1.
+
+    For other delta_i no samples are needed: by Eq. 4, every w_i is delta_i times the same number.
+    """
 
     def ratio(rank: int, p_in: int) -> Estimate:
         printed = float(equations.eq11_norm(np.ones(draws.p_out), rank=rank, p_in=p_in, **UNIT))
@@ -427,7 +433,7 @@ def judge_eq11(draws: Draws) -> Verdict:
 
 
 def judge_eq12(draws: Draws) -> Verdict:
-    """Judge the printed constant of Eq. 12 at a learning rate other than 1."""
+    """Compare the printed constant of Eq. 12 with that of Eq. 11, at a learning rate other than 1."""
     eta, p_in, rank = 1e-3, draws.p_in, draws.high
     printed = equations.eq12_constant(1.0, p_out=draws.p_out, p_in=p_in, learning_rate=eta)
     from_eq11 = equations.eq11_norm(np.ones(draws.p_out), rank=rank, p_in=p_in, scaling=1.0, learning_rate=eta)
@@ -442,7 +448,7 @@ def judge_eq12(draws: Draws) -> Verdict:
 
 
 def judge_eq13(draws: Draws) -> Verdict:
-    """Judge Eq. 13 at a constant gamma."""
+    """Compare the growth with the rank in Eq. 13 with that of the samples at a constant gamma."""
 
     def printed(rank: int) -> float:
         return equations.eq13_norm(1.0, rank=rank, scaling=1.0)
@@ -451,7 +457,7 @@ def judge_eq13(draws: Draws) -> Verdict:
 
 
 def judge_eq14(draws: Draws) -> Verdict:
-    """Judge Eq. 14."""
+    """Compare the growth with the rank in Eq. 14 with that of the samples under LoRA's rule."""
 
     def printed(rank: int) -> float:
         return equations.eq14_lora_norm(1.0, alpha=1.0, rank=rank)
@@ -460,7 +466,7 @@ def judge_eq14(draws: Draws) -> Verdict:
 
 
 def judge_eq15(draws: Draws) -> Verdict:
-    """Judge Eq. 15."""
+    """Compare the growth with the rank in Eq. 15 with that of the samples under RoRA's rule."""
 
     def printed(rank: int) -> float:
         return equations.eq15_rora_norm(1.0, alpha=1.0, rank=rank)
@@ -470,7 +476,10 @@ def judge_eq15(draws: Draws) -> Verdict:
 
 
 def _judge_growth(draws: Draws, equation: str, claim: str, rule: Rule, printed: Callable[[int], float]) -> Verdict:
-    """Judge a printed norm's growth with the rank at overlap 0, at 0.5, and far above the crossing rank."""
+    """Compare the growth of a printed norm with that of the samples.
+
+    The samples have overlap 0 and 0.5. The claim may hold far above the crossing rank, at overlap 0.5.
+    """
 
     # The samples have unit scaling; w is proportional to gamma^2 under SGD.
     def slope(cells: Mapping[int, sampling.StreamMoments]) -> Fit:

@@ -30,7 +30,7 @@ RESOLUTION = 0.25
 def judge_gap(
     gap: float, half_width: float, *, tolerance: float = TOLERANCE, resolution: float = RESOLUTION
 ) -> Outcome:
-    """Judge whether an estimate agrees with a claimed value.
+    """Compare an estimate with a claimed value.
 
     Args:
       gap: Absolute difference between the estimate and the claim; NaN contradicts the claim.
@@ -82,9 +82,9 @@ def summarise_outcomes(outcomes: Iterable[Outcome]) -> Status:
 def judge_range(
     estimate: Estimate, prediction: tuple[float, float], rivals: Sequence[float], *, is_bound: bool, seeds: int
 ) -> Outcome:
-    """Judge whether a measured value supports a range of predictions.
+    """Compare a measured value with a range of predictions and with rival predictions.
 
-    A prediction is supported only against a rival: an interval that contains both says nothing about either.
+    A value supports a prediction only against a rival: an interval that contains both supports neither.
 
     Args:
       estimate: Measured value.
@@ -119,7 +119,7 @@ def judge_range(
 def judge_equivalence(
     value: float, half_width: float, *, margin: float, threshold: float
 ) -> Literal["equal", "differs", "undecided"]:
-    """Judge whether a difference is negligible.
+    """Decide whether a difference is negligible.
 
     Args:
       value: Estimated difference.

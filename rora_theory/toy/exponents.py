@@ -226,7 +226,7 @@ def slopes_at_constant_gamma(rows: Sequence[dict[Any, Any]], power: int) -> str:
 
 
 def exponent_change(both: Sequence[dict[Any, Any]], frozen: Sequence[dict[Any, Any]]) -> str:
-    """Judge whether training A changes the exponent, paired by seed, at the last step with a loss above half its start.
+    """Test whether training A changes the exponent, paired by seed, at the last step with a loss above half its start.
 
     Only slopes over the same ranks are compared, because the slope of a bent curve depends on the ranks. A change is
     "small" if its interval excludes 0 and lies within `MIN_EXPONENT_CHANGE`.
