@@ -181,7 +181,7 @@ class Trainer:
             if (latest := self._checkpoints.latest) is not None:
                 self._state, restored = self._checkpoints.restore(latest, self._state)
                 self._check_same_run(restored, self._checkpoints.path(latest))
-                self._progress = replace(restored, settings=self._progress.settings, data=self._progress.data)
+                self._progress = restored
         self.step = self._progress.step
 
     @classmethod
@@ -301,7 +301,7 @@ class Trainer:
             self._checkpoints.close()
 
     def _check_same_run(self, restored: Progress, path: Path) -> None:
-        """Raise `InputError` for a checkpoint of another run; checkpoints of early versions hold no digests."""
+        """Raise `InputError` if a checkpoint lies beyond the run, or belongs to other settings or training data."""
         if restored.step > self.steps:
             raise InputError(
                 f"{path}: checkpoint is beyond the {self.steps} steps of this run. Resume in the folder of this run."
@@ -310,7 +310,7 @@ class Trainer:
             ("settings", restored.settings, self._progress.settings),
             ("training data", restored.data, self._progress.data),
         ):
-            if restored_digest not in (None, digest):
+            if restored_digest != digest:
                 raise InputError(
                     f"{path}: checkpoint belongs to a run with other {subject}. Resume in the folder of this run."
                 )

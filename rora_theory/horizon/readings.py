@@ -31,8 +31,8 @@ class Reading:
       step: Number of steps; 0 is the model before training.
       losses: Loss of each record in nats, summed over its tokens.
       answer_losses: Loss of each record in nats, summed over the tokens of its answer.
-      parts: Columns of `measure.led.compute_led_rms`, to five figures; None if the change is not gamma B A x (full
-        fine-tuning, DoRA), or in runs of earlier versions.
+      parts: Columns of `measure.led.compute_led_rms`, to five figures; None if they were not measured, and for full
+        fine-tuning and DoRA, whose change is not gamma B A x.
     """
 
     step: int

@@ -100,7 +100,7 @@ class JudgeConfig:
 
 
 def judge_regime(results: pd.DataFrame, config: JudgeConfig | None = None) -> dict[str, Any] | None:
-    """Judge whether every measured rms agrees with the predicted one.
+    """Test whether every measured rms agrees with the predicted one.
 
     A value agrees if it lies within its error bar or within the tolerance. It fails if it lies outside both or is not
     finite. It is undecided if its error bar is wider than `stats.verdicts.RESOLUTION`. The verdict is ``fails`` if any
@@ -162,13 +162,17 @@ _DIFFERENCE_KEYS = ("largest_deviation", "largest_t", "rms_t", "median_relative_
 
 
 def describe_verdict(verdict: Mapping[str, Any]) -> str:
-    """Return a sentence that describes a verdict of `judge_regime`."""
+    """Return a sentence that describes a verdict of `judge_regime`.
+
+    Args:
+      verdict: Verdict, whose numbers of undecided and of non-finite values may be absent if they are 0.
+    """
     text = (
         f"verdict: {verdict['verdict']}. {verdict['comparisons'] - verdict['outside']} of {verdict['comparisons']} "
         f"figures agree within {verdict['tolerance']:.0%} or their error bar (total false alarm probability "
         f"{verdict['false_alarm']:g})"
     )
-    if undecided := verdict.get("undecided"):  # runs of earlier versions have no such key
+    if undecided := verdict.get("undecided"):
         text += f", {undecided} of them within an error bar wider than {RESOLUTION:.0%}, which decides nothing"
     if not_finite := verdict.get("not_finite"):
         text += f"; {not_finite} not finite"
