@@ -192,9 +192,9 @@ def seeds_of(manifest: dict[str, Any]) -> int:
     return len(manifest["config"]["seeds"])
 
 
-def check_as_written(folder: Path, within: str = "") -> None:
-    """End the command if a file of a run, or of the folder ``within`` it, was changed since the run wrote it."""
-    problem = seals.describe_problem(folder, within)
+def check_as_written(folder: Path, subfolder: str = "") -> None:
+    """End the command if a file of a run, or of a subfolder of it, was changed since the run wrote it."""
+    problem = seals.describe_problem(folder, subfolder)
     if problem is not None:
         fail(f"{problem}. Restore the file, or run the command of the run again.")
 

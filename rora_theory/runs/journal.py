@@ -43,7 +43,7 @@ class Journal:
             with contextlib.suppress(InputError, UnicodeDecodeError):
                 entry = parse_json(line.decode(), where=str(path))
             # Each line is sealed with the digest of the line before it, so that no line can be removed or moved.
-            if not seals.is_sealed(entry, of=self._digests[-1]):
+            if not seals.is_sealed(entry, context=self._digests[-1]):
                 raise InputError(
                     f"{path}: line {number} is damaged or was changed since the run wrote it. Restore the file, or "
                     f"remove its lines from {number} on and run the same command again."
@@ -61,7 +61,7 @@ class Journal:
           entry: Entry of the line.
           sync: Whether to wait until the disk has the line, see `rora_theory.io.files.append`.
         """
-        sealed = seals.seal(entry, of=self._digests[-1])
+        sealed = seals.seal(entry, context=self._digests[-1])
         append(self.path, json.dumps(sealed) + "\n", sync=sync)
         self._digests.append(sealed[seals.DIGEST])
         self.entries.append(entry)
@@ -70,7 +70,7 @@ class Journal:
         """Replace all lines by the given entries."""
         digests, lines = self._digests[:1], []
         for entry in entries:
-            sealed = seals.seal(entry, of=digests[-1])
+            sealed = seals.seal(entry, context=digests[-1])
             digests.append(sealed[seals.DIGEST])
             lines.append(json.dumps(sealed) + "\n")
         write_whole(self.path, "".join(lines))

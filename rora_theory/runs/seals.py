@@ -18,26 +18,26 @@ DIGEST = "digest"
 """Key of an entry's digest."""
 
 
-def seal(entry: Mapping[str, Any], *, of: str = "") -> dict[str, Any]:
+def seal(entry: Mapping[str, Any], *, context: str = "") -> dict[str, Any]:
     """Return an entry with its digest, the first 16 hexadecimal digits of the SHA-256 of its JSON text.
 
     Args:
       entry: Entry of JSON types; a digest in it is replaced.
-      of: Text that the digest also covers, such as the digest of the previous entry. The seal is invalid for any other
-        text.
+      context: Text that the digest also covers, such as the digest of the previous entry. The seal is invalid in any
+        other context.
     """
     plain = {name: value for name, value in entry.items() if name != DIGEST}
-    text = of + json.dumps(plain, sort_keys=True)
+    text = context + json.dumps(plain, sort_keys=True)
     return plain | {DIGEST: hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
-def is_sealed(entry: Any, *, of: str = "") -> bool:
-    """Return whether an entry is as `seal` returned it."""
-    return isinstance(entry, Mapping) and DIGEST in entry and seal(entry, of=of)[DIGEST] == entry[DIGEST]
+def is_sealed(entry: Any, *, context: str = "") -> bool:
+    """Return whether an entry is unchanged since `seal` returned it with the same context."""
+    return isinstance(entry, Mapping) and DIGEST in entry and seal(entry, context=context)[DIGEST] == entry[DIGEST]
 
 
 def changed_files(folder: Path, known: Mapping[str, str]) -> list[str]:
-    """Return the names of the files whose SHA-256 differs from a recorded one. Missing files are not changed files.
+    """Return the names of the files whose SHA-256 differs from the recorded one. A missing file is not a change.
 
     Args:
       folder: Folder of the run.
@@ -51,14 +51,14 @@ def changed_files(folder: Path, known: Mapping[str, str]) -> list[str]:
     return [name for name, path in paths.items() if path.is_file() and digests.of_file(path) != known[name]]
 
 
-def describe_problem(folder: Path, within: str = "") -> str | None:
+def describe_problem(folder: Path, subfolder: str = "") -> str | None:
     """Describe the first difference between a run's folder and what the run wrote.
 
     The files of a killed run have no digests, so that changes of them are not detected.
 
     Args:
       folder: Folder of the run, with its ``manifest.json``.
-      within: Folder inside it whose files are verified, such as ``cells/KEY``; the run's own files by default.
+      subfolder: Folder whose files are verified, such as ``cells/KEY``; by default ``folder`` itself.
 
     Returns:
       The difference, or None if there is none or the folder has no manifest.
@@ -74,7 +74,7 @@ def describe_problem(folder: Path, within: str = "") -> str | None:
             return f"{path}: was changed since the run wrote it"
         # Digests of the files directly in the requested folder.
         recorded = manifest.get("files") or {}
-        verified = {name: digest for name, digest in recorded.items() if name.rpartition("/")[0] == within}
+        verified = {name: digest for name, digest in recorded.items() if name.rpartition("/")[0] == subfolder}
         for name in changed_files(folder, verified):
             return f"{folder / name}: was changed since the run wrote it"
     except InputError as error:

@@ -50,8 +50,8 @@ def read_runs(folder: Path, *, model: str | None = None, loss: Loss = "validatio
     return [_read_run(folder, row, column) for row in model_rows]
 
 
-def _check_seal(folder: Path, within: str = "") -> None:
-    problem = seals.describe_problem(folder, within)
+def _check_seal(folder: Path, subfolder: str = "") -> None:
+    problem = seals.describe_problem(folder, subfolder)
     if problem is not None:
         raise InputError(f"{problem}. Use the file as sims.rank_sweep wrote it.")
 
