@@ -362,7 +362,7 @@ def summarise_timings(values: Sequence[float]) -> dict[str, Any]:
 
 
 def run_rate(log: Log, sizes: Sizes, until: float) -> None:
-    """Measure the card's own rates."""
+    """Measure the rates of matrix products and copies that the device reaches at best."""
     run_worker(log, our_task("rate", sizes, ["card"]), until)
 
 

@@ -28,10 +28,13 @@ Work = Callable[[str], dict[str, Any]]
 
 
 def rate(spec: dict[str, Any]) -> Work:
-    """Measure the card's own rates: products of square bfloat16 matrices, and copies, in bytes read and written."""
-    size, copied = spec["sizes"]["product"], spec["sizes"]["copied"]
+    """Measure what the device reaches at best, in products of square bfloat16 matrices and in copies.
 
-    def card(_: str) -> dict[str, Any]:
+    Copies are measured in bytes read and written per second.
+    """
+    size, copied_values = spec["sizes"]["product"], spec["sizes"]["copied"]
+
+    def measure_device(_: str) -> dict[str, Any]:
         count = 20
         a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
 
@@ -40,7 +43,7 @@ def rate(spec: dict[str, Any]) -> Work:
         def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
             return jax.lax.fori_loop(0, count, lambda _, x: (x @ b) * jnp.bfloat16(0.01), a)
 
-        x = jnp.ones((copied,), jnp.bfloat16)
+        x = jnp.ones((copied_values,), jnp.bfloat16)
         copy = jax.jit(lambda x: x + jnp.bfloat16(1))
         product_seconds, copy_seconds = best_of(5, multiply, a, a), best_of(5, copy, x)
         return {
@@ -49,11 +52,11 @@ def rate(spec: dict[str, Any]) -> Work:
             "device": jax.devices()[0].device_kind,
         }
 
-    return card
+    return measure_device
 
 
 def best_of(count: int, function: Callable[..., Any], *arguments: Any) -> float:
-    """Return the fewest seconds of ``count`` calls, after one that compiles."""
+    """Return the seconds of the fastest of ``count`` calls, after a call that compiles."""
     jax.block_until_ready(function(*arguments))
     return min(timed(lambda: function(*arguments))[0] for _ in range(count))
 

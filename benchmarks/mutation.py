@@ -1,11 +1,12 @@
-"""Test the tests: count the small faults in the judging layer, the PyTorch bridge and the data that they detect.
+"""Test the tests: count the small faults in three groups of modules that they detect.
 
     python benchmarks/mutation.py                                # all modules, 60 mutants of each, drawn at seed 0
     python benchmarks/mutation.py slopes rate_optimum --most 0   # every mutant of two modules
     python benchmarks/mutation.py bridge data --most 10          # modules of two groups
 
 A mutant is one module with one operator, comparison, number or condition changed (cosmic-ray's operators, `OPERATORS`).
-It is killed if a test file of the module or an example in its docstrings fails on it, or if its time runs out.
+It is killed if a test file of the module or an example in its docstrings fails on it, or if its time runs out. The
+groups are `judging` (statistics, advice and verdicts), `bridge` (PyTorch) and `data` (records and batches).
 The modules that the tests need are imported once. Each mutant runs in a fork that imports only what depends on the
 module, so that it takes about a second, or some seconds in the bridge. It needs the extra `mutation` and is run on
 demand, not with the test suite.
@@ -61,7 +62,7 @@ JUDGING = {
     "sweep_results": ("rora_theory/sweep/results.py", "tests/sweep/test_differences.py tests/sweep/test_results.py"),
     "rate_curves": ("rora_theory/stats/rate_curves.py", "tests/stats/test_rate_curves.py"),
 }
-"""Pure modules of the judging layer with the files that test them."""
+"""Modules of statistics, advice and verdicts, which run no model, with the files that test them."""
 
 BRIDGE = {
     "torch_batches": (
@@ -203,7 +204,7 @@ def _imported_by(path: Path, *names: str, in_functions: bool = False) -> set[str
 
 
 def _import_statements(node: ast.AST, in_functions: bool) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Yield the imports that run: without those for type checkers, and without those in functions unless asked for."""
+    """Yield the imports that run: without those for type checkers, and without those in functions unless requested."""
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         yield node
         return

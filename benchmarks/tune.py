@@ -7,8 +7,8 @@
 A probe of `rora_theory.tune` needs short runs at three learning rates and the loss of a few held-out records. The
 published runs contain such runs: their first 16 or 64 steps. This script fits the best rate of one seed and of one
 block of held-out records, carries it to the steps of longer runs as `tune` does, and computes the regret of the result
-on the measured curves. Nothing is trained. At a constant rate the probe's runs are the beginnings of runs of the curve
-by which they are judged; under another schedule they are runs of their own.
+on the measured curves. Nothing is trained. At a constant rate, the probe's runs are the first steps of the longer runs
+whose curve measures the regret. Under another schedule they are separate runs.
 
 Files in the output folder: `cases.csv` (a row for each replayed probe), `by_target.csv` (a summary) and `defaults.csv`
 (regret of the default learning rates of TRL, LLaMA-Factory and `unsloth train` in the same settings). With `--probes`,

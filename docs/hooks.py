@@ -55,9 +55,9 @@ def notebook_page(notebook: dict[str, Any], stem: str) -> tuple[str, dict[str, b
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """MkDocs' hook: called with each page's HTML."""
-    content = BLOCK.sub(lambda found: _mathml(found[1] + " " + (found[2] or ""), "block"), content)
-    return INLINE.sub(lambda found: _mathml(found[1], "inline"), content)
+    """Replace the LaTeX in a page's HTML by MathML; MkDocs calls this hook for each page."""
+    content = BLOCK.sub(lambda match: _mathml(match[1] + " " + (match[2] or ""), "block"), content)
+    return INLINE.sub(lambda match: _mathml(match[1], "inline"), content)
 
 
 def _mathml(markup: str, display: str) -> str:

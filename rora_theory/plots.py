@@ -359,7 +359,7 @@ def label_short_axis(axis: "matplotlib.axes.Axes") -> None:
     """Label 1, 2 and 5 of each decade of a logarithmic y axis of at most two and a half decades.
 
     On such an axis the default labels further multiples in scientific notation, which overlap. Longer axes keep the
-    powers of ten. Call it after drawing: the axis is that of the data.
+    powers of ten. Call this function after drawing, because the data determine the limits of the axis.
     """
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 

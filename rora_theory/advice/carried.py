@@ -76,11 +76,11 @@ class CarriedSetting:
 
     Attributes:
       old: Tuned setting.
-      unchanged: Tuned setting at the new rank and rule, with the tuned learning rate, and with the tuned alpha or the
-        one that was asked for.
+      unchanged: Tuned setting at the new rank and rule, with the tuned learning rate, and with the requested alpha or
+        else the tuned one.
       modules: Alpha and learning rate that preserve the first step of each module.
       regime: ``"signal"``, ``"cross-talk"`` or ``"measured"``.
-      fixes_alpha: Whether an alpha was asked for, so that the learning rate compensates.
+      fixes_alpha: Whether an alpha was requested, so that the learning rate compensates.
       run: Number of steps and schedule of the two runs.
     """
 
@@ -167,10 +167,10 @@ class CarriedSetting:
 
     @property
     def alpha_limits(self) -> HorizonLimits | None:
-        """Alpha at the tuned rate for the first step and for a long run, as `rate_limits`."""
+        """Alpha at the tuned learning rate for the first step and for a long run; None where `rate_limits` is None."""
         if not self._has_limits:
             return None
-        # In a long run SGD needs the same gamma, and Adam the same gamma r, see `rate_limits_of`.
+        # A long run is preserved by the same gamma under SGD, and by the same gamma r under Adam (`rate_limits_of`).
         if self.is_sgd:
             return HorizonLimits(self.alpha_at_old_rate, self.unchanged.with_scaling(self.old.scaling).alpha)
         long_run = self.unchanged.with_scaling(strength_of(self.old) / self.unchanged.rank).alpha

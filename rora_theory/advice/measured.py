@@ -73,7 +73,7 @@ def measured_steps(schedule: Schedule | None) -> tuple[float, float]:
     """Return the lowest and highest number of optimizer steps after which the best rate was measured.
 
     Args:
-      schedule: Schedule of the runs; a constant rate stands for None and for schedules that were not measured.
+      schedule: Schedule of the runs; None and schedules that were not measured count as a constant rate.
 
     Examples:
       >>> measured_steps("constant")

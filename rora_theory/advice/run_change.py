@@ -1,4 +1,4 @@
-"""Number of steps and schedule of the tuned and of the new run, and what the displacement law makes of them."""
+"""Number of steps and schedule of the tuned and of the new run, and their effect on the best rate."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from rora_theory.theory.displacement import RateRange, carry_rate
 
 @dataclass(frozen=True)
 class RunChange:
-    """Number of steps and schedule before and after, and the displacement constant.
+    """Numbers of steps and schedules of the tuned and of the new run, and the displacement constant.
 
     Attributes:
       steps: Number of optimizer steps for which the rate was tuned; None if it is not known.
@@ -97,7 +97,7 @@ class RunChange:
 
     @property
     def has_unmeasured_schedule(self) -> bool:
-        """Whether a schedule is given that no measured run has."""
+        """Whether either schedule is one under which no run was measured."""
         measured = (None, *MEASURED_SCHEDULE_FACTORS)
         return any(schedule not in measured for schedule in (self.schedule, self.to_schedule))
 
@@ -123,6 +123,6 @@ class RunChange:
             new_steps=self.to_steps,
             steps_exponents=self.steps_exponents,
         )
-        # The factor of the schedule has a range of its own, whose middle is the geometric mean.
+        # The factor of the schedule is known up to a range, too. Its best value is the geometric mean of the ends.
         low, high = self.schedule_factors or (1.0, 1.0)
         return RateRange(rates.low * low, rates.best * math.sqrt(low * high), rates.high * high)

@@ -98,7 +98,7 @@ def judge_runs(
     curves = {step: curves_at(runs, tokens, step, draws=BOOTSTRAP_SAMPLES) for step in steps}
     best = _concatenate(best_rate_table(step_curves, step) for step, step_curves in curves.items())
     led = led_table(runs, takeovers=takeovers, warmup=warmup)
-    # Without a curve of three rates there is nothing to judge but the parts of the change.
+    # Without a curve of three rates, only the parts of the change can be analysed.
     if best.empty:
         empty = pd.DataFrame()
         return HorizonJudgement(best, empty, empty, empty, empty, empty, led, empty, empty, empty, empty)

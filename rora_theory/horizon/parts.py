@@ -17,22 +17,22 @@ QUANTILES = (0.05, 0.5, 0.95)
 """Quantiles over a model's modules of quantities such as the takeover distance."""
 
 GRID_STEP = 1 / 4
-"""Distance of adjacent learning rates in decades."""
+"""Distance between adjacent learning rates of the grid, in decades."""
 
 
 def led_table(runs: Sequence[HorizonRun], *, takeovers: Sequence[float], warmup: int) -> pd.DataFrame:
-    """Summarise the parts of the change in every run and reading that has them, with the ratio by the law.
+    """Tabulate the B-led and the A-led part of the change at every reading where they were measured.
 
     Args:
       runs: Runs of the grid.
-      takeovers: Takeover distances of the model's modules; if empty, the law's column is left out.
+      takeovers: Takeover distances of the model's modules; if empty, the table has no column ``law_ratio``.
       warmup: Number of steps of linear warm-up.
 
     Returns:
-      A row for each run and reading: ``rank``, ``strength``, ``learning_rate``, ``seed`` and ``step``; the median and
-      the 5% and 95% quantiles over modules of ``ratio``, A-led over B-led rms, and of ``exponent``
+      A row for each reading: ``rank``, ``strength``, ``learning_rate``, ``seed`` and ``step``; the median and the
+      quantiles 5% and 95% over modules of ``ratio``, A-led over B-led rms, and of ``exponent``
       (`measure.led.preserving_exponent`); ``change``, the root mean square over modules of the change of their outputs;
-      and ``law_ratio``, the ratio by the law for the median takeover distance at a constant gradient.
+      and ``law_ratio``, the ratio that the law predicts for the median takeover distance at a constant gradient.
     """
     rows: list[dict[str, Any]] = []
     takeover = float(np.median(takeovers)) if takeovers else None

@@ -1,4 +1,4 @@
-"""Evaluation of a prefix that many sequences share: computed once, then the rest attends to its keys and values."""
+"""Evaluation of a prefix that many sequences share: its keys and values are computed once for all of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,9 +61,9 @@ def shared_length(sequences: Sequence[Sequence[int]], spare: int = 0) -> int:
 
     Args:
       sequences: Token ids of each sequence.
-      spare: Number of shared tokens to leave to the sequences. Pass 1 where each must keep a token of its own.
+      spare: Number of shared tokens to leave out. Pass 1 if every sequence must have a token after the prefix.
     """
-    # In lexicographic order, what the first and the last share, all sequences between them share.
+    # A prefix that the lexicographically first and last sequences share is a prefix of all sequences.
     first, last = min(map(tuple, sequences)), max(map(tuple, sequences))
     return max(0, common_length(first, last) - spare) // LENGTH_MULTIPLE * LENGTH_MULTIPLE
 

@@ -123,7 +123,8 @@ class StreamMoments:
 def setting_key(seed: int, setting: RandomStep, sampler: Sampler) -> PRNGKeyArray:
     """Return the key of a setting's stream, see `rora_theory.random.draws.stream_key`."""
     values = ", ".join(f"{name}={value!r}" for name, value in vars(setting).items())
-    return stream_key(seed, f"(Setting({values}), {sampler!r})")  # text that published runs are keyed by
+    # The streams of published runs depend on this text, so it must not change.
+    return stream_key(seed, f"(Setting({values}), {sampler!r})")
 
 
 def best_sampler(setting: RandomStep) -> Sampler:

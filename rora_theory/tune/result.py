@@ -1,4 +1,4 @@
-"""Result of a probe: the learning rate for the planned run, its range, and what both rest on."""
+"""Result of a probe: the learning rate for the planned run, its range, and the evidence for both."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -267,7 +267,7 @@ def _assumptions(plan: ProbePlan, fitted: FittedRate, rank: int, probe_rank: int
 
 
 def _describe_edge(fitted: FittedRate) -> str:
-    """Return a sentence and a space if the best rate lies at an end of the grid, or nothing."""
+    """Return a sentence and a space if the best rate lies at an end of the grid, else an empty string."""
     if not fitted.edge:
         return ""
     side = {"low": "lower", "high": "higher"}[fitted.edge]
