@@ -235,7 +235,7 @@ def names(place: Path) -> Iterator[str]:
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("command", sorted(READ))
-def test_what_is_no_file_is_refused(command: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_paths_that_are_no_files_are_refused(command: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command neither waits for it nor reads it until memory is full."""
     bad = list(names(place))
     before, faults = listing(place), []
@@ -250,7 +250,7 @@ def test_what_is_no_file_is_refused(command: str, place: Path, capsys: pytest.Ca
     assert listing(place) == before
 
 
-def test_every_command_is_here() -> None:
+def test_every_command_is_tested() -> None:
     assert len(COMMANDS) >= 23
     experiments = {path.stem for path in (ROOT / "sims").glob("*.py")} - {"__init__", "__main__"}
     assert {f"sims.{name}" for name in experiments} <= set(COMMANDS), "a file of sims that no one can run"

@@ -8,7 +8,7 @@ from benchmarks import hardware
 from rora_theory.runs import software
 
 
-def test_the_share_of_others_is_the_busy_time_less_our_own(monkeypatch) -> None:
+def test_the_share_of_other_processes_is_the_busy_time_minus_that_of_this_one(monkeypatch) -> None:
     """In 10 seconds on 2 processors 7 are busy, of which 5 are this process's."""
     busy, ours, clock = iter((100.0, 107.0, 107.0)), iter((3.0, 8.0, 8.0)), iter((50.0, 60.0, 60.0))
     monkeypatch.setattr(hardware, "_busy_seconds", lambda: next(busy))

@@ -18,7 +18,7 @@ from rora_theory.runs.folder import RunFolder
 
 
 @pytest.mark.parametrize("names", [[], ["a.png", "a.svg", "table.md", "table.csv"], ["notes.txt", "manifest.json"]])
-def test_a_folder_that_is_new_a_runs_or_of_figures_is_drawn_into(tmp_path: Path, names: list[str]) -> None:
+def test_new_folders_run_folders_and_figure_folders_are_accepted(tmp_path: Path, names: list[str]) -> None:
     for name in names:
         (tmp_path / name).write_text(json.dumps({"experiment": "regime"}))
     style.check_output_folder(tmp_path)
@@ -26,7 +26,7 @@ def test_a_folder_that_is_new_a_runs_or_of_figures_is_drawn_into(tmp_path: Path,
 
 
 @pytest.mark.parametrize("names", [["photo.png"], ["a.png", "a.svg", "data.csv"], [".git"], ["manifest.json"]])
-def test_a_folder_of_others_is_not_drawn_into(tmp_path: Path, names: list[str]) -> None:
+def test_folders_with_other_files_are_refused(tmp_path: Path, names: list[str]) -> None:
     for name in names:
         (tmp_path / name).write_text(json.dumps({"name": "a web page's"}))
     with pytest.raises(InputError, match=f"holds {names[-1]}, which is not a figure"):
@@ -41,7 +41,7 @@ class Config:
     """folder"""
 
 
-def test_a_command_looks_before_it_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_folder_is_checked_before_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def draw(config: Config) -> list[Path]:
         (config.out / "a.png").touch()
         return []
@@ -54,7 +54,7 @@ def test_a_command_looks_before_it_draws(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "results.csv", "metrics.jsonl", "cell.json"])
-def test_a_pipe_in_a_run_folder_is_not_waited_for(
+def test_a_pipe_in_a_run_folder_does_not_block(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str], time_limit
 ) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(seals.seal({"experiment": "regime", "config": {}})))
@@ -67,9 +67,7 @@ def test_a_pipe_in_a_run_folder_is_not_waited_for(
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "results.csv", "cells/k/cell.json", "cells/k/metrics.jsonl"])
-def test_a_run_or_cell_that_was_changed_is_not_drawn(
-    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_changed_run_or_cell_is_not_drawn(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The run's manifest has the digests of both."""
     run = RunFolder.open("regime", {}, out=tmp_path / "run")
     cell = run.path / "cells" / "k"

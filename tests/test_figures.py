@@ -77,11 +77,11 @@ FIGURES = {
 }
 SAVE = style.save
 """Function that writes a figure; fixtures replace it while the module's tests run."""
-CASES = [(folder, module, options) for folder, drawn in FIGURES.items() for module, options in drawn]
+CASES = [(folder, module, options) for folder, plots in FIGURES.items() for module, options in plots]
 
 
 @pytest.fixture
-def drawn():
+def captured_figures():
     """Return figures that the test draws."""
     with drawings.captured() as figures:
         yield figures
@@ -147,7 +147,7 @@ def test_published_figures_can_be_read_on_a_phone(published) -> None:
             assert legend_text(figure).startswith("SmolLM2-135M pruned to half, ")
 
 
-def test_no_words_lie_under_the_bars_of_a_horizon(published) -> None:
+def test_no_text_overlaps_the_error_bars_of_a_horizon(published) -> None:
     figure = published[0]["horizon", "horizon"]
     renderer = figure.canvas.get_renderer()
     for axis in figure.axes:
@@ -227,18 +227,18 @@ def part(source: Path, target: Path, **chosen) -> Path:
     return target
 
 
-def test_few_panels_clip_no_legend(drawn, tmp_path) -> None:
+def test_legends_of_few_panels_are_not_clipped(captured_figures, tmp_path) -> None:
     """Under Adam the paper has no line, and the legend omits it."""
     for name, overlaps in (("one", ("0.5",)), ("two", ("0.0", "0.5"))):
         run = part(PUBLISHED / "variance_sweep", tmp_path / name, overlap=overlaps, optimizer=("adam",))
         norm_vs_rank.draw(norm_vs_rank.Config(run))
-        check(drawn["norm_vs_rank"])
-        assert "Eq. 11" not in legend_text(drawn["norm_vs_rank"])
+        check(captured_figures["norm_vs_rank"])
+        assert "Eq. 11" not in legend_text(captured_figures["norm_vs_rank"])
     for name, optimizers in (("sgd", ("sgd",)), ("both", ("sgd", "adamw"))):
         chosen = {"optimizer": optimizers, "rule": ("lora",), "control": ("0",)}
         run = part(PUBLISHED / "coordinate_check", tmp_path / name, **chosen)
         coordinate_check.draw(coordinate_check.Config(run))
-        check(drawn["coordinate_check_slopes"])
+        check(captured_figures["coordinate_check_slopes"])
 
 
 @pytest.mark.slow
@@ -272,18 +272,18 @@ def test_ticks_of_ranks_and_steps_are_whole_numbers_that_were_run(published) -> 
     assert [label.get_text() for label in rms.get_xticklabels()] == ["4", "16", "64", "256", "1024"]
 
 
-def test_a_step_of_one_has_no_fractional_ticks(drawn, tmp_path) -> None:
+def test_a_step_of_one_has_no_fractional_ticks(captured_figures, tmp_path) -> None:
     cell = tmp_path / "run"
     cell.mkdir()
     config = {"method": "lora", "rule": "rora", "rank": 8, "lr": 1e-3}
     (cell / "manifest.json").write_text(json.dumps(seals.seal({"config": config})))
     (cell / "metrics.jsonl").write_text("".join(f'{{"event": "step", "step": {n}, "loss": {n}}}\n' for n in (1, 2, 3)))
     draw(loss_curves, cell, {})
-    assert all(float(tick).is_integer() for tick in drawn["loss_curves"].axes[0].get_xticks())
+    assert all(float(tick).is_integer() for tick in captured_figures["loss_curves"].axes[0].get_xticks())
 
 
 @pytest.mark.slow
-def test_rates_stand_where_they_were_run_and_top_is_kept(published) -> None:
+def test_points_lie_at_the_rates_that_were_run_and_top_is_respected(published) -> None:
     figure = published[0]["rank_sweep", "loss_vs_rate"]
     with (PUBLISHED / "rank_sweep" / "results.csv").open(newline="") as file:
         rates = {float(row["learning_rate"]) for row in csv.DictReader(file) if row["learning_rate"]}
@@ -292,11 +292,11 @@ def test_rates_stand_where_they_were_run_and_top_is_kept(published) -> None:
     for container in left.containers:
         assert set(container.lines[0].get_xdata()) <= rates
     assert "a single seed" in legend_text(figure)
-    assert "diverged" not in legend_text(figure), "none is there"
+    assert "diverged" not in legend_text(figure), "no run diverged"
 
 
 @pytest.mark.slow
-def test_contours_are_whole_and_their_labels_stand_upright_on_them(published) -> None:
+def test_contours_are_complete_and_their_labels_are_upright(published) -> None:
     for axis in published[0]["variance_sweep", "exponent_map"].axes[:2]:
         lines = next(child for child in axis.collections if hasattr(child, "levels"))
         assert [text.get_text() for text in axis.texts] == [f"{level:.3g}" for level in lines.levels]
@@ -309,7 +309,7 @@ def test_contours_are_whole_and_their_labels_stand_upright_on_them(published) ->
 
 
 @pytest.mark.slow
-def test_crosses_and_bands_have_a_word_in_the_legend(published) -> None:
+def test_crosses_and_bands_are_explained_in_the_legend(published) -> None:
     figures, _ = published
     assert "at the grid's edge" in legend_text(figures["lr_transfer", "lr_transfer"])
     assert "are left out" in legend_text(figures["lr_transfer", "lr_transfer"])
@@ -324,13 +324,13 @@ def test_crosses_and_bands_have_a_word_in_the_legend(published) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_stepped_nothing_promises_no_points(published, drawn, tmp_path) -> None:
+def test_the_legend_has_no_points_if_no_adapter_was_stepped(published, captured_figures, tmp_path) -> None:
     run = part(PUBLISHED / "regime", tmp_path / "run")
     with (run / "results.csv").open(newline="") as file:
         rows = [{**row, "measured": "", "standard_error": "", "adapters": ""} for row in csv.DictReader(file)]
     write_rows(run / "results.csv", rows)
     draw(regime, run, {})
-    assert "points" not in legend_text(drawn["regime_rms"])
+    assert "points" not in legend_text(captured_figures["regime_rms"])
     assert "points: adapters drawn and stepped" in legend_text(published[0]["regime", "regime_rms"])
 
 
@@ -372,11 +372,11 @@ def test_exponents_are_drawn_between_neighbours_of_each_rank() -> None:
     assert not exponent_vs_strength.neighbours_by_rank(table, of_another_rank)
 
 
-def test_an_exponent_of_one_seed_is_hollow_in_the_colour_of_its_model(drawn) -> None:
+def test_an_exponent_of_one_seed_is_hollow_in_the_colour_of_its_model(captured_figures) -> None:
     """Points, band and line of a model have the same colour."""
     runs = (PUBLISHED / "horizon_gemma", PUBLISHED / "horizon")
     exponent_vs_strength.draw(exponent_vs_strength.Config(runs, ranks=(8, 128)))
-    (axes,) = drawn["exponent_vs_strength"].axes
+    (axes,) = captured_figures["exponent_vs_strength"].axes
     drawn_points = {
         (container.lines[0].get_color(), round(float(y), 3)): container.lines[0].get_fillstyle()
         for container in axes.containers
@@ -395,15 +395,15 @@ def test_an_exponent_of_one_seed_is_hollow_in_the_colour_of_its_model(drawn) -> 
     # Lines without markers and with more points than the horizontal one.
     laws = [line.get_color() for line in axes.lines if line.get_marker() == "None" and len(line.get_xdata()) > 2]
     assert bands == laws == list(style.COLOURS[:2])
-    assert len(drawn["exponent_vs_strength"].legends[0].get_texts()) == 8
+    assert len(captured_figures["exponent_vs_strength"].legends[0].get_texts()) == 8
 
 
-def test_regrets_of_two_models_share_a_figure(drawn) -> None:
+def test_regrets_of_two_models_share_a_figure(captured_figures) -> None:
     """Each panel has the rows of regret.csv, triangles for lower bounds, and nothing cut at its edge."""
     runs = tuple(PUBLISHED / name for name in ("horizon", "horizon_gemma", "horizon_gemma_cosine"))
     config = regret_by_policy.Config(runs)
     regret_by_policy.draw(config)
-    figure = drawn["regret_by_policy"]
+    figure = captured_figures["regret_by_policy"]
     check(figure)
     assert len(figure.legends[0].get_texts()) == 8
     costs = regret_by_policy.select_costs(config)
@@ -439,10 +439,10 @@ def test_a_change_to_no_scaling_is_refused(change) -> None:
         regret_by_policy.Config((PUBLISHED / "horizon",), changes=(change,))
 
 
-def test_two_runs_of_the_horizon_share_a_figure(drawn) -> None:
+def test_two_runs_of_the_horizon_share_a_figure(captured_figures) -> None:
     """For two runs of one model the folders name the series, and the legend has at most eight entries."""
     runs = (PUBLISHED / "horizon", PUBLISHED / "horizon")
     displacement_ratio.draw(displacement_ratio.Config(runs, steps=(16, 64)))
-    words = legend_text(drawn["displacement_ratio"])
+    words = legend_text(captured_figures["displacement_ratio"])
     assert words.count("horizon, 16 steps") == words.count("horizon, 64 steps") == 2
-    check(drawn["displacement_ratio"])
+    check(captured_figures["displacement_ratio"])

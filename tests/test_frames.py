@@ -31,7 +31,7 @@ def test_floats_are_written_as_python_does_and_read_to_the_bit(tmp_path: Path) -
     assert frames.read_csv(tmp_path / "a.csv")["value"].tolist() == values
 
 
-def test_rows_become_a_frame_of_the_asked_columns(tmp_path: Path) -> None:
+def test_rows_become_a_frame_of_the_requested_columns(tmp_path: Path) -> None:
     """Columns keep their order, integers stay integers beside missing ones, and a numeric rule stays text."""
     rows = [
         {"rank": 8, "rule": "0.25", "loss": 0.5, "control": True, "said": 'a, "b"', "more": 1},

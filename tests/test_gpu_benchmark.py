@@ -36,7 +36,7 @@ def run_worker(tmp_path, monkeypatch):
         log = gpu.Log(tmp_path / "log.jsonl")
         gpu.run_worker(log, gpu.Task("s", "ours", "worker.py", {}, names), time.monotonic() + seconds)
         records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-        assert records == log.records, "all is on the disk"
+        assert records == log.records, "every record is on the disk"
         return {record["name"].removeprefix("ours "): record for record in records}
 
     return run
@@ -46,7 +46,7 @@ def statuses(records):
     return {name: record["status"] for name, record in records.items()}
 
 
-def test_a_part_that_kills_its_process_loses_itself_alone(run_worker):
+def test_a_part_that_kills_its_process_loses_only_its_own_results(run_worker):
     records = run_worker(["a", "dies", "b", "c"], 60)
     assert statuses(records) == {"a": "done", "dies": "crashed", "b": "done", "c": "done"}
     assert records["dies"]["exit_status"] == 9
@@ -59,14 +59,14 @@ def test_a_worker_that_cannot_start_is_started_once(run_worker):
 
 
 @pytest.mark.slow
-def test_what_hangs_is_ended_in_time(run_worker):
+def test_a_hanging_part_is_stopped_in_time(run_worker):
     begin = time.monotonic()
     records = run_worker(["a", "hangs", "b"], 2)
     assert time.monotonic() - begin < 40, "the worker would sleep for 60 seconds"
     assert statuses(records) == {"a": "done", "hangs": "out of time", "b": "out of time"}
 
 
-def test_a_command_that_is_not_done_in_time_has_not_failed(tmp_path, capsys):
+def test_a_command_that_runs_out_of_time_has_not_failed(tmp_path, capsys):
     """A command that is killed from outside, or ends with an error, has failed."""
     log = gpu.Log(tmp_path / "gpu.jsonl")
     gpu.run_sweep(log, gpu.REHEARSAL, time.monotonic() + 0.1)
@@ -76,7 +76,7 @@ def test_a_command_that_is_not_done_in_time_has_not_failed(tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_every_section_has_its_time_and_its_own_failure(tmp_path, monkeypatch, capsys):
+def test_sections_have_separate_times_and_failures(tmp_path, monkeypatch, capsys):
     seconds = {}
 
     def section(name):
@@ -129,7 +129,7 @@ def test_a_cell_is_timed_and_compared_with_its_plan(monkeypatch):
     )
 
 
-def test_wheels_bring_what_they_need_and_replace_nothing(tmp_path, monkeypatch):
+def test_wheels_include_their_dependencies_and_replace_nothing(tmp_path, monkeypatch):
     pure = {"tyro": ["rich>=13", "numpy", 'colorama; sys_platform == "win32"', 'torch; extra == "ml"'], "rich": []}
 
     def download(requirement, folder):

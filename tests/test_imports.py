@@ -73,7 +73,7 @@ sys.meta_path.insert(0, Hidden())
 """Code after which no package of the extras can be imported."""
 
 
-def test_what_is_hidden_is_every_extra_s() -> None:
+def test_every_hidden_package_belongs_to_an_extra() -> None:
     finetune = {"gguf", "google", "huggingface_hub", "jinja2", "orbax", "pyarrow", "safetensors"}
     finetune |= {"sentencepiece", "tokenizers"}
     assert finetune | {"peft", "torch", "transformers", "tensorboardX", "wandb", "ray"} == HIDDEN
@@ -177,7 +177,7 @@ def load_with(tokenizers) -> None:
         pytest.fail("nothing of the package is raised")
 
 
-def test_a_stand_in_is_what_a_missing_package_is_asked_for() -> None:
+def test_a_placeholder_replaces_a_missing_package() -> None:
     """It may be a base class, an annotation or an except clause.
 
     When used, it names the extra, also if the package is broken.
@@ -267,7 +267,7 @@ def test_imports_point_one_way() -> None:
         pytest.fail(" imports ".join(error.args[1]))
 
 
-def test_an_upward_import_is_found_wherever_it_stands(tmp_path) -> None:
+def test_an_upward_import_is_found_anywhere(tmp_path) -> None:
     file, names = tmp_path / "laws.py", {"rora_theory.stats", "rora_theory.llama", "rora_theory.llama.hub"}
     file.write_text(
         "from rora_theory import stats\nif TYPE_CHECKING:\n    from rora_theory.llama import hub\n"
@@ -306,7 +306,7 @@ def test_modules_use_only_public_names_of_each_other(tmp_path) -> None:
     assert list(private(tmp_path / "one.py")) == ["_cli", "_law"]
 
 
-def test_what_a_script_imports_exists() -> None:
+def test_imports_of_scripts_exist() -> None:
     """Most scripts have no other test. Imports of an extra that is not installed are left out."""
     scripts = [path for folder in ("benchmarks", "docs", "tests/golden") for path in (ROOT / folder).glob("*.py")]
     assert len(scripts) > 20

@@ -22,7 +22,7 @@ def first(values: Float[np.ndarray, "n m"], other: Float[np.ndarray, " n"]) -> F
     return values[:, 0] if len(other) > 1 else other.astype(int)
 
 
-def test_types_are_seen_where_no_array_is_annotated() -> None:
+def test_types_are_checked_without_array_annotations() -> None:
     assert times(3) == 1.5
     for wrong in (lambda: times("3"), lambda: times(np.ones(2))):
         with pytest.raises(BeartypeCallHintViolation):
@@ -31,7 +31,7 @@ def test_types_are_seen_where_no_array_is_annotated() -> None:
         times(2.0, 1j)  # what is returned
 
 
-def test_shapes_are_seen_across_arguments_and_the_result() -> None:
+def test_shapes_are_checked_across_arguments_and_the_result() -> None:
     assert first(np.ones((2, 3)), np.ones(2)).shape == (2,)
     for wrong in ((np.ones((2, 3)), np.ones(3)), (np.ones(2), np.ones(2)), (np.ones((1, 3)), np.ones(1))):
         with pytest.raises(jaxtyping.TypeCheckError):
@@ -52,5 +52,5 @@ def test_the_package_is_checked() -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_a_user_meets_none() -> None:
+def test_checks_are_off_for_users() -> None:
     assert times("ab", 2) == "abab"

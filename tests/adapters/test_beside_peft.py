@@ -33,7 +33,7 @@ def peft_logits(golden, folder: Path) -> np.ndarray:
     ],
     ids=["null init", "unknown target", "layer out of range", "targeted and excluded", "overlapping patterns"],
 )
-def test_what_peft_opens_is_the_same_adapter_here(entries, golden, config, params, tokens, run, tmp_path) -> None:
+def test_peft_and_this_package_compute_the_same(entries, golden, config, params, tokens, run, tmp_path) -> None:
     """Read, written again and in portable form, it computes the same in peft to 2e-5 (float32 sums)."""
     source = Path(shutil.copytree(golden.FOLDER / "lora_patterns", tmp_path / "peft"))
     path = source / "adapter_config.json"
@@ -48,7 +48,7 @@ def test_what_peft_opens_is_the_same_adapter_here(entries, golden, config, param
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_rank_above_a_module_s_width_is_run_by_both(golden, config, params, tokens, run, tmp_path) -> None:
+def test_both_support_a_rank_above_the_width_of_a_module(golden, config, params, tokens, run, tmp_path) -> None:
     source = Path(shutil.copytree(golden.FOLDER / "lora", tmp_path / "peft"))
     path, weights = source / "adapter_config.json", source / "adapter_model.safetensors"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 12, "target_modules": ["k_proj"]}))

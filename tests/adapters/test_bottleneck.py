@@ -49,7 +49,7 @@ def reference(golden, adapter, params):
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_fresh_adapter_is_drawn_as_published(placement) -> None:
+def test_initial_values_have_the_published_distribution(placement) -> None:
     """Both tensors are normal with deviation 0.02, within 5 standard errors, and differ between layers."""
     settings = BottleneckConfig(placement, 64, target_modules=("up_proj",))
     model = LlamaConfig(8, 128, 256, 2, 2, 2, 64)
@@ -61,7 +61,7 @@ def test_a_fresh_adapter_is_drawn_as_published(placement) -> None:
     # The other law draws D as LoRA's A: U(-1/sqrt(n), 1/sqrt(n)), n its inputs.
     (other,) = init(jax.random.key(0), replace(settings, init="mam_adapter"), model, {}).params.values()
     assert 0.99 < np.abs(other["adapter_down"]).max() * 128**0.5 <= 1
-    assert len(np.unique(other["adapter_down"])) > 0.99 * other["adapter_down"].size, "no layer is another's copy"
+    assert len(np.unique(other["adapter_down"])) > 0.99 * other["adapter_down"].size, "the layers have different values"
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_fresh_adapter_is_drawn_as_published(placement) -> None:
 def test_agrees_with_numpy(placement, settings, golden, config, params, tokens, run) -> None:
     adapter = perturbed(config, params, placement, **settings)
     expected = reference(golden, adapter, adapter.params)
-    assert np.abs(expected - np.asarray(run(params, tokens))).max() > 0.5, "the adapter decides"
+    assert np.abs(expected - np.asarray(run(params, tokens))).max() > 0.5, "the adapter changes the logits"
     # The reference is float64; logits of up to 10 through 3 layers of float32, each with adapters of gain above 1.
     np.testing.assert_allclose(run(params, tokens, adapter), expected, rtol=0, atol=5e-5)
 
@@ -100,7 +100,7 @@ def test_gradient_is_the_slope_of_the_numpy_loss(placement, golden, config, para
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_dropout_acts_on_what_feeds_the_adapter(placement, config, params) -> None:
+def test_dropout_applies_to_the_input_of_the_adapter(placement, config, params) -> None:
     adapter = perturbed(config, params, placement, dropout=0.4)
     name = "mlp.up_proj"
     key = jax.random.key(5)

@@ -46,7 +46,7 @@ def rows(card: ModelCard) -> dict[str, str]:
     return dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", card.text, re.MULTILINE))
 
 
-def test_the_hubs_entries(base, tmp_path) -> None:
+def test_metadata_of_the_hub(base, tmp_path) -> None:
     origin = ModelSource(BUILT, base, BUILT, "c0ffee00")
     card = written(tmp_path / "a", origin, trained=TrainingDescription([("horizon", "9 steps")], ["me/chats"]))
     link = f"https://huggingface.co/{BUILT}"
@@ -61,7 +61,7 @@ def test_the_hubs_entries(base, tmp_path) -> None:
     )
 
 
-def test_the_body_says_which_base_and_how_strongly(base, tmp_path) -> None:
+def test_the_card_states_the_base_model_and_the_scaling(base, tmp_path) -> None:
     card = written(tmp_path / "a", ModelSource(BUILT, base, BUILT, "c0ffee00"))
     assert rows(card) == {
         "base model": f"`{BUILT}`", "base model commit": "`c0ffee00`",
@@ -78,7 +78,7 @@ def test_the_body_says_which_base_and_how_strongly(base, tmp_path) -> None:
     assert "rslora" not in card.data.tags
 
 
-def test_a_quantised_base_is_called_one(tmp_path, monkeypatch) -> None:
+def test_a_quantised_base_is_marked_as_quantised(tmp_path, monkeypatch) -> None:
     """The licence is that of the file, which the hub's folders do not state."""
     path = tmp_path / "m.gguf"
     path.write_bytes(b"weights")
@@ -91,7 +91,7 @@ def test_a_quantised_base_is_called_one(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(("name", "title"), [(None, "an unnamed model"), ("a\n# b|`c", "a # b|`c")])
-def test_a_base_that_the_hub_has_not_is_no_entry(name, title, tmp_path) -> None:
+def test_a_base_outside_the_hub_is_omitted(name, title, tmp_path) -> None:
     """The card has no entry for such a base, and a name cannot add lines to the header."""
     card = written(tmp_path / "a", name)
     assert card.data.base_model is None
@@ -100,7 +100,7 @@ def test_a_base_that_the_hub_has_not_is_no_entry(name, title, tmp_path) -> None:
     assert "\n# b" not in card.text
 
 
-def test_methods_that_peft_has_not(tmp_path) -> None:
+def test_methods_that_peft_does_not_support(tmp_path) -> None:
     card = written(tmp_path / "a", None, PrefixConfig(3))
     assert (rows(card)["virtual tokens"], card.data.library_name) == ("3", "peft")
     card = written(tmp_path / "b", None, BottleneckConfig("series", width=3, target_modules=("up_proj",)))
@@ -120,7 +120,7 @@ def test_the_portable_form_has_its_own_card(tmp_path) -> None:
     assert card.data.base_model == BUILT
 
 
-def test_a_merged_model_says_what_was_merged_into_what(base, tmp_path) -> None:
+def test_the_card_of_a_merged_model_names_adapter_and_base(base, tmp_path) -> None:
     """The card names the adapter and its base; fully trained weights have no rank to name."""
     model = llama.load(base)
     model = replace(model, origin=ModelSource(BUILT, base, BUILT, "c0ffee00"))
@@ -146,7 +146,7 @@ def test_a_merged_model_says_what_was_merged_into_what(base, tmp_path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_its_lines_load_the_adapter(base, tmp_path) -> None:
+def test_the_code_on_the_card_loads_the_adapter(base, tmp_path) -> None:
     pytest.importorskip("peft", reason="the extra torch")
     model = llama.load(base)
     save_peft(tmp_path / "a", init(jax.random.key(0), RORA, model.config, model.params), base_model=model.origin)

@@ -44,7 +44,7 @@ def test_error_when_the_update_cancels_the_weight(left: float) -> None:
     np.testing.assert_allclose(dora.row_norms(weight, A, B), expected, rtol=4 * eps * 2 / left**2)
 
 
-def test_row_norms_in_bfloat16_are_those_of_what_is_multiplied() -> None:
+def test_row_norms_in_bfloat16_are_those_of_the_rounded_update() -> None:
     """The update is rounded to bfloat16 as in the products.
 
     The rest is float32 arithmetic, so the tolerance stays 2e-6.
@@ -81,10 +81,10 @@ def test_forward_is_the_definition() -> None:
     c = mm / np.linalg.norm(w + b @ a, axis=1)
     expected = xx @ w.T + (c - 1) * (xd @ w.T) + c * (xd @ a.T @ b.T) + bb
     np.testing.assert_allclose(output, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
-    assert np.abs(np.asarray(output) - (c * (xx @ (w + b @ a).T) + bb)).max() > 0.1, "dropout decides"
+    assert np.abs(np.asarray(output) - (c * (xx @ (w + b @ a).T) + bb)).max() > 0.1, "dropout changes the output"
 
 
-def test_the_magnitude_stays_in_float32_beside_bfloat16_weights() -> None:
+def test_the_magnitude_stays_in_float32_with_bfloat16_weights() -> None:
     """The output is rounded once, by at most 2^-8 of itself. A rounded magnitude would double that."""
     weight, A, B, m = draw(7)
     x = jax.random.normal(jax.random.key(9), (4, 16, IN)).astype(jnp.bfloat16)

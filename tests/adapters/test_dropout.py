@@ -21,14 +21,14 @@ def test_mean_is_the_input(rate: float) -> None:
     assert abs(y[:, ::2].mean() - y[:, 1::2].mean()) < 5 * 2 * (rate / (1 - rate) / y.size) ** 0.5
 
 
-def test_neighbours_drawn_from_one_word_are_independent() -> None:
+def test_values_from_one_random_word_are_independent() -> None:
     """The covariance of the two halves of a word is within five standard errors of zero over 500,000 pairs."""
     y = np.asarray(dropout(jax.random.key(1), jnp.ones((1000, 1000)), 0.5)) - 1.0
     products = y[:, ::2] * y[:, 1::2]
     assert abs(products.mean()) < 5 / products.size**0.5
 
 
-def test_kept_values_are_exactly_the_input_over_the_kept_share() -> None:
+def test_surviving_values_are_the_input_divided_by_their_share() -> None:
     x = jax.random.normal(jax.random.key(2), (50, 7))  # an odd width leaves half a word
     y = dropout(jax.random.key(3), x, 0.25)
     is_kept = y != 0

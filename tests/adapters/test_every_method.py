@@ -49,7 +49,7 @@ def test_a_fresh_adapter_changes_nothing_and_learns(method, config, params, toke
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [PrefixConfig(4), BottleneckConfig("series", 5), BottleneckConfig("parallel", 5)])
-def test_a_bfloat16_base_runs_it(settings, config, params, tokens, run) -> None:
+def test_every_method_runs_on_a_bfloat16_base(settings, config, params, tokens, run) -> None:
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     adapter = init(jax.random.key(3), settings, config, params)
     loss = jax.value_and_grad(next_token_loss(half, tokens, config, adapter), has_aux=True)
@@ -69,7 +69,7 @@ def test_a_bfloat16_base_runs_it(settings, config, params, tokens, run) -> None:
         (BottleneckConfig("parallel", 5), "a parallel adapter"),
     ],
 )
-def test_what_is_no_weight_cannot_be_merged(settings, name, config, params) -> None:
+def test_methods_that_change_no_weight_cannot_be_merged(settings, name, config, params) -> None:
     adapter = init(jax.random.key(0), settings, config, params)
     for function in (merge, unmerge):
         with pytest.raises(InputError, match=f"{name} cannot be merged"):

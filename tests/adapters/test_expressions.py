@@ -57,7 +57,7 @@ def test_agrees_with_re(pattern: str, flags: str, text: str) -> None:
         ("q_proj", False),
     ],
 )
-def test_expressions_as_people_write_them(pattern: str, matches: bool) -> None:
+def test_common_expressions(pattern: str, matches: bool) -> None:
     assert Expression(pattern, MatchBudget("here")).matches(NAME) is matches
     assert (re.fullmatch(pattern, NAME) is not None) is matches
 
@@ -77,7 +77,7 @@ ENDLESS = [
 
 
 @pytest.mark.parametrize("pattern", ENDLESS, ids=range(len(ENDLESS)))
-def test_an_expression_that_keeps_re_busy_ends(pattern: str, monkeypatch, time_limit) -> None:
+def test_catastrophic_backtracking_is_stopped(pattern: str, monkeypatch, time_limit) -> None:
     """The limit is lowered to a hundredth, so that expressions that exceed it end at once."""
     monkeypatch.setattr(expressions, "LIMIT", expressions.LIMIT // 100)
     with time_limit(20):
@@ -87,7 +87,7 @@ def test_an_expression_that_keeps_re_busy_ends(pattern: str, monkeypatch, time_l
             assert "too long" in str(error)  # noqa: PT017 (either end will do)
 
 
-def test_the_limit_is_for_a_setting_s_expressions_together(monkeypatch) -> None:
+def test_the_limit_covers_all_expressions_of_a_setting(monkeypatch) -> None:
     monkeypatch.setattr(expressions, "LIMIT", 50)
     budget = MatchBudget("rank_pattern")
     many = [Expression(f"{i}.*", budget) for i in range(60)]

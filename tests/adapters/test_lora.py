@@ -27,7 +27,7 @@ def to_float32(params):
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
 
 
-def test_modules_and_layers_of_one_shape_start_apart(config, params) -> None:
+def test_modules_and_layers_of_one_shape_have_different_initial_values(config, params) -> None:
     """Over seven modules with four shapes and three layers, no two of one shape share a number of A."""
     adapter = init(jax.random.key(0), LoraConfig(rank=3, alpha=3.0, target_modules="all-linear"), config, params)
     drawn = [np.asarray(layer) for tensors in adapter.params.values() for layer in tensors["lora_A"]]
@@ -82,7 +82,7 @@ def test_a_padded_layer_is_the_layer_at_its_own_rank(dora, params, perturbed) ->
 
 
 @pytest.mark.slow
-def test_layers_left_out_learn_nothing(params, tokens, perturbed, run) -> None:
+def test_excluded_layers_get_no_gradient(params, tokens, perturbed, run) -> None:
     """DoRA's magnitudes are drawn for all layers. For LoRA, peft's golden cases test the layers left out."""
     adapter = perturbed(rank=4, alpha=3.0, layers=[1], use_dora=True)
     for name, tensors in adapter.params.items():
@@ -95,7 +95,7 @@ def test_layers_left_out_learn_nothing(params, tokens, perturbed, run) -> None:
 
 
 @pytest.mark.parametrize(("rule", "kappa"), [("lora", 1.0), ("rora", 0.5), ("rslora", 0.5), (0.25, 0.25)])
-def test_a_rule_decides_the_scaling_of_every_layer_s_rank_and_nothing_else(rule, kappa, config, params) -> None:
+def test_the_rule_affects_only_the_scaling_at_the_rank_of_each_layer(rule, kappa, config, params) -> None:
     adapter, other = (init(jax.random.key(0), LoraConfig(**settings(rule=r)), config, params) for r in (rule, 2.0))
     np.testing.assert_allclose(
         adapter.scaling["self_attn.q_proj"], [3 / 4**kappa, 3 / 2**kappa, 3 / 4**kappa], rtol=1e-7

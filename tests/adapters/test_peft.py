@@ -146,7 +146,7 @@ def test_half_precision_files_are_read_as_float32(dtype, config, folder) -> None
         {"rank_pattern": PATTERNS["rank_pattern"] | {"nothing": 3}, "a_later_flag": False},
     ],
 )
-def test_what_the_model_has_not_is_passed_over(entries, config, folder) -> None:
+def test_entries_for_modules_that_the_model_lacks_are_ignored(entries, config, folder) -> None:
     """As in PEFT, names, layers and patterns of other models, neutral entries and excluded targets are ignored."""
     expected = load_peft(folder, config)
     change(folder, **entries)
@@ -160,7 +160,7 @@ def test_what_the_model_has_not_is_passed_over(entries, config, folder) -> None:
         {"exclude_modules": ["v_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
     ],
 )
-def test_exclusions_and_a_layer_by_its_number_are_understood(entries, config, folder) -> None:
+def test_excluded_modules_and_layers_given_by_number(entries, config, folder) -> None:
     expected = load_peft(folder, config)
     change(folder, **entries)
     left_out = [name for name in tensors_of(folder) if "v_proj" in name or "layers.1." not in name]
@@ -173,7 +173,7 @@ def test_exclusions_and_a_layer_by_its_number_are_understood(entries, config, fo
     assert {target.ranks[0::2] for target in adapter.targets} == {(0, 0)}
 
 
-def test_an_older_adapter_is_replaced_whole(config, params, folder, monkeypatch) -> None:
+def test_an_existing_adapter_is_replaced_completely(config, params, folder, monkeypatch) -> None:
     """A folder is refused if writing stopped between the renames; otherwise it has the new adapter."""
     new = init(jax.random.key(0), LoraConfig(rank=2, alpha=1.0), config, params)
     replaced = os.replace
@@ -194,7 +194,7 @@ def test_an_older_adapter_is_replaced_whole(config, params, folder, monkeypatch)
     assert not [path for path in folder.iterdir() if path.suffix == ".part"]
 
 
-def test_a_full_disk_leaves_the_older_adapter(golden, config, folder, full_disk) -> None:
+def test_a_full_disk_preserves_the_existing_adapter(golden, config, folder, full_disk) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     adapter = load_peft(golden.FOLDER / "rora", config)
     full_disk()
@@ -203,7 +203,7 @@ def test_a_full_disk_leaves_the_older_adapter(golden, config, folder, full_disk)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_no_planted_link_is_followed(golden, config, folder, tmp_path, monkeypatch) -> None:
+def test_no_symbolic_link_is_followed(golden, config, folder, tmp_path, monkeypatch) -> None:
     """No link is followed at the file's own name or at the predictable name of the temporary file."""
     victim, adapter = tmp_path / "victim", load_peft(golden.FOLDER / "rora", config)
     victim.write_text("mine")
@@ -253,7 +253,7 @@ def test_equal_adapters_are_equal_in_bytes(golden, config, tmp_path) -> None:
     assert jax.tree.all(jax.tree.map(jnp.array_equal, again, adapter.params))
 
 
-def test_a_file_is_no_folder(config, params, tmp_path) -> None:
+def test_a_file_in_place_of_the_folder_is_refused(config, params, tmp_path) -> None:
     (tmp_path / "here").write_text("")
     adapter = init(jax.random.key(0), LoraConfig(rank=2, alpha=1.0), config, params)
     with pytest.raises(InputError, match="here is a file"):

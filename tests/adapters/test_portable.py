@@ -83,7 +83,7 @@ def applied(adapter) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_reader_of_rank_and_alpha_alone_computes_the_same(name, config, perturbed, tmp_path) -> None:
+def test_a_client_that_reads_only_rank_and_alpha_computes_the_same(name, config, perturbed, tmp_path) -> None:
     adapter = perturbed(**{"rank": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], **CASES[name]})
     save_peft(tmp_path / "peft", adapter, base_model="tiny")
     save_peft(tmp_path / "own", adapter, base_model="tiny", portable=True)
@@ -141,7 +141,7 @@ def test_an_adapter_of_another_architecture_is_rewritten(source, tmp_path) -> No
         ("lora", {}, lambda t: t.clear(), "has no tensors"),
     ],
 )
-def test_what_has_no_portable_form_is_refused_by_name(name, entries, damage, message, source, tmp_path) -> None:
+def test_adapters_without_a_portable_form_are_refused_by_name(name, entries, damage, message, source, tmp_path) -> None:
     with pytest.raises(InputError, match=message):
         rewrite_portable(source(name, entries, damage), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -46,7 +46,7 @@ def test_padding_on_the_left_changes_nothing(config, params, tokens, adapter, ex
     padded = jax.jit(lambda mask: forward(params, tokens, config, adapter, attention_mask=mask))
     logits = np.asarray(padded(jnp.asarray(mask)))
     np.testing.assert_allclose(logits[mask == 1], expected["padded"][mask == 1], rtol=0, atol=1e-5)
-    assert np.abs(logits - expected["logits"])[0].max() > 0.01, "the padding hides something"
+    assert np.abs(logits - expected["logits"])[0].max() > 0.01, "the mask affects the logits"
 
 
 @pytest.mark.slow
@@ -56,7 +56,7 @@ def test_generation_reads_the_prefix(config, params, tokens, adapter, expected, 
     settings = {"max_new_tokens": expected["generated"].shape[1], "eos_ids": ()}
     greedy = generate.greedy_search(params, config, prompts, adapter=adapter, **settings)
     assert greedy == expected["generated"].tolist()
-    assert greedy != generate.greedy_search(params, config, prompts, **settings), "the prefix decides"
+    assert greedy != generate.greedy_search(params, config, prompts, **settings), "the prefix changes the tokens"
     beams = generate.beam_search(params, config, prompts[1:], adapter=adapter, **settings)
     scores = []
     for new in (beams[0], greedy[1]):

@@ -19,7 +19,7 @@ def ranks(config: LlamaConfig, **settings) -> dict[str, tuple[int, ...]]:
 def test_names_match_whole_or_after_a_dot(config) -> None:
     both = {"self_attn.q_proj": (4, 4, 4), "self_attn.v_proj": (4, 4, 4)}
     assert ranks(config) == both
-    assert set(ranks(config, rank=8).values()) == {(8, 8, 8)}, "the largest rank that v_proj takes"
+    assert set(ranks(config, rank=8).values()) == {(8, 8, 8)}, "the largest rank of v_proj"
     assert ranks(config, target_modules=["self_attn.q_proj", "self_attn.v_proj"]) == both
     assert ranks(config, target_modules=["model.layers.1.self_attn.q_proj"]) == {"self_attn.q_proj": (0, 4, 0)}
     with pytest.raises(InputError, match="'_proj', which matches no module"):

@@ -105,7 +105,7 @@ def test_values_and_defaults(tmp_path, text, expected) -> None:
         (AXOLOTL + "peft_layer_replication: [[0, 4], [2, 6]]\n", "peft_layer_replication"),
     ],
 )
-def test_what_the_law_does_not_cover_is_a_remark(tmp_path, text, first_words) -> None:
+def test_settings_that_the_law_does_not_cover_get_a_remark(tmp_path, text, first_words) -> None:
     (remark,) = read_trainer_config(written(tmp_path / "config.yaml", text)).remarks
     assert re.search(rf"\b{first_words}\b", remark)
 
@@ -279,7 +279,7 @@ def test_peft_s_file_is_written_with_its_other_entries(tmp_path) -> None:
     assert read_trainer_config(renamed).rank == 16
 
 
-def test_what_cannot_be_written_is_refused(tmp_path) -> None:
+def test_unsupported_changes_to_a_file_are_refused(tmp_path) -> None:
     path = written(tmp_path / "config.yml", AXOLOTL)
     with pytest.raises(InputError, match=r"config\.yml"):
         write_trainer_config(path, path, advice_for(path))

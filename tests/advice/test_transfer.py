@@ -87,7 +87,7 @@ def test_step_ratio_is_the_law_s(layer, init, optimizer, rule) -> None:
 
 
 @given(settings, ranks, linear_terms)
-def test_either_change_keeps_the_step(old: Setting, rank: int, c: float) -> None:
+def test_changing_either_alpha_or_the_rate_preserves_the_step(old: Setting, rank: int, c: float) -> None:
     advice = transfer(old, rank, {"m": c})
     by_alpha = replace(advice.unchanged, alpha=advice.alpha_at_old_rate)
     by_rate = replace(advice.unchanged, learning_rate=advice.rate_at_alpha)
@@ -114,7 +114,7 @@ def test_growth_lies_between_its_limits(old: int, new: int, c: float) -> None:
         ("sgd", "cross-talk", 0.25, 16.0),
     ],
 )
-def test_the_four_corners(optimizer, regime, rule, alpha) -> None:
+def test_optimizers_and_regimes_in_closed_form(optimizer, regime, rule, alpha) -> None:
     advice = transfer(Setting(8, 16.0, 3e-4, rule, optimizer), 128, regime)
     assert advice.alpha == pytest.approx(alpha, rel=1e-12)
     # SGD's step has the square of gamma and the rate once: the rate changes by the square of alpha's factor.
@@ -279,14 +279,14 @@ def test_bad_input_is_named(call, message) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_what_was_validated_cannot_be_changed() -> None:
+def test_a_validated_setting_is_immutable() -> None:
     advice = transfer(OLD, 16)
     for value in (OLD, advice, advice.run, advice.alternatives()[0]):
         with pytest.raises(FrozenInstanceError):
             value.rank = 0
 
 
-def test_headings_say_what_was_tuned() -> None:
+def test_headings_state_the_tuned_setting() -> None:
     tuned = Setting(8, 16.0, 3e-4)
     start = "Rank 8 to 128, lora, alpha 16, rate 0.0003, adamw, kaiming_uniform; regime "
     assert text.describe_tuned(transfer(tuned, 128, "cross-talk"), "train") == f"{start}assumed: cross-talk"
@@ -330,7 +330,7 @@ def test_alpha_2r_at_both_ranks() -> None:
     assert same.divisor == pytest.approx((1.0, 1.0, 1.0))
 
 
-def test_one_s_own_constant_takes_the_place_of_the_published_ones() -> None:
+def test_a_custom_constant_replaces_the_published_range() -> None:
     """A range remains as the coherence of the steps is unknown. With K = 0 the rate is exactly the first step's."""
     old = Setting(16, 32.0, 2e-4)
     advice = transfer(old, 128, alpha=256.0, displacement_constant=100.0)
@@ -377,7 +377,7 @@ def test_a_schedule_that_was_not_measured_is_named(monkeypatch) -> None:
     assert back.rate_range == pytest.approx((2e-4 / 2.0, 2e-4 / math.sqrt(2.4), 2e-4 / 1.2))
 
 
-def test_the_cost_is_the_published_one() -> None:
+def test_the_cost_is_the_published_regret() -> None:
     """The pairs differ in the same settings. The policy is the law's, or keeps the rate if only the rank changes."""
     published = frames.read_csv(ROOT / "results" / "published" / "horizon" / "policies.csv")
     old = Setting(16, 32.0, 2e-4)
@@ -398,7 +398,7 @@ def test_the_cost_is_the_published_one() -> None:
     assert "cost 0.14." in advice.sentence(), "use_rslora at the tuned rate"
 
 
-def test_what_lies_outside_the_measured_range_is_named() -> None:
+def test_values_outside_the_measured_range_are_named() -> None:
     inside = transfer(Setting(16, 32.0, 2e-4), 128, alpha=256.0, steps=16, to_steps=256)
     assert inside.outside == ()
     assert "Outside" not in inside.sentence()
@@ -504,7 +504,7 @@ def test_limits_under_sgd(optimizer) -> None:
         ({}, {"regime": "cross-talk"}, ["set lora_alpha=64", "assumed: cross-talk"]),
     ],
 )
-def test_the_sentence_answers_first(setting, new, words) -> None:
+def test_the_sentence_begins_with_the_answer(setting, new, words) -> None:
     advice = transfer(Setting(8, 16.0, 3e-4, **setting), 128, **new)
     sentence = advice.sentence()
     assert sentence.startswith("From rank 8 to 128 with ")
@@ -514,7 +514,7 @@ def test_the_sentence_answers_first(setting, new, words) -> None:
 
 
 @pytest.mark.parametrize("regime", ["signal", "cross-talk", {"a": 3.0}])
-def test_the_rate_is_one_everywhere(regime) -> None:
+def test_all_outputs_state_the_same_rate(regime) -> None:
     """The numbers, the config and the JSON state the same rate."""
     advice = transfer(Setting(16, 32.0, 2e-4), 128, regime, rule="rslora", alpha=32.0)
     if regime != "signal":
@@ -523,7 +523,7 @@ def test_the_rate_is_one_everywhere(regime) -> None:
     assert advice.as_dict()["learning_rate"] == advice.setting.learning_rate == advice.learning_rate
 
 
-def test_what_json_gets_is_json() -> None:
+def test_json_output_is_strict_json() -> None:
     """The output is strict JSON: it has no infinity and no Python names."""
     for regime in ("cross-talk", {"a": 1.0, "b": math.inf}, "signal"):
         advice = transfer(Setting(8, 16.0, 3e-4), 128, regime)
@@ -538,7 +538,7 @@ def test_what_json_gets_is_json() -> None:
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("small", [np.float32, np.float16, np.float64])
-def test_numbers_of_numpy_are_python_s(small) -> None:
+def test_numpy_numbers_are_converted(small) -> None:
     """The answer has JSON types, and the computation is in float64."""
     setting = {"alpha": small(16), "learning_rate": small(3e-4), "rule": small(0.25)}
     plain_setting = {name: float(value) for name, value in setting.items()}
@@ -605,7 +605,7 @@ def test_a_saved_adapter_without_a_law_is_named(tmp_path, entries, message) -> N
     assert "\n" not in str(error.value)
 
 
-def test_what_is_not_carried_over_is_remarked(tmp_path) -> None:
+def test_entries_that_are_not_carried_over_get_a_remark(tmp_path) -> None:
     text = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "use_dora": True, "target_modules": ".*proj", "new": 1}
     (tmp_path / FILE).write_text(json.dumps(text))
     saved = read_adapter_config(tmp_path)

@@ -28,7 +28,7 @@ def test_bad_options(options, message) -> None:
         ClusterConfig(**options)
 
 
-def test_one_process_needs_no_ray(monkeypatch) -> None:
+def test_a_single_process_does_not_need_ray(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     assert ClusterConfig().runner() is in_process
     for options in ({"workers": 2}, {"address": "127.0.0.1:1"}):

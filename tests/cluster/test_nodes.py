@@ -167,7 +167,7 @@ def meanwhile(act: Callable[[], None]) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_the_bytes_of_one_process(nodes, whole, tmp_path, capfd, monkeypatch, shared) -> None:
+def test_files_equal_those_of_one_process(nodes, whole, tmp_path, capfd, monkeypatch, shared) -> None:
     """Workers with and without access to the run folder give the same files.
 
     The manifest names the Python of the latter, which differs from the driver's.
@@ -182,7 +182,7 @@ def test_the_bytes_of_one_process(nodes, whole, tmp_path, capfd, monkeypatch, sh
     assert attempt_counts(tmp_path) == [1] * 6
     places = [place for side in range(1, 7) for place in squares.attempts(tmp_path, side)]
     assert {place.startswith(str(out)) for place in places} == {shared}
-    assert not os.path.exists(places[0].split()[0]) or shared, "a worker's own folder is gone"
+    assert not os.path.exists(places[0].split()[0]) or shared, "the temporary folder of a worker is removed"
     printed = capfd.readouterr()
     assert (f"uses python {environment['python']} (was 3.0.0)" in printed.err) == (printed.err != "") == (not shared)
     finished = [line for line in printed.out.splitlines() if line.startswith("[")][-6:]
@@ -213,7 +213,7 @@ def test_a_node_killed_in_the_middle_loses_nothing(nodes, whole, tmp_path) -> No
     assert sorted(attempt_counts(tmp_path)) == [1, 1, 1, 1, 1, 2]
 
 
-def test_a_driver_that_ended_is_started_again(nodes, whole, tmp_path) -> None:
+def test_a_restarted_driver_resumes_the_run(nodes, whole, tmp_path) -> None:
     """The driver is ended twice while one cell is unfinished; the worker of this cell ends too."""
     out, release = tmp_path / "out", squares.hold(tmp_path, 3)
     words = [str(out), str(tmp_path), "--address", nodes.address]
@@ -245,7 +245,7 @@ def lines(out: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def test_a_cell_that_fails_is_named_and_the_others_are_done(nodes, whole, tmp_path, capfd, monkeypatch) -> None:
+def test_a_failed_cell_is_named_and_the_others_are_computed(nodes, whole, tmp_path, capfd, monkeypatch) -> None:
     """One cell raises an error and is not repeated. The other kills its worker, and Ray repeats it, here once."""
     monkeypatch.setattr(driver, "RETRIES", 1)
     out, marks = tmp_path / "out", [tmp_path / "2.fail", tmp_path / "5.die"]
@@ -269,7 +269,7 @@ def test_a_cell_that_fails_is_named_and_the_others_are_done(nodes, whole, tmp_pa
     assert files(out) == whole
 
 
-def test_a_model_that_workers_lack_is_put_once(nodes, tmp_path, monkeypatch) -> None:
+def test_a_model_that_workers_lack_is_sent_once(nodes, tmp_path, monkeypatch) -> None:
     """The path is another folder in every process, and the work's arrays arrive unchanged."""
     folder = tmp_path / "tiny"
     folder.mkdir()
@@ -349,7 +349,7 @@ def cells_done(out: Path) -> dict[str, dict[str, float]]:
 @pytest.mark.parametrize(
     ("main", "words", "file_count"), [(variance_sweep.main, VARIANCE, 7), (horizon.main, HORIZON, 7)]
 )
-def test_an_experiment_leaves_the_files_of_one_process(
+def test_an_experiment_writes_the_files_of_one_process(
     nodes, checkpoints, tmp_path, capfd, main, words, file_count
 ) -> None:
     options = checkpoints if main is horizon.main else []
@@ -361,7 +361,7 @@ def test_an_experiment_leaves_the_files_of_one_process(
 
 
 @pytest.mark.usefixtures("large")
-def test_a_cell_that_takes_two_gpus_has_both_of_a_node(nodes, tmp_path) -> None:
+def test_a_cell_with_two_gpus_gets_both_of_a_node(nodes, tmp_path) -> None:
     """A cell takes one GPU by default."""
     for gpus, count, seen in ((2.0, 1, {"0,1"}), (None, 2, {"0", "1"})):
         marks = tmp_path / str(gpus)
@@ -372,7 +372,7 @@ def test_a_cell_that_takes_two_gpus_has_both_of_a_node(nodes, tmp_path) -> None:
         ClusterConfig(address=nodes.address, cell_memory="plan").runner(lambda _: 1)
 
 
-def test_cells_take_the_memory_that_is_planned_for_each(nodes, large, tmp_path) -> None:
+def test_cells_reserve_their_planned_memory(nodes, large, tmp_path) -> None:
     """Of 100 GiB, two cells of 60 run one after the other, and one of 500 runs alone."""
     plan = {1: 60 << 30, 2: 60 << 30, 3: 1 << 30, 4: 500 << 30}
     config = ClusterConfig(address=nodes.address, cell_gpus=0.0, cell_memory="plan")
@@ -391,7 +391,7 @@ def test_cells_take_the_memory_that_is_planned_for_each(nodes, large, tmp_path) 
     assert {nodes_of_sides[side] for side in most} == {large.node_id[:12]}
 
 
-def test_what_a_worker_raises_can_be_carried() -> None:
+def test_errors_of_workers_can_be_serialised() -> None:
     """An error that cannot be pickled, and one of the node's own disk, arrive as text."""
 
     class OddError(Exception):
@@ -411,7 +411,7 @@ def test_what_a_worker_raises_can_be_carried() -> None:
 
 @pytest.mark.usefixtures("nodes")
 @pytest.mark.filterwarnings("ignore:Exception ignored in. <function Popen.__del__")  # processes of Ray 2.49's
-def test_two_workers_of_this_machine_leave_the_bytes_of_one_process(checkpoints, tmp_path, capfd) -> None:
+def test_two_local_workers_write_the_files_of_one_process(checkpoints, tmp_path, capfd) -> None:
     """Ray is started for the workers beside the existing cluster, from which this process disconnects."""
     leave()
     log = orphans.make_session_root() / f"session_of_a_test_{2**30}" / "logs" / "raylet.err"  # no process has this id
@@ -428,7 +428,7 @@ def test_two_workers_of_this_machine_leave_the_bytes_of_one_process(checkpoints,
     (node,) = cells_done(with_workers).values()
     assert len(node) == 2
     assert min(node.values()) > 0
-    assert orphan.wait(timeout=60) == -signal.SIGKILL, "what an earlier driver left is stopped"
+    assert orphan.wait(timeout=60) == -signal.SIGKILL, "processes of an earlier driver are stopped"
     shutil.rmtree(log.parents[1])
     gc.collect()
 
@@ -459,7 +459,7 @@ def listening(processes: Iterable[int]) -> set[ipaddress.IPv4Address | ipaddress
     return addresses
 
 
-def test_local_workers_are_closed_to_the_network_and_stopped_after_a_killed_driver(tmp_path) -> None:
+def test_local_workers_listen_on_loopback_and_end_with_their_driver(tmp_path) -> None:
     squares.hold(tmp_path, 1, 2)
     environment = {name: value for name, value in os.environ.items() if name not in LOOPBACK}
     environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"

@@ -25,7 +25,7 @@ def text(record):
     return prompts.training_text(record.instruction, record.output, "clean")
 
 
-def test_short_texts_end_in_the_end_token_and_long_ones_keep_their_start():
+def test_short_texts_get_an_end_token_and_long_texts_are_truncated():
     record = Record("q", "a")
     all_tokens = [1, *text(record).encode()]
     for cutoff in (len(all_tokens) - 1, len(all_tokens), len(all_tokens) + 1):
@@ -42,7 +42,7 @@ def test_defaults_are_the_published_template_and_256_tokens():
     assert (tokenized.lengths.tolist(), tokenized.truncated) == ([256], 1)
 
 
-def test_no_second_end_token_and_none_where_the_model_has_none():
+def test_no_second_end_token_and_none_for_a_model_without_one():
     class Ended(tiny.ByteEncoder):
         def encode_batch(self, texts):
             return [[*ids, 2] for ids in super().encode_batch(texts)]
@@ -102,7 +102,7 @@ def test_split_is_a_seeded_partition():
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=20), st.integers(1, 4))
-def test_widths_are_the_best_there_are(lengths, count):
+def test_widths_minimise_the_padding(lengths, count):
     lengths = np.array(lengths)
     widths = choose_widths(lengths, count)
 
@@ -183,7 +183,7 @@ def test_a_stream_is_a_function_of_seed_and_first_step_and_ends_with_the_batches
             data[step]
 
 
-def test_the_digest_is_of_all_that_decides_a_batch():
+def test_the_digest_covers_everything_that_determines_a_batch():
     pair = (Record("q", "a"), Record("qq", "a"))
 
     def digest(records=pair, widths=(64, 72), size=2, seed=3, epochs=1, **options):
@@ -196,7 +196,7 @@ def test_the_digest_is_of_all_that_decides_a_batch():
     assert len({digest(), *other_records, *other_settings}) == 7
 
 
-def test_batches_are_made_ahead_and_fail_in_their_turn(monkeypatch, time_limit):
+def test_batches_are_prefetched_and_errors_are_raised_at_their_step(monkeypatch, time_limit):
     data = batches()
     started_steps, get_batch = [], Batches.__getitem__
 
@@ -212,14 +212,14 @@ def test_batches_are_made_ahead_and_fail_in_their_turn(monkeypatch, time_limit):
     with time_limit(20):
         while len(started_steps) < 3:
             time.sleep(0.001)
-    assert started_steps == [8, 9, 10], "two are made while the first is worked on"
+    assert started_steps == [8, 9, 10], "two batches are prefetched while the first is in use"
     next(stream)
     next(stream)
     with pytest.raises(ValueError, match="record 11"):
         next(stream)
 
 
-def test_answer_batches_name_the_positions_of_their_targets():
+def test_answer_batches_have_the_positions_of_their_targets():
     answer_data, full_data = batches(answer_only=True), batches()
     for step in range(len(answer_data)):
         answer_batch, full_batch = answer_data[step], full_data[step]

@@ -86,7 +86,7 @@ LOCATED = {name: (source, CHAT, chat_templates.TEXTS[name]) for name, source in 
 
 
 @pytest.mark.parametrize("name", LOCATED)
-def test_texts_and_turns_are_the_templates(name):
+def test_texts_and_turns_follow_the_template(name):
     """Mistral 3 and COUNTED write the first turns differently while they are the last ones."""
     source, messages, expected = LOCATED[name]
     assert marked(ChatTemplate(source, tokens=TOKENS).render_with_spans(messages)) == expected
@@ -102,7 +102,7 @@ def test_texts_and_turns_are_the_templates(name):
         (PREPENDING, THOUGHT, 1),
     ],
 )
-def test_a_turn_that_cannot_be_located_is_refused_where_only_turns_are_learned(source, messages, index):
+def test_a_turn_that_cannot_be_located_is_refused_if_only_turns_are_learned(source, messages, index):
     record = Chat(tuple(messages), where="chats.jsonl: line 7")
     with pytest.raises(InputError, match=rf"^chats\.jsonl: line 7: messages {index}: .*--chat-template"):
         texts.render_record(record, "chat", ChatTemplate(source))
@@ -172,7 +172,7 @@ def test_turns_of_the_prompt_and_of_weight_0_are_not_learned(name):
     assert rendered == (text, ((0, spans[2][0]),))
 
 
-def test_other_turns_of_weight_0_are_refused_where_all_is_learned():
+def test_other_turns_of_weight_0_are_refused_if_all_tokens_are_learned():
     template = ChatTemplate(chat.CHATML)
     record = Chat((CHAT[0] | {"weight": 0}, *CHAT[1:]), where="x.jsonl: line 2")
     assert texts.render_record(record, "chat", template) == template.render_with_spans(CHAT)
@@ -180,7 +180,7 @@ def test_other_turns_of_weight_0_are_refused_where_all_is_learned():
         texts.render_record(record, "chat", template, answer_only=False)
 
 
-def test_marks_that_are_not_those_of_the_turns_select_none_of_them():
+def test_a_wrong_number_of_generation_marks_is_refused():
     twice = "{% for m in messages %}" + "{% generation %}a{% endgeneration %}" * 2 + "{% endfor %}"
     with pytest.raises(InputError, match=r"2 assistant turns .* got 8 marks"):
         ChatTemplate(twice).render_with_spans(CHAT, context=2)
@@ -232,7 +232,7 @@ def mark_tokens(examples, tokenizer) -> str:
     return " ".join(f"[{token}]" if in_loss else token for token, in_loss in masked)
 
 
-def test_every_token_that_has_a_part_of_a_turn_is_in_the_loss(merging):
+def test_every_token_that_overlaps_a_turn_is_in_the_loss(merging):
     """This includes a token that an answer shares with its header, and the end token."""
     template = ChatTemplate(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if m.role != 'user' %}<|im_end|>{% endif %}"
@@ -252,7 +252,7 @@ def test_every_token_that_has_a_part_of_a_turn_is_in_the_loss(merging):
     assert mark_tokens(examples, merging) == "S o ? [↵Y] [e] [s] [!] [</s>]"
 
 
-def test_the_day_can_be_named():
+def test_the_date_can_be_set():
     template = ChatTemplate(chat_templates.DATED, now=datetime(2024, 7, 26))
     assert template.render(CHAT[:1]).startswith("26 Jul 2024<user>")
     assert template.identity()["chat_date"] == "2024-07-26"
@@ -271,14 +271,14 @@ def test_the_day_can_be_named():
         ("{{ 1 / 0 }}", "division by zero"),
     ],
 )
-def test_a_template_that_fails_or_reaches_further_is_one_line(source, message):
+def test_failing_and_unsafe_templates_are_refused_in_one_line(source, message):
     with pytest.raises(InputError, match=message) as caught:
         ChatTemplate(source, where="FOLDER").render(CHAT)
     assert str(caught.value).startswith("FOLDER: the chat template rejects the chat")
     assert "\n" not in str(caught.value)
 
 
-def test_no_template_and_no_jinja_name_the_choices(tmp_path, tokenizer):
+def test_a_missing_template_or_jinja_names_the_alternatives(tmp_path, tokenizer):
     with pytest.raises(InputError, match=r"has no chat template.* --chat-template FILE .* --template clean"):
         chat.load_chat_template(replace(tokenizer, chat_template=None))
     path = tmp_path / "t.jinja"
@@ -310,7 +310,7 @@ def test_other_templates_take_one_question_and_its_answer():
     assert marked(rendered) == "<|im_start|>user\nSay.\n\nNow<|im_end|>\n<|im_start|>assistant\n⟦It.<|im_end|>\n⟧"
 
 
-def test_a_chats_tokens_are_the_templates_alone(tokenizer):
+def test_the_tokens_of_a_chat_come_from_the_template_alone(tokenizer):
     """There is no second beginning token and no end token. Exactly the assistant's turns are targets."""
     record = Chat(tuple(CHAT))
     examples = tokenize([record, record], tokenizer, cutoff=1000, answer_only=True)
@@ -352,7 +352,7 @@ def test_batches_hold_every_turn(tokenizer):
     assert by_loss[True].first_targets.tolist() == [int(np.argmax(by_loss[True].target_mask(i))) for i in range(3)]
 
 
-def test_letters_of_several_bytes_belong_to_every_of_their_tokens(tokenizer):
+def test_letters_of_several_bytes_belong_to_all_of_their_tokens(tokenizer):
     record = Chat(({"role": "user", "content": "é"}, {"role": "assistant", "content": "日é"}))
     template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
     examples = tokenize([record], tokenizer, template="chat", answer_only=True, chat=template)

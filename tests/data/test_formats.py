@@ -49,7 +49,7 @@ def test_every_format_in_every_file_is_recognised(read, name, suffix):
     assert read(rows, suffix, format=name).records == loaded.records
 
 
-def test_names_of_their_own(read):
+def test_renamed_fields(read):
     row = {"question": "Q", "context": None, "reply": "A", "text": "T"}
     rows = [row, row | {"context": "C"}]
     loaded = read(rows, "parquet", fields={"instruction": "question", "input": "context", "output": "reply"})
@@ -64,7 +64,7 @@ def test_names_of_their_own(read):
     assert (loaded.records, loaded.formats) == ([CHAT], (("messages", 1),))
 
 
-def test_a_chats_further_keys_reach_the_template(read):
+def test_other_keys_of_messages_reach_the_template(read):
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "weather"}]}
     result = {"role": "tool", "content": "sun", "name": "weather"}
     tools = [{"name": "weather"}]
@@ -124,13 +124,13 @@ def test_a_prompt_of_several_turns_is_context(read):
     assert records_digest([chat]) != records_digest([Chat(chat.messages, chat.tools)])
 
 
-def test_the_parts_of_a_message_are_one_text(read):
+def test_the_text_parts_of_a_message_are_joined(read):
     """OpenAI's lists of parts are joined."""
     parts = [{"type": "text", "text": "Ähm"}, {"type": "input_text", "text": "?"}]
     assert read([{"messages": [{"role": "user", "content": parts}, MESSAGES[1]]}]).records == [CHAT]
 
 
-def test_formats_that_differ_ask_for_a_template(tmp_path):
+def test_mixed_formats_require_a_template(tmp_path):
     data = read_record_set([write(tmp_path / f"{name}.json", [CASES[name][0]]) for name in ("alpaca", "messages")])
     with pytest.raises(InputError, match=r"template .* None .* alpaca \(train\), messages \(chat\)"):
         data.template(None)
@@ -157,7 +157,7 @@ def test_the_chat_template_sees_noon_of_the_date():
     assert DataConfig(chat_date="2024-07-26").now.isoformat() == "2024-07-26T12:00:00"
 
 
-def test_digests_tell_records_and_not_places():
+def test_digests_depend_on_records_and_not_on_their_location():
     other = Chat(tuple(MESSAGES), where="b")
     assert (records_digest([CHAT]), CHAT) == (records_digest([other]), other)
     assert records_digest([RECORD]) == records_digest([Record("Ähm?", "Yes.", "")])

@@ -186,7 +186,7 @@ def test_a_hostile_template_ends_in_one_line(name, monkeypatch, time_limit):
     assert name != "long source" or f"{1 << 21:,}" in str(caught.value)
 
 
-def test_a_child_process_writes_what_this_process_does():
+def test_a_child_process_renders_the_same_texts():
     records = [Chat(tuple(chat_templates.CHAT)), Record("Q", "A"), Chat(TURNS, ({"name": "é\ud7ff"},), context=1)]
     for source in (chat_templates.LLAMA3, chat_templates.MARKED):
         template = ChatTemplate(source, tokens={"bos_token": "<s>", "eos_token": "</s>"})
@@ -219,7 +219,7 @@ def test_all_chats_that_a_template_refuses_are_listed():
     [(HOSTILE["doubling"], "memory"), ("{{ messages[-1].content * 14000000 }}", "writes much more")],
     ids=["memory", "size"],
 )
-def test_a_limit_ends_the_work_at_once_and_names_its_record(large, reason, monkeypatch):
+def test_an_exceeded_limit_stops_the_work_and_names_the_record(large, reason, monkeypatch):
     """The limit also applies after records that the template refuses."""
     monkeypatch.setattr(texts, "RENDER_MEMORY", 1 << 28)
     source = PICKY + chat.CHATML + "{% if messages[-1].content == 'large' %}" + large + "{% endif %}"
@@ -228,7 +228,7 @@ def test_a_limit_ends_the_work_at_once_and_names_its_record(large, reason, monke
         texts.render_records(records, "chat", ChatTemplate(source))
 
 
-def test_a_limit_that_is_met_while_a_turn_is_located_is_named(monkeypatch):
+def test_a_limit_exceeded_while_a_turn_is_located_is_named(monkeypatch):
     """The template writes the turn differently before others, and writes much if another turn stands in its place."""
     monkeypatch.setattr(texts, "RENDER_MEMORY", 1 << 28)
     source = (
@@ -252,7 +252,7 @@ def test_time_to_locate_turns_grows_with_their_number(monkeypatch):
     assert limits[2] < 10_000
 
 
-def test_spans_of_a_long_chat_are_sought_at_its_beginning_alone(monkeypatch):
+def test_turns_of_a_long_chat_are_located_only_at_its_beginning(monkeypatch):
     long = [message for _ in range(2500) for message in TURNS]
     rendered = []
     render = ChatTemplate.render
@@ -269,13 +269,13 @@ def test_spans_of_a_long_chat_are_sought_at_its_beginning_alone(monkeypatch):
     ("kind", "reason"),
     [pytest.param("time", "1 s", marks=pytest.mark.slow), ("memory", "memory"), ("signal", "signal 9")],
 )
-def test_a_child_process_says_which_limit_it_met(kind, reason):
+def test_a_child_process_names_the_exceeded_limit(kind, reason):
     with pytest.raises(limited_process.LimitError, match=reason) as caught:
         limited_process.run(work, kind, seconds=1, memory=1 << 28)
     assert caught.value.results == [1]
     assert limited_process.run(work, "", seconds=1, memory=1 << 28) == [1, 2]
 
 
-def test_a_fault_of_a_child_process_is_no_input_error():
+def test_an_internal_error_of_a_child_process_is_no_input_error():
     with pytest.raises(RuntimeError, match="KeyError"):
         limited_process.run(work, "fault", seconds=1, memory=1 << 28)

@@ -165,7 +165,7 @@ def test_bad_files_and_records_are_named(tmp_path, name, content, message):
     assert "\n" not in str(caught.value)
 
 
-def test_sources_and_formats_that_are_not_there_are_refused(tmp_path):
+def test_missing_sources_and_formats_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"none\.json: no such file.* a \.json, \.jsonl, "):
         read_records([tmp_path / "none.json"])
     with pytest.raises(InputError, match=r"is a folder.* a \.json.*FOLDER:SPLIT"):

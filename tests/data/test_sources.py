@@ -34,7 +34,7 @@ About it.
 FILES = ["README.md", "en/a.jsonl", "en/b.jsonl", "en/deep/c.jsonl", "en-test/part.jsonl", "de/x/a.jsonl"]
 
 
-def test_a_card_says_which_files_a_split_is():
+def test_the_card_determines_the_files_of_a_split():
     card = {"configs": parse_yaml(CARD.split(b"---")[1].decode(), where="card")["configs"]}
 
     def files(subset, split):
@@ -52,7 +52,7 @@ def test_a_card_says_which_files_a_split_is():
         files("french", "train")
 
 
-def test_names_say_it_where_no_card_does():
+def test_file_names_determine_a_split_without_a_card():
     def files(names, subset=None, split="train"):
         return hub_files.select_files(names, Split("them", subset, split), {})
 

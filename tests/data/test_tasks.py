@@ -88,7 +88,7 @@ def _row(key: str = "piqa", **changes: object) -> dict[str, object]:
     return row | {"output": f"the correct answer is {answer}"} | changes
 
 
-def test_a_good_record_reads(tmp_path: Path) -> None:
+def test_a_valid_record_is_read(tmp_path: Path) -> None:
     path = write(tmp_path / "test.json", [_row()])
     (record,) = tasks.read_task(Path(path), TASKS["piqa"])
     assert (record.answer, record.gold, record.labels) == ("solution2", 1, ("solution1", "solution2"))

@@ -140,7 +140,7 @@ def set_screen(browser: Any, width: int, height: int) -> None:
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
-def test_by_keyboard_alone(page) -> None:
+def test_keyboard_operation(page) -> None:
     assert shown_answer(page) == answer(Setting(16, 32.0, 2e-4), 128)
     reached, keys = [], webdriver.ActionChains(page)
     typed = {"from-rank": "8", "to-rank": "256", "to-alpha": "16", "steps": "64", "to-steps": "300"}
@@ -170,7 +170,7 @@ def test_by_keyboard_alone(page) -> None:
     assert shown_answer(page) == expected
 
 
-def test_what_a_screen_reader_is_told(page) -> None:
+def test_accessible_names(page) -> None:
     fields = page.find_elements(By.CSS_SELECTOR, "#calculator-form :is(input, select)")
     labels = [field.accessible_name for field in fields]
     assert len(set(labels)) == len(labels) == 17

@@ -142,7 +142,7 @@ def test_the_form_the_help_and_the_config_have_the_same_inits() -> None:
         assert f"init_lora_weights={PEFT_INITS[init]!r}" in advised.advice.peft_config(**advised.peft)
 
 
-def test_texts_agree_but_for_a_last_digit() -> None:
+def test_texts_agree_up_to_a_last_digit() -> None:
     text = "rate 1.95313e-05, rank 4"
     assert agrees(text, "rate 1.95312e-05, rank 4")
     for other in ("rate 1.95311e-05, rank 4", text.replace("4", "6"), text.replace("05", "04"), "rate 1.95313e-05"):
@@ -178,7 +178,7 @@ def grid() -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")  # which is faster
-def test_it_answers_as_the_library_does(grid) -> None:
+def test_answers_equal_those_of_the_library(grid) -> None:
     """This includes one and two measured modules."""
     grid = grid + [BASE | {"regime": dict.fromkeys("ab"[:count], 3.0)} for count in (1, 2)]
     answers = ask([["advise", options] for options in grid])
@@ -259,7 +259,7 @@ def test_alpha_2r_at_both_ranks_is_the_same_everywhere() -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_what_the_library_refuses_is_refused_in_one_line() -> None:
+def test_input_that_the_library_refuses_is_refused_in_one_line() -> None:
     bad: list[dict[str, Any]] = [
         {"from-rank": 0}, {"to-rank": 1.5}, {"to-rank": None}, {"to-rank": 2**31}, {"alpha": 0}, {"alpha": "many"},
         {"lr": -1e-4}, {"to-alpha": 0}, {"optimizer": "muon"}, {"init": "normal"}, {"rule": "lore"}, {"rule": 400.0},

@@ -24,10 +24,10 @@ from rora_theory.evaluate.answers import parse_answer, response
         ("winogrande", "", None),
     ],
 )
-def test_first_hit(key: str, text: str, answer: str | None) -> None:
+def test_the_first_label_is_the_answer(key: str, text: str, answer: str | None) -> None:
     assert parse_answer(TASKS[key], text) == answer
 
 
-def test_response_is_cut_at_the_last_marker() -> None:
+def test_the_response_follows_the_last_marker() -> None:
     assert response("  the correct answer is true\n") == "the correct answer is true"
     assert response("true\n\n### Response:\n  false ") == "false"

@@ -26,12 +26,12 @@ TOKENIZERS = {"plain": TOKENIZER, "bos": replace(TOKENIZER, prefix=(0,))}
 
 
 @pytest.mark.parametrize("key", TASKS)
-def test_harness_asks_what_lm_eval_asks(key: str) -> None:
+def test_harness_requests_equal_those_of_lm_eval(key: str) -> None:
     for record, expected in zip(golden_records(key), GOLDEN["requests"][key], strict=True):
         assert [[choice.context, choice.continuation] for choice in harness_choices(record)] == expected
 
 
-def test_texts_that_change_have_another_version() -> None:
+def test_changed_texts_require_a_new_version() -> None:
     """The texts of one record of each task are pinned.
 
     If this fails, raise `choices.TEXTS` too, so that no run resumes with other texts.
@@ -98,13 +98,13 @@ def test_tokens_are_lm_evals(name: str) -> None:
     assert [choices[0] for choices in encoded] == expected
 
 
-def test_a_continuation_that_begins_with_bos_after_nothing_is_not_given_it_twice() -> None:
+def test_bos_is_not_added_twice_without_a_context() -> None:
     ((scored,),) = encode_choices(TOKENIZER, [[Choice("a", "", "<s>the sun", 1)]], max_length=9)
     assert scored.tokens[0] == 0
     assert 0 not in scored.tokens[1:]
 
 
-def test_long_sequences_lose_their_beginning_and_never_a_scored_token() -> None:
+def test_long_sequences_are_truncated_on_the_left_and_keep_scored_tokens() -> None:
     item = [Choice("answer2", "the sun is a star because", " the box fit", 4)]
     ((whole,),) = encode_choices(TOKENIZER, [item], max_length=100)
     assert 1 < whole.count < len(whole.tokens) - 2
@@ -118,7 +118,7 @@ def test_long_sequences_lose_their_beginning_and_never_a_scored_token() -> None:
             encode_choices(TOKENIZER, [refused], max_length=length)
 
 
-def test_label_choices_stand_where_training_put_them() -> None:
+def test_label_choices_continue_the_training_prompt() -> None:
     record = golden_records("openbookqa")[0]
     choices = label_choices(record, "train")
     assert [c.continuation for c in choices] == ["answer1", "answer2", "answer3", "answer4"]

@@ -114,7 +114,7 @@ def test_shared_length(sequences, spare, count) -> None:
     assert shared_length([list(sequence) for sequence in sequences], spare) == count
 
 
-def test_no_bit_depends_on_the_batch_size_or_on_what_was_done_before() -> None:
+def test_results_are_bitwise_independent_of_batch_size_and_finished_items() -> None:
     """One compiled program gives the same bits for equal inputs, and equal choices score equally."""
     items = _items(1, 30)
     whole, again = (dict(log_likelihoods(PARAMS, CONFIG, items, shape=SHAPE, batch_size=size)) for size in (1, 3))

@@ -58,7 +58,7 @@ def test_log_likelihood_protocols(scored) -> None:
         assert sample.correct is (sample.prediction == record.answer)
 
 
-def test_no_bit_depends_on_batch_size_or_interruption(scored) -> None:
+def test_results_are_bitwise_independent_of_batch_size_and_interruption(scored) -> None:
     """One compiled program gives the same bits for equal inputs."""
     protocol, whole = scored
     assert _score(RECORDS, Scoring(protocol), batch_size=5) == whole
@@ -101,7 +101,7 @@ def test_the_length_that_acc_norm_divides_by() -> None:
     assert scoring._likeliest(record, choices, [-10.0, -20.0], norm=False).prediction_norm is None
 
 
-def test_the_first_of_equal_choices_is_given_and_none_that_is_not_finite() -> None:
+def test_ties_select_the_first_choice_and_non_finite_scores_none() -> None:
     choices = harness_choices(BOOLQ)
     assert scoring._likeliest(BOOLQ, choices, [-1.0, -1.0], norm=False).prediction == "false"
     for bad in (np.nan, -np.inf):
@@ -109,7 +109,7 @@ def test_the_first_of_equal_choices_is_given_and_none_that_is_not_finite() -> No
             scoring._likeliest(BOOLQ, choices, [-1.0, bad], norm=False)
 
 
-def test_what_is_done_is_read_once() -> None:
+def test_finished_samples_are_read_once() -> None:
     """The finished samples are not read again for each record, which was slow for a large task."""
     read: list[int] = []
 
@@ -188,7 +188,7 @@ def test_bad_settings_are_refused(arguments: dict[str, object], message: str) ->
         Scoring(**arguments)  # type: ignore[arg-type]
 
 
-def test_a_prompt_that_just_fits_is_generated_from_and_a_longer_one_is_refused_before_work() -> None:
+def test_the_longest_possible_prompt_is_accepted_and_a_longer_one_refused() -> None:
     length = len(TOKENIZER.encode(prompt(BOOLQ.instruction, "eval")))
     fits, short = (dataclasses.replace(CONFIG, max_position_embeddings=length + room) for room in (32, 31))
     score(PARAMS, fits, TOKENIZER, [BOOLQ], Scoring("generate"))

@@ -71,7 +71,7 @@ def test_parts_are_the_real_arrays_and_sum_up(changes):
     moments = 2 * sum(a.nbytes for a in jax.tree.leaves(adapter.params))
     assert account.base == sum(a.nbytes for a in jax.tree.leaves(params))
     assert account.adapter == moments // 2 == 4 * account.trainable == 4 * adapters.count(adapter)
-    assert account.optimizer - moments in range(8, 33), "beside the moments: counters and the dropout key"
+    assert account.optimizer - moments in range(8, 33), "in addition to the moments: counters and the dropout key"
     assert account.batch == 3 * 4 * 4 * 16
     assert account.tokens == 4 * 16
     assert account.parameters == sum(a.size for a in jax.tree.leaves(params))
@@ -81,7 +81,7 @@ def test_parts_are_the_real_arrays_and_sum_up(changes):
 
 
 @pytest.mark.slow
-def test_what_takes_less_memory():
+def test_options_that_reduce_memory():
     plain, parts, again = (
         capacity.estimate_step(TINY, dataclasses.replace(SMALL, **changes), 32)
         for changes in ({}, {"accumulation": 4}, {"remat": True})
@@ -98,7 +98,7 @@ def account_of(base, flops=1):
     return StepEstimate(1, 1, 100, flops, 2, base, 0, 0, 0, 0, 0, 0, 0)
 
 
-def test_devices_hold_what_they_hold():
+def test_the_memory_limit_of_a_device():
     a6000 = DEVICES["a6000"]
     assert account_of(40 * 10**9).fits(a6000)
     assert account_of(40 * 10**9).memory_fraction(a6000) == 0.79
@@ -109,7 +109,7 @@ def test_devices_hold_what_they_hold():
     assert not account_of(40 * 10**9).fits(DEVICES["rtx4090"])
 
 
-def test_time_is_that_of_the_products_or_of_reading_the_weights():
+def test_time_is_the_larger_of_computing_and_reading_the_weights():
     step = account_of(1, int(154.8e12))
     a6000 = DEVICES["a6000"]
     assert step.seconds(a6000, "bfloat16", 0.5) == pytest.approx(2)
@@ -120,7 +120,7 @@ def test_time_is_that_of_the_products_or_of_reading_the_weights():
             step.seconds(a6000, "bfloat16", wrong)
 
 
-def test_any_device_by_its_figures():
+def test_a_custom_device():
     step = account_of(20 * 10**9, int(50e12))
     device = Device.from_specification(24e9, 100e12)
     assert step.fits(device)
@@ -150,7 +150,7 @@ def test_operations_are_three_products_with_every_weight():
     ("name", "device", "planned"),
     [("llama-13b", "rtx4090", "17.2 GB of the 24.8"), ("llama2-70b", "h100", "67.0 GB of the 84.5")],
 )
-def test_what_fits_in_four_bits(name, device, planned):
+def test_models_that_fit_with_four_bit_weights(name, device, planned):
     """The planned total is checked too, as the pages print it."""
     config = FinetuneConfig(rank=128, batch_size=16, dtype="bfloat16", remat=True, quantization="q4_0")
     account, card = capacity.estimate_step(MODELS[name], config, 256), DEVICES[device]
@@ -187,7 +187,7 @@ def test_no_device_gathers_the_unembedding_for_a_block_of_the_loss():
 
 
 @pytest.mark.slow
-def test_each_of_several_devices_has_its_part(monkeypatch):
+def test_arrays_are_split_over_several_devices(monkeypatch):
     """Each device has half of the rows, half of the weights where two share a copy, and a copy of the rest."""
     monkeypatch.setattr(capacity, "LOGITS_BYTES", 4 * 512 * 4 * 8)  # 8 of 32 positions at once, on all devices together
     alone, copies, shared = (
@@ -203,7 +203,7 @@ def test_each_of_several_devices_has_its_part(monkeypatch):
     assert (copies.base, copies.gathered) == (alone.base, 0)
     norms = 4 * 32 * 5
     assert shared.base == (alone.base - norms) // 2 + norms, "the norms of two layers and the last are whole"
-    assert shared.gathered == 4 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32), "a layer of two"
+    assert shared.gathered == 4 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32), "one of the two layers"
     assert alone.gathered == 0
     odd = dataclasses.replace(TINY, vocab_size=511)
     table = {part.name: part for part in capacity.placement(odd, SMALL, abstract(1, 2))}

@@ -32,7 +32,7 @@ VALIDATION = (
         ("linear", 0, 2, "0.5 after 0 steps of warm-up, then linear decay to 0 after the last step", 0.25),
     ],
 )
-def test_the_learning_rate_in_words(schedule, warmup, count, words, last):
+def test_description_of_the_learning_rate(schedule, warmup, count, words, last):
     config = FinetuneConfig(schedule=schedule, warmup=warmup, lr=0.5)
     events = [{"event": "step", "step": step, "loss": 1.0} for step in range(1, count + 1)]
     rows = dict(card.build_training_description(config, RECORDS, ["x.json"], SUMMARY, events).rows)
@@ -42,7 +42,7 @@ def test_the_learning_rate_in_words(schedule, warmup, count, words, last):
     assert float(rate(count)) == pytest.approx({"linear": 0.0 if count > warmup else 0.5, "constant": 0.5}[schedule])
 
 
-def test_a_loss_that_is_no_number_is_not_the_best():
+def test_a_nan_loss_is_not_the_best():
     tested = [{"event": "validation", "step": step, "loss": loss} for step, loss in ((1, math.nan), (2, 2.0), (3, 1.5))]
     assert card._notable_validations(tested)["best"]["step"] == 3
 
@@ -69,7 +69,7 @@ def test_a_card_s_rows():
     }
 
 
-def test_a_card_has_no_row_of_what_the_run_had_not():
+def test_a_card_omits_properties_that_the_run_does_not_have():
     quantised = FinetuneConfig(method="prefix", quantization="q8_0", clip=math.inf)
     rows = dict(card.build_training_description(quantised, RECORDS, ["x.json"], SUMMARY, []).rows)
     assert not {"requested rule", "training loss"} & set(rows)
@@ -82,12 +82,12 @@ def test_a_card_has_no_row_of_what_the_run_had_not():
     assert full["horizon"] == "12 steps of 16 records; weights of step 12"
 
 
-def test_the_losses_in_words():
+def test_description_of_the_losses():
     assert card.describe_losses([*STEPS, *TESTED], 1200) == f"Trained for 12 steps: validation loss {VALIDATION}."
     assert card.describe_losses(STEPS, 0) == f"Trained for 12 steps: training loss {TRAINING}."
 
 
-def test_the_figures_of_a_run():
+def test_summary_of_a_run():
     """A step that took no time has no speed."""
     assert [tuple(row.values()) for row in card.summary_rows([*STEPS, *TESTED], 288)] == [
         ("training loss, first", 1, 12.0),

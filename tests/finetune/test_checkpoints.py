@@ -35,7 +35,7 @@ def saved(checkpoints):
     return checkpoints
 
 
-def test_restores_all_that_was_saved(checkpoints, tmp_path):
+def test_restoring_returns_everything_that_was_saved(checkpoints, tmp_path):
     checkpoints.save(state(0.1), Progress(3, 2, 0.7))
     checkpoints.wait()
     again = Checkpoints(tmp_path / "c")
@@ -65,7 +65,7 @@ def test_keeps_the_latest_and_the_best(checkpoints):
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["4", "5"]
 
 
-def test_what_a_killed_process_left_unfinished_is_no_checkpoint(tmp_path):
+def test_an_unfinished_checkpoint_of_a_killed_process_is_ignored(tmp_path):
     first = Checkpoints(tmp_path)
     first.save(state(), Progress(1))
     first.close()
@@ -152,7 +152,7 @@ def test_every_byte_counts_in_the_checksum():
         assert checksum(plain._replace(params=plain.params | {name: moved})) != original
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+def test_a_folder_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"/file/c: .*checkpoints"):
         Checkpoints(tmp_path / "file" / "c")

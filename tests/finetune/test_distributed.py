@@ -22,7 +22,7 @@ SCRIPT = TESTS / "support" / "two_processes.py"
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_steps_of_one(tmp_path):
+def test_two_processes_compute_the_steps_of_one(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -77,7 +77,7 @@ def joined(alone):
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_process_on_its_own_joins_nothing():
+def test_a_single_process_does_not_connect():
     assert distributed.initialize() is False
     assert distributed.initialize("localhost:1234", 1, 0) is False
     assert distributed.is_first()
@@ -100,7 +100,7 @@ def test_options_are_refused_by_name(options, match):
         distributed.initialize(*options)
 
 
-def test_the_environment_stands_for_the_options(alone, joined):
+def test_environment_variables_replace_the_options(alone, joined):
     for name, value in zip(distributed.VARIABLES, ("host:1", "4", "3"), strict=True):
         alone.setenv(name, value)
     distributed.initialize()
@@ -111,17 +111,17 @@ def test_the_environment_stands_for_the_options(alone, joined):
         distributed.initialize()
 
 
-def test_slurm_is_left_to_jax(alone, joined):
+def test_jax_detects_slurm(alone, joined):
     task = {"JOB_ID": "7", "STEP_NODELIST": "node[1-2]", "NTASKS": "2", "PROCID": "1", "LOCALID": "0"}
     for name, value in task.items():
         alone.setenv(f"SLURM_{name}", value)
     distributed.initialize()
     assert joined == [(None, None, None)]
     alone.setenv("SLURM_NTASKS", "1")
-    assert distributed.initialize() is False, "one task is a process on its own"
+    assert distributed.initialize() is False, "one task needs no connection"
 
 
-def test_processes_that_do_not_meet(alone):
+def test_processes_that_cannot_connect(alone):
     def unreachable(*_, **__):
         raise RuntimeError("DEADLINE_EXCEEDED: no answer\nmore lines")
 
@@ -134,7 +134,7 @@ def test_processes_that_do_not_meet(alone):
     ("output", "training", "out"),
     [({}, {}, None), ({"merge": True}, {}, "run"), ({}, {"method": "full"}, "run")],
 )
-def test_what_several_processes_can_t_write_is_refused(output, training, out):
+def test_outputs_that_several_processes_cannot_write_are_refused(output, training, out):
     OutputConfig().check_several_processes(FinetuneConfig(), Path("run"))
     with pytest.raises(InputError, match=r"several processes .*--out .*--merge .*method full"):
         OutputConfig(**output).check_several_processes(FinetuneConfig(**training), out and Path(out))

@@ -30,7 +30,7 @@ def test_devices_that_share_the_weights_share_their_training_too(params, trained
     shared = training.train(params, tiny.CONFIG, CONFIG, BATCHES, sharding.Layout(sharding.mesh(fsdp=4)))
     np.testing.assert_allclose((shared.losses, shared.norms), (trained.losses, trained.norms), rtol=1e-4)
     held = shared.state.optimizer[1][0].mu["self_attn.q_proj"]["weight"]
-    assert held.addressable_shards[0].data.shape == (2, 4, 16), "of the moments each device has its rows"
+    assert held.addressable_shards[0].data.shape == (2, 4, 16), "each device has its rows of the moments"
 
 
 def test_merging_puts_the_trained_weights_in_place_and_nothing_else(params, trained):

@@ -87,7 +87,7 @@ def test_records_that_are_all_answer_have_one_loss() -> None:
         assert (record.tokens, record.loss) == (record.answer_tokens, pytest.approx(record.answer_loss, rel=1e-6))
 
 
-def test_of_no_record_there_is_no_loss() -> None:
+def test_no_records_have_no_loss() -> None:
     none = np.zeros(0, np.int64)
     assert record_losses(PARAMS, CONFIG, Examples(none, np.zeros(1, np.int64), none.astype(bool), 0, 0)) == []
 

@@ -98,7 +98,7 @@ def complete(params, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_takes_every_step_and_validates_on_time(complete):
+def test_a_run_takes_every_step_and_validates_at_its_interval(complete):
     """The learning rate rises from 0 over 2 updates, then falls to 0 after the 10th."""
     events, run, held_out, traces = complete
     completed = [event for event in events if isinstance(event, StepCompleted)]
@@ -113,13 +113,13 @@ def test_a_run_takes_every_step_and_validates_on_time(complete):
     widths = {shape[1] for shape in traces}
     assert len(widths) == 2
     validated = {batch.inputs.shape[1] for batch in prefetch(held_out)}
-    assert len(traces) == len(widths) + len(validated), "one trace a width of training, one of validation"
+    assert len(traces) == len(widths) + len(validated), "one trace for each width of training and of validation"
 
 
 @pytest.mark.parametrize(
     "changes", [{"lr": 0.01}, {"schedule": "constant"}, {"clip": 1e-3}, {"warmup": 1}, {"steps": 5}, {"epochs": 1}]
 )
-def test_a_step_is_made_of_the_run_s_own_settings(params, monkeypatch, changes):
+def test_the_step_uses_the_settings_of_the_run(params, monkeypatch, changes):
     """The settings include the number of steps, on which the schedule depends."""
     arguments = []
     monkeypatch.setattr(steps, "train_step", lambda _, model, *settings, **options: arguments.append(settings))
@@ -130,7 +130,7 @@ def test_a_step_is_made_of_the_run_s_own_settings(params, monkeypatch, changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stop", "checkpoint"), [(2, 0), (7, 6)])  # checkpoints are taken at 3, 4, 6, 8, 9 and 10
-def test_a_stopped_run_goes_on_to_the_same_bits(params, complete, tmp_path, stop, checkpoint):
+def test_a_resumed_run_ends_in_the_same_bits(params, complete, tmp_path, stop, checkpoint):
     expected, finished = timeless(complete[0]), complete[1]
     first, *_ = trainer(params, tmp_path)
     before = list(itertools.takewhile(lambda e: e.step <= stop, first.run()))
@@ -149,7 +149,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(params, complete, tmp_path, stop
 
 
 @pytest.mark.slow
-def test_the_seed_decides_the_dropout(params):
+def test_the_seed_determines_the_dropout(params):
     """Another seed, with the same adapter and batches, has another first gradient.
 
     B is still 0, so that the first loss does not show the masks.
@@ -195,7 +195,7 @@ def test_the_best_adapter_is_the_one_of_the_lowest_validation_loss(params, compl
 
 
 @pytest.mark.slow
-def test_an_adapter_is_of_the_steps_taken_and_outlives_the_next(params, tmp_path):
+def test_a_returned_adapter_survives_later_steps(params, tmp_path):
     """The check lies between two checkpoints, at 4 and 6, where the best is not the last."""
     run, *_ = trainer(params, tmp_path, pauses=(4, 5))
     held = {}
@@ -250,7 +250,7 @@ def test_a_checkpoint_without_digests_is_refused(params, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_stops_the_run(params, tmp_path):
+def test_a_nan_loss_stops_the_run(params, tmp_path):
     # One byte's embedding is no number; a record with that byte comes in the batch of step ``bad``, not before.
     _, batches, _ = trainer(params, tmp_path / "unused")
     words = [set(batches[step].inputs.ravel().tolist()) for step in range(5)]

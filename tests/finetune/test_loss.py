@@ -47,7 +47,7 @@ def test_equals_the_direct_formula_and_its_gradient(vocabulary, size):
 
 
 @pytest.mark.slow
-def test_the_gradient_is_scaled_by_what_follows():
+def test_the_gradient_is_scaled_by_the_upstream_gradient():
     arguments = inputs()
     plain = jax.grad(cross_entropy)(*arguments)
     scaled = jax.grad(lambda *a: 3.0 * cross_entropy(*a) ** 2)(*arguments)
@@ -75,7 +75,7 @@ def test_large_logits_do_not_overflow():
 
 
 @pytest.mark.slow
-def test_positions_of_weight_zero_count_for_nothing_and_the_head_is_frozen():
+def test_positions_of_weight_zero_have_no_effect_and_the_head_is_frozen():
     hidden, head, targets, weights = inputs()
     out = weights == 0
     loss, gradient = blocked_loss(hidden, head, targets, weights, logits_bytes=2 * TOKEN)

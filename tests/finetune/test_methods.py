@@ -51,18 +51,20 @@ def test_devices_that_share_the_weights_train_the_same(params, trained):
 
 
 @pytest.mark.parametrize("method", [*OTHERS, "full"])
-def test_capacity_counts_them(method, params):
+def test_the_planner_counts_every_method(method, params):
     config = settings(method)
     account = capacity.estimate_step(tiny.CONFIG, config, 16)
     adapter = adapters.init(jax.random.key(1), config.adapter(), tiny.CONFIG, params)
     assert account.adapter == 4 * account.trainable == 4 * adapters.count(adapter)
-    assert account.optimizer - 2 * account.adapter in range(8, 33), "beside the moments: counters and the dropout key"
+    assert account.optimizer - 2 * account.adapter in range(8, 33), (
+        "in addition to the moments: counters and the dropout key"
+    )
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params["layers"]))
     assert account.flops > 2 * account.tokens * weights
 
 
 @pytest.mark.parametrize("method", ["series", "parallel"])
-def test_no_product_with_a_weight_is_made_again(method):
+def test_adapters_need_no_further_product_with_a_weight(method):
     """Each adapter makes six products, as LoRA of the same width on the same modules, and no more.
 
     Each is 2 x tokens x width x the length of what it maps from or to: in + out for LoRA and parallel, twice

@@ -33,7 +33,7 @@ def metrics_of(path: Path, steps: int) -> Metrics:
     return metrics
 
 
-def test_what_came_before_a_checkpoint_must_be_there(tmp_path):
+def test_the_metrics_before_a_checkpoint_must_exist(tmp_path):
     path = tmp_path / "metrics.jsonl"
     events = metrics_of(path, 8).events
     again = Metrics(path, At(6), "run")
@@ -54,7 +54,7 @@ def test_what_came_before_a_checkpoint_must_be_there(tmp_path):
     path.unlink()
     with pytest.raises(InputError, match=r"metrics\.jsonl: has 0 of 9 lines"):
         Metrics(path, At(6), "run")
-    assert Metrics(path, At(0), "run").events == [], "a run that begins anew needs none"
+    assert Metrics(path, At(0), "run").events == [], "a run that starts from step 0 needs no earlier metrics"
 
 
 @pytest.mark.parametrize(

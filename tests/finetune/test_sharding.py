@@ -95,7 +95,7 @@ def test_the_steps_of_one_device(sharded, single, fsdp, rules):
         assert np.mean(difference > 1e-5) < 0.01
         assert np.max(difference) < 2 * len(BATCHES) * CONFIG.peak_learning_rate
     assert layout.batch(BATCHES[0]).inputs.addressable_shards[0].data.shape == (8 // layout.parts, 16)
-    assert compiled.count("step") == 1, "the state comes back as it went in"
+    assert compiled.count("step") == 1, "the new state has the shardings of the old one"
     for name, (p_out, p_in) in (("self_attn.q_proj", (32, 32)), ("mlp.down_proj", (32, 48))):
         weight = base["layers"][name]["weight"]
         over_out, over_in = (8 // (8 // fsdp) if axes else 1 for axes in (rules.outputs, rules.inputs))
@@ -120,7 +120,7 @@ def test_each_module_gathers_one_layer_and_keeps_nothing(sharded):
     assert not [shape for shape in shapes if f"f32[2,{shape}]" in text], "not kept for the backward pass either"
     parts = {f"f32[2,{p_out // 8},{p_in}]" for p_out, p_in in map(MODEL.module_shape, MODULES)}
     orders = {order for part, order in re.findall(r"(f32\[2,\d+,\d+\])(\{[\d,]+\})", text) if part in parts}
-    assert orders == {"{2,1,0}"}, "as they lie: in another order a device's part is copied"
+    assert orders == {"{2,1,0}"}, "row-major: any other layout copies a part"
 
 
 @pytest.mark.slow
@@ -137,7 +137,7 @@ def test_shardings_of_abstract_weights_follow_the_rules():
     assert shardings["layers"]["mlp.up_proj"]["weight"].spec == P(None, "fsdp")
     assert shardings["layers"]["self_attn.q_proj"]["bias"].spec == P(None, "fsdp")
     assert shardings["layers"]["input_layernorm"].spec == P()
-    assert shardings["embed_tokens"].spec == P(), "129 words do not split in 8: kept whole"
+    assert shardings["embed_tokens"].spec == P(), "129 is not divisible by 8: not split"
     by_layers = Layout(sharding.mesh(fsdp=2), Rules(layers=("fsdp",), outputs=())).params_shardings(
         abstract_params(model)
     )

@@ -114,11 +114,11 @@ def test_steps_are_adamw_on_the_clipped_gradient(params, plain):
             errors = np.abs(ours - expected)
             assert np.quantile(errors, 0.99 if plain is FULL else 1) < 1e-5
             assert errors.max() < config.lr
-    assert trained[0][1].grad_norm > config.clip, "clipping is put to the test"
+    assert trained[0][1].grad_norm > config.clip, "the gradient is clipped"
 
 
 @pytest.mark.slow
-def test_a_batch_worked_in_parts_gives_the_same_step(params):
+def test_microbatches_give_the_same_step(params):
     data = [batch(seed=s) for s in range(3)]
     together, parts = (run(params, config, data) for config in (PLAIN, changed(accumulation=2)))
     for (weights, metrics), (other_weights, other) in zip(together, parts, strict=True):
@@ -184,7 +184,7 @@ def take_shared(shared, params, config, batches, adapted):
 
 
 @pytest.mark.slow
-def test_shared_steps_are_each_run_s_own(params):
+def test_shared_steps_equal_those_compiled_for_each_run(params):
     """One step is compiled for runs of other rules, alphas and rates, and equals each run's own step."""
     shared, data = steps.SharedSteps(), [batch(seed=s) for s in range(2)]
     ends = []
@@ -202,7 +202,7 @@ def test_shared_steps_are_each_run_s_own(params):
 
 
 @pytest.mark.slow
-def test_shared_steps_are_of_the_adapter_that_they_are_asked_for(params):
+def test_shared_steps_depend_on_the_adapter(params):
     """The step applies the adapter's own dropout, rule and alpha, without another program."""
     config, shared, losses = changed(dropout=0.3, lr=1e-30), steps.SharedSteps(), []
     for changes in ({}, {"dropout": 0.0}, {"dropout": 0.0, "rule": "lora"}):

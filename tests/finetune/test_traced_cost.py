@@ -67,7 +67,7 @@ def test_products_with_batches_calls_and_branches():
         )
 
 
-def test_memory_of_programs_small_enough_to_see():
+def test_memory_of_small_programs():
     x, w = jnp.ones((64, 128)), jnp.ones((128, 128))
     size = 64 * 128 * 4
 
@@ -95,13 +95,13 @@ def test_memory_of_programs_small_enough_to_see():
     dead = traced_cost.peak_memory(
         jax.make_jaxpr(lambda x, w: (jax.lax.scan(lambda x, w: (x @ w, x @ w), x, w)[0],))(x, stack)
     )
-    assert dead.stacked == 0, "a result that nothing reads is not held"
-    assert dead.total == size, "nor made: the carry alone has a next value"
+    assert dead.stacked == 0, "an unused result is not kept"
+    assert dead.total == size, "nor computed: only the carry has a next value"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"dropout": 0.05, "method": "dora"}, {"remat": True}])
-def test_memory_of_a_step_is_what_xla_says(changes):
+def test_memory_of_a_step_agrees_with_xla(changes):
     """The reference is XLA's buffers of the step in float32, where its CPU compiler makes no wider copies."""
     run = config(rank=8, batch_size=8, **changes)
     models = [LlamaConfig(128, 128, 384, layers, 4, 2, 32) for layers in (4, 16)]

@@ -33,7 +33,7 @@ def test_event_files_are_read_back(tmp_path) -> None:
     assert again == {("validation/loss", 1): 2.25, ("validation/loss", 2): 1.5}
 
 
-def test_weights_and_biases_gets_the_same(tmp_path, monkeypatch) -> None:
+def test_weights_and_biases_receives_the_same_values(tmp_path, monkeypatch) -> None:
     calls: list[tuple] = []
 
     def init(**options):
@@ -55,7 +55,7 @@ def test_weights_and_biases_gets_the_same(tmp_path, monkeypatch) -> None:
     assert options["dir"] == str(tmp_path)
     assert {name: value for _, values, _ in logs for name, value in values.items()} == LOGGED
     assert [more for *_, more in logs] == [{"step": 1}] * 2
-    assert end == ("end",), "also where the run fails"
+    assert end == ("end",), "also if the run fails"
 
 
 def test_off_writes_nothing(tmp_path) -> None:

@@ -32,7 +32,7 @@ def completions(tmp_path):
     return path
 
 
-def test_what_is_trained_on_and_what_is_held_out():
+def test_training_and_held_out_records():
     """Records are counted on each side of the seed's split; widths and skipped records cover both."""
     train, held_out = split_records(range(7), 2, 3)
     sizes = dict.fromkeys(train, (2, 2)) | {train[0]: (50, 2), held_out[0]: (50, 2), held_out[1]: (30, 20)}
@@ -49,7 +49,7 @@ def test_what_is_trained_on_and_what_is_held_out():
     assert bytes(data.validation.examples[0][1:].tolist()).decode() == 30 * chr(97 + held_out[1]) + 9 * "!"
 
 
-def test_a_record_set_knows_its_formats_prompt(completions):
+def test_a_record_set_has_the_prompt_of_its_format(completions):
     record_set = read_record_set([completions])
     assert first(prepare(record_set, tiny.ByteEncoder(), CONFIG)) == "2 + 2 = 4"
     expected = prompts.training_text("2 + 2 = ", "4", "clean")
@@ -57,7 +57,7 @@ def test_a_record_set_knows_its_formats_prompt(completions):
 
 
 @pytest.mark.slow
-def test_a_record_set_knows_its_chat_template(tmp_path):
+def test_a_record_set_has_its_chat_template(tmp_path):
     """The record set has the template it was read with, of a tokenizer that has none."""
     (tmp_path / "x.json").write_text(json.dumps([{"prompt": "fox", "response": "dog"}] * 3))
     record_set = read_record_set([tmp_path / "x.json"], DataConfig(chat_template="chatml"))
@@ -81,7 +81,7 @@ def test_a_list_s_prompt_is_that_of_the_records_kind(completions):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss_on", ["all", "answer"])
-def test_records_as_long_as_the_model_reads_are_trained_on(loss_on):
+def test_records_of_the_maximum_length_are_trained_on(loss_on):
     """The maximum length is no multiple of 8. Padding adds nothing to the loss and does not exceed that length."""
     config = FinetuneConfig(method="prefix", batch_size=2, steps=1, held_out=2, cutoff=70, loss_on=loss_on, widths=2)
     records = [Completion("q" * length, "!" * 80) for length in (2, 9, 30, 40)]

@@ -467,7 +467,7 @@ def test_curves_are_compared_with_the_largest_rank_and_the_largest_strength() ->
     table = horizon_curves.compare_best_rates(curves_of(runs, draws=50), 64).set_index(["rank", "strength"])
     for largest, settings in (("r = 128", [(8, 64), (8, 724)]), ("gamma r = 724", [(8, 64), (128, 64)])):
         rows = table[table["compared_with"] == largest]
-        assert rows.index.tolist() == settings, "the largest is compared with nothing"
+        assert rows.index.tolist() == settings, "the largest has no reference"
         assert (rows["seeds"] == 3).all()
         behind, equal = rows.iloc[0], rows.iloc[1]
         assert behind["difference"] == pytest.approx(0.05, rel=0.1)
@@ -487,14 +487,14 @@ def test_at_one_rate_a_difference_can_come_from_the_rate_alone() -> None:
     runs += [replace(run, rank=16, strength=5000.0) for run in runs[:3]]
     assert runs[0].rate == RATES[1]
     table = horizon_curves.compare_at_one_rate(runs, TOKENS, 64)
-    assert (table["strength"] == 64).all(), "the largest strength is compared with nothing"
+    assert (table["strength"] == 64).all(), "the largest strength has no reference"
     assert (table["compared_with"] == "gamma r = 724").all()
     assert (table["step"] == 64).all()
     by_rank = {rank: rows.set_index("learning_rate") for rank, rows in table.groupby("rank")}
-    assert by_rank[8].index.tolist() == RATES[1:], "not where neither ran"
+    assert by_rank[8].index.tolist() == RATES[1:], "not at a rate that neither ran"
     assert by_rank[128].index.tolist() == RATES
     assert by_rank[8]["seeds"].tolist() == [2, *[3] * (len(RATES) - 2)], "a seed that diverged is left out"
-    assert (by_rank[128]["seeds"] == 2).all(), "and a seed that ran at one strength alone"
+    assert (by_rank[128]["seeds"] == 2).all(), "and a seed that ran at only one strength"
     hard = np.random.default_rng(3).normal(size=len(TOKENS))
     level = np.average(np.exp(0.1 * hard), weights=TOKENS)
     for rank in (8, 128):

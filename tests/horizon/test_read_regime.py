@@ -14,7 +14,7 @@ TERMS = [1.0, 3.0, 6.0, 8.0]
 """Linear terms of the modules of `regime_runs.write` under Adam at held-out tokens."""
 
 
-def test_they_are_those_of_peft_s_init_at_held_out_tokens_under_adam(tmp_path) -> None:
+def test_values_are_those_of_pefts_init_at_held_out_tokens_under_adam(tmp_path) -> None:
     run = regime_runs.write(tmp_path / "run")
     takeovers, terms = read_regime(run)
     assert takeovers == pytest.approx([term / 100 for term in TERMS], rel=1e-12)

@@ -46,7 +46,7 @@ def assert_same_readings(run: readings.ReadRun, expected: list[readings.Reading]
 
 
 @pytest.mark.slow
-def test_a_reading_on_the_way_is_that_of_a_run_which_ends_there(bench, full_run) -> None:
+def test_an_intermediate_reading_equals_that_of_a_shorter_run(bench, full_run) -> None:
     assert [reading.step for reading in full_run.readings] == [2, 3, 5]
     assert len(full_run.train_losses) == 5
     assert len({tuple(reading.losses) for reading in full_run.readings}) == 3
@@ -92,7 +92,7 @@ def test_bad_steps_are_refused(bench, changes, steps, message) -> None:
         readings.read_run(bench, replace(TRAINING, **changes), steps)
 
 
-def test_a_run_in_words() -> None:
+def test_description_of_a_run() -> None:
     """Losses a token of all records together, and where it ended before its time."""
     first, second = {"step": 2, "losses": [2.0, 4.0]}, {"step": 3, "losses": [1.0, 0.5]}
     run = {"readings": [first, second], "diverged_at": None}

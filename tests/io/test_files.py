@@ -13,7 +13,7 @@ from rora_theory.errors import InputError
 from rora_theory.io import files
 
 
-def test_a_file_is_read_whole(tmp_path: Path) -> None:
+def test_a_file_is_read_completely(tmp_path: Path) -> None:
     (path := tmp_path / "a.json").write_bytes(b'{"a": ["\xc3\xa9", 1.5]}\r\n')
     assert files.read_json(path) == {"a": ["é", 1.5]}
     assert files.read_text(path).endswith("}\r\n")
@@ -21,7 +21,7 @@ def test_a_file_is_read_whole(tmp_path: Path) -> None:
     assert files.read_bytes("/proc/self/cmdline")  # a file whose size is given as 0
 
 
-def test_what_does_not_end_is_not_begun(tmp_path: Path) -> None:
+def test_devices_pipes_and_folders_are_not_read(tmp_path: Path) -> None:
     """A device would fill the memory, and a pipe without a writer would wait forever."""
     os.mkfifo(pipe := tmp_path / "pipe")
     os.symlink("/dev/zero", link := tmp_path / "link")
@@ -54,7 +54,7 @@ def test_a_file_above_the_limit_is_not_read(tmp_path: Path) -> None:
         ("latin\udce9", "no such file"),
     ],
 )
-def test_a_name_that_names_no_file_is_refused(tmp_path: Path, name: str, reason: str) -> None:
+def test_paths_that_name_no_file_are_refused(tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / "file").touch()
     for read in (files.read_json, files.check_regular):
         with pytest.raises(InputError, match=rf"{reason}.* Expected a list"):
@@ -103,7 +103,7 @@ def nobody() -> Iterator[None]:
             os.seteuid(0)
 
 
-def test_what_may_not_be_read_or_written_is_refused() -> None:
+def test_files_without_permission_are_refused() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (file := folder / "a.json").write_text("[]")
@@ -132,7 +132,7 @@ def test_what_may_not_be_read_or_written_is_refused() -> None:
         ("nul\0byte", "null (byte|character)"),
     ],
 )
-def test_a_folder_that_can_not_be_made_is_refused(tmp_path: Path, name: str, message: str) -> None:
+def test_a_folder_that_cannot_be_created_is_refused(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(InputError, match=rf"{message}.* Use a folder that can be created or written to"):
@@ -142,17 +142,17 @@ def test_a_folder_that_can_not_be_made_is_refused(tmp_path: Path, name: str, mes
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
 
 
-def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path, full_disk):
+def test_a_full_disk_preserves_the_old_file_and_is_named(tmp_path, full_disk):
     path = tmp_path / "results.csv"
     files.write_whole(path, "old figures")
     full_disk()
     with pytest.raises(InputError, match=r"results\.csv: cannot be written \(No space left on device\)"):
         files.write_whole(path, "new figures")
     assert path.read_text() == "old figures"
-    assert list(tmp_path.iterdir()) == [path], "nothing is left beside"
+    assert list(tmp_path.iterdir()) == [path], "no temporary file remains"
 
 
-def test_no_planted_link_is_followed(tmp_path, monkeypatch):
+def test_no_symbolic_link_is_followed(tmp_path, monkeypatch):
     """No link is followed at the file's own name or at the predictable name of the temporary file."""
     victim, path = tmp_path / "victim", tmp_path / "results.csv"
     victim.write_text("mine")
@@ -172,7 +172,7 @@ def test_no_planted_link_is_followed(tmp_path, monkeypatch):
     assert victim.read_text() == "mine"
 
 
-def test_names_beside_cannot_be_foreseen(tmp_path, monkeypatch):
+def test_names_of_temporary_files_are_unpredictable(tmp_path, monkeypatch):
     seen, real = [], os.open
 
     def look(path, flags, *more, **named):
@@ -200,14 +200,14 @@ def test_permissions_are_the_umask_s(tmp_path, mask, mode):
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../mine", "a/../../mine", "link/file", "", ".", "a\0b", 3, None])
-def test_a_name_that_leads_out_of_a_folder_is_refused(tmp_path: Path, name: object) -> None:
+def test_a_name_that_leads_outside_a_folder_is_refused(tmp_path: Path, name: object) -> None:
     (folder := tmp_path / "run").mkdir()
     (folder / "link").symlink_to(tmp_path)
     with pytest.raises(InputError, match=re.escape(f"manifest.json: names {name!r}, which is not a path inside")):
         files.resolve_inside(folder, name, where="manifest.json")
 
 
-def test_links_are_followed_inside_a_folder_alone(tmp_path: Path) -> None:
+def test_links_are_followed_only_inside_a_folder(tmp_path: Path) -> None:
     (folder := tmp_path / "run").mkdir()
     (folder / "file").write_text("")
     (folder / "inner").symlink_to("file")

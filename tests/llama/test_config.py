@@ -44,7 +44,7 @@ BOOKKEEPING = {
 }  # fmt: skip
 
 
-def test_keys_that_change_nothing_are_passed_over_and_named():
+def test_keys_without_effect_are_ignored_and_named():
     config = LlamaConfig.from_hf(SMALL)
     assert LlamaConfig.from_hf(SMALL | HABITS | BOOKKEEPING) == config
     assert ignored_keys(SMALL | HABITS | BOOKKEEPING) == tuple(sorted(HABITS))
@@ -121,7 +121,7 @@ def test_where_there_is_a_sliding_window(change, window, full):
     assert LlamaConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
 
 
-def test_silence_means_what_it_does_in_hugging_faces_classes():
+def test_missing_keys_have_the_defaults_of_hugging_faces_classes():
     wide = SMALL | {"hidden_size": 64, "num_attention_heads": 32}
     mistral, qwen2, qwen3 = (LlamaConfig.from_hf(wide | {"model_type": name}) for name in ("mistral", "qwen2", "qwen3"))
     assert (mistral.num_key_value_heads, mistral.max_position_embeddings, mistral.eos_token_id) == (8, 131072, 2)

@@ -154,7 +154,7 @@ def windowed(draw_params):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prefixed", [False, True])
-def test_every_route_hides_the_same(prefixed, windowed):
+def test_every_route_masks_the_same_keys(prefixed, windowed):
     """The routes are a causal pass, a pass under a mask, the plain route, the cache, and a prefix before the tokens."""
     params, tokens = windowed
     adapter = adapters.init(jax.random.key(2), PrefixConfig(7), WINDOWED, params) if prefixed else None

@@ -51,7 +51,7 @@ def test_equals_transformers(group: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, make_generation.BEAM])
-def test_a_result_depends_neither_on_its_company_nor_on_padding(settings: dict):
+def test_a_result_depends_neither_on_other_prompts_nor_on_padding(settings: dict):
     case = next(c for c in CASES if c["settings"] == settings and c["model"] == "grouped")
     prompts = make_generation.prompts("grouped", case["seed"])
     assert run(case, prompts, pad_id=5) == case["new"]
@@ -91,7 +91,7 @@ jax.tree_util.register_pytree_node(Spy, lambda _: ((), None), lambda *_: Spy())
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, make_generation.BEAM])
 @pytest.mark.parametrize(("shared", "more"), [(1, {}), (20, {}), (20, {"adapter": Spy()})])
-def test_what_all_prompts_begin_with_is_read_once(settings: dict, shared: int, more: dict):
+def test_a_shared_prefix_is_read_once(settings: dict, shared: int, more: dict):
     """The texts are the same, also with an adapter's prefix, and differ after another beginning."""
     case = next(c for c in CASES if c["settings"] == settings and c["model"] == "grouped")
     begins = [[1 + (7 * i + start) % 30 for i in range(20)] for start in (0, 3)]

@@ -173,7 +173,7 @@ def test_quantised_weights_equal_their_definition(kind, write):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0, Type.Q4_1])
-def test_blocks_of_the_type_that_is_asked_for_are_kept_to_the_bit(kind, write):
+def test_blocks_of_the_requested_type_are_kept_bit_for_bit(kind, write):
     """The bits are random, so that quantising again would change them.
 
     Blocks of another type are quantised again, and rows of q and k are put in order either way.
@@ -333,14 +333,14 @@ def test_a_header_that_claims_more_than_the_file_has(claim, tmp_path, time_limit
     assert "\n" not in str(caught.value)
 
 
-def test_a_header_has_a_largest_number_of_parts(write, monkeypatch):
+def test_the_number_of_header_parts_is_limited(write, monkeypatch):
     open_gguf(write())
     monkeypatch.setattr("rora_theory.llama.gguf_file._MAX_HEADER_PARTS", 50)
     with pytest.raises(InputError, match="more than 50 parts"):
         open_gguf(write())
 
 
-def test_a_header_is_parsed_once_and_that_of_a_file_written_anew_again(write):
+def test_a_header_is_parsed_once_per_version_of_a_file(write):
     path = write()
     reader = open_gguf(path)
     assert open_gguf(path) is reader

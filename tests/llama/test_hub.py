@@ -133,7 +133,7 @@ def test_the_commit_is_resolved_once(monkeypatch, tmp_path):
     assert hub.locate("org/tiny", "main") == hub.ModelSource("org/tiny", config.parent, "org/tiny", "aaaa")
 
 
-def test_the_built_in_name_that_is_nowhere_names_the_command(monkeypatch):
+def test_a_missing_built_in_model_names_the_command(monkeypatch):
     def nowhere(*_, **__):
         raise InputError("the hub is not reachable")
 
@@ -192,7 +192,7 @@ def test_an_incomplete_cache_does_not_hide_the_package(files, monkeypatch, tmp_p
         hub.locate("smollm2-135m")
 
 
-def test_an_unknown_home_folder_is_no_model():
+def test_an_unknown_home_folder_is_refused():
     with pytest.raises(InputError, match="~no-such-user/model"):
         hub.locate("~no-such-user/model")
 

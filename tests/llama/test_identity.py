@@ -27,7 +27,7 @@ def digest_or_none(source):
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 4000])
-def test_every_byte_of_the_files_that_are_read_counts_and_no_other(shard_bytes, folder, tmp_path):
+def test_the_digest_covers_every_byte_that_is_read_and_no_other(shard_bytes, folder, tmp_path):
     model, source = llama.load(folder), tmp_path / "model"
     save_hf(source, model.params, model.config, tokenizer_from=folder, shard_bytes=shard_bytes)
     assert (len(list(source.glob("*.safetensors"))) > 3) == (shard_bytes == 4000)
@@ -44,7 +44,7 @@ def test_every_byte_of_the_files_that_are_read_counts_and_no_other(shard_bytes, 
     assert llama.model_digest(source) == digest
 
 
-def test_a_model_says_how_its_weights_are_stored(folder, tmp_path):
+def test_a_model_states_the_storage_of_its_weights(folder, tmp_path):
     """A built-in name may be the hub's weights or 4-bit blocks made from them; a sentence and numbers state which."""
     original = ModelSource("org/hf", folder, "org/hf", "c0ffee00")
     kind = gguf.GGMLQuantizationType.Q4_1
@@ -68,13 +68,13 @@ def test_a_model_says_how_its_weights_are_stored(folder, tmp_path):
     assert ModelSource(str(folder), folder).summary.startswith("model hf: safetensors, not quantised (F32); sha256 ")
 
 
-def test_a_gguf_file_is_its_own_bytes(tmp_path):
+def test_the_digest_of_a_gguf_file_is_that_of_its_bytes(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"weights")
     assert llama.model_digest(path) == digests.of_file(path)
 
 
-def test_a_model_is_known_by_its_name_its_commit_and_its_content(folder, monkeypatch):
+def test_a_model_is_identified_by_name_commit_and_content(folder, monkeypatch):
     content = llama.model_digest(folder)
     assert llama.locate(folder).identity() == {"model": "hf", "commit": None, "model_sha256": content}
     monkeypatch.chdir(folder)

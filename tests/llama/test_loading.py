@@ -91,7 +91,7 @@ def test_a_special_file_is_refused_at_once(name, kind, write, time_limit):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])
-def test_a_model_that_is_no_file_is_refused_at_once(kind, tmp_path, time_limit):
+def test_a_model_path_that_is_no_file_is_refused_at_once(kind, tmp_path, time_limit):
     os.mkfifo(tmp_path / "model.gguf")
     path = tmp_path / "model.gguf" if kind == "pipe" else "/dev/zero"
     with time_limit(10), pytest.raises(InputError, match=f"{path}: .*not a regular file"):
@@ -99,6 +99,6 @@ def test_a_model_that_is_no_file_is_refused_at_once(kind, tmp_path, time_limit):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float64", "no such type"])
-def test_a_dtype_is_refused_before_anything_is_looked_for(dtype, tmp_path):
+def test_a_dtype_is_refused_before_the_model_is_located(dtype, tmp_path):
     with pytest.raises(InputError, match=f"dtype .*'{dtype}'"):
         load(tmp_path / "absent", dtype)

@@ -333,7 +333,7 @@ def test_blocked_attention_has_the_plain_routes_gradient(masked):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-5), gradient("blocked"), gradient("xla"))
 
 
-def test_a_query_that_sees_nothing_gives_finite_values_and_no_gradient():
+def test_a_query_without_visible_keys_gives_finite_values_and_no_gradient():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 4, 2, 8))
     mask = jnp.zeros((1, 1, 4, 4), bool)
     out, gradient = jax.jit(jax.value_and_grad(lambda q: jnp.sum(attend(q, k, v, mask, route="blocked"))))(q)
@@ -360,7 +360,7 @@ def test_attention_over_parts_equals_its_definition(dtype):
     assert np.all(np.isfinite(jax.jit(attend_segments)(100 * jnp.asarray(q), segments, jnp.asarray(mask))))
 
 
-def test_long_sequences_make_few_blocks():
+def test_the_number_of_blocks_is_limited():
     """Compile time is bounded: there are at most 16 blocks, however long the sequence is."""
     text = str(jax.make_jaxpr(partial(attend, route="blocked"))(*jnp.zeros((3, 1, 4096, 1, 2))))
     assert 0 < text.count("dot_general") <= 2 * 16

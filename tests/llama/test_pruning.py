@@ -51,7 +51,7 @@ def test_statistics_are_sums_over_tokens(params, tokens, statistics) -> None:
     np.testing.assert_allclose(statistics.influence, expected, rtol=1e-4)
 
 
-def test_a_score_is_what_the_module_s_outputs_lose(params, tokens, statistics) -> None:
+def test_a_score_is_the_change_of_the_module_s_outputs(params, tokens, statistics) -> None:
     scores = pruning.score_parts(params, statistics, CONFIG)
     _, seen = forward(params, tokens, CONFIG, capture=("self_attn.o_proj", "mlp.down_proj"))
     layer, weight = 2, params["layers"]["mlp.down_proj"]["weight"]
@@ -68,7 +68,7 @@ def test_a_score_is_what_the_module_s_outputs_lose(params, tokens, statistics) -
 
 
 @pytest.mark.slow
-def test_what_is_left_computes_as_the_whole_with_the_rest_at_zero(params, tokens) -> None:
+def test_a_pruned_model_equals_the_original_with_the_other_parts_at_zero(params, tokens) -> None:
     """Query heads 2g and 2g + 1, of width 4, share key/value head g."""
     zeroed = {name: dict(params["layers"][name]) for name in MODULES}
     attend, gate = np.zeros((4, 24)), np.zeros((4, 40))
@@ -88,7 +88,7 @@ def test_what_is_left_computes_as_the_whole_with_the_rest_at_zero(params, tokens
     assert sum(leaf.size for leaf in jax.tree.leaves(pruned)) == count_parameters(config)
 
 
-def test_the_best_are_kept_in_order() -> None:
+def test_the_highest_scores_are_kept_in_order() -> None:
     scores = Scores(
         np.array([0.5, 0.1, 0.9, 0.4]),
         np.array([[1.0, 1.0, 2.0], [0, 0, 0], [3, 2, 1], [0, 0, 0]]),
@@ -96,7 +96,7 @@ def test_the_best_are_kept_in_order() -> None:
     )
     parts = pruning.choose_parts(scores, PrunedShape(2, 2, 3))
     assert parts.layers.tolist() == [0, 2]
-    assert parts.heads.tolist() == [[0, 2], [0, 1]], "between equals the earlier"
+    assert parts.heads.tolist() == [[0, 2], [0, 1]], "among equal scores the earlier"
     assert parts.features.tolist() == [[3, 4, 5], [0, 1, 2]]
 
 
@@ -125,7 +125,7 @@ def test_norms_of_heads_and_windows_of_layers_stay_with_their_layers(tokens, dra
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.75, 1.0])
-def test_a_plan_keeps_the_share_and_no_more(share) -> None:
+def test_a_plan_keeps_at_most_the_share(share) -> None:
     shape = pruning.plan_shape(SMOLLM, share)
     kept_share = count_parameters(pruning.pruned_config(SMOLLM, shape)) / count_parameters(SMOLLM)
     assert share - 0.01 < kept_share <= share

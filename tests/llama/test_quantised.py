@@ -24,7 +24,7 @@ KINDS = QUANTIZATIONS[1:]
 CONFIG = LlamaConfig(48, 32, 64, 2, 4, 2, 8, max_position_embeddings=64)
 
 
-def drawn(shape, seed=0):
+def weights_of_all_sizes(shape, seed=0):
     """Return rows of every size that a float16 scale allows, down to subnormal numbers, and one of zeros."""
     rng = np.random.default_rng(seed)
     sizes = 10.0 ** rng.uniform(-7, 4, (*shape[:-1], 1))
@@ -32,7 +32,7 @@ def drawn(shape, seed=0):
     return (rng.normal(size=shape) * sizes).astype(np.float32)
 
 
-def held(blocks, kind, shape, dtype):
+def to_layer(blocks, kind, shape, dtype):
     """Return a file's blocks as one layer of weights in memory."""
     out = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), abstract_weight("a", (1, *shape), jnp.dtype(dtype), kind))
     write_layer(out, 0, blocks)
@@ -40,36 +40,36 @@ def held(blocks, kind, shape, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dense_weights_are_gguf_s_own_to_the_bit(kind):
+def test_dense_weights_equal_those_of_gguf_bit_for_bit(kind):
     """This includes random bits, which no file has, and one rounding in bfloat16."""
-    kinds, shape = Type[kind.upper()], (40, 96)
-    made = quantise(drawn(shape), kind)
-    bits = np.random.default_rng(1).integers(0, 256, made.shape).astype(np.uint8)
+    block_type, shape = Type[kind.upper()], (40, 96)
+    quantised_blocks = quantise(weights_of_all_sizes(shape), kind)
+    bits = np.random.default_rng(1).integers(0, 256, quantised_blocks.shape).astype(np.uint8)
     scales = bits.reshape(40, 3, -1)[..., : 4 if kind == "q4_1" else 2].view(np.uint16)
     scales &= np.uint16(0xBFFF)  # of which none is infinite
-    for blocks in (made, bits):
-        expected = gguf.dequantize(blocks, kinds)
+    for blocks in (quantised_blocks, bits):
+        expected = gguf.dequantize(blocks, block_type)
         for dtype in (jnp.float32, jnp.bfloat16):
-            ours = jax.jit(to_dense)(held(blocks, kind, shape, dtype))
-            assert ours.shape == (1, *shape)
-            assert ours.dtype == dtype
-            theirs = expected.astype(dtype)
+            dense = jax.jit(to_dense)(to_layer(blocks, kind, shape, dtype))
+            assert dense.shape == (1, *shape)
+            assert dense.dtype == dtype
+            reference = expected.astype(dtype)
             unsigned = np.uint32 if dtype == jnp.float32 else np.uint16
-            zeros = (np.asarray(ours[0]) == 0) & (theirs == 0)  # of either sign
-            same = np.asarray(ours[0]).view(unsigned) == theirs.view(unsigned)
+            zeros = (np.asarray(dense[0]) == 0) & (reference == 0)  # of either sign
+            same = np.asarray(dense[0]).view(unsigned) == reference.view(unsigned)
             assert np.all(same | zeros)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_folder_s_weights_are_quantised_as_they_are_read_and_written_dense(kind, draw_params, tmp_path):
+def test_weights_of_a_folder_are_quantised_on_loading_and_saved_dense(kind, draw_params, tmp_path):
     """The result is that of ggml's reference for the weights in float32, before they are rounded to the dtype."""
     plain = draw_params(CONFIG)
     save_hf(tmp_path / "a", plain, CONFIG)
     blocks = load_hf(tmp_path / "a", CONFIG, jnp.bfloat16, quantization=kind)
     for name in ("self_attn.q_proj", "mlp.down_proj"):
         for layer in range(2):
-            weight, of = np.asarray(plain["layers"][name]["weight"][layer]), Type[kind.upper()]
-            expected = gguf.dequantize(gguf.quantize(weight, of), of).astype(jnp.bfloat16)
+            weight, block_type = np.asarray(plain["layers"][name]["weight"][layer]), Type[kind.upper()]
+            expected = gguf.dequantize(gguf.quantize(weight, block_type), block_type).astype(jnp.bfloat16)
             np.testing.assert_array_equal(blocks["layers"][name]["weight"].dense()[layer], expected)
     np.testing.assert_array_equal(blocks["embed_tokens"], plain["embed_tokens"].astype(jnp.bfloat16))
     assert jax.tree.map(lambda a: (a.shape, a.dtype), blocks) == jax.tree.map(
@@ -81,7 +81,7 @@ def test_a_folder_s_weights_are_quantised_as_they_are_read_and_written_dense(kin
 
 
 @pytest.mark.slow
-def test_random_blocks_have_the_deviation_that_is_asked_for():
+def test_random_blocks_have_the_requested_deviation():
     shapes = abstract_weight("a", (1, 256, 64), jnp.dtype("float32"), "q4_1")
     weights = random_weight(jax.random.key(0), shapes, 0.02).dense()
     # Of n = 16,384 uniform weights the deviation has a relative error of sqrt(0.2 / n), 0.35%; the mean has 0.00016.
@@ -89,7 +89,7 @@ def test_random_blocks_have_the_deviation_that_is_asked_for():
     assert abs(float(jnp.mean(weights))) < 1e-3
 
 
-def test_what_is_refused():
+def test_invalid_values_are_refused():
     with pytest.raises(InputError, match=r"quantization .*none, q8_0, q4_0, q4_1, got 'nf4'"):
         abstract_params(CONFIG, jnp.float32, "nf4")
     narrow = LlamaConfig(48, 32, 40, 2, 4, 2, 8)

@@ -50,7 +50,7 @@ def test_a_saved_model_is_the_same_model(model, saved):
         assert again.tokenizer.encode(text, add_bos=False) == model.tokenizer.encode(text, add_bos=False)
 
 
-def test_the_files_say_what_the_metadata_said(saved):
+def test_saved_files_agree_with_the_metadata(saved):
     read = {path.name: json.loads(path.read_text()) for path in saved.glob("*.json")}
     assert set(read) == {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     settings = read["tokenizer_config.json"]

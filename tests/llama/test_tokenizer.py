@@ -116,7 +116,7 @@ def test_beginning_and_end_of_a_sentencepiece_folder(config: dict | None, prefix
     assert (tokenizer.eos_id, tokenizer.unk_id, tokenizer.pad_id) == (2, None, None)
 
 
-def test_qwens_way_to_cut_text_is_transformers(write):
+def test_qwens_pre_tokenization_equals_transformers(write):
     """With LLaMA 3's tiny vocabulary: digits are single, letters composed, and words formed by merges alone."""
     transformers = pytest.importorskip("transformers", "5.0")
     golden = VOCABULARIES["llama-bpe"]

@@ -99,7 +99,7 @@ def test_a_tied_head_may_be_stored_if_it_equals_the_embeddings(write, tiny, draw
         (np.float32, jnp.float16, 1e6),
     ],
 )
-def test_weights_that_are_no_numbers_are_refused(file_dtype, dtype, value, write, tiny):
+def test_non_finite_weights_are_refused(file_dtype, dtype, value, write, tiny):
     name = "model.layers.1.mlp.up_proj.weight"
     folder = write(tiny, change=lambda tensors: tensors[name].__setitem__((3, 5), value), dtype=file_dtype)
     message = rf"{name} .*{jnp.dtype(dtype).name}, got -?(nan|inf) at \[3, 5\]"
@@ -163,7 +163,7 @@ class Trap:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
-def test_a_pickle_is_refused_unread(name, tiny, tmp_path):
+def test_a_pickle_is_refused_without_reading_it(name, tiny, tmp_path):
     trap = tmp_path / "executed"
     (tmp_path / name).write_bytes(pickle.dumps(Trap(str(trap))))
     with pytest.raises(InputError, match=rf"{name}.*safetensors or GGUF"):
@@ -243,7 +243,7 @@ def test_a_written_folder_reads_back_bit_for_bit(shard_bytes, dtype, biased, dra
     assert not [path for path in folder.parent.iterdir() if path != folder]
 
 
-def test_writing_over_something_is_refused(tiny, draw_params, tmp_path):
+def test_overwriting_a_folder_is_refused(tiny, draw_params, tmp_path):
     params = draw_params(tiny)
     (tmp_path / "kept").touch()
     with pytest.raises(InputError, match="new or empty"):
@@ -258,7 +258,7 @@ def test_writing_over_something_is_refused(tiny, draw_params, tmp_path):
     assert (empty / SINGLE).is_file()
 
 
-def test_no_planted_link_is_followed(tiny, draw_params, tmp_path, monkeypatch):
+def test_no_symbolic_link_is_followed(tiny, draw_params, tmp_path, monkeypatch):
     victim, folder = tmp_path / "victim", tmp_path / "out" / "model"
     victim.mkdir()
     folder.parent.mkdir()
@@ -282,7 +282,7 @@ def test_permissions_are_the_umask_s(mask, mode, tiny, draw_params, tmp_path):
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {mode}
 
 
-def test_a_write_that_fails_leaves_nothing(tiny, draw_params, tmp_path):
+def test_a_failed_write_leaves_no_files(tiny, draw_params, tmp_path):
     """The kernel ends every file at 20 kB, as a full disk would: further writes fail."""
     params = jax.tree.map(np.asarray, draw_params(tiny))  # so that saving compiles nothing
     soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -333,7 +333,7 @@ def test_loading_needs_less_than_twice_the_model(dtype, shards, write):
     assert 0.9 < ratio < 2, ratio
 
 
-def test_weights_go_where_the_shardings_say(write, tiny, draw_params):
+def test_weights_are_placed_by_their_shardings(write, tiny, draw_params):
     mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))

@@ -24,7 +24,7 @@ def examples(rows: list[list[int]]) -> Examples:
     return Examples(tokens, offsets, np.ones(len(tokens), bool), truncated=0, skipped=0)
 
 
-def drawn(seed: int, adapter: LoraAdapter) -> LoraAdapter:
+def randomised(seed: int, adapter: LoraAdapter) -> LoraAdapter:
     """Return the adapter with every entry drawn anew."""
     random = np.random.default_rng(seed)
     return adapter.replace(jax.tree.map(lambda a: random.normal(size=a.shape).astype(np.float32), adapter.params))
@@ -33,7 +33,7 @@ def drawn(seed: int, adapter: LoraAdapter) -> LoraAdapter:
 @pytest.fixture(scope="module")
 def start() -> LoraAdapter:
     config = LoraConfig(3, 6, rule="lora", target_modules=("q_proj", "down_proj"), layers=(1,))
-    return drawn(1, adapters.init(jax.random.key(1), config, CONFIG, PARAMS))
+    return randomised(1, adapters.init(jax.random.key(1), config, CONFIG, PARAMS))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def rms(*changes: np.ndarray) -> list[np.ndarray]:
 
 def test_parts_are_those_of_the_whole_products(start, inputs) -> None:
     """A sink, with an input a hundred times the others', is left out; a layer without an adapter has no row."""
-    trained = drawn(3, start)
+    trained = randomised(3, start)
     with_sink = {name: np.concatenate([x, 100 * x[:, :1]], axis=1) for name, x in inputs.items()}
     measured = led.compute_led_rms(start, trained, with_sink)
     assert measured[["layer", "module"]].to_numpy().tolist() == [[1, "self_attn.q_proj"], [1, "mlp.down_proj"]]
@@ -72,7 +72,7 @@ def test_the_exponent_is_the_laws_where_the_parts_have_one_direction() -> None:
         assert exponent[0] == pytest.approx(horizon.rate_exponents(rho).scaling)
 
 
-def test_the_exponent_keeps_the_change_of_two_parts_at_any_angle() -> None:
+def test_the_exponent_preserves_the_change_of_two_parts_at_any_angle() -> None:
     """A small factor of gamma r and the corresponding factor of the rate leave the rms unchanged."""
     b, a = np.random.default_rng(4).normal(size=(2, 50))
     slope = led.preserving_exponent(*rms(b, a, a + b))[0]
@@ -83,7 +83,7 @@ def test_the_exponent_keeps_the_change_of_two_parts_at_any_angle() -> None:
     assert -1 < slope < -0.5
 
 
-def test_the_factor_keeps_the_change_of_all_modules() -> None:
+def test_the_factor_preserves_the_change_of_all_modules() -> None:
     """The reference is the parts of three modules.
 
     The factor is the law's if they are parallel, and has its slope at 1.
@@ -99,7 +99,7 @@ def test_the_factor_keeps_the_change_of_all_modules() -> None:
     assert slope == pytest.approx(led.preserving_exponent(*alike)[0], abs=1e-5)
 
 
-def test_a_rate_behind_a_range_over_which_the_change_shrinks_is_none() -> None:
+def test_no_rate_is_returned_beyond_a_range_in_which_the_change_shrinks() -> None:
     """Two parts are nearly or exactly opposite; before and behind that range the factor is the change's own."""
     for strength, *parts in ((2.0, 1.0, 1.0, 0.1), (0.5, 1.0, 0.5, 0.5), (0.1, 1.0, 0.1, 0.9), (0.5, 1.0, 0.8, 0.2)):
         assert np.isnan(led.preserving_factor(strength, *np.reshape(parts, (3, 1))))
@@ -123,7 +123,7 @@ def test_inputs_are_those_of_the_records_own_tokens(start) -> None:
     assert x.shape[1] == 3 + 1
     two_share = [[5, 6, 7, 0], [5, 6, 8, 0], [5, 9, 1, 0]]
     x = led.module_inputs(PARAMS, CONFIG, examples(two_share), start)["mlp.down_proj"]
-    assert x.shape[1] == 2 + 2 + 2, "what two of them share the third does not"
+    assert x.shape[1] == 2 + 2 + 2, "the third differs from what two of them share"
 
 
 def test_bad_input(start, inputs) -> None:

@@ -62,7 +62,7 @@ def test_every_row_of_every_batch_is_a_record(tokenizer, data) -> None:
         ({"held_out": 3}, "at least --batch-size 4 held-out records, got 3"),
     ],
 )
-def test_too_few_records_for_batches_of_their_own(changed, message, tokenizer, data) -> None:
+def test_too_few_records_for_separate_batches(changed, message, tokenizer, data) -> None:
     with pytest.raises(InputError, match=message):
         batches_of(data[:17], tokenizer, (0,), 3, **changed)
 
@@ -81,6 +81,6 @@ def test_too_few_records_for_a_pair(tokenizer, data) -> None:
 
 @pytest.mark.parametrize("config", [BatchConfig, PairConfig])
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("held_out", 0), ("cutoff", 1)])
-def test_what_is_out_of_range_is_named(config: type, name: str, value: int) -> None:
+def test_values_out_of_range_are_named(config: type, name: str, value: int) -> None:
     with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} must .*, got {value}$"):
         config(**{name: value})

@@ -53,7 +53,7 @@ class Watching(RealStep):
         return Change({"q_proj": np.array([1.0, 2.0]), "v_proj": np.array([3.0, 4.0])}, 5.0, 6.0)
 
 
-def test_what_a_first_step_asks_for_and_where_its_sizes_go() -> None:
+def test_settings_and_sizes_of_a_first_step() -> None:
     """Each seed has one A for all plans, and each plan its own setting and alphas.
 
     There is a row for each module and layer, and for the whole model.

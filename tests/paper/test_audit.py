@@ -82,7 +82,7 @@ def test_the_bounds_of_a_mean_hold_every_count() -> None:
     ]
 
 
-def test_an_entry_that_is_no_count_leaves_its_rounding_to_the_mean() -> None:
+def test_an_impossible_entry_contributes_its_rounding_to_the_mean() -> None:
     row = _row("LLaMA-7B", "RoRA")
     bounds = [
         audit.mean_bounds(dataclasses.replace(row, scores=(*row.scores[:-1], score))) for score in (44.9, 44.8)
@@ -100,7 +100,7 @@ def test_a_quoted_difference_is_the_entries_to_three_roundings(gap: float, count
     assert len(audit.find_wrong_differences(rows, [dataclasses.replace(claim, printed=1.0)])) == count
 
 
-def test_a_claim_about_no_row_is_refused() -> None:
+def test_a_claim_without_a_row_is_refused() -> None:
     claim = dataclasses.replace(published.claims()[0], rank=7)
     with pytest.raises(InputError, match=r"rows.*LLaMA-7B RoRA rank 7.* 0"):
         audit.find_wrong_differences(PAPER, [claim])
@@ -115,13 +115,13 @@ def test_rows_marked_best_are_best() -> None:
     assert texts["RoRA r=128"].startswith("is not marked best at ")
 
 
-def test_rows_of_two_models_are_no_repetition() -> None:
+def test_rows_of_two_models_do_not_count_as_repeated() -> None:
     rows = [dataclasses.replace(PAPER[0], model=model) for model in ("LLaMA-7B", "LLaMA-13B")]
     assert not audit.find_repeated_rows(rows)
     assert len(audit.find_repeated_rows([rows[0], rows[0]])) == 1
 
 
-def test_few_equal_entries_are_no_copy() -> None:
+def test_few_equal_entries_do_not_count_as_a_copy() -> None:
     row, anchor = _row("LLaMA-7B", "DoRA"), _row("LLaMA-7B", "DoRA", 32, "DoRA repository")
     changed = [dataclasses.replace(row, scores=(0.0,) * n + row.scores[n:]) for n in range(9)]
     assert [f.printed for f in audit.find_copied_rows(changed, [anchor])] == [8, 7, 6, 5, 4]
@@ -175,7 +175,7 @@ def test_printed_shares_of_lora_are_rank_32s(model: str, percent: float) -> None
 
 
 @pytest.mark.parametrize(("share", "count"), [(3.21, 1), (3.22, 0), (3.23, 1)])
-def test_a_share_is_a_rank_s_to_its_printed_digits(share: float, count: int) -> None:
+def test_a_parameter_share_is_compared_to_its_printed_digits(share: float, count: int) -> None:
     """Rank 128 of LLaMA-7B trains 3.2228%, which two decimals print as 3.22."""
     row = dataclasses.replace(_row("LLaMA-7B", "RoRA"), params_percent=share)
     assert len(audit.find_wrong_parameter_shares([row])) == count

@@ -20,7 +20,7 @@ CONFIG = SimulationConfig(
 
 
 @pytest.fixture(scope="module")
-def drawn() -> dict[SimulationCell, list[sampling.StreamMoments]]:
+def sums_of_cell() -> dict[SimulationCell, list[sampling.StreamMoments]]:
     return {cell: simulation.draw_cell(CONFIG, cell) for cell in simulation.simulation_cells(CONFIG)}
 
 
@@ -47,13 +47,15 @@ def test_cells_are_the_grid_and_the_direct_check() -> None:
 
 
 @pytest.mark.slow
-def test_rows_are_the_law_s_within_their_errors(drawn: dict[SimulationCell, list[sampling.StreamMoments]]) -> None:
+def test_rows_are_the_law_s_within_their_errors(
+    sums_of_cell: dict[SimulationCell, list[sampling.StreamMoments]],
+) -> None:
     """Rows of every rule come from one stream; the direct check takes a separate step for each rule.
 
     |z| below 5.6: a false alarm of 1e-5 over 288 rows, of which fewer are independent.
     """
     table = simulation.simulation_table(
-        row for cell, sums in drawn.items() for row in simulation.simulation_rows(CONFIG, cell, sums)
+        row for cell, sums in sums_of_cell.items() for row in simulation.simulation_rows(CONFIG, cell, sums)
     )
     assert tuple(table) == simulation.COLUMNS
     assert len(table) == 2 * 2 * 3 * 3 * 4 + 4 * 3 * 4  # optimizers, overlaps, ranks, rules, quantities; the check
@@ -115,8 +117,8 @@ def test_second_moments_are_beside_the_law_and_the_paper() -> None:
 
 
 @pytest.mark.slow
-def test_verdicts_take_the_sums_that_are_known(
-    drawn: dict[SimulationCell, list[sampling.StreamMoments]], monkeypatch: pytest.MonkeyPatch
+def test_verdicts_reuse_known_sums(
+    sums_of_cell: dict[SimulationCell, list[sampling.StreamMoments]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No stream is drawn twice, and missing ones are drawn like the grid's cells."""
     requested: list[sampling.RandomStep] = []
@@ -127,7 +129,7 @@ def test_verdicts_take_the_sums_that_are_known(
         return draw(config, cell, devices)
 
     monkeypatch.setattr(simulation, "draw_cell", watched)
-    known = {cell.setting: sums[0] for cell, sums in drawn.items() if not cell.steps}
+    known = {cell.setting: sums[0] for cell, sums in sums_of_cell.items() if not cell.steps}
     judged = simulation.judge_simulation(CONFIG, known)
     assert len(judged) == 17
     assert sorted(judged, key=verdicts.order_in_paper)[2].equation == "gradient A"
@@ -148,6 +150,6 @@ def test_verdicts_take_the_sums_that_are_known(
         ({"sampler": "reduced", "grid": StepGrid(inits=("rademacher",))}, "--sampler reduced.* rademacher"),
     ],
 )
-def test_what_is_out_of_range_is_named(settings: dict[str, Any], message: str) -> None:
+def test_values_out_of_range_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         SimulationConfig(**settings)

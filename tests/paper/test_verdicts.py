@@ -118,7 +118,9 @@ def test_few_draws_decide_no_second_moment() -> None:
         (["undecided", "contradicts"], ["agrees"], "fails"),
     ],
 )
-def test_what_cells_decide(limit: list[verdicts.Outcome], other_cells: list[verdicts.Outcome], status: str) -> None:
+def test_the_verdict_follows_from_the_cells(
+    limit: list[verdicts.Outcome], other_cells: list[verdicts.Outcome], status: str
+) -> None:
     assert verdicts.decide(limit, other_cells) == status
 
 
@@ -152,7 +154,7 @@ def test_what_cells_decide(limit: list[verdicts.Outcome], other_cells: list[verd
         ("eq15_rora_norm", lambda constant, *, alpha, rank: rank**0.5, "15", "fails"),
     ],
 )
-def test_another_claim_another_verdict(
+def test_a_changed_claim_gets_another_verdict(
     monkeypatch: pytest.MonkeyPatch, name: str, wrong: object, equation: str, status: str
 ) -> None:
     monkeypatch.setattr(equations, name, wrong)
@@ -162,7 +164,7 @@ def test_another_claim_another_verdict(
 def test_no_equation_is_left_out() -> None:
     """Each function of the paper's equations has a case above, which changes it and its verdict."""
     printed = {name for name in vars(equations) if name.startswith(("eq", "gradient_"))}
-    (cases,) = [mark.args[1] for mark in test_another_claim_another_verdict.pytestmark]  # type: ignore[attr-defined]
+    (cases,) = [mark.args[1] for mark in test_a_changed_claim_gets_another_verdict.pytestmark]  # type: ignore[attr-defined]
     assert {case[0] for case in cases} == printed
 
 

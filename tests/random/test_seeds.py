@@ -12,7 +12,7 @@ def key_data(seed) -> list[int]:
     return jax.random.key_data(jax.random.key(seed)).tolist()
 
 
-def test_the_seeds_that_are_accepted_are_told_apart() -> None:
+def test_accepted_seeds_give_different_keys() -> None:
     assert len({tuple(key_data(seed)) for seed in (0, 1, 2**32 - 2, 2**32 - 1)}) == 4
     assert SEED_COUNT == 2**32
     for seed in (0, 1, 2**32 - 1):

@@ -42,7 +42,7 @@ def area(cell: Square, _: Path) -> dict[str, Any]:
     return {"area": np.float64(cell.side) ** 2 / 3, "rows": [row]}
 
 
-def drawn(cell: Square, folder: Path) -> float:
+def write_files(cell: Square, folder: Path) -> float:
     """Write a file of the cell, and a checkpoint as an interrupted attempt leaves it."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     (folder / "checkpoints" / "1").write_text("half")
@@ -65,7 +65,7 @@ def failing(side: int, error: BaseException, work: Callable[..., Any] = area) ->
 NO_SQUARE = ValueError("no such square")
 
 
-def never(cell: Square, _: Path) -> None:
+def fail_if_called(cell: Square, _: Path) -> None:
     pytest.fail(f"{cell} is done twice")
 
 
@@ -73,7 +73,7 @@ def opened(path: Path, **config: Any) -> RunFolder:
     return RunFolder.open("squares", {"unit": "m"} | config, out=path)
 
 
-def finished_run(path: Path, sides: Sequence[Square] = SIDES, work: Callable[..., Any] = drawn) -> RunFolder:
+def finished_run(path: Path, sides: Sequence[Square] = SIDES, work: Callable[..., Any] = write_files) -> RunFolder:
     """Run the cells, write a table of their results and finish the folder."""
     folder = opened(path)
     run_with_bar(sides, work, folder, write=lambda values: folder.write("results.csv", f"{values}\n"))
@@ -81,13 +81,13 @@ def finished_run(path: Path, sides: Sequence[Square] = SIDES, work: Callable[...
     return folder
 
 
-def test_a_cell_is_all_its_fields() -> None:
+def test_a_key_depends_on_all_fields_of_a_cell() -> None:
     assert key_of({"a": 1, "b": (1, 2)}) == key_of({"b": [1, 2], "a": 1})
     assert len({key_of({"a": 1}), key_of({"a": 2}), key_of({"a": 1, "b": None}), key_of({"a": 1.5})}) == 4
     assert key_of(Square(1)) == key_of({"side": 1, "kind": "plain"}) != key_of(Square(1, "bold"))
 
 
-def test_results_come_in_the_order_of_the_cells_and_are_done_once(tmp_path, capsys) -> None:
+def test_results_are_in_the_order_of_the_cells_and_computed_once(tmp_path, capsys) -> None:
     """NumPy's numbers become Python's and are read back with all digits."""
     folder = opened(tmp_path)
     first = run_with_bar(SIDES, area, folder, describe=lambda value: f"{value['area']:.2f} m")
@@ -101,22 +101,22 @@ def test_results_come_in_the_order_of_the_cells_and_are_done_once(tmp_path, caps
     folder.finish()
     folder = opened(tmp_path)
     more = [Square(4), *reversed(SIDES), Square(4)]
-    again = run_with_bar(more[1:4], never, folder)
+    again = run_with_bar(more[1:4], fail_if_called, folder)
     assert again == first[::-1]
     assert run_with_bar(more, area, folder, describe=lambda _: "new")[1:4] == again
-    assert capsys.readouterr().out == "[1/5] side 4: new, 0 s\n", "once, though it is twice in the list"
+    assert capsys.readouterr().out == "[1/5] side 4: new, 0 s\n", "once, although it is in the list twice"
     in_order = [finished.cell["side"] for finished in read_finished_cells(tmp_path).values()]
     assert in_order == [4, 2, 1, 3], "all, in the order of the cells"
     assert read_finished_cells(tmp_path / "none") == {}
 
 
-def test_a_run_that_was_stopped_leaves_the_same_bytes(tmp_path) -> None:
+def test_a_resumed_run_writes_the_same_bytes(tmp_path) -> None:
     """The run is interrupted at the end of each cell, with the half line that a kill leaves."""
     uninterrupted = finished_run(tmp_path / "uninterrupted")
     for stop in (3, 1, 2):
         folder = opened(tmp_path / str(stop))
         with pytest.raises(KeyboardInterrupt):
-            run_with_bar(SIDES, failing(stop, KeyboardInterrupt(), drawn), folder)
+            run_with_bar(SIDES, failing(stop, KeyboardInterrupt(), write_files), folder)
         checkpoint = folder.path / "cells" / key_of(Square(stop)) / "checkpoints" / "1"
         assert checkpoint.read_text() == "half", "the cell resumes from it"
         folder.stop("interrupted")
@@ -129,8 +129,8 @@ def test_a_run_that_was_stopped_leaves_the_same_bytes(tmp_path) -> None:
             assert (folder.path / name).read_bytes() == (uninterrupted.path / name).read_bytes(), name
         assert not list(folder.path.glob("cells/*/checkpoints")), "a finished cell needs none"
     # A run can also end between saving a cell and removing its checkpoints.
-    drawn(SIDES[0], uninterrupted.path / "cells" / key_of(SIDES[0]))
-    finished_run(uninterrupted.path, work=never)
+    write_files(SIDES[0], uninterrupted.path / "cells" / key_of(SIDES[0]))
+    finished_run(uninterrupted.path, work=fail_if_called)
     assert not list(uninterrupted.path.glob("cells/*/checkpoints"))
     assert len(list(uninterrupted.path.glob("cells/*/losses.csv"))) == 3
 
@@ -150,7 +150,7 @@ def test_an_entry_with_another_key_type_or_a_file_elsewhere_removes_nothing(tmp_
     finished_run(run, SIDES[:1])
     journal = Journal(run / CELLS, opened(run).identity)
     journal.rewrite([entry | change for entry in journal.entries])
-    for read in (lambda: read_finished_cells(run), lambda: run_with_bar(SIDES[:1], drawn, opened(run))):
+    for read in (lambda: read_finished_cells(run), lambda: run_with_bar(SIDES[:1], write_files, opened(run))):
         with pytest.raises(InputError, match=CELLS):
             read()
     assert checkpoint.read_text() == "mine"
@@ -159,7 +159,7 @@ def test_an_entry_with_another_key_type_or_a_file_elsewhere_removes_nothing(tmp_
 def test_a_result_of_the_wrong_type_is_refused_before_work_starts(tmp_path) -> None:
     finished_run(tmp_path, SIDES[:1], lambda *_: "3")
     with pytest.raises(InputError, match=rf"{CELLS}: is damaged \(TypeError"):
-        run_with_bar(SIDES, never, opened(tmp_path), write=lambda values: [value["area"] for value in values])
+        run_with_bar(SIDES, fail_if_called, opened(tmp_path), write=lambda values: [value["area"] for value in values])
 
 
 @pytest.mark.parametrize("link", ["cells", "cells/{key}", "cells/{key}/checkpoints", "results.csv"])
@@ -176,11 +176,11 @@ def test_nothing_is_written_or_removed_through_a_link_out_of_the_folder(tmp_path
         place.unlink(missing_ok=True)
     place.symlink_to(victim)
     with pytest.raises(InputError, match=r"symbolic link out of|which is not a path inside"):
-        run_with_bar(SIDES, drawn, opened(run))
+        run_with_bar(SIDES, write_files, opened(run))
     assert len([path for path in victim.rglob("*") if path.is_file()]) == 2
 
 
-def test_a_failing_cell_is_named_and_the_others_are_done(tmp_path, capsys) -> None:
+def test_a_failing_cell_is_named_and_the_others_are_computed(tmp_path, capsys) -> None:
     """The command ends with status 1; the next run tries the failed cell again."""
     lengths: list[int] = []
     work = failing(1, NO_SQUARE)
@@ -197,7 +197,7 @@ def test_a_failing_cell_is_named_and_the_others_are_done(tmp_path, capsys) -> No
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert (manifest["status"], manifest["error"][:5]) == ("failed", "1 of ")
     assert len(run_with_bar(SIDES, area, opened(tmp_path), describe=lambda _: "done")) == 3
-    assert capsys.readouterr().out == "[2/3] side 1: done, 0 s\n", "only the failed cell is done again"
+    assert capsys.readouterr().out == "[2/3] side 1: done, 0 s\n", "only the failed cell is computed again"
     assert not cell_folder.exists()
 
 
@@ -221,14 +221,14 @@ def test_a_runner_may_end_cells_in_any_order(tmp_path, capsys) -> None:
     assert (folder.path / CELLS).read_bytes() == (tmp_path / "b" / CELLS).read_bytes()
 
 
-def test_the_tables_follow_every_few_seconds(tmp_path, monkeypatch) -> None:
+def test_the_tables_are_written_every_few_seconds(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(cells, "WRITE_INTERVAL", -1.0)
     written: list[list[float]] = []
     run_with_bar(SIDES, lambda cell, _: cell.side, opened(tmp_path), write=written.append)
     assert written == [[3], [3, 1], [3, 1, 2], [3, 1, 2]]
 
 
-def test_a_full_disk_ends_the_run_and_is_no_fault_of_a_cell(tmp_path, monkeypatch) -> None:
+def test_a_full_disk_ends_the_run_and_is_not_blamed_on_a_cell(tmp_path, monkeypatch) -> None:
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def full(*_: Any) -> None:
@@ -242,7 +242,7 @@ def test_a_full_disk_ends_the_run_and_is_no_fault_of_a_cell(tmp_path, monkeypatc
         patch.setattr(files, "_write", full)
         with pytest.raises(InputError, match=r"cells\.jsonl: cannot be written \(No space left on device\)"):
             run_with_bar(SIDES, area, folder)
-    assert [value["area"] for value in run_with_bar(SIDES[:1], never, folder)] == [3.0]
+    assert [value["area"] for value in run_with_bar(SIDES[:1], fail_if_called, folder)] == [3.0]
     assert len(run_with_bar(SIDES, area, folder)) == 3
 
 
@@ -250,7 +250,7 @@ def test_a_full_disk_ends_the_run_and_is_no_fault_of_a_cell(tmp_path, monkeypatc
 def test_a_change_by_hand_is_detected(tmp_path, end) -> None:
     """A result, a file or a cell's configuration is changed after a run's end, or after a kill without digests."""
     folder = opened(tmp_path)
-    run_with_bar(SIDES, drawn, folder)
+    run_with_bar(SIDES, write_files, folder)
     end(folder)
     cell_folder = tmp_path / "cells" / key_of(Square(3))
     for path, old, new in (
@@ -261,19 +261,19 @@ def test_a_change_by_hand_is_detected(tmp_path, end) -> None:
         path.write_text(text.replace(old, new, 1))
         message = rf"{path.name}: (line 1 is damaged or )?was changed since the run wrote it"
         with pytest.raises(InputError, match=message):
-            run_with_bar(SIDES, never, opened(tmp_path))
+            run_with_bar(SIDES, fail_if_called, opened(tmp_path))
         path.write_text(text)
-    run_with_bar(SIDES, never, opened(tmp_path))
+    run_with_bar(SIDES, fail_if_called, opened(tmp_path))
 
 
-def test_a_cell_whose_file_was_removed_is_done_again(tmp_path, capsys) -> None:
+def test_a_cell_whose_file_was_removed_is_computed_again(tmp_path, capsys) -> None:
     finished_run(tmp_path)
     (tmp_path / "cells" / key_of(Square(2)) / "losses.csv").unlink()
     capsys.readouterr()
     folder = opened(tmp_path)
 
     def otherwise(cell: Square, path: Path) -> float:
-        drawn(cell, path)
+        write_files(cell, path)
         (path / "losses.csv").write_text("seconds\n9\n")  # as a measured time would differ
         return 7.0
 
@@ -281,10 +281,10 @@ def test_a_cell_whose_file_was_removed_is_done_again(tmp_path, capsys) -> None:
     assert run_with_bar(SIDES, otherwise, folder, describe=lambda _: "again") == expected
     assert capsys.readouterr().out == "[3/3] side 2: again, 0 s\n"
     folder._release()  # killed: the file before is not taken for the one that was changed
-    assert run_with_bar(SIDES, never, opened(tmp_path)) == expected
+    assert run_with_bar(SIDES, fail_if_called, opened(tmp_path)) == expected
 
 
-def test_a_folder_may_be_extended_by_a_setting_that_was_none(tmp_path) -> None:
+def test_a_setting_that_was_none_may_be_added_to_a_folder(tmp_path) -> None:
     """A setting may be None in one part of a run if all others are equal."""
 
     def extended(evaluation: Any, work: Callable[..., Any], **config: Any) -> RunFolder:
@@ -296,11 +296,11 @@ def test_a_folder_may_be_extended_by_a_setting_that_was_none(tmp_path) -> None:
 
     extended(None, area)
     for evaluation in (None, {"limit": 3}, None, {"limit": 3}):
-        folder = extended(evaluation, never)
+        folder = extended(evaluation, fail_if_called)
     assert folder.entry("config") == {"unit": "m", "evaluation": {"limit": 3}}
     before = (tmp_path / "manifest.json").read_bytes()
     with pytest.raises(InputError, match=r"evaluation there \{'limit': 3\}, here \{'limit': 4\}"):
-        extended({"limit": 4}, never)
+        extended({"limit": 4}, fail_if_called)
     with pytest.raises(InputError, match="unit there 'm', here 'km'"):
-        extended(None, never, unit="km")
+        extended(None, fail_if_called, unit="km")
     assert (tmp_path / "manifest.json").read_bytes() == before

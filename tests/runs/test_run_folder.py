@@ -33,7 +33,7 @@ def manifest(path: Path) -> dict:
     return json.loads((path / "manifest.json").read_text())
 
 
-def test_a_line_half_written_on_a_full_disk_is_removed(tmp_path, full_disk):
+def test_a_partial_line_on_a_full_disk_is_removed(tmp_path, full_disk):
     journal = Journal(tmp_path / "j.jsonl", "run")
     journal.append({"step": 1})
     before = journal.path.read_bytes()
@@ -44,7 +44,7 @@ def test_a_line_half_written_on_a_full_disk_is_removed(tmp_path, full_disk):
     assert journal.entries == [{"step": 1}]
 
 
-def test_entries_are_read_whatever_run_they_are_of(tmp_path):
+def test_entries_of_any_run_are_read(tmp_path):
     """A truncated last entry is left out; a line that is not JSON is named."""
     journal = Journal(tmp_path / "j.jsonl", "run")
     for step in (1, 2):
@@ -57,7 +57,7 @@ def test_entries_are_read_whatever_run_they_are_of(tmp_path):
         read_entries(journal.path)
     with pytest.raises(InputError) as missing:
         read_entries(tmp_path / "none.jsonl")
-    assert str(missing.value).count(". ") == 1, "the one fault, said once"
+    assert str(missing.value).count(". ") == 1, "the error is printed once"
 
 
 def test_the_weights_that_a_run_reads_are_named(tmp_path, capsys):
@@ -107,7 +107,7 @@ def test_lines_of_another_run_are_refused_and_a_cut_end_is_dropped(tmp_path):
     path.write_text("".join(lines) + lines[0][:20])
     journal = Journal(path, "run")
     assert [entry["step"] for entry in journal.entries] == [0, 1, 2, 3]
-    assert path.read_text() == "".join(lines), "cut from the file, or the next line would follow half a line"
+    assert path.read_text() == "".join(lines), "removed from the file, so that the next line starts on a new line"
     journal.append({"step": 4})
     assert len(Journal(path, "run").entries) == 5
 
@@ -124,7 +124,7 @@ time.sleep(60)
 """
 
 
-def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path):
+def test_a_second_process_is_refused_and_a_dead_one_releases_its_lock(tmp_path):
     """Of two processes one gets the folder and the other a line that names it; a killed owner frees the folder."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     run = tmp_path / "run"
@@ -144,7 +144,7 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path):
     assert [session["status"] for session in manifest(run)["sessions"]] == ["killed", "complete"]
 
 
-def test_a_run_that_ended_while_this_one_waited_is_resumed(tmp_path, monkeypatch):
+def test_a_run_that_ended_while_waiting_for_the_lock_is_resumed(tmp_path, monkeypatch):
     """The folder was empty before the lock; once the lock is held, another process has run a part."""
     opened(tmp_path / "other").finish()
     real = folder_lock.acquire
@@ -160,7 +160,7 @@ def test_a_run_that_ended_while_this_one_waited_is_resumed(tmp_path, monkeypatch
     assert [session["status"] for session in manifest(tmp_path / "run")["sessions"]] == ["complete", "complete"]
 
 
-def test_another_folder_gets_nothing(tmp_path):
+def test_nothing_is_written_to_a_foreign_folder(tmp_path):
     """A process may open its own folder again, as an error leaves it open in a notebook."""
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "text").write_text("mine")
@@ -305,7 +305,7 @@ def terminate() -> None:
 
 
 @pytest.mark.parametrize(("stop", "status"), [(interrupt, 130), (terminate, 143)])
-def test_a_stopped_run_says_so_in_one_line_and_in_its_manifest(tmp_path, capsys, stop, status):
+def test_a_stopped_run_is_reported_in_one_line_and_in_its_manifest(tmp_path, capsys, stop, status):
     """Only an open run folder can be resumed, not a benchmark or a command that has finished its folder."""
 
     def stop_after_finish() -> None:
@@ -332,7 +332,7 @@ def test_a_stopped_run_says_so_in_one_line_and_in_its_manifest(tmp_path, capsys,
     assert manifest(tmp_path / "run")["status"] == "complete"
 
 
-def test_a_failed_run_records_the_reason_and_other_runs_go_on(tmp_path, capsys):
+def test_a_failed_run_records_the_reason_and_other_runs_continue(tmp_path, capsys):
     """A command ends the runs that it opened, also after a bug, and no run that was open before."""
     earlier = opened(tmp_path / "earlier")
 
@@ -364,7 +364,7 @@ def test_a_run_on_a_full_disk_ends_in_one_line_and_keeps_the_cells_before(
         return cell
 
     def only_two(cell: str, _: Path) -> str:
-        assert cell == "two", "done twice"
+        assert cell == "two", "the cell was computed twice"
         return cell
 
     cells = ["one", "two"]

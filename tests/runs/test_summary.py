@@ -81,7 +81,7 @@ def test_every_number_is_valid_json(tmp_path):
     assert [figure["scope"]["rate"] for figure in summary["figures"]] == ["nan", "inf", "nan", "nan", 0.5, True]
 
 
-def test_a_summary_is_written_from_what_the_report_prints(tmp_path, capsys):
+def test_a_summary_contains_the_printed_report(tmp_path, capsys):
     run = opened(tmp_path)
     with summarised(run, [KeyFigure("share", 0.5)]):
         answers.print_answer("Half is kept.", ["a short text"])

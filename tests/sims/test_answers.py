@@ -57,7 +57,7 @@ def test_a_sentence_then_the_table_then_the_files(folder) -> None:
     assert lines[-1] == f"files in {folder}: cells/, results.csv"
 
 
-def test_json_is_all_there_is_on_standard_output(folder) -> None:
+def test_only_json_is_on_standard_output(folder) -> None:
     """Figures are numbers, or text where JSON has no number. Standard error has none of the printed text."""
     before = sys.stdout
     out = commands.output(run("--json --out", folder))
@@ -67,7 +67,7 @@ def test_json_is_all_there_is_on_standard_output(folder) -> None:
         "files": [f"{folder}/cells/", f"{folder}/results.csv"],
     }  # fmt: skip
     assert (sys.stdout, tables.collect) == (before, None)
-    assert "Rank 8 is enough." in commands.output(run()), "the next command is as ever"
+    assert "Rank 8 is enough." in commands.output(run()), "the next command is unaffected"
 
 
 def test_files_and_tables_without_an_answer(capsys) -> None:
@@ -88,7 +88,7 @@ def test_files_and_tables_without_an_answer(capsys) -> None:
     assert err == ""
 
 
-def test_an_answer_that_is_no_good_is_an_answer() -> None:
+def test_a_negative_answer_has_status_1_and_bad_input_status_2() -> None:
     """Status 1 comes with an answer. Bad input gives one line of error and no JSON."""
     status, out, _ = run("--json --rank 1")
     assert (status, json.loads(out)["answer"]) == (1, "Rank 8 is enough.")

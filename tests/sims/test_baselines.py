@@ -66,7 +66,7 @@ def test_full_fine_tuning_writes_a_model(model, data, tmp_path, monkeypatch) -> 
         patch.setattr(finetune.Metrics, "add", stop_at_3)
         patch.setattr(Checkpoints, "close", lambda self: (closed.append(self.latest), close(self)))
         assert train(model, data, run, "full").status == 130
-    assert closed == [2], "the checkpoint that was being written is there when the interrupted run has ended"
+    assert closed == [2], "an interrupted run ends after its checkpoint is written"
     assert "resumes after step 2 of 4" in commands.output(train(model, data, run, "full"))
     assert not (run / "adapter").exists()
     after, before = (load(str(path)).params for path in (run / "merged", model))

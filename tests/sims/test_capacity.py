@@ -59,7 +59,7 @@ def test_one_model_by_part(folder):
     assert re.search(r"Measured .* peak .* GB, estimated .* s per step", words)
 
 
-def test_several_devices_of_ones_own(folder):
+def test_several_custom_devices(folder):
     out = plan("--model", folder, "--rank 4 --batch-size 8 --seq 32 --memory 24 --tflops 120 --replicas 2 --fsdp 2")
     assert "4 devices (replicas 2 x fsdp 2)" in out
     assert re.search(r"weights of modules\W+in 2\W", out)
@@ -69,7 +69,7 @@ def test_several_devices_of_ones_own(folder):
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_says_what_takes_less():
+def test_a_run_that_does_not_fit_gets_advice_to_reduce_memory():
     out = plan("--model llama3-8b --device rtx4090 --dtype float32")
     advice = "reduce memory with --remat True, a smaller --batch-size"
     assert re.search(rf"RTX 4090 24 GB: does not fit \(.* GB of 24.8 GB\); {advice}", out)

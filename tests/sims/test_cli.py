@@ -50,7 +50,7 @@ def parse(*words: str, config: Any = Config) -> Any:
     return cli.parse(config, list(words), description="")
 
 
-def test_what_is_right_is_parsed() -> None:
+def test_valid_options_are_parsed() -> None:
     assert parse("--data", "a", "b", "--limit", "3", "--out", "new/run") == Config(
         ("a", "b"), limit=3, out=Path("new/run")
     )
@@ -89,7 +89,7 @@ def test_a_parent_sets_the_defaults_of_a_part() -> None:
         (["--out", "x" * 5000], ["File name too long"]),
     ],
 )
-def test_what_is_wrong_is_named_with_what_is_accepted(words: list[str], parts: list[str]) -> None:
+def test_invalid_options_are_named_with_the_accepted_values(words: list[str], parts: list[str]) -> None:
     with pytest.raises(InputError) as caught:
         parse("--data", "a", *words)
     message = str(caught.value)
@@ -170,12 +170,12 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}']
         ("#" * (1 << 16) + "\n", ".*65,536"),
     ],
 )
-def test_what_is_wrong_in_a_file_is_named_with_file_and_key(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_options_in_a_file_are_named_with_file_and_key(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=f"^{re.escape(str(tmp_path / 'run.yaml'))}: {message}"):
         parsed(tmp_path, text, "--data", "a")
 
 
-def test_what_is_wrong_on_the_command_line_beside_a_file_is_not_the_files(tmp_path: Path) -> None:
+def test_invalid_options_on_the_command_line_are_not_attributed_to_a_file(tmp_path: Path) -> None:
     for text, *words in (
         ("steps: 3\nlimit: 4\n", "--limit", "x"),
         ("steps: 3\n", "--limit", "steps"),
@@ -195,7 +195,7 @@ def test_versions(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"rora-theory \d[\w.]*, jax \d[\w.]*(, \w+ \d[\w.]*)*\n", capsys.readouterr().out)
 
 
-def test_ranges_are_checked_where_the_configuration_is_made(tmp_path: Path) -> None:
+def test_ranges_are_checked_when_the_configuration_is_created(tmp_path: Path) -> None:
     """The message of `__post_init__` is printed unchanged, for the command's own configuration and for a nested one."""
     for config in (Checked, Checks):
         with pytest.raises(InputError, match=r"^--rank must be at least 1, got -1 \[x\]$"):
@@ -218,7 +218,7 @@ def test_help_is_as_wide_as_the_terminal(capsys: pytest.CaptureFixture[str], mon
     assert os.environ["COLUMNS"] == "60"
 
 
-def test_what_the_library_says_is_said_once_whoever_else_logs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_library_messages_are_printed_once_with_other_log_handlers(capsys: pytest.CaptureFixture[str]) -> None:
     other = logging.StreamHandler(sys.stderr)  # as absl gives the root logger one
     logging.getLogger().addHandler(other)
     try:
@@ -247,7 +247,7 @@ LONG = "7" * 400
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_can_not_be_done_is_one_line(error: BaseException, status: int, line: str) -> None:
+def test_failures_are_one_line(error: BaseException, status: int, line: str) -> None:
     def work(_: object) -> None:
         raise error
 
@@ -255,13 +255,13 @@ def test_what_can_not_be_done_is_one_line(error: BaseException, status: int, lin
     assert (ended.status, ended.err[: len(line)], ended.err.count("\n")) == (status, line, 1)
 
 
-def test_a_fault_of_the_program_is_no_message() -> None:
+def test_internal_errors_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         cli.run(lambda: 1 / 0)
 
 
 @pytest.mark.parametrize("words", ["print('x' * 10**6)", "print('x')", "cli.parse(Config, ['--help'], description='')"])
-def test_output_that_nobody_reads_ends_without_a_word(words: str) -> None:
+def test_a_closed_pipe_ends_the_command_silently(words: str) -> None:
     """The pipe closes as in ``| head``, during the output or after the end."""
     code = f"from sims.common import cli\nfrom support.options import Config\ncli.run(lambda: {words})"
     read, write = os.pipe()

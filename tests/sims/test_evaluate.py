@@ -81,7 +81,7 @@ def test_a_run_writes_samples_and_results(protocol: str, finished: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_stop_loses_nothing(model: Path, data: Path, finished: Path, tmp_path: Path, monkeypatch) -> None:
+def test_an_interruption_loses_no_sample(model: Path, data: Path, finished: Path, tmp_path: Path, monkeypatch) -> None:
     """Each sample is written before the next is scored, so that a kill loses none.
 
     A resumed run ends with the files of an uninterrupted one. `test_finetune` kills a process.
@@ -116,7 +116,7 @@ def test_samples_of_other_records_or_another_protocol_are_refused(finished: Path
 
 
 @pytest.mark.slow
-def test_what_is_scored_is_not_scored_again(model: Path, data: Path, finished: Path, tmp_path: Path, monkeypatch):
+def test_scored_items_are_not_scored_again(model: Path, data: Path, finished: Path, tmp_path: Path, monkeypatch):
     copy = Path(shutil.copytree(finished / "harness", tmp_path / "run"))
     monkeypatch.setattr(evaluate.samples, "score_tasks", lambda *_, **__: pytest.fail("scored again"))
     run(*arguments(model, data, copy, "harness"), "--batch-size 2")
@@ -124,7 +124,9 @@ def test_what_is_scored_is_not_scored_again(model: Path, data: Path, finished: P
 
 
 @pytest.mark.slow
-def test_a_task_scores_alike_alone_and_among_others(model: Path, data: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_task_has_the_same_scores_alone_and_with_others(
+    model: Path, data: Path, finished: Path, tmp_path: Path
+) -> None:
     run(*arguments(model, data, tmp_path / "run", "label"), "--tasks piqa")
     assert scored(tmp_path / "run") == scored(finished / "label")[COUNT:]
 
@@ -135,7 +137,7 @@ def test_weights_are_loaded_in_the_requested_dtype(model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_adapter_changes_the_scores_alike_merged_or_beside(model, data, finished: Path, tmp_path: Path) -> None:
+def test_an_adapter_changes_the_scores_equally_merged_or_not(model, data, finished: Path, tmp_path: Path) -> None:
     base = load(model)
     settings = LoraConfig(rank=2, alpha=4.0, target_modules=("self_attn.q_proj", "mlp.down_proj"))
     adapter = init(jax.random.key(1), settings, base.config, base.params)

@@ -92,7 +92,7 @@ def complete(model, data, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_leaves_its_metrics_its_adapter_and_a_merged_model(complete, model):
+def test_a_run_writes_metrics_adapter_and_merged_model(complete, model):
     recorded = losses(complete)
     assert [step for kind, step, _ in recorded if kind == "step"] == list(range(1, 79))
     assert [step for kind, step, _ in recorded if kind == "validation"] == [20, 40, 60, 78]
@@ -116,7 +116,7 @@ def test_a_run_leaves_its_metrics_its_adapter_and_a_merged_model(complete, model
 
 
 @pytest.mark.slow
-def test_the_table_comes_before_the_training(complete):
+def test_the_table_is_printed_before_training(complete):
     lines = (complete.parent / "printed").read_text().splitlines()
     down = next(i for i, line in enumerate(lines) if "mlp.down_proj" in line)
     assert down < next(i for i, line in enumerate(lines) if "validation loss" in line)
@@ -125,7 +125,7 @@ def test_the_table_comes_before_the_training(complete):
 
 
 @pytest.mark.slow
-def test_a_base_in_blocks_is_trained_and_merged(model, data, tmp_path, monkeypatch):
+def test_an_adapter_on_a_quantised_base_is_trained_and_merged(model, data, tmp_path, monkeypatch):
     """The folder merged/ has the dense base with the adapter."""
     monkeypatch.setattr(checkpoint, "CONFIG", LlamaConfig(300, 32, 64, 2, 4, 2, 8, max_position_embeddings=512))
     wide = checkpoint.model(tmp_path / "wide")
@@ -148,7 +148,7 @@ def test_a_base_in_blocks_is_trained_and_merged(model, data, tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_what_is_written_is_the_best_or_the_last(model, data, tmp_path, monkeypatch):
+def test_the_best_or_the_last_adapter_is_written(model, data, tmp_path, monkeypatch):
     """The validation losses are made to grow after step 2."""
     factors, eval_step = iter((9.0, 1.0, 2.0, 3.0, 4.0, 5.0)), steps.eval_step
     mean_losses = {}
@@ -199,7 +199,7 @@ def test_the_curves_in_tensorboard_are_those_of_the_run(brief):
 
 
 @pytest.mark.slow
-def test_a_run_ends_with_its_figures_in_a_table(brief):
+def test_a_run_ends_with_a_table_of_its_key_figures(brief):
     """The JSON has the same figures, which are those of the run's own files."""
     command, out, printed = brief
     expected = {values[0]: values for values in (tuple(row.values()) for row in card.summary_rows(events(out), 288))}
@@ -216,7 +216,7 @@ def test_a_run_ends_with_its_figures_in_a_table(brief):
 
 
 @pytest.mark.slow
-def test_another_licence_is_written_to_the_cards_of_a_run_that_has_ended(brief, tmp_path):
+def test_a_changed_licence_is_written_to_the_cards_of_a_completed_run(brief, tmp_path):
     """The adapter and the merged model have a card each; their owner's text stays if no licence is given."""
     command, finished, _ = brief
     out = Path(shutil.copytree(finished, tmp_path / "run"))
@@ -238,7 +238,7 @@ def test_another_licence_is_written_to_the_cards_of_a_run_that_has_ended(brief, 
 
 
 @pytest.mark.slow
-def test_the_seed_decides_the_start(model, data, tmp_path):
+def test_the_seed_determines_the_initial_adapter(model, data, tmp_path):
     """At a learning rate of 1e-30 one step leaves the initial adapter."""
     config = FinetuneConfig(rank=2, alpha=4.0, targets=("q_proj", "down_proj"))
     one_step = ["--steps", "1", "--warmup", "0", "--lr", "1e-30", "--held-out", "0", "--seed", "7"]
@@ -298,14 +298,14 @@ def test_killed_and_interrupted_it_ends_with_the_same_bits(complete, model, data
         assert commands.run_on_one_device(finetune.main, *arguments(model, data, out)).status == 130
     printed = train(arguments(model, data, out))
     (step,) = re.findall(r"(?m)^resumes after step (\d+) ", printed)
-    assert int(step) % 3 == 0, "a checkpoint's"
+    assert int(step) % 3 == 0, "the step of a checkpoint"
     assert losses(out) == losses(complete)
     adapters = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (out, complete)]
     assert adapters[0].keys() == adapters[1].keys()
     assert all(array.tobytes() == adapters[1][name].tobytes() for name, array in adapters[0].items())
 
 
-def test_it_says_where_it_resumes():
+def test_the_resumed_step_is_printed():
     messages = {
         (0, False): "starts at step 1",
         (0, True): "no checkpoint yet: starts at step 1",

@@ -41,13 +41,13 @@ def begun(base, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("carried")
-def test_it_grows_and_judges_all_that_the_folder_has(base, begun, tmp_path) -> None:
+def test_a_grown_folder_is_analysed_with_all_of_its_runs(base, begun, tmp_path) -> None:
     out = Path(shutil.copytree(begun, tmp_path / "run"))
     first = (out / CELLS).read_text()
     printed = run(base, f"--strengths 40 --lrs 1e-3 1e-2 1e-1 --full-lrs 1e-4 1e-3 1e-2 --out {out}").out
     assert "of 9 runs:" in printed
     assert "Comparisons, each at its own best rate" in printed
-    assert (out / CELLS).read_text().startswith(first), "what was done is not done again"
+    assert (out / CELLS).read_text().startswith(first), "finished cells are not computed again"
     rows = frames.read_csv(out / "results.csv")
     full, rows = rows[rows["rank"].isna()], rows[rows["rank"].notna()]
     assert len(rows) == 2 * 3 * 2
@@ -71,7 +71,7 @@ def test_it_grows_and_judges_all_that_the_folder_has(base, begun, tmp_path) -> N
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("carried")
-def test_a_folder_of_another_setting_stands_beside_it(base, begun, tmp_path) -> None:
+def test_runs_of_another_setting_are_compared(base, begun, tmp_path) -> None:
     """The library's tests have what cannot be compared."""
     other, words = tmp_path / "other", "--strengths 4 --lrs 1e-3 1e-2 1e-1"
     assert run(base, f"{words} --targets q_proj --compare-to {begun} --out {other}").status == 0
@@ -83,4 +83,6 @@ def test_a_folder_of_another_setting_stands_beside_it(base, begun, tmp_path) -> 
     assert (comparisons["difference"] != 0).all()
     q_alone, all_modules = (frames.read_csv(path / "best.csv").set_index("step") for path in (other, begun))
     difference = (q_alone["best_loss"] - all_modules["best_loss"]).to_numpy()
-    assert comparisons["difference"].to_numpy() == pytest.approx(difference, abs=2e-5), "these less those"
+    assert comparisons["difference"].to_numpy() == pytest.approx(difference, abs=2e-5), (
+        "the runs of this folder minus those of the other"
+    )

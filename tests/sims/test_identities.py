@@ -140,7 +140,7 @@ def flip(file: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize("name", WITH_A_MODEL)
-def test_a_run_is_known_by_the_content_of_what_it_reads(name, model, data, tmp_path) -> None:
+def test_a_run_is_identified_by_the_content_of_its_inputs(name, model, data, tmp_path) -> None:
     """One bit of the last weight, a blank in the tokenizer, or a word of the last record makes another run.
 
     Another place of model and records is none.
@@ -150,7 +150,7 @@ def test_a_run_is_known_by_the_content_of_what_it_reads(name, model, data, tmp_p
     shutil.copytree(data, data_copy)
     config = settings(name, model_copy, data_copy)
     first = start(name, config)
-    assert first.models == [llama.model_digest(model)], "how they are stored is told"
+    assert first.models == [llama.model_digest(model)], "the storage of the weights is recorded"
     flip(model_copy / "model.safetensors", -4)  # the lowest byte of the last float32
     weights = start(name, config)
     flip(model_copy / "model.safetensors", -4)
@@ -175,7 +175,7 @@ def test_a_run_is_known_by_the_content_of_what_it_reads(name, model, data, tmp_p
 
 
 @pytest.mark.parametrize("name", WITH_A_MODEL)
-def test_a_branch_that_moves_is_another_run(name, model, data, monkeypatch) -> None:
+def test_a_moved_branch_is_another_run(name, model, data, monkeypatch) -> None:
     """The identity includes the commit, so that a new commit with the same files differs.
 
     The revision asked for is looked up once, and is itself no part of the run: two names of a commit are one.
@@ -203,14 +203,14 @@ def test_a_branch_that_moves_is_another_run(name, model, data, monkeypatch) -> N
     assert {name for name in actual[0] if actual[0][name] != actual[1][name]} == {key}
 
 
-def test_an_adapter_is_both_its_files(model, data, adapter, tmp_path) -> None:
+def test_an_adapter_is_identified_by_both_of_its_files(model, data, adapter, tmp_path) -> None:
     copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
 
     def identity(folder: Path | None) -> dict[str, Any]:
         return start("evaluate", replace(settings("evaluate", model, data), adapter=folder)).identity
 
     first = identity(copy)
-    assert identity(adapter) == first, "an adapter is not where it lies"
+    assert identity(adapter) == first, "the location of an adapter does not matter"
     flip(copy / "adapter_model.safetensors", -4)
     weights = identity(copy)
     flip(copy / "adapter_model.safetensors", -4)
@@ -383,7 +383,7 @@ def test_every_setting_of_a_sweep_on_real_layers_is_in_its_identity(tmp_path) ->
     assert start("layer_sweep", config).identity != before
 
 
-def test_a_matrix_of_runs_is_all_that_is_read_of_it() -> None:
+def test_the_digest_of_a_matrix_covers_everything_that_is_read() -> None:
     """This includes the losses of single records, which determine the errors."""
     cell = trained_runs.TrainedRun("lora", 8, 2.0, 1e-3, 0, 1.5, np.array([1.0, 2.0]), np.array([1.0, 1.0]))
     variants = [

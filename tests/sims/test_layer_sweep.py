@@ -46,7 +46,7 @@ def test_layers_against_the_law(layers: Path, tmp_path: Path) -> None:
     assert (results["standard_error"] <= 0.02 * results["estimate"]).all()
     assert (frames.read_csv(out / layer_grid.CROSSINGS)["crossing_rank"] >= 1).all()
     before = (out / "results.csv").read_bytes()
-    assert sweep(layers, out, words) == printed, "it is finished: printed again"
+    assert sweep(layers, out, words) == printed, "the finished run is printed again"
     assert (out / "results.csv").read_bytes() == before
     style.main(layers_vs_rank.draw, layers_vs_rank.Config(out))
     assert (out / "layers_vs_rank.svg").stat().st_size > 1000

@@ -36,7 +36,7 @@ def test_every_command_is_listed_with_its_sentence(monkeypatch, capsys) -> None:
     assert "norm_vs_rank" in capsys.readouterr().out
 
 
-def test_it_is_the_command_of_that_name(monkeypatch, capsys) -> None:
+def test_a_name_runs_its_command(monkeypatch, capsys) -> None:
     run(monkeypatch, "transfer", "--from-rank", "16", "--to-rank", "128", "--lr", "2e-4")
     assert "keep lora_alpha=16" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit, match="0"):
@@ -47,7 +47,7 @@ def test_it_is_the_command_of_that_name(monkeypatch, capsys) -> None:
     assert capsys.readouterr().out.startswith("usage: rora figures exponent_map")
 
 
-def test_what_is_no_command_is_refused_by_name(monkeypatch, capsys) -> None:
+def test_an_unknown_command_is_refused_by_name(monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, "transfre")
     err = capsys.readouterr().err
@@ -56,7 +56,7 @@ def test_what_is_no_command_is_refused_by_name(monkeypatch, capsys) -> None:
     assert capsys.readouterr().out.startswith("rora-theory ")
 
 
-def test_the_figures_by_themselves_list_the_commands(monkeypatch, capsys) -> None:
+def test_figures_without_a_name_lists_the_commands(monkeypatch, capsys) -> None:
     def run_figures(*words: str) -> None:
         monkeypatch.setattr(sys, "argv", ["figures", *words])
         monkeypatch.delitem(sys.modules, "figures.__main__", raising=False)  # where another test has imported it

@@ -113,13 +113,13 @@ def config_of(kind: type, name: str):
     return kind(**(needed | chosen))
 
 
-def test_columns_that_find_no_room_follow_in_a_further_table(printed) -> None:
+def test_columns_that_do_not_fit_are_printed_in_a_second_table(printed) -> None:
     figures = [f"{n}.{'1' * 9}" for n in range(9)]
     tables.print_table("A title of many words " * 8, ["rule", *map(str, range(9))], [["lora", *figures]])
     lines = printed()
     text = "\n".join(lines)
     assert all(figure in text for figure in figures), "no figure is cut"
-    assert sum(line.strip().startswith("lora") for line in lines) > 1, "each table has the row's words"
+    assert sum(line.strip().startswith("lora") for line in lines) > 1, "each table repeats the label of the row"
     assert "…" not in text
 
 
@@ -128,7 +128,7 @@ LONG = "full is better by 1.77% ± 1.57%: more than a shift of the rate; a best 
 
 @pytest.mark.parametrize("left", [0, 1, 2])
 @pytest.mark.parametrize("last", ["verdict", "0.5"])
-def test_long_words_among_the_figures_fold(printed, left, last) -> None:
+def test_long_words_between_numbers_fold(printed, left, last) -> None:
     """A long word folds within its cell in any column; a short figure beside it does not."""
     columns = ["steps", "rank", "ratio", "verdict", "more"]
     texts = [LONG, LONG.replace("full", "lora").replace("shift", "move")]
@@ -142,7 +142,7 @@ def test_long_words_among_the_figures_fold(printed, left, last) -> None:
 
 
 @pytest.mark.parametrize("keys", [2, 4])
-def test_a_further_table_has_the_keys_again(printed, keys) -> None:
+def test_a_second_table_repeats_the_keys(printed, keys) -> None:
     """The keys are words or figures, so that no rows need to be counted to identify one."""
     columns = ["rule", "method", "rank", "alpha", *(f"figure {i}" for i in range(9))]
     rows = [["lora", "dora", rank, 16, *(f"{rank}.{i} ± 0.001" for i in range(9))] for rank in (8, 128)]
@@ -157,7 +157,7 @@ def test_a_further_table_has_the_keys_again(printed, keys) -> None:
         assert all(has_keys) if keys == 4 else has_keys == [True] + [False] * (parts - 1)
 
 
-def test_a_verdict_beside_another_run_is_whole(printed) -> None:
+def test_verdicts_on_comparisons_are_printed_completely(printed) -> None:
     best, comparisons, exponents = published("horizon", "best", "comparisons", "exponents")
     empty = pd.DataFrame()
     horizon.report(9, HorizonJudgement(best, comparisons, empty, exponents, *[empty] * 7))
@@ -312,7 +312,7 @@ def test_help(module, printed, monkeypatch) -> None:
     assert str(Path.cwd()) not in text
 
 
-def test_help_fills_its_lines(printed) -> None:
+def test_help_uses_the_whole_width(printed) -> None:
     """A docstring's line breaks do not break the lines of the help."""
     with pytest.raises(SystemExit):
         cli.parse(evaluate.Config, ["--help"], description="")
@@ -322,7 +322,7 @@ def test_help_fills_its_lines(printed) -> None:
             assert len(f"{row.rstrip()} {following.split()[0]}") > 76, row
 
 
-def test_commands_fold_as_a_shell_reads_them(printed) -> None:
+def test_commands_fold_so_that_a_shell_can_read_them(printed) -> None:
     tables.print_text("    python -m sims.finetune " + "--data A/train.json " * 6)
     lines = printed()
     assert len(lines) > 1
@@ -342,7 +342,7 @@ def terminal(monkeypatch) -> tuple[list[float], Callable[[], str]]:
     ("bursts", "left"),
     [(0, ["-:--:--"]), (1, ["0:32:40"]), (10, ["0:26:40", "0:26:41"])],  # 392 are left after one, 8 each 40 seconds
 )
-def test_the_bar_foresees_the_end_of_slow_work(terminal, bursts, left) -> None:
+def test_the_bar_estimates_the_end_of_slow_work(terminal, bursts, left) -> None:
     """Eight results arrive at once every 40 seconds, in a run that resumes an earlier one."""
     now, drawn = terminal
     with progress.progress_bar("scoring", 1000) as bar:
@@ -355,7 +355,7 @@ def test_the_bar_foresees_the_end_of_slow_work(terminal, bursts, left) -> None:
     assert re.findall(r"\S+/1000\S* +\S+ +(\S+)", drawn())[-1] in left
 
 
-def test_the_bar_keeps_its_times_beside_long_words(terminal) -> None:
+def test_the_bar_keeps_its_times_next_to_long_words(terminal) -> None:
     _, drawn = terminal
     with progress.progress_bar("coordinate check", 96, fields="{cell}") as bar:
         bar.advance(1, cell="AdamW, alpha/sqrt(r), A kaiming_uniform (control), r = 128, seed 3")

@@ -123,7 +123,7 @@ COMMANDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.NAME)
-def test_what_is_measured_on_chats(command, chat_model, model, chats, tmp_path) -> None:
+def test_measurements_on_chats(command, chat_model, model, chats, tmp_path) -> None:
     """Chats need the model's template; another template is another run."""
     small = f"{COMMANDS[command]} --batch-size 2 --held-out 2 --targets q_proj --show 1"
     words = [small, "--data", chats, "--out", tmp_path / "run"]

@@ -37,7 +37,7 @@ def printed(command) -> str:
 
 
 @pytest.mark.slow
-def test_a_run_leaves_a_model_and_its_figures(model, texts, command, printed) -> None:
+def test_a_run_writes_a_model_and_its_key_figures(model, texts, command, printed) -> None:
     run = command[-1]
     original, pruned = load(str(model)), load(str(run / "model"))
     config = pruned.config
@@ -69,7 +69,7 @@ def test_a_run_leaves_a_model_and_its_figures(model, texts, command, printed) ->
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("printed")
-def test_what_is_there_stays_and_what_is_missing_is_made_again(command) -> None:
+def test_existing_outputs_are_kept_and_missing_ones_are_recreated(command) -> None:
     run: Path = command[-1]
     weights = run / "model" / "model.safetensors"
     manifest, written = json.loads((run / "manifest.json").read_text()), weights.stat().st_mtime_ns

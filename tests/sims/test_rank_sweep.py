@@ -88,7 +88,7 @@ def test_parameters_are_counted(swept) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["rora", "prefix"])
-def test_a_cell_s_loss_is_its_adapter_s(swept, model, data, method) -> None:
+def test_the_loss_of_a_cell_is_that_of_its_adapter(swept, model, data, method) -> None:
     """The saved adapter is evaluated beside the weights, on the held-out records that the cell names."""
     [row, *_] = [row for row in table(swept) if row["method"] == method]
     folder = swept / "cells" / row["key"]
@@ -105,10 +105,10 @@ def test_a_cell_s_loss_is_its_adapter_s(swept, model, data, method) -> None:
     summary = float(row["validation_loss"]), float(row["validation_error"])
     assert summary == pytest.approx((mean.value, mean.error), rel=1e-4)
     base = record_losses(original.params, original.config, examples)
-    assert abs(base[0].loss / actual[0].loss - 1) > 1e-3, "the adapter counts"
+    assert abs(base[0].loss / actual[0].loss - 1) > 1e-3, "the adapter changes the loss"
 
 
-def test_what_a_command_sets_reaches_the_workbench(model, data, tmp_path, monkeypatch) -> None:
+def test_options_reach_the_workbench(model, data, tmp_path, monkeypatch) -> None:
     """This includes settings that are not in the identity of its cells."""
     received = {}
 
@@ -147,7 +147,7 @@ def test_rules_of_a_rank_share_a_compiled_step(swept) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("carried")
-def test_a_cell_that_was_stopped_goes_on_from_its_checkpoint(swept, model, data, tmp_path, monkeypatch) -> None:
+def test_an_interrupted_cell_resumes_from_its_checkpoint(swept, model, data, tmp_path, monkeypatch) -> None:
     """After Ctrl-C at the last of three steps, with a checkpoint at each, the result is that of an uninterrupted
     cell.
     """
@@ -164,7 +164,7 @@ def test_a_cell_that_was_stopped_goes_on_from_its_checkpoint(swept, model, data,
     assert sweep(model, data, out, more).status == 130
     assert not (out / "results.csv").exists()
     commands.output(sweep(model, data, out, more))
-    assert steps == [1, 2, 3, 3], "the first two were not taken again"
+    assert steps == [1, 2, 3, 3], "the first two steps were not repeated"
     (key,) = read_finished_cells(out)
     assert key in read_finished_cells(swept), "checkpoints do not determine the result"
 
@@ -248,7 +248,7 @@ FILES = ("results.csv", "differences.csv", CELLS)
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("number", [1, 4])
 @pytest.mark.parametrize("what", [interrupt, fail])
-def test_a_sweep_that_was_stopped_leaves_the_same_bytes(model, data, tmp_path, number, what) -> None:
+def test_a_resumed_sweep_writes_the_same_bytes(model, data, tmp_path, number, what) -> None:
     """It stops by Ctrl-C, or by a failure after which all other cells finish, in the base's cell or in another."""
     original, out = tmp_path / "whole", tmp_path / "stopped"
     assert "Lowest validation loss of 5 cells: " in commands.output(sweep(model, data, original, FOUR))
@@ -262,14 +262,14 @@ def test_a_sweep_that_was_stopped_leaves_the_same_bytes(model, data, tmp_path, n
         assert "failed (RuntimeError: no such thing); its traceback is in " in ended.err
         assert ended.err.splitlines()[-1].startswith("error: 1 of 5 cells failed, the first ")
     resumed = commands.output(sweep(model, data, out, FOUR))
-    assert resumed.count(": loss ") == 5 - done, "what is done is not done again"
+    assert resumed.count(": loss ") == 5 - done, "finished cells are not computed again"
     keys = read_finished_cells(original)
     for name in (*FILES, *(f"cells/{key}/{name}" for key in keys for name in ("losses.csv", "cell.json"))):
         assert (out / name).read_bytes() == (original / name).read_bytes(), name
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_sweep_grows_by_what_it_lacks(model, data, tmp_path) -> None:
+def test_a_grown_sweep_runs_only_missing_cells(model, data, tmp_path) -> None:
     """It grows by ranks, seeds and rates, and by tasks that were not scored at first."""
     out = tmp_path / "m"
     for more, trained in (
@@ -294,7 +294,7 @@ def test_a_sweep_grows_by_what_it_lacks(model, data, tmp_path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_folder_has_one_driver(model, data, tmp_path) -> None:
+def test_a_folder_in_use_by_another_driver_is_refused(model, data, tmp_path) -> None:
     """The second driver is told which process is the first, and changes none of its files."""
     out = tmp_path / "m"
 
@@ -305,7 +305,7 @@ def test_a_folder_has_one_driver(model, data, tmp_path) -> None:
     before, lock = content(), folder_lock.acquire(out)
     refusal = commands.refusal(sweep(model, data, out, FOUR, "--ranks 4"))
     assert re.search(r"is in use by process \d+ on \S+ since \d{4}-", refusal)
-    assert sweep(model, data, out, FOUR, "--list").out.count(" done") == 5, "it may be looked at"
+    assert sweep(model, data, out, FOUR, "--list").out.count(" done") == 5, "the folder may be read"
     os.close(lock)
     assert content() == before
 
@@ -348,7 +348,7 @@ def test_a_file_changed_by_hand_is_not_read(swept, tmp_path) -> None:
         ("LoRA, alpha/r^(1/4)", "LoRA, alpha/r^(1/4)"),
     ],
 )
-def test_names_are_no_markup(name, shown) -> None:
+def test_names_are_escaped_in_markdown(name, shown) -> None:
     """The name of a model may be any name of a folder."""
     assert benchmark_tables.escaped(name) == shown
     line = benchmark_tables.paper_lines("I")[0]
@@ -362,7 +362,7 @@ def test_names_are_no_markup(name, shown) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_tuned_design_goes_on_at_the_best_rate(model, data, tmp_path) -> None:
+def test_a_tuned_design_continues_at_the_best_rate(model, data, tmp_path) -> None:
     out, shared = tmp_path / "m", "--design tuned_rate --methods lora --ranks 2 --seeds 0 1"
     printed = commands.output(sweep(model, data, out, f"{shared} --lrs 1e-4 1e-3"))
     rows = table(out)

@@ -98,7 +98,7 @@ def test_verdict(finished) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("carried")
-def test_an_interrupted_run_goes_on_to_the_same_bytes(inputs, finished, tmp_path) -> None:
+def test_a_resumed_run_writes_the_bytes_of_an_uninterrupted_one(inputs, finished, tmp_path) -> None:
     commands.check_resumption(regime.main, [*inputs, ARGUMENTS], finished, tmp_path / "run")
 
 
@@ -133,7 +133,7 @@ def test_a_trained_adapter_is_measured_in_the_weights(inputs, model, records, fi
 
 
 @pytest.mark.slow
-def test_a_thin_run_says_so_and_no_path_is_in_its_files(finished, model) -> None:
+def test_a_thin_run_warns_and_no_path_is_in_its_files(finished, model) -> None:
     """Sixteen tokens per module suffice to measure a spread, which is too wide here; both layers are listed."""
     manifest = json.loads((finished / "manifest.json").read_text())
     assert manifest["warnings"] == thin.regime_warnings(pd.read_csv(finished / "crossing_ranks.csv"), 2)

@@ -38,7 +38,7 @@ def cells(text: str) -> dict[str, list[str]]:
     return {line.split("  ")[0].strip(): line.split() for line in text.splitlines() if line.strip()}
 
 
-def test_as_a_user_runs_it() -> None:
+def test_the_command_as_a_user_runs_it() -> None:
     """The question of most users: LoRA under AdamW keeps alpha and the rate; alpha = 2r asks for a lower rate."""
     text = answer("--from-rank 8 --to-rank 128 --alpha 16 --lr 3e-4 --rule lora --optimizer adamw")
     assert snippet(text) == {
@@ -83,7 +83,7 @@ def test_the_tuned_rule_is_kept() -> None:
         ("--targets o_proj self_attn.q_proj --task-type SEQ_CLS", ["o_proj", "self_attn.q_proj"], "SEQ_CLS"),
     ],
 )
-def test_what_is_printed_is_what_peft_takes(arguments, targets, task_type) -> None:
+def test_the_printed_config_works_in_peft(arguments, targets, task_type) -> None:
     """PEFT's own LoraConfig reads the user's targets and task type."""
     config = snippet(answer(f"{arguments} --rule rora"))
     assert (config["target_modules"], config["task_type"]) == (targets, task_type)
@@ -143,7 +143,7 @@ def test_a_measured_regime_prints_one_alpha(regime_run) -> None:
         ({"config": {"targets": ["all-linear"]}}, "--targets all-linear", None),
     ],
 )
-def test_a_thin_regime_is_said_to_be_thin(regime_run, manifest, targets, message) -> None:
+def test_a_thin_regime_gets_a_warning(regime_run, manifest, targets, message) -> None:
     sealed = seals.seal({"experiment": "regime", "status": "complete", "config": {}} | manifest)
     (regime_run / "manifest.json").write_text(json.dumps(sealed))
     text = answer(f"--regime {regime_run} {targets}")
@@ -182,7 +182,7 @@ def test_check_on_a_model(model, data, tmp_path) -> None:
     assert {row["plan"] for row in rows} >= {"neither changed, use_rslora", "alpha by type"}
 
 
-def test_a_regime_that_was_changed_is_not_advised_from(regime_run) -> None:
+def test_a_changed_regime_is_refused(regime_run) -> None:
     path = regime_run / regime_tables.CROSSINGS
     path.write_text(path.read_text().replace("6.0", "9.0"))
     with pytest.raises(InputError, match=f"{regime_tables.CROSSINGS}: .*Use the run as sims.regime wrote it"):
@@ -230,14 +230,14 @@ def test_from_a_saved_adapter_as_json(save) -> None:
         ("--targets q_proj", "--targets is q_proj, but {} has q_proj v_proj"),
     ],
 )
-def test_what_contradicts_a_saved_adapter_is_refused(save, options, message) -> None:
+def test_options_that_contradict_a_saved_adapter_are_refused(save, options, message) -> None:
     """This includes the defaults: an explicit option is never mistaken for a missing one."""
     folder = save(SAVED)
     ended = commands.run(transfer.main, "--from", folder, options)
     assert commands.refusal(ended).startswith(f"error: {message.format(folder)}.")
 
 
-def test_what_a_saved_adapter_says_too_is_accepted(save) -> None:
+def test_options_that_agree_with_a_saved_adapter_are_accepted(save) -> None:
     """Rules are compared by exponent and targets as sets; a regular expression cannot contradict a list."""
     options = {
         "from_rank": 16, "alpha": 32.0, "rule": "rora", "init": "kaiming_uniform", "targets": ("v_proj", "q_proj"),
@@ -272,7 +272,7 @@ OWN = {
 }  # fmt: skip
 
 
-def test_the_config_to_paste_has_what_the_saved_one_has(save) -> None:
+def test_the_printed_config_keeps_the_entries_of_the_saved_one(save) -> None:
     """It has the entries that stay at another rank and none of PEFT's defaults; an unknown entry is named."""
     saved = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "bias": "none", "lora_bias": False, "loftq_config": {}}
     arguments = f"--from {save(saved | OWN | {'eva_config': {'rho': 2.0}})} --lr 2e-4"
@@ -285,7 +285,7 @@ def test_the_config_to_paste_has_what_the_saved_one_has(save) -> None:
     assert "task_type" not in snippet(answer(arguments)), "the file has none"
 
 
-def test_the_answer_comes_first_and_the_rate_is_one() -> None:
+def test_the_answer_comes_first_and_all_outputs_state_one_rate() -> None:
     text = answer("--from-rank 128 --to-rule rslora --to-alpha 16 --steps 50")
     assert text.startswith("From rank 128 to 128 with AdamW: set lora_alpha=181.019 without use_rslora and divide ")
     advice = carry(Setting(128, 16.0, 3e-4), 128, rule="rslora", alpha=16.0, steps=50)
@@ -330,7 +330,7 @@ def test_the_setting_is_that_of_a_trainers_file(axolotl) -> None:
             advise(TransferConfig(from_=path, **options))
 
 
-def test_the_tuned_run_is_that_of_the_file_where_the_new_run_is_another(axolotl) -> None:
+def test_the_tuned_run_is_read_from_the_file_if_the_new_run_differs(axolotl) -> None:
     path = axolotl(more="max_steps: 64\nlr_scheduler: constant\n")
     options = TransferConfig(from_=path, to_alpha=256.0, to_steps=256, to_schedule="constant")
     stated = TransferConfig(
@@ -342,7 +342,7 @@ def test_the_tuned_run_is_that_of_the_file_where_the_new_run_is_another(axolotl)
         advise(TransferConfig(from_=axolotl(), to_steps=256))
 
 
-def test_a_file_is_written_in_its_own_format_and_over_none(axolotl, tmp_path) -> None:
+def test_a_file_is_written_in_its_format_without_overwriting(axolotl, tmp_path) -> None:
     path, out = axolotl(), tmp_path / "new.yml"
     answered = json.loads(answer(f"--from {path} --to-rank 64 --write {out} --json"))
     assert answered["files"] == [str(out)]

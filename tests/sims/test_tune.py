@@ -17,7 +17,7 @@ from sims import tune as sim
 
 
 @pytest.mark.slow
-def test_it_finds_a_rate_and_resumes(model, data, tmp_path, monkeypatch) -> None:
+def test_a_probe_finds_a_rate_and_resumes(model, data, tmp_path, monkeypatch) -> None:
     out = tmp_path / "run"
     settings = "--held-out 12 --batch-size 4 --cutoff 400 --steps 256 --rank 16 --alpha 8 --lr 1e-2"
     words = ["--data", *(data / name / "train.json" for name in ("one", "two")), "--model", model, "--out", out]

@@ -53,7 +53,7 @@ def test_files(finished: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_printed_and_drawn(finished: Path) -> None:
+def test_printed_tables_and_figures(finished: Path) -> None:
     printed = (finished.parent / "printed").read_text()
     assert "Verdicts on the paper's equations" in printed
     assert "adam, A normal: exponent of the rms norm" in printed

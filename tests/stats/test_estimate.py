@@ -26,7 +26,7 @@ def test_one_seed_has_no_interval_and_two_have_a_wide_one() -> None:
     assert pair.half_width() == pytest.approx(12.706, abs=1e-3)
 
 
-def test_a_factor_is_the_error_s_and_the_bound_s_too() -> None:
+def test_a_factor_also_multiplies_error_and_bound() -> None:
     assert Estimate(3.0, 0.5, 4, "seeds", 0.2).times(2.0) == Estimate(6.0, 1.0, 4, "seeds", 0.4)
 
 
@@ -81,6 +81,6 @@ def test_the_jackknife_of_one_case_has_no_error() -> None:
         (lambda: over_seeds(np.array([])), "values.*empty"),
     ],
 )
-def test_what_has_no_cases_is_refused(call, message) -> None:
+def test_statistics_without_samples_are_refused(call, message) -> None:
     with pytest.raises(InputError, match=message):
         call()

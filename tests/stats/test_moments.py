@@ -50,7 +50,7 @@ def test_a_billion_draws_keep_float64_accuracy() -> None:
     assert total.second_moment.value == pytest.approx(block.second_moment.value, rel=1e-15)
 
 
-def test_order_alone_decides() -> None:
+def test_moments_restored_from_json_continue_exactly() -> None:
     values = np.random.default_rng(0).standard_normal(1000)
     first = Moments().add(values[:300]).add(values[300:])
     again = Moments.from_json(json.loads(json.dumps(Moments().add(values[:300]).to_json()))).add(values[300:])
@@ -104,16 +104,16 @@ def test_agreement_with_a_law() -> None:
     assert agreement([1.0, 5.0], [1.0, 1.0], [0.0, 2.0]).rms_score == pytest.approx(5**0.5)
 
 
-def test_a_figure_that_is_no_number_does_not_agree() -> None:
+def test_a_nan_does_not_agree() -> None:
     for estimates in ([1.0, math.nan], [math.nan, 1.0]):
         result = agreement(estimates, [0.1, 0.1], [1.0, 1.0])
         assert math.isnan(result.largest_score), estimates
         assert math.isnan(result.largest_gap), estimates
 
 
-def test_figures_known_exactly_agree_where_they_are_equal() -> None:
+def test_exact_values_agree_if_they_are_equal() -> None:
     assert agreement([1.0, 0.9], [0.0, 0.0], [1.0, 1.0]).scores == (0.0, -math.inf)
-    assert agreement([0.1 + 0.2], [0.0], [0.3]).scores == (0.0,), "rounding is no gap"
+    assert agreement([0.1 + 0.2], [0.0], [0.3]).scores == (0.0,), "rounding is no difference"
 
 
 @pytest.mark.parametrize("quantity", ["mean", "second_moment", "variance"])

@@ -48,7 +48,7 @@ def test_seeds_are_averaged_before_the_error_over_records() -> None:
     assert not by_seed.has_error
 
 
-def test_groups_count_alike_whatever_their_size() -> None:
+def test_groups_have_equal_weight_whatever_their_size() -> None:
     """Means are 0 and -1/2, variances 2/3 of four items and 1/2 of two; a second seed halves an item that differs."""
     groups = [np.array([[0, 1, 0, -1]]), np.array([[-1, 0]])]
     estimate = mean_of_groups(groups)

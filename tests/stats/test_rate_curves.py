@@ -69,7 +69,7 @@ def test_a_comparison_s_verdict(differences, word):
     assert comparison.grid_error == pytest.approx(0.0024, rel=2e-3)
     half = over_seeds(differences).half_width() + comparison.grid_error
     assert comparison.half_width == pytest.approx(half, rel=1e-9)
-    assert comparison.scaling_ratio == pytest.approx(8), "gamma squared: what an SGD step is proportional to"
+    assert comparison.scaling_ratio == pytest.approx(8), "gamma squared, to which an SGD step is proportional"
     assert (comparison.first_loss, comparison.second_loss) == pytest.approx((4 + np.mean(differences), 4.0))
 
 
@@ -121,7 +121,7 @@ def shifted(rule: str, shape: str, centre: float, step: float, higher: float = 0
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("step", [np.log(10) / 2, np.log(2) / 2])
-def test_a_shift_of_the_rate_is_no_more_than_that(shape, step):
+def test_a_shift_of_the_rate_is_no_difference(shape, step):
     """Curves shifted by parts of a grid step differ in their measured lowest losses, but not in the true ones."""
     curves = [shifted(f"{part:g}", shape, np.exp(part * step), step) for part in np.linspace(0, 1, 9)]
     comparisons = rate_curves.compare_rules(curves)
@@ -130,7 +130,7 @@ def test_a_shift_of_the_rate_is_no_more_than_that(shape, step):
     assert all(abs(comparison.difference) <= comparison.grid_error for comparison in comparisons)
 
 
-def test_more_than_a_shift_is_still_found():
+def test_a_difference_beyond_a_shift_is_found():
     """A lowest loss 3% higher is detected on a half-decade grid with a bound of 2%."""
     step = np.log(10) / 2
     comparison = compare(shifted("a", "a parabola", 1.0, step), shifted("b", "a parabola", 2.0, step, higher=0.03))
@@ -278,7 +278,7 @@ def with_records(single: Curve) -> Curve:
     return dataclasses.replace(single, resampled=np.stack([single.losses, 1.001 * single.losses]))
 
 
-def test_one_seed_does_not_tell_rules_apart():
+def test_one_seed_cannot_distinguish_rules():
     """However narrow the error over records is, it does not contain the variation between training runs."""
     curves = [bowl(rule, 8, 1e-3, seeds=1, lowest=lowest) for rule, lowest in (("lora", 1), ("rora", 2))]
     comparison = compare(*map(with_records, curves))
@@ -309,7 +309,7 @@ def test_a_slope_beside_runs_that_diverged_is_known_to_the_grid():
     assert row["verdict"] == "undecided"
 
 
-def test_best_rates_that_turn_back_are_not_flat():
+def test_best_rates_that_rise_and_fall_are_not_flat():
     """Best rates that rise and fall have a slope of zero, but are not on a line."""
     (row,) = slopes_of([bowl("lora", rank, best) for rank, best in ((4, 5e-4), (16, 4e-3), (64, 5e-4))])
     assert abs(row["slope"]) + row["half_width"] < 0.1
@@ -317,7 +317,7 @@ def test_best_rates_that_turn_back_are_not_flat():
 
 
 @pytest.mark.parametrize(("slope", "nearest"), [(0.08, "signal or A moves"), (0.25, ""), (0.42, "cross-talk")])
-def test_a_slope_is_near_what_lies_within_the_band(slope, nearest):
+def test_the_nearest_prediction_lies_within_the_band(slope, nearest):
     """Predictions 0 and 1/2 under Adam and alpha / r, without spread over seeds: named within 0.1 and no further."""
     curves = [bowl("lora", rank, 1e-3 * (rank / 8) ** slope) for rank in (8, 16, 32)]
     (row,) = slopes_of(curves)
@@ -331,14 +331,14 @@ def test_a_moves_is_no_prediction_where_a_is_frozen():
     assert (row["nearest"], row["A moves"]) == ("signal", None)
 
 
-def test_a_slope_that_cannot_tell_names_all_that_it_leaves_room_for():
+def test_an_inaccurate_slope_names_all_predictions_in_its_interval():
     centres = 1e-3 * 4 ** np.array([[0.04], [0.24], [0.44]])
     (row,) = slopes_of([bowl("lora", 8, 1e-3), bowl("lora", 32, centres)])
     assert row["half_width"] > 0.3
     assert row["nearest"] == "signal or cross-talk or A moves"
 
 
-def test_what_a_grid_hides_is_the_mean_over_seeds_or_draws():
+def test_the_grid_error_is_the_mean_over_seeds_or_draws():
     shallow, steep = np.array([1.1, 1.0, 1.1]), np.array([1.4, 1.0, 1.4])
     alone = [curve(losses, DECADES).grid_error() for losses in (shallow, steep)]
     assert alone[0] < alone[1] / 2
@@ -348,7 +348,7 @@ def test_what_a_grid_hides_is_the_mean_over_seeds_or_draws():
 
 
 @pytest.mark.slow
-def test_both_errors_cover_what_seeds_and_records_draw():
+def test_both_errors_cover_the_spread_over_seeds_and_records():
     """The mean over three seeds scored on the same records: its 95% interval holds the truth in 95% of 4000 worlds or
     more, in which either error alone holds it less often."""
     random, worlds, n = np.random.default_rng(0), 4000, 8

@@ -39,7 +39,7 @@ def test_edges_and_diverged_runs():
     assert best_rate(RATES, falling) == (RATES[-3], falling[-3], "")
 
 
-def test_many_curves_are_each_its_own():
+def test_several_curves_are_fitted_independently():
     """Vertices agree with NumPy's fit of three points, also next to an edge and to a run that diverged."""
     curves = np.exp(np.random.default_rng(0).normal(size=(50, len(RATES))))
     curves[7, :] = np.linspace(2, 1, len(RATES))
@@ -75,7 +75,7 @@ def test_bad_curves(rates, losses, message):
         best_rate(rates, losses)
 
 
-def test_what_a_grid_hides():
+def test_the_loss_that_a_grid_hides():
     """Bounds by hand: even and uneven neighbours, a diverged run on either side or both, and the edges."""
     rates = np.exp([0.0, 1.0, 3.0])
     left, right = np.exp([0.3, 0.6])
@@ -98,7 +98,7 @@ def test_how_far_the_best_rate_may_lie_beside_a_run_that_diverged():
     assert rate_gap(rates[:3], np.array([nan, 1, nan])) == pytest.approx(1.5)
 
 
-def test_a_curve_that_hardly_bends_has_its_least_at_the_end() -> None:
+def test_a_nearly_straight_curve_has_its_minimum_at_the_end() -> None:
     """The vertex of its parabola overflows and is not computed."""
     rates = np.array([1e-3, 1e-2, 1e-1])
     (best,) = fit_minima(rates, np.exp(-0.1 * np.log(rates) + 1e-6 * np.log(rates) ** 2)[None])

@@ -27,7 +27,7 @@ def test_the_bootstrap_draws_the_same_records_at_every_rate():
     assert set(np.round(3 * shares.ravel()).tolist()) == {0, 1, 2, 3}, "the first record is drawn 0 to 3 times"
 
 
-def test_losses_by_record_are_of_the_same_records_or_of_none():
+def test_losses_by_record_need_equal_records_or_none():
     first, second = (
         trained_run(seed=seed, records=np.array(sums), tokens=np.ones(2))
         for seed, sums in enumerate(([1.0, 3.0], [3.0, 5.0]))

@@ -36,7 +36,7 @@ def test_designs() -> None:
     tuned = cells("tuned_rate", methods=("prefix", "rora"), ranks=(8,))
     assert [cell.learning_rate for cell in tuned if cell.rank] == list(RATE_GRID)
     assert [cell.learning_rate for cell in tuned if not cell.rank] == list(RATE_GRIDS["prefix"])
-    assert {cell.evaluation for cell in tuned} == {None}, "scored at the chosen rate alone"
+    assert {cell.evaluation for cell in tuned} == {None}, "scored only at the chosen rate"
     table = cells("table1")
     llama = [(c.method, c.rank, c.learning_rate) for c in table if c.model == "yahma/llama-7b-hf" and c.rank != 128]
     assert llama == [
@@ -92,7 +92,7 @@ def test_a_scored_twin_replaces_a_plain_cell_where_it_is_finished(tmp_path) -> N
     assert replace_with_scored(scored, folder("c", None, [])) == scored
 
 
-def test_settings_of_methods_with_a_rank_reach_no_other() -> None:
+def test_settings_of_methods_with_a_rank_do_not_affect_other_methods() -> None:
     """These are alpha, targets and dropout; all other settings apply to every run."""
     shared = FinetuneConfig(alpha=16.0, targets=("q_proj",), dropout=0.2, cutoff=99, epochs=2, remat="mlp")
     make = partial(training_of, Design(dtype="bfloat16"), shared, rate=1e-3, seed=7)

@@ -150,7 +150,7 @@ def test_methods_with_one_rate_are_compared_at_their_own_rates(tmp_path):
     assert select(compared, "rora", "lora", "best").loss == pytest.approx(3 / 60)
 
 
-def test_models_and_alphas_do_not_meet(tmp_path):
+def test_different_models_and_alphas_are_not_compared(tmp_path):
     """With two models and LoRA at two alphas of one rank, each difference is within one model and one alpha."""
     rows = []
     for model, level in (("m", 0.0), ("n", 100.0)):
@@ -177,7 +177,7 @@ def test_a_difference_of_accuracies_needs_both_scored_and_may_be_zero(tmp_path):
     assert (scored.average, scored.average_error, scored.average_seeds) == (0.0, pytest.approx(1.0), 1)
 
 
-def test_a_method_without_a_rank_meets_every_lora_and_other_ranks_do_not_meet(tmp_path):
+def test_a_method_without_a_rank_is_compared_with_lora_at_every_rank(tmp_path):
     keys = {"l-8": 8, "l-16": 16, "s": None, "r-16": 16}
     for key in keys:
         write_cell(tmp_path, key)

@@ -14,7 +14,7 @@ RUN = FinetuneConfig(rank=4, batch_size=16, cutoff=96, dropout=0.0)
 
 
 @pytest.mark.slow
-def test_cells_differ_by_what_takes_memory(monkeypatch) -> None:
+def test_cells_are_distinguished_by_settings_that_affect_memory(monkeypatch) -> None:
     """They differ by rank and method, not by rate and seed; the width is at most the model's maximum."""
     estimates = []
 
@@ -37,7 +37,7 @@ def test_cells_differ_by_what_takes_memory(monkeypatch) -> None:
     assert len(estimates) == 3, "the last is known"
 
 
-def test_measuring_takes_the_weights_twice() -> None:
+def test_measuring_needs_the_weights_twice() -> None:
     """The weights and their merged copy, and a block of logits."""
     base = 4 * count_parameters(MODEL)
     assert memory.cell_memory(MODEL, None, "float32") == 2 * base + LOGITS_BYTES + capacity.RESERVE

@@ -55,7 +55,7 @@ def test_a_repeated_record_is_on_one_side_alone(tmp_path) -> None:
         assert len(trained) == 21 - 8, "all others are trained on"
 
 
-def test_one_instruction_with_other_inputs_is_other_records(tmp_path) -> None:
+def test_records_of_one_instruction_with_different_inputs_are_distinct(tmp_path) -> None:
     """Of eight records that share one instruction, as in Alpaca, four are held out and four trained on."""
     rows = [{"instruction": "Translate", "input": str(i), "output": "a"} for i in range(8)]
     sample = draw_records(write_files(tmp_path, x=rows), held_out=4)
@@ -64,7 +64,7 @@ def test_one_instruction_with_other_inputs_is_other_records(tmp_path) -> None:
     assert not inputs[0] & inputs[1]
 
 
-def test_chats_that_ask_the_same_are_on_one_side(tmp_path) -> None:
+def test_chats_with_the_same_question_are_on_one_side(tmp_path) -> None:
     rows = [
         {"messages": [{"role": "user", "content": f"say {i % 8}"}, {"role": "assistant", "content": str(i)}]}
         for i in range(16)
@@ -86,7 +86,7 @@ def test_texts_have_no_answers_to_measure(tmp_path) -> None:
         draw_records([str(tmp_path / "a.txt")], held_out=2)
 
 
-def test_files_give_in_proportion_and_records_are_found_again(tmp_path) -> None:
+def test_files_contribute_in_proportion_and_sampling_is_reproducible(tmp_path) -> None:
     """A held-out record is named by its folder, file and place in it; training records are in the seed's order."""
     files = write_files(tmp_path, one=prompts("one", 30), two=prompts("two", 10))
     sample = draw_records(files, held_out=8, train_records=12, shares="proportional")

@@ -63,7 +63,7 @@ def test_the_best_rate_is_compared_at_one_seed(rows, expected) -> None:
     assert [best[4:] for best in best_of(rows)] == ([] if expected is None else [expected])
 
 
-def test_a_tie_is_the_lower_rate_s_and_groups_are_apart() -> None:
+def test_a_tie_selects_the_lower_rate_within_each_group() -> None:
     rows = [rate_row(rate, 1.0) for rate in (0.01, 0.001, 0.1)]
     rows += [rate_row(0.5, 0.1, rank=16), rate_row(0.6, 0.1, method="rora"), rate_row(0.7, 0.1, model="n")]
     rows += [rate_row(0.8, 0.1, alpha=32.0), rate_row(None, 0.01, method="base")]
@@ -102,7 +102,7 @@ def finished(config: dict, **result: Any) -> FinishedCell:
 LEVEL = {"task": "piqa", "accuracy": 0.75, "error": 0.1, "unparsed": 0.25, "chance": 0.5}
 
 
-def test_a_line_for_each_training_in_order() -> None:
+def test_one_row_for_each_training_in_order() -> None:
     """Cells with scores replace those without. The order is base, methods, ranks, alphas, rates and seeds."""
     scored = {"evaluation": {"protocol": "label"}}
     unscored = [
@@ -141,7 +141,7 @@ def test_a_line_for_each_training_in_order() -> None:
     assert frames.to_csv(table).splitlines()[8].startswith("key,complete,m,rora,rora,8,64.0,8.0,0.1,,9,,,,,1.5,")
 
 
-def test_what_is_written_of_a_cell_is_read_again(tmp_path) -> None:
+def test_the_files_of_a_cell_are_read_back(tmp_path) -> None:
     """All digits are kept, and the place of each record; an answer that could not be parsed is wrong."""
     third = 1 / 3
     losses = [RecordLoss(10, third, 2, 0.5), RecordLoss(20, 2.5, 3, third)]
@@ -194,7 +194,7 @@ def test_results_are_described() -> None:
     assert results.describe_result({"status": "diverged", "diverged_at": 7}) == "diverged at step 7"
 
 
-def test_of_a_folder_only_the_asked_cells_are_read(tmp_path) -> None:
+def test_only_the_requested_cells_of_a_folder_are_read(tmp_path) -> None:
     """Cells of an earlier grid and unfinished cells are left out; without a selection all are read."""
     base = SweepCell("base", None, None, None, None, None, "m", None, "float32", None, {}, None)
     cells = [replace(base, model=name) for name in ("one", "two", "three")]
@@ -227,6 +227,6 @@ def test_results_of_the_wrong_type_are_refused_by_key(tmp_path: Path, read: Any,
 
 
 @pytest.mark.parametrize("key", ["../victim", "/etc", ""])
-def test_a_key_that_leads_out_of_the_cells_is_refused(tmp_path: Path, key: str) -> None:
+def test_a_key_that_leads_outside_the_cells_is_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(InputError, match=f"results.csv: names {key!r}"):
         results.cell_file(tmp_path / "cells", key, results.LOSSES)

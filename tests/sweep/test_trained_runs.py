@@ -26,7 +26,7 @@ def test_kappa_of_a_rule():
 
 
 @pytest.mark.parametrize(("loss", "records", "tokens"), [("validation", [15.0], [10.0]), ("answer", [1.0], [2.0])])
-def test_records_are_of_the_loss_that_was_asked_for(tmp_path, loss, records, tokens):
+def test_records_belong_to_the_requested_loss(tmp_path, loss, records, tokens):
     """Losses are infinite if a run diverged; the base and unfinished cells are no runs."""
     (tmp_path / "results.csv").write_text(
         "key,status,model,method,rank,gamma,learning_rate,seed,validation_loss,answer_loss\n"

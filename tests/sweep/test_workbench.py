@@ -67,7 +67,7 @@ def test_methods_of_a_seed_share_init_and_order_and_seeds_do_not(bench) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "prefix"])
-def test_what_is_scored_is_the_adapted_model(bench, kind, tmp_path, monkeypatch) -> None:
+def test_the_adapted_model_is_scored(bench, kind, tmp_path, monkeypatch) -> None:
     """Every measurement includes the adapter, merged or beside the weights."""
     settings, size = {"lora": (LoraConfig(rank=2, alpha=4.0), 1.0), "prefix": (PrefixConfig(3), 30.0)}[kind]
     fresh = init(jax.random.key(0), settings, bench.model.config, bench.model.params)
@@ -114,7 +114,7 @@ def test_the_base_has_the_storage_of_the_settings(bench, tmp_path, monkeypatch) 
     assert 0.02 < error < 0.2, "4 bits round by a few per cent"
 
 
-def test_chats_go_through_the_models_template(tmp_path, monkeypatch) -> None:
+def test_chats_are_rendered_by_the_models_template(tmp_path, monkeypatch) -> None:
     """A template that needs the date is refused without one, as cells of one folder run on many days."""
     model = checkpoint.model(tmp_path)
     settings = json.loads((model / "tokenizer_config.json").read_text())

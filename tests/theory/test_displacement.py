@@ -54,7 +54,7 @@ def test_autodiff_of_the_change_gives_the_effective_step(multiplier: float) -> N
         assert factor == pytest.approx(expected, rel=1e-5)
 
 
-def test_simulated_factors_obey_the_law() -> None:
+def test_simulated_factors_follow_the_law() -> None:
     """Rows of A and columns of B share a direction plus noise; both parts of B A x are measured as in a run.
 
     The standard error of each rms ratio is below 1% with 512 rows; 5% allows for the incoherent part of both sums.

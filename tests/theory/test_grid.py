@@ -30,7 +30,7 @@ from rora_theory.theory.grid import StepGrid, fit_exponent
         ({"seed": -1}, "--seed.* -1"),
     ],
 )
-def test_what_is_out_of_range_is_named(settings: dict[str, Any], message: str) -> None:
+def test_values_out_of_range_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         StepGrid(**settings)
 

@@ -327,7 +327,7 @@ def test_sgd_exponents_by_algebra() -> None:
 
 
 @pytest.mark.parametrize("tau", [0.02, 1.0, 4.0])
-def test_the_change_that_sgd_s_exponents_keep_is_that_of_real_steps(tau: float) -> None:
+def test_sgd_s_exponents_preserve_the_change_of_real_steps(tau: float) -> None:
     """The change is gamma r sinh(2 tau), at other gammas, ranks and rates, after 1000 steps of optax's SGD on a
     gradient of one direction, which every row of A reads alike. The law has exp(tau) and real steps (1 + tau /
     n)^n, less by a factor of exp(tau^2 / 2n).
@@ -351,7 +351,7 @@ def test_the_change_that_sgd_s_exponents_keep_is_that_of_real_steps(tau: float) 
         assert size(rank, scaling, factor * rate) / first == pytest.approx(expected, rel=2 * tau**2 / steps + 1e-3)
 
 
-def test_when_entries_turn_is_reckoned_entry_by_entry() -> None:
+def test_sign_changes_are_computed_entry_by_entry() -> None:
     """An entry of G A^T reaches 0 at a finite distance if A moves against its sign, and never otherwise."""
     rng = np.random.default_rng(0)
     grad, lora_A = rng.normal(size=(30, 4)), rng.normal(size=(6, 4))
@@ -395,7 +395,7 @@ def test_the_matching_rate_counts_adams_pace() -> None:
     assert size(4.0, new) == pytest.approx(size(1.0, 1e-4), rel=1e-8)
 
 
-def test_a_takes_over_nowhere_where_it_has_no_part() -> None:
+def test_a_never_takes_over_without_a_contribution() -> None:
     assert terms_of(horizon.Quadratic(1.0, 0.0, 0.0)).takeover(8) == math.inf
 
 
@@ -432,7 +432,7 @@ def test_bad_input(call: Callable, words: str) -> None:
         call()
 
 
-def test_a_takeover_next_to_nothing_is_refused_where_its_squares_would_be_no_numbers() -> None:
+def test_a_takeover_distance_whose_square_underflows_is_refused() -> None:
     """At the bound the step is still that of the limit, where B's gradient is a ramp from step 3 on."""
     smallest = 3e-3 / horizon.MAX_GRADIENT_GROWTH * (1 + 1e-9)
     assert horizon.distances([1e-3] * 3, takeover=smallest) == pytest.approx(

@@ -181,7 +181,7 @@ def test_local_exponent_is_the_derivative(rank: int, overlap: float, optimizer: 
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.1, 0.6, 1.0])
-def test_the_rate_that_keeps_the_first_adam_step_at_one_gamma_r(overlap: float) -> None:
+def test_the_rate_that_preserves_the_first_adam_step_at_one_gamma_r(overlap: float) -> None:
     """By the exact moments the rate times the step's rms is the same at both ranks."""
     for first, second in ((1, 128), (8, 32), (512, 8)):
         squares = [

@@ -83,7 +83,7 @@ def test_autodiff_equals_the_closed_form(layer: dict) -> None:
 
 @pytest.mark.slow
 @given(layers)
-def test_w_carries_gamma_squared_or_gamma(layer: dict) -> None:
+def test_w_is_proportional_to_gamma_squared_or_gamma(layer: dict) -> None:
     scaling = scaling_factor(layer["rule"], alpha=layer["alpha"], rank=layer["rank"])
     power = scaling_power(layer["optimizer"])
     w, A, grad, x = one_step(layer, scaling)
@@ -145,7 +145,7 @@ def test_rotation_does_change_uniform_A() -> None:
     alpha=st.floats(0.1, 64),
     rule=st.sampled_from(["lora", "rora", 0.25]),
 )
-def test_eq9_holds_exactly_where_the_signal_leads(
+def test_eq9_holds_exactly_where_the_signal_dominates(
     rank: int, p_in: int, overlap: float, alpha: float, rule: str | float
 ) -> None:
     """r^2 gamma^4 is the growth iff r >> r*: on doubling r at gamma = 1 the growth is 4 (r + r*/2) / (r + r*).

@@ -56,7 +56,7 @@ def test_each_setting_has_its_own_step_of_the_same_draws(
             assert both.second_moment.error == pytest.approx(other.second_moment.error, rel=1e-5)
 
 
-def test_several_devices_share_the_blocks_and_compute_no_turn_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_devices_share_the_blocks_and_compute_no_extra_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """41 draws in blocks of 20 take three blocks in order; every device computes full batches."""
     computed: list[int] = []
     used: set[jax.Device] = set()
@@ -78,9 +78,9 @@ def test_several_devices_share_the_blocks_and_compute_no_turn_more(monkeypatch: 
         assert sums.first.mean.value == pytest.approx(np.mean(expected))
         assert used == set(devices[: count // batch])
         options = {"batch": batch, "devices": devices}
-        assert take(setting, "chi_square", 41, **options)[0].tolist() == expected, "blocks without end, in order"
+        assert take(setting, "chi_square", 41, **options)[0].tolist() == expected, "the blocks continue in order"
         requested = list(sampling.stream(setting, "chi_square", jax.random.key(0), blocks=3, first_block=5, **options))
-        assert [block[0, 0] for block in requested] == list(range(5, 5 + -(-3 // batch) * batch)), "whole batches"
+        assert [block[0, 0] for block in requested] == list(range(5, 5 + -(-3 // batch) * batch)), "complete batches"
 
 
 def test_a_stream_has_the_key_of_published_runs() -> None:

@@ -19,7 +19,7 @@ draw_adapters = jax.jit(dynamics.draw_adapters, static_argnames=("config", "rank
 output_change, spectral_norm = jax.jit(dynamics.output_change), jax.jit(dynamics.spectral_norm)
 
 
-def drawn(config, rank=4, seed=0, start="A"):
+def draw_pair(config, rank=4, seed=0, start="A"):
     problem_key, adapter_key = jax.random.split(jax.random.key(seed))
     return draw_problem(problem_key, config), draw_adapters(adapter_key, config, rank=rank, start=start)
 
@@ -29,8 +29,8 @@ def stacked(config, rank, seeds):
     problem = draw_problem(jax.random.key(1), config)
     keys = jax.random.split(jax.random.key(2), seeds)
     adapters = jax.vmap(lambda key: draw_adapters(key, config, rank=rank))(keys)
-    many = jax.tree.map(lambda a: np.broadcast_to(np.asarray(a), (seeds, *a.shape)), problem)
-    return problem, many, adapters
+    repeated = jax.tree.map(lambda a: np.broadcast_to(np.asarray(a), (seeds, *a.shape)), problem)
+    return problem, repeated, adapters
 
 
 def wide(tree):
@@ -50,7 +50,7 @@ def output(weights, adapters, x, scaling):
 @pytest.mark.parametrize("config", [LINEAR, MLP])
 def test_change_is_the_difference_of_outputs(config, size):
     """The float32 change is accurate to 3e-6 of its largest entry at any size: there is no cancellation."""
-    problem, adapters = drawn(config)
+    problem, adapters = draw_pair(config)
     keys = jax.random.split(jax.random.key(5), len(adapters))
     adapters = tuple(
         {**t, "lora_B": size * jax.random.normal(k, t["lora_B"].shape)} for t, k in zip(adapters, keys, strict=True)
@@ -82,9 +82,9 @@ def test_problem():
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_first_step_has_the_exact_law(optimizer):
     """Mean squares over 4000 adapters agree with `laws.first_step_moments`; |z| < 5 on six figures."""
-    problem, many, adapters = stacked(LINEAR, 8, 4000)
+    problem, repeated, adapters = stacked(LINEAR, 8, 4000)
     rate, scaling = 1e-3, 0.5
-    measures = dynamics.trajectories(adapters, many, scaling, rate, optimizer=optimizer, steps=(1,))
+    measures = dynamics.trajectories(adapters, repeated, scaling, rate, optimizer=optimizer, steps=(1,))
     grad = -wide(problem.target_train).T @ wide(problem.x_train) / LINEAR.samples
     for field, x in (("output_train", problem.x_train), ("output_held_out", problem.x_held_out)):
         law = laws.first_step_moments(
@@ -108,7 +108,7 @@ def test_first_step_has_the_exact_law(optimizer):
 @pytest.mark.parametrize("frozen", [None, "A"])
 def test_steps_by_hand(optimizer, frozen):
     """Four steps of both factors agree with explicit gradients and the optimizers' formulas, in float64."""
-    problem, adapters = drawn(LINEAR)
+    problem, adapters = draw_pair(LINEAR)
     rate, scaling, steps = 0.02, 0.8, 4
     x, target = wide(problem.x_train), wide(problem.target_train)
     state = wide(adapters)[0]
@@ -152,7 +152,7 @@ def test_steps_by_hand(optimizer, frozen):
 @pytest.mark.slow
 def test_start_of_b():
     """With A = 0 and B random nothing changes at first, A alone has a gradient, and freezing B preserves it."""
-    problem, adapters = drawn(MLP, start="B")
+    problem, adapters = draw_pair(MLP, start="B")
     measures = dynamics.trajectory(
         adapters, problem, scaling=1.0, learning_rate=0.1, optimizer="sgd", steps=(1, 3), frozen="B"
     )

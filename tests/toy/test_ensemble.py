@@ -9,7 +9,7 @@ CONFIG = dynamics.ProblemConfig(p_in=8, p_out=2, samples=2, held_out=2)
 
 
 @pytest.mark.slow
-def test_a_diverged_run_stays_so(monkeypatch):
+def test_a_diverged_run_stays_diverged(monkeypatch):
     """A run counts as diverged from the first recorded step whose loss is too high, whatever follows."""
     losses = np.array([[1.0, 20.0, 0.5], [1.0, 9.0, 0.5]])
     measures = dynamics.Measures(*[losses] * len(dynamics.Measures._fields))

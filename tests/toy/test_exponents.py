@@ -48,23 +48,27 @@ def test_an_exponent_changes_between_slopes_over_the_same_ranks_alone():
     fitted = fitted[(fitted["quantity"] == "delta_frobenius") & (fitted["range"] == "all") & (fitted["step"] > 0)]
     both, frozen = (fitted[fitted["trained"] == trained].to_dict("records") for trained in ("both", "B"))
     assert [fit["fitted_ranks"] for fit in both] == [(4, 16, 64, 256), (4, 16, 64)]
-    assert frozen[1]["slope"] - both[1]["slope"] == pytest.approx(0.15, abs=1e-3), "what the lost rank alone makes"
+    assert frozen[1]["slope"] - both[1]["slope"] == pytest.approx(0.15, abs=1e-3), (
+        "the effect of the missing rank alone"
+    )
     assert exponents.exponent_change(both, frozen) == "no: by +0.000 ± 0.000 at step 1"
     assert exponents.exponent_change(both[1:], frozen) == (
         "not settled: other ranks diverged with A trained than with A frozen, at every step"
     )
     middle = [line(1, [1.0, 1.1], fitted_ranks=(4, 64, 256)), line(1, [0.5, 0.6], fitted_ranks=(4, 16, 256))]
-    assert exponents.exponent_change(middle[:1], middle[1:]).startswith("not settled"), "as many, between the same ends"
+    assert exponents.exponent_change(middle[:1], middle[1:]).startswith("not settled"), (
+        "the same number of ranks between the same ends"
+    )
 
 
-def test_where_the_loss_has_come_below_half_is_said():
+def test_verdicts_mark_steps_with_a_loss_below_half():
     verdicts = ((1, "flat", 0.9), (2, "flat", 0.5), (5, "flat", 0.49), (9, "grows", 0.2))
     rows = [{"step": step, "verdict": verdict, "loss_left": left} for step, verdict, left in verdicts]
     expected = "flat at steps 1 2; flat (loss below half) at step 5; grows (loss below half) at step 9"
     assert exponents.verdicts_by_step(rows) == expected
 
 
-def test_each_answer_is_of_its_own_curve():
+def test_each_answer_uses_its_own_curve():
     """Every curve has a unique slope, and each answer states its own."""
     curves = list(itertools.product(("sgd", "adam"), (0.25, 0.5, 1.0), ("both", "B"), exponents.FITTED))
     slopes = {curve: round(0.01 * place, 2) for place, curve in enumerate(curves, start=1)}

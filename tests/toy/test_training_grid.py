@@ -69,6 +69,6 @@ def test_rows(start: Any, trained: Any, moves: bool) -> None:
         ({"ranks": (2, 8)}, "--teacher-rank.* 4"),
     ],
 )
-def test_what_is_out_of_range_is_named(settings: dict[str, Any], message: str) -> None:
+def test_values_out_of_range_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         TrainingGrid(**settings)

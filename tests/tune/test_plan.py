@@ -138,7 +138,7 @@ def test_screening_shortens_most_runs() -> None:
 
 
 @pytest.mark.parametrize(("factor", "edge"), [(1 / 100, "low"), (100.0, "high")])
-def test_an_edge_that_the_budget_leaves_is_reported(factor, edge) -> None:
+def test_an_edge_that_remains_at_the_end_of_the_budget_is_reported(factor, edge) -> None:
     plan = plan_of(256)
     result = concluded(plan, probe(plan, best_at_64(plan, factor)), rank=8)
     assert result.probe.edge == edge
@@ -182,7 +182,7 @@ def test_the_cost_is_within_the_budget(total, budget, batch_tokens, held_out_tok
     assert sum(run.steps == plan.probe_steps for run in runs) >= 3
 
 
-def test_the_start_is_carried_to_the_probe() -> None:
+def test_the_initial_rate_is_carried_to_the_probe() -> None:
     """A rate of the planned run becomes a higher one for the probe's shorter run.
 
     The default is the published best rate.
@@ -257,7 +257,7 @@ def test_the_expected_regret_is_that_of_published_probes(schedule) -> None:
 
 
 @pytest.mark.parametrize(("largest", "is_stated"), [(0.5, True), (1e-5, False)])
-def test_a_short_probe_is_not_taken_to_be_better_than_a_long_one(monkeypatch, largest, is_stated) -> None:
+def test_a_short_probe_is_not_considered_better_than_a_long_one(monkeypatch, largest, is_stated) -> None:
     """Plant the regret of the short probes above and below that of the others."""
     original = measured.probe_regret
 

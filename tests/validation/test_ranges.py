@@ -51,7 +51,7 @@ def test_the_edges_are_in_range():
     ],
 )
 @pytest.mark.usefixtures("unchecked")
-def test_what_is_out_of_range_is_named(settings, message):
+def test_values_out_of_range_are_named(settings, message):
     with pytest.raises(InputError) as refused:
         check_ranges(Config(**settings))
     assert str(refused.value) == message

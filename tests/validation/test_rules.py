@@ -28,7 +28,7 @@ from rora_theory.validation import rules
         (lambda: rules.alpha_at("lora", gamma=1.0, reference_rank=0), "--reference-rank must .*, got 0"),
     ],
 )
-def test_what_is_refused(check, message) -> None:
+def test_invalid_values_are_refused(check, message) -> None:
     with pytest.raises(InputError, match=message):
         check()
 
@@ -39,7 +39,7 @@ class Options:
     batch_size: int = 4
 
 
-def test_an_option_that_nothing_reads_is_told_with_the_two_ways_out() -> None:
+def test_an_option_without_effect_is_named_with_two_remedies() -> None:
     config = Options(batch_size=8)
     for condition, advice in (
         ({"requires": "--check"}, r"without --check\. Add --check or remove --batch-size\."),

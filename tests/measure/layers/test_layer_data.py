@@ -54,7 +54,7 @@ def test_layers_are_in_the_order_of_their_numbers_whatever_else_is_in_a_name(tmp
         ({"grad": np.full((4, 5), None)}, "not a readable .npz"),
     ],
 )
-def test_arrays_that_a_law_can_not_read_are_refused(tmp_path: Path, changed: dict, message: str) -> None:
+def test_invalid_arrays_are_refused(tmp_path: Path, changed: dict, message: str) -> None:
     np.savez(path := tmp_path / "a.npz", **arrays(**changed))
     with pytest.raises(InputError, match=f"a.npz: {message}"):
         layer_data.read_layers(path)
@@ -81,7 +81,7 @@ def test_a_file_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path: Path) -> Non
         layer_data.read_layers(path)
 
 
-def test_an_array_that_claims_more_than_it_has_is_given_no_memory(tmp_path: Path) -> None:
+def test_no_memory_is_allocated_for_a_header_that_exceeds_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("layer/grad.npy", header("(1099511627776, 1048576)"))
@@ -89,7 +89,7 @@ def test_an_array_that_claims_more_than_it_has_is_given_no_memory(tmp_path: Path
         layer_data.read_layers(path)
 
 
-def test_what_is_no_npz_is_refused(tmp_path: Path) -> None:
+def test_files_that_are_no_npz_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.npz")
     (tmp_path / "text.npz").write_text("no zip")
     np.savez(tmp_path / "cut.npz", **arrays())

@@ -70,7 +70,7 @@ def test_rows_are_the_law_s_within_their_errors() -> None:
     assert set(layer_grid.layer_exponents(table, low=16, high=128)["low"]) == {2}  # one rank between: over all
 
 
-def test_an_init_that_is_asked_for_is_used() -> None:
+def test_a_requested_init_is_used() -> None:
     grid = StepGrid(ranks=(4,), inits=("normal", "gaussian"))
     assert [(cell.layer, cell.init) for cell in layer_grid.layer_cells(grid, LAYERS)] == [
         (layer, init) for layer in ("one", "two") for init in ("normal", "gaussian")

@@ -122,7 +122,7 @@ def test_power_of_gamma(stepper, optimizer, power) -> None:
 
 
 @pytest.mark.slow
-def test_a_transfer_keeps_the_real_step(stepper, recordings) -> None:
+def test_a_transfer_preserves_the_real_step(stepper, recordings) -> None:
     """From rank 2 to 8, over 40 draws, the measured linear terms preserve each module's rms; without them it grows
     by the law.
     """

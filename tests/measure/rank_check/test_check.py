@@ -116,7 +116,7 @@ def judge(config: CheckConfig, value: Callable[..., float]) -> tuple[pd.DataFram
     return slopes, verdicts(config, slopes)
 
 
-def test_a_control_that_the_law_has_flat_is_none() -> None:
+def test_a_control_that_is_flat_by_the_law_is_left_out() -> None:
     """Constant gamma with the gaussian init is no control: where the signal dominates under Adam, the two effects
     cancel.
     """
@@ -126,7 +126,7 @@ def test_a_control_that_the_law_has_flat_is_none() -> None:
     assert gaussian["whole_model"].tolist() == ["flat, which the law allows if one term dominates: no control"]
 
 
-def test_a_table_is_judged_by_the_band_and_the_confidence_that_were_asked_for() -> None:
+def test_verdicts_use_the_requested_band_and_confidence() -> None:
     """For slopes of three seeds around 0.2, half of the 95% interval is Student's 4.3027 standard errors."""
     slopes = np.array([[0.2], [0.21], [0.19]])
     table = Table((2, 8, 32), {Coordinate("hidden", "train", "model", 1): np.exp(np.log([2, 8, 32]) * slopes)})
@@ -176,7 +176,7 @@ RIGHT, WRONG = "with the rank, as expected of the control", "with the rank, AGAI
     ],
 )
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_control_goes_where_the_law_has_it_go(optimizer, powers, constant: str, gaussian: str) -> None:
+def test_a_control_must_change_in_the_direction_of_the_law(optimizer, powers, constant: str, gaussian: str) -> None:
     """With constant gamma the whole model and the modules must grow; with the gaussian init they must shrink."""
     config = config_of(optimizers=(optimizer,), controls=True)
     _, judged = judge(config, lambda rank, seed, *_: rank ** powers[seed])
@@ -214,7 +214,7 @@ class Watching(Checker):
 
 
 @pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 1.0), ("adam", 1.0), ("sgd", 2.0), ("momentum", 3.0)])
-def test_what_a_cell_asks_for(optimizer, rate) -> None:
+def test_settings_batches_and_keys_of_a_cell(optimizer, rate) -> None:
     """Each seed has one A for all ranks and rules and its own batches; each optimizer has its own rate."""
     config = CheckConfig(adam_lr=1.0, sgd_lr=2.0, momentum_lr=3.0, gamma=5.0, reference_rank=4)
     for seed, (rule, kappa), rank in itertools.product(range(2), (("lora", 1), ("rora", 0.5)), (2, 16)):
@@ -238,7 +238,7 @@ def test_what_a_cell_asks_for(optimizer, rate) -> None:
 
 
 @pytest.mark.parametrize(("optimizer", "power"), [("adamw", 1), ("adam", 1), ("sgd", 2), ("momentum", 2)])
-def test_the_exponent_that_would_have_been_flat(optimizer, power) -> None:
+def test_the_exponent_at_which_the_slope_is_flat(optimizer, power) -> None:
     """If the change is gamma^p r^(1/2) with gamma = alpha / r^kappa, the slope is 1/2 - p kappa, and kappa = 1/(2p) is
     flat.
 
@@ -271,7 +271,7 @@ def test_the_exponent_that_would_have_been_flat(optimizer, power) -> None:
     ]
 
 
-def test_controls_are_what_was_not_asked_for() -> None:
+def test_controls_are_cases_that_were_not_requested() -> None:
     def listed(**more) -> list[tuple]:
         return [tuple(case) for case in cases(CheckConfig(**more))]
 

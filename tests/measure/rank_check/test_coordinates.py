@@ -44,7 +44,7 @@ def run(checker, setting) -> dict[Coordinate, float]:
 
 
 @pytest.mark.slow
-def test_coordinates_are_what_they_say(checker) -> None:
+def test_coordinates_equal_their_definitions(checker) -> None:
     """Three steps of SGD are written out, and everything is read from the plain model's own inputs and logits."""
     setting = Setting(8, 4.0, 0.05, "rora", "sgd")
     measured = run(checker, setting)

@@ -46,7 +46,7 @@ def model(tmp_path_factory) -> Model:
     return load(checkpoint.model(tmp_path_factory.mktemp("model")))
 
 
-def test_what_was_seen_is_a_beginning() -> None:
+def test_seen_tokens_are_the_beginning_of_a_trained_row() -> None:
     """Seen tokens are the template and tokens that continue as one trained row does; tokens at other places and
     padding are not.
     """
@@ -59,7 +59,7 @@ def test_what_was_seen_is_a_beginning() -> None:
 
 
 @pytest.mark.slow
-def test_what_leaves_no_token_of_its_own_is_refused(model) -> None:
+def test_a_batch_without_an_unseen_token_is_refused(model) -> None:
     """The template alone, or the training batch itself, leaves no token, as padding does not count.
 
     It is refused before anything is measured.
@@ -186,7 +186,7 @@ def test_takeover_is_the_law_of_a_at_its_own_deviation(init) -> None:
     assert other_draws != pytest.approx(exact[0]["takeover"], rel=1e-6)
 
 
-def test_only_adam_is_taken_over(model) -> None:
+def test_sgd_has_no_takeover(model) -> None:
     config = replace(SMALL, optimizers=("sgd",))
     with pytest.warns(ThinWarning) as warnings:
         measured = regimes.regime(model, TRAIN, HELD_OUT, config, target_modules=TARGETS, layers=(1,))
@@ -197,7 +197,7 @@ def test_only_adam_is_taken_over(model) -> None:
     assert all(frame.attrs["warnings"] == messages for frame in measured.files().values())
 
 
-def test_modules_go_by_layer(model) -> None:
+def test_modules_are_grouped_by_layer(model) -> None:
     modules = regimes.modules_by_layer(model.config, TARGETS)
     assert modules == {layer: ["self_attn.q_proj", "mlp.down_proj"] for layer in (0, 1)}
     assert regimes.distinct_names(modules) == ["self_attn.q_proj", "mlp.down_proj"]
@@ -223,7 +223,7 @@ def check_stated_errors(layer: Layer) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["0.mlp.down_proj", "15.self_attn.q_proj"])
-def test_figures_of_real_layers_are_as_near_as_is_stated(layer_data, name) -> None:
+def test_figures_of_real_layers_are_within_the_stated_error(layer_data, name) -> None:
     (layer,) = (layer for layer in read_layers(layer_data) if layer.name.endswith(name))
     check_stated_errors(layer)
 
@@ -237,7 +237,7 @@ def random_layer(p_out: int, p_in: int) -> Layer:
     return Layer("m", grad, dict(zip(("train", "heldout"), inputs, strict=True)))
 
 
-def test_figures_of_many_blocks_are_as_near_as_is_stated(monkeypatch) -> None:
+def test_figures_of_many_blocks_are_within_the_stated_error(monkeypatch) -> None:
     """The gradient is read in blocks of 7 rows, the last of 5."""
     monkeypatch.setattr(terms, "BLOCK_ENTRIES", 7 * 400)
     monkeypatch.setattr(terms, "MIN_BLOCK_ROWS", 1)

@@ -19,7 +19,7 @@ def run(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("term", ["", "many"])
-def test_a_linear_term_that_is_no_number_is_named(run, term) -> None:
+def test_a_non_numeric_linear_term_is_named(run, term) -> None:
     """Rows that are not requested may be damaged."""
     path = run / regime_tables.CROSSINGS
     (run / "manifest.json").write_text(json.dumps(seals.seal({})))

@@ -52,12 +52,12 @@ WIDE = 0.26 / 2.58
         ([(20.0, 0.1, 1)], "fails", 0),
     ],
 )
-def test_the_judge(rows: list[tuple], verdict: str, undecided: int) -> None:
+def test_verdicts_on_single_values(rows: list[tuple], verdict: str, undecided: int) -> None:
     judged = judge(*(row_of(*row) for row in rows))
     assert (judged["verdict"], judged["undecided"], judged["outside"]) == (verdict, undecided, int(verdict == "fails"))
 
 
-def test_few_adapters_and_many_comparisons_tell_nothing() -> None:
+def test_few_adapters_and_many_comparisons_are_undecided() -> None:
     """Four adapters at a false-alarm rate of 1e-5 have an error bar of 60 standard errors, which includes twice the
     law.
     """
@@ -68,7 +68,7 @@ def test_few_adapters_and_many_comparisons_tell_nothing() -> None:
     judged = judge(*rows)
     assert judged["error_bars_in_standard_errors"]["4"] > 55
     assert (judged["verdict"], judged["undecided"], judged["outside"]) == ("undecided", 1000, 0)
-    assert judge(*rows, row_of(9.0, 0.05, adapters=4))["verdict"] == "fails", "before undecided"
+    assert judge(*rows, row_of(9.0, 0.05, adapters=4))["verdict"] == "fails", "a failure outranks undecided values"
     assert regime_tables.describe_verdict(judged).startswith(
         "verdict: undecided. 1000 of 1000 figures agree within 2% or their error bar (total false alarm probability "
         "0.01), 1000 of them within an error bar wider than 25%, which decides nothing; 99.9% within 2%; largest "
@@ -79,7 +79,7 @@ def test_few_adapters_and_many_comparisons_tell_nothing() -> None:
 @pytest.mark.parametrize(
     ("measured", "error"), [(math.nan, math.nan), (math.inf, math.nan), (1.0, math.nan), (1.0, math.inf)]
 )
-def test_a_measurement_that_is_no_finite_number_fails(measured: float, error: float) -> None:
+def test_a_non_finite_measurement_fails(measured: float, error: float) -> None:
     """It fails if adapters were drawn; rows without adapters were not tested.
 
     The other figures are over finite rows.
@@ -98,18 +98,20 @@ def test_a_measurement_that_is_no_finite_number_fails(measured: float, error: fl
     assert regime_tables.describe_verdict(alone).endswith(" within 2%")
     assert not any(isinstance(value, float) and not math.isfinite(value) for value in alone.values())
     table = regime_tables.measured_over_predicted(pd.DataFrame([row_of(1.0, 0.01), wrong]))
-    assert not np.isfinite(table[["mean_ratio", "standard_error"]].to_numpy(float)).all(), "it does not vanish"
+    assert not np.isfinite(table[["mean_ratio", "standard_error"]].to_numpy(float)).all(), (
+        "the non-finite value is not dropped"
+    )
     assert judge(untried) is None
     assert judge({"predicted": 1.0}) is None
 
 
-def test_the_published_verdict_stands() -> None:
+def test_the_published_verdict_is_reproduced() -> None:
     """The published rows are a fifteenth of those measured."""
     published = json.loads((PUBLISHED / "regime" / "verdict.json").read_text())
     judged = regime_tables.judge_regime(frames.read_csv(PUBLISHED / "regime" / "results.csv"))
     assert (judged["verdict"], judged["outside"], judged["undecided"]) == (published["verdict"], 0, 0)
     widest = max(published["error_bars_in_standard_errors"].values()) * judged["median_relative_standard_error"]
-    assert widest < RESOLUTION, "at as many comparisons as the whole run has too"
+    assert widest < RESOLUTION, "also at the number of comparisons of the whole run"
 
 
 def test_agreement_is_a_mean_over_modules() -> None:

@@ -69,7 +69,7 @@ def test_crossing(layer, optimizer) -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("init", ["kaiming_uniform", "gaussian", "normal", "rademacher"])
 @pytest.mark.parametrize("size", [1.0, 1e-25])
-def test_fast_terms_are_the_terms(layer, optimizer, init, size) -> None:
+def test_fast_terms_equal_the_terms(layer, optimizer, init, size) -> None:
     """They agree to float32's rounding for any size of the gradient, with an output that has none."""
     x = layer.inputs["heldout"]
     fast = terms.FastTerms(layer.grad * np.float32(size), x).terms(optimizer, init)
@@ -78,7 +78,7 @@ def test_fast_terms_are_the_terms(layer, optimizer, init, size) -> None:
         np.testing.assert_allclose(getattr(fast, name), getattr(expected, name), rtol=1e-4, err_msg=name)
 
 
-def test_fast_terms_of_numbers_that_are_not_finite(layer) -> None:
+def test_fast_terms_of_non_finite_numbers(layer) -> None:
     grad = layer.grad.copy()
     grad[1, 2] = np.nan
     with pytest.raises(InputError, match="grad and x must be finite"):

@@ -97,7 +97,7 @@ def test_few_ranks(ranks, is_thin) -> None:
     assert bool(thin.rank_warnings(ranks)) == is_thin
 
 
-def test_frames_and_a_warning_have_the_message() -> None:
+def test_the_message_is_in_the_frames_and_in_a_warning() -> None:
     frames = [crossings(np.zeros(1)), crossings(np.zeros(1))]
     with pytest.warns(thin.ThinWarning, match="^thin: a$"):
         thin.warn(frames, ["thin: a"])

@@ -49,7 +49,7 @@ def train(folder, model, *callbacks):
 
 
 @pytest.mark.slow
-def test_logs_beside_the_loss(tmp_path, caplog) -> None:
+def test_the_regime_is_logged_with_the_loss(tmp_path, caplog) -> None:
     """At steps 0 and 2 it logs what `regime` measures there; the losses equal those of a run without it.
 
     The advice is that of the first step and of a long run, as the initialisation is gaussian.
@@ -109,11 +109,11 @@ def test_under_sgd_no_takeover_is_logged() -> None:
 
 
 @pytest.mark.parametrize("name", ["paged_adamw_8bit", "paged_adamw_32bit", "paged_adamw"])
-def test_paged_optimizers_are_what_they_page(name) -> None:
+def test_paged_optimizers_count_as_the_optimizer_that_they_page(name) -> None:
     assert read_setting(lora(), trainer_arguments(name)) == Setting(2, 4.0, 2e-3, "lora", "adamw")
 
 
-def test_the_active_adapter_is_the_one_that_learns(caplog) -> None:
+def test_the_active_adapter_determines_the_setting(caplog) -> None:
     model = lora()
     model.add_adapter("other", peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], use_dora=True))
     assert read_setting(model, trainer_arguments()).rank == 2
@@ -127,7 +127,7 @@ def test_the_active_adapter_is_the_one_that_learns(caplog) -> None:
 @pytest.mark.parametrize(
     ("steps", "at_begin", "at_end"), [((0, 10, 12), "[10, 12]", ""), ((0, 3, 9), "", "[9]"), ((0,), "", "")]
 )
-def test_a_step_that_is_never_reached(steps, at_begin, at_end, caplog) -> None:
+def test_unreachable_steps(steps, at_begin, at_end, caplog) -> None:
     """It is named before training if the run is shorter, and at its end if it stopped early."""
     state = trainer_state(4, max_steps=10)
     callback = RegimeCallback(print, *BATCHES, setting=GIVEN, steps=steps)

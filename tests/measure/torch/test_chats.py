@@ -43,7 +43,7 @@ def test_the_assistant_s_tokens_and_its_end_token(pad) -> None:
         assert batch["attention_mask"][row].tolist() == [1] * len(ids) + [0] * (len(real) - len(ids))
 
 
-def test_a_turn_of_no_weight() -> None:
+def test_a_turn_of_weight_0() -> None:
     """The model reads the turn but is not trained on it."""
     first, last = CHATS[0]["messages"][2], CHATS[0]["messages"][4]
     messages = [*CHATS[0]["messages"][:2], first | {"weight": 0}, CHATS[0]["messages"][3], last | {"weight": 1}]

@@ -137,7 +137,7 @@ def test_draws_of_A_are_nested_over_ranks_and_differ_otherwise() -> None:
     ],
     ids=["alpha/r, AdamW", "alpha/sqrt(r), AdamW", "alpha/sqrt(r), SGD", "gaussian, AdamW"],
 )
-def test_which_rule_keeps_the_first_step(arguments, optimizer, verdict) -> None:
+def test_the_rule_that_preserves_the_first_step(arguments, optimizer, verdict) -> None:
     """The law holds where the signal dominates: on the trained batch, which has few tokens."""
     batch = torch_models.batch(rows=1, length=3)
     check = coordinate_check(
@@ -163,7 +163,7 @@ def test_which_rule_keeps_the_first_step(arguments, optimizer, verdict) -> None:
         check.assert_flat(split="held_out")
 
 
-def test_the_steps_are_the_user_s() -> None:
+def test_custom_loss_optimizer_and_batches() -> None:
     """Batches are used in turn; a rate that falls with the rank cancels a scaling that grows with it."""
     batches = [torch_models.batch(seed=seed, rows=1, length=3) for seed in (0, 1)]
     first_tokens = []
@@ -222,7 +222,7 @@ def test_models_are_stepped_in_their_own_mode_and_share_their_dropout(training) 
     assert not any(module.training for module in base.transformer.h[0].modules())
 
 
-def test_the_learning_rate_is_the_user_s() -> None:
+def test_custom_learning_rates() -> None:
     """It is a number or a function of the rank; under Adam an adapter's change in a step is proportional to it."""
     sizes = {}
     for name, rate, described in (
@@ -297,7 +297,7 @@ def test_every_rank_starts_from_the_head_of_a_shared_classifier() -> None:
     assert all(torch.equal(value, before["tensors"][name]) for name, value in base.state_dict().items())
 
 
-def test_a_held_out_batch_is_read_where_it_is_new() -> None:
+def test_a_held_out_batch_is_measured_at_its_unseen_tokens() -> None:
     """No token of a batch is new relative to the same batch."""
     batch, held_out = BATCHES
     with pytest.raises(InputError, match="held_out has no token"):

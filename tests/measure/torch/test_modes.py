@@ -146,7 +146,7 @@ def test_embeddings_that_return_no_tensor() -> None:
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_a_hook_of_the_user_s_that_changes_an_output(in_place) -> None:
+def test_a_user_hook_that_changes_an_output(in_place) -> None:
     """G is the weight's gradient as autograd computes it, whatever a hook does to the output."""
     model, batch, grads = torch_models.model(), BATCHES[0], {}
     module = model.model.layers[0].mlp.up_proj
@@ -159,7 +159,7 @@ def test_a_hook_of_the_user_s_that_changes_an_output(in_place) -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_within_a_mode_without_gradients(mode, expected) -> None:
+def test_inside_a_context_without_gradients(mode, expected) -> None:
     model = torch_models.model()
     with mode():
         batches = [torch_models.batch(seed=seed) for seed in (0, 1)]

@@ -535,7 +535,7 @@ def test_transfer(measured) -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_what_cannot_be_carried_is_refused(measured) -> None:
+def test_transfers_without_a_measurement_are_refused(measured) -> None:
     with pytest.raises(InputError, match=r"takeover distance .* init 'rademacher'"):
         measured.takeover_at(2, "rademacher")
     with pytest.raises(InputError, match="optimizer adam, init rademacher"):
@@ -544,7 +544,7 @@ def test_what_cannot_be_carried_is_refused(measured) -> None:
         measured.transfer({"r": 2}, rank=8)
 
 
-def test_the_advice_and_the_crossing_rank_are_one_statement(measured, caplog) -> None:
+def test_the_advice_agrees_with_the_crossing_rank(measured, caplog) -> None:
     """Below the crossing rank of a typical module the advice is still the whole model's, without a warning."""
     measured = replace(measured, crossings=measured.crossings.assign(crossing_rank=31.5))
     sentence = measured.sentence()

@@ -39,7 +39,7 @@ def distinct_rows(lengths: tuple[int, ...], first: int) -> dict[str, torch.Tenso
 
 @pytest.mark.parametrize("lengths", [(5, 2, 4), (4, 2, 3, 1)], ids=["oblong", "square"])
 @pytest.mark.parametrize("sequence_first", [False, True])
-def test_neither_padding_nor_what_was_seen_is_read_in_any_call_and_order(sequence_first, lengths, monkeypatch) -> None:
+def test_padding_and_seen_tokens_are_skipped_in_any_call_and_order(sequence_first, lengths, monkeypatch) -> None:
     """A square input may have either order, so only tokens that are real and new in both orders are read."""
     samples = {}
     measure = torch_regimes.module_regime.measure_module
@@ -135,7 +135,7 @@ def test_tokens_of_a_decoder() -> None:
     ]
 
 
-def test_tokens_of_encoder_and_decoder_of_one_size_are_not_told_apart() -> None:
+def test_encoder_and_decoder_tokens_of_one_size_are_ambiguous() -> None:
     """Only a token that counts in both is read; it counts as seen if either was."""
     batch = {
         "input_ids": torch.tensor([[5, 6, 7, 8, 9, 10]]),
@@ -148,7 +148,7 @@ def test_tokens_of_encoder_and_decoder_of_one_size_are_not_told_apart() -> None:
     assert masks.seen.tolist() == [True, True, False, False, False, False]
 
 
-def test_decoder_inputs_that_are_given() -> None:
+def test_explicit_decoder_inputs() -> None:
     batch = {
         "input_ids": torch.tensor([[5, 6, 7]]),
         "decoder_input_ids": torch.tensor([[0, 11, 12, 13]]),
