@@ -22,9 +22,9 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 # The workers of pytest-xdist share the cores, on which idle threads of OpenBLAS would spin.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Most of the suite's time is compilation. Programs are not optimised, and all processes share one compilation cache.
-# Code is generated in one piece: with several threads, workers that share the cores took a sixth more time.
-# XLA reads the flags at each compilation: the fixture `optimised` changes them for tests that draw much.
-# JAX 0.11 has no flag for simpler emitters any more, and XLA ends the process if it does not know a flag.
+# Code is generated in one piece: several threads make workers that share the cores a sixth slower.
+# XLA reads the flags at each compilation: the fixture `optimised` changes them for tests with many random draws.
+# JAX 0.11 has no flag for simpler emitters, and XLA ends the process on an unknown flag.
 # TEST_XLA_FLAGS adds flags (.ci/kernels); XLA_FLAGS replaces all of them.
 os.environ.setdefault(
     "XLA_FLAGS",
@@ -36,8 +36,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rora-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-# Where Python may not write compiled modules beside their sources, every process would compile all that it imports
-# anew, for seconds: the processes that this one starts, the workers among them, share them in a folder of their own.
+# If Python must not write compiled modules next to their sources, every process would compile its imports again, which
+# takes seconds. This process and all that it starts, including the workers, share a temporary folder of such modules.
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
     os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="rora-tests-")
     atexit.register(shutil.rmtree, os.environ["PYTHONPYCACHEPREFIX"], ignore_errors=True)
@@ -55,7 +55,7 @@ from tyro._parsers import ParserSpecification
 jaxtyping.jaxtyped = checker.jaxtyped
 install_import_hook("rora_theory", "support.checker.checker")
 
-# Every program is lowered in a new context, which takes longer to fill with all dialects than an operation to lower.
+# JAX lowers every program in a new context, and loading all dialects takes longer than lowering an operation.
 mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 _parsers: dict[Any, ParserSpecification] = {}
@@ -77,8 +77,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Seeded (derandomized): a test passes or fails the same way everywhere. Constants of modules, which hypothesis gathers
-# for seconds to draw some of them, would make the draws depend on what the tests before have imported.
+# Seeded (derandomized): a test passes or fails the same way everywhere. Hypothesis also draws from the constants of all
+# imported modules. Collecting them takes seconds and would make the draws depend on earlier tests.
 assert hasattr(providers, "_get_local_constants"), "this version of hypothesis gathers constants elsewhere"
 providers._get_local_constants = lambda: providers._local_constants
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25)
@@ -86,9 +86,9 @@ settings.load_profile("ci")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Start with the files that have most slow tests, so that no worker ends alone with one.
+    """Start with the files that have the most slow tests, so that no worker is left with one at the end.
 
-    Before all others those of `optimised`, which drops the programs that are there: a few in place of thousands.
+    Files that use `optimised` come first of all. That fixture drops all compiled programs, of which there are few then.
     """
     if hasattr(config, "workerinput"):
         slow = Counter(item.path for item in items if item.get_closest_marker("slow"))

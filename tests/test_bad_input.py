@@ -1,8 +1,8 @@
 """Every command refuses bad input before it starts, in one line with what is wrong, where, and what is valid.
 
-The table is generated: each option of each command, from the command's own dataclass, with each bad value of its type,
-and what is no file in the place of each that a command reads. A command that would begin its work fails here: loading
-a model, opening a run folder and drawing are forbidden.
+The table is generated from the dataclass of each command: every option with each invalid value of its type, and a path
+that is no file in place of each file that a command reads. Loading a model, opening a run folder and drawing raise an
+error here, so a command that starts its work fails the test.
 """
 
 import dataclasses
@@ -38,11 +38,11 @@ COMMANDS = sorted(
 LATIN = os.fsdecode(b"caf\xe9")
 HUGE = "1" + "0" * 30
 SEEDS = ("seed", "data_seed", "seeds")
-"""Options that are seeds, but for a number of seeds."""
+"""Options that are seeds; ``seeds`` may also be a number of seeds."""
 SET_BY_OTHERS = {("sims.rank_sweep", "seed")}
-"""Seeds of a command's configuration that are no options of their own."""
+"""Seeds in the configuration of a command that are not options."""
 HELP = re.compile("accepted|must|supported|--help|(Add|Choose|Restore|Use|Set|Remove|Pass|Expected) ")
-"""What the end of a refusal says: how to go on."""
+"""Words with which an error message says how to fix the input."""
 
 GIVEN = {
     "sims.finetune": ["--data", "RECORDS"],
@@ -56,10 +56,10 @@ GIVEN = {
     "sims.portable": ["--out", "served"],
     "sims.layer_sweep": ["--layers", "FILE"],
 }
-"""What a command can't be called without, but for what has no name."""
+"""Required named options of each command."""
 
 NAMELESS = ("run", "runs", "adapter")
-"""A run folder, or an adapter's: given without a name."""
+"""Fields that are positional arguments: run folders and the folder of an adapter."""
 
 
 class BegunError(Exception):
@@ -92,18 +92,18 @@ def plain_types(hint: Any) -> set[Any]:
 
 
 BAD = {int: (HUGE, "-1"), float: ("1e400", "nan", "-1")}
-"""Values that no option of a type takes; what the option parser itself refuses is in the tests of `cli`."""
+"""Values that no option of a type accepts; the tests of `cli` cover values that the option parser refuses."""
 
 PLACES = ("FILE", "FILE/run", "x" * 300, "x" * 5000, "/dev/null/run")
-"""Where no folder can be made."""
+"""Paths at which no folder can be created."""
 
 TAKEN = {("clip", "1e400"): "no clipping", ("overlaps", "-1"): "opposite inputs", ("rule", "-1"): "kappa"}
 TAKEN |= {("rules", "-1"): "kappa", ("to_rule", "-1"): "kappa"}
-"""Not bad after all."""
+"""Values of `BAD` that these options accept, with their meaning."""
 
 
 def nameless(command: str) -> set[str]:
-    """Return the positional arguments of a command; ``--adapter`` is one in sims.portable alone."""
+    """Return the positional arguments of a command; ``adapter`` is one only in sims.portable."""
     nameless_fields = NAMELESS if command not in ("sims.evaluate", "sims.regime") else ()
     return {name for name, _ in fields_of(command) if name in nameless_fields}
 
@@ -111,11 +111,11 @@ def nameless(command: str) -> set[str]:
 def options(command: str) -> Iterator[tuple[list[str], str]]:
     """Return bad options of a command, with a word that the refusal must contain."""
     yield ["--no-such-option"], "--no-such-option"
-    words: set[str] = set()  # names and choices are looked at in one place for all options: one of each is enough
+    words: set[str] = set()  # one place checks names and choices of all options, so one of each suffices
     for name, hint in fields_of(command):
         option = "--" + name.replace("_", "-")
         kind = next((kind for kind in (str, Path, float, int) if kind in plain_types(hint)), None)
-        if name in nameless(command):  # these are given as they are
+        if name in nameless(command):  # positional arguments
             yield [LATIN], "caf"
         elif kind in (int, float):
             key = ["q_proj"] if typing.get_origin(hint) is dict else []

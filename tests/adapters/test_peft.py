@@ -76,7 +76,7 @@ def rewrite(folder: Path, change_tensors) -> None:
 def test_writes_what_peft_wrote(name: str, golden, config, tmp_path) -> None:
     """Names, shapes and bits of the tensors agree, and so do the metadata and every entry of the configuration.
 
-    Patterns are written resolved, so that of them it is what they say of each tensor that is compared.
+    Patterns are written in resolved form, so the values that they give each tensor are compared instead of their text.
     """
     source = golden.FOLDER / name
     save_peft(tmp_path, load_peft(source, config), base_model="tiny")

@@ -48,13 +48,13 @@ COUNTED = (
 )
 """Begins with the number of messages, so that no beginning of a chat is written like the chat."""
 HIDING = "{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last else '...' }}{% endfor %}"
-"""Leaves out all turns but the last."""
+"""Template that omits all turns but the last."""
 NEWEST_FIRST = "{% for m in messages[:2] + messages[2:] | reverse | list %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-"""Writes the third answer before the second."""
+"""Template that writes the third answer before the second."""
 ENDING = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ '<end>' if loop.last else '<next>' }}{% endfor %}"
-"""Ends a turn in another way once others follow."""
+"""Template that ends a turn differently if others follow."""
 PREPENDING = "{{ '!' if add_generation_prompt }}" + COUNTED
-"""Begins in another way with the generation prompt, so that the prompt is not what is added at the end."""
+"""Template that also changes the beginning if a generation prompt is requested."""
 THOUGHT = [CHAT[0], CHAT[1] | {"thinking": "Hm."}, *CHAT[2:]]
 LOCATED = {name: (source, CHAT, chat_templates.TEXTS[name]) for name, source in chat_templates.ALL.items()} | {
     "generation blocks": (
@@ -214,7 +214,7 @@ def test_turns_with_tool_calls_and_thoughts_are_located(name):
 
 @pytest.fixture(scope="module")
 def merging() -> Tokenizer:
-    """Return a tokenizer of bytes, with two tokens of two letters that no boundary in a text keeps apart."""
+    """Return a tokenizer of bytes that also merges two pairs of letters across word boundaries."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*alphabet, "ĊY", "!Ċ"])}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[("Ċ", "Y"), ("!", "Ċ")]))

@@ -182,7 +182,7 @@ def test_a_hostile_template_ends_in_one_line(name, monkeypatch, time_limit):
         texts.render_records([Chat(TURNS, where="x.jsonl: line 7")], "chat", ChatTemplate(HOSTILE[name]))
     assert "\n" not in str(caught.value)
     assert name in ("digits", "long source") or "x.jsonl: line 7" in str(caught.value)
-    # The longest source is told before it is parsed, with its length.
+    # A source that is too long is refused before it is parsed, with its length in the message.
     assert name != "long source" or f"{1 << 21:,}" in str(caught.value)
 
 

@@ -138,7 +138,7 @@ def test_splits_and_files_of_the_hub(hub):
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"a\.jsonl: line 1 has no 'instruction'; its keys are 'text'"):
         read_records(["hf://datasets/them/set:train"], DataConfig(format="alpaca"))
-    # Without the server, what the cache has is read, and what it hasn't is refused.
+    # Without the server, files in the cache are read and others are refused.
     hub.shutdown()
     hub.server_close()
     assert count("set@v1:train") == 3

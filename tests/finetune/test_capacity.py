@@ -139,8 +139,9 @@ def test_operations_are_three_products_with_every_weight():
     config = FinetuneConfig(rank=128, batch_size=16, dtype="bfloat16", remat=True)
     account = capacity.estimate_step(MODELS["llama3-8b"], config, 256)
     assert account.base == 2 * account.parameters
-    # Two operations a weight and token, forward, again, and backward to the inputs, the embedding apart. The adapters
-    # and attention add some; the head, 8% of the weights, and each layer's last product are not made again.
+    # Two operations for each weight and token in the forward pass, its repetition, and the backward pass to the inputs,
+    # without the embedding. Adapters and attention add some. The head, 8% of the weights, and the last product of each
+    # layer are not repeated.
     matrices = account.parameters - MODELS["llama3-8b"].vocab_size * MODELS["llama3-8b"].hidden_size
     assert account.flops == pytest.approx(6 * account.tokens * matrices, rel=0.15)
 

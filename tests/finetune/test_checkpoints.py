@@ -78,11 +78,11 @@ def test_an_unfinished_checkpoint_of_a_killed_process_is_ignored(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
-# A write that failed may answer after the library's event loop is closed, on a thread of its own.
+# A failed write may report on a separate thread, after the library's event loop is closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_is_named_and_the_earlier_checkpoint_stays(saved):
     refused = pytest.raises(InputError, match=r"/c: .*\(File too large\)")
-    with file_size_limit(100_000), refused:  # saving goes on beside: either call may meet the full disk
+    with file_size_limit(100_000), refused:  # saving runs in the background: either call may find the disk full
         saved.save(State(jnp.int32(2), {"a": noise()}, {}, jax.random.key(0)), Progress(2))
         saved.wait()
     again = Checkpoints(saved.folder)
@@ -101,11 +101,11 @@ def test_a_damaged_checkpoint_and_another_adapter_s_are_named(saved):
             file.write_bytes(file.read_bytes()[:10])
     with pytest.raises(InputError, match=r"/c/1: .*cannot be read \(.*\)"):
         saved.restore(1, state())
-    gc.collect()  # what the reader gave up, whose complaint would else fall into another test
+    gc.collect()  # objects of the failed read would otherwise warn in a later test
 
 
 @pytest.mark.slow
-# What a reader gave up may complain of its closed event loop later.
+# Objects of a failed read may warn later that their event loop is closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_flipped_byte_is_named(checkpoints):
     """After a flipped byte in any file the checkpoint is refused, unless all that it holds is as it was saved."""

@@ -77,7 +77,7 @@ def test_a_record_that_the_model_can_t_read_is_refused() -> None:
 
 @pytest.mark.slow
 def test_records_that_are_all_answer_have_one_loss() -> None:
-    """No answer token is read once for all, though the records begin alike; their count is no multiple of 8."""
+    """Answer tokens are not part of the shared prefix, although the records begin alike."""
     random = np.random.default_rng(0)
     beginning = random.integers(0, 61, 40)
     tokens = np.concatenate([part for _ in range(3) for part in (beginning, random.integers(0, 61, 30))])

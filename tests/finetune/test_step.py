@@ -136,7 +136,7 @@ def test_padding_and_empty_rows_change_nothing(params):
     other, other_count = evaluate(adapted.params, params, padded)
     assert count == other_count == np.sum(short.weights)
     assert float(loss / count) == pytest.approx(float(direct_loss(params, adapted, *short[:3])), rel=1e-5)
-    # The padding's own values are never seen by a target: what stands there is indifferent.
+    # No target attends to the padding, so its token ids do not matter.
     filled = padded._replace(inputs=np.where(padded.weights == 0, 9, padded.inputs))
     assert float(evaluate(adapted.params, params, filled)[0]) == pytest.approx(float(other), rel=1e-6)
     assert float(other) == pytest.approx(float(loss), rel=1e-5)

@@ -42,7 +42,7 @@ def by_hand(*, remat=False):
 def test_products_of_a_step_are_those_counted_by_hand(changes):
     remade = capacity.estimate_step(MODEL, config(remat=True, **changes), WIDTH)
     assert remade.flops == by_hand(remat=True)
-    # Without it, what is made again in the backward pass is the model's choice: something between nothing and all.
+    # Without rematerialisation, the model decides which products the backward pass repeats: between none and all.
     plain = capacity.estimate_step(MODEL, config(**changes), WIDTH)
     assert by_hand() <= plain.flops < remade.flops
 
@@ -76,7 +76,7 @@ def test_memory_of_small_programs():
             x = jnp.tanh(x @ w) + 1
         return jnp.sum(x)
 
-    # A product and, in its place, the fused work on it; the next product's result beside what it reads.
+    # The fused elementwise operations reuse the memory of a product; the next product needs its input and its result.
     assert traced_cost.peak_memory(jax.make_jaxpr(chain)(x, w)).total == 2 * size
 
     def fused(x, w):
@@ -112,7 +112,7 @@ def test_memory_of_a_step_agrees_with_xla(changes):
     # What a layer adds is saved for the backward pass and leaves the compiler no choice; it aligns arrays to 64 bytes.
     few, many = (account.total - xla.arguments for account, xla in zip(accounts, programs, strict=True))
     assert many - few == pytest.approx(programs[1].temporaries - programs[0].temporaries, rel=0.02)
-    # The working set is one layer's, whatever their number. What is fused into what there is the compiler's choice:
-    # on a CPU it fuses less than is taken here.
+    # The working set is that of one layer, whatever their number. The compiler decides what to fuse, and fuses less on
+    # a CPU than assumed here.
     constant = programs[1].temporaries - (accounts[1].activations + accounts[1].gradients)
     assert accounts[1].working <= constant < 2.5 * accounts[1].working

@@ -668,8 +668,9 @@ def test_the_parts_of_each_reading_are_summarised_with_the_law() -> None:
 
 
 def test_the_change_at_the_best_rate_is_interpolated() -> None:
-    """The change grows as the rate^1.5, of two seeds a factor of four apart. Outside the rates, and of full
-    fine-tuning, there is no row.
+    """The change grows as the rate^1.5, and those of the two seeds differ by a factor of four.
+
+    Best rates outside the measured rates, and those of full fine-tuning, have no row.
     """
     led = pd.DataFrame(
         {"rank": 8, "strength": 64.0, "learning_rate": rate, "seed": seed, "step": 64, "change": 4.0**seed * rate**1.5}
@@ -741,9 +742,9 @@ def test_measured_parts_are_judged_in_place_of_the_laws_takeover() -> None:
 
 
 def test_parts_are_those_of_the_runs_beside_the_best_rate() -> None:
-    """Interpolated between two runs at most a grid step apart; or of one within half a step.
+    """The exponent is interpolated between two runs at most a grid step apart, or taken from one within half a step.
 
-    Runs of another seed, rank, strength or step do not count, nor runs with opposite parts, which have no factor.
+    Runs of another seed, rank, strength or step are ignored, as are runs with opposite parts, which have no factor.
     """
 
     def run(seed: int, rate: float, ratio: float, rank: int = 8, strength: float = 64 + 1e-9, step: int = 64):
@@ -752,7 +753,7 @@ def test_parts_are_those_of_the_runs_beside_the_best_rate() -> None:
 
     runs = [run(0, 1e-3 * 10 ** (-1 / 16), 1.0), run(0, 1e-3 * 10 ** (3 / 16), 9.0), run(0, 5e-3, 30.0)]
     runs += [run(1, 1e-3 * 10 ** (1 / 8), 2.0), run(2, 1.5e-3, 30.0), run(6, 1e-3, 30.0)]
-    runs += [run(3, 0.9e-3, 3.0), run(3, 3e-3, 30.0)]  # too far apart for a line
+    runs += [run(3, 0.9e-3, 3.0), run(3, 3e-3, 30.0)]  # too far apart for interpolation
     runs += [run(4, 1e-3, 30.0, rank=16), run(4, 1e-3, 30.0, strength=32.0), run(5, 1e-3, 30.0, step=16)]
     runs += [run(5, 1e-3, -0.9)]
     where = {"rank": 8, "strengths": (64.0, 724.0), "rate": 1e-3, "seeds": (0, 1, 2, 3, 4, 5)}

@@ -19,9 +19,9 @@ ARGUMENTS = (
 
 @pytest.fixture(scope="module")
 def words(data, tmp_path_factory) -> list[str]:
-    """Return the words of the command; the model's tokens are bytes alone.
+    """Return the command line; all tokens of the model are single bytes.
 
-    Of so many the signal leads by enough for alpha/r to be flat in this band.
+    With so many tokens the signal dominates enough for alpha / r to be flat in this band.
     """
     bytes_alone = checkpoint.model(tmp_path_factory.mktemp("bytes"), words=())
     return ["--data", str(data / "train.json"), "--model", str(bytes_alone), ARGUMENTS]

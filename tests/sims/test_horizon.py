@@ -1,4 +1,4 @@
-"""The command on tiny weights: it goes on, grows, judges what the folder has, and says what is missing."""
+"""`python -m sims.horizon` on tiny weights: resumption, further runs, their analysis, and missing results."""
 
 import shutil
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_a_grown_folder_is_analysed_with_all_of_its_runs(base, begun, tmp_path) 
 @pytest.mark.slow
 @pytest.mark.usefixtures("carried")
 def test_runs_of_another_setting_are_compared(base, begun, tmp_path) -> None:
-    """The library's tests have what cannot be compared."""
+    """The tests of the library cover runs that cannot be compared."""
     other, words = tmp_path / "other", "--strengths 4 --lrs 1e-3 1e-2 1e-1"
     assert run(base, f"{words} --targets q_proj --compare-to {begun} --out {other}").status == 0
     comparisons = frames.read_csv(other / "comparisons.csv")

@@ -230,7 +230,7 @@ def test_other_texts_of_a_protocol_are_another_run(name, model, data, monkeypatc
 
 
 OF_CHATS = {"chat_template", "chat_date"}
-"""Settings that change what the template ``chat`` makes."""
+"""Settings that affect only the template ``chat``."""
 
 NEUTRAL = {
     "regime": {"false_alarm", "tolerance", *OF_CHATS, "show", "format", "fields"},
@@ -241,7 +241,7 @@ NEUTRAL = {
     "rank_sweep": {"design", "checkpoint_every", "save_adapters", "score_batch_size", "format", "fields", "show"},
     "lr_transfer": {"judge"},  # chooses among losses that are all saved
 }
-"""Settings that change no result, or that are in the identity as what they stand for."""
+"""Settings that change no result, or that enter the identity through the values derived from them."""
 
 OF_A_CELL = {"methods", "ranks", "alpha_rule", "tuned", "alpha", "lrs", "seeds"}
 """Settings of sims.rank_sweep that the cells of one folder may differ in."""
@@ -301,7 +301,7 @@ def changes(command: str, config: Any, skip: set[str]) -> dict[str, Any]:
 SKIPPED = {"data", "text", "model", "adapter", "revision", "check", "data_dir"}
 SKIPPED |= {field.name for field in fields(ClusterConfig)}  # the files are the same: tests/cluster
 SKIPPED |= {"out", "devices", "list", "matrix", "matrix_model", "matrix_loss"}
-"""What is read, which the other tests change; where it is done; and what another of a command's ways reads."""
+"""Inputs, which the other tests change; where results go and are computed; and options of a command's other modes."""
 
 OF_TRANSFER = {
     "from_", "write", "steps", "to_steps", "schedule", "to_schedule", "displacement_constant", "split", "per",

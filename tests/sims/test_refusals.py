@@ -1,7 +1,7 @@
 """Bad input that a command refuses by its own checks: one line and status 2, before it writes anything.
 
-What every option refuses, whatever it stands for, is in `tests/test_bad_input.py`; what a configuration of the library
-refuses by itself is in that library's tests.
+`tests/test_bad_input.py` tests the values that every option of a type refuses. The tests of the library cover what its
+configurations refuse.
 """
 
 import importlib
@@ -164,7 +164,7 @@ CASES = [
     ("variance_sweep", "--devices 0", "--devices .* 0"),
     ("variance_sweep", "--draws 64 --relative-error 0.1", "--relative-error 0.1 .* --draws"),
 ]
-"""A command, further words that are wrong, and what the refusal says."""
+"""Command, invalid options, and pattern of the error message."""
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def records(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def inputs(model, records) -> list[str]:
-    """Return the words of the command that name model and data."""
+    """Return the options with the model and the data."""
     return ["--model", str(model), "--data", records]
 
 

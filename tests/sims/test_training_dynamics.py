@@ -44,7 +44,7 @@ def test_slopes_are_the_table(finished):
             value, error, verdict = slope(rows, optimizer=optimizer, rule=rule, quantity="output_train", **common)
             assert abs(value - power * (flat - kappa)) < 0.03 + 4 * error
             assert (verdict == "flat") <= (kappa == flat)  # the others must fail
-        # Held out, in a direction of its own: the cross-talk's half power, drawn up by r near p_in.
+        # At the held-out inputs, in an independent direction: cross-talk with power 1/2, more for r near p_in.
         value, error, _ = slope(rows, optimizer=optimizer, rule="rora", quantity="output_held_out", **common)
         assert 0.5 - power / 2 < value + 4 * error
         assert value - 4 * error < 0.75 - power / 2

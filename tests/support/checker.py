@@ -1,7 +1,7 @@
 """Run-time type checks of all tests: shapes by jaxtyping, types by beartype, int accepted for float (PEP 484).
 
-Where no array is annotated there is no shape to remember from one argument to the next, which is what jaxtyping's
-wrapper is for and takes its time with: beartype alone then checks the same types. Either is made at the first call.
+jaxtyping's wrapper compares the shapes of several arguments, which takes time. A function without array annotations
+has no shapes to compare, so beartype alone checks its types. The wrapper is created at the first call.
 """
 
 import contextlib

@@ -23,7 +23,7 @@ TEMPLATE = [
     "### Response:",
     " " * 16,
 ]
-"""What every record says, a token each: of bytes alone most of a test's tokens would be these."""
+"""Texts in every record, one token each; as single bytes they would be most of the tokens of a test."""
 
 
 def model(folder: Path, words: Sequence[str] = TEMPLATE) -> Path:

@@ -20,10 +20,11 @@ def logits(weights, shape, tokens, *, module=None):
     """Compute logits, [rows, tokens, vocabulary].
 
     Args:
-      weights: by Hugging Face's names.
-      shape: the configuration as a dictionary, theta 10000.
-      tokens: [rows, tokens].
-      module: ``module(layer, name, x, z)`` for x into a linear module and z out of it: what the adapted module gives.
+      weights: Weights by Hugging Face's names.
+      shape: Configuration as a dictionary; theta is 10000.
+      tokens: Token ids, [rows, tokens].
+      module: Function ``module(layer, name, x, z)`` that returns the output of an adapted module from the input x and
+        the output z of the linear module; None for the base model.
     """
     weights = {name: np.asarray(value, np.float64) for name, value in weights.items()}
     return np.stack([_row(weights, shape, row, module) for row in np.asarray(tokens)])

@@ -1,6 +1,6 @@
-"""Cells that take no time, for tests of where cells are worked on: ``python -m support.squares OUT [OPTIONS]`` drives.
+"""Cells that take no time, for tests of their scheduling. ``python -m support.squares OUT [OPTIONS]`` runs them.
 
-What a cell does besides is said by files beside OUT, so that a test can have it wait, fail or end its process.
+Files next to OUT control each cell, so that a test can make it wait, fail or end its process.
 """
 
 import os

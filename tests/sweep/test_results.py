@@ -39,11 +39,11 @@ def best_of(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
         ([rate_row(0.001, 1.0)], (0.001, "only")),
         ([rate_row(0.001, 1.0), rate_row(0.003, 0.9), rate_row(1e-05, 0.8)], (1e-05, "edge")),
         ([rate_row(0.001, 1.0), rate_row(0.003, 0.9), rate_row(0.01, 1.8)], (0.003, "yes")),
-        # Compared at the first seed: 0.001 stays the best, though its mean over both seeds is above 0.003's one.
+        # Only the first seed ran at both rates. There 0.001 is best, although its mean over its seeds is above 1.1.
         ([rate_row(0.001, 1.0), rate_row(0.003, 1.1), rate_row(0.001, 1.4, 1)], (0.001, "edge")),
-        # 0.4, of another seed, leaves 0.3 the highest that was compared.
+        # 0.4 ran at another seed only, so 0.3 is the highest rate of the comparison.
         ([*(rate_row(r, 1 - r) for r in (0.1, 0.2, 0.3)), rate_row(0.4, 1.0, 1)], (0.3, "edge")),
-        # Seeds 10 and 9 have the most rates: 9 counts, at which the lowest loss is at an end.
+        # Seeds 10 and 9 have the most rates. The lower one is used, whose lowest loss is at an end.
         (
             [
                 rate_row(0.7, 0.1),

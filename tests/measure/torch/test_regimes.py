@@ -349,8 +349,8 @@ def test_every_token_of_every_call_is_as_likely_to_be_read() -> None:
 def test_modules_share_the_sample_of_one_tensor_alone() -> None:
     """Two modules that receive the same tensor share one array.
 
-    Any other tensor is sampled anew: one with other values at a freed address, one changed in place (also without a new
-    version), and another view of the memory.
+    Any other tensor is sampled again: one with other values at a freed address, one changed in place (even without a
+    new version), and another view of the memory.
     """
     config, random = RegimeConfig(rows=0, tokens=4), torch.Generator().manual_seed(0)
 
@@ -376,12 +376,12 @@ def test_modules_share_the_sample_of_one_tensor_alone() -> None:
     assert_sampled("before", x)
     x.mul_(2)
     assert_sampled("after", x)
-    x.data.mul_(2)  # as a kernel that writes through the address, which torch does not count
+    x.data.mul_(2)  # like a kernel that writes to the memory directly, without a new version in torch
     assert_sampled("unversioned", x)
     assert sampler.counts["after"] == {"all": 6, "seen": 0, "sinks": 0, "read": 4}
-    for i in range(4):  # each is gone before the next, which would take its address
+    for i in range(4):  # each is freed before the next, which may get its address
         assert_sampled(f"draw {i}", draw())
-    # A second call has other tokens, and is not the first one's though it has the same input.
+    # A second call of a module samples other tokens, although its input is the same.
     sampler.add("draw 3", x)
     once = torch_regimes._InputSampler(config, MasksByShape(), mask=False)
     for _ in range(2):
@@ -437,7 +437,7 @@ def packed_rows(rows: list[list[int]]) -> dict[str, torch.Tensor]:
     [
         (padded(HELD_OUT), (21, 15, 6)),
         (padded(HELD_OUT, left=True), (21, 15, 6)),
-        (packed_rows(HELD_OUT), (23, 15, 8)),  # in a row of its own a record's last token has no target
+        (packed_rows(HELD_OUT), (23, 15, 8)),  # in separate rows, the last token of a record has no target
     ],
     ids=["padded on the right", "padded on the left", "packed"],
 )
