@@ -110,8 +110,8 @@ def main() -> None:
 
     def tensors(module: torch.nn.Module, keep: str = "") -> dict[str, torch.Tensor]:
         """Return random values of the parameters whose names contain ``keep``."""
-        found = {name: value for name, value in module.named_parameters() if keep in name}
-        return {name: torch.tensor(draw(name, tuple(value.shape))) for name, value in found.items()}
+        parameters = {name: value for name, value in module.named_parameters() if keep in name}
+        return {name: torch.tensor(draw(name, tuple(value.shape))) for name, value in parameters.items()}
 
     arrays, variants = {}, {}
     for name, change in VARIANTS.items():
