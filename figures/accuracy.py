@@ -92,7 +92,7 @@ def draw(config: Config) -> Sequence[Path]:
         axis.set(ylabel=text, xlim=(-0.5, len(columns) - 0.5))
     handles = style.named([left]) | {
         text: plt.Line2D([], [], color="#555555", marker="o", linestyle="none", markerfacecolor=face)
-        for text, face in (("less the model alone", "#555555"), ("less LoRA", "white"))
+        for text, face in (("minus the base model", "#555555"), ("minus LoRA", "white"))
     }
     batch, steps = manifest["config"]["training"]["batch"], int(best["steps"].iloc[0])
     title = (

@@ -1,5 +1,5 @@
-// What `rora transfer` answers, in the browser: the formulas of rora_theory.advice, rora_theory.theory.displacement and
-// rora_theory.scaling. tests/docs/test_calculator.py compares every figure and text with theirs.
+// The answer of `rora transfer` in the browser, by the formulas of rora_theory.advice, rora_theory.theory.displacement
+// and rora_theory.scaling. tests/docs/test_calculator.py compares every number and text with theirs.
 
 import measured from "./measured.json" with { type: "json" };
 
@@ -43,7 +43,7 @@ export const LABELS = {
   "to-schedule": "Schedule of the new run", "displacement-constant": "Displacement constant", split: "Tokens", file: FILE,
 };
 
-/** Bad input: one line, and the field that it is about. */
+/** Invalid input: a message of one line, and the name of the field. */
 export class InputError extends Error {
   constructor(field, message) {
     super(`${LABELS[field]} ${message}`);
@@ -67,12 +67,12 @@ export function g(value, digits) {
   return `${sign}${trim(mantissa)}e${power < 0 ? "-" : "+"}${String(Math.abs(power)).padStart(2, "0")}`;
 }
 
-/** Mean, smallest and largest, as one cell. */
+/** Format mean, smallest and largest value for one cell. */
 export const range = ({ mean, smallest, largest }, digits) =>
   g(mean, digits) + (largest - smallest < 1e-9 * largest ? "" : ` (${g(smallest, 3)} to ${g(largest, 3)})`);
 function rangeOf(values) {
   const [smallest, largest] = [values.reduce((a, b) => Math.min(a, b)), values.reduce((a, b) => Math.max(a, b))];
-  const logs = values.reduce((sum, each) => sum + Math.log(each), 0);
+  const logs = values.reduce((sum, value) => sum + Math.log(value), 0);
   return { mean: smallest === largest ? smallest : Math.exp(logs / values.length), smallest, largest };
 }
 
@@ -82,12 +82,12 @@ const alphaFor = (rule, gamma, rank) => gamma / (1 / rank ** kappaOf(rule));
 const deviation = (setting) => DEVIATION[setting.init](setting.rank);
 const isClose = (a, b) => Math.abs(a - b) <= 1e-9 * Math.max(Math.abs(a), Math.abs(b));
 
-/** What the rank alone does to the rms of the first step; c is 0 where the signal leads, Infinity where cross-talk does. */
+/** Return the factor of the rank in the rms of the first step; c is 0 where the signal leads, Infinity where cross-talk does. */
 export function growth(from, to, c) {
   return c === Infinity ? Math.sqrt(to / from) : Math.sqrt((to * (to + c)) / (from * (from + c)));
 }
 
-/** How many times larger the first step is under `next` than under `old`. */
+/** Return the ratio of the first step under `next` to that under `old`. */
 export function stepRatio(next, old, c) {
   const strength = (scaling(next) * deviation(next)) / (scaling(old) * deviation(old));
   const power = FAMILY[old.optimizer] === "sgd" ? 2 : 1;
@@ -132,75 +132,75 @@ export function carryRate(rate, oldStrength, newStrength, run) {
   return { low: Math.min(best, ...ends) * low, best: best * Math.sqrt(low * high), high: Math.max(best, ...ends) * high };
 }
 
-function checkInteger(asked, field) {
-  const value = asked[field];
+function checkInteger(inputs, field) {
+  const value = inputs[field];
   if (!Number.isInteger(value) || value < 1) throw new InputError(field, `must be an integer of at least 1, got ${value ?? "nothing"}`);
   if (value > LARGEST) throw new InputError(field, `must be an integer of at most 2,147,483,647, got ${value}`);
 }
 
-function checkPositive(asked, field) {
-  const value = asked[field];
+function checkPositive(inputs, field) {
+  const value = inputs[field];
   if (!(Number.isFinite(value) && value > 0)) throw new InputError(field, `must be a finite number above 0, got ${value ?? "nothing"}`);
 }
 
-function check(asked) {
-  for (const field of ["from-rank", "to-rank"]) checkInteger(asked, field);
-  for (const field of ["alpha", "lr"]) checkPositive(asked, field);
-  if (asked["to-alpha"] != null) checkPositive(asked, "to-alpha");
+function check(inputs) {
+  for (const field of ["from-rank", "to-rank"]) checkInteger(inputs, field);
+  for (const field of ["alpha", "lr"]) checkPositive(inputs, field);
+  if (inputs["to-alpha"] != null) checkPositive(inputs, "to-alpha");
   for (const [field, known] of [["optimizer", FAMILY], ["init", DEVIATION]]) {
-    if (!Object.hasOwn(known, asked[field])) {
-      throw new InputError(field, `must be one of ${Object.keys(known).join(", ")}, got ${asked[field]}`);
+    if (!Object.hasOwn(known, inputs[field])) {
+      throw new InputError(field, `must be one of ${Object.keys(known).join(", ")}, got ${inputs[field]}`);
     }
   }
-  for (const [field, rule] of [["rule", asked.rule], ["to-rule", asked["to-rule"] ?? asked.rule]]) {
+  for (const [field, rule] of [["rule", inputs.rule], ["to-rule", inputs["to-rule"] ?? inputs.rule]]) {
     if (!Number.isFinite(kappaOf(rule)) || rule === "") {
       throw new InputError(field, `must be lora, rora, rslora or a finite exponent kappa, got ${rule}`);
     }
   }
-  if (typeof asked.regime === "string" && !Object.hasOwn(REGIMES, asked.regime)) {
-    const isMissing = asked.regime === "measured";
+  if (typeof inputs.regime === "string" && !Object.hasOwn(REGIMES, inputs.regime)) {
+    const isMissing = inputs.regime === "measured";
     throw new InputError("regime", isMissing
       ? `must come with a ${FILE} if it is measured, got no file: an address does not carry it`
-      : `must be signal, cross-talk or measured, got ${asked.regime}`);
+      : `must be signal, cross-talk or measured, got ${inputs.regime}`);
   }
-  if (typeof asked.regime !== "string" && !Object.keys(asked.regime).length) {
+  if (typeof inputs.regime !== "string" && !Object.keys(inputs.regime).length) {
     throw new InputError("regime", "must have at least one module, got none");
   }
 }
 
 /** Number of steps and schedule of the two runs, and the displacement constants. */
-function runOf(asked, old) {
-  const given = RUN_FIELDS.filter((field) => asked[field] != null);
-  for (const field of ["steps", "to-steps"]) if (asked[field] != null) checkInteger(asked, field);
+function runOf(inputs, old) {
+  const setFields = RUN_FIELDS.filter((field) => inputs[field] != null);
+  for (const field of ["steps", "to-steps"]) if (inputs[field] != null) checkInteger(inputs, field);
   for (const field of ["schedule", "to-schedule"]) {
-    if (asked[field] != null && !SCHEDULES.includes(asked[field])) {
-      throw new InputError(field, `must be one of ${SCHEDULES.join(", ")}, got ${asked[field]}`);
+    if (inputs[field] != null && !SCHEDULES.includes(inputs[field])) {
+      throw new InputError(field, `must be one of ${SCHEDULES.join(", ")}, got ${inputs[field]}`);
     }
   }
-  const own = asked["displacement-constant"] ?? null;
-  if (own !== null && !(Number.isFinite(own) && own >= 0)) {
-    throw new InputError("displacement-constant", `must be a finite number of at least 0, got ${own}`);
+  const ownConstant = inputs["displacement-constant"] ?? null;
+  if (ownConstant !== null && !(Number.isFinite(ownConstant) && ownConstant >= 0)) {
+    throw new InputError("displacement-constant", `must be a finite number of at least 0, got ${ownConstant}`);
   }
   for (const field of ["steps", "schedule"]) {
-    if (asked[field] == null && asked[`to-${field}`] != null) {
-      throw new InputError(field, `must be given together with that of the new run, got ${asked[`to-${field}`]} alone`);
+    if (inputs[field] == null && inputs[`to-${field}`] != null) {
+      throw new InputError(field, `must be given together with that of the new run, got ${inputs[`to-${field}`]} alone`);
     }
   }
-  if (given.length && !(asked.regime === "signal" && usesDisplacementLaw(old))) {
-    throw new InputError(given[0], `must be left out except with Adam or AdamW, the default initialisation and the regime signal, got ${asked[given[0]]}`);
+  if (setFields.length && !(inputs.regime === "signal" && usesDisplacementLaw(old))) {
+    throw new InputError(setFields[0], `must be left out except with Adam or AdamW, the default initialisation and the regime signal, got ${inputs[setFields[0]]}`);
   }
-  const [steps, schedule] = [asked.steps ?? null, asked.schedule ?? null];
-  const [toSteps, toSchedule] = [asked["to-steps"] ?? steps, asked["to-schedule"] ?? schedule];
+  const [steps, schedule] = [inputs.steps ?? null, inputs.schedule ?? null];
+  const [toSteps, toSchedule] = [inputs["to-steps"] ?? steps, inputs["to-schedule"] ?? schedule];
   const ranges = [defaultConstants(steps), defaultConstants(toSteps)];
   return {
-    steps, toSteps, schedule, toSchedule, own,
-    constants: own !== null ? [own, own] : [Math.min(ranges[0][0], ranges[1][0]), Math.max(ranges[0][1], ranges[1][1])],
+    steps, toSteps, schedule, toSchedule, ownConstant,
+    constants: ownConstant !== null ? [ownConstant, ownConstant] : [Math.min(ranges[0][0], ranges[1][0]), Math.max(ranges[0][1], ranges[1][1])],
     growthOfSteps: steps === null ? 1 : toSteps / steps,
     stepsExponents: stepsExponents([schedule, toSchedule]),
     changesSteps: steps !== toSteps,
     changesSchedule: schedule !== toSchedule,
     scheduleFactors: scheduleFactors(schedule, toSchedule),
-    hasUnmeasuredSchedule: [schedule, toSchedule].some((each) => each !== null && !(each in SCHEDULE_FACTORS)),
+    hasUnmeasuredSchedule: [schedule, toSchedule].some((name) => name !== null && !(name in SCHEDULE_FACTORS)),
     otherSchedules: [...new Set([schedule, toSchedule].filter(isOther))],
   };
 }
@@ -224,26 +224,26 @@ function scheduleFactors(old, next) {
 const usesDisplacementLaw = ({ optimizer, init }) => FAMILY[optimizer] === "adam" && init === "kaiming_uniform";
 const strengthOf = (setting) => scaling(setting) * setting.rank;
 
-/** What to set; `asked` has the options of `rora transfer` by name, and a regime is a name or linear terms by module. */
-export function advise(asked) {
-  check(asked);
-  const { optimizer, init } = asked;
-  const old = { rank: asked["from-rank"], alpha: asked.alpha, lr: asked.lr, rule: asked.rule, optimizer, init };
-  const fixesAlpha = asked["to-alpha"] != null;
-  const unchanged = { ...old, rank: asked["to-rank"], rule: asked["to-rule"] ?? old.rule, alpha: asked["to-alpha"] ?? old.alpha };
+/** Return the advice. `inputs` has the options of `rora transfer` by name; a regime is a name, or linear terms by module. */
+export function advise(inputs) {
+  check(inputs);
+  const { optimizer, init } = inputs;
+  const old = { rank: inputs["from-rank"], alpha: inputs.alpha, lr: inputs.lr, rule: inputs.rule, optimizer, init };
+  const fixesAlpha = inputs["to-alpha"] != null;
+  const unchanged = { ...old, rank: inputs["to-rank"], rule: inputs["to-rule"] ?? old.rule, alpha: inputs["to-alpha"] ?? old.alpha };
   for (const [field, setting] of [["rule", old], ["to-rule", unchanged]]) {
     if (!(scaling(setting) > 0 && scaling(setting) < Infinity)) {
       throw new InputError(field, `must be an exponent nearer to 0, got ${setting.rule}: gamma is not a float above 0`);
     }
   }
-  const isMeasured = typeof asked.regime !== "string";
-  const run = runOf(asked, old);
+  const isMeasured = typeof inputs.regime !== "string";
+  const run = runOf(inputs, old);
   const isSgd = FAMILY[optimizer] === "sgd";
-  const followsDisplacementLaw = asked.regime === "signal" && usesDisplacementLaw(old);
-  const hasLimits = asked.regime === "signal" && !followsDisplacementLaw;
+  const followsDisplacementLaw = inputs.regime === "signal" && usesDisplacementLaw(old);
+  const hasLimits = inputs.regime === "signal" && !followsDisplacementLaw;
 
   // Alpha and rate that preserve each module's first step.
-  const terms = isMeasured ? asked.regime : { "all modules": REGIMES[asked.regime] };
+  const terms = isMeasured ? inputs.regime : { "all modules": REGIMES[inputs.regime] };
   const modules = Object.entries(terms).map(([name, c]) => {
     const ratio = stepRatio(unchanged, old, c);
     const gamma = scaling(unchanged) * ratio ** (isSgd ? -1 / 2 : -1);
@@ -284,7 +284,7 @@ export function advise(asked) {
     old, unchanged, alpha, learning_rate: learningRate, rate_range: rateRange, rate_limits: rateLimitsOf(unchanged),
     alpha_limits: alphaLimits, run, modules, fixesAlpha, isSgd, followsDisplacementLaw, stepsOf, rateRangeOf, rateLimitsOf,
     isRslora: kappaOf(unchanged.rule) === 0.5, loraAlphaOf, loraAlpha: loraAlphaOf(alpha),
-    regime: isMeasured ? `measured at ${modules.length} module${modules.length > 1 ? "s" : ""}` : `assumed: ${asked.regime}`,
+    regime: isMeasured ? `measured at ${modules.length} module${modules.length > 1 ? "s" : ""}` : `assumed: ${inputs.regime}`,
   };
   const kinds = { "all modules": modules };
   if (isMeasured) for (const each of modules) (kinds[each.name.split(".").at(-1)] ??= []).push(each);
@@ -388,10 +388,10 @@ function lawOf({ old, unchanged, alpha, run, changed }) {
   if (changed.strength) {
     const [low, high] = run.constants;
     const constant = low === high ? `K = ${g(low, 3)}` : `K = ${g(low, 3)} to ${g(high, 3)}`;
-    const origin = run.own !== null ? `given ${constant}` : `measured ${constant} (${CONSTANT_MODELS.join(" and ")})`;
+    const origin = run.ownConstant !== null ? `given ${constant}` : `measured ${constant} (${CONSTANT_MODELS.join(" and ")})`;
     sentences.push(`The rate follows the displacement law with the ${origin}, as scaling times rank ` +
       `goes from ${g(strengthOf(old), 4)} to ${g(strengthOf({ ...unchanged, alpha }), 4)}.`);
-    if (run.steps === null && run.own === null) sentences.push("The range is narrower if the number of steps is given.");
+    if (run.steps === null && run.ownConstant === null) sentences.push("The range is narrower if the number of steps is given.");
   }
   if (run.changesSteps) {
     const [low, high] = run.stepsExponents;
@@ -436,7 +436,7 @@ function limitsOf({ old, unchanged, alpha, changed, run }) {
   // Schedules other than a constant rate were measured with one seed.
   else for (const schedule of run.otherSchedules) runs += `, and ${stepsOf(schedule)} with ${schedule} decay (one seed)`;
   // The measured constant of the displacement law comes from more models than the rest.
-  const usesMeasuredConstant = changed.strength && run.own === null;
+  const usesMeasuredConstant = changed.strength && run.ownConstant === null;
   const otherModels = CONSTANT_MODELS.filter((model) => !COST_MODELS.includes(model));
   const constant = otherModels.length && usesMeasuredConstant ? ` (K also from ${otherModels.join(" and ")})` : "";
   sentences.push(`The measurements are from ${COST_MODELS.join(" and ")}${constant}, with AdamW: ${runs}.`);
@@ -504,14 +504,14 @@ export function readCrossings(text, { optimizer, init, split }) {
 }
 
 /** Against the rank, with alpha and rate as they are: the first step at both ends of the law and as measured, and rates. */
-export function curves(asked) {
-  const top = Math.max(512, asked["from-rank"], asked["to-rank"]);
+export function curves(inputs) {
+  const top = Math.max(512, inputs["from-rank"], inputs["to-rank"]);
   const ranks = [...Array(Math.ceil(Math.log2(top)) + 1).keys()].map((power) => 2 ** power);
   return ranks.map((rank) => {
-    const { unchanged, old, stepsOf, rateRangeOf, rateLimitsOf } = advise({ ...asked, "to-rank": rank });
+    const { unchanged, old, stepsOf, rateRangeOf, rateLimitsOf } = advise({ ...inputs, "to-rank": rank });
     return {
       rank, signal: stepRatio(unchanged, old, 0), cross_talk: stepRatio(unchanged, old, Infinity),
-      measured: typeof asked.regime === "string" ? null : stepsOf(unchanged).mean,
+      measured: typeof inputs.regime === "string" ? null : stepsOf(unchanged).mean,
       rate_range: rateRangeOf(unchanged), rate_limits: rateLimitsOf(unchanged),
     };
   });

@@ -11,8 +11,8 @@ class Element {
   append(...children) { this.children.push(...children); }
   replaceChildren(...children) { this.children = children; }
   addEventListener(kind, listener) { this.listeners[kind] = listener; }
-  all(name) { return this.children.flatMap((each) => [...(each.name === name ? [each] : []), ...(each.all?.(name) ?? [])]); }
-  get text() { return this.children.map((each) => each.text ?? each).join(""); }
+  all(name) { return this.children.flatMap((child) => [...(child.name === name ? [child] : []), ...(child.all?.(name) ?? [])]); }
+  get text() { return this.children.map((child) => child.text ?? child).join(""); }
 }
 
 const { module, fields, query, file } = JSON.parse(readFileSync(0));
@@ -36,4 +36,4 @@ const tables = parts["calculator-result"].all("table").map((table) => ({
   rows: table.all("tbody")[0].all("tr").map((row) => texts(row.children)),
   named: table.all("tbody")[0].all("tr").map((row) => row.children.slice(1).map((cell) => cell.attributes["data-head"])),
 }));
-console.log(JSON.stringify({ said: parts["calculator-said"].textContent, tables }));
+console.log(JSON.stringify({ status: parts["calculator-status"].textContent, tables }));

@@ -111,7 +111,7 @@ def go_again(browser: Any) -> None:
 
 
 def shown_answer(browser: Any) -> str:
-    return browser.find_element(By.ID, "calculator-said").text
+    return browser.find_element(By.ID, "calculator-status").text
 
 
 def answer(old: Setting, rank: int, regime: Any = "signal", **to: Any) -> str:
@@ -180,7 +180,7 @@ def test_accessible_names(page) -> None:
     assert [drawing.aria_role for drawing in drawings] == ["image", "image"]
     assert "at rank 128 it is 1 times the tuned one if the signal dominates, 0.354 times" in drawings[0].accessible_name
     assert "at rank 128 0.0002 (rate to use), 0.0002 (lowest)" in drawings[1].accessible_name
-    live = page.find_element(By.ID, "calculator-said")
+    live = page.find_element(By.ID, "calculator-status")
     assert (live.get_attribute("aria-live"), live.aria_role) == ("polite", "status")
     table = page.find_element(By.CSS_SELECTOR, "#calculator-result table")
     assert table.accessible_name.startswith("Learning rate for common choices at rank 128")
@@ -218,7 +218,7 @@ def test_the_calculator_shows_its_answer_above_the_fold(page, site) -> None:
         set_screen(page, width, height)
         go(page, f"{site}/calculator/")
         assert shown_answer(page)
-        bottom = "return document.getElementById('calculator-said').getBoundingClientRect().bottom"
+        bottom = "return document.getElementById('calculator-status').getBoundingClientRect().bottom"
         assert page.execute_script(bottom) <= height
 
 
@@ -238,13 +238,13 @@ def test_contrast(page, site, scheme) -> None:
 
     enabled = "#calculator-form :is(label, legend, input:enabled, select:enabled)"
     table = ".calculator-table :is(th, td, caption)"
-    texts = (enabled, table, "#calculator-said", "#calculator-result pre code", "#calculator-result figcaption")
+    texts = (enabled, table, "#calculator-status", "#calculator-result pre code", "#calculator-result figcaption")
     ratios = {selector: lowest(selector) for selector in texts}
     ratios["figures"] = lowest("#calculator-result svg text", "fill")
     lines = {number: lowest(f".line-{number}", "stroke") for number in range(3)}
     lines["input"] = lowest("#calculator-form input", "borderTopColor")
     type_text(page, "alpha", "0")
-    ratios["error"] = lowest("#calculator-said")
+    ratios["error"] = lowest("#calculator-status")
     assert {name: ratio for name, ratio in ratios.items() if ratio < 4.5} == {}
     assert {name: ratio for name, ratio in lines.items() if ratio < 3} == {}
 

@@ -383,7 +383,7 @@ def test_figures(swept, capsys) -> None:
     """They are drawn from the folder alone."""
     methods = ("LoRA", "RoRA", "DoRA", "prefix tuning", "series adapter", "no adapter")
     for figure, name, options, words in (
-        (accuracy, "accuracy", {"rank": 4}, ("LoRA", "no adapter", "less the model alone", "less LoRA", "average")),
+        (accuracy, "accuracy", {"rank": 4}, ("LoRA", "no adapter", "minus the base model", "minus LoRA", "average")),
         (accuracy_vs_rank, "accuracy_vs_rank", {}, ("nats", "average accuracy, label")),
         (loss_vs_rate, "loss_vs_rate", {"rank": 4}, (*methods, "r = 4, ")),
         (loss_curves, "loss_curves", {"rank": 4}, ()),
