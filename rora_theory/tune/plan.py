@@ -44,15 +44,15 @@ MIN_PROBE_STEPS = 5
 MIN_STEPS_RATIO = 16
 """Minimum ratio of the planned number of steps to that of a run in a probe, except for the shortest runs."""
 
-MIN_MEASURED_STEPS = 16
-"""Fewest steps at which the published runs measured a best rate."""
+MIN_MEASURED_STEPS = int(measured.measured_steps("constant")[0])
+"""Fewest steps at which the published runs of a curve measured a best rate; shorter probes were few."""
 
 EARLY_STEPS_EXPONENTS = {"constant": (-1.0, 0.0), "decay": (-0.4, 0.2)}
 """Lowest and highest exponent of the best rate in the number of steps below `MIN_MEASURED_STEPS`, by kind of schedule.
 
-At a constant rate the training losses of steps 5 to 14 have minima that differ by powers of about -1. Under cosine
-decay the best rates of published probes of 5 and 16 steps give -0.16 in SmolLM2-135M and -0.09 in Gemma 3 270M, and
-rates three times apart leave an error of about 0.3.
+Both ranges are assumptions. At a constant rate the training losses of steps 5 to 14 have minima that differ by powers
+of about -1. Under cosine decay the best rates of published probes of 5 and 16 steps in two models give exponents near
+the middle of the range, and rates three times apart leave an error of about 0.3.
 """
 
 MIN_SCREENING_STEPS = 8

@@ -14,9 +14,6 @@ if TYPE_CHECKING:  # they take as long to import as a short command to run
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PUBLISHED = "SmolLM2-135M, ranks 1 to 128, 16 to 256 steps, constant rate, batches of 4"
-"""Scope of the published runs of results/published/horizon."""
-
 
 @dataclass(frozen=True)
 class ProbeCost:
@@ -238,10 +235,13 @@ def expected_regret(
 def _assumptions(plan: ProbePlan, fitted: FittedRate, rank: int, probe_rank: int) -> list[str]:
     # Assumptions of every probe, with the scope in which they were measured.
     low, high = measured.steps_exponents(plan.schedule)
-    scope = PUBLISHED if measured.is_constant_rate(plan.schedule) else f"{PUBLISHED}, and cosine decay with one seed"
+    scopes = [_scope("constant", "at a constant rate")]
+    if not measured.is_constant_rate(plan.schedule):
+        scopes.append(_scope("cosine", "under cosine decay, with one seed"))
     sentences = [
         f"From {plan.probe_steps} to {plan.steps:,} steps the best rate is assumed to change as the number of steps to "
-        f"the power of {low:g} to {high:g}, which was measured in {scope}.",
+        f"the power of {low:g} to {high:g}, which was measured in SmolLM2-135M with batches of 4: "
+        f"{' and '.join(scopes)}.",
         f"The {plan.schedule} schedule, the batches and the optimizer of the planned run are those of the probe, with "
         "the schedule scaled to its number of steps. After another batch size, model or data set, run another probe.",
         "The probe has one seed. The range includes the spread between seeds of the published runs.",
@@ -258,12 +258,18 @@ def _assumptions(plan: ProbePlan, fitted: FittedRate, rank: int, probe_rank: int
         )
     if plan.probe_steps < MIN_MEASURED_STEPS:
         sentences.append(
-            f"The budget allowed runs of {plan.probe_steps} steps only. Below {MIN_MEASURED_STEPS} steps no best rate "
-            "was measured, so that the range is wide. A larger budget narrows it."
+            f"The budget allowed runs of {plan.probe_steps} steps only. Below {MIN_MEASURED_STEPS} steps few best "
+            "rates were measured, so that the range is wide. A larger budget narrows it."
         )
     if fitted.edge:
         sentences.append(f"{_describe_edge(fitted)}The range is extended by a factor of {EDGE_FACTOR:g}.")
     return sentences
+
+
+def _scope(schedule: Schedule, description: str) -> str:
+    """Return the numbers of steps of the published runs under a schedule, with its description."""
+    low, high = measured.measured_steps(schedule)
+    return f"{low:,} to {high:,} steps {description}"
 
 
 def _describe_edge(fitted: FittedRate) -> str:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rora_theory.advice import measured
 from rora_theory.errors import InputError
-from rora_theory.tune.curve import fit_best_rate
+from rora_theory.tune.curve import SEED_LOG2_ERROR, fit_best_rate
 from rora_theory.tune.plan import (
     ProbeRun,
     carry_steps,
@@ -321,3 +321,20 @@ def test_the_plot_shows_curve_and_range(tmp_path) -> None:
     assert f"{result.learning_rate:.3g}" in result.sentence()
     figure.savefig(tmp_path / "probe.png")
     plt.close(figure)
+
+
+def test_the_spread_between_seeds_is_that_of_the_published_runs() -> None:
+    """It lies between the mean and the largest spread of runs with three seeds."""
+    best = pd.read_csv(PUBLISHED / "horizon" / "best.csv")
+    best = best[(best["seeds"] == 3) & (best["error_over"] == "seeds")]
+    spreads = best["log2_error"] * np.sqrt(best["seeds"])
+    assert len(spreads) >= 5
+    assert spreads.mean() < SEED_LOG2_ERROR < spreads.max()
+
+
+def test_the_assumptions_state_the_steps_of_the_runs_behind_the_exponents() -> None:
+    for schedule, is_stated in (("constant", False), ("cosine", True)):
+        plan = plan_of(2000, schedule=schedule)
+        sentence = concluded(plan, probe(plan, 8e-4)).assumptions[0]
+        assert "16 to 256 steps at a constant rate" in sentence
+        assert ("16 to 1,024 steps under cosine decay" in sentence) is is_stated
