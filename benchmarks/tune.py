@@ -30,13 +30,14 @@ import tyro
 from rora_theory.horizon.curves import curves_at, strength_of
 from rora_theory.horizon.runs import HorizonRun, merge_repeated_runs, read_finished
 from rora_theory.io import files, frames
+from rora_theory.optimizers import Schedule
 from rora_theory.runs.reading import read_manifest
 from rora_theory.scaling import scaling_factor
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.regret import loss_at
 from rora_theory.theory.displacement import RateRange
 from rora_theory.tune.curve import fit_best_rate
-from rora_theory.tune.plan import ProbePlan, ProbeRun, Schedule
+from rora_theory.tune.plan import ProbePlan, ProbeRun
 from rora_theory.tune.result import carry_fitted
 from sims.common import cli
 from sims.common.tables import print_records

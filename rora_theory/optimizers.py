@@ -1,4 +1,4 @@
-"""Names of optimizers, the first step that each one takes, and their optax implementations."""
+"""Names of optimizers and schedules, the first step that each optimizer takes, and their optax implementations."""
 
 import re
 from typing import TYPE_CHECKING, Literal, get_args
@@ -19,6 +19,11 @@ Optimizer = Literal["sgd", "adam"]
 """Optimizer of the first step: ``"sgd"`` moves B by eta times the gradient, ``"adam"`` by its smoothed sign."""
 
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
+
+Schedule = Literal["constant", "linear", "cosine"]
+"""Shape of the learning rate after the warm-up: constant, or linear or cosine decay to 0."""
+
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 DISPLAY_NAMES: dict[str, str] = {"sgd": "SGD", "momentum": "SGD with momentum", "adam": "Adam", "adamw": "AdamW"}
 """Names of optimizers in text."""

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from rora_theory.optimizers import Schedule
 from rora_theory.scaling import check_integer
 
 ENTRIES: dict[str, dict[str, Any]] = json.loads(files("rora_theory.advice").joinpath("measured.json").read_text())
@@ -20,11 +21,6 @@ ENTRIES: dict[str, dict[str, Any]] = json.loads(files("rora_theory.advice").join
 
 ROWS: dict[str, dict[str, Any]] = {name: entry["columns"] for name, entry in ENTRIES.items() if "columns" in entry}
 """Values of the entries that quote one row, by name."""
-
-Schedule = Literal["constant", "linear", "cosine"]
-"""Shape of the learning rate after the warm-up."""
-
-SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 Changed = Literal["rank", "strength", "steps"]
 """What differs between a tuned and a new setting; the strength is gamma r."""

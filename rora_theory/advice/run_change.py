@@ -5,13 +5,12 @@ from dataclasses import dataclass
 
 from rora_theory.advice.measured import (
     MEASURED_SCHEDULE_FACTORS,
-    SCHEDULES,
-    Schedule,
     default_displacement_constants,
     schedule_factors,
     steps_exponents,
 )
 from rora_theory.errors import InputError, shown
+from rora_theory.optimizers import SCHEDULES, Schedule
 from rora_theory.scaling import check_choice, check_integer, check_not_negative
 from rora_theory.theory.displacement import RateRange, carry_rate
 

@@ -13,12 +13,11 @@ from typing import Any, get_args
 from rora_theory.adapter_config import PEFT_INITS, TASK_TYPES, TaskType, peft_targets
 from rora_theory.advice import text
 from rora_theory.advice.carried import CarriedSetting, uses_displacement_law
-from rora_theory.advice.measured import Schedule
 from rora_theory.advice.modules import ALL, AlphaGrouping, Module, ModuleGroup
 from rora_theory.advice.run_change import RunChange
 from rora_theory.advice.setting import REGIMES, Setting, check_linear_term, step_ratio
 from rora_theory.errors import InputError, shown
-from rora_theory.optimizers import DISPLAY_NAMES
+from rora_theory.optimizers import DISPLAY_NAMES, Schedule
 from rora_theory.scaling import KAPPAS, Rule, check_choice, check_instance, exponent
 
 

@@ -12,6 +12,7 @@ from rora_theory.defaults import TRAIN_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.llama.model import REMAT_CHOICES
 from rora_theory.llama.quantised import QUANTIZATIONS, Quantization
+from rora_theory.optimizers import Schedule
 from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import Rule, check_choice
 from rora_theory.validation.ranges import AtLeastTwo, Count, Natural, NotNegative, Positive, check_ranges
@@ -19,7 +20,6 @@ from rora_theory.validation.ranges import AtLeastTwo, Count, Natural, NotNegativ
 Method = Literal["lora", "dora", "prefix", "series", "parallel", "full"]
 LossOn = Literal["all", "answer"]
 BaseDtype = Literal["float32", "bfloat16"]
-Schedule = Literal["linear", "cosine", "constant"]
 
 LEARNING_RATES = {"lora": 3e-4, "dora": 2e-4, "prefix": 3e-2, "series": 3e-4, "parallel": 3e-4, "full": 2e-5}
 """Peak learning rates of the published LLaMA-7B runs, by method. RoRA's is not recorded, so it uses LoRA's. Full

@@ -9,8 +9,9 @@ from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.data.formats import TrainTemplate
 from rora_theory.defaults import SMALL_BATCH_SIZE
 from rora_theory.errors import InputError
-from rora_theory.finetune.config import FinetuneConfig, LossOn, Schedule
+from rora_theory.finetune.config import FinetuneConfig, LossOn
 from rora_theory.llama.quantised import Quantization
+from rora_theory.optimizers import Schedule
 from rora_theory.scaling import check_positive
 from rora_theory.validation.rules import check_list, check_ranks, check_seeds, check_steps
 

@@ -8,7 +8,6 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 
-from rora_theory.advice.measured import Schedule
 from rora_theory.horizon.curves import (
     best_rate_table,
     compare_at_one_rate,
@@ -21,6 +20,7 @@ from rora_theory.horizon.law import horizon_exponents, step_exponents
 from rora_theory.horizon.parts import change_at_best, led_table
 from rora_theory.horizon.regret import constants_by_steps, policies, regret_by_policy, regret_table
 from rora_theory.horizon.runs import FULL, HorizonRun, merge_repeated_runs
+from rora_theory.optimizers import Schedule
 from rora_theory.stats.verdicts import Outcome
 
 UNITS = {

@@ -17,6 +17,7 @@ from rora_theory.errors import InputError
 from rora_theory.finetune.config import FinetuneConfig, LossOn
 from rora_theory.horizon.readings import read_run
 from rora_theory.measure import led
+from rora_theory.optimizers import Schedule
 from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import Rule, scaling_factor
 from rora_theory.sweep.workbench import Workbench
@@ -25,7 +26,6 @@ from rora_theory.tune.plan import (
     MAX_PROBE_STEPS,
     ProbePlan,
     ProbeRun,
-    Schedule,
     Trial,
     make_plan,
     scaled_warmup,

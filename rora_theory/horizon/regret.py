@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rora_theory.advice.measured import Schedule
 from rora_theory.advice.run_change import RunChange
 from rora_theory.horizon.curves import curves_at, strength_of
 from rora_theory.horizon.parts import GRID_STEP
 from rora_theory.horizon.runs import FULL, HorizonRun
 from rora_theory.io import frames
+from rora_theory.optimizers import Schedule
 from rora_theory.stats.rate_curves import Curve, log2_rates
 from rora_theory.stats.regret import regret
 from rora_theory.theory import displacement, horizon

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from rora_theory.adapter_config import PAPER_TARGETS, PeftInit, TaskType, peft_targets
 from rora_theory.advice.lora_config import SavedSetting
-from rora_theory.advice.measured import Schedule
 from rora_theory.advice.modules import AlphaGrouping
 from rora_theory.advice.run_change import RunChange
 from rora_theory.advice.setting import REGIMES, Setting
@@ -21,7 +20,7 @@ from rora_theory.advice.trainer_configs import read_trainer_config
 from rora_theory.advice.transfer import Advice, transfer
 from rora_theory.errors import InputError
 from rora_theory.measure.layers.layer_data import Split
-from rora_theory.optimizers import OptimizerName, parse_optimizer
+from rora_theory.optimizers import OptimizerName, Schedule, parse_optimizer
 from rora_theory.scaling import Rule, exponent
 from rora_theory.validation.ranges import Count, Positive, check_ranges
 from rora_theory.validation.rules import as_words, check_unread, option_of

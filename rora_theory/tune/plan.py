@@ -12,16 +12,14 @@ the same runs.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from rora_theory.advice import measured
 from rora_theory.advice.run_change import RunChange
 from rora_theory.errors import InputError
+from rora_theory.optimizers import Schedule
 from rora_theory.scaling import check_integer, check_not_negative, check_positive, check_share
 from rora_theory.theory.displacement import RateRange, carry_rate
-
-Schedule = Literal["cosine", "linear", "constant"]
-"""Shape of the learning rate after the warm-up: cosine or linear decay to 0, or constant."""
 
 BUDGET = 0.1
 """Default cost of a probe, as a share of the planned run."""

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rora_theory.advice import measured
+from rora_theory.optimizers import Schedule
 from rora_theory.theory.displacement import RateRange
 from rora_theory.tune.curve import EDGE_FACTOR, FittedRate, curve_frame, fit_best_rate
-from rora_theory.tune.plan import MIN_MEASURED_STEPS, ProbePlan, ProbeRun, Schedule, carry_steps
+from rora_theory.tune.plan import MIN_MEASURED_STEPS, ProbePlan, ProbeRun, carry_steps
 
 if TYPE_CHECKING:  # they take as long to import as a short command to run
     import pandas as pd

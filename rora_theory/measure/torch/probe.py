@@ -20,8 +20,9 @@ from rora_theory.measure.tokens import mark_sinks
 from rora_theory.measure.torch.batches import Batch, Loss, MasksByShape, find_masks, move_batch, select_masks
 from rora_theory.measure.torch.examples import Group, count_targets
 from rora_theory.measure.torch.modules import copied_modules, preserved_state, remove_adapters, with_autograd
+from rora_theory.optimizers import Schedule
 from rora_theory.scaling import check_instance, scaling_factor
-from rora_theory.tune.plan import ProbeRun, Schedule, Trial, scaled_warmup, schedule_factor
+from rora_theory.tune.plan import ProbeRun, Trial, scaled_warmup, schedule_factor
 
 MakeOptimizer = Callable[[Iterable[torch.nn.Parameter], float], torch.optim.Optimizer]
 """Function of the adapter's parameters and the peak learning rate that returns an optimizer."""

@@ -14,7 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -42,6 +42,7 @@ from rora_theory.measure.torch.probe import (
     strength_of,
 )
 from rora_theory.measure.torch.progress import bar
+from rora_theory.optimizers import SCHEDULES, Schedule
 from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import check_choice, check_instance, check_integer, check_not_negative
 from rora_theory.tune.plan import (
@@ -49,7 +50,6 @@ from rora_theory.tune.plan import (
     MAX_PROBE_STEPS,
     ProbePlan,
     ProbeRun,
-    Schedule,
     make_plan,
     next_trial,
 )
@@ -145,7 +145,7 @@ def tune(
     """
     # Validate all settings before reading data.
     check_integer("steps", steps)
-    check_choice("schedule", schedule, get_args(Schedule))
+    check_choice("schedule", schedule, SCHEDULES)
     check_warmup(warmup, steps)
     for name, value in (("batch_size", batch_size), ("accumulation", accumulation), ("probe_rank", probe_rank)):
         check_integer(name, value)
