@@ -103,22 +103,61 @@ def is_finite(value: object) -> bool:
         return False
 
 
+def check_between(
+    name: str,
+    value: object,
+    low: float,
+    high: float = math.inf,
+    *,
+    closed: Literal["both", "left", "right", "neither"] = "both",
+) -> None:
+    """Raise `InputError` unless a value is a real number in an interval; booleans and NaN are refused.
+
+    Args:
+      name: Name of the argument, for the error.
+      value: Value to check.
+      low: Lower end of the interval.
+      high: Upper end of the interval. If it is infinity, ``closed`` states whether infinity is accepted.
+      closed: Ends that belong to the interval.
+
+    Examples:
+      >>> check_between("momentum", 0.9, 0, 1, closed="left")
+      >>> check_between("momentum", 1.0, 0, 1, closed="left")
+      Traceback (most recent call last):
+      rora_theory.errors.InputError: momentum must be a number from 0 to below 1, got 1.0
+    """
+    # Compare the value as a float, because it is used as one: a positive fraction may underflow to 0.
+    try:
+        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.nan
+    has_low, has_high = closed in ("both", "left"), closed in ("both", "right")
+    if (low <= number if has_low else low < number) and (number <= high if has_high else number < high):
+        return
+    # Describe the interval.
+    if high == math.inf:
+        kind, end = ("number", ", or inf") if has_high else ("finite number", "")
+        expected = f"a {kind} " + (f"of {low:g} or more" if has_low else f"above {low:g}") + end
+    elif has_low:
+        expected = f"a number from {low:g} to {'' if has_high else 'below '}{high:g}"
+    else:
+        expected = f"a number above {low:g} and {'at most' if has_high else 'below'} {high:g}"
+    raise InputError(f"{name} must be {expected}, got {shown(value)}")
+
+
 def check_positive(name: str, value: float) -> None:
     """Raise `InputError` unless a value is a finite number > 0 that does not underflow to 0 as a float."""
-    if not is_finite(value) or float(value) <= 0:
-        raise InputError(f"{name} must be a finite number above 0, got {shown(value)}")
+    check_between(name, value, 0, closed="neither")
 
 
 def check_not_negative(name: str, value: float) -> None:
     """Raise `InputError` unless a value is a finite number >= 0."""
-    if not is_finite(value) or value < 0:
-        raise InputError(f"{name} must be a finite number of 0 or more, got {shown(value)}")
+    check_between(name, value, 0, closed="left")
 
 
 def check_share(name: str, value: float) -> None:
     """Raise `InputError` unless a value is a share, 0 < value <= 1."""
-    if not is_finite(value) or not 0 < value <= 1:
-        raise InputError(f"{name} must be a number above 0 and at most 1, got {shown(value)}")
+    check_between(name, value, 0, 1, closed="right")
 
 
 def check_instance(name: str, value: object, kind: Any, description: str) -> None:

@@ -3,12 +3,13 @@
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rora_theory import InputError, scaling_factor
-from rora_theory.scaling import alpha_for, exponent
+from rora_theory.scaling import alpha_for, check_between, exponent
 
 ranks = st.integers(1, 10**6)
 alphas = st.floats(1e-3, 1e6)
@@ -31,6 +32,36 @@ def test_an_exponent_is_a_rule(rank: int, alpha: float, kappa: float) -> None:
 def test_alpha_for_inverts_scaling_factor(rank: int, alpha: float, rule: str | float) -> None:
     scaling = scaling_factor(rule, alpha=alpha, rank=rank)
     assert alpha_for(rule, scaling=scaling, rank=rank) == pytest.approx(alpha, rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "closed", "is_inside"),
+    [
+        (0, 0, 1, "both", True),
+        (1, 0, 1, "both", True),
+        (np.float32(0.5), 0, 1, "neither", True),
+        (0.0, 0, 1, "left", True),
+        (1.0, 0, 1, "left", False),
+        (0.0, 0, 1, "right", False),
+        (Fraction(1), 0, 1, "right", True),
+        (math.inf, 0, math.inf, "both", True),
+        (math.inf, 0, math.inf, "left", False),
+        (-math.inf, 0, math.inf, "both", False),
+        (math.nan, 0, math.inf, "both", False),
+        (True, 0, 1, "both", False),
+        ("0.5", 0, 1, "both", False),
+        (None, 0, 1, "both", False),
+        (np.full(2, 0.5), 0, 1, "both", False),
+        (10**400, 0, math.inf, "both", False),
+        (Fraction(1, 10**400), 0, 1, "right", False),
+    ],
+)
+def test_numbers_in_an_interval(value: object, low: float, high: float, closed: str, is_inside: bool) -> None:
+    if is_inside:
+        check_between("share", value, low, high, closed=closed)
+    else:
+        with pytest.raises(InputError, match=r"^share must be a (finite )?number .*, got "):
+            check_between("share", value, low, high, closed=closed)
 
 
 @pytest.mark.usefixtures("unchecked")

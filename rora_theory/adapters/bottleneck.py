@@ -37,7 +37,7 @@ from rora_theory.adapters.widen import widen
 from rora_theory.errors import InputError
 from rora_theory.llama import MODULES, LlamaConfig, linear
 from rora_theory.llama.model import SAVED_PRODUCT, Params
-from rora_theory.scaling import check_choice, check_integer, check_positive, is_finite
+from rora_theory.scaling import check_between, check_choice, check_integer, check_positive
 
 Placement = Literal["series", "parallel"]
 NonLinearity = Literal["tanh", "relu", "silu", "gelu"]
@@ -96,8 +96,7 @@ class BottleneckConfig:
             check_choice(name, getattr(self, name), get_args(kind))
         check_integer("bottleneck width", self.width)
         check_positive("scaling", self.scaling)
-        if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
-            raise InputError(f"dropout must be a number from 0 to below 1, got {self.dropout!r}")
+        check_between("dropout", self.dropout, 0, 1, closed="left")
         modules = TARGETS[self.placement] if self.target_modules is None else self.target_modules
         if isinstance(modules, str):
             raise InputError(

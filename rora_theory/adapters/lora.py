@@ -27,7 +27,7 @@ from rora_theory.errors import InputError
 from rora_theory.llama import MODULES, LlamaConfig, linear
 from rora_theory.llama.model import SAVED_PRODUCT, Params
 from rora_theory.llama.quantised import to_dense
-from rora_theory.scaling import Rule, check_choice, is_finite, scaling_factor
+from rora_theory.scaling import Rule, check_between, check_choice, is_finite, scaling_factor
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,10 @@ class LoraConfig:
     def __post_init__(self) -> None:
         """Validate the settings and convert them to hashable values."""
         object.__setattr__(self, "alpha", _as_float(self.alpha))
-        object.__setattr__(self, "dropout", _as_float(self.dropout))
         # Computing the scaling validates the rule, the alpha and the rank.
         scaling_factor(self.rule, alpha=self.alpha, rank=self.rank)
-        if not isinstance(self.dropout, float) or not 0 <= self.dropout < 1:
-            raise InputError(f"dropout must be a number from 0 to below 1, got {self.dropout!r}")
+        check_between("dropout", self.dropout, 0, 1, closed="left")
+        object.__setattr__(self, "dropout", float(self.dropout))
         check_choice("init", self.init, LORA_INITS)
         # Sequences become tuples, and mappings become tuples of pairs: jit needs hashable values.
         if not isinstance(self.target_modules, str):

@@ -17,9 +17,9 @@ import sys
 from dataclasses import dataclass, replace
 
 from rora_theory import inits
-from rora_theory.errors import InputError, shown
+from rora_theory.errors import InputError
 from rora_theory.optimizers import FAMILY, OptimizerName, parse_optimizer, scaling_power
-from rora_theory.scaling import Rule, alpha_for, check_integer, check_positive, is_finite, scaling_factor
+from rora_theory.scaling import Rule, alpha_for, check_between, check_integer, check_positive, scaling_factor
 
 SIGNAL, CROSS_TALK = 0.0, math.inf
 """Linear terms of the two limits."""
@@ -82,12 +82,6 @@ class Setting:
         return replace(self, alpha=alpha_for(self.rule, scaling=scaling, rank=self.rank))
 
 
-def check_linear_term(name: str, value: float) -> None:
-    """Raise `InputError` unless ``value`` is above -1 or infinite; at -1 the first step of rank 1 vanishes."""
-    if not (is_finite(value) or value == math.inf) or value <= -1:
-        raise InputError(f"{name} must be a number above -1, or inf, got {shown(value)}")
-
-
 def rank_growth(old_rank: int, new_rank: int, linear_term: float) -> float:
     r"""Compute the growth of the first step's root mean square with the rank, at fixed gamma and learning rate.
 
@@ -111,7 +105,8 @@ def rank_growth(old_rank: int, new_rank: int, linear_term: float) -> float:
     """
     check_integer("old_rank", old_rank)
     check_integer("new_rank", new_rank)
-    check_linear_term("linear_term", linear_term)
+    # At -1 the first step of rank 1 vanishes.
+    check_between("linear_term", linear_term, -1, closed="right")
     if linear_term > 1e100:  # the ranks are below its rounding error, and products may overflow
         return math.sqrt(new_rank / old_rank)
     return math.sqrt(new_rank * (new_rank + linear_term) / (old_rank * (old_rank + linear_term)))

@@ -15,10 +15,10 @@ from rora_theory.advice import text
 from rora_theory.advice.carried import CarriedSetting, uses_displacement_law
 from rora_theory.advice.modules import ALL, AlphaGrouping, Module, ModuleGroup
 from rora_theory.advice.run_change import RunChange
-from rora_theory.advice.setting import REGIMES, Setting, check_linear_term, step_ratio
+from rora_theory.advice.setting import REGIMES, Setting, step_ratio
 from rora_theory.errors import InputError, shown
 from rora_theory.optimizers import DISPLAY_NAMES, Schedule
-from rora_theory.scaling import KAPPAS, Rule, check_choice, check_instance, exponent
+from rora_theory.scaling import KAPPAS, Rule, check_between, check_choice, check_instance, exponent
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def _linear_terms(regime: str | Mapping[str, float]) -> dict[str, float]:
     for name, linear_term in regime.items():
         if not isinstance(name, str):
             raise InputError(f"regime must have names of modules as keys, got {shown(name)}")
-        check_linear_term(f"regime: linear_term of {name}", linear_term)
+        check_between(f"regime: linear_term of {name}", linear_term, -1, closed="right")
     return {name: float(linear_term) for name, linear_term in regime.items()}
 
 

@@ -14,7 +14,7 @@ from rora_theory.llama.model import REMAT_CHOICES
 from rora_theory.llama.quantised import QUANTIZATIONS, Quantization
 from rora_theory.optimizers import Schedule
 from rora_theory.random.seeds import check_seed
-from rora_theory.scaling import Rule, check_choice
+from rora_theory.scaling import Rule, check_between, check_choice
 from rora_theory.validation.ranges import AtLeastTwo, Count, Natural, NotNegative, Positive, check_ranges
 
 Method = Literal["lora", "dora", "prefix", "series", "parallel", "full"]
@@ -172,9 +172,7 @@ class FinetuneConfig(CostConfig):
         check_seed("seed", self.seed)
         if self.batch_size % self.accumulation:
             raise InputError(f"accumulation must divide batch_size, {self.batch_size}, got {self.accumulation}")
-        # Written as "not above 0", so that NaN is rejected too.
-        if not self.clip > 0:
-            raise InputError(f"clip must be a number above 0, or inf, got {self.clip!r}")
+        check_between("clip", self.clip, 0, closed="right")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas must be two numbers from 0 to below 1, got {self.betas!r}")
         # Runs are compared by their settings as text: without the conversion, alpha 4 and alpha 4.0 would differ.

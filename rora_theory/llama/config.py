@@ -4,14 +4,13 @@ Every key of the file is used, known to have no effect, or refused by name.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rora_theory.errors import InputError, shown
 from rora_theory.llama.families import FAMILIES, Family
-from rora_theory.scaling import check_integer
+from rora_theory.scaling import check_between, check_integer
 
 MODULES = (
     "self_attn.q_proj",
@@ -40,7 +39,7 @@ class LinearRope:
 
     def __post_init__(self) -> None:
         """Validate the factor."""
-        _check_float("rope factor", self.factor, minimum=1)
+        check_between("rope factor", self.factor, 1, _MAX_FLOAT)
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,9 @@ class Llama3Rope:
 
     def __post_init__(self) -> None:
         """Validate the fields."""
-        _check_float("rope factor", self.factor, minimum=1)
-        _check_float("rope low_freq_factor", self.low_freq_factor)
-        _check_float("rope high_freq_factor", self.high_freq_factor)
+        check_between("rope factor", self.factor, 1, _MAX_FLOAT)
+        check_between("rope low_freq_factor", self.low_freq_factor, _MIN_FLOAT, _MAX_FLOAT)
+        check_between("rope high_freq_factor", self.high_freq_factor, _MIN_FLOAT, _MAX_FLOAT)
         check_integer("rope original_max_position_embeddings", self.original_max_position_embeddings)
         if self.low_freq_factor >= self.high_freq_factor:
             raise InputError(
@@ -513,7 +512,7 @@ def _pop_rope(values: dict[str, Any], family: Family) -> tuple[float, RopeScalin
     thetas = [value for value in (theta, *(base for base, _ in parsed)) if value is not None]
     # A file may repeat the base, but not contradict itself.
     for value in thetas:
-        _check_float("config: rope_theta", value)
+        check_between("config: rope_theta", value, _MIN_FLOAT, _MAX_FLOAT)
     if len(set(thetas)) > 1:
         raise InputError(f"config: rope_theta must be the same wherever it is given, got {shown(thetas)}")
     # Equal scalings collapse in the set: two that remain contradict each other.
@@ -561,7 +560,7 @@ def _validate(fields: Mapping[str, Any]) -> None:
         check_integer(name, fields[name])
     check_integer("num_hidden_layers", fields["num_hidden_layers"], maximum=MAX_LAYERS)
     for name in ("rms_norm_eps", "rope_theta"):
-        _check_float(name, fields[name])
+        check_between(name, fields[name], _MIN_FLOAT, _MAX_FLOAT)
     for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if not isinstance(fields[name], bool):
             raise InputError(f"{name} must be true or false, got {shown(fields[name])}")
@@ -577,7 +576,7 @@ def _validate(fields: Mapping[str, Any]) -> None:
     if "query_pre_attn_scalar" in family.fields:
         check_integer("query_pre_attn_scalar", fields["query_pre_attn_scalar"])
     if "rope_local_base_freq" in family.fields:
-        _check_float("rope_local_base_freq", fields["rope_local_base_freq"])
+        check_between("rope_local_base_freq", fields["rope_local_base_freq"], _MIN_FLOAT, _MAX_FLOAT)
     _check_full_layers(fields["full_attention_layers"], fields, family)
 
     # Heads and special tokens.
@@ -606,16 +605,3 @@ def _check_full_layers(full: Any, fields: Mapping[str, Any], family: Family) -> 
     if full and (family.full_layers == "none" or (family.full_layers == "first" and full != tuple(range(len(full))))):
         supported = "()" if family.full_layers == "none" else "the first layers"
         raise InputError(f"full_attention_layers must be {supported} for {family.architecture}, got {value}")
-
-
-def _is_number(value: Any) -> bool:
-    # math.isfinite converts an integer to a float, which fails for one with hundreds of digits.
-    return (isinstance(value, int) and not isinstance(value, bool)) or (
-        isinstance(value, float) and math.isfinite(value)
-    )
-
-
-def _check_float(name: str, value: Any, *, minimum: float = _MIN_FLOAT) -> None:
-    """Raise `InputError` unless a value is a number of ``minimum`` or more in the range of float32."""
-    if not _is_number(value) or not minimum <= value <= _MAX_FLOAT:
-        raise InputError(f"{name} must be a number from {minimum:g} to {_MAX_FLOAT:g}, got {shown(value)}")

@@ -13,6 +13,7 @@ every rule and optimizer, from the same draws of A and the inputs.
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -23,9 +24,9 @@ from rora_theory.inits import entries
 from rora_theory.io import frames
 from rora_theory.optimizers import scaling_power
 from rora_theory.paper import quantities, verdicts
-from rora_theory.scaling import exponent
+from rora_theory.scaling import check_between, exponent
 from rora_theory.stats.moments import agreement
-from rora_theory.theory import laws, sampling
+from rora_theory.theory import sampling
 from rora_theory.theory.grid import StepGrid, fit_exponent
 from rora_theory.validation.ranges import Count, check_ranges
 from rora_theory.validation.rules import check_list, name_of
@@ -80,7 +81,7 @@ class SimulationConfig:
     def __post_init__(self) -> None:
         """Validate the settings."""
         check_ranges(self)
-        check_list("--overlaps", self.overlaps, laws.check_overlap)
+        check_list("--overlaps", self.overlaps, partial(check_between, low=-1, high=1))
         if self.sampler == "reduced":
             for init in self.grid.inits:
                 if not entries(init, rank=1, p_in=1).is_normal:

@@ -36,7 +36,7 @@ import scipy
 from jaxtyping import Float
 
 from rora_theory.errors import InputError
-from rora_theory.scaling import check_integer, check_positive
+from rora_theory.scaling import check_between, check_integer, check_positive
 
 SIGN_CHANGE_SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Levels of the reported quantiles of the distance at which an entry of G A^T changes its sign."""
@@ -104,8 +104,7 @@ def distances(
         )
     if not (np.isfinite(rates_B).all() and np.isfinite(rates_A).all() and min(rates_B.min(), rates_A.min()) >= 0):
         raise InputError("rates_B and rates_A must be finite and at least 0, got a rate that is negative or not finite")
-    if not takeover > 0:
-        raise InputError(f"takeover must be above 0, or inf, got {takeover!r}")
+    check_between("takeover", takeover, 0, closed="right")
     # Adam squares B's gradient, which grows as 1 + a / takeover: float64 must represent the square.
     rate_sum = float(rates_A.sum())
     if rate_sum / takeover > MAX_GRADIENT_GROWTH:
@@ -426,7 +425,7 @@ def rate_exponents(rho: float) -> RateExponents:
       >>> rate_exponents(0.0), rate_exponents(math.inf)
       (RateExponents(scaling=-1.0, rank=-1.0), RateExponents(scaling=-0.5, rank=-0.5))
     """
-    _check_rho(rho)
+    check_between("rho", rho, 0)
     slope = -0.5 if math.isinf(rho) else -(1 + rho) / (1 + 2 * rho)
     return RateExponents(slope, slope)
 
@@ -457,8 +456,7 @@ def sgd_rate_exponents(growth: float) -> RateExponents:
       >>> sgd_rate_exponents(0.0), sgd_rate_exponents(math.inf)
       (RateExponents(scaling=-2.0, rank=-1.0), RateExponents(scaling=-1.0, rank=0.0))
     """
-    if not growth >= 0:
-        raise InputError(f"growth must be at least 0, or inf, got {growth!r}")
+    check_between("growth", growth, 0)
     inverse = math.tanh(2 * growth) / (2 * growth) if growth else 1.0
     return RateExponents(-1 - inverse, -inverse or 0.0)
 
@@ -486,7 +484,7 @@ def rate_factor(strength_ratio: float, rho: float) -> float:
       (11.3, 6.5, 3.4)
     """
     check_positive("strength_ratio", strength_ratio)
-    _check_rho(rho)
+    check_between("rho", rho, 0)
     if math.isinf(rho):
         return strength_ratio**-0.5
     target = (1 + rho) / strength_ratio
@@ -622,8 +620,7 @@ def sgd_equivalent(
         raise InputError(
             f"rates must have one finite rate of at least 0 per step, and at least one step, got shape {rates.shape}"
         )
-    if not 0 <= momentum < 1:
-        raise InputError(f"momentum must be at least 0 and below 1, got {momentum!r}")
+    check_between("momentum", momentum, 0, 1, closed="left")
     grad, x = np.asarray(grad, np.float64), np.asarray(x, np.float64)
     U, singular_values, Vt = np.linalg.svd(grad, full_matrices=False)
     # Every singular direction evolves by itself: b from 0 and a from 1, relative to a_0.
@@ -636,8 +633,3 @@ def sgd_equivalent(
         b, a = b - rate * velocity_b, a - rate * velocity_a
     # U sigma_t V^T / gamma, and x' with its components along V multiplied by c_t.
     return (U * (-b / scaling)) @ Vt, x + ((x @ Vt.T) * (a - 1)) @ Vt
-
-
-def _check_rho(rho: float) -> None:
-    if not rho >= 0:
-        raise InputError(f"rho must be at least 0, or inf, got {rho!r}")

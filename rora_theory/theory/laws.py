@@ -25,7 +25,7 @@ from scipy import special
 from rora_theory.errors import InputError
 from rora_theory.inits import Entries, Init, entries
 from rora_theory.optimizers import OPTIMIZERS, Optimizer, scaling_power
-from rora_theory.scaling import check_choice, check_integer, check_not_negative, check_positive
+from rora_theory.scaling import check_between, check_choice, check_integer, check_not_negative, check_positive
 from rora_theory.theory import sign_expectation
 
 HALF_NORMAL_MEAN = math.sqrt(2 / math.pi)
@@ -191,7 +191,7 @@ def random_input_moments(
       InputError: If an argument is out of range.
     """
     check_step(rank=rank, scaling=scaling, learning_rate=learning_rate, optimizer=optimizer)
-    check_overlap("overlap", overlap)
+    check_between("overlap", overlap, -1, 1)
     check_integer("p_in", p_in)
     delta = np.atleast_1d(np.asarray(delta, np.float64))
     if delta.ndim != 1 or not np.isfinite(delta).all():
@@ -274,7 +274,7 @@ def random_input_crossing_rank(p_in: float, overlap: float, *, optimizer: Optimi
       InputError: If the optimizer is unknown or the overlap is out of range.
     """
     check_choice("optimizer", optimizer, OPTIMIZERS)
-    check_overlap("overlap", overlap)
+    check_between("overlap", overlap, -1, 1)
     rho2 = overlap**2
     if optimizer == "adam":
         return 1 + math.pi / 2 * p_in / (rho2 * p_in + 1 - rho2)
@@ -335,12 +335,6 @@ def flat_kappa(slope: Float[np.ndarray, "..."] | float, *, optimizer: Optimizer)
       The exponent kappa.
     """
     return np.asarray(slope, np.float64) / (2 * scaling_power(optimizer))
-
-
-def check_overlap(name: str, overlap: float) -> None:
-    """Raise `InputError` unless -1 <= overlap <= 1."""
-    if not (math.isfinite(overlap) and -1 <= overlap <= 1):
-        raise InputError(f"{name} must be a number from -1 to 1, got {overlap!r}")
 
 
 def check_step(*, rank: int, scaling: float, learning_rate: float, optimizer: Optimizer) -> None:

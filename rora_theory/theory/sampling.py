@@ -35,10 +35,11 @@ from rora_theory.optimizers import Optimizer, make_optimizer
 from rora_theory.random.chi_squares import sample_chi_squares
 from rora_theory.random.draws import draw_A, stream_key
 from rora_theory.random.normals import keys_at, standard_normal
+from rora_theory.scaling import check_between
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.moments import Moments
 from rora_theory.theory import first_step
-from rora_theory.theory.laws import check_overlap, check_step
+from rora_theory.theory.laws import check_step
 
 Sampler = Literal["direct", "pairs", "chi_square"]
 
@@ -85,7 +86,7 @@ class RandomStep:
     def __post_init__(self) -> None:
         """Validate the settings."""
         check_step(rank=self.rank, scaling=self.scaling, learning_rate=self.learning_rate, optimizer=self.optimizer)
-        check_overlap("overlap", self.overlap)
+        check_between("overlap", self.overlap, -1, 1)
         inits.entries(self.init, rank=self.rank, p_in=self.p_in)
 
 

@@ -30,7 +30,7 @@ from rora_theory.errors import InputError
 from rora_theory.inits import Init
 from rora_theory.optimizers import OptimizerName, make_optimizer
 from rora_theory.random import nested
-from rora_theory.scaling import check_choice
+from rora_theory.scaling import check_between, check_choice
 from rora_theory.validation.ranges import Count, NotNegative, check_ranges
 from rora_theory.validation.rules import check_steps
 
@@ -84,8 +84,7 @@ class ProblemSize:
     def __post_init__(self) -> None:
         """Validate the settings."""
         check_ranges(self, str)
-        if not 0 <= self.overlap <= 1:
-            raise InputError(f"overlap must be a number from 0 to 1, got {self.overlap!r}")
+        check_between("overlap", self.overlap, 0, 1)
 
     def check_ranks(self, ranks: Sequence[int]) -> None:
         """Raise `InputError` if the teacher's change has a higher rank than the smallest adapter."""

@@ -412,6 +412,11 @@ def match(*, square: float = 1.0, old: tuple = (8, 1.0, 1e-4), new: tuple = (8, 
         (lambda: horizon.distances([1.0], takeover=0.0), "takeover"),
         (lambda: horizon.rate_factor(0.0, 1.0), "strength"),
         (lambda: horizon.rate_exponents(-1.0), "rho"),
+        (lambda: horizon.rate_exponents("1"), "rho.* '1'"),
+        (lambda: horizon.rate_factor(2.0, None), "rho.* None"),
+        (lambda: horizon.sgd_rate_exponents("1"), "growth.* '1'"),
+        (lambda: horizon.sgd_rate_exponents(math.nan), "growth.* nan"),
+        (lambda: horizon.distances([1.0], takeover="1"), "takeover.* '1'"),
         (lambda: horizon.row_terms(np.ones((2, 3)), np.ones((1, 3)), np.ones((1, 3))), "lora_A.* 1"),
         (lambda: horizon.sgd_equivalent(np.ones((2, 3)), np.ones(3), rates=[1.0], scaling=1.0, momentum=1), "momentum"),
         (lambda: horizon.distances([1e-3] * 3, takeover=1e-300), "takeover.*1e-300"),
@@ -427,6 +432,7 @@ def match(*, square: float = 1.0, old: tuple = (8, 1.0, 1e-4), new: tuple = (8, 
         (lambda: match(steps=0), "steps.* 0"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_input(call: Callable, words: str) -> None:
     with pytest.raises(InputError, match=words):
         call()

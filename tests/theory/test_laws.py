@@ -249,6 +249,7 @@ def test_characteristic_function(init: str) -> None:
         (laws.random_input_moments, {"learning_rate": 0.0}, r"learning_rate.* 0\.0"),
         (laws.random_input_moments, {"overlap": 1.5}, r"overlap.* 1\.5"),
         (laws.random_input_moments, {"overlap": math.nan}, "overlap.* nan"),
+        (laws.random_input_moments, {"overlap": "0.5"}, r"overlap.* '0\.5'"),
         (laws.random_input_moments, {"p_in": 0}, "p_in.* 0"),
         (laws.first_step_moments, {"x": np.ones(4)}, r"grad and x.*\(2, 3\).*\(4,\)"),
         (laws.first_step_moments, {"grad": np.full((2, 3), np.nan)}, "grad.*NaN"),

@@ -15,11 +15,11 @@ from scipy import special
 
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer
-from rora_theory.errors import InputError
 from rora_theory.inits import Init
 from rora_theory.measure.layers.layer_data import SPLITS
 from rora_theory.measure.tokens import SINK_RATIO
 from rora_theory.optimizers import EPSILON, Optimizer
+from rora_theory.scaling import check_between
 from rora_theory.stats.verdicts import RESOLUTION, judge_gaps, summarise_outcomes
 from rora_theory.validation.ranges import Positive, check_ranges
 from rora_theory.validation.rules import USUAL_RANKS
@@ -95,8 +95,7 @@ class JudgeConfig:
     def __post_init__(self) -> None:
         """Validate the settings."""
         check_ranges(self, str)
-        if not 0 < self.false_alarm < 1:
-            raise InputError(f"false_alarm must be between 0 and 1, got {self.false_alarm}")
+        check_between("false_alarm", self.false_alarm, 0, 1, closed="neither")
 
 
 def judge_regime(results: pd.DataFrame, config: JudgeConfig | None = None) -> dict[str, Any] | None:
