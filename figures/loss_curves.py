@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from figures import style
 from rora_theory.io import files
+from rora_theory.runs import seals
 from rora_theory.runs.journal import read_entries
 from rora_theory.validation.ranges import Count, Natural, Positive, check_ranges
 from rora_theory.validation.rules import check_unread
@@ -114,9 +115,9 @@ def read_events(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     # A cell has its settings in a file of its own, a run in its manifest.
     cell = run / "cell.json"
     if cell.exists():
-        style.check_as_written(run.resolve().parents[1], f"cells/{run.resolve().name}")
+        seals.check_unchanged(run.resolve().parents[1], f"cells/{run.resolve().name}")
     else:
-        style.check_as_written(run)
+        seals.check_unchanged(run)
     try:
         settings = files.read_json(cell if cell.exists() else run / "manifest.json")
         settings = settings["training"] if cell.exists() else settings["config"]

@@ -154,7 +154,7 @@ RUN_FILE = "the file of a run folder"
 
 def read_manifest(folder: Path, experiment: str | None = None) -> dict[str, Any]:
     """Read a run's manifest. A missing, damaged or changed file, or another experiment, ends the command."""
-    check_as_written(folder)
+    seals.check_unchanged(folder)
     manifest = files.read_json(folder / "manifest.json", accepted=RUN_FILE)
     check_manifest(folder / "manifest.json", manifest)
     if experiment is not None and manifest.get("experiment") != experiment:
@@ -190,13 +190,6 @@ def check_among(option: str, value: Any, values: Iterable[Any]) -> None:
 def seeds_of(manifest: dict[str, Any]) -> int:
     """Return the number of seeds of a run."""
     return len(manifest["config"]["seeds"])
-
-
-def check_as_written(folder: Path, subfolder: str = "") -> None:
-    """End the command if a file of a run, or of a subfolder of it, was changed since the run wrote it."""
-    problem = seals.describe_problem(folder, subfolder)
-    if problem is not None:
-        fail(f"{problem}. Restore the file, or run the command of the run again.")
 
 
 def command(draw: Callable[[Config], Sequence[Path]], config: type[Config], description: str | None) -> None:

@@ -21,9 +21,10 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from rora_theory.errors import FailedError, InputError
 from rora_theory.io import digests, files
+from rora_theory.runs import seals
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.journal import Journal
-from rora_theory.runs.reading import CELLS, CHECKPOINTS, FinishedCell, as_json, check_files, key_of, read_finished_cells
+from rora_theory.runs.reading import CELLS, CHECKPOINTS, FinishedCell, as_json, key_of, read_finished_cells
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +186,7 @@ def _read_verified_cells(folder: RunFolder) -> dict[str, FinishedCell]:
     # The files in the manifest were verified when the folder was opened.
     finished, verified = read_finished_cells(folder.path), folder.entry("files")
     for cell in finished.values():
-        check_files(folder.path, {name: sha256 for name, sha256 in cell.files.items() if name not in verified})
+        seals.check_files(folder.path, {name: sha256 for name, sha256 in cell.files.items() if name not in verified})
         # A run that ended between saving a cell and removing its checkpoints has left them.
         shutil.rmtree(folder.path / CELLS_FOLDER / cell.key / CHECKPOINTS, ignore_errors=True)
     return finished

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from rora_theory.errors import InputError
 from rora_theory.io import digests, files, frames
 from rora_theory.runs import lock, seals, software
-from rora_theory.runs.reading import as_json, check_files, key_of, read_manifest
+from rora_theory.runs.reading import as_json, key_of, read_manifest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -307,7 +307,7 @@ def _read_previous(path: Path, name: str, config: Any, extensions: Mapping[str, 
     # Journals seal their own lines and grow during the run, so their digests are not compared.
     recorded = manifest.get("files") or {}
     manifest["files"] = {file: digest for file, digest in recorded.items() if not file.endswith(".jsonl")}
-    check_files(path, manifest["files"])
+    seals.check_files(path, manifest["files"])
     return manifest
 
 

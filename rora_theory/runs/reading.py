@@ -14,16 +14,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rora_theory.errors import InputError, reason_of, shown
+from rora_theory.errors import InputError, shown
 from rora_theory.io import files
 from rora_theory.runs import seals
 from rora_theory.runs.journal import Journal
+from rora_theory.runs.seals import RESTORE
 
 CELLS = "cells.jsonl"
 CHECKPOINTS = "checkpoints"
 """Folder inside a cell's folder from which an interrupted cell resumes; removed when the cell is finished."""
-RESTORE = "Restore the file as the run wrote it."
-"""Advice at the end of a message about a damaged or changed file."""
 LOCK = ".lock"
 """File that the owner of a folder locks (flock) and describes itself in. The kernel releases the lock if it dies."""
 
@@ -149,21 +148,9 @@ def read_manifest(path: Path, keys: Sequence[str]) -> dict[str, Any] | None:
         if path.is_dir() and any(entry for entry in path.iterdir() if not entry.name.startswith(".")):
             raise InputError(f"{path}: holds files but no manifest.json. Use an empty folder or the folder of a run.")
         return None
-    try:
-        manifest = files.read_json(file)
-    except InputError as error:
-        raise InputError(f"{file}: is damaged ({reason_of(error, file)}). {RESTORE}") from error
-    # The manifest must be complete and sealed by the digest of its content.
-    missing = [key for key in keys if not isinstance(manifest, dict) or key not in manifest]
-    if missing:
-        raise InputError(f"{file}: is damaged (it has no {missing[0]}). {RESTORE}")
-    if seals.DIGEST not in manifest:
-        raise InputError(f"{file}: has no digest. {RESTORE}")
-    if not seals.is_sealed(manifest):
-        raise InputError(f"{file}: was changed since the run wrote it. {RESTORE}")
-    del manifest[seals.DIGEST]
+    manifest = seals.read_sealed(file, keys)
     check_manifest(file, manifest)
-    return dict(manifest)
+    return manifest
 
 
 def check_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
@@ -191,17 +178,3 @@ def _check_types(file: Path, entries: Any, types: Mapping[str, Any], owner: str 
         if name in entries and not isinstance(entries[name], kind):
             reason = f"{owner}{name} is {shown(entries[name])}, not {getattr(kind, '__name__', kind)}"
             raise InputError(f"{file}: is damaged ({reason}). {RESTORE}")
-
-
-def check_files(folder: Path, known: Mapping[str, str]) -> None:
-    """Raise `InputError` if a file of a folder differs from its recorded digest.
-
-    Args:
-      folder: Run folder.
-      known: Recorded digests by file name.
-    """
-    for name in seals.changed_files(folder, known):
-        raise InputError(
-            f"{folder / name}: was changed since the run wrote it. Restore the file, or remove it and run the same "
-            "command again."
-        )

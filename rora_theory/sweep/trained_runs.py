@@ -33,7 +33,7 @@ def read_runs(folder: Path, *, model: str | None = None, loss: Loss = "validatio
     """
     path = folder / "results.csv"
     # Only a table that nobody changed since the run wrote it.
-    _check_seal(folder)
+    seals.check_unchanged(folder)
     rows = frames.read_csv(path, accepted="a folder of sims.rank_sweep")
     column = {"validation": "validation_loss", "answer": "answer_loss"}[loss]
     missing = [name for name in (*REQUIRED_COLUMNS, column) if name not in rows]
@@ -48,12 +48,6 @@ def read_runs(folder: Path, *, model: str | None = None, loss: Loss = "validatio
     if not model_rows:
         raise InputError(f"{path} has no finished cell of model {model or 'any'}; its models: {', '.join(models)}")
     return [_read_run(folder, row, column) for row in model_rows]
-
-
-def _check_seal(folder: Path, subfolder: str = "") -> None:
-    problem = seals.describe_problem(folder, subfolder)
-    if problem is not None:
-        raise InputError(f"{problem}. Use the file as sims.rank_sweep wrote it.")
 
 
 def runs_digest(runs: Sequence[TrainedRun]) -> str:
@@ -103,7 +97,7 @@ def _read_run(folder: Path, row: Mapping[str, Any], column: str) -> TrainedRun:
     records = tokens = None
     path = results.cell_file(folder / "cells", row["key"], results.LOSSES)
     if math.isfinite(value) and path.exists():
-        _check_seal(folder, f"cells/{row['key']}")
+        seals.check_unchanged(folder, f"cells/{row['key']}")
         losses, kind = results.read_losses(path), column.removesuffix("loss").removeprefix("validation_")
         records, tokens = (losses[f"{kind}{name}"].to_numpy(np.float64) for name in ("loss", "tokens"))
     return TrainedRun(

@@ -234,19 +234,17 @@ def test_a_changed_table_is_refused_and_a_removed_one_is_not(tmp_path):
     for name in ("results.csv", "slopes.csv"):
         folder.write(name, "a\n1\n")
     folder.finish()
-    assert seals.describe_problem(run) is None
+    seals.check_unchanged(run)
     (run / "slopes.csv").write_text("a\n2\n")
-    assert "slopes.csv: was changed" in seals.describe_problem(run)
-    with pytest.raises(
-        InputError, match=r"slopes\.csv: was changed since the run wrote it.* remove it and run the same"
-    ):
-        opened(run)
+    for check in (seals.check_unchanged, opened):
+        with pytest.raises(InputError, match=r"slopes\.csv: was changed since the run wrote it.* remove it"):
+            check(run)
     (run / "slopes.csv").unlink()
     folder = opened(run)
     folder.write("slopes.csv", "a\n3\n")  # a new one takes its place, and a kill now is no change by hand
     folder._release()
     opened(run).finish()
-    assert not seals.describe_problem(run)
+    seals.check_unchanged(run)
 
 
 def test_a_recorded_file_that_was_removed_is_missing(tmp_path):
@@ -326,7 +324,9 @@ def test_a_stopped_run_is_reported_in_one_line_and_in_its_manifest(tmp_path, cap
     assert (stopped["status"], stopped["sessions"][-1]["status"]) == ("interrupted", "interrupted")
     assert stopped["end"]
     (tmp_path / "run" / "results.csv").write_text("a\n2\n")
-    assert "results.csv: was changed" in seals.describe_problem(tmp_path / "run"), "the digests are in the manifest"
+    # The digests are in the manifest.
+    with pytest.raises(InputError, match=r"results\.csv: was changed"):
+        seals.check_unchanged(tmp_path / "run")
     (tmp_path / "run" / "results.csv").unlink()
     opened(tmp_path / "run").finish()
     assert manifest(tmp_path / "run")["status"] == "complete"

@@ -117,9 +117,7 @@ def read_regime_run(folder: Path, *, optimizer: OptimizerName, init: Init, split
         raise InputError(
             f"{folder} has no {CROSSINGS}. Use a run folder of sims.regime, or one of {', '.join(REGIMES)}."
         )
-    problem = seals.describe_problem(folder)
-    if problem is not None:
-        raise InputError(f"{problem}. Use the run as sims.regime wrote it.")
+    seals.check_unchanged(folder)
     # Linear terms of the rows for this optimizer, initialisation and split.
     selection = {"optimizer": FAMILY[optimizer], "init": init, "split": split}
     rows = frames.where(frames.read_csv(path, CROSSING_COLUMNS), selection)
