@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import tyro
 
 from figures import style
-from figures.sweep import at_best_rate, check_columns, mean, model_name, select_model, select_rank
+from figures.sweep import SCORED, at_best_rate, mean, model_name, select_model, select_rank
 from rora_theory.data.tasks import TASKS
 from rora_theory.io import frames
 from rora_theory.validation.ranges import Count, check_ranges
@@ -56,7 +56,7 @@ def draw(config: Config) -> Sequence[Path]:
     columns = [*tasks, "average"]
     # Paired differences from the base model and from LoRA, for the right panel.
     gained = frames.read_csv(config.run / "differences.csv")
-    check_columns(config.run / "differences.csv", gained, columns)
+    frames.check_columns(config.run / "differences.csv", gained, columns, advice=SCORED)
     gained = gained[(gained["model"] == base["model"].iloc[0]) & (gained["rank"].isna() | (gained["rank"] == rank))]
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.0))
     # Left: accuracy of each method by task.

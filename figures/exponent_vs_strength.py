@@ -17,10 +17,11 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 
 from figures import style
+from rora_theory.scaling import check_integer
 from rora_theory.stats.curve_optima import Method
 from rora_theory.theory.displacement import COHERENCE_RANGE, best_rate_exponent
 from rora_theory.validation.ranges import Count, check_ranges
-from rora_theory.validation.rules import check_ranks
+from rora_theory.validation.rules import check_list
 
 MAX_ENTRIES = 8
 """Largest number of legend entries: measured series, a band for each run folder, and two lines."""
@@ -46,7 +47,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        check_ranks(self.ranks, fewest=0)
+        check_list("--ranks", self.ranks, check_integer, fewest=0)
 
 
 def draw(config: Config) -> Sequence[Path]:

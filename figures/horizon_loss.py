@@ -11,9 +11,9 @@ import tyro
 from matplotlib.axes import Axes
 
 from figures import style
-from rora_theory.scaling import check_positive
+from rora_theory.scaling import check_integer, check_positive
 from rora_theory.validation.ranges import Count, Positive, check_ranges
-from rora_theory.validation.rules import check_list, check_ranks
+from rora_theory.validation.rules import check_list
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        check_ranks(self.ranks, fewest=1)
+        check_list("--ranks", self.ranks, check_integer)
         check_list("--strengths", self.strengths, check_positive)
 
 

@@ -13,9 +13,9 @@ import numpy as np
 from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle
 
 from figures import style
-from rora_theory.scaling import scaling_factor
+from rora_theory.scaling import check_integer, scaling_factor
 from rora_theory.validation.ranges import Count, Positive, check_ranges
-from rora_theory.validation.rules import check_ranks
+from rora_theory.validation.rules import check_list
 
 FROZEN, TRAINED, LINE = "#d9d9d9", "#F0E442", "#444444"
 
@@ -35,7 +35,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        check_ranks(self.ranks, fewest=1)
+        check_list("--ranks", self.ranks, check_integer)
 
 
 def draw(config: Config) -> Sequence[Path]:

@@ -10,8 +10,11 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from figures import style
+from rora_theory.io import frames
 
 PALE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+SCORED = "Choose a run of sims.rank_sweep that scored it."
+"""Advice of the error about a table without a column of scores."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +67,9 @@ def select_rank(run: Path, rows: pd.DataFrame, rank: int | None) -> int | None:
     return rank if ranks else None
 
 
-def check_columns(path: Path, rows: pd.DataFrame, names: Iterable[str]) -> None:
-    """End the command if a table lacks a column."""
-    if missing := [name for name in names if name not in rows]:
-        style.fail(f"{path}: has no column {missing[0]}. Choose a run of sims.rank_sweep that scored it.")
-
-
 def at_best_rate(run: Path, rows: pd.DataFrame) -> pd.DataFrame:
     """Return the cells of all seeds at the best learning rate of their model, method, rank and alpha."""
-    check_columns(run / "results.csv", rows, ["best_rate"])
+    frames.check_columns(run / "results.csv", rows, ["best_rate"], advice=SCORED)
     return rows[rows["best_rate"].notna()]
 
 

@@ -32,7 +32,7 @@ from rora_theory.random.seeds import check_seed
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.summary import key_figures
 from rora_theory.validation.ranges import Count, check_ranges
-from rora_theory.validation.rules import check_seeds, check_unread
+from rora_theory.validation.rules import check_list, check_unread
 from sims.common import answers, cli, tables
 from sims.common.cells import run_table
 from sims.common.summaries import summarised
@@ -71,7 +71,7 @@ class Config(TransferConfig):
         if self.write is not None and self.from_ is None:
             raise InputError(f"--write {self.write} requires --from with the file to change")
         check_ranges(self)
-        check_seeds(self.seeds, fewest=2)
+        check_list("--seeds", self.seeds, check_seed, fewest=2)
         check_seed("--seed", self.seed)
         # Options of the check have no effect without it.
         if not self.check:

@@ -179,7 +179,7 @@ def test_each_panel_against_the_rate_has_several(published) -> None:
         (regime, "regime", {"init": "foo"}, "--init must be one of the run's values gaussian, kaiming_unif"),
         (regime, "regime", {"modules": ("foo",)}, "--modules must be modules of the run, such as model.layers.0"),
         (coordinate_check, "regime", {}, "{}: must be a run of coordinate_check, got a run of regime"),
-        (accuracy, "rank_sweep", {"rank": 8}, "{}/differences.csv: has no column boolq. Choose a run"),
+        (accuracy, "rank_sweep", {"rank": 8}, "{}/differences.csv has no column 'boolq'. Choose a run"),
         (accuracy, "accuracy", {"rank": 7}, "{}: has the ranks 32. Choose one with --rank"),
         (accuracy_vs_rank, "rank_sweep", {}, "0.0003, 0.001, 0.003, 0.01"),
         (accuracy_vs_rank, "rank_sweep", {"lr": 5.0}, "--lr must be one of the run's values 0.0003, 0.001"),

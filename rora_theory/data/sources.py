@@ -8,6 +8,7 @@ from rora_theory.data.hub_files import HUB_PREFIX, download_file
 from rora_theory.data.tasks import TASKS, Task, TaskRecord, get_task, read_task
 from rora_theory.errors import InputError
 from rora_theory.io import digests
+from rora_theory.validation.rules import check_list
 
 DATA_DIR_VARIABLE = "RORA_COMMONSENSE_DIR"
 """Environment variable with the default of ``--data-dir``."""
@@ -35,8 +36,7 @@ def read_tasks(
       InputError: There is no task, a task is repeated or does not exist, no data are named, a file is missing, or a
         record is bad.
     """
-    if not keys or len(set(keys)) < len(keys):
-        raise InputError(f"tasks must be one or more different tasks, got {' '.join(keys)!r}")
+    check_list("tasks", keys)
     for key in keys:
         get_task(key)
     data = data or os.environ.get(DATA_DIR_VARIABLE)

@@ -12,8 +12,9 @@ from rora_theory.errors import InputError
 from rora_theory.finetune.config import FinetuneConfig, LossOn
 from rora_theory.llama.quantised import Quantization
 from rora_theory.optimizers import Schedule
-from rora_theory.scaling import check_positive
-from rora_theory.validation.rules import check_list, check_ranks, check_seeds, check_steps
+from rora_theory.random.seeds import check_seed
+from rora_theory.scaling import check_integer, check_positive
+from rora_theory.validation.rules import check_list, check_steps
 
 SHARED = ("batch_size", "warmup", "targets", "template", "loss_on", "cutoff")
 """Settings that all runs of a folder share and that identify it."""
@@ -89,12 +90,12 @@ class HorizonGrid:
 
     def __post_init__(self) -> None:
         """Validate the settings."""
-        check_ranks(self.ranks, fewest=1)
+        check_list("--ranks", self.ranks, check_integer)
         for option, values, fewest in (
             ("--strengths", self.strengths, 1), ("--lrs", self.lrs, 1), ("--full-lrs", self.full_lrs, 0)
         ):  # fmt: skip
             check_list(option, values, check_positive, fewest=fewest)
-        check_seeds(self.seeds)
+        check_list("--seeds", self.seeds, check_seed)
         check_steps(self.read_at, "--read-at")
         # The first step of a warm-up has the rate 0: after it there is no change to measure.
         if self.read_at[0] == 1 and self.warmup:

@@ -47,55 +47,54 @@ def read_bytes(path: str | Path, limit: int = MAX_FILE_BYTES, *, accepted: str =
       InputError: The file does not exist, may not be read, is larger than the limit, or is not a regular file. Pipes
         and devices such as /dev/zero may never end.
     """
-    try:
+    with _naming_unreadable(path, accepted):
         # O_NONBLOCK: opening a pipe would otherwise wait for its writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file. Expected {accepted}.") from None
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{path}: cannot be read ({reason}). Expected {accepted}.") from error
-    try:
-        status = os.fstat(descriptor)
-        _check_is_regular(path, status, accepted)
-        parts, size = [], 0
-        # The size may be wrong, as in /proc, or grow: count the bytes that are read as well.
-        while status.st_size <= limit >= size and (part := os.read(descriptor, _CHUNK)):
-            parts.append(part)
-            size += len(part)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}). Expected {accepted}.") from error
-    finally:
-        os.close(descriptor)
-    if max(status.st_size, size) > limit:
+        try:
+            check_regular(path, descriptor=descriptor, accepted=accepted)
+            stated_size = os.fstat(descriptor).st_size
+            parts, size = [], 0
+            # The size may be wrong, as in /proc, or grow: count the bytes that are read as well.
+            while stated_size <= limit >= size and (part := os.read(descriptor, _CHUNK)):
+                parts.append(part)
+                size += len(part)
+        finally:
+            os.close(descriptor)
+    if max(stated_size, size) > limit:
         raise InputError(f"{path}: has more than {limit:,} bytes, the limit for this file. Expected {accepted}.")
     return b"".join(parts)
 
 
-def check_regular(path: str | Path, *, accepted: str = "a regular file") -> None:
+def check_regular(path: str | Path, *, descriptor: int | None = None, accepted: str = "a regular file") -> None:
     """Check that a path is a regular file, before another library opens it and possibly never returns.
 
     Args:
       path: Path of the file, or of a link to it.
+      descriptor: Descriptor of the file if it is open, as the path may lead to another file by now.
       accepted: Description of the expected file, for error messages.
 
     Raises:
       InputError: The file does not exist, cannot be accessed, or is not a regular file.
     """
+    with _naming_unreadable(path, accepted):
+        mode = os.stat(path if descriptor is None else descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise InputError(f"{path}: is {kind}. Expected {accepted}.")
+
+
+@contextlib.contextmanager
+def _naming_unreadable(path: str | Path, accepted: str) -> Iterator[None]:
+    """Raise `InputError` if the block cannot find or read a file."""
     try:
-        status = os.stat(path)
+        yield
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file. Expected {accepted}.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"{path}: cannot be read ({reason}). Expected {accepted}.") from error
-    _check_is_regular(path, status, accepted)
-
-
-def _check_is_regular(path: str | Path, status: os.stat_result, accepted: str) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-        raise InputError(f"{path}: is {kind}. Expected {accepted}.")
 
 
 def check_folder(path: str | Path) -> None:

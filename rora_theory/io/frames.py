@@ -136,6 +136,20 @@ def read_csv(
     return frame.apply(_to_numpy_type)
 
 
+def check_columns(path: Path, frame: "pd.DataFrame", columns: Iterable[str], *, advice: str) -> None:
+    """Raise `InputError` unless a table has some columns.
+
+    Args:
+      path: Path of the table, for the error.
+      frame: Table to check.
+      columns: Names of the columns.
+      advice: Sentence at the end of the error.
+    """
+    missing = [name for name in columns if name not in frame]
+    if missing:
+        raise InputError(f"{path} has no column {missing[0]!r}. {advice}")
+
+
 def _to_numpy_type(values: "pd.Series") -> "pd.Series":
     """Convert a column to NumPy's type; integers with missing entries keep pandas' ``Int64``."""
     numpy_types: dict[str, Any] = {"Float64": "float64", "string": "str"}

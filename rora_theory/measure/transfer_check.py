@@ -20,9 +20,10 @@ from rora_theory.data.batches import Batch
 from rora_theory.io import frames
 from rora_theory.llama import Model
 from rora_theory.measure.layers.model_layers import RealStep
+from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import KAPPAS, exponent
 from rora_theory.stats.estimate import jackknife
-from rora_theory.validation.rules import check_seeds
+from rora_theory.validation.rules import check_list
 
 TUNED = "tuned"
 """Name of the tuned setting, with which the others are compared."""
@@ -245,7 +246,7 @@ def check_transfer(
       InputError: If there are fewer than two seeds, a seed repeats or is out of range, or a rank, initialisation or
         target does not fit the model.
     """
-    check_seeds(seeds, fewest=2)
+    check_list("--seeds", seeds, check_seed, fewest=2)
     stepper = RealStep(model.params, model.config, train, held_out, target_modules)
     rows = [row for step in first_steps(advice, seeds) for row in first_step_rows(stepper, advice, step, seed)]
     steps = frames.from_rows(rows, COLUMNS)

@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
-from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Protocol
 from rora_theory.finetune.config import LEARNING_RATES, BaseDtype
 from rora_theory.random.seeds import check_seed
-from rora_theory.scaling import check_positive
-from rora_theory.validation.rules import check_list, check_ranks
+from rora_theory.scaling import check_choice, check_integer, check_positive
+from rora_theory.validation.rules import check_list
 
 BASE = "base"
 """Name of the model without an adapter, which is one cell without training or seeds."""
@@ -83,15 +83,10 @@ class Design:
     def __post_init__(self) -> None:
         """Validate the settings."""
         # Lists of distinct values.
-        for name, values in (("model", self.models), ("methods", self.methods), ("seeds", self.seeds)):
-            if not values or len(set(values)) < len(values):
-                raise InputError(f"{name} must have one or more different values, got {' '.join(map(str, values))!r}")
-        for method in self.methods:
-            if method not in (BASE, *METHODS):
-                raise InputError(f"methods has an unknown method {method!r}; supported: {', '.join((BASE, *METHODS))}")
-        for seed in self.seeds:
-            check_seed("seeds", seed)
-        check_ranks(self.ranks, fewest=1)
+        check_list("model", self.models)
+        check_list("methods", self.methods, partial(check_choice, choices=(BASE, *METHODS)))
+        check_list("seeds", self.seeds, check_seed)
+        check_list("--ranks", self.ranks, check_integer)
         if self.lrs is not None:
             check_list("--lrs", self.lrs, check_positive)
 

@@ -36,9 +36,7 @@ def read_runs(folder: Path, *, model: str | None = None, loss: Loss = "validatio
     seals.check_unchanged(folder)
     rows = frames.read_csv(path, accepted="a folder of sims.rank_sweep")
     column = {"validation": "validation_loss", "answer": "answer_loss"}[loss]
-    missing = [name for name in (*REQUIRED_COLUMNS, column) if name not in rows]
-    if missing:
-        raise InputError(f"{path} has no column {missing[0]!r}. Pass the folder of a run of sims.rank_sweep.")
+    frames.check_columns(path, rows, (*REQUIRED_COLUMNS, column), advice="Pass the folder of a run of sims.rank_sweep.")
     # Finished cells with a rank: the base model has none.
     rows = rows[rows["rank"].notna() & (rows[column].notna() | (rows["status"] == "diverged"))]
     models = sorted(set(rows["model"]))

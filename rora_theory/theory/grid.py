@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,10 +13,10 @@ from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
 from rora_theory.optimizers import OPTIMIZERS, Optimizer, scaling_power
 from rora_theory.random.seeds import check_seed
-from rora_theory.scaling import Rule, scaling_factor
+from rora_theory.scaling import Rule, check_choice, check_integer, scaling_factor
 from rora_theory.stats.moments import log_log_fit
 from rora_theory.validation.ranges import AtLeastTwo, Positive, check_ranges
-from rora_theory.validation.rules import check_choices, check_ranks, check_rules, check_unread
+from rora_theory.validation.rules import check_list, check_rules, check_unread
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,10 +62,10 @@ class StepGrid:
 
     def __post_init__(self) -> None:
         """Validate the settings."""
-        check_ranks(self.ranks, fewest=1)
+        check_list("--ranks", self.ranks, check_integer)
         check_rules(self.rules)
         for name, known, fewest in (("optimizers", OPTIMIZERS, 1), ("inits", INITS, 0)):
-            check_choices(f"--{name}", getattr(self, name), known, fewest=fewest)
+            check_list(f"--{name}", getattr(self, name), partial(check_choice, choices=known), fewest=fewest)
         check_ranges(self)
         # Sampling stops at a precision or at a number of draws, whose limits match.
         if self.relative_error is not None and self.relative_error < MIN_RELATIVE_ERROR:

@@ -8,6 +8,7 @@ Tables are tidy, with one row per cell, seed and rate. `rora_theory.stats.rate_c
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -17,18 +18,15 @@ from rora_theory.inits import INITS, Init
 from rora_theory.io import frames
 from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
 from rora_theory.random.seeds import check_seed
-from rora_theory.scaling import Rule, check_choice, check_positive, exponent, scaling_factor
+from rora_theory.scaling import Rule, check_choice, check_integer, check_positive, exponent, scaling_factor
 from rora_theory.stats.rate_curves import COLUMNS, Curve
 from rora_theory.toy import ensemble
 from rora_theory.toy.dynamics import ProblemConfig
 from rora_theory.validation.ranges import Count, check_ranges
 from rora_theory.validation.rules import (
     alpha_at,
-    check_choices,
     check_list,
-    check_ranks,
     check_rules,
-    check_seeds,
     name_of,
 )
 
@@ -81,14 +79,14 @@ class RateGrid:
 
     def __post_init__(self) -> None:
         """Validate the settings."""
-        check_ranks(self.ranks)
+        check_list("--ranks", self.ranks, check_integer, fewest=2)
         # All rules have the same gamma at the reference rank.
         check_rules(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
-        check_choices("--optimizers", self.optimizers, OPTIMIZER_NAMES)
+        check_list("--optimizers", self.optimizers, partial(check_choice, choices=OPTIMIZER_NAMES))
         check_choice("--init", self.init, INITS)
         for option, rates in (("--adam-lrs", self.adam_lrs), ("--sgd-lrs", self.sgd_lrs)):
             check_list(option, rates, check_positive, fewest=3)
-        check_seeds(self.seeds, fewest=2)
+        check_list("--seeds", self.seeds, check_seed, fewest=2)
         check_ranges(self)
         check_seed("--seed", self.seed)
         self.problem.check_ranks(self.ranks)

@@ -7,6 +7,7 @@ grid_answers(grid, fits)
 """
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import pandas as pd
@@ -14,17 +15,15 @@ import pandas as pd
 from rora_theory.inits import INITS, Init
 from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
 from rora_theory.random.seeds import check_seed
-from rora_theory.scaling import Rule, check_choice, exponent, scaling_factor
+from rora_theory.scaling import Rule, check_choice, check_integer, exponent, scaling_factor
 from rora_theory.toy import ensemble, exponents
 from rora_theory.toy.dynamics import MODELS, STARTS, Model, ProblemConfig, ProblemSize, Start
 from rora_theory.toy.exponents import CELL, QUANTITIES, Answer
 from rora_theory.validation.ranges import Positive, check_ranges
 from rora_theory.validation.rules import (
     alpha_at,
-    check_choices,
-    check_ranks,
+    check_list,
     check_rules,
-    check_seeds,
     check_steps,
     name_of,
 )
@@ -87,15 +86,15 @@ class TrainingGrid:
 
     def __post_init__(self) -> None:
         """Validate the settings."""
-        check_ranks(self.ranks)
+        check_list("--ranks", self.ranks, check_integer, fewest=2)
         # All rules have the same gamma at the reference rank.
         check_rules(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
         for name, choices in (("optimizers", OPTIMIZER_NAMES), ("models", MODELS), ("starts", STARTS)):
-            check_choices(f"--{name}", getattr(self, name), choices)
+            check_list(f"--{name}", getattr(self, name), partial(check_choice, choices=choices))
         check_choice("--init", self.init, INITS)
         check_steps(self.steps)
         check_ranges(self)
-        check_seeds(self.seeds, fewest=2)
+        check_list("--seeds", self.seeds, check_seed, fewest=2)
         check_seed("--seed", self.seed)
         self.problem.check_ranks(self.ranks)
 

@@ -4,17 +4,14 @@ Scaling rules give the same gamma at a reference rank, so that runs differ in th
 """
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from functools import partial
 from typing import Any
 
 from rora_theory.errors import InputError
-from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import (
     Rule,
     alpha_for,
-    check_choice,
     check_integer,
     check_positive,
     exponent,
@@ -134,7 +131,8 @@ def check_list(
     Args:
       option: Name of the option, for the error.
       values: Values to check.
-      check: Function of the option and one value that raises `InputError`, such as `scaling.check_positive`.
+      check: Function of the option and one value that raises `InputError`, such as `scaling.check_positive`. It may be
+        a partial call, such as that of `scaling.check_choice` with the supported values.
       fewest: Minimum number of values.
 
     Raises:
@@ -147,27 +145,6 @@ def check_list(
     if check is not None:
         for value in values:
             check(option, value)
-
-
-def check_choices(option: str, values: Sequence[str], accepted: Collection[str], *, fewest: int = 1) -> None:
-    """Check a list as `check_list` does, and that each value is one of the accepted values."""
-    check_list(option, values, partial(check_choice, choices=accepted), fewest=fewest)
-
-
-def check_seeds(seeds: Sequence[int], *, fewest: int = 1) -> None:
-    """Check a list as `check_list` does, and that each value is a valid seed."""
-    check_list("--seeds", seeds, check_seed, fewest=fewest)
-
-
-def check_ranks(ranks: Sequence[int], *, fewest: int = 2, name: str = "--ranks") -> None:
-    """Raise `InputError` unless ranks are at least ``fewest`` different integers of 1 or more.
-
-    Args:
-      ranks: Ranks to check.
-      fewest: Minimum number of ranks.
-      name: Name of the option or argument, for the error.
-    """
-    check_list(name, ranks, check_integer, fewest=fewest)
 
 
 def check_steps(steps: Sequence[int], name: str = "steps") -> None:

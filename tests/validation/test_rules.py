@@ -19,10 +19,9 @@ from rora_theory.validation import rules
             "--rules must be lora, rora, rslora or a finite exponent .*, got inf",
         ),
         (lambda: scaling.exponent(math.nan, "--to-rule"), r"--to-rule must .*, got nan"),
-        (lambda: rules.check_ranks((4,)), "--ranks must have 2 or more values, got 1"),
-        (lambda: rules.check_ranks((4, 4)), r"--ranks must have different values, got 4 4"),
-        (lambda: rules.check_ranks((4, 0)), "--ranks must .*, got 0"),
-        (lambda: rules.check_ranks((4, 0), name="ranks"), "^ranks must .*, got 0"),
+        (lambda: rules.check_list("--ranks", (4,), fewest=2), "--ranks must have 2 or more values, got 1"),
+        (lambda: rules.check_list("--ranks", (4, 4)), r"--ranks must have different values, got 4 4"),
+        (lambda: rules.check_list("--ranks", (4, 0), scaling.check_integer), "^--ranks must .*, got 0"),
         (lambda: rules.check_warmup(4, 4), "warmup .* 4, got 4"),
         (lambda: rules.alpha_at("lora", gamma=0.0, reference_rank=4), "--gamma must .*, got 0.0"),
         (lambda: rules.alpha_at("lora", gamma=1.0, reference_rank=0), "--reference-rank must .*, got 0"),
@@ -55,4 +54,4 @@ def test_rules_meet_at_the_reference_rank() -> None:
         alpha = rules.alpha_at(rule, gamma=2.0, reference_rank=8)
         assert scaling_factor(rule, alpha=alpha, rank=8) == pytest.approx(2.0, rel=1e-15)
     rules.check_rules(("lora", "rora", 0.25))
-    rules.check_ranks((1,), fewest=1)
+    rules.check_list("--ranks", (1,), scaling.check_integer)

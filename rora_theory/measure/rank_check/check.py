@@ -36,16 +36,15 @@ from rora_theory.measure.rank_check.coordinate_table import (
 from rora_theory.measure.rank_check.coordinates import Checker
 from rora_theory.measure.regimes import thin
 from rora_theory.optimizers import DISPLAY_NAMES, FAMILY, OPTIMIZER_NAMES, OptimizerName, scaling_power
-from rora_theory.scaling import Rule, exponent
+from rora_theory.random.seeds import check_seed
+from rora_theory.scaling import Rule, check_choice, check_integer, exponent
 from rora_theory.stats import slopes
 from rora_theory.stats.rate_optimum import predicted_slopes
 from rora_theory.validation.ranges import Positive, check_ranges
 from rora_theory.validation.rules import (
     alpha_at,
-    check_choices,
-    check_ranks,
+    check_list,
     check_rules,
-    check_seeds,
     check_steps,
     listed,
     name_of,
@@ -110,13 +109,13 @@ class CheckConfig:
 
     def __post_init__(self) -> None:
         """Validate the settings."""
-        check_ranks(self.ranks)
+        check_list("--ranks", self.ranks, check_integer, fewest=2)
         for name, supported in (("optimizers", OPTIMIZER_NAMES), ("inits", LORA_INITS)):
-            check_choices(f"--{name}", getattr(self, name), supported)
+            check_list(f"--{name}", getattr(self, name), partial(check_choice, choices=supported))
         check_steps(self.steps)
         check_ranges(self)
         check_rules(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
-        check_seeds(self.seeds, fewest=2)
+        check_list("--seeds", self.seeds, check_seed, fewest=2)
 
 
 class Case(NamedTuple):

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -34,10 +35,10 @@ from rora_theory.measure.regimes.tables import (
 )
 from rora_theory.optimizers import DISPLAY_NAMES, EPSILON, OPTIMIZERS, Optimizer
 from rora_theory.random.seeds import check_seed
-from rora_theory.scaling import Rule, exponent, scaling_factor
+from rora_theory.scaling import Rule, check_choice, check_integer, exponent, scaling_factor
 from rora_theory.theory import horizon
 from rora_theory.validation.ranges import Count, Natural, Positive, check_ranges
-from rora_theory.validation.rules import check_ranks, check_rules, name_of
+from rora_theory.validation.rules import check_list, check_rules, name_of
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -114,15 +115,10 @@ class RegimeConfig:
     def __post_init__(self) -> None:
         """Validate the settings."""
         # Lists of distinct and known values.
-        check_ranks(self.ranks, fewest=1)
+        check_list("--ranks", self.ranks, check_integer)
         check_rules(self.rules)
         for name, known in (("optimizers", OPTIMIZERS), ("inits", INITS)):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise InputError(f"{name} must have one or more different values, got {' '.join(map(str, values))!r}")
-            unknown = [value for value in values if value not in known]
-            if unknown:
-                raise InputError(f"{name} has an unknown value {unknown[0]!r}; supported: {', '.join(known)}")
+            check_list(name, getattr(self, name), partial(check_choice, choices=known))
         # Computing the scaling validates the rule together with alpha.
         for rule in self.rules:
             scaling_factor(rule, alpha=self.alpha, rank=max(self.ranks))

@@ -52,7 +52,7 @@ from rora_theory.measure.torch.progress import bar
 from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import check_instance, check_integer, check_positive
 from rora_theory.stats.slopes import BAND
-from rora_theory.validation.rules import check_ranks, check_steps, listed
+from rora_theory.validation.rules import check_list, check_steps, listed
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -204,7 +204,7 @@ def coordinate_check(
     for option, integers in (("ranks", ranks), ("steps", steps)):
         if not isinstance(integers, Collection):
             raise InputError(f"{option} must be a sequence of integers, got {shown(integers)}")
-    check_ranks(ranks, name="ranks")
+    check_list("ranks", ranks, check_integer, fewest=2)
     for step in steps:
         check_integer("steps", step)
     check_steps(steps)
