@@ -28,7 +28,7 @@ from sims.common.cells import run_table
 from sims.common.summaries import summarised
 
 NAME = "training_dynamics"
-SHOWN = {"output_train": "training", "output_held_out": "held-out", "delta_frobenius": "|dM|_F"}
+QUANTITY_LABELS = {"output_train": "training", "output_held_out": "held-out", "delta_frobenius": "|dM|_F"}
 """Quantities in the printed tables, with their labels: output changes, and the Frobenius norm of the change dM."""
 
 
@@ -61,7 +61,7 @@ def run(config: Config) -> None:
     folder.write_frame(fits[list(FIT_COLUMNS)], "exponents.csv")
     answered = training_grid.grid_answers(grid, fits)
     folder.write("answers.json", json.dumps([answer._asdict() for answer in answered], indent=2) + "\n")
-    ends = fits[(fits["step"] == grid.steps[-1]) & (fits["range"] == "all") & fits["quantity"].isin(SHOWN)]
+    ends = fits[(fits["step"] == grid.steps[-1]) & (fits["range"] == "all") & fits["quantity"].isin(QUANTITY_LABELS)]
     scope = ("model", "start", "trained", "optimizer", "rule", "quantity", "step", "ranks", "verdict")
     with summarised(folder, key_figures(ends, "slope in the rank", "slope", over="seeds", scope=scope)):
         report(grid, seed_rows, fits, answered)
@@ -95,11 +95,11 @@ def report(grid: TrainingGrid, rows: pd.DataFrame, fits: pd.DataFrame, answered:
             (row["optimizer"], row["rule"], row["quantity"], row["step"]): _slope(row, len(grid.ranks))
             for row in fits_of_kind.to_dict("records")
         }
-        figures = [(quantity, step) for quantity in SHOWN for step in steps]
+        figures = [(quantity, step) for quantity in QUANTITY_LABELS for step in steps]
         tables.print_table(
             f"{model}, {start} random at the start, {trained} trained: slope of the output change and of |dM|_F "
             "against the rank, ± standard error, by step; * loss below half of its start, † without diverged ranks",
-            ["optimizer", "rule", *[f"{SHOWN[quantity]} {step}" for quantity, step in figures]],
+            ["optimizer", "rule", *[f"{QUANTITY_LABELS[quantity]} {step}" for quantity, step in figures]],
             [[*line, *(table.get((*line, *figure), "diverged") for figure in figures)] for line in lines],
             left=2,
         )

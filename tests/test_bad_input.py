@@ -195,7 +195,7 @@ def test_a_bad_option_is_refused(command: str, place: Path, capsys: pytest.Captu
     assert tried > 5
 
 
-READ = {
+FILE_OPTIONS = {
     "sims.finetune": ["--data", "{}"],
     "sims.rank_sweep": ["--no-accuracy", "--data", "{}"],
     "sims.horizon": ["--data", "{}"],
@@ -234,7 +234,7 @@ def names(place: Path) -> Iterator[str]:
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-@pytest.mark.parametrize("command", sorted(READ))
+@pytest.mark.parametrize("command", sorted(FILE_OPTIONS))
 def test_paths_that_are_no_files_are_refused(command: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command neither waits for it nor reads it until memory is full."""
     bad = list(names(place))
@@ -242,7 +242,7 @@ def test_paths_that_are_no_files_are_refused(command: str, place: Path, capsys: 
     if command.startswith("figures.") and "FOLDER" not in called(command, ["--out"]):
         pytest.skip("reads no file")
     for enter, name in zip(entries(command), bad, strict=False):
-        words = [word.format(name) for word in READ[command]]
+        words = [word.format(name) for word in FILE_OPTIONS[command]]
         line = refusal(enter, command, words, capsys)
         if not line.startswith("error: ") or name.lstrip(".")[:20] not in line:
             faults.append(f"{words}: {line}")
@@ -254,4 +254,4 @@ def test_every_command_is_tested() -> None:
     assert len(COMMANDS) >= 23
     experiments = {path.stem for path in (ROOT / "sims").glob("*.py")} - {"__init__", "__main__"}
     assert {f"sims.{name}" for name in experiments} <= set(COMMANDS), "a file of sims that no one can run"
-    assert sorted(set(READ) | {"sims.training_dynamics", "sims.variance_sweep"}) == COMMANDS
+    assert sorted(set(FILE_OPTIONS) | {"sims.training_dynamics", "sims.variance_sweep"}) == COMMANDS

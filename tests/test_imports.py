@@ -59,14 +59,14 @@ def import_names(extra: str) -> set[str]:
     return {"google" if name == "protobuf" else name for name in distributions}
 
 
-HIDDEN = set().union(*map(import_names, ("finetune", "torch", "logging", "cluster")))
+EXTRA_PACKAGES = set().union(*map(import_names, ("finetune", "torch", "logging", "cluster")))
 """Packages of the extras, by the names that they are imported by."""
 
-HIDING = f"""
+HIDE_EXTRA_PACKAGES = f"""
 import importlib, importlib.abc, sys
 class Hidden(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {HIDDEN}:
+        if name.partition(".")[0] in {EXTRA_PACKAGES}:
             raise ModuleNotFoundError(f"hidden: {{name}}", name=name)
 sys.meta_path.insert(0, Hidden())
 """
@@ -76,15 +76,15 @@ sys.meta_path.insert(0, Hidden())
 def test_every_hidden_package_belongs_to_an_extra() -> None:
     finetune = {"gguf", "google", "huggingface_hub", "jinja2", "orbax", "pyarrow", "safetensors"}
     finetune |= {"sentencepiece", "tokenizers"}
-    assert finetune | {"peft", "torch", "transformers", "tensorboardX", "wandb", "ray"} == HIDDEN
-    assert {name for names in extras.PACKAGES.values() for name in names} == HIDDEN
+    assert finetune | {"peft", "torch", "transformers", "tensorboardX", "wandb", "ray"} == EXTRA_PACKAGES
+    assert {name for names in extras.PACKAGES.values() for name in names} == EXTRA_PACKAGES
     for extra, names in extras.PACKAGES.items():
         assert import_names(extra) == set(names)
 
 
 def fresh(code: str) -> str:
     """Return what the code prints in a separate process with the extras hidden and nothing on standard error."""
-    command = [sys.executable, "-c", HIDING + code]
+    command = [sys.executable, "-c", HIDE_EXTRA_PACKAGES + code]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert (process.stderr, process.returncode) == ("", 0)
     return process.stdout
@@ -318,7 +318,7 @@ def test_imports_of_scripts_exist() -> None:
                 try:
                     missing += [f"{path}: {alias.name}" for alias in node.names if not has(module, alias.name)]
                 except ModuleNotFoundError as error:
-                    missing += [] if error.name in HIDDEN else [f"{path}: {error}"]
+                    missing += [] if error.name in EXTRA_PACKAGES else [f"{path}: {error}"]
     assert missing == []
 
 

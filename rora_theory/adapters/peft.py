@@ -191,14 +191,14 @@ def load_peft(folder: str | os.PathLike[str], llama_config: LlamaConfig, params:
     path, values = folder / CONFIG, adapter_config.read_entries(folder / CONFIG)
     kind = values["peft_type"]
     # Baselines have tensors and entries of their own.
-    if kind in peft_baselines.READ:
+    if kind in peft_baselines.ENTRIES_BY_TYPE:
         baseline = peft_baselines.read_baseline(path, values, llama_config)
         tensors = _read_tensors(folder / WEIGHTS)
         expected = peft_baselines.shapes(baseline, llama_config)
         _check_tensors(folder / WEIGHTS, tensors, expected, llama_config.num_hidden_layers)
         return peft_baselines.assemble_baseline(baseline, tensors, llama_config)
     if kind != adapter_config.LORA:
-        supported = ", ".join(map(repr, (adapter_config.LORA, *peft_baselines.READ)))
+        supported = ", ".join(map(repr, (adapter_config.LORA, *peft_baselines.ENTRIES_BY_TYPE)))
         raise InputError(f"{path}: unsupported peft_type {kind!r}; supported: {supported}")
     # LoRA: compare the tensors with the shapes that the configuration and the model imply.
     config, targets = peft_config.lora_config_of(path, values, llama_config)

@@ -63,7 +63,7 @@ _BOTTLENECK: Entries = {
     "scaling": (1.0, lambda v: is_finite(v) and v > 0, "a number above 0"),
     "target_modules": (None, _names, "a list of names"),
 }
-READ: dict[str, Entries] = {PREFIX: _PREFIX, **dict.fromkeys(PLACEMENTS, _BOTTLENECK)}
+ENTRIES_BY_TYPE: dict[str, Entries] = {PREFIX: _PREFIX, **dict.fromkeys(PLACEMENTS, _BOTTLENECK)}
 """Entries of each ``peft_type`` that affect what an adapter computes."""
 
 
@@ -126,7 +126,7 @@ def read_baseline(path: Path, values: Mapping[str, Any], llama_config: LlamaConf
     Raises:
       InputError: If an entry is invalid, or the adapter is for a model of another shape.
     """
-    known = READ[values["peft_type"]]
+    known = ENTRIES_BY_TYPE[values["peft_type"]]
     entries = validate_entries(path, values, known)
     # PEFT stores the sizes of the model with a prefix; they must be those of this model.
     if entries["peft_type"] == PREFIX:

@@ -25,7 +25,7 @@ from rora_theory.errors import InputError, shown
 from rora_theory.scaling import Rule, alpha_for, scaling_factor
 
 PREFIX = "base_model.model."
-KEPT = ("base_model_name_or_path", "lora_dropout", "peft_version", "revision")
+COPIED_ENTRIES = ("base_model_name_or_path", "lora_dropout", "peft_version", "revision")
 """Entries that are copied unchanged."""
 
 Tensors = dict[str, np.ndarray]
@@ -73,7 +73,7 @@ def portable(
         portable_tensors[f"{PREFIX}{name}.lora_A.weight"] = np.pad(a, ((0, padding), (0, 0)))
         portable_tensors[f"{PREFIX}{name}.lora_B.weight"] = np.pad(b, ((0, 0), (0, padding)))
     # Entries that every client reads, with the defaults of those that some ignore.
-    config = {key: values[key] for key in KEPT if key in values} | {
+    config = {key: values[key] for key in COPIED_ENTRIES if key in values} | {
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -11,7 +11,7 @@ from rora_theory.errors import InputError, shown
 from rora_theory.llama import MODULES, LlamaConfig
 from rora_theory.scaling import check_integer, check_positive
 
-OTHERS = ("lm_head", "model.embed_tokens")
+UNSUPPORTED_MODULES = ("lm_head", "model.embed_tokens")
 """Modules of the model that PEFT can adapt and this package cannot."""
 
 
@@ -139,7 +139,7 @@ def matched(
         module_predicate("exclude_modules", exclude_modules),
     )
     # A pattern may also match modules that exist but cannot be adapted.
-    for other in OTHERS:
+    for other in UNSUPPORTED_MODULES:
         if chosen_by(other) and not excluded_by(other):
             raise InputError(f"target_modules matches {other}, which cannot be adapted. {_supported()}")
     chosen = tuple(name for name in names if chosen_by(name) and not excluded_by(name))
@@ -187,7 +187,7 @@ def in_all_layers(llama_config: LlamaConfig, target_modules: Sequence[str], what
 def known_names(llama_config: LlamaConfig, modules: Sequence[str]) -> tuple[str, ...]:
     """Return the entries of ``modules`` that are a module's full name, or its end after a dot."""
     layers = range(llama_config.num_hidden_layers)
-    names = (*(full_name(layer, module) for layer in layers for module in MODULES), *OTHERS)
+    names = (*(full_name(layer, module) for layer in layers for module in MODULES), *UNSUPPORTED_MODULES)
     known = {tail for name in names for tail in _tails(name)}
     return tuple(module for module in modules if module in known)
 
@@ -206,7 +206,7 @@ def module_predicate(where: str, modules: Sequence[str] | str) -> Callable[[str]
         names = frozenset(modules)
         return lambda name: not names.isdisjoint(_tails(name))
     if modules.lower() == ALL_LINEAR and where == "target_modules":
-        return lambda name: name not in OTHERS
+        return lambda name: name not in UNSUPPORTED_MODULES
     return Expression(modules, MatchBudget(where)).matches
 
 

@@ -19,7 +19,7 @@ from rora_theory.data.records import read_record_set
 from rora_theory.errors import InputError
 from rora_theory.llama.tokenizer import Tokenizer
 
-TURNS = tuple(chat_templates.turns("Hi", "Ho"))
+EXCHANGE = tuple(chat_templates.turns("Hi", "Ho"))
 
 
 def parquet(path, table, **options):
@@ -93,7 +93,7 @@ def test_blank_lines_take_no_memory_and_keep_their_count(tmp_path, time_limit):
 
 def test_a_text_of_100_mb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "MAX_TEXT_LENGTH", 1000)
-    for row in ({"text": "a" * 1001}, {"messages": [TURNS[0], TURNS[1] | {"content": "\n" * 1001}]}):
+    for row in ({"text": "a" * 1001}, {"messages": [EXCHANGE[0], EXCHANGE[1] | {"content": "\n" * 1001}]}):
         (tmp_path / "x.jsonl").write_text(json.dumps(row))
         with pytest.raises(InputError, match=r"line 1.* '(text|content)' .* got 1,001"):
             read_record_set([tmp_path / "x.jsonl"])
@@ -179,7 +179,7 @@ def test_a_hostile_template_ends_in_one_line(name, monkeypatch, time_limit):
     monkeypatch.setattr(texts, "RENDER_SECONDS", 1)
     monkeypatch.setattr(texts, "RENDER_MEMORY", 1 << 28)
     with time_limit(60), pytest.raises(InputError, match="template") as caught:
-        texts.render_records([Chat(TURNS, where="x.jsonl: line 7")], "chat", ChatTemplate(HOSTILE[name]))
+        texts.render_records([Chat(EXCHANGE, where="x.jsonl: line 7")], "chat", ChatTemplate(HOSTILE[name]))
     assert "\n" not in str(caught.value)
     assert name in ("digits", "long source") or "x.jsonl: line 7" in str(caught.value)
     # A source that is too long is refused before it is parsed, with its length in the message.
@@ -187,7 +187,7 @@ def test_a_hostile_template_ends_in_one_line(name, monkeypatch, time_limit):
 
 
 def test_a_child_process_renders_the_same_texts():
-    records = [Chat(tuple(chat_templates.CHAT)), Record("Q", "A"), Chat(TURNS, ({"name": "é\ud7ff"},), context=1)]
+    records = [Chat(tuple(chat_templates.CHAT)), Record("Q", "A"), Chat(EXCHANGE, ({"name": "é\ud7ff"},), context=1)]
     for source in (chat_templates.LLAMA3, chat_templates.MARKED):
         template = ChatTemplate(source, tokens={"bos_token": "<s>", "eos_token": "</s>"})
         assert texts.render_records(records, "chat", template) == [
@@ -196,7 +196,7 @@ def test_a_child_process_renders_the_same_texts():
     assert pickle.loads(pickle.dumps(template)).source == template.source
     with pytest.raises(InputError, match=r"line 3: .*no such chats"):
         texts.render_records(
-            [Chat(TURNS, where="line 3")], "chat", ChatTemplate("{{ raise_exception('no such chats') }}")
+            [Chat(EXCHANGE, where="line 3")], "chat", ChatTemplate("{{ raise_exception('no such chats') }}")
         )
 
 
@@ -205,7 +205,7 @@ PICKY = "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('no
 
 
 def chat_of(content, line):
-    return Chat((TURNS[0], TURNS[1] | {"content": content}), where=f"x.jsonl: line {line}")
+    return Chat((EXCHANGE[0], EXCHANGE[1] | {"content": content}), where=f"x.jsonl: line {line}")
 
 
 def test_all_chats_that_a_template_refuses_are_listed():
@@ -236,7 +236,7 @@ def test_a_limit_exceeded_while_a_turn_is_located_is_named(monkeypatch):
         "<{{ m.role }}>{{ m.content }}{{ loop.last }}{% endfor %}"
     )
     with pytest.raises(InputError, match=r"line 3: .*memory"):
-        texts.render_records([Chat((*TURNS, *TURNS), where="x.jsonl: line 3")], "chat", ChatTemplate(source))
+        texts.render_records([Chat((*EXCHANGE, *EXCHANGE), where="x.jsonl: line 3")], "chat", ChatTemplate(source))
 
 
 def test_time_to_locate_turns_grows_with_their_number(monkeypatch):
@@ -253,7 +253,7 @@ def test_time_to_locate_turns_grows_with_their_number(monkeypatch):
 
 
 def test_turns_of_a_long_chat_are_located_only_at_its_beginning(monkeypatch):
-    long = [message for _ in range(2500) for message in TURNS]
+    long = [message for _ in range(2500) for message in EXCHANGE]
     rendered = []
     render = ChatTemplate.render
     monkeypatch.setattr(ChatTemplate, "render", lambda *a, **o: rendered.append(len(a[1])) or render(*a, **o))

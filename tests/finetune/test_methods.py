@@ -13,7 +13,7 @@ from rora_theory.adapters import BottleneckConfig, LoraConfig, PrefixConfig
 from rora_theory.errors import InputError
 from rora_theory.finetune import FinetuneConfig, capacity, sharding
 
-OTHERS = {
+METHOD_SETTINGS = {
     "prefix": {"virtual_tokens": 3},
     "series": {"bottleneck": 4, "dropout": 0.0},
     "parallel": {"bottleneck": 4, "dropout": 0.0},
@@ -23,7 +23,7 @@ BATCHES = [training.batch()] * 12
 
 def settings(method, **changes):
     common = {"batch_size": 8, "warmup": 2, "lr": 0.03, "held_out": 0}
-    return FinetuneConfig(method=method, **common | OTHERS.get(method, {}) | changes)
+    return FinetuneConfig(method=method, **common | METHOD_SETTINGS.get(method, {}) | changes)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def trained(params):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", OTHERS)
+@pytest.mark.parametrize("method", METHOD_SETTINGS)
 def test_a_step_changes_every_tensor_for_the_better(method, trained):
     run = trained(method)
     assert run.losses[-1] < run.losses[2] - 0.05
@@ -50,7 +50,7 @@ def test_devices_that_share_the_weights_train_the_same(params, trained):
     np.testing.assert_allclose(shared.losses, trained("prefix").losses, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", [*OTHERS, "full"])
+@pytest.mark.parametrize("method", [*METHOD_SETTINGS, "full"])
 def test_the_planner_counts_every_method(method, params):
     config = settings(method)
     account = capacity.estimate_step(tiny.CONFIG, config, 16)

@@ -16,7 +16,7 @@ from rora_theory.llama.pruning import KeptParts, PrunedShape, Scores
 forward = jax.jit(llama.forward, static_argnames=("config", "capture"))
 CONFIG = LlamaConfig(50, 24, 40, 4, 6, 3, 4, attention_bias=True, mlp_bias=True)
 SMOLLM = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True)
-KEPT = KeptParts(np.array([0, 2]), np.array([[0, 2], [1, 2]]), np.stack([np.arange(0, 40, 5), np.arange(3, 11)]))
+KEPT_PARTS = KeptParts(np.array([0, 2]), np.array([[0, 2], [1, 2]]), np.stack([np.arange(0, 40, 5), np.arange(3, 11)]))
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +72,16 @@ def test_a_pruned_model_equals_the_original_with_the_other_parts_at_zero(params,
     """Query heads 2g and 2g + 1, of width 4, share key/value head g."""
     zeroed = {name: dict(params["layers"][name]) for name in MODULES}
     attend, gate = np.zeros((4, 24)), np.zeros((4, 40))
-    for at, layer in enumerate(KEPT.layers):
-        for group in KEPT.heads[at]:
+    for at, layer in enumerate(KEPT_PARTS.layers):
+        for group in KEPT_PARTS.heads[at]:
             attend[layer, 8 * group : 8 * group + 8] = 1
-        gate[layer, KEPT.features[at]] = 1
+        gate[layer, KEPT_PARTS.features[at]] = 1
     for name, mask in (("self_attn.o_proj", attend), ("mlp.down_proj", gate)):
         zeroed[name]["weight"] = zeroed[name]["weight"] * jnp.asarray(mask[:, None], jnp.float32)
-        kept_layers = jnp.asarray(np.isin(np.arange(4), KEPT.layers), jnp.float32)
+        kept_layers = jnp.asarray(np.isin(np.arange(4), KEPT_PARTS.layers), jnp.float32)
         zeroed[name]["bias"] = zeroed[name]["bias"] * kept_layers[:, None]
     expected = forward(params | {"layers": params["layers"] | zeroed}, tokens, CONFIG)
-    pruned, config = pruning.prune(params, CONFIG, KEPT)
+    pruned, config = pruning.prune(params, CONFIG, KEPT_PARTS)
     assert config == LlamaConfig(50, 24, 8, 2, 4, 2, 4, attention_bias=True, mlp_bias=True)
     # Float32 sums with the zeros left out.
     np.testing.assert_allclose(forward(pruned, tokens, config), expected, rtol=0, atol=2e-5)
