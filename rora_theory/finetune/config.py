@@ -173,8 +173,8 @@ class FinetuneConfig(CostConfig):
         if self.batch_size % self.accumulation:
             raise InputError(f"accumulation must divide batch_size, {self.batch_size}, got {self.accumulation}")
         check_between("clip", self.clip, 0, closed="right")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise InputError(f"betas must be two numbers from 0 to below 1, got {self.betas!r}")
+        for beta in self.betas:
+            check_between("betas", beta, 0, 1, closed="left")
         # Runs are compared by their settings as text: without the conversion, alpha 4 and alpha 4.0 would differ.
         # The dataclass is frozen, so the converted values are set through object.
         for name in _REAL:

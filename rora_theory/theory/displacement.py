@@ -38,7 +38,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rora_theory.errors import InputError
-from rora_theory.scaling import check_integer, check_not_negative, check_positive
+from rora_theory.scaling import check_between, check_integer, check_not_negative, check_positive
 
 COHERENCE_RANGE = (1.0, 2.0)
 """Range of c: 1 if only B's steps are coherent, 2 if both factors' steps are."""
@@ -147,8 +147,7 @@ def best_rate_factor(
       >>> round(1 / best_rate_factor(64.0, 724.0, displacement_constant=130.0), 1)
       6.5
     """
-    if not COHERENCE_RANGE[0] <= coherence <= COHERENCE_RANGE[1]:
-        raise InputError(f"coherence must be from 1 to 2, got {coherence!r}")
+    check_between("coherence", coherence, *COHERENCE_RANGE)
     old, new = (
         strength * (1 + coherence * displacement_ratio(strength, displacement_constant=displacement_constant))
         for strength in (old_strength, new_strength)

@@ -127,8 +127,8 @@ class _AdamStep:
     """Adam's step in units of the learning rate for a gradient of constant sign; 1 under sign descent."""
 
     def __init__(self, decay: tuple[float, float] | None) -> None:
-        if decay is not None and not all(0 <= beta < 1 for beta in decay):
-            raise InputError(f"decay must be two numbers of at least 0 and below 1, got {decay}")
+        for beta in decay or ():
+            check_between("decay", beta, 0, 1, closed="left")
         self._decay = decay
         self._first = self._second = 0.0
         self._count = 0
