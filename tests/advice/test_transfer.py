@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.tiny import WIDE
 
 from rora_theory import InputError, scaling_factor
 from rora_theory.adapter_config import FILE
@@ -19,7 +20,6 @@ from rora_theory.advice.measured import default_displacement_constants, steps_ex
 from rora_theory.advice.setting import CROSS_TALK, SIGNAL, Setting, rank_growth, step_ratio
 from rora_theory.advice.transfer import transfer
 from rora_theory.io import frames
-from rora_theory.llama import LlamaConfig
 from rora_theory.theory import displacement, laws
 
 ROOT = Path(__file__).parents[2]
@@ -156,7 +156,6 @@ MEASURED = {
     for layer in range(2)
     for position, module in enumerate(("self_attn.q_proj", "mlp.down_proj"))
 }
-CONFIG = LlamaConfig(64, 128, 160, 2, 2, 2, 64)
 
 
 def written(text: str) -> dict:
@@ -187,7 +186,7 @@ def test_snippet_gives_every_module_its_scaling(rule, per) -> None:
     )
     alphas = {module.name: module.alpha for module in advice.modules}
     modules = []
-    for row in lora.table(CONFIG):
+    for row in lora.table(WIDE):
         first, _, last = row.layers.partition("-")
         for layer in range(int(first), int(last or first) + 1):
             name = f"model.layers.{layer}.{row.module}"

@@ -2,13 +2,13 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.harness import plain_log_likelihoods
+from support.tiny import WIDE, WINDOWED
 
 from rora_theory.adapters import PrefixAdapter, PrefixConfig, init
 from rora_theory.evaluate.choices import EncodedChoice
@@ -18,10 +18,8 @@ from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.model import init_params
 from rora_theory.llama.shared_prompt import shared_length
 
-CONFIG = LlamaConfig(61, 16, 24, 2, 4, 2, 4, max_position_embeddings=96)
-WINDOWED = replace(CONFIG, model_type="mistral", sliding_window=7)
 # Ten times the usual spread: what a token attends to then changes scores by much more than rounding.
-PARAMS = jax.tree.map(lambda leaf: 10 * leaf if leaf.ndim > 1 else leaf, init_params(jax.random.key(0), CONFIG))
+PARAMS = jax.tree.map(lambda leaf: 10 * leaf if leaf.ndim > 1 else leaf, init_params(jax.random.key(0), WIDE))
 SHAPE = (64, 16)
 
 
@@ -30,7 +28,7 @@ def _items(seed: int, count: int) -> list[list[EncodedChoice]]:
     rng = np.random.default_rng(seed)
 
     def some(least: int, most: int) -> tuple[int, ...]:
-        return tuple(rng.integers(0, CONFIG.vocab_size, rng.integers(least, most + 1)).tolist())
+        return tuple(rng.integers(0, WIDE.vocab_size, rng.integers(least, most + 1)).tolist())
 
     items = []
     for number in range(count):
@@ -51,7 +49,7 @@ def _check(
     items: Sequence[Sequence[EncodedChoice]],
     *,
     params: dict = PARAMS,
-    config: LlamaConfig = CONFIG,
+    config: LlamaConfig = WIDE,
     adapter: PrefixAdapter | None = None,
 ) -> None:
     """Compare packed scores with plain ones. Sums of six float32 terms of order 10 agree to about 1e-5."""
@@ -65,16 +63,16 @@ def _check(
 @pytest.mark.parametrize(
     ("shared_count", "config", "prefix", "params"),
     [
-        (0, CONFIG, False, PARAMS),
+        (0, WIDE, False, PARAMS),
         (0, WINDOWED, True, PARAMS),
         (16, WINDOWED, False, {**PARAMS, "lm_head": 2.0 * PARAMS["embed_tokens"]}),
-        (40, CONFIG, True, PARAMS),
+        (40, WIDE, True, PARAMS),
         (40, WINDOWED, True, PARAMS),
     ],
 )
 def test_equal_to_plain_forward_passes(shared_count, config, prefix, params, prompts_read) -> None:
     """Of 40 tokens that all items share, 32 are read once, also with a trained prefix before them, and in a window."""
-    shared = tuple(np.random.default_rng(5).integers(0, CONFIG.vocab_size, shared_count).tolist())
+    shared = tuple(np.random.default_rng(5).integers(0, WIDE.vocab_size, shared_count).tolist())
     items = [
         [EncodedChoice(shared + choice.tokens[: 96 - shared_count], choice.count) for choice in item]
         for item in _items(4, 12)[: -1 if shared_count else None]
@@ -117,10 +115,10 @@ def test_shared_length(sequences, spare, count) -> None:
 def test_results_are_bitwise_independent_of_batch_size_and_finished_items() -> None:
     """One compiled program gives the same bits for equal inputs, and equal choices score equally."""
     items = _items(1, 30)
-    whole, again = (dict(log_likelihoods(PARAMS, CONFIG, items, shape=SHAPE, batch_size=size)) for size in (1, 3))
+    whole, again = (dict(log_likelihoods(PARAMS, WIDE, items, shape=SHAPE, batch_size=size)) for size in (1, 3))
     assert again == whole
     done = set(range(0, len(items), 2))
-    rest = dict(log_likelihoods(PARAMS, CONFIG, items, shape=SHAPE, done=done, batch_size=2))
+    rest = dict(log_likelihoods(PARAMS, WIDE, items, shape=SHAPE, done=done, batch_size=2))
     assert rest == {index: whole[index] for index in range(len(items)) if index not in done}
     for index in range(1, 30, 5):  # whose last choice is the first
         assert whole[index][0] == whole[index][-1]

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from support.tiny import LARGE, WIDE
 
 from rora_theory import adapters
 from rora_theory.errors import InputError
@@ -14,7 +15,6 @@ from rora_theory.finetune.sharding import Layout
 from rora_theory.llama import LlamaConfig, abstract_params, init_params
 from rora_theory.llama.model import count_parameters
 
-TINY = LlamaConfig(512, 32, 48, 2, 4, 2, 8, max_position_embeddings=64)
 SMALL = FinetuneConfig(rank=4, batch_size=4, dropout=0.0)
 
 
@@ -65,9 +65,9 @@ def test_adapters_have_the_papers_share_of_the_weights(model, method, changes, p
 @pytest.mark.parametrize("changes", [{}, {"method": "dora", "dtype": "bfloat16"}, {"accumulation": 2, "remat": True}])
 def test_parts_are_the_real_arrays_and_sum_up(changes):
     config = dataclasses.replace(SMALL, **changes)
-    account = capacity.estimate_step(TINY, config, 16)
-    params = init_params(jax.random.key(0), TINY, jnp.dtype(config.dtype))
-    adapter = adapters.init(jax.random.key(1), config.lora(), TINY, params)
+    account = capacity.estimate_step(WIDE, config, 16)
+    params = init_params(jax.random.key(0), WIDE, jnp.dtype(config.dtype))
+    adapter = adapters.init(jax.random.key(1), config.lora(), WIDE, params)
     moments = 2 * sum(a.nbytes for a in jax.tree.leaves(adapter.params))
     assert account.base == sum(a.nbytes for a in jax.tree.leaves(params))
     assert account.adapter == moments // 2 == 4 * account.trainable == 4 * adapters.count(adapter)
@@ -76,14 +76,14 @@ def test_parts_are_the_real_arrays_and_sum_up(changes):
     assert account.tokens == 4 * 16
     assert account.parameters == sum(a.size for a in jax.tree.leaves(params))
     assert account.total == sum(account.parts().values())
-    assert account.logits == 4 * 512 * 4 * 16 // config.accumulation
+    assert account.logits == 4 * 700 * 4 * 16 // config.accumulation
     assert min(account.activations, account.working) > 0
 
 
 @pytest.mark.slow
 def test_options_that_reduce_memory():
     plain, parts, again = (
-        capacity.estimate_step(TINY, dataclasses.replace(SMALL, **changes), 32)
+        capacity.estimate_step(WIDE, dataclasses.replace(SMALL, **changes), 32)
         for changes in ({}, {"accumulation": 4}, {"remat": True})
     )
     assert again.activations == 2 * 4 * 32 * 32 * 4, "of each layer the input: [4, 32, 32] float32"
@@ -190,9 +190,9 @@ def test_no_device_gathers_the_unembedding_for_a_block_of_the_loss():
 @pytest.mark.slow
 def test_arrays_are_split_over_several_devices(monkeypatch):
     """Each device has half of the rows, half of the weights where two share a copy, and a copy of the rest."""
-    monkeypatch.setattr(capacity, "LOGITS_BYTES", 4 * 512 * 4 * 8)  # 8 of 32 positions at once, on all devices together
+    monkeypatch.setattr(capacity, "LOGITS_BYTES", 4 * 700 * 4 * 8)  # 8 of 32 positions at once, on all devices together
     alone, copies, shared = (
-        capacity.estimate_step(TINY, SMALL, 32, abstract(*shape)) for shape in ((1, 1), (2, 1), (1, 2))
+        capacity.estimate_step(WIDE, SMALL, 32, abstract(*shape)) for shape in ((1, 1), (2, 1), (1, 2))
     )
     for account in (copies, shared):
         assert (account.devices, alone.devices) == (2, 1)
@@ -204,12 +204,12 @@ def test_arrays_are_split_over_several_devices(monkeypatch):
     assert (copies.base, copies.gathered) == (alone.base, 0)
     norms = 4 * 32 * 5
     assert shared.base == (alone.base - norms) // 2 + norms, "the norms of two layers and the last are whole"
-    assert shared.gathered == 4 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32), "one of the two layers"
+    assert shared.gathered == 4 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 96 * 32), "one of the two layers"
     assert alone.gathered == 0
-    odd = dataclasses.replace(TINY, vocab_size=511)
+    odd = dataclasses.replace(WIDE, vocab_size=699)
     table = {part.name: part for part in capacity.placement(odd, SMALL, abstract(1, 2))}
     assert (table["embeddings"].ways, table["weights of modules"].ways, table["norms"].ways) == (1, 2, 1)
-    assert table["embeddings"].bytes_per_device == table["embeddings"].bytes_whole == 4 * 511 * 32
+    assert table["embeddings"].bytes_per_device == table["embeddings"].bytes_whole == 4 * 699 * 32
     base = capacity.estimate_step(odd, SMALL, 32, abstract(1, 2)).base
     assert sum(part.bytes_per_device for part in table.values()) == base
 
@@ -221,9 +221,9 @@ def abstract(data, fsdp):
 def test_a_plan_does_not_depend_on_the_machine_it_is_made_on(monkeypatch):
     """A fused kernel is no product of the program, so a plan made on a GPU would miss attention's products."""
     config = dataclasses.replace(SMALL, dtype="bfloat16")
-    expected = capacity.estimate_step(TINY, config, 16)
+    expected = capacity.estimate_step(WIDE, config, 16)
     monkeypatch.setattr("rora_theory.llama.attention._has_fused_kernel", lambda: True)
-    assert capacity.estimate_step(TINY, config, 16) == expected
+    assert capacity.estimate_step(WIDE, config, 16) == expected
 
 
 @pytest.mark.parametrize(
@@ -231,14 +231,14 @@ def test_a_plan_does_not_depend_on_the_machine_it_is_made_on(monkeypatch):
     [
         (FinetuneConfig(rank=33), 16, (1, 1), "rank"),
         (SMALL, 0, (1, 1), "width .*got 0"),
-        (SMALL, 65, (1, 1), "sequence length.*65"),
+        (SMALL, 513, (1, 1), "sequence length.*513"),
         (SMALL, 16, (3, 1), "batch_size .*3 .*got 4"),
         (SMALL, 16, (1, 0), "fsdp .*0"),
     ],
 )
 def test_refused_by_name(config, width, devices, match):
     with pytest.raises(InputError, match=match):
-        capacity.estimate_step(TINY, config, width, abstract(*devices))
+        capacity.estimate_step(WIDE, config, width, abstract(*devices))
 
 
 @pytest.mark.slow
@@ -254,10 +254,9 @@ def test_a_step_takes_the_memory_that_was_planned(data, fsdp, monkeypatch):
 
     monkeypatch.setattr(capacity, "init_params", constants)
     devices, place = data * fsdp, layout(data, fsdp)
-    model = LlamaConfig(1024, 256, 768, 8, 4, 4, 64, max_position_embeddings=128)
     config = FinetuneConfig(rank=8, batch_size=24)
-    planned = capacity.estimate_step(model, config, 128, place)
-    measured = capacity.measure_step(model, config, 128, place)
+    planned = capacity.estimate_step(LARGE, config, 128, place)
+    measured = capacity.measure_step(LARGE, config, 128, place)
     xla = measured.program
     assert planned.devices == devices
     assert xla.arguments == planned.base + planned.adapter + planned.optimizer + planned.batch

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from support.tiny import WIDE
 
 from rora_theory.finetune import FinetuneConfig, capacity, traced_cost
 from rora_theory.llama import LlamaConfig
 
-MODEL = LlamaConfig(128, 32, 48, 3, 4, 2, 8, max_position_embeddings=64)
 ROWS, WIDTH, RANK = 4, 16, 2
 
 
@@ -17,8 +17,8 @@ def config(**changes):
 
 def by_hand(*, remat=False):
     """Return the number of operations of one step's products."""
-    tokens, width, inner, layers, words = ROWS * WIDTH, 32, 48, 3, 128
-    shapes = {name: MODEL.module_shape(name) for name in (
+    tokens, width, inner, layers, words = ROWS * WIDTH, 32, 96, 2, 700
+    shapes = {name: WIDE.module_shape(name) for name in (
         "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
         "mlp.down_proj",
     )}  # fmt: skip
@@ -40,10 +40,10 @@ def by_hand(*, remat=False):
 
 @pytest.mark.parametrize("changes", [{}, {"accumulation": 2}, {"dropout": 0.1}])
 def test_products_of_a_step_are_those_counted_by_hand(changes):
-    remade = capacity.estimate_step(MODEL, config(remat=True, **changes), WIDTH)
+    remade = capacity.estimate_step(WIDE, config(remat=True, **changes), WIDTH)
     assert remade.flops == by_hand(remat=True)
     # Without rematerialisation, the model decides which products the backward pass repeats: between none and all.
-    plain = capacity.estimate_step(MODEL, config(**changes), WIDTH)
+    plain = capacity.estimate_step(WIDE, config(**changes), WIDTH)
     assert by_hand() <= plain.flops < remade.flops
 
 

@@ -13,6 +13,7 @@ from support import numpy_llama
 
 from rora_theory import adapters
 from rora_theory.errors import InputError
+from rora_theory.finetune.capacity import MODELS
 from rora_theory.llama import (
     MODULES,
     Llama3Rope,
@@ -68,7 +69,7 @@ def test_logits_equal_a_float64_reference(params, tokens, tiny, draw_tensors):
 
 
 def test_llama3_scaling_equals_its_definition():
-    config = LlamaConfig(8, 128, 8, 1, 1, 1, 128, rope_theta=5e5)  # frequencies of every wavelength
+    config = MODELS["llama3-8b"]  # frequencies of every wavelength
     plain = rope.frequencies(config)
     for parameters in ((8.0, 1.0, 4.0, 8192), (4.0, 1.0, 4.0, 8192), (8.0, 2.0, 3.0, 8192), (8.0, 1.0, 4.0, 4096)):
         expected = numpy_llama.llama3_divisors(plain, *parameters)

@@ -10,12 +10,13 @@ import pytest
 
 from rora_theory import llama
 from rora_theory.errors import InputError
+from rora_theory.finetune.capacity import MODELS
 from rora_theory.llama import MODULES, LlamaConfig, count_parameters, linear, pruning
 from rora_theory.llama.pruning import KeptParts, PrunedShape, Scores
 
 forward = jax.jit(llama.forward, static_argnames=("config", "capture"))
 CONFIG = LlamaConfig(50, 24, 40, 4, 6, 3, 4, attention_bias=True, mlp_bias=True)
-SMOLLM = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True)
+SMOLLM = MODELS["smollm2-135m"]
 KEPT_PARTS = KeptParts(np.array([0, 2]), np.array([[0, 2], [1, 2]]), np.stack([np.arange(0, 40, 5), np.arange(3, 11)]))
 
 

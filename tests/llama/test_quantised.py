@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
+from support.tiny import WIDE
 
 from rora_theory.errors import InputError
-from rora_theory.llama import LlamaConfig, abstract_params
+from rora_theory.llama import abstract_params
 from rora_theory.llama.quantised import (
     QUANTIZATIONS,
     abstract_weight,
@@ -21,7 +22,6 @@ from rora_theory.llama.quantised import (
 from rora_theory.llama.weights import build_params, load_hf, save_hf
 
 KINDS = QUANTIZATIONS[1:]
-CONFIG = LlamaConfig(48, 32, 64, 2, 4, 2, 8, max_position_embeddings=64)
 
 
 def weights_of_all_sizes(shape, seed=0):
@@ -63,9 +63,9 @@ def test_dense_weights_equal_those_of_gguf_bit_for_bit(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_of_a_folder_are_quantised_on_loading_and_saved_dense(kind, draw_params, tmp_path):
     """The result is that of ggml's reference for the weights in float32, before they are rounded to the dtype."""
-    plain = draw_params(CONFIG)
-    save_hf(tmp_path / "a", plain, CONFIG)
-    blocks = load_hf(tmp_path / "a", CONFIG, jnp.bfloat16, quantization=kind)
+    plain = draw_params(WIDE)
+    save_hf(tmp_path / "a", plain, WIDE)
+    blocks = load_hf(tmp_path / "a", WIDE, jnp.bfloat16, quantization=kind)
     for name in ("self_attn.q_proj", "mlp.down_proj"):
         for layer in range(2):
             weight, block_type = np.asarray(plain["layers"][name]["weight"][layer]), Type[kind.upper()]
@@ -73,10 +73,10 @@ def test_weights_of_a_folder_are_quantised_on_loading_and_saved_dense(kind, draw
             np.testing.assert_array_equal(blocks["layers"][name]["weight"].dense()[layer], expected)
     np.testing.assert_array_equal(blocks["embed_tokens"], plain["embed_tokens"].astype(jnp.bfloat16))
     assert jax.tree.map(lambda a: (a.shape, a.dtype), blocks) == jax.tree.map(
-        lambda a: (a.shape, a.dtype), abstract_params(CONFIG, jnp.bfloat16, kind)
+        lambda a: (a.shape, a.dtype), abstract_params(WIDE, jnp.bfloat16, kind)
     )
-    save_hf(tmp_path / "b", blocks, CONFIG)
-    again = load_hf(tmp_path / "b", CONFIG, jnp.bfloat16)
+    save_hf(tmp_path / "b", blocks, WIDE)
+    again = load_hf(tmp_path / "b", WIDE, jnp.bfloat16)
     jax.tree.map(np.testing.assert_array_equal, again, dense_params(blocks))
 
 
@@ -89,12 +89,11 @@ def test_random_blocks_have_the_requested_deviation():
     assert abs(float(jnp.mean(weights))) < 1e-3
 
 
-def test_invalid_values_are_refused():
+def test_invalid_values_are_refused(tiny):
     with pytest.raises(InputError, match=r"quantization .*none, q8_0, q4_0, q4_1, got 'nf4'"):
-        abstract_params(CONFIG, jnp.float32, "nf4")
-    narrow = LlamaConfig(48, 32, 40, 2, 4, 2, 8)
-    with pytest.raises(InputError, match=r"mlp\.down_proj.* 40 inputs.* 32, got 'q4_0'"):
-        abstract_params(narrow, jnp.float32, "q4_0")
+        abstract_params(WIDE, jnp.float32, "nf4")
+    with pytest.raises(InputError, match=r"self_attn\.o_proj.* 48 inputs.* 32, got 'q4_0'"):
+        abstract_params(tiny, jnp.float32, "q4_0")
 
     def too_large(names, out):
         out[:] = 1e7 if "up_proj" in names[0] else 1.0
@@ -102,4 +101,4 @@ def test_invalid_values_are_refused():
     with pytest.raises(
         InputError, match=r"scale of model\.layers\.0\.mlp\.up_proj\.weight .*float16, got -inf at \[0, 0\]"
     ):
-        build_params(CONFIG, jnp.float32, too_large, quantization="q4_0")
+        build_params(WIDE, jnp.float32, too_large, quantization="q4_0")

@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import gguf_files
+from support.tiny import WIDE
 
-from rora_theory.llama import LlamaConfig, forward, load
+from rora_theory.llama import forward, load
 from rora_theory.llama.saving import save_model
 
-CONFIG = LlamaConfig(
-    700, 32, 40, 2, 4, 2, 8, 1e-5, max_position_embeddings=256, bos_token_id=1, eos_token_id=(2, 3), pad_token_id=2
-)
 TEMPLATE = "{% for m in messages %}<|begin|>{{ m['content'] }}<|end|>{% endfor %}"
 MESSAGES = [{"role": "user", "content": "ab ba"}]
 
@@ -26,7 +24,7 @@ def model(tmp_path_factory, draw_tensors):
     tokens = {"unknown_token_id": 0, "eot_token_id": 3, "padding_token_id": 2}
     fields = gguf_files.tokenizer_fields("smollm", **tokens, add_bos_token=True, chat_template=TEMPLATE)
     path = tmp_path_factory.mktemp("source") / "model.gguf"
-    return load(gguf_files.write_model(path, CONFIG, draw_tensors(CONFIG), fields))
+    return load(gguf_files.write_model(path, WIDE, draw_tensors(WIDE), fields))
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +36,10 @@ def saved(model, tmp_path_factory):
 
 
 def test_a_saved_model_is_the_same_model(model, saved):
-    assert model.config == CONFIG
+    assert model.config == WIDE
     assert model.source.name == "model.gguf"
     again = load(saved)
-    assert again.config == CONFIG
+    assert again.config == WIDE
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
     for name in ("bos_id", "eos_id", "pad_id", "unk_id", "eos_ids", "prefix", "suffix", "chat_template"):
         assert getattr(again.tokenizer, name) == getattr(model.tokenizer, name), name
@@ -60,7 +58,7 @@ def test_saved_files_agree_with_the_metadata(saved):
     template = read["tokenizer.json"]["post_processor"]["single"]
     assert [list(part) for part in template] == [["SpecialToken"], ["Sequence"]]
     assert template[0]["SpecialToken"]["id"] == "<|begin|>"
-    assert settings["model_max_length"] == 256
+    assert settings["model_max_length"] == 512
     assert read["generation_config.json"] == {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 2}
     assert read["config.json"]["eos_token_id"] == [2, 3]
 
@@ -99,7 +97,7 @@ def test_a_model_that_transformers_saved_is_loaded(saved, tmp_path):
     """`config.json` is read as transformers writes it, and with every key, as older versions wrote it."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG.to_hf())).eval()
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**WIDE.to_hf())).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     transformers.AutoTokenizer.from_pretrained(saved).save_pretrained(tmp_path / "theirs")
     path = tmp_path / "theirs" / "config.json"

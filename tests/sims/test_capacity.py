@@ -5,18 +5,14 @@ import re
 
 import pytest
 from support import commands
+from support.tiny import WIDE
 
 from sims import capacity
-
-TINY = {
-    "model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-}  # fmt: skip
 
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    (tmp_path / "config.json").write_text(json.dumps(WIDE.to_hf()))
     return tmp_path
 
 

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from support import checkpoint, commands, drawings
+from support import checkpoint, commands, drawings, tiny
 from support.event_files import logged
 
 from figures import loss_curves
@@ -36,7 +36,7 @@ from rora_theory.finetune import (
 from rora_theory.finetune import step as steps
 from rora_theory.finetune.held_out import record_losses
 from rora_theory.finetune.loop import resumption
-from rora_theory.llama import LlamaConfig, load, model_digest
+from rora_theory.llama import load, model_digest
 from rora_theory.llama.quantised import dense_params
 from rora_theory.stats.paired import mean_per_token
 from sims import finetune
@@ -127,7 +127,7 @@ def test_the_table_is_printed_before_training(complete):
 @pytest.mark.slow
 def test_an_adapter_on_a_quantised_base_is_trained_and_merged(model, data, tmp_path, monkeypatch):
     """The folder merged/ has the dense base with the adapter."""
-    monkeypatch.setattr(checkpoint, "CONFIG", LlamaConfig(300, 32, 64, 2, 4, 2, 8, max_position_embeddings=512))
+    monkeypatch.setattr(checkpoint, "CONFIG", tiny.WIDE)
     wide = checkpoint.model(tmp_path / "wide")
     more = ["--steps", "4", "--warmup", "2", "--held-out", "0", "--quantization", "q4_0"]
     train(arguments(wide, data, tmp_path / "whole", *more, "--merge"))

@@ -1,4 +1,6 @@
-"""A tiny model, an encoder of bytes and invented records, for the fine-tuning tests."""
+"""Tiny models, an encoder of bytes and invented records."""
+
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -10,6 +12,13 @@ CONFIG = LlamaConfig(
     vocab_size=128, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, head_dim=8, max_position_embeddings=512, eos_token_id=2,
 )  # fmt: skip
+WIDE = LlamaConfig(
+    700, 32, 96, 2, 4, 2, 8, 1e-5, max_position_embeddings=512, bos_token_id=1, eos_token_id=(2, 3), pad_token_id=2
+)
+"""Model with grouped queries, rows of whole quantisation blocks, and an embedding for each token of `gguf_files`."""
+WINDOWED = replace(WIDE, model_type="mistral", sliding_window=7)
+LARGE = LlamaConfig(1024, 256, 768, 8, 4, 4, 64, max_position_embeddings=128)
+"""Model with nearly all of its weights in the layers, and with more of them than of anything else in a step."""
 
 
 class ByteEncoder:

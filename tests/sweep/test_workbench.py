@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from support import chat_templates, checkpoint
+from support import chat_templates, checkpoint, tiny
 
 from rora_theory import llama
 from rora_theory.adapters import LoraConfig, PrefixConfig, init, merge
@@ -21,7 +21,7 @@ from rora_theory.evaluate import scoring
 from rora_theory.evaluate.scoring import Scoring, score
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.finetune.held_out import record_losses
-from rora_theory.llama import LlamaConfig, locate
+from rora_theory.llama import locate
 from rora_theory.llama.quantised import QuantisedWeight
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep.cells import cells_of, training_of
@@ -101,7 +101,7 @@ def test_the_adapted_model_is_scored(bench, kind, tmp_path, monkeypatch) -> None
 
 def test_the_base_has_the_storage_of_the_settings(bench, tmp_path, monkeypatch) -> None:
     """A sweep or horizon with ``--quantization`` trains on rounded weights, not on those of the file."""
-    monkeypatch.setattr(checkpoint, "CONFIG", LlamaConfig(300, 32, 64, 2, 4, 2, 8, max_position_embeddings=512))
+    monkeypatch.setattr(checkpoint, "CONFIG", tiny.WIDE)
     model = str(checkpoint.model(tmp_path))
     shared = dataclasses.replace(SHARED, quantization="q4_0")
     rounded = Workbench(shared, bench.records, {}, {model: locate(model)}, scoring=Scoring("label", "clean"))

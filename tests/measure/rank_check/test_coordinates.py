@@ -1,6 +1,5 @@
 """The rank coordinate check on a tiny model: its readings, exact padding, flat rules and controls that must fail."""
 
-from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import tiny
+from support.tiny import WIDE
 
 from rora_theory.advice.setting import Setting
 from rora_theory.data.batches import Batch
@@ -18,8 +18,7 @@ from rora_theory.llama import forward, hidden_states
 from rora_theory.measure.rank_check.coordinate_table import Coordinate, Table
 from rora_theory.measure.rank_check.coordinates import Checker
 
-CONFIG = replace(tiny.CONFIG, vocab_size=40, hidden_size=32, intermediate_size=48, num_key_value_heads=2, head_dim=16)
-PARAMS = tiny.params(config=CONFIG)
+PARAMS = tiny.params(config=WIDE)
 TARGETS = ("q_proj", "down_proj")
 MODULES = ("self_attn.q_proj", "mlp.down_proj")
 RANKS = (4, 12, 32)
@@ -34,7 +33,7 @@ def batch(seed) -> Batch:
 
 @pytest.fixture(scope="module")
 def checker() -> Checker:
-    return Checker(PARAMS, CONFIG, width=max(RANKS), target_modules=TARGETS)
+    return Checker(PARAMS, WIDE, width=max(RANKS), target_modules=TARGETS)
 
 
 def run(checker, setting) -> dict[Coordinate, float]:
@@ -53,14 +52,14 @@ def test_coordinates_equal_their_definitions(checker) -> None:
 
     @jax.jit
     def gradient(values, used):
-        return jax.grad(lambda v: batch_loss(PARAMS, used, CONFIG, adapter.replace(v)) / used.weights.sum())(values)
+        return jax.grad(lambda v: batch_loss(PARAMS, used, WIDE, adapter.replace(v)) / used.weights.sum())(values)
 
     for step in range(3):
         grads = gradient(tensors, batch(step % 2))
         tensors = jax.tree.map(lambda p, g: p - rate * g, tensors, grads)
     stepped, used = adapter.replace(tensors), batch(0)
     real = np.asarray(used.weights) > 0
-    _, inputs = jax.jit(lambda tokens: hidden_states(PARAMS, tokens, CONFIG, stepped, capture=MODULES))(used.inputs)
+    _, inputs = jax.jit(lambda tokens: hidden_states(PARAMS, tokens, WIDE, stepped, capture=MODULES))(used.inputs)
     for module in MODULES:
         A, B = (np.asarray(tensors[module][f"lora_{name}"], np.float64) for name in "AB")
         x = np.asarray(inputs[module], np.float64)[:, real]
@@ -79,11 +78,11 @@ def test_coordinates_equal_their_definitions(checker) -> None:
 
     @jax.jit
     def summed(used):
-        return batch_loss(PARAMS, used, CONFIG, stepped)
+        return batch_loss(PARAMS, used, WIDE, stepped)
 
     @partial(jax.jit, static_argnums=1)
     def change(tokens, read):
-        return read(PARAMS, tokens, CONFIG, stepped) - read(PARAMS, tokens, CONFIG)
+        return read(PARAMS, tokens, WIDE, stepped) - read(PARAMS, tokens, WIDE)
 
     for used, split in ((batch(0), "train"), (batch(9), "held_out")):
         real = np.asarray(used.weights) > 0
@@ -100,7 +99,7 @@ def test_coordinates_equal_their_definitions(checker) -> None:
 def test_padding_is_exact(checker) -> None:
     """A checker as wide as the rank gives the same coordinates to 1e-3, as Adam divides by gradients near zero."""
     setting = Setting(4, 4.0, 1e-3)
-    plain = run(Checker(PARAMS, CONFIG, width=4, target_modules=TARGETS), setting)
+    plain = run(Checker(PARAMS, WIDE, width=4, target_modules=TARGETS), setting)
     padded = run(checker, setting)
     assert plain.keys() == padded.keys()
     for coordinate, value in plain.items():
