@@ -91,15 +91,19 @@ def plain_types(hint: Any) -> set[Any]:
     return set().union(*map(plain_types, inner)) if inner and typing.get_origin(hint) is not typing.Literal else {hint}
 
 
-BAD = {int: (HUGE, "-1"), float: ("1e400", "nan", "-1")}
+BAD = {int: (HUGE,), float: ("1e400", "nan")}
 """Values that no option of a type accepts; the tests of `cli` cover values that the option parser refuses."""
+
+ZERO = {*SEEDS, "dropout", "show", "rule", "rules", "to_rule", "warmup", "weight_decay", "rows", "overlap", "overlaps"}
+ZERO |= {"noise", "cell_gpus", ("sims.finetune", "held_out"), ("sims.regime", "layers")}
+"""Options that accept 0, in every command or in the named one. Of these, -1 is tested; of all others, 0."""
 
 PLACES = ("FILE", "FILE/run", "x" * 300, "x" * 5000, "/dev/null/run")
 """Paths at which no folder can be created."""
 
 TAKEN = {("clip", "1e400"): "no clipping", ("overlaps", "-1"): "opposite inputs", ("rule", "-1"): "kappa"}
 TAKEN |= {("rules", "-1"): "kappa", ("to_rule", "-1"): "kappa"}
-"""Values of `BAD` that these options accept, with their meaning."""
+"""Values above that these options accept, with their meaning."""
 
 
 def nameless(command: str) -> set[str]:
@@ -119,7 +123,9 @@ def options(command: str) -> Iterator[tuple[list[str], str]]:
             yield [LATIN], "caf"
         elif kind in (int, float):
             key = ["q_proj"] if typing.get_origin(hint) is dict else []
-            yield from (([option, *key, value], name) for value in BAD[kind] if (name, value) not in TAKEN)
+            least = "-1" if ZERO & {name, (command, name)} else "0"
+            values = [value for value in (*BAD[kind], least) if (name, value) not in TAKEN]
+            yield from (([option, *key, value], name) for value in values)
             if name in SEEDS and (name, hint) != ("seeds", int) and (command, name) not in SET_BY_OTHERS:
                 several = [str(seed) for seed in range(20)] if name == "seeds" else []
                 check = ["--check", "model", "RECORDS"] if command == "sims.transfer" else []  # without, none is read
