@@ -11,23 +11,6 @@ from rora_theory.errors import InputError
 from rora_theory.runs.cells import in_process
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"workers": 0}, "--workers .* got 0"),
-        ({"cell_cpus": 0.0}, r"--cell-cpus .* got 0\.0"),
-        ({"cell_gpus": -1.0}, r"--cell-gpus .* got -1\.0"),
-        ({"cell_memory": float("nan")}, "--cell-memory .* got nan"),
-        ({"workers": 2, "address": "auto"}, "--workers 2 .* --address"),
-        ({"address": "ray://head:10001"}, "--address .* got 'ray://head:10001'"),
-        ({"address": "head"}, "--address .* got 'head'"),
-    ],
-)
-def test_bad_options(options, message) -> None:
-    with pytest.raises(InputError, match=message):
-        ClusterConfig(**options)
-
-
 def test_a_single_process_does_not_need_ray(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     assert ClusterConfig().runner() is in_process

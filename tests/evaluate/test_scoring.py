@@ -173,21 +173,6 @@ def test_templates_of_the_protocols(monkeypatch: pytest.MonkeyPatch) -> None:
     assert expected[0] != expected[1] != expected[2] != expected[0]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"protocol": "acc"}, r"protocol .*'acc'"),
-        ({"protocol": "harness", "template": "train"}, "template .*harness, got 'train'"),
-        ({"protocol": "label", "template": "alpaca"}, r"template .*'alpaca'"),
-        ({"protocol": "generate", "num_beams": 0}, "num_beams .*, got 0"),
-        ({"protocol": "generate", "max_new_tokens": 0}, "max_new_tokens .*, got 0"),
-    ],
-)
-def test_bad_settings_are_refused(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        Scoring(**arguments)  # type: ignore[arg-type]
-
-
 def test_the_longest_possible_prompt_is_accepted_and_a_longer_one_refused() -> None:
     length = len(TOKENIZER.encode(prompt(BOOLQ.instruction, "eval")))
     fits, short = (dataclasses.replace(CONFIG, max_position_embeddings=length + room) for room in (32, 31))

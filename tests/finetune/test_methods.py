@@ -111,28 +111,6 @@ def test_a_run_is_identified_by_the_settings_of_its_method():
     assert orders[0] != orders[1]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"method": "prefix", "rank": 8}, "rank .*method prefix, got 8.*lora or dora"),
-        ({"method": "prefix", "targets": ("q_proj",)}, "targets .*method prefix"),
-        ({"method": "prefix", "virtual_tokens": 0}, "virtual_tokens .*0"),
-        ({"method": "series", "rule": "lora"}, "rule .*method series, got 'lora'"),
-        ({"method": "parallel", "bottleneck": 0}, "bottleneck width .*0"),
-        ({"method": "parallel", "dropout": 1.0}, "dropout .*1.0"),
-        ({"method": "full", "rank": 8}, "rank .*method full, got 8"),
-        ({"method": "full", "dropout": 0.0, "quantization": "q8_0"}, "quantization .*method full, got 'q8_0'"),
-        ({"method": "dora", "bottleneck": 8}, "bottleneck .*method dora, got 8"),
-        ({"virtual_tokens": 3}, "virtual_tokens .*method lora, got 3.*prefix"),
-        ({"method": "ia3"}, "method .*lora, dora, prefix, series, parallel, full, got 'ia3'"),
-    ],
-)
-@pytest.mark.usefixtures("unchecked")
-def test_refuses(changes, message):
-    with pytest.raises(InputError, match=message):
-        FinetuneConfig(**changes)
-
-
 def test_lora_s_settings_are_not_those_of_others():
     with pytest.raises(InputError, match=r"method .*lora or dora, got 'series'"):
         FinetuneConfig(method="series").lora()

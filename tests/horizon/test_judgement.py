@@ -11,7 +11,6 @@ import pytest
 
 from figures import horizon as figure
 from rora_theory import Setting, transfer
-from rora_theory.errors import InputError
 from rora_theory.horizon import curves as horizon_curves
 from rora_theory.horizon import grid as horizon_grid
 from rora_theory.horizon import judgement, parts, regret
@@ -617,8 +616,6 @@ def test_a_variant_identifies_a_folder_only_where_it_differs_from_its_default() 
     assert {name: variant.identity()[name] for name in horizon_grid.VARIANTS} == changes
     training = variant.training(next(variant.cells()))
     assert (training.schedule, training.lr_multiplier_A, training.quantization) == ("cosine", 8.0, "q4_1")
-    with pytest.raises(InputError, match=r"read-at.*cosine.*16 64"):
-        horizon_grid.HorizonGrid(schedule="cosine", read_at=(16, 64))
 
 
 @pytest.mark.slow

@@ -77,10 +77,3 @@ def test_too_few_records_for_a_pair(tokenizer, data) -> None:
     assert (
         len(make_batch_pair(replace(config, cutoff=160), long_questions, tokenizer, template="plain").train.inputs) == 8
     )
-
-
-@pytest.mark.parametrize("config", [BatchConfig, PairConfig])
-@pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("held_out", 0), ("cutoff", 1)])
-def test_values_out_of_range_are_named(config: type, name: str, value: int) -> None:
-    with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} must .*, got {value}$"):
-        config(**{name: value})

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rora_theory import InputError
 from rora_theory.paper import simulation, verdicts
 from rora_theory.paper.simulation import SimulationCell, SimulationConfig
 from rora_theory.theory import laws, sampling
@@ -138,18 +137,3 @@ def test_verdicts_reuse_known_sums(
     assert len(requested) == len(set(requested))
     known |= {setting: draw(CONFIG, SimulationCell(setting, "chi_square"))[0] for setting in requested}
     assert simulation.judge_simulation(CONFIG, known) == judged
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"p_in": 0}, "--p-in.* 0"),
-        ({"p_out": -1}, "--p-out.* -1"),
-        ({"overlaps": (1.5,)}, r"--overlaps.* 1\.5"),
-        ({"overlaps": ()}, "--overlaps.* 0"),
-        ({"sampler": "reduced", "grid": StepGrid(inits=("rademacher",))}, "--sampler reduced.* rademacher"),
-    ],
-)
-def test_values_out_of_range_are_named(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        SimulationConfig(**settings)

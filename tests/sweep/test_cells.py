@@ -106,24 +106,6 @@ def test_settings_of_methods_with_a_rank_do_not_affect_other_methods() -> None:
         make(method="lora", rank=0)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"methods": ("qlora",)}, "methods .*'qlora'"),
-        ({"models": ()}, "model .* 0"),
-        ({"seeds": (3, 3)}, "seeds .* 3 3"),
-        ({"seeds": (-1,)}, "seeds .*-1"),
-        ({"ranks": (4, 4)}, r"--ranks .*\b4\b"),
-        ({"ranks": (0,)}, r"--ranks.*\b0\b"),
-        ({"lrs": ()}, "--lrs"),
-        ({"lrs": (1e-3, -1.0)}, "--lrs .*-1"),
-    ],
-)
-def test_an_invalid_design_is_refused(changes, message) -> None:
-    with pytest.raises(InputError, match=message):
-        Design(**changes)
-
-
 @pytest.mark.usefixtures("unchecked")
 def test_a_sweep_is_identified_by_its_shared_settings() -> None:
     """Defaults are included; two values of one setting give identities that differ in it alone."""

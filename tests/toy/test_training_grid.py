@@ -1,11 +1,10 @@
-"""The grid of trajectories: its cells, their trained factors, and values out of range."""
+"""The grid of trajectories: its cells, and their trained factors."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rora_theory import InputError
 from rora_theory.io import frames
 from rora_theory.toy import exponents, training_grid
 from rora_theory.toy.dynamics import ProblemSize
@@ -47,28 +46,3 @@ def test_rows(start: Any, trained: Any, moves: bool) -> None:
     other = frames.from_rows(training_grid.training_rows(alone, cell), training_grid.COLUMNS)
     expected = table[table["seed"] == 5][list(exponents.QUANTITIES)]
     np.testing.assert_allclose(other[other["seed"] == 5][list(exponents.QUANTITIES)], expected, rtol=1e-4)
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"ranks": (4,)}, "--ranks.* 1"),
-        ({"rules": ("lora", 1.0)}, "--rules"),
-        ({"optimizers": ("lion",)}, "--optimizers.*'lion'"),
-        ({"models": ()}, "--models.* 0"),
-        ({"starts": ("C",)}, "--starts.*'C'"),
-        ({"init": "xavier"}, "--init.*'xavier'"),
-        ({"steps": (2, 1)}, "steps"),
-        ({"seeds": (1,)}, "--seeds.* 1"),
-        ({"seeds": (0, 2**32)}, "--seeds.*4294967296"),
-        ({"gamma": 0.0}, r"--gamma.* 0\.0"),
-        ({"reference_rank": 0}, "--reference-rank.* 0"),
-        ({"adam_lr": float("nan")}, "--adam-lr.* nan"),
-        ({"seed": -1}, "--seed.* -1"),
-        ({"ranks": (2, 8)}, "--teacher-rank.* 4"),
-    ],
-)
-def test_values_out_of_range_are_named(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        TrainingGrid(**settings)

@@ -1,0 +1,172 @@
+"""Values that each configuration refuses: a table of fields and values for every class.
+
+Adapters have their table in `tests/adapters/test_every_method.py`, and models theirs in `tests/llama/test_config.py`.
+"""
+
+import re
+from typing import Any
+
+import pytest
+
+from rora_theory.cluster import ClusterConfig
+from rora_theory.data.records import DataConfig
+from rora_theory.errors import InputError
+from rora_theory.evaluate.scoring import Scoring
+from rora_theory.finetune import FinetuneConfig
+from rora_theory.finetune.plan import PlanConfig
+from rora_theory.horizon.grid import HorizonGrid
+from rora_theory.horizon.probe import ProbeConfig
+from rora_theory.measure.rank_check.check import CheckConfig
+from rora_theory.measure.record_batches import BatchConfig, PairConfig
+from rora_theory.measure.regimes.module_regime import RegimeConfig
+from rora_theory.measure.regimes.tables import JudgeConfig
+from rora_theory.measure.transfer_request import TransferConfig
+from rora_theory.paper.simulation import SimulationConfig
+from rora_theory.sweep.design import Design
+from rora_theory.sweep.plan import SweepConfig
+from rora_theory.theory.grid import StepGrid
+from rora_theory.toy.dynamics import ProblemConfig
+from rora_theory.toy.rate_grid import RateGrid
+from rora_theory.toy.training_grid import TrainingGrid
+from rora_theory.validation import ranges
+
+NAN = float("nan")
+
+
+def each(names: str, *values: Any) -> dict[str, tuple]:
+    """Return the values for each of several fields."""
+    return dict.fromkeys(names.split(), values)
+
+
+COST = each("rank batch_size accumulation epochs steps", 0)
+BATCHES = each("batch_size held_out", 0) | each("cutoff", 1)
+REQUIRED: dict[type, dict[str, Any]] = {
+    SweepConfig: {"data": ("train.json",)},
+    Scoring: {"protocol": "generate"},
+    PlanConfig: {"memory": 24.0, "tflops": 100.0},
+}
+"""Further arguments of a class: required fields, and those of a custom device, which need each other."""
+INVALID: dict[type, dict[str, tuple]] = {
+    FinetuneConfig: COST
+    | each("widths evaluate_every checkpoint_every", 0)
+    | each("held_out warmup seed", -1)
+    | each("cutoff", 1)
+    | each("alpha lr lr_multiplier_A epsilon", 0.0)
+    | each("weight_decay", -0.1)
+    | each("clip", 0.0, NAN)
+    | each("dropout", 1.0, -0.1)
+    | {"method": ("ia3",), "schedule": ("step",), "loss_on": ("none",), "dtype": ("int8",), "template": ("eval",)}
+    | {"quantization": ("nf4",), "remat": ("attention",), "rule": ("lore",), "init": ("pissa",)}
+    | {"betas": ((0.9, 1.0),)},
+    PlanConfig: COST
+    | each("seq replicas fsdp examples", 0)
+    | each("memory tflops bandwidth", 0.0)
+    | {"utilisation": (0.0, 1.5), "device": ("tpu",)},
+    SweepConfig: each("limit score_batch_size", 0),
+    Design: {"methods": (("qlora",), (), ("lora", "lora")), "seeds": ((3, 3), (-1,)), "models": ((), ("a", "a"))}
+    | {"ranks": ((), (4, 4), (0,)), "lrs": ((), (1e-3, -1.0))},
+    ProbeConfig: each("steps rank batch_size probe_rank", 0)
+    | each("alpha lr clip", 0.0)
+    | each("warmup seed", -1)
+    | each("cutoff held_out", 1)
+    | {"weight_decay": (-0.1,), "dropout": (1.0,), "budget": (0.0, 1.5), "rule": ("none",), "targets": ((),)},
+    HorizonGrid: {"ranks": ((), (2, 2), (0,)), "seeds": ((), (1, 1)), "read_at": ((), (2, 1), (0, 1))}
+    | each("strengths lrs", (), (1.0, 1.0), (0.0,))
+    | each("full_lrs", (0.0,)),
+    RegimeConfig: {"ranks": ((), (4, 4), (0,)), "rules": ((), ("lore",), ("rora", 0.5))}
+    | {"optimizers": ((), ("lion",)), "inits": (("pissa",), ("gaussian", "gaussian"))}
+    | each("alpha lr", 0.0)
+    | {"rows": (-1, 32, 1_000_000_000), "tokens": (0,), "seed": (-1,)},
+    JudgeConfig: {"tolerance": (0.0,), "false_alarm": (0.0, 1.0)},
+    CheckConfig: {"ranks": ((2,), (4, 4), (0, 2)), "rules": ((), ("lora", "lora")), "seeds": ((1,), (1, -1))}
+    | {"optimizers": (("lion",),), "inits": (("pissa",),), "steps": ((2, 1),), "reference_rank": (0,)}
+    | each("adam_lr sgd_lr momentum_lr band gamma", 0.0),
+    BatchConfig: BATCHES,
+    PairConfig: BATCHES,
+    TransferConfig: each("from_rank to_rank steps to_steps", 0)
+    | each("lr to_alpha displacement_constant", 0.0)
+    | {"rule": ("lore",), "to_rule": (NAN,), "optimizer": ("muon",)},
+    DataConfig: {"show": (-1,), "format": ("csv",), "fields": ({"question": "q"},)},
+    SimulationConfig: {"p_in": (0,), "p_out": (0,), "overlaps": ((1.5,), ())},
+    StepGrid: {"ranks": ((),), "rules": (("loar",),), "optimizers": (("lion",),), "inits": (("xavier",),)}
+    | {"alpha": (-1.0, 0.0), "lr": (0.0,), "draws": (1, 2_000_000_000), "relative_error": (0.0, -0.1, 1e-9)}
+    | {"seed": (-1,)},
+    ProblemConfig: each("p_in hidden p_out samples held_out teacher_rank", 0)
+    | {"noise": (-1.0,), "overlap": (-0.1, 1.5), "model": ("cnn",)},
+    RateGrid: {"ranks": ((4,),), "rules": ((0.5, "rora"),), "optimizers": (("lion",),), "init": ("xavier",)}
+    | {"adam_lrs": ((1.0, 2.0),), "sgd_lrs": ((1.0, 2.0, -1.0),), "steps": (0,), "seeds": ((1,),), "seed": (-1,)}
+    | {"gamma": (0.0,), "reference_rank": (0,)},
+    TrainingGrid: {"ranks": ((4,), (4, 4)), "rules": (("lora", 1.0), ("best",)), "optimizers": (("lion",),)}
+    | {"models": ((),), "starts": (("C",),), "init": ("xavier",), "steps": ((2, 1),), "seeds": ((1,), (0, 2**32))}
+    | each("gamma sgd_lr momentum_lr adam_lr", 0.0)
+    | {"reference_rank": (0,), "seed": (-1,)},
+    ClusterConfig: {"workers": (0,), "cell_cpus": (0.0,), "cell_gpus": (-1.0,), "cell_memory": (0.0, NAN)}
+    | {"address": ("ray://head:10001", "head")},
+    Scoring: each("num_beams max_new_tokens", 0) | {"template": ("alpaca",), "protocol": ("acc",)},
+}
+
+COMBINATIONS = [
+    (FinetuneConfig, {"accumulation": 3}, "accumulation .* batch_size, 16, got 3"),
+    (FinetuneConfig, {"method": "prefix", "rank": 8}, "rank .*method prefix, got 8.*lora or dora"),
+    (FinetuneConfig, {"method": "prefix", "targets": ("q_proj",)}, "targets .*method prefix"),
+    (FinetuneConfig, {"method": "prefix", "virtual_tokens": 0}, "virtual_tokens .*0"),
+    (FinetuneConfig, {"method": "series", "rule": "lora"}, "rule .*method series, got 'lora'"),
+    (FinetuneConfig, {"method": "parallel", "bottleneck": 0}, "bottleneck width .*0"),
+    (FinetuneConfig, {"method": "parallel", "dropout": 1.0}, "dropout .*1.0"),
+    (FinetuneConfig, {"method": "full", "rank": 8}, "rank .*method full, got 8"),
+    (FinetuneConfig, {"method": "full", "quantization": "q8_0"}, "quantization .*method full, got 'q8_0'"),
+    (FinetuneConfig, {"method": "dora", "bottleneck": 8}, "bottleneck .*method dora, got 8"),
+    (FinetuneConfig, {"virtual_tokens": 3}, "virtual_tokens .*method lora, got 3.*prefix"),
+    (PlanConfig, {"steps": 5, "examples": 5}, "--steps and --examples"),
+    (PlanConfig, {"memory": None}, "--memory, --tflops and --bandwidth"),
+    (PlanConfig, {"memory": 0.5}, "memory .* 0.5 GB"),
+    (PlanConfig, {"device": "h100"}, "--device h100 .* --memory"),
+    (PlanConfig, {"method": "full", "rank": 64}, "--rank 64 .* --method full"),
+    (PlanConfig, {"epochs": 2}, "--epochs 2 .* --examples"),
+    (ProbeConfig, {"steps": 256, "warmup": 256}, "warmup .* 256, got 256"),
+    (HorizonGrid, {"read_at": (1, 2)}, "--read-at .* --warmup 4.* 1$"),
+    (HorizonGrid, {"schedule": "cosine", "read_at": (16, 64)}, "read-at.*cosine.*16 64"),
+    (TransferConfig, {"split": "train"}, "--split train .* --regime RUN"),
+    (TransferConfig, {"per": "one", "regime": "cross-talk"}, "--per one .* --regime RUN"),
+    (
+        SimulationConfig,
+        {"sampler": "reduced", "grid": StepGrid(inits=("rademacher",))},
+        "--sampler reduced.* rademacher",
+    ),
+    (StepGrid, {"rules": (-40.0,)}, "1e-18 to 1e18"),
+    (StepGrid, {"alpha": 1e300}, r"--alpha 1e\+300 and --lr 0.0001 give gamma 1.0e\+300"),
+    (StepGrid, {"draws": 64, "relative_error": 0.1}, "--relative-error 0.1 .* --draws"),
+    (RateGrid, {"ranks": (2, 8)}, "--teacher-rank.* 4"),
+    (TrainingGrid, {"ranks": (2, 8)}, "--teacher-rank.* 4"),
+    (ClusterConfig, {"workers": 2, "address": "auto"}, "--workers 2 .* --address"),
+    (Scoring, {"protocol": "harness", "template": "train"}, "template .*harness, got 'train'"),
+]
+
+
+def name_and_value(field: str, value: Any) -> str:
+    """Return a pattern of the field's name and the value; of several, all, the wrong one or their number."""
+    several = isinstance(value, tuple | dict)
+    texts = {" ".join(map(str, value)), *map(str, value), str(len(value))} if several else {str(value)}
+    name = field.removesuffix("s").replace("_", "[-_]")
+    return rf"\b{name}s?\b.*(?<![\w.-])({'|'.join(map(re.escape, texts))})(?!\w|\.\d)"
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (config, {field: value}, name_and_value(field, value))
+        for config, table in INVALID.items()
+        for field, values in table.items()
+        for value in values
+    ]
+    + COMBINATIONS,
+)
+def test_invalid_values_are_refused_by_name(config, settings, message) -> None:
+    with pytest.raises(InputError, match=message):
+        config(**REQUIRED.get(config, {}) | settings)
+
+
+@pytest.mark.parametrize("config", INVALID)
+def test_every_field_with_a_range_is_tested(config) -> None:
+    assert set(ranges._ranges(config)) <= set(INVALID[config])
