@@ -142,7 +142,7 @@ def test_a_plan_keeps_at_most_the_share(share) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"share": 0.0}, "share must be a number above 0 and at most 1, got 0.0"),
+        ({"share": 0.0}, "share .* 0.0$"),
         ({"share": 1.5}, "share .* 1.5$"),
         ({"share": 0.1}, "share .*at least 0.21.* 0.1 "),
         ({"share": 0.5, "layers": 31}, "layers .*1 to 30.* 31"),

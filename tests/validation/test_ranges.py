@@ -32,34 +32,33 @@ def test_the_edges_are_in_range():
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("name", "value"),
     [
-        ({"natural": -1}, "--natural must be an integer of 0 or more, got -1"),
-        ({"natural": 0.0}, "--natural must be an integer of 0 or more, got 0.0"),
-        ({"count": 0}, "--count must be an integer of 1 or more, got 0"),
-        ({"count": True}, "--count must be an integer of 1 or more, got True"),
-        ({"plural_one": 1}, "--plural-one must be an integer of 2 or more, got 1"),
-        ({"positive": 0.0}, "--positive must be a finite number above 0, got 0.0"),
-        ({"positive": float("inf")}, "--positive must be a finite number above 0, got inf"),
-        ({"not_negative": -5e-324}, "--not-negative must be a finite number of 0 or more, got -5e-324"),
-        ({"not_negative": float("nan")}, "--not-negative must be a finite number of 0 or more, got nan"),
-        ({"share": 0.0}, "--share must be a number above 0 and at most 1, got 0.0"),
-        ({"share": 1.0000001}, "--share must be a number above 0 and at most 1, got 1.0000001"),
-        ({"count": None}, "--count must be an integer of 1 or more, got None"),
-        ({"positive": None}, "--positive must be a finite number above 0, got None"),
-        ({"maybe": 0}, "--maybe must be an integer of 1 or more, got 0"),
+        ("natural", -1),
+        ("natural", 0.0),
+        ("count", 0),
+        ("count", True),
+        ("plural_one", 1),
+        ("positive", 0.0),
+        ("positive", float("inf")),
+        ("not_negative", -5e-324),
+        ("not_negative", float("nan")),
+        ("share", 0.0),
+        ("share", 1.0000001),
+        ("count", None),
+        ("positive", None),
+        ("maybe", 0),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
-def test_values_out_of_range_are_named(settings, message):
-    with pytest.raises(InputError) as refused:
-        check_ranges(Config(**settings))
-    assert str(refused.value) == message
+def test_values_out_of_range_are_named(name, value):
+    with pytest.raises(InputError, match=rf"^--{name.replace('_', '-')} .* {value}$"):
+        check_ranges(Config(**{name: value}))
 
 
 def test_a_subclass_that_declares_a_field_anew_keeps_its_range():
     check_ranges(Later())
-    with pytest.raises(InputError, match=r"^count must be an integer of 1 or more, got 0"):
+    with pytest.raises(InputError, match=r"^count .* 0$"):
         check_ranges(Later(count=0), str)
-    with pytest.raises(InputError, match=r"^--count must be .*, got 0"):
+    with pytest.raises(InputError, match=r"^--count .* 0$"):
         check_ranges(Later(count=0))

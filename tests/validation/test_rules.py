@@ -12,19 +12,19 @@ from rora_theory.validation import rules
 @pytest.mark.parametrize(
     ("check", "message"),
     [
-        (lambda: rules.check_rules(()), "--rules must .*, got none"),
-        (lambda: rules.check_rules(("rora", 0.5)), r"--rules must .*, got one rule twice: rora 0.5"),
+        (lambda: rules.check_rules(()), "--rules .*, got none"),
+        (lambda: rules.check_rules(("rora", 0.5)), r"--rules .*, got one rule twice: rora 0.5"),
         (
             lambda: rules.check_rules((math.inf,)),
-            "--rules must be lora, rora, rslora or a finite exponent .*, got inf",
+            "--rules .*, got inf",
         ),
-        (lambda: scaling.exponent(math.nan, "--to-rule"), r"--to-rule must .*, got nan"),
-        (lambda: rules.check_list("--ranks", (4,), fewest=2), "--ranks must have 2 or more values, got 1"),
-        (lambda: rules.check_list("--ranks", (4, 4)), r"--ranks must have different values, got 4 4"),
-        (lambda: rules.check_list("--ranks", (4, 0), scaling.check_integer), "^--ranks must .*, got 0"),
+        (lambda: scaling.exponent(math.nan, "--to-rule"), r"--to-rule .*, got nan"),
+        (lambda: rules.check_list("--ranks", (4,), fewest=2), "--ranks .*, got 1"),
+        (lambda: rules.check_list("--ranks", (4, 4)), r"--ranks .*, got 4 4"),
+        (lambda: rules.check_list("--ranks", (4, 0), scaling.check_integer), "^--ranks .*, got 0"),
         (lambda: rules.check_warmup(4, 4), "warmup .* 4, got 4"),
-        (lambda: rules.alpha_at("lora", gamma=0.0, reference_rank=4), "--gamma must .*, got 0.0"),
-        (lambda: rules.alpha_at("lora", gamma=1.0, reference_rank=0), "--reference-rank must .*, got 0"),
+        (lambda: rules.alpha_at("lora", gamma=0.0, reference_rank=4), "--gamma .*, got 0.0"),
+        (lambda: rules.alpha_at("lora", gamma=1.0, reference_rank=0), "--reference-rank .*, got 0"),
     ],
 )
 def test_invalid_values_are_refused(check, message) -> None:
