@@ -146,21 +146,22 @@ COMBINATIONS = [
 def name_and_value(field: str, value: Any) -> str:
     """Return a pattern of the field's name and the value; of several, all, the wrong one or their number."""
     several = isinstance(value, tuple | dict)
-    texts = {" ".join(map(str, value)), *map(str, value), str(len(value))} if several else {str(value)}
+    texts = [" ".join(map(str, value)), *map(str, value), str(len(value))] if several else [str(value)]
     name = field.removesuffix("s").replace("_", "[-_]")
     return rf"\b{name}s?\b.*(?<![\w.-])({'|'.join(map(re.escape, texts))})(?!\w|\.\d)"
 
 
+ROWS = [
+    (config, {field: value}, name_and_value(field, value))
+    for config, table in INVALID.items()
+    for field, values in table.items()
+    for value in values
+] + COMBINATIONS
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
-    ("config", "settings", "message"),
-    [
-        (config, {field: value}, name_and_value(field, value))
-        for config, table in INVALID.items()
-        for field, values in table.items()
-        for value in values
-    ]
-    + COMBINATIONS,
+    ("config", "settings", "message"), ROWS, ids=[f"{config.__name__} {' '.join(names)}" for config, names, _ in ROWS]
 )
 def test_invalid_values_are_refused_by_name(config, settings, message) -> None:
     with pytest.raises(InputError, match=message):
