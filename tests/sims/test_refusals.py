@@ -41,7 +41,7 @@ CASES = [
     ("coordinate_check", "--model nowhere/at/all", "nowhere/at/all"),
     ("coordinate_check", "--targets z_proj", "z_proj"),
     ("coordinate_check", "--targets q_proj q_proj", "--targets .*q_proj q_proj"),
-    ("evaluate", "--tasks piqa piqa", "tasks .*'piqa piqa'"),
+    ("evaluate", "--tasks piqa piqa", "tasks .* piqa piqa"),
     ("evaluate", "--adapter /nowhere", "--adapter .*/nowhere"),
     ("evaluate", "--adapter DATA", "adapter_config.json"),
     ("evaluate", "--model /nowhere", "/nowhere: no such path"),

@@ -14,10 +14,7 @@ from rora_theory.validation import rules
     [
         (lambda: rules.check_rules(()), "--rules .*, got none"),
         (lambda: rules.check_rules(("rora", 0.5)), r"--rules .*, got one rule twice: rora 0.5"),
-        (
-            lambda: rules.check_rules((math.inf,)),
-            "--rules .*, got inf",
-        ),
+        (lambda: rules.check_rules((math.inf,)), "--rules .*, got inf"),
         (lambda: scaling.exponent(math.nan, "--to-rule"), r"--to-rule .*, got nan"),
         (lambda: rules.check_list("--ranks", (4,), fewest=2), "--ranks .*, got 1"),
         (lambda: rules.check_list("--ranks", (4, 4)), r"--ranks .*, got 4 4"),
