@@ -33,13 +33,13 @@ from rora_theory.validation import ranges
 NAN = float("nan")
 
 
-def each(names: str, *values: Any) -> dict[str, tuple]:
-    """Return the values for each of several fields."""
+def same_values(names: str, *values: Any) -> dict[str, tuple]:
+    """Return the same values for several fields."""
     return dict.fromkeys(names.split(), values)
 
 
-COST = each("rank batch_size accumulation epochs steps", 0)
-BATCHES = each("batch_size held_out", 0) | each("cutoff", 1)
+COST = same_values("rank batch_size accumulation epochs steps", 0)
+BATCHES = same_values("batch_size held_out", 0) | same_values("cutoff", 1)
 REQUIRED: dict[type, dict[str, Any]] = {
     SweepConfig: {"data": ("train.json",)},
     Scoring: {"protocol": "generate"},
@@ -48,61 +48,61 @@ REQUIRED: dict[type, dict[str, Any]] = {
 """Further arguments of a class: required fields, and those of a custom device, which need each other."""
 INVALID: dict[type, dict[str, tuple]] = {
     FinetuneConfig: COST
-    | each("widths evaluate_every checkpoint_every", 0)
-    | each("held_out warmup seed", -1)
-    | each("cutoff", 1)
-    | each("alpha lr lr_multiplier_A epsilon", 0.0)
-    | each("weight_decay", -0.1)
-    | each("clip", 0.0, NAN)
-    | each("dropout", 1.0, -0.1)
+    | same_values("widths evaluate_every checkpoint_every", 0)
+    | same_values("held_out warmup seed", -1)
+    | same_values("cutoff", 1)
+    | same_values("alpha lr lr_multiplier_A epsilon", 0.0)
+    | same_values("weight_decay", -0.1)
+    | same_values("clip", 0.0, NAN)
+    | same_values("dropout", 1.0, -0.1)
     | {"method": ("ia3",), "schedule": ("step",), "loss_on": ("none",), "dtype": ("int8",), "template": ("eval",)}
     | {"quantization": ("nf4",), "remat": ("attention",), "rule": ("lore",), "init": ("pissa",)}
     | {"betas": ((0.9, 1.0),)},
     PlanConfig: COST
-    | each("seq replicas fsdp examples", 0)
-    | each("memory tflops bandwidth", 0.0)
+    | same_values("seq replicas fsdp examples", 0)
+    | same_values("memory tflops bandwidth", 0.0)
     | {"utilisation": (0.0, 1.5), "device": ("tpu",)},
-    SweepConfig: each("limit score_batch_size", 0),
+    SweepConfig: same_values("limit score_batch_size", 0),
     Design: {"methods": (("qlora",), (), ("lora", "lora")), "seeds": ((3, 3), (-1,)), "models": ((), ("a", "a"))}
     | {"ranks": ((), (4, 4), (0,)), "lrs": ((), (1e-3, -1.0))},
-    ProbeConfig: each("steps rank batch_size probe_rank", 0)
-    | each("alpha lr clip", 0.0)
-    | each("warmup seed", -1)
-    | each("cutoff held_out", 1)
+    ProbeConfig: same_values("steps rank batch_size probe_rank", 0)
+    | same_values("alpha lr clip", 0.0)
+    | same_values("warmup seed", -1)
+    | same_values("cutoff held_out", 1)
     | {"weight_decay": (-0.1,), "dropout": (1.0,), "budget": (0.0, 1.5), "rule": ("none",), "targets": ((),)},
     HorizonGrid: {"ranks": ((), (2, 2), (0,)), "seeds": ((), (1, 1)), "read_at": ((), (2, 1), (0, 1))}
-    | each("strengths lrs", (), (1.0, 1.0), (0.0,))
-    | each("full_lrs", (0.0,)),
+    | same_values("strengths lrs", (), (1.0, 1.0), (0.0,))
+    | same_values("full_lrs", (0.0,)),
     RegimeConfig: {"ranks": ((), (4, 4), (0,)), "rules": ((), ("lore",), ("rora", 0.5))}
     | {"optimizers": ((), ("lion",)), "inits": (("pissa",), ("gaussian", "gaussian"))}
-    | each("alpha lr", 0.0)
+    | same_values("alpha lr", 0.0)
     | {"rows": (-1, 32, 1_000_000_000), "tokens": (0,), "seed": (-1,)},
     JudgeConfig: {"tolerance": (0.0,), "false_alarm": (0.0, 1.0)},
     CheckConfig: {"ranks": ((2,), (4, 4), (0, 2)), "rules": ((), ("lora", "lora")), "seeds": ((1,), (1, -1))}
     | {"optimizers": (("lion",),), "inits": (("pissa",),), "steps": ((2, 1),), "reference_rank": (0,)}
-    | each("adam_lr sgd_lr momentum_lr band gamma", 0.0),
+    | same_values("adam_lr sgd_lr momentum_lr band gamma", 0.0),
     BatchConfig: BATCHES,
     PairConfig: BATCHES,
-    TransferConfig: each("from_rank to_rank steps to_steps", 0)
-    | each("lr to_alpha displacement_constant", 0.0)
+    TransferConfig: same_values("from_rank to_rank steps to_steps", 0)
+    | same_values("lr to_alpha displacement_constant", 0.0)
     | {"rule": ("lore",), "to_rule": (NAN,), "optimizer": ("muon",)},
     DataConfig: {"show": (-1,), "format": ("csv",), "fields": ({"question": "q"},)},
     SimulationConfig: {"p_in": (0,), "p_out": (0,), "overlaps": ((1.5,), ())},
     StepGrid: {"ranks": ((),), "rules": (("loar",),), "optimizers": (("lion",),), "inits": (("xavier",),)}
     | {"alpha": (-1.0, 0.0), "lr": (0.0,), "draws": (1, 2_000_000_000), "relative_error": (0.0, -0.1, 1e-9)}
     | {"seed": (-1,)},
-    ProblemConfig: each("p_in hidden p_out samples held_out teacher_rank", 0)
+    ProblemConfig: same_values("p_in hidden p_out samples held_out teacher_rank", 0)
     | {"noise": (-1.0,), "overlap": (-0.1, 1.5), "model": ("cnn",)},
     RateGrid: {"ranks": ((4,),), "rules": ((0.5, "rora"),), "optimizers": (("lion",),), "init": ("xavier",)}
     | {"adam_lrs": ((1.0, 2.0),), "sgd_lrs": ((1.0, 2.0, -1.0),), "steps": (0,), "seeds": ((1,),), "seed": (-1,)}
     | {"gamma": (0.0,), "reference_rank": (0,)},
     TrainingGrid: {"ranks": ((4,), (4, 4)), "rules": (("lora", 1.0), ("best",)), "optimizers": (("lion",),)}
     | {"models": ((),), "starts": (("C",),), "init": ("xavier",), "steps": ((2, 1),), "seeds": ((1,), (0, 2**32))}
-    | each("gamma sgd_lr momentum_lr adam_lr", 0.0)
+    | same_values("gamma sgd_lr momentum_lr adam_lr", 0.0)
     | {"reference_rank": (0,), "seed": (-1,)},
     ClusterConfig: {"workers": (0,), "cell_cpus": (0.0,), "cell_gpus": (-1.0,), "cell_memory": (0.0, NAN)}
     | {"address": ("ray://head:10001", "head")},
-    Scoring: each("num_beams max_new_tokens", 0) | {"template": ("alpaca",), "protocol": ("acc",)},
+    Scoring: same_values("num_beams max_new_tokens", 0) | {"template": ("alpaca",), "protocol": ("acc",)},
 }
 
 COMBINATIONS = [
