@@ -13,7 +13,8 @@ whose curve measures the regret. Under another schedule they are separate runs.
 Files in the output folder: `cases.csv` (a row for each replayed probe), `by_target.csv` (a summary) and `defaults.csv`
 (regret of the default learning rates of TRL, LLaMA-Factory and `unsloth train` in the same settings). With `--probes`,
 `probes.csv` has the regret of the rates that runs of `sims.tune` give with the current exponents in the steps, at the
-planned number of steps and gamma r. `recorded_rate` is the rate that such a run advised.
+planned gamma r and at least the planned number of steps. `recorded_rate` is the rate that such a run advised for the
+planned number of steps, and `share` is the cost of the probe as a share of the target's.
 """
 
 import math
@@ -220,7 +221,7 @@ def default_rate_regret(runs: Sequence[HorizonRun], tokens: Sequence[int]) -> pd
 
 
 def probe_run_regret(folders: Sequence[Path], runs: Sequence[HorizonRun], tokens: Sequence[int]) -> pd.DataFrame:
-    """Return the regret of the rates of runs of `sims.tune`, in every measured setting that they planned.
+    """Return the regret of the rates of runs of `sims.tune`, in measured settings of the planned steps or more.
 
     The best rate that a probe recorded is carried to the planned run with the current exponents. The rate that the
     probe advised when it ran, ``recorded_rate``, may come from earlier ones. A rate holds for any rank at the planned
@@ -237,8 +238,9 @@ def probe_run_regret(folders: Sequence[Path], runs: Sequence[HorizonRun], tokens
         tuning = files.read_json(folder / "tuning.json", accepted="the file of a run of sims.tune")
         strength = scaling_factor(settings["rule"], alpha=settings["alpha"], rank=settings["rank"]) * settings["rank"]
         for target in measured:
-            if target.steps != settings["steps"] or not math.isclose(target.strength, strength, rel_tol=1e-6):
+            if target.steps < settings["steps"] or not math.isclose(target.strength, strength, rel_tol=1e-6):
                 continue
+            is_planned = target.steps == settings["steps"]
             fitted = tuning["probe"]
             low, rate, high = carry_fitted(
                 RateRange(fitted["low"], fitted["learning_rate"], fitted["high"]),
@@ -249,7 +251,8 @@ def probe_run_regret(folders: Sequence[Path], runs: Sequence[HorizonRun], tokens
             cost, is_lower_bound = target.regret(rate)
             rows.append(
                 {"probe": folder.name, "seed": settings["seed"], "probe_steps": fitted["steps"]}
-                | {"share": tuning["cost"]["share"], "recorded_rate": tuning["learning_rate"]}
+                | {"share": tuning["cost"]["spent"] / target.steps}
+                | {"recorded_rate": tuning["learning_rate"] if is_planned else math.nan}
                 | {"learning_rate": rate, "low": low, "high": high}
                 | {"rank": target.rank, "steps": target.steps, "best_rate": target.best_rate, "regret": cost}
                 | {"is_lower_bound": is_lower_bound, "is_edge": target.is_edge}
