@@ -185,7 +185,7 @@ def test_check_on_a_model(model, data, tmp_path) -> None:
 def test_a_changed_regime_is_refused(regime_run) -> None:
     path = regime_run / regime_tables.CROSSINGS
     path.write_text(path.read_text().replace("6.0", "9.0"))
-    with pytest.raises(InputError, match=f"{regime_tables.CROSSINGS}: .*Use the run as sims.regime wrote it"):
+    with pytest.raises(InputError, match=f"{regime_tables.CROSSINGS}: .*changed"):
         transfer.advise(transfer.Config(regime=str(regime_run)))
 
 
