@@ -91,9 +91,9 @@ def run(config: Config) -> None:
     names = pd.DataFrame([(source, index) for source, index, _ in split.held_out], columns=["source", "index"])
     folder.write_frame(names.assign(tokens=tokens, answer_tokens=answered), "records.csv")
 
-    def work(cell: HorizonCell, _: Path) -> dict[str, Any]:
+    def work(cell: HorizonCell, cell_folder: Path) -> dict[str, Any]:
         bench.open(model)
-        return asdict(readings.read_run(bench, grid.training(cell), cell.read_at))
+        return asdict(readings.read_run(bench, grid.training(cell), cell.read_at, folder=cell_folder))
 
     describe_run = partial(readings.describe_run, tokens=tokens)
     run_with_bar(cells, work, folder, runner=runner, title="runs", describe=describe_run)

@@ -7,6 +7,7 @@ of all horizons.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,11 +17,16 @@ from jaxtyping import Float
 from rora_theory.adapters import LoraAdapter
 from rora_theory.errors import InputError
 from rora_theory.finetune import FinetuneConfig, NonFiniteLossError, Paused, StepCompleted, Trainer
+from rora_theory.finetune import metrics as metrics_file
 from rora_theory.finetune.held_out import RecordLoss, record_losses
 from rora_theory.measure import led
+from rora_theory.runs.reading import CHECKPOINTS
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep.workbench import Workbench
 from rora_theory.validation.rules import check_steps
+
+CHECKPOINT_EVERY = 128
+"""Number of steps between the checkpoints of a long run."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,11 @@ def read_run(
     steps: Sequence[int],
     *,
     inputs: dict[str, Float[np.ndarray, "layers tokens p_in"]] | None = None,
+    folder: Path | None = None,
 ) -> ReadRun:
     """Train to the last of ``steps``, and compute the losses of the held-out records after each.
+
+    A run of more than `CHECKPOINT_EVERY` steps with one reading resumes after an interruption if it has a folder.
 
     Args:
       bench: Workbench with an open model.
@@ -71,6 +80,7 @@ def read_run(
       steps: Numbers of steps in ascending order. A schedule that decays allows one number only.
       inputs: Inputs of the modules, at which the parts of the change are measured; None computes
         `measure.led.module_inputs` of the held-out records.
+      folder: Folder of the run for checkpoints; with None an interrupted run starts over.
 
     Returns:
       The losses of the run and its readings. A run that diverged ends with its last finite reading.
@@ -84,7 +94,7 @@ def read_run(
             f"read_at must be a single step with schedule {training.schedule!r}, got {' '.join(map(str, steps))}"
         )
     # Train as many steps as the last reading needs, and no more.
-    training = replace(training, steps=steps[-1])
+    training = replace(training, steps=steps[-1], checkpoint_every=CHECKPOINT_EVERY)
     adapter, batches = bench.begin(training)
     if len(batches) < steps[-1]:
         raise InputError(
@@ -99,12 +109,24 @@ def read_run(
         start = adapter.replace(jax.device_get(adapter.params))
         if inputs is None:
             inputs = led.module_inputs(model.params, model.config, bench.held_out, adapter)
+    # Earlier readings are not saved, so that a run with several starts over.
+    is_long = folder is not None and len(steps) == 1 and steps[0] > CHECKPOINT_EVERY
+    saved = folder / CHECKPOINTS if folder is not None and is_long else None
+    checkpoints = None if saved is None else saved / "steps"
     trainer = Trainer(
-        model.params, model.config, adapter, training, batches, None, None, shared=bench.steps, pauses=steps
+        model.params, model.config, adapter, training, batches, None, checkpoints, shared=bench.steps, pauses=steps
     )
     run = ReadRun([], [])
     try:
-        for event in trainer.run():
+        # The losses of the steps before the checkpoint are those of the metrics file.
+        metrics = None if saved is None else metrics_file.Metrics(saved / metrics_file.FILE, trainer, "reading")
+        if metrics is not None:
+            run.train_losses.extend(event["loss"] for event in metrics.events)
+        # A run that was interrupted in its reading has no step left.
+        events = trainer.run() if trainer.step < steps[-1] else iter([Paused(steps[-1])])
+        for event in events:
+            if metrics is not None:
+                metrics.add(event)
             if isinstance(event, StepCompleted):
                 run.train_losses.append(event.loss)
             elif isinstance(event, Paused):

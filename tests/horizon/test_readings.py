@@ -8,7 +8,8 @@ from support import checkpoint
 
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Scoring
-from rora_theory.finetune import FinetuneConfig
+from rora_theory.finetune import FinetuneConfig, StepCompleted
+from rora_theory.finetune.metrics import Metrics
 from rora_theory.horizon import readings
 from rora_theory.llama import locate
 from rora_theory.measure import led
@@ -75,6 +76,40 @@ def test_a_run_that_diverges_keeps_the_readings_before(bench, full_run, monkeypa
     run = readings.read_run(bench, TRAINING, (2, 3))
     assert_same_readings(run, full_run.readings[:1])
     assert run.diverged_at == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interrupted_at", ["step 5", "reading"])
+def test_a_long_run_resumes_from_its_checkpoint(bench, full_run, monkeypatch, tmp_path, interrupted_at) -> None:
+    """Its losses include those of the steps before the interruption, and no step is repeated but those after 4."""
+    monkeypatch.setattr(readings, "CHECKPOINT_EVERY", 2)
+    add, read_held_out, steps = Metrics.add, readings.read_held_out, []
+
+    def interrupt(metrics, event):
+        if getattr(event, "step", 0) == 5 and isinstance(event, StepCompleted):
+            raise KeyboardInterrupt
+        add(metrics, event)
+
+    def count(metrics, event):
+        steps.append(event.step)
+        add(metrics, event)
+
+    def interrupt_reading(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        if interrupted_at == "reading":
+            patched.setattr(readings, "read_held_out", interrupt_reading)
+        else:
+            patched.setattr(Metrics, "add", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            readings.read_run(bench, TRAINING, (5,), folder=tmp_path)
+    monkeypatch.setattr(Metrics, "add", count)
+    assert readings.read_held_out is read_held_out
+    run = readings.read_run(bench, TRAINING, (5,), folder=tmp_path)
+    assert_same_readings(run, full_run.readings[-1:])
+    assert run.train_losses == pytest.approx(full_run.train_losses, rel=1e-6)
+    assert steps == ([5, 5] if interrupted_at == "step 5" else [5])  # the step, and the pause for the reading
 
 
 @pytest.mark.parametrize(
