@@ -59,6 +59,11 @@ def test_probes_at_the_end_of_a_grid_are_counted_and_left_out(cases) -> None:
     summary = tune.summarise_targets(cases.assign(is_edge=[True, *[False] * (len(cases) - 1)]))
     assert int(summary["edges"].sum()) == 1
     assert int(summary["probes"].sum()) == len(cases) - 1
+    # They have a column of their own, and a lower bound does not count as close enough.
+    first = summary.iloc[0]
+    assert first["largest_at_edges"] == pytest.approx(cases.iloc[0]["regret"])
+    unknown = tune.summarise_targets(cases.assign(is_edge=False, is_lower_bound=True))
+    assert (unknown["within_0.01"] == 0).all()
 
 
 def test_a_default_rate_outside_the_measured_ones_is_a_lower_bound() -> None:
@@ -69,28 +74,35 @@ def test_a_default_rate_outside_the_measured_ones_is_a_lower_bound() -> None:
 
 
 def test_probes_are_judged_by_the_rate_of_the_current_exponents(tmp_path) -> None:
-    """Regret is at the planned steps and gamma r, at any rank: here G = 64 after 256 steps, with best rate 4e-4.
+    """Regret is at the planned gamma r and at least the planned steps, at any rank: here G = 64 and best rate 4e-4.
 
     A probe of 16 steps whose best rate is 1.6e-3 leads to it at a constant rate. The rate that its file records came
     from other exponents.
     """
-    for name, schedule, alpha, best_rate in (
-        ("best", "constant", 64.0, 1.6e-3),
-        ("far", "constant", 64.0, 6.4e-3),
-        ("cosine", "cosine", 64.0, 1.6e-3),
-        ("other", "constant", 16.0, 1.6e-3),
+    for name, schedule, alpha, best_rate, steps in (
+        ("best", "constant", 64.0, 1.6e-3, 256),
+        ("far", "constant", 64.0, 6.4e-3, 256),
+        ("cosine", "cosine", 64.0, 1.6e-3, 256),
+        ("other", "constant", 16.0, 1.6e-3, 256),
+        ("shorter", "constant", 64.0, 1.6e-3, 128),
+        ("longer", "constant", 64.0, 1.6e-3, 512),
     ):
-        settings = {"rule": "lora", "alpha": alpha, "rank": 128, "steps": 256, "schedule": schedule}
+        settings = {"rule": "lora", "alpha": alpha, "rank": 128, "steps": steps, "schedule": schedule}
         settings |= {"probe_rank": 8, "seed": 3}
         fitted = {"learning_rate": best_rate, "low": best_rate / 2, "high": best_rate * 2, "steps": 16}
         recorded = {"learning_rate": 7e-4, "low": 6e-4, "high": 8e-4}
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text(json.dumps(seals.seal({"config": settings})))
-        (tmp_path / name / "tuning.json").write_text(json.dumps(recorded | {"probe": fitted, "cost": {"share": 0.1}}))
-    folders = [tmp_path / name for name in ("best", "far", "cosine", "other")]
+        (tmp_path / name / "tuning.json").write_text(json.dumps(recorded | {"probe": fitted, "cost": {"spent": 25.6}}))
+    folders = [tmp_path / name for name in ("best", "far", "cosine", "other", "shorter", "longer")]
     table = tune.probe_run_regret(folders, known_runs(-0.5), TOKENS).set_index(["probe", "rank"])
-    assert set(table.index) == {(name, rank) for name in ("best", "far", "cosine") for rank in (8, 128)}
-    assert table["recorded_rate"].unique() == pytest.approx([7e-4])
+    assert set(table.index) == {(name, rank) for name in ("best", "far", "cosine", "shorter") for rank in (8, 128)}
+    # A probe for fewer steps is carried to the measured ones, for which it recorded no rate.
+    assert table["recorded_rate"].dropna().unique() == pytest.approx([7e-4])
+    assert table["recorded_rate"].notna().sum() == 6
+    assert table.loc["shorter", "recorded_rate"].isna().all()
+    assert table.loc[("shorter", 8), "learning_rate"] == pytest.approx(4e-4)
+    assert table["share"].unique() == pytest.approx([0.1])
     assert table.loc[("best", 8), "learning_rate"] == pytest.approx(4e-4)
     assert table.loc[("best", 8), "regret"] == pytest.approx(0.0, abs=1e-12)
     assert table.loc[("far", 128), "regret"] == pytest.approx(0.02 * math.log(4) ** 2, rel=1e-6)
