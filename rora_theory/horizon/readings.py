@@ -110,8 +110,8 @@ def read_run(
         if inputs is None:
             inputs = led.module_inputs(model.params, model.config, bench.held_out, adapter)
     # Earlier readings are not saved, so that a run with several starts over.
-    is_long = folder is not None and len(steps) == 1 and steps[0] > CHECKPOINT_EVERY
-    saved = folder / CHECKPOINTS if folder is not None and is_long else None
+    resumes = len(steps) == 1 and steps[0] > CHECKPOINT_EVERY
+    saved = folder / CHECKPOINTS if folder is not None and resumes else None
     checkpoints = None if saved is None else saved / "steps"
     trainer = Trainer(
         model.params, model.config, adapter, training, batches, None, checkpoints, shared=bench.steps, pauses=steps
