@@ -163,8 +163,21 @@ def test_a_diverged_rate_is_infinite_loss() -> None:
     diverged = result.curve[result.curve["diverged_at"].notna()]
     assert set(diverged["held_out_loss"]) == {math.inf}
     assert result.probe.learning_rate < diverged["learning_rate"].min()
+
+
+@pytest.mark.parametrize("quantity", ["loss", "gradient"])
+def test_a_divergence_in_the_first_step_is_recorded_as_such(tmp_path, quantity) -> None:
+    def loss(model, batch):
+        value = model(**batch).loss
+        if quantity == "loss":
+            return value * math.nan
+        # Add 0 with a gradient that is not finite.
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return value + sum((parameter - parameter.detach()).abs().sqrt().sum() for parameter in trained)
+
     with pytest.raises(InputError, match="every run of the probe diverged"):
-        run(loss=lambda model, batch: model(**batch).loss * math.nan)
+        run(loss=loss, checkpoint=tmp_path / "probe.json")
+    assert {trial["diverged_at"] for trial in json.loads((tmp_path / "probe.json").read_text())["runs"]} == {1}
 
 
 def test_an_interrupted_probe_resumes_and_refuses_other_settings(usual, tmp_path) -> None:
