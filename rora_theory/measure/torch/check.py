@@ -46,7 +46,14 @@ from rora_theory.measure.torch.batches import (
     move_batch,
     select_masks,
 )
-from rora_theory.measure.torch.modules import base_model, preserved_state, remove_adapters, unwrap, with_autograd
+from rora_theory.measure.torch.modules import (
+    base_model,
+    preserved_state,
+    remove_adapters,
+    trainable_parameters,
+    unwrap,
+    with_autograd,
+)
 from rora_theory.measure.torch.probe import build_optimizer
 from rora_theory.measure.torch.progress import bar
 from rora_theory.random.seeds import check_seed
@@ -257,8 +264,7 @@ def coordinate_check(
                     reference = None  # frees the outputs of another base model first
                     reference = run.compute_reference(batches, held_out, steps)
                 # Train the adapter and record the size of every coordinate.
-                trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-                optimizer = build_optimizer(make_optimizer_of_rank, trainable, rank)
+                optimizer = build_optimizer(make_optimizer_of_rank, trainable_parameters(model), rank)
                 for coordinate, value in run.measure(reference, optimizer, steps, progress_bar.update):
                     values.setdefault(coordinate, np.full((seeds, len(ranks)), np.nan))[draw, column] = value
             optimizers.append(_describe_optimizer(optimizer))

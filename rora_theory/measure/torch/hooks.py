@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 
 from rora_theory.errors import InputError
+from rora_theory.measure.torch.modules import trainable_parameters
 
 Inputs = Float[torch.Tensor, "*tokens _features"]
 """Input of a module in one call, in the shape that the module received."""
@@ -196,7 +197,7 @@ def _embeddings_with_graph(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _frozen(model: torch.nn.Module) -> Iterator[None]:
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = trainable_parameters(model)
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)

@@ -217,6 +217,11 @@ def without_adapters(model: torch.nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Return the parameters of a model that receive gradients."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def copied_modules(model: torch.nn.Module) -> list[str]:
     """Return the names of the modules of which PEFT trains a copy, such as the head of a classifier."""
     return [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]

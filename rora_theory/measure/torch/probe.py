@@ -19,7 +19,13 @@ from rora_theory.errors import InputError, first_line, shown
 from rora_theory.measure.tokens import mark_sinks
 from rora_theory.measure.torch.batches import Batch, Loss, MasksByShape, find_masks, move_batch, select_masks
 from rora_theory.measure.torch.examples import Group, count_targets
-from rora_theory.measure.torch.modules import copied_modules, preserved_state, remove_adapters, with_autograd
+from rora_theory.measure.torch.modules import (
+    copied_modules,
+    preserved_state,
+    remove_adapters,
+    trainable_parameters,
+    with_autograd,
+)
 from rora_theory.optimizers import Schedule
 from rora_theory.scaling import check_instance, scaling_factor
 from rora_theory.tune.plan import ProbeRun, Trial, scaled_warmup, schedule_factor
@@ -161,7 +167,7 @@ class ProbeModel:
           InputError: If ``make_optimizer`` does not return an optimizer, or PEFT refuses the configuration.
         """
         with with_autograd(), _restored(self._model), _adapted(self._model, self._settings.config):
-            parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+            parameters = trainable_parameters(self._model)
             optimizer = build_optimizer(self._settings.make_optimizer, parameters, 1.0)
             kind = {"class": type(optimizer).__qualname__}
             groups = [
@@ -203,7 +209,7 @@ class ProbeModel:
         settings = self._settings
         # The warm-up keeps its share of the steps.
         warmup = scaled_warmup(settings.warmup, settings.steps, trial.steps)
-        parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        parameters = trainable_parameters(self._model)
         # Each group of parameters keeps its own peak, as an optimizer may have several.
         optimizer = build_optimizer(settings.make_optimizer, parameters, trial.learning_rate)
         peaks = [group["lr"] for group in optimizer.param_groups]
