@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: the mathematics of docstrings as MathML, and notebooks as pages.
+"""Hooks of MkDocs: the mathematics of docstrings as MathML, notebooks as pages, and a page of all published tables.
 
 Browsers draw MathML without a script. A notebook becomes a page of its cells and saved outputs, and is not executed;
 mkdocs-jupyter does the same with some forty packages and a script from another server.
@@ -22,7 +22,11 @@ TAG = re.compile(r"<[^>]+>")
 
 
 def on_files(files: Files, *, config: Any) -> Files:
-    """MkDocs' hook: add a page with its figures for each notebook, which itself is copied for download."""
+    """MkDocs' hook: add a page of all published tables, and one with its figures for each notebook.
+
+    The notebook itself is copied for download.
+    """
+    files.append(File.generated(config, "tables.md", content=tables_page(Path(config.docs_dir) / "published")))
     for file in list(files):
         path = Path(file.src_uri)
         if path.suffix == ".ipynb":
@@ -31,6 +35,17 @@ def on_files(files: Files, *, config: Any) -> Files:
             for name, content in images.items():
                 files.append(File.generated(config, (path.parent / name).as_posix(), content=content))
     return files
+
+
+def tables_page(published: Path) -> str:
+    """Return a page with the tables of each published run, which the site's search leaves out."""
+    sections = [
+        f"## {path.parent.relative_to(published).as_posix()}\n\n{path.read_text()}"
+        for path in sorted(published.glob("**/tables.md"))
+    ]
+    heading = "---\nsearch: {exclude: true}\n---\n# Tables of all runs"
+    sentence = "A command prints these tables and writes them to its run's `tables.md`."
+    return "\n\n".join([heading, sentence, *sections])
 
 
 def notebook_page(notebook: dict[str, Any], stem: str) -> tuple[str, dict[str, bytes]]:
