@@ -109,7 +109,7 @@ def run(config: Config) -> None:
     figures = key_figures(judged.policies, regret, "largest", "largest_error", over=samples, scope=policy)
     laws = ("law_low", "law_high", "verdict", "displacement_low", "displacement_high", "displacement_verdict")
     scope = ("step", "over", "at", "first", "second", *laws)
-    figures += key_figures(judged.exponents, "exponent of the best rate", "exponent", over="error_over", scope=scope)
+    figures += key_figures(judged.exponents, "exponent of the best rate", "exponent", scope=scope)
     with summarised(folder, figures):
         report(len(runs), judged, law=bool(takeovers))
     folder.finish()

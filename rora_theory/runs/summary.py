@@ -90,15 +90,14 @@ def key_figures(
       name: Quantity, with its unit if it has one.
       value: Column of the values.
       error: Column of the standard errors; None if the values have none.
-      over: Kind of samples behind the errors or ranges, or the column that states it.
+      over: Kind of samples behind the errors or ranges. A column ``error_over`` states it for each row instead.
       bounds: Columns of the lower and upper ends of a range over the samples; None if there is no range.
       scope: Columns that state the conditions of a row. Missing entries are left out.
     """
     figures = []
     for row in frames.rows(frame):
         standard_error = row[error] if error is not None else None
-        # What the error is over: the same for all rows, or a column of the frame.
-        kind = str(row.get(over) or "") if over in row else over
+        kind = row.get("error_over") or over
         low, high = (row[column] for column in bounds) if bounds is not None else (None, None)
         conditions = {column: row[column] for column in scope if row[column] is not None}
         has_samples = standard_error is not None or low is not None

@@ -32,14 +32,16 @@ def read(path) -> dict:
 
 
 def test_each_row_becomes_a_figure_with_its_error_and_scope():
-    lora, rora, none = key_figures(SLOPES, "slope", "slope", over="error_over", scope=["rule"])
+    lora, rora, none = key_figures(SLOPES, "slope", "slope", scope=["rule"])
     assert lora == KeyFigure("slope", 0.97, 0.02, "seeds", scope={"rule": "lora"})
     assert rora == KeyFigure("slope", 0.46, scope={"rule": "rora"}), "without an error there are no samples behind it"
     assert none == KeyFigure("slope", None)
 
 
 def test_ranges_over_samples_have_both_bounds():
-    (lora, *_) = key_figures(SLOPES, "slope", "slope", None, over="layers", bounds=("low", "high"))
+    """A column with the number of samples does not replace their kind."""
+    counted = SLOPES.drop(columns="error_over").assign(layers=30)
+    (lora, *_) = key_figures(counted, "slope", "slope", None, over="layers", bounds=("low", "high"))
     assert lora == KeyFigure("slope", 0.97, None, "layers", 0.9, 1.1)
 
 
