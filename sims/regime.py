@@ -30,6 +30,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
+
 from rora_theory import adapters
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.cluster import ClusterConfig
@@ -148,8 +150,9 @@ def run(config: Config) -> None:
     measured = assemble(run_with_bar(cells, work, folder, runner=runner, title="layers", write=write))
     # Compare with the prediction, and summarise over layers.
     verdict = regime_tables.judge_regime(measured.results, config.judged)
+    ratios = regime_tables.measured_over_predicted(measured.results)
     if verdict is not None:
-        folder.write_frame(regime_tables.measured_over_predicted(measured.results), regime_tables.JUDGE)
+        folder.write_frame(ratios, regime_tables.JUDGE)
         folder.write(regime_tables.VERDICT, json.dumps(verdict, indent=2, sort_keys=True) + "\n")
     summaries = regime_tables.summaries(measured.crossings, measured.takeover)
     for name, frame in summaries.items():
@@ -160,7 +163,7 @@ def run(config: Config) -> None:
     crossings, name = summaries[regime_tables.CROSSING_SUMMARY], "crossing rank, median over layers"
     ranks = key_figures(crossings, name, "crossing_rank", None, over="layers", bounds=bounds, scope=scope)
     with summarised(folder, ranks):
-        report(config.measured, measured, verdict, warnings)
+        report(config.measured, measured, verdict, ratios, warnings)
     folder.finish(warnings=warnings)
     answers.print_files(folder.path)
     # The files are written in any case; the status tells scripts of a contradiction.
@@ -168,13 +171,20 @@ def run(config: Config) -> None:
         sys.exit(1)
 
 
-def report(config: RegimeConfig, regime: Regime, verdict: dict[str, Any] | None, warnings: Sequence[str] = ()) -> None:
+def report(
+    config: RegimeConfig,
+    regime: Regime,
+    verdict: dict[str, Any] | None,
+    ratios: pd.DataFrame,
+    warnings: Sequence[str] = (),
+) -> None:
     """Print which term dominates and the verdict, then crossing ranks and takeover by type of module and depth.
 
     Args:
       config: Settings of the measurement.
       regime: Measured regime.
       verdict: Verdict on the prediction, if adapters were drawn.
+      ratios: Frame of `measured_over_predicted`, which has a table if there is a verdict.
       warnings: Sentences about the limits of the measurement.
     """
     # The answer: which term leads under each optimizer, and the verdict.
@@ -189,7 +199,7 @@ def report(config: RegimeConfig, regime: Regime, verdict: dict[str, Any] | None,
         tables.print_table(*regime_tables.format_takeovers(regime.takeover, init, config.lr), left=2)
     if verdict is not None:
         for optimizer in config.optimizers:
-            tables.print_table(*regime_tables.format_ratios(regime.results, optimizer))
+            tables.print_table(*regime_tables.format_ratios(ratios, optimizer))
 
 
 main = cli.command(Config, run, __doc__)

@@ -210,15 +210,20 @@ def regime_of(name: str) -> Regime:
 
 
 def test_regime(printed) -> None:
-    regime.report(config_of(RegimeConfig, "regime"), regime_of("regime"), saved("regime", "verdict"))
-    assert "verdict: holds." in "\n".join(printed())
+    (ratios,) = published("regime", "judge")
+    regime.report(config_of(RegimeConfig, "regime"), regime_of("regime"), saved("regime", "verdict"), ratios)
+    text = "\n".join(printed())
+    assert "verdict: holds." in text
+    row = ratios.query("optimizer == 'adam' and init == 'gaussian' and split == 'heldout' and rank == 64").iloc[0]
+    assert row["modules"] == 150
+    assert f"{row['mean_ratio']:.4f} ± {row['standard_error']:.4f}" in text, "of all modules, not only published rows"
 
 
 @pytest.mark.slow
 def test_regime_at_new_tokens(printed) -> None:
     """The report has the number of skipped held-out tokens, medians beside pooled figures, and when A leads."""
     measured = regime_of("regime_held_out")
-    regime.report(config_of(RegimeConfig, "regime_held_out"), measured, None)
+    regime.report(config_of(RegimeConfig, "regime_held_out"), measured, None, pd.DataFrame())
     text = "\n".join(printed())
     (row,) = measured.tokens.query("module == 'model.layers.29.mlp.down_proj' and split == 'heldout'").to_dict(
         "records"

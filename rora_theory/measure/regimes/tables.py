@@ -362,10 +362,9 @@ def format_takeovers(takeover: pd.DataFrame, init: Init, learning_rate: float) -
     )
 
 
-def format_ratios(results: pd.DataFrame, optimizer: Optimizer) -> FormattedTable:
+def format_ratios(ratios: pd.DataFrame, optimizer: Optimizer) -> FormattedTable:
     """Format `measured_over_predicted` at held-out tokens with a row for each rank and a column for each init."""
-    table = measured_over_predicted(results)
-    rows = table[(table["optimizer"] == optimizer) & (table["split"] == "heldout")]
+    rows = ratios[(ratios["optimizer"] == optimizer) & (ratios["split"] == "heldout")]
     template = "{mean_ratio:.4f} ± {standard_error:.4f} ({largest_deviation:.1%})"
     cells = [
         [rank, *(template.format_map(row) for row in group.to_dict("records"))]
