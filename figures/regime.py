@@ -102,7 +102,7 @@ def _takeover(rows: pd.DataFrame, learning_rate: float, split: str, out: Path) -
 
 
 def _rms(rows: pd.DataFrame, config: Config, init: str, out: Path) -> list[Path]:
-    """Draw the size of the first update against the rank: laws as lines, the measured rule as points.
+    """Draw the size of the first update against the rank: laws as lines, measured sizes (if any) as points.
 
     Rows are optimizers, columns modules.
     """
