@@ -1,31 +1,32 @@
 """The displacement law, by algebra, by automatic differentiation and by simulated factors."""
 
+import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sympy
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rora_theory.errors import InputError
 from rora_theory.theory import displacement
 
-CONSTANTS, STRENGTHS = (0.0, 1.0, 130.0, 1e4), (0.5, 8.0, 64.0, 724.0)
+strengths = st.floats(0.5, 2e3)
 
 
-def test_the_ratio_solves_the_quadratic() -> None:
-    rho, constant, strength = sympy.symbols("rho K G", positive=True)
-    (root,) = [
-        solution
-        for solution in sympy.solve(rho * (1 + rho) - constant / strength, rho)
-        if solution.subs({constant: 2, strength: 1}) > 0
-    ]
-    for k in CONSTANTS[1:]:
-        for g in STRENGTHS:
-            expected = float(root.subs({constant: k, strength: g}))
-            assert displacement.displacement_ratio(g, displacement_constant=k) == pytest.approx(expected, rel=1e-9)
-    assert displacement.displacement_ratio(64.0, displacement_constant=0.0) == 0.0
+def ordered(low: float, high: float) -> st.SearchStrategy[tuple[float, ...]]:
+    """Return pairs of numbers in increasing order, which may be equal."""
+    return st.tuples(st.floats(low, high), st.floats(low, high)).map(sorted).map(tuple)
+
+
+@given(strengths, st.floats(0, 1e6))
+def test_the_ratio_solves_the_quadratic(strength: float, constant: float) -> None:
+    ratio = displacement.displacement_ratio(strength, displacement_constant=constant)
+    assert ratio >= 0
+    assert ratio * (1 + ratio) == pytest.approx(constant / strength, rel=1e-12)
 
 
 def change(b: jax.Array, a: jax.Array, strength: float, p: float, q: float) -> jax.Array:
@@ -110,92 +111,55 @@ def test_the_exponent_runs_from_minus_one_half_to_minus_one() -> None:
         assert exponents[-1] == pytest.approx(-1.0, abs=1e-3)
 
 
-STEPS_EXPONENTS = (-0.6, -0.4)
-
-
-def test_a_carried_rate_with_one_constant_and_one_exponent_is_the_law() -> None:
-    """Only c varies, so the ends are the law at c = 1 and 2."""
-    rates = displacement.carry_rate(
-        2e-4,
-        old_strength=32.0,
-        new_strength=256.0,
-        displacement_constants=(130.0, 130.0),
-        old_steps=64,
-        new_steps=256,
-        steps_exponents=(-0.5, -0.5),
-    )
-    coherent, both = (
-        2e-4 / 2 * displacement.best_rate_factor(32.0, 256.0, displacement_constant=130.0, coherence=coherence)
-        for coherence in displacement.COHERENCE_RANGE
-    )
-    assert rates == pytest.approx((coherent, coherent, both), rel=1e-12)
-
-
-@pytest.mark.parametrize("new_strength", [8.0, 64.0, 724.0])
-@pytest.mark.parametrize("new_steps", [16, 64, 1000])
-def test_a_carried_rate_covers_every_constant_coherence_and_exponent(new_strength: float, new_steps: int) -> None:
-    """K, c and the exponent are drawn within their ranges; no draw lies outside the range of rates."""
-    rates = displacement.carry_rate(
-        1e-3,
-        old_strength=64.0,
-        new_strength=new_strength,
-        displacement_constants=(88.0, 167.0),
-        old_steps=64,
-        new_steps=new_steps,
-        steps_exponents=STEPS_EXPONENTS,
-    )
-    random = np.random.default_rng(0)
-    for constant, coherence, exponent in random.uniform((88.0, 1.0, -0.6), (167.0, 2.0, -0.4), (200, 3)):
-        factor = displacement.best_rate_factor(64.0, new_strength, displacement_constant=constant, coherence=coherence)
-        rate = 1e-3 * factor * (new_steps / 64) ** exponent
-        assert rates.low * (1 - 1e-9) <= rate <= rates.high * (1 + 1e-9)
-    assert rates.low <= rates.best <= rates.high
-    middle = displacement.best_rate_factor(64.0, new_strength, displacement_constant=math.sqrt(88.0 * 167.0))
-    assert rates.best == pytest.approx(1e-3 * middle * (new_steps / 64) ** -0.5, rel=1e-12)
-
-
-def test_a_rate_is_kept_where_neither_strength_nor_steps_change() -> None:
-    rates = displacement.carry_rate(
-        3e-4,
-        old_strength=16.0,
-        new_strength=16.0,
-        displacement_constants=(60.0, 210.0),
-        steps_exponents=STEPS_EXPONENTS,
-    )
-    assert rates == pytest.approx((3e-4, 3e-4, 3e-4), rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("changed", "argument", "value"),
-    [
-        ({"learning_rate": 0.0}, "learning_rate", "0.0"),
-        ({"new_strength": -1.0}, "strength", "-1.0"),
-        ({"displacement_constants": (2.0, 1.0)}, "displacement_constants", r"\(2.0, 1.0\)"),
-        ({"displacement_constants": (-1.0, 1.0)}, "displacement_constant", "-1.0"),
-        ({"steps_exponents": (-0.4, -0.6)}, "steps_exponents", r"\(-0.4, -0.6\)"),
-        ({"steps_exponents": (math.nan, -0.6)}, "steps_exponents", "nan"),
-        ({"old_steps": None}, "old_steps", "given together"),
-        ({"new_steps": None}, "new_steps", "given together"),
-        ({"new_steps": 0}, "new_steps", "0"),
-    ],
-)
-def test_a_carried_rate_refuses_arguments_out_of_range(changed, argument: str, value: str) -> None:
+def carry(**changed: Any) -> displacement.RateRange:
+    """Carry a rate from 64 to 256 steps and from G = 64 to 724, or with changed arguments."""
     arguments = {
-        "learning_rate": 1e-3,
-        "old_strength": 64.0,
-        "new_strength": 724.0,
-        "displacement_constants": (88.0, 167.0),
-        "old_steps": 64,
-        "new_steps": 256,
-        "steps_exponents": STEPS_EXPONENTS,
-    } | changed
-    with pytest.raises(InputError, match=f"{argument}.*{value}"):
-        displacement.carry_rate(arguments.pop("learning_rate"), **arguments)
+        "learning_rate": 1e-3, "old_strength": 64.0, "new_strength": 724.0, "displacement_constants": (88.0, 167.0),
+        "old_steps": 64, "new_steps": 256, "steps_exponents": (-0.6, -0.4),
+    } | changed  # fmt: skip
+    return displacement.carry_rate(arguments.pop("learning_rate"), **arguments)
+
+
+@given(
+    strength=strengths,
+    steps=st.none() | st.integers(1, 5000),
+    constants=ordered(0.0, 1e4),
+    exponents=ordered(-1.0, 0.0),
+    shares=st.tuples(*[st.floats(0, 1)] * 3),
+)
+def test_a_carried_rate_covers_every_constant_coherence_and_exponent(
+    strength: float, steps: int | None, constants: tuple, exponents: tuple, shares: tuple
+) -> None:
+    """Its ends are the law's at ends of the three ranges, and no point within them lies outside."""
+    growth, ranges = 1.0 if steps is None else steps / 64, (constants, (1.0, 2.0), exponents)
+
+    def law(constant: float, coherence: float, exponent: float) -> float:
+        factor = displacement.best_rate_factor(64.0, strength, displacement_constant=constant, coherence=coherence)
+        return 1e-3 * factor * growth**exponent
+
+    rates = carry(
+        new_strength=strength, displacement_constants=constants, steps_exponents=exponents,
+        old_steps=None if steps is None else 64, new_steps=steps,
+    )  # fmt: skip
+    ends = [law(*corner) for corner in itertools.product(*ranges)]
+    middle = law(math.sqrt(constants[0] * constants[1]), 1.0, sum(exponents) / 2)
+    assert rates == pytest.approx((min(ends), middle, max(ends)), rel=1e-9)
+    inside = law(*(low + share * (high - low) for share, (low, high) in zip(shares, ranges, strict=True)))
+    assert rates.low * (1 - 1e-9) <= inside <= rates.high * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(
     ("call", "argument", "value"),
     [
+        (lambda: carry(learning_rate=0.0), "learning_rate", "0.0"),
+        (lambda: carry(new_strength=-1.0), "strength", "-1.0"),
+        (lambda: carry(displacement_constants=(2.0, 1.0)), "displacement_constants", r"\(2.0, 1.0\)"),
+        (lambda: carry(displacement_constants=(-1.0, 1.0)), "displacement_constant", "-1.0"),
+        (lambda: carry(steps_exponents=(-0.4, -0.6)), "steps_exponents", r"\(-0.4, -0.6\)"),
+        (lambda: carry(steps_exponents=(math.nan, -0.6)), "steps_exponents", "nan"),
+        (lambda: carry(old_steps=None), "old_steps", "given together"),
+        (lambda: carry(new_steps=None), "new_steps", "given together"),
+        (lambda: carry(new_steps=0), "new_steps", "0"),
         (lambda: displacement.displacement_ratio(0.0, displacement_constant=1.0), "strength", "0.0"),
         (lambda: displacement.displacement_ratio(1.0, displacement_constant=-1.0), "displacement_constant", "-1.0"),
         (lambda: displacement.displacement_ratio(1.0, displacement_constant=math.nan), "displacement_constant", "nan"),

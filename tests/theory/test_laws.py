@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Callable
-from fractions import Fraction
 
 import jax
 import numpy as np
@@ -263,14 +262,3 @@ def test_bad_input(function: Callable, change: dict, message: str) -> None:
     }
     with pytest.raises(InputError, match=message):
         function(**valid[function] | change)
-
-
-def test_enumeration_would_see_a_wrong_law() -> None:
-    """The enumeration rejects wrong laws: without r (k - 3) sum g^2 x^2, or with r^2 in place of r^2 + r."""
-    grad, x, rank = [[1, 2, -1]], [2, 1, 3], 2
-    second = enumerate_first_step(grad, x, rank, "sgd")[1][0]
-    g, v = np.array(grad[0]), np.array(x)
-    right = (rank**2 + rank) * (g @ v) ** 2 + rank * (g @ g) * (v @ v) - 2 * rank * np.sum(g**2 * v**2)
-    assert second == Fraction(int(right))
-    assert second != Fraction(int(right + 2 * rank * np.sum(g**2 * v**2)))
-    assert second != Fraction(int(right - rank * (g @ v) ** 2))
