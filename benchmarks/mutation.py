@@ -104,7 +104,7 @@ MODULES = JUDGING | BRIDGE | DATA
 
 SKIPPED_TESTS = (
     "finished or finite_but_diverged or figures or interval_covers or errors_cover "
-    "or error_covers or what_is_judged or b_alone or every_equation or small_sweep or works_in_peft "
+    "or what_is_judged or b_alone or every_equation or small_sweep or works_in_peft "
     "or test_rows or frozen_adam or nothing_of_jax or jax_route or wrapped_models or bitsandbytes "
     "or (every_family and not llama and not gpt2 and not t5)"
 )

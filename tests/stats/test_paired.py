@@ -22,12 +22,6 @@ def test_the_mean_s_error_is_the_jackknife_s() -> None:
     assert (estimate.n, estimate.over) == (400, "records")
 
 
-def test_the_error_of_records_of_one_size_is_that_of_a_mean() -> None:
-    estimate = mean_per_token([1.0, 2.0, 6.0], [2, 2, 2])
-    assert estimate.value == 1.5
-    assert estimate.error == pytest.approx(np.std([0.5, 1.0, 3.0], ddof=1) / math.sqrt(3), rel=1e-12)
-
-
 def test_one_record_has_no_error() -> None:
     estimate = mean_per_token([3.0], [2])
     assert (estimate.value, estimate.n, estimate.over, estimate.has_error) == (1.5, 1, "", False)
