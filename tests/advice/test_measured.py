@@ -21,21 +21,13 @@ def test_constants_at_a_measured_number_of_steps_are_the_published_range(steps) 
     assert low == pytest.approx(gemma[0] if steps == 256 else min(low for low, _ in ranges), rel=1e-12)
 
 
-def test_constants_are_interpolated_in_log_steps() -> None:
-    """32 steps are halfway from 16 to 64 in log steps, so the ends are geometric means."""
-    (low_16, high_16), (low_64, high_64) = map(measured.default_displacement_constants, (16, 64))
-    expected = ((low_16 * low_64) ** 0.5, (high_16 * high_64) ** 0.5)
-    assert measured.default_displacement_constants(32) == pytest.approx(expected, rel=1e-12)
-
-
-def test_constants_outside_the_measured_steps_are_the_nearest() -> None:
-    assert measured.default_displacement_constants(1) == pytest.approx(measured.default_displacement_constants(16))
-    assert measured.default_displacement_constants(9000) == pytest.approx(measured.default_displacement_constants(256))
-
-
-def test_constants_without_steps_cover_all_measured_numbers() -> None:
-    expected = (measured.default_displacement_constants(64)[0], measured.default_displacement_constants(256)[1])
-    assert measured.default_displacement_constants() == pytest.approx(expected)
+def test_constants_between_and_outside_of_the_measured_steps() -> None:
+    """32 steps are halfway from 16 to 64 in log steps: the ends are geometric means. Outside, the nearest counts."""
+    constants = measured.default_displacement_constants
+    (low_16, high_16), (low_64, high_64) = map(constants, (16, 64))
+    assert constants(32) == pytest.approx(((low_16 * low_64) ** 0.5, (high_16 * high_64) ** 0.5), rel=1e-12)
+    assert (constants(1), constants(9000)) == (pytest.approx(constants(16)), pytest.approx(constants(256)))
+    assert constants() == pytest.approx((low_64, constants(256)[1])), "all measured numbers of steps"
 
 
 def test_constants_cover_every_model(monkeypatch) -> None:
@@ -50,11 +42,6 @@ def test_constants_cover_every_model(monkeypatch) -> None:
 def test_a_number_of_steps_out_of_range_is_refused(steps) -> None:
     with pytest.raises(InputError, match=f"steps .*{steps}"):
         measured.default_displacement_constants(steps)
-
-
-def test_the_exponents_in_the_steps_bracket_one_half() -> None:
-    low, high = measured.steps_exponents()
-    assert -1 < low < -0.5 < high < 0
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])

@@ -122,17 +122,6 @@ def test_optimizers_and_regimes_in_closed_form(optimizer, regime, rule, alpha) -
     assert advice.rate_at_alpha == pytest.approx(3e-4 * (alpha / 16) ** power, rel=1e-12)
 
 
-@pytest.mark.parametrize(("optimizer", "power"), [("adamw", 1), ("sgd", 2)])
-def test_gaussian_init_costs_a_factor_of_the_rank(optimizer, power) -> None:
-    """A deviation of 1/r requires a factor r'/r in alpha, in any regime."""
-    plain, gaussian = (
-        transfer(Setting(8, 16.0, 3e-4, "lora", optimizer, init), 128, {"m": 7.0})
-        for init in ("kaiming_uniform", "gaussian")
-    )
-    assert gaussian.alpha == pytest.approx(16 * plain.alpha, rel=1e-12)
-    assert gaussian.rate_at_alpha == pytest.approx(16**power * plain.rate_at_alpha, rel=1e-12)
-
-
 def test_common_choices() -> None:
     """In Adam's signal regime LoRA's step is gamma r; rsLoRA multiplies it by sqrt(r), alpha = 2r by gamma."""
     old = Setting(16, 32.0, 2e-4, "lora", "adamw")
