@@ -98,7 +98,7 @@ def state_of(model: Any) -> dict[str, Any]:
         "modules": {
             name: (id(module), module.training, len(module._forward_hooks)) for name, module in model.named_modules()
         },
-        "attributes": set(vars(model)),
+        "attributes": {*vars(model), *getattr(model, "peft_config", ())},
     }
 
 

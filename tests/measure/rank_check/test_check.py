@@ -11,11 +11,10 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
-from support import checkpoint
+from support import checkpoint, training
 
 from figures import coordinate_check as figure
 from rora_theory import measure, scaling_factor
-from rora_theory.data.batches import Batch
 from rora_theory.io import frames
 from rora_theory.llama import load
 from rora_theory.measure.rank_check.check import (
@@ -35,10 +34,7 @@ from rora_theory.measure.rank_check.coordinates import Checker
 from rora_theory.measure.regimes.thin import ThinWarning
 from rora_theory.validation.rules import name_of
 
-
-def batch(seed: int) -> Batch:
-    tokens = np.random.default_rng(seed).integers(2, 300, (2, 7)).astype(np.int32)
-    return Batch(tokens[:, :-1], tokens[:, 1:], np.ones((2, 6), np.float32), None)
+batch = partial(training.batch, 2, 6, vocabulary=300)
 
 
 def config_of(**changed) -> CheckConfig:

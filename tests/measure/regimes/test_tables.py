@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -69,11 +70,8 @@ def test_few_adapters_and_many_comparisons_are_undecided() -> None:
     assert judged["error_bars_in_standard_errors"]["4"] > 55
     assert (judged["verdict"], judged["undecided"], judged["outside"]) == ("undecided", 1000, 0)
     assert judge(*rows, row_of(9.0, 0.05, adapters=4))["verdict"] == "fails", "a failure outranks undecided values"
-    assert regime_tables.describe_verdict(judged).startswith(
-        "verdict: undecided. 1000 of 1000 figures agree within 2% or their error bar (total false alarm probability "
-        "0.01), 1000 of them within an error bar wider than 25%, which decides nothing; 99.9% within 2%; largest "
-        "deviation 100.0%"
-    )
+    counts = "undecided.* 1000 of 1000 .*2%.* 0.01.*, 1000 of them .*25%.*99.9% within 2%.*100.0%"
+    assert re.search(counts, regime_tables.describe_verdict(judged))
 
 
 @pytest.mark.parametrize(
@@ -89,10 +87,7 @@ def test_a_non_finite_measurement_fails(measured: float, error: float) -> None:
     assert (judged["verdict"], judged["comparisons"], judged["outside"], judged["not_finite"]) == ("fails", 2, 1, 1)
     assert (judged["largest_deviation"], judged["largest_t"]) == pytest.approx((0.01, 1.0))
     assert judged["nearest_to_failing"]["measured"] == 2.02
-    assert regime_tables.describe_verdict(judged).startswith(
-        "verdict: fails. 1 of 2 figures agree within 2% or their error bar (total false alarm probability 0.01); "
-        "1 not finite; "
-    )
+    assert re.search("fails.* 1 of 2 .*2%.* 0.01.*; 1 not finite", regime_tables.describe_verdict(judged))
     alone = judge(wrong)
     assert (alone["verdict"], alone["largest_deviation"], alone["nearest_to_failing"]) == ("fails", None, None)
     assert regime_tables.describe_verdict(alone).endswith(" within 2%")

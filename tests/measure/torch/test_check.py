@@ -24,14 +24,6 @@ def maker(base=None, **arguments) -> partial:
     return partial(torch_models.adapted, torch_models.model() if base is None else base, **arguments)
 
 
-def sgd(parameters, rank):  # noqa: ARG001
-    return torch.optim.SGD(parameters, lr=1e-3)
-
-
-def slow_adamw(parameters, rank):  # noqa: ARG001
-    return torch.optim.AdamW(parameters, lr=1e-6)
-
-
 def rms(change: torch.Tensor) -> float:
     return float(change.detach().square().mean().sqrt())
 
@@ -128,21 +120,19 @@ def test_draws_of_A_are_nested_over_ranks_and_differ_otherwise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "optimizer", "verdict"),
+    ("arguments", "training", "verdict"),
     [
-        ({}, slow_adamw, "flat"),
-        ({"use_rslora": True}, slow_adamw, "grows with the rank"),
-        ({"use_rslora": True}, sgd, "flat"),
-        ({"init_lora_weights": "gaussian"}, slow_adamw, "shrinks with the rank"),
+        ({}, {"learning_rate": 1e-6}, "flat"),
+        ({"use_rslora": True}, {"learning_rate": 1e-6}, "grows with the rank"),
+        ({"use_rslora": True}, {"make_optimizer": lambda parameters, _: torch.optim.SGD(parameters, lr=1e-3)}, "flat"),
+        ({"init_lora_weights": "gaussian"}, {"learning_rate": 1e-6}, "shrinks with the rank"),
     ],
     ids=["alpha/r, AdamW", "alpha/sqrt(r), AdamW", "alpha/sqrt(r), SGD", "gaussian, AdamW"],
 )
-def test_the_rule_that_preserves_the_first_step(arguments, optimizer, verdict) -> None:
+def test_the_rule_that_preserves_the_first_step(arguments, training, verdict) -> None:
     """The law holds where the signal dominates: on the trained batch, which has few tokens."""
     batch = torch_models.batch(rows=1, length=3)
-    check = coordinate_check(
-        maker(**arguments), batch, (32, 64, 128), make_optimizer=optimizer, steps=(1, 2), seeds=3, band=0.25
-    )
+    check = coordinate_check(maker(**arguments), batch, (32, 64, 128), steps=(1, 2), seeds=3, band=0.25, **training)
     assert check.verdict == verdict
     assert check.sentence().startswith("The first steps of the whole model ")
     assert f"(verdict: {verdict}; ranks 32 to 128, steps up to 2, 3 draws)." in check.sentence()
@@ -210,10 +200,8 @@ def test_models_are_stepped_in_their_own_mode_and_share_their_dropout(training) 
             assert float(value) == pytest.approx(plain, rel=1e-6)
         return value
 
-    def frozen(parameters, rank):  # noqa: ARG001
-        return torch.optim.SGD(parameters, lr=0.0)
-
-    coordinate_check(make_in_mode, batch, RANKS, make_optimizer=frozen, loss=loss, steps=(1, 2), seeds=2)
+    frozen = {"make_optimizer": lambda parameters, _: torch.optim.SGD(parameters, lr=0.0)}
+    coordinate_check(make_in_mode, batch, RANKS, loss=loss, steps=(1, 2), seeds=2, **frozen)
     by_rank = np.reshape(losses, (2, len(RANKS), 2))  # seeds, ranks, steps
     np.testing.assert_allclose(by_rank, np.broadcast_to(by_rank[:, :1], by_rank.shape), rtol=1e-6)
     apart = np.diff(np.sort(by_rank[:, 0], axis=None)) / plain

@@ -4,8 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-import tokenizers
-from support import torch_models
+from support import torch_chats, torch_models
 from support.torch_models import torch, transformers
 
 pytest.importorskip("accelerate", reason="transformers' trainer: accelerate")
@@ -15,18 +14,13 @@ PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "measure-my-model.md"
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of transformers and peft
 def test_the_page(tmp_path, monkeypatch, capsys) -> None:
-    vocabulary = {letter: i for i, letter in enumerate("~" + "abcdefghijklmnopqrstuvwxyz ")}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=" "))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="~")
-
     def load(name, dtype="auto", device_map=None):
         """Load a bfloat16 checkpoint: since transformers 5 a model keeps the dtype of its file by default."""
         assert (name, device_map) in (("Qwen/Qwen2.5-0.5B", "auto"), ("Qwen/Qwen2.5-0.5B", None))
         return torch_models.model("qwen2").to(torch.bfloat16 if dtype == "auto" else dtype)
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: torch_chats.tokenizer("~"))
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) == 4
     names = {"texts": [f"{chr(97 + i)} record of some {'words ' * (1 + i % 3)}" for i in range(16)]}

@@ -2,34 +2,40 @@
 
 import pytest
 from support import torch_models
-from support.torch_models import padded, torch
+from support.torch_models import padded, torch, transformers
 
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.measure.torch import regime
 from rora_theory.measure.torch import regimes as torch_regimes
 from rora_theory.measure.torch.batches import find_masks, select_masks
 
-transformers = pytest.importorskip("transformers", reason="the bridge: the extra torch")
-
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
 PADDING = 0
 
 
 class Sequential(torch.nn.Module):
-    """Linear module that runs twice on the token ids themselves, as [sequence, batch] or [batch, sequence]."""
+    """Linear modules on the token ids themselves, as [sequence, batch] or [batch, sequence].
 
-    def __init__(self, *, sequence_first: bool) -> None:
+    ``linear`` runs twice. ``flat`` receives the tokens of all rows as one list.
+    """
+
+    def __init__(self, order: tuple[str, ...], *, sequence_first: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.sequence_first = sequence_first
-        self.linear = torch.nn.Linear(2, 3)
+        self.order, self.sequence_first = order, sequence_first
+        self.linear, self.flat = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
 
     def forward(self, input_ids, attention_mask, **_):
         x = torch.stack([input_ids.float(), torch.ones_like(input_ids, dtype=torch.float32)], dim=-1)
-        x = x.transpose(0, 1) if self.sequence_first else x
-        y = self.linear(x) + torch.tanh(self.linear(x))
-        y = y.transpose(0, 1) if self.sequence_first else y
-        return (y * attention_mask[..., None]).square().mean()
+        mask = attention_mask[..., None]
+        x, mask = (value.transpose(0, 1) if self.sequence_first else value for value in (x, mask))
+        y = torch.zeros(())
+        for name in self.order:
+            if name == "flat":
+                y = y + self.flat(x.reshape(-1, 2)).reshape(*x.shape[:-1], 3)
+            else:
+                y = y + self.linear(x) + torch.tanh(self.linear(x))
+        return (y * mask).square().mean()
 
 
 def distinct_rows(lengths: tuple[int, ...], first: int) -> dict[str, torch.Tensor]:
@@ -38,54 +44,14 @@ def distinct_rows(lengths: tuple[int, ...], first: int) -> dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize("lengths", [(5, 2, 4), (4, 2, 3, 1)], ids=["oblong", "square"])
+@pytest.mark.parametrize("order", [("linear",), ("flat", "linear"), ("linear", "flat")])
 @pytest.mark.parametrize("sequence_first", [False, True])
-def test_padding_and_seen_tokens_are_skipped_in_any_call_and_order(sequence_first, lengths, monkeypatch) -> None:
-    """A square input may have either order, so only tokens that are real and new in both orders are read."""
-    samples = {}
-    measure = torch_regimes.module_regime.measure_module
+def test_padding_and_seen_tokens_are_skipped_in_any_call_and_order(sequence_first, order, lengths, monkeypatch) -> None:
+    """A square input may have either order, so only tokens that are real and new in both orders are read.
 
-    def watched(config, layer, *rest):
-        samples.update(layer.inputs)
-        return measure(config, layer, *rest)
-
-    monkeypatch.setattr(torch_regimes.module_regime, "measure_module", watched)
-    config = RegimeConfig(ranks=(1,), inits=("gaussian",), rows=0, tokens=50)
-    train, held_out = (distinct_rows(lengths, first) for first in (1, 51))
-    held_out["input_ids"][0, :2] = train["input_ids"][0, :2]
-    model = Sequential(sequence_first=sequence_first)
-    measured = regime(model, train, held_out, loss=lambda model, batch: model(**batch), config=config)
-    assert measured.unmasked == ()
-    real = train["attention_mask"].bool()
-    seen = torch.zeros_like(real)
-    seen[0, :2] = True
-    if len(set(real.shape)) == 1:
-        real, seen = real & real.T, seen | seen.T
-    for split, ids in (("train", train["input_ids"][real]), ("heldout", held_out["input_ids"][real & ~seen])):
-        assert sorted(samples[split][:, 0].tolist()) == sorted(ids.tolist() * 2)
-
-
-class Flattened(Sequential):
-    """A sequential model with another linear module, which receives the tokens of all rows as one list."""
-
-    def __init__(self, *, sequence_first: bool, first: bool) -> None:
-        super().__init__(sequence_first=sequence_first)
-        self.first, self.flat = first, torch.nn.Linear(2, 3)
-
-    def forward(self, input_ids, attention_mask, **_):
-        x = torch.stack([input_ids.float(), torch.ones_like(input_ids, dtype=torch.float32)], dim=-1)
-        mask = attention_mask[..., None]
-        x, mask = (value.transpose(0, 1) if self.sequence_first else value for value in (x, mask))
-        order = (self.flat, self.linear) if self.first else (self.linear, self.flat)
-        ys = [linear(x.reshape(-1, 2) if linear is self.flat else x).reshape(*x.shape[:-1], 3) for linear in order]
-        return (sum(ys) * mask).square().mean()
-
-
-@pytest.mark.parametrize("lengths", [(5, 2, 4), (4, 2, 3, 1)], ids=["oblong", "square"])
-@pytest.mark.parametrize("first", [False, True])
-@pytest.mark.parametrize("sequence_first", [False, True])
-def test_flattened_tokens_are_in_the_order_of_the_pass(sequence_first, first, lengths, monkeypatch) -> None:
-    """Rows come first, as in most models. Once an input of shape [sequence, batch] shows that they may not, only
-    tokens that are real, and new, in both orders are read; a module that was read before is reported."""
+    In a list of tokens rows come first, as in most models. Once an input of shape [sequence, batch] shows that they may
+    not, only tokens that are real, and new, in both orders are read; a module that was read before is reported.
+    """
     samples = {}
     measure = torch_regimes.module_regime.measure_module
 
@@ -95,19 +61,25 @@ def test_flattened_tokens_are_in_the_order_of_the_pass(sequence_first, first, le
 
     monkeypatch.setattr(torch_regimes.module_regime, "measure_module", watched)
     config = RegimeConfig(ranks=(1,), inits=("gaussian",), rows=0, tokens=50)
-    train, held_out = (distinct_rows(lengths, first_token) for first_token in (1, 51))
+    train, held_out = (distinct_rows(lengths, first) for first in (1, 51))
     held_out["input_ids"][0, :2] = train["input_ids"][0, :2]
-    model = Flattened(sequence_first=sequence_first, first=first)
+    model = Sequential(order, sequence_first=sequence_first)
     measured = regime(model, train, held_out, loss=lambda model, batch: model(**batch), config=config)
-    square = len(lengths) == max(lengths)
-    assert measured.unmasked == (("flat",) if sequence_first and first and not square else ())
-    read = set(samples["flat"]["heldout"][:, 0].tolist())
-    seen, padding = set(train["input_ids"].flatten().tolist()), PADDING
-    if not measured.unmasked:
-        assert not read & (seen | {padding})
-        assert padding not in samples["flat"]["train"][:, 0]
-    if not sequence_first and not square:
-        assert read == set(held_out["input_ids"].flatten().tolist()) - seen
+    real = train["attention_mask"].bool()
+    is_square = len(set(real.shape)) == 1
+    assert measured.unmasked == (("flat",) if sequence_first and order[0] == "flat" and not is_square else ())
+    seen = torch.zeros_like(real)
+    seen[0, :2] = True
+    if is_square:
+        real, seen = real & real.T, seen | seen.T
+    for split, ids in (("train", train["input_ids"][real]), ("heldout", held_out["input_ids"][real & ~seen])):
+        assert sorted(samples["linear"][split][:, 0].tolist()) == sorted(ids.tolist() * 2)
+    if "flat" in order and not measured.unmasked:
+        read = set(samples["flat"]["heldout"][:, 0].tolist())
+        assert not read & {*train["input_ids"].flatten().tolist(), PADDING}
+        assert PADDING not in samples["flat"]["train"][:, 0]
+        if not sequence_first and not is_square:
+            assert read == set(held_out["input_ids"][real & ~seen].tolist())
 
 
 def t5_batch(rows: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:

@@ -289,6 +289,11 @@ def prompted(config_class):
     return peft.get_peft_model(torch_models.model(), settings)
 
 
+def unread():
+    pytest.fail("data were read")
+    yield
+
+
 UNLABELLED = torch.ones(2, 4, dtype=torch.long)
 
 
@@ -313,7 +318,10 @@ UNLABELLED = torch.ones(2, 4, dtype=torch.long)
         ({"held_out": batches(1, rows=2, length=50)}, "held_out"),
         ({"held_out": batches(1, rows=1)}, "held_out .* two"),
         ({"model": lambda: torch_models.adapted(torch_models.model())}, "model .*adapters"),
-        ({"model": lambda: prompted(peft.PromptTuningConfig)}, "model .*adapters .*PROMPT_TUNING"),
+        (
+            {"model": lambda: prompted(peft.PromptTuningConfig), "train": unread(), "held_out": unread()},
+            "model .*adapters .*PROMPT_TUNING",
+        ),
         ({"model": lambda: prompted(peft.PrefixTuningConfig)}, "model .*adapters .*PREFIX_TUNING"),
         ({"model": lambda: prompted(peft.PromptEncoderConfig)}, "model .*adapters .*P_TUNING"),
         ({"model": lambda: torch.nn.Sequential(prompted(peft.PromptTuningConfig))}, "model .*adapters"),
@@ -331,26 +339,11 @@ UNLABELLED = torch.ones(2, 4, dtype=torch.long)
 def test_bad_input_is_refused_before_work(arguments, named) -> None:
     model = arguments.get("model", torch_models.model)()
     before = torch_models.state_of(model) if isinstance(model, torch.nn.Module) else None
-    with pytest.raises(InputError, match=named):
+    with pytest.raises(InputError, match=named) as refused:
         run(**arguments | {"model": model})
+    assert "\n" not in str(refused.value)
     if before is not None:
         torch_models.assert_unchanged(model, before)
-
-
-def test_a_model_with_a_learned_prompt_is_refused_before_data_are_read() -> None:
-    """A model that it shares its base with stays usable: the base model has no adapters."""
-    model = prompted(peft.PromptTuningConfig)
-    before = torch_models.state_of(model)
-
-    def unread():
-        pytest.fail("data were read")
-        yield
-
-    with pytest.raises(InputError, match="adapters") as refused:
-        run(model, train=unread(), held_out=unread())
-    assert "\n" not in str(refused.value)
-    torch_models.assert_unchanged(model, before)
-    assert list(model.peft_config) == ["default"]
 
 
 @pytest.mark.parametrize("progress", [True, False])
