@@ -299,7 +299,7 @@ def _real_tokens(model: torch.nn.Module, ids: Int[np.ndarray, "B S"], batch: Bat
 
 
 def _split_records(
-    ids: Int[np.ndarray, "B S"], real: Bool[np.ndarray, "B S"], position_ids: Int[np.ndarray, "_B S"] | None
+    ids: Int[np.ndarray, "B S"], real: Bool[np.ndarray, "B S"], position_ids: Int[np.ndarray, "*_B S"] | None
 ) -> tuple[Int[np.ndarray, "n T"], list[Int[np.ndarray, " _t"]]]:
     """Split rows into records of real tokens.
 
@@ -307,6 +307,9 @@ def _split_records(
       The records, padded on the right with `PADDING_ID`, and the flat indices of each record's tokens in ``ids``.
     """
     indices: list[np.ndarray] = []
+    if position_ids is not None:
+        # Models of images have several positions of a token (time, height, width): all are 0 where a record begins.
+        position_ids = position_ids.reshape(-1, *position_ids.shape[-2:]).max(axis=0)
     for row in range(len(ids)):
         columns = np.flatnonzero(real[row])
         starts: Sequence[int] = [0]

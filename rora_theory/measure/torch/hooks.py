@@ -18,6 +18,9 @@ from jaxtyping import Float
 from rora_theory.errors import InputError
 from rora_theory.measure.torch.modules import trainable_parameters
 
+HALF_LOSS_SCALE = 2.0**10
+"""Factor of the loss for outputs in float16, whose gradients would be rounded to 0; every G is divided by it."""
+
 Inputs = Float[torch.Tensor, "*tokens _features"]
 """Input of a module in one call, in the shape that the module received."""
 
@@ -40,7 +43,7 @@ def read_modules(
 
     def hook(name: str, _: Any, args: tuple, kwargs: dict[str, Any], y: Any) -> None:
         if isinstance(y, torch.Tensor):
-            on_inputs(name, _first_input(args, kwargs))
+            on_inputs(name, first_input(args, kwargs))
         else:
             unsupported[name] = type(y).__name__
 
@@ -76,6 +79,7 @@ def backward(
     """
     partial_sums: dict[str, tuple[torch.Tensor, list[Inputs]]] = {}
     received: dict[str, int] = dict.fromkeys(modules, 0)
+    dtypes: set[torch.dtype | None] = set()  # of the modules' outputs
 
     def on_delta(name: str, saved: list[Any], delta: torch.Tensor) -> None:
         if received[name] == calls[name]:
@@ -88,9 +92,11 @@ def backward(
         saved_output = saved.pop()
         x = saved_output.grad_fn.saved_tensors[0].detach()
         del saved_output
-        with torch.no_grad(), _full_precision():
+        with torch.no_grad(), _full_precision(delta.device.type):
             # G = sum over tokens of delta x^T; a module that is called several times sums over its calls.
             grad = _flatten_tokens(delta).float().T @ _flatten_tokens(x).float()
+            if scale != 1:
+                grad /= scale
             inputs = [x]
             if name in partial_sums:
                 previous_grad, previous_inputs = partial_sums.pop(name)
@@ -105,6 +111,7 @@ def backward(
                 partial_sums[name] = (grad, inputs)
 
     def hook(name: str, _: Any, args: tuple, kwargs: dict[str, Any], y: Any) -> torch.Tensor | None:
+        dtypes.add(getattr(y, "dtype", None))
         # The first forward pass of a checkpointed block runs without gradients; its recomputation is hooked instead.
         if not torch.is_grad_enabled():
             return None
@@ -112,7 +119,7 @@ def backward(
             raise InputError(f"{name} must return a tensor, got a {type(y).__name__}. Leave it out of target_modules.")
         # Save the input with autograd, and wait for delta at the output.
         y = _with_graph(y)
-        y.register_hook(partial(on_delta, name, [_SavedInput.apply(_first_input(args, kwargs), _anchor(y))]))
+        y.register_hook(partial(on_delta, name, [_SavedInput.apply(first_input(args, kwargs), _anchor(y))]))
         return y
 
     with _frozen(model), _hooked(modules, hook), _embeddings_with_graph(model), torch.enable_grad():
@@ -126,10 +133,11 @@ def backward(
                 "the loss does not depend on the output of a target module, so no gradient reaches one. "
                 "Check loss and target_modules."
             )
-        loss.backward()
+        scale = HALF_LOSS_SCALE if torch.float16 in dtypes else 1.0
+        (loss.float() * scale).backward()
     # Modules with fewer calls in this pass than expected: what arrived is their whole gradient.
-    with torch.no_grad(), _full_precision():
-        for name, (grad, inputs) in partial_sums.items():
+    for name, (grad, inputs) in partial_sums.items():
+        with torch.no_grad(), _full_precision(grad.device.type):
             on_gradient(name, grad, inputs)
     return value
 
@@ -208,8 +216,14 @@ def _frozen(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
-    """Compute matrix products in float32 even if PyTorch is allowed to use TF32 or bfloat16."""
+def _full_precision(device: str) -> Iterator[None]:
+    """Compute matrix products in float32 even if PyTorch is allowed to use TF32 or bfloat16, also by autocast."""
+    with torch.autocast(device, enabled=False), torch.autocast("cpu", enabled=False), _without_tf32():
+        yield
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
     if not hasattr(torch.backends, "fp32_precision"):  # torch before 2.9
         before = torch.get_float32_matmul_precision()
         try:
@@ -231,7 +245,8 @@ def _full_precision() -> Iterator[None]:
             backend.fp32_precision = "none" if value == torch.backends.fp32_precision else value
 
 
-def _first_input(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+def first_input(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Return the input of a module from the arguments of its call."""
     return args[0] if args else next(iter(kwargs.values()))
 
 

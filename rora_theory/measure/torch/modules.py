@@ -69,7 +69,9 @@ def task_type(model: torch.nn.Module) -> str | None:
     name = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return "SEQ_2_SEQ_LM"
-    suffixes = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
+    # Without an encoder, a model for conditional generation is causal: it reads images and text.
+    suffixes = dict.fromkeys(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"), "CAUSAL_LM")
+    suffixes |= {"ForSequenceClassification": "SEQ_CLS"}
     suffixes |= {"ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS"}
     return next((task for suffix, task in suffixes.items() if name.endswith(suffix)), None)
 
@@ -245,9 +247,17 @@ def remove_adapters(model: Any) -> None:
 
 @contextmanager
 def with_autograd() -> Iterator[None]:
-    """Enable autograd, even if the caller is within ``torch.no_grad`` or ``torch.inference_mode``."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
+    """Enable autograd, even if the caller is within ``torch.no_grad`` or ``torch.inference_mode``.
+
+    The caller's autocast applies, without its cache, which would hide the updates of trained weights until its exit.
+    """
+    is_cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(is_cached)
 
 
 @contextmanager

@@ -217,7 +217,7 @@ def regime(
 
     Args:
       model: Any PyTorch model: bare, in `DistributedDataParallel`, spread by ``device_map``, with gradient
-        checkpointing, in bfloat16, or quantised by bitsandbytes. The base model of a PEFT model is measured.
+        checkpointing, in 16 bits, or quantised by bitsandbytes. The base model of a PEFT model is measured.
       batch: Batch that yields the gradient, with labels.
       held_out: Batch of other records. Inputs are sampled at its tokens, without those that repeat the beginning of a
         record of ``batch`` (see `rora_theory.measure.tokens`) unless ``config.mask`` is false.

@@ -47,7 +47,7 @@ def test_tf32_that_the_attributes_set(place, expected, precisions) -> None:
         backend.fp32_precision = "none"
     precisions[place].fp32_precision = "tf32"
     before = [backend.fp32_precision for backend in precisions]
-    with hooks._full_precision():
+    with hooks._full_precision("cpu"):
         assert [backend.fp32_precision for backend in precisions[1:]] == ["ieee", "ieee"]
     assert signals(torch_models.model()) == pytest.approx(expected)
     assert [backend.fp32_precision for backend in precisions] == before
@@ -164,6 +164,19 @@ def test_inside_a_context_without_gradients(mode, expected) -> None:
         assert signals(model, *batches) == pytest.approx(expected)
         checked = coordinate_check(partial(torch_models.adapted, model), batches[0], (1, 2), steps=(1,), seeds=2)
     assert np.isfinite(checked.sizes["value"]).all()
+
+
+def test_autocast(expected) -> None:
+    """Passes run in bfloat16 and figures are computed in float32; a check's outputs follow the updated weights."""
+    model = torch_models.model()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.is_autocast_cache_enabled()
+        assert signals(model) == pytest.approx(expected, rel=0.05)
+        checked = coordinate_check(
+            partial(torch_models.adapted, model), BATCHES[0], (1, 2), learning_rate=0.1, steps=(1,), seeds=2
+        )
+        assert torch.is_autocast_cache_enabled()
+    assert (checked.sizes["value"] > 0).all()
 
 
 def test_weights_without_gradients_are_refused() -> None:

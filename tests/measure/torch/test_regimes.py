@@ -237,6 +237,15 @@ def test_gradients_of_a_bfloat16_module_are_summed_in_float32() -> None:
         assert row[name] == pytest.approx(getattr(law, name), rel=1e-5)
 
 
+def test_gradients_of_a_float16_model_do_not_vanish() -> None:
+    """A token's share of a mean over many tokens and classes is less than the smallest number of float16."""
+    torch.manual_seed(0)
+    settings = torch_models.TEXT | {"vocab_size": 4096, "hidden_size": 32}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).eval()
+    batch = torch_models.batch(rows=16, length=64)
+    assert_same(gradients(deepcopy(model).half(), batch), autograd(model, batch), tolerance=0.005)
+
+
 def test_weights_that_are_loaded_when_needed() -> None:
     """`device_map` leaves weights on the device "meta" between calls."""
     accelerate = pytest.importorskip("accelerate", reason="device_map: accelerate")

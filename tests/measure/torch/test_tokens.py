@@ -8,6 +8,8 @@ from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.measure.torch import regime
 from rora_theory.measure.torch import regimes as torch_regimes
 from rora_theory.measure.torch.batches import find_masks, select_masks
+from rora_theory.measure.torch.examples import count_targets
+from rora_theory.measure.torch.modules import task_type
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
 PADDING = 0
@@ -128,6 +130,28 @@ def test_explicit_decoder_inputs() -> None:
     }
     masks = select_masks(find_masks(torch_models.model("t5"), batch), torch.zeros(1, 4, 2))
     assert masks.real.tolist() == [True, True, True, False]
+
+
+def test_packed_records_with_several_positions() -> None:
+    """Models of images give each token a position in time, height and width; all are 0 where a record begins."""
+    ids = torch.tensor([[5, 6, 7, 5, 8]])
+    positions = torch.tensor([[[0, 1, 1, 0, 1]], [[0, 0, 1, 0, 1]], [[0, 1, 0, 0, 1]]])
+    batch, trained = {"input_ids": ids, "position_ids": positions}, {"input_ids": torch.tensor([[5, 6]])}
+    masks = select_masks(find_masks(torch_models.model(), batch, trained), torch.zeros(1, 5, 2))
+    assert masks.seen.tolist() == [True, True, False, True, False]
+
+
+def test_a_model_of_images_and_text_is_causal() -> None:
+    """Its class is named like that of a model with an encoder, which has another task."""
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision, image_size=8, patch_size=4),
+        text_config=transformers.LlamaConfig(**torch_models.TEXT),
+    )
+    model, batch = transformers.LlavaForConditionalGeneration(config), torch_models.batch()
+    assert task_type(model) == "CAUSAL_LM"
+    assert task_type(torch_models.model("t5")) == "SEQ_2_SEQ_LM"
+    assert count_targets(model, batch) == batch["labels"].numel() - len(batch["labels"])
 
 
 def test_a_record_without_a_target_has_no_token_that_counts() -> None:
