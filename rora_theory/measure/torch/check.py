@@ -37,6 +37,7 @@ from rora_theory.measure.rank_check.coordinate_table import (
     judge_model,
 )
 from rora_theory.measure.regimes import thin
+from rora_theory.measure.torch import hooks
 from rora_theory.measure.torch.batches import (
     Batch,
     Loss,
@@ -253,10 +254,14 @@ def coordinate_check(
             model = make_model(rank)
             check_instance(f"make_model({rank})", model, torch.nn.Module, "a torch.nn.Module")
             model = unwrap(model)
-            with preserved_state(model):
+            layers = _fresh_layers(model, rank)
+            with ExitStack() as stack:
+                # The next rank can use the same base model, and so can the caller after an error.
+                if hasattr(model, "unload"):
+                    stack.callback(remove_adapters, model)
+                stack.enter_context(preserved_state(model))
                 # Dropout masks depend on the seed alone: ranks share them.
                 torch.manual_seed(seed + draw)
-                layers = _fresh_layers(model, rank)
                 _draw_nested(layers, model, [seed, draw])
                 # Outputs of the base model, unless they are those of the run before.
                 run = _Run(model, layers, compute_loss)
@@ -267,11 +272,9 @@ def coordinate_check(
                 optimizer = build_optimizer(make_optimizer_of_rank, trainable_parameters(model), rank)
                 for coordinate, value in run.measure(reference, optimizer, steps, progress_bar.update):
                     values.setdefault(coordinate, np.full((seeds, len(ranks)), np.nan))[draw, column] = value
-            optimizers.append(_describe_optimizer(optimizer))
-            model_name = f"{type(base_model(model)).__name__} in {next(model.parameters()).dtype}".replace("torch.", "")
-            # The next rank can use the same base model.
-            if hasattr(model, "unload"):
-                remove_adapters(model)
+                optimizers.append(_describe_optimizer(optimizer))
+                dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+                model_name = f"{type(base_model(model)).__name__} in {dtype}"
     # Fit a slope against the rank for every coordinate.
     table = Table(ranks, values)
     slopes = table.slope_rows(band=band)
@@ -335,9 +338,9 @@ def _draw_nested(layers: Mapping[str, tuple[LoraLayer, str]], model: torch.nn.Mo
     for index, (layer, adapter) in enumerate(layers.values()):
         init_name = configs[adapter].init_lora_weights if adapter in configs else True
         weight, random = layer.lora_A[adapter].weight, np.random.default_rng([*seeds, index])
-        lora_A = inits.draw(random, init_of(init_name), rank=weight.shape[0], p_in=weight.shape[1])
+        lora_A = inits.draw(random, init_of(init_name), rank=weight.shape[0], p_in=weight[0].numel())
         with torch.no_grad():
-            weight.copy_(torch.from_numpy(lora_A))
+            weight.copy_(torch.from_numpy(lora_A).view_as(weight))
 
 
 class _MaskedBatch:
@@ -464,8 +467,10 @@ class _Run:
         outputs: dict[str, torch.Tensor] = {}
         added: dict[str, list[float]] = {}
 
-        def adapter_hook(kind: str, scaling: float, _: Any, __: Any, output: torch.Tensor) -> None:
-            added.setdefault(kind, []).append(scaling * masked.rms(output))
+        def adapter_hook(kind: str, name: str, layer: LoraLayer, args: tuple, kwargs: dict[str, Any]) -> None:
+            lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
+            output = lora_B(lora_A(hooks.first_input(args, kwargs).to(lora_A.weight.dtype)))
+            added.setdefault(kind, []).append(layer.scaling[name] * masked.rms(output))
 
         def head_hook(_: Any, args: tuple, output: torch.Tensor) -> None:
             outputs["hidden"], outputs["logits"] = args[0].detach().float(), output.detach().float()
@@ -478,22 +483,24 @@ class _Run:
         with ExitStack() as stack:
             stack.enter_context(_evaluation_mode(self._model))
             stack.enter_context(torch.no_grad())
-            # The output of lora_B is B A x; PEFT multiplies it by the scaling afterwards.
+            # B A x from the layer's own input: DoRA runs A and B on the identity matrix too.
             for name, (layer, adapter) in self._layers.items():
-                hook = partial(adapter_hook, name.rpartition(".")[2], layer.scaling[adapter])
-                stack.callback(layer.lora_B[adapter].register_forward_hook(hook).remove)
+                hook = partial(adapter_hook, name.rpartition(".")[2], adapter)
+                stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             # The head's input and output are the hidden states and the logits, whatever the loss function calls.
             get_head = getattr(base_model(self._model), "get_output_embeddings", None)
             head = get_head() if callable(get_head) else None
-            # Without a head, the model's output has the logits, unless the loss function calls its parts.
+            # Without a head, the model's output has the logits.
             if head is None:
                 stack.callback(self._model.register_forward_hook(model_hook).remove)
             else:
                 stack.callback(head.register_forward_hook(head_hook).remove)
             loss = float(self._loss(self._model, masked.batch))
-            if head is None and "logits" not in outputs:
+            # A loss function may call neither the head nor the model as a whole.
+            if "logits" not in outputs:
                 result = self._model(**masked.batch)
-                outputs["logits"] = getattr(result, "logits", result).detach().float()
+                if "logits" not in outputs:
+                    outputs["logits"] = getattr(result, "logits", result).detach().float()
         return outputs, added, loss
 
 

@@ -285,6 +285,53 @@ def test_every_rank_starts_from_the_head_of_a_shared_classifier() -> None:
     assert all(torch.equal(value, before["tensors"][name]) for name, value in base.state_dict().items())
 
 
+def test_the_base_is_free_of_adapters_after_an_error() -> None:
+    base, calls = torch_models.model(), []
+    before = torch_models.state_of(base)["modules"]
+
+    def loss(model, batch):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return model(**batch).loss
+
+    with pytest.raises(KeyboardInterrupt):
+        coordinate_check(maker(base), BATCHES[0], RANKS, loss=loss, steps=(1,))
+    assert torch_models.state_of(base)["modules"] == before
+
+
+def test_the_identity_that_dora_multiplies_is_no_input() -> None:
+    """The first update of A and B is nearly LoRA's, and so is the size of B A x."""
+    sizes = [
+        coordinate_check(maker(target_modules=["q_proj"], use_dora=dora), BATCHES[0], RANKS, steps=(1,), seeds=2)
+        .sizes.query("quantity == 'output'")["value"]
+        .to_numpy()
+        for dora in (False, True)
+    ]
+    np.testing.assert_allclose(*sizes, rtol=1e-3)
+
+
+def test_a_loss_that_does_not_call_the_head() -> None:
+    """The logits are then those of the model; without any the check would report that nothing moved."""
+
+    def loss(model, batch):
+        base = model.get_base_model()
+        logits = base.model(input_ids=batch["input_ids"]).last_hidden_state @ base.lm_head.weight.T
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+    arguments = (maker(), BATCHES[0], RANKS)
+    usual, own = (coordinate_check(*arguments, loss=function, steps=(1,), seeds=2) for function in (None, loss))
+    assert set(own.sizes["quantity"]) == {"hidden", "logits", "output", "loss"}
+    np.testing.assert_allclose(own.sizes["value"], usual.sizes["value"], rtol=1e-3)
+
+
+def test_a_convolution() -> None:
+    """The rows of its A are drawn as those of a linear module with as many inputs."""
+    make_model = maker(torch_models.model("vit"), target_modules=r".*patch_embeddings\.projection", task_type=None)
+    check = coordinate_check(make_model, torch_models.batch("vit"), RANKS, steps=(1,), seeds=2)
+    assert (check.sizes.query("quantity == 'output'")["value"] > 0).all()
+
+
 def test_a_held_out_batch_is_measured_at_its_unseen_tokens() -> None:
     """No token of a batch is new relative to the same batch."""
     batch, held_out = BATCHES
