@@ -69,13 +69,20 @@ def fit_best_rate(plan: ProbePlan, runs: Sequence[ProbeRun], tokens: Sequence[in
       The best rate with its interval.
 
     Raises:
-      InputError: If every run diverged.
+      InputError: If every run diverged, or all have the same loss.
     """
     full = sorted((run for run in runs if run.steps == plan.probe_steps), key=lambda run: run.learning_rate)
     if not any(math.isfinite(run.total) for run in full):
         rates = [run.learning_rate for run in runs]
         lowest = f", the lowest at {min(rates):.3g}" if rates else ""
         raise InputError(f"every run of the probe diverged{lowest}. Pass a lower learning_rate.")
+    # Equal losses have no minimum, and would look like an edge.
+    finished = [run.losses for run in full if run.diverged_at is None]
+    if len(finished) > 1 and len(set(finished)) == 1:
+        raise InputError(
+            "the probe must change the held-out loss, got the same loss at every learning rate. Check that the "
+            "optimizer uses the rate and that the loss depends on the adapters."
+        )
     # A parabola needs three points: add rates above the grid, as if they had diverged.
     measured = [(run.learning_rate, None if run.diverged_at is not None else run.losses) for run in full]
     while len(measured) < 3:

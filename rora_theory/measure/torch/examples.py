@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +76,19 @@ def read_batches(
         if not _is_batch(batch):
             raise InputError(f"{name} must have elements of one kind, got {shown(type(batch).__name__)} among batches")
     return batches
+
+
+@contextmanager
+def preserved_generators(*data: Data) -> Iterator[None]:
+    """Restore on exit the random generators of every ``DataLoader``, which yields the same batches again."""
+    owners = [owner for loader in data for owner in (loader, getattr(loader, "sampler", None))]
+    generators = {getattr(owner, "generator", None) for owner in owners}
+    states = [(generator, generator.get_state()) for generator in generators if isinstance(generator, torch.Generator)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def count_tokens(batch: Batch) -> int:
@@ -174,11 +188,19 @@ def _read_tokens(record: Mapping[str, Any], name: str, max_length: int) -> tuple
     A record without labels is learned as a whole, or where every mask of ``LABEL_MASKS`` that it has is 1.
 
     Raises:
-      InputError: If the labels or a mask have another length than ``input_ids``.
+      InputError: If a column is no list of integers, or has another length than ``input_ids``.
     """
-    ids = list(record["input_ids"])
-    keys = ("labels", "attention_mask", *LABEL_MASKS)
-    columns = {key: list(record[key]) for key in keys if record.get(key) is not None}
+    columns = {}
+    for key in ("input_ids", "labels", "attention_mask", *LABEL_MASKS):
+        if record.get(key) is not None:
+            try:
+                columns[key] = [int(value) for value in record[key]]
+            except (TypeError, ValueError):
+                raise InputError(
+                    f"{name} must have records with lists of integers, got {key} {shown(record[key])}. For other "
+                    "labels, pass batches."
+                ) from None
+    ids = columns.pop("input_ids")
     for key, values in columns.items():
         if len(values) != len(ids):
             raise InputError(f"{name} has a record with {len(ids)} input_ids, but {key} of length {len(values)}")
@@ -189,7 +211,7 @@ def _read_tokens(record: Mapping[str, Any], name: str, max_length: int) -> tuple
         token if all(mask) else IGNORED_LABEL for token, mask in zip(ids, masks, strict=True)
     ]
     tokens = zip(ids, labels, columns.get("attention_mask", ones), strict=True)
-    pairs = [(int(token), int(label)) for token, label, is_real in tokens if is_real][:max_length]
+    pairs = [(token, label) for token, label, is_real in tokens if is_real][:max_length]
     return [token for token, _ in pairs], [label for _, label in pairs]
 
 

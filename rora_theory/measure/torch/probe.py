@@ -19,6 +19,7 @@ from rora_theory.errors import InputError, first_line, shown
 from rora_theory.measure.tokens import mark_sinks
 from rora_theory.measure.torch.batches import Batch, Loss, MasksByShape, find_masks, move_batch, select_masks
 from rora_theory.measure.torch.examples import Group, count_targets
+from rora_theory.measure.torch.hooks import first_input
 from rora_theory.measure.torch.modules import (
     copied_modules,
     preserved_state,
@@ -36,8 +37,10 @@ MakeOptimizer = Callable[[Iterable[torch.nn.Parameter], float], torch.optim.Opti
 ADAPTER = "probe"
 """Name of the adapter that a run trains."""
 
-UNSUPPORTED_ENTRIES = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
-"""Entries of a ``LoraConfig`` with which weights outside the adapters' matrices are trained or copied."""
+UNSUPPORTED_ENTRIES = (
+    "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens"
+)  # fmt: skip
+"""Entries of a ``LoraConfig`` that train or copy other weights, or with which adapters act on some tokens only."""
 
 
 @dataclass(frozen=True)
@@ -228,15 +231,26 @@ class ProbeModel:
                 loss.backward()
                 total += float(loss.detach())
             if not math.isfinite(total):
+                self._check_first_step(step, f"loss {total}")
                 return step + 1
             # Clip as transformers' Trainer does, then update.
             if settings.max_grad_norm:
                 norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
                 if not math.isfinite(float(norm)):
+                    self._check_first_step(step, f"gradient norm {float(norm)}")
                     return step + 1
             optimizer.step()
             on_step()
         return None
+
+    def _check_first_step(self, step: int, value: str) -> None:
+        """Raise `InputError` for a divergence in the first step, which does not depend on the learning rate."""
+        if not step:
+            numbers = ", ".join(str(i + 1) for i in self._batch_indices(step))
+            raise InputError(
+                f"train must have a finite loss and gradient before the first update, got {value} in batch {numbers}. "
+                "Check the model and the batch."
+            )
 
     def _evaluate(self, parts: "LedParts") -> list[float]:
         """Return the loss of each group of held-out rows, summed over its labels, and measure the parts."""
@@ -257,20 +271,21 @@ class LedParts:
     left out.
 
     Args:
-      layers: PEFT's layers with a fresh adapter.
+      layers: PEFT's layers with a fresh adapter. Convolutions are left out.
     """
 
     def __init__(self, layers: Sequence[LoraLayer]) -> None:
-        self._layers = layers
-        self._starts = [layer.lora_A[ADAPTER].weight.detach().clone() for layer in layers]
-        self._squares = [(0.0, 0.0)] * len(layers)
+        self._layers = [layer for layer in layers if layer.lora_A[ADAPTER].weight.ndim == 2]
+        self._starts = [layer.lora_A[ADAPTER].weight.detach().clone() for layer in self._layers]
+        self._squares = [(0.0, 0.0)] * len(self._layers)
 
     @contextmanager
     def reading(self, masks: MasksByShape) -> Iterator[None]:
         """Add the squares at the tokens of the forward passes within the context."""
         with ExitStack() as stack:
             for index, layer in enumerate(self._layers):
-                hook = layer.lora_A[ADAPTER].register_forward_hook(partial(self._add, index, masks))
+                # The layer's own input: DoRA runs A on the identity matrix too.
+                hook = layer.register_forward_pre_hook(partial(self._add, index, masks), with_kwargs=True)
                 stack.callback(hook.remove)
             yield
 
@@ -279,8 +294,8 @@ class LedParts:
         ratios = [math.sqrt(led_A / led_B) for led_B, led_A in self._squares if led_B > 0 and led_A >= 0]
         return tuple(ratio for ratio in ratios if math.isfinite(ratio))
 
-    def _add(self, index: int, masks: MasksByShape, _: Any, args: tuple[Any, ...], __: Any) -> None:
-        x = args[0].detach()
+    def _add(self, index: int, masks: MasksByShape, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = first_input(args, kwargs).detach()
         rows = x.reshape(-1, x.shape[-1]).float()
         # Leave out padding, seen tokens and attention sinks.
         mask = select_masks(masks, x)
@@ -311,7 +326,7 @@ def _adapted(model: torch.nn.Module, config: LoraConfig) -> Iterator[list[LoraLa
     try:
         # PEFT writes to the configuration that it receives, so it receives a copy.
         wrapped = get_peft_model(model, copy.deepcopy(config), adapter_name=ADAPTER)
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
         raise InputError(f"config does not suit the model: {first_line(error)}") from error
     try:
         layers = [module for module in model.modules() if isinstance(module, LoraLayer) and ADAPTER in module.lora_A]
@@ -330,6 +345,8 @@ def _restored(model: torch.nn.Module) -> Iterator[None]:
     requirements = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     # PEFT registers hooks for gradient checkpointing; transformers stores theirs in attributes.
     hooks = [(module, set(module._forward_hooks)) for module in model.modules()]
+    # If PEFT refuses a configuration, layers that it has replaced already stay in the model.
+    children = [(module, dict(module._modules)) for module in model.modules()]
     attributes = dict(vars(model))
     try:
         with ExitStack() as stack:
@@ -339,11 +356,13 @@ def _restored(model: torch.nn.Module) -> Iterator[None]:
             yield
     finally:
         # Remove what was added, and restore what was changed.
+        for module, before_children in children:
+            module._modules.update(before_children)
         for module, before in hooks:
             for key in set(module._forward_hooks) - before:
                 del module._forward_hooks[key]
-        for name in set(vars(model)) - set(attributes):
-            delattr(model, name)
+        vars(model).clear()
+        vars(model).update(attributes)
         for parameter, requires_grad in requirements:
             parameter.requires_grad_(requires_grad)
         for module, training in modes:

@@ -30,6 +30,7 @@ from rora_theory.measure.torch.examples import (
     count_tokens,
     digest,
     held_out_groups,
+    preserved_generators,
     read_batches,
 )
 from rora_theory.measure.torch.modules import preserved_state, select_modules, unwrap
@@ -100,8 +101,8 @@ def tune(
     evaluations included; see `rora_theory.tune.plan`. It is stated before the probe starts, above the progress bar or
     in the log.
 
-    The model is trained in its own dtype and on its own device. Afterwards it is as it was: weights, buffers, modes,
-    ``requires_grad`` and random generators.
+    The model is trained in its own dtype, or by the caller's ``torch.autocast``, on its own device. Afterwards it is as
+    it was: weights, buffers, modes, ``requires_grad`` and random generators.
 
     Args:
       model: Base model without adapters.
@@ -140,8 +141,8 @@ def tune(
 
     Raises:
       InputError: If an argument is out of range, the budget is too small, the configuration trains more than LoRA
-        adapters of one rank, the model already has adapters, there are no labels, or the checkpoint belongs to another
-        probe; and if every rate diverged.
+        adapters of one rank, the model already has adapters or offloaded weights, there are no labels, or the
+        checkpoint belongs to another probe; if the first loss is not finite, every rate diverged, or all gave one loss.
     """
     # Validate all settings before reading data.
     check_integer("steps", steps)
@@ -160,6 +161,8 @@ def tune(
         check_instance("make_optimizer", make_optimizer, Callable, "a function")
     model = unwrap(model)
     check_no_adapters(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError("model must have its weights in memory, got offloaded ones, through which nothing is trained")
     # Report an entry that matches no module before any data are read.
     if config.target_modules is not None:
         targets = config.target_modules
@@ -169,8 +172,8 @@ def tune(
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
         files.check_folder(path.parent)
-    # Reading a DataLoader draws from PyTorch's random generators.
-    with preserved_state(model):
+    # Reading a DataLoader draws from PyTorch's random generators, or from its own.
+    with preserved_state(model), preserved_generators(train, held_out):
         read_options: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length}
         batches = read_batches(train, "train", **read_options, count=MAX_PROBE_STEPS * accumulation)
         groups = held_out_groups(model, read_batches(held_out, "held_out", **read_options, count=MAX_HELD_OUT_BATCHES))

@@ -166,8 +166,12 @@ def test_a_diverged_rate_is_infinite_loss() -> None:
 
 
 @pytest.mark.parametrize("quantity", ["loss", "gradient"])
-def test_a_divergence_in_the_first_step_is_recorded_as_such(tmp_path, quantity) -> None:
+def test_a_divergence_before_the_first_update_is_refused(quantity) -> None:
+    """It does not depend on the learning rate, so that lower rates are not tried."""
+    calls = []
+
     def loss(model, batch):
+        calls.append(1)
         value = model(**batch).loss
         if quantity == "loss":
             return value * math.nan
@@ -175,9 +179,40 @@ def test_a_divergence_in_the_first_step_is_recorded_as_such(tmp_path, quantity) 
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return value + sum((parameter - parameter.detach()).abs().sqrt().sum() for parameter in trained)
 
-    with pytest.raises(InputError, match="every run of the probe diverged"):
-        run(loss=loss, checkpoint=tmp_path / "probe.json")
-    assert {trial["diverged_at"] for trial in json.loads((tmp_path / "probe.json").read_text())["runs"]} == {1}
+    with pytest.raises(InputError, match=f"train .* {quantity}.* nan .* 1"):
+        run(loss=loss)
+    assert len(calls) == 1
+
+
+def test_rates_without_an_effect_are_refused() -> None:
+    """Equal losses would otherwise count as a best rate at the lower end."""
+    with pytest.raises(InputError, match="same loss"):
+        run(make_optimizer=lambda parameters, _: torch.optim.AdamW(parameters, lr=0.0))
+
+
+def test_autocast_of_the_caller(usual) -> None:
+    """Each pass uses the updated adapters, although autocast caches weights until its end."""
+    with torch.autocast("cpu", torch.bfloat16):
+        result = run()
+    assert result.displacement_constant == pytest.approx(usual.displacement_constant, rel=0.1)
+
+
+def test_a_shuffled_loader_yields_the_same_batches_again() -> None:
+    """An interrupted probe resumes in the same process too, and training sees the order of its generator's seed."""
+    rows = [{name: value[0] for name, value in batch.items()} for batch in batches(16, rows=1)]
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    loader = torch.utils.data.DataLoader(rows, batch_size=2, shuffle=True, generator=generators[0])
+    sampler = torch.utils.data.RandomSampler(rows, generator=generators[1])
+    states = [generator.get_state() for generator in generators]
+    run(train=loader, held_out=torch.utils.data.DataLoader(rows, batch_size=2, sampler=sampler))
+    for generator, state in zip(generators, states, strict=True):
+        assert torch.equal(generator.get_state(), state)
+
+
+def test_a_convolution_is_trained_without_its_ratio() -> None:
+    data = [torch_models.batch("vit", seed=seed, rows=4) for seed in range(4)]
+    settings = config(target_modules=r".*(patch_embeddings\.projection|query|q_proj)")
+    assert run(torch_models.model("vit"), train=data, held_out=data, config=settings).displacement_constant > 0
 
 
 def test_an_interrupted_probe_resumes_and_refuses_other_settings(usual, tmp_path) -> None:
@@ -261,6 +296,12 @@ def test_masked_tokens_of_tokenized_records() -> None:
     assert batch["labels"].tolist() == [[5, 6, 7, 8], [-100, 6, 7, 8], [-100, -100, 7, 8], [-100, 6, -100, 8]]
     with pytest.raises(InputError, match=r"train .* 2 .*attention_mask .* 1$"):
         read_batches([{"input_ids": [5, 6], "attention_mask": [1]}], "train", **reading)
+    for record, named in (
+        ({"input_ids": [5, 6], "labels": 1}, "labels 1"),
+        ({"input_ids": [[5], [6]]}, r"input_ids \[\[5\], \[6\]\]"),
+    ):
+        with pytest.raises(InputError, match=f"train .*{named}"):
+            read_batches([record], "train", **reading)
 
 
 def test_records_are_read_eight_at_a_time() -> None:
@@ -294,6 +335,24 @@ def unread():
     yield
 
 
+class Wrapped(torch.nn.Module):
+    """Model of another package, which PEFT can't adapt for a task of transformers."""
+
+    def __init__(self, inner) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **batch):
+        return self.inner(**batch)
+
+
+def activated():
+    """Return a configuration of adapters that act after a token of the text only."""
+    settings = config()
+    settings.alora_invocation_tokens = [5]  # the constructor warns
+    return settings
+
+
 UNLABELLED = torch.ones(2, 4, dtype=torch.long)
 
 
@@ -312,6 +371,9 @@ UNLABELLED = torch.ones(2, 4, dtype=torch.long)
         ({"config": config(bias="all")}, "bias"),
         ({"config": config(rank_pattern={"q_proj": 4})}, "rank_pattern"),
         ({"config": config(modules_to_save=["lm_head"])}, "modules_to_save"),
+        ({"config": activated()}, "alora_invocation_tokens"),
+        ({"config": config(target_modules=".*(q_proj|layernorm)")}, "config .*RMSNorm"),
+        ({"model": lambda: Wrapped(torch_models.model()), "config": config(task_type="CAUSAL_LM")}, "config .*Wrapped"),
         ({"config": config(target_modules=["none_such"])}, "target_modules .*'none_such'"),
         ({"held_out": [{"input_ids": UNLABELLED}]}, "labels"),
         ({"held_out": [{"input_ids": UNLABELLED, "labels": torch.full_like(UNLABELLED, -100)}]}, "label"),
@@ -346,6 +408,12 @@ def test_bad_input_is_refused_before_work(arguments, named) -> None:
         torch_models.assert_unchanged(model, before)
 
 
+def test_offloaded_weights_are_refused() -> None:
+    """Autograd can't train through weights that are on the device "meta" between calls."""
+    with pytest.raises(InputError, match=r"model .*memory"):
+        run(torch_models.model().to("meta"))
+
+
 @pytest.mark.parametrize("progress", [True, False])
 def test_the_cost_is_stated_before_the_first_run(progress, capsys, caplog, monkeypatch) -> None:
     """Above the progress bar if there is one, in the log otherwise."""
@@ -377,10 +445,12 @@ def test_the_probe_has_the_planned_strength() -> None:
         assert small.r == 8
 
 
-def test_the_ratio_of_the_parts() -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_ratio_of_the_parts(dora) -> None:
     """The A-led over the B-led change of each module at the unmasked tokens agrees with PEFT's forward pass."""
     model = torch_models.model()
-    adapted = peft.get_peft_model(model, config(r=4, target_modules=["q_proj"]), adapter_name="probe")
+    settings = config(r=4, target_modules=["q_proj"], use_dora=dora)
+    adapted = peft.get_peft_model(model, settings, adapter_name="probe")
     layers = [layer.self_attn.q_proj for layer in model.model.layers]
     parts, batch = LedParts(layers), batches(1)[0]
     batch["attention_mask"][0, 5:] = 0
@@ -392,7 +462,7 @@ def test_the_ratio_of_the_parts() -> None:
         for layer, pair in zip(layers, factors, strict=True):
             for factor in pair:
                 factor.add_(0.1 * torch.randn_like(factor))
-            layer.lora_A["probe"].register_forward_hook(lambda _, args, __: inputs.append(args[0][real]))
+            layer.register_forward_hook(lambda _, args, __: inputs.append(args[0][real]))
         with parts.reading(find_masks(model, batch)):
             adapted(**batch)
         for ratio, (A, B), start, x in zip(parts.ratios(), factors, starts, inputs, strict=True):
