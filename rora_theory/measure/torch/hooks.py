@@ -218,7 +218,7 @@ def _frozen(model: torch.nn.Module) -> Iterator[None]:
 @contextmanager
 def _full_precision(device: str) -> Iterator[None]:
     """Compute matrix products in float32 even if PyTorch is allowed to use TF32 or bfloat16, also by autocast."""
-    with torch.autocast(device, enabled=False), torch.autocast("cpu", enabled=False), _without_tf32():
+    with torch.autocast(device, enabled=False), _without_tf32():
         yield
 
 

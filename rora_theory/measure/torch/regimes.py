@@ -520,7 +520,8 @@ def _draw_takeover_rows(config: RegimeConfig, layer: Layer, init: Init) -> Float
 
 def _multiply(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Multiply matrices by PyTorch, since the threads of NumPy's BLAS would compete with PyTorch's for the cores."""
-    return (torch.from_numpy(first) @ torch.from_numpy(second)).numpy()
+    with torch.autocast("cpu", enabled=False):
+        return (torch.from_numpy(first) @ torch.from_numpy(second)).numpy()
 
 
 def _is_zero(matrix: torch.Tensor) -> bool:

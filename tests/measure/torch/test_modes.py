@@ -171,7 +171,7 @@ def test_autocast(expected) -> None:
     model = torch_models.model()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.is_autocast_cache_enabled()
-        assert signals(model) == pytest.approx(expected, rel=0.05)
+        assert signals(model, progress=True) == pytest.approx(expected, rel=0.05)
         checked = coordinate_check(
             partial(torch_models.adapted, model), BATCHES[0], (1, 2), learning_rate=0.1, steps=(1,), seeds=2
         )
