@@ -106,7 +106,7 @@ def run(config: Config) -> None:
         check_free(path_of(NAME, identity, config.out))
     # Tokenize, which refuses bad records, then load the weights.
     data = prepare(records.records, tokenizer, training, chat)
-    check_warmup(training.warmup, min(len(data.train), training.steps or inf))
+    check_warmup(training.warmup, len(data.train))
     layout, shardings = sharding.layout_over_all_devices(llama_config, training, fsdp=config.fsdp)
     model = llama.load(origin, training.dtype, shardings=shardings, quantization=training.quantization)
     cli.print_notes(model.remarks if is_first else [])

@@ -59,7 +59,7 @@ def run(config: Config) -> None:
     split = replace(split, train=[split.train[index] for index in chosen])
     located = {model: llama.locate(model)}
     # The adapters of the probe have to fit the model.
-    training = probe_config.training(Trial(1.0, probe_config.steps), epochs=1)
+    training = probe_config.training(Trial(1.0, probe_config.steps))
     adapters.table(training.adapter(), llama.model_config(located[model]))
     identity = flatten(probe_config) | {"model": model, "records": split.summary}
     identity |= {"model_sha256": located[model].sha256}

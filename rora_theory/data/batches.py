@@ -380,6 +380,7 @@ class Batches:
       widths: Padded lengths, see `choose_widths`.
       batch_size: Number of records per batch.
       epochs: Number of passes over the records.
+      steps: Number of batches, in place of ``epochs``; None is that of the epochs.
       seed: Seed of the order; None keeps the order of the records.
       answer_only: Whether a batch has targets only at the answer's positions.
 
@@ -395,21 +396,23 @@ class Batches:
         *,
         batch_size: int,
         epochs: int = 1,
+        steps: int | None = None,
         seed: int | None = None,
         answer_only: bool = False,
     ) -> None:
         """Store the records and prepare the plans of the epochs."""
-        self.examples, self._widths, self._epochs = examples, tuple(widths), epochs
+        self.examples, self._widths = examples, tuple(widths)
         self._input_lengths = examples.input_lengths
         self._order = (batch_size, seed, answer_only)
         self._plan_epoch = partial(plan_epoch, self._input_lengths, self._widths, batch_size, seed=seed)
         self._plans: dict[int, EpochPlan] = {}
         self.steps_per_epoch = -(-len(examples) // batch_size)
+        self._steps = epochs * self.steps_per_epoch if steps is None else steps
         self._target_widths = self._max_target_counts() if answer_only else None
 
     def __len__(self) -> int:
         """Return the number of steps."""
-        return self._epochs * self.steps_per_epoch
+        return self._steps
 
     def limit_widths(self, max_width: int) -> "Batches":
         """Return the same batches, padded to at most ``max_width``.
@@ -431,12 +434,12 @@ class Batches:
         batch_size, seed, answer_only = self._order
         widths = [min(width, max_width) for width in self._widths]
         return Batches(
-            self.examples, widths, batch_size=batch_size, epochs=self._epochs, seed=seed, answer_only=answer_only
+            self.examples, widths, batch_size=batch_size, steps=self._steps, seed=seed, answer_only=answer_only
         )
 
     @property
     def digest(self) -> str:
-        """Return the SHA-256 of everything that determines the batch of a step; the number of epochs does not."""
+        """Return the SHA-256 of everything that determines the batch of a step; the number of steps does not."""
         digest = hashlib.sha256(repr((self._widths, *self._order)).encode())
         for array in (self.examples.tokens, self.examples.offsets, self.examples.is_target):
             digest.update(array.tobytes())

@@ -69,10 +69,10 @@ def prepare(
     splits = [examples for examples in (train, held_out) if examples is not None]
     widths = choose_widths(np.concatenate([examples.input_lengths for examples in splits]), config.widths)
 
-    def batches(examples: Examples, **order: int) -> Batches:
+    def batches(examples: Examples, **order: int | None) -> Batches:
         return Batches(examples, widths, batch_size=config.batch_size, answer_only=answer_only, **order)
 
-    train_batches = batches(train, epochs=config.epochs, seed=config.seed)
+    train_batches = batches(train, epochs=config.epochs, steps=config.steps, seed=config.seed)
     summary = {
         "records": len(records),
         "trained_on": len(train),

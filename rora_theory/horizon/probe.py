@@ -95,7 +95,7 @@ class ProbeConfig:
         check_seed("--seed", self.seed)
         check_list("--targets", self.targets)
         check_warmup(self.warmup, self.steps)
-        self.training(Trial(1.0, self.steps), epochs=1)
+        self.training(Trial(1.0, self.steps))
         # A plan without the sizes of the records raises an error early if the budget is too small for any.
         make_plan(
             self.steps,
@@ -116,13 +116,8 @@ class ProbeConfig:
         """Number of records that the longest run of any probe trains on."""
         return MAX_PROBE_STEPS * self.batch_size
 
-    def training(self, trial: Trial, *, epochs: int) -> FinetuneConfig:
-        """Return the fine-tuning configuration of a run.
-
-        Args:
-          trial: Learning rate and number of steps.
-          epochs: Number of passes over the records that suffices for the steps.
-        """
+    def training(self, trial: Trial) -> FinetuneConfig:
+        """Return the fine-tuning configuration of a run."""
         return FinetuneConfig(
             rule="lora",
             rank=min(self.probe_rank, self.rank),
@@ -130,7 +125,6 @@ class ProbeConfig:
             alpha=self.strength,
             lr=trial.learning_rate,
             warmup=scaled_warmup(self.warmup, self.steps, trial.steps),
-            epochs=epochs,
             held_out=0,
             widths=3,
             seed=self.seed,
@@ -187,9 +181,6 @@ class Probe:
         self.tokens: list[int] = (
             bench.held_out.target_counts if self._is_answer else bench.held_out.input_lengths
         ).tolist()
-        # Number of passes over the records that the longest run needs.
-        steps_per_epoch = -(-len(bench.train_examples) // config.batch_size)
-        self._epochs = -(-self.plan.probe_steps // steps_per_epoch)
         self._inputs: dict[str, Float[np.ndarray, "layers tokens p_in"]] | None = None
 
     @property
@@ -200,7 +191,7 @@ class Probe:
     def run(self, trial: Trial) -> ProbeRun:
         """Train an adapter and evaluate it."""
         config, bench = self._config, self._bench
-        training = config.training(trial, epochs=self._epochs)
+        training = config.training(trial)
         # Inputs of the untrained model: the adapter's change is 0 at the start of every run.
         if self._inputs is None:
             adapter = adapters.init(

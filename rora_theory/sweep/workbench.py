@@ -222,6 +222,7 @@ class Workbench:
             self._widths,
             batch_size=training.batch_size,
             epochs=training.epochs,
+            steps=training.steps,
             seed=training.seed,
             answer_only=training.loss_on == "answer",
         )
@@ -237,9 +238,8 @@ class Workbench:
         """
         training = replace(training, checkpoint_every=self.shared.checkpoint_every)
         adapter, batches = self.begin(training)
-        steps = min(len(batches), training.steps or len(batches))
         # A short run is repeated after an interruption, which costs less than its checkpoints.
-        checkpoints = folder / "checkpoints" if steps > training.checkpoint_every else None
+        checkpoints = folder / "checkpoints" if len(batches) > training.checkpoint_every else None
         before, model = self.steps.compilations, self.model
         trainer = Trainer(model.params, model.config, adapter, training, batches, None, checkpoints, shared=self.steps)
         result: dict[str, Any] = {"trainable_parameters": adapters.count(adapter), "steps": trainer.steps}

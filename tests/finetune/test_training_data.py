@@ -49,6 +49,20 @@ def test_training_and_held_out_records():
     assert bytes(data.validation.examples[0][1:].tolist()).decode() == 30 * chr(97 + held_out[1]) + 9 * "!"
 
 
+def test_steps_replace_the_epochs():
+    """More steps than the epochs have repeat the records, in a new order; fewer leave some out."""
+    records = [Completion(chr(97 + i), "!") for i in range(4)]
+    config = FinetuneConfig(held_out=0, batch_size=2, epochs=2)
+    longer, whole, shorter = (
+        prepare(records, tiny.ByteEncoder(), dataclasses.replace(config, steps=steps)).train for steps in (9, None, 3)
+    )
+    assert [len(batches) for batches in (longer, whole, shorter)] == [9, 4, 3]
+    for step, batch in enumerate(whole):
+        np.testing.assert_array_equal(batch.inputs, longer[step].inputs)
+    last_epoch = np.concatenate([longer[step].inputs[:, 1] for step in (6, 7)])
+    assert sorted(last_epoch.tolist()) == [97 + i for i in range(4)]
+
+
 def test_a_record_set_has_the_prompt_of_its_format(completions):
     record_set = read_record_set([completions])
     assert first(prepare(record_set, tiny.ByteEncoder(), CONFIG)) == "2 + 2 = 4"

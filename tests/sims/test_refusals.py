@@ -55,7 +55,6 @@ CASES = [
     ("finetune", "--targets w_proj", "'w_proj', which matches no module"),
     ("finetune", "--warmup 99 --steps 2", "warmup .* 2, got 99"),
     ("finetune", "--warmup 12 --epochs 3", "warmup .* 12, got 12"),
-    ("finetune", "--warmup 12 --epochs 3 --steps 99", "warmup .* 12, got 12"),
     ("finetune", "--method dora --serve-as portable", "serve_as portable .* dora"),
     ("horizon", "--ranks 2 999", "rank .* 16 at model.layers.0.* 999"),
     ("horizon", "--targets z_proj", "'z_proj'"),
