@@ -120,8 +120,7 @@ def run(config: Config) -> None:
     model = inputs.model
     if config.adapter is not None:
         model = adapters.merged(adapters.load_peft(config.adapter, model.config, model.params), model)
-    targets = "all-linear" if config.targets == ("all-linear",) else config.targets
-    modules = regimes.modules_by_layer(model.config, targets, config.layers)
+    modules = regimes.modules_by_layer(model.config, config.targets, config.layers)
     extra: dict[str, Any] = {"units": regime_tables.UNITS, "device": describe(inputs.devices)}
     extra["data"] = [Path(name).name for name in config.data]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=seed, extra=extra, models=[model.origin])

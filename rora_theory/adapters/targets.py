@@ -124,6 +124,9 @@ def matched(
     """
     count = llama_config.num_hidden_layers
     names = [full_name(layer, module) for layer in range(count) for module in MODULES]
+    # Command lines and configuration files have lists.
+    if list(target_modules) == [ALL_LINEAR]:
+        target_modules = ALL_LINEAR
     if isinstance(target_modules, str) and layers is not None:
         raise InputError(
             f"layers {tuple(layers)} requires target_modules to be a list of names, got {target_modules!r}"

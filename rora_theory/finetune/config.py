@@ -96,8 +96,8 @@ class FinetuneConfig(CostConfig):
     alpha: float = 64.0
     """Numerator of the scaling factor"""
     targets: tuple[str, ...] | None = None
-    """Adapted modules; by default those of the published scripts: q, k, v, up and down_proj (lora, dora, full), up and
-    gate_proj (series), up and down_proj (parallel)"""
+    """Adapted modules, or all-linear; by default those of the published scripts: q, k, v, up and down_proj (lora, dora,
+    full), up and gate_proj (series), up and down_proj (parallel)"""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks of modules that match a regular expression, in place of rank"""
     alpha_pattern: dict[str, float] = field(default_factory=dict)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from rora_theory import adapters
+from rora_theory.adapter_config import peft_targets
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.data.batches import Examples
 from rora_theory.data.formats import TrainTemplate
@@ -138,7 +139,7 @@ class ProbeConfig:
             "lora_alpha": self.strength,
             "use_rslora": False,
             "lora_dropout": self.dropout,
-            "target_modules": list(self.targets),
+            "target_modules": peft_targets(self.targets),
         }
 
 

@@ -2,10 +2,12 @@
 
 import pytest
 
-from rora_theory.adapters import LoraConfig, table
+from rora_theory.adapters import FullConfig, LoraConfig, table
 from rora_theory.adapters.targets import layer_text, resolve
 from rora_theory.errors import InputError
+from rora_theory.horizon.probe import ProbeConfig
 from rora_theory.llama import MODULES, LlamaConfig
+from rora_theory.tune.plan import Trial
 
 
 def resolved(config: LlamaConfig, **settings):
@@ -24,6 +26,18 @@ def test_names_match_whole_or_after_a_dot(config) -> None:
     assert ranks(config, target_modules=["model.layers.1.self_attn.q_proj"]) == {"self_attn.q_proj": (0, 4, 0)}
     with pytest.raises(InputError, match="'_proj', which matches no module"):
         ranks(config, target_modules=["_proj"])
+
+
+def test_all_linear_may_be_the_only_word_of_a_list(config) -> None:
+    """A command line has lists only. PEFT reads the string alone."""
+    words = ("all-linear",)
+    assert tuple(ranks(config, target_modules=words)) == MODULES
+    assert LoraConfig(4, 8.0, target_modules=words) == LoraConfig(4, 8.0, target_modules="all-linear")
+    assert FullConfig(words).table(config) == FullConfig(MODULES).table(config)
+    planned = ProbeConfig(targets=words)
+    assert planned.peft_entries()["target_modules"] == planned.training(Trial(1.0, 2)).lora().target_modules
+    with pytest.raises(InputError, match="'all-linear'"):
+        ranks(config, target_modules=["q_proj", "all-linear"])
 
 
 def test_a_string_is_a_whole_regular_expression(config) -> None:
