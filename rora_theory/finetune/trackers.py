@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from rora_theory.errors import InputError
+from rora_theory.errors import InputError, first_line
 from rora_theory.finetune.loop import Event, StepCompleted, ValidationCompleted
 
 TrackerName = Literal["tensorboard", "wandb"]
@@ -97,7 +97,7 @@ def track(
         them, and Weights & Biases keeps the first ones.
 
     Raises:
-      InputError: If the tracker's package is not installed.
+      InputError: If the tracker's package is not installed, or Weights & Biases cannot start.
     """
     check_tracker(name)
     if name == "tensorboard":
@@ -116,9 +116,15 @@ def track(
 
         project = os.environ.get("WANDB_PROJECT", PROJECT)
         # The name is also the id, which is how Weights & Biases recognises the run that is resumed.
-        wandb_run = wandb.init(
-            project=project, name=run, id=run, dir=str(folder), config=dict(config), resume="allow", reinit=True
-        )
+        try:
+            wandb_run = wandb.init(
+                project=project, name=run, id=run, dir=str(folder), config=dict(config), resume="allow", reinit=True
+            )
+        except wandb.Error as error:
+            reason = first_line(error).rstrip(".")
+            raise InputError(
+                f"log_to 'wandb' cannot start ({reason}). Run wandb login, or set WANDB_MODE=offline."
+            ) from error
         try:
             yield _Wandb(wandb_run)
         finally:

@@ -58,6 +58,24 @@ def test_weights_and_biases_receives_the_same_values(tmp_path, monkeypatch) -> N
     assert end == ("end",), "also if the run fails"
 
 
+def test_weights_and_biases_that_cannot_start_is_bad_input(tmp_path, monkeypatch) -> None:
+    """Without an API key or the server, it raises errors of its own."""
+
+    class Error(Exception):
+        pass
+
+    def init(**_):
+        raise Error("No API key configured.\nMore.")
+
+    fake = SimpleNamespace(init=init, Error=Error, __spec__=importlib.util.find_spec("json"))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with (
+        pytest.raises(InputError, match=r"log_to 'wandb' .*No API key configured"),
+        trackers.track("wandb", tmp_path, run="id", config={}),
+    ):
+        pass
+
+
 def test_off_writes_nothing(tmp_path) -> None:
     with trackers.track(None, tmp_path, run="id", config={}) as tracker:
         tracker.add(EVENTS[0])
