@@ -25,6 +25,7 @@ from rora_theory.sweep.cells import SweepCell, cells_of, sweep_identity
 from rora_theory.sweep.design import DESIGNS, AlphaRule, Design
 from rora_theory.sweep.records import RecordSplit, Shares, draw_records
 from rora_theory.validation.ranges import Count, check_ranges
+from rora_theory.validation.rules import check_warmup
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
     """Read the records and the tasks, and locate the models.
 
     Raises:
-      InputError: If `draw_records`, `sources.read_tasks`, `Scoring`, `Design` or `llama.locate` refuses a value.
+      InputError: If `draw_records`, `sources.read_tasks`, `Scoring`, `Design` or `llama.locate` refuses a value, or the
+        warm-up is not shorter than the runs.
     """
     design = config.resolve_design()
     training, scoring = replace(config.training, dtype=design.dtype), Scoring(design.protocol, config.eval_template)
@@ -149,6 +151,8 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
     # The records decide the default template, and are read before any model.
     records = draw_records(config.data, **sample, config=config.reading)
     training = replace(training, template=records.source.template(training.template))
+    # With a longer warm-up, no run would reach its learning rate.
+    check_warmup(training.warmup, training.steps or training.epochs * -(-len(records.train) // training.batch_size))
     tasks: dict[str, list[TaskRecord]] = {}
     evaluation: dict[str, Any] | None = None
     if config.accuracy:

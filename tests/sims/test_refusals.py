@@ -75,6 +75,7 @@ CASES = [
     ("rank_sweep", "--ranks 64", "64"),
     ("rank_sweep", "--held-out 100", "records to hold out"),
     ("rank_sweep", "--data-dir none", "none"),
+    ("rank_sweep", "--warmup 3", "warmup .* 3, got 3"),
     ("regime", "--layers 0 0", "--layers .* 0 0"),
     ("regime", "--targets q_proj q_proj", "--targets .* q_proj q_proj"),
     ("regime", "--targets c_proj", "target_modules .*'c_proj'"),
