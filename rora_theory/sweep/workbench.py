@@ -141,7 +141,7 @@ class Workbench:
         self.held_out: Examples = encode(
             [record for _, _, record in self.records.held_out], cutoff=longest, answer_only=True
         )
-        if self.held_out.skipped:
+        if self.held_out.truncated:
             raise InputError(
                 f"held-out records must have at most {longest} tokens, the context of {model}, got a longer one"
             )

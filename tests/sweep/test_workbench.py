@@ -114,6 +114,16 @@ def test_the_base_has_the_storage_of_the_settings(bench, tmp_path, monkeypatch) 
     assert 0.02 < error < 0.2, "4 bits round by a few per cent"
 
 
+def test_a_held_out_record_longer_than_the_context_is_refused(bench, tmp_path) -> None:
+    """Losses are over whole records, so none is cut within its answer."""
+    rows = [{"instruction": word, "output": "a" * 600} for word in checkpoint.WORDS[:6]]
+    (tmp_path / "long.json").write_text(json.dumps(rows))
+    records = draw_records([str(tmp_path / "long.json")], held_out=2)
+    longer = Workbench(SHARED, records, {}, bench.located, scoring=Scoring("label", "clean"))
+    with pytest.raises(InputError, match=r"held-out records .* 512 tokens"):
+        longer.open(*bench.located)
+
+
 def test_chats_are_rendered_by_the_models_template(tmp_path, monkeypatch) -> None:
     """A template that needs the date is refused without one, as cells of one folder run on many days."""
     model = checkpoint.model(tmp_path)
