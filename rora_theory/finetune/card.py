@@ -134,11 +134,18 @@ def describe_start(config: FinetuneConfig, summary: Mapping[str, Any], steps: in
       trainable: Number of trainable parameters.
       share: Trainable fraction of all parameters.
     """
-    return (
-        f"{trainable:,} trainable parameters, {share:.2%} of all\n"
-        f"{summary['trained_on']} records, {steps} steps\n"
-        f"learning rate {describe_learning_rate(config, steps)}"
-    )
+    lines = [
+        f"{trainable:,} trainable parameters, {share:.2%} of all",
+        f"{summary['trained_on']} records, {steps} steps",
+        f"learning rate {describe_learning_rate(config, steps)}",
+    ]
+    # The default cutoff, that of the published runs, is short for chats.
+    if summary["truncated"] or summary["skipped"]:
+        lines.append(
+            f"{summary['truncated']} of {summary['records']} records were cut at {config.cutoff} tokens (--cutoff); "
+            f"{summary['skipped']} were left out, as they have no token to learn"
+        )
+    return "\n".join(lines)
 
 
 def describe_learning_rate(config: FinetuneConfig, steps: int) -> str:

@@ -42,6 +42,14 @@ def test_description_of_the_learning_rate(schedule, warmup, count, words, last):
     assert float(rate(count)) == pytest.approx({"linear": 0.0 if count > warmup else 0.5, "constant": 0.5}[schedule])
 
 
+def test_records_that_are_cut_are_counted_at_the_start():
+    counts = {"records": 9, "trained_on": 6, "truncated": 4, "skipped": 2}
+    line = card.describe_start(FinetuneConfig(cutoff=77), counts, 3, 1, 0.1).splitlines()[-1]
+    assert line.startswith("4 of 9 records were cut at 77 tokens")
+    assert "2 were left out" in line
+    assert "cut" not in card.describe_start(FinetuneConfig(), counts | {"truncated": 0, "skipped": 0}, 3, 1, 0.1)
+
+
 def test_a_nan_loss_is_not_the_best():
     tested = [{"event": "validation", "step": step, "loss": loss} for step, loss in ((1, math.nan), (2, 2.0), (3, 1.5))]
     assert card._notable_validations(tested)["best"]["step"] == 3
