@@ -288,8 +288,8 @@ def _encode_chats(rendered: Sequence[chats.RenderedText], tokenizer: Any, answer
 def choose_widths(input_lengths: Int[np.ndarray, " n"], count: int) -> tuple[int, ...]:
     """Choose the widths with the least padding.
 
-    Dynamic programming over the multiples of `WIDTH_MULTIPLE`: the best k widths that end at j are the best k - 1
-    widths that end at some smaller i, and j for the records in between.
+    Dynamic programming over the multiples of `WIDTH_MULTIPLE` that records need: the best k widths that end at j are
+    the best k - 1 widths that end at some smaller i, and j for the records in between.
 
     Args:
       input_lengths: Number of inputs of each record, at least 1.
@@ -302,24 +302,23 @@ def choose_widths(input_lengths: Int[np.ndarray, " n"], count: int) -> tuple[int
       >>> choose_widths(np.array([3, 5, 30, 31, 60]), 2)
       (32, 64)
     """
-    # Number of records that need j multiples, and of those that need at most j.
-    multiples = -(-input_lengths // WIDTH_MULTIPLE)
-    records_at = np.bincount(multiples)
+    # Multiples in ascending order, and the number of records that need at most each of them.
+    multiples, records_at = np.unique(-(-input_lengths // WIDTH_MULTIPLE), return_counts=True)
     records_up_to = np.cumsum(records_at)
-    top = len(records_at) - 1
-    # best[j] is (padded positions, widths) for the records up to width j, in units of WIDTH_MULTIPLE. One width first.
-    best: list[tuple[int, tuple[int, ...]]] = [(0, ())]
-    best += [(int(records_up_to[j]) * j, (j,)) for j in range(1, top + 1)]
-    # Allow one more width in each pass; a width that does not help is not added.
-    for _ in range(count - 1):
-        best = [best[0]] + [
-            min(
-                [best[j]]
-                + [(best[i][0] + int(records_up_to[j] - records_up_to[i]) * j, (*best[i][1], j)) for i in range(1, j)]
-            )
-            for j in range(1, top + 1)
-        ]
-    return tuple(width * WIDTH_MULTIPLE for width in best[top][1])
+    # Padded positions and widths for the records up to each multiple, in units of WIDTH_MULTIPLE. One width first.
+    costs = records_up_to * multiples
+    widths: list[tuple[int, ...]] = [(multiple,) for multiple in multiples.tolist()]
+    # Allow one more width in each pass.
+    for _ in range(min(count, len(multiples)) - 1):
+        best = [(costs[0], widths[0])]
+        for j in range(1, len(multiples)):
+            totals = costs[:j] + (records_up_to[j] - records_up_to[:j]) * multiples[j]
+            lowest = totals.min()
+            # Among equal costs, the narrowest widths.
+            ties = (widths[i] for i in np.flatnonzero(totals == lowest).tolist())
+            best.append(min((costs[j], widths[j]), (lowest, (*min(ties), int(multiples[j])))))
+        costs, widths = np.array([cost for cost, _ in best]), [chosen for _, chosen in best]
+    return tuple(width * WIDTH_MULTIPLE for width in widths[-1])
 
 
 class EpochPlan(NamedTuple):
