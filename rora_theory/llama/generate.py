@@ -1,4 +1,4 @@
-r"""Greedy and beam search, equal to transformers' `generate` (5.24) without sampling.
+r"""Beam search, equal to transformers' `generate` (5.24) without sampling.
 
 One compiled program reads the prompts and then generates tokens in a loop on the device, which ends as soon as no row
 can change. A program serves every call of the same shape: prompts are padded on the left to the length of
@@ -7,7 +7,7 @@ can change. A program serves every call of the same shape: prompts are padded on
 The beams of one item share one key/value cache. It holds the prompt once, then one slot for every beam of every step,
 and is only ever appended to. When the beams are reordered, no keys or values move: a beam attends to those slots of the
 earlier steps that its own tokens came through (`_visible_slots`). A prefix that all prompts share can be read once for
-all items. Greedy search is the same with one beam.
+all items. With one beam and ``early_stopping``, the search is greedy.
 """
 
 import functools
@@ -45,43 +45,6 @@ EXCLUDED = -1e9
 """Number added to a score to exclude a candidate: transformers' own constant, so that even ties are the same."""
 
 
-def greedy_search(
-    params: Params,
-    config: LlamaConfig,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    eos_ids: Collection[int],
-    pad_id: int | None = None,
-    shared: int = 0,
-    adapter: Adapter | None = None,
-) -> list[list[int]]:
-    """Generate text by choosing the most likely next token at every step.
-
-    Args:
-      params: Weights of the model.
-      config: Configuration of the model.
-      prompts: Token ids of each item, of any lengths from 1 on; all items run together.
-      max_new_tokens: Maximum number of tokens to generate, at least 1.
-      eos_ids: Tokens that end a text; may be empty.
-      pad_id: Padding of short prompts; None is 0. No token attends to it, so it does not change the result.
-      shared: Number of leading tokens that all prompts share, to be read once for all of them. Each number compiles
-        anew, so pass the same one in every call of a task (`shared_prompt.shared_length` with ``spare=1``).
-      adapter: Adapter that runs beside the weights; None for the base model.
-
-    Returns:
-      The new tokens of each prompt, up to and including the first one in ``eos_ids``.
-
-    Raises:
-      InputError: There are no prompts; a prompt is empty or leaves no room for ``max_new_tokens`` within
-        ``max_position_embeddings``; a token is outside the vocabulary; ``max_new_tokens`` is below 1; or the ``shared``
-        tokens differ between prompts or are all of a prompt.
-    """
-    batch = _make_batch(prompts, config, max_new_tokens, eos_ids, pad_id, shared)
-    tokens, lengths = _run_greedy_search(params, adapter, *batch, config=config, count=max_new_tokens)
-    return _remove_padding(tokens, lengths, len(prompts))
-
-
 def beam_search(
     params: Params,
     config: LlamaConfig,
@@ -106,7 +69,7 @@ def beam_search(
     Args:
       params: Weights of the model.
       config: Configuration of the model.
-      prompts: Token ids of each item, see `greedy_search`.
+      prompts: Token ids of each item, of any lengths from 1 on; all items run together.
       max_new_tokens: Maximum number of tokens to generate, at least 1.
       eos_ids: Tokens that end a text; may be empty.
       num_beams: Number of beams W, at least 1.
@@ -114,8 +77,9 @@ def beam_search(
       early_stopping: Condition under which an item stops. True: W sequences are finished. False: additionally, the best
         beam at its present length would not beat the worst finished sequence. ``"never"``: additionally, the best beam
         could not beat it at any length up to ``max_new_tokens`` even if its log-probability fell no further.
-      pad_id: Padding of short prompts, see `greedy_search`.
-      shared: Number of leading tokens to read once, see `greedy_search`.
+      pad_id: Padding of short prompts; None is 0. No token attends to it, so it does not change the result.
+      shared: Number of leading tokens that all prompts share, to be read once for all of them. Each number compiles
+        anew, so pass the same one in every call of a task (`shared_prompt.shared_length` with ``spare=1``).
       adapter: Adapter that runs beside the weights; None for the base model.
 
     Returns:
@@ -123,7 +87,9 @@ def beam_search(
 
     Raises:
       InputError: ``num_beams`` is below 1 or too large for the vocabulary; ``length_penalty`` is not finite;
-        ``early_stopping`` is unknown; or one of the conditions of `greedy_search` holds.
+        ``early_stopping`` is unknown; there are no prompts; a prompt is empty or leaves no room for ``max_new_tokens``
+        within ``max_position_embeddings``; a token is outside the vocabulary; ``max_new_tokens`` is below 1; or the
+        ``shared`` tokens differ between prompts or are all of a prompt.
     """
     # Validate the settings. A step needs as many candidates as `_advance_search` chooses from.
     batch = _make_batch(prompts, config, max_new_tokens, eos_ids, pad_id, shared)
@@ -224,55 +190,6 @@ class _Beams(NamedTuple):
     done_lengths: Int[Array, "b w"]
     done_scores: Float[Array, "b w"]
     done: Bool[Array, "b w"]
-
-
-@functools.partial(jax.jit, static_argnames=("config", "count"))
-def _run_greedy_search(
-    params: Params,
-    adapter: Adapter | None,
-    shared: Array,
-    tokens: Array,
-    real: Array,
-    is_item: Array,
-    eos: Array,
-    *,
-    config: LlamaConfig,
-    count: int,
-) -> tuple[Int[Array, "b t"], Int[Array, " b"]]:
-    """Run greedy search on a padded batch; return the generated tokens and their number in each row."""
-    # Read the prompts once; the logits after them choose the first token.
-    logits, prompts, real = _read_prompts(params, adapter, shared, tokens, real, config)
-    batch = len(real)
-    prompt_lengths = jnp.sum(real.astype(jnp.int32), axis=1)
-    cached_positions = _slot_positions(config, real, count, 1)
-
-    def choose(logits: Array, out: Array, lengths: Array, running: Array, step: Array) -> tuple[Array, ...]:
-        # Rows that have ended keep their tokens and lengths.
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        out = jnp.where(running[:, None], _set_column(out, token, step), out)
-        lengths = lengths + running.astype(jnp.int32)
-        return token, out, lengths, running & ~jnp.isin(token, eos), step + 1
-
-    def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        (token, out, lengths, running, step), cache = state
-        # The last token attends to its prompt, to the tokens generated before it and to itself.
-        filled = jnp.arange(count)[None, None] < step
-        visible = jnp.concatenate([real[:, None], jnp.broadcast_to(filled, (batch, 1, count))], axis=-1)
-        positions = prompt_lengths + step - 1
-        logits, cache = _decode_step(
-            params, adapter, token[:, None], positions, cached_positions, prompts, cache, step - 1, visible, config
-        )
-        return choose(logits[:, 0], out, lengths, running, step), cache
-
-    def is_unfinished(state: tuple[Any, ...]) -> Array:
-        (_, _, _, running, step), _ = state
-        return (step < count) & jnp.any(running)
-
-    # The first token comes from the prompts' logits; each turn of the loop reads a token and chooses the next.
-    zeros = jnp.zeros((batch,), jnp.int32)
-    first = choose(logits, jnp.zeros((batch, count), jnp.int32), zeros, is_item, jnp.zeros((), jnp.int32))
-    (_, out, lengths, _, _), _ = jax.lax.while_loop(is_unfinished, body, (first, _empty_slots(prompts[-1], count)))
-    return out, lengths
 
 
 @functools.partial(jax.jit, static_argnames=("config", "count", "beams", "stop_when_full"))

@@ -82,15 +82,10 @@ def test_generation_equals_transformers(name, beams, draw_params):
     """
     config = LlamaConfig.from_hf(CASES[name]["config"])
     params, prompts = draw_params(config), make_families.prompts(name)
-    settings = {"max_new_tokens": make_families.NEW_TOKENS, "eos_ids": ()}
-
-    def search(texts, **more):
-        if beams == 1:
-            return generate.greedy_search(params, config, texts, **settings, **more)
-        return generate.beam_search(params, config, texts, num_beams=beams, **settings, **more)
-
-    assert search(prompts) == CASES[name]["generated"][str(beams)]
-    assert search(prompts[:1], shared=11) == CASES[name]["generated"][str(beams)][:1]
+    settings = {"max_new_tokens": make_families.NEW_TOKENS, "eos_ids": (), "num_beams": beams}
+    generated = CASES[name]["generated"][str(beams)]
+    assert generate.beam_search(params, config, prompts, **settings) == generated
+    assert generate.beam_search(params, config, prompts[:1], shared=11, **settings) == generated[:1]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
-"""Greedy and beam generation against transformers' (`tests/golden/make_generation.py`)."""
+"""Generation against transformers' (`tests/golden/make_generation.py`)."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from rora_theory.llama.weights import build_params
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "generation.json").read_text())
+GREEDY = {"num_beams": 1, "early_stopping": True}
 
 
 def model(name: str, seed: int) -> tuple[Params, LlamaConfig]:
@@ -29,9 +31,8 @@ def model(name: str, seed: int) -> tuple[Params, LlamaConfig]:
 
 def run(case: dict, prompts: list[list[int]], **more) -> list[list[int]]:
     params, config = model(case["model"], case["seed"])
-    search = generate.beam_search if case["settings"] else generate.greedy_search
-    settings = {**case["settings"], **more}
-    return search(params, config, prompts, max_new_tokens=make_generation.NEW_TOKENS, eos_ids=case["eos"], **settings)
+    settings = {"eos_ids": case["eos"], **(case["settings"] or GREEDY), **more}
+    return generate.beam_search(params, config, prompts, max_new_tokens=make_generation.NEW_TOKENS, **settings)
 
 
 def _groups() -> dict[str, list[dict]]:
@@ -103,22 +104,20 @@ def test_a_shared_prefix_is_read_once(settings: dict, shared: int, more: dict):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("search", [generate.greedy_search, generate.beam_search])
-def test_one_compilation_a_shape_bucket(search):
-    program = generate._run_beam_search if search is generate.beam_search else generate._run_greedy_search
+def test_one_compilation_a_shape_bucket():
+    program = generate._run_beam_search
     params, config = model("grouped", 0)
 
     def call(lengths: list[int], max_new_tokens: int = make_generation.NEW_TOKENS, **settings) -> None:
         prompts = [[1 + i % 30 for i in range(length)] for length in lengths]
-        search(params, config, prompts, max_new_tokens=max_new_tokens, eos_ids=[2], **settings)
+        generate.beam_search(params, config, prompts, max_new_tokens=max_new_tokens, eos_ids=[2], **settings)
 
     call([20, 17, 3, 3, 3])
     before = program._cache_size()
     call([32, 1, 2, 3, 4, 5])
     call([18] * 5, pad_id=9)
-    if search is generate.beam_search:
-        call([20] * 5, length_penalty=0.5)
-        call([20] * 5, early_stopping="never")
+    call([20] * 5, length_penalty=0.5)
+    call([20] * 5, early_stopping="never")
     assert program._cache_size() == before
     call([20], max_new_tokens=3)
     call([17], max_new_tokens=3)
@@ -137,9 +136,8 @@ def test_buckets_waste_little_and_are_few():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("search", [generate.greedy_search, generate.beam_search])
-def test_the_adapter_is_used_and_the_loop_ends_early(search):
-    """With one beam both searches follow the argmax of the adapted forward pass, here up to the second token."""
+def test_the_adapter_is_used_and_the_loop_ends_early():
+    """With one beam the search follows the argmax of the adapted forward pass, here up to the second token."""
     params, config = model("grouped", 0)
     prompt = [4, 9, 17, 3]
     adapted = jax.jit(lambda tokens: forward(params, tokens, config, Spy()))
@@ -147,14 +145,14 @@ def test_the_adapter_is_used_and_the_loop_ends_early(search):
     for _ in range(2):
         tokens = jnp.array([(prompt + new + [0] * 8)[:8]])
         new.append(int(jnp.argmax(adapted(tokens)[0, len(prompt + new) - 1])))
-    settings = {"num_beams": 1, "early_stopping": True} if search is generate.beam_search else {}
+    search = partial(generate.beam_search, params, config, [prompt], max_new_tokens=50, eos_ids=new[1:], **GREEDY)
     Spy.runs = 0
-    generated = search(params, config, [prompt], max_new_tokens=50, eos_ids=new[1:], adapter=Spy(), **settings)
+    generated = search(adapter=Spy())
     jax.effects_barrier()
     assert generated == [new]
     assert new[0] != new[1]
     assert Spy.runs == 2 * config.num_hidden_layers  # the prompt, then one token
-    assert generated != search(params, config, [prompt], max_new_tokens=50, eos_ids=new[1:], **settings)
+    assert generated != search()
 
 
 BAD = [
@@ -182,9 +180,5 @@ BAD = [
 def test_bad_input_is_refused(change: dict, message: str):
     params, config = model("grouped", 0)
     settings = {"prompts": [[1]], "max_new_tokens": 3, "eos_ids": [2]} | change
-    searches = [generate.beam_search]
-    if not {"num_beams", "length_penalty", "early_stopping"} & set(change):
-        searches.append(generate.greedy_search)
-    for search in searches:
-        with pytest.raises(InputError, match=message):
-            search(params, config, **settings)
+    with pytest.raises(InputError, match=message):
+        generate.beam_search(params, config, **settings)
