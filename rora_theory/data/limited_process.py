@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from rora_theory.errors import InputError
@@ -44,7 +45,7 @@ def run(function: Callable[..., Iterator[Any]], *arguments: Any, seconds: float,
       function: Generator function of an importable module that yields JSON values.
       *arguments: Arguments of the function, which are pickled.
       seconds: Maximum processor time.
-      memory: Maximum memory in addition to the arguments, in bytes.
+      memory: Maximum memory in addition to the arguments, in bytes; applies on Linux only.
 
     Returns:
       The values that the function yields.
@@ -80,10 +81,7 @@ def run(function: Callable[..., Iterator[Any]], *arguments: Any, seconds: float,
 def _run_child() -> None:
     """Run the task on standard input; write a line of JSON for each value, and one for an error."""
     function, arguments, seconds, memory = pickle.load(sys.stdin.buffer)
-    # The address space may grow by `memory` beyond what the interpreter and the arguments take already.
-    with open("/proc/self/statm") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
+    _limit_memory(memory, Path("/proc/self/statm"))
     resource.setrlimit(resource.RLIMIT_CPU, (max(1, round(seconds)), resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump could fill the disk
     try:
@@ -93,6 +91,16 @@ def _run_child() -> None:
         _write_message(error=str(error))
     except MemoryError:
         _write_message(memory=True)
+
+
+def _limit_memory(memory: int, statm: Path) -> None:
+    """Limit the address space to ``memory`` bytes beyond what the interpreter and the arguments take already.
+
+    Only Linux tells how much that is, in the file ``statm``. Without it (macOS) memory is not limited.
+    """
+    if statm.exists():
+        limit = int(statm.read_text().split()[0]) * resource.getpagesize() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _write_message(**message: Any) -> None:

@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import resource
 
 import numpy as np
 import pyarrow as pa
@@ -274,6 +275,12 @@ def test_a_child_process_names_the_exceeded_limit(kind, reason):
         limited_process.run(work, kind, seconds=1, memory=1 << 28)
     assert caught.value.results == [1]
     assert limited_process.run(work, "", seconds=1, memory=1 << 28) == [1, 2]
+
+
+def test_a_system_without_the_size_of_a_process_has_no_limit_of_memory(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limited_process._limit_memory(1, tmp_path / "statm")
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 def test_an_internal_error_of_a_child_process_is_no_input_error():
