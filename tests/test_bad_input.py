@@ -202,20 +202,12 @@ def test_a_bad_option_is_refused(command: str, place: Path, capsys: pytest.Captu
 
 
 FILE_OPTIONS = {
-    "sims.finetune": ["--data", "{}"],
-    "sims.rank_sweep": ["--no-accuracy", "--data", "{}"],
-    "sims.horizon": ["--data", "{}"],
-    "sims.regime": ["--data", "{}"],
-    "sims.tune": ["--data", "{}"],
-    "sims.coordinate_check": ["--data", "{}"],
-    "sims.prune": ["--text", "{}"],
-    "sims.transfer": ["--regime", "{}"],
-    "sims.layer_sweep": ["--layers", "{}"],
-    "sims.lr_transfer": ["--matrix", "{}"],
-    "sims.evaluate": ["--tasks", "piqa", "--data-dir", "{}"],
-    "sims.capacity": ["--model", "{}"],
-    "sims.portable": ["{}", "--out", "served"],
-} | {command: ["{}"] for command in COMMANDS if command.startswith("figures.")}
+    command: ["{}" if word in ("RECORDS", "FOLDER", "FILE") else word for word in words]
+    for command, words in GIVEN.items()
+}
+FILE_OPTIONS |= {"sims.transfer": ["--regime", "{}"], "sims.lr_transfer": ["--matrix", "{}"]}
+FILE_OPTIONS |= {"sims.capacity": ["--model", "{}"], "sims.portable": ["{}", "--out", "served"]}
+FILE_OPTIONS |= {command: ["{}"] for command in COMMANDS if command.startswith("figures.")}
 """Where a command takes a file's or folder's name."""
 
 
@@ -224,8 +216,6 @@ def names(place: Path) -> Iterator[str]:
     yield from ("none", "none.jsonl", "/dev/zero", "x" * 300, "x" * 5000)
     os.mkfifo(place / "pipe")
     os.mkfifo(place / "pipe.txt")
-    (place / "piqa").mkdir()
-    os.mkfifo(place / "piqa" / "test.json")
     yield from ("pipe", "pipe.txt")
     for name, content in (
         ("deep.json", b"[" * 100_000),

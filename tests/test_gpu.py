@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from support import tiny
 
-from rora_theory import adapters, llama
+from rora_theory import adapters
 from rora_theory.data.batches import Batch
 from rora_theory.finetune import Batches, FinetuneConfig, StepCompleted, Trainer, choose_widths, tokenize
 from rora_theory.finetune import step as steps
@@ -40,8 +40,7 @@ def fused():
 
 @pytest.fixture(scope="module")
 def params():
-    plain = llama.init_params(jax.random.key(0), MODEL)
-    return jax.tree.map_with_path(lambda path, a: a if path[-1].key.endswith("norm") else 10.0 * a, plain)
+    return tiny.params(config=MODEL)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -24,15 +24,7 @@ from support.event_files import logged
 
 from figures import loss_curves
 from rora_theory.adapters import init, load_peft, merge, share
-from rora_theory.finetune import (
-    FinetuneConfig,
-    Metrics,
-    card,
-    read_record_set,
-    read_records,
-    split_records,
-    tokenize,
-)
+from rora_theory.finetune import FinetuneConfig, Metrics, card, read_record_set, read_records, split_records, tokenize
 from rora_theory.finetune import step as steps
 from rora_theory.finetune.held_out import record_losses
 from rora_theory.finetune.loop import resumption

@@ -249,23 +249,27 @@ OF_A_CELL = {"methods", "ranks", "alpha_rule", "tuned", "alpha", "lrs", "seeds"}
 OTHER: dict[str, Any] = {
     "dtype": "bfloat16", "targets": ("q_proj",), "loss_on": "answer", "ranks": (2, 8), "rules": (0.3,), "rule": 0.3,
     "optimizers": ("sgd",), "optimizer": "sgd", "inits": ("gaussian",), "init": "gaussian", "template": "clean",
-    "adam_rates": (0.1, 0.2, 0.3), "sgd_rates": (0.1, 0.2, 0.3), "lrs": (0.1,), "reference_rank": 6,
+    "lrs": (0.1,), "reference_rank": 6,
     "models": ("mlp",), "model": "mlp", "starts": ("A",), "overlap": 0.5, "overlaps": (0.25,), "draws": 8,
     "format": "alpaca", "fields": {"input": "more"}, "chat_template": "chatml", "chat_date": "2026-01-31",
     "relative_error": 0.1, "sampler": "direct", "judge": "train", "noise": 0.2, "dropout": 0.1, "false_alarm": 0.1,
+    "steps": 2, "schedule": "constant", "betas": (0.8, 0.9),
     "regime": {"layers": (0,), "rows": 4096},
     "transfer": {
         "regime": "cross-talk", "to_rule": "rora", "task_type": "SEQ_CLS", "to_alpha": 32.0, "alpha": 8.0,
         "seeds": (0, 3), "lr": 1e-3,
     },
     "coordinate_check": {"steps": (1, 3), "seeds": (0, 3), "batches": "fresh", "template": "train"},
+    "finetune": {
+        "batch_size": 32, "lr": 0.1, "non_linearity": "relu", "rank_pattern": {"q_proj": 1},
+        "alpha_pattern": {"q_proj": 1.0},
+    },
     "prune": {"layers": None, "kv_heads": 1, "width": 8, "share": 0.9, "seq": 30},
     "evaluate": {"tasks": ("boolq",), "protocol": "generate", "template": "eval", "limit": 2},
     "rank_sweep": {
-        "design": "fixed_alpha", "methods": ("rora",), "ranks": (4,), "alpha_rule": "2r", "tuned": True, "seeds": (1,),
-        "shares": "proportional", "train_records": 8, "steps": 2, "accumulation": 2, "remat": True, "limit": 2,
-        "tasks": ("boolq",), "protocol": "harness", "eval_template": "eval", "schedule": "constant",
-        "betas": (0.8, 0.9),
+        "design": "fixed_alpha", "methods": ("rora",), "ranks": (4,), "alpha_rule": "2r", "seeds": (1,),
+        "shares": "proportional", "train_records": 8, "limit": 2, "tasks": ("boolq",), "protocol": "harness",
+        "eval_template": "eval",
     },
     "lr_transfer": {
         "ranks": (4, 8), "teacher_rank": 2,
@@ -341,28 +345,20 @@ def test_every_setting_of_a_simulation_is_in_its_identity(name, model, data) -> 
 def test_every_setting_of_a_fine_tuning_run_is_in_its_identity(model, data) -> None:
     """The identity of each method has all settings except those of other methods."""
     config = settings("finetune", model, data)
-    values = {
-        "rule": "lora", "targets": ("q_proj",), "rank_pattern": {"q_proj": 1}, "alpha_pattern": {"q_proj": 1.0},
-        "dropout": 0.1, "init": "gaussian", "template": "clean", "loss_on": "answer", "steps": 2, "accumulation": 2,
-        "batch_size": 32, "lr": 0.1, "weight_decay": 0.1, "clip": 2.0, "betas": (0.8, 0.9), "epsilon": 1e-6,
-        "dtype": "bfloat16", "remat": True, "non_linearity": "relu", "schedule": "constant",
-    }  # fmt: skip
     ranked = {"rule", "rank", "alpha", "rank_pattern", "alpha_pattern", "init", "lr_multiplier_A"}
-    for method, size, missing in (
-        ("lora", {"rank": 2}, {"virtual_tokens", "bottleneck", "non_linearity"}),
-        ("series", {"bottleneck": 4}, {"virtual_tokens", *ranked}),
+    for method, similar_method, size, missing in (
+        ("lora", "dora", {"rank": 2}, {"virtual_tokens", "bottleneck", "non_linearity"}),
+        ("series", "parallel", {"bottleneck": 4}, {"virtual_tokens", *ranked}),
     ):
         training = FinetuneConfig(method=method, batch_size=16, held_out=4, warmup=1, dropout=0.0, **size)
         before = start("finetune", replace(config, training=training)).identity
-        for field in fields(training):
-            if field.name in missing | {"quantization"}:  # this model has no blocks; `test_quantised` has one that does
-                assert (field.name in before) == (field.name == "quantization")
-                continue
-            values["method"] = {"lora": "dora", "series": "parallel"}[method]
-            value = values.get(field.name, getattr(training, field.name))
-            value = value + 1 if field.name not in values else value
-            changed = replace(config, training=replace(training, **{field.name: value}))
-            assert start("finetune", changed).identity != before, (method, field.name)
+        assert missing.isdisjoint(before)
+        # This model's weights cannot be in blocks; `test_finetune` changes the quantization of one that can.
+        assert "quantization" in before
+        changed = changes("finetune", training, {"method", "quantization", *missing})
+        for name, other_training in (changed | {"method": replace(training, method=similar_method)}).items():
+            after = start("finetune", replace(config, training=other_training)).identity
+            assert after != before, (method, name)
     for name, value in (("keep", "last"), ("merge", True)):
         changed = replace(config, output=replace(config.output, **{name: value}))
         assert start("finetune", changed).identity == start("finetune", config).identity

@@ -1,6 +1,5 @@
 """Best rates in the controlled problem and in a matrix of real runs; invalid matrices; figures."""
 
-import csv
 import itertools
 import json
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 from support import commands, drawings
 
 from figures import lr_transfer as figure
+from rora_theory.io import frames
 from rora_theory.stats.rate_curves import COLUMNS
 from rora_theory.toy import dynamics
 from sims import lr_transfer as sim
@@ -84,13 +84,6 @@ HEADER = ["key", "status", "model", "method", "rule", "rank", "alpha", "gamma", 
 HEADER += ["validation_loss", "validation_error", "answer_loss"]
 
 
-def write(folder: Path, rows: list[dict]) -> None:
-    with (folder / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, HEADER)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def matrix(folder: Path, *, models=("tiny",)) -> Path:
     """Write a folder as sims.rank_sweep does: lora's best rate stays at 1e-3, rora's falls as r^-1/2 from rank 8 on.
 
@@ -99,8 +92,8 @@ def matrix(folder: Path, *, models=("tiny",)) -> Path:
     random = np.random.default_rng(0)
     tokens = random.integers(5, 20, 50)
     level = 1 + 0.3 * random.normal(size=50)  # of each record, the same in every run
-    base = {"key": "base", "status": "done", "model": models[0], "method": "base", "validation_loss": "2.0"}
-    rows = [base | {"validation_error": "0.1", "answer_loss": "2.0"}]
+    base = {"key": "base", "status": "done", "model": models[0], "method": "base", "validation_loss": 2.0}
+    rows = [base | {"validation_error": 0.1, "answer_loss": 2.0}]
 
     def cell(model: str, method: str, rank: int, rate: float) -> dict:
         kappa, best = (1.0, 1e-3) if method == "lora" else (0.5, 1e-3 * (rank / 8) ** -0.5)
@@ -119,8 +112,7 @@ def matrix(folder: Path, *, models=("tiny",)) -> Path:
 
     settings = itertools.product(models, ("lora", "rora"), (8, 32, 128), RATES)
     rows += [cell(*setting) for setting in settings]
-    folder.mkdir(exist_ok=True)
-    write(folder, rows)
+    (folder / "results.csv").write_text(frames.to_csv(frames.from_rows(rows, HEADER)))
     return folder
 
 

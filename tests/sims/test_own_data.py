@@ -11,7 +11,7 @@ from support import chat_templates, checkpoint, commands
 from rora_theory import llama
 from rora_theory.data.formats import Chat
 from rora_theory.finetune import tokenize
-from rora_theory.finetune.held_out import RecordLoss, record_losses
+from rora_theory.finetune.held_out import record_losses
 from rora_theory.llama import load
 from sims import coordinate_check, finetune, regime
 
@@ -48,12 +48,6 @@ def saved_prompts(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "prompts.jsonl").read_text().splitlines()]
 
 
-def answer_loss(losses: list[RecordLoss]) -> object:
-    """Compute the mean loss over the assistant's tokens."""
-    mean = sum(record.answer_loss for record in losses) / sum(record.answer_tokens for record in losses)
-    return pytest.approx(mean, rel=1e-5)
-
-
 @pytest.mark.slow
 def test_fine_tuning_on_chats(chat_model, chats, tmp_path) -> None:
     """The first step's loss is the mean over exactly the assistant's turns."""
@@ -67,12 +61,10 @@ def test_fine_tuning_on_chats(chat_model, chats, tmp_path) -> None:
     examples = tokenize([Chat(tuple(chat)) for chat in CHATS], base.tokenizer, cutoff=400, answer_only=True)
     losses = record_losses(base.params, base.config, examples)
     (step,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert step["loss"] == answer_loss(losses)
-    assert (
-        step["targets"]
-        == sum(record.answer_tokens for record in losses)
-        == sum(len(f"{message['content']}<|eot_id|>") for chat in CHATS for message in chat[1::2])
-    )
+    targets = sum(record.answer_tokens for record in losses)
+    assert step["loss"] == pytest.approx(sum(record.answer_loss for record in losses) / targets, rel=1e-5)
+    assert step["targets"] == targets
+    assert targets == sum(len(f"{message['content']}<|eot_id|>") for chat in CHATS for message in chat[1::2])
 
     prompts = saved_prompts(tmp_path)
     assert [len(prompt["tokens"]) for prompt in prompts] == examples.lengths[:3].tolist()
@@ -99,12 +91,8 @@ def test_the_template_is_part_of_the_run(model, chats, tmp_path) -> None:
     assert OTHER_TEMPLATE in commands.refusal(other)
 
 
-def no_weights(*_: object, **__: object) -> None:
-    raise AssertionError("weights are read before the records are known to be good")
-
-
 def test_a_chat_that_its_template_refuses_is_named(model, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(llama, "load", no_weights)
+    monkeypatch.setattr(llama, "load", lambda *_, **__: pytest.fail("weights are read before the records"))
     template, data = tmp_path / "gemma.jinja", tmp_path / "x.json"
     template.write_text(chat_templates.GEMMA)
     rows = [{"messages": CHATS[0]}, {"messages": [{"role": "system", "content": "Be brief."}, *CHATS[0]]}]

@@ -13,15 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rora_theory import adapters
-from rora_theory.finetune import (
-    Batches,
-    FinetuneConfig,
-    Trainer,
-    choose_widths,
-    distributed,
-    sharding,
-    tokenize,
-)
+from rora_theory.finetune import Batches, FinetuneConfig, Trainer, choose_widths, distributed, sharding, tokenize
 from rora_theory.finetune.sharding import Layout
 from rora_theory.llama.model import abstract_params
 from rora_theory.llama.weights import load_hf
