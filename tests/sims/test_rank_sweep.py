@@ -259,8 +259,7 @@ def test_a_resumed_sweep_writes_the_same_bytes(model, data, tmp_path, number, wh
     if what is fail:
         assert len(frames.read_csv(out / "results.csv")) == 4
         assert len(frames.read_csv(out / "differences.csv")) == (1 if number == 1 else 3)
-        assert "failed (RuntimeError: no such thing); its traceback is in " in ended.err
-        assert ended.err.splitlines()[-1].startswith("error: 1 of 5 cells failed, the first ")
+        assert "RuntimeError: no such thing" in ended.err
     resumed = commands.output(sweep(model, data, out, FOUR))
     assert resumed.count(": loss ") == 5 - done, "finished cells are not computed again"
     keys = read_finished_cells(original)
