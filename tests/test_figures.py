@@ -188,6 +188,7 @@ def test_each_panel_against_the_rate_has_several(published) -> None:
         (loss_curves, "rank_sweep", {"rank": 8, "lr": 7.0}, "--lr must be one of the run's values 0.0003, got 7\n"),
         (loss_curves, "rank_sweep", {"rank": 8, "seed": 9}, "--seed must be one of the run's values 0, 1, got 9\n"),
         (loss_curves, "finetune_arc", {"rank": 8}, "--rank 8 has no effect without the run folder of a sweep"),
+        (loss_vs_rate, "rank_sweep", {}, "{}: has the ranks 4, 8, 16, 32, 64, 128. Choose one with --rank"),
         (displacement_ratio, "horizon", {"steps": (7,)}, "--steps"),
         (exponent_vs_strength, "horizon", {"steps": 7}, "--steps"),
         (regret_by_policy, "horizon", {"rank": 7}, "at --rank 7 for any of --changes"),

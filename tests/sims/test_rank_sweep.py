@@ -363,7 +363,7 @@ def test_a_tuned_design_continues_at_the_best_rate(model, data, tmp_path) -> Non
 
 
 @pytest.mark.slow
-def test_figures(swept, capsys) -> None:
+def test_figures(swept) -> None:
     """They are drawn from the folder alone."""
     methods = ("LoRA", "RoRA", "DoRA", "prefix tuning", "series adapter", "no adapter")
     for figure, name, options, words in (
@@ -376,11 +376,6 @@ def test_figures(swept, capsys) -> None:
         assert [word for word in words if word not in drawn] == []
         assert "(above)" not in drawn
     assert "(above)" in drawings.words(loss_vs_rate, swept, rank=4, top=0.5)["loss_vs_rate"], "below every loss"
-    with pytest.raises(SystemExit):
-        loss_vs_rate.draw(loss_vs_rate.Config(swept))
-    assert "has the ranks 2, 4. Choose one with --rank" in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"--top must be a finite number above 0, got .*"):
-        loss_vs_rate.draw(loss_vs_rate.Config(swept, rank=4, top=0.0))
 
 
 @pytest.mark.slow
