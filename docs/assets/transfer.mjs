@@ -451,9 +451,11 @@ function horizonOf({ old, unchanged, fixesAlpha, isSgd, loraAlphaOf }, limits) {
     ? ["This preserves the first update, and the change in a long run."]
     : [`This preserves the first update; in a long run, where the motion of A dominates, ${value} preserves the change.`];
   if (isSgd) {
+    // The first step preserves lr (gamma deviation)^2 rank, and a long run lr gamma.
+    const growthOfRate = (unchanged.rank * deviation(unchanged) ** 2) / (old.rank * deviation(old) ** 2);
     sentences.push(
       "A run is long if the scaling times the sum of the learning rates times the gradient's singular values exceeds 1.",
-      `lora_alpha=${g(strengthOf(old), 6)} and the learning rate ${g((old.lr * unchanged.rank) / old.rank, 3)} suit both.`,
+      `lora_alpha=${g((scaling(old) / growthOfRate) * unchanged.rank, 6)} and the learning rate ${g(old.lr * growthOfRate, 3)} suit both.`,
       "Clipping of the gradient changes the law. The page on SGD in the documentation has what was measured.",
     );
   } else {

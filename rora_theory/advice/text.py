@@ -2,6 +2,7 @@
 
 from math import isclose
 
+from rora_theory import inits
 from rora_theory.advice.carried import CarriedSetting, HorizonLimits, strength_of
 from rora_theory.advice.measured import (
     CONSTANT_MODELS,
@@ -186,13 +187,18 @@ def _describe_horizon(carried: CarriedSetting, limits: HorizonLimits) -> list[st
             "change."
         ]
     if carried.is_sgd:
-        # The same gamma r, with the rate in proportion to the rank, preserves the first step and the product of gamma
-        # and the rate.
-        rate = old.learning_rate * carried.unchanged.rank / old.rank
+        # The first step preserves the rate times the square of gamma times the deviation of A, times the rank; a long
+        # run the rate times gamma. Both together change the rate as the square of that deviation times the rank.
+        new = carried.unchanged
+        old_size, new_size = (
+            setting.rank * inits.entries(setting.init, rank=setting.rank, p_in=1).variance for setting in (old, new)
+        )
+        rate = old.learning_rate * new_size / old_size
+        alpha = old.scaling * old_size / new_size * new.rank
         sentences += [
             "A run is long if the scaling times the sum of the learning rates times the gradient's singular values "
             "exceeds 1.",
-            f"lora_alpha={strength_of(old):.6g} and the learning rate {rate:.3g} suit both.",
+            f"lora_alpha={alpha:.6g} and the learning rate {rate:.3g} suit both.",
             "Clipping of the gradient changes the law. The page on SGD in the documentation has what was measured.",
         ]
     else:

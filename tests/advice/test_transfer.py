@@ -453,6 +453,12 @@ def test_limits_under_sgd(optimizer) -> None:
     assert "lora_alpha=16 and the learning rate 0.0048 suit both." in sentence
     assert "The page on SGD" in sentence
     assert "and the change in a long run" in transfer(old, 128, alpha=16.0).sentence()
+    # With the initialisation of standard deviation 1/r, other values suit both.
+    gaussian = Setting(8, 16.0, 3e-4, optimizer=optimizer, init="gaussian")
+    suggested = replace(gaussian, rank=128, alpha=4096.0, learning_rate=1.875e-5)
+    assert step_ratio(suggested, gaussian, SIGNAL) == pytest.approx(1)
+    assert suggested.scaling * suggested.learning_rate == pytest.approx(2 * 3e-4)
+    assert "lora_alpha=4096 and the learning rate 1.87e-05 suit both." in transfer(gaussian, 128).sentence()
     other = transfer(Setting(8, 16.0, 3e-4, "rora", optimizer), 128).sentence()
     strength = 16 / 8**0.5 * 8
     assert f"lora_alpha={strength:.6g} and the learning rate 0.0048 suit both." in other
