@@ -374,7 +374,7 @@ function scopeOf(found) {
 
 function costOf({ changed, run }) {
   const entry = measured[["cost", ...["rank", "strength", "steps"].filter((name) => changed[name])].join("_")];
-  if (!entry) return [];
+  if (!entry || (changed.strength && run.ownConstant !== null)) return [];
   const { largest, pairs } = entry.columns;
   const sentences = ["In runs at a constant learning rate the held-out loss of this choice exceeded the lowest by at most " +
     `${largest.toFixed(4)} nats per token (${pairs} pairs of settings of ${COST_MODELS.join(" and ")}); from rank ` +

@@ -240,8 +240,9 @@ class CarriedSetting:
 
     @property
     def measured_cost(self) -> MeasuredCost | None:
-        """Regret of the advised choice in the measured runs; None where the displacement law does not apply."""
-        return measured_cost(self.changed) if self.follows_displacement_law else None
+        """Regret of the advised choice in the measured runs; None where the rate has another law or constant."""
+        has_own_constant = self.run.displacement_constant is not None and "strength" in self.changed
+        return measured_cost(self.changed) if self.follows_displacement_law and not has_own_constant else None
 
     @property
     def outside(self) -> tuple[str, ...]:

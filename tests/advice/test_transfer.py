@@ -382,6 +382,9 @@ def test_the_cost_is_the_published_regret() -> None:
         assert advice.measured_cost == (row["pairs"], row["median"], row["largest"], row["largest_error"])
         assert f"at most {row['largest']:.4f} nats per token ({row['pairs']} pairs" in advice.sentence()
     assert transfer(old, 16).measured_cost is None
+    # The published regret is that of the published constant; one of the user's own gives another rate.
+    assert transfer(old, 128, alpha=256.0, displacement_constant=1.0).measured_cost is None
+    assert transfer(old, 128, displacement_constant=1.0).measured_cost is not None
     assert "cost" not in transfer(old, 16).sentence()
     assert "cost 0.14." in advice.sentence(), "use_rslora at the tuned rate"
 
