@@ -37,7 +37,7 @@ from rora_theory.advice.modules import AlphaGrouping
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import Advice, transfer
 from rora_theory.errors import InputError, shown
-from rora_theory.io.files import MAX_YAML_CHARACTERS, parse_yaml, read_text, write_whole
+from rora_theory.io.files import parse_json, parse_yaml, read_text, write_whole
 from rora_theory.optimizers import OptimizerName, parse_optimizer
 from rora_theory.scaling import Rule
 
@@ -253,7 +253,7 @@ def write_trainer_config(path: str | Path, out: str | Path, advice: Advice, *, p
     if not advice.fixes_alpha and advice.alpha_pattern(per):
         raise InputError(f"per must be 'one' to write one alpha to {out}, got {shown(per)}")
     changes = _changed_values(document, advice)
-    if document.format == "PEFT":
+    if document.format == "PEFT" or document.path.suffix == ".json":
         write_whole(out, json.dumps(document.values | changes, indent=2) + "\n")
     else:
         write_whole(out, _edit_yaml(document, changes))
@@ -325,10 +325,10 @@ def _open_config(path: str | Path) -> _Document:
         return _Document(path, "PEFT", "", read_entries(path))
     supported = f"{FILE} of PEFT, or the YAML of Axolotl (key adapter) or LLaMA-Factory (key lora_rank)"
     text = read_text(path, MAX_BYTES, accepted=supported)
-    # Entries such as patterns can make a JSON file larger than the limit for YAML.
-    if path.suffix == ".json" and len(text) > MAX_YAML_CHARACTERS:
-        return _Document(path, "PEFT", text, read_entries(path))
-    values = parse_yaml(text, where=str(path), accepted=supported, allow_aliases=True)
+    if path.suffix == ".json":
+        values = parse_json(text, where=str(path), accepted=supported)
+    else:
+        values = parse_yaml(text, where=str(path), accepted=supported, allow_aliases=True)
     # Recognise the format by keys that only one of them has.
     keys = {name for name in values if isinstance(name, str)} if isinstance(values, dict) else set()
     distinctive_keys: dict[Format, tuple[str, ...]] = {
@@ -492,7 +492,10 @@ def _edit_yaml(document: _Document, changes: Mapping[str, Any]) -> str:
 
     text = document.text
     # Nodes of the top-level mapping, which state the positions of keys and values in the text.
-    root = yaml.compose(text, Loader)
+    try:
+        root = yaml.compose(text, Loader)
+    except yaml.YAMLError as error:  # PyYAML's own parser, which the trainers use, refuses tabs that libyaml accepts
+        raise InputError(f"{document.path}: cannot be edited ({' '.join(str(error).split())})") from None
     pairs = {key.value: (key, value) for key, value in root.value}
     # New keys are inserted before the rank, or before the first key. They override keys that `<<` merges.
     first_key, _ = pairs.get(KEYS[document.format].rank) or root.value[0]

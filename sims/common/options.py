@@ -148,7 +148,7 @@ def _read(path: Path, known: Mapping[str, Any]) -> FileOptions:
     if not isinstance(entries, dict):
         raise InputError(f"{path}: must be a mapping from options to values, got {shown(entries)}")
     # YAML's parser keeps the last of several equal keys; the nodes of the file show them all.
-    keys = [str(key.value).replace("_", "-") for key, _ in yaml.compose(text).value]
+    keys = [str(key.value).replace("_", "-") for key, _ in yaml.compose(text, files.yaml_loader()).value]
     file = FileOptions(path, {})
     for key, value in entries.items():
         option = str(key).replace("_", "-")

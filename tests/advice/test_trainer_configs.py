@@ -183,6 +183,33 @@ def test_null_values_and_flow_style_are_edited(tmp_path) -> None:
     assert (tmp_path / "new_empty.yaml").read_text() == "stage: sft\nlora_alpha: 16  # default\nlora_rank: 16\n"
 
 
+def test_the_run_to_which_the_rate_belongs_is_written(tmp_path) -> None:
+    """A rate for another number of steps or schedule is wrong in a file that keeps the old ones."""
+    path = written(tmp_path / "config.yaml", LLAMA_FACTORY + "warmup_ratio: 0.1\n")
+    run = {"steps": 500, "to_steps": 2000, "schedule": "cosine", "to_schedule": "constant"}
+    for number, options in enumerate((run, {"steps": 500, "to_steps": 2000}, {"steps": 500, "schedule": "cosine"})):
+        advice = advice_for(path, 8, alpha=16.0, **options)
+        write_trainer_config(path, out := tmp_path / f"{number}.yaml", advice)
+        read = read_trainer_config(out)
+        assert read.learning_rate == pytest.approx(advice.learning_rate, rel=1e-5)
+        assert read.steps == options.get("to_steps", 500)
+        assert read.schedule == options.get("to_schedule", "cosine")
+    # Without this name the Trainer skips the warm-up.
+    assert yaml.safe_load((tmp_path / "0.yaml").read_text())["lr_scheduler_type"] == "constant_with_warmup"
+    # In JSON the name is quoted, and a number of steps that followed from the epochs is stated.
+    path = written(tmp_path / "config.json", '{\n\t"stage": "sft", "learning_rate": 1e-4\n}')
+    write_trainer_config(path, tmp_path / "new.json", advice_for(path, 8, alpha=16.0, **run))
+    values = json.loads((tmp_path / "new.json").read_text())
+    assert (values["max_steps"], values["lr_scheduler_type"]) == (2000, "constant")
+
+
+def test_a_tab_that_one_parser_of_yaml_accepts_is_no_traceback(tmp_path) -> None:
+    path = written(tmp_path / "config.yml", AXOLOTL.replace("16  #", "16\t#"))
+    with pytest.raises(InputError, match=r"config\.yml: ") as error:
+        write_trainer_config(path, tmp_path / "new.yml", advice_for(path))
+    assert "\n" not in str(error.value)
+
+
 ALIASES = """\
 # an example
 datasets:

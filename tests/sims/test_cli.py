@@ -1,5 +1,6 @@
 """Start and end of commands: one line for a refused option, none for a closed pipe, one for Ctrl-C."""
 
+import contextlib
 import logging
 import os
 import re
@@ -169,6 +170,12 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}']
 def test_invalid_options_in_a_file_are_named_with_file_and_key(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=f"^{re.escape(str(tmp_path / 'run.yaml'))}: {message}"):
         parsed(tmp_path, text, "--data", "a")
+
+
+def test_a_tab_is_read_or_refused_like_the_rest_of_the_file(tmp_path: Path) -> None:
+    """libyaml accepts a tab before a comment, which PyYAML's own parser refuses."""
+    with contextlib.suppress(InputError):
+        assert parsed(tmp_path, "steps: 3\t# a tab\n", "--data", "a").inner.steps == 3
 
 
 def test_invalid_options_on_the_command_line_are_not_attributed_to_a_file(tmp_path: Path) -> None:
