@@ -50,7 +50,8 @@ class Config(TransferConfig):
     values, and the other entries of the LoraConfig. In YAML it also provides --steps and --schedule for --to-steps and
     --to-schedule"""
     write: Path | None = None
-    """New file, in the format of --from, with the advised rank, alpha, rule and learning rate; other keys are kept"""
+    """New file, in the format of --from, with the advised rank, alpha, rule and learning rate, and with --to-steps and
+    --to-schedule; other keys are kept"""
     check: tuple[str, ...] = ()
     """A model and one or more data files, on which to run the real first steps at both ranks"""
     reading: DataConfig = field(default_factory=DataConfig)

@@ -95,7 +95,7 @@ BAD = {int: (HUGE,), float: ("1e400", "nan")}
 """Values that no option of a type accepts; the tests of `cli` cover values that the option parser refuses."""
 
 ZERO = {*SEEDS, "dropout", "show", "rule", "rules", "to_rule", "warmup", "weight_decay", "rows", "overlap", "overlaps"}
-ZERO |= {"noise", "cell_gpus", ("sims.finetune", "held_out"), ("sims.regime", "layers")}
+ZERO |= {"noise", "cell_gpus", "displacement_constant", ("sims.finetune", "held_out"), ("sims.regime", "layers")}
 """Options that accept 0, in every command or in the named one. Of these, -1 is tested; of all others, 0."""
 
 PLACES = ("FILE", "FILE/run", "x" * 300, "x" * 5000, "/dev/null/run")

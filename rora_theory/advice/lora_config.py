@@ -72,7 +72,7 @@ class SavedSetting(NamedTuple):
       other_entries: Entries of `COPIED_ENTRIES` in the file that differ from PEFT's default.
       learning_rate: Learning rate, which only a trainer's file has.
       optimizer: Optimizer in a trainer's file.
-      schedule: Name of the learning-rate schedule in a trainer's file.
+      schedule: Name of the learning-rate schedule in a trainer's file, without the suffix of a warm-up.
       steps: Maximum number of steps in a trainer's file; None if the epochs determine it.
       epochs: Number of epochs in a trainer's file.
     """

@@ -70,6 +70,12 @@ AXOLOTL_REMARKS = {
 }
 """Axolotl's keys that the law does not cover, with the remark on each."""
 
+WITH_WARM_UP = "_with_warmup"
+"""End of the Trainer's name of the constant rate after a warm-up; other schedules have a warm-up by any name."""
+
+WARM_UP_KEYS = ("warmup_steps", "warmup_ratio")
+"""Keys of the warm-up in both trainers."""
+
 OTHER_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
 """LLaMA-Factory's flags that replace the optimizer of ``optim``."""
 
@@ -231,9 +237,10 @@ def read_trainer_config(path: str | Path) -> SavedSetting:
 
 
 def write_trainer_config(path: str | Path, out: str | Path, advice: Advice, *, per: AlphaGrouping = "one") -> None:
-    """Write a configuration file again with the advised rank, alpha, rule and learning rate.
+    """Write a configuration file again with the advised rank, alpha, rule and learning rate, and the new run.
 
-    YAML keeps its other keys, its comments and its layout. JSON keeps its other keys.
+    The number of steps and the schedule are written if they change, because the learning rate depends on them. YAML
+    keeps its other keys, its comments and its layout. JSON keeps its other keys.
 
     Args:
       path: The file that `read_trainer_config` read.
@@ -426,7 +433,10 @@ def _with_run(document: _Document, entries: Mapping[str, Any], keys: _TrainerKey
         remarks=tuple(remarks),
         learning_rate=document.learning_rate(keys.default_learning_rate),
         optimizer=document.optimizer(keys.optimizer),
-        schedule=document.entry(keys.schedule, keys.default_schedule, is_a(str), "the name of a schedule"),
+        # The names of schedules in this package leave out the warm-up.
+        schedule=document.entry(keys.schedule, keys.default_schedule, is_a(str), "the name of a schedule").removesuffix(
+            WITH_WARM_UP
+        ),
         steps=document.steps(),
         epochs=document.epochs(keys.epochs, keys.default_epochs),
     )
@@ -447,7 +457,7 @@ def _changed_values(document: _Document, advice: Advice) -> dict[str, Any]:
         if not advice.is_rslora or isinstance(alpha, float):
             raise InputError(_integer_message(document, advice))
     # Write only what differs, so that the rest of the file stays as it is.
-    changes = {keys.rank: advice.setting.rank, "lora_alpha": alpha}
+    changes: dict[str, Any] = {keys.rank: advice.setting.rank, "lora_alpha": alpha}
     if bool(values.get(keys.rslora)) != is_rslora:
         changes[keys.rslora] = is_rslora
     if isinstance(keys, _TrainerKeys):
@@ -455,6 +465,13 @@ def _changed_values(document: _Document, advice: Advice) -> dict[str, Any]:
         # Leave a rate as it is written if it differs by rounding only.
         if not isclose(advice.learning_rate, old_rate, rel_tol=1e-6):
             changes["learning_rate"] = float(f"{advice.learning_rate:.6g}")
+        # The rate is that of the new run.
+        run = advice.run
+        if run.changes_steps:
+            changes["max_steps"] = run.to_steps
+        if run.changes_schedule:
+            has_warm_up = run.to_schedule == "constant" and any(values.get(name) for name in WARM_UP_KEYS)
+            changes[keys.schedule] = f"{run.to_schedule}{WITH_WARM_UP if has_warm_up else ''}"
     return {name: value for name, value in changes.items() if name not in values or values[name] != value}
 
 
@@ -505,7 +522,7 @@ def _edit_yaml(document: _Document, changes: Mapping[str, Any]) -> str:
     edits: list[tuple[int, int, str]] = []
     anchored_names: list[str] = []
     for name, value in changes.items():
-        scalar = _yaml_scalar(value)
+        scalar = f"{quote}{value}{quote}" if isinstance(value, str) else _yaml_scalar(value)
         if name in pairs:
             start, end = (mark.index for mark in (pairs[name][1].start_mark, pairs[name][1].end_mark))
             # Keep an anchor, which an alias may refer to.

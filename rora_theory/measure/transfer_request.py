@@ -20,9 +20,9 @@ from rora_theory.advice.trainer_configs import read_trainer_config
 from rora_theory.advice.transfer import Advice, transfer
 from rora_theory.errors import InputError
 from rora_theory.measure.layers.layer_data import Split
-from rora_theory.optimizers import OptimizerName, Schedule, parse_optimizer
+from rora_theory.optimizers import SCHEDULES, OptimizerName, Schedule, parse_optimizer
 from rora_theory.scaling import Rule, exponent
-from rora_theory.validation.ranges import Count, Positive, check_ranges
+from rora_theory.validation.ranges import Count, NotNegative, Positive, check_ranges
 from rora_theory.validation.rules import as_words, check_unread, option_of
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class TransferConfig:
     """Learning-rate schedule with which --lr was tuned: constant, linear or cosine"""
     to_schedule: Schedule | None = None
     """Learning-rate schedule of the new run; the default is --schedule"""
-    displacement_constant: Positive | None = None
+    displacement_constant: NotNegative | None = None
     """Displacement constant K of your own runs; the default is the range of the published runs"""
 
     def __post_init__(self) -> None:
@@ -190,6 +190,12 @@ def advise(config: TransferConfig) -> Advised:
     for name, value in (("steps", saved.steps), ("schedule", saved.schedule)):
         if runs[name] is None and runs[f"to_{name}"] is not None:
             runs[name] = value
+    # The effect of the number of steps depends on the schedule.
+    if runs["schedule"] is None and runs["to_steps"] is not None and saved.schedule is not None:
+        if saved.schedule in SCHEDULES:
+            runs["schedule"] = saved.schedule
+        else:
+            logger.warning(f"{config.from_}: schedule {saved.schedule!r} was not measured: a constant rate is assumed")
     peft = {"target_modules": targets, "per": config.per, "task_type": config.task_type or saved.task_type}
     return Advised(
         transfer(tuned, config.to_rank, regime, **new, **runs), peft | {"other_entries": saved.other_entries}, thin

@@ -327,6 +327,36 @@ def test_the_tuned_run_is_read_from_the_file_if_the_new_run_differs(axolotl) -> 
         advise(TransferConfig(from_=axolotl(), to_steps=256))
 
 
+def test_the_schedule_of_the_file_decides_the_range_for_another_number_of_steps(axolotl) -> None:
+    """The default of Axolotl is cosine; a schedule without a law is named."""
+    stated = {"steps": 64, "to_steps": 256, "schedule": "cosine"}
+    expected = carry(Setting(16, 32.0, 2e-4), 128, **stated).rate_range
+    for more in ("", "lr_scheduler: cosine\n"):
+        options = TransferConfig(from_=axolotl(more=f"max_steps: 64\n{more}"), to_steps=256)
+        assert advise(options).advice.rate_range == pytest.approx(expected)
+    warm = axolotl(more="max_steps: 64\nlr_scheduler: constant_with_warmup\n")
+    assert advise(TransferConfig(from_=warm, to_steps=256)).advice.run.schedule == "constant"
+
+
+def test_a_schedule_without_measured_runs_is_named(axolotl, caplog) -> None:
+    path = axolotl(more="max_steps: 64\nlr_scheduler: rex\n")
+    assert advise(TransferConfig(from_=path, to_steps=256)).advice.run.schedule is None
+    assert "'rex'" in caplog.text
+
+
+@pytest.mark.parametrize("modules", [[], None])
+def test_an_adapter_of_parameters_alone_is_printed_without_modules(save, modules) -> None:
+    saved = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_parameters": ["experts.gate_up_proj"]}
+    config = snippet(answer(f"--from {save(saved | {'target_modules': modules})} --lr 2e-4"))
+    assert (config["target_modules"], config["target_parameters"]) == ([], ["experts.gate_up_proj"])
+
+
+def test_a_displacement_constant_of_zero_is_accepted() -> None:
+    """It is the limit in which A does not move; `transfer` and the calculator accept it."""
+    options = TransferConfig(from_rank=16, alpha=32.0, lr=2e-4, to_alpha=256.0, displacement_constant=0.0)
+    assert advise(options).advice.learning_rate == pytest.approx(2e-4 / 8)
+
+
 def test_a_file_is_written_in_its_format_without_overwriting(axolotl, tmp_path) -> None:
     path, out = axolotl(), tmp_path / "new.yml"
     answered = json.loads(answer(f"--from {path} --to-rank 64 --write {out} --json"))
