@@ -33,6 +33,7 @@ DORA_REMARK = (
 COPIED_ENTRIES = (
     "use_dora", "lora_dropout", "bias", "lora_bias", "modules_to_save", "layers_to_transform", "layers_pattern",
     "exclude_modules", "target_parameters", "trainable_token_indices", "layer_replication", "fan_in_fan_out",
+    "ensure_weight_tying",
 )  # fmt: skip
 """Entries of a saved ``LoraConfig`` that stay as they are at another rank."""
 
@@ -128,7 +129,11 @@ def saved_from_entries(path: Path, values: Mapping[str, Any]) -> SavedSetting:
         check_uniform(values)
         init = init_of(values.get("init_lora_weights", True))
         check_choice("task_type", values.get("task_type"), TASK_TYPES)
-        targets = None if entries["target_modules"] is None else peft_targets(entries["target_modules"])
+        # PEFT's empty list adapts the target parameters alone.
+        has_no_modules = entries["target_modules"] is None or (
+            entries["target_modules"] == [] and values.get("target_parameters")
+        )
+        targets = None if has_no_modules else peft_targets(entries["target_modules"])
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     # A regular expression and a single name are both strings; only a name is a target by itself.

@@ -19,7 +19,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf, isclose
+from math import inf, isclose, nan
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -61,12 +61,16 @@ TRAINER_OPTIMIZER = "adamw_torch_fused"
 ONE_RATE = "the advice covers one learning rate for all modules"
 """Remark on further learning rates."""
 
+NOT_LINEAR = ("embed_tokens", "lm_head")
+"""Names in Axolotl's ``lora_target_modules`` that PEFT's all-linear does not include."""
+
 AXOLOTL_REMARKS = {
     "embedding_lr": ONE_RATE,
     "embedding_lr_scale": ONE_RATE,
     "lr_groups": ONE_RATE,
     "peft_trainable_token_indices": "the advice covers lora_A and lora_B, not rows of an embedding",
     "peft_layer_replication": "the published runs have no replicated layers",
+    "relora": "the law covers one adapter that is trained from B = 0, without restarts",
 }
 """Axolotl's keys that the law does not cover, with the remark on each."""
 
@@ -185,16 +189,18 @@ class _Document(NamedTuple):
         return float(alpha)
 
     def learning_rate(self, default: float | None = None) -> float:
-        """Return the learning rate. YAML reads ``1e-4``, which has no dot, as text; the trainers convert it."""
+        """Return the learning rate."""
         value: Any = self.values.get("learning_rate")
         value = default if value is None else value
-        try:
-            rate = float(value) if is_a(int, float, str)(value) else inf
-        except ValueError:
-            rate = inf
+        rate = _number_of(value)
         if not 0 < rate < inf:
             raise InputError(f"{self.path}: learning_rate must be a number above 0, got {shown(value)}")
         return rate
+
+    def dropout(self) -> float:
+        """Return ``lora_dropout``, which is 0 by default."""
+        _, check, valid_values = LORA_ENTRIES["lora_dropout"]
+        return _number_of(self.entry("lora_dropout", 0.0, lambda value: check(_number_of(value)), valid_values))
 
     def optimizer(self, name: str) -> OptimizerName:
         """Return the optimizer by this package's name."""
@@ -214,6 +220,14 @@ class _Document(NamedTuple):
     def epochs(self, name: str, default: float) -> float:
         """Return the number of epochs."""
         return float(self.entry(name, default, lambda v: is_a(int, float)(v) and v > 0, "a number above 0"))
+
+
+def _number_of(value: Any) -> float:
+    """Return a number, or NaN. YAML reads ``1e-4``, which has no dot, as text; the trainers convert it."""
+    try:
+        return float(value) if is_a(int, float, str)(value) else nan
+    except (ValueError, OverflowError):
+        return nan
 
 
 def read_trainer_config(path: str | Path) -> SavedSetting:
@@ -359,7 +373,9 @@ def _read_axolotl(document: _Document) -> SavedSetting:
         raise InputError(f"{path}: adapter must be {' or '.join(AXOLOTL_ADAPTERS)}, got {shown(values['adapter'])}")
     # lora_target_linear adds all linear modules to the list; PEFT's name for them stands alone.
     names: Any = values.get("lora_target_modules")
+    lost_names: list[str] = []
     if document.flag("lora_target_linear"):
+        lost_names = [name for name in NOT_LINEAR if isinstance(names, list | str) and name in names]
         names = ALL_LINEAR
     entries = {
         "r": document.rank("lora_r"),
@@ -383,7 +399,9 @@ def _read_axolotl(document: _Document) -> SavedSetting:
     if isinstance(peft, dict) and peft.get("loftq_config"):
         raise InputError(f"{path}: peft must have no loftq_config, got {shown(peft)}. The law covers B = 0.")
     saved = _with_run(document, entries, AXOLOTL)
-    remarks = (f"{name} is set: {remark}" for name, remark in AXOLOTL_REMARKS.items() if values.get(name))
+    remarks = [f"{name} is set: {remark}" for name, remark in AXOLOTL_REMARKS.items() if values.get(name)]
+    if lost_names:
+        remarks.append(f"lora_target_linear is set: PEFT's {ALL_LINEAR} does not include {' and '.join(lost_names)}")
     return saved._replace(remarks=(*saved.remarks, *remarks))
 
 
@@ -411,7 +429,7 @@ def _read_llama_factory(document: _Document) -> SavedSetting:
         "use_rslora": document.flag("use_rslora"),
         "use_dora": document.flag("use_dora"),
         "target_modules": names,
-        "lora_dropout": values.get("lora_dropout"),
+        "lora_dropout": document.dropout(),
         "modules_to_save": [name.strip() for name in extra.split(",")] if isinstance(extra, str) else extra,
     }
     return _with_run(document, entries, LLAMA_FACTORY)

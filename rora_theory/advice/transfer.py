@@ -97,7 +97,7 @@ class Advice(CarriedSetting):
 
         Args:
           target_modules: Target modules in PEFT's format: names in a list, one name, all-linear, or a regular
-            expression.
+            expression. The list may be empty if ``other_entries`` has ``target_parameters``.
           per: Grouping of the modules that share an alpha, see `alpha_pattern`.
           task_type: Task type of PEFT; None leaves it out.
           other_entries: Other entries of the configuration, such as those of a saved one.
@@ -107,7 +107,8 @@ class Advice(CarriedSetting):
         """
         arguments = self.lora_arguments(per)
         check_choice("task_type", task_type, TASK_TYPES)
-        targets = peft_targets(target_modules)
+        has_parameters = bool((other_entries or {}).get("target_parameters"))
+        targets = [] if has_parameters and not target_modules else peft_targets(target_modules)
         # Name the rule in a comment, since the configuration is always under alpha / r.
         kappa = exponent(self.unchanged.rule)
         comment = "" if kappa == KAPPAS["lora"] else f"  # alpha / r with the gamma of {self.alpha:.6g} / r^{kappa:g}"

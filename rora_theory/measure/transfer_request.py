@@ -175,7 +175,9 @@ def advise(config: TransferConfig) -> Advised:
     """
     tuned, requested, saved = read_tuned(config)
     regime: Any = config.regime
-    targets, thin = requested or list(PAPER_TARGETS), ""
+    # An adapter of parameters alone has no target modules.
+    default_targets = [] if saved.other_entries.get("target_parameters") else list(PAPER_TARGETS)
+    targets, thin = requested or default_targets, ""
     if config.regime not in REGIMES:
         # Imports pandas, which takes longer than the rest of the command: only if needed.
         from rora_theory.measure.regimes import saved_run as regime_run

@@ -103,6 +103,8 @@ def test_values_and_defaults(tmp_path, text, expected) -> None:
         (AXOLOTL + "lr_groups: [{name: o, modules: [o_proj], lr: 1.0e-6}]\n", "lr_groups"),
         (AXOLOTL + "peft_trainable_token_indices: [3]\n", "peft_trainable_token_indices"),
         (AXOLOTL + "peft_layer_replication: [[0, 4], [2, 6]]\n", "peft_layer_replication"),
+        (AXOLOTL + "relora: true\n", "relora"),
+        (AXOLOTL.replace("  - q_proj", "  - lm_head") + "lora_target_linear: true\n", "lm_head"),
     ],
 )
 def test_settings_that_the_law_does_not_cover_get_a_remark(tmp_path, text, first_words) -> None:
@@ -111,9 +113,31 @@ def test_settings_that_the_law_does_not_cover_get_a_remark(tmp_path, text, first
 
 
 def test_axolotl_s_entries_of_peft_are_read(tmp_path) -> None:
-    text = AXOLOTL + "peft_trainable_token_indices: [3]\npeft_layer_replication: [[0, 4], [2, 6]]\n"
-    entries = read_trainer_config(written(tmp_path / "config.yml", text)).other_entries
-    assert (entries["trainable_token_indices"], entries["layer_replication"]) == ([3], [[0, 4], [2, 6]])
+    text = AXOLOTL.replace("0.05", "5e-2") + (
+        "peft_trainable_token_indices: [3]\npeft_layer_replication: [[0, 4], [2, 6]]\nlora_fan_in_fan_out: true\n"
+        "peft_layers_to_transform: [1]\npeft_layers_pattern: [h]\npeft_ensure_weight_tying: true\n"
+    )
+    assert read_trainer_config(written(tmp_path / "config.yml", text)).other_entries == {
+        "lora_dropout": 0.05,  # text in YAML, as a rate without a dot is
+        "trainable_token_indices": [3],
+        "layer_replication": [[0, 4], [2, 6]],
+        "fan_in_fan_out": True,
+        "layers_to_transform": [1],
+        "layers_pattern": ["h"],
+        "ensure_weight_tying": True,
+    }
+
+
+def test_a_file_without_target_modules_is_read(tmp_path) -> None:
+    """PEFT's empty list adapts the target parameters alone."""
+    entries = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": [], "target_parameters": ["experts.up"]}
+    (tmp_path / FILE).write_text(json.dumps(entries))
+    saved = read_trainer_config(tmp_path)
+    assert (saved.targets, saved.expression) == (None, None)
+    assert saved.other_entries == {"target_parameters": ["experts.up"]}
+    (tmp_path / FILE).write_text(json.dumps(entries | {"target_parameters": None}))
+    with pytest.raises(InputError, match=r"targets .*empty"):
+        read_trainer_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +157,8 @@ def test_axolotl_s_entries_of_peft_are_read(tmp_path) -> None:
         (AXOLOTL + "lora_rank_pattern: {q_proj: 4}\n", "rank_pattern .*got {'q_proj': 4}"),
         (AXOLOTL + "peft_init_lora_weights: pissa\n", "init_lora_weights .*got 'pissa'"),
         (AXOLOTL + "peft: {loftq_config: {loftq_bits: 4}}\n", "loftq_config"),
+        (AXOLOTL.replace("0.05", "[0.05]"), "lora_dropout .*got \\[0.05\\]"),
+        (AXOLOTL.replace("0.05", "1.5"), "lora_dropout .*got 1.5"),
         (AXOLOTL.replace("adamw_8bit", "muon"), "optimizer .*got 'muon'"),
         (LLAMA_FACTORY.replace("type: lora", "type: full"), "finetuning_type .*got 'full'"),
         (LLAMA_FACTORY + "pissa_init: true\n", "pissa_init .*got True"),
