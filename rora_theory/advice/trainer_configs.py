@@ -264,13 +264,15 @@ def write_trainer_config(path: str | Path, out: str | Path, advice: Advice, *, p
         ``"module"`` are valid only if the advice has one.
 
     Raises:
-      InputError: If ``out`` exists, if the advice has several alphas, or if its alpha is not an integer where the
-        trainer requires one.
+      InputError: If ``out`` exists or its folder does not, if the advice has several alphas, or if its alpha is not
+        an integer where the trainer requires one.
     """
     # Check everything before the file is written.
     document, out = _open_config(path), Path(out)
     if out.exists():
         raise InputError(f"{out}: the file exists. Choose another name, or remove it.")
+    if not out.parent.is_dir():
+        raise InputError(f"{out}: {out.parent} is not a folder. Create it, or write to another one.")
     if not advice.fixes_alpha and advice.alpha_pattern(per):
         raise InputError(f"per must be 'one' to write one alpha to {out}, got {shown(per)}")
     changes = _changed_values(document, advice)
@@ -335,6 +337,7 @@ def transfer_config(
     new = copy.deepcopy(config)
     new.r, new.use_rslora = advice.setting.rank, False
     new.lora_alpha = _as_integer(advice.lora_alpha) or advice.lora_alpha
+    new.alpha_pattern = advice.lora_arguments()["alpha_pattern"]
     return Transferred(new, advice.learning_rate, advice)
 
 
@@ -386,9 +389,12 @@ def _read_axolotl(document: _Document) -> SavedSetting:
         "target_modules": names or None,
         "rank_pattern": values.get("lora_rank_pattern"),
         "alpha_pattern": values.get("lora_alpha_pattern"),
-        "lora_dropout": values.get("lora_dropout"),
+        "lora_dropout": document.dropout(),
         "modules_to_save": values.get("lora_modules_to_save"),
         "layers_to_transform": values.get("peft_layers_to_transform"),
+        "layers_pattern": values.get("peft_layers_pattern"),
+        "fan_in_fan_out": document.flag("lora_fan_in_fan_out"),
+        "ensure_weight_tying": document.flag("peft_ensure_weight_tying"),
         "exclude_modules": values.get("lora_exclude_modules"),
         "target_parameters": values.get("lora_target_parameters"),
         "trainable_token_indices": values.get("peft_trainable_token_indices"),

@@ -336,9 +336,28 @@ def test_unsupported_changes_to_a_file_are_refused(tmp_path) -> None:
     path = written(tmp_path / "config.yml", AXOLOTL)
     with pytest.raises(InputError, match=r"config\.yml"):
         write_trainer_config(path, path, advice_for(path))
+    with pytest.raises(InputError, match=r"none is not a folder"):
+        write_trainer_config(path, tmp_path / "none" / "new.yml", advice_for(path))
     measured = advice_for(path, regime={"model.layers.0.q_proj": 0.5, "model.layers.0.v_proj": 20.0})
     with pytest.raises(InputError, match=r"per .*got 'type'"):
         write_trainer_config(path, tmp_path / "new.yml", measured, per="type")
+
+
+class FakeConfig:
+    """A configuration with the methods of PEFT's `LoraConfig` that are used."""
+
+    def __init__(self) -> None:
+        vars(self).update(peft_type="LORA", r=8, lora_alpha=16, use_rslora=False, alpha_pattern={})
+
+    def to_dict(self):
+        return dict(vars(self))
+
+
+def test_a_config_in_a_measured_regime_has_the_alpha_of_each_type() -> None:
+    terms = {"model.layers.0.mlp.up_proj": 0.5, "model.layers.0.self_attn.q_proj": 20.0}
+    new, _, advice = transfer_config(FakeConfig(), 64, learning_rate=2e-4, regime=terms)
+    assert new.alpha_pattern == pytest.approx(advice.by_type())
+    assert transfer_config(FakeConfig(), 64, learning_rate=2e-4).config.alpha_pattern == {}
 
 
 @pytest.mark.slow
