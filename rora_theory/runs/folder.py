@@ -147,8 +147,8 @@ class RunFolder:
             # Read the manifest again: another process may have changed it before this one owned the folder.
             manifest = _read_previous(path, name, plain, extensions)
             resumed = manifest is not None
-            # Remove the temporary files of killed processes.
-            for part in path.glob(f".*{files.PARTIAL_SUFFIX}"):
+            # Remove the temporary files of killed processes, which would count as files of a cell.
+            for part in path.rglob(f".*{files.PARTIAL_SUFFIX}"):
                 part.unlink(missing_ok=True)
             # Start the manifest, or continue the existing one.
             environment = software.environment()

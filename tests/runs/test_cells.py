@@ -120,6 +120,7 @@ def test_a_resumed_run_writes_the_same_bytes(tmp_path) -> None:
         checkpoint = folder.path / "cells" / key_of(Square(stop)) / "checkpoints" / "1"
         assert checkpoint.read_text() == "half", "the cell resumes from it"
         folder.stop("interrupted")
+        (checkpoint.parents[1] / ".00ff.part").touch()  # a file that was being written
         with (folder.path / CELLS).open("a") as file:
             file.write('{"key": "')
         assert len(read_finished_cells(folder.path)) == SIDES.index(Square(stop))
@@ -128,6 +129,7 @@ def test_a_resumed_run_writes_the_same_bytes(tmp_path) -> None:
         for name in ("results.csv", CELLS, *(f"cells/{key_of(cell)}/losses.csv" for cell in SIDES)):
             assert (folder.path / name).read_bytes() == (uninterrupted.path / name).read_bytes(), name
         assert not list(folder.path.glob("cells/*/checkpoints")), "a finished cell needs none"
+        assert not list(folder.path.rglob(".*.part"))
     # A run can also end between saving a cell and removing its checkpoints.
     write_files(SIDES[0], uninterrupted.path / "cells" / key_of(SIDES[0]))
     finished_run(uninterrupted.path, work=fail_if_called)
