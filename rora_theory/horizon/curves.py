@@ -66,8 +66,8 @@ def _curves_of(runs: Sequence[TrainedRun], draws: int) -> list[Curve]:
 def _select_grid(runs: Sequence[TrainedRun]) -> list[TrainedRun]:
     """Select the runs of a curve, which needs the same rates at every seed.
 
-    Seeds with more rates are chosen first. A seed is left out if fewer than three rates would remain, or if a seed
-    would have no rate at which it did not diverge.
+    Seeds with more rates are chosen first. A seed is left out if fewer than three rates would remain, or none at which
+    no seed diverged.
 
     Args:
       runs: Runs of one rank and scaling.
@@ -85,7 +85,8 @@ def _select_grid(runs: Sequence[TrainedRun]) -> list[TrainedRun]:
     # Add one seed after the other, those with the most rates first, if the rates that remain still give a curve.
     for seed in sorted(rates_of_seed, key=lambda seed: (-len(rates_of_seed[seed]), seed)):
         shared_rates = rates & rates_of_seed[seed] if seeds else rates_of_seed[seed]
-        if len(shared_rates) >= 3 and all(shared_rates & finite_rates_of_seed[member] for member in (*seeds, seed)):
+        finite_rates = set.intersection(*(finite_rates_of_seed[member] for member in (*seeds, seed)))
+        if len(shared_rates) >= 3 and shared_rates & finite_rates:
             seeds, rates = [*seeds, seed], shared_rates
     return [run for run in runs if run.seed in seeds and run.rate in rates]
 

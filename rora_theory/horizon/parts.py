@@ -29,10 +29,11 @@ def led_table(runs: Sequence[HorizonRun], *, takeovers: Sequence[float], warmup:
       warmup: Number of steps of linear warm-up.
 
     Returns:
-      A row for each reading: ``rank``, ``strength``, ``learning_rate``, ``seed`` and ``step``; the median and the
-      quantiles 5% and 95% over modules of ``ratio``, A-led over B-led rms, and of ``exponent``
-      (`measure.led.preserving_exponent`); ``change``, the root mean square over modules of the change of their outputs;
-      and ``law_ratio``, the ratio that the law predicts for the median takeover distance at a constant gradient.
+      A row for each reading after which a B has moved: ``rank``, ``strength``, ``learning_rate``, ``seed`` and
+      ``step``; the median and the quantiles 5% and 95% over modules of ``ratio``, A-led over B-led rms, and of
+      ``exponent`` (`measure.led.preserving_exponent`); ``change``, the root mean square over modules of the change of
+      their outputs; and ``law_ratio``, the ratio that the law predicts for the median takeover distance at a constant
+      gradient.
     """
     rows: list[dict[str, Any]] = []
     takeover = float(np.median(takeovers)) if takeovers else None
@@ -42,9 +43,14 @@ def led_table(runs: Sequence[HorizonRun], *, takeovers: Sequence[float], warmup:
                 continue
             # Root mean squares, by module, of the B-led part, the A-led part and the whole change.
             b, a, w = (np.asarray(reading.parts[name]) for name in PARTS)
+            # A module whose B has not moved has no ratio.
+            moved = b > 0
+            if not moved.any():
+                continue
             row: dict[str, Any] = {"rank": run.rank, "strength": run.strength, "learning_rate": run.rate}
             row |= {"seed": run.seed, "step": reading.step}
-            for name, values in (("ratio", a / b), ("exponent", preserving_exponent(b, a, w))):
+            ratios, exponents = a[moved] / b[moved], preserving_exponent(b[moved], a[moved], w[moved])
+            for name, values in (("ratio", ratios), ("exponent", exponents)):
                 low, middle, high = np.quantile(values, QUANTILES).tolist()
                 row |= {name: middle, f"{name}_low": low, f"{name}_high": high}
             row["change"] = float(np.sqrt(np.mean(w**2)))
@@ -68,9 +74,9 @@ def change_at_best(best: pd.DataFrame, led: pd.DataFrame) -> pd.DataFrame:
     Returns:
       A row for each best rate: ``step``, ``rank``, ``strength`` and ``best_rate``; ``change``, interpolated linearly in
       logs between the two nearest rates, the mean of the logs over ``seeds``; ``log2_error``, the standard error of the
-      best rate times the slope of that line; and ``edge`` of the best rate, for which there is no error. Seeds must
-      have a change at every strength of the rank. Best rates without such a seed, or outside the rates at which the
-      change was measured, have no row.
+      best rate times the absolute slope of that line; and ``edge`` of the best rate, for which there is no error. Seeds
+      must have a change at every strength of the rank. Best rates without such a seed, or outside the rates at which
+      the change was measured, have no row.
     """
     # log2 of the change at the best rate, and its slope in log2 of the rate: by step and rank, by strength, by seed.
     changes: dict[tuple[int, int], dict[float, dict[int, tuple[float, float]]]] = {}
@@ -101,7 +107,7 @@ def change_at_best(best: pd.DataFrame, led: pd.DataFrame) -> pd.DataFrame:
                 {"step": int(row["step"]), "rank": int(row["rank"])}
                 | {name: row[name] for name in ("strength", "best_rate")}
                 | {"change": float(2**log_change)}
-                | {"log2_error": None if error is None else float(slope) * error, "seeds": len(seeds)}
+                | {"log2_error": None if error is None else abs(float(slope)) * error, "seeds": len(seeds)}
                 | {"edge": row["edge"]}
             )
     return pd.DataFrame(table)

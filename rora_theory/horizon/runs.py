@@ -68,7 +68,7 @@ class HorizonRun:
         Returns:
           The run, or None if it ends before ``step`` without having diverged.
         """
-        has_diverged = self.read.diverged_at is not None and self.read.diverged_at <= step
+        has_diverged = self.losses(step) is None and self.reaches(step)
         losses = self.read.train_losses[step // 2 : step]
         if not has_diverged and len(self.read.train_losses) < step:
             return None
@@ -133,7 +133,13 @@ def merge_repeated_runs(runs: Iterable[HorizonRun]) -> list[HorizonRun]:
             if previous is None or reading.parts is not None or previous.parts is None:
                 readings[reading.step] = reading
         longest = setting_runs[-1]
-        read = replace(longest.read, readings=[readings[step] for step in sorted(readings)])
+        # A run that diverged early may be shorter than one that ended as planned.
+        divergences = [run.read.diverged_at for run in setting_runs if run.read.diverged_at is not None]
+        read = replace(
+            longest.read,
+            readings=[readings[step] for step in sorted(readings)],
+            diverged_at=min(divergences, default=None),
+        )
         merged.append(replace(longest, read=read))
     return merged
 

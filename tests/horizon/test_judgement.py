@@ -538,6 +538,12 @@ def test_a_poor_seed_spoils_no_curve() -> None:
     assert spoiled.seeds == (0, 1)
     assert spoiled.rates.tolist() == unspoiled.rates.tolist()
     np.testing.assert_allclose(spoiled.losses, unspoiled.losses, rtol=1e-12)
+    mirrored = [
+        replace(run, seed=6, read=ReadRun([], [], diverged_at=5) if run.rate > RATES[0] else run.read)
+        for run in runs if run.seed == 0
+    ]  # fmt: skip
+    first = [replace(run, read=ReadRun([], [], diverged_at=5)) if run.rate == RATES[0] else run for run in runs]
+    assert curves_of([*first, *mirrored], draws=20)[0].seeds == (0, 1), "seeds without a common finite rate"
     for rates in (RATES[2:], RATES[4:7]):  # a seed needs three rates, which are those of the curve
         few = [replace(run, seed=5) for run in runs if run.seed == 0 and run.rate in rates]
         (shortened,) = curves_of([*runs, *few], draws=20)
@@ -558,6 +564,11 @@ def test_runs_that_differ_in_their_length_are_one() -> None:
     assert [r.losses for r in horizon_runs.merge_repeated_runs(runs)[0].read.readings] == [[1.0], [2.0], [9.0]]
     long.readings[0] = replace(long.readings[0], parts=led)
     assert [r.losses for r in horizon_runs.merge_repeated_runs(runs)[0].read.readings] == [[1.0], [9.0], [9.0]]
+    lost = replace(runs[0], read=ReadRun([1.0] * 9, [], diverged_at=10))
+    (merged,) = horizon_runs.merge_repeated_runs([runs[1], lost])
+    outcomes = [merged.at(step, [1]).loss for step in (16, 64, 256) if merged.reaches(step)]
+    assert outcomes == [1.0, 2.0, math.inf], "the longer run diverged before the shorter one ended"
+    assert [run.loss for step in (64, 256) if (run := merged.in_training_at(step)) is not None] == [1.0, math.inf]
     distinct = [replace(runs[0], **change) for change in ({"seed": 1}, {"rate": 2e-3}, {"rank": 4}, {"strength": 8.0})]
     assert len(horizon_runs.merge_repeated_runs([*runs, *distinct])) == 5
     assert len(judgement.judge_runs([*runs, *distinct], [1], takeovers=(), warmup=4).led) == 5
@@ -627,6 +638,11 @@ def test_the_parts_of_each_reading_are_summarised_with_the_law() -> None:
     rates = [0, 2.5e-4, 5e-4, 7.5e-4] + 12 * [1e-3]
     assert row["law_ratio"] == pytest.approx(distances(rates, takeover=0.004).A / 0.004)
     assert "law_ratio" not in parts.led_table(runs, takeovers=[], warmup=4)
+    still = {name: [*values, 0.0] for name, values in runs[0].read.readings[0].parts.items()}
+    runs[0].read.readings[0] = replace(runs[0].read.readings[0], parts=still)
+    (with_still,) = parts.led_table(runs, **LAW).to_dict("records")
+    assert with_still["ratio"] == row["ratio"], "a module that has not moved has no ratio"
+    assert with_still["change"] == pytest.approx(row["change"] * math.sqrt(3 / 4))
     assert parts.led_table(runs[1:], **LAW).empty
 
 
@@ -659,6 +675,9 @@ def test_the_change_at_the_best_rate_is_interpolated() -> None:
         assert result["change"] == pytest.approx(2 * rate**1.5, rel=1e-4)
     (result,) = change(row | {"best_rate": 1e-3, "log2_error": None, "edge": "high"})
     assert (result["log2_error"], result["edge"]) == (None, "high")
+    # A change that falls with the rate has a positive error too.
+    falling = led.assign(change=1 / led["change"])
+    assert change(row, led=falling)[0]["log2_error"] == pytest.approx(0.3)
     # Only seeds that both strengths have count.
     other = led[led["seed"] == 1].assign(strength=724.0)
     rows = row, row | {"strength": 724.0}
