@@ -10,6 +10,7 @@ square is :math:`r\,E[t^2] + r(r-1)\,E[t]^2`, where t is the step of rank 1. One
 `laws.first_step_moments` at rank 1 therefore gives every rank.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,12 +80,14 @@ class Terms:
         # At each token r* is cross_talk / signal under SGD, and 1 + (pi/2) cross_talk / signal under Adam: solve for
         # the signal.
         offset, factor = (0.0, 1.0) if self.optimizer == "sgd" else (1.0, np.pi / 2)
-        signal = factor * cross_talk / (ranks - offset)
+        has_input = cross_talk > 0  # a token whose input is 0 has no signal, and no crossing rank
+        signal = factor * cross_talk / np.where(has_input, ranks - offset, 1.0)
         # The same relation, with sums over tokens, gives the crossing rank of all tokens together.
         pooled = offset + factor * float(np.sum(cross_talk) / np.sum(signal))
         # Quartiles by linear interpolation, for which `np.quantile` takes ten times as long.
-        order = np.arange(len(ranks))
-        low, middle, high = np.interp(np.array([0.25, 0.5, 0.75]) * order[-1], order, np.sort(ranks)).tolist()
+        known_ranks = np.sort(ranks[has_input]) if has_input.any() else np.array([math.nan])
+        order = np.arange(len(known_ranks))
+        low, middle, high = np.interp(np.array([0.25, 0.5, 0.75]) * order[-1], order, known_ranks).tolist()
         # The mean square r E[t^2] + r (r - 1) E[t]^2 is proportional to r^2 + c r with c = E[t^2] / E[t]^2 - 1.
         linear_term = float(np.sum(self.mean_square[tokens]) / np.sum(self.squared_mean[tokens])) - 1
         return Crossing(float(np.mean(signal)), float(np.mean(cross_talk)), pooled, (low, middle, high), linear_term)

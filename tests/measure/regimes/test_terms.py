@@ -78,6 +78,21 @@ def test_fast_terms_equal_the_terms(layer, optimizer, init, size) -> None:
         np.testing.assert_allclose(getattr(fast, name), getattr(expected, name), rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_token_whose_input_is_zero_has_no_crossing_rank(layer, optimizer) -> None:
+    """Such as a black patch of an image: the crossing rank is that of the other tokens."""
+    x = layer.inputs["heldout"]
+    padded = np.concatenate([x, np.zeros_like(x[:1])])
+    exact = [terms.compute_terms(layer.grad, inputs, optimizer=optimizer, init="normal") for inputs in (padded, x)]
+    fast = [terms.FastTerms(layer.grad, inputs).terms(optimizer, "normal") for inputs in (padded, x)]
+    for laws_of_inputs in (exact, fast):
+        crossing, expected = (law.crossing() for law in laws_of_inputs)
+        assert crossing.rank == pytest.approx(expected.rank, rel=1e-5)
+        assert crossing.quartiles == pytest.approx(expected.quartiles, rel=1e-5)
+        assert crossing.linear_term == pytest.approx(expected.linear_term, rel=1e-5)
+        assert crossing.signal == pytest.approx(expected.signal * 5 / 6, rel=1e-5)
+
+
 def test_fast_terms_of_non_finite_numbers(layer) -> None:
     grad = layer.grad.copy()
     grad[1, 2] = np.nan
