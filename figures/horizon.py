@@ -72,9 +72,7 @@ def draw_against_strength(
             draw_best_rates(
                 axes, offset(selected["strength"], index, ranks), selected, index, color=colour, linestyle="none"
             )
-            # A best rate at the end of its grid is a bound only: cross it out.
-            at_edge = selected[selected["edge"].notna()]
-            axes.plot(at_edge["strength"], at_edge["best_rate"], "x", color="black", markersize=6)
+            cross_out_bounds(axes, selected, "strength")
             # The law gives the slope, and the first measured point the level.
             law = exponents[(exponents["at"] == rank) & (exponents["step"] == step)]
             for row in law.itertuples():
@@ -131,6 +129,12 @@ def draw_best_rates(axes: Axes, x: pd.Series, selected: pd.DataFrame, index: int
     axes.errorbar(x, selected["best_rate"], yerr=bars, marker=style.MARKERS[index], **look)
 
 
+def cross_out_bounds(axes: Axes, selected: pd.DataFrame, column: str) -> None:
+    """Cross out the best rates at the end of their grid, which are bounds only, drawn against a column."""
+    at_edge = selected[selected["edge"].notna()]
+    axes.plot(at_edge[column], at_edge["best_rate"], "x", color="black", markersize=6)
+
+
 def draw_against_steps(axes: Axes, best: pd.DataFrame, ranks: Sequence[int]) -> None:
     """Draw the best rates of each rank and gamma r against the number of steps, with two reference slopes.
 
@@ -141,6 +145,8 @@ def draw_against_steps(axes: Axes, best: pd.DataFrame, ranks: Sequence[int]) -> 
     for (rank, strength), selected in best.groupby(["rank", "strength"]):
         index, colour = ranks.index(rank), "black" if strength == best["strength"].min() else "grey"
         draw_best_rates(axes, offset(selected["step"], index, ranks), selected, index, color=colour, linewidth=0.8)
+        if selected["edge"].notna().any():
+            cross_out_bounds(axes, selected, "step")
     steps = np.array(sorted(set(best["step"])))
     # Reference slopes start at the geometric mean over the ranks.
     for strength, selected in best.groupby("strength"):

@@ -617,6 +617,17 @@ def test_the_table_and_the_figure_of_best_rates(tmp_path) -> None:
     assert "256 steps" not in drawn, "no label of steps that no run has"
 
 
+def test_a_bound_is_crossed_out_against_the_steps() -> None:
+    rows = [
+        {"step": 16, "rank": 8, "strength": 64.0, "best_rate": 1e-3, "log2_error": None, "edge": "high"},
+        {"step": 64, "rank": 8, "strength": 64.0, "best_rate": 4e-4, "log2_error": 0.1, "edge": None},
+    ]
+    drawn, axes = figure.plt.subplots()
+    figure.draw_against_steps(axes, frames.from_rows(rows, list(rows[0])), [8])
+    assert [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "x"] == [[[16, 1e-3]]]
+    figure.plt.close(drawn)
+
+
 # ---- measured parts of the change
 
 
