@@ -53,8 +53,9 @@ def mark_repeats(rows: Int[np.ndarray, "B S"], trained: Sequence[Int[np.ndarray,
 
 
 def mark_sinks(norms: Float[np.ndarray, " tokens"]) -> Bool[np.ndarray, " tokens"]:
-    """Mark the tokens with an input norm above `SINK_RATIO` times the median."""
-    return norms > SINK_RATIO * np.median(norms)
+    """Mark the tokens with an input norm above `SINK_RATIO` times the median of the norms that are not 0."""
+    nonzero = norms[norms > 0]
+    return norms > SINK_RATIO * (np.median(nonzero) if len(nonzero) else 0.0)
 
 
 def sample_tokens(count: int, seed: int | Sequence[int], masked: Bool[np.ndarray, " all"]) -> Int[np.ndarray, " read"]:

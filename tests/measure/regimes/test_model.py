@@ -76,6 +76,9 @@ def test_a_batch_without_an_unseen_token_is_refused(model) -> None:
 
 def test_a_sink_is_ten_times_the_median() -> None:
     np.testing.assert_array_equal(tokens.mark_sinks(np.array([1, 9.9, 1, 10.1, 1])), [False, False, False, True, False])
+    # Inputs of zero, as of black image patches, do not make the others sinks.
+    np.testing.assert_array_equal(tokens.mark_sinks(np.array([0, 0, 0, 1, 1.1])), np.zeros(5, bool))
+    np.testing.assert_array_equal(tokens.mark_sinks(np.zeros(2)), np.zeros(2, bool))
 
 
 def test_a_sample_is_the_same_in_every_module() -> None:
