@@ -492,46 +492,6 @@ def rate_factor(strength_ratio: float, rho: float) -> float:
     return 2 * target / (1 + math.sqrt(1 + 4 * rho * target))
 
 
-def matching_rate(
-    terms: RowTerms,
-    *,
-    old: tuple[int, float, float],
-    new: tuple[int, float],
-    steps: int,
-    decay: tuple[float, float] | None = (0.9, 0.999),
-) -> float:
-    """Compute the constant learning rate that preserves the layer's change after ``steps`` steps at a new setting.
-
-    Cross-talk is included. The result therefore differs from `rate_factor` outside the signal regime.
-
-    Args:
-      terms: Terms of the module, from `row_terms`.
-      old: Rank, gamma and learning rate of the tuned setting.
-      new: Rank and gamma of the new setting.
-      steps: Number of steps of the horizon, 1 or more.
-      decay: Adam's beta_1 and beta_2. None selects sign descent.
-
-    Returns:
-      The learning rate of the new setting.
-
-    Raises:
-      InputError: If an argument is out of range or the terms describe an output that does not change.
-    """
-    check_positive("learning_rate", old[2])
-    check_integer("steps", steps)
-
-    def log_change(rank: int, scaling: float, rate: float) -> float:
-        moved = distances([rate] * steps, decay=decay, takeover=terms.takeover(rank))
-        change = terms.rms(rank, scaling=scaling, moved=moved)
-        if not change > 0:
-            raise InputError(f"terms must describe an output that changes, got a change of {change:g} at rank {rank}")
-        return math.log(change)
-
-    # A's distance depends on the rate in a way that has no closed form, so that the equation is solved numerically.
-    target = log_change(*old)
-    return _solve_rate(lambda rate: log_change(*new, rate) - target, old[2])
-
-
 def rate_for_equal_change(
     rate: float,
     first: Sequence[float] | Float[np.ndarray, " steps"],
