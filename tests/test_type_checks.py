@@ -43,7 +43,7 @@ def test_the_package_is_checked() -> None:
     with pytest.raises(jaxtyping.TypeCheckError):
         equations.eq10_norm(np.ones(4), np.eye(2, 3), np.ones(2), np.ones(3), 1.0, 0.5)
     for wrong in (
-        lambda: horizon_grid.warmup_factors("1", 4),
+        lambda: horizon_grid.rate_factors("1", 4),
         lambda: StreamMoments.from_json([1]),
         lambda: StreamMoments(1, 2),
     ):

@@ -14,6 +14,7 @@ from rora_theory.llama.quantised import Quantization
 from rora_theory.optimizers import Schedule
 from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import check_integer, check_positive
+from rora_theory.tune.plan import schedule_factor
 from rora_theory.validation.rules import check_list, check_steps
 
 SHARED = ("batch_size", "warmup", "targets", "template", "loss_on", "cutoff")
@@ -136,6 +137,6 @@ class HorizonGrid:
             yield HorizonCell(None, None, rate, seed, self.read_at)
 
 
-def warmup_factors(steps: int, warmup: int) -> list[float]:
-    """Return the factor of the learning rate in each step: constant after a linear warm-up from 0."""
-    return [min(1.0, step / warmup) if warmup else 1.0 for step in range(steps)]
+def rate_factors(steps: int, warmup: int, schedule: Schedule = "constant") -> list[float]:
+    """Return the factor of the learning rate in each step of a run: a linear warm-up from 0, then the schedule."""
+    return [schedule_factor(schedule, step, steps=steps, warmup=warmup) for step in range(steps)]

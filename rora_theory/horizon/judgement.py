@@ -97,7 +97,7 @@ def judge_runs(
     steps = sorted({reading.step for run in runs for reading in run.read.readings})
     curves = {step: curves_at(runs, tokens, step, draws=BOOTSTRAP_SAMPLES) for step in steps}
     best = _concatenate(best_rate_table(step_curves, step) for step, step_curves in curves.items())
-    led = led_table(runs, takeovers=takeovers, warmup=warmup)
+    led = led_table(runs, takeovers=takeovers, warmup=warmup, schedule=schedule)
     # Without a curve of three rates, only the parts of the change can be analysed.
     if best.empty:
         empty = pd.DataFrame()
@@ -117,7 +117,7 @@ def judge_runs(
     ranges = {int(step): (float(rows["constant"].min()), float(rows["constant"].max())) for step, rows in by_steps}
     exponents = exponents_in_steps = pd.DataFrame()
     if takeovers:
-        law: dict[str, Any] = {"takeovers": takeovers, "warmup": warmup}
+        law: dict[str, Any] = {"takeovers": takeovers, "warmup": warmup, "schedule": schedule}
         exponents = _concatenate(
             horizon_exponents(step_curves, step, **law, runs=runs, linear_terms=linear_terms, constants=ranges)
             for step, step_curves in curves.items()

@@ -12,12 +12,13 @@ import pandas as pd
 
 from rora_theory.errors import InputError
 from rora_theory.horizon.curves import setting_labels, strength_of
-from rora_theory.horizon.grid import warmup_factors
+from rora_theory.horizon.grid import rate_factors
 from rora_theory.horizon.parts import QUANTILES, exponent_of_parts
 from rora_theory.horizon.runs import HorizonRun
 from rora_theory.io import frames
 from rora_theory.measure.regimes.saved_run import read_regime_run
 from rora_theory.measure.regimes.tables import TAKEOVER, TAKEOVER_COLUMNS
+from rora_theory.optimizers import Schedule
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.rate_curves import Curve, at_shared_seeds, log2_rates, weighted_log2_rates
 from rora_theory.stats.verdicts import judge_range
@@ -62,17 +63,19 @@ def predict_exponents(
     steps: Sequence[int],
     rates: Sequence[float],
     warmup: int,
+    schedule: Schedule = "constant",
 ) -> pd.DataFrame:
     """Predict by the law how much the best rate falls between two values of gamma r.
 
-    The optimizer is Adam with a constant rate after a warm-up from 0, and the signal term dominates.
+    The optimizer is Adam with a warm-up from 0, and the signal term dominates.
 
     Args:
       takeovers: Takeover distances of the model's modules (`rora_theory.theory.horizon`).
       strengths: Value of gamma r at which the best rate is known, and the other value.
-      steps: Numbers of steps.
+      steps: Numbers of steps of whole runs.
       rates: Candidates for the best rate at the first value.
       warmup: Number of steps of linear warm-up.
+      schedule: Schedule of the learning rate after the warm-up.
 
     Returns:
       A row for each number of steps, rate and quantile: ``steps``, ``rate``, ``quantile`` of the takeover distances,
@@ -82,7 +85,7 @@ def predict_exponents(
     rows = []
     for count, rate, quantile in product(steps, rates, QUANTILES):
         takeover = float(np.quantile(takeovers, quantile))
-        rates_of_steps = [rate * factor for factor in warmup_factors(count, warmup)]
+        rates_of_steps = [rate * factor for factor in rate_factors(count, warmup, schedule)]
         # Ratio of the A-led to the B-led part at the end of the run, which decides how much the rate changes.
         rho = horizon.distances(rates_of_steps, takeover=takeover).A / takeover
         divisor = 1 / horizon.rate_factor(strengths[1] / strengths[0], rho)
@@ -97,6 +100,7 @@ def horizon_exponents(
     *,
     takeovers: Sequence[float],
     warmup: int,
+    schedule: Schedule = "constant",
     runs: Sequence[HorizonRun] = (),
     linear_terms: Sequence[float] = (),
     constants: Mapping[int, tuple[float, float]] | None = None,
@@ -111,6 +115,7 @@ def horizon_exponents(
       step: Number of steps.
       takeovers: Takeover distances of the model's modules, see `predict_exponents`.
       warmup: Number of steps of linear warm-up.
+      schedule: Schedule of the learning rate after the warm-up.
       runs: Runs with measured parts of the change, see `parts.exponent_of_parts`.
       linear_terms: Linear terms c of the modules' first step under Adam; if empty, the signal term dominates.
       constants: Smallest and largest measured displacement constant K by number of steps, see
@@ -156,7 +161,9 @@ def horizon_exponents(
             by_parts: list[float] = []
             if over == "strength":
                 rate = _best_rate(ends[0])
-                predicted = predict_exponents(takeovers, (low, high), steps=[step], rates=[rate], warmup=warmup)
+                predicted = predict_exponents(
+                    takeovers, (low, high), steps=[step], rates=[rate], warmup=warmup, schedule=schedule
+                )
                 law = tuple(predicted["exponent"])
                 displaced = _displacement_exponents((constants or {}).get(step), low, high)
                 by_parts = exponent_of_parts(
@@ -202,7 +209,13 @@ def _displacement_exponents(
     return min(exponents), max(exponents)
 
 
-def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence[float], warmup: int) -> pd.DataFrame:
+def step_exponents(
+    curves: Mapping[int, Sequence[Curve]],
+    *,
+    takeovers: Sequence[float],
+    warmup: int,
+    schedule: Schedule = "constant",
+) -> pd.DataFrame:
     """Measure the exponent of the best rate in the number of steps, and compare it with that of a constant gradient.
 
     At every rank and strength the exponent is measured between all pairs of numbers of steps. Steps within a warm-up
@@ -216,6 +229,7 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence
       curves: `curves.curves_at` by step.
       takeovers: Takeover distances of the model's modules, see `predict_exponents`.
       warmup: Number of steps of linear warm-up.
+      schedule: Schedule of the learning rate after the warm-up.
 
     Returns:
       A row for each rank, strength and pair of numbers of steps, ``first`` below ``second``: ``rank``, ``strength``,
@@ -229,7 +243,7 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence
     # Curves of each setting by step, without steps at which the warm-up has not raised the rate from 0.
     curves_of_setting: dict[tuple[int, float], dict[int, Curve]] = {}
     for step in sorted(curves):
-        for curve in curves[step] if any(warmup_factors(step, warmup)) else ():
+        for curve in curves[step] if any(rate_factors(step, warmup, schedule)) else ():
             curves_of_setting.setdefault((curve.rank, curve.scaling), {})[step] = curve
     for by_step in curves_of_setting.values():
         # Steps ascend, so that the first number of every pair is the smaller one.
@@ -245,7 +259,7 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence
             # Full fine-tuning has no A that could take over.
             distances = np.quantile(takeovers, QUANTILES).tolist() if curve.rank else [math.inf]
             # Exponents of the law, at quantiles of the modules' takeover distances.
-            schedules = (warmup_factors(first, warmup), warmup_factors(second, warmup))
+            schedules = [rate_factors(count, warmup, schedule) for count in (first, second)]
             preserving_rates = [
                 horizon.rate_for_equal_change(rate, *schedules, takeover=distance) for distance in distances
             ]

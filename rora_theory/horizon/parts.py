@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rora_theory.horizon.grid import warmup_factors
+from rora_theory.horizon.grid import rate_factors
 from rora_theory.horizon.runs import HorizonRun
 from rora_theory.io import frames
 from rora_theory.measure.led import PARTS, preserving_exponent, preserving_factor
+from rora_theory.optimizers import Schedule
 from rora_theory.theory import horizon
 
 QUANTILES = (0.05, 0.5, 0.95)
@@ -20,13 +21,16 @@ GRID_STEP = 1 / 4
 """Distance between adjacent learning rates of the grid, in decades."""
 
 
-def led_table(runs: Sequence[HorizonRun], *, takeovers: Sequence[float], warmup: int) -> pd.DataFrame:
+def led_table(
+    runs: Sequence[HorizonRun], *, takeovers: Sequence[float], warmup: int, schedule: Schedule = "constant"
+) -> pd.DataFrame:
     """Tabulate the B-led and the A-led part of the change at every reading where they were measured.
 
     Args:
       runs: Runs of the grid.
       takeovers: Takeover distances of the model's modules; if empty, the table has no column ``law_ratio``.
       warmup: Number of steps of linear warm-up.
+      schedule: Schedule of the learning rate after the warm-up.
 
     Returns:
       A row for each reading after which a B has moved: ``rank``, ``strength``, ``learning_rate``, ``seed`` and
@@ -56,7 +60,7 @@ def led_table(runs: Sequence[HorizonRun], *, takeovers: Sequence[float], warmup:
             row["change"] = float(np.sqrt(np.mean(w**2)))
             # The law's ratio at a constant gradient is the distance that A moves over the takeover distance.
             if takeover is not None:
-                rates = [run.rate * factor for factor in warmup_factors(reading.step, warmup)]
+                rates = [run.rate * factor for factor in rate_factors(reading.step, warmup, schedule)]
                 row["law_ratio"] = horizon.distances(rates, takeover=takeover).A / takeover
             rows.append(row)
     return pd.DataFrame(rows)

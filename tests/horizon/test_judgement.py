@@ -136,7 +136,7 @@ def adams_power(takeover: float, rate: float = 1e-3) -> float:
     """Find the power of the steps from 16 to 64 that preserves b (1 + a / takeover) under Adam, by bisection."""
 
     def change(steps: int, rate: float) -> float:
-        distance = distances([rate * factor for factor in horizon_grid.warmup_factors(steps, 4)], takeover=takeover)
+        distance = distances([rate * factor for factor in horizon_grid.rate_factors(steps, 4)], takeover=takeover)
         return distance.B * (1 + distance.A / takeover)
 
     low, high = rate / 64, rate
@@ -333,7 +333,7 @@ def test_beside_a_run_that_diverged_the_exponent_is_known_to_half_a_step_of_the_
 def test_the_law_in_the_steps_is_that_of_adam(takeover: float) -> None:
     """If A takes over, its gradient grows and Adam follows faster than a constant gradient; not where B leads."""
     rate = rate_for_equal_change(
-        1e-3, horizon_grid.warmup_factors(16, 4), horizon_grid.warmup_factors(64, 4), takeover=takeover
+        1e-3, horizon_grid.rate_factors(16, 4), horizon_grid.rate_factors(64, 4), takeover=takeover
     )
     power = math.log(rate / 1e-3, 4)
     assert power == pytest.approx(adams_power(takeover), abs=1e-6)
@@ -648,6 +648,9 @@ def test_the_parts_of_each_reading_are_summarised_with_the_law() -> None:
     assert row["exponent_low"] < row["exponent"] < row["exponent_high"]
     rates = [0, 2.5e-4, 5e-4, 7.5e-4] + 12 * [1e-3]
     assert row["law_ratio"] == pytest.approx(distances(rates, takeover=0.004).A / 0.004)
+    decaying = rates[:4] + [1e-3 * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(12)]
+    (cosine,) = parts.led_table(runs, **LAW, schedule="cosine").to_dict("records")
+    assert cosine["law_ratio"] == pytest.approx(distances(decaying, takeover=0.004).A / 0.004)
     assert "law_ratio" not in parts.led_table(runs, takeovers=[], warmup=4)
     still = {name: [*values, 0.0] for name, values in runs[0].read.readings[0].parts.items()}
     runs[0].read.readings[0] = replace(runs[0].read.readings[0], parts=still)
@@ -823,6 +826,24 @@ def in_training(runs: Sequence[HorizonRun], exponent: float) -> list[HorizonRun]
         losses = [9 - 100 * run.rate] * 32 + [level * (1 + 0.01 * (step % 3)) for step in range(32)]
         trained.append(replace(run, read=replace(run.read, train_losses=losses)))
     return trained
+
+
+def test_the_law_of_a_constant_gradient_follows_the_schedule() -> None:
+    runs = grid(-0.7, seeds=2)
+    for name in ("constant", "cosine"):
+        judged = judgement.judge_runs(runs, TOKENS, **LAW, schedule=name)
+        row = judged.exponents.query("step == 64 and over == 'strength' and at == 8").iloc[0]
+        (best,) = judged.best.query("step == 64 and rank == 8 and strength == 64")["best_rate"]
+        law = horizon_law.predict_exponents(
+            TAKEOVERS, (64.0, 724.0), steps=(64,), rates=(best,), warmup=4, schedule=name
+        )
+        assert row["law"] == pytest.approx(law["exponent"][1], abs=1e-6)
+    # With a decay A moves less, and the best rate falls more.
+    factors = [
+        horizon_law.predict_exponents(TAKEOVERS, (64.0, 724.0), steps=(64,), rates=(1e-3,), warmup=4, schedule=name)
+        for name in ("constant", "cosine")
+    ]
+    assert (factors[1]["factor"] > 1.03 * factors[0]["factor"]).all()
 
 
 def test_training_losses_give_an_exponent_of_their_own() -> None:
