@@ -10,15 +10,8 @@ import safetensors.numpy
 
 from rora_theory.adapters import load_peft, rewrite_portable, save_peft
 
-torch = pytest.importorskip("torch", reason="beside peft: the extra peers")
-peft = pytest.importorskip("peft", reason="beside peft: the extra peers")
-
-
-def peft_logits(golden, folder: Path) -> np.ndarray:
-    """Return what peft computes with the adapter in a folder."""
-    model = peft.PeftModel.from_pretrained(golden.torch_base(), str(folder))
-    with torch.no_grad():
-        return model(torch.from_numpy(golden.TOKENS)).logits.numpy()
+pytest.importorskip("torch", reason="beside peft: the extra peers")
+pytest.importorskip("peft", reason="beside peft: the extra peers")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -38,13 +31,13 @@ def test_peft_and_this_package_compute_the_same(entries, golden, config, params,
     source = Path(shutil.copytree(golden.FOLDER / "lora_patterns", tmp_path / "peft"))
     path = source / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
-    expected = peft_logits(golden, source)
+    expected = golden.peft_logits(source)
     adapter = load_peft(source, config, params)
     np.testing.assert_allclose(run(params, tokens, adapter), expected, rtol=0, atol=2e-5)
     save_peft(tmp_path / "again", adapter)
     rewrite_portable(source, tmp_path / "portable")
     for name in ("again", "portable"):
-        np.testing.assert_allclose(peft_logits(golden, tmp_path / name), expected, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(golden.peft_logits(tmp_path / name), expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -62,4 +55,4 @@ def test_both_support_a_rank_above_the_width_of_a_module(golden, config, params,
     tensors = {name: (0.3 * tensor).astype(np.float32) for name, tensor in tensors.items()}
     weights.write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
     logits = run(params, tokens, load_peft(source, config, params))
-    np.testing.assert_allclose(logits, peft_logits(golden, source), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(logits, golden.peft_logits(source), rtol=0, atol=2e-5)

@@ -131,13 +131,19 @@ def make(name: str, settings: dict) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     loss, logits = torch_loss(model)
     loss.backward()
-    saved = {key: value.grad for key, value in adapted.items()}
     arrays = {"logits": logits.detach().numpy(), "count": np.asarray(model.get_nb_trainable_parameters()[0])}
-    for key, gradient in saved.items():
-        arrays["grad:" + key.replace(".default", "").removesuffix(".weight" if "magnitude" in key else "")] = (
-            gradient.numpy()
-        )
-    optimizer = torch.optim.AdamW(adapted.values(), lr=RATE)
+    for key, value in adapted.items():
+        saved_name = key.replace(".default", "").removesuffix(".weight" if "magnitude" in key else "")
+        arrays[f"grad:{saved_name}"] = value.grad.numpy()
+    losses = train(model, adapted.values())
+    np.savez_compressed(folder / "golden.npz", losses=losses, **arrays)
+
+
+def train(model, trained) -> np.ndarray:
+    """Return the losses of AdamW steps on the trained tensors of a model."""
+    import torch
+
+    optimizer = torch.optim.AdamW(trained, lr=RATE)
     losses = []
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -145,42 +151,48 @@ def make(name: str, settings: dict) -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    np.savez_compressed(folder / "golden.npz", losses=np.asarray(losses), **arrays)
+    return np.asarray(losses)
 
 
-def check_ours(name: str) -> float:
-    """Read a case with this package, write it, load it with peft, and return the largest difference of the logits."""
+def peft_logits(folder: Path | str) -> np.ndarray:
+    """Return what peft computes with the adapter in a folder."""
     import torch
     from peft import PeftModel
 
-    from rora_theory.adapters import load_peft, save_peft
+    with torch.no_grad():
+        return torch_loss(PeftModel.from_pretrained(torch_base(), folder))[1].numpy()
+
+
+def peft_difference(adapter, expected) -> float:
+    """Return the largest difference between logits and those that peft computes with our file of an adapter."""
+    from rora_theory.adapters import save_peft
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_peft(folder, adapter)
+        return float(np.abs(peft_logits(folder) - np.asarray(expected)).max())
+
+
+def check_ours(name: str) -> float:
+    """Read a case with this package, and return the difference of peft's logits on our file from those of the case."""
+    from rora_theory.adapters import load_peft
     from rora_theory.llama import LlamaConfig
 
     adapter = load_peft(FOLDER / name, LlamaConfig(**SHAPE))
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        save_peft(folder, adapter)
-        model = PeftModel.from_pretrained(torch_base(), folder)
-        return float(np.abs(torch_loss(model)[1].numpy() - np.load(FOLDER / name / "golden.npz")["logits"]).max())
+    return peft_difference(adapter, np.load(FOLDER / name / "golden.npz")["logits"])
 
 
 def check_exponent() -> float:
     """Compare the logits of an adapter of kappa = 1/4, with ranks and alphas by layer, with peft's on our file."""
     import jax.numpy as jnp
-    import torch
-    from peft import PeftModel
 
-    from rora_theory.adapters import load_peft, save_peft
+    from rora_theory.adapters import load_peft
     from rora_theory.adapters.lora import assemble_lora
     from rora_theory.llama import LlamaConfig, forward
 
     config = LlamaConfig(**SHAPE)
     read = load_peft(FOLDER / "lora_patterns", config)
     adapter = assemble_lora(dataclasses.replace(read.config, rule=0.25), read.targets, read.params)
-    ours = forward(base_params(), jnp.asarray(TOKENS), config, adapter)
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        save_peft(folder, adapter)
-        model = PeftModel.from_pretrained(torch_base(), folder)
-        return float(np.abs(torch_loss(model)[1].numpy() - np.asarray(ours)).max())
+    return peft_difference(adapter, forward(base_params(), jnp.asarray(TOKENS), config, adapter))
 
 
 def base_params():

@@ -12,7 +12,8 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from make_llama import SIZES, draw
+from make_generation import generate
+from make_llama import SIZES, batch, draw, peer_model
 
 HERE = Path(__file__).parent
 WINDOW = {"sliding_window": 5, "use_sliding_window": True, "num_hidden_layers": 3}
@@ -73,7 +74,7 @@ VARIANTS: dict[str, dict] = {
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
     },
 }
-BATCH, LENGTH, LAST = 2, 24, 4
+LAST = 4
 RANK, ALPHA, PREFIX = 4, 8.0, 3
 # With LoRA: no biases; some; one on every module but the feed-forward's; norms of the outputs of modules.
 ADAPTED = ("mistral", "qwen2", "qwen3_window_padded", "gemma3")
@@ -81,15 +82,6 @@ GENERATED = ("mistral", "qwen2_window", "qwen3_window_padded", "gemma3")
 PREFIXED = ("mistral", "qwen2_window", "gemma3")
 NEW_TOKENS = 10
 BEAMS = 3
-
-
-def batch(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens and attention mask of a variant: int32 [BATCH, LENGTH]."""
-    tokens = np.random.default_rng(zlib.crc32(name.encode())).integers(0, SIZES["vocab_size"], (BATCH, LENGTH))
-    mask = np.ones((BATCH, LENGTH), np.int32)
-    if name.endswith("padded"):
-        mask[1, :9] = 0
-    return tokens.astype(np.int32), mask
 
 
 def prompts(name: str) -> list[list[int]]:
@@ -108,19 +100,10 @@ def main() -> None:
     import torch
     import transformers
 
-    def tensors(module: torch.nn.Module, keep: str = "") -> dict[str, torch.Tensor]:
-        """Return random values of the parameters whose names contain ``keep``."""
-        parameters = {name: value for name, value in module.named_parameters() if keep in name}
-        return {name: torch.tensor(draw(name, tuple(value.shape))) for name, value in parameters.items()}
-
     arrays, variants = {}, {}
     for name, change in VARIANTS.items():
         config = SIZES | change
-        model = transformers.AutoModelForCausalLM.from_config(
-            transformers.AutoConfig.for_model(**json.loads(json.dumps(config))), attn_implementation="eager"
-        )
-        model.load_state_dict(tensors(model), strict=not config["tie_word_embeddings"])
-        model.eval().generation_config = transformers.GenerationConfig()
+        model = peer_model(config)
         tokens, mask = (torch.tensor(part).long() for part in batch(name))
         # Positions count real tokens, as they do in generation.
         inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
@@ -133,17 +116,9 @@ def main() -> None:
         for key, value in model.named_parameters():
             arrays[f"{name}/gradient/{key}"] = reduced(key, value.grad.numpy())
         variants[name] = {"config": config, "generated": {}}
-        texts = prompts(name)
-        longest = max(map(len, texts))
-        padded = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
-        real = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
         for beams in (1, BEAMS) if name in GENERATED else ():
-            settings = transformers.GenerationConfig(
-                do_sample=False, max_new_tokens=NEW_TOKENS, num_beams=beams, eos_token_id=None, pad_token_id=0
-            )
-            with torch.no_grad():
-                out = model.generate(padded, attention_mask=real, generation_config=settings)
-            variants[name]["generated"][str(beams)] = out[:, longest:].tolist()
+            new = generate(model, prompts(name), {"num_beams": beams}, [], NEW_TOKENS)
+            variants[name]["generated"][str(beams)] = new
         if name in PREFIXED:  # tokens that leave the window as any other
             prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PREFIX)
             with torch.no_grad():
@@ -155,7 +130,9 @@ def main() -> None:
             continue
         settings = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, use_rslora=True, target_modules="all-linear")
         adapted = peft.get_peft_model(model, settings).eval()
-        adapted.load_state_dict(tensors(adapted, "lora_"), strict=False)
+        trained = {key: value for key, value in adapted.named_parameters() if "lora_" in key}
+        drawn = {key: torch.tensor(draw(key, tuple(value.shape))) for key, value in trained.items()}
+        adapted.load_state_dict(drawn, strict=False)
         with torch.no_grad():
             arrays[f"{name}/adapted"] = adapted(tokens, **inputs).logits[:, -LAST:].numpy()
         names = {key: list(value.shape) for key, value in peft.get_peft_model_state_dict(adapted).items()}

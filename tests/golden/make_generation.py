@@ -75,9 +75,30 @@ def prompts(name: str, seed: int) -> list[list[int]]:
     return [rng.integers(1, MODELS[name]["vocab_size"], n).tolist() for n in lengths]
 
 
+def generate(network, texts: list[list[int]], settings: dict, eos: list[int], new_tokens: int) -> list[list[int]]:
+    """Return what transformers generates after texts of one batch, up to the first end token."""
+    import torch
+    from transformers import GenerationConfig
+
+    longest = max(map(len, texts))
+    tokens = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
+    mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
+    network.generation_config = GenerationConfig()
+    search = GenerationConfig(
+        do_sample=False, max_new_tokens=new_tokens, eos_token_id=eos or None, pad_token_id=0, **settings
+    )
+    with torch.no_grad():
+        out = network.generate(tokens, attention_mask=mask, generation_config=search)
+    rows = []
+    for row in out[:, longest:].tolist():
+        end = next((at + 1 for at, token in enumerate(row) if token in eos), len(row))
+        rows.append(row[:end])
+    return rows
+
+
 def main() -> None:
     import torch
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     def model(name: str, seed: int, dtype: torch.dtype) -> LlamaForCausalLM:
         settings = {key: value for key, value in MODELS[name].items() if key != "model_type"}
@@ -88,30 +109,7 @@ def main() -> None:
             if not (key == "lm_head.weight" and network.config.tie_word_embeddings)
         }
         network.load_state_dict(state, strict=False)
-        network.generation_config = GenerationConfig()
         return network
-
-    def generate(network: LlamaForCausalLM, texts: list[list[int]], settings: dict, eos: list[int]) -> list[list[int]]:
-        longest = max(map(len, texts))
-        tokens = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
-        mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
-        with torch.no_grad():
-            out = network.generate(
-                tokens,
-                attention_mask=mask,
-                generation_config=GenerationConfig(
-                    do_sample=False,
-                    max_new_tokens=NEW_TOKENS,
-                    eos_token_id=eos or None,
-                    pad_token_id=0,
-                    **(settings or {"num_beams": 1}),
-                ),
-            )
-        rows = []
-        for row in out[:, longest:].tolist():
-            end = next((at + 1 for at, token in enumerate(row) if token in eos), len(row))
-            rows.append(row[:end])
-        return rows
 
     cases = []
     for name, settings, ends, seeds in PLAN:
@@ -119,10 +117,11 @@ def main() -> None:
             wide, narrow = (model(name, seed, dtype) for dtype in (torch.float64, torch.float32))
             texts = prompts(name, seed)
             # End tokens that the model likes: those it generates most often when nothing ends a text.
-            free = [token for row in generate(narrow, texts, BEAM, []) for token in row if token]
+            free = [token for row in generate(narrow, texts, BEAM, [], NEW_TOKENS) for token in row if token]
             eos = sorted(np.bincount(free).argsort()[::-1][1 : 1 + ends].tolist())
-            answers = generate(narrow, texts, settings, eos)
-            if answers == [generate(wide, [text], settings, eos)[0] for text in texts]:
+            search = settings or {"num_beams": 1}, eos, NEW_TOKENS
+            answers = generate(narrow, texts, *search)
+            if answers == [generate(wide, [text], *search)[0] for text in texts]:
                 cases.append({"model": name, "seed": seed, "settings": settings, "eos": eos, "new": answers})
             else:
                 print("left out, hangs on rounding:", name, seed, settings)

@@ -81,9 +81,22 @@ def batch(name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return tokens and attention mask of a variant: int32 [BATCH, LENGTH]."""
     tokens = np.random.default_rng(zlib.crc32(name.encode())).integers(0, SIZES["vocab_size"], (BATCH, LENGTH))
     mask = np.ones((BATCH, LENGTH), np.int32)
-    if name == "left_padded":
+    if name.endswith("padded"):
         mask[1, :9] = 0
     return tokens.astype(np.int32), mask
+
+
+def peer_model(config: dict):
+    """Return transformers' model of a configuration with the weights that `draw` gives its parameters."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**json.loads(json.dumps(config))), attn_implementation="eager"
+    )
+    weights = {name: torch.tensor(draw(name, tuple(value.shape))) for name, value in model.named_parameters()}
+    model.load_state_dict(weights, strict=not config["tie_word_embeddings"])
+    return model.eval()
 
 
 def main() -> None:
@@ -93,16 +106,9 @@ def main() -> None:
     arrays, configs = {}, {}
     for name, change in VARIANTS.items():
         config = SIZES | change
-        model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**json.loads(json.dumps(config)), attn_implementation="eager")
-        )
-        state = {key: torch.tensor(draw(key, tuple(value.shape))) for key, value in model.state_dict().items()}
-        if config["tie_word_embeddings"]:
-            state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        model.load_state_dict(state, strict=True)
         tokens, mask = batch(name)
         with torch.no_grad():
-            out = model.eval()(torch.tensor(tokens).long(), attention_mask=torch.tensor(mask)).logits
+            out = peer_model(config)(torch.tensor(tokens).long(), attention_mask=torch.tensor(mask)).logits
         arrays[name] = out.numpy()
         configs[name] = config
     np.savez_compressed(HERE / "llama.npz", **arrays)

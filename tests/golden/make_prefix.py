@@ -9,11 +9,10 @@ likeliest tokens, one after another, by peft's forward pass.
 
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
-from make_adapters import RATE, SHAPE, STEPS, TOKENS, base_params, torch_base, torch_loss
+from make_adapters import SHAPE, TOKENS, base_params, peft_difference, torch_base, torch_loss, train
 
 FOLDER = Path(__file__).parent / "prefix"
 VIRTUAL_TOKENS, PADDED, NEW = 5, 4, 6
@@ -35,8 +34,8 @@ def make() -> None:
     (trained,) = (value for value in model.parameters() if value.requires_grad)
     loss, logits = torch_loss(model)
     loss.backward()
-    arrays = {"logits": logits.detach().numpy(), "count": np.asarray(trained.numel()), "gradient": trained.grad.numpy()}
-    arrays["gradient"] = arrays["gradient"].copy()
+    arrays = {"logits": logits.detach().numpy(), "count": np.asarray(trained.numel())}
+    arrays["gradient"] = trained.grad.numpy().copy()
     with torch.no_grad():
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         arrays["padded"] = model(tokens, attention_mask=mask, position_ids=positions).logits.numpy()
@@ -47,37 +46,26 @@ def make() -> None:
             new = model(sequences, attention_mask=masks, position_ids=positions).logits[:, -1:].argmax(-1)
             sequences, masks = torch.cat([sequences, new], 1), torch.cat([masks, torch.ones_like(new)], 1)
         arrays["generated"] = sequences[:, tokens.shape[1] :].numpy()
-    optimizer = torch.optim.AdamW([trained], lr=RATE)
-    losses = []
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        loss, _ = torch_loss(model)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    np.savez_compressed(FOLDER / "golden.npz", losses=np.asarray(losses), **arrays)
+    losses = train(model, [trained])
+    np.savez_compressed(FOLDER / "golden.npz", losses=losses, **arrays)
 
 
 def check_ours() -> dict[str, float]:
     """Return the largest differences of logits: ours from peft's, and peft's on our file of another prefix."""
     import jax
     import jax.numpy as jnp
-    import torch
-    from peft import PeftModel
 
-    from rora_theory.adapters import PrefixConfig, init, load_peft, save_peft
+    from rora_theory.adapters import PrefixConfig, init, load_peft
     from rora_theory.llama import LlamaConfig, forward
 
-    config, params = LlamaConfig(**SHAPE), base_params()
-    read = load_peft(FOLDER, config)
+    config, params, tokens = LlamaConfig(**SHAPE), base_params(), jnp.asarray(TOKENS)
     expected = np.load(FOLDER / "golden.npz")["logits"]
-    differences = {"ours on peft's": np.abs(forward(params, jnp.asarray(TOKENS), config, read) - expected).max()}
+    ours = np.asarray(forward(params, tokens, config, load_peft(FOLDER, config)))
     other = init(jax.random.key(1), PrefixConfig(3), config, params)
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        save_peft(folder, other)
-        theirs = torch_loss(PeftModel.from_pretrained(torch_base(), folder))[1].numpy()
-    differences["peft on ours"] = np.abs(forward(params, jnp.asarray(TOKENS), config, other) - theirs).max()
-    return {name: float(value) for name, value in differences.items()}
+    return {
+        "ours on peft's": float(np.abs(ours - expected).max()),
+        "peft on ours": peft_difference(other, forward(params, tokens, config, other)),
+    }
 
 
 def main() -> None:

@@ -75,23 +75,28 @@ def corpus(data: Path) -> dict[str, list[str]]:
     texts = {}
     for path in sorted(data.glob("*/t*.json")):
         records = json.loads(path.read_text())
+        pairs = [(record["instruction"], record["output"]) for record in records]
         texts[f"{path.parent.name}/{path.name}"] = [
-            text
-            for r in records
-            for text in (
-                r["instruction"],
-                r["output"],
-                prompts.training_text(r["instruction"], r["output"]),
-            )
+            text for pair in pairs for text in (*pair, prompts.training_text(*pair))
         ]
     return texts
 
 
 def digest(ids: list[list[int]]) -> str:
     """Compute the SHA-256 of the lengths and ids of all texts, as little-endian 32-bit integers."""
-    return hashlib.sha256(
-        np.array([n for text_ids in ids for n in (len(text_ids), *text_ids)], "<i4").tobytes()
-    ).hexdigest()
+    flat = np.array([n for text_ids in ids for n in (len(text_ids), *text_ids)], "<i4")
+    return hashlib.sha256(flat.tobytes()).hexdigest()
+
+
+def digests_of(texts: dict[str, list[str]], encode, other) -> dict[str, str]:
+    """Return the digest of each file's ids, on which two encoders agree."""
+    digests = {}
+    for file, lines in texts.items():
+        ids = encode(lines)
+        assert ids == other(lines), file
+        digests[file] = digest(ids)
+        print(file, len(lines), digests[file][:12], flush=True)
+    return digests
 
 
 def llama_cpp_ids(path: Path, texts: list[str]) -> list[list[int]]:
@@ -180,14 +185,8 @@ def tiny_llama2(text: str, work: Path) -> dict:
     # Special tokens in the text are beyond sentencepiece, which takes them for plain text.
     plain = [text for text in TEXTS if "<s>" not in text]
     ids = reference.encode(plain)
-    write_gguf(
-        work / "llama2.gguf",
-        "llama",
-        "default",
-        [p[0] for p in pieces],
-        [p[2] for p in pieces],
-        [p[1] for p in pieces],
-    )
+    tokens, scores, kinds = map(list, zip(*pieces, strict=True))
+    write_gguf(work / "llama2.gguf", "llama", "default", tokens, kinds, scores)
     assert ids == llama_cpp_ids(work / "llama2.gguf", plain)
     (work / "tokenizer.model").write_bytes(model)
     theirs = LlamaTokenizer.from_pretrained(work)
@@ -256,13 +255,7 @@ def real(path: Path, name: str, texts: dict[str, list[str]]) -> dict[str, str]:
         def encode(texts: list[str]) -> list[list[int]]:
             return reference(texts, add_special_tokens=False).input_ids
 
-    digests = {}
-    for file, lines in texts.items():
-        ids = encode(lines)
-        assert ids == llama_cpp_ids(path, lines), file
-        digests[file] = digest(ids)
-        print(name, file, len(lines), digests[file][:12], flush=True)
-    return digests
+    return digests_of(texts, encode, lambda lines: llama_cpp_ids(path, lines))
 
 
 def gemma3(path: Path, texts: dict[str, list[str]]) -> dict[str, str]:
@@ -275,12 +268,7 @@ def gemma3(path: Path, texts: dict[str, list[str]]) -> dict[str, str]:
     model = sentencepiece_model(list(zip(pieces, scores, kinds, strict=True)), add_dummy_prefix=False)
     reference = sentencepiece.SentencePieceProcessor(model_proto=model)
     peer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    digests = {}
-    for file, lines in texts.items():
-        ids = reference.encode(lines)
-        assert ids == peer(lines, add_special_tokens=False).input_ids, file
-        digests[file] = digest(ids)
-    return digests
+    return digests_of(texts, reference.encode, lambda lines: peer(lines, add_special_tokens=False).input_ids)
 
 
 def main() -> None:
@@ -301,15 +289,9 @@ def main() -> None:
             **{pre: tiny_byte_level(text, pre, Path(work)) for pre in PRE_TOKENIZERS},
         }
         # llama.cpp's own way to cut text, which no tokenizer.json has: llama.cpp alone is the reference.
-        path, tiny["default"] = Path(work) / "default.gguf", dict(tiny["gpt-2"])
-        write_gguf(
-            path,
-            "gpt2",
-            "default",
-            *(tiny["default"][key] for key in ("tokens", "kinds")),
-            merges=tiny["default"]["merges"],
-        )
-        tiny["default"]["ids"] = llama_cpp_ids(path, TEXTS)
+        path, gpt2 = Path(work) / "default.gguf", tiny["gpt-2"]
+        write_gguf(path, "gpt2", "default", gpt2["tokens"], gpt2["kinds"], merges=gpt2["merges"])
+        tiny["default"] = gpt2 | {"ids": llama_cpp_ids(path, TEXTS)}
     (HERE / "tokenizers.json").write_text(json.dumps(tiny, ensure_ascii=False, separators=(",", ":")) + "\n")
     if args.data is not None:
         texts = corpus(args.data)
