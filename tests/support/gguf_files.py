@@ -7,9 +7,10 @@ from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 from gguf import GGMLQuantizationType
 
-from rora_theory.llama import LlamaConfig
+from rora_theory.llama import LlamaConfig, hub
 
 Tensor = tuple[np.ndarray, GGMLQuantizationType | None]
 """Stored array and its type; None for the type of the array."""
@@ -29,6 +30,14 @@ GEMMA_MODULES = MODULES | {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+
+
+def packaged(name: str) -> Path:
+    """Return the GGUF file of a built-in model's package, and skip the test if the package is not installed."""
+    path = hub._packaged(hub.BUILT_IN[name])
+    if path is None:
+        pytest.skip(f"{hub.BUILT_IN[name].distribution} is not installed")
+    return path
 
 
 def write(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], architecture: str = "llama") -> Path:
