@@ -62,12 +62,19 @@ def test_adapters_have_the_papers_share_of_the_weights(model, method, changes, p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"method": "dora", "dtype": "bfloat16"}, {"accumulation": 2, "remat": True}])
-def test_parts_are_the_real_arrays_and_sum_up(changes):
-    config = dataclasses.replace(SMALL, **changes)
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL,
+        dataclasses.replace(SMALL, method="dora", dtype="bfloat16"),
+        dataclasses.replace(SMALL, accumulation=2, remat=True),
+        *(FinetuneConfig(method=method, batch_size=4) for method in ("prefix", "series", "parallel", "full")),
+    ],
+)
+def test_parts_are_the_real_arrays_and_sum_up(config):
     account = capacity.estimate_step(WIDE, config, 16)
     params = init_params(jax.random.key(0), WIDE, jnp.dtype(config.dtype))
-    adapter = adapters.init(jax.random.key(1), config.lora(), WIDE, params)
+    adapter = adapters.init(jax.random.key(1), config.adapter(), WIDE, params)
     moments = 2 * sum(a.nbytes for a in jax.tree.leaves(adapter.params))
     assert account.base == sum(a.nbytes for a in jax.tree.leaves(params))
     assert account.adapter == moments // 2 == 4 * account.trainable == 4 * adapters.count(adapter)
@@ -78,6 +85,7 @@ def test_parts_are_the_real_arrays_and_sum_up(changes):
     assert account.total == sum(account.parts().values())
     assert account.logits == 4 * 700 * 4 * 16 // config.accumulation
     assert min(account.activations, account.working) > 0
+    assert account.flops > 2 * account.tokens * sum(a.size for a in jax.tree.leaves(params["layers"]))
 
 
 @pytest.mark.slow
@@ -131,19 +139,6 @@ def test_a_custom_device():
     for figures, name in (((0.9e9, 1e12), "memory"), ((24e9, 0.0), "rate"), ((24e9, 1e12, -1.0), "bandwidth")):
         with pytest.raises(InputError, match=name):
             Device.from_specification(*figures)
-
-
-@pytest.mark.slow
-def test_operations_are_three_products_with_every_weight():
-    """The papers' model with the largest head is checked; the command's table shows that each fits an A6000."""
-    config = FinetuneConfig(rank=128, batch_size=16, dtype="bfloat16", remat=True)
-    account = capacity.estimate_step(MODELS["llama3-8b"], config, 256)
-    assert account.base == 2 * account.parameters
-    # Two operations for each weight and token in the forward pass, its repetition, and the backward pass to the inputs,
-    # without the embedding. Adapters and attention add some. The head, 8% of the weights, and the last product of each
-    # layer are not repeated.
-    matrices = account.parameters - MODELS["llama3-8b"].vocab_size * MODELS["llama3-8b"].hidden_size
-    assert account.flops == pytest.approx(6 * account.tokens * matrices, rel=0.15)
 
 
 @pytest.mark.slow
