@@ -145,13 +145,11 @@ def test_shardings_of_abstract_weights_follow_the_rules():
     assert by_layers["layers"]["input_layernorm"].spec == P("fsdp")
 
 
-def test_a_run_takes_all_devices(monkeypatch):
+def test_a_run_takes_all_devices():
     layout, shardings = sharding.layout_over_all_devices(MODEL, CONFIG, fsdp=4)
     assert layout is not None
     assert dict(layout.mesh.shape) == {"data": 2, "fsdp": 4}
     assert shardings == layout.params_shardings(abstract_params(MODEL))
-    monkeypatch.setattr(jax, "devices", lambda: [None])
-    assert sharding.layout_over_all_devices(MODEL, CONFIG) == (None, None)
 
 
 @pytest.mark.slow
@@ -181,7 +179,6 @@ def test_an_adapter_that_is_handed_out_lies_where_the_run_s_does(params):
         (lambda: Rules(inputs=("fsdp",)), "mesh axis 'fsdp' splits both outputs and inputs"),
         (lambda: Rules(batch=("data", "data")), "splits both batch and batch"),
         (lambda: Rules(vocab=("model",)), "vocab .*mesh axis 'model'.*data, fsdp"),
-        (lambda: sharding.mesh(fsdp=3), "fsdp .*divisor .*8, got 3"),
         (lambda: sharding.mesh(data=3, fsdp=4), "data must be 2 with fsdp 4.*got 3"),
         (lambda: Layout(sharding.mesh()).batch(training.batch(12)), "batch_size .*multiple of 8 .*got 12"),
         (lambda: Layout(sharding.mesh()).check_batch(24, 2), "batch_size .*8 .*times 2 .*got 24"),
