@@ -55,17 +55,6 @@ def test_no_second_end_token_and_none_for_a_model_without_one():
     assert tokenize([record], Endless(), template="clean")[0].tolist() == [1, *text(record).encode()]
 
 
-def test_a_token_that_straddles_prompt_and_answer_belongs_to_the_answer():
-    class Joins(tiny.ByteEncoder):
-        """Tokenizer that joins a line feed and the next letter into one token."""
-
-        def encode_batch(self, texts):
-            return [[1, *text.replace("\nz", "\x7f").encode()] for text in texts]
-
-    tokenized = tokenize([Record("q", "zap")], Joins(), template="clean", answer_only=True)
-    assert tokenized[0][tokenized.first_targets[0] :].tolist() == [0x7F, *b"ap", 2]
-
-
 def test_records_whose_answer_is_cut_off_are_left_out_only_from_the_answers_loss():
     records = [Record("q" * 50, "answer"), Record("q", "answer")]
     cutoff = len(text(records[1])) + 2

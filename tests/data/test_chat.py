@@ -140,7 +140,8 @@ def test_texts_and_masks_equal_transformers(tokenizer):
 
 def test_all_chats_that_a_template_cannot_render_are_listed():
     chats = [Chat(tuple(messages), where=f"line {line}") for line, messages in enumerate((CHAT, CHAT[:2], CHAT))]
-    with pytest.raises(InputError, match=r"^2 of 3 .*line 0: .*line 2: "):
+    wrong = ": turns .* got user, assistant, user, assistant"
+    with pytest.raises(InputError, match=rf"^2 of 3 .*line 0{wrong}.*line 2{wrong}"):
         texts.render_records(chats, "clean")
 
 
@@ -297,11 +298,9 @@ def test_a_template_is_limited_in_length():
 
 
 def test_other_templates_take_one_question_and_its_answer():
-    conversation = Chat(tuple(CHAT[:2]), where="x.json: record 3")
+    conversation = Chat(tuple(CHAT[:2]))
     assert texts.render_record(conversation, "plain").text == "Is it <b>?Yes. "
     assert texts.render_record(conversation, "clean") == texts.render_record(Record("Is it <b>?", "Yes. "), "clean")
-    with pytest.raises(InputError, match=r"x\.json: record 3: turns .* got user, assistant, user, assistant"):
-        texts.render_record(Chat(tuple(CHAT), where=conversation.where), "clean")
     with pytest.raises(InputError, match=r"template must be plain .* got 'train'"):
         texts.render_record(Text("a"), "train")
     with pytest.raises(InputError, match=r"^the record 'Say\.': .* rejects the chat \(no\)"):

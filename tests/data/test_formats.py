@@ -143,7 +143,6 @@ def test_mixed_formats_require_a_template(tmp_path):
     ("options", "message"),
     [
         ({"fields": {"question": "q"}}, "fields .* messages, role.* 'question'"),
-        ({"show": -1}, "show"),
         ({"chat_date": "today"}, "chat_date .* 'today'"),
         ({"chat_template": "none.jinja"}, r"none\.jinja: no such file.* a file of Jinja source, or chatml"),
     ],

@@ -166,7 +166,6 @@ HOSTILE = {
     "filter": "{{ 'a'|center(10**10) }}",
     "doubling": "{% set n = namespace(x='aaaa') %}{% for a in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "digits": "{{ " + "9" * 5000 + " }}",
-    "long source": "a" * (1 << 21),
     "many pieces": "{% for a in range(99999) %}{{ 'a' * 99999 }}{% endfor %}",
 }
 
@@ -182,9 +181,7 @@ def test_a_hostile_template_ends_in_one_line(name, monkeypatch, time_limit):
     with time_limit(60), pytest.raises(InputError, match="template") as caught:
         texts.render_records([Chat(EXCHANGE, where="x.jsonl: line 7")], "chat", ChatTemplate(HOSTILE[name]))
     assert "\n" not in str(caught.value)
-    assert name in ("digits", "long source") or "x.jsonl: line 7" in str(caught.value)
-    # A source that is too long is refused before it is parsed, with its length in the message.
-    assert name != "long source" or f"{1 << 21:,}" in str(caught.value)
+    assert name == "digits" or "x.jsonl: line 7" in str(caught.value)
 
 
 def test_a_child_process_renders_the_same_texts():
@@ -195,10 +192,6 @@ def test_a_child_process_renders_the_same_texts():
             texts.render_record(record, "chat", template) for record in records
         ]
     assert pickle.loads(pickle.dumps(template)).source == template.source
-    with pytest.raises(InputError, match=r"line 3: .*no such chats"):
-        texts.render_records(
-            [Chat(EXCHANGE, where="line 3")], "chat", ChatTemplate("{{ raise_exception('no such chats') }}")
-        )
 
 
 PICKY = "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('not this') }}{% endif %}{% endfor %}"
