@@ -14,7 +14,7 @@ import safetensors.flax
 import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_adapters import PAPER, PATTERNS
+from make_adapters import CASES, PAPER, PATTERNS
 
 from rora_theory.adapters import (
     BottleneckConfig,
@@ -34,7 +34,6 @@ from rora_theory.errors import InputError
 from rora_theory.llama.hub import ModelSource
 from rora_theory.scaling import scaling_factor
 
-CASES = ("lora", "rora", "dora", "lora_patterns", "dora_rora_patterns", "regex")
 WRITTEN = {
     "alpha_pattern", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights",
     "layers_to_transform", "lora_alpha", "lora_dropout", "peft_type", "r", "rank_pattern", "target_modules",
