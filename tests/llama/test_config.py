@@ -19,11 +19,6 @@ LLAMA3 = {
 }  # fmt: skip
 
 
-def test_defaults_are_hugging_faces():
-    fields = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 2048}
-    assert LlamaConfig.from_hf(SMALL) == LlamaConfig(48, 32, 40, 2, 4, 4, 8, **fields, bos_token_id=1, eos_token_id=2)
-
-
 # Keys of config.json as transformers wrote it from 4.28 to 5, and as tools that build on it did.
 HABITS = {
     "_model_name_or_path": "meta-llama/Llama-2-7b-hf", "bad_words_ids": None, "do_sample": False, "max_length": 20,
@@ -122,6 +117,8 @@ def test_where_there_is_a_sliding_window(change, window, full):
 
 
 def test_missing_keys_have_the_defaults_of_hugging_faces_classes():
+    fields = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 2048}
+    assert LlamaConfig.from_hf(SMALL) == LlamaConfig(48, 32, 40, 2, 4, 4, 8, **fields, bos_token_id=1, eos_token_id=2)
     wide = SMALL | {"hidden_size": 64, "num_attention_heads": 32}
     mistral, qwen2, qwen3 = (LlamaConfig.from_hf(wide | {"model_type": name}) for name in ("mistral", "qwen2", "qwen3"))
     assert (mistral.num_key_value_heads, mistral.max_position_embeddings, mistral.eos_token_id) == (8, 131072, 2)
