@@ -1,12 +1,11 @@
 """Compare adapters with peft, where it is installed: what it loads, and what it then computes."""
 
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.numpy
+from support.peft_files import change_config, change_tensors
 
 from rora_theory.adapters import load_peft, rewrite_portable, save_peft
 
@@ -29,8 +28,7 @@ pytest.importorskip("peft", reason="beside peft: the extra peers")
 def test_peft_and_this_package_compute_the_same(entries, golden, config, params, tokens, run, tmp_path) -> None:
     """Read, written again and in portable form, it computes the same in peft to 2e-5 (float32 sums)."""
     source = Path(shutil.copytree(golden.FOLDER / "lora_patterns", tmp_path / "peft"))
-    path = source / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    change_config(source, **entries)
     expected = golden.peft_logits(source)
     adapter = load_peft(source, config, params)
     np.testing.assert_allclose(run(params, tokens, adapter), expected, rtol=0, atol=2e-5)
@@ -43,8 +41,7 @@ def test_peft_and_this_package_compute_the_same(entries, golden, config, params,
 @pytest.mark.filterwarnings("ignore")
 def test_both_support_a_rank_above_the_width_of_a_module(golden, config, params, tokens, run, tmp_path) -> None:
     source = Path(shutil.copytree(golden.FOLDER / "lora", tmp_path / "peft"))
-    path, weights = source / "adapter_config.json", source / "adapter_model.safetensors"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 12, "target_modules": ["k_proj"]}))
+    change_config(source, r=12, target_modules=["k_proj"])
     rng = np.random.default_rng(0)
     shapes = {"A": (12, 16), "B": (8, 12)}
     tensors = {
@@ -53,6 +50,6 @@ def test_both_support_a_rank_above_the_width_of_a_module(golden, config, params,
         for kind, shape in shapes.items()
     }
     tensors = {name: (0.3 * tensor).astype(np.float32) for name, tensor in tensors.items()}
-    weights.write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+    change_tensors(source, lambda golden_tensors: (golden_tensors.clear(), golden_tensors.update(tensors)))
     logits = run(params, tokens, load_peft(source, config, params))
     np.testing.assert_allclose(logits, golden.peft_logits(source), rtol=0, atol=2e-5)

@@ -1,14 +1,13 @@
 """Series and parallel adapters: comparison with numpy, their distributions and their files."""
 
-import json
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 from support import numpy_llama
+from support.peft_files import read_config, read_tensors
 from support.peft_training import next_token_loss
 from support.tiny import WIDE
 
@@ -133,12 +132,12 @@ def test_files(placement, config, params, tmp_path) -> None:
     assert again.llama_config == config
     jax.tree.map(np.testing.assert_array_equal, again.params, adapter.params)
     assert count(adapter) == count(again) == sum(leaf.size for leaf in jax.tree.leaves(adapter.params))
-    tensors = safetensors.numpy.load((tmp_path / "adapter_model.safetensors").read_bytes())
+    tensors = read_tensors(tmp_path)
     name = "base_model.model.model.layers.{}.mlp.down_proj.{}.weight"
     assert len(tensors) == 3 * 2 * 2
     assert tensors[name.format(2, "adapter_down")].shape == (5, 16 if placement == "series" else 24)
     up = adapter.params["mlp.down_proj"]["adapter_up"][1]
     np.testing.assert_array_equal(tensors[name.format(1, "adapter_up")], up, strict=True)
-    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    written = read_config(tmp_path)
     assert written["peft_type"] == {"series": "SERIES_ADAPTER", "parallel": "PARALLEL_ADAPTER"}[placement]
     assert (written["base_model_name_or_path"], written["bottleneck_size"]) == ("tiny", 5)

@@ -1,12 +1,12 @@
 """Properties that all methods share: a start at the base model, a bfloat16 base, and refused settings and files."""
 
-import json
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.peft_files import change_config
 from support.peft_training import next_token_loss
 
 from rora_theory.adapters import (
@@ -158,8 +158,7 @@ REFUSED = [(method, {key: value}, name_and_value(key, value)) for method, key, v
 def test_files_that_do_not_fit_are_refused(method, entries, message, config, params, tmp_path) -> None:
     settings = {"prefix": PrefixConfig(5), "series": BottleneckConfig("series", 5)}[method]
     save_peft(tmp_path, init(jax.random.key(0), settings, config, params))
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    change_config(tmp_path, **entries)
     with pytest.raises(InputError, match=message) as error:
         load_peft(tmp_path, config)
     assert str(tmp_path) in str(error.value)

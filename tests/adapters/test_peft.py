@@ -15,6 +15,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_adapters import CASES, PAPER, PATTERNS
+from support.peft_files import change_config, change_tensors, read_config, read_tensors
 
 from rora_theory.adapters import (
     BottleneckConfig,
@@ -41,10 +42,6 @@ WRITTEN = {
 }  # fmt: skip
 
 
-def read(folder: Path) -> dict:
-    return json.loads((folder / "adapter_config.json").read_text())
-
-
 def peft_value(pattern: dict, name: str):
     """Return the value of the first pattern that matches a module, as PEFT does; None if none matches."""
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), None)
@@ -54,21 +51,6 @@ def peft_value(pattern: dict, name: str):
 def folder(golden, tmp_path) -> Path:
     """Return a copy of a folder that peft wrote, which a test may damage."""
     return Path(shutil.copytree(golden.FOLDER / "dora_rora_patterns", tmp_path / "adapter"))
-
-
-def change(folder: Path, **entries) -> None:
-    (folder / "adapter_config.json").write_text(json.dumps(read(folder) | entries))
-
-
-def tensors_of(folder: Path) -> dict[str, np.ndarray]:
-    return safetensors.numpy.load((folder / "adapter_model.safetensors").read_bytes())
-
-
-def rewrite(folder: Path, change_tensors) -> None:
-    tensors = tensors_of(folder)
-    change_tensors(tensors)
-    data = safetensors.numpy.save(tensors, metadata={"format": "pt"})
-    (folder / "adapter_model.safetensors").write_bytes(data)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -81,14 +63,14 @@ def test_writes_what_peft_wrote(name: str, golden, config, tmp_path) -> None:
     save_peft(tmp_path, load_peft(source, config), base_model="tiny")
     files_written = {path.name for path in tmp_path.iterdir()}
     assert files_written == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-    tensors, expected = tensors_of(tmp_path), tensors_of(source)
+    tensors, expected = read_tensors(tmp_path), read_tensors(source)
     assert set(tensors) == set(expected)
     for key, value in expected.items():
         np.testing.assert_array_equal(tensors[key], value, strict=True)
     for path in (tmp_path, source):
         with safetensors.safe_open(path / "adapter_model.safetensors", framework="numpy") as file:
             assert file.metadata() == {"format": "pt"}
-    written, original = read(tmp_path), read(source)
+    written, original = read_config(tmp_path), read_config(source)
     assert set(written) == WRITTEN
     modules = {key.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for key in tensors}
     for pattern in ("rank_pattern", "alpha_pattern"):
@@ -113,7 +95,7 @@ def test_a_rule_is_written_as_peft_s_flag_or_as_other_alphas(rule, config, param
         params,
     )  # fmt: skip
     save_peft(tmp_path, adapter)
-    written, again = read(tmp_path), load_peft(tmp_path, config, params)
+    written, again = read_config(tmp_path), load_peft(tmp_path, config, params)
     assert written["use_rslora"] is (rule in ("rora", "rslora"))
     assert (written["lora_dropout"], written["init_lora_weights"]) == (0.05, "gaussian")
     alpha = 3.5 if isinstance(rule, str) else 4 * scaling_factor(rule, alpha=3.5, rank=4)
@@ -148,7 +130,7 @@ def test_half_precision_files_are_read_as_float32(dtype, config, folder) -> None
 def test_entries_for_modules_that_the_model_lacks_are_ignored(entries, config, folder) -> None:
     """As in PEFT, names, layers and patterns of other models, neutral entries and excluded targets are ignored."""
     expected = load_peft(folder, config)
-    change(folder, **entries)
+    change_config(folder, **entries)
     assert load_peft(folder, config).targets == expected.targets
 
 
@@ -161,9 +143,9 @@ def test_entries_for_modules_that_the_model_lacks_are_ignored(entries, config, f
 )
 def test_excluded_modules_and_layers_given_by_number(entries, config, folder) -> None:
     expected = load_peft(folder, config)
-    change(folder, **entries)
-    left_out = [name for name in tensors_of(folder) if "v_proj" in name or "layers.1." not in name]
-    rewrite(folder, lambda tensors: [tensors.pop(name) for name in left_out])
+    change_config(folder, **entries)
+    left_out = [name for name in read_tensors(folder) if "v_proj" in name or "layers.1." not in name]
+    change_tensors(folder, lambda tensors: [tensors.pop(name) for name in left_out])
     adapter = load_peft(folder, config)
     assert "self_attn.v_proj" not in adapter.params
     assert [target.ranks[1] for target in adapter.targets] == [
@@ -306,7 +288,7 @@ REFUSED = [
 @pytest.mark.parametrize(("entries", "message"), REFUSED, ids=range(len(REFUSED)))
 def test_refuses_configurations(entries, message, config, folder, monkeypatch, time_limit) -> None:
     monkeypatch.setattr(expressions, "LIMIT", 3000)
-    change(folder, **entries)
+    change_config(folder, **entries)
     with time_limit(10), pytest.raises(InputError, match=message) as error:
         load_peft(folder, config)
     assert str(folder) in str(error.value)
@@ -335,7 +317,7 @@ def renamed(old: str, new: str):
     ],
 )
 def test_refuses_tensors(damage, message, config, folder) -> None:
-    rewrite(folder, damage)
+    change_tensors(folder, damage)
     with pytest.raises(InputError, match=message):
         load_peft(folder, config)
 
@@ -397,8 +379,8 @@ def test_any_entries_are_read_or_refused_in_one_line(name, data, golden, config,
     else:
         settings = PrefixConfig(2) if name == "prefix" else BottleneckConfig("series", 2)
         save_peft(folder, init(jax.random.key(0), settings, config, params))
-    keys = st.sampled_from(sorted(read(folder)))
-    change(folder, **data.draw(st.dictionaries(keys, values, min_size=1, max_size=2)))
+    keys = st.sampled_from(sorted(read_config(folder)))
+    change_config(folder, **data.draw(st.dictionaries(keys, values, min_size=1, max_size=2)))
     try:
         load_peft(folder, config)
     except InputError as error:

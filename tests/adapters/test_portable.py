@@ -1,12 +1,12 @@
 """Portable form: the same function from one rank, one alpha and no flag."""
 
-import json
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-import safetensors.numpy
+from support.peft_files import change_config, change_tensors, read_config, read_tensors
 
 from rora_theory.adapters import PrefixConfig, init, load_peft, rewrite_portable, save_peft
 from rora_theory.errors import InputError
@@ -29,23 +29,15 @@ CASES = {
 
 @pytest.fixture
 def source(golden, tmp_path):
-    """Return a function that copies a golden folder with other entries and, with ``damage``, other tensors."""
+    """Return a function that copies a golden folder with other entries, other tensors and no metadata."""
 
     def make(name: str, entries=(), damage=lambda _: None) -> Path:
-        folder = tmp_path / "peft"
-        folder.mkdir()
-        config = json.loads((golden.FOLDER / name / "adapter_config.json").read_text()) | dict(entries)
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-        tensors = tensors_of(golden.FOLDER / name)
-        damage(tensors)
-        (folder / "adapter_model.safetensors").write_bytes(safetensors.numpy.save(tensors))
+        folder = Path(shutil.copytree(golden.FOLDER / name, tmp_path / "peft"))
+        change_config(folder, **dict(entries))
+        change_tensors(folder, damage, metadata=False)
         return folder
 
     return make
-
-
-def tensors_of(folder: Path) -> dict[str, np.ndarray]:
-    return safetensors.numpy.load((folder / "adapter_model.safetensors").read_bytes())
 
 
 def product(gamma: float, lora_A, lora_B) -> np.ndarray:
@@ -54,7 +46,7 @@ def product(gamma: float, lora_A, lora_B) -> np.ndarray:
 
 def served(folder: Path) -> dict[str, np.ndarray]:
     """Return what a reader that knows only r and lora_alpha adds to each module's weight."""
-    config, tensors = json.loads((folder / "adapter_config.json").read_text()), tensors_of(folder)
+    config, tensors = read_config(folder), read_tensors(folder)
     updates = {}
     for key in tensors:
         if key.endswith("lora_A.weight"):
@@ -88,7 +80,7 @@ def test_a_client_that_reads_only_rank_and_alpha_computes_the_same(name, config,
     save_peft(tmp_path / "peft", adapter, base_model="tiny")
     save_peft(tmp_path / "own", adapter, base_model="tiny", portable=True)
     rewrite_portable(tmp_path / "peft", tmp_path / "again")
-    written = json.loads((tmp_path / "own" / "adapter_config.json").read_text())
+    written = read_config(tmp_path / "own")
     assert set(written) == KEYS
     assert isinstance(written["lora_alpha"], int)
     assert written["lora_alpha"] >= 1
@@ -104,7 +96,7 @@ def test_tensors_of_one_rank_and_gamma_stay_bit_for_bit(perturbed, tmp_path) -> 
     save_peft(tmp_path / "portable", adapter, portable=True)
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("peft", "portable")]
     assert files[0] == files[1]
-    written = json.loads((tmp_path / "portable" / "adapter_config.json").read_text())
+    written = read_config(tmp_path / "portable")
     assert (written["r"], written["lora_alpha"], written["target_modules"]) == (4, 12, ["q_proj"])
 
 
@@ -158,7 +150,7 @@ def test_the_command(golden, tmp_path, monkeypatch, capsys) -> None:
     source, out = golden.FOLDER / "rora", tmp_path / "served"
     monkeypatch.setattr("sys.argv", ["portable", str(source), "--out", str(out)])
     command.main()
-    assert json.loads((out / "adapter_config.json").read_text())["lora_alpha"] == 2.5 * 4**0.5
+    assert read_config(out)["lora_alpha"] == 2.5 * 4**0.5
     assert str(out) in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
         cli.run(command.main)

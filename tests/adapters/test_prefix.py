@@ -1,13 +1,12 @@
 """Prefix tuning against peft (`tests/golden/make_prefix.py`): training, padding, generation, files, initial values."""
 
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
+from support.peft_files import read_config, read_tensors
 from support.peft_training import train_as_peft
 
 from rora_theory.adapters import PrefixConfig, count, init, load_peft, save_peft, table
@@ -84,11 +83,9 @@ def test_counts_and_table(expected, adapter) -> None:
 
 def test_writes_what_peft_wrote(adapter, tmp_path) -> None:
     save_peft(tmp_path, adapter)
-    ours, theirs = (
-        safetensors.numpy.load((folder / "adapter_model.safetensors").read_bytes()) for folder in (tmp_path, FOLDER)
-    )
+    ours, theirs = read_tensors(tmp_path), read_tensors(FOLDER)
     assert set(ours) == set(theirs) == {"prompt_embeddings"}
     np.testing.assert_array_equal(ours["prompt_embeddings"], theirs["prompt_embeddings"], strict=True)
-    written, original = (json.loads((f / "adapter_config.json").read_text()) for f in (tmp_path, FOLDER))
+    written, original = read_config(tmp_path), read_config(FOLDER)
     assert {key: original[key] for key in written} == written
     assert set(original) - set(written) == {"auto_mapping", "modules_to_save", "peft_version", "revision"}
