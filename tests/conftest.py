@@ -181,6 +181,14 @@ def layer_data() -> Path:
     return next(iter(sorted(path.glob("*.npz")))) if path.is_dir() else path
 
 
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """Return the folder of the tiny model of `support.checkpoint`, which no test changes."""
+    from support import checkpoint
+
+    return checkpoint.model(tmp_path_factory.mktemp("model"))
+
+
 @pytest.fixture
 def prompts_read(monkeypatch) -> list[int]:
     """Return a list of the lengths of all shared prompts that are read once for their continuations."""

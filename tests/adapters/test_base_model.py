@@ -5,7 +5,6 @@ import json
 import jax
 import pytest
 from safetensors import safe_open
-from support import checkpoint
 
 from rora_theory import adapters
 from rora_theory.io import digests
@@ -15,8 +14,8 @@ SHA = "e8d4a51000" * 6 + "abcd"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return load(checkpoint.model(tmp_path_factory.mktemp("model")))
+def model(model_folder):
+    return load(model_folder)
 
 
 def written(folder) -> tuple[dict, dict]:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import pytest
 from huggingface_hub import ModelCard
-from support import checkpoint, tiny
+from support import tiny
 
 from rora_theory import llama
 from rora_theory.adapters import (
@@ -28,11 +28,6 @@ from rora_theory.llama.hub import ModelSource
 BUILT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return checkpoint.model(tmp_path_factory.mktemp("base"))
-
-
 RORA = LoraConfig(rank=4, alpha=8.0, rule="rora", target_modules=("q_proj",))
 
 
@@ -46,8 +41,8 @@ def rows(card: ModelCard) -> dict[str, str]:
     return dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", card.text, re.MULTILINE))
 
 
-def test_metadata_of_the_hub(base, tmp_path) -> None:
-    origin = ModelSource(BUILT, base, BUILT, "c0ffee00")
+def test_metadata_of_the_hub(model_folder, tmp_path) -> None:
+    origin = ModelSource(BUILT, model_folder, BUILT, "c0ffee00")
     card = written(tmp_path / "a", origin, trained=TrainingDescription([("horizon", "9 steps")], ["me/chats"]))
     link = f"https://huggingface.co/{BUILT}"
     assert card.data.to_dict() == {
@@ -61,12 +56,12 @@ def test_metadata_of_the_hub(base, tmp_path) -> None:
     )
 
 
-def test_the_card_states_the_base_model_and_the_scaling(base, tmp_path) -> None:
-    card = written(tmp_path / "a", ModelSource(BUILT, base, BUILT, "c0ffee00"))
+def test_the_card_states_the_base_model_and_the_scaling(model_folder, tmp_path) -> None:
+    card = written(tmp_path / "a", ModelSource(BUILT, model_folder, BUILT, "c0ffee00"))
     assert rows(card) == {
         "base model": f"`{BUILT}`", "base model commit": "`c0ffee00`",
         "base model weights": "safetensors, not quantised (F32)",
-        "base model SHA-256": f"`{llama.model_digest(base)}`", "rank r": "4", "alpha": "8",
+        "base model SHA-256": f"`{llama.model_digest(model_folder)}`", "rank r": "4", "alpha": "8",
         "scaling gamma": "alpha / sqrt(r) = 4 (`use_rslora` is true)", "modules": "`q_proj`",
     }  # fmt: skip
     assert 'from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct", revision="c0ffee00")' in card.text
@@ -120,10 +115,10 @@ def test_the_portable_form_has_its_own_card(tmp_path) -> None:
     assert card.data.base_model == BUILT
 
 
-def test_the_card_of_a_merged_model_names_adapter_and_base(base, tmp_path) -> None:
+def test_the_card_of_a_merged_model_names_adapter_and_base(model_folder, tmp_path) -> None:
     """The card names the adapter and its base; fully trained weights have no rank to name."""
-    model = llama.load(base)
-    model = replace(model, origin=ModelSource(BUILT, base, BUILT, "c0ffee00"))
+    model = llama.load(model_folder)
+    model = replace(model, origin=ModelSource(BUILT, model_folder, BUILT, "c0ffee00"))
     known = TrainingDescription([("training loss", "2.5 nats a token")], ["me/chats"], "mit")
     cards = {}
     for name, config in (("lora", RORA), ("full", FullConfig(("q_proj",)))):
@@ -146,9 +141,9 @@ def test_the_card_of_a_merged_model_names_adapter_and_base(base, tmp_path) -> No
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_code_on_the_card_loads_the_adapter(base, tmp_path) -> None:
+def test_the_code_on_the_card_loads_the_adapter(model_folder, tmp_path) -> None:
     pytest.importorskip("peft", reason="the extra torch")
-    model = llama.load(base)
+    model = llama.load(model_folder)
     save_peft(tmp_path / "a", init(jax.random.key(0), RORA, model.config, model.params), base_model=model.origin)
     card = ModelCard.load(tmp_path / "a" / "README.md")
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)

@@ -8,7 +8,7 @@ from datetime import datetime
 import numpy as np
 import pytest
 import tokenizers
-from support import chat_templates, checkpoint
+from support import chat_templates
 
 from rora_theory.data import chat, prompt_preview, texts
 from rora_theory.data.chat import ChatTemplate
@@ -32,14 +32,9 @@ def marked(written) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return checkpoint.model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder) -> Tokenizer:
+def tokenizer(model_folder) -> Tokenizer:
     """Return a tokenizer of bytes, which puts a beginning token before every text that is not a chat."""
-    return replace(Tokenizer.from_folder(folder), chat_template=chat_templates.LLAMA3, prefix=(0,))
+    return replace(Tokenizer.from_folder(model_folder), chat_template=chat_templates.LLAMA3, prefix=(0,))
 
 
 COUNTED = (

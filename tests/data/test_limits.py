@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support import chat_templates, checkpoint, tiny
+from support import chat_templates, tiny
 from support.limited_work import work
 
 from rora_theory.data import batches, chat, formats, limited_process, records, texts
@@ -124,8 +124,8 @@ def test_only_the_beginning_of_a_long_text_is_tokenized():
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Tokenizer:
-    return Tokenizer.from_folder(checkpoint.model(tmp_path_factory.mktemp("model")))
+def tokenizer(model_folder) -> Tokenizer:
+    return Tokenizer.from_folder(model_folder)
 
 
 class Long(tiny.ByteEncoder):

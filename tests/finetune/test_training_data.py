@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from support import checkpoint, tiny
+from support import tiny
 
 from rora_theory import adapters
 from rora_theory.data import prompts
@@ -71,11 +71,11 @@ def test_a_record_set_has_the_prompt_of_its_format(completions):
 
 
 @pytest.mark.slow
-def test_a_record_set_has_its_chat_template(tmp_path):
+def test_a_record_set_has_its_chat_template(model_folder, tmp_path):
     """The record set has the template it was read with, of a tokenizer that has none."""
     (tmp_path / "x.json").write_text(json.dumps([{"prompt": "fox", "response": "dog"}] * 3))
     record_set = read_record_set([tmp_path / "x.json"], DataConfig(chat_template="chatml"))
-    tokenizer = Tokenizer.from_folder(checkpoint.model(tmp_path / "model"))
+    tokenizer = Tokenizer.from_folder(model_folder)
     assert tokenizer.chat_template is None
     data = prepare(record_set, tokenizer, CONFIG)
     assert "assistant" in tokenizer.decode(data.train.examples[0].tolist())

@@ -5,17 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import checkpoint, gguf_files
+from support import gguf_files
 
 from rora_theory import InputError, llama
 from rora_theory.io import digests
 from rora_theory.llama.hub import ModelSource
 from rora_theory.llama.weights import save_hf
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return checkpoint.model(tmp_path_factory.mktemp("model"))
 
 
 def digest_or_none(source):
@@ -27,9 +22,9 @@ def digest_or_none(source):
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 4000])
-def test_the_digest_covers_every_byte_that_is_read_and_no_other(shard_bytes, folder, tmp_path):
-    model, source = llama.load(folder), tmp_path / "model"
-    save_hf(source, model.params, model.config, tokenizer_from=folder, shard_bytes=shard_bytes)
+def test_the_digest_covers_every_byte_that_is_read_and_no_other(shard_bytes, model_folder, tmp_path):
+    model, source = llama.load(model_folder), tmp_path / "model"
+    save_hf(source, model.params, model.config, tokenizer_from=model_folder, shard_bytes=shard_bytes)
     assert (len(list(source.glob("*.safetensors"))) > 3) == (shard_bytes == 4000)
     digest, files = llama.model_digest(source), sorted(source.iterdir())
     assert digest == digests.of_files(files)
@@ -44,14 +39,14 @@ def test_the_digest_covers_every_byte_that_is_read_and_no_other(shard_bytes, fol
     assert llama.model_digest(source) == digest
 
 
-def test_a_model_states_the_storage_of_its_weights(folder, tmp_path):
+def test_a_model_states_the_storage_of_its_weights(model_folder, tmp_path):
     """A built-in name may be the hub's weights or 4-bit blocks made from them; a sentence and numbers state which."""
-    original = ModelSource("org/hf", folder, "org/hf", "c0ffee00")
+    original = ModelSource("org/hf", model_folder, "org/hf", "c0ffee00")
     kind = gguf.GGMLQuantizationType.Q4_1
     blocks = gguf.quantize(np.ones((3, 64), np.float32), kind)
     tensors = {"token_embd.weight": (blocks, kind), "output_norm.weight": (np.ones(64, np.float32), None)}
     converted = ModelSource("org", gguf_files.write(tmp_path / "m.gguf", {"general.license": "mit"}, tensors), "org/hf")
-    digests_of = {original: llama.model_digest(folder), converted: llama.model_digest(converted.path)}
+    digests_of = {original: llama.model_digest(model_folder), converted: llama.model_digest(converted.path)}
     assert original.summary == (
         f"model org/hf: safetensors, not quantised (F32), org/hf at c0ffee0; sha256 {digests_of[original][:12]}"
     )
@@ -63,9 +58,11 @@ def test_a_model_states_the_storage_of_its_weights(folder, tmp_path):
         "container": "GGUF", "quantised": True, "types": {"Q4_1": 192, "F32": 64},
     }  # fmt: skip
     assert original.describe()["types"] == {
-        "F32": sum(leaf.size for leaf in jax.tree.leaves(llama.load(folder).params))
+        "F32": sum(leaf.size for leaf in jax.tree.leaves(llama.load(model_folder).params))
     }
-    assert ModelSource(str(folder), folder).summary.startswith("model hf: safetensors, not quantised (F32); sha256 ")
+    assert ModelSource(str(model_folder), model_folder).summary.startswith(
+        "model hf: safetensors, not quantised (F32); sha256 "
+    )
 
 
 def test_the_digest_of_a_gguf_file_is_that_of_its_bytes(tmp_path):
@@ -74,11 +71,11 @@ def test_the_digest_of_a_gguf_file_is_that_of_its_bytes(tmp_path):
     assert llama.model_digest(path) == digests.of_file(path)
 
 
-def test_a_model_is_identified_by_name_commit_and_content(folder, monkeypatch):
-    content = llama.model_digest(folder)
-    assert llama.locate(folder).identity() == {"model": "hf", "commit": None, "model_sha256": content}
-    monkeypatch.chdir(folder)
+def test_a_model_is_identified_by_name_commit_and_content(model_folder, monkeypatch):
+    content = llama.model_digest(model_folder)
+    assert llama.locate(model_folder).identity() == {"model": "hf", "commit": None, "model_sha256": content}
+    monkeypatch.chdir(model_folder)
     assert llama.locate(".").identity()["model"] == "hf"
-    on_hub = ModelSource("org/hf", folder, "org/hf", "c0ffee")
+    on_hub = ModelSource("org/hf", model_folder, "org/hf", "c0ffee")
     assert on_hub.identity() == {"model": "org/hf", "commit": "c0ffee", "model_sha256": content}
     assert llama.load(on_hub, jnp.float32).origin == on_hub
