@@ -69,7 +69,7 @@ def prepare(
     splits = [examples for examples in (train, held_out) if examples is not None]
     widths = choose_widths(np.concatenate([examples.input_lengths for examples in splits]), config.widths)
 
-    def batches(examples: Examples, **order: int | None) -> Batches:
+    def batches(examples: Examples, **order: Any) -> Batches:
         return Batches(examples, widths, batch_size=config.batch_size, answer_only=answer_only, **order)
 
     train_batches = batches(train, epochs=config.epochs, steps=config.steps, seed=config.seed)
