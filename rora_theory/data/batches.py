@@ -309,7 +309,7 @@ def choose_widths(input_lengths: Int[np.ndarray, " n"], count: int) -> tuple[int
     costs = records_up_to * multiples
     widths: list[tuple[int, ...]] = [(multiple,) for multiple in multiples.tolist()]
     # Allow one more width in each pass.
-    for _ in range(min(count, len(multiples)) - 1):
+    for _ in range(min(count, len(widths)) - 1):
         best = [(costs[0], widths[0])]
         for j in range(1, len(multiples)):
             totals = costs[:j] + (records_up_to[j] - records_up_to[:j]) * multiples[j]
@@ -318,7 +318,7 @@ def choose_widths(input_lengths: Int[np.ndarray, " n"], count: int) -> tuple[int
             ties = (widths[i] for i in np.flatnonzero(totals == lowest).tolist())
             best.append(min((costs[j], widths[j]), (lowest, (*min(ties), int(multiples[j])))))
         costs, widths = np.array([cost for cost, _ in best]), [chosen for _, chosen in best]
-    return tuple(width * WIDTH_MULTIPLE for width in widths[-1])
+    return tuple(width * WIDTH_MULTIPLE for width in widths[-1]) if widths else ()
 
 
 class EpochPlan(NamedTuple):

@@ -861,7 +861,7 @@ def test_training_losses_give_an_exponent_of_their_own() -> None:
     assert not horizon_curves.training_curves_at(runs, 65, draws=2)
     highest = max(run.rate for run in runs)
     diverged = [
-        replace(run, read=replace(run.read, diverged_at=40, train_losses=run.read.train_losses[:40]))
+        replace(run, read=replace(run.read, diverged_at=40, readings=[], train_losses=run.read.train_losses[:40]))
         if run.rate == highest
         else run
         for run in runs

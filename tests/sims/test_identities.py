@@ -94,7 +94,7 @@ def settings(name: str, model: object, data: Path) -> Any:
         "evaluate": evaluate.Config(model, tasks=("piqa",), protocol="label", data_dir=str(data)),
         "rank_sweep": rank_sweep.Config(
             (*train, str(data / "other.json")), model=(model,), methods=("lora",), ranks=(2,), seeds=(0,),
-            training=rank_sweep.Training(held_out=6, batch_size=8), tasks=("piqa",), data_dir=str(data),
+            training=rank_sweep.Training(held_out=6, batch_size=8, warmup=1), tasks=("piqa",), data_dir=str(data),
         ),
         "lr_transfer": lr_transfer.Config(),
         "training_dynamics": training_dynamics.Config(),

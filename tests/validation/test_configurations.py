@@ -84,7 +84,8 @@ INVALID: dict[type, dict[str, tuple]] = {
     BatchConfig: BATCHES,
     PairConfig: BATCHES,
     TransferConfig: same_values("from_rank to_rank steps to_steps", 0)
-    | same_values("lr to_alpha displacement_constant", 0.0)
+    | same_values("lr to_alpha", 0.0)
+    | same_values("displacement_constant", -1.0)
     | {"rule": ("lore",), "to_rule": (NAN,), "optimizer": ("muon",)},
     DataConfig: {"show": (-1,), "format": ("csv",), "fields": ({"question": "q"},)},
     SimulationConfig: {"p_in": (0,), "p_out": (0,), "overlaps": ((1.5,), ())},
