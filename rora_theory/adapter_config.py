@@ -56,6 +56,11 @@ _REGEX_SIGNS = re.compile(r"[*+?|()\[\]{}^$\\]")
 """Characters of a regular expression that no module's name has."""
 
 
+def without_list_of_all_linear(names: Sequence[str] | str) -> Sequence[str] | str:
+    """Return `ALL_LINEAR` for a list of it alone, as command lines have it: PEFT reads it as a string only."""
+    return ALL_LINEAR if list(names) == [ALL_LINEAR] else names
+
+
 def peft_targets(names: Sequence[str] | str) -> str | list[str]:
     """Return ``target_modules`` as PEFT takes them: `ALL_LINEAR` or a regular expression as a string, names as a list.
 
@@ -80,7 +85,7 @@ def peft_targets(names: Sequence[str] | str) -> str | list[str]:
         raise InputError(f"targets must be {valid}, got {shown(names)}")
     if not names:
         raise InputError(f"targets must be {valid}, got an empty list")
-    if list(names) == [ALL_LINEAR]:
+    if without_list_of_all_linear(names) == ALL_LINEAR:
         return ALL_LINEAR
     # A name is a dotted path of identifiers, listed once.
     for name in names:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from rora_theory.adapter_config import ALL_LINEAR, PAPER_TARGETS
+from rora_theory.adapter_config import PAPER_TARGETS, without_list_of_all_linear
 from rora_theory.adapters import dora
 from rora_theory.adapters.base import AdaptedModule, Norms, with_weights
 from rora_theory.adapters.dropout import dropout
@@ -74,10 +74,8 @@ class LoraConfig:
         object.__setattr__(self, "dropout", float(self.dropout))
         check_choice("init", self.init, LORA_INITS)
         # Sequences become tuples, and mappings become tuples of pairs: jit needs hashable values.
-        if not isinstance(self.target_modules, str):
-            names = tuple(self.target_modules)
-            # PEFT reads it as a string only.
-            object.__setattr__(self, "target_modules", ALL_LINEAR if names == (ALL_LINEAR,) else names)
+        targets = without_list_of_all_linear(self.target_modules)
+        object.__setattr__(self, "target_modules", targets if isinstance(targets, str) else tuple(targets))
         for name in ("rank_pattern", "alpha_pattern"):
             pattern = getattr(self, name)
             pairs = pattern.items() if isinstance(pattern, Mapping) else pattern

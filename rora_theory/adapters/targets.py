@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rora_theory.adapter_config import ALL_LINEAR
+from rora_theory.adapter_config import ALL_LINEAR, without_list_of_all_linear
 from rora_theory.adapters.expressions import Expression, MatchBudget
 from rora_theory.errors import InputError, shown
 from rora_theory.llama import MODULES, LlamaConfig
@@ -124,9 +124,7 @@ def matched(
     """
     count = llama_config.num_hidden_layers
     names = [full_name(layer, module) for layer in range(count) for module in MODULES]
-    # Command lines and configuration files have lists.
-    if list(target_modules) == [ALL_LINEAR]:
-        target_modules = ALL_LINEAR
+    target_modules = without_list_of_all_linear(target_modules)
     if isinstance(target_modules, str) and layers is not None:
         raise InputError(
             f"layers {tuple(layers)} requires target_modules to be a list of names, got {target_modules!r}"
