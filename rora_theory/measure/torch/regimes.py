@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from statistics import geometric_mean
+from tempfile import TemporaryFile
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -416,19 +417,26 @@ class _InputSampler:
         self.inputs[name], self._keys[name], self.counts[name], self.calls[name] = rows, keys, counts, call + 1
 
     def finish(self) -> None:
-        """Release the latest input, report masks of a wrong order, and move all samples to one block of memory.
+        """Release the latest input, report masks of a wrong order, and move all samples to a temporary file.
 
-        A sample is allocated between the temporary tensors of a forward pass. If it stayed there, it would divide the
-        memory that they leave, so that the next pass could not use all of it.
+        Samples of all modules would take memory at the moment when the following training pass takes most, the more so
+        because each was allocated between temporary tensors and divides the memory that they leave. From the file, a
+        sample is read when its module's gradient arrives.
         """
         self._latest.clear()
         # A later input of shape [sequence, batch] showed that the assumed order may be wrong.
         if self.masks.is_sequence_first:
             self.unmasked |= self._flattened
-        # Modules that share an input share the array: copy each array once.
+        # Modules that share an input share the array: write each array once.
         distinct = list({id(rows): rows for rows in self.inputs.values()}.values())
         if distinct:
-            block = np.concatenate([rows.reshape(-1) for rows in distinct])
+            with TemporaryFile() as file:
+                for rows in distinct:
+                    file.write(rows.tobytes())
+                file.flush()
+                # The map keeps the closed file until the last sample is gone. Mode "c" because PyTorch warns about
+                # arrays that are not writable.
+                block = np.asarray(np.memmap(file, np.float32, "c"))
             parts = np.split(block, np.cumsum([rows.size for rows in distinct])[:-1])
             moved = {id(rows): part.reshape(rows.shape) for rows, part in zip(distinct, parts, strict=True)}
             self.inputs = {name: moved[id(rows)] for name, rows in self.inputs.items()}

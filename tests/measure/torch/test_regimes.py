@@ -5,6 +5,7 @@ import sys
 import weakref
 from copy import deepcopy
 from dataclasses import replace
+from mmap import mmap
 from statistics import geometric_mean
 
 import numpy as np
@@ -398,12 +399,16 @@ def test_modules_share_the_sample_of_one_tensor_alone() -> None:
     sampler.add("again", x)
     sampler.add("again", x)
     np.testing.assert_array_equal(sampler.inputs["again"], once.inputs["twice"])
-    # The samples in one block are the same arrays, of which modules share one.
+    # The samples in a file are the same arrays, of which modules share one; none is left in memory.
     before = {name: rows.copy() for name, rows in sampler.inputs.items()}
     sampler.finish()
     assert set(sampler.inputs) == set(before)
     for name, rows in before.items():
         np.testing.assert_array_equal(sampler.inputs[name], rows)
+        owner = sampler.inputs[name]
+        while isinstance(owner, np.ndarray):
+            owner = owner.base
+        assert isinstance(owner, mmap)
     assert sampler.inputs["k"] is sampler.inputs["q"]
 
 
