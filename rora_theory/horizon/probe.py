@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from rora_theory import adapters
 from rora_theory.adapter_config import peft_targets
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.data.batches import Examples
@@ -162,12 +160,16 @@ class Probe:
         self._config, self._bench = config, bench
         held_out = bench.held_out
         batch_tokens = config.batch_size * float(np.mean(bench.train_examples.input_lengths))
+        # Fresh adapter and batches of every run.
+        training = replace(config.training(Trial(1.0, MAX_PROBE_STEPS)), steps=MAX_PROBE_STEPS)
+        self._adapter, batches = bench.begin(training)
         # The inputs at which the parts of the change are measured cost one forward pass of a few records.
         inputs = evenly_spaced(len(held_out), min(MAX_INPUT_RECORDS, max(2, config.batch_size // 2)))
         self.plan: ProbePlan = make_plan(
             config.steps,
             config.strength,
             batch_tokens=batch_tokens,
+            step_tokens=[batches.count_inputs(step) for step in range(MAX_PROBE_STEPS)],
             held_out_tokens=float(held_out.input_lengths.sum()),
             setup_tokens=float(held_out.input_lengths[inputs].sum()),
             schedule=config.schedule,
@@ -195,10 +197,8 @@ class Probe:
         training = config.training(trial)
         # Inputs of the untrained model: the adapter's change is 0 at the start of every run.
         if self._inputs is None:
-            adapter = adapters.init(
-                jax.random.key(training.seed), training.adapter(), bench.model.config, bench.model.params
-            )
-            self._inputs = led.module_inputs(bench.model.params, bench.model.config, self._input_examples, adapter)
+            model = bench.model
+            self._inputs = led.module_inputs(model.params, model.config, self._input_examples, self._adapter)
         read = read_run(bench, training, (trial.steps,), inputs=self._inputs)
         if read.diverged_at is not None:
             return ProbeRun(trial.learning_rate, trial.steps, diverged_at=read.diverged_at)

@@ -9,6 +9,7 @@ phase: a rate that is stopped early has seen its own schedule to the end, so tha
 the same runs.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -151,6 +152,7 @@ class ProbePlan:
       learning_rate: Middle of the grid of learning rates, for runs of ``probe_steps`` steps.
       spacing: Ratio of adjacent learning rates.
       budget: Maximum cost of the probe.
+      training_costs: Cost of training the first 0, 1, 2, ... steps of a run.
       setup_cost: Cost of what is evaluated once, included in the budget.
       evaluation_cost: Cost of one evaluation of the held-out records.
     """
@@ -163,6 +165,7 @@ class ProbePlan:
     learning_rate: float
     spacing: float
     budget: float
+    training_costs: tuple[float, ...]
     setup_cost: float
     evaluation_cost: float
 
@@ -176,13 +179,14 @@ class ProbePlan:
 
     def cost_of_trial(self, steps: int) -> float:
         """Return the cost of a run that does not diverge."""
-        return steps + self.evaluation_cost
+        return self.training_costs[steps] + self.evaluation_cost
 
     def cost_of_run(self, run: ProbeRun) -> float:
         """Return the cost of a finished run. One that diverged was not evaluated, or only once more."""
         if run.diverged_at is None:
             return self.cost_of_trial(run.steps)
-        return run.diverged_at + (self.evaluation_cost if run.diverged_at >= run.steps else 0.0)
+        evaluation_cost = self.evaluation_cost if run.diverged_at >= run.steps else 0.0
+        return self.training_costs[run.diverged_at] + evaluation_cost
 
     def spent(self, runs: Sequence[ProbeRun]) -> float:
         """Return the cost of all finished runs and of what is evaluated once."""
@@ -207,7 +211,7 @@ class ProbePlan:
 
     def _screening_begins(self) -> int:
         """Return the smallest number of planned steps at which a probe of the same share of the cost has screening."""
-        training = _cost_of_training(MIN_SCREENED_STEPS, _count_runs(MIN_SCREENED_STEPS))
+        training = _cost_of_training(MIN_SCREENED_STEPS, _count_runs(MIN_SCREENED_STEPS), self.training_costs)
         cost = training / (1 - EVALUATION_SHARE) + self.setup_cost
         return max(math.ceil(cost * self.steps / self.budget), MIN_STEPS_RATIO * MIN_SCREENED_STEPS)
 
@@ -217,6 +221,7 @@ def make_plan(
     strength: float,
     *,
     batch_tokens: float,
+    step_tokens: Sequence[float] | None = None,
     held_out_tokens: float,
     setup_tokens: float = 0.0,
     schedule: Schedule = "cosine",
@@ -240,7 +245,10 @@ def make_plan(
     Args:
       steps: Number of optimizer steps of the planned run.
       strength: gamma * r of the planned run.
-      batch_tokens: Number of tokens of a training step.
+      batch_tokens: Mean number of tokens of a training step of the planned run.
+      step_tokens: Number of tokens of each of the first `MAX_PROBE_STEPS` steps, on which every run of the probe is
+        trained; None is ``batch_tokens`` each. Steps cost as many mean steps as have their tokens, and at least their
+        number.
       held_out_tokens: Number of held-out tokens that are available.
       setup_tokens: Number of tokens that are evaluated once per probe, besides the held-out losses.
       schedule: Learning-rate schedule of the planned run.
@@ -264,6 +272,8 @@ def make_plan(
         check_positive("learning_rate", learning_rate)
     # All costs are in units of a training step of the planned run.
     setup_cost = EVALUATION_COST * setup_tokens / batch_tokens
+    totals = itertools.accumulate([batch_tokens] * MAX_PROBE_STEPS if step_tokens is None else step_tokens)
+    costs = (0.0, *(max(float(number), tokens / batch_tokens) for number, tokens in enumerate(totals, 1)))
     total = budget * steps - setup_cost
     # Candidates, from the largest to the smallest: number of steps of a run, and numbers of screening and full runs.
     longest = min(MAX_PROBE_STEPS, max(steps // MIN_STEPS_RATIO, MIN_PROBE_STEPS))
@@ -272,17 +282,17 @@ def make_plan(
     candidates.append((MIN_PROBE_STEPS, (0, MIN_FULL_RUNS)))
     # The first candidate whose runs fit into the budget's share for training.
     training_budget = (1 - EVALUATION_SHARE) * total
-    affordable = (candidate for candidate in candidates if _cost_of_training(*candidate) <= training_budget)
+    affordable = (candidate for candidate in candidates if _cost_of_training(*candidate, costs) <= training_budget)
     chosen = next(affordable, None)
     if chosen is None:
-        cost = _cost_of_training(*candidates[-1]) / (1 - EVALUATION_SHARE) + setup_cost
+        cost = _cost_of_training(*candidates[-1], costs) / (1 - EVALUATION_SHARE) + setup_cost
         raise InputError(
             f"steps must be at least {math.ceil(cost / budget)} for a probe that costs {budget:.0%} of the run, got "
             f"{steps}. Raise budget, or scale a known learning rate with rora_theory.transfer."
         )
     probe_steps, (screening_runs, full_runs) = chosen
     # The rest of the budget pays for the evaluations, of all held-out tokens or fewer.
-    cost_per_evaluation = (total - _cost_of_training(*chosen)) / (screening_runs + full_runs)
+    cost_per_evaluation = (total - _cost_of_training(*chosen, costs)) / (screening_runs + full_runs)
     evaluation_cost = min(cost_per_evaluation, EVALUATION_COST * held_out_tokens / batch_tokens)
     # Learning rate of the planned run: by default the published best rate, carried to its schedule, G and steps.
     if learning_rate is None:
@@ -300,6 +310,7 @@ def make_plan(
         learning_rate=carry_steps(float(learning_rate), steps, probe_steps, schedule).best,
         spacing=2.0 if probe_steps >= MIN_MEASURED_STEPS else 3.0,
         budget=budget * steps,
+        training_costs=costs,
         setup_cost=setup_cost,
         evaluation_cost=evaluation_cost,
     )
@@ -420,8 +431,8 @@ def _count_runs(probe_steps: int) -> tuple[int, int]:
     return 0, MIN_FULL_RUNS + (2 if probe_steps >= MIN_MEASURED_STEPS else 1)
 
 
-def _cost_of_training(probe_steps: int, runs: tuple[int, int]) -> int:
-    return runs[0] * _screen_steps(probe_steps) + runs[1] * probe_steps
+def _cost_of_training(probe_steps: int, runs: tuple[int, int], costs: Sequence[float]) -> float:
+    return runs[0] * costs[_screen_steps(probe_steps)] + runs[1] * costs[probe_steps]
 
 
 def _grid_shift(plan: ProbePlan, old_steps: int, new_steps: int) -> int:

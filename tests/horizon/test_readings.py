@@ -11,6 +11,7 @@ from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import FinetuneConfig, StepCompleted
 from rora_theory.finetune.metrics import Metrics
 from rora_theory.horizon import readings
+from rora_theory.horizon.probe import Probe, ProbeConfig
 from rora_theory.llama import locate
 from rora_theory.measure import led
 from rora_theory.sweep.records import draw_records
@@ -132,3 +133,15 @@ def test_description_of_a_run() -> None:
     run = {"readings": [first, second], "diverged_at": None}
     assert readings.describe_run(run, [1, 2]) == "2.0000 at 2, 0.5000 at 3"
     assert readings.describe_run(run | {"diverged_at": 4}, [1, 2]).endswith(" at 3, diverged at 4")
+
+
+def test_a_probe_counts_the_tokens_of_its_own_batches(bench, monkeypatch) -> None:
+    """The first batches have more tokens than the mean, as those of a run at the same seed show."""
+    config = ProbeConfig(steps=400, rank=2, batch_size=4, held_out=6, seed=1)
+    _, batches = bench.begin(replace(TRAINING, steps=64))
+    tokens = [int(batches[step].weights.sum()) for step in range(64)]
+    mean = 4 * bench.train_examples.input_lengths.mean()
+    monkeypatch.setattr(bench, "held_out", bench.held_out)  # put back: the probe reduces it
+    costs = Probe(config, bench).plan.training_costs
+    assert costs == pytest.approx([max(steps, sum(tokens[:steps]) / mean) for steps in range(65)])
+    assert max(cost - steps for steps, cost in enumerate(costs)) > 0.01

@@ -172,12 +172,22 @@ def test_an_interrupted_probe_continues_with_the_same_runs(cut, factor) -> None:
     assert probe(plan, 8e-4 * factor, finished=stored) == runs
 
 
-@given(st.floats(20, 10_000), st.floats(0.02, 1.0), st.floats(1, 1e6), st.floats(1, 1e6), st.floats(0.01, 100.0))
-def test_the_cost_is_within_the_budget(total, budget, batch_tokens, held_out_tokens, factor) -> None:
-    steps = math.ceil(total / budget)
-    plan = plan_of(steps, batch_tokens=batch_tokens, held_out_tokens=held_out_tokens, budget=budget)
+@given(
+    st.floats(40, 10_000), st.floats(0.02, 1.0), st.floats(1, 1e6), st.floats(1, 1e6), st.floats(0.01, 100.0),
+    st.lists(st.floats(0.1, 2.0), min_size=64, max_size=64),
+)  # fmt: skip
+def test_the_cost_is_within_the_budget(total, budget, batch_tokens, held_out_tokens, factor, sizes) -> None:
+    """The cost counts the tokens of the steps that the runs take, and no step less than its number."""
+    steps, step_tokens = math.ceil(total / budget), [size * batch_tokens for size in sizes]
+    tokens = {"batch_tokens": batch_tokens, "held_out_tokens": held_out_tokens, "step_tokens": step_tokens}
+    plan = plan_of(steps, **tokens, budget=budget)
     runs = probe(plan, 8e-4 * factor)
     assert plan.spent(runs) <= budget * steps * (1 + 1e-9)
+    lengths = [run.diverged_at or run.steps for run in runs]
+    evaluations = sum(run.diverged_at is None for run in runs) * plan.evaluation_cost
+    assert sum(lengths) + evaluations <= plan.spent(runs) * (1 + 1e-9)
+    trained = sum(math.fsum(step_tokens[:length]) for length in lengths) / batch_tokens
+    assert trained + evaluations <= plan.spent(runs) * (1 + 1e-9)
     assert plan.evaluation_cost <= 0.5 * held_out_tokens / batch_tokens * (1 + 1e-9)
     assert sum(run.steps == plan.probe_steps for run in runs) >= 3
 

@@ -8,6 +8,7 @@ TrainingArguments(learning_rate=tuned.learning_rate, max_steps=2000, lr_schedule
 import copy
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -177,12 +178,16 @@ def tune(
         read_options: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length}
         batches = read_batches(train, "train", **read_options, count=MAX_PROBE_STEPS * accumulation)
         groups = held_out_groups(model, read_batches(held_out, "held_out", **read_options, count=MAX_HELD_OUT_BATCHES))
-    # Mean number of tokens of an optimizer step, which is the unit of the budget.
-    batch_tokens = accumulation * sum(map(count_tokens, batches)) / len(batches)
+    # Mean number of tokens of an optimizer step, which is the unit of the budget, and those of the probe's own steps.
+    tokens = list(map(count_tokens, batches))
+    batch_tokens = accumulation * sum(tokens) / len(tokens)
+    repeated = itertools.cycle(tokens)
+    step_tokens = [sum(itertools.islice(repeated, accumulation)) for _ in range(MAX_PROBE_STEPS)]
     plan = make_plan(
         steps,
         strength,
         batch_tokens=batch_tokens,
+        step_tokens=step_tokens,
         held_out_tokens=sum(group.tokens for group in groups),
         schedule=schedule,
         learning_rate=learning_rate,

@@ -130,6 +130,22 @@ def test_a_classifiers_head_is_trained_by_every_run_anew_and_put_back() -> None:
     assert any("score" in sentence for sentence in first.assumptions)
 
 
+def test_the_longest_batches_first_are_within_the_budget() -> None:
+    """As in a loader that is sorted by length: the steps of the probe have more tokens than the mean of all."""
+    long, short = batches(6, length=40), batches(58, length=8)
+    tokens = 0
+
+    def loss(model, batch):
+        nonlocal tokens
+        tokens += batch["input_ids"].numel() / (1 if torch.is_grad_enabled() else 2)
+        return model(**batch).loss
+
+    result = run(train=[*long, *short], loss=loss, steps=800)
+    planned = 800 * (6 * 80 + 58 * 16) / 64
+    assert tokens <= 0.1 * planned
+    assert result.cost.share == pytest.approx(tokens / planned)
+
+
 def test_a_batch_without_labels_counts_as_nothing() -> None:
     """Beside other batches of its step it changes nothing; alone it would give a loss of 0 / 0."""
     empty = batches(1)[0] | {"labels": torch.full((2, 8), -100)}
