@@ -19,7 +19,7 @@ from rora_theory.errors import InputError, first_line, shown
 from rora_theory.measure.tokens import mark_sinks
 from rora_theory.measure.torch.batches import Batch, Loss, MasksByShape, find_masks, move_batch, select_masks
 from rora_theory.measure.torch.examples import Group, count_targets
-from rora_theory.measure.torch.hooks import first_input
+from rora_theory.measure.torch.hooks import HALF_LOSS_SCALE, first_input
 from rora_theory.measure.torch.modules import (
     copied_modules,
     preserved_state,
@@ -227,12 +227,17 @@ class ProbeModel:
             targets = sum(self._targets[i] for i in labelled)
             total = 0.0
             for i in labelled:
-                loss = self._loss(self._model, move_batch(self._batches[i], self._model)) * (self._targets[i] / targets)
-                loss.backward()
+                loss = self._loss(self._model, move_batch(self._batches[i], self._model)).float()
+                loss = loss * (self._targets[i] / targets)
+                (loss * HALF_LOSS_SCALE).backward()
                 total += float(loss.detach())
             if not math.isfinite(total):
                 self._check_first_step(step, f"loss {total}")
                 return step + 1
+            # Gradients of the loss itself. A power of 2 changes no digit of those in float32 or bfloat16.
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad /= HALF_LOSS_SCALE
             # Clip as transformers' Trainer does, then update.
             if settings.max_grad_norm:
                 norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)

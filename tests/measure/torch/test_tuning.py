@@ -146,6 +146,35 @@ def test_the_longest_batches_first_are_within_the_budget() -> None:
     assert result.cost.share == pytest.approx(tokens / planned)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_small_gradients_of_a_float16_model_are_not_rounded_to_zero(dtype) -> None:
+    """As over many tokens: each one's share of the gradient is below the smallest number of float16."""
+
+    class Stopped(Exception):  # noqa: N818
+        pass
+
+    def gradients(dtype) -> torch.Tensor:
+        """Return the gradients at the first update of a probe."""
+
+        class Optimizer(torch.optim.AdamW):
+            def step(self) -> None:
+                grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+                raise Stopped(torch.cat([grad.float().flatten() for grad in grads]))
+
+        with pytest.raises(Stopped) as stopped:
+            run(
+                torch_models.model().to(dtype),
+                train=batches(1, rows=8, length=48),
+                loss=lambda model, batch: 1e-5 * model(**batch).loss,
+                make_optimizer=lambda parameters, rate: Optimizer(parameters, lr=rate),
+            )
+        return stopped.value.args[0]
+
+    exact = gradients(torch.float64)
+    tolerance = {torch.float16: 0.1, torch.float32: 1e-4}[dtype]
+    assert float((gradients(dtype) - exact).norm() / exact.norm()) < tolerance
+
+
 def test_a_batch_without_labels_counts_as_nothing() -> None:
     """Beside other batches of its step it changes nothing; alone it would give a loss of 0 / 0."""
     empty = batches(1)[0] | {"labels": torch.full((2, 8), -100)}
