@@ -101,7 +101,7 @@ def run(config: Config) -> None:
         tables.print_records(f"{training.method} on {config.model}", rows, formats, left=3, missing="-")
     tokenizer = llama.model_tokenizer(origin)
     chat = records.chat(tokenizer, training.template)
-    identity = origin.identity() | {"data": config.data} | records.identity(chat) | training.settings()
+    identity = origin.identity() | records.identity(chat) | training.settings()
     if is_first:
         check_free(path_of(NAME, identity, config.out))
     # Tokenize, which refuses bad records, then load the weights.
