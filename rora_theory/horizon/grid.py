@@ -15,7 +15,7 @@ from rora_theory.optimizers import Schedule
 from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import check_integer, check_positive
 from rora_theory.tune.plan import schedule_factor
-from rora_theory.validation.rules import check_list, check_steps
+from rora_theory.validation.rules import check_list, check_steps, check_warmup
 
 SHARED = ("batch_size", "warmup", "targets", "template", "loss_on", "cutoff")
 """Settings that all runs of a folder share and that identify it."""
@@ -104,6 +104,7 @@ class HorizonGrid:
                 f"--read-at must begin at 2 or more with --warmup {self.warmup}, under which the first step has the "
                 "rate 0, got 1"
             )
+        check_warmup(self.warmup, self.read_at[-1])
         if self.schedule != "constant" and len(self.read_at) > 1:
             raise InputError(
                 f"--read-at must be a single step with --schedule {self.schedule}, got "

@@ -16,7 +16,8 @@ BASE = {
     "coordinate_check": "--model MODEL --data TRAIN --ranks 2 4 --held-out 6",
     "evaluate": "--model MODEL --data-dir DATA --tasks boolq piqa",
     "finetune": "--model MODEL --data TRAIN --rank 2 --alpha 4 --batch-size 8 --held-out 8 --template clean --warmup 2",
-    "horizon": "--model MODEL --data ONE TWO --ranks 2 --read-at 2 3 --train-records 12 --held-out 6 --regime REGIME",
+    "horizon": "--model MODEL --data ONE TWO --ranks 2 --read-at 2 3 --warmup 1 --train-records 12 --held-out 6 "
+    "--regime REGIME",
     "layer_sweep": "--layers nowhere.npz",
     "lr_transfer": "",
     "prune": "--model MODEL --text TRAIN --share 0.85 --windows 10 --held-out 3 --seq 32 --layers 1",
@@ -50,6 +51,7 @@ CASES = [
     ("finetune", "--method dora --serve-as portable", "serve_as portable .* dora"),
     ("horizon", "--ranks 2 999", "rank .* 16 at model.layers.0.* 999"),
     ("horizon", "--targets z_proj", "'z_proj'"),
+    ("horizon", "--warmup 9", "warmup .* 3, got 9"),
     ("layer_sweep", "--p-in 64", "--p-in"),
     ("layer_sweep", "--sampler reduced", "--sampler"),
     ("lr_transfer", "--matrix-model tiny", "--matrix-model tiny .* --matrix"),

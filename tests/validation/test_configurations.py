@@ -126,6 +126,7 @@ COMBINATIONS = [
     (PlanConfig, {"epochs": 2}, "--epochs 2 .* --examples"),
     (ProbeConfig, {"steps": 256, "warmup": 256}, "warmup .* 256, got 256"),
     (HorizonGrid, {"read_at": (1, 2)}, "--read-at .* --warmup 4.* 1$"),
+    (HorizonGrid, {"read_at": (16, 64), "warmup": 64}, "warmup .* 64, got 64"),
     (HorizonGrid, {"schedule": "cosine", "read_at": (16, 64)}, "read-at.*cosine.*16 64"),
     (TransferConfig, {"split": "train"}, "--split train .* --regime RUN"),
     (TransferConfig, {"per": "one", "regime": "cross-talk"}, "--per one .* --regime RUN"),
