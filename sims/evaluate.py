@@ -26,6 +26,7 @@ from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.reading import as_json
 from rora_theory.runs.summary import KeyFigure
 from rora_theory.validation.ranges import Count, check_ranges
+from rora_theory.validation.rules import check_unread
 from sims.common import answers, cli, tables
 from sims.common.progress import progress_bar
 from sims.common.summaries import summarised
@@ -73,6 +74,8 @@ class Config:
         if self.adapter is not None and not self.adapter.is_dir():
             raise InputError(f"--adapter must be the folder of an adapter in PEFT's format, got {self.adapter}")
         self.scoring()
+        if self.protocol != "generate":
+            check_unread(self, "num_beams", "max_new_tokens", conflicts_with=f"--protocol {self.protocol}")
 
     def scoring(self) -> Scoring:
         """Return the protocol with its settings."""

@@ -91,7 +91,7 @@ def settings(name: str, model: object, data: Path) -> Any:
         ),
         "finetune": finetune.Config(train, model, training=FinetuneConfig(rank=2, batch_size=8, held_out=4, warmup=4)),
         "prune": prune.Config(train, model, share=0.85, layers=1, windows=10, held_out=3, seq=32),
-        "evaluate": evaluate.Config(model, tasks=("piqa",), protocol="label", data_dir=str(data)),
+        "evaluate": evaluate.Config(model, tasks=("piqa",), data_dir=str(data)),
         "rank_sweep": rank_sweep.Config(
             (*train, str(data / "other.json")), model=(model,), methods=("lora",), ranks=(2,), seeds=(0,),
             training=rank_sweep.Training(held_out=6, batch_size=8, warmup=1), tasks=("piqa",), data_dir=str(data),
@@ -265,7 +265,7 @@ OTHER: dict[str, Any] = {
         "alpha_pattern": {"q_proj": 1.0},
     },
     "prune": {"layers": None, "kv_heads": 1, "width": 8, "share": 0.9, "seq": 30},
-    "evaluate": {"tasks": ("boolq",), "protocol": "generate", "template": "eval", "limit": 2},
+    "evaluate": {"tasks": ("boolq",), "protocol": "label", "template": "clean", "limit": 2},
     "rank_sweep": {
         "design": "fixed_alpha", "methods": ("rora",), "ranks": (4,), "alpha_rule": "2r", "seeds": (1,),
         "shares": "proportional", "train_records": 8, "limit": 2, "tasks": ("boolq",), "protocol": "harness",

@@ -41,6 +41,8 @@ CASES = [
     ("evaluate", "--adapter /nowhere", "--adapter .*/nowhere"),
     ("evaluate", "--adapter DATA", "adapter_config.json"),
     ("evaluate", "--model /nowhere", "/nowhere: no such path"),
+    ("evaluate", "--protocol label --num-beams 8", "--num-beams 8 .* --protocol label"),
+    ("evaluate", "--protocol harness --max-new-tokens 8", "--max-new-tokens 8 .* --protocol harness"),
     ("finetune", "--held-out 40", "held_out .* 40, got 40"),
     ("finetune", "--model TRUNCATED", "TRUNCATED"),
     ("finetune", "--model nowhere", "nowhere"),
