@@ -81,9 +81,12 @@ class Config(TransferConfig):
 
 
 def report(config: Config, advised: Advised) -> None:
-    """Print the answer, the tables and the configuration to paste."""
+    """Write the file of --write, and print the answer, the tables and the configuration to paste."""
     advice, peft, limits = advised
-    snippet = advice.peft_config(**peft)  # raises before anything is printed
+    snippet = advice.peft_config(**peft)  # raises before anything is written or printed
+    if config.from_ is not None and config.write is not None:
+        per = "one" if config.regime in REGIMES else config.per
+        write_trainer_config(config.from_, config.write, advice, per=per)
     target_modules = peft["target_modules"]
     answers.print_answer(advice.answer(), [limits] if limits else [], **advice.as_dict(), target_modules=target_modules)
     tables.print_text(f"\n{advice.details()}\n")
@@ -129,8 +132,9 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     Raises:
       InputError: If a setting of the check is out of range or does not fit the model.
     """
+    from rora_theory import adapters, llama
     from rora_theory.measure import record_batches, transfer_check
-    from rora_theory.measure.layers.model_layers import RealStep
+    from rora_theory.measure.layers.model_layers import RealStep, lora_config_for
     from sims.common import prompts
 
     # Batches of the check. The weights are loaded only after the advice is printed.
@@ -142,6 +146,10 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     identity: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "seeds", "seed")}
     identity |= {"targets": targets} | advice.identity() | inputs.identity
     check_free(path_of(NAME, identity, config.out))
+    # The adapters of all candidates have to fit the model.
+    llama_config = llama.model_config(inputs.origin)
+    for candidate in transfer_check.candidates(advice).values():
+        adapters.table(lora_config_for(candidate.setting, targets, candidate.alpha_pattern), llama_config)
     # The advice needs no training: print it before the model takes steps.
     report(config, advised)
     # Run every candidate with every seed; candidates of one rank share a compiled step.
@@ -184,9 +192,6 @@ def take_first_steps(config: Config, advised: Advised) -> None:
 def run(config: Config) -> None:
     """Print the advice, and check it on a model if one is given."""
     advised = advise(config)
-    if config.from_ is not None and config.write is not None:
-        per = "one" if config.regime in REGIMES else config.per
-        write_trainer_config(config.from_, config.write, advised.advice, per=per)
     (take_first_steps if config.check else report)(config, advised)
     if config.write is not None:
         answers.print_files(config.write.parent, [config.write.name])

@@ -1,6 +1,7 @@
 """`python -m sims.transfer`: tables and snippet, a measured regime, saved adapters and trainers' files, the check."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -370,3 +371,12 @@ def test_a_file_is_written_in_its_format_without_overwriting(axolotl, tmp_path) 
         ended = commands.run(transfer.main, "--from", path, options)
         assert message in commands.refusal(ended)
     assert not (tmp_path / "other.yml").exists()
+
+
+def test_no_file_is_written_if_the_check_is_refused(axolotl, model, data, tmp_path) -> None:
+    path = axolotl()
+    for records, message in ((tmp_path / "none.json", "none.json: no such file"), (data / "train.json", "rank .* 16")):
+        out = ["--out", tmp_path / "run", "--write", tmp_path / "new.yml"]
+        ended = commands.run(transfer.main, "--from", path, "--to-rank 64 --check", model, records, *out)
+        assert re.search(message, commands.refusal(ended))
+        assert [item.name for item in tmp_path.iterdir()] == ["config.yml"]
