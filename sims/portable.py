@@ -45,7 +45,7 @@ def run(config: Config) -> None:
         from rora_theory import llama
 
         model = llama.load(config.model, revision=config.revision)
-        adapters.save_merged(config.out, adapters.load_peft(config.adapter, model.config, model.params), model)
+        adapters.save_merged(config.out, adapters.load_adapter(config.adapter, model), model)
         answers.print_answer("The adapter was merged into the model.")
         answers.print_files(config.out)
         return

@@ -119,7 +119,7 @@ def run(config: Config) -> None:
         unseen.check_unseen(pair.held_out, [pair.train])
     model = inputs.model
     if config.adapter is not None:
-        model = adapters.merged(adapters.load_peft(config.adapter, model.config, model.params), model)
+        model = adapters.merged(adapters.load_adapter(config.adapter, model), model)
     modules = regimes.modules_by_layer(model.config, config.targets, config.layers)
     extra: dict[str, Any] = {"units": regime_tables.UNITS, "device": describe(inputs.devices)}
     extra["data"] = [Path(name).name for name in config.data]

@@ -16,7 +16,7 @@ from rora_theory.adapters.base import (
 from rora_theory.adapters.bottleneck import BottleneckAdapter, BottleneckConfig
 from rora_theory.adapters.full import FullAdapter, FullConfig
 from rora_theory.adapters.lora import LoraAdapter, LoraConfig, norms
-from rora_theory.adapters.merged import load_with_adapter, merged, save_merged
+from rora_theory.adapters.merged import load_adapter, load_with_adapter, merged, save_merged
 from rora_theory.adapters.peft import adapter_digest, load_peft, rewrite_portable, save_peft
 from rora_theory.adapters.prefix import PrefixAdapter, PrefixConfig
 
@@ -35,6 +35,7 @@ __all__ = [
     "adapter_digest",
     "count",
     "init",
+    "load_adapter",
     "load_peft",
     "load_with_adapter",
     "merge",

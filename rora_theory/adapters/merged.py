@@ -1,14 +1,18 @@
 """Models with an adapter merged into their weights."""
 
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rora_theory.adapters import card
 from rora_theory.adapters.base import TrainableAdapter, merge
-from rora_theory.adapters.peft import entries_of, load_peft
+from rora_theory.adapters.peft import BASE_MODEL_DIGEST, entries_of, load_peft, read_metadata
 from rora_theory.llama.loading import Model
 from rora_theory.llama.saving import save_model
+
+logger = logging.getLogger(__name__)
 
 
 def merged(adapter: TrainableAdapter, model: Model) -> Model:
@@ -18,6 +22,28 @@ def merged(adapter: TrainableAdapter, model: Model) -> Model:
       InputError: If the adapter cannot be merged (prefix, series, parallel).
     """
     return replace(model, params=merge(adapter, model.params))
+
+
+def load_adapter(folder: str | os.PathLike[str], model: Model) -> Any:
+    """Load an adapter of a model. An adapter that was trained on another base model logs a warning.
+
+    A GGUF file and a folder that was converted from it differ, too: the digests are those of files.
+
+    Args:
+      folder: Folder of the adapter.
+      model: Base model.
+
+    Raises:
+      InputError: If `load_peft` rejects the adapter.
+    """
+    adapter, origin = load_peft(folder, model.config, model.params), model.origin
+    trained_on = read_metadata(folder).get(BASE_MODEL_DIGEST)
+    if trained_on is not None and trained_on != origin.sha256:
+        logger.warning(
+            f"{folder}: was trained on a base model with SHA-256 {trained_on[:12]}, got {origin.label} with "
+            f"{origin.sha256[:12]}. Pass the base model of the training, unless both have the same weights."
+        )
+    return adapter
 
 
 def load_with_adapter(
@@ -36,7 +62,7 @@ def load_with_adapter(
     Raises:
       InputError: If `load_peft` rejects the adapter.
     """
-    adapter = load_peft(folder, model.config, model.params)
+    adapter = load_adapter(folder, model)
     return (merged(adapter, model), None) if merge and adapter.config.mergeable else (model, adapter)
 
 

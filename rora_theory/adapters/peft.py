@@ -41,6 +41,8 @@ except ImportError as error:
     safetensors = extras.missing(error)
 
 CONFIG, WEIGHTS, PICKLE = adapter_config.FILE, "adapter_model.safetensors", "adapter_model.bin"
+BASE_MODEL_DIGEST = "base_model_sha256"
+"""Entry of the metadata with the SHA-256 of the base model's files."""
 SUFFIXES = {
     "lora_A": "lora_A.weight",
     "lora_B": "lora_B.weight",
@@ -91,7 +93,7 @@ def save_peft(
     metadata = {"format": "pt"}
     # A name may point to other weights later: record the commit and the digest of these.
     if isinstance(base_model, ModelSource):
-        config["revision"], metadata["base_model_sha256"] = base_model.commit, base_model.sha256
+        config["revision"], metadata[BASE_MODEL_DIGEST] = base_model.commit, base_model.sha256
     if portable:
         config, tensors = portable_form(folder / CONFIG, config, tensors)
     _write_files(folder, config, tensors, metadata, card.text(config, base_model, trained))
@@ -125,8 +127,7 @@ def rewrite_portable(source: str | os.PathLike[str], folder: str | os.PathLike[s
     """
     path, weights = Path(source) / CONFIG, Path(source) / WEIGHTS
     config, tensors = portable_form(path, adapter_config.read_entries(path), _read_tensors(weights))
-    with safetensors.safe_open(weights, framework="numpy") as file:
-        metadata = file.metadata() or {"format": "pt"}
+    metadata = read_metadata(source) or {"format": "pt"}
     _write_files(Path(folder), config, tensors, metadata, card.text(config, config.get("base_model_name_or_path")))
 
 
@@ -215,6 +216,12 @@ def load_peft(folder: str | os.PathLike[str], llama_config: LlamaConfig, params:
                 stack[layer][tuple(slice(size) for size in tensor.shape)] = tensor
         params_by_module[target.module] = {name: jnp.asarray(stack) for name, stack in stacks.items()}
     return assemble_lora(config, targets, params_by_module)
+
+
+def read_metadata(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the metadata of an adapter's safetensors file, see `save_peft`; empty if there are none."""
+    with safetensors.safe_open(Path(folder) / WEIGHTS, framework="numpy") as file:
+        return file.metadata() or {}
 
 
 def adapter_digest(folder: str | os.PathLike[str]) -> str:

@@ -50,6 +50,21 @@ def test_a_model_of_the_hub_is_named_by_its_id_and_commit(model, settings, tmp_p
         assert again.config == adapter.config
 
 
+def test_an_adapter_of_another_base_model_is_reported(model, tmp_path, caplog) -> None:
+    """Not one of the same model, and not one that another program saved without a digest."""
+    adapter = adapters.init(jax.random.key(0), adapters.PrefixConfig(2), model.config, model.params)
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"four bits")
+    other = ModelSource("smollm2-135m", gguf)
+    for origin in (model.origin, None, other):
+        adapters.save_peft(tmp_path / "adapter", adapter, base_model=origin)
+        adapters.load_with_adapter(tmp_path / "adapter", model)
+        assert bool(caplog.messages) is (origin is other)
+    (message,) = caplog.messages
+    for expected in (tmp_path / "adapter", other.sha256[:12], model.origin.label, model.origin.sha256[:12]):
+        assert str(expected) in message
+
+
 def test_peft_reads_the_name_and_the_commit(model, tmp_path):
     peft = pytest.importorskip("peft")
     settings = adapters.LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj",))
