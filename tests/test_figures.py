@@ -71,7 +71,6 @@ FIGURES = {
         (accuracy_vs_rank, {"lr": 3e-4, "name": "SmolLM2-135M pruned to half"}),
         (loss_vs_rate, {"rank": 32, "name": "SmolLM2-135M pruned to half"}),
     ],
-    "finetune_arc": [(loss_curves, {})],
 }
 SAVE = style.save
 """Function that writes a figure; fixtures replace it while the module's tests run."""
@@ -187,7 +186,7 @@ def test_each_panel_against_the_rate_has_several(published) -> None:
         (loss_curves, "rank_sweep", {"rank": 7}, "--rank must be one of the run's values 4, 8, 16, 32, 64"),
         (loss_curves, "rank_sweep", {"rank": 8, "lr": 7.0}, "--lr must be one of the run's values 0.0003, got 7\n"),
         (loss_curves, "rank_sweep", {"rank": 8, "seed": 9}, "--seed must be one of the run's values 0, 1, got 9\n"),
-        (loss_curves, "finetune_arc", {"rank": 8}, "--rank 8 has no effect without the run folder of a sweep"),
+        (loss_curves, "accuracy/cells/c086b664d48fe8c8", {"rank": 8}, "--rank 8 has no effect without the run folder of a sweep"),
         (loss_vs_rate, "rank_sweep", {}, "{}: has the ranks 4, 8, 16, 32, 64, 128. Choose one with --rank"),
         (displacement_ratio, "horizon", {"steps": (7,)}, "--steps"),
         (exponent_vs_strength, "horizon", {"steps": 7}, "--steps"),
