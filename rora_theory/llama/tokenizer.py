@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,8 @@ class Tokenizer:
 
         The tokenizer is ``tokenizer.json``, or a sentencepiece ``tokenizer.model`` if that file is missing. A special
         token comes from the first of these files that names it: ``tokenizer_config.json``, ``special_tokens_map.json``,
-        the sentencepiece model, ``generation_config.json`` and ``config.json``.
+        the sentencepiece model, ``generation_config.json`` and ``config.json``. Tokens that were added to the tokenizer
+        come from ``tokenizer_config.json``, or from ``added_tokens.json`` in older checkpoints.
 
         Raises:
           InputError: There is no tokenizer file, or a file cannot be read or contradicts another.
@@ -155,7 +156,7 @@ class Tokenizer:
         if os.path.exists(path := folder / "tokenizer.json"):
             backend = _read_backend(path)
         elif os.path.exists(path := folder / "tokenizer.model"):
-            backend, ids = _read_sentencepiece(path)
+            backend, ids = _read_sentencepiece(path, is_legacy=settings.get("legacy") is not False)
             adds_bos = True  # LLaMA's default if tokenizer_config.json has no entry
         else:
             raise InputError(f"{folder}: no tokenizer. The folder must contain tokenizer.json or tokenizer.model.")
@@ -165,7 +166,15 @@ class Tokenizer:
             name: _token_text(settings.get(f"{name}_token")) or _token_text(special_tokens.get(f"{name}_token"))
             for name in ("bos", "eos", "unk", "pad")
         }
-        _add_missing_tokens(backend, settings.get("added_tokens_decoder"), tokens.values(), folder)
+        added, where = settings.get("added_tokens_decoder"), f"{folder / 'tokenizer_config.json'}: added_tokens_decoder"
+        if added is None:
+            # Older checkpoints list the added tokens in a file of their own.
+            where = str(folder / "added_tokens.json")
+            added = {
+                str(number): {"content": token, "special": token in tokens.values()}
+                for token, number in _read_optional_object(Path(where)).items()
+            }
+        _add_missing_tokens(backend, added, tokens.values(), where)
         for name, token in tokens.items():
             if token is not None:
                 ids[name] = backend.token_to_id(token)
@@ -286,11 +295,11 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _read_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int | None]]:
+def _read_sentencepiece(path: Path, *, is_legacy: bool) -> tuple[tokenizers.Tokenizer, dict[str, int | None]]:
     """Read a sentencepiece ``tokenizer.model``, and the ids of its special tokens."""
     data = read_bytes(path)
     try:
-        model = vocabulary.parse_sentencepiece(data)
+        model = replace(vocabulary.parse_sentencepiece(data), is_legacy=is_legacy)
         backend = vocabulary.sentencepiece_tokenizer(model)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
@@ -355,18 +364,18 @@ def _token_text(token: Any) -> str | None:
 
 
 def _add_missing_tokens(
-    backend: tokenizers.Tokenizer, decoder_entries: Any, special_tokens: Iterable[str | None], folder: Path
+    backend: tokenizers.Tokenizer, decoder_entries: Any, special_tokens: Iterable[str | None], where: str
 ) -> None:
-    """Register tokens that only ``tokenizer_config.json`` lists, so that they are recognised in texts.
+    """Register tokens that the tokenizer's own file does not list, so that they are recognised in texts.
 
     Args:
       backend: Tokenizer to change.
-      decoder_entries: Value of ``added_tokens_decoder``: tokens by their ids.
+      decoder_entries: Tokens by their ids, as ``added_tokens_decoder`` has them.
       special_tokens: Texts of the special tokens.
-      folder: Folder of the tokenizer, for the error.
+      where: File or entry with the ids, for the error.
 
     Raises:
-      InputError: A token has another id in the tokenizer than in ``added_tokens_decoder``.
+      InputError: A token has another id in the tokenizer than in ``decoder_entries``.
     """
     # A token that the backend knows already keeps its id.
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
@@ -393,8 +402,7 @@ def _add_missing_tokens(
     for number, token in entries:
         if (content := _token_text(token)) is not None and backend.token_to_id(content) != number:
             raise InputError(
-                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has {content!r} as id {number}, but "
-                f"the tokenizer has it as id {backend.token_to_id(content)}"
+                f"{where} has {content!r} as id {number}, but the tokenizer has it as id {backend.token_to_id(content)}"
             )
 
 

@@ -50,6 +50,7 @@ class SentencePieceModel:
     Attributes:
       pieces: Entries of the vocabulary.
       add_dummy_prefix: Whether a space is put before the text.
+      is_legacy: Whether that space is put before every part of a text between special tokens too.
       remove_extra_whitespaces: Whether runs of spaces become one space, and those at the ends are removed.
       charsmap: Precompiled normalisation of characters; empty for LLaMA.
       bos_id: Id of the beginning of a text; None if the model has none.
@@ -59,6 +60,7 @@ class SentencePieceModel:
 
     pieces: tuple[Piece, ...]
     add_dummy_prefix: bool = True
+    is_legacy: bool = True
     remove_extra_whitespaces: bool = False
     charsmap: bytes = b""
     bos_id: int | None = None
@@ -104,8 +106,11 @@ def sentencepiece_tokenizer(model: SentencePieceModel) -> Tokenizer:
             normalizers.Replace(Regex(rf"\A +|[ {SPACE}]+\z"), ""),
             normalizers.Replace(Regex(" {2,}"), " "),
         ]
-    prefix = [normalizers.Prepend(SPACE)] if model.add_dummy_prefix else []
+    prefix = [normalizers.Prepend(SPACE)] if model.add_dummy_prefix and model.is_legacy else []
     tokenizer.normalizer = normalizers.Sequence([*cleaning, *prefix, normalizers.Replace(" ", SPACE)])
+    # A normalizer does not know whether a part is the first, a pre-tokenizer does.
+    if model.add_dummy_prefix and not model.is_legacy:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
 
     # Decoding: spaces, bytes of unknown characters, one text, without the space before it.
     decoding: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]

@@ -115,6 +115,17 @@ def test_beginning_and_end_of_a_sentencepiece_folder(config: dict | None, prefix
     assert (tokenizer.eos_id, tokenizer.unk_id, tokenizer.pad_id) == (2, None, None)
 
 
+@pytest.mark.parametrize(
+    ("legacy", "ids"), [(False, [263, 616, 2, 327, 599]), (True, [263, 616, 2, 272]), (None, [263, 616, 2, 272])]
+)
+def test_a_space_before_the_text_alone_or_before_every_part(legacy: bool | None, ids: list[int], tmp_path: Path):
+    """Ids of transformers 5.24 for an entry ``legacy``; without it, transformers 4 reads true and 5 false."""
+    tokenizer = Tokenizer.from_folder(sentencepiece_folder(tmp_path, {} if legacy is None else {"legacy": legacy}))
+    assert tokenizer.encode("ab</s>the", add_bos=False) == ids
+    assert tokenizer.encode("the", add_bos=False) == [272]
+    assert tokenizer.decode([272]) == "the"
+
+
 def test_qwens_pre_tokenization_equals_transformers(write):
     """With LLaMA 3's tiny vocabulary: digits are single, letters composed, and words formed by merges alone."""
     transformers = pytest.importorskip("transformers", "5.0")
@@ -188,6 +199,24 @@ def test_tokens_that_only_the_configuration_lists_are_added(tmp_path: Path):
     settings["added_tokens_decoder"] = {str(size + 7): {"content": "<|call|>"}}
     with pytest.raises(InputError, match=rf"added_tokens_decoder has '<\|call\|>' as id {size + 7}.*as id {size}"):
         Tokenizer.from_folder(json_folder(tmp_path / "bad", tokenizer, tokenizer_config=settings))
+
+
+def test_tokens_of_an_older_file_have_its_ids(tmp_path: Path):
+    """transformers 5.24 gives the same ids. The end token, which the settings name too, is not the first new one."""
+    size = len(VOCABULARIES["llama2"]["pieces"])
+    folder = sentencepiece_folder(tmp_path, {"eos_token": "<|im_end|>"})
+    file = folder / "added_tokens.json"
+    file.write_text(json.dumps({"<|im_end|>": size + 1, "<call>": size}))
+    read = Tokenizer.from_folder(folder)
+    assert (read.eos_id, read.eos_ids) == (size + 1, (size + 1,))
+    assert read.encode("<call><|im_end|>", add_bos=False) == [size, size + 1]
+    assert read.decode([size, size + 1]) == "<call>"
+    file.write_text(json.dumps({"<|im_end|>": size + 5}))
+    with pytest.raises(InputError, match=rf"added_tokens\.json has '<\|im_end\|>' as id {size + 5}.*as id {size}"):
+        Tokenizer.from_folder(folder)
+    # The settings replace the file, as in transformers.
+    sentencepiece_folder(tmp_path, {"added_tokens_decoder": {str(size): {"content": "<|im_end|>"}}})
+    assert Tokenizer.from_folder(folder).encode("<|im_end|>", add_bos=False) == [size]
 
 
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", None])
