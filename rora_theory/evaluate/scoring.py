@@ -15,8 +15,9 @@ size or on interruptions, bit for bit. ``generate`` computes the same beams for 
 so only a near tie between two beams can turn out differently.
 """
 
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -134,6 +135,8 @@ def score(
         not finite.
     """
     check_integer("batch_size", batch_size)
+    # The model continues these texts, so they must not end with the checkpoint's end of a text.
+    tokenizer = replace(tokenizer, suffix=())
     known = set(done)
     skip = {number for number, record in enumerate(records) if (record.task, record.index) in known}
     if scoring.protocol == "generate":
@@ -143,7 +146,15 @@ def score(
         choices = [harness_choices(record) for record in records]
     else:
         choices = [label_choices(record, str(scoring.template)) for record in records]
-    items = encode_choices(tokenizer, choices, max_length=config.max_position_embeddings)
+    # The harness truncates long texts on the left. A label is scored after its whole prompt only.
+    max_length = config.max_position_embeddings
+    items = encode_choices(tokenizer, choices, max_length=max_length if scoring.protocol == "harness" else sys.maxsize)
+    for record, item in zip(records, items, strict=True):
+        if (length := max(len(choice.tokens) for choice in item)) > max_length + 1:
+            raise InputError(
+                f"{record.task} record {record.index}: prompt and label must have at most {max_length + 1} tokens "
+                f"(max_position_embeddings and the last one, which is not read), got {length}"
+            )
     scores = log_likelihoods(params, config, items, adapter=adapter, batch_size=batch_size, done=skip)
     norm = scoring.protocol == "harness"
     return (_likeliest(records[number], choices[number], totals, norm=norm) for number, totals in scores)
@@ -160,7 +171,8 @@ def score_tasks(
 ) -> Iterator[Sample]:
     """Score one task after another with `score`.
 
-    Only items of the same task share device calls, so the results of a task do not depend on other tasks.
+    Only items of the same task share device calls, so the results of a task do not depend on other tasks. The records
+    of all tasks are checked before the first one is scored.
 
     Args:
       model: Model to evaluate.
@@ -170,8 +182,8 @@ def score_tasks(
       batch_size: See `score`.
       done: Pairs ``(task, index)`` of records that need no result.
     """
-    for records in tasks.values():
-        yield from score(
+    samples = [
+        score(
             model.params,
             model.config,
             model.tokenizer,
@@ -181,6 +193,10 @@ def score_tasks(
             batch_size=batch_size,
             done=done,
         )
+        for records in tasks.values()
+    ]
+    for task_samples in samples:
+        yield from task_samples
 
 
 def in_order(samples: Iterable[Sample]) -> list[Sample]:

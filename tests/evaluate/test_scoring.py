@@ -1,6 +1,7 @@
 """The three protocols on a tiny random model with a small byte-level tokenizer."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from rora_theory.errors import InputError
 from rora_theory.evaluate import scoring
 from rora_theory.evaluate.choices import encode_choices, harness_choices, label_choices
 from rora_theory.evaluate.scoring import Sample, Scoring, score
-from rora_theory.llama import load
+from rora_theory.llama import Model, ModelSource, load
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.generate import beam_search
 from rora_theory.llama.model import init_params
@@ -168,6 +169,39 @@ def test_templates_of_the_protocols(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [encode_choices(TOKENIZER, [label_choices(BOOLQ, name)], max_length=1024) for name in templates]
     assert scored_items == expected
     assert expected[0] != expected[1] != expected[2] != expected[0]
+
+
+def test_no_prompt_ends_with_the_end_of_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that puts its end token after every text is given the same tokens as one that does not."""
+    read: list[object] = []
+    monkeypatch.setattr(scoring, "log_likelihoods", lambda *arguments, **_: read.append(arguments[2]) or [])
+    monkeypatch.setattr(scoring, "beam_search", lambda *arguments, **_: read.append(arguments[2]) or [[1]])
+    for protocol in scoring.PROTOCOLS:
+        for tokenizer in (TOKENIZER, dataclasses.replace(TOKENIZER, suffix=(1,))):
+            list(score(PARAMS, CONFIG, tokenizer, [BOOLQ], Scoring(protocol)))
+        assert read[-1] == read[-2], protocol
+
+
+def test_a_long_prompt_of_any_task_is_refused_before_the_first_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "beam_search", lambda *_, **__: pytest.fail("scored a record"))
+    piqa = golden_records("piqa")
+    lengths = [len(TOKENIZER.encode(prompt(record.instruction, "eval"))) for record in (BOOLQ, *piqa)]
+    assert lengths[0] < max(lengths)
+    config = dataclasses.replace(CONFIG, max_position_embeddings=max(lengths) + 31)
+    model = Model(PARAMS, config, TOKENIZER, ModelSource("tiny", Path("tiny")))
+    with pytest.raises(InputError, match=f"piqa record .*got {max(lengths)}"):
+        next(scoring.score_tasks(model, {"boolq": [BOOLQ], "piqa": piqa}, Scoring("generate")))
+
+
+def test_a_label_is_scored_after_its_whole_prompt_or_not_at_all() -> None:
+    """The harness truncates long prompts instead."""
+    item = encode_choices(TOKENIZER, [label_choices(BOOLQ, "train")], max_length=1024)[0]
+    length = max(len(choice.tokens) for choice in item)
+    fits, short = (dataclasses.replace(CONFIG, max_position_embeddings=length - n) for n in (1, 2))
+    score(PARAMS, fits, TOKENIZER, [BOOLQ], Scoring("label"))
+    score(PARAMS, dataclasses.replace(CONFIG, max_position_embeddings=9), TOKENIZER, [BOOLQ], Scoring("harness"))
+    with pytest.raises(InputError, match=f"boolq record 0: .*at most {length - 1} tokens .*got {length}"):
+        score(PARAMS, short, TOKENIZER, [BOOLQ], Scoring("label"))
 
 
 def test_the_longest_possible_prompt_is_accepted_and_a_longer_one_refused() -> None:
