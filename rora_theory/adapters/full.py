@@ -22,6 +22,7 @@ from rora_theory.adapters.targets import in_all_layers, layer_text
 from rora_theory.errors import InputError
 from rora_theory.llama import LlamaConfig, linear
 from rora_theory.llama.model import Params
+from rora_theory.llama.quantised import to_dense
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ class FullConfig:
     def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> "FullAdapter":  # noqa: ARG002
         """Initialise the trained weights from the base model's, see `base.init`."""
         modules = in_all_layers(llama_config, self.target_modules, "full fine-tuning")
-        weights = {module: {"weight": params["layers"][module]["weight"].astype(jnp.float32)} for module in modules}
+        weights = {
+            module: {"weight": to_dense(params["layers"][module]["weight"]).astype(jnp.float32)} for module in modules
+        }
         return FullAdapter(weights, self, llama_config)
 
 

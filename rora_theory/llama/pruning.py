@@ -43,6 +43,7 @@ from rora_theory.llama.model import (
     linear,
     windowed_layers,
 )
+from rora_theory.llama.quantised import dense_params
 from rora_theory.scaling import check_share
 
 if TYPE_CHECKING:
@@ -303,17 +304,18 @@ def prune_model(
     """Prune a model to the parts that contribute most on batches of text.
 
     Args:
-      model: Model to prune.
+      model: Model to prune. Quantised weights become dense.
       batches: Token ids of calibration text.
       shape: Sizes of the pruned model.
 
     Returns:
       The pruned model, and the `pruning_table` of its parts.
     """
-    statistics = calibrate(model.params, batches, model.config)
-    scores = score_parts(model.params, statistics, model.config)
+    params = dense_params(model.params)
+    statistics = calibrate(params, batches, model.config)
+    scores = score_parts(params, statistics, model.config)
     parts = choose_parts(scores, shape)
-    params, config = prune(model.params, model.config, parts)
+    params, config = prune(params, model.config, parts)
     return replace(model, params=params, config=config), pruning_table(scores, parts)
 
 

@@ -1,15 +1,20 @@
 """Quantised weights: their values, their sources, and refused files."""
 
+from pathlib import Path
+
 import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
+from support.harness import TOKENIZER
 from support.tiny import WIDE
 
+from rora_theory import adapters
+from rora_theory.adapters import FullConfig
 from rora_theory.errors import InputError
-from rora_theory.llama import abstract_params
+from rora_theory.llama import Model, ModelSource, abstract_params, init_params, pruning
 from rora_theory.llama.quantised import (
     QUANTIZATIONS,
     abstract_weight,
@@ -87,6 +92,18 @@ def test_random_blocks_have_the_requested_deviation():
     # Of n = 16,384 uniform weights the deviation has a relative error of sqrt(0.2 / n), 0.35%; the mean has 0.00016.
     assert float(jnp.std(weights)) == pytest.approx(0.02, rel=0.02)
     assert abs(float(jnp.mean(weights))) < 1e-3
+
+
+def test_pruning_and_full_fine_tuning_start_from_the_dense_weights():
+    blocks = init_params(jax.random.key(0), WIDE, quantization="q4_1")
+    tokens = np.arange(18).reshape(2, 9)
+    pruned, trained = [], []
+    for params in (blocks, dense_params(blocks)):
+        model = Model(params, WIDE, TOKENIZER, ModelSource("wide", Path("wide")))
+        pruned.append(pruning.prune_model(model, [tokens], pruning.PrunedShape(1, 1, 48))[0].params)
+        trained.append(adapters.init(jax.random.key(2), FullConfig(("q_proj",)), WIDE, params).params)
+    for ours, theirs in (pruned, trained):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def test_invalid_values_are_refused(tiny):
