@@ -69,9 +69,10 @@ def sample_windows(
     Raises:
       InputError: The documents have too few tokens.
     """
-    # An end token separates each document from the next.
+    # An end token, which some tokenizers put after a text themselves, separates each document from the next.
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    tokens = [token for ids in tokenizer.encode_batch(list(texts)) for token in (*ids, *end)]
+    encoded = tokenizer.encode_batch(list(texts))
+    tokens = [token for ids in encoded for token in (ids if ids[-1:] == end else (*ids, *end))]
     available, required = len(tokens) // seq, windows + held_out
     if available < required:
         raise InputError(

@@ -42,10 +42,18 @@ def test_a_file_that_is_named_twice_is_refused(tmp_path) -> None:
             read_texts([str(source) for source in sources])
 
 
-def test_windows_take_all_of_a_text_that_is_just_long_enough() -> None:
+class EndingEncoder(tiny.ByteEncoder):
+    """Encoder that puts the end token after every text."""
+
+    def encode_batch(self, texts):
+        return [[*ids, self.eos_id] for ids in super().encode_batch(texts)]
+
+
+@pytest.mark.parametrize("encoder", [tiny.ByteEncoder, EndingEncoder])
+def test_windows_take_all_of_a_text_that_is_just_long_enough(encoder) -> None:
     """Four documents of 6 letters become 8 tokens each, with a token before and the end token after each one."""
     texts, sizes = ["abcdef", "ghijkl", "mnopqr", "stuvwx"], {"seq": 16, "windows": 1, "held_out": 1}
-    splits = sample_windows(texts, tiny.ByteEncoder(), **sizes)
+    splits = sample_windows(texts, encoder(), **sizes)
     windows = sorted(row.tolist() for split in splits for row in split)
     assert windows == [[1, *b"abcdef", 2, 1, *b"ghijkl", 2], [1, *b"mnopqr", 2, 1, *b"stuvwx", 2]]
     orders = {tuple(sample_windows(texts, tiny.ByteEncoder(), **sizes, seed=seed)[0][0].tolist()) for seed in range(8)}
