@@ -156,7 +156,7 @@ class Tokenizer:
         if os.path.exists(path := folder / "tokenizer.json"):
             backend = _read_backend(path)
         elif os.path.exists(path := folder / "tokenizer.model"):
-            backend, ids = _read_sentencepiece(path, is_legacy=settings.get("legacy") is not False)
+            backend, ids = _read_sentencepiece(path, settings)
             adds_bos = True  # LLaMA's default if tokenizer_config.json has no entry
         else:
             raise InputError(f"{folder}: no tokenizer. The folder must contain tokenizer.json or tokenizer.model.")
@@ -166,15 +166,23 @@ class Tokenizer:
             name: _token_text(settings.get(f"{name}_token")) or _token_text(special_tokens.get(f"{name}_token"))
             for name in ("bos", "eos", "unk", "pad")
         }
+        # Further special tokens, which transformers 4 and 5 name differently.
+        further_lists = (
+            source.get(f"{name}_special_tokens")
+            for source in (settings, special_tokens)
+            for name in ("extra", "additional")
+        )
+        further = next((entry for entry in further_lists if isinstance(entry, list)), [])
+        special_texts = [*tokens.values(), *map(_token_text, further)]
         added, where = settings.get("added_tokens_decoder"), f"{folder / 'tokenizer_config.json'}: added_tokens_decoder"
         if added is None:
             # Older checkpoints list the added tokens in a file of their own.
             where = str(folder / "added_tokens.json")
             added = {
-                str(number): {"content": token, "special": token in tokens.values()}
+                str(number): {"content": token, "special": token in special_texts}
                 for token, number in _read_optional_object(Path(where)).items()
             }
-        _add_missing_tokens(backend, added, tokens.values(), where)
+        _add_missing_tokens(backend, added, special_texts, where)
         for name, token in tokens.items():
             if token is not None:
                 ids[name] = backend.token_to_id(token)
@@ -295,11 +303,14 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _read_sentencepiece(path: Path, *, is_legacy: bool) -> tuple[tokenizers.Tokenizer, dict[str, int | None]]:
+def _read_sentencepiece(path: Path, settings: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, int | None]]:
     """Read a sentencepiece ``tokenizer.model``, and the ids of its special tokens."""
     data = read_bytes(path)
     try:
-        model = replace(vocabulary.parse_sentencepiece(data), is_legacy=is_legacy)
+        model = vocabulary.parse_sentencepiece(data)
+        # The settings may limit the space before a text.
+        has_prefix = model.add_dummy_prefix and settings.get("add_prefix_space") is not False
+        model = replace(model, add_dummy_prefix=has_prefix, is_legacy=settings.get("legacy") is not False)
         backend = vocabulary.sentencepiece_tokenizer(model)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None

@@ -116,14 +116,31 @@ def test_beginning_and_end_of_a_sentencepiece_folder(config: dict | None, prefix
 
 
 @pytest.mark.parametrize(
-    ("legacy", "ids"), [(False, [263, 616, 2, 327, 599]), (True, [263, 616, 2, 272]), (None, [263, 616, 2, 272])]
+    ("settings", "ids"),
+    [
+        ({"legacy": False}, [263, 616, 2, 327, 599]),
+        ({"legacy": True}, [263, 616, 2, 272]),
+        ({}, [263, 616, 2, 272]),
+        ({"add_prefix_space": False}, [352, 2, 327, 599]),
+    ],
 )
-def test_a_space_before_the_text_alone_or_before_every_part(legacy: bool | None, ids: list[int], tmp_path: Path):
-    """Ids of transformers 5.24 for an entry ``legacy``; without it, transformers 4 reads true and 5 false."""
-    tokenizer = Tokenizer.from_folder(sentencepiece_folder(tmp_path, {} if legacy is None else {"legacy": legacy}))
+def test_a_space_before_the_text_or_every_part_or_none(settings: dict, ids: list[int], tmp_path: Path):
+    """Ids of transformers 5.24, which reads a missing ``legacy`` as false; transformers 4 reads true."""
+    tokenizer = Tokenizer.from_folder(sentencepiece_folder(tmp_path, settings))
     assert tokenizer.encode("ab</s>the", add_bos=False) == ids
-    assert tokenizer.encode("the", add_bos=False) == [272]
-    assert tokenizer.decode([272]) == "the"
+    assert tokenizer.decode(tokenizer.encode("the", add_bos=False)) == "the"
+
+
+@pytest.mark.parametrize("key", ["additional_special_tokens", "extra_special_tokens"])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_further_special_tokens_follow_those_with_a_role(key: str, file: str, tmp_path: Path):
+    size = len(VOCABULARIES["llama2"]["pieces"])
+    folder = sentencepiece_folder(tmp_path, {"pad_token": "<pad>"})
+    entries = {"pad_token": "<pad>", key: ["<|x|>", {"content": "<|y|>"}]}
+    (folder / file).write_text(json.dumps(entries))
+    read = Tokenizer.from_folder(folder)
+    assert read.encode("<|y|><|x|><pad>", add_bos=False) == [size + 2, size + 1, size]
+    assert read.decode([size + 2, size + 1]) == ""
 
 
 def test_qwens_pre_tokenization_equals_transformers(write):
