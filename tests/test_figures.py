@@ -173,28 +173,28 @@ def test_each_panel_against_the_rate_has_several(published) -> None:
 @pytest.mark.parametrize(
     ("module", "folder", "options", "words"),
     [
-        (regime, "regime", {"init": "foo"}, "--init must be one of the run's values gaussian, kaiming_unif"),
-        (regime, "regime", {"modules": ("foo",)}, "--modules must be modules of the run, such as model.layers.0"),
-        (coordinate_check, "regime", {}, "{}: must be a run of coordinate_check, got a run of regime"),
+        (regime, "regime", {"init": "foo"}, "--init .* gaussian, kaiming_unif"),
+        (regime, "regime", {"modules": ("foo",)}, "--modules .* model.layers.0"),
+        (coordinate_check, "regime", {}, "{}: .*coordinate_check, got .*regime"),
         (accuracy, "rank_sweep", {"rank": 8}, "{}/differences.csv has no column 'boolq'. Choose a run"),
         (accuracy, "accuracy", {"rank": 7}, "{}: has the ranks 32. Choose one with --rank"),
         (accuracy_vs_rank, "rank_sweep", {}, "0.0003, 0.001, 0.003, 0.01"),
-        (accuracy_vs_rank, "rank_sweep", {"lr": 5.0}, "--lr must be one of the run's values 0.0003, 0.001"),
-        (accuracy_vs_rank, "rank_sweep", {"alpha": 7.0}, "--alpha must be one of the run's values 64"),
-        (accuracy_vs_rank, "rank_sweep", {"model": "foo"}, "--model must be one of the run's values smol"),
+        (accuracy_vs_rank, "rank_sweep", {"lr": 5.0}, "--lr .* 0.0003, 0.001"),
+        (accuracy_vs_rank, "rank_sweep", {"alpha": 7.0}, "--alpha .* 64"),
+        (accuracy_vs_rank, "rank_sweep", {"model": "foo"}, "--model .* smol"),
         (accuracy_vs_rank, "rank_sweep", {"tuned": True, "lr": 3e-4}, "--lr 0.0003 has no effect with --t"),
-        (loss_curves, "rank_sweep", {"rank": 7}, "--rank must be one of the run's values 4, 8, 16, 32, 64"),
-        (loss_curves, "rank_sweep", {"rank": 8, "lr": 7.0}, "--lr must be one of the run's values 0.0003, got 7\n"),
-        (loss_curves, "rank_sweep", {"rank": 8, "seed": 9}, "--seed must be one of the run's values 0, 1, got 9\n"),
-        (loss_curves, "accuracy/cells/c086b664d48fe8c8", {"rank": 8}, "--rank 8 has no effect without the run folder of a sweep"),
+        (loss_curves, "rank_sweep", {"rank": 7}, "--rank .* 4, 8, 16, 32, 64"),
+        (loss_curves, "rank_sweep", {"rank": 8, "lr": 7.0}, "--lr .* 0.0003, got 7\n"),
+        (loss_curves, "rank_sweep", {"rank": 8, "seed": 9}, "--seed .* 0, 1, got 9\n"),
+        (loss_curves, "accuracy/cells/c086b664d48fe8c8", {"rank": 8}, "--rank 8 has no effect without the run"),
         (loss_vs_rate, "rank_sweep", {}, "{}: has the ranks 4, 8, 16, 32, 64, 128. Choose one with --rank"),
         (displacement_ratio, "horizon", {"steps": (7,)}, "--steps"),
         (exponent_vs_strength, "horizon", {"steps": 7}, "--steps"),
         (regret_by_policy, "horizon", {"rank": 7}, "at --rank 7 for any of --changes"),
         # Its best rate lies at the end of its grid, so that the regret is unknown.
         (regret_by_policy, "horizon_gemma", {"changes": ((16.0, 16.0, 16, 64),)}, "for any of --changes"),
-        (regret_by_policy, "horizon", {"changes": ((64.0, 0.0, 64, 64),)}, "--changes must"),
-        (regret_by_policy, "horizon", {"changes": ((64.0, float("nan"), 64, 64),)}, "--changes must"),
+        (regret_by_policy, "horizon", {"changes": ((64.0, 0.0, 64, 64),)}, "--changes .* 0.0\n"),
+        (regret_by_policy, "horizon", {"changes": ((64.0, float("nan"), 64, 64),)}, "--changes .* nan\n"),
     ],
 )
 def test_a_setting_that_a_run_does_not_have_is_refused_before_anything_is_drawn(
@@ -206,7 +206,7 @@ def test_a_setting_that_a_run_does_not_have_is_refused_before_anything_is_drawn(
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert error.startswith("error: ")
-    assert words.format(PUBLISHED / folder) in error
+    assert re.search(words.format(re.escape(str(PUBLISHED / folder))), error)
     assert (error.count("\n"), (tmp_path / "new").exists()) == (1, False)
 
 

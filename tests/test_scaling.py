@@ -60,7 +60,7 @@ def test_numbers_in_an_interval(value: object, low: float, high: float, closed: 
     if is_inside:
         check_between("share", value, low, high, closed=closed)
     else:
-        with pytest.raises(InputError, match=r"^share must be a (finite )?number .*, got "):
+        with pytest.raises(InputError, match=r"^share .*, got "):
             check_between("share", value, low, high, closed=closed)
 
 
@@ -75,7 +75,7 @@ def test_numbers_in_an_interval(value: object, low: float, high: float, closed: 
         ("lora", math.inf, 1, "alpha .*, got inf"),
         ("lora", 1.0, 0, "rank .*, got 0"),
         ("lora", 1.0, 2.5, "rank .*, got 2.5"),
-        ("lora", 1.0, 2**31, "rank must be an integer of at most 2,147,483,647, got 2147483648"),
+        ("lora", 1.0, 2**31, "rank .* 2,147,483,647, got 2147483648"),
         ("lora", 1.0, True, "rank .*, got True"),
         ("lora", 10**400, 1, r"alpha .*, got 10+\.\.\.0+"),
         pytest.param("lora", 10**5000, 1, "alpha .* got an int too long to print", id="thousands of digits"),

@@ -37,7 +37,7 @@ def test_surviving_values_are_the_input_divided_by_their_share() -> None:
 
 
 def test_bfloat16_is_scaled_before_rounding() -> None:
-    """In bfloat16 1/0.95 is 1.0547, off by 0.2%. The mean of many values must not be off by as much."""
+    """In bfloat16 1/0.95 is 1.0547, off by 0.2%. The mean of many values is off by less."""
     x = jax.random.uniform(jax.random.key(4), (400, 500), minval=0.5, maxval=1.0).astype(jnp.bfloat16)
     y = dropout(jax.random.key(5), x, 0.05)
     assert y.dtype == jnp.bfloat16

@@ -35,7 +35,7 @@ def test_unmerging_undoes_merging(dora, params, perturbed) -> None:
     adapter = perturbed(**settings(use_dora=dora, target_modules="all-linear"))
     merged = merge(adapter, params)
     if dora:
-        with pytest.raises(InputError, match="norms must not be None for a DoRA adapter"):
+        with pytest.raises(InputError, match=r"norms .*None .*DoRA"):
             unmerge(adapter, merged)
     plain = unmerge(adapter, merged, norms(adapter, params) if dora else None)
     for name in MODULES:

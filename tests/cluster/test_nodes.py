@@ -368,7 +368,7 @@ def test_a_cell_with_two_gpus_gets_both_of_a_node(nodes, tmp_path) -> None:
         marks.mkdir()
         run_cells(ClusterConfig(address=nodes.address, cell_gpus=gpus), marks, count)
         assert {place.split()[1] for side in (1, 2) for place in squares.attempts(marks, side)} <= seen
-    with pytest.raises(InputError, match="--cell-memory must be a number for cells that use GPUs"):
+    with pytest.raises(InputError, match=r"--cell-memory .*GPUs, got plan"):
         ClusterConfig(address=nodes.address, cell_memory="plan").runner(lambda _: 1)
 
 

@@ -296,7 +296,7 @@ def test_other_templates_take_one_question_and_its_answer():
     conversation = Chat(tuple(CHAT[:2]))
     assert texts.render_record(conversation, "plain").text == "Is it <b>?Yes. "
     assert texts.render_record(conversation, "clean") == texts.render_record(Record("Is it <b>?", "Yes. "), "clean")
-    with pytest.raises(InputError, match=r"template must be plain .* got 'train'"):
+    with pytest.raises(InputError, match=r"template .* plain .* got 'train'"):
         texts.render_record(Text("a"), "train")
     with pytest.raises(InputError, match=r"^the record 'Say\.': .* rejects the chat \(no\)"):
         texts.render_record(Record("Say.", "It."), "chat", ChatTemplate("{{ raise_exception('no') }}"))
@@ -357,5 +357,5 @@ def test_plain_texts_have_no_answer(tokenizer):
     examples = tokenize([Text("ab")], tokenizer)
     assert examples.tokens.tolist()[0::3] == [0, 1]
     assert examples.is_target.tolist() == [False, True, True, True]
-    with pytest.raises(InputError, match=r"loss_on must be 'all' for texts.* got 'answer'"):
+    with pytest.raises(InputError, match=r"loss_on .*'all' .* got 'answer'"):
         tokenize([Text("ab")], tokenizer, answer_only=True)

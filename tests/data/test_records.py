@@ -128,8 +128,8 @@ def call(arguments):
         # What is no record.
         ("x.json", [GOOD, GOOD, {}], r"x\.json: record 2 has no 'instruction'; its keys are none"),
         ("x.json", [GOOD, GOOD | {"output": None}], r"record 1 has no 'output'; its keys are 'instruction', 'input'"),
-        ("x.json", [GOOD, "text"], "record 1 must be an object, got a string"),
-        ("x.json", [GOOD | {"output": 3}], "record 0: 'output' must be a string, got a number"),
+        ("x.json", [GOOD, "text"], "record 1 .* object, got a string"),
+        ("x.json", [GOOD | {"output": 3}], "record 0: 'output' .* string, got a number"),
         ("x.json", [GOOD | {"instruction": ""}], "record 0: 'instruction' .* empty"),
         ("x.json", [GOOD | {"output": SURROGATE}], "record 0: 'output' .* half a surrogate pair"),
         ("x.json", {"data": [GOOD]}, r"x\.json: line 1: keys .* 'data'"),
@@ -150,7 +150,7 @@ def call(arguments):
         ("x.json", after_good(QUESTION, call('["Bonn"]')), "messages 1: arguments of tool_calls 0 .* a list"),
         ("x.json", after_good(QUESTION, call('{"city": "\\ud800"}')), "messages 1: 'tool_calls' .* half a surrogate"),
         ("x.json", [PREFERRED | {"completion": [QUESTION]}], "record 0: 'completion' .* assistant turn"),
-        ("x.json", [PREFERRED | {"prompt": "Sure?"}], "record 0: 'completion' must be a string, got a list"),
+        ("x.json", [PREFERRED | {"prompt": "Sure?"}], "record 0: 'completion' .* string, got a list"),
         ("x.json", [{"conversations": [{"from": "narrator"}]}], "conversations 0 has no 'value'"),
         (
             "x.json",
@@ -170,7 +170,7 @@ def test_missing_sources_and_formats_are_refused(tmp_path):
         read_records([tmp_path / "none.json"])
     with pytest.raises(InputError, match=r"is a folder.* a \.json.*FOLDER:SPLIT"):
         read_records([tmp_path])
-    with pytest.raises(InputError, match="data must name at least one source"):
+    with pytest.raises(InputError, match=r"^data .*source"):
         read_records([])
     source = write(tmp_path / "y.json", [{"q": "1", "a": "2"}])
     with pytest.raises(InputError, match=r"y\.json: record 0: .* 'q', 'a'.* messages \(messages\), .* --fields"):

@@ -59,7 +59,7 @@ def test_file_names_determine_a_split_without_a_card():
     parts = [f"data/{split}-0000{i}-of-00002.parquet" for split in ("train", "test") for i in (1, 0)]
     assert files([*parts, "data/train.csv", "train.jsonl"]) == sorted(parts[:2])
     assert files(["training.jsonl", "constrain.jsonl", "a_train.jsonl"]) == ["a_train.jsonl"]
-    with pytest.raises(InputError, match="them: split 'train' must have 2 files, got 1"):
+    with pytest.raises(InputError, match=r"them: split 'train' .* 2 files, got 1"):
         files(parts[:1])
     assert files(["train/0.jsonl", "test/0.jsonl"]) == ["train/0.jsonl"]
     both = ["en/train.jsonl", "de/train.jsonl"]

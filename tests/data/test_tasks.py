@@ -101,18 +101,18 @@ TWO_BLANKS = INSTRUCTIONS["winogrande"].replace(" _ ", " __ ")
     ("key", "content", "message"),
     [
         ("piqa", "[{", "is not JSON"),
-        ("piqa", [], r"must hold a list .* got \[\]"),
+        ("piqa", [], r"list .* got \[\]"),
         ("piqa", {"a": 1}, "got {'a': 1}"),
-        ("piqa", [3], "record 0 must be an object .*, got a number"),
-        ("piqa", [{"instruction": "x"}], "record 0: input must be a string, got None"),
+        ("piqa", [3], "record 0 .* object .*, got a number"),
+        ("piqa", [{"instruction": "x"}], "record 0: input .* string, got None"),
         ("piqa", [_row(), _row(answer="solution3")], "record 1.* answer .* solution1, solution2, got 'solution3'"),
-        ("piqa", [_row(), _row(answer=None)], "record 1.* answer must be a string, got None"),
+        ("piqa", [_row(), _row(answer=None)], "record 1.* answer .* string, got None"),
         ("piqa", [_row(), _row(output="solution2")], "record 1.* output .* 'the correct answer is solution2', got"),
-        ("piqa", [_row(), _row(input="more")], "record 1.* input must be empty, got 'more'"),
-        ("piqa", [_row(), _row(instruction="Please choose.")], "record 1.* must follow the template of piqa"),
-        ("piqa", [_row("boolq")], "record 0.* must follow the template of piqa"),
+        ("piqa", [_row(), _row(input="more")], "record 1.* input .* empty, got 'more'"),
+        ("piqa", [_row(), _row(instruction="Please choose.")], "record 1.* template of piqa"),
+        ("piqa", [_row("boolq")], "record 0.* template of piqa"),
         # A different number of choices listed than shown.
-        ("piqa", [_row(instruction=INSTRUCTIONS["piqa"] + "/solution3")], "record 0.* must follow the template of"),
+        ("piqa", [_row(instruction=INSTRUCTIONS["piqa"] + "/solution3")], "record 0.* template of piqa"),
         ("winogrande", [_row("winogrande", instruction=TWO_BLANKS)], "record 0: .* one blank .* got 2"),
     ],
 )
@@ -127,5 +127,5 @@ def test_bad_files_and_records_are_named(key: str, content: object, message: str
 def test_a_missing_task_and_an_unknown_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"piqa/test.json: no such file"):
         tasks.read_task(tmp_path / "piqa" / "test.json", TASKS["piqa"])
-    with pytest.raises(InputError, match=r"task must be one of boolq, piqa.* got 'arc'"):
+    with pytest.raises(InputError, match=r"task .*boolq, piqa.* got 'arc'"):
         tasks.get_task("arc")

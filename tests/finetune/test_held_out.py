@@ -50,7 +50,7 @@ def log_probabilities(tokens, adapter, config):
     ],
 )
 def test_equal_to_plain_forward_passes(shared: int, config: LlamaConfig, settings, prompts_read) -> None:
-    """Of 17 shared tokens 16 are read once, of 16 none, as the last one must stay to predict the next."""
+    """Of 17 shared tokens 16 are read once. Of 16 none are, because the last one is kept to predict the next token."""
     held_out = examples(shared)
     adapter = None if settings is None else init(jax.random.key(1), settings, config, PARAMS)
     losses = record_losses(PARAMS, config, held_out, adapter=adapter, batch_size=4, widths=2)

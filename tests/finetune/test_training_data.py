@@ -89,7 +89,7 @@ def test_a_list_s_prompt_is_that_of_the_records_kind(completions):
         expected = prompts.training_text("q", "a", "train")
         assert first(prepare([Record("q", "a")] * 3, tiny.ByteEncoder(), named)) == expected
     for records in ([Text("a"), *pairs, Record("q", "a")], [*pairs, Record("q", "a")]):
-        with pytest.raises(InputError, match=r"^template must be given .* None for .*plain"):
+        with pytest.raises(InputError, match=r"^template .* None for .*plain"):
             prepare(records, tiny.ByteEncoder(), CONFIG)
 
 

@@ -314,7 +314,7 @@ def test_every_rank_is_compared_with_the_largest() -> None:
 
 
 def test_beside_a_run_that_diverged_the_exponent_is_known_to_half_a_step_of_the_grid() -> None:
-    """All seeds have the same rate of the grid there, so that their spread is 0, which must not contradict a law."""
+    """All seeds have the same best rate of the grid there. Their spread of 0 does not contradict a law."""
     runs = []
     for run in grid(-0.53, seeds=3, noise=0.0):
         best = 1e-3 * (run.strength / 64) ** -0.53  # the next rate above it diverges

@@ -163,7 +163,7 @@ BAD = [
     ({"prompts": [[1], [-1]]}, "prompt 1 .* -1$"),
     ({"max_new_tokens": 0}, "max_new_tokens .* 0$"),
     ({"max_new_tokens": True}, "max_new_tokens .* True"),
-    ({"max_new_tokens": 128}, "must have 1 to 0"),
+    ({"max_new_tokens": 128}, "prompt 0 .* 1 to 0 .*max_new_tokens"),
     ({"eos_ids": [40]}, "eos_ids .* 40$"),
     ({"pad_id": 40}, "pad_id .* 40$"),
     ({"shared": 1}, "shared .* 0 to 0 .* 1$"),

@@ -308,7 +308,7 @@ FAULTS = [
     *(({}, extra_layer(index), "holds '?blk") for index in ("00", "²", "٣", "9" * 5000)),
     ({}, put("blk.0.ffn_up.weight", np.zeros((512, 256), np.int8), Type.I8), r"blk\.0\.ffn_up\.weight .* I8$"),
     *(
-        ({}, put("blk.1.ffn_up.weight", *damaged(kind)), r"ffn_up\.weight must be finite .*, got nan at \[3, 0\]")
+        ({}, put("blk.1.ffn_up.weight", *damaged(kind)), r"ffn_up\.weight .* got nan at \[3, 0\]")
         for kind in (Type.F32, Type.F16, Type.Q8_0)
     ),
     ({}, ODD_DIVISORS, "no llama3 scaling"),

@@ -30,5 +30,5 @@ def test_a_seed_of_numpy_is_the_seed_of_its_value(kind) -> None:
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("seed", [True, 1.0, "1", None, -1, 2**32, np.uint64(2**32)])
 def test_other_values_are_refused(seed) -> None:
-    with pytest.raises(InputError, match="seed must be "):
+    with pytest.raises(InputError, match=r"^seed .*got "):
         check_seed("seed", seed)

@@ -324,7 +324,7 @@ def test_the_tuned_run_is_read_from_the_file_if_the_new_run_differs(axolotl) -> 
         steps=64, to_steps=256, schedule="constant", to_schedule="constant",
     )  # fmt: skip
     assert advise(options).advice.learning_rate == pytest.approx(advise(stated).advice.learning_rate)
-    with pytest.raises(InputError, match="steps must"):
+    with pytest.raises(InputError, match=r"steps .*256"):
         advise(TransferConfig(from_=axolotl(), to_steps=256))
 
 

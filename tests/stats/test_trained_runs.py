@@ -35,7 +35,7 @@ def test_losses_by_record_need_equal_records_or_none():
     without_records = replace(second, records=None, tokens=None)
     assert bootstrap([first, without_records], draws=2) is None
     assert not loss_difference([first], [without_records]).has_error
-    message = r"seed 0 and lora of rank 8 at 0\.1, seed 1 must have the same held-out records"
+    message = r"seed 0 and lora of rank 8 at 0\.1, seed 1 .*held-out records"
     other = replace(second, tokens=np.array([1.0, 2.0]))
     for call in (lambda: bootstrap([first, other], draws=2), lambda: loss_difference([first], [other])):
         with pytest.raises(InputError, match=message):

@@ -13,7 +13,7 @@ def test_kappa_of_a_rule():
     rora = [trained_run("rora", rank, 16 / rank**0.5) for rank in (8, 32, 128)]
     alpha_2r = [trained_run(rank=rank) for rank in (8, 32)]
     assert (kappa_of(rora), kappa_of(alpha_2r)) == (0.5, 0)
-    with pytest.raises(InputError, match="method rora must have two or more ranks, got 32"):
+    with pytest.raises(InputError, match=r"method rora .* ranks, got 32"):
         kappa_of(rora[1:2])
     # Another alpha at one of two ranks, and scalings that are no power of the rank.
     for runs in (
@@ -21,7 +21,7 @@ def test_kappa_of_a_rule():
         [*rora, trained_run("rora", 256, 1.00001)],
         [*alpha_2r, trained_run(rank=128, gamma=0.1)],
     ):
-        with pytest.raises(InputError, match=f"method {runs[0].method} must have one rule and alpha, got"):
+        with pytest.raises(InputError, match=f"method {runs[0].method} .* rule and alpha, got"):
             kappa_of(runs)
 
 

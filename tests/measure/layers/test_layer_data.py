@@ -45,7 +45,7 @@ def test_layers_are_in_the_order_of_their_numbers_whatever_else_is_in_a_name(tmp
         ({"grad": 1e30 * ONES}, "layer/grad .* got 4.4.*30$"),
         ({"x_train": ONES * [[1], [1], [0], [1]]}, "layer/x_train .*rows.* got 0$"),
         ({"x_heldout": ONES * [[1], [1], [1e-25], [1]]}, "layer/x_heldout .*rows.* got 2.2.*e-25$"),
-        ({"x_train": 1e200 * ONES}, "layer/x_train must be finite"),
+        ({"x_train": 1e200 * ONES}, "layer/x_train .*finite"),
         ({"grad": np.float64(1)}, r"layer/grad .*\[p_out, p_in\].* got \[\]$"),
         ({"x_train": np.float64(1)}, r"layer/x_train .*\[tokens, 5\].* got \[\]$"),
         ({"grad": np.ones((0, 5))}, r"layer/grad .* got \[0, 5\]$"),

@@ -96,7 +96,7 @@ def test_a_token_whose_input_is_zero_has_no_crossing_rank(layer, optimizer) -> N
 def test_fast_terms_of_non_finite_numbers(layer) -> None:
     grad = layer.grad.copy()
     grad[1, 2] = np.nan
-    with pytest.raises(InputError, match="grad and x must be finite"):
+    with pytest.raises(InputError, match=r"grad and x .*finite"):
         terms.FastTerms(grad, layer.inputs["heldout"])
 
 
