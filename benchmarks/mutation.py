@@ -79,7 +79,8 @@ BRIDGE = {
     ),
     "torch_modules": (
         "rora_theory/measure/torch/modules.py",
-        "tests/measure/torch/test_callback.py tests/measure/torch/test_regimes.py",
+        "tests/measure/torch/test_callback.py tests/measure/torch/test_regimes.py tests/measure/torch/test_modes.py "
+        "tests/measure/torch/test_check.py",
     ),
     "torch_probe": ("rora_theory/measure/torch/probe.py", "tests/measure/torch/test_tuning.py"),
     "torch_regimes": (

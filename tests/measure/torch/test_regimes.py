@@ -199,7 +199,7 @@ def test_the_base_of_a_peft_model_is_measured() -> None:
     """
     model = torch_models.model()
     targets = ["q_proj", "down_proj"]
-    plain = regime(model, *BATCHES, targets, config=SMALL)
+    plain = regime(model, *BATCHES, targets, config=SMALL, adapters="on")  # it has none
     adapted = torch_models.adapted(model, target_modules=targets, lora_dropout=0.1)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -546,6 +546,7 @@ def test_transfer(measured) -> None:
     assert whole_model.config.alpha_pattern == {}
     assert whole_model.advice == transfer(default, 8, alpha=4.0, steps=50, to_steps=90)
     assert whole_model.learning_rate == whole_model.advice.rate_range.best
+    assert measured.transfer(default).advice == transfer(default, 128)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -611,7 +612,7 @@ def test_bad_input(arguments, message) -> None:
 
 @pytest.mark.slow
 def test_nothing_of_jax_is_imported() -> None:
-    """A fork of the user's process, such as a data loader, must not meet JAX's threads."""
+    """JAX's threads would make a fork of the user's process unsafe, such as that of a data loader."""
     code = """
 import sys, torch, transformers
 from rora_theory.measure import torch as bridge
