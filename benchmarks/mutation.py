@@ -85,7 +85,7 @@ BRIDGE = {
     "torch_probe": ("rora_theory/measure/torch/probe.py", "tests/measure/torch/test_tuning.py"),
     "torch_regimes": (
         "rora_theory/measure/torch/regimes.py",
-        "tests/measure/torch/test_regimes.py tests/measure/torch/test_modes.py",
+        "tests/measure/torch/test_regimes.py tests/measure/torch/test_modes.py tests/measure/torch/test_tokens.py",
     ),
     "torch_tuning": ("rora_theory/measure/torch/tuning.py", "tests/measure/torch/test_tuning.py"),
 }

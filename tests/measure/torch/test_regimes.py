@@ -110,7 +110,7 @@ class Calls(torch.nn.Module):
     def forward(self, x):
         x = torch.tanh(self.twice(torch.tanh(self.twice(x))))
         self.experts[0](x)  # no loss depends on it
-        self.experts[1](x[:0])
+        self.experts[1](x[None, :0])
         y = self.first(x)
         y.mul_(0.5)  # in place, after the hook has seen it
         return y + 0 * self.experts[2](x).sum() + 2 * self.second(torch.sin(x))
@@ -330,10 +330,10 @@ def test_wrapped_models() -> None:
 
 
 def test_every_token_of_every_call_is_as_likely_to_be_read() -> None:
-    """In 40 draws of 32 tokens from 8 calls of 20 to 160 tokens, the shares are within 4 binomial deviations, and
+    """In 40 draws of 32 tokens from 8 calls of 20 to 180 tokens, the shares are within 4 binomial deviations, and
     places of different calls are independent. A single call's tokens are those of `choose_tokens`.
     """
-    sizes = range(20, 180, 20)
+    sizes = [20, 60, 100, 180] * 2
     shares, pairs = np.zeros(len(sizes)), 0
     for seed in range(40):
         sampler = torch_regimes._InputSampler(RegimeConfig(rows=0, tokens=32, seed=seed), MasksByShape(), mask=False)
@@ -349,7 +349,7 @@ def test_every_token_of_every_call_is_as_likely_to_be_read() -> None:
     deviations = np.sqrt(40 * 32 * expected * (1 - expected))
     assert (np.abs(shares - 40 * 32 * expected) < 4 * deviations).all()
     drawn = [np.random.default_rng(i).choice(np.concatenate([range(n) for n in sizes]), 32, False) for i in range(400)]
-    assert pairs / 40 == pytest.approx(np.mean([32 - len(np.unique(places)) for places in drawn]), abs=1.5)
+    assert pairs / 40 == pytest.approx(np.mean([32 - len(np.unique(places)) for places in drawn]), abs=1.0)
     x = torch.randn(100, 3)
     sampler.add("once", x)
     indices = tokens.choose_tokens(x.norm(dim=1).numpy(), None, count=32, seed=39, name="once").indices

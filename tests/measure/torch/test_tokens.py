@@ -84,6 +84,17 @@ def test_padding_and_seen_tokens_are_skipped_in_any_call_and_order(sequence_firs
             assert read == set(held_out["input_ids"][real & ~seen].tolist())
 
 
+def test_sinks_are_left_out_of_the_held_out_tokens_alone() -> None:
+    """A training token with an outlying input contributes to the gradient like every other."""
+    torch.manual_seed(0)
+    x = torch.randn(9, 6)
+    x[0] *= 1000
+    config = RegimeConfig(ranks=(1,), inits=("gaussian",), rows=0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    measured = regime(model, {"x": x}, {"x": x}, loss=lambda model, batch: model(batch["x"]).mean(), config=config)
+    assert measured.tokens.set_index("split")["sinks"].to_dict() == {"train": 0, "heldout": 1}
+
+
 def t5_batch(rows: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
     """Return padded tokens of the encoder and the decoder."""
     ids, labels = (
