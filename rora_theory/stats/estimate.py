@@ -26,7 +26,7 @@ class Estimate:
     Attributes:
       value: Estimated value, in its own unit.
       error: Standard error in the same unit; not finite if a single sample gives no error.
-      n: Number of samples behind the error; for a bootstrap, the number of resamples.
+      n: Number of samples behind the error.
       over: Kind of samples: ``"draws"``, ``"seeds"``, ``"records"``, ``"items"``, ``"trials"``; empty if there is no
         error.
       bound: Additional error that does not average out, such as a grid's spacing; added to the half width.

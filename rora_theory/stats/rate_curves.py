@@ -78,6 +78,7 @@ class Curve:
       resampled: Losses of the same seeds over resampled records, with the same records for every curve; None if there
         are no losses per record.
       seeds: Seeds of the rows of ``losses``; empty numbers them from 0.
+      records: Number of records that ``resampled`` is drawn from.
     """
 
     optimizer: str
@@ -90,6 +91,7 @@ class Curve:
     losses: Float[np.ndarray, "seeds rates"]
     resampled: Float[np.ndarray, "draws seeds rates"] | None = None
     seeds: tuple[int, ...] = ()
+    records: int = 0
 
     @property
     def line(self) -> tuple[str, str, str, float]:
@@ -160,10 +162,14 @@ def at_shared_seeds(*curves: Curve) -> tuple[Curve, ...]:
 
 
 def estimate(statistic: Callable[..., Sequence[float] | np.ndarray], *curves: Curve) -> Estimate:
-    """Estimate a statistic of curves with its error over seeds and over held-out records, see `combine_errors`.
+    r"""Estimate a statistic of curves with its error over seeds and over held-out records, see `combine_errors`.
 
-    For a single seed the value is the mean over resamples of the records, and the error their spread. Without losses
-    per record there is no error.
+    The error over n records is the spread over bootstrap samples times :math:`\sqrt{n / (n - 1)}`, with n - 1 degrees
+    of freedom: for a mean, its standard error. It assumes that the records are independent and that the statistic is to
+    first order a mean over them, which is approximately normal.
+
+    For a single seed the value is the mean over bootstrap samples, and the error is that over records. Without losses
+    per record, or with a single record, there is only the error over seeds.
 
     Args:
       statistic: Function that computes one value per seed from the curves.
@@ -174,11 +180,13 @@ def estimate(statistic: Callable[..., Sequence[float] | np.ndarray], *curves: Cu
     """
     by_seeds = over_seeds(np.asarray(statistic(*curves), np.float64))
     resampled_curves = [curve.over_resamples() for curve in curves]
-    if any(curve is None for curve in resampled_curves):
+    records = min(curve.records for curve in curves)
+    if records < 2 or any(curve is None for curve in resampled_curves):
         return by_seeds
     values = np.asarray(statistic(*resampled_curves), np.float64)
-    # The spread of bootstrap resamples is the standard error itself, without a division by their number.
-    by_records = Estimate(float(np.mean(values)), float(np.std(values, ddof=1)), len(values), RECORDS)
+    # The spread of bootstrap samples is the standard error with n in place of n - 1; their number does not divide it.
+    error = float(np.std(values, ddof=1)) * math.sqrt(records / (records - 1))
+    by_records = Estimate(float(np.mean(values)), error, records, RECORDS)
     return combine_errors(by_seeds, by_records) if by_seeds.has_error else by_records
 
 

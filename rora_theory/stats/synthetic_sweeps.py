@@ -97,9 +97,8 @@ def draw_sweeps(
 
     def make_curve(sweep: int, rank: int, end: int) -> Curve:
         index = (sweep, rank, end)
-        return Curve(
-            "adamw", "both", "lora", 1.0, rank + 1, 1.0, 2.0 ** x[index], means[index], resampled[index], seeds
-        )  # fmt: skip
+        samples = resampled[index], seeds, model.records
+        return Curve("adamw", "both", "lora", 1.0, rank + 1, 1.0, 2.0 ** x[index], means[index], *samples)
 
     return [
         [(make_curve(sweep, rank, 0), make_curve(sweep, rank, 1)) for rank in range(model.ranks)]

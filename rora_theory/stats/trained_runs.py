@@ -106,7 +106,8 @@ def curve_of_runs(runs: Sequence[TrainedRun], *, kappa: float, draws: int) -> Cu
     resampled = np.stack(samples, axis=1) if len(samples) == len(seeds) else None
     first = runs[0]
     setting = "adamw", "both", first.method, kappa, first.rank, first.gamma
-    return Curve(*setting, np.array(rates), losses, resampled, tuple(seeds))
+    records = next((len(run.records) for run in runs if run.records is not None), 0)
+    return Curve(*setting, np.array(rates), losses, resampled, tuple(seeds), records)
 
 
 def loss_difference(first: Sequence[TrainedRun], second: Sequence[TrainedRun]) -> Estimate:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from rora_theory.errors import InputError
 from rora_theory.io import frames
-from rora_theory.stats.rate_curves import weighted_log2_rates
+from rora_theory.stats.estimate import Estimate
+from rora_theory.stats.rate_curves import combine_errors, weighted_log2_rates
 from rora_theory.stats.rate_optimum import Edge
 from rora_theory.stats.trained_runs import TrainedRun, curve_of_runs
 from rora_theory.theory.displacement import measured_constant
@@ -24,6 +25,9 @@ SEED_LOG2_ERROR = 0.25
 
 A probe has one seed, so that its own runs do not show it.
 """
+
+SEED_DEGREES = 36
+"""Degrees of freedom of `SEED_LOG2_ERROR`: those of all spreads between seeds in the same file."""
 
 EDGE_FACTOR = 4.0
 """Factor by which the range is extended on the side of an edge at which the best rate lies."""
@@ -58,7 +62,7 @@ def fit_best_rate(plan: ProbePlan, runs: Sequence[ProbeRun], tokens: Sequence[in
     """Fit the best rate of the full runs of a probe.
 
     The best rate is the vertex of a parabola through the lowest loss and its neighbours, in log loss against log rate.
-    The interval combines the spread over bootstrap samples of the held-out records with `SEED_LOG2_ERROR`.
+    The interval combines the error over held-out records with `SEED_LOG2_ERROR`, see `rate_curves.combine_errors`.
 
     Args:
       plan: Plan of the probe.
@@ -92,7 +96,8 @@ def fit_best_rate(plan: ProbePlan, runs: Sequence[ProbeRun], tokens: Sequence[in
     curve = curve_of_runs(trained, kappa=1.0, draws=DRAWS)
     logs = weighted_log2_rates((1.0,), curve)
     # Add the variance between seeds, which a single seed does not show.
-    half_width = replace(logs, error=math.hypot(logs.error, SEED_LOG2_ERROR)).half_width()
+    over_seeds = Estimate(logs.value, SEED_LOG2_ERROR, SEED_DEGREES + 1, "seeds")
+    half_width = combine_errors(over_seeds, replace(logs, bound=0.0)).half_width() + logs.bound
     # At an edge of the grid the best rate may lie beyond it, so the interval is extended on that side.
     edge = _edge(full)
     low = 2 ** (logs.value - half_width) / (EDGE_FACTOR if edge == "low" else 1.0)

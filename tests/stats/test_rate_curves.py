@@ -32,9 +32,9 @@ def bowl(
 
 
 def levels(by_seed: list[float], by_draw: list[float] | None = None, seeds: tuple[int, ...] = ()) -> Curve:
-    """Return flat curves with given lowest losses for the seeds, and for resamples of their mean."""
+    """Return flat curves with given lowest losses for the seeds, and for resamples of four records."""
     drawn = None if by_draw is None else np.repeat(np.outer(by_draw, np.ones(3))[:, None], len(by_seed), axis=1)
-    return curve(np.outer(by_seed, np.ones(3)), DECADES, rank=4, resampled=drawn, seeds=seeds)
+    return curve(np.outer(by_seed, np.ones(3)), DECADES, rank=4, resampled=drawn, records=4, seeds=seeds)
 
 
 def slopes_of(curves: Sequence[Curve]) -> list[dict]:
@@ -150,22 +150,27 @@ def test_rules_are_compared_at_the_largest_rank_that_both_have():
     assert (comparison.rank, comparison.first, comparison.second, comparison.scaling_ratio) == (16, "lora", "rora", 4)
 
 
-def test_a_draw_s_spread_is_the_error_itself():
-    """The error over seeds is that of their mean, the error over resamples their deviation; both add in squares.
+def test_the_spread_of_resamples_gives_the_error_over_records():
+    """The error over seeds is that of their mean, the error over four records the deviation of the resamples times
+    sqrt(4 / 3); both add in squares.
 
     The value is the mean over seeds; resamples have another mean, which is reported only for a single seed.
     """
     values, near = [1.0, 2.0, 4.0, 9.0], [5.999, 6.0, 6.001]
-    wide, narrow = np.std(values, ddof=1), np.std(near, ddof=1)
+    wide, narrow = (over_seeds(np.array(by_seed)).error for by_seed in (values, near))
+    wide_drawn, narrow_drawn = (np.std(drawn, ddof=1) * (4 / 3) ** 0.5 for drawn in (values, near))
     lowest = rate_curves.Curve.lowest_losses
-    assert rate_curves.estimate(lowest, levels(values)) == Estimate(4.0, wide / 2, 4, "seeds")
-    assert rate_curves.estimate(lowest, levels([7.0], values)) == Estimate(4.0, wide, 4, "held-out records")
-    assert rate_curves.estimate(lowest, levels([7.0])).over == ""
+    assert rate_curves.estimate(lowest, levels(values)) == Estimate(4.0, wide, 4, "seeds")
+    single = rate_curves.estimate(lowest, levels([7.0], values))
+    assert (single.value, single.n, single.over) == (4.0, 4, "held-out records")
+    assert single.error == pytest.approx(wide_drawn, rel=1e-12)
+    for without_error in (levels([7.0]), dataclasses.replace(levels([7.0], values), records=1)):
+        assert rate_curves.estimate(lowest, without_error).over == ""
     both = rate_curves.estimate(lowest, levels(values, near))
     assert (both.value, both.over, both.n) == (4.0, "seeds and held-out records", 4)  # 3.0000 degrees of freedom
-    assert both.error == pytest.approx(np.hypot(wide / 2, narrow), rel=1e-12)
+    assert both.error == pytest.approx(np.hypot(wide, narrow_drawn), rel=1e-12)
     both = rate_curves.estimate(lowest, levels(near, values))
-    assert both.error == pytest.approx(np.hypot(narrow / 3**0.5, wide), rel=1e-12)
+    assert both.error == pytest.approx(np.hypot(narrow, wide_drawn), rel=1e-12)
     assert (both.value, both.n) == (pytest.approx(6.0), 4)
 
 
@@ -242,7 +247,7 @@ def test_best_rates_and_their_ratio():
     # Of two seeds: the mean of the logs is in between.
     by_seed = bowl("lora", 8, np.array([[1e-3], [2e-3]]), seeds=2)
     losses = by_seed.losses / np.array([[1.0], [1.01]])
-    drawn = curve(losses[:1], resampled=losses[:, None])
+    drawn = curve(losses[:1], resampled=losses[:, None], records=96)
     alone, twice = curve(losses[:1], rule="rora"), curve(losses[[0, 0]], rule="rora")
     rows = rate_curves.best_rates([by_seed, drawn, alone]).to_dict("records")
     assert rows[0]["best_rate"] == pytest.approx(2**0.5 * 1e-3, rel=1e-4)
@@ -275,7 +280,7 @@ def test_a_best_rate_at_an_edge_has_no_error_and_beside_a_diverged_run_a_bound()
 
 
 def with_records(single: Curve) -> Curve:
-    return dataclasses.replace(single, resampled=np.stack([single.losses, 1.001 * single.losses]))
+    return dataclasses.replace(single, resampled=np.stack([single.losses, 1.001 * single.losses]), records=96)
 
 
 def test_one_seed_cannot_distinguish_rules():

@@ -7,6 +7,8 @@ import pytest
 from support.trained_runs import trained_run
 
 from rora_theory.errors import InputError
+from rora_theory.stats.estimate import over_seeds
+from rora_theory.stats.rate_curves import estimate
 from rora_theory.stats.trained_runs import TrainedRun, bootstrap, curve_of_runs, loss_difference
 
 
@@ -72,6 +74,21 @@ def test_a_curve_has_its_seeds_and_rates_in_order(lacks_records):
         assert curve.resampled is None
     else:
         np.testing.assert_allclose(curve.resampled, [losses] * 5)
+
+
+@pytest.mark.parametrize("n", [8, 96])
+def test_the_interval_over_records_is_student_s(n):
+    """Tokens of equal number make the loss a mean; 20,000 samples give its error within 2% (four standard errors)."""
+    records = np.random.default_rng(n).normal(2.0, 0.5, n)
+    curve = curve_of_runs(
+        [trained_run(rate=rate, records=rate * records, tokens=np.ones(n)) for rate in (1.0, 2.0, 4.0)],
+        kappa=1.0,
+        draws=20_000,
+    )
+    loss = estimate(lambda curve: curve.losses[:, 0], curve)
+    expected = over_seeds(records)
+    assert (loss.n, loss.over) == (n, "held-out records")
+    assert (loss.error, loss.half_width()) == pytest.approx((expected.error, expected.half_width()), rel=0.02)
 
 
 @pytest.mark.parametrize(
