@@ -30,6 +30,8 @@ class HorizonRun:
       rate: Learning rate.
       seed: Seed.
       read: Readings of the run.
+      steps: Planned number of steps under a schedule that decays, where a run of another length has other rates; None
+        at a constant rate, where shorter runs are the first steps of longer ones.
     """
 
     rank: int | None
@@ -37,6 +39,7 @@ class HorizonRun:
     rate: float
     seed: int
     read: ReadRun
+    steps: int | None = None
 
     @property
     def gamma(self) -> float | None:
@@ -48,8 +51,11 @@ class HorizonRun:
         return next((reading.losses for reading in self.read.readings if reading.step == step), None)
 
     def reaches(self, step: int) -> bool:
-        """Return whether the run has losses after a step, or diverged at or before it."""
-        return self.losses(step) is not None or (self.read.diverged_at is not None and self.read.diverged_at <= step)
+        """Return whether the run has losses after a step, or shows that a run of this many steps diverges."""
+        if self.losses(step) is not None:
+            return True
+        diverged_at = self.read.diverged_at
+        return diverged_at is not None and diverged_at <= step and self.steps in (None, step)
 
     def at(self, step: int, tokens: Sequence[int]) -> TrainedRun:
         """Return the run as it is after a step that it `reaches`; full fine-tuning has rank 0 and a scaling of 1.
@@ -85,14 +91,17 @@ def read_finished(folder: Path) -> list[HorizonRun]:
     Raises:
       InputError: If a line was modified or holds values of a wrong type.
     """
+    # A manifest leaves out variants at their default.
+    settings = VARIANTS | (read_manifest(folder, ()) or {}).get("config", {})
+    decays = settings["schedule"] != "constant"
     runs = []
     for cell in read_finished_cells(folder).values():
         with naming_damage(f"{folder / CELLS}: key {cell.key}"):
-            runs.append(_convert_run(cell.cell, cell.value))
+            runs.append(_convert_run(cell.cell, cell.value, decays=decays))
     return runs
 
 
-def _convert_run(cell: Any, value: Any) -> HorizonRun:
+def _convert_run(cell: Any, value: Any, *, decays: bool) -> HorizonRun:
     """Convert a cell and its result from JSON types; values of a wrong type raise an error."""
 
     def optional_float(item: Any) -> float | None:
@@ -110,20 +119,23 @@ def _convert_run(cell: Any, value: Any) -> HorizonRun:
     ]
     read = ReadRun(floats(value["train_losses"]), readings, optional_int(value["diverged_at"]))
     rank, strength = optional_int(cell["rank"]), optional_float(cell["strength"])
-    return HorizonRun(rank, strength, float(cell["rate"]), int(cell["seed"]), read)
+    steps = int(cell["read_at"][-1]) if decays else None
+    return HorizonRun(rank, strength, float(cell["rate"]), int(cell["seed"]), read, steps)
 
 
 def merge_repeated_runs(runs: Iterable[HorizonRun]) -> list[HorizonRun]:
     """Merge runs of the same rank, strength, rate and seed into the longest, with the readings of all of them.
 
-    At a constant rate, runs that differ only in length are the same run, up to rounding. Of two readings at one step,
-    the one with parts of the change is used, or else that of the longer run.
+    At a constant rate, runs that differ only in length are the same run, up to rounding; under a schedule that decays
+    they are different runs, and are not merged. Of two readings at one step, the one with parts of the change is used,
+    or else that of the longer run.
     """
-    by_setting: dict[tuple[Any, ...], list[HorizonRun]] = {}
+    by_setting: dict[tuple[Any, ...], dict[int, list[HorizonRun]]] = {}
     for run in runs:
-        by_setting.setdefault((run.rank, run.strength, run.rate, run.seed), []).append(run)
+        by_length = by_setting.setdefault((run.rank, run.strength, run.rate, run.seed), {})
+        by_length.setdefault(run.steps or 0, []).append(run)
     merged = []
-    for setting_runs in by_setting.values():
+    for setting_runs in (by_length[steps] for by_length in by_setting.values() for steps in sorted(by_length)):
         # From the shortest to the longest run, so that the readings of longer runs replace those of shorter ones.
         setting_runs = sorted(setting_runs, key=lambda run: len(run.read.train_losses))
         readings: dict[int, Reading] = {}

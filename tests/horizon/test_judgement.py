@@ -517,6 +517,8 @@ def test_diverged_and_shorter_runs() -> None:
     assert {curve.rates[-1] for curve in curves_of(bare + short)} == {max(run.rate for run in bare)}
     late = replace(diverged[0], read=replace(diverged[0].read, diverged_at=100))
     assert [late.reaches(step) for step in (16, 64, 99, 100, 256)] == [True, False, False, True, True]
+    decaying = replace(diverged[0], read=replace(diverged[0].read, readings=[]), steps=64)
+    assert [decaying.reaches(step) for step in (20, 64, 256)] == [False, True, False], "it had another rate there"
     table = horizon_runs.horizon_table(diverged, TOKENS, TOKENS)
     assert table["status"].tolist() == ["complete", "diverged"] * 2
     assert table["step"].tolist() == [16, 20] * 2
@@ -572,6 +574,8 @@ def test_runs_that_differ_in_their_length_are_one() -> None:
     distinct = [replace(runs[0], **change) for change in ({"seed": 1}, {"rate": 2e-3}, {"rank": 4}, {"strength": 8.0})]
     assert len(horizon_runs.merge_repeated_runs([*runs, *distinct])) == 5
     assert len(judgement.judge_runs([*runs, *distinct], [1], takeovers=(), warmup=4).led) == 5
+    decaying = [replace(runs[0], steps=256), replace(runs[1], steps=64)]
+    assert horizon_runs.merge_repeated_runs([*decaying, *decaying]) == decaying[::-1], "two lengths, the shorter first"
 
 
 def test_a_step_that_few_runs_reach_leaves_the_others_as_they_are() -> None:
