@@ -83,6 +83,9 @@ def draw(config: Config) -> Sequence[Path]:
             fill = "none" if is_hollow else "full"
             look: dict[str, Any] = {"fmt": marker, "color": colour, "elinewidth": 0.9, "fillstyle": fill}
             axes.errorbar(middle, points["exponent"], yerr=errors, xerr=spans, **look)
+            # A best rate at the end of its grid makes the exponent a bound only.
+            is_bound = points["edges"] > 0
+            axes.plot(middle[is_bound], points.loc[is_bound, "exponent"], "x", color="black", markersize=6)
         # The legend has one entry for filled and hollow points.
         axes.plot([], [], marker, color=colour, label=label)
     strengths = pd.concat([pairs[end] for _, pairs, *_ in series for end in ("first", "second")])
@@ -102,6 +105,8 @@ def draw(config: Config) -> Sequence[Path]:
         f"{config.estimate} fit; bars: the two values of G, one standard error over seeds; hollow: one seed; "
         "bands: c from 1 to 2"
     )
+    if any((pairs["edges"] > 0).any() for _, pairs, *_ in series):
+        caption += "; crosses: at the grid's edge"
     style.legend(figure, style.named([axes]), caption)
     return style.save(figure, config.out or config.runs[0], "exponent_vs_strength")
 

@@ -69,10 +69,9 @@ def draw_against_strength(
             selected = best[(best["rank"] == rank) & (best["step"] == step)]
             if selected.empty:
                 continue
-            draw_best_rates(
-                axes, offset(selected["strength"], index, ranks), selected, index, color=colour, linestyle="none"
-            )
-            cross_out_bounds(axes, selected, "strength")
+            places = offset(selected["strength"], index, ranks)
+            draw_best_rates(axes, places, selected, index, color=colour, linestyle="none")
+            cross_out_bounds(axes, places, selected["best_rate"], selected["edge"])
             # The law gives the slope, and the first measured point the level.
             law = exponents[(exponents["at"] == rank) & (exponents["step"] == step)]
             for row in law.itertuples():
@@ -102,6 +101,7 @@ def draw_exponents(axes: Axes, exponents: pd.DataFrame, ranks: Sequence[int], st
         bars = selected["half_width"].replace(np.inf, 0)
         look: dict[str, Any] = {"color": "black", "linewidth": 0.8}
         axes.errorbar(places, selected["exponent"], yerr=bars, marker=style.MARKERS[index], **look)
+        cross_out_bounds(axes, places, selected["exponent"], selected["edge"])
         if "by_parts" in selected and selected["by_parts"].notna().any():
             by_parts = True
             look = {"marker": "_", "markersize": 11, "markeredgewidth": 1.6, "color": "black"}
@@ -129,10 +129,9 @@ def draw_best_rates(axes: Axes, x: pd.Series, selected: pd.DataFrame, index: int
     axes.errorbar(x, selected["best_rate"], yerr=bars, marker=style.MARKERS[index], **look)
 
 
-def cross_out_bounds(axes: Axes, selected: pd.DataFrame, column: str) -> None:
-    """Cross out the best rates at the end of their grid, which are bounds only, drawn against a column."""
-    at_edge = selected[selected["edge"].notna()]
-    axes.plot(at_edge[column], at_edge["best_rate"], "x", color="black", markersize=6)
+def cross_out_bounds(axes: Axes, x: pd.Series, y: pd.Series, edge: pd.Series) -> None:
+    """Cross out the points with a best rate at the end of its grid, which are bounds only."""
+    axes.plot(x[edge.notna()], y[edge.notna()], "x", color="black", markersize=6)
 
 
 def draw_against_steps(axes: Axes, best: pd.DataFrame, ranks: Sequence[int]) -> None:
@@ -144,9 +143,9 @@ def draw_against_steps(axes: Axes, best: pd.DataFrame, ranks: Sequence[int]) -> 
     best = best[best["strength"].map(counts) == counts.max()]
     for (rank, strength), selected in best.groupby(["rank", "strength"]):
         index, colour = ranks.index(rank), "black" if strength == best["strength"].min() else "grey"
-        draw_best_rates(axes, offset(selected["step"], index, ranks), selected, index, color=colour, linewidth=0.8)
-        if selected["edge"].notna().any():
-            cross_out_bounds(axes, selected, "step")
+        places = offset(selected["step"], index, ranks)
+        draw_best_rates(axes, places, selected, index, color=colour, linewidth=0.8)
+        cross_out_bounds(axes, places, selected["best_rate"], selected["edge"])
     steps = np.array(sorted(set(best["step"])))
     # Reference slopes start at the geometric mean over the ranks.
     for strength, selected in best.groupby("strength"):

@@ -134,8 +134,9 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
         "exponent, 95%": "{exponent:+.2f} ± {half_width:.2f}",
     }
     exponents = measured | {"law at a constant gradient": "{law_low:+.2f} to {law_high:+.2f}", "verdict": "{verdict}"}
+    exponents |= {"edge": "{edge}"}
     displacement = measured | {"displacement law": "{displacement_low:+.2f} to {displacement_high:+.2f}"}
-    displacement |= {"verdict": "{displacement_verdict}"}
+    displacement |= {"verdict": "{displacement_verdict}", "edge": "{edge}"}
     if "by_parts" in judged.exponents and judged.exponents["by_parts"].notna().any():
         exponents["by measured parts"] = "{by_parts:+.2f}"
     # Which factor's part of the change is larger, after each run.

@@ -373,7 +373,7 @@ def test_exponents_are_drawn_between_neighbours_of_each_rank() -> None:
 
 
 def test_an_exponent_of_one_seed_is_hollow_in_the_colour_of_its_model(captured_figures) -> None:
-    """Points, band and line of a model have the same colour."""
+    """Points, band and line of a model have the same colour. Crosses mark a best rate at the end of its grid."""
     runs = (PUBLISHED / "horizon_gemma", PUBLISHED / "horizon")
     exponent_vs_strength.draw(exponent_vs_strength.Config(runs, ranks=(8, 128)))
     (axes,) = captured_figures["exponent_vs_strength"].axes
@@ -382,15 +382,19 @@ def test_an_exponent_of_one_seed_is_hollow_in_the_colour_of_its_model(captured_f
         for container in axes.containers
         for y in container.lines[0].get_ydata()
     }
-    expected = {}
+    expected, bounds = {}, set()
     for run, colour in zip(runs, style.COLOURS, strict=False):
         table = pd.read_csv(run / "estimators.csv")
         config = exponent_vs_strength.Config((run,), ranks=(8, 128))
         for _, pairs in exponent_vs_strength.neighbours_by_rank(table, config):
             for exponent, seeds in zip(pairs["exponent"], pairs["seeds"], strict=True):
                 expected[colour, round(exponent, 3)] = "none" if seeds == 1 else "full"
+            bounds |= {round(exponent, 3) for exponent in pairs.loc[pairs["edges"] > 0, "exponent"]}
     assert drawn_points == expected
     assert set(expected.values()) == {"none", "full"}
+    crosses = {round(float(y), 3) for line in axes.lines if line.get_marker() == "x" for y in line.get_ydata()}
+    assert len(bounds) > 0
+    assert crosses == bounds
     bands = [to_hex(band.get_facecolor()[0]).upper() for band in axes.collections if band.get_alpha() == 0.2]
     # Lines without markers and with more points than the horizontal one.
     laws = [line.get_color() for line in axes.lines if line.get_marker() == "None" and len(line.get_xdata()) > 2]

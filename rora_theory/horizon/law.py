@@ -127,7 +127,7 @@ def horizon_exponents(
       - ``step``, ``over`` (``strength`` or ``rank``, the setting that changes), ``at`` (value of the other setting),
         ``first`` and ``second`` (values of the setting that changes);
       - ``exponent`` with ``standard_error``, 95% ``half_width`` and ``error_over``, from the ``seeds`` that both curves
-        have;
+        have, and ``edge`` as in `step_exponents`;
       - ``law_low``, ``law`` and ``law_high``, the exponent by the law of a constant gradient, and ``verdict`` on it,
         see `stats.verdicts.judge_range`. Over the strength the range is that of the modules' takeover distances, at the
         measured best rate. Over the rank it extends from 0, where the signal or A leads, to the exponents that preserve
@@ -174,15 +174,15 @@ def horizon_exponents(
                 exponents = laws.equal_change_rank_exponent(low, high, np.asarray(linear_terms))
                 law = (0.0, *np.quantile(exponents, QUANTILES[1:]).tolist())
             # Row with the verdict on each law. The laws and the measured parts are rivals of each other.
-            edge, seeds = any(curve.edge for curve in ends), len(ends[0].losses)
-            judge_prediction = partial(judge_range, slope, is_bound=edge)
+            edge, seeds = _edge_of_pair(*ends), len(ends[0].losses)
+            judge_prediction = partial(judge_range, slope, is_bound=bool(edge))
             rivals = (*RIVALS[over], *(displaced or ()))
             rows.append(
                 {"step": step, "over": over, "at": at, "first": low, "second": high, "exponent": slope.value}
                 | _errors(slope)
                 | {"law_low": min(law), "law": law[1], "law_high": max(law), "seeds": seeds}
                 | {"verdict": judge_prediction((min(law), max(law)), rivals, seeds=seeds)}
-                | {"by_parts": float(np.mean(by_parts)) if by_parts else None}
+                | {"edge": edge, "by_parts": float(np.mean(by_parts)) if by_parts else None}
             )
             if displaced is not None:
                 rows[-1] |= dict(zip(("displacement_low", "displacement_high"), displaced, strict=True))

@@ -272,8 +272,12 @@ def test_a_rival_in_the_rank_prevents_agreement(exponent, spread, linear_term, v
 
 def test_an_edge_at_either_strength_decides_nothing() -> None:
     """The same exponent without an edge contradicts the law."""
-    for first, second, verdict in ((1e-3, 1e-5, "contradicts"), (1e-1, 1e-3, "undecided"), (1e-4, 1e-6, "undecided")):
-        assert in_strength([first] * 3, [second] * 3)["verdict"] == verdict
+    for first, second, verdict, edge in (
+        (1e-3, 1e-5, "contradicts", ""), (1e-1, 1e-3, "undecided", "first"), (1e-4, 1e-6, "undecided", "second"),
+        (1e-1, 1e-6, "undecided", "both"),
+    ):  # fmt: skip
+        row = in_strength([first] * 3, [second] * 3)
+        assert (row["verdict"], row["edge"]) == (verdict, edge)
 
 
 def test_in_the_rank_the_law_includes_cross_talk() -> None:
@@ -621,14 +625,18 @@ def test_the_table_and_the_figure_of_best_rates(tmp_path) -> None:
     assert "256 steps" not in drawn, "no label of steps that no run has"
 
 
-def test_a_bound_is_crossed_out_against_the_steps() -> None:
+def test_a_bound_is_crossed_out_among_rates_and_exponents() -> None:
     rows = [
         {"step": 16, "rank": 8, "strength": 64.0, "best_rate": 1e-3, "log2_error": None, "edge": "high"},
         {"step": 64, "rank": 8, "strength": 64.0, "best_rate": 4e-4, "log2_error": 0.1, "edge": None},
     ]
-    drawn, axes = figure.plt.subplots()
-    figure.draw_against_steps(axes, frames.from_rows(rows, list(rows[0])), [8])
-    assert [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "x"] == [[[16, 1e-3]]]
+    drawn, panels = figure.plt.subplots(2)
+    table = frames.from_rows(rows, list(rows[0]))
+    figure.draw_against_steps(panels[0], table, [8])
+    exponents = table.assign(at=8.0, exponent=[-0.7, -0.6], half_width=0.1, law_low=-0.6, law_high=-0.5)
+    figure.draw_exponents(panels[1], exponents, [8], [16, 64])
+    lines = [line for axes in panels for line in axes.lines if line.get_marker() == "x"]
+    assert [line.get_xydata().tolist() for line in lines] == [[[16, 1e-3]], [[16, -0.7]]]
     figure.plt.close(drawn)
 
 
