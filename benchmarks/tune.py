@@ -160,6 +160,7 @@ def replay(runs: Sequence[HorizonRun], tokens: Sequence[int], schedule: Schedule
                 schedule=schedule,
                 learning_rate=rates[1],
                 spacing=rates[1] / rates[0],
+                training_costs=(),
                 budget=float(target.steps),
                 setup_cost=0.0,
                 evaluation_cost=0.0,
