@@ -1,6 +1,5 @@
 """Plot what adapters of several ranks add to a model, against the rank, from sims.coordinate_check."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,12 +41,6 @@ def draw(config: Config) -> Sequence[Path]:
     manifest = style.read_manifest(config.run, "coordinate_check")
     slopes = frames.read_csv(config.run / "slopes.csv", accepted="the file of a finished run")
     folder = config.out or config.run
-    if not (config.run / "results.csv").exists():
-        print(
-            f"{config.run}: has no results.csv with the sizes of each seed; coordinate_check is not drawn",
-            file=sys.stderr,
-        )
-        return style.save(draw_slopes(manifest, slopes), folder, "coordinate_check_slopes")
     _, rows = style.read_frame(config.run)
     return [
         *style.save(draw_sizes(manifest, rows), folder, "coordinate_check"),
