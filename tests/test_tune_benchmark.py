@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import tune
+from rora_theory.advice import measured
 from rora_theory.horizon.readings import Reading, ReadRun
 from rora_theory.horizon.runs import HorizonRun
 from rora_theory.runs import seals
@@ -46,8 +47,9 @@ def test_a_probe_of_the_assumed_law_has_almost_no_regret(cases) -> None:
     assert tune.replay(known_runs(0.5), TOKENS)["regret"].max() > 0.01, "another law of the steps"
 
 
-def test_the_schedule_decides_the_exponent() -> None:
-    """Under a cosine schedule the advised rate falls with the steps to the power of -0.45, not -0.5."""
+def test_the_schedule_decides_the_exponent(monkeypatch) -> None:
+    """With exponents of -0.7 to -0.2 under a cosine schedule, the steps have the power of -0.45, not -0.5."""
+    monkeypatch.setitem(measured.MEASURED_STEPS_EXPONENTS, "cosine", (-0.7, -0.2))
     constant, cosine = (tune.replay(known_runs(-0.4), TOKENS, schedule) for schedule in ("constant", "cosine"))
     growth = constant["steps"] / constant["probe_steps"]
     assert (cosine["learning_rate"] / constant["learning_rate"]).to_numpy() == pytest.approx(growth.to_numpy() ** 0.05)
@@ -73,12 +75,13 @@ def test_a_default_rate_outside_the_measured_ones_is_a_lower_bound() -> None:
     assert (below["regret"] > 0).all()
 
 
-def test_probes_are_judged_by_the_rate_of_the_current_exponents(tmp_path) -> None:
+def test_probes_are_judged_by_the_rate_of_the_current_exponents(tmp_path, monkeypatch) -> None:
     """Regret is at the planned gamma r and at least the planned steps, at any rank: here G = 64 and best rate 4e-4.
 
     A probe of 16 steps whose best rate is 1.6e-3 leads to it at a constant rate. The rate that its file records came
     from other exponents.
     """
+    monkeypatch.setitem(measured.MEASURED_STEPS_EXPONENTS, "cosine", (-0.7, -0.2))
     for name, schedule, alpha, best_rate, steps in (
         ("best", "constant", 64.0, 1.6e-3, 256),
         ("far", "constant", 64.0, 6.4e-3, 256),

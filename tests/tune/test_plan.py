@@ -193,11 +193,12 @@ def test_the_cost_is_within_the_budget(total, budget, batch_tokens, held_out_tok
     assert sum(run.steps == plan.probe_steps for run in runs) >= 3
 
 
-def test_the_initial_rate_is_carried_to_the_probe() -> None:
+def test_the_initial_rate_is_carried_to_the_probe(monkeypatch) -> None:
     """A rate of the planned run becomes a higher one for the probe's shorter run.
 
     The default is the published best rate.
     """
+    monkeypatch.setitem(measured.MEASURED_STEPS_EXPONENTS, "cosine", (-0.7, -0.2))
     constant, cosine = (plan_of(2000, learning_rate=2e-4, schedule=schedule) for schedule in ("constant", "cosine"))
     assert constant.learning_rate == pytest.approx(2e-4 * (2000 / constant.probe_steps) ** 0.5)
     assert cosine.learning_rate == pytest.approx(2e-4 * (2000 / cosine.probe_steps) ** 0.45), "it falls more slowly"
