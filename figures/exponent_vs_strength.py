@@ -85,7 +85,7 @@ def draw(config: Config) -> Sequence[Path]:
             axes.errorbar(middle, points["exponent"], yerr=errors, xerr=spans, **look)
             # A best rate at the end of its grid makes the exponent a bound only.
             is_bound = points["edges"] > 0
-            axes.plot(middle[is_bound], points.loc[is_bound, "exponent"], "x", color="black", markersize=6)
+            style.cross_out(axes, middle[is_bound], points.loc[is_bound, "exponent"])
         # The legend has one entry for filled and hollow points.
         axes.plot([], [], marker, color=colour, label=label)
     strengths = pd.concat([pairs[end] for _, pairs, *_ in series for end in ("first", "second")])

@@ -131,7 +131,7 @@ def draw_best_rates(axes: Axes, x: pd.Series, selected: pd.DataFrame, index: int
 
 def cross_out_bounds(axes: Axes, x: pd.Series, y: pd.Series, edge: pd.Series) -> None:
     """Cross out the points with a best rate at the end of its grid, which are bounds only."""
-    axes.plot(x[edge.notna()], y[edge.notna()], "x", color="black", markersize=6)
+    style.cross_out(axes, x[edge.notna()], y[edge.notna()])
 
 
 def draw_against_steps(axes: Axes, best: pd.DataFrame, ranks: Sequence[int]) -> None:

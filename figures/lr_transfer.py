@@ -94,7 +94,7 @@ def _best(axis: plt.Axes, rows: pd.DataFrame, look: dict[str, Any], label: str) 
     axis.errorbar(rows["rank"], rates, yerr=spread, label=label, **look)
     edge = rows[rows["edge"].notna()]
     if len(edge):
-        axis.plot(edge["rank"], edge["best_rate"], "x", color="black", markersize=6)
+        style.cross_out(axis, edge["rank"], edge["best_rate"])
 
 
 def _losses(axis: plt.Axes, rows: pd.DataFrame, manifest: dict[str, Any], look: dict[str, Any], label: str) -> int:

@@ -13,6 +13,7 @@ import tyro
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rora_theory.errors import InputError
@@ -109,6 +110,11 @@ def plain_ticks(axes: plt.Axes, strengths: "pd.Series") -> None:
     values = sorted(set(strengths.round(6)))
     axes.set_xticks(values, [f"{value:g}" for value in values])
     axes.minorticks_off()
+
+
+def cross_out(axes: Axes, x: Any, y: Any) -> None:
+    """Cross out points that are bounds only, since a best rate lies at the end of its grid."""
+    axes.plot(x, y, "x", color="black", markersize=6)
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
