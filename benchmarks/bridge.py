@@ -33,11 +33,11 @@ import transformers
 import tyro
 from hardware import OtherLoad, describe_machine, format_machine
 
-from rora_theory.adapter_config import PAPER_TARGETS
+from rora_theory.advice.adapter_config import PAPER_TARGETS
 from rora_theory.defaults import MEASURE_BATCH_SIZE
 from rora_theory.errors import InputError
-from rora_theory.io.files import write_whole
 from rora_theory.measure.regimes.module_regime import RegimeConfig
+from rora_theory.runs.files import write_whole
 from rora_theory.scaling import check_integer
 from sims.common import cli, tables
 
@@ -99,9 +99,9 @@ def main(config: Config) -> None:
 
 def prepare(config: Config, folder: Path) -> tuple[Any, list[Any], list[dict[str, np.ndarray]]]:
     """Load the model in JAX, save it to ``folder`` for PyTorch, and prepare both batches for each route."""
-    from rora_theory.finetune import Batches, choose_widths, read_records, split_records, tokenize
-    from rora_theory.llama import load
-    from rora_theory.llama.weights import save_hf
+    from rora_theory.lab.finetune import Batches, choose_widths, read_records, split_records, tokenize
+    from rora_theory.lab.llama import load
+    from rora_theory.lab.llama.weights import save_hf
 
     records = read_records(config.data)
     if len(records) < 2 * config.batch_size:

@@ -24,12 +24,12 @@ import jax.numpy as jnp
 import torch
 from hardware import OtherLoad, describe_machine, format_machine
 
-from rora_theory.data import prompts, sources, tasks
-from rora_theory.evaluate import likelihood
-from rora_theory.evaluate.choices import encode_choices, harness_choices
-from rora_theory.evaluate.scoring import Scoring, score
-from rora_theory.io.files import write_whole
-from rora_theory.llama import Model, load
+from rora_theory.lab.data import prompts, sources, tasks
+from rora_theory.lab.evaluate import likelihood
+from rora_theory.lab.evaluate.choices import encode_choices, harness_choices
+from rora_theory.lab.evaluate.scoring import Scoring, score
+from rora_theory.lab.llama import Model, load
+from rora_theory.runs.files import write_whole
 from sims.common import cli
 
 

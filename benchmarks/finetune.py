@@ -184,9 +184,9 @@ def run_methods(config: Config, folder: Path) -> dict[str, Any]:
 
 def prepare(config: Config, folder: Path) -> None:
     """Write the model's folder, and the batches of both sides for ``tokens`` and ``text``."""
-    from rora_theory.finetune import Batches, choose_widths, read_records, tokenize
-    from rora_theory.llama import load
-    from rora_theory.llama.saving import save_model
+    from rora_theory.lab.finetune import Batches, choose_widths, read_records, tokenize
+    from rora_theory.lab.llama import load
+    from rora_theory.lab.llama.saving import save_model
 
     model = load(config.model)
     save_model(folder / "model", model)
@@ -288,9 +288,9 @@ def work(spec: dict[str, Any]) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
-    from rora_theory import adapters, llama
-    from rora_theory.finetune import Batch, FinetuneConfig
-    from rora_theory.finetune import step as steps
+    from rora_theory.lab import adapters, llama
+    from rora_theory.lab.finetune import Batch, FinetuneConfig
+    from rora_theory.lab.finetune import step as steps
 
     # Model, adapter, state and compiled step.
     remat = {"False": False, "mlp": "mlp", "True": True}[spec.get("remat", "False")]
@@ -365,7 +365,7 @@ def describe(results: dict[str, Any]) -> Iterator[str]:
 def main() -> None:
     """Run the parts, print their results, and write them after each part."""
     from rora_theory.errors import InputError
-    from rora_theory.io.files import write_whole
+    from rora_theory.runs.files import write_whole
     from sims.common import cli
 
     config = cli.parse(Config, description=(__doc__ or "").split("\n", 1)[0])

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rora_theory import adapters, llama
-from rora_theory.evaluate.choices import EncodedChoice
-from rora_theory.evaluate.likelihood import log_likelihoods
-from rora_theory.finetune import Batch, FinetuneConfig, capacity
-from rora_theory.finetune import step as steps
-from rora_theory.llama.generate import beam_search
+from rora_theory.lab import adapters, llama
+from rora_theory.lab.evaluate.choices import EncodedChoice
+from rora_theory.lab.evaluate.likelihood import log_likelihoods
+from rora_theory.lab.finetune import Batch, FinetuneConfig, capacity
+from rora_theory.lab.finetune import step as steps
+from rora_theory.lab.llama.generate import beam_search
 
 REMATS: tuple[Any, ...] = (False, "mlp", True)
 """Settings of rematerialisation, least recomputation first."""

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from rora_theory.data import sources, tasks
 from rora_theory.defaults import SCORE_BATCH_SIZE
 from rora_theory.errors import InputError
-from rora_theory.evaluate import choices, scoring
-from rora_theory.io.files import write_whole
-from rora_theory.llama import Model, load
+from rora_theory.lab.data import sources, tasks
+from rora_theory.lab.evaluate import choices, scoring
+from rora_theory.lab.llama import Model, load
+from rora_theory.runs.files import write_whole
 from sims.common import cli
 
 

@@ -24,9 +24,9 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from rora_theory.data.tasks import TaskRecord
-from rora_theory.evaluate.choices import hellaswag_parts
-from rora_theory.llama import Model
+from rora_theory.lab.data.tasks import TaskRecord
+from rora_theory.lab.evaluate.choices import hellaswag_parts
+from rora_theory.lab.llama import Model
 
 TASK_FILES = {
     "boolq": "super_glue/boolq/default.yaml",

@@ -63,8 +63,8 @@ def measure_ours(spec: dict[str, Any]) -> dict[str, Any]:
     import jax
 
     jax.config.update("jax_num_cpu_devices", spec["devices"])
-    from rora_theory.finetune import FinetuneConfig, capacity, sharding
-    from rora_theory.finetune.sharding import Layout
+    from rora_theory.lab.finetune import FinetuneConfig, capacity, sharding
+    from rora_theory.lab.finetune.sharding import Layout
 
     dense = spec["base"] in ("float32", "bfloat16")
     base = {"dtype": spec["base"]} if dense else {"dtype": "float32", "quantization": spec["base"]}
@@ -91,7 +91,7 @@ def measure_peer(spec: dict[str, Any]) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from rora_theory.finetune import capacity
+    from rora_theory.lab.finetune import capacity
 
     torch.set_num_threads(spec["cores"])
     # Base model, quantised while it is loaded.
@@ -179,9 +179,9 @@ def describe(case: dict[str, Any]) -> str:
 
 def main() -> None:
     """Repeat all measurements, print each result, and write the medians after each round."""
-    from rora_theory.io.files import write_whole
-    from rora_theory.llama import load
-    from rora_theory.llama.saving import save_model
+    from rora_theory.lab.llama import load
+    from rora_theory.lab.llama.saving import save_model
+    from rora_theory.runs.files import write_whole
     from sims.common import cli
 
     config = cli.parse(Config, description=__doc__ or "")

@@ -118,7 +118,7 @@ def describe(results: dict[str, Any], size: int) -> Iterator[str]:
 
 def main() -> None:
     """Measure all methods at every size, print the results, and write them after each size."""
-    from rora_theory.io.files import write_whole
+    from rora_theory.runs.files import write_whole
     from rora_theory.runs.reading import as_json
     from sims.common import cli
 

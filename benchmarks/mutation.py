@@ -46,20 +46,26 @@ JUDGING = {
     "carried": ("rora_theory/advice/carried.py", "tests/advice/test_transfer.py"),
     "run_change": ("rora_theory/advice/run_change.py", "tests/advice/test_transfer.py"),
     "verdicts": ("rora_theory/paper/verdicts.py", "tests/paper/test_verdicts.py tests/test_answers_in_words.py"),
-    "differences": ("rora_theory/sweep/differences.py", "tests/sweep/test_differences.py"),
+    "differences": ("rora_theory/lab/sweep/differences.py", "tests/lab/sweep/test_differences.py"),
     "trained_runs": ("rora_theory/stats/trained_runs.py", "tests/stats/test_trained_runs.py"),
     "read_runs": (
-        "rora_theory/sweep/trained_runs.py",
-        "tests/sweep/test_trained_runs.py tests/sims/test_lr_transfer.py",
+        "rora_theory/lab/sweep/trained_runs.py",
+        "tests/lab/sweep/test_trained_runs.py tests/sims/test_lr_transfer.py",
     ),
     "horizon_law": (
-        "rora_theory/horizon/law.py",
-        "tests/horizon/test_judgement.py tests/horizon/test_read_regime.py",
+        "rora_theory/lab/horizon/law.py",
+        "tests/lab/horizon/test_judgement.py tests/lab/horizon/test_read_regime.py",
     ),
-    "horizon_curves": ("rora_theory/horizon/curves.py", "tests/horizon/test_judgement.py"),
-    "horizon_parts": ("rora_theory/horizon/parts.py", "tests/horizon/test_judgement.py"),
-    "horizon_runs": ("rora_theory/horizon/runs.py", "tests/horizon/test_runs.py tests/horizon/test_judgement.py"),
-    "sweep_results": ("rora_theory/sweep/results.py", "tests/sweep/test_differences.py tests/sweep/test_results.py"),
+    "horizon_curves": ("rora_theory/lab/horizon/curves.py", "tests/lab/horizon/test_judgement.py"),
+    "horizon_parts": ("rora_theory/lab/horizon/parts.py", "tests/lab/horizon/test_judgement.py"),
+    "horizon_runs": (
+        "rora_theory/lab/horizon/runs.py",
+        "tests/lab/horizon/test_runs.py tests/lab/horizon/test_judgement.py",
+    ),
+    "sweep_results": (
+        "rora_theory/lab/sweep/results.py",
+        "tests/lab/sweep/test_differences.py tests/lab/sweep/test_results.py",
+    ),
     "rate_curves": ("rora_theory/stats/rate_curves.py", "tests/stats/test_rate_curves.py"),
 }
 """Modules of statistics, advice and verdicts, which run no model, with the files that test them."""
@@ -92,11 +98,11 @@ BRIDGE = {
 """Modules of the PyTorch bridge with the files that test them."""
 
 DATA = {
-    "batches": ("rora_theory/data/batches.py", "tests/data/test_batches.py tests/data/test_chat.py"),
-    "chat": ("rora_theory/data/chat.py", "tests/data/test_chat.py"),
-    "formats": ("rora_theory/data/formats.py", "tests/data/test_formats.py tests/data/test_records.py"),
-    "texts": ("rora_theory/data/texts.py", "tests/data/test_chat.py tests/data/test_batches.py"),
-    "windows": ("rora_theory/data/windows.py", "tests/data/test_windows.py"),
+    "batches": ("rora_theory/lab/data/batches.py", "tests/lab/data/test_batches.py tests/lab/data/test_chat.py"),
+    "chat": ("rora_theory/lab/data/chat.py", "tests/lab/data/test_chat.py"),
+    "formats": ("rora_theory/lab/data/formats.py", "tests/lab/data/test_formats.py tests/lab/data/test_records.py"),
+    "texts": ("rora_theory/lab/data/texts.py", "tests/lab/data/test_chat.py tests/lab/data/test_batches.py"),
+    "windows": ("rora_theory/lab/data/windows.py", "tests/lab/data/test_windows.py"),
 }
 """Modules that read chats and other records and make batches of them, with the files that test them."""
 

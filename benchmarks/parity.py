@@ -26,10 +26,10 @@ import peft
 import torch
 import transformers
 
-from rora_theory.adapters import LoraAdapter, load_peft, save_peft
-from rora_theory.io.files import write_whole
-from rora_theory.llama import Model, forward, load
-from rora_theory.llama.weights import save_hf
+from rora_theory.lab.adapters import LoraAdapter, load_peft, save_peft
+from rora_theory.lab.llama import Model, forward, load
+from rora_theory.lab.llama.weights import save_hf
+from rora_theory.runs.files import write_whole
 from sims.common import cli
 from sims.common.tables import print_table
 

@@ -26,11 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rora_theory.adapters import LoraAdapter, LoraConfig, init, load_peft, rewrite_portable, save_peft
 from rora_theory.errors import InputError
-from rora_theory.io.files import write_whole
-from rora_theory.llama import LlamaConfig, forward
-from rora_theory.llama.weights import save_hf
+from rora_theory.lab.adapters import LoraAdapter, LoraConfig, init, load_peft, rewrite_portable, save_peft
+from rora_theory.lab.llama import LlamaConfig, forward
+from rora_theory.lab.llama.weights import save_hf
+from rora_theory.runs.files import write_whole
 from sims.common import cli, tables
 
 END_ID = 0
@@ -76,7 +76,7 @@ class Config:
 
 def random_model(seed: int) -> dict[str, Any]:
     """Sample weights of `SHAPE`, normal with deviation 1/sqrt(inputs) so that logits differ by more than rounding."""
-    from rora_theory.llama import abstract_params
+    from rora_theory.lab.llama import abstract_params
 
     leaves, tree = jax.tree.flatten(abstract_params(SHAPE, jnp.float32))
     keys = jax.random.split(jax.random.key(seed), len(leaves))

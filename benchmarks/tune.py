@@ -4,8 +4,8 @@
     python benchmarks/tune.py results/published/horizon_cosine --out results/published/tune_cosine \\
         --probes results/published/tune_cosine/tenth results/published/tune_cosine/more
 
-A probe of `rora_theory.tune` needs short runs at three learning rates and the loss of a few held-out records. The
-published runs contain such runs: their first 16 or 64 steps. This script fits the best rate of one seed and of one
+A probe of `rora_theory.measure.tuning` needs short runs at three learning rates and the loss of a few held-out
+records. The published runs contain such runs: their first 16 or 64 steps. This script fits the best rate of one seed and of one
 block of held-out records, carries it to the steps of longer runs as `tune` does, and computes the regret of the result
 on the measured curves. Nothing is trained. At a constant rate, the probe's runs are the first steps of the longer runs
 whose curve measures the regret. Under another schedule they are separate runs.
@@ -28,18 +28,18 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from rora_theory.horizon.curves import curves_at, strength_of
-from rora_theory.horizon.runs import HorizonRun, merge_repeated_runs, read_finished
-from rora_theory.io import files, frames
+from rora_theory.lab.horizon.curves import curves_at, strength_of
+from rora_theory.lab.horizon.runs import HorizonRun, merge_repeated_runs, read_finished
+from rora_theory.laws.displacement import RateRange
+from rora_theory.measure.tuning.curve import fit_best_rate
+from rora_theory.measure.tuning.plan import ProbePlan, ProbeRun
+from rora_theory.measure.tuning.result import carry_fitted
 from rora_theory.optimizers import Schedule
+from rora_theory.runs import files, frames
 from rora_theory.runs.reading import read_manifest
 from rora_theory.scaling import scaling_factor
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.regret import loss_at
-from rora_theory.theory.displacement import RateRange
-from rora_theory.tune.curve import fit_best_rate
-from rora_theory.tune.plan import ProbePlan, ProbeRun
-from rora_theory.tune.result import carry_fitted
 from sims.common import cli
 from sims.common.tables import print_records
 
@@ -226,7 +226,7 @@ def probe_run_regret(folders: Sequence[Path], runs: Sequence[HorizonRun], tokens
 
     The best rate that a probe recorded is carried to the planned run with the current exponents. The rate that the
     probe advised when it ran, ``recorded_rate``, may come from earlier ones. A rate holds for any rank at the planned
-    gamma r, see `rora_theory.tune.result.rank_factors`.
+    gamma r, see `rora_theory.measure.tuning.result.rank_factors`.
 
     Args:
       folders: Run folders of sims.tune.

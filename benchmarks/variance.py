@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from hardware import OtherLoad, describe_machine, format_machine
 
+from rora_theory.laws import sampling
 from rora_theory.runs import devices
-from rora_theory.theory import sampling
 from sims.common import cli
 from sims.common.tables import print_table
 

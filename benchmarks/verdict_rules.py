@@ -21,11 +21,11 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from rora_theory.horizon.law import RIVALS
-from rora_theory.io import frames
-from rora_theory.io.files import write_whole
+from rora_theory.lab.horizon.law import RIVALS
 from rora_theory.measure.regimes.tables import judge_regime
 from rora_theory.paper.verdicts import FALSE_ALARM, SLOPE_RESOLUTION, SLOPE_TOLERANCE
+from rora_theory.runs import frames
+from rora_theory.runs.files import write_whole
 from rora_theory.stats.curve_optima import Method, pooled_exponent
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.moments import threshold

@@ -13,8 +13,8 @@ import tyro
 
 from figures import style
 from figures.sweep import SCORED, at_best_rate, mean, model_name, select_model, select_rank
-from rora_theory.data.tasks import TASKS
-from rora_theory.io import frames
+from rora_theory.lab.data.tasks import TASKS
+from rora_theory.runs import frames
 from rora_theory.validation.ranges import Count, check_ranges
 
 METHOD_SPACING = 0.13

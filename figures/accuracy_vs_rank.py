@@ -24,8 +24,8 @@ from figures.sweep import (
     points,
     select_model,
 )
-from rora_theory.io import frames
 from rora_theory.paper import published
+from rora_theory.runs import frames
 from rora_theory.validation.ranges import Positive, check_ranges
 from rora_theory.validation.rules import check_unread
 

@@ -19,9 +19,9 @@ import tyro
 
 from figures import style
 from figures.sweep import at_best_rate, model_name
-from rora_theory.data.tasks import TASKS
-from rora_theory.io import frames
+from rora_theory.lab.data.tasks import TASKS
 from rora_theory.paper import published
+from rora_theory.runs import frames
 
 HEAD = (
     "source", "model", "protocol", "rank", "method", "alpha", "params_percent", "learning_rate", "rate_choice", "seeds",

@@ -12,7 +12,7 @@ import tyro
 
 from figures import style
 from rora_theory import plots
-from rora_theory.io import frames
+from rora_theory.runs import frames
 
 SHORT = {
     "self_attn.q_proj": "q",

@@ -15,7 +15,7 @@ import pandas as pd
 import tyro
 
 from figures import style
-from rora_theory.theory.displacement import displacement_ratio
+from rora_theory.laws.displacement import displacement_ratio
 from rora_theory.validation.rules import check_steps
 
 MAX_SERIES = 8

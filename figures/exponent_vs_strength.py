@@ -17,9 +17,9 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 
 from figures import style
+from rora_theory.laws.displacement import COHERENCE_RANGE, best_rate_exponent
 from rora_theory.scaling import check_integer
 from rora_theory.stats.curve_optima import Method
-from rora_theory.theory.displacement import COHERENCE_RANGE, best_rate_exponent
 from rora_theory.validation.ranges import Count, check_ranges
 from rora_theory.validation.rules import check_list
 

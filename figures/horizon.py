@@ -12,7 +12,7 @@ import tyro
 from matplotlib.axes import Axes
 
 from figures import style
-from rora_theory.io import frames
+from rora_theory.runs import frames
 
 
 @dataclass(frozen=True)

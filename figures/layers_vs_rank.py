@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import tyro
 
 from figures import style
-from rora_theory.io import frames
+from rora_theory.runs import frames
 
 SPLITS = {"train": "training", "heldout": "held-out"}
 

@@ -17,8 +17,7 @@ import tyro
 from matplotlib.ticker import MaxNLocator
 
 from figures import style
-from rora_theory.io import files
-from rora_theory.runs import seals
+from rora_theory.runs import files, seals
 from rora_theory.runs.journal import read_entries
 from rora_theory.validation.ranges import Count, Natural, Positive, check_ranges
 from rora_theory.validation.rules import check_unread

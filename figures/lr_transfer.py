@@ -11,7 +11,7 @@ import pandas as pd
 import tyro
 
 from figures import style
-from rora_theory.io import frames
+from rora_theory.runs import frames
 
 TRAINED = {"both": ("-", True), "B": ((0, (3, 2)), False)}
 """Line style of the trained factors, and whether the marker is filled."""

@@ -11,7 +11,7 @@ import tyro
 
 from figures import style
 from rora_theory import plots
-from rora_theory.io import frames
+from rora_theory.runs import frames
 
 FINISHED = "the file of a finished run"
 

@@ -17,7 +17,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rora_theory.errors import InputError
-from rora_theory.io import files, frames
 from rora_theory.plots import (  # noqa: F401 (figures take them from here)
     BAND_COLOUR,
     COLOURS,
@@ -30,7 +29,7 @@ from rora_theory.plots import (  # noqa: F401 (figures take them from here)
     legend,
     named,
 )
-from rora_theory.runs import seals
+from rora_theory.runs import files, frames, seals
 from rora_theory.runs.reading import check_manifest
 from sims.common import answers, cli
 from sims.common.cli import fail

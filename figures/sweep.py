@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from figures import style
-from rora_theory.io import frames
+from rora_theory.runs import frames
 
 PALE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
 SCORED = "Choose a run of sims.rank_sweep that scored it."

@@ -10,7 +10,7 @@ import pandas as pd
 import tyro
 
 from figures import style
-from rora_theory.io import frames
+from rora_theory.runs import frames
 
 QUANTITIES = {
     "output_train": "output change,\ntraining inputs",

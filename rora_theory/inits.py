@@ -1,6 +1,6 @@
 """Initial distributions of A: iid entries of mean 0 with known variance, kurtosis and characteristic function.
 
-`draw` samples them with NumPy, `rora_theory.random.draws` with JAX on the device.
+`draw` samples them with NumPy, `rora_theory.laws.random.draws` with JAX on the device.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Expose the modules of a package as attributes that are imported at first use, as in ``rt.theory.laws``."""
+"""Expose the modules of a package as attributes that are imported at first use, as in ``rt.laws.horizon``."""
 
 import importlib
 import importlib.util

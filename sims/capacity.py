@@ -15,11 +15,11 @@ this machine. ``--measure`` runs two steps on this machine, on random weights, a
 from dataclasses import dataclass
 
 from rora_theory.errors import InputError
-from rora_theory.finetune import capacity
-from rora_theory.finetune.capacity import GB, PAPER_MODELS
-from rora_theory.finetune.plan import PlanConfig
-from rora_theory.finetune.sharding import Layout
-from rora_theory.llama import LlamaConfig
+from rora_theory.lab.finetune import capacity
+from rora_theory.lab.finetune.capacity import GB, PAPER_MODELS
+from rora_theory.lab.finetune.plan import PlanConfig
+from rora_theory.lab.finetune.sharding import Layout
+from rora_theory.lab.llama import LlamaConfig
 from sims.common import answers, cli, tables
 
 

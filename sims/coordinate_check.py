@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rora_theory.adapters.lora import PAPER_TARGETS
-from rora_theory.cluster import ClusterConfig
-from rora_theory.data.records import DataConfig
+from rora_theory.lab.adapters.lora import PAPER_TARGETS
+from rora_theory.lab.data.records import DataConfig
 from rora_theory.measure import record_batches
 from rora_theory.measure.rank_check import check as rank_check
 from rora_theory.measure.rank_check.check import CheckConfig, CoordinateCell
@@ -28,6 +27,7 @@ from rora_theory.measure.rank_check.coordinates import Checker
 from rora_theory.measure.record_batches import BatchConfig
 from rora_theory.measure.regimes import thin
 from rora_theory.runs import devices
+from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.reading import flatten
 from rora_theory.runs.summary import key_figures

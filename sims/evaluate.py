@@ -12,16 +12,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rora_theory import adapters
-from rora_theory.data import sources
-from rora_theory.data.prompts import Template
-from rora_theory.data.tasks import TASKS, TaskRecord
 from rora_theory.defaults import SCORE_BATCH_SIZE
 from rora_theory.errors import InputError
-from rora_theory.evaluate import Protocol, Samples, Scoring, TaskAccuracy, accuracies, samples
-from rora_theory.evaluate.accuracies import ACCURACY_COLUMNS, ACCURACY_UNITS, describe_accuracy
-from rora_theory.io import frames
-from rora_theory.llama import Adapter, Model, ModelSource, load, locate
+from rora_theory.lab import adapters
+from rora_theory.lab.data import sources
+from rora_theory.lab.data.prompts import Template
+from rora_theory.lab.data.tasks import TASKS, TaskRecord
+from rora_theory.lab.evaluate import Protocol, Samples, Scoring, TaskAccuracy, accuracies, samples
+from rora_theory.lab.evaluate.accuracies import ACCURACY_COLUMNS, ACCURACY_UNITS, describe_accuracy
+from rora_theory.lab.llama import Adapter, Model, ModelSource, load, locate
+from rora_theory.runs import frames
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.reading import as_json
 from rora_theory.runs.summary import KeyFigure

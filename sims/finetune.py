@@ -16,9 +16,9 @@ from typing import Any
 
 import jax
 
-from rora_theory import adapters, llama
-from rora_theory.data.records import DataConfig, read_record_set
-from rora_theory.finetune import (
+from rora_theory.lab import adapters, llama
+from rora_theory.lab.data.records import DataConfig, read_record_set
+from rora_theory.lab.finetune import (
     FinetuneConfig,
     Metrics,
     card,
@@ -29,11 +29,11 @@ from rora_theory.finetune import (
     split_records,
     trackers,
 )
-from rora_theory.finetune.checkpoints import silence_checkpoint_logs
-from rora_theory.finetune.distributed import ProcessConfig
-from rora_theory.finetune.loop import NonFiniteLossError, StepCompleted, Trainer, ValidationCompleted, resumption
-from rora_theory.finetune.outputs import OutputConfig, write_outputs
-from rora_theory.finetune.trackers import TrackerName
+from rora_theory.lab.finetune.checkpoints import silence_checkpoint_logs
+from rora_theory.lab.finetune.distributed import ProcessConfig
+from rora_theory.lab.finetune.loop import NonFiniteLossError, StepCompleted, Trainer, ValidationCompleted, resumption
+from rora_theory.lab.finetune.outputs import OutputConfig, write_outputs
+from rora_theory.lab.finetune.trackers import TrackerName
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.summary import KeyFigure
 from rora_theory.validation.ranges import Count, check_ranges

@@ -14,22 +14,22 @@ from typing import Any
 
 import pandas as pd
 
-from rora_theory import adapters, llama
-from rora_theory.cluster import ClusterConfig
-from rora_theory.data.records import DataConfig
-from rora_theory.evaluate.scoring import Scoring
-from rora_theory.finetune import FinetuneConfig
-from rora_theory.horizon import judgement as horizons
-from rora_theory.horizon import law as horizon_law
-from rora_theory.horizon import readings
-from rora_theory.horizon import runs as horizon_runs
-from rora_theory.horizon.grid import HorizonCell, HorizonGrid
+from rora_theory.lab import adapters, llama
+from rora_theory.lab.data.records import DataConfig
+from rora_theory.lab.evaluate.scoring import Scoring
+from rora_theory.lab.finetune import FinetuneConfig
+from rora_theory.lab.horizon import judgement as horizons
+from rora_theory.lab.horizon import law as horizon_law
+from rora_theory.lab.horizon import readings
+from rora_theory.lab.horizon import runs as horizon_runs
+from rora_theory.lab.horizon.grid import HorizonCell, HorizonGrid
+from rora_theory.lab.sweep.memory import cell_memory
+from rora_theory.lab.sweep.records import draw_records
+from rora_theory.lab.sweep.workbench import Workbench
 from rora_theory.runs import devices
+from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.summary import key_figures
-from rora_theory.sweep.memory import cell_memory
-from rora_theory.sweep.records import draw_records
-from rora_theory.sweep.workbench import Workbench
 from sims.common import answers, cli, prompts, tables
 from sims.common.cells import run_with_bar
 from sims.common.summaries import summarised

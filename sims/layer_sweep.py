@@ -14,14 +14,14 @@ from typing import Any
 
 import pandas as pd
 
-from rora_theory.cluster import ClusterConfig
-from rora_theory.io import digests
+from rora_theory.laws.grid import StepGrid
 from rora_theory.measure.layers import layer_data, layer_grid
+from rora_theory.runs import digests
+from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.runs.devices import describe, pick
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flatten
 from rora_theory.runs.summary import key_figures
-from rora_theory.theory.grid import StepGrid
 from rora_theory.validation.rules import USUAL_RANKS
 from sims.common import answers, cli, tables
 from sims.common.cells import run_table

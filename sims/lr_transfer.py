@@ -17,8 +17,11 @@ from typing import Any
 
 import pandas as pd
 
-from rora_theory.cluster import ClusterConfig
+from rora_theory.lab.sweep import run_curves, trained_runs
+from rora_theory.lab.toy import rate_grid
+from rora_theory.lab.toy.rate_grid import RateGrid
 from rora_theory.runs import devices
+from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.summary import key_figures
 from rora_theory.stats.rate_curves import (
@@ -30,9 +33,6 @@ from rora_theory.stats.rate_curves import (
     describe_slopes,
     rate_slopes,
 )
-from rora_theory.sweep import run_curves, trained_runs
-from rora_theory.toy import rate_grid
-from rora_theory.toy.rate_grid import RateGrid
 from rora_theory.validation.rules import check_unread
 from sims.common import answers, cli, tables
 from sims.common.cells import run_table

@@ -36,13 +36,13 @@ def run(config: Config) -> None:
     Raises:
       InputError: If the adapter or the model cannot be used; nothing is written then.
     """
-    from rora_theory import adapters
+    from rora_theory.lab import adapters
 
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
         raise InputError(f"--out must be a new or empty folder, got {config.out}")
     # With a model, merge the adapter into its weights.
     if config.model is not None:
-        from rora_theory import llama
+        from rora_theory.lab import llama
 
         model = llama.load(config.model, revision=config.revision)
         adapters.save_merged(config.out, adapters.load_adapter(config.adapter, model), model)

@@ -3,7 +3,7 @@
     python -m sims.prune --text DATA/ARC-Easy/train.json --share 0.5
 
 The run folder contains `model/`, the pruned model in Hugging Face layout, and `results.csv`, one row per layer of the
-original model with its influence and its remaining size. `rora_theory.llama.pruning` documents the criteria and their
+original model with its influence and its remaining size. `lab.llama.pruning` documents the criteria and their
 sources. The perplexities before and after are measured on text that was not used for calibration. The pruned model is
 not retrained.
 """
@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from rora_theory.data import windows as text_windows
-from rora_theory.data.records import FormatConfig
 from rora_theory.defaults import SMALL_BATCH_SIZE
 from rora_theory.errors import InputError
-from rora_theory.io import digests
-from rora_theory.random.seeds import check_seed
+from rora_theory.lab.data import windows as text_windows
+from rora_theory.lab.data.records import FormatConfig
+from rora_theory.laws.random.seeds import check_seed
+from rora_theory.runs import digests
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.summary import KeyFigure
 from rora_theory.validation.ranges import AtLeastTwo, Count, Share, check_ranges
@@ -28,7 +28,7 @@ from sims.common.summaries import summarised
 if TYPE_CHECKING:
     import numpy as np
 
-    from rora_theory.llama.pruning import PrunedShape
+    from rora_theory.lab.llama.pruning import PrunedShape
 
 NAME, MODEL = "prune", "model"
 
@@ -74,9 +74,9 @@ class Config:
 
 def run(config: Config) -> None:
     """Prune the model and measure its perplexity before and after, unless the run folder has the results."""
-    from rora_theory.finetune.held_out import perplexity
-    from rora_theory.llama import count_parameters, load, locate, pruning
-    from rora_theory.llama.saving import save_model
+    from rora_theory.lab.finetune.held_out import perplexity
+    from rora_theory.lab.llama import count_parameters, load, locate, pruning
+    from rora_theory.lab.llama.saving import save_model
 
     texts = text_windows.read_texts(config.text, config.reading)
     origin = locate(config.model, config.revision)

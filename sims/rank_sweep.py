@@ -19,19 +19,19 @@ from typing import Any
 
 import pandas as pd
 
-from rora_theory import llama
-from rora_theory.cluster import ClusterConfig
 from rora_theory.errors import FailedError
-from rora_theory.finetune import FinetuneConfig
+from rora_theory.lab import llama
+from rora_theory.lab.finetune import FinetuneConfig
+from rora_theory.lab.sweep import differences, results
+from rora_theory.lab.sweep.cells import SweepCell, cell_states, describe_models, replace_with_scored
+from rora_theory.lab.sweep.design import BASE
+from rora_theory.lab.sweep.memory import cell_memory
+from rora_theory.lab.sweep.plan import SweepConfig, plan_sweep
+from rora_theory.lab.sweep.workbench import Workbench
 from rora_theory.runs.cells import CELLS_FOLDER
+from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.summary import key_figures
-from rora_theory.sweep import differences, results
-from rora_theory.sweep.cells import SweepCell, cell_states, describe_models, replace_with_scored
-from rora_theory.sweep.design import BASE
-from rora_theory.sweep.memory import cell_memory
-from rora_theory.sweep.plan import SweepConfig, plan_sweep
-from rora_theory.sweep.workbench import Workbench
 from sims.common import answers, cli, prompts, tables
 from sims.common.cells import Runner, run_with_bar
 from sims.common.summaries import summarised

@@ -32,12 +32,11 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from rora_theory import adapters
-from rora_theory.adapters.lora import PAPER_TARGETS
-from rora_theory.cluster import ClusterConfig
-from rora_theory.data.formats import TrainTemplate
-from rora_theory.data.records import DataConfig
 from rora_theory.errors import InputError
+from rora_theory.lab import adapters
+from rora_theory.lab.adapters.lora import PAPER_TARGETS
+from rora_theory.lab.data.formats import TrainTemplate
+from rora_theory.lab.data.records import DataConfig
 from rora_theory.measure import record_batches, unseen
 from rora_theory.measure.record_batches import PairConfig
 from rora_theory.measure.regimes import model as regimes
@@ -46,6 +45,7 @@ from rora_theory.measure.regimes import thin
 from rora_theory.measure.regimes.model import RegimeCell
 from rora_theory.measure.regimes.module_regime import Regime, RegimeConfig, RegimeRows
 from rora_theory.measure.regimes.tables import JudgeConfig
+from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.runs.devices import describe
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.reading import flatten, key_of, read_finished_cells

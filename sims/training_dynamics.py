@@ -1,6 +1,6 @@
 """Measure how the change of an adapted layer depends on the rank after 1 to 100 steps, in a teacher-student problem.
 
-A student with a low-rank adapter learns from a teacher, a linear layer or a small MLP (`rora_theory.toy.dynamics`).
+A student with a low-rank adapter learns from a teacher, a linear layer or a small MLP (`rora_theory.lab.toy.dynamics`).
 The optimizers are SGD, SGD with momentum, Adam and AdamW. Training starts with A random and B zero, or the reverse, or
 A stays frozen. All scaling rules have the same scaling at the reference rank. The log-log slope of each quantity
 against the rank is fitted for every seed; a rule aims at a slope of 0.
@@ -14,14 +14,14 @@ from typing import Any
 
 import pandas as pd
 
-from rora_theory.cluster import ClusterConfig
+from rora_theory.lab.toy import exponents, training_grid
+from rora_theory.lab.toy.exponents import CELL, FIT_COLUMNS, SATURATED, Answer
+from rora_theory.lab.toy.training_grid import TrainingCell, TrainingGrid
 from rora_theory.runs import devices
+from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flatten
 from rora_theory.runs.summary import key_figures
-from rora_theory.toy import exponents, training_grid
-from rora_theory.toy.exponents import CELL, FIT_COLUMNS, SATURATED, Answer
-from rora_theory.toy.training_grid import TrainingCell, TrainingGrid
 from rora_theory.validation.rules import name_of
 from sims.common import answers, cli, tables
 from sims.common.cells import run_table

@@ -23,12 +23,12 @@ from rora_theory.advice import text
 from rora_theory.advice.setting import REGIMES
 from rora_theory.advice.trainer_configs import write_trainer_config
 from rora_theory.advice.transfer import Advice
-from rora_theory.cluster import ClusterConfig
-from rora_theory.data.records import DataConfig
 from rora_theory.defaults import MEASURE_BATCH_SIZE
 from rora_theory.errors import InputError
+from rora_theory.lab.data.records import DataConfig
+from rora_theory.laws.random.seeds import check_seed
 from rora_theory.measure.transfer_request import Advised, TransferConfig, advise
-from rora_theory.random.seeds import check_seed
+from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.summary import key_figures
 from rora_theory.validation.ranges import Count, check_ranges
@@ -132,7 +132,7 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     Raises:
       InputError: If a setting of the check is out of range or does not fit the model.
     """
-    from rora_theory import adapters, llama
+    from rora_theory.lab import adapters, llama
     from rora_theory.measure import record_batches, transfer_check
     from rora_theory.measure.layers.model_layers import RealStep, lora_config_for
     from sims.common import prompts

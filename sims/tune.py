@@ -13,18 +13,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rora_theory import adapters, llama
-from rora_theory.data.records import DataConfig
-from rora_theory.evaluate.scoring import Scoring
-from rora_theory.horizon.probe import Probe, ProbeConfig, evenly_spaced
+from rora_theory.lab import adapters, llama
+from rora_theory.lab.data.records import DataConfig
+from rora_theory.lab.evaluate.scoring import Scoring
+from rora_theory.lab.horizon.probe import Probe, ProbeConfig, evenly_spaced
+from rora_theory.lab.sweep.records import draw_records
+from rora_theory.lab.sweep.workbench import Workbench
+from rora_theory.measure.tuning.plan import ProbeRun, Trial, next_trial
+from rora_theory.measure.tuning.result import Tuning, conclude
 from rora_theory.runs import devices
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flatten
 from rora_theory.runs.summary import KeyFigure
-from rora_theory.sweep.records import draw_records
-from rora_theory.sweep.workbench import Workbench
-from rora_theory.tune.plan import ProbeRun, Trial, next_trial
-from rora_theory.tune.result import Tuning, conclude
 from sims.common import answers, cli, prompts, tables
 from sims.common.cells import run_with_bar
 from sims.common.summaries import summarised

@@ -15,14 +15,14 @@ from typing import Any
 
 import pandas as pd
 
-from rora_theory.cluster import ClusterConfig
+from rora_theory.laws.sampling import StreamMoments
 from rora_theory.paper import simulation, verdicts
 from rora_theory.paper.simulation import SimulationCell, SimulationConfig
 from rora_theory.runs import devices
+from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flatten
 from rora_theory.runs.summary import key_figures
-from rora_theory.theory.sampling import StreamMoments
 from sims.common import answers, cli, tables
 from sims.common.cells import run_with_bar
 from sims.common.summaries import summarised

@@ -192,7 +192,7 @@ def model_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def prompts_read(monkeypatch) -> list[int]:
     """Return a list of the lengths of all shared prompts that are read once for their continuations."""
-    from rora_theory.llama import shared_prompt
+    from rora_theory.lab.llama import shared_prompt
 
     lengths: list[int] = []
 

@@ -23,9 +23,9 @@ import jax
 import matplotlib.pyplot as plt
 import pytest
 
-from rora_theory import llama
-from rora_theory.finetune import capacity
-from rora_theory.llama import hub
+from rora_theory.lab import llama
+from rora_theory.lab.finetune import capacity
+from rora_theory.lab.llama import hub
 from rora_theory.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[1]

@@ -12,8 +12,7 @@ import pytest
 
 from figures import loss_curves, style
 from rora_theory.errors import InputError
-from rora_theory.io import digests
-from rora_theory.runs import seals
+from rora_theory.runs import digests, seals
 from rora_theory.runs.folder import RunFolder
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from rora_theory.errors import InputError
-from rora_theory.io import frames
+from rora_theory.runs import frames
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 TABLES = sorted(path for path in PUBLISHED.glob("*/*.csv") if not path.name.startswith("table_"))

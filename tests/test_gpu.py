@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from support import tiny
 
-from rora_theory import adapters
-from rora_theory.data.batches import Batch
-from rora_theory.finetune import Batches, FinetuneConfig, StepCompleted, Trainer, choose_widths, tokenize
-from rora_theory.finetune import step as steps
-from rora_theory.llama.attention import attend, choose_route
-from rora_theory.llama.generate import beam_search
-from rora_theory.theory import sampling
+from rora_theory.lab import adapters
+from rora_theory.lab.data.batches import Batch
+from rora_theory.lab.finetune import Batches, FinetuneConfig, StepCompleted, Trainer, choose_widths, tokenize
+from rora_theory.lab.finetune import step as steps
+from rora_theory.lab.llama.attention import attend, choose_route
+from rora_theory.lab.llama.generate import beam_search
+from rora_theory.laws import sampling
 
 pytestmark = pytest.mark.gpu
 

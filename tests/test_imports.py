@@ -23,7 +23,10 @@ ROOT = Path(__file__).parents[1]
 
 NAMES = {"rora_theory"} | {module.name for module in pkgutil.walk_packages(rora_theory.__path__, "rora_theory.")}
 
-WITH_EXTRAS = ("adapters", "data", "evaluate", "finetune", "horizon", "llama", "sweep", "measure.torch")
+WITH_EXTRAS = (
+    *(f"lab.{name}" for name in ("adapters", "data", "evaluate", "finetune", "horizon", "llama", "sweep")),
+    "measure.torch",
+)
 """Packages beyond the core install."""
 OF_A_MODEL = (
     "layers.model_layers", "led", "rank_check.check", "rank_check.coordinates", "record_batches", "regimes.model",
@@ -33,12 +36,12 @@ OF_A_MODEL = (
 WITH_JAX = (
     *(
         "rora_theory.runs.devices",
-        *(f"rora_theory.random.{name}" for name in ("chi_squares", "draws", "nested", "normals")),
-        *(f"rora_theory.theory.{name}" for name in ("first_step", "grid", "sampling")),
+        *(f"rora_theory.laws.random.{name}" for name in ("chi_squares", "draws", "nested", "normals")),
+        *(f"rora_theory.laws.{name}" for name in ("first_step", "grid", "sampling")),
     ),
     *(f"rora_theory.paper.{name}" for name in ("quantities", "simulation", "verdicts")),
     *(f"rora_theory.measure.{name}" for name in ("layers.drawn_steps", "layers.layer_grid", "layers.layer_rms")),
-    *(name for name in NAMES if name.startswith("rora_theory.toy")),
+    *(name for name in NAMES if name.startswith("rora_theory.lab.toy")),
 )
 """Modules of the core with arrays on a device."""
 
@@ -102,9 +105,9 @@ for name in {WITHOUT_JAX}:
     importlib.import_module(name)
     assert "jax" not in sys.modules, name
 import runpy, numpy as np, rora_theory as rt
-assert not hasattr(rt, "nothing") and not hasattr(rt.theory, "nothing")
-assert {{*rt.__all__, "llama"}} <= set(dir(rt))
-equations, horizon, laws = rt.paper.equations, rt.theory.horizon, rt.theory.laws
+assert not hasattr(rt, "nothing") and not hasattr(rt.laws, "nothing")
+assert {{*rt.__all__, "lab"}} <= set(dir(rt))
+equations, horizon, laws = rt.paper.equations, rt.laws.horizon, rt.laws.laws
 assert rt.transfer(rt.Setting(16, 32, 2e-4), rank=128).alpha == 32 and rt.transfer is rt.advice.transfer.transfer
 assert rt.stats.slopes and rt.measure and issubclass(rt.InputError, ValueError)
 lora_A, x = np.eye(2, 3), np.ones(3)
@@ -203,17 +206,17 @@ def test_a_placeholder_replaces_a_missing_package() -> None:
 DRAWN_ORDER = (
     ("defaults", "errors"),
     ("extras", "lazy_modules", "plots", "scaling"),
-    ("inits", "io", "optimizers"),
-    ("adapter_config", "random"),
-    ("runs", "stats", "validation"),
-    ("theory",),
+    ("inits", "optimizers"),
+    ("runs", "validation"),
+    ("stats",),
+    ("laws",),
     ("advice", "paper"),
-    ("llama",),
-    ("adapters", "data", "tune"),
-    ("finetune",),
-    ("evaluate", "measure", "toy"),
-    ("sweep",),
-    ("cluster", "horizon"),
+    ("lab", "lab.llama"),
+    ("lab.adapters", "lab.data"),
+    ("lab.finetune",),
+    ("lab.evaluate", "lab.toy", "measure"),
+    ("lab.sweep",),
+    ("lab.horizon", "runs.cluster"),
     ("rora_theory",),
     ("sims",),
     ("figures",),
@@ -226,7 +229,10 @@ ROWS = {package: row for row, packages in enumerate(DRAWN_ORDER) for package in 
 def package_of(module: str) -> str:
     """Return the package of a module as `DRAWN_ORDER` names it."""
     top, _, below = module.partition(".")
-    return below.partition(".")[0] if top == "rora_theory" and below else top
+    if top != "rora_theory" or not below:
+        return top
+    two = ".".join(below.split(".")[:2])
+    return two if any(two in row for row in DRAWN_ORDER) else below.partition(".")[0]
 
 
 def imported(path: Path, names: set[str]) -> Iterator[str]:
@@ -258,7 +264,7 @@ def test_imports_point_one_way() -> None:
             parts = path.relative_to(ROOT).with_suffix("").parts
             files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     graph = {name: set(imported(path, set(files))) - {name} for name, path in files.items()}
-    assert len(graph["rora_theory.theory.laws"]) >= 3  # the imports are found
+    assert len(graph["rora_theory.laws.laws"]) >= 3  # the imports are found
     assert {package_of(name) for name in graph} == set(ROWS)
     assert upward_imports(graph) == []
     try:
@@ -268,13 +274,13 @@ def test_imports_point_one_way() -> None:
 
 
 def test_an_upward_import_is_found_anywhere(tmp_path) -> None:
-    file, names = tmp_path / "laws.py", {"rora_theory.stats", "rora_theory.llama", "rora_theory.llama.hub"}
+    file, names = tmp_path / "laws.py", {"rora_theory.stats", "rora_theory.lab.llama", "rora_theory.lab.llama.hub"}
     file.write_text(
-        "from rora_theory import stats\nif TYPE_CHECKING:\n    from rora_theory.llama import hub\n"
-        "def load():\n    import rora_theory.llama\n"
+        "from rora_theory import stats\nif TYPE_CHECKING:\n    from rora_theory.lab.llama import hub\n"
+        "def load():\n    import rora_theory.lab.llama\n"
     )
-    graph = {"rora_theory.theory.laws": set(imported(file, names | {"rora_theory"}))}
-    assert graph["rora_theory.theory.laws"] == names
+    graph = {"rora_theory.laws.laws": set(imported(file, names | {"rora_theory"}))}
+    assert graph["rora_theory.laws.laws"] == names
     assert len(upward_imports(graph)) == 2
 
 
@@ -302,7 +308,7 @@ def test_modules_use_only_public_names_of_each_other(tmp_path) -> None:
     files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     assert len(files) > 200  # the walk sees something
     assert {str(path): names for path in files if (names := list(private(path)))} == {}
-    (tmp_path / "one.py").write_text("from rora_theory.theory import laws\nfrom sims.common import _cli\nlaws._law\n")
+    (tmp_path / "one.py").write_text("from rora_theory.laws import laws\nfrom sims.common import _cli\nlaws._law\n")
     assert list(private(tmp_path / "one.py")) == ["_cli", "_law"]
 
 

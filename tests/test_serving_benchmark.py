@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 
 from benchmarks import serving
-from rora_theory.llama.weights import save_hf
+from rora_theory.lab.llama.weights import save_hf
 
 
 def test_the_end_token_of_every_client_is_one_that_greedy_decoding_never_selects(tmp_path, monkeypatch):

@@ -9,10 +9,10 @@ import pytest
 
 from benchmarks import tune
 from rora_theory.advice import measured
-from rora_theory.horizon.readings import Reading, ReadRun
-from rora_theory.horizon.runs import HorizonRun
+from rora_theory.lab.horizon.readings import Reading, ReadRun
+from rora_theory.lab.horizon.runs import HorizonRun
+from rora_theory.measure.tuning.plan import carry_steps
 from rora_theory.runs import seals
-from rora_theory.tune.plan import carry_steps
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 TOKENS = [10 + index % 7 for index in range(32)]

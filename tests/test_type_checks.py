@@ -7,9 +7,9 @@ from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import Float
 from support.checker import checker, jaxtyped
 
-from rora_theory.horizon import grid as horizon_grid
+from rora_theory.lab.horizon import grid as horizon_grid
+from rora_theory.laws.sampling import StreamMoments
 from rora_theory.paper import equations
-from rora_theory.theory.sampling import StreamMoments
 
 
 @jaxtyped(typechecker=checker)

@@ -1,4 +1,4 @@
-// The answer of `rora transfer` in the browser, by the formulas of rora_theory.advice, rora_theory.theory.displacement
+// The answer of `rora transfer` in the browser, by the formulas of rora_theory.advice, rora_theory.laws.displacement
 // and rora_theory.scaling. tests/docs/test_calculator.py compares every number and text with theirs.
 
 import measured from "./measured.json" with { type: "json" };

@@ -1,7 +1,7 @@
 """Alpha and learning rate of a tuned setting at another rank: the numbers of the advice.
 
 Three laws give them. Under Adam with PEFT's default initialisation the learning rate follows the displacement law
-(`rora_theory.theory.displacement`), which was measured. Under SGD, and under Adam with another initialisation, they
+(`rora_theory.laws.displacement`), which was measured. Under SGD, and under Adam with another initialisation, they
 preserve the first step exactly (`rora_theory.advice.setting.step_ratio`), and the limit of a long run is reported with
 them. In a measured regime, or if cross-talk dominates, they preserve the first step of the single modules.
 """
@@ -23,10 +23,10 @@ from rora_theory.advice.modules import Module, ModuleGroup, ModuleSpread, comput
 from rora_theory.advice.run_change import RunChange
 from rora_theory.advice.setting import SIGNAL, Setting, step_ratio
 from rora_theory.errors import InputError
+from rora_theory.laws import horizon
+from rora_theory.laws.displacement import RateRange, has_displacement_ratio
 from rora_theory.optimizers import FAMILY
 from rora_theory.scaling import KAPPAS, Rule, alpha_for, exponent, scaling_factor
-from rora_theory.theory import horizon
-from rora_theory.theory.displacement import RateRange, has_displacement_ratio
 
 
 class HorizonLimits(NamedTuple):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from rora_theory.adapter_config import (
+from rora_theory.advice.adapter_config import (
     ALL_LINEAR,
     FILE,
     LORA_ENTRIES,

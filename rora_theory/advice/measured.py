@@ -243,7 +243,7 @@ def default_displacement_constants(steps: int | None = None) -> tuple[float, flo
       steps: Number of optimizer steps; None covers all measured numbers of steps.
 
     Returns:
-      Lowest and highest K, see `rora_theory.theory.displacement`.
+      Lowest and highest K, see `rora_theory.laws.displacement`.
 
     Raises:
       InputError: If the number of steps is not an integer of 1 or more.

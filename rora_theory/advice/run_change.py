@@ -10,9 +10,9 @@ from rora_theory.advice.measured import (
     steps_exponents,
 )
 from rora_theory.errors import InputError, shown
+from rora_theory.laws.displacement import RateRange, carry_rate
 from rora_theory.optimizers import SCHEDULES, Schedule
 from rora_theory.scaling import check_choice, check_integer, check_not_negative
-from rora_theory.theory.displacement import RateRange, carry_rate
 
 
 @dataclass(frozen=True)

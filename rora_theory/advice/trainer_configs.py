@@ -23,7 +23,7 @@ from math import inf, isclose, nan
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from rora_theory.adapter_config import (
+from rora_theory.advice.adapter_config import (
     ALL_LINEAR,
     FILE,
     LORA_ENTRIES,
@@ -37,8 +37,8 @@ from rora_theory.advice.modules import AlphaGrouping
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import Advice, transfer
 from rora_theory.errors import InputError, shown
-from rora_theory.io.files import parse_json, parse_yaml, read_text, write_whole
 from rora_theory.optimizers import OptimizerName, parse_optimizer
+from rora_theory.runs.files import parse_json, parse_yaml, read_text, write_whole
 from rora_theory.scaling import Rule
 
 Format = Literal["PEFT", "Axolotl", "LLaMA-Factory"]

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from math import isinf
 from typing import Any, get_args
 
-from rora_theory.adapter_config import PEFT_INITS, TASK_TYPES, TaskType, peft_targets
 from rora_theory.advice import text
+from rora_theory.advice.adapter_config import PEFT_INITS, TASK_TYPES, TaskType, peft_targets
 from rora_theory.advice.carried import CarriedSetting, uses_displacement_law
 from rora_theory.advice.modules import ALL, AlphaGrouping, Module, ModuleGroup
 from rora_theory.advice.run_change import RunChange
@@ -224,7 +224,7 @@ def transfer(
       schedule: Schedule with which the rate was tuned: ``"constant"``, ``"linear"`` or ``"cosine"``.
       to_schedule: Schedule of the new run; None is ``schedule``.
       displacement_constant: Displacement constant K of your own runs, from
-        `rora_theory.theory.displacement.measured_constant`; None uses the published range.
+        `rora_theory.laws.displacement.measured_constant`; None uses the published range.
 
     Returns:
       The advice.

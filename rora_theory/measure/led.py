@@ -5,7 +5,7 @@ With :math:`A_0` for A before training, the change of a module's output at input
 .. math:: w = \gamma B A x' = \underbrace{\gamma B A_0 x'}_{\text{B-led}}
           + \underbrace{\gamma B (A - A_0) x'}_{\text{A-led}}
 
-At a constant gradient (`rora_theory.theory.horizon`) the first part is proportional to the learning rate and the second
+At a constant gradient (`rora_theory.laws.horizon`) the first part is proportional to the learning rate and the second
 to its square. If this holds in a real run, the rate that preserves the rms of the change at the end of the run is a
 power of gamma r. `preserving_exponent` computes the exponent from the rms of the parts and of their sum.
 """
@@ -20,12 +20,12 @@ import pandas as pd
 import scipy
 from jaxtyping import Float
 
-from rora_theory import llama
-from rora_theory.adapters import LoraAdapter
-from rora_theory.data.batches import Examples
 from rora_theory.errors import InputError
-from rora_theory.llama import LlamaConfig
-from rora_theory.llama.shared_prompt import common_length
+from rora_theory.lab import llama
+from rora_theory.lab.adapters import LoraAdapter
+from rora_theory.lab.data.batches import Examples
+from rora_theory.lab.llama import LlamaConfig
+from rora_theory.lab.llama.shared_prompt import common_length
 from rora_theory.measure.tokens import mark_sinks
 
 PARTS = ("led_B", "led_A", "whole")

@@ -6,13 +6,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from rora_theory.data.batches import TextEncoder
-from rora_theory.data.chat import ChatTemplate
-from rora_theory.data.formats import AnyRecord, TrainTemplate
 from rora_theory.defaults import MEASURE_BATCH_SIZE, SMALL_BATCH_SIZE
 from rora_theory.errors import InputError
-from rora_theory.finetune import Batch, Batches, Examples, choose_widths, split_records, tokenize
-from rora_theory.finetune.config import LossOn
+from rora_theory.lab.data.batches import TextEncoder
+from rora_theory.lab.data.chat import ChatTemplate
+from rora_theory.lab.data.formats import AnyRecord, TrainTemplate
+from rora_theory.lab.finetune import Batch, Batches, Examples, choose_widths, split_records, tokenize
+from rora_theory.lab.finetune.config import LossOn
 from rora_theory.measure.unseen import mask_seen
 from rora_theory.validation.ranges import AtLeastTwo, Count, check_ranges
 

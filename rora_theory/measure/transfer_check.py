@@ -16,11 +16,11 @@ import pandas as pd
 
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import Advice
-from rora_theory.data.batches import Batch
-from rora_theory.io import frames
-from rora_theory.llama import Model
+from rora_theory.lab.data.batches import Batch
+from rora_theory.lab.llama import Model
+from rora_theory.laws.random.seeds import check_seed
 from rora_theory.measure.layers.model_layers import RealStep
-from rora_theory.random.seeds import check_seed
+from rora_theory.runs import frames
 from rora_theory.scaling import KAPPAS, exponent
 from rora_theory.stats.estimate import jackknife
 from rora_theory.validation.rules import check_list
@@ -231,7 +231,7 @@ def check_transfer(
     """Run the first step of every candidate with several draws of A, and compare it with the tuned setting.
 
     Args:
-      model: Model loaded by `rora_theory.llama.load`.
+      model: Model loaded by `rora_theory.lab.llama.load`.
       advice: Advice to check.
       train: Batch of the step.
       held_out: Batch at which the change is measured.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rora_theory.adapter_config import PAPER_TARGETS, PeftInit, TaskType, peft_targets
+from rora_theory.advice.adapter_config import PAPER_TARGETS, PeftInit, TaskType, peft_targets
 from rora_theory.advice.lora_config import SavedSetting
 from rora_theory.advice.modules import AlphaGrouping
 from rora_theory.advice.run_change import RunChange

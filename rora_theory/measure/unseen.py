@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool
 
-from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
+from rora_theory.lab.data.batches import Batch
 from rora_theory.measure.layers.model_layers import real_tokens
 from rora_theory.measure.tokens import PADDING_ID, mark_repeats
 

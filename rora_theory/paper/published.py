@@ -12,8 +12,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rora_theory.io import frames
 from rora_theory.paper.tasks import PUBLISHED_TASKS
+from rora_theory.runs import frames
 
 NAMES = tuple(task.name for task in PUBLISHED_TASKS.values())
 """Column names of the eight accuracies."""

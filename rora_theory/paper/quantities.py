@@ -5,10 +5,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from rora_theory.laws import laws
+from rora_theory.laws.sampling import RandomStep, StreamMoments
 from rora_theory.paper import equations
 from rora_theory.stats.estimate import Estimate, square_root
-from rora_theory.theory import laws
-from rora_theory.theory.sampling import RandomStep, StreamMoments
 
 Quantity = Literal["mean", "second_moment", "variance", "norm"]
 """E[w_i], E[w_i^2], Var[w_i], and the root mean square of |w|_2 over draws."""

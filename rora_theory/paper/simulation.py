@@ -21,13 +21,13 @@ import pandas as pd
 
 from rora_theory.errors import InputError
 from rora_theory.inits import entries
-from rora_theory.io import frames
+from rora_theory.laws import sampling
+from rora_theory.laws.grid import StepGrid, fit_exponent
 from rora_theory.optimizers import scaling_power
 from rora_theory.paper import quantities, verdicts
+from rora_theory.runs import frames
 from rora_theory.scaling import check_between, exponent
 from rora_theory.stats.moments import agreement
-from rora_theory.theory import sampling
-from rora_theory.theory.grid import StepGrid, fit_exponent
 from rora_theory.validation.ranges import Count, check_ranges
 from rora_theory.validation.rules import check_list, name_of
 
@@ -42,7 +42,7 @@ UNITS = {
     "second_moment": "E[w_i^2]",
     "variance": "Var[w_i]",
     "norm": "root mean square of |w|_2 over draws, sqrt(E|w|_2^2)",
-    "exact": "rora_theory.theory.laws",
+    "exact": "rora_theory.laws.laws",
     "paper": "Eq. 6 (mean), Eq. 9 (second_moment, variance), Eq. 11 (norm); SGD only",
     "loss": "L = sum_i w_i, so delta_i = 1",
 }

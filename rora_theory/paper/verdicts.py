@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from rora_theory.laws import first_step, laws, sampling
+from rora_theory.laws.grid import RANKS
 from rora_theory.optimizers import OPTIMIZERS, make_optimizer
 from rora_theory.paper import equations
 from rora_theory.scaling import Rule, scaling_factor
 from rora_theory.stats.estimate import Estimate, square_root
 from rora_theory.stats.moments import Fit, log_log_fit, threshold
 from rora_theory.stats.verdicts import TOLERANCE, Outcome, judge_gap, summarise_outcomes
-from rora_theory.theory import first_step, laws, sampling
-from rora_theory.theory.grid import RANKS
 
 Status = Literal["holds", "holds in a limit", "fails", "undecided"]
 """Verdict on a claim."""

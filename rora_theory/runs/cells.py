@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from rora_theory.errors import FailedError, InputError
-from rora_theory.io import digests, files
-from rora_theory.runs import seals
+from rora_theory.runs import digests, files, seals
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.journal import Journal
 from rora_theory.runs.reading import CELLS, CHECKPOINTS, FinishedCell, as_json, key_of, read_finished_cells

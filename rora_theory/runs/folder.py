@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from rora_theory.errors import InputError
-from rora_theory.io import digests, files, frames
-from rora_theory.runs import lock, seals, software
+from rora_theory.runs import digests, files, frames, lock, seals, software
 from rora_theory.runs.reading import as_json, key_of, read_manifest
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def end_all(status: str, error: str | None = None, *, skip: int = 0) -> None:
 
 @runtime_checkable
 class WeightSource(Protocol):
-    """Source of a model's weights, such as `rora_theory.llama.ModelSource`."""
+    """Source of a model's weights, such as `rora_theory.lab.llama.ModelSource`."""
 
     @property
     def summary(self) -> str:
@@ -270,7 +269,7 @@ class RunFolder:
             self.update(files=remaining)
 
     def write_frame(self, frame: "pd.DataFrame", name: str = "results.csv") -> Path:
-        """Write a table atomically, with all digits of its floats, see `rora_theory.io.frames`."""
+        """Write a table atomically, with all digits of its floats, see `rora_theory.runs.frames`."""
         return self.write(name, frames.to_csv(frame))
 
     def _release(self) -> None:

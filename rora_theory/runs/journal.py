@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rora_theory.errors import InputError, reason_of
-from rora_theory.io.files import append, parse_json, read_bytes, write_whole
 from rora_theory.runs import seals
+from rora_theory.runs.files import append, parse_json, read_bytes, write_whole
 
 
 class Journal:
@@ -59,7 +59,7 @@ class Journal:
 
         Args:
           entry: Entry of the line.
-          sync: Whether to wait until the disk has the line, see `rora_theory.io.files.append`.
+          sync: Whether to wait until the disk has the line, see `rora_theory.runs.files.append`.
         """
         sealed = seals.seal(entry, context=self._digests[-1])
         append(self.path, json.dumps(sealed) + "\n", sync=sync)

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rora_theory.errors import InputError, shown
-from rora_theory.io import files
-from rora_theory.runs import seals
+from rora_theory.runs import files, seals
 from rora_theory.runs.journal import Journal
 from rora_theory.runs.seals import RESTORE
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rora_theory.errors import InputError, reason_of
-from rora_theory.io import digests, files
+from rora_theory.runs import digests, files
 
 DIGEST = "digest"
 """Key of an entry's digest."""

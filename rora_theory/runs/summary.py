@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rora_theory.io import frames
+from rora_theory.runs import frames
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import as_json
 

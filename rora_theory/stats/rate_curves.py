@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from rora_theory.io import frames
 from rora_theory.optimizers import FAMILY, scaling_power
+from rora_theory.runs import frames
 from rora_theory.stats import slopes
 from rora_theory.stats.estimate import ROUNDING, Estimate, over_seeds
 from rora_theory.stats.rate_optimum import Best, fit_minima, grid_gap, predicted_slopes, rate_gap

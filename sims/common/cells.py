@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rora_theory.io import frames
 from rora_theory.runs import cells as engine
+from rora_theory.runs import frames
 from rora_theory.runs.cells import Cell, CellOutcome, Runner, Work, in_process
 from rora_theory.runs.folder import RunFolder
 from sims.common import tables

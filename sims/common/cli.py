@@ -22,10 +22,9 @@ from rich.console import Console
 from tyro.conf import arg
 
 import sims
-from rora_theory import cluster, extras
+from rora_theory import extras
 from rora_theory.errors import FailedError, InputError
-from rora_theory.io import files
-from rora_theory.runs import folder, software
+from rora_theory.runs import cluster, files, folder, software
 from rora_theory.runs.reading import flatten
 from sims.common import answers, help_texts, options, tables
 

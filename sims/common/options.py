@@ -11,7 +11,7 @@ import tyro
 import yaml
 
 from rora_theory.errors import InputError, shown
-from rora_theory.io import files
+from rora_theory.runs import files
 
 CONFIG_OPTION = "--config"
 """Option that names a file of options."""

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from rora_theory import llama
-from rora_theory.data import prompt_preview
-from rora_theory.data import records as training_records
-from rora_theory.data.batches import Examples
-from rora_theory.data.formats import TrainTemplate
-from rora_theory.data.records import DataConfig, RecordSet
+from rora_theory.lab import llama
+from rora_theory.lab.data import prompt_preview
+from rora_theory.lab.data import records as training_records
+from rora_theory.lab.data.batches import Examples
+from rora_theory.lab.data.formats import TrainTemplate
+from rora_theory.lab.data.records import DataConfig, RecordSet
 from rora_theory.runs import devices
 from rora_theory.runs.folder import RunFolder
 from sims.common import cli, tables

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rora_theory.io import frames
+from rora_theory.runs import frames
 
 if TYPE_CHECKING:
     import pandas as pd

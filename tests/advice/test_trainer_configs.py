@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rora_theory.adapter_config import FILE
+from rora_theory.advice.adapter_config import FILE
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.trainer_configs import read_trainer_config, transfer_config, write_trainer_config
 from rora_theory.advice.transfer import Advice, transfer

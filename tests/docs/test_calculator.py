@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from rora_theory.adapter_config import PAPER_TARGETS, PEFT_INITS
+from rora_theory.advice.adapter_config import PAPER_TARGETS, PEFT_INITS
 from rora_theory.advice.measured import default_displacement_constants
 from rora_theory.advice.run_change import RunChange
 from rora_theory.advice.setting import CROSS_TALK, REGIMES, SIGNAL, Setting, step_ratio

@@ -165,7 +165,7 @@ def peft_logits(folder: Path | str) -> np.ndarray:
 
 def peft_difference(adapter, expected) -> float:
     """Return the largest difference between logits and those that peft computes with our file of an adapter."""
-    from rora_theory.adapters import save_peft
+    from rora_theory.lab.adapters import save_peft
 
     with tempfile.TemporaryDirectory() as folder:
         save_peft(folder, adapter)
@@ -174,8 +174,8 @@ def peft_difference(adapter, expected) -> float:
 
 def check_ours(name: str) -> float:
     """Read a case with this package, and return the difference of peft's logits on our file from those of the case."""
-    from rora_theory.adapters import load_peft
-    from rora_theory.llama import LlamaConfig
+    from rora_theory.lab.adapters import load_peft
+    from rora_theory.lab.llama import LlamaConfig
 
     adapter = load_peft(FOLDER / name, LlamaConfig(**SHAPE))
     return peft_difference(adapter, np.load(FOLDER / name / "golden.npz")["logits"])
@@ -185,9 +185,9 @@ def check_exponent() -> float:
     """Compare the logits of an adapter of kappa = 1/4, with ranks and alphas by layer, with peft's on our file."""
     import jax.numpy as jnp
 
-    from rora_theory.adapters import load_peft
-    from rora_theory.adapters.lora import assemble_lora
-    from rora_theory.llama import LlamaConfig, forward
+    from rora_theory.lab.adapters import load_peft
+    from rora_theory.lab.adapters.lora import assemble_lora
+    from rora_theory.lab.llama import LlamaConfig, forward
 
     config = LlamaConfig(**SHAPE)
     read = load_peft(FOLDER / "lora_patterns", config)
@@ -199,7 +199,7 @@ def base_params():
     """Return the base model's weights in this package's layout."""
     import jax.numpy as jnp
 
-    from rora_theory.llama import MODULES
+    from rora_theory.lab.llama import MODULES
 
     weights = base_weights()
 

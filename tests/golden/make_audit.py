@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from rora_theory.io import frames
 from rora_theory.paper import audit, published
+from rora_theory.runs import frames
 
 PATH = Path(__file__).parents[2] / "results" / "published" / "audit" / "findings.csv"
 

@@ -21,8 +21,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
-from rora_theory.data.tasks import TASKS, TaskRecord, render_instruction
-from rora_theory.llama import load
+from rora_theory.lab.data.tasks import TASKS, TaskRecord, render_instruction
+from rora_theory.lab.llama import load
 
 HERE = Path(__file__).parent
 

@@ -55,8 +55,8 @@ def check_ours() -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from rora_theory.adapters import PrefixConfig, init, load_peft
-    from rora_theory.llama import LlamaConfig, forward
+    from rora_theory.lab.adapters import PrefixConfig, init, load_peft
+    from rora_theory.lab.llama import LlamaConfig, forward
 
     config, params, tokens = LlamaConfig(**SHAPE), base_params(), jnp.asarray(TOKENS)
     expected = np.load(FOLDER / "golden.npz")["logits"]

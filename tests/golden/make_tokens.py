@@ -70,7 +70,7 @@ TEXTS = [
 
 def corpus(data: Path) -> dict[str, list[str]]:
     """Return every instruction, output and published training prompt, by file."""
-    from rora_theory.data import prompts
+    from rora_theory.lab.data import prompts
 
     texts = {}
     for path in sorted(data.glob("*/t*.json")):

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from support import tiny
 
-from rora_theory import adapters, llama
-from rora_theory.adapters import LoraAdapter, LoraConfig
-from rora_theory.data.batches import Examples
 from rora_theory.errors import InputError
+from rora_theory.lab import adapters, llama
+from rora_theory.lab.adapters import LoraAdapter, LoraConfig
+from rora_theory.lab.data.batches import Examples
+from rora_theory.laws import horizon
 from rora_theory.measure import led
-from rora_theory.theory import horizon
 
 CONFIG = tiny.CONFIG
 PARAMS = tiny.params()

@@ -7,9 +7,9 @@ import pytest
 from support import checkpoint
 
 from rora_theory import InputError
-from rora_theory.finetune import read_records
-from rora_theory.llama import load
-from rora_theory.llama.tokenizer import Tokenizer
+from rora_theory.lab.finetune import read_records
+from rora_theory.lab.llama import load
+from rora_theory.lab.llama.tokenizer import Tokenizer
 from rora_theory.measure.record_batches import BatchConfig, PairConfig, SeedBatches, make_batch_pair, make_seed_batches
 
 

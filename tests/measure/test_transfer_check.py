@@ -10,12 +10,12 @@ import pytest
 
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer
-from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
-from rora_theory.io import frames
-from rora_theory.llama import Model
+from rora_theory.lab.data.batches import Batch
+from rora_theory.lab.llama import Model
 from rora_theory.measure import transfer_check
 from rora_theory.measure.layers.model_layers import Change, RealStep
+from rora_theory.runs import frames
 
 OLD = Setting(8, 16.0, 3e-4, 0.0, "sgd")
 TERMS = {"model.layers.0.q_proj": 0.0, "model.layers.1.q_proj": 5.0}

@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 
 from rora_theory.errors import InputError
-from rora_theory.io import frames
 from rora_theory.paper import audit, published
 from rora_theory.paper.published import PublishedRow
+from rora_theory.runs import frames
 
 ROWS = published.published_rows()
 PAPER = published.published_rows("RoRA paper")

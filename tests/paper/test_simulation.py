@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rora_theory.laws import laws, sampling
+from rora_theory.laws.grid import StepGrid
 from rora_theory.paper import simulation, verdicts
 from rora_theory.paper.simulation import SimulationCell, SimulationConfig
-from rora_theory.theory import laws, sampling
-from rora_theory.theory.grid import StepGrid
 
 pytestmark = pytest.mark.usefixtures("optimised")  # many draws
 

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from rora_theory.laws import laws, sampling
 from rora_theory.paper import equations, verdicts
 from rora_theory.stats.moments import Moments, threshold
-from rora_theory.theory import laws, sampling
 
 pytestmark = pytest.mark.usefixtures("optimised")  # many draws
 

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from rora_theory.errors import InputError
-from rora_theory.io import files
-from rora_theory.runs import cells
+from rora_theory.runs import cells, files
 from rora_theory.runs.cells import CellOutcome, in_process
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.journal import Journal

@@ -12,8 +12,8 @@ import pytest
 from support import checkpoint
 
 import sims
-from rora_theory import llama
 from rora_theory.errors import InputError
+from rora_theory.lab import llama
 from rora_theory.runs import lock as folder_lock
 from rora_theory.runs import seals, software
 from rora_theory.runs.folder import RunFolder

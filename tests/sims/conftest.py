@@ -8,7 +8,7 @@ import jax
 import pytest
 from support import checkpoint, regime_runs
 
-from rora_theory.cluster import ClusterConfig
+from rora_theory.runs.cluster import ClusterConfig
 from sims.common.cells import in_process
 
 jax.devices()  # all eight, before a command under test chooses how many there are

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from support import commands
 
-from rora_theory.evaluate import samples
-from rora_theory.finetune.checkpoints import Checkpoints
-from rora_theory.llama import load
+from rora_theory.lab.evaluate import samples
+from rora_theory.lab.finetune.checkpoints import Checkpoints
+from rora_theory.lab.llama import load
 from sims import evaluate, finetune
 
 METHODS = {

@@ -8,11 +8,11 @@ import jax
 import pytest
 from support import checkpoint, commands
 
-from rora_theory.adapters import LoraConfig, init, replace, save_peft, trainable
-from rora_theory.data import sources
 from rora_theory.errors import InputError
-from rora_theory.evaluate import Samples, samples
-from rora_theory.llama import load, locate
+from rora_theory.lab.adapters import LoraConfig, init, replace, save_peft, trainable
+from rora_theory.lab.data import sources
+from rora_theory.lab.evaluate import Samples, samples
+from rora_theory.lab.llama import load, locate
 from sims import evaluate
 
 TASKS = {"boolq": ("true", "false"), "piqa": ("solution1", "solution2")}

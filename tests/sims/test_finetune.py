@@ -23,13 +23,21 @@ from support import checkpoint, commands, drawings, tiny
 from support.event_files import logged
 
 from figures import loss_curves
-from rora_theory.adapters import init, load_peft, merge, share
-from rora_theory.finetune import FinetuneConfig, Metrics, card, read_record_set, read_records, split_records, tokenize
-from rora_theory.finetune import step as steps
-from rora_theory.finetune.held_out import record_losses
-from rora_theory.finetune.loop import resumption
-from rora_theory.llama import load, model_digest
-from rora_theory.llama.quantised import dense_params
+from rora_theory.lab.adapters import init, load_peft, merge, share
+from rora_theory.lab.finetune import (
+    FinetuneConfig,
+    Metrics,
+    card,
+    read_record_set,
+    read_records,
+    split_records,
+    tokenize,
+)
+from rora_theory.lab.finetune import step as steps
+from rora_theory.lab.finetune.held_out import record_losses
+from rora_theory.lab.finetune.loop import resumption
+from rora_theory.lab.llama import load, model_digest
+from rora_theory.lab.llama.quantised import dense_params
 from rora_theory.stats.paired import mean_per_token
 from sims import finetune
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from support import commands, regime_runs
 
-from rora_theory.io import frames
+from rora_theory.runs import frames
 from rora_theory.runs.reading import CELLS
 from sims import horizon as sim
 

@@ -16,19 +16,19 @@ import numpy as np
 import pytest
 from tyro.conf import Fixed
 
-from rora_theory import adapters, llama
-from rora_theory.cluster.config import ClusterConfig
 from rora_theory.errors import InputError
-from rora_theory.evaluate.scoring import Scoring
-from rora_theory.finetune import FinetuneConfig
-from rora_theory.llama import hub, loading
+from rora_theory.lab import adapters, llama
+from rora_theory.lab.evaluate.scoring import Scoring
+from rora_theory.lab.finetune import FinetuneConfig
+from rora_theory.lab.llama import hub, loading
+from rora_theory.lab.sweep import trained_runs
 from rora_theory.measure.rank_check.check import CheckConfig
 from rora_theory.measure.record_batches import BatchConfig, PairConfig
 from rora_theory.measure.regimes.module_regime import RegimeConfig
+from rora_theory.runs.cluster.config import ClusterConfig
 from rora_theory.runs.folder import RunFolder, path_of
 from rora_theory.runs.lock import acquire
 from rora_theory.runs.reading import as_json
-from rora_theory.sweep import trained_runs
 from sims import (
     coordinate_check,
     evaluate,
@@ -303,7 +303,7 @@ def changes(command: str, config: Any, skip: set[str]) -> dict[str, Any]:
 
 
 SKIPPED = {"data", "text", "model", "adapter", "revision", "check", "data_dir"}
-SKIPPED |= {field.name for field in fields(ClusterConfig)}  # the files are the same: tests/cluster
+SKIPPED |= {field.name for field in fields(ClusterConfig)}  # the files are the same: tests/runs/cluster
 SKIPPED |= {"out", "devices", "list", "matrix", "matrix_model", "matrix_loss"}
 """Inputs, which the other tests change; where results go and are computed; and options of a command's other modes."""
 

@@ -7,11 +7,11 @@ import pytest
 from support import commands
 
 from figures import layers_vs_rank, style
-from rora_theory.io import frames
+from rora_theory.laws import laws
 from rora_theory.measure.layers import layer_grid
 from rora_theory.measure.layers.layer_data import read_layers
 from rora_theory.optimizers import OPTIMIZERS
-from rora_theory.theory import laws
+from rora_theory.runs import frames
 from sims import layer_sweep
 
 pytestmark = pytest.mark.usefixtures("optimised")  # many draws

@@ -9,9 +9,9 @@ import pytest
 from support import commands, drawings
 
 from figures import lr_transfer as figure
-from rora_theory.io import frames
+from rora_theory.lab.toy import dynamics
+from rora_theory.runs import frames
 from rora_theory.stats.rate_curves import COLUMNS
-from rora_theory.toy import dynamics
 from sims import lr_transfer as sim
 
 SMALL = "--ranks 4 16 64 --optimizers adam --steps 8 --seeds 0 1 2 --p-in 32 --p-out 4 --samples 16 --held-out 16"

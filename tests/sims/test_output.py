@@ -23,16 +23,16 @@ from rich.console import Console
 
 import figures
 import sims
-from rora_theory.evaluate.accuracies import TaskAccuracy
-from rora_theory.evaluate.scoring import Scoring
-from rora_theory.horizon.judgement import HorizonJudgement
-from rora_theory.io import frames
+from rora_theory.lab.evaluate.accuracies import TaskAccuracy
+from rora_theory.lab.evaluate.scoring import Scoring
+from rora_theory.lab.horizon.judgement import HorizonJudgement
+from rora_theory.lab.toy.training_grid import TrainingGrid
 from rora_theory.measure.rank_check.check import CheckConfig
 from rora_theory.measure.regimes.module_regime import Regime, RegimeConfig, RegimeRows
 from rora_theory.paper.verdicts import Verdict
+from rora_theory.runs import frames
 from rora_theory.runs.reading import as_json
 from rora_theory.scaling import KAPPAS
-from rora_theory.toy.training_grid import TrainingGrid
 from sims import (
     capacity,
     coordinate_check,

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from support import chat_templates, checkpoint, commands
 
-from rora_theory import llama
-from rora_theory.data.formats import Chat
-from rora_theory.finetune import tokenize
-from rora_theory.finetune.held_out import record_losses
-from rora_theory.llama import load
+from rora_theory.lab import llama
+from rora_theory.lab.data.formats import Chat
+from rora_theory.lab.finetune import tokenize
+from rora_theory.lab.finetune.held_out import record_losses
+from rora_theory.lab.llama import load
 from sims import coordinate_check, finetune, regime
 
 CHATS = [

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from support import commands
 
-from rora_theory.data.windows import read_texts, sample_windows
-from rora_theory.finetune.held_out import perplexity
-from rora_theory.llama import forward, load
+from rora_theory.lab.data.windows import read_texts, sample_windows
+from rora_theory.lab.finetune.held_out import perplexity
+from rora_theory.lab.llama import forward, load
 from sims import prune
 
 

@@ -13,19 +13,18 @@ import pytest
 from support import commands, drawings
 
 from figures import accuracy, accuracy_vs_rank, benchmark_tables, loss_curves, loss_vs_rate, style
-from rora_theory.adapters import load_peft
 from rora_theory.errors import InputError
-from rora_theory.evaluate.scoring import Sample, Scoring
-from rora_theory.finetune import Metrics, Record, tokenize
-from rora_theory.finetune.held_out import RecordLoss, record_losses
-from rora_theory.io import frames
-from rora_theory.llama import load
+from rora_theory.lab.adapters import load_peft
+from rora_theory.lab.evaluate.scoring import Sample, Scoring
+from rora_theory.lab.finetune import Metrics, Record, tokenize
+from rora_theory.lab.finetune.held_out import RecordLoss, record_losses
+from rora_theory.lab.llama import load
+from rora_theory.lab.sweep import results, trained_runs
+from rora_theory.lab.sweep.workbench import EvaluatedCell, Workbench
+from rora_theory.runs import frames, seals
 from rora_theory.runs import lock as folder_lock
-from rora_theory.runs import seals
 from rora_theory.runs.reading import CELLS, key_of, read_finished_cells
 from rora_theory.stats.paired import mean_per_token
-from rora_theory.sweep import results, trained_runs
-from rora_theory.sweep.workbench import EvaluatedCell, Workbench
 from sims import rank_sweep
 
 PLAIN = (

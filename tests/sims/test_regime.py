@@ -10,9 +10,10 @@ import pytest
 from support import checkpoint, commands, drawings
 
 from figures import regime as figure
-from rora_theory import adapters, scaling_factor
-from rora_theory.finetune import read_records, split_records, tokenize
-from rora_theory.llama import load
+from rora_theory import scaling_factor
+from rora_theory.lab import adapters
+from rora_theory.lab.finetune import read_records, split_records, tokenize
+from rora_theory.lab.llama import load
 from rora_theory.measure import record_batches
 from rora_theory.measure.layers.model_layers import record
 from rora_theory.measure.record_batches import PairConfig

@@ -7,8 +7,8 @@ import pytest
 from support import commands, drawings
 
 from figures import training_dynamics as figure
-from rora_theory.io import frames
-from rora_theory.toy import exponents, training_grid
+from rora_theory.lab.toy import exponents, training_grid
+from rora_theory.runs import frames
 from sims import training_dynamics as sim
 
 SMALL = (

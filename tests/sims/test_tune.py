@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from support import commands
 
-from rora_theory.data.batches import Examples
 from rora_theory.errors import InputError
-from rora_theory.horizon import probe
-from rora_theory.io import frames
+from rora_theory.lab.data.batches import Examples
+from rora_theory.lab.horizon import probe
+from rora_theory.measure.tuning.plan import ProbeRun
+from rora_theory.runs import frames
 from rora_theory.runs.reading import CELLS
-from rora_theory.tune.plan import ProbeRun
 from sims import tune as sim
 
 

@@ -8,8 +8,8 @@ import pytest
 from support import commands, drawings
 
 from figures import norm_vs_rank
-from rora_theory.io import frames
 from rora_theory.paper import simulation, verdicts
+from rora_theory.runs import frames
 from sims import variance_sweep
 
 pytestmark = pytest.mark.usefixtures("optimised")  # many draws

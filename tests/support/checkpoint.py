@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import tokenizers
 
-from rora_theory.data.tasks import TASKS, render_instruction
-from rora_theory.llama import LlamaConfig, init_params
-from rora_theory.llama.weights import save_hf
+from rora_theory.lab.data.tasks import TASKS, render_instruction
+from rora_theory.lab.llama import LlamaConfig, init_params
+from rora_theory.lab.llama.weights import save_hf
 
 CONFIG = LlamaConfig(300, 16, 24, 2, 2, 1, 8, max_position_embeddings=512, bos_token_id=0, eos_token_id=1)
 WORDS = [chr(97 + i) * (1 + i % 7) for i in range(16)]

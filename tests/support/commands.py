@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from rora_theory.finetune import sharding
+from rora_theory.lab.finetune import sharding
 from rora_theory.runs.reading import CELLS
 
 

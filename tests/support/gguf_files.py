@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from rora_theory.llama import LlamaConfig, hub
+from rora_theory.lab.llama import LlamaConfig, hub
 
 Tensor = tuple[np.ndarray, GGMLQuantizationType | None]
 """Stored array and its type; None for the type of the array."""

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import tokenizers
 
-from rora_theory.data.tasks import TASKS, TaskRecord, render_instruction
-from rora_theory.evaluate.choices import EncodedChoice
-from rora_theory.llama.config import LlamaConfig
-from rora_theory.llama.model import Adapter, forward
-from rora_theory.llama.tokenizer import Tokenizer
+from rora_theory.lab.data.tasks import TASKS, TaskRecord, render_instruction
+from rora_theory.lab.evaluate.choices import EncodedChoice
+from rora_theory.lab.llama.config import LlamaConfig
+from rora_theory.lab.llama.model import Adapter, forward
+from rora_theory.lab.llama.tokenizer import Tokenizer
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "harness.json").read_text())
 TOKENIZER = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(GOLDEN["tokenizer"])), bos_id=0, eos_id=1, eos_ids=(1,))

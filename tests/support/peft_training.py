@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rora_theory.llama import forward
+from rora_theory.lab.llama import forward
 
 
 def next_token_loss(params, tokens, config, adapter):

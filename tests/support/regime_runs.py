@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from rora_theory.io import frames
 from rora_theory.measure.regimes import tables as regime_tables
+from rora_theory.runs import frames
 from rora_theory.runs.folder import RunFolder
 
 

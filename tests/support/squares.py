@@ -93,7 +93,7 @@ def run(config: Config) -> None:
 
 def main(out: str, marks: str, *options: str) -> None:
     """Run the driver."""
-    from rora_theory.cluster import ClusterConfig
+    from rora_theory.runs.cluster import ClusterConfig
     from sims.common import cli
 
     cli.run(lambda: run(Config(Path(out), Path(marks), cli.parse(ClusterConfig, options, description=""))))

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
-from rora_theory.theory import sampling
-from rora_theory.theory.sampling import RandomStep
+from rora_theory.laws import sampling
+from rora_theory.laws.sampling import RandomStep
 
 
 def take(setting: RandomStep, sampler: sampling.Sampler, count: int, seed: int = 0, **options: object) -> np.ndarray:

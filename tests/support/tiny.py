@@ -5,8 +5,8 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from rora_theory.finetune import Record
-from rora_theory.llama import LlamaConfig, init_params
+from rora_theory.lab.finetune import Record
+from rora_theory.lab.llama import LlamaConfig, init_params
 
 CONFIG = LlamaConfig(
     vocab_size=128, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,

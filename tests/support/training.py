@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rora_theory import adapters
-from rora_theory.data.batches import Batch
-from rora_theory.finetune import sharding
-from rora_theory.finetune import step as steps
+from rora_theory.lab import adapters
+from rora_theory.lab.data.batches import Batch
+from rora_theory.lab.finetune import sharding
+from rora_theory.lab.finetune import step as steps
 
 
 def batch(rows: int = 8, width: int = 16, seed: int = 0, vocabulary: int = 128) -> Batch:

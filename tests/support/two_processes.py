@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rora_theory import adapters
-from rora_theory.finetune import Batches, FinetuneConfig, Trainer, choose_widths, distributed, sharding, tokenize
-from rora_theory.finetune.sharding import Layout
-from rora_theory.llama.model import abstract_params
-from rora_theory.llama.weights import load_hf
+from rora_theory.lab import adapters
+from rora_theory.lab.finetune import Batches, FinetuneConfig, Trainer, choose_widths, distributed, sharding, tokenize
+from rora_theory.lab.finetune.sharding import Layout
+from rora_theory.lab.llama.model import abstract_params
+from rora_theory.lab.llama.weights import load_hf
 from support import tiny
 
 CONFIG = FinetuneConfig(rank=2, alpha=4, template="clean", batch_size=4, steps=3, warmup=0, lr=0.01, evaluate_every=2)

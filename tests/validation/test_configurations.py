@@ -1,6 +1,7 @@
 """Values that each configuration refuses: a table of fields and values for every class.
 
-Adapters have their table in `tests/adapters/test_every_method.py`, and models theirs in `tests/llama/test_config.py`.
+Adapters have their table in `tests/lab/adapters/test_every_method.py`, and models theirs in
+`tests/lab/llama/test_config.py`.
 """
 
 import re
@@ -8,26 +9,26 @@ from typing import Any
 
 import pytest
 
-from rora_theory.cluster import ClusterConfig
-from rora_theory.data.records import DataConfig
 from rora_theory.errors import InputError
-from rora_theory.evaluate.scoring import Scoring
-from rora_theory.finetune import FinetuneConfig
-from rora_theory.finetune.plan import PlanConfig
-from rora_theory.horizon.grid import HorizonGrid
-from rora_theory.horizon.probe import ProbeConfig
+from rora_theory.lab.data.records import DataConfig
+from rora_theory.lab.evaluate.scoring import Scoring
+from rora_theory.lab.finetune import FinetuneConfig
+from rora_theory.lab.finetune.plan import PlanConfig
+from rora_theory.lab.horizon.grid import HorizonGrid
+from rora_theory.lab.horizon.probe import ProbeConfig
+from rora_theory.lab.sweep.design import Design
+from rora_theory.lab.sweep.plan import SweepConfig
+from rora_theory.lab.toy.dynamics import ProblemConfig
+from rora_theory.lab.toy.rate_grid import RateGrid
+from rora_theory.lab.toy.training_grid import TrainingGrid
+from rora_theory.laws.grid import StepGrid
 from rora_theory.measure.rank_check.check import CheckConfig
 from rora_theory.measure.record_batches import BatchConfig, PairConfig
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.measure.regimes.tables import JudgeConfig
 from rora_theory.measure.transfer_request import TransferConfig
 from rora_theory.paper.simulation import SimulationConfig
-from rora_theory.sweep.design import Design
-from rora_theory.sweep.plan import SweepConfig
-from rora_theory.theory.grid import StepGrid
-from rora_theory.toy.dynamics import ProblemConfig
-from rora_theory.toy.rate_grid import RateGrid
-from rora_theory.toy.training_grid import TrainingGrid
+from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.validation import ranges
 
 NAN = float("nan")

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rora_theory.errors import InputError
-from rora_theory.io import files
+from rora_theory.runs import files
 
 Split = Literal["train", "heldout"]
 """Batch of the tokens at which a layer's inputs are sampled: the batch of the gradient, or other text."""

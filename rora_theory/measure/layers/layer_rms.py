@@ -12,12 +12,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory import inits
 from rora_theory.inits import Init
+from rora_theory.laws import first_step, laws
+from rora_theory.laws.random.draws import draw_A
 from rora_theory.measure.layers.layer_data import SPLITS, Layer
 from rora_theory.optimizers import EPSILON, Optimizer, make_optimizer
-from rora_theory.random.draws import draw_A
 from rora_theory.stats.estimate import Estimate, square_root
 from rora_theory.stats.moments import Moments
-from rora_theory.theory import first_step, laws
 
 _BLOCK_ROWS = 4096
 """Number of rows of A in a block, over all its adapters; a block has at least one adapter."""

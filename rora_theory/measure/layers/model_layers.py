@@ -17,15 +17,15 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from rora_theory import adapters, llama
-from rora_theory.adapters import LoraAdapter, LoraConfig
 from rora_theory.advice.setting import Setting
-from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
-from rora_theory.finetune.loss import cross_entropy
-from rora_theory.finetune.step import batch_loss
-from rora_theory.llama import LlamaConfig
-from rora_theory.llama.model import Params
+from rora_theory.lab import adapters, llama
+from rora_theory.lab.adapters import LoraAdapter, LoraConfig
+from rora_theory.lab.data.batches import Batch
+from rora_theory.lab.finetune.loss import cross_entropy
+from rora_theory.lab.finetune.step import batch_loss
+from rora_theory.lab.llama import LlamaConfig
+from rora_theory.lab.llama.model import Params
 from rora_theory.optimizers import OptimizerName, make_optimizer
 
 
@@ -57,8 +57,8 @@ def record(
     Args:
       params: Weights of the model.
       config: Configuration of the model.
-      batch: Batch, padded on the right, see `rora_theory.finetune.Batch`.
-      modules: Names from `rora_theory.llama.MODULES`.
+      batch: Batch, padded on the right, see `rora_theory.lab.finetune.Batch`.
+      modules: Names from `rora_theory.lab.llama.MODULES`.
       gradients: Whether to run a backward pass too and record output gradients.
 
     Returns:
@@ -101,7 +101,7 @@ def real_tokens(batch: Batch) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Perturbed:
-    """Adapter (`rora_theory.llama.Adapter`) that adds given arrays to the outputs of modules."""
+    """Adapter (`rora_theory.lab.llama.Adapter`) that adds given arrays to the outputs of modules."""
 
     added: dict[str, Array]
 

@@ -19,12 +19,12 @@ import jax
 import numpy as np
 import pandas as pd
 
-from rora_theory.adapters.inits import LORA_INITS, LoraInit
-from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.advice.setting import Setting
-from rora_theory.data.batches import Batch
-from rora_theory.io import frames
-from rora_theory.llama import Model
+from rora_theory.lab.adapters.inits import LORA_INITS, LoraInit
+from rora_theory.lab.adapters.lora import PAPER_TARGETS
+from rora_theory.lab.data.batches import Batch
+from rora_theory.lab.llama import Model
+from rora_theory.laws.random.seeds import check_seed
 from rora_theory.measure.rank_check.coordinate_table import (
     BATCH_SPLITS,
     MODEL,
@@ -36,7 +36,7 @@ from rora_theory.measure.rank_check.coordinate_table import (
 from rora_theory.measure.rank_check.coordinates import Checker
 from rora_theory.measure.regimes import thin
 from rora_theory.optimizers import DISPLAY_NAMES, FAMILY, OPTIMIZER_NAMES, OptimizerName, scaling_power
-from rora_theory.random.seeds import check_seed
+from rora_theory.runs import frames
 from rora_theory.scaling import Rule, check_choice, check_integer, exponent
 from rora_theory.stats import slopes
 from rora_theory.stats.rate_optimum import predicted_slopes
@@ -358,7 +358,7 @@ def coordinate_check(
     """Run the rank coordinate check of scaling rules on a model.
 
     Args:
-      model: Model loaded by `rora_theory.llama.load`.
+      model: Model loaded by `rora_theory.lab.llama.load`.
       train: Batch of every step, or a sequence of batches that the steps cycle through.
       held_out: Batch that is never trained on. `unseen.mask_seen` masks the tokens that it shares with training.
       config: Settings of the check; None is the default `CheckConfig`.

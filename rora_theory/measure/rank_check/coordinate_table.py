@@ -44,7 +44,7 @@ class Coordinate(NamedTuple):
         over all layers, of the last step's gradients. Of the model: ``hidden`` and ``logits``, the root mean square of
         their change since the base model; ``loss``, the mean cross-entropy of the split's targets.
       split: ``train`` for the batch of the last step, or ``held_out``. ``delta`` and gradients belong to ``train``.
-      module: Name from `rora_theory.llama.MODULES`, or ``model``.
+      module: Name from `rora_theory.lab.llama.MODULES`, or ``model``.
       step: Number of updates.
     """
 

@@ -25,18 +25,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
-from rora_theory.adapters.inits import LoraInit
-from rora_theory.adapters.lora import PAPER_TARGETS, LoraAdapter, scalings
 from rora_theory.advice.setting import Setting
-from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
-from rora_theory.finetune.step import batch_loss
-from rora_theory.llama import MODULES, LlamaConfig, hidden_states, output_matrix
-from rora_theory.llama.model import Params
+from rora_theory.lab.adapters.inits import LoraInit
+from rora_theory.lab.adapters.lora import PAPER_TARGETS, LoraAdapter, scalings
+from rora_theory.lab.data.batches import Batch
+from rora_theory.lab.finetune.step import batch_loss
+from rora_theory.lab.llama import MODULES, LlamaConfig, hidden_states, output_matrix
+from rora_theory.lab.llama.model import Params
+from rora_theory.laws.random import nested
 from rora_theory.measure.layers.model_layers import lora_config_for, measure_adapter, take_step
 from rora_theory.measure.rank_check.coordinate_table import BATCH_SPLITS, MODEL, BatchSplit, Coordinate
 from rora_theory.optimizers import OptimizerName, make_optimizer
-from rora_theory.random import nested
 from rora_theory.validation.rules import check_steps
 
 
@@ -49,7 +49,7 @@ class Checker:
       params: Weights of the base model.
       llama_config: Configuration of the base model.
       width: Largest rank of the check.
-      target_modules: Target modules, see `rora_theory.adapters.LoraConfig`.
+      target_modules: Target modules, see `rora_theory.lab.adapters.LoraConfig`.
 
     Raises:
       InputError: If the width or the target modules do not fit the model.

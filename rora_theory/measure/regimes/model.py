@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from rora_theory.adapters.lora import PAPER_TARGETS
-from rora_theory.adapters.targets import full_name, matched
-from rora_theory.data.batches import Batch
-from rora_theory.llama import MODULES, LlamaConfig, Model
+from rora_theory.lab.adapters.lora import PAPER_TARGETS
+from rora_theory.lab.adapters.targets import full_name, matched
+from rora_theory.lab.data.batches import Batch
+from rora_theory.lab.llama import MODULES, LlamaConfig, Model
 from rora_theory.measure import unseen
 from rora_theory.measure.layers import drawn_steps
 from rora_theory.measure.layers.layer_data import Layer
@@ -98,7 +98,7 @@ def record_modules(
       config: Configuration of the model.
       train: Batch that yields the gradient.
       held_out: Batch of other records.
-      modules: Names from `rora_theory.llama.MODULES`.
+      modules: Names from `rora_theory.lab.llama.MODULES`.
 
     Returns:
       The recorded inputs and output gradients.
@@ -124,7 +124,7 @@ def modules_by_layer(
       layers: Indices of the layers to include; None includes all.
 
     Raises:
-      InputError: If `rora_theory.adapters.targets.matched` refuses an argument.
+      InputError: If `rora_theory.lab.adapters.targets.matched` refuses an argument.
     """
     modules: dict[int, list[str]] = {}
     for name in matched(config, target_modules, layers):
@@ -133,7 +133,7 @@ def modules_by_layer(
 
 
 def distinct_names(modules: dict[int, list[str]]) -> list[str]:
-    """Return the distinct module names of all layers, in the order of `rora_theory.llama.MODULES`."""
+    """Return the distinct module names of all layers, in the order of `rora_theory.lab.llama.MODULES`."""
     return [module for module in MODULES if any(module in names for names in modules.values())]
 
 
@@ -151,7 +151,7 @@ def regime(
     If the result rests on too few tokens or layers, a warning and the frames' ``attrs`` say so, see `thin`.
 
     Args:
-      model: Model loaded by `rora_theory.llama.load`.
+      model: Model loaded by `rora_theory.lab.llama.load`.
       train: Batch that yields the gradient.
       held_out: Batch of other records. Inputs are sampled at its tokens, without those that repeat the beginning of a
         record of ``train`` unless ``config.mask`` is false.

@@ -21,7 +21,8 @@ from jaxtyping import Float
 from rora_theory import inits, plots
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
-from rora_theory.io import frames
+from rora_theory.laws import horizon
+from rora_theory.laws.random.seeds import check_seed
 from rora_theory.measure.layers.layer_data import SPLITS, Layer, Split
 from rora_theory.measure.regimes import terms
 from rora_theory.measure.regimes.tables import (
@@ -34,9 +35,8 @@ from rora_theory.measure.regimes.tables import (
     TOKENS,
 )
 from rora_theory.optimizers import DISPLAY_NAMES, EPSILON, OPTIMIZERS, Optimizer
-from rora_theory.random.seeds import check_seed
+from rora_theory.runs import frames
 from rora_theory.scaling import Rule, check_choice, check_integer, exponent, scaling_factor
-from rora_theory.theory import horizon
 from rora_theory.validation.ranges import Count, Natural, Positive, check_ranges
 from rora_theory.validation.rules import check_list, check_rules, name_of
 

@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rora_theory.adapter_config import ALL_LINEAR
+from rora_theory.advice.adapter_config import ALL_LINEAR
 from rora_theory.advice.setting import REGIMES
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
-from rora_theory.io import frames
-from rora_theory.io.files import read_json
 from rora_theory.measure.layers.layer_data import Split
 from rora_theory.measure.regimes import thin
 from rora_theory.measure.regimes.tables import CROSSING_COLUMNS, CROSSINGS
 from rora_theory.optimizers import FAMILY, OptimizerName
-from rora_theory.runs import seals
+from rora_theory.runs import frames, seals
+from rora_theory.runs.files import read_json
 from rora_theory.runs.reading import check_manifest
 
 

@@ -20,9 +20,9 @@ from jaxtyping import Float
 
 from rora_theory import inits
 from rora_theory.errors import InputError
+from rora_theory.laws import laws, sign_expectation
+from rora_theory.laws.horizon import MatrixProduct
 from rora_theory.optimizers import EPSILON, Optimizer, scaling_power
-from rora_theory.theory import laws, sign_expectation
-from rora_theory.theory.horizon import MatrixProduct
 
 BLOCK_ENTRIES, MIN_BLOCK_ROWS = 1 << 18, 32
 """Number of entries of the gradient that `FastTerms` reads at a time, and minimum number of rows."""

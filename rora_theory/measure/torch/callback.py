@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from rora_theory.adapter_config import check_uniform, init_of
+from rora_theory.advice.adapter_config import check_uniform, init_of
 from rora_theory.advice.lora_config import DORA_REMARK
 from rora_theory.advice.setting import Setting
 from rora_theory.errors import InputError, shown

@@ -26,8 +26,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from rora_theory import inits, plots
-from rora_theory.adapter_config import init_of
+from rora_theory.advice.adapter_config import init_of
 from rora_theory.errors import InputError, shown
+from rora_theory.laws.random.seeds import check_seed
 from rora_theory.measure.rank_check.coordinate_table import (
     MODEL,
     MODEL_QUANTITIES,
@@ -57,7 +58,6 @@ from rora_theory.measure.torch.modules import (
 )
 from rora_theory.measure.torch.probe import build_optimizer
 from rora_theory.measure.torch.progress import bar
-from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import check_instance, check_integer, check_positive
 from rora_theory.stats.slopes import BAND
 from rora_theory.validation.rules import check_list, check_steps, listed

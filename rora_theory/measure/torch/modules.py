@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from transformers.pytorch_utils import Conv1D
 
-from rora_theory.adapter_config import ALL_LINEAR
+from rora_theory.advice.adapter_config import ALL_LINEAR
 from rora_theory.errors import InputError, shown
 
 CLASSIFIER_NAMES = ("score", "classifier")

@@ -27,9 +27,9 @@ from rora_theory.measure.torch.modules import (
     trainable_parameters,
     with_autograd,
 )
+from rora_theory.measure.tuning.plan import ProbeRun, Trial, scaled_warmup, schedule_factor
 from rora_theory.optimizers import Schedule
 from rora_theory.scaling import check_instance, scaling_factor
-from rora_theory.tune.plan import ProbeRun, Trial, scaled_warmup, schedule_factor
 
 MakeOptimizer = Callable[[Iterable[torch.nn.Parameter], float], torch.optim.Optimizer]
 """Function of the adapter's parameters and the peak learning rate that returns an optimizer."""

@@ -26,6 +26,7 @@ from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import Advice, transfer
 from rora_theory.errors import InputError, shown
 from rora_theory.inits import Init
+from rora_theory.laws.random import seeds
 from rora_theory.measure.layers.layer_data import SPLITS, Layer, Split
 from rora_theory.measure.regimes import module_regime, thin
 from rora_theory.measure.regimes.module_regime import Regime, RegimeConfig, RegimeRows
@@ -58,7 +59,6 @@ from rora_theory.measure.torch.modules import (
     without_adapters,
 )
 from rora_theory.optimizers import FAMILY, Optimizer
-from rora_theory.random import seeds
 from rora_theory.scaling import Rule, check_choice, check_instance
 
 DEFAULT = RegimeConfig(ranks=(8, 128), rows=0)

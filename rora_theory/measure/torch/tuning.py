@@ -22,7 +22,7 @@ from peft import LoraConfig
 
 from rora_theory.defaults import TRAINER_BATCH_SIZE
 from rora_theory.errors import InputError
-from rora_theory.io import files
+from rora_theory.laws.random.seeds import check_seed
 from rora_theory.measure.torch.batches import Loss, loss_function
 from rora_theory.measure.torch.examples import (
     MAX_HELD_OUT_BATCHES,
@@ -44,10 +44,7 @@ from rora_theory.measure.torch.probe import (
     strength_of,
 )
 from rora_theory.measure.torch.progress import bar
-from rora_theory.optimizers import SCHEDULES, Schedule
-from rora_theory.random.seeds import check_seed
-from rora_theory.scaling import check_choice, check_instance, check_integer, check_not_negative
-from rora_theory.tune.plan import (
+from rora_theory.measure.tuning.plan import (
     BUDGET,
     MAX_PROBE_STEPS,
     ProbePlan,
@@ -55,7 +52,10 @@ from rora_theory.tune.plan import (
     make_plan,
     next_trial,
 )
-from rora_theory.tune.result import Tuning, conclude
+from rora_theory.measure.tuning.result import Tuning, conclude
+from rora_theory.optimizers import SCHEDULES, Schedule
+from rora_theory.runs import files
+from rora_theory.scaling import check_choice, check_instance, check_integer, check_not_negative
 from rora_theory.validation.rules import check_warmup
 
 logger = logging.getLogger(__name__)
@@ -98,8 +98,8 @@ def tune(
 
     The probe trains adapters of a small rank at the planned run's ``gamma * r`` for a few steps, at several learning
     rates, on the same batches in the same order. It fits the rate with the lowest held-out loss and carries it to the
-    planned number of steps (`rora_theory.theory.displacement`). Its cost is at most ``budget`` of the planned run,
-    evaluations included; see `rora_theory.tune.plan`. It is stated before the probe starts, above the progress bar or
+    planned number of steps (`rora_theory.laws.displacement`). Its cost is at most ``budget`` of the planned run,
+    evaluations included; see `measure.tuning.plan`. It is stated before the probe starts, above the progress bar or
     in the log.
 
     The model is trained in its own dtype, or by the caller's ``torch.autocast``, on its own device. Afterwards it is as

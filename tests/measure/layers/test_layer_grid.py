@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from rora_theory.io import frames
+from rora_theory.laws import laws
+from rora_theory.laws.grid import StepGrid
+from rora_theory.laws.random.draws import stream_key
 from rora_theory.measure.layers import layer_grid, layer_rms
 from rora_theory.measure.layers.layer_data import SPLITS, Layer
 from rora_theory.optimizers import OPTIMIZERS
-from rora_theory.random.draws import stream_key
+from rora_theory.runs import frames
 from rora_theory.scaling import scaling_factor
-from rora_theory.theory import laws
-from rora_theory.theory.grid import StepGrid
 
 RANDOM = np.random.default_rng(0)
 LAYERS = [

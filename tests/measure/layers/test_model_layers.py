@@ -10,12 +10,13 @@ import optax
 import pytest
 from support import tiny
 
-from rora_theory import InputError, adapters, llama
-from rora_theory.adapters import LoraConfig
+from rora_theory import InputError
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer
-from rora_theory.data.batches import Batch
-from rora_theory.llama import MODULES
+from rora_theory.lab import adapters, llama
+from rora_theory.lab.adapters import LoraConfig
+from rora_theory.lab.data.batches import Batch
+from rora_theory.lab.llama import MODULES
 from rora_theory.measure.layers.model_layers import RealStep, Recording, real_tokens, record
 from rora_theory.measure.regimes import terms
 

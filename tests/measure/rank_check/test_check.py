@@ -15,8 +15,7 @@ from support import checkpoint, training
 
 from figures import coordinate_check as figure
 from rora_theory import measure, scaling_factor
-from rora_theory.io import frames
-from rora_theory.llama import load
+from rora_theory.lab.llama import load
 from rora_theory.measure.rank_check.check import (
     SLOPE_COLUMNS,
     Case,
@@ -32,6 +31,7 @@ from rora_theory.measure.rank_check.check import (
 from rora_theory.measure.rank_check.coordinate_table import Coordinate, Table, summarise_verdicts
 from rora_theory.measure.rank_check.coordinates import Checker
 from rora_theory.measure.regimes.thin import ThinWarning
+from rora_theory.runs import frames
 from rora_theory.validation.rules import name_of
 
 batch = partial(training.batch, 2, 6, vocabulary=300)

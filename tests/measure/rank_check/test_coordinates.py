@@ -11,10 +11,10 @@ from support import tiny
 from support.tiny import WIDE
 
 from rora_theory.advice.setting import Setting
-from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
-from rora_theory.finetune.step import batch_loss
-from rora_theory.llama import forward, hidden_states
+from rora_theory.lab.data.batches import Batch
+from rora_theory.lab.finetune.step import batch_loss
+from rora_theory.lab.llama import forward, hidden_states
 from rora_theory.measure.rank_check.coordinate_table import Coordinate, Table
 from rora_theory.measure.rank_check.coordinates import Checker
 

@@ -10,8 +10,10 @@ import pytest
 from support import checkpoint
 
 from rora_theory import InputError, inits
-from rora_theory.data.batches import Batch
-from rora_theory.llama import Model, load
+from rora_theory.lab.data.batches import Batch
+from rora_theory.lab.llama import Model, load
+from rora_theory.laws import horizon
+from rora_theory.laws.random.draws import draw_A, stream_key
 from rora_theory.measure import tokens, unseen
 from rora_theory.measure.layers import drawn_steps
 from rora_theory.measure.layers.layer_data import Layer, read_layers
@@ -20,8 +22,6 @@ from rora_theory.measure.regimes import model as regimes
 from rora_theory.measure.regimes import module_regime, terms
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.measure.regimes.thin import ThinWarning
-from rora_theory.random.draws import draw_A, stream_key
-from rora_theory.theory import horizon
 
 pytestmark = pytest.mark.filterwarnings("ignore::rora_theory.measure.regimes.thin.ThinWarning")  # so few tokens
 TARGETS = ("q_proj", "down_proj")

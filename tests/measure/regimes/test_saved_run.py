@@ -7,10 +7,9 @@ import pytest
 from support import regime_runs
 
 from rora_theory.errors import InputError
-from rora_theory.io import frames
 from rora_theory.measure.regimes import saved_run as regime_run
 from rora_theory.measure.regimes import tables as regime_tables
-from rora_theory.runs import seals
+from rora_theory.runs import frames, seals
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rora_theory.io import frames
 from rora_theory.measure.regimes import tables as regime_tables
 from rora_theory.measure.regimes.tables import JudgeConfig
 from rora_theory.optimizers import OPTIMIZERS
+from rora_theory.runs import frames
 from rora_theory.stats.verdicts import RESOLUTION
 
 PUBLISHED = Path(__file__).parents[3] / "results" / "published"

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from rora_theory import InputError
+from rora_theory.laws import first_step, laws
+from rora_theory.laws.random.draws import draw_A
 from rora_theory.measure.layers import drawn_steps
 from rora_theory.measure.layers.layer_data import Layer
 from rora_theory.measure.regimes import terms
 from rora_theory.optimizers import OPTIMIZERS, Optimizer, make_optimizer
-from rora_theory.random.draws import draw_A
-from rora_theory.theory import first_step, laws
 
 
 @pytest.fixture(scope="module")

@@ -474,8 +474,8 @@ def test_equal_to_the_jax_route(tmp_path) -> None:
     """
     from support import checkpoint
 
-    from rora_theory.data.batches import Batch
-    from rora_theory.llama import load
+    from rora_theory.lab.data.batches import Batch
+    from rora_theory.lab.llama import load
     from rora_theory.measure.regimes import model as regimes
 
     folder = checkpoint.model(tmp_path)

@@ -16,7 +16,7 @@ from rora_theory.measure.torch import tune
 from rora_theory.measure.torch.batches import find_masks
 from rora_theory.measure.torch.examples import held_out_groups, read_batches
 from rora_theory.measure.torch.probe import LedParts, probe_config, strength_of
-from rora_theory.tune.result import Tuning
+from rora_theory.measure.tuning.result import Tuning
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
 STEPS = 256

@@ -1,1 +1,0 @@
-"""Files written atomically, data frames and digests."""

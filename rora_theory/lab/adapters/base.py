@@ -1,0 +1,199 @@
+"""Interface of all adapters, and functions that operate on any of them.
+
+An adapter is a pytree that the model applies (`rora_theory.lab.llama.Adapter`: ``layers``, ``linear``, ``prefix``).
+Training, merging and reporting use the methods of `TrainableAdapter`. To add a kind of adapter, implement a
+configuration (`AdapterConfig`) and an adapter with these methods; nothing else changes.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import jax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from rora_theory.lab.llama import Adapter, LlamaConfig
+from rora_theory.lab.llama.model import Params
+from rora_theory.lab.llama.quantised import dense_params, is_quantised
+
+Norms = dict[str, Float[Array, "layers out"]]
+
+
+class AdaptedModule(NamedTuple):
+    """Row of the table of adapted modules: the layers of a module with the same rank and alpha.
+
+    Attributes:
+      module: Name of the module.
+      layers: Layer indices, such as ``"0-3, 7"``.
+      rank: Rank; the width of a bottleneck, the number of virtual tokens of a prefix.
+      alpha: Alpha; None for methods without one.
+      rule: Scaling rule, or the name of a method without one.
+      scaling: Scaling factor; None for methods without one.
+    """
+
+    module: str
+    layers: str
+    rank: int
+    alpha: float | None
+    rule: str
+    scaling: float | None
+
+
+@runtime_checkable
+class TrainableAdapter(Adapter, Protocol):
+    """An `Adapter` with trainable parameters. The functions of this module document the methods."""
+
+    @property
+    def params(self) -> Any:
+        """Trainable parameters, see `trainable`."""
+        ...
+
+    @property
+    def config(self) -> "AdapterConfig":
+        """Configuration of the adapter."""
+        ...
+
+    def replace(self, params: Any) -> "TrainableAdapter":
+        """Return the adapter with other trainable parameters of the same structure."""
+        ...
+
+    def merge(self, params: Params) -> Params:
+        """Merge the adapter into the weights of the base model."""
+        ...
+
+    def unmerge(self, params: Params, norms: Norms | None = None) -> Params:
+        """Invert `merge`, up to rounding; ``norms`` are required for DoRA."""
+        ...
+
+    def count(self) -> int:
+        """Return the number of trainable parameters, without the padding of ranks."""
+        ...
+
+    def table(self) -> tuple[AdaptedModule, ...]:
+        """Return the table of adapted modules."""
+        ...
+
+
+@runtime_checkable
+class AdapterConfig(Protocol):
+    """A frozen, hashable configuration of an adapter, independent of a model."""
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the adapter can be merged into the weights of the base model."""
+        ...
+
+    @property
+    def replaces_weights(self) -> bool:
+        """Whether the trained parameters replace weights, so that there is no adapter to write besides the model."""
+        ...
+
+    def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> TrainableAdapter:
+        """Initialise an adapter of this configuration."""
+        ...
+
+    def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]:
+        """Return the table of the modules that this configuration adapts in a model."""
+        ...
+
+
+AnyAdapter = TypeVar("AnyAdapter", bound=TrainableAdapter)
+
+
+def init(key: PRNGKeyArray, config: AdapterConfig, llama_config: LlamaConfig, params: Params) -> Any:
+    """Initialise an adapter.
+
+    The adapted model starts with the outputs of the base model, except with a prefix or bottlenecks of init ``"bert"``.
+
+    Args:
+      key: Random key of the initial values.
+      config: Configuration of the adapter.
+      llama_config: Configuration of the base model.
+      params: Weights of the base model, from which DoRA's magnitudes and full fine-tuning start.
+
+    Raises:
+      InputError: If the configuration does not fit the model.
+    """
+    return config.build(key, llama_config, params)
+
+
+def trainable(adapter: TrainableAdapter) -> Any:
+    """Return the trainable parameters, a pytree of float32 arrays."""
+    return adapter.params
+
+
+def replace(adapter: AnyAdapter, params: Any) -> AnyAdapter:
+    """Return the adapter with other trainable parameters of the same structure."""
+    return adapter.replace(params)  # type: ignore[return-value]
+
+
+def merge(adapter: TrainableAdapter, params: Params) -> Params:
+    """Merge an adapter into the weights of the base model.
+
+    A plain model with the merged weights computes the same as the base model with the adapter, without dropout. The
+    merge is computed in float32 and rounded once to the weights' dtype. Quantised weights become dense.
+
+    Args:
+      adapter: Adapter to merge.
+      params: Weights of the base model.
+
+    Raises:
+      InputError: If the adapter's configuration is not ``mergeable``.
+    """
+    return adapter.merge(params)
+
+
+def unmerge(adapter: TrainableAdapter, params: Params, norms: Norms | None = None) -> Params:
+    """Invert `merge`, up to rounding.
+
+    Args:
+      adapter: Merged adapter.
+      params: Weights that the adapter was merged into.
+      norms: Row norms of the adapted weights from before the merge (`lab.adapters.norms`), required for DoRA.
+
+    Raises:
+      InputError: If the merge cannot be inverted.
+    """
+    return adapter.unmerge(params, norms)
+
+
+def count(adapter: TrainableAdapter) -> int:
+    """Return the number of trainable parameters, without the padding of ranks."""
+    return adapter.count()
+
+
+def share(adapter: TrainableAdapter, params: Params) -> float:
+    """Return the trainable fraction of all parameters, counted as in PEFT and the published tables.
+
+    Args:
+      adapter: Adapter whose parameters are trained.
+      params: Weights of the base model.
+    """
+    trainable_count = adapter.count()
+    base_count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_quantised))
+    return trainable_count / (base_count if adapter.config.replaces_weights else trainable_count + base_count)
+
+
+def with_weights(params: Params, weights: Mapping[str, Array]) -> Params:
+    """Return dense model parameters with the weights of some modules replaced.
+
+    Args:
+      params: Weights of the model.
+      weights: New weights, ``{module: [layers, out, in]}``.
+    """
+    layers = {**params["layers"]}
+    for name, weight in weights.items():
+        layers[name] = {**layers[name], "weight": weight}
+    return dense_params({**params, "layers": layers})
+
+
+def table(
+    adapter: TrainableAdapter | AdapterConfig, llama_config: LlamaConfig | None = None
+) -> tuple[AdaptedModule, ...]:
+    """Return the table of adapted modules, with a row for the layers of a module that share rank and alpha.
+
+    Args:
+      adapter: Adapter, or configuration of an adapter.
+      llama_config: Configuration of the model; required with a configuration of an adapter.
+    """
+    return adapter.table() if llama_config is None else adapter.table(llama_config)  # type: ignore[call-arg]

@@ -1,0 +1,232 @@
+r"""Bottleneck adapters of a LLaMA model's linear modules: series and parallel (Houlsby et al. 2019, He et al. 2022).
+
+With :math:`z = W x + b` the module, :math:`D` [width, n] down, :math:`U` [m, width] up, and f elementwise,
+
+.. math::
+
+    y &= W (x + s\, U f(D x_d)) + b &&\text{series, before the module: q, k, v, gate, up} \\
+    y &= z + s\, U f(D z_d) &&\text{series, after the module: o, down} \\
+    y &= z + s\, U f(D x_d) &&\text{parallel}
+
+where the subscript d marks dropout. Neither has biases. The paper's tables call them Series and Parallel. The defaults
+are the settings of LLM-Adapters (Hu et al. 2023, its `bottleneck.py` and recorded commands): width 256, tanh, s = 1, D
+and U normal with standard deviation 0.02, series on up_proj and gate_proj, parallel on up_proj and down_proj.
+LLM-Adapters has series adapters of the feed-forward modules only; those of the attention modules are an extension.
+
+With these settings, Parallel trains 3.54% of LLaMA-7B's and 2.89% of LLaMA-13B's parameters, as the paper's tables
+state. Series trains 1.95% and 1.59%. The tables' 0.99% and 0.80% correspond to a single adapter per layer on a vector
+of the model's width (``target_modules=("down_proj",)`` here).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from rora_theory.errors import InputError
+from rora_theory.lab.adapters.base import AdaptedModule, Norms
+from rora_theory.lab.adapters.dropout import dropout
+from rora_theory.lab.adapters.inits import init_a
+from rora_theory.lab.adapters.targets import in_all_layers, layer_text
+from rora_theory.lab.adapters.widen import widen
+from rora_theory.lab.llama import MODULES, LlamaConfig, linear
+from rora_theory.lab.llama.model import SAVED_PRODUCT, Params
+from rora_theory.scaling import check_between, check_choice, check_integer, check_positive
+
+Placement = Literal["series", "parallel"]
+NonLinearity = Literal["tanh", "relu", "silu", "gelu"]
+BottleneckInit = Literal["bert", "mam_adapter"]
+
+TARGETS: dict[str, tuple[str, ...]] = {"series": ("up_proj", "gate_proj"), "parallel": ("up_proj", "down_proj")}
+"""Modules that LLM-Adapters adapts, by placement."""
+
+AFTER = ("self_attn.o_proj", "mlp.down_proj")
+"""Modules that a series adapter follows, because their output has the model's width. It precedes all other modules."""
+
+BERT_DEVIATION = 0.02
+"""Standard deviation of the initialisation ``"bert"``."""
+
+FUNCTIONS: dict[str, Callable[[Array], Array]] = {
+    "tanh": jnp.tanh,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+}
+
+
+@dataclass(frozen=True)
+class BottleneckConfig:
+    """Configuration of a series or parallel adapter. Frozen and hashable.
+
+    Attributes:
+      placement: ``"series"``, in sequence with the module, or ``"parallel"`` to it.
+      width: Width of the bottleneck, the number of rows of D.
+      target_modules: Names of modules as `targets.resolve` matches them, each in all layers; None uses `TARGETS`.
+      non_linearity: Activation function f.
+      scaling: Factor s of the adapter's output, above 0.
+      dropout: Probability in [0, 1) of dropping an input element of the adapter in training.
+      init: ``"bert"`` initialises D and U from a normal distribution with standard deviation 0.02, so that the adapted
+        model differs from its base from the start. ``"mam_adapter"`` initialises D as LoRA's A and U with zero, so
+        that it does not. The names and the default are LLM-Adapters'.
+
+    Raises:
+      InputError: If a value is out of range. Settings that depend on the model are checked by `modules`.
+    """
+
+    placement: Placement
+    width: int = 256
+    target_modules: Sequence[str] | None = None
+    non_linearity: NonLinearity = "tanh"
+    scaling: float | int = 1.0
+    dropout: float | int = 0.0
+    init: BottleneckInit = "bert"
+
+    mergeable: ClassVar[bool] = False
+    replaces_weights: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Validate the settings and convert numbers to float."""
+        for name, kind in (("placement", Placement), ("non_linearity", NonLinearity), ("init", BottleneckInit)):
+            check_choice(name, getattr(self, name), get_args(kind))
+        check_integer("bottleneck width", self.width)
+        check_positive("scaling", self.scaling)
+        check_between("dropout", self.dropout, 0, 1, closed="left")
+        modules = TARGETS[self.placement] if self.target_modules is None else self.target_modules
+        if isinstance(modules, str):
+            raise InputError(
+                f"target_modules must be a list of names for a {self.placement} adapter, got the string {modules!r}"
+            )
+        # The frozen dataclass is hashable only with a tuple, and equal only with numbers of one type.
+        for name, value in (("target_modules", tuple(modules)), ("scaling", float(self.scaling))):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "dropout", float(self.dropout))
+
+    def modules(self, llama_config: LlamaConfig) -> tuple[str, ...]:
+        """Return the adapted modules of a model in the order of `MODULES`.
+
+        Raises:
+          InputError: If a name matches no module, or not in every layer.
+        """
+        assert self.target_modules is not None
+        return in_all_layers(llama_config, self.target_modules, f"a {self.placement} adapter")
+
+    def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]:
+        """Return the table of adapted modules, whose rank is the bottleneck's width."""
+        layers = layer_text(range(llama_config.num_hidden_layers))
+        modules = self.modules(llama_config)
+        return tuple(
+            AdaptedModule(module, layers, self.width, None, self.placement, self.scaling) for module in modules
+        )
+
+    def shapes(self, module: str, llama_config: LlamaConfig) -> dict[str, tuple[int, int]]:
+        """Return the shapes of one layer's D and U."""
+        p_out, p_in = llama_config.module_shape(module)
+        # A series adapter maps one side of the module to itself.
+        if self.placement == "series":
+            p_out = p_in = p_out if module in AFTER else p_in
+        return {"adapter_down": (self.width, p_in), "adapter_up": (p_out, self.width)}
+
+    def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> "BottleneckAdapter":  # noqa: ARG002
+        """Initialise an adapter, see `base.init`."""
+        count = llama_config.num_hidden_layers
+        tensors = {}
+        for module in self.modules(llama_config):
+            down, up = self.shapes(module, llama_config).values()
+            # A key for each module, so that its draw does not depend on which other modules are adapted.
+            module_key = jax.random.fold_in(key, MODULES.index(module))
+            if self.init == "bert":
+                keys = jax.random.split(module_key)
+                drawn = [
+                    BERT_DEVIATION * jax.random.normal(k, (count, *shape), jnp.float32)
+                    for k, shape in zip(keys, (down, up), strict=True)
+                ]
+            else:
+                drawn = [init_a(module_key, "kaiming_uniform", (self.width,) * count, *down), jnp.zeros((count, *up))]
+            tensors[module] = dict(zip(("adapter_down", "adapter_up"), drawn, strict=True))
+        return BottleneckAdapter(tensors, self, llama_config)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "llama_config"])
+@dataclass(frozen=True)
+class BottleneckAdapter:
+    """A series or parallel adapter, a pytree that `rora_theory.lab.llama.forward` applies.
+
+    Attributes:
+      params: ``{module: {"adapter_down": [layers, width, n], "adapter_up": [layers, m, width]}}`` in float32. In
+        series, n = m is p_in before a module and p_out after it; in parallel, n is p_in and m is p_out.
+      config: Configuration of the adapter.
+      llama_config: Configuration of the model.
+    """
+
+    params: dict[str, dict[str, Any]]
+    config: BottleneckConfig
+    llama_config: LlamaConfig
+
+    def layers(self) -> dict[str, dict[str, Any]]:
+        """Return the matrices of all layers."""
+        return self.params
+
+    def linear(
+        self,
+        name: str,
+        x: Float[Array, "*b i"],
+        weight: Float[Array, "o i"],
+        bias: Float[Array, " o"] | None,
+        layer: dict[str, dict[str, Array]],
+        *,
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "*b o"]:
+        """Apply the adapted module, see `rora_theory.lab.llama.Adapter` and the module docstring.
+
+        The adapter's products are computed in the dtype of ``x``. Every module draws its own dropout mask.
+        """
+        if name not in layer:
+            return linear(x, weight, bias)
+        if self.config.placement == "series":
+            if name not in AFTER:
+                return linear(x + self._bottleneck(x, layer[name], key), weight, bias)
+            # Save the output for the gradient of D: otherwise the backward pass would multiply by W again.
+            z = checkpoint_name(linear(x, weight, bias), SAVED_PRODUCT)
+            return z + self._bottleneck(z, layer[name], key)
+        return linear(x, weight, bias) + self._bottleneck(x, layer[name], key)
+
+    def _bottleneck(
+        self, inputs: Float[Array, "*b n"], tensors: dict[str, Array], key: PRNGKeyArray | None
+    ) -> Float[Array, "*b m"]:
+        """Compute s U f(D x) with dropout of the inputs x."""
+        config = self.config
+        if key is not None and config.dropout > 0:
+            inputs = dropout(key, inputs, config.dropout)
+        inner = checkpoint_name(linear(inputs, tensors["adapter_down"].astype(inputs.dtype)), SAVED_PRODUCT)
+        up = config.scaling * tensors["adapter_up"]
+        return widen(FUNCTIONS[config.non_linearity](inner), up.astype(inputs.dtype))
+
+    def prefix(self, layer: Any) -> None:
+        """Return None: the adapter has no prefix."""
+
+    def replace(self, params: Any) -> "BottleneckAdapter":
+        """Return the adapter with other trainable parameters of the same structure."""
+        return replace(self, params=params)
+
+    def merge(self, params: Params) -> Params:  # noqa: ARG002
+        """Raise `InputError`: a non-linear function cannot be merged into a weight."""
+        raise InputError(f"a {self.config.placement} adapter cannot be merged into weights. Apply it without merging.")
+
+    def unmerge(self, params: Params, norms: Norms | None = None) -> Params:
+        """Raise `InputError`, as `merge` does."""
+        del norms
+        return self.merge(params)
+
+    def count(self) -> int:
+        """Return the number of trainable parameters."""
+        return sum(math.prod(tensor.shape) for tensor in jax.tree.leaves(self.params))
+
+    def table(self) -> tuple[AdaptedModule, ...]:
+        """Return the table of adapted modules."""
+        return self.config.table(self.llama_config)

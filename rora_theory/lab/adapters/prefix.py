@@ -1,0 +1,137 @@
+r"""Prefix tuning: trained keys and values that every query of every layer attends to (Li and Liang 2021).
+
+.. math:: \mathrm{softmax}\!\left(q\,[K_p; K]^\top / \sqrt d\right) [V_p; V]
+
+:math:`K_p` and :math:`V_p` have ``virtual_tokens`` rows per layer. They are trained directly, without the network that
+Li and Liang use for training (PEFT's ``prefix_projection``).
+
+The position of the prefix matters, because rotary embeddings rotate the queries by their position. PEFT numbers the
+tokens from P, the number of virtual tokens, and does not rotate the prefix keys: the score of token i is
+:math:`(R_{P+i} q)^\top k_p`, where R is the rotation of a position. This package numbers the tokens from 0 with every
+adapter and rotates the prefix keys by -P, which gives the same score, :math:`(R_i q)^\top R_{-P} k_p`.
+
+The adapted model differs from its base from the start, because the prefix receives part of each query's attention.
+This is also so if keys and values are zero.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from rora_theory.errors import InputError
+from rora_theory.lab.adapters.base import AdaptedModule, Norms
+from rora_theory.lab.adapters.targets import layer_text
+from rora_theory.lab.llama import LlamaConfig, linear, rope
+from rora_theory.lab.llama.model import Params, windowed_layers
+from rora_theory.scaling import check_choice, check_integer
+
+PrefixInit = Literal["normal", "zero"]
+
+
+@dataclass(frozen=True)
+class PrefixConfig:
+    """Configuration of prefix tuning. Frozen and hashable.
+
+    Attributes:
+      virtual_tokens: Number of keys and values per layer, at least 1. LLM-Adapters trains 10.
+      init: ``"normal"``, N(0, 1), PEFT's default; or ``"zero"``, PEFT's option of that name.
+
+    Raises:
+      InputError: If a value is out of range.
+    """
+
+    virtual_tokens: int = 10
+    init: PrefixInit = "normal"
+
+    mergeable: ClassVar[bool] = False
+    replaces_weights: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Validate the settings."""
+        check_integer("virtual_tokens", self.virtual_tokens)
+        check_choice("init", self.init, get_args(PrefixInit))
+
+    def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]:
+        """Return the table of adapted modules, whose rank is the number of virtual tokens."""
+        layers = layer_text(range(llama_config.num_hidden_layers))
+        return (AdaptedModule("self_attn", layers, self.virtual_tokens, None, "prefix", None),)
+
+    def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> "PrefixAdapter":  # noqa: ARG002
+        """Initialise a prefix, see `base.init`."""
+        shape = self.shape(llama_config)
+        if self.init == "zero":
+            return PrefixAdapter({"key": jnp.zeros(shape), "value": jnp.zeros(shape)}, self, llama_config)
+        keys = zip(("key", "value"), jax.random.split(key), strict=True)
+        tensors = {name: jax.random.normal(tensor_key, shape, jnp.float32) for name, tensor_key in keys}
+        return PrefixAdapter(tensors, self, llama_config)
+
+    def shape(self, llama_config: LlamaConfig) -> tuple[int, int, int, int]:
+        """Return the shape of the keys and of the values: layers, virtual tokens, key/value heads, head width."""
+        layers, heads = llama_config.num_hidden_layers, llama_config.num_key_value_heads
+        return layers, self.virtual_tokens, heads, llama_config.head_dim
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "llama_config"])
+@dataclass(frozen=True)
+class PrefixAdapter:
+    """A prefix, a pytree that `rora_theory.lab.llama.forward` applies.
+
+    Attributes:
+      params: ``{"key", "value": [layers, virtual tokens, kv heads, head_dim]}`` in float32; the keys are not rotated,
+        as in PEFT's files.
+      config: Configuration of the prefix.
+      llama_config: Configuration of the model, which determines the rotations.
+    """
+
+    params: dict[str, Any]
+    config: PrefixConfig
+    llama_config: LlamaConfig
+
+    def layers(self) -> dict[str, Any]:
+        """Return the keys and values of all layers, and which layers have windowed attention."""
+        return {**self.params, "windowed": windowed_layers(self.llama_config)}
+
+    def linear(
+        self,
+        name: str,  # noqa: ARG002
+        x: Float[Array, "*b i"],
+        weight: Float[Array, "o i"],
+        bias: Float[Array, " o"] | None,
+        layer: dict[str, Array],  # noqa: ARG002
+        *,
+        key: PRNGKeyArray | None,  # noqa: ARG002
+    ) -> Float[Array, "*b o"]:
+        """Apply the module, which a prefix does not change."""
+        return linear(x, weight, bias)
+
+    def prefix(self, layer: dict[str, Array]) -> tuple[Float[Array, "p k d"], Float[Array, "p k d"]]:
+        """Return the keys of one layer, rotated to the positions before token 0 (module docstring), and its values."""
+        count = self.config.virtual_tokens
+        angles = rope.layer_angles(self.llama_config, jnp.full((1, count), -count, jnp.int32))
+        return rope.rotate(layer["key"][None], *angles(layer["windowed"]))[0], layer["value"]
+
+    def replace(self, params: Any) -> "PrefixAdapter":
+        """Return the adapter with other trainable parameters of the same structure."""
+        return replace(self, params=params)
+
+    def merge(self, params: Params) -> Params:  # noqa: ARG002
+        """Raise `InputError`: a prefix cannot be merged into weights."""
+        raise InputError("a prefix cannot be merged into weights. Apply it without merging.")
+
+    def unmerge(self, params: Params, norms: Norms | None = None) -> Params:
+        """Raise `InputError`, as `merge` does."""
+        del norms
+        return self.merge(params)
+
+    def count(self) -> int:
+        """Return the number of trainable parameters."""
+        return sum(math.prod(tensor.shape) for tensor in self.params.values())
+
+    def table(self) -> tuple[AdaptedModule, ...]:
+        """Return the table of adapted modules."""
+        return self.config.table(self.llama_config)

@@ -1,0 +1,51 @@
+"""Previews of training prompts: the decoded tokens, with marks around the parts in the loss."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rora_theory.lab.data.batches import Examples
+
+LOSS_BEGIN, LOSS_END = "⟦", "⟧"
+"""Marks around tokens in the loss."""
+
+
+class PromptPreview(NamedTuple):
+    """Preview of one training prompt.
+
+    Attributes:
+      text: Decoded tokens, with `LOSS_BEGIN` and `LOSS_END` around those in the loss.
+      tokens: Token ids.
+      in_loss: 1 for each token in the loss and 0 for the others.
+    """
+
+    text: str
+    tokens: list[int]
+    in_loss: list[int]
+
+
+def preview_prompts(examples: Examples, tokenizer: Any, count: int) -> list[PromptPreview]:
+    """Return previews of the first prompts.
+
+    Args:
+      examples: Tokenized records.
+      tokenizer: Tokenizer with a method ``decode(ids, skip_special=False)``.
+      count: Maximum number of previews.
+    """
+    return [_preview_prompt(examples, tokenizer, index) for index in range(min(count, len(examples)))]
+
+
+def _preview_prompt(examples: Examples, tokenizer: Any, index: int) -> PromptPreview:
+    tokens, is_target = examples[index].tolist(), examples.target_mask(index)
+    full_text = tokenizer.decode(tokens, skip_special=False)
+    # Cut the tokens where the mask changes.
+    piece_ends = [*(np.flatnonzero(np.diff(is_target)) + 1).tolist(), len(tokens)]
+    text, begin = "", 0
+    for piece_end in piece_ends:
+        # Decode from the start, because some tokenizers drop the space that a text begins with.
+        is_last = piece_end == len(tokens)
+        end = len(full_text) if is_last else len(tokenizer.decode(tokens[:piece_end], skip_special=False))
+        piece = full_text[begin:end]
+        text += f"{LOSS_BEGIN}{piece}{LOSS_END}" if is_target[piece_end - 1] else piece
+        begin = end
+    return PromptPreview(text, tokens, is_target.astype(int).tolist())

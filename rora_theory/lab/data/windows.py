@@ -1,0 +1,85 @@
+"""Cut plain text into windows of equal length, for calibration and perplexity."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from rora_theory.errors import InputError
+from rora_theory.lab.data.batches import TextEncoder
+from rora_theory.lab.data.formats import AnyRecord, Chat, Text
+from rora_theory.lab.data.prompts import training_text
+from rora_theory.lab.data.records import FilesRead, FormatConfig, read_record_set
+from rora_theory.runs import files
+
+
+def read_texts(sources: Sequence[str], config: FormatConfig | None = None) -> list[str]:
+    """Read documents from text files and training records.
+
+    A .txt file is one document. A training record becomes the published prompt with its response, the contents of a
+    chat's turns separated by empty lines, or its text.
+
+    Args:
+      sources: Files and splits, see `read_record_set`.
+      config: Format of the records; None detects it from the first record's keys.
+
+    Raises:
+      InputError: A file is missing, unreadable or empty, or belongs to two sources.
+    """
+    documents: list[str] = []
+    # Refuse a repeated file: the same text could be in the windows and the held-out windows.
+    files_read = FilesRead("text")
+    for source in sources:
+        if source.endswith(".txt"):
+            files_read.add(source, [Path(source)])
+            text = files.read_text(source)
+            if not text.strip():
+                raise InputError(f"{source}: is empty. Pass a file with text.")
+            documents.append(text)
+        else:
+            documents += map(_document, read_record_set([source], config, files_read=files_read).records)
+    return documents
+
+
+def _document(record: AnyRecord) -> str:
+    if isinstance(record, Text):
+        return record.text
+    if isinstance(record, Chat):
+        return "\n\n".join(message["content"] for message in record.messages)
+    return training_text(record.instruction, record.output, "train", input=record.input)
+
+
+def sample_windows(
+    texts: Sequence[str], tokenizer: TextEncoder, *, seq: int, windows: int, held_out: int, seed: int = 0
+) -> tuple[Int[np.ndarray, "windows seq"], Int[np.ndarray, "held_out seq"]]:
+    """Sample windows of tokens without overlap from concatenated documents.
+
+    Args:
+      texts: Documents, which are joined by the end-of-sequence token.
+      tokenizer: Tokenizer of the model.
+      seq: Number of tokens in a window.
+      windows: Number of windows.
+      held_out: Number of held-out windows.
+      seed: Seed of the sample.
+
+    Returns:
+      The windows and the held-out windows.
+
+    Raises:
+      InputError: The documents have too few tokens.
+    """
+    # An end token, which some tokenizers put after a text themselves, separates each document from the next.
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    encoded = tokenizer.encode_batch(list(texts))
+    tokens = [token for ids in encoded for token in (ids if ids[-1:] == end else (*ids, *end))]
+    available, required = len(tokens) // seq, windows + held_out
+    if available < required:
+        raise InputError(
+            f"text must have at least {required} windows of {seq} tokens (--windows and --held-out together), got "
+            f"{available} ({len(tokens):,} tokens)"
+        )
+    # Cut the tokens into windows and draw the required number of them.
+    candidates = np.asarray(tokens[: available * seq], np.int32).reshape(available, seq)
+    order = np.random.default_rng(seed).permutation(available)[:required]
+    return candidates[order[:windows]], candidates[order[windows:]]

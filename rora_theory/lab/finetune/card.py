@@ -1,0 +1,193 @@
+"""Descriptions of a fine-tuning run: its model card, its summary table, and the lines printed at its start and end."""
+
+import re
+from collections.abc import Mapping, Sequence
+from math import inf, isnan
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from rora_theory.lab.adapters.card import TrainingDescription
+from rora_theory.lab.data.hub_files import HUB_PREFIX
+from rora_theory.lab.data.records import RecordSet
+from rora_theory.lab.finetune.config import FinetuneConfig
+
+LAST_STEPS = 10
+"""Number of final steps over which the final training loss is averaged, to reduce the noise of single batches."""
+
+
+def build_training_description(
+    config: FinetuneConfig,
+    records: RecordSet,
+    sources: Sequence[str],
+    summary: Mapping[str, Any],
+    events: Sequence[Mapping[str, Any]],
+    saved_step: int | None = None,
+    license: str | None = None,  # noqa: A002 (the hub's name for it)
+) -> TrainingDescription:
+    """Build the description of a run for its model card.
+
+    Args:
+      config: Fine-tuning configuration.
+      records: Records that the run read.
+      sources: Files or hub addresses that the records were read from.
+      summary: Record counts, `TrainingData.summary`.
+      events: Events of the whole run, `metrics.Metrics.events`.
+      saved_step: Step after which the saved adapter or weights were taken; None means the last step.
+      license: Licence identifier of the Hugging Face hub.
+    """
+    steps, validations = _steps_and_validations(events)
+    names = [source if source.startswith(HUB_PREFIX) else Path(source).name for source in sources]
+    counts = f"{summary['records']:,}, SHA-256 `{records.sha256}`"
+    held_out = summary["validated_on"]
+    decay = f", weight decay {config.weight_decay:g}" if config.weight_decay else ""
+    # Settings without an effect are left out of the description.
+    clip = "" if config.clip == inf else f", gradients clipped at norm {config.clip:g}"
+    trained_part = "weights" if config.method == "full" else "adapter"
+    # One row for each property; an empty text marks a property that this run does not have.
+    rows = [
+        (
+            "quantization",
+            f"the base's linear weights in {config.quantization} blocks, multiplied in {config.dtype}"
+            if config.quantization != "none"
+            else "",
+        ),
+        ("data", ", ".join(f"`{name}`" for name in names)),
+        ("records", counts),
+        ("trained on", f"{summary['trained_on']:,}; held out for the validation loss: {held_out:,}"),
+        ("prompt", f"template {config.template}, at most {config.cutoff} tokens, loss on {config.loss_on} tokens"),
+        (
+            "optimizer",
+            f"AdamW, betas {config.betas[0]:g} and {config.betas[1]:g}, epsilon {config.epsilon:g}{decay}{clip}",
+        ),
+        ("learning rate", describe_learning_rate(config, len(steps))),
+        (
+            "horizon",
+            f"{len(steps):,} steps of {config.batch_size} records; {trained_part} of step {saved_step or len(steps):,}",
+        ),
+        (
+            "requested rule",
+            f"{config.rule}, alpha {config.alpha:g}" if config.method in ("lora", "dora") else "",
+        ),
+        ("training loss", _describe_training_loss(steps)),
+        ("validation loss", _describe_validation_loss(validations, held_out)),
+    ]
+    # Data sets of the hub are listed by name, without revision or file.
+    matches = (re.match(rf"{HUB_PREFIX}([^/@:]+/[^/@:]+)", source) for source in sources)
+    datasets = dict.fromkeys(match[1] for match in matches if match)
+    return TrainingDescription([row for row in rows if row[1]], tuple(datasets), license)
+
+
+def describe_losses(events: Sequence[Mapping[str, Any]], held_out: int) -> str:
+    """Return a sentence with the losses of a run.
+
+    Args:
+      events: Events of the whole run, `metrics.Metrics.events`.
+      held_out: Number of held-out records.
+    """
+    steps, validations = _steps_and_validations(events)
+    losses = (
+        f"validation loss {_describe_validation_loss(validations, held_out)}"
+        if validations
+        else f"training loss {_describe_training_loss(steps)}"
+    )
+    return f"Trained for {len(steps):,} steps: {losses}."
+
+
+def summary_rows(events: Sequence[Mapping[str, Any]], trainable: int) -> list[dict[str, Any]]:
+    """Return the summary table of a run, with the keys ``what``, ``step`` and ``value`` in each row.
+
+    Losses are in nats per token: the training loss of the first batch and the mean of the last steps; the first, best
+    and last validation loss if there is one. Then follow the median of target tokens per second and the number of
+    trainable parameters, for which ``step`` is None.
+
+    Args:
+      events: Events of the whole run, `metrics.Metrics.events`.
+      trainable: Number of trainable parameters.
+    """
+    steps, validations = _steps_and_validations(events)
+    rows: list[tuple[str, int | None, float]] = []
+    # Training loss at both ends. The mean over the last steps averages out the noise between batches.
+    if steps:
+        last = steps[-LAST_STEPS:]
+        rows += [("training loss, first", steps[0]["step"], steps[0]["loss"])]
+        rows += [(f"training loss, mean of the last {len(last)}", last[-1]["step"], fmean(s["loss"] for s in last))]
+    if validations:
+        rows += [
+            (f"validation loss, {name}", event["step"], event["loss"])
+            for name, event in _notable_validations(validations).items()
+        ]
+    # Median speed: a mean would include the steps that compile the program.
+    if speeds := [step["targets"] / step["seconds"] for step in steps if step["seconds"]]:
+        rows += [("tokens/s, median", None, median(speeds))]
+    rows += [("trainable parameters", None, trainable)]
+    return [dict(zip(("what", "step", "value"), row, strict=True)) for row in rows]
+
+
+def describe_start(config: FinetuneConfig, summary: Mapping[str, Any], steps: int, trainable: int, share: float) -> str:
+    """Return the lines printed at the start of a run: trainable parameters, records and learning rate.
+
+    Args:
+      config: Fine-tuning configuration.
+      summary: Record counts, `TrainingData.summary`.
+      steps: Number of optimizer steps of the whole run.
+      trainable: Number of trainable parameters.
+      share: Trainable fraction of all parameters.
+    """
+    lines = [
+        f"{trainable:,} trainable parameters, {share:.2%} of all",
+        f"{summary['trained_on']} records, {steps} steps",
+        f"learning rate {describe_learning_rate(config, steps)}",
+    ]
+    # The default cutoff, that of the published runs, is short for chats.
+    if summary["truncated"] or summary["skipped"]:
+        lines.append(
+            f"{summary['truncated']} of {summary['records']} records were cut at {config.cutoff} tokens (--cutoff); "
+            f"{summary['skipped']} were left out, as they have no token to learn"
+        )
+    return "\n".join(lines)
+
+
+def describe_learning_rate(config: FinetuneConfig, steps: int) -> str:
+    """Return a phrase that describes the learning rate of `step.schedule` over all steps of a run."""
+    peak, warmup = config.peak_learning_rate, config.warmup
+    if 0 < steps <= warmup:
+        last = peak * (steps - 1) / warmup
+        return f"from 0 to {last:g} at the last step, within a warm-up of {warmup} steps to {peak:g}"
+    shapes = {"constant": "constant", "linear": "linear decay", "cosine": "cosine decay"}
+    shape = shapes[config.schedule] + ("" if config.schedule == "constant" else " to 0 after the last step")
+    return f"{peak:g} after {warmup} steps of warm-up, then {shape}"
+
+
+def _steps_and_validations(
+    events: Sequence[Mapping[str, Any]],
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """Return the events of optimizer steps and those of validations, each in their order."""
+    steps, validations = ([event for event in events if event["event"] == kind] for kind in ("step", "validation"))
+    return steps, validations
+
+
+def _notable_validations(validations: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return the first, best and last validation event; a loss that is not a number is never the best."""
+    best = min(validations, key=lambda event: inf if isnan(event["loss"]) else event["loss"])
+    return {"first": validations[0], "best": best, "last": validations[-1]}
+
+
+def _describe_training_loss(steps: Sequence[Mapping[str, Any]]) -> str:
+    if not steps:
+        return ""
+    last = steps[-LAST_STEPS:]
+    return (
+        f"{steps[0]['loss']:.4f} nats per token on the batch of step 1, before any update; "
+        f"{fmean(step['loss'] for step in last):.4f}, the mean of the last {len(last)} steps"
+    )
+
+
+def _describe_validation_loss(validations: Sequence[Mapping[str, Any]], held_out: int) -> str:
+    if not validations:
+        return "not measured: no record was held out"
+    losses = ", ".join(
+        f"{event['loss']:.4f} at step {event['step']} ({name})"
+        for name, event in _notable_validations(validations).items()
+    )
+    return f"{losses}; nats per token over {held_out:,} held-out records"

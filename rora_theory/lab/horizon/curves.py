@@ -1,0 +1,216 @@
+"""Curves of loss against learning rate after a number of steps, and paired comparisons of curves."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from rora_theory.lab.horizon.runs import FULL, HorizonRun
+from rora_theory.runs import frames
+from rora_theory.stats.rate_curves import (
+    Curve,
+    at_shared_seeds,
+    best_rates,
+    compare_curves,
+    estimate_loss_difference,
+)
+from rora_theory.stats.trained_runs import TrainedRun, curve_of_runs, loss_difference
+
+
+def curves_at(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int, *, draws: int) -> list[Curve]:
+    """Return the curves of loss against learning rate after a number of steps.
+
+    There is a curve for every rank and strength, and for full fine-tuning (rule ``full``, rank 0, gamma 1), if runs at
+    three or more rates reach the step.
+
+    Args:
+      runs: Runs of the grid, see `runs.merge_repeated_runs`.
+      tokens: Number of tokens of each held-out record.
+      step: Number of steps.
+      draws: Number of bootstrap samples of the records.
+
+    Returns:
+      The curves in ascending order of rank and scaling.
+    """
+    return _curves_of([run.at(step, tokens) for run in runs if run.reaches(step)], draws)
+
+
+def training_curves_at(runs: Sequence[HorizonRun], step: int, *, draws: int) -> list[Curve]:
+    """Return the curves of training loss against learning rate, over the second half of the steps up to ``step``.
+
+    Args:
+      runs: Runs at a constant rate, see `runs.merge_repeated_runs`. Under another schedule the losses of a longer run
+        are not those of a run of ``step`` steps.
+      step: Number of steps.
+      draws: Number of bootstrap samples of the batches.
+
+    Returns:
+      The curves in ascending order of rank and scaling, as for `curves_at`.
+    """
+    trained = (run.in_training_at(step) for run in runs)
+    return _curves_of([run for run in trained if run is not None], draws)
+
+
+def _curves_of(runs: Sequence[TrainedRun], draws: int) -> list[Curve]:
+    """Return a curve for every rank and scaling with runs at three or more rates."""
+    curves = []
+    for rank, gamma in sorted({(run.rank, run.gamma) for run in runs}):
+        grid_runs = _select_grid([run for run in runs if (run.rank, run.gamma) == (rank, gamma)])
+        if grid_runs:
+            curves.append(curve_of_runs(grid_runs, kappa=1.0, draws=draws))
+    return curves
+
+
+def _select_grid(runs: Sequence[TrainedRun]) -> list[TrainedRun]:
+    """Select the runs of a curve, which needs the same rates at every seed.
+
+    Seeds with more rates are chosen first. A seed is left out if fewer than three rates would remain, or none at which
+    no seed diverged.
+
+    Args:
+      runs: Runs of one rank and scaling.
+    """
+    # Rates that each seed ran at, and those at which it did not diverge.
+    rates_of_seed: dict[int, set[float]] = {}
+    finite_rates_of_seed: dict[int, set[float]] = {}
+    for run in runs:
+        rates_of_seed.setdefault(run.seed, set()).add(run.rate)
+        finite_rates = finite_rates_of_seed.setdefault(run.seed, set())
+        if math.isfinite(run.loss):
+            finite_rates.add(run.rate)
+    seeds: list[int] = []
+    rates: set[float] = set()
+    # Add one seed after the other, those with the most rates first, if the rates that remain still give a curve.
+    for seed in sorted(rates_of_seed, key=lambda seed: (-len(rates_of_seed[seed]), seed)):
+        shared_rates = rates & rates_of_seed[seed] if seeds else rates_of_seed[seed]
+        finite_rates = set.intersection(*(finite_rates_of_seed[member] for member in (*seeds, seed)))
+        if len(shared_rates) >= 3 and shared_rates & finite_rates:
+            seeds, rates = [*seeds, seed], shared_rates
+    return [run for run in runs if run.seed in seeds and run.rate in rates]
+
+
+def best_rate_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
+    """Return the best rate and the lowest loss of every curve after a number of steps."""
+    frame = pd.DataFrame(best_rates(curves)).drop(columns=["optimizer", "trained", "rule", "kappa"], errors="ignore")
+    if not len(frame):
+        return frame
+    frame.insert(0, "step", step)
+    frame.insert(2, "strength", [strength_of(curve) if curve.rank else None for curve in curves])
+    frame["rank"] = pd.array([curve.rank or None for curve in curves], dtype="Int64")
+    return frames.from_rows(frames.rows(frame), list(frame))
+
+
+def strength_of(curve: Curve) -> float:
+    """Return the strength gamma r of a curve."""
+    return round(curve.scaling * curve.rank, 9)
+
+
+def setting_labels(curve: Curve) -> dict[str, Any]:
+    """Return the rank and strength of a curve, which are None for full fine-tuning."""
+    return {"rank": curve.rank or None, "strength": strength_of(curve) if curve.rank else None}
+
+
+def compare_best_rates(
+    curves: Sequence[Curve], step: int, other_runs: Mapping[str, Sequence[Curve]] | None = None
+) -> pd.DataFrame:
+    """Compare curves after a number of steps, each at its own best rate.
+
+    An adapter is compared with full fine-tuning of the same modules, with the largest rank at its strength, and with
+    the largest strength at its rank. The last compares LoRA with RoRA of the same alpha if the strengths are alpha and
+    alpha sqrt(r). Every curve is compared with the same curve of other runs.
+
+    Args:
+      curves: `curves_at` the step.
+      step: Number of steps.
+      other_runs: `curves_at` the step of other runs, by the settings in which they differ, see
+        `runs.read_comparison_runs`.
+
+    Returns:
+      A row for each pair that has curves with a common seed: ``step``, ``rank`` and ``strength`` of the first curve and
+      ``compared_with``, the name of the second; ``ratio``, the first best rate over the second, with
+      ``ratio_log2_error``; ``difference`` of the lowest losses with its 95% ``half_width``, which includes
+      ``grid_error``, and ``error_over``; ``seeds``; and ``verdict``, see `stats.rate_curves.compare_curves`.
+    """
+    # Pairs of curves, each followed by the names of both. First every adapter with full fine-tuning.
+    adapters = [curve for curve in curves if curve.rule != FULL]
+    pairs = [(curve, full, _rank_name(curve), FULL) for curve in adapters for full in curves if full.rule == FULL]
+    # With the largest rank at one strength.
+    for curve in adapters:
+        same_strength = (other for other in adapters if strength_of(other) == strength_of(curve))
+        largest = max(same_strength, key=lambda other: other.rank)
+        if largest is not curve:
+            pairs.append((curve, largest, _rank_name(curve), _rank_name(largest)))
+    # With the largest strength at one rank.
+    for curve in adapters:
+        strongest = max((other for other in adapters if other.rank == curve.rank), key=strength_of)
+        if strongest is not curve:
+            name, strongest_name = (_strength_name(strength_of(member)) for member in (curve, strongest))
+            pairs.append((curve, strongest, name, strongest_name))
+    # With the same setting in other runs.
+    for name, other_curves in (other_runs or {}).items():
+        by_setting = {(other.rank, other.scaling): other for other in other_curves}
+        pairs += [
+            (curve, by_setting[curve.rank, curve.scaling], _rank_name(curve), name)
+            for curve in curves
+            if (curve.rank, curve.scaling) in by_setting
+        ]
+    columns = ["ratio", "ratio_log2_error", "ratio_log2_half_width", "difference", "half_width"]
+    columns += ["grid_error", "error_over"]
+    rows = []
+    # Estimates of a pair use only the seeds of both, so that their noise cancels.
+    for first, second, first_name, second_name in pairs:
+        shared = at_shared_seeds(first, second)
+        if shared:
+            curve, other = replace(shared[0], rule=first_name), replace(shared[1], rule=second_name)
+            result = compare_curves(curve, other, estimate_loss_difference(curve, other))
+            row = {"step": step} | setting_labels(first) | {"compared_with": second_name}
+            row |= {column: getattr(result, column) for column in columns}
+            rows.append(row | {"seeds": len(curve.losses), "verdict": result.verdict})
+    return frames.from_rows(rows, list(rows[0])) if rows else pd.DataFrame()
+
+
+def _rank_name(curve: Curve) -> str:
+    return f"r = {curve.rank}" if curve.rank else FULL
+
+
+def _strength_name(strength: float) -> str:
+    return f"gamma r = {strength:g}"
+
+
+def compare_at_one_rate(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int) -> pd.DataFrame:
+    """Compare every strength with the largest strength of its rank at the same learning rate.
+
+    In contrast, `compare_best_rates` compares curves at their own best rates.
+
+    Args:
+      runs: Runs of the grid, see `runs.merge_repeated_runs`.
+      tokens: Number of tokens of each held-out record.
+      step: Number of steps.
+
+    Returns:
+      A row for each rank, strength and rate: ``step``, ``rank``, ``strength``, ``compared_with`` and ``learning_rate``;
+      ``difference`` of the losses with its 95% ``half_width`` and ``error_over``, see `loss_difference`; and ``seeds``,
+      the number of seeds that did not diverge at either strength.
+    """
+    # Runs by rank, strength and rate, then by seed.
+    by_setting: dict[tuple[int, float, float], dict[int, TrainedRun]] = {}
+    for run in runs:
+        if run.rank and run.strength and run.losses(step) is not None:
+            by_setting.setdefault((run.rank, run.strength, run.rate), {})[run.seed] = run.at(step, tokens)
+    # Strengths ascend, so that the last one of a rank, its largest, remains.
+    strongest = {rank: strength for rank, strength, _ in sorted(by_setting)}
+    rows = []
+    for rank, strength, rate in sorted(by_setting):
+        by_seed, other_by_seed = by_setting[rank, strength, rate], by_setting.get((rank, strongest[rank], rate), {})
+        seeds = sorted(by_seed.keys() & other_by_seed.keys())
+        if strength == strongest[rank] or not seeds:
+            continue
+        # Runs of both strengths with the same seeds and records, so that the difference is paired.
+        difference = loss_difference([by_seed[seed] for seed in seeds], [other_by_seed[seed] for seed in seeds])
+        row = {"step": step, "rank": rank, "strength": strength, "compared_with": _strength_name(strongest[rank])}
+        row |= {"learning_rate": rate, "difference": difference.value}
+        row |= {"half_width": difference.half_width() if difference.has_error else None}
+        rows.append(row | {"error_over": difference.over, "seeds": len(seeds)})
+    return frames.from_rows(rows, list(rows[0])) if rows else pd.DataFrame()

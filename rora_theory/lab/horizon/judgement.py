@@ -1,0 +1,191 @@
+"""Analysis of the runs of a grid of horizons: best rates, comparisons, and exponents compared with the law."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, get_args
+
+import numpy as np
+import pandas as pd
+
+from rora_theory.lab.horizon.curves import (
+    best_rate_table,
+    compare_at_one_rate,
+    compare_best_rates,
+    curves_at,
+    training_curves_at,
+)
+from rora_theory.lab.horizon.estimators import estimator_table
+from rora_theory.lab.horizon.law import horizon_exponents, step_exponents
+from rora_theory.lab.horizon.parts import change_at_best, led_table
+from rora_theory.lab.horizon.regret import constants_by_steps, policies, regret_by_policy, regret_table
+from rora_theory.lab.horizon.runs import FULL, HorizonRun, merge_repeated_runs
+from rora_theory.optimizers import Schedule
+from rora_theory.stats.verdicts import Outcome
+
+UNITS = {
+    "strength": "gamma times the rank: alpha under alpha / r, alpha sqrt(r) under alpha / sqrt(r)",
+    "validation_loss, answer_loss": "nats per token of the held-out records; errors are over records",
+}
+
+BOOTSTRAP_SAMPLES = 1000
+"""Number of bootstrap samples of the held-out records."""
+
+
+@dataclass(frozen=True, eq=False)
+class HorizonJudgement:
+    """Analysis of runs as frames, which are empty if the runs do not suffice.
+
+    Attributes:
+      best: Best rates at every step, `curves.best_rate_table`.
+      comparisons: Comparisons of curves at their best rates, `curves.compare_best_rates`.
+      one_rate: Comparisons at the same rate, `curves.compare_at_one_rate`.
+      exponents: Exponents of the best rates in strength and rank, `law.horizon_exponents`.
+      estimators: Exponents by estimators that use whole curves, `estimators.estimator_table`.
+      steps: Exponents of the best rates in the number of steps, `law.step_exponents`.
+      led: Parts of the change in every run, `parts.led_table`.
+      change: Size of the change at the best rates, `parts.change_at_best`.
+      constants: Displacement constants K, `regret.constants_by_steps`.
+      regret: Cost of policies between all measured conditions, `regret.regret_table`.
+      policies: Summary of the cost, `regret.regret_by_policy`.
+    """
+
+    best: pd.DataFrame
+    comparisons: pd.DataFrame
+    one_rate: pd.DataFrame
+    exponents: pd.DataFrame
+    estimators: pd.DataFrame
+    steps: pd.DataFrame
+    led: pd.DataFrame
+    change: pd.DataFrame
+    constants: pd.DataFrame
+    regret: pd.DataFrame
+    policies: pd.DataFrame
+
+    def files(self) -> dict[str, pd.DataFrame]:
+        """Return the frames that are not empty by the names of their files."""
+        by_name = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {f"{name}.csv": frame for name, frame in by_name.items() if not frame.empty}
+
+
+def judge_runs(
+    runs: Sequence[HorizonRun],
+    tokens: Sequence[int],
+    *,
+    takeovers: Sequence[float],
+    warmup: int,
+    schedule: Schedule = "constant",
+    linear_terms: Sequence[float] = (),
+    other_runs: Mapping[str, Sequence[HorizonRun]] | None = None,
+) -> HorizonJudgement:
+    """Find the best rates at every step of the readings, and compare them with each other and with the law.
+
+    Args:
+      runs: Runs of one grid; runs of the same setting are merged, see `runs.merge_repeated_runs`.
+      tokens: Number of tokens of each held-out record.
+      takeovers: Takeover distances of the model's modules for the law's exponents; if empty, these are left out.
+      warmup: Number of steps of linear warm-up.
+      schedule: Schedule of the learning rate after the warm-up.
+      linear_terms: Linear terms of the model's modules, see `law.horizon_exponents`.
+      other_runs: Runs to compare with, by description, see `runs.read_comparison_runs`.
+
+    Returns:
+      The frames of the analysis.
+    """
+    # Curves of loss against rate at every step, and their minima.
+    runs = merge_repeated_runs(runs)
+    steps = sorted({reading.step for run in runs for reading in run.read.readings})
+    curves = {step: curves_at(runs, tokens, step, draws=BOOTSTRAP_SAMPLES) for step in steps}
+    best = _concatenate(best_rate_table(step_curves, step) for step, step_curves in curves.items())
+    led = led_table(runs, takeovers=takeovers, warmup=warmup, schedule=schedule)
+    # Without a curve of three rates, only the parts of the change can be analysed.
+    if best.empty:
+        empty = pd.DataFrame()
+        return HorizonJudgement(best, empty, empty, empty, empty, empty, led, empty, empty, empty, empty)
+    # Comparisons of curves, also with those of other runs after the same number of steps.
+    merged_others = {name: merge_repeated_runs(named_runs) for name, named_runs in (other_runs or {}).items()}
+    comparisons = []
+    for step, step_curves in curves.items():
+        other_curves = {
+            name: curves_at(named_runs, tokens, step, draws=BOOTSTRAP_SAMPLES)
+            for name, named_runs in merged_others.items()
+        }
+        comparisons.append(compare_best_rates(step_curves, step, other_curves))
+    # Exponents of the best rates, with those of the laws.
+    constants = constants_by_steps(led, best)
+    by_steps = constants.groupby("step") if len(constants) else ()
+    ranges = {int(step): (float(rows["constant"].min()), float(rows["constant"].max())) for step, rows in by_steps}
+    exponents = exponents_in_steps = pd.DataFrame()
+    if takeovers:
+        law: dict[str, Any] = {"takeovers": takeovers, "warmup": warmup, "schedule": schedule}
+        exponents = _concatenate(
+            horizon_exponents(step_curves, step, **law, runs=runs, linear_terms=linear_terms, constants=ranges)
+            for step, step_curves in curves.items()
+        )
+        exponents_in_steps = step_exponents(curves, **law)
+    at_same_rate = _concatenate(compare_at_one_rate(runs, tokens, step) for step in steps)
+    # Curves of training loss, which a longer run at a constant rate shares with a shorter one.
+    training_curves = {
+        step: training_curves_at(runs, step, draws=BOOTSTRAP_SAMPLES) if schedule == "constant" else []
+        for step in steps
+    }
+    # Regret of policies, with the geometric middle of the displacement constants at each step.
+    middle = {step: math.sqrt(low * high) for step, (low, high) in ranges.items()}
+    by_name = policies(middle, takeover=float(np.median(takeovers)) if takeovers else None, schedule=schedule)
+    costs = regret_table(runs, tokens, curves, by_name, draws=BOOTSTRAP_SAMPLES)
+    return HorizonJudgement(
+        best,
+        _concatenate(comparisons),
+        at_same_rate,
+        exponents,
+        _concatenate(estimator_table(curves[step], step, training_curves[step]) for step in steps),
+        exponents_in_steps,
+        led,
+        change_at_best(best, led),
+        constants,
+        costs,
+        regret_by_policy(costs),
+    )
+
+
+def _concatenate(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Concatenate the tables that are not empty, since an empty one would convert integers to floats."""
+    with_rows = [table for table in tables if len(table)]
+    return pd.concat(with_rows) if with_rows else pd.DataFrame()
+
+
+def describe_horizons(runs: int, best: pd.DataFrame, exponents: pd.DataFrame, *, law: bool) -> str:
+    """Return a sentence on whether the runs support each law, or on what is missing.
+
+    Args:
+      runs: Number of runs.
+      best: `curves.best_rate_table` of every step.
+      exponents: `law.horizon_exponents` of every step.
+      law: Whether takeover distances are known.
+    """
+    if best.empty:
+        return f"No rank and gamma r has runs at three learning rates yet ({runs} runs in all)."
+    if not law:
+        return f"{runs} runs give {len(best)} best rates. Pass --regime to compare their exponents with the law."
+    if exponents.empty:
+        return f"No two best rates of the {runs} runs can be compared yet."
+    laws = {"displacement law": "displacement_verdict", "law of a constant gradient": "verdict"}
+    clauses = [f"the {law} {_count_verdicts(exponents[column])}" for law, column in laws.items() if column in exponents]
+    return f"Exponents of {runs} runs: {'; '.join(clauses)}."
+
+
+def _count_verdicts(verdicts: pd.Series) -> str:
+    counts = verdicts.value_counts()
+    return ", ".join(f"{name} {counts[name]} times" for name in get_args(Outcome) if name in counts)
+
+
+def add_against_column(exponents: pd.DataFrame) -> pd.DataFrame:
+    """Add a column ``against`` to `law.horizon_exponents` that describes what the rate is compared against."""
+    return exponents.assign(against=exponents["over"].map({"strength": "gamma r at r =", "rank": "r at gamma r ="}))
+
+
+def add_size_column(frame: pd.DataFrame) -> pd.DataFrame:
+    """Add a column ``size`` with the rank as text to a frame of a judgement, unless it summarises ranks."""
+    if "rank" not in frame:
+        return frame
+    return frame.assign(size=frame["rank"].map("{:g}".format, na_action="ignore").fillna(FULL))

@@ -1,0 +1,292 @@
+"""Exponents of the best learning rate in gamma r, rank and steps: predicted by the law, and measured in runs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from rora_theory.errors import InputError
+from rora_theory.lab.horizon.curves import setting_labels, strength_of
+from rora_theory.lab.horizon.grid import rate_factors
+from rora_theory.lab.horizon.parts import QUANTILES, exponent_of_parts
+from rora_theory.lab.horizon.runs import HorizonRun
+from rora_theory.laws import displacement, horizon, laws
+from rora_theory.measure.regimes.saved_run import read_regime_run
+from rora_theory.measure.regimes.tables import TAKEOVER, TAKEOVER_COLUMNS
+from rora_theory.optimizers import Schedule
+from rora_theory.runs import frames
+from rora_theory.stats.estimate import Estimate
+from rora_theory.stats.rate_curves import Curve, at_shared_seeds, log2_rates, weighted_log2_rates
+from rora_theory.stats.verdicts import judge_range
+
+RIVALS = {"strength": (-1.0, 0.0), "rank": (-0.125, 0.125, 0.5), "step": (-0.5,)}
+"""Exponents that rival explanations predict for the best rate, by the setting that changes.
+
+In the strength G: -1 (the law of the first step) and 0 (the rate does not depend on G). In the rank at fixed G: 1/2
+(cross-talk leads), and -1/8 and 1/8, the smallest exponents that a user would notice: from rank 8 to 128 they change
+the rate by a factor of 1.4, which costs a few thousandths of a nat. In the number of steps: -1/2 (a random walk).
+"""
+
+
+def read_regime(folder: Path) -> tuple[list[float], list[float]]:
+    """Read the takeover distances and the linear terms under Adam of all modules, with PEFT's default initialisation.
+
+    Args:
+      folder: Run folder of ``sims.regime``.
+
+    Returns:
+      The takeover distances, and the linear terms c of the first step; a value of each per module.
+
+    Raises:
+      InputError: If `read_regime_run` refuses the folder, or if it has no such takeover distance.
+    """
+    run = read_regime_run(folder, optimizer="adam", init="kaiming_uniform", split="heldout")
+    rows = frames.read_csv(folder / TAKEOVER, TAKEOVER_COLUMNS)
+    held_out = rows[(rows["init"] == "kaiming_uniform") & (rows["split"] == "heldout")]
+    if held_out.empty:
+        raise InputError(
+            f"{folder / TAKEOVER} has no held-out row for kaiming_uniform. "
+            "Run sims.regime with --inits kaiming_uniform."
+        )
+    return held_out["takeover"].astype(float).tolist(), list(run.linear_terms.values())
+
+
+def predict_exponents(
+    takeovers: Sequence[float],
+    strengths: tuple[float, float],
+    *,
+    steps: Sequence[int],
+    rates: Sequence[float],
+    warmup: int,
+    schedule: Schedule = "constant",
+) -> pd.DataFrame:
+    """Predict by the law how much the best rate falls between two values of gamma r.
+
+    The optimizer is Adam with a warm-up from 0, and the signal term dominates.
+
+    Args:
+      takeovers: Takeover distances of the model's modules (`rora_theory.laws.horizon`).
+      strengths: Value of gamma r at which the best rate is known, and the other value.
+      steps: Numbers of steps of whole runs.
+      rates: Candidates for the best rate at the first value.
+      warmup: Number of steps of linear warm-up.
+      schedule: Schedule of the learning rate after the warm-up.
+
+    Returns:
+      A row for each number of steps, rate and quantile: ``steps``, ``rate``, ``quantile`` of the takeover distances,
+      ``takeover``, ``factor`` (rate at the first strength over rate at the second) and ``exponent``
+      (d log rate / d log gamma r).
+    """
+    rows = []
+    for count, rate, quantile in product(steps, rates, QUANTILES):
+        takeover = float(np.quantile(takeovers, quantile))
+        rates_of_steps = [rate * factor for factor in rate_factors(count, warmup, schedule)]
+        # Ratio of the A-led to the B-led part at the end of the run, which decides how much the rate changes.
+        rho = horizon.distances(rates_of_steps, takeover=takeover).A / takeover
+        divisor = 1 / horizon.rate_factor(strengths[1] / strengths[0], rho)
+        exponent = -math.log(divisor) / math.log(strengths[1] / strengths[0])
+        rows.append((count, rate, quantile, takeover, divisor, exponent))
+    return pd.DataFrame(rows, columns=["steps", "rate", "quantile", "takeover", "factor", "exponent"])
+
+
+def horizon_exponents(
+    curves: Sequence[Curve],
+    step: int,
+    *,
+    takeovers: Sequence[float],
+    warmup: int,
+    schedule: Schedule = "constant",
+    runs: Sequence[HorizonRun] = (),
+    linear_terms: Sequence[float] = (),
+    constants: Mapping[int, tuple[float, float]] | None = None,
+) -> pd.DataFrame:
+    """Measure the exponents of the best rate in gamma r and in the rank, and compare them with the laws.
+
+    At every rank the exponent in gamma r is measured from each strength to the largest; at every strength the exponent
+    in the rank is measured from each rank to the largest.
+
+    Args:
+      curves: `curves.curves_at` the step.
+      step: Number of steps.
+      takeovers: Takeover distances of the model's modules, see `predict_exponents`.
+      warmup: Number of steps of linear warm-up.
+      schedule: Schedule of the learning rate after the warm-up.
+      runs: Runs with measured parts of the change, see `parts.exponent_of_parts`.
+      linear_terms: Linear terms c of the modules' first step under Adam; if empty, the signal term dominates.
+      constants: Smallest and largest measured displacement constant K by number of steps, see
+        `regret.constants_by_steps`; without them the displacement law is left out over the strength.
+
+    Returns:
+      A row for each pair of values of the strength or the rank, with the columns
+
+      - ``step``, ``over`` (``strength`` or ``rank``, the setting that changes), ``at`` (value of the other setting),
+        ``first`` and ``second`` (values of the setting that changes);
+      - ``exponent`` with ``standard_error``, 95% ``half_width`` and ``error_over``, from the ``seeds`` that both curves
+        have, and ``edge`` as in `step_exponents`;
+      - ``law_low``, ``law`` and ``law_high``, the exponent by the law of a constant gradient, and ``verdict`` on it,
+        see `stats.verdicts.judge_range`. Over the strength the range is that of the modules' takeover distances, at the
+        measured best rate. Over the rank it extends from 0, where the signal or A leads, to the exponents that preserve
+        the first step of the median module and of the module at the 95% quantile, see
+        `laws.equal_change_rank_exponent`;
+      - over the strength ``by_parts``, the mean over seeds of `parts.exponent_of_parts`, their range ``by_parts_low``
+        and ``by_parts_high``, and ``by_parts_verdict``, the verdict on this range;
+      - ``displacement_low`` and ``displacement_high``, the exponents of the displacement law, and
+        ``displacement_verdict``: over the strength those over the measured constants and every coherence, over the rank
+        0. Each law is a rival of the other.
+    """
+    rows = []
+    # Settings are pairs of rank (index 0) and strength (index 1). One of them changes, the other is the same.
+    curve_of_setting = {(curve.rank, strength_of(curve)): curve for curve in curves}
+    for over, index in (("strength", 1), ("rank", 0)):
+        # Each curve with the one of the largest strength (or rank) at the same rank (or strength).
+        pairs = [
+            (key, max(other for other in curve_of_setting if other[1 - index] == key[1 - index]))
+            for key in sorted(curve_of_setting, key=lambda key: (key[1 - index], key[index]))
+        ]
+        for first, last in pairs:
+            ends = at_shared_seeds(curve_of_setting[first], curve_of_setting[last]) if first != last else ()
+            if not ends:
+                continue
+            at, low, high = first[1 - index], first[index], last[index]
+            # Measured exponent, then those of the laws.
+            slope = weighted_log2_rates((-1.0, 1.0), *ends).times(1 / math.log2(high / low))
+            law: tuple[float, ...] = (0.0, 0.0, 0.0)
+            # By the displacement law the rank has no effect but through gamma r.
+            displaced: tuple[float, float] | None = (0.0, 0.0)
+            by_parts: list[float] = []
+            if over == "strength":
+                rate = _best_rate(ends[0])
+                predicted = predict_exponents(
+                    takeovers, (low, high), steps=[step], rates=[rate], warmup=warmup, schedule=schedule
+                )
+                law = tuple(predicted["exponent"])
+                displaced = _displacement_exponents((constants or {}).get(step), low, high)
+                by_parts = exponent_of_parts(
+                    runs, step, rank=int(at), strengths=(low, high), rate=rate, seeds=tuple(ends[0].by_seed)
+                )
+            elif len(linear_terms):
+                # Rates that preserve each module's first step.
+                exponents = laws.equal_change_rank_exponent(low, high, np.asarray(linear_terms))
+                law = (0.0, *np.quantile(exponents, QUANTILES[1:]).tolist())
+            # Row with the verdict on each law. The laws and the measured parts are rivals of each other.
+            edge, seeds = _edge_of_pair(*ends), len(ends[0].losses)
+            judge_prediction = partial(judge_range, slope, is_bound=bool(edge))
+            rivals = (*RIVALS[over], *(displaced or ()))
+            rows.append(
+                {"step": step, "over": over, "at": at, "first": low, "second": high, "exponent": slope.value}
+                | _errors(slope)
+                | {"law_low": min(law), "law": law[1], "law_high": max(law), "seeds": seeds}
+                | {"verdict": judge_prediction((min(law), max(law)), rivals, seeds=seeds)}
+                | {"edge": edge, "by_parts": float(np.mean(by_parts)) if by_parts else None}
+            )
+            if displaced is not None:
+                rows[-1] |= dict(zip(("displacement_low", "displacement_high"), displaced, strict=True))
+                displacement_rivals = (*RIVALS[over], min(law), max(law))
+                rows[-1]["displacement_verdict"] = judge_prediction(displaced, displacement_rivals, seeds=seeds)
+            if by_parts:
+                parts_range = min(by_parts), max(by_parts)
+                rows[-1] |= dict(zip(("by_parts_low", "by_parts_high"), parts_range, strict=True))
+                rows[-1]["by_parts_verdict"] = judge_prediction(parts_range, (*rivals, law[1]), seeds=len(by_parts))
+    return pd.DataFrame(rows)
+
+
+def _displacement_exponents(
+    constants: tuple[float, float] | None, low: float, high: float
+) -> tuple[float, float] | None:
+    """Return the smallest and largest exponent of the displacement law between two values of G, or None."""
+    if constants is None:
+        return None
+    exponents = [
+        displacement.best_rate_exponent(low, high, displacement_constant=constant, coherence=coherence)
+        for constant in constants
+        for coherence in displacement.COHERENCE_RANGE
+    ]
+    return min(exponents), max(exponents)
+
+
+def step_exponents(
+    curves: Mapping[int, Sequence[Curve]],
+    *,
+    takeovers: Sequence[float],
+    warmup: int,
+    schedule: Schedule = "constant",
+) -> pd.DataFrame:
+    """Measure the exponent of the best rate in the number of steps, and compare it with that of a constant gradient.
+
+    At every rank and strength the exponent is measured between all pairs of numbers of steps. Steps within a warm-up
+    at rate 0 have no best rate and are left out.
+
+    If signs are constant, both factors move by the sum of the rates. The rate that preserves the change is then
+    inversely proportional to that sum, whichever part leads (`rora_theory.laws.horizon.rate_for_equal_change`).
+    Entries in a random walk move by the root of the sum, which gives -1/2.
+
+    Args:
+      curves: `curves.curves_at` by step.
+      takeovers: Takeover distances of the model's modules, see `predict_exponents`.
+      warmup: Number of steps of linear warm-up.
+      schedule: Schedule of the learning rate after the warm-up.
+
+    Returns:
+      A row for each rank, strength and pair of numbers of steps, ``first`` below ``second``: ``rank``, ``strength``,
+      ``first`` and ``second``; ``exponent`` with ``standard_error``, 95% ``half_width``, ``error_over`` and the number
+      of common ``seeds``; the exponents ``law_low``, ``law`` and ``law_high`` of a constant gradient over the modules'
+      takeover distances at the first best rate; ``verdict``, see `stats.verdicts.judge_range`; and ``edge``, which of
+      the two best rates lies at an end of its grid: ``first``, ``second`` or ``both``; empty if neither does. The
+      exponent of a pair with an edge is not reliable, and its verdict is ``undecided``.
+    """
+    rows = []
+    # Curves of each setting by step, without steps at which the warm-up has not raised the rate from 0.
+    curves_of_setting: dict[tuple[int, float], dict[int, Curve]] = {}
+    for step in sorted(curves):
+        for curve in curves[step] if any(rate_factors(step, warmup, schedule)) else ():
+            curves_of_setting.setdefault((curve.rank, curve.scaling), {})[step] = curve
+    for by_step in curves_of_setting.values():
+        # Steps ascend, so that the first number of every pair is the smaller one.
+        for first, second in combinations(by_step, 2):
+            curve = by_step[first]
+            ends = at_shared_seeds(curve, by_step[second])
+            if not ends:
+                continue
+            # Measured exponent: change of the log of the best rate per doubling of the steps.
+            octaves = math.log2(second / first)
+            slope = weighted_log2_rates((-1.0, 1.0), *ends).times(1 / octaves)
+            rate = _best_rate(ends[0])
+            # Full fine-tuning has no A that could take over.
+            distances = np.quantile(takeovers, QUANTILES).tolist() if curve.rank else [math.inf]
+            # Exponents of the law, at quantiles of the modules' takeover distances.
+            schedules = [rate_factors(count, warmup, schedule) for count in (first, second)]
+            preserving_rates = [
+                horizon.rate_for_equal_change(rate, *schedules, takeover=distance) for distance in distances
+            ]
+            law = sorted(math.log2(preserving / rate) / octaves for preserving in preserving_rates)
+            edge, seeds = _edge_of_pair(*ends), len(ends[0].losses)
+            rows.append(
+                setting_labels(curve)
+                | {"first": first, "second": second, "exponent": slope.value}
+                | _errors(slope)
+                | {"seeds": seeds, "law_low": law[0], "law": law[len(law) // 2], "law_high": law[-1]}
+                | {"verdict": judge_range(slope, (law[0], law[-1]), RIVALS["step"], is_bound=bool(edge), seeds=seeds)}
+                | {"edge": edge}
+            )
+    return frames.from_rows(rows, list(rows[0])) if rows else pd.DataFrame()
+
+
+def _edge_of_pair(first: Curve, second: Curve) -> str:
+    """Return which of two best rates lies at an end of its grid: ``first``, ``second``, ``both`` or an empty string."""
+    if first.edge and second.edge:
+        return "both"
+    return "first" if first.edge else "second" if second.edge else ""
+
+
+def _best_rate(curve: Curve) -> float:
+    """Return the geometric mean of the seeds' best rates."""
+    return 2 ** float(np.mean(log2_rates(curve.replicates)))
+
+
+def _errors(slope: Estimate) -> dict[str, Any]:
+    return {"standard_error": slope.error, "half_width": slope.half_width(), "error_over": slope.over}

@@ -1,0 +1,266 @@
+"""Regret of policies in the measured runs: what it costs to keep, divide or scale a tuned learning rate."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from rora_theory.advice.run_change import RunChange
+from rora_theory.lab.horizon.curves import curves_at, strength_of
+from rora_theory.lab.horizon.parts import GRID_STEP
+from rora_theory.lab.horizon.runs import FULL, HorizonRun
+from rora_theory.laws import displacement, horizon
+from rora_theory.optimizers import Schedule
+from rora_theory.runs import frames
+from rora_theory.stats.rate_curves import Curve, log2_rates
+from rora_theory.stats.regret import regret
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A setting whose curve of loss against learning rate was measured.
+
+    Attributes:
+      rank: Rank of the adapter.
+      strength: G = gamma r.
+      steps: Number of optimizer steps.
+    """
+
+    rank: int
+    strength: float
+    steps: int
+
+
+RatePolicy = Callable[[Condition, Condition, float], float]
+"""Learning rate for the new condition, from the old condition, the new one and the rate tuned in the old one."""
+
+
+def policies(
+    constants: Mapping[int, float],
+    *,
+    takeover: float | None = None,
+    coherence: float = 1.0,
+    schedule: Schedule = "constant",
+) -> dict[str, RatePolicy]:
+    """Return the policies that are compared, by name.
+
+    Args:
+      constants: Displacement constant K by number of steps; the nearest number in log is used. If empty, the policies
+        of the displacement law with a measured constant are left out.
+      takeover: Median takeover distance of the model's modules; None leaves the constant-gradient law out.
+      coherence: Coherence c of the displacement law, from 1 to 2.
+      schedule: Learning-rate schedule of the runs.
+
+    Returns:
+      Policies that leave the rate alone when the number of steps changes (``keep the rate``, ``first step``,
+      ``square root``, ``displacement``, ``constant gradient``), ``displacement and steps``, and ``advice``: the rate
+      of `rora_theory.transfer`, whose constants are the default ones and not those of the runs.
+    """
+
+    # The displacement law, with the constant measured at about this number of steps.
+    def displacement_rate(old: Condition, new: Condition, rate: float) -> float:
+        # A number of steps without a constant uses that of the nearest one.
+        steps = min(constants, key=lambda steps: abs(math.log(steps / old.steps)))
+        factor = displacement.best_rate_factor(
+            old.strength, new.strength, displacement_constant=constants[steps], coherence=coherence
+        )
+        return rate * factor
+
+    # The law of a constant gradient: the change at the horizon stays the same. rate * steps / takeover is the ratio of
+    # the A-led to the B-led part at the old horizon.
+    def constant_gradient_rate(old: Condition, new: Condition, rate: float) -> float:
+        assert takeover is not None
+        return rate * horizon.rate_factor(new.strength / old.strength, rate * old.steps / takeover)
+
+    # The displacement law, with the random walk's exponent in the steps.
+    def displacement_and_steps_rate(old: Condition, new: Condition, rate: float) -> float:
+        return displacement_rate(old, new, rate) * (new.steps / old.steps) ** -0.5
+
+    # The rate that `rora_theory.transfer` returns, with its default constants.
+    def advised_rate(old: Condition, new: Condition, rate: float) -> float:
+        change = RunChange(steps=old.steps, to_steps=new.steps, schedule=schedule)
+        return change.carry(rate, old_strength=old.strength, new_strength=new.strength).best
+
+    by_name: dict[str, RatePolicy] = {
+        "keep the rate": lambda _old, _new, rate: rate,
+        "first step": lambda old, new, rate: rate * old.strength / new.strength,
+        "square root": lambda old, new, rate: rate * (old.strength / new.strength) ** 0.5,
+    }
+    if constants:
+        by_name |= {"displacement": displacement_rate, "displacement and steps": displacement_and_steps_rate}
+    by_name["advice"] = advised_rate
+    return by_name if takeover is None else by_name | {"constant gradient": constant_gradient_rate}
+
+
+def constants_by_steps(led: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
+    """Compute the displacement constant K of every condition from runs at or below its best rate.
+
+    Args:
+      led: `parts.led_table`.
+      best: `curves.best_rate_table` of every step.
+
+    Returns:
+      A row for each ``step``, ``rank`` and ``strength``: ``constant``, the mean of K over runs, its smallest
+      and largest value ``constant_low`` and ``constant_high``, and ``runs``, how many there are. A run belongs to it if
+      its learning rate is at most half a grid step of a quarter decade above the best rate.
+    """
+    rows: list[dict[str, Any]] = []
+    optima = {
+        (row["step"], row["rank"], round(row["strength"], 6)): row["best_rate"]
+        for row in frames.rows(best[best["rank"].notna()])
+    }
+    for (step, rank, strength), runs in led.groupby(["step", "rank", "strength"]) if len(led) else ():
+        # Runs up to the best rate, with half a grid step of slack because it lies between the rates of the grid.
+        optimum = optima.get((step, rank, round(strength, 6)))
+        near_best = runs[runs["learning_rate"] <= (optimum or 0.0) * 10 ** (GRID_STEP / 2)]
+        if len(near_best):
+            # K = G rho (1 + rho), with the measured ratio rho of the A-led to the B-led part.
+            values = strength * near_best["ratio"] * (1 + near_best["ratio"])
+            rows.append(
+                {"step": int(step), "rank": int(rank), "strength": float(strength)}
+                | {"constant": float(values.mean())}
+                | {"constant_low": float(values.min()), "constant_high": float(values.max()), "runs": len(near_best)}
+            )
+    columns = ["step", "rank", "strength", "constant", "constant_low", "constant_high", "runs"]
+    return frames.from_rows(rows, columns)
+
+
+def regret_table(
+    runs: Sequence[HorizonRun],
+    tokens: Sequence[int],
+    curves: Mapping[int, Sequence[Curve]],
+    by_name: Mapping[str, RatePolicy],
+    *,
+    draws: int,
+) -> pd.DataFrame:
+    """Compute the regret of every policy between all pairs of measured conditions.
+
+    The new condition has the same or a higher rank and number of steps, the usual direction of a transfer; its G may be
+    higher or lower. Where the policy's rate lies outside the rates that all seeds ran, the seeds that ran rates on both
+    sides of it are used. A policy that gives the same rate as an earlier one has no row; all laws do at an unchanged G.
+
+    Args:
+      runs: Runs of one grid, see `runs.merge_repeated_runs`.
+      tokens: Number of tokens of every held-out record.
+      curves: `curves.curves_at` of the runs by step.
+      by_name: Policies by name, see `policies`.
+      draws: Number of bootstrap samples of the held-out records, for curves of a subset of the seeds.
+
+    Returns:
+      A row for each pair and policy: ``old_rank``, ``old_strength``, ``old_steps``, ``rank``, ``strength``, ``steps``,
+      ``changed`` (which of the three differ), ``policy``, ``tuned_rate``, ``learning_rate``, ``regret`` in nats per
+      token with ``standard_error``, ``half_width`` (95%, with what the grid may hide), ``error_over``, ``low`` and
+      ``high`` over the interval of the tuned optimum, ``per_cent``, ``lowest_loss``, ``seeds``, ``is_lower_bound`` and
+      ``is_edge`` (a best rate of either curve lies at the end of its grid).
+    """
+    # Every measured condition is an old one, with its tuned rate, and a new one for the others.
+    measured = _MeasuredCurves(runs, tokens, curves, draws)
+    rows: list[dict[str, Any]] = []
+    for old, tuned in measured.curves.items():
+        # Geometric mean of the seeds' best rates.
+        tuned_rate = 2 ** float(np.mean(log2_rates(tuned.replicates)))
+        # Skip lower ranks and shorter runs; the strength may change in both directions.
+        for new, all_seeds in measured.curves.items():
+            if new == old or new.rank < old.rank or new.steps < old.steps:
+                continue
+            changed = [name for name in ("rank", "strength", "steps") if getattr(old, name) != getattr(new, name)]
+            rates: list[float] = []
+            for name, policy in by_name.items():
+                carry_rate = partial(policy, old, new)
+                rate = carry_rate(tuned_rate)
+                # Policies that agree by construction, such as all laws at an unchanged G, have one row: the first's.
+                if any(math.isclose(rate, other_rate, rel_tol=1e-9) for other_rate in rates):
+                    continue
+                rates.append(rate)
+                # Seeds with rates on both sides of the policy's rate, if there are any: otherwise the regret is a lower
+                # bound.
+                target = measured.covering(new, rate) or all_seeds
+                cost = regret(tuned, target, carry_rate)
+                nats = cost.nats
+                rows.append(
+                    {"old_rank": old.rank, "old_strength": old.strength, "old_steps": old.steps}
+                    | {"rank": new.rank, "strength": new.strength, "steps": new.steps}
+                    | {"changed": " ".join(changed), "policy": name}
+                    | {"tuned_rate": tuned_rate, "learning_rate": cost.learning_rate}
+                    | {"regret": nats.value, "standard_error": nats.known_error}
+                    | {"half_width": nats.half_width() if math.isfinite(nats.half_width()) else None}
+                    | {"error_over": nats.over, "low": cost.low, "high": cost.high, "per_cent": cost.per_cent}
+                    | {"lowest_loss": cost.lowest_loss, "seeds": len(target.losses)}
+                    | {"is_lower_bound": cost.is_lower_bound, "is_edge": bool(tuned.edge or target.edge)}
+                )
+    return frames.from_rows(rows, list(rows[0])) if rows else pd.DataFrame()
+
+
+class _MeasuredCurves:
+    """Curves of loss against learning rate by condition, over all seeds or over those with rates around a given one."""
+
+    def __init__(
+        self, runs: Sequence[HorizonRun], tokens: Sequence[int], curves: Mapping[int, Sequence[Curve]], draws: int
+    ) -> None:
+        self._tokens, self._draws = tokens, draws
+        # Runs of each condition that has a curve, in the order of the runs.
+        measured = {
+            Condition(curve.rank, strength_of(curve), step): curve
+            for step, step_curves in curves.items()
+            for curve in step_curves
+            if curve.rule != FULL
+        }
+        self._runs: dict[Condition, list[HorizonRun]] = {}
+        for run in runs:
+            for step in (step for step in sorted(curves) if run.rank and run.strength and run.reaches(step)):
+                condition = Condition(run.rank or 0, round(run.strength or 0.0, 9), step)
+                if condition in measured:
+                    self._runs.setdefault(condition, []).append(run)
+        self.curves = {condition: measured[condition] for condition in self._runs}
+        # Curves of subsets of the seeds are fitted on demand, and start with the curves of all seeds.
+        self._covering: dict[tuple[Condition, frozenset[int]], Curve | None] = {
+            (condition, frozenset(curve.by_seed)): curve for condition, curve in self.curves.items()
+        }
+
+    def covering(self, condition: Condition, learning_rate: float) -> Curve | None:
+        """Return the curve of the seeds whose rates lie on both sides of a learning rate, or None."""
+        # A rate at the end of a grid counts as covered in spite of rounding.
+        runs, slack = self._runs[condition], 1 + 1e-9
+        by_seed: dict[int, list[float]] = {}
+        for run in runs:
+            by_seed.setdefault(run.seed, []).append(run.rate)
+        seeds = frozenset(
+            seed
+            for seed, rates in by_seed.items()
+            if min(rates) <= learning_rate * slack and learning_rate <= max(rates) * slack
+        )
+        # Fit the curve of these seeds once; None if they have no complete grid.
+        if (condition, seeds) not in self._covering:
+            covering_runs = [run for run in runs if run.seed in seeds]
+            curves = curves_at(covering_runs, self._tokens, condition.steps, draws=self._draws)
+            self._covering[condition, seeds] = curves[0] if curves else None
+        return self._covering[condition, seeds]
+
+
+def regret_by_policy(costs: pd.DataFrame) -> pd.DataFrame:
+    """Summarise the regret of every policy over the pairs of conditions that differ in the same settings.
+
+    Args:
+      costs: `regret_table`.
+
+    Returns:
+      A row for each ``changed`` and ``policy``: ``pairs``, ``median`` and ``largest`` regret in nats per token,
+      ``largest_error``, the standard error of the largest, and ``lower_bounds``, the number of pairs whose rate lies
+      outside the measured ones. Pairs with a best rate at the end of a grid are left out.
+    """
+    rows: list[dict[str, Any]] = []
+    # At the end of a grid the lowest loss is unknown, and with it the regret.
+    inside = costs[~costs["is_edge"].astype(bool)] if len(costs) else costs
+    for (changed, policy), pairs in inside.groupby(["changed", "policy"], sort=False) if len(inside) else ():
+        worst = pairs.loc[pairs["regret"].idxmax()]
+        rows.append(
+            {"changed": changed, "policy": policy, "pairs": len(pairs), "median": float(pairs["regret"].median())}
+            | {"largest": float(worst["regret"]), "largest_error": worst["standard_error"]}
+            | {"lower_bounds": int(pairs["is_lower_bound"].sum())}
+        )
+    columns = ["changed", "policy", "pairs", "median", "largest", "largest_error", "lower_bounds"]
+    return frames.from_rows(rows, columns)

@@ -1,0 +1,148 @@
+"""Loading of a model by name: weights, configuration and tokenizer together."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from rora_theory.errors import InputError
+from rora_theory.lab.llama.config import LlamaConfig, ignored_keys
+from rora_theory.lab.llama.hub import ModelSource, locate
+from rora_theory.lab.llama.model import Params
+from rora_theory.lab.llama.quantised import QUANTIZATIONS
+from rora_theory.lab.llama.tokenizer import Tokenizer
+from rora_theory.lab.llama.weights import abbreviate_names, load_hf, parse_dtype, read_config
+from rora_theory.runs.files import read_object
+from rora_theory.scaling import check_choice
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A checkpoint in memory.
+
+    Attributes:
+      params: Weights, in the tree that `model` describes.
+      config: Configuration of the model.
+      tokenizer: Tokenizer of the model. Its ``pad_id`` is None if the model has no embedding for that token.
+      origin: Source of the files.
+      ignored: Keys of its `config.json` that have no effect, see `config.ignored_keys`.
+    """
+
+    params: Params
+    config: LlamaConfig
+    tokenizer: Tokenizer
+    origin: ModelSource
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def remarks(self) -> list[str]:
+        """Notes for the user of a command: terms of use, keys of the configuration that have no effect."""
+        remarks = [] if self.origin.terms is None else [self.origin.terms]
+        if self.ignored:
+            keys = abbreviate_names(self.ignored)
+            remarks.append(f"{self.source / 'config.json'}: ignored, as the output does not depend on it: {keys}")
+        return remarks
+
+    @property
+    def source(self) -> Path:
+        """Folder or file that the model was loaded from."""
+        return self.origin.path
+
+
+def load(
+    path_or_repo: str | Path | ModelSource,
+    dtype: DTypeLike = jnp.float32,
+    revision: str | None = None,
+    shardings: Params | None = None,
+    quantization: str = "none",
+) -> Model:
+    """Load a model.
+
+    Args:
+      path_or_repo: Folder in Hugging Face layout, ``.gguf`` file, hub id, ``"smollm2-135m"`` or ``"gemma3-270m"``
+        (under the Gemma Terms of Use, https://ai.google.dev/gemma/terms). A result of `hub.locate` loads the very files
+        that it located.
+      dtype: Type of the weights in memory: float32, bfloat16 or float16.
+      revision: Branch, tag or commit of a hub id; None is ``main``.
+      shardings: Tree of shardings with the structure of the weights; None puts them on the default device.
+      quantization: Storage of the linear modules' weights in memory, one of `quantised.QUANTIZATIONS`. ``q8_0``,
+        ``q4_0`` and ``q4_1`` are blocks of 32 weights that become dense where they are multiplied. A GGUF file's blocks
+        of that type are kept as they are; other weights are quantised as llama.cpp does.
+
+    Raises:
+      InputError: There is no such model, its weights are pickled or truncated, or it is not supported; see
+        `hub.locate`, `weights.load_hf` and `gguf_file.load_gguf`.
+
+    Examples:
+      >>> model = load("smollm2-135m")  # doctest: +SKIP
+      >>> tokens = jnp.array([model.tokenizer.encode("The sky")])  # doctest: +SKIP
+      >>> llama.forward(model.params, tokens, model.config).shape  # doctest: +SKIP
+      (1, 2, 49152)
+    """
+    parse_dtype(dtype)
+    check_choice("quantization", quantization, QUANTIZATIONS)
+    origin = path_or_repo if isinstance(path_or_repo, ModelSource) else locate(path_or_repo, revision)
+    # The small files first: a model that is not supported fails before its weights are read.
+    source, config, tokenizer = origin.path, model_config(origin), model_tokenizer(origin)
+    ignored: tuple[str, ...] = ()
+    if source.is_dir():
+        ignored = ignored_keys(read_object(source / "config.json"))
+        params = load_hf(source, config, dtype, shardings, quantization)
+    else:
+        from rora_theory.lab.llama.gguf_file import load_gguf, open_gguf
+
+        params = load_gguf(open_gguf(source), source, config, dtype, shardings, quantization)
+    return Model(params, config, tokenizer, origin, ignored)
+
+
+def model_config(origin: ModelSource) -> LlamaConfig:
+    """Read the configuration of a model without its weights; raises `InputError` like `load`."""
+    from rora_theory.lab.llama.gguf_file import config_from_gguf, open_gguf
+
+    source = origin.path
+    return read_config(source) if source.is_dir() else config_from_gguf(open_gguf(source), str(source))
+
+
+def model_tokenizer(origin: ModelSource) -> Tokenizer:
+    """Read the tokenizer of a model without its weights; raises `InputError` like `load`."""
+    from rora_theory.lab.llama.gguf_file import open_gguf
+
+    source, embedding_rows = origin.path, model_config(origin).vocab_size
+    if source.is_dir():
+        return restrict_to_embeddings(Tokenizer.from_folder(source), embedding_rows)
+    return restrict_to_embeddings(Tokenizer.from_gguf(open_gguf(source), str(source)), embedding_rows)
+
+
+def restrict_to_embeddings(tokenizer: Tokenizer, embedding_rows: int) -> Tokenizer:
+    """Return the tokenizer with only those special tokens that the model has an embedding for.
+
+    Tokens that were added to a tokenizer alone, such as one for padding, have no embedding. The returned tokenizer
+    refuses texts that contain them.
+
+    Args:
+      tokenizer: Tokenizer from the model's files.
+      embedding_rows: Number of embeddings of the model.
+
+    Raises:
+      InputError: The vocabulary without added tokens is larger than the model's, or a beginning or end token lies
+        beyond it: the tokenizer belongs to another model.
+    """
+    # Beginning and end tokens cannot be dropped, because texts need them.
+    remedy = f"but the model has {embedding_rows} embeddings. Use the model's own tokenizer."
+    for role, ids in (("beginning", [tokenizer.bos_id]), ("end", tokenizer.eos_ids)):
+        for token_id in ids:
+            if token_id is not None and token_id >= embedding_rows:
+                raise InputError(f"{tokenizer.source}: the {role}-of-text token has id {token_id}, {remedy}")
+    # Added tokens may lie beyond the embeddings, the vocabulary proper may not.
+    if tokenizer.vocab_size > embedding_rows:
+        vocabulary_size = max(tokenizer.backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+        if vocabulary_size > embedding_rows:
+            raise InputError(f"{tokenizer.source}: the tokenizer has {vocabulary_size} tokens, {remedy}")
+        tokenizer = replace(tokenizer, embedding_rows=embedding_rows)
+
+    # Padding and unknown tokens can be done without, so they are dropped.
+    def drop_unembedded(token_id: int | None) -> int | None:
+        return token_id if token_id is not None and 0 <= token_id < embedding_rows else None
+
+    return replace(tokenizer, pad_id=drop_unembedded(tokenizer.pad_id), unk_id=drop_unembedded(tokenizer.unk_id))

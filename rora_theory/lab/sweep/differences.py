@@ -1,0 +1,247 @@
+r"""Paired differences between methods on the same records and items: `differences.csv` of a sweep.
+
+All cells of a sweep are measured on the same held-out records and items. A record that is hard for one adapter is hard
+for another, so that the error of a difference of losses is several times smaller than the errors of the losses.
+Differences of accuracies gain little from the pairing, and those against the base gain nothing. Standard errors over
+records or items apply to the mean over the seeds that both methods have: they describe how another sample of records
+would differ. Standard errors over seeds, available with two or more seeds, describe how another training run would
+differ.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from rora_theory.errors import InputError
+from rora_theory.lab.data.tasks import TASKS
+from rora_theory.lab.sweep import results
+from rora_theory.lab.sweep.design import BASE
+from rora_theory.runs import frames
+from rora_theory.stats.estimate import Estimate
+from rora_theory.stats.paired import mean_of_groups, mean_per_token_over_seeds
+
+AGAINST = "lora"
+"""Method with which the others are compared, in addition to the base."""
+
+RECORD, ITEM = ["file", "index", "tokens", "answer_tokens"], ["task", "index"]
+"""Columns that must be equal in the losses, and in the answers, of two cells."""
+
+Rates = Literal["same", "own", "best"]
+"""Choice of the two learning rates, see `Difference`."""
+
+Row = Mapping[str, Any]
+"""Row of `results.csv`."""
+
+Group = dict[int | None, Row]
+"""Cells of one model, method, rank, alpha and learning rate, by seed; the base has the seed None."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Difference ``method`` minus ``against``; negative losses and positive accuracies favour ``method``.
+
+    Attributes:
+      model: Name of the model.
+      method: Name of the first method.
+      against: Name of the second method.
+      rates: ``same`` if both have the same learning rate (the base has none); ``own`` if each has the only rate that it
+        was run at; ``best`` if each has its best rate, chosen at one seed (`results.marked_rates`) on the same records.
+      rank: Rank of ``method``, or of ``against`` if ``method`` has none.
+      alpha: Alpha of ``method``, or of ``against`` if ``method`` has none.
+      learning_rate: Learning rate of ``method``.
+      against_rate: Learning rate of ``against``.
+      seeds: Number of seeds that both have.
+      loss: Difference of the losses over all tokens, in nats per token.
+      loss_error: Standard error of ``loss`` over records.
+      loss_seed_error: Standard error of ``loss`` over seeds; None for one seed.
+      grid_error: Bound on how far a minimum between the tried rates may lie below the loss at the best rate, the larger
+        of the two (`results.marked_rates`). None if there is no bound or ``rates`` is not ``best``.
+      answer_loss: Difference of the losses over the answers' tokens.
+      answer_error: Standard error of ``answer_loss`` over records.
+      answer_seed_error: Standard error of ``answer_loss`` over seeds; None for one seed.
+      average: Difference of the accuracies, an unweighted mean over tasks; None if one method is not scored.
+      average_error: Standard error of ``average`` over items.
+      average_seeds: Number of seeds for which both are scored.
+      tasks: Differences of the accuracies by task; empty if one method is not scored.
+    """
+
+    model: str
+    method: str
+    against: str
+    rates: Rates
+    rank: int | None
+    alpha: float | None
+    learning_rate: float
+    against_rate: float | None
+    seeds: int
+    loss: float
+    loss_error: float
+    loss_seed_error: float | None
+    grid_error: float | None
+    answer_loss: float
+    answer_error: float
+    answer_seed_error: float | None
+    average: float | None
+    average_error: float | None
+    average_seeds: int
+    tasks: Mapping[str, Estimate] = field(default_factory=dict)
+
+
+def difference_table(differences: Iterable[Difference]) -> pd.DataFrame:
+    """Return `differences.csv`, with a row for each difference and columns ``TASK`` and ``TASK_error``."""
+    rows = []
+    for difference in differences:
+        rows.append(dict(vars(difference)))
+        for task, accuracy in difference.tasks.items():
+            rows[-1] |= {task: accuracy.value, f"{task}_error": accuracy.error}
+    names = [column.name for column in fields(Difference) if column.name != "tasks"]
+    return frames.from_rows(rows, [*names, *(f"{task}{suffix}" for task in TASKS for suffix in ("", "_error"))])
+
+
+def method_differences(rows: pd.DataFrame, cells: Path) -> Iterator[Difference]:
+    """Compare every method with the base and with LoRA.
+
+    A method with a rank is compared with LoRA of the same rank and alpha, a method without a rank with every LoRA.
+
+    Args:
+      rows: Rows of `results.csv`.
+      cells: Folder of the cells, with their losses by record and answers by item.
+
+    Yields:
+      The differences.
+
+    Raises:
+      InputError: If two cells were measured on different records, or if a cell's file is missing or damaged.
+    """
+    # Cells by model, method, rank and alpha, then by learning rate, then by seed.
+    marked = frames.rows(results.marked_rates(rows))
+    grid_errors = {tuple(row[name] for name in results.GROUP): row["grid_error"] for row in marked}
+    groups: dict[tuple[Any, ...], dict[float | None, Group]] = {}
+    # Finished cells by setting, then by rate, then by seed.
+    for row in frames.rows(rows[rows["status"] == "complete"]):
+        key = tuple(row[name] for name in results.GROUP)
+        groups.setdefault(key, {}).setdefault(row["learning_rate"], {})[row["seed"]] = row
+    for (model, method, rank, alpha), by_rate in groups.items():
+        if method == BASE:
+            continue
+        # Against the base, at every rate.
+        base = groups.get((model, BASE, None, None), {})
+        for group in by_rate.values():
+            if base:
+                yield from compare_cells(group, base[None], cells, "same")
+        # LoRA of the same model, and of the same rank and alpha for methods that have them.
+        for lora_key, lora_by_rate in groups.items():
+            lora_model, lora_method, lora_rank, lora_alpha = lora_key
+            if lora_model != model or lora_method != AGAINST or method == AGAINST:
+                continue
+            if rank and (lora_rank, lora_alpha) != (rank, alpha):
+                continue
+            # Against LoRA at the same rate.
+            for rate in [rate for rate in by_rate if rate in lora_by_rate]:
+                yield from compare_cells(by_rate[rate], lora_by_rate[rate], cells, "same")
+            # Against LoRA with each method at its best or only rate, if this is not the same comparison again.
+            best, lora_best = best_of(by_rate), best_of(lora_by_rate)
+            if best and lora_best:
+                is_only = {best[1], lora_best[1]} == {"only"}
+                if not is_only or best[0] != lora_best[0]:
+                    gaps = [grid_errors.get(key) for key in ((model, method, rank, alpha), lora_key)]
+                    grid_error = None if is_only or None in gaps else max(gap for gap in gaps if gap is not None)
+                    kind: Rates = "own" if is_only else "best"
+                    yield from compare_cells(by_rate[best[0]], lora_by_rate[lora_best[0]], cells, kind, grid_error)
+
+
+def best_of(by_rate: Mapping[float | None, Group]) -> tuple[float | None, str] | None:
+    """Return the learning rate that is marked as the best, and its mark; None if there is none."""
+    marks = {rate: row["best_rate"] for rate, group in by_rate.items() for row in group.values() if row["best_rate"]}
+    return next(iter(marks.items()), None)
+
+
+def compare_cells(
+    group: Group, against: Group, cells: Path, rates: Rates, grid_error: float | None = None
+) -> Iterator[Difference]:
+    """Yield the difference of two groups, if they have a seed in common; the base stands for every seed."""
+    # Pairs of the same seed. The base model is not trained, so it pairs with every seed.
+    base = against.get(None)
+    pairs = [(row, base or against[seed]) for seed, row in group.items() if base or seed in against]
+    if not pairs:
+        return
+    # Losses of the same records, and answers to the same items: their paired differences have small errors.
+    (loss, loss_by_seed), (answer, answer_by_seed) = _losses(pairs, cells)
+    # Accuracies are compared over the seeds at which both were scored.
+    scored = [(row, other) for row, other in pairs if None not in (row["average"], other["average"])]
+    average, tasks = _accuracies(scored, cells) if scored else (None, {})
+    # All pairs have the same settings except for the seed, so the first one describes them.
+    row, other = pairs[0]
+    ranked = row if row["rank"] else other
+    yield Difference(
+        model=row["model"],
+        method=row["method"],
+        against=other["method"],
+        rates=rates,
+        rank=ranked["rank"],
+        alpha=ranked["alpha"],
+        learning_rate=row["learning_rate"],
+        against_rate=other["learning_rate"],
+        seeds=len(pairs),
+        loss=loss.value,
+        loss_error=loss.error,
+        loss_seed_error=loss_by_seed.known_error,
+        grid_error=grid_error,
+        answer_loss=answer.value,
+        answer_error=answer.error,
+        answer_seed_error=answer_by_seed.known_error,
+        average=average.value if average else None,
+        average_error=average.error if average else None,
+        average_seeds=len(scored),
+        tasks=tasks,
+    )
+
+
+def _losses(pairs: Sequence[tuple[Row, Row]], cells: Path) -> list[tuple[Estimate, Estimate]]:
+    """Compute the differences of the losses per token over all tokens and over the answers' tokens.
+
+    Returns:
+      The mean over seeds twice: with its error over records, and with its error over seeds.
+    """
+    paths = [[results.cell_file(cells, row["key"], results.LOSSES) for row in pair] for pair in pairs]
+    losses = [[results.read_losses(path) for path in pair] for pair in paths]
+    _check_same(pairs, losses, RECORD, "measured on different records")
+    return [
+        mean_per_token_over_seeds(
+            np.stack([first[f"{kind}loss"] - second[f"{kind}loss"] for first, second in losses]),
+            losses[0][0][f"{kind}tokens"].tolist(),
+        )
+        for kind in ("", "answer_")
+    ]
+
+
+def _accuracies(pairs: Sequence[tuple[Row, Row]], cells: Path) -> tuple[Estimate, dict[str, Estimate]]:
+    """Compute the differences of the average accuracy and of each task's, with standard errors over items."""
+    by_task: dict[str, list[np.ndarray]] = {}
+    paths = [[results.cell_file(cells, row["key"], results.ANSWERS) for row in pair] for pair in pairs]
+    answers = [[results.read_answers(path) for path in pair] for pair in paths]
+    _check_same(pairs, answers, ITEM, "scored on different items")
+    # Item by item: 1 if only the first answers correctly, -1 if only the second does, otherwise 0.
+    for first, second in answers:
+        for task, difference in (first["correct"] - second["correct"]).groupby(first["task"], sort=False):
+            by_task.setdefault(task, []).append(difference.to_numpy())
+    tasks = {task: np.stack(by_seed) for task, by_seed in by_task.items()}
+    return mean_of_groups(list(tasks.values())), {task: mean_of_groups([items]) for task, items in tasks.items()}
+
+
+def _check_same(
+    pairs: Sequence[tuple[Row, Row]], tables: Sequence[Sequence[pd.DataFrame]], columns: list[str], problem: str
+) -> None:
+    """Raise `InputError` unless the tables of all cells are equal in some columns."""
+    first = tables[0][0][columns]
+    for pair, pair_tables in zip(pairs, tables, strict=True):
+        for row, table in zip(pair, pair_tables, strict=True):
+            if not first.equals(table[columns]):
+                raise InputError(
+                    f"cells {row['key']} and {pairs[0][0]['key']} were {problem}, so they can't be compared. "
+                    "Use cells of one sweep."
+                )

@@ -1,0 +1,264 @@
+r"""The displacement law: how the best learning rate under Adam moves with G = gamma r once training has progressed.
+
+Let b be the root-mean-square displacement of the entries of B from 0, and :math:`a = \lambda b` that of the entries of
+A from their start. With p and q the coherence of the two parts of the change, and :math:`G = \gamma r`,
+
+.. math:: \text{B-led change} = G p b, \qquad \text{A-led change} = G q a b, \qquad
+          \rho = \frac{\text{A-led}}{\text{B-led}} = \frac{q a}{p}, \qquad W = G p b (1 + \rho)
+
+Eliminating b gives
+
+.. math:: \rho (1 + \rho) = \frac{K}{G}, \qquad K = \frac{\lambda q W}{p^2}
+
+K depends on the model, its data and the progress of the run, but not on G. It is measured at any G as
+:math:`G \rho (1 + \rho)`.
+
+The best rate preserves the effective step rather than the change. One step of size eta moves every entry of B by eta
+and every entry of A by lambda eta, so the change moves by
+
+.. math:: \eta \left( \frac{\partial W}{\partial b} + \lambda \frac{\partial W}{\partial a} \right)
+          = \eta\, G p\, (1 + 2 \rho)
+
+if the steps of both factors are coherent, and by :math:`\eta\, G p\, (1 + \rho)` if only B's steps are. Hence
+
+.. math:: \eta^* G (1 + c \rho) = h, \qquad 1 \le c \le 2
+
+with h independent of G. The exponent of the best rate in G is -1 where G >> K and -1/2 where G << K.
+
+The constant-gradient law (`rora_theory.laws.horizon`) counts every step as displacement instead. It serves as the
+alternative hypothesis: fine-tuning runs of SmolLM2-135M contradict it.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from rora_theory.errors import InputError
+from rora_theory.scaling import check_between, check_integer, check_not_negative, check_positive
+
+COHERENCE_RANGE = (1.0, 2.0)
+"""Range of c: 1 if only B's steps are coherent, 2 if both factors' steps are."""
+
+
+class RateRange(NamedTuple):
+    """A learning rate with the range in which the best one is expected.
+
+    Attributes:
+      low: Lowest learning rate of the range.
+      best: Learning rate to use.
+      high: Highest learning rate of the range.
+    """
+
+    low: float
+    best: float
+    high: float
+
+
+def has_displacement_ratio(strength: float, displacement_constant: float) -> bool:
+    """Return whether `displacement_ratio` can be computed: 4 K / G must not overflow."""
+    return math.isfinite(4 * (displacement_constant / strength))
+
+
+def displacement_ratio(strength: float, *, displacement_constant: float) -> float:
+    r"""Compute the ratio of the A-led to the B-led change at a given G.
+
+    The positive root of :math:`\rho (1 + \rho) = K / G`.
+
+    Args:
+      strength: G = gamma r, above 0.
+      displacement_constant: K, 0 or more.
+
+    Returns:
+      The ratio rho, 0 or more.
+
+    Raises:
+      InputError: If an argument is out of range.
+
+    Examples:
+      >>> displacement_ratio(64.0, displacement_constant=128.0)
+      1.0
+    """
+    check_positive("strength", strength)
+    check_not_negative("displacement_constant", displacement_constant)
+    if not has_displacement_ratio(strength, displacement_constant):
+        raise InputError(
+            f"strength must be larger for displacement_constant {displacement_constant:g}, got {strength!r}: their "
+            "ratio is not representable as a float"
+        )
+    ratio = displacement_constant / strength
+    # The root of rho^2 + rho - ratio, in a form without the difference that cancels at small ratios.
+    return 2 * ratio / (1 + math.sqrt(1 + 4 * ratio))
+
+
+def measured_constant(strength: float, ratios: Sequence[float] | Float[np.ndarray, " modules"]) -> float:
+    r"""Compute K from the ratios of a run's modules at one G.
+
+    The median ratio over modules is used as rho in :math:`K = G \rho (1 + \rho)`. The run's learning rate should not
+    exceed the best one; above it K grows with the rate.
+
+    Args:
+      strength: G = gamma r used in training, above 0.
+      ratios: Root-mean-square A-led change divided by the B-led change, for each adapted module.
+
+    Returns:
+      The displacement constant K.
+
+    Raises:
+      InputError: If there is no ratio, or one is negative or not finite.
+
+    Examples:
+      >>> measured_constant(64.0, [0.5, 1.0, 4.0])
+      128.0
+    """
+    check_positive("strength", strength)
+    values = np.asarray(ratios, np.float64)
+    if not values.size or not np.isfinite(values).all() or values.min() < 0:
+        raise InputError(f"ratios must be one or more finite numbers of at least 0, got {values.tolist()}")
+    median = float(np.median(values))
+    return strength * median * (1 + median)
+
+
+def best_rate_factor(
+    old_strength: float, new_strength: float, *, displacement_constant: float, coherence: float = 1.0
+) -> float:
+    r"""Compute the factor by which the best learning rate changes when G changes.
+
+    .. math:: \frac{\eta'}{\eta} = \frac{G (1 + c \rho)}{G' (1 + c \rho')}
+
+    Args:
+      old_strength: G = gamma r at which the rate was tuned, above 0.
+      new_strength: G of the new setting, above 0.
+      displacement_constant: K, 0 or more.
+      coherence: c, from 1 to 2.
+
+    Returns:
+      The new best rate divided by the old one, at the same number of steps.
+
+    Raises:
+      InputError: If an argument is out of range.
+
+    Examples:
+      ``use_rslora`` at rank 128 with alpha 64 unchanged raises G from 64 to 724:
+
+      >>> round(1 / best_rate_factor(64.0, 724.0, displacement_constant=130.0), 1)
+      6.5
+    """
+    check_between("coherence", coherence, *COHERENCE_RANGE)
+    old, new = (
+        strength * (1 + coherence * displacement_ratio(strength, displacement_constant=displacement_constant))
+        for strength in (old_strength, new_strength)
+    )
+    return old / new
+
+
+def best_rate_exponent(
+    old_strength: float, new_strength: float, *, displacement_constant: float, coherence: float = 1.0
+) -> float:
+    r"""Compute the mean exponent of the best learning rate between two values of G.
+
+    .. math:: -1 + \frac{\ln [(1 + c \rho) / (1 + c \rho')]}{\ln (G' / G)}
+
+    Args:
+      old_strength: First value of G = gamma r, above 0.
+      new_strength: Second value of G, different from the first.
+      displacement_constant: K, 0 or more.
+      coherence: c, from 1 to 2.
+
+    Returns:
+      The exponent, between -1 (G far above K) and -1/2 (G far below K).
+
+    Raises:
+      InputError: If an argument is out of range or the two strengths are equal.
+
+    Examples:
+      >>> round(best_rate_exponent(64.0, 724.0, displacement_constant=130.0), 2)
+      -0.77
+    """
+    if old_strength == new_strength:
+        raise InputError(f"new_strength must differ from old_strength, got {new_strength!r} for both")
+    factor = best_rate_factor(
+        old_strength, new_strength, displacement_constant=displacement_constant, coherence=coherence
+    )
+    return math.log(factor) / math.log(new_strength / old_strength)
+
+
+def carry_rate(
+    learning_rate: float,
+    *,
+    old_strength: float,
+    new_strength: float,
+    displacement_constants: tuple[float, float],
+    old_steps: int | None = None,
+    new_steps: int | None = None,
+    steps_exponents: tuple[float, float],
+) -> RateRange:
+    r"""Compute the best learning rate at another G and number of steps from a tuned one.
+
+    .. math:: \frac{\eta'}{\eta} = \frac{G (1 + c \rho)}{G' (1 + c \rho')} \left( \frac{T'}{T} \right)^{\tau}
+
+    The best rate has c = 1, the geometric mean of the two constants as K, and the mean of the two exponents as tau. The
+    range covers c from 1 to 2, K between the two constants and tau between the two exponents.
+
+    Args:
+      learning_rate: Best learning rate at the old G and number of steps, above 0.
+      old_strength: G = gamma r at which the rate was tuned, above 0.
+      new_strength: G of the new setting, above 0.
+      displacement_constants: Lowest and highest K, 0 or more.
+      old_steps: Number of optimizer steps for which the rate was tuned; None if the number does not change.
+      new_steps: Number of optimizer steps of the new run; None if the number does not change.
+      steps_exponents: Lowest and highest exponent tau of the best rate in the number of steps, such as (-0.6, -0.4).
+
+    Returns:
+      The learning rate to use, and the range in which the law expects the best one.
+
+    Raises:
+      InputError: If an argument is out of range, or only one number of steps is given.
+
+    Examples:
+      ``use_rslora`` at rank 128 with alpha 64 unchanged, and a run four times as long:
+
+      >>> rates = carry_rate(
+      ...     1e-3, old_strength=64.0, new_strength=724.0, displacement_constants=(88.0, 167.0),
+      ...     old_steps=64, new_steps=256, steps_exponents=(-0.6, -0.4),
+      ... )
+      >>> [f"{rate:.2g}" for rate in rates]
+      ['6.2e-05', '7.6e-05', '0.00012']
+    """
+    check_positive("learning_rate", learning_rate)
+    low_constant, high_constant = displacement_constants
+    low_exponent, high_exponent = steps_exponents
+    for constant in displacement_constants:
+        check_not_negative("displacement_constant", constant)
+    if low_constant > high_constant:
+        raise InputError(f"displacement_constants must be in increasing order, got {displacement_constants!r}")
+    if not -math.inf < low_exponent <= high_exponent < math.inf:
+        raise InputError(f"steps_exponents must be finite and in increasing order, got {steps_exponents!r}")
+    # The steps enter as a factor of their own.
+    growth_of_steps = _growth_of_steps(old_steps, new_steps)
+
+    def compute_rate(constant: float, coherence: float, exponent: float) -> float:
+        factor = best_rate_factor(old_strength, new_strength, displacement_constant=constant, coherence=coherence)
+        return learning_rate * factor * growth_of_steps**exponent
+
+    # Central values: K is a scale, so its middle is the geometric mean; the law itself has coherence 1.
+    middle_constant = math.sqrt(low_constant * high_constant)
+    best = compute_rate(middle_constant, COHERENCE_RANGE[0], (low_exponent + high_exponent) / 2)
+    # The rate is monotonic in K, in c and in the exponent, so the extremes lie at the ends of the three ranges.
+    corners = itertools.product(displacement_constants, COHERENCE_RANGE, steps_exponents)
+    ends = [compute_rate(*corner) for corner in corners]
+    return RateRange(min(best, *ends), best, max(best, *ends))
+
+
+def _growth_of_steps(old_steps: int | None, new_steps: int | None) -> float:
+    if (old_steps is None) != (new_steps is None):
+        missing = "old_steps" if old_steps is None else "new_steps"
+        raise InputError(f"old_steps and new_steps must be given together, got no {missing}")
+    if old_steps is None or new_steps is None:
+        return 1.0
+    check_integer("old_steps", old_steps)
+    check_integer("new_steps", new_steps)
+    return new_steps / old_steps

@@ -1,0 +1,179 @@
+"""Records are read from files of every kind; an invalid one is named by file, place and key."""
+
+import json
+import re
+
+import pandas as pd
+import pytest
+from support.chat_templates import turns
+from support.record_files import write
+
+from rora_theory.errors import InputError
+from rora_theory.lab.data.formats import Text
+from rora_theory.lab.data.records import DataConfig
+from rora_theory.lab.finetune import Record, read_records
+
+pytestmark = pytest.mark.usefixtures("no_child")
+
+GOOD = {"instruction": "Say it.", "input": "", "output": "It.", "answer": "it"}
+
+
+def test_reads_several_files_in_order(tmp_path):
+    first = write(tmp_path / "a.json", [GOOD, GOOD | {"output": "Two.", "input": "More."}])
+    second = tmp_path / "b.jsonl"
+    write(second, json.dumps(GOOD | {"instruction": "Ähm"}) + "\n\n" + json.dumps(GOOD) + "\n")
+    assert read_records([first, second]) == [
+        Record("Say it.", "It."),
+        Record("Say it.", "Two.", "More."),
+        Record("Ähm", "It."),
+        Record("Say it.", "It."),
+    ]
+
+
+def test_a_file_is_not_read_twice(tmp_path, monkeypatch):
+    """A file under two names would put one record into both parts. Equal records of two files are no error."""
+    (tmp_path / "data").mkdir()
+    path = write(tmp_path / "data" / "train.json", [GOOD] * 4)
+    other = write(tmp_path / "data" / "other.json", [GOOD] * 4)
+    (tmp_path / "link.json").symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    for sources in (
+        [path, path],
+        [str(path), other, "data/../data/train.json"],
+        [path, "link.json"],
+        ["data:train", path],
+        ["data:train", "data:train"],
+    ):
+        with pytest.raises(InputError, match=f"twice.*{re.escape(str(sources[0]))} and {re.escape(str(sources[-1]))}"):
+            read_records(sources)
+    assert len(read_records([path, other])) == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "contents"),
+    [
+        ("one_object.json", '{"text": "a"}\n', ["a"]),
+        ("lines.json", '{"text": "a"}\n\n{"text": "b"}\n', ["a", "b"]),
+        ("plain.txt", "one\n\ntwo\n", ["one", "two"]),
+        ("mark.txt", b"\xef\xbb\xbfa", ["a"]),
+        ("mark.jsonl", b'\xef\xbb\xbf{"text": "a"}', ["a"]),
+        # A line ends at a line feed, and at no other character that Python takes for a line's end.
+        ("feeds.txt", "a\u2028b\nc\x85d\x0be\x0cf\x1cg\rh\n\ni", ["a\u2028b", "c\x85d\x0be\x0cf\x1cg\rh", "i"]),
+        ("returns.txt", "a\u2028b\r\nc\x85d\r\n\r\ni", ["a\u2028b", "c\x85d", "i"]),
+    ],
+)
+def test_lines(tmp_path, name, content, contents):
+    """JSON lines are read also from a .json file, and after a byte-order mark."""
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert read_records([path]) == list(map(Text, contents))
+
+
+def test_reads_the_commonsense_data(commonsense_dir):
+    files = [commonsense_dir / task / "train.json" for task in ("ARC-Easy", "ARC-Challenge", "openbookqa")]
+    records = read_records(files)
+    assert len(records) == 2251 + 1119 + 4957
+    assert records[2251].instruction.startswith("Please choose the correct answer to the question: George wants")
+    assert all(record.output.startswith("the correct answer is answer") for record in records)
+
+
+def test_all_bad_records_are_counted_and_the_first_ten_are_listed(tmp_path):
+    """The count includes records of several files, and lines that are not JSON."""
+    first = write(tmp_path / "a.json", [GOOD, {"output": "x"}, GOOD, "text"])
+    second = write(tmp_path / "b.jsonl", "\n".join([json.dumps(GOOD), "{", *[json.dumps(GOOD | {"output": 3})] * 11]))
+    third = write(tmp_path / "c.jsonl", "\n".join([json.dumps(GOOD), "{"]))
+    places = (
+        r"\(1\) \S*a\.json: record 1 has no 'instruction'",
+        r"\(2\) \S*a\.json: record 3",
+        r"\(3\) \S*c\.jsonl: line 2: is not J",
+    )
+    with pytest.raises(InputError, match=r"^3 of 6 records.*" + ".*".join(places)):
+        read_records([first, third])
+    with pytest.raises(InputError, match=r"^14 of 17 records.* 10.*b\.jsonl: line 9: 'output'") as caught:
+        read_records([first, second])
+    assert re.findall(r"\((\d+)\)", str(caught.value)) == [str(number) for number in range(1, 11)]
+    assert "\n" not in str(caught.value)
+
+
+QUESTION, ANSWER = turns("Ähm?", "Yes.")
+PARTS = [{"type": "text", "text": "Ähm"}, {"type": "thinking", "text": "Hm."}]
+PREFERRED = {"prompt": [QUESTION], "completion": [ANSWER]}
+SURROGATE = "\ud800"
+SENT = {"sent": pd.Timestamp("2026-01-31")}
+
+
+def after_good(*messages):
+    """Return rows of two chats, of which the first is good."""
+    return [{"messages": [QUESTION, ANSWER]}, {"messages": list(messages)}]
+
+
+def call(arguments):
+    """Return a turn that calls a tool."""
+    function = {"name": "weather", "arguments": arguments}
+    return ANSWER | {"tool_calls": [{"id": "1", "type": "function", "function": function}]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        # What is no file of records.
+        ("cut.json", json.dumps([GOOD])[:-9], r"cut\.json: is not JSON .* a list"),
+        ("lines.json", json.dumps(GOOD, indent=1), r"lines\.json: .* a list of records, got an object"),
+        ("deep.json", "[" * 100_000, r"deep\.json: .* 64 "),
+        ("cut.jsonl", json.dumps(GOOD) + "\n{", r"cut\.jsonl: line 2: is not JSON"),
+        ("empty.jsonl", "\n", r"empty\.jsonl: has no records"),
+        ("empty.json", "[]", r"empty\.json: has no records"),
+        ("latin.json", b'[{"instruction": "\xe9"}]', r"latin\.json: byte 18 is not UTF-8"),
+        ("x.parquet", b"PAR1 and no more PAR1", r"x\.parquet: not a Parquet file \(.*\).* a \.json, "),
+        # What is no record.
+        ("x.json", [GOOD, GOOD, {}], r"x\.json: record 2 has no 'instruction'; its keys are none"),
+        ("x.json", [GOOD, GOOD | {"output": None}], r"record 1 has no 'output'; its keys are 'instruction', 'input'"),
+        ("x.json", [GOOD, "text"], "record 1 .* object, got a string"),
+        ("x.json", [GOOD | {"output": 3}], "record 0: 'output' .* string, got a number"),
+        ("x.json", [GOOD | {"instruction": ""}], "record 0: 'instruction' .* empty"),
+        ("x.json", [GOOD | {"output": SURROGATE}], "record 0: 'output' .* half a surrogate pair"),
+        ("x.json", {"data": [GOOD]}, r"x\.json: line 1: keys .* 'data'"),
+        # What is no chat.
+        ("x.jsonl", [*after_good()[:1], {"messages": "hi"}], r"x\.jsonl: line 2: 'messages' .* got a string"),
+        ("x.jsonl", after_good("hi"), "line 2: 'messages' .* objects, got a string at 0"),
+        ("x.json", after_good({"content": "a"}), r"x\.json: record 1: messages 0 has no 'role'; its keys are"),
+        ("x.json", after_good(QUESTION, {"role": "assistant"}), "record 1: messages 1 has no 'content'"),
+        ("x.json", after_good({"role": "user", "content": [1]}), "messages 0: 'content' .* a number at 0"),
+        ("x.json", after_good(QUESTION | {"content": PARTS}), "messages 0: 'content' .* 'thinking' at 1"),
+        ("x.json", after_good(QUESTION), "record 1: 'messages' .* assistant turn"),
+        ("x.parquet", after_good(QUESTION), r"x\.parquet: row 1: 'messages' .* assistant turn"),
+        ("x.parquet", after_good(QUESTION | SENT, ANSWER | SENT), r"row 1: messages 0: 'sent' .* JSON .* got a \w+"),
+        ("x.json", after_good(QUESTION, ANSWER | {"weight": 0.5}), "messages 1: 'weight' .* 0.5"),
+        ("x.json", after_good(QUESTION, ANSWER | {"weight": "0"}), "messages 1: 'weight' .* '0'"),
+        ("x.json", after_good(QUESTION, ANSWER | {"weight": 0}), "'messages' .* weight 0"),
+        ("x.json", after_good(QUESTION, call("{city")), "record 1: messages 1: arguments of tool_calls 0: is not JSON"),
+        ("x.json", after_good(QUESTION, call('["Bonn"]')), "messages 1: arguments of tool_calls 0 .* a list"),
+        ("x.json", after_good(QUESTION, call('{"city": "\\ud800"}')), "messages 1: 'tool_calls' .* half a surrogate"),
+        ("x.json", [PREFERRED | {"completion": [QUESTION]}], "record 0: 'completion' .* assistant turn"),
+        ("x.json", [PREFERRED | {"prompt": "Sure?"}], "record 0: 'completion' .* string, got a list"),
+        ("x.json", [{"conversations": [{"from": "narrator"}]}], "conversations 0 has no 'value'"),
+        (
+            "x.json",
+            [{"conversations": [{"from": "narrator", "value": "..."}]}],
+            "conversations 0: 'from' .* human, user, gpt.* 'narrator'",
+        ),
+    ],
+)
+def test_bad_files_and_records_are_named(tmp_path, name, content, message):
+    with pytest.raises(InputError, match=message) as caught:
+        read_records([write(tmp_path / name, content)])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_sources_and_formats_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"none\.json: no such file.* a \.json, \.jsonl, "):
+        read_records([tmp_path / "none.json"])
+    with pytest.raises(InputError, match=r"is a folder.* a \.json.*FOLDER:SPLIT"):
+        read_records([tmp_path])
+    with pytest.raises(InputError, match=r"^data .*source"):
+        read_records([])
+    source = write(tmp_path / "y.json", [{"q": "1", "a": "2"}])
+    with pytest.raises(InputError, match=r"y\.json: record 0: .* 'q', 'a'.* messages \(messages\), .* --fields"):
+        read_records([source])
+    with pytest.raises(InputError, match=r"y\.json: record 0 has no 'text'; its keys are 'q', 'a'"):
+        read_records([source], DataConfig(format="text"))

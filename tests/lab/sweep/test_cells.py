@@ -1,0 +1,118 @@
+"""Designs and their cells: alpha, rule and rate vary separately, the paper's designs have its cells; stages."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from rora_theory.errors import InputError
+from rora_theory.lab.finetune import FinetuneConfig
+from rora_theory.lab.sweep.cells import SweepCell, cells_of, replace_with_scored, sweep_identity, training_of
+from rora_theory.lab.sweep.design import DESIGNS, RATE_GRID, RATE_GRIDS, Design
+from rora_theory.runs import RunFolder, run_cells
+from rora_theory.runs.reading import key_of
+from sims.rank_sweep import Training
+
+SHARED = FinetuneConfig()
+
+
+def cells(design: str, **changes: Any) -> list[SweepCell]:
+    chosen = replace(DESIGNS[design], **changes)
+    return cells_of(chosen, SHARED, data={}, evaluation={"protocol": "label"}, stage=0)
+
+
+def test_designs() -> None:
+    """Alpha, rule and rate vary apart; the paper's designs have the paper's cells."""
+    fixed = [cell for cell in cells("fixed_alpha") if cell.rank]
+    assert {cell.alpha for cell in fixed} == {64.0}
+    assert {cell.gamma for cell in fixed if cell.method == "lora"} == {16.0, 8.0, 4.0, 2.0, 1.0, 0.5}
+    doubled = [cell for cell in cells("alpha_2r") if cell.rank]
+    assert {cell.gamma for cell in doubled if cell.method == "lora"} == {2.0}
+    assert {cell.gamma for cell in doubled if cell.method == "rora" and cell.rank == 64} == {16.0}
+    tuned = cells("tuned_rate", methods=("prefix", "rora"), ranks=(8,))
+    assert [cell.learning_rate for cell in tuned if cell.rank] == list(RATE_GRID)
+    assert [cell.learning_rate for cell in tuned if not cell.rank] == list(RATE_GRIDS["prefix"])
+    assert {cell.evaluation for cell in tuned} == {None}, "scored only at the chosen rate"
+    table = cells("table1")
+    llama = [(c.method, c.rank, c.learning_rate) for c in table if c.model == "yahma/llama-7b-hf" and c.rank != 128]
+    assert llama == [
+        ("base", None, None), ("prefix", None, 3e-2), ("series", None, 3e-4), ("parallel", None, 3e-4),
+        ("lora", 32, 3e-4), ("dora", 32, 2e-4), ("rora", 32, 3e-4),
+    ]  # fmt: skip
+    assert {c.learning_rate for c in table if c.method == "dora" and "Llama-3" in c.model} == {1e-4}
+    assert {(c.dtype, c.training.dropout) for c in table if c.method in ("lora", "dora", "rora")} == {
+        ("bfloat16", 0.05)
+    }
+    assert {c.training.dropout for c in table if c.method in ("series", "parallel")} == {0.0}
+    assert DESIGNS["table1"].protocol == "generate"
+    assert DESIGNS["fixed_alpha"].protocol == "label"
+    assert len({key_of(cell) for cell in table}) == len(table) == 4 * 10
+    assert {cell.rank for cell in cells("fig1")} == {None, 4, 8, 16, 32, 64, 128, 256}
+    assert {cell.rank for cell in cells("table2")} == {None, 8, 16, 32, 64, 128}
+
+
+def test_stages_of_a_tuned_design() -> None:
+    """The first seed runs at every rate, unscored; the others run at the best rate, scored; the base runs once."""
+    design = Design(methods=("base", "lora"), ranks=(4, 8), lrs=(1e-3, 1e-2), seeds=(3, 4, 5), tuned=True)
+    make = partial(cells_of, design, SHARED, data={}, evaluation={"protocol": "label"})
+    first = make(stage=0)
+    assert [(c.rank, c.learning_rate, c.seed) for c in first] == [
+        (None,) * 3,
+        *[(r, rate, 3) for r in (4, 8) for rate in (1e-3, 1e-2)],
+    ]
+    assert [c.evaluation is None for c in first] == [False] + [True] * 4
+    names = ("model", "method", "rank", "learning_rate")
+    best = pd.DataFrame([("smollm2-135m", "lora", 4, 1e-2), ("smollm2-135m", "lora", 8, 1e-3)], columns=names)
+    rest = make(stage=1, best=best)
+    assert [(c.rank, c.learning_rate, c.seed) for c in rest] == [
+        (r, rate, s) for s in (4, 5) for r, rate in ((4, 1e-2), (8, 1e-3))
+    ]
+    assert all(c.evaluation for c in rest)
+
+
+def test_a_scored_twin_replaces_a_plain_cell_where_it_is_finished(tmp_path) -> None:
+    """A cell that must be scored is never replaced by one without scores."""
+
+    def folder(name: str, evaluation: object, finished: list[SweepCell]) -> Path:
+        run = RunFolder.open("rank_sweep", {}, out=tmp_path / name, extensible={"evaluation": evaluation})
+        run_cells(finished, lambda cell, _: cell.rank, run)
+        run.finish()
+        return run.path
+
+    label = {"protocol": "label"}
+    make = partial(cells_of, replace(DESIGNS["grid"], methods=("lora",), ranks=(4, 8), seeds=(0,)), SHARED, data={})
+    plain, scored = (make(evaluation=evaluation, stage=0) for evaluation in (None, label))
+    assert replace_with_scored(plain, folder("a", label, scored[1:])) == [plain[0], scored[1]]
+    assert replace_with_scored(plain, folder("b", None, plain[:1])) == plain
+    assert replace_with_scored(plain, tmp_path / "none") == plain
+    assert replace_with_scored(scored, folder("c", None, [])) == scored
+
+
+def test_settings_of_methods_with_a_rank_do_not_affect_other_methods() -> None:
+    """These are alpha, targets and dropout; all other settings apply to every run."""
+    shared = FinetuneConfig(alpha=16.0, targets=("q_proj",), dropout=0.2, cutoff=99, epochs=2, remat="mlp")
+    make = partial(training_of, Design(dtype="bfloat16"), shared, rate=1e-3, seed=7)
+    for method, rank in (("lora", 4), ("dora", 4), ("series", None), ("prefix", None)):
+        config = make(method=method, rank=rank)
+        of_rank = (16.0, ("q_proj",), 0.2) if rank else (FinetuneConfig.alpha, None, 0.0)
+        assert (config.alpha, config.targets, config.dropout) == of_rank
+        assert (config.method, config.cutoff, config.epochs, config.remat) == (method, 99, 2, "mlp")
+        assert (config.lr, config.seed, config.dtype) == (1e-3, 7, "bfloat16")
+    with pytest.raises(InputError, match=r"rank .*\b0\b"):
+        make(method="lora", rank=0)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_sweep_is_identified_by_its_shared_settings() -> None:
+    """Defaults are included; two values of one setting give identities that differ in it alone."""
+    design, records = Design(), SimpleNamespace(summary={})
+    for config in (FinetuneConfig, Training):
+        settings = [
+            sweep_identity(design, config(quantization=kind), records, {})["settings"] for kind in ("none", "q8_0")
+        ]
+        assert settings[0]["quantization"] == "none"
+        assert settings[1] == settings[0] | {"quantization": "q8_0"}

@@ -1,0 +1,222 @@
+"""A user's files are read completely, or refused in one line before memory is allocated."""
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from rora_theory.errors import InputError
+from rora_theory.runs import files
+
+
+def test_a_file_is_read_completely(tmp_path: Path) -> None:
+    (path := tmp_path / "a.json").write_bytes(b'{"a": ["\xc3\xa9", 1.5]}\r\n')
+    assert files.read_json(path) == {"a": ["é", 1.5]}
+    assert files.read_text(path).endswith("}\r\n")
+    assert files.read_bytes(path, limit=path.stat().st_size) == path.read_bytes()
+    assert files.read_bytes("/proc/self/cmdline")  # a file whose size is given as 0
+
+
+def test_devices_pipes_and_folders_are_not_read(tmp_path: Path) -> None:
+    """A device would fill the memory, and a pipe without a writer would wait forever."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    os.symlink("/dev/zero", link := tmp_path / "link")
+    special = "not a regular file"
+    for path, kind in ((pipe, special), (link, special), (Path("/dev/zero"), special), (tmp_path, "a folder")):
+        with pytest.raises(InputError, match=f"^{path}: is {kind}. Expected a list.$"):
+            files.read_json(path, accepted="a list")
+        with pytest.raises(InputError, match=f"^{path}: is {kind}. Expected a list.$"):
+            files.check_regular(path, accepted="a list")
+
+
+def test_a_file_above_the_limit_is_not_read(tmp_path: Path) -> None:
+    (path := tmp_path / "a.txt").write_bytes(b"12345")
+    assert files.read_bytes(path, limit=5) == b"12345"
+    with pytest.raises(InputError, match=r"has more than 4 bytes.* Expected a regular file"):
+        files.read_bytes(path, limit=4)
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)  # a terabyte that takes no room
+    with pytest.raises(InputError, match="more than 1,073,741,824 bytes"):
+        files.read_text(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("missing", "no such file"),
+        ("x" * 300, "File name too long"),
+        ("file/below", "Not a directory"),
+        ("nul\0byte", "null"),
+        ("latin\udce9", "no such file"),
+    ],
+)
+def test_paths_that_name_no_file_are_refused(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "file").touch()
+    for read in (files.read_json, files.check_regular):
+        with pytest.raises(InputError, match=rf"{reason}.* Expected a list"):
+            read(tmp_path / name, accepted="a list")
+
+
+def test_text_and_json_are_refused_by_place(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for content, message in (
+        (b'["ab\xff"]', "byte 4 is not UTF-8"),
+        (b'["ab"', r"is not JSON \(.*line 1 column 6"),
+        (b"[1]", r"holds a list\. Expected a JSON object"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            files.read_object(path)
+    path.write_text("{}")
+    assert files.read_object(path) == {}
+    with pytest.raises(InputError, match=r"^a: line 3: is not JSON \(.*4300 digits"):
+        files.parse_json("9" * 5000, where="a: line 3")
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_json_is_at_most_64_deep(opening: str) -> None:
+    closing = "]" if opening == "[" else "}"
+
+    def nested(depth: int) -> str:
+        return opening * depth + "1" + closing * depth
+
+    files.parse_json(nested(files.MAX_DEPTH), where="a")
+    for depth in (files.MAX_DEPTH + 1, 900, 100_000):
+        with pytest.raises(InputError, match=r"^a: is JSON nested more than 64 levels deep"):
+            files.parse_json(nested(depth), where="a")
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Switch to another user if the tests run as root, who may read and write everything."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_files_without_permission_are_refused() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (file := folder / "a.json").write_text("[]")
+        file.chmod(0o000)
+        folder.chmod(0o555)
+        with nobody():
+            with pytest.raises(
+                InputError, match=r"a.json: cannot be read \(Permission denied\)\. Expected a JSON file"
+            ):
+                files.read_json(file)
+            for run in (folder, folder / "run" / "deeper"):
+                with pytest.raises(InputError, match=f"^{run}: no permission to write to {folder}. Use a fold"):
+                    files.check_folder(run)
+        folder.chmod(0o755)
+        files.check_folder(folder / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("file", "is a file"),
+        ("file/run", "file is a file"),
+        ("new/" + "x" * 256, "a name of more than 255 bytes"),
+        ("x" * 5000, "File name too long"),
+        ("loop/run", "symbolic links"),
+        ("nul\0byte", "null (byte|character)"),
+    ],
+)
+def test_a_folder_that_cannot_be_created_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match=rf"{message}.* Use a folder that can be created or written to"):
+        files.check_folder(tmp_path / name)
+    for usable in (tmp_path, tmp_path / "new", tmp_path / "new" / "er", Path("new"), Path()):
+        files.check_folder(usable)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+
+
+def test_a_full_disk_preserves_the_old_file_and_is_named(tmp_path, full_disk):
+    path = tmp_path / "results.csv"
+    files.write_whole(path, "old figures")
+    full_disk()
+    with pytest.raises(InputError, match=r"results\.csv: cannot be written \(No space left on device\)"):
+        files.write_whole(path, "new figures")
+    assert path.read_text() == "old figures"
+    assert list(tmp_path.iterdir()) == [path], "no temporary file remains"
+
+
+def test_no_symbolic_link_is_followed(tmp_path, monkeypatch):
+    """No link is followed at the file's own name or at the predictable name of the temporary file."""
+    victim, path = tmp_path / "victim", tmp_path / "results.csv"
+    victim.write_text("mine")
+    monkeypatch.setattr(files.secrets, "token_hex", lambda size: "0" * 2 * size)
+    planted = tmp_path / f".{'0' * 16}.part"
+    planted.symlink_to(victim)
+    with pytest.raises(InputError, match=r"results\.csv: cannot be written \(File exists\)"):
+        files.write_whole(path, "figures")
+    monkeypatch.undo()
+    path.symlink_to(victim)
+    files.write_whole(path, "figures")
+    assert (path.read_text(), path.is_symlink(), victim.read_text()) == ("figures", False, "mine")
+    link = tmp_path / "cells.jsonl"
+    link.symlink_to(victim)
+    with pytest.raises(InputError, match=r"cells\.jsonl: cannot be written"):
+        files.append(link, "line\n")
+    assert victim.read_text() == "mine"
+
+
+def test_names_of_temporary_files_are_unpredictable(tmp_path, monkeypatch):
+    seen, real = [], os.open
+
+    def look(path, flags, *more, **named):
+        seen.append((Path(path).name, flags))
+        return real(path, flags, *more, **named)
+
+    monkeypatch.setattr(files.os, "open", look)
+    for _ in range(3):
+        files.write_whole(tmp_path / "results.csv", "x")
+    names = {name for name, _ in seen}
+    assert len(names) == 3
+    assert not any(str(os.getpid()) == name.split(".")[1] for name in names)
+    assert all(flags & os.O_EXCL and flags & os.O_NOFOLLOW for _, flags in seen)
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_permissions_are_the_umask_s(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        files.write_whole(tmp_path / "a", "x")
+        files.append(tmp_path / "b", "x\n")
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in "ab"] == [mode, mode]
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../mine", "a/../../mine", "link/file", "", ".", "a\0b", 3, None])
+def test_a_name_that_leads_outside_a_folder_is_refused(tmp_path: Path, name: object) -> None:
+    (folder := tmp_path / "run").mkdir()
+    (folder / "link").symlink_to(tmp_path)
+    with pytest.raises(InputError, match=re.escape(f"manifest.json: names {name!r}, which is not a path inside")):
+        files.resolve_inside(folder, name, where="manifest.json")
+
+
+def test_links_are_followed_only_inside_a_folder(tmp_path: Path) -> None:
+    (folder := tmp_path / "run").mkdir()
+    (folder / "file").write_text("")
+    (folder / "inner").symlink_to("file")
+    files.check_links(folder)
+    for name in ("file", "inner", "new/file"):
+        assert files.resolve_inside(folder, name, where="") == folder / name
+    (tmp_path / "shard").write_text("")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "outer").symlink_to(tmp_path / "shard")
+    assert files.resolve_inside(folder, "sub/outer", where="", links=True).exists()
+    with pytest.raises(InputError, match="outer: symbolic link out of"):
+        files.check_links(folder)
