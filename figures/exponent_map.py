@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.patheffects import withStroke
 
 from figures import style
-from rora_theory.laws import laws
+from rora_theory import laws
 from rora_theory.optimizers import OPTIMIZERS, scaling_power
 from rora_theory.validation.ranges import AtLeastTwo, Count, check_ranges
 

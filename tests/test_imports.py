@@ -107,13 +107,14 @@ for name in {WITHOUT_JAX}:
 import runpy, numpy as np, rora_theory as rt
 assert not hasattr(rt, "nothing") and not hasattr(rt.laws, "nothing")
 assert {{*rt.__all__, "lab"}} <= set(dir(rt))
-equations, horizon, laws = rt.paper.equations, rt.laws.horizon, rt.laws.laws
+equations, laws = rt.paper.equations, rt.laws
+assert {{*laws.__all__, "sampling"}} <= set(dir(laws))
 assert rt.transfer(rt.Setting(16, 32, 2e-4), rank=128).alpha == 32 and rt.transfer is rt.advice.transfer.transfer
 assert rt.stats.slopes and rt.measure and issubclass(rt.InputError, ValueError)
 lora_A, x = np.eye(2, 3), np.ones(3)
 print(float(equations.eq10_norm(np.ones(4), lora_A, x, x, 1.0, 0.5)))
 print(round(float(laws.first_step_moments(np.ones((4, 3)), x, rank=8, scaling=1.0).second_moment[0]), 6))
-print(horizon.rate_exponents(0.0).rank)
+print(laws.constant_gradient.rate_exponents(0.0).rank)
 for more in ([], ["--regime", {run!r}]):
     sys.argv = ["sims.transfer", *{options.split()}, *more]
     runpy.run_module("sims.transfer", run_name="__main__", alter_sys=True)
@@ -264,7 +265,7 @@ def test_imports_point_one_way() -> None:
             parts = path.relative_to(ROOT).with_suffix("").parts
             files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     graph = {name: set(imported(path, set(files))) - {name} for name, path in files.items()}
-    assert len(graph["rora_theory.laws.laws"]) >= 3  # the imports are found
+    assert len(graph["rora_theory.laws.moments"]) >= 3  # the imports are found
     assert {package_of(name) for name in graph} == set(ROWS)
     assert upward_imports(graph) == []
     try:
@@ -279,8 +280,8 @@ def test_an_upward_import_is_found_anywhere(tmp_path) -> None:
         "from rora_theory import stats\nif TYPE_CHECKING:\n    from rora_theory.lab.llama import hub\n"
         "def load():\n    import rora_theory.lab.llama\n"
     )
-    graph = {"rora_theory.laws.laws": set(imported(file, names | {"rora_theory"}))}
-    assert graph["rora_theory.laws.laws"] == names
+    graph = {"rora_theory.laws.moments": set(imported(file, names | {"rora_theory"}))}
+    assert graph["rora_theory.laws.moments"] == names
     assert len(upward_imports(graph)) == 2
 
 
@@ -308,7 +309,7 @@ def test_modules_use_only_public_names_of_each_other(tmp_path) -> None:
     files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     assert len(files) > 200  # the walk sees something
     assert {str(path): names for path in files if (names := list(private(path)))} == {}
-    (tmp_path / "one.py").write_text("from rora_theory.laws import laws\nfrom sims.common import _cli\nlaws._law\n")
+    (tmp_path / "one.py").write_text("from rora_theory import laws\nfrom sims.common import _cli\nlaws._law\n")
     assert list(private(tmp_path / "one.py")) == ["_cli", "_law"]
 
 

@@ -23,7 +23,7 @@ from rora_theory.advice.modules import Module, ModuleGroup, ModuleSpread, comput
 from rora_theory.advice.run_change import RunChange
 from rora_theory.advice.setting import SIGNAL, Setting, step_ratio
 from rora_theory.errors import InputError
-from rora_theory.laws import horizon
+from rora_theory.laws import constant_gradient
 from rora_theory.laws.displacement import RateRange, has_displacement_ratio
 from rora_theory.optimizers import FAMILY
 from rora_theory.scaling import KAPPAS, Rule, alpha_for, exponent, scaling_factor
@@ -194,7 +194,9 @@ class CarriedSetting:
             # Both factors grow as the exponential of gamma times the rate: their product is preserved.
             return HorizonLimits(first_step, tuned * self.old.scaling / new.scaling)
         # The motion of A does not depend on its start: gamma r alone decides.
-        return HorizonLimits(first_step, tuned * horizon.rate_factor(strength_of(new) / strength_of(self.old), inf))
+        return HorizonLimits(
+            first_step, tuned * constant_gradient.rate_factor(strength_of(new) / strength_of(self.old), inf)
+        )
 
     def step_ratios(self, new: Setting) -> dict[str, float]:
         """Return the factor by which each module's first update changes under a new setting."""

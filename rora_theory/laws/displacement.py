@@ -25,8 +25,8 @@ if the steps of both factors are coherent, and by :math:`\eta\, G p\, (1 + \rho)
 
 with h independent of G. The exponent of the best rate in G is -1 where G >> K and -1/2 where G << K.
 
-The constant-gradient law (`rora_theory.laws.horizon`) counts every step as displacement instead. It serves as the
-alternative hypothesis: fine-tuning runs of SmolLM2-135M contradict it.
+The constant-gradient law (`rora_theory.laws.constant_gradient`) counts every step as displacement instead. It serves
+as the alternative hypothesis: fine-tuning runs of SmolLM2-135M contradict it.
 """
 
 import itertools

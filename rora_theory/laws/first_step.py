@@ -36,7 +36,7 @@ class Increment(NamedTuple):
         return self.scaling * jnp.vdot(self.lora_B, jnp.einsum("oi,ri->or", grad, self.lora_A))
 
 
-def run(
+def take_first_step(
     loss: Callable[[Increment], Float[Array, ""]],
     lora_A: Float[Array, "r p_in"],
     *,

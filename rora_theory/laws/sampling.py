@@ -31,8 +31,8 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from rora_theory import inits
 from rora_theory.errors import InputError
-from rora_theory.laws import first_step
-from rora_theory.laws.laws import check_step
+from rora_theory.laws.first_step import take_first_step
+from rora_theory.laws.moments import check_step
 from rora_theory.laws.random.chi_squares import sample_chi_squares
 from rora_theory.laws.random.draws import draw_A, stream_key
 from rora_theory.laws.random.normals import keys_at, standard_normal
@@ -215,7 +215,7 @@ def _to_host(
     return np.asarray(computed, np.float64)[:needed]
 
 
-def estimate(
+def estimate_moments(
     setting: RandomStep,
     sampler: Sampler,
     key: PRNGKeyArray,
@@ -441,7 +441,7 @@ def _direct(keys: Keys, arguments: dict[str, Array], kind: BlockKind) -> Float[A
         x_next = arguments["overlap"] * x + arguments["fresh"] * z
 
         def evaluate_step(name: Optimizer, scaling: Float[Array, ""]) -> Float[Array, "2"]:
-            step = first_step.run(
+            step = take_first_step(
                 lambda dm: jnp.vdot(delta, dm(x)),
                 lora_A,
                 p_out=kind.p_out,

@@ -22,7 +22,7 @@ from jaxtyping import Float
 
 from rora_theory.errors import InputError
 from rora_theory.inits import Init, entries
-from rora_theory.laws.laws import FirstStepMoments, first_step_moments
+from rora_theory.laws.moments import FirstStepMoments, first_step_moments
 from rora_theory.optimizers import OPTIMIZERS, Optimizer
 from rora_theory.scaling import check_choice, check_not_negative, check_positive
 

@@ -5,9 +5,9 @@ With :math:`A_0` for A before training, the change of a module's output at input
 .. math:: w = \gamma B A x' = \underbrace{\gamma B A_0 x'}_{\text{B-led}}
           + \underbrace{\gamma B (A - A_0) x'}_{\text{A-led}}
 
-At a constant gradient (`rora_theory.laws.horizon`) the first part is proportional to the learning rate and the second
-to its square. If this holds in a real run, the rate that preserves the rms of the change at the end of the run is a
-power of gamma r. `preserving_exponent` computes the exponent from the rms of the parts and of their sum.
+At a constant gradient (`rora_theory.laws.constant_gradient`) the first part is proportional to the learning rate and
+the second to its square. If this holds in a real run, the rate that preserves the rms of the change at the end of the
+run is a power of gamma r. `preserving_exponent` computes the exponent from the rms of the parts and of their sum.
 """
 
 import math

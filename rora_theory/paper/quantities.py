@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from rora_theory.laws import laws
+from rora_theory import laws
 from rora_theory.laws.sampling import RandomStep, StreamMoments
 from rora_theory.paper import equations
 from rora_theory.stats.estimate import Estimate, square_root

@@ -42,7 +42,7 @@ UNITS = {
     "second_moment": "E[w_i^2]",
     "variance": "Var[w_i]",
     "norm": "root mean square of |w|_2 over draws, sqrt(E|w|_2^2)",
-    "exact": "rora_theory.laws.laws",
+    "exact": "rora_theory.laws.moments",
     "paper": "Eq. 6 (mean), Eq. 9 (second_moment, variance), Eq. 11 (norm); SGD only",
     "loss": "L = sum_i w_i, so delta_i = 1",
 }

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from rora_theory.laws import first_step, laws, sampling
+from rora_theory import laws
+from rora_theory.laws import first_step, sampling
 from rora_theory.laws.grid import RANKS
 from rora_theory.optimizers import OPTIMIZERS, make_optimizer
 from rora_theory.paper import equations
@@ -175,7 +176,9 @@ def _differentiate_layer(m0: Array, B: Array, A: Array, delta: Array, x: Array, 
     merged = m0 + first_step.Increment(A, B, GAMMA)(jnp.eye(A.shape[1])).T
     # First steps from B = 0.
     sgd, adam = (
-        first_step.run(loss, A, p_out=len(m0), scaling=GAMMA, optimizer=make_optimizer(name, ETA, epsilon=0.0))
+        first_step.take_first_step(
+            loss, A, p_out=len(m0), scaling=GAMMA, optimizer=make_optimizer(name, ETA, epsilon=0.0)
+        )
         for name in OPTIMIZERS
     )
     return (*gradients, merged, sgd.lora_B, adam.lora_B, sgd(x_next), adam(x_next))

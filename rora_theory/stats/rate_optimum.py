@@ -7,7 +7,7 @@ For a scaling :math:`\gamma = \alpha/r^\kappa` and a rate :math:`\eta`, the size
 
 A best rate that keeps this size constant is a power of r. Once A has moved further than its initial size, Adam's change
 is proportional to :math:`\eta^2 \gamma r`, and the exponent of the best rate is halved. SGD's change is exponential in
-:math:`\gamma \eta`, and the best rate is proportional to :math:`1/\gamma` (`rora_theory.laws.horizon`).
+:math:`\gamma \eta`, and the best rate is proportional to :math:`1/\gamma` (`rora_theory.laws.constant_gradient`).
 """
 
 import math

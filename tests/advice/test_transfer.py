@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny import WIDE
 
-from rora_theory import InputError, scaling_factor
+from rora_theory import InputError, laws, scaling_factor
 from rora_theory.advice import measured, text
 from rora_theory.advice.adapter_config import FILE
 from rora_theory.advice.lora_config import read_adapter_config
@@ -19,7 +19,7 @@ from rora_theory.advice.measured import default_displacement_constants, steps_ex
 from rora_theory.advice.setting import CROSS_TALK, SIGNAL, Setting, rank_growth, step_ratio
 from rora_theory.advice.transfer import transfer
 from rora_theory.lab.adapters import LoraConfig
-from rora_theory.laws import displacement, laws
+from rora_theory.laws import displacement
 from rora_theory.runs import frames
 
 ROOT = Path(__file__).parents[2]

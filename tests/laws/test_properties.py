@@ -8,9 +8,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from rora_theory import scaling_factor
+from rora_theory import laws, scaling_factor
 from rora_theory.inits import INITS, draw
-from rora_theory.laws import first_step, laws
+from rora_theory.laws.first_step import take_first_step
 from rora_theory.optimizers import OPTIMIZERS, Optimizer, make_optimizer, scaling_power
 from rora_theory.paper import equations
 
@@ -38,7 +38,7 @@ def one_step(layer: dict, scaling: float) -> tuple[np.ndarray, ...]:
     x_next = layer["overlap"] * x + math.sqrt(1 - layer["overlap"] ** 2) * fresh
     delta = random.standard_normal(layer["p_out"])
     A, x, x_next, delta = (jnp.asarray(np.float32(value)) for value in (A, x, x_next, delta))
-    step = first_step.run(
+    step = take_first_step(
         lambda dm: jnp.vdot(delta, dm(x)),
         A,
         p_out=layer["p_out"],
@@ -159,7 +159,7 @@ def test_only_B_moves_at_the_first_step(layer: dict) -> None:
     random = np.random.default_rng(layer["seed"])
     A = jnp.asarray(np.float32(draw(random, layer["init"], rank=layer["rank"], p_in=layer["p_in"])))
     grad = jnp.asarray(np.float32(random.standard_normal((layer["p_out"], layer["p_in"]))))
-    step = first_step.run(
+    step = take_first_step(
         lambda dm: dm.inner(grad),
         A,
         p_out=layer["p_out"],

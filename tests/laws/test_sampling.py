@@ -48,7 +48,7 @@ def test_each_setting_has_its_own_step_of_the_same_draws(
     settings = [replace(setting, scaling=gamma, optimizer=name) for name in optimizers for gamma in (2.0, 0.5)]
     all_sums = sampling.estimate_settings(settings, sampler, key, draws=300)
     for separate, sums in zip(settings, all_sums, strict=True):
-        alone = sampling.estimate(separate, sampler, key, draws=300)
+        alone = sampling.estimate_moments(separate, sampler, key, draws=300)
         assert sums.count == alone.count == 300
         for both, other in ((sums.first, alone.first), (sums.norm2, alone.norm2)):
             # Sums of the same draws, which two programs round in their own order.
@@ -73,7 +73,9 @@ def test_several_devices_share_the_blocks_and_compute_no_extra_round(monkeypatch
         computed.clear()
         used.clear()
         devices = jax.devices()[:number]
-        sums = sampling.estimate(setting, "chi_square", jax.random.key(0), draws=41, batch=batch, devices=devices)
+        sums = sampling.estimate_moments(
+            setting, "chi_square", jax.random.key(0), draws=41, batch=batch, devices=devices
+        )
         assert (sums.count, computed) == (41, list(range(count)))
         assert sums.first.mean.value == pytest.approx(np.mean(expected))
         assert used == set(devices[: count // batch])

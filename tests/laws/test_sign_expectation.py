@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rora_theory.laws import laws, sign_expectation
+from rora_theory.laws import moments, sign_expectation
 
 
 def rows(count: int, p_in: int, *, peak: float, seed: int = 0) -> np.ndarray:
@@ -22,9 +22,9 @@ def test_series_is_the_integral(monkeypatch, peak) -> None:
     done, actual = sign_expectation.uniform(unit)
     assert done.all()
     monkeypatch.setattr(sign_expectation, "uniform", lambda u: (np.zeros(len(u), bool), np.zeros_like(u)))
-    laws._sign_direction.cache_clear()
-    expected = laws._sign_direction(unit.tobytes(), unit.shape, "uniform")
-    laws._sign_direction.cache_clear()
+    moments._sign_direction.cache_clear()
+    expected = moments._sign_direction(unit.tobytes(), unit.shape, "uniform")
+    moments._sign_direction.cache_clear()
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-10 * np.max(np.abs(expected)))
 
 
@@ -49,7 +49,7 @@ def test_the_fast_series(kind) -> None:
     unit[3] = 0
     unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-300)
     actual = sign_expectation.uniform_fast(unit)
-    expected = laws.sign_direction(unit, "uniform")
+    expected = moments.sign_direction(unit, "uniform")
     assert np.linalg.norm(actual - expected, axis=1).max() < 1e-3
     assert not actual[3].any()
 
@@ -62,7 +62,7 @@ def test_the_fast_series_of_rows_with_few_large_entries(rest) -> None:
     for row, large in enumerate(([1.0], [1.0, 1.0], [1.0, -0.4], [0.9, 0.5, -0.4], [0.6, 0.6, 0.6])):
         unit[row, 10 : 10 + len(large)] = np.sqrt(1 - rest) * np.array(large) / np.linalg.norm(large)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-    actual, expected = sign_expectation.uniform_fast(unit), laws.sign_direction(unit, "uniform")
+    actual, expected = sign_expectation.uniform_fast(unit), moments.sign_direction(unit, "uniform")
     assert np.linalg.norm(actual - expected, axis=1).max() < 1e-3
     # The direction of the small entries is right, too: it decides the signal of tokens without the large ones.
     small = np.ones(200, bool)
@@ -88,7 +88,7 @@ def test_the_fast_series_in_closed_form() -> None:
     q4, q6 = (np.sum(g**n, axis=1, keepdims=True) for n in (4, 6))
     closed = g * (1 + fourth * q4 / 8 - sixth * q6 / 48 + 105 / 1152 * fourth**2 * q4**2)
     closed += -fourth / 6 * g**3 * (1 + 5 / 8 * fourth * q4) + sixth / 40 * g**5
-    exact = laws.sign_direction(g, "uniform") / np.sqrt(2 / np.pi)
+    exact = moments.sign_direction(g, "uniform") / np.sqrt(2 / np.pi)
     actual = sign_expectation.uniform_fast(g)
     assert sign_expectation.uniform(g)[0].all(), "the exact values are the series', not the integral's"
     np.testing.assert_allclose(closed, exact, rtol=3e-6)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from support.streams import take
 
-from rora_theory.laws import laws, sampling
+from rora_theory import laws
+from rora_theory.laws import sampling
 from rora_theory.laws.sampling import RandomStep
 from rora_theory.optimizers import Optimizer
 from rora_theory.stats.moments import threshold
@@ -53,10 +54,10 @@ def test_no_pair_is_drawn_twice() -> None:
 def test_draws_until_the_error_is_reached() -> None:
     setting = RandomStep(rank=4, p_in=256, overlap=0.3)
     for target in (0.03, 0.008):
-        sums = sampling.estimate(setting, "chi_square", jax.random.key(2), relative_error=target)
+        sums = sampling.estimate_moments(setting, "chi_square", jax.random.key(2), relative_error=target)
         second = sums.first.second_moment
         assert second.error <= target * second.value
         law = laws.random_input_moments(rank=4, p_in=256, overlap=0.3, scaling=1.0).second_moment[0]
         assert abs(second.value - law) <= threshold(1e-6, 2) * second.error
     assert sampling.StreamMoments.from_json(json.loads(json.dumps(sums.to_json()))) == sums, "stored without loss"
-    assert sampling.estimate(setting, "chi_square", jax.random.key(2), draws=777).count == 777
+    assert sampling.estimate_moments(setting, "chi_square", jax.random.key(2), draws=777).count == 777

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from rora_theory import InputError
-from rora_theory.laws import laws, starts, steps
+from rora_theory import InputError, laws
+from rora_theory.laws import starts, steps
 from rora_theory.laws.first_step import Increment
 
 P_IN, P_OUT, TOKENS = 24, 6, 5

@@ -12,7 +12,7 @@ from rora_theory.errors import InputError
 from rora_theory.lab import adapters, llama
 from rora_theory.lab.adapters import LoraAdapter, LoraConfig
 from rora_theory.lab.data.batches import Examples
-from rora_theory.laws import horizon
+from rora_theory.laws import constant_gradient
 from rora_theory.measure import led
 
 CONFIG = tiny.CONFIG
@@ -69,7 +69,7 @@ def test_parts_are_those_of_the_whole_products(start, inputs) -> None:
 def test_the_exponent_is_the_laws_where_the_parts_have_one_direction() -> None:
     for rho in (0.0, 0.3, 1.0, 20.0):
         exponent = led.preserving_exponent(*(np.array([size]) for size in (2.0, 2 * rho, 2 * (1 + rho))))
-        assert exponent[0] == pytest.approx(horizon.rate_exponents(rho).scaling)
+        assert exponent[0] == pytest.approx(constant_gradient.rate_exponents(rho).scaling)
 
 
 def test_the_exponent_preserves_the_change_of_two_parts_at_any_angle() -> None:
@@ -94,7 +94,7 @@ def test_the_factor_preserves_the_change_of_all_modules() -> None:
         y = led.preserving_factor(strength, *parts)
         assert strength * np.sqrt(np.mean((y * b + y**2 * a) ** 2)) == pytest.approx(np.sqrt(np.mean((a + b) ** 2)))
     alike = [np.array([size, 2 * size]) for size in (1.0, 0.7, 1.7)]
-    assert led.preserving_factor(11.3, *alike) == pytest.approx(horizon.rate_factor(11.3, 0.7))
+    assert led.preserving_factor(11.3, *alike) == pytest.approx(constant_gradient.rate_factor(11.3, 0.7))
     slope = np.log(led.preserving_factor(1 + 1e-6, *alike)) / 1e-6
     assert slope == pytest.approx(led.preserving_exponent(*alike)[0], abs=1e-5)
 

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rora_theory.laws import laws, sampling
+from rora_theory import laws
+from rora_theory.laws import sampling
 from rora_theory.laws.grid import StepGrid
 from rora_theory.paper import simulation, verdicts
 from rora_theory.paper.simulation import SimulationCell, SimulationConfig

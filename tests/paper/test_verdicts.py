@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from rora_theory.laws import laws, sampling
+from rora_theory import laws
+from rora_theory.laws import sampling
 from rora_theory.paper import equations, verdicts
 from rora_theory.stats.moments import Moments, threshold
 
@@ -25,7 +26,7 @@ EXPECTED = (
 @functools.cache
 def sample(setting: sampling.RandomStep) -> sampling.StreamMoments:
     key = jax.random.fold_in(jax.random.key(9), setting.rank + 10_000 * int(10 * setting.overlap))
-    return sampling.estimate(setting, "chi_square", key, relative_error=0.01)
+    return sampling.estimate_moments(setting, "chi_square", key, relative_error=0.01)
 
 
 def judged(draw: verdicts.Sample, ranks: Sequence[int] = (1, 4, 16), p_in: int = 1600) -> dict[str, verdicts.Verdict]:
@@ -101,7 +102,7 @@ def test_few_draws_decide_no_second_moment() -> None:
 
     def few(setting: sampling.RandomStep) -> sampling.StreamMoments:
         key = jax.random.fold_in(jax.random.key(3), setting.rank + 10_000 * int(10 * setting.overlap))
-        return sampling.estimate(setting, "chi_square", key, relative_error=1.0, draws=64)
+        return sampling.estimate_moments(setting, "chi_square", key, relative_error=1.0, draws=64)
 
     undecided = dict.fromkeys(("6", "7", "8", "9", "11"), "undecided")
     assert statuses(few, RANKS, 4096) == EXPECTED | undecided

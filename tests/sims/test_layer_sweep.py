@@ -7,7 +7,7 @@ import pytest
 from support import commands
 
 from figures import layers_vs_rank, style
-from rora_theory.laws import laws
+from rora_theory import laws
 from rora_theory.measure.layers import layer_grid
 from rora_theory.measure.layers.layer_data import read_layers
 from rora_theory.optimizers import OPTIMIZERS

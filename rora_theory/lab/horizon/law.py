@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from rora_theory import laws
 from rora_theory.errors import InputError
 from rora_theory.lab.horizon.curves import setting_labels, strength_of
 from rora_theory.lab.horizon.grid import rate_factors
 from rora_theory.lab.horizon.parts import QUANTILES, exponent_of_parts
 from rora_theory.lab.horizon.runs import HorizonRun
-from rora_theory.laws import displacement, horizon, laws
+from rora_theory.laws import constant_gradient, displacement
 from rora_theory.measure.regimes.saved_run import read_regime_run
 from rora_theory.measure.regimes.tables import TAKEOVER, TAKEOVER_COLUMNS
 from rora_theory.optimizers import Schedule
@@ -70,7 +71,7 @@ def predict_exponents(
     The optimizer is Adam with a warm-up from 0, and the signal term dominates.
 
     Args:
-      takeovers: Takeover distances of the model's modules (`rora_theory.laws.horizon`).
+      takeovers: Takeover distances of the model's modules (`rora_theory.laws.constant_gradient`).
       strengths: Value of gamma r at which the best rate is known, and the other value.
       steps: Numbers of steps of whole runs.
       rates: Candidates for the best rate at the first value.
@@ -87,8 +88,8 @@ def predict_exponents(
         takeover = float(np.quantile(takeovers, quantile))
         rates_of_steps = [rate * factor for factor in rate_factors(count, warmup, schedule)]
         # Ratio of the A-led to the B-led part at the end of the run, which decides how much the rate changes.
-        rho = horizon.distances(rates_of_steps, takeover=takeover).A / takeover
-        divisor = 1 / horizon.rate_factor(strengths[1] / strengths[0], rho)
+        rho = constant_gradient.distances(rates_of_steps, takeover=takeover).A / takeover
+        divisor = 1 / constant_gradient.rate_factor(strengths[1] / strengths[0], rho)
         exponent = -math.log(divisor) / math.log(strengths[1] / strengths[0])
         rows.append((count, rate, quantile, takeover, divisor, exponent))
     return pd.DataFrame(rows, columns=["steps", "rate", "quantile", "takeover", "factor", "exponent"])
@@ -222,8 +223,9 @@ def step_exponents(
     at rate 0 have no best rate and are left out.
 
     If signs are constant, both factors move by the sum of the rates. The rate that preserves the change is then
-    inversely proportional to that sum, whichever part leads (`rora_theory.laws.horizon.rate_for_equal_change`).
-    Entries in a random walk move by the root of the sum, which gives -1/2.
+    inversely proportional to that sum, whichever part leads, see
+    `rora_theory.laws.constant_gradient.rate_for_equal_change`. Entries in a random walk move by the root of the sum,
+    which gives -1/2.
 
     Args:
       curves: `curves.curves_at` by step.
@@ -261,7 +263,7 @@ def step_exponents(
             # Exponents of the law, at quantiles of the modules' takeover distances.
             schedules = [rate_factors(count, warmup, schedule) for count in (first, second)]
             preserving_rates = [
-                horizon.rate_for_equal_change(rate, *schedules, takeover=distance) for distance in distances
+                constant_gradient.rate_for_equal_change(rate, *schedules, takeover=distance) for distance in distances
             ]
             law = sorted(math.log2(preserving / rate) / octaves for preserving in preserving_rates)
             edge, seeds = _edge_of_pair(*ends), len(ends[0].losses)

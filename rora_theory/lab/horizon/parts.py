@@ -9,7 +9,7 @@ import pandas as pd
 
 from rora_theory.lab.horizon.grid import rate_factors
 from rora_theory.lab.horizon.runs import HorizonRun
-from rora_theory.laws import horizon
+from rora_theory.laws import constant_gradient
 from rora_theory.measure.led import PARTS, preserving_exponent, preserving_factor
 from rora_theory.optimizers import Schedule
 from rora_theory.runs import frames
@@ -61,7 +61,7 @@ def led_table(
             # The law's ratio at a constant gradient is the distance that A moves over the takeover distance.
             if takeover is not None:
                 rates = [run.rate * factor for factor in rate_factors(reading.step, warmup, schedule)]
-                row["law_ratio"] = horizon.distances(rates, takeover=takeover).A / takeover
+                row["law_ratio"] = constant_gradient.distances(rates, takeover=takeover).A / takeover
             rows.append(row)
     return pd.DataFrame(rows)
 

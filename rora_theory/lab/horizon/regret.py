@@ -13,7 +13,7 @@ from rora_theory.advice.run_change import RunChange
 from rora_theory.lab.horizon.curves import curves_at, strength_of
 from rora_theory.lab.horizon.parts import GRID_STEP
 from rora_theory.lab.horizon.runs import FULL, HorizonRun
-from rora_theory.laws import displacement, horizon
+from rora_theory.laws import constant_gradient, displacement
 from rora_theory.optimizers import Schedule
 from rora_theory.runs import frames
 from rora_theory.stats.rate_curves import Curve, log2_rates
@@ -74,7 +74,7 @@ def policies(
     # the A-led to the B-led part at the old horizon.
     def constant_gradient_rate(old: Condition, new: Condition, rate: float) -> float:
         assert takeover is not None
-        return rate * horizon.rate_factor(new.strength / old.strength, rate * old.steps / takeover)
+        return rate * constant_gradient.rate_factor(new.strength / old.strength, rate * old.steps / takeover)
 
     # The displacement law, with the random walk's exponent in the steps.
     def displacement_and_steps_rate(old: Condition, new: Condition, rate: float) -> float:

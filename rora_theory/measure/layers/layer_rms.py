@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from rora_theory import inits
+from rora_theory import inits, laws
 from rora_theory.inits import Init
-from rora_theory.laws import first_step, laws
+from rora_theory.laws.first_step import take_first_step
 from rora_theory.laws.random.draws import draw_A
 from rora_theory.measure.layers.layer_data import SPLITS, Layer
 from rora_theory.optimizers import EPSILON, Optimizer, make_optimizer
@@ -103,7 +103,7 @@ def _step_by_autodiff(
         by_step = []
         for name, scaling in zip(names, scalings, strict=True):
             # The loss <G, dM> has G as its gradient in the full weight.
-            step = first_step.run(
+            step = take_first_step(
                 lambda dm: dm.inner(grad), lora_A, p_out=p_out, scaling=scaling, optimizer=optimizers[name]
             )
             # The change at a token is B times the scaled A x.

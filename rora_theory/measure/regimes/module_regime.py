@@ -21,7 +21,7 @@ from jaxtyping import Float
 from rora_theory import inits, plots
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
-from rora_theory.laws import horizon
+from rora_theory.laws import constant_gradient
 from rora_theory.laws.random.seeds import check_seed
 from rora_theory.measure.layers.layer_data import SPLITS, Layer, Split
 from rora_theory.measure.regimes import terms
@@ -52,7 +52,7 @@ TAKEOVER_ROWS, FAST_TAKEOVER_ROWS = 256, 64
 On layers of SmolLM2-135M their draw gives a takeover distance a relative standard error of 3% and 6%.
 """
 
-SIGN_FLIP_PERCENTS = tuple(round(100 * share) for share in horizon.SIGN_CHANGE_SHARES)
+SIGN_FLIP_PERCENTS = tuple(round(100 * share) for share in constant_gradient.SIGN_CHANGE_SHARES)
 """Percentages of the entries of G A^T that have changed sign at the distances ``turn_5`` to ``turn_95``."""
 
 MAX_RELATIVE_ERRORS = {
@@ -285,7 +285,7 @@ def measure_module(
     draw_rows: Callable[[Init], Float[np.ndarray, "rows p_in"]],
     measured: Mapping[tuple, dict[str, Any]] | None = None,
     counts: Mapping[str, Mapping[str, int]] | None = None,
-    multiply: horizon.MatrixProduct = np.matmul,
+    multiply: constant_gradient.MatrixProduct = np.matmul,
 ) -> RegimeRows:
     """Compute crossing ranks, predictions and takeover distances of one module.
 
@@ -418,13 +418,13 @@ def measure_takeover(
     layer: Layer,
     index: int,
     draw_rows: Callable[[Init], Float[np.ndarray, "rows p_in"]],
-    multiply: horizon.MatrixProduct = np.matmul,
+    multiply: constant_gradient.MatrixProduct = np.matmul,
 ) -> list[dict[str, Any]]:
     """Compute the distance that A's entries move under Adam until A's part of the change dominates.
 
-    Divided by the learning rate, it is the number of steps t_A (see `horizon.row_terms`). If exact, rows also have the
-    distances ``turn_5`` to ``turn_95`` at which that percentage of the entries of G A^T has changed sign. The law is
-    only approximate far beyond the first of them.
+    Divided by the learning rate, it is the number of steps t_A (see `constant_gradient.row_terms`). If exact, rows also
+    have the distances ``turn_5`` to ``turn_95`` at which that percentage of the entries of G A^T has changed sign. The
+    law is only approximate far beyond the first of them.
 
     Args:
       config: Settings of the measurement.
@@ -441,7 +441,7 @@ def measure_takeover(
     for init in config.inits:
         # Signs of G A^T, which all splits and ranks share, and products with the inputs, which all ranks share.
         lora_A = draw_rows(init)
-        signs = horizon.row_signs(layer.grad, lora_A, exact=config.is_exact, multiply=multiply)
+        signs = constant_gradient.row_signs(layer.grad, lora_A, exact=config.is_exact, multiply=multiply)
         laws = signs.terms_by_part(x, list(slices.values()))
         # Signs do not depend on A's standard deviation, but every distance is proportional to it.
         deviation = inits.entries(init, rank=len(lora_A), p_in=p_in).deviation

@@ -18,10 +18,10 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float
 
-from rora_theory import inits
+from rora_theory import inits, laws
 from rora_theory.errors import InputError
-from rora_theory.laws import laws, sign_expectation
-from rora_theory.laws.horizon import MatrixProduct
+from rora_theory.laws import sign_expectation
+from rora_theory.laws.constant_gradient import MatrixProduct
 from rora_theory.optimizers import EPSILON, Optimizer, scaling_power
 
 BLOCK_ENTRIES, MIN_BLOCK_ROWS = 1 << 18, 32

@@ -19,8 +19,8 @@ from rora_theory.lab.horizon import runs as horizon_runs
 from rora_theory.lab.horizon.estimators import estimator_table
 from rora_theory.lab.horizon.readings import Reading, ReadRun
 from rora_theory.lab.horizon.runs import HorizonRun
+from rora_theory.laws.constant_gradient import distances, rate_factor, rate_for_equal_change
 from rora_theory.laws.displacement import displacement_ratio
-from rora_theory.laws.horizon import distances, rate_factor, rate_for_equal_change
 from rora_theory.runs import frames, seals
 from rora_theory.stats import trained_runs
 from rora_theory.stats.paired import resampled_ratios

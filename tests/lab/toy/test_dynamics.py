@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rora_theory import optimizers
+from rora_theory import laws, optimizers
 from rora_theory.errors import InputError
 from rora_theory.lab.toy import dynamics
 from rora_theory.lab.toy.dynamics import ProblemConfig
-from rora_theory.laws import laws
 from rora_theory.validation.rules import check_steps
 
 LINEAR = ProblemConfig(p_in=24, p_out=6, samples=4, held_out=5, overlap=0.5, teacher_rank=2)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rora_theory.laws import laws
+from rora_theory import laws
 from rora_theory.laws.grid import StepGrid
 from rora_theory.laws.random.draws import stream_key
 from rora_theory.measure.layers import layer_grid, layer_rms

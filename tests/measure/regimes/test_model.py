@@ -12,7 +12,7 @@ from support import checkpoint
 from rora_theory import InputError, inits
 from rora_theory.lab.data.batches import Batch
 from rora_theory.lab.llama import Model, load
-from rora_theory.laws import horizon
+from rora_theory.laws import constant_gradient
 from rora_theory.laws.random.draws import draw_A, stream_key
 from rora_theory.measure import tokens, unseen
 from rora_theory.measure.layers import drawn_steps
@@ -173,7 +173,7 @@ def test_takeover_is_the_law_of_a_at_its_own_deviation(init) -> None:
     drawn = np.asarray(draw_A(key, init, rank=256, p_in=20))
     for row in exact:
         lora_A = drawn * (256 / row["rank"] if init == "gaussian" else 1)
-        law = horizon.row_terms(grad, layer.inputs[row["split"]], lora_A)
+        law = constant_gradient.row_terms(grad, layer.inputs[row["split"]], lora_A)
         assert row["takeover"] == pytest.approx(law.takeover(row["rank"]), rel=1e-6)
         assert [row[f"turn_{n}"] for n in (5, 25, 50, 75, 95)] == pytest.approx(
             list(law.sign_change_distances), rel=1e-6

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rora_theory import InputError
-from rora_theory.laws import first_step, laws
+from rora_theory import InputError, laws
+from rora_theory.laws.first_step import take_first_step
 from rora_theory.laws.random.draws import draw_A
 from rora_theory.measure.layers import drawn_steps
 from rora_theory.measure.layers.layer_data import Layer
@@ -103,7 +103,7 @@ def test_fast_terms_of_non_finite_numbers(layer) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("init", ["kaiming_uniform", "gaussian"])
 def test_shared_rows_are_adapters_of_autodiff(layer, init) -> None:
-    """The second block is distributed by hand and stepped by `first_step.run`, which has no shortcut."""
+    """The second block is distributed by hand and stepped by `take_first_step`, which has no shortcut."""
     key, ranks, rows = jax.random.key(3), (1, 3, 8), 8
     scalings = [[2.0, 0.5], [1.0, 0.25], [0.5, 4.0]]
     grad = jnp.asarray(layer.grad)
@@ -111,7 +111,7 @@ def test_shared_rows_are_adapters_of_autodiff(layer, init) -> None:
     @partial(jax.jit, static_argnames="name")
     def step_by_autodiff(lora_A: jax.Array, gamma: jax.Array, name: Optimizer) -> jax.Array:
         optimizer = make_optimizer(name, 0.3, epsilon=1e-2)
-        step = first_step.run(lambda dm: dm.inner(grad), lora_A, p_out=6, scaling=gamma, optimizer=optimizer)
+        step = take_first_step(lambda dm: dm.inner(grad), lora_A, p_out=6, scaling=gamma, optimizer=optimizer)
         return jnp.stack([jnp.mean(step(jnp.asarray(x)) ** 2) for x in layer.inputs.values()])
 
     stream = drawn_steps.step_adapters(

@@ -23,7 +23,7 @@ A few hundred sampled rows of A therefore estimate the law of all ranks (`row_te
 
 **SGD** is linear in the factors: with :math:`G = U \Sigma V^\top` each singular direction evolves independently. The
 change after t steps equals a first step with another gradient and another input (`sgd_equivalent`), so that
-`rora_theory.laws.laws.first_step_moments` computes its exact moments.
+`rora_theory.laws.moments.first_step_moments` computes its exact moments.
 """
 
 import math
@@ -569,7 +569,7 @@ def sgd_equivalent(
       momentum: Heavy-ball momentum in PyTorch's convention, at least 0 and below 1.
 
     Returns:
-      Gradient and inputs for `rora_theory.laws.laws.first_step_moments` at the same scaling and ``learning_rate=1``.
+      Gradient and inputs for `rora_theory.laws.moments.first_step_moments` at the same scaling and ``learning_rate=1``.
 
     Raises:
       InputError: If an argument is out of range.

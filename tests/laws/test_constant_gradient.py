@@ -16,10 +16,10 @@ import sympy as sp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rora_theory import InputError
-from rora_theory.laws import horizon, laws
+from rora_theory import InputError, laws
+from rora_theory.laws import constant_gradient
+from rora_theory.laws.constant_gradient import Distances, distances, rate_factor, row_terms
 from rora_theory.laws.first_step import Increment
-from rora_theory.laws.horizon import Distances
 
 P_IN, P_OUT = 96, 24
 
@@ -121,9 +121,9 @@ def test_enumeration_one_sample(delta: list, x: list, read_at: list, rank: int, 
     """The mean of the terms over all pairs of rows equals the exact fraction, with ties and zeros included."""
     grad, at = np.outer(delta, x).astype(float), np.array([read_at], float)
     pairs = [np.array(rows, float).reshape(2, 3) for rows in product((-1, 1), repeat=6)]
-    moved = horizon.distances([1.0] * steps, decay=None)
+    moved = distances([1.0] * steps, decay=None)
     # The squares are polynomials of E[q_i]^2 and E[q_i^2], which every pair of rows estimates without bias.
-    pair_terms = [horizon.row_terms(grad, at, pair) for pair in pairs]
+    pair_terms = [row_terms(grad, at, pair) for pair in pairs]
     coherent = np.mean([terms.coherent(moved.A) for terms in pair_terms])
     total = np.mean([terms.total(moved.A) for terms in pair_terms])
     square = moved.B**2 * (rank * total + rank * (rank - 1) * coherent)
@@ -143,12 +143,12 @@ def test_pace_by_algebra() -> None:
     assert sp.simplify(paces[0] ** 2 - (1 + b2) / (1 + b1) ** 2) == 0
     values = {b1: sp.Rational(9, 10), b2: sp.Rational(999, 1000)}
     expected = [float(pace.subs(values)) for pace in paces]
-    distances_A = [horizon.distances([1.0] * t).A for t in (1, 2, 3)]
+    distances_A = [distances([1.0] * t).A for t in (1, 2, 3)]
     assert distances_A[0] == 0.0
     np.testing.assert_allclose(np.diff(distances_A), expected, rtol=1e-12)
     # sqrt(3): m follows the ramp up to 1 / (1 - b1) steps, v is its mean square, (t / sqrt 3)^2
     slow = (0.9, 1 - 1e-9)
-    ahead = horizon.distances([1.0] * 4001, decay=slow).A - horizon.distances([1.0] * 4000, decay=slow).A
+    ahead = distances([1.0] * 4001, decay=slow).A - distances([1.0] * 4000, decay=slow).A
     assert ahead == pytest.approx(math.sqrt(3), rel=4e-3)  # the ramp's lag of 9 steps in 4000
 
 
@@ -158,7 +158,7 @@ def test_sgd_closed_form() -> None:
     """
     scaling, rate, steps, sigma = 0.7, 0.3, 5, 1.9
     grad, x = np.array([[0.0, sigma]]), np.array([3.0, 2.0])
-    equivalent, at = horizon.sgd_equivalent(grad, x, rates=[rate] * steps, scaling=scaling)
+    equivalent, at = constant_gradient.sgd_equivalent(grad, x, rates=[rate] * steps, scaling=scaling)
     up, down = ((1 + s * scaling * rate * sigma) ** steps for s in (1, -1))
     np.testing.assert_allclose(equivalent, [[0.0, (up - down) / 2 / scaling]], rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(at, [3.0, 2.0 * (up + down) / 2], rtol=1e-12)
@@ -171,7 +171,7 @@ def test_sgd_equals_optax(momentum: float) -> None:
     rates = [0.0, 0.02, 0.05, 0.05, 0.03, 0.03]
     lora_A = kaiming(1, 6)
     increment = descend(grad, lora_A, rates, scaling=1.3, optimizer=lambda lr: optax.sgd(lr, momentum=momentum))
-    equivalent, at = horizon.sgd_equivalent(grad, x, rates=rates, scaling=1.3, momentum=momentum)
+    equivalent, at = constant_gradient.sgd_equivalent(grad, x, rates=rates, scaling=1.3, momentum=momentum)
     expected = -(1.3**2) * at @ lora_A.T @ (equivalent @ lora_A.T).T
     measured = np.asarray(increment(jnp.asarray(x, jnp.float32)))
     assert np.max(np.abs(expected)) > 0.1
@@ -194,10 +194,10 @@ def test_one_sample_adam(rates: list[float], ratio: float) -> None:
     rng = np.random.default_rng(7)
     x = rng.normal(size=P_IN)
     grad = np.outer(rng.normal(size=P_OUT), x)
-    terms = horizon.row_terms(grad, x[None], kaiming(8, 4000))
+    terms = row_terms(grad, x[None], kaiming(8, 4000))
     for rank, seeds in ((8, 40), (64, 8)):
         rates_B = [ratio * rate for rate in rates]
-        moved = horizon.distances(rates_B, rates, takeover=terms.takeover(rank))
+        moved = distances(rates_B, rates, takeover=terms.takeover(rank))
         squares = mean_squares(grad, x[None], rank, rates, seeds=seeds, ratio=ratio)
         measured = math.sqrt(np.mean(squares))
         assert terms.rms(rank, scaling=1.0, moved=moved) == pytest.approx(measured, rel=0.03)
@@ -213,10 +213,10 @@ def test_many_tokens_adam() -> None:
     for tokens in (16, 64):
         grad, x = data(11 + tokens, tokens)
         for read_at in (x[:16], fresh):
-            terms = horizon.row_terms(grad, read_at, kaiming(8, 4000))
+            terms = row_terms(grad, read_at, kaiming(8, 4000))
             for rank in (8, 64):
                 for steps in (1, 8, 64):
-                    moved = horizon.distances([1e-3] * steps, takeover=terms.takeover(rank))
+                    moved = distances([1e-3] * steps, takeover=terms.takeover(rank))
                     law = terms.rms(rank, scaling=1.0, moved=moved)
                     squares = mean_squares(grad, read_at, rank, [1e-3] * steps, seeds=48)
                     if steps == 1:  # the rows that the terms rest on are 10 times as many as the adapters'
@@ -232,8 +232,8 @@ def test_turning_gradient() -> None:
     second, _ = data(22, 1)
     second = second * np.linalg.norm(first) / np.linalg.norm(second)
     steps, rank = 64, 16
-    terms = horizon.row_terms(first, x, kaiming(8, 4000))
-    moved = horizon.distances([1e-3] * steps, takeover=terms.takeover(rank))
+    terms = row_terms(first, x, kaiming(8, 4000))
+    moved = distances([1e-3] * steps, takeover=terms.takeover(rank))
     law = terms.rms(rank, scaling=1.0, moved=moved)
     ratios = {}
     for theta in (0.0, 0.5, 3.0):
@@ -251,12 +251,12 @@ def test_turning_gradient() -> None:
 def test_rate_exponents_are_the_slopes_of_the_factor() -> None:
     for rho in (0.0, 0.3, 1.0, 7.0, 1e6):
         step = 1e-5
-        slope = math.log(horizon.rate_factor(math.exp(step), rho)) / step
-        assert slope == pytest.approx(horizon.rate_exponents(rho).scaling, abs=1e-4)
+        slope = math.log(rate_factor(math.exp(step), rho)) / step
+        assert slope == pytest.approx(constant_gradient.rate_exponents(rho).scaling, abs=1e-4)
         for strength in (0.1, 11.3):
-            y = horizon.rate_factor(strength, rho)
+            y = rate_factor(strength, rho)
             assert strength * y * (1 + rho * y) == pytest.approx(1 + rho, rel=1e-12)
-    assert horizon.rate_factor(9.0, math.inf) == pytest.approx(1 / 3)
+    assert rate_factor(9.0, math.inf) == pytest.approx(1 / 3)
 
 
 def test_sgd_exponents_by_algebra() -> None:
@@ -265,14 +265,14 @@ def test_sgd_exponents_by_algebra() -> None:
     change = gamma * rank * sp.sinh(2 * gamma * eta * sigma)
     for tau in (0.05, 1.0, 6.0):
         at = {gamma: 0.7, rank: 16, sigma: 3.0, eta: tau / (0.7 * 3.0)}
-        exponents = horizon.sgd_rate_exponents(tau)
+        exponents = constant_gradient.sgd_rate_exponents(tau)
         for symbol, exponent in ((gamma, exponents.scaling), (rank, exponents.rank)):
             slope = -sp.diff(change, symbol) / sp.diff(change, eta) * symbol / eta
             assert float(slope.subs(at)) == pytest.approx(exponent, rel=1e-9)
-    assert horizon.sgd_rate_exponents(0.0) == (-2.0, -1.0)
-    assert horizon.sgd_rate_exponents(math.inf) == (-1.0, 0.0)
+    assert constant_gradient.sgd_rate_exponents(0.0) == (-2.0, -1.0)
+    assert constant_gradient.sgd_rate_exponents(math.inf) == (-1.0, 0.0)
     for kappa_one in (0.0, 0.3, 4.0, math.inf):  # under alpha / r gamma falls as 1 / r: the rate grows as r, always
-        exponents = horizon.sgd_rate_exponents(kappa_one)
+        exponents = constant_gradient.sgd_rate_exponents(kappa_one)
         assert exponents.rank - exponents.scaling == pytest.approx(1.0)
 
 
@@ -306,44 +306,51 @@ def test_sign_changes_are_computed_entry_by_entry() -> None:
     rng = np.random.default_rng(0)
     grad, lora_A = rng.normal(size=(30, 4)), rng.normal(size=(6, 4))
     moves = np.sign(np.sign(grad @ lora_A.T).T @ grad)
-    distances = []
+    change_distances = []
     for row, (start_row, move_row) in product(grad, zip(lora_A, moves, strict=True)):
         initial, drift = row @ start_row, row @ move_row
-        distances.append(-initial / drift if initial * drift < 0 else math.inf)
-    quantiles = horizon.row_terms(grad, rng.normal(size=(2, 4)), lora_A).sign_change_distances
-    assert quantiles == pytest.approx(tuple(np.quantile(distances, [0.05, 0.25, 0.5, 0.75, 0.95], method="lower")))
+        change_distances.append(-initial / drift if initial * drift < 0 else math.inf)
+    quantiles = row_terms(grad, rng.normal(size=(2, 4)), lora_A).sign_change_distances
+    expected = tuple(np.quantile(change_distances, [0.05, 0.25, 0.5, 0.75, 0.95], method="lower"))
+    assert quantiles == pytest.approx(expected)
     assert np.isfinite(quantiles[0])
 
 
-def terms_of(square: horizon.Quadratic) -> horizon.RowTerms:
-    return horizon.RowTerms(square, square, (math.inf,) * 5, 1, 0)
+def terms_of(square: constant_gradient.Quadratic) -> constant_gradient.RowTerms:
+    return constant_gradient.RowTerms(square, square, (math.inf,) * 5, 1, 0)
 
 
 def test_a_never_takes_over_without_a_contribution() -> None:
-    assert terms_of(horizon.Quadratic(1.0, 0.0, 0.0)).takeover(8) == math.inf
+    assert terms_of(constant_gradient.Quadratic(1.0, 0.0, 0.0)).takeover(8) == math.inf
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: horizon.distances([]), "rates_B"),
-        (lambda: horizon.distances([-1.0]), "rates_B"),
-        (lambda: horizon.distances([1.0], decay=(1.0, 0.9)), "decay"),
-        (lambda: horizon.distances([1.0], takeover=0.0), "takeover"),
-        (lambda: horizon.rate_factor(0.0, 1.0), "strength"),
-        (lambda: horizon.rate_exponents(-1.0), "rho"),
-        (lambda: horizon.rate_exponents("1"), "rho.* '1'"),
-        (lambda: horizon.rate_factor(2.0, None), "rho.* None"),
-        (lambda: horizon.sgd_rate_exponents("1"), "growth.* '1'"),
-        (lambda: horizon.sgd_rate_exponents(math.nan), "growth.* nan"),
-        (lambda: horizon.distances([1.0], takeover="1"), "takeover.* '1'"),
-        (lambda: horizon.row_terms(np.ones((2, 3)), np.ones((1, 3)), np.ones((1, 3))), "lora_A.* 1"),
-        (lambda: horizon.row_terms(np.ones((2, 3)), np.ones((1, 4)), np.ones((2, 3))), r"x and lora_A.* \(1, 4\)"),
-        (lambda: horizon.sgd_equivalent(np.ones((2, 3)), np.ones(3), rates=[1.0], scaling=1.0, momentum=1), "momentum"),
-        (lambda: horizon.distances([1e-3] * 3, takeover=1e-300), "takeover.*1e-300"),
-        (lambda: horizon.rate_for_equal_change(1e-3, [0.0], [1.0, 1.0], takeover=1.0), "first"),
-        (lambda: horizon.rate_for_equal_change(1e-3, [1.0], [0.0, 0.0], takeover=1.0), "second"),
-        (lambda: horizon.rate_for_equal_change(0.0, [1.0], [1.0], takeover=1.0), r"rate.* 0\.0"),
+        (lambda: distances([]), "rates_B"),
+        (lambda: distances([-1.0]), "rates_B"),
+        (lambda: distances([1.0], decay=(1.0, 0.9)), "decay"),
+        (lambda: distances([1.0], takeover=0.0), "takeover"),
+        (lambda: rate_factor(0.0, 1.0), "strength"),
+        (lambda: constant_gradient.rate_exponents(-1.0), "rho"),
+        (lambda: constant_gradient.rate_exponents("1"), "rho.* '1'"),
+        (lambda: rate_factor(2.0, None), "rho.* None"),
+        (lambda: constant_gradient.sgd_rate_exponents("1"), "growth.* '1'"),
+        (lambda: constant_gradient.sgd_rate_exponents(math.nan), "growth.* nan"),
+        (lambda: distances([1.0], takeover="1"), "takeover.* '1'"),
+        (lambda: row_terms(np.ones((2, 3)), np.ones((1, 3)), np.ones((1, 3))), "lora_A.* 1"),
+        (
+            lambda: row_terms(np.ones((2, 3)), np.ones((1, 4)), np.ones((2, 3))),
+            r"x and lora_A.* \(1, 4\)",
+        ),
+        (
+            lambda: constant_gradient.sgd_equivalent(np.ones((2, 3)), np.ones(3), rates=[1.0], scaling=1.0, momentum=1),
+            "momentum",
+        ),
+        (lambda: distances([1e-3] * 3, takeover=1e-300), "takeover.*1e-300"),
+        (lambda: constant_gradient.rate_for_equal_change(1e-3, [0.0], [1.0, 1.0], takeover=1.0), "first"),
+        (lambda: constant_gradient.rate_for_equal_change(1e-3, [1.0], [0.0, 0.0], takeover=1.0), "second"),
+        (lambda: constant_gradient.rate_for_equal_change(0.0, [1.0], [1.0], takeover=1.0), r"rate.* 0\.0"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -354,7 +361,5 @@ def test_bad_input(call: Callable, words: str) -> None:
 
 def test_a_takeover_distance_whose_square_underflows_is_refused() -> None:
     """At the bound the step is still that of the limit, where B's gradient is a ramp from step 3 on."""
-    smallest = 3e-3 / horizon.MAX_GRADIENT_GROWTH * (1 + 1e-9)
-    assert horizon.distances([1e-3] * 3, takeover=smallest) == pytest.approx(
-        horizon.distances([1e-3] * 3, takeover=1e-50)
-    )
+    smallest = 3e-3 / constant_gradient.MAX_GRADIENT_GROWTH * (1 + 1e-9)
+    assert distances([1e-3] * 3, takeover=smallest) == pytest.approx(distances([1e-3] * 3, takeover=1e-50))

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from support import pairings
 from support.enumeration import enumerate_first_step
 
-from rora_theory import InputError
+from rora_theory import InputError, laws
 from rora_theory.inits import INITS, Entries, entries
-from rora_theory.laws import laws, sampling
+from rora_theory.laws import sampling
 from rora_theory.laws.random.draws import draw_A
 from rora_theory.optimizers import OPTIMIZERS, Optimizer
 from rora_theory.stats.moments import threshold
