@@ -15,8 +15,8 @@ from rora_theory.errors import InputError
 
 PACKAGES: dict[str, tuple[str, ...]] = {
     "finetune": (
-        *("gguf", "google", "huggingface_hub", "jinja2", "orbax", "pyarrow"),
-        *("safetensors", "sentencepiece", "tokenizers"),
+        *("datasets", "gguf", "google", "huggingface_hub", "jinja2", "orbax", "pyarrow"),
+        *("safetensors", "sentencepiece", "tokenizers", "transformers"),
     ),
     "torch": ("peft", "torch", "transformers"),
     "cluster": ("ray",),

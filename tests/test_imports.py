@@ -77,9 +77,9 @@ sys.meta_path.insert(0, Hidden())
 
 
 def test_every_hidden_package_belongs_to_an_extra() -> None:
-    finetune = {"gguf", "google", "huggingface_hub", "jinja2", "orbax", "pyarrow", "safetensors"}
-    finetune |= {"sentencepiece", "tokenizers"}
-    assert finetune | {"peft", "torch", "transformers", "tensorboardX", "wandb", "ray"} == EXTRA_PACKAGES
+    finetune = {"datasets", "gguf", "google", "huggingface_hub", "jinja2", "orbax", "pyarrow", "safetensors"}
+    finetune |= {"sentencepiece", "tokenizers", "transformers"}
+    assert finetune | {"peft", "torch", "tensorboardX", "wandb", "ray"} == EXTRA_PACKAGES
     assert {name for names in extras.PACKAGES.values() for name in names} == EXTRA_PACKAGES
     for extra, names in extras.PACKAGES.items():
         assert import_names(extra) == set(names)
