@@ -9,7 +9,7 @@ Sections, the most valuable first:
   rate        the card's own rates of bfloat16 products and of copies, as a reference for the other sections
   tests       `pytest -m gpu`: fused attention, whole steps against the CPU's, bitwise resumption, bfloat16
   training    LLaMA-7B shapes, random weights, LoRA and DoRA of ranks 8 and 128, batches of 16 x 256 and 4 x 2048:
-              tokens/s, share of the card's rate, and peak memory with the plan of `sims.capacity`; compared with
+              tokens/s, share of the card's rate, and peak memory beside the compiler's analysis; compared with
               torch + peft (bfloat16 autocast, fused attention, eager and compiled)
   scoring     log-likelihoods of random choices, as in the protocol `harness`, compared with transformers
   generation  4 beams, 32 new tokens, compared with transformers
@@ -516,7 +516,7 @@ def describe(record: dict[str, Any]) -> str:
         "tokens_per_second": ("{:.0f} tokens/s", 1),
         "utilisation": ("{:.1%} of the card's rate", 1),
         "peak_bytes": ("peak {:.2f} GB", 1e-9),
-        "planned_bytes": ("planned {:.2f} GB", 1e-9),
+        "compiler_bytes": ("{:.2f} GB by the compiler's analysis", 1e-9),
         "items_per_second": ("{:.2f} items/s", 1),
         "last_session_seconds": ("{:.1f} s", 1),
     }

@@ -16,8 +16,9 @@ import numpy as np
 from rora_theory.lab import adapters, llama
 from rora_theory.lab.evaluate.choices import EncodedChoice
 from rora_theory.lab.evaluate.likelihood import log_likelihoods
-from rora_theory.lab.finetune import Batch, FinetuneConfig, capacity
+from rora_theory.lab.finetune import Batch, FinetuneConfig
 from rora_theory.lab.finetune import step as steps
+from rora_theory.lab.finetune.memory import StepMemory
 from rora_theory.lab.llama.generate import beam_search
 
 REMATS: tuple[Any, ...] = (False, "mlp", True)
@@ -106,8 +107,6 @@ def training(spec: dict[str, Any]) -> Work:
     """Time training steps on random tokens, each cell with the least recomputation that fits the device."""
     model = model_config(spec)
     params = random_weights(model)
-    statistics = jax.local_devices()[0].memory_stats() or {}
-    memory = statistics.get("bytes_limit", math.inf)
     highest_peak = peak_bytes()
 
     def run_named(name: str) -> dict[str, Any]:
@@ -122,21 +121,15 @@ def training(spec: dict[str, Any]) -> Work:
             batch_size=cell.rows,
             dtype="bfloat16",
         )
-        # Try the settings in order; skip one whose plan exceeds the memory, and go on after one that exceeds it.
-        flops = None
+        # Try the settings in order, and continue with the next one if one exceeds the memory.
         for remat in REMATS:
-            remat_config = dataclasses.replace(config, remat=remat)
-            plan = capacity.estimate_step(model, remat_config, cell.width)
-            flops = flops or plan.flops  # operations of the model, without recomputation
-            if plan.total > memory and remat is not REMATS[-1]:
-                continue
             try:
-                results = run_cell(model, params, remat_config, cell, spec)
+                results = run_cell(model, params, dataclasses.replace(config, remat=remat), cell, spec)
                 break
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error) or remat is REMATS[-1]:
                     raise
-        seconds = results["seconds"]
+        seconds, flops = results["seconds"], model_flops(model, results["trainable"], cell)
         # The device reports its highest peak only: a cell that stayed below an earlier one has no peak of its own.
         peak = peak_bytes()
         has_risen = peak is not None and highest_peak is not None and peak > highest_peak
@@ -146,11 +139,22 @@ def training(spec: dict[str, Any]) -> Work:
             "tokens_per_second": cell.rows * cell.width / seconds,
             "model_flops_per_second": flops / seconds,
             "utilisation": flops / seconds / spec["rate"] if spec.get("rate") else None,
-            "planned_bytes": plan.total,
             "peak_bytes": peak if has_risen else None,
         }
 
     return run_named
+
+
+def model_flops(model: llama.LlamaConfig, trainable: int, cell: gpu.Cell) -> int:
+    """Return the operations of a step's matrix products, without recomputation.
+
+    A frozen weight takes part in the forward product and in the gradient of its input, an adapter's also in its own
+    gradient. Attention has two products in the forward pass and four in the backward pass.
+    """
+    linear = sum(p_out * p_in for p_out, p_in in map(model.module_shape, llama.MODULES))
+    frozen = model.num_hidden_layers * linear + model.vocab_size * model.hidden_size
+    attention = model.num_hidden_layers * cell.width * model.num_attention_heads * model.head_dim
+    return 2 * cell.rows * cell.width * (2 * frozen + 3 * trainable + 6 * attention)
 
 
 def run_cell(model: llama.LlamaConfig, params: Any, config: FinetuneConfig, cell: gpu.Cell, spec: Any) -> Any:
@@ -171,7 +175,6 @@ def run_cell(model: llama.LlamaConfig, params: Any, config: FinetuneConfig, cell
     begin = time.perf_counter()
     compiled = steps.train_step(adapter, model, config, 1000).lower(state, params, batch).compile()
     compile_seconds = time.perf_counter() - begin
-    planned = compiled.memory_analysis()
     timings = []
     # The first two steps are a warm-up.
     for number in range(2 + spec["sizes"]["steps"]):
@@ -179,7 +182,7 @@ def run_cell(model: llama.LlamaConfig, params: Any, config: FinetuneConfig, cell
         timings += [seconds] if number > 1 else []
     return gpu.summarise_timings(timings) | {
         "compile_seconds": round(compile_seconds, 2),
-        "compiler_bytes": planned.argument_size_in_bytes + planned.temp_size_in_bytes,
+        "compiler_bytes": StepMemory.from_compiled(compiled).total,
         "loss": float(metrics.loss),
         "trainable": adapters.count(adapter),
     }

@@ -1,4 +1,4 @@
-"""Compare the peak memory of a fine-tuning step on a CPU with `sims.capacity`'s plan and torch + peft + bitsandbytes.
+"""Compare the peak memory of a fine-tuning step on a CPU with XLA's analysis and with torch + peft + bitsandbytes.
 
     python benchmarks/memory.py --out memory.json          SmolLM2-135M, LoRA r = 8, 4 x 64 tokens, minutes on two cores
 
@@ -55,27 +55,56 @@ class Config:
 
 
 def measure_ours(spec: dict[str, Any]) -> dict[str, Any]:
-    """Return the planned, the compiled and the measured bytes of this package's step on each device.
+    """Return the analysed and the measured bytes of this package's step on each device, and those of its weights.
 
     Args:
       spec: Settings of the measurement, see `main` and `measurements`.
     """
     import jax
+    import jax.numpy as jnp
+    import numpy as np
 
     jax.config.update("jax_num_cpu_devices", spec["devices"])
-    from rora_theory.lab.finetune import FinetuneConfig, capacity, sharding
-    from rora_theory.lab.finetune.sharding import Layout
+    from rora_theory.lab import adapters
+    from rora_theory.lab.finetune import Batch, FinetuneConfig, sharding
+    from rora_theory.lab.finetune import step as steps
+    from rora_theory.lab.finetune.memory import StepMemory
+    from rora_theory.lab.llama import abstract_params, init_params
+    from rora_theory.lab.llama.shapes import SHAPES
 
     dense = spec["base"] in ("float32", "bfloat16")
-    base = {"dtype": spec["base"]} if dense else {"dtype": "float32", "quantization": spec["base"]}
-    run = FinetuneConfig(rule="lora", rank=spec["rank"], alpha=16.0, dropout=0.0, batch_size=spec["rows"], **base)
-    layout = None if spec["devices"] == 1 else Layout(sharding.mesh(1, spec["devices"], devices=jax.devices()))
-    model = capacity.find_model(spec["model"])
-    planned = capacity.estimate_step(model, run, spec["seq"], layout)
-    measured = capacity.measure_step(model, run, spec["seq"], layout)
-    sizes = {"planned": planned.total, "on_cpu": planned.on_cpu(run.dtype)}
-    sizes |= {"program": measured.program.total, "peak": measured.peak}
-    return sizes | {f"{name}_bytes": size for name, size in planned.parts().items()}
+    base_type = {"dtype": spec["base"]} if dense else {"dtype": "float32", "quantization": spec["base"]}
+    run = FinetuneConfig(rule="lora", rank=spec["rank"], alpha=16.0, dropout=0.0, batch_size=spec["rows"], **base_type)
+    model, dtype = SHAPES[spec["model"]], jnp.dtype(run.dtype)
+    layout = None if spec["devices"] == 1 else sharding.Layout(sharding.mesh(fsdp=spec["devices"]))
+    shardings = None if layout is None else layout.params_shardings(abstract_params(model, dtype, run.quantization))
+    # Random weights, training state and batch, on their devices.
+    draw = jax.jit(init_params, static_argnums=(1, 2, 3), out_shardings=shardings)
+    base = draw(jax.random.key(0), model, dtype, run.quantization)
+    adapter = adapters.init(jax.random.key(1), run.adapter(), model, base)
+    state: Any = steps.init_state(adapter, steps.finetune_optimizer(run, 1), jax.random.key(2))
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (spec["rows"], spec["seq"] + 1)).astype(np.int32)
+    batch: Any = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((spec["rows"], spec["seq"]), np.float32), None)
+    applied, state_shardings = adapter, None
+    if layout is not None:
+        state_shardings = layout.state_shardings(state)
+        state, batch, applied = layout.state(state), layout.batch(batch), sharding.Gathered(adapter, layout)
+    step = steps.train_step(applied, model, run, 1, state_shardings=state_shardings)
+    # Compile first, so that the compiler's own memory is not part of the step's.
+    compiled = step.lower(state, base, batch).compile()
+    program = StepMemory.from_compiled(compiled)
+    del adapter
+    arrays = jax.tree.leaves((base, state._replace(key=None)))
+    jax.block_until_ready(arrays)
+    reset_peak_memory()
+    held = sum(shard.data.nbytes for array in arrays for shard in array.addressable_shards)
+    resident_before = process_memory("VmRSS") - held
+    jax.block_until_ready(compiled(state, base, batch))
+    return {
+        "program": program.total,
+        "peak": (process_memory("VmHWM") - resident_before) // spec["devices"],
+        "base_bytes": sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(base)),
+    }
 
 
 def measure_peer(spec: dict[str, Any]) -> dict[str, Any]:
@@ -90,8 +119,6 @@ def measure_peer(spec: dict[str, Any]) -> dict[str, Any]:
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    from rora_theory.lab.finetune import capacity
 
     torch.set_num_threads(spec["cores"])
     # Base model, quantised while it is loaded.
@@ -120,14 +147,25 @@ def measure_peer(spec: dict[str, Any]) -> dict[str, Any]:
     held += sum(scales.numel() * scales.element_size() for scales in _scales(model))
     # glibc keeps the memory that loading has freed: give it back, so that the step's use of it counts as growth.
     ctypes.CDLL(None).malloc_trim(0)
-    capacity.reset_peak_memory()
-    before = capacity.process_memory("VmRSS")
+    reset_peak_memory()
+    before = process_memory("VmRSS")
     out = model(input_ids=tokens, labels=tokens)
     out.loss.backward()
     torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     kinds = {type(module).__name__ for module in model.modules() if "Linear" in type(module).__name__}
-    return {"held": held, "peak": held + capacity.process_memory("VmHWM") - before, "modules": sorted(kinds)}
+    return {"held": held, "peak": held + process_memory("VmHWM") - before, "modules": sorted(kinds)}
+
+
+def process_memory(field: str) -> int:
+    """Return a memory field of Linux's status of this process, such as ``VmRSS``, in bytes."""
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(f"{field}:"))
+
+
+def reset_peak_memory() -> None:
+    """Reset the peak of this process's resident memory to its present value."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _scales(model: Any) -> Iterator[Any]:
@@ -173,7 +211,7 @@ def describe(case: dict[str, Any]) -> str:
     text = f"{case['side']}, {case['base']}, {case['devices']} devices: weights {held / 1e6:.0f} MB a device, "
     text += f"a step's peak {case['peak']['median'] / 1e6:.0f}"
     if case["side"] == "ours":
-        text += f", planned {case['planned'] / 1e6:.0f}, by XLA's account {case['program'] / 1e6:.0f}"
+        text += f", by XLA's analysis {case['program'] / 1e6:.0f}"
     return text
 
 

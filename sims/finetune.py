@@ -32,6 +32,7 @@ from rora_theory.lab.finetune import (
 from rora_theory.lab.finetune.checkpoints import silence_checkpoint_logs
 from rora_theory.lab.finetune.distributed import ProcessConfig
 from rora_theory.lab.finetune.loop import NonFiniteLossError, StepCompleted, Trainer, ValidationCompleted, resumption
+from rora_theory.lab.finetune.memory import StepMemory
 from rora_theory.lab.finetune.outputs import OutputConfig, write_outputs
 from rora_theory.lab.finetune.trackers import TrackerName
 from rora_theory.runs.folder import RunFolder, check_free, path_of
@@ -118,11 +119,12 @@ def run(config: Config) -> None:
     assert path is not None
     # Close the trainer also after an interruption, so that a checkpoint in progress is completed.
     with closing(Trainer.start(model, data, training, path / "checkpoints", layout=layout)) as trainer:
+        memory = trainer.compile()
         if folder is None:
             for _ in trainer.run():
                 pass
         else:
-            record_start(folder, trainer, model, data.summary, training)
+            record_start(folder, trainer, model, data.summary, training, memory)
             events = train(trainer, folder, config.log_to)
         adapter = trainer.adapter(config.output.keep)
     # Only the first process writes: the outputs, their card, and the summary.
@@ -141,15 +143,22 @@ def run(config: Config) -> None:
 
 
 def record_start(
-    folder: RunFolder, trainer: Trainer, model: llama.Model, summary: Mapping[str, Any], training: FinetuneConfig
+    folder: RunFolder,
+    trainer: Trainer,
+    model: llama.Model,
+    summary: Mapping[str, Any],
+    training: FinetuneConfig,
+    memory: StepMemory,
 ) -> None:
-    """Print a summary of the run, and write it to the manifest."""
+    """Print a summary of the run and the memory of its step, and write the summary to the manifest."""
     fresh = trainer.adapter("last")
     trainable, share = adapters.count(fresh), adapters.share(fresh, model.params)
-    devices = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
+    device = jax.devices()[0]
+    devices = f"{len(jax.devices())} x {device.device_kind}"
     counted = {"trainable_parameters": trainable, "trainable_share": share}
     folder.update(data=summary, steps=trainer.steps, device=devices, **counted)
     print(card.describe_start(training, summary, trainer.steps, trainable, share))
+    print(memory.describe(device), flush=True)
 
 
 def train(trainer: Trainer, folder: RunFolder, log_to: TrackerName | None = None) -> list[dict[str, Any]]:

@@ -17,13 +17,11 @@ import pandas as pd
 from rora_theory.lab import adapters, llama
 from rora_theory.lab.data.records import DataConfig
 from rora_theory.lab.evaluate.scoring import Scoring
-from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.horizon import judgement as horizons
 from rora_theory.lab.horizon import law as horizon_law
 from rora_theory.lab.horizon import readings
 from rora_theory.lab.horizon import runs as horizon_runs
 from rora_theory.lab.horizon.grid import HorizonCell, HorizonGrid
-from rora_theory.lab.sweep.memory import cell_memory
 from rora_theory.lab.sweep.records import draw_records
 from rora_theory.lab.sweep.workbench import Workbench
 from rora_theory.runs import devices
@@ -62,11 +60,7 @@ class Config:
 def run(config: Config) -> None:
     """Run the cells that the run folder lacks, then analyse all of its runs."""
     grid, model = config.grid, config.model
-
-    def plan(cell: HorizonCell) -> int:
-        return cell_memory(llama.model_config(located[model]), grid.training(cell), FinetuneConfig.dtype)
-
-    runner = config.cluster.runner(plan)
+    runner = config.cluster.runner()
     # Check all inputs before any work: the regime, the records, the model and the runs to compare with.
     takeovers, linear_terms = horizon_law.read_regime(config.regime) if config.regime else ([], [])
     cells = list(grid.cells())

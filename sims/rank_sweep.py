@@ -20,12 +20,10 @@ from typing import Any
 import pandas as pd
 
 from rora_theory.errors import FailedError
-from rora_theory.lab import llama
 from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.sweep import differences, results
 from rora_theory.lab.sweep.cells import SweepCell, cell_states, describe_models, replace_with_scored
 from rora_theory.lab.sweep.design import BASE
-from rora_theory.lab.sweep.memory import cell_memory
 from rora_theory.lab.sweep.plan import SweepConfig, plan_sweep
 from rora_theory.lab.sweep.workbench import Workbench
 from rora_theory.runs.cells import CELLS_FOLDER
@@ -83,10 +81,9 @@ def run(config: Config) -> None:
     if config.list:
         print_cells(config.design, path, first_cells)
         return
-    # Memory of the cells, and the data and base model that all cells share.
+    # The data and the base model that all cells share.
     check_free(path)
-    configs = {name: llama.model_config(located_model) for name, located_model in plan.located.items()}
-    runner = config.cluster.runner(lambda cell: cell_memory(configs[cell.model], cell.training, cell.dtype))
+    runner = config.cluster.runner()
     scoring: dict[str, Any] = {"scoring": plan.scoring, "score_batch_size": config.score_batch_size}
     bench = Workbench(plan.training, plan.records, plan.tasks, plan.located, **scoring)
     cli.print_notes(bench.open(first_cells[0].model))

@@ -24,7 +24,6 @@ import matplotlib.pyplot as plt
 import pytest
 
 from rora_theory.lab import llama
-from rora_theory.lab.finetune import capacity
 from rora_theory.lab.llama import hub
 from rora_theory.runs.folder import RunFolder
 
@@ -145,7 +144,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "FILE").write_text("mine")
     (tmp_path / "FOLDER").mkdir()
     monkeypatch.chdir(tmp_path)
-    for work in ((llama, "load"), (hub, "locate"), (RunFolder, "open"), (capacity, "estimate_step"), (plt, "subplots")):
+    for work in ((llama, "load"), (hub, "locate"), (RunFolder, "open"), (plt, "subplots")):
         monkeypatch.setattr(*work, begun)
     monkeypatch.setattr(jax, "devices", begun)
     return tmp_path
@@ -206,7 +205,7 @@ FILE_OPTIONS = {
     for command, words in GIVEN.items()
 }
 FILE_OPTIONS |= {"sims.transfer": ["--regime", "{}"], "sims.lr_transfer": ["--matrix", "{}"]}
-FILE_OPTIONS |= {"sims.capacity": ["--model", "{}"], "sims.portable": ["{}", "--out", "served"]}
+FILE_OPTIONS |= {"sims.portable": ["{}", "--out", "served"]}
 FILE_OPTIONS |= {command: ["{}"] for command in COMMANDS if command.startswith("figures.")}
 """Where a command takes a file's or folder's name."""
 

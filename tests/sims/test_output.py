@@ -34,7 +34,6 @@ from rora_theory.runs import frames
 from rora_theory.runs.reading import as_json
 from rora_theory.scaling import KAPPAS
 from sims import (
-    capacity,
     coordinate_check,
     evaluate,
     horizon,
@@ -274,12 +273,6 @@ def test_transfer(printed, settings) -> None:
     config = transfer.Config(**settings)
     transfer.report(config, transfer.advise(config))
     assert printed()[0].startswith("From rank 8 to ")
-
-
-def test_capacity(printed, monkeypatch) -> None:
-    monkeypatch.setattr(capacity, "PAPER_MODELS", ("sheared-llama-1.3b",))
-    capacity.main([])
-    printed()
 
 
 def test_evaluate(printed) -> None:

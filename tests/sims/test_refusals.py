@@ -12,7 +12,6 @@ import pytest
 from support import commands
 
 BASE = {
-    "capacity": "",
     "coordinate_check": "--model MODEL --data TRAIN --ranks 2 4 --held-out 6",
     "evaluate": "--model MODEL --data-dir DATA --tasks boolq piqa",
     "finetune": "--model MODEL --data TRAIN --rank 2 --alpha 4 --batch-size 8 --held-out 8 --template clean --warmup 2",
@@ -30,8 +29,6 @@ BASE = {
 """Words of each command that are right."""
 
 CASES = [
-    ("capacity", "--model DATA", "or a folder with config.json, got '"),
-    ("capacity", "--measure", "--compile and --measure"),
     ("coordinate_check", "--ranks 2 64", "rank .*64"),
     ("coordinate_check", "--held-out 40", "held_out .* 40, got 40"),
     ("coordinate_check", "--model nowhere/at/all", "nowhere/at/all"),
@@ -122,7 +119,7 @@ def place(model, data, regime_run, tmp_path, monkeypatch) -> dict[str, str]:
 def test_bad_input_is_one_line_before_anything_is_written(command, words, message, place) -> None:
     main = importlib.import_module(f"sims.{command}").main
     arguments = [place.get(word, word) for word in f"{BASE[command]} {words}".split()]
-    ended = commands.run(main, *arguments, "" if command in ("capacity", "transfer") else "--out run")
+    ended = commands.run(main, *arguments, "" if command == "transfer" else "--out run")
     assert re.search(message, commands.refusal(ended))
     assert not ended.out or command != "transfer"
     assert not Path("run").exists()

@@ -3,12 +3,15 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rora_theory.lab import adapters
+from rora_theory.lab.adapters.lora import assemble_lora
 from rora_theory.lab.data.batches import Batch
 from rora_theory.lab.finetune import sharding
 from rora_theory.lab.finetune import step as steps
+from rora_theory.lab.llama import abstract_params
 
 
 def batch(rows: int = 8, width: int = 16, seed: int = 0, vocabulary: int = 128) -> Batch:
@@ -56,6 +59,47 @@ def start(params: Any, model: Any, config: Any, *, noise: float = 0.0) -> Any:
     key = jax.random.key(2)
     noisy = jax.tree.map(lambda a: a + noise * jax.random.normal(key, a.shape), fresh.params)
     return adapters.replace(fresh, noisy)
+
+
+def trace(model: Any, config: Any, width: int, layout: Any = None) -> Any:
+    """Return the traced step of a run on abstract arrays, which take no memory.
+
+    Args:
+      model: Configuration of the base model.
+      config: Fine-tuning configuration.
+      width: Number of positions per row.
+      layout: Layout over several devices; None is one device.
+    """
+    base = abstract_params(model, jnp.dtype(config.dtype), config.quantization)
+    key = jax.random.key(0)
+    dense = abstract_params(model, jnp.dtype(config.dtype))
+    shapes = jax.eval_shape(lambda base: adapters.init(key, config.adapter(), model, base), dense)
+    adapter = shapes
+    if isinstance(shapes, adapters.LoraAdapter):  # the scaling factors stay concrete numbers
+        adapter = assemble_lora(shapes.config, shapes.targets, shapes.params)
+    optimizer = steps.finetune_optimizer(config, 1)
+    state = jax.eval_shape(
+        lambda params: steps.init_state(adapters.replace(adapter, params), optimizer, key), adapter.params
+    )
+    integers = jax.ShapeDtypeStruct((config.batch_size, width), jnp.int32)
+    batch = Batch(integers, integers, jax.ShapeDtypeStruct(integers.shape, jnp.float32), None)
+    shardings = None
+    if layout is not None:
+        shardings = layout.state_shardings(state)
+        base = _with_shardings(base, layout.params_shardings(base))
+        state = _with_shardings(state, shardings)
+        batch = _with_shardings(batch, jax.tree.map(lambda _: layout.rows, batch))
+        adapter = sharding.Gathered(adapter, layout)
+    return steps.train_step(adapter, model, config, 1, state_shardings=shardings).trace(state, base, batch)
+
+
+def lower(model: Any, config: Any, width: int, layout: Any = None) -> Any:
+    """Return the lowered step of `trace`."""
+    return trace(model, config, width, layout).lower()
+
+
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)
 
 
 def train(

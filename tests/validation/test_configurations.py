@@ -13,7 +13,6 @@ from rora_theory.errors import InputError
 from rora_theory.lab.data.records import DataConfig
 from rora_theory.lab.evaluate.scoring import Scoring
 from rora_theory.lab.finetune import FinetuneConfig
-from rora_theory.lab.finetune.plan import PlanConfig
 from rora_theory.lab.horizon.grid import HorizonGrid
 from rora_theory.lab.horizon.probe import ProbeConfig
 from rora_theory.lab.sweep.design import Design
@@ -44,9 +43,8 @@ BATCHES = same_values("batch_size held_out", 0) | same_values("cutoff", 1)
 REQUIRED: dict[type, dict[str, Any]] = {
     SweepConfig: {"data": ("train.json",)},
     Scoring: {"protocol": "generate"},
-    PlanConfig: {"memory": 24.0, "tflops": 100.0},
 }
-"""Further arguments of a class: required fields, and those of a custom device, which need each other."""
+"""Required fields of a class."""
 INVALID: dict[type, dict[str, tuple]] = {
     FinetuneConfig: COST
     | same_values("widths evaluate_every checkpoint_every", 0)
@@ -59,10 +57,6 @@ INVALID: dict[type, dict[str, tuple]] = {
     | {"method": ("ia3",), "schedule": ("step",), "loss_on": ("none",), "dtype": ("int8",), "template": ("eval",)}
     | {"quantization": ("nf4",), "remat": ("attention",), "rule": ("lore",), "init": ("pissa",)}
     | {"betas": ((0.9, 1.0),)},
-    PlanConfig: COST
-    | same_values("seq replicas fsdp examples", 0)
-    | same_values("memory tflops bandwidth", 0.0)
-    | {"utilisation": (0.0, 1.5), "device": ("tpu",)},
     SweepConfig: same_values("limit score_batch_size", 0),
     Design: {"methods": (("qlora",), (), ("lora", "lora")), "seeds": ((3, 3), (-1,)), "models": ((), ("a", "a"))}
     | {"ranks": ((), (4, 4), (0,)), "lrs": ((), (1e-3, -1.0))},
@@ -119,12 +113,6 @@ COMBINATIONS = [
     (FinetuneConfig, {"method": "full", "quantization": "q8_0"}, "quantization .*method full, got 'q8_0'"),
     (FinetuneConfig, {"method": "dora", "bottleneck": 8}, "bottleneck .*method dora, got 8"),
     (FinetuneConfig, {"virtual_tokens": 3}, "virtual_tokens .*method lora, got 3.*prefix"),
-    (PlanConfig, {"steps": 5, "examples": 5}, "--steps and --examples"),
-    (PlanConfig, {"memory": None}, "--memory, --tflops and --bandwidth"),
-    (PlanConfig, {"memory": 0.5}, "memory .* 0.5 GB"),
-    (PlanConfig, {"device": "h100"}, "--device h100 .* --memory"),
-    (PlanConfig, {"method": "full", "rank": 64}, "--rank 64 .* --method full"),
-    (PlanConfig, {"epochs": 2}, "--epochs 2 .* --examples"),
     (ProbeConfig, {"steps": 256, "warmup": 256}, "warmup .* 256, got 256"),
     (HorizonGrid, {"read_at": (1, 2)}, "--read-at .* --warmup 4.* 1$"),
     (HorizonGrid, {"read_at": (16, 64), "warmup": 64}, "warmup .* 64, got 64"),

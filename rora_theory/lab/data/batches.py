@@ -451,6 +451,11 @@ class Batches:
         return 1 - float(self._input_lengths.sum() / (plan.widths * plan.rows.shape[1]).sum())
 
     @property
+    def widest_step(self) -> int:
+        """Return a step of the first epoch whose batch has the largest width."""
+        return int(np.argmax(self._plan(0).widths[: len(self)]))
+
+    @property
     def full_steps(self) -> list[int]:
         """Return the steps of the first epoch whose batch has a record in every row."""
         return np.flatnonzero((self._plan(0).rows >= 0).all(axis=1)).tolist()

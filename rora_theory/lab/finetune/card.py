@@ -125,7 +125,7 @@ def summary_rows(events: Sequence[Mapping[str, Any]], trainable: int) -> list[di
 
 
 def describe_start(config: FinetuneConfig, summary: Mapping[str, Any], steps: int, trainable: int, share: float) -> str:
-    """Return the lines printed at the start of a run: trainable parameters, records and learning rate.
+    """Return the lines printed at the start of a run: trainable and total parameters, records and learning rate.
 
     Args:
       config: Fine-tuning configuration.
@@ -135,7 +135,7 @@ def describe_start(config: FinetuneConfig, summary: Mapping[str, Any], steps: in
       share: Trainable fraction of all parameters.
     """
     lines = [
-        f"{trainable:,} trainable parameters, {share:.2%} of all",
+        f"{trainable:,} trainable parameters of {round(trainable / share):,} ({share:.2%})",
         f"{summary['trained_on']} records, {steps} steps",
         f"learning rate {describe_learning_rate(config, steps)}",
     ]

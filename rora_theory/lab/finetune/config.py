@@ -45,37 +45,7 @@ _ONLY: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class CostConfig:
-    """Settings that determine the memory and time of a training run, apart from the model and the record lengths."""
-
-    method: str = "lora"
-    """Fine-tuning method"""
-    rank: Count = 32
-    """Rank of the adapter, the number of rows of lora_A; not used by prefix, series, parallel and full"""
-    batch_size: Count = TRAIN_BATCH_SIZE
-    """Number of records per step"""
-    accumulation: Count = 1
-    """Number of microbatches that a batch is processed in, to save memory"""
-    epochs: Count = 3
-    """Number of passes over the training records"""
-    steps: Count | None = None
-    """Number of steps after which training and the learning-rate schedule end, in place of epochs"""
-    dropout: float = 0.05
-    """Dropout probability of the adapter's input; not used by prefix and full. LLM-Adapters runs series and parallel
-    adapters with 0"""
-    dtype: BaseDtype = "float32"
-    """Dtype of the frozen base weights; trained parameters and optimizer state are always float32"""
-    quantization: Quantization = "none"
-    """Storage of the frozen base's linear weights, to save memory as QLoRA does: none, or GGUF's block formats q8_0,
-    q4_0 or q4_1 (8.5, 4.5 or 5 bits per weight), dequantized to dtype one layer at a time; a .gguf file of the same
-    type keeps its blocks"""
-    remat: bool | Literal["mlp"] = False
-    """Rematerialisation in the backward pass, to save memory: False (elementwise operations only), mlp (also the
-    feed-forward module) or True (everything)"""
-
-
-@dataclass(frozen=True)
-class FinetuneConfig(CostConfig):
+class FinetuneConfig:
     """Settings that determine a run's numbers, apart from the model and the data.
 
     The defaults are the protocol of LLM-Adapters and of DoRA's `commonsense_reasoning`, on which the paper builds, with
@@ -91,6 +61,8 @@ class FinetuneConfig(CostConfig):
     """Fine-tuning method: lora; dora (adds a trained magnitude per row; works with any rule); prefix (trained keys and
     values); series or parallel (bottlenecks in sequence with a module or in parallel to it); full (the weights of the
     targets)"""
+    rank: Count = 32
+    """Rank of the adapter, the number of rows of lora_A; not used by prefix, series, parallel and full"""
     rule: Rule = "rora"
     """Scaling rule, alpha / rank**kappa: lora (kappa 1), rora or rslora (kappa 1/2), or a number for kappa"""
     alpha: float = 64.0
@@ -104,6 +76,9 @@ class FinetuneConfig(CostConfig):
     """Alphas of modules that match a regular expression, in place of alpha"""
     init: Literal["kaiming_uniform", "gaussian"] = "kaiming_uniform"
     """Initialisation of lora_A; lora_B is initialised to zero"""
+    dropout: float = 0.05
+    """Dropout probability of the adapter's input; not used by prefix and full. LLM-Adapters runs series and parallel
+    adapters with 0"""
     virtual_tokens: int = 10
     """Number of trained keys and values per layer of a prefix"""
     bottleneck: int = 256
@@ -124,6 +99,14 @@ class FinetuneConfig(CostConfig):
     widths: Count = 6
     """Maximum number of padded batch lengths; the step is compiled once for each"""
 
+    batch_size: Count = TRAIN_BATCH_SIZE
+    """Number of records per step"""
+    accumulation: Count = 1
+    """Number of microbatches that a batch is processed in, to save memory"""
+    epochs: Count = 3
+    """Number of passes over the training records"""
+    steps: Count | None = None
+    """Number of steps after which training and the learning-rate schedule end, in place of epochs"""
     lr: Positive | None = None
     """Peak learning rate; by default that of the protocol: 3e-4, for dora 2e-4, for prefix 3e-2, for full 2e-5"""
     warmup: Natural = 100
@@ -140,6 +123,16 @@ class FinetuneConfig(CostConfig):
     """Decay rates of AdamW's two moments"""
     epsilon: Positive = 1e-8
     """Epsilon of AdamW"""
+
+    dtype: BaseDtype = "float32"
+    """Dtype of the frozen base weights; trained parameters and optimizer state are always float32"""
+    quantization: Quantization = "none"
+    """Storage of the frozen base's linear weights, to save memory as QLoRA does: none, or GGUF's block formats q8_0,
+    q4_0 or q4_1 (8.5, 4.5 or 5 bits per weight), dequantized to dtype one layer at a time; a .gguf file of the same
+    type keeps its blocks"""
+    remat: bool | Literal["mlp"] = False
+    """Rematerialisation in the backward pass, to save memory: False (elementwise operations only), mlp (also the
+    feed-forward module) or True (everything)"""
 
     evaluate_every: Count = 80
     """Number of steps between two validations"""

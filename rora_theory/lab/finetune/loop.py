@@ -17,6 +17,7 @@ from rora_theory.lab.data.batches import Batch, Batches, prefetch
 from rora_theory.lab.finetune import step as steps
 from rora_theory.lab.finetune.checkpoints import Checkpoints, Progress
 from rora_theory.lab.finetune.config import FinetuneConfig
+from rora_theory.lab.finetune.memory import StepMemory
 from rora_theory.lab.finetune.sharding import Gathered, Layout
 from rora_theory.lab.finetune.training_data import TrainingData
 from rora_theory.lab.llama import LlamaConfig, Model
@@ -165,7 +166,7 @@ class Trainer:
             shardings, self._place = layout.state_shardings(self._state), layout.batch
             self._state, adapter = layout.state(self._state), Gathered(adapter, layout)
         # Compile the steps lazily: at the first batch of each shape.
-        self._step: Callable[..., Any]
+        self._step: Any
         if shared is not None:
             self._step = shared.train_step(adapter, llama_config, config, self.steps, attention=attention)
         else:
@@ -278,6 +279,14 @@ class Trainer:
         # Checkpoints are written in the background: the run has ended when the last one is on disk.
         if self._checkpoints is not None:
             self._checkpoints.wait()
+
+    def compile(self) -> StepMemory:
+        """Compile the step for the widest batches, which `run` then uses, and return its memory.
+
+        Not available with ``shared`` steps.
+        """
+        batch = self._place(self._train[self._train.widest_step])
+        return StepMemory.from_compiled(self._step.lower(self._state, self._params, batch).compile())
 
     def adapter(self, which: str = "best") -> Any:
         """Return the trained adapter.

@@ -3,8 +3,8 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rora_theory.errors import InputError
 from rora_theory.runs.cells import Runner, in_process
@@ -35,9 +35,8 @@ class ClusterConfig:
     """number of CPUs reserved for a cell, with --workers or --address"""
     cell_gpus: float | None = None
     """number of GPUs reserved for a cell, all on one node; by default 1 if the cluster has GPUs"""
-    cell_memory: float | Literal["plan"] | None = None
-    """GiB of memory reserved for a cell; plan uses the estimate of `sims.capacity` for cells that fine-tune on CPUs; by
-    default memory is not reserved"""
+    cell_memory: float | None = None
+    """GiB of memory reserved for a cell; by default memory is not reserved"""
 
     def __post_init__(self) -> None:
         """Validate the settings."""
@@ -46,7 +45,7 @@ class ClusterConfig:
         check_ranges(self)
         if self.cell_gpus:
             check_positive("--cell-gpus", self.cell_gpus)
-        if isinstance(self.cell_memory, float | int):
+        if self.cell_memory is not None:
             check_positive("--cell-memory", self.cell_memory)
         if self.address is None:
             return
@@ -60,33 +59,21 @@ class ClusterConfig:
         if self.address != "auto" and not (host and port.isdecimal() and "/" not in host):
             raise InputError(f"--address must be HOST:PORT of `ray start --head`, or auto, got {self.address!r}")
 
-    def runner(self, plan: Callable[[Any], int] | None = None) -> Runner:
+    def runner(self) -> Runner:
         """Return the runner of the cells, and start Ray or connect to the cluster if it is needed.
 
         Call this before any JAX work.
 
-        Args:
-          plan: Function that estimates the memory of a cell in bytes; None if the experiment has no estimate.
-
         Raises:
-          InputError: Ray is not installed, there is no cluster at the address, this machine lacks the resources of a
-            cell, or the memory of cells cannot be estimated.
+          InputError: Ray is not installed, there is no cluster at the address, or this machine lacks the resources of a
+            cell.
         """
-        if self.cell_memory == "plan" and plan is None:
-            raise InputError("--cell-memory must be a number for this experiment, which has no memory plan, got plan")
         # One worker on this machine needs no Ray.
         if self.workers == 1 and self.address is None:
             return in_process
         connect(self.address, self.workers, self.cell_cpus)
         nodes = [node["Resources"] for node in import_ray().nodes() if node["Alive"]]
-        needs = self._needs(nodes)
-        if self.cell_memory != "plan" or plan is None:
-            return RayRunner(lambda _: needs)
-        if needs["num_gpus"]:
-            raise InputError("--cell-memory must be a number for cells that use GPUs, got plan")
-        # A cell that needs more than any node has gets the largest node alone.
-        largest = max(node.get("memory", 0) for node in nodes)
-        return RayRunner(lambda cell: needs | {"memory": int(min(plan(cell), largest))})
+        return RayRunner(self._needs(nodes))
 
     def _needs(self, nodes: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         """Return the resources reserved for each cell, as options of `ray.remote`.
@@ -107,7 +94,7 @@ class ClusterConfig:
         needs: dict[str, Any] = {"num_cpus": self.cell_cpus, "num_gpus": gpus}
         description = f"{self.cell_cpus:g} CPUs and {gpus:g} GPUs"
         required = {"CPU": self.cell_cpus, "GPU": gpus}
-        if isinstance(self.cell_memory, float | int):
+        if self.cell_memory is not None:
             required["memory"] = needs["memory"] = int(self.cell_memory * _GIB)
             description += f" and {self.cell_memory:g} GiB"
         if not any(all(node.get(name, 0) >= count for name, count in required.items()) for node in nodes):

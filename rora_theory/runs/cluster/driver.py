@@ -23,10 +23,10 @@ class RayRunner:
     """Runner of `rora_theory.runs.cells` that computes cells with Ray.
 
     Attributes:
-      needs: Function that returns the resources of a cell, as options of `ray.remote`.
+      needs: Resources of each cell, as options of `ray.remote`.
     """
 
-    needs: Callable[[Any], Mapping[str, Any]]
+    needs: Mapping[str, Any]
 
     def __call__(
         self, work: Callable[[Any, Path], Any], todo: Sequence[tuple[Any, Path]], on_start: Callable[[int], None]
@@ -55,7 +55,7 @@ class RayRunner:
 
         def submit(index: int) -> None:
             cell, folder = todo[index]
-            remote_attempt = attempt.options(**self.needs(cell))
+            remote_attempt = attempt.options(**self.needs)
             stream = remote_attempt.remote([work_reference], cell, folder.resolve(), lock, dict(sent_models))
             index_of_stream[stream] = index
 

@@ -8,7 +8,8 @@ import pytest
 from support import training
 from support.tiny import LARGE, WIDE
 
-from rora_theory.lab.finetune import FinetuneConfig, capacity
+from rora_theory.lab.finetune import FinetuneConfig
+from rora_theory.lab.finetune.memory import StepMemory
 from rora_theory.lab.finetune.sharding import Layout, mesh
 from rora_theory.lab.llama import count_parameters
 from rora_theory.lab.llama.quantised import dense_params
@@ -57,13 +58,9 @@ def test_devices_share_the_blocks():
 def test_the_program_takes_the_memory_of_the_blocks_and_makes_one_layer_dense():
     """The reference is XLA's own account, which on a CPU keeps wide copies of a dense bfloat16 base."""
     config = dataclasses.replace(PLAIN, batch_size=1, dtype="bfloat16", quantization="q4_0")
-    planned, xla = capacity.estimate_step(LARGE, config, 8), capacity.analyse_compiled_step(LARGE, config, 8)
-    half = capacity.estimate_step(LARGE, dataclasses.replace(config, quantization="none"), 8)
-    assert xla.arguments == pytest.approx(planned.base + planned.adapter + planned.optimizer + planned.batch, abs=64)
+    dense = dataclasses.replace(config, quantization="none")
+    blocks, half = (StepMemory.from_compiled(training.lower(LARGE, c, 8).compile()) for c in (config, dense))
     arrays = 2 * (1024 * 256 * 2 + 256 * (2 * 8 + 1))  # embeddings, head and norms stay bfloat16
-    assert planned.base - arrays == (half.base - arrays) * 4.5 / 16
-    assert planned.parameters == half.parameters == count_parameters(LARGE)
-    assert xla.temporaries < half.base / 2
-    # The account's: at most one layer's weights in bfloat16 beside what a step of the dense base holds.
-    layer = (half.base - arrays) / 8
-    assert half.working < planned.working <= half.working + layer
+    linear = 2 * count_parameters(LARGE) - arrays
+    assert half.arguments - blocks.arguments == pytest.approx(linear * (1 - 4.5 / 16), abs=64)
+    assert blocks.temporaries < linear / 2

@@ -16,9 +16,10 @@ from support import tiny, training
 from rora_theory.errors import InputError
 from rora_theory.lab import adapters
 from rora_theory.lab.finetune import Batches, FinetuneConfig, Trainer, choose_widths, sharding, tokenize
+from rora_theory.lab.finetune.memory import StepMemory
 from rora_theory.lab.finetune.sharding import Layout, Rules
 from rora_theory.lab.llama import MODULES, LlamaConfig, init_params
-from rora_theory.lab.llama.model import abstract_params
+from rora_theory.lab.llama.model import abstract_params, count_parameters
 
 MODEL = LlamaConfig(128, 32, 48, 2, 8, 8, 4, attention_bias=True, max_position_embeddings=64)
 CONFIG = FinetuneConfig(rank=8, alpha=16, batch_size=8, warmup=0, lr=1e-2, held_out=0)
@@ -129,6 +130,34 @@ def test_dora_in_parts_over_devices(params):
     layout = Layout(sharding.mesh(fsdp=2, devices=jax.devices()[:4]))
     alone, shared = (training.train(params, MODEL, config, BATCHES, where) for where in (None, layout))
     np.testing.assert_allclose(shared.losses, alone.losses, rtol=2e-6)
+
+
+@pytest.mark.slow
+def test_devices_that_share_the_weights_need_a_part_of_the_memory():
+    """A table copied to each device would add a sixth to the total, a stack of layers more."""
+    model = LlamaConfig(8192, 256, 768, 8, 4, 4, 64, max_position_embeddings=128)
+    config = FinetuneConfig(rank=8, batch_size=4, dropout=0.0)
+    weights = 4 * count_parameters(model)
+    adapted = [name for name in MODULES if "o_proj" not in name and "gate" not in name]
+    trainable = model.num_hidden_layers * 8 * sum(sum(model.module_shape(name)) for name in adapted)
+    layer = 4 * sum(p_out * p_in for p_out, p_in in map(model.module_shape, MODULES))
+    for fsdp in (2, 4):
+        memory = compiled_memory(model, config, fsdp)
+        assert memory.arguments == pytest.approx(weights / fsdp + 3 * 4 * trainable, rel=0.01)
+        assert memory.temporaries < 2.5 * layer
+
+
+def compiled_memory(model, config, fsdp):
+    layout = Layout(sharding.mesh(fsdp=fsdp, devices=jax.devices()[:fsdp]))
+    return StepMemory.from_compiled(training.lower(model, config, 8, layout).compile())
+
+
+@pytest.mark.slow
+def test_no_device_gathers_the_unembedding_for_a_block_of_the_loss():
+    """Four devices share a vocabulary of four blocks: consecutive rows in a block would gather all rows."""
+    model = LlamaConfig(4 * 8192, 64, 128, 1, 4, 4, 16, max_position_embeddings=128)
+    memory = compiled_memory(model, FinetuneConfig(rank=8, batch_size=4, dropout=0.0), 4)
+    assert memory.temporaries < 4 * model.vocab_size * model.hidden_size / 2
 
 
 def test_shardings_of_abstract_weights_follow_the_rules():

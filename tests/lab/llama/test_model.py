@@ -13,7 +13,6 @@ from support import numpy_llama
 
 from rora_theory.errors import InputError
 from rora_theory.lab import adapters
-from rora_theory.lab.finetune.capacity import MODELS
 from rora_theory.lab.llama import (
     MODULES,
     Llama3Rope,
@@ -30,6 +29,7 @@ from rora_theory.lab.llama import (
 )
 from rora_theory.lab.llama.attention import attend, attend_segments, choose_route
 from rora_theory.lab.llama.model import NoAdapter, rms_norm
+from rora_theory.lab.llama.shapes import SHAPES
 
 GOLDEN_CONFIGS = json.loads((make_llama.HERE / "llama.json").read_text())["configs"]
 run = jax.jit(forward, static_argnames=("config", "attention", "capture"))
@@ -69,7 +69,7 @@ def test_logits_equal_a_float64_reference(params, tokens, tiny, draw_tensors):
 
 
 def test_llama3_scaling_equals_its_definition():
-    config = MODELS["llama3-8b"]  # frequencies of every wavelength
+    config = SHAPES["llama3-8b"]  # frequencies of every wavelength
     plain = rope.frequencies(config)
     for parameters in ((8.0, 1.0, 4.0, 8192), (4.0, 1.0, 4.0, 8192), (8.0, 2.0, 3.0, 8192), (8.0, 1.0, 4.0, 4096)):
         expected = numpy_llama.llama3_divisors(plain, *parameters)

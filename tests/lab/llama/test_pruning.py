@@ -10,13 +10,13 @@ import pytest
 
 from rora_theory.errors import InputError
 from rora_theory.lab import llama
-from rora_theory.lab.finetune.capacity import MODELS
 from rora_theory.lab.llama import MODULES, LlamaConfig, count_parameters, linear, pruning
 from rora_theory.lab.llama.pruning import KeptParts, PrunedShape, Scores
+from rora_theory.lab.llama.shapes import SHAPES
 
 forward = jax.jit(llama.forward, static_argnames=("config", "capture"))
 CONFIG = LlamaConfig(50, 24, 40, 4, 6, 3, 4, attention_bias=True, mlp_bias=True)
-SMOLLM = MODELS["smollm2-135m"]
+SMOLLM = SHAPES["smollm2-135m"]
 KEPT_PARTS = KeptParts(np.array([0, 2]), np.array([[0, 2], [1, 2]]), np.stack([np.arange(0, 40, 5), np.arange(3, 11)]))
 
 

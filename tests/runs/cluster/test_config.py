@@ -20,11 +20,6 @@ def test_a_single_process_does_not_need_ray(monkeypatch) -> None:
     leave()  # nothing to leave
 
 
-def test_an_experiment_without_a_plan_has_none() -> None:
-    with pytest.raises(InputError, match=r"--cell-memory .*experiment.* plan"):
-        ClusterConfig(workers=2, cell_memory="plan").runner()
-
-
 def test_no_cluster_at_the_address(tmp_path, capsys) -> None:
     """The command prints one line before the run folder is made."""
     pytest.importorskip("ray", reason="the extra cluster (Ray) is not installed")

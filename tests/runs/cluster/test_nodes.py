@@ -24,7 +24,6 @@ import pytest
 from support import checkpoint, squares
 
 import sims
-from rora_theory.errors import InputError
 from rora_theory.lab.llama import locate
 from rora_theory.runs import frames, software
 from rora_theory.runs.cells import CellOutcome
@@ -367,27 +366,6 @@ def test_a_cell_with_two_gpus_gets_both_of_a_node(nodes, tmp_path) -> None:
         marks.mkdir()
         run_cells(ClusterConfig(address=nodes.address, cell_gpus=gpus), marks, count)
         assert {place.split()[1] for side in (1, 2) for place in squares.attempts(marks, side)} <= seen
-    with pytest.raises(InputError, match=r"--cell-memory .*GPUs, got plan"):
-        ClusterConfig(address=nodes.address, cell_memory="plan").runner(lambda _: 1)
-
-
-def test_cells_reserve_their_planned_memory(nodes, large, tmp_path) -> None:
-    """Of 100 GiB, two cells of 60 run one after the other, and one of 500 runs alone."""
-    plan = {1: 60 << 30, 2: 60 << 30, 3: 1 << 30, 4: 500 << 30}
-    config = ClusterConfig(address=nodes.address, cell_gpus=0.0, cell_memory="plan")
-    runner, most = config.runner(lambda cell: plan[cell.side]), {1, 2, 4}
-    release = squares.hold(tmp_path, *most)
-    todo = [(cell, tmp_path / "out" / "cells" / str(cell.side)) for cell in squares.cells(tmp_path, 4)]
-    nodes_of_sides = {}
-    for outcome in runner(squares.work, todo, lambda _: None):
-        nodes_of_sides[outcome.position + 1] = outcome.node
-        if outcome.position + 1 == 3:
-            until(lambda: any(squares.attempts(tmp_path, side) for side in most))
-            time.sleep(0.5)
-            assert sum(len(squares.attempts(tmp_path, side)) for side in most) == 1
-            release()
-    assert sorted(nodes_of_sides) == [1, 2, 3, 4]
-    assert {nodes_of_sides[side] for side in most} == {large.node_id[:12]}
 
 
 def test_errors_of_workers_can_be_serialised() -> None:
