@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rora_theory import InputError, laws
-from rora_theory.laws import constant_gradient
+from rora_theory.laws import constant_gradient, sgd
 from rora_theory.laws.constant_gradient import Distances, distances, rate_factor, row_terms
 from rora_theory.laws.first_step import Increment
 
@@ -158,7 +158,7 @@ def test_sgd_closed_form() -> None:
     """
     scaling, rate, steps, sigma = 0.7, 0.3, 5, 1.9
     grad, x = np.array([[0.0, sigma]]), np.array([3.0, 2.0])
-    equivalent, at = constant_gradient.sgd_equivalent(grad, x, rates=[rate] * steps, scaling=scaling)
+    equivalent, at = sgd.sgd_equivalent(grad, x, rates=[rate] * steps, scaling=scaling)
     up, down = ((1 + s * scaling * rate * sigma) ** steps for s in (1, -1))
     np.testing.assert_allclose(equivalent, [[0.0, (up - down) / 2 / scaling]], rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(at, [3.0, 2.0 * (up + down) / 2], rtol=1e-12)
@@ -171,7 +171,7 @@ def test_sgd_equals_optax(momentum: float) -> None:
     rates = [0.0, 0.02, 0.05, 0.05, 0.03, 0.03]
     lora_A = kaiming(1, 6)
     increment = descend(grad, lora_A, rates, scaling=1.3, optimizer=lambda lr: optax.sgd(lr, momentum=momentum))
-    equivalent, at = constant_gradient.sgd_equivalent(grad, x, rates=rates, scaling=1.3, momentum=momentum)
+    equivalent, at = sgd.sgd_equivalent(grad, x, rates=rates, scaling=1.3, momentum=momentum)
     expected = -(1.3**2) * at @ lora_A.T @ (equivalent @ lora_A.T).T
     measured = np.asarray(increment(jnp.asarray(x, jnp.float32)))
     assert np.max(np.abs(expected)) > 0.1
@@ -265,14 +265,14 @@ def test_sgd_exponents_by_algebra() -> None:
     change = gamma * rank * sp.sinh(2 * gamma * eta * sigma)
     for tau in (0.05, 1.0, 6.0):
         at = {gamma: 0.7, rank: 16, sigma: 3.0, eta: tau / (0.7 * 3.0)}
-        exponents = constant_gradient.sgd_rate_exponents(tau)
+        exponents = sgd.sgd_rate_exponents(tau)
         for symbol, exponent in ((gamma, exponents.scaling), (rank, exponents.rank)):
             slope = -sp.diff(change, symbol) / sp.diff(change, eta) * symbol / eta
             assert float(slope.subs(at)) == pytest.approx(exponent, rel=1e-9)
-    assert constant_gradient.sgd_rate_exponents(0.0) == (-2.0, -1.0)
-    assert constant_gradient.sgd_rate_exponents(math.inf) == (-1.0, 0.0)
+    assert sgd.sgd_rate_exponents(0.0) == (-2.0, -1.0)
+    assert sgd.sgd_rate_exponents(math.inf) == (-1.0, 0.0)
     for kappa_one in (0.0, 0.3, 4.0, math.inf):  # under alpha / r gamma falls as 1 / r: the rate grows as r, always
-        exponents = constant_gradient.sgd_rate_exponents(kappa_one)
+        exponents = sgd.sgd_rate_exponents(kappa_one)
         assert exponents.rank - exponents.scaling == pytest.approx(1.0)
 
 
@@ -335,8 +335,8 @@ def test_a_never_takes_over_without_a_contribution() -> None:
         (lambda: constant_gradient.rate_exponents(-1.0), "rho"),
         (lambda: constant_gradient.rate_exponents("1"), "rho.* '1'"),
         (lambda: rate_factor(2.0, None), "rho.* None"),
-        (lambda: constant_gradient.sgd_rate_exponents("1"), "growth.* '1'"),
-        (lambda: constant_gradient.sgd_rate_exponents(math.nan), "growth.* nan"),
+        (lambda: sgd.sgd_rate_exponents("1"), "growth.* '1'"),
+        (lambda: sgd.sgd_rate_exponents(math.nan), "growth.* nan"),
         (lambda: distances([1.0], takeover="1"), "takeover.* '1'"),
         (lambda: row_terms(np.ones((2, 3)), np.ones((1, 3)), np.ones((1, 3))), "lora_A.* 1"),
         (
@@ -344,7 +344,7 @@ def test_a_never_takes_over_without_a_contribution() -> None:
             r"x and lora_A.* \(1, 4\)",
         ),
         (
-            lambda: constant_gradient.sgd_equivalent(np.ones((2, 3)), np.ones(3), rates=[1.0], scaling=1.0, momentum=1),
+            lambda: sgd.sgd_equivalent(np.ones((2, 3)), np.ones(3), rates=[1.0], scaling=1.0, momentum=1),
             "momentum",
         ),
         (lambda: distances([1e-3] * 3, takeover=1e-300), "takeover.*1e-300"),
