@@ -53,14 +53,14 @@ JUDGING = {
         "tests/lab/sweep/test_trained_runs.py tests/sims/test_lr_transfer.py",
     ),
     "horizon_law": (
-        "rora_theory/lab/horizon/law.py",
-        "tests/lab/horizon/test_judgement.py tests/lab/horizon/test_read_regime.py",
+        "rora_theory/lab/sweep/law.py",
+        "tests/lab/sweep/test_analysis.py tests/lab/sweep/test_read_regime.py",
     ),
-    "horizon_curves": ("rora_theory/lab/horizon/curves.py", "tests/lab/horizon/test_judgement.py"),
-    "horizon_parts": ("rora_theory/lab/horizon/parts.py", "tests/lab/horizon/test_judgement.py"),
+    "horizon_curves": ("rora_theory/lab/sweep/curves.py", "tests/lab/sweep/test_analysis.py"),
+    "horizon_parts": ("rora_theory/lab/sweep/parts.py", "tests/lab/sweep/test_analysis.py"),
     "horizon_runs": (
-        "rora_theory/lab/horizon/runs.py",
-        "tests/lab/horizon/test_runs.py tests/lab/horizon/test_judgement.py",
+        "rora_theory/lab/sweep/horizon_runs.py",
+        "tests/lab/sweep/test_horizon_runs.py tests/lab/sweep/test_analysis.py",
     ),
     "sweep_results": (
         "rora_theory/lab/sweep/results.py",

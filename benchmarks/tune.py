@@ -4,8 +4,8 @@
     python benchmarks/tune.py results/published/horizon_cosine --out results/published/tune_cosine \\
         --probes results/published/tune_cosine/tenth results/published/tune_cosine/more
 
-A probe of `rora_theory.measure.tuning` needs short runs at three learning rates and the loss of a few held-out
-records. The published runs contain such runs: their first 16 or 64 steps. This script fits the best rate of one seed and of one
+A probe of `rora_theory.measure.tuning` needs short runs at three learning rates and the loss of a few held-out records.
+The published runs contain such runs: their first 16 or 64 steps. This script fits the best rate of one seed and of one
 block of held-out records, carries it to the steps of longer runs as `tune` does, and computes the regret of the result
 on the measured curves. Nothing is trained. At a constant rate, the probe's runs are the first steps of the longer runs
 whose curve measures the regret. Under another schedule they are separate runs.
@@ -28,8 +28,8 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from rora_theory.lab.horizon.curves import curves_at, strength_of
-from rora_theory.lab.horizon.runs import HorizonRun, merge_repeated_runs, read_finished
+from rora_theory.lab.sweep.curves import curves_at, strength_of
+from rora_theory.lab.sweep.horizon_runs import HorizonRun, merge_repeated_runs, read_finished
 from rora_theory.laws.displacement import RateRange
 from rora_theory.measure.tuning.curve import fit_best_rate
 from rora_theory.measure.tuning.plan import ProbePlan, ProbeRun

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from rora_theory.lab.horizon.law import RIVALS
+from rora_theory.lab.sweep.law import RIVALS
 from rora_theory.measure.regimes.tables import judge_regime
 from rora_theory.paper.verdicts import FALSE_ALARM, SLOPE_RESOLUTION, SLOPE_TOLERANCE
 from rora_theory.runs import frames

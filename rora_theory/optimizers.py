@@ -1,7 +1,7 @@
 """Names of optimizers and schedules, the first step that each optimizer takes, and their optax implementations."""
 
 import re
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rora_theory.errors import InputError, shown
 from rora_theory.scaling import check_choice
@@ -98,3 +98,38 @@ def make_optimizer(
     if name == "adamw":
         return optax.adamw(learning_rate, eps=eps, weight_decay=WEIGHT_DECAY)
     raise InputError(f"optimizer must be one of {', '.join(OPTIMIZER_NAMES)}, got {shown(name)}")
+
+
+def schedule_factor(schedule: Schedule, step: Any, *, steps: int, warmup: int = 0) -> Any:
+    r"""Compute the learning rate of an update divided by the peak.
+
+    The rate rises linearly from 0 during the warm-up. Then it is constant, or decays to 0 one step after the last,
+    linearly or as :math:`(1 + \cos(\pi u)) / 2`, with the completed share u of the decay. These are the schedules of
+    transformers and, with a warm-up, of optax.
+
+    Args:
+      schedule: Shape after the warm-up.
+      step: Index of the update, from 0: an integer, an array of them, or a JAX array, which may be traced.
+      steps: Number of updates of the whole run.
+      warmup: Number of warm-up steps.
+
+    Returns:
+      The factor, of the shape of ``step``.
+
+    Raises:
+      InputError: The schedule is unknown.
+
+    Examples:
+      >>> import numpy as np
+      >>> schedule_factor("cosine", np.arange(4), steps=4).round(2).tolist()
+      [1.0, 0.85, 0.5, 0.15]
+    """
+    check_choice("schedule", schedule, SCHEDULES)
+    import numpy as np
+
+    xp: Any = np
+    if not isinstance(step, (int, np.integer, np.ndarray)):  # only a step that JAX compiles needs JAX
+        import jax.numpy as xp
+    progress = xp.clip((step - warmup) / max(1, steps - warmup), 0.0, 1.0)
+    shapes = {"constant": 1.0, "linear": 1.0 - progress, "cosine": (1.0 + xp.cos(np.pi * progress)) / 2}
+    return xp.where(step < warmup, step / max(1, warmup), shapes[schedule])

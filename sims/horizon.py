@@ -17,11 +17,10 @@ import pandas as pd
 from rora_theory.lab import adapters, llama
 from rora_theory.lab.data.records import DataConfig
 from rora_theory.lab.evaluate.scoring import Scoring
-from rora_theory.lab.horizon import judgement as horizons
-from rora_theory.lab.horizon import law as horizon_law
-from rora_theory.lab.horizon import readings
-from rora_theory.lab.horizon import runs as horizon_runs
-from rora_theory.lab.horizon.grid import HorizonCell, HorizonGrid
+from rora_theory.lab.sweep import analysis as horizons
+from rora_theory.lab.sweep import horizon_runs, readings
+from rora_theory.lab.sweep import law as horizon_law
+from rora_theory.lab.sweep.horizon_grid import HorizonCell, HorizonGrid
 from rora_theory.lab.sweep.records import draw_records
 from rora_theory.lab.sweep.workbench import Workbench
 from rora_theory.runs import devices

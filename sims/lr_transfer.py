@@ -17,9 +17,8 @@ from typing import Any
 
 import pandas as pd
 
-from rora_theory.lab.sweep import run_curves, trained_runs
-from rora_theory.lab.toy import rate_grid
-from rora_theory.lab.toy.rate_grid import RateGrid
+from rora_theory.lab.sweep import rate_grid, run_curves, trained_runs
+from rora_theory.lab.sweep.rate_grid import RateGrid
 from rora_theory.runs import devices
 from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.runs.folder import RunFolder

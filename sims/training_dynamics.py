@@ -1,9 +1,9 @@
 """Measure how the change of an adapted layer depends on the rank after 1 to 100 steps, in a teacher-student problem.
 
-A student with a low-rank adapter learns from a teacher, a linear layer or a small MLP (`rora_theory.lab.toy.dynamics`).
-The optimizers are SGD, SGD with momentum, Adam and AdamW. Training starts with A random and B zero, or the reverse, or
-A stays frozen. All scaling rules have the same scaling at the reference rank. The log-log slope of each quantity
-against the rank is fitted for every seed; a rule aims at a slope of 0.
+A student with a low-rank adapter learns from a teacher, a linear layer or a small MLP, see
+`rora_theory.lab.sweep.controlled`. The optimizers are SGD, SGD with momentum, Adam and AdamW. Training starts with A
+random and B zero, or the reverse, or A stays frozen. All scaling rules have the same scaling at the reference rank. The
+log-log slope of each quantity against the rank is fitted for every seed; a rule aims at a slope of 0.
 """
 
 import json
@@ -14,9 +14,9 @@ from typing import Any
 
 import pandas as pd
 
-from rora_theory.lab.toy import exponents, training_grid
-from rora_theory.lab.toy.exponents import CELL, FIT_COLUMNS, SATURATED, Answer
-from rora_theory.lab.toy.training_grid import TrainingCell, TrainingGrid
+from rora_theory.lab.sweep import rank_exponents, training_grid
+from rora_theory.lab.sweep.rank_exponents import CELL, FIT_COLUMNS, SATURATED, Answer
+from rora_theory.lab.sweep.training_grid import TrainingCell, TrainingGrid
 from rora_theory.runs import devices
 from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.runs.folder import RunFolder
@@ -56,8 +56,8 @@ def run(config: Config) -> None:
         cells, work, folder, training_grid.COLUMNS, runner=runner, title="training dynamics", name="seeds.csv"
     )
     # Means over seeds, slopes in the rank, and the questions that they answer.
-    folder.write_frame(exponents.summarise_seeds(seed_rows))
-    fits = exponents.exponent_fits(seed_rows)
+    folder.write_frame(rank_exponents.summarise_seeds(seed_rows))
+    fits = rank_exponents.exponent_fits(seed_rows)
     folder.write_frame(fits[list(FIT_COLUMNS)], "exponents.csv")
     answered = training_grid.grid_answers(grid, fits)
     folder.write("answers.json", json.dumps([answer._asdict() for answer in answered], indent=2) + "\n")

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from rora_theory.lab.evaluate.accuracies import TaskAccuracy, describe_accuracy
-from rora_theory.lab.horizon.judgement import describe_horizons
+from rora_theory.lab.sweep.analysis import describe_horizons
 from rora_theory.lab.sweep.results import describe_results
 from rora_theory.measure.rank_check.check import CheckConfig, describe_check
 from rora_theory.paper.verdicts import Verdict, describe_verdicts

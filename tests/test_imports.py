@@ -41,7 +41,6 @@ WITH_JAX = (
     ),
     *(f"rora_theory.paper.{name}" for name in ("quantities", "simulation", "verdicts")),
     *(f"rora_theory.measure.{name}" for name in ("layers.drawn_steps", "layers.layer_grid", "layers.layer_rms")),
-    *(name for name in NAMES if name.startswith("rora_theory.lab.toy")),
 )
 """Modules of the core with arrays on a device."""
 
@@ -215,7 +214,7 @@ DRAWN_ORDER = (
     ("lab", "lab.llama"),
     ("lab.adapters", "lab.data"),
     ("lab.finetune",),
-    ("lab.evaluate", "lab.toy", "measure"),
+    ("lab.evaluate", "measure"),
     ("lab.sweep",),
     ("lab.horizon", "runs.cluster"),
     ("rora_theory",),

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks import tune
 from rora_theory.advice import measured
-from rora_theory.lab.horizon.readings import Reading, ReadRun
-from rora_theory.lab.horizon.runs import HorizonRun
+from rora_theory.lab.sweep.horizon_runs import HorizonRun
+from rora_theory.lab.sweep.readings import Reading, ReadRun
 from rora_theory.measure.tuning.plan import carry_steps
 from rora_theory.runs import seals
 

@@ -7,7 +7,7 @@ from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import Float
 from support.checker import checker, jaxtyped
 
-from rora_theory.lab.horizon import grid as horizon_grid
+from rora_theory import optimizers
 from rora_theory.laws.sampling import StreamMoments
 from rora_theory.paper import equations
 
@@ -43,7 +43,7 @@ def test_the_package_is_checked() -> None:
     with pytest.raises(jaxtyping.TypeCheckError):
         equations.eq10_norm(np.ones(4), np.eye(2, 3), np.ones(2), np.ones(3), 1.0, 0.5)
     for wrong in (
-        lambda: horizon_grid.rate_factors("1", 4),
+        lambda: optimizers.schedule_factor("constant", 1, steps="4"),
         lambda: StreamMoments.from_json([1]),
         lambda: StreamMoments(1, 2),
     ):

@@ -9,7 +9,7 @@ import pytest
 from support import commands, drawings
 
 from figures import lr_transfer as figure
-from rora_theory.lab.toy import dynamics
+from rora_theory.lab.sweep import controlled
 from rora_theory.runs import frames
 from rora_theory.stats.rate_curves import COLUMNS
 from sims import lr_transfer as sim
@@ -69,7 +69,7 @@ def test_a_finite_but_diverged_run_is_no_point(tmp_path):
     losses = np.array([float(row["loss_train"]) for row in rows])
     small = max(float(row["loss_train"]) for row in rows if row["learning_rate"] == "0.01")
     assert np.isinf(losses).any()
-    assert (losses[np.isfinite(losses)] < 2 * dynamics.DIVERGED * small).all()
+    assert (losses[np.isfinite(losses)] < 2 * controlled.DIVERGED * small).all()
     for row in rows:
         assert np.isfinite(float(row["loss_train"])) == np.isfinite(float(row["loss_held_out"]))
 

@@ -25,8 +25,8 @@ import figures
 import sims
 from rora_theory.lab.evaluate.accuracies import TaskAccuracy
 from rora_theory.lab.evaluate.scoring import Scoring
-from rora_theory.lab.horizon.judgement import HorizonJudgement
-from rora_theory.lab.toy.training_grid import TrainingGrid
+from rora_theory.lab.sweep.analysis import HorizonJudgement
+from rora_theory.lab.sweep.training_grid import TrainingGrid
 from rora_theory.measure.rank_check.check import CheckConfig
 from rora_theory.measure.regimes.module_regime import Regime, RegimeConfig, RegimeRows
 from rora_theory.paper.verdicts import Verdict

@@ -7,7 +7,7 @@ import pytest
 from support import commands, drawings
 
 from figures import training_dynamics as figure
-from rora_theory.lab.toy import exponents, training_grid
+from rora_theory.lab.sweep import rank_exponents, training_grid
 from rora_theory.runs import frames
 from sims import training_dynamics as sim
 
@@ -37,7 +37,7 @@ def test_slopes_are_the_table(finished):
     The exact law's slopes over these ranks are within 0.03 of the limit on the training input (r* is 1 and 2.6); the
     rest is the sampling error.
     """
-    rows = frames.read_csv(finished / "exponents.csv", exponents.FIT_COLUMNS)
+    rows = frames.read_csv(finished / "exponents.csv", rank_exponents.FIT_COLUMNS)
     common = {"trained": "both", "range": "all", "step": 1}
     for optimizer, power, flat in (("sgd", 2, 0.5), ("adam", 1, 1.0)):
         for rule, kappa in (("lora", 1.0), ("rora", 0.5), ("0.25", 0.25)):
@@ -58,7 +58,7 @@ def test_files(finished):
     assert set(seeds["output_train"][seeds["step"] == 0]) == {0.0}
     assert dict(zip(seeds["rule"], seeds["kappa"], strict=True)) == {"lora": 1, "rora": 0.5, "0.25": 0.25}
     assert seeds["scaling"].to_numpy() == pytest.approx((4 / seeds["rank"]) ** seeds["kappa"])
-    assert len(frames.read_csv(finished / "results.csv", exponents.MEAN_COLUMNS)) == cells * 3
+    assert len(frames.read_csv(finished / "results.csv", rank_exponents.MEAN_COLUMNS)) == cells * 3
     manifest = json.loads((finished / "manifest.json").read_text())
     assert (manifest["status"], manifest["config"]["samples"]) == ("complete", 1)
     assert len(json.loads((finished / "answers.json").read_text())) == 6

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rora_theory.lab.horizon.law import RIVALS
+from rora_theory.lab.sweep.law import RIVALS
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.verdicts import judge_equivalence, judge_gap, judge_gaps, judge_range, summarise_outcomes
 

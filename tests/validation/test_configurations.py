@@ -13,13 +13,13 @@ from rora_theory.errors import InputError
 from rora_theory.lab.data.records import DataConfig
 from rora_theory.lab.evaluate.scoring import Scoring
 from rora_theory.lab.finetune import FinetuneConfig
-from rora_theory.lab.horizon.grid import HorizonGrid
 from rora_theory.lab.horizon.probe import ProbeConfig
+from rora_theory.lab.sweep.controlled import ProblemConfig
 from rora_theory.lab.sweep.design import Design
+from rora_theory.lab.sweep.horizon_grid import HorizonGrid
 from rora_theory.lab.sweep.plan import SweepConfig
-from rora_theory.lab.toy.dynamics import ProblemConfig
-from rora_theory.lab.toy.rate_grid import RateGrid
-from rora_theory.lab.toy.training_grid import TrainingGrid
+from rora_theory.lab.sweep.rate_grid import RateGrid
+from rora_theory.lab.sweep.training_grid import TrainingGrid
 from rora_theory.laws.grid import StepGrid
 from rora_theory.measure.rank_check.check import CheckConfig
 from rora_theory.measure.record_batches import BatchConfig, PairConfig

@@ -15,6 +15,7 @@ from rora_theory.lab.data.batches import Batch
 from rora_theory.lab.finetune.config import FinetuneConfig
 from rora_theory.lab.finetune.loss import LOGITS_BYTES, cross_entropy
 from rora_theory.lab.llama import LlamaConfig
+from rora_theory.optimizers import schedule_factor
 
 Params = Any
 """A pytree of arrays."""
@@ -53,11 +54,9 @@ class StepMetrics(NamedTuple):
 
 
 def schedule(config: FinetuneConfig, steps: int, peak: float | Array | None = None) -> optax.Schedule:
-    r"""Return the learning rate of update t = 0, 1, ... as an optax schedule.
+    """Return the learning rate of update t = 0, 1, ... as an optax schedule, see `rora_theory.optimizers`.
 
-    The rate rises as ``peak * t / warmup``. After the warm-up it is constant, or decays to 0 at t = ``steps``, one
-    after the last update: linearly, or as :math:`(1 + \cos(\pi u)) / 2` of the peak, u being the completed share of the
-    decay. The first update's rate is 0, as in the published runs.
+    The first update's rate is 0 with a warm-up, as in the published runs.
 
     Args:
       config: Fine-tuning configuration.
@@ -66,15 +65,7 @@ def schedule(config: FinetuneConfig, steps: int, peak: float | Array | None = No
         an argument of a compiled step.
     """
     peak = config.peak_learning_rate if peak is None else peak
-    # Warm-up from 0, then the decay, which counts its steps from the end of the warm-up.
-    warmup = optax.linear_schedule(0.0, peak, config.warmup)
-    if config.schedule == "constant":
-        decay = optax.constant_schedule(peak)
-    elif config.schedule == "cosine":
-        decay = optax.cosine_decay_schedule(peak, max(1, steps - config.warmup))
-    else:
-        decay = optax.linear_schedule(peak, 0.0, max(1, steps - config.warmup))
-    return optax.join_schedules([warmup, decay], [config.warmup]) if config.warmup else decay
+    return lambda step: peak * schedule_factor(config.schedule, jnp.asarray(step), steps=steps, warmup=config.warmup)
 
 
 def finetune_optimizer(

@@ -14,7 +14,7 @@ from rora_theory.lab.adapters.lora import PAPER_TARGETS
 from rora_theory.lab.data.batches import Examples
 from rora_theory.lab.data.formats import TrainTemplate
 from rora_theory.lab.finetune.config import FinetuneConfig, LossOn
-from rora_theory.lab.horizon.readings import read_run
+from rora_theory.lab.sweep.readings import read_run
 from rora_theory.lab.sweep.workbench import Workbench
 from rora_theory.laws.random.seeds import check_seed
 from rora_theory.measure import led

@@ -27,8 +27,8 @@ from rora_theory.measure.torch.modules import (
     trainable_parameters,
     with_autograd,
 )
-from rora_theory.measure.tuning.plan import ProbeRun, Trial, scaled_warmup, schedule_factor
-from rora_theory.optimizers import Schedule
+from rora_theory.measure.tuning.plan import ProbeRun, Trial, scaled_warmup
+from rora_theory.optimizers import Schedule, schedule_factor
 from rora_theory.scaling import check_instance, scaling_factor
 
 MakeOptimizer = Callable[[Iterable[torch.nn.Parameter], float], torch.optim.Optimizer]
@@ -218,7 +218,7 @@ class ProbeModel:
         peaks = [group["lr"] for group in optimizer.param_groups]
         for step in range(trial.steps):
             # Learning rate of this step.
-            factor = schedule_factor(settings.schedule, step, steps=trial.steps, warmup=warmup)
+            factor = float(schedule_factor(settings.schedule, step, steps=trial.steps, warmup=warmup))
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
             # Gradient of the mean loss over the labels of all batches of the step.

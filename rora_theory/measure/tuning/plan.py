@@ -386,30 +386,6 @@ def carry_steps(learning_rate: float, old_steps: int, new_steps: int, schedule: 
     return RateRange(low, best, high)
 
 
-def schedule_factor(schedule: Schedule, step: int, *, steps: int, warmup: int = 0) -> float:
-    """Return the factor of the peak learning rate at a step.
-
-    The formulas are those of transformers' schedulers: a linear warm-up from 0, then the schedule's shape, which
-    reaches 0 one step after the last.
-
-    Args:
-      schedule: Shape after the warm-up.
-      step: Index of the update, from 0.
-      steps: Number of steps of the whole run.
-      warmup: Number of warm-up steps.
-
-    Examples:
-      >>> [round(schedule_factor("cosine", step, steps=4), 2) for step in range(4)]
-      [1.0, 0.85, 0.5, 0.15]
-    """
-    if step < warmup:
-        return step / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    if schedule == "cosine":
-        return (1 + math.cos(math.pi * progress)) / 2
-    return 1 - progress if schedule == "linear" else 1.0
-
-
 def scaled_warmup(warmup: int, steps: int, probe_steps: int) -> int:
     """Return the number of warm-up steps of a probe's run: the same share of the run, rounded down.
 

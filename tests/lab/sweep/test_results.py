@@ -11,8 +11,7 @@ from rora_theory.errors import InputError
 from rora_theory.lab.data.records import Record
 from rora_theory.lab.evaluate.scoring import Sample
 from rora_theory.lab.finetune.held_out import RecordLoss
-from rora_theory.lab.horizon import runs as horizon_runs
-from rora_theory.lab.sweep import results
+from rora_theory.lab.sweep import horizon_runs, results
 from rora_theory.lab.sweep.cells import SweepCell
 from rora_theory.runs import frames
 from rora_theory.runs.cells import run_cells

@@ -12,7 +12,6 @@ from rora_theory.lab.data.formats import TrainTemplate
 from rora_theory.lab.finetune.config import FinetuneConfig, LossOn
 from rora_theory.lab.llama.quantised import Quantization
 from rora_theory.laws.random.seeds import check_seed
-from rora_theory.measure.tuning.plan import schedule_factor
 from rora_theory.optimizers import Schedule
 from rora_theory.scaling import check_integer, check_positive
 from rora_theory.validation.rules import check_list, check_steps, check_warmup
@@ -136,8 +135,3 @@ class HorizonGrid:
             yield HorizonCell(rank, strength, rate, seed, self.read_at)
         for seed, rate in product(self.seeds, self.full_lrs):
             yield HorizonCell(None, None, rate, seed, self.read_at)
-
-
-def rate_factors(steps: int, warmup: int, schedule: Schedule = "constant") -> list[float]:
-    """Return the factor of the learning rate in each step of a run: a linear warm-up from 0, then the schedule."""
-    return [schedule_factor(schedule, step, steps=steps, warmup=warmup) for step in range(steps)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from rora_theory.lab.horizon.runs import FULL, HorizonRun
+from rora_theory.lab.sweep.horizon_runs import FULL, HorizonRun
 from rora_theory.runs import frames
 from rora_theory.stats.rate_curves import (
     Curve,

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from rora_theory.lab.toy import dynamics, rate_grid
-from rora_theory.lab.toy.dynamics import ProblemConfig
-from rora_theory.lab.toy.rate_grid import RateGrid
+from rora_theory.lab.sweep import controlled, rate_grid
+from rora_theory.lab.sweep.controlled import ProblemConfig
+from rora_theory.lab.sweep.rate_grid import RateGrid
 from rora_theory.optimizers import OPTIMIZER_NAMES
 
 PROBLEM = ProblemConfig(p_in=16, p_out=3, samples=5, held_out=7, overlap=0.3)
@@ -20,12 +20,12 @@ def test_curves_hold_the_losses_of_the_training_that_they_name():
         problem=PROBLEM,
     )  # fmt: skip
     keys = [jax.random.split(jax.random.fold_in(jax.random.key(0), seed)) for seed in grid.seeds]
-    drawn = jax.tree.map(lambda *a: np.stack(a), *(dynamics.draw_problem(a, PROBLEM) for a, _ in keys))
-    adapters = jax.tree.map(lambda *a: np.stack(a), *(dynamics.draw_adapters(b, PROBLEM, rank=4) for _, b in keys))
+    drawn = jax.tree.map(lambda *a: np.stack(a), *(controlled.draw_problem(a, PROBLEM) for a, _ in keys))
+    adapters = jax.tree.map(lambda *a: np.stack(a), *(controlled.draw_adapters(b, PROBLEM, rank=4) for _, b in keys))
     table, rates = rate_grid.losses(grid), np.float32(grid.sgd_lrs)
     train_losses = []
     for trained, frozen in (("both", None), ("B", "A")):
-        losses = dynamics.final_losses(adapters, drawn, 1.0, rates, optimizer="sgd", steps=3, frozen=frozen)
+        losses = controlled.final_losses(adapters, drawn, 1.0, rates, optimizer="sgd", steps=3, frozen=frozen)
         train_losses.append(np.asarray(losses[0]))
         for name, expected in zip(("train", "held_out"), losses, strict=True):
             curves = {(curve.rank, curve.trained): curve for curve in rate_grid.curves_of_losses(table, name)}

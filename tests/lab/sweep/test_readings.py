@@ -10,9 +10,9 @@ from rora_theory.errors import InputError
 from rora_theory.lab.evaluate.scoring import Scoring
 from rora_theory.lab.finetune import FinetuneConfig, StepCompleted
 from rora_theory.lab.finetune.metrics import Metrics
-from rora_theory.lab.horizon import readings
 from rora_theory.lab.horizon.probe import Probe, ProbeConfig
 from rora_theory.lab.llama import locate
+from rora_theory.lab.sweep import readings
 from rora_theory.lab.sweep.records import draw_records
 from rora_theory.lab.sweep.workbench import Workbench
 from rora_theory.measure import led

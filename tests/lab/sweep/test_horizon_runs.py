@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from rora_theory.errors import InputError
-from rora_theory.lab.horizon.grid import HorizonGrid
-from rora_theory.lab.horizon.readings import Reading, ReadRun
-from rora_theory.lab.horizon.runs import HorizonRun, read_comparison_runs, read_finished
+from rora_theory.lab.sweep.horizon_grid import HorizonGrid
+from rora_theory.lab.sweep.horizon_runs import HorizonRun, read_comparison_runs, read_finished
+from rora_theory.lab.sweep.readings import Reading, ReadRun
 from rora_theory.runs import seals
 from rora_theory.runs.journal import Journal
 from rora_theory.runs.reading import CELLS, key_of

@@ -7,15 +7,15 @@ import pytest
 
 from rora_theory import laws, optimizers
 from rora_theory.errors import InputError
-from rora_theory.lab.toy import dynamics
-from rora_theory.lab.toy.dynamics import ProblemConfig
+from rora_theory.lab.sweep import controlled
+from rora_theory.lab.sweep.controlled import ProblemConfig
 from rora_theory.validation.rules import check_steps
 
 LINEAR = ProblemConfig(p_in=24, p_out=6, samples=4, held_out=5, overlap=0.5, teacher_rank=2)
 MLP = ProblemConfig(model="mlp", p_in=12, hidden=9, p_out=4, samples=5, held_out=3, teacher_rank=2)
-draw_problem = jax.jit(dynamics.draw_problem, static_argnames="config")
-draw_adapters = jax.jit(dynamics.draw_adapters, static_argnames=("config", "rank", "start"))
-output_change, spectral_norm = jax.jit(dynamics.output_change), jax.jit(dynamics.spectral_norm)
+draw_problem = jax.jit(controlled.draw_problem, static_argnames="config")
+draw_adapters = jax.jit(controlled.draw_adapters, static_argnames=("config", "rank", "start"))
+output_change, spectral_norm = jax.jit(controlled.output_change), jax.jit(controlled.spectral_norm)
 
 
 def draw_pair(config, rank=4, seed=0, start="A"):
@@ -83,7 +83,7 @@ def test_first_step_has_the_exact_law(optimizer):
     """Mean squares over 4000 adapters agree with `laws.first_step_moments`; |z| < 5 on six figures."""
     problem, repeated, adapters = stacked(LINEAR, 8, 4000)
     rate, scaling = 1e-3, 0.5
-    measures = dynamics.trajectories(adapters, repeated, scaling, rate, optimizer=optimizer, steps=(1,))
+    measures = controlled.trajectories(adapters, repeated, scaling, rate, optimizer=optimizer, steps=(1,))
     grad = -wide(problem.target_train).T @ wide(problem.x_train) / LINEAR.samples
     for field, x in (("output_train", problem.x_train), ("output_held_out", problem.x_held_out)):
         law = laws.first_step_moments(
@@ -128,7 +128,7 @@ def test_steps_by_hand(optimizer, frozen):
                 update = update + optimizers.WEIGHT_DECAY * state[name]
             if name != f"lora_{frozen}":
                 state[name] = state[name] - rate * update
-    measures = dynamics.trajectory(
+    measures = controlled.trajectory(
         adapters, problem, scaling=scaling, learning_rate=rate, optimizer=optimizer, steps=(2, steps), frozen=frozen
     )
     delta = scaling * state["lora_B"] @ state["lora_A"]
@@ -152,7 +152,7 @@ def test_steps_by_hand(optimizer, frozen):
 def test_start_of_b():
     """With A = 0 and B random nothing changes at first, A alone has a gradient, and freezing B preserves it."""
     problem, adapters = draw_pair(MLP, start="B")
-    measures = dynamics.trajectory(
+    measures = controlled.trajectory(
         adapters, problem, scaling=1.0, learning_rate=0.1, optimizer="sgd", steps=(1, 3), frozen="B"
     )
     assert float(measures.output_train[0]) == 0.0
@@ -167,8 +167,8 @@ def test_final_losses_are_the_trajectories_ends():
     problem = jax.vmap(lambda key: draw_problem(key, LINEAR))(keys)
     adapters = jax.vmap(lambda key: draw_adapters(key, LINEAR, rank=3))(keys)
     rates = jnp.array([0.01, 0.1])
-    losses = dynamics.final_losses(adapters, problem, 0.5, rates, optimizer="adam", steps=4)
-    path = dynamics.trajectories(adapters, problem, 0.5, 0.1, optimizer="adam", steps=(4,))
+    losses = controlled.final_losses(adapters, problem, 0.5, rates, optimizer="adam", steps=4)
+    path = controlled.trajectories(adapters, problem, 0.5, 0.1, optimizer="adam", steps=(4,))
     np.testing.assert_allclose(losses[0][:, 1], path.loss_train[:, 1], rtol=1e-5)
     np.testing.assert_allclose(losses[1][:, 1], path.loss_held_out[:, 1], rtol=1e-5)
     assert np.all(np.abs(losses[0][:, 0] - losses[0][:, 1]) > 1e-3)
@@ -197,4 +197,17 @@ def test_bad_settings():
         with pytest.raises(InputError, match="steps"):
             check_steps(steps)
     with pytest.raises(InputError, match=r"start.*'C'"):
-        dynamics.draw_adapters(jax.random.key(0), LINEAR, rank=2, start="C")
+        controlled.draw_adapters(jax.random.key(0), LINEAR, rank=2, start="C")
+
+
+@pytest.mark.slow
+def test_a_diverged_run_stays_diverged(monkeypatch):
+    """A run counts as diverged from the first recorded step whose loss is too high, whatever follows."""
+    losses = np.array([[1.0, 20.0, 0.5], [1.0, 9.0, 0.5]])
+    measures = controlled.Measures(*[losses] * len(controlled.Measures._fields))
+    monkeypatch.setattr(controlled, "trajectories", lambda *_, **__: measures)
+    drawn = controlled.draw_ensemble(ProblemConfig(p_in=8, p_out=2, samples=2, held_out=2), rank=4, seeds=range(2))
+    _, diverged = controlled.ensemble_trajectories(
+        *drawn, scaling=1.0, learning_rate=0.1, optimizer="sgd", steps=(1, 2)
+    )
+    assert diverged.tolist() == [[False, True, True], [False, False, False]]

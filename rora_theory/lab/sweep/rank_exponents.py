@@ -1,7 +1,7 @@
 """Exponents in the rank of an adapted layer's change during training, and the questions that they answer.
 
 The input rows come from `training_grid`: one row per cell (`CELL`), seed and step, with all fields of
-`dynamics.Measures` and whether the run has diverged.
+`controlled.Measures` and whether the run has diverged.
 """
 
 import itertools
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from rora_theory.lab.toy.dynamics import Measures, Model
+from rora_theory.lab.sweep.controlled import Measures, Model
 from rora_theory.optimizers import DISPLAY_NAMES, OptimizerName
 from rora_theory.runs import frames
 from rora_theory.stats import slopes

@@ -8,18 +8,18 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 
-from rora_theory.lab.horizon.curves import (
+from rora_theory.lab.sweep.curves import (
     best_rate_table,
     compare_at_one_rate,
     compare_best_rates,
     curves_at,
     training_curves_at,
 )
-from rora_theory.lab.horizon.estimators import estimator_table
-from rora_theory.lab.horizon.law import horizon_exponents, step_exponents
-from rora_theory.lab.horizon.parts import change_at_best, led_table
-from rora_theory.lab.horizon.regret import constants_by_steps, policies, regret_by_policy, regret_table
-from rora_theory.lab.horizon.runs import FULL, HorizonRun, merge_repeated_runs
+from rora_theory.lab.sweep.estimators import estimator_table
+from rora_theory.lab.sweep.horizon_runs import FULL, HorizonRun, merge_repeated_runs
+from rora_theory.lab.sweep.law import horizon_exponents, step_exponents
+from rora_theory.lab.sweep.parts import change_at_best, led_table
+from rora_theory.lab.sweep.regret import constants_by_steps, policies, regret_by_policy, regret_table
 from rora_theory.optimizers import Schedule
 from rora_theory.stats.verdicts import Outcome
 

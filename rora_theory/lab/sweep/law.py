@@ -12,14 +12,13 @@ import pandas as pd
 
 from rora_theory import laws
 from rora_theory.errors import InputError
-from rora_theory.lab.horizon.curves import setting_labels, strength_of
-from rora_theory.lab.horizon.grid import rate_factors
-from rora_theory.lab.horizon.parts import QUANTILES, exponent_of_parts
-from rora_theory.lab.horizon.runs import HorizonRun
+from rora_theory.lab.sweep.curves import setting_labels, strength_of
+from rora_theory.lab.sweep.horizon_runs import HorizonRun
+from rora_theory.lab.sweep.parts import QUANTILES, exponent_of_parts
 from rora_theory.laws import constant_gradient, displacement
 from rora_theory.measure.regimes.saved_run import read_regime_run
 from rora_theory.measure.regimes.tables import TAKEOVER, TAKEOVER_COLUMNS
-from rora_theory.optimizers import Schedule
+from rora_theory.optimizers import Schedule, schedule_factor
 from rora_theory.runs import frames
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.rate_curves import Curve, at_shared_seeds, log2_rates, weighted_log2_rates
@@ -86,7 +85,7 @@ def predict_exponents(
     rows = []
     for count, rate, quantile in product(steps, rates, QUANTILES):
         takeover = float(np.quantile(takeovers, quantile))
-        rates_of_steps = [rate * factor for factor in rate_factors(count, warmup, schedule)]
+        rates_of_steps = rate * schedule_factor(schedule, np.arange(count), steps=count, warmup=warmup)
         # Ratio of the A-led to the B-led part at the end of the run, which decides how much the rate changes.
         rho = constant_gradient.distances(rates_of_steps, takeover=takeover).A / takeover
         divisor = 1 / constant_gradient.rate_factor(strengths[1] / strengths[0], rho)
@@ -245,7 +244,7 @@ def step_exponents(
     # Curves of each setting by step, without steps at which the warm-up has not raised the rate from 0.
     curves_of_setting: dict[tuple[int, float], dict[int, Curve]] = {}
     for step in sorted(curves):
-        for curve in curves[step] if any(rate_factors(step, warmup, schedule)) else ():
+        for curve in curves[step] if step > 1 or not warmup else ():
             curves_of_setting.setdefault((curve.rank, curve.scaling), {})[step] = curve
     for by_step in curves_of_setting.values():
         # Steps ascend, so that the first number of every pair is the smaller one.
@@ -261,7 +260,9 @@ def step_exponents(
             # Full fine-tuning has no A that could take over.
             distances = np.quantile(takeovers, QUANTILES).tolist() if curve.rank else [math.inf]
             # Exponents of the law, at quantiles of the modules' takeover distances.
-            schedules = [rate_factors(count, warmup, schedule) for count in (first, second)]
+            schedules = [
+                schedule_factor(schedule, np.arange(count), steps=count, warmup=warmup) for count in (first, second)
+            ]
             preserving_rates = [
                 constant_gradient.rate_for_equal_change(rate, *schedules, takeover=distance) for distance in distances
             ]

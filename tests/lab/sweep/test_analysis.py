@@ -11,16 +11,15 @@ import pytest
 
 from figures import horizon as figure
 from rora_theory import Setting, transfer
-from rora_theory.lab.horizon import curves as horizon_curves
-from rora_theory.lab.horizon import grid as horizon_grid
-from rora_theory.lab.horizon import judgement, parts, regret
-from rora_theory.lab.horizon import law as horizon_law
-from rora_theory.lab.horizon import runs as horizon_runs
-from rora_theory.lab.horizon.estimators import estimator_table
-from rora_theory.lab.horizon.readings import Reading, ReadRun
-from rora_theory.lab.horizon.runs import HorizonRun
+from rora_theory.lab.sweep import analysis, horizon_grid, horizon_runs, parts, regret
+from rora_theory.lab.sweep import curves as horizon_curves
+from rora_theory.lab.sweep import law as horizon_law
+from rora_theory.lab.sweep.estimators import estimator_table
+from rora_theory.lab.sweep.horizon_runs import HorizonRun
+from rora_theory.lab.sweep.readings import Reading, ReadRun
 from rora_theory.laws.constant_gradient import distances, rate_factor, rate_for_equal_change
 from rora_theory.laws.displacement import displacement_ratio
+from rora_theory.optimizers import schedule_factor
 from rora_theory.runs import frames, seals
 from rora_theory.stats import trained_runs
 from rora_theory.stats.paired import resampled_ratios
@@ -87,7 +86,7 @@ def displaced_runs() -> list[HorizonRun]:
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch) -> None:
     """Resample the records less often in a judgement than by default, which no figure here needs."""
-    monkeypatch.setattr(judgement, "BOOTSTRAP_SAMPLES", 100)
+    monkeypatch.setattr(analysis, "BOOTSTRAP_SAMPLES", 100)
 
 
 def curves_of(runs: Sequence[HorizonRun], step: int = 64, draws: int = 200) -> list[Curve]:
@@ -131,11 +130,16 @@ CONSTANT = -math.log(61.5 / 13.5, 4)
 """The power of the steps at a constant gradient, from 16 to 64 after a warm-up of 4: 13.5 and 61.5 whole steps."""
 
 
+def warm_up_factors(steps: int) -> np.ndarray:
+    """Return the factors of a constant rate after a warm-up of four steps."""
+    return schedule_factor("constant", np.arange(steps), steps=steps, warmup=4)
+
+
 def adams_power(takeover: float, rate: float = 1e-3) -> float:
     """Find the power of the steps from 16 to 64 that preserves b (1 + a / takeover) under Adam, by bisection."""
 
     def change(steps: int, rate: float) -> float:
-        distance = distances([rate * factor for factor in horizon_grid.rate_factors(steps, 4)], takeover=takeover)
+        distance = distances(rate * warm_up_factors(steps), takeover=takeover)
         return distance.B * (1 + distance.A / takeover)
 
     low, high = rate / 64, rate
@@ -299,7 +303,7 @@ def test_in_the_rank_the_law_includes_cross_talk() -> None:
     # The rank has an effect beyond gamma r, against the displacement law.
     assert (row["verdict"], row["displacement_verdict"]) == ("agrees", "contradicts")
     pd.testing.assert_frame_equal(crossed.loc["strength"], signal.loc["strength"])
-    judged = judgement.judge_runs(runs, TOKENS, **LAW, linear_terms=terms).exponents
+    judged = analysis.judge_runs(runs, TOKENS, **LAW, linear_terms=terms).exponents
     assert set(judged[judged["over"] == "rank"]["verdict"]) == {"agrees"}
 
 
@@ -335,9 +339,7 @@ def test_beside_a_run_that_diverged_the_exponent_is_known_to_half_a_step_of_the_
 @pytest.mark.parametrize("takeover", [1e-4, 0.004, 1.0, math.inf])
 def test_the_law_in_the_steps_is_that_of_adam(takeover: float) -> None:
     """If A takes over, its gradient grows and Adam follows faster than a constant gradient; not where B leads."""
-    rate = rate_for_equal_change(
-        1e-3, horizon_grid.rate_factors(16, 4), horizon_grid.rate_factors(64, 4), takeover=takeover
-    )
+    rate = rate_for_equal_change(1e-3, warm_up_factors(16), warm_up_factors(64), takeover=takeover)
     power = math.log(rate / 1e-3, 4)
     assert power == pytest.approx(adams_power(takeover), abs=1e-6)
     assert (power < CONSTANT - 0.1) if takeover < 0.01 else power == pytest.approx(CONSTANT, abs=0.01)
@@ -483,7 +485,7 @@ def test_at_one_rate_a_difference_can_come_from_the_rate_alone() -> None:
             assert 0 < row["half_width"] < 0.3
     assert by_rank[8]["difference"].iloc[1] > 0.08
     assert by_rank[8]["difference"].iloc[-1] < -0.08
-    judged = judgement.judge_runs(runs, TOKENS, takeovers=(), warmup=4)
+    judged = analysis.judge_runs(runs, TOKENS, takeovers=(), warmup=4)
     assert len(judged.one_rate) == 2 * len(table)
     assert "one_rate.csv" in judged.files()
     assert len(judged.best) == 2 * (4 + 2), "a curve for each arm and step, also for three runs without a partner"
@@ -495,7 +497,7 @@ def test_runs_are_compared_with_those_of_another_setting() -> None:
     runs = select(grid(-0.53, seeds=2), rank=8)
     runs += [replace(run, rank=None, strength=None) for run in select(runs, strength=64.0)]
     other_runs = [other for run in runs for other in scaled([run], 0.97, rate=4.0 if run.strength == 724.0 else 2.0)]
-    judged = judgement.judge_runs(runs, TOKENS, takeovers=(), warmup=4, other_runs={"targets all": other_runs})
+    judged = analysis.judge_runs(runs, TOKENS, takeovers=(), warmup=4, other_runs={"targets all": other_runs})
     table = judged.comparisons.query("step == 64 and compared_with == 'targets all'")
     assert table["rank"].fillna(0).tolist() == [0, 8, 8]
     assert table["ratio"].to_numpy() == pytest.approx([0.5, 0.5, 0.25], rel=0.02)
@@ -576,7 +578,7 @@ def test_runs_that_differ_in_their_length_are_one() -> None:
     assert [run.loss for step in (64, 256) if (run := merged.in_training_at(step)) is not None] == [1.0, math.inf]
     distinct = [replace(runs[0], **change) for change in ({"seed": 1}, {"rate": 2e-3}, {"rank": 4}, {"strength": 8.0})]
     assert len(horizon_runs.merge_repeated_runs([*runs, *distinct])) == 5
-    assert len(judgement.judge_runs([*runs, *distinct], [1], takeovers=(), warmup=4).led) == 5
+    assert len(analysis.judge_runs([*runs, *distinct], [1], takeovers=(), warmup=4).led) == 5
     decaying = [replace(runs[0], steps=256), replace(runs[1], steps=64)]
     assert horizon_runs.merge_repeated_runs([*decaying, *decaying]) == decaying[::-1], "two lengths, the shorter first"
 
@@ -586,7 +588,7 @@ def test_a_step_that_few_runs_reach_leaves_the_others_as_they_are() -> None:
     runs = select(grid(-0.7, seeds=2), rank=8)
     longer = replace(runs[0].read.readings[-1], step=256)
     runs[0] = replace(runs[0], read=replace(runs[0].read, readings=[*runs[0].read.readings, longer]))
-    judged = judgement.judge_runs(runs, TOKENS, **LAW)
+    judged = analysis.judge_runs(runs, TOKENS, **LAW)
     for frame in (judged.best, judged.exponents):
         assert sorted(set(frame["step"])) == [16, 64]
         assert frame["step"].dtype.kind == "i"
@@ -782,7 +784,7 @@ def test_constants_and_regrets_of_planted_runs(monkeypatch) -> None:
         return resampled_ratios(*arguments, **options)
 
     monkeypatch.setattr(trained_runs, "resampled_ratios", count)
-    judged = judgement.judge_runs(displaced_runs(), TOKENS, **LAW)
+    judged = analysis.judge_runs(displaced_runs(), TOKENS, **LAW)
     assert len(calls) == 2 * 2 * 2 * 3, "one bootstrap for each rank, strength, step and seed: the regret needs no more"
     assert set(judged.constants["step"]) == {16, 64}
     for name in ("constant", "constant_low", "constant_high"):
@@ -842,7 +844,7 @@ def in_training(runs: Sequence[HorizonRun], exponent: float) -> list[HorizonRun]
 def test_the_law_of_a_constant_gradient_follows_the_schedule() -> None:
     runs = grid(-0.7, seeds=2)
     for name in ("constant", "cosine"):
-        judged = judgement.judge_runs(runs, TOKENS, **LAW, schedule=name)
+        judged = analysis.judge_runs(runs, TOKENS, **LAW, schedule=name)
         row = judged.exponents.query("step == 64 and over == 'strength' and at == 8").iloc[0]
         (best,) = judged.best.query("step == 64 and rank == 8 and strength == 64")["best_rate"]
         law = horizon_law.predict_exponents(
@@ -861,7 +863,7 @@ def test_training_losses_give_an_exponent_of_their_own() -> None:
     """They are those of the second half of the steps, and of runs at a constant rate that reach the step."""
     runs = in_training(grid(-0.7, seeds=2), -0.5)
     judged = {
-        name: judgement.judge_runs(runs, TOKENS, **LAW, schedule=name).estimators for name in ("constant", "cosine")
+        name: analysis.judge_runs(runs, TOKENS, **LAW, schedule=name).estimators for name in ("constant", "cosine")
     }
     rows = judged["constant"].query("step == 64").set_index(["over", "at", "estimate"])
     assert rows.loc["strength", "8 128", "quadratic, training losses"]["exponent"] == pytest.approx(-0.5, abs=0.02)
@@ -904,5 +906,5 @@ def test_the_advice_is_the_rate_that_transfer_names(schedule) -> None:
 
 def test_runs_without_measured_parts_have_the_regret_of_the_other_policies() -> None:
     """Only the displacement law needs a constant K of the runs."""
-    costs = judgement.judge_runs(grid(-0.53), TOKENS, takeovers=(), warmup=4).regret
+    costs = analysis.judge_runs(grid(-0.53), TOKENS, takeovers=(), warmup=4).regret
     assert set(costs["policy"]) == {"keep the rate", "first step", "square root", "advice"}

@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 
 from rora_theory.errors import InputError
-from rora_theory.lab.horizon.grid import VARIANTS
-from rora_theory.lab.horizon.readings import Reading, ReadRun
+from rora_theory.lab.sweep.horizon_grid import VARIANTS
+from rora_theory.lab.sweep.readings import Reading, ReadRun
 from rora_theory.runs import frames
 from rora_theory.runs.files import naming_damage
 from rora_theory.runs.reading import CELLS, as_json, read_finished_cells, read_manifest

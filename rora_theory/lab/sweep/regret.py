@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from rora_theory.advice.run_change import RunChange
-from rora_theory.lab.horizon.curves import curves_at, strength_of
-from rora_theory.lab.horizon.parts import GRID_STEP
-from rora_theory.lab.horizon.runs import FULL, HorizonRun
+from rora_theory.lab.sweep.curves import curves_at, strength_of
+from rora_theory.lab.sweep.horizon_runs import FULL, HorizonRun
+from rora_theory.lab.sweep.parts import GRID_STEP
 from rora_theory.laws import constant_gradient, displacement
 from rora_theory.optimizers import Schedule
 from rora_theory.runs import frames

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rora_theory.lab.horizon.grid import rate_factors
-from rora_theory.lab.horizon.runs import HorizonRun
+from rora_theory.lab.sweep.horizon_runs import HorizonRun
 from rora_theory.laws import constant_gradient
 from rora_theory.measure.led import PARTS, preserving_exponent, preserving_factor
-from rora_theory.optimizers import Schedule
+from rora_theory.optimizers import Schedule, schedule_factor
 from rora_theory.runs import frames
 
 QUANTILES = (0.05, 0.5, 0.95)
@@ -60,8 +59,8 @@ def led_table(
             row["change"] = float(np.sqrt(np.mean(w**2)))
             # The law's ratio at a constant gradient is the distance that A moves over the takeover distance.
             if takeover is not None:
-                rates = [run.rate * factor for factor in rate_factors(reading.step, warmup, schedule)]
-                row["law_ratio"] = constant_gradient.distances(rates, takeover=takeover).A / takeover
+                factors = schedule_factor(schedule, np.arange(reading.step), steps=reading.step, warmup=warmup)
+                row["law_ratio"] = constant_gradient.distances(run.rate * factors, takeover=takeover).A / takeover
             rows.append(row)
     return pd.DataFrame(rows)
 

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rora_theory.lab.toy import exponents, training_grid
-from rora_theory.lab.toy.dynamics import ProblemSize
-from rora_theory.lab.toy.training_grid import TrainingCell, TrainingGrid
+from rora_theory.lab.sweep import rank_exponents, training_grid
+from rora_theory.lab.sweep.controlled import ProblemSize
+from rora_theory.lab.sweep.training_grid import TrainingCell, TrainingGrid
 from rora_theory.runs import frames
 
 GRID = TrainingGrid(
@@ -44,5 +44,5 @@ def test_rows(start: Any, trained: Any, moves: bool) -> None:
     assert ((inner[3] != inner[0]) == moves).all()
     alone = TrainingGrid(**{**vars(GRID), "seeds": (5, 6)})
     other = frames.from_rows(training_grid.training_rows(alone, cell), training_grid.COLUMNS)
-    expected = table[table["seed"] == 5][list(exponents.QUANTITIES)]
-    np.testing.assert_allclose(other[other["seed"] == 5][list(exponents.QUANTITIES)], expected, rtol=1e-4)
+    expected = table[table["seed"] == 5][list(rank_exponents.QUANTITIES)]
+    np.testing.assert_allclose(other[other["seed"] == 5][list(rank_exponents.QUANTITIES)], expected, rtol=1e-4)

@@ -6,7 +6,7 @@ import pytest
 from support import regime_runs
 
 from rora_theory.errors import InputError
-from rora_theory.lab.horizon.law import read_regime
+from rora_theory.lab.sweep.law import read_regime
 from rora_theory.measure.regimes.tables import TAKEOVER, TAKEOVER_COLUMNS
 from rora_theory.runs import seals
 

@@ -2,7 +2,7 @@
 
 grid = TrainingGrid(ranks=(4, 64), optimizers=("sgd",), models=("linear",))
 rows = [row for cell in training_cells(grid) for row in training_rows(grid, cell)]
-fits = exponents.exponent_fits(frames.from_rows(rows, COLUMNS))
+fits = rank_exponents.exponent_fits(frames.from_rows(rows, COLUMNS))
 grid_answers(grid, fits)
 """
 
@@ -13,9 +13,9 @@ from typing import Any, Literal
 import pandas as pd
 
 from rora_theory.inits import INITS, Init
-from rora_theory.lab.toy import ensemble, exponents
-from rora_theory.lab.toy.dynamics import MODELS, STARTS, Model, ProblemConfig, ProblemSize, Start
-from rora_theory.lab.toy.exponents import CELL, QUANTITIES, Answer
+from rora_theory.lab.sweep import controlled, rank_exponents
+from rora_theory.lab.sweep.controlled import MODELS, STARTS, Model, ProblemConfig, ProblemSize, Start
+from rora_theory.lab.sweep.rank_exponents import CELL, QUANTITIES, Answer
 from rora_theory.laws.random.seeds import check_seed
 from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
 from rora_theory.scaling import Rule, check_choice, check_integer, exponent, scaling_factor
@@ -150,7 +150,7 @@ def training_rows(grid: TrainingGrid, cell: TrainingCell) -> list[dict[str, Any]
     alpha = alpha_at(cell.rule, gamma=grid.gamma, reference_rank=grid.reference_rank)
     scaling, lr = scaling_factor(cell.rule, alpha=alpha, rank=cell.rank), grid.lr(cell.optimizer)
     # One compiled scan trains all seeds.
-    adapters, problems = ensemble.draw_ensemble(
+    adapters, problems = controlled.draw_ensemble(
         ProblemConfig(model=cell.model, **asdict(grid.problem)),
         rank=cell.rank,
         seeds=grid.seeds,
@@ -159,7 +159,7 @@ def training_rows(grid: TrainingGrid, cell: TrainingCell) -> list[dict[str, Any]
         init=grid.init,
     )
     # Arrays [seeds, 1 + steps], with the start as the first recorded step.
-    values, diverged = ensemble.ensemble_trajectories(
+    values, diverged = controlled.ensemble_trajectories(
         adapters,
         problems,
         scaling=scaling,
@@ -181,8 +181,8 @@ def training_rows(grid: TrainingGrid, cell: TrainingCell) -> list[dict[str, Any]
 
 
 def grid_answers(grid: TrainingGrid, fits: pd.DataFrame) -> list[Answer]:
-    """Answer the questions about claims in the literature from the slopes of `exponents.exponent_fits`."""
-    return exponents.answers(
+    """Answer the questions about claims in the literature from the slopes of `rank_exponents.exponent_fits`."""
+    return rank_exponents.answers(
         fits,
         models=grid.models if "A" in grid.starts else (),
         optimizers=grid.optimizers,

@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Float
 
 from rora_theory.inits import INITS, Init
-from rora_theory.lab.toy import ensemble
-from rora_theory.lab.toy.dynamics import ProblemConfig
+from rora_theory.lab.sweep import controlled
+from rora_theory.lab.sweep.controlled import ProblemConfig
 from rora_theory.laws.random.seeds import check_seed
 from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
 from rora_theory.runs import frames
@@ -134,12 +134,12 @@ def cell_rows(grid: RateGrid, cell: GridCell) -> list[dict[str, Any]]:
     alpha = alpha_at(cell.rule, gamma=grid.gamma, reference_rank=grid.reference_rank)
     scaling = scaling_factor(cell.rule, alpha=alpha, rank=cell.rank)
     # One compiled call trains all seeds at all rates.
-    adapters, problems = ensemble.draw_ensemble(
+    adapters, problems = controlled.draw_ensemble(
         grid.problem, rank=cell.rank, seeds=grid.seeds, seed=grid.seed, init=grid.init
     )
     # Arrays [seeds, rates].
     rates = grid.lrs(cell.optimizer)
-    train_losses, held_out_losses = ensemble.losses_at_rates(
+    train_losses, held_out_losses = controlled.losses_at_rates(
         adapters,
         problems,
         scaling=scaling,

@@ -7,8 +7,8 @@ from typing import Any, get_args
 
 import pandas as pd
 
-from rora_theory.lab.horizon.curves import strength_of
-from rora_theory.lab.horizon.runs import FULL
+from rora_theory.lab.sweep.curves import strength_of
+from rora_theory.lab.sweep.horizon_runs import FULL
 from rora_theory.runs import frames
 from rora_theory.stats.curve_optima import Method, pooled_exponent
 from rora_theory.stats.rate_curves import Curve, at_shared_seeds

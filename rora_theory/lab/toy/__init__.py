@@ -1,1 +1,0 @@
-"""A controlled teacher-student problem, trained for many steps with factors that are nested over ranks."""
