@@ -5,10 +5,10 @@
     tuned = rt.Setting(rank=16, alpha=32, learning_rate=2e-4)
     rt.transfer(tuned, rank=128).sentence()
 
-The packages `laws`, `stats`, `paper`, `advice` and `measure` and their modules are attributes that are imported at
-first use, so that JAX is not loaded unless it is needed. The core install contains them, except the parts of `measure`
-that run a model. The JAX path, `lab` (models, adapters, data,
-fine-tuning, evaluation, sweeps), needs the extra ``finetune``.
+The packages `laws`, `stats`, `paper`, `advice`, `evidence` and `measure` and their modules are attributes that are
+imported at first use, so that JAX is not loaded unless it is needed. The core install contains them, except the parts
+of `measure` that run a model. The JAX path, `lab` (models, adapters, data, fine-tuning, evaluation, sweeps), needs the
+extra ``finetune``.
 """
 
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from rora_theory.errors import InputError
 from rora_theory.scaling import scaling_factor
 
 if TYPE_CHECKING:
-    from rora_theory import advice, laws, measure, paper, stats
+    from rora_theory import advice, evidence, laws, measure, paper, stats
     from rora_theory.advice.setting import Setting
     from rora_theory.advice.transfer import Advice, transfer
 
@@ -27,6 +27,7 @@ __all__ = [
     "InputError",
     "Setting",
     "advice",
+    "evidence",
     "laws",
     "measure",
     "paper",

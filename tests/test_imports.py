@@ -211,6 +211,7 @@ DRAWN_ORDER = (
     ("stats",),
     ("laws",),
     ("advice", "paper"),
+    ("evidence",),
     ("lab", "lab.llama"),
     ("lab.adapters", "lab.data"),
     ("lab.finetune",),

@@ -61,6 +61,9 @@ EDGE_SHARE = 0.025
 RECORDS = "held-out records"
 """Kind of samples of an error over records, see `Estimate.over`."""
 
+REPEATS = "repeated runs"
+"""Kind of samples of an error from the noise of repeated runs."""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -78,7 +81,11 @@ class Curve:
       resampled: Losses of the same seeds over resampled records, with the same records for every curve; None if there
         are no losses per record.
       seeds: Seeds of the rows of ``losses``; empty numbers them from 0.
-      records: Number of records that ``resampled`` is drawn from.
+      records: Number of samples that ``resampled`` is drawn from.
+      resampled_over: Kind of these samples, see `Estimate.over`: held-out records, or `REPEATS` if ``resampled`` adds
+        to the losses the noise that repeated runs have.
+      reach: Distance in log rate from the lowest loss up to which rates belong to the fit of a minimum, see
+        `rate_optimum.fit_minima`.
     """
 
     optimizer: str
@@ -92,11 +99,18 @@ class Curve:
     resampled: Float[np.ndarray, "draws seeds rates"] | None = None
     seeds: tuple[int, ...] = ()
     records: int = 0
+    resampled_over: str = RECORDS
+    reach: float = 0.0
 
     @property
     def line(self) -> tuple[str, str, str, float]:
         """Optimizer, trained factors, rule and kappa, which the curves of one line over ranks share."""
         return (self.optimizer, self.trained, self.rule, self.kappa)
+
+    @property
+    def strength(self) -> float:
+        """G = gamma r, on which the laws of the best rate depend."""
+        return self.scaling * self.rank
 
     @property
     def by_seed(self) -> dict[int, int]:
@@ -122,7 +136,7 @@ class Curve:
 
     def optima(self) -> list[Best]:
         """Fit the minimum of each seed's curve."""
-        return fit_minima(self.rates, self.losses)
+        return fit_minima(self.rates, self.losses, self.reach)
 
     @property
     def edge(self) -> str:
@@ -169,7 +183,8 @@ def estimate(statistic: Callable[..., Sequence[float] | np.ndarray], *curves: Cu
     first order a mean over them, which is approximately normal.
 
     For a single seed the value is the mean over bootstrap samples, and the error is that over records. Without losses
-    per record, or with a single record, there is only the error over seeds.
+    per record, or with a single record, there is only the error over seeds. Where the samples add noise to the measured
+    losses (`REPEATS`), the value is that of the measured losses.
 
     Args:
       statistic: Function that computes one value per seed from the curves.
@@ -186,7 +201,9 @@ def estimate(statistic: Callable[..., Sequence[float] | np.ndarray], *curves: Cu
     values = np.asarray(statistic(*resampled_curves), np.float64)
     # The spread of bootstrap samples is the standard error with n in place of n - 1; their number does not divide it.
     error = float(np.std(values, ddof=1)) * math.sqrt(records / (records - 1))
-    by_records = Estimate(float(np.mean(values)), error, records, RECORDS)
+    over = curves[0].resampled_over
+    value = by_seeds.value if over == REPEATS else float(np.mean(values))
+    by_records = Estimate(value, error, records, over)
     return combine_errors(by_seeds, by_records) if by_seeds.has_error else by_records
 
 

@@ -64,12 +64,17 @@ def best_rate(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) -
     return fit_minima(rates, losses.reshape(1, -1))[0]
 
 
-def fit_minima(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, "curves n"]) -> list[Best]:
+def fit_minima(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, "curves n"], reach: float = 0.0) -> list[Best]:
     """Compute `best_rate` for several curves over the same rates.
+
+    On a dense grid three neighbouring rates measure the noise of their losses. A positive ``reach`` fits the parabola
+    by least squares to all rates within this distance of the lowest loss.
 
     Args:
       rates: Learning rates, ascending and above 0.
       losses: Loss of every curve at every rate.
+      reach: Distance in log rate from the lowest loss up to which rates belong to the fit; the two neighbours always
+        do.
 
     Returns:
       The minimum of every curve.
@@ -101,6 +106,18 @@ def fit_minima(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, "curves
         best_rates = np.where(has_vertex, rates[lowest] * np.exp(shift), rates[lowest])
         # Value of the parabola at its vertex, y1 + tilt shift + curvature shift^2 = y1 + tilt shift / 2.
         best_losses = np.where(has_vertex, np.exp(y1 + tilt * shift / 2), losses[curves, lowest])
+    # Curves that have more rates within reach than the three.
+    for curve in np.flatnonzero(has_vertex) if reach > 0 else ():
+        distances = log_rates - log_rates[lowest[curve]]
+        is_fitted = (np.abs(distances) <= reach) & np.isfinite(losses[curve])
+        is_fitted[lowest[curve] - 1 : lowest[curve] + 2] = True
+        if np.sum(is_fitted) > 3:
+            x, y = distances[is_fitted], np.log(losses[curve, is_fitted])
+            quadratic, linear, level = np.polyfit(x, y, 2)
+            # A parabola without a minimum among its points leaves the vertex through three.
+            if quadratic > 0 and x[0] <= (vertex := -linear / (2 * quadratic)) <= x[-1]:
+                best_rates[curve] = rates[lowest[curve]] * math.exp(vertex)
+                best_losses[curve] = math.exp(level + linear * vertex / 2)
     edges: list[Edge] = ["low" if i == 0 else "high" if i == len(rates) - 1 else "" for i in lowest.tolist()]
     return [Best(*best) for best in zip(best_rates.tolist(), best_losses.tolist(), edges, strict=True)]
 
