@@ -20,8 +20,8 @@ columns:
     ...
     <!-- / -->
 
-The gallery of figures: `<!-- gallery -->`, on a line of its own. The package's data file
-`rora_theory/advice/measured.json` is filled and checked with the pages (`fill_packaged`).
+The gallery of figures is `<!-- gallery -->`, and the list of published runs `<!-- runs -->`, each on a line of its own.
+The package's data file `rora_theory/advice/measured.json` is filled and checked with the pages (`fill_packaged`).
 
 FILE
     x.csv            The rows of the file. An empty cell is a missing value.
@@ -60,12 +60,13 @@ from gallery import PUBLISHED, ROOT
 PACKAGED = ROOT / "rora_theory" / "advice" / "measured.json"  # for the library and the calculator
 
 MARK = re.compile(
-    r"(?P<opening><!-- (?P<kind>n|table|gallery)\b(?P<body>(?:(?!-->).)*?)\s-->)(?P<text>(?:(?!<!--).)*)<!-- / -->",
+    r"(?P<opening><!-- (?P<kind>n|table|gallery|runs)\b(?P<body>(?:(?!-->).)*?)\s-->)"
+    r"(?P<text>(?:(?!<!--).)*)<!-- / -->",
     re.DOTALL,
 )
 """A well-formed mark with its text and its end."""
 
-OPENING = re.compile(r"<!--\s*(?:n|table|gallery)\b(?P<body>[^>]{0,60})")
+OPENING = re.compile(r"<!--\s*(?:n|table|gallery|runs)\b(?P<body>[^>]{0,60})")
 """The beginning of any mark, well-formed or not."""
 
 QUOTED = r'"[^"]*"'
@@ -312,7 +313,12 @@ def packaged_values(entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {key: {name: summarise(name) for name in entry[key]} for key, summarise in summaries.items() if key in entry}
 
 
-KINDS: dict[str, Callable[[str], str]] = {"n": number, "table": table, "gallery": lambda _: gallery.markdown()}
+KINDS: dict[str, Callable[[str], str]] = {
+    "n": number,
+    "table": table,
+    "gallery": lambda _: gallery.markdown(),
+    "runs": lambda _: gallery.runs_markdown(),
+}
 """What fills each kind of mark, from the mark's words."""
 
 
@@ -365,7 +371,7 @@ def fill(text: str, where: str) -> tuple[str, list[str]]:
 def documents() -> list[Path]:
     """Return every file to fill: the package's data, README.md, the pages."""
     pages = [page.relative_to(ROOT) for page in sorted((ROOT / "docs").rglob("*.md"))]
-    return [PACKAGED, ROOT / "README.md", *(ROOT / page for page in pages if "published" not in page.parts)]
+    return [PACKAGED, ROOT / "README.md", *(ROOT / page for page in pages)]
 
 
 def main(arguments: Sequence[str]) -> int:

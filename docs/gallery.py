@@ -1,4 +1,4 @@
-"""The gallery of published figures, made from the manifests, the code that draws them and the pages that use them.
+"""The gallery of published figures and the list of published runs, made from the manifests, the code and the pages.
 
 Every published figure appears under the page that shows its run most often, or that names its command most often if
 no page shows the run.
@@ -13,6 +13,10 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
+REPOSITORY_PATH = "../results/published"
+"""The published runs as the pages of `docs` link to them."""
+MODELS = {"smollm2-135m": "SmolLM2-135M", "gemma3-270m": "Gemma 3 270M"}
+SIMULATIONS = {"variance_sweep", "training_dynamics", "lr_transfer"}
 PAGES = [path for folder in ("results", "how-to", "explanation") for path in sorted(ROOT.glob(f"docs/{folder}/*.md"))]
 
 
@@ -63,13 +67,40 @@ def markdown() -> str:
         lines += [f'<section class="gallery" data-question="{page.stem}" markdown>', "", heading, ""]
         for run, run_figures in sections[page].items():
             folder = run.relative_to(PUBLISHED).as_posix()
-            data = [name for name in ("results.csv", "metrics.jsonl", "manifest.json") if (run / name).exists()]
-            lines += [f"### {folder}", "", ", ".join(f"[{name}](published/{folder}/{name})" for name in data), ""]
+            lines += [f"### {folder}", "", f"{describe(run_figures[0].manifest)} {_links(run)}.", ""]
             for path, _, _, caption in run_figures:
-                image = f"published/{folder}/{path.name}"
-                lines += [f"[![{path.stem.replace('_', ' ')}]({image})]({image})", "", caption, ""]
+                image = f"{REPOSITORY_PATH}/{folder}/{path.name}"
+                lines += [f"[![{caption.rstrip('.')}]({image})]({image})", "", caption, ""]
         lines += ["</section>", ""]
     return "\n".join(lines)
+
+
+def runs_markdown() -> str:
+    """Return a table of every published run: experiment, model, files, and the page of its tables."""
+    lines = ["", "| run | experiment | model | files |", "|---|---|---|---|"]
+    for path in sorted(PUBLISHED.rglob("manifest.json")):
+        manifest = json.loads(path.read_text())
+        run = path.parent.relative_to(PUBLISHED).as_posix()
+        lines.append(f"| `{run}` | {manifest['experiment']} | {model_of(manifest)} | {_links(path.parent)} |")
+    return "\n".join([*lines, ""])
+
+
+def describe(manifest: dict[str, Any]) -> str:
+    """Return a sentence on a run: its model and its command."""
+    return f"{model_of(manifest)}, `rora {manifest['experiment']}`:"
+
+
+def model_of(manifest: dict[str, Any]) -> str:
+    """Return the name of a run's model in words."""
+    if manifest["experiment"] in SIMULATIONS and "matrix" not in manifest["config"]:
+        return "simulation"
+    return MODELS[manifest["config"].get("model") or "smollm2-135m"]
+
+
+def _links(run: Path) -> str:
+    folder = run.relative_to(PUBLISHED).as_posix()
+    names = [name for name in ("tables.md", "results.csv", "metrics.jsonl", "manifest.json") if (run / name).exists()]
+    return ", ".join(f"[{name.partition('.')[0]}]({REPOSITORY_PATH}/{folder}/{name})" for name in names)
 
 
 @cache

@@ -1,32 +1,41 @@
-"""Hooks of MkDocs: the mathematics of docstrings as MathML, notebooks as pages, and a page of all published tables.
+"""Hooks of MkDocs: published runs as files of the site, typeset mathematics, notebooks as pages, and small images.
 
-Browsers draw MathML without a script. A notebook becomes a page of its cells and saved outputs, and is not executed;
-mkdocs-jupyter does the same with some forty packages and a script from another server.
+Sources link to files outside of `docs` by their place in the repository (`../../results/published/...`), so that the
+links also work where the repository is browsed. Here they become links of the site.
 """
 
 import base64
-import html
+import io
 import json
 import re
-from pathlib import Path
+from importlib import resources
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latex2mathml.converter import convert
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
+from PIL import Image
 
-INLINE = re.compile(r":math:<code>(.*?)</code>", re.DOTALL)
-BLOCK = re.compile(
-    r"<p>\.\. math::\s*(.*?)</p>(?:\s*<div class=\"[^\"]*highlight[^\"]*\"><pre>(.*?)</pre></div>)?", re.DOTALL
-)
-TAG = re.compile(r"<[^>]+>")
+ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = ROOT / "results" / "published"
+
+SERVED_SUFFIXES = {".png", ".csv", ".jsonl"}
+"""Files of a published run that the site serves, beside its manifest and its tables."""
+THUMBNAIL_WIDTH = 480
+
+MATHJAX = ("tex-chtml.js", "output/chtml/fonts/woff-v2")
+"""The script that typesets mathematics in a browser, and the folder of its fonts."""
+MATHJAX_SETTINGS = """<script>
+window.MathJax = {
+  tex: {inlineMath: [["\\\\(", "\\\\)"]], displayMath: [["\\\\[", "\\\\]"]]},
+  options: {enableMenu: false, ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex"},
+};
+</script>"""
+
+OUTSIDE_LINK = re.compile(r"(\]\()((?:\.\./)+)((?!\.\.)[^)\s]+)(?=[)\s])")
 
 
 def on_files(files: Files, *, config: Any) -> Files:
-    """MkDocs' hook: add a page of all published tables, and one with its figures for each notebook.
-
-    The notebook itself is copied for download.
-    """
-    files.append(File.generated(config, "tables.md", content=tables_page(Path(config.docs_dir) / "published")))
+    """Add the published runs, the script for mathematics, thumbnails and notebooks as pages."""
     for file in list(files):
         path = Path(file.src_uri)
         if path.suffix == ".ipynb":
@@ -34,18 +43,38 @@ def on_files(files: Files, *, config: Any) -> Files:
             files.append(File.generated(config, path.with_suffix(".md").as_posix(), content=page))
             for name, content in images.items():
                 files.append(File.generated(config, (path.parent / name).as_posix(), content=content))
+    for path in sorted(PUBLISHED.rglob("*")):
+        name = f"published/{path.relative_to(PUBLISHED).as_posix()}"
+        if path.name == "tables.md":
+            content = tables_page(path)
+            files.append(File.generated(config, name, content=content, inclusion=InclusionLevel.NOT_IN_NAV))
+        elif (path.suffix in SERVED_SUFFIXES or path.name == "manifest.json") and "cells" not in path.parts:
+            files.append(File(name, str(PUBLISHED.parent), config.site_dir, config.use_directory_urls))
+        if path.suffix == ".png":
+            thumbnail = f"thumbnails/{path.relative_to(PUBLISHED).with_suffix('.webp').as_posix()}"
+            files.append(File.generated(config, thumbnail, content=thumbnail_of(path)))
+    mathjax = Path(str(resources.files("mathjax"))) / "static" / "mathjax" / "es5"
+    for script in (mathjax / name for name in MATHJAX):
+        for path in [script] if script.is_file() else sorted(script.iterdir()):
+            name = f"assets/mathjax/{path.relative_to(mathjax).as_posix()}"
+            files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 
-def tables_page(published: Path) -> str:
-    """Return a page with the tables of each published run, which the site's search leaves out."""
-    sections = [
-        f"## {path.parent.relative_to(published).as_posix()}\n\n{path.read_text()}"
-        for path in sorted(published.glob("**/tables.md"))
-    ]
-    heading = "---\nsearch: {exclude: true}\n---\n# Tables of all runs"
-    sentence = "A command prints these tables and writes them to its run's `tables.md`."
-    return "\n\n".join([heading, sentence, *sections])
+def tables_page(path: Path) -> str:
+    """Return the tables of a published run as a page that the site's search leaves out."""
+    run = path.parent.relative_to(PUBLISHED).as_posix()
+    text = re.sub(r"^#", "##", path.read_text(), flags=re.MULTILINE)
+    return f"---\nsearch: {{exclude: true}}\n---\n# Tables of the run {run}\n\n{text}"
+
+
+def thumbnail_of(path: Path) -> bytes:
+    """Return an image in at most `THUMBNAIL_WIDTH` pixels of width, as WebP."""
+    with Image.open(path) as image:
+        image.thumbnail((THUMBNAIL_WIDTH, 10 * THUMBNAIL_WIDTH))
+        content = io.BytesIO()
+        image.convert("RGB").save(content, "WEBP", quality=80)
+    return content.getvalue()
 
 
 def notebook_page(notebook: dict[str, Any], stem: str) -> tuple[str, dict[str, bytes]]:
@@ -69,15 +98,56 @@ def notebook_page(notebook: dict[str, Any], stem: str) -> tuple[str, dict[str, b
     return "\n\n".join(parts) + "\n", images
 
 
-def on_page_content(content: str, **_: Any) -> str:
-    """Replace the LaTeX in a page's HTML by MathML; MkDocs calls this hook for each page."""
-    content = BLOCK.sub(lambda match: _mathml(match[1] + " " + (match[2] or ""), "block"), content)
-    return INLINE.sub(lambda match: _mathml(match[1], "inline"), content)
+def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
+    """Describe a page by its first paragraph, and turn links to the repository into links of the site."""
+    page.meta.setdefault("description", describe(markdown) or config.site_description)
+    return link_to_site(markdown, page.file.src_uri, config.repo_url)
 
 
-def _mathml(markup: str, display: str) -> str:
-    latex = " ".join(html.unescape(TAG.sub("", markup)).split())
-    if display == "block" and "&" in latex:
-        latex = r"\begin{aligned}" + latex + r"\end{aligned}"
-    mathml = convert(latex, display=display)
-    return f'<div class="math">{mathml}</div>' if display == "block" else mathml
+def describe(markdown: str) -> str:
+    """Return the first paragraph after a page's title as plain text."""
+    body = re.sub(r"<!--.*?-->", "", markdown.partition("\n# ")[2] if markdown.startswith("---") else markdown)
+    paragraphs = [" ".join(part.split()) for part in body.split("\n\n")[1:]]
+    first = next((part for part in paragraphs if re.match(r"[\w*\"]", part)), "")
+    return re.sub(r"[*`]|\[([^]]*)\]\([^)]*\)", r"\1", first)
+
+
+def link_to_site(markdown: str, source: str, repo_url: str) -> str:
+    """Replace the links of a page that leave `docs`.
+
+    Args:
+      markdown: Text of the page.
+      source: Path of the page below `docs`.
+      repo_url: Address of the repository, for files that the site does not serve.
+    """
+    depth = len(PurePosixPath(source).parts) - 1
+
+    def replacement(link: re.Match[str]) -> str:
+        opening, up, path = link.groups()
+        if path.endswith(".ipynb") and up.count("../") <= depth:
+            return f"{opening}{up}{path.removesuffix('.ipynb')}.md"
+        if up.count("../") != depth + 1:
+            return link[0]
+        if path.startswith("results/published/"):
+            return f"{opening}{'../' * depth}{path.removeprefix('results/')}"
+        return f"{opening}{repo_url.rstrip('/')}/blob/main/{path}"
+
+    return OUTSIDE_LINK.sub(replacement, markdown)
+
+
+def on_page_content(html: str, *, page: Any, **_: Any) -> str:
+    """Load images when they are scrolled to, and show thumbnails in the gallery."""
+    html = html.replace("<img ", '<img loading="lazy" ')
+    if page.file.src_uri == "gallery.md":
+        html = re.sub(r'(<img [^>]*src="[./]*)published/([^"]*)\.png"', r'\1thumbnails/\2.webp"', html)
+    return html
+
+
+def on_post_page(output: str, *, page: Any, **_: Any) -> str:
+    """Load the script for mathematics on pages that have some, and keep the theme from asking the code host."""
+    output = output.replace(' data-md-component="source"', "")
+    if 'class="arithmatex"' not in output:
+        return output
+    up = "../" * page.url.count("/")
+    script = f'{MATHJAX_SETTINGS}\n<script async src="{up}assets/mathjax/{MATHJAX[0]}"></script>'
+    return output.replace("</body>", f"{script}\n</body>")

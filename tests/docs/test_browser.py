@@ -1,4 +1,4 @@
-"""Calculator and gallery in a real browser: keyboard, names for screen readers, phone, dark mode, files, bad input."""
+"""The site in a real browser: mathematics, links, phone, dark mode; the calculator by keyboard, with files, bad input."""
 
 import functools
 import http.server
@@ -49,7 +49,7 @@ return [...document.querySelectorAll(selector)].filter((node) => node.getClientR
 BEYOND = """
 return [...document.querySelectorAll("article *")].filter((node) => {
   if (getComputedStyle(node).position === "absolute") return false;
-  if (node.closest("pre, [hidden], .md-typeset__scrollwrap, thead")) return false;  // heads are heard alone
+  if (node.closest("pre, [hidden], .md-typeset__scrollwrap, .arithmatex, thead")) return false;  // heads are heard alone
   return node.getBoundingClientRect().right > innerWidth + 0.5;
 }).map((node) => node.outerHTML.slice(0, 80));
 """
@@ -62,9 +62,9 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Build the documents as they are served, without the reference's docstrings."""
+    """Build the documents as they are served."""
     folder = tmp_path_factory.mktemp("site")
-    build.build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), plugins=[]))
+    build.build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder)))
     handler = functools.partial(Quiet, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -193,7 +193,7 @@ def test_accessible_names(page) -> None:
 def test_no_page_scrolls_sideways_on_a_phone(page, site) -> None:
     """Every page fits a common phone; pages with forms, figures, formulas and tables also fit the narrowest."""
     docs = Path(load_config(str(ROOT / "mkdocs.yml"))["docs_dir"])
-    sources = [path.relative_to(docs) for path in sorted(docs.rglob("*.md")) if "published" not in path.parts]
+    sources = [path.relative_to(docs) for path in sorted(docs.rglob("*.md"))]
     places = [(390, source.with_suffix("").as_posix().removesuffix("index")) for source in sources]
     results = "calculator/?steps=500&to-steps=900&to-alpha=32&to-rule=rslora"
     places += [(320, place) for place in ("", "gallery/", "reference/theory/", results)]
@@ -211,6 +211,28 @@ def test_no_page_scrolls_sideways_on_a_phone(page, site) -> None:
     assert table.aria_role == "table"
     content = "return getComputedStyle(arguments[0], '::before').content"
     assert page.execute_script(content, table.find_element(By.TAG_NAME, "td")) == '"scaling"'
+
+
+@pytest.mark.parametrize("place", ["reference/theory/", "explanation/law/"])
+def test_mathematics_is_typeset(page, site, place) -> None:
+    """Every formula is drawn, aligned equations in rows, and none shows its source or an error."""
+    go(page, f"{site}/{place}")
+    count = "return document.querySelectorAll('.arithmatex').length"
+    drawn = "return document.querySelectorAll('.arithmatex mjx-container').length"
+    WebDriverWait(page, 20).until(lambda _: page.execute_script(drawn) == page.execute_script(count) > 0)
+    assert page.find_elements(By.CSS_SELECTOR, "mjx-merror, [data-mjx-error]") == []
+    shown = page.find_element(By.TAG_NAME, "article").text
+    for source in ("\\(", "\\[", "\\begin", "&=", ":math:", ".. math::"):
+        assert source not in shown, source
+    heights = page.execute_script(
+        "return [...document.querySelectorAll('div.arithmatex')].map((node) => node.getBoundingClientRect().height)"
+    )
+    rows = "return [...document.querySelectorAll('div.arithmatex')].map((n) => n.querySelectorAll('mjx-mtr').length)"
+    assert min(heights) > 20
+    if place.startswith("reference"):
+        aligned = max(page.execute_script(rows))
+        assert aligned == 3, "the moments under SGD have three equations below each other"
+        assert max(heights) > 3 * 20
 
 
 def test_the_calculator_shows_its_answer_above_the_fold(page, site) -> None:

@@ -1,4 +1,4 @@
-"""The gallery has every published figure with its command, and the commands are current."""
+"""The gallery has every published figure with its command, and the commands are current. The list has every run."""
 
 import dataclasses
 import importlib
@@ -18,12 +18,21 @@ ROOT = Path(__file__).parents[2]
 def test_every_published_figure_is_in_it() -> None:
     written = (ROOT / "docs" / "gallery.md").read_text()
     assert gallery.markdown() in written, "python docs/fill.py writes it anew"
-    shown = re.findall(r"!\[[^]]+\]\((published/[^)]+)\)", written)
+    shown = re.findall(r"!\[[^]]+\]\(\.\./results/(published/[^)]+)\)", written)
     published = {path.relative_to(ROOT / "results").as_posix() for path in (ROOT / "results/published").rglob("*.png")}
     assert sorted(shown) == sorted(published)
     assert "```" not in re.sub(r"<details.*?</details>", "", written, flags=re.DOTALL), "commands are folded"
-    for target in re.findall(r"\]\(([^)]+)\)", written):
-        assert (ROOT / "docs" / target).exists(), target
+
+
+def test_every_published_run_is_in_the_list_with_its_model() -> None:
+    rows = [line for line in gallery.runs_markdown().splitlines() if line.startswith("| `")]
+    assert len(rows) == len(list((ROOT / "results/published").rglob("manifest.json")))
+    (gemma,) = [row for row in rows if row.startswith("| `horizon_gemma` |")]
+    assert gemma.startswith("| `horizon_gemma` | horizon | Gemma 3 270M | [tables](../results/published/horizon_gemma/")
+    (toy,) = [row for row in rows if row.startswith("| `lr_transfer` |")]
+    assert "| simulation |" in toy
+    (language,) = [row for row in rows if row.startswith("| `lr_transfer_smollm2` |")]
+    assert "| SmolLM2-135M |" in language
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch", reason="the bridge: the extra torch")
 pytest.importorskip("peft", reason="the bridge: the extra torch")
 pytest.importorskip("transformers", reason="the bridge: the extra torch")
 pytest.importorskip("tokenizers", reason="the extra finetune")
-for package in ("mkdocs", "latex2mathml"):
+for package in ("mkdocs", "mathjax"):
     pytest.importorskip(package, reason="the extra docs")
 
 import execute_notebook  # noqa: E402
