@@ -1,4 +1,4 @@
-"""The site in a real browser: mathematics, links, phone, dark mode; the calculator by keyboard, with files, bad input."""
+"""The site in a browser: mathematics, phone, dark mode, gallery; the calculator by keyboard, with files, bad input."""
 
 import functools
 import http.server
@@ -49,7 +49,7 @@ return [...document.querySelectorAll(selector)].filter((node) => node.getClientR
 BEYOND = """
 return [...document.querySelectorAll("article *")].filter((node) => {
   if (getComputedStyle(node).position === "absolute") return false;
-  if (node.closest("pre, [hidden], .md-typeset__scrollwrap, .arithmatex, thead")) return false;  // heads are heard alone
+  if (node.closest("pre, [hidden], .md-typeset__scrollwrap, .arithmatex, thead")) return false;  // heads: screen readers
   return node.getBoundingClientRect().right > innerWidth + 0.5;
 }).map((node) => node.outerHTML.slice(0, 80));
 """
