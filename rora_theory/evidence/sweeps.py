@@ -22,7 +22,7 @@ from rora_theory.evidence.sources import PACKAGE, SOURCES, original_path
 from rora_theory.runs import frames
 from rora_theory.scaling import KAPPAS, LARGEST, Rule, exponent, scaling_factor
 from rora_theory.stats.estimate import Estimate
-from rora_theory.stats.rate_curves import EDGE_SHARE, REPEATS, Curve, estimate, log2_rates
+from rora_theory.stats.rate_curves import EDGE_SHARE, REPEATS, Curve
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +39,7 @@ REACH = math.log(3.5)
 On a grid of half decades these are the two neighbours. On a denser grid all rates nearby reduce the noise.
 """
 
-DRAWS = 400
+DRAWS = 200
 """Number of draws of the noise of repeated runs, which give the error of a best rate."""
 
 MIN_CELLS = 3
@@ -83,7 +83,7 @@ def fit_curve(curve: Curve) -> Fit:
         place = "low end" if curve.edge == "low" else "high end"
     elif any(np.mean(_is_beside_diverged(rows)) >= EDGE_SHARE for rows in (curve.losses, curve.replicates.losses)):
         place = "beside a diverged run"
-    return Fit(curve, estimate(log2_rates, curve), place)
+    return Fit(curve, replace(curve.log2_optimum, bound=0.0), place)
 
 
 def _is_beside_diverged(losses: Float[np.ndarray, "rows rates"]) -> Bool[np.ndarray, " rows"]:

@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -138,7 +139,7 @@ class Curve:
         """Fit the minimum of each seed's curve."""
         return fit_minima(self.rates, self.losses, self.reach)
 
-    @property
+    @cached_property
     def edge(self) -> str:
         """End of the grid at which the best rate lies; empty otherwise.
 
@@ -156,16 +157,23 @@ class Curve:
         # The more frequent of the two ends.
         return max(ends, key=ends.count) if ends else ""
 
+    @cached_property
+    def log2_optimum(self) -> Estimate:
+        """log2 of the best rate, see `weighted_log2_rates`."""
+        return weighted_log2_rates((1.0,), self)
+
     def lowest_losses(self) -> np.ndarray:
         """Return the lowest measured loss of each seed. The vertex of a parabola would be biased low."""
         return np.min(np.where(np.isfinite(self.losses), self.losses, np.inf), axis=1)
 
+    @cached_property
     def grid_error(self) -> float:
-        """Compute the mean of `rate_optimum.grid_gap` over seeds, or over the resamples of a single seed."""
+        """Mean of `rate_optimum.grid_gap` over seeds, or over the resamples of a single seed."""
         return float(np.mean([grid_gap(self.rates, losses) for losses in self.replicates.losses]))
 
+    @cached_property
     def rate_error(self) -> float:
-        """Compute the mean of `rate_optimum.rate_gap` over seeds, or over the resamples of a single seed."""
+        """Mean of `rate_optimum.rate_gap` over seeds, or over the resamples of a single seed."""
         return float(np.mean([rate_gap(self.rates, losses) for losses in self.replicates.losses]))
 
 
@@ -261,7 +269,7 @@ def weighted_log2_rates(weights: Sequence[float] | Float[np.ndarray, " n"], *cur
     def weighted_sum(*sampled: Curve) -> np.ndarray:
         return np.asarray(weights) @ [log2_rates(curve) for curve in sampled]
 
-    bound = sum(abs(weight) * curve.rate_error() for weight, curve in zip(weights, curves, strict=True))
+    bound = sum(abs(weight) * curve.rate_error for weight, curve in zip(weights, curves, strict=True))
     return replace(estimate(weighted_sum, *curves), bound=float(bound))
 
 
@@ -277,7 +285,7 @@ def best_rates(curves: Sequence[Curve]) -> "pd.DataFrame":
     rows = []
     for curve in curves:
         # The best rate is fitted, in log2; the best loss is the lowest measured one.
-        logs, losses = weighted_log2_rates((1.0,), curve), estimate(Curve.lowest_losses, curve)
+        logs, losses = curve.log2_optimum, estimate(Curve.lowest_losses, curve)
         error, half_width = rate_errors(logs, edge=curve.edge)
         rows.append(
             {"optimizer": curve.optimizer, "trained": curve.trained, "rule": curve.rule, "kappa": curve.kappa}
@@ -424,7 +432,7 @@ def compare_curves(first: Curve, second: Curve, losses: Estimate) -> Comparison:
     else:
         ratio = over_seeds(np.array([np.mean(log2_rates(first.replicates)) - np.mean(log2_rates(second.replicates))]))
     # Difference of the lowest losses, with the larger bound of the two grids added to the interval.
-    grid_error = max(first.grid_error(), second.grid_error())
+    grid_error = max(first.grid_error, second.grid_error)
     first_loss, second_loss = (float(np.mean(curve.replicates.lowest_losses())) for curve in (first, second))
     half_width = losses.half_width() + grid_error
     # Relative to the second curve's loss, as the margin is.

@@ -7,17 +7,19 @@ interpolated on the measured curve of the other setting, so that policies can be
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import scipy
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from rora_theory.stats.estimate import Estimate
-from rora_theory.stats.rate_curves import Curve, estimate, weighted_log2_rates
+from rora_theory.stats.rate_curves import Curve, estimate
 
 Policy = Callable[[float], float]
 """Maps the learning rate tuned in the old setting to the learning rate of the new one."""
+
+SHIFTS = 16
+"""Number of rates on each side of the tuned one at which a regret is computed for its range."""
 
 
 @dataclass(frozen=True)
@@ -70,21 +72,43 @@ def loss_at(
       >>> losses.tolist(), is_lower_bound
       ([1.0], False)
     """
+    interpolated, is_lower_bound = losses_at(rates, losses, np.array([learning_rate]))
+    return interpolated[:, 0], bool(is_lower_bound[0])
+
+
+def losses_at(
+    rates: Float[np.ndarray, " rates"],
+    losses: Float[np.ndarray, "seeds rates"],
+    learning_rates: Float[np.ndarray, " n"],
+) -> tuple[Float[np.ndarray, "seeds n"], Bool[np.ndarray, " n"]]:
+    """Interpolate measured losses at several learning rates, see `loss_at`.
+
+    Args:
+      rates: Measured learning rates, ascending and above 0.
+      losses: Loss of every seed at every rate, above 0; NaN or infinite where the run diverged.
+      learning_rates: Learning rates at which to interpolate, above 0.
+
+    Returns:
+      The loss of every seed at each learning rate, and whether it is a lower bound.
+    """
     # Rates at which every seed has a finite loss.
     usable = np.isfinite(losses).all(axis=0)
-    x, log_rate = np.log(rates), math.log(learning_rate)
+    x, log_rates = np.log(rates), np.log(learning_rates)
     # Tolerance for the rounding of logarithms at the ends of the grid.
     slack = 1e-9 * max(1.0, float(np.max(np.abs(x))))
     # Indices of the rates on both sides, the same one at an end of the grid.
-    right = int(np.searchsorted(x, log_rate))
-    neighbours = {min(max(right - 1, 0), len(x) - 1), min(right, len(x) - 1)}
-    is_outside = not x[0] - slack <= log_rate <= x[-1] + slack
-    if is_outside or not all(usable[index] for index in neighbours):
-        nearest = int(np.flatnonzero(usable)[np.argmin(np.abs(x[usable] - log_rate))])
-        return losses[:, nearest], not math.isclose(x[nearest], log_rate, abs_tol=slack)
-    # Inside the grid, interpolate log loss in log rate. Rounding may put an end of the grid slightly outside.
-    curve = scipy.interpolate.PchipInterpolator(x[usable], np.log(losses[:, usable]), axis=1)
-    return np.exp(curve(min(max(log_rate, x[usable][0]), x[usable][-1]))), False
+    right = np.searchsorted(x, log_rates)
+    left, right = np.maximum(right - 1, 0), np.minimum(right, len(x) - 1)
+    is_inside = (x[0] - slack <= log_rates) & (log_rates <= x[-1] + slack) & usable[left] & usable[right]
+    # Outside of the grid or next to a run that diverged: the loss at the nearest rate that did not diverge.
+    nearest = np.flatnonzero(usable)[np.argmin(np.abs(x[usable] - log_rates[:, None]), axis=1)]
+    interpolated, is_lower_bound = losses[:, nearest], ~(np.abs(x[nearest] - log_rates) <= slack)
+    if is_inside.any():
+        # Inside the grid, interpolate log loss in log rate. Rounding may put an end of the grid slightly outside.
+        curve = scipy.interpolate.PchipInterpolator(x[usable], np.log(losses[:, usable]), axis=1)
+        clipped = np.clip(log_rates[is_inside], x[usable][0], x[usable][-1])
+        interpolated[:, is_inside], is_lower_bound[is_inside] = np.exp(curve(clipped)), False
+    return interpolated, is_lower_bound
 
 
 def regret(tuned: Curve, target: Curve, policy: Policy) -> Regret:
@@ -102,30 +126,31 @@ def regret(tuned: Curve, target: Curve, policy: Policy) -> Regret:
     Returns:
       The regret.
     """
-    optimum = weighted_log2_rates((1.0,), tuned)
+    optimum = tuned.log2_optimum
     # An unknown error gives no range.
     half_width = optimum.half_width() if math.isfinite(optimum.half_width()) else 0.0
+    # Rates of the policy over the confidence interval of the tuned optimum, with that of the optimum in the middle.
+    shifts = np.linspace(-half_width, half_width, 2 * SHIFTS + 1)
+    learning_rates = np.array([policy(float(2 ** (optimum.value + shift))) for shift in shifts])
 
     # The reference is one rate for all seeds and for all resamples of the records.
     lowest = _index_of_lowest_loss(target)
 
-    def seed_regrets(learning_rate: float, curve: Curve = target) -> Float[np.ndarray, " seeds"]:
-        return loss_at(curve.rates, curve.losses, learning_rate)[0] - curve.losses[:, lowest]
+    def seed_regrets(curve: Curve) -> Float[np.ndarray, " seeds"]:
+        return losses_at(curve.rates, curve.losses, learning_rates[[SHIFTS]])[0][:, 0] - curve.losses[:, lowest]
 
-    learning_rate = policy(2**optimum.value)
-    nats = estimate(partial(seed_regrets, learning_rate), target)
+    losses, is_lower_bound = losses_at(target.rates, target.losses, learning_rates)
+    over_interval = np.mean(losses - target.losses[:, [lowest]], axis=0)
+    nats = estimate(seed_regrets, target)
     # For a single seed `estimate` averages over resampled records. Report the measured value instead.
-    nats = replace(nats, value=float(np.mean(seed_regrets(learning_rate))), bound=target.grid_error())
-    # Range of the regret over the confidence interval of the tuned optimum.
-    shifts = np.linspace(-half_width, half_width, 33)
-    over_interval = [float(np.mean(seed_regrets(policy(2 ** (optimum.value + shift))))) for shift in shifts]
+    nats = replace(nats, value=float(over_interval[SHIFTS]), bound=target.grid_error)
     return Regret(
-        learning_rate,
+        float(learning_rates[SHIFTS]),
         nats,
-        low=min(over_interval),
-        high=max(over_interval),
+        low=float(np.min(over_interval)),
+        high=float(np.max(over_interval)),
         lowest_loss=float(np.mean(target.losses[:, lowest])),
-        is_lower_bound=loss_at(target.rates, target.losses, learning_rate)[1],
+        is_lower_bound=bool(is_lower_bound[SHIFTS]),
     )
 
 

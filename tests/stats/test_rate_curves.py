@@ -345,11 +345,11 @@ def test_an_inaccurate_slope_names_all_predictions_in_its_interval():
 
 def test_the_grid_error_is_the_mean_over_seeds_or_draws():
     shallow, steep = np.array([1.1, 1.0, 1.1]), np.array([1.4, 1.0, 1.4])
-    alone = [curve(losses, DECADES).grid_error() for losses in (shallow, steep)]
+    alone = [curve(losses, DECADES).grid_error for losses in (shallow, steep)]
     assert alone[0] < alone[1] / 2
-    assert curve([shallow, steep], DECADES).grid_error() == pytest.approx(np.mean(alone), rel=1e-12)
+    assert curve([shallow, steep], DECADES).grid_error == pytest.approx(np.mean(alone), rel=1e-12)
     drawn = curve(shallow, DECADES, resampled=np.array([[shallow], [steep], [steep]]))
-    assert drawn.grid_error() == pytest.approx((alone[0] + 2 * alone[1]) / 3, rel=1e-12)
+    assert drawn.grid_error == pytest.approx((alone[0] + 2 * alone[1]) / 3, rel=1e-12)
 
 
 @pytest.mark.slow

@@ -1,0 +1,169 @@
+"""Policies that carry a tuned learning rate to another rank and G = gamma r, and formulas for an absolute rate."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from rora_theory.advice.measured import default_displacement_constants
+from rora_theory.advice.setting import Setting, rank_growth
+from rora_theory.advice.transfer import transfer
+from rora_theory.evidence.best_rates import exponent
+from rora_theory.evidence.sweeps import Sweep
+from rora_theory.laws.displacement import best_rate_factor
+
+RateFactor = Callable[[int, float, int, float], float]
+"""Factor of the best rate, from the old rank, the old G = gamma r, the new rank and the new G."""
+
+CROSSING_RANK = 10.0
+"""Median over modules of the rank at which signal and cross-talk of Adam's first step are equal.
+
+It is 9.2 to 10.6 in SmolLM2-135M and Gemma 3 270M, on training and held-out batches (``results/published/regime``,
+``regime_held_out`` and ``regime_gemma``).
+"""
+
+
+class FactorRange(NamedTuple):
+    """Factor of the best rate with the range that a policy states for it.
+
+    Attributes:
+      low: Lowest factor.
+      best: Factor of the policy.
+      high: Highest factor.
+    """
+
+    low: float
+    best: float
+    high: float
+
+
+RangedRateFactor = Callable[[int, float, int, float], FactorRange]
+"""Factor of the best rate with its range, from the arguments of `RateFactor`."""
+
+
+def power_of_strength(power: float) -> RateFactor:
+    """Return the policy that scales the rate by a power of G; 0 keeps the rate."""
+    return lambda _, old_strength, __, strength: (strength / old_strength) ** power
+
+
+def first_step(crossing_rank: float = CROSSING_RANK) -> RateFactor:
+    r"""Return the policy that preserves the size of Adam's first step.
+
+    Its mean square is proportional to :math:`(\eta G)^2 (1 + c / r)`, with the linear term c of the crossing rank
+    (`rora_theory.advice.setting`).
+
+    Args:
+      crossing_rank: Rank at which signal and cross-talk are equal.
+    """
+    # The linear term of Gaussian and uniform A under Adam.
+    linear_term = crossing_rank - 2
+
+    def factor(old_rank: int, old_strength: float, rank: int, strength: float) -> float:
+        scaling_ratio = (strength / rank) / (old_strength / old_rank)
+        return 1 / (scaling_ratio * rank_growth(old_rank, rank, linear_term))
+
+    return factor
+
+
+def displacement_law(constant: float | None = None) -> RateFactor:
+    """Return the policy of the displacement law.
+
+    Args:
+      constant: Displacement constant K; by default the geometric mean of the range measured in SmolLM2-135M and Gemma 3
+        270M, over all numbers of steps.
+    """
+    low, high = default_displacement_constants()
+    chosen = math.sqrt(low * high) if constant is None else constant
+
+    def factor(_: int, old_strength: float, __: int, strength: float) -> float:
+        return best_rate_factor(old_strength, strength, displacement_constant=chosen)
+
+    return factor
+
+
+def with_rank(policy: RateFactor, power: float) -> RateFactor:
+    """Return a policy whose rate is multiplied by a power of the rank."""
+    return lambda old_rank, old_strength, rank, strength: (
+        policy(old_rank, old_strength, rank, strength) * (rank / old_rank) ** power
+    )
+
+
+def with_crossing_rank(policy: RateFactor, crossing_rank: float = CROSSING_RANK) -> RateFactor:
+    r"""Return a policy whose rate is multiplied by the effect of the rank on Adam's first step at one G.
+
+    The factor is :math:`\sqrt{(1 + c / r) / (1 + c / r')}`, see `first_step`: a lower rank has more cross-talk.
+    """
+    step = first_step(crossing_rank)
+    return lambda old_rank, old_strength, rank, strength: (
+        policy(old_rank, old_strength, rank, strength) * step(old_rank, 1.0, rank, 1.0)
+    )
+
+
+def advised(old_rank: int, old_strength: float, rank: int, strength: float) -> float:
+    """Return the factor of `rora_theory.transfer`."""
+    return advised_range(old_rank, old_strength, rank, strength).best
+
+
+def advised_range(old_rank: int, old_strength: float, rank: int, strength: float) -> FactorRange:
+    """Return the factor of `rora_theory.transfer` with the range that it states."""
+    # Under alpha / r, G is alpha.
+    rate = 1e-4
+    advice = transfer(Setting(old_rank, old_strength, rate), rank, alpha=strength)
+    low, best, high = advice.rate_range or (advice.learning_rate,) * 3
+    return FactorRange(low / rate, best / rate, high / rate)
+
+
+POLICIES: Mapping[str, RateFactor] = {
+    "keep the rate": power_of_strength(0.0),
+    "1/G": power_of_strength(-1.0),
+    "G^-0.5": power_of_strength(-0.5),
+    "G^-0.75": power_of_strength(-0.75),
+    "first step": first_step(),
+    "displacement law": displacement_law(),
+    "displacement law, crossing rank": with_crossing_rank(displacement_law()),
+    "rora transfer": advised,
+}
+"""Policies without a constant that was fitted to public sweeps, by name."""
+
+WITH_RANK = "displacement law, rank"
+"""Name of the displacement law multiplied by a power of the rank that was fitted to other models."""
+
+
+def policies_for(sweep: Sweep, others: Sequence[Sweep]) -> dict[str, RateFactor]:
+    """Return all policies for one sweep, with constants that were fitted without it.
+
+    Args:
+      sweep: Sweep on which the policies are judged.
+      others: Sweeps to which the exponent in the rank is fitted. Those of the same model are left out.
+
+    Returns:
+      The policies by name.
+    """
+    fitted = exponent([other for other in others if other.model != sweep.model])[0].value
+    return {**POLICIES, WITH_RANK: with_rank(POLICIES["displacement law"], fitted)}
+
+
+def cookbook_rate(model: str, hidden_size: int) -> float | None:
+    r"""Compute the learning rate of tinker-cookbook's formula, for LoRA with alpha 32 at any rank.
+
+    .. math:: \eta = 5 \cdot 10^{-5} \cdot 10 \cdot (2000 / h)^p
+
+    with the hidden size h, and p = 0.781 for Llama models and 0.0775 for Qwen models.
+
+    Args:
+      model: Name of the model.
+      hidden_size: Hidden size of the model.
+
+    Returns:
+      The learning rate; None for other families, for which there is no formula.
+
+    References:
+      thinking-machines-lab/tinker-cookbook, ``tinker_cookbook/hyperparam_utils.py`` (``get_lr``,
+      ``get_lora_lr_over_full_finetune_lr``), commit 9dfcc3a2cf44.
+
+    Examples:
+      >>> cookbook_rate("meta-llama/Llama-3.1-8B", 4096)
+      0.0002857...
+    """
+    name = model.lower()
+    power = 0.781 if "llama" in name else 0.0775 if "qwen" in name else None
+    return None if power is None else 5e-5 * 10 * (2000 / hidden_size) ** power
