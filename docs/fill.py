@@ -21,7 +21,7 @@ columns:
     <!-- / -->
 
 The gallery of figures is `<!-- gallery -->`, and the list of published runs `<!-- runs -->`, each on a line of its own.
-The package's data file `rora_theory/advice/measured.json` is filled and checked with the pages (`fill_packaged`).
+The package's data file `rora_theory/advice/constants.json` is filled and checked with the pages (`fill_packaged`).
 
 FILE
     x.csv            The rows of the file. An empty cell is a missing value.
@@ -57,7 +57,7 @@ from typing import Any
 import gallery
 from gallery import PUBLISHED, ROOT
 
-PACKAGED = ROOT / "rora_theory" / "advice" / "measured.json"  # for the library and the calculator
+PACKAGED = ROOT / "rora_theory" / "advice" / "constants.json"  # for the library and the calculator
 
 MARK = re.compile(
     r"(?P<opening><!-- (?P<kind>n|table|gallery|runs)\b(?P<body>(?:(?!-->).)*?)\s-->)"

@@ -2,14 +2,15 @@
 
     python -m sims.transfer --from-rank 16 --to-rank 128 --alpha 32 --lr 2e-4
     python -m sims.transfer --from-rank 16 --to-rank 128 --alpha 32 --to-alpha 256 --lr 2e-4 --steps 64 --to-steps 256
+    python -m sims.transfer --from-rank 16 --to-rank 16 --alpha 32 --lr 2e-4 --batch-size 4 --to-batch-size 64
     python -m sims.transfer --from ADAPTER/adapter_config.json --lr 3e-4 --to-rank 128 --to-rule rslora --to-alpha 16
 
 The first sentence is the answer. Its cost in measured runs and its limits follow, then the learning rates of common
-choices, and a PEFT `LoraConfig` to paste. Under Adam with PEFT's default initialisation the learning rate follows the
-displacement law; otherwise the size of the first step is preserved. The regime is the part of the first step that
-dominates: signal, along the gradient of the full weight (the default, which describes the whole model), or cross-talk,
-which the random directions of A add. It can be measured: --regime RUN loads a run of sims.regime, and alphas then
-differ by module and preserve each module's own first step. --check MODEL DATA... trains the model for one step at both
+choices, and a PEFT `LoraConfig` to paste. Under Adam with PEFT's default initialisation the learning rate follows
+measured laws of the scaling, the rank, the steps and the batch; otherwise the size of the first step is preserved. The
+regime is the part of the first step that dominates: signal, along the gradient of the full weight (the default, which
+describes the whole model), or cross-talk, which the random directions of A add. It can be measured: --regime RUN loads
+a run of sims.regime, and alphas then differ by module and preserve each module's own first step. --check MODEL DATA... trains the model for one step at both
 ranks, and writes the sizes of the changes to a run folder.
 """
 
@@ -56,7 +57,7 @@ class Config(TransferConfig):
     """A model and one or more data files, on which to run the real first steps at both ranks"""
     reading: DataConfig = field(default_factory=DataConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    batch_size: Count = MEASURE_BATCH_SIZE
+    check_batch_size: Count = MEASURE_BATCH_SIZE
     """Number of records in the batch of --check, and of held-out records"""
     seeds: tuple[int, ...] = (0, 1, 2, 3)
     """Seeds of A in --check"""
@@ -76,7 +77,7 @@ class Config(TransferConfig):
         check_seed("--seed", self.seed)
         # Options of the check have no effect without it.
         if not self.check:
-            check_unread(self, "reading", "cluster", "batch_size", "seeds", "seed", "out", requires="--check")
+            check_unread(self, "reading", "cluster", "check_batch_size", "seeds", "seed", "out", requires="--check")
         super().__post_init__()
 
 
@@ -88,6 +89,8 @@ def report(config: Config, advised: Advised) -> None:
         per = "one" if config.regime in REGIMES else config.per
         write_trainer_config(config.from_, config.write, advice, per=per)
     target_modules = peft["target_modules"]
+    if advice.follows_displacement_law:
+        tables.print_text(f"{text.describe_evidence()}\n")
     answers.print_answer(advice.answer(), [limits] if limits else [], **advice.as_dict(), target_modules=target_modules)
     tables.print_text(f"\n{advice.details()}\n")
     if advice.regime != "signal":
@@ -141,9 +144,9 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     advice, targets = advised.advice, advised.peft["target_modules"]
     runner, seed = config.cluster.runner(), config.seed
     inputs = prompts.read_inputs(config.check[1:], config.check[0], config.reading)
-    pair_config = record_batches.PairConfig(config.batch_size, config.batch_size)
+    pair_config = record_batches.PairConfig(config.check_batch_size, config.check_batch_size)
     pair = record_batches.make_batch_pair(pair_config, **inputs.texts(), seed=config.seed)
-    identity: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "seeds", "seed")}
+    identity: dict[str, Any] = {name: getattr(config, name) for name in ("check_batch_size", "seeds", "seed")}
     identity |= {"targets": targets} | advice.identity() | inputs.identity
     check_free(path_of(NAME, identity, config.out))
     # The adapters of all candidates have to fit the model.

@@ -1,9 +1,9 @@
 """Alpha and learning rate of a tuned setting at another rank: the numbers of the advice.
 
-Three laws give them. Under Adam with PEFT's default initialisation the learning rate follows the displacement law
-(`rora_theory.laws.displacement`), which was measured. Under SGD, and under Adam with another initialisation, they
-preserve the first step exactly (`rora_theory.advice.setting.step_ratio`), and the limit of a long run is reported with
-them. In a measured regime, or if cross-talk dominates, they preserve the first step of the single modules.
+Three laws give them. Under Adam with PEFT's default initialisation the learning rate follows
+`rora_theory.advice.best_rate`, whose constants were measured. Under SGD, and under Adam with another initialisation,
+they preserve the first step exactly (`rora_theory.advice.setting.step_ratio`), and the limit of a long run is reported
+with them. In a measured regime, or if cross-talk dominates, they preserve the first step of the single modules.
 """
 
 from collections.abc import Sequence
@@ -11,20 +11,14 @@ from dataclasses import dataclass, field, replace
 from math import inf, isclose
 from typing import NamedTuple
 
-from rora_theory.advice.measured import (
-    MEASURED_RANKS,
-    MEASURED_STRENGTHS,
-    Changed,
-    MeasuredCost,
-    measured_cost,
-    measured_steps,
-)
+from rora_theory.advice.best_rate import RateRange
+from rora_theory.advice.constants import CONSTANTS, MEASURED_GAINS, MEASURED_RANKS, MEASURED_STEPS
 from rora_theory.advice.modules import Module, ModuleGroup, ModuleSpread, compute_geometric_mean, group_by_type
 from rora_theory.advice.run_change import RunChange
 from rora_theory.advice.setting import SIGNAL, Setting, step_ratio
 from rora_theory.errors import InputError
 from rora_theory.laws import constant_gradient
-from rora_theory.laws.displacement import RateRange, has_displacement_ratio
+from rora_theory.laws.displacement import has_displacement_ratio
 from rora_theory.optimizers import FAMILY
 from rora_theory.scaling import KAPPAS, Rule, alpha_for, exponent, scaling_factor
 
@@ -152,18 +146,18 @@ class CarriedSetting:
         """Compute the learning rate of a new setting by the displacement law; None where it does not apply."""
         if not self.follows_displacement_law:
             return None
-        old_strength, new_strength = strength_of(self.old), strength_of(new)
-        # A gamma r that differs by rounding alone leaves the rate as it is, to the last digit.
-        if isclose(old_strength, new_strength):
-            new_strength = old_strength
-        # The law divides its constant by gamma r, which a tiny alpha lets overflow.
-        for setting, strength in ((self.old, old_strength), (new, new_strength)):
-            if not has_displacement_ratio(strength, self.run.displacement_constants[1]):
+        # A gain that differs by rounding alone leaves the rate as it is, to the last digit.
+        if isclose(self.old.gain, new.gain):
+            new = new.with_scaling(self.old.gain / new.rank)
+        # The law divides its constant by the gain, which a tiny alpha lets overflow.
+        given, published = self.run.displacement_constant, CONSTANTS["displacement_constant"].value
+        for setting in (self.old, new):
+            if not has_displacement_ratio(setting.gain, published if given is None else given):
                 raise InputError(
-                    f"alpha must not be as small as {setting.alpha!r}: the displacement constant over gamma r, "
-                    f"{strength:g}, is not representable as a float. Use a larger alpha."
+                    f"alpha must not be as small as {setting.alpha!r}: the displacement constant over the gain, "
+                    f"{setting.gain:g}, is not representable as a float. Use a larger alpha."
                 )
-        return self.run.carry(self.old.learning_rate, old_strength=old_strength, new_strength=new_strength)
+        return self.run.carry(self.old, new)
 
     @property
     def alpha_limits(self) -> HorizonLimits | None:
@@ -173,7 +167,7 @@ class CarriedSetting:
         # A long run is preserved by the same gamma under SGD, and by the same gamma r under Adam (`rate_limits_of`).
         if self.is_sgd:
             return HorizonLimits(self.alpha_at_old_rate, self.unchanged.with_scaling(self.old.scaling).alpha)
-        long_run = self.unchanged.with_scaling(strength_of(self.old) / self.unchanged.rank).alpha
+        long_run = self.unchanged.with_scaling(self.old.gain / self.unchanged.rank).alpha
         return HorizonLimits(self.alpha_at_old_rate, long_run)
 
     @property
@@ -194,9 +188,7 @@ class CarriedSetting:
             # Both factors grow as the exponential of gamma times the rate: their product is preserved.
             return HorizonLimits(first_step, tuned * self.old.scaling / new.scaling)
         # The motion of A does not depend on its start: gamma r alone decides.
-        return HorizonLimits(
-            first_step, tuned * constant_gradient.rate_factor(strength_of(new) / strength_of(self.old), inf)
-        )
+        return HorizonLimits(first_step, tuned * constant_gradient.rate_factor(new.gain / self.old.gain, inf))
 
     def step_ratios(self, new: Setting) -> dict[str, float]:
         """Return the factor by which each module's first update changes under a new setting."""
@@ -231,39 +223,23 @@ class CarriedSetting:
         return group_by_type(self.modules)
 
     @property
-    def changed(self) -> tuple[Changed, ...]:
-        """Names of the quantities that differ between the tuned and the new setting: rank, gamma r, number of steps."""
-        differs: dict[Changed, bool] = {
-            "rank": self.old.rank != self.unchanged.rank,
-            "strength": not isclose(strength_of(self.old), strength_of(self.setting)),
-            "steps": self.run.changes_steps,
-        }
-        return tuple(name for name, is_different in differs.items() if is_different)
-
-    @property
-    def measured_cost(self) -> MeasuredCost | None:
-        """Regret of the advised choice in the measured runs; None where the rate has another law or constant."""
-        has_own_constant = self.run.displacement_constant is not None and "strength" in self.changed
-        return measured_cost(self.changed) if self.follows_displacement_law and not has_own_constant else None
+    def changed(self) -> tuple[str, ...]:
+        """Names of what differs between the tuned and the new run: rank, gain, steps, schedule, batch_size."""
+        is_other_gain = not isclose(self.old.gain, self.setting.gain)
+        by_setting = {"rank": self.old.rank != self.unchanged.rank, "gain": is_other_gain}
+        return (*(name for name, is_different in by_setting.items() if is_different), *self.run.changed)
 
     @property
     def outside(self) -> tuple[str, ...]:
-        """Settings that lie outside the measured range, as phrases; empty where the displacement law does not apply."""
+        """Settings that lie outside the measured range, as phrases; empty where only the first step has a law."""
         if not self.follows_displacement_law:
             return ()
         run = self.run
-        old_limits, new_limits = measured_steps(run.schedule), measured_steps(run.to_schedule)
-        strengths = (strength_of(self.old), strength_of(self.setting))
         phrases = [
             _describe_outside("rank", (self.old.rank, self.unchanged.rank), MEASURED_RANKS),
-            _describe_outside("scaling times rank", strengths, MEASURED_STRENGTHS),
+            _describe_outside("scaling times rank", (self.old.gain, self.setting.gain), MEASURED_GAINS),
+            _describe_outside("steps", (run.steps, run.to_steps), MEASURED_STEPS),
         ]
-        # The measured numbers of steps depend on the schedule: two schedules may need a phrase each.
-        if old_limits == new_limits:
-            phrases.append(_describe_outside("steps", (run.steps, run.to_steps), old_limits))
-        else:
-            phrases.append(_describe_outside("steps", (run.steps,), old_limits))
-            phrases.append(_describe_outside("steps", (run.to_steps,), new_limits))
         return tuple(phrase for phrase in phrases if phrase)
 
     @property
@@ -276,15 +252,10 @@ def uses_displacement_law(setting: Setting) -> bool:
     return FAMILY[setting.optimizer] == "adam" and setting.init == "kaiming_uniform"
 
 
-def strength_of(setting: Setting) -> float:
-    """Return G = gamma r of a setting."""
-    return setting.scaling * setting.rank
-
-
 def _describe_outside(label: str, values: Sequence[float | None], limits: tuple[float, float]) -> str:
     """Name the values outside a measured range in a phrase, empty if there are none. None is an unknown value."""
     low, high = limits
-    margin = 1e-3  # published values of gamma r are rounded to integers
+    margin = 1e-3  # published gains are rounded to integers
     known_values = {value for value in values if value is not None}
     outside_values = sorted(value for value in known_values if not low * (1 - margin) <= value <= high * (1 + margin))
     if not outside_values:

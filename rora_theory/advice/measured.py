@@ -1,44 +1,28 @@
-"""Results of fine-tuning runs that the advice uses: displacement constants, exponents in the steps, and regret.
+"""Results of fine-tuning runs that a probe of the learning rate uses: exponents in the steps, and regret.
 
-`measured.json` holds the values. ``python docs/fill.py`` copies them from ``results/published``, and ``--check`` fails
+`constants.json` holds the values. ``python docs/fill.py`` copies them from ``results/published``, and ``--check`` fails
 if they differ.
 """
 
 import json
-import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, Literal, NamedTuple, get_args
-
-import numpy as np
+from typing import Any, Literal, NamedTuple
 
 from rora_theory.optimizers import Schedule
-from rora_theory.scaling import check_integer
 
-ENTRIES: dict[str, dict[str, Any]] = json.loads(files("rora_theory.advice").joinpath("measured.json").read_text())
-"""Entries of `measured.json` by name."""
+ENTRIES: dict[str, dict[str, Any]] = json.loads(files("rora_theory.advice").joinpath("constants.json").read_text())
+"""Entries of `constants.json` by name."""
 
 ROWS: dict[str, dict[str, Any]] = {name: entry["columns"] for name, entry in ENTRIES.items() if "columns" in entry}
 """Values of the entries that quote one row, by name."""
-
-Changed = Literal["rank", "strength", "steps"]
-"""What differs between a tuned and a new setting; the strength is gamma r."""
 
 
 def _range_of(entry: str, column: str) -> tuple[float, float]:
     low, high = ENTRIES[entry]["ranges"][column]
     return low, high
 
-
-COST_MODELS = sorted({entry["model"] for name, entry in ENTRIES.items() if name.startswith("cost_")})
-"""Models in whose runs the regret was measured."""
-
-MEASURED_RANKS = _range_of("measured_settings", "rank")
-"""Lowest and highest rank of the runs."""
-
-MEASURED_STRENGTHS = _range_of("measured_settings", "strength")
-"""Lowest and highest value of gamma r in the runs."""
 
 MEASURED_STEPS: dict[Schedule, tuple[float, float]] = {
     entry["schedule"]: _range_of(name, "step") for name, entry in ENTRIES.items() if name.startswith("measured_steps_")
@@ -116,7 +100,7 @@ class RankExponent(NamedTuple):
 
     @classmethod
     def from_entry(cls, entry: dict[str, Any]) -> "RankExponent":
-        """Return the interval of an entry ``from_rank_*`` of `measured.json`."""
+        """Return the interval of an entry ``from_rank_*`` of `constants.json`."""
         exponent, half_width = entry["columns"]["exponent"], entry["columns"]["half_width"]
         return cls(entry["model"], entry["schedule"], exponent - half_width, exponent + half_width)
 
@@ -216,128 +200,3 @@ def _describe_range(values: Sequence[float]) -> str:
     """Return a range of integers in words, or its value if both ends are equal."""
     low, high = values
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def _constants_by_model() -> dict[str, dict[int, tuple[float, float]]]:
-    by_model: dict[str, dict[int, tuple[float, float]]] = {}
-    for name, entry in ENTRIES.items():
-        if name.startswith("displacement_constant_"):
-            by_model.setdefault(entry["model"], {})[entry["steps"]] = _range_of(name, "constant")
-    return by_model
-
-
-MEASURED_CONSTANTS = _constants_by_model()
-"""Lowest and highest displacement constant K by model and number of optimizer steps."""
-
-CONSTANT_MODELS = sorted(MEASURED_CONSTANTS)
-"""Models in whose runs the displacement constant was measured."""
-
-
-def default_displacement_constants(steps: int | None = None) -> tuple[float, float]:
-    """Return the range of the displacement constant K that was measured after a number of optimizer steps.
-
-    Between two measured numbers of steps the ends are interpolated, log K in log steps. Outside of them the nearest
-    measured number is used. The range covers all models that were measured.
-
-    Args:
-      steps: Number of optimizer steps; None covers all measured numbers of steps.
-
-    Returns:
-      Lowest and highest K, see `rora_theory.laws.displacement`.
-
-    Raises:
-      InputError: If the number of steps is not an integer of 1 or more.
-
-    Examples:
-      >>> [round(constant) for constant in default_displacement_constants(64)]
-      [17, 167]
-    """
-    if steps is not None:
-        check_integer("steps", steps)
-    ranges = [_constants_of_model(model, steps) for model in MEASURED_CONSTANTS]
-    return min(low for low, _ in ranges), max(high for _, high in ranges)
-
-
-def _constants_of_model(model: str, steps: int | None) -> tuple[float, float]:
-    """Return the range of K of one model, interpolated to a number of steps; None covers all measured numbers."""
-    by_steps = MEASURED_CONSTANTS[model]
-    if steps is None:
-        return min(low for low, _ in by_steps.values()), max(high for _, high in by_steps.values())
-    # Interpolate both ends in logarithms; beyond the measured numbers of steps the nearest value is used.
-    counts = sorted(by_steps)
-    log_steps = np.log(counts)
-    log_lows, log_highs = ([math.log(by_steps[count][end]) for count in counts] for end in (0, 1))
-    low = math.exp(np.interp(math.log(steps), log_steps, log_lows))
-    high = math.exp(np.interp(math.log(steps), log_steps, log_highs))
-    return low, high
-
-
-MEASURED_SCHEDULE_FACTORS: dict[Schedule, tuple[float, float]] = {MEASURED_SCHEDULE: (1.0, 1.0)} | {
-    entry["schedule"]: _range_of(name, "ratio")
-    for name, entry in ENTRIES.items()
-    if name.startswith("schedule_factor_")
-}
-"""Range of the best peak rate under a schedule, divided by the best constant rate, where it was measured.
-
-An entry ``schedule_factor_NAME`` of `measured.json` with the keys ``schedule`` and ``ranges.ratio`` adds a schedule.
-"""
-
-
-def schedule_factors(old: Schedule, new: Schedule) -> tuple[float, float] | None:
-    """Return the range of the factor by which the best peak rate changes with the schedule.
-
-    Args:
-      old: Schedule with which the rate was tuned.
-      new: Schedule of the new run.
-
-    Returns:
-      Lowest and highest factor; None if one of the two schedules was not measured.
-    """
-    if old == new:
-        return 1.0, 1.0
-    if old not in MEASURED_SCHEDULE_FACTORS or new not in MEASURED_SCHEDULE_FACTORS:
-        return None
-    # Both factors are relative to a constant rate. The extremes of their ratio combine opposite ends.
-    (old_low, old_high), (new_low, new_high) = MEASURED_SCHEDULE_FACTORS[old], MEASURED_SCHEDULE_FACTORS[new]
-    return new_low / old_high, new_high / old_low
-
-
-class MeasuredCost(NamedTuple):
-    """Regret of the advised choice over pairs of measured settings, in nats per token.
-
-    Attributes:
-      pairs: Number of pairs of a tuned and a new setting.
-      median: Median regret.
-      largest: Largest regret.
-      largest_error: Standard error of the largest regret.
-    """
-
-    pairs: int
-    median: float
-    largest: float
-    largest_error: float
-
-
-def measured_cost(changed: Collection[Changed]) -> MeasuredCost | None:
-    """Return the regret of the advised choice in runs that differ from the tuned ones in the same settings.
-
-    The choice is to keep the rate if only the rank changes, and the displacement law otherwise.
-
-    Args:
-      changed: Names of the quantities that differ between the tuned and the new setting.
-
-    Returns:
-      The regret; None if nothing changes.
-    """
-    name = "_".join(["cost", *(setting for setting in get_args(Changed) if setting in changed)])
-    if name not in ENTRIES:
-        return None
-    columns = ENTRIES[name]["columns"]
-    return MeasuredCost(*(columns[field] for field in MeasuredCost._fields))
-
-
-_USE_RSLORA = ENTRIES["cost_of_use_rslora_at_the_tuned_rate"]["columns"]
-COST_OF_USE_RSLORA = float(_USE_RSLORA["regret"])
-"""Regret, in nats per token, of switching on ``use_rslora`` and keeping alpha 64 and the rate, after 64 steps."""
-RANKS_OF_USE_RSLORA: tuple[int, int] = (_USE_RSLORA["old_rank"], _USE_RSLORA["rank"])
-"""Tuned and new rank of the runs behind `COST_OF_USE_RSLORA`."""

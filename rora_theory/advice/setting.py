@@ -73,6 +73,11 @@ class Setting:
         return scaling_factor(self.rule, alpha=self.alpha, rank=self.rank)
 
     @property
+    def gain(self) -> float:
+        """Gain G of the adapter: the scaling times the rank."""
+        return self.scaling * self.rank
+
+    @property
     def power(self) -> int:
         """Power p of gamma and of A's deviation in the size of the first step."""
         return scaling_power(FAMILY[self.optimizer])

@@ -491,9 +491,9 @@ def _changed_values(document: _Document, advice: Advice) -> dict[str, Any]:
             changes["learning_rate"] = float(f"{advice.learning_rate:.6g}")
         # The rate is that of the new run.
         run = advice.run
-        if run.changes_steps:
+        if "steps" in run.changed:
             changes["max_steps"] = run.to_steps
-        if run.changes_schedule:
+        if "schedule" in run.changed:
             has_warm_up = run.to_schedule == "constant" and any(values.get(name) for name in WARM_UP_KEYS)
             changes[keys.schedule] = f"{run.to_schedule}{WITH_WARM_UP if has_warm_up else ''}"
     return {name: value for name, value in changes.items() if name not in values or values[name] != value}

@@ -1,8 +1,8 @@
 r"""Alpha and learning rate to set when the rank, the rule or the number of steps of a tuned setting changes.
 
-Under Adam with PEFT's default initialisation, alpha preserves :math:`G = \gamma r`, and the learning rate follows the
-displacement law, with the constant that was measured or the user's own. Elsewhere alpha or the rate preserves the first
-step, which is exact; see `rora_theory.advice.carried`.
+Under Adam with PEFT's default initialisation, alpha preserves the gain :math:`G = \gamma r`, and the learning rate
+follows `rora_theory.advice.best_rate`. Elsewhere alpha or the rate preserves the first step, which is exact; see
+`rora_theory.advice.carried`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -165,7 +165,6 @@ class Advice(CarriedSetting):
                 "new": asdict(self.setting),
                 "run": asdict(self.run),
                 "regime": self.regime,
-                "measured_cost": self.measured_cost,
                 "outside": self.outside,
                 "alpha_at_old_rate": self.alpha_at_old_rate,
                 "rate_at_alpha": {"alpha": self.unchanged.alpha, "learning_rate": self.rate_at_alpha},
@@ -207,9 +206,11 @@ def transfer(
     to_steps: int | None = None,
     schedule: Schedule | None = None,
     to_schedule: Schedule | None = None,
+    batch_size: int | None = None,
+    to_batch_size: int | None = None,
     displacement_constant: float | None = None,
 ) -> Advice:
-    """Compute the alpha and learning rate to set when the rank, rule, number of steps or schedule changes.
+    """Compute the alpha and learning rate to set when the rank, rule, steps, schedule or batch size changes.
 
     Args:
       old: Tuned setting.
@@ -217,14 +218,16 @@ def transfer(
       regime: ``"signal"``, which describes the whole model, ``"cross-talk"``, or the linear term of each module by
         name, as a measurement gives it.
       rule: Scaling rule of the new setting; None keeps the tuned one.
-      alpha: Alpha of the new setting, for which the learning rate then compensates. None keeps the learning rate at
-        an unchanged run, and computes alpha.
+      alpha: Alpha of the new setting. None computes the one that preserves the gain G (the first step outside of the
+        law of the best rate).
       steps: Number of optimizer steps for which the rate was tuned.
       to_steps: Number of optimizer steps of the new run; None is ``steps``.
       schedule: Schedule with which the rate was tuned: ``"constant"``, ``"linear"`` or ``"cosine"``.
       to_schedule: Schedule of the new run; None is ``schedule``.
+      batch_size: Number of records per optimizer step with which the rate was tuned.
+      to_batch_size: Number of records per optimizer step of the new run; None is ``batch_size``.
       displacement_constant: Displacement constant K of your own runs, from
-        `rora_theory.laws.displacement.measured_constant`; None uses the published range.
+        `rora_theory.laws.displacement.measured_constant`; None uses the published one.
 
     Returns:
       The advice.
@@ -245,7 +248,7 @@ def transfer(
     check_instance("old", old, Setting, "a Setting")
     terms = _linear_terms(regime)
     regime_name = regime if isinstance(regime, str) else "measured"
-    run = RunChange(steps, to_steps, schedule, to_schedule, displacement_constant)
+    run = RunChange(steps, to_steps, schedule, to_schedule, batch_size, to_batch_size, displacement_constant)
     _check_run_has_a_law(run, old, regime_name)
     new_rule = old.rule if rule is None else rule
     # The tuned alpha and rate at the new rank and rule, from which the advice departs.

@@ -84,8 +84,12 @@ class TransferConfig:
     """Learning-rate schedule with which --lr was tuned: constant, linear or cosine"""
     to_schedule: Schedule | None = None
     """Learning-rate schedule of the new run; the default is --schedule"""
+    batch_size: Count | None = None
+    """Number of records per optimizer step with which --lr was tuned"""
+    to_batch_size: Count | None = None
+    """Number of records per optimizer step of the new run; the default is --batch-size"""
     displacement_constant: NotNegative | None = None
-    """Displacement constant K of your own runs; the default is the range of the published runs"""
+    """Displacement constant K of your own runs; the default is the published one"""
 
     def __post_init__(self) -> None:
         """Normalise the name of the optimizer, and validate the settings."""

@@ -175,11 +175,17 @@ def test_a_file_that_cannot_be_read_is_named_in_one_line(tmp_path, text, message
     assert "\n" not in str(error.value)
 
 
+def written_rate(advice) -> str:
+    """Return the learning rate as it stands in a file: six digits."""
+    return repr(float(f"{advice.learning_rate:.6g}"))
+
+
 def test_axolotl_is_written_with_its_comments(tmp_path) -> None:
-    """At another rank of plain LoRA only the rank changes in the file; with a fixed alpha the rate changes too."""
+    """At another rank of plain LoRA the rank and the rate change in the file; with a fixed alpha that changes too."""
     path, out = written(tmp_path / "config.yml", AXOLOTL), tmp_path / "new.yml"
-    write_trainer_config(path, out, advice_for(path))
-    assert out.read_text() == AXOLOTL.replace("lora_r: 16", "lora_r: 128")
+    write_trainer_config(path, out, advice := advice_for(path))
+    rate = written_rate(advice)
+    assert out.read_text() == AXOLOTL.replace("lora_r: 16", "lora_r: 128").replace("2e-4", rate)
     advice = advice_for(path, alpha=256.0)
     write_trainer_config(path, tmp_path / "fixed.yml", advice)
     expected = AXOLOTL.replace("lora_r: 16", "lora_r: 128").replace("lora_alpha: 32", "lora_alpha: 256")
@@ -194,19 +200,22 @@ def test_axolotl_is_written_with_its_comments(tmp_path) -> None:
 def test_llama_factory_is_written_with_an_alpha_that_it_had_by_default(tmp_path, newline) -> None:
     """The default would be twice the new rank, so the file must state the alpha that is kept."""
     path, out = written(tmp_path / "config.yaml", LLAMA_FACTORY.replace("\n", newline)), tmp_path / "new.yaml"
-    write_trainer_config(path, out, advice_for(path, 64))
+    write_trainer_config(path, out, advice := advice_for(path, 64))
     expected = LLAMA_FACTORY.replace("lora_rank: 8", "lora_alpha: 16\nlora_rank: 64").replace("\n", newline)
+    expected = expected.replace("1.0e-4", written_rate(advice))
     assert out.read_bytes().decode() == expected
 
 
 def test_null_values_and_flow_style_are_edited(tmp_path) -> None:
     for number, alpha in enumerate(('"lora_alpha": null, ', "")):
         path = written(tmp_path / f"{number}.json", f'{{"lora_rank": 4, {alpha}"learning_rate": 0.001}}')
-        write_trainer_config(path, out := tmp_path / f"new_{number}.json", advice_for(path, 8))
-        assert json.loads(out.read_text()) == {"lora_rank": 8, "lora_alpha": 8, "learning_rate": 0.001}
+        write_trainer_config(path, out := tmp_path / f"new_{number}.json", advice := advice_for(path, 8))
+        rate = pytest.approx(advice.learning_rate, rel=1e-5)
+        assert json.loads(out.read_text()) == {"lora_rank": 8, "lora_alpha": 8, "learning_rate": rate}
     path = written(tmp_path / "empty.yaml", "stage: sft\nlora_alpha:  # default\nlora_rank:\n")
-    write_trainer_config(path, tmp_path / "new_empty.yaml", advice_for(path, 16))
-    assert (tmp_path / "new_empty.yaml").read_text() == "stage: sft\nlora_alpha: 16  # default\nlora_rank: 16\n"
+    write_trainer_config(path, tmp_path / "new_empty.yaml", advice := advice_for(path, 16))
+    text = f"stage: sft\nlora_alpha: 16  # default\nlearning_rate: {written_rate(advice)}\nlora_rank: 16\n"
+    assert (tmp_path / "new_empty.yaml").read_text() == text
 
 
 def test_the_run_to_which_the_rate_belongs_is_written(tmp_path) -> None:
@@ -261,23 +270,25 @@ def test_a_file_with_aliases_is_read_and_written_with_the_changed_values(tmp_pat
     expected = ALIASES.replace("&rank   16", "&rank 128").replace("*rank", "64").replace("2.0e-4", repr(rate))
     assert (tmp_path / "both.yml").read_text() == expected
     # The rank alone changes, and its value is shared with alpha.
-    with pytest.raises(InputError, match=r"config\.yml: lora_r cannot .*alias") as error:
+    with pytest.raises(InputError, match=r"config\.yml: lora_r and .* cannot .*alias") as error:
         write_trainer_config(path, tmp_path / "never.yml", advice_for(path))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "never.yml").exists()
     # An alias in the place of the rank is replaced, and the value that it stood for is unchanged.
     text = "micro_batch_size: &n 8\nadapter: lora\nlora_r: *n\nlora_alpha: 8\nlearning_rate: 1.0e-4\n"
     path = written(tmp_path / "size.yml", text)
-    write_trainer_config(path, tmp_path / "new_size.yml", advice_for(path, 64))
-    assert (tmp_path / "new_size.yml").read_text() == text.replace("*n", "64")
+    write_trainer_config(path, tmp_path / "new_size.yml", advice := advice_for(path, 64))
+    expected = text.replace("*n", "64").replace("1.0e-4", written_rate(advice))
+    assert (tmp_path / "new_size.yml").read_text() == expected
 
 
 def test_a_key_that_is_merged_is_overridden(tmp_path) -> None:
     text = "base: &base\n  lora_rank: 8 # shared\n  lora_alpha: 16\n<<: *base\nstage: sft\nlearning_rate: 1.0e-4\n"
     path = written(tmp_path / "config.yaml", text)
     assert read_trainer_config(path).rank == 8
-    write_trainer_config(path, tmp_path / "new.yaml", advice_for(path, 64))
-    assert (tmp_path / "new.yaml").read_text() == "lora_rank: 64\n" + text
+    write_trainer_config(path, tmp_path / "new.yaml", advice := advice_for(path, 64))
+    expected = "lora_rank: 64\n" + text.replace("1.0e-4", written_rate(advice))
+    assert (tmp_path / "new.yaml").read_text() == expected
     assert read_trainer_config(tmp_path / "new.yaml").rank == 64
 
 
@@ -365,7 +376,7 @@ def test_a_lora_config_of_peft_is_transferred() -> None:
     peft = pytest.importorskip("peft")
     old = peft.LoraConfig(r=16, lora_alpha=32, target_modules=["v_proj", "q_proj"], use_rslora=True, use_dora=True)
     new, rate, advice = transfer_config(old, 64, learning_rate=2e-4, optimizer="adamw_torch")
-    assert (new.r, new.lora_alpha, new.use_rslora, rate) == (64, 128, False, 2e-4)
+    assert (new.r, new.lora_alpha, new.use_rslora, rate) == (64, 128, False, advice.learning_rate)
     assert advice.old == Setting(16, 32.0, 2e-4, "rslora")
     assert old.r == 16
     unchanged = new.to_dict() | {name: old.to_dict()[name] for name in ("r", "lora_alpha", "use_rslora")}

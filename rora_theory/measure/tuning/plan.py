@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rora_theory.advice import measured
-from rora_theory.advice.run_change import RunChange
+from rora_theory.advice.best_rate import Run
+from rora_theory.advice.best_rate import carry_rate as carry_to
 from rora_theory.errors import InputError
 from rora_theory.laws.displacement import RateRange, carry_rate
 from rora_theory.optimizers import Schedule
@@ -296,9 +297,10 @@ def make_plan(
     evaluation_cost = min(cost_per_evaluation, EVALUATION_COST * held_out_tokens / batch_tokens)
     # Learning rate of the planned run: by default the published best rate, carried to its schedule, G and steps.
     if learning_rate is None:
-        change = RunChange(steps=ANCHOR_STEPS, schedule=measured.MEASURED_SCHEDULE, to_schedule=schedule)
-        start = change.carry(
-            measured.ROWS["best_rate"]["best_rate"], old_strength=ANCHOR_STRENGTH, new_strength=strength
+        start = carry_to(
+            measured.ROWS["best_rate"]["best_rate"],
+            Run(8, ANCHOR_STRENGTH, schedule=measured.MEASURED_SCHEDULE),
+            Run(8, strength, schedule=schedule),
         )
         learning_rate = carry_steps(start.best, ANCHOR_STEPS, steps, schedule).best
     return ProbePlan(

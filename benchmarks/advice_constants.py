@@ -1,0 +1,289 @@
+"""Fit the constants of the advice, and judge them on models that gave none.
+
+    python benchmarks/advice_constants.py --out results/published/constants
+
+Public sweeps give the exponent in the rank; our runs of SmolLM2-135M and Gemma 3 270M give the displacement constant,
+the exponents in the number of steps and of records, and the factor of the schedule. The spreads of a pair and of the
+rank are fitted to pairs of best rates at one gain, every model with the same weight; the spread of the gain to our
+pairs with two gains, since a single public model has such pairs. Coverage is that of the stated 90% ranges: of pairs at
+one gain with the exponent and the spreads that the other models give, of public pairs with two gains by constants that
+none of them gave. Our own pairs with two gains are the only ones that are judged by their own spread.
+"""
+
+import argparse
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import minimize
+
+from rora_theory.advice.best_rate import QUANTILE
+from rora_theory.laws.displacement import best_rate_factor
+
+PUBLISHED = Path(__file__).parents[1] / "results" / "published"
+
+OURS = {
+    "horizon": ("SmolLM2-135M", "constant"),
+    "horizon_cosine": ("SmolLM2-135M", "cosine"),
+    "horizon_gemma": ("Gemma 3 270M", "constant"),
+    "horizon_gemma_cosine": ("Gemma 3 270M", "cosine"),
+}
+"""Model and schedule of each folder of our runs."""
+
+MIN_STEPS = 64
+"""Fewest steps of our runs that count: shorter ones end during the first drop of the loss."""
+
+MIN_RANK = 4
+"""Lowest rank that counts for the exponent: users rarely choose less, and the slope is steeper below."""
+
+
+@dataclass(frozen=True)
+class BestRate:
+    """Best rate of a setting inside its grid.
+
+    Attributes:
+      model: Name of the model.
+      rank: Rank of the adapter.
+      gain: G, scaling times rank.
+      steps: Number of optimizer steps.
+      schedule: Schedule of the learning rate.
+      log_rate: Natural logarithm of the best rate.
+    """
+
+    model: str
+    rank: int
+    gain: float
+    steps: int
+    schedule: str
+    log_rate: float
+
+
+class Pair(NamedTuple):
+    """Two best rates of one model, steps and schedule.
+
+    Attributes:
+      model: Name of the model.
+      rank_growth: Logarithm of the ratio of the ranks.
+      gain_growth: Logarithm of the ratio of the gains.
+      residual: Logarithm of the ratio of the best rates minus the law's.
+    """
+
+    model: str
+    rank_growth: float
+    gain_growth: float
+    residual: float
+
+
+def our_best_rates() -> list[BestRate]:
+    """Return the best rates of our runs that lie inside their grids."""
+    rates = []
+    for folder, (model, schedule) in OURS.items():
+        table = pd.read_csv(PUBLISHED / folder / "best.csv")
+        inside = table[table["edge"].isna() & table["rank"].notna() & (table["step"] >= MIN_STEPS)]
+        rates += [
+            BestRate(model, int(row.rank), float(row.strength), int(row.step), schedule, math.log(row.best_rate))
+            for row in inside.itertuples()
+        ]
+    return rates
+
+
+def public_best_rates() -> list[BestRate]:
+    """Return the best rates of the public sweeps that lie inside their grids."""
+    table = pd.read_csv(PUBLISHED / "evidence" / "best_rates.csv")
+    return [
+        BestRate(row.model, int(row.rank), float(row.strength), int(row.steps), row.source, math.log(row.best_rate))
+        for row in table[table["place"] == "inside"].itertuples()
+    ]
+
+
+def fit_rank_exponent(rates: Sequence[BestRate]) -> tuple[float, float, int]:
+    """Fit the exponent in the rank at one gain within models; return it, its error over models, and their number."""
+    by_model: dict[str, list[BestRate]] = {}
+    for rate in rates:
+        if rate.rank >= MIN_RANK:
+            by_model.setdefault(rate.model, []).append(rate)
+    sums = []
+    for members in by_model.values():
+        if len(members) < 2:
+            continue
+        x = np.log([rate.rank for rate in members])
+        y = np.array([rate.log_rate for rate in members])
+        sums.append(((x - x.mean()) @ (y - y.mean()), (x - x.mean()) @ (x - x.mean())))
+    table = np.array(sums)
+    exponent = table[:, 0].sum() / table[:, 1].sum()
+    left_out = (table[:, 0].sum() - table[:, 0]) / (table[:, 1].sum() - table[:, 1])
+    count = len(table)
+    error = math.sqrt((count - 1) / count * ((left_out - left_out.mean()) ** 2).sum())
+    return float(exponent), error, count
+
+
+def pairs_of(rates: Sequence[BestRate], *, rank_exponent: float, displacement_constant: float) -> list[Pair]:
+    """Return all pairs of best rates of one model, steps and schedule, from rank `MIN_RANK` on."""
+    pairs = []
+    for first, second in itertools.combinations(rates, 2):
+        shares_run = (first.model, first.steps, first.schedule) == (second.model, second.steps, second.schedule)
+        if not shares_run or min(first.rank, second.rank) < MIN_RANK:
+            continue
+        rank_growth, gain_growth = math.log(second.rank / first.rank), math.log(second.gain / first.gain)
+        law = rank_exponent * rank_growth + math.log(
+            best_rate_factor(first.gain, second.gain, displacement_constant=displacement_constant)
+        )
+        pairs.append(Pair(first.model, rank_growth, gain_growth, second.log_rate - first.log_rate - law))
+    return pairs
+
+
+def is_at_one_gain(pair: Pair) -> bool:
+    """Return whether the two best rates of a pair share a gain."""
+    return abs(pair.gain_growth) < 1e-3
+
+
+def deviations(pairs: Sequence[Pair], spreads: Sequence[float]) -> np.ndarray:
+    """Return the standard deviation of every pair's residual for the spreads of a pair, the rank and the gain."""
+    pair, rank, gain = spreads
+    growths = np.array([(item.rank_growth, item.gain_growth) for item in pairs])
+    return np.sqrt(pair**2 + (rank * growths[:, 0]) ** 2 + (gain * growths[:, 1]) ** 2)
+
+
+def fit_spreads(pairs: Sequence[Pair]) -> tuple[float, float]:
+    """Fit the spreads of a pair and of the rank to pairs at one gain, every model with the same weight."""
+    residuals = np.array([pair.residual for pair in pairs])
+    models = [pair.model for pair in pairs]
+    weights = np.array([1 / models.count(model) for model in models])
+
+    def negative_likelihood(logs: np.ndarray) -> float:
+        sizes = deviations(pairs, (*np.exp(logs), 0.0))
+        return float(weights @ (0.5 * (residuals / sizes) ** 2 + np.log(sizes)))
+
+    pair, rank = np.exp(minimize(negative_likelihood, np.log([0.1, 0.05]), method="Nelder-Mead").x).tolist()
+    return pair, rank
+
+
+def fit_gain_spread(pairs: Sequence[Pair], *, pair: float, rank: float) -> float:
+    """Fit the spread of the gain to pairs with two gains, given the other spreads."""
+    residuals = np.array([item.residual for item in pairs])
+
+    def negative_likelihood(log: np.ndarray) -> float:
+        sizes = deviations(pairs, (pair, rank, float(np.exp(log[0]))))
+        return float(np.sum(0.5 * (residuals / sizes) ** 2 + np.log(sizes)))
+
+    return float(np.exp(minimize(negative_likelihood, np.log([0.1]), method="Nelder-Mead").x[0]))
+
+
+def coverage(pairs: Sequence[Pair], spreads: Sequence[float]) -> float:
+    """Return the share of pairs whose residual lies inside the stated range."""
+    residuals = np.array([pair.residual for pair in pairs])
+    return float(np.mean(np.abs(residuals) <= QUANTILE * deviations(pairs, spreads)))
+
+
+def displacement_constant() -> tuple[float, float, str]:
+    """Return K, the spread of its logarithm and its source: the middle of the published runs' lowest and highest."""
+    values = pd.concat([pd.read_csv(PUBLISHED / name / "constants.csv") for name in ("horizon", "horizon_gemma")])
+    values = values[values["step"] >= MIN_STEPS]["constant"]
+    low, high = math.log(values.min()), math.log(values.max())
+    return math.exp((low + high) / 2), (high - low) / 4, "SmolLM2-135M and Gemma 3 270M, 64 and 256 steps"
+
+
+def steps_exponent() -> tuple[float, float, str]:
+    """Return the exponent in the steps: the mean over settings that reach 256 steps, and their standard deviation."""
+    tables = [pd.read_csv(PUBLISHED / folder / "steps.csv").assign(folder=folder) for folder in OURS]
+    table = pd.concat(tables)
+    # Each setting counts once: its longest pair that ends at 256 steps or more and has no edge.
+    inside = table[table["edge"].isna() & (table["second"] >= 256) & table["rank"].notna()]
+    longest = inside.assign(length=inside["second"] / inside["first"]).sort_values("length")
+    longest = longest.groupby(["folder", "rank", "strength"]).tail(1)
+    source = f"{len(longest)} settings of SmolLM2-135M and Gemma 3 270M, to 256 and 1,024 steps, batches of 4"
+    return float(longest["exponent"].mean()), float(longest["exponent"].std()), source
+
+
+def schedule_factor() -> tuple[float, float, str]:
+    """Return the best peak rate under cosine decay over the best constant rate, and the spread of its logarithm."""
+    table = pd.read_csv(PUBLISHED / "horizon_cosine" / "comparisons.csv")
+    logs = np.log(table[(table["compared_with"] == "schedule constant") & (table["step"] >= MIN_STEPS)]["ratio"])
+    return float(np.exp(logs.mean())), float(logs.std()), "SmolLM2-135M, 64 and 256 steps, one seed"
+
+
+def batch_exponent() -> tuple[float, float, str]:
+    """Return the exponent in the batch size at one number of steps, with its spread."""
+    table = pd.read_csv(PUBLISHED / "batch_size" / "exponents.csv")
+    spread = max(float(table["exponent"].std()), float(table["standard_error"].max()))
+    return float(table["exponent"].mean()), spread, "SmolLM2-135M, rank 16, 64 cosine steps, 4 to 64 records"
+
+
+def main() -> None:
+    """Write ``constants.csv`` and ``coverage.csv``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=PUBLISHED / "constants")
+    folder = parser.parse_args().out
+    folder.mkdir(parents=True, exist_ok=True)
+    public, ours = public_best_rates(), our_best_rates()
+    tinker = [rate for rate in public if rate.schedule == "tinker"]
+    exponent, exponent_error, models = fit_rank_exponent(tinker)
+    constant, constant_spread, constant_source = displacement_constant()
+    law = {"rank_exponent": exponent, "displacement_constant": constant}
+    pairs = pairs_of([*public, *ours], **law)
+    at_one_gain, our_models = [pair for pair in pairs if is_at_one_gain(pair)], {rate.model for rate in ours}
+    pair_spread, rank_spread = fit_spreads(at_one_gain)
+    gain_spread = fit_gain_spread(
+        [pair for pair in pairs if pair.model in our_models and not is_at_one_gain(pair)],
+        pair=pair_spread,
+        rank=rank_spread,
+    )
+    rows = []
+    for model in dict.fromkeys(pair.model for pair in pairs):
+        # The exponent and the spreads of the other models.
+        others = [rate for rate in tinker if rate.model != model]
+        left_out = pairs_of([*public, *ours], **law | {"rank_exponent": fit_rank_exponent(others)[0]})
+        fitted = fit_spreads([pair for pair in left_out if pair.model != model and is_at_one_gain(pair)])
+        for changed, own in (
+            ("rank", [pair for pair in left_out if pair.model == model and is_at_one_gain(pair)]),
+            ("gain", [pair for pair in left_out if pair.model == model and not is_at_one_gain(pair)]),
+        ):
+            if own:
+                share = coverage(own, (*fitted, gain_spread))
+                judged = "own spread" if changed == "gain" and model in our_models else "others' constants"
+                rows.append(
+                    {"model": model, "changed": changed, "judged_by": judged, "pairs": len(own), "coverage": share}
+                )
+    table = pd.DataFrame(rows)
+    table.to_csv(folder / "coverage.csv", index=False)
+    rank_source = f"{models} public models, ranks {MIN_RANK} to 128, G = 32, 780 steps"
+    entries = [
+        ("displacement_constant", constant, constant_spread, None, constant_source),
+        (
+            "rank_exponent",
+            exponent,
+            rank_spread,
+            exponent_error,
+            rank_source,
+        ),
+        ("gain_exponent", 0.0, gain_spread, None, "SmolLM2-135M and Gemma 3 270M, G = 8 to 724"),
+        ("pair", 0.0, pair_spread, None, "public models and ours, pairs at one G"),
+        ("steps_exponent", *steps_exponent()[:2], None, steps_exponent()[2]),
+        ("batch_exponent", *batch_exponent()[:2], None, batch_exponent()[2]),
+        ("cosine", *schedule_factor()[:2], None, schedule_factor()[2]),
+    ]
+    constants = pd.DataFrame(entries, columns=["name", "value", "spread", "standard_error", "source"])
+    constants.to_csv(folder / "constants.csv", index=False)
+    # Range of the settings behind the constants.
+    every = [*public, *ours]
+    settings = pd.DataFrame([(rate.rank, rate.gain, rate.steps) for rate in every], columns=["rank", "gain", "steps"])
+    settings.agg(["min", "max"]).to_csv(folder / "settings.csv", index=False)
+    print(constants.to_string(index=False))
+    for (changed, judged), part in table.groupby(["changed", "judged_by"]):
+        share, mean = np.average(part["coverage"], weights=part["pairs"]), part["coverage"].mean()
+        print(
+            f"{changed}, {judged}: {share:.0%} of {part['pairs'].sum()} pairs of {len(part)} models, mean over models "
+            f"{mean:.0%}"
+        )
+    judged = table[table["judged_by"] == "others' constants"]
+    share = np.average(judged["coverage"], weights=judged["pairs"])
+    print(f"The stated 90% ranges hold {share:.0%} of the best rates of models that gave no constant.")
+
+
+if __name__ == "__main__":
+    main()
