@@ -138,7 +138,7 @@ def _power(name: str, old: int | None, new: int | None) -> LogChange:
 
 
 def _schedule_change(old: Schedule | None, new: Schedule | None) -> LogChange:
-    if old == new or old not in SCHEDULE_FACTORS or new not in SCHEDULE_FACTORS:
+    before, after = SCHEDULE_FACTORS.get(str(old)), SCHEDULE_FACTORS.get(str(new))
+    if old == new or before is None or after is None:
         return LogChange(0.0, 0.0)
-    before, after = SCHEDULE_FACTORS[old], SCHEDULE_FACTORS[new]
     return LogChange(math.log(after.value / before.value), math.hypot(before.spread, after.spread))

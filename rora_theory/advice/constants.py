@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from rora_theory.optimizers import Schedule
-
 ENTRIES: dict[str, dict[str, Any]] = json.loads(files("rora_theory.advice").joinpath("constants.json").read_text())
 """Entries of `constants.json` by name."""
 
@@ -52,7 +50,7 @@ CONSTANTS: Mapping[str, Constant] = _constants("constant_")
 - ``pair``: spread of the logarithm of a ratio of two best rates, whatever changes between them.
 """
 
-SCHEDULE_FACTORS: Mapping[Schedule, Constant] = {"constant": Constant(1.0, 0.0, "definition")} | _constants("factor_")  # type: ignore[dict-item]
+SCHEDULE_FACTORS: Mapping[str, Constant] = {"constant": Constant(1.0, 0.0, "definition")} | _constants("factor_")
 """Best peak rate under a schedule over the best constant rate, by schedule; the spread is that of its logarithm."""
 
 EVIDENCE: Mapping[str, Mapping[str, Any]] = {

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rora_theory.advice.run_change import RunChange
+from rora_theory.advice.best_rate import Run, carry_rate
 from rora_theory.lab.sweep.curves import curves_at, strength_of
 from rora_theory.lab.sweep.horizon_runs import FULL, HorizonRun
 from rora_theory.lab.sweep.parts import GRID_STEP
@@ -82,8 +82,8 @@ def policies(
 
     # The rate that `rora_theory.transfer` returns, with its default constants.
     def advised_rate(old: Condition, new: Condition, rate: float) -> float:
-        change = RunChange(steps=old.steps, to_steps=new.steps, schedule=schedule)
-        return change.carry(rate, old_strength=old.strength, new_strength=new.strength).best
+        first, second = (Run(run.rank, run.strength, run.steps, schedule) for run in (old, new))
+        return carry_rate(rate, first, second).best
 
     by_name: dict[str, RatePolicy] = {
         "keep the rate": lambda _old, _new, rate: rate,
