@@ -1,10 +1,9 @@
 """Policies that carry a tuned learning rate to another rank and G = gamma r, and formulas for an absolute rate."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from rora_theory.advice.measured import default_displacement_constants
+from rora_theory.advice.constants import CONSTANTS
 from rora_theory.advice.setting import Setting, rank_growth
 from rora_theory.advice.transfer import transfer
 from rora_theory.evidence.best_rates import exponent
@@ -68,11 +67,9 @@ def displacement_law(constant: float | None = None) -> RateFactor:
     """Return the policy of the displacement law.
 
     Args:
-      constant: Displacement constant K; by default the geometric mean of the range measured in SmolLM2-135M and Gemma 3
-        270M, over all numbers of steps.
+      constant: Displacement constant K; by default that of the advice, from SmolLM2-135M and Gemma 3 270M.
     """
-    low, high = default_displacement_constants()
-    chosen = math.sqrt(low * high) if constant is None else constant
+    chosen = CONSTANTS["displacement_constant"].value if constant is None else constant
 
     def factor(_: int, old_strength: float, __: int, strength: float) -> float:
         return best_rate_factor(old_strength, strength, displacement_constant=chosen)
