@@ -10,9 +10,9 @@ gradient is nearly constant while the loss has hardly changed. Every later step 
           w = -\gamma\, b\, \textstyle\sum_k S_k \left( a_k \cdot x' + a\, D_k \cdot x' \right)
 
 Here b and a are the distances that every entry of B and of A has moved (`distances`): b is the sum of the learning
-rates, and a starts to grow one step later. The first term is **B-led**, the second **A-led**. The law holds as long as
-no entry of :math:`G A^\top` changes its sign: without limit for one sample, otherwise for distances far below the
-quantiles `RowTerms.sign_change_distances`.
+rates, and a starts to grow one step later. The first term is the **B part**, the second the **A part**. The law holds
+as long as no entry of :math:`G A^\top` changes its sign: without limit for one sample, otherwise for distances far
+below the quantiles `RowTerms.sign_change_distances`.
 
 Rows of A are independent and identically distributed, so that with :math:`q_k = S_k(a_k \cdot x' + a D_k \cdot x')`
 at every rank
@@ -63,7 +63,7 @@ def distances(
     rates_A: Sequence[float] | Float[np.ndarray, " steps"] | None = None,
     *,
     decay: tuple[float, float] | None = (0.9, 0.999),
-    takeover: float = math.inf,
+    crossing_distance: float = math.inf,
 ) -> Distances:
     r"""Compute the distances that the entries of B and A move along constant signs.
 
@@ -71,21 +71,21 @@ def distances(
     moved. Adam follows a growing gradient faster, by :math:`\hat m / \sqrt{\hat v}` of the gradient's history. A's
     gradient grows with b, so that at a constant rate A moves up to :math:`\sqrt 3` times as fast as under sign descent
     (for a number of steps far above :math:`1/(1-\beta_1)` and far below :math:`1/(1-\beta_2)`). B's gradient grows as
-    :math:`1 + a/\mathrm{takeover}`.
+    :math:`1 + a/a_\times`.
 
     Args:
       rates_B: Learning rate of B in each step, 0 or more. A warm-up that starts at 0 has 0 as its first entry.
       rates_A: Learning rate of A in each step, if it differs (LoRA+). None uses ``rates_B``.
       decay: Adam's beta_1 and beta_2. None selects sign descent.
-      takeover: Distance a at which the A-led term equals the B-led term (`RowTerms.takeover`). It sets the growth of
-        B's gradient under Adam; infinity means a constant gradient.
+      crossing_distance: Distance a at which the A part equals the B part (`RowTerms.crossing_distance`). It sets the
+        growth of B's gradient under Adam; infinity means a constant gradient.
 
     Returns:
       The distances b and a after the last step.
 
     Raises:
       InputError: If there are no steps, the two schedules differ in length, a rate is negative, a decay is outside
-        [0, 1), or the takeover is not above 0 or is negligible compared to A's rates.
+        [0, 1), or the crossing distance is not above 0 or is negligible compared to A's rates.
 
     Examples:
       >>> distances([0.25] * 4, decay=None)
@@ -102,20 +102,20 @@ def distances(
         )
     if not (np.isfinite(rates_B).all() and np.isfinite(rates_A).all() and min(rates_B.min(), rates_A.min()) >= 0):
         raise InputError("rates_B and rates_A must be finite and at least 0, got a rate that is negative or not finite")
-    check_between("takeover", takeover, 0, closed="right")
-    # Adam squares B's gradient, which grows as 1 + a / takeover: float64 must represent the square.
+    check_between("crossing_distance", crossing_distance, 0, closed="right")
+    # Adam squares B's gradient, which grows as 1 + a / crossing_distance: float64 must represent the square.
     rate_sum = float(rates_A.sum())
-    if rate_sum / takeover > MAX_GRADIENT_GROWTH:
+    if rate_sum / crossing_distance > MAX_GRADIENT_GROWTH:
         raise InputError(
-            f"takeover must be at least {1 / MAX_GRADIENT_GROWTH:g} of the sum of A's rates, which is {rate_sum:.3g}; "
-            f"got {takeover!r}"
+            f"crossing_distance must be at least {1 / MAX_GRADIENT_GROWTH:g} of the sum of A's rates, which is "
+            f"{rate_sum:.3g}; got {crossing_distance!r}"
         )
     # Both factors start at distance 0, each with Adam moments of its own.
     adam_B, adam_A = _AdamStep(decay), _AdamStep(decay)
     b = a = 0.0
     for rate_B, rate_A in zip(rates_B.tolist(), rates_A.tolist(), strict=True):
         # Relative sizes of both gradients before the step: both factors are updated from the same point.
-        gradient_B, gradient_A = 1 + a / takeover, b
+        gradient_B, gradient_A = 1 + a / crossing_distance, b
         b += rate_B * adam_B.step(gradient_B)
         a += rate_A * adam_A.step(gradient_A)
     return Distances(b, a)
@@ -193,14 +193,14 @@ class RowTerms:
         square = self._square(rank, self.coherent(moved.A), self.total(moved.A))
         return scaling * moved.B * math.sqrt(square / self.p_out)
 
-    def takeover(self, rank: int) -> float:
-        r"""Compute the distance a at which the A-led term equals the B-led term, :math:`m_1 / m_2`.
+    def crossing_distance(self, rank: int) -> float:
+        r"""Compute the distance a at which the A part equals the B part, :math:`m_1 / m_2`.
 
-        Divided by A's learning rate it is the number of steps t_A after which A leads.
+        Divided by A's learning rate it is the number of steps t_A after which the A part is larger.
         """
-        led_B = self._square(rank, self.coherent.c0, self.total.c0)
-        led_A = self._square(rank, self.coherent.c2, self.total.c2)
-        return math.sqrt(led_B / led_A) if led_A > 0 else math.inf
+        B_part = self._square(rank, self.coherent.c0, self.total.c0)
+        A_part = self._square(rank, self.coherent.c2, self.total.c2)
+        return math.sqrt(B_part / A_part) if A_part > 0 else math.inf
 
     @staticmethod
     def _square(rank: int, coherent: float, total: float) -> float:
@@ -288,7 +288,7 @@ class RowSigns:
             )
         if not np.isfinite(x).all():
             raise InputError("x must be finite, got a NaN or infinite value")
-        # Products of the inputs with A (the B-led part u) and with D (the A-led part v), each [tokens, rows].
+        # Products of the inputs with A (the B part u) and with D (the A part v), each [tokens, rows].
         products_A, products_D = self.multiply(x, self.lora_A.T), self.multiply(x, self.directions.T)
         return [self._terms(products_A[part], products_D[part]) for part in parts]
 
@@ -383,14 +383,14 @@ def rate_exponents(rho: float) -> RateExponents:
     r"""Compute the exponents of the rate that preserves the change at a horizon, in the signal regime.
 
     Both terms then grow as r, and the change is :math:`\propto \gamma r\, \eta (1 + \rho)`. The ratio :math:`\rho` of
-    the A-led to the B-led term at the horizon is proportional to :math:`\eta`. A constant change requires
+    the A part to the B part at the horizon is proportional to :math:`\eta`. A constant change requires
 
     .. math:: \frac{d \log \eta^*}{d \log \gamma} = \frac{d \log \eta^*}{d \log r} = -\frac{1 + \rho}{1 + 2\rho}
 
-    The exponent is -1 if B leads and -1/2 if A leads.
+    The exponent is -1 if the B part dominates and -1/2 if the A part does.
 
     Args:
-      rho: Ratio of the A-led to the B-led term, 0 or more, or infinity; ``moved.A / takeover`` for `RowTerms`.
+      rho: Ratio of the A part to the B part, 0 or more, or infinity; ``moved.A / crossing_distance``.
 
     Returns:
       The exponents in gamma and in the rank.
@@ -407,15 +407,15 @@ def rate_exponents(rho: float) -> RateExponents:
     return RateExponents(slope, slope)
 
 
-def rate_factor(strength_ratio: float, rho: float) -> float:
+def rate_factor(gain_ratio: float, rho: float) -> float:
     r"""Compute the factor of the rate that preserves the change at the horizon when :math:`\gamma r` changes.
 
-    With s the ratio of strengths, the factor is the positive root y of :math:`y (1 + \rho y) = (1 + \rho) / s`: 1/s if
-    B leads (rho = 0), 1/sqrt(s) if A leads.
+    With s the ratio of the gains, the factor is the positive root y of :math:`y (1 + \rho y) = (1 + \rho) / s`: 1/s if
+    the B part dominates (rho = 0), 1/sqrt(s) if the A part does.
 
     Args:
-      strength_ratio: Factor :math:`\gamma' r' / (\gamma r)` by which the strength changes, above 0.
-      rho: Ratio of the A-led to the B-led term at the horizon under the old rate, 0 or more, or infinity.
+      gain_ratio: Factor :math:`\gamma' r' / (\gamma r)` by which the gain changes, above 0.
+      rho: Ratio of the A part to the B part at the horizon under the old rate, 0 or more, or infinity.
 
     Returns:
       The new learning rate divided by the old one.
@@ -429,11 +429,11 @@ def rate_factor(strength_ratio: float, rho: float) -> float:
       >>> tuple(round(1 / rate_factor(math.sqrt(128), rho), 1) for rho in (0.0, 1.0, math.inf))
       (11.3, 6.5, 3.4)
     """
-    check_positive("strength_ratio", strength_ratio)
+    check_positive("gain_ratio", gain_ratio)
     check_between("rho", rho, 0)
     if math.isinf(rho):
-        return strength_ratio**-0.5
-    target = (1 + rho) / strength_ratio
+        return gain_ratio**-0.5
+    target = (1 + rho) / gain_ratio
     # The root of rho y^2 + y - target, in a form that avoids cancellation at small rho.
     return 2 * target / (1 + math.sqrt(1 + 4 * rho * target))
 
@@ -443,18 +443,18 @@ def rate_for_equal_change(
     first: Sequence[float] | Float[np.ndarray, " steps"],
     second: Sequence[float] | Float[np.ndarray, " other_steps"],
     *,
-    takeover: float,
+    crossing_distance: float,
 ) -> float:
     r"""Compute the rate that preserves a model's change under another schedule, at one gamma r.
 
-    The law is Adam's along a constant gradient in the signal regime: :math:`b (1 + a / \mathrm{takeover})` is
+    The law is Adam's along a constant gradient in the signal regime: :math:`b (1 + a / a_\times)` is
     preserved, see `distances`.
 
     Args:
       rate: Learning rate of the first schedule, above 0.
       first: Factor of the rate in each step of the first schedule, at least one above 0.
       second: Factor of the rate in each step of the second schedule, at least one above 0.
-      takeover: Distance a at which the A-led term equals the B-led term, see `distances`. Infinity describes a weight
+      crossing_distance: Distance a at which the A part equals the B part, see `distances`. Infinity describes a weight
         trained directly (full fine-tuning).
 
     Returns:
@@ -469,8 +469,8 @@ def rate_for_equal_change(
             raise InputError(f"{name} must have at least one factor above 0, got none in {len(schedule)} steps")
 
     def log_change(schedule: Sequence[float] | Float[np.ndarray, "..."], peak_rate: float) -> float:
-        moved = distances(peak_rate * np.asarray(schedule), takeover=takeover)
-        return math.log(moved.B) + math.log1p(moved.A / takeover)
+        moved = distances(peak_rate * np.asarray(schedule), crossing_distance=crossing_distance)
+        return math.log(moved.B) + math.log1p(moved.A / crossing_distance)
 
     # A's distance depends on the rate in a way that has no closed form, so that the equation is solved numerically.
     target = log_change(first, rate)

@@ -1,10 +1,11 @@
-r"""The displacement law: how the best learning rate under Adam moves with G = gamma r once training has progressed.
+r"""The displacement law: how the best learning rate under Adam moves with the gain once training has progressed.
 
 Let b be the root-mean-square displacement of the entries of B from 0, and :math:`a = \lambda b` that of the entries of
-A from their start. With p and q the coherence of the two parts of the change, and :math:`G = \gamma r`,
+A from their start. The change of the layer is :math:`\gamma (B A_0 + B (A - A_0))`: its B part and its A part. With p
+and q the coherence of the two parts, and the gain :math:`G = \gamma r` (scaling times rank),
 
-.. math:: \text{B-led change} = G p b, \qquad \text{A-led change} = G q a b, \qquad
-          \rho = \frac{\text{A-led}}{\text{B-led}} = \frac{q a}{p}, \qquad W = G p b (1 + \rho)
+.. math:: \text{B part} = G p b, \qquad \text{A part} = G q a b, \qquad
+          \rho = \frac{\text{A part}}{\text{B part}} = \frac{q a}{p}, \qquad W = G p b (1 + \rho)
 
 Eliminating b gives
 
@@ -58,18 +59,18 @@ class RateRange(NamedTuple):
     high: float
 
 
-def has_displacement_ratio(strength: float, displacement_constant: float) -> bool:
+def has_displacement_ratio(gain: float, displacement_constant: float) -> bool:
     """Return whether `displacement_ratio` can be computed: 4 K / G must not overflow."""
-    return math.isfinite(4 * (displacement_constant / strength))
+    return math.isfinite(4 * (displacement_constant / gain))
 
 
-def displacement_ratio(strength: float, *, displacement_constant: float) -> float:
-    r"""Compute the ratio of the A-led to the B-led change at a given G.
+def displacement_ratio(gain: float, *, displacement_constant: float) -> float:
+    r"""Compute the ratio of the A part to the B part of the change at a given gain.
 
     The positive root of :math:`\rho (1 + \rho) = K / G`.
 
     Args:
-      strength: G = gamma r, above 0.
+      gain: G, scaling times rank, above 0.
       displacement_constant: K, 0 or more.
 
     Returns:
@@ -82,27 +83,27 @@ def displacement_ratio(strength: float, *, displacement_constant: float) -> floa
       >>> displacement_ratio(64.0, displacement_constant=128.0)
       1.0
     """
-    check_positive("strength", strength)
+    check_positive("gain", gain)
     check_not_negative("displacement_constant", displacement_constant)
-    if not has_displacement_ratio(strength, displacement_constant):
+    if not has_displacement_ratio(gain, displacement_constant):
         raise InputError(
-            f"strength must be larger for displacement_constant {displacement_constant:g}, got {strength!r}: their "
+            f"gain must be larger for displacement_constant {displacement_constant:g}, got {gain!r}: their "
             "ratio is not representable as a float"
         )
-    ratio = displacement_constant / strength
+    ratio = displacement_constant / gain
     # The root of rho^2 + rho - ratio, in a form without the difference that cancels at small ratios.
     return 2 * ratio / (1 + math.sqrt(1 + 4 * ratio))
 
 
-def measured_constant(strength: float, ratios: Sequence[float] | Float[np.ndarray, " modules"]) -> float:
+def measured_constant(gain: float, ratios: Sequence[float] | Float[np.ndarray, " modules"]) -> float:
     r"""Compute K from the ratios of a run's modules at one G.
 
     The median ratio over modules is used as rho in :math:`K = G \rho (1 + \rho)`. The run's learning rate should not
     exceed the best one; above it K grows with the rate.
 
     Args:
-      strength: G = gamma r used in training, above 0.
-      ratios: Root-mean-square A-led change divided by the B-led change, for each adapted module.
+      gain: G, scaling times rank, in training, above 0.
+      ratios: Root mean square of the A part of the change divided by that of the B part, for each adapted module.
 
     Returns:
       The displacement constant K.
@@ -114,24 +115,24 @@ def measured_constant(strength: float, ratios: Sequence[float] | Float[np.ndarra
       >>> measured_constant(64.0, [0.5, 1.0, 4.0])
       128.0
     """
-    check_positive("strength", strength)
+    check_positive("gain", gain)
     values = np.asarray(ratios, np.float64)
     if not values.size or not np.isfinite(values).all() or values.min() < 0:
         raise InputError(f"ratios must be one or more finite numbers of at least 0, got {values.tolist()}")
     median = float(np.median(values))
-    return strength * median * (1 + median)
+    return gain * median * (1 + median)
 
 
 def best_rate_factor(
-    old_strength: float, new_strength: float, *, displacement_constant: float, coherence: float = 1.0
+    old_gain: float, new_gain: float, *, displacement_constant: float, coherence: float = 1.0
 ) -> float:
     r"""Compute the factor by which the best learning rate changes when G changes.
 
     .. math:: \frac{\eta'}{\eta} = \frac{G (1 + c \rho)}{G' (1 + c \rho')}
 
     Args:
-      old_strength: G = gamma r at which the rate was tuned, above 0.
-      new_strength: G of the new setting, above 0.
+      old_gain: G at which the rate was tuned, above 0.
+      new_gain: G of the new setting, above 0.
       displacement_constant: K, 0 or more.
       coherence: c, from 1 to 2.
 
@@ -149,22 +150,22 @@ def best_rate_factor(
     """
     check_between("coherence", coherence, *COHERENCE_RANGE)
     old, new = (
-        strength * (1 + coherence * displacement_ratio(strength, displacement_constant=displacement_constant))
-        for strength in (old_strength, new_strength)
+        gain * (1 + coherence * displacement_ratio(gain, displacement_constant=displacement_constant))
+        for gain in (old_gain, new_gain)
     )
     return old / new
 
 
 def best_rate_exponent(
-    old_strength: float, new_strength: float, *, displacement_constant: float, coherence: float = 1.0
+    old_gain: float, new_gain: float, *, displacement_constant: float, coherence: float = 1.0
 ) -> float:
     r"""Compute the mean exponent of the best learning rate between two values of G.
 
     .. math:: -1 + \frac{\ln [(1 + c \rho) / (1 + c \rho')]}{\ln (G' / G)}
 
     Args:
-      old_strength: First value of G = gamma r, above 0.
-      new_strength: Second value of G, different from the first.
+      old_gain: First value of G, above 0.
+      new_gain: Second value of G, different from the first.
       displacement_constant: K, 0 or more.
       coherence: c, from 1 to 2.
 
@@ -172,25 +173,23 @@ def best_rate_exponent(
       The exponent, between -1 (G far above K) and -1/2 (G far below K).
 
     Raises:
-      InputError: If an argument is out of range or the two strengths are equal.
+      InputError: If an argument is out of range or the two gains are equal.
 
     Examples:
       >>> round(best_rate_exponent(64.0, 724.0, displacement_constant=130.0), 2)
       -0.77
     """
-    if old_strength == new_strength:
-        raise InputError(f"new_strength must differ from old_strength, got {new_strength!r} for both")
-    factor = best_rate_factor(
-        old_strength, new_strength, displacement_constant=displacement_constant, coherence=coherence
-    )
-    return math.log(factor) / math.log(new_strength / old_strength)
+    if old_gain == new_gain:
+        raise InputError(f"new_gain must differ from old_gain, got {new_gain!r} for both")
+    factor = best_rate_factor(old_gain, new_gain, displacement_constant=displacement_constant, coherence=coherence)
+    return math.log(factor) / math.log(new_gain / old_gain)
 
 
-def carry_rate(
+def transfer_rate(
     learning_rate: float,
     *,
-    old_strength: float,
-    new_strength: float,
+    old_gain: float,
+    new_gain: float,
     displacement_constants: tuple[float, float],
     old_steps: int | None = None,
     new_steps: int | None = None,
@@ -205,8 +204,8 @@ def carry_rate(
 
     Args:
       learning_rate: Best learning rate at the old G and number of steps, above 0.
-      old_strength: G = gamma r at which the rate was tuned, above 0.
-      new_strength: G of the new setting, above 0.
+      old_gain: G at which the rate was tuned, above 0.
+      new_gain: G of the new setting, above 0.
       displacement_constants: Lowest and highest K, 0 or more.
       old_steps: Number of optimizer steps for which the rate was tuned; None if the number does not change.
       new_steps: Number of optimizer steps of the new run; None if the number does not change.
@@ -221,8 +220,8 @@ def carry_rate(
     Examples:
       ``use_rslora`` at rank 128 with alpha 64 unchanged, and a run four times as long:
 
-      >>> rates = carry_rate(
-      ...     1e-3, old_strength=64.0, new_strength=724.0, displacement_constants=(88.0, 167.0),
+      >>> rates = transfer_rate(
+      ...     1e-3, old_gain=64.0, new_gain=724.0, displacement_constants=(88.0, 167.0),
       ...     old_steps=64, new_steps=256, steps_exponents=(-0.6, -0.4),
       ... )
       >>> [f"{rate:.2g}" for rate in rates]
@@ -241,7 +240,7 @@ def carry_rate(
     growth_of_steps = _growth_of_steps(old_steps, new_steps)
 
     def compute_rate(constant: float, coherence: float, exponent: float) -> float:
-        factor = best_rate_factor(old_strength, new_strength, displacement_constant=constant, coherence=coherence)
+        factor = best_rate_factor(old_gain, new_gain, displacement_constant=constant, coherence=coherence)
         return learning_rate * factor * growth_of_steps**exponent
 
     # Central values: K is a scale, so its middle is the geometric mean; the law itself has coherence 1.

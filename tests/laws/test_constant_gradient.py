@@ -197,7 +197,7 @@ def test_one_sample_adam(rates: list[float], ratio: float) -> None:
     terms = row_terms(grad, x[None], kaiming(8, 4000))
     for rank, seeds in ((8, 40), (64, 8)):
         rates_B = [ratio * rate for rate in rates]
-        moved = distances(rates_B, rates, takeover=terms.takeover(rank))
+        moved = distances(rates_B, rates, crossing_distance=terms.crossing_distance(rank))
         squares = mean_squares(grad, x[None], rank, rates, seeds=seeds, ratio=ratio)
         measured = math.sqrt(np.mean(squares))
         assert terms.rms(rank, scaling=1.0, moved=moved) == pytest.approx(measured, rel=0.03)
@@ -216,7 +216,7 @@ def test_many_tokens_adam() -> None:
             terms = row_terms(grad, read_at, kaiming(8, 4000))
             for rank in (8, 64):
                 for steps in (1, 8, 64):
-                    moved = distances([1e-3] * steps, takeover=terms.takeover(rank))
+                    moved = distances([1e-3] * steps, crossing_distance=terms.crossing_distance(rank))
                     law = terms.rms(rank, scaling=1.0, moved=moved)
                     squares = mean_squares(grad, read_at, rank, [1e-3] * steps, seeds=48)
                     if steps == 1:  # the rows that the terms rest on are 10 times as many as the adapters'
@@ -233,7 +233,7 @@ def test_turning_gradient() -> None:
     second = second * np.linalg.norm(first) / np.linalg.norm(second)
     steps, rank = 64, 16
     terms = row_terms(first, x, kaiming(8, 4000))
-    moved = distances([1e-3] * steps, takeover=terms.takeover(rank))
+    moved = distances([1e-3] * steps, crossing_distance=terms.crossing_distance(rank))
     law = terms.rms(rank, scaling=1.0, moved=moved)
     ratios = {}
     for theta in (0.0, 0.5, 3.0):
@@ -253,9 +253,9 @@ def test_rate_exponents_are_the_slopes_of_the_factor() -> None:
         step = 1e-5
         slope = math.log(rate_factor(math.exp(step), rho)) / step
         assert slope == pytest.approx(constant_gradient.rate_exponents(rho).scaling, abs=1e-4)
-        for strength in (0.1, 11.3):
-            y = rate_factor(strength, rho)
-            assert strength * y * (1 + rho * y) == pytest.approx(1 + rho, rel=1e-12)
+        for gain in (0.1, 11.3):
+            y = rate_factor(gain, rho)
+            assert gain * y * (1 + rho * y) == pytest.approx(1 + rho, rel=1e-12)
     assert rate_factor(9.0, math.inf) == pytest.approx(1 / 3)
 
 
@@ -320,8 +320,8 @@ def terms_of(square: constant_gradient.Quadratic) -> constant_gradient.RowTerms:
     return constant_gradient.RowTerms(square, square, (math.inf,) * 5, 1, 0)
 
 
-def test_a_never_takes_over_without_a_contribution() -> None:
-    assert terms_of(constant_gradient.Quadratic(1.0, 0.0, 0.0)).takeover(8) == math.inf
+def test_the_A_part_never_dominates_without_a_contribution() -> None:
+    assert terms_of(constant_gradient.Quadratic(1.0, 0.0, 0.0)).crossing_distance(8) == math.inf
 
 
 @pytest.mark.parametrize(
@@ -330,14 +330,14 @@ def test_a_never_takes_over_without_a_contribution() -> None:
         (lambda: distances([]), "rates_B"),
         (lambda: distances([-1.0]), "rates_B"),
         (lambda: distances([1.0], decay=(1.0, 0.9)), "decay"),
-        (lambda: distances([1.0], takeover=0.0), "takeover"),
-        (lambda: rate_factor(0.0, 1.0), "strength"),
+        (lambda: distances([1.0], crossing_distance=0.0), "crossing_distance"),
+        (lambda: rate_factor(0.0, 1.0), "gain_ratio"),
         (lambda: constant_gradient.rate_exponents(-1.0), "rho"),
         (lambda: constant_gradient.rate_exponents("1"), "rho.* '1'"),
         (lambda: rate_factor(2.0, None), "rho.* None"),
         (lambda: sgd.sgd_rate_exponents("1"), "growth.* '1'"),
         (lambda: sgd.sgd_rate_exponents(math.nan), "growth.* nan"),
-        (lambda: distances([1.0], takeover="1"), "takeover.* '1'"),
+        (lambda: distances([1.0], crossing_distance="1"), "crossing_distance.* '1'"),
         (lambda: row_terms(np.ones((2, 3)), np.ones((1, 3)), np.ones((1, 3))), "lora_A.* 1"),
         (
             lambda: row_terms(np.ones((2, 3)), np.ones((1, 4)), np.ones((2, 3))),
@@ -347,10 +347,10 @@ def test_a_never_takes_over_without_a_contribution() -> None:
             lambda: sgd.sgd_equivalent(np.ones((2, 3)), np.ones(3), rates=[1.0], scaling=1.0, momentum=1),
             "momentum",
         ),
-        (lambda: distances([1e-3] * 3, takeover=1e-300), "takeover.*1e-300"),
-        (lambda: constant_gradient.rate_for_equal_change(1e-3, [0.0], [1.0, 1.0], takeover=1.0), "first"),
-        (lambda: constant_gradient.rate_for_equal_change(1e-3, [1.0], [0.0, 0.0], takeover=1.0), "second"),
-        (lambda: constant_gradient.rate_for_equal_change(0.0, [1.0], [1.0], takeover=1.0), r"rate.* 0\.0"),
+        (lambda: distances([1e-3] * 3, crossing_distance=1e-300), "crossing_distance.*1e-300"),
+        (lambda: constant_gradient.rate_for_equal_change(1e-3, [0.0], [1.0, 1.0], crossing_distance=1.0), "first"),
+        (lambda: constant_gradient.rate_for_equal_change(1e-3, [1.0], [0.0, 0.0], crossing_distance=1.0), "second"),
+        (lambda: constant_gradient.rate_for_equal_change(0.0, [1.0], [1.0], crossing_distance=1.0), r"rate.* 0\.0"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -359,7 +359,9 @@ def test_bad_input(call: Callable, words: str) -> None:
         call()
 
 
-def test_a_takeover_distance_whose_square_underflows_is_refused() -> None:
+def test_a_crossing_distance_whose_square_underflows_is_refused() -> None:
     """At the bound the step is still that of the limit, where B's gradient is a ramp from step 3 on."""
     smallest = 3e-3 / constant_gradient.MAX_GRADIENT_GROWTH * (1 + 1e-9)
-    assert distances([1e-3] * 3, takeover=smallest) == pytest.approx(distances([1e-3] * 3, takeover=1e-50))
+    assert distances([1e-3] * 3, crossing_distance=smallest) == pytest.approx(
+        distances([1e-3] * 3, crossing_distance=1e-50)
+    )

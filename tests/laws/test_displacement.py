@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rora_theory.errors import InputError
 from rora_theory.laws import displacement
 
-strengths = st.floats(0.5, 2e3)
+gains = st.floats(0.5, 2e3)
 
 
 def ordered(low: float, high: float) -> st.SearchStrategy[tuple[float, ...]]:
@@ -22,16 +22,16 @@ def ordered(low: float, high: float) -> st.SearchStrategy[tuple[float, ...]]:
     return st.tuples(st.floats(low, high), st.floats(low, high)).map(sorted).map(tuple)
 
 
-@given(strengths, st.floats(0, 1e6))
-def test_the_ratio_solves_the_quadratic(strength: float, constant: float) -> None:
-    ratio = displacement.displacement_ratio(strength, displacement_constant=constant)
+@given(gains, st.floats(0, 1e6))
+def test_the_ratio_solves_the_quadratic(gain: float, constant: float) -> None:
+    ratio = displacement.displacement_ratio(gain, displacement_constant=constant)
     assert ratio >= 0
-    assert ratio * (1 + ratio) == pytest.approx(constant / strength, rel=1e-12)
+    assert ratio * (1 + ratio) == pytest.approx(constant / gain, rel=1e-12)
 
 
-def change(b: jax.Array, a: jax.Array, strength: float, p: float, q: float) -> jax.Array:
+def change(b: jax.Array, a: jax.Array, gain: float, p: float, q: float) -> jax.Array:
     """Return the size of the change after all entries of B have moved by b and all of A by a."""
-    return strength * (p * b + q * a * b)
+    return gain * (p * b + q * a * b)
 
 
 @pytest.mark.parametrize("multiplier", [0.125, 1.0, 8.0])
@@ -39,15 +39,15 @@ def test_autodiff_of_the_change_gives_the_effective_step(multiplier: float) -> N
     """W is differentiated by a step of B alone (c = 1) and of both factors (c = 2), at equal W for every G."""
     p, q, target = 0.7, 90.0, 0.05
     steps = {}
-    for strength in (16.0, 724.0):
+    for gain in (16.0, 724.0):
         # Solve for the displacement at which the change is `target`, independently of the module under test.
-        roots = np.roots([strength * q * multiplier, strength * p, -target])
+        roots = np.roots([gain * q * multiplier, gain * p, -target])
         b = float(roots[roots > 0][0])
         a = multiplier * b
-        d_b, d_a = jax.grad(change, argnums=(0, 1))(jnp.float32(b), jnp.float32(a), strength, p, q)
-        steps[strength] = {1.0: float(d_b), 2.0: float(d_b + multiplier * d_a)}
+        d_b, d_a = jax.grad(change, argnums=(0, 1))(jnp.float32(b), jnp.float32(a), gain, p, q)
+        steps[gain] = {1.0: float(d_b), 2.0: float(d_b + multiplier * d_a)}
         constant = multiplier * q * target / p**2
-        ratio = displacement.displacement_ratio(strength, displacement_constant=constant)
+        ratio = displacement.displacement_ratio(gain, displacement_constant=constant)
         assert ratio == pytest.approx(q * a / p, rel=1e-5)
     for coherence in (1.0, 2.0):
         expected = steps[16.0][coherence] / steps[724.0][coherence]
@@ -68,8 +68,8 @@ def test_simulated_factors_follow_the_law() -> None:
     unit_B = np.sign(random.normal(size=(p_out, 1)) * (start @ x) + 0.2 * random.normal(size=(p_out, rank)))
     unit_A = np.sign(x + 0.2 * random.normal(size=(rank, p_in))) * np.sign(unit_B[:1].T)
     constants, steps = [], []
-    for strength in (16.0, 64.0, 724.0):
-        gamma = strength / rank
+    for gain in (16.0, 64.0, 724.0):
+        gamma = gain / rank
 
         def parts(b: float, gamma: float = gamma) -> tuple[float, float, float]:
             led_B, led_A = gamma * b * unit_B @ start @ x, gamma * b * unit_B @ (b * unit_A) @ x
@@ -82,7 +82,7 @@ def test_simulated_factors_follow_the_law() -> None:
             middle = math.sqrt(low * high)
             low, high = (middle, high) if parts(middle)[2] < target else (low, middle)
         led_B, led_A, _ = parts(low)
-        constants.append(displacement.measured_constant(strength, [led_A / led_B]))
+        constants.append(displacement.measured_constant(gain, [led_A / led_B]))
         # The effective step of both factors, by a finite difference.
         steps.append((parts(low * 1.0001)[2] - parts(low)[2]) / (0.0001 * low))
     assert max(constants) / min(constants) < 1.05
@@ -92,11 +92,11 @@ def test_simulated_factors_follow_the_law() -> None:
         assert factor == pytest.approx(s0 / s1, rel=0.05)
 
 
-@pytest.mark.parametrize("strength", [1e-320, 1e-307, 5e-307])
-def test_a_ratio_that_overflows_is_refused(strength) -> None:
+@pytest.mark.parametrize("gain", [1e-320, 1e-307, 5e-307])
+def test_a_ratio_that_overflows_is_refused(gain) -> None:
     """An infinite 4 K / G would give a ratio of nan or 0."""
-    with pytest.raises(InputError, match=f"strength .* {strength!r}:"):
-        displacement.displacement_ratio(strength, displacement_constant=100.0)
+    with pytest.raises(InputError, match=f"gain .* {gain!r}:"):
+        displacement.displacement_ratio(gain, displacement_constant=100.0)
     assert displacement.displacement_ratio(1e-305, displacement_constant=100.0) == pytest.approx(math.sqrt(1e307))
 
 
@@ -111,34 +111,34 @@ def test_the_exponent_runs_from_minus_one_half_to_minus_one() -> None:
         assert exponents[-1] == pytest.approx(-1.0, abs=1e-3)
 
 
-def carry(**changed: Any) -> displacement.RateRange:
+def transfer(**changed: Any) -> displacement.RateRange:
     """Carry a rate from 64 to 256 steps and from G = 64 to 724, or with changed arguments."""
     arguments = {
-        "learning_rate": 1e-3, "old_strength": 64.0, "new_strength": 724.0, "displacement_constants": (88.0, 167.0),
+        "learning_rate": 1e-3, "old_gain": 64.0, "new_gain": 724.0, "displacement_constants": (88.0, 167.0),
         "old_steps": 64, "new_steps": 256, "steps_exponents": (-0.6, -0.4),
     } | changed  # fmt: skip
-    return displacement.carry_rate(arguments.pop("learning_rate"), **arguments)
+    return displacement.transfer_rate(arguments.pop("learning_rate"), **arguments)
 
 
 @given(
-    strength=strengths,
+    gain=gains,
     steps=st.none() | st.integers(1, 5000),
     constants=ordered(0.0, 1e4),
     exponents=ordered(-1.0, 0.0),
     shares=st.tuples(*[st.floats(0, 1)] * 3),
 )
 def test_a_carried_rate_covers_every_constant_coherence_and_exponent(
-    strength: float, steps: int | None, constants: tuple, exponents: tuple, shares: tuple
+    gain: float, steps: int | None, constants: tuple, exponents: tuple, shares: tuple
 ) -> None:
     """Its ends are the law's at ends of the three ranges, and no point within them lies outside."""
     growth, ranges = 1.0 if steps is None else steps / 64, (constants, (1.0, 2.0), exponents)
 
     def law(constant: float, coherence: float, exponent: float) -> float:
-        factor = displacement.best_rate_factor(64.0, strength, displacement_constant=constant, coherence=coherence)
+        factor = displacement.best_rate_factor(64.0, gain, displacement_constant=constant, coherence=coherence)
         return 1e-3 * factor * growth**exponent
 
-    rates = carry(
-        new_strength=strength, displacement_constants=constants, steps_exponents=exponents,
+    rates = transfer(
+        new_gain=gain, displacement_constants=constants, steps_exponents=exponents,
         old_steps=None if steps is None else 64, new_steps=steps,
     )  # fmt: skip
     ends = [law(*corner) for corner in itertools.product(*ranges)]
@@ -151,22 +151,22 @@ def test_a_carried_rate_covers_every_constant_coherence_and_exponent(
 @pytest.mark.parametrize(
     ("call", "argument", "value"),
     [
-        (lambda: carry(learning_rate=0.0), "learning_rate", "0.0"),
-        (lambda: carry(new_strength=-1.0), "strength", "-1.0"),
-        (lambda: carry(displacement_constants=(2.0, 1.0)), "displacement_constants", r"\(2.0, 1.0\)"),
-        (lambda: carry(displacement_constants=(-1.0, 1.0)), "displacement_constant", "-1.0"),
-        (lambda: carry(steps_exponents=(-0.4, -0.6)), "steps_exponents", r"\(-0.4, -0.6\)"),
-        (lambda: carry(steps_exponents=(math.nan, -0.6)), "steps_exponents", "nan"),
-        (lambda: carry(old_steps=None), "old_steps", "given together"),
-        (lambda: carry(new_steps=None), "new_steps", "given together"),
-        (lambda: carry(new_steps=0), "new_steps", "0"),
-        (lambda: displacement.displacement_ratio(0.0, displacement_constant=1.0), "strength", "0.0"),
+        (lambda: transfer(learning_rate=0.0), "learning_rate", "0.0"),
+        (lambda: transfer(new_gain=-1.0), "gain", "-1.0"),
+        (lambda: transfer(displacement_constants=(2.0, 1.0)), "displacement_constants", r"\(2.0, 1.0\)"),
+        (lambda: transfer(displacement_constants=(-1.0, 1.0)), "displacement_constant", "-1.0"),
+        (lambda: transfer(steps_exponents=(-0.4, -0.6)), "steps_exponents", r"\(-0.4, -0.6\)"),
+        (lambda: transfer(steps_exponents=(math.nan, -0.6)), "steps_exponents", "nan"),
+        (lambda: transfer(old_steps=None), "old_steps", "given together"),
+        (lambda: transfer(new_steps=None), "new_steps", "given together"),
+        (lambda: transfer(new_steps=0), "new_steps", "0"),
+        (lambda: displacement.displacement_ratio(0.0, displacement_constant=1.0), "gain", "0.0"),
         (lambda: displacement.displacement_ratio(1.0, displacement_constant=-1.0), "displacement_constant", "-1.0"),
         (lambda: displacement.displacement_ratio(1.0, displacement_constant=math.nan), "displacement_constant", "nan"),
         (lambda: displacement.measured_constant(1.0, []), "ratios", r"\[\]"),
         (lambda: displacement.measured_constant(1.0, [-0.5]), "ratios", "-0.5"),
         (lambda: displacement.best_rate_factor(1.0, 2.0, displacement_constant=1.0, coherence=3.0), "coherence", "3.0"),
-        (lambda: displacement.best_rate_exponent(2.0, 2.0, displacement_constant=1.0), "new_strength", "2.0"),
+        (lambda: displacement.best_rate_exponent(2.0, 2.0, displacement_constant=1.0), "new_gain", "2.0"),
     ],
 )
 def test_arguments_out_of_range_are_refused(call, argument: str, value: str) -> None:

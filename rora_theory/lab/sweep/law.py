@@ -87,7 +87,7 @@ def predict_exponents(
         takeover = float(np.quantile(takeovers, quantile))
         rates_of_steps = rate * schedule_factor(schedule, np.arange(count), steps=count, warmup=warmup)
         # Ratio of the A-led to the B-led part at the end of the run, which decides how much the rate changes.
-        rho = constant_gradient.distances(rates_of_steps, takeover=takeover).A / takeover
+        rho = constant_gradient.distances(rates_of_steps, crossing_distance=takeover).A / takeover
         divisor = 1 / constant_gradient.rate_factor(strengths[1] / strengths[0], rho)
         exponent = -math.log(divisor) / math.log(strengths[1] / strengths[0])
         rows.append((count, rate, quantile, takeover, divisor, exponent))
@@ -264,7 +264,8 @@ def step_exponents(
                 schedule_factor(schedule, np.arange(count), steps=count, warmup=warmup) for count in (first, second)
             ]
             preserving_rates = [
-                constant_gradient.rate_for_equal_change(rate, *schedules, takeover=distance) for distance in distances
+                constant_gradient.rate_for_equal_change(rate, *schedules, crossing_distance=distance)
+                for distance in distances
             ]
             law = sorted(math.log2(preserving / rate) / octaves for preserving in preserving_rates)
             edge, seeds = _edge_of_pair(*ends), len(ends[0].losses)

@@ -449,7 +449,7 @@ def measure_takeover(
             for rank in TAKEOVER_RANKS:
                 relative_deviation = inits.entries(init, rank=rank, p_in=p_in).deviation / deviation
                 row = {"layer": index, "module": layer.name, "split": split, "init": init, "rank": rank}
-                row["takeover"] = relative_deviation * law.takeover(rank)
+                row["takeover"] = relative_deviation * law.crossing_distance(rank)
                 if config.is_exact:
                     for percent, distance in zip(SIGN_FLIP_PERCENTS, law.sign_change_distances, strict=True):
                         row[f"turn_{percent}"] = relative_deviation * distance

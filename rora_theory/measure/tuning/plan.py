@@ -19,7 +19,7 @@ from rora_theory.advice import measured
 from rora_theory.advice.best_rate import Run
 from rora_theory.advice.best_rate import carry_rate as carry_to
 from rora_theory.errors import InputError
-from rora_theory.laws.displacement import RateRange, carry_rate
+from rora_theory.laws.displacement import RateRange, transfer_rate
 from rora_theory.optimizers import Schedule
 from rora_theory.scaling import check_integer, check_not_negative, check_positive, check_share
 
@@ -375,10 +375,10 @@ def carry_steps(learning_rate: float, old_steps: int, new_steps: int, schedule: 
         (max(old_steps, limit), max(new_steps, limit), measured.steps_exponents(schedule)),
     ):
         # At an unchanged gamma * r the displacement constant has no effect.
-        factors = carry_rate(
+        factors = transfer_rate(
             1.0,
-            old_strength=1.0,
-            new_strength=1.0,
+            old_gain=1.0,
+            new_gain=1.0,
             displacement_constants=(0.0, 0.0),
             old_steps=first,
             new_steps=last,

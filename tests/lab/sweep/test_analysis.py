@@ -139,7 +139,7 @@ def adams_power(takeover: float, rate: float = 1e-3) -> float:
     """Find the power of the steps from 16 to 64 that preserves b (1 + a / takeover) under Adam, by bisection."""
 
     def change(steps: int, rate: float) -> float:
-        distance = distances(rate * warm_up_factors(steps), takeover=takeover)
+        distance = distances(rate * warm_up_factors(steps), crossing_distance=takeover)
         return distance.B * (1 + distance.A / takeover)
 
     low, high = rate / 64, rate
@@ -339,7 +339,7 @@ def test_beside_a_run_that_diverged_the_exponent_is_known_to_half_a_step_of_the_
 @pytest.mark.parametrize("takeover", [1e-4, 0.004, 1.0, math.inf])
 def test_the_law_in_the_steps_is_that_of_adam(takeover: float) -> None:
     """If A takes over, its gradient grows and Adam follows faster than a constant gradient; not where B leads."""
-    rate = rate_for_equal_change(1e-3, warm_up_factors(16), warm_up_factors(64), takeover=takeover)
+    rate = rate_for_equal_change(1e-3, warm_up_factors(16), warm_up_factors(64), crossing_distance=takeover)
     power = math.log(rate / 1e-3, 4)
     assert power == pytest.approx(adams_power(takeover), abs=1e-6)
     assert (power < CONSTANT - 0.1) if takeover < 0.01 else power == pytest.approx(CONSTANT, abs=0.01)
@@ -660,10 +660,10 @@ def test_the_parts_of_each_reading_are_summarised_with_the_law() -> None:
     assert 0.5 < row["ratio_low"] < 0.6 < 1.8 < row["ratio_high"] < 2
     assert row["exponent_low"] < row["exponent"] < row["exponent_high"]
     rates = [0, 2.5e-4, 5e-4, 7.5e-4] + 12 * [1e-3]
-    assert row["law_ratio"] == pytest.approx(distances(rates, takeover=0.004).A / 0.004)
+    assert row["law_ratio"] == pytest.approx(distances(rates, crossing_distance=0.004).A / 0.004)
     decaying = rates[:4] + [1e-3 * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(12)]
     (cosine,) = parts.led_table(runs, **LAW, schedule="cosine").to_dict("records")
-    assert cosine["law_ratio"] == pytest.approx(distances(decaying, takeover=0.004).A / 0.004)
+    assert cosine["law_ratio"] == pytest.approx(distances(decaying, crossing_distance=0.004).A / 0.004)
     assert "law_ratio" not in parts.led_table(runs, takeovers=[], warmup=4)
     still = {name: [*values, 0.0] for name, values in runs[0].read.readings[0].parts.items()}
     runs[0].read.readings[0] = replace(runs[0].read.readings[0], parts=still)

@@ -174,7 +174,7 @@ def test_takeover_is_the_law_of_a_at_its_own_deviation(init) -> None:
     for row in exact:
         lora_A = drawn * (256 / row["rank"] if init == "gaussian" else 1)
         law = constant_gradient.row_terms(grad, layer.inputs[row["split"]], lora_A)
-        assert row["takeover"] == pytest.approx(law.takeover(row["rank"]), rel=1e-6)
+        assert row["takeover"] == pytest.approx(law.crossing_distance(row["rank"]), rel=1e-6)
         assert [row[f"turn_{n}"] for n in (5, 25, 50, 75, 95)] == pytest.approx(
             list(law.sign_change_distances), rel=1e-6
         )
