@@ -60,8 +60,8 @@ def led_table(
             # The law's ratio at a constant gradient is the distance that A moves over the takeover distance.
             if takeover is not None:
                 factors = schedule_factor(schedule, np.arange(reading.step), steps=reading.step, warmup=warmup)
-                moved = constant_gradient.distances(run.rate * factors, crossing_distance=takeover)
-                row["law_ratio"] = moved.A / takeover
+                law = constant_gradient.distances(run.rate * factors, crossing_distance=takeover)
+                row["law_ratio"] = law.A / takeover
             rows.append(row)
     return pd.DataFrame(rows)
 
