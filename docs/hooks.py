@@ -15,12 +15,18 @@ from typing import Any
 from mkdocs.structure.files import File, Files, InclusionLevel
 from PIL import Image
 
+from rora_theory.advice import measured
+from rora_theory.laws import displacement
+
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
 
 SERVED_SUFFIXES = {".png", ".csv", ".jsonl"}
 """Files of a published run that the site serves, beside its manifest and its tables."""
 THUMBNAIL_WIDTH = 480
+
+CALCULATOR_CONSTANTS = "assets/constants.json"
+"""File of the calculator's constants, which the package has."""
 
 MATHJAX = ("tex-chtml.js", "output/chtml/fonts/woff-v2")
 """The script that typesets mathematics in a browser, and the folder of its fonts."""
@@ -53,12 +59,37 @@ def on_files(files: Files, *, config: Any) -> Files:
         if path.suffix == ".png":
             thumbnail = f"thumbnails/{path.relative_to(PUBLISHED).with_suffix('.webp').as_posix()}"
             files.append(File.generated(config, thumbnail, content=thumbnail_of(path)))
+    files.append(File.generated(config, CALCULATOR_CONSTANTS, content=json.dumps(calculator_constants())))
     mathjax = Path(str(resources.files("mathjax"))) / "static" / "mathjax" / "es5"
     for script in (mathjax / name for name in MATHJAX):
         for path in [script] if script.is_file() else sorted(script.iterdir()):
             name = f"assets/mathjax/{path.relative_to(mathjax).as_posix()}"
             files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
+
+
+def calculator_constants() -> dict[str, Any]:
+    """Return the constants of the advice that the calculator uses."""
+    constants: dict[str, list[dict[str, float]]] = {}
+    factors: dict[str, list[float]] = {"constant": [1.0, 1.0]}
+    for name, entry in measured.ENTRIES.items():
+        if name.startswith("displacement_constant_"):
+            low, high = entry["ranges"]["constant"]
+            row = {"steps": entry["steps"], "low": low, "high": high}
+            constants.setdefault(entry["model"], []).append(row)
+        if name.startswith("schedule_factor_"):
+            factors[entry["schedule"]] = entry["ranges"]["ratio"]
+    return {
+        "displacement_constants": {
+            model: sorted(rows, key=lambda row: row["steps"]) for model, rows in constants.items()
+        },
+        "coherence": displacement.COHERENCE_RANGE,
+        "steps_exponents": {
+            "constant": measured.steps_exponents("constant"),
+            "any": measured.steps_exponents("cosine"),
+        },
+        "schedule_factors": factors,
+    }
 
 
 def tables_page(path: Path) -> str:

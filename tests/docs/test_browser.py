@@ -1,8 +1,9 @@
-"""The site in a browser: mathematics, phone, dark mode, gallery; the calculator by keyboard, with files, bad input."""
+"""The site in a browser: mathematics, phone, dark mode, gallery; the calculator by keyboard and with bad input."""
 
 import functools
 import http.server
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ return [...document.querySelectorAll(selector)].filter((node) => node.getClientR
 BEYOND = """
 return [...document.querySelectorAll("article *")].filter((node) => {
   if (getComputedStyle(node).position === "absolute") return false;
-  if (node.closest("pre, [hidden], .md-typeset__scrollwrap, .arithmatex, thead")) return false;  // heads: screen readers
+  if (node.closest("pre, [hidden], .md-typeset__scrollwrap, .arithmatex, thead")) return false;
   return node.getBoundingClientRect().right > innerWidth + 0.5;
 }).map((node) => node.outerHTML.slice(0, 80));
 """
@@ -114,10 +115,6 @@ def shown_answer(browser: Any) -> str:
     return browser.find_element(By.ID, "calculator-status").text
 
 
-def answer(old: Setting, rank: int, regime: Any = "signal", **to: Any) -> str:
-    return transfer(old, rank, regime, **to).sentence()
-
-
 def type_text(browser: Any, name: str, text: str) -> None:
     """Replace the content of a field by typing."""
     field = browser.find_element(By.NAME, name)
@@ -140,54 +137,66 @@ def set_screen(browser: Any, width: int, height: int) -> None:
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
+def advised_rate(rank: int, **to: Any) -> str:
+    """Return the rate that the library advises for the page's tuned setting, as the page writes it."""
+    rate = transfer(Setting(16, 32.0, 2e-4), rank, **to).learning_rate
+    return re.sub(r"\.?0*e-0?", "e-", f"{rate:.2e}")
+
+
 def test_keyboard_operation(page) -> None:
-    assert shown_answer(page) == answer(Setting(16, 32.0, 2e-4), 128)
+    """The four fields come first, then the folded ones; the address keeps what was typed."""
+    assert shown_answer(page) == "At rank 128, keep lora_alpha=32 and keep the learning rate 2e-4."
     reached, keys = [], webdriver.ActionChains(page)
-    typed = {"from-rank": "8", "to-rank": "256", "to-alpha": "16", "steps": "64", "to-steps": "300"}
-    page.execute_script(
-        "document.querySelector('#calculator-form legend').tabIndex = -1; document.activeElement.blur()"
-    )
-    page.execute_script("document.querySelector('#calculator-form legend').focus()")
-    for _ in range(18):
+    typed = {"to-rank": "256", "to-alpha": "16", "steps": "64", "to-steps": "300"}
+    page.execute_script("document.querySelector('#calculator-form').tabIndex = -1; document.activeElement.blur()")
+    page.execute_script("document.querySelector('#calculator-form').focus()")
+    for _ in range(12):
         keys.send_keys(Keys.TAB).perform()
-        name = page.switch_to.active_element.get_attribute("name")
+        focused = page.switch_to.active_element
+        name = focused.get_attribute("name") or focused.tag_name
         reached.append(name)
+        if name == "summary":
+            keys.send_keys(Keys.SPACE).perform()
         if name == "to-rule":
             keys.send_keys(Keys.DOWN, Keys.DOWN).perform()  # letters would have to come within a second
         if name in typed:
             keys.key_down(Keys.CONTROL).send_keys("a").key_up(Keys.CONTROL).send_keys(typed[name]).perform()
         outline = page.execute_script("return getComputedStyle(document.activeElement).outlineStyle")
-        assert name is None or outline != "none", f"one does not see that {name} has the focus"
-        if name == "file":
-            break
-    inputs = ["optimizer", "init", "rule", "from-rank", "alpha", "lr", "to-rank", "to-rule", "to-alpha"]
-    runs = ["steps", "to-steps", "schedule", "to-schedule", "displacement-constant"]
-    assert reached == [*inputs, *runs, "regime", "file"]  # the file's tokens: with a file alone
-    expected = answer(Setting(8, 32.0, 2e-4), 256, rule="rslora", alpha=16.0, steps=64, to_steps=300)
-    assert shown_answer(page) == expected
+        assert outline != "none", f"one does not see that {name} has the focus"
+    first = ["from-rank", "alpha", "lr", "to-rank", "summary"]
+    folded = ["to-alpha", "rule", "to-rule", "steps", "to-steps", "schedule", "to-schedule"]
+    assert reached == first + folded
+    rate = advised_rate(256, rule="rslora", alpha=16.0, steps=64, to_steps=300)
+    expected = shown_answer(page)
+    assert f", to {rate} (" in expected
+    assert "set lora_alpha=256 without use_rslora and divide the learning rate by" in expected
     assert "to-rank=256" in page.current_url
     go_again(page)
     assert shown_answer(page) == expected
+    assert page.find_element(By.NAME, "to-alpha").is_displayed(), "what the address sets is not folded"
 
 
 def test_accessible_names(page) -> None:
+    page.find_element(By.CSS_SELECTOR, "#calculator-form summary").click()
     fields = page.find_elements(By.CSS_SELECTOR, "#calculator-form :is(input, select)")
     labels = [field.accessible_name for field in fields]
-    assert len(set(labels)) == len(labels) == 17
+    assert len(set(labels)) == len(labels) == 11
     assert all(labels)
     assert "Steps of the new run" in labels
-    drawings = page.find_elements(By.CSS_SELECTOR, "#calculator-result svg")
-    assert [drawing.aria_role for drawing in drawings] == ["image", "image"]
-    assert "at rank 128 it is 1 times the tuned one if the signal dominates, 0.354 times" in drawings[0].accessible_name
-    assert "at rank 128 0.0002 (rate to use), 0.0002 (lowest)" in drawings[1].accessible_name
+    (drawing,) = page.find_elements(By.CSS_SELECTOR, "#calculator-result svg")
+    assert drawing.aria_role == "image"
+    rate = advised_rate(128, alpha=256.0)
+    assert (
+        f"At rank 128: 2e-4 with alpha = 32, {advised_rate(128, rule='rslora', alpha=32.0)}" in drawing.accessible_name
+    )
+    assert f"{rate} with alpha = 2r" in drawing.accessible_name
     live = page.find_element(By.ID, "calculator-status")
     assert (live.get_attribute("aria-live"), live.aria_role) == ("polite", "status")
     table = page.find_element(By.CSS_SELECTOR, "#calculator-result table")
-    assert table.accessible_name.startswith("Learning rate for common choices at rank 128")
-    cells = [cell.text for cell in table.find_elements(By.CSS_SELECTOR, "tbody tr:nth-child(2) > *")]
-    row = transfer(Setting(16, 32.0, 2e-4), 128).alternatives()[1]
-    assert cells == [row.name, "2.828", f"{row.divisor:.3g}", f"{row.learning_rate:.3g}"]
-    assert len(page.find_elements(By.CSS_SELECTOR, "fieldset > legend")) == 3
+    assert table.accessible_name.startswith("Other choices")
+    cells = [cell.text for cell in table.find_elements(By.CSS_SELECTOR, "tbody tr:nth-child(4) > *")]
+    assert cells[0] == "alpha = 2r"
+    assert cells[1].startswith(f"{rate} (")
 
 
 def test_no_page_scrolls_sideways_on_a_phone(page, site) -> None:
@@ -206,11 +215,6 @@ def test_no_page_scrolls_sideways_on_a_phone(page, site) -> None:
         if page_width != width or beyond:
             too_wide[width, place] = (page_width, beyond)
     assert too_wide == {}
-    # The calculator, which is the last page: its table has no visible heads, which stand beside each cell.
-    table = page.find_element(By.CSS_SELECTOR, "#calculator-result table")
-    assert table.aria_role == "table"
-    content = "return getComputedStyle(arguments[0], '::before').content"
-    assert page.execute_script(content, table.find_element(By.TAG_NAME, "td")) == '"scaling"'
 
 
 @pytest.mark.parametrize("place", ["reference/theory/", "explanation/law/"])
@@ -235,12 +239,17 @@ def test_mathematics_is_typeset(page, site, place) -> None:
         assert max(heights) > 3 * 20
 
 
-def test_the_calculator_shows_its_answer_above_the_fold(page, site) -> None:
+def test_fields_answer_and_chart_are_one_screen(page, site) -> None:
+    """On a common phone and on a laptop, with the advanced fields folded."""
     for width, height in ((390, 844), (1280, 720)):
         set_screen(page, width, height)
         go(page, f"{site}/calculator/")
         assert shown_answer(page)
-        bottom = "return document.getElementById('calculator-status').getBoundingClientRect().bottom"
+        shown = [
+            field for field in page.find_elements(By.CSS_SELECTOR, "#calculator-form input") if field.is_displayed()
+        ]
+        assert len(shown) == 4
+        bottom = "return document.querySelector('#calculator-result svg').getBoundingClientRect().bottom"
         assert page.execute_script(bottom) <= height
 
 
@@ -258,12 +267,12 @@ def test_contrast(page, site, scheme) -> None:
     def lowest(selector: str, value: str = "color") -> float:
         return min(page.execute_script(CONTRAST, selector, value))
 
-    enabled = "#calculator-form :is(label, legend, input:enabled, select:enabled)"
+    enabled = "#calculator-form :is(label, input, select)"
     table = ".calculator-table :is(th, td, caption)"
     texts = (enabled, table, "#calculator-status", "#calculator-result pre code", "#calculator-result figcaption")
     ratios = {selector: lowest(selector) for selector in texts}
     ratios["figures"] = lowest("#calculator-result svg text", "fill")
-    lines = {number: lowest(f".line-{number}", "stroke") for number in range(3)}
+    lines = {number: lowest(f".line-{number}", "stroke") for number in range(4)}
     lines["input"] = lowest("#calculator-form input", "borderTopColor")
     type_text(page, "alpha", "0")
     ratios["error"] = lowest("#calculator-status")
@@ -271,53 +280,13 @@ def test_contrast(page, site, scheme) -> None:
     assert {name: ratio for name, ratio in lines.items() if ratio < 3} == {}
 
 
-def test_a_file_is_chosen_or_dropped(page, tmp_path) -> None:
-    head = "layer,module,p_in,p_out,split,tokens,optimizer,init,linear_term\n"
-    terms = {
-        "model.layers.0.self_attn.q_proj": 7.5,
-        "model.layers.0.mlp.down_proj": 120.0,
-        "model.layers.1.mlp.down_proj": 3.0,
-    }
-    rows = [f"0,{name},8,8,heldout,9,adam,kaiming_uniform,{c}" for name, c in terms.items()]
-    rows += [f"0,{name},8,8,train,9,adam,kaiming_uniform,{2 * c}" for name, c in terms.items()]
-    (tmp_path / "crossing_ranks.csv").write_text(head + "\n".join(rows) + "\n")
-    page.find_element(By.NAME, "file").send_keys(str(tmp_path / "crossing_ranks.csv"))
-    expected = answer(Setting(16, 32.0, 2e-4), 128, terms)
-    WebDriverWait(page, 5).until(lambda _: shown_answer(page) == expected)
-    kinds = page.find_elements(By.CSS_SELECTOR, "#calculator-result table:nth-of-type(2) tbody th")
-    assert [kind.text for kind in kinds] == ["all modules", "q_proj", "down_proj"]
-    assert "alpha_pattern" in page.find_element(By.CSS_SELECTOR, "#calculator-result pre").text
-    assert len(page.find_elements(By.CSS_SELECTOR, "#calculator-result figure:nth-of-type(1) polyline")) == 3
-    choose(page.find_element(By.NAME, "split"), "the training batch's")
-    expected = answer(Setting(16, 32.0, 2e-4), 128, {name: 2 * c for name, c in terms.items()})
-    WebDriverWait(page, 5).until(lambda _: shown_answer(page) == expected)
-    page.refresh()
-    refusal = shown_answer(page)
-    assert refusal.startswith("Regime must come with a crossing_ranks.csv")
-    assert "got no file" in refusal
-    drop = """
-        const data = new DataTransfer();
-        data.items.add(new File([arguments[0]], arguments[1]));
-        const form = document.getElementById("calculator-form");
-        form.dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
-    """
-    no_column = "crossing_ranks.csv has no column module. Choose the file that rora regime writes."
-    for name, text, line in (
-        ("crossing_ranks.csv", head + "\n".join(rows), "measured at 3 modules"),
-        ("photo.png", "\x89PNG\x00", no_column),
-        ("crossing_ranks.csv", head, "has no row of optimizer adam, init kaiming_uniform, split train"),
-    ):
-        page.execute_script(drop, text, name)
-        WebDriverWait(page, 5).until(lambda _, line=line: line in shown_answer(page))
-
-
 def test_bad_input_is_one_line(page, site) -> None:
     """The line appears for a field until it is corrected, and for an address."""
     before = shown_answer(page)
     for name, text, line in (
         ("to-rank", "", "New rank must be an integer of at least 1, got nothing."),
-        ("lr", "2e", "Learning rate must be a finite number above 0, got 2e."),
-        ("alpha", "0,5", "Tuned alpha must be a finite number above 0, got 0,5."),
+        ("lr", "2e", "Learning rate must be a number above 0, got 2e."),
+        ("alpha", "0,5", "Alpha must be a number above 0, got 0,5."),
     ):
         field = page.find_element(By.NAME, name)
         old = field.get_attribute("value")
@@ -328,10 +297,10 @@ def test_bad_input_is_one_line(page, site) -> None:
         type_text(page, name, old)
         assert shown_answer(page) == before
         assert field.get_attribute("aria-invalid") is None
-    go(page, f"{site}/calculator/?optimizer=muon&nothing=1")
-    assert shown_answer(page) == "Optimizer must be one of sgd, momentum, adam, adamw, got muon."
-    go(page, f"{site}/calculator/?rule=0.3&lr=<b>")
-    assert shown_answer(page) == "Learning rate must be a finite number above 0, got <b>."
+    go(page, f"{site}/calculator/?rule=muon&nothing=1")
+    assert shown_answer(page) == "Rule must be one of lora, rslora, got muon."
+    go(page, f"{site}/calculator/?lr=<b>")
+    assert shown_answer(page) == "Learning rate must be a number above 0, got <b>."
 
 
 def test_the_gallery_shows_a_questions_figures(page, site) -> None:
