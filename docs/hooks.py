@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import re
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,8 +16,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files, InclusionLevel
 from PIL import Image
 
-from rora_theory.advice import measured
-from rora_theory.laws import displacement
+from rora_theory.advice import best_rate, constants
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
@@ -69,26 +69,16 @@ def on_files(files: Files, *, config: Any) -> Files:
 
 
 def calculator_constants() -> dict[str, Any]:
-    """Return the constants of the advice that the calculator uses."""
-    constants: dict[str, list[dict[str, float]]] = {}
-    factors: dict[str, list[float]] = {"constant": [1.0, 1.0]}
-    for name, entry in measured.ENTRIES.items():
-        if name.startswith("displacement_constant_"):
-            low, high = entry["ranges"]["constant"]
-            row = {"steps": entry["steps"], "low": low, "high": high}
-            constants.setdefault(entry["model"], []).append(row)
-        if name.startswith("schedule_factor_"):
-            factors[entry["schedule"]] = entry["ranges"]["ratio"]
+    """Return the constants of the advice that the calculator uses: value and spread by name."""
+
+    def pairs(named: Mapping[str, constants.Constant]) -> dict[str, list[float]]:
+        return {name: [constant.value, constant.spread] for name, constant in named.items()}
+
     return {
-        "displacement_constants": {
-            model: sorted(rows, key=lambda row: row["steps"]) for model, rows in constants.items()
-        },
-        "coherence": displacement.COHERENCE_RANGE,
-        "steps_exponents": {
-            "constant": measured.steps_exponents("constant"),
-            "any": measured.steps_exponents("cosine"),
-        },
-        "schedule_factors": factors,
+        "laws": pairs(constants.CONSTANTS),
+        "schedules": pairs(constants.SCHEDULE_FACTORS),
+        "quantile": best_rate.QUANTILE,
+        "evidence": {name: dict(entry) for name, entry in constants.EVIDENCE.items()},
     }
 
 

@@ -39,7 +39,7 @@ function chart(lines, marks, width) {
   const [left, right, bottom, row] = [46, 8, 34, 17];
   const columns = width < 340 ? 1 : 2;
   const top = 8 + row * Math.ceil(lines.length / columns);
-  const height = top + (width < 500 ? 170 : 190) + bottom;
+  const height = top + 170 + bottom;
   const { ranks } = lines[0];
   const logs = lines.flatMap((line) => line.rates).map(Math.log10);
   const [low, high] = [Math.min(...logs) - 0.08, Math.max(...logs) + 0.08];

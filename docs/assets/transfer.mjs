@@ -6,7 +6,8 @@ const KAPPAS = { lora: 1, rslora: 0.5 };
 export const SCHEDULES = ["constant", "linear", "cosine"];
 const LABELS = {
   "from-rank": "Tuned rank", alpha: "Alpha", lr: "Learning rate", "to-rank": "New rank", "to-alpha": "New alpha",
-  rule: "Rule", "to-rule": "New rule", steps: "Steps", "to-steps": "New steps", schedule: "Schedule", "to-schedule": "New schedule",
+  rule: "Rule", "to-rule": "New rule", steps: "Steps", "to-steps": "New steps", "batch-size": "Batch size", "to-batch-size": "New batch size",
+  schedule: "Schedule", "to-schedule": "New schedule",
 };
 
 /** Invalid input: a message of one line, and the name of the field. */
@@ -18,7 +19,7 @@ export class InputError extends Error {
 }
 
 function check(inputs) {
-  for (const [field, isRequired] of [["from-rank", true], ["to-rank", true], ["steps", false], ["to-steps", false]]) {
+  for (const [field, isRequired] of [["from-rank", true], ["to-rank", true], ["steps", false], ["to-steps", false], ["batch-size", false], ["to-batch-size", false]]) {
     const value = inputs[field] ?? null;
     if (value === null && !isRequired) continue;
     if (!Number.isInteger(value) || value < 1 || value >= 2 ** 31) throw new InputError(field, `must be an integer of at least 1, got ${value ?? "nothing"}`);
@@ -32,34 +33,28 @@ function check(inputs) {
     const value = inputs[field] ?? null;
     if (value !== null && !choices.includes(value)) throw new InputError(field, `must be one of ${choices.join(", ")}, got ${value}`);
   }
-  for (const field of ["steps", "schedule"]) {
+  for (const field of ["steps", "batch-size", "schedule"]) {
     if (inputs[`to-${field}`] != null && inputs[field] == null) throw new InputError(field, "of the tuned run must be given together with that of the new run");
   }
 }
 
-/** Lowest and highest displacement constant K: between measured numbers of steps, interpolated in logarithms. */
-function displacementConstants(steps) {
-  const ranges = Object.values(constants.displacement_constants).map((rows) => {
-    if (steps === null) return [Math.min(...rows.map((row) => row.low)), Math.max(...rows.map((row) => row.high))];
-    const above = rows.findIndex((row) => row.steps >= steps);
-    if (above <= 0) return [rows.at(above).low, rows.at(above).high];
-    const share = Math.log(steps / rows[above - 1].steps) / Math.log(rows[above].steps / rows[above - 1].steps);
-    return ["low", "high"].map((end) => rows[above - 1][end] ** (1 - share) * rows[above][end] ** share);
-  });
-  return [Math.min(...ranges.map(([low]) => low)), Math.max(...ranges.map(([, high]) => high))];
+/** Mean and standard deviation of the logarithm of a power of a ratio; a missing value counts as unchanged. */
+function power([exponent, spread], old, next) {
+  if (old == null || next == null) return [0, 0];
+  const growth = Math.log(next / old);
+  return [exponent * growth, spread * Math.abs(growth)];
 }
 
-/** Size of one step's effect at a given G, relative to the learning rate. */
-function stepSize(strength, constant, coherence) {
-  const share = constant / strength;
-  return strength * (1 + (coherence * 2 * share) / (1 + Math.sqrt(1 + 4 * share)));
+/** Effect of one step at a gain, by the displacement law, relative to the learning rate. */
+function stepSize(gain) {
+  const share = constants.laws.displacement_constant[0] / gain;
+  return gain * (1 + (2 * share) / (1 + Math.sqrt(1 + 4 * share)));
 }
 
-/** Lowest and highest factor of the best rate due to the schedule; null if it was not measured. */
-function scheduleFactors(old, next) {
-  if (old === next) return [1, 1];
-  const [before, after] = [constants.schedule_factors[old], constants.schedule_factors[next]];
-  return before && after ? [after[0] / before[1], after[1] / before[0]] : null;
+function scheduleChange(old, next) {
+  const [before, after] = [constants.schedules[old], constants.schedules[next]];
+  if (old === next || !before || !after) return [0, 0];
+  return [Math.log(after[0] / before[0]), Math.hypot(before[1], after[1])];
 }
 
 /** Return the alpha under `alpha / r`, the learning rate and its range for the new rank. */
@@ -67,26 +62,23 @@ export function advise(inputs) {
   check(inputs);
   const rule = inputs.rule ?? "lora";
   const rank = inputs["to-rank"];
-  const oldStrength = inputs.alpha * inputs["from-rank"] ** (1 - KAPPAS[rule]);
-  const strength = inputs["to-alpha"] == null ? oldStrength : inputs["to-alpha"] * rank ** (1 - KAPPAS[inputs["to-rule"] ?? rule]);
-  const [steps, schedule] = [inputs.steps ?? null, inputs.schedule ?? null];
-  const [newSteps, newSchedule] = [inputs["to-steps"] ?? steps, inputs["to-schedule"] ?? schedule];
-  const ranges = [displacementConstants(steps), displacementConstants(newSteps)];
-  const [lowest, highest] = [Math.min(ranges[0][0], ranges[1][0]), Math.max(ranges[0][1], ranges[1][1])];
-  const isConstant = [schedule, newSchedule].every((name) => name === null || name === "constant");
-  const exponents = constants.steps_exponents[isConstant ? "constant" : "any"];
-  const moreSteps = steps === null ? 1 : newSteps / steps;
-  const rate = (constant, coherence, exponent) =>
-    inputs.lr * (stepSize(oldStrength, constant, coherence) / stepSize(strength, constant, coherence)) * moreSteps ** exponent;
-  const best = rate(Math.sqrt(lowest * highest), constants.coherence[0], (exponents[0] + exponents[1]) / 2);
-  const ends = [lowest, highest].flatMap((constant) =>
-    constants.coherence.flatMap((coherence) => exponents.map((exponent) => rate(constant, coherence, exponent))));
-  const factors = scheduleFactors(schedule, newSchedule);
-  const [low, high] = factors ?? [1, 1];
-  return {
-    rank, loraAlpha: strength, rate: best * Math.sqrt(low * high), low: Math.min(best, ...ends) * low,
-    high: Math.max(best, ...ends) * high, hasUnmeasuredSchedule: factors === null,
-  };
+  const oldGain = inputs.alpha * inputs["from-rank"] ** (1 - KAPPAS[rule]);
+  const gain = inputs["to-alpha"] == null ? oldGain : inputs["to-alpha"] * rank ** (1 - KAPPAS[inputs["to-rule"] ?? rule]);
+  const { laws } = constants;
+  const newOf = (name) => inputs[`to-${name}`] ?? inputs[name];
+  const terms = [
+    [Math.log(stepSize(oldGain) / stepSize(gain)), 0],
+    power(laws.gain_exponent, oldGain, gain),
+    power(laws.rank_exponent, inputs["from-rank"], rank),
+    power(laws.steps_exponent, inputs.steps, newOf("steps")),
+    power(laws.batch_exponent, inputs["batch-size"], newOf("batch-size")),
+    scheduleChange(inputs.schedule, newOf("schedule")),
+  ];
+  const spread = Math.hypot(...terms.map((term) => term[1]));
+  const rate = inputs.lr * Math.exp(terms.reduce((sum, term) => sum + term[0], 0));
+  const factor = spread > 0 ? Math.exp(constants.quantile * Math.hypot(spread, laws.pair[1])) : 1;
+  const hasUnmeasuredSchedule = inputs.schedule !== newOf("schedule") && !(inputs.schedule in constants.schedules && newOf("schedule") in constants.schedules);
+  return { rank, loraAlpha: gain, rate, low: rate / factor, high: rate * factor, hasUnmeasuredSchedule };
 }
 
 /** Common choices at a rank: a name, the alpha and rule to pass to `advise`. */

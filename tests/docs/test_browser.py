@@ -145,12 +145,12 @@ def advised_rate(rank: int, **to: Any) -> str:
 
 def test_keyboard_operation(page) -> None:
     """The four fields come first, then the folded ones; the address keeps what was typed."""
-    assert shown_answer(page) == "At rank 128, keep lora_alpha=32 and keep the learning rate 2e-4."
+    assert shown_answer(page).startswith("At rank 128, keep lora_alpha=32 and multiply the learning rate by 1.39, to ")
     reached, keys = [], webdriver.ActionChains(page)
     typed = {"to-rank": "256", "to-alpha": "16", "steps": "64", "to-steps": "300"}
     page.execute_script("document.querySelector('#calculator-form').tabIndex = -1; document.activeElement.blur()")
     page.execute_script("document.querySelector('#calculator-form').focus()")
-    for _ in range(12):
+    for _ in range(14):
         keys.send_keys(Keys.TAB).perform()
         focused = page.switch_to.active_element
         name = focused.get_attribute("name") or focused.tag_name
@@ -164,7 +164,17 @@ def test_keyboard_operation(page) -> None:
         outline = page.execute_script("return getComputedStyle(document.activeElement).outlineStyle")
         assert outline != "none", f"one does not see that {name} has the focus"
     first = ["from-rank", "alpha", "lr", "to-rank", "summary"]
-    folded = ["to-alpha", "rule", "to-rule", "steps", "to-steps", "schedule", "to-schedule"]
+    folded = [
+        "to-alpha",
+        "rule",
+        "to-rule",
+        "steps",
+        "to-steps",
+        "batch-size",
+        "to-batch-size",
+        "schedule",
+        "to-schedule",
+    ]
     assert reached == first + folded
     rate = advised_rate(256, rule="rslora", alpha=16.0, steps=64, to_steps=300)
     expected = shown_answer(page)
@@ -180,14 +190,15 @@ def test_accessible_names(page) -> None:
     page.find_element(By.CSS_SELECTOR, "#calculator-form summary").click()
     fields = page.find_elements(By.CSS_SELECTOR, "#calculator-form :is(input, select)")
     labels = [field.accessible_name for field in fields]
-    assert len(set(labels)) == len(labels) == 11
+    assert len(set(labels)) == len(labels) == 13
     assert all(labels)
     assert "Steps of the new run" in labels
     (drawing,) = page.find_elements(By.CSS_SELECTOR, "#calculator-result svg")
     assert drawing.aria_role == "image"
     rate = advised_rate(128, alpha=256.0)
     assert (
-        f"At rank 128: 2e-4 with alpha = 32, {advised_rate(128, rule='rslora', alpha=32.0)}" in drawing.accessible_name
+        f"At rank 128: {advised_rate(128)} with alpha = 32, {advised_rate(128, rule='rslora', alpha=32.0)}"
+        in drawing.accessible_name
     )
     assert f"{rate} with alpha = 2r" in drawing.accessible_name
     live = page.find_element(By.ID, "calculator-status")

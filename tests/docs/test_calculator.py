@@ -32,6 +32,7 @@ const answer = (inputs) => {
 };
 console.log(JSON.stringify(JSON.parse(readFileSync(0)).map(answer)));
 """
+RUN = ("steps", "to-steps", "batch-size", "to-batch-size", "schedule", "to-schedule")
 BASE: dict[str, Any] = {"from-rank": 16, "alpha": 32, "lr": 2e-4, "to-rank": 128, "rule": "lora"}
 
 
@@ -62,7 +63,7 @@ def ask(module: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def library(row: dict[str, Any], **changes: Any) -> dict[str, float]:
     """Return the library's alpha under `alpha / r`, rate and range."""
     setting = Setting(row["from-rank"], row["alpha"], row["lr"], rule=row.get("rule") or "lora")
-    options = {name.replace("-", "_"): row.get(name) for name in ("steps", "to-steps", "schedule", "to-schedule")}
+    options = {name.replace("-", "_"): row.get(name) for name in RUN}
     new = {"rule": row.get("to-rule"), "alpha": row.get("to-alpha")} | changes
     advice = transfer(setting, row["to-rank"], **new, **options)
     assert advice.rate_range is not None
@@ -80,7 +81,7 @@ def table() -> list[dict[str, Any]]:
     runs: list[dict[str, Any]] = [
         {}, {"steps": 16}, {"steps": 300, "to-steps": 77}, {"steps": 100, "to-steps": 4000, "schedule": "linear"},
         {"schedule": "constant", "to-schedule": "cosine"}, {"schedule": "constant", "to-schedule": "linear"},
-        {"schedule": "cosine", "steps": 64, "to-steps": 256},
+        {"schedule": "cosine", "steps": 64, "to-steps": 256}, {"batch-size": 4, "to-batch-size": 64},
     ]  # fmt: skip
     return [
         BASE
@@ -121,7 +122,8 @@ def test_input_that_the_library_refuses_is_refused_in_one_line(module) -> None:
         ("to-rank", {"to-rank": 2**31}), ("alpha", {"alpha": 0}), ("alpha", {"alpha": "many"}), ("lr", {"lr": -1e-4}),
         ("to-alpha", {"to-alpha": 0}), ("rule", {"rule": "lore"}), ("to-rule", {"to-rule": "dora"}),
         ("steps", {"steps": 0}), ("steps", {"to-steps": 576}), ("to-steps", {"steps": 9, "to-steps": 0.5}),
-        ("schedule", {"to-schedule": "cosine"}), ("schedule", {"schedule": "triangle"}),
+        ("batch-size", {"to-batch-size": 8}), ("schedule", {"to-schedule": "cosine"}),
+        ("schedule", {"schedule": "triangle"}),
     ]  # fmt: skip
     rows = [BASE | options for _, options in bad]
     for (field, _), row, answer in zip(bad, rows, ask(module, rows), strict=True):
