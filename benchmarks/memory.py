@@ -66,9 +66,10 @@ def measure_ours(spec: dict[str, Any]) -> dict[str, Any]:
 
     jax.config.update("jax_num_cpu_devices", spec["devices"])
     from rora_theory.lab import adapters
-    from rora_theory.lab.finetune import Batch, FinetuneConfig, sharding
+    from rora_theory.lab.finetune import Batch, FinetuneConfig
     from rora_theory.lab.finetune import step as steps
     from rora_theory.lab.finetune.memory import StepMemory
+    from rora_theory.lab.finetune.sharding import Layout
     from rora_theory.lab.llama import abstract_params, init_params
     from rora_theory.lab.llama.shapes import SHAPES
 
@@ -76,8 +77,8 @@ def measure_ours(spec: dict[str, Any]) -> dict[str, Any]:
     base_type = {"dtype": spec["base"]} if dense else {"dtype": "float32", "quantization": spec["base"]}
     run = FinetuneConfig(rule="lora", rank=spec["rank"], alpha=16.0, dropout=0.0, batch_size=spec["rows"], **base_type)
     model, dtype = SHAPES[spec["model"]], jnp.dtype(run.dtype)
-    layout = None if spec["devices"] == 1 else sharding.Layout(sharding.mesh(fsdp=spec["devices"]))
-    shardings = None if layout is None else layout.params_shardings(abstract_params(model, dtype, run.quantization))
+    layout = None if spec["devices"] == 1 else Layout.over(jax.devices(), split_weights=True)
+    shardings = None if layout is None else layout.shardings(abstract_params(model, dtype, run.quantization))
     # Random weights, training state and batch, on their devices.
     draw = jax.jit(init_params, static_argnums=(1, 2, 3), out_shardings=shardings)
     base = draw(jax.random.key(0), model, dtype, run.quantization)
@@ -85,11 +86,10 @@ def measure_ours(spec: dict[str, Any]) -> dict[str, Any]:
     state: Any = steps.init_state(adapter, steps.finetune_optimizer(run, 1), jax.random.key(2))
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (spec["rows"], spec["seq"] + 1)).astype(np.int32)
     batch: Any = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((spec["rows"], spec["seq"]), np.float32), None)
-    applied, state_shardings = adapter, None
+    state_shardings = None
     if layout is not None:
-        state_shardings = layout.state_shardings(state)
-        state, batch, applied = layout.state(state), layout.batch(batch), sharding.Gathered(adapter, layout)
-    step = steps.train_step(applied, model, run, 1, state_shardings=state_shardings)
+        state_shardings, state, batch = layout.shardings(state), layout.place(state), layout.batch(batch)
+    step = steps.train_step(adapter, model, run, 1, state_shardings=state_shardings)
     # Compile first, so that the compiler's own memory is not part of the step's.
     compiled = step.lower(state, base, batch).compile()
     program = StepMemory.from_compiled(compiled)

@@ -37,7 +37,7 @@ from rora_theory.lab.finetune.outputs import OutputConfig, write_outputs
 from rora_theory.lab.finetune.trackers import TrackerName
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.summary import KeyFigure
-from rora_theory.validation.ranges import Count, check_ranges
+from rora_theory.validation.ranges import check_ranges
 from rora_theory.validation.rules import check_warmup
 from sims.common import answers, cli, prompts, tables
 from sims.common.progress import progress_bar
@@ -60,8 +60,8 @@ class Config:
     """Also log losses, learning rate, gradient norm and tokens/s to tensorboard (event files in the run folder) or
     wandb (Weights & Biases)"""
     output: OutputConfig = field(default_factory=OutputConfig)
-    fsdp: Count = 1
-    """Number of devices that share one copy of the base weights; the other devices hold further copies"""
+    fsdp: bool = False
+    """Split the base weights over the devices, instead of copying them to each"""
     processes: ProcessConfig = field(default_factory=ProcessConfig)
 
     def __post_init__(self) -> None:
@@ -108,7 +108,7 @@ def run(config: Config) -> None:
     # Tokenize, which refuses bad records, then load the weights.
     data = prepare(records.records, tokenizer, training, chat)
     check_warmup(training.warmup, len(data.train))
-    layout, shardings = sharding.layout_over_all_devices(llama_config, training, fsdp=config.fsdp)
+    layout, shardings = sharding.layout_over_all_devices(llama_config, training, split_weights=config.fsdp)
     model = llama.load(origin, training.dtype, shardings=shardings, quantization=training.quantization)
     cli.print_notes(model.remarks if is_first else [])
     folder, path = None, config.out

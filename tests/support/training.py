@@ -9,7 +9,6 @@ import numpy as np
 from rora_theory.lab import adapters
 from rora_theory.lab.adapters.lora import assemble_lora
 from rora_theory.lab.data.batches import Batch
-from rora_theory.lab.finetune import sharding
 from rora_theory.lab.finetune import step as steps
 from rora_theory.lab.llama import abstract_params
 
@@ -85,11 +84,10 @@ def trace(model: Any, config: Any, width: int, layout: Any = None) -> Any:
     batch = Batch(integers, integers, jax.ShapeDtypeStruct(integers.shape, jnp.float32), None)
     shardings = None
     if layout is not None:
-        shardings = layout.state_shardings(state)
-        base = _with_shardings(base, layout.params_shardings(base))
+        shardings = layout.shardings(state)
+        base = _with_shardings(base, layout.shardings(base))
         state = _with_shardings(state, shardings)
         batch = _with_shardings(batch, jax.tree.map(lambda _: layout.rows, batch))
-        adapter = sharding.Gathered(adapter, layout)
     return steps.train_step(adapter, model, config, 1, state_shardings=shardings).trace(state, base, batch)
 
 
@@ -123,14 +121,13 @@ def train(
       adapter: Adapter to train; None starts a fresh one.
       schedule: Number of steps of the learning-rate schedule; None takes that of the batches.
     """
-    base, total = params if layout is None else layout.params(params), schedule or len(batches)
+    base, total = params if layout is None else layout.place(params), schedule or len(batches)
     adapter = start(base, model, config) if adapter is None else adapter
     state = steps.init_state(adapter, steps.finetune_optimizer(config, total), jax.random.key(3))
-    applied, place, shardings = adapter, lambda batch: batch, None
+    place, shardings = lambda batch: batch, None
     if layout is not None:
-        shardings, place = layout.state_shardings(state), layout.batch
-        state, applied = layout.state(state), sharding.Gathered(adapter, layout)
-    step = steps.train_step(applied, model, config, total, state_shardings=shardings)
+        shardings, place, state = layout.shardings(state), layout.batch, layout.place(state)
+    step = steps.train_step(adapter, model, config, total, state_shardings=shardings)
     metrics, weights = [], []
     for item in batches:
         before = state

@@ -1,6 +1,7 @@
 """Program of each process of `test_distributed.py`: training of the tiny model, alone or with the others.
 
-``python two_processes.py MODEL FOLDER``: the first process prints the losses and the shapes of its parts of a weight.
+``python two_processes.py MODEL FOLDER HOST:PORT NUMBER``: the first process prints the losses and the shapes of its
+parts of a weight.
 """
 
 import json
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rora_theory.lab import adapters
-from rora_theory.lab.finetune import Batches, FinetuneConfig, Trainer, choose_widths, distributed, sharding, tokenize
+from rora_theory.lab.finetune import Batches, FinetuneConfig, Trainer, choose_widths, distributed, tokenize
+from rora_theory.lab.finetune.distributed import ProcessConfig
 from rora_theory.lab.finetune.sharding import Layout
 from rora_theory.lab.llama.model import abstract_params
 from rora_theory.lab.llama.weights import load_hf
@@ -37,9 +39,9 @@ def train(folder: Path, params: Any, layout: Layout | None = None) -> list[float
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 2)
-    several = distributed.initialize(timeout=60)
-    layout = Layout(sharding.mesh(fsdp=2))
-    shardings = layout.params_shardings(abstract_params(tiny.CONFIG))
+    several = ProcessConfig(False, sys.argv[3], 2, int(sys.argv[4])).join(timeout=60)
+    layout = Layout.over(jax.devices(), split_weights=True)
+    shardings = layout.shardings(abstract_params(tiny.CONFIG))
     params = load_hf(Path(sys.argv[1]), tiny.CONFIG, jnp.float32, shardings)
     weight = params["layers"]["mlp.up_proj"]["weight"]
     report = {

@@ -18,7 +18,7 @@ from rora_theory.lab.finetune import step as steps
 from rora_theory.lab.finetune.checkpoints import Checkpoints, Progress
 from rora_theory.lab.finetune.config import FinetuneConfig
 from rora_theory.lab.finetune.memory import StepMemory
-from rora_theory.lab.finetune.sharding import Gathered, Layout
+from rora_theory.lab.finetune.sharding import Layout
 from rora_theory.lab.finetune.training_data import TrainingData
 from rora_theory.lab.llama import LlamaConfig, Model
 from rora_theory.runs import digests
@@ -163,8 +163,8 @@ class Trainer:
         shardings = None
         if layout is not None:
             layout.check_batch(config.batch_size, config.accumulation)
-            shardings, self._place = layout.state_shardings(self._state), layout.batch
-            self._state, adapter = layout.state(self._state), Gathered(adapter, layout)
+            shardings, self._place = layout.shardings(self._state), layout.batch
+            self._state = layout.place(self._state)
         # Compile the steps lazily: at the first batch of each shape.
         self._step: Any
         if shared is not None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from support import tiny, two_processes
 
 from rora_theory.errors import InputError
 from rora_theory.lab.finetune import FinetuneConfig, distributed
+from rora_theory.lab.finetune.distributed import ProcessConfig
 from rora_theory.lab.finetune.outputs import OutputConfig
 from rora_theory.lab.llama.weights import save_hf
 
@@ -26,17 +28,11 @@ def test_two_processes_compute_the_steps_of_one(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {
-        "PYTHONPATH": str(TESTS),
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-        "JAX_NUM_PROCESSES": "2",
-    }
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(TESTS.parent), str(TESTS)))}
     save_hf(tmp_path / "model", tiny.params(), tiny.CONFIG)
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "model"), str(tmp_path / "two")]
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "model"), str(tmp_path / "two"), f"localhost:{port}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    children = [
-        subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(number)}, **pipes) for number in range(2)
-    ]
+    children = [subprocess.Popen([*command, str(number)], env=environment, **pipes) for number in range(2)]
     try:
         expected = two_processes.train(tmp_path / "one", tiny.params())  # on one device, meanwhile
         outputs = [child.communicate(timeout=240) for child in children]
@@ -52,82 +48,39 @@ def test_two_processes_compute_the_steps_of_one(tmp_path):
     assert [len(lines) for lines in reports] == [1, 0], "the first process alone reports"
     report = json.loads(reports[0][0])
     assert (report["several"], report["processes"], report["devices"]) == (True, 2, 4)
-    assert report["parts"] == [[2, 12, 16]] * 2, "each process holds its part of the weights"
+    assert report["parts"] == [[2, 6, 16]] * 2, "each process holds its part of the weights"
     # Sums over rows and devices in another order: float32 roundings, 6e-8 each, of losses near log 128.
     np.testing.assert_allclose(report["losses"], expected, rtol=2e-6)
     assert len(expected) == 3 + 2
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
 
 
-@pytest.fixture
-def alone(monkeypatch):
-    """Set an environment that names no other process."""
-    for name in list(os.environ):
-        if name in distributed.VARIABLES or name.startswith("SLURM_"):
-            monkeypatch.delenv(name)
-    return monkeypatch
-
-
-@pytest.fixture
-def joined(alone):
-    """Record the positional arguments of every call of JAX's own function, which is not run."""
-    calls = []
-    alone.setattr(jax.distributed, "initialize", lambda *args, **_: calls.append(args))
-    return calls
-
-
-@pytest.mark.usefixtures("alone")
 def test_a_single_process_does_not_connect():
-    assert distributed.initialize() is False
-    assert distributed.initialize("localhost:1234", 1, 0) is False
+    assert ProcessConfig().join() is False
     assert distributed.is_first()
 
 
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ((None, 2, 0), r"coordinator \(JAX_COORDINATOR_ADDRESS\) not set"),
-        (("localhost:1234", None, None), r"num_processes \(JAX_NUM_PROCESSES\), process_id \(JAX_PROCESS_ID\) not set"),
-        (("localhost", 2, 0), "coordinator .*HOST:PORT .* got 'localhost'"),
-        (("localhost:99999", 2, 0), "coordinator .* got 'localhost:99999'"),
-        (("localhost:1234", 0, 0), "num_processes .* 1, got 0"),
-        (("localhost:1234", 2, 2), "process_id .* from 0 to 1, got 2"),
-    ],
-)
-@pytest.mark.usefixtures("alone")
-def test_options_are_refused_by_name(options, match):
-    with pytest.raises(InputError, match=match):
-        distributed.initialize(*options)
+def test_options_are_those_of_jax(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **_: calls.append(args))
+    ProcessConfig(distributed=True).join()
+    ProcessConfig(False, "host:1", 4, 3).join()
+    assert calls == [(None, None, None), ("host:1", 4, 3)]
 
 
-def test_environment_variables_replace_the_options(alone, joined):
-    for name, value in zip(distributed.VARIABLES, ("host:1", "4", "3"), strict=True):
-        alone.setenv(name, value)
-    distributed.initialize()
-    distributed.initialize(process_id=2)
-    assert joined == [("host:1", 4, 3), ("host:1", 4, 2)]
-    alone.setenv("JAX_PROCESS_ID", "one")
-    with pytest.raises(InputError, match=r"process_id .* got 'one'"):
-        distributed.initialize()
+def test_processes_that_cannot_connect(monkeypatch):
+    """JAX's own reason is in the message, here that this process already uses its devices."""
+    jax.devices()
+    with pytest.raises(InputError, match=r"several processes: cannot connect \(.*before.*\)"):
+        ProcessConfig(distributed=True).join()
+    for error in (ValueError("Number of processes must be defined."), RuntimeError("DEADLINE_EXCEEDED: none\nmore")):
 
+        def unreachable(*_, error=error, **__):
+            raise error
 
-def test_jax_detects_slurm(alone, joined):
-    task = {"JOB_ID": "7", "STEP_NODELIST": "node[1-2]", "NTASKS": "2", "PROCID": "1", "LOCALID": "0"}
-    for name, value in task.items():
-        alone.setenv(f"SLURM_{name}", value)
-    distributed.initialize()
-    assert joined == [(None, None, None)]
-    alone.setenv("SLURM_NTASKS", "1")
-    assert distributed.initialize() is False, "one task needs no connection"
-
-
-def test_processes_that_cannot_connect(alone):
-    def unreachable(*_, **__):
-        raise RuntimeError("DEADLINE_EXCEEDED: no answer\nmore lines")
-
-    alone.setattr(jax.distributed, "initialize", unreachable)
-    with pytest.raises(InputError, match=r"\(DEADLINE_EXCEEDED: no answer\)"):
-        distributed.initialize("localhost:1234", 2, 1)
+        monkeypatch.setattr(jax.distributed, "initialize", unreachable)
+        with pytest.raises(InputError, match=re.escape(f"({str(error).splitlines()[0]})")):
+            ProcessConfig(False, "localhost:1234", 2, 1).join()
 
 
 @pytest.mark.parametrize(

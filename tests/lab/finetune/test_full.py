@@ -9,7 +9,8 @@ from support import tiny, training
 from rora_theory.errors import InputError
 from rora_theory.lab import adapters
 from rora_theory.lab.adapters import FullConfig
-from rora_theory.lab.finetune import FinetuneConfig, sharding
+from rora_theory.lab.finetune import FinetuneConfig
+from rora_theory.lab.finetune.sharding import Layout
 from rora_theory.lab.sweep.cells import training_of
 from rora_theory.lab.sweep.design import Design
 
@@ -27,7 +28,7 @@ def trained(params):
 
 @pytest.mark.slow
 def test_devices_that_share_the_weights_share_their_training_too(params, trained):
-    shared = training.train(params, tiny.CONFIG, CONFIG, BATCHES, sharding.Layout(sharding.mesh(fsdp=4)))
+    shared = training.train(params, tiny.CONFIG, CONFIG, BATCHES, Layout.over(jax.devices()[:4], split_weights=True))
     np.testing.assert_allclose((shared.losses, shared.norms), (trained.losses, trained.norms), rtol=1e-4)
     held = shared.state.optimizer[1][0].mu["self_attn.q_proj"]["weight"]
     assert held.addressable_shards[0].data.shape == (2, 4, 16), "each device has its rows of the moments"

@@ -10,7 +10,8 @@ from support import tiny, training
 
 from rora_theory.errors import InputError
 from rora_theory.lab.adapters import BottleneckConfig, LoraConfig, PrefixConfig
-from rora_theory.lab.finetune import FinetuneConfig, sharding
+from rora_theory.lab.finetune import FinetuneConfig
+from rora_theory.lab.finetune.sharding import Layout
 
 METHOD_SETTINGS = {
     "prefix": {"virtual_tokens": 3},
@@ -44,7 +45,7 @@ def test_a_step_changes_every_tensor_for_the_better(method, trained):
 @pytest.mark.slow
 def test_devices_that_share_the_weights_train_the_same(params, trained):
     """A prefix, in which no linear module takes part, agrees up to float32 sums in another order."""
-    layout = sharding.Layout(sharding.mesh(fsdp=4))
+    layout = Layout.over(jax.devices()[:4], split_weights=True)
     shared = training.train(params, tiny.CONFIG, settings("prefix"), BATCHES, layout)
     np.testing.assert_allclose(shared.losses, trained("prefix").losses, rtol=1e-4)
 

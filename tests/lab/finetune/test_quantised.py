@@ -10,7 +10,7 @@ from support.tiny import LARGE, WIDE
 
 from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.finetune.memory import StepMemory
-from rora_theory.lab.finetune.sharding import Layout, mesh
+from rora_theory.lab.finetune.sharding import Layout
 from rora_theory.lab.llama import count_parameters
 from rora_theory.lab.llama.quantised import dense_params
 from rora_theory.lab.llama.weights import build_params
@@ -49,7 +49,7 @@ def test_steps_are_those_of_the_dense_weights():
 def test_devices_share_the_blocks():
     """Codes and scales are sharded as the rows of dense weights."""
     blocks, _ = base()
-    weight = Layout(mesh(fsdp=2, devices=jax.devices()[:2])).params(blocks)["layers"]["mlp.up_proj"]["weight"]
+    weight = Layout.over(jax.devices()[:2], split_weights=True).place(blocks)["layers"]["mlp.up_proj"]["weight"]
     assert weight.codes.addressable_shards[0].data.shape == (2, 48, 16)
     assert weight.scales.addressable_shards[0].data.shape == (2, 48, 1)
 
