@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = (
-    "source", "model", "rank", "strength", "policy", "learning_rate", "best_rate", "place", "regret", "is_lower_bound",
+    "source", "model", "rank", "gain", "policy", "learning_rate", "best_rate", "place", "regret", "is_lower_bound",
     "is_lost",
 )  # fmt: skip
 """Columns of the table of `absolute_regrets`."""
@@ -70,13 +70,13 @@ def absolute_regrets(sweeps: Sequence[Sweep]) -> "pd.DataFrame":
     rows: list[dict[str, Any]] = []
     for sweep in sweeps:
         for name, rate in rates_for(sweep.model).items():
-            for fit in (fit for fit in sweep.fits if math.isclose(fit.curve.strength, starting_rates.ALPHA)):
+            for fit in (fit for fit in sweep.fits if math.isclose(fit.curve.gain, starting_rates.ALPHA)):
                 losses, is_lower_bound = losses_at(fit.curve.rates, fit.curve.losses, np.array([rate]))
                 is_lost = lands_on_diverged(fit.curve, rate)
                 regret = float(np.mean(losses[:, 0] - fit.curve.lowest_losses()))
                 rows.append(
                     {"source": sweep.source, "model": sweep.model, "rank": fit.curve.rank}
-                    | {"strength": fit.curve.strength, "policy": name, "learning_rate": rate}
+                    | {"gain": fit.curve.gain, "policy": name, "learning_rate": rate}
                     | {"best_rate": fit.best_rate, "place": fit.place, "regret": math.inf if is_lost else regret}
                     | {"is_lower_bound": bool(is_lower_bound[0]) and not is_lost, "is_lost": is_lost}
                 )
@@ -117,7 +117,7 @@ def full_ratios(full: Mapping[str, "pd.DataFrame"], sweeps: Sequence[Sweep]) -> 
       sweeps: Sweeps of these sources.
 
     Returns:
-      A table with the columns ``source``, ``model``, ``rank``, ``strength``, ``best_rate``, ``full_rate`` and
+      A table with the columns ``source``, ``model``, ``rank``, ``gain``, ``best_rate``, ``full_rate`` and
       ``ratio``, for the ranks and sources whose best rates lie inside their grids.
     """
     rows: list[dict[str, Any]] = []
@@ -130,10 +130,10 @@ def full_ratios(full: Mapping[str, "pd.DataFrame"], sweeps: Sequence[Sweep]) -> 
         if best.edge:
             continue
         rows += [
-            {"source": sweep.source, "model": sweep.model, "rank": fit.curve.rank, "strength": fit.curve.strength}
+            {"source": sweep.source, "model": sweep.model, "rank": fit.curve.rank, "gain": fit.curve.gain}
             | {"best_rate": fit.best_rate, "full_rate": best.rate, "ratio": fit.best_rate / best.rate}
             for fit in sweep.fits
             if fit.is_inside
         ]
-    columns = ("source", "model", "rank", "strength", "best_rate", "full_rate", "ratio")
+    columns = ("source", "model", "rank", "gain", "best_rate", "full_rate", "ratio")
     return frames.from_rows(rows, columns)

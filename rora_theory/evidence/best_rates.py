@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 BEST_COLUMNS = (
-    "source", "model", "steps", "batch_size", "rank", "strength", "best_rate", "log2_error", "log2_half_width",
+    "source", "model", "steps", "batch_size", "rank", "gain", "best_rate", "log2_error", "log2_half_width",
     "best_loss", "rates", "place",
 )  # fmt: skip
 """Columns of the table of `best_rates`."""
@@ -40,7 +40,7 @@ def best_rates(sweeps: Iterable[Sweep]) -> "pd.DataFrame":
       sweeps: Sweeps of one source or of several.
 
     Returns:
-      A table with the columns `BEST_COLUMNS`: ``strength`` is G = gamma r, ``log2_error`` the standard error of log2 of
+      A table with the columns `BEST_COLUMNS`: ``gain`` is G = gamma r, ``log2_error`` the standard error of log2 of
       the best rate and ``log2_half_width`` half of its 95% interval (both from repeated runs or from the scatter of a
       dense curve, and empty where the rate is a bound or nothing was repeated), ``best_loss`` the lowest measured loss
       in nats per token, ``rates`` the number of rates, and ``place`` a `sweeps.Place`.
@@ -51,7 +51,7 @@ def best_rates(sweeps: Iterable[Sweep]) -> "pd.DataFrame":
             error, half_width = rate_errors(fit.log2_rate, edge="" if fit.is_inside else fit.place)
             rows.append(
                 {"source": sweep.source, "model": sweep.model, "steps": sweep.steps, "batch_size": sweep.batch_size}
-                | {"rank": fit.curve.rank, "strength": fit.curve.strength, "best_rate": fit.best_rate}
+                | {"rank": fit.curve.rank, "gain": fit.curve.gain, "best_rate": fit.best_rate}
                 | {"log2_error": error, "log2_half_width": half_width}
                 | {"best_loss": float(np.mean(fit.curve.lowest_losses()))}
                 | {"rates": len(fit.curve.rates), "place": fit.place}
@@ -78,7 +78,7 @@ def log_rates(curves: Sequence[Curve], method: Method = "vertex") -> list[float]
 def exponent(
     sweeps: Sequence[Sweep],
     *,
-    over: Literal["rank", "strength"] = "rank",
+    over: Literal["rank", "gain"] = "rank",
     ranks: tuple[int, float] = (1, math.inf),
     method: Method = "vertex",
 ) -> tuple[Estimate, int, int]:
@@ -137,9 +137,7 @@ def exponents(sweeps: Sequence[Sweep], *, first_ranks: Sequence[int] = (1, 4, 16
       and G"`` if it changes with the rank. ``half_width`` is half of the 95% interval.
     """
     rows = []
-    changes_strength = any(
-        not math.isclose(curve.strength, sweep.curves[0].strength) for sweep in sweeps for curve in sweep.curves
-    )
+    changes_gain = any(not math.isclose(curve.gain, sweep.curves[0].gain) for sweep in sweeps for curve in sweep.curves)
     for first in first_ranks:
         ranks = [f.curve.rank for sweep in sweeps for f in sweep.fits if f.is_inside and f.curve.rank >= first]
         methods: tuple[Method, ...] = ("vertex", "quadratic", "registration")
@@ -150,7 +148,7 @@ def exponents(sweeps: Sequence[Sweep], *, first_ranks: Sequence[int] = (1, 4, 16
                 continue
             half_width = value.half_width() if value.has_error else math.inf
             rows.append(
-                {"source": sweeps[0].source, "over": "rank and G" if changes_strength else "rank"}
+                {"source": sweeps[0].source, "over": "rank and G" if changes_gain else "rank"}
                 | {"from_rank": min(ranks), "to_rank": max(ranks), "method": method, "exponent": value.value}
                 | {"standard_error": value.known_error}
                 | {"half_width": half_width if math.isfinite(half_width) else None}

@@ -72,9 +72,9 @@ def calibrate(
     for sweep in sweeps:
         inside = [fit for fit in sweep.fits if fit.is_inside]
         for old, new in itertools.permutations(inside, 2):
-            if higher_only and (new.curve.rank, new.curve.strength) < (old.curve.rank, old.curve.strength):
+            if higher_only and (new.curve.rank, new.curve.gain) < (old.curve.rank, old.curve.gain):
                 continue
-            factors = policy(old.curve.rank, old.curve.strength, new.curve.rank, new.curve.strength)
+            factors = policy(old.curve.rank, old.curve.gain, new.curve.rank, new.curve.gain)
             by_model.setdefault(sweep.model, []).append(_Pair.from_fits(old, new, factors))
     if not by_model:
         raise InputError("sweeps must have a pair of best rates inside their grids, got none")

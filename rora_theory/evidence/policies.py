@@ -39,9 +39,9 @@ RangedRateFactor = Callable[[int, float, int, float], FactorRange]
 """Factor of the best rate with its range, from the arguments of `RateFactor`."""
 
 
-def power_of_strength(power: float) -> RateFactor:
+def power_of_gain(power: float) -> RateFactor:
     """Return the policy that scales the rate by a power of G; 0 keeps the rate."""
-    return lambda _, old_strength, __, strength: (strength / old_strength) ** power
+    return lambda _, old_gain, __, gain: (gain / old_gain) ** power
 
 
 def first_step(crossing_rank: float = CROSSING_RANK) -> RateFactor:
@@ -56,8 +56,8 @@ def first_step(crossing_rank: float = CROSSING_RANK) -> RateFactor:
     # The linear term of Gaussian and uniform A under Adam.
     linear_term = crossing_rank - 2
 
-    def factor(old_rank: int, old_strength: float, rank: int, strength: float) -> float:
-        scaling_ratio = (strength / rank) / (old_strength / old_rank)
+    def factor(old_rank: int, old_gain: float, rank: int, gain: float) -> float:
+        scaling_ratio = (gain / rank) / (old_gain / old_rank)
         return 1 / (scaling_ratio * rank_growth(old_rank, rank, linear_term))
 
     return factor
@@ -71,17 +71,15 @@ def displacement_law(constant: float | None = None) -> RateFactor:
     """
     chosen = CONSTANTS["displacement_constant"].value if constant is None else constant
 
-    def factor(_: int, old_strength: float, __: int, strength: float) -> float:
-        return best_rate_factor(old_strength, strength, displacement_constant=chosen)
+    def factor(_: int, old_gain: float, __: int, gain: float) -> float:
+        return best_rate_factor(old_gain, gain, displacement_constant=chosen)
 
     return factor
 
 
 def with_rank(policy: RateFactor, power: float) -> RateFactor:
     """Return a policy whose rate is multiplied by a power of the rank."""
-    return lambda old_rank, old_strength, rank, strength: (
-        policy(old_rank, old_strength, rank, strength) * (rank / old_rank) ** power
-    )
+    return lambda old_rank, old_gain, rank, gain: policy(old_rank, old_gain, rank, gain) * (rank / old_rank) ** power
 
 
 def with_crossing_rank(policy: RateFactor, crossing_rank: float = CROSSING_RANK) -> RateFactor:
@@ -90,30 +88,30 @@ def with_crossing_rank(policy: RateFactor, crossing_rank: float = CROSSING_RANK)
     The factor is :math:`\sqrt{(1 + c / r) / (1 + c / r')}`, see `first_step`: a lower rank has more cross-talk.
     """
     step = first_step(crossing_rank)
-    return lambda old_rank, old_strength, rank, strength: (
-        policy(old_rank, old_strength, rank, strength) * step(old_rank, 1.0, rank, 1.0)
+    return lambda old_rank, old_gain, rank, gain: (
+        policy(old_rank, old_gain, rank, gain) * step(old_rank, 1.0, rank, 1.0)
     )
 
 
-def advised(old_rank: int, old_strength: float, rank: int, strength: float) -> float:
+def advised(old_rank: int, old_gain: float, rank: int, gain: float) -> float:
     """Return the factor of `rora_theory.transfer`."""
-    return advised_range(old_rank, old_strength, rank, strength).best
+    return advised_range(old_rank, old_gain, rank, gain).best
 
 
-def advised_range(old_rank: int, old_strength: float, rank: int, strength: float) -> FactorRange:
+def advised_range(old_rank: int, old_gain: float, rank: int, gain: float) -> FactorRange:
     """Return the factor of `rora_theory.transfer` with the range that it states."""
     # Under alpha / r, G is alpha.
     rate = 1e-4
-    advice = transfer(Setting(old_rank, old_strength, rate), rank, alpha=strength)
+    advice = transfer(Setting(old_rank, old_gain, rate), rank, alpha=gain)
     low, best, high = advice.rate_range or (advice.learning_rate,) * 3
     return FactorRange(low / rate, best / rate, high / rate)
 
 
 POLICIES: Mapping[str, RateFactor] = {
-    "keep the rate": power_of_strength(0.0),
-    "1/G": power_of_strength(-1.0),
-    "G^-0.5": power_of_strength(-0.5),
-    "G^-0.75": power_of_strength(-0.75),
+    "keep the rate": power_of_gain(0.0),
+    "1/G": power_of_gain(-1.0),
+    "G^-0.5": power_of_gain(-0.5),
+    "G^-0.75": power_of_gain(-0.75),
     "first step": first_step(),
     "displacement law": displacement_law(),
     "displacement law, crossing rank": with_crossing_rank(displacement_law()),

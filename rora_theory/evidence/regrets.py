@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 REGRET_COLUMNS = (
-    "source", "model", "steps", "old_rank", "old_strength", "rank", "strength", "policy", "factor", "tuned_rate",
+    "source", "model", "steps", "old_rank", "old_gain", "rank", "gain", "policy", "factor", "tuned_rate",
     "learning_rate", "regret", "standard_error", "half_width", "low", "high", "lowest_loss", "is_lower_bound",
     "is_lost", "old_place", "place",
 )  # fmt: skip
@@ -65,7 +65,7 @@ def regret_table(sweeps: Sequence[Sweep], policies: Callable[[Sweep], Mapping[st
 
     Returns:
       A table with the columns `REGRET_COLUMNS` and a row for each ordered pair of a model's settings and each policy.
-      ``strength`` is G = gamma r, ``factor`` the new rate over the tuned one. ``regret``, its ``standard_error`` and
+      ``gain`` is G = gamma r, ``factor`` the new rate over the tuned one. ``regret``, its ``standard_error`` and
       ``half_width`` from the noise of repeated runs, ``low`` and ``high`` over the 95% interval of the tuned rate, and
       ``lowest_loss`` are in nats per token. ``is_lost`` states that the nearest measured rate diverged; the regret is
       then infinite. ``old_place`` and ``place`` state where the two best rates lie in their grids.
@@ -77,7 +77,7 @@ def regret_table(sweeps: Sequence[Sweep], policies: Callable[[Sweep], Mapping[st
             # Policies that agree, such as all powers of G at one G, share a regret.
             by_factor: dict[float, Regret] = {}
             for name, policy in by_name.items():
-                factor = policy(old.curve.rank, old.curve.strength, new.curve.rank, new.curve.strength)
+                factor = policy(old.curve.rank, old.curve.gain, new.curve.rank, new.curve.gain)
                 if factor not in by_factor:
                     by_factor[factor] = regret(old.curve, new.curve, partial(operator.mul, factor))
                 rows.append(_row(sweep, old, new, name, factor, by_factor[factor]))
@@ -89,8 +89,8 @@ def _row(sweep: Sweep, old: Fit, new: Fit, policy: str, factor: float, cost: Reg
     half_width = cost.nats.half_width()
     return (
         {"source": sweep.source, "model": sweep.model, "steps": sweep.steps}
-        | {"old_rank": old.curve.rank, "old_strength": old.curve.strength}
-        | {"rank": new.curve.rank, "strength": new.curve.strength}
+        | {"old_rank": old.curve.rank, "old_gain": old.curve.gain}
+        | {"rank": new.curve.rank, "gain": new.curve.gain}
         | {"policy": policy, "factor": factor, "tuned_rate": old.best_rate, "learning_rate": cost.learning_rate}
         | {"regret": math.inf if is_lost else cost.nats.value, "standard_error": cost.nats.known_error}
         | {"half_width": half_width if math.isfinite(half_width) else None, "low": cost.low, "high": cost.high}

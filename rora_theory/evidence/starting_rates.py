@@ -122,7 +122,7 @@ def _log_rate(rows: Sequence[Mapping[str, Any]]) -> tuple[float, bool]:
     if there is no other.
     """
     known = [row for row in rows if row["place"] in ("inside", "beside a diverged run")] or rows
-    logs = [math.log(row["best_rate"] * advised(row["rank"], row["strength"], RANK, ALPHA)) for row in known]
+    logs = [math.log(row["best_rate"] * advised(row["rank"], row["gain"], RANK, ALPHA)) for row in known]
     return float(np.mean(logs)), not any(row["place"] == "inside" for row in rows)
 
 
@@ -236,9 +236,9 @@ def starting_rate(
     if parameters is not None:
         check_positive("parameters", parameters)
     check_integer("rank", rank)
-    strength = scaling_factor(rule, alpha=alpha, rank=rank) * rank
+    gain = scaling_factor(rule, alpha=alpha, rank=rank) * rank
     at_reference = _fitted().predict(family, parameters)
-    factor = advised(RANK, ALPHA, rank, strength)
+    factor = advised(RANK, ALPHA, rank, gain)
     return StartingRate(at_reference.log_mean + math.log(factor), at_reference.log_spread, at_reference.models)
 
 

@@ -247,7 +247,7 @@ def sweeps_of(runs: Iterable[Run], source: str) -> list[Sweep]:
         is_long = [len(curve.rates) >= 3 and bool(np.isfinite(curve.losses).any()) for curve in curves]
         long_curves = tuple(curve for curve, long in zip(curves, is_long, strict=True) if long)
         short = tuple(
-            (curve.rank, curve.strength, tuple(curve.rates.tolist()))
+            (curve.rank, curve.gain, tuple(curve.rates.tolist()))
             for curve, long in zip(curves, is_long, strict=True)
             if not long
         )
@@ -364,7 +364,7 @@ def _with_noise(curve: Curve, noise: Noise) -> Curve:
     """Add draws of the noise to a curve of one seed, from which the errors of its best rate and regrets follow."""
     if not noise.degrees or len(curve.losses) > 1:
         return curve
-    random = np.random.default_rng([curve.rank, round(1000 * curve.strength)])
+    random = np.random.default_rng([curve.rank, round(1000 * curve.gain)])
     factors = np.exp(noise.at(curve.rates) * random.normal(size=(DRAWS, 1, len(curve.rates))))
     return replace(curve, resampled=curve.losses * factors, records=noise.degrees + 1, resampled_over=REPEATS)
 

@@ -109,7 +109,7 @@ class Curve:
         return (self.optimizer, self.trained, self.rule, self.kappa)
 
     @property
-    def strength(self) -> float:
+    def gain(self) -> float:
         """G = gamma r, on which the laws of the best rate depend."""
         return self.scaling * self.rank
 
