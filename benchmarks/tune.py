@@ -28,9 +28,9 @@ import numpy as np
 import pandas as pd
 import tyro
 
+from rora_theory.advice.best_rate import RateRange
 from rora_theory.lab.sweep.curves import curves_at, strength_of
 from rora_theory.lab.sweep.horizon_runs import HorizonRun, merge_repeated_runs, read_finished
-from rora_theory.laws.displacement import RateRange
 from rora_theory.measure.tuning.curve import fit_best_rate
 from rora_theory.measure.tuning.plan import ProbePlan, ProbeRun
 from rora_theory.measure.tuning.result import carry_fitted

@@ -30,33 +30,17 @@ The constant-gradient law (`rora_theory.laws.constant_gradient`) counts every st
 as the alternative hypothesis: fine-tuning runs of SmolLM2-135M contradict it.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from rora_theory.errors import InputError
-from rora_theory.scaling import check_between, check_integer, check_not_negative, check_positive
+from rora_theory.scaling import check_between, check_not_negative, check_positive
 
 COHERENCE_RANGE = (1.0, 2.0)
 """Range of c: 1 if only B's steps are coherent, 2 if both factors' steps are."""
-
-
-class RateRange(NamedTuple):
-    """A learning rate with the range in which the best one is expected.
-
-    Attributes:
-      low: Lowest learning rate of the range.
-      best: Learning rate to use.
-      high: Highest learning rate of the range.
-    """
-
-    low: float
-    best: float
-    high: float
 
 
 def has_displacement_ratio(gain: float, displacement_constant: float) -> bool:
@@ -183,81 +167,3 @@ def best_rate_exponent(
         raise InputError(f"new_gain must differ from old_gain, got {new_gain!r} for both")
     factor = best_rate_factor(old_gain, new_gain, displacement_constant=displacement_constant, coherence=coherence)
     return math.log(factor) / math.log(new_gain / old_gain)
-
-
-def transfer_rate(
-    learning_rate: float,
-    *,
-    old_gain: float,
-    new_gain: float,
-    displacement_constants: tuple[float, float],
-    old_steps: int | None = None,
-    new_steps: int | None = None,
-    steps_exponents: tuple[float, float],
-) -> RateRange:
-    r"""Compute the best learning rate at another G and number of steps from a tuned one.
-
-    .. math:: \frac{\eta'}{\eta} = \frac{G (1 + c \rho)}{G' (1 + c \rho')} \left( \frac{T'}{T} \right)^{\tau}
-
-    The best rate has c = 1, the geometric mean of the two constants as K, and the mean of the two exponents as tau. The
-    range covers c from 1 to 2, K between the two constants and tau between the two exponents.
-
-    Args:
-      learning_rate: Best learning rate at the old G and number of steps, above 0.
-      old_gain: G at which the rate was tuned, above 0.
-      new_gain: G of the new setting, above 0.
-      displacement_constants: Lowest and highest K, 0 or more.
-      old_steps: Number of optimizer steps for which the rate was tuned; None if the number does not change.
-      new_steps: Number of optimizer steps of the new run; None if the number does not change.
-      steps_exponents: Lowest and highest exponent tau of the best rate in the number of steps, such as (-0.6, -0.4).
-
-    Returns:
-      The learning rate to use, and the range in which the law expects the best one.
-
-    Raises:
-      InputError: If an argument is out of range, or only one number of steps is given.
-
-    Examples:
-      ``use_rslora`` at rank 128 with alpha 64 unchanged, and a run four times as long:
-
-      >>> rates = transfer_rate(
-      ...     1e-3, old_gain=64.0, new_gain=724.0, displacement_constants=(88.0, 167.0),
-      ...     old_steps=64, new_steps=256, steps_exponents=(-0.6, -0.4),
-      ... )
-      >>> [f"{rate:.2g}" for rate in rates]
-      ['6.2e-05', '7.6e-05', '0.00012']
-    """
-    check_positive("learning_rate", learning_rate)
-    low_constant, high_constant = displacement_constants
-    low_exponent, high_exponent = steps_exponents
-    for constant in displacement_constants:
-        check_not_negative("displacement_constant", constant)
-    if low_constant > high_constant:
-        raise InputError(f"displacement_constants must be in increasing order, got {displacement_constants!r}")
-    if not -math.inf < low_exponent <= high_exponent < math.inf:
-        raise InputError(f"steps_exponents must be finite and in increasing order, got {steps_exponents!r}")
-    # The steps enter as a factor of their own.
-    growth_of_steps = _growth_of_steps(old_steps, new_steps)
-
-    def compute_rate(constant: float, coherence: float, exponent: float) -> float:
-        factor = best_rate_factor(old_gain, new_gain, displacement_constant=constant, coherence=coherence)
-        return learning_rate * factor * growth_of_steps**exponent
-
-    # Central values: K is a scale, so its middle is the geometric mean; the law itself has coherence 1.
-    middle_constant = math.sqrt(low_constant * high_constant)
-    best = compute_rate(middle_constant, COHERENCE_RANGE[0], (low_exponent + high_exponent) / 2)
-    # The rate is monotonic in K, in c and in the exponent, so the extremes lie at the ends of the three ranges.
-    corners = itertools.product(displacement_constants, COHERENCE_RANGE, steps_exponents)
-    ends = [compute_rate(*corner) for corner in corners]
-    return RateRange(min(best, *ends), best, max(best, *ends))
-
-
-def _growth_of_steps(old_steps: int | None, new_steps: int | None) -> float:
-    if (old_steps is None) != (new_steps is None):
-        missing = "old_steps" if old_steps is None else "new_steps"
-        raise InputError(f"old_steps and new_steps must be given together, got no {missing}")
-    if old_steps is None or new_steps is None:
-        return 1.0
-    check_integer("old_steps", old_steps)
-    check_integer("new_steps", new_steps)
-    return new_steps / old_steps

@@ -1,8 +1,6 @@
 """The displacement law, by algebra, by automatic differentiation and by simulated factors."""
 
-import itertools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +13,6 @@ from rora_theory.errors import InputError
 from rora_theory.laws import displacement
 
 gains = st.floats(0.5, 2e3)
-
-
-def ordered(low: float, high: float) -> st.SearchStrategy[tuple[float, ...]]:
-    """Return pairs of numbers in increasing order, which may be equal."""
-    return st.tuples(st.floats(low, high), st.floats(low, high)).map(sorted).map(tuple)
 
 
 @given(gains, st.floats(0, 1e6))
@@ -111,60 +104,15 @@ def test_the_exponent_runs_from_minus_one_half_to_minus_one() -> None:
         assert exponents[-1] == pytest.approx(-1.0, abs=1e-3)
 
 
-def transfer(**changed: Any) -> displacement.RateRange:
-    """Carry a rate from 64 to 256 steps and from G = 64 to 724, or with changed arguments."""
-    arguments = {
-        "learning_rate": 1e-3, "old_gain": 64.0, "new_gain": 724.0, "displacement_constants": (88.0, 167.0),
-        "old_steps": 64, "new_steps": 256, "steps_exponents": (-0.6, -0.4),
-    } | changed  # fmt: skip
-    return displacement.transfer_rate(arguments.pop("learning_rate"), **arguments)
-
-
-@given(
-    gain=gains,
-    steps=st.none() | st.integers(1, 5000),
-    constants=ordered(0.0, 1e4),
-    exponents=ordered(-1.0, 0.0),
-    shares=st.tuples(*[st.floats(0, 1)] * 3),
-)
-def test_a_carried_rate_covers_every_constant_coherence_and_exponent(
-    gain: float, steps: int | None, constants: tuple, exponents: tuple, shares: tuple
-) -> None:
-    """Its ends are the law's at ends of the three ranges, and no point within them lies outside."""
-    growth, ranges = 1.0 if steps is None else steps / 64, (constants, (1.0, 2.0), exponents)
-
-    def law(constant: float, coherence: float, exponent: float) -> float:
-        factor = displacement.best_rate_factor(64.0, gain, displacement_constant=constant, coherence=coherence)
-        return 1e-3 * factor * growth**exponent
-
-    rates = transfer(
-        new_gain=gain, displacement_constants=constants, steps_exponents=exponents,
-        old_steps=None if steps is None else 64, new_steps=steps,
-    )  # fmt: skip
-    ends = [law(*corner) for corner in itertools.product(*ranges)]
-    middle = law(math.sqrt(constants[0] * constants[1]), 1.0, sum(exponents) / 2)
-    assert rates == pytest.approx((min(ends), middle, max(ends)), rel=1e-9)
-    inside = law(*(low + share * (high - low) for share, (low, high) in zip(shares, ranges, strict=True)))
-    assert rates.low * (1 - 1e-9) <= inside <= rates.high * (1 + 1e-9)
-
-
 @pytest.mark.parametrize(
     ("call", "argument", "value"),
     [
-        (lambda: transfer(learning_rate=0.0), "learning_rate", "0.0"),
-        (lambda: transfer(new_gain=-1.0), "gain", "-1.0"),
-        (lambda: transfer(displacement_constants=(2.0, 1.0)), "displacement_constants", r"\(2.0, 1.0\)"),
-        (lambda: transfer(displacement_constants=(-1.0, 1.0)), "displacement_constant", "-1.0"),
-        (lambda: transfer(steps_exponents=(-0.4, -0.6)), "steps_exponents", r"\(-0.4, -0.6\)"),
-        (lambda: transfer(steps_exponents=(math.nan, -0.6)), "steps_exponents", "nan"),
-        (lambda: transfer(old_steps=None), "old_steps", "given together"),
-        (lambda: transfer(new_steps=None), "new_steps", "given together"),
-        (lambda: transfer(new_steps=0), "new_steps", "0"),
         (lambda: displacement.displacement_ratio(0.0, displacement_constant=1.0), "gain", "0.0"),
         (lambda: displacement.displacement_ratio(1.0, displacement_constant=-1.0), "displacement_constant", "-1.0"),
         (lambda: displacement.displacement_ratio(1.0, displacement_constant=math.nan), "displacement_constant", "nan"),
         (lambda: displacement.measured_constant(1.0, []), "ratios", r"\[\]"),
         (lambda: displacement.measured_constant(1.0, [-0.5]), "ratios", "-0.5"),
+        (lambda: displacement.best_rate_factor(1.0, -1.0, displacement_constant=1.0), "gain", "-1.0"),
         (lambda: displacement.best_rate_factor(1.0, 2.0, displacement_constant=1.0, coherence=3.0), "coherence", "3.0"),
         (lambda: displacement.best_rate_exponent(2.0, 2.0, displacement_constant=1.0), "new_gain", "2.0"),
     ],

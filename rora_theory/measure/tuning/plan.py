@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rora_theory.advice import measured
-from rora_theory.advice.best_rate import Run
+from rora_theory.advice.best_rate import RateRange, Run
 from rora_theory.advice.best_rate import carry_rate as carry_to
 from rora_theory.errors import InputError
-from rora_theory.laws.displacement import RateRange, transfer_rate
 from rora_theory.optimizers import Schedule
 from rora_theory.scaling import check_integer, check_not_negative, check_positive, check_share
 
@@ -374,17 +373,10 @@ def carry_steps(learning_rate: float, old_steps: int, new_steps: int, schedule: 
         (min(old_steps, limit), min(new_steps, limit), early_exponents),
         (max(old_steps, limit), max(new_steps, limit), measured.steps_exponents(schedule)),
     ):
-        # At an unchanged gamma * r the displacement constant has no effect.
-        factors = transfer_rate(
-            1.0,
-            old_gain=1.0,
-            new_gain=1.0,
-            displacement_constants=(0.0, 0.0),
-            old_steps=first,
-            new_steps=last,
-            steps_exponents=exponents,
-        )
-        low, best, high = low * factors.low, best * factors.best, high * factors.high
+        growth = last / first
+        low *= min(growth**exponent for exponent in exponents)
+        best *= growth ** (sum(exponents) / 2)
+        high *= max(growth**exponent for exponent in exponents)
     return RateRange(low, best, high)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rora_theory.advice import measured
-from rora_theory.laws.displacement import RateRange
+from rora_theory.advice.best_rate import RateRange
 from rora_theory.measure.tuning.curve import EDGE_FACTOR, FittedRate, curve_frame, fit_best_rate
 from rora_theory.measure.tuning.plan import MIN_MEASURED_STEPS, ProbePlan, ProbeRun, carry_steps
 from rora_theory.optimizers import Schedule
