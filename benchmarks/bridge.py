@@ -4,7 +4,7 @@
     python benchmarks/bridge.py cost --data DATA/ARC-Easy/train.json --out cost.json
     python benchmarks/bridge.py cost --model gemma3-270m --data DATA/ARC-Easy/train.json --out cost_gemma.json
 
-``agreement`` measures every adapted module with `rora_theory.measure.regime` and `rora_theory.measure.torch.regime`,
+``agreement`` measures every adapted module with `rora_theory.measure.regime` and `rora_theory.measure.regime`,
 both in float32 on one batch, at the same held-out tokens and with the same draw of A's rows. It reports the largest
 relative difference of every quantity. The exit status is 1 if one exceeds its bound. It takes some minutes.
 
@@ -140,9 +140,9 @@ def agreement(config: Config) -> dict[str, Any]:
     Returns:
       Number of modules, largest difference of each quantity, its place, the bounds, and the quantities outside them.
     """
-    from rora_theory.measure.layers import drawn_steps
+    from rora_theory.measure import regime
+    from rora_theory.measure.regimes import drawn_steps
     from rora_theory.measure.regimes import model as regimes
-    from rora_theory.measure.torch import regime
 
     regime_config = RegimeConfig(ranks=(1, 8, 128), rows=0, seed=config.seed, exact=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -237,9 +237,9 @@ def time_case(case: Case, folder: str, batches: list[dict[str, np.ndarray]], dev
     """
     from peft import LoraConfig, get_peft_model
 
-    from rora_theory.measure.torch import hooks, regime
-    from rora_theory.measure.torch.modules import base_model, select_modules
-    from rora_theory.measure.torch.regimes import DEFAULT
+    from rora_theory.measure import hooks, regime
+    from rora_theory.measure.modules import base_model, select_modules
+    from rora_theory.measure.regimes.model import DEFAULT
 
     base = load_torch(Path(folder)).to(device)
     base.config.use_cache = False

@@ -72,28 +72,28 @@ JUDGING = {
 
 BRIDGE = {
     "torch_batches": (
-        "rora_theory/measure/torch/batches.py",
-        "tests/measure/torch/test_regimes.py tests/measure/torch/test_tokens.py tests/measure/torch/test_modes.py",
+        "rora_theory/measure/batches.py",
+        "tests/measure/regimes/test_model.py tests/measure/test_tokens.py tests/measure/regimes/test_modes.py",
     ),
-    "torch_callback": ("rora_theory/measure/torch/callback.py", "tests/measure/torch/test_callback.py"),
-    "torch_chats": ("rora_theory/measure/torch/chats.py", "tests/measure/torch/test_chats.py"),
-    "torch_check": ("rora_theory/measure/torch/check.py", "tests/measure/torch/test_check.py"),
-    "torch_examples": ("rora_theory/measure/torch/examples.py", "tests/measure/torch/test_tuning.py"),
+    "torch_callback": ("rora_theory/measure/callback.py", "tests/measure/test_callback.py"),
+    "torch_chats": ("rora_theory/measure/chats.py", "tests/measure/test_chats.py"),
+    "torch_check": ("rora_theory/measure/rank_check/check.py", "tests/measure/rank_check/test_check.py"),
+    "torch_examples": ("rora_theory/measure/tuning/examples.py", "tests/measure/tuning/test_search.py"),
     "torch_hooks": (
-        "rora_theory/measure/torch/hooks.py",
-        "tests/measure/torch/test_regimes.py tests/measure/torch/test_modes.py",
+        "rora_theory/measure/hooks.py",
+        "tests/measure/regimes/test_model.py tests/measure/regimes/test_modes.py",
     ),
     "torch_modules": (
-        "rora_theory/measure/torch/modules.py",
-        "tests/measure/torch/test_callback.py tests/measure/torch/test_regimes.py tests/measure/torch/test_modes.py "
-        "tests/measure/torch/test_check.py",
+        "rora_theory/measure/modules.py",
+        "tests/measure/test_callback.py tests/measure/regimes/test_model.py tests/measure/regimes/test_modes.py "
+        "tests/measure/rank_check/test_check.py",
     ),
-    "torch_probe": ("rora_theory/measure/torch/probe.py", "tests/measure/torch/test_tuning.py"),
+    "torch_probe": ("rora_theory/measure/tuning/training.py", "tests/measure/tuning/test_search.py"),
     "torch_regimes": (
-        "rora_theory/measure/torch/regimes.py",
-        "tests/measure/torch/test_regimes.py tests/measure/torch/test_modes.py tests/measure/torch/test_tokens.py",
+        "rora_theory/measure/regimes/model.py",
+        "tests/measure/regimes/test_model.py tests/measure/regimes/test_modes.py tests/measure/test_tokens.py",
     ),
-    "torch_tuning": ("rora_theory/measure/torch/tuning.py", "tests/measure/torch/test_tuning.py"),
+    "torch_tuning": ("rora_theory/measure/tuning/search.py", "tests/measure/tuning/test_search.py"),
 }
 """Modules of the PyTorch bridge with the files that test them."""
 

@@ -20,10 +20,10 @@ import pandas as pd
 from rora_theory.lab.adapters.lora import PAPER_TARGETS
 from rora_theory.lab.data.records import DataConfig
 from rora_theory.measure import record_batches
-from rora_theory.measure.rank_check import check as rank_check
-from rora_theory.measure.rank_check.check import CheckConfig, CoordinateCell
+from rora_theory.measure.rank_check import rules as rank_check
 from rora_theory.measure.rank_check.coordinate_table import MODEL
 from rora_theory.measure.rank_check.coordinates import Checker
+from rora_theory.measure.rank_check.rules import CheckConfig, CoordinateCell
 from rora_theory.measure.record_batches import BatchConfig
 from rora_theory.measure.regimes import thin
 from rora_theory.runs import devices

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from rora_theory.laws.grid import StepGrid
-from rora_theory.measure.layers import layer_data, layer_grid
+from rora_theory.laws.layers import layer_data, layer_grid
 from rora_theory.runs import digests
 from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.runs.devices import describe, pick

@@ -23,7 +23,9 @@ The run folder contains:
 """
 
 import json
+import math
 import sys
+import warnings as python_warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,31 +34,29 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from rora_theory.advice.adapter_config import PAPER_TARGETS, without_list_of_all_linear
 from rora_theory.errors import InputError
 from rora_theory.lab import adapters
-from rora_theory.lab.adapters.lora import PAPER_TARGETS
 from rora_theory.lab.data.formats import TrainTemplate
 from rora_theory.lab.data.records import DataConfig
-from rora_theory.measure import record_batches, unseen
-from rora_theory.measure.record_batches import PairConfig
-from rora_theory.measure.regimes import model as regimes
 from rora_theory.measure.regimes import tables as regime_tables
 from rora_theory.measure.regimes import thin
-from rora_theory.measure.regimes.model import RegimeCell
 from rora_theory.measure.regimes.module_regime import Regime, RegimeConfig, RegimeRows
 from rora_theory.measure.regimes.tables import JudgeConfig
-from rora_theory.runs.cluster import ClusterConfig
-from rora_theory.runs.devices import describe
 from rora_theory.runs.folder import RunFolder, check_free, path_of
-from rora_theory.runs.reading import flatten, key_of, read_finished_cells
+from rora_theory.runs.reading import flatten
 from rora_theory.runs.summary import key_figures
 from rora_theory.scaling import check_integer
-from rora_theory.validation.rules import check_list
-from sims.common import answers, cli, prompts, tables
+from rora_theory.validation.rules import check_list, listed
+from sims.common import answers, cli, inputs, prompts, record_batches, tables
 from sims.common.cells import run_with_bar
+from sims.common.record_batches import PairConfig
 from sims.common.summaries import summarised
 
 NAME = "regime"
+
+LAYERS_PER_CELL = 8
+"""Number of layers that are measured, and saved, together. Each group takes two forward passes and a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,10 @@ class Config:
     targets: tuple[str, ...] = PAPER_TARGETS
     """Modules to measure, as target_modules; all-linear for all linear modules"""
     layers: tuple[int, ...] | None = None
-    """Layers to measure; by default all. Not with --targets all-linear, which measures every layer"""
+    """Layers to measure; by default all"""
     batches: PairConfig = field(default_factory=PairConfig)
     measured: RegimeConfig = field(default_factory=RegimeConfig)
     judged: JudgeConfig = field(default_factory=JudgeConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     out: cli.Out = None
 
     def __post_init__(self) -> None:
@@ -94,59 +93,81 @@ class Config:
             raise InputError(f"--adapter must be the folder of an adapter in PEFT's format, got {self.adapter}")
 
 
+@dataclass(frozen=True)
+class RegimeCell:
+    """Layers that are measured together."""
+
+    layers: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """Return the label of the cell, as progress messages show it."""
+        return f"layers {listed(self.layers)}"
+
+
 def run(config: Config) -> None:
     """Measure the layers that the run folder lacks, and report.
 
     Raises:
       SystemExit: If the measurement contradicts the prediction, with status 1.
     """
-    # Connect to a cluster first, because JAX must not claim its devices before.
-    runner = config.cluster.runner()
+    from rora_theory.measure.batches import check_unseen
+    from rora_theory.measure.modules import layer_index, select_modules
+    from rora_theory.measure.regimes import model as regimes
+
     options = {name: getattr(config, name) for name in ("template", "dtype", "revision")}
-    inputs = prompts.read_inputs(config.data, config.model, config.reading, **options)
+    source = inputs.read_inputs(config.data, config.model, config.reading, **options)
     # The identity contains digests of model, records and adapter, so that the run can be resumed anywhere.
     identity, seed = (
-        flatten(config.batches) | flatten(config.measured) | inputs.identity,
+        flatten(config.batches) | flatten(config.measured) | source.identity,
         config.measured.seed,
     )
-    identity |= {name: getattr(config, name) for name in ("dtype", "targets", "layers")} | {"template": inputs.template}
+    identity |= {name: getattr(config, name) for name in ("dtype", "targets", "layers")} | {"template": source.template}
     if config.adapter is not None:
         identity["adapter_sha256"] = adapters.adapter_digest(config.adapter)
     check_free(path_of(NAME, identity, config.out))
     # Batches, then the model with a merged adapter, and its modules.
-    pair = record_batches.make_batch_pair(config.batches, **inputs.texts(), seed=seed)
-    if config.measured.mask:
-        unseen.check_unseen(pair.held_out, [pair.train])
-    model = inputs.model
+    pair = record_batches.make_batch_pair(config.batches, source, seed=seed)
+    model = source.model
     if config.adapter is not None:
-        model = adapters.merged(adapters.load_adapter(config.adapter, model), model)
-    modules = regimes.modules_by_layer(model.config, config.targets, config.layers)
-    extra: dict[str, Any] = {"units": regime_tables.UNITS, "device": describe(inputs.devices)}
+        model = inputs.merge_adapter(model, config.adapter)
+    if config.measured.mask:
+        check_unseen(model, pair.held_out, pair.train)
+    targets = without_list_of_all_linear(config.targets)
+    layers = sorted({layer_index(name) for name in select_modules(model, targets, config.layers)})
+    all_layers = {layer_index(name) for name in select_modules(model, None)}
+    extra: dict[str, Any] = {"units": regime_tables.UNITS, "device": inputs.describe_device(model)}
     extra["data"] = [Path(name).name for name in config.data]
-    folder = RunFolder.open(NAME, identity, out=config.out, seed=seed, extra=extra, models=[model.origin])
-    prompts.save_prompts(folder, pair.examples, model.tokenizer, show=config.reading.show)
-    folder.update(model_layers=model.config.num_hidden_layers)
-    cells = [RegimeCell(index) for index in modules]
-    # One pass records the inputs and gradients of all modules; a finished run needs none.
-    done = read_finished_cells(folder.path)
-    if any(key_of(cell) not in done for cell in cells):
-        recorded = regimes.record_modules(
-            model.params, model.config, pair.train, pair.held_out, regimes.distinct_names(modules)
-        )
-        folder.update(training_loss=recorded.train.loss, heldout_loss=recorded.held_out.loss)
+    folder = RunFolder.open(NAME, identity, out=config.out, seed=seed, extra=extra, models=[source.origin])
+    prompts.save_prompts(folder, pair.examples, source.tokenizer, show=config.reading.show)
+    folder.update(model_layers=len(all_layers))
+    groups = [layers[start : start + LAYERS_PER_CELL] for start in range(0, len(layers), LAYERS_PER_CELL)]
+
+    def work(cell: RegimeCell, _: Path) -> dict[str, Any]:
+        # The command warns about all layers together.
+        with python_warnings.catch_warnings():
+            python_warnings.simplefilter("ignore", thin.ThinWarning)
+            measured = regimes.regime(
+                model, pair.train, pair.held_out, targets, config=config.measured, layers=cell.layers
+            )
+        # Cells without a value, such as those of the rules without adapters, are left out of a row.
+        frames = {name: getattr(measured, name).to_dict("records") for name in RegimeRows._fields}
+        rows = {
+            name: [{column: value for column, value in row.items() if value == value} for row in frame]
+            for name, frame in frames.items()
+        }
+        return rows | {"losses": [measured.training_loss, measured.held_out_loss], "left_out": measured.left_out}
 
     def assemble(parts: list[Any]) -> Regime:
-        losses = (folder.entry(name) for name in ("training_loss", "heldout_loss"))
-        return Regime.from_rows([RegimeRows(*part) for part in parts], *losses)
+        rows = [RegimeRows(*(part[name] for name in RegimeRows._fields)) for part in parts]
+        return Regime.from_rows(rows, *(parts[0]["losses"] if parts else (math.nan, math.nan)))
 
     def write(parts: list[Any]) -> None:
         for name, frame in assemble(parts).files().items():
             folder.write_frame(frame, name)
 
-    def work(cell: RegimeCell, _: Path) -> RegimeRows:
-        return recorded.measure(config.measured, cell.layer, modules[cell.layer])
-
-    measured = assemble(run_with_bar(cells, work, folder, runner=runner, title="layers", write=write))
+    parts = run_with_bar([RegimeCell(tuple(group)) for group in groups], work, folder, title="layers", write=write)
+    measured = assemble(parts)
+    folder.update(training_loss=measured.training_loss, heldout_loss=measured.held_out_loss)
     # Compare with the prediction, and summarise over layers.
     verdict = regime_tables.judge_regime(measured.results, config.judged)
     ratios = regime_tables.measured_over_predicted(measured.results)
@@ -156,7 +177,8 @@ def run(config: Config) -> None:
     summaries = regime_tables.summaries(measured.crossings, measured.takeover)
     for name, frame in summaries.items():
         folder.write_frame(frame, name)
-    warnings = thin.regime_warnings(measured.crossings, model.config.num_hidden_layers)
+    warnings = thin.regime_warnings(measured.crossings, len(all_layers))
+    warnings += [f"{name} was not measured: {reason}." for part in parts for name, reason in part["left_out"].items()]
     # Key figures and report.
     bounds, scope = ("crossing_rank_low", "crossing_rank_high"), ("kind", "split", "optimizer", "init")
     crossings, name = summaries[regime_tables.CROSSING_SUMMARY], "crossing rank, median over layers"

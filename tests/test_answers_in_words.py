@@ -8,7 +8,7 @@ import pytest
 from rora_theory.lab.evaluate.accuracies import TaskAccuracy, describe_accuracy
 from rora_theory.lab.sweep.analysis import describe_horizons
 from rora_theory.lab.sweep.results import describe_results
-from rora_theory.measure.rank_check.check import CheckConfig, describe_check
+from rora_theory.measure.rank_check.rules import CheckConfig, describe_check
 from rora_theory.paper.verdicts import Verdict, describe_verdicts
 from rora_theory.stats.rate_curves import describe_slopes
 

@@ -22,7 +22,7 @@ MODULES = sorted(
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name: str) -> None:
-    if name.startswith("rora_theory.measure.torch."):
+    if name.startswith("rora_theory.measure."):
         for package in ("torch", "transformers", "peft"):
             pytest.importorskip(package, reason="the bridge to PyTorch: the extra torch")
     module = importlib.import_module(name)

@@ -141,7 +141,7 @@ def test_results_of_the_bridge_are_plotted(tmp_path) -> None:
     pytest.importorskip("transformers", reason="the bridge: the extra torch")
     from support import torch_models
 
-    from rora_theory.measure.torch import coordinate_check, regime
+    from rora_theory.measure import coordinate_check, regime
 
     base, batch, held_out = torch_models.model("llama"), torch_models.batch(seed=0), torch_models.batch(seed=1)
     measured = regime(base, batch, held_out, ["q_proj", "down_proj"])

@@ -1,7 +1,14 @@
-"""Measurements of a model on one batch: regime by module, real first steps, and the rank coordinate check.
+"""Measurements of a PyTorch or PEFT model in its own process, dtype and device, and a probe for its learning rate.
 
-`regime`, `check_transfer` and `coordinate_check` take a loaded model and batches, and return data frames. They print
-nothing, and train for at most the few steps of the check. They need the extra ``finetune``.
+    from rora_theory import Setting, measure
+
+    measured = measure.regime(model, batch, held_out)
+    config, learning_rate, advice = measured.transfer(Setting(16, 32, 2e-4), rank=128)
+    measure.coordinate_check(make_model, batch, ranks=(2, 8, 32)).assert_flat()    # in a test suite
+    measure.tune(model, batches, held_out_batches, config=LoraConfig(r=128), steps=2000).learning_rate
+
+The functions need the extra ``torch`` (torch, transformers, peft), which is imported at first use. The statistics
+behind them, `regimes.module_regime`, `rank_check.rules` and `tuning.plan`, need NumPy alone.
 """
 
 from typing import TYPE_CHECKING
@@ -9,20 +16,37 @@ from typing import TYPE_CHECKING
 from rora_theory import lazy_modules
 
 if TYPE_CHECKING:
-    from rora_theory.measure.rank_check.check import CheckConfig, coordinate_check
-    from rora_theory.measure.regimes.model import regime
+    from rora_theory.measure.callback import RegimeCallback
+    from rora_theory.measure.chats import ChatCollator
+    from rora_theory.measure.rank_check.check import TorchCheck, coordinate_check
+    from rora_theory.measure.regimes.model import TorchRegime, regime
     from rora_theory.measure.regimes.module_regime import RegimeConfig
     from rora_theory.measure.transfer_check import check_transfer
+    from rora_theory.measure.tuning.search import tune
 
-__all__ = ["CheckConfig", "RegimeConfig", "check_transfer", "coordinate_check", "regime"]
+__all__ = [
+    "ChatCollator",
+    "RegimeCallback",
+    "RegimeConfig",
+    "TorchCheck",
+    "TorchRegime",
+    "check_transfer",
+    "coordinate_check",
+    "regime",
+    "tune",
+]
 
 __getattr__, __dir__ = lazy_modules.attributes(
     __name__,
     {
-        "CheckConfig": "rora_theory.measure.rank_check.check",
+        "ChatCollator": "rora_theory.measure.chats",
+        "RegimeCallback": "rora_theory.measure.callback",
         "RegimeConfig": "rora_theory.measure.regimes.module_regime",
-        "coordinate_check": "rora_theory.measure.rank_check.check",
+        "TorchCheck": "rora_theory.measure.rank_check.check",
+        "TorchRegime": "rora_theory.measure.regimes.model",
         "check_transfer": "rora_theory.measure.transfer_check",
+        "coordinate_check": "rora_theory.measure.rank_check.check",
         "regime": "rora_theory.measure.regimes.model",
+        "tune": "rora_theory.measure.tuning.search",
     },
 )

@@ -7,7 +7,7 @@ import pytest
 from support import checkpoint, commands, drawings
 
 from figures import coordinate_check as figure
-from rora_theory.measure.rank_check import check as rank_check
+from rora_theory.measure.rank_check import rules as rank_check
 from rora_theory.runs import frames
 from sims import coordinate_check as sim
 

@@ -22,8 +22,8 @@ from rora_theory.lab.evaluate.scoring import Scoring
 from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.llama import hub, loading
 from rora_theory.lab.sweep import trained_runs
-from rora_theory.measure.rank_check.check import CheckConfig
-from rora_theory.measure.record_batches import BatchConfig, PairConfig
+from rora_theory.measure.rank_check.rules import CheckConfig
+from rora_theory.measure.record_batches import BatchConfig
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.runs.cluster.config import ClusterConfig
 from rora_theory.runs.folder import RunFolder, path_of
@@ -42,6 +42,8 @@ from sims import (
     transfer,
     variance_sweep,
 )
+from sims.common import inputs
+from sims.common.record_batches import PairConfig
 
 
 class Opened(Exception):  # noqa: N818 (a way out, not an error)
@@ -121,10 +123,11 @@ def test_a_folder_in_use_is_refused_before_weights_are_read(name, model, data, t
     path.mkdir(parents=True)
     lock = acquire(path)
 
-    def load_hf(*_: Any) -> None:
+    def load(*_: Any) -> None:
         raise AssertionError("weights are read")
 
-    monkeypatch.setattr(loading, "load_hf", load_hf)
+    monkeypatch.setattr(loading, "load_hf", load)
+    monkeypatch.setattr(inputs, "load_model", load)
     with pytest.raises(InputError, match=rf"^{path}: is in use by process"):
         sys.modules[f"sims.{name}"].run(config)
     os.close(lock)

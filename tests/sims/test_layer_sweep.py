@@ -8,8 +8,8 @@ from support import commands
 
 from figures import layers_vs_rank, style
 from rora_theory import laws
-from rora_theory.measure.layers import layer_grid
-from rora_theory.measure.layers.layer_data import read_layers
+from rora_theory.laws.layers import layer_grid
+from rora_theory.laws.layers.layer_data import read_layers
 from rora_theory.optimizers import OPTIMIZERS
 from rora_theory.runs import frames
 from sims import layer_sweep

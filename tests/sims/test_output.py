@@ -27,7 +27,7 @@ from rora_theory.lab.evaluate.accuracies import TaskAccuracy
 from rora_theory.lab.evaluate.scoring import Scoring
 from rora_theory.lab.sweep.analysis import HorizonJudgement
 from rora_theory.lab.sweep.training_grid import TrainingGrid
-from rora_theory.measure.rank_check.check import CheckConfig
+from rora_theory.measure.rank_check.rules import CheckConfig
 from rora_theory.measure.regimes.module_regime import Regime, RegimeConfig, RegimeRows
 from rora_theory.paper.verdicts import Verdict
 from rora_theory.runs import frames

@@ -73,7 +73,7 @@ CASES = [
     ("regime", "--targets c_proj", "target_modules .*'c_proj'"),
     ("regime", "--batch-size 39", "at least 43 records .* 40"),
     ("regime", "--adapter missing", "--adapter .* missing"),
-    ("regime", "--data SAME.json --rows 0", r"all \d+ held-out tokens .* or --no-mask"),
+    ("regime", "--data SAME.json --rows 0", r"all \d+ held-out tokens .* mask off"),
     ("transfer", "--rule 400", "400.0"),
     ("transfer", "--check smollm2-135m", "--check .* smollm2-135m"),
     ("transfer", "--check smollm2-135m none.json", "none.json: no such file"),

@@ -1,6 +1,7 @@
-"""`python -m sims.regime` on a tiny checkpoint: results, the verdict, resumption by layer, figures."""
+"""`python -m sims.regime` on a tiny checkpoint: results, the verdict, resumption by group of layers, figures."""
 
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -12,11 +13,9 @@ from support import checkpoint, commands, drawings
 from figures import regime as figure
 from rora_theory import scaling_factor
 from rora_theory.lab import adapters
-from rora_theory.lab.finetune import read_records, split_records, tokenize
+from rora_theory.lab.finetune import Batches, choose_widths, read_records, split_records, tokenize
+from rora_theory.lab.finetune.step import batch_loss
 from rora_theory.lab.llama import load
-from rora_theory.measure import record_batches
-from rora_theory.measure.layers.model_layers import record
-from rora_theory.measure.record_batches import PairConfig
 from rora_theory.measure.regimes import tables as regime_tables
 from rora_theory.measure.regimes import thin
 from sims import regime
@@ -66,24 +65,39 @@ def test_results(finished) -> None:
 
 @pytest.mark.slow
 def test_losses_are_of_the_batch_and_of_other_records(finished, model, records) -> None:
-    """The batch has the records that were not held out; the library's tests check given batches."""
-    model, all_records = load(model), read_records([records])
-    pair = record_batches.make_batch_pair(PairConfig(4, 4), all_records, model.tokenizer)
+    """The batch has the first records that were not held out, and its loss is the model's in JAX."""
+    base, all_records = load(model), read_records([records])
     rest, held_out = split_records(all_records, 4, 0)
-    for part, part_records in ((pair.train, rest[:4]), (pair.held_out, held_out)):
-        examples = tokenize(part_records, model.tokenizer)
-        assert [row[:n].tolist() for row, n in zip(part.inputs, examples.input_lengths, strict=True)] == [
-            examples[i][:-1].tolist() for i in range(4)
-        ]
-    names = ("self_attn.q_proj", "mlp.down_proj")
-    read = {
-        "train": record(model.params, model.config, pair.train, names),
-        "heldout": record(model.params, model.config, pair.held_out, names, gradients=False),
-    }
     manifest = json.loads((finished / "manifest.json").read_text())
-    assert manifest["training_loss"] == pytest.approx(read["train"].loss, rel=1e-6)
-    assert manifest["heldout_loss"] == pytest.approx(read["heldout"].loss, rel=1e-6)
-    assert read["train"].loss != pytest.approx(read["heldout"].loss, rel=1e-3)
+    losses = []
+    for part in (rest[:4], held_out):
+        examples = tokenize(part, base.tokenizer)
+        batch = Batches(examples, choose_widths(examples.input_lengths, 1), batch_size=4)[0]
+        losses.append(float(batch_loss(base.params, batch, base.config)) / float(batch.weights.sum()))
+    assert [manifest["training_loss"], manifest["heldout_loss"]] == pytest.approx(losses, rel=1e-5)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_equal_to_the_published_run_of_another_engine(tmp_path) -> None:
+    """A layer of SmolLM2 has the figures of a published run, which a forward and a backward pass in JAX gave.
+
+    Both programs compute in float32, in which a signal, a sum of entries that cancel, has a relative error of 1e-4.
+    """
+    if not (path := os.environ.get("RORA_COMMONSENSE_DIR")):
+        pytest.skip("set RORA_COMMONSENSE_DIR to the folder of the tasks")
+    options = ["--model", "smollm2-135m", "--data", f"{path}/ARC-Easy/train.json", "--rows", "0", "--layers", "15"]
+    commands.output(commands.run(regime.main, *options, "--out", tmp_path / "run"))
+    published = Path(__file__).parents[2] / "results" / "published" / "regime_held_out"
+    keys = ["module", "split", "optimizer", "init"]
+    measured, expected = (
+        pd.read_csv(folder / regime_tables.CROSSINGS).query("layer == 15").set_index(keys).sort_index()
+        for folder in (tmp_path / "run", published)
+    )
+    assert len(measured) == 5 * 2 * 2 * 2
+    for column in ("signal", "cross_talk", "crossing_rank", "median", "linear_term"):
+        assert measured[column].to_numpy() == pytest.approx(expected[column].to_numpy(), rel=2e-4), column
+        assert np.median(np.abs(measured[column] / expected[column] - 1)) < 2e-5
 
 
 @pytest.mark.slow
@@ -110,7 +124,7 @@ def test_figures(finished) -> None:
 
 @pytest.mark.slow
 def test_a_trained_adapter_is_measured_in_the_weights(inputs, model, records, finished, tmp_path) -> None:
-    """The model with the merged adapter gives the same files, and other figures than before training."""
+    """The model with the merged adapter gives the same figures, and other figures than before training."""
     base, lora = load(model), adapters.LoraConfig(rank=2, alpha=4, rule="lora")
     fresh = adapters.init(jax.random.key(0), lora, base.config, base.params)
     trained = adapters.replace(fresh, jax.tree.map(lambda leaf: leaf + 0.1, fresh.params))
@@ -122,8 +136,9 @@ def test_a_trained_adapter_is_measured_in_the_weights(inputs, model, records, fi
         "inside": ["--model", tmp_path / "merged", "--data", records],
     }.items():
         commands.output(commands.run(regime.main, *words, THIN, "--out", tmp_path / name))
-        tables[name] = [(tmp_path / name / file).read_bytes() for file in (regime_tables.CROSSINGS, "takeover.csv")]
-    assert tables["beside"] == tables["inside"]
+        tables[name] = [pd.read_csv(tmp_path / name / file) for file in (regime_tables.CROSSINGS, "takeover.csv")]
+    for beside, inside in zip(tables["beside"], tables["inside"], strict=True):
+        pd.testing.assert_frame_equal(beside, inside, rtol=1e-3)  # float32 merges, of which much cancels in a sum
     ranks = [
         pd.read_csv(folder / regime_tables.CROSSINGS).query("layer == 1")["crossing_rank"].to_numpy()
         for folder in (tmp_path / "beside", finished)

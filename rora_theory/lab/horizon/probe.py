@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from rora_theory.advice.adapter_config import peft_targets
 from rora_theory.defaults import TRAIN_BATCH_SIZE
 from rora_theory.errors import InputError
+from rora_theory.lab import led
 from rora_theory.lab.adapters.lora import PAPER_TARGETS
 from rora_theory.lab.data.batches import Examples
 from rora_theory.lab.data.formats import TrainTemplate
@@ -17,7 +18,6 @@ from rora_theory.lab.finetune.config import FinetuneConfig, LossOn
 from rora_theory.lab.sweep.readings import read_run
 from rora_theory.lab.sweep.workbench import Workbench
 from rora_theory.laws.random.seeds import check_seed
-from rora_theory.measure import led
 from rora_theory.measure.tuning.plan import (
     BUDGET,
     MAX_PROBE_STEPS,

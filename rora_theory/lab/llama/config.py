@@ -23,7 +23,7 @@ MODULES = (
 )
 """The linear modules of one layer, by the names Hugging Face and PEFT give them."""
 
-OTHER_MODELS = "any PyTorch model can be measured with rora_theory.measure.torch"
+OTHER_MODELS = "any PyTorch model can be measured with rora_theory.measure"
 """Alternative that the error for an unsupported architecture names."""
 
 

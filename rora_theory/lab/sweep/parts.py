@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from rora_theory.lab.led import PARTS, preserving_exponent, preserving_factor
 from rora_theory.lab.sweep.horizon_runs import HorizonRun
 from rora_theory.laws import constant_gradient
-from rora_theory.measure.led import PARTS, preserving_exponent, preserving_factor
 from rora_theory.optimizers import Schedule, schedule_factor
 from rora_theory.runs import frames
 
@@ -34,7 +34,7 @@ def led_table(
     Returns:
       A row for each reading after which a B has moved: ``rank``, ``strength``, ``learning_rate``, ``seed`` and
       ``step``; the median and the quantiles 5% and 95% over modules of ``ratio``, A-led over B-led rms, and of
-      ``exponent`` (`measure.led.preserving_exponent`); ``change``, the root mean square over modules of the change of
+      ``exponent`` (`lab.led.preserving_exponent`); ``change``, the root mean square over modules of the change of
       their outputs; and ``law_ratio``, the ratio that the law predicts for the median takeover distance at a constant
       gradient.
     """
@@ -128,7 +128,7 @@ def exponent_of_parts(
 ) -> list[float]:
     """Compute, for each seed, the exponent of gamma r by which the rate preserves the change of all modules.
 
-    The exponent comes from the measured parts of runs at the first strength (`measure.led.preserving_factor`). It is
+    The exponent comes from the measured parts of runs at the first strength (`lab.led.preserving_factor`). It is
     interpolated linearly in the log of the rate between two runs that are at most a grid step (a quarter decade) apart,
     or taken from a run within half a step. Seeds without such a run have no exponent.
 

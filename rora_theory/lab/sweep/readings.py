@@ -15,12 +15,12 @@ import numpy as np
 from jaxtyping import Float
 
 from rora_theory.errors import InputError
+from rora_theory.lab import led
 from rora_theory.lab.adapters import LoraAdapter
 from rora_theory.lab.finetune import FinetuneConfig, NonFiniteLossError, Paused, StepCompleted, Trainer
 from rora_theory.lab.finetune import metrics as metrics_file
 from rora_theory.lab.finetune.held_out import RecordLoss, record_losses
 from rora_theory.lab.sweep.workbench import Workbench
-from rora_theory.measure import led
 from rora_theory.runs.reading import CHECKPOINTS
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.validation.rules import check_steps
@@ -37,7 +37,7 @@ class Reading:
       step: Number of steps; 0 is the model before training.
       losses: Loss of each record in nats, summed over its tokens.
       answer_losses: Loss of each record in nats, summed over the tokens of its answer.
-      parts: Columns of `measure.led.compute_led_rms`, to five figures; None if they were not measured, and for full
+      parts: Columns of `lab.led.compute_led_rms`, to five figures; None if they were not measured, and for full
         fine-tuning and DoRA, whose change is not gamma B A x.
     """
 
@@ -79,7 +79,7 @@ def read_run(
       training: Fine-tuning configuration with an adapter that can be merged.
       steps: Numbers of steps in ascending order. A schedule that decays allows one number only.
       inputs: Inputs of the modules, at which the parts of the change are measured; None computes
-        `measure.led.module_inputs` of the held-out records.
+        `lab.led.module_inputs` of the held-out records.
       folder: Folder of the run for checkpoints; with None an interrupted run starts over.
 
     Returns:

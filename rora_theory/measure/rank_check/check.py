@@ -1,389 +1,520 @@
-"""Rank coordinate check of scaling rules, with controls.
+"""Rank coordinate check of a PEFT model: test whether its first steps depend on the rank.
 
-Nested adapters of several ranks take the same few steps (`coordinates.Checker`). All rules have the same scaling at a
-reference rank, so that they differ in the exponent only. A quantity is flat if the 95% interval of its log-log slope
-against the rank lies within a band around zero. Controls must not be flat: constant gamma grows with the rank, and the
-gaussian initialisation shrinks (`control_direction`).
+The steps use the user's own optimizer:
 
-    check = measure.coordinate_check(model, train, held_out)
-    check.verdicts[["rule", "whole_model", "modules"]]
+    def make_model(rank):
+        return get_peft_model(base, LoraConfig(r=rank, lora_alpha=16, use_rslora=True, target_modules="all-linear"))
+
+    check = coordinate_check(make_model, batch, ranks=(2, 8, 32), held_out=held_out)
+    print(check.sentence())
+    check.assert_flat()
+
+The draws of A are nested: the A of a smaller rank consists of the first rows of the A of a larger rank, so that the
+noise of different ranks is shared. `rora_theory.measure.rank_check.rules` is the check of scaling rules in JAX.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
+from weakref import ref
 
-import jax
 import numpy as np
 import pandas as pd
+import torch
+from peft.tuners.lora import LoraLayer
 
-from rora_theory.advice.setting import Setting
-from rora_theory.lab.adapters.inits import LORA_INITS, LoraInit
-from rora_theory.lab.adapters.lora import PAPER_TARGETS
-from rora_theory.lab.data.batches import Batch
-from rora_theory.lab.llama import Model
+from rora_theory import inits, plots
+from rora_theory.advice.adapter_config import init_of
+from rora_theory.errors import InputError, shown
 from rora_theory.laws.random.seeds import check_seed
+from rora_theory.measure import hooks
+from rora_theory.measure.batches import (
+    Batch,
+    Loss,
+    check_batch,
+    find_masks,
+    loss_function,
+    move_batch,
+    select_masks,
+)
+from rora_theory.measure.modules import (
+    base_model,
+    preserved_state,
+    remove_adapters,
+    trainable_parameters,
+    unwrap,
+    with_autograd,
+)
+from rora_theory.measure.progress import bar
 from rora_theory.measure.rank_check.coordinate_table import (
-    BATCH_SPLITS,
     MODEL,
+    MODEL_QUANTITIES,
+    BatchSplit,
     Coordinate,
     Table,
     judge_model,
-    summarise_verdicts,
 )
-from rora_theory.measure.rank_check.coordinates import Checker
 from rora_theory.measure.regimes import thin
-from rora_theory.optimizers import DISPLAY_NAMES, FAMILY, OPTIMIZER_NAMES, OptimizerName, scaling_power
-from rora_theory.runs import frames
-from rora_theory.scaling import Rule, check_choice, check_integer, exponent
-from rora_theory.stats import slopes
-from rora_theory.stats.rate_optimum import predicted_slopes
-from rora_theory.validation.ranges import Positive, check_ranges
-from rora_theory.validation.rules import (
-    alpha_at,
-    check_list,
-    check_rules,
-    check_steps,
-    listed,
-    name_of,
-)
+from rora_theory.measure.tuning.training import build_optimizer
+from rora_theory.scaling import check_instance, check_integer, check_positive
+from rora_theory.stats.slopes import BAND
+from rora_theory.validation.rules import check_list, check_steps, listed
 
-COLUMNS = (
-    "optimizer", "rule", "kappa", "init", "control", "rank", "scaling", "learning_rate", "seed", "step", "split",
-    "module", "quantity", "value",
-)  # fmt: skip
-SLOPE_COLUMNS = (
-    "optimizer", "rule", "kappa", "init", "control", "step", "split", "module", "quantity", "slope", "standard_error",
-    "half_width", "seeds", "verdict", "kappa_flat",
-)  # fmt: skip
-UNITS = {
-    "output": "root mean square of gamma B A x over adapted layers, tokens and outputs",
-    "inner": "root mean square of A x",
-    "delta": "|gamma B A|_F, root mean square over layers",
-    "grad_A, grad_B": "Frobenius norm over layers of the gradient of the last step",
-    "hidden, logits": "root mean square of the change since the base model",
-    "loss": "nats per token",
-    "half_width": "half-width of the 95% interval of the slope, Student's t over seeds",
-    "kappa_flat": "exponent that would have been flat: kappa + slope under Adam, kappa + slope/2 under SGD, if the "
-    "quantity is proportional to gamma and gamma^2",
+if TYPE_CHECKING:
+    import matplotlib.figure
+
+MakeOptimizer = Callable[[Iterable[torch.nn.Parameter], int], torch.optim.Optimizer]
+"""Function of the trainable parameters and the rank that returns an optimizer."""
+
+LearningRate = float | Callable[[int], float]
+"""One learning rate for all ranks, or a function of the rank."""
+
+CONCLUSIONS = {
+    "flat": ("do not depend on the rank", "Use the advice as it stands."),
+    "grows with the rank": ("grow with the rank", "Lower alpha or the learning rate at higher ranks."),
+    "shrinks with the rank": ("shrink with the rank", "Raise alpha or the learning rate at higher ranks."),
+    "undecided": ("may or may not depend on the rank", "Repeat the check with more seeds."),
+    "nothing moved": ("do not change its outputs", "Use float32 or a higher learning rate."),
 }
+"""Conclusion from each verdict about a setting that is used at several ranks, and what to do."""
+
+MIXED = ("behave differently by step or split", "Compare the steps and splits in `slopes`.")
+"""Conclusion from a verdict that names steps or splits, and what to do."""
 
 
-@dataclass(frozen=True)
-class CheckConfig:
-    """Settings of the check.
-
-    Raises:
-      InputError: If a value is out of range.
-    """
-
-    ranks: tuple[int, ...] = (2, 8, 32, 128)
-    """Two or more ranks of the adapter"""
-    rules: tuple[Rule, ...] = ("lora", "rora")
-    """Scaling rules: lora, rora, rslora, or the exponent kappa of gamma = alpha / r^kappa"""
-    optimizers: tuple[OptimizerName, ...] = ("adamw", "sgd")
-    """Optimizers: sgd, momentum, adam or adamw, at a constant learning rate and without clipping"""
-    inits: tuple[LoraInit, ...] = ("kaiming_uniform",)
-    """Initialisations of A"""
-    controls: bool = True
-    """Also check two controls that must not be flat, under the first optimizer: kappa = 0 and the gaussian
-    initialisation"""
-    steps: tuple[int, ...] = (1, 2, 5, 10)
-    """Numbers of updates after which to measure, in ascending order"""
-    seeds: tuple[int, ...] = (0, 1, 2, 3)
-    """Seeds of the adapter and its batches; error bars need two or more"""
-    gamma: float = 2.0
-    """Scaling under every rule at the reference rank"""
-    reference_rank: int = 8
-    """Rank at which all rules have the same scaling"""
-    adam_lr: Positive = 1e-4
-    """Learning rate of adam and adamw"""
-    sgd_lr: Positive = 0.01
-    """Learning rate of sgd"""
-    momentum_lr: Positive = 0.001
-    """Learning rate of momentum"""
-    band: Positive = slopes.BAND
-    """Largest absolute slope that counts as flat"""
-
-    def __post_init__(self) -> None:
-        """Validate the settings."""
-        check_list("--ranks", self.ranks, check_integer, fewest=2)
-        for name, supported in (("optimizers", OPTIMIZER_NAMES), ("inits", LORA_INITS)):
-            check_list(f"--{name}", getattr(self, name), partial(check_choice, choices=supported))
-        check_steps(self.steps)
-        check_ranges(self)
-        check_rules(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
-        check_list("--seeds", self.seeds, check_seed, fewest=2)
-
-
-class Case(NamedTuple):
-    """Optimizer, rule and initialisation that are checked together over ranks and seeds."""
-
-    optimizer: OptimizerName
-    rule: Rule
-    init: LoraInit
-    control: bool
-
-    def __str__(self) -> str:
-        """Return the label of the case, as progress messages show it."""
-        kappa = {"lora": "alpha/r", "rora": "alpha/sqrt(r)", "rslora": "alpha/sqrt(r)"}.get(name_of(self.rule))
-        text = f"{DISPLAY_NAMES[self.optimizer]}, {kappa or f'kappa = {name_of(self.rule)}'}, A {self.init}"
-        return text + (" (control)" if self.control else "")
-
-
-@dataclass(frozen=True)
-class CoordinateCell:
-    """Training of one adapter for a few steps."""
-
-    case: Case
-    seed: int
-    rank: int
-
-    def __str__(self) -> str:
-        """Return the label of the cell, as progress messages show it."""
-        return f"{self.case}, r = {self.rank}, seed {self.seed}"
-
-
-def cases(config: CheckConfig) -> Iterator[Case]:
-    """Yield the cases of the configuration, then the controls."""
-    for optimizer in config.optimizers:
-        for rule in config.rules:
-            for init in config.inits:
-                yield Case(optimizer, rule, init, False)
-    # Controls, for which the law predicts a dependence on the rank: the check must detect it.
-    if config.controls:
-        optimizer = config.optimizers[0]
-        if 0.0 not in map(exponent, config.rules):
-            yield Case(optimizer, 0.0, "kaiming_uniform", True)
-        if "gaussian" not in config.inits:
-            # The gaussian init is flat under constant gamma: use the rule with the largest exponent, farthest from it.
-            yield Case(optimizer, max(config.rules, key=exponent), "gaussian", True)
-
-
-def coordinate_cells(config: CheckConfig) -> list[CoordinateCell]:
-    """Return the cells of all adapters in the order of the table."""
-    return [
-        CoordinateCell(case, seed, rank) for case in cases(config) for seed in config.seeds for rank in config.ranks
-    ]
-
-
-def coordinate_rows(
-    config: CheckConfig, checker: Checker, cell: CoordinateCell, batch_of: Callable[[int], Batch], held_out: Batch
-) -> list[dict[str, Any]]:
-    """Train one adapter and return its sizes as rows of a table.
-
-    Args:
-      config: Settings of the check.
-      checker: Model with its compiled functions.
-      cell: Case, seed and rank of the adapter.
-      batch_of: Function that returns the batch of step t = 0, 1, ...
-      held_out: Batch that is never trained on.
-
-    Returns:
-      A row with the columns `COLUMNS` for each coordinate.
-    """
-    (optimizer, rule, init, control), rank = cell.case, cell.rank
-    # Each optimizer has its own learning rate.
-    rates = {"sgd": config.sgd_lr, "momentum": config.momentum_lr}
-    setting = Setting(
-        rank=rank,
-        alpha=alpha_at(rule, gamma=config.gamma, reference_rank=config.reference_rank),
-        learning_rate=rates.get(optimizer, config.adam_lr),
-        rule=rule,
-        optimizer=optimizer,
-        init=init,
-    )
-    # A key that depends on the seed only: adapters of all ranks and rules share rows of A.
-    key = jax.random.fold_in(jax.random.key(0), cell.seed)
-    labels = {"optimizer": optimizer, "rule": name_of(rule), "kappa": exponent(rule), "init": init}
-    labels |= {"control": int(control), "rank": rank, "learning_rate": setting.learning_rate, "seed": cell.seed}
-    labels["scaling"] = setting.scaling
-    sizes = checker.run(setting, key, batch_of, held_out, steps=config.steps)
-    return [labels | coordinate._asdict() | {"value": float(value)} for coordinate, value in sizes]
-
-
-def size_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return the frame of rows of `coordinate_rows`."""
-    return frames.from_rows(rows, COLUMNS)
-
-
-def coordinate_slopes(config: CheckConfig, sizes: pd.DataFrame) -> pd.DataFrame:
-    """Fit the slope of every coordinate except the loss, and of the geometric mean of the modules' outputs.
-
-    Args:
-      config: Settings of the check.
-      sizes: Frame of `size_table` with all cells.
-
-    Returns:
-      A frame with the columns `SLOPE_COLUMNS`.
-    """
-    rows: list[dict[str, Any]] = []
-    ranks = tuple(sorted(config.ranks))
-    for case in cases(config):
-        # Sizes of each coordinate as an array [seeds, ranks].
-        values: dict[Coordinate, np.ndarray] = {}
-        for names, group in rows_of_case(sizes, case).groupby(list(Coordinate._fields), sort=False):
-            by_seed = group.pivot(index="seed", columns="rank", values="value")
-            values[Coordinate._make(names)] = by_seed.reindex(index=config.seeds, columns=ranks).to_numpy(np.float64)
-        # Geometric mean of the outputs of all modules.
-        outputs: dict[tuple[str, int], list[np.ndarray]] = {}
-        for coordinate, value in values.items():
-            if coordinate.quantity == "output":
-                outputs.setdefault((coordinate.split, coordinate.step), []).append(value)
-        for (split, step), by_module in outputs.items():
-            with np.errstate(divide="ignore", invalid="ignore"):
-                values[Coordinate("output", split, MODEL, step)] = np.exp(np.mean(np.log(by_module), axis=0))
-        # Slopes and verdicts.
-        kappa, power = exponent(case.rule), scaling_power(FAMILY[case.optimizer])
-        labels = {"optimizer": case.optimizer, "rule": name_of(case.rule), "kappa": kappa, "init": case.init}
-        labels |= {"control": int(case.control)}
-        rows += [labels | row for row in Table(ranks, values).slope_rows(band=config.band, kappa=kappa, power=power)]
-    return frames.from_rows(rows, SLOPE_COLUMNS)
-
-
-def rows_of_case(table: pd.DataFrame, case: Case) -> pd.DataFrame:
-    """Return a table's rows of one case."""
-    return frames.where(table, {"optimizer": case.optimizer, "rule": name_of(case.rule), "init": case.init})
-
-
-def verdicts(config: CheckConfig, slopes: pd.DataFrame) -> pd.DataFrame:
-    """Summarise the slopes of each case in verdicts on the whole model and on the outputs of modules.
-
-    Args:
-      config: Settings of the check.
-      slopes: Frame of `coordinate_slopes`.
-
-    Returns:
-      A row for each case. ``flat SPLIT STEP`` is the number of modules with a flat output. ``kappa_flat`` is that of
-      the final hidden state on the training batch after the last step, or NaN if it did not change.
-    """
-    rows = []
-    for case in cases(config):
-        group = rows_of_case(slopes, case)
-        # Verdicts on the modules' outputs by split and step.
-        outputs = group[(group["quantity"] == "output") & (group["module"] != MODEL)]
-        flat_counts: dict[str, str] = {}
-        all_verdicts: list[str] = []
-        for split in BATCH_SPLITS:
-            for step in config.steps:
-                is_selected = (outputs["split"] == split) & (outputs["step"] == step)
-                module_verdicts = outputs["verdict"][is_selected].tolist()
-                flat_counts[f"flat {split} {step}"] = f"{module_verdicts.count('flat')} of {len(module_verdicts)}"
-                all_verdicts += module_verdicts
-        whole_model, modules = judge_model(group.to_dict("records")), summarise_verdicts(all_verdicts)
-        # A control is expected to fail: state whether it does.
-        if case.control:
-            whole_model, modules = _judge_control(case, whole_model), _judge_control(case, modules)
-        last = group.query("quantity == 'hidden' and split == 'train' and step == @config.steps[-1]")
-        row = case._asdict() | {"rule": name_of(case.rule), "whole_model": whole_model, "modules": modules}
-        row |= flat_counts
-        rows.append(row | {"kappa_flat": last["kappa_flat"].iloc[0] if len(last) else math.nan})
-    return pd.DataFrame(rows)
-
-
-def describe_check(config: CheckConfig, judged: pd.DataFrame) -> str:
-    """Return a sentence with the verdicts on the whole model, controls last.
-
-    Args:
-      config: Settings of the check.
-      judged: Frame of `verdicts`.
-    """
-    clauses = [f"{case}: {verdict}" for case, verdict in zip(cases(config), judged["whole_model"], strict=True)]
-    steps = f"{listed(config.steps)} {'steps' if max(config.steps) > 1 else 'step'}"
-    return f"Change of the whole model after {steps}, against the rank: {'; '.join(clauses)}."
-
-
-def control_growth(case: Case) -> list[float]:
-    """Compute the powers of the rank in a control's first step by the law, if signal or cross-talk dominates.
-
-    The entries of a gaussian A are proportional to 1/r, and the step contains A to the same power as gamma.
-    """
-    decrease = scaling_power(FAMILY[case.optimizer]) if case.init == "gaussian" else 0
-    # The slopes are those of the rate that preserves the step, which is the inverse of the step's growth.
-    rate_slopes = predicted_slopes(case.optimizer, exponent(case.rule), trained="B")
-    return [-slope - decrease for slope in rate_slopes.values()]
-
-
-def control_direction(case: Case) -> Literal["grows", "shrinks", ""]:
-    """Return the direction in which a control's first step depends on the rank by the law.
-
-    The direction is empty if it depends on whether signal or cross-talk dominates.
-    """
-    growth = control_growth(case)
-    return "grows" if min(growth) >= 0 else "shrinks" if max(growth) <= 0 else ""
-
-
-def _judge_control(case: Case, verdict: str) -> str:
-    """Describe whether a control depends on the rank in the direction that the law predicts."""
-    # A flat control means that the check cannot detect a dependence, unless the law allows the control to be flat.
-    if verdict == "flat":
-        if 0 in control_growth(case):
-            return "flat, which the law allows if one term dominates: no control"
-        return "FLAT: the check has no power"
-    expected, measured = control_direction(case), verdict.partition(" ")[0]
-    if not expected or measured not in ("grows", "shrinks"):
-        return verdict
-    if measured == expected:
-        return f"{verdict}, as expected of the control"
-    return f"{verdict}, AGAINST THE LAW: this control {expected}"
+def adamw(learning_rate: LearningRate) -> MakeOptimizer:
+    """Return a function that creates AdamW at a learning rate."""
+    rate_of = learning_rate if callable(learning_rate) else lambda _: learning_rate
+    return lambda parameters, rank: torch.optim.AdamW(parameters, lr=rate_of(rank))
 
 
 @dataclass(frozen=True, eq=False)
-class CoordinateCheck:
-    """Result of `coordinate_check` as tidy frames.
+class TorchCheck:
+    """Result of `coordinate_check`.
 
     Attributes:
-      sizes: Sizes with a row for each case, rank, seed, step, split, module and quantity, see
-        `coordinate_table.Coordinate`.
-      slopes: Slopes with errors and verdicts, with a row for each case, step, split, module and quantity, see
-        `coordinate_slopes`.
-      verdicts: Verdicts with a row for each case, see `verdicts`.
+      table: Sizes by coordinate, each an array [seeds, ranks]. ``hidden`` and ``logits`` are the root mean square of
+        the change of the final hidden states (the output head's inputs) and of the logits. ``output`` is the root mean
+        square of gamma B A x of each kind of module. ``loss`` is the loss.
+      sizes: Sizes as a tidy frame with a row for each rank, seed and coordinate.
+      slopes: Frame with a row for each coordinate: log-log slope against the rank, its error and verdict.
+      verdict: Verdict on the whole model, its hidden states and logits: ``"flat"``, ``"grows with the rank"``, ...
+      scope: Sentence with the model, ranks, steps and draws that the verdict rests on.
+      band: Largest absolute slope that counts as flat.
     """
 
+    table: Table
     sizes: pd.DataFrame
     slopes: pd.DataFrame
-    verdicts: pd.DataFrame
+    verdict: str
+    scope: str
+    band: float
+
+    def sentence(self) -> str:
+        """Return the verdict on the whole model and what to do. `scope` states the model, optimizer and batches."""
+        conclusion, action = CONCLUSIONS.get(self.verdict, MIXED)
+        ranks, steps, seeds = (self.sizes[name] for name in ("rank", "step", "seed"))
+        return (
+            f"The first steps of the whole model {conclusion} (verdict: {self.verdict}; ranks {ranks.min()} to "
+            f"{ranks.max()}, steps up to {steps.max()}, {seeds.nunique()} draws). {action}"
+        )
+
+    def plot(self) -> "matplotlib.figure.Figure":
+        """Plot the change of the model's outputs against the rank, and its slopes against the step.
+
+        See `rora_theory.plots.plot_check`. Save the figure with ``check.plot().savefig("check.png")``.
+        """
+        return plots.plot_check(self.sizes, self.slopes, self.band)
+
+    def assert_flat(self, *, split: BatchSplit | None = None, step: int | None = None) -> None:
+        """Assert that the changes of hidden states and logits do not depend on the rank, for use in test suites.
+
+        Args:
+          split: Split to test; None tests all.
+          step: Number of updates after which to test; None tests all.
+
+        Raises:
+          AssertionError: If a slope is outside the band, or if the seeds leave it undecided.
+          InputError: If nothing was measured for the split and step.
+        """
+        # Hidden states and logits at the selected splits and steps.
+        coordinates = [
+            coordinate
+            for coordinate in self.table.values
+            if (coordinate.module, coordinate.quantity) in MODEL_QUANTITIES
+            and split in (None, coordinate.split)
+            and step in (None, coordinate.step)
+        ]
+        if not coordinates:
+            measured = sorted({(coordinate.split, coordinate.step) for coordinate in self.table.values})
+            raise InputError(
+                f"nothing was measured for split {split!r} and step {step!r}; measured pairs: "
+                + ", ".join(f"({name!r}, {number})" for name, number in measured)
+            )
+        for coordinate in coordinates:
+            self.table.assert_flat(coordinate.quantity, split=coordinate.split, step=coordinate.step, band=self.band)
 
 
 def coordinate_check(
-    model: Model,
-    train: Batch | Sequence[Batch],
-    held_out: Batch,
-    config: CheckConfig | None = None,
+    make_model: Callable[[int], torch.nn.Module],
+    batch: Batch | Sequence[Batch],
+    ranks: Sequence[int] = (2, 8, 32, 128),
     *,
-    target_modules: Sequence[str] | str = PAPER_TARGETS,
-) -> CoordinateCheck:
-    """Run the rank coordinate check of scaling rules on a model.
+    held_out: Batch | None = None,
+    learning_rate: LearningRate = 1e-4,
+    make_optimizer: MakeOptimizer | None = None,
+    loss: Loss | None = None,
+    steps: Sequence[int] = (1, 2, 5, 10),
+    seeds: int = 3,
+    band: float = BAND,
+    seed: int = 0,
+    progress: bool = False,
+) -> TorchCheck:
+    """Train adapters of several ranks for a few steps and compare how much the model's outputs change.
+
+    Outputs are measured in evaluation mode; steps run in the mode of the model. Use float32: in bfloat16 the changes
+    of the first steps may be too small to measure.
+
+    With R ranks and S seeds, the check takes R S ``max(steps)`` training steps. After each of ``steps`` it also takes a
+    forward pass of the step's batch and one of ``held_out``. The base model's outputs, from which the changes are
+    measured, take a forward pass of each of these batches; they are computed once if ``make_model`` uses one and the
+    same base model, and R S times otherwise.
 
     Args:
-      model: Model loaded by `rora_theory.lab.llama.load`.
-      train: Batch of every step, or a sequence of batches that the steps cycle through.
-      held_out: Batch that is never trained on. `unseen.mask_seen` masks the tokens that it shares with training.
-      config: Settings of the check; None is the default `CheckConfig`.
-      target_modules: Target modules in PEFT's format.
+      make_model: Function of a rank that returns a PEFT model with a fresh LoRA or rsLoRA adapter (B = 0) of that
+        rank. A is drawn anew, nested over ranks, by the law that ``init_lora_weights`` names. The function may use the
+        same base model each time, which saves forward passes: PEFT's layers are removed after each rank.
+      batch: Batch of every step, or a sequence of batches that the steps cycle through, with labels.
+      ranks: Two or more ranks.
+      held_out: Batch that is never trained on, without the tokens that repeat the beginning of the first batch.
+      learning_rate: Learning rate of AdamW in your training: a number, or a function of the rank.
+      make_optimizer: Function of the adapter's parameters and the rank that returns another optimizer, for which
+        ``learning_rate`` has no effect. None is AdamW.
+      loss: Function of the model and a batch; None is ``model(**batch).loss``.
+      steps: Numbers of updates after which to measure, in ascending order.
+      seeds: Number of draws of A; at least 2, which error bars need.
+      band: Largest absolute slope that counts as flat.
+      seed: Seed of all draws.
+      progress: Whether to show transformers' progress bar, which states the numbers of training steps and forward
+        passes before they start.
 
     Returns:
-      The sizes, slopes and verdicts.
+      The sizes, slopes and verdict.
 
     Raises:
-      InputError: If a rank or module does not fit the model.
+      InputError: If a model has no fresh LoRA adapter of its rank, if no law is known for its initialisation, or if an
+        argument is out of range.
     """
-    config = config or CheckConfig()
-    batches = [train] if isinstance(train, Batch) else list(train)
-    # Adapters of all ranks are padded to one width, so that the model is compiled once.
-    checker = Checker(model.params, model.config, width=max(config.ranks), target_modules=target_modules)
-    sizes = size_table(
-        row
-        for cell in coordinate_cells(config)
-        for row in coordinate_rows(config, checker, cell, partial(_batch_of_step, batches), held_out)
+    # Validate before any model is made.
+    check_instance("make_model", make_model, Callable, "a function")
+    for option, integers in (("ranks", ranks), ("steps", steps)):
+        if not isinstance(integers, Collection):
+            raise InputError(f"{option} must be a sequence of integers, got {shown(integers)}")
+    check_list("ranks", ranks, check_integer, fewest=2)
+    for step in steps:
+        check_integer("steps", step)
+    check_steps(steps)
+    check_integer("seeds", seeds, minimum=2)
+    check_seed("seed", seed)
+    ranks = tuple(sorted(ranks))
+    batches = list(batch) if isinstance(batch, Iterable) and not isinstance(batch, Mapping) else [batch]
+    if not batches:
+        raise InputError("batch must have at least one batch, got none")
+    for training_batch in batches:
+        check_batch("batch", training_batch)
+    if held_out is not None:
+        check_batch("held_out", held_out)
+    check_positive("band", band)
+    compute_loss = loss_function(loss)
+    if make_optimizer is None:
+        for rank in ranks:
+            check_positive("learning_rate", learning_rate(rank) if callable(learning_rate) else learning_rate)
+    else:
+        check_instance("make_optimizer", make_optimizer, Callable, "a function")
+    make_optimizer_of_rank = adamw(learning_rate) if make_optimizer is None else make_optimizer
+    # Sizes by coordinate, seed and rank; NaN marks what is not measured.
+    values: dict[Coordinate, np.ndarray] = {}
+    optimizers: list[str] = []
+    runs = [(draw, column, rank) for draw in range(seeds) for column, rank in enumerate(ranks)]
+    total = len(runs) * max(steps)
+    # Forward passes after the steps, and those of the base model, once or (with another base model each time) per run.
+    splits = 1 if held_out is None else 2
+    evaluations = len(runs) * len(steps) * splits
+    base_passes = len({(step - 1) % len(batches) for step in steps}) + splits - 1
+    cost = (
+        f"{total} training steps and {evaluations + base_passes} to {evaluations + len(runs) * base_passes} "
+        "forward passes"
     )
-    slope_frame = coordinate_slopes(config, sizes)
-    judged = verdicts(config, slope_frame)
-    thin.warn((sizes, slope_frame, judged), thin.rank_warnings(config.ranks))
-    return CoordinateCheck(sizes, slope_frame, judged)
+    description = f"Checking {len(ranks)} ranks with {seeds} draws of A ({cost})"
+    reference: _Reference | None = None
+    with with_autograd(), bar(total, description=description, unit="step", shown=progress) as progress_bar:
+        for draw, column, rank in runs:
+            model = make_model(rank)
+            check_instance(f"make_model({rank})", model, torch.nn.Module, "a torch.nn.Module")
+            model = unwrap(model)
+            layers = _fresh_layers(model, rank)
+            with ExitStack() as stack:
+                # The next rank can use the same base model, and so can the caller after an error.
+                if hasattr(model, "unload"):
+                    stack.callback(remove_adapters, model)
+                stack.enter_context(preserved_state(model))
+                # Dropout masks depend on the seed alone: ranks share them.
+                torch.manual_seed(seed + draw)
+                _draw_nested(layers, model, [seed, draw])
+                # Outputs of the base model, unless they are those of the run before.
+                run = _Run(model, layers, compute_loss)
+                if reference is None or not reference.is_of(model, layers):
+                    reference = None  # frees the outputs of another base model first
+                    reference = run.compute_reference(batches, held_out, steps)
+                # Train the adapter and record the size of every coordinate.
+                optimizer = build_optimizer(make_optimizer_of_rank, trainable_parameters(model), rank)
+                for coordinate, value in run.measure(reference, optimizer, steps, progress_bar.update):
+                    values.setdefault(coordinate, np.full((seeds, len(ranks)), np.nan))[draw, column] = value
+                optimizers.append(_describe_optimizer(optimizer))
+                dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+                model_name = f"{type(base_model(model)).__name__} in {dtype}"
+    # Fit a slope against the rank for every coordinate.
+    table = Table(ranks, values)
+    slopes = table.slope_rows(band=band)
+    sizes = pd.DataFrame(
+        [
+            {"rank": rank, "seed": draw} | coordinate._asdict() | {"value": float(value[draw, column])}
+            for coordinate, value in values.items()
+            for draw in range(seeds)
+            for column, rank in enumerate(ranks)
+        ]
+    )
+    # Describe the scope of the verdict.
+    step_text = f"{listed(steps)} step{'' if tuple(steps) == (1,) else 's'}"
+    batch_text = f"{len(batches)} training batch{'' if len(batches) == 1 else 'es'}"
+    optimizer_text = "; ".join(dict.fromkeys(optimizers))
+    scope = (
+        f"Measured on {model_name} at ranks {listed(ranks)}, after {step_text} of {optimizer_text}, "
+        f"with {seeds} draws of A, {batch_text} and {'one' if held_out else 'no'} held-out batch. "
+        f"A slope is flat if its 95% interval lies within ±{band:g}."
+    )
+    slope_frame = pd.DataFrame(slopes)
+    thin.warn((sizes, slope_frame), thin.rank_warnings(ranks))
+    return TorchCheck(table, sizes, slope_frame, judge_model(slopes), scope, band)
 
 
-def _batch_of_step(batches: Sequence[Batch], step: int) -> Batch:
-    return batches[step % len(batches)]
+def _fresh_layers(model: torch.nn.Module, rank: int) -> dict[str, tuple[LoraLayer, str]]:
+    """Return the LoRA layers of linear modules with the name of their active adapter.
+
+    Raises:
+      InputError: If there is none, if an adapter has another rank, or if its B is not zero.
+    """
+    layers = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer) or not module.lora_A:
+            continue
+        # PEFT lists an adapter as active also in layers that it does not adapt.
+        for adapter in module.active_adapters:
+            if adapter not in module.lora_A:
+                continue
+            rows = len(module.lora_A[adapter].weight)
+            if rows != rank:
+                raise InputError(
+                    f"make_model({rank}) must return adapters of rank {rank}, got rank {rows} in {name}. "
+                    "Pass the argument on as LoraConfig(r=rank)."
+                )
+            # The law describes a first step from B = 0.
+            if bool(module.lora_B[adapter].weight.any()):
+                raise InputError(
+                    f"make_model({rank}) must return a fresh adapter, got a B that is not zero in {name}. "
+                    "Create the adapter with get_peft_model and do not train it."
+                )
+            layers[name] = (module, adapter)
+    if not layers:
+        raise InputError(f"make_model({rank}) must return a PEFT model with LoRA, got a model without LoRA layers")
+    return layers
+
+
+def _draw_nested(layers: Mapping[str, tuple[LoraLayer, str]], model: torch.nn.Module, seeds: list[int]) -> None:
+    """Draw every A row by row from a generator that depends on the layer and the seeds, and not on the rank."""
+    configs: Any = getattr(model, "peft_config", {})
+    for index, (layer, adapter) in enumerate(layers.values()):
+        init_name = configs[adapter].init_lora_weights if adapter in configs else True
+        weight, random = layer.lora_A[adapter].weight, np.random.default_rng([*seeds, index])
+        lora_A = inits.draw(random, init_of(init_name), rank=weight.shape[0], p_in=weight[0].numel())
+        with torch.no_grad():
+            weight.copy_(torch.from_numpy(lora_A).view_as(weight))
+
+
+class _MaskedBatch:
+    """Batch with the masks of the tokens at which outputs are measured.
+
+    Raises:
+      InputError: If every token of a held-out batch was seen in training.
+    """
+
+    def __init__(self, batch: Batch, model: torch.nn.Module, trained: Batch | None = None) -> None:
+        self.batch = batch
+        self._masks = find_masks(model, batch, trained)
+        if not all((masks.real & ~masks.seen).any() for masks in self._masks.values()):
+            raise InputError(
+                "held_out has no token apart from those that repeat the beginning of a training record. "
+                "Pass different records."
+            )
+
+    def rms(self, x: torch.Tensor) -> float:
+        """Return the root mean square over the unmasked tokens, or over all tokens if their masks are unknown."""
+        rows = x.detach().float().reshape(-1, x.shape[-1])
+        masks = select_masks(self._masks, x)
+        if masks is not None:
+            rows = rows[torch.from_numpy(masks.real & ~masks.seen).to(rows.device)]
+        return float(rows.square().mean().sqrt())
+
+
+@dataclass(frozen=True, eq=False)
+class _Reference:
+    """Batches on the device of a base model, and the outputs of the base model on those that are measured.
+
+    Attributes:
+      train: Batches of the steps.
+      held_out: Batch that is never trained on.
+      outputs: Outputs of the base model on every batch that is measured.
+      base: Base model.
+      versions: Weights of the base model, with the numbers of times that they were changed in place. Buffers are left
+        out, because `preserved_state` restores them.
+    """
+
+    train: list[_MaskedBatch]
+    held_out: _MaskedBatch | None
+    outputs: dict[_MaskedBatch, dict[str, torch.Tensor]]
+    base: ref[torch.nn.Module]
+    versions: list[tuple[ref[torch.Tensor], int]]
+
+    def is_of(self, model: torch.nn.Module, layers: Mapping[str, tuple[LoraLayer, str]]) -> bool:
+        """Return whether a model with a fresh adapter has the same base model, unchanged."""
+        weights = _base_weights(model, layers)
+        if self.base() is not base_model(model) or len(weights) != len(self.versions):
+            return False
+        return all(
+            version == weight._version and old() is weight
+            for weight, (old, version) in zip(weights, self.versions, strict=True)
+        )
+
+
+def _base_weights(model: torch.nn.Module, layers: Mapping[str, tuple[LoraLayer, str]]) -> list[torch.Tensor]:
+    """Return the parameters of a model apart from the A and B of its adapter."""
+    adapter = {
+        id(parameter)
+        for layer, name in layers.values()
+        for factor in (layer.lora_A[name], layer.lora_B[name])
+        for parameter in factor.parameters()
+    }
+    return [parameter for parameter in model.parameters() if id(parameter) not in adapter]
+
+
+class _Run:
+    """Training of one adapter, with measurements after chosen steps."""
+
+    def __init__(self, model: torch.nn.Module, layers: Mapping[str, tuple[LoraLayer, str]], loss: Loss) -> None:
+        self._model, self._layers, self._loss = model, layers, loss
+
+    def compute_reference(self, batches: Sequence[Batch], held_out: Batch | None, steps: Sequence[int]) -> _Reference:
+        """Compute the outputs of the base model, while B is still 0, on the batches measured after ``steps``."""
+        base = base_model(self._model)
+        train = [_MaskedBatch(move_batch(batch, base), base) for batch in batches]
+        new = None if held_out is None else _MaskedBatch(move_batch(held_out, base), base, batches[0])
+        measured = dict.fromkeys(train[(step - 1) % len(train)] for step in steps)
+        if new is not None:
+            measured[new] = None
+        outputs = {masked: self._outputs(masked)[0] for masked in measured}
+        versions = [(ref(weight), weight._version) for weight in _base_weights(self._model, self._layers)]
+        return _Reference(train, new, outputs, ref(base), versions)
+
+    def measure(
+        self,
+        reference: _Reference,
+        optimizer: torch.optim.Optimizer,
+        steps: Sequence[int],
+        on_step: Callable[[], Any],
+    ) -> Iterator[tuple[Coordinate, float]]:
+        """Train the adapter, and yield its coordinates with their sizes after each of ``steps``."""
+        for step in range(1, max(steps) + 1):
+            # One training step on the step's batch: the steps cycle through the batches.
+            trained = reference.train[(step - 1) % len(reference.train)]
+            optimizer.zero_grad()
+            self._loss(self._model, trained.batch).backward()
+            optimizer.step()
+            on_step()
+            if step not in steps:
+                continue
+            # Sizes of the changes since the base model, on the batch just trained on and on the held-out batch.
+            splits: dict[BatchSplit, _MaskedBatch | None] = {"train": trained, "held_out": reference.held_out}
+            for split, masked in splits.items():
+                if masked is None:
+                    continue
+                outputs, added, loss = self._outputs(masked)
+                for name, after in outputs.items():
+                    change = after - reference.outputs[masked][name]
+                    yield Coordinate(name, split, MODEL, step), masked.rms(change)
+                for kind, sizes in added.items():
+                    yield Coordinate("output", split, kind, step), float(np.sqrt(np.mean(np.square(sizes))))
+                yield Coordinate("loss", split, MODEL, step), loss
+
+    def _outputs(self, masked: _MaskedBatch) -> tuple[dict[str, torch.Tensor], dict[str, list[float]], float]:
+        """Run the model in evaluation mode on a batch.
+
+        Returns:
+          The final hidden states and logits; by kind of module, the root mean square of each adapter's output; and the
+          loss.
+        """
+        outputs: dict[str, torch.Tensor] = {}
+        added: dict[str, list[float]] = {}
+
+        def adapter_hook(kind: str, name: str, layer: LoraLayer, args: tuple, kwargs: dict[str, Any]) -> None:
+            lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
+            output = lora_B(lora_A(hooks.first_input(args, kwargs).to(lora_A.weight.dtype)))
+            added.setdefault(kind, []).append(layer.scaling[name] * masked.rms(output))
+
+        def head_hook(_: Any, args: tuple, output: torch.Tensor) -> None:
+            outputs["hidden"], outputs["logits"] = args[0].detach().float(), output.detach().float()
+
+        def model_hook(_: Any, __: Any, result: Any) -> None:
+            logits = getattr(result, "logits", result)
+            if isinstance(logits, torch.Tensor):
+                outputs["logits"] = logits.detach().float()
+
+        with ExitStack() as stack:
+            stack.enter_context(_evaluation_mode(self._model))
+            stack.enter_context(torch.no_grad())
+            # B A x from the layer's own input: DoRA runs A and B on the identity matrix too.
+            for name, (layer, adapter) in self._layers.items():
+                hook = partial(adapter_hook, name.rpartition(".")[2], adapter)
+                stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            # The head's input and output are the hidden states and the logits, whatever the loss function calls.
+            get_head = getattr(base_model(self._model), "get_output_embeddings", None)
+            head = get_head() if callable(get_head) else None
+            # Without a head, the model's output has the logits.
+            if head is None:
+                stack.callback(self._model.register_forward_hook(model_hook).remove)
+            else:
+                stack.callback(head.register_forward_hook(head_hook).remove)
+            loss = float(self._loss(self._model, masked.batch))
+            # A loss function may call neither the head nor the model as a whole.
+            if "logits" not in outputs:
+                result = self._model(**masked.batch)
+                if "logits" not in outputs:
+                    outputs["logits"] = getattr(result, "logits", result).detach().float()
+        return outputs, added, loss
+
+
+@contextmanager
+def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
+    rates = dict.fromkeys(f"{group['lr']:g}" for group in optimizer.param_groups)
+    return f"{type(optimizer).__name__} at {' and '.join(rates)}"

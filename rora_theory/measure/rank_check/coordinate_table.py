@@ -1,7 +1,7 @@
 """Table of the sizes that a coordinate check measures, with slopes against the rank and verdicts.
 
 The sizes are measured by `rora_theory.measure.rank_check.coordinates` (JAX) or by
-`rora_theory.measure.torch.check` (PyTorch).
+`rora_theory.measure.rank_check.check` (PyTorch).
 """
 
 from collections.abc import Mapping, Sequence

@@ -22,8 +22,8 @@ from rora_theory import inits, plots
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
 from rora_theory.laws import constant_gradient
+from rora_theory.laws.layers.layer_data import SPLITS, Layer, Split
 from rora_theory.laws.random.seeds import check_seed
-from rora_theory.measure.layers.layer_data import SPLITS, Layer, Split
 from rora_theory.measure.regimes import terms
 from rora_theory.measure.regimes.tables import (
     CROSSING_COLUMNS,

@@ -153,7 +153,7 @@ QWEN_WINDOW = {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window"
     ("change", "message"),
     [
         *(({name: value}, name) for names, values in WRONG_VALUES for name in names for value in values),
-        ({"model_type": "gemma2"}, "model_type .*llama, mistral, .*'gemma2'.*rora_theory.measure.torch"),
+        ({"model_type": "gemma2"}, "model_type .*llama, mistral, .*'gemma2'.*rora_theory.measure"),
         ({"model_type": "mistral", "attention_bias": True}, "attention_bias .* mistral, got True"),
         ({"model_type": "qwen2", "attention_bias": True}, "attention_bias .* qwen2, got True"),
         ({"model_type": "qwen3", "mlp_bias": True}, "mlp_bias .*got True"),

@@ -7,6 +7,7 @@ import pytest
 from support import checkpoint
 
 from rora_theory.errors import InputError
+from rora_theory.lab import led
 from rora_theory.lab.evaluate.scoring import Scoring
 from rora_theory.lab.finetune import FinetuneConfig, StepCompleted
 from rora_theory.lab.finetune.metrics import Metrics
@@ -15,7 +16,6 @@ from rora_theory.lab.llama import locate
 from rora_theory.lab.sweep import readings
 from rora_theory.lab.sweep.records import draw_records
 from rora_theory.lab.sweep.workbench import Workbench
-from rora_theory.measure import led
 
 TRAINING = FinetuneConfig(
     rank=2, alpha=4, rule="lora", lr=1e-2, warmup=1, schedule="constant", dropout=0.0, batch_size=4, cutoff=400,

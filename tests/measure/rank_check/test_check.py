@@ -1,298 +1,379 @@
-"""The check as a library call: frames of a tiny model, verdicts that follow from the slopes."""
+"""The rank coordinate check of PEFT models: which rule preserves the first steps, and that the check can fail."""
 
-import itertools
-import json
-import math
-from collections.abc import Callable
+import copy
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
-import pandas as pd
 import pytest
-from support import checkpoint, training
+from support import torch_models
+from support.torch_models import peft, torch, transformers
 
-from figures import coordinate_check as figure
-from rora_theory import measure, scaling_factor
-from rora_theory.lab.llama import load
-from rora_theory.measure.rank_check.check import (
-    SLOPE_COLUMNS,
-    Case,
-    CheckConfig,
-    CoordinateCell,
-    cases,
-    control_direction,
-    coordinate_rows,
-    coordinate_slopes,
-    size_table,
-    verdicts,
+from rora_theory import InputError
+from rora_theory.measure import coordinate_check
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
+RANKS = (4, 8, 16)
+BATCHES = torch_models.batch(seed=0), torch_models.batch(seed=1)
+
+
+def maker(base=None, **arguments) -> partial:
+    """Return a function of the rank that adds a fresh adapter to the same base."""
+    arguments = {"target_modules": "all-linear", "lora_alpha": 16} | arguments
+    return partial(torch_models.adapted, torch_models.model() if base is None else base, **arguments)
+
+
+def rms(change: torch.Tensor) -> float:
+    return float(change.detach().square().mean().sqrt())
+
+
+def trained(model, values):
+    """Return a model with these values in its adapter."""
+    adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter, value in zip(adapter, values, strict=True):
+            parameter.copy_(value)
+    return model
+
+
+def outputs(model, batch) -> dict[str, Any]:
+    """Return a model's additions to its modules' outputs, its logits, and its head's input if there is one."""
+    values = {"output": []}
+    hooks = [
+        module.lora_B["default"].register_forward_hook(lambda _, __, y: values["output"].append(y))
+        for module in model.modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    ]
+    if head := model.get_base_model().get_output_embeddings():
+        hooks.append(head.register_forward_pre_hook(lambda _, args: values.update(hidden=args[0])))
+    with torch.no_grad():
+        result = model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return values | {"logits": result.logits, "loss": result.loss}
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", {"target_modules": ["q_proj"], "use_rslora": True}),
+        pytest.param("t5", {"target_modules": ["q"], "task_type": "SEQ_2_SEQ_LM"}, marks=pytest.mark.slow),
+        pytest.param("vit", {"target_modules": "all-linear", "task_type": None}, marks=pytest.mark.slow),
+    ],
 )
-from rora_theory.measure.rank_check.coordinate_table import Coordinate, Table, summarise_verdicts
-from rora_theory.measure.rank_check.coordinates import Checker
-from rora_theory.measure.regimes.thin import ThinWarning
-from rora_theory.runs import frames
-from rora_theory.validation.rules import name_of
+def test_the_changes_are_those_of_the_model_itself(family, config) -> None:
+    """The changes equal those of PEFT's own forward pass after two steps, at the tokens in the loss.
 
-batch = partial(training.batch, 2, 6, vocabulary=300)
-
-
-def config_of(**changed) -> CheckConfig:
-    """Return the settings of a small check: AdamW at alpha/r, three ranks, one step, two seeds, without controls."""
-    small = {"ranks": (2, 8, 32), "rules": ("lora",), "optimizers": ("adamw",), "controls": False}
-    return CheckConfig(**small | {"steps": (1,), "seeds": (0, 1)} | changed)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::rora_theory.measure.regimes.thin.ThinWarning")
-def test_frames(tmp_path, capfd) -> None:
-    """Nothing is printed.
-
-    There is a row for each rank, seed and coordinate; slopes follow from sizes, and verdicts from slopes.
+    They are those of hidden states and logits, and the adapter's addition to its module's output.
     """
-    model = load(checkpoint.model(tmp_path))
-    config = config_of(ranks=(2, 8), rules=(0.5,), adam_lr=1e-5)
-    with pytest.warns(ThinWarning, match="ranks 2 8,"):
-        checked = measure.coordinate_check(model, batch(0), batch(1), config, target_modules=["q_proj"])
-    assert all(frame.attrs["warnings"] for frame in (checked.sizes, checked.slopes, checked.verdicts))
-    assert len(checked.sizes) == 2 * 2 * (2 + 4 + 1 + 6)
-    outputs = checked.sizes.query("quantity == 'output' and split == 'train'").pivot(
-        index="seed", columns="rank", values="value"
+    base, ends = torch_models.model(family), []
+    make_model = maker(base, **config)
+
+    def optimizer(parameters, rank):  # noqa: ARG001
+        ends.append(parameters)
+        return torch.optim.SGD(parameters, lr=0.1)
+
+    batch, held_out = torch_models.batch(family), torch_models.batch(family, seed=1)
+    if family == "t5":
+        batch["labels"][0, 3:] = -100
+    real = batch["labels"] != -100
+    if family == "llama":
+        real[:, -1] = False  # the last token has no target
+    check = coordinate_check(
+        make_model, batch, RANKS[:2], held_out=held_out, make_optimizer=optimizer, steps=(2,), seeds=2
     )
-    module = "quantity == 'output' and split == 'train' and module == 'self_attn.q_proj'"
-    (slope,) = checked.slopes.query(module)["slope"]
-    assert slope == pytest.approx(np.log(outputs[8] / outputs[2]).mean() / np.log(4), abs=1e-4)
-    (verdict,) = checked.verdicts.itertuples()
-    assert (verdict.optimizer, verdict.rule, verdict.control) == ("adamw", "0.5", False)
-    assert verdict.whole_model == summarise_verdicts(
-        checked.slopes[checked.slopes["quantity"].isin(["hidden", "logits"])]["verdict"].tolist()
-    )
-    fresh = measure.coordinate_check(model, [batch(0), batch(2)], batch(1), config, target_modules=["q_proj"])
-    # One step has the first batch alone: equal but for float32's rounding, of which the sizes are differences.
-    np.testing.assert_allclose(fresh.sizes["value"], checked.sizes["value"], rtol=1e-4)
-    assert not any(capfd.readouterr())
+    assert not [name for name, _ in base.named_modules() if "lora" in name]
+    model = make_model(RANKS[1])  # on the base that the check has left as it was
+    before = outputs(model, batch)
+    after = outputs(trained(model, ends[-1]), batch)
+    sizes = check.sizes.query(f"rank == {RANKS[1]} and seed == 1").set_index(["module", "split", "quantity"])["value"]
+    for name in before.keys() & {"hidden", "logits"}:
+        assert sizes["model", "train", name] == pytest.approx(rms((after[name] - before[name])[real]), rel=1e-4), name
+        assert sizes["model", "train", name] > 0
+    if family == "llama":
+        added = 16 / 8**0.5 * torch.stack(after["output"])  # rsLoRA's scaling
+        assert sizes["q_proj", "train", "output"] == pytest.approx(rms(added[:, real]), rel=1e-4)
+    for split, used in (("train", batch), ("held_out", held_out)):
+        assert sizes["model", split, "loss"] == pytest.approx(float(outputs(model, used)["loss"]), rel=1e-6)
+    assert set(sizes["model", "train"].index) == before.keys() - {"output"}
+    assert np.isfinite(check.sizes["value"]).all()
 
 
-def judge(config: CheckConfig, value: Callable[..., float]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return slopes and verdicts of invented sizes of a module's output and the whole model.
+def test_draws_of_A_are_nested_over_ranks_and_differ_otherwise() -> None:
+    """Draws are uniform within PEFT's bound, and differ between layers and seeds."""
+    starts = []
 
-    Args:
-      config: Settings of the check.
-      value: Function of a rank, a seed, a split, a step and a quantity.
-    """
-    sizes = size_table(
-        {"optimizer": case.optimizer, "rule": name_of(case.rule), "init": case.init, "rank": rank, "seed": seed}
-        | {"step": step, "split": split, "module": module, "quantity": quantity}
-        | {"value": value(rank, seed, split, step, quantity)}
-        for case, rank, seed, split, step, (module, quantity) in itertools.product(
-            cases(config), config.ranks, config.seeds, ("train", "held_out"), config.steps,
-            (("a", "output"), ("model", "hidden"), ("model", "logits")),
-        )
+    def optimizer(parameters, rank):  # noqa: ARG001
+        starts.append([parameter.detach().clone() for parameter in parameters])
+        return torch.optim.Adam(parameters, lr=1e-3)
+
+    for seed in (0, 5):
+        coordinate_check(
+            maker(target_modules=["q_proj"]), BATCHES[0], (4, 16), make_optimizer=optimizer, steps=(1,), seeds=2,
+            seed=seed,
+        )  # fmt: skip
+    small, large, *other_seeds = (starts[i][0] for i in (0, 1, 2, 4))
+    assert torch.equal(small, large[:4])
+    assert not any(torch.equal(small, other) for other in (starts[0][2], *other_seeds))
+    assert 0.2 < float(large.abs().max()) <= 0.25  # 1 / sqrt(p_in)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "training", "verdict"),
+    [
+        ({}, {"learning_rate": 1e-6}, "flat"),
+        ({"use_rslora": True}, {"learning_rate": 1e-6}, "grows with the rank"),
+        ({"use_rslora": True}, {"make_optimizer": lambda parameters, _: torch.optim.SGD(parameters, lr=1e-3)}, "flat"),
+        ({"init_lora_weights": "gaussian"}, {"learning_rate": 1e-6}, "shrinks with the rank"),
+    ],
+    ids=["alpha/r, AdamW", "alpha/sqrt(r), AdamW", "alpha/sqrt(r), SGD", "gaussian, AdamW"],
+)
+def test_the_rule_that_preserves_the_first_step(arguments, training, verdict) -> None:
+    """The law holds where the signal dominates: on the trained batch, which has few tokens."""
+    batch = torch_models.batch(rows=1, length=3)
+    check = coordinate_check(maker(**arguments), batch, (32, 64, 128), steps=(1, 2), seeds=3, band=0.25, **training)
+    assert check.verdict == verdict
+    assert check.sentence().startswith("The first steps of the whole model ")
+    assert f"(verdict: {verdict}; ranks 32 to 128, steps up to 2, 3 draws)." in check.sentence()
+    assert len(check.sentence().split()) <= 35
+    assert "Use float32" in replace(check, verdict="nothing moved").sentence()
+    assert "in `slopes`" in replace(check, verdict="mixed (1 flat, 1 grows)").sentence()
+    assert check.scope.startswith("Measured on LlamaForCausalLM in float32 ")
+    assert "at ranks 32, 64 and 128, after 1 and 2 steps of" in check.scope
+    assert "3 draws of A, 1 training batch and no held-out batch" in check.scope
+    if verdict == "flat":
+        check.assert_flat()
+    else:
+        with pytest.raises(
+            AssertionError, match=f"(hidden|logits) of model on train at step 1 is not flat but {verdict[:5]}"
+        ):
+            check.assert_flat()
+    with pytest.raises(InputError, match="split 'held_out'"):
+        check.assert_flat(split="held_out")
+
+
+def test_custom_loss_optimizer_and_batches() -> None:
+    """Batches are used in turn; a rate that falls with the rank cancels a scaling that grows with it."""
+    batches = [torch_models.batch(seed=seed, rows=1, length=3) for seed in (0, 1)]
+    first_tokens = []
+
+    def loss(model, batch):
+        if torch.is_grad_enabled():
+            first_tokens.append(int(batch["input_ids"][0, 0]))
+        return model(**batch).loss
+
+    def optimizer(parameters, rank):
+        return torch.optim.AdamW(parameters, lr=1e-6 / rank**0.5)
+
+    check = coordinate_check(
+        maker(use_rslora=True), batches, (32, 128), make_optimizer=optimizer, loss=loss, steps=(1, 3), seeds=2,
+        band=0.25,
     )  # fmt: skip
-    slopes = coordinate_slopes(config, sizes)
-    return slopes, verdicts(config, slopes)
+    assert first_tokens == [int(batches[step % 2]["input_ids"][0, 0]) for step in range(3)] * 4
+    assert check.verdict == "flat"
+    assert "AdamW at 1.76777e-07; AdamW at 8.83883e-08" in check.scope
 
 
-def test_a_control_that_is_flat_by_the_law_is_left_out() -> None:
-    """Constant gamma with the gaussian init is no control: where the signal dominates under Adam, the two effects
-    cancel.
-    """
-    config = config_of(rules=(0.0,), controls=True)
-    _, judged = judge(config, lambda *_: 1.0)
-    gaussian = judged[judged["init"] == "gaussian"]
-    assert gaussian["whole_model"].tolist() == ["flat, which the law allows if one term dominates: no control"]
+@pytest.mark.parametrize("training", [False, True])
+def test_models_are_stepped_in_their_own_mode_and_share_their_dropout(training) -> None:
+    """While B is zero, a step's loss depends on the dropout masks alone, which are equal at every rank."""
+    base, batch = torch_models.model("gpt2"), torch_models.batch("gpt2")
+    make_model = maker(base, target_modules=["c_attn"], lora_dropout=0.3)
+    plain = float(base(**batch).loss)
+    modes_before, losses = [], []
+
+    def make_in_mode(rank):
+        model = make_model(rank).train(training)
+        base.transformer.h[0].eval()  # a block whose mode differs from the model's
+        modes_before[:] = [module.training for module in model.modules()]
+        return model
+
+    def loss(model, batch):
+        value = model(**batch).loss
+        modes = [module.training for module in model.modules()]
+        if torch.is_grad_enabled():
+            assert modes == modes_before
+            losses.append(float(value))
+        else:
+            assert not any(modes)
+            assert float(value) == pytest.approx(plain, rel=1e-6)
+        return value
+
+    frozen = {"make_optimizer": lambda parameters, _: torch.optim.SGD(parameters, lr=0.0)}
+    coordinate_check(make_in_mode, batch, RANKS, loss=loss, steps=(1, 2), seeds=2, **frozen)
+    by_rank = np.reshape(losses, (2, len(RANKS), 2))  # seeds, ranks, steps
+    np.testing.assert_allclose(by_rank, np.broadcast_to(by_rank[:, :1], by_rank.shape), rtol=1e-6)
+    apart = np.diff(np.sort(by_rank[:, 0], axis=None)) / plain
+    assert (apart > 1e-4 if training else apart < 1e-6).all(), "in training, a mask for each seed and step"
+    assert (base.training, {module.training for module in base.modules()}) == (training, {training, False})
+    assert not any(module.training for module in base.transformer.h[0].modules())
 
 
-def test_verdicts_use_the_requested_band_and_confidence() -> None:
-    """For slopes of three seeds around 0.2, half of the 95% interval is Student's 4.3027 standard errors."""
-    slopes = np.array([[0.2], [0.21], [0.19]])
-    table = Table((2, 8, 32), {Coordinate("hidden", "train", "model", 1): np.exp(np.log([2, 8, 32]) * slopes)})
-    (row,) = table.slope_rows()
-    assert (table.slope_rows(band=0.3)[0]["verdict"], row["verdict"]) == ("flat", "grows")
-    error = 0.01 / math.sqrt(3)
-    assert (row["standard_error"], row["half_width"]) == pytest.approx((error, 4.3027 * error), rel=0.03)
-    coordinate = {"quantity": "hidden", "split": "train", "step": 1}
-    table.assert_flat(**coordinate, band=0.21, confidence=0.5)
-    with pytest.raises(AssertionError):
-        table.assert_flat(**coordinate, band=0.21)
-
-
-@pytest.mark.parametrize(
-    ("zero", "whole_model", "modules"),
-    [
-        (None, "flat", "flat"),
-        ((32, 0, "train", 3, "hidden"), "mixed (7 flat, 1 undecided)", "flat"),
-        ((32, 0, "held_out", 1, "logits"), "mixed (7 flat, 1 undecided)", "flat"),
-        ((8, 1, "held_out", 1, "output"), "flat", "mixed (3 flat, 1 undecided)"),
-    ],
-)
-def test_a_quantity_that_is_zero_at_some_rank_is_undecided(zero, whole_model, modules) -> None:
-    """It has no slope and makes the verdict undecided, for hidden states and logits, on either split, at any step.
-
-    A quantity that is 0 at all ranks did not move.
-    """
-    slopes, judged = judge(config_of(steps=(1, 3)), lambda *where: 0.0 if where == zero else 1.0)
-    (row,) = judged.to_dict("records")
-    assert (row["whole_model"], row["modules"], len(slopes)) == (whole_model, modules, 16)
-    assert math.isnan(row["kappa_flat"]) == (zero is not None and zero[2:] == ("train", 3, "hidden"))
-    assert row["flat train 1"] == "1 of 1"
-    slopes, judged = judge(config_of(), lambda _, __, split, ___, name: float((split, name) != ("train", "hidden")))
-    assert (judged["whole_model"].tolist(), len(slopes)) == (["flat"], 7)
-
-
-RIGHT, WRONG = "with the rank, as expected of the control", "with the rank, AGAINST THE LAW: this control"
-
-
-@pytest.mark.parametrize(
-    ("powers", "constant", "gaussian"),
-    [
-        ((0.5, 0.51), f"grows {RIGHT}", f"grows {WRONG} shrinks"),
-        ((-0.5, -0.51), f"shrinks {WRONG} grows", f"shrinks {RIGHT}"),
-        ((0.0, 0.0), "FLAT: the check has no power", "FLAT: the check has no power"),
-        ((0.0, 0.3), "undecided", "undecided"),
-    ],
-)
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_control_must_change_in_the_direction_of_the_law(optimizer, powers, constant: str, gaussian: str) -> None:
-    """With constant gamma the whole model and the modules must grow; with the gaussian init they must shrink."""
-    config = config_of(optimizers=(optimizer,), controls=True)
-    _, judged = judge(config, lambda rank, seed, *_: rank ** powers[seed])
-    assert judged["whole_model"].tolist()[1:] == judged["modules"].tolist()[1:] == [constant, gaussian]
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "rule", "init", "direction"),
-    [
-        *((name, 0.0, "kaiming_uniform", "grows") for name in ("sgd", "momentum", "adam", "adamw")),
-        *((name, rule, "gaussian", "shrinks") for name in ("sgd", "adam") for rule in (0.0, "rora", "lora", 3.0)),
-        ("sgd", -1.0, "gaussian", "grows"),
-        ("adam", -1.0, "gaussian", "grows"),
-        ("adam", -0.25, "gaussian", ""),  # r^(1/4) where the signal leads, r^(-1/4) where cross-talk does
-        ("sgd", -0.6, "gaussian", ""),
-        ("sgd", -0.3, "gaussian", "shrinks"),
-    ],
-)
-def test_the_direction_of_a_control(optimizer, rule, init, direction: str) -> None:
-    """By the first step's powers (gamma and A's deviation are squared under SGD) it is 1 - 2 kappa - 2 a, and half a
-    rank less.
-    """
-    assert control_direction(Case(optimizer, rule, init, True)) == direction
-
-
-class Watching(Checker):
-    """Checker that records what a cell requests and measures nothing."""
-
-    def __init__(self) -> None:
-        pass
-
-    def run(self, *arguments, **options):
-        self.arguments, self.options = arguments, options
-        yield Coordinate("loss", "train", "model", 1), 1.25
-
-
-@pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 1.0), ("adam", 1.0), ("sgd", 2.0), ("momentum", 3.0)])
-def test_settings_batches_and_keys_of_a_cell(optimizer, rate) -> None:
-    """Each seed has one A for all ranks and rules and its own batches; each optimizer has its own rate."""
-    config = CheckConfig(adam_lr=1.0, sgd_lr=2.0, momentum_lr=3.0, gamma=5.0, reference_rank=4)
-    for seed, (rule, kappa), rank in itertools.product(range(2), (("lora", 1), ("rora", 0.5)), (2, 16)):
-        checker, held_out = Watching(), batch(seed)
-        cell = CoordinateCell(Case(optimizer, rule, "gaussian", False), seed, rank)
-        (row,) = coordinate_rows(config, checker, cell, partial("{}.{}".format, seed), held_out)
-        setting, key, batch_of, read = checker.arguments
-        assert (
-            jax.random.key_data(key).tolist()
-            == jax.random.key_data(jax.random.fold_in(jax.random.key(0), seed)).tolist()
+def test_custom_learning_rates() -> None:
+    """It is a number or a function of the rank; under Adam an adapter's change in a step is proportional to it."""
+    sizes = {}
+    for name, rate, described in (
+        ("plain", 1e-5, "AdamW at 1e-05,"),
+        ("number", 3e-4, "AdamW at 0.0003,"),
+        ("function", lambda rank: rank * 1e-5, "AdamW at 4e-05; AdamW at 8e-05,"),
+    ):
+        check = coordinate_check(
+            maker(target_modules=["q_proj"]), BATCHES[0], RANKS[:2], learning_rate=rate, steps=(1,), seeds=2
         )
-        assert [batch_of(step) for step in range(3)] == [f"{seed}.{step}" for step in range(3)]
-        assert read is held_out
-        assert checker.options == {"steps": config.steps}
-        assert (setting.rank, setting.rule, setting.init, setting.optimizer) == (rank, rule, "gaussian", optimizer)
-        assert setting.learning_rate == row["learning_rate"] == rate
-        gamma = scaling_factor(rule, alpha=setting.alpha, rank=rank)
-        assert gamma == row["scaling"] == pytest.approx(5 * (4 / rank) ** kappa)
-        names = ("rank", "seed", "rule", "quantity", "value")
-        assert [row[name] for name in names] == [rank, seed, rule, "loss", 1.25]
+        assert described in check.scope
+        sizes[name] = check.sizes.query("quantity == 'output'").set_index("rank")["value"]
+    np.testing.assert_allclose(sizes["number"] / sizes["plain"], 30, rtol=1e-3)
+    np.testing.assert_allclose(sizes["function"] / sizes["plain"], sizes["plain"].index, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("optimizer", "power"), [("adamw", 1), ("adam", 1), ("sgd", 2), ("momentum", 2)])
-def test_the_exponent_at_which_the_slope_is_flat(optimizer, power) -> None:
-    """If the change is gamma^p r^(1/2) with gamma = alpha / r^kappa, the slope is 1/2 - p kappa, and kappa = 1/(2p) is
-    flat.
+@pytest.mark.parametrize("family", ["llama", pytest.param("vit", marks=pytest.mark.slow)])
+def test_outputs_of_an_unchanged_base_are_computed_once(family, capsys) -> None:
+    """They are the reference of every rank and draw, unless `make_model` returns another base or changes it in place.
+    The bar states the number of forward passes. A vision model has no output embeddings at which to read logits."""
+    batch, held_out = torch_models.batch(family), torch_models.batch(family, seed=1)
+    base, seeds = torch_models.model(family), list(range(6)) * 2
+    passes: list[bool] = []
 
-    Ranks in no order; two modules, whose outputs are averaged in the logarithm; two seeds a factor apart.
-    """
-    config = config_of(ranks=(32, 2, 8), optimizers=(optimizer,))
-    labels = {"optimizer": optimizer, "rule": "lora", "init": "kaiming_uniform", "step": 1, "split": "train"}
-    excess = {("a", "output"): 0.2, ("b", "output"): -0.2, ("model", "hidden"): 0.0}
-    constant = {("a", "inner"): 1.0, ("a", "grad_A"): 0.0, ("model", "loss"): 2.0}
+    def changed_in_place() -> Any:
+        base.load_state_dict(torch_models.model(family, seed=seeds.pop(0)).state_dict())
+        return base
+
+    def check(make_base) -> tuple[np.ndarray, tuple[int, int]]:
+        """Return the sizes, and the numbers of training steps and of other forward passes."""
+
+        def make_model(rank):
+            arguments = {"target_modules": "all-linear", "task_type": None if family == "vit" else "CAUSAL_LM"}
+            model = torch_models.adapted(make_base(), rank, **arguments)
+            model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+            return model
+
+        passes.clear()
+        arguments = {"held_out": held_out, "steps": (1, 2), "seeds": 2, "progress": True}
+        sizes = coordinate_check(make_model, batch, RANKS, **arguments).sizes["value"].to_numpy()
+        assert "(12 training steps and 26 to 36 forward passes)" in capsys.readouterr().err
+        return sizes, (passes.count(True), passes.count(False))
+
+    shared, calls = check(lambda: base)
+    assert calls == (12, 26)
+    copies, calls = check(lambda: torch_models.model(family))
+    assert calls == (12, 36)
+    np.testing.assert_allclose(copies, shared, rtol=1e-5)
+    # References of other weights would make the first changes as large as the outputs.
+    in_place, calls = check(changed_in_place)
+    assert calls == (12, 36)
+    different, _ = check(lambda: torch_models.model(family, seed=seeds.pop(0)))
+    np.testing.assert_allclose(in_place, different, rtol=1e-5)
+
+
+def test_every_rank_starts_from_the_head_of_a_shared_classifier() -> None:
+    """PEFT trains a copy of a classifier's head, which it leaves in the base model."""
+    classes = transformers.LlamaConfig(**torch_models.TEXT, num_labels=3)
+    base = torch_models.initialised(transformers.LlamaForSequenceClassification(classes)).eval()
+    batches = [batch | {"labels": batch["input_ids"][:, 0] % 3} for batch in BATCHES]
+    head, before = base.score, torch_models.state_of(base)
+
+    def sizes(make_base) -> np.ndarray:
+        def make_model(rank):
+            return torch_models.adapted(make_base(), rank, target_modules=["q_proj"], task_type="SEQ_CLS")
+
+        return coordinate_check(make_model, batches, RANKS, learning_rate=0.1).sizes["value"].to_numpy()
+
+    copies, shared = sizes(lambda: copy.deepcopy(base)), sizes(lambda: base)
+    np.testing.assert_allclose(copies, shared, rtol=1e-4, atol=1e-7)
+    assert base.score is head
+    assert all(torch.equal(value, before["tensors"][name]) for name, value in base.state_dict().items())
+
+
+def test_the_base_is_free_of_adapters_after_an_error() -> None:
+    base, calls = torch_models.model(), []
+    before = torch_models.state_of(base)["modules"]
+
+    def loss(model, batch):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return model(**batch).loss
+
+    with pytest.raises(KeyboardInterrupt):
+        coordinate_check(maker(base), BATCHES[0], RANKS, loss=loss, steps=(1,))
+    assert torch_models.state_of(base)["modules"] == before
+
+
+def test_the_identity_that_dora_multiplies_is_no_input() -> None:
+    """The first update of A and B is nearly LoRA's, and so is the size of B A x."""
     sizes = [
-        labels | {"rank": rank, "seed": seed, "module": module, "quantity": quantity, "value": value}
-        for rank, seed in itertools.product(config.ranks, range(2))
-        for (module, quantity), value in (
-            constant | {where: (1 + seed) * rank ** (0.5 - power + more) for where, more in excess.items()}
-        ).items()
+        coordinate_check(maker(target_modules=["q_proj"], use_dora=dora), BATCHES[0], RANKS, steps=(1,), seeds=2)
+        .sizes.query("quantity == 'output'")["value"]
+        .to_numpy()
+        for dora in (False, True)
     ]
-    slopes = coordinate_slopes(config, size_table(sizes)).set_index(["module", "quantity"])
-    excess |= {("model", "output"): 0.0}
-    assert set(slopes.index) == {*excess, ("a", "inner")}
-    for where, more in excess.items():
-        row = slopes.loc[where]
-        assert (row["slope"], row["kappa_flat"]) == pytest.approx((0.5 - power + more, (0.5 + more) / power), abs=1e-4)
-        assert row["verdict"] == "shrinks"
-    inner = slopes.loc["a", "inner"]
-    assert math.isnan(inner["kappa_flat"])
-    assert inner["verdict"] == "flat"
-    diverged = [row | {"value": math.nan} if row["quantity"] == "hidden" else row for row in sizes]
-    assert coordinate_slopes(config, size_table(diverged)).query("quantity == 'hidden'")["verdict"].tolist() == [
-        "diverged"
-    ]
+    np.testing.assert_allclose(*sizes, rtol=1e-3)
 
 
-def test_controls_are_cases_that_were_not_requested() -> None:
-    def listed(**more) -> list[tuple]:
-        return [tuple(case) for case in cases(CheckConfig(**more))]
+def test_a_loss_that_does_not_call_the_head() -> None:
+    """The logits are then those of the model; without any the check would report that nothing moved."""
 
-    plain = [(o, r, "kaiming_uniform", False) for o in ("adamw", "sgd") for r in ("lora", "rora")]
-    assert listed(controls=False) == plain
-    assert listed() == [*plain, ("adamw", 0.0, "kaiming_uniform", True), ("adamw", "lora", "gaussian", True)]
-    assert listed(rules=(0.25, 0.0))[-1] == ("adamw", 0.25, "gaussian", True)
-    assert not any(case[3] for case in listed(rules=(0.0,), inits=("kaiming_uniform", "gaussian")))
+    def loss(model, batch):
+        base = model.get_base_model()
+        logits = base.model(input_ids=batch["input_ids"]).last_hidden_state @ base.lm_head.weight.T
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
 
-
-@pytest.fixture(scope="module")
-def published() -> tuple[CheckConfig, pd.DataFrame]:
-    """Return settings and slopes of the published run on SmolLM2-135M."""
-    folder = Path(__file__).parents[3] / "results" / "published" / "coordinate_check"
-    used = json.loads((folder / "manifest.json").read_text())["config"]
-    names = ("band", "controls", "inits", "optimizers", "ranks", "rules", "seeds", "steps")
-    settings = {name: tuple(used[name]) if isinstance(used[name], list) else used[name] for name in names}
-    return CheckConfig(**settings), frames.read_csv(folder / "slopes.csv", SLOPE_COLUMNS)
+    arguments = (maker(), BATCHES[0], RANKS)
+    usual, own = (coordinate_check(*arguments, loss=function, steps=(1,), seeds=2) for function in (None, loss))
+    assert set(own.sizes["quantity"]) == {"hidden", "logits", "output", "loss"}
+    np.testing.assert_allclose(own.sizes["value"], usual.sizes["value"], rtol=1e-3)
 
 
-def verdicts_of(config: CheckConfig, slopes: pd.DataFrame) -> dict[str, dict]:
-    """Return the verdicts by the name of the case."""
-    return dict(zip(map(str, cases(config)), verdicts(config, slopes).to_dict("records"), strict=True))
+def test_a_convolution() -> None:
+    """The rows of its A are drawn as those of a linear module with as many inputs."""
+    make_model = maker(torch_models.model("vit"), target_modules=r".*patch_embeddings\.projection", task_type=None)
+    check = coordinate_check(make_model, torch_models.batch("vit"), RANKS, steps=(1,), seeds=2)
+    assert (check.sizes.query("quantity == 'output'")["value"] > 0).all()
 
 
-def test_the_verdict_is_on_the_whole_model(published) -> None:
-    """A rule that keeps the model's hidden states and logits is flat, whatever its modules' own outputs do."""
-    judged = verdicts_of(*published)
-    row = judged["AdamW, alpha/r, A kaiming_uniform"]
-    assert (row["whole_model"], round(row["kappa_flat"], 2)) == ("flat", 1.0)
-    assert row["modules"].startswith("mixed (")
-    assert "shrinks" in row["modules"]
-    assert judged["SGD, alpha/sqrt(r), A kaiming_uniform"]["whole_model"] == "flat"
-    assert judged["AdamW, alpha/sqrt(r), A kaiming_uniform"]["whole_model"] == "grows with the rank"
-    assert judged["SGD, alpha/r, A kaiming_uniform"]["whole_model"] == "shrinks with the rank"
-    controls = [row["whole_model"] for name, row in judged.items() if name.endswith("(control)")]
-    assert controls == [f"grows {RIGHT}", f"shrinks {RIGHT}"]
+def test_a_held_out_batch_is_measured_at_its_unseen_tokens() -> None:
+    """No token of a batch is new relative to the same batch."""
+    batch, held_out = BATCHES
+    with pytest.raises(InputError, match="held_out has no token"):
+        coordinate_check(maker(), batch, RANKS, held_out=batch, steps=(1,), seeds=2)
+    check = coordinate_check(maker(), batch, held_out=held_out, steps=(1,))
+    assert check.table.ranks == (2, 8, 32, 128), "the default"
+    assert set(check.sizes["seed"]) == {0, 1, 2}, "the default"
+    assert set(check.slopes["split"]) == {"train", "held_out"}
+    assert set(check.slopes.query("module == 'down_proj'")["quantity"]) == {"output"}
+    assert np.isfinite(check.sizes["value"]).all()
 
 
-def test_the_figure_has_the_table_s_intervals(published) -> None:
-    """Half of the 95% interval agrees as stored and as printed."""
-    config, slopes = published
-    manifest = {"config": {"model": "m", "batches": "fixed", "seeds": config.seeds, "band": config.band}}
-    bars = figure.draw_slopes(manifest, slopes).axes[0].containers[0]  # the first case, trained on, the first module
-    rows = frames.where(slopes, {"split": "train", "module": "self_attn.q_proj", "quantity": "output"})
-    half = [(high - low) / 2 for (_, low), (_, high) in bars[2][0].get_segments()]
-    np.testing.assert_allclose(half, rows["half_width"][: len(config.steps)], rtol=1e-9)
+@pytest.mark.parametrize(
+    ("config", "arguments", "message"),
+    [
+        ({}, {"ranks": (4,)}, r"^ranks .*\b[14]\b"),
+        ({}, {"ranks": (4, 4)}, "^ranks .* 4 4$"),
+        ({}, {"steps": (2, 1)}, "steps .*2,? 1"),
+        ({}, {"seeds": 1}, r"seeds .*\b1\b"),
+        ({}, {"make_model": lambda _: maker()(8)}, r"make_model\(4\) .* rank 4, got rank 8 "),
+        ({}, {"make_model": lambda _: torch_models.model()}, r"make_model\(4\) .* LoRA"),
+        ({"init_lora_weights": False}, {}, r"make_model\(4\) .* B that is not zero"),
+        ({"init_lora_weights": "eva"}, {}, "init_lora_weights .*'eva'"),
+        ({}, {"make_model": 3}, "make_model .* 3$"),
+        ({}, {"make_model": lambda _: None}, r"make_model\(4\) .* None$"),
+        ({}, {"batch": 3}, "batch .* 3$"),
+        ({}, {"batch": []}, "batch .* none$"),
+        ({}, {"batch": [BATCHES[0], 3]}, "batch .* 3$"),
+        ({}, {"held_out": {}}, "held_out .* {}$"),
+        ({}, {"ranks": 3}, "ranks .* 3$"),
+        ({}, {"steps": 3}, "steps .* 3$"),
+        ({}, {"steps": ("a",)}, "steps .* 'a'$"),
+        ({}, {"learning_rate": "x"}, "learning_rate .* 'x'$"),
+        ({}, {"learning_rate": lambda rank: 4.0 - rank}, "learning_rate .* 0.0$"),
+        ({}, {"make_optimizer": 3}, "make_optimizer .* 3$"),
+        ({}, {"make_optimizer": lambda *_: None}, "make_optimizer .* None$"),
+        ({}, {"loss": lambda *_: None}, "loss .* None$"),
+        ({}, {"band": float("nan")}, "band .* nan$"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_bad_input(config, arguments, message) -> None:
+    with pytest.raises(InputError, match=message):
+        coordinate_check(**{"make_model": maker(**config), "batch": BATCHES[0], "ranks": RANKS} | arguments)

@@ -11,10 +11,10 @@ from rora_theory.advice.adapter_config import check_uniform, init_of
 from rora_theory.advice.lora_config import DORA_REMARK
 from rora_theory.advice.setting import Setting
 from rora_theory.errors import InputError, shown
+from rora_theory.measure.batches import Batch, Loss
+from rora_theory.measure.modules import lora_config
+from rora_theory.measure.regimes.model import TorchRegime, Transfer, regime
 from rora_theory.measure.regimes.module_regime import RegimeConfig
-from rora_theory.measure.torch.batches import Batch, Loss
-from rora_theory.measure.torch.modules import lora_config
-from rora_theory.measure.torch.regimes import TorchRegime, Transfer, regime
 from rora_theory.optimizers import FAMILY, parse_optimizer
 from rora_theory.scaling import check_instance, check_integer
 
@@ -90,7 +90,7 @@ class RegimeCallback(TrainerCallback):
         if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
             raise InputError(
                 "the weights are sharded over processes (FSDP or DeepSpeed), which RegimeCallback does not support. "
-                "Measure the model in one process with rora_theory.measure.torch.regime."
+                "Measure the model in one process with rora_theory.measure.regime."
             )
         if self._setting is None:
             self._setting = read_setting(kwargs["model"], args)

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from rora_theory.errors import InputError, shown
-from rora_theory.measure.torch.batches import IGNORED_LABEL, Batch, pad_rows
-from rora_theory.measure.torch.chats import ChatCollator
-from rora_theory.measure.torch.modules import task_type
+from rora_theory.measure.batches import IGNORED_LABEL, Batch, pad_rows
+from rora_theory.measure.chats import ChatCollator
+from rora_theory.measure.modules import task_type
 
 MAX_GROUPS = 32
 """Number of groups into which held-out rows are split at most, unless there are more batches than that.

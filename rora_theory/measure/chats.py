@@ -7,7 +7,7 @@ import torch
 
 from rora_theory.errors import InputError
 from rora_theory.lab.data.chat import ChatTemplate
-from rora_theory.measure.torch.batches import IGNORED_LABEL, pad_rows
+from rora_theory.measure.batches import IGNORED_LABEL, pad_rows
 from rora_theory.scaling import check_integer
 
 

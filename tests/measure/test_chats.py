@@ -5,7 +5,7 @@ from support import torch_chats
 from support.torch_models import torch
 
 from rora_theory import InputError
-from rora_theory.measure.torch import ChatCollator
+from rora_theory.measure import ChatCollator
 
 CHATS = [
     {

@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory import inits
 from rora_theory.inits import Init
+from rora_theory.laws.layers.layer_data import SPLITS, Layer
+from rora_theory.laws.layers.layer_rms import mean_square
 from rora_theory.laws.random.draws import draw_A, stream_key
-from rora_theory.measure.layers.layer_data import SPLITS, Layer
-from rora_theory.measure.layers.layer_rms import mean_square
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.optimizers import EPSILON, Optimizer, make_optimizer
 from rora_theory.stats.estimate import square_root

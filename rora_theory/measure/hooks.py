@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 
 from rora_theory.errors import InputError
-from rora_theory.measure.torch.modules import trainable_parameters
+from rora_theory.measure.modules import trainable_parameters
 
 HALF_LOSS_SCALE = 2.0**10
 """Factor of the loss for outputs in float16, whose gradients would be rounded to 0; every G is divided by it."""

@@ -23,8 +23,10 @@ from peft import LoraConfig
 from rora_theory.defaults import TRAINER_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.laws.random.seeds import check_seed
-from rora_theory.measure.torch.batches import Loss, loss_function
-from rora_theory.measure.torch.examples import (
+from rora_theory.measure.batches import Loss, loss_function
+from rora_theory.measure.modules import preserved_state, select_modules, unwrap
+from rora_theory.measure.progress import bar
+from rora_theory.measure.tuning.examples import (
     MAX_HELD_OUT_BATCHES,
     Data,
     Group,
@@ -34,16 +36,6 @@ from rora_theory.measure.torch.examples import (
     preserved_generators,
     read_batches,
 )
-from rora_theory.measure.torch.modules import preserved_state, select_modules, unwrap
-from rora_theory.measure.torch.probe import (
-    MakeOptimizer,
-    ProbeModel,
-    ProbeSettings,
-    check_no_adapters,
-    probe_config,
-    strength_of,
-)
-from rora_theory.measure.torch.progress import bar
 from rora_theory.measure.tuning.plan import (
     BUDGET,
     MAX_PROBE_STEPS,
@@ -53,6 +45,14 @@ from rora_theory.measure.tuning.plan import (
     next_trial,
 )
 from rora_theory.measure.tuning.result import Tuning, conclude
+from rora_theory.measure.tuning.training import (
+    MakeOptimizer,
+    ProbeModel,
+    ProbeSettings,
+    check_no_adapters,
+    probe_config,
+    strength_of,
+)
 from rora_theory.optimizers import SCHEDULES, Schedule
 from rora_theory.runs import files
 from rora_theory.scaling import check_choice, check_instance, check_integer, check_not_negative

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from rora_theory.errors import InputError, shown
+from rora_theory.measure.modules import task_type
 from rora_theory.measure.tokens import PADDING_ID, mark_repeats
-from rora_theory.measure.torch.modules import task_type
 from rora_theory.scaling import check_instance
 
 IGNORED_LABEL = -100
@@ -179,6 +179,17 @@ def find_masks(model: torch.nn.Module, batch: Batch, trained: Batch | None = Non
     if decoder is not None:
         _add_masks(masks, decoder.real, _seen_by_decoder(model, batch, trained, decoder))
     return masks
+
+
+def check_unseen(model: torch.nn.Module, held_out: Batch, trained: Batch) -> None:
+    """Raise `InputError` if every token of a held-out batch repeats the beginning of a training record."""
+    masks = find_masks(model, held_out, trained)
+    if masks and not any((mask.real & ~mask.seen).any() for mask in masks.values()):
+        tokens = max(int(mask.real.sum()) for mask in masks.values())
+        raise InputError(
+            f"all {tokens} held-out tokens repeat the beginning of a training record, so they carry no information "
+            "about new text. Pass different or longer records, or switch the mask off."
+        )
 
 
 def select_masks(masks: MasksByShape, x: Float[torch.Tensor, "*tokens _features"]) -> TokenMasks | None:

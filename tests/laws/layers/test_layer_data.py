@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rora_theory.errors import InputError
-from rora_theory.measure.layers import layer_data
+from rora_theory.laws.layers import layer_data
 
 PARTS = ("grad", "x_train", "x_heldout")
 

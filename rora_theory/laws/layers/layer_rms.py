@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from rora_theory import inits, laws
 from rora_theory.inits import Init
 from rora_theory.laws.first_step import take_first_step
+from rora_theory.laws.layers.layer_data import SPLITS, Layer
 from rora_theory.laws.random.draws import draw_A
-from rora_theory.measure.layers.layer_data import SPLITS, Layer
 from rora_theory.optimizers import EPSILON, Optimizer, make_optimizer
 from rora_theory.stats.estimate import Estimate, square_root
 from rora_theory.stats.moments import Moments

@@ -9,11 +9,10 @@ import pytest
 from support import tiny
 
 from rora_theory.errors import InputError
-from rora_theory.lab import adapters, llama
+from rora_theory.lab import adapters, led, llama
 from rora_theory.lab.adapters import LoraAdapter, LoraConfig
 from rora_theory.lab.data.batches import Examples
 from rora_theory.laws import constant_gradient
-from rora_theory.measure import led
 
 CONFIG = tiny.CONFIG
 PARAMS = tiny.params()

@@ -4,12 +4,12 @@ import pytest
 from support import torch_models
 from support.torch_models import padded, torch, transformers
 
+from rora_theory.measure import regime
+from rora_theory.measure.batches import find_masks, select_masks
+from rora_theory.measure.modules import task_type
+from rora_theory.measure.regimes import model as torch_regimes
 from rora_theory.measure.regimes.module_regime import RegimeConfig
-from rora_theory.measure.torch import regime
-from rora_theory.measure.torch import regimes as torch_regimes
-from rora_theory.measure.torch.batches import find_masks, select_masks
-from rora_theory.measure.torch.examples import count_targets
-from rora_theory.measure.torch.modules import task_type
+from rora_theory.measure.tuning.examples import count_targets
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
 PADDING = 0

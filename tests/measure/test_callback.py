@@ -9,9 +9,9 @@ from support import torch_models
 from support.torch_models import peft, transformers
 
 from rora_theory import InputError, Setting, transfer
+from rora_theory.measure import RegimeCallback, regime
+from rora_theory.measure.callback import read_setting
 from rora_theory.measure.regimes.module_regime import RegimeConfig
-from rora_theory.measure.torch import RegimeCallback, regime
-from rora_theory.measure.torch.callback import read_setting
 
 pytest.importorskip("accelerate", reason="transformers' trainer: accelerate")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
@@ -60,7 +60,7 @@ def test_the_regime_is_logged_with_the_loss(tmp_path, caplog) -> None:
         callbacks.append(RegimeCallback(log, *BATCHES, to_rank=8, steps=(0, 2)))
         return callbacks[0]
 
-    with caplog.at_level(logging.INFO, "rora_theory.measure.torch.callback"):
+    with caplog.at_level(logging.INFO, "rora_theory.measure.callback"):
         trainer = train(tmp_path, lora(init_lora_weights="gaussian"), watched)
     plain = train(tmp_path, lora(init_lora_weights="gaussian"))
     assert trainer.args.max_steps == -1

@@ -16,17 +16,17 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 
 from rora_theory.advice.lora_config import check_uniform, init_of
 from rora_theory.errors import InputError, first_line, shown
-from rora_theory.measure.tokens import mark_sinks
-from rora_theory.measure.torch.batches import Batch, Loss, MasksByShape, find_masks, move_batch, select_masks
-from rora_theory.measure.torch.examples import Group, count_targets
-from rora_theory.measure.torch.hooks import HALF_LOSS_SCALE, first_input
-from rora_theory.measure.torch.modules import (
+from rora_theory.measure.batches import Batch, Loss, MasksByShape, find_masks, move_batch, select_masks
+from rora_theory.measure.hooks import HALF_LOSS_SCALE, first_input
+from rora_theory.measure.modules import (
     copied_modules,
     preserved_state,
     remove_adapters,
     trainable_parameters,
     with_autograd,
 )
+from rora_theory.measure.tokens import mark_sinks
+from rora_theory.measure.tuning.examples import Group, count_targets
 from rora_theory.measure.tuning.plan import ProbeRun, Trial, scaled_warmup
 from rora_theory.optimizers import Schedule, schedule_factor
 from rora_theory.scaling import check_instance, scaling_factor
@@ -272,7 +272,7 @@ class LedParts:
     r"""Squares of the B-led and the A-led change of every adapted module at held-out tokens.
 
     With :math:`A_0` for A before training they are those of :math:`B A_0 x` and :math:`B (A - A_0) x`, as in
-    `rora_theory.measure.led`. Padding, tokens that repeat the beginning of a training record, and attention sinks are
+    `rora_theory.lab.led`. Padding, tokens that repeat the beginning of a training record, and attention sinks are
     left out.
 
     Args:

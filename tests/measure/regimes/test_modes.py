@@ -8,9 +8,9 @@ from support import torch_models
 from support.torch_models import peft, torch, transformers
 
 from rora_theory import InputError, Setting
+from rora_theory.measure import coordinate_check, hooks, regime
+from rora_theory.measure.regimes import model as torch_regimes
 from rora_theory.measure.regimes.module_regime import RegimeConfig
-from rora_theory.measure.torch import coordinate_check, hooks, regime
-from rora_theory.measure.torch import regimes as torch_regimes
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
 SMALL = RegimeConfig(ranks=(1, 4), rules=("lora",), inits=("gaussian",), optimizers=("sgd",), rows=0, tokens=9)

@@ -5,9 +5,9 @@ import pytest
 
 from rora_theory import laws
 from rora_theory.laws.grid import StepGrid
+from rora_theory.laws.layers import layer_grid, layer_rms
+from rora_theory.laws.layers.layer_data import SPLITS, Layer
 from rora_theory.laws.random.draws import stream_key
-from rora_theory.measure.layers import layer_grid, layer_rms
-from rora_theory.measure.layers.layer_data import SPLITS, Layer
 from rora_theory.optimizers import OPTIMIZERS
 from rora_theory.runs import frames
 from rora_theory.scaling import scaling_factor

@@ -12,11 +12,11 @@ from support import torch_chats, torch_models
 from support.torch_models import peft, torch, transformers
 
 from rora_theory import InputError
-from rora_theory.measure.torch import tune
-from rora_theory.measure.torch.batches import find_masks
-from rora_theory.measure.torch.examples import held_out_groups, read_batches
-from rora_theory.measure.torch.probe import LedParts, probe_config, strength_of
+from rora_theory.measure import tune
+from rora_theory.measure.batches import find_masks
+from rora_theory.measure.tuning.examples import held_out_groups, read_batches
 from rora_theory.measure.tuning.result import Tuning
+from rora_theory.measure.tuning.training import LedParts, probe_config, strength_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
 STEPS = 256

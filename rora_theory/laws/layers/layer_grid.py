@@ -14,9 +14,9 @@ import pandas as pd
 
 from rora_theory.inits import Init
 from rora_theory.laws.grid import StepGrid, fit_exponent
+from rora_theory.laws.layers import layer_rms
+from rora_theory.laws.layers.layer_data import SPLITS, Layer
 from rora_theory.laws.random.draws import stream_key
-from rora_theory.measure.layers import layer_rms
-from rora_theory.measure.layers.layer_data import SPLITS, Layer
 from rora_theory.optimizers import EPSILON
 from rora_theory.scaling import exponent
 from rora_theory.stats.moments import agreement

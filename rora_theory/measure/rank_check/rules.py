@@ -1,0 +1,389 @@
+"""Rank coordinate check of scaling rules, with controls.
+
+Nested adapters of several ranks take the same few steps (`coordinates.Checker`). All rules have the same scaling at a
+reference rank, so that they differ in the exponent only. A quantity is flat if the 95% interval of its log-log slope
+against the rank lies within a band around zero. Controls must not be flat: constant gamma grows with the rank, and the
+gaussian initialisation shrinks (`control_direction`).
+
+    check = measure.coordinate_check(model, train, held_out)
+    check.verdicts[["rule", "whole_model", "modules"]]
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import pandas as pd
+
+from rora_theory.advice.setting import Setting
+from rora_theory.lab.adapters.inits import LORA_INITS, LoraInit
+from rora_theory.lab.adapters.lora import PAPER_TARGETS
+from rora_theory.lab.data.batches import Batch
+from rora_theory.lab.llama import Model
+from rora_theory.laws.random.seeds import check_seed
+from rora_theory.measure.rank_check.coordinate_table import (
+    BATCH_SPLITS,
+    MODEL,
+    Coordinate,
+    Table,
+    judge_model,
+    summarise_verdicts,
+)
+from rora_theory.measure.rank_check.coordinates import Checker
+from rora_theory.measure.regimes import thin
+from rora_theory.optimizers import DISPLAY_NAMES, FAMILY, OPTIMIZER_NAMES, OptimizerName, scaling_power
+from rora_theory.runs import frames
+from rora_theory.scaling import Rule, check_choice, check_integer, exponent
+from rora_theory.stats import slopes
+from rora_theory.stats.rate_optimum import predicted_slopes
+from rora_theory.validation.ranges import Positive, check_ranges
+from rora_theory.validation.rules import (
+    alpha_at,
+    check_list,
+    check_rules,
+    check_steps,
+    listed,
+    name_of,
+)
+
+COLUMNS = (
+    "optimizer", "rule", "kappa", "init", "control", "rank", "scaling", "learning_rate", "seed", "step", "split",
+    "module", "quantity", "value",
+)  # fmt: skip
+SLOPE_COLUMNS = (
+    "optimizer", "rule", "kappa", "init", "control", "step", "split", "module", "quantity", "slope", "standard_error",
+    "half_width", "seeds", "verdict", "kappa_flat",
+)  # fmt: skip
+UNITS = {
+    "output": "root mean square of gamma B A x over adapted layers, tokens and outputs",
+    "inner": "root mean square of A x",
+    "delta": "|gamma B A|_F, root mean square over layers",
+    "grad_A, grad_B": "Frobenius norm over layers of the gradient of the last step",
+    "hidden, logits": "root mean square of the change since the base model",
+    "loss": "nats per token",
+    "half_width": "half-width of the 95% interval of the slope, Student's t over seeds",
+    "kappa_flat": "exponent that would have been flat: kappa + slope under Adam, kappa + slope/2 under SGD, if the "
+    "quantity is proportional to gamma and gamma^2",
+}
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Settings of the check.
+
+    Raises:
+      InputError: If a value is out of range.
+    """
+
+    ranks: tuple[int, ...] = (2, 8, 32, 128)
+    """Two or more ranks of the adapter"""
+    rules: tuple[Rule, ...] = ("lora", "rora")
+    """Scaling rules: lora, rora, rslora, or the exponent kappa of gamma = alpha / r^kappa"""
+    optimizers: tuple[OptimizerName, ...] = ("adamw", "sgd")
+    """Optimizers: sgd, momentum, adam or adamw, at a constant learning rate and without clipping"""
+    inits: tuple[LoraInit, ...] = ("kaiming_uniform",)
+    """Initialisations of A"""
+    controls: bool = True
+    """Also check two controls that must not be flat, under the first optimizer: kappa = 0 and the gaussian
+    initialisation"""
+    steps: tuple[int, ...] = (1, 2, 5, 10)
+    """Numbers of updates after which to measure, in ascending order"""
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
+    """Seeds of the adapter and its batches; error bars need two or more"""
+    gamma: float = 2.0
+    """Scaling under every rule at the reference rank"""
+    reference_rank: int = 8
+    """Rank at which all rules have the same scaling"""
+    adam_lr: Positive = 1e-4
+    """Learning rate of adam and adamw"""
+    sgd_lr: Positive = 0.01
+    """Learning rate of sgd"""
+    momentum_lr: Positive = 0.001
+    """Learning rate of momentum"""
+    band: Positive = slopes.BAND
+    """Largest absolute slope that counts as flat"""
+
+    def __post_init__(self) -> None:
+        """Validate the settings."""
+        check_list("--ranks", self.ranks, check_integer, fewest=2)
+        for name, supported in (("optimizers", OPTIMIZER_NAMES), ("inits", LORA_INITS)):
+            check_list(f"--{name}", getattr(self, name), partial(check_choice, choices=supported))
+        check_steps(self.steps)
+        check_ranges(self)
+        check_rules(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
+        check_list("--seeds", self.seeds, check_seed, fewest=2)
+
+
+class Case(NamedTuple):
+    """Optimizer, rule and initialisation that are checked together over ranks and seeds."""
+
+    optimizer: OptimizerName
+    rule: Rule
+    init: LoraInit
+    control: bool
+
+    def __str__(self) -> str:
+        """Return the label of the case, as progress messages show it."""
+        kappa = {"lora": "alpha/r", "rora": "alpha/sqrt(r)", "rslora": "alpha/sqrt(r)"}.get(name_of(self.rule))
+        text = f"{DISPLAY_NAMES[self.optimizer]}, {kappa or f'kappa = {name_of(self.rule)}'}, A {self.init}"
+        return text + (" (control)" if self.control else "")
+
+
+@dataclass(frozen=True)
+class CoordinateCell:
+    """Training of one adapter for a few steps."""
+
+    case: Case
+    seed: int
+    rank: int
+
+    def __str__(self) -> str:
+        """Return the label of the cell, as progress messages show it."""
+        return f"{self.case}, r = {self.rank}, seed {self.seed}"
+
+
+def cases(config: CheckConfig) -> Iterator[Case]:
+    """Yield the cases of the configuration, then the controls."""
+    for optimizer in config.optimizers:
+        for rule in config.rules:
+            for init in config.inits:
+                yield Case(optimizer, rule, init, False)
+    # Controls, for which the law predicts a dependence on the rank: the check must detect it.
+    if config.controls:
+        optimizer = config.optimizers[0]
+        if 0.0 not in map(exponent, config.rules):
+            yield Case(optimizer, 0.0, "kaiming_uniform", True)
+        if "gaussian" not in config.inits:
+            # The gaussian init is flat under constant gamma: use the rule with the largest exponent, farthest from it.
+            yield Case(optimizer, max(config.rules, key=exponent), "gaussian", True)
+
+
+def coordinate_cells(config: CheckConfig) -> list[CoordinateCell]:
+    """Return the cells of all adapters in the order of the table."""
+    return [
+        CoordinateCell(case, seed, rank) for case in cases(config) for seed in config.seeds for rank in config.ranks
+    ]
+
+
+def coordinate_rows(
+    config: CheckConfig, checker: Checker, cell: CoordinateCell, batch_of: Callable[[int], Batch], held_out: Batch
+) -> list[dict[str, Any]]:
+    """Train one adapter and return its sizes as rows of a table.
+
+    Args:
+      config: Settings of the check.
+      checker: Model with its compiled functions.
+      cell: Case, seed and rank of the adapter.
+      batch_of: Function that returns the batch of step t = 0, 1, ...
+      held_out: Batch that is never trained on.
+
+    Returns:
+      A row with the columns `COLUMNS` for each coordinate.
+    """
+    (optimizer, rule, init, control), rank = cell.case, cell.rank
+    # Each optimizer has its own learning rate.
+    rates = {"sgd": config.sgd_lr, "momentum": config.momentum_lr}
+    setting = Setting(
+        rank=rank,
+        alpha=alpha_at(rule, gamma=config.gamma, reference_rank=config.reference_rank),
+        learning_rate=rates.get(optimizer, config.adam_lr),
+        rule=rule,
+        optimizer=optimizer,
+        init=init,
+    )
+    # A key that depends on the seed only: adapters of all ranks and rules share rows of A.
+    key = jax.random.fold_in(jax.random.key(0), cell.seed)
+    labels = {"optimizer": optimizer, "rule": name_of(rule), "kappa": exponent(rule), "init": init}
+    labels |= {"control": int(control), "rank": rank, "learning_rate": setting.learning_rate, "seed": cell.seed}
+    labels["scaling"] = setting.scaling
+    sizes = checker.run(setting, key, batch_of, held_out, steps=config.steps)
+    return [labels | coordinate._asdict() | {"value": float(value)} for coordinate, value in sizes]
+
+
+def size_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return the frame of rows of `coordinate_rows`."""
+    return frames.from_rows(rows, COLUMNS)
+
+
+def coordinate_slopes(config: CheckConfig, sizes: pd.DataFrame) -> pd.DataFrame:
+    """Fit the slope of every coordinate except the loss, and of the geometric mean of the modules' outputs.
+
+    Args:
+      config: Settings of the check.
+      sizes: Frame of `size_table` with all cells.
+
+    Returns:
+      A frame with the columns `SLOPE_COLUMNS`.
+    """
+    rows: list[dict[str, Any]] = []
+    ranks = tuple(sorted(config.ranks))
+    for case in cases(config):
+        # Sizes of each coordinate as an array [seeds, ranks].
+        values: dict[Coordinate, np.ndarray] = {}
+        for names, group in rows_of_case(sizes, case).groupby(list(Coordinate._fields), sort=False):
+            by_seed = group.pivot(index="seed", columns="rank", values="value")
+            values[Coordinate._make(names)] = by_seed.reindex(index=config.seeds, columns=ranks).to_numpy(np.float64)
+        # Geometric mean of the outputs of all modules.
+        outputs: dict[tuple[str, int], list[np.ndarray]] = {}
+        for coordinate, value in values.items():
+            if coordinate.quantity == "output":
+                outputs.setdefault((coordinate.split, coordinate.step), []).append(value)
+        for (split, step), by_module in outputs.items():
+            with np.errstate(divide="ignore", invalid="ignore"):
+                values[Coordinate("output", split, MODEL, step)] = np.exp(np.mean(np.log(by_module), axis=0))
+        # Slopes and verdicts.
+        kappa, power = exponent(case.rule), scaling_power(FAMILY[case.optimizer])
+        labels = {"optimizer": case.optimizer, "rule": name_of(case.rule), "kappa": kappa, "init": case.init}
+        labels |= {"control": int(case.control)}
+        rows += [labels | row for row in Table(ranks, values).slope_rows(band=config.band, kappa=kappa, power=power)]
+    return frames.from_rows(rows, SLOPE_COLUMNS)
+
+
+def rows_of_case(table: pd.DataFrame, case: Case) -> pd.DataFrame:
+    """Return a table's rows of one case."""
+    return frames.where(table, {"optimizer": case.optimizer, "rule": name_of(case.rule), "init": case.init})
+
+
+def verdicts(config: CheckConfig, slopes: pd.DataFrame) -> pd.DataFrame:
+    """Summarise the slopes of each case in verdicts on the whole model and on the outputs of modules.
+
+    Args:
+      config: Settings of the check.
+      slopes: Frame of `coordinate_slopes`.
+
+    Returns:
+      A row for each case. ``flat SPLIT STEP`` is the number of modules with a flat output. ``kappa_flat`` is that of
+      the final hidden state on the training batch after the last step, or NaN if it did not change.
+    """
+    rows = []
+    for case in cases(config):
+        group = rows_of_case(slopes, case)
+        # Verdicts on the modules' outputs by split and step.
+        outputs = group[(group["quantity"] == "output") & (group["module"] != MODEL)]
+        flat_counts: dict[str, str] = {}
+        all_verdicts: list[str] = []
+        for split in BATCH_SPLITS:
+            for step in config.steps:
+                is_selected = (outputs["split"] == split) & (outputs["step"] == step)
+                module_verdicts = outputs["verdict"][is_selected].tolist()
+                flat_counts[f"flat {split} {step}"] = f"{module_verdicts.count('flat')} of {len(module_verdicts)}"
+                all_verdicts += module_verdicts
+        whole_model, modules = judge_model(group.to_dict("records")), summarise_verdicts(all_verdicts)
+        # A control is expected to fail: state whether it does.
+        if case.control:
+            whole_model, modules = _judge_control(case, whole_model), _judge_control(case, modules)
+        last = group.query("quantity == 'hidden' and split == 'train' and step == @config.steps[-1]")
+        row = case._asdict() | {"rule": name_of(case.rule), "whole_model": whole_model, "modules": modules}
+        row |= flat_counts
+        rows.append(row | {"kappa_flat": last["kappa_flat"].iloc[0] if len(last) else math.nan})
+    return pd.DataFrame(rows)
+
+
+def describe_check(config: CheckConfig, judged: pd.DataFrame) -> str:
+    """Return a sentence with the verdicts on the whole model, controls last.
+
+    Args:
+      config: Settings of the check.
+      judged: Frame of `verdicts`.
+    """
+    clauses = [f"{case}: {verdict}" for case, verdict in zip(cases(config), judged["whole_model"], strict=True)]
+    steps = f"{listed(config.steps)} {'steps' if max(config.steps) > 1 else 'step'}"
+    return f"Change of the whole model after {steps}, against the rank: {'; '.join(clauses)}."
+
+
+def control_growth(case: Case) -> list[float]:
+    """Compute the powers of the rank in a control's first step by the law, if signal or cross-talk dominates.
+
+    The entries of a gaussian A are proportional to 1/r, and the step contains A to the same power as gamma.
+    """
+    decrease = scaling_power(FAMILY[case.optimizer]) if case.init == "gaussian" else 0
+    # The slopes are those of the rate that preserves the step, which is the inverse of the step's growth.
+    rate_slopes = predicted_slopes(case.optimizer, exponent(case.rule), trained="B")
+    return [-slope - decrease for slope in rate_slopes.values()]
+
+
+def control_direction(case: Case) -> Literal["grows", "shrinks", ""]:
+    """Return the direction in which a control's first step depends on the rank by the law.
+
+    The direction is empty if it depends on whether signal or cross-talk dominates.
+    """
+    growth = control_growth(case)
+    return "grows" if min(growth) >= 0 else "shrinks" if max(growth) <= 0 else ""
+
+
+def _judge_control(case: Case, verdict: str) -> str:
+    """Describe whether a control depends on the rank in the direction that the law predicts."""
+    # A flat control means that the check cannot detect a dependence, unless the law allows the control to be flat.
+    if verdict == "flat":
+        if 0 in control_growth(case):
+            return "flat, which the law allows if one term dominates: no control"
+        return "FLAT: the check has no power"
+    expected, measured = control_direction(case), verdict.partition(" ")[0]
+    if not expected or measured not in ("grows", "shrinks"):
+        return verdict
+    if measured == expected:
+        return f"{verdict}, as expected of the control"
+    return f"{verdict}, AGAINST THE LAW: this control {expected}"
+
+
+@dataclass(frozen=True, eq=False)
+class CoordinateCheck:
+    """Result of `coordinate_check` as tidy frames.
+
+    Attributes:
+      sizes: Sizes with a row for each case, rank, seed, step, split, module and quantity, see
+        `coordinate_table.Coordinate`.
+      slopes: Slopes with errors and verdicts, with a row for each case, step, split, module and quantity, see
+        `coordinate_slopes`.
+      verdicts: Verdicts with a row for each case, see `verdicts`.
+    """
+
+    sizes: pd.DataFrame
+    slopes: pd.DataFrame
+    verdicts: pd.DataFrame
+
+
+def coordinate_check(
+    model: Model,
+    train: Batch | Sequence[Batch],
+    held_out: Batch,
+    config: CheckConfig | None = None,
+    *,
+    target_modules: Sequence[str] | str = PAPER_TARGETS,
+) -> CoordinateCheck:
+    """Run the rank coordinate check of scaling rules on a model.
+
+    Args:
+      model: Model loaded by `rora_theory.lab.llama.load`.
+      train: Batch of every step, or a sequence of batches that the steps cycle through.
+      held_out: Batch that is never trained on. `unseen.mask_seen` masks the tokens that it shares with training.
+      config: Settings of the check; None is the default `CheckConfig`.
+      target_modules: Target modules in PEFT's format.
+
+    Returns:
+      The sizes, slopes and verdicts.
+
+    Raises:
+      InputError: If a rank or module does not fit the model.
+    """
+    config = config or CheckConfig()
+    batches = [train] if isinstance(train, Batch) else list(train)
+    # Adapters of all ranks are padded to one width, so that the model is compiled once.
+    checker = Checker(model.params, model.config, width=max(config.ranks), target_modules=target_modules)
+    sizes = size_table(
+        row
+        for cell in coordinate_cells(config)
+        for row in coordinate_rows(config, checker, cell, partial(_batch_of_step, batches), held_out)
+    )
+    slope_frame = coordinate_slopes(config, sizes)
+    judged = verdicts(config, slope_frame)
+    thin.warn((sizes, slope_frame, judged), thin.rank_warnings(config.ranks))
+    return CoordinateCheck(sizes, slope_frame, judged)
+
+
+def _batch_of_step(batches: Sequence[Batch], step: int) -> Batch:
+    return batches[step % len(batches)]
