@@ -4,8 +4,8 @@
 
 For every layer in the file, adapters are drawn at each rank, and their first step is measured at the training and at
 the held-out tokens. The result is compared with the exact law, and its slope against the rank is fitted. The file
-contains `NAME/grad`, `NAME/x_train` and `NAME/x_heldout` for each layer, as
-`rora_theory.measure.layers.model_layers.record` returns them.
+contains `NAME/grad` (the gradient of the full weight, [p_out, p_in]), `NAME/x_train` and `NAME/x_heldout` (the inputs
+at the tokens of each batch, [tokens, p_in]) for each layer.
 """
 
 from dataclasses import dataclass, field

@@ -24,23 +24,24 @@ ROOT = Path(__file__).parents[1]
 NAMES = {"rora_theory"} | {module.name for module in pkgutil.walk_packages(rora_theory.__path__, "rora_theory.")}
 
 WITH_EXTRAS = (
-    *(f"lab.{name}" for name in ("adapters", "data", "evaluate", "finetune", "horizon", "llama", "sweep")),
-    "measure.torch",
+    *(f"lab.{name}" for name in ("adapters", "data", "evaluate", "finetune", "horizon", "led", "llama", "sweep")),
 )
 """Packages beyond the core install."""
 OF_A_MODEL = (
-    "layers.model_layers", "led", "rank_check.check", "rank_check.coordinates", "record_batches", "regimes.model",
-    "transfer_check", "unseen",
+    "batches", "callback", "chats", "hooks", "layers.model_layers", "modules", "progress", "rank_check.check",
+    "rank_check.coordinates", "rank_check.rules", "record_batches", "regimes.model", "transfer_check",
+    "tuning.examples", "tuning.search", "tuning.training", "unseen",
 )  # fmt: skip
-"""Modules of `measure` that run a model and need the extra ``finetune``."""
+"""Modules of `measure` that run a model and need the extra ``torch``."""
 WITH_JAX = (
     *(
         "rora_theory.runs.devices",
         *(f"rora_theory.laws.random.{name}" for name in ("chi_squares", "draws", "nested", "normals")),
         *(f"rora_theory.laws.{name}" for name in ("first_step", "grid", "sampling")),
+        *(f"rora_theory.laws.layers.{name}" for name in ("layer_grid", "layer_rms")),
     ),
     *(f"rora_theory.paper.{name}" for name in ("quantities", "simulation", "verdicts")),
-    *(f"rora_theory.measure.{name}" for name in ("layers.drawn_steps", "layers.layer_grid", "layers.layer_rms")),
+    "rora_theory.measure.regimes.drawn_steps",
 )
 """Modules of the core with arrays on a device."""
 
@@ -166,7 +167,7 @@ print(json.dumps([helps, {{name: ended("sims", name, words) for name, words in {
     assert len(helps) > 20  # the walk sees something
     assert {name: end for name, end in helps.items() if end != [0, True, ""]} == {}
     for name, (status, _, error) in refused.items():
-        extra = "cluster" if name == "variance_sweep" else "finetune"
+        extra = {"regime": "torch", "variance_sweep": "cluster"}.get(name, "finetune")
         assert (status, error.count("\n")) == (2, 1), error
         assert error.startswith("error: ")
         assert f"rora-theory[{extra}]" in error
@@ -216,6 +217,7 @@ DRAWN_ORDER = (
     ("lab.adapters", "lab.data"),
     ("lab.finetune",),
     ("lab.evaluate", "measure"),
+    ("lab.led",),
     ("lab.sweep",),
     ("lab.horizon", "runs.cluster"),
     ("rora_theory",),

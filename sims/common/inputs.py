@@ -1,6 +1,9 @@
 """Read the records and the model of a measurement, which transformers loads."""
 
+import io
+import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +16,7 @@ from rora_theory.lab.data.batches import Examples, tokenize
 from rora_theory.lab.data.formats import AnyRecord, TrainTemplate
 from rora_theory.lab.data.records import DataConfig, RecordSet
 from sims.common import cli, prompts
+from sims.common.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -101,31 +105,28 @@ def load_model(origin: llama.ModelSource, dtype: str = "float32") -> Any:
     Raises:
       InputError: If transformers cannot load the files.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    # The bars of the library for each tensor would come between the lines of the command.
+    with progress_bar(f"loading {origin.label}", 1), redirect_stderr(io.StringIO()):
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
-    path = origin.path
-    source: dict[str, Any] = {"pretrained_model_name_or_path": str(path), "use_safetensors": True}
-    if not path.is_dir():
-        source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    # The library's bars for each tensor would come between the command's own lines.
-    shows_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
-        raise InputError(f"{path}: transformers cannot load the model: {first_line(error)}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if shows_bars:
-            logging.enable_progress_bar()
-    # Attention caches of a training batch are never read.
-    model.config.use_cache = False
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+        path, source = origin.path, {"pretrained_model_name_or_path": str(origin.path)}
+        if not path.is_dir():
+            source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                **source, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+            raise InputError(f"{path}: transformers cannot load the model: {first_line(error)}") from error
+        finally:
+            logging.set_verbosity(verbosity)
+        # Attention caches of a training batch are never read.
+        model.config.use_cache = False
+        return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def merge_adapter(model: Any, folder: Path) -> Any:
@@ -137,7 +138,10 @@ def merge_adapter(model: Any, folder: Path) -> Any:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        # PEFT reads attributes that newer versions of transformers warn about.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"{folder}: PEFT cannot load the adapter: {first_line(error)}") from error
 

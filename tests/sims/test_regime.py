@@ -14,8 +14,7 @@ from figures import regime as figure
 from rora_theory import scaling_factor
 from rora_theory.lab import adapters
 from rora_theory.lab.finetune import Batches, choose_widths, read_records, split_records, tokenize
-from rora_theory.lab.finetune.step import batch_loss
-from rora_theory.lab.llama import load
+from rora_theory.lab.llama import forward, load
 from rora_theory.measure.regimes import tables as regime_tables
 from rora_theory.measure.regimes import thin
 from sims import regime
@@ -73,7 +72,9 @@ def test_losses_are_of_the_batch_and_of_other_records(finished, model, records) 
     for part in (rest[:4], held_out):
         examples = tokenize(part, base.tokenizer)
         batch = Batches(examples, choose_widths(examples.input_lengths, 1), batch_size=4)[0]
-        losses.append(float(batch_loss(base.params, batch, base.config)) / float(batch.weights.sum()))
+        log_shares = jax.nn.log_softmax(forward(base.params, batch.inputs, base.config))
+        by_token = -np.take_along_axis(np.asarray(log_shares), batch.targets[..., None], axis=-1)[..., 0]
+        losses.append(float(np.sum(by_token * batch.weights) / batch.weights.sum()))
     assert [manifest["training_loss"], manifest["heldout_loss"]] == pytest.approx(losses, rel=1e-5)
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)
 

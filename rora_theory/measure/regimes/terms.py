@@ -2,8 +2,7 @@ r"""Signal, cross-talk and crossing rank of one layer, from its gradient and inp
 
 `Terms` are the terms of the first step's law for a layer's full-weight gradient G and inputs x'. They give the crossing
 rank, and the root mean square of the change at any rank. `rora_theory.measure.regimes.drawn_steps` tests them with
-adapters that are drawn and stepped. `rora_theory.measure.layers.model_layers` provides the layers of a LLaMA model
-and `rora_theory.measure` those of a PyTorch model.
+adapters that are drawn and stepped. `rora_theory.measure.regime` applies them to the modules of a PyTorch model.
 
 A step of rank r from B = 0 is a sum of r independent, identically distributed terms, one for each row of A. Its mean
 square is :math:`r\,E[t^2] + r(r-1)\,E[t]^2`, where t is the step of rank 1. One evaluation of
