@@ -10,8 +10,8 @@ choices, and a PEFT `LoraConfig` to paste. Under Adam with PEFT's default initia
 measured laws of the scaling, the rank, the steps and the batch; otherwise the size of the first step is preserved. The
 regime is the part of the first step that dominates: signal, along the gradient of the full weight (the default, which
 describes the whole model), or cross-talk, which the random directions of A add. It can be measured: --regime RUN loads
-a run of sims.regime, and alphas then differ by module and preserve each module's own first step. --check MODEL DATA... trains the model for one step at both
-ranks, and writes the sizes of the changes to a run folder.
+a run of sims.regime, and alphas then differ by module and preserve each module's own first step. --check MODEL DATA...
+trains the model for one step at both ranks, and writes the sizes of the changes to a run folder.
 """
 
 from dataclasses import dataclass, field

@@ -72,7 +72,7 @@ def test_losses_are_of_the_batch_and_of_other_records(finished, model, records) 
     for part in (rest[:4], held_out):
         examples = tokenize(part, base.tokenizer)
         batch = Batches(examples, choose_widths(examples.input_lengths, 1), batch_size=4)[0]
-        log_shares = jax.nn.log_softmax(forward(base.params, batch.inputs, base.config))
+        log_shares = jax.nn.log_softmax(forward(base.params, jax.numpy.asarray(batch.inputs), base.config))
         by_token = -np.take_along_axis(np.asarray(log_shares), batch.targets[..., None], axis=-1)[..., 0]
         losses.append(float(np.sum(by_token * batch.weights) / batch.weights.sum()))
     assert [manifest["training_loss"], manifest["heldout_loss"]] == pytest.approx(losses, rel=1e-5)
