@@ -8,6 +8,7 @@ with them. In a measured regime, or if cross-talk dominates, they preserve the f
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import inf, isclose
 from typing import NamedTuple
 
@@ -132,7 +133,7 @@ class CarriedSetting:
             return self.rate_range.best
         return self.rate_at_alpha if self.fixes_alpha else self.old.learning_rate
 
-    @property
+    @cached_property
     def rate_range(self) -> RateRange | None:
         """Learning rate with its range by the displacement law; None where that law does not apply."""
         return self.rate_range_of(replace(self.unchanged, alpha=self.alpha))

@@ -15,6 +15,7 @@ alone; with Gaussian A it is r* + 1 for SGD and r* - 2 for Adam, r* from `laws.c
 import math
 import sys
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from rora_theory import inits
 from rora_theory.errors import InputError
@@ -67,7 +68,7 @@ class Setting:
         for name, number_type in types.items():
             object.__setattr__(self, name, number_type(getattr(self, name)))
 
-    @property
+    @cached_property
     def scaling(self) -> float:
         """Scaling gamma of the adapter."""
         return scaling_factor(self.rule, alpha=self.alpha, rank=self.rank)
