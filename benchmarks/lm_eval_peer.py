@@ -114,19 +114,11 @@ def torch_model(model: Model) -> transformers.LlamaForCausalLM:
     return peer.eval()
 
 
-def torch_tokenizer(model: Model) -> transformers.PreTrainedTokenizerFast:
-    """Return the model's tokenizer as a tokenizer of transformers."""
-    names = {"bos": model.tokenizer.bos_id, "eos": model.tokenizer.eos_id, "pad": model.tokenizer.pad_id}
-    backend = model.tokenizer.backend
-    tokens = {f"{name}_token": backend.id_to_token(id_) for name, id_ in names.items() if id_ is not None}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
-
-
 def harness_model(model: Model, batch_size: int) -> HFLM:
     """Return lm-eval's model class with the same weights and tokenizer; weights and softmax are float32."""
     return HFLM(
         pretrained=torch_model(model),
-        tokenizer=torch_tokenizer(model),
+        tokenizer=model.tokenizer.backend,
         batch_size=batch_size,
         device="cpu",
         softmax_dtype="float32",

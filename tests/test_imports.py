@@ -207,7 +207,7 @@ def test_a_placeholder_replaces_a_missing_package() -> None:
 DRAWN_ORDER = (
     ("defaults", "errors"),
     ("extras", "lazy_modules", "plots", "scaling"),
-    ("inits", "optimizers"),
+    ("chat_templates", "inits", "optimizers"),
     ("runs", "validation"),
     ("stats",),
     ("laws",),

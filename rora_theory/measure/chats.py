@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from rora_theory.chat_templates import ChatTemplate
 from rora_theory.errors import InputError
-from rora_theory.lab.data.chat import ChatTemplate
 from rora_theory.measure.batches import IGNORED_LABEL, pad_rows
 from rora_theory.scaling import check_integer
 

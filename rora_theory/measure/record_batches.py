@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from rora_theory.chat_templates import ChatTemplate
 from rora_theory.defaults import MEASURE_BATCH_SIZE, SMALL_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.lab.data.batches import TextEncoder
-from rora_theory.lab.data.chat import ChatTemplate
 from rora_theory.lab.data.formats import AnyRecord, TrainTemplate
 from rora_theory.lab.finetune import Batch, Batches, Examples, choose_widths, split_records, tokenize
 from rora_theory.lab.finetune.config import LossOn

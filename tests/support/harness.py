@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import tokenizers
+import transformers
 
 from rora_theory.lab.data.tasks import TASKS, TaskRecord, render_instruction
 from rora_theory.lab.evaluate.choices import EncodedChoice
@@ -15,7 +16,10 @@ from rora_theory.lab.llama.model import Adapter, forward
 from rora_theory.lab.llama.tokenizer import Tokenizer
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "harness.json").read_text())
-TOKENIZER = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(GOLDEN["tokenizer"])), bos_id=0, eos_id=1, eos_ids=(1,))
+_BACKEND = tokenizers.Tokenizer.from_str(json.dumps(GOLDEN["tokenizer"]))
+TOKENIZER = Tokenizer(
+    transformers.PreTrainedTokenizerFast(tokenizer_object=_BACKEND, bos_token="<s>", eos_token="</s>"), eos_ids=(1,)
+)
 
 
 def records(key: str) -> list[TaskRecord]:

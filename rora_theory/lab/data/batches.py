@@ -17,9 +17,10 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float32, Int
 
+from rora_theory.chat_templates import ChatTemplate, RenderedText, mark_tokens
 from rora_theory.errors import InputError
-from rora_theory.lab.data import chat as chats
 from rora_theory.lab.data import texts
+from rora_theory.lab.data.chat import load_chat_template
 from rora_theory.lab.data.formats import AnyRecord, Text
 from rora_theory.lab.llama.shared_prompt import common_length
 
@@ -148,7 +149,7 @@ def tokenize(
     cutoff: int = 256,
     template: str | None = None,
     answer_only: bool = False,
-    chat: chats.ChatTemplate | None = None,
+    chat: ChatTemplate | None = None,
 ) -> Examples:
     """Tokenize records.
 
@@ -179,13 +180,15 @@ def tokenize(
     """
     template = texts.default_template(records) if template is None else template
     if template == "chat":
-        chat = chats.load_chat_template(tokenizer) if chat is None else chat
+        chat = load_chat_template(tokenizer) if chat is None else chat
     if answer_only and any(isinstance(record, Text) for record in records):
         raise InputError("loss_on must be 'all' for texts, which have no prompt and answer, got 'answer'")
     kept_ids: list[list[int]] = []
     masks: list[Bool[np.ndarray, " length"]] = []
     truncated = 0
-    for all_ids, in_loss in _encode(records, tokenizer, template, chat, answer_only=answer_only, min_tokens=2 * cutoff):
+    rendered = texts.render_records(records, template, chat, answer_only=answer_only)
+    encode = _encode_chats if template == "chat" else _encode_texts
+    for all_ids, in_loss in encode(rendered, tokenizer, answer_only):
         # Cut at the cutoff, and append the end-of-sequence token where there is room for it.
         ids = all_ids[:cutoff]
         truncated += len(all_ids) > cutoff
@@ -217,50 +220,8 @@ def tokenize(
 Encoded = tuple[list[int], Bool[np.ndarray, " length"]]
 """Token ids of a text, and the mask of those that are in the loss."""
 
-CHARACTERS_PER_TOKEN = 16
-"""Characters of a text that are rendered for each token that is needed. Most tokens have two to five."""
 
-
-def _encode(
-    records: Sequence[AnyRecord],
-    tokenizer: TextEncoder,
-    template: str,
-    chat: chats.ChatTemplate | None,
-    *,
-    answer_only: bool,
-    min_tokens: int,
-) -> list[Encoded]:
-    """Encode each record; of a long text, encode only a beginning of at least ``min_tokens`` tokens.
-
-    Cutting a text changes the tokens just before the cut, so ``min_tokens`` is more than the number that is used.
-    """
-    encode = _encode_chats if template == "chat" else _encode_texts
-    encoded: dict[int, Encoded] = {}
-    remaining, max_characters = list(range(len(records))), CHARACTERS_PER_TOKEN * min_tokens
-    while remaining:
-        rendered = texts.render_records(
-            [records[index] for index in remaining],
-            template,
-            chat,
-            answer_only=answer_only,
-            max_characters=max_characters,
-        )
-        # Accept a result if the text was not cut, or has enough tokens before the cut.
-        results = list(encode(rendered, tokenizer, answer_only))
-        encoded |= {
-            index: result
-            for index, text, result in zip(remaining, rendered, results, strict=True)
-            if len(text.text) < max_characters or len(result[0]) >= min_tokens
-        }
-        # The few texts with more characters per token are rendered and encoded again, at four times the length.
-        remaining = [index for index in remaining if index not in encoded]
-        max_characters *= 4
-    return [encoded[index] for index in range(len(records))]
-
-
-def _encode_texts(
-    rendered: Sequence[chats.RenderedText], tokenizer: TextEncoder, answer_only: bool
-) -> Iterator[Encoded]:
+def _encode_texts(rendered: Sequence[RenderedText], tokenizer: TextEncoder, answer_only: bool) -> Iterator[Encoded]:
     encoded = tokenizer.encode_batch([text for text, _ in rendered])
     prompts: list[list[int]] = [[]] * len(rendered)
     if answer_only:
@@ -269,7 +230,7 @@ def _encode_texts(
         yield ids, np.arange(len(ids)) >= common_length(ids, prompt_ids)
 
 
-def _encode_chats(rendered: Sequence[chats.RenderedText], tokenizer: Any, answer_only: bool) -> Iterator[Encoded]:
+def _encode_chats(rendered: Sequence[RenderedText], tokenizer: Any, answer_only: bool) -> Iterator[Encoded]:
     # Without masks, the positions of the tokens in the text are not needed.
     if not answer_only and all(spans == ((0, len(text)),) for text, spans in rendered):
         for ids in tokenizer.encode_batch([text for text, _ in rendered], False):
@@ -277,12 +238,7 @@ def _encode_chats(rendered: Sequence[chats.RenderedText], tokenizer: Any, answer
         return
     encoded = tokenizer.encode_with_offsets([text for text, _ in rendered])
     for (ids, offsets), (_, spans) in zip(encoded, rendered, strict=True):
-        token_begins, token_ends = offsets.T
-        in_loss = np.zeros(len(ids), bool)
-        # A token is in the loss if it overlaps a span.
-        for begin, end in spans:
-            in_loss |= (token_begins < end) & (token_ends > begin)
-        yield ids, in_loss
+        yield ids, mark_tokens(offsets, spans)
 
 
 def choose_widths(input_lengths: Int[np.ndarray, " n"], count: int) -> tuple[int, ...]:

@@ -10,15 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
+from rora_theory.chat_templates import ASSISTANT
 from rora_theory.errors import InputError, shown
 from rora_theory.runs import digests, files
 
 FormatName = Literal["messages", "sharegpt", "alpaca", "prompt-response", "prompt-completion", "conversational", "text"]
 TrainTemplate = Literal["train", "clean", "chat", "plain"]
 TRAIN_TEMPLATES: tuple[str, ...] = get_args(TrainTemplate)
-
-ASSISTANT = "assistant"
-"""Role whose turns are learned."""
 
 SHAREGPT_ROLES = {
     "human": "user",
@@ -31,9 +29,6 @@ SHAREGPT_ROLES = {
     "observation": "tool",
 }
 """Roles of chat templates by ShareGPT's names of the speakers."""
-
-MAX_TEXT_LENGTH = 1 << 24
-"""Maximum number of characters of a string in a record, many times what any model reads."""
 
 TEXT_PART_TYPES = ("text", "input_text", "output_text")
 """Types of the parts of a message that are text, in OpenAI's two interfaces."""
@@ -226,12 +221,8 @@ class RawRecord:
         return value
 
     def check_value(self, name: str, value: Any) -> None:
-        """Raise `InputError` unless a value is JSON and each string in it is short enough and valid Unicode."""
+        """Raise `InputError` unless a value is JSON and each string in it is valid Unicode."""
         if isinstance(value, str):
-            if len(value) > MAX_TEXT_LENGTH:
-                raise InputError(
-                    f"{self.where}: {name!r} must have at most {MAX_TEXT_LENGTH:,} characters, got {len(value):,}"
-                )
             # JSON can encode half of a surrogate pair, which UTF-8 cannot.
             try:
                 value.encode()

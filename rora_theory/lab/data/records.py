@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import Any, cast, get_args
 
 from rora_theory import extras
+from rora_theory.chat_templates import ChatTemplate, template_digest
 from rora_theory.errors import InputError, first_line
-from rora_theory.lab.data import hub_files, limited_process
+from rora_theory.lab.data import hub_files
+from rora_theory.lab.data.chat import load_chat_template, read_template_source
 from rora_theory.lab.data.formats import (
     FIELD_NAMES,
     FORMATS,
@@ -34,9 +36,6 @@ from rora_theory.lab.data.formats import (
 from rora_theory.runs import files
 from rora_theory.scaling import check_choice
 from rora_theory.validation.ranges import Natural, check_ranges
-
-if TYPE_CHECKING:  # the module needs Jinja, which records do not
-    from rora_theory.lab.data.chat import ChatTemplate
 
 __all__ = [
     "AnyRecord",
@@ -57,15 +56,6 @@ CONVERSION_NOTES = {
 """Notes about conversions, by the kind that `formats.RawRecord` counts."""
 
 SUPPORTED_SOURCES = "a .json, .jsonl, .parquet or .txt file, or a split as FOLDER:SPLIT"
-
-MAX_TABLE_BYTES = files.MAX_FILE_BYTES
-"""Maximum size in memory of the columns that are read from a Parquet file."""
-
-TABLE_OVERHEAD_BYTES = 3 << 30
-"""Maximum memory to read a Parquet file, in addition to its columns."""
-
-MAX_TABLE_SECONDS = 120
-"""Maximum processor time to read a Parquet file once."""
 
 _BATCH_ROWS = 1024
 
@@ -114,18 +104,14 @@ class DataConfig(FormatConfig):
         check_ranges(self, str)
         # Read the template and parse the date, so that a bad one is refused before work starts.
         if self.chat_template is not None:
-            from rora_theory.lab.data import chat as chats
-
-            chats.read_template_source(self.chat_template)
+            read_template_source(self.chat_template)
         _ = self.now
 
     def identity(self) -> dict[str, str]:
         """Return the settings that determine prompts, apart from the records and the model."""
         digest = None
         if self.chat_template is not None:
-            from rora_theory.lab.data import chat as chats
-
-            digest = chats.template_digest(chats.read_template_source(self.chat_template))
+            digest = template_digest(read_template_source(self.chat_template))
         settings = {"chat_template_sha256": digest, "chat_date": self.chat_date}
         return {name: value for name, value in settings.items() if value is not None}
 
@@ -175,7 +161,7 @@ class RecordSet:
             raise InputError(f"template must be given for formats with different defaults, got None for {listed}")
         return defaults[0]
 
-    def chat(self, tokenizer: Any, template: str | None) -> "ChatTemplate | None":
+    def chat(self, tokenizer: Any, template: str | None) -> ChatTemplate | None:
         """Return the configured chat template, or the model's; None unless ``template`` is ``chat``.
 
         Raises:
@@ -183,11 +169,9 @@ class RecordSet:
         """
         if template != "chat":
             return None
-        from rora_theory.lab.data import chat as chats
+        return load_chat_template(tokenizer, self.config.chat_template, self.config.now)
 
-        return chats.load_chat_template(tokenizer, self.config.chat_template, self.config.now)
-
-    def identity(self, chat: "ChatTemplate | None") -> dict[str, str]:
+    def identity(self, chat: ChatTemplate | None) -> dict[str, str]:
         """Return the digests of the records and the chat template, by which a run recognises its data."""
         return {"records_sha256": self.sha256} | (chat.identity() if chat is not None else {})
 
@@ -403,14 +387,6 @@ def _read_table(path: Path, where: str, columns: Container[str]) -> Iterator[tup
         import pyarrow
     except ImportError as error:
         raise InputError(f"{where}: {extras.missing_message(error)}") from None
-    # A file of a few kilobytes may expand to any size, so a child process with limits reads it first.
-    limits = {"seconds": MAX_TABLE_SECONDS, "memory": TABLE_OVERHEAD_BYTES + MAX_TABLE_BYTES}
-    try:
-        limited_process.run(_measure_table, str(path), where, columns, MAX_TABLE_BYTES, **limits)
-    except limited_process.LimitError as error:
-        raise InputError(
-            f"{where}: reading the table {error}. Pass a table of at most {MAX_TABLE_BYTES:,} bytes."
-        ) from None
     names, batches = _open_table(pyarrow.BufferReader(data), where, columns)
     start, unread = 0, dict.fromkeys((name for name in names if name not in columns), ...)
     for batch in batches:
@@ -462,40 +438,11 @@ def _open_table(source: Any, where: str, columns: Container[str]) -> tuple[list[
             continue
         if names.count(column.name) > 1:
             raise InputError(f"{where}: must have one column {column.name!r}, got {names.count(column.name)}")
-        # A dictionary inside a list or struct repeats values that its size in bytes does not count.
-        field_types = (str(column.type.field(index).type) for index in range(column.type.num_fields))
-        if any("dictionary<" in field_type for field_type in field_types):
-            raise InputError(f"{where}: column {column.name!r} must hold plain values, got dictionaries within it")
     return names, read_batches()
 
 
 def _not_parquet(where: str, error: Exception) -> InputError:
     return InputError(f"{where}: not a Parquet file ({first_line(error)}). Pass {SUPPORTED_SOURCES}.")
-
-
-def _measure_table(path: str, where: str, columns: Container[str], max_bytes: int) -> Iterator[int]:
-    """Read a Parquet file and yield its size in memory; for `limited_process.run`.
-
-    Args:
-      path: Path of the file.
-      where: Name of the file, for the errors.
-      columns: Columns to read.
-      max_bytes: Maximum size in memory.
-
-    Raises:
-      InputError: The file is larger.
-    """
-    import pyarrow
-
-    total = 0
-    for batch in _open_table(path, where, columns)[1]:
-        for column in batch.columns:
-            # Python makes an object of every value, so a dictionary counts at its decoded size.
-            decoded = column.dictionary_decode() if isinstance(column, pyarrow.DictionaryArray) else column
-            total += decoded.nbytes
-        if total > max_bytes:
-            raise InputError(f"{where}: the table must have at most {max_bytes:,} bytes in memory, got more")
-    yield total
 
 
 def _numbered_lines(text: str) -> Iterator[tuple[int, str]]:

@@ -182,7 +182,7 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str], start_text: str) -> list
         return bool(start_text) and text.startswith(start_text)
 
     # Encode both kinds in one batch each, then restore the order of the texts.
-    with_bos = tokenizer.encode_batch([text for text in distinct if not has_start(text)])
+    with_bos = tokenizer.encode_batch([text for text in distinct if not has_start(text)], add_end=False)
     without_bos = tokenizer.encode_batch([text for text in distinct if has_start(text)], False)
     encoded = {False: iter(with_bos), True: iter(without_bos)}
     ids = {text: next(encoded[has_start(text)]) for text in distinct}

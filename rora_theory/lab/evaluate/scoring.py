@@ -17,7 +17,7 @@ so only a near tie between two beams can turn out differently.
 
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -135,8 +135,6 @@ def score(
         not finite.
     """
     check_integer("batch_size", batch_size)
-    # The model continues these texts, so they must not end with the checkpoint's end of a text.
-    tokenizer = replace(tokenizer, suffix=())
     known = set(done)
     skip = {number for number, record in enumerate(records) if (record.task, record.index) in known}
     if scoring.protocol == "generate":
@@ -245,7 +243,9 @@ def _generated(
     skip: Collection[int],
 ) -> Iterator[Sample]:
     """Generate an answer to every prompt with beam search, and parse it."""
-    prompts = tokenizer.encode_batch([prompt(record.instruction, str(scoring.template)) for record in records])
+    # The model continues the prompts, so they must not end with the checkpoint's end of a text.
+    texts = [prompt(record.instruction, str(scoring.template)) for record in records]
+    prompts = tokenizer.encode_batch(texts, add_end=False)
     max_length = config.max_position_embeddings - scoring.max_new_tokens
     for record, tokens in zip(records, prompts, strict=True):
         if len(tokens) > max_length:

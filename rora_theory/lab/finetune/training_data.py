@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from rora_theory.chat_templates import ChatTemplate
 from rora_theory.lab.data import texts
 from rora_theory.lab.data.batches import Batches, Examples, TextEncoder, choose_widths, split_records, tokenize
-from rora_theory.lab.data.chat import ChatTemplate
 from rora_theory.lab.data.formats import AnyRecord
 from rora_theory.lab.data.records import RecordSet
 from rora_theory.lab.finetune.config import FinetuneConfig

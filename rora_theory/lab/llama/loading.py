@@ -115,10 +115,7 @@ def model_tokenizer(origin: ModelSource) -> Tokenizer:
 
 
 def restrict_to_embeddings(tokenizer: Tokenizer, embedding_rows: int) -> Tokenizer:
-    """Return the tokenizer with only those special tokens that the model has an embedding for.
-
-    Tokens that were added to a tokenizer alone, such as one for padding, have no embedding. The returned tokenizer
-    refuses texts that contain them.
+    """Return the tokenizer of a model, which refuses texts with tokens that the model has no embedding for.
 
     Args:
       tokenizer: Tokenizer from the model's files.
@@ -130,19 +127,13 @@ def restrict_to_embeddings(tokenizer: Tokenizer, embedding_rows: int) -> Tokeniz
     """
     # Beginning and end tokens cannot be dropped, because texts need them.
     remedy = f"but the model has {embedding_rows} embeddings. Use the model's own tokenizer."
-    for role, ids in (("beginning", [tokenizer.bos_id]), ("end", tokenizer.eos_ids)):
+    for role, ids in (("beginning", [tokenizer.bos_id]), ("end", [tokenizer.eos_id, *tokenizer.eos_ids])):
         for token_id in ids:
             if token_id is not None and token_id >= embedding_rows:
                 raise InputError(f"{tokenizer.source}: the {role}-of-text token has id {token_id}, {remedy}")
-    # Added tokens may lie beyond the embeddings, the vocabulary proper may not.
-    if tokenizer.vocab_size > embedding_rows:
-        vocabulary_size = max(tokenizer.backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1
-        if vocabulary_size > embedding_rows:
-            raise InputError(f"{tokenizer.source}: the tokenizer has {vocabulary_size} tokens, {remedy}")
-        tokenizer = replace(tokenizer, embedding_rows=embedding_rows)
-
-    # Padding and unknown tokens can be done without, so they are dropped.
-    def drop_unembedded(token_id: int | None) -> int | None:
-        return token_id if token_id is not None and 0 <= token_id < embedding_rows else None
-
-    return replace(tokenizer, pad_id=drop_unembedded(tokenizer.pad_id), unk_id=drop_unembedded(tokenizer.unk_id))
+    # Added tokens, such as one for padding, may lie beyond the embeddings. The vocabulary proper may not.
+    added_ids = tokenizer.backend.added_tokens_decoder.keys()
+    vocabulary_size = max((i for i in tokenizer.backend.get_vocab().values() if i not in added_ids), default=-1) + 1
+    if vocabulary_size > embedding_rows:
+        raise InputError(f"{tokenizer.source}: the tokenizer has {vocabulary_size} tokens, {remedy}")
+    return replace(tokenizer, embedding_rows=embedding_rows)

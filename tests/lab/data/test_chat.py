@@ -1,5 +1,6 @@
 """Chats as text: equal to transformers', with the assistant's turns located, and templates without side effects."""
 
+import copy
 import itertools
 import re
 from dataclasses import replace
@@ -8,16 +9,15 @@ from datetime import datetime
 import numpy as np
 import pytest
 import tokenizers
+import transformers
 from support import chat_templates
 
+from rora_theory.chat_templates import CHATML, ChatTemplate
 from rora_theory.errors import InputError
 from rora_theory.lab.data import chat, prompt_preview, texts
-from rora_theory.lab.data.chat import ChatTemplate
 from rora_theory.lab.data.formats import Chat, Record, Text
 from rora_theory.lab.finetune import Batches, tokenize
 from rora_theory.lab.llama.tokenizer import Tokenizer
-
-pytestmark = pytest.mark.usefixtures("no_child")
 
 CHAT, turns = chat_templates.CHAT, chat_templates.turns
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -34,7 +34,10 @@ def marked(written) -> str:
 @pytest.fixture(scope="module")
 def tokenizer(model_folder) -> Tokenizer:
     """Return a tokenizer of bytes, which puts a beginning token before every text that is not a chat."""
-    return replace(Tokenizer.from_folder(model_folder), chat_template=chat_templates.LLAMA3, prefix=(0,))
+    tokenizer = Tokenizer.from_folder(model_folder)
+    tokenizer.backend.chat_template = chat_templates.LLAMA3
+    tokenizer.backend.add_bos_token = True
+    return tokenizer
 
 
 COUNTED = (
@@ -106,11 +109,10 @@ def test_a_turn_that_cannot_be_located_is_refused_if_only_turns_are_learned(sour
 
 
 def test_texts_and_masks_equal_transformers(tokenizer):
-    transformers = pytest.importorskip("transformers")
-    peer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, **TOKENS)
+    peer = tokenizer.backend
     chats = [CHAT, CHAT[:2], CHAT[:3], turns(*(message["content"] for message in CHAT), system="Be brief.")]
     thought = {"role": "assistant", "content": "a", "thinking": "b", "tool_calls": [{"name": "weather"}]}
-    sources = [*chat_templates.ALL.values(), chat_templates.MARKED, chat.CHATML]
+    sources = [*chat_templates.ALL.values(), chat_templates.MARKED, CHATML]
     compared = 0
     for source, messages, prompt in itertools.product(sources, [*chats, [*CHAT[:3], thought]], (False, True)):
         ours = ChatTemplate(source, tokens=TOKENS)
@@ -140,9 +142,23 @@ def test_all_chats_that_a_template_cannot_render_are_listed():
         texts.render_records(chats, "clean")
 
 
+PICKY = "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('not this') }}{% endif %}{% endfor %}"
+"""Refuses chats with the content "no"."""
+
+
+def chat_of(content, line):
+    return Chat((CHAT[0], CHAT[1] | {"content": content}), where=f"x.jsonl: line {line}")
+
+
+def test_all_chats_that_a_template_refuses_are_listed():
+    records = [chat_of(content, line) for line, content in enumerate(["yes", "no", "yes", "no"], start=1)]
+    with pytest.raises(InputError, match=r"^2 of 4 .*\(1\) x\.jsonl: line 2: .*\(2\) x\.jsonl: line 4: .*not this"):
+        texts.render_records(records, "chat", ChatTemplate(PICKY + CHATML))
+
+
 def test_a_chat_template_has_no_effect_on_other_templates():
     """Records are rendered by the template that is named, and by the chat template only if that is named `chat`."""
-    records, template = [Record("Who?", "I."), Record("What?", "It.")], ChatTemplate(chat.CHATML)
+    records, template = [Record("Who?", "I."), Record("What?", "It.")], ChatTemplate(CHATML)
     for name in ("clean", "plain"):
         expected = [texts.render_record(record, name) for record in records]
         assert texts.render_records(records, name, template) == expected
@@ -169,7 +185,7 @@ def test_turns_of_the_prompt_and_of_weight_0_are_not_learned(name):
 
 
 def test_other_turns_of_weight_0_are_refused_if_all_tokens_are_learned():
-    template = ChatTemplate(chat.CHATML)
+    template = ChatTemplate(CHATML)
     record = Chat((CHAT[0] | {"weight": 0}, *CHAT[1:]), where="x.jsonl: line 2")
     assert texts.render_record(record, "chat", template) == template.render_with_spans(CHAT)
     with pytest.raises(InputError, match=r"x\.jsonl: line 2: messages 0: weight .* user"):
@@ -217,8 +233,8 @@ def merging() -> Tokenizer:
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>"])
-    ids = {"bos_id": backend.token_to_id("<s>"), "eos_id": backend.token_to_id("</s>")}
-    return Tokenizer(backend, **ids, chat_template=chat.CHATML)
+    options = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHATML}
+    return Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **options))
 
 
 def mark_tokens(examples, tokenizer) -> str:
@@ -252,7 +268,7 @@ def test_the_date_can_be_set():
     template = ChatTemplate(chat_templates.DATED, now=datetime(2024, 7, 26))
     assert template.render(CHAT[:1]).startswith("26 Jul 2024<user>")
     assert template.identity()["chat_date"] == "2024-07-26"
-    assert "chat_date" not in ChatTemplate(chat.CHATML).identity()
+    assert "chat_date" not in ChatTemplate(CHATML).identity()
 
 
 @pytest.mark.parametrize(
@@ -262,7 +278,7 @@ def test_the_date_can_be_set():
         ("{{ messages[0].content.nothing.more }}", "rejects the chat"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe|undefined"),
         ("{{ messages.append(1) }}", "not safely callable|unsafe"),
-        ("{% set ns = namespace() %}{% set ns._x = 1 %}", "rejects the chat .a namespace with the name '_x'"),
+        ("{% set ns = namespace() %}{% set ns._x = 1 %}", "rejects the chat .*'_x'"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "[Rr]ange too big"),
         ("{{ 1 / 0 }}", "division by zero"),
     ],
@@ -275,21 +291,17 @@ def test_failing_and_unsafe_templates_are_refused_in_one_line(source, message):
 
 
 def test_a_missing_template_or_jinja_names_the_alternatives(tmp_path, tokenizer):
+    without_template = replace(tokenizer, backend=copy.copy(tokenizer.backend))
+    without_template.backend.chat_template = None
     with pytest.raises(InputError, match=r"has no chat template.* --chat-template FILE .* --template clean"):
-        chat.load_chat_template(replace(tokenizer, chat_template=None))
+        chat.load_chat_template(without_template)
     path = tmp_path / "t.jinja"
     path.write_text("{% if %}")
     with pytest.raises(InputError, match=r"t\.jinja: the chat template is not Jinja"):
         chat.read_template_source(str(path))
     path.write_text("{{ bos_token }}{{ messages[0].content }}")
     assert chat.load_chat_template(tokenizer, str(path)).render(CHAT) == "<s>Is it <b>?"
-    assert chat.load_chat_template(replace(tokenizer, chat_template=None), "chatml").source == chat.CHATML
-
-
-def test_a_template_is_limited_in_length():
-    assert ChatTemplate("a" * 1_048_576).render(CHAT) == "a" * 1_048_576
-    with pytest.raises(InputError, match=r"^FOLDER: .* 1,048,576 .* 1,048,577$"):
-        ChatTemplate("a" * 1_048_577, where="FOLDER")
+    assert chat.load_chat_template(without_template, "chatml").source == CHATML
 
 
 def test_other_templates_take_one_question_and_its_answer():
@@ -300,7 +312,7 @@ def test_other_templates_take_one_question_and_its_answer():
         texts.render_record(Text("a"), "train")
     with pytest.raises(InputError, match=r"^the record 'Say\.': .* rejects the chat \(no\)"):
         texts.render_record(Record("Say.", "It."), "chat", ChatTemplate("{{ raise_exception('no') }}"))
-    rendered = texts.render_record(Record("Say.", "It.", "Now"), "chat", ChatTemplate(chat.CHATML))
+    rendered = texts.render_record(Record("Say.", "It.", "Now"), "chat", ChatTemplate(CHATML))
     assert marked(rendered) == "<|im_start|>user\nSay.\n\nNow<|im_end|>\n<|im_start|>assistant\n⟦It.<|im_end|>\n⟧"
 
 

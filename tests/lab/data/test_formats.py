@@ -4,11 +4,10 @@ import pytest
 from support.chat_templates import turns
 from support.record_files import write
 
+from rora_theory.chat_templates import ChatTemplate
 from rora_theory.errors import InputError
 from rora_theory.lab.data.formats import FORMATS, Chat, Record, Text, question_key, records_digest
 from rora_theory.lab.data.records import DataConfig, read_record_set
-
-pytestmark = pytest.mark.usefixtures("no_child")
 
 MESSAGES = turns("Ähm?", "Yes.")
 SHAREGPT = [{"from": "human", "value": "Ähm?"}, {"from": "gpt", "value": "Yes."}]
@@ -77,8 +76,6 @@ def test_other_keys_of_messages_reach_the_template(read):
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_arguments_of_tool_calls_written_as_json_are_encoded_once(read, suffix):
     """OpenAI's strings and the objects that templates expect give the same record; a note counts the strings."""
-    pytest.importorskip("jinja2")
-    from rora_theory.lab.data.chat import ChatTemplate
 
     def row(*arguments):
         functions = [{"name": "weather", "arguments": value} for value in arguments]

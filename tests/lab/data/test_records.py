@@ -13,8 +13,6 @@ from rora_theory.lab.data.formats import Text
 from rora_theory.lab.data.records import DataConfig
 from rora_theory.lab.finetune import Record, read_records
 
-pytestmark = pytest.mark.usefixtures("no_child")
-
 GOOD = {"instruction": "Say it.", "input": "", "output": "It.", "answer": "it"}
 
 

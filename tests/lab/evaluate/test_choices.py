@@ -1,5 +1,6 @@
 """Requests of the log-likelihood protocols, against golden requests and tokens of lm-evaluation-harness."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,9 @@ from rora_theory.lab.evaluate.choices import (
 )
 from rora_theory.runs import digests
 
-TOKENIZERS = {"plain": TOKENIZER, "bos": replace(TOKENIZER, prefix=(0,))}
+WITH_BOS = replace(TOKENIZER, backend=copy.deepcopy(TOKENIZER.backend))
+WITH_BOS.backend.add_bos_token = True
+TOKENIZERS = {"plain": TOKENIZER, "bos": WITH_BOS}
 
 
 @pytest.mark.parametrize("key", TASKS)

@@ -1,5 +1,6 @@
 """The three protocols on a tiny random model with a small byte-level tokenizer."""
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -173,11 +174,14 @@ def test_templates_of_the_protocols(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_prompt_ends_with_the_end_of_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint that puts its end token after every text is given the same tokens as one that does not."""
+    ending = dataclasses.replace(TOKENIZER, backend=copy.deepcopy(TOKENIZER.backend))
+    ending.backend.add_eos_token = True
+    assert ending.encode("a") == [*TOKENIZER.encode("a"), 1]
     read: list[object] = []
     monkeypatch.setattr(scoring, "log_likelihoods", lambda *arguments, **_: read.append(arguments[2]) or [])
     monkeypatch.setattr(scoring, "beam_search", lambda *arguments, **_: read.append(arguments[2]) or [[1]])
     for protocol in scoring.PROTOCOLS:
-        for tokenizer in (TOKENIZER, dataclasses.replace(TOKENIZER, suffix=(1,))):
+        for tokenizer in (TOKENIZER, ending):
             list(score(PARAMS, CONFIG, tokenizer, [BOOLQ], Scoring(protocol)))
         assert read[-1] == read[-2], protocol
 

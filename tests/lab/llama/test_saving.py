@@ -41,7 +41,7 @@ def test_a_saved_model_is_the_same_model(model, saved):
     again = load(saved)
     assert again.config == WIDE
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
-    for name in ("bos_id", "eos_id", "pad_id", "unk_id", "eos_ids", "prefix", "suffix", "chat_template"):
+    for name in ("bos_id", "eos_id", "pad_id", "eos_ids", "chat_template"):
         assert getattr(again.tokenizer, name) == getattr(model.tokenizer, name), name
     for text in ("ab ba", "<|begin|>a<|end|>", " x"):
         assert again.tokenizer.encode(text) == model.tokenizer.encode(text)
@@ -54,7 +54,7 @@ def test_saved_files_agree_with_the_metadata(saved):
     settings = read["tokenizer_config.json"]
     named = {name: settings[f"{name}_token"] for name in ("unk", "bos", "eos", "pad")}
     assert named == {"unk": "<|unknown|>", "bos": "<|begin|>", "eos": "<|end|>", "pad": "<|end|>"}
-    assert settings["chat_template"] == TEMPLATE
+    assert (saved / "chat_template.jinja").read_text() == TEMPLATE
     template = read["tokenizer.json"]["post_processor"]["single"]
     assert [list(part) for part in template] == [["SpecialToken"], ["Sequence"]]
     assert template[0]["SpecialToken"]["id"] == "<|begin|>"
