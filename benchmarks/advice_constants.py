@@ -23,9 +23,13 @@ import pandas as pd
 from scipy.optimize import minimize
 
 from rora_theory.advice.best_rate import QUANTILE
+from rora_theory.evidence.policies import WITH_RANK, policies_for
+from rora_theory.evidence.regrets import regret_table
+from rora_theory.evidence.sweeps import load, read_runs
 from rora_theory.laws.displacement import best_rate_factor
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
+TABLES = Path(__file__).parents[1] / "rora_theory" / "evidence" / "tables"
 
 OURS = {
     "horizon": ("SmolLM2-135M", "constant"),
@@ -37,6 +41,12 @@ OURS = {
 
 MIN_STEPS = 64
 """Fewest steps of our runs that count: shorter ones end during the first drop of the loss."""
+
+EVIDENCE_RANK = 16
+"""Lowest rank of the pairs whose regrets the advice quotes."""
+
+QWEN_RUNS = 51
+"""Number of runs with adapters in the sweep with alpha = r, of which the package has derived tables only."""
 
 MIN_RANK = 4
 """Lowest rank that counts for the exponent: users rarely choose less, and the slope is steeper below."""
@@ -94,9 +104,9 @@ def our_best_rates() -> list[BestRate]:
 
 def public_best_rates() -> list[BestRate]:
     """Return the best rates of the public sweeps that lie inside their grids."""
-    table = pd.read_csv(PUBLISHED / "evidence" / "best_rates.csv")
+    table = pd.read_csv(TABLES / "best_rates.csv")
     return [
-        BestRate(row.model, int(row.rank), float(row.strength), int(row.steps), row.source, math.log(row.best_rate))
+        BestRate(row.model, int(row.rank), float(row.gain), int(row.steps), row.source, math.log(row.best_rate))
         for row in table[table["place"] == "inside"].itertuples()
     ]
 
@@ -214,8 +224,34 @@ def batch_exponent() -> tuple[float, float, str]:
     return float(table["exponent"].mean()), spread, "SmolLM2-135M, rank 16, 64 cosine steps, 4 to 64 records"
 
 
+def evidence_rows() -> pd.DataFrame:
+    """Return the regrets that the advice quotes: keeping the rate, and the advice with constants of other models.
+
+    The pairs have ranks of `EVIDENCE_RANK` and more, and best rates inside their grids.
+    """
+    sweeps = load("tinker")
+    costs = pd.concat(
+        [regret_table(sweeps, lambda sweep: policies_for(sweep, sweeps)), pd.read_csv(TABLES / "regrets.csv")]
+    )
+    costs = costs[(costs["old_place"] == "inside") & (costs["place"] == "inside")]
+    runs = read_runs(TABLES.parent / "tinker_sft_sweep.csv")
+    rows = []
+    for name, source, first_rank, count, models in (
+        ("fixed_gain", "tinker", EVIDENCE_RANK, len(runs), len({run.model for run in runs})),
+        ("fixed_gain_all_ranks", "tinker", 1, len(runs), len({run.model for run in runs})),
+        ("alpha_r", "qwen2.5-7b", EVIDENCE_RANK, QWEN_RUNS, 1),
+    ):
+        part = costs[(costs["source"] == source) & (costs[["old_rank", "rank"]].min(axis=1) >= first_rank)]
+        keep, advice = (part[part["policy"] == policy]["regret"] for policy in ("keep the rate", WITH_RANK))
+        rows.append(
+            {"name": name, "runs": count, "models": models, "compared": part["model"].nunique(), "pairs": len(keep)}
+            | {"keep_mean": keep.mean(), "keep": keep.max(), "advice_mean": advice.mean(), "advice": advice.max()}
+        )
+    return pd.DataFrame(rows)
+
+
 def main() -> None:
-    """Write ``constants.csv`` and ``coverage.csv``."""
+    """Write the constants, the settings behind them, the regrets that the advice quotes, and the coverage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=PUBLISHED / "constants")
     folder = parser.parse_args().out
@@ -273,6 +309,9 @@ def main() -> None:
     every = [*public, *ours]
     settings = pd.DataFrame([(rate.rank, rate.gain, rate.steps) for rate in every], columns=["rank", "gain", "steps"])
     settings.agg(["min", "max"]).to_csv(folder / "settings.csv", index=False)
+    evidence = evidence_rows()
+    evidence.to_csv(folder / "evidence.csv", index=False)
+    print(evidence.round(5).to_string(index=False))
     print(constants.to_string(index=False))
     for (changed, judged), part in table.groupby(["changed", "judged_by"]):
         share, mean = np.average(part["coverage"], weights=part["pairs"]), part["coverage"].mean()

@@ -86,9 +86,10 @@ def describe_evidence() -> str:
     fixed, moved = EVIDENCE["fixed_gain"], EVIDENCE["alpha_r"]
     return (
         f"In {fixed['runs']:,} public runs of {fixed['models']} models (1B to 1T parameters) with alpha / r and alpha "
-        f"32, keeping alpha and the rate between ranks of 16 and more cost at most {fixed['keep']:.4f} nats per token. "
-        f"With alpha = r (Qwen2.5-7B, {moved['runs']} runs), keeping the rate cost {moved['keep_mean']:.3f} on average "
-        f"and {moved['keep']:.2f} at most; this advice costs {moved['advice_mean']:.4f} and {moved['advice']:.4f}."
+        f"32, keeping alpha and the rate between ranks of 16 and more cost at most {fixed['keep']:.4f} nats per token "
+        f"({fixed['pairs']} pairs in {fixed['compared']} models). With alpha = r (Qwen2.5-7B, {moved['runs']} runs), "
+        f"keeping the rate cost {moved['keep_mean']:.3f} on average and {moved['keep']:.2f} at most; this advice "
+        f"{moved['advice_mean']:.4f} and {moved['advice']:.4f}."
     )
 
 
@@ -103,10 +104,11 @@ def _describe_cost(carried: CarriedSetting) -> list[str]:
             f"keeping the rate cost {rslora['regret']:.2f}.",
         ]
     if "rank" in carried.changed:
-        fixed = EVIDENCE["fixed_gain"]
+        fixed = EVIDENCE["fixed_gain_all_ranks"]
         return [
-            f"In {fixed['models']} public models at this kind of change, keeping the rate cost at most "
-            f"{fixed['keep']:.4f} nats per token between ranks of 16 and more, and this advice {fixed['advice']:.4f}."
+            f"In public runs at one scaling times rank ({fixed['pairs']} pairs of ranks in {fixed['compared']} "
+            f"models), keeping the rate cost {fixed['keep_mean']:.4f} nats per token on average and "
+            f"{fixed['keep']:.4f} at most; this advice {fixed['advice_mean']:.4f} and {fixed['advice']:.4f}."
         ]
     return []
 
