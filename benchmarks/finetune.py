@@ -299,8 +299,8 @@ def work(spec: dict[str, Any]) -> None:
     model = llama.load(spec["model"])
     params, model_config = model.params, model.config
     batches = [Batch(*arrays, None) for arrays in read(spec["batches"])]
-    adapter = adapters.init(jax.random.key(0), config.adapter(), model_config, params)
-    setup["trainable_parameters"], setup["trainable_share"] = adapters.count(adapter), adapters.share(adapter, params)
+    adapter = config.adapter().build(jax.random.key(0), model_config, params)
+    setup["trainable_parameters"], setup["trainable_share"] = adapter.count(), adapters.share(adapter, params)
     state = steps.init_state(adapter, steps.finetune_optimizer(config, 1000), jax.random.key(1))
     function = steps.train_step(adapter, model_config, config, 1000)
     loss = None

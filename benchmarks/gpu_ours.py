@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rora_theory.lab import adapters, llama
+from rora_theory.lab import llama
 from rora_theory.lab.evaluate.choices import EncodedChoice
 from rora_theory.lab.evaluate.likelihood import log_likelihoods
 from rora_theory.lab.finetune import Batch, FinetuneConfig
@@ -169,7 +169,7 @@ def run_cell(model: llama.LlamaConfig, params: Any, config: FinetuneConfig, cell
     """
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (cell.rows, cell.width + 1)).astype(np.int32)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((cell.rows, cell.width), np.float32), None)
-    adapter = adapters.init(jax.random.key(0), config.adapter(), model, params)
+    adapter = config.adapter().build(jax.random.key(0), model, params)
     state = steps.init_state(adapter, steps.finetune_optimizer(config, 1000), jax.random.key(1))
     # Compile first, so that its time is known and is not part of the first step's.
     begin = time.perf_counter()
@@ -184,7 +184,7 @@ def run_cell(model: llama.LlamaConfig, params: Any, config: FinetuneConfig, cell
         "compile_seconds": round(compile_seconds, 2),
         "compiler_bytes": StepMemory.from_compiled(compiled).total,
         "loss": float(metrics.loss),
-        "trainable": adapters.count(adapter),
+        "trainable": adapter.count(),
     }
 
 

@@ -65,7 +65,6 @@ def measure_ours(spec: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     jax.config.update("jax_num_cpu_devices", spec["devices"])
-    from rora_theory.lab import adapters
     from rora_theory.lab.finetune import Batch, FinetuneConfig
     from rora_theory.lab.finetune import step as steps
     from rora_theory.lab.finetune.memory import StepMemory
@@ -82,7 +81,7 @@ def measure_ours(spec: dict[str, Any]) -> dict[str, Any]:
     # Random weights, training state and batch, on their devices.
     draw = jax.jit(init_params, static_argnums=(1, 2, 3), out_shardings=shardings)
     base = draw(jax.random.key(0), model, dtype, run.quantization)
-    adapter = adapters.init(jax.random.key(1), run.adapter(), model, base)
+    adapter = run.adapter().build(jax.random.key(1), model, base)
     state: Any = steps.init_state(adapter, steps.finetune_optimizer(run, 1), jax.random.key(2))
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (spec["rows"], spec["seq"] + 1)).astype(np.int32)
     batch: Any = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((spec["rows"], spec["seq"]), np.float32), None)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rora_theory.errors import InputError
-from rora_theory.lab.adapters import LoraAdapter, LoraConfig, init, load_peft, rewrite_portable, save_peft
+from rora_theory.lab.adapters import LoraAdapter, LoraConfig, load_peft, rewrite_portable, save_peft
 from rora_theory.lab.llama import LlamaConfig, forward
 from rora_theory.lab.llama.weights import save_hf
 from rora_theory.runs.files import write_whole
@@ -95,7 +95,7 @@ def random_adapter(config: LoraConfig, params: dict[str, Any], seed: int) -> Lor
 
     DoRA's magnitudes differ from the weight's row norms, which a client that doesn't load them would compute itself.
     """
-    adapter: LoraAdapter = init(jax.random.key(seed), config, SHAPE, params)
+    adapter: LoraAdapter = config.build(jax.random.key(seed), SHAPE, params)
     # Replace B, and DoRA's magnitudes, module by module.
     changed = {}
     for index, target in enumerate(adapter.targets):

@@ -93,7 +93,7 @@ def run(config: Config) -> None:
     # Model without its weights, and the modules to adapt.
     origin = llama.locate(config.model, config.revision)
     llama_config = llama.model_config(origin)
-    adapted = adapters.table(training.adapter(), llama_config)
+    adapted = training.adapter().table(llama_config)
     if is_first:
         prompts.print_summary(records, training.template)
         formats = {name: f"{{{name}}}" for name in ("module", "layers", "rule", "rank")}
@@ -152,7 +152,7 @@ def record_start(
 ) -> None:
     """Print a summary of the run and the memory of its step, and write the summary to the manifest."""
     fresh = trainer.adapter("last")
-    trainable, share = adapters.count(fresh), adapters.share(fresh, model.params)
+    trainable, share = fresh.count(), adapters.share(fresh, model.params)
     device = jax.devices()[0]
     devices = f"{len(jax.devices())} x {device.device_kind}"
     counted = {"trainable_parameters": trainable, "trainable_share": share}

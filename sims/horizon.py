@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from rora_theory.lab import adapters, llama
+from rora_theory.lab import llama
 from rora_theory.lab.data.records import DataConfig
 from rora_theory.lab.evaluate.scoring import Scoring
 from rora_theory.lab.sweep import analysis as horizons
@@ -69,7 +69,7 @@ def run(config: Config) -> None:
     # The adapters of all runs have to fit the model.
     llama_config = llama.model_config(located[model])
     for cell in cells:
-        adapters.table(grid.training(cell).adapter(), llama_config)
+        grid.training(cell).adapter().table(llama_config)
     identity = grid.identity() | sample | {"model": config.model, "data_seed": config.data_seed}
     identity |= {"records": split.summary, "model_sha256": located[config.model].sha256}
     extra = {"units": horizons.UNITS, "device": devices.describe(devices.pick(1))}

@@ -135,7 +135,7 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     Raises:
       InputError: If a setting of the check is out of range or does not fit the model.
     """
-    from rora_theory.lab import adapters, llama
+    from rora_theory.lab import llama
     from rora_theory.measure import record_batches, transfer_check
     from rora_theory.measure.layers.model_layers import RealStep, lora_config_for
     from sims.common import prompts
@@ -152,7 +152,7 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     # The adapters of all candidates have to fit the model.
     llama_config = llama.model_config(inputs.origin)
     for candidate in transfer_check.candidates(advice).values():
-        adapters.table(lora_config_for(candidate.setting, targets, candidate.alpha_pattern), llama_config)
+        lora_config_for(candidate.setting, targets, candidate.alpha_pattern).table(llama_config)
     # The advice needs no training: print it before the model takes steps.
     report(config, advised)
     # Run every candidate with every seed; candidates of one rank share a compiled step.

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rora_theory.lab import adapters, llama
+from rora_theory.lab import llama
 from rora_theory.lab.data.records import DataConfig
 from rora_theory.lab.evaluate.scoring import Scoring
 from rora_theory.lab.horizon.probe import Probe, ProbeConfig, evenly_spaced
@@ -60,7 +60,7 @@ def run(config: Config) -> None:
     located = {model: llama.locate(model)}
     # The adapters of the probe have to fit the model.
     training = probe_config.training(Trial(1.0, probe_config.steps))
-    adapters.table(training.adapter(), llama.model_config(located[model]))
+    training.adapter().table(llama.model_config(located[model]))
     identity = flatten(probe_config) | {"model": model, "records": split.summary}
     identity |= {"model_sha256": located[model].sha256}
     extra = {"units": UNITS, "device": devices.describe(devices.pick(1))}

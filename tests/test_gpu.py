@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from support import tiny
 
-from rora_theory.lab import adapters
 from rora_theory.lab.data.batches import Batch
 from rora_theory.lab.finetune import Batches, FinetuneConfig, StepCompleted, Trainer, choose_widths, tokenize
 from rora_theory.lab.finetune import step as steps
@@ -77,7 +76,7 @@ def take(params, config, device, route="blocked", count=4):
     """Return losses, gradient norms and the last adapter of a few steps on a device."""
     with jax.default_device(device):
         base, data = jax.device_put((params, batch()), device)
-        fresh = adapters.init(jax.random.key(1), config.lora(), MODEL, base)
+        fresh = config.lora().build(jax.random.key(1), MODEL, base)
         state = steps.init_state(fresh, steps.finetune_optimizer(config, count), jax.random.key(2))
         function = steps.train_step(fresh, MODEL, config, count, attention=route)
         rows = []
@@ -120,7 +119,7 @@ def test_a_resumed_run_ends_in_the_same_bits(params, tmp_path):
     examples = tokenize(tiny.records(16), tiny.ByteEncoder(), template=config.template)
 
     def trainer(folder):
-        adapter = adapters.init(jax.random.key(1), config.lora(), MODEL, half)
+        adapter = config.lora().build(jax.random.key(1), MODEL, half)
         train = Batches(examples, choose_widths(examples.input_lengths, 1), batch_size=4, epochs=2, seed=1)
         return Trainer(half, MODEL, adapter, config, train, None, folder)
 

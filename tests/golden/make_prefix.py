@@ -55,13 +55,13 @@ def check_ours() -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from rora_theory.lab.adapters import PrefixConfig, init, load_peft
+    from rora_theory.lab.adapters import PrefixConfig, load_peft
     from rora_theory.lab.llama import LlamaConfig, forward
 
     config, params, tokens = LlamaConfig(**SHAPE), base_params(), jnp.asarray(TOKENS)
     expected = np.load(FOLDER / "golden.npz")["logits"]
     ours = np.asarray(forward(params, tokens, config, load_peft(FOLDER, config)))
-    other = init(jax.random.key(1), PrefixConfig(3), config, params)
+    other = PrefixConfig(3).build(jax.random.key(1), config, params)
     return {
         "ours on peft's": float(np.abs(ours - expected).max()),
         "peft on ours": peft_difference(other, forward(params, tokens, config, other)),

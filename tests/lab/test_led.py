@@ -9,7 +9,7 @@ import pytest
 from support import tiny
 
 from rora_theory.errors import InputError
-from rora_theory.lab import adapters, led, llama
+from rora_theory.lab import led, llama
 from rora_theory.lab.adapters import LoraAdapter, LoraConfig
 from rora_theory.lab.data.batches import Examples
 from rora_theory.laws import constant_gradient
@@ -32,7 +32,7 @@ def randomised(seed: int, adapter: LoraAdapter) -> LoraAdapter:
 @pytest.fixture(scope="module")
 def start() -> LoraAdapter:
     config = LoraConfig(3, 6, rule="lora", target_modules=("q_proj", "down_proj"), layers=(1,))
-    return randomised(1, adapters.init(jax.random.key(1), config, CONFIG, PARAMS))
+    return randomised(1, config.build(jax.random.key(1), CONFIG, PARAMS))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from support import checkpoint, commands
 
 from rora_theory.errors import InputError
-from rora_theory.lab.adapters import LoraConfig, init, replace, save_peft, trainable
+from rora_theory.lab.adapters import LoraConfig, save_peft
 from rora_theory.lab.data import sources
 from rora_theory.lab.evaluate import Samples, samples
 from rora_theory.lab.llama import load, locate
@@ -137,9 +137,9 @@ def test_weights_are_loaded_in_the_requested_dtype(model: Path) -> None:
 def test_an_adapter_changes_the_scores_equally_merged_or_not(model, data, finished: Path, tmp_path: Path) -> None:
     base = load(model)
     settings = LoraConfig(rank=2, alpha=4.0, target_modules=("self_attn.q_proj", "mlp.down_proj"))
-    adapter = init(jax.random.key(1), settings, base.config, base.params)
-    keys = iter(jax.random.split(jax.random.key(2), len(jax.tree.leaves(trainable(adapter)))))
-    adapter = replace(adapter, jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape), trainable(adapter)))
+    adapter = settings.build(jax.random.key(1), base.config, base.params)
+    keys = iter(jax.random.split(jax.random.key(2), len(jax.tree.leaves(adapter.params))))
+    adapter = adapter.replace(jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape), adapter.params))
     save_peft(tmp_path / "adapter", adapter)
     for name in ("merge", "no-merge"):
         more = ("--limit 2 --adapter", tmp_path / "adapter", f"--{name}")

@@ -23,7 +23,7 @@ from support import checkpoint, commands, drawings, tiny
 from support.event_files import logged
 
 from figures import loss_curves
-from rora_theory.lab.adapters import init, load_peft, merge, share
+from rora_theory.lab.adapters import load_peft, share
 from rora_theory.lab.finetune import (
     FinetuneConfig,
     Metrics,
@@ -110,7 +110,7 @@ def test_a_run_writes_metrics_adapter_and_merged_model(complete, model):
     # 2 layers: q_proj is 16 x 16, down_proj 16 x 24, each with rank 2.
     assert manifest["trainable_parameters"] == 2 * 2 * ((16 + 16) + (16 + 24))
     base, merged = load(str(model)), load(str(complete / "merged"))
-    same_weights(merged.params, merge(load_peft(complete / "adapter", base.config, base.params), base.params))
+    same_weights(merged.params, load_peft(complete / "adapter", base.config, base.params).merge(base.params))
     assert not np.array_equal(*(m["layers"]["mlp.down_proj"]["weight"] for m in (merged.params, base.params)))
     assert merged.tokenizer.encode("fox</s>") == base.tokenizer.encode("fox</s>")
 
@@ -137,7 +137,7 @@ def test_an_adapter_on_a_quantised_base_is_trained_and_merged(model, data, tmp_p
     assert "| quantization | the base's linear weights in q4_0 blocks, multiplied in float32 |" in card
     base, merged = load(wide, quantization="q4_0"), load(tmp_path / "whole" / "merged")
     adapter = load_peft(tmp_path / "whole" / "adapter", base.config, base.params)
-    expected = merge(adapter, dense_params(base.params))
+    expected = adapter.merge(dense_params(base.params))
     same_weights(merged.params, expected)
     assert manifest["trainable_share"] == share(adapter, expected)
     other = refused(arguments(wide, data, tmp_path / "whole", *more[:-1], "q8_0"))
@@ -245,7 +245,7 @@ def test_the_seed_determines_the_initial_adapter(model, data, tmp_path):
     train_on_eight(arguments(model, data, tmp_path / "run", *one_step))
     base = load(str(model))
     saved = load_peft(tmp_path / "run" / "adapter", base.config, base.params)
-    expected = init(jax.random.key(7), config.lora(), base.config, base.params)
+    expected = config.lora().build(jax.random.key(7), base.config, base.params)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-20), saved.params, expected.params)
 
 

@@ -76,7 +76,7 @@ def adapter(model, tmp_path_factory) -> Path:
     base = llama.load(model)
     settings = adapters.LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj",))
     folder = tmp_path_factory.mktemp("adapter") / "adapter"
-    adapters.save_peft(folder, adapters.init(jax.random.key(0), settings, base.config, base.params))
+    adapters.save_peft(folder, settings.build(jax.random.key(0), base.config, base.params))
     return folder
 
 

@@ -127,8 +127,8 @@ def test_figures(finished) -> None:
 def test_a_trained_adapter_is_measured_in_the_weights(inputs, model, records, finished, tmp_path) -> None:
     """The model with the merged adapter gives the same figures, and other figures than before training."""
     base, lora = load(model), adapters.LoraConfig(rank=2, alpha=4, rule="lora")
-    fresh = adapters.init(jax.random.key(0), lora, base.config, base.params)
-    trained = adapters.replace(fresh, jax.tree.map(lambda leaf: leaf + 0.1, fresh.params))
+    fresh = lora.build(jax.random.key(0), base.config, base.params)
+    trained = fresh.replace(jax.tree.map(lambda leaf: leaf + 0.1, fresh.params))
     adapters.save_peft(tmp_path / "adapter", trained)
     adapters.save_merged(tmp_path / "merged", trained, base)
     tables = {}

@@ -54,10 +54,10 @@ class Trained(NamedTuple):
 
 def start(params: Any, model: Any, config: Any, *, noise: float = 0.0) -> Any:
     """Return a fresh adapter, with noise where no gradient may be zero although lora_B starts at zero."""
-    fresh = adapters.init(jax.random.key(1), config.adapter(), model, params)
+    fresh = config.adapter().build(jax.random.key(1), model, params)
     key = jax.random.key(2)
     noisy = jax.tree.map(lambda a: a + noise * jax.random.normal(key, a.shape), fresh.params)
-    return adapters.replace(fresh, noisy)
+    return fresh.replace(noisy)
 
 
 def trace(model: Any, config: Any, width: int, layout: Any = None) -> Any:
@@ -72,14 +72,12 @@ def trace(model: Any, config: Any, width: int, layout: Any = None) -> Any:
     base = abstract_params(model, jnp.dtype(config.dtype), config.quantization)
     key = jax.random.key(0)
     dense = abstract_params(model, jnp.dtype(config.dtype))
-    shapes = jax.eval_shape(lambda base: adapters.init(key, config.adapter(), model, base), dense)
+    shapes = jax.eval_shape(lambda base: config.adapter().build(key, model, base), dense)
     adapter = shapes
     if isinstance(shapes, adapters.LoraAdapter):  # the scaling factors stay concrete numbers
         adapter = assemble_lora(shapes.config, shapes.targets, shapes.params)
     optimizer = steps.finetune_optimizer(config, 1)
-    state = jax.eval_shape(
-        lambda params: steps.init_state(adapters.replace(adapter, params), optimizer, key), adapter.params
-    )
+    state = jax.eval_shape(lambda params: steps.init_state(adapter.replace(params), optimizer, key), adapter.params)
     integers = jax.ShapeDtypeStruct((config.batch_size, width), jnp.int32)
     batch = Batch(integers, integers, jax.ShapeDtypeStruct(integers.shape, jnp.float32), None)
     shardings = None

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rora_theory.lab import adapters
 from rora_theory.lab.finetune import Batches, FinetuneConfig, Trainer, choose_widths, distributed, tokenize
 from rora_theory.lab.finetune.distributed import ProcessConfig
 from rora_theory.lab.finetune.sharding import Layout
@@ -28,7 +27,7 @@ def train(folder: Path, params: Any, layout: Layout | None = None) -> list[float
     """Return training and validation losses, in order."""
     examples = tokenize(tiny.records(12), tiny.ByteEncoder(), template=CONFIG.template)
     widths = choose_widths(examples.input_lengths, 1)
-    adapter = adapters.init(jax.random.key(1), CONFIG.lora(), tiny.CONFIG, params)
+    adapter = CONFIG.lora().build(jax.random.key(1), tiny.CONFIG, params)
     train, held_out = (Batches(examples, widths, batch_size=4, seed=seed) for seed in (1, None))
     run = Trainer(params, tiny.CONFIG, adapter, CONFIG, train, held_out, folder, layout=layout)
     losses = [event.loss for event in run.run()]

@@ -4,18 +4,11 @@ from rora_theory.lab.adapters.base import (
     AdaptedModule,
     AdapterConfig,
     TrainableAdapter,
-    count,
-    init,
-    merge,
-    replace,
     share,
-    table,
-    trainable,
-    unmerge,
 )
 from rora_theory.lab.adapters.bottleneck import BottleneckAdapter, BottleneckConfig
 from rora_theory.lab.adapters.full import FullAdapter, FullConfig
-from rora_theory.lab.adapters.lora import LoraAdapter, LoraConfig, norms
+from rora_theory.lab.adapters.lora import LoraAdapter, LoraConfig
 from rora_theory.lab.adapters.merged import load_adapter, load_with_adapter, merged, save_merged
 from rora_theory.lab.adapters.peft import adapter_digest, load_peft, rewrite_portable, save_peft
 from rora_theory.lab.adapters.prefix import PrefixAdapter, PrefixConfig
@@ -33,20 +26,12 @@ __all__ = [
     "PrefixConfig",
     "TrainableAdapter",
     "adapter_digest",
-    "count",
-    "init",
     "load_adapter",
     "load_peft",
     "load_with_adapter",
-    "merge",
     "merged",
-    "norms",
-    "replace",
     "rewrite_portable",
     "save_merged",
     "save_peft",
     "share",
-    "table",
-    "trainable",
-    "unmerge",
 ]

@@ -1,4 +1,4 @@
-"""Interface of all adapters, and functions that operate on any of them.
+"""Interface of all adapters.
 
 An adapter is a pytree that the model applies (`rora_theory.lab.llama.Adapter`: ``layers``, ``linear``, ``prefix``).
 Training, merging and reporting use the methods of `TrainableAdapter`. To add a kind of adapter, implement a
@@ -7,16 +7,14 @@ configuration (`AdapterConfig`) and an adapter with these methods; nothing else 
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import jax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from rora_theory.lab.llama import Adapter, LlamaConfig
 from rora_theory.lab.llama.model import Params
 from rora_theory.lab.llama.quantised import dense_params, is_quantised
-
-Norms = dict[str, Float[Array, "layers out"]]
 
 
 class AdaptedModule(NamedTuple):
@@ -41,11 +39,11 @@ class AdaptedModule(NamedTuple):
 
 @runtime_checkable
 class TrainableAdapter(Adapter, Protocol):
-    """An `Adapter` with trainable parameters. The functions of this module document the methods."""
+    """An `Adapter` with trainable parameters."""
 
     @property
     def params(self) -> Any:
-        """Trainable parameters, see `trainable`."""
+        """Trainable parameters, a pytree of float32 arrays."""
         ...
 
     @property
@@ -53,16 +51,25 @@ class TrainableAdapter(Adapter, Protocol):
         """Configuration of the adapter."""
         ...
 
-    def replace(self, params: Any) -> "TrainableAdapter":
+    def replace(self, params: Any) -> Self:
         """Return the adapter with other trainable parameters of the same structure."""
         ...
 
     def merge(self, params: Params) -> Params:
-        """Merge the adapter into the weights of the base model."""
-        ...
+        """Merge the adapter into the weights of the base model.
 
-    def unmerge(self, params: Params, norms: Norms | None = None) -> Params:
-        """Invert `merge`, up to rounding; ``norms`` are required for DoRA."""
+        A plain model with the merged weights computes the same as the base model with the adapter, without dropout. The
+        merge is computed in float32 and rounded once to the weights' dtype. Quantised weights become dense.
+
+        Args:
+          params: Weights of the base model.
+
+        Returns:
+          The merged weights.
+
+        Raises:
+          InputError: If the adapter's configuration is not ``mergeable``.
+        """
         ...
 
     def count(self) -> int:
@@ -70,7 +77,7 @@ class TrainableAdapter(Adapter, Protocol):
         ...
 
     def table(self) -> tuple[AdaptedModule, ...]:
-        """Return the table of adapted modules."""
+        """Return the table of adapted modules, with a row for the layers of a module that share rank and alpha."""
         ...
 
 
@@ -89,77 +96,27 @@ class AdapterConfig(Protocol):
         ...
 
     def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> TrainableAdapter:
-        """Initialise an adapter of this configuration."""
+        """Initialise an adapter of this configuration.
+
+        The adapted model starts with the outputs of the base model, except with a prefix or bottlenecks of init
+        ``"bert"``.
+
+        Args:
+          key: Random key of the initial values.
+          llama_config: Configuration of the base model.
+          params: Weights of the base model, from which DoRA's magnitudes and full fine-tuning start.
+
+        Returns:
+          The adapter.
+
+        Raises:
+          InputError: If the configuration does not fit the model.
+        """
         ...
 
     def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]:
         """Return the table of the modules that this configuration adapts in a model."""
         ...
-
-
-AnyAdapter = TypeVar("AnyAdapter", bound=TrainableAdapter)
-
-
-def init(key: PRNGKeyArray, config: AdapterConfig, llama_config: LlamaConfig, params: Params) -> Any:
-    """Initialise an adapter.
-
-    The adapted model starts with the outputs of the base model, except with a prefix or bottlenecks of init ``"bert"``.
-
-    Args:
-      key: Random key of the initial values.
-      config: Configuration of the adapter.
-      llama_config: Configuration of the base model.
-      params: Weights of the base model, from which DoRA's magnitudes and full fine-tuning start.
-
-    Raises:
-      InputError: If the configuration does not fit the model.
-    """
-    return config.build(key, llama_config, params)
-
-
-def trainable(adapter: TrainableAdapter) -> Any:
-    """Return the trainable parameters, a pytree of float32 arrays."""
-    return adapter.params
-
-
-def replace(adapter: AnyAdapter, params: Any) -> AnyAdapter:
-    """Return the adapter with other trainable parameters of the same structure."""
-    return adapter.replace(params)  # type: ignore[return-value]
-
-
-def merge(adapter: TrainableAdapter, params: Params) -> Params:
-    """Merge an adapter into the weights of the base model.
-
-    A plain model with the merged weights computes the same as the base model with the adapter, without dropout. The
-    merge is computed in float32 and rounded once to the weights' dtype. Quantised weights become dense.
-
-    Args:
-      adapter: Adapter to merge.
-      params: Weights of the base model.
-
-    Raises:
-      InputError: If the adapter's configuration is not ``mergeable``.
-    """
-    return adapter.merge(params)
-
-
-def unmerge(adapter: TrainableAdapter, params: Params, norms: Norms | None = None) -> Params:
-    """Invert `merge`, up to rounding.
-
-    Args:
-      adapter: Merged adapter.
-      params: Weights that the adapter was merged into.
-      norms: Row norms of the adapted weights from before the merge (`lab.adapters.norms`), required for DoRA.
-
-    Raises:
-      InputError: If the merge cannot be inverted.
-    """
-    return adapter.unmerge(params, norms)
-
-
-def count(adapter: TrainableAdapter) -> int:
-    """Return the number of trainable parameters, without the padding of ranks."""
-    return adapter.count()
 
 
 def share(adapter: TrainableAdapter, params: Params) -> float:
@@ -185,15 +142,3 @@ def with_weights(params: Params, weights: Mapping[str, Array]) -> Params:
     for name, weight in weights.items():
         layers[name] = {**layers[name], "weight": weight}
     return dense_params({**params, "layers": layers})
-
-
-def table(
-    adapter: TrainableAdapter | AdapterConfig, llama_config: LlamaConfig | None = None
-) -> tuple[AdaptedModule, ...]:
-    """Return the table of adapted modules, with a row for the layers of a module that share rank and alpha.
-
-    Args:
-      adapter: Adapter, or configuration of an adapter.
-      llama_config: Configuration of the model; required with a configuration of an adapter.
-    """
-    return adapter.table() if llama_config is None else adapter.table(llama_config)  # type: ignore[call-arg]

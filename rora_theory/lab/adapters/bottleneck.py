@@ -30,7 +30,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory.errors import InputError
-from rora_theory.lab.adapters.base import AdaptedModule, Norms
+from rora_theory.lab.adapters.base import AdaptedModule
 from rora_theory.lab.adapters.dropout import dropout
 from rora_theory.lab.adapters.inits import init_a
 from rora_theory.lab.adapters.targets import in_all_layers, layer_text
@@ -217,11 +217,6 @@ class BottleneckAdapter:
     def merge(self, params: Params) -> Params:  # noqa: ARG002
         """Raise `InputError`: a non-linear function cannot be merged into a weight."""
         raise InputError(f"a {self.config.placement} adapter cannot be merged into weights. Apply it without merging.")
-
-    def unmerge(self, params: Params, norms: Norms | None = None) -> Params:
-        """Raise `InputError`, as `merge` does."""
-        del norms
-        return self.merge(params)
 
     def count(self) -> int:
         """Return the number of trainable parameters."""

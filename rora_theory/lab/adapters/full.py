@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory.advice.adapter_config import PAPER_TARGETS
 from rora_theory.errors import InputError
-from rora_theory.lab.adapters.base import AdaptedModule, Norms, with_weights
+from rora_theory.lab.adapters.base import AdaptedModule, with_weights
 from rora_theory.lab.adapters.targets import in_all_layers, layer_text
 from rora_theory.lab.llama import LlamaConfig, linear
 from rora_theory.lab.llama.model import Params
@@ -110,11 +110,6 @@ class FullAdapter:
         base = params["layers"]
         weights = {name: tensors["weight"].astype(base[name]["weight"].dtype) for name, tensors in self.params.items()}
         return with_weights(params, weights)
-
-    def unmerge(self, params: Params, norms: Norms | None = None) -> Params:
-        """Raise `InputError`: the trained weights do not contain the initial ones."""
-        del params, norms
-        raise InputError("full fine-tuning cannot be undone from the trained weights. Load the base model instead.")
 
     def count(self) -> int:
         """Return the number of trainable parameters."""

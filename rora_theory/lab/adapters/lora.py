@@ -6,7 +6,7 @@ A is [rank, p_in], B is [p_out, rank], and :math:`x_d` is x after dropout (Hu et
 computed by `rora_theory.scaling.scaling_factor`; training, merging and export all use this value.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -17,9 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory.advice.adapter_config import PAPER_TARGETS, without_list_of_all_linear
-from rora_theory.errors import InputError
 from rora_theory.lab.adapters import dora
-from rora_theory.lab.adapters.base import AdaptedModule, Norms, with_weights
+from rora_theory.lab.adapters.base import AdaptedModule, with_weights
 from rora_theory.lab.adapters.dropout import dropout
 from rora_theory.lab.adapters.inits import LORA_INITS, LoraInit, init_a
 from rora_theory.lab.adapters.targets import Target, layer_text, resolve
@@ -199,19 +198,6 @@ class LoraAdapter:
         """Merge the adapter into the weights of the base model."""
         return with_weights(params, _merged_weights(self, params))
 
-    def unmerge(self, params: Params, norms: Norms | None = None) -> Params:
-        r"""Remove a merged adapter from weights, up to rounding.
-
-        Raises:
-          InputError: If ``norms`` is None for DoRA. A merged row has the direction of :math:`W + \gamma B A` and the
-            trained magnitude, but not the original norm.
-        """
-        if self.config.use_dora and norms is None:
-            raise InputError(
-                "norms must not be None for a DoRA adapter. Pass norms(adapter, params), computed before the merge."
-            )
-        return with_weights(params, _unmerged_weights(self, params, norms))
-
     def count(self) -> int:
         """Return the number of trainable parameters, without the padding of ranks."""
         total = 0
@@ -247,20 +233,6 @@ def scalings(config: LoraConfig, targets: Sequence[Target]) -> dict[str, Float[A
 
 
 @jax.jit
-def norms(adapter: LoraAdapter, params: Params) -> Norms:
-    """Compute the row norms of W + gamma B A, which `unmerge` needs for DoRA.
-
-    Returns:
-      Row norms by module, ``{module: [layers, p_out]}`` in float32.
-    """
-
-    def layer_norms(weight: Array, tensors: dict[str, Array]) -> Array:
-        return jnp.linalg.norm(weight.astype(jnp.float32) + _delta(tensors), axis=1)
-
-    return _map_layers(adapter, params, layer_norms)
-
-
-@jax.jit
 def _merged_weights(adapter: LoraAdapter, params: Params) -> dict[str, Array]:
     def merge_layer(weight: Array, tensors: dict[str, Array]) -> Array:
         merged = weight.astype(jnp.float32) + _delta(tensors)
@@ -268,31 +240,11 @@ def _merged_weights(adapter: LoraAdapter, params: Params) -> dict[str, Array]:
             merged = _factor(tensors, jnp.linalg.norm(merged, axis=1)) * merged
         return merged.astype(weight.dtype)
 
-    return _map_layers(adapter, params, merge_layer)
-
-
-@jax.jit
-def _unmerged_weights(adapter: LoraAdapter, params: Params, norms: Norms | None) -> dict[str, Array]:
-    def unmerge_layer(weight: Array, tensors: dict[str, Array], norm: Array | None = None) -> Array:
-        adapted = weight.astype(jnp.float32)
-        if norm is not None:
-            adapted = adapted / _factor(tensors, norm)
-        return (adapted - _delta(tensors)).astype(weight.dtype)
-
-    return _map_layers(adapter, params, unmerge_layer, norms if adapter.config.use_dora else None)
-
-
-def _map_layers(
-    adapter: LoraAdapter, params: Params, function: Callable[..., Array], norms: Norms | None = None
-) -> dict[str, Array]:
-    """Apply ``function(weight, tensors[, norm])`` to every adapted module, one layer at a time.
-
-    Only one layer's dense weight and B A are held at once.
-    """
     results = {}
     for name, tensors in adapter.layers().items():
-        xs = (params["layers"][name]["weight"], tensors, *(() if norms is None else (norms[name],)))
-        results[name] = jax.lax.map(lambda slices: function(to_dense(slices[0]), *slices[1:]), xs)
+        # One layer at a time: only one layer's dense weight and B A are held at once.
+        weights = params["layers"][name]["weight"]
+        results[name] = jax.lax.map(lambda slices: merge_layer(to_dense(slices[0]), slices[1]), (weights, tensors))
     return results
 
 

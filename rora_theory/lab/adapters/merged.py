@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rora_theory.lab.adapters import card
-from rora_theory.lab.adapters.base import TrainableAdapter, merge
+from rora_theory.lab.adapters.base import TrainableAdapter
 from rora_theory.lab.adapters.peft import BASE_MODEL_DIGEST, entries_of, load_peft, read_metadata
 from rora_theory.lab.llama.loading import Model
 from rora_theory.lab.llama.saving import save_model
@@ -21,7 +21,7 @@ def merged(adapter: TrainableAdapter, model: Model) -> Model:
     Raises:
       InputError: If the adapter cannot be merged (prefix, series, parallel).
     """
-    return replace(model, params=merge(adapter, model.params))
+    return replace(model, params=adapter.merge(model.params))
 
 
 def load_adapter(folder: str | os.PathLike[str], model: Model) -> Any:

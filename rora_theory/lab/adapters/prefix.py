@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory.errors import InputError
-from rora_theory.lab.adapters.base import AdaptedModule, Norms
+from rora_theory.lab.adapters.base import AdaptedModule
 from rora_theory.lab.adapters.targets import layer_text
 from rora_theory.lab.llama import LlamaConfig, linear, rope
 from rora_theory.lab.llama.model import Params, windowed_layers
@@ -122,11 +122,6 @@ class PrefixAdapter:
     def merge(self, params: Params) -> Params:  # noqa: ARG002
         """Raise `InputError`: a prefix cannot be merged into weights."""
         raise InputError("a prefix cannot be merged into weights. Apply it without merging.")
-
-    def unmerge(self, params: Params, norms: Norms | None = None) -> Params:
-        """Raise `InputError`, as `merge` does."""
-        del norms
-        return self.merge(params)
 
     def count(self) -> int:
         """Return the number of trainable parameters."""

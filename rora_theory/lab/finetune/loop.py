@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from rora_theory.errors import InputError
-from rora_theory.lab import adapters
 from rora_theory.lab.adapters.base import TrainableAdapter
 from rora_theory.lab.data.batches import Batch, Batches, prefetch
 from rora_theory.lab.finetune import step as steps
@@ -207,7 +206,7 @@ class Trainer:
         Examples:
           >>> trainer = Trainer.start(model, prepare(records, model.tokenizer, config), config)  # doctest: +SKIP
         """
-        adapter = adapters.init(jax.random.key(config.seed), config.adapter(), model.config, model.params)
+        adapter = config.adapter().build(jax.random.key(config.seed), model.config, model.params)
         return cls(model.params, model.config, adapter, config, data.train, data.validation, checkpoints, layout=layout)
 
     @property
@@ -299,10 +298,10 @@ class Trainer:
         if which == "best" and self._checkpoints is not None and self.best_step not in (None, self.step):
             self._checkpoints.wait()  # the best checkpoint may still be in writing
             state, _ = self._checkpoints.restore(self.best_step, self._state)
-            return adapters.replace(self._adapter, state.params)
+            return self._adapter.replace(state.params)
         params = self._state.params
         # The next step donates the present arrays: hand out copies unless the run is over.
-        return adapters.replace(self._adapter, params if self.step == self.steps else jax.tree.map(_copy, params))
+        return self._adapter.replace(params if self.step == self.steps else jax.tree.map(_copy, params))
 
     def close(self) -> None:
         """Finish writing checkpoints."""

@@ -97,7 +97,7 @@ def _is_lora_A(params: Params) -> Params:
 
 def init_state(adapter: TrainableAdapter, transformation: optax.GradientTransformation, key: PRNGKeyArray) -> State:
     """Return the state before the first step; its arrays are copies, so that they can be donated."""
-    params = jax.tree.map(jnp.copy, adapters.trainable(adapter))
+    params = jax.tree.map(jnp.copy, adapter.params)
     return State(jnp.zeros((), jnp.int32), params, transformation.init(params), key)
 
 
@@ -176,7 +176,7 @@ class SharedSteps:
         shared_config = replace(config, lr=1.0, seed=0, **(scaling if config.method in ("lora", "dora") else {}))
         # The adapter's arrays that are not trained, the scaling among them, become arguments of the step. With the
         # trained ones replaced by None, they are the only leaves of the tree.
-        without_trained = adapters.replace(adapter, jax.tree.map(lambda _: None, adapters.trainable(adapter)))
+        without_trained = adapter.replace(jax.tree.map(lambda _: None, adapter.params))
         untrained, structure = jax.tree.flatten(without_trained)
         # The adapter's settings may differ from the run's. They are part of the key, except for the scaling.
         adapter_config = adapter.config
@@ -223,7 +223,7 @@ def _make_step(
             base,
             microbatch,
             llama_config,
-            adapters.replace(adapter, params),
+            adapter.replace(params),
             key=key,
             remat=config.remat,
             attention=attention,
@@ -293,7 +293,7 @@ def eval_step(
     """
 
     def evaluate(params: Params, base: Params, batch: Batch) -> tuple[Array, Array]:
-        adapted = adapters.replace(adapter, params)
+        adapted = adapter.replace(params)
         loss_sum = batch_loss(base, batch, llama_config, adapted, attention=attention, logits_bytes=logits_bytes)
         return loss_sum, jnp.sum(batch.weights)
 

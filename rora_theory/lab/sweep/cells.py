@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from rora_theory.lab import adapters, llama
+from rora_theory.lab import llama
 from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.sweep.design import BASE, METHODS, Design, rates_of
 from rora_theory.lab.sweep.records import RecordSplit
@@ -199,7 +199,7 @@ def describe_models(cells: Sequence[SweepCell], located: Mapping[str, llama.Mode
         if cell.model not in configs:
             configs[cell.model] = llama.model_config(located[cell.model])
         if cell.training is not None:
-            adapters.table(cell.training.adapter(), configs[cell.model])
+            cell.training.adapter().table(configs[cell.model])
     return {name: {"parameters": llama.count_parameters(config)} for name, config in configs.items()}
 
 

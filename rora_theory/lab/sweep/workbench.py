@@ -227,7 +227,7 @@ class Workbench:
             answer_only=training.loss_on == "answer",
         )
         key = jax.random.key(training.seed)
-        return adapters.init(key, training.adapter(), self.model.config, self.model.params), batches
+        return training.adapter().build(key, self.model.config, self.model.params), batches
 
     def train(self, training: FinetuneConfig, folder: Path) -> TrainedAdapter:
         """Fine-tune the open model.
@@ -242,7 +242,7 @@ class Workbench:
         checkpoints = folder / "checkpoints" if len(batches) > training.checkpoint_every else None
         before, model = self.steps.compilations, self.model
         trainer = Trainer(model.params, model.config, adapter, training, batches, None, checkpoints, shared=self.steps)
-        result: dict[str, Any] = {"trainable_parameters": adapters.count(adapter), "steps": trainer.steps}
+        result: dict[str, Any] = {"trainable_parameters": adapter.count(), "steps": trainer.steps}
         try:
             events = Metrics(folder / metrics.FILE, trainer, folder.name)
             for event in trainer.run():

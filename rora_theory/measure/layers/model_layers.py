@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory.advice.setting import Setting
 from rora_theory.errors import InputError
-from rora_theory.lab import adapters, llama
+from rora_theory.lab import llama
 from rora_theory.lab.adapters import LoraAdapter, LoraConfig
 from rora_theory.lab.data.batches import Batch
 from rora_theory.lab.finetune.loss import cross_entropy
@@ -306,7 +306,7 @@ class RealStep:
             initialisation.
         """
         config = lora_config_for(setting, self._targets, alpha_pattern)
-        adapter = adapters.init(key, config, self._config, self._params)
+        adapter = config.build(key, self._config, self._params)
         # Alpha and the learning rate are arguments of the compiled step: only ranks and optimizers recompile.
         step_key = (setting.rank, setting.optimizer)
         if step_key not in self._compiled:

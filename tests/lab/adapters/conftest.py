@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import make_adapters
 import pytest
 
-from rora_theory.lab.adapters import LoraAdapter, LoraConfig, init
+from rora_theory.lab.adapters import LoraAdapter, LoraConfig
 from rora_theory.lab.llama import LlamaConfig, forward
 
 
@@ -49,7 +49,7 @@ def perturbed(config: LlamaConfig, params: dict[str, Any]):
     """Return ``perturbed(settings...)``: an adapter with random non-zero parameters, except the padding."""
 
     def make(seed: int = 0, **settings: Any) -> LoraAdapter:
-        adapter = init(jax.random.key(seed), LoraConfig(**settings), config, params)
+        adapter = LoraConfig(**settings).build(jax.random.key(seed), config, params)
         keys = jax.random.split(jax.random.key(seed + 100), len(adapter.targets))
         changed = {}
         for target, key in zip(adapter.targets, keys, strict=True):

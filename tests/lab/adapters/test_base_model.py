@@ -33,7 +33,7 @@ def written(folder) -> tuple[dict, dict]:
     ],
 )
 def test_a_model_of_the_hub_is_named_by_its_id_and_commit(model, settings, tmp_path):
-    adapter = adapters.init(jax.random.key(0), settings, model.config, model.params)
+    adapter = settings.build(jax.random.key(0), model.config, model.params)
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"four bits")
     for origin, name, commit, used in (
@@ -52,7 +52,7 @@ def test_a_model_of_the_hub_is_named_by_its_id_and_commit(model, settings, tmp_p
 
 def test_an_adapter_of_another_base_model_is_reported(model, tmp_path, caplog) -> None:
     """Not one of the same model, and not one that another program saved without a digest."""
-    adapter = adapters.init(jax.random.key(0), adapters.PrefixConfig(2), model.config, model.params)
+    adapter = adapters.PrefixConfig(2).build(jax.random.key(0), model.config, model.params)
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"four bits")
     other = ModelSource("smollm2-135m", gguf)
@@ -68,7 +68,7 @@ def test_an_adapter_of_another_base_model_is_reported(model, tmp_path, caplog) -
 def test_peft_reads_the_name_and_the_commit(model, tmp_path):
     peft = pytest.importorskip("peft")
     settings = adapters.LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj",))
-    adapter = adapters.init(jax.random.key(0), settings, model.config, model.params)
+    adapter = settings.build(jax.random.key(0), model.config, model.params)
     origin = ModelSource("org/tiny", model.source, "org/tiny", SHA[:40])
     adapters.save_peft(tmp_path / "adapter", adapter, base_model=origin)
     config = peft.PeftConfig.from_pretrained(str(tmp_path / "adapter"))

@@ -11,7 +11,7 @@ from support.peft_files import read_config, read_tensors
 from support.peft_training import next_token_loss
 from support.tiny import WIDE
 
-from rora_theory.lab.adapters import BottleneckConfig, count, init, load_peft, save_peft, table
+from rora_theory.lab.adapters import BottleneckConfig, load_peft, save_peft
 from rora_theory.lab.adapters.dropout import dropout
 
 PLACEMENTS = ("series", "parallel")
@@ -20,7 +20,7 @@ ALL = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 def perturbed(config, params, placement, **settings):
     """Return an adapter with random numbers in U as well, large enough to reach the non-linear part of f."""
-    adapter = init(jax.random.key(0), BottleneckConfig(placement, 5, init="mam_adapter", **settings), config, params)
+    adapter = BottleneckConfig(placement, 5, init="mam_adapter", **settings).build(jax.random.key(0), config, params)
     keys = iter(jax.random.split(jax.random.key(1), 20))
     noise = {
         module: tensors | {"adapter_up": jax.random.normal(next(keys), tensors["adapter_up"].shape)}
@@ -51,13 +51,13 @@ def reference(golden, adapter, params):
 def test_initial_values_have_the_published_distribution(placement) -> None:
     """Both tensors are normal with deviation 0.02, within 5 standard errors, and differ between layers."""
     settings = BottleneckConfig(placement, 256, target_modules=("up_proj",))
-    adapter = init(jax.random.key(0), settings, WIDE, {})
+    adapter = settings.build(jax.random.key(0), WIDE, {})
     for tensor in jax.tree.leaves(adapter.params):
         assert abs(np.std(tensor) / 0.02 - 1) < 5 / (2 * tensor.size) ** 0.5
         assert len(np.unique(tensor)) > 0.99 * tensor.size
     assert np.abs(np.corrcoef(*(np.ravel(t)[: 2 * 64 * 128] for t in jax.tree.leaves(adapter.params)))[0, 1]) < 0.05
     # The other law draws D as LoRA's A: U(-1/sqrt(n), 1/sqrt(n)), n its inputs.
-    (other,) = init(jax.random.key(0), replace(settings, init="mam_adapter"), WIDE, {}).params.values()
+    (other,) = replace(settings, init="mam_adapter").build(jax.random.key(0), WIDE, {}).params.values()
     assert 0.99 < np.abs(other["adapter_down"]).max() * 32**0.5 <= 1
     assert len(np.unique(other["adapter_down"])) > 0.99 * other["adapter_down"].size, "the layers have different values"
 
@@ -117,7 +117,7 @@ def test_dropout_applies_to_the_input_of_the_adapter(placement, config, params) 
 def test_published_modules_and_table(config) -> None:
     assert set(BottleneckConfig("series").modules(config)) == {"mlp.gate_proj", "mlp.up_proj"}
     assert set(BottleneckConfig("parallel").modules(config)) == {"mlp.up_proj", "mlp.down_proj"}
-    row = table(BottleneckConfig("parallel", 7), config)[1]
+    row = BottleneckConfig("parallel", 7).table(config)[1]
     assert tuple(row) == ("mlp.down_proj", "0-2", 7, None, "parallel", 1.0)
 
 
@@ -131,7 +131,7 @@ def test_files(placement, config, params, tmp_path) -> None:
     assert again.config == adapter.config
     assert again.llama_config == config
     jax.tree.map(np.testing.assert_array_equal, again.params, adapter.params)
-    assert count(adapter) == count(again) == sum(leaf.size for leaf in jax.tree.leaves(adapter.params))
+    assert adapter.count() == again.count() == sum(leaf.size for leaf in jax.tree.leaves(adapter.params))
     tensors = read_tensors(tmp_path)
     name = "base_model.model.model.layers.{}.mlp.down_proj.{}.weight"
     assert len(tensors) == 3 * 2 * 2

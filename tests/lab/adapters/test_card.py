@@ -17,7 +17,6 @@ from rora_theory.lab.adapters import (
     FullConfig,
     LoraConfig,
     PrefixConfig,
-    init,
     rewrite_portable,
     save_merged,
     save_peft,
@@ -33,7 +32,7 @@ RORA = LoraConfig(rank=4, alpha=8.0, rule="rora", target_modules=("q_proj",))
 
 def written(folder: Path, base: Any, config: Any = RORA, **more: Any) -> ModelCard:
     """Return the card of a fresh adapter of the tiny model."""
-    save_peft(folder, init(jax.random.key(0), config, tiny.CONFIG, tiny.params()), base_model=base, **more)
+    save_peft(folder, config.build(jax.random.key(0), tiny.CONFIG, tiny.params()), base_model=base, **more)
     return ModelCard.load(folder / "README.md")
 
 
@@ -122,7 +121,7 @@ def test_the_card_of_a_merged_model_names_adapter_and_base(model_folder, tmp_pat
     known = TrainingDescription([("training loss", "2.5 nats a token")], ["me/chats"], "mit")
     cards = {}
     for name, config in (("lora", RORA), ("full", FullConfig(("q_proj",)))):
-        adapter = init(jax.random.key(0), config, model.config, model.params)
+        adapter = config.build(jax.random.key(0), model.config, model.params)
         save_merged(tmp_path / name, adapter, model, trained=known)
         cards[name] = ModelCard.load(tmp_path / name / "README.md")
         assert llama.load(tmp_path / name).config == model.config
@@ -144,7 +143,7 @@ def test_the_card_of_a_merged_model_names_adapter_and_base(model_folder, tmp_pat
 def test_the_code_on_the_card_loads_the_adapter(model_folder, tmp_path) -> None:
     pytest.importorskip("peft", reason="the extra torch")
     model = llama.load(model_folder)
-    save_peft(tmp_path / "a", init(jax.random.key(0), RORA, model.config, model.params), base_model=model.origin)
+    save_peft(tmp_path / "a", RORA.build(jax.random.key(0), model.config, model.params), base_model=model.origin)
     card = ModelCard.load(tmp_path / "a" / "README.md")
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     assert code.count("\n") == 4

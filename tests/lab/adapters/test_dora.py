@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rora_theory.lab.adapters import LoraConfig, dora, init
+from rora_theory.lab.adapters import LoraConfig, dora
 from rora_theory.lab.adapters.dropout import dropout
 from rora_theory.lab.adapters.widen import widen
 from rora_theory.lab.llama import linear
@@ -102,7 +102,7 @@ def test_a_fresh_magnitude_is_the_norm_of_bfloat16_weights_in_float32(config, pa
     """Each row's norm is computed in float32, to a few of its roundings."""
     params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
     settings = LoraConfig(2, 4, target_modules=("q_proj", "down_proj"), use_dora=True)
-    for name, tensors in init(jax.random.key(0), settings, config, params).params.items():
+    for name, tensors in settings.build(jax.random.key(0), config, params).params.items():
         (weight,) = wide(params["layers"][name]["weight"])
         magnitude = tensors["lora_magnitude_vector"]
         assert magnitude.dtype == jnp.float32

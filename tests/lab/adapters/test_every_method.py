@@ -14,12 +14,8 @@ from rora_theory.lab.adapters import (
     BottleneckConfig,
     LoraConfig,
     PrefixConfig,
-    init,
     load_peft,
-    merge,
     save_peft,
-    trainable,
-    unmerge,
 )
 from rora_theory.lab.llama import Adapter
 
@@ -35,10 +31,10 @@ STARTS_AT_THE_BASE = {
 @pytest.mark.slow
 @pytest.mark.parametrize("method", STARTS_AT_THE_BASE)
 def test_a_fresh_adapter_changes_nothing_and_learns(method, config, params, tokens, run) -> None:
-    adapter = init(jax.random.key(0), STARTS_AT_THE_BASE[method], config, params)
+    adapter = STARTS_AT_THE_BASE[method].build(jax.random.key(0), config, params)
     assert isinstance(adapter, Adapter)
     loss = jax.value_and_grad(next_token_loss(params, tokens, config, adapter), has_aux=True)
-    (_, logits), gradient = jax.jit(loss)(trainable(adapter))
+    (_, logits), gradient = jax.jit(loss)(adapter.params)
     # LoRA adds an exact zero, in another program; DoRA multiplies by |W|/|W|, one up to two sums' rounding.
     np.testing.assert_allclose(logits, run(params, tokens), rtol=0, atol=1e-5)
     for module, tensors in gradient.items():
@@ -55,9 +51,9 @@ def test_gradients_on_a_bfloat16_base_are_float32s(settings, config, params, tok
     """Logits agree with the float32 model's to bfloat16's 8 bits over three layers. None stands for DoRA."""
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
-    adapter = init(jax.random.key(3), settings, config, params) if settings else perturbed(**LORA, use_dora=True)
+    adapter = settings.build(jax.random.key(3), config, params) if settings else perturbed(**LORA, use_dora=True)
     (gradient, rounded), (expected, exact) = (
-        jax.jit(jax.grad(next_token_loss(base, tokens, config, adapter), has_aux=True))(trainable(adapter))
+        jax.jit(jax.grad(next_token_loss(base, tokens, config, adapter), has_aux=True))(adapter.params)
         for base in (half, wide)
     )
     assert 1e-5 < np.abs(np.asarray(rounded - exact)).max() / np.abs(np.asarray(exact)).max() < 0.05
@@ -78,10 +74,9 @@ def test_gradients_on_a_bfloat16_base_are_float32s(settings, config, params, tok
     ],
 )
 def test_methods_that_change_no_weight_cannot_be_merged(settings, name, config, params) -> None:
-    adapter = init(jax.random.key(0), settings, config, params)
-    for function in (merge, unmerge):
-        with pytest.raises(InputError, match=f"{name} cannot be merged"):
-            function(adapter, params)
+    adapter = settings.build(jax.random.key(0), config, params)
+    with pytest.raises(InputError, match=f"{name} cannot be merged"):
+        adapter.merge(params)
 
 
 def rows_of(table):
@@ -157,7 +152,7 @@ REFUSED = [(method, {key: value}, name_and_value(key, value)) for method, key, v
 @pytest.mark.parametrize(("method", "entries", "message"), REFUSED + OTHER_MODELS)
 def test_files_that_do_not_fit_are_refused(method, entries, message, config, params, tmp_path) -> None:
     settings = {"prefix": PrefixConfig(5), "series": BottleneckConfig("series", 5)}[method]
-    save_peft(tmp_path, init(jax.random.key(0), settings, config, params))
+    save_peft(tmp_path, settings.build(jax.random.key(0), config, params))
     change_config(tmp_path, **entries)
     with pytest.raises(InputError, match=message) as error:
         load_peft(tmp_path, config)

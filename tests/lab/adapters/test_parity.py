@@ -5,7 +5,7 @@ import pytest
 from make_adapters import CASES
 from support.peft_training import train_as_peft
 
-from rora_theory.lab.adapters import count, load_peft, merge
+from rora_theory.lab.adapters import load_peft
 
 
 def test_every_case_is_tested(golden) -> None:
@@ -18,7 +18,7 @@ def test_agrees_with_peft(name: str, golden, config, params, tokens, run) -> Non
     """Logits agree to 1e-5, gradients and 20 AdamW losses to a relative 1e-4: float32 sums in another order."""
     expected = np.load(golden.FOLDER / name / "golden.npz")
     adapter = load_peft(golden.FOLDER / name, config, params)
-    assert count(adapter) == int(expected["count"])
+    assert adapter.count() == int(expected["count"])
     logits, gradient, losses, trained = train_as_peft(
         adapter, params, tokens, config, steps=golden.STEPS, rate=golden.RATE
     )
@@ -30,7 +30,7 @@ def test_agrees_with_peft(name: str, golden, config, params, tokens, run) -> Non
             assert not np.any(trained[target.module]["lora_A"][layer, rank:])
             assert not np.any(trained[target.module]["lora_B"][layer, :, rank:])
     # 2e-5: the merged weights are rounded to float32 once more than the adapter's branch is.
-    np.testing.assert_allclose(run(merge(adapter, params), tokens), expected["logits"], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(run(adapter.merge(params), tokens), expected["logits"], rtol=0, atol=2e-5)
 
 
 def compare_gradients(gradient, adapter, expected) -> None:

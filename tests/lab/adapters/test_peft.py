@@ -24,7 +24,6 @@ from rora_theory.lab.adapters import (
     PrefixConfig,
     adapter_digest,
     expressions,
-    init,
     load_peft,
     peft_config,
     rewrite_portable,
@@ -85,15 +84,10 @@ def test_writes_what_peft_wrote(name: str, golden, config, tmp_path) -> None:
 @pytest.mark.parametrize("rule", ["lora", "rora", "rslora", 0.25])
 def test_a_rule_is_written_as_peft_s_flag_or_as_other_alphas(rule, config, params, tmp_path) -> None:
     """Reading gives the same scaling. A rule without a flag in PEFT is written as LoRA with other alphas."""
-    adapter = init(
-        jax.random.key(0),
-        LoraConfig(
+    adapter = LoraConfig(
             rank=4, alpha=3.5, rule=rule, dropout=0.05, init="gaussian", target_modules="all-linear",
             rank_pattern={"layers.1.self_attn.q_proj": 2, "down_proj": 7}, alpha_pattern={"v_proj": 1.3},
-        ),
-        config,
-        params,
-    )  # fmt: skip
+        ).build(jax.random.key(0), config, params)  # fmt: skip
     save_peft(tmp_path, adapter)
     written, again = read_config(tmp_path), load_peft(tmp_path, config, params)
     assert written["use_rslora"] is (rule in ("rora", "rslora"))
@@ -156,7 +150,7 @@ def test_excluded_modules_and_layers_given_by_number(entries, config, folder) ->
 
 def test_an_existing_adapter_is_replaced_completely(config, params, folder, monkeypatch) -> None:
     """A folder is refused if writing stopped between the renames; otherwise it has the new adapter."""
-    new = init(jax.random.key(0), LoraConfig(rank=2, alpha=1.0), config, params)
+    new = LoraConfig(rank=2, alpha=1.0).build(jax.random.key(0), config, params)
     replaced = os.replace
 
     def stop(source, target):
@@ -236,7 +230,7 @@ def test_equal_adapters_are_equal_in_bytes(golden, config, tmp_path) -> None:
 
 def test_a_file_in_place_of_the_folder_is_refused(config, params, tmp_path) -> None:
     (tmp_path / "here").write_text("")
-    adapter = init(jax.random.key(0), LoraConfig(rank=2, alpha=1.0), config, params)
+    adapter = LoraConfig(rank=2, alpha=1.0).build(jax.random.key(0), config, params)
     with pytest.raises(InputError, match="here is a file"):
         save_peft(tmp_path / "here", adapter)
     with pytest.raises(InputError, match="inside: cannot write the adapter: Not a directory"):
@@ -378,7 +372,7 @@ def test_any_entries_are_read_or_refused_in_one_line(name, data, golden, config,
         shutil.copytree(golden.FOLDER / name, folder, dirs_exist_ok=True)
     else:
         settings = PrefixConfig(2) if name == "prefix" else BottleneckConfig("series", 2)
-        save_peft(folder, init(jax.random.key(0), settings, config, params))
+        save_peft(folder, settings.build(jax.random.key(0), config, params))
     keys = st.sampled_from(sorted(read_config(folder)))
     change_config(folder, **data.draw(st.dictionaries(keys, values, min_size=1, max_size=2)))
     try:
@@ -438,7 +432,7 @@ def test_overlapping_patterns_keep_their_order(ranks, alphas, rule, config) -> N
 def test_a_module_by_its_full_name_is_adapted_whatever_its_layer(config, params, tmp_path) -> None:
     """As in PEFT, ``layers_to_transform`` applies only to names that match the end of a module's name."""
     modules = ["v_proj", "model.layers.2.self_attn.q_proj"]
-    adapter = init(jax.random.key(0), LoraConfig(rank=2, alpha=1.0, target_modules=modules, layers=[0]), config, params)
+    adapter = LoraConfig(rank=2, alpha=1.0, target_modules=modules, layers=[0]).build(jax.random.key(0), config, params)
     assert {target.module: target.ranks for target in adapter.targets} == {
         "self_attn.q_proj": (0, 0, 2),
         "self_attn.v_proj": (2, 0, 0),

@@ -9,7 +9,7 @@ import pytest
 from support.peft_files import change_config, change_tensors, read_config, read_tensors
 
 from rora_theory.errors import InputError
-from rora_theory.lab.adapters import PrefixConfig, init, load_peft, rewrite_portable, save_peft
+from rora_theory.lab.adapters import PrefixConfig, load_peft, rewrite_portable, save_peft
 from sims import portable as command
 from sims.common import cli
 
@@ -140,7 +140,7 @@ def test_adapters_without_a_portable_form_are_refused_by_name(name, entries, dam
 
 
 def test_a_prefix_is_refused(config, params, tmp_path) -> None:
-    prefix = init(jax.random.key(0), PrefixConfig(2), config, params)
+    prefix = PrefixConfig(2).build(jax.random.key(0), config, params)
     with pytest.raises(InputError, match="peft_type 'PREFIX_TUNING' has no portable form"):
         save_peft(tmp_path / "out", prefix, portable=True)
     assert not (tmp_path / "out").exists()

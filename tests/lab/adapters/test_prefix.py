@@ -9,7 +9,7 @@ import pytest
 from support.peft_files import read_config, read_tensors
 from support.peft_training import train_as_peft
 
-from rora_theory.lab.adapters import PrefixConfig, count, init, load_peft, save_peft, table
+from rora_theory.lab.adapters import PrefixConfig, load_peft, save_peft
 from rora_theory.lab.llama import forward, generate
 
 FOLDER = Path(__file__).parents[2] / "golden" / "prefix"
@@ -67,18 +67,18 @@ def test_generation_reads_the_prefix(config, params, tokens, adapter, expected, 
 
 
 def test_fresh_prefixes_follow_peft_s_law(config, params) -> None:
-    drawn = init(jax.random.key(0), PrefixConfig(50), config, params).params
+    drawn = PrefixConfig(50).build(jax.random.key(0), config, params).params
     values = np.concatenate([np.ravel(drawn[name]) for name in ("key", "value")])  # 2400 of N(0, 1)
     assert abs(values.mean()) < 5 / np.sqrt(values.size)
     assert abs(values.var() - 1) < 5 * np.sqrt(2 / values.size)
     assert abs(np.corrcoef(np.ravel(drawn["key"]), np.ravel(drawn["value"]))[0, 1]) < 5 / np.sqrt(values.size / 2)
-    zero = init(jax.random.key(0), PrefixConfig(3, "zero"), config, params)
+    zero = PrefixConfig(3, "zero").build(jax.random.key(0), config, params)
     assert not any(leaf.any() for leaf in jax.tree.leaves(zero.params))
 
 
 def test_counts_and_table(expected, adapter) -> None:
-    assert count(adapter) == int(expected["count"]) == 5 * 3 * 2 * 2 * 4
-    assert [tuple(row) for row in table(adapter)] == [("self_attn", "0-2", 5, None, "prefix", None)]
+    assert adapter.count() == int(expected["count"]) == 5 * 3 * 2 * 2 * 4
+    assert [tuple(row) for row in adapter.table()] == [("self_attn", "0-2", 5, None, "prefix", None)]
 
 
 def test_writes_what_peft_wrote(adapter, tmp_path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from rora_theory.errors import InputError
-from rora_theory.lab.adapters import FullConfig, LoraConfig, table
+from rora_theory.lab.adapters import FullConfig, LoraConfig
 from rora_theory.lab.adapters.targets import layer_text, resolve
 from rora_theory.lab.horizon.probe import ProbeConfig
 from rora_theory.lab.llama import MODULES, LlamaConfig
@@ -94,7 +94,7 @@ def test_refuses(config, settings, message) -> None:
 def test_table_has_a_row_for_every_rank_and_alpha(config) -> None:
     pattern = {"layers.1.self_attn.q_proj": 16}
     settings = LoraConfig(4, 8, "rora", target_modules=["q_proj", "v_proj"], rank_pattern=pattern)
-    assert [tuple(row) for row in table(settings, config)] == [
+    assert [tuple(row) for row in settings.table(config)] == [
         ("self_attn.q_proj", "0, 2", 4, 8.0, "rora", 4.0),
         ("self_attn.q_proj", "1", 16, 8.0, "rora", 2.0),
         ("self_attn.v_proj", "0-2", 4, 8.0, "rora", 4.0),

@@ -10,7 +10,7 @@ import pytest
 from support.harness import plain_log_likelihoods
 from support.tiny import WIDE, WINDOWED
 
-from rora_theory.lab.adapters import PrefixAdapter, PrefixConfig, init
+from rora_theory.lab.adapters import PrefixAdapter, PrefixConfig
 from rora_theory.lab.evaluate.choices import EncodedChoice
 from rora_theory.lab.evaluate.likelihood import log_likelihoods, visible
 from rora_theory.lab.evaluate.packing import build_trie, plan_blocks
@@ -77,7 +77,7 @@ def test_equal_to_plain_forward_passes(shared_count, config, prefix, params, pro
         [EncodedChoice(shared + choice.tokens[: 96 - shared_count], choice.count) for choice in item]
         for item in _items(4, 12)[: -1 if shared_count else None]
     ]
-    adapter = init(jax.random.key(1), PrefixConfig(3), config, params) if prefix else None
+    adapter = PrefixConfig(3).build(jax.random.key(1), config, params) if prefix else None
     _check(items, params=params, config=config, adapter=adapter)
     assert prompts_read == ([shared_count // 16 * 16] if shared_count else [])
 

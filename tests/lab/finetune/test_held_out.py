@@ -11,7 +11,7 @@ import pytest
 from support.tiny import WIDE, WINDOWED
 
 from rora_theory.errors import InputError
-from rora_theory.lab.adapters import LoraConfig, PrefixConfig, init
+from rora_theory.lab.adapters import LoraConfig, PrefixConfig
 from rora_theory.lab.data.batches import Examples
 from rora_theory.lab.finetune.held_out import perplexity, record_losses
 from rora_theory.lab.llama import LlamaConfig, forward
@@ -52,7 +52,7 @@ def log_probabilities(tokens, adapter, config):
 def test_equal_to_plain_forward_passes(shared: int, config: LlamaConfig, settings, prompts_read) -> None:
     """Of 17 shared tokens 16 are read once. Of 16 none are, because the last one is kept to predict the next token."""
     held_out = examples(shared)
-    adapter = None if settings is None else init(jax.random.key(1), settings, config, PARAMS)
+    adapter = None if settings is None else settings.build(jax.random.key(1), config, PARAMS)
     losses = record_losses(PARAMS, config, held_out, adapter=adapter, batch_size=4, widths=2)
     assert prompts_read == {0: [], 16: [], 17: [16], 40: [32]}[shared]
     padded = np.zeros((len(held_out), 96), np.int32)

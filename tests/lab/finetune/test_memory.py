@@ -4,7 +4,6 @@ import jax
 import pytest
 from support import tiny
 
-from rora_theory.lab import adapters
 from rora_theory.lab.finetune import FinetuneConfig, Trainer, prepare
 from rora_theory.lab.finetune.memory import GB, StepMemory, device_memory
 
@@ -14,7 +13,7 @@ CONFIG = FinetuneConfig(rank=2, alpha=4, batch_size=4, steps=3, warmup=0, held_o
 def test_a_run_uses_the_step_that_it_has_analysed(params, caplog) -> None:
     """The arguments are the weights, the state and a batch; the loop compiles nothing more for batches of one width."""
     data = prepare(tiny.records(12), tiny.ByteEncoder(), CONFIG)
-    adapter = adapters.init(jax.random.key(0), CONFIG.adapter(), tiny.CONFIG, params)
+    adapter = CONFIG.adapter().build(jax.random.key(0), tiny.CONFIG, params)
     trainer = Trainer(params, tiny.CONFIG, adapter, CONFIG, data.train, None, None)
     memory = trainer.compile()
     batch = data.train[data.train.widest_step]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support import tiny, training
 
-from rora_theory.lab import adapters, llama
+from rora_theory.lab import llama
 from rora_theory.lab.data.batches import Batch
 from rora_theory.lab.finetune import Batches, FinetuneConfig, choose_widths, tokenize
 from rora_theory.lab.finetune import step as steps
@@ -82,9 +82,9 @@ def test_steps_are_adamw_on_the_clipped_gradient(params, plain):
     trained = run(params, config, data, start)
 
     def loss_of(weights, item):
-        adapted = adapters.replace(start, weights)
+        adapted = start.replace(weights)
         if plain is FULL:
-            return direct_loss(adapters.merge(adapted, params), None, *item[:3])
+            return direct_loss(adapted.merge(params), None, *item[:3])
         return direct_loss(params, adapted, *item[:3])
 
     gradient = jax.jit(jax.value_and_grad(loss_of))
@@ -228,7 +228,7 @@ def test_the_whole_step_lowers_for_cuda(changes, monkeypatch):
     shapes = llama.abstract_params(model, jnp.bfloat16)
 
     def start(params):
-        fresh = adapters.init(jax.random.key(0), config.lora(), model, params)
+        fresh = config.lora().build(jax.random.key(0), model, params)
         return fresh, steps.init_state(fresh, steps.finetune_optimizer(config, STEPS), jax.random.key(0))
 
     fresh = start(llama.init_params(jax.random.key(0), model, jnp.bfloat16))[0]

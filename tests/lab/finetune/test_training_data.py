@@ -9,7 +9,6 @@ import pytest
 from support import tiny
 
 from rora_theory.errors import InputError
-from rora_theory.lab import adapters
 from rora_theory.lab.data import prompts
 from rora_theory.lab.data.batches import Batches, split_records
 from rora_theory.lab.data.formats import Completion, Text
@@ -100,7 +99,7 @@ def test_records_of_the_maximum_length_are_trained_on(loss_on):
     config = FinetuneConfig(method="prefix", batch_size=2, steps=1, held_out=2, cutoff=70, loss_on=loss_on, widths=2)
     records = [Completion("q" * length, "!" * 80) for length in (2, 9, 30, 40)]
     params, data = tiny.params(), prepare(records, tiny.ByteEncoder(), config)
-    adapter = adapters.init(jax.random.key(0), config.adapter(), tiny.CONFIG, params)
+    adapter = config.adapter().build(jax.random.key(0), tiny.CONFIG, params)
 
     def events(longest):
         model = dataclasses.replace(tiny.CONFIG, max_position_embeddings=longest)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rora_theory.lab import adapters
 from rora_theory.lab.adapters import LoraConfig, PrefixConfig, load_peft, save_peft
 from rora_theory.lab.llama import LlamaConfig, count_parameters, forward, generate, hidden_states, init_cache
 from rora_theory.lab.llama.model import forward_cached
@@ -94,7 +93,7 @@ def test_adapters_equal_pefts(case, tmp_path):
     """Logits agree with LoRA on every linear module, with or without bias, and merged; the file has PEFT's names."""
     name, config, params, tokens, mask = case
     settings = LoraConfig(rank=make_families.RANK, alpha=make_families.ALPHA, rule="rora", target_modules="all-linear")
-    save_peft(tmp_path, adapters.init(jax.random.key(0), settings, config, params))
+    save_peft(tmp_path, settings.build(jax.random.key(0), config, params))
     file = tmp_path / "adapter_model.safetensors"
     shapes = {key: tensor.shape for key, tensor in load_file(file).items()}
     assert {key: list(shape) for key, shape in shapes.items()} == CASES[name]["adapter"]
@@ -108,7 +107,7 @@ def test_adapters_equal_pefts(case, tmp_path):
     tolerance = {"rtol": 0, "atol": 2e-5 * np.abs(expected).max()}
     adapted = run(params, tokens, config, adapter, attention_mask=mask)[:, last]
     np.testing.assert_allclose(adapted, expected, **tolerance)
-    merged = run(adapters.merge(adapter, params), tokens, config, attention_mask=mask)[:, last]
+    merged = run(adapter.merge(params), tokens, config, attention_mask=mask)[:, last]
     np.testing.assert_allclose(merged, expected, **tolerance)
 
 
@@ -117,7 +116,7 @@ def test_a_prefix_equals_pefts(name, draw_params):
     """The prefix lies before the first token and leaves the window as tokens do."""
     config = LlamaConfig.from_hf(CASES[name]["config"])
     params, tokens = draw_params(config), jnp.asarray(make_families.batch(name)[0])
-    adapter = adapters.init(jax.random.key(0), PrefixConfig(make_families.PREFIX), config, params)
+    adapter = PrefixConfig(make_families.PREFIX).build(jax.random.key(0), config, params)
     layers, count, heads, width = adapter.params["key"].shape
     # As peft has it: a row a token, in it key and value of every layer.
     drawn = make_families.draw("prefix", (count, layers * 2 * heads * width)).reshape(count, layers, 2, heads, width)
@@ -152,7 +151,7 @@ def windowed(draw_params):
 def test_every_route_masks_the_same_keys(prefixed, windowed):
     """The routes are a causal pass, a pass under a mask, the plain route, the cache, and a prefix before the tokens."""
     params, tokens = windowed
-    adapter = adapters.init(jax.random.key(2), PrefixConfig(7), WINDOWED, params) if prefixed else None
+    adapter = PrefixConfig(7).build(jax.random.key(2), WINDOWED, params) if prefixed else None
     expected = run(params, tokens, WINDOWED, adapter)
     for other in (
         run(params, tokens, WINDOWED, adapter, attention_mask=jnp.ones_like(tokens)),

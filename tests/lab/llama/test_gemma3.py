@@ -93,7 +93,7 @@ def test_gradients_of_an_adapter_equal_pefts(compared, tmp_path):
     tokens = tokens[:, :48]
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     settings = adapters.LoraConfig(rank=4, alpha=8.0, rule="rora", target_modules="all-linear")
-    adapter = adapters.init(jax.random.key(0), settings, config, params)
+    adapter = settings.build(jax.random.key(0), config, params)
     random = np.random.default_rng(0)
     noisy = {
         module: tensors | {"lora_B": jnp.asarray(random.normal(0, 0.01, tensors["lora_B"].shape), jnp.float32)}

@@ -193,7 +193,7 @@ def test_every_module_of_every_layer_has_a_key_of_its_own(params, tokens, tiny):
 @pytest.mark.slow
 def test_remat_changes_no_gradient_and_saves_less(params, tokens, tiny):
     settings = adapters.LoraConfig(rank=2, alpha=4.0, dropout=0.5, target_modules=("mlp.up_proj", "self_attn.q_proj"))
-    adapter = adapters.init(jax.random.key(2), settings, tiny, params)
+    adapter = settings.build(jax.random.key(2), tiny, params)
     trained = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(3), leaf.shape), adapter.params)
 
     def loss(trained, remat):

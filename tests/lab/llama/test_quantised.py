@@ -12,7 +12,6 @@ from support.harness import TOKENIZER
 from support.tiny import WIDE
 
 from rora_theory.errors import InputError
-from rora_theory.lab import adapters
 from rora_theory.lab.adapters import FullConfig
 from rora_theory.lab.llama import Model, ModelSource, abstract_params, init_params, pruning
 from rora_theory.lab.llama.quantised import (
@@ -101,7 +100,7 @@ def test_pruning_and_full_fine_tuning_start_from_the_dense_weights():
     for params in (blocks, dense_params(blocks)):
         model = Model(params, WIDE, TOKENIZER, ModelSource("wide", Path("wide")))
         pruned.append(pruning.prune_model(model, [tokens], pruning.PrunedShape(1, 1, 48))[0].params)
-        trained.append(adapters.init(jax.random.key(2), FullConfig(("q_proj",)), WIDE, params).params)
+        trained.append(FullConfig(("q_proj",)).build(jax.random.key(2), WIDE, params).params)
     for ours, theirs in (pruned, trained):
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 

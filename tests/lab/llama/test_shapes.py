@@ -57,5 +57,5 @@ def test_the_papers_models_have_shapes() -> None:
 )
 def test_adapters_have_the_papers_share_of_the_weights(model, method, changes, percent):
     base, config = abstract_params(SHAPES[model]), FinetuneConfig(method=method, **changes).adapter()
-    adapter = jax.eval_shape(functools.partial(adapters.init, jax.random.key(0), config, SHAPES[model]), base)
+    adapter = jax.eval_shape(functools.partial(config.build, jax.random.key(0), SHAPES[model]), base)
     assert round(100 * adapters.share(adapter, base), 2) == percent

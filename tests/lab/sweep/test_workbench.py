@@ -12,8 +12,7 @@ from support import chat_templates, checkpoint, tiny
 
 from rora_theory.errors import InputError
 from rora_theory.lab import llama
-from rora_theory.lab.adapters import LoraConfig, PrefixConfig, init, merge
-from rora_theory.lab.adapters import replace as adapter_replace
+from rora_theory.lab.adapters import LoraConfig, PrefixConfig
 from rora_theory.lab.data import prompt_preview
 from rora_theory.lab.data.records import DataConfig
 from rora_theory.lab.data.sources import read_tasks
@@ -70,9 +69,9 @@ def test_methods_of_a_seed_share_init_and_order_and_seeds_do_not(bench) -> None:
 def test_the_adapted_model_is_scored(bench, kind, tmp_path, monkeypatch) -> None:
     """Every measurement includes the adapter, merged or beside the weights."""
     settings, size = {"lora": (LoraConfig(rank=2, alpha=4.0), 1.0), "prefix": (PrefixConfig(3), 30.0)}[kind]
-    fresh = init(jax.random.key(0), settings, bench.model.config, bench.model.params)
-    adapter = adapter_replace(
-        fresh, jax.tree.map(lambda a: a + size * jax.random.normal(jax.random.key(1), a.shape), fresh.params)
+    fresh = settings.build(jax.random.key(0), bench.model.config, bench.model.params)
+    adapter = fresh.replace(
+        jax.tree.map(lambda a: a + size * jax.random.normal(jax.random.key(1), a.shape), fresh.params)
     )
     monkeypatch.setattr(bench, "train", lambda *_: TrainedAdapter({"steps": 1}, adapter))
     scored_models = []
@@ -90,7 +89,7 @@ def test_the_adapted_model_is_scored(bench, kind, tmp_path, monkeypatch) -> None
     for params, unmerged in scored_models:
         assert unmerged is (adapter if kind == "prefix" else None)
         if kind == "lora":
-            jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), params, merge(adapter, base))
+            jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), params, adapter.merge(base))
     assert len(scored_models) == 2, "tasks"
     losses = record_losses(base, bench.model.config, bench.held_out, adapter=adapter)
     expected = mean_per_token([record.loss for record in losses], [record.tokens for record in losses]).value

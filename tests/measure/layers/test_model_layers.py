@@ -13,7 +13,7 @@ from support import tiny
 from rora_theory import InputError
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer
-from rora_theory.lab import adapters, llama
+from rora_theory.lab import llama
 from rora_theory.lab.adapters import LoraConfig
 from rora_theory.lab.data.batches import Batch
 from rora_theory.lab.llama import MODULES
@@ -87,7 +87,7 @@ def test_real_step_by_hand(stepper, recordings) -> None:
     key = jax.random.key(5)
     change = stepper.change(setting, key)
     lora = LoraConfig(rank=4, alpha=8.0, rule="rora", target_modules=("q_proj", "down_proj"))
-    adapter = adapters.init(key, lora, CONFIG, PARAMS)
+    adapter = lora.build(key, CONFIG, PARAMS)
     train, held_out = recordings
     assert not held_out.deltas
     stepped = {}
@@ -103,7 +103,7 @@ def test_real_step_by_hand(stepper, recordings) -> None:
         run = jax.jit(partial(function, config=CONFIG))
         before, after = (
             np.asarray(run(PARAMS, jnp.asarray(batch(2).inputs), adapter=used))[REAL]
-            for used in (None, adapters.replace(adapter, stepped))
+            for used in (None, adapter.replace(stepped))
         )
         # Differences of float32 states: 1e-7 of the state against a change of about 1e-3 of it.
         assert value == pytest.approx(np.sqrt(np.mean((after - before) ** 2)), rel=5e-3)
