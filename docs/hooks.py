@@ -47,8 +47,8 @@ def on_files(files: Files, *, config: Any) -> Files:
         if path.suffix == ".ipynb":
             page, images = notebook_page(json.loads(file.content_string), path.stem)
             files.append(File.generated(config, path.with_suffix(".md").as_posix(), content=page))
-            for name, content in images.items():
-                files.append(File.generated(config, (path.parent / name).as_posix(), content=content))
+            for name, image in images.items():
+                files.append(File.generated(config, (path.parent / name).as_posix(), content=image))
     for path in sorted(PUBLISHED.rglob("*")):
         name = f"published/{path.relative_to(PUBLISHED).as_posix()}"
         if path.name == "tables.md":
@@ -100,7 +100,8 @@ def thumbnail_of(path: Path) -> bytes:
 
 def notebook_page(notebook: dict[str, Any], stem: str) -> tuple[str, dict[str, bytes]]:
     """Return a notebook's Markdown, and its figures by file name."""
-    parts, images = [], {}
+    parts: list[str] = []
+    images: dict[str, bytes] = {}
     for cell in notebook["cells"]:
         source = "".join(cell["source"]).strip()
         if cell["cell_type"] != "code":

@@ -23,7 +23,7 @@ SHORT = {
     "mlp.up_proj": "up",
     "mlp.down_proj": "down",
 }
-SPLITS = {"train": "trained on", "held_out": "held out"}
+SPLITS = {"train": "training batch", "held_out": "held-out batch"}
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ CASE = ["optimizer", "rule", "init", "control"]
 def case_title(case: Sequence[Any]) -> str:
     """Return the panel title of a case: optimizer, rule, initialisation and control."""
     optimizer, rule, init, control = case
-    text = f"{style.OPTIMIZERS[optimizer]}:\n{style.look(rule)[0]}"
-    text += "" if init == "kaiming_uniform" else f",\nA {init}"
-    return text + ("\n(control: must fail)" if control else "")
+    text = f"{style.OPTIMIZERS[optimizer]}, {style.look(rule)[0].removeprefix('LoRA, ').removeprefix('RoRA, ')}"
+    text += "" if init == "kaiming_uniform" else f", A {init}"
+    return text + (" (control)" if control else "")
 
 
 def draw_sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
-    """Draw the output of each module against the rank, at the first and last step: columns are cases, rows splits."""
+    """Draw the output of each module against the rank, at the first and last step: rows are cases, columns splits."""
     # Values of diverged runs are not finite, and would stretch the axis.
     rows = rows.assign(value=rows["value"].where(np.isfinite(rows["value"])))
     cases = dict(list(rows.groupby(CASE, sort=False)))
@@ -68,11 +68,11 @@ def draw_sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
     steps = sorted(set(rows["step"]))
     shown = dict.fromkeys((steps[0], steps[-1]))
     figure, axes = plt.subplots(
-        2, len(cases), figsize=(max(3.4, 0.9 + 1.35 * len(cases)), 4.2), sharex=True, sharey=True, squeeze=False
+        len(cases), len(SPLITS), figsize=(4.6, 0.8 + 1.5 * len(cases)), sharex=True, sharey=True, squeeze=False
     )
-    # A row of panels for each split, a column for each case, a line for each module and drawn step (`shown`).
-    for axis_row, (split, label) in zip(axes, SPLITS.items(), strict=True):
-        for axis, (case, rows_of_case) in zip(axis_row, cases.items(), strict=True):
+    # A row of panels for each case, a column for each split, a line for each module and drawn step (`shown`).
+    for axis_row, (case, rows_of_case) in zip(axes, cases.items(), strict=True):
+        for axis, (split, label) in zip(axis_row, SPLITS.items(), strict=True):
             selected = rows_of_case[(rows_of_case["split"] == split) & (rows_of_case["quantity"] == "output")]
             for position, module in enumerate(modules):
                 colour, marker = style.COLOURS[position], style.MARKERS[position]
@@ -87,11 +87,10 @@ def draw_sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
                     )
             style.integer_ticks(axis, rows["rank"], max_count=5)
             axis.set_yscale("log")
-            if split == "train":
-                axis.set_title(case_title(case))
-            else:
-                axis.set_xlabel("rank $r$")
-        axis_row[0].set_ylabel(f"rms of adapter's output,\n{label}")
+            axis.set_title(f"{case_title(case)}\n{label}")
+        axis_row[0].set_ylabel("rms of adapter's output")
+    for axis in axes[-1]:
+        axis.set_xlabel("rank $r$")
     style.legend(
         figure,
         style.named(axes.flat) | plots.step_handles(steps),
@@ -102,7 +101,7 @@ def draw_sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
 
 
 def draw_slopes(manifest: dict[str, Any], slopes: pd.DataFrame) -> plt.Figure:
-    """Draw slopes against the step: columns are cases, rows splits, lines modules; black lines are the whole model."""
+    """Draw slopes against the step: rows are cases, columns splits, lines modules; black lines are the whole model."""
     cases = dict(list(slopes.groupby(CASE, sort=False)))
     modules = [module for module in SHORT if module in set(slopes["module"])]
     lines = [("output", module, SHORT[module]) for module in modules]
@@ -110,11 +109,11 @@ def draw_slopes(manifest: dict[str, Any], slopes: pd.DataFrame) -> plt.Figure:
     # Slopes within the band count as flat.
     band = float(manifest["config"]["band"])
     figure, axes = plt.subplots(
-        2, len(cases), figsize=(max(3.4, 0.9 + 1.35 * len(cases)), 4.2), sharex=True, sharey=True, squeeze=False
+        len(cases), len(SPLITS), figsize=(4.6, 0.8 + 1.5 * len(cases)), sharex=True, sharey=True, squeeze=False
     )
-    # A row of panels for each split, a column for each case, a line for each module and for the whole model.
-    for axis_row, (split, label) in zip(axes, SPLITS.items(), strict=True):
-        for axis, (case, rows_of_case) in zip(axis_row, cases.items(), strict=True):
+    # A row of panels for each case, a column for each split, a line for each module and for the whole model.
+    for axis_row, (case, rows_of_case) in zip(axes, cases.items(), strict=True):
+        for axis, (split, label) in zip(axis_row, SPLITS.items(), strict=True):
             selected = rows_of_case[(rows_of_case["split"] == split) & rows_of_case["slope"].notna()]
             axis.axhspan(-band, band, color=style.BAND_COLOUR, zorder=0)
             for position, (quantity, module, text) in enumerate(lines):
@@ -128,11 +127,10 @@ def draw_slopes(manifest: dict[str, Any], slopes: pd.DataFrame) -> plt.Figure:
                     label=text,
                 )
             style.integer_ticks(axis, slopes["step"], max_count=5)
-            if split == "train":
-                axis.set_title(case_title(case))
-            else:
-                axis.set_xlabel("step")
-        axis_row[0].set_ylabel(f"slope in $r$, {label}")
+            axis.set_title(f"{case_title(case)}\n{label}")
+        axis_row[0].set_ylabel("slope in $r$")
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
     handles = style.named(axes.flat) | {f"flat: within ±{band:g}": style.band_handle()}
     style.legend(
         figure,

@@ -38,7 +38,7 @@ def draw(config: Config) -> Sequence[Path]:
     )
     optimizers = [name for name in style.OPTIMIZERS if name in set(best_rate_table["optimizer"])]
     rules = list(dict.fromkeys(best_rate_table["rule"]))
-    figure, axes = plt.subplots(2, len(optimizers), figsize=(1.0 + 2.8 * len(optimizers), 6.4), squeeze=False)
+    figure, axes = plt.subplots(2, len(optimizers), figsize=(max(3.8, 0.6 + 2.1 * len(optimizers)), 6.6), squeeze=False)
     left_out = 0
     # A column for each optimizer, a line for each rule, dashed if A is frozen.
     for column, optimizer in enumerate(optimizers):
@@ -58,13 +58,11 @@ def draw(config: Config) -> Sequence[Path]:
                     left_out += _losses(axes[1, column], loss_rows, manifest, look, label)
         # Axes: best rates above, losses at the largest rank below.
         above, below = axes[:, column]
-        above.set(
-            title=f"{style.OPTIMIZERS[optimizer]}: best rate and its slope in $r$", xlabel="rank $r$", yscale="log"
-        )
+        above.set(title=f"{style.OPTIMIZERS[optimizer]}: best rate", xlabel="rank $r$", yscale="log")
         style.integer_ticks(above, best_rate_table["rank"])
         above.legend(frameon=False, fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2))
         top = rows["rank"][rows["optimizer"] == optimizer].max()
-        below.set(title=f"r = {top}, both factors trained", xlabel="learning rate", xscale="log")
+        below.set(title=f"loss at r = {top}", xlabel="learning rate", xscale="log")
         if not is_matrix(manifest):
             below.set_yscale("log")
     axes[0, 0].set_ylabel("best learning rate")

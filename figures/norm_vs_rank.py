@@ -1,4 +1,4 @@
-"""Plot |dw| against the rank on logarithmic axes, one column for each overlap and one row for each optimizer."""
+"""Plot |dw| against the rank on logarithmic axes, one row for each overlap and one column for each optimizer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,16 +29,16 @@ def draw(config: Config) -> Sequence[Path]:
     overlaps, rules = (list(dict.fromkeys(rows[name])) for name in ("overlap", "rule"))
     panels = list(dict.fromkeys(zip(rows["optimizer"], rows["init"], strict=True)))
     figure, axes = plt.subplots(
-        len(panels),
         len(overlaps),
-        figsize=(max(3.0, 1.4 + 1.6 * len(overlaps)), 0.5 + 2.0 * len(panels)),
+        len(panels),
+        figsize=(max(3.0, 0.6 + 2.0 * len(panels)), 0.8 + 1.6 * len(overlaps)),
         sharex=True,
-        sharey="row",
+        sharey="col",
         squeeze=False,
     )
-    # A row of panels for each optimizer and init, a column for each overlap, a line for each rule.
-    for axis_row, (optimizer, init) in zip(axes, panels, strict=True):
-        for axis, overlap in zip(axis_row, overlaps, strict=True):
+    # A row of panels for each overlap, a column for each optimizer and init, a line for each rule.
+    for axis_row, overlap in zip(axes, overlaps, strict=True):
+        for axis, (optimizer, init) in zip(axis_row, panels, strict=True):
             for position, rule in enumerate(rules):
                 selection = {"optimizer": optimizer, "init": init, "overlap": overlap, "rule": rule}
                 chosen = frames.where(rows, selection).sort_values("rank")
@@ -56,10 +56,10 @@ def draw(config: Config) -> Sequence[Path]:
                     linestyle="none",
                     label=label,
                 )
-            axis.set(yscale="log", title=f"{style.OPTIMIZERS[optimizer]}, overlap {overlap:g}")
-            style.integer_ticks(axis, rows["rank"])
-        init_text = f", A {init}" if len({init for _, init in panels}) > 1 else ""
-        axis_row[0].set_ylabel(rf"rms of $\|w\|_2$ (output units){init_text}")
+            init_text = f", A {init}" if len({name for _, name in panels}) > 1 else ""
+            axis.set(yscale="log", title=f"{style.OPTIMIZERS[optimizer]}{init_text}, overlap {overlap:g}")
+            style.integer_ticks(axis, rows["rank"], max_count=5)
+        axis_row[0].set_ylabel(r"rms of $\|w\|_2$")
     # Labels of the outer axes, and one legend.
     for axis in axes[-1]:
         axis.set_xlabel("rank $r$")

@@ -63,7 +63,7 @@ def draw_slopes(manifest: dict[str, Any], fits: pd.DataFrame) -> plt.Figure:
     figure, axes = plt.subplots(
         len(optimizers),
         len(QUANTITIES),
-        figsize=(6.4, 0.8 + 1.45 * len(optimizers)),
+        figsize=(4.8, 0.8 + 1.45 * len(optimizers)),
         sharex=True,
         sharey=True,
         squeeze=False,
@@ -88,7 +88,7 @@ def draw_slopes(manifest: dict[str, Any], fits: pd.DataFrame) -> plt.Figure:
                         linestyle=dashes,
                         label=label if trained == "both" else None,
                     )
-            style.integer_ticks(axis, fits["step"])
+            style.integer_ticks(axis, fits["step"], max_count=4)
             if optimizer == optimizers[0]:
                 axis.set_title(title)
             if optimizer == optimizers[-1]:
@@ -117,7 +117,7 @@ def draw_sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
     figure, axes = plt.subplots(
         len(optimizers),
         len(steps),
-        figsize=(1.2 + 1.9 * len(steps), 0.8 + 1.45 * len(optimizers)),
+        figsize=(0.6 + 1.4 * len(steps), 0.8 + 1.45 * len(optimizers)),
         sharex=True,
         sharey=True,
         squeeze=False,
@@ -145,7 +145,7 @@ def draw_sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
                         linestyle=dashes,
                         label=label if quantity == "output_train" else None,
                     )
-            style.integer_ticks(axis, rows["rank"])
+            style.integer_ticks(axis, rows["rank"], max_count=4)
             axis.set_yscale("log")
             if optimizer == optimizers[0]:
                 axis.set_title(f"step {step}")
