@@ -1,8 +1,6 @@
 """Style and output of figures: colour-blind safe, in print size, as PNG and SVG."""
 
 import contextlib
-import io
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,6 +26,7 @@ from rora_theory.plots import (  # noqa: F401 (figures take them from here)
     integer_ticks,
     legend,
     named,
+    save,
 )
 from rora_theory.runs import files, frames, seals
 from rora_theory.runs.reading import check_manifest
@@ -114,44 +113,6 @@ def plain_ticks(axes: plt.Axes, strengths: "pd.Series") -> None:
 def cross_out(axes: Axes, x: Any, y: Any) -> None:
     """Cross out points that are bounds only, since a best rate lies at the end of its grid."""
     axes.plot(x, y, "x", color="black", markersize=6)
-
-
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure as PNG (200 dpi) and SVG without dates, so that equal data give equal files.
-
-    The SVG file is the same on any processor with the same version of matplotlib.
-
-    Returns:
-      The paths of both files.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-    figure.savefig(paths[0], dpi=200, metadata={"Software": None})
-    figure.set_layout_engine("none")  # reuse the layout of the PNG file, which takes longer than drawing
-    svg = io.StringIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None})
-    paths[1].write_text(_rounded(svg.getvalue()), "utf-8")
-    plt.close(figure)
-    return paths
-
-
-_COORDINATES = re.compile(r'\b(?:d|x|y|width|height)="[^"]*"|\b(?:translate|rotate)\([^)]*\)')
-_DECIMAL = re.compile(r"-?\d+\.\d+")
-_HASH = re.compile(r'(?<=["#])([a-z]+)[0-9a-f]{10}(?=[")])')
-
-
-def _rounded(svg: str) -> str:
-    """Round the coordinates of an SVG file to 0.01 points, so that rounding errors of processors do not change it.
-
-    Names of clip paths and markers are hashes of unrounded coordinates, so they are replaced by numbers.
-    """
-    svg = _COORDINATES.sub(lambda part: _DECIMAL.sub(_hundredths, part[0]), svg)
-    names: dict[str, str] = {}
-    return _HASH.sub(lambda name: names.setdefault(name[0], f"{name[1]}{len(names)}"), svg)
-
-
-def _hundredths(number: re.Match[str]) -> str:
-    return f"{round(float(number[0]), 2) + 0.0:.2f}".rstrip("0").rstrip(".")  # + 0.0 removes a negative zero
 
 
 RUN_FILE = "the file of a run folder"

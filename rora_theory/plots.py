@@ -5,10 +5,12 @@ the loss against the learning rate. The ``draw_*`` functions add one line to giv
 objects, which the caller saves or shows. Matplotlib is imported when something is drawn.
 """
 
+import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -472,3 +474,48 @@ def integer_ticks(axis: "matplotlib.axes.Axes", values: Iterable[int | np.intege
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.xaxis.set_minor_locator(NullLocator())
+
+
+def save(figure: "matplotlib.figure.Figure", folder: Path, name: str) -> list[Path]:
+    """Write a figure as PNG (200 dpi) and SVG without dates, so that equal data give equal files.
+
+    The SVG file is the same on any processor with the same version of matplotlib.
+
+    Args:
+      figure: Figure to write; it is closed.
+      folder: Folder of the files, which is created.
+      name: Name of the files without their suffixes.
+
+    Returns:
+      The paths of both files.
+    """
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
+    figure.savefig(paths[0], dpi=200, metadata={"Software": None})
+    figure.set_layout_engine("none")  # reuse the layout of the PNG file, which takes longer than drawing
+    svg = io.StringIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    paths[1].write_text(_rounded(svg.getvalue()), "utf-8")
+    plt.close(figure)
+    return paths
+
+
+_COORDINATES = re.compile(r'\b(?:d|x|y|width|height)="[^"]*"|\b(?:translate|rotate)\([^)]*\)')
+_DECIMAL = re.compile(r"-?\d+\.\d+")
+_HASH = re.compile(r'(?<=["#])([a-z]+)[0-9a-f]{10}(?=[")])')
+
+
+def _rounded(svg: str) -> str:
+    """Round the coordinates of an SVG file to 0.01 points, so that rounding errors of processors do not change it.
+
+    Names of clip paths and markers are hashes of unrounded coordinates, so they are replaced by numbers.
+    """
+    svg = _COORDINATES.sub(lambda part: _DECIMAL.sub(_hundredths, part[0]), svg)
+    names: dict[str, str] = {}
+    return _HASH.sub(lambda name: names.setdefault(name[0], f"{name[1]}{len(names)}"), svg)
+
+
+def _hundredths(number: re.Match[str]) -> str:
+    return f"{round(float(number[0]), 2) + 0.0:.2f}".rstrip("0").rstrip(".")  # + 0.0 removes a negative zero

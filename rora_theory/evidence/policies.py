@@ -1,5 +1,6 @@
 """Policies that carry a tuned learning rate to another rank and G = gamma r, and formulas for an absolute rate."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -114,13 +115,16 @@ POLICIES: Mapping[str, RateFactor] = {
     "G^-0.75": power_of_gain(-0.75),
     "first step": first_step(),
     "displacement law": displacement_law(),
-    "displacement law, crossing rank": with_crossing_rank(displacement_law()),
+    "law with cross-talk": with_crossing_rank(displacement_law()),
     "rora transfer": advised,
 }
 """Policies without a constant that was fitted to public sweeps, by name."""
 
-WITH_RANK = "displacement law, rank"
-"""Name of the displacement law multiplied by a power of the rank that was fitted to other models."""
+LEFT_OUT = "transfer, left out"
+"""Name of the advice whose exponent in the rank was fitted without the model that is judged."""
+
+FIRST_RANK = 4
+"""Lowest rank from which the exponent is fitted, as that of the advice."""
 
 
 def policies_for(sweep: Sweep, others: Sequence[Sweep]) -> dict[str, RateFactor]:
@@ -133,8 +137,9 @@ def policies_for(sweep: Sweep, others: Sequence[Sweep]) -> dict[str, RateFactor]
     Returns:
       The policies by name.
     """
-    fitted = exponent([other for other in others if other.model != sweep.model])[0].value
-    return {**POLICIES, WITH_RANK: with_rank(POLICIES["displacement law"], fitted)}
+    left = [other for other in others if other.model != sweep.model]
+    fitted, _, _ = exponent(left, ranks=(FIRST_RANK, math.inf))
+    return {**POLICIES, LEFT_OUT: with_rank(POLICIES["displacement law"], fitted.value)}
 
 
 def cookbook_rate(model: str, hidden_size: int) -> float | None:
