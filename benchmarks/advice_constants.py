@@ -23,7 +23,7 @@ import pandas as pd
 from scipy.optimize import minimize
 
 from rora_theory.advice.best_rate import QUANTILE
-from rora_theory.evidence.policies import WITH_RANK, policies_for
+from rora_theory.evidence.policies import LEFT_OUT, policies_for
 from rora_theory.evidence.regrets import regret_table
 from rora_theory.evidence.sweeps import load, read_runs
 from rora_theory.laws.displacement import best_rate_factor
@@ -242,7 +242,7 @@ def evidence_rows() -> pd.DataFrame:
         ("alpha_r", "qwen2.5-7b", EVIDENCE_RANK, QWEN_RUNS, 1),
     ):
         part = costs[(costs["source"] == source) & (costs[["old_rank", "rank"]].min(axis=1) >= first_rank)]
-        keep, advice = (part[part["policy"] == policy]["regret"] for policy in ("keep the rate", WITH_RANK))
+        keep, advice = (part[part["policy"] == policy]["regret"] for policy in ("keep the rate", LEFT_OUT))
         rows.append(
             {"name": name, "runs": count, "models": models, "compared": part["model"].nunique(), "pairs": len(keep)}
             | {"keep_mean": keep.mean(), "keep": keep.max(), "advice_mean": advice.mean(), "advice": advice.max()}

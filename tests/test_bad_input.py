@@ -205,6 +205,7 @@ FILE_OPTIONS = {
     for command, words in GIVEN.items()
 }
 FILE_OPTIONS |= {"sims.transfer": ["--regime", "{}"], "sims.lr_transfer": ["--matrix", "{}"]}
+FILE_OPTIONS |= {"sims.evidence": ["--add", "{}"]}
 FILE_OPTIONS |= {"sims.portable": ["{}", "--out", "served"]}
 FILE_OPTIONS |= {command: ["{}"] for command in COMMANDS if command.startswith("figures.")}
 """Where a command takes a file's or folder's name."""

@@ -229,7 +229,7 @@ def starting_rate(
 
     Examples:
       >>> f"{starting_rate(family='Qwen3', parameters=8).rate:.1e}"
-      '6.4e-04'
+      '6.0e-04'
     """
     if family is not None:
         check_choice("family", family, families())
