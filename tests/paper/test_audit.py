@@ -1,6 +1,6 @@
 """The stored tables equal the printed ones; the audit of their contents.
 
-`test_published_findings` compares all findings in the printed tables; the other tests concern the borders of a check.
+`tests/sims/test_audit.py` compares all findings in the printed tables; these tests concern the borders of a check.
 """
 
 import dataclasses
@@ -9,14 +9,11 @@ import re
 from collections import Counter
 from fractions import Fraction
 
-import make_audit
-import pandas as pd
 import pytest
 
 from rora_theory.errors import InputError
 from rora_theory.paper import audit, published
 from rora_theory.paper.published import PublishedRow
-from rora_theory.runs import frames
 
 ROWS = published.published_rows()
 PAPER = published.published_rows("RoRA paper")
@@ -179,8 +176,3 @@ def test_a_parameter_share_is_compared_to_its_printed_digits(share: float, count
     """Rank 128 of LLaMA-7B trains 3.2228%, which two decimals print as 3.22."""
     row = dataclasses.replace(_row("LLaMA-7B", "RoRA"), params_percent=share)
     assert len(audit.find_wrong_parameter_shares([row])) == count
-
-
-def test_published_findings() -> None:
-    """`python tests/golden/make_audit.py` writes the file that the page on the audit quotes."""
-    pd.testing.assert_frame_equal(frames.read_csv(make_audit.PATH), make_audit.findings(), check_dtype=False, rtol=1e-9)
