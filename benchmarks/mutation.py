@@ -48,19 +48,15 @@ JUDGING = {
     "verdicts": ("rora_theory/paper/verdicts.py", "tests/paper/test_verdicts.py tests/test_answers_in_words.py"),
     "differences": ("rora_theory/lab/sweep/differences.py", "tests/lab/sweep/test_differences.py"),
     "trained_runs": ("rora_theory/stats/trained_runs.py", "tests/stats/test_trained_runs.py"),
-    "read_runs": (
-        "rora_theory/lab/sweep/trained_runs.py",
-        "tests/lab/sweep/test_trained_runs.py tests/sims/test_lr_transfer.py",
-    ),
-    "horizon_law": (
+    "sweep_law": (
         "rora_theory/lab/sweep/law.py",
         "tests/lab/sweep/test_analysis.py tests/lab/sweep/test_read_regime.py",
     ),
-    "horizon_curves": ("rora_theory/lab/sweep/curves.py", "tests/lab/sweep/test_analysis.py"),
-    "horizon_parts": ("rora_theory/lab/sweep/parts.py", "tests/lab/sweep/test_analysis.py"),
-    "horizon_runs": (
-        "rora_theory/lab/sweep/horizon_runs.py",
-        "tests/lab/sweep/test_horizon_runs.py tests/lab/sweep/test_analysis.py",
+    "sweep_curves": ("rora_theory/lab/sweep/curves.py", "tests/lab/sweep/test_analysis.py"),
+    "sweep_parts": ("rora_theory/lab/sweep/parts.py", "tests/lab/sweep/test_analysis.py"),
+    "sweep_runs": (
+        "rora_theory/lab/sweep/runs.py",
+        "tests/lab/sweep/test_runs.py tests/lab/sweep/test_analysis.py",
     ),
     "sweep_results": (
         "rora_theory/lab/sweep/results.py",

@@ -30,7 +30,7 @@ import tyro
 
 from rora_theory.advice.best_rate import RateRange
 from rora_theory.lab.sweep.curves import curves_at, strength_of
-from rora_theory.lab.sweep.horizon_runs import HorizonRun, merge_repeated_runs, read_finished
+from rora_theory.lab.sweep.runs import SweepRun, merge_repeated_runs, read_runs
 from rora_theory.measure.tuning.curve import fit_best_rate
 from rora_theory.measure.tuning.plan import ProbePlan, ProbeRun
 from rora_theory.measure.tuning.result import carry_fitted
@@ -105,7 +105,7 @@ class Target:
         return float(np.mean(losses - self.curve.losses[:, self._lowest])), is_lower_bound
 
 
-def planned_targets(runs: Sequence[HorizonRun], tokens: Sequence[int]) -> list[Target]:
+def planned_targets(runs: Sequence[SweepRun], tokens: Sequence[int]) -> list[Target]:
     """Return the settings of planned runs: both ranks at every G and number of steps that was measured."""
     return [
         Target(curve.rank, strength_of(curve), steps, curve)
@@ -116,7 +116,7 @@ def planned_targets(runs: Sequence[HorizonRun], tokens: Sequence[int]) -> list[T
 
 
 def replayed_probes(
-    runs: Sequence[HorizonRun], tokens: Sequence[int], strength: float, steps: int
+    runs: Sequence[SweepRun], tokens: Sequence[int], strength: float, steps: int
 ) -> Iterator[tuple[int, int, list[ProbeRun], list[int]]]:
     """Yield the probes at a G and number of steps: the seed, the block of records, three runs and the tokens."""
     at_setting = [
@@ -137,7 +137,7 @@ def replayed_probes(
             yield seed, block, probe_runs, list(tokens[records])
 
 
-def replay(runs: Sequence[HorizonRun], tokens: Sequence[int], schedule: Schedule = "constant") -> pd.DataFrame:
+def replay(runs: Sequence[SweepRun], tokens: Sequence[int], schedule: Schedule = "constant") -> pd.DataFrame:
     """Return a row for each probe and planned run.
 
     Args:
@@ -206,7 +206,7 @@ def summarise_targets(cases: pd.DataFrame) -> pd.DataFrame:
     return frames.from_rows(rows, (*columns, "lower_bounds", "edges", "largest_at_edges", "covers_best_at_edges"))
 
 
-def default_rate_regret(runs: Sequence[HorizonRun], tokens: Sequence[int]) -> pd.DataFrame:
+def default_rate_regret(runs: Sequence[SweepRun], tokens: Sequence[int]) -> pd.DataFrame:
     """Return the regret of the default rates in every planned run whose best rate lies inside the grid."""
     rows = []
     for target, (trainer, rate) in product(planned_targets(runs, tokens), DEFAULT_RATES.items()):
@@ -221,7 +221,7 @@ def default_rate_regret(runs: Sequence[HorizonRun], tokens: Sequence[int]) -> pd
     return frames.from_rows(rows, columns)
 
 
-def probe_run_regret(folders: Sequence[Path], runs: Sequence[HorizonRun], tokens: Sequence[int]) -> pd.DataFrame:
+def probe_run_regret(folders: Sequence[Path], runs: Sequence[SweepRun], tokens: Sequence[int]) -> pd.DataFrame:
     """Return the regret of the rates of runs of `sims.tune`, in measured settings of the planned steps or more.
 
     The best rate that a probe recorded is carried to the planned run with the current exponents. The rate that the
@@ -264,12 +264,11 @@ def probe_run_regret(folders: Sequence[Path], runs: Sequence[HorizonRun], tokens
 
 def main(config: Config) -> None:
     """Replay the probes, write the tables and print the summary."""
-    runs = merge_repeated_runs(read_finished(config.run))
+    runs = merge_repeated_runs(read_runs(config.run))
     # Full fine-tuning has no adapter whose rate a probe could tune.
     runs = [replace(run, strength=round(run.strength, 9)) for run in runs if run.rank and run.strength]
     tokens = frames.read_csv(config.run / "records.csv")["tokens"].astype(int).tolist()
-    # A manifest leaves out a constant schedule. `read_finished` has shown that there is one.
-    schedule = read_manifest(config.run, ("config",))["config"].get("schedule", "constant")
+    schedule = read_manifest(config.run, ("config",))["config"]["settings"]["schedule"]
     cases, costs = replay(runs, tokens, schedule), default_rate_regret(runs, tokens)
     summary = summarise_targets(cases)
     config.out.mkdir(parents=True, exist_ok=True)

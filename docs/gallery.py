@@ -94,7 +94,8 @@ def model_of(manifest: dict[str, Any]) -> str:
     """Return the name of a run's model in words."""
     if manifest["experiment"] in SIMULATIONS and "matrix" not in manifest["config"]:
         return "simulation"
-    return MODELS[manifest["config"].get("model") or "smollm2-135m"]
+    models = [manifest["config"].get("model"), *manifest["config"].get("models", [])]
+    return next((MODELS[model] for model in models if model in MODELS), MODELS["smollm2-135m"])
 
 
 def _links(run: Path) -> str:
@@ -132,9 +133,10 @@ def _caption(docstring: str) -> str:
 
 
 def _page_of(figure: Figure) -> Path:
-    """Return the page that shows a figure's run, or names its command, most often."""
+    """Return the page that shows a figure's run, has its numbers, or names its command, most often."""
     run = figure.path.parent.relative_to(PUBLISHED).as_posix()
-    for words in (rf"published/{run}\b", rf"(rora|sims)[ .]{figure.manifest['experiment']}\b"):
+    command = rf"(rora|sims)[ .]{figure.manifest['experiment']}\b"
+    for words in (rf"published/{run}\b", rf"<!-- (n|table) {run}/", command):
         counts = {page: len(re.findall(words, page.read_text())) for page in PAGES}
         page = max(PAGES, key=lambda page: counts[page])
         if counts[page]:

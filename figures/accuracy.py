@@ -1,4 +1,4 @@
-"""Plot the accuracy of each method, and paired differences from the base model and from LoRA, from sims.rank_sweep.
+"""Plot the accuracy of each method, and paired differences from the base model and from LoRA, from sims.sweep.
 
 python -m figures.accuracy RUN
 """
@@ -26,7 +26,7 @@ class Config:
     """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of sims.rank_sweep."""
+    """Folder of sims.sweep."""
     rank: Count | None = None
     """Rank of the methods that have one; not needed if the run has a single rank."""
     model: str | None = None
@@ -42,7 +42,7 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """Draw accuracies at each method's best rate (left) and paired gains over the base model and LoRA (right)."""
-    manifest, rows = style.read_frame(config.run, "rank_sweep")
+    manifest, rows = style.read_frame(config.run, "sweep")
     # Cells of one model and rank, each method at its best rate.
     rows = select_model(config.run, rows, config.model, None)
     best = at_best_rate(config.run, rows)

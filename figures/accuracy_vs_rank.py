@@ -1,4 +1,4 @@
-"""Plot validation loss, its difference from LoRA and average accuracy against the rank, from sims.rank_sweep.
+"""Plot validation loss, its difference from LoRA and average accuracy against the rank, from sims.sweep.
 
 python -m figures.accuracy_vs_rank RUN
 """
@@ -37,7 +37,7 @@ class Config:
     """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of sims.rank_sweep."""
+    """Folder of sims.sweep."""
     model: str | None = None
     """Model, if the run has several."""
     alpha: Positive | None = None
@@ -67,7 +67,7 @@ def draw(config: Config) -> Sequence[Path]:
     if config.tuned:
         check_unread(config, "lr", conflicts_with="--tuned")
     # Cells of one model and alpha, as one line for each method.
-    manifest, rows = style.read_frame(config.run, "rank_sweep")
+    manifest, rows = style.read_frame(config.run, "sweep")
     rows = select_model(config.run, rows, config.model, config.alpha)
     style.check_among("--lr", config.lr, rows.loc[rows["method"].isin(METHODS), "learning_rate"])
     panels = measured_panels(rows, config.answers)

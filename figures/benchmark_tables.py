@@ -1,4 +1,4 @@
-"""Write Tables I and II of the paper together with a run of sims.rank_sweep, as Markdown and CSV.
+"""Write Tables I and II of the paper together with a run of sims.sweep, as Markdown and CSV.
 
 python -m figures.benchmark_tables RUN
 
@@ -47,7 +47,7 @@ class Config:
     """Settings of the table."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of sims.rank_sweep."""
+    """Folder of sims.sweep."""
     layout: Literal["I", "II"] | None = None
     """I (by model) or II (by rank); by default that of the run's design, or II if the run has several ranks."""
     tuned: bool = False
@@ -96,7 +96,7 @@ class Line:
 
 def draw(config: Config) -> Sequence[Path]:
     """Write the Markdown and the CSV file of the table."""
-    manifest, rows = style.read_frame(config.run, "rank_sweep")
+    manifest, rows = style.read_frame(config.run, "sweep")
     if config.tuned:
         rows = pd.concat([rows[rows["method"] == "base"], at_best_rate(config.run, rows)])
     ours = run_lines(rows, manifest.get("models", {}))

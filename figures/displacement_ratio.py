@@ -1,4 +1,4 @@
-"""Ratio of the A-led to the B-led change against G = gamma r, with the displacement law: runs of sims.horizon.
+"""Ratio of the A-led to the B-led change against G = gamma r, with the displacement law: runs of sims.sweep.
 
 python -m figures.displacement_ratio RUN [RUN ...]
 """
@@ -27,7 +27,7 @@ class Config:
     """Runs to draw, and numbers of steps."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, style.RUN_FOLDERS]
-    """Run folders of sims.horizon"""
+    """Run folders of sims.sweep"""
     steps: tuple[int, ...] = (16, 64, 256)
     """Numbers of optimizer steps, a colour each; those that a run lacks are left out"""
     out: Path | None = None

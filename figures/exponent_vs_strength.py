@@ -1,4 +1,4 @@
-"""Exponent of the best learning rate between neighbouring values of G = gamma r, with the laws: runs of sims.horizon.
+"""Exponent of the best learning rate between neighbouring values of G = gamma r, with the laws: runs of sims.sweep.
 
 python -m figures.exponent_vs_strength RUN [RUN ...]
 """
@@ -35,7 +35,7 @@ class Config:
     """Runs to draw, with the number of steps and the estimator."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, style.RUN_FOLDERS]
-    """Run folders of sims.horizon"""
+    """Run folders of sims.sweep"""
     steps: Count = 64
     """Number of optimizer steps"""
     estimate: Method = "quadratic"

@@ -20,7 +20,7 @@ class Config:
     """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run folder of sims.horizon, finished with --regime."""
+    """Run folder of sims.sweep, finished with --regime."""
     out: Path | None = None
     """Folder for horizon.png and .svg; by default the run folder."""
 
@@ -30,7 +30,7 @@ def draw(config: Config) -> Sequence[Path]:
 
     Lines show the law of a constant gradient from the first point on, the band its range.
     """
-    style.read_frame(config.run, "horizon")
+    style.read_frame(config.run, "sweep")
     best, exponents = (frames.read_csv(config.run / name) for name in ("best.csv", "exponents.csv"))
     best = best[best["rank"].notna()]  # full fine-tuning has no gamma r
     exponents = exponents[exponents["over"] == "strength"]

@@ -1,4 +1,4 @@
-"""Held-out loss against learning rate at several ranks and one number of steps: a run of sims.horizon."""
+"""Held-out loss against learning rate at several ranks and one number of steps: a run of sims.sweep."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Config:
     """Run to draw, and curves to show."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run folder of sims.horizon"""
+    """Run folder of sims.sweep"""
     ranks: tuple[int, ...] = (1, 8, 32, 128)
     """Ranks, a curve each"""
     strengths: tuple[float, ...] = (64.0, 724.0)
@@ -41,7 +41,7 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """Draw the held-out loss against the learning rate: the mean over seeds, and a dot for every seed."""
-    _, losses = style.read_frame(config.run, "horizon")
+    _, losses = style.read_frame(config.run, "sweep")
     losses = losses[(losses["step"] == config.steps) & losses["rank"].isin(config.ranks)]
     figure, axes = plt.subplots(figsize=(4.8, 3.2))
     drawn = 0

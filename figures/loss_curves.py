@@ -1,4 +1,4 @@
-"""Plot training and validation loss against steps, from runs of sims.finetune or cells of sims.rank_sweep.
+"""Plot training and validation loss against steps, from runs of sims.finetune or cells of sims.sweep.
 
     python -m figures.loss_curves RUN [RUN ...] --labels LoRA RoRA DoRA
     python -m figures.loss_curves SWEEP --rank 128
@@ -28,7 +28,7 @@ class Config:
     """Settings of the figure."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, style.RUN_FOLDERS]
-    """Run folders of sims.finetune, cell folders of sims.rank_sweep, or its run folder."""
+    """Run folders of sims.finetune, cell folders of sims.sweep, or its run folder."""
     rank: Count | None = None
     """Rank of the cells of a sweep."""
     seed: Natural | None = None
@@ -49,7 +49,7 @@ class Config:
 def draw(config: Config) -> Sequence[Path]:
     """Draw training loss (points, running mean as lines) and validation loss (markers) against the step."""
     if not config.runs:
-        style.fail("runs must be one or more run folders of sims.finetune or sims.rank_sweep, got none")
+        style.fail("runs must be one or more run folders of sims.finetune or sims.sweep, got none")
     if not any(map(is_sweep, config.runs)):
         check_unread(config, "rank", "seed", "lr", requires="the run folder of a sweep")
     # One curve for each run, or for each selected cell of a sweep.
@@ -90,7 +90,7 @@ def run_folders(run: Path, config: Config) -> list[Path]:
     """Return a run's folder, or the folders of the selected cells of a sweep in the order of its table."""
     if not is_sweep(run):
         return [run]
-    _, rows = style.read_frame(run, "rank_sweep")
+    _, rows = style.read_frame(run, "sweep")
     rows = rows[rows["rank"].notna()]
     if rows.empty:
         style.fail(f"{run}/results.csv: has no cell with a rank. Choose a sweep with at least one.")
@@ -119,7 +119,8 @@ def read_events(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         seals.check_unchanged(run)
     try:
         settings = files.read_json(cell if cell.exists() else run / "manifest.json")
-        settings = settings["training"] if cell.exists() else settings["config"]
+        # A cell names its method and rate as the table of its sweep does.
+        settings = settings | {"lr": settings["rate"]} if cell.exists() else settings["config"]
         events = read_entries(run / "metrics.jsonl")
     except (OSError, ValueError, TypeError, KeyError) as error:
         style.fail(f"{run}: is not a run folder ({error}). Choose a folder with manifest.json and metrics.jsonl.")
@@ -140,6 +141,8 @@ def choose_looks(runs: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 
 def _method(settings: dict[str, Any]) -> str:
     """Return the name of a method in figures, in which LoRA with RoRA's rule is RoRA."""
+    if "rule" not in settings:
+        return str(settings["method"])  # the name of a cell's method
     kind, rule = settings["method"], str(settings["rule"]).replace("rslora", "rora")
     if kind == "lora":
         return rule
@@ -163,11 +166,8 @@ def run_names(runs: Sequence[dict[str, Any]]) -> list[str]:
 def run_name(settings: dict[str, Any]) -> str:
     """Return the name of a run: the label of its method and its rank."""
     label = style.look(_method(settings))[0]
-    return (
-        label
-        if settings["rank"] is None or settings["method"] not in ("lora", "dora")
-        else f"{label}, r = {settings['rank']}"
-    )
+    has_rank = settings["rank"] is not None and settings["method"] not in ("prefix", "series", "parallel", "full")
+    return f"{label}, r = {settings['rank']}" if has_rank else label
 
 
 def points(events: list[dict[str, Any]], kind: str) -> tuple[np.ndarray, np.ndarray]:

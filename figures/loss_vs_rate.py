@@ -1,4 +1,4 @@
-"""Plot validation loss and average accuracy of each method against the learning rate, from sims.rank_sweep.
+"""Plot validation loss and average accuracy of each method against the learning rate, from sims.sweep.
 
 python -m figures.loss_vs_rate RUN --rank 32
 """
@@ -30,7 +30,7 @@ class Config:
     """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of sims.rank_sweep."""
+    """Folder of sims.sweep."""
     rank: Count | None = None
     """Rank of the methods that have one; not needed if the run has a single rank."""
     model: str | None = None
@@ -55,7 +55,7 @@ def draw(config: Config) -> Sequence[Path]:
 
     Points are means over seeds with the standard error over items, dashes single seeds, crosses diverged runs.
     """
-    manifest, rows = style.read_frame(config.run, "rank_sweep")
+    manifest, rows = style.read_frame(config.run, "sweep")
     rows = select_model(config.run, rows, config.model, config.alpha)
     rank = select_rank(config.run, rows, config.rank)
     rows = rows[rows["rank"].isna() | (rows["rank"] == rank)]

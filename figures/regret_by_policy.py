@@ -1,4 +1,4 @@
-"""Cost of policies that carry a learning rate to another setting, in nats per token: runs of sims.horizon.
+"""Cost of policies that carry a learning rate to another setting, in nats per token: runs of sims.sweep.
 
 python -m figures.regret_by_policy RUN [RUN ...]
 """
@@ -50,7 +50,7 @@ class Config:
     """Runs to draw, and changes to show."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, style.RUN_FOLDERS]
-    """Run folders of sims.horizon"""
+    """Run folders of sims.sweep"""
     rank: Count = 8
     """Rank at which the rate was tuned"""
     changes: tuple[Change, ...] = (

@@ -89,17 +89,21 @@ def read_folders(runs: Sequence[Path], name: str) -> "list[tuple[str, pd.DataFra
     The label is the model with a schedule that is not constant, or the folder where these repeat.
     """
     if not runs:
-        fail("runs must be one or more run folders of sims.horizon, got none")
-    configs = [read_frame(run, "horizon")[0]["config"] for run in runs]
-    labels = [config["model"] + (f", {config['schedule']}" if "schedule" in config else "") for config in configs]
+        fail("runs must be one or more run folders of sims.sweep, got none")
+    configs = [read_frame(run, "sweep")[0]["config"] for run in runs]
+    schedules = [config["settings"]["schedule"] for config in configs]
+    labels = [
+        ", ".join(config["models"]) + (f", {schedule}" if schedule != "constant" else "")
+        for config, schedule in zip(configs, schedules, strict=True)
+    ]
     labels = labels if len(set(labels)) == len(labels) else [run.name for run in runs]
     return list(zip(labels, (read_table(run, name) for run in runs), strict=True))
 
 
 def read_table(run: Path, name: str) -> "pd.DataFrame":
-    """Read a table of a run folder of sims.horizon. A missing table ends the command."""
+    """Read a table of a run folder of sims.sweep. A missing table ends the command."""
     if not (run / name).exists():
-        fail(f"{run} has no {name}. Run sims.horizon into it again with --regime.")
+        fail(f"{run} has no {name}. Run sims.sweep or sims.horizon into it again with --regime.")
     return frames.read_csv(run / name)
 
 

@@ -1,4 +1,4 @@
-"""Shared parts of the figures of sims.rank_sweep: means over seeds, their lines, and reference levels."""
+"""Shared parts of the figures of sims.sweep: means over seeds, their lines, and reference levels."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from figures import style
 from rora_theory.runs import frames
 
 PALE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
-SCORED = "Choose a run of sims.rank_sweep that scored it."
+SCORED = "Choose a run of sims.sweep that scored it."
 """Advice of the error about a table without a column of scores."""
 
 

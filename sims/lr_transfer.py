@@ -1,15 +1,15 @@
 """Find the best learning rate at each rank, for each scaling rule, and test whether it depends on the rank.
 
     python -m sims.lr_transfer
-    python -m sims.lr_transfer --matrix FOLDER
 
-The first command trains a student on a teacher over a grid of learning rates, ranks, rules and optimizers. The second
-analyses the runs of a real model from sims.rank_sweep. A rule transfers if its best rate does not depend on the rank.
+A student is trained on a teacher over a grid of learning rates, ranks, rules and optimizers. A rule transfers if its
+best rate does not depend on the rank.
 At the largest rank, the best losses of two rules are compared, each at its own best rate: a remaining difference is
 more than a shift of the rate.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from rora_theory.lab.sweep import rate_grid, run_curves, trained_runs
+from rora_theory.lab.sweep import rate_grid
 from rora_theory.lab.sweep.rate_grid import RateGrid
 from rora_theory.runs import devices
 from rora_theory.runs.cluster import ClusterConfig
@@ -32,7 +32,6 @@ from rora_theory.stats.rate_curves import (
     describe_slopes,
     rate_slopes,
 )
-from rora_theory.validation.rules import check_unread
 from sims.common import answers, cli, tables
 from sims.common.cells import run_table
 from sims.common.summaries import summarised
@@ -42,51 +41,28 @@ NAME = "lr_transfer"
 
 @dataclass(frozen=True)
 class Config:
-    """Options of the training or of the runs to analyse. Separate the values of a list with spaces."""
+    """Options of the training. Separate the values of a list with spaces."""
 
     grid: RateGrid = field(default_factory=RateGrid)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     judge: rate_grid.JudgedLoss = "held_out"
     """Loss that determines the best rate"""
-    matrix: Path | None = None
-    """Run folder of sims.rank_sweep to analyse, instead of training"""
-    matrix_model: str | None = None
-    """Model to analyse, if the --matrix folder has several"""
-    matrix_loss: trained_runs.Loss = "validation"
-    """Held-out loss of the --matrix runs: validation (all tokens) or answer (answer tokens only)"""
     out: cli.Out = None
-
-    def __post_init__(self) -> None:
-        """Validate the options."""
-        if self.matrix is None:
-            check_unread(self, "matrix_model", "matrix_loss", requires="--matrix")
-        else:
-            check_unread(self, "grid", "cluster", "judge", conflicts_with="--matrix")
 
 
 def run(config: Config) -> None:
-    """Train, or read the runs of a matrix, then find the best rates and report."""
-    if config.matrix is not None:
-        # Curves of runs that are already trained: their records allow a paired comparison.
-        runs = trained_runs.read_runs(config.matrix, model=config.matrix_model, loss=config.matrix_loss)
-        curves = run_curves.curves_of_runs(runs)
-        identity = {"matrix": trained_runs.runs_digest(runs), "loss": config.matrix_loss, "model": config.matrix_model}
-        folder = RunFolder.open(NAME, identity, out=config.out, extra={"units": UNITS, "source": config.matrix.name})
-        folder.write_frame(run_curves.rate_loss_table(runs))
-        compared = run_curves.compare_by_records(curves, runs)
-    else:
-        # Curves of the teacher-student problem, trained here.
-        runner = config.cluster.runner()
-        grid, extra = config.grid, {"units": UNITS, "device": devices.describe(devices.pick(1)), "judge": config.judge}
-        folder = RunFolder.open(NAME, asdict(grid), out=config.out, seed=grid.seed, extra=extra)
-        cells = list(rate_grid.rate_cells(grid))
+    """Train the cells that the run folder lacks, then find the best rates and report."""
+    runner = config.cluster.runner()
+    grid, extra = config.grid, {"units": UNITS, "device": devices.describe(devices.pick(1)), "judge": config.judge}
+    folder = RunFolder.open(NAME, asdict(grid), out=config.out, seed=grid.seed, extra=extra)
+    cells = list(rate_grid.rate_cells(grid))
 
-        def work(cell: rate_grid.GridCell, _: Path) -> list[dict[str, Any]]:
-            return rate_grid.cell_rows(grid, cell)
+    def work(cell: rate_grid.GridCell, _: Path) -> list[dict[str, Any]]:
+        return rate_grid.cell_rows(grid, cell)
 
-        losses = run_table(cells, work, folder, COLUMNS, runner=runner, title="rates")
-        curves = rate_grid.curves_of_losses(losses, config.judge)
-        compared = compare_rules(curves)
+    losses = run_table(cells, work, folder, COLUMNS, runner=runner, title="rates")
+    curves = rate_grid.curves_of_losses(losses, config.judge)
+    compared = compare_rules(curves)
     # Best rates, and their slopes against the rank.
     best, slopes = best_rates(curves), rate_slopes(curves)
     folder.write_frame(best, "best.csv")
@@ -110,7 +86,7 @@ def report(best: pd.DataFrame, slopes: pd.DataFrame, compared: Sequence[Comparis
     answers.print_answer(describe_slopes(slopes))
     # A line for each optimizer, trained factors and rule; a column for each rank.
     ranks, line = sorted(set(best["rank"])), ["optimizer", "trained", "rule"]
-    cells = best.assign(text=best.apply(run_curves.format_best, axis=1))
+    cells = best.assign(text=best.apply(format_best, axis=1))
     cells = cells.pivot(index=line, columns="rank", values="text").fillna("")
     tables.print_table(
         "Best learning rate (parabola through the three lowest losses), × / ÷ half of the 95% interval; < > at the "
@@ -146,6 +122,13 @@ def report(best: pd.DataFrame, slopes: pd.DataFrame, compared: Sequence[Comparis
         },
         left=3,
     )
+
+
+def format_best(row: Any) -> str:
+    """Format a row of `best_rates`: < or > at the grid's edge, the rate, and the factor of half its interval."""
+    mark = {"low": "<", "high": ">"}.get(row["edge"], "")
+    has_error = row["log2_half_width"] is not None and not math.isnan(row["log2_half_width"])
+    return f"{mark}{row['best_rate']:.3g}" + (f" ({2 ** row['log2_half_width']:.2f})" if has_error else "")
 
 
 main = cli.command(Config, run, __doc__)

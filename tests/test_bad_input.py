@@ -38,14 +38,14 @@ LATIN = os.fsdecode(b"caf\xe9")
 HUGE = "1" + "0" * 30
 SEEDS = ("seed", "data_seed", "seeds")
 """Options that are seeds; ``seeds`` may also be a number of seeds."""
-SET_BY_OTHERS = {("sims.rank_sweep", "seed")}
+SET_BY_OTHERS = {("sims.sweep", "seed"), ("sims.horizon", "seed")}
 """Seeds in the configuration of a command that are not options."""
 HELP = re.compile("accepted|must|supported|--help|(Add|Choose|Restore|Use|Set|Remove|Pass|Expected) ")
 """Words with which an error message says how to fix the input."""
 
 GIVEN = {
     "sims.finetune": ["--data", "RECORDS"],
-    "sims.rank_sweep": ["--data", "RECORDS", "--held-out", "2", "--no-accuracy"],
+    "sims.sweep": ["--data", "RECORDS", "--held-out", "2"],
     "sims.horizon": ["--data", "RECORDS", "--held-out", "2", "--train-records", "8"],
     "sims.regime": ["--data", "RECORDS"],
     "sims.tune": ["--data", "RECORDS", "--held-out", "2"],

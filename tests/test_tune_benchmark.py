@@ -9,8 +9,7 @@ import pytest
 
 from benchmarks import tune
 from rora_theory.advice import measured
-from rora_theory.lab.sweep.horizon_runs import HorizonRun
-from rora_theory.lab.sweep.readings import Reading, ReadRun
+from rora_theory.lab.sweep.runs import Reading, ReadRun, SweepRun
 from rora_theory.measure.tuning.plan import carry_steps
 from rora_theory.runs import seals
 
@@ -18,7 +17,7 @@ PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 TOKENS = [10 + index % 7 for index in range(32)]
 
 
-def known_runs(exponent: float) -> list[HorizonRun]:
+def known_runs(exponent: float) -> list[SweepRun]:
     """Return runs with a parabolic log loss in the log rate, whose best rate falls as a power of the steps."""
     runs = []
     for rank in (8, 128):
@@ -28,7 +27,7 @@ def known_runs(exponent: float) -> list[HorizonRun]:
                 best = 1.6e-3 * (steps / 16) ** exponent
                 loss = 1.0 + 0.02 * math.log(rate / best) ** 2
                 readings.append(Reading(steps, [loss * count for count in TOKENS], [], None))
-            runs.append(HorizonRun(rank, 64.0, rate, 0, ReadRun([1.0], readings)))
+            runs.append(SweepRun(rank, 64.0, rate, 0, ReadRun([1.0], readings)))
     return runs
 
 

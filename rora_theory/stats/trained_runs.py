@@ -110,6 +110,46 @@ def curve_of_runs(runs: Sequence[TrainedRun], *, kappa: float, draws: int) -> Cu
     return Curve(*setting, np.array(rates), losses, resampled, tuple(seeds), records)
 
 
+def curves_of_runs(runs: Sequence[TrainedRun], *, draws: int, kappa: float = 1.0) -> list[Curve]:
+    """Return the curve of every method, rank and scaling with runs at three or more rates.
+
+    A curve needs the same rates at every seed. Seeds with more rates are chosen first. A seed is left out if fewer than
+    three rates would remain, or none at which no seed diverged.
+
+    Args:
+      runs: Runs of one matrix.
+      draws: Number of bootstrap samples of the records.
+      kappa: Exponent of the scaling rule.
+
+    Returns:
+      The curves in ascending order of rank and scaling.
+    """
+    settings = sorted({(run.rank, run.gamma, run.method) for run in runs})
+    grids = [_select_grid([run for run in runs if (run.rank, run.gamma, run.method) == key]) for key in settings]
+    return [curve_of_runs(grid, kappa=kappa, draws=draws) for grid in grids if grid]
+
+
+def _select_grid(runs: Sequence[TrainedRun]) -> list[TrainedRun]:
+    """Select the runs of one setting that form a grid of seeds and rates."""
+    # Rates that each seed ran at, and those at which it did not diverge.
+    rates_of_seed: dict[int, set[float]] = {}
+    finite_rates_of_seed: dict[int, set[float]] = {}
+    for run in runs:
+        rates_of_seed.setdefault(run.seed, set()).add(run.rate)
+        finite_rates = finite_rates_of_seed.setdefault(run.seed, set())
+        if math.isfinite(run.loss):
+            finite_rates.add(run.rate)
+    seeds: list[int] = []
+    rates: set[float] = set()
+    # Add one seed after the other, those with the most rates first, if the rates that remain still give a curve.
+    for seed in sorted(rates_of_seed, key=lambda seed: (-len(rates_of_seed[seed]), seed)):
+        shared_rates = rates & rates_of_seed[seed] if seeds else rates_of_seed[seed]
+        finite_rates = set.intersection(*(finite_rates_of_seed[member] for member in (*seeds, seed)))
+        if len(shared_rates) >= 3 and shared_rates & finite_rates:
+            seeds, rates = [*seeds, seed], shared_rates
+    return [run for run in runs if run.seed in seeds and run.rate in rates]
+
+
 def loss_difference(first: Sequence[TrainedRun], second: Sequence[TrainedRun]) -> Estimate:
     """Estimate the mean loss of the first runs minus that of the second, with the error over seeds and over records.
 

@@ -34,7 +34,7 @@ def scores(model, data, out, *more: object) -> list[float]:
 
 @pytest.mark.slow
 def test_a_prefix_is_trained_saved_and_scored(model, data, tmp_path) -> None:
-    """Commands work the same with every method; `test_rank_sweep` tests the others."""
+    """Commands work the same with every method; `test_sweep` tests the others."""
     printed = commands.output(train(model, data, tmp_path / "run", "prefix"))
     assert "prefix on" in printed
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())

@@ -33,7 +33,7 @@ def begun(base, tmp_path_factory) -> Path:
     """A folder of one strength, which lacked a rate at first."""
     out = tmp_path_factory.mktemp("horizon") / "run"
     printed = run(base, f"--strengths 4 --lrs 1e-3 1e-2 --out {out}").out
-    assert "runs at three learning rates yet (2 runs" in printed
+    assert "Lowest validation loss of 2 cells" in printed
     printed = run(base, f"--strengths 4 --lrs 1e-3 1e-2 1e-1 --out {out}").out
     assert "No two best rates of the 3 runs" in printed
     return out
@@ -49,7 +49,7 @@ def test_a_grown_folder_is_analysed_with_all_of_its_runs(base, begun, tmp_path) 
     assert "Comparisons, each at its own best rate" in printed
     assert (out / CELLS).read_text().startswith(first), "finished cells are not computed again"
     rows = frames.read_csv(out / "results.csv")
-    full, rows = rows[rows["rank"].isna()], rows[rows["rank"].notna()]
+    full, rows = rows[rows["method"] == "full"], rows[rows["rank"].notna()]
     assert len(rows) == 2 * 3 * 2
     assert set(rows["strength"]) == {4, 40}
     assert (rows["gamma"] == rows["strength"] / 2).all()

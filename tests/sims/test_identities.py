@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 from tyro.conf import Fixed
 
@@ -21,7 +22,6 @@ from rora_theory.lab import adapters, llama
 from rora_theory.lab.evaluate.scoring import Scoring
 from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.llama import hub, loading
-from rora_theory.lab.sweep import trained_runs
 from rora_theory.measure.rank_check.rules import CheckConfig
 from rora_theory.measure.record_batches import BatchConfig
 from rora_theory.measure.regimes.module_regime import RegimeConfig
@@ -36,8 +36,8 @@ from sims import (
     layer_sweep,
     lr_transfer,
     prune,
-    rank_sweep,
     regime,
+    sweep,
     training_dynamics,
     transfer,
     variance_sweep,
@@ -60,15 +60,17 @@ def _stop_at_the_folder(monkeypatch) -> None:
         raise Opened(as_json(config) | (extensible or {}), cells[-1] if cells else None, models)
 
     cells: list[Any] = []
-    describe_models = rank_sweep.describe_models
+    describe_models = sweep.describe_models
 
     def keep(actual: Any, *rest: Any) -> Any:
         cells.append(json.loads(json.dumps(as_json(actual))))
         return describe_models(actual, *rest)
 
     monkeypatch.setattr(RunFolder, "open", run_folder)
-    monkeypatch.setattr(rank_sweep, "describe_models", keep)
-    monkeypatch.setattr(rank_sweep.Workbench, "open", lambda *_: [])
+    monkeypatch.setattr(sweep, "describe_models", keep)
+    monkeypatch.setattr(sweep.Workbench, "open", lambda *_: [])
+    monkeypatch.setattr(sweep.Workbench, "count_tokens", lambda *_: ([], []))
+    monkeypatch.setattr(sweep, "read_records", lambda *_: pd.DataFrame())
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +96,10 @@ def settings(name: str, model: object, data: Path) -> Any:
         "finetune": finetune.Config(train, model, training=FinetuneConfig(rank=2, batch_size=8, held_out=4, warmup=4)),
         "prune": prune.Config(train, model, share=0.85, layers=1, windows=10, held_out=3, seq=32),
         "evaluate": evaluate.Config(model, tasks=("piqa",), data_dir=str(data)),
-        "rank_sweep": rank_sweep.Config(
+        "sweep": sweep.Config(
             (*train, str(data / "other.json")), model=(model,), methods=("lora",), ranks=(2,), seeds=(0,),
-            training=rank_sweep.Training(held_out=6, batch_size=8, warmup=1), tasks=("piqa",), data_dir=str(data),
+            accuracy=True,
+            training=sweep.Training(held_out=6, batch_size=8, warmup=1), tasks=("piqa",), data_dir=str(data),
         ),
         "lr_transfer": lr_transfer.Config(),
         "training_dynamics": training_dynamics.Config(),
@@ -111,10 +114,10 @@ def start(name: str, config: Any) -> Opened:
     return caught.value
 
 
-WITH_A_MODEL = ("regime", "transfer", "coordinate_check", "finetune", "prune", "evaluate", "rank_sweep")
+WITH_A_MODEL = ("regime", "transfer", "coordinate_check", "finetune", "prune", "evaluate", "sweep")
 
 
-@pytest.mark.parametrize("name", [name for name in WITH_A_MODEL if name != "rank_sweep"])
+@pytest.mark.parametrize("name", [name for name in WITH_A_MODEL if name != "sweep"])
 def test_a_folder_in_use_is_refused_before_weights_are_read(name, model, data, tmp_path, monkeypatch) -> None:
     """Without --out too, the folder's name follows from the identity of the weights, not from their values."""
     monkeypatch.chdir(tmp_path)
@@ -160,7 +163,7 @@ def test_a_run_is_identified_by_the_content_of_its_inputs(name, model, data, tmp
     assert first.identity.keys() == weights.identity.keys()
     differing = [key for key in first.identity if first.identity[key] != weights.identity[key]]
     assert differing == ["model_sha256"]
-    if name != "rank_sweep":  # whose folder may hold several models, told apart by their paths
+    if name != "sweep":  # whose folder may hold several models, told apart by their paths
         original = start(name, settings(name, model, data))
         assert original.identity == first.identity
         assert original.identity["model_sha256"] == llama.model_digest(model)
@@ -196,10 +199,10 @@ def test_a_moved_branch_is_another_run(name, model, data, monkeypatch) -> None:
         named = replace(config, revision=revision) if name != "transfer" else config
         actual.append(start(name, named).identity)
     assert revisions == ([None] * 3 if name == "transfer" else ["main", "main", "v2"])
-    if name != "rank_sweep":
+    if name != "sweep":
         assert actual[2] == actual[1]
     key, values = ("commits", [{"org/tiny": "aaaa"}, {"org/tiny": "bbbb"}])
-    if name != "rank_sweep":
+    if name != "sweep":
         key, values = "commit", ["aaaa", "bbbb"]
         assert actual[0]["model"] == "org/tiny"
     assert [item[key] for item in actual[:2]] == values
@@ -223,7 +226,7 @@ def test_an_adapter_is_identified_by_both_of_its_files(model, data, adapter, tmp
     assert identity(None).get("adapter_sha256") is None
 
 
-@pytest.mark.parametrize("name", ["evaluate", "rank_sweep"])
+@pytest.mark.parametrize("name", ["evaluate", "sweep"])
 def test_other_texts_of_a_protocol_are_another_run(name, model, data, monkeypatch) -> None:
     config = settings(name, model, data)
     actual = [start(name, config)]
@@ -241,13 +244,15 @@ NEUTRAL = {
     "coordinate_check": {*OF_CHATS, "show", "format", "fields"},
     "prune": {"batch_size", "format", "fields"},
     "evaluate": {"batch_size"},
-    "rank_sweep": {"design", "checkpoint_every", "save_adapters", "score_batch_size", "format", "fields", "show"},
+    "sweep": {"design", "checkpoint_every", "save_adapters", "score_batch_size", "format", "fields", "show", "parts"},
     "lr_transfer": {"judge"},  # chooses among losses that are all saved
 }
 """Settings that change no result, or that enter the identity through the values derived from them."""
 
-OF_A_CELL = {"methods", "ranks", "alpha_rule", "tuned", "alpha", "lrs", "seeds"}
-"""Settings of sims.rank_sweep that the cells of one folder may differ in."""
+OF_A_CELL = {
+    "methods", "ranks", "alpha_rule", "strengths", "tuned", "alpha", "lrs", "full_lrs", "read_at", "axes", "seeds",
+}  # fmt: skip
+"""Settings of sims.sweep that the cells of one folder may differ in."""
 
 OTHER: dict[str, Any] = {
     "dtype": "bfloat16", "targets": ("q_proj",), "loss_on": "answer", "ranks": (2, 8), "rules": (0.3,), "rule": 0.3,
@@ -269,10 +274,11 @@ OTHER: dict[str, Any] = {
     },
     "prune": {"layers": None, "kv_heads": 1, "width": 8, "share": 0.9, "seq": 30},
     "evaluate": {"tasks": ("boolq",), "protocol": "label", "template": "clean", "limit": 2},
-    "rank_sweep": {
+    "sweep": {
         "design": "fixed_alpha", "methods": ("rora",), "ranks": (4,), "alpha_rule": "2r", "seeds": (1,),
+        "strengths": (4.0,), "full_lrs": (0.1,), "read_at": (2, 3), "axes": ("clip=2",),
         "shares": "proportional", "train_records": 8, "limit": 2, "tasks": ("boolq",), "protocol": "harness",
-        "eval_template": "eval",
+        "eval_template": "eval", "quantization": "q8_0",
     },
     "lr_transfer": {
         "ranks": (4, 8), "teacher_rank": 2,
@@ -307,7 +313,7 @@ def changes(command: str, config: Any, skip: set[str]) -> dict[str, Any]:
 
 SKIPPED = {"data", "text", "model", "adapter", "revision", "check", "data_dir"}
 SKIPPED |= {field.name for field in fields(ClusterConfig)}  # the files are the same: tests/runs/cluster
-SKIPPED |= {"out", "devices", "list", "matrix", "matrix_model", "matrix_loss"}
+SKIPPED |= {"out", "devices", "list", "compare_to"}
 """Inputs, which the other tests change; where results go and are computed; and options of a command's other modes."""
 
 OF_TRANSFER = {
@@ -325,13 +331,15 @@ def check_settings(name: str, config: Any, skipped: set[str]) -> None:
         if after.identity == before.identity:
             (same if after.cells == before.cells else in_cells).add(setting)
     assert same == NEUTRAL.get(name, set())
-    assert in_cells == (OF_A_CELL if name == "rank_sweep" else set())
+    assert in_cells == (OF_A_CELL if name == "sweep" else set())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["regime", "transfer", "coordinate_check", "prune", "evaluate", "rank_sweep"])
+@pytest.mark.parametrize("name", ["regime", "transfer", "coordinate_check", "prune", "evaluate", "sweep"])
 def test_every_setting_that_changes_a_result_is_in_the_identity(name, model, data) -> None:
-    check_settings(name, settings(name, model, data), SKIPPED | (OF_TRANSFER if name == "transfer" else set()))
+    # The regime of a sweep enters its analysis alone.
+    skipped = {"transfer": OF_TRANSFER, "sweep": {"regime"}}.get(name, set())
+    check_settings(name, settings(name, model, data), SKIPPED | skipped)
 
 
 @pytest.mark.parametrize("name", ["lr_transfer", "training_dynamics", "variance_sweep"])
@@ -380,14 +388,3 @@ def test_every_setting_of_a_sweep_on_real_layers_is_in_its_identity(tmp_path) ->
     arrays["model.layers.0.mlp.down_proj/x_heldout"][-1, -1] += 1e-9
     np.savez(path, **arrays)
     assert start("layer_sweep", config).identity != before
-
-
-def test_the_digest_of_a_matrix_covers_everything_that_is_read() -> None:
-    """This includes the losses of single records, which determine the errors."""
-    cell = trained_runs.TrainedRun("lora", 8, 2.0, 1e-3, 0, 1.5, np.array([1.0, 2.0]), np.array([1.0, 1.0]))
-    variants = [
-        replace(cell, method="rora"), replace(cell, rank=16), replace(cell, gamma=1.0), replace(cell, rate=1e-4),
-        replace(cell, seed=1), replace(cell, loss=1.6), replace(cell, records=np.array([2.0, 1.0])),
-        replace(cell, records=None, tokens=None), replace(cell, tokens=np.array([2.0, 1.0])),
-    ]  # fmt: skip
-    assert len({trained_runs.runs_digest([item]) for item in (cell, *variants)}) == 10

@@ -1,7 +1,5 @@
-"""Best rates in the controlled problem and in a matrix of real runs; invalid matrices; figures."""
+"""Best rates in the controlled problem, and their figure."""
 
-import itertools
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +8,6 @@ from support import commands, drawings
 
 from figures import lr_transfer as figure
 from rora_theory.lab.sweep import controlled
-from rora_theory.runs import frames
 from rora_theory.stats.rate_curves import COLUMNS
 from sims import lr_transfer as sim
 
@@ -78,81 +75,3 @@ def test_a_finite_but_diverged_run_is_no_point(tmp_path):
 @pytest.mark.usefixtures("carried")
 def test_an_interrupted_run_resumes(finished, tmp_path):
     commands.check_resumption(sim.main, [SMALL], finished, tmp_path / "run")
-
-
-HEADER = ["key", "status", "model", "method", "rule", "rank", "alpha", "gamma", "learning_rate", "seed"]
-HEADER += ["validation_loss", "validation_error", "answer_loss"]
-
-
-def matrix(folder: Path, *, models=("tiny",)) -> Path:
-    """Write a folder as sims.rank_sweep does: lora's best rate stays at 1e-3, rora's falls as r^-1/2 from rank 8 on.
-
-    The best loss of rora is 2% higher.
-    """
-    random = np.random.default_rng(0)
-    tokens = random.integers(5, 20, 50)
-    level = 1 + 0.3 * random.normal(size=50)  # of each record, the same in every run
-    base = {"key": "base", "status": "done", "model": models[0], "method": "base", "validation_loss": 2.0}
-    rows = [base | {"validation_error": 0.1, "answer_loss": 2.0}]
-
-    def cell(model: str, method: str, rank: int, rate: float) -> dict:
-        kappa, best = (1.0, 1e-3) if method == "lora" else (0.5, 1e-3 * (rank / 8) ** -0.5)
-        loss = 1 + 0.02 * np.log(rate / best) ** 2 + 0.02 * (method == "rora")
-        per_record = loss * level * tokens
-        mean = per_record.sum() / tokens.sum()
-        row = {"key": f"{model}-{method}-{rank}-{rate:g}", "status": "done", "model": model, "method": method}
-        row |= {"seed": 0, "rule": method, "rank": rank, "alpha": 16, "gamma": 16 / rank**kappa, "learning_rate": rate}
-        if (method, rank, rate) == ("rora", 128, 1e-2):
-            return row | {"status": "diverged"}
-        lines = [f"f,{i},{b},{a},{b},{a}" for i, (a, b) in enumerate(zip(per_record, tokens, strict=True))]
-        (folder / "cells" / row["key"]).mkdir(parents=True)
-        text = "\n".join(["file,index,tokens,loss,answer_tokens,answer_loss", *lines, ""])
-        (folder / "cells" / row["key"] / "losses.csv").write_text(text)
-        return row | {"validation_loss": mean, "validation_error": 0.01, "answer_loss": mean}
-
-    settings = itertools.product(models, ("lora", "rora"), (8, 32, 128), RATES)
-    rows += [cell(*setting) for setting in settings]
-    (folder / "results.csv").write_text(frames.to_csv(frames.from_rows(rows, HEADER)))
-    return folder
-
-
-@pytest.mark.slow
-def test_matrix(tmp_path):
-    """The fit finds the parabolas behind the losses, with errors over records; the figure draws them.
-
-    A best loss that is 2% higher, on the same records in every run, shows although the records' own spread is 30%.
-    """
-    out = run(tmp_path / "run", "--matrix", matrix(tmp_path / "matrix"))
-    best_rates = commands.rows(out / "best.csv")
-    for rank in (8, 32, 128):
-        for rule, rate in (("lora", 1e-3), ("rora", 1e-3 * (rank / 8) ** -0.5)):
-            row = commands.selected(best_rates, rule=rule, rank=rank)
-            # The curve's log is a parabola to second order in 0.02: 3% at these distances.
-            assert float(row["best_rate"]) == pytest.approx(rate, rel=0.03)
-    assert commands.selected(best_rates, rule="lora", rank=8)["error_over"] == "held-out records"
-    slopes = {row["rule"]: float(row["slope"]) for row in commands.rows(out / "slopes.csv")}
-    assert slopes == pytest.approx({"lora": 0.0, "rora": -0.5}, abs=0.02)
-    (compared,) = json.loads((out / "comparison.json").read_text())
-    assert compared["rank"] == 128
-    assert compared["ratio"] == pytest.approx(4, rel=0.05)
-    assert compared["scaling_ratio"] == pytest.approx(128**0.5)
-    assert compared["verdict"].startswith("undecided: one seed (")
-    assert compared["standard_error"] < 0.005
-    assert "held-out records" in compared["error_over"]
-    assert drawings.names(figure, out) == {"lr_transfer"}
-
-
-def test_bad_matrices(tmp_path):
-    folder = matrix(tmp_path / "two", models=("tiny", "small"))
-    text = (folder / "results.csv").read_text()
-    row = "tiny-lora-8-0.001,done,tiny,lora,lora,8,"
-    for words, damaged, message in (
-        ("", text, "--matrix-model"),
-        ("--matrix-model large", text, "model large"),
-        ("", text.replace("learning_rate", "rate"), "no column 'learning_rate'"),
-        ("--matrix-model tiny", text.replace(row, f"{row[:-2]}8.5,"), "damaged"),
-    ):
-        (folder / "results.csv").write_text(damaged)
-        ended = commands.run(sim.main, "--matrix", folder, words, "--out", tmp_path / "out")
-        assert message in commands.refusal(ended)
-        assert not (tmp_path / "out").exists()

@@ -24,7 +24,7 @@ def run(monkeypatch, *words: str, program: str = "rora") -> None:
 
 def test_every_command_is_listed_with_its_sentence(monkeypatch, capsys) -> None:
     listed = main.describe_commands("sims")
-    assert {"transfer", "regime", "finetune", "variance_sweep", "rank_sweep", "horizon"} <= set(listed)
+    assert {"transfer", "regime", "finetune", "variance_sweep", "sweep", "horizon"} <= set(listed)
     assert not {"common", "__main__"} & set(listed)
     monkeypatch.setenv("COLUMNS", "80")
     assert all(says.endswith((".", "?")) for says in (*listed.values(), *main.describe_commands("figures").values()))
@@ -83,7 +83,7 @@ def test_a_shell_completes_commands_and_options(monkeypatch, capsys, tmp_path) -
         ("",): {*main.describe_commands("sims"), "figures"},
         ("tra",): {"transfer", "training_dynamics"},
         ("transfer", "--split", ""): {"train", "heldout"},
-        ("rank_sweep", "--desig"): {"--design"},  # its description has more than one line
+        ("sweep", "--desig"): {"--design"},  # its description has more than one line
         ("figures", "norm_vs_rank", "--ou"): {"--out"},
         ("variance_sweep", "--conf"): {"--config"},
         ("transfer", "--optimizer", "ada"): {"adam", "adamw"},  # or the name of another library's optimizer

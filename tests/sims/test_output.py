@@ -36,7 +36,6 @@ from rora_theory.scaling import KAPPAS
 from sims import (
     coordinate_check,
     evaluate,
-    horizon,
     layer_sweep,
     lr_transfer,
     regime,
@@ -45,6 +44,7 @@ from sims import (
 )
 from sims import variance_sweep as sweep
 from sims.common import answers, cli, progress, tables
+from sims.sweep import print_analysis
 
 COMMANDS = [
     module
@@ -159,7 +159,7 @@ def test_a_second_table_repeats_the_keys(printed, keys) -> None:
 def test_verdicts_on_comparisons_are_printed_completely(printed) -> None:
     best, comparisons, exponents = published("horizon", "best", "comparisons", "exponents")
     empty = pd.DataFrame()
-    horizon.report(9, HorizonJudgement(best, comparisons, empty, exponents, *[empty] * 7))
+    print_analysis(HorizonJudgement(best, comparisons, empty, exponents, *[empty] * 7))
     lines = printed()
     title = lines.index("Comparisons, each at its own best rate")
     lines = lines[title : next(i for i, line in enumerate(lines) if line.startswith("Exponents of the best rate"))]

@@ -16,7 +16,6 @@ from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.horizon.probe import ProbeConfig
 from rora_theory.lab.sweep.controlled import ProblemConfig
 from rora_theory.lab.sweep.design import Design
-from rora_theory.lab.sweep.horizon_grid import HorizonGrid
 from rora_theory.lab.sweep.plan import SweepConfig
 from rora_theory.lab.sweep.rate_grid import RateGrid
 from rora_theory.lab.sweep.training_grid import TrainingGrid
@@ -60,15 +59,13 @@ INVALID: dict[type, dict[str, tuple]] = {
     | {"betas": ((0.9, 1.0),)},
     SweepConfig: same_values("limit score_batch_size", 0),
     Design: {"methods": (("qlora",), (), ("lora", "lora")), "seeds": ((3, 3), (-1,)), "models": ((), ("a", "a"))}
-    | {"ranks": ((), (4, 4), (0,)), "lrs": ((), (1e-3, -1.0))},
+    | {"ranks": ((), (4, 4), (0,)), "lrs": ((), (1e-3, -1.0)), "read_at": ((2, 1), (0, 1))}
+    | same_values("strengths full_lrs", (1.0, 1.0), (0.0,)),
     ProbeConfig: same_values("steps rank batch_size probe_rank", 0)
     | same_values("alpha lr clip", 0.0)
     | same_values("warmup seed", -1)
     | same_values("cutoff held_out", 1)
     | {"weight_decay": (-0.1,), "dropout": (1.0,), "budget": (0.0, 1.5), "rule": ("none",), "targets": ((),)},
-    HorizonGrid: {"ranks": ((), (2, 2), (0,)), "seeds": ((), (1, 1)), "read_at": ((), (2, 1), (0, 1))}
-    | same_values("strengths lrs", (), (1.0, 1.0), (0.0,))
-    | same_values("full_lrs", (0.0,)),
     RegimeConfig: {"ranks": ((), (4, 4), (0,)), "rules": ((), ("lore",), ("rora", 0.5))}
     | {"optimizers": ((), ("lion",)), "inits": (("pissa",), ("gaussian", "gaussian"))}
     | same_values("alpha lr", 0.0)
@@ -115,9 +112,6 @@ COMBINATIONS = [
     (FinetuneConfig, {"method": "dora", "bottleneck": 8}, "bottleneck .*method dora, got 8"),
     (FinetuneConfig, {"virtual_tokens": 3}, "virtual_tokens .*method lora, got 3.*prefix"),
     (ProbeConfig, {"steps": 256, "warmup": 256}, "warmup .* 256, got 256"),
-    (HorizonGrid, {"read_at": (1, 2)}, "--read-at .* --warmup 4.* 1$"),
-    (HorizonGrid, {"read_at": (16, 64), "warmup": 64}, "warmup .* 64, got 64"),
-    (HorizonGrid, {"schedule": "cosine", "read_at": (16, 64)}, "read-at.*cosine.*16 64"),
     (TransferConfig, {"split": "train"}, "--split train .* --regime RUN"),
     (TransferConfig, {"per": "one", "regime": "cross-talk"}, "--per one .* --regime RUN"),
     (

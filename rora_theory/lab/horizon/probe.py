@@ -15,7 +15,6 @@ from rora_theory.lab.adapters.lora import PAPER_TARGETS
 from rora_theory.lab.data.batches import Examples
 from rora_theory.lab.data.formats import TrainTemplate
 from rora_theory.lab.finetune.config import FinetuneConfig, LossOn
-from rora_theory.lab.sweep.readings import read_run
 from rora_theory.lab.sweep.workbench import Workbench
 from rora_theory.laws.random.seeds import check_seed
 from rora_theory.measure.tuning.plan import (
@@ -158,6 +157,7 @@ class Probe:
 
     def __init__(self, config: ProbeConfig, bench: Workbench) -> None:
         self._config, self._bench = config, bench
+        bench.measures_parts = True
         held_out = bench.held_out
         batch_tokens = config.batch_size * float(np.mean(bench.train_examples.input_lengths))
         # Fresh adapter and batches of every run.
@@ -199,7 +199,7 @@ class Probe:
         if self._inputs is None:
             model = bench.model
             self._inputs = led.module_inputs(model.params, model.config, self._input_examples, self._adapter)
-        read = read_run(bench, training, (trial.steps,), inputs=self._inputs)
+        read = bench.train(training, (trial.steps,), inputs=self._inputs).run
         if read.diverged_at is not None:
             return ProbeRun(trial.learning_rate, trial.steps, diverged_at=read.diverged_at)
         (reading,) = read.readings

@@ -16,10 +16,10 @@ from rora_theory.lab.sweep.curves import (
     training_curves_at,
 )
 from rora_theory.lab.sweep.estimators import estimator_table
-from rora_theory.lab.sweep.horizon_runs import FULL, HorizonRun, merge_repeated_runs
 from rora_theory.lab.sweep.law import horizon_exponents, step_exponents
 from rora_theory.lab.sweep.parts import change_at_best, led_table
 from rora_theory.lab.sweep.regret import constants_by_steps, policies, regret_by_policy, regret_table
+from rora_theory.lab.sweep.runs import FULL, SweepRun, merge_repeated_runs
 from rora_theory.optimizers import Schedule
 from rora_theory.stats.verdicts import Outcome
 
@@ -68,15 +68,70 @@ class HorizonJudgement:
         return {f"{name}.csv": frame for name, frame in by_name.items() if not frame.empty}
 
 
+def analyse(
+    runs: Sequence[SweepRun],
+    tokens: Mapping[str, tuple[Sequence[int], Sequence[int]]],
+    shared: Mapping[str, Any],
+    *,
+    takeovers: Sequence[float] = (),
+    linear_terms: Sequence[float] = (),
+    other_runs: Mapping[str, Sequence[SweepRun]] | None = None,
+) -> HorizonJudgement:
+    """Analyse the runs of a matrix, each combination of model, kind of adapter and further axes by itself.
+
+    Every combination is compared with the first one. If there are several, the frames have a column for each setting in
+    which they differ.
+
+    Args:
+      runs: Runs of the matrix.
+      tokens: Numbers of tokens of the held-out records and of their answers by model.
+      shared: Settings that all runs share, by name.
+      takeovers: Takeover distances of the model's modules, see `judge_runs`.
+      linear_terms: Linear terms of the model's modules, see `judge_runs`.
+      other_runs: Runs to compare with, by description.
+
+    Returns:
+      The frames of the analysis.
+    """
+    names = dict.fromkeys(name for run in runs for name, _ in run.axes)
+    groups: dict[tuple[Any, ...], list[SweepRun]] = {}
+    for run in runs:
+        if run.rate:
+            # Full fine-tuning and other methods without a rank are analysed beside LoRA.
+            adapter = run.adapter if run.rank else "lora"
+            key = (run.model, adapter, *(value for _, value in run.axes))
+            groups.setdefault(key, []).append(run)
+    judgements: list[HorizonJudgement] = []
+    others = dict(other_runs or {})
+    labels = ("model", "adapter", *names)
+    different = [place for place in range(len(labels)) if len({key[place] for key in groups}) > 1]
+    for key, group in groups.items():
+        settings = dict(shared) | dict(group[0].axes)
+        law: dict[str, Any] = {"takeovers": takeovers, "linear_terms": linear_terms}
+        judged = judge_runs(
+            group, tokens[key[0]][0], **law, warmup=settings["warmup"], schedule=settings["schedule"], other_runs=others
+        )
+        described = {labels[place]: key[place] for place in different}
+        judgements.append(
+            HorizonJudgement(*(frame.assign(**described) if len(frame) else frame for frame in vars(judged).values()))
+        )
+        # Losses of different models cannot be compared.
+        if key == next(iter(groups)) and "model" not in described:
+            others[", ".join(f"{name} {value}" for name, value in described.items())] = group
+    tables = zip(*(vars(judged).values() for judged in judgements), strict=True)
+    empty = [pd.DataFrame()] * len(fields(HorizonJudgement))
+    return HorizonJudgement(*(map(_concatenate, tables) if judgements else empty))
+
+
 def judge_runs(
-    runs: Sequence[HorizonRun],
+    runs: Sequence[SweepRun],
     tokens: Sequence[int],
     *,
     takeovers: Sequence[float],
     warmup: int,
     schedule: Schedule = "constant",
     linear_terms: Sequence[float] = (),
-    other_runs: Mapping[str, Sequence[HorizonRun]] | None = None,
+    other_runs: Mapping[str, Sequence[SweepRun]] | None = None,
 ) -> HorizonJudgement:
     """Find the best rates at every step of the readings, and compare them with each other and with the law.
 

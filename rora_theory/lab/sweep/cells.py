@@ -1,23 +1,26 @@
 """Cells of a sweep, each with all settings that determine one fine-tuned and scored adapter."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from rora_theory.errors import InputError
 from rora_theory.lab import llama
 from rora_theory.lab.finetune import FinetuneConfig
-from rora_theory.lab.sweep.design import BASE, METHODS, Design, rates_of
+from rora_theory.lab.sweep.design import BASE, METHODS, Design
 from rora_theory.lab.sweep.records import RecordSplit
 from rora_theory.runs import frames
 from rora_theory.runs.cells import CELLS_FOLDER, ERROR_FILE
 from rora_theory.runs.reading import as_json, key_of, read_finished_cells, read_manifest
 from rora_theory.scaling import scaling_factor
+from rora_theory.validation.rules import check_warmup
 
 NOT_SHARED = (
-    "method", "rule", "rank", "alpha", "lr", "seed", "held_out", "steps", "epochs", "batch_size", "evaluate_every",
+    "method", "rule", "rank", "alpha", "lr", "seed", "held_out", "steps", "epochs", "evaluate_every",
     "checkpoint_every",
 )  # fmt: skip
 """Settings of a fine-tuning run that vary by cell, change no result, or have another name in a sweep's identity."""
@@ -25,61 +28,83 @@ NOT_SHARED = (
 
 @dataclass(frozen=True)
 class SweepCell:
-    """Settings that determine the result of one cell; their hash is the cell's key.
+    """Training run of a matrix with its read-outs. With what all runs of a folder share, it determines the result.
 
     Attributes:
+      model: Name of the base model.
       method: Name from `METHODS`, or `BASE`.
       rank: Rank; None for `BASE` and for methods without a rank.
       alpha: Alpha; None for `BASE` and for methods without a rank.
-      gamma: Scaling, which follows from the rule, alpha and rank; None for `BASE` and for methods without a rank.
-      learning_rate: Peak learning rate; None for `BASE`.
+      rate: Peak learning rate; None for `BASE`.
       seed: Seed; None for `BASE`.
-      model: Name of the base model.
-      revision: Revision of the base model.
-      dtype: Type of the base weights.
-      training: Configuration of the fine-tuning run; None for `BASE`.
-      data: Digests and sizes of the training and held-out records.
+      read_at: Numbers of steps after which the held-out records are evaluated; the run ends at the last. Empty for
+        `BASE`.
+      axes: Settings of the run in place of the shared ones, by names from `AXES`.
       evaluation: Protocol, tasks, limit and digests of the task files; None if the tasks are not scored.
     """
 
-    method: str
-    rank: int | None
-    alpha: float | None
-    gamma: float | None
-    learning_rate: float | None
-    seed: int | None
     model: str
-    revision: str | None
-    dtype: str
-    training: FinetuneConfig | None
-    data: Mapping[str, Any]
-    evaluation: Mapping[str, Any] | None
+    method: str
+    rank: int | None = None
+    alpha: float | None = None
+    rate: float | None = None
+    seed: int | None = None
+    read_at: tuple[int, ...] = ()
+    axes: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] | None = None
 
     def __str__(self) -> str:
         """Return a short description of the cell."""
-        if self.training is None:
+        if self.method == BASE:
             return f"{self.model}: base"
         size = f"r={self.rank} alpha={self.alpha:g} gamma={self.gamma:.4g} " if self.rank is not None else ""
-        return f"{self.model}: {self.method} {size}lr={self.learning_rate:g} seed={self.seed}"
+        axes = "".join(f" {name}={value}" for name, value in self.axes.items())
+        return f"{self.model}: {self.method} {size}lr={self.rate:g}{axes} seed={self.seed}"
+
+    @property
+    def gamma(self) -> float | None:
+        """Scaling of the adapter; None for methods without a rank."""
+        if self.rank is None or self.alpha is None:
+            return None
+        return scaling_factor(METHODS[self.method].settings["rule"], alpha=self.alpha, rank=self.rank)
+
+    def training(self, shared: FinetuneConfig) -> FinetuneConfig | None:
+        """Return the fine-tuning configuration of the run; None for `BASE`.
+
+        Args:
+          shared: Settings that all runs share. Targets and dropout apply to methods with a rank; other methods adapt
+            their published modules (full fine-tuning these targets) without dropout.
+
+        Raises:
+          InputError: If a value is out of range.
+        """
+        if self.method == BASE:
+            return None
+        settings: dict[str, Any] = dict(self.axes) | {"lr": self.rate, "seed": self.seed, "steps": self.read_at[-1]}
+        settings |= METHODS[self.method].settings
+        if self.rank is None:
+            # Full fine-tuning is compared with adapters of the same modules; other methods have modules of their own.
+            settings |= {"targets": shared.modules if settings["method"] == "full" else None, "dropout": 0.0}
+        else:
+            settings |= {"rank": self.rank, "alpha": self.alpha, "targets": shared.modules}
+        return shared.with_method(**settings | {"held_out": 0})
 
 
 def cells_of(
     design: Design,
     shared: FinetuneConfig,
     *,
-    revision: str | None = None,
-    data: Mapping[str, Any],
-    evaluation: Mapping[str, Any] | None,
-    stage: int,
+    train_records: int,
+    evaluation: Mapping[str, Any] | None = None,
+    stage: int = 0,
     best: pd.DataFrame | None = None,
 ) -> list[SweepCell]:
     """Return the cells of a design in the order of work: by seed, rank (methods without a rank first) and method.
 
     Args:
       design: Settings that vary.
-      shared: Settings that all fine-tuning runs share, see `training_of`.
-      revision: Revision of the models.
-      data: Digests and sizes of the records, see `SweepCell`.
+      shared: Settings that all training runs share.
+      train_records: Number of training records, which determines the steps of a run of whole epochs.
       evaluation: Settings of the scoring, see `SweepCell`.
       stage: 0 for all cells or, in a tuned design, for those of the first seed without accuracy; 1 for the other seeds
         of a tuned design at the chosen rates.
@@ -92,50 +117,54 @@ def cells_of(
     is_tuning = design.tuned and stage == 0
     seeds = design.seeds[:1] if is_tuning else design.seeds[1:] if design.tuned else design.seeds
     seed_evaluation = None if is_tuning and len(design.seeds) > 1 else evaluation
-    common: dict[str, Any] = {"revision": revision, "dtype": design.dtype, "data": dict(data)}
-    cells = []
     # Stage 1 repeats the rates that were best at the first seed.
     best_rates: dict[Any, tuple[float, ...]] = {
         (row["model"], row["method"], row["rank"]): (row["learning_rate"],)
         for row in ([] if best is None else frames.rows(best))
     }
+    methods = design.methods + (("full",) if design.full_lrs and "full" not in design.methods else ())
+    cells = []
     for model in design.models:
         # The base model is one cell without training.
-        if BASE in design.methods and stage == 0:
-            untrained: dict[str, Any] = dict.fromkeys(("rank", "alpha", "gamma", "learning_rate", "seed", "training"))
-            cells.append(SweepCell(method=BASE, model=model, evaluation=evaluation, **untrained, **common))
-        for seed in seeds:
-            for rank in (None, *design.ranks):
-                for method in design.methods:
-                    # Methods without a rank belong to the first turn of the loop, in which the rank is None.
-                    if method == BASE or METHODS[method].has_rank == (rank is None):
-                        continue
-                    # Rates: the best one of stage 0, those of the options, or the published ones of the method.
-                    if stage == 1:
-                        rates = best_rates.get((model, method, rank), ())
-                    else:
-                        rates = design.lrs or rates_of(method, model, tuned=design.tuned)
-                    for rate in rates:
-                        training = training_of(design, shared, method, rank, rate, seed)
-                        # Alpha and gamma exist only for methods with a rank.
-                        strength: dict[str, Any] = {"alpha": None, "gamma": None}
-                        if rank is not None:
-                            gamma = scaling_factor(training.rule, alpha=training.alpha, rank=rank)
-                            strength = {"alpha": training.alpha, "gamma": gamma}
-                        cells.append(
-                            SweepCell(
-                                method=method,
-                                rank=rank,
-                                learning_rate=rate,
-                                seed=seed,
-                                model=model,
-                                training=training,
-                                evaluation=seed_evaluation,
-                                **strength,
-                                **common,
-                            )
-                        )
+        if BASE in methods and stage == 0:
+            cells.append(SweepCell(model, BASE, evaluation=evaluation))
+        # A value that all runs share anyway is no axis of the cell.
+        variants = [
+            {name: value for name, value in variant.items() if value != getattr(shared, name)}
+            for variant in design.variants()
+        ]
+        for seed, axes, rank, method in product(seeds, variants, (None, *design.ranks), methods):
+            # Methods without a rank belong to the first turn of the loop, in which the rank is None.
+            if method == BASE or METHODS[method].has_rank == (rank is None):
+                continue
+            rates = best_rates.get((model, method, rank), ()) if stage == 1 else design.rates(method, model)
+            alphas = (None,) if rank is None else design.alphas(rank, shared.alpha)
+            runs = product(alphas, _read_outs(design, shared, axes, train_records), rates)
+            cells += [
+                SweepCell(model, method, rank, alpha, rate, seed, read_at, axes, seed_evaluation)
+                for alpha, read_at, rate in runs
+            ]
     return cells
+
+
+def _read_outs(
+    design: Design, shared: FinetuneConfig, axes: Mapping[str, Any], train_records: int
+) -> list[tuple[int, ...]]:
+    """Return the numbers of steps of the read-outs of each run."""
+    settings: dict[str, Any] = vars(shared) | dict(axes)
+    epoch = -(-train_records // settings["batch_size"])
+    steps: tuple[int, ...] = design.read_at or (shared.steps or shared.epochs * epoch,)
+    # The first step of a warm-up has the rate 0: after it there is no change to measure.
+    if steps[0] == 1 and settings["warmup"]:
+        raise InputError(
+            f"--read-at must begin at 2 or more with --warmup {settings['warmup']}, under which the first step has the "
+            "rate 0, got 1"
+        )
+    # A rate that decays depends on where the run ends: every read-out needs a run of its own.
+    runs: list[tuple[int, ...]] = [steps] if settings["schedule"] == "constant" else [(step,) for step in steps]
+    for run in runs:
+        check_warmup(settings["warmup"], run[-1])
+    return runs
 
 
 def replace_with_scored(cells: Sequence[SweepCell], folder: Path) -> list[SweepCell]:
@@ -155,40 +184,13 @@ def cell_states(cells: Sequence[SweepCell], folder: Path) -> list[dict[str, Any]
         key = key_of(cell)
         has_failed = (folder / CELLS_FOLDER / key / ERROR_FILE).exists()
         state = "done" if key in finished_cells else "failed" if has_failed else "new"
-        rows.append(vars(cell) | {"key": key, "state": state})
+        rows.append(vars(cell) | {"gamma": cell.gamma, "key": key, "state": state})
     return rows
 
 
-def training_of(
-    design: Design, shared: FinetuneConfig, method: str, rank: int | None, rate: float, seed: int
-) -> FinetuneConfig:
-    """Return the fine-tuning configuration of a cell.
-
-    Args:
-      design: Design with the rule for alpha and the dtype.
-      shared: Settings that all cells share. Targets and dropout apply to methods with a rank; other methods adapt their
-        published modules (full fine-tuning these targets) without dropout.
-      method: Name of the method.
-      rank: Rank; None for a method without a rank.
-      rate: Peak learning rate.
-      seed: Seed of the run.
-
-    Raises:
-      InputError: If a value is out of range.
-    """
-    settings: dict[str, Any] = {"lr": rate, "seed": seed, "dtype": design.dtype} | dict(METHODS[method].settings)
-    if rank is None:
-        # Full fine-tuning is compared with adapters of the same modules; other methods have modules of their own.
-        settings |= {"targets": shared.modules if settings["method"] == "full" else None, "dropout": 0.0}
-    else:
-        alpha = 2.0 * rank if design.alpha_rule == "2r" else shared.alpha
-        settings |= {"rank": rank, "alpha": alpha, "targets": shared.modules}
-    # Settings that change no result must not change the cell's key.
-    settings |= {"held_out": 0, "checkpoint_every": FinetuneConfig.checkpoint_every}
-    return shared.with_method(**settings)
-
-
-def describe_models(cells: Sequence[SweepCell], located: Mapping[str, llama.ModelSource]) -> dict[str, dict[str, int]]:
+def describe_models(
+    cells: Sequence[SweepCell], shared: FinetuneConfig, located: Mapping[str, llama.ModelSource]
+) -> dict[str, dict[str, int]]:
     """Check that all adapters fit their models, and return the number of parameters of each model.
 
     Raises:
@@ -198,8 +200,9 @@ def describe_models(cells: Sequence[SweepCell], located: Mapping[str, llama.Mode
     for cell in cells:
         if cell.model not in configs:
             configs[cell.model] = llama.model_config(located[cell.model])
-        if cell.training is not None:
-            cell.training.adapter().table(configs[cell.model])
+        training = cell.training(shared)
+        if training is not None:
+            training.adapter().table(configs[cell.model])
     return {name: {"parameters": llama.count_parameters(config)} for name, config in configs.items()}
 
 

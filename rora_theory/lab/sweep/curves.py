@@ -1,13 +1,12 @@
 """Curves of loss against learning rate after a number of steps, and paired comparisons of curves."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
-from rora_theory.lab.sweep.horizon_runs import FULL, HorizonRun
+from rora_theory.lab.sweep.runs import FULL, SweepRun
 from rora_theory.runs import frames
 from rora_theory.stats.rate_curves import (
     Curve,
@@ -16,14 +15,14 @@ from rora_theory.stats.rate_curves import (
     compare_curves,
     estimate_loss_difference,
 )
-from rora_theory.stats.trained_runs import TrainedRun, curve_of_runs, loss_difference
+from rora_theory.stats.trained_runs import TrainedRun, curves_of_runs, loss_difference
 
 
-def curves_at(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int, *, draws: int) -> list[Curve]:
+def curves_at(runs: Sequence[SweepRun], tokens: Sequence[int], step: int, *, draws: int) -> list[Curve]:
     """Return the curves of loss against learning rate after a number of steps.
 
-    There is a curve for every rank and strength, and for full fine-tuning (rule ``full``, rank 0, gamma 1), if runs at
-    three or more rates reach the step.
+    There is a curve for every rank and strength, and for every method without a rank (which is the curve's rule, with
+    rank 0 and gamma 1), if runs at three or more rates reach the step.
 
     Args:
       runs: Runs of the grid, see `runs.merge_repeated_runs`.
@@ -34,10 +33,10 @@ def curves_at(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int, *, d
     Returns:
       The curves in ascending order of rank and scaling.
     """
-    return _curves_of([run.at(step, tokens) for run in runs if run.reaches(step)], draws)
+    return curves_of_runs([run.at(step, tokens) for run in runs if run.rate and run.reaches(step)], draws=draws)
 
 
-def training_curves_at(runs: Sequence[HorizonRun], step: int, *, draws: int) -> list[Curve]:
+def training_curves_at(runs: Sequence[SweepRun], step: int, *, draws: int) -> list[Curve]:
     """Return the curves of training loss against learning rate, over the second half of the steps up to ``step``.
 
     Args:
@@ -49,53 +48,19 @@ def training_curves_at(runs: Sequence[HorizonRun], step: int, *, draws: int) -> 
     Returns:
       The curves in ascending order of rank and scaling, as for `curves_at`.
     """
-    trained = (run.in_training_at(step) for run in runs)
-    return _curves_of([run for run in trained if run is not None], draws)
-
-
-def _curves_of(runs: Sequence[TrainedRun], draws: int) -> list[Curve]:
-    """Return a curve for every rank and scaling with runs at three or more rates."""
-    curves = []
-    for rank, gamma in sorted({(run.rank, run.gamma) for run in runs}):
-        grid_runs = _select_grid([run for run in runs if (run.rank, run.gamma) == (rank, gamma)])
-        if grid_runs:
-            curves.append(curve_of_runs(grid_runs, kappa=1.0, draws=draws))
-    return curves
-
-
-def _select_grid(runs: Sequence[TrainedRun]) -> list[TrainedRun]:
-    """Select the runs of a curve, which needs the same rates at every seed.
-
-    Seeds with more rates are chosen first. A seed is left out if fewer than three rates would remain, or none at which
-    no seed diverged.
-
-    Args:
-      runs: Runs of one rank and scaling.
-    """
-    # Rates that each seed ran at, and those at which it did not diverge.
-    rates_of_seed: dict[int, set[float]] = {}
-    finite_rates_of_seed: dict[int, set[float]] = {}
-    for run in runs:
-        rates_of_seed.setdefault(run.seed, set()).add(run.rate)
-        finite_rates = finite_rates_of_seed.setdefault(run.seed, set())
-        if math.isfinite(run.loss):
-            finite_rates.add(run.rate)
-    seeds: list[int] = []
-    rates: set[float] = set()
-    # Add one seed after the other, those with the most rates first, if the rates that remain still give a curve.
-    for seed in sorted(rates_of_seed, key=lambda seed: (-len(rates_of_seed[seed]), seed)):
-        shared_rates = rates & rates_of_seed[seed] if seeds else rates_of_seed[seed]
-        finite_rates = set.intersection(*(finite_rates_of_seed[member] for member in (*seeds, seed)))
-        if len(shared_rates) >= 3 and shared_rates & finite_rates:
-            seeds, rates = [*seeds, seed], shared_rates
-    return [run for run in runs if run.seed in seeds and run.rate in rates]
+    trained = (run.in_training_at(step) for run in runs if run.rate)
+    return curves_of_runs([run for run in trained if run is not None], draws=draws)
 
 
 def best_rate_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
     """Return the best rate and the lowest loss of every curve after a number of steps."""
-    frame = pd.DataFrame(best_rates(curves)).drop(columns=["optimizer", "trained", "rule", "kappa"], errors="ignore")
+    frame = pd.DataFrame(best_rates(curves)).drop(columns=["optimizer", "trained", "kappa"], errors="ignore")
     if not len(frame):
         return frame
+    # Without another method, a missing rank is full fine-tuning.
+    rules = frame.pop("rule")
+    if set(rules) - {"lora", FULL}:
+        frame["method"] = rules
     frame.insert(0, "step", step)
     frame.insert(2, "strength", [strength_of(curve) if curve.rank else None for curve in curves])
     frame["rank"] = pd.array([curve.rank or None for curve in curves], dtype="Int64")
@@ -134,7 +99,7 @@ def compare_best_rates(
       ``grid_error``, and ``error_over``; ``seeds``; and ``verdict``, see `stats.rate_curves.compare_curves`.
     """
     # Pairs of curves, each followed by the names of both. First every adapter with full fine-tuning.
-    adapters = [curve for curve in curves if curve.rule != FULL]
+    adapters = [curve for curve in curves if curve.rank]
     pairs = [(curve, full, _rank_name(curve), FULL) for curve in adapters for full in curves if full.rule == FULL]
     # With the largest rank at one strength.
     for curve in adapters:
@@ -150,7 +115,7 @@ def compare_best_rates(
             pairs.append((curve, strongest, name, strongest_name))
     # With the same setting in other runs.
     for name, other_curves in (other_runs or {}).items():
-        by_setting = {(other.rank, other.scaling): other for other in other_curves}
+        by_setting = {(other.rank, other.scaling): other for other in other_curves if other.rank or other.rule == FULL}
         pairs += [
             (curve, by_setting[curve.rank, curve.scaling], _rank_name(curve), name)
             for curve in curves
@@ -179,7 +144,7 @@ def _strength_name(strength: float) -> str:
     return f"gamma r = {strength:g}"
 
 
-def compare_at_one_rate(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int) -> pd.DataFrame:
+def compare_at_one_rate(runs: Sequence[SweepRun], tokens: Sequence[int], step: int) -> pd.DataFrame:
     """Compare every strength with the largest strength of its rank at the same learning rate.
 
     In contrast, `compare_best_rates` compares curves at their own best rates.

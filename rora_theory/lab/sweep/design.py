@@ -3,13 +3,20 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any, Literal
 
+import yaml
+
+from rora_theory.errors import InputError
 from rora_theory.lab.evaluate.scoring import Protocol
 from rora_theory.lab.finetune.config import LEARNING_RATES, BaseDtype
 from rora_theory.laws.random.seeds import check_seed
-from rora_theory.scaling import check_choice, check_integer, check_positive
-from rora_theory.validation.rules import check_list
+from rora_theory.scaling import check_choice, check_integer, check_positive, exponent
+from rora_theory.validation.rules import check_list, check_steps
+
+AXES = ("schedule", "batch_size", "warmup", "weight_decay", "lr_multiplier_A", "quantization", "clip")
+"""Settings of the training runs that may be further axes of a matrix."""
 
 BASE = "base"
 """Name of the model without an adapter, which is one cell without training or seeds."""
@@ -59,8 +66,13 @@ class Design:
       methods: Names of methods. Every combination of method, rank and seed is a cell.
       ranks: Ranks of the adapters.
       alpha_rule: Rule for alpha.
+      strengths: Values of G = gamma r, in place of alpha; methods with a rank must then scale by alpha / r.
       lrs: Learning rates; None is the published rate of each method, or its grid `RATE_GRIDS` if ``tuned``.
+      full_lrs: Learning rates of full fine-tuning, which is added to the methods if there are any.
       seeds: Seeds of the runs.
+      read_at: Numbers of steps after which the held-out records are evaluated; empty is the end of the run. A run at a
+        constant rate has all of them, under another schedule each is the end of a run of its own.
+      axes: Further axes, each as NAME=VALUE,VALUE with a name from `AXES`.
       tuned: Whether to choose the rate of each method and rank at the first seed by validation loss, and to run the
         other seeds at the chosen rate.
       protocol: Protocol of the scoring.
@@ -74,8 +86,12 @@ class Design:
     methods: tuple[str, ...] = (BASE, "lora", "dora", "rora")
     ranks: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
     alpha_rule: AlphaRule = "fixed"
+    strengths: tuple[float, ...] = ()
     lrs: tuple[float, ...] | None = None
+    full_lrs: tuple[float, ...] = ()
     seeds: tuple[int, ...] = (0, 1)
+    read_at: tuple[int, ...] = ()
+    axes: tuple[str, ...] = ()
     tuned: bool = False
     protocol: Protocol = "label"
     dtype: BaseDtype = "float32"
@@ -89,6 +105,39 @@ class Design:
         check_list("--ranks", self.ranks, check_integer)
         if self.lrs is not None:
             check_list("--lrs", self.lrs, check_positive)
+        check_list("--strengths", self.strengths, check_positive, fewest=0)
+        check_list("--full-lrs", self.full_lrs, check_positive, fewest=0)
+        if self.read_at:
+            check_steps(self.read_at, "--read-at")
+        for method in (METHODS[name] for name in self.methods if self.strengths and name != BASE):
+            if method.has_rank and exponent(method.settings["rule"]) != 1:
+                raise InputError(f"--strengths requires methods that scale by alpha / r, got {method.name}")
+        self.variants()
+
+    def alphas(self, rank: int, alpha: float) -> tuple[float, ...]:
+        """Return the values of alpha at a rank: the strengths, twice the rank, or the shared alpha."""
+        return self.strengths or ((2.0 * rank,) if self.alpha_rule == "2r" else (alpha,))
+
+    def rates(self, method: str, model: str) -> tuple[float, ...]:
+        """Return the learning rates of a method."""
+        if method == "full" and self.full_lrs:
+            return self.full_lrs
+        return self.lrs or rates_of(method, model, tuned=self.tuned)
+
+    def variants(self) -> list[dict[str, Any]]:
+        """Return the combinations of the further axes, each as settings by name.
+
+        Raises:
+          InputError: If an axis is unknown or has no values.
+        """
+        values: dict[str, list[Any]] = {}
+        for axis in self.axes:
+            name, _, words = axis.partition("=")
+            check_choice("axes", name, AXES)
+            values[name] = [yaml.safe_load(word) for word in words.split(",")]
+            if not words or len(set(map(str, values[name]))) < len(values[name]):
+                raise InputError(f"axes must have the form NAME=VALUE,VALUE with different values, got {axis!r}")
+        return [dict(zip(values, combination, strict=True)) for combination in product(*values.values())]
 
 
 RATE_GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -110,8 +159,12 @@ DESIGNS = {
         ranks=(32, 128),  # the paper's RoRA rows are at 128, the others at 32
     ),
     "table2": replace(_PAPER, models=("princeton-nlp/Sheared-LLaMA-1.3B",), ranks=(8, 16, 32, 64, 128)),
-}
-"""Designs by name; the last four are the paper's.
+    "horizon": Design(
+        methods=("lora",), ranks=(8, 128), strengths=(64.0, 724.0), lrs=(3e-4, 1e-3, 3e-3), seeds=(0,),
+        read_at=(16, 64, 256),
+    ),
+}  # fmt: skip
+"""Designs by name; fig1, fig3, table1 and table2 are the paper's.
 
 All methods have the same budget and are evaluated after the last step. The published prefix runs differ (batch size 8,
 5 epochs, and the step of lowest validation loss).

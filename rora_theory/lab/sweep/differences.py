@@ -20,6 +20,7 @@ from rora_theory.errors import InputError
 from rora_theory.lab.data.tasks import TASKS
 from rora_theory.lab.sweep import results
 from rora_theory.lab.sweep.design import BASE
+from rora_theory.lab.sweep.runs import SweepRun
 from rora_theory.runs import frames
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.paired import mean_of_groups, mean_per_token_over_seeds
@@ -27,7 +28,7 @@ from rora_theory.stats.paired import mean_of_groups, mean_per_token_over_seeds
 AGAINST = "lora"
 """Method with which the others are compared, in addition to the base."""
 
-RECORD, ITEM = ["file", "index", "tokens", "answer_tokens"], ["task", "index"]
+RECORD, ITEM = ["source", "index", "tokens", "answer_tokens"], ["task", "index"]
 """Columns that must be equal in the losses, and in the answers, of two cells."""
 
 Rates = Literal["same", "own", "best"]
@@ -102,14 +103,30 @@ def difference_table(differences: Iterable[Difference]) -> pd.DataFrame:
     return frames.from_rows(rows, [*names, *(f"{task}{suffix}" for task in TASKS for suffix in ("", "_error"))])
 
 
-def method_differences(rows: pd.DataFrame, cells: Path) -> Iterator[Difference]:
+def record_losses(runs: Iterable[SweepRun], records: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the losses of the held-out records at the end of each run, by key, with the columns `RECORD`.
+
+    Args:
+      runs: Runs of a matrix.
+      records: Held-out records of the matrix, with the columns `RECORD` and ``model``.
+    """
+    losses = {}
+    for run in runs:
+        for reading in run.read.readings[-1:]:
+            of_model = records[records["model"] == run.model].reset_index(drop=True)
+            losses[run.key] = of_model.assign(loss=reading.losses, answer_loss=reading.answer_losses)
+    return losses
+
+
+def method_differences(rows: pd.DataFrame, losses: Mapping[str, pd.DataFrame], cells: Path) -> Iterator[Difference]:
     """Compare every method with the base and with LoRA.
 
     A method with a rank is compared with LoRA of the same rank and alpha, a method without a rank with every LoRA.
 
     Args:
-      rows: Rows of `results.csv`.
-      cells: Folder of the cells, with their losses by record and answers by item.
+      rows: Rows of `results.csv` at the end of each run, without further axes.
+      losses: Losses of the held-out records by key, see `record_losses`.
+      cells: Folder of the cells, with their answers by item.
 
     Yields:
       The differences.
@@ -132,7 +149,7 @@ def method_differences(rows: pd.DataFrame, cells: Path) -> Iterator[Difference]:
         base = groups.get((model, BASE, None, None), {})
         for group in by_rate.values():
             if base:
-                yield from compare_cells(group, base[None], cells, "same")
+                yield from compare_cells(group, base[None], losses, cells, "same")
         # LoRA of the same model, and of the same rank and alpha for methods that have them.
         for lora_key, lora_by_rate in groups.items():
             lora_model, lora_method, lora_rank, lora_alpha = lora_key
@@ -142,7 +159,7 @@ def method_differences(rows: pd.DataFrame, cells: Path) -> Iterator[Difference]:
                 continue
             # Against LoRA at the same rate.
             for rate in [rate for rate in by_rate if rate in lora_by_rate]:
-                yield from compare_cells(by_rate[rate], lora_by_rate[rate], cells, "same")
+                yield from compare_cells(by_rate[rate], lora_by_rate[rate], losses, cells, "same")
             # Against LoRA with each method at its best or only rate, if this is not the same comparison again.
             best, lora_best = best_of(by_rate), best_of(lora_by_rate)
             if best and lora_best:
@@ -151,7 +168,8 @@ def method_differences(rows: pd.DataFrame, cells: Path) -> Iterator[Difference]:
                     gaps = [grid_errors.get(key) for key in ((model, method, rank, alpha), lora_key)]
                     grid_error = None if is_only or None in gaps else max(gap for gap in gaps if gap is not None)
                     kind: Rates = "own" if is_only else "best"
-                    yield from compare_cells(by_rate[best[0]], lora_by_rate[lora_best[0]], cells, kind, grid_error)
+                    ends = by_rate[best[0]], lora_by_rate[lora_best[0]]
+                    yield from compare_cells(*ends, losses, cells, kind, grid_error)
 
 
 def best_of(by_rate: Mapping[float | None, Group]) -> tuple[float | None, str] | None:
@@ -161,7 +179,12 @@ def best_of(by_rate: Mapping[float | None, Group]) -> tuple[float | None, str] |
 
 
 def compare_cells(
-    group: Group, against: Group, cells: Path, rates: Rates, grid_error: float | None = None
+    group: Group,
+    against: Group,
+    record_losses: Mapping[str, pd.DataFrame],
+    cells: Path,
+    rates: Rates,
+    grid_error: float | None = None,
 ) -> Iterator[Difference]:
     """Yield the difference of two groups, if they have a seed in common; the base stands for every seed."""
     # Pairs of the same seed. The base model is not trained, so it pairs with every seed.
@@ -170,7 +193,7 @@ def compare_cells(
     if not pairs:
         return
     # Losses of the same records, and answers to the same items: their paired differences have small errors.
-    (loss, loss_by_seed), (answer, answer_by_seed) = _losses(pairs, cells)
+    (loss, loss_by_seed), (answer, answer_by_seed) = _losses(pairs, record_losses)
     # Accuracies are compared over the seeds at which both were scored.
     scored = [(row, other) for row, other in pairs if None not in (row["average"], other["average"])]
     average, tasks = _accuracies(scored, cells) if scored else (None, {})
@@ -201,14 +224,13 @@ def compare_cells(
     )
 
 
-def _losses(pairs: Sequence[tuple[Row, Row]], cells: Path) -> list[tuple[Estimate, Estimate]]:
+def _losses(pairs: Sequence[tuple[Row, Row]], by_key: Mapping[str, pd.DataFrame]) -> list[tuple[Estimate, Estimate]]:
     """Compute the differences of the losses per token over all tokens and over the answers' tokens.
 
     Returns:
       The mean over seeds twice: with its error over records, and with its error over seeds.
     """
-    paths = [[results.cell_file(cells, row["key"], results.LOSSES) for row in pair] for pair in pairs]
-    losses = [[results.read_losses(path) for path in pair] for pair in paths]
+    losses = [[by_key[row["key"]] for row in pair] for pair in pairs]
     _check_same(pairs, losses, RECORD, "measured on different records")
     return [
         mean_per_token_over_seeds(

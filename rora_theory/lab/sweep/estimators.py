@@ -8,7 +8,6 @@ from typing import Any, get_args
 import pandas as pd
 
 from rora_theory.lab.sweep.curves import strength_of
-from rora_theory.lab.sweep.horizon_runs import FULL
 from rora_theory.runs import frames
 from rora_theory.stats.curve_optima import Method, pooled_exponent
 from rora_theory.stats.rate_curves import Curve, at_shared_seeds
@@ -51,7 +50,7 @@ def estimator_table(curves: Sequence[Curve], step: int, training_curves: Sequenc
 
 def _exponent_rows(curves: Sequence[Curve], step: int, methods: Mapping[str, Method]) -> list[dict[str, Any]]:
     """Return the rows of `estimator_table` for some curves, by estimators whose names are the keys of ``methods``."""
-    curve_of_setting = {(curve.rank, strength_of(curve)): curve for curve in curves if curve.rule != FULL}
+    curve_of_setting = {(curve.rank, strength_of(curve)): curve for curve in curves if curve.rank}
     rows: list[dict[str, Any]] = []
     for over, index in (("strength", 1), ("rank", 0)):
         values = sorted({key[index] for key in curve_of_setting})

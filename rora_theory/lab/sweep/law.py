@@ -13,8 +13,8 @@ import pandas as pd
 from rora_theory import laws
 from rora_theory.errors import InputError
 from rora_theory.lab.sweep.curves import setting_labels, strength_of
-from rora_theory.lab.sweep.horizon_runs import HorizonRun
 from rora_theory.lab.sweep.parts import QUANTILES, exponent_of_parts
+from rora_theory.lab.sweep.runs import SweepRun
 from rora_theory.laws import constant_gradient, displacement
 from rora_theory.measure.regimes.saved_run import read_regime_run
 from rora_theory.measure.regimes.tables import TAKEOVER, TAKEOVER_COLUMNS
@@ -101,7 +101,7 @@ def horizon_exponents(
     takeovers: Sequence[float],
     warmup: int,
     schedule: Schedule = "constant",
-    runs: Sequence[HorizonRun] = (),
+    runs: Sequence[SweepRun] = (),
     linear_terms: Sequence[float] = (),
     constants: Mapping[int, tuple[float, float]] | None = None,
 ) -> pd.DataFrame:

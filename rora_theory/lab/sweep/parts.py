@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from rora_theory.lab.led import PARTS, preserving_exponent, preserving_factor
-from rora_theory.lab.sweep.horizon_runs import HorizonRun
+from rora_theory.lab.sweep.runs import SweepRun
 from rora_theory.laws import constant_gradient
 from rora_theory.optimizers import Schedule, schedule_factor
 from rora_theory.runs import frames
@@ -21,7 +21,7 @@ GRID_STEP = 1 / 4
 
 
 def led_table(
-    runs: Sequence[HorizonRun], *, takeovers: Sequence[float], warmup: int, schedule: Schedule = "constant"
+    runs: Sequence[SweepRun], *, takeovers: Sequence[float], warmup: int, schedule: Schedule = "constant"
 ) -> pd.DataFrame:
     """Tabulate the B-led and the A-led part of the change at every reading where they were measured.
 
@@ -118,7 +118,7 @@ def change_at_best(best: pd.DataFrame, led: pd.DataFrame) -> pd.DataFrame:
 
 
 def exponent_of_parts(
-    runs: Sequence[HorizonRun],
+    runs: Sequence[SweepRun],
     step: int,
     *,
     rank: int,

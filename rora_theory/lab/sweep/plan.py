@@ -1,8 +1,7 @@
 """Configuration of a sweep, and its plan: design, records, tasks and cells, without loading weights.
 
-plan = plan_sweep(SweepConfig(("train.json",), ranks=(4, 8), accuracy=False))
+plan = plan_sweep(SweepConfig(("train.json",), ranks=(4, 8)))
 bench = Workbench(plan.training, plan.records, plan.tasks, plan.located, scoring=plan.scoring)
-bench.open(plan.design.models[0])
 outcomes = [bench.measure(cell, Path("cells")) for cell in plan.cells()]
 """
 
@@ -25,7 +24,6 @@ from rora_theory.lab.sweep.cells import SweepCell, cells_of, sweep_identity
 from rora_theory.lab.sweep.design import DESIGNS, AlphaRule, Design
 from rora_theory.lab.sweep.records import RecordSplit, Shares, draw_records
 from rora_theory.validation.ranges import Count, check_ranges
-from rora_theory.validation.rules import check_warmup
 
 
 @dataclass(frozen=True)
@@ -42,10 +40,12 @@ class SweepConfig:
     data: tuple[str, ...]
     """Training files, see `rora_theory.lab.data.records.read_record_set`"""
     reading: DataConfig = field(default_factory=DataConfig)
-    design: Literal["grid", "fixed_alpha", "alpha_2r", "tuned_rate", "fig1", "fig3", "table1", "table2"] = "grid"
+    design: Literal["grid", "fixed_alpha", "alpha_2r", "tuned_rate", "fig1", "fig3", "table1", "table2", "horizon"] = (
+        "grid"
+    )
     """Design: fixed_alpha has the same alpha at every rank; alpha_2r has alpha = 2 r; tuned_rate uses the best of
-    several learning rates for each method and rank; fig1, fig3, table1 and table2 are the paper's; grid has no
-    presets"""
+    several learning rates for each method and rank; horizon has values of G = gamma r, rates and numbers of steps;
+    fig1, fig3, table1 and table2 are the paper's; grid has no presets"""
     model: tuple[str, ...] | None = None
     """One or more models: a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name"""
     revision: str | None = None
@@ -57,14 +57,24 @@ class SweepConfig:
     """Ranks of the adapter"""
     alpha_rule: AlphaRule | None = None
     """Rule for alpha: fixed uses --alpha at every rank, 2r uses twice the rank and ignores --alpha"""
+    strengths: tuple[float, ...] | None = None
+    """Values of G = gamma r (scaling times rank), in place of alpha; methods with a rank must scale by alpha / r"""
     tuned: bool = False
     """Choose the learning rate of each method and rank by validation loss at the first seed, and use it for the other
     seeds"""
     lrs: tuple[float, ...] | None = None
     """Peak learning rates. The default is the published rate of each method (3e-4; dora 2e-4, with LLaMA-3 1e-4; prefix
     3e-2; full 2e-5), or a grid of rates with --tuned"""
+    full_lrs: tuple[float, ...] | None = None
+    """Learning rates of full fine-tuning of the same modules; by default there are no such runs"""
     seeds: tuple[int, ...] | None = None
     """Seeds of initialisation, order and dropout; methods of the same rank and seed share initialisation and order"""
+    read_at: tuple[int, ...] | None = None
+    """Numbers of steps after which to evaluate the held-out records, in ascending order; by default the end of the run.
+    A run at a constant rate has all of them; under another schedule each is the end of a run of its own"""
+    axes: tuple[str, ...] | None = None
+    """Further axes as NAME=VALUE,VALUE, such as schedule=constant,cosine batch_size=4,32 quantization=none,q4_0;
+    supported: schedule, batch_size, warmup, weight_decay, lr_multiplier_A, quantization, clip"""
     dtype: BaseDtype | None = None
     """Type of the frozen base weights; the default is float32, or bfloat16 in the paper's designs"""
 
@@ -76,8 +86,8 @@ class SweepConfig:
     """Seed of the samples of training and held-out records"""
     training: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(held_out=512, checkpoint_every=500))
 
-    accuracy: bool = True
-    """Score the tasks; otherwise only losses are measured"""
+    accuracy: bool = False
+    """Score the tasks after each run; otherwise only losses are measured"""
     tasks: tuple[str, ...] = tuple(TASKS)
     """Tasks to score"""
     protocol: Protocol | None = None
@@ -98,7 +108,10 @@ class SweepConfig:
 
     def resolve_design(self) -> Design:
         """Return the named design, with its values replaced by those that are set."""
-        names = ("methods", "ranks", "lrs", "seeds", "alpha_rule", "protocol", "dtype")
+        names = (
+            *("methods", "ranks", "lrs", "seeds", "alpha_rule", "protocol", "dtype"),
+            *("strengths", "full_lrs", "read_at", "axes"),
+        )
         options = {name: getattr(self, name) for name in names} | {"models": self.model, "tuned": self.tuned or None}
         return replace(DESIGNS[self.design], **{name: value for name, value in options.items() if value is not None})
 
@@ -129,8 +142,8 @@ class SweepPlan:
 
     def cells(self, stage: int = 0, best: pd.DataFrame | None = None) -> list[SweepCell]:
         """Return the cells of a stage, see `cells_of`."""
-        shared: dict[str, Any] = {"data": self.records.summary, "evaluation": self.evaluation}
-        return cells_of(self.design, self.training, revision=self.revision, **shared, stage=stage, best=best)
+        shared: dict[str, Any] = {"train_records": len(self.records.train), "evaluation": self.evaluation}
+        return cells_of(self.design, self.training, **shared, stage=stage, best=best)
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that all cells share, except those of the scoring, see `sweep_identity`."""
@@ -141,8 +154,7 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
     """Read the records and the tasks, and locate the models.
 
     Raises:
-      InputError: If `draw_records`, `sources.read_tasks`, `Scoring`, `Design` or `llama.locate` refuses a value, or the
-        warm-up is not shorter than the runs.
+      InputError: If `draw_records`, `sources.read_tasks`, `Scoring`, `Design` or `llama.locate` refuses a value.
     """
     design = config.resolve_design()
     training, scoring = replace(config.training, dtype=design.dtype), Scoring(design.protocol, config.eval_template)
@@ -151,12 +163,10 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
     # The records decide the default template, and are read before any model.
     records = draw_records(config.data, **sample, config=config.reading)
     training = replace(training, template=records.source.template(training.template))
-    # With a longer warm-up, no run would reach its learning rate.
-    check_warmup(training.warmup, training.steps or training.epochs * -(-len(records.train) // training.batch_size))
     tasks: dict[str, list[TaskRecord]] = {}
     evaluation: dict[str, Any] | None = None
     if config.accuracy:
-        advice = "Pass a folder with TASK/test.json, or --no-accuracy."
+        advice = "Pass a folder with TASK/test.json, or leave out --accuracy."
         tasks, digests = sources.read_tasks(config.data_dir, config.tasks, config.limit, advice=advice)
         evaluation = asdict(scoring) | {"limit": config.limit, "data": digests}
     # Locate all models now, so that a missing one ends the command before any training.

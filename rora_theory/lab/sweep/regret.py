@@ -11,8 +11,8 @@ import pandas as pd
 
 from rora_theory.advice.best_rate import Run, carry_rate
 from rora_theory.lab.sweep.curves import curves_at, strength_of
-from rora_theory.lab.sweep.horizon_runs import FULL, HorizonRun
 from rora_theory.lab.sweep.parts import GRID_STEP
+from rora_theory.lab.sweep.runs import SweepRun
 from rora_theory.laws import constant_gradient, displacement
 from rora_theory.optimizers import Schedule
 from rora_theory.runs import frames
@@ -130,7 +130,7 @@ def constants_by_steps(led: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
 
 
 def regret_table(
-    runs: Sequence[HorizonRun],
+    runs: Sequence[SweepRun],
     tokens: Sequence[int],
     curves: Mapping[int, Sequence[Curve]],
     by_name: Mapping[str, RatePolicy],
@@ -199,7 +199,7 @@ class _MeasuredCurves:
     """Curves of loss against learning rate by condition, over all seeds or over those with rates around a given one."""
 
     def __init__(
-        self, runs: Sequence[HorizonRun], tokens: Sequence[int], curves: Mapping[int, Sequence[Curve]], draws: int
+        self, runs: Sequence[SweepRun], tokens: Sequence[int], curves: Mapping[int, Sequence[Curve]], draws: int
     ) -> None:
         self._tokens, self._draws = tokens, draws
         # Runs of each condition that has a curve, in the order of the runs.
@@ -207,9 +207,9 @@ class _MeasuredCurves:
             Condition(curve.rank, strength_of(curve), step): curve
             for step, step_curves in curves.items()
             for curve in step_curves
-            if curve.rule != FULL
+            if curve.rank
         }
-        self._runs: dict[Condition, list[HorizonRun]] = {}
+        self._runs: dict[Condition, list[SweepRun]] = {}
         for run in runs:
             for step in (step for step in sorted(curves) if run.rank and run.strength and run.reaches(step)):
                 condition = Condition(run.rank or 0, round(run.strength or 0.0, 9), step)

@@ -1,40 +1,37 @@
-"""Results of a sweep: a table of all cells, the best learning rates, and the files of each cell."""
+"""Results of a matrix: a table of all runs, the best learning rates, and the answers of each cell."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from rora_theory.errors import InputError
-from rora_theory.lab.data.formats import AnyRecord
 from rora_theory.lab.data.tasks import TASKS
 from rora_theory.lab.evaluate.scoring import Sample
-from rora_theory.lab.finetune.held_out import RecordLoss
-from rora_theory.lab.sweep.cells import SweepCell
 from rora_theory.lab.sweep.design import BASE, METHODS
+from rora_theory.lab.sweep.runs import SweepRun
 from rora_theory.runs import files, frames
-from rora_theory.runs.reading import CELLS, FinishedCell, key_of, read_finished_cells
+from rora_theory.stats.paired import mean_per_token
 from rora_theory.stats.rate_optimum import grid_gap
 
-LOSSES, ANSWERS = "losses.csv", "answers.csv"
-"""Files in a cell's folder: its losses by held-out record, and its answers by item."""
+ANSWERS = "answers.csv"
+"""File in a cell's folder with its answers by item."""
 
-LOSS_COLUMNS = ("file", "index", "tokens", "loss", "answer_tokens", "answer_loss")
 ANSWER_COLUMNS = ("task", "index", "prediction", "correct")
-ACCEPTED = "the file as sims.rank_sweep wrote it"
+ACCEPTED = "the file as sims.sweep wrote it"
 """Description of the expected file in messages."""
 
 COLUMNS = (
-    "key", "status", "model", "method", "rule", "rank", "alpha", "gamma", "learning_rate", "best_rate", "seed",
-    "trainable_parameters", "steps", "diverged_at", "train_loss", "validation_loss", "validation_error",
+    "key", "status", "model", "method", "rule", "rank", "alpha", "strength", "gamma", "learning_rate", "best_rate",
+    "seed", "trainable_parameters", "steps", "step", "diverged_at", "train_loss", "validation_loss", "validation_error",
     "answer_loss", "answer_error", "protocol", "average", "average_error", "average_chance", "average_unparsed",
     *(f"{key}{part}" for key in TASKS for part in ("", "_error", "_unparsed")),
-    "seconds", "train_seconds", "loss_seconds", "accuracy_seconds",
+    "seconds", "train_seconds", "accuracy_seconds",
 )  # fmt: skip
-"""Columns of `results.csv`.
+"""Columns of `results.csv`, after which the further axes of the matrix follow. Losses are in nats per token.
 
 ``best_rate`` is set at the cells of the learning rate of the lowest validation loss, see `marked_rates`: ``only`` if
 one rate was tried, ``edge`` if it is the lowest or highest tried, otherwise ``yes``. ``average`` is over the tasks that
@@ -45,28 +42,28 @@ GROUP = ["model", "method", "rank", "alpha"]
 """Columns that identify the cells among which a learning rate is chosen."""
 
 
-def results_table(cells: Iterable[FinishedCell]) -> pd.DataFrame:
-    """Return `results.csv`, sorted by base, method in the order of `METHODS`, rank, alpha, learning rate and seed.
+def results_table(runs: Iterable[SweepRun], tokens: Mapping[str, tuple[Sequence[int], Sequence[int]]]) -> pd.DataFrame:
+    """Return `results.csv`: a row for each read-out, and one for each divergence.
 
-    If the same training has a cell with scores and one without, only the cell with scores has a row.
-    """
-    all_rows = [_row(cell) for cell in cells]
-    scored = {_training(row) for row in all_rows if row["evaluation"] and row["status"] == "complete"}
-    selected = [row for row in all_rows if row["evaluation"] or _training(row) not in scored]
-    rows = frames.from_rows(sorted(selected, key=_order), COLUMNS)
-    marked = rows.drop(columns="best_rate").merge(marked_rates(rows), how="left", on=[*GROUP, "learning_rate"])
-    return marked[list(COLUMNS)]
-
-
-def read_results(folder: Path, cells: Sequence[SweepCell] | None = None) -> pd.DataFrame:
-    """Return the `results_table` of the finished cells of a run folder.
+    The order is base, method in the order of `METHODS`, rank, G, learning rate, seed and step.
 
     Args:
-      folder: Run folder.
-      cells: Cells to include; None includes all.
+      runs: Runs of the matrix, see `runs.merge_repeated_runs`.
+      tokens: Numbers of tokens of the held-out records and of their answers by model, see `runs.read_tokens`.
     """
-    keys = None if cells is None else {key_of(cell) for cell in cells}
-    return results_table(cell for key, cell in read_finished_cells(folder).items() if keys is None or key in keys)
+    all_rows = [row for run in runs for row in _rows(run, *tokens[run.model])]
+    axes = dict.fromkeys(name for row in all_rows for name in row["axes"])
+    rows = frames.from_rows([row | row["axes"] for row in sorted(all_rows, key=_order)], (*COLUMNS, *axes))
+    # Rates are compared at the end of runs of one length, within one combination of the further axes.
+    for _, group in final_rows(rows).groupby(["steps", *axes], dropna=False, sort=False):
+        marks = group.drop(columns="best_rate").merge(marked_rates(group), how="left", on=[*GROUP, "learning_rate"])
+        rows.loc[group.index, "best_rate"] = marks["best_rate"].to_numpy()
+    return rows
+
+
+def final_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of `results_table` at the end of each run."""
+    return rows[(rows["step"] == rows["steps"]) | (rows["status"] == "diverged")]
 
 
 def cell_file(cells: Path, key: object, name: str) -> Path:
@@ -99,7 +96,7 @@ def marked_rates(rows: pd.DataFrame) -> pd.DataFrame:
     """
     tried = rows[rows["learning_rate"].notna() & rows["status"].isin(("complete", "diverged"))]
     tried = tried.assign(loss=tried["validation_loss"].where(tried["status"] == "complete", math.inf).astype(float))
-    # Duplicates are the same training with two kinds of scores, since cells of a folder differ in nothing else.
+    # Of a setting with several runs, such as runs of several lengths, the last one counts.
     tried = tried.drop_duplicates([*GROUP, "seed", "learning_rate"], keep="last")
     best_rows = []
     for _, group in tried.groupby(GROUP, dropna=False, sort=False):
@@ -152,31 +149,16 @@ def describe_results(rows: pd.DataFrame) -> str:
     return f"Lowest validation loss of {len(rows)} cells: {'; '.join(parts) or 'none'} (± over records).{remarks}"
 
 
-def describe_result(result: Mapping[str, Any]) -> str:
-    """Describe the result of a cell."""
-    if result["status"] == "diverged":
-        return f"diverged at step {result['diverged_at']}"
-    text = f"loss {result['validation_loss']:.4f} ± {result['validation_error']:.4f}"
-    text += f", answers {result['answer_loss']:.4f} ± {result['answer_error']:.4f}"
-    for last in result.get("levels", ())[-1:]:
-        text += f", {last['task']} {100 * last['accuracy']:.1f} ± {100 * last['error']:.1f} %"
-        text += f" ({100 * last['unparsed']:.1f} % unparsed)" if last["unparsed"] else ""
-    return text
-
-
-def write_losses(path: Path, held_out: Sequence[tuple[str, int, AnyRecord]], losses: Sequence[RecordLoss]) -> None:
-    """Write the file `LOSSES` of a cell.
-
-    Args:
-      path: Path of the file.
-      held_out: Held-out records, each with its file and its index in the file.
-      losses: Losses of the records.
-
-    Raises:
-      InputError: If the file can't be written.
-    """
-    rows = [{"file": name, "index": i} | vars(loss) for (name, i, _), loss in zip(held_out, losses, strict=True)]
-    files.write_whole(path, frames.to_csv(frames.from_rows(rows, LOSS_COLUMNS)))
+def describe_result(value: Mapping[str, Any]) -> str:
+    """Describe the result of `Workbench.run`."""
+    tokens = value["tokens"]
+    parts = [f"loss {math.fsum(reading['losses']) / tokens:.4f} at {reading['step']}" for reading in value["readings"]]
+    if value["diverged_at"] is not None:
+        parts.append(f"diverged at {value['diverged_at']}")
+    for last in value.get("levels", ())[-1:]:
+        accuracy = f"{last['task']} {100 * last['accuracy']:.1f} ± {100 * last['error']:.1f} %"
+        parts.append(accuracy + (f" ({100 * last['unparsed']:.1f} % unparsed)" if last["unparsed"] else ""))
+    return ", ".join(parts)
 
 
 def write_answers(path: Path, samples: Sequence[Sample]) -> None:
@@ -189,48 +171,49 @@ def write_answers(path: Path, samples: Sequence[Sample]) -> None:
     files.write_whole(path, frames.to_csv(frames.from_rows(rows, ANSWER_COLUMNS)))
 
 
-def read_losses(path: Path) -> pd.DataFrame:
-    """Read the file `LOSSES` of a cell, with the columns `LOSS_COLUMNS` and losses summed over tokens.
-
-    Raises:
-      InputError: If the file is missing or damaged.
-    """
-    losses = frames.read_csv(path, LOSS_COLUMNS, accepted=ACCEPTED)
-    return _with_numbers(path, losses, ("tokens", "answer_tokens"), ("loss", "answer_loss"))
-
-
 def read_answers(path: Path) -> pd.DataFrame:
     """Read the file `ANSWERS` of a cell, with the columns `ANSWER_COLUMNS`.
 
     Raises:
       InputError: If the file is missing or damaged.
     """
-    return _with_numbers(path, frames.read_csv(path, ANSWER_COLUMNS, accepted=ACCEPTED), ("correct",))
+    answers = frames.read_csv(path, ANSWER_COLUMNS, accepted=ACCEPTED)
+    if answers["correct"].dtype != "int64":
+        raise InputError(f"{path}: column correct has a value that is not an integer. Use {ACCEPTED}.")
+    return answers
 
 
-def _with_numbers(path: Path, frame: pd.DataFrame, integers: Sequence[str], reals: Sequence[str] = ()) -> pd.DataFrame:
-    """Return the frame, or raise `InputError` if a column holds a value that is no integer or no number."""
-    wrong = [name for name in integers if frame[name].dtype != "int64"]
-    wrong += [name for name in reals if frame[name].dtype.kind not in "if"]
-    if wrong:
-        raise InputError(f"{path}: column {wrong[0]} has a value that is not a number. Use {ACCEPTED}.")
-    return frame
+def _rows(run: SweepRun, tokens: Sequence[int], answer_tokens: Sequence[int]) -> list[dict[str, Any]]:
+    """Return a row for each read-out of a run, and one for its divergence."""
+    labels: dict[str, Any] = {"key": run.key, "model": run.model, "method": run.method, "axes": dict(run.axes)}
+    labels["rule"] = METHODS[run.method].settings["rule"] if run.rank is not None else None
+    labels |= {name: getattr(run, name) for name in ("rank", "alpha", "strength", "gamma")}
+    if run.method != BASE:
+        labels |= {"seed": run.seed, "learning_rate": run.rate}
+    labels |= {"trainable_parameters": run.result.get("trainable_parameters")}
+    labels["steps"] = run.length
+    rows = []
+    for reading in run.read.readings:
+        loss, answer = mean_per_token(reading.losses, tokens), mean_per_token(reading.answer_losses, answer_tokens)
+        row = labels | {"step": reading.step, "status": "complete"}
+        row |= {"validation_loss": loss.value, "validation_error": loss.error}
+        row |= {"answer_loss": answer.value, "answer_error": answer.error}
+        # The mean over the last steps averages out the noise between batches.
+        if losses := run.read.train_losses[max(0, reading.step - 10) : reading.step]:
+            row["train_loss"] = float(np.mean(losses))
+        rows.append(row | (_scores(run) if reading.step == run.length else {}))
+    # A divergence has no loss.
+    if run.read.diverged_at is not None:
+        step = {"step": run.read.diverged_at, "diverged_at": run.read.diverged_at}
+        rows.append(labels | step | {"status": "diverged"} | _scores(run))
+    return rows
 
 
-def _row(cell: FinishedCell) -> dict[str, Any]:
-    """Return a cell's configuration and result as a row; raise `InputError` for values of a wrong type."""
-    with files.naming_damage(f"{CELLS}: key {cell.key}"):
-        return _columns_of(cell)
-
-
-def _columns_of(cell: FinishedCell) -> dict[str, Any]:
-    config = cell.cell
-    row = {name: config[name] for name in ("model", "method", "rank", "alpha", "gamma", "learning_rate", "seed")}
-    row |= {"key": cell.key, "training": config["training"], "evaluation": config["evaluation"]}
-    row["rule"] = config["training"]["rule"] if config["rank"] is not None else None
-    row["protocol"] = (config["evaluation"] or {}).get("protocol")
-    row |= {name: value for name, value in cell.value.items() if name != "levels"}
-    levels = cell.value.get("levels", [])
+def _scores(run: SweepRun) -> dict[str, Any]:
+    """Return the accuracies of a run and its times."""
+    row = {name: run.result.get(name) for name in ("seconds", "train_seconds", "accuracy_seconds")}
+    row["protocol"] = (run.evaluation or {}).get("protocol")
+    levels = run.result.get("levels", [])
     # A single task is its own average.
     for level in [*levels, *(level | {"task": "average"} for level in levels[:1] if len(levels) == 1)]:
         name = level["task"]
@@ -239,18 +222,16 @@ def _columns_of(cell: FinishedCell) -> dict[str, Any]:
     return row
 
 
-def _training(row: Mapping[str, Any]) -> tuple[str, str]:
-    return row["model"], json.dumps(row["training"], sort_keys=True)
-
-
 def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
     names = [BASE, *METHODS]
     return (
         row["model"],
-        names.index(row["method"]) if row["method"] in names else len(names),
+        names.index(row["method"]),
         row["rank"] or 0,
-        row["alpha"] or 0,
-        row["learning_rate"] or 0,
-        -1 if row["seed"] is None else row["seed"],
+        row["strength"] or 0,
+        str(row["axes"]),
+        row.get("learning_rate", 0.0),
+        row.get("seed", 0),
+        row["step"],
         row["key"],
     )

@@ -11,8 +11,7 @@ from rora_theory.lab import adapters
 from rora_theory.lab.adapters import FullConfig
 from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.finetune.sharding import Layout
-from rora_theory.lab.sweep.cells import training_of
-from rora_theory.lab.sweep.design import Design
+from rora_theory.lab.sweep.cells import SweepCell
 
 CONFIG = FinetuneConfig(method="full", targets=("q_proj", "down_proj"), batch_size=8, warmup=1, lr=0.01, held_out=0)
 CHOSEN = ("self_attn.q_proj", "mlp.down_proj")
@@ -56,6 +55,6 @@ def test_refuses(trained, tmp_path):
 
 def test_a_sweep_trains_the_adapters_targets():
     shared = FinetuneConfig(targets=("q_proj", "o_proj"), dropout=0.1)
-    config = training_of(Design(), shared, "full", None, 1e-5, 3)
+    config = SweepCell("m", "full", rate=1e-5, seed=3, read_at=(9,)).training(shared)
     assert (config.method, config.modules, config.dropout, config.lr) == ("full", ("q_proj", "o_proj"), 0.0, 1e-5)
     assert config.adapter() == FullConfig(("q_proj", "o_proj"))

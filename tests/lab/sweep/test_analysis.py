@@ -11,12 +11,12 @@ import pytest
 
 from figures import horizon as figure
 from rora_theory import Setting, transfer
-from rora_theory.lab.sweep import analysis, horizon_grid, horizon_runs, parts, regret
+from rora_theory.lab.sweep import analysis, parts, regret
 from rora_theory.lab.sweep import curves as horizon_curves
 from rora_theory.lab.sweep import law as horizon_law
 from rora_theory.lab.sweep.estimators import estimator_table
-from rora_theory.lab.sweep.horizon_runs import HorizonRun
-from rora_theory.lab.sweep.readings import Reading, ReadRun
+from rora_theory.lab.sweep.results import results_table
+from rora_theory.lab.sweep.runs import FULL, Reading, ReadRun, SweepRun, merge_repeated_runs
 from rora_theory.laws.constant_gradient import distances, rate_factor, rate_for_equal_change
 from rora_theory.laws.displacement import displacement_ratio
 from rora_theory.optimizers import schedule_factor
@@ -35,7 +35,7 @@ GROWTH = 724 / 64
 # ---- runs and curves with planted best rates
 
 
-def grid(exponent: float, *, in_rank: float = 0.0, seeds: int = 1, noise: float = 1e-3) -> list[HorizonRun]:
+def grid(exponent: float, *, in_rank: float = 0.0, seeds: int = 1, noise: float = 1e-3) -> list[SweepRun]:
     """Return runs with the best rate 1e-3 (strength / 64)^exponent (rank / 8)^in_rank 1.1^seed at every step."""
     random, runs = np.random.default_rng(3), []
     hard = random.normal(size=len(TOKENS))
@@ -47,15 +47,19 @@ def grid(exponent: float, *, in_rank: float = 0.0, seeds: int = 1, noise: float 
                     level = 1 + 0.1 * math.log10(rate / best / 1.1**seed) ** 2
                     losses = (level * np.exp(0.1 * hard + noise * random.normal(size=len(TOKENS)))) * TOKENS
                     readings = [Reading(step, losses.tolist(), losses.tolist()) for step in (16, 64)]
-                    runs.append(HorizonRun(rank, strength, rate, seed, ReadRun([], readings)))
+                    runs.append(SweepRun(rank, strength, rate, seed, ReadRun([], readings)))
     return runs
 
 
-def select(runs: Sequence[HorizonRun], **fields) -> list[HorizonRun]:
+def table_of(runs: Sequence[SweepRun]) -> pd.DataFrame:
+    return results_table(runs, {"": (TOKENS, TOKENS)})
+
+
+def select(runs: Sequence[SweepRun], **fields) -> list[SweepRun]:
     return [run for run in runs if all(getattr(run, name) == value for name, value in fields.items())]
 
 
-def scaled(runs: Sequence[HorizonRun], losses: float, rate: float = 1.0) -> list[HorizonRun]:
+def scaled(runs: Sequence[SweepRun], losses: float, rate: float = 1.0) -> list[SweepRun]:
     """Return the runs with their losses and rates multiplied."""
     result = []
     for run in runs:
@@ -64,7 +68,7 @@ def scaled(runs: Sequence[HorizonRun], losses: float, rate: float = 1.0) -> list
     return result
 
 
-def with_parts(runs: Sequence[HorizonRun], ratio: float) -> list[HorizonRun]:
+def with_parts(runs: Sequence[SweepRun], ratio: float) -> list[SweepRun]:
     """Add two modules to every reading, with parallel parts: the A-led part is the B-led part times the ratio."""
     led = {"layer": [0, 1], "module": ["q_proj"] * 2, "led_B": [1.0, 3.0]}
     led |= {"led_A": [ratio, 3 * ratio], "whole": [1 + ratio, 3 + 3 * ratio]}
@@ -74,7 +78,7 @@ def with_parts(runs: Sequence[HorizonRun], ratio: float) -> list[HorizonRun]:
     ]
 
 
-def displaced_runs() -> list[HorizonRun]:
+def displaced_runs() -> list[SweepRun]:
     """Return three seeds of runs with the parts of a displacement constant of 130."""
     return [
         run
@@ -89,11 +93,11 @@ def few_draws(monkeypatch) -> None:
     monkeypatch.setattr(analysis, "BOOTSTRAP_SAMPLES", 100)
 
 
-def curves_of(runs: Sequence[HorizonRun], step: int = 64, draws: int = 200) -> list[Curve]:
+def curves_of(runs: Sequence[SweepRun], step: int = 64, draws: int = 200) -> list[Curve]:
     return horizon_curves.curves_at(runs, TOKENS, step, draws=draws)
 
 
-def exponents(runs: Sequence[HorizonRun], *, use_parts: bool = False, **options) -> pd.DataFrame:
+def exponents(runs: Sequence[SweepRun], *, use_parts: bool = False, **options) -> pd.DataFrame:
     """Return the exponents after 64 steps by ``over`` and ``at``."""
     law = LAW | {"runs": runs if use_parts else ()} | options
     return horizon_law.horizon_exponents(curves_of(runs), 64, **law).set_index(["over", "at"])
@@ -219,7 +223,7 @@ def test_full_fine_tuning_is_compared_with_the_adapters_and_in_no_exponent() -> 
     """Plant a twentieth of the rates and losses 5% lower; without three rates of its own it is left out."""
     runs = grid(-0.53)
     arm = select(runs, rank=8, strength=64.0)
-    runs += [replace(run, rank=None, strength=None) for run in scaled(arm, 0.95, rate=1 / 20)]
+    runs += [replace(run, rank=None, strength=None, method=FULL) for run in scaled(arm, 0.95, rate=1 / 20)]
     curves = curves_of(runs, draws=50)
     table = (
         horizon_curves.compare_best_rates(curves, 64).query("compared_with == 'full'").set_index(["rank", "strength"])
@@ -239,7 +243,7 @@ def test_full_fine_tuning_is_compared_with_the_adapters_and_in_no_exponent() -> 
     lora = [curve for curve in curves if curve.rule == "lora"]
     tables = [horizon_law.horizon_exponents(selected, 64, **LAW) for selected in (curves, lora)]
     pd.testing.assert_frame_equal(*tables)
-    assert frames.rows(horizon_runs.horizon_table(runs, TOKENS, TOKENS))[-1]["gamma"] is None
+    assert frames.rows(table_of(runs))[0]["gamma"] is None
     assert horizon_curves.compare_best_rates(curves_of([*arm, *runs[-2:]], draws=50), 64).empty
 
 
@@ -403,7 +407,7 @@ def test_full_fine_tuning_is_judged_by_the_law_of_a_weight_that_moves_by_itself(
     for power, full, adapter in ((CONSTANT, "agrees", "contradicts"), (adapter_law, "contradicts", "agrees")):
         ends = curve([1e-3] * 3), curve(moved([power - 0.01, power, power + 0.01], 4))
         assert in_steps(*ends)["verdict"] == adapter
-        row = in_steps(*(replace(end, rule=horizon_runs.FULL, rank=0, scaling=1.0) for end in ends))
+        row = in_steps(*(replace(end, rule=FULL, rank=0, scaling=1.0) for end in ends))
         assert row["verdict"] == full
         assert [row["law_low"], row["law"], row["law_high"]] == pytest.approx([CONSTANT] * 3)
 
@@ -460,7 +464,7 @@ def test_at_one_rate_a_difference_can_come_from_the_rate_alone() -> None:
     runs = [run for run in grid(-0.53, seeds=3) if (run.rank, run.rate) != (8, RATES[0])]
     runs[0] = replace(runs[0], read=ReadRun([], [], diverged_at=3))
     runs = [run for run in runs if (run.rank, run.strength, run.seed) != (128, 724, 2)]
-    runs += [replace(run, rank=None, strength=None) for run in runs[:3]]
+    runs += [replace(run, rank=None, strength=None, method=FULL) for run in runs[:3]]
     runs += [replace(run, rank=16, strength=5000.0) for run in runs[:3]]
     assert runs[0].rate == RATES[1]
     table = horizon_curves.compare_at_one_rate(runs, TOKENS, 64)
@@ -495,7 +499,7 @@ def test_at_one_rate_a_difference_can_come_from_the_rate_alone() -> None:
 def test_runs_are_compared_with_those_of_another_setting() -> None:
     """The others have 3% lower losses, and rates higher by 2 and 4. Full fine-tuning is compared with its own."""
     runs = select(grid(-0.53, seeds=2), rank=8)
-    runs += [replace(run, rank=None, strength=None) for run in select(runs, strength=64.0)]
+    runs += [replace(run, rank=None, strength=None, method=FULL) for run in select(runs, strength=64.0)]
     other_runs = [other for run in runs for other in scaled([run], 0.97, rate=4.0 if run.strength == 724.0 else 2.0)]
     judged = analysis.judge_runs(runs, TOKENS, takeovers=(), warmup=4, other_runs={"targets all": other_runs})
     table = judged.comparisons.query("step == 64 and compared_with == 'targets all'")
@@ -514,7 +518,7 @@ def test_diverged_and_shorter_runs() -> None:
     bare = [run for run in runs if run.rate < 2e-3]
     (top,) = {run.rate for run in runs if 2e-3 < run.rate < 4e-3}
     first = runs[0].read.readings[:1]
-    diverged = [HorizonRun(8, strength, top, 0, ReadRun([], first, diverged_at=20)) for strength in (64.0, 724.0)]
+    diverged = [SweepRun(8, strength, top, 0, ReadRun([], first, diverged_at=20)) for strength in (64.0, 724.0)]
     with_top = {curve.rank: curve for curve in curves_of(bare + diverged)}[8]
     assert with_top.rates[-1] == top
     assert np.isinf(with_top.losses[:, -1]).all()
@@ -524,7 +528,7 @@ def test_diverged_and_shorter_runs() -> None:
     assert [late.reaches(step) for step in (16, 64, 99, 100, 256)] == [True, False, False, True, True]
     decaying = replace(diverged[0], read=replace(diverged[0].read, readings=[]), steps=64)
     assert [decaying.reaches(step) for step in (20, 64, 256)] == [False, True, False], "it had another rate there"
-    table = horizon_runs.horizon_table(diverged, TOKENS, TOKENS)
+    table = table_of(diverged)
     assert table["status"].tolist() == ["complete", "diverged"] * 2
     assert table["step"].tolist() == [16, 20] * 2
 
@@ -534,8 +538,8 @@ def test_a_poor_seed_spoils_no_curve() -> None:
     runs = select(grid(-0.53, seeds=2), rank=8, strength=64.0)
     unspoiled = curves_of(runs, draws=20)[0]
 
-    def diverged(rate: float, seed: int, rank: int = 8) -> HorizonRun:
-        return HorizonRun(rank, 64.0, rate, seed, ReadRun([0.0] * 40, [], diverged_at=40))
+    def diverged(rate: float, seed: int, rank: int = 8) -> SweepRun:
+        return SweepRun(rank, 64.0, rate, seed, ReadRun([0.0] * 40, [], diverged_at=40))
 
     poor = [replace(run, seed=2) for run in runs[:2]]
     poor += [replace(run, seed=3, rate=1.1 * run.rate) for run in runs[:4]]
@@ -563,24 +567,24 @@ def test_runs_that_differ_in_their_length_are_one() -> None:
     short = ReadRun([1.0] * 64, [Reading(16, [1.0], [1.0]), Reading(64, [2.0], [2.0])])
     led = {"led_B": [1.0], "led_A": [1.0], "whole": [2.0]}
     long = ReadRun([1.0] * 256, [Reading(step, [9.0], [9.0]) for step in (64, 256)])
-    runs = [HorizonRun(8, 64.0, 1e-3, 0, read) for read in (long, short)]
-    (merged,) = horizon_runs.merge_repeated_runs(runs)
+    runs = [SweepRun(8, 64.0, 1e-3, 0, read) for read in (long, short)]
+    (merged,) = merge_repeated_runs(runs)
     assert len(merged.read.train_losses) == 256
     assert [(r.step, r.losses) for r in merged.read.readings] == [(16, [1.0]), (64, [9.0]), (256, [9.0])]
     short.readings[1] = replace(short.readings[1], parts=led)
-    assert [r.losses for r in horizon_runs.merge_repeated_runs(runs)[0].read.readings] == [[1.0], [2.0], [9.0]]
+    assert [r.losses for r in merge_repeated_runs(runs)[0].read.readings] == [[1.0], [2.0], [9.0]]
     long.readings[0] = replace(long.readings[0], parts=led)
-    assert [r.losses for r in horizon_runs.merge_repeated_runs(runs)[0].read.readings] == [[1.0], [9.0], [9.0]]
+    assert [r.losses for r in merge_repeated_runs(runs)[0].read.readings] == [[1.0], [9.0], [9.0]]
     lost = replace(runs[0], read=ReadRun([1.0] * 9, [], diverged_at=10))
-    (merged,) = horizon_runs.merge_repeated_runs([runs[1], lost])
+    (merged,) = merge_repeated_runs([runs[1], lost])
     outcomes = [merged.at(step, [1]).loss for step in (16, 64, 256) if merged.reaches(step)]
     assert outcomes == [1.0, 2.0, math.inf], "the longer run diverged before the shorter one ended"
     assert [run.loss for step in (64, 256) if (run := merged.in_training_at(step)) is not None] == [1.0, math.inf]
     distinct = [replace(runs[0], **change) for change in ({"seed": 1}, {"rate": 2e-3}, {"rank": 4}, {"strength": 8.0})]
-    assert len(horizon_runs.merge_repeated_runs([*runs, *distinct])) == 5
+    assert len(merge_repeated_runs([*runs, *distinct])) == 5
     assert len(analysis.judge_runs([*runs, *distinct], [1], takeovers=(), warmup=4).led) == 5
     decaying = [replace(runs[0], steps=256), replace(runs[1], steps=64)]
-    assert horizon_runs.merge_repeated_runs([*decaying, *decaying]) == decaying[::-1], "two lengths, the shorter first"
+    assert merge_repeated_runs([*decaying, *decaying]) == decaying[::-1], "two lengths, the shorter first"
 
 
 def test_a_step_that_few_runs_reach_leaves_the_others_as_they_are() -> None:
@@ -594,14 +598,20 @@ def test_a_step_that_few_runs_reach_leaves_the_others_as_they_are() -> None:
         assert frame["step"].dtype.kind == "i"
 
 
-def test_a_variant_identifies_a_folder_only_where_it_differs_from_its_default() -> None:
-    plain = horizon_grid.HorizonGrid(read_at=(64,))
-    assert set(plain.identity()) == set(horizon_grid.SHARED)
-    changes = {"schedule": "cosine", "weight_decay": 0.1, "lr_multiplier_A": 8.0, "quantization": "q4_1"}
-    variant = replace(plain, **changes)
-    assert {name: variant.identity()[name] for name in horizon_grid.VARIANTS} == changes
-    training = variant.training(next(variant.cells()))
-    assert (training.schedule, training.lr_multiplier_A, training.quantization) == ("cosine", 8.0, "q4_1")
+def test_further_axes_are_analysed_by_themselves_and_compared_with_the_first() -> None:
+    """Every frame then has a column for the axis; losses of the second value are lower by 5%."""
+    runs = select(grid(-0.7, seeds=2), rank=8)
+    cosine = [replace(run, axes=(("schedule", "cosine"),), steps=64) for run in scaled(runs, 0.95)]
+    constant = [replace(run, axes=(("schedule", "constant"),)) for run in runs]
+    shared = {"warmup": 4, "schedule": "constant"}
+    judged = analysis.analyse([*constant, *cosine], {"": (TOKENS, TOKENS)}, shared)
+    assert judged.best.groupby("schedule").size().to_dict() == {"constant": 4, "cosine": 4}
+    compared = judged.comparisons.query("compared_with == 'schedule constant'")
+    assert set(compared["schedule"]) == {"cosine"}
+    assert (compared["difference"] < -0.04).all()
+    alone = analysis.analyse(runs, {"": (TOKENS, TOKENS)}, shared)
+    assert "schedule" not in alone.best
+    pd.testing.assert_frame_equal(alone.best, judged.best.query("schedule == 'constant'").drop(columns="schedule"))
 
 
 @pytest.mark.slow
@@ -615,11 +625,11 @@ def test_the_table_and_the_figure_of_best_rates(tmp_path) -> None:
     assert not best[16]["edge"].any()
     judged = [horizon_law.horizon_exponents(step_curves, step, **LAW) for step, step_curves in curves.items()]
     judged[1] = judged[1][judged[1]["at"] == 8]
-    tables = {"results": horizon_runs.horizon_table(runs, TOKENS, TOKENS), "exponents": pd.concat(judged)}
+    tables = {"results": table_of(runs), "exponents": pd.concat(judged)}
     tables["best"] = pd.concat([best[16], best[64][best[64]["rank"] == 8]])
     for name, table in tables.items():
         (tmp_path / f"{name}.csv").write_text(frames.to_csv(table))
-    (tmp_path / "manifest.json").write_text(json.dumps(seals.seal({"experiment": "horizon", "files": {}})))
+    (tmp_path / "manifest.json").write_text(json.dumps(seals.seal({"experiment": "sweep", "files": {}})))
     assert [path.name for path in figure.draw(figure.Config(tmp_path))] == ["horizon.png", "horizon.svg"]
     drawn = (tmp_path / "horizon.svg").read_text()
     assert all(name in drawn for name in ("16 steps", "64 steps", "r = 8", "r = 128"))
@@ -650,8 +660,8 @@ def test_the_parts_of_each_reading_are_summarised_with_the_law() -> None:
     led |= {"led_B": [1.0, 2.0, 4.0], "led_A": [2.0, 2.0, 2.0], "whole": [3.0, 4.0, 6.0]}
     bare = Reading(64, [1.0], [1.0])
     runs = [
-        HorizonRun(8, 64.0, 1e-3, 2, ReadRun([], [Reading(16, [1.0], [1.0], led), bare])),
-        HorizonRun(None, None, 1e-4, 0, ReadRun([], [bare])),
+        SweepRun(8, 64.0, 1e-3, 2, ReadRun([], [Reading(16, [1.0], [1.0], led), bare])),
+        SweepRun(None, None, 1e-4, 0, ReadRun([], [bare]), method=FULL),
     ]
     (row,) = parts.led_table(runs, **LAW).to_dict("records")
     assert [row[name] for name in ("rank", "strength", "learning_rate", "seed", "step")] == [8, 64.0, 1e-3, 2, 16]
@@ -728,7 +738,7 @@ def test_measured_parts_are_judged_in_place_of_the_laws_takeover() -> None:
     runs = grid(exponent_of_ratio(1.2), seeds=3, noise=3e-3)
     seeds = [select(runs, seed=seed) for seed in range(3)]
 
-    def judge(runs: list[HorizonRun]) -> pd.Series:
+    def judge(runs: list[SweepRun]) -> pd.Series:
         table = exponents(runs, use_parts=True)
         assert table.loc["rank", "by_parts"].isna().all()
         return table.loc["strength", 8.0]
@@ -757,7 +767,7 @@ def test_parts_are_those_of_the_runs_beside_the_best_rate() -> None:
     """
 
     def run(seed: int, rate: float, ratio: float, rank: int = 8, strength: float = 64 + 1e-9, step: int = 64):
-        bare = HorizonRun(rank, strength, rate, seed, ReadRun([], [Reading(step, [1.0], [1.0])]))
+        bare = SweepRun(rank, strength, rate, seed, ReadRun([], [Reading(step, [1.0], [1.0])]))
         return with_parts([bare], ratio)[0]
 
     runs = [run(0, 1e-3 * 10 ** (-1 / 16), 1.0), run(0, 1e-3 * 10 ** (3 / 16), 9.0), run(0, 5e-3, 30.0)]
@@ -830,7 +840,7 @@ def test_estimators_of_whole_curves_agree_with_the_vertex() -> None:
     assert table.loc["rank", "64 724", "quadratic"]["exponent"] == pytest.approx(0.1, abs=0.03)
 
 
-def in_training(runs: Sequence[HorizonRun], exponent: float) -> list[HorizonRun]:
+def in_training(runs: Sequence[SweepRun], exponent: float) -> list[SweepRun]:
     """Add losses of 64 training steps with another exponent; those of the first half have no minimum."""
     trained = []
     for run in runs:

@@ -11,18 +11,18 @@ import pytest
 
 from rora_theory.errors import InputError
 from rora_theory.lab.finetune import FinetuneConfig
-from rora_theory.lab.sweep.cells import SweepCell, cells_of, replace_with_scored, sweep_identity, training_of
+from rora_theory.lab.sweep.cells import SweepCell, cells_of, replace_with_scored, sweep_identity
 from rora_theory.lab.sweep.design import DESIGNS, RATE_GRID, RATE_GRIDS, Design
 from rora_theory.runs import RunFolder, run_cells
 from rora_theory.runs.reading import key_of
-from sims.rank_sweep import Training
+from sims.sweep import Training
 
 SHARED = FinetuneConfig()
 
 
 def cells(design: str, **changes: Any) -> list[SweepCell]:
     chosen = replace(DESIGNS[design], **changes)
-    return cells_of(chosen, SHARED, data={}, evaluation={"protocol": "label"}, stage=0)
+    return cells_of(chosen, SHARED, train_records=1600, evaluation={"protocol": "label"})
 
 
 def test_designs() -> None:
@@ -34,20 +34,22 @@ def test_designs() -> None:
     assert {cell.gamma for cell in doubled if cell.method == "lora"} == {2.0}
     assert {cell.gamma for cell in doubled if cell.method == "rora" and cell.rank == 64} == {16.0}
     tuned = cells("tuned_rate", methods=("prefix", "rora"), ranks=(8,))
-    assert [cell.learning_rate for cell in tuned if cell.rank] == list(RATE_GRID)
-    assert [cell.learning_rate for cell in tuned if not cell.rank] == list(RATE_GRIDS["prefix"])
+    assert [cell.rate for cell in tuned if cell.rank] == list(RATE_GRID)
+    assert [cell.rate for cell in tuned if not cell.rank] == list(RATE_GRIDS["prefix"])
     assert {cell.evaluation for cell in tuned} == {None}, "scored only at the chosen rate"
     table = cells("table1")
-    llama = [(c.method, c.rank, c.learning_rate) for c in table if c.model == "yahma/llama-7b-hf" and c.rank != 128]
+    llama = [(c.method, c.rank, c.rate) for c in table if c.model == "yahma/llama-7b-hf" and c.rank != 128]
     assert llama == [
         ("base", None, None), ("prefix", None, 3e-2), ("series", None, 3e-4), ("parallel", None, 3e-4),
         ("lora", 32, 3e-4), ("dora", 32, 2e-4), ("rora", 32, 3e-4),
     ]  # fmt: skip
-    assert {c.learning_rate for c in table if c.method == "dora" and "Llama-3" in c.model} == {1e-4}
-    assert {(c.dtype, c.training.dropout) for c in table if c.method in ("lora", "dora", "rora")} == {
-        ("bfloat16", 0.05)
-    }
-    assert {c.training.dropout for c in table if c.method in ("series", "parallel")} == {0.0}
+    assert {c.rate for c in table if c.method == "dora" and "Llama-3" in c.model} == {1e-4}
+    dropouts = {c.method: c.training(SHARED).dropout for c in table if c.method != "base"}
+    assert dropouts == dict.fromkeys(("lora", "dora", "rora"), 0.05) | dict.fromkeys(
+        ("prefix", "series", "parallel"), 0.0
+    )
+    assert {c.read_at for c in table if c.method != "base"} == {(300,)}, "three epochs of 1600 records in batches of 16"
+    assert DESIGNS["table1"].dtype == "bfloat16"
     assert DESIGNS["table1"].protocol == "generate"
     assert DESIGNS["fixed_alpha"].protocol == "label"
     assert len({key_of(cell) for cell in table}) == len(table) == 4 * 10
@@ -58,9 +60,9 @@ def test_designs() -> None:
 def test_stages_of_a_tuned_design() -> None:
     """The first seed runs at every rate, unscored; the others run at the best rate, scored; the base runs once."""
     design = Design(methods=("base", "lora"), ranks=(4, 8), lrs=(1e-3, 1e-2), seeds=(3, 4, 5), tuned=True)
-    make = partial(cells_of, design, SHARED, data={}, evaluation={"protocol": "label"})
+    make = partial(cells_of, design, SHARED, train_records=1600, evaluation={"protocol": "label"})
     first = make(stage=0)
-    assert [(c.rank, c.learning_rate, c.seed) for c in first] == [
+    assert [(c.rank, c.rate, c.seed) for c in first] == [
         (None,) * 3,
         *[(r, rate, 3) for r in (4, 8) for rate in (1e-3, 1e-2)],
     ]
@@ -68,7 +70,7 @@ def test_stages_of_a_tuned_design() -> None:
     names = ("model", "method", "rank", "learning_rate")
     best = pd.DataFrame([("smollm2-135m", "lora", 4, 1e-2), ("smollm2-135m", "lora", 8, 1e-3)], columns=names)
     rest = make(stage=1, best=best)
-    assert [(c.rank, c.learning_rate, c.seed) for c in rest] == [
+    assert [(c.rank, c.rate, c.seed) for c in rest] == [
         (r, rate, s) for s in (4, 5) for r, rate in ((4, 1e-2), (8, 1e-3))
     ]
     assert all(c.evaluation for c in rest)
@@ -78,14 +80,16 @@ def test_a_scored_twin_replaces_a_plain_cell_where_it_is_finished(tmp_path) -> N
     """A cell that must be scored is never replaced by one without scores."""
 
     def folder(name: str, evaluation: object, finished: list[SweepCell]) -> Path:
-        run = RunFolder.open("rank_sweep", {}, out=tmp_path / name, extensible={"evaluation": evaluation})
+        run = RunFolder.open("sweep", {}, out=tmp_path / name, extensible={"evaluation": evaluation})
         run_cells(finished, lambda cell, _: cell.rank, run)
         run.finish()
         return run.path
 
     label = {"protocol": "label"}
-    make = partial(cells_of, replace(DESIGNS["grid"], methods=("lora",), ranks=(4, 8), seeds=(0,)), SHARED, data={})
-    plain, scored = (make(evaluation=evaluation, stage=0) for evaluation in (None, label))
+    design = replace(DESIGNS["grid"], methods=("lora",), ranks=(4, 8), seeds=(0,))
+    plain, scored = (
+        cells_of(design, SHARED, train_records=1600, evaluation=evaluation) for evaluation in (None, label)
+    )
     assert replace_with_scored(plain, folder("a", label, scored[1:])) == [plain[0], scored[1]]
     assert replace_with_scored(plain, folder("b", None, plain[:1])) == plain
     assert replace_with_scored(plain, tmp_path / "none") == plain
@@ -95,15 +99,48 @@ def test_a_scored_twin_replaces_a_plain_cell_where_it_is_finished(tmp_path) -> N
 def test_settings_of_methods_with_a_rank_do_not_affect_other_methods() -> None:
     """These are alpha, targets and dropout; all other settings apply to every run."""
     shared = FinetuneConfig(alpha=16.0, targets=("q_proj",), dropout=0.2, cutoff=99, epochs=2, remat="mlp")
-    make = partial(training_of, Design(dtype="bfloat16"), shared, rate=1e-3, seed=7)
     for method, rank in (("lora", 4), ("dora", 4), ("series", None), ("prefix", None)):
-        config = make(method=method, rank=rank)
+        cell = SweepCell("m", method, rank, None if rank is None else shared.alpha, 1e-3, 7, (9,))
+        config = cell.training(shared)
         of_rank = (16.0, ("q_proj",), 0.2) if rank else (FinetuneConfig.alpha, None, 0.0)
         assert (config.alpha, config.targets, config.dropout) == of_rank
-        assert (config.method, config.cutoff, config.epochs, config.remat) == (method, 99, 2, "mlp")
-        assert (config.lr, config.seed, config.dtype) == (1e-3, 7, "bfloat16")
+        assert (config.method, config.cutoff, config.steps, config.remat) == (method, 99, 9, "mlp")
+        assert (config.lr, config.seed) == (1e-3, 7)
     with pytest.raises(InputError, match=r"rank .*\b0\b"):
-        make(method="lora", rank=0)
+        SweepCell("m", "lora", 0, 16.0, 1e-3, 7, (9,)).training(shared)
+
+
+def test_strengths_read_outs_and_further_axes() -> None:
+    """G is alpha under alpha / r. A rate that decays needs a run for each number of steps."""
+    design = Design(
+        methods=("lora",), ranks=(8,), strengths=(64.0, 724.0), lrs=(1e-3,), full_lrs=(1e-5,), seeds=(0,),
+        read_at=(16, 64), axes=("schedule=constant,cosine", "batch_size=4,32"),
+    )  # fmt: skip
+    shared = replace(SHARED, schedule="constant", warmup=4, batch_size=4)
+    made = cells_of(design, shared, train_records=1600)
+    assert {(c.alpha, c.gamma) for c in made if c.rank} == {(64.0, 8.0), (724.0, 90.5)}
+    assert {c.rate for c in made if c.method == "full"} == {1e-5}
+    runs = {(c.axes.get("schedule"), c.axes.get("batch_size"), c.read_at) for c in made}
+    assert runs == {(None, size, (16, 64)) for size in (None, 32)} | {
+        ("cosine", size, (step,)) for size in (None, 32) for step in (16, 64)
+    }
+    training = next(c for c in made if c.axes == {"schedule": "cosine", "batch_size": 32}).training(shared)
+    assert (training.schedule, training.batch_size, training.steps) == ("cosine", 32, 16)
+    assert len({key_of(c) for c in made}) == len(made) == 2 * 3 * 3
+    with pytest.raises(InputError, match=r"--strengths .*RoRA"):
+        replace(design, methods=("rora",))
+    for axis, message in (("depth=3", "'depth'"), ("schedule=", "'schedule='"), ("batch_size=4,4", "'batch_size=4,4'")):
+        with pytest.raises(InputError, match=f"axes .*{message}"):
+            replace(design, axes=(axis,))
+
+
+@pytest.mark.parametrize(
+    ("read_at", "warmup", "message"), [((1, 2), 4, "--read-at .* 4.* 1$"), ((16, 64), 64, "64, got 64")]
+)
+def test_a_warm_up_leaves_steps_to_read(read_at, warmup, message) -> None:
+    design = Design(methods=("lora",), ranks=(8,), read_at=read_at)
+    with pytest.raises(InputError, match=message):
+        cells_of(design, replace(SHARED, schedule="constant", warmup=warmup), train_records=1600)
 
 
 @pytest.mark.usefixtures("unchecked")

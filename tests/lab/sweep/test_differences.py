@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from rora_theory.errors import InputError
@@ -31,7 +32,10 @@ def row(key: str, rank: int | None = 8, rate: float | None = 0.001, **values: An
 
 
 def compare(rows: Iterable[dict[str, Any]], cells: Path) -> list[Difference]:
-    return list(differences.method_differences(frames.from_rows(rows, results.COLUMNS), cells))
+    losses = {
+        path.parent.name: pd.read_csv(path).rename(columns={"file": "source"}) for path in cells.glob("*/losses.csv")
+    }
+    return list(differences.method_differences(frames.from_rows(rows, results.COLUMNS), losses, cells))
 
 
 def write_cell(

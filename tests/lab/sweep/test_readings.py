@@ -13,8 +13,8 @@ from rora_theory.lab.finetune import FinetuneConfig, StepCompleted
 from rora_theory.lab.finetune.metrics import Metrics
 from rora_theory.lab.horizon.probe import Probe, ProbeConfig
 from rora_theory.lab.llama import locate
-from rora_theory.lab.sweep import readings
 from rora_theory.lab.sweep.records import draw_records
+from rora_theory.lab.sweep.runs import Reading, ReadRun
 from rora_theory.lab.sweep.workbench import Workbench
 
 TRAINING = FinetuneConfig(
@@ -28,18 +28,19 @@ def bench(tmp_path_factory) -> Workbench:
     data = checkpoint.two_files(tmp_path_factory.mktemp("data"))
     model = str(checkpoint.model(tmp_path_factory.mktemp("model")))
     records = draw_records([str(data / name / "train.json") for name in ("one", "two")], held_out=6, train_records=12)
-    bench = Workbench(TRAINING, records, {}, {model: locate(model)}, scoring=Scoring("label", "clean"))
+    options = {"scoring": Scoring("label", "clean"), "measures_parts": True}
+    bench = Workbench(TRAINING, records, {}, {model: locate(model)}, **options)
     bench.open(model)
     return bench
 
 
 @pytest.fixture(scope="module")
-def full_run(bench) -> readings.ReadRun:
+def full_run(bench) -> ReadRun:
     """A run of five steps, read three times."""
-    return readings.read_run(bench, TRAINING, (2, 3, 5))
+    return bench.train(TRAINING, (2, 3, 5)).run
 
 
-def assert_same_readings(run: readings.ReadRun, expected: list[readings.Reading]) -> None:
+def assert_same_readings(run: ReadRun, expected: list[Reading]) -> None:
     assert [reading.step for reading in run.readings] == [reading.step for reading in expected]
     for reading, other in zip(run.readings, expected, strict=True):
         assert reading.losses == pytest.approx(other.losses, rel=1e-6)
@@ -52,7 +53,7 @@ def test_an_intermediate_reading_equals_that_of_a_shorter_run(bench, full_run) -
     assert [reading.step for reading in full_run.readings] == [2, 3, 5]
     assert len(full_run.train_losses) == 5
     assert len({tuple(reading.losses) for reading in full_run.readings}) == 3
-    short_run = readings.read_run(bench, TRAINING, (3,))
+    short_run = bench.train(TRAINING, (3,)).run
     assert_same_readings(short_run, full_run.readings[1:2])
     assert short_run.train_losses == pytest.approx(full_run.train_losses[:3], rel=1e-6)
     first, _, last = (pd.DataFrame(reading.parts) for reading in full_run.readings)
@@ -60,21 +61,21 @@ def test_an_intermediate_reading_equals_that_of_a_shorter_run(bench, full_run) -
     assert (first["led_A"] == 0).all(), "the first rate is 0, and while B = 0 A has no gradient"
     assert (first["led_B"] > 0).all()
     assert ((last["led_A"] > 0) & (last["led_A"] < last["led_B"])).all()
-    tokens, answers = readings.token_counts(bench)
+    tokens, answers = bench.count_tokens(next(iter(bench.located)))
     assert len(tokens) == len(answers) == len(full_run.readings[0].losses) == 6
     assert all(0 < answer < count for count, answer in zip(tokens, answers, strict=True))
 
 
 @pytest.mark.slow
 def test_a_run_that_diverges_keeps_the_readings_before(bench, full_run, monkeypatch) -> None:
-    read_held_out = readings.read_held_out
+    read_out = Workbench._read_out
 
-    def spoil(bench, step, params):
-        reading = read_held_out(bench, step, params)
+    def spoil(self, step, *model) -> Reading:
+        reading = read_out(self, step, *model)
         return replace(reading, losses=[float("nan")] * len(reading.losses)) if step == 3 else reading
 
-    monkeypatch.setattr(readings, "read_held_out", spoil)
-    run = readings.read_run(bench, TRAINING, (2, 3))
+    monkeypatch.setattr(Workbench, "_read_out", spoil)
+    run = bench.train(TRAINING, (2, 3)).run
     assert_same_readings(run, full_run.readings[:1])
     assert run.diverged_at == 3
 
@@ -83,8 +84,8 @@ def test_a_run_that_diverges_keeps_the_readings_before(bench, full_run, monkeypa
 @pytest.mark.parametrize("interrupted_at", ["step 5", "reading"])
 def test_a_long_run_resumes_from_its_checkpoint(bench, full_run, monkeypatch, tmp_path, interrupted_at) -> None:
     """Its losses include those of the steps before the interruption, and no step is repeated but those after 4."""
-    monkeypatch.setattr(readings, "CHECKPOINT_EVERY", 2)
-    add, read_held_out, steps = Metrics.add, readings.read_held_out, []
+    monkeypatch.setattr(bench, "shared", replace(TRAINING, checkpoint_every=2))
+    add, read_out, steps = Metrics.add, Workbench._read_out, []
 
     def interrupt(metrics, event):
         if getattr(event, "step", 0) == 5 and isinstance(event, StepCompleted):
@@ -100,14 +101,14 @@ def test_a_long_run_resumes_from_its_checkpoint(bench, full_run, monkeypatch, tm
 
     with monkeypatch.context() as patched:
         if interrupted_at == "reading":
-            patched.setattr(readings, "read_held_out", interrupt_reading)
+            patched.setattr(Workbench, "_read_out", interrupt_reading)
         else:
             patched.setattr(Metrics, "add", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            readings.read_run(bench, TRAINING, (5,), folder=tmp_path)
+            bench.train(TRAINING, (5,), folder=tmp_path)
     monkeypatch.setattr(Metrics, "add", count)
-    assert readings.read_held_out is read_held_out
-    run = readings.read_run(bench, TRAINING, (5,), folder=tmp_path)
+    assert Workbench._read_out is read_out
+    run = bench.train(TRAINING, (5,), folder=tmp_path).run
     assert_same_readings(run, full_run.readings[-1:])
     assert run.train_losses == pytest.approx(full_run.train_losses, rel=1e-6)
     assert steps == ([5, 5] if interrupted_at == "step 5" else [5])  # the step, and the pause for the reading
@@ -124,15 +125,7 @@ def test_a_long_run_resumes_from_its_checkpoint(bench, full_run, monkeypatch, tm
 )
 def test_bad_steps_are_refused(bench, changes, steps, message) -> None:
     with pytest.raises(InputError, match=message):
-        readings.read_run(bench, replace(TRAINING, **changes), steps)
-
-
-def test_description_of_a_run() -> None:
-    """Losses a token of all records together, and where it ended before its time."""
-    first, second = {"step": 2, "losses": [2.0, 4.0]}, {"step": 3, "losses": [1.0, 0.5]}
-    run = {"readings": [first, second], "diverged_at": None}
-    assert readings.describe_run(run, [1, 2]) == "2.0000 at 2, 0.5000 at 3"
-    assert readings.describe_run(run | {"diverged_at": 4}, [1, 2]).endswith(" at 3, diverged at 4")
+        bench.train(replace(TRAINING, **changes), steps)
 
 
 def test_a_probe_counts_the_tokens_of_its_own_batches(bench, monkeypatch) -> None:

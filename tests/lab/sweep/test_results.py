@@ -1,6 +1,5 @@
 """Results of a sweep: rows and their order, the best of the rates that were run, and files."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +7,13 @@ import pandas as pd
 import pytest
 
 from rora_theory.errors import InputError
-from rora_theory.lab.data.records import Record
 from rora_theory.lab.evaluate.scoring import Sample
-from rora_theory.lab.finetune.held_out import RecordLoss
-from rora_theory.lab.sweep import horizon_runs, results
-from rora_theory.lab.sweep.cells import SweepCell
+from rora_theory.lab.sweep import results
+from rora_theory.lab.sweep.runs import Reading, ReadRun, SweepRun, merge_repeated_runs, read_runs
 from rora_theory.runs import frames
 from rora_theory.runs.cells import run_cells
 from rora_theory.runs.folder import RunFolder
-from rora_theory.runs.reading import FinishedCell, key_of
+from rora_theory.runs.reading import key_of
 
 PUBLISHED = Path(__file__).parents[3] / "results" / "published"
 
@@ -85,95 +82,85 @@ def test_the_best_rates_of_the_published_runs_are_those_in_their_tables(run) -> 
     assert rows["best_rate"].notna().sum() > 10
 
 
-def cell(
-    method: str, rank: int | None = None, rate: float | None = None, seed: int | None = None, **more: object
-) -> dict:
-    setting = {"model": "m", "method": method, "rank": rank, "alpha": None if rank is None else 64.0}
-    setting |= {"gamma": None if rank is None else 8.0, "learning_rate": rate, "seed": seed, "evaluation": None}
-    training = None if rate is None else {"rule": "rora", "rank": rank, "rate": rate, "seed": seed, "kind": method}
-    return setting | {"training": training} | more
-
-
-def finished(config: dict, **result: Any) -> FinishedCell:
-    return FinishedCell("key", config, {"status": "complete", "validation_loss": 1.5} | result, {})
-
-
 LEVEL = {"task": "piqa", "accuracy": 0.75, "error": 0.1, "unparsed": 0.25, "chance": 0.5}
+LABEL = {"protocol": "label"}
+
+
+def made_run(
+    method: str, rank: int | None = None, rate: float = 0.0, seed: int = 0, alpha: float = 64.0, **fields: Any
+) -> SweepRun:
+    """Return a run of three steps with a loss of 1.5 nats per token."""
+    strength = None if rank is None else alpha if method == "lora" else alpha * rank**0.5
+    step = 3 if rate else 0
+    read = ReadRun([2.0] * step, [Reading(step, [15.0, 15.0], [1.0, 2.0])])
+    options = {"read": read, "model": "m", "alpha": None if rank is None else alpha, "key": "key", "read_at": (3,)}
+    return SweepRun(rank, strength, rate, seed, **{"method": method} | options | fields)
 
 
 def test_one_row_for_each_training_in_order() -> None:
-    """Cells with scores replace those without. The order is base, methods, ranks, alphas, rates and seeds."""
-    scored = {"evaluation": {"protocol": "label"}}
+    """Runs with scores replace those without. The order is base, methods, ranks, alphas, rates and seeds."""
     unscored = [
-        cell("rora", 8, 0.1, 10), cell("rora", 8, 0.1, 9), cell("rora", 8, 0.01, 9), cell("rora", 8, 0.3, 9, alpha=8.0),
-        cell("rora", 4, 0.1, 9), cell("lora", 16, 0.1, 9), cell("zeta", 2, 0.1, 9), cell("prefix", None, 0.1, 9),
-        cell("base", **scored),
+        made_run("rora", 8, 0.1, 10), made_run("rora", 8, 0.1, 9), made_run("rora", 8, 0.01, 9),
+        made_run("rora", 8, 0.3, 9, alpha=8.0), made_run("rora", 4, 0.1, 9), made_run("lora", 16, 0.1, 9),
+        made_run("prefix", None, 0.1, 9), made_run("base", evaluation=LABEL),
     ]  # fmt: skip
-    cells = [finished(config) for config in unscored]
     levels = [LEVEL, LEVEL | {"task": "boolq"}, LEVEL | {"task": "average", "accuracy": 0.6}]
-    cells.insert(0, finished(cell("rora", 8, 0.1, 10, **scored), levels=[LEVEL]))
-    cells.append(finished(cell("lora", 16, 0.1, 9, **scored), levels=levels))
-    cells.append(finished(cell("rora", 4, 0.1, 9, **scored), status="diverged", diverged_at=2))
-    table = results.results_table(cells)
+    runs = [made_run("rora", 8, 0.1, 10, evaluation=LABEL, result={"levels": [LEVEL]}), *unscored]
+    runs.append(made_run("lora", 16, 0.1, 9, evaluation=LABEL, result={"levels": levels}))
+    runs.append(made_run("lora", 32, 0.1, 9, read=ReadRun([2.0], [], diverged_at=2)))
+    tokens = {"m": ([10, 10], [1, 2])}
+    table = results.results_table(merge_repeated_runs(runs), tokens)
     rows = frames.rows(table)
     assert [(row["method"], row["rank"], row["alpha"], row["learning_rate"], row["seed"]) for row in rows] == [
         ("base", None, None, None, None),
         ("prefix", None, None, 0.1, 9),
         ("lora", 16, 64.0, 0.1, 9),
+        ("lora", 32, 64.0, 0.1, 9),
         ("rora", 4, 64.0, 0.1, 9),
-        ("rora", 4, 64.0, 0.1, 9),  # a scored cell that diverged replaces none
         ("rora", 8, 8.0, 0.3, 9),
         ("rora", 8, 64.0, 0.01, 9),
         ("rora", 8, 64.0, 0.1, 9),
         ("rora", 8, 64.0, 0.1, 10),
-        ("zeta", 2, 64.0, 0.1, 9),
     ]
-    assert sorted(row["status"] for row in rows if row["rank"] == 4) == ["complete", "diverged"]
+    assert [row["status"] for row in rows if row["rank"] == 32] == ["diverged"]
     (twin,) = [row for row in rows if row["seed"] == 10]
     assert (twin["protocol"], twin["piqa"], twin["piqa_error"], twin["piqa_unparsed"]) == ("label", 0.75, 0.1, 0.25)
     assert (twin["average"], twin["average_chance"], twin["boolq"]) == (0.75, 0.5, None)
+    assert (twin["validation_loss"], twin["answer_loss"], twin["train_loss"]) == (1.5, 1.0, 2.0)
     assert (rows[2]["average"], rows[2]["boolq"]) == (0.6, 0.75), "the average over tasks that was measured"
-    assert [row["rule"] for row in rows] == [None, None, *["rora"] * 8], "only methods with a rank have a rule"
+    assert [row["rule"] for row in rows] == [None, None, *["lora"] * 2, *["rora"] * 5], "only methods with a rank"
     marks = {(row["alpha"], row["learning_rate"]): row["best_rate"] for row in rows if row["rank"] == 8}
     assert (marks[64.0, 0.01], marks[64.0, 0.1]) == ("edge", None), "a tie"
     assert tuple(table) == results.COLUMNS
-    assert frames.to_csv(table).splitlines()[8].startswith("key,complete,m,rora,rora,8,64.0,8.0,0.1,,9,,,,,1.5,")
 
 
-def test_the_files_of_a_cell_are_read_back(tmp_path) -> None:
-    """All digits are kept, and the place of each record; an answer that could not be parsed is wrong."""
-    third = 1 / 3
-    losses = [RecordLoss(10, third, 2, 0.5), RecordLoss(20, 2.5, 3, third)]
-    held_out = [("one/a.json", 3, Record("a", "b")), ("two/b.json", 4, Record("c", "d"))]
-    results.write_losses(tmp_path / "l.csv", held_out, losses)
-    assert results.read_losses(tmp_path / "l.csv").to_dict("list") == {
-        "file": ["one/a.json", "two/b.json"],
-        "index": [3, 4],
-        "tokens": [10, 20],
-        "loss": [third, 2.5],
-        "answer_tokens": [2, 3],
-        "answer_loss": [0.5, third],
-    }
-    results.write_answers(
-        tmp_path / "a.csv", [Sample("piqa", 0, "x,y", "x,y", True), Sample("piqa", 1, "x", None, False)]
-    )
+def test_rows_of_several_steps_and_axes() -> None:
+    """Rates are compared at the end of the runs, and within one value of an axis."""
+
+    def readings(loss: float) -> ReadRun:
+        return ReadRun([], [Reading(step, [loss * 10 / step], [1.0]) for step in (2, 4)])
+
+    runs = [
+        made_run("lora", 8, rate, read=readings(loss), read_at=(2, 4), axes=axes)
+        for axes, losses in (((("batch_size", 4),), (3.0, 1.0, 2.0)), ((("batch_size", 32),), (1.0, 2.0, 3.0)))
+        for rate, loss in zip((0.1, 0.2, 0.3), losses, strict=True)
+    ]
+    rows = frames.rows(results.results_table(runs, {"m": ([10], [1])}))
+    assert {row["step"] for row in rows} == {2, 4}
+    marked = [(row["batch_size"], row["learning_rate"], row["step"]) for row in rows if row["best_rate"]]
+    assert sorted(marked) == [(4, 0.2, 4), (32, 0.1, 4)]
+    assert len(results.final_rows(frames.from_rows(rows, list(rows[0])))) == 6
+
+
+def test_the_answers_of_a_cell_are_read_back(tmp_path) -> None:
+    """An answer that could not be parsed is wrong."""
+    samples = [Sample("piqa", 0, "x,y", "x,y", True), Sample("piqa", 1, "x", None, False)]
+    results.write_answers(tmp_path / "a.csv", samples)
     assert (tmp_path / "a.csv").read_text() == 'task,index,prediction,correct\npiqa,0,"x,y",1\npiqa,1,,0\n'
     assert results.read_answers(tmp_path / "a.csv")["correct"].tolist() == [1, 0]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (b"file,index,tokens,loss\na,3,10\n", "line 1 is not the header"),
-        (b"file,index,tokens,loss,answer_tokens,answer_loss\na,3,10,x,2,0.5\n", "column loss"),
-        (b"file,index,tokens,loss,answer_tokens,answer_loss\na,3,,1.5,2,0.5\n", "column tokens"),
-    ],
-)
-def test_a_damaged_file_of_losses_is_named(tmp_path, text, message) -> None:
-    path = tmp_path / "losses.csv"
-    path.write_bytes(text)
-    with pytest.raises(InputError, match=rf"losses\.csv: .*{message}"):
-        results.read_losses(path)
+    (tmp_path / "a.csv").write_text("task,index,prediction,correct\npiqa,0,x,yes\n")
+    with pytest.raises(InputError, match=r"a\.csv: .*column correct"):
+        results.read_answers(tmp_path / "a.csv")
 
 
 def test_results_are_described() -> None:
@@ -185,47 +172,34 @@ def test_results_are_described() -> None:
     assert lines == [f"m: lora r=8: learning rate 0.001{edge}", *["m: series: learning rate 0.001"] * 2]
     rows = frames.from_rows([rate_row(0.1, 0, status="diverged")], results.COLUMNS)
     assert results.describe_results(rows) == ("Lowest validation loss of 1 cells: none (± over records). 1 diverged.")
-    result = {"status": "complete", "validation_loss": 1.5, "validation_error": 0.01, "answer_loss": 0.5}
-    result |= {"answer_error": 0.02, "levels": [LEVEL, LEVEL | {"task": "average"}]}
-    assert results.describe_result(result) == (
-        "loss 1.5000 ± 0.0100, answers 0.5000 ± 0.0200, average 75.0 ± 10.0 % (25.0 % unparsed)"
+    reading = {"step": 2, "losses": [10.0, 20.0], "answer_losses": [1.0, 1.0]}
+    result = {"readings": [reading, reading | {"step": 4}], "diverged_at": None, "tokens": 20}
+    assert results.describe_result(result | {"levels": [LEVEL, LEVEL | {"task": "average"}]}) == (
+        "loss 1.5000 at 2, loss 1.5000 at 4, average 75.0 ± 10.0 % (25.0 % unparsed)"
     )
-    assert results.describe_result({"status": "diverged", "diverged_at": 7}) == "diverged at step 7"
-
-
-def test_only_the_requested_cells_of_a_folder_are_read(tmp_path) -> None:
-    """Cells of an earlier grid and unfinished cells are left out; without a selection all are read."""
-    base = SweepCell("base", None, None, None, None, None, "m", None, "float32", None, {}, None)
-    cells = [replace(base, model=name) for name in ("one", "two", "three")]
-    folder = RunFolder.open("sweep", {}, out=tmp_path / "run")
-    run_cells(cells[:2], lambda cell, _: {"status": "complete", "validation_loss": len(cell.model)}, folder)
-    folder.finish()
-    assert results.read_results(folder.path)["model"].tolist() == ["one", "two"]
-    assert results.read_results(folder.path, cells[1:])["model"].tolist() == ["two"]
-    assert results.read_results(folder.path, []).empty
+    assert results.describe_result(result | {"readings": [], "diverged_at": 7}) == "diverged at 7"
 
 
 READINGS = [{"step": 1, "losses": [1.0], "answer_losses": [1.0]}]
 HORIZON = {"train_losses": [1.0], "readings": READINGS, "diverged_at": None}
 
 
-@pytest.mark.parametrize("read", [results.read_results, horizon_runs.read_finished])
 @pytest.mark.parametrize(
     "value",
     [
-        None, "3", {}, {"levels": [3]}, HORIZON | {"train_losses": 3}, HORIZON | {"train_losses": ["x"]},
+        None, "3", {}, HORIZON | {"levels": [3]}, HORIZON | {"train_losses": 3}, HORIZON | {"train_losses": ["x"]},
         HORIZON | {"readings": [3]}, HORIZON | {"readings": [READINGS[0] | {"losses": None}]},
     ],
 )  # fmt: skip
-def test_results_of_the_wrong_type_are_refused_by_key(tmp_path: Path, read: Any, value: Any) -> None:
+def test_results_of_the_wrong_type_are_refused_by_key(tmp_path: Path, value: Any) -> None:
     """The file has a valid digest, as its author could have written."""
-    cell = {"rank": 1, "strength": 1.0, "rate": 1.0, "seed": 0}
+    cell = {"rank": 1, "strength": 1.0, "rate": 1.0, "seed": 0, "read_at": [1]}
     run_cells([cell], lambda *_: value, RunFolder.open("sweep", {}, out=tmp_path))
     with pytest.raises(InputError, match=rf"cells\.jsonl: key {key_of(cell)}: is damaged"):
-        read(tmp_path)
+        read_runs(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["../victim", "/etc", ""])
 def test_a_key_that_leads_outside_the_cells_is_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(InputError, match=f"results.csv: names {key!r}"):
-        results.cell_file(tmp_path / "cells", key, results.LOSSES)
+        results.cell_file(tmp_path / "cells", key, results.ANSWERS)

@@ -22,11 +22,10 @@ from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.finetune.held_out import record_losses
 from rora_theory.lab.llama import locate
 from rora_theory.lab.llama.quantised import QuantisedWeight
-from rora_theory.lab.sweep.cells import cells_of, training_of
-from rora_theory.lab.sweep.design import Design
+from rora_theory.lab.sweep.cells import SweepCell
 from rora_theory.lab.sweep.records import draw_records
-from rora_theory.lab.sweep.workbench import TrainedAdapter, Workbench
-from rora_theory.stats.paired import mean_per_token
+from rora_theory.lab.sweep.runs import Reading, ReadRun
+from rora_theory.lab.sweep.workbench import EvaluatedCell, Workbench
 
 SHARED = FinetuneConfig(batch_size=4, cutoff=400, widths=1, template="clean", held_out=0)
 
@@ -47,7 +46,7 @@ def bench(tmp_path_factory) -> Workbench:
 
 def test_methods_of_a_seed_share_init_and_order_and_seeds_do_not(bench) -> None:
     def begin(method: str, rank: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        adapter, batches = bench.begin(training_of(Design(), SHARED, method, rank, 1e-3, seed))
+        adapter, batches = bench.begin(SweepCell("m", method, rank, 64.0, 1e-3, seed, (9,)).training(SHARED))
         return np.asarray(adapter.params["mlp.up_proj"]["lora_A"]), np.stack(
             [b.inputs for b in map(batches.__getitem__, range(3))]
         )
@@ -73,7 +72,8 @@ def test_the_adapted_model_is_scored(bench, kind, tmp_path, monkeypatch) -> None
     adapter = fresh.replace(
         jax.tree.map(lambda a: a + size * jax.random.normal(jax.random.key(1), a.shape), fresh.params)
     )
-    monkeypatch.setattr(bench, "train", lambda *_: TrainedAdapter({"steps": 1}, adapter))
+    read = Reading(1, [1.0], [1.0])
+    monkeypatch.setattr(bench, "train", lambda *_: EvaluatedCell(ReadRun([2.0], [read]), {}, adapter))
     scored_models = []
 
     def scored(params, config, tokenizer, items, settings, **options):
@@ -82,20 +82,21 @@ def test_the_adapted_model_is_scored(bench, kind, tmp_path, monkeypatch) -> None
         return score(params, config, tokenizer, items, settings, **options)
 
     monkeypatch.setattr(scoring, "score", scored)
-    design = Design(models=tuple(bench.located), methods=(kind,), ranks=(2,), seeds=(0,))
-    (cell,) = cells_of(design, SHARED, data={}, evaluation={}, stage=0)
-    result = bench.measure(cell, tmp_path).result
+    (model,) = bench.located
+    rank, alpha = (2, 4.0) if kind == "lora" else (None, None)
+    cell = SweepCell(model, kind, rank, alpha, 1e-3, 0, (1,), evaluation={})
+    assert len(bench.measure(cell, tmp_path).samples) == len(bench.tasks["boolq"]) + len(bench.tasks["piqa"])
     base = bench.model.params
     for params, unmerged in scored_models:
         assert unmerged is (adapter if kind == "prefix" else None)
         if kind == "lora":
             jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), params, adapter.merge(base))
     assert len(scored_models) == 2, "tasks"
-    losses = record_losses(base, bench.model.config, bench.held_out, adapter=adapter)
-    expected = mean_per_token([record.loss for record in losses], [record.tokens for record in losses]).value
-    assert result["validation_loss"] == pytest.approx(expected, rel=1e-4)
+    losses = bench._read_out(1, *bench._merged(adapter)).losses
+    expected = record_losses(base, bench.model.config, bench.held_out, adapter=adapter)
+    assert losses == pytest.approx([record.loss for record in expected], rel=1e-4)
     plain = record_losses(base, bench.model.config, bench.held_out)
-    assert abs(sum(record.loss for record in plain) / sum(record.loss for record in losses) - 1) > 1e-3
+    assert abs(sum(record.loss for record in plain) / sum(losses) - 1) > 1e-3
 
 
 def test_the_base_has_the_storage_of_the_settings(bench, tmp_path, monkeypatch) -> None:

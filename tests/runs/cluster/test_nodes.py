@@ -30,7 +30,7 @@ from rora_theory.runs.cells import CellOutcome
 from rora_theory.runs.cluster import ClusterConfig, driver, leave, orphans, worker
 from rora_theory.runs.cluster.connection import LOOPBACK, QUIET
 from rora_theory.runs.reading import key_of
-from sims import horizon, rank_sweep, variance_sweep
+from sims import horizon, sweep, variance_sweep
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[3]
 STORE = 80 << 20
 """Bytes of a node's object store."""
 RECORDS = "--train-records 12 --held-out 4 --cutoff 400 --batch-size 4 --warmup 0"
-RANKS = f"{RECORDS} --methods lora --ranks 2 4 --seeds 0 --steps 1 --widths 1 --dropout 0 --no-accuracy"
+RANKS = f"{RECORDS} --methods lora --ranks 2 4 --seeds 0 --steps 1 --widths 1 --dropout 0"
 HORIZON = f"{RECORDS} --ranks 2 --strengths 4 --lrs 1e-3 --read-at 1 --full-lrs 1e-3"
 VARIANCE = "--ranks 1 16 --p-in 64 --p-out 8 --overlaps 0.5 --relative-error 0.05 --devices 1"
 MEASURED = re.compile(rb'"(?:\w*seconds|compilations|digest|cells/\w+/metrics\.jsonl)": ("\w+"|[^,}]+)')
@@ -396,7 +396,7 @@ def test_two_local_workers_write_the_files_of_one_process(checkpoints, tmp_path,
     with log.open("w") as stderr:
         orphan = subprocess.Popen(["sleep", "3600"], stderr=stderr)
     options = [*checkpoints, *RANKS.split()]
-    single_process, with_workers = both(rank_sweep.main, options, tmp_path, "--workers", "2", "--cell-memory", "plan")
+    single_process, with_workers = both(sweep.main, options, tmp_path, "--workers", "2")
     assert len(unmeasured(single_process)) == 12
     assert_equal_runs(single_process, with_workers)
     printed = capfd.readouterr()

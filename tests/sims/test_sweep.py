@@ -1,10 +1,9 @@
-"""`python -m sims.rank_sweep` on a tiny checkpoint: what a cell measures, and that interruptions repeat no cell."""
+"""`python -m sims.sweep` on a tiny checkpoint: what a cell measures, and that interruptions repeat no cell."""
 
 import dataclasses
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,15 +16,16 @@ from rora_theory.errors import InputError
 from rora_theory.lab.adapters import load_peft
 from rora_theory.lab.evaluate.scoring import Sample, Scoring
 from rora_theory.lab.finetune import Metrics, Record, tokenize
-from rora_theory.lab.finetune.held_out import RecordLoss, record_losses
+from rora_theory.lab.finetune.held_out import record_losses
 from rora_theory.lab.llama import load
-from rora_theory.lab.sweep import results, trained_runs
+from rora_theory.lab.sweep import results
+from rora_theory.lab.sweep.runs import Reading, ReadRun, read_runs
 from rora_theory.lab.sweep.workbench import EvaluatedCell, Workbench
 from rora_theory.runs import frames, seals
 from rora_theory.runs import lock as folder_lock
 from rora_theory.runs.reading import CELLS, key_of, read_finished_cells
 from rora_theory.stats.paired import mean_per_token
-from sims import rank_sweep
+from sims import sweep as sim
 
 PLAIN = (
     "--batch-size 4 --steps 3 --warmup 1 --widths 1 --held-out 6 --train-records 12 --dropout 0 "
@@ -36,8 +36,10 @@ PLAIN = (
 def sweep(model: Path, data: Path, out: Path, *more: str) -> commands.Ended:
     """Run a sweep over two tasks' questions."""
     files = [data / name / "train.json" for name in ("one", "two")]
-    inputs = ["--model", model, "--data", *files, "--tasks boolq piqa --data-dir", data]
-    return commands.run(rank_sweep.main, *inputs, PLAIN, "--out", out, *more)
+    inputs = ["--model", model, "--data", *files]
+    if "--no-accuracy" not in " ".join(map(str, more)):
+        inputs += ["--accuracy --tasks boolq piqa --data-dir", data]
+    return commands.run(sim.main, *inputs, PLAIN, "--out", out, *more)
 
 
 def table(out: Path) -> list[dict[str, str]]:
@@ -90,16 +92,17 @@ def test_parameters_are_counted(swept) -> None:
 def test_the_loss_of_a_cell_is_that_of_its_adapter(swept, model, data, method) -> None:
     """The saved adapter is evaluated beside the weights, on the held-out records that the cell names."""
     [row, *_] = [row for row in table(swept) if row["method"] == method]
-    folder = swept / "cells" / row["key"]
-    written = commands.rows(folder / "losses.csv")
+    (run,) = read_runs(swept, [row["key"]])
+    written = commands.rows(swept / "records.csv")
     assert len(written) == 6
     original = load(str(model))
-    records = [Record(**{"input": ""} | json.loads((data / r["file"]).read_text())[int(r["index"])]) for r in written]
+    records = [Record(**{"input": ""} | json.loads((data / r["source"]).read_text())[int(r["index"])]) for r in written]
     examples = tokenize(records, tokenizer=original.tokenizer, template="clean", cutoff=512, answer_only=True)
-    adapter = load_peft(folder / "adapter", original.config, original.params)
+    adapter = load_peft(swept / "cells" / row["key"] / "adapter", original.config, original.params)
     actual = record_losses(original.params, original.config, examples, adapter=adapter)
+    assert [item.tokens for item in actual] == [int(r["tokens"]) for r in written]
     # Merged and beside the weights: float32 sums in another order.
-    np.testing.assert_allclose([item.loss for item in actual], [float(r["loss"]) for r in written], rtol=1e-4)
+    np.testing.assert_allclose([item.loss for item in actual], run.read.readings[-1].losses, rtol=1e-4)
     mean = mean_per_token([item.loss for item in actual], [item.tokens for item in actual])
     summary = float(row["validation_loss"]), float(row["validation_error"])
     assert summary == pytest.approx((mean.value, mean.error), rel=1e-4)
@@ -116,12 +119,12 @@ def test_options_reach_the_workbench(model, data, tmp_path, monkeypatch) -> None
         received.update(trained_on=len(records.train), tasks=list(tasks), located=list(located))
         raise InputError("seen")
 
-    monkeypatch.setattr(rank_sweep, "Workbench", workbench)
+    monkeypatch.setattr(sim, "Workbench", workbench)
     more = "--ranks 2 --eval-template clean --score-batch-size 3 --dtype bfloat16 --checkpoint-every 7"
     assert "seen" in commands.refusal(sweep(model, data, tmp_path / "m", more))
     assert received == {
         "scoring": Scoring("label", "clean"), "score_batch_size": 3, "checkpoint_every": 7, "dtype": "bfloat16",
-        "trained_on": 12, "tasks": ["boolq", "piqa"], "located": [str(model)],
+        "trained_on": 12, "tasks": ["boolq", "piqa"], "located": [str(model)], "measures_parts": False,
     }  # fmt: skip
 
 
@@ -163,7 +166,7 @@ def test_an_interrupted_cell_resumes_from_its_checkpoint(swept, model, data, tmp
     assert sweep(model, data, out, more).status == 130
     assert not (out / "results.csv").exists()
     commands.output(sweep(model, data, out, more))
-    assert steps == [1, 2, 3, 3], "the first two steps were not repeated"
+    assert steps == [1, 2, 3, 3, 3], "the first two steps were not repeated; the pause comes after the last"
     (key,) = read_finished_cells(out)
     assert key in read_finished_cells(swept), "checkpoints do not determine the result"
 
@@ -172,7 +175,7 @@ def test_an_interrupted_cell_resumes_from_its_checkpoint(swept, model, data, tmp
         return re.sub(r'"(seconds|digest)": [^,}]*', "", text)
 
     names = {
-        "losses.csv", "answers.csv", "metrics.jsonl", "cell.json", "adapter/adapter_config.json",
+        "answers.csv", "metrics.jsonl", "cell.json", "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors", "adapter/README.md",
     }  # fmt: skip
     assert set(read_finished_cells(out)[key].files) == {f"cells/{key}/{name}" for name in names}
@@ -187,31 +190,35 @@ def test_an_interrupted_cell_resumes_from_its_checkpoint(swept, model, data, tmp
 class Quick(Workbench):
     """Workbench that derives results from a cell's hash at once, so that runs can be compared to the byte."""
 
-    def open(self, _: str) -> list[str]:
+    def open(self, *_: str) -> list[str]:
         self.train_examples, self.model = None, SimpleNamespace(tokenizer=None)
+        self.held_out = SimpleNamespace(input_lengths=np.array([10] * 6), target_counts=np.array([2] * 6))
         return []
 
+    def tokenize(self, _: str) -> None:
+        self.open()
+
     def measure(self, cell, *_) -> EvaluatedCell:
+        self.open()
         random = np.random.default_rng(int(key_of(cell), 16))
-        rate = cell.learning_rate or 1.0
-        loss = float(abs(np.log(rate / (1e-3 if cell.method == "lora" else 3e-3))) + 1e-3 * random.random())
-        result = {"status": "complete", "validation_loss": loss, "validation_error": 0.1, "answer_loss": loss}
-        result |= {"answer_error": 0.1, "seconds": 1.0, "steps": 3}
-        losses = [RecordLoss(10, loss + item, 2, loss) for item in random.random(len(self.records.held_out)).tolist()]
-        samples = []
+        best = 1e-3 if cell.method == "lora" else 3e-3
+        loss = float(abs(np.log((cell.rate or 1.0) / best)) + 1e-3 * random.random())
+        losses = [loss + item for item in random.random(6).tolist()]
+        run = ReadRun([loss] * 3, [Reading(3, [10 * item for item in losses], losses)])
+        result, samples = {"seconds": 1.0}, []
         if cell.evaluation is not None:
             level = {"task": "average", "accuracy": 0.5, "error": 0.1, "unparsed": 0.0, "chance": 0.5}
             result["levels"] = [level]
             right = random.random(4) < 0.5
             samples = [Sample("piqa", i, "solution1", "solution1", bool(item)) for i, item in enumerate(right)]
-        return EvaluatedCell(result, None, losses, samples)
+        return EvaluatedCell(run, result, None, samples)
 
 
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """Run sweeps whose cells take no time."""
-    monkeypatch.setattr(rank_sweep, "Workbench", Quick)
-    monkeypatch.setattr(rank_sweep.prompts, "save_prompts", lambda *_, **__: None)  # which a tokenizer is needed for
+    monkeypatch.setattr(sim, "Workbench", Quick)
+    monkeypatch.setattr(sim.prompts, "save_prompts", lambda *_, **__: None)  # which a tokenizer is needed for
 
 
 def interrupt(*_: object) -> None:
@@ -230,7 +237,7 @@ def stopped(number: int, what, *words: object) -> commands.Ended:
         begun.append(cell)
         if len(begun) == number:
             (folder / "checkpoints").mkdir()
-            (folder / "losses.csv").write_text("half")
+            (folder / "answers.csv").write_text("half")
             what()
         return measure(self, cell)
 
@@ -262,7 +269,7 @@ def test_a_resumed_sweep_writes_the_same_bytes(model, data, tmp_path, number, wh
     resumed = commands.output(sweep(model, data, out, FOUR))
     assert resumed.count(": loss ") == 5 - done, "finished cells are not computed again"
     keys = read_finished_cells(original)
-    for name in (*FILES, *(f"cells/{key}/{name}" for key in keys for name in ("losses.csv", "cell.json"))):
+    for name in (*FILES, *(f"cells/{key}/{name}" for key in keys for name in ("answers.csv", "cell.json"))):
         assert (out / name).read_bytes() == (original / name).read_bytes(), name
 
 
@@ -306,20 +313,6 @@ def test_the_cells_are_listed_with_their_state(model, data, tmp_path) -> None:
     lock = folder_lock.acquire(out)
     assert states()[1:] == [4, 1], "a folder in use may be read"
     os.close(lock)
-
-
-@pytest.mark.slow
-def test_a_file_changed_by_hand_is_not_read(swept, tmp_path) -> None:
-    """This covers the table and a cell's own file."""
-    out = Path(shutil.copytree(swept, tmp_path / "m"))
-    cell = out / "cells" / commands.selected(table(out), method="rora", rank=2)["key"]
-    for path in (out / "results.csv", cell / "losses.csv"):
-        original = path.read_text()
-        path.write_text(original.replace("1", "2", 1))
-        with pytest.raises(InputError, match=f"{path}: was changed since the run wrote it"):
-            trained_runs.read_runs(out)
-        path.write_text(original)
-    trained_runs.read_runs(out)
 
 
 @pytest.mark.parametrize(
@@ -409,7 +402,7 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
     rows += [columns | shared | {"learning_rate": "0.01", "best_rate": ""}]
     rows += [columns | shared | {"rank": "16", "gamma": "16.0", "status": "diverged", "best_rate": ""}]
     config = {"training": {"batch": 4, "steps": 5}, "data": {"held_out": 6, "train_records": 8}}
-    manifest = {"experiment": "rank_sweep", "config": config, "design": "table1"}
+    manifest = {"experiment": "sweep", "config": config, "design": "table1"}
 
     def write(rows) -> None:
         (tmp_path / "manifest.json").write_text(json.dumps(seals.seal(manifest)))

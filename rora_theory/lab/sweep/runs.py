@@ -1,0 +1,300 @@
+"""Finished runs of a matrix: reading them from a folder, and merging runs of one setting."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rora_theory.errors import InputError
+from rora_theory.lab.sweep.design import BASE, METHODS
+from rora_theory.runs import frames
+from rora_theory.runs.files import naming_damage
+from rora_theory.runs.reading import CELLS, FinishedCell, as_json, read_finished_cells, read_manifest
+from rora_theory.scaling import exponent, scaling_factor
+from rora_theory.stats.trained_runs import TrainedRun
+
+FULL = "full"
+"""Name of full fine-tuning, as a method and as the rule of a curve."""
+
+RECORDS_FILE = "records.csv"
+"""File with the numbers of tokens of the held-out records."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Losses of the held-out records after a number of steps.
+
+    Attributes:
+      step: Number of steps; 0 is the model before training.
+      losses: Loss of each record in nats, summed over its tokens.
+      answer_losses: Loss of each record in nats, summed over the tokens of its answer.
+      parts: Columns of `lab.led.compute_led_rms`, to five figures; None if they were not measured, and for full
+        fine-tuning and DoRA, whose change is not gamma B A x.
+    """
+
+    step: int
+    losses: list[float]
+    answer_losses: list[float]
+    parts: dict[str, list[Any]] | None = None
+
+
+@dataclass(frozen=True)
+class ReadRun:
+    """Fine-tuning run with its readings.
+
+    Attributes:
+      train_losses: Loss per token of every step, before its update.
+      readings: Readings in the order of steps, up to a divergence.
+      diverged_at: Step at which the training or held-out loss was not finite; None if the run did not diverge.
+    """
+
+    train_losses: list[float]
+    readings: list[Reading]
+    diverged_at: int | None = None
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """Training run of a matrix with its read-outs.
+
+    Attributes:
+      rank: Rank of the adapter; None for methods without a rank.
+      strength: G = gamma r of the adapter; None for methods without a rank.
+      rate: Learning rate; 0 for the base model.
+      seed: Seed; 0 for the base model.
+      read: Losses of the run.
+      steps: Planned number of steps under a schedule that decays, where a run of another length has other rates; None
+        at a constant rate, where shorter runs are the first steps of longer ones.
+      method: Name from `METHODS`, or `BASE`.
+      alpha: Alpha; None for methods without a rank.
+      model: Name of the model.
+      axes: Further settings of the run, see `SweepCell`.
+      key: Key of its cell.
+      evaluation: Settings of the scoring; None if the tasks were not scored.
+      result: Further figures of the run, such as ``levels`` of accuracy.
+      read_at: Planned numbers of steps of the readings.
+    """
+
+    rank: int | None
+    strength: float | None
+    rate: float
+    seed: int
+    read: ReadRun
+    steps: int | None = None
+    method: str = "lora"
+    alpha: float | None = None
+    model: str = ""
+    axes: tuple[tuple[str, Any], ...] = ()
+    key: str = ""
+    evaluation: Mapping[str, Any] | None = None
+    result: Mapping[str, Any] = field(default_factory=dict)
+    read_at: tuple[int, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Planned number of steps; that of the last reading if it is unknown."""
+        return max((*self.read_at, *(reading.step for reading in self.read.readings)), default=0)
+
+    @property
+    def gamma(self) -> float | None:
+        """Scaling of the adapter; None for methods without a rank."""
+        return self.strength / self.rank if self.strength and self.rank else None
+
+    @property
+    def adapter(self) -> str:
+        """Kind of adapter: rules of scaling are one kind, since runs of one G are the same."""
+        return "" if self.method == BASE else METHODS[self.method].settings["method"]
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """Everything that identifies the run except for its length."""
+        names = ("model", "method", "rank", "strength", "rate", "seed", "axes")
+        return tuple(getattr(self, name) for name in names)
+
+    def losses(self, step: int) -> list[float] | None:
+        """Return the losses of the held-out records after a step; None if they were not measured there."""
+        return next((reading.losses for reading in self.read.readings if reading.step == step), None)
+
+    def reaches(self, step: int) -> bool:
+        """Return whether the run has losses after a step, or shows that a run of this many steps diverges."""
+        if self.losses(step) is not None:
+            return True
+        diverged_at = self.read.diverged_at
+        return diverged_at is not None and diverged_at <= step and self.steps in (None, step)
+
+    def at(self, step: int, tokens: Sequence[int]) -> TrainedRun:
+        """Return the run as it is after a step that it `reaches`; full fine-tuning has rank 0 and a scaling of 1.
+
+        Args:
+          step: Number of steps.
+          tokens: Number of tokens of each held-out record.
+        """
+        return self._with_records(self.losses(step), tokens)
+
+    def in_training_at(self, step: int) -> TrainedRun | None:
+        """Return the run with the training losses of the second half of the steps up to ``step`` as its records.
+
+        Runs of one seed train on the same batches, so that these losses are paired like those of held-out records.
+
+        Returns:
+          The run, or None if it ends before ``step`` without having diverged.
+        """
+        has_diverged = self.losses(step) is None and self.reaches(step)
+        losses = self.read.train_losses[step // 2 : step]
+        if not has_diverged and len(self.read.train_losses) < step:
+            return None
+        return self._with_records(None if has_diverged else losses, [1] * len(losses))
+
+    def _with_records(self, losses: Sequence[float] | None, tokens: Sequence[int]) -> TrainedRun:
+        rank, gamma = self.rank or 0, self.gamma or 1.0
+        return TrainedRun.from_records(self.adapter, rank, gamma, self.rate, self.seed, losses, tokens)
+
+
+def read_runs(folder: Path, keys: Iterable[str] | None = None) -> list[SweepRun]:
+    """Read the runs of the finished cells of a run folder.
+
+    Args:
+      folder: Run folder.
+      keys: Keys of the cells to read; None reads all.
+
+    Raises:
+      InputError: If a line was modified or holds values of a wrong type.
+    """
+    config = (read_manifest(folder, ()) or {}).get("config", {})
+    selected = None if keys is None else set(keys)
+    runs = []
+    for cell in read_finished_cells(folder).values():
+        if selected is None or cell.key in selected:
+            with naming_damage(f"{folder / CELLS}: key {cell.key}"):
+                runs.append(_convert_run(cell, config))
+    # A run without a value of an axis has the one that the others share.
+    shared = {name: config.get("settings", {}).get(name) for run in runs for name, _ in run.axes}
+    return [replace(run, axes=tuple(sorted((shared | dict(run.axes)).items()))) for run in runs]
+
+
+def _convert_run(cell: FinishedCell, config: Mapping[str, Any]) -> SweepRun:
+    """Convert a finished cell from JSON types; values of a wrong type raise an error."""
+
+    def optional_float(item: Any) -> float | None:
+        return None if item is None else float(item)
+
+    def optional_int(item: Any) -> int | None:
+        return None if item is None else int(item)
+
+    def floats(items: Any) -> list[float]:
+        return [float(item) for item in items]
+
+    fields, value = cell.cell, dict(cell.value)
+    readings = [
+        Reading(int(reading["step"]), floats(reading["losses"]), floats(reading["answer_losses"]), reading.get("parts"))
+        for reading in value.pop("readings")
+    ]
+    read = ReadRun(floats(value.pop("train_losses")), readings, optional_int(value.pop("diverged_at")))
+    rank = optional_int(fields["rank"])
+    # Early cells have one model, which the manifest names, and G in place of alpha, with the rule alpha / r.
+    method = fields.get("method", "lora" if rank else FULL)
+    model = fields.get("model") or config.get("models", [""])[0]
+    alpha = strength = optional_float(fields["alpha"] if "alpha" in fields else fields["strength"])
+    if rank is not None and alpha is not None:
+        rule = METHODS[method].settings["rule"]
+        # Under alpha / r, G is alpha itself, without the rounding of a division.
+        strength = alpha if exponent(rule) == 1 else rank * scaling_factor(rule, alpha=alpha, rank=rank)
+    axes = dict(fields.get("axes", {}))
+    decays = (axes | {"schedule": axes.get("schedule", config.get("settings", {}).get("schedule"))})["schedule"]
+    steps = int(fields["read_at"][-1]) if decays not in (None, "constant") and fields["read_at"] else None
+    for level in value.get("levels", ()):
+        float(level["accuracy"])
+    return SweepRun(
+        rank,
+        strength,
+        float(fields["rate"] or 0.0),
+        int(fields["seed"] or 0),
+        read,
+        steps,
+        method,
+        alpha,
+        model,
+        tuple(sorted(axes.items())),
+        cell.key,
+        fields.get("evaluation"),
+        value,
+        tuple(map(int, fields["read_at"])),
+    )
+
+
+def merge_repeated_runs(runs: Iterable[SweepRun]) -> list[SweepRun]:
+    """Merge runs of the same setting into the longest, with the readings of all of them.
+
+    At a constant rate, runs that differ only in length are the same run, up to rounding; under a schedule that decays
+    they are different runs, and are not merged. Of two readings at one step, the one with parts of the change is used,
+    or else that of the longer run. Of a run with accuracies and one without, the accuracies are kept.
+    """
+    by_setting: dict[tuple[Any, ...], dict[int, list[SweepRun]]] = {}
+    for run in runs:
+        by_setting.setdefault(run.setting, {}).setdefault(run.steps or 0, []).append(run)
+    merged = []
+    for setting_runs in (by_length[steps] for by_length in by_setting.values() for steps in sorted(by_length)):
+        # From the shortest to the longest run, so that the readings of longer runs replace those of shorter ones.
+        setting_runs = sorted(setting_runs, key=lambda run: (len(run.read.train_losses), run.evaluation is not None))
+        readings: dict[int, Reading] = {}
+        for reading in (reading for run in setting_runs for reading in run.read.readings):
+            # A reading with the parts of the change is not replaced by one without them.
+            previous = readings.get(reading.step)
+            if previous is None or reading.parts is not None or previous.parts is None:
+                readings[reading.step] = reading
+        longest = setting_runs[-1]
+        # A run that diverged early may be shorter than one that ended as planned.
+        divergences = [run.read.diverged_at for run in setting_runs if run.read.diverged_at is not None]
+        read = replace(
+            longest.read,
+            readings=[readings[step] for step in sorted(readings)],
+            diverged_at=min(divergences, default=None),
+        )
+        merged.append(replace(longest, read=read))
+    return merged
+
+
+def read_tokens(folder: Path) -> dict[str, tuple[list[int], list[int]]]:
+    """Read the numbers of tokens of the held-out records of a run folder, and of their answers, by model.
+
+    Raises:
+      InputError: If the file is missing or damaged.
+    """
+    frame = frames.read_csv(folder / RECORDS_FILE, accepted="a run folder of sims.sweep")
+    frames.check_columns(folder / RECORDS_FILE, frame, ("tokens", "answer_tokens"), advice="Use the file of a sweep.")
+    if "model" not in frame:
+        config = (read_manifest(folder, ()) or {}).get("config", {})
+        frame = frame.assign(model=config.get("models", [""])[0])
+    return {
+        str(model): (rows["tokens"].astype(int).tolist(), rows["answer_tokens"].astype(int).tolist())
+        for model, rows in frame.groupby("model", sort=False)
+    }
+
+
+def read_comparison_runs(path: Path, identity: Mapping[str, Any]) -> tuple[str, list[SweepRun]]:
+    """Read the runs of another folder of the same model and records.
+
+    Args:
+      path: Folder of the other runs.
+      identity: Settings of these runs, as in their manifest.
+
+    Returns:
+      A description of the settings in which the other runs differ, and the runs.
+
+    Raises:
+      InputError: If there is no such run, its model or records differ, or no setting differs.
+    """
+    manifest = read_manifest(path, ("config",))
+    if manifest is None or "model_sha256" not in manifest["config"] or "settings" not in manifest["config"]:
+        raise InputError(f"--compare-to must be a run folder of sims.sweep or sims.horizon, got {path}")
+    other, this = manifest["config"], as_json(identity)
+    # Losses can be compared for one model and the same records only.
+    for name in ("model_sha256", "data"):
+        first, second = (sorted(map(str, config[name].values())) for config in (other, this))
+        if first != second:
+            raise InputError(f"--compare-to {path}: {name} differs. Use a run of the same model and records.")
+    values = {name: value for name, value in other["settings"].items() if this["settings"].get(name) != value}
+    if not values:
+        raise InputError(f"--compare-to {path}: no setting differs. Use a run with another setting, such as --targets.")
+    descriptions = [f"{name} {' '.join(value) if isinstance(value, list) else value}" for name, value in values.items()]
+    return ", ".join(descriptions), read_runs(path)

@@ -1,0 +1,319 @@
+"""Train a matrix of adapters over methods, ranks, scalings, learning rates, seeds and further axes, and analyse it.
+
+    python -m sims.sweep --data DATA/*/train.json --ranks 8 32 128 --methods lora rora --lrs 1e-4 3e-4 1e-3 3e-3
+    python -m sims.sweep --design fig1 --accuracy --data DATA/*/train.json --data-dir DATA --list
+
+Every cell trains one adapter and measures its loss on held-out records of the training files (on all tokens, and on the
+answers) after one or several numbers of steps; with --accuracy also the accuracy on the eight tasks at the end. The
+same command resumes an interrupted run and repeats failed cells; finished cells are not run again, and more ranks,
+rates, seeds or values of --axes extend the run folder.
+
+`results.csv` has a row for each run and number of steps. `best.csv` has the best rates, `exponents.csv` how they depend
+on G = gamma r and on the rank, `regret.csv` what it costs to keep or scale a rate, and `differences.csv` compares the
+methods with the base model and with LoRA, record by record. A loss that is not finite is a result, ``diverged``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from rora_theory.errors import FailedError
+from rora_theory.lab.finetune import FinetuneConfig
+from rora_theory.lab.sweep import analysis, differences, results
+from rora_theory.lab.sweep import law as laws_of_rates
+from rora_theory.lab.sweep import runs as sweep_runs
+from rora_theory.lab.sweep.cells import SweepCell, cell_states, describe_models, replace_with_scored
+from rora_theory.lab.sweep.design import BASE
+from rora_theory.lab.sweep.plan import SweepConfig, SweepPlan, plan_sweep
+from rora_theory.lab.sweep.workbench import Workbench
+from rora_theory.runs import devices
+from rora_theory.runs.cells import CELLS_FOLDER
+from rora_theory.runs.cluster import ClusterConfig
+from rora_theory.runs.folder import RunFolder, check_free, path_of
+from rora_theory.runs.reading import key_of
+from rora_theory.runs.summary import KeyFigure, key_figures
+from sims.common import answers, cli, prompts, tables
+from sims.common.cells import Runner, run_with_bar
+from sims.common.summaries import summarised
+
+NAME = "sweep"
+
+CELL_SETTINGS = (
+    "method", "rule", "rank", "lr", "seed", "dtype", "rank_pattern", "alpha_pattern", "virtual_tokens", "bottleneck",
+    "non_linearity", "evaluate_every",
+)  # fmt: skip
+"""Training settings that the cells determine, or that are as published; they are not options."""
+
+_Shared: Any = cli.without_options(FinetuneConfig, *CELL_SETTINGS)
+
+
+@dataclass(frozen=True)
+class Training(_Shared):
+    """Options of the training runs of all cells."""
+
+    held_out: int = 512
+    """Number of records of the training files that are held out for the validation loss, the same for every cell"""
+    checkpoint_every: int = 500
+    """Number of steps between two checkpoints of a cell; an interrupted cell without a checkpoint starts again"""
+
+
+@dataclass(frozen=True)
+class Config(SweepConfig):
+    """Options of the matrix. The design determines the defaults."""
+
+    data: cli.Data
+    revision: cli.Revision = None
+    training: Training = field(default_factory=Training)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    parts: bool = False
+    """Measure the parts of the change that A and B lead, at every number of steps"""
+    regime: Path | None = None
+    """Run folder of sims.regime with the takeover distances and linear terms for the exponents of the law"""
+    compare_to: Path | None = None
+    """Run folder of a sweep to compare with, on the same records and with another setting, such as --targets"""
+    save_adapters: bool = False
+    """Save the adapter of each cell in PEFT's format, or the model for full"""
+    out: Path | None = None
+    """Run folder; by default results/COMMAND/ID. An existing matrix is resumed and may grow"""
+    list: bool = False
+    """Print the cells with their state, without running them"""
+
+
+def run(config: Config) -> None:
+    """Validate the inputs, run the cells that the run folder lacks, and report."""
+    # Check all inputs before any work: the regime, the records, the models and the runs to compare with.
+    takeovers, linear_terms = laws_of_rates.read_regime(config.regime) if config.regime else ([], [])
+    plan = plan_sweep(config)
+    # The scoring may be added later to finished cells, so it can extend the identity.
+    cells, identity, extensible = plan.cells(), plan.identity(), {"evaluation": plan.evaluation}
+    models = describe_models(cells, plan.training, plan.located)
+    path = path_of(NAME, identity | extensible, config.out)
+    if config.list:
+        print_cells(config.design, path, cells)
+        return
+    compare_to = [sweep_runs.read_comparison_runs(config.compare_to, identity)] if config.compare_to else []
+    check_free(path)
+    runner = config.cluster.runner()
+    bench = Workbench(
+        plan.training,
+        plan.records,
+        plan.tasks,
+        plan.located,
+        scoring=plan.scoring,
+        score_batch_size=config.score_batch_size,
+        measures_parts=config.parts,
+    )
+    # The numbers of tokens need the tokenizers of all models, but no weights.
+    records = pd.concat([read_records(plan, bench, model) for model in reversed(plan.design.models)][::-1])
+    cli.print_notes(bench.open(cells[0].model))
+    device = devices.describe(devices.pick(1))
+    extra = {"design": config.design, "models": models, "units": analysis.UNITS, "device": device}
+    located = plan.located.values()
+    folder = RunFolder.open(
+        NAME, identity, out=path, seed=config.data_seed, extra=extra, extensible=extensible, models=located
+    )
+    prompts.print_summary(plan.records.source, plan.training.template)
+    prompts.save_prompts(folder, bench.train_examples, bench.model.tokenizer, show=config.reading.show)
+    folder.write_frame(records, sweep_runs.RECORDS_FILE)
+    # Run the cells; a tuned design then repeats the best rate of each method and rank with the other seeds.
+    failed = None
+    try:
+        run_cells(config, folder, bench, cells, runner)
+        if plan.design.tuned and len(plan.design.seeds) > 1:
+            first = sweep_runs.read_runs(path, map(key_of, replace_with_scored(cells, path)))
+            best = results.marked_rates(results.results_table(first, sweep_runs.read_tokens(path)))
+            for description in results.describe_rates(best):
+                print(description, flush=True)
+            run_cells(config, folder, bench, plan.cells(1, best), runner)
+    # A failed cell does not stop the others: write their results before ending with its error.
+    except FailedError as error:
+        failed = error
+    # Analyse all runs in the folder, also those of other grids, after merging runs of one setting.
+    runs = sweep_runs.merge_repeated_runs(sweep_runs.read_runs(path))
+    tokens = sweep_runs.read_tokens(path)
+    rows = results.results_table(runs, tokens)
+    folder.write_frame(rows)
+    ends = results.final_rows(rows)
+    if not any(run.axes for run in runs):
+        losses = differences.record_losses(runs, records)
+        compared = differences.method_differences(ends, losses, path / CELLS_FOLDER)
+        folder.write_frame(differences.difference_table(compared), "differences.csv")
+    if failed is not None:
+        raise failed
+    law: dict[str, Any] = {"takeovers": takeovers, "linear_terms": linear_terms}
+    judged = analysis.analyse(runs, tokens, identity["settings"], **law, other_runs=dict(compare_to))
+    for file_name, frame in judged.files().items():
+        folder.write_frame(frame, file_name)
+    best = ends[ends["best_rate"].notna() | (ends["method"] == BASE)]
+    with summarised(folder, summarise(best, judged)):
+        report(ends, best, len(runs), judged, law=bool(takeovers))
+    folder.finish()
+    answers.print_files(path)
+
+
+def read_records(plan: SweepPlan, bench: Workbench, model: str) -> pd.DataFrame:
+    """Return the source, index and numbers of tokens of the held-out records for a model."""
+    tokens, answer_tokens = bench.count_tokens(model)
+    places = [(source, index) for source, index, _ in plan.records.held_out]
+    frame = pd.DataFrame(places, columns=["source", "index"])
+    return frame.assign(tokens=tokens, answer_tokens=answer_tokens, model=model)
+
+
+def run_cells(config: Config, folder: RunFolder, bench: Workbench, cells: Sequence[SweepCell], runner: Runner) -> None:
+    """Run the cells that the run folder lacks, print a line for each, and update `results.csv`.
+
+    Args:
+      config: Options of the matrix.
+      folder: Run folder.
+      bench: Model, records and tasks.
+      cells: Cells to run.
+      runner: Function that runs the cells, in this process or on a cluster.
+    """
+    save_adapter, tokens = config.save_adapters, sweep_runs.read_tokens(folder.path)
+
+    def work(cell: SweepCell, cell_folder: Path) -> Mapping[str, Any]:
+        return bench.run(cell, cell_folder, save_adapter=save_adapter)
+
+    def write(_: Sequence[Any]) -> None:
+        runs = sweep_runs.merge_repeated_runs(sweep_runs.read_runs(folder.path))
+        folder.write_frame(results.results_table(runs, tokens))
+
+    # A cell that an earlier command has scored is not run again without scoring.
+    cells = replace_with_scored(cells, folder.path)
+    run_with_bar(
+        cells,
+        work,
+        folder,
+        runner=runner,
+        describe=results.describe_result,
+        write=write,
+    )
+
+
+def summarise(best: pd.DataFrame, judged: analysis.HorizonJudgement) -> list[KeyFigure]:
+    """Return the key figures of a matrix: losses and accuracies at the best rates, regret and exponents."""
+    scope, loss = ("model", "method", "rank", "alpha", "learning_rate", "seed"), "validation loss, nats per token"
+    figures = key_figures(best, loss, "validation_loss", "validation_error", over="records", scope=scope)
+    scored = best[best["average"].notna()]
+    figures += key_figures(scored, "average accuracy", "average", "average_error", over="items", scope=scope)
+    samples, regret = "seeds and held-out records", "largest regret, nats per token"
+    policy = ("changed", "policy", "pairs", "lower_bounds")
+    figures += key_figures(judged.policies, regret, "largest", "largest_error", over=samples, scope=policy)
+    laws = ("law_low", "law_high", "verdict", "displacement_low", "displacement_high", "displacement_verdict")
+    pair = ("step", "over", "at", "first", "second", *laws)
+    return figures + key_figures(judged.exponents, "exponent of the best rate", "exponent", scope=pair)
+
+
+def report(
+    ends: pd.DataFrame, best: pd.DataFrame, runs: int, judged: analysis.HorizonJudgement, *, law: bool = True
+) -> None:
+    """Print the answer, the losses at the best rates, and the frames of the analysis.
+
+    Args:
+      ends: Rows of `results.csv` at the end of each run.
+      best: The rows of the base model and of each method and rank at its best rate.
+      runs: Number of runs.
+      judged: Frames of the analysis.
+      law: Whether the frames have the exponents of the law.
+    """
+    exponents = f" {analysis.describe_horizons(runs, judged.best, judged.exponents, law=law)}"
+    answers.print_answer(results.describe_results(ends) + (exponents if len(judged.best) else ""))
+    forms = {"model": "{model}", "method": "{method}", "rank": "{rank}", "alpha": "{alpha:g}", "seed": "{seed}"}
+    forms |= {"steps": "{steps}", "rate": "{learning_rate:.3g}", "position in the grid": "{best_rate}"}
+    forms |= {"validation loss": "{validation_loss:.4f} ± {validation_error:.4f}"}
+    forms |= {"answers": "{answer_loss:.4f} ± {answer_error:.4f}", "accuracy": "{average:.3f} ± {average_error:.3f}"}
+    title = "Each method and rank at its best rate (± one standard error over records and items)"
+    tables.print_records(title, best, forms, left=2, keys=6)
+    print_analysis(judged)
+
+
+def print_analysis(judged: analysis.HorizonJudgement) -> None:
+    """Print a table of each frame of the analysis that is not empty."""
+    setting = {"steps": "{step}", "rank": "{size}", "gamma r": "{strength:g}"}
+    # Columns of each table.
+    measured = {
+        "steps": "{step}",
+        "best rate against": "{against} {at:g}",
+        "from, to": "{first:g} to {second:g}",
+        "exponent, 95%": "{exponent:+.2f} ± {half_width:.2f}",
+    }
+    exponents = measured | {"law at a constant gradient": "{law_low:+.2f} to {law_high:+.2f}", "verdict": "{verdict}"}
+    exponents |= {"edge": "{edge}"}
+    displacement = measured | {"displacement law": "{displacement_low:+.2f} to {displacement_high:+.2f}"}
+    displacement |= {"verdict": "{displacement_verdict}", "edge": "{edge}"}
+    if "by_parts" in judged.exponents and judged.exponents["by_parts"].notna().any():
+        exponents["by measured parts"] = "{by_parts:+.2f}"
+    # Which factor's part of the change is larger, after each run.
+    larger_part = setting | {
+        "rate": "{learning_rate:.3g}",
+        "seed": "{seed}",
+        "A-led over B-led": "{ratio:.2g} ({ratio_low:.2g} to {ratio_high:.2g})",
+        "rms change": "{change:.3g}",
+        "exponent that preserves it": "{exponent:+.2f} ({exponent_low:+.2f} to {exponent_high:+.2f})",
+    }
+    # Dependence of the best rate on the number of steps.
+    steps = setting | {"steps": "{first} to {second}", "exponent, 95%": exponents["exponent, 95%"]}
+    steps |= {"law at a constant gradient": "{law_low:+.2f} to {law_high:+.2f}", "verdict": "{verdict}"}
+    steps |= {"edge": "{edge}"}
+    # Comparisons of two settings, each at its own best rate, and of two values of gamma r at the same rate.
+    comparisons = setting | {
+        "compared with": "{compared_with}",
+        "ratio of best rates": "{ratio:.3g}",
+        "verdict": "{verdict}",
+    }
+    one_rate = setting | {"compared with": "{compared_with}", "rate": "{learning_rate:.3g}"}
+    one_rate |= {"difference in nats, 95%": "{difference:+.3f} ± {half_width:.3f}", "seeds": "{seeds}"}
+    change = {"rate": "{best_rate:.3g}", "rms change": "{change:.3g}", "log2 s.e.": "{log2_error:.2f}"}
+    change |= {"edge": "{edge}"}
+    estimators = {"steps": "{step}", "ranks": "{at}", "gamma r": "{first:g} to {second:g}", "estimator": "{estimate}"}
+    estimators |= {"exponent": "{exponent:+.3f}", "s.e.": "{standard_error:.3f}", "seeds": "{seeds}"}
+    # Best rates themselves, and the cost of carrying them to another setting.
+    best = setting | {"rate": "{best_rate:.3g}", "loss": "{best_loss:.4f}", "edge": "{edge}"}
+    policies = {"changed setting": "{changed}", "policy": "{policy}"}
+    policies |= {"median": "{median:.4f}", "largest": "{largest:.4f}", "lower bounds": "{lower_bounds}"}
+    # Print the tables that the run has data for.
+    for title, frame, columns in (
+        ("Best rates (parabola through the three lowest losses)", judged.best, best),
+        ("Comparisons, each at its own best rate", judged.comparisons, comparisons),
+        ("Two values of gamma r at the same rate: difference of their losses", judged.one_rate, one_rate),
+        ("Exponents of the best rate, and those of the displacement law", judged.exponents, displacement),
+        ("Exponents of the best rate, and those of the law of a constant gradient", judged.exponents, exponents),
+        ("Exponents in gamma r by estimator, ranks pooled with seeds as clusters", select_pooled(judged), estimators),
+        ("Exponent of the best rate in the steps; -1/2 if entries walk at random", judged.steps, steps),
+        ("Larger part of the change, median over modules (5% to 95%)", judged.led, larger_part),
+        ("Size of the change at the best rate: equal if the best rate preserves it", judged.change, setting | change),
+        ("Regret in nats per token; lower bounds: pairs with a rate outside the grid", judged.policies, policies),
+    ):
+        if frame.empty:
+            continue
+        has_exponents = frame is judged.exponents
+        with_labels = analysis.add_against_column if has_exponents else analysis.add_size_column
+        left = 3 if has_exponents else list(columns).index("compared with") + 1 if "compared with" in columns else 0
+        tables.print_records(title, with_labels(frame), columns, left=left)
+
+
+def select_pooled(judged: analysis.HorizonJudgement) -> pd.DataFrame:
+    """Select the exponents in gamma r that are pooled over the largest number of ranks, by every estimator."""
+    table = judged.estimators
+    if table.empty:
+        return table
+    rows = table[(table["over"] == "strength") & table["standard_error"].notna()]
+    return rows[rows["pairs"] == rows.groupby(["step", "first", "second"])["pairs"].transform("max")]
+
+
+def print_cells(design: str, path: Path, cells: Sequence[SweepCell]) -> None:
+    """Print the cells with their state."""
+    rows = cell_states(cells, path)
+    forms = {name.replace("_", " "): f"{{{name}}}" for name in ("model", "method", "key")}
+    forms |= {name.replace("_", " "): f"{{{name}:.6g}}" for name in ("rank", "alpha", "gamma", "rate", "seed")}
+    answers.print_answer(f"{sum(row['state'] == 'done' for row in rows)} of {len(cells)} cells are finished.")
+    tables.print_records(f"{design}: {len(cells)} cells in {path}", rows, forms | {"state": "{state}"}, left=3)
+
+
+main = cli.command(Config, run, __doc__)
+
+if __name__ == "__main__":
+    main()

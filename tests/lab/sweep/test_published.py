@@ -1,0 +1,64 @@
+"""The published runs are read as they are, and their analysis gives the published tables."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from rora_theory.lab.sweep import analysis, results
+from rora_theory.lab.sweep.law import read_regime
+from rora_theory.lab.sweep.runs import merge_repeated_runs, read_comparison_runs, read_runs, read_tokens
+from rora_theory.runs import frames
+
+PUBLISHED = Path(__file__).parents[3] / "results" / "published"
+RUN = ["rank", "strength", "learning_rate", "seed", "step"]
+"""Columns that identify a row of results.csv."""
+
+
+def option(command: list[str], name: str) -> Path | None:
+    """Return the published folder that an option of a run's command names."""
+    return PUBLISHED / Path(command[command.index(name) + 1]).name if name in command else None
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "name", ["horizon_A_times_8", "horizon_attention", "horizon_batch_32", "horizon_cosine", "horizon_gemma_cosine"]
+)
+def test_the_analysis_of_published_runs_gives_their_tables(name, tmp_path) -> None:
+    """Except for the rows of the advice, whose law has changed since, and what is counted over all policies."""
+    folder = PUBLISHED / name
+    manifest = json.loads((folder / "manifest.json").read_text())
+    regime, compare_to = (option(manifest["command"], words) for words in ("--regime", "--compare-to"))
+    takeovers, linear_terms = read_regime(regime) if regime else ([], [])
+    others = dict([read_comparison_runs(compare_to, manifest["config"])] if compare_to else [])
+    runs, tokens = merge_repeated_runs(read_runs(folder)), read_tokens(folder)
+    law = {"takeovers": takeovers, "linear_terms": linear_terms, "other_runs": others}
+    judged = analysis.analyse(runs, tokens, manifest["config"]["settings"], **law)
+    tables = judged.files() | {"results.csv": results.results_table(runs, tokens)}
+    checked = [path.name for path in folder.glob("*.csv") if path.name not in ("records.csv", "policies.csv")]
+    assert len(checked) >= 6
+    for file in checked:
+        (tmp_path / file).write_text(frames.to_csv(tables[file]))
+        published, made = frames.read_csv(folder / file), frames.read_csv(tmp_path / file)
+        if file == "results.csv":  # whose order and further columns are those of all sweeps
+            published, made = (
+                table.sort_values(RUN, ignore_index=True) for table in (published, made[list(published)])
+            )
+        if file == "regret.csv":
+            published, made = (table[table["policy"] != "advice"].reset_index(drop=True) for table in (published, made))
+        pd.testing.assert_frame_equal(made, published, check_dtype=False, rtol=1e-9, atol=1e-12, obj=file)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+def test_the_losses_of_the_longest_published_sweep_are_read() -> None:
+    """Its whole analysis takes minutes; its table of losses depends on reading and merging alone."""
+    folder = PUBLISHED / "horizon"
+    made = results.results_table(merge_repeated_runs(read_runs(folder)), read_tokens(folder))
+    published = frames.read_csv(folder / "results.csv").sort_values(RUN, ignore_index=True)
+    made = made[list(published)].sort_values(RUN, ignore_index=True)
+    for column in ("validation_loss", "validation_error", "answer_loss", "answer_error"):
+        np.testing.assert_allclose(made[column].astype(float), published[column].astype(float), rtol=1e-9)

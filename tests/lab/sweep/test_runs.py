@@ -1,0 +1,62 @@
+"""Reading of run folders of a matrix."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rora_theory.errors import InputError
+from rora_theory.lab.sweep.runs import Reading, ReadRun, SweepRun, read_comparison_runs, read_runs
+from rora_theory.runs import seals
+from rora_theory.runs.journal import Journal
+from rora_theory.runs.reading import CELLS, key_of
+
+CELL = {"rank": 2, "strength": 4, "rate": 1e-3, "seed": 3, "read_at": [8]}
+"""Early cell, with G in place of alpha."""
+NEW = {
+    "model": "n", "method": "rora", "rank": 16, "alpha": 4.0, "rate": 1e-3, "seed": 3, "read_at": [8],
+    "axes": {"schedule": "linear"}, "evaluation": {"protocol": "label"},
+}  # fmt: skip
+RESULT = {"readings": [{"step": 2, "losses": [1], "answer_losses": [0.5]}], "train_losses": [2], "diverged_at": 5}
+
+
+def write_folder(path: Path, settings: dict[str, Any], experiment: str = "sweep", **config: Any) -> dict[str, Any]:
+    """Write a run folder with two finished cells, and return its configuration."""
+    path.mkdir()
+    config = {"models": ["m"], "model_sha256": {"m": "0"}, "data": {"all": 3}, "settings": settings} | config
+    manifest = {"experiment": experiment, "run_id": "1", "config": config}
+    (path / "manifest.json").write_text(json.dumps(seals.seal(manifest)))
+    journal = Journal(path / CELLS, "1")
+    for cell in (CELL, NEW):
+        journal.append({"key": key_of(cell), "cell": cell, "value": RESULT | {"seconds": 3.0}, "files": {}})
+    return config
+
+
+def test_compared_runs_are_read_and_their_settings_named(tmp_path) -> None:
+    """A run under a schedule that decays has its planned number of steps; RoRA's G is gamma times the rank."""
+    constant = write_folder(tmp_path / "constant", {"schedule": "constant", "warmup": 4})
+    cosine = write_folder(tmp_path / "cosine", {"schedule": "cosine", "warmup": 4})
+    description, (run, new) = read_comparison_runs(tmp_path / "constant", cosine)
+    assert description == "schedule constant"
+    reading = Reading(2, [1.0], [0.5])
+    expected = SweepRun(
+        2, 4.0, 1e-3, 3, ReadRun([2.0], [reading], diverged_at=5), alpha=4.0, model="m", key=key_of(CELL),
+        result={"seconds": 3.0}, read_at=(8,), axes=(("schedule", "constant"),),
+    )  # fmt: skip
+    assert run == expected
+    assert (new.method, new.adapter, new.strength, new.gamma) == ("rora", "lora", 16.0, 1.0)
+    assert (new.steps, new.model) == (8, "n")
+    assert (new.axes, new.evaluation) == ((("schedule", "linear"),), {"protocol": "label"})
+    assert read_runs(tmp_path / "cosine", [key_of(CELL)]) == [replace(expected, steps=8, axes=())]
+    with pytest.raises(InputError, match="no setting differs"):
+        read_comparison_runs(tmp_path / "cosine", cosine)
+    with pytest.raises(InputError, match="data differs"):
+        read_comparison_runs(tmp_path / "constant", cosine | {"data": {"all": 4}})
+    (tmp_path / "other").mkdir()
+    manifest = {"experiment": "lr_transfer", "run_id": "1", "config": {}}
+    (tmp_path / "other" / "manifest.json").write_text(json.dumps(seals.seal(manifest)))
+    for name in ("other", "absent"):
+        with pytest.raises(InputError, match=f"--compare-to .*sims.sweep .*got .*{name}"):
+            read_comparison_runs(tmp_path / name, constant)
