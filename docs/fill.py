@@ -23,6 +23,12 @@ columns:
 The gallery of figures is `<!-- gallery -->`, and the list of published runs `<!-- runs -->`, each on a line of its own.
 The package's data file `rora_theory/advice/constants.json` is filled and checked with the pages (`fill_packaged`).
 
+What the package advises. The two ranks come first, then options of `rora_theory.transfer` and of the tuned setting
+(alpha 32, rule lora and rate 2e-4 unless stated). The columns are rate, low, high, factor, divisor, divisor_low,
+divisor_high, lora_alpha and sentence:
+
+    <!-- advice 16 128 to_alpha=256: {divisor:.1f} -->3.6<!-- / -->
+
 FILE
     x.csv            The rows of the file. An empty cell is a missing value.
     x.json           A list of objects has a row for each. Any other object is one row; nested keys are joined by dots.
@@ -57,16 +63,18 @@ from typing import Any
 import gallery
 from gallery import PUBLISHED, ROOT
 
+import rora_theory
+
 PACKAGED = ROOT / "rora_theory" / "advice" / "constants.json"  # for the library and the calculator
 
 MARK = re.compile(
-    r"(?P<opening><!-- (?P<kind>n|table|gallery|runs)\b(?P<body>(?:(?!-->).)*?)\s-->)"
+    r"(?P<opening><!-- (?P<kind>n|table|gallery|runs|advice)\b(?P<body>(?:(?!-->).)*?)\s-->)"
     r"(?P<text>(?:(?!<!--).)*)<!-- / -->",
     re.DOTALL,
 )
 """A well-formed mark with its text and its end."""
 
-OPENING = re.compile(r"<!--\s*(?:n|table|gallery|runs)\b(?P<body>[^>]{0,60})")
+OPENING = re.compile(r"<!--\s*(?:n|table|gallery|runs|advice)\b(?P<body>[^>]{0,60})")
 """The beginning of any mark, well-formed or not."""
 
 QUOTED = r'"[^"]*"'
@@ -238,6 +246,31 @@ def number(body: str) -> str:
     return format_row(template, select_rows(head, is_one=True)[0])
 
 
+def advice(body: str) -> str:
+    """Return the text of an advice mark."""
+    head, separator, template = body.partition(": ")
+    old_rank, new_rank, *words = head.split()
+    options: dict[str, Any] = {name: parse_value(value) for name, _, value in (word.partition("=") for word in words)}
+    if not separator or not FIELD.search(template):
+        raise MarkError("advice is RANK RANK options: {column:format}")
+    values: list[Any] = [
+        options.pop(name, default) for name, default in (("alpha", 32), ("rate", 2e-4), ("rule", "lora"))
+    ]
+    setting = rora_theory.Setting(int(old_rank), float(values[0]), float(values[1]), rule=values[2])
+    to: dict[str, Any] = {name: options.pop(f"to_{name}", None) for name in ("alpha", "rule")}
+    try:
+        result = rora_theory.transfer(setting, int(new_rank), **to, **options)
+    except (rora_theory.InputError, TypeError) as error:
+        raise MarkError(f"{head}: {error}") from error
+    if result.rate_range is None:
+        raise MarkError(f"{head}: no law gives a range")
+    low, rate, high = result.rate_range
+    row: dict[str, Any] = {"rate": rate, "low": low, "high": high, "factor": rate / setting.learning_rate}
+    row |= {"divisor": 1 / row["factor"], "divisor_low": setting.learning_rate / high}
+    row |= {"divisor_high": setting.learning_rate / low, "lora_alpha": result.lora_alpha, "sentence": result.sentence()}
+    return format_row(template, row)
+
+
 def markdown_row(cells: Iterable[str]) -> str:
     """Return a row of a Markdown table."""
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
@@ -314,6 +347,7 @@ def packaged_values(entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 KINDS: dict[str, Callable[[str], str]] = {
+    "advice": advice,
     "n": number,
     "table": table,
     "gallery": lambda _: gallery.markdown(),
@@ -326,9 +360,14 @@ def check_place(text: str, mark: re.Match[str]) -> None:
     """Raise if Markdown would end a paragraph at a number, or not see a table as one."""
     *_, previous_line, before = ("\n\n" + text[: mark.start()]).split("\n")
     begins_line, follows_text = not before.strip(), bool(previous_line.strip())
-    if mark["kind"] != "n" and (follows_text or not begins_line):
+    if mark["kind"] not in ("n", "advice") and (follows_text or not begins_line):
         raise MarkError(f"a {mark['kind']} stands on lines of its own, after an empty line")
-    if mark["kind"] == "n" and begins_line and follows_text and not re.match(r"\s*(\||#|```|<!--)", previous_line):
+    if (
+        mark["kind"] in ("n", "advice")
+        and begins_line
+        and follows_text
+        and not re.match(r"\s*(\||#|```|<!--)", previous_line)
+    ):
         raise MarkError("it begins a line and would end its paragraph; put it behind a word")
 
 

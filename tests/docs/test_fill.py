@@ -5,6 +5,8 @@ import json
 import fill
 import pytest
 
+from rora_theory import Setting, transfer
+
 RATES = """rank,rule,strength,rate,error,policy
 1,0.25,64.0,0.0012,0.1,keep the rate
 8,lora,64.0,0.035,0.2,"root, then keep"
@@ -189,3 +191,15 @@ def test_check_reports_and_filling_corrects(monkeypatch, tmp_path, capsys) -> No
     assert page.read_text() == "It was <!-- n run/rates.csv\n  rank=8: {rate:.2f}\n-->0.04<!-- / --> of it.\n"
     assert fill.main(["--check"]) == 0
     assert fill.main(["--chekc"]) == 2
+
+
+def test_a_mark_states_what_the_package_advises() -> None:
+    rate = transfer(Setting(16, 32.0, 2e-4), 128, alpha=256.0).learning_rate
+    mark = "<!-- advice 16 128 to_alpha=256: {rate:.3g}, {divisor:.2f} -->"
+    text, problems = fill.fill(f"Set {mark}x<!-- / -->.", "page")
+    assert text == f"Set {mark}{rate:.3g}, {2e-4 / rate:.2f}<!-- / -->."
+    assert len(problems) == 1
+    assert fill.fill(text, "page") == (text, [])
+    for body in ("16 128 to_alpha=0: {rate}", "16 128 colour=3: {rate}", "16 128: {weight}", "16 128"):
+        _, problems = fill.fill(f"Set <!-- advice {body} -->x<!-- / -->.", "page")
+        assert "error" in problems[0]
