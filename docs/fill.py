@@ -29,6 +29,12 @@ divisor_high, lora_alpha and sentence:
 
     <!-- advice 16 128 to_alpha=256: {divisor:.1f} -->3.6<!-- / -->
 
+What a command prints, by the numbers of its paragraphs, on lines of its own:
+
+    <!-- output 1-2 rora transfer --from-rank 16 --to-rank 128 --alpha 32 --lr 2e-4 -->
+    (a block of code)
+    <!-- / -->
+
 FILE
     x.csv            The rows of the file. An empty cell is a missing value.
     x.json           A list of objects has a row for each. Any other object is one row; nested keys are joined by dots.
@@ -52,8 +58,10 @@ that a tie does not depend on the processor that wrote the file.
 import csv
 import json
 import math
+import os
 import re
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -68,13 +76,13 @@ import rora_theory
 PACKAGED = ROOT / "rora_theory" / "advice" / "constants.json"  # for the library and the calculator
 
 MARK = re.compile(
-    r"(?P<opening><!-- (?P<kind>n|table|gallery|runs|advice)\b(?P<body>(?:(?!-->).)*?)\s-->)"
+    r"(?P<opening><!-- (?P<kind>n|table|gallery|runs|advice|output)\b(?P<body>(?:(?!-->).)*?)\s-->)"
     r"(?P<text>(?:(?!<!--).)*)<!-- / -->",
     re.DOTALL,
 )
 """A well-formed mark with its text and its end."""
 
-OPENING = re.compile(r"<!--\s*(?:n|table|gallery|runs|advice)\b(?P<body>[^>]{0,60})")
+OPENING = re.compile(r"<!--\s*(?:n|table|gallery|runs|advice|output)\b(?P<body>[^>]{0,60})")
 """The beginning of any mark, well-formed or not."""
 
 QUOTED = r'"[^"]*"'
@@ -271,6 +279,24 @@ def advice(body: str) -> str:
     return format_row(template, row)
 
 
+def output(body: str) -> str:
+    """Return the paragraphs of a command's output as a block of code."""
+    paragraphs, program, name, *options = body.split()
+    first, _, last = paragraphs.partition("-")
+    if program != "rora" or not first.isdigit() or not last.isdigit():
+        raise MarkError("output is FIRST-LAST rora COMMAND OPTIONS")
+    command = [sys.executable, "-m", f"sims.{name}", *options]
+    environment = os.environ | {"COLUMNS": "80", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if process.returncode:
+        raise MarkError(process.stderr.strip())
+    blocks = re.split(r"\n\s*\n", process.stdout.strip())
+    if len(blocks) < int(last):
+        raise MarkError(f"the command prints {len(blocks)} paragraphs")
+    text = "\n\n".join(blocks[int(first) - 1 : int(last)])
+    return f"\n```text\n{text}\n```\n"
+
+
 def markdown_row(cells: Iterable[str]) -> str:
     """Return a row of a Markdown table."""
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
@@ -349,6 +375,7 @@ def packaged_values(entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 KINDS: dict[str, Callable[[str], str]] = {
     "advice": advice,
     "n": number,
+    "output": output,
     "table": table,
     "gallery": lambda _: gallery.markdown(),
     "runs": lambda _: gallery.runs_markdown(),
