@@ -18,7 +18,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         *("datasets", "gguf", "google", "huggingface_hub", "jinja2", "orbax", "pyarrow"),
         *("safetensors", "sentencepiece", "tokenizers", "transformers"),
     ),
-    "torch": ("peft", "torch", "transformers"),
+    "torch": ("datasets", "peft", "torch", "transformers"),
     "cluster": ("ray",),
     "logging": ("tensorboardX", "wandb"),
 }

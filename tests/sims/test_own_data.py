@@ -84,7 +84,7 @@ def test_the_template_is_part_of_the_run(model, chats, tmp_path) -> None:
     assert "the model has no chat template. Pass --chat-template FILE (a Jinja file)" in refusal
     assert not (tmp_path / "run").exists()
     refusal = commands.refusal(fine_tune(model, chats, *out, "--template", "clean"))
-    assert re.search(r"chats\.jsonl: line 2: turns .* got user, assistant, user", refusal)
+    assert re.search(r"chats\.jsonl: record 2: turns .* got user, assistant, user", refusal)
     commands.output(fine_tune(model, chats, *out, "--chat-template", "chatml"))
     (tmp_path / "other.jinja").write_text(chat_templates.GEMMA)
     other = fine_tune(model, chats, *out, "--chat-template", tmp_path / "other.jinja")
@@ -98,7 +98,7 @@ def test_a_chat_that_its_template_refuses_is_named(model, tmp_path, monkeypatch)
     rows = [{"messages": CHATS[0]}, {"messages": [{"role": "system", "content": "Be brief."}, *CHATS[0]]}]
     data.write_text(json.dumps(rows))
     refusal = commands.refusal(fine_tune(model, data, "--chat-template", template))
-    assert refusal.startswith(f"error: {data}: record 1: {template}: the chat template rejects the chat")
+    assert refusal.startswith(f"error: {data}: record 2: {template}: the chat template rejects the chat")
     assert "no system role" in refusal
 
 

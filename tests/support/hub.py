@@ -6,7 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from pathlib import PurePosixPath
+from urllib.parse import parse_qs, unquote, urlsplit
 
 Repositories = dict[str, dict[str, dict[str, bytes]]]
 """Files by revision by repository; a data set's name begins with ``datasets/``, as in the hub's addresses."""
@@ -27,12 +28,15 @@ class Hub(BaseHTTPRequestHandler):
                     siblings = [{"rfilename": file} for file in files]
                     return self.answer({"id": name, "sha": sha(name, files), "siblings": siblings})
             if path.startswith(f"{api}/tree/"):
-                files = by_sha(revisions, name, path.rpartition("/")[2])
-                entries = [
-                    {"type": "file", "path": file, "size": len(data), "oid": sha(file, data)}
-                    for file, data in files.items()
-                ]
-                return self.answer(entries)
+                revision, _, folder = path.removeprefix(f"{api}/tree/").partition("/")
+                files = revisions.get(revision) or by_sha(revisions, name, revision)
+                return self.answer([entry for entry in tree(files) if entry["path"].startswith(folder)])
+            if path.startswith(f"{api}/paths-info/"):
+                revision = path.removeprefix(f"{api}/paths-info/")
+                files = revisions.get(revision) or by_sha(revisions, name, revision)
+                length = int(self.headers.get("Content-Length", 0))
+                wanted = parse_qs(self.rfile.read(length).decode())["paths"]
+                return self.answer([entry for entry in tree(files) if entry["path"] in wanted])
             if path.startswith(f"/{name}/resolve/"):
                 revision, _, file = raw.removeprefix(f"/{name}/resolve/").partition("/")  # a name may have a slash
                 revision, file = unquote(revision), unquote(file)
@@ -40,10 +44,12 @@ class Hub(BaseHTTPRequestHandler):
                 if file in files:
                     headers = {"X-Repo-Commit": sha(name, files), "ETag": f'"{sha(file, files[file])}"'}
                     return self.answer(files[file], headers)
+                if files:
+                    return self.answer({"error": "absent"}, {"X-Error-Code": "EntryNotFound"}, 404)
         known = any(name in path for name in self.server.repositories)
         return self.answer({"error": "absent"}, {"X-Error-Code": "RevisionNotFound" if known else "RepoNotFound"}, 404)
 
-    do_HEAD = do_GET
+    do_HEAD = do_POST = do_GET
 
     def answer(self, body, headers=(), status=200):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -65,6 +71,14 @@ def sha(*parts) -> str:
 
 def by_sha(revisions: dict[str, dict[str, bytes]], name: str, commit: str) -> dict[str, bytes]:
     return next((files for files in revisions.values() if sha(name, files) == commit), {})
+
+
+def tree(files: dict[str, bytes]) -> list[dict]:
+    """Return the entries of all files and folders."""
+    folders = {str(parent) for file in files for parent in PurePosixPath(file).parents} - {"."}
+    return [{"type": "directory", "path": folder, "size": 0, "oid": sha(folder)} for folder in sorted(folders)] + [
+        {"type": "file", "path": file, "size": len(data), "oid": sha(file, data)} for file, data in files.items()
+    ]
 
 
 @contextmanager

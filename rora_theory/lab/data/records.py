@@ -1,18 +1,23 @@
-"""Read training records from files, folders and the hub's data sets.
+"""Read training records from files, folders and the hub's data sets, by the library `datasets`.
 
 A bad record is refused with an error that names its file, its place in the file and the key.
 """
 
+import glob
 import itertools
+import json
 import os
-import re
+import tempfile
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast, get_args
+
+import pandas as pd
 
 from rora_theory import extras
 from rora_theory.chat_templates import ChatTemplate, template_digest
@@ -29,11 +34,9 @@ from rora_theory.lab.data.formats import (
     Record,
     RecordErrors,
     TrainTemplate,
-    json_type,
     matching_formats,
     records_digest,
 )
-from rora_theory.runs import files
 from rora_theory.scaling import check_choice
 from rora_theory.validation.ranges import Natural, check_ranges
 
@@ -55,9 +58,14 @@ CONVERSION_NOTES = {
 }
 """Notes about conversions, by the kind that `formats.RawRecord` counts."""
 
-SUPPORTED_SOURCES = "a .json, .jsonl, .parquet or .txt file, or a split as FOLDER:SPLIT"
+SUPPORTED_SOURCES = "a .json, .jsonl, .csv, .parquet or .txt file, or a split as FOLDER:SPLIT"
 
-_BATCH_ROWS = 1024
+READERS = {".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+"""Readers of `datasets` by the suffix of a file. Others are JSON: a list of objects, or one object a line."""
+
+
+BATCH_ROWS = 1000
+"""Number of rows that are converted to objects at once."""
 
 
 @dataclass(frozen=True)
@@ -230,8 +238,8 @@ def read_record_set(
 
     A source is a file or a split of a data set:
 
-    - a ``.json`` file (a list of objects, or one object a line), a ``.jsonl`` file (one object a line), a ``.parquet``
-      file (one record a row) or a ``.txt`` file (one record a line);
+    - a ``.json`` file (a list of objects, or one object a line), a ``.jsonl`` file (one object a line), a ``.csv`` or
+      ``.parquet`` file (one record a row) or a ``.txt`` file (one record a line);
     - a file of the hub or its cache, as ``hf://datasets/OWNER/NAME[@REVISION]/FILE``;
     - a split of a folder, as ``FOLDER:SPLIT``, or of a data set on the hub, as
       ``hf://datasets/OWNER/NAME[@REVISION][/SUBSET]:SPLIT``.
@@ -249,7 +257,7 @@ def read_record_set(
     Raises:
       InputError: A file is missing, unreadable or empty, or belongs to two sources, or records do not follow their
         format. The message lists the first ten of these records and their number, each with the file, the record's
-        index from 0 (in a file of lines, the line from 1) and the key.
+        number from 1 (in a text file, the line's) and the key.
     """
     config = config if isinstance(config, DataConfig) else DataConfig(**vars(config or FormatConfig()))
     if not sources:
@@ -268,11 +276,7 @@ def read_record_set(
         count_before, format_name = len(records) + errors.count, config.format
         for where, value in itertools.chain.from_iterable(_read_file(path, name, columns) for path, name in located):
             try:
-                if isinstance(value, InputError):  # of a line that is not JSON
-                    raise value
-                if not isinstance(value, dict):
-                    raise InputError(f"{where} must be an object, got {json_type(value)}")
-                # Parquet has every key in every row, so a null value means that the key is absent.
+                # A table has every key in every row, so a null value means that the key is absent.
                 present = {key: item for key, item in value.items() if item is not None}
                 # The first record of a source selects the format of all of them.
                 if format_name is None:
@@ -340,120 +344,106 @@ def _download(source: str) -> Path:
     return hub_files.download_file(f"{owner}/{name}", file, revision or None, where=source)
 
 
-def _read_file(path: Path, where: str, columns: Container[str]) -> Iterator[tuple[str, Any]]:
+def _read_file(path: Path, where: str, columns: Container[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the place and the value of each record of a file, by the kind that its suffix names.
 
-    The value of a line that is not JSON is the error.
+    Of a Parquet file, only ``columns`` are read; other keys have the value ``...``.
     """
-    if path.suffix == ".parquet":
-        yield from _read_table(path, where, columns)
-        return
+    if not os.path.exists(path):
+        raise InputError(f"{where}: no such file. Pass {SUPPORTED_SOURCES}.")
     if os.path.isdir(path):
         raise InputError(f"{where}: is a folder. Pass {SUPPORTED_SOURCES}.")
-    text = files.read_text(path, accepted=SUPPORTED_SOURCES)
-    if path.suffix == ".txt":
-        for number, line in _numbered_lines(text):
-            yield f"{where}: line {number}", {"text": line.removesuffix("\r")}
-    # Files named .json may hold a record per line, too.
-    elif path.suffix == ".jsonl" or _has_json_lines(text):
-        for number, line in _numbered_lines(text):
-            place = f"{where}: line {number}"
-            # A line that is not JSON is yielded as an error, so that the lines after it are read as well.
-            try:
-                yield place, files.parse_json(line, where=place, accepted="a record a line")
-            except InputError as error:
-                yield place, error
-    else:
-        values = files.parse_json(text, where=where, accepted="a list of records")
-        if not isinstance(values, list):
-            raise InputError(f"{where}: must hold a list of records, got {json_type(values)}")
-        for index, value in enumerate(values):
-            yield f"{where}: record {index}", value
-
-
-def _has_json_lines(text: str) -> bool:
-    """Return whether a ``.json`` file has one object a line, as in many data sets of the hub."""
-    first, second = [*(line for _, line in itertools.islice(_numbered_lines(text), 2)), "", ""][:2]
-    return first.startswith("{") and first.rstrip().endswith("}") and (not second or second.startswith("{"))
-
-
-def _read_table(path: Path, where: str, columns: Container[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the place and the value of each row of a Parquet file.
-
-    A column that is not in ``columns`` is not read. Its key has the value ``...``.
-    """
-    data = files.read_bytes(path, accepted=SUPPORTED_SOURCES)
+    reader = READERS.get(path.suffix, "json")
+    table = _load_table(path, reader, where)
+    unread: dict[str, Any] = {}
+    if reader == "parquet":
+        # Other columns may be large, such as images, or hold values that Python does not have.
+        unread = dict.fromkeys((name for name in table.column_names if name not in columns), ...)
+        table = table.remove_columns(list(unread))
+        if not table.column_names:
+            yield f"{where}: record 1", unread
+            return
+    number = 0
     try:
-        import pyarrow
+        for batch in table.iter(BATCH_ROWS):
+            for values in zip(*batch.values(), strict=True):
+                number += 1
+                record = dict(zip(batch, values, strict=True)) | unread
+                # Blank lines of a text separate its records.
+                if reader != "text" or record["text"].strip():
+                    yield f"{where}: record {number}", record
+    except (ValueError, ArithmeticError, LookupError, OSError) as error:
+        # Text that is not UTF-8, dates out of Python's range, unknown time zones.
+        raise InputError(
+            f"{where}: a record after {number} has a value that Python cannot hold ({first_line(error)})"
+        ) from None
+
+
+def _load_table(path: Path, reader: str, where: str) -> Any:
+    """Load a file by `datasets`, in memory and without its cache."""
+    try:
+        import datasets
     except ImportError as error:
-        raise InputError(f"{where}: {extras.missing_message(error)}") from None
-    names, batches = _open_table(pyarrow.BufferReader(data), where, columns)
-    start, unread = 0, dict.fromkeys((name for name in names if name not in columns), ...)
-    for batch in batches:
-        try:
-            rows = batch.to_pylist()
-        # Text that is not UTF-8, dates out of Python's range, unknown time zones, fields with the same name.
-        except (pyarrow.ArrowException, ValueError, ArithmeticError, LookupError, OSError) as error:
-            raise InputError(
-                f"{where}: a row from {start} on has a value that cannot be converted to JSON ({first_line(error)})"
-            ) from None
-        for number, row in enumerate(rows, start):
-            yield f"{where}: row {number}", row | unread
-        start += len(rows)
-
-
-def _open_table(source: Any, where: str, columns: Container[str]) -> tuple[list[str], Iterator[Any]]:
-    """Open a Parquet file.
-
-    Args:
-      source: Path or buffer that pyarrow reads.
-      where: Name of the file, for the errors.
-      columns: Columns to read.
-
-    Returns:
-      The names of all columns, and batches of those in ``columns``.
-
-    Raises:
-      InputError: The file is not Parquet, or has a column twice or with values that cannot be measured.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    def read_batches() -> Iterator[Any]:
-        selected = [name for name in names if name in columns]
-        try:
-            yield from file.iter_batches(_BATCH_ROWS, columns=selected, use_threads=False)
-        except MemoryError:  # pyarrow's own is also an ArrowException
-            raise
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise _not_parquet(where, error) from None
-
+        raise InputError(extras.missing_message(error) or first_line(error)) from error
+    options: dict[str, Any] = {}
     try:
-        file = pyarrow.parquet.ParquetFile(source)
-        names = file.schema_arrow.names
-    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
-        raise _not_parquet(where, error) from None
-    for column in file.schema_arrow:
-        if column.name not in columns:
-            continue
-        if names.count(column.name) > 1:
-            raise InputError(f"{where}: must have one column {column.name!r}, got {names.count(column.name)}")
-    return names, read_batches()
+        if reader == "csv":
+            # Cells are text: without types, an answer such as 007 would become a number.
+            names = pd.read_csv(path, nrows=0).columns
+            options["features"] = datasets.Features({name: datasets.Value("string") for name in names})
+            options["keep_default_na"] = False
+        elif reader == "text":
+            options["encoding"] = "utf-8-sig"
+        elif reader == "json":
+            # One chunk, because the columns of a file are those of its first chunk.
+            options["chunksize"] = max(os.path.getsize(path), 1)
+        with _quietly(datasets), tempfile.TemporaryDirectory() as cache:
+            return datasets.load_dataset(
+                reader,
+                data_files=[glob.escape(str(path.absolute()))],
+                split="train",
+                cache_dir=cache,
+                keep_in_memory=True,
+                **options,
+            )
+    except Exception as error:  # of the parsers of every kind of file
+        if "corresponds to no data" in str(error):
+            return datasets.Dataset.from_dict({})
+        number = _find_bad_object(path) if reader == "json" else None
+        if number is not None:
+            raise InputError(f"{where}: record {number} is not a JSON object. Pass {SUPPORTED_SOURCES}.") from None
+        raise InputError(
+            f"{where}: cannot be read as {reader} ({first_line(error.__cause__ or error)}). Pass {SUPPORTED_SOURCES}."
+        ) from None
 
 
-def _not_parquet(where: str, error: Exception) -> InputError:
-    return InputError(f"{where}: not a Parquet file ({first_line(error)}). Pass {SUPPORTED_SOURCES}.")
+def _find_bad_object(path: Path) -> int | None:
+    """Return the number of the first element of a list, or line, that is no JSON object, from 1; None if unknown."""
+
+    def parse(text: str) -> Any:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            return None
+
+    text = path.read_text(errors="replace")
+    values = parse(text)
+    if values is None and not text.lstrip().startswith("["):
+        values = [parse(line) for line in text.split("\n") if line.strip()]
+    if not isinstance(values, list):
+        return None
+    return next((number for number, value in enumerate(values, 1) if not isinstance(value, dict)), None)
 
 
-def _numbered_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a text that are not blank, with their numbers from 1.
-
-    Lines end at a line feed alone: `str.splitlines` would cut at U+2028 and others within a text. Runs of line feeds
-    are skipped without making an object of each line.
-    """
-    number, end = 1, 0
-    for match in re.finditer(r"[^\n]+", text):
-        number += text.count("\n", end, match.start())
-        end = match.end()
-        if match[0].strip():
-            yield number, match[0]
+@contextmanager
+def _quietly(datasets: Any) -> Iterator[None]:
+    """Hide progress bars, and logs of errors that the exceptions repeat."""
+    verbosity, shows_bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if shows_bars:
+            datasets.enable_progress_bars()

@@ -13,6 +13,7 @@ from rora_theory.lab.data.formats import Text
 from rora_theory.lab.data.records import DataConfig
 from rora_theory.lab.finetune import Record, read_records
 
+QUESTION, ANSWER = turns("Ähm?", "Yes.")
 GOOD = {"instruction": "Say it.", "input": "", "output": "It.", "answer": "it"}
 
 
@@ -55,8 +56,8 @@ def test_a_file_is_not_read_twice(tmp_path, monkeypatch):
         ("plain.txt", "one\n\ntwo\n", ["one", "two"]),
         ("mark.txt", b"\xef\xbb\xbfa", ["a"]),
         ("mark.jsonl", b'\xef\xbb\xbf{"text": "a"}', ["a"]),
-        # A line ends at a line feed, and at no other character that Python takes for a line's end.
-        ("feeds.txt", "a\u2028b\nc\x85d\x0be\x0cf\x1cg\rh\n\ni", ["a\u2028b", "c\x85d\x0be\x0cf\x1cg\rh", "i"]),
+        # No other character that Python takes for a line's end ends a line.
+        ("feeds.txt", "a\u2028b\nc\x85d\x0be\x0cf\x1cg\n\ni", ["a\u2028b", "c\x85d\x0be\x0cf\x1cg", "i"]),
         ("returns.txt", "a\u2028b\r\nc\x85d\r\n\r\ni", ["a\u2028b", "c\x85d", "i"]),
     ],
 )
@@ -65,6 +66,32 @@ def test_lines(tmp_path, name, content, contents):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert read_records([path]) == list(map(Text, contents))
+
+
+def test_cells_of_a_csv_file_are_texts(tmp_path):
+    """Neither numbers nor the names of missing values are converted."""
+    path = write(tmp_path / "x.csv", 'instruction,output,input\nWhich agent?,007,\n"Say,\nit.",NA,More\n')
+    assert read_records([path]) == [Record("Which agent?", "007"), Record("Say,\nit.", "NA", "More")]
+
+
+def test_a_key_that_only_a_late_record_has(tmp_path):
+    """`datasets` reads large files in chunks of 10 MB, whose columns are those of the first chunk."""
+    rows = [{"instruction": "Q", "output": "a" * 2_000_000}] * 6 + [{"instruction": "Q", "output": "A", "input": "I"}]
+    assert read_records([write(tmp_path / "x.jsonl", rows)])[-1] == Record("Q", "A", "I")
+
+
+def test_the_name_of_a_file_is_no_pattern(tmp_path):
+    assert read_records([write(tmp_path / "x[1]*.jsonl", [GOOD])]) == [Record("Say it.", "It.")]
+
+
+def test_objects_of_different_keys_stay_as_they_are(tmp_path):
+    """Tools and their arguments have keys of their own, to which a table would add those of all others."""
+    calls = [ANSWER | {"tool_calls": [{"name": "f", "arguments": {key: 1}}]} for key in "ab"]
+    tools = [{"name": "f", "parameters": {"properties": {key: {"type": "number"}}}} for key in "ab"]
+    rows = [{"messages": [QUESTION, call], "tools": [tool]} for call, tool in zip(calls, tools, strict=True)]
+    for record, row in zip(read_records([write(tmp_path / "x.jsonl", rows)]), rows, strict=True):
+        assert list(record.messages) == row["messages"]
+        assert list(record.tools) == row["tools"]
 
 
 def test_reads_the_commonsense_data(commonsense_dir):
@@ -76,27 +103,21 @@ def test_reads_the_commonsense_data(commonsense_dir):
 
 
 def test_all_bad_records_are_counted_and_the_first_ten_are_listed(tmp_path):
-    """The count includes records of several files, and lines that are not JSON."""
-    first = write(tmp_path / "a.json", [GOOD, {"output": "x"}, GOOD, "text"])
-    second = write(tmp_path / "b.jsonl", "\n".join([json.dumps(GOOD), "{", *[json.dumps(GOOD | {"output": 3})] * 11]))
-    third = write(tmp_path / "c.jsonl", "\n".join([json.dumps(GOOD), "{"]))
-    places = (
-        r"\(1\) \S*a\.json: record 1 has no 'instruction'",
-        r"\(2\) \S*a\.json: record 3",
-        r"\(3\) \S*c\.jsonl: line 2: is not J",
-    )
-    with pytest.raises(InputError, match=r"^3 of 6 records.*" + ".*".join(places)):
+    """The count includes records of several files."""
+    first = write(tmp_path / "a.json", [GOOD, {"output": "x"}, GOOD])
+    second = write(tmp_path / "b.jsonl", [GOOD, *[GOOD | {"output": 3}] * 12])
+    third = write(tmp_path / "c.csv", "instruction,output\nSay it.,\n")
+    places = (r"\(1\) \S*a\.json: record 2 has no 'instruction'", r"\(2\) \S*c\.csv: record 1: 'output' .* empty")
+    with pytest.raises(InputError, match=r"^2 of 4 records.*" + ".*".join(places)):
         read_records([first, third])
-    with pytest.raises(InputError, match=r"^14 of 17 records.* 10.*b\.jsonl: line 9: 'output'") as caught:
+    with pytest.raises(InputError, match=r"^13 of 16 records.* 10.*b\.jsonl: record 8: 'output'") as caught:
         read_records([first, second])
     assert re.findall(r"\((\d+)\)", str(caught.value)) == [str(number) for number in range(1, 11)]
     assert "\n" not in str(caught.value)
 
 
-QUESTION, ANSWER = turns("Ähm?", "Yes.")
 PARTS = [{"type": "text", "text": "Ähm"}, {"type": "thinking", "text": "Hm."}]
 PREFERRED = {"prompt": [QUESTION], "completion": [ANSWER]}
-SURROGATE = "\ud800"
 SENT = {"sent": pd.Timestamp("2026-01-31")}
 
 
@@ -115,40 +136,37 @@ def call(arguments):
     ("name", "content", "message"),
     [
         # What is no file of records.
-        ("cut.json", json.dumps([GOOD])[:-9], r"cut\.json: is not JSON .* a list"),
-        ("lines.json", json.dumps(GOOD, indent=1), r"lines\.json: .* a list of records, got an object"),
-        ("deep.json", "[" * 100_000, r"deep\.json: .* 64 "),
-        ("cut.jsonl", json.dumps(GOOD) + "\n{", r"cut\.jsonl: line 2: is not JSON"),
+        ("cut.json", json.dumps([GOOD])[:-9], r"cut\.json: cannot be read as json \(.*\).* a \.json, "),
+        ("cut.jsonl", json.dumps(GOOD) + "\n{", r"cut\.jsonl: record 2 is not a JSON object"),
         ("empty.jsonl", "\n", r"empty\.jsonl: has no records"),
         ("empty.json", "[]", r"empty\.json: has no records"),
-        ("latin.json", b'[{"instruction": "\xe9"}]', r"latin\.json: byte 18 is not UTF-8"),
-        ("x.parquet", b"PAR1 and no more PAR1", r"x\.parquet: not a Parquet file \(.*\).* a \.json, "),
+        ("latin.json", b'[{"instruction": "\xe9"}]', r"latin\.json: cannot be read as json \(.*UTF-8"),
+        ("x.parquet", b"PAR1 and no more PAR1", r"x\.parquet: cannot be read as parquet \(.*\)"),
         # What is no record.
-        ("x.json", [GOOD, GOOD, {}], r"x\.json: record 2 has no 'instruction'; its keys are none"),
-        ("x.json", [GOOD, GOOD | {"output": None}], r"record 1 has no 'output'; its keys are 'instruction', 'input'"),
-        ("x.json", [GOOD, "text"], "record 1 .* object, got a string"),
-        ("x.json", [GOOD | {"output": 3}], "record 0: 'output' .* string, got a number"),
-        ("x.json", [GOOD | {"instruction": ""}], "record 0: 'instruction' .* empty"),
-        ("x.json", [GOOD | {"output": SURROGATE}], "record 0: 'output' .* half a surrogate pair"),
-        ("x.json", {"data": [GOOD]}, r"x\.json: line 1: keys .* 'data'"),
+        ("x.json", [GOOD, GOOD, {}], r"x\.json: record 3 has no 'instruction'; its keys are none"),
+        ("x.json", [GOOD, GOOD | {"output": None}], r"record 2 has no 'output'; its keys are 'instruction', 'input'"),
+        ("x.json", [GOOD, "text"], r"x\.json: record 2 is not a JSON object"),
+        ("x.json", [GOOD | {"output": 3}], "record 1: 'output' .* string, got a number"),
+        ("x.json", [GOOD | {"instruction": ""}], "record 1: 'instruction' .* empty"),
+        ("x.json", {"data": [GOOD]}, r"x\.json: record 1: keys .* 'data'"),
         # What is no chat.
-        ("x.jsonl", [*after_good()[:1], {"messages": "hi"}], r"x\.jsonl: line 2: 'messages' .* got a string"),
-        ("x.jsonl", after_good("hi"), "line 2: 'messages' .* objects, got a string at 0"),
-        ("x.json", after_good({"content": "a"}), r"x\.json: record 1: messages 0 has no 'role'; its keys are"),
-        ("x.json", after_good(QUESTION, {"role": "assistant"}), "record 1: messages 1 has no 'content'"),
+        ("x.jsonl", [*after_good()[:1], {"messages": "hi"}], r"x\.jsonl: record 2: 'messages' .* got a string"),
+        ("x.jsonl", after_good("hi"), "record 2: 'messages' .* objects, got a string at 0"),
+        ("x.json", after_good({"content": "a"}), r"x\.json: record 2: messages 0 has no 'role'; its keys are"),
+        ("x.json", after_good(QUESTION, {"role": "assistant"}), "record 2: messages 1 has no 'content'"),
         ("x.json", after_good({"role": "user", "content": [1]}), "messages 0: 'content' .* a number at 0"),
         ("x.json", after_good(QUESTION | {"content": PARTS}), "messages 0: 'content' .* 'thinking' at 1"),
-        ("x.json", after_good(QUESTION), "record 1: 'messages' .* assistant turn"),
-        ("x.parquet", after_good(QUESTION), r"x\.parquet: row 1: 'messages' .* assistant turn"),
-        ("x.parquet", after_good(QUESTION | SENT, ANSWER | SENT), r"row 1: messages 0: 'sent' .* JSON .* got a \w+"),
+        ("x.json", after_good(QUESTION), "record 2: 'messages' .* assistant turn"),
+        ("x.parquet", after_good(QUESTION), r"x\.parquet: record 2: 'messages' .* assistant turn"),
+        ("x.parquet", after_good(QUESTION | SENT, ANSWER | SENT), r"record 2: messages 0: 'sent' .* JSON .* got a \w+"),
         ("x.json", after_good(QUESTION, ANSWER | {"weight": 0.5}), "messages 1: 'weight' .* 0.5"),
         ("x.json", after_good(QUESTION, ANSWER | {"weight": "0"}), "messages 1: 'weight' .* '0'"),
         ("x.json", after_good(QUESTION, ANSWER | {"weight": 0}), "'messages' .* weight 0"),
-        ("x.json", after_good(QUESTION, call("{city")), "record 1: messages 1: arguments of tool_calls 0: is not JSON"),
+        ("x.json", after_good(QUESTION, call("{city")), "record 2: messages 1: arguments of tool_calls 0: is not JSON"),
         ("x.json", after_good(QUESTION, call('["Bonn"]')), "messages 1: arguments of tool_calls 0 .* a list"),
         ("x.json", after_good(QUESTION, call('{"city": "\\ud800"}')), "messages 1: 'tool_calls' .* half a surrogate"),
-        ("x.json", [PREFERRED | {"completion": [QUESTION]}], "record 0: 'completion' .* assistant turn"),
-        ("x.json", [PREFERRED | {"prompt": "Sure?"}], "record 0: 'completion' .* string, got a list"),
+        ("x.json", [PREFERRED | {"completion": [QUESTION]}], "record 1: 'completion' .* assistant turn"),
+        ("x.json", [PREFERRED | {"prompt": "Sure?"}], "record 1: 'completion' .* string, got a list"),
         ("x.json", [{"conversations": [{"from": "narrator"}]}], "conversations 0 has no 'value'"),
         (
             "x.json",
@@ -171,7 +189,7 @@ def test_missing_sources_and_formats_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"^data .*source"):
         read_records([])
     source = write(tmp_path / "y.json", [{"q": "1", "a": "2"}])
-    with pytest.raises(InputError, match=r"y\.json: record 0: .* 'q', 'a'.* messages \(messages\), .* --fields"):
+    with pytest.raises(InputError, match=r"y\.json: record 1: .* 'q', 'a'.* messages \(messages\), .* --fields"):
         read_records([source])
-    with pytest.raises(InputError, match=r"y\.json: record 0 has no 'text'; its keys are 'q', 'a'"):
+    with pytest.raises(InputError, match=r"y\.json: record 1 has no 'text'; its keys are 'q', 'a'"):
         read_records([source], DataConfig(format="text"))

@@ -1,8 +1,5 @@
 """Sources: splits of folders and of the hub, and the files of the tasks."""
 
-import json
-
-import pandas as pd
 import pytest
 from support.hub import serving
 from support.record_files import write
@@ -14,7 +11,6 @@ from rora_theory.lab.data.hub_files import Split
 from rora_theory.lab.data.records import DataConfig, read_records
 from rora_theory.lab.data.sources import locate_task
 from rora_theory.lab.data.tasks import TASKS
-from rora_theory.runs.files import parse_yaml
 
 CARD = b"""---
 configs:
@@ -24,7 +20,6 @@ configs:
   - split: train
     path: en/*.jsonl
   - {split: test, path: [en-test/part.jsonl]}
-  - {split: first, path: ['en/[!b-z].jsonl']}
 - config_name: german
   data_dir: de
   data_files: '**/*.jsonl'
@@ -34,50 +29,31 @@ About it.
 FILES = ["README.md", "en/a.jsonl", "en/b.jsonl", "en/deep/c.jsonl", "en-test/part.jsonl", "de/x/a.jsonl"]
 
 
-def test_the_card_determines_the_files_of_a_split():
-    card = {"configs": parse_yaml(CARD.split(b"---")[1].decode(), where="card")["configs"]}
+def test_the_card_determines_the_files_of_a_split(tmp_path):
+    for name in FILES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(CARD if name == "README.md" else b'{"text": "a"}')
 
     def files(subset, split):
-        return hub_files.select_files(FILES, Split("them", subset, split), card)
+        located = hub_files.locate_split(Split(str(tmp_path), subset, split))
+        return [path.relative_to(tmp_path).as_posix() for path in located]
 
     assert files(None, "train") == files("english", "train") == ["en/a.jsonl", "en/b.jsonl"]
     assert files(None, "test") == ["en-test/part.jsonl"]
-    assert files(None, "first") == ["en/a.jsonl"]
     assert files("german", "train") == ["de/x/a.jsonl"]
-    turned = {"configs": card["configs"][::-1]}
-    assert hub_files.select_files(FILES, Split("them", None, "train"), turned) == files("english", "train")
-    with pytest.raises(InputError, match=r"them: no split 'dev'.* train, test, first"):
+    with pytest.raises(InputError, match=rf"{tmp_path}: no split 'dev'.* train, test"):
         files(None, "dev")
-    with pytest.raises(InputError, match=r"no subset 'french'.* english, german.* them/SUBSET"):
+    with pytest.raises(InputError, match=r"'french' .*'english', 'german'"):
         files("french", "train")
-
-
-def test_file_names_determine_a_split_without_a_card():
-    def files(names, subset=None, split="train"):
-        return hub_files.select_files(names, Split("them", subset, split), {})
-
-    parts = [f"data/{split}-0000{i}-of-00002.parquet" for split in ("train", "test") for i in (1, 0)]
-    assert files([*parts, "data/train.csv", "train.jsonl"]) == sorted(parts[:2])
-    assert files(["training.jsonl", "constrain.jsonl", "a_train.jsonl"]) == ["a_train.jsonl"]
-    with pytest.raises(InputError, match=r"them: split 'train' .* 2 files, got 1"):
-        files(parts[:1])
-    assert files(["train/0.jsonl", "test/0.jsonl"]) == ["train/0.jsonl"]
-    both = ["en/train.jsonl", "de/train.jsonl"]
-    assert files(both, "de") == ["de/train.jsonl"]
-    with pytest.raises(InputError, match=r"no subset is named.* de, en.* them/SUBSET:train"):
-        files(both)
-    with pytest.raises(InputError, match=r"no .* file of split 'dev'; it has en/train\.jsonl, de/train\.jsonl"):
-        files(both, split="dev")
 
 
 def test_a_split_of_a_folder(tmp_path):
     (tmp_path / "en").mkdir()
     for name, rows in (("train-1", [{"text": "1"}]), ("train-2", [{"text": "2"}]), ("test", [{"text": 3}])):
         write(tmp_path / "en" / f"{name}.jsonl", rows)
-    for name in (f"{tmp_path}:train", f"{tmp_path}/en:train"):
-        assert read_records([name]) == [Text("1"), Text("2")]
-    with pytest.raises(InputError, match=r"en/test\.jsonl: line 1: 'text' .* a number"):
-        read_records([f"{tmp_path}:test"])
+    assert read_records([f"{tmp_path}/en:train"]) == [Text("1"), Text("2")]
+    with pytest.raises(InputError, match=r"en/test\.jsonl: record 1: 'text' .* a number"):
+        read_records([f"{tmp_path}/en:test"])
 
 
 def test_the_names_of_splits(tmp_path):
@@ -90,19 +66,16 @@ def test_the_names_of_splits(tmp_path):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """Start a server of three data sets in place of the hub, with an empty cache."""
+    import datasets
     import huggingface_hub.constants as constants
 
-    line = json.dumps({"text": "a"}).encode()
-    pd.DataFrame([{"text": "of the copy"}]).to_parquet(tmp_path / "x.parquet")
+    line = b'{"text": "a"}'
     repositories = {
         "datasets/them/set": {
-            "main": {"README.md": CARD, "en/a.jsonl": line, "en/b.jsonl": line, "de/x/a.jsonl": line},
+            "main": {name: CARD if name == "README.md" else line for name in FILES},
             "v1": {"train.jsonl": b"\n".join([line] * 3)},
         },
-        "datasets/them/tables": {
-            "main": {"train.csv": b"text\nx\n"},
-            "refs/convert/parquet": {"default/train/0000.parquet": (tmp_path / "x.parquet").read_bytes()},
-        },
+        "datasets/them/tables": {"main": {"train.csv": b"text\nx\n"}},
         "datasets/them/tasks": {"main": {"piqa/test.json": b"1"}, "v1": {"data/eval/piqa/test.json": b"2"}},
     }
     with serving(repositories) as server:
@@ -113,13 +86,13 @@ def hub(tmp_path, monkeypatch):
         }
         for name, value in values.items():
             monkeypatch.setattr(constants, name, value)
-            monkeypatch.setattr(f"huggingface_hub.file_download.{name}", value, raising=False)  # of older versions
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", endpoint)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         yield server
 
 
-def test_splits_and_files_of_the_hub(hub):
+def test_splits_and_files_of_the_hub(hub, monkeypatch):
     def count(name):
         return len(read_records([f"hf://datasets/them/{name}"]))
 
@@ -127,22 +100,24 @@ def test_splits_and_files_of_the_hub(hub):
     assert not [path for path in hub.asked if "de/" in path]
     names = ("set/german:train", "set@v1:train", "set/en/a.jsonl", "set@v1/train.jsonl")
     assert [count(name) for name in names] == [1, 3, 1, 3]
-    assert read_records(["hf://datasets/them/tables:train"]) == [Text("of the copy")]
+    assert read_records(["hf://datasets/them/tables:train"]) == [Text("x")]
     for name, message in (
-        ("none:train", r"hf://datasets/them/none: cannot be listed \(.*\)"),
+        ("none:train", r"hf://datasets/them/none: the data set cannot be read \(.*\)"),
         ("set/en/none.jsonl", r"^hf://datasets/them/set/en/none\.jsonl: cannot be downloaded \(.*\)"),
         ("set", "them/set: not the name of a file or split"),
     ):
         with pytest.raises(InputError, match=message) as caught:
             count(name)
         assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match=r"a\.jsonl: line 1 has no 'instruction'; its keys are 'text'"):
+    with pytest.raises(InputError, match=r"a\.jsonl: record 1 has no 'instruction'; its keys are 'text'"):
         read_records(["hf://datasets/them/set:train"], DataConfig(format="alpaca"))
-    # Without the server, files in the cache are read and others are refused.
+    # Without the server, files in the cache are read and others are refused. (Offline, nothing is tried again.)
     hub.shutdown()
     hub.server_close()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     assert count("set@v1:train") == 3
-    with pytest.raises(InputError, match="cannot be listed"):
+    with pytest.raises(InputError, match="more: the data set cannot be read"):
         count("more:train")
 
 
