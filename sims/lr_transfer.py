@@ -17,12 +17,16 @@ from typing import Any
 
 import pandas as pd
 
-from rora_theory.lab.sweep import rate_grid
-from rora_theory.lab.sweep.rate_grid import RateGrid
-from rora_theory.runs import devices
+from rora_theory.errors import InputError
+from rora_theory.lab.sweep import controlled_grid
+from rora_theory.lab.sweep.controlled import ProblemSize
+from rora_theory.lab.sweep.controlled_grid import ControlledCell, ControlledGrid, JudgedLoss
+from rora_theory.runs import devices, frames
 from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.reading import flatten
 from rora_theory.runs.summary import key_figures
+from rora_theory.scaling import check_positive
 from rora_theory.stats.rate_curves import (
     COLUMNS,
     UNITS,
@@ -32,6 +36,7 @@ from rora_theory.stats.rate_curves import (
     describe_slopes,
     rate_slopes,
 )
+from rora_theory.validation.rules import check_list
 from sims.common import answers, cli, tables
 from sims.common.cells import run_table
 from sims.common.summaries import summarised
@@ -40,12 +45,40 @@ NAME = "lr_transfer"
 
 
 @dataclass(frozen=True)
+class RateGrid(ControlledGrid):
+    """Settings of the runs. The rates contain every rule's best step at ranks that are powers of two times 4."""
+
+    ranks: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
+    optimizers: Any = ("sgd", "adam")
+    models: Any = ("linear",)
+    starts: Any = ("A",)
+    adam_lrs: tuple[float, ...] = tuple(2.0 ** (k / 2) for k in range(-26, 7))
+    sgd_lrs: tuple[float, ...] = tuple(2.0 ** (k / 2) for k in range(-14, 22))
+    steps: tuple[int, ...] = (100,)
+    seeds: tuple[int, ...] = tuple(range(12))
+    problem: ProblemSize = field(
+        default_factory=lambda: ProblemSize(
+            p_in=128, hidden=64, p_out=16, samples=256, held_out=256, overlap=0.3, teacher_rank=4, noise=0.1
+        )
+    )
+
+    def __post_init__(self) -> None:
+        """Validate the settings."""
+        super().__post_init__()
+        for option in ("models", "starts"):
+            if len(getattr(self, option)) > 1:
+                raise InputError(f"--{option} must be a single one, got {' '.join(getattr(self, option))}")
+        for option in ("adam_lrs", "sgd_lrs"):
+            check_list(f"--{option.replace('_', '-')}", getattr(self, option), check_positive, fewest=3)
+
+
+@dataclass(frozen=True)
 class Config:
     """Options of the training. Separate the values of a list with spaces."""
 
     grid: RateGrid = field(default_factory=RateGrid)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    judge: rate_grid.JudgedLoss = "held_out"
+    judge: JudgedLoss = "held_out"
     """Loss that determines the best rate"""
     out: cli.Out = None
 
@@ -54,14 +87,14 @@ def run(config: Config) -> None:
     """Train the cells that the run folder lacks, then find the best rates and report."""
     runner = config.cluster.runner()
     grid, extra = config.grid, {"units": UNITS, "device": devices.describe(devices.pick(1)), "judge": config.judge}
-    folder = RunFolder.open(NAME, asdict(grid), out=config.out, seed=grid.seed, extra=extra)
-    cells = list(rate_grid.rate_cells(grid))
+    folder = RunFolder.open(NAME, flatten(grid), out=config.out, seed=grid.seed, extra=extra)
 
-    def work(cell: rate_grid.GridCell, _: Path) -> list[dict[str, Any]]:
-        return rate_grid.cell_rows(grid, cell)
+    def work(cell: ControlledCell, _: Path) -> list[dict[str, Any]]:
+        rows = controlled_grid.train_cell(grid, cell, ("loss_train", "loss_held_out"))
+        return frames.rows(controlled_grid.losses_at_end(frames.from_rows(rows, list(rows[0]))))
 
-    losses = run_table(cells, work, folder, COLUMNS, runner=runner, title="rates")
-    curves = rate_grid.curves_of_losses(losses, config.judge)
+    losses = run_table(controlled_grid.cells_of(grid), work, folder, COLUMNS, runner=runner, title="rates")
+    curves = controlled_grid.curves_of_losses(losses, config.judge)
     compared = compare_rules(curves)
     # Best rates, and their slopes against the rank.
     best, slopes = best_rates(curves), rate_slopes(curves)

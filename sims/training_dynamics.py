@@ -14,9 +14,9 @@ from typing import Any
 
 import pandas as pd
 
-from rora_theory.lab.sweep import rank_exponents, training_grid
+from rora_theory.lab.sweep import controlled_grid, rank_exponents
+from rora_theory.lab.sweep.controlled_grid import ControlledCell, ControlledGrid
 from rora_theory.lab.sweep.rank_exponents import CELL, FIT_COLUMNS, SATURATED, Answer
-from rora_theory.lab.sweep.training_grid import TrainingCell, TrainingGrid
 from rora_theory.runs import devices
 from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.runs.folder import RunFolder
@@ -36,7 +36,7 @@ QUANTITY_LABELS = {"output_train": "training", "output_held_out": "held-out", "d
 class Config:
     """Options of the training. Separate the values of a list with spaces."""
 
-    grid: TrainingGrid = field(default_factory=TrainingGrid)
+    grid: ControlledGrid = field(default_factory=ControlledGrid)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     out: cli.Out = None
 
@@ -44,22 +44,22 @@ class Config:
 def run(config: Config) -> None:
     """Train the cells that the run folder lacks, then fit the slopes and report."""
     grid, runner = config.grid, config.cluster.runner()
-    extra = {"units": training_grid.UNITS, "device": devices.describe(devices.pick(1))}
+    extra = {"units": controlled_grid.UNITS, "device": devices.describe(devices.pick(1))}
     folder = RunFolder.open(NAME, flatten(grid), out=config.out, seed=grid.seed, extra=extra)
-    cells = training_grid.training_cells(grid)
+    cells = controlled_grid.cells_of(grid)
 
-    def work(cell: TrainingCell, _: Path) -> list[dict[str, Any]]:
-        return training_grid.training_rows(grid, cell)
+    def work(cell: ControlledCell, _: Path) -> list[dict[str, Any]]:
+        return controlled_grid.train_cell(grid, cell)
 
     # Rows of every seed, step and quantity.
     seed_rows = run_table(
-        cells, work, folder, training_grid.COLUMNS, runner=runner, title="training dynamics", name="seeds.csv"
+        cells, work, folder, controlled_grid.COLUMNS, runner=runner, title="training dynamics", name="seeds.csv"
     )
     # Means over seeds, slopes in the rank, and the questions that they answer.
     folder.write_frame(rank_exponents.summarise_seeds(seed_rows))
     fits = rank_exponents.exponent_fits(seed_rows)
     folder.write_frame(fits[list(FIT_COLUMNS)], "exponents.csv")
-    answered = training_grid.grid_answers(grid, fits)
+    answered = controlled_grid.grid_answers(grid, fits)
     folder.write("answers.json", json.dumps([answer._asdict() for answer in answered], indent=2) + "\n")
     ends = fits[(fits["step"] == grid.steps[-1]) & (fits["range"] == "all") & fits["quantity"].isin(QUANTITY_LABELS)]
     scope = ("model", "start", "trained", "optimizer", "rule", "quantity", "step", "ranks", "verdict")
@@ -69,7 +69,7 @@ def run(config: Config) -> None:
     answers.print_files(folder.path)
 
 
-def report(grid: TrainingGrid, rows: pd.DataFrame, fits: pd.DataFrame, answered: Sequence[Answer]) -> None:
+def report(grid: ControlledGrid, rows: pd.DataFrame, fits: pd.DataFrame, answered: Sequence[Answer]) -> None:
     """Print the slopes at the first, a middle and the last step, the diverged cells, and the answers.
 
     Args:

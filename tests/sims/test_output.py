@@ -26,7 +26,7 @@ import sims
 from rora_theory.lab.evaluate.accuracies import TaskAccuracy
 from rora_theory.lab.evaluate.scoring import Scoring
 from rora_theory.lab.sweep.analysis import HorizonJudgement
-from rora_theory.lab.sweep.training_grid import TrainingGrid
+from rora_theory.lab.sweep.controlled_grid import ControlledGrid
 from rora_theory.measure.rank_check.rules import CheckConfig
 from rora_theory.measure.regimes.module_regime import Regime, RegimeConfig, RegimeRows
 from rora_theory.paper.verdicts import Verdict
@@ -159,6 +159,7 @@ def test_a_second_table_repeats_the_keys(printed, keys) -> None:
 def test_verdicts_on_comparisons_are_printed_completely(printed) -> None:
     best, comparisons, exponents = published("horizon", "best", "comparisons", "exponents")
     empty = pd.DataFrame()
+    answers.print_answer("The answer.")
     print_analysis(HorizonJudgement(best, comparisons, empty, exponents, *[empty] * 7))
     lines = printed()
     title = lines.index("Comparisons, each at its own best rate")
@@ -243,7 +244,7 @@ def test_coordinate_check(printed) -> None:
 def test_training_dynamics(printed) -> None:
     answers = [tuple(answer.values()) for answer in saved("training_dynamics", "answers")]
     tables = published("training_dynamics", "results", "exponents")
-    training_dynamics.report(config_of(TrainingGrid, "training_dynamics"), *tables, answers)
+    training_dynamics.report(config_of(ControlledGrid, "training_dynamics"), *tables, answers)
     assert "-0.56 ± 0.00" in "\n".join(printed())
 
 

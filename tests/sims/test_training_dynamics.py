@@ -7,14 +7,14 @@ import pytest
 from support import commands, drawings
 
 from figures import training_dynamics as figure
-from rora_theory.lab.sweep import rank_exponents, training_grid
+from rora_theory.lab.sweep import controlled_grid, rank_exponents
 from rora_theory.runs import frames
 from sims import training_dynamics as sim
 
 SMALL = (
     "--ranks 4 64 --optimizers sgd adam --models linear --starts A --steps 1 4 "
     "--seeds 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 --p-in 64 --p-out 6 --samples 1 --held-out 4 "
-    "--sgd-lr 1e-4 --adam-lr 1e-6"
+    "--sgd-lrs 1e-4 --adam-lrs 1e-6"
 )
 
 
@@ -52,7 +52,7 @@ def test_slopes_are_the_table(finished):
 
 @pytest.mark.slow
 def test_files(finished):
-    seeds = frames.read_csv(finished / "seeds.csv", training_grid.COLUMNS)
+    seeds = frames.read_csv(finished / "seeds.csv", controlled_grid.COLUMNS)
     cells = 2 * 2 * 3 * 2  # optimizers, ranks, rules, A trained or frozen
     assert len(seeds) == cells * 16 * 3
     assert set(seeds["output_train"][seeds["step"] == 0]) == {0.0}
@@ -72,7 +72,7 @@ def test_an_interrupted_run_resumes(finished, tmp_path):
 
 @pytest.mark.slow
 def test_diverged_runs_are_reported(tmp_path):
-    words = ["--optimizers", "sgd", "--no-freeze-control", "--sgd-lr", "3", "--out", tmp_path / "run"]
+    words = ["--optimizers", "sgd", "--no-freeze-control", "--sgd-lrs", "3", "--out", tmp_path / "run"]
     assert "diverged by the last step" in commands.output(commands.run(sim.main, SMALL, *words))
     means = frames.read_csv(tmp_path / "run" / "results.csv").set_index("step")
     assert means["diverged"][4].any()

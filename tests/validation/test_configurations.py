@@ -15,10 +15,9 @@ from rora_theory.lab.evaluate.scoring import Scoring
 from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.horizon.probe import ProbeConfig
 from rora_theory.lab.sweep.controlled import ProblemConfig
+from rora_theory.lab.sweep.controlled_grid import ControlledGrid
 from rora_theory.lab.sweep.design import Design
 from rora_theory.lab.sweep.plan import SweepConfig
-from rora_theory.lab.sweep.rate_grid import RateGrid
-from rora_theory.lab.sweep.training_grid import TrainingGrid
 from rora_theory.laws.grid import StepGrid
 from rora_theory.measure.rank_check.rules import CheckConfig
 from rora_theory.measure.record_batches import BatchConfig
@@ -29,6 +28,7 @@ from rora_theory.paper.simulation import SimulationConfig
 from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.validation import ranges
 from sims.common.record_batches import PairConfig
+from sims.lr_transfer import RateGrid
 
 NAN = float("nan")
 
@@ -87,13 +87,11 @@ INVALID: dict[type, dict[str, tuple]] = {
     | {"seed": (-1,)},
     ProblemConfig: same_values("p_in hidden p_out samples held_out teacher_rank", 0)
     | {"noise": (-1.0,), "overlap": (-0.1, 1.5), "model": ("cnn",)},
-    RateGrid: {"ranks": ((4,),), "rules": ((0.5, "rora"),), "optimizers": (("lion",),), "init": ("xavier",)}
-    | {"adam_lrs": ((1.0, 2.0),), "sgd_lrs": ((1.0, 2.0, -1.0),), "steps": (0,), "seeds": ((1,),), "seed": (-1,)}
-    | {"gamma": (0.0,), "reference_rank": (0,)},
-    TrainingGrid: {"ranks": ((4,), (4, 4)), "rules": (("lora", 1.0), ("best",)), "optimizers": (("lion",),)}
-    | {"models": ((),), "starts": (("C",),), "init": ("xavier",), "steps": ((2, 1),), "seeds": ((1,), (0, 2**32))}
-    | same_values("gamma sgd_lr momentum_lr adam_lr", 0.0)
-    | {"reference_rank": (0,), "seed": (-1,)},
+    RateGrid: {"adam_lrs": ((1.0, 2.0),), "sgd_lrs": ((1.0, 2.0),)},
+    ControlledGrid: {"ranks": ((4,), (4, 4)), "rules": (("lora", 1.0), ("best",), (0.5, "rora"))}
+    | {"optimizers": (("lion",),), "models": ((),), "starts": (("C",),), "init": ("xavier",)}
+    | {"adam_lrs": ((), (1.0, 1.0)), "sgd_lrs": ((1.0, -1.0),), "steps": ((2, 1), (0,))}
+    | {"seeds": ((1,), (0, 2**32)), "gamma": (0.0,), "reference_rank": (0,), "seed": (-1,)},
     ClusterConfig: {"workers": (0,), "cell_cpus": (0.0,), "cell_gpus": (-1.0,), "cell_memory": (0.0, NAN)}
     | {"address": ("ray://head:10001", "head")},
     Scoring: same_values("num_beams max_new_tokens", 0) | {"template": ("alpaca",), "protocol": ("acc",)},
@@ -123,7 +121,8 @@ COMBINATIONS = [
     (StepGrid, {"alpha": 1e300}, r"--alpha 1e\+300 and --lr 0.0001 give gamma 1.0e\+300"),
     (StepGrid, {"draws": 64, "relative_error": 0.1}, "--relative-error 0.1 .* --draws"),
     (RateGrid, {"ranks": (2, 8)}, "--teacher-rank.* 4"),
-    (TrainingGrid, {"ranks": (2, 8)}, "--teacher-rank.* 4"),
+    (RateGrid, {"models": ("linear", "mlp")}, "--models .*linear mlp"),
+    (ControlledGrid, {"ranks": (2, 8)}, "--teacher-rank.* 4"),
     (ClusterConfig, {"workers": 2, "address": "auto"}, "--workers 2 .* --address"),
     (Scoring, {"protocol": "harness", "template": "train"}, "template .*harness, got 'train'"),
 ]

@@ -285,56 +285,22 @@ def trajectories(
     adapters: Adapters,
     problem: Problem,
     scaling: Float[Array, ""] | float,
-    learning_rate: Float[Array, ""] | float,
+    learning_rates: Float[Array, " rates"],
     *,
     optimizer: OptimizerName,
     steps: tuple[int, ...],
     frozen: str | None = None,
 ) -> Measures:
-    """Compute `trajectory` for a leading axis of seeds in both pytrees; the fields are [seeds, 1 + steps]."""
+    """Compute `trajectory` for a leading axis of seeds in both pytrees and every learning rate in one compiled call.
 
-    def train_one(params: Adapters, seed_problem: Problem) -> Measures:
+    The fields are [seeds, rates, 1 + steps].
+    """
+
+    def train_one(params: Adapters, seed_problem: Problem, rate: Array) -> Measures:
         return trajectory(
-            params,
-            seed_problem,
-            scaling=scaling,
-            learning_rate=learning_rate,
-            optimizer=optimizer,
-            steps=steps,
-            frozen=frozen,
+            params, seed_problem, scaling=scaling, learning_rate=rate, optimizer=optimizer, steps=steps, frozen=frozen
         )
 
-    return jax.vmap(train_one)(adapters, problem)
-
-
-def start_loss(problem: Problem) -> Float[Array, ""]:
-    """Compute the training loss before the first update, when the adapters' change is zero."""
-    return jnp.sum(problem.target_train**2) / (2 * problem.target_train.shape[0])
-
-
-@partial(jax.jit, static_argnames=("optimizer", "steps", "frozen"))
-def final_losses(
-    adapters: Adapters,
-    problem: Problem,
-    scaling: Float[Array, ""] | float,
-    learning_rates: Float[Array, " rates"],
-    *,
-    optimizer: OptimizerName,
-    steps: int,
-    frozen: str | None = None,
-) -> tuple[Float[Array, "seeds rates"], Float[Array, "seeds rates"]]:
-    """Compute training and held-out loss after ``steps`` updates for every seed (leading axis) and learning rate."""
-
-    def train_one(params: Adapters, seed_problem: Problem, rate: Array) -> tuple[Array, Array]:
-        transformation = make_optimizer(optimizer, rate)
-        update = _update(transformation, seed_problem, scaling, frozen)
-        trained = jax.lax.fori_loop(0, steps, update, (params, transformation.init(params)))[0]
-        return (
-            loss(trained, seed_problem.weights, seed_problem.x_train, seed_problem.target_train, scaling),
-            loss(trained, seed_problem.weights, seed_problem.x_held_out, seed_problem.target_held_out, scaling),
-        )
-
-    # All seeds and learning rates in one compiled call.
     return jax.vmap(jax.vmap(train_one, in_axes=(None, None, 0)), in_axes=(0, 0, None))(
         adapters, problem, learning_rates
     )
@@ -403,50 +369,17 @@ def draw_ensemble(
     return adapters, problems
 
 
-def ensemble_trajectories(
-    adapters: Adapters,
-    problems: Problem,
-    *,
-    scaling: float,
-    learning_rate: float,
-    optimizer: OptimizerName,
-    steps: tuple[int, ...],
-    frozen: str | None = None,
-) -> tuple[dict[str, Float[np.ndarray, "seeds recorded"]], Bool[np.ndarray, "seeds recorded"]]:
-    """Train an ensemble and measure it before the first step and after each of ``steps``.
-
-    Args:
-      adapters: Initial adapters with a leading axis of seeds.
-      problems: Problems with a leading axis of seeds.
-      scaling: Scaling factor gamma.
-      learning_rate: Learning rate, above 0.
-      optimizer: Name of the optimizer.
-      steps: Numbers of updates at which to measure, ascending.
-      frozen: Factor that is not trained, ``"A"`` or ``"B"``. None trains both.
-
-    Returns:
-      The fields of `Measures` by name, and a mask of diverged runs. A run that has diverged counts as diverged
-      at all later steps.
-    """
-    measured = trajectories(adapters, problems, scaling, learning_rate, optimizer=optimizer, steps=steps, frozen=frozen)
-    values = {name: np.asarray(value, np.float64) for name, value in measured._asdict().items()}
-    is_finite = np.all([np.isfinite(value) for value in values.values()], axis=0)
-    is_bounded = values["loss_train"] <= DIVERGED * values["loss_train"][:, :1]
-    # Along the steps, a run stays diverged once it has diverged.
-    return values, np.maximum.accumulate(~(is_finite & is_bounded), axis=1)
-
-
-def losses_at_rates(
+def train_ensemble(
     adapters: Adapters,
     problems: Problem,
     *,
     scaling: float,
     rates: Sequence[float] | Float[np.ndarray, " rates"],
     optimizer: OptimizerName,
-    steps: int,
+    steps: tuple[int, ...],
     frozen: str | None = None,
-) -> tuple[Float[np.ndarray, "seeds rates"], Float[np.ndarray, "seeds rates"]]:
-    """Compute the losses of an ensemble after ``steps`` updates at every learning rate.
+) -> tuple[dict[str, Float[np.ndarray, "seeds rates recorded"]], Bool[np.ndarray, "seeds rates recorded"]]:
+    """Train an ensemble at every learning rate, and measure it before the first step and after each of ``steps``.
 
     Args:
       adapters: Initial adapters with a leading axis of seeds.
@@ -454,26 +387,22 @@ def losses_at_rates(
       scaling: Scaling factor gamma.
       rates: Learning rates, above 0.
       optimizer: Name of the optimizer.
-      steps: Number of updates.
+      steps: Numbers of updates at which to measure, ascending.
       frozen: Factor that is not trained, ``"A"`` or ``"B"``. None trains both.
 
     Returns:
-      Training and held-out losses; both are infinite for a run that diverged.
+      The fields of `Measures` by name, and a mask of diverged runs, whose loss is not finite or more than `DIVERGED`
+      times its initial value. A run that has diverged counts as diverged at all later steps.
     """
-    final = final_losses(
-        adapters,
-        problems,
-        scaling,
-        jnp.asarray(rates, jnp.float32),
-        optimizer=optimizer,
-        steps=steps,
-        frozen=frozen,
+    learning_rates = jnp.asarray(rates, jnp.float32)
+    measured = trajectories(
+        adapters, problems, scaling, learning_rates, optimizer=optimizer, steps=steps, frozen=frozen
     )
-    train, held_out = (np.asarray(losses, np.float64) for losses in final)
-    # A loss that is finite but far above its initial value counts as diverged too.
-    start_losses = np.asarray(jax.vmap(start_loss)(problems), np.float64)[:, None]
-    has_diverged = ~(train <= DIVERGED * start_losses)
-    return np.where(has_diverged, np.inf, train), np.where(has_diverged, np.inf, held_out)
+    values = {name: np.asarray(value, np.float64) for name, value in measured._asdict().items()}
+    is_finite = np.all([np.isfinite(value) for value in values.values()], axis=0)
+    is_bounded = values["loss_train"] <= DIVERGED * values["loss_train"][..., :1]
+    # Along the steps, a run stays diverged once it has diverged.
+    return values, np.maximum.accumulate(~(is_finite & is_bounded), axis=-1)
 
 
 def spectral_norm(matrix: Float[Array, "m n"]) -> Float[Array, ""]:

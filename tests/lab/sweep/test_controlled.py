@@ -83,7 +83,10 @@ def test_first_step_has_the_exact_law(optimizer):
     """Mean squares over 4000 adapters agree with `laws.first_step_moments`; |z| < 5 on six figures."""
     problem, repeated, adapters = stacked(LINEAR, 8, 4000)
     rate, scaling = 1e-3, 0.5
-    measures = controlled.trajectories(adapters, repeated, scaling, rate, optimizer=optimizer, steps=(1,))
+    stacked_measures = controlled.trajectories(
+        adapters, repeated, scaling, jnp.array([rate]), optimizer=optimizer, steps=(1,)
+    )
+    measures = jax.tree.map(lambda field: field[:, 0], stacked_measures)
     grad = -wide(problem.target_train).T @ wide(problem.x_train) / LINEAR.samples
     for field, x in (("output_train", problem.x_train), ("output_held_out", problem.x_held_out)):
         law = laws.first_step_moments(
@@ -161,19 +164,6 @@ def test_start_of_b():
     assert np.all(np.diff(np.asarray(measures.loss_train)) < 0)
 
 
-@pytest.mark.slow
-def test_final_losses_are_the_trajectories_ends():
-    keys = jax.random.split(jax.random.key(7), 2)
-    problem = jax.vmap(lambda key: draw_problem(key, LINEAR))(keys)
-    adapters = jax.vmap(lambda key: draw_adapters(key, LINEAR, rank=3))(keys)
-    rates = jnp.array([0.01, 0.1])
-    losses = controlled.final_losses(adapters, problem, 0.5, rates, optimizer="adam", steps=4)
-    path = controlled.trajectories(adapters, problem, 0.5, 0.1, optimizer="adam", steps=(4,))
-    np.testing.assert_allclose(losses[0][:, 1], path.loss_train[:, 1], rtol=1e-5)
-    np.testing.assert_allclose(losses[1][:, 1], path.loss_held_out[:, 1], rtol=1e-5)
-    assert np.all(np.abs(losses[0][:, 0] - losses[0][:, 1]) > 1e-3)
-
-
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (40, 60)])
 @pytest.mark.parametrize("size", [1e-25, 1.0])
 def test_spectral_norm(shape, size):
@@ -203,11 +193,9 @@ def test_bad_settings():
 @pytest.mark.slow
 def test_a_diverged_run_stays_diverged(monkeypatch):
     """A run counts as diverged from the first recorded step whose loss is too high, whatever follows."""
-    losses = np.array([[1.0, 20.0, 0.5], [1.0, 9.0, 0.5]])
+    losses = np.array([[1.0, 20.0, 0.5], [1.0, 9.0, 0.5]])[:, None]
     measures = controlled.Measures(*[losses] * len(controlled.Measures._fields))
     monkeypatch.setattr(controlled, "trajectories", lambda *_, **__: measures)
     drawn = controlled.draw_ensemble(ProblemConfig(p_in=8, p_out=2, samples=2, held_out=2), rank=4, seeds=range(2))
-    _, diverged = controlled.ensemble_trajectories(
-        *drawn, scaling=1.0, learning_rate=0.1, optimizer="sgd", steps=(1, 2)
-    )
-    assert diverged.tolist() == [[False, True, True], [False, False, False]]
+    _, diverged = controlled.train_ensemble(*drawn, scaling=1.0, rates=[0.1], optimizer="sgd", steps=(1, 2))
+    assert diverged.tolist() == [[[False, True, True]], [[False, False, False]]]

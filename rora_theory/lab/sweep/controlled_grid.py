@@ -1,16 +1,18 @@
-"""Measurements during training on the controlled problem, by rank, scaling rule and optimizer.
+"""Matrix of training runs of the controlled problem, by model, trained factors, optimizer, rank, scaling rule and rate.
 
-grid = TrainingGrid(ranks=(4, 64), optimizers=("sgd",), models=("linear",))
-rows = [row for cell in training_cells(grid) for row in training_rows(grid, cell)]
-fits = rank_exponents.exponent_fits(frames.from_rows(rows, COLUMNS))
-grid_answers(grid, fits)
+grid = ControlledGrid(ranks=(4, 64), optimizers=("sgd",), models=("linear",))
+rows = frames.from_rows([row for cell in cells_of(grid) for row in train_cell(grid, cell)], COLUMNS)
+rank_exponents.exponent_fits(rows)
+best_rates(curves_of_losses(losses_at_end(rows)))
 """
 
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from rora_theory.inits import INITS, Init
 from rora_theory.lab.sweep import controlled, rank_exponents
@@ -18,18 +20,17 @@ from rora_theory.lab.sweep.controlled import MODELS, STARTS, Model, ProblemConfi
 from rora_theory.lab.sweep.rank_exponents import CELL, QUANTITIES, Answer
 from rora_theory.laws.random.seeds import check_seed
 from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
-from rora_theory.scaling import Rule, check_choice, check_integer, exponent, scaling_factor
-from rora_theory.validation.ranges import Positive, check_ranges
-from rora_theory.validation.rules import (
-    alpha_at,
-    check_list,
-    check_rules,
-    check_steps,
-    name_of,
-)
+from rora_theory.scaling import Rule, check_choice, check_integer, check_positive, exponent, scaling_factor
+from rora_theory.stats import rate_curves
+from rora_theory.stats.rate_curves import Curve
+from rora_theory.validation.ranges import check_ranges
+from rora_theory.validation.rules import alpha_at, check_list, check_rules, check_steps, name_of
 
 COLUMNS = (*CELL, "seed", "step", "diverged", *QUANTITIES)
 """Columns of the table of measurements."""
+
+JudgedLoss = Literal["held_out", "train"]
+"""Loss by which learning rates are compared."""
 
 UNITS = {
     "loss": "squared error / 2, summed over outputs, averaged over inputs",
@@ -44,7 +45,7 @@ UNITS = {
 
 
 @dataclass(frozen=True)
-class TrainingGrid:
+class ControlledGrid:
     """Settings of the runs.
 
     Raises:
@@ -63,20 +64,18 @@ class TrainingGrid:
     """Factors with a random initialisation; the other one starts at zero"""
     freeze_control: bool = True
     """Repeat the runs that start with A random, with A frozen"""
+    adam_lrs: tuple[float, ...] = (1e-4,)
+    """Learning rates of adam and adamw"""
+    sgd_lrs: tuple[float, ...] = (0.003,)
+    """Learning rates of sgd, and ten times those of momentum"""
     steps: tuple[int, ...] = (1, 2, 5, 10, 30, 100)
-    """Numbers of updates at which to measure, ascending; the start is also measured"""
+    """Numbers of updates at which to measure, ascending, each on all training inputs; the start is also measured"""
     seeds: tuple[int, ...] = tuple(range(8))
     """Seeds of the problems and adapters, 2 or more for error bars"""
     gamma: float = 1.0
     """Scaling factor of every rule at the reference rank"""
     reference_rank: int = 4
     """Rank at which all rules have the same scaling factor"""
-    sgd_lr: Positive = 0.003
-    """Learning rate of sgd"""
-    momentum_lr: Positive = 3e-4
-    """Learning rate of momentum"""
-    adam_lr: Positive = 1e-4
-    """Learning rate of adam and adamw"""
     init: Init = "kaiming_uniform"
     """Initialisation of A, if A starts random"""
     problem: ProblemSize = field(default_factory=ProblemSize)
@@ -92,15 +91,19 @@ class TrainingGrid:
         for name, choices in (("optimizers", OPTIMIZER_NAMES), ("models", MODELS), ("starts", STARTS)):
             check_list(f"--{name}", getattr(self, name), partial(check_choice, choices=choices))
         check_choice("--init", self.init, INITS)
+        for option, rates in (("--adam-lrs", self.adam_lrs), ("--sgd-lrs", self.sgd_lrs)):
+            check_list(option, rates, check_positive)
         check_steps(self.steps)
         check_ranges(self)
         check_list("--seeds", self.seeds, check_seed, fewest=2)
         check_seed("--seed", self.seed)
         self.problem.check_ranks(self.ranks)
 
-    def lr(self, optimizer: OptimizerName) -> float:
-        """Return the learning rate of an optimizer."""
-        return {"sgd": self.sgd_lr, "momentum": self.momentum_lr}.get(optimizer, self.adam_lr)
+    def rates(self, optimizer: OptimizerName) -> Float[np.ndarray, " rates"]:
+        """Return the learning rates of an optimizer, ascending."""
+        if optimizer in ("adam", "adamw"):
+            return np.sort(self.adam_lrs)
+        return np.sort(self.sgd_lrs) / (10 if optimizer == "momentum" else 1)
 
     def trained(self, start: Start) -> tuple[Literal["both", "B"], ...]:
         """Return the trained factors of each run with this start; B alone means that A is frozen."""
@@ -108,8 +111,8 @@ class TrainingGrid:
 
 
 @dataclass(frozen=True)
-class TrainingCell:
-    """Runs of one compiled scan over all seeds.
+class ControlledCell:
+    """Runs of one compiled call: all seeds and learning rates.
 
     Attributes:
       model: Model of teacher and student.
@@ -129,27 +132,34 @@ class TrainingCell:
 
     def __str__(self) -> str:
         """Return the label of the cell, as progress messages show it."""
-        return f"{self.model}, {self.optimizer}, {self.start} random, r = {self.rank}"
+        return f"{self.model}, {self.optimizer}, {name_of(self.rule)}, {self.start} random, r = {self.rank}"
 
 
-def training_cells(grid: TrainingGrid) -> list[TrainingCell]:
+def cells_of(grid: ControlledGrid) -> list[ControlledCell]:
     """Return the cells of a grid; cells that share a compiled function are adjacent."""
     return [
-        TrainingCell(model, start, trained, optimizer, rank, rule)
+        ControlledCell(model, start, trained, optimizer, rank, rule)
         for model in grid.models
         for optimizer in grid.optimizers
-        for rank in sorted(grid.ranks)
         for start in grid.starts
         for trained in grid.trained(start)
+        for rank in sorted(grid.ranks)
         for rule in grid.rules
     ]
 
 
-def training_rows(grid: TrainingGrid, cell: TrainingCell) -> list[dict[str, Any]]:
-    """Train a cell and return one row per seed and recorded step."""
+def train_cell(
+    grid: ControlledGrid, cell: ControlledCell, quantities: tuple[str, ...] = QUANTITIES
+) -> list[dict[str, Any]]:
+    """Train a cell and return a row for every seed, rate and recorded step, with the start as the first one.
+
+    Args:
+      grid: Grid of the cell.
+      cell: Cell to train.
+      quantities: Fields of `Measures` in the rows.
+    """
     alpha = alpha_at(cell.rule, gamma=grid.gamma, reference_rank=grid.reference_rank)
-    scaling, lr = scaling_factor(cell.rule, alpha=alpha, rank=cell.rank), grid.lr(cell.optimizer)
-    # One compiled scan trains all seeds.
+    scaling, rates = scaling_factor(cell.rule, alpha=alpha, rank=cell.rank), grid.rates(cell.optimizer)
     adapters, problems = controlled.draw_ensemble(
         ProblemConfig(model=cell.model, **asdict(grid.problem)),
         rank=cell.rank,
@@ -158,29 +168,58 @@ def training_rows(grid: TrainingGrid, cell: TrainingCell) -> list[dict[str, Any]
         start=cell.start,
         init=grid.init,
     )
-    # Arrays [seeds, 1 + steps], with the start as the first recorded step.
-    values, diverged = controlled.ensemble_trajectories(
+    # Arrays [seeds, rates, 1 + steps].
+    values, diverged = controlled.train_ensemble(
         adapters,
         problems,
         scaling=scaling,
-        learning_rate=lr,
+        rates=rates,
         optimizer=cell.optimizer,
         steps=grid.steps,
         frozen=cell.start if cell.trained == "B" else None,
     )
     # Tidy rows: the cell's columns, then seed, step and measurements.
-    labels = asdict(cell) | {"rule": name_of(cell.rule), "kappa": exponent(cell.rule)}
-    labels |= {"scaling": scaling, "learning_rate": lr}
+    labels = asdict(cell) | {"rule": name_of(cell.rule), "kappa": exponent(cell.rule), "scaling": scaling}
     return [
-        {name: labels[name] for name in CELL}
-        | {"seed": seed, "step": step, "diverged": int(diverged[seed_index, step_index])}
-        | {name: float(value[seed_index, step_index]) for name, value in values.items()}
+        {name: (labels | {"learning_rate": float(rate)})[name] for name in CELL}
+        | {"seed": seed, "step": step, "diverged": int(diverged[place])}
+        | {name: float(values[name][place]) for name in quantities}
+        for rate_index, rate in enumerate(rates)
         for seed_index, seed in enumerate(grid.seeds)
         for step_index, step in enumerate((0, *grid.steps))
+        for place in [(seed_index, rate_index, step_index)]
     ]
 
 
-def grid_answers(grid: TrainingGrid, fits: pd.DataFrame) -> list[Answer]:
+def losses_at_end(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the losses after the last step with the columns `rate_curves.COLUMNS`; infinite if the run diverged."""
+    ends = rows[rows["step"] == rows["step"].max()]
+    losses = {
+        name: ends[name].astype(float).where(ends["diverged"] == 0, np.inf) for name in ("loss_train", "loss_held_out")
+    }
+    return ends.assign(**losses)[list(rate_curves.COLUMNS)].reset_index(drop=True)
+
+
+def curves_of_losses(table: pd.DataFrame, judge: JudgedLoss = "held_out") -> list[Curve]:
+    """Build the curves of `losses_at_end`, in the order of the cells.
+
+    Args:
+      table: Losses of complete cells.
+      judge: Loss that the curves show: on held-out or on training inputs.
+
+    Returns:
+      One curve per cell.
+    """
+    curves = []
+    for key, group in table.groupby(list(rate_curves.COLUMNS[:6]), sort=False):
+        optimizer, trained, rule, kappa, rank, scaling = cast(tuple[Any, ...], key)
+        by_rate = group.pivot(index="seed", columns="learning_rate", values=f"loss_{judge}")
+        rates, values = by_rate.columns.to_numpy(float), by_rate.to_numpy(float)
+        curves.append(Curve(optimizer, trained, rule, float(kappa), int(rank), float(scaling), rates, values))
+    return curves
+
+
+def grid_answers(grid: ControlledGrid, fits: pd.DataFrame) -> list[Answer]:
     """Answer the questions about claims in the literature from the slopes of `rank_exponents.exponent_fits`."""
     return rank_exponents.answers(
         fits,

@@ -1,0 +1,111 @@
+"""The matrix of the controlled problem: its cells, their rows, and the curves of loss against rate."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from rora_theory.lab.sweep import controlled, controlled_grid
+from rora_theory.lab.sweep.controlled import ProblemConfig, ProblemSize
+from rora_theory.lab.sweep.controlled_grid import ControlledCell, ControlledGrid
+from rora_theory.lab.sweep.rank_exponents import QUANTITIES
+from rora_theory.optimizers import OPTIMIZER_NAMES
+from rora_theory.runs import frames
+
+GRID = ControlledGrid(
+    ranks=(8, 2), optimizers=("sgd",), models=("linear", "mlp"), steps=(1, 3), seeds=(0, 5), rules=("rora", 0.0),
+    problem=ProblemSize(p_in=6, hidden=4, p_out=3, samples=2, held_out=2, teacher_rank=1), sgd_lrs=(0.05,),
+)  # fmt: skip
+SIZE = ProblemSize(p_in=16, p_out=3, samples=5, held_out=7, overlap=0.3)
+
+
+def table_of(grid: ControlledGrid) -> Any:
+    rows = [row for cell in controlled_grid.cells_of(grid) for row in controlled_grid.train_cell(grid, cell)]
+    return frames.from_rows(rows, controlled_grid.COLUMNS)
+
+
+def test_rates_of_an_optimizer() -> None:
+    grid = ControlledGrid(adam_lrs=(3.0, 1.0, 2.0), sgd_lrs=(30.0, 10.0, 20.0))
+    rates = {name: grid.rates(name).tolist() for name in OPTIMIZER_NAMES}
+    assert rates == {"adam": [1, 2, 3], "adamw": [1, 2, 3], "sgd": [10, 20, 30], "momentum": [1, 2, 3]}
+
+
+def test_cells() -> None:
+    """Ranks ascend, rules of a rank are adjacent, and B alone is trained as a control if A starts random."""
+    cells = controlled_grid.cells_of(GRID)
+    assert len(cells) == len(set(cells)) == 2 * 2 * 3 * 2
+    assert [(cell.rank, cell.rule) for cell in cells[:4]] == [(2, "rora"), (2, 0.0), (8, "rora"), (8, 0.0)]
+    assert [(cell.start, cell.trained) for cell in cells[:12:4]] == [("A", "both"), ("A", "B"), ("B", "both")]
+    assert {cell.trained for cell in controlled_grid.cells_of(replace(GRID, freeze_control=False))} == {"both"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("start", "trained", "moves"), [("A", "both", True), ("A", "B", False), ("B", "both", True)])
+def test_rows(start: Any, trained: Any, moves: bool) -> None:
+    """There is one row per seed and step, independent of other seeds and rates; A x changes if A is trained."""
+    cell = ControlledCell("linear", start, trained, "sgd", 8, "rora")
+    rows = controlled_grid.train_cell(GRID, cell)
+    assert {tuple(row) for row in rows} == {controlled_grid.COLUMNS}
+    table = frames.from_rows(rows, controlled_grid.COLUMNS)
+    assert list(zip(table["seed"], table["step"], strict=True)) == [(s, t) for s in (0, 5) for t in (0, 1, 3)]
+    assert table["scaling"].to_numpy() == pytest.approx((4 / 8) ** 0.5, rel=1e-15)
+    inner = table.pivot(index="seed", columns="step", values="inner")
+    assert ((inner[3] != inner[0]) == moves).all()
+    other_grid = replace(GRID, seeds=(5, 6), sgd_lrs=(0.1, 0.05))
+    other = frames.from_rows(controlled_grid.train_cell(other_grid, cell), controlled_grid.COLUMNS)
+    same = other[(other["seed"] == 5) & (other["learning_rate"] == 0.05)]
+    expected = table[table["seed"] == 5][list(QUANTITIES)]
+    np.testing.assert_allclose(same[list(QUANTITIES)], expected, rtol=1e-4)
+    losses = controlled_grid.train_cell(GRID, cell, ("loss_train",))
+    assert [row["loss_train"] for row in losses] == table["loss_train"].tolist()
+    assert "inner" not in losses[0]
+
+
+@pytest.mark.slow
+def test_curves_hold_the_losses_of_the_training_that_they_name() -> None:
+    """Training and held-out losses at rank 4 are those of each seed's own trajectory, with A trained and frozen."""
+    grid = ControlledGrid(
+        ranks=(4, 8), rules=("lora",), optimizers=("sgd",), models=("linear",), starts=("A",), sgd_lrs=(0.1, 0.2, 0.3),
+        steps=(1, 3), seeds=(0, 4), problem=SIZE,
+    )  # fmt: skip
+    config = ProblemConfig(**vars(SIZE))
+    table = controlled_grid.losses_at_end(table_of(grid))
+    train_losses = []
+    for trained, frozen in (("both", None), ("B", "A")):
+        expected: dict[str, list[list[float]]] = {"train": [], "held_out": []}
+        for seed in grid.seeds:
+            problem_key, adapter_key = jax.random.split(jax.random.fold_in(jax.random.key(0), seed))
+            problem = controlled.draw_problem(problem_key, config)
+            adapters = controlled.draw_adapters(adapter_key, config, rank=4)
+            paths = [
+                controlled.trajectory(
+                    adapters, problem, scaling=1.0, learning_rate=rate, optimizer="sgd", steps=(3,), frozen=frozen
+                )
+                for rate in grid.sgd_lrs
+            ]
+            for name, losses in expected.items():
+                losses.append([float(getattr(path, f"loss_{name}")[-1]) for path in paths])
+        train_losses.append(np.array(expected["train"]))
+        for name, losses in expected.items():
+            curves = {(curve.rank, curve.trained): curve for curve in controlled_grid.curves_of_losses(table, name)}
+            assert list(curves) == [(4, "both"), (8, "both"), (4, "B"), (8, "B")]
+            np.testing.assert_allclose(curves[4, trained].losses, losses, rtol=5e-5)
+    assert np.abs(train_losses[0] / train_losses[1] - 1).min() > 1e-3
+
+
+def test_curves_keep_the_order_of_the_cells_and_of_the_rates() -> None:
+    """Curves are in the order of the cells with ascending rates, and diverged runs stay infinite."""
+    grid = ControlledGrid(
+        ranks=(8, 4), rules=("rora", 0.25), optimizers=("sgd",), models=("linear",), starts=("A",),
+        sgd_lrs=(1e9, 0.2, 0.1), steps=(3,), seeds=(1, 0), problem=SIZE,
+    )  # fmt: skip
+    curves = controlled_grid.curves_of_losses(controlled_grid.losses_at_end(table_of(grid)))
+    assert [(c.trained, c.rank, c.rule) for c in curves] == [
+        (trained, rank, rule) for trained in ("both", "B") for rank in (4, 8) for rule in ("rora", "0.25")
+    ]
+    for curve in curves:
+        assert curve.rates.tolist() == [0.1, 0.2, 1e9]
+        assert np.isinf(curve.losses[:, 2]).all()
+        assert np.isfinite(curve.losses[:, :2]).all()
