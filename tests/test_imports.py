@@ -173,6 +173,31 @@ print(json.dumps([helps, {{name: ended("sims", name, words) for name, words in {
         assert f"rora-theory[{extra}]" in error
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("installed", [True, False])
+def test_tokenizers_chats_and_records_need_no_torch(installed, model_folder, tmp_path) -> None:
+    """transformers neither imports PyTorch, where it is installed, nor says that it is missing."""
+    (tmp_path / "x.json").write_text('[{"prompt": "fox", "response": "dog"}]')
+    code = f"""
+import importlib.machinery, sys
+find_spec = importlib.machinery.PathFinder.find_spec
+def hide(cls, name, path=None, target=None):
+    return None if name.partition(".")[0] in ("torch", "peft") else find_spec(name, path, target)
+if not {installed}:
+    importlib.machinery.PathFinder.find_spec = classmethod(hide)
+from rora_theory.lab.finetune import read_records, tokenize
+from rora_theory.lab.data.chat import load_chat_template
+from rora_theory.lab.llama.tokenizer import Tokenizer
+tokenizer = Tokenizer.from_folder({str(model_folder)!r})
+chat = load_chat_template(tokenizer, "chatml")
+examples = tokenize(read_records([{str(tmp_path / "x.json")!r}]), tokenizer, chat=chat, answer_only=True)
+print(tokenizer.decode(examples.tokens[examples.is_target]), "torch" in sys.modules)
+"""
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (process.stderr, process.returncode) == ("", 0)
+    assert process.stdout.split() == ["dog<|im_end|>", "False"]
+
+
 def load_with(tokenizers) -> None:
     """Call a library as a module of the package does."""
     try:

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from rora_theory.chat_templates import ChatTemplate
+from rora_theory.chat_templates import ChatTemplate, mark_tokens
 from rora_theory.errors import InputError
 from rora_theory.measure.batches import IGNORED_LABEL, pad_rows
 from rora_theory.scaling import check_integer
@@ -73,9 +74,7 @@ class ChatCollator:
         # Trim white space that a template adds after the end token: it belongs to no turn.
         turns = [(begin, begin + len(text[begin:end].rstrip())) for begin, end in spans]
         # Label every token that overlaps a turn.
-        ids = encoded["input_ids"]
-        labels = [
-            token if any(first < end and last > begin for begin, end in turns) else IGNORED_LABEL
-            for token, (first, last) in zip(ids, encoded["offset_mapping"], strict=True)
-        ]
+        ids, offsets = encoded["input_ids"], np.array(encoded["offset_mapping"], int).reshape(-1, 2)
+        in_turn = mark_tokens(offsets, turns).tolist()
+        labels = [token if learned else IGNORED_LABEL for token, learned in zip(ids, in_turn, strict=True)]
         return ids[: self._max_length], labels[: self._max_length]
