@@ -22,7 +22,7 @@ METHOD_SPACING = 0.13
 
 
 @dataclass(frozen=True)
-class Config:
+class AccuracyConfig:
     """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -40,7 +40,7 @@ class Config:
         check_ranges(self)
 
 
-def draw(config: Config) -> Sequence[Path]:
+def draw_accuracy(config: AccuracyConfig) -> Sequence[Path]:
     """Draw accuracies at each method's best rate (left) and paired gains over the base model and LoRA (right)."""
     manifest, rows = style.read_frame(config.run, "sweep")
     # Cells of one model and rank, each method at its best rate.
@@ -106,4 +106,4 @@ def draw(config: Config) -> Sequence[Path]:
 
 
 if __name__ == "__main__":
-    style.command(draw, Config, __doc__)
+    style.command(draw_accuracy, AccuracyConfig, __doc__)

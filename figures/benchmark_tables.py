@@ -43,7 +43,7 @@ METHODS = {
 
 
 @dataclass(frozen=True)
-class Config:
+class BenchmarkTablesConfig:
     """Settings of the table."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -94,7 +94,7 @@ class Line:
     average: tuple[float, float | None] | None
 
 
-def draw(config: Config) -> Sequence[Path]:
+def write_benchmark_tables(config: BenchmarkTablesConfig) -> Sequence[Path]:
     """Write the Markdown and the CSV file of the table."""
     manifest, rows = style.read_frame(config.run, "sweep")
     if config.tuned:
@@ -273,4 +273,4 @@ def _mean(values: Iterable[float]) -> float:
 
 
 if __name__ == "__main__":
-    style.command(draw, Config, __doc__)
+    style.command(write_benchmark_tables, BenchmarkTablesConfig, __doc__)

@@ -12,7 +12,7 @@ from rora_theory.evidence import plots, starting_rates
 
 
 @dataclass(frozen=True)
-class Config:
+class BestRateVsRankConfig:
     """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -21,7 +21,7 @@ class Config:
     """Folder for best_rate_vs_rank.png and .svg; the run folder by default"""
 
 
-def draw(config: Config) -> Sequence[Path]:
+def draw_best_rate_vs_rank(config: BestRateVsRankConfig) -> Sequence[Path]:
     """Draw the best rate against the rank: a line for each model, the rate that the advice gives, and its 90% range."""
     _, best = style.read_frame(config.run, "evidence", "best_rates.csv")
     figure = plots.plot_best_rates(best, starting_rates.model_table())
@@ -29,4 +29,4 @@ def draw(config: Config) -> Sequence[Path]:
 
 
 if __name__ == "__main__":
-    style.command(draw, Config, __doc__)
+    style.command(draw_best_rate_vs_rank, BestRateVsRankConfig, __doc__)

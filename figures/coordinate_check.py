@@ -27,7 +27,7 @@ SPLITS = {"train": "training batch", "held_out": "held-out batch"}
 
 
 @dataclass(frozen=True)
-class Config:
+class CoordinateCheckConfig:
     """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -36,7 +36,7 @@ class Config:
     """Folder for the figures; by default the run folder."""
 
 
-def draw(config: Config) -> Sequence[Path]:
+def draw_coordinate_check(config: CoordinateCheckConfig) -> Sequence[Path]:
     """Draw coordinate_check (sizes against the rank) and coordinate_check_slopes (slopes against the step)."""
     manifest = style.read_manifest(config.run, "coordinate_check")
     slopes = frames.read_csv(config.run / "slopes.csv", accepted="the file of a finished run")
@@ -142,4 +142,4 @@ def draw_slopes(manifest: dict[str, Any], slopes: pd.DataFrame) -> plt.Figure:
 
 
 if __name__ == "__main__":
-    style.command(draw, Config, __doc__)
+    style.command(draw_coordinate_check, CoordinateCheckConfig, __doc__)

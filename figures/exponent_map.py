@@ -22,7 +22,7 @@ LABELS_AT = (0.05, 0.12)
 
 
 @dataclass(frozen=True)
-class Config:
+class ExponentMapConfig:
     """Settings of the figure."""
 
     p_in: Count = 4096
@@ -36,7 +36,7 @@ class Config:
         check_ranges(self)
 
 
-def draw(config: Config) -> Sequence[Path]:
+def draw_exponent_map(config: ExponentMapConfig) -> Sequence[Path]:
     """Draw the exponent of the first step's mean square in the rank, over rank and overlap, by the exact law."""
     ranks = np.geomspace(1, config.max_rank, 241)
     overlaps = np.geomspace(0.003, 1, 241)
@@ -88,4 +88,4 @@ def draw(config: Config) -> Sequence[Path]:
 
 
 if __name__ == "__main__":
-    style.command(draw, Config, __doc__)
+    style.command(draw_exponent_map, ExponentMapConfig, __doc__)

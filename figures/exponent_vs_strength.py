@@ -31,7 +31,7 @@ MAX_FOLDERS = 2
 
 
 @dataclass(frozen=True)
-class Config:
+class ExponentVsStrengthConfig:
     """Runs to draw, with the number of steps and the estimator."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, style.RUN_FOLDERS]
@@ -50,7 +50,7 @@ class Config:
         check_list("--ranks", self.ranks, check_integer, fewest=0)
 
 
-def draw(config: Config) -> Sequence[Path]:
+def draw_exponent_vs_strength(config: ExponentVsStrengthConfig) -> Sequence[Path]:
     """Draw exponents of the best rate between neighbouring values of G = gamma r, hollow for one seed, with the laws.
 
     Bars span the two values of G and one standard error. Bands are the displacement law with every measured K and c
@@ -111,7 +111,7 @@ def draw(config: Config) -> Sequence[Path]:
     return style.save(figure, config.out or config.runs[0], "exponent_vs_strength")
 
 
-def neighbours_by_rank(table: pd.DataFrame, config: Config) -> list[tuple[str, pd.DataFrame]]:
+def neighbours_by_rank(table: pd.DataFrame, config: ExponentVsStrengthConfig) -> list[tuple[str, pd.DataFrame]]:
     """Return each rank's exponents between neighbouring values of G.
 
     Values are neighbours if no value between them has a pair with both. Pairs with one seed do not count where the
@@ -141,7 +141,13 @@ def _has_value_between(first: float, second: float, pairs: pd.DataFrame) -> bool
 
 
 def draw_displacement_law(
-    axes: Axes, constants: pd.DataFrame, config: Config, strengths: Float[np.ndarray, " n"], *, name: str, colour: str
+    axes: Axes,
+    constants: pd.DataFrame,
+    config: ExponentVsStrengthConfig,
+    strengths: Float[np.ndarray, " n"],
+    *,
+    name: str,
+    colour: str,
 ) -> None:
     """Draw the displacement law as a band over all K that a run measured, and over all c.
 
@@ -172,7 +178,7 @@ def draw_displacement_law(
 
 
 def draw_constant_gradient_law(
-    axes: Axes, exponents: pd.DataFrame, config: Config, ends: tuple[float, float], *, colour: str
+    axes: Axes, exponents: pd.DataFrame, config: ExponentVsStrengthConfig, ends: tuple[float, float], *, colour: str
 ) -> None:
     """Draw the exponents of the constant-gradient law at the geometric middle of each pair that a run has.
 
@@ -195,4 +201,4 @@ def draw_constant_gradient_law(
 
 
 if __name__ == "__main__":
-    style.command(draw, Config, __doc__)
+    style.command(draw_exponent_vs_strength, ExponentVsStrengthConfig, __doc__)

@@ -16,7 +16,7 @@ from rora_theory.runs import frames
 
 
 @dataclass(frozen=True)
-class Config:
+class HorizonConfig:
     """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -25,7 +25,7 @@ class Config:
     """Folder for horizon.png and .svg; by default the run folder."""
 
 
-def draw(config: Config) -> Sequence[Path]:
+def draw_horizon(config: HorizonConfig) -> Sequence[Path]:
     """Draw best rates against gamma r, their exponents against the steps, and best rates against the steps.
 
     Lines show the law of a constant gradient from the first point on, the band its range.
@@ -163,4 +163,4 @@ def draw_against_steps(axes: Axes, best: pd.DataFrame, ranks: Sequence[int]) -> 
 
 
 if __name__ == "__main__":
-    style.command(draw, Config, __doc__)
+    style.command(draw_horizon, HorizonConfig, __doc__)

@@ -15,7 +15,7 @@ SPLITS = {"train": "training", "heldout": "held-out"}
 
 
 @dataclass(frozen=True)
-class Config:
+class LayersVsRankConfig:
     """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -26,7 +26,7 @@ class Config:
     """Folder for layers_vs_rank.png and .svg; by default the run folder."""
 
 
-def draw(config: Config) -> Sequence[Path]:
+def draw_layers_vs_rank(config: LayersVsRankConfig) -> Sequence[Path]:
     """Draw the measured and predicted size of the first update against the rank, one panel for each optimizer.
 
     Each rule's curve is divided by its value at the smallest rank.
@@ -73,4 +73,4 @@ def draw(config: Config) -> Sequence[Path]:
 
 
 if __name__ == "__main__":
-    style.command(draw, Config, __doc__)
+    style.command(draw_layers_vs_rank, LayersVsRankConfig, __doc__)

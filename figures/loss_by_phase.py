@@ -13,7 +13,7 @@ from rora_theory.validation.ranges import Positive, check_ranges
 
 
 @dataclass(frozen=True)
-class Config:
+class LossByPhaseConfig:
     """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -27,7 +27,7 @@ class Config:
         check_ranges(self)
 
 
-def draw(config: Config) -> Sequence[Path]:
+def draw_loss_by_phase(config: LossByPhaseConfig) -> Sequence[Path]:
     """Draw the training loss of every rank minus that of the highest one by phase of the run, and the speed."""
     _, differences = style.read_frame(config.run, "evidence", "loss_differences.csv")
     _, speeds = style.read_frame(config.run, "evidence", "speeds.csv")
@@ -36,4 +36,4 @@ def draw(config: Config) -> Sequence[Path]:
 
 
 if __name__ == "__main__":
-    style.command(draw, Config, __doc__)
+    style.command(draw_loss_by_phase, LossByPhaseConfig, __doc__)

@@ -24,7 +24,7 @@ from rora_theory.validation.rules import check_unread
 
 
 @dataclass(frozen=True)
-class Config:
+class LossCurvesConfig:
     """Settings of the figure."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, style.RUN_FOLDERS]
@@ -46,7 +46,7 @@ class Config:
         check_ranges(self)
 
 
-def draw(config: Config) -> Sequence[Path]:
+def draw_loss_curves(config: LossCurvesConfig) -> Sequence[Path]:
     """Draw training loss (points, running mean as lines) and validation loss (markers) against the step."""
     if not config.runs:
         style.fail("runs must be one or more run folders of sims.finetune or sims.sweep, got none")
@@ -86,7 +86,7 @@ def is_sweep(run: Path) -> bool:
     return (run / "results.csv").exists() and (run / "cells").is_dir()
 
 
-def run_folders(run: Path, config: Config) -> list[Path]:
+def run_folders(run: Path, config: LossCurvesConfig) -> list[Path]:
     """Return a run's folder, or the folders of the selected cells of a sweep in the order of its table."""
     if not is_sweep(run):
         return [run]
@@ -186,4 +186,4 @@ def running_mean(steps: np.ndarray, losses: np.ndarray, width: int) -> tuple[np.
 
 
 if __name__ == "__main__":
-    style.command(draw, Config, __doc__)
+    style.command(draw_loss_curves, LossCurvesConfig, __doc__)

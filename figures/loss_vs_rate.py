@@ -26,7 +26,7 @@ from rora_theory.validation.ranges import Count, Positive, check_ranges
 
 
 @dataclass(frozen=True)
-class Config:
+class LossVsRateConfig:
     """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -50,7 +50,7 @@ class Config:
         check_ranges(self)
 
 
-def draw(config: Config) -> Sequence[Path]:
+def draw_loss_vs_rate(config: LossVsRateConfig) -> Sequence[Path]:
     """Draw the validation loss and the average accuracy against the learning rate.
 
     Points are means over seeds with the standard error over items, dashes single seeds, crosses diverged runs.
@@ -92,4 +92,4 @@ def draw(config: Config) -> Sequence[Path]:
 
 
 if __name__ == "__main__":
-    style.command(draw, Config, __doc__)
+    style.command(draw_loss_vs_rate, LossVsRateConfig, __doc__)

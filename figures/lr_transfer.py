@@ -20,7 +20,7 @@ MAX_LOSS_RATIO = 3
 
 
 @dataclass(frozen=True)
-class Config:
+class LrTransferConfig:
     """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -29,7 +29,7 @@ class Config:
     """Folder for lr_transfer.png and .svg; by default the run folder."""
 
 
-def draw(config: Config) -> Sequence[Path]:
+def draw_lr_transfer(config: LrTransferConfig) -> Sequence[Path]:
     """Draw best rates against the rank (above) and losses at the largest rank (below); columns are optimizers."""
     manifest, rows = style.read_frame(config.run, "lr_transfer")
     accepted = "the file of a finished run"
@@ -123,4 +123,4 @@ def _slope(row: dict[Any, Any]) -> str:
 
 
 if __name__ == "__main__":
-    style.command(draw, Config, __doc__)
+    style.command(draw_lr_transfer, LrTransferConfig, __doc__)

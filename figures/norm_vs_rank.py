@@ -13,7 +13,7 @@ from rora_theory.runs import frames
 
 
 @dataclass(frozen=True)
-class Config:
+class NormVsRankConfig:
     """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -22,7 +22,7 @@ class Config:
     """Folder for norm_vs_rank.png and .svg; by default the run folder."""
 
 
-def draw(config: Config) -> Sequence[Path]:
+def draw_norm_vs_rank(config: NormVsRankConfig) -> Sequence[Path]:
     """Draw |w| against the rank: simulations as points, the exact law as lines, the paper's Eq. 11 as dashes."""
     manifest, rows = style.read_frame(config.run, "variance_sweep")
     rows = rows[rows["quantity"] == "norm"]
@@ -77,4 +77,4 @@ def draw(config: Config) -> Sequence[Path]:
 
 
 if __name__ == "__main__":
-    style.command(draw, Config, __doc__)
+    style.command(draw_norm_vs_rank, NormVsRankConfig, __doc__)

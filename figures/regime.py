@@ -17,7 +17,7 @@ FINISHED = "the file of a finished run"
 
 
 @dataclass(frozen=True)
-class Config:
+class RegimeConfig:
     """Settings of the figures."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -32,7 +32,7 @@ class Config:
     """Folder for regime_depth, regime_takeover and regime_rms (.png and .svg); by default the run folder."""
 
 
-def draw(config: Config) -> Sequence[Path]:
+def draw_regime(config: RegimeConfig) -> Sequence[Path]:
     """Draw the figures; those of takeover and sizes only if the run measured them."""
     # Without --exact or --rows a run has crossing ranks, but no sizes of steps.
     manifest, crossings = style.read_frame(config.run, "regime", "crossing_ranks.csv")
@@ -101,7 +101,7 @@ def _takeover(rows: pd.DataFrame, learning_rate: float, split: str, out: Path) -
     return style.save(figure, out, "regime_takeover")
 
 
-def _rms(rows: pd.DataFrame, config: Config, init: str, out: Path) -> list[Path]:
+def _rms(rows: pd.DataFrame, config: RegimeConfig, init: str, out: Path) -> list[Path]:
     """Draw the size of the first update against the rank: laws as lines, measured sizes (if any) as points.
 
     Rows are optimizers, columns modules.
@@ -163,4 +163,4 @@ def _default(modules: list[str]) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    style.command(draw, Config, __doc__)
+    style.command(draw_regime, RegimeConfig, __doc__)

@@ -21,7 +21,7 @@ FROZEN, TRAINED, LINE = "#d9d9d9", "#F0E442", "#444444"
 
 
 @dataclass(frozen=True)
-class Config:
+class ScalingDiagramConfig:
     """Settings of the figure."""
 
     alpha: Positive = 64.0
@@ -38,7 +38,7 @@ class Config:
         check_list("--ranks", self.ranks, check_integer)
 
 
-def draw(config: Config) -> Sequence[Path]:
+def draw_scaling_diagram(config: ScalingDiagramConfig) -> Sequence[Path]:
     """Draw the adapters of LoRA and RoRA, and gamma against the rank for both rules."""
     gammas = {
         rule: [scaling_factor(rule, alpha=config.alpha, rank=rank) for rank in (*config.ranks, config.rank)]
@@ -51,7 +51,7 @@ def draw(config: Config) -> Sequence[Path]:
     return style.save(figure, config.out, "scaling_diagram")
 
 
-def draw_scheme(axis: Any, rule: str, config: Config, gamma: float) -> None:
+def draw_scheme(axis: Any, rule: str, config: ScalingDiagramConfig, gamma: float) -> None:
     """Draw the path of x through the frozen W, and the path through A, B and gamma, to their sum."""
     _, colour, _ = style.look(rule)
     name, formula = {"lora": ("LoRA", r"\alpha/r"), "rora": ("RoRA", r"\alpha/\sqrt{r}")}[rule]
@@ -91,7 +91,7 @@ def draw_scheme(axis: Any, rule: str, config: Config, gamma: float) -> None:
     axis.text(5, -0.75, text, ha="center", va="center", fontsize=7, color=colour)
 
 
-def draw_scaling_curve(axis: Any, config: Config, gammas: dict[str, list[float]]) -> None:
+def draw_scaling_curve(axis: Any, config: ScalingDiagramConfig, gammas: dict[str, list[float]]) -> None:
     """Draw gamma against the rank on logarithmic axes, with the slopes."""
     for rule, values in gammas.items():
         label, colour, marker = style.look(rule)
@@ -121,4 +121,4 @@ def draw_scaling_curve(axis: Any, config: Config, gammas: dict[str, list[float]]
 
 
 if __name__ == "__main__":
-    style.command(draw, Config, __doc__)
+    style.command(draw_scaling_diagram, ScalingDiagramConfig, __doc__)

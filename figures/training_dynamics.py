@@ -22,7 +22,7 @@ BAND = 0.1
 
 
 @dataclass(frozen=True)
-class Config:
+class TrainingDynamicsConfig:
     """Settings of the figure."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -35,7 +35,7 @@ class Config:
     """Folder for the figures; by default the run folder."""
 
 
-def draw(config: Config) -> Sequence[Path]:
+def draw_training_dynamics(config: TrainingDynamicsConfig) -> Sequence[Path]:
     """Draw training_dynamics_MODEL_START_exponents and training_dynamics_MODEL_START_rms."""
     manifest, rows = style.read_frame(config.run, "training_dynamics")
     chosen = rows[(rows["model"] == config.model) & (rows["start"] == config.start)]
@@ -167,4 +167,4 @@ def draw_sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
 
 
 if __name__ == "__main__":
-    style.command(draw, Config, __doc__)
+    style.command(draw_training_dynamics, TrainingDynamicsConfig, __doc__)

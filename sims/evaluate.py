@@ -36,7 +36,7 @@ RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
-class Config:
+class EvaluateConfig:
     """Options of the evaluation."""
 
     model: cli.ModelName = "smollm2-135m"
@@ -82,7 +82,7 @@ class Config:
         return Scoring(self.protocol, self.template, self.num_beams, self.max_new_tokens)
 
 
-def load_model(config: Config, origin: ModelSource) -> tuple[Model, Adapter | None]:
+def load_model(config: EvaluateConfig, origin: ModelSource) -> tuple[Model, Adapter | None]:
     """Load the model to score, and its adapter.
 
     Args:
@@ -105,7 +105,7 @@ def load_model(config: Config, origin: ModelSource) -> tuple[Model, Adapter | No
 
 
 def evaluate(
-    config: Config, folder: RunFolder, tasks: dict[str, list[TaskRecord]], model: Model, adapter: Adapter | None
+    config: EvaluateConfig, folder: RunFolder, tasks: dict[str, list[TaskRecord]], model: Model, adapter: Adapter | None
 ) -> list[TaskAccuracy]:
     """Score the records that the run folder lacks, and write the results.
 
@@ -139,7 +139,7 @@ def evaluate(
     return levels
 
 
-def identity(config: Config, data: dict[str, str], origin: ModelSource) -> dict[str, Any]:
+def identity(config: EvaluateConfig, data: dict[str, str], origin: ModelSource) -> dict[str, Any]:
     """Return the settings and the digests of data, adapter and model, which together determine the results."""
     settings = asdict(config)
     for name in ("out", "batch_size", "data_dir", "adapter", "revision"):
@@ -168,7 +168,7 @@ def report(levels: Sequence[TaskAccuracy], scoring: Scoring) -> None:
         )
 
 
-def run(config: Config) -> None:
+def evaluate_model(config: EvaluateConfig) -> None:
     """Score the tasks and report the accuracies."""
     tasks, data = sources.read_tasks(config.data_dir, config.tasks, config.limit)
     # The identity contains digests, so the folder can be checked before the weights are loaded.
@@ -190,7 +190,7 @@ def run(config: Config) -> None:
     answers.print_files(folder.path)
 
 
-main = cli.command(Config, run, __doc__)
+main = cli.command(EvaluateConfig, evaluate_model, __doc__)
 
 if __name__ == "__main__":
     main()

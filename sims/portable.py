@@ -18,7 +18,7 @@ from sims.common import answers, cli
 
 
 @dataclass(frozen=True)
-class Config:
+class PortableConfig:
     """Options of the rewriting."""
 
     adapter: Annotated[Path, tyro.conf.Positional]
@@ -30,7 +30,7 @@ class Config:
     revision: cli.Revision = None
 
 
-def run(config: Config) -> None:
+def rewrite_adapter(config: PortableConfig) -> None:
     """Write the adapter, or the model that it is merged into.
 
     Raises:
@@ -59,7 +59,7 @@ def run(config: Config) -> None:
     answers.print_files(config.out)
 
 
-main = cli.command(Config, run, __doc__)
+main = cli.command(PortableConfig, rewrite_adapter, __doc__)
 
 if __name__ == "__main__":
     main()

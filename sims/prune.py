@@ -34,7 +34,7 @@ NAME, MODEL = "prune", "model"
 
 
 @dataclass(frozen=True)
-class Config:
+class PruneConfig:
     """Options of the pruning."""
 
     text: tuple[str, ...]
@@ -72,7 +72,7 @@ class Config:
         check_seed("seed", self.seed)
 
 
-def run(config: Config) -> None:
+def prune_checkpoint(config: PruneConfig) -> None:
     """Prune the model and measure its perplexity before and after, unless the run folder has the results."""
     from rora_theory.lab.finetune.held_out import perplexity
     from rora_theory.lab.llama import count_parameters, load, locate, pruning
@@ -154,7 +154,7 @@ def report(folder: RunFolder, config: Any, shape: "PrunedShape") -> None:
     tables.print_table("Sizes and perplexities", ("", "before", "after"), cells)
 
 
-main = cli.command(Config, run, __doc__)
+main = cli.command(PruneConfig, prune_checkpoint, __doc__)
 
 if __name__ == "__main__":
     main()

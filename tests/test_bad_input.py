@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import jax
 import matplotlib.pyplot as plt
 import pytest
+from support.commands import options_class
 
 from rora_theory.lab import llama
 from rora_theory.lab.llama import hub
@@ -81,7 +82,7 @@ def fields_of(command: str) -> tuple[tuple[str, Any], ...]:
             else:
                 yield field.name, hints[field.name]
 
-    return tuple(walk(importlib.import_module(command).Config))
+    return tuple(walk(options_class(importlib.import_module(command))))
 
 
 def plain_types(hint: Any) -> set[Any]:
@@ -250,4 +251,4 @@ def test_every_command_is_tested() -> None:
     assert len(COMMANDS) >= 23
     experiments = {path.stem for path in (ROOT / "sims").glob("*.py")} - {"__init__", "__main__"}
     assert {f"sims.{name}" for name in experiments} <= set(COMMANDS), "a file of sims that no one can run"
-    assert sorted(set(FILE_OPTIONS) | {"sims.training_dynamics", "sims.variance_sweep"}) == COMMANDS
+    assert sorted(set(FILE_OPTIONS) | {"sims.audit", "sims.training_dynamics", "sims.variance_sweep"}) == COMMANDS

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import gallery
 import pytest
+from support.commands import options_class
 
 from sims.common import cli
 
@@ -38,7 +39,7 @@ def test_every_published_run_is_in_the_list_with_its_model() -> None:
 @pytest.mark.slow
 def test_its_commands_have_the_options_of_today() -> None:
     def check(module: str, words: list[str]) -> None:
-        config = importlib.import_module(module).Config
+        config = options_class(importlib.import_module(module))
         takes_folder = {field.name for field in dataclasses.fields(config)} & {"run", "runs"}
         positional = ["folder"] if takes_folder and module.startswith("figures.") else []
         assert dataclasses.is_dataclass(cli.parse(config, [*positional, *words], description=""))

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
+from support.commands import work_of
 from tyro.conf import Fixed
 
 from rora_theory.errors import InputError
@@ -94,8 +95,8 @@ def settings(name: str, model: object, data: Path) -> Any:
             records=BatchConfig(batch_size=2, held_out=6, cutoff=160, template="clean"),
         ),
         "finetune": finetune.Config(train, model, training=FinetuneConfig(rank=2, batch_size=8, held_out=4, warmup=4)),
-        "prune": prune.Config(train, model, share=0.85, layers=1, windows=10, held_out=3, seq=32),
-        "evaluate": evaluate.Config(model, tasks=("piqa",), data_dir=str(data)),
+        "prune": prune.PruneConfig(train, model, share=0.85, layers=1, windows=10, held_out=3, seq=32),
+        "evaluate": evaluate.EvaluateConfig(model, tasks=("piqa",), data_dir=str(data)),
         "sweep": sweep.Config(
             (*train, str(data / "other.json")), model=(model,), methods=("lora",), ranks=(2,), seeds=(0,),
             accuracy=True,
@@ -103,14 +104,14 @@ def settings(name: str, model: object, data: Path) -> Any:
         ),
         "lr_transfer": lr_transfer.Config(),
         "training_dynamics": training_dynamics.Config(),
-        "variance_sweep": variance_sweep.Config(),
+        "variance_sweep": variance_sweep.VarianceSweepConfig(),
     }[name]  # fmt: skip
 
 
 def start(name: str, config: Any) -> Opened:
     """Run a command until it opens its folder."""
     with pytest.raises(Opened) as caught:
-        sys.modules[f"sims.{name}"].run(config)
+        work_of(sys.modules[f"sims.{name}"])(config)
     return caught.value
 
 
@@ -132,10 +133,10 @@ def test_a_folder_in_use_is_refused_before_weights_are_read(name, model, data, t
     monkeypatch.setattr(loading, "load_hf", load)
     monkeypatch.setattr(inputs, "load_model", load)
     with pytest.raises(InputError, match=rf"^{path}: is in use by process"):
-        sys.modules[f"sims.{name}"].run(config)
+        work_of(sys.modules[f"sims.{name}"])(config)
     os.close(lock)
     with pytest.raises(AssertionError, match="weights are read"):
-        sys.modules[f"sims.{name}"].run(config)
+        work_of(sys.modules[f"sims.{name}"])(config)
 
 
 def flip(file: Path, at: int) -> None:
@@ -384,7 +385,7 @@ def test_every_setting_of_a_sweep_on_real_layers_is_in_its_identity(tmp_path) ->
     shapes = {"grad": (6, 24), "x_train": (12, 24), "x_heldout": (9, 24)}
     arrays = {f"model.layers.0.mlp.down_proj/{key}": random.normal(size=shape) for key, shape in shapes.items()}
     np.savez(path, **arrays)
-    config = layer_sweep.Config(path)
+    config = layer_sweep.LayerSweepConfig(path)
     check_settings("layer_sweep", config, SKIPPED | {"layers"})
     before = start("layer_sweep", config).identity
     arrays["model.layers.0.mlp.down_proj/x_heldout"][-1, -1] += 1e-9

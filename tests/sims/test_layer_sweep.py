@@ -48,7 +48,7 @@ def test_layers_against_the_law(layers: Path, tmp_path: Path) -> None:
     before = (out / "results.csv").read_bytes()
     assert sweep(layers, out, words) == printed, "the finished run is printed again"
     assert (out / "results.csv").read_bytes() == before
-    style.main(layers_vs_rank.draw, layers_vs_rank.Config(out))
+    style.main(layers_vs_rank.draw_layers_vs_rank, layers_vs_rank.LayersVsRankConfig(out))
     assert (out / "layers_vs_rank.svg").stat().st_size > 1000
 
 

@@ -20,6 +20,7 @@ import pandas as pd
 import pytest
 import tyro
 from rich.console import Console
+from support.commands import options_class
 
 import figures
 import sims
@@ -303,7 +304,7 @@ def test_help(module, printed, monkeypatch) -> None:
     assert not caught.value.code
     text = "\n".join(printed())
     assert all(word in text for word in module.__doc__.split()), "no word is broken"
-    for name, is_required in options(module.Config).items():
+    for name, is_required in options(options_class(module)).items():
         default = re.search(rf"(?ms)^\W*--{name}\b.*?\((required|default: |fixed|repeatable|optional)", text)
         assert re.search(rf"--{name}\b", text)
         assert not is_required or default[1] == "required"
@@ -314,7 +315,7 @@ def test_help(module, printed, monkeypatch) -> None:
 def test_help_uses_the_whole_width(printed) -> None:
     """A docstring's line breaks do not break the lines of the help."""
     with pytest.raises(SystemExit):
-        cli.parse(evaluate.Config, ["--help"], description="")
+        cli.parse(evaluate.EvaluateConfig, ["--help"], description="")
     rows = [line[2:-2] for line in printed() if line.startswith("│")]
     for row, following in itertools.pairwise(rows):
         if following.startswith(" ") and not row.startswith("-"):

@@ -373,7 +373,9 @@ def test_figures(swept) -> None:
 @pytest.mark.slow
 def test_tables_have_every_row_of_ours_and_of_the_papers(swept, tmp_path) -> None:
     for layout in ("I", "II"):
-        benchmark_tables.draw(benchmark_tables.Config(swept, layout=layout, out=tmp_path))
+        benchmark_tables.write_benchmark_tables(
+            benchmark_tables.BenchmarkTablesConfig(swept, layout=layout, out=tmp_path)
+        )
     lines = commands.rows(tmp_path / "table_I.csv")
     methods = {
         source: {line["method"] for line in lines if line["source"] == source}
@@ -420,11 +422,11 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
     rows[1] |= {"protocol": "generate"}
     rows[2] |= {"rank": "8"}
     write(rows)
-    benchmark_tables.draw(benchmark_tables.Config(tmp_path))
+    benchmark_tables.write_benchmark_tables(benchmark_tables.BenchmarkTablesConfig(tmp_path))
     line = "| 25.0 | this run, 1 seed, 1 diverged, alpha 64, lr 0.001 (best tried) |"
     assert line in (tmp_path / "table_I.md").read_text()
     rows[2] |= {"rank": "64", "alpha": "128.0"}
     write(rows)
     with pytest.raises(SystemExit):
-        style.main(accuracy_vs_rank.draw, accuracy_vs_rank.Config(tmp_path))
+        style.main(accuracy_vs_rank.draw_accuracy_vs_rank, accuracy_vs_rank.AccuracyVsRankConfig(tmp_path))
     assert "rora r=64 has alpha 64, 128. Choose one with --alpha" in capsys.readouterr().err

@@ -83,4 +83,4 @@ def test_diverged_runs_are_reported(tmp_path):
 def test_figures(finished):
     assert drawings.names(figure, finished) == {f"training_dynamics_linear_A_{kind}" for kind in ("exponents", "rms")}
     with pytest.raises(SystemExit):
-        figure.draw(figure.Config(finished, model="mlp"))
+        figure.draw_training_dynamics(figure.TrainingDynamicsConfig(finished, model="mlp"))

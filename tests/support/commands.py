@@ -1,10 +1,13 @@
 """Run commands in the tests' own process; return how they end, the line of a refusal, and their run folders."""
 
 import csv
+import inspect
 import io
+import typing
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,6 +22,22 @@ class Ended(NamedTuple):
     status: int
     out: str
     err: str
+
+
+def options_class(module: ModuleType) -> Any:
+    """Return the dataclass of the options of a command or a figure, which is named after its module."""
+    name = module.__name__.rpartition(".")[2]
+    return getattr(module, f"{name.title().replace('_', '')}Config", None) or module.Config
+
+
+def work_of(module: ModuleType) -> Callable[[Any], object]:
+    """Return the function of a command that does its work: the one whose only argument is the options."""
+    functions = [value for value in vars(module).values() if inspect.isfunction(value)]
+    hints = [
+        (function, typing.get_type_hints(function)) for function in functions if function.__module__ == module.__name__
+    ]
+    (work,) = [function for function, hint in hints if hint == {"config": options_class(module), "return": type(None)}]
+    return work
 
 
 def run(main: Callable[[Sequence[str]], object], *words: object) -> Ended:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from figures import style
+from support.commands import options_class
 
 
 @contextlib.contextmanager
@@ -33,11 +34,12 @@ def captured() -> Iterator[dict[str, Figure]]:
 
 
 def draw(module: ModuleType, folder: Path, options: dict[str, Any] | None) -> Any:
-    """Call a figure's draw function; None as options means that it reads no run."""
+    """Call a figure's function by its name; None as options means that it reads no run."""
+    draw_figure, config = getattr(module, f"draw_{module.__name__.rpartition('.')[2]}"), options_class(module)
     if options is None:
-        return module.draw(module.Config())
-    takes_several = "runs" in {field.name for field in dataclasses.fields(module.Config)}
-    return module.draw(module.Config(**({"runs": (folder,)} if takes_several else {"run": folder}), **options))
+        return draw_figure(config())
+    takes_several = "runs" in {field.name for field in dataclasses.fields(config)}
+    return draw_figure(config(**({"runs": (folder,)} if takes_several else {"run": folder}), **options))
 
 
 def words(module: ModuleType, folder: Path, **options: Any) -> dict[str, str]:
