@@ -91,6 +91,13 @@ def preserved_generators(*data: Data) -> Iterator[None]:
             generator.set_state(state)
 
 
+def count_rows(batch: Batch) -> int:
+    """Return the number of rows of a batch."""
+    return max(
+        (value.shape[0] for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim), default=1
+    )
+
+
 def count_tokens(batch: Batch) -> int:
     """Return the number of tokens that a model reads in a batch: those that ``attention_mask`` includes, or all."""
     mask, ids = batch.get("attention_mask"), batch.get("input_ids")
@@ -98,14 +105,14 @@ def count_tokens(batch: Batch) -> int:
         return int((mask != 0).sum())
     if isinstance(ids, torch.Tensor):
         return ids.numel()
-    return _count_rows(batch)
+    return count_rows(batch)
 
 
 def count_targets(model: torch.nn.Module, batch: Batch) -> int:
     """Return the number of labels in the loss of a batch. A causal model has no prediction of a row's first token."""
     labels = batch.get("labels")
     if not isinstance(labels, torch.Tensor):
-        return _count_rows(batch)
+        return count_rows(batch)
     if task_type(model) == "CAUSAL_LM" and labels.ndim == 2:
         labels = labels[:, 1:]
     return int((labels != IGNORED_LABEL).sum()) if not labels.is_floating_point() else len(labels)

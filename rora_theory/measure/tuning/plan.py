@@ -12,14 +12,14 @@ the same runs.
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-from rora_theory.advice import measured
-from rora_theory.advice.best_rate import RateRange, Run
-from rora_theory.advice.best_rate import carry_rate as carry_to
+from rora_theory.advice.best_rate import LogChange, Run, best_rate_change
 from rora_theory.errors import InputError
-from rora_theory.optimizers import Schedule
+from rora_theory.measure.tuning.belief import CURVATURE, RateBelief
+from rora_theory.measure.tuning.posterior import SEED_SPREAD
+from rora_theory.measure.tuning.prior import rate_prior
+from rora_theory.measure.tuning.trial import ProbeRun, Trial
 from rora_theory.scaling import check_integer, check_not_negative, check_positive, check_share
 
 BUDGET = 0.1
@@ -43,16 +43,8 @@ MIN_PROBE_STEPS = 5
 MIN_STEPS_RATIO = 16
 """Minimum ratio of the planned number of steps to that of a run in a probe, except for the shortest runs."""
 
-MIN_MEASURED_STEPS = int(measured.measured_steps("constant")[0])
-"""Fewest steps at which the published runs of a curve measured a best rate; shorter probes were few."""
-
-EARLY_STEPS_EXPONENTS = {"constant": (-1.0, 0.0), "decay": (-0.4, 0.2)}
-"""Lowest and highest exponent of the best rate in the number of steps below `MIN_MEASURED_STEPS`, by kind of schedule.
-
-Both ranges are assumptions. At a constant rate the training losses of steps 5 to 14 have minima that differ by powers
-of about -1. Under cosine decay the best rates of published probes of 5 and 16 steps in two models give exponents near
-the middle of the range, and rates three times apart leave an error of about 0.3.
-"""
+MIN_MEASURED_STEPS = 16
+"""Fewest steps at which the published runs of a curve measured a best rate; shorter probes have a coarser grid."""
 
 MIN_SCREENING_STEPS = 8
 """Minimum number of steps of a screening run. With fewer, there is no screening."""
@@ -69,74 +61,11 @@ MIN_FULL_RUNS = 3
 MIN_SCREENING_RUNS = 5
 """Number of learning rates that are screened before the grid is extended."""
 
-ANCHOR_STEPS, ANCHOR_STRENGTH = 64, 64.0
-"""Number of steps and gamma * r of the published best rate from which the default learning rate is carried."""
+FIT_SPREAD = 0.3
+"""Typical error of the logarithm of a probe's own best rate, by which its benefit is estimated beforehand."""
 
 ALL_DIVERGED_JUMP = 2
 """Number of grid steps by which the grid is extended downwards if every rate diverged."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Training run that a probe asks for.
-
-    Attributes:
-      learning_rate: Peak learning rate.
-      steps: Number of optimizer steps, over which the whole schedule extends.
-    """
-
-    learning_rate: float
-    steps: int
-
-    def __str__(self) -> str:
-        """Describe the trial on a progress bar and in messages."""
-        return f"lr={self.learning_rate:.3g} steps={self.steps}"
-
-
-@dataclass(frozen=True)
-class ProbeRun:
-    """Finished training run of a probe.
-
-    Attributes:
-      learning_rate: Peak learning rate.
-      steps: Number of optimizer steps that were planned.
-      losses: Held-out loss of each record or group of records, summed over its tokens; empty if the run diverged.
-      ratios: Ratio of the A-led to the B-led change of each adapted module; empty if unknown.
-      diverged_at: Step at which a loss was not finite; None if the run did not diverge.
-    """
-
-    learning_rate: float
-    steps: int
-    losses: tuple[float, ...] = ()
-    ratios: tuple[float, ...] = ()
-    diverged_at: int | None = None
-
-    @property
-    def total(self) -> float:
-        """Held-out loss summed over all tokens; infinite if the run diverged."""
-        return math.inf if self.diverged_at is not None else math.fsum(self.losses)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the run in JSON types."""
-        return {
-            "learning_rate": self.learning_rate,
-            "steps": self.steps,
-            "losses": list(self.losses),
-            "ratios": list(self.ratios),
-            "diverged_at": self.diverged_at,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "ProbeRun":
-        """Return the run from `as_json`; a value of a wrong type raises an error."""
-        diverged_at = value["diverged_at"]
-        return cls(
-            float(value["learning_rate"]),
-            int(value["steps"]),
-            tuple(float(loss) for loss in value["losses"]),
-            tuple(float(ratio) for ratio in value["ratios"]),
-            None if diverged_at is None else int(diverged_at),
-        )
 
 
 @dataclass(frozen=True)
@@ -144,11 +73,11 @@ class ProbePlan:
     """Plan of a probe. Costs are in training steps of the planned run.
 
     Attributes:
-      steps: Number of optimizer steps of the planned run.
-      strength: gamma * r of the planned run and of the probe.
+      run: Planned run.
+      probe_rank: Rank of the probe's adapters, at the same gain.
+      prior: Belief about the planned run's best rate before the probe.
       probe_steps: Number of steps of the runs from which the best rate is fitted.
       screen_steps: Number of steps of the screening runs; None if there is no screening.
-      schedule: Learning-rate schedule of the planned run and of the probe.
       learning_rate: Middle of the grid of learning rates, for runs of ``probe_steps`` steps.
       spacing: Ratio of adjacent learning rates.
       budget: Maximum cost of the probe.
@@ -157,17 +86,37 @@ class ProbePlan:
       evaluation_cost: Cost of one evaluation of the held-out records.
     """
 
-    steps: int
-    strength: float
+    run: Run
+    probe_rank: int
+    prior: RateBelief
     probe_steps: int
     screen_steps: int | None
-    schedule: Schedule
     learning_rate: float
     spacing: float
     budget: float
     training_costs: tuple[float, ...]
     setup_cost: float
     evaluation_cost: float
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps of the planned run."""
+        return self.run.steps or 0
+
+    def probe_run(self, steps: int) -> Run:
+        """Return the properties of a run of the probe with a number of steps."""
+        return replace(self.run, rank=self.probe_rank, steps=steps)
+
+    @property
+    def carry(self) -> LogChange:
+        """Change of the logarithm of the best rate from the probe's full runs to the planned run."""
+        return best_rate_change(self.probe_run(self.probe_steps), self.run)
+
+    @property
+    def expected_spread(self) -> float:
+        """Standard deviation of the logarithm of the best rate that the probe is expected to leave."""
+        probe_variance = self.carry.spread**2 + SEED_SPREAD**2 + FIT_SPREAD**2
+        return (self.prior.spread**-2 + 1 / probe_variance) ** -0.5
 
     def held_out_tokens(self, batch_tokens: float) -> int:
         """Return the maximum number of held-out tokens of one evaluation.
@@ -204,9 +153,12 @@ class ProbePlan:
                 f"steps each, then trains the best and its neighbours, {MIN_FULL_RUNS} or more rates, for "
                 f"{self.probe_steps} steps each"
             )
+        expected = 0.5 * CURVATURE * self.expected_spread**2
         return (
-            f"The probe {runs}. It costs at most {self.budget:.4g} training steps, {self.budget / self.steps:.1%} of "
-            f"the planned {self.steps:,}."
+            f"Without a probe the rate is {self.prior.rates.best:.3g}, with an expected regret of "
+            f"{self.prior.expected_regret:.4f} nats per token. The probe {runs}. It costs at most {self.budget:.4g} "
+            f"training steps, {self.budget / self.steps:.1%} of the planned {self.steps:,}, and is expected to leave "
+            f"{expected:.4f}."
         )
 
     def _screening_begins(self) -> int:
@@ -217,14 +169,15 @@ class ProbePlan:
 
 
 def make_plan(
-    steps: int,
-    strength: float,
+    run: Run,
     *,
+    probe_rank: int,
+    parameters: float | None = None,
+    family: str | None = None,
     batch_tokens: float,
     step_tokens: Sequence[float] | None = None,
     held_out_tokens: float,
     setup_tokens: float = 0.0,
-    schedule: Schedule = "cosine",
     learning_rate: float | None = None,
     budget: float = BUDGET,
 ) -> ProbePlan:
@@ -243,17 +196,17 @@ def make_plan(
     that the full runs stay longer: the range of the rate widens with the ratio of the planned steps to theirs.
 
     Args:
-      steps: Number of optimizer steps of the planned run.
-      strength: gamma * r of the planned run.
+      run: Planned run, with its number of steps.
+      probe_rank: Rank of the probe's adapters, at the same gain.
+      parameters: Number of parameters of the model in billions, for the prior; None is not known.
+      family: Family of the model, for the prior; None is another than those of the public sweeps.
       batch_tokens: Mean number of tokens of a training step of the planned run.
       step_tokens: Number of tokens of each of the first `MAX_PROBE_STEPS` steps, on which every run of the probe is
         trained; None is ``batch_tokens`` each. Steps cost as many mean steps as have their tokens, and at least their
         number.
       held_out_tokens: Number of held-out tokens that are available.
       setup_tokens: Number of tokens that are evaluated once per probe, besides the held-out losses.
-      schedule: Learning-rate schedule of the planned run.
-      learning_rate: Learning rate of the planned run to start the search from; None carries the best rate of published
-        runs to this number of steps and gamma * r.
+      learning_rate: Median of the prior, in place of the public sweeps'; its spread stays theirs.
       budget: Maximum cost of the probe as a share of the planned run, above 0 and at most 1.
 
     Returns:
@@ -262,8 +215,9 @@ def make_plan(
     Raises:
       InputError: If an argument is out of range, or if the budget is too small for a probe.
     """
-    check_integer("steps", steps)
-    check_positive("strength", strength)
+    check_integer("steps", run.steps)
+    check_integer("probe_rank", probe_rank)
+    steps = run.steps or 0
     check_positive("batch_tokens", batch_tokens)
     check_positive("held_out_tokens", held_out_tokens)
     check_not_negative("setup_tokens", setup_tokens)
@@ -288,27 +242,24 @@ def make_plan(
         cost = _cost_of_training(*candidates[-1], costs) / (1 - EVALUATION_SHARE) + setup_cost
         raise InputError(
             f"steps must be at least {math.ceil(cost / budget)} for a probe that costs {budget:.0%} of the run, got "
-            f"{steps}. Raise budget, or scale a known learning rate with rora_theory.transfer."
+            f"{steps}. Raise budget, or pass budget=0 for the rate that public sweeps lead to expect."
         )
     probe_steps, (screening_runs, full_runs) = chosen
     # The rest of the budget pays for the evaluations, of all held-out tokens or fewer.
     cost_per_evaluation = (total - _cost_of_training(*chosen, costs)) / (screening_runs + full_runs)
     evaluation_cost = min(cost_per_evaluation, EVALUATION_COST * held_out_tokens / batch_tokens)
-    # Learning rate of the planned run: by default the published best rate, carried to its schedule, G and steps.
-    if learning_rate is None:
-        start = carry_to(
-            measured.ROWS["best_rate"]["best_rate"],
-            Run(8, ANCHOR_STRENGTH, schedule=measured.MEASURED_SCHEDULE),
-            Run(8, strength, schedule=schedule),
-        )
-        learning_rate = carry_steps(start.best, ANCHOR_STEPS, steps, schedule).best
+    prior = rate_prior(run, family=family, parameters=parameters)
+    if learning_rate is not None:
+        prior = replace(prior, mean=math.log(learning_rate))
+    # The grid of the probe has the prior's median at its middle, carried to the probe's rank and steps.
+    to_probe = best_rate_change(run, replace(run, rank=probe_rank, steps=probe_steps))
     return ProbePlan(
-        steps=steps,
-        strength=float(strength),
+        run=run,
+        probe_rank=probe_rank,
+        prior=prior,
         probe_steps=probe_steps,
         screen_steps=_screen_steps(probe_steps) if screening_runs else None,
-        schedule=schedule,
-        learning_rate=carry_steps(float(learning_rate), steps, probe_steps, schedule).best,
+        learning_rate=math.exp(prior.mean + to_probe.mean),
         spacing=2.0 if probe_steps >= MIN_MEASURED_STEPS else 3.0,
         budget=budget * steps,
         training_costs=costs,
@@ -352,34 +303,6 @@ def next_trial(plan: ProbePlan, runs: Sequence[ProbeRun]) -> Trial | None:
     return _trial(plan, index, plan.probe_steps)
 
 
-def carry_steps(learning_rate: float, old_steps: int, new_steps: int, schedule: Schedule = "constant") -> RateRange:
-    """Carry a best learning rate to another number of steps at an unchanged gamma * r.
-
-    Args:
-      learning_rate: Best learning rate for the old number of steps.
-      old_steps: Number of steps for which it is the best.
-      new_steps: New number of steps.
-      schedule: Schedule of both runs.
-
-    Returns:
-      The learning rate and its range, with the schedule's measured exponents; `EARLY_STEPS_EXPONENTS` apply below
-      `MIN_MEASURED_STEPS` steps.
-    """
-    low = best = high = learning_rate
-    limit = MIN_MEASURED_STEPS
-    early_exponents = EARLY_STEPS_EXPONENTS["constant" if measured.is_constant_rate(schedule) else "decay"]
-    # Split the change of the steps where the measured exponents begin.
-    for first, last, exponents in (
-        (min(old_steps, limit), min(new_steps, limit), early_exponents),
-        (max(old_steps, limit), max(new_steps, limit), measured.steps_exponents(schedule)),
-    ):
-        growth = last / first
-        low *= min(growth**exponent for exponent in exponents)
-        best *= growth ** (sum(exponents) / 2)
-        high *= max(growth**exponent for exponent in exponents)
-    return RateRange(low, best, high)
-
-
 def scaled_warmup(warmup: int, steps: int, probe_steps: int) -> int:
     """Return the number of warm-up steps of a probe's run: the same share of the run, rounded down.
 
@@ -407,8 +330,8 @@ def _cost_of_training(probe_steps: int, runs: tuple[int, int], costs: Sequence[f
 
 def _grid_shift(plan: ProbePlan, old_steps: int, new_steps: int) -> int:
     """Return by how many grid steps the best rate changes with the number of steps."""
-    factor = carry_steps(1.0, old_steps, new_steps, plan.schedule).best
-    return round(math.log(factor) / math.log(plan.spacing))
+    change = best_rate_change(plan.probe_run(old_steps), plan.probe_run(new_steps))
+    return round(change.mean / math.log(plan.spacing))
 
 
 def _trial(plan: ProbePlan, index: int, steps: int) -> Trial:

@@ -22,12 +22,10 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import ndtr
 
-from rora_theory.advice.best_rate import QUANTILE, LogChange, RateRange
+from rora_theory.advice.best_rate import LogChange
 from rora_theory.errors import InputError
-from rora_theory.measure.tuning.plan import ProbeRun
-
-CURVATURE = 0.042
-"""Typical curvature c of published curves, in nats per token: a rate twice too high or low costs 0.010."""
+from rora_theory.measure.tuning.belief import CURVATURE, RateBelief
+from rora_theory.measure.tuning.trial import ProbeRun
 
 LOG_CURVATURE_SPREAD = 1.0
 """Standard deviation of the logarithm of the curvature, over models, steps and data."""
@@ -43,31 +41,6 @@ SEED_SPREAD = 0.17
 
 GRID = 801
 """Number of points of the grid over the logarithm of a rate."""
-
-
-@dataclass(frozen=True)
-class RateBelief:
-    """Distribution of the best learning rate, normal in its logarithm.
-
-    Attributes:
-      mean: Mean of the natural logarithm.
-      spread: Standard deviation of the natural logarithm, above 0.
-    """
-
-    mean: float
-    spread: float
-
-    @property
-    def rates(self) -> RateRange:
-        """Median of the distribution with its central 90% range."""
-        factor = math.exp(QUANTILE * self.spread)
-        best = math.exp(self.mean)
-        return RateRange(best / factor, best, best * factor)
-
-    @property
-    def expected_regret(self) -> float:
-        """Expected regret of the median in nats per token, for a curve of the typical curvature."""
-        return 0.5 * CURVATURE * self.spread**2
 
 
 @dataclass(frozen=True)

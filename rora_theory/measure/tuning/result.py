@@ -1,19 +1,27 @@
 """Result of a probe: the learning rate for the planned run, its range, and the evidence for both."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rora_theory.advice import measured
-from rora_theory.advice.best_rate import RateRange
-from rora_theory.measure.tuning.curve import EDGE_FACTOR, FittedRate, curve_frame, fit_best_rate
-from rora_theory.measure.tuning.plan import MIN_MEASURED_STEPS, ProbePlan, ProbeRun, carry_steps
-from rora_theory.optimizers import Schedule
+from rora_theory.advice.constants import CONSTANTS
+from rora_theory.errors import InputError
+from rora_theory.measure.tuning.belief import RateBelief
+from rora_theory.measure.tuning.curve import CURVE_COLUMNS, curve_frame, displacement_constant
+from rora_theory.measure.tuning.plan import ProbePlan
+from rora_theory.measure.tuning.posterior import Posterior, update
+from rora_theory.measure.tuning.trial import ProbeRun
+from rora_theory.runs import frames
 
 if TYPE_CHECKING:  # they take as long to import as a short command to run
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+MAX_SEARCH_WIDTH = 10.0
+"""Ratio of the ends of a range above which a search within it costs more than it gains."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +60,10 @@ class Tuning:
       low: Lowest rate of the range in which the best one is expected.
       high: Highest rate of the range.
       config: Settings of the planned run's adapter: PEFT's ``LoraConfig``, or its entries as a dictionary.
-      expected_regret: Cost of such a rate in published runs.
+      posterior: Belief about the best rate before and after the probe.
       curve: Frame with a row for each run of the probe: ``learning_rate``, ``steps``, ``held_out_loss``,
         ``stopped_early`` and ``diverged_at``.
-      probe: Best rate of the probe itself, before it is carried to the planned run.
-      probe_steps: Number of steps of the runs from which that rate was fitted.
+      probe_steps: Number of steps of the probe's full runs; 0 without a probe.
       displacement_constant: Constant K measured in the probe, see `rora_theory.laws.displacement`; None if unknown.
       assumptions: Sentences that state what the result assumes.
       cost: Cost of the probe.
@@ -66,23 +73,32 @@ class Tuning:
     low: float
     high: float
     config: Any
-    expected_regret: measured.ProbeRegret
+    posterior: Posterior
     curve: "pd.DataFrame"
-    probe: FittedRate
     probe_steps: int
     displacement_constant: float | None
     assumptions: tuple[str, ...]
     cost: ProbeCost
 
+    @property
+    def expected_regret(self) -> float:
+        """Expected regret of the learning rate in nats per token, for a curve of typical curvature."""
+        return self.posterior.belief.expected_regret
+
     def sentence(self) -> str:
-        """Return the learning rate with its range, an edge of the grid at which it lies, and the cost of the probe."""
-        return (
-            f"Train {self.cost.steps:,} steps at learning rate {self.learning_rate:.3g} "
-            f"(range {self.low:.2g} to {self.high:.2g}). {_describe_edge(self.probe)}{self.cost.sentence()}"
+        """Return the learning rate with its range, how the probe changed it, and the cost of the probe."""
+        width = self.high / self.low
+        range_words = f"90% range {self.low:.2g} to {self.high:.2g}"
+        if width > MAX_SEARCH_WIDTH:
+            range_words += ", too wide to search"
+        rate = (
+            f"Train {self.cost.steps:,} steps at learning rate {self.learning_rate:.3g} ({range_words}); its expected "
+            f"regret is {self.expected_regret:.4f} nats per token."
         )
+        return rate if not self.probe_steps else f"{rate} {self.posterior.sentence()} {self.cost.sentence()}"
 
     def plot(self, axis: "Axes | None" = None) -> "Figure":
-        """Plot the held-out losses against the learning rate, with the probe's best rate and the planned run's range.
+        """Plot the held-out losses against the learning rate, with the planned run's rates before and after the probe.
 
         A cross at the upper edge marks a rate that diverged. Save the figure with ``tuned.plot().savefig("tune.png")``.
 
@@ -102,12 +118,8 @@ class Tuning:
                 axis = plt.subplots(figsize=(6.4, 3.0), layout="constrained")[1]
             axis.axvspan(self.low, self.high, color=plots.BAND_COLOUR, zorder=0)
             axis.axvline(self.learning_rate, color="black", label=f"for {self.cost.steps:,} steps, with range")
-            axis.axvline(
-                self.probe.learning_rate,
-                color="grey",
-                linestyle=plots.DOTTED,
-                label=f"best at {self.probe_steps} steps",
-            )
+            prior = self.posterior.prior.rates.best
+            axis.axvline(prior, color="grey", linestyle=plots.DOTTED, label="before the probe")
         losses = {
             f"{steps} steps": dict(zip(runs["learning_rate"], runs["held_out_loss"], strict=True))
             for steps, runs in self.curve.groupby("steps")
@@ -125,160 +137,96 @@ def conclude(
     tokens: Sequence[int],
     *,
     config: Any,
-    rank: int,
-    probe_rank: int,
     remarks: Sequence[str] = (),
 ) -> Tuning:
-    """Fit the best rate of a complete probe and carry it to the planned run.
+    """Update the prior by the full runs of a complete probe.
 
     Args:
       plan: Plan of the probe.
       runs: Finished runs.
       tokens: Number of tokens of each held-out record.
       config: Settings of the planned run's adapter.
-      rank: Rank of the planned run.
-      probe_rank: Rank of the probe.
       remarks: Further assumptions.
 
     Returns:
       The result.
 
     Raises:
-      InputError: If every run diverged.
+      InputError: If every run diverged, or all gave the same loss.
     """
-    # Best rate of the probe's own runs, at its rank and number of steps.
-    fitted = fit_best_rate(plan, runs, tokens)
-    # The range covers the fit's interval, the exponents in the steps and the measured dependence on the rank.
-    rates = carry_fitted(
-        RateRange(fitted.low, fitted.learning_rate, fitted.high),
-        steps=(plan.probe_steps, plan.steps),
-        ranks=(probe_rank, rank),
-        schedule=plan.schedule,
-    )
-    assumptions = (*_assumptions(plan, fitted, rank, probe_rank), *remarks)
-    return Tuning(
-        learning_rate=rates.best,
-        low=rates.low,
-        high=rates.high,
+    full = [run for run in runs if run.steps == plan.probe_steps]
+    if not any(math.isfinite(run.total) for run in full):
+        rates = [run.learning_rate for run in runs]
+        lowest = f", the lowest at {min(rates):.3g}" if rates else ""
+        raise InputError(f"every run of the probe diverged{lowest}. Pass a lower learning_rate.")
+    # Equal losses of several rates mean that nothing was trained.
+    finished = [run.losses for run in full if run.diverged_at is None]
+    if len(finished) > 1 and len(set(finished)) == 1:
+        raise InputError(
+            "the probe must change the held-out loss, got the same loss at every learning rate. Check that the "
+            "optimizer uses the rate and that the loss depends on the adapters."
+        )
+    posterior = update(plan.prior, full, tokens, plan.carry)
+    lowest_run = min(full, key=lambda run: run.total)
+    return _tuning(
+        plan,
+        posterior,
         config=config,
-        expected_regret=expected_regret(
-            same_rank=rank == probe_rank,
-            schedule=plan.schedule,
-            probe_steps=plan.probe_steps,
-            is_edge=bool(fitted.edge),
-        ),
         curve=curve_frame(plan, runs, tokens),
-        probe=fitted,
-        probe_steps=plan.probe_steps,
-        displacement_constant=fitted.displacement_constant,
-        assumptions=assumptions,
-        cost=ProbeCost(plan.spent(runs), plan.budget, plan.steps),
+        constant=displacement_constant(plan, full, lowest_run.learning_rate),
+        assumptions=(*_assumptions(plan), *remarks),
+        spent=plan.spent(runs),
     )
 
 
-def carry_fitted(fitted: RateRange, *, steps: tuple[int, int], ranks: tuple[int, int], schedule: Schedule) -> RateRange:
-    """Carry the best rate of a probe, with its interval, to the planned run at the same gamma * r.
+def conclude_without_probe(prior: RateBelief, *, steps: int, config: Any) -> Tuning:
+    """Return the result of no probe: the prior.
 
     Args:
-      fitted: Best rate of the probe.
-      steps: Number of steps of the probe and of the planned run.
-      ranks: Rank of the probe and of the planned run.
-      schedule: Learning-rate schedule of both.
-
-    Returns:
-      The rate, and a range that also covers the exponents in the steps and in the rank.
+      prior: Belief about the planned run's best rate.
+      steps: Number of optimizer steps of the planned run.
+      config: Settings of the planned run's adapter.
     """
-    by_steps, by_rank = carry_steps(1.0, *steps, schedule), rank_factors(*ranks, schedule)
-    return RateRange(
-        fitted.low * by_steps.low * by_rank.low,
-        fitted.best * by_steps.best * by_rank.best,
-        fitted.high * by_steps.high * by_rank.high,
-    )
+    low, best, high = prior.rates
+    return Tuning(
+        best, low, high, config, Posterior(prior, prior), frames.from_rows([], CURVE_COLUMNS), 0, None,
+        (_PRIOR_SENTENCE,), ProbeCost(0.0, 0.0, steps),
+    )  # fmt: skip
 
 
-def rank_factors(old_rank: int, new_rank: int, schedule: Schedule = "constant") -> RateRange:
-    """Return the factor of the best rate at another rank and the same gamma * r.
-
-    The law keeps the rate. The range covers the 95% intervals of the exponents in the rank that were measured from
-    rank 8 to 128, and includes 1.
-
-    Args:
-      old_rank: Rank at which the rate was tuned.
-      new_rank: New rank.
-      schedule: Learning-rate schedule; with a decay, the exponents of both schedules that were measured apply.
-    """
-    exponents = [end for row in measured.rank_exponents(schedule) for end in (row.low, row.high)]
-    factors = [(new_rank / old_rank) ** exponent for exponent in exponents]
-    return RateRange(min(1.0, *factors), 1.0, max(1.0, *factors))
+_PRIOR_SENTENCE = (
+    "The prior is the best rate of 35 public models (1B to 1T parameters) by size, carried to this scaling, rank, "
+    "batch, number of steps and schedule by the law of the advice."
+)
 
 
-def expected_regret(
-    *, same_rank: bool, schedule: Schedule, probe_steps: int, is_edge: bool = False
-) -> measured.ProbeRegret:
-    """Return the regret that the rates of published probes had.
-
-    It is the largest of those that apply: few short probes were run, and few whose best rate lay at an end.
-
-    Args:
-      same_rank: Whether the probe has the rank of the planned run.
-      schedule: Learning-rate schedule; the probes under cosine decay stand for a linear decay too.
-      probe_steps: Number of steps of the probe's runs. Probes of less than `MIN_MEASURED_STEPS` have an entry.
-      is_edge: Whether the best rate lies at an end of the probe's rates. Such probes have an entry too.
-    """
-    applying: list[measured.Probes] = ["same_rank" if same_rank else "other_rank"]
-    if probe_steps < MIN_MEASURED_STEPS:
-        applying.append("short")
-    if is_edge:
-        applying.append("at_edge")
-    return max((measured.probe_regret(probes, schedule) for probes in applying), key=lambda cost: cost.largest)
+def _tuning(
+    plan: ProbePlan,
+    posterior: Posterior,
+    *,
+    config: Any,
+    curve: Any,
+    constant: float | None,
+    assumptions: tuple[str, ...],
+    spent: float,
+) -> Tuning:
+    low, best, high = posterior.belief.rates
+    cost = ProbeCost(spent, plan.budget, plan.steps)
+    return Tuning(best, low, high, config, posterior, curve, plan.probe_steps, constant, assumptions, cost)
 
 
-def _assumptions(plan: ProbePlan, fitted: FittedRate, rank: int, probe_rank: int) -> list[str]:
-    # Assumptions of every probe, with the scope in which they were measured.
-    low, high = measured.steps_exponents(plan.schedule)
-    scopes = [_scope("constant", "at a constant rate")]
-    if not measured.is_constant_rate(plan.schedule):
-        scopes.append(_scope("cosine", "under cosine decay, with one seed"))
+def _assumptions(plan: ProbePlan) -> list[str]:
+    power = CONSTANTS["steps_exponent"]
     sentences = [
-        f"From {plan.probe_steps} to {plan.steps:,} steps the best rate is assumed to change as the number of steps to "
-        f"the power of {low:g} to {high:g}, which was measured in SmolLM2-135M with batches of 4: "
-        f"{' and '.join(scopes)}.",
-        f"The {plan.schedule} schedule, the batches and the optimizer of the planned run are those of the probe, with "
-        "the schedule scaled to its number of steps. After another batch size, model or data set, run another probe.",
+        _PRIOR_SENTENCE,
+        f"From {plan.probe_steps} to {plan.steps:,} steps the best rate is assumed to change as "
+        f"steps^{power.value:.2f} (standard deviation of the exponent {power.spread:.2f}; {power.source}).",
         "The probe has one seed. The range includes the spread between seeds of the published runs.",
     ]
-    # Assumptions that hold for some probes only.
-    if rank != probe_rank:
-        by_rank = rank_factors(probe_rank, rank, plan.schedule)
-        exponents = measured.rank_exponents(plan.schedule)
-        sources = ", ".join(f"{row.model} ({row.schedule} schedule)" for row in exponents)
+    if plan.probe_rank != plan.run.rank:
+        power = CONSTANTS["rank_exponent"]
         sentences.append(
-            f"The probe has rank {probe_rank} at the same gamma * r = {plan.strength:g}, at which the law does not "
-            f"change the best rate. The range allows for {by_rank.low:.1f} to {by_rank.high:.1f} times the rate, which "
-            f"covers the intervals that the best rates at ranks 8 and 128 give in {sources}."
+            f"The probe has rank {plan.probe_rank} at the same scaling times rank, and its rate is carried as "
+            f"rank^{power.value:.2f}."
         )
-    if plan.probe_steps < MIN_MEASURED_STEPS:
-        sentences.append(
-            f"The budget allowed runs of {plan.probe_steps} steps only. Below {MIN_MEASURED_STEPS} steps few best "
-            "rates were measured, so that the range is wide. A larger budget narrows it."
-        )
-    if fitted.edge:
-        sentences.append(f"{_describe_edge(fitted)}The range is extended by a factor of {EDGE_FACTOR:g}.")
     return sentences
-
-
-def _scope(schedule: Schedule, description: str) -> str:
-    """Return the numbers of steps of the published runs under a schedule, with its description."""
-    low, high = measured.measured_steps(schedule)
-    return f"{low:,} to {high:,} steps {description}"
-
-
-def _describe_edge(fitted: FittedRate) -> str:
-    """Return a sentence and a space if the best rate lies at an end of the grid, else an empty string."""
-    if not fitted.edge:
-        return ""
-    side = {"low": "lower", "high": "higher"}[fitted.edge]
-    return (
-        f"The best rate lies at the {fitted.edge} end of the probe's grid and may be {side}: repeat the probe with a "
-        f"{side} learning_rate, or raise budget. "
-    )

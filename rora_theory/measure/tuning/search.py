@@ -14,12 +14,14 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
 
+from rora_theory.advice.best_rate import Run
 from rora_theory.defaults import TRAINER_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.laws.random.seeds import check_seed
@@ -30,21 +32,16 @@ from rora_theory.measure.tuning.examples import (
     MAX_HELD_OUT_BATCHES,
     Data,
     Group,
+    count_rows,
     count_tokens,
     digest,
     held_out_groups,
     preserved_generators,
     read_batches,
 )
-from rora_theory.measure.tuning.plan import (
-    BUDGET,
-    MAX_PROBE_STEPS,
-    ProbePlan,
-    ProbeRun,
-    make_plan,
-    next_trial,
-)
-from rora_theory.measure.tuning.result import Tuning, conclude
+from rora_theory.measure.tuning.plan import BUDGET, MAX_PROBE_STEPS, ProbePlan, make_plan, next_trial
+from rora_theory.measure.tuning.prior import rate_prior
+from rora_theory.measure.tuning.result import Tuning, conclude, conclude_without_probe
 from rora_theory.measure.tuning.training import (
     MakeOptimizer,
     ProbeModel,
@@ -53,6 +50,7 @@ from rora_theory.measure.tuning.training import (
     probe_config,
     strength_of,
 )
+from rora_theory.measure.tuning.trial import ProbeRun
 from rora_theory.optimizers import SCHEDULES, Schedule
 from rora_theory.runs import files
 from rora_theory.scaling import check_choice, check_instance, check_integer, check_not_negative
@@ -84,6 +82,7 @@ def tune(
     accumulation: int = 1,
     max_length: int = 1024,
     learning_rate: float | None = None,
+    family: str | None = None,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
     make_optimizer: MakeOptimizer | None = None,
@@ -94,13 +93,13 @@ def tune(
     checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> Tuning:
-    """Find the learning rate of a planned LoRA run by a short probe.
+    """Find the learning rate of a planned LoRA run: what public sweeps lead to expect, updated by a short probe.
 
-    The probe trains adapters of a small rank at the planned run's ``gamma * r`` for a few steps, at several learning
-    rates, on the same batches in the same order. It fits the rate with the lowest held-out loss and carries it to the
-    planned number of steps (`rora_theory.laws.displacement`). Its cost is at most ``budget`` of the planned run,
-    evaluations included; see `measure.tuning.plan`. It is stated before the probe starts, above the progress bar or
-    in the log.
+    The prior is the best rate of public models by size, carried to the planned run (`measure.tuning.prior`). The probe
+    trains adapters of a small rank at the planned run's gain for a few steps, at several learning rates, on the same
+    batches in the same order. Its held-out losses update the prior (`measure.tuning.posterior`): losses that say
+    nothing leave it as it was. The cost is at most ``budget`` of the planned run, evaluations included; it is stated
+    before the probe starts with what the probe is expected to gain. A budget of 0 returns the prior and trains nothing.
 
     The model is trained in its own dtype, or by the caller's ``torch.autocast``, on its own device. Afterwards it is as
     it was: weights, buffers, modes, ``requires_grad`` and random generators.
@@ -120,8 +119,8 @@ def tune(
         their size.
       accumulation: Number of batches per optimizer step.
       max_length: Maximum number of tokens of a record; longer ones are truncated.
-      learning_rate: Learning rate of the planned run from which the search starts; None starts from the best rate of
-        published runs, carried to this ``gamma * r`` and number of steps.
+      learning_rate: Your own guess for the planned run, the median of the prior; None is the public sweeps' rate.
+      family: Family of the model, one of `rora_theory.evidence.starting_rates.families`; None is another.
       weight_decay: Decoupled weight decay of AdamW.
       max_grad_norm: Maximum norm of the gradient, as in transformers' Trainer; 0 disables clipping.
       make_optimizer: Function of the adapters' parameters and the learning rate that returns another optimizer, for
@@ -129,7 +128,7 @@ def tune(
       loss: Function of the model and a batch that returns the mean loss over its labels; None is
         ``model(**batch).loss``.
       probe_rank: Maximum rank of the probe's adapters; the rank of ``config`` if that is lower.
-      budget: Maximum cost of the probe as a share of the planned run.
+      budget: Maximum cost of the probe as a share of the planned run; 0 trains nothing.
       seed: Seed of the adapters' initialisation and of dropout, the same for every run.
       checkpoint: JSON file to which finished runs are saved and from which an interrupted probe resumes, if model,
         settings and batches are the same (give a shuffled ``DataLoader`` a seeded generator); None saves nothing.
@@ -156,7 +155,7 @@ def tune(
     check_not_negative("max_grad_norm", max_grad_norm)
     check_seed("seed", seed)
     check_instance("model", model, torch.nn.Module, "a torch.nn.Module")
-    strength = strength_of(config)
+    gain = strength_of(config)
     compute_loss = loss_function(loss)
     if make_optimizer is not None:
         check_instance("make_optimizer", make_optimizer, Callable, "a function")
@@ -174,6 +173,12 @@ def tune(
     if path is not None:
         files.check_folder(path.parent)
     # Reading a DataLoader draws from PyTorch's random generators, or from its own.
+    # The planned run, whose best rate the law carries.
+    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e9
+    run = Run(config.r, gain, steps, schedule, batch_size * accumulation)
+    if budget == 0:
+        prior = rate_prior(run, family=family, parameters=parameters)
+        return conclude_without_probe(prior, steps=steps, config=copy.deepcopy(config))
     with preserved_state(model), preserved_generators(train, held_out):
         read_options: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length}
         batches = read_batches(train, "train", **read_options, count=MAX_PROBE_STEPS * accumulation)
@@ -183,23 +188,25 @@ def tune(
     batch_tokens = accumulation * sum(tokens) / len(tokens)
     repeated = itertools.cycle(tokens)
     step_tokens = [sum(itertools.islice(repeated, accumulation)) for _ in range(MAX_PROBE_STEPS)]
+    # Batches that are given keep their size. A smaller rank at the same gain trains faster.
+    rank = min(probe_rank, config.r)
+    run = replace(run, batch_size=max(count_rows(batch) for batch in batches) * accumulation)
     plan = make_plan(
-        steps,
-        strength,
+        run,
+        probe_rank=rank,
+        parameters=parameters,
+        family=family,
         batch_tokens=batch_tokens,
         step_tokens=step_tokens,
         held_out_tokens=sum(group.tokens for group in groups),
-        schedule=schedule,
         learning_rate=learning_rate,
         budget=budget,
     )
     # Evaluate on as many held-out groups as the budget allows.
     affordable_groups = _affordable_groups(groups, plan.held_out_tokens(batch_tokens))
-    # A smaller rank at the same gamma r has about the same best rate and trains faster.
-    rank = min(probe_rank, config.r)
     settings = ProbeSettings(
         probe_config(config, rank),
-        strength,
+        gain,
         steps,
         schedule,
         warmup,
@@ -229,14 +236,12 @@ def tune(
             runs.append(probe.train(trial, progress_bar.update))
             if path is not None:
                 _write_runs(path, identity, runs)
-    # Fit the best rate and carry it to the planned number of steps and rank.
+    # Update the prior of the planned run's rate.
     return conclude(
         plan,
         runs,
         [group.targets for group in affordable_groups],
         config=copy.deepcopy(config),
-        rank=config.r,
-        probe_rank=rank,
         remarks=_remarks(plan, config, len(batches) / accumulation, affordable_groups, groups, heads),
     )
 
@@ -317,7 +322,7 @@ def _identity(model: torch.nn.Module, settings: ProbeSettings, plan: ProbePlan) 
         "model": state.hexdigest(),
         "config": {name: repr(value) for name, value in entries.items() if name not in NOT_IDENTIFYING},
         "settings": {name: getattr(settings, name) for name in names},
-        "plan": vars(plan),
+        "plan": asdict(plan),
     }
 
 

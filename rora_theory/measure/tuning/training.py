@@ -27,7 +27,8 @@ from rora_theory.measure.modules import (
 )
 from rora_theory.measure.tokens import mark_sinks
 from rora_theory.measure.tuning.examples import Group, count_targets
-from rora_theory.measure.tuning.plan import ProbeRun, Trial, scaled_warmup
+from rora_theory.measure.tuning.plan import scaled_warmup
+from rora_theory.measure.tuning.trial import ProbeRun, Trial
 from rora_theory.optimizers import Schedule, schedule_factor
 from rora_theory.scaling import check_instance, scaling_factor
 
