@@ -1,20 +1,16 @@
-"""Regret of the learning rate that a probe advises, replayed on the published runs, beside trainers' default rates.
+"""Regret of the learning rates that `tune` advises, replayed on the published runs, beside simpler choices.
 
-    python benchmarks/tune.py results/published/horizon --out results/published/tune
-    python benchmarks/tune.py results/published/horizon_cosine --out results/published/tune_cosine \\
-        --probes results/published/tune_cosine/tenth results/published/tune_cosine/more
+    python benchmarks/tune.py --out results/published/tune
 
 A probe of `rora_theory.measure.tuning` needs short runs at three learning rates and the loss of a few held-out records.
-The published runs contain such runs: their first 16 or 64 steps. This script fits the best rate of one seed and of one
-block of held-out records, carries it to the steps of longer runs as `tune` does, and computes the regret of the result
-on the measured curves. Nothing is trained. At a constant rate, the probe's runs are the first steps of the longer runs
-whose curve measures the regret. Under another schedule they are separate runs.
+The published runs contain such runs: their first 16 or 64 steps, or separate short runs under a decay. This script
+updates the prior of the public sweeps by one seed and one block of held-out records, and computes the regret of the
+result on the measured curve of the planned run. Nothing is trained. The prior's constants and the law's exponents in
+the steps come in part from the same runs; the regrets are not those of a test that was kept apart.
 
-Files in the output folder: `cases.csv` (a row for each replayed probe), `by_target.csv` (a summary) and `defaults.csv`
-(regret of the default learning rates of TRL, LLaMA-Factory and `unsloth train` in the same settings). With `--probes`,
-`probes.csv` has the regret of the rates that runs of `sims.tune` give with the current exponents in the steps, at the
-planned gamma r and at least the planned number of steps. `recorded_rate` is the rate that such a run advised for the
-planned number of steps, and `share` is the cost of the probe as a share of the target's.
+Files in the output folder: `cases.csv`, a row for each replayed probe with the regret of the prior, of the probe and of
+fixed rates at G = 64 that are carried as G^-0.75; `by_model.csv`, a summary; and `defaults.csv`, the regret of the
+default learning rates of TRL, LLaMA-Factory and `unsloth train`.
 """
 
 import math
@@ -22,26 +18,35 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import tyro
 
-from rora_theory.advice.best_rate import RateRange
+from rora_theory.advice.best_rate import Run, best_rate_change
 from rora_theory.lab.sweep.curves import curves_at, strength_of
 from rora_theory.lab.sweep.runs import SweepRun, merge_repeated_runs, read_runs
-from rora_theory.measure.tuning.curve import fit_best_rate
-from rora_theory.measure.tuning.plan import ProbePlan, ProbeRun
-from rora_theory.measure.tuning.result import carry_fitted
+from rora_theory.measure.tuning.posterior import update
+from rora_theory.measure.tuning.prior import rate_prior
+from rora_theory.measure.tuning.trial import ProbeRun
 from rora_theory.optimizers import Schedule
 from rora_theory.runs import files, frames
 from rora_theory.runs.reading import read_manifest
-from rora_theory.scaling import scaling_factor
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.regret import loss_at
-from sims.common import cli
 from sims.common.tables import print_records
+
+PUBLISHED = Path(__file__).parents[1] / "results" / "published"
+
+RUNS = {"horizon": 0.135, "horizon_cosine": 0.135, "horizon_gemma": 0.268}
+"""Folders of the replayed runs, with the number of parameters of their model in billions."""
+
+BATCH_SIZE = 4
+"""Number of records per step of the replayed runs."""
+
+FIXED_RATES = (2e-4, 5e-4, 7e-4)
+"""Fixed rates at G = 64, which are carried to other gains as G^-0.75."""
 
 PROBE_RANK = 8
 PROBE_STEPS = (16, 64)
@@ -53,20 +58,16 @@ BLOCK_SIZE = 16
 DEFAULT_RATES = {"TRL": 2e-5, "LLaMA-Factory": 5e-5, "unsloth train": 2e-4}
 """Default learning rates, from docs/reference/trainers.md."""
 
-CASE_COLUMNS = ("strength", "probe_steps", "seed", "block", "rank", "steps", "learning_rate", "low", "high")
-CASE_COLUMNS = (*CASE_COLUMNS, "best_rate", "regret", "is_lower_bound", "is_edge", "covers_best")
+POLICIES = ("prior", "probe", *(f"fixed {rate:g}" for rate in FIXED_RATES))
+"""Choices whose regrets are compared."""
 
 
 @dataclass(frozen=True)
-class Config:
+class ReplayConfig:
     """Settings of the replay."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run folder of sims.horizon, such as results/published/horizon."""
-    out: Path
+    out: Path = PUBLISHED / "tune"
     """Output folder."""
-    probes: tuple[Path, ...] = ()
-    """Run folders of sims.tune, planned for the same records, schedule and settings."""
 
 
 @dataclass(frozen=True)
@@ -137,73 +138,57 @@ def replayed_probes(
             yield seed, block, probe_runs, list(tokens[records])
 
 
-def replay(runs: Sequence[SweepRun], tokens: Sequence[int], schedule: Schedule = "constant") -> pd.DataFrame:
+def replay(
+    runs: Sequence[SweepRun], tokens: Sequence[int], *, model: str, parameters: float, schedule: Schedule
+) -> list[dict[str, Any]]:
     """Return a row for each probe and planned run.
 
     Args:
       runs: Distinct runs of the folder.
       tokens: Number of tokens of each held-out record.
+      model: Name of the model.
+      parameters: Number of parameters of the model in billions.
       schedule: Learning-rate schedule of the runs.
     """
     rows: list[dict[str, Any]] = []
     for target, probe_steps in product(planned_targets(runs, tokens), PROBE_STEPS):
-        if probe_steps >= target.steps:
+        if probe_steps >= target.steps or target.is_edge:
             continue
+        planned = Run(target.rank, target.strength, target.steps, schedule, BATCH_SIZE)
+        prior = rate_prior(planned, parameters=parameters)
+        carry = best_rate_change(replace(planned, rank=PROBE_RANK, steps=probe_steps), planned)
+        fixed = {f"fixed {rate:g}": rate * (64 / target.strength) ** 0.75 for rate in FIXED_RATES}
         for seed, block, probe_runs, block_tokens in replayed_probes(runs, tokens, target.strength, probe_steps):
-            rates = [run.learning_rate for run in probe_runs]
-            # The plan of such a probe; its costs do not matter here.
-            plan = ProbePlan(
-                steps=target.steps,
-                strength=target.strength,
-                probe_steps=probe_steps,
-                screen_steps=None,
-                schedule=schedule,
-                learning_rate=rates[1],
-                spacing=rates[1] / rates[0],
-                training_costs=(),
-                budget=float(target.steps),
-                setup_cost=0.0,
-                evaluation_cost=0.0,
-            )
-            # Fit the best rate, and carry it to the target's steps and rank.
-            fitted = fit_best_rate(plan, probe_runs, block_tokens)
-            low, rate, high = carry_fitted(
-                RateRange(fitted.low, fitted.learning_rate, fitted.high),
-                steps=(probe_steps, target.steps),
-                ranks=(PROBE_RANK, target.rank),
-                schedule=schedule,
-            )
-            regret, is_lower_bound = target.regret(rate)
+            belief = update(prior, probe_runs, block_tokens, carry).belief
+            rates = {"prior": prior.rates.best, "probe": belief.rates.best} | fixed
+            regrets = {name: target.regret(rate) for name, rate in rates.items()}
             rows.append(
-                {"strength": target.strength, "probe_steps": probe_steps, "seed": seed, "block": block}
-                | {"rank": target.rank, "steps": target.steps, "learning_rate": rate, "low": low, "high": high}
-                | {"best_rate": target.best_rate, "regret": regret, "is_lower_bound": is_lower_bound}
-                | {"is_edge": bool(fitted.edge) or target.is_edge, "covers_best": low <= target.best_rate <= high}
+                {"model": model, "schedule": schedule, "gain": target.strength, "rank": target.rank}
+                | {"steps": target.steps, "probe_steps": probe_steps, "seed": seed, "block": block}
+                | {"best_rate": target.best_rate, "prior_rate": prior.rates.best, "rate": belief.rates.best}
+                | {"low": belief.rates.low, "high": belief.rates.high}
+                | {"covers_best": belief.rates.low <= target.best_rate <= belief.rates.high}
+                | {"prior_covers_best": prior.rates.low <= target.best_rate <= prior.rates.high}
+                | {name: regret for name, (regret, _) in regrets.items()}
+                | {"is_lower_bound": any(is_bound for _, is_bound in regrets.values())}
             )
-    return frames.from_rows(rows, CASE_COLUMNS)
+    return rows
 
 
-def summarise_targets(cases: pd.DataFrame) -> pd.DataFrame:
-    """Summarise the probes by number of steps and rank.
-
-    Probes whose best rate, or that of the planned run, lies at the end of a grid have columns of their own. A regret
-    that is a lower bound is not within 0.01.
-    """
+def summarise(cases: pd.DataFrame) -> pd.DataFrame:
+    """Summarise the regrets by model, schedule and choice; every planned run has the same weight."""
     rows = []
-    for (probe_steps, steps, rank), group in cases.groupby(["probe_steps", "steps", "rank"]):
-        is_edge = group["is_edge"].astype(bool)
-        inside, edges = group[~is_edge], group[is_edge]
-        is_bound = inside["is_lower_bound"].astype(bool)
-        rows.append(
-            {"probe_steps": probe_steps, "steps": steps, "rank": rank, "probes": len(inside)}
-            | {"median": inside["regret"].median(), "largest": inside["regret"].max()}
-            | {"within_0.01": ((inside["regret"] <= 0.01) & ~is_bound).mean()}
-            | {"covers_best": inside["covers_best"].mean(), "lower_bounds": int(is_bound.sum())}
-            | {"edges": len(edges), "largest_at_edges": edges["regret"].max()}
-            | {"covers_best_at_edges": edges["covers_best"].mean()}
-        )
-    columns = ("probe_steps", "steps", "rank", "probes", "median", "largest", "within_0.01", "covers_best")
-    return frames.from_rows(rows, (*columns, "lower_bounds", "edges", "largest_at_edges", "covers_best_at_edges"))
+    for (model, schedule), part in cases.groupby(["model", "schedule"]):
+        by_target = part.groupby(["gain", "rank", "steps"])
+        for policy in POLICIES:
+            means = by_target[policy].mean()
+            rows.append(
+                {"model": model, "schedule": schedule, "policy": policy, "planned_runs": len(means)}
+                | {"probes": len(part), "mean": means.mean(), "median": means.median(), "largest": part[policy].max()}
+                | {"coverage": part["covers_best"].mean() if policy == "probe" else math.nan}
+                | ({"coverage": part["prior_covers_best"].mean()} if policy == "prior" else {})
+            )
+    return pd.DataFrame(rows)
 
 
 def default_rate_regret(runs: Sequence[SweepRun], tokens: Sequence[int]) -> pd.DataFrame:
@@ -221,89 +206,49 @@ def default_rate_regret(runs: Sequence[SweepRun], tokens: Sequence[int]) -> pd.D
     return frames.from_rows(rows, columns)
 
 
-def probe_run_regret(folders: Sequence[Path], runs: Sequence[SweepRun], tokens: Sequence[int]) -> pd.DataFrame:
-    """Return the regret of the rates of runs of `sims.tune`, in measured settings of the planned steps or more.
-
-    The best rate that a probe recorded is carried to the planned run with the current exponents. The rate that the
-    probe advised when it ran, ``recorded_rate``, may come from earlier ones. A rate holds for any rank at the planned
-    gamma r, see `rora_theory.measure.tuning.result.rank_factors`.
-
-    Args:
-      folders: Run folders of sims.tune.
-      runs: Distinct runs of the measured folder.
-      tokens: Number of tokens of each held-out record.
-    """
-    rows, measured = [], planned_targets(runs, tokens)
-    for folder in folders:
-        settings = read_manifest(folder, ("config",))["config"]
-        tuning = files.read_json(folder / "tuning.json", accepted="the file of a run of sims.tune")
-        strength = scaling_factor(settings["rule"], alpha=settings["alpha"], rank=settings["rank"]) * settings["rank"]
-        for target in measured:
-            if target.steps < settings["steps"] or not math.isclose(target.strength, strength, rel_tol=1e-6):
-                continue
-            is_planned = target.steps == settings["steps"]
-            fitted = tuning["probe"]
-            low, rate, high = carry_fitted(
-                RateRange(fitted["low"], fitted["learning_rate"], fitted["high"]),
-                steps=(fitted["steps"], target.steps),
-                ranks=(min(settings["probe_rank"], settings["rank"]), target.rank),
-                schedule=settings["schedule"],
-            )
-            cost, is_lower_bound = target.regret(rate)
-            rows.append(
-                {"probe": folder.name, "seed": settings["seed"], "probe_steps": fitted["steps"]}
-                | {"share": tuning["cost"]["spent"] / target.steps}
-                | {"recorded_rate": tuning["learning_rate"] if is_planned else math.nan}
-                | {"learning_rate": rate, "low": low, "high": high}
-                | {"rank": target.rank, "steps": target.steps, "best_rate": target.best_rate, "regret": cost}
-                | {"is_lower_bound": is_lower_bound, "is_edge": target.is_edge}
-            )
-    columns = ("probe", "seed", "probe_steps", "share", "recorded_rate", "learning_rate", "low", "high", "rank")
-    return frames.from_rows(rows, (*columns, "steps", "best_rate", "regret", "is_lower_bound", "is_edge"))
-
-
-def main(config: Config) -> None:
-    """Replay the probes, write the tables and print the summary."""
-    runs = merge_repeated_runs(read_runs(config.run))
+def read_folder(folder: Path) -> tuple[list[SweepRun], list[int], Schedule]:
+    """Return the distinct runs of a folder, the tokens of its held-out records and its schedule."""
+    runs = merge_repeated_runs(read_runs(folder))
     # Full fine-tuning has no adapter whose rate a probe could tune.
     runs = [replace(run, strength=round(run.strength, 9)) for run in runs if run.rank and run.strength]
-    tokens = frames.read_csv(config.run / "records.csv")["tokens"].astype(int).tolist()
-    schedule = read_manifest(config.run, ("config",))["config"]["settings"]["schedule"]
-    cases, costs = replay(runs, tokens, schedule), default_rate_regret(runs, tokens)
-    summary = summarise_targets(cases)
+    tokens = frames.read_csv(folder / "records.csv")["tokens"].astype(int).tolist()
+    return runs, tokens, read_manifest(folder, ("config",))["config"]["settings"]["schedule"]
+
+
+def main(config: ReplayConfig) -> None:
+    """Replay the probes, write the tables and print the summary."""
+    rows, defaults = [], []
+    for name, parameters in RUNS.items():
+        runs, tokens, schedule = read_folder(PUBLISHED / name)
+        model = "Gemma 3 270M" if "gemma" in name else "SmolLM2-135M"
+        rows += replay(runs, tokens, model=model, parameters=parameters, schedule=schedule)
+        defaults.append(default_rate_regret(runs, tokens).assign(model=model, schedule=schedule))
+    cases = pd.DataFrame(rows)
+    summary = summarise(cases)
     config.out.mkdir(parents=True, exist_ok=True)
-    tables = {"cases": cases, "by_target": summary, "defaults": costs}
-    judged = [cases]
-    if config.probes:
-        tables["probes"] = probe_run_regret(config.probes, runs, tokens)
-        judged.append(tables["probes"])
-    for name, frame in tables.items():
-        # Runs that were read at the end alone leave no beginnings to replay, only probes that were run.
-        if len(frame):
-            files.write_whole(config.out / f"{name}.csv", frames.to_csv(frame))
+    for name, frame in {"cases": cases, "by_model": summary, "defaults": pd.concat(defaults)}.items():
+        files.write_whole(config.out / f"{name}.csv", frames.to_csv(frame))
     print_records(
-        "Regret of the advised rate in replayed probes, nats per token",
+        "Regret in nats per token, mean over planned runs",
         frames.rows(summary),
         {
-            "probe's steps": "{probe_steps}",
-            "steps": "{steps}",
-            "rank": "{rank}",
-            "probes": "{probes}",
-            "median": "{median:.4f}",
+            "model": "{model}",
+            "schedule": "{schedule}",
+            "choice": "{policy}",
+            "planned runs": "{planned_runs}",
+            "mean": "{mean:.4f}",
             "largest": "{largest:.4f}",
-            "range has the best": "{covers_best:.0%}",
+            "range has the best": "{coverage:.0%}",
         },
+        left=3,
     )
-    inside = pd.concat([table[~table["is_edge"].astype(bool)] for table in judged])
-    # Below or above the measured rates the regret is a lower bound, which can't show that a rate is close enough.
-    is_bound = inside["is_lower_bound"].astype(bool)
-    within = int(((inside["regret"] <= 0.01) & ~is_bound).sum())
-    unknown = int(((inside["regret"] <= 0.01) & is_bound).sum())
+    targets = cases.groupby(["model", "schedule", "gain", "rank", "steps"])[list(POLICIES)].mean()
+    prior, probe = targets["prior"].mean(), targets["probe"].mean()
     print(
-        f"\n{within} of {len(inside)} probes advise a rate within 0.01 nats of the best one measured. "
-        f"For {unknown} more, whose rate lies outside the measured ones, this is unknown."
+        f"\nOver {len(targets)} planned runs the prior costs {prior:.4f} nats per token on average, and the probe "
+        f"{probe:.4f}; its 90% ranges hold {cases['covers_best'].mean():.0%} of the best rates."
     )
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(cli.parse(Config, description=__doc__ or "")))
+    main(tyro.cli(ReplayConfig, description=__doc__))

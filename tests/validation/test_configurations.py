@@ -13,7 +13,6 @@ from rora_theory.errors import InputError
 from rora_theory.lab.data.records import DataConfig
 from rora_theory.lab.evaluate.scoring import Scoring
 from rora_theory.lab.finetune import FinetuneConfig
-from rora_theory.lab.horizon.probe import ProbeConfig
 from rora_theory.lab.sweep.controlled import ProblemConfig
 from rora_theory.lab.sweep.controlled_grid import ControlledGrid
 from rora_theory.lab.sweep.design import Design
@@ -29,6 +28,7 @@ from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.validation import ranges
 from sims.common.record_batches import PairConfig
 from sims.lr_transfer import RateGrid
+from sims.tune import PlannedRun
 
 NAN = float("nan")
 
@@ -61,11 +61,12 @@ INVALID: dict[type, dict[str, tuple]] = {
     Design: {"methods": (("qlora",), (), ("lora", "lora")), "seeds": ((3, 3), (-1,)), "models": ((), ("a", "a"))}
     | {"ranks": ((), (4, 4), (0,)), "lrs": ((), (1e-3, -1.0)), "read_at": ((2, 1), (0, 1))}
     | same_values("strengths full_lrs", (1.0, 1.0), (0.0,)),
-    ProbeConfig: same_values("steps rank batch_size probe_rank", 0)
-    | same_values("alpha lr clip", 0.0)
+    PlannedRun: same_values("steps rank batch_size probe_rank", 0)
+    | same_values("alpha lr", 0.0)
+    | same_values("clip budget", -1.0)
     | same_values("warmup seed", -1)
     | same_values("cutoff held_out", 1)
-    | {"weight_decay": (-0.1,), "dropout": (1.0,), "budget": (0.0, 1.5), "rule": ("none",), "targets": ((),)},
+    | {"weight_decay": (-0.1,), "dropout": (1.0,), "rule": ("none",), "targets": ((),)},
     RegimeConfig: {"ranks": ((), (4, 4), (0,)), "rules": ((), ("lore",), ("rora", 0.5))}
     | {"optimizers": ((), ("lion",)), "inits": (("pissa",), ("gaussian", "gaussian"))}
     | same_values("alpha lr", 0.0)
@@ -76,7 +77,7 @@ INVALID: dict[type, dict[str, tuple]] = {
     | same_values("adam_lr sgd_lr momentum_lr band gamma", 0.0),
     BatchConfig: BATCHES,
     PairConfig: BATCHES,
-    TransferConfig: same_values("from_rank to_rank steps to_steps", 0)
+    TransferConfig: same_values("from_rank to_rank steps to_steps batch_size to_batch_size", 0)
     | same_values("lr to_alpha", 0.0)
     | same_values("displacement_constant", -1.0)
     | {"rule": ("lore",), "to_rule": (NAN,), "optimizer": ("muon",)},
@@ -109,7 +110,7 @@ COMBINATIONS = [
     (FinetuneConfig, {"method": "full", "quantization": "q8_0"}, "quantization .*method full, got 'q8_0'"),
     (FinetuneConfig, {"method": "dora", "bottleneck": 8}, "bottleneck .*method dora, got 8"),
     (FinetuneConfig, {"virtual_tokens": 3}, "virtual_tokens .*method lora, got 3.*prefix"),
-    (ProbeConfig, {"steps": 256, "warmup": 256}, "warmup .* 256, got 256"),
+    (PlannedRun, {"steps": 256, "warmup": 256}, "warmup .* 256, got 256"),
     (TransferConfig, {"split": "train"}, "--split train .* --regime RUN"),
     (TransferConfig, {"per": "one", "regime": "cross-talk"}, "--per one .* --regime RUN"),
     (

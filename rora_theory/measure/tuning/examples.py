@@ -91,13 +91,6 @@ def preserved_generators(*data: Data) -> Iterator[None]:
             generator.set_state(state)
 
 
-def count_rows(batch: Batch) -> int:
-    """Return the number of rows of a batch."""
-    return max(
-        (value.shape[0] for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim), default=1
-    )
-
-
 def count_tokens(batch: Batch) -> int:
     """Return the number of tokens that a model reads in a batch: those that ``attention_mask`` includes, or all."""
     mask, ids = batch.get("attention_mask"), batch.get("input_ids")
@@ -126,7 +119,7 @@ def held_out_groups(model: torch.nn.Module, batches: Sequence[Batch]) -> list[Gr
     Raises:
       InputError: If no group has a label.
     """
-    total = sum(_count_rows(batch) for batch in batches)
+    total = sum(count_rows(batch) for batch in batches)
     # Rows per group, so that there are at most about `MAX_GROUPS` of them.
     size = -(-total // MAX_GROUPS)
     groups = []
@@ -161,7 +154,7 @@ def _is_batch(element: Any) -> bool:
     )
 
 
-def _count_rows(batch: Batch) -> int:
+def count_rows(batch: Batch) -> int:
     """Return the number of rows of ``input_ids``, or of the first tensor with rows; 1 if there is none."""
     tensors = [value for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim]
     ids = batch.get("input_ids")
@@ -172,7 +165,7 @@ def _count_rows(batch: Batch) -> int:
 
 def _split_rows(batch: Batch, size: int) -> Iterator[Batch]:
     """Yield parts of a batch of at most ``size`` rows, or the batch itself if a tensor has another number of rows."""
-    rows = _count_rows(batch)
+    rows = count_rows(batch)
     tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
     if any(not tensor.ndim or len(tensor) != rows for tensor in tensors):
         yield batch

@@ -241,8 +241,8 @@ def make_plan(
     if chosen is None:
         cost = _cost_of_training(*candidates[-1], costs) / (1 - EVALUATION_SHARE) + setup_cost
         raise InputError(
-            f"steps must be at least {math.ceil(cost / budget)} for a probe that costs {budget:.0%} of the run, got "
-            f"{steps}. Raise budget, or pass budget=0 for the rate that public sweeps lead to expect."
+            f"budget must be at least {math.ceil(100 * cost / steps) / 100:g} for a probe of a run of {steps} steps, "
+            f"got {budget:g}. Raise budget, or pass budget=0 for the rate that public sweeps lead to expect."
         )
     probe_steps, (screening_runs, full_runs) = chosen
     # The rest of the budget pays for the evaluations, of all held-out tokens or fewer.

@@ -5,9 +5,8 @@ import pytest
 from rora_theory.errors import InputError
 from rora_theory.lab.adapters import FullConfig, LoraConfig
 from rora_theory.lab.adapters.targets import layer_text, resolve
-from rora_theory.lab.horizon.probe import ProbeConfig
 from rora_theory.lab.llama import MODULES, LlamaConfig
-from rora_theory.measure.tuning.plan import Trial
+from sims.tune import PlannedRun
 
 
 def resolved(config: LlamaConfig, **settings):
@@ -34,8 +33,8 @@ def test_all_linear_may_be_the_only_word_of_a_list(config) -> None:
     assert tuple(ranks(config, target_modules=words)) == MODULES
     assert LoraConfig(4, 8.0, target_modules=words) == LoraConfig(4, 8.0, target_modules="all-linear")
     assert FullConfig(words).table(config) == FullConfig(MODULES).table(config)
-    planned = ProbeConfig(targets=words)
-    assert planned.peft_entries()["target_modules"] == planned.training(Trial(1.0, 2)).lora().target_modules
+    planned = PlannedRun(targets=words)
+    assert planned.peft_entries()["target_modules"] == "all-linear"
     with pytest.raises(InputError, match="'all-linear'"):
         ranks(config, target_modules=["q_proj", "all-linear"])
 

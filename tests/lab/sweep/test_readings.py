@@ -11,7 +11,6 @@ from rora_theory.lab import led
 from rora_theory.lab.evaluate.scoring import Scoring
 from rora_theory.lab.finetune import FinetuneConfig, StepCompleted
 from rora_theory.lab.finetune.metrics import Metrics
-from rora_theory.lab.horizon.probe import Probe, ProbeConfig
 from rora_theory.lab.llama import locate
 from rora_theory.lab.sweep.records import draw_records
 from rora_theory.lab.sweep.runs import Reading, ReadRun
@@ -126,15 +125,3 @@ def test_a_long_run_resumes_from_its_checkpoint(bench, full_run, monkeypatch, tm
 def test_bad_steps_are_refused(bench, changes, steps, message) -> None:
     with pytest.raises(InputError, match=message):
         bench.train(replace(TRAINING, **changes), steps)
-
-
-def test_a_probe_counts_the_tokens_of_its_own_batches(bench, monkeypatch) -> None:
-    """The first batches have more tokens than the mean, as those of a run at the same seed show."""
-    config = ProbeConfig(steps=400, rank=2, batch_size=4, held_out=6, seed=1)
-    _, batches = bench.begin(replace(TRAINING, steps=64))
-    tokens = [int(batches[step].weights.sum()) for step in range(64)]
-    mean = 4 * bench.train_examples.input_lengths.mean()
-    monkeypatch.setattr(bench, "held_out", bench.held_out)  # put back: the probe reduces it
-    costs = Probe(config, bench).plan.training_costs
-    assert costs == pytest.approx([max(steps, sum(tokens[:steps]) / mean) for steps in range(65)])
-    assert max(cost - steps for steps, cost in enumerate(costs)) > 0.01

@@ -12,9 +12,11 @@ from support import torch_chats, torch_models
 from support.torch_models import peft, torch, transformers
 
 from rora_theory import InputError
+from rora_theory.advice.best_rate import Run
 from rora_theory.measure import tune
 from rora_theory.measure.batches import find_masks
 from rora_theory.measure.tuning.examples import held_out_groups, read_batches
+from rora_theory.measure.tuning.prior import rate_prior
 from rora_theory.measure.tuning.result import Tuning
 from rora_theory.measure.tuning.training import LedParts, probe_config, strength_of
 
@@ -207,7 +209,8 @@ def test_a_diverged_rate_is_infinite_loss() -> None:
     result = run(loss=loss, learning_rate=1e-3)
     diverged = result.curve[result.curve["diverged_at"].notna()]
     assert set(diverged["held_out_loss"]) == {math.inf}
-    assert result.probe.learning_rate < diverged["learning_rate"].min()
+    lowest = result.curve.loc[result.curve["held_out_loss"].idxmin()]
+    assert lowest["learning_rate"] < diverged["learning_rate"].min()
 
 
 @pytest.mark.parametrize("quantity", ["loss", "gradient"])
@@ -227,6 +230,15 @@ def test_a_divergence_before_the_first_update_is_refused(quantity) -> None:
     with pytest.raises(InputError, match=f"train .* {quantity}.* nan .* 1"):
         run(loss=loss)
     assert len(calls) == 1
+
+
+def test_a_budget_of_nothing_gives_the_prior_and_reads_no_data() -> None:
+    """The planned run's scaling, rank, batch, steps and schedule move the rate; data are not read."""
+    result = run(budget=0, train=[3], held_out=[3], batch_size=4, accumulation=2)
+    parameters = sum(p.numel() for p in torch_models.model().parameters()) / 1e9
+    assert result.posterior.prior == rate_prior(Run(32, 16.0, STEPS, "cosine", 8), parameters=parameters)
+    assert result.posterior.belief == result.posterior.prior
+    assert (result.cost.spent, len(result.curve)) == (0, 0)
 
 
 def test_rates_without_an_effect_are_refused() -> None:
@@ -404,7 +416,8 @@ UNLABELLED = torch.ones(2, 4, dtype=torch.long)
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"steps": 50}, "steps"),
+        ({"steps": 50}, r"budget .*0\.36.* 50 steps"),
+        ({"family": "none"}, "family .*'none'"),
         ({"schedule": "step"}, "schedule .*'step'"),
         ({"warmup": 300}, "warmup .* 300"),
         ({"max_grad_norm": -1.0}, "max_grad_norm"),

@@ -1,1 +1,0 @@
-"""Best learning rates against rank, G = gamma r and the number of steps, from fine-tuning runs."""
