@@ -193,7 +193,7 @@ def run_cells(config: Config, folder: RunFolder, bench: Workbench, cells: Sequen
     )
 
 
-def summarise(best: pd.DataFrame, judged: analysis.HorizonJudgement) -> list[KeyFigure]:
+def summarise(best: pd.DataFrame, judged: analysis.SweepAnalysis) -> list[KeyFigure]:
     """Return the key figures of a matrix: losses and accuracies at the best rates, regret and exponents."""
     scope, loss = ("model", "method", "rank", "alpha", "learning_rate", "seed"), "validation loss, nats per token"
     figures = key_figures(best, loss, "validation_loss", "validation_error", over="records", scope=scope)
@@ -208,7 +208,7 @@ def summarise(best: pd.DataFrame, judged: analysis.HorizonJudgement) -> list[Key
 
 
 def report(
-    ends: pd.DataFrame, best: pd.DataFrame, runs: int, judged: analysis.HorizonJudgement, *, law: bool = True
+    ends: pd.DataFrame, best: pd.DataFrame, runs: int, judged: analysis.SweepAnalysis, *, law: bool = True
 ) -> None:
     """Print the answer, the losses at the best rates, and the frames of the analysis.
 
@@ -219,7 +219,7 @@ def report(
       judged: Frames of the analysis.
       law: Whether the frames have the exponents of the law.
     """
-    exponents = f" {analysis.describe_horizons(runs, judged.best, judged.exponents, law=law)}"
+    exponents = f" {analysis.describe_exponents(runs, judged.best, judged.exponents, law=law)}"
     answers.print_answer(results.describe_results(ends) + (exponents if len(judged.best) else ""))
     forms = {"model": "{model}", "method": "{method}", "rank": "{rank}", "alpha": "{alpha:g}", "seed": "{seed}"}
     forms |= {"steps": "{steps}", "rate": "{learning_rate:.3g}", "position in the grid": "{best_rate}"}
@@ -230,7 +230,7 @@ def report(
     print_analysis(judged)
 
 
-def print_analysis(judged: analysis.HorizonJudgement) -> None:
+def print_analysis(judged: analysis.SweepAnalysis) -> None:
     """Print a table of each frame of the analysis that is not empty."""
     setting = {"steps": "{step}", "rank": "{size}", "gamma r": "{strength:g}"}
     # Columns of each table.
@@ -295,7 +295,7 @@ def print_analysis(judged: analysis.HorizonJudgement) -> None:
         tables.print_records(title, with_labels(frame), columns, left=left)
 
 
-def select_pooled(judged: analysis.HorizonJudgement) -> pd.DataFrame:
+def select_pooled(judged: analysis.SweepAnalysis) -> pd.DataFrame:
     """Select the exponents in gamma r that are pooled over the largest number of ranks, by every estimator."""
     table = judged.estimators
     if table.empty:

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from rora_theory.lab.evaluate.accuracies import TaskAccuracy, describe_accuracy
-from rora_theory.lab.sweep.analysis import describe_horizons
+from rora_theory.lab.sweep.analysis import describe_exponents
 from rora_theory.lab.sweep.results import describe_results
 from rora_theory.measure.rank_check.rules import CheckConfig, describe_check
 from rora_theory.paper.verdicts import Verdict, describe_verdicts
@@ -83,4 +83,4 @@ def test_a_sweep() -> None:
 )
 def test_a_horizon(best, verdicts, law, sentence) -> None:
     exponents = pd.DataFrame({"verdict": verdicts, "displacement_verdict": ["contradicts"] * len(verdicts)})
-    assert describe_horizons(5, pd.DataFrame({"step": [1] * best}), exponents, law=law) == sentence
+    assert describe_exponents(5, pd.DataFrame({"step": [1] * best}), exponents, law=law) == sentence

@@ -154,6 +154,8 @@ from sims import __main__ as commands
 os.chdir({str(tmp_path)!r})
 def ended(package, name, words):
     sys.argv = ["rora", *(["figures"] if package == "figures" else []), name, *words]
+    # A command that another one builds on is imported already, about which runpy would warn in this process.
+    sys.modules.pop(f"{{package}}.{{name}}", None)
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         try:
             commands.main()

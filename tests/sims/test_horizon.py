@@ -86,3 +86,27 @@ def test_runs_of_another_setting_are_compared(base, begun, tmp_path) -> None:
     assert comparisons["difference"].to_numpy() == pytest.approx(difference, abs=2e-5), (
         "the runs of this folder minus those of the other"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("carried")
+def test_further_axes_extend_a_folder_and_are_compared_with_its_first_runs(base, begun, tmp_path) -> None:
+    """Under a schedule that decays, each number of steps is a run of its own; its first runs are not repeated."""
+    out = Path(shutil.copytree(begun, tmp_path / "run"))
+    words = "--strengths 4 --lrs 1e-3 1e-2 1e-1 --axes schedule=constant,cosine batch_size=4,8"
+    printed = run(base, f"{words} --out {out}").out
+    assert "Lowest validation loss of 18 cells" in printed
+    rows = frames.read_csv(out / "results.csv")
+    # The shared schedule has one run for both numbers of steps, and the other has two.
+    assert rows.groupby(["schedule", "batch_size"]).size().tolist() == [6, 6, 6, 6]
+    assert rows.groupby(["schedule", "batch_size"])["key"].nunique().to_dict() == {
+        ("constant", 4): 3, ("constant", 8): 3, ("cosine", 4): 6, ("cosine", 8): 6,
+    }  # fmt: skip
+    first = frames.read_csv(begun / "results.csv").set_index(["learning_rate", "step"])["validation_loss"]
+    again = rows.query("schedule == 'constant' and batch_size == 4").set_index(["learning_rate", "step"])
+    pd.testing.assert_series_equal(again["validation_loss"], first, check_like=True)
+    best = frames.read_csv(out / "best.csv")
+    assert len(best) == 2 * 2 * 2
+    compared = frames.read_csv(out / "comparisons.csv")
+    assert set(compared["compared_with"]) == {"batch_size 4, schedule constant"}
+    assert len(compared) == 3 * 2

@@ -26,7 +26,7 @@ import figures
 import sims
 from rora_theory.lab.evaluate.accuracies import TaskAccuracy
 from rora_theory.lab.evaluate.scoring import Scoring
-from rora_theory.lab.sweep.analysis import HorizonJudgement
+from rora_theory.lab.sweep.analysis import SweepAnalysis
 from rora_theory.lab.sweep.controlled_grid import ControlledGrid
 from rora_theory.measure.rank_check.rules import CheckConfig
 from rora_theory.measure.regimes.module_regime import Regime, RegimeConfig, RegimeRows
@@ -161,7 +161,7 @@ def test_verdicts_on_comparisons_are_printed_completely(printed) -> None:
     best, comparisons, exponents = published("horizon", "best", "comparisons", "exponents")
     empty = pd.DataFrame()
     answers.print_answer("The answer.")
-    print_analysis(HorizonJudgement(best, comparisons, empty, exponents, *[empty] * 7))
+    print_analysis(SweepAnalysis(best, comparisons, empty, exponents, *[empty] * 7))
     lines = printed()
     title = lines.index("Comparisons, each at its own best rate")
     lines = lines[title : next(i for i, line in enumerate(lines) if line.startswith("Exponents of the best rate"))]

@@ -16,7 +16,7 @@ from rora_theory.lab.sweep.curves import (
     training_curves_at,
 )
 from rora_theory.lab.sweep.estimators import estimator_table
-from rora_theory.lab.sweep.law import horizon_exponents, step_exponents
+from rora_theory.lab.sweep.law import setting_exponents, step_exponents
 from rora_theory.lab.sweep.parts import change_at_best, led_table
 from rora_theory.lab.sweep.regret import constants_by_steps, policies, regret_by_policy, regret_table
 from rora_theory.lab.sweep.runs import FULL, SweepRun, merge_repeated_runs
@@ -33,14 +33,14 @@ BOOTSTRAP_SAMPLES = 1000
 
 
 @dataclass(frozen=True, eq=False)
-class HorizonJudgement:
+class SweepAnalysis:
     """Analysis of runs as frames, which are empty if the runs do not suffice.
 
     Attributes:
       best: Best rates at every step, `curves.best_rate_table`.
       comparisons: Comparisons of curves at their best rates, `curves.compare_best_rates`.
       one_rate: Comparisons at the same rate, `curves.compare_at_one_rate`.
-      exponents: Exponents of the best rates in strength and rank, `law.horizon_exponents`.
+      exponents: Exponents of the best rates in strength and rank, `law.setting_exponents`.
       estimators: Exponents by estimators that use whole curves, `estimators.estimator_table`.
       steps: Exponents of the best rates in the number of steps, `law.step_exponents`.
       led: Parts of the change in every run, `parts.led_table`.
@@ -76,7 +76,7 @@ def analyse(
     takeovers: Sequence[float] = (),
     linear_terms: Sequence[float] = (),
     other_runs: Mapping[str, Sequence[SweepRun]] | None = None,
-) -> HorizonJudgement:
+) -> SweepAnalysis:
     """Analyse the runs of a matrix, each combination of model, kind of adapter and further axes by itself.
 
     Every combination is compared with the first one. If there are several, the frames have a column for each setting in
@@ -101,7 +101,7 @@ def analyse(
             adapter = run.adapter if run.rank else "lora"
             key = (run.model, adapter, *(value for _, value in run.axes))
             groups.setdefault(key, []).append(run)
-    judgements: list[HorizonJudgement] = []
+    judgements: list[SweepAnalysis] = []
     others = dict(other_runs or {})
     labels = ("model", "adapter", *names)
     different = [place for place in range(len(labels)) if len({key[place] for key in groups}) > 1]
@@ -113,14 +113,14 @@ def analyse(
         )
         described = {labels[place]: key[place] for place in different}
         judgements.append(
-            HorizonJudgement(*(frame.assign(**described) if len(frame) else frame for frame in vars(judged).values()))
+            SweepAnalysis(*(frame.assign(**described) if len(frame) else frame for frame in vars(judged).values()))
         )
         # Losses of different models cannot be compared.
         if key == next(iter(groups)) and "model" not in described:
             others[", ".join(f"{name} {value}" for name, value in described.items())] = group
     tables = zip(*(vars(judged).values() for judged in judgements), strict=True)
-    empty = [pd.DataFrame()] * len(fields(HorizonJudgement))
-    return HorizonJudgement(*(map(_concatenate, tables) if judgements else empty))
+    empty = [pd.DataFrame()] * len(fields(SweepAnalysis))
+    return SweepAnalysis(*(map(_concatenate, tables) if judgements else empty))
 
 
 def judge_runs(
@@ -132,7 +132,7 @@ def judge_runs(
     schedule: Schedule = "constant",
     linear_terms: Sequence[float] = (),
     other_runs: Mapping[str, Sequence[SweepRun]] | None = None,
-) -> HorizonJudgement:
+) -> SweepAnalysis:
     """Find the best rates at every step of the readings, and compare them with each other and with the law.
 
     Args:
@@ -141,7 +141,7 @@ def judge_runs(
       takeovers: Takeover distances of the model's modules for the law's exponents; if empty, these are left out.
       warmup: Number of steps of linear warm-up.
       schedule: Schedule of the learning rate after the warm-up.
-      linear_terms: Linear terms of the model's modules, see `law.horizon_exponents`.
+      linear_terms: Linear terms of the model's modules, see `law.setting_exponents`.
       other_runs: Runs to compare with, by description, see `runs.read_comparison_runs`.
 
     Returns:
@@ -156,7 +156,7 @@ def judge_runs(
     # Without a curve of three rates, only the parts of the change can be analysed.
     if best.empty:
         empty = pd.DataFrame()
-        return HorizonJudgement(best, empty, empty, empty, empty, empty, led, empty, empty, empty, empty)
+        return SweepAnalysis(best, empty, empty, empty, empty, empty, led, empty, empty, empty, empty)
     # Comparisons of curves, also with those of other runs after the same number of steps.
     merged_others = {name: merge_repeated_runs(named_runs) for name, named_runs in (other_runs or {}).items()}
     comparisons = []
@@ -174,7 +174,7 @@ def judge_runs(
     if takeovers:
         law: dict[str, Any] = {"takeovers": takeovers, "warmup": warmup, "schedule": schedule}
         exponents = _concatenate(
-            horizon_exponents(step_curves, step, **law, runs=runs, linear_terms=linear_terms, constants=ranges)
+            setting_exponents(step_curves, step, **law, runs=runs, linear_terms=linear_terms, constants=ranges)
             for step, step_curves in curves.items()
         )
         exponents_in_steps = step_exponents(curves, **law)
@@ -188,7 +188,7 @@ def judge_runs(
     middle = {step: math.sqrt(low * high) for step, (low, high) in ranges.items()}
     by_name = policies(middle, takeover=float(np.median(takeovers)) if takeovers else None, schedule=schedule)
     costs = regret_table(runs, tokens, curves, by_name, draws=BOOTSTRAP_SAMPLES)
-    return HorizonJudgement(
+    return SweepAnalysis(
         best,
         _concatenate(comparisons),
         at_same_rate,
@@ -209,13 +209,13 @@ def _concatenate(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(with_rows) if with_rows else pd.DataFrame()
 
 
-def describe_horizons(runs: int, best: pd.DataFrame, exponents: pd.DataFrame, *, law: bool) -> str:
+def describe_exponents(runs: int, best: pd.DataFrame, exponents: pd.DataFrame, *, law: bool) -> str:
     """Return a sentence on whether the runs support each law, or on what is missing.
 
     Args:
       runs: Number of runs.
       best: `curves.best_rate_table` of every step.
-      exponents: `law.horizon_exponents` of every step.
+      exponents: `law.setting_exponents` of every step.
       law: Whether takeover distances are known.
     """
     if best.empty:
@@ -235,7 +235,7 @@ def _count_verdicts(verdicts: pd.Series) -> str:
 
 
 def add_against_column(exponents: pd.DataFrame) -> pd.DataFrame:
-    """Add a column ``against`` to `law.horizon_exponents` that describes what the rate is compared against."""
+    """Add a column ``against`` to `law.setting_exponents` that describes what the rate is compared against."""
     return exponents.assign(against=exponents["over"].map({"strength": "gamma r at r =", "rank": "r at gamma r ="}))
 
 

@@ -94,7 +94,7 @@ def predict_exponents(
     return pd.DataFrame(rows, columns=["steps", "rate", "quantile", "takeover", "factor", "exponent"])
 
 
-def horizon_exponents(
+def setting_exponents(
     curves: Sequence[Curve],
     step: int,
     *,

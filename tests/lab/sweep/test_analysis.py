@@ -100,7 +100,7 @@ def curves_of(runs: Sequence[SweepRun], step: int = 64, draws: int = 200) -> lis
 def exponents(runs: Sequence[SweepRun], *, use_parts: bool = False, **options) -> pd.DataFrame:
     """Return the exponents after 64 steps by ``over`` and ``at``."""
     law = LAW | {"runs": runs if use_parts else ()} | options
-    return horizon_law.horizon_exponents(curves_of(runs), 64, **law).set_index(["over", "at"])
+    return horizon_law.setting_exponents(curves_of(runs), 64, **law).set_index(["over", "at"])
 
 
 FINE = 10.0 ** np.arange(-6, -1, 0.25)
@@ -120,7 +120,7 @@ def moved(powers: Sequence[float], factor: float) -> list[float]:
 def in_strength(first: Sequence[float], second: Sequence[float]) -> dict:
     """Return the exponent between two strengths with these best rates of the seeds."""
     ends = [curve(first), curve(second, strength=724.0)]
-    (row,) = frames.rows(horizon_law.horizon_exponents(ends, 64, **LAW))
+    (row,) = frames.rows(horizon_law.setting_exponents(ends, 64, **LAW))
     return row
 
 
@@ -241,7 +241,7 @@ def test_full_fine_tuning_is_compared_with_the_adapters_and_in_no_exponent() -> 
     assert all(isinstance(row["rank"], int) for row in best if row["rank"]), "8, not 8.0, in the file"
     assert {curve.line for curve in curves} == {("adamw", "both", rule, 1.0) for rule in ("full", "lora")}
     lora = [curve for curve in curves if curve.rule == "lora"]
-    tables = [horizon_law.horizon_exponents(selected, 64, **LAW) for selected in (curves, lora)]
+    tables = [horizon_law.setting_exponents(selected, 64, **LAW) for selected in (curves, lora)]
     pd.testing.assert_frame_equal(*tables)
     assert frames.rows(table_of(runs))[0]["gamma"] is None
     assert horizon_curves.compare_best_rates(curves_of([*arm, *runs[-2:]], draws=50), 64).empty
@@ -273,7 +273,7 @@ def test_a_rival_in_the_rank_prevents_agreement(exponent, spread, linear_term, v
     """Three seeds, whose interval is 2.5 spreads wide on either side."""
     powers = (exponent - spread, exponent, exponent + spread)
     ends = [curve([1e-3] * 3), curve(moved(powers, 16), rank=128)]
-    (row,) = frames.rows(horizon_law.horizon_exponents(ends, 64, **LAW, linear_terms=[linear_term]))
+    (row,) = frames.rows(horizon_law.setting_exponents(ends, 64, **LAW, linear_terms=[linear_term]))
     assert (row["over"], row["verdict"], row["displacement_verdict"]) == ("rank", verdict, displacement)
 
 
@@ -623,7 +623,7 @@ def test_the_table_and_the_figure_of_best_rates(tmp_path) -> None:
     assert settings == [(16, 8, 64), (16, 8, 724), (16, 128, 64), (16, 128, 724)]
     np.testing.assert_allclose(best[16]["best_rate"], 1e-3 * (best[16]["strength"] / 64) ** -0.5, rtol=0.05)
     assert not best[16]["edge"].any()
-    judged = [horizon_law.horizon_exponents(step_curves, step, **LAW) for step, step_curves in curves.items()]
+    judged = [horizon_law.setting_exponents(step_curves, step, **LAW) for step, step_curves in curves.items()]
     judged[1] = judged[1][judged[1]["at"] == 8]
     tables = {"results": table_of(runs), "exponents": pd.concat(judged)}
     tables["best"] = pd.concat([best[16], best[64][best[64]["rank"] == 8]])

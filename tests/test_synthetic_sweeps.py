@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from benchmarks.verdict_rules import GRID_STEP, SweepModel, draw_sweeps
 from rora_theory.stats.curve_optima import quadratic_optima
-from rora_theory.stats.synthetic_sweeps import GRID_STEP, SweepModel, draw_sweeps
 
 
 def optima(model: SweepModel, count: int, seed: int = 0) -> np.ndarray:
