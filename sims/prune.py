@@ -44,12 +44,6 @@ class PruneConfig:
     reading: FormatConfig = field(default_factory=FormatConfig)
     share: Share = 0.5
     """Fraction of the parameters to keep, embeddings included"""
-    layers: Count | None = None
-    """Number of layers to keep; by default, in proportion to --share"""
-    kv_heads: Count | None = None
-    """Number of key/value heads to keep, with their query heads; by default, in proportion to --share"""
-    width: Count | None = None
-    """Number of feed-forward features to keep; by default, the rest of --share"""
     windows: Count = 128
     """Number of windows of the text for calibration"""
     held_out: Count = 32
@@ -88,9 +82,7 @@ def prune_checkpoint(config: PruneConfig) -> None:
     model = load(origin, config.dtype)
     cli.print_notes(model.remarks)
     # Sizes of the pruned model, and windows of text for calibration and evaluation.
-    shape = pruning.plan_shape(
-        model.config, config.share, layers=config.layers, kv_heads=config.kv_heads, width=config.width
-    )
+    shape = pruning.plan_shape(model.config, config.share)
     longest = model.config.max_position_embeddings
     if config.seq > longest:
         raise InputError(f"--seq must be at most {longest}, the model's max_position_embeddings, got {config.seq}")

@@ -95,7 +95,7 @@ def settings(name: str, model: object, data: Path) -> Any:
             records=BatchConfig(batch_size=2, held_out=6, cutoff=160, template="clean"),
         ),
         "finetune": finetune.Config(train, model, training=FinetuneConfig(rank=2, batch_size=8, held_out=4, warmup=4)),
-        "prune": prune.PruneConfig(train, model, share=0.85, layers=1, windows=10, held_out=3, seq=32),
+        "prune": prune.PruneConfig(train, model, share=0.85, windows=10, held_out=3, seq=32),
         "evaluate": evaluate.EvaluateConfig(model, tasks=("piqa",), data_dir=str(data)),
         "sweep": sweep.Config(
             (*train, str(data / "other.json")), model=(model,), methods=("lora",), ranks=(2,), seeds=(0,),
@@ -273,7 +273,7 @@ OTHER: dict[str, Any] = {
         "batch_size": 32, "lr": 0.1, "non_linearity": "relu", "rank_pattern": {"q_proj": 1},
         "alpha_pattern": {"q_proj": 1.0},
     },
-    "prune": {"layers": None, "kv_heads": 1, "width": 8, "share": 0.9, "seq": 30},
+    "prune": {"share": 0.9, "seq": 30},
     "evaluate": {"tasks": ("boolq",), "protocol": "label", "template": "clean", "limit": 2},
     "sweep": {
         "design": "fixed_alpha", "methods": ("rora",), "ranks": (4,), "alpha_rule": "2r", "seeds": (1,),

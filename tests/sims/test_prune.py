@@ -26,7 +26,7 @@ def texts(data, tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def command(model, texts, tmp_path_factory) -> list[object]:
     """Return the command line; its last word is the run folder."""
-    small = "--share 0.85 --windows 10 --held-out 3 --seq 32 --batch-size 4 --layers 1"
+    small = "--share 0.85 --windows 10 --held-out 3 --seq 32 --batch-size 4"
     return ["--text", *texts, "--model", model, small, "--out", tmp_path_factory.mktemp("prune") / "run"]
 
 

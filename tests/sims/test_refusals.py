@@ -19,7 +19,7 @@ BASE = {
     "--regime REGIME",
     "layer_sweep": "--layers nowhere.npz",
     "lr_transfer": "",
-    "prune": "--model MODEL --text TRAIN --share 0.85 --windows 10 --held-out 3 --seq 32 --layers 1",
+    "prune": "--model MODEL --text TRAIN --share 0.85 --windows 10 --held-out 3 --seq 32",
     "sweep": "--accuracy --model MODEL --data ONE TWO --batch-size 4 --steps 3 --warmup 1 --held-out 6 "
     "--train-records 12 --tasks boolq piqa --data-dir DATA",
     "regime": "--model MODEL --data TRAIN --batch-size 4 --held-out 4 --targets q_proj down_proj --ranks 1 4 16",

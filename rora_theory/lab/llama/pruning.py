@@ -185,14 +185,7 @@ def score_parts(params: Params, statistics: Statistics, config: LlamaConfig) -> 
     return Scores(np.maximum(influence, 0.0), np.sqrt(heads), np.sqrt(features))
 
 
-def plan_shape(
-    config: LlamaConfig,
-    share: float,
-    *,
-    layers: int | None = None,
-    kv_heads: int | None = None,
-    width: int | None = None,
-) -> PrunedShape:
+def plan_shape(config: LlamaConfig, share: float) -> PrunedShape:
     """Choose the sizes of a pruned model with at most ``share`` of the model's parameters, embeddings included.
 
     Layers, and heads within them, are cut in the same proportion. The feed-forward width uses the remaining parameters,
@@ -200,41 +193,30 @@ def plan_shape(
 
     Args:
       config: Configuration of the model.
-      share: Maximum share of the parameters, without effect if all three sizes are given.
-      layers: Number of layers; None to choose it.
-      kv_heads: Number of key/value heads a layer; None to choose it.
-      width: Number of feed-forward features a layer; None to choose it.
+      share: Maximum share of the parameters.
 
     Raises:
-      InputError: The share is outside (0, 1] or smaller than that of the embeddings, or a size exceeds the model's.
+      InputError: The share is outside (0, 1] or smaller than that of the embeddings.
     """
-    # Sizes that the caller sets must not exceed the model's.
-    model_shape = PrunedShape(config.num_hidden_layers, config.num_key_value_heads, config.intermediate_size)
-    for name, value, maximum in zip(PrunedShape._fields, (layers, kv_heads, width), model_shape, strict=True):
-        if value is not None and not 1 <= value <= maximum:
-            raise InputError(f"{name} must be 1 to {maximum}, the model's, got {value}")
     check_share("share", share)
     total, inside = count_parameters(config), _count(abstract_params(config)["layers"])
     # Cutting layers and heads in the same proportion c leaves about c^2 of the parameters inside the layers.
     cut = math.sqrt(min(1.0, max(0.0, 1 - (1 - share) * total / inside)))
-    layers = max(1, round(cut * model_shape.layers)) if layers is None else layers
-    kv_heads = max(1, round(cut * model_shape.kv_heads)) if kv_heads is None else kv_heads
+    layers = max(1, round(cut * config.num_hidden_layers))
+    kv_heads = max(1, round(cut * config.num_key_value_heads))
     # The widest feed-forward that fits, found by counting exactly, since the square root above is an approximation.
-    if width is None:
-        max_parameters = share * total
-        # Number of parameters with each possible width, in increasing order.
-        counts = {
-            candidate: count_parameters(pruned_config(config, PrunedShape(layers, kv_heads, candidate)))
-            for candidate in _possible_widths(model_shape.width)
-        }
-        fitting_widths = [candidate for candidate, count in counts.items() if count <= max_parameters]
-        if not fitting_widths:
-            raise InputError(
-                f"share must be at least {min(counts.values()) / total:.3f} with {layers} layers and {kv_heads} "
-                f"key/value heads, got {share} ({int(max_parameters):,} parameters)"
-            )
-        width = fitting_widths[-1]
-    return PrunedShape(layers, kv_heads, width)
+    max_parameters = share * total
+    counts = {
+        width: count_parameters(pruned_config(config, PrunedShape(layers, kv_heads, width)))
+        for width in [*range(MULTIPLE, config.intermediate_size, MULTIPLE), config.intermediate_size]
+    }
+    fitting_widths = [width for width, count in counts.items() if count <= max_parameters]
+    if not fitting_widths:
+        raise InputError(
+            f"share must be at least {min(counts.values()) / total:.3f} with {layers} layers and {kv_heads} "
+            f"key/value heads, got {share} ({int(max_parameters):,} parameters)"
+        )
+    return PrunedShape(layers, kv_heads, fitting_widths[-1])
 
 
 def choose_parts(scores: Scores, shape: PrunedShape) -> KeptParts:
@@ -330,10 +312,6 @@ def _best(scores: np.ndarray, count: int) -> np.ndarray:
 def _positions(blocks: np.ndarray, size: int) -> np.ndarray:
     """Expand indices of blocks to positions: [n, blocks] to [n, blocks x size]."""
     return (blocks[:, :, None] * size + np.arange(size)[None, None, :]).reshape(len(blocks), -1)
-
-
-def _possible_widths(largest: int) -> list[int]:
-    return [*range(MULTIPLE, largest, MULTIPLE), largest]
 
 
 def pruning_table(scores: Scores, parts: KeptParts) -> "pd.DataFrame":

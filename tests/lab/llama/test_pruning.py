@@ -134,9 +134,7 @@ def test_a_plan_keeps_at_most_the_share(share) -> None:
     if share == 1.0:
         assert shape == PrunedShape(30, 3, 1536)
     if share == 0.5:
-        assert shape == pruning.plan_shape(SMOLLM, share, layers=shape.layers, kv_heads=shape.kv_heads)
-    fixed_shape = pruning.plan_shape(SMOLLM, 0.9, layers=20, kv_heads=2, width=100)
-    assert fixed_shape == PrunedShape(20, 2, 100)
+        assert shape == PrunedShape(18, 2, 904)  # as published
 
 
 @pytest.mark.parametrize(
@@ -145,9 +143,6 @@ def test_a_plan_keeps_at_most_the_share(share) -> None:
         ({"share": 0.0}, "share .* 0.0$"),
         ({"share": 1.5}, "share .* 1.5$"),
         ({"share": 0.1}, "share .*at least 0.21.* 0.1 "),
-        ({"share": 0.5, "layers": 31}, "layers .*1 to 30.* 31"),
-        ({"share": 0.5, "kv_heads": 0}, "kv_heads .*1 to 3.* 0"),
-        ({"share": 0.5, "width": 2000}, "width .*1 to 1536.* 2000"),
     ],
 )
 def test_refuses(arguments, message) -> None:
