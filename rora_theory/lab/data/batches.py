@@ -432,11 +432,6 @@ class Batches:
         """Assemble the batch of one step."""
         return self._assemble(*self._locate(step))
 
-    def count_inputs(self, step: int) -> int:
-        """Return the number of tokens that the model reads in the batch of one step, without padding."""
-        rows, _ = self._locate(step)
-        return int(self._input_lengths[rows[rows >= 0]].sum())
-
     def _locate(self, step: int) -> tuple[Int[np.ndarray, " B"], int]:
         """Return the records of one step, -1 for a row that fills up a short batch, and the padded length."""
         if not -len(self) <= step < len(self):  # the IndexError also ends a loop over the batches

@@ -67,8 +67,6 @@ _FREQUENCIES = "rope_freqs.weight"
 # Keys of the architecture that do not change the function computed.
 _IGNORED_KEYS = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned")
 _CHUNK_ELEMENTS = 1 << 24  # elements dequantised at a time: 64 MiB in float32
-# Maximum number of parts of a header, each an object in memory; 128 000 tokens with their merges make one million.
-_MAX_HEADER_PARTS = 1 << 22
 
 END_TOKEN_KEYS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
 """Metadata keys of the tokens that end a text, a turn and a message."""
@@ -78,14 +76,10 @@ class _Reader(GGUFReader):
     """Reader of the `gguf` package that also checks the lengths in a header, which the package does not."""
 
     data: Any  # the memory map, then a plain view of its bytes
-    _parts = 0
 
     def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> np.ndarray:
         if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
             raise ValueError("it ends before the length in its header")
-        self._parts += 1
-        if self._parts > _MAX_HEADER_PARTS:
-            raise ValueError(f"its header has more than {_MAX_HEADER_PARTS:,} parts")
         # Each part is a view of the data; views of a memory map are much larger objects than views of an array.
         if type(self.data) is not np.ndarray:
             self.data = self.data.view(np.ndarray)

@@ -259,13 +259,6 @@ def test_a_header_that_claims_more_than_the_file_has(claim, tmp_path, time_limit
     assert "\n" not in str(caught.value)
 
 
-def test_the_number_of_header_parts_is_limited(write, monkeypatch):
-    open_gguf(write())
-    monkeypatch.setattr("rora_theory.lab.llama.gguf_file._MAX_HEADER_PARTS", 50)
-    with pytest.raises(InputError, match="more than 50 parts"):
-        open_gguf(write())
-
-
 def test_a_header_is_parsed_once_per_version_of_a_file(write):
     path = write()
     reader = open_gguf(path)
