@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 
 from figures import style
 from rora_theory.runs import frames
-from rora_theory.scaling import scaling_factor
+from rora_theory.scaling import Rule, scaling_factor
 from rora_theory.validation.ranges import Count, Positive, check_ranges
 
-PANELS = {"lora": "alpha / r", "rslora": "use_rslora"}
+PANELS: dict[Rule, str] = {"lora": "alpha / r", "rslora": "use_rslora"}
 """Rules of the panels, with their names in titles."""
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from rora_theory.advice.adapter_config import ALL_LINEAR, without_list_of_all_linear
 from rora_theory.errors import InputError, shown
-from rora_theory.lab.adapters.expressions import Expression, MatchBudget
 from rora_theory.lab.llama import MODULES, LlamaConfig
 from rora_theory.scaling import check_integer, check_positive
 
@@ -201,14 +200,15 @@ def module_predicate(where: str, modules: Sequence[str] | str) -> Callable[[str]
       modules: Value of the setting.
 
     Raises:
-      InputError: If a regular expression is invalid. The predicate raises it if matching takes too long.
+      InputError: If a regular expression is invalid.
     """
     if not isinstance(modules, str):
         names = frozenset(modules)
         return lambda name: not names.isdisjoint(_tails(name))
     if modules.lower() == ALL_LINEAR and where == "target_modules":
         return lambda name: name not in UNSUPPORTED_MODULES
-    return Expression(modules, MatchBudget(where)).matches
+    expression = _compile(where, modules, modules)
+    return lambda name: expression.fullmatch(name) is not None
 
 
 def first_matches(where: str, pattern: Sequence[str] | Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
@@ -222,18 +222,22 @@ def first_matches(where: str, pattern: Sequence[str] | Mapping[str, Any], names:
       names: Full names of modules.
 
     Raises:
-      InputError: If an entry is not a regular expression, or matching takes too long.
+      InputError: If an entry is not a regular expression.
     """
-    budget = MatchBudget(where)
-    entries = {entry: Expression(entry, budget) for entry in pattern}
+    entries = {entry: _compile(where, entry, rf"(.*\.)?({entry})$") for entry in pattern}
     matches = {}
     for name in names:
-        # An entry may match from the start of the name, or after any dot.
-        starts = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
-        first = next((entry for entry, expression in entries.items() if expression.matches(name, starts)), None)
+        first = next((entry for entry, expression in entries.items() if expression.match(name)), None)
         if first is not None:
             matches[name] = first
     return matches
+
+
+def _compile(where: str, setting: str, expression: str) -> re.Pattern[str]:
+    try:
+        return re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(f"{where} {shown(setting)} is not a regular expression: {error}") from error
 
 
 def layer_text(layers: Sequence[int]) -> str:

@@ -23,7 +23,6 @@ from rora_theory.lab.adapters import (
     LoraConfig,
     PrefixConfig,
     adapter_digest,
-    expressions,
     load_peft,
     peft_config,
     rewrite_portable,
@@ -255,7 +254,6 @@ INVALID = {
     "layers_to_transform": ([7], [10**29, -1]),
     "layers_pattern": (["blocks"],),
 }
-ENDLESS = "(.?){60}" * 60 + "!"
 REFUSED = [
     *(({key: value}, rf"\b{key} is not supported.* got ") for key, value in UNSUPPORTED.items()),
     *(
@@ -264,8 +262,6 @@ REFUSED = [
         for value in values
     ),
     ({"a\nkey": [1]}, r"'a\\nkey' is not supported.*\[1\]"),
-    ({"target_modules": ENDLESS}, "target_modules takes too long to match"),
-    ({"rank_pattern": {ENDLESS: 2}}, "rank_pattern takes too long to match"),
     ({"target_modules": ["q_proj"] * 50_000 + ["k_proj"] * 50_000}, "'target_modules' .*got 100,000"),
     ({"rank_pattern": {f"m{i}": 2 for i in range(100_000)}}, "'rank_pattern' .*got 100,000"),
     ({"alpha_pattern": {"q_proj(": 2}}, r"alpha_pattern 'q_proj\(' is not a regular expression"),
@@ -280,8 +276,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("entries", "message"), REFUSED, ids=range(len(REFUSED)))
-def test_refuses_configurations(entries, message, config, folder, monkeypatch, time_limit) -> None:
-    monkeypatch.setattr(expressions, "LIMIT", 3000)
+def test_refuses_configurations(entries, message, config, folder, time_limit) -> None:
     change_config(folder, **entries)
     with time_limit(10), pytest.raises(InputError, match=message) as error:
         load_peft(folder, config)

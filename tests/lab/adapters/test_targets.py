@@ -56,6 +56,23 @@ def test_patterns_match_from_a_dot_and_the_first_wins(config) -> None:
 
 
 @pytest.mark.parametrize(
+    ("expression", "layers"),
+    [
+        (r"model(?=\.).*\.(q_proj|v_proj)", (0, 1, 2)),  # as ms-swift writes it
+        (
+            r"(?:.*?(?:language|model).*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.[\d]{1,}\.q)",
+            (0, 1, 2),
+        ),
+        (r".*\.([12])\.self_attn\.q_proj", (1, 2)),
+        (r"(?P<part>.*\.1\.).*q_proj(?#a comment)", (1,)),
+    ],
+)
+def test_common_expressions(config, expression: str, layers: tuple[int, ...]) -> None:
+    chosen = ranks(config, target_modules=expression)["self_attn.q_proj"]
+    assert [layer for layer, rank in enumerate(chosen) if rank] == list(layers)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"rank_pattern": {"o_proj": 2}}, r"rank_pattern has 'o_proj', which matches no adapted module"),
