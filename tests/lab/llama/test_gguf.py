@@ -295,7 +295,7 @@ FAULTS = [
     ({"llama.attention.sliding_window": 4096}, None, "sliding_window .* 4096$"),
     ({"llama.attention.layer_norm_rms_epsilon": None}, None, "lacks .*rms_epsilon"),
     ({"split.count": 3}, None, r"split\.count .* 3.*--merge"),
-    ({"general.architecture": "gemma2"}, None, r"'gemma2'.*rora_theory\.measure\.torch"),
+    ({"general.architecture": "gemma2"}, None, r"'gemma2'.*rora_theory\.measure"),
     ({}, lambda tensors: tensors.pop("token_embd.weight"), r"lacks token_embd\.weight"),
     ({}, put("blk.0.attn_q.bias", np.ones(256, np.float32)), "lacks .*bias"),
     *(({}, extra_layer(index), "holds '?blk") for index in ("00", "²", "٣", "9" * 5000)),
