@@ -19,6 +19,7 @@ from support.drawings import draw
 from figures import (
     accuracy,
     accuracy_vs_rank,
+    best_rate_vs_rank,
     coordinate_check,
     displacement_ratio,
     exponent_map,
@@ -26,11 +27,13 @@ from figures import (
     horizon,
     horizon_loss,
     layers_vs_rank,
+    loss_by_phase,
     loss_curves,
     loss_vs_rate,
     lr_transfer,
     norm_vs_rank,
     regime,
+    regret_by_model,
     regret_by_policy,
     scaling_diagram,
     style,
@@ -42,6 +45,7 @@ from sims.common import cli
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 FIGURES = {
     "variance_sweep": [(norm_vs_rank, {}), (exponent_map, None)],
+    "evidence": [(best_rate_vs_rank, {}), (regret_by_model, {}), (loss_by_phase, {})],
     "real_layers": [(layers_vs_rank, {})],
     "regime": [(regime, {})],
     "regime_held_out": [(regime, {})],

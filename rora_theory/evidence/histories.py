@@ -28,8 +28,11 @@ SPEED_STEPS = (8, 120)
 SPEED_RATE = 1e-5
 """Learning rate at which the speed is estimated: the lowest one, at which the loss still falls after `SPEED_STEPS`."""
 
-DEGREE = 5
-"""Degree of the polynomial in the log step that describes how the mean loss over ranks falls."""
+DEGREE, FITTED_STEPS = 6, (4, 240)
+"""Degree of the polynomial in the log step that describes how the mean loss over ranks falls, and its steps.
+
+The steps reach beyond `SPEED_STEPS` on both sides, where a polynomial's slope is uncertain.
+"""
 
 DIFFERENCE_COLUMNS = (
     "source", "model", "learning_rate", "first_step", "last_step", "rank", "reference_rank", "mean_loss", "difference",
@@ -100,7 +103,7 @@ def relative_speed(history: History, rank: int, reference_rank: int) -> tuple[fl
     .. math:: L_r(t) - L_{ref}(t) = \log s \cdot \frac{d L}{d \log t}
 
     The slope of the loss comes from a polynomial of degree `DEGREE` in the log step, fitted to the mean over ranks over
-    `SPEED_STEPS`; log s is the least-squares coefficient.
+    `FITTED_STEPS`; log s is the least-squares coefficient over `SPEED_STEPS`.
 
     Args:
       history: Training losses by rank, at a rate far below the best one.
@@ -111,10 +114,11 @@ def relative_speed(history: History, rank: int, reference_rank: int) -> tuple[fl
       log s and its standard error over steps. Differences of neighbouring steps are correlated, so that the error is a
       lower bound.
     """
+    fitted_first, fitted_last = FITTED_STEPS
+    mean_loss = np.mean([losses[fitted_first - 1 : fitted_last] for losses in history.values()], axis=0)
+    polynomial = np.polyfit(np.log(np.arange(fitted_first, fitted_last + 1)), mean_loss, DEGREE)
     first, last = SPEED_STEPS
-    log_steps = np.log(np.arange(first, last + 1))
-    mean_loss = np.mean([losses[first - 1 : last] for losses in history.values()], axis=0)
-    slope = np.polyval(np.polyder(np.polyfit(log_steps, mean_loss, DEGREE)), log_steps)
+    slope = np.polyval(np.polyder(polynomial), np.log(np.arange(first, last + 1)))
     difference = history[rank][first - 1 : last] - history[reference_rank][first - 1 : last]
     log_speed = float(slope @ difference / (slope @ slope))
     residuals = difference - log_speed * slope

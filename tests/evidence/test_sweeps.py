@@ -1,7 +1,6 @@
 """Tables of runs: the shipped one is the published one, curves average repeats, bad values are named in one line."""
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +15,6 @@ from rora_theory.stats.rate_curves import REPEATS
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 HEADER = "model,rank,alpha,rule,learning_rate,loss"
-
-
-@pytest.fixture
-def originals() -> Path:
-    """Return the folder of the files that the sources published, which the package may not contain."""
-    folder = os.environ.get("RORA_EXTERNAL_DIR")
-    if not folder:
-        pytest.skip("RORA_EXTERNAL_DIR is not set: no folder with the published losses")
-    return Path(folder)
 
 
 def parabola(rank: int, best: float, *, level: float = 1.0, seed: int = 0, model: str = "m") -> list[Run]:

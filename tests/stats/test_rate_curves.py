@@ -366,3 +366,16 @@ def test_both_errors_cover_the_spread_over_seeds_and_records():
             held[name] += abs(estimate.value) <= estimate.half_width()
     assert held["both"] / worlds > 0.94  # 0.95 less three standard errors
     assert held["seeds"] / worlds < 0.90
+
+
+def test_noise_of_repeated_runs_gives_an_error_around_the_measured_value() -> None:
+    """Draws of the noise are not measurements: their mean is the value for records, not for repeated runs."""
+    losses = np.array([[1.2, 1.0, 1.1]])
+    drawn = losses * np.exp(0.01 * np.random.default_rng(1).normal(size=(300, 1, 3))) * 1.05
+    by_records = curve(losses, DECADES, resampled=drawn, records=60)
+    by_repeats = dataclasses.replace(by_records, resampled_over=rate_curves.REPEATS)
+    mean = float(drawn.min(axis=2).mean())
+    for sampled, value, over in ((by_records, mean, "held-out records"), (by_repeats, 1.0, rate_curves.REPEATS)):
+        lowest = rate_curves.estimate(Curve.lowest_losses, sampled)
+        assert (lowest.value, lowest.over, lowest.n) == (pytest.approx(value), over, 60)
+        assert lowest.error == pytest.approx(np.std(drawn.min(axis=2), ddof=1) * np.sqrt(60 / 59))

@@ -92,3 +92,22 @@ def test_a_nearly_straight_curve_has_its_minimum_at_the_end() -> None:
     # Two losses that differ, with logarithms that do not.
     (best,) = fit_minima(rates, np.array([[np.nextafter(100.0, 101.0), 100.0, 100.0]]))
     assert 1e-3 < best.rate < 1e-1
+
+
+def test_a_reach_uses_all_rates_near_the_lowest_loss() -> None:
+    """On a dense grid three points measure the noise; least squares over half a decade finds the optimum."""
+    random, rates, optimum = np.random.default_rng(6), np.geomspace(1e-5, 1e-3, 41), 1.3e-4
+    losses = np.exp(0.01 * np.log(rates / optimum) ** 2 + 3e-4 * random.normal(size=(200, 41)))
+    near, wide = (np.log([best.rate / optimum for best in fit_minima(rates, losses, reach)]) for reach in (0.0, 1.25))
+    # Three points 0.12 apart differ by less than the noise; the fit over 22 rates has a standard deviation of 0.01.
+    assert np.std(wide) < 0.25 * np.std(near)
+    assert abs(np.mean(wide)) < 0.02
+    # Where no other rate lies within reach, the fit is the vertex through three points.
+    coarse = np.array([1e-4, 3e-4, 1e-3, 3e-3])
+    curves = np.exp(0.02 * np.log(coarse / np.array([[2e-4], [5e-4]])) ** 2)
+    assert fit_minima(coarse, curves, 1.25) == fit_minima(coarse, curves)
+    # Runs that diverged do not belong to the fit.
+    dense = np.geomspace(1e-4, 1e-2, 21)
+    curve = np.exp(0.02 * np.log(dense / 5e-4) ** 2)
+    curve[np.argmin(curve) + 3 :] = np.inf
+    assert fit_minima(dense, curve[None], 1.25)[0].rate == pytest.approx(5e-4)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rora_theory.stats.rate_curves import Curve
-from rora_theory.stats.regret import loss_at, regret
+from rora_theory.stats.regret import loss_at, losses_at, regret
 
 RATES = 10 ** (np.arange(-20, -7) / 4)
 
@@ -69,3 +69,14 @@ def test_the_tuned_and_the_target_curve_are_not_interchangeable() -> None:
     forward, reversed_ = regret(tuned, target, float), regret(target, tuned, float)
     assert forward.nats.value == pytest.approx(0.4, abs=5e-3)
     assert reversed_.nats.value == pytest.approx(0.1, abs=5e-3)
+
+
+def test_losses_at_several_rates_are_those_at_each() -> None:
+    target = curve(1e-4)
+    rates = np.array([1e-6, 3e-5, RATES[4], 1e-4, 2e-4, 1.0])
+    losses, is_lower_bound = losses_at(target.rates, target.losses, rates)
+    for position, rate in enumerate(rates):
+        one, bound = loss_at(target.rates, target.losses, float(rate))
+        assert losses[:, position].tolist() == pytest.approx(one.tolist(), rel=1e-12)
+        assert is_lower_bound[position] == bound
+    assert is_lower_bound.tolist() == [True, False, False, False, False, True]
