@@ -23,8 +23,6 @@ METHOD_SPACING = 0.13
 
 @dataclass(frozen=True)
 class AccuracyConfig:
-    """Settings of the figure."""
-
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of sims.sweep."""
     rank: Count | None = None

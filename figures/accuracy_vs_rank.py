@@ -34,8 +34,6 @@ METHODS = ("lora", "dora", "rora", "dora-rora", "quarter")
 
 @dataclass(frozen=True)
 class AccuracyVsRankConfig:
-    """Settings of the figure."""
-
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of sims.sweep."""
     model: str | None = None

@@ -44,8 +44,6 @@ METHODS = {
 
 @dataclass(frozen=True)
 class BenchmarkTablesConfig:
-    """Settings of the table."""
-
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of sims.sweep."""
     layout: Literal["I", "II"] | None = None

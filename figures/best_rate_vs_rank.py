@@ -13,8 +13,6 @@ from rora_theory.evidence import plots, starting_rates
 
 @dataclass(frozen=True)
 class BestRateVsRankConfig:
-    """Settings of the figure."""
-
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.evidence"""
     out: Path | None = None

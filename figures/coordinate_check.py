@@ -28,8 +28,6 @@ SPLITS = {"train": "training batch", "held_out": "held-out batch"}
 
 @dataclass(frozen=True)
 class CoordinateCheckConfig:
-    """Settings of the figure."""
-
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.coordinate_check."""
     out: Path | None = None

@@ -23,8 +23,6 @@ LABELS_AT = (0.05, 0.12)
 
 @dataclass(frozen=True)
 class ExponentMapConfig:
-    """Settings of the figure."""
-
     p_in: Count = 4096
     """Inputs of the layer, 1 or more."""
     max_rank: AtLeastTwo = 16384

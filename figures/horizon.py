@@ -17,8 +17,6 @@ from rora_theory.runs import frames
 
 @dataclass(frozen=True)
 class HorizonConfig:
-    """Settings of the figure."""
-
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.sweep, finished with --regime."""
     out: Path | None = None

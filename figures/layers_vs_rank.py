@@ -16,8 +16,6 @@ SPLITS = {"train": "training", "heldout": "held-out"}
 
 @dataclass(frozen=True)
 class LayersVsRankConfig:
-    """Settings of the figure."""
-
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.layer_sweep."""
     split: str = "heldout"

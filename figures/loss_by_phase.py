@@ -14,8 +14,6 @@ from rora_theory.validation.ranges import Positive, check_ranges
 
 @dataclass(frozen=True)
 class LossByPhaseConfig:
-    """Settings of the figure."""
-
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.evidence"""
     learning_rate: Positive = 1e-4

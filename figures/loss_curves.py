@@ -25,8 +25,6 @@ from rora_theory.validation.rules import check_unread
 
 @dataclass(frozen=True)
 class LossCurvesConfig:
-    """Settings of the figure."""
-
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, style.RUN_FOLDERS]
     """Run folders of sims.finetune, cell folders of sims.sweep, or its run folder."""
     rank: Count | None = None

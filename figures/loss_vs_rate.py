@@ -27,8 +27,6 @@ from rora_theory.validation.ranges import Count, Positive, check_ranges
 
 @dataclass(frozen=True)
 class LossVsRateConfig:
-    """Settings of the figure."""
-
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of sims.sweep."""
     rank: Count | None = None

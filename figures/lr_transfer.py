@@ -21,8 +21,6 @@ MAX_LOSS_RATIO = 3
 
 @dataclass(frozen=True)
 class LrTransferConfig:
-    """Settings of the figure."""
-
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.lr_transfer."""
     out: Path | None = None

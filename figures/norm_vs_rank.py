@@ -14,8 +14,6 @@ from rora_theory.runs import frames
 
 @dataclass(frozen=True)
 class NormVsRankConfig:
-    """Settings of the figure."""
-
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.variance_sweep."""
     out: Path | None = None

@@ -18,8 +18,6 @@ FINISHED = "the file of a finished run"
 
 @dataclass(frozen=True)
 class RegimeConfig:
-    """Settings of the figures."""
-
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.regime."""
     split: Literal["train", "heldout"] = "heldout"

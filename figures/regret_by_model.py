@@ -13,8 +13,6 @@ from rora_theory.evidence import plots
 
 @dataclass(frozen=True)
 class RegretByModelConfig:
-    """Settings of the figure."""
-
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.evidence"""
     out: Path | None = None

@@ -22,8 +22,6 @@ FROZEN, TRAINED, LINE = "#d9d9d9", "#F0E442", "#444444"
 
 @dataclass(frozen=True)
 class ScalingDiagramConfig:
-    """Settings of the figure."""
-
     alpha: Positive = 64.0
     """Strength of the adapter."""
     rank: Count = 32

@@ -23,8 +23,6 @@ BAND = 0.1
 
 @dataclass(frozen=True)
 class TrainingDynamicsConfig:
-    """Settings of the figure."""
-
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.training_dynamics."""
     model: Literal["linear", "mlp"] = "linear"

@@ -57,7 +57,6 @@ class Config:
     out: cli.Out = None
 
     def __post_init__(self) -> None:
-        """Validate the options."""
         check_list("--targets", self.targets)
 
 

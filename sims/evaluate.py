@@ -69,7 +69,6 @@ class EvaluateConfig:
     out: cli.Out = None
 
     def __post_init__(self) -> None:
-        """Validate the options."""
         check_ranges(self)
         if self.adapter is not None and not self.adapter.is_dir():
             raise InputError(f"--adapter must be the folder of an adapter in PEFT's format, got {self.adapter}")

@@ -52,7 +52,6 @@ class Config:
     out: cli.Out = None
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         if self.add is not None and self.originals is not None:
             raise InputError(f"--originals {self.originals} has no effect with --add")
 

@@ -65,7 +65,6 @@ class Config:
     processes: ProcessConfig = field(default_factory=ProcessConfig)
 
     def __post_init__(self) -> None:
-        """Validate the options."""
         check_ranges(self, str)
         trackers.check_tracker(self.log_to)
         check_warmup(self.training.warmup, self.training.steps or inf)

@@ -63,7 +63,6 @@ class RateGrid(ControlledGrid):
     )
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         super().__post_init__()
         for option in ("models", "starts"):
             if len(getattr(self, option)) > 1:

@@ -59,7 +59,6 @@ class PruneConfig:
     out: cli.Out = None
 
     def __post_init__(self) -> None:
-        """Validate the options."""
         if not self.text:
             raise InputError("--text must be one or more .txt files or files of training records, got none")
         check_ranges(self)

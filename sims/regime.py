@@ -85,7 +85,6 @@ class Config:
     out: cli.Out = None
 
     def __post_init__(self) -> None:
-        """Validate the options."""
         check_list("--targets", self.targets)
         if self.layers is not None:
             check_list("--layers", self.layers, partial(check_integer, minimum=0))

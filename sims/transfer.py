@@ -67,7 +67,6 @@ class Config(TransferConfig):
     """Run folder of --check; the default is results/transfer/RUN_ID"""
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         if len(self.check) == 1:
             raise InputError(f"--check must be a model and one or more data files, got {self.check[0]}")
         if self.write is not None and self.from_ is None:

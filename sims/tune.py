@@ -99,7 +99,6 @@ class PlannedRun:
     """Seed of the samples of records, of the order and of the initialisation"""
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         check_ranges(self)
         check_seed("--seed", self.seed)
         check_list("--targets", self.targets)
@@ -142,7 +141,6 @@ class TuneConfig:
     out: cli.Out = None
 
     def __post_init__(self) -> None:
-        """Validate the options."""
         if self.planned.budget and not self.data:
             raise InputError("--data must name training records. Pass --budget 0 for a rate without a probe.")
 

@@ -36,7 +36,6 @@ class RunChange:
     displacement_constant: float | None = None
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         # Numbers of NumPy are converted to Python's.
         for name in ("steps", "to_steps", "batch_size", "to_batch_size"):
             value = getattr(self, name)

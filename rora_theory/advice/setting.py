@@ -55,7 +55,6 @@ class Setting:
     init: inits.Init = "kaiming_uniform"
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         check_positive("learning_rate", self.learning_rate)
         object.__setattr__(self, "optimizer", parse_optimizer(self.optimizer))
         # Computing these validates the rank, initialisation, rule and alpha.

@@ -61,7 +61,6 @@ class StepGrid:
     """Seed of the random draws"""
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         check_list("--ranks", self.ranks, check_integer)
         check_rules(self.rules)
         for name, known, fewest in (("optimizers", OPTIMIZERS, 1), ("inits", INITS, 0)):

@@ -84,7 +84,6 @@ class RandomStep:
     init: inits.Init = "normal"
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         check_step(rank=self.rank, scaling=self.scaling, learning_rate=self.learning_rate, optimizer=self.optimizer)
         check_between("overlap", self.overlap, -1, 1)
         inits.entries(self.init, rank=self.rank, p_in=self.p_in)

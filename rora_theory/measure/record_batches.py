@@ -35,7 +35,6 @@ class PairConfig:
     """Tokens in the loss: all (the paper's protocol), or answer for those of the answer only"""
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         check_ranges(self)
 
 
@@ -127,7 +126,6 @@ class BatchConfig:
     and prompt-response records, otherwise plain"""
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         check_ranges(self)
 
 

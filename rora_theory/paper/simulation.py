@@ -79,7 +79,6 @@ class SimulationConfig:
     auto chooses the cheaper one"""
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         check_ranges(self)
         check_list("--overlaps", self.overlaps, partial(check_between, low=-1, high=1))
         if self.sampler == "reduced":

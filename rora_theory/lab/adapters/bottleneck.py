@@ -91,7 +91,6 @@ class BottleneckConfig:
     replaces_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Validate the settings and convert numbers to float."""
         for name, kind in (("placement", Placement), ("non_linearity", NonLinearity), ("init", BottleneckInit)):
             check_choice(name, getattr(self, name), get_args(kind))
         check_integer("bottleneck width", self.width)
@@ -169,7 +168,6 @@ class BottleneckAdapter:
     llama_config: LlamaConfig
 
     def layers(self) -> dict[str, dict[str, Any]]:
-        """Return the matrices of all layers."""
         return self.params
 
     def linear(
@@ -211,7 +209,6 @@ class BottleneckAdapter:
         """Return None: the adapter has no prefix."""
 
     def replace(self, params: Any) -> "BottleneckAdapter":
-        """Return the adapter with other trainable parameters of the same structure."""
         return replace(self, params=params)
 
     def merge(self, params: Params) -> Params:  # noqa: ARG002
@@ -219,9 +216,7 @@ class BottleneckAdapter:
         raise InputError(f"a {self.config.placement} adapter cannot be merged into weights. Apply it without merging.")
 
     def count(self) -> int:
-        """Return the number of trainable parameters."""
         return sum(math.prod(tensor.shape) for tensor in jax.tree.leaves(self.params))
 
     def table(self) -> tuple[AdaptedModule, ...]:
-        """Return the table of adapted modules."""
         return self.config.table(self.llama_config)

@@ -42,7 +42,6 @@ class FullConfig:
     replaces_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         if isinstance(self.target_modules, str):
             raise InputError(
                 f"target_modules must be a list of names for full fine-tuning, got the string {self.target_modules!r}"
@@ -82,7 +81,6 @@ class FullAdapter:
     llama_config: LlamaConfig
 
     def layers(self) -> dict[str, dict[str, Any]]:
-        """Return the trained weights of all layers."""
         return self.params
 
     def linear(
@@ -102,19 +100,15 @@ class FullAdapter:
         """Return None: there is no prefix."""
 
     def replace(self, params: Any) -> "FullAdapter":
-        """Return the adapter with other trainable parameters of the same structure."""
         return replace(self, params=params)
 
     def merge(self, params: Params) -> Params:
-        """Replace the weights of the base model by the trained ones."""
         base = params["layers"]
         weights = {name: tensors["weight"].astype(base[name]["weight"].dtype) for name, tensors in self.params.items()}
         return with_weights(params, weights)
 
     def count(self) -> int:
-        """Return the number of trainable parameters."""
         return sum(tensors["weight"].size for tensors in self.params.values())
 
     def table(self) -> tuple[AdaptedModule, ...]:
-        """Return the table of trained modules."""
         return self.config.table(self.llama_config)

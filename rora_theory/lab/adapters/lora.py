@@ -65,7 +65,6 @@ class LoraConfig:
     replaces_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Validate the settings and convert them to hashable values."""
         object.__setattr__(self, "alpha", _as_float(self.alpha))
         # Computing the scaling validates the rule, the alpha and the rank.
         scaling_factor(self.rule, alpha=self.alpha, rank=self.rank)
@@ -105,7 +104,6 @@ class LoraConfig:
         )
 
     def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]:
-        """Return the table of the modules that this configuration adapts in a model."""
         return _rows(self, self.targets(llama_config))
 
     def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> "LoraAdapter":
@@ -152,7 +150,6 @@ class LoraAdapter:
     targets: tuple[Target, ...]
 
     def layers(self) -> dict[str, dict[str, Any]]:
-        """Return the factors and the scaling of all layers."""
         return {name: {**tensors, "scaling": self.scaling[name]} for name, tensors in self.params.items()}
 
     def linear(
@@ -191,15 +188,12 @@ class LoraAdapter:
         """Return None: the adapter has no prefix."""
 
     def replace(self, params: Any) -> "LoraAdapter":
-        """Return the adapter with other trainable parameters of the same structure."""
         return replace(self, params=params)
 
     def merge(self, params: Params) -> Params:
-        """Merge the adapter into the weights of the base model."""
         return with_weights(params, _merged_weights(self, params))
 
     def count(self) -> int:
-        """Return the number of trainable parameters, without the padding of ranks."""
         total = 0
         for target in self.targets:
             tensors = self.params[target.module]
@@ -209,7 +203,6 @@ class LoraAdapter:
         return total
 
     def table(self) -> tuple[AdaptedModule, ...]:
-        """Return the table of adapted modules."""
         return _rows(self.config, self.targets)
 
 

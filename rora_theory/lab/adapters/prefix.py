@@ -52,7 +52,6 @@ class PrefixConfig:
     replaces_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         check_integer("virtual_tokens", self.virtual_tokens)
         check_choice("init", self.init, get_args(PrefixInit))
 
@@ -116,7 +115,6 @@ class PrefixAdapter:
         return rope.rotate(layer["key"][None], *angles(layer["windowed"]))[0], layer["value"]
 
     def replace(self, params: Any) -> "PrefixAdapter":
-        """Return the adapter with other trainable parameters of the same structure."""
         return replace(self, params=params)
 
     def merge(self, params: Params) -> Params:  # noqa: ARG002
@@ -124,9 +122,7 @@ class PrefixAdapter:
         raise InputError("a prefix cannot be merged into weights. Apply it without merging.")
 
     def count(self) -> int:
-        """Return the number of trainable parameters."""
         return sum(math.prod(tensor.shape) for tensor in self.params.values())
 
     def table(self) -> tuple[AdaptedModule, ...]:
-        """Return the table of adapted modules."""
         return self.config.table(self.llama_config)

@@ -84,7 +84,6 @@ class FormatConfig:
     """Your data's names of fields, where they differ: --fields instruction question output answer"""
 
     def __post_init__(self) -> None:
-        """Validate the fields."""
         if self.format is not None:
             check_choice("format", self.format, get_args(FormatName))
         for name in self.fields:
@@ -107,7 +106,6 @@ class DataConfig(FormatConfig):
     """Number of training prompts to print, with the parts in the loss marked"""
 
     def __post_init__(self) -> None:
-        """Validate the fields."""
         super().__post_init__()
         check_ranges(self, str)
         # Read the template and parse the date, so that a bad one is refused before work starts.

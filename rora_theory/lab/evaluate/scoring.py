@@ -66,7 +66,6 @@ class Scoring:
     texts: str = field(default=TEXTS, init=False)
 
     def __post_init__(self) -> None:
-        """Validate the settings and set the default template."""
         check_choice("protocol", self.protocol, PROTOCOLS)
         if self.protocol == "harness":
             if self.template is not None:

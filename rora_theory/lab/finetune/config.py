@@ -142,7 +142,6 @@ class FinetuneConfig:
     """Seed of the validation split, the order of the records, the initialisation and the dropout"""
 
     def __post_init__(self) -> None:
-        """Validate the settings and convert real numbers to float."""
         # Settings with a fixed list of choices.
         for name, kind in (("method", Method), ("loss_on", LossOn), ("schedule", Schedule), ("dtype", BaseDtype)):
             check_choice(name, getattr(self, name), get_args(kind))

@@ -38,7 +38,6 @@ class LinearRope:
     factor: float
 
     def __post_init__(self) -> None:
-        """Validate the factor."""
         check_between("rope factor", self.factor, 1, _MAX_FLOAT)
 
 
@@ -63,7 +62,6 @@ class Llama3Rope:
     original_max_position_embeddings: int
 
     def __post_init__(self) -> None:
-        """Validate the fields."""
         check_between("rope factor", self.factor, 1, _MAX_FLOAT)
         check_between("rope low_freq_factor", self.low_freq_factor, _MIN_FLOAT, _MAX_FLOAT)
         check_between("rope high_freq_factor", self.high_freq_factor, _MIN_FLOAT, _MAX_FLOAT)
@@ -139,7 +137,6 @@ class LlamaConfig:
     rope_local_base_freq: float | None = None
 
     def __post_init__(self) -> None:
-        """Validate the fields."""
         _validate(vars(self))
 
     @property

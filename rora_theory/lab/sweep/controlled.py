@@ -83,7 +83,6 @@ class ProblemSize:
     """Standard deviation of the noise on the targets; the linear problem's targets have root mean square 1"""
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         check_ranges(self, str)
         check_between("overlap", self.overlap, 0, 1)
 
@@ -104,7 +103,6 @@ class ProblemConfig(ProblemSize):
     """Model: linear [p_out, p_in], or mlp [p_out, hidden] tanh [hidden, p_in]"""
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         super().__post_init__()
         check_choice("model", self.model, MODELS)
 

@@ -84,7 +84,6 @@ class ControlledGrid:
     """Seed from which all random draws are derived"""
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         check_list("--ranks", self.ranks, check_integer, fewest=2)
         # All rules have the same gamma at the reference rank.
         check_rules(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)

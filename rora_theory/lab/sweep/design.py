@@ -97,7 +97,6 @@ class Design:
     dtype: BaseDtype = "float32"
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         # Lists of distinct values.
         check_list("model", self.models)
         check_list("methods", self.methods, partial(check_choice, choices=(BASE, *METHODS)))

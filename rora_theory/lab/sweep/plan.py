@@ -103,7 +103,6 @@ class SweepConfig:
     """Number of prompts in a batch for generate; number of device calls in flight for label and harness"""
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         check_ranges(self)
 
     def resolve_design(self) -> Design:

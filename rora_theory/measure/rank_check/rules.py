@@ -108,7 +108,6 @@ class CheckConfig:
     """Largest absolute slope that counts as flat"""
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         check_list("--ranks", self.ranks, check_integer, fewest=2)
         for name, supported in (("optimizers", OPTIMIZER_NAMES), ("inits", LORA_INITS)):
             check_list(f"--{name}", getattr(self, name), partial(check_choice, choices=supported))

@@ -113,7 +113,6 @@ class RegimeConfig:
     change; implied if adapters are stepped"""
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         # Lists of distinct and known values.
         check_list("--ranks", self.ranks, check_integer)
         check_rules(self.rules)

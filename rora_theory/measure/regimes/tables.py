@@ -93,7 +93,6 @@ class JudgeConfig:
     """Probability that a true law fails in any comparison, which sets the width of the error bars"""
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         check_ranges(self, str)
         check_between("false_alarm", self.false_alarm, 0, 1, closed="neither")
 

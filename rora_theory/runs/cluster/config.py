@@ -39,7 +39,6 @@ class ClusterConfig:
     """GiB of memory reserved for a cell; by default memory is not reserved"""
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         # Ranges of the single options.
         check_integer("--workers", self.workers, maximum=MAX_WORKERS)
         check_ranges(self)
