@@ -26,7 +26,7 @@ from rora_theory.lab.sweep import analysis, differences, results
 from rora_theory.lab.sweep import law as laws_of_rates
 from rora_theory.lab.sweep import runs as sweep_runs
 from rora_theory.lab.sweep.cells import SweepCell, cell_states, describe_models, replace_with_scored
-from rora_theory.lab.sweep.design import BASE
+from rora_theory.lab.sweep.design import AXES, BASE
 from rora_theory.lab.sweep.plan import SweepConfig, SweepPlan, plan_sweep
 from rora_theory.lab.sweep.workbench import Workbench
 from rora_theory.runs import devices
@@ -224,7 +224,9 @@ def report(
     forms = {"model": "{model}", "method": "{method}", "rank": "{rank}", "alpha": "{alpha:g}", "seed": "{seed}"}
     forms |= {"steps": "{steps}", "rate": "{learning_rate:.3g}", "position in the grid": "{best_rate}"}
     forms |= {"validation loss": "{validation_loss:.4f} ± {validation_error:.4f}"}
-    forms |= {"answers": "{answer_loss:.4f} ± {answer_error:.4f}", "accuracy": "{average:.3f} ± {average_error:.3f}"}
+    forms["answers"] = "{answer_loss:.4f} ± {answer_error:.4f}"
+    if best["average"].notna().any():
+        forms["accuracy"] = "{average:.3f} ± {average_error:.3f}"
     title = "Each method and rank at its best rate (± one standard error over records and items)"
     tables.print_records(title, best, forms, left=2, keys=6)
     print_analysis(judged)
@@ -232,6 +234,8 @@ def report(
 
 def print_analysis(judged: analysis.SweepAnalysis) -> None:
     """Print a table of each frame of the analysis that is not empty."""
+    # Settings in which the combinations of a matrix differ.
+    variants = {name: f"{{{name}}}" for name in ("model", "adapter", *AXES) if name in judged.best}
     setting = {"steps": "{step}", "rank": "{size}", "gamma r": "{strength:g}"}
     # Columns of each table.
     measured = {
@@ -292,7 +296,7 @@ def print_analysis(judged: analysis.SweepAnalysis) -> None:
         has_exponents = frame is judged.exponents
         with_labels = analysis.add_against_column if has_exponents else analysis.add_size_column
         left = 3 if has_exponents else list(columns).index("compared with") + 1 if "compared with" in columns else 0
-        tables.print_records(title, with_labels(frame), columns, left=left)
+        tables.print_records(title, with_labels(frame), variants | columns, left=len(variants) + left)
 
 
 def select_pooled(judged: analysis.SweepAnalysis) -> pd.DataFrame:

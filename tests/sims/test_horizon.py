@@ -96,6 +96,7 @@ def test_further_axes_extend_a_folder_and_are_compared_with_its_first_runs(base,
     words = "--strengths 4 --lrs 1e-3 1e-2 1e-1 --axes schedule=constant,cosine batch_size=4,8"
     printed = run(base, f"{words} --out {out}").out
     assert "Lowest validation loss of 18 cells" in printed
+    assert "cosine 8" in printed, "the tables name the settings"
     rows = frames.read_csv(out / "results.csv")
     # The shared schedule has one run for both numbers of steps, and the other has two.
     assert rows.groupby(["schedule", "batch_size"]).size().tolist() == [6, 6, 6, 6]

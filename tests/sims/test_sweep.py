@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -335,6 +336,22 @@ def test_names_are_escaped_in_markdown(name, shown) -> None:
     assert text.count(shown) == 4
     assert "<script" not in text
     assert len({len(re.findall(r"(?<!\\)\|", row)) for row in text.splitlines() if row.startswith("|")}) == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_models_of_one_folder_are_analysed_by_themselves(model, data, tmp_path) -> None:
+    """Every table has a column for the model, and losses of two models are not compared."""
+    copy, out = Path(shutil.copytree(model, tmp_path / "other")), tmp_path / "m"
+    files = [data / name / "train.json" for name in ("one", "two")]
+    words = "--methods base lora rora --ranks 2 --seeds 0 1 --lrs 1e-4 1e-3 1e-2"
+    commands.output(commands.run(sim.main, "--model", model, copy, "--data", *files, PLAIN, words, "--out", out))
+    assert len(commands.rows(out / "records.csv")) == 2 * 6
+    best = frames.read_csv(out / "best.csv")
+    assert best.groupby("model").size().to_dict() == {str(model): 2, str(copy): 2}
+    assert set(frames.read_csv(out / "comparisons.csv")["compared_with"]) == {"gamma r = 90.5097"}
+    rows = table(out)
+    assert [row["model"] for row in rows if row["method"] == "base"] == sorted((str(model), str(copy)))
+    assert sum(row["best_rate"] == "yes" for row in rows) == 2 * 2 * 2
 
 
 @pytest.mark.usefixtures("quick")
