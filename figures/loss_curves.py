@@ -17,7 +17,7 @@ import tyro
 from matplotlib.ticker import MaxNLocator
 
 from figures import style
-from rora_theory.runs import files, seals
+from rora_theory.runs import files
 from rora_theory.runs.journal import read_entries
 from rora_theory.validation.ranges import Count, Natural, Positive, check_ranges
 from rora_theory.validation.rules import check_unread
@@ -111,10 +111,6 @@ def read_events(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """
     # A cell has its settings in a file of its own, a run in its manifest.
     cell = run / "cell.json"
-    if cell.exists():
-        seals.check_unchanged(run.resolve().parents[1], f"cells/{run.resolve().name}")
-    else:
-        seals.check_unchanged(run)
     try:
         settings = files.read_json(cell if cell.exists() else run / "manifest.json")
         # A cell names its method and rate as the table of its sweep does.

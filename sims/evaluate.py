@@ -120,14 +120,13 @@ def evaluate(
     """
     scoring, records = config.scoring(), [record for items in tasks.values() for record in items]
     # Samples of an earlier part of this run are read from its file and not scored again.
-    saved = Samples(folder.path / samples.FILE, folder.identity, records, config.protocol)
+    saved = Samples(folder.path / samples.FILE, records, config.protocol)
     correct_count = sum(sample.correct for sample in saved.scored)
     with progress_bar("scoring", len(records), fields="{task}  accuracy {accuracy:.1%}") as bar:
         bar.advance(len(saved.scored))
         for sample in saved.score(model, tasks, scoring, adapter=adapter, batch_size=config.batch_size):
             correct_count += sample.correct
             bar.advance(1, task=TASKS[sample.task].name, accuracy=correct_count / len(saved.scored))
-    folder.record_files(samples.FILE)
     # Accuracies, written as a table and, with all settings, as JSON.
     levels = accuracies(saved.scored, records)
     protocol_columns = {"protocol": scoring.protocol, "template": scoring.template}

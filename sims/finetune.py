@@ -172,7 +172,7 @@ def train(trainer: Trainer, folder: RunFolder, log_to: TrackerName | None = None
       All events of the run.
     """
     # Events go to the journal, the tracker and the progress bar. A resumed run begins with the past ones.
-    events = Metrics(folder.path / metrics.FILE, trainer, folder.identity)
+    events = Metrics(folder.path / metrics.FILE, trainer)
     print(resumption(trainer.step, trainer.steps, resumed=folder.resumed))
     fields = "loss {loss:.3f}  lr {lr:.1e}  {rate:,.0f} tokens/s"
     tracked = trackers.track(log_to, folder.path, run=folder.identity, config=folder.entry("config"), step=trainer.step)

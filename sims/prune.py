@@ -90,7 +90,7 @@ def prune_checkpoint(config: PruneConfig) -> None:
     extra = {"units": pruning.UNITS}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra, models=[origin])
     # A finished run has the model and the table; anything less is computed again.
-    if not (folder.has_files(MODEL) and folder.has_files("results.csv")):
+    if not (folder.has_files(MODEL) and (folder.path / "results.csv").is_file()):
         folder.clear(MODEL)
         pruned, layers = pruning.prune_model(model, batches(windows, config.batch_size), shape)
         # Size and perplexity of both models.

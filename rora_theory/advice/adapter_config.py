@@ -16,9 +16,6 @@ from rora_theory.runs.files import read_json
 FILE = "adapter_config.json"
 """Name of the configuration file in an adapter's folder."""
 
-MAX_BYTES = 1 << 22
-"""Maximum size of a configuration file; a list of every module of the largest models takes a tenth."""
-
 MAX_ENTRIES = 20_000
 """Maximum number of entries of a list or pattern in a configuration: twice the modules of the largest dense models."""
 
@@ -228,7 +225,7 @@ def read_entries(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise InputError(f"{path}: no such file. Pass the folder of an adapter saved by PEFT, or its {FILE}.")
-    values = read_json(path, MAX_BYTES, accepted="the file as PEFT writes it")
+    values = read_json(path, accepted="the file as PEFT writes it")
     if not isinstance(values, dict):
         raise InputError(f"{path}: must contain a JSON object, as PEFT writes it, got a {type(values).__name__}")
     for key, value in values.items():

@@ -15,8 +15,8 @@ Names and defaults are those of Axolotl 0.18.0 (``src/axolotl/utils/schemas/``),
 """
 
 import copy
+import io
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf, isclose, nan
@@ -27,7 +27,6 @@ from rora_theory.advice.adapter_config import (
     ALL_LINEAR,
     FILE,
     LORA_ENTRIES,
-    MAX_BYTES,
     Check,
     is_a,
     read_entries,
@@ -223,7 +222,7 @@ class _Document(NamedTuple):
 
 
 def _number_of(value: Any) -> float:
-    """Return a number, or NaN. YAML reads ``1e-4``, which has no dot, as text; the trainers convert it."""
+    """Return a number, or NaN. Text is converted, as the trainers do with a quoted number."""
     try:
         return float(value) if is_a(int, float, str)(value) else nan
     except (ValueError, OverflowError):
@@ -348,11 +347,11 @@ def _open_config(path: str | Path) -> _Document:
     if path.name == FILE:
         return _Document(path, "PEFT", "", read_entries(path))
     supported = f"{FILE} of PEFT, or the YAML of Axolotl (key adapter) or LLaMA-Factory (key lora_rank)"
-    text = read_text(path, MAX_BYTES, accepted=supported)
+    text = read_text(path, accepted=supported)
     if path.suffix == ".json":
         values = parse_json(text, where=str(path), accepted=supported)
     else:
-        values = parse_yaml(text, where=str(path), accepted=supported, allow_aliases=True)
+        values = parse_yaml(text, where=str(path), accepted=supported)
     # Recognise the format by keys that only one of them has.
     keys = {name for name in values if isinstance(name, str)} if isinstance(values, dict) else set()
     distinctive_keys: dict[Format, tuple[str, ...]] = {
@@ -515,69 +514,39 @@ def _as_integer(value: float) -> int | None:
 
 
 def _edit_yaml(document: _Document, changes: Mapping[str, Any]) -> str:
-    """Return the YAML text with some values replaced in place, which keeps comments and layout.
+    """Return the YAML text with some values replaced, which keeps comments and layout.
 
     Raises:
       InputError: If the text cannot be edited.
     """
-    import yaml
+    from ruamel.yaml import YAML
+    from ruamel.yaml.util import load_yaml_guess_indent
 
-    class Loader(yaml.SafeLoader):
-        """Loader that gives an alias its own position instead of the position of the node that it stands for."""
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                event = self.get_event()
-                return yaml.ScalarNode("!alias", event.anchor, event.start_mark, event.end_mark)
-            return super().compose_node(parent, index)
-
-    text = document.text
-    # Nodes of the top-level mapping, which state the positions of keys and values in the text.
-    try:
-        root = yaml.compose(text, Loader)
-    except yaml.YAMLError as error:  # PyYAML's own parser, which the trainers use, refuses tabs that libyaml accepts
-        raise InputError(f"{document.path}: cannot be edited ({' '.join(str(error).split())})") from None
-    pairs = {key.value: (key, value) for key, value in root.value}
-    # New keys are inserted before the rank, or before the first key. They override keys that `<<` merges.
-    first_key, _ = pairs.get(KEYS[document.format].rank) or root.value[0]
-    quote = first_key.style or ""
-    newline = "\r\n" if "\r\n" in text else "\n"
-    separator = ", " if root.flow_style else newline + " " * root.start_mark.column
-    edits: list[tuple[int, int, str]] = []
-    anchored_names: list[str] = []
+    editor = YAML()
+    editor.preserve_quotes, editor.width = True, 1 << 20
+    values, indent, offset = load_yaml_guess_indent(document.text.replace("\r\n", "\n"), yaml=editor)
+    editor.indent(sequence=indent, offset=offset)
+    # New keys are inserted before the rank, or before the first key.
+    keys, rank = list(values), KEYS[document.format].rank
+    position = keys.index(rank) if rank in keys else 0
     for name, value in changes.items():
-        scalar = f"{quote}{value}{quote}" if isinstance(value, str) else _yaml_scalar(value)
-        if name in pairs:
-            start, end = (mark.index for mark in (pairs[name][1].start_mark, pairs[name][1].end_mark))
-            # Keep an anchor, which an alias may refer to.
-            if anchor := re.match(r"&[\w-]+", text[start:end]):
-                anchored_names.append(name)
-                start += anchor.end()
-            # A null value may have no text of its own: it ends right after the colon.
-            edits.append((start, end, f" {scalar}" if anchor or end == start else scalar))
+        scalar = value if isinstance(value, str) else editor.load(_yaml_number(value))
+        if name in keys:
+            values[name] = scalar
         else:
-            position = first_key.start_mark.index
-            edits.append((position, position, f"{quote}{name}{quote}: {scalar}{separator}"))
-    # Replace from the end, so that earlier positions stay valid.
-    for start, end, replacement in sorted(edits, reverse=True):
-        text = text[:start] + replacement + text[end:]
-    # Aliases of an edited value change with it, and keys that are written twice may hide an edit.
-    if parse_yaml(text, where=str(document.path), allow_aliases=True) != document.values | dict(changes):
-        if anchored_names:
-            raise InputError(
-                f"{document.path}: {' and '.join(anchored_names)} cannot be changed alone, because an alias stands "
-                "for the same value. Write the value itself in place of the alias."
-            )
-        raise InputError(f"{document.path}: cannot be edited. Write every key once, on a line of its own.")
+            values.insert(position, name, scalar)
+    stream = io.StringIO()
+    editor.dump(values, stream)
+    text = stream.getvalue().replace("\n", "\r\n" if "\r\n" in document.text else "\n")
+    if parse_yaml(text, where=str(document.path)) != document.values | dict(changes):
+        raise InputError(f"{document.path}: cannot be edited. Write every key on a line of its own.")
     return text
 
 
-def _yaml_scalar(value: Any) -> str:
-    """Return YAML 1.1 of a number or a bool; a float needs a dot, as ``3e-05`` is text."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
+def _yaml_number(value: Any) -> str:
+    """Return YAML of a number or a bool. The trainers read YAML 1.1, in which ``3e-05``, without a dot, is text."""
     if isinstance(value, int):
-        return str(value)
+        return str(value).lower()
     mantissa, _, exponent = repr(float(value)).partition("e")
     mantissa += "" if "." in mantissa else ".0"
     return f"{mantissa}e{exponent}" if exponent else mantissa

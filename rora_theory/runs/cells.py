@@ -1,6 +1,6 @@
 """Run the cells of an experiment, each once: the single place where experiments resume.
 
-    FOLDER/cells.jsonl   one sealed line for each finished cell, see `rora_theory.runs.reading`
+    FOLDER/cells.jsonl   one line for each finished cell, see `rora_theory.runs.reading`
     FOLDER/cells/KEY/    files of a cell that has any, with its configuration in cell.json; error.txt if it failed
 
 A cell is a frozen dataclass that, together with the identity of the run folder, determines its result. Its key is the
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from rora_theory.errors import FailedError, InputError
-from rora_theory.runs import digests, files, seals
+from rora_theory.runs import files
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.journal import Journal
 from rora_theory.runs.reading import CELLS, CHECKPOINTS, FinishedCell, as_json, key_of, read_finished_cells
@@ -126,17 +126,20 @@ def run_cells(
 
     Raises:
       FailedError: Cells failed; all others have finished.
-      InputError: The disk is full, or a line or file was changed; results so far are saved.
+      InputError: A line or folder of a cell is damaged; or the disk is full, and results so far are saved.
     """
     keys = [key_of(cell) for cell in cells]
-    finished = _read_verified_cells(folder)
-    journal = Journal(folder.path / CELLS, folder.identity)
+    journal = Journal(folder.path / CELLS)
+    finished = read_finished_cells(folder.path)
+    for key in finished:
+        # A run that ended between saving a cell and removing its checkpoints has left them.
+        shutil.rmtree(folder.path / CELLS_FOLDER / key / CHECKPOINTS, ignore_errors=True)
     # Collect the cells to compute; equal cells are computed once.
     todo = [index for index, key in enumerate(keys) if key not in finished and key not in keys[:index]]
-    for index in todo:
-        folder.forget_digests(f"{CELLS_FOLDER}/{keys[index]}")
     # Each cell has a folder of its own, named by the hash of its settings.
     tasks = [(cells[index], folder.path / CELLS_FOLDER / keys[index]) for index in todo]
+    for _, cell_folder in tasks:
+        files.check_folder(cell_folder)
     failures: list[str] = []
     ended_count, written_at = len(cells) - len(todo), time.monotonic()
 
@@ -158,7 +161,6 @@ def run_cells(
         if isinstance(outcome.result, Exception):
             failures.append(f"{cell} ({_record_failure(cell, cell_folder, outcome.result)})")
         else:
-            # The files are recorded before the journal's line, which makes the cell count as finished.
             cell_record = _save_cell(keys[index], cell, cell_folder, outcome.result, folder)
             finished[keys[index]] = cell_record
             journal.append(vars(cell_record))
@@ -180,17 +182,6 @@ def run_cells(
     return available_values()
 
 
-def _read_verified_cells(folder: RunFolder) -> dict[str, FinishedCell]:
-    """Read the finished cells by key, and raise `InputError` if a file of one was changed."""
-    # The files in the manifest were verified when the folder was opened.
-    finished, verified = read_finished_cells(folder.path), folder.entry("files")
-    for cell in finished.values():
-        seals.check_files(folder.path, {name: sha256 for name, sha256 in cell.files.items() if name not in verified})
-        # A run that ended between saving a cell and removing its checkpoints has left them.
-        shutil.rmtree(folder.path / CELLS_FOLDER / cell.key / CHECKPOINTS, ignore_errors=True)
-    return finished
-
-
 def _sort_journal(journal: Journal, keys: Sequence[str]) -> None:
     """Sort the journal by the order of the cells, so that its bytes do not depend on the order in which they ended.
 
@@ -206,17 +197,16 @@ def _sort_journal(journal: Journal, keys: Sequence[str]) -> None:
 
 
 def _save_cell(key: str, cell: Any, cell_folder: Path, value: Any, folder: RunFolder) -> FinishedCell:
-    """Write the configuration of a finished cell that has files, and return its record with the files' digests."""
-    products: dict[str, str] = {}
+    """Write the configuration of a finished cell that has files, and return its record."""
+    products: list[str] = []
     (cell_folder / ERROR_FILE).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         cell_folder.rmdir()  # succeeds if the folder was created for the error alone
     if cell_folder.exists():
         files.write_whole(cell_folder / "cell.json", json.dumps(as_json(cell), indent=2, sort_keys=True) + "\n")
-        for path in sorted(path for path in cell_folder.rglob("*") if path.is_file()):
-            if path.relative_to(cell_folder).parts[0] != CHECKPOINTS:
-                products[str(path.relative_to(folder.path))] = digests.of_file(path)
-        folder.add_digests(products)
+        paths = sorted(path for path in cell_folder.rglob("*") if path.is_file())
+        inner = [path for path in paths if path.relative_to(cell_folder).parts[0] != CHECKPOINTS]
+        products = [str(path.relative_to(folder.path)) for path in inner]
     # Convert the value as reading the journal would, so that a resumed run has the same bits.
     plain = json.loads(json.dumps(value, default=lambda number: number.item()))
     return FinishedCell(key, as_json(cell), plain, products)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ def of_file(path: Path) -> str:
     """Compute the SHA-256 of a file in hexadecimal, as ``sha256sum`` prints it; 1 GB takes about a second.
 
     Raises:
-      InputError: The file cannot be read, or is a pipe or a device, which may never end.
+      InputError: The file cannot be read.
     """
-    if os.path.exists(path):
-        check_regular(path, accepted="a readable file")
+    check_regular(path, accepted="a readable file")
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,6 @@
-"""Read files with a size limit, and write them atomically.
+"""Read files with errors of one line, and write them atomically.
 
-The limit refuses pipes, devices and oversized files before they fill the memory. Atomic writes leave a file intact when
-the process is killed or the disk is full.
+Atomic writes leave a file intact when the process is killed or the disk is full.
 """
 
 import contextlib
@@ -11,73 +10,44 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from math import inf
 from pathlib import Path, PurePath
 from typing import Any
 
 from rora_theory.errors import InputError, first_line, shown
-
-MAX_FILE_BYTES = 1 << 30
-"""Default maximum size in bytes of a file that is read whole: 1 GiB, eight times a file of 170,000 training records."""
-
-MAX_YAML_CHARACTERS = 1 << 20
-"""Maximum length of a YAML text in characters, and maximum number of its nodes after the expansion of aliases."""
-
-MAX_DEPTH = 64
-"""Maximum nesting depth of lists and objects in JSON, and in YAML with aliases."""
 
 PARTIAL_SUFFIX = ".part"
 """Suffix of a temporary file, which is renamed when it is complete."""
 
 _FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
-_CHUNK = 1 << 24
-"""Number of bytes read at a time."""
 
-
-def read_bytes(path: str | Path, limit: int = MAX_FILE_BYTES, *, accepted: str = "a regular file") -> bytes:
-    """Read the content of a regular file.
+def read_bytes(path: str | Path, *, accepted: str = "a regular file") -> bytes:
+    """Read the content of a file.
 
     Args:
       path: Path of the file, or of a link to it.
-      limit: Maximum size in bytes.
       accepted: Description of the expected file, for error messages.
 
     Raises:
-      InputError: The file does not exist, may not be read, is larger than the limit, or is not a regular file. Pipes
-        and devices such as /dev/zero may never end.
+      InputError: The file does not exist, may not be read, or is a folder, a pipe or a device.
     """
+    check_regular(path, accepted=accepted)
     with _naming_unreadable(path, accepted):
-        # O_NONBLOCK: opening a pipe would otherwise wait for its writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            check_regular(path, descriptor=descriptor, accepted=accepted)
-            stated_size = os.fstat(descriptor).st_size
-            parts, size = [], 0
-            # The size may be wrong, as in /proc, or grow: count the bytes that are read as well.
-            while stated_size <= limit >= size and (part := os.read(descriptor, _CHUNK)):
-                parts.append(part)
-                size += len(part)
-        finally:
-            os.close(descriptor)
-    if max(stated_size, size) > limit:
-        raise InputError(f"{path}: has more than {limit:,} bytes, the limit for this file. Expected {accepted}.")
-    return b"".join(parts)
+        return Path(path).read_bytes()
 
 
-def check_regular(path: str | Path, *, descriptor: int | None = None, accepted: str = "a regular file") -> None:
-    """Check that a path is a regular file, before another library opens it and possibly never returns.
+def check_regular(path: str | Path, *, accepted: str = "a regular file") -> None:
+    """Check that a path is a regular file, before another library opens it.
 
     Args:
       path: Path of the file, or of a link to it.
-      descriptor: Descriptor of the file if it is open, as the path may lead to another file by now.
       accepted: Description of the expected file, for error messages.
 
     Raises:
       InputError: The file does not exist, cannot be accessed, or is not a regular file.
     """
     with _naming_unreadable(path, accepted):
-        mode = os.stat(path if descriptor is None else descriptor).st_mode
+        mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
         raise InputError(f"{path}: is {kind}. Expected {accepted}.")
@@ -154,15 +124,17 @@ def resolve_inside(folder: Path, name: object, *, where: str | Path, links: bool
 
 
 def check_links(folder: Path) -> None:
-    """Check that no symbolic link in a folder leads out of it, so that nothing outside is written or removed.
+    """Check that no symbolic link in a folder leads out of it or in a circle.
 
     Raises:
-      InputError: A link leads out of the folder.
+      InputError: A link leads out of the folder, or to nothing.
     """
     for parent, folders, names in os.walk(folder):
         for path in (Path(parent, name) for name in (*folders, *names)):
-            if path.is_symlink() and not _is_inside(path, folder):
-                raise InputError(f"{path}: symbolic link out of {folder}. Replace it by what it links to.")
+            if path.is_symlink() and not (_is_inside(path, folder) and path.exists()):
+                raise InputError(
+                    f"{path}: symbolic link out of {folder}, or to nothing. Replace it by what it links to."
+                )
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
@@ -178,49 +150,46 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def read_text(path: str | Path, limit: int = MAX_FILE_BYTES, *, accepted: str = "a text file in UTF-8") -> str:
+def read_text(path: str | Path, *, accepted: str = "a text file in UTF-8") -> str:
     """Read a text file in UTF-8 without changing its line ends. A byte-order mark at its start is removed.
 
     Args:
       path: Path of the file.
-      limit: Maximum size in bytes.
       accepted: Description of the expected file, for error messages.
 
     Raises:
       InputError: `read_bytes` refuses the file, or a byte is not UTF-8; the message names the byte.
     """
     try:
-        return read_bytes(path, limit, accepted=accepted).decode().removeprefix("\ufeff")
+        return read_bytes(path, accepted=accepted).decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start} is not UTF-8. Expected {accepted}.") from error
 
 
-def read_json(path: str | Path, limit: int = MAX_FILE_BYTES, *, accepted: str = "a JSON file") -> Any:
+def read_json(path: str | Path, *, accepted: str = "a JSON file") -> Any:
     """Read the value in a JSON file.
 
     Args:
       path: Path of the file.
-      limit: Maximum size in bytes.
       accepted: Description of the expected file, for error messages.
 
     Raises:
       InputError: `read_text` or `parse_json` refuses the file.
     """
-    return parse_json(read_text(path, limit, accepted=accepted), where=str(path), accepted=accepted)
+    return parse_json(read_text(path, accepted=accepted), where=str(path), accepted=accepted)
 
 
-def read_object(path: str | Path, limit: int = MAX_FILE_BYTES, *, accepted: str = "a JSON object") -> dict[str, Any]:
+def read_object(path: str | Path, *, accepted: str = "a JSON object") -> dict[str, Any]:
     """Read the object in a JSON file.
 
     Args:
       path: Path of the file.
-      limit: Maximum size in bytes.
       accepted: Description of the expected file, for error messages.
 
     Raises:
       InputError: `read_json` refuses the file, or its value is not an object.
     """
-    value = read_json(path, limit, accepted=accepted)
+    value = read_json(path, accepted=accepted)
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a {type(value).__name__}. Expected {accepted}.")
     return value
@@ -235,25 +204,16 @@ def parse_json(text: str, *, where: str, accepted: str = "JSON") -> Any:
       accepted: Description of the expected text, for error messages.
 
     Raises:
-      InputError: The text is not JSON, or its lists and objects are nested more than `MAX_DEPTH` deep.
+      InputError: The text is not JSON.
 
     Examples:
       >>> parse_json('{"rank": [8, 16]}', where="run.json")
       {'rank': [8, 16]}
     """
-    # A very deep text exceeds the parser's own recursion; a text that it can parse may still be too deep for us.
     try:
-        value = json.loads(text)
-    except RecursionError:
-        value = None
-        is_too_deep = True
-    except ValueError as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: is not JSON ({error}). Expected {accepted}.") from error
-    else:
-        is_too_deep = _is_deeper(value, MAX_DEPTH)
-    if is_too_deep:
-        raise InputError(f"{where}: is JSON nested more than {MAX_DEPTH} levels deep. Expected {accepted}.")
-    return value
 
 
 @contextlib.contextmanager
@@ -272,87 +232,30 @@ def naming_damage(where: str | Path) -> Iterator[None]:
         raise InputError(f"{where}: is damaged ({reason}). Restore the file as the run wrote it.") from error
 
 
-def yaml_loader() -> Any:
-    """Return the loader of `parse_yaml`: libyaml's, which is ten times as fast, where it is installed."""
-    import yaml
-
-    return getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-def parse_yaml(text: str, *, where: str, accepted: str = "YAML", allow_aliases: bool = False) -> Any:
+def parse_yaml(text: str, *, where: str, accepted: str = "YAML") -> Any:
     """Parse a YAML text.
 
     Args:
       text: YAML source.
       where: Name of the file, for the errors.
       accepted: Description of the expected content, for the errors.
-      allow_aliases: Whether the text may have aliases. They may expand to at most `MAX_YAML_CHARACTERS` nodes, nested
-        at most `MAX_DEPTH` deep.
-
-    Returns:
-      The value that `yaml.safe_load` returns. Aliases of a list or a mapping share one object.
 
     Raises:
-      InputError: The text is not YAML, has an alias that is not allowed, or is larger than `MAX_YAML_CHARACTERS`.
-    """
-    import yaml
+      InputError: The text is not YAML.
 
-    if len(text) > MAX_YAML_CHARACTERS:
-        raise InputError(f"{where}: has more than {MAX_YAML_CHARACTERS:,} characters of YAML. Expected {accepted}.")
-    loader = yaml_loader()
+    Examples:
+      >>> parse_yaml("ranks: [8, 16]  # two", where="run.yaml")
+      {'ranks': [8, 16]}
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
     try:
-        alias = next((event for event in yaml.parse(text, loader) if isinstance(event, yaml.AliasEvent)), None)
-        if alias is not None:
-            if not allow_aliases:
-                raise yaml.YAMLError(f"found the alias *{alias.anchor}, which is not supported")
-            _check_expansion(yaml.compose(text, loader))
-        return yaml.load(text, loader)
-    # A tag such as !!bool raises whatever the conversion of its text raises.
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        return YAML(typ="safe").load(text)
+    # A tag such as !!int raises whatever the conversion of its text raises.
+    except (YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{where}: is not YAML ({reason}). Expected {accepted}.") from None
-
-
-def _check_expansion(root: Any) -> None:
-    """Check the size of a YAML document after the expansion of its aliases.
-
-    Code that walks through the values, such as a comparison, takes as long as for a document of that size.
-
-    Raises:
-      YAMLError: The document has too many nodes or levels, or a node contains itself.
-    """
-    import yaml
-
-    extents: dict[int, tuple[float, float]] = {}
-
-    def measure(node: Any) -> tuple[float, float]:
-        """Return the number of nodes and of levels of a node."""
-        if id(node) not in extents:
-            # A node that contains itself finds this value.
-            extents[id(node)] = inf, inf
-            children = node.value if isinstance(node, yaml.SequenceNode) else []
-            if isinstance(node, yaml.MappingNode):
-                children = [child for pair in node.value for child in pair]
-            parts = [measure(child) for child in children]
-            extents[id(node)] = 1.0 + sum(part[0] for part in parts), 1.0 + max((part[1] for part in parts), default=0)
-        return extents[id(node)]
-
-    nodes, levels = measure(root)
-    if nodes > MAX_YAML_CHARACTERS or levels > MAX_DEPTH:
-        raise yaml.YAMLError(f"its aliases expand to more than {MAX_YAML_CHARACTERS:,} nodes or {MAX_DEPTH} levels")
-
-
-def _is_deeper(value: Any, depth: int) -> bool:
-    """Return whether lists and objects are nested more than ``depth`` deep in a value."""
-    level = [value] if isinstance(value, (list, dict)) else []
-    for _ in range(depth):
-        level = [
-            child
-            for item in level
-            for child in (item.values() if isinstance(item, dict) else item)
-            if isinstance(child, (list, dict))
-        ]
-    return bool(level)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -1,6 +1,5 @@
 """Run folders, ``results/NAME/RUN_ID/``, with `manifest.json` and `results.csv`: intact after any interruption."""
 
-import hashlib
 import json
 import logging
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from rora_theory.errors import InputError
-from rora_theory.runs import digests, files, frames, lock, seals, software
+from rora_theory.runs import files, frames, lock, software
 from rora_theory.runs.reading import as_json, key_of, read_manifest
 
 if TYPE_CHECKING:
@@ -78,8 +77,7 @@ class WeightSource(Protocol):
 class RunFolder:
     """Folder of one run, which the same configuration resumes and any other configuration cannot open.
 
-    One process owns the folder, from `open` to `finish` or `stop`, or until the process ends. The manifest is sealed
-    and holds the digest of every file that a finished or interrupted run wrote.
+    One process owns the folder, from `open` to `finish` or `stop`, or until the process ends.
 
     Attributes:
       path: Path of the folder.
@@ -93,7 +91,6 @@ class RunFolder:
         """Initialise an open folder; use `open` instead."""
         self.path, self.identity, self.resumed = path, identity, resumed
         self._manifest, self._lock = manifest, lock_descriptor
-        self._new_digests: dict[str, str] = {}
         self._opened_at = time.monotonic()
 
     @classmethod
@@ -125,7 +122,7 @@ class RunFolder:
 
         Raises:
           InputError: The folder cannot be written, belongs to another process, holds another run, holds files but no
-            readable manifest, holds files that were changed, or has a symbolic link that leads out of it.
+            readable manifest, or has a symbolic link that leads out of it or nowhere.
         """
         plain = as_json(config)
         identity, path = _identity(plain), path_of(name, plain, out)
@@ -164,7 +161,6 @@ class RunFolder:
                 manifest["weights"] = described
             for model in models:
                 logger.info(model.summary)
-            manifest.setdefault("files", {})
             session = {"start": lock.now(), "end": None, "status": "running", "command": sys.argv[1:]}
             manifest["sessions"].append(session | {"process": os.getpid(), "host": platform.node()} | environment)
             # From here on, the folder object owns the lock and writes the manifest.
@@ -188,7 +184,6 @@ class RunFolder:
           status: Final status.
           **entries: Further entries of the manifest.
         """
-        self._manifest["files"] |= self._new_digests
         end = {"status": status, "end": lock.now()}
         self._manifest["sessions"][-1] |= end
         self.update(**end, last_session_seconds=round(time.monotonic() - self._opened_at, 1), **entries)
@@ -203,19 +198,8 @@ class RunFolder:
 
     def write(self, name: str, content: str | bytes) -> Path:
         """Write a file of this run atomically and return its path."""
-        data = content.encode() if isinstance(content, str) else content
-        digest = hashlib.sha256(data).hexdigest()
-        # Drop an old digest first: after a kill in between, the new file would count as changed.
-        if self._manifest["files"].get(name, digest) != digest:
-            del self._manifest["files"][name]
-            self._write_manifest()
-        files.write_whole(self.path / name, data)
-        self._new_digests[name] = digest
+        files.write_whole(self.path / name, content)
         return self.path / name
-
-    def add_digests(self, digests_by_name: Mapping[str, str]) -> None:
-        """Add the digests of files that were written without `write`; the manifest gets them when the run ends."""
-        self._new_digests |= digests_by_name
 
     def add_cell_time(
         self, key: str, seconds: float, node: str | None = None, software: Mapping[str, Any] | None = None
@@ -234,23 +218,18 @@ class RunFolder:
             session.setdefault("other_software", {})[name] = as_json(software)
 
     def record_files(self, name: str) -> None:
-        """Write the digest of a file, or of all files in a folder, to the manifest.
-
-        Model cards are left out, because their owner may edit them.
+        """Write the names of all files in a folder to the manifest, when the folder is complete.
 
         Args:
-          name: Name of a file or folder that was written without `write`.
+          name: Name of a folder whose files were written without `write`.
         """
-        target = self.path / name
-        paths = sorted(path for path in target.rglob("*") if path.is_file()) if target.is_dir() else [target]
-        paths = [path for path in paths if path.name != "README.md"]
-        self._manifest["files"] |= {str(path.relative_to(self.path)): digests.of_file(path) for path in paths}
-        self._write_manifest()
+        paths = sorted(path for path in (self.path / name).rglob("*") if path.is_file())
+        self.update(outputs=[*self._other_outputs(name), *(str(path.relative_to(self.path)) for path in paths)])
 
     def has_files(self, name: str) -> bool:
-        """Return whether all recorded files of a name exist. Opening the folder has verified that none was changed."""
-        known = [file for file in self._manifest["files"] if file == name or file.startswith(f"{name}/")]
-        return bool(known) and all((self.path / file).is_file() for file in known)
+        """Return whether all recorded files of a folder exist, and there are any."""
+        recorded = [file for file in self._manifest.get("outputs", []) if file.startswith(f"{name}/")]
+        return bool(recorded) and all((self.path / file).is_file() for file in recorded)
 
     def entry(self, name: str) -> Any:
         """Return an entry of the manifest, or None."""
@@ -258,15 +237,12 @@ class RunFolder:
 
     def clear(self, name: str) -> None:
         """Remove a folder of this run that is incomplete or obsolete."""
+        self.update(outputs=self._other_outputs(name))
         shutil.rmtree(self.path / name, ignore_errors=True)
-        self.forget_digests(name)
 
-    def forget_digests(self, name: str) -> None:
-        """Remove the digests of the files in a folder from the manifest, before the files are written again."""
-        recorded = self._manifest["files"]
-        remaining = {file: digest for file, digest in recorded.items() if not file.startswith(f"{name}/")}
-        if len(remaining) < len(recorded):
-            self.update(files=remaining)
+    def _other_outputs(self, name: str) -> list[str]:
+        """Return the recorded files of other folders."""
+        return [file for file in self._manifest.get("outputs", []) if not file.startswith(f"{name}/")]
 
     def write_frame(self, frame: "pd.DataFrame", name: str = "results.csv") -> Path:
         """Write a table atomically, with all digits of its floats, see `rora_theory.runs.frames`."""
@@ -278,15 +254,14 @@ class RunFolder:
             os.close(self._lock)
 
     def _write_manifest(self) -> None:
-        sealed = seals.seal(self._manifest)
-        files.write_whole(self.path / "manifest.json", json.dumps(sealed, indent=2, sort_keys=True) + "\n")
+        files.write_whole(self.path / "manifest.json", json.dumps(self._manifest, indent=2, sort_keys=True) + "\n")
 
 
 def _read_previous(path: Path, name: str, config: Any, extensions: Mapping[str, Any]) -> dict[str, Any] | None:
     """Read the manifest of an earlier part of this run; None if there is none.
 
     Raises:
-      InputError: The folder holds another run, or files that were changed.
+      InputError: The folder holds another run.
     """
     manifest = read_manifest(path, ("experiment", "config", "sessions"))
     if manifest is None:
@@ -303,10 +278,6 @@ def _read_previous(path: Path, name: str, config: Any, extensions: Mapping[str, 
             f"{path}: holds a run with other arguments ({_difference(manifest, name, old, new)}). Use another folder, "
             "or repeat the arguments of that run."
         )
-    # Journals seal their own lines and grow during the run, so their digests are not compared.
-    recorded = manifest.get("files") or {}
-    manifest["files"] = {file: digest for file, digest in recorded.items() if not file.endswith(".jsonl")}
-    seals.check_files(path, manifest["files"])
     return manifest
 
 

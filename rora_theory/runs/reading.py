@@ -1,7 +1,7 @@
 """Read the manifest and the finished cells of a run folder.
 
-manifest.json        configuration, environment and digests of the run's files, sealed
-cells.jsonl          one sealed line for each finished cell: key, configuration, result, digests of its files
+manifest.json        configuration, environment and sessions of the run
+cells.jsonl          one line for each finished cell: key, configuration, result, names of its files
 cells/KEY/           files of a cell that has any
 """
 
@@ -14,10 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rora_theory.errors import InputError, shown
-from rora_theory.runs import files, seals
-from rora_theory.runs.journal import Journal
-from rora_theory.runs.seals import RESTORE
+from rora_theory.errors import InputError, reason_of, shown
+from rora_theory.runs import files
+from rora_theory.runs.journal import read_entries
+
+RESTORE = "Restore the file as the run wrote it."
+"""Advice at the end of a message about a damaged file."""
 
 CELLS = "cells.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -30,9 +32,9 @@ _ENTRIES = {
     "run_id": str,
     "status": str,
     "config": dict,
-    "files": dict,
     "sessions": list,
     "model_layers": int,
+    "outputs": list,
 }
 _SESSION = {"status": str, "python": str, "packages": dict, "git_revision": str | None, "cells": dict}
 """Types of the entries of a manifest and of its sessions that are read again. Any entry may be missing."""
@@ -76,13 +78,13 @@ class FinishedCell:
       key: Key of the cell, see `key_of`.
       cell: Configuration of the cell in JSON types.
       value: Result of the cell in JSON types.
-      files: SHA-256 of each of its files, by path relative to the run folder.
+      files: Paths of its files relative to the run folder.
     """
 
     key: str
     cell: Any
     value: Any
-    files: Mapping[str, str]
+    files: Sequence[str]
 
 
 def key_of(cell: Any) -> str:
@@ -102,30 +104,27 @@ def read_finished_cells(path: Path) -> dict[str, FinishedCell]:
       The cells by key, in the order in which they finished.
 
     Raises:
-      InputError: A line was changed, its key is not the hash of its cell, or it names a file outside the folder.
+      InputError: A line is damaged, its key is not the hash of its cell, or it names a file outside the folder.
     """
-    manifest = read_manifest(path, ("run_id",))
-    if manifest is None:
+    if read_manifest(path, ()) is None or not os.path.lexists(path / CELLS):
         return {}
     # A cell that was computed again has a later line, which replaces the earlier one.
     cells: dict[str, FinishedCell] = {}
-    for number, entry in enumerate(Journal(path / CELLS, manifest["run_id"], repair=False).entries, start=1):
-        cell = _parse_cell(entry, f"{path / CELLS}: line {number}")
+    for number, entry in enumerate(read_entries(path / CELLS), start=1):
+        cell = _parse_cell(path, entry, f"{path / CELLS}: line {number}")
         cells[cell.key] = cell
-    return {
-        key: cell
-        for key, cell in cells.items()
-        if all(files.resolve_inside(path, name, where=path / CELLS).exists() for name in cell.files)
-    }
+    return {key: cell for key, cell in cells.items() if all((path / name).exists() for name in cell.files)}
 
 
-def _parse_cell(entry: Mapping[str, Any], where: str) -> FinishedCell:
+def _parse_cell(folder: Path, entry: Mapping[str, Any], where: str) -> FinishedCell:
     """Parse an entry of the journal. The key names a folder, so it must be the hash of the cell."""
     with files.naming_damage(where):
         key, cell = entry["key"], entry["cell"]
         if key != key_of(cell):
             raise InputError(f"{where}: key {shown(key)} is not the hash of its cell. {RESTORE}")
-        return FinishedCell(key, cell, entry["value"], dict(entry["files"]))
+        for name in entry["files"]:
+            files.resolve_inside(folder, name, where=where)
+        return FinishedCell(key, cell, entry["value"], list(entry["files"]))
 
 
 def read_manifest(path: Path, keys: Sequence[str]) -> dict[str, Any] | None:
@@ -136,10 +135,10 @@ def read_manifest(path: Path, keys: Sequence[str]) -> dict[str, Any] | None:
       keys: Entries that the manifest must have.
 
     Returns:
-      The manifest without its digest, or None if the folder is empty or does not exist.
+      The manifest, or None if the folder is empty or does not exist.
 
     Raises:
-      InputError: The manifest is damaged, was changed, has no digest, or is missing although the folder has files.
+      InputError: The manifest is damaged, lacks an entry, or is missing although the folder has files.
     """
     file = path / "manifest.json"
     # Without a manifest the folder must be empty: files of unknown origin are not overwritten.
@@ -147,27 +146,29 @@ def read_manifest(path: Path, keys: Sequence[str]) -> dict[str, Any] | None:
         if path.is_dir() and any(entry for entry in path.iterdir() if not entry.name.startswith(".")):
             raise InputError(f"{path}: holds files but no manifest.json. Use an empty folder or the folder of a run.")
         return None
-    manifest = seals.read_sealed(file, keys)
+    try:
+        manifest = files.read_json(file)
+    except InputError as error:
+        raise InputError(f"{file}: is damaged ({reason_of(error, file)}). {RESTORE}") from error
     check_manifest(file, manifest)
+    if missing := [key for key in keys if key not in manifest]:
+        raise InputError(f"{file}: is damaged (it has no {missing[0]}). {RESTORE}")
     return manifest
 
 
-def check_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
-    """Check the types of a manifest's entries, and that the files it lists are in its folder.
+def check_manifest(file: Path, manifest: Any) -> None:
+    """Check the types of a manifest's entries.
 
     Args:
       file: Path of the manifest.
       manifest: Content of the manifest.
 
     Raises:
-      InputError: An entry has another type, or a listed file is outside the folder.
+      InputError: The content is not an object, or an entry has another type.
     """
     _check_types(file, manifest, _ENTRIES)
     for session in manifest.get("sessions", []):
         _check_types(file, session, _SESSION, owner="a session's ")
-    for name, digest in manifest.get("files", {}).items():
-        files.resolve_inside(file.parent, name, where=file)
-        _check_types(file, {name: digest}, {name: str})
 
 
 def _check_types(file: Path, entries: Any, types: Mapping[str, Any], owner: str = "") -> None:

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import tyro
-import yaml
 
 from rora_theory.errors import InputError, shown
 from rora_theory.runs import files
 
 CONFIG_OPTION = "--config"
 """Option that names a file of options."""
-MAX_BYTES = 1 << 16
-"""Maximum size of a file of options."""
 
 
 def options_of(config: type) -> dict[str, Any]:
@@ -143,17 +140,15 @@ def _split_files(words: Sequence[str]) -> tuple[list[str], list[Path]]:
 
 def _read(path: Path, known: Mapping[str, Any]) -> FileOptions:
     accepted = "a YAML file of options by their names"
-    text = files.read_text(path, MAX_BYTES, accepted=accepted)
+    text = files.read_text(path, accepted=accepted)
     entries = files.parse_yaml(text, where=str(path), accepted=accepted)
     if not isinstance(entries, dict):
         raise InputError(f"{path}: must be a mapping from options to values, got {shown(entries)}")
-    # YAML's parser keeps the last of several equal keys; the nodes of the file show them all.
-    keys = [str(key.value).replace("_", "-") for key, _ in yaml.compose(text, files.yaml_loader()).value]
     file = FileOptions(path, {})
     for key, value in entries.items():
         option = str(key).replace("_", "-")
-        if keys.count(option) > 1:
-            raise InputError(f"{path}: key {option}: must be set once, got {keys.count(option)} times")
+        if option in file.words:
+            raise InputError(f"{path}: key {option}: must be set once, got twice")
         if option not in known:
             raise InputError(f"{path}: key {key}: unknown option; supported: {', '.join(known)}")
         file.words[option] = list(_words_of(path, option, value, known[option]))

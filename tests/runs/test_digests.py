@@ -22,5 +22,5 @@ def test_a_digest_is_what_sha256sum_prints(tmp_path):
 
 
 def test_a_file_that_can_t_be_read_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"none: cannot be read \(No such file or directory\)"):
+    with pytest.raises(InputError, match="none: no such file"):
         digests.of_file(tmp_path / "none")

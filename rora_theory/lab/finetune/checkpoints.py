@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from rora_theory import extras
 from rora_theory.errors import InputError, first_line
 from rora_theory.lab.finetune.step import State
-from rora_theory.runs import seals
 from rora_theory.runs.files import naming_damage
 
 try:
@@ -97,9 +96,7 @@ class Checkpoints:
         self._policy.steps = (progress.step, progress.best_step)
         # On a CPU the writer would read the arrays in place, while the next step already overwrites them.
         copy = _copy(state)
-        # The seal detects changes of the progress, its checksum changes of the arrays.
-        sealed = seals.seal(asdict(progress) | {"state": checksum(state)})
-        items = ocp.args.Composite(state=ocp.args.StandardSave(copy), progress=ocp.args.JsonSave(sealed))
+        items = ocp.args.Composite(state=ocp.args.StandardSave(copy), progress=ocp.args.JsonSave(asdict(progress)))
         with self._naming_write_error():
             self._manager.save(progress.step, args=items, force=True)
 
@@ -120,7 +117,7 @@ class Checkpoints:
           like: State with the same structure, shapes and placement on devices.
 
         Raises:
-          InputError: If any bit of the checkpoint has changed, or if it belongs to another model or adapter.
+          InputError: If the checkpoint cannot be read, or belongs to another model or adapter.
         """
         # Shapes, types and shardings of the present state, to which the restored arrays are placed.
         abstract = jax.tree.map(_abstract, like)
@@ -129,16 +126,9 @@ class Checkpoints:
             restored = self._manager.restore(step, args=items)
         except Exception as error:  # several libraries read the files, and each raises errors of its own
             raise self._damage_error(step, f"cannot be read ({_reason(error)})") from error
-        # Compare the progress with its seal, and the arrays with their checksum.
         with naming_damage(self.path(step)):
-            progress = dict(restored.progress)
-            if not seals.is_sealed(progress) or progress.pop("state") != checksum(restored.state):
-                raise self._damage_error(step, "is not as it was written")
-            del progress[seals.DIGEST]
-            result = Progress(**progress)
-            if result.step != step:
-                raise self._damage_error(step, "is not as it was written")
-        return restored.state, result
+            progress = Progress(**restored.progress)
+        return restored.state, progress
 
     def _damage_error(self, step: int, damage: str) -> InputError:
         return InputError(
@@ -180,33 +170,6 @@ def silence_checkpoint_logs() -> None:
 @jax.jit
 def _copy(state: State) -> State:
     return jax.tree.map(jnp.copy, state)
-
-
-def checksum(state: State) -> list[int]:
-    """Return a checksum of each array, which detects a change of any single byte.
-
-    The checksums do not depend on the devices or the layout.
-    """
-    return [int(number) for number in jax.device_get(_sums(state))]
-
-
-@jax.jit
-def _sums(state: State) -> list[jax.Array]:
-    return [_sum(leaf) for leaf in jax.tree.leaves(state)]
-
-
-def _sum(leaf: jax.Array) -> jax.Array:
-    """Compute the sum of (2i + 1) w_i modulo 2^32 over an array's bits, read as unsigned integers w_i.
-
-    The factor 2i + 1 is odd and thus invertible modulo 2^32, so a change of one integer always changes the sum.
-    """
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    bits = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
-    kind = {1: jnp.uint8, 2: jnp.uint16}.get(bits.dtype.itemsize, jnp.uint32)
-    words = jax.lax.bitcast_convert_type(bits, kind).astype(jnp.uint32).ravel()
-    factors = jnp.arange(words.size, dtype=jnp.uint32) * jnp.uint32(2) + jnp.uint32(1)
-    return jnp.sum(words * factors, dtype=jnp.uint32)
 
 
 class _PreserveSteps:

@@ -1,4 +1,4 @@
-"""Metrics of a run, appended to a file: one sealed line per step and per validation."""
+"""Metrics of a run, appended to a file: one line per step and per validation."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -25,17 +25,16 @@ class Metrics:
     Args:
       path: Path of the file.
       trainer: Trainer that produces the events.
-      identity: Identity of the run, stored in the file.
 
     Raises:
-      InputError: If the file has changed, or lacks events before the checkpoint.
+      InputError: If the file is damaged, or lacks events before the checkpoint.
     """
 
-    def __init__(self, path: Path, trainer: Trainer, identity: str) -> None:
+    def __init__(self, path: Path, trainer: Trainer) -> None:
         # A run from the first step on does not continue an older journal.
         if not trainer.step:
             path.unlink(missing_ok=True)
-        self._trainer, self._journal = trainer, Journal(path, identity)
+        self._trainer, self._journal = trainer, Journal(path)
         with naming_damage(path):
             past_events = [event for event in self._journal.entries if event["step"] <= trainer.step]
             names = [(event["event"], event["step"]) for event in past_events]
@@ -65,9 +64,8 @@ class Metrics:
         self._journal.append({"event": name, **asdict(event)}, sync=self._trainer.saves(event.step))
 
     def write(self, folder: RunFolder) -> None:
-        """Write the table of all events to the run's folder and record the digest of the metrics file."""
+        """Write the table of all events to the run's folder."""
         folder.write_frame(frames.from_rows(self.events, COLUMNS))
-        folder.record_files(FILE)
 
     @property
     def events(self) -> list[dict[str, Any]]:

@@ -291,7 +291,7 @@ class Workbench:
         result: dict[str, Any] = {"trainable_parameters": adapter.count()}
         run, trained = ReadRun([], []), None
         try:
-            metrics = None if folder is None else Metrics(folder / metrics_file.FILE, trainer, folder.name)
+            metrics = None if folder is None else Metrics(folder / metrics_file.FILE, trainer)
             # The losses of the steps before a checkpoint are those of the metrics file.
             run.train_losses.extend(event["loss"] for event in (metrics.events if metrics else ()))
             # A run that was interrupted in its last read-out has no step left.

@@ -14,7 +14,7 @@ from rora_theory.laws.layers.layer_data import Split
 from rora_theory.measure.regimes import thin
 from rora_theory.measure.regimes.tables import CROSSING_COLUMNS, CROSSINGS
 from rora_theory.optimizers import FAMILY, OptimizerName
-from rora_theory.runs import frames, seals
+from rora_theory.runs import frames
 from rora_theory.runs.files import read_json
 from rora_theory.runs.reading import check_manifest
 
@@ -108,7 +108,7 @@ def read_regime_run(folder: Path, *, optimizer: OptimizerName, init: Init, split
       The linear terms with the manifest of the run.
 
     Raises:
-      InputError: If there is no such run, it was modified, or it did not measure this optimizer and initialisation.
+      InputError: If there is no such run, or it did not measure this optimizer and initialisation.
     """
     # Check the files before reading them.
     path = folder / CROSSINGS
@@ -116,7 +116,6 @@ def read_regime_run(folder: Path, *, optimizer: OptimizerName, init: Init, split
         raise InputError(
             f"{folder} has no {CROSSINGS}. Use a run folder of sims.regime, or one of {', '.join(REGIMES)}."
         )
-    seals.check_unchanged(folder)
     # Linear terms of the rows for this optimizer, initialisation and split.
     selection = {"optimizer": FAMILY[optimizer], "init": init, "split": split}
     rows = frames.where(frames.read_csv(path, CROSSING_COLUMNS), selection)

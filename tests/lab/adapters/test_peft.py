@@ -325,7 +325,7 @@ def test_an_adapter_for_a_wider_model_is_refused(config, params, folder) -> None
         *(
             ("adapter_config.json", content, reason)
             for content, reason in (
-                (b"", "JSON"), (b"{", "JSON"), (b"[]", "list"), (b"\xff", "UTF-8"), (b"[" * 100_000, r"JSON .*\b64\b"),
+                (b"", "JSON"), (b"{", "JSON"), (b"[]", "list"), (b"\xff", "UTF-8"), (b"[" * 100_000, "JSON"),
             )
         ),
     ],

@@ -20,7 +20,7 @@ from rora_theory.lab.sweep.runs import FULL, Reading, ReadRun, SweepRun, merge_r
 from rora_theory.laws.constant_gradient import distances, rate_factor, rate_for_equal_change
 from rora_theory.laws.displacement import displacement_ratio
 from rora_theory.optimizers import schedule_factor
-from rora_theory.runs import frames, seals
+from rora_theory.runs import frames
 from rora_theory.stats import trained_runs
 from rora_theory.stats.paired import resampled_ratios
 from rora_theory.stats.rate_curves import Curve
@@ -629,7 +629,7 @@ def test_the_table_and_the_figure_of_best_rates(tmp_path) -> None:
     tables["best"] = pd.concat([best[16], best[64][best[64]["rank"] == 8]])
     for name, table in tables.items():
         (tmp_path / f"{name}.csv").write_text(frames.to_csv(table))
-    (tmp_path / "manifest.json").write_text(json.dumps(seals.seal({"experiment": "sweep", "files": {}})))
+    (tmp_path / "manifest.json").write_text(json.dumps({"experiment": "sweep", "files": {}}))
     assert [path.name for path in figure.draw_horizon(figure.HorizonConfig(tmp_path))] == ["horizon.png", "horizon.svg"]
     drawn = (tmp_path / "horizon.svg").read_text()
     assert all(name in drawn for name in ("16 steps", "64 steps", "r = 8", "r = 128"))

@@ -9,7 +9,6 @@ import pytest
 
 from rora_theory.errors import InputError
 from rora_theory.lab.sweep.runs import Reading, ReadRun, SweepRun, read_comparison_runs, read_runs
-from rora_theory.runs import seals
 from rora_theory.runs.journal import Journal
 from rora_theory.runs.reading import CELLS, key_of
 
@@ -27,10 +26,10 @@ def write_folder(path: Path, settings: dict[str, Any], experiment: str = "sweep"
     path.mkdir()
     config = {"models": ["m"], "model_sha256": {"m": "0"}, "data": {"all": 3}, "settings": settings} | config
     manifest = {"experiment": experiment, "run_id": "1", "config": config}
-    (path / "manifest.json").write_text(json.dumps(seals.seal(manifest)))
-    journal = Journal(path / CELLS, "1")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    journal = Journal(path / CELLS)
     for cell in (CELL, NEW):
-        journal.append({"key": key_of(cell), "cell": cell, "value": RESULT | {"seconds": 3.0}, "files": {}})
+        journal.append({"key": key_of(cell), "cell": cell, "value": RESULT | {"seconds": 3.0}, "files": []})
     return config
 
 
@@ -56,7 +55,7 @@ def test_compared_runs_are_read_and_their_settings_named(tmp_path) -> None:
         read_comparison_runs(tmp_path / "constant", cosine | {"data": {"all": 4}})
     (tmp_path / "other").mkdir()
     manifest = {"experiment": "lr_transfer", "run_id": "1", "config": {}}
-    (tmp_path / "other" / "manifest.json").write_text(json.dumps(seals.seal(manifest)))
+    (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest))
     for name in ("other", "absent"):
         with pytest.raises(InputError, match=f"--compare-to .*sims.sweep .*got .*{name}"):
             read_comparison_runs(tmp_path / name, constant)

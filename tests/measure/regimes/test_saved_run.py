@@ -9,7 +9,7 @@ from support import regime_runs
 from rora_theory.errors import InputError
 from rora_theory.measure.regimes import saved_run as regime_run
 from rora_theory.measure.regimes import tables as regime_tables
-from rora_theory.runs import frames, seals
+from rora_theory.runs import frames
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def run(tmp_path) -> Path:
 def test_a_non_numeric_linear_term_is_named(run, term) -> None:
     """Rows that are not requested may be damaged."""
     path = run / regime_tables.CROSSINGS
-    (run / "manifest.json").write_text(json.dumps(seals.seal({})))
+    (run / "manifest.json").write_text(json.dumps({}))
     table = frames.read_csv(path).astype({"linear_term": object})
     line = table.index[(table["optimizer"] == "adam") & (table["split"] == "heldout")][2]
     table.loc[line, "linear_term"] = term
