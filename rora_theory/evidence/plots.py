@@ -81,7 +81,9 @@ def plot_best_rates(best: "pd.DataFrame", families: "pd.DataFrame") -> "matplotl
             integer_ticks(axis, best["rank"], max_count=9)
         axes.flat[-1].set_xlabel("rank $r$")
         legend(
-            figure, named(axes.flat), "each thin line: a model; open: a bound; line: rora transfer, band: its 90% range"
+            figure,
+            named(axes.flat),
+            "thin line: a model; open marker: a bound; thick line: rora transfer; band: its 90% range",
         )
     return figure
 
@@ -103,7 +105,7 @@ def _draw_law(axis: "matplotlib.axes.Axes", rows: "pd.DataFrame") -> None:
         level * np.array([advised_range(reference, gains[reference], int(r), gains[int(r)]) for r in ranks]).T
     )
     axis.fill_between(ranks, low, high, color=BAND_COLOUR, linewidth=0, zorder=0)
-    axis.plot(ranks, best, label="rora transfer", **LAW)
+    axis.plot(ranks, best, **LAW)
 
 
 def _draw_model(axis: "matplotlib.axes.Axes", curve: "pd.DataFrame", colour: str, marker: str, label: str) -> None:
