@@ -1,6 +1,5 @@
-"""The example of the first page runs as printed, from the question to a trained adapter, on a tiny model and chats."""
+"""The code of the README and of the first page runs as printed, on a tiny model and chats."""
 
-import ast
 import json
 import re
 import shlex
@@ -9,72 +8,80 @@ from pathlib import Path
 
 import pytest
 
+from rora_theory import Setting, transfer
 from sims import __main__ as main
 from sims.common import cli
 
-PAGE = (Path(__file__).parents[2] / "docs" / "index.md").read_text()
-SHELL, PYTHON = (re.findall(rf"```{kind}\n(.*?)```", PAGE, re.DOTALL)[0] for kind in ("bash", "python"))
+ROOT = Path(__file__).parents[2]
 
 
-def test_it_is_ten_lines() -> None:
-    imports = [node for node in ast.parse(PYTHON).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    lines = [line for line in PYTHON.splitlines() if line]
-    assert len(lines) - len(imports) == 10
-    assert len(SHELL.splitlines()) == 2
+def blocks(path: str, language: str) -> list[str]:
+    """Return the blocks of code of a page in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
 
 
-def test_the_first_answer(monkeypatch, capsys) -> None:
-    words = shlex.split(SHELL.splitlines()[1])
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/install.md"])
+def test_the_command_answers(page, monkeypatch, capsys) -> None:
+    """The page has the command, and the command runs with its options."""
+    (line,) = {
+        line for block in blocks(page, "bash") for line in block.splitlines() if line.startswith("rora transfer")
+    }
     monkeypatch.setattr(cli, "PROGRAM", None)
-    for options, answer in (
-        ([], "keep lora_alpha=32 without use_rslora and the learning rate 0.0002"),
-        (["--rule", "rslora"], "the same adapter as lora_alpha=11.3137 with use_rslora"),
-    ):
-        monkeypatch.setattr(sys, "argv", [*words, *options])
-        monkeypatch.delitem(sys.modules, "sims.transfer", raising=False)
-        main.main()
-        assert answer in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(sys, "argv", shlex.split(line))
+    monkeypatch.delitem(sys.modules, "sims.transfer", raising=False)
+    main.main()
+    answer = transfer(Setting(16, 32.0, 2e-4), 128).answer()
+    assert " ".join(answer.split()) in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_readme_s_python_prints_what_it_says(capsys) -> None:
+    text = (ROOT / "README.md").read_text()
+    (code,) = blocks("README.md", "python")
+    exec(code, {})
+    first = capsys.readouterr().out.splitlines()[0]
+    (stated,) = re.findall(r"It prints <!--.*?-->`(.*?)`<!-- / -->", text)
+    assert first == stated
+
+
+def test_the_readme_keeps_its_two_commands() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/python -m sims.variance_sweep\n" in text
+    assert ".venv/bin/pip install --require-hashes -r requirements/test.txt && .venv/bin/python -m pytest" in text
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of transformers and peft
-def test_measured_checked_and_trained(tmp_path, monkeypatch, capsys) -> None:
-    """The model learns to stop without a padding token; the collator's tests have other tokenizers."""
+def test_tuned_and_trained(tmp_path, monkeypatch, capsys) -> None:
+    """The script of the first page, as it stands but for the model's name, on the fewest chats that it names."""
     for package in ("torch", "peft", "transformers", "accelerate"):
-        pytest.importorskip(package, reason="the bridge: the extra torch")
+        pytest.importorskip(package, reason="the extra torch")
     from support import torch_chats, torch_models
 
+    (code,) = blocks("docs/index.md", "python")
     tokenizer = torch_chats.tokenizer(None)
     tokenizer.save_pretrained(tmp_path / "base")
     torch_models.model("qwen2").save_pretrained(tmp_path / "base")
+    count = int(re.search(r"that is (\d+)\s+chats", (ROOT / "docs" / "index.md").read_text())[1])
     lines = []
-    for i in range(48):
+    for i in range(count):
         question, reply = f"{'abcdefghij'[i % 10]} words", "do" * (1 + i % 3)
         chat = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
         lines.append(json.dumps({"messages": chat}) + "\n")
     (tmp_path / "chats.jsonl").write_text("".join(lines))
     monkeypatch.chdir(tmp_path)
+    name = 'MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"\n'
+    assert name in code
     names: dict = {}
-    assert "2000" in PYTHON
-    exec(PYTHON.replace("2000", "240"), names)  # the shortest run with a probe
-    printed = capsys.readouterr()
-    # The trainer and libraries print lines of their own.
-    lines = printed.out.splitlines()
-    starts = ("In the first step", "The first steps of the whole model", "Train 240 steps at learning rate")
-    measured, checked, _ = (next(line for line in lines if line.startswith(start)) for start in starts)
-    assert "the signal term dominates above rank" in measured
-    assert "(Adam, kaiming_uniform, held-out tokens" in measured
-    assert "14 modules" in measured
-    assert "ranks 16 to 128, steps up to 2, 3 draws)" in checked
-    assert "at ranks 16, 32 and 128" in names["check"].scope
-    assert "AdamW at 0.0002," in names["check"].scope
-    assert "not accepted" not in printed.out + printed.err
-    assert "Measuring 14 modules (two forward passes" in printed.err
-    trained = json.loads(next((tmp_path / "tuned").glob("checkpoint-*/adapter_config.json")).read_text())
-    assert (trained["r"], trained["use_rslora"], trained["lora_alpha"]) == (128, False, pytest.approx(32))
-    assert next((tmp_path / "tuned").glob("checkpoint-*/adapter_model.safetensors")).stat().st_size > 0
-    assert names["tuned"].config.lora_alpha == pytest.approx(32)
-    labels = names["collate"](names["chats"][:8])["labels"]
-    end = tokenizer.convert_tokens_to_ids("</s>")
-    assert (labels == end).sum(1).tolist() == [1] * 8
-    assert (labels != -100).sum(1).tolist() == [3 + 2 * (i % 3) for i in range(8)]
+    exec(code.replace(name, 'MODEL = "base"\n'), names)
+    assert names["steps"] == 240, "the shortest run with a probe"
+    assert "Train 240 steps at learning rate" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_alpha"]) == (128, 32)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size > 0
+    assert names["trainer"].state.global_step == 240
+    # Too few chats for a probe are refused with the number of steps.
+    from rora_theory.errors import InputError
+
+    base = names["AutoModelForCausalLM"].from_pretrained("base")
+    with pytest.raises(InputError, match=r"steps must be at least 2\d\d .* got 200"):
+        names["tune"](base, names["train"], names["held_out"], config=names["config"], tokenizer=tokenizer, steps=200)
