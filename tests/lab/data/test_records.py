@@ -3,7 +3,10 @@
 import json
 import re
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from support.chat_templates import turns
 from support.record_files import write
@@ -78,6 +81,20 @@ def test_a_key_that_only_a_late_record_has(tmp_path):
     """`datasets` reads large files in chunks of 10 MB, whose columns are those of the first chunk."""
     rows = [{"instruction": "Q", "output": "a" * 2_000_000}] * 6 + [{"instruction": "Q", "output": "A", "input": "I"}]
     assert read_records([write(tmp_path / "x.jsonl", rows)])[-1] == Record("Q", "A", "I")
+
+
+NOT_UTF_8 = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe"))
+TOO_LATE = pa.array([2**62], pa.timestamp("ms"))
+
+
+@pytest.mark.parametrize("column", [NOT_UTF_8, TOO_LATE])
+def test_values_that_python_cannot_hold_are_refused_where_they_are_read(tmp_path, column):
+    pq.write_table(pa.table({"text": ["a"], "other": column}), tmp_path / "x.parquet")
+    assert read_records([tmp_path / "x.parquet"]) == [Text("a")]
+    pq.write_table(pa.table({"text": column}), tmp_path / "y.parquet")
+    with pytest.raises(InputError, match=r"y\.parquet: .* after 0 ") as caught:
+        read_records([tmp_path / "y.parquet"])
+    assert "\n" not in str(caught.value)
 
 
 def test_the_name_of_a_file_is_no_pattern(tmp_path):
