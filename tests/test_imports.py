@@ -246,7 +246,7 @@ DRAWN_ORDER = (
     ("lab.evaluate", "measure"),
     ("lab.led",),
     ("lab.sweep",),
-    ("lab.horizon", "runs.cluster"),
+    ("runs.cluster",),
     ("rora_theory",),
     ("sims",),
     ("figures",),

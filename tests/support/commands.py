@@ -33,8 +33,11 @@ def options_class(module: ModuleType) -> Any:
 def work_of(module: ModuleType) -> Callable[[Any], object]:
     """Return the function of a command that does its work: the one whose only argument is the options."""
     functions = [value for value in vars(module).values() if inspect.isfunction(value)]
+    # Annotations of other functions may name what only type checkers import.
     hints = [
-        (function, typing.get_type_hints(function)) for function in functions if function.__module__ == module.__name__
+        (function, typing.get_type_hints(function))
+        for function in functions
+        if function.__module__ == module.__name__ and set(function.__annotations__) == {"config", "return"}
     ]
     (work,) = [function for function, hint in hints if hint == {"config": options_class(module), "return": type(None)}]
     return work
