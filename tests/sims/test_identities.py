@@ -26,7 +26,7 @@ from rora_theory.lab.llama import hub, loading
 from rora_theory.measure.rank_check.rules import CheckConfig
 from rora_theory.measure.record_batches import BatchConfig
 from rora_theory.measure.regimes.module_regime import RegimeConfig
-from rora_theory.runs.cluster.config import ClusterConfig
+from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.runs.folder import RunFolder, path_of
 from rora_theory.runs.lock import acquire
 from rora_theory.runs.reading import as_json
@@ -315,7 +315,7 @@ def changes(command: str, config: Any, skip: set[str]) -> dict[str, Any]:
 
 
 SKIPPED = {"data", "text", "model", "adapter", "revision", "check", "data_dir"}
-SKIPPED |= {field.name for field in fields(ClusterConfig)}  # the files are the same: tests/runs/cluster
+SKIPPED |= {field.name for field in fields(ClusterConfig)}  # the files are the same: tests/runs/test_cluster.py
 SKIPPED |= {"out", "devices", "list", "compare_to"}
 """Inputs, which the other tests change; where results go and are computed; and options of a command's other modes."""
 
