@@ -83,5 +83,5 @@ def test_tuned_and_trained(tmp_path, monkeypatch, capsys) -> None:
     from rora_theory.errors import InputError
 
     base = names["AutoModelForCausalLM"].from_pretrained("base")
-    with pytest.raises(InputError, match=r"steps must be at least \d+ .* got 100"):
+    with pytest.raises(InputError, match=r"budget must be at least .* 100 steps, got 0\.1"):
         names["tune"](base, names["train"], names["held_out"], config=names["config"], tokenizer=tokenizer, steps=100)
