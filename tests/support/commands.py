@@ -27,7 +27,9 @@ class Ended(NamedTuple):
 def options_class(module: ModuleType) -> Any:
     """Return the dataclass of the options of a command or a figure, which is named after its module."""
     name = module.__name__.rpartition(".")[2]
-    return getattr(module, f"{name.title().replace('_', '')}Config", None) or module.Config
+    named = getattr(module, f"{name.title().replace('_', '')}Config", None)
+    # A class of this name may be another module's.
+    return named if named is not None and named.__module__ == module.__name__ else module.Config
 
 
 def work_of(module: ModuleType) -> Callable[[Any], object]:
