@@ -74,6 +74,9 @@ def run(config: Config) -> None:
     written |= {"absolute_policies.csv": absolute, "starting_rates.csv": starting, "loss_spreads.csv": spreads}
     written |= {"sources.csv": report.source_table(), "summary_by_rank.csv": rates_by_rank(best)}
     written |= {f"{name}.csv": table for name, table in found.items() if name not in ("best_rates", "regrets")}
+    # Pages name sources by their titles.
+    for name in ("exponents.csv", "calibration.csv", "summary_by_rank.csv"):
+        written[name] = written[name].assign(title=written[name]["source"].map(title_of))
     for name, table in written.items():
         folder.write_frame(table, name)
     figures = key_figures(
