@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import transformers
 import tyro
-from hardware import OtherLoad, describe_machine, format_machine
+from hardware import OtherLoad, describe_machine, format_machine, silence_transformers
 
 from rora_theory.advice.adapter_config import PAPER_TARGETS
 from rora_theory.defaults import MEASURE_BATCH_SIZE
@@ -78,6 +78,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Run one comparison, and write its results with its settings and the machine."""
+    silence_transformers()
     for name in ("batch_size", "rounds"):
         check_integer(name, getattr(config, name))
     check_integer("cutoff", config.cutoff, minimum=2)

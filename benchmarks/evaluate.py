@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
-from hardware import OtherLoad, describe_machine, format_machine
+from hardware import OtherLoad, describe_machine, format_machine, silence_transformers
 
 from rora_theory.lab.data import prompts, sources, tasks
 from rora_theory.lab.evaluate import likelihood
@@ -212,6 +212,7 @@ def transformers_texts(peer: Any, tokenizer: Any, records: list[tasks.TaskRecord
 
 def main(config: Config) -> None:
     """Measure both parts, print their rows and write them."""
+    silence_transformers()
     model = load(config.model)
     names = ("jax", "torch", "transformers", "lm-eval", "tokenizers")
     results = {"config": dataclasses.asdict(config), "machine": describe_machine(packages=names)}

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from hardware import OtherLoad, describe_machine, format_machine
+from hardware import OtherLoad, describe_machine, format_machine, silence_transformers
 
 HERE = Path(__file__).parent
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -368,6 +368,7 @@ def main() -> None:
     from rora_theory.runs.files import write_whole
     from sims.common import cli
 
+    silence_transformers()
     config = cli.parse(Config, description=(__doc__ or "").split("\n", 1)[0])
     if not config.data:
         raise InputError("--data must be one or more training files in the LLM-Adapters schema, got none")

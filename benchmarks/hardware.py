@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import resource
+import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -48,6 +49,15 @@ def format_machine(machine: dict[str, Any]) -> str:
     sets = ", ".join(machine["instruction_sets"]) or "no instruction set that counts here"
     packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
     return f"{machine['processor']} ({sets}), {machine['cores']} cores, Python {machine['python']}; {packages}"
+
+
+def silence_transformers() -> None:
+    """Keep transformers' warnings and progress bars out of the output of this process and of those that it starts."""
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    # transformers reads the variables when it is imported.
+    if (transformers := sys.modules.get("transformers")) is not None:
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
 
 
 class OtherLoad:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hardware import silence_transformers
 
 from rora_theory.defaults import SCORE_BATCH_SIZE
 from rora_theory.errors import InputError
@@ -175,6 +176,7 @@ def exact_log_likelihood(exact: Any, scored: choices.EncodedChoice) -> float:
 
 def main(config: Config) -> bool:
     """Compare all tasks, print and write their rows, and return whether every comparison passed."""
+    silence_transformers()
     import lm_eval_peer
 
     all_records = {}

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import HERE, TARGETS, quartiles
-from hardware import PACKAGES, describe_machine, format_machine
+from hardware import PACKAGES, describe_machine, format_machine, silence_transformers
 
 from rora_theory.validation.ranges import Count, check_ranges
 
@@ -221,6 +221,7 @@ def main() -> None:
     from rora_theory.runs.files import write_whole
     from sims.common import cli
 
+    silence_transformers()
     config = cli.parse(Config, description=__doc__ or "")
     results: dict[str, Any] = {"machine": describe_machine(config.cores, (*PACKAGES, "bitsandbytes"))}
     print(format_machine(results["machine"]), flush=True)

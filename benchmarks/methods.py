@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 from finetune import Worker, quartiles, save, step_quartiles, take_turns
-from hardware import OtherLoad, describe_machine, format_machine
+from hardware import OtherLoad, describe_machine, format_machine, silence_transformers
 
 METHODS = ("lora", "rora", "dora", "prefix", "series", "parallel")
 PAPER_MINUTES = {"lora": 225, "rora": 225, "dora": 335}
@@ -122,6 +122,7 @@ def main() -> None:
     from rora_theory.runs.reading import as_json
     from sims.common import cli
 
+    silence_transformers()
     config = cli.parse(Config, description=(__doc__ or "").split("\n", 1)[0])
     check(config)
     results: dict[str, Any] = {

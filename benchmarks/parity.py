@@ -25,6 +25,7 @@ import optax
 import peft
 import torch
 import transformers
+from hardware import silence_transformers
 
 from rora_theory.lab.adapters import LoraAdapter, load_peft, save_peft
 from rora_theory.lab.llama import Model, forward, load
@@ -83,7 +84,7 @@ class Config:
 
 def main(config: Config) -> bool:
     """Compare all methods, print and write the differences, and return whether all are within their bounds."""
-    transformers.utils.logging.disable_progress_bar()
+    silence_transformers()
     model = load(config.model)
     tokens = np.asarray([model.tokenizer.encode(text)[: config.length] for text in TEXTS])
     with tempfile.TemporaryDirectory() as scratch:

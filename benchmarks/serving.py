@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hardware import silence_transformers
 
 from rora_theory.errors import InputError
 from rora_theory.lab.adapters import LoraAdapter, LoraConfig, load_peft, rewrite_portable, save_peft
@@ -230,6 +231,7 @@ def count_equal(texts: np.ndarray, ours: np.ndarray) -> int:
 
 def main() -> None:
     """Compare every adapter in both forms with all clients, and print and write the numbers of equal texts."""
+    silence_transformers()
     config = cli.parse(Config, description=(__doc__ or "").split("\n", 1)[0])
     if not (config.llama_cpp / "convert_lora_to_gguf.py").is_file():
         raise InputError(f"{config.llama_cpp} has no convert_lora_to_gguf.py. Pass llama.cpp's source tree.")

@@ -1,6 +1,8 @@
 """A benchmark records its machine: the processor by name, and whether other processes ran during it."""
 
+import sys
 from datetime import date
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,6 +28,19 @@ def test_a_quiet_machine_and_one_without_counters(monkeypatch) -> None:
     assert hardware.OtherLoad().describe() == "other processes took 2% of the processors' time meanwhile"
     monkeypatch.setattr(hardware.OtherLoad, "share", lambda _: None)
     assert hardware.OtherLoad().describe() == "what other processes took meanwhile is not known"
+
+
+def test_transformers_is_silent_here_and_in_the_processes_that_a_benchmark_starts(monkeypatch) -> None:
+    calls = []
+    logging = SimpleNamespace(
+        set_verbosity_error=lambda: calls.append("warnings"), disable_progress_bar=lambda: calls.append("bars")
+    )
+    environment: dict[str, str] = {}
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(utils=SimpleNamespace(logging=logging)))
+    monkeypatch.setattr(hardware.os, "environ", environment)
+    hardware.silence_transformers()
+    assert calls == ["warnings", "bars"]
+    assert environment == {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 def test_the_machine_has_no_package_that_is_not_installed() -> None:
