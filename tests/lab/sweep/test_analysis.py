@@ -614,6 +614,24 @@ def test_further_axes_are_analysed_by_themselves_and_compared_with_the_first() -
     pd.testing.assert_frame_equal(alone.best, judged.best.query("schedule == 'constant'").drop(columns="schedule"))
 
 
+def test_every_combination_is_compared_with_the_first_alone() -> None:
+    """DoRA is another adapter than LoRA, while rules of scaling are the same one at another G."""
+    runs = select(grid(-0.7, seeds=2), rank=8, strength=64.0)
+    shared = {"warmup": 4, "schedule": "constant"}
+    arms = [replace(run, axes=(("batch_size", size),)) for size in (4, 8, 16) for run in scaled(runs, 1 - size / 100)]
+    judged = analysis.analyse(arms, {"": (TOKENS, TOKENS)}, shared)
+    assert set(judged.comparisons["compared_with"]) == {"batch_size 4"}
+    assert set(judged.comparisons["batch_size"]) == {8, 16}
+    methods = [
+        replace(run, method=method, strength=strength)
+        for method, strength in (("lora", 64.0), ("rora", 256.0), ("dora", 64.0))
+        for run in runs
+    ]
+    best = analysis.analyse(methods, {"": (TOKENS, TOKENS)}, shared).best.query("step == 64")
+    adapters = list(best[["adapter", "strength"]].itertuples(index=False, name=None))
+    assert adapters == [("lora", 64.0), ("lora", 256.0), ("dora", 64.0)]
+
+
 @pytest.mark.slow
 def test_the_table_and_the_figure_of_best_rates(tmp_path) -> None:
     runs = grid(-0.5)

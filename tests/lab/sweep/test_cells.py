@@ -119,7 +119,7 @@ def test_strengths_read_outs_and_further_axes() -> None:
     shared = replace(SHARED, schedule="constant", warmup=4, batch_size=4)
     made = cells_of(design, shared, train_records=1600)
     assert {(c.alpha, c.gamma) for c in made if c.rank} == {(64.0, 8.0), (724.0, 90.5)}
-    assert {c.rate for c in made if c.method == "full"} == {1e-5}
+    assert {(c.method, c.rate) for c in made} == {("lora", 1e-3), ("full", 1e-5)}
     runs = {(c.axes.get("schedule"), c.axes.get("batch_size"), c.read_at) for c in made}
     assert runs == {(None, size, (16, 64)) for size in (None, 32)} | {
         ("cosine", size, (step,)) for size in (None, 32) for step in (16, 64)

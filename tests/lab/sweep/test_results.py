@@ -141,12 +141,12 @@ def test_rows_of_several_steps_and_axes() -> None:
         return ReadRun([], [Reading(step, [loss * 10 / step], [1.0]) for step in (2, 4)])
 
     runs = [
-        made_run("lora", 8, rate, read=readings(loss), read_at=(2, 4), axes=axes)
+        made_run("lora", 8, rate, read=readings(loss), read_at=(2, 4), axes=axes, result={"levels": [LEVEL]})
         for axes, losses in (((("batch_size", 4),), (3.0, 1.0, 2.0)), ((("batch_size", 32),), (1.0, 2.0, 3.0)))
         for rate, loss in zip((0.1, 0.2, 0.3), losses, strict=True)
     ]
     rows = frames.rows(results.results_table(runs, {"m": ([10], [1])}))
-    assert {row["step"] for row in rows} == {2, 4}
+    assert {(row["step"], row["average"]) for row in rows} == {(2, None), (4, 0.75)}, "scored at the end"
     marked = [(row["batch_size"], row["learning_rate"], row["step"]) for row in rows if row["best_rate"]]
     assert sorted(marked) == [(4, 0.2, 4), (32, 0.1, 4)]
     assert len(results.final_rows(frames.from_rows(rows, list(rows[0])))) == 6
