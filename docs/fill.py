@@ -39,7 +39,8 @@ FILE
     x.csv            The rows of the file. An empty cell is a missing value.
     x.json           A list of objects has a row for each. Any other object is one row; nested keys are joined by dots.
     x.json#a.b       The value at the keys `a`, `b` of the file.
-    x/*/y.csv        The rows of all files that match; `folder` is the name of the folder that holds a row's file.
+    x/*/y.csv        The rows of all files that match; `folder` is the name of the folder that holds a row's file, and
+                     `run_name` says in words what it is (`NAMES`).
 Conditions
     column=value     Numbers compare with a relative tolerance of 1e-6. `column=a,b` accepts either value.
     column!=value    The opposite. `column=` selects rows where the value is missing, `column!=` rows where it is not.
@@ -93,6 +94,19 @@ WORD = re.compile(
 )
 FIELD = re.compile(r"\{([^{}:]*):?([^{}]*)\}")
 """A column and its format in a format string."""
+NAMES = {
+    "accuracy": "SmolLM2-135M, 64 steps",
+    "accuracy_256": "SmolLM2-135M, 256 steps",
+    "accuracy_pruned": "SmolLM2-135M pruned to half, 64 steps",
+    "evaluate_speed": "AMD EPYC (AVX-512)",
+    "evaluate_speed_avx2": "AVX2 alone",
+    "finetune_speed": "AMD EPYC (AVX-512)",
+    "finetune_speed_avx2": "AVX2 alone",
+    "finetune_speed_intel": "Intel Xeon",
+    "rank_sweep": "SmolLM2-135M",
+    "rank_sweep_pruned": "SmolLM2-135M pruned to half",
+}
+"""Names of folders in words, for tables over several of them."""
 RELATIVE_TOLERANCE = 1e-6
 SIGNIFICANT_DIGITS = 12
 
@@ -171,7 +185,8 @@ def load_rows(source: str) -> tuple[dict[str, Any], ...]:
             loaded = json_rows(path, part)
         else:
             raise MarkError(f"{pattern}: rows come from .csv and .json files")
-        rows += [{"folder": path.parent.name} | row for row in loaded]
+        folder = path.parent.name
+        rows += [{"folder": folder, "run_name": NAMES.get(folder, folder)} | row for row in loaded]
     if not rows:
         raise MarkError(f"{pattern} has no rows")
     # A column that only some rows have is missing in the others.
