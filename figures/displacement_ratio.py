@@ -1,4 +1,4 @@
-"""Ratio of the A-led to the B-led change against G = gamma r, with the displacement law: runs of sims.sweep.
+"""Ratio of the A part to the B part of the change against G = gamma r, with the displacement law: runs of sims.sweep.
 
 python -m figures.displacement_ratio RUN [RUN ...]
 """
@@ -38,7 +38,7 @@ class DisplacementRatioConfig:
 
 
 def draw_displacement_ratio(config: DisplacementRatioConfig) -> Sequence[Path]:
-    """Draw the ratio of the A-led to the B-led change against G = gamma r, with the displacement law; bars: all runs.
+    """Draw the ratio of the A part to the B part of the change against G, with the displacement law; bars: all runs.
 
     Points are means over the runs at or below the best rate.
     """
@@ -56,8 +56,8 @@ def draw_displacement_ratio(config: DisplacementRatioConfig) -> Sequence[Path]:
         ratios = {
             name: np.array(
                 [
-                    displacement_ratio(strength, displacement_constant=constant)
-                    for strength, constant in zip(at_step["strength"], at_step[name], strict=True)
+                    displacement_ratio(gain, displacement_constant=constant)
+                    for gain, constant in zip(at_step["strength"], at_step[name], strict=True)
                 ]
             )
             for name in ("constant", "constant_low", "constant_high")
@@ -73,14 +73,14 @@ def draw_displacement_ratio(config: DisplacementRatioConfig) -> Sequence[Path]:
         axes.errorbar(x, ratios["constant"], yerr=bars, fmt=marker, color=colour, label=name)
         # The law's line, over all values of G.
         grid = np.geomspace(constants["strength"].min() / 1.5, constants["strength"].max() * 1.5, 100)
-        line = [displacement_ratio(strength, displacement_constant=mean) for strength in grid]
+        line = [displacement_ratio(gain, displacement_constant=mean) for gain in grid]
         axes.plot(grid, line, color=colour, linewidth=0.9, linestyle=("-", "--", ":")[folder_index % 3])
     if not 0 < series <= MAX_SERIES:
         style.fail(
             f"the run folders must have between 1 and {MAX_SERIES} series of constants at --steps, got {series}. "
             "Choose other --steps."
         )
-    axes.set(xscale="log", yscale="log", xlabel=r"$G = \gamma r$", ylabel=r"$\rho$ = A-led / B-led change")
+    axes.set(xscale="log", yscale="log", xlabel=r"$G = \gamma r$", ylabel=r"$\rho$ = A part / B part of the change")
     style.plain_ticks(axes, pd.concat([constants["strength"] for _, constants in folders]))
     axes.set_yticks([0.05, 0.1, 0.2, 0.5, 1, 2, 5], ["0.05", "0.1", "0.2", "0.5", "1", "2", "5"])
     axes.minorticks_off()

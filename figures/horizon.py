@@ -33,7 +33,7 @@ def draw_horizon(config: HorizonConfig) -> Sequence[Path]:
     best = best[best["rank"].notna()]  # full fine-tuning has no gamma r
     exponents = exponents[exponents["over"] == "strength"]
     if exponents.empty:
-        style.fail(f"{config.run}: no rank has best rates at two strengths. Run sims.horizon with further --strengths.")
+        style.fail(f"{config.run}: no rank has best rates at two gains. Run sims.horizon with further --strengths.")
     ranks, steps = (sorted({int(value) for value in best[name]}) for name in ("rank", "step"))
     figure, (first, second, last) = style.panels(3)
     draw_against_strength(first, best, exponents, ranks, steps)
@@ -76,7 +76,7 @@ def draw_against_strength(
                 start = selected.loc[selected["strength"] == row.first, "best_rate"].iloc[0]
                 x = np.geomspace(row.first, row.second, 2)
                 axes.plot(x, start * (x / row.first) ** row.law, color=colour, linewidth=0.8)
-    style.integer_ticks(axes, (round(strength) for strength in best["strength"]))
+    style.integer_ticks(axes, (round(gain) for gain in best["strength"]))
     axes.set(yscale="log", xlabel=r"$\gamma r$", ylabel="best learning rate")
 
 
@@ -139,19 +139,19 @@ def draw_against_steps(axes: Axes, best: pd.DataFrame, ranks: Sequence[int]) -> 
     """
     counts = best.groupby("strength")["step"].nunique()
     best = best[best["strength"].map(counts) == counts.max()]
-    for (rank, strength), selected in best.groupby(["rank", "strength"]):
-        index, colour = ranks.index(rank), "black" if strength == best["strength"].min() else "grey"
+    for (rank, gain), selected in best.groupby(["rank", "strength"]):
+        index, colour = ranks.index(rank), "black" if gain == best["strength"].min() else "grey"
         places = offset(selected["step"], index, ranks)
         draw_best_rates(axes, places, selected, index, color=colour, linewidth=0.8)
         cross_out_bounds(axes, places, selected["best_rate"], selected["edge"])
     steps = np.array(sorted(set(best["step"])))
     # Reference slopes start at the geometric mean over the ranks.
-    for strength, selected in best.groupby("strength"):
+    for gain, selected in best.groupby("strength"):
         start = np.exp(np.log(selected.loc[selected["step"] == steps[0], "best_rate"]).mean())
         for power, line in ((-1.0, (0, (3, 2))), (-0.5, (0, (1, 1)))):
             axes.plot(steps, start * (steps / steps[0]) ** power, color="black", linewidth=0.6, linestyle=line)
         # Left of the first point, where no bar is.
-        axes.text(steps[0] / 1.15, start, rf"$\gamma r$ = {strength:g}", fontsize=7, ha="right", va="center")
+        axes.text(steps[0] / 1.15, start, rf"$\gamma r$ = {gain:g}", fontsize=7, ha="right", va="center")
     style.integer_ticks(axes, steps.tolist())
     axes.set_xlim(left=steps[0] / (steps[-1] / steps[0]) ** 0.25)
     axes.margins(y=0.12)

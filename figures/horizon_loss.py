@@ -24,7 +24,7 @@ class HorizonLossConfig:
     """Run folder of sims.sweep"""
     ranks: tuple[int, ...] = (1, 8, 32, 128)
     """Ranks, a curve each"""
-    strengths: tuple[float, ...] = (64.0, 724.0)
+    gains: tuple[float, ...] = (64.0, 724.0)
     """Values of G = gamma r: alpha under alpha / r, and alpha sqrt(r) under alpha / sqrt(r)"""
     steps: Count = 64
     """Number of optimizer steps"""
@@ -36,7 +36,7 @@ class HorizonLossConfig:
     def __post_init__(self) -> None:
         check_ranges(self)
         check_list("--ranks", self.ranks, check_integer)
-        check_list("--strengths", self.strengths, check_positive)
+        check_list("--gains", self.gains, check_positive)
 
 
 def draw_horizon_loss(config: HorizonLossConfig) -> Sequence[Path]:
@@ -45,14 +45,14 @@ def draw_horizon_loss(config: HorizonLossConfig) -> Sequence[Path]:
     losses = losses[(losses["step"] == config.steps) & losses["rank"].isin(config.ranks)]
     figure, axes = plt.subplots(figsize=(4.8, 3.2))
     drawn = 0
-    # Colours are ranks, dashes are strengths; a curve needs three rates.
+    # Colours are ranks, dashes are gains; a curve needs three rates.
     for rank_index, rank in enumerate(config.ranks):
-        for line, strength in zip(("-", "--"), config.strengths, strict=False):
+        for line, gain in zip(("-", "--"), config.gains, strict=False):
             # Strengths are rounded in the options, hence the tolerance.
-            curve = losses[(losses["rank"] == rank) & (losses["strength"].sub(strength).abs() < 0.5)]
+            curve = losses[(losses["rank"] == rank) & (losses["strength"].sub(gain).abs() < 0.5)]
             if curve["learning_rate"].nunique() < 3:
                 continue
-            label = f"r = {rank}, G = {strength:g}"
+            label = f"r = {rank}, G = {gain:g}"
             draw_curve(
                 axes, curve, line, color=style.COLOURS[rank_index], marker=style.MARKERS[rank_index], label=label
             )

@@ -143,18 +143,18 @@ def select_costs(config: RegretByPolicyConfig) -> pd.DataFrame:
 
 def titles_of(change: Change, row: Any) -> tuple[str, str]:
     """Return the titles of a panel, for a change, and of a row in it, for a policy."""
-    old_strength, strength, old_steps, steps = change
-    title = f"G = {old_strength:g}" + (f" to {strength:g}" if strength != old_strength else "")
+    old_gain, gain, old_steps, steps = change
+    title = f"G = {old_gain:g}" + (f" to {gain:g}" if gain != old_gain else "")
     title += f", {old_steps} to {steps} steps" if steps != old_steps else f", {steps} steps"
     # Changes of the rank alone share a panel, because all policies keep the rate.
-    if (old_strength, old_steps) == (strength, steps):
+    if (old_gain, old_steps) == (gain, steps):
         return "the rank alone: keep the rate", title
     # Where G stays, only the root of the steps is left of the displacement law.
-    if old_strength == strength and row.policy == "displacement and steps":
+    if old_gain == gain and row.policy == "displacement and steps":
         return title, f"rate / {(steps / old_steps) ** 0.5:g}"
     # The same alpha / r at another rank.
-    scaling = old_strength / row.old_rank
-    is_kept = row.rank != row.old_rank and math.isclose(scaling, strength / row.rank, rel_tol=1e-3)
+    scaling = old_gain / row.old_rank
+    is_kept = row.rank != row.old_rank and math.isclose(scaling, gain / row.rank, rel_tol=1e-3)
     return f"alpha = {scaling:g}r, {title}" if is_kept else title, POLICIES[row.policy]
 
 

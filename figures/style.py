@@ -107,9 +107,9 @@ def read_table(run: Path, name: str) -> "pd.DataFrame":
     return frames.read_csv(run / name)
 
 
-def plain_ticks(axes: plt.Axes, strengths: "pd.Series") -> None:
+def plain_ticks(axes: plt.Axes, gains: "pd.Series") -> None:
     """Label a logarithmic axis with the values of G that were run, without exponents."""
-    values = sorted(set(strengths.round(6)))
+    values = sorted(set(gains.round(6)))
     axes.set_xticks(values, [f"{value:g}" for value in values])
     axes.minorticks_off()
 

@@ -23,7 +23,7 @@ from figures import (
     coordinate_check,
     displacement_ratio,
     exponent_map,
-    exponent_vs_strength,
+    exponent_vs_gain,
     horizon,
     horizon_loss,
     layers_vs_rank,
@@ -65,11 +65,11 @@ FIGURES = {
         (horizon, {}),
         (horizon_loss, {}),
         (regret_by_policy, {}),
-        (exponent_vs_strength, {}),
+        (exponent_vs_gain, {}),
         (displacement_ratio, {}),
     ],
-    "horizon_cosine": [(horizon_loss, {"ranks": (8, 128), "strengths": (64.0,), "steps": 256, "top": 0.97})],
-    "horizon_gemma": [(displacement_ratio, {}), (exponent_vs_strength, {"ranks": (8, 128)})],
+    "horizon_cosine": [(horizon_loss, {"ranks": (8, 128), "gains": (64.0,), "steps": 256, "top": 0.97})],
+    "horizon_gemma": [(displacement_ratio, {}), (exponent_vs_gain, {"ranks": (8, 128)})],
     "rank_sweep_pruned": [
         (accuracy_vs_rank, {"lr": 3e-4, "name": "SmolLM2-135M pruned to half"}),
         (loss_vs_rate, {"rank": 32, "name": "SmolLM2-135M pruned to half"}),
@@ -189,7 +189,7 @@ def test_each_panel_against_the_rate_has_several(published) -> None:
         (loss_curves, "accuracy/cells/c086b664d48fe8c8", {"rank": 8}, "--rank 8 has no effect without the run"),
         (loss_vs_rate, "rank_sweep", {}, "{}: has the ranks 4, 8, 16, 32, 64, 128. Choose one with --rank"),
         (displacement_ratio, "horizon", {"steps": (7,)}, "--steps"),
-        (exponent_vs_strength, "horizon", {"steps": 7}, "--steps"),
+        (exponent_vs_gain, "horizon", {"steps": 7}, "--steps"),
         (regret_by_policy, "horizon", {"rank": 7}, "at --rank 7 for any of --changes"),
         # Its best rate lies at the end of its grid, so that the regret is unknown.
         (regret_by_policy, "horizon_gemma", {"changes": ((16.0, 16.0, 16, 64),)}, "for any of --changes"),
@@ -360,22 +360,22 @@ def test_exponents_are_drawn_between_neighbours_of_each_rank() -> None:
     table = pd.DataFrame(rows, columns=["first", "second", "seeds"]).assign(
         step=64, over="strength", at="8", pairs=1, estimate="quadratic", exponent=-0.7, standard_error=0.1
     )
-    config = exponent_vs_strength.ExponentVsStrengthConfig((PUBLISHED / "horizon",))
-    ((rank, pairs),) = exponent_vs_strength.neighbours_by_rank(table, config)
+    config = exponent_vs_gain.ExponentVsGainConfig((PUBLISHED / "horizon",))
+    ((rank, pairs),) = exponent_vs_gain.neighbours_by_rank(table, config)
     assert rank == "8"
     ends = list(zip(pairs["first"], pairs["second"], strict=True))
     assert ends == [(16, 64), (64, 181), (64, 724), (181, 724)]
-    ((_, pairs),) = exponent_vs_strength.neighbours_by_rank(table.assign(seeds=1), config)
+    ((_, pairs),) = exponent_vs_gain.neighbours_by_rank(table.assign(seeds=1), config)
     assert list(zip(pairs["first"], pairs["second"], strict=True)) == [(16, 64), (64, 181), (181, 724)]
-    of_another_rank = exponent_vs_strength.ExponentVsStrengthConfig((PUBLISHED / "horizon",), ranks=(16,))
-    assert not exponent_vs_strength.neighbours_by_rank(table, of_another_rank)
+    of_another_rank = exponent_vs_gain.ExponentVsGainConfig((PUBLISHED / "horizon",), ranks=(16,))
+    assert not exponent_vs_gain.neighbours_by_rank(table, of_another_rank)
 
 
 def test_an_exponent_of_one_seed_is_hollow_in_the_colour_of_its_model(captured_figures) -> None:
     """Points, band and line of a model have the same colour. Crosses mark a best rate at the end of its grid."""
     runs = (PUBLISHED / "horizon_gemma", PUBLISHED / "horizon")
-    exponent_vs_strength.draw_exponent_vs_strength(exponent_vs_strength.ExponentVsStrengthConfig(runs, ranks=(8, 128)))
-    (axes,) = captured_figures["exponent_vs_strength"].axes
+    exponent_vs_gain.draw_exponent_vs_gain(exponent_vs_gain.ExponentVsGainConfig(runs, ranks=(8, 128)))
+    (axes,) = captured_figures["exponent_vs_gain"].axes
     drawn_points = {
         (container.lines[0].get_color(), round(float(y), 3)): container.lines[0].get_fillstyle()
         for container in axes.containers
@@ -384,8 +384,8 @@ def test_an_exponent_of_one_seed_is_hollow_in_the_colour_of_its_model(captured_f
     expected, bounds = {}, set()
     for run, colour in zip(runs, style.COLOURS, strict=False):
         table = pd.read_csv(run / "estimators.csv")
-        config = exponent_vs_strength.ExponentVsStrengthConfig((run,), ranks=(8, 128))
-        for _, pairs in exponent_vs_strength.neighbours_by_rank(table, config):
+        config = exponent_vs_gain.ExponentVsGainConfig((run,), ranks=(8, 128))
+        for _, pairs in exponent_vs_gain.neighbours_by_rank(table, config):
             for exponent, seeds in zip(pairs["exponent"], pairs["seeds"], strict=True):
                 expected[colour, round(exponent, 3)] = "none" if seeds == 1 else "full"
             bounds |= {round(exponent, 3) for exponent in pairs.loc[pairs["edges"] > 0, "exponent"]}
@@ -398,7 +398,7 @@ def test_an_exponent_of_one_seed_is_hollow_in_the_colour_of_its_model(captured_f
     # Lines without markers and with more points than the horizontal one.
     laws = [line.get_color() for line in axes.lines if line.get_marker() == "None" and len(line.get_xdata()) > 2]
     assert bands == laws == list(style.COLOURS[:2])
-    assert len(captured_figures["exponent_vs_strength"].legends[0].get_texts()) == 8
+    assert len(captured_figures["exponent_vs_gain"].legends[0].get_texts()) == 8
 
 
 def test_regrets_of_two_models_share_a_figure(captured_figures) -> None:

@@ -1,6 +1,6 @@
 """Exponent of the best learning rate between neighbouring values of G = gamma r, with the laws: runs of sims.sweep.
 
-python -m figures.exponent_vs_strength RUN [RUN ...]
+python -m figures.exponent_vs_gain RUN [RUN ...]
 """
 
 import itertools
@@ -31,7 +31,7 @@ MAX_FOLDERS = 2
 
 
 @dataclass(frozen=True)
-class ExponentVsStrengthConfig:
+class ExponentVsGainConfig:
     """Runs to draw, with the number of steps and the estimator."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, style.RUN_FOLDERS]
@@ -43,14 +43,14 @@ class ExponentVsStrengthConfig:
     ranks: tuple[int, ...] = ()
     """Ranks to draw; all by default"""
     out: Path | None = None
-    """Folder for exponent_vs_strength.png and .svg; the first run's by default"""
+    """Folder for exponent_vs_gain.png and .svg; the first run's by default"""
 
     def __post_init__(self) -> None:
         check_ranges(self)
         check_list("--ranks", self.ranks, check_integer, fewest=0)
 
 
-def draw_exponent_vs_strength(config: ExponentVsStrengthConfig) -> Sequence[Path]:
+def draw_exponent_vs_gain(config: ExponentVsGainConfig) -> Sequence[Path]:
     """Draw exponents of the best rate between neighbouring values of G = gamma r, hollow for one seed, with the laws.
 
     Bars span the two values of G and one standard error. Bands are the displacement law with every measured K and c
@@ -88,9 +88,9 @@ def draw_exponent_vs_strength(config: ExponentVsStrengthConfig) -> Sequence[Path
             style.cross_out(axes, middle[is_bound], points.loc[is_bound, "exponent"])
         # The legend has one entry for filled and hollow points.
         axes.plot([], [], marker, color=colour, label=label)
-    strengths = pd.concat([pairs[end] for _, pairs, *_ in series for end in ("first", "second")])
+    gains = pd.concat([pairs[end] for _, pairs, *_ in series for end in ("first", "second")])
     # Laws: a band and a line for each run folder, and the law of the first step.
-    ends = (strengths.min() / 2, strengths.max() * 2)
+    ends = (gains.min() / 2, gains.max() * 2)
     grid = np.geomspace(*ends, 60)
     for run, (label, _), colour in zip(config.runs, folders, style.COLOURS, strict=False):
         name, band, line = ("", "black", "black") if is_single else (label, colour, colour)
@@ -100,7 +100,7 @@ def draw_exponent_vs_strength(config: ExponentVsStrengthConfig) -> Sequence[Path
     axes.axhline(-1, color="black", linewidth=0.9, linestyle=(0, (4, 2)), label="first step")
     axes.set(xscale="log", xlabel=r"$G = \gamma r$", ylim=(-1.05, -0.35))
     axes.set_ylabel(rf"$d \log \eta^* / d \log G$ after {config.steps} steps")
-    style.plain_ticks(axes, strengths)
+    style.plain_ticks(axes, gains)
     caption = (
         f"{config.estimate} fit; bars: the two values of G, one standard error over seeds; hollow: one seed; "
         "bands: c from 1 to 2"
@@ -108,10 +108,10 @@ def draw_exponent_vs_strength(config: ExponentVsStrengthConfig) -> Sequence[Path
     if any((pairs["edges"] > 0).any() for _, pairs, *_ in series):
         caption += "; crosses: at the grid's edge"
     style.legend(figure, style.named([axes]), caption)
-    return style.save(figure, config.out or config.runs[0], "exponent_vs_strength")
+    return style.save(figure, config.out or config.runs[0], "exponent_vs_gain")
 
 
-def neighbours_by_rank(table: pd.DataFrame, config: ExponentVsStrengthConfig) -> list[tuple[str, pd.DataFrame]]:
+def neighbours_by_rank(table: pd.DataFrame, config: ExponentVsGainConfig) -> list[tuple[str, pd.DataFrame]]:
     """Return each rank's exponents between neighbouring values of G.
 
     Values are neighbours if no value between them has a pair with both. Pairs with one seed do not count where the
@@ -143,8 +143,8 @@ def _has_value_between(first: float, second: float, pairs: pd.DataFrame) -> bool
 def draw_displacement_law(
     axes: Axes,
     constants: pd.DataFrame,
-    config: ExponentVsStrengthConfig,
-    strengths: Float[np.ndarray, " n"],
+    config: ExponentVsGainConfig,
+    gains: Float[np.ndarray, " n"],
     *,
     name: str,
     colour: str,
@@ -155,7 +155,7 @@ def draw_displacement_law(
       axes: Axes to draw on.
       constants: The run's constants.csv. Without a K after the configured steps, nothing is drawn.
       config: Configuration of the figure.
-      strengths: Values of G at which the law is evaluated.
+      gains: Values of G at which the law is evaluated.
       name: Name of the model in the legend, or an empty string for a single run.
       colour: Colour of the band.
     """
@@ -167,18 +167,16 @@ def draw_displacement_law(
     bounds = np.array(
         [
             [best_rate_exponent(low, low * 2**0.01, displacement_constant=K, coherence=c) for K, c in corners]
-            for low in strengths
+            for low in gains
         ]
     )
     law = f"displacement law, K = {measured.min():.0f} to {measured.max():.0f}"
     label = f"{name}, {law}" if name else law
-    axes.fill_between(
-        strengths, bounds.min(axis=1), bounds.max(axis=1), color=colour, alpha=0.2, linewidth=0, label=label
-    )
+    axes.fill_between(gains, bounds.min(axis=1), bounds.max(axis=1), color=colour, alpha=0.2, linewidth=0, label=label)
 
 
 def draw_constant_gradient_law(
-    axes: Axes, exponents: pd.DataFrame, config: ExponentVsStrengthConfig, ends: tuple[float, float], *, colour: str
+    axes: Axes, exponents: pd.DataFrame, config: ExponentVsGainConfig, ends: tuple[float, float], *, colour: str
 ) -> None:
     """Draw the exponents of the constant-gradient law at the geometric middle of each pair that a run has.
 
@@ -201,4 +199,4 @@ def draw_constant_gradient_law(
 
 
 if __name__ == "__main__":
-    style.command(draw_exponent_vs_strength, ExponentVsStrengthConfig, __doc__)
+    style.command(draw_exponent_vs_gain, ExponentVsGainConfig, __doc__)
