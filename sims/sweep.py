@@ -10,7 +10,8 @@ rates, seeds or values of --axes extend the run folder.
 
 `results.csv` has a row for each run and number of steps. `best.csv` has the best rates, `exponents.csv` how they depend
 on G = gamma r and on the rank, `regret.csv` what it costs to keep or scale a rate, and `differences.csv` compares the
-methods with the base model and with LoRA, record by record. A loss that is not finite is a result, ``diverged``.
+longest runs of the methods with the base model and with LoRA, record by record, unless there are --axes. A loss that is
+not finite is a result, ``diverged``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -139,7 +140,9 @@ def run(config: Config) -> None:
     ends = results.final_rows(rows)
     if not any(run.axes for run in runs):
         losses = differences.record_losses(runs, records)
-        compared = differences.method_differences(ends, losses, path / CELLS_FOLDER)
+        # Runs of one length are compared: the longest ones, and the base model, which has none.
+        longest = ends[(ends["steps"] == ends["steps"].max()) | (ends["method"] == BASE)]
+        compared = differences.method_differences(longest, losses, path / CELLS_FOLDER)
         folder.write_frame(differences.difference_table(compared), "differences.csv")
     if failed is not None:
         raise failed
