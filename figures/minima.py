@@ -1,4 +1,4 @@
-"""Held-out loss against the learning rate at several ranks, under two scaling rules: a run of sims.horizon."""
+"""Held-out loss against the learning rate at several ranks, under two scaling rules: a run of sims.sweep."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class MinimaConfig:
     """Run to draw, and the alpha and number of steps of its curves."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run folder of sims.horizon"""
+    """Run folder of sims.sweep"""
     alpha: Positive = 64.0
     """Alpha of every curve"""
     steps: Count = 64
@@ -40,7 +40,7 @@ class MinimaConfig:
 
 def draw_minima(config: MinimaConfig) -> Sequence[Path]:
     """Draw the loss above its lowest value against the learning rate: a panel for each rule, a line for each rank."""
-    _, losses = style.read_frame(config.run, "horizon")
+    _, losses = style.read_frame(config.run, "sweep")
     best = frames.read_csv(config.run / "best.csv", accepted="the file of a finished run")
     losses, best = (table[table["step"] == config.steps] for table in (losses, best))
     ranks = sorted({int(rank) for rank in losses["rank"].dropna()})

@@ -31,6 +31,7 @@ from figures import (
     loss_curves,
     loss_vs_rate,
     lr_transfer,
+    minima,
     norm_vs_rank,
     regime,
     regret_by_model,
@@ -64,6 +65,7 @@ FIGURES = {
     "horizon": [
         (horizon, {}),
         (horizon_loss, {}),
+        (minima, {}),
         (regret_by_policy, {}),
         (exponent_vs_gain, {}),
         (displacement_ratio, {}),
