@@ -37,6 +37,8 @@ window.MathJax = {
 };
 </script>"""
 
+CELL = re.compile(r"<td>[^<]*</td>")
+EXPONENT = re.compile(r"\d+(?:\.\d+)?e-\d+")
 OUTSIDE_LINK = re.compile(r"(\]\()((?:\.\./)+)((?!\.\.)[^)\s]+)(?=[)\s])")
 
 
@@ -160,6 +162,8 @@ def link_to_site(markdown: str, source: str, repo_url: str) -> str:
 def on_page_content(html: str, *, page: Any, **_: Any) -> str:
     """Load images when they are scrolled to, and show thumbnails in the gallery."""
     html = html.replace("<img ", '<img loading="lazy" ')
+    # A browser would break a line after the hyphen of an exponent.
+    html = CELL.sub(lambda cell: EXPONENT.sub(r'<span class="number">\g<0></span>', cell[0]), html)
     if page.file.src_uri == "gallery.md":
         html = re.sub(r'(<img [^>]*src="[./]*)published/([^"]*)\.png"', r'\1thumbnails/\2.webp"', html)
     return html

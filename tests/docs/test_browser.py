@@ -145,7 +145,8 @@ def advised_rate(rank: int, **to: Any) -> str:
 
 def test_keyboard_operation(page) -> None:
     """The four fields come first, then the folded ones; the address keeps what was typed."""
-    assert shown_answer(page).startswith("At rank 128, keep lora_alpha=32 and multiply the learning rate by 1.39, to ")
+    assert shown_answer(page).startswith("At rank 128, keep lora_alpha=32 and multiply the learning rate by ")
+    assert f", to {advised_rate(128)} (" in shown_answer(page)
     reached, keys = [], webdriver.ActionChains(page)
     typed = {"to-rank": "256", "to-alpha": "16", "steps": "64", "to-steps": "300"}
     page.execute_script("document.querySelector('#calculator-form').tabIndex = -1; document.activeElement.blur()")
