@@ -231,7 +231,7 @@ def report(
     if best["average"].notna().any():
         forms["accuracy"] = "{average:.3f} ± {average_error:.3f}"
     title = "Each method and rank at its best rate (± one standard error over records and items)"
-    tables.print_records(title, best, forms, left=2, keys=6)
+    tables.print_records(title, best, forms, left=2)
     print_analysis(judged)
 
 

@@ -1,11 +1,9 @@
 """Shell completion of ``rora``: a script with all commands and their options, written by tyro."""
 
-import ast
 import contextlib
 import dataclasses
 import importlib
 import io
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Union
 
@@ -45,35 +43,22 @@ def completion_script(shell: str, commands: Mapping[str, Mapping[str, str]]) -> 
         union: Any = Union[tuple(choices)]  # noqa: UP007
         words = ["--tyro-write-completion", shell, "-"]
         tyro.cli(union, prog="rora", args=words, config=cli.PARSER_SETTINGS, registry=help_texts.registry)
-    return re.sub("^COMPLETION_SPEC = (.*)", _add_choices, text.getvalue(), flags=re.M)
-
-
-_CHOICES = re.compile(r"\[?\{([\w-]+(?:,[\w-]+)*)\}\|")
-"""Beginning of the description of an option whose values are some names or another type."""
-
-
-def _add_choices(line: re.Match[str]) -> str:
-    """Return the script's line of all options, with choices for options that accept names or another type."""
-    spec = ast.literal_eval(line[1])
-    commands = [spec]
-    while commands:
-        # tyro lists options by subcommand. Options with a list of names get choices.
-        command = commands.pop()
-        commands += (command.get("subcommands") or {}).values()
-        for option in command["options"]:
-            description = option["description"]
-            if not option.get("choices") and (choices := _CHOICES.match(description)):
-                names = [name for name in choices[1].split(",") if name != "None"]
-                option |= {"type": "choice", "choices": names} if names else {}
-    return f"COMPLETION_SPEC = {spec!r}"
+    return text.getvalue()
 
 
 def _configs(package: str, descriptions: Mapping[str, str]) -> list[Any]:
-    modules = {name: importlib.import_module(f"{package}.{name}") for name in descriptions}
     return [
-        _named(name, cli.with_shared_options(modules[name].Config), description)
+        _named(name, cli.with_shared_options(_options_class(f"{package}.{name}")), description)
         for name, description in descriptions.items()
     ]
+
+
+def _options_class(name: str) -> type:
+    """Return the dataclass of a command's options, which is named after its module."""
+    module = importlib.import_module(name)
+    named = getattr(module, f"{name.rpartition('.')[2].title().replace('_', '')}Config", None)
+    # A class of this name may be another module's.
+    return named if named is not None and named.__module__ == name else module.Config
 
 
 def _named(name: str, config: type, description: str) -> Any:

@@ -1,4 +1,4 @@
-"""Tables and sentences on standard output, folded to the width of the terminal (80 columns without a terminal)."""
+"""Tables and sentences on standard output, for the width of the terminal (80 columns without a terminal)."""
 
 import string
 import sys
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -17,16 +18,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 WORDS_WIDTH = 24
-"""Width to which a column of words may shrink to make room for more columns of numbers."""
-
-MIN_WORDS_WIDTH = 8
-"""Width to which a column of words may shrink to make room for the widest column of numbers."""
+"""Width from which on the cells of a column fold."""
 
 HEAD_WIDTH = 10
 """Minimum width to which the head of a column of numbers folds."""
-
-GAP = 2
-"""Spaces between columns; the box has one more at either end."""
 
 listeners: list[Callable[[str, Sequence[str], Sequence[Sequence[str]], int], None]] = []
 """Functions called with the title, the columns, the cells and the number of text columns of every printed table."""
@@ -41,25 +36,19 @@ def print_table(
     rows: Iterable[Sequence[object]],
     *,
     left: int = 1,
-    keys: int | None = None,
     records: Sequence[Mapping[str, Any]] | None = None,
 ) -> None:
-    """Print a table whose first columns are words, which fold, and whose other columns are numbers, which never do.
+    """Print a table whose first columns are words, which fold, and whose other columns are numbers, which do not.
 
-    Columns of numbers that do not fit follow in a further table with the same keys. A column that does not fit there
-    either contains words, and folds too.
+    A table that is wider than the terminal has longer lines.
 
     Args:
       title: Sentence above the table.
       columns: Heads of the columns.
       rows: Cells, row by row.
       left: Number of leading columns of words.
-      keys: Number of leading columns that identify a row, at least ``left``; they are repeated in each further table.
-        The default is ``left``.
       records: Rows of the JSON object of ``--json``; by default, the cells.
     """
-    keys = left if keys is None else keys
-    console = Console()
     values = [list(row) for row in rows]
     cells = [[str(cell) for cell in row] for row in values]
     # With --json, and for files of the run, the values are passed on unformatted.
@@ -68,60 +57,20 @@ def print_table(
         collect({"title": title, "rows": json_rows})
     for listener in listeners:
         listener(title, columns, cells, left)
-    widths, folding = _fit_columns(columns, cells, left, keys, console.width)
-    # Fill the tables: words fold, sentences take the spare width, and numbers stay whole.
     print_text(title)
-    for group in _group_columns(widths, keys, console.width):
-        spare = console.width - sum(widths[i] + GAP for i in group)
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, GAP - 1, 0, 0))
-        for i in group:
-            if i < left:
-                table.add_column(columns[i], overflow="fold", min_width=widths[i])
-            elif i in folding:
-                table.add_column(columns[i], overflow="fold", width=widths[i] + max(spare, 0))
-                spare = 0
-            else:
-                head = "\n".join(textwrap.wrap(columns[i], widths[i]))
-                table.add_column(head, justify="right", no_wrap=True, min_width=widths[i])
-        for row in cells:
-            table.add_row(*[Text(row[i]) for i in group])  # Text: brackets are not markup
-        console.print(table)
-
-
-def _fit_columns(
-    columns: Sequence[str], cells: Sequence[Sequence[str]], left: int, keys: int, line_width: int
-) -> tuple[list[int], set[int]]:
-    """Return the width of every column, and the columns after the keys that contain sentences and therefore fold.
-
-    Args:
-      columns: Heads of the columns.
-      cells: Cells, row by row.
-      left: Number of leading columns of words.
-      keys: Number of leading columns that identify a row.
-      line_width: Width of a line in characters.
-    """
-    # Columns that do not fit next to the narrowest words and the numbers among the keys contain sentences.
-    widths = [_width(column, [row[i] for row in cells], words=i < left) for i, column in enumerate(columns)]
-    without_key_numbers = line_width - sum(widths[i] + GAP for i in range(left, keys))
-    widest = without_key_numbers - left * (MIN_WORDS_WIDTH + GAP) - GAP
-    folding = {i for i in range(keys, len(columns)) if widths[i] > widest}
-    widths = [WORDS_WIDTH if i in folding else width for i, width in enumerate(widths)]
-    # Shrink the widest column of words until the widest column of numbers fits next to the words.
-    room = without_key_numbers - max((widths[i] + GAP for i in range(keys, len(columns))), default=0)
-    while left and sum(widths[i] + GAP for i in range(left)) > room and max(widths[:left]) > MIN_WORDS_WIDTH:
-        widths[widths.index(max(widths[:left]))] -= 1
-    return widths, folding
-
-
-def _group_columns(widths: Sequence[int], keys: int, line_width: int) -> list[list[int]]:
-    """Distribute the columns over as many tables as needed, each with the keys and at least one other column."""
-    groups = [list(range(keys))]
-    for column in range(keys, len(widths)):
-        is_full = sum(widths[i] + GAP for i in (*groups[-1], column)) > line_width
-        if is_full and len(groups[-1]) > keys:
-            groups.append(list(range(keys)))
-        groups[-1].append(column)
-    return groups
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, column in enumerate(columns):
+        widest = max((len(row[i]) for row in cells), default=0)
+        if i < left or widest > WORDS_WIDTH:
+            table.add_column(column, overflow="fold", min_width=min(max(widest, len(column)), WORDS_WIDTH))
+        else:
+            head = textwrap.wrap(column, max(widest, HEAD_WIDTH), break_long_words=False)
+            table.add_column("\n".join(head), justify="right", no_wrap=True, min_width=max(widest, *map(len, head)))
+    for row in cells:
+        table.add_row(*map(Text, row))  # Text: brackets are not markup
+    terminal = Console()
+    needed = Measurement.get(terminal, terminal.options.update(width=10**4), table).minimum
+    Console(width=max(terminal.width, needed)).print(table)
 
 
 def print_records(
@@ -130,7 +79,6 @@ def print_records(
     columns: Mapping[str, str],
     *,
     left: int = 1,
-    keys: int | None = None,
     missing: str = "",
 ) -> None:
     """Print a table of records.
@@ -140,13 +88,12 @@ def print_records(
       records: Records, with their entries by name.
       columns: Format string of the cells, as for ``str.format``, for the head of each column.
       left: Number of leading columns of words, see `print_table`.
-      keys: Number of leading columns that identify a row, see `print_table`.
       missing: Text of a cell with an entry that is None or NaN.
     """
     rows = records if isinstance(records, Sequence) else frames.rows(records)
     cells = [[_cell(form, row) or missing for form in columns.values()] for row in rows]
     json_rows = [_json_row(columns, row) for row in rows]
-    print_table(title, list(columns), cells, left=left, keys=keys, records=json_rows)
+    print_table(title, list(columns), cells, left=left, records=json_rows)
 
 
 def _json_row(columns: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,11 +159,3 @@ def printable(text: str, *, keep: str = "") -> str:
     plain = "".join(letter if letter.isprintable() or letter in keep else ascii(letter)[1:-1] for letter in text)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return plain.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def _width(head: str, cells: Sequence[str], *, words: bool) -> int:
-    """Return the minimum width of a column: numbers need their whole width, words at most `WORDS_WIDTH`."""
-    widest = max(map(len, cells), default=0)
-    if words:
-        return min(max(widest, len(head)), WORDS_WIDTH)
-    return max(widest, *map(len, head.split()), min(len(head), HEAD_WIDTH))

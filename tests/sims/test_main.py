@@ -86,8 +86,6 @@ def test_a_shell_completes_commands_and_options(monkeypatch, capsys, tmp_path) -
         ("sweep", "--desig"): {"--design"},  # its description has more than one line
         ("figures", "norm_vs_rank", "--ou"): {"--out"},
         ("variance_sweep", "--conf"): {"--config"},
-        ("transfer", "--optimizer", "ada"): {"adam", "adamw"},  # or the name of another library's optimizer
-        ("transfer", "--to-rule", ""): {"lora", "rora", "rslora"},  # or a number
     }
     lines = [f"source {script}"]
     for words in requests:
