@@ -1,4 +1,4 @@
-"""Check on a LLaMA model whether the first steps depend on the rank, for each scaling rule and optimizer.
+"""Check on a language model whether the first steps depend on the rank, for each scaling rule and optimizer.
 
     python -m sims.coordinate_check --model smollm2-135m --data DATA/ARC-Easy/train.json
 
@@ -10,6 +10,7 @@ about the whole model, that is the final hidden state and the logits; the output
 verdict. Two controls must not be flat.
 """
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,23 +18,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rora_theory.lab.adapters.lora import PAPER_TARGETS
+from rora_theory.advice.adapter_config import PAPER_TARGETS, without_list_of_all_linear
 from rora_theory.lab.data.records import DataConfig
-from rora_theory.measure import record_batches
 from rora_theory.measure.rank_check import rules as rank_check
 from rora_theory.measure.rank_check.coordinate_table import MODEL
-from rora_theory.measure.rank_check.coordinates import Checker
 from rora_theory.measure.rank_check.rules import CheckConfig, CoordinateCell
-from rora_theory.measure.record_batches import BatchConfig
 from rora_theory.measure.regimes import thin
-from rora_theory.runs import devices
-from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.reading import flatten
 from rora_theory.runs.summary import key_figures
 from rora_theory.validation.rules import check_list
-from sims.common import answers, cli, prompts, tables
+from sims.common import answers, cli, inputs, prompts, record_batches, tables
 from sims.common.cells import run_table
+from sims.common.record_batches import BatchConfig
 from sims.common.summaries import summarised
 
 NAME = "coordinate_check"
@@ -53,7 +50,6 @@ class Config:
     targets: tuple[str, ...] = PAPER_TARGETS
     """Adapted modules"""
     records: BatchConfig = field(default_factory=BatchConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     out: cli.Out = None
 
     def __post_init__(self) -> None:
@@ -62,37 +58,51 @@ class Config:
 
 def run(config: Config) -> None:
     """Run the cells that the run folder lacks, then fit the slopes and report."""
-    check_config, runner = config.check, config.cluster.runner()
-    inputs = prompts.read_inputs(
+    from rora_theory.measure.adapters import add_adapter
+    from rora_theory.measure.batches import check_unseen
+    from rora_theory.measure.modules import select_modules
+    from rora_theory.measure.rank_check.check import FirstSteps, make_optimizer_of
+
+    check_config, targets = config.check, without_list_of_all_linear(config.targets)
+    source = inputs.read_inputs(
         config.data, config.model, config.reading, template=config.records.template, revision=config.revision
     )
-    batch_config = replace(config.records, template=inputs.template)
+    batch_config = replace(config.records, template=source.template)
     # The identity contains digests of the inputs, not their paths, so that the run can be resumed on another machine.
-    identity = flatten(check_config) | flatten(batch_config) | {"targets": config.targets} | inputs.identity
+    identity = flatten(check_config) | flatten(batch_config) | {"targets": config.targets} | source.identity
     check_free(path_of(NAME, identity, config.out))
-    # Batches of all seeds, and one model with compiled functions for all cells.
-    data, tokenizer, steps = inputs.records.records, inputs.tokenizer, max(check_config.steps)
-    seeds, width = check_config.seeds, max(check_config.ranks)
-    batches = record_batches.make_seed_batches(
-        batch_config, data, tokenizer, seeds=seeds, steps=steps, chat=inputs.chat
-    )
-    checker = Checker(inputs.model.params, inputs.model.config, width=width, target_modules=config.targets)
-    sources = ["/".join(Path(source).parts[-2:]) for source in config.data]
-    extra = {"units": rank_check.UNITS, "device": devices.describe(inputs.devices), "data": sources}
-    folder = RunFolder.open(NAME, identity, out=config.out, extra=extra, models=[inputs.origin])
-    prompts.save_prompts(folder, batches[check_config.seeds[0]].train.examples, tokenizer, show=config.reading.show)
-    cells = rank_check.coordinate_cells(check_config)
+    # Batches of all seeds, and the model, whose modules the targets have to match.
+    seeds, steps = check_config.seeds, check_config.steps
+    batches = record_batches.make_seed_batches(batch_config, source, seeds=seeds, steps=max(steps))
+    model = source.model
+    select_modules(model, targets)
+    for seed in seeds:
+        check_unseen(model, batches[seed].held_out, batches[seed].train[0])
+    data = ["/".join(Path(name).parts[-2:]) for name in config.data]
+    extra = {"units": rank_check.UNITS, "device": inputs.describe_device(model), "data": data}
+    folder = RunFolder.open(NAME, identity, out=config.out, extra=extra, models=[source.origin])
+    prompts.save_prompts(folder, batches[seeds[0]].examples, source.tokenizer, show=config.reading.show)
+    # The outputs of the base model are computed once for each seed, and kept for the latest.
+    latest: dict[int, FirstSteps] = {}
 
     def work(cell: CoordinateCell, _: Path) -> list[dict[str, Any]]:
-        batch = batches[cell.seed]
-        return rank_check.coordinate_rows(check_config, checker, cell, batch.at, batch.held_out)
+        if cell.seed not in latest:
+            latest.clear()
+            latest[cell.seed] = FirstSteps(batches[cell.seed].train, batches[cell.seed].held_out, steps, label=_kind)
+        setting = rank_check.setting_of(check_config, cell)
+        adapted = add_adapter(model, setting, targets)
+        make_optimizer = make_optimizer_of(setting.optimizer, setting.learning_rate)
+        sizes = latest[cell.seed].measure(adapted, cell.rank, [cell.seed], make_optimizer)
+        return rank_check.coordinate_rows(check_config, cell, sizes)
 
-    sizes = run_table(cells, work, folder, rank_check.COLUMNS, runner=runner, title="coordinate check")
+    sizes = run_table(
+        rank_check.coordinate_cells(check_config), work, folder, rank_check.COLUMNS, title="coordinate check"
+    )
     # Slopes in the rank, with verdicts.
     slopes = rank_check.coordinate_slopes(check_config, sizes)
     folder.write_frame(slopes, "slopes.csv")
     # Key figures: the whole model's slopes after the last step.
-    ends = slopes[(slopes["module"] == MODEL) & (slopes["step"] == steps)]
+    ends = slopes[(slopes["module"] == MODEL) & (slopes["step"] == max(steps))]
     scope = ("optimizer", "rule", "init", "control", "step", "split", "quantity", "verdict")
     with summarised(folder, key_figures(ends, "slope in the rank", "slope", over="seeds", scope=scope)):
         report(check_config, slopes, sizes, batches=config.records.batches)
@@ -134,6 +144,11 @@ def report(config: CheckConfig, slopes: pd.DataFrame, sizes: pd.DataFrame, *, ba
         | {f"kappa with a flat model, step {config.steps[-1]}": "{kappa_flat:.2f}", "losses": "{losses}"},
         left=3,
     )
+
+
+def _kind(name: str) -> str:
+    """Return a module's name within its layer, which modules of several layers share."""
+    return re.sub(r"^.*?\.\d+\.", "", name)
 
 
 def _short(quantity: str, module: str) -> str:

@@ -29,7 +29,6 @@ from rora_theory.errors import InputError
 from rora_theory.lab.data.records import DataConfig
 from rora_theory.laws.random.seeds import check_seed
 from rora_theory.measure.transfer_request import Advised, TransferConfig, advise
-from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.summary import key_figures
 from rora_theory.validation.ranges import Count, check_ranges
@@ -56,7 +55,6 @@ class Config(TransferConfig):
     check: tuple[str, ...] = ()
     """A model and one or more data files, on which to run the real first steps at both ranks"""
     reading: DataConfig = field(default_factory=DataConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     check_batch_size: Count = MEASURE_BATCH_SIZE
     """Number of records in the batch of --check, and of held-out records"""
     seeds: tuple[int, ...] = (0, 1, 2, 3)
@@ -134,37 +132,34 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     Raises:
       InputError: If a setting of the check is out of range or does not fit the model.
     """
-    from rora_theory.lab import llama
-    from rora_theory.measure import record_batches, transfer_check
-    from rora_theory.measure.layers.model_layers import RealStep, lora_config_for
-    from sims.common import prompts
+    from rora_theory.measure import transfer_check
+    from rora_theory.measure.batches import check_unseen
+    from rora_theory.measure.modules import select_modules
+    from sims.common import inputs, prompts, record_batches
 
     # Batches of the check. The weights are loaded only after the advice is printed.
     advice, targets = advised.advice, advised.peft["target_modules"]
-    runner, seed = config.cluster.runner(), config.seed
-    inputs = prompts.read_inputs(config.check[1:], config.check[0], config.reading)
-    pair_config = record_batches.PairConfig(config.check_batch_size, config.check_batch_size)
-    pair = record_batches.make_batch_pair(pair_config, **inputs.texts(), seed=config.seed)
-    identity: dict[str, Any] = {name: getattr(config, name) for name in ("check_batch_size", "seeds", "seed")}
-    identity |= {"targets": targets} | advice.identity() | inputs.identity
+    source = inputs.read_inputs(config.check[1:], config.check[0], config.reading)
+    pair_config = record_batches.PairConfig(config.batch_size, config.batch_size)
+    pair = record_batches.make_batch_pair(pair_config, source, seed=config.seed)
+    identity: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "seeds", "seed")}
+    identity |= {"targets": targets} | advice.identity() | source.identity
     check_free(path_of(NAME, identity, config.out))
-    # The adapters of all candidates have to fit the model.
-    llama_config = llama.model_config(inputs.origin)
-    for candidate in transfer_check.candidates(advice).values():
-        lora_config_for(candidate.setting, targets, candidate.alpha_pattern).table(llama_config)
     # The advice needs no training: print it before the model takes steps.
     report(config, advised)
-    # Run every candidate with every seed; candidates of one rank share a compiled step.
-    stepper = RealStep(inputs.model.params, inputs.model.config, pair.train, pair.held_out, targets)
-    extra, models = {"units": transfer_check.UNITS}, [inputs.origin]
+    model = source.model
+    select_modules(model, targets)
+    check_unseen(model, pair.held_out, pair.train)
+    # Run every candidate with every seed.
+    checker = transfer_check.FirstStepChecker(model, pair.train, pair.held_out, targets, config.seed)
+    extra, models = {"units": transfer_check.UNITS, "device": inputs.describe_device(model)}, [source.origin]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra, models=models)
-    prompts.save_prompts(folder, pair.examples, inputs.tokenizer, show=config.reading.show)
+    prompts.save_prompts(folder, pair.examples, source.tokenizer, show=config.reading.show)
     steps = run_table(
         list(transfer_check.first_steps(advice, config.seeds)),
-        lambda cell, _: transfer_check.first_step_rows(stepper, advice, cell, seed),
+        lambda cell, _: checker.rows(advice, cell),
         folder,
         transfer_check.COLUMNS,
-        runner=runner,
         title="first steps",
     )
     # Ratio of every candidate's change to that of the tuned setting.

@@ -23,14 +23,11 @@ ROOT = Path(__file__).parents[1]
 
 NAMES = {"rora_theory"} | {module.name for module in pkgutil.walk_packages(rora_theory.__path__, "rora_theory.")}
 
-WITH_EXTRAS = (
-    *(f"lab.{name}" for name in ("adapters", "data", "evaluate", "finetune", "horizon", "led", "llama", "sweep")),
-)
+WITH_EXTRAS = (*(f"lab.{name}" for name in ("adapters", "data", "evaluate", "finetune", "led", "llama", "sweep")),)
 """Packages beyond the core install."""
 OF_A_MODEL = (
-    "batches", "callback", "chats", "hooks", "layers.model_layers", "modules", "progress", "rank_check.check",
-    "rank_check.coordinates", "rank_check.rules", "record_batches", "regimes.model", "transfer_check",
-    "tuning.examples", "tuning.search", "tuning.training", "unseen",
+    "adapters", "batches", "callback", "chats", "hooks", "modules", "progress", "rank_check.check", "regimes.model",
+    "transfer_check", "tuning.examples", "tuning.search", "tuning.training",
 )  # fmt: skip
 """Modules of `measure` that run a model and need the extra ``torch``."""
 WITH_JAX = (
@@ -170,7 +167,7 @@ print(json.dumps([helps, {{name: ended("sims", name, words) for name, words in {
     assert len(helps) > 20  # the walk sees something
     assert {name: end for name, end in helps.items() if end != [0, True, ""]} == {}
     for name, (status, _, error) in refused.items():
-        extra = {"regime": "torch", "variance_sweep": "cluster"}.get(name, "finetune")
+        extra = {"finetune": "finetune", "variance_sweep": "cluster"}.get(name, "torch")
         assert (status, error.count("\n")) == (2, 1), error
         assert error.startswith("error: ")
         assert f"rora-theory[{extra}]" in error
@@ -241,11 +238,10 @@ DRAWN_ORDER = (
     ("laws",),
     ("advice", "paper"),
     ("evidence",),
-    ("lab", "lab.llama"),
+    ("lab", "lab.llama", "measure"),
     ("lab.adapters", "lab.data"),
-    ("lab.finetune",),
-    ("lab.evaluate", "measure"),
-    ("lab.led",),
+    ("lab.finetune", "lab.led"),
+    ("lab.evaluate",),
     ("lab.sweep",),
     ("rora_theory",),
     ("sims",),

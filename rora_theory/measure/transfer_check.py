@@ -1,6 +1,6 @@
 """Check of a transferred setting: real first steps of a model under several settings, compared with the tuned one.
 
-check = check_transfer(model, transfer(setting, rank=128), train, held_out, target_modules=["q_proj", "v_proj"])
+check = check_transfer(model, transfer(setting, rank=128), batch, held_out, target_modules=["q_proj", "v_proj"])
 check.summary[["plan", "quantity", "ratio", "standard_error"]]
 """
 
@@ -10,16 +10,17 @@ from functools import partial
 from statistics import geometric_mean
 from typing import Any
 
-import jax
 import numpy as np
 import pandas as pd
+import torch
 
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import Advice
-from rora_theory.lab.data.batches import Batch
-from rora_theory.lab.llama import Model
 from rora_theory.laws.random.seeds import check_seed
-from rora_theory.measure.layers.model_layers import RealStep
+from rora_theory.measure.adapters import add_adapter
+from rora_theory.measure.batches import Batch
+from rora_theory.measure.modules import base_model, layer_index, unwrap
+from rora_theory.measure.rank_check.check import FirstSteps, make_optimizer_of
 from rora_theory.runs import frames
 from rora_theory.scaling import KAPPAS, exponent
 from rora_theory.stats.estimate import jackknife
@@ -36,7 +37,7 @@ SUMMARY_COLUMNS = (
 )  # fmt: skip
 UNITS = {
     "rms": "root mean square over held-out tokens and outputs of the change after the first step: of a module's "
-    "w = gamma B A x', of the final hidden states, or of the logits",
+    "gamma B A x, of the final hidden states, or of the logits",
     "ratio": "rms (root mean square over seeds) divided by that of the tuned setting; for the quantity modules the "
     "geometric mean over modules, with the smallest and largest ratio",
 }
@@ -99,39 +100,69 @@ def first_steps(advice: Advice, seeds: Sequence[int]) -> Iterator[FirstStep]:
             yield FirstStep(plan, seed)
 
 
-def first_step_rows(stepper: RealStep, advice: Advice, step: FirstStep, seed: int = 0) -> list[dict[str, Any]]:
-    """Run one first step and return the sizes of its changes as rows of a table.
+class FirstStepChecker:
+    """Model and batches on which the first steps of all candidates are taken.
 
     Args:
-      stepper: Model and batches.
-      advice: Advice to check.
-      step: Candidate and seed of A.
+      model: Base model.
+      batch: Batch of the step.
+      held_out: Batch at which the change is measured.
+      target_modules: Target modules in PEFT's format.
       seed: Seed of all draws.
-
-    Returns:
-      A row with the columns `COLUMNS` for each module and layer, and for the hidden states and the logits.
     """
-    candidate = candidates(advice)[step.plan]
-    setting, pattern = candidate.setting, dict(candidate.alpha_pattern)
-    # The same draws of A for every candidate.
-    change = stepper.change(setting, jax.random.fold_in(jax.random.key(seed), step.seed), pattern)
-    labels = {
-        "plan": step.plan,
-        "rank": setting.rank,
-        "alpha": setting.alpha,
-        "learning_rate": setting.learning_rate,
-        "scaling": setting.scaling,
-        "alpha_pattern": len(pattern),
-        "seed": step.seed,
-    }
-    # A row for each module and layer, then two for the whole model.
-    rows = [
-        labels | {"quantity": "module", "module": module, "layer": layer, "rms": float(value)}
-        for module, values in change.modules.items()
-        for layer, value in enumerate(values)
-    ]
-    model_changes = {"hidden": change.hidden, "logits": change.logits}
-    return rows + [labels | {"quantity": quantity, "rms": value} for quantity, value in model_changes.items()]
+
+    def __init__(
+        self, model: torch.nn.Module, batch: Batch, held_out: Batch, target_modules: Sequence[str] | str, seed: int
+    ) -> None:
+        self._model, self._targets, self._seed = model, target_modules, seed
+        self._steps = FirstSteps([batch], held_out, (1,), label=str)
+
+    def rows(self, advice: Advice, step: FirstStep) -> list[dict[str, Any]]:
+        """Take one first step and return the sizes of its changes as rows of a table.
+
+        Args:
+          advice: Advice to check.
+          step: Candidate and seed of A.
+
+        Returns:
+          A row with the columns `COLUMNS` for each module, and for the hidden states and the logits.
+
+        Raises:
+          InputError: If a target module or an initialisation does not suit the model.
+        """
+        candidate = candidates(advice)[step.plan]
+        setting, pattern = candidate.setting, candidate.alpha_pattern
+        # The same draws of A for every candidate, nested over ranks.
+        make_optimizer = make_optimizer_of(setting.optimizer, setting.learning_rate)
+        # PEFT freezes the weights of the base model.
+        requirements = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
+        try:
+            adapted = add_adapter(self._model, setting, self._targets, pattern)
+            sizes = self._steps.measure(adapted, setting.rank, [self._seed, step.seed], make_optimizer)
+        finally:
+            for parameter, requires_grad in requirements:
+                parameter.requires_grad_(requires_grad)
+        labels = {
+            "plan": step.plan,
+            "rank": setting.rank,
+            "alpha": setting.alpha,
+            "learning_rate": setting.learning_rate,
+            "scaling": setting.scaling,
+            "alpha_pattern": len(pattern),
+            "seed": step.seed,
+        }
+        # A row for each module, and two for the whole model.
+        rows = []
+        for coordinate, value in sizes:
+            if coordinate.split != "held_out" or coordinate.quantity == "loss":
+                continue
+            place = {"quantity": coordinate.quantity}
+            if coordinate.quantity == "output":
+                place = {
+                    "quantity": "module", "module": coordinate.module, "layer": layer_index(coordinate.module)
+                }  # fmt: skip
+            rows.append(labels | place | {"rms": value})
+        return rows
 
 
 def summarise(table: pd.DataFrame, advice: Advice) -> pd.DataFrame:
@@ -140,7 +171,7 @@ def summarise(table: pd.DataFrame, advice: Advice) -> pd.DataFrame:
     Changes are root mean squares over seeds. Standard errors come from the jackknife over seeds.
 
     Args:
-      table: Rows of `first_step_rows`, with two seeds or more.
+      table: Rows of `FirstStepChecker.rows`, with two seeds or more.
       advice: Advice to check.
 
     Returns:
@@ -219,9 +250,9 @@ class TransferCheck:
 
 
 def check_transfer(
-    model: Model,
+    model: torch.nn.Module,
     advice: Advice,
-    train: Batch,
+    batch: Batch,
     held_out: Batch,
     *,
     target_modules: Sequence[str] | str,
@@ -231,9 +262,9 @@ def check_transfer(
     """Run the first step of every candidate with several draws of A, and compare it with the tuned setting.
 
     Args:
-      model: Model loaded by `rora_theory.lab.llama.load`.
+      model: Base model, which is left as it was.
       advice: Advice to check.
-      train: Batch of the step.
+      batch: Batch of the step, with labels.
       held_out: Batch at which the change is measured.
       target_modules: Target modules in PEFT's format.
       seeds: Two or more seeds of A, which all candidates share.
@@ -243,11 +274,11 @@ def check_transfer(
       The sizes of the changes and their ratios to the tuned setting.
 
     Raises:
-      InputError: If there are fewer than two seeds, a seed repeats or is out of range, or a rank, initialisation or
-        target does not fit the model.
+      InputError: If there are fewer than two seeds, a seed repeats or is out of range, or an initialisation or
+        target does not suit the model.
     """
-    check_list("--seeds", seeds, check_seed, fewest=2)
-    stepper = RealStep(model.params, model.config, train, held_out, target_modules)
-    rows = [row for step in first_steps(advice, seeds) for row in first_step_rows(stepper, advice, step, seed)]
+    check_list("seeds", seeds, check_seed, fewest=2)
+    checker = FirstStepChecker(base_model(unwrap(model)), batch, held_out, target_modules, seed)
+    rows = [row for step in first_steps(advice, seeds) for row in checker.rows(advice, step)]
     steps = frames.from_rows(rows, COLUMNS)
     return TransferCheck(steps, summarise(steps, advice))

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from rora_theory.defaults import MEASURE_BATCH_SIZE
+import numpy as np
+
+from rora_theory.defaults import MEASURE_BATCH_SIZE, SMALL_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.lab.data.batches import Examples, split_records
-from rora_theory.lab.data.formats import AnyRecord
+from rora_theory.lab.data.formats import AnyRecord, TrainTemplate
 from rora_theory.lab.finetune.config import LossOn
 from rora_theory.validation.ranges import AtLeastTwo, Count, check_ranges
 from sims.common.inputs import ModelInputs
@@ -102,3 +104,80 @@ def make_batch(examples: Examples, indices: Sequence[int] | None = None) -> Batc
         ids, is_target = examples[index].tolist(), examples.target_mask(index).tolist()
         rows.append((ids, [token if is_used else IGNORED_LABEL for token, is_used in zip(ids, is_target, strict=True)]))
     return pad_rows(rows, None)
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Settings of the batches of a coordinate check.
+
+    Raises:
+      InputError: If a value is out of range.
+    """
+
+    batches: Literal["fixed", "fresh"] = "fixed"
+    """Batches of the steps: fixed uses the same batch in every step, fresh a new batch in each"""
+    batch_size: Count = SMALL_BATCH_SIZE
+    """Number of records in a batch"""
+    held_out: Count = 64
+    """Number of records to set aside, from which each seed draws its held-out batch"""
+    cutoff: AtLeastTwo = 64
+    """Maximum number of tokens of a record"""
+    template: TrainTemplate | None = None
+    """Training prompt: train (as published, byte for byte), clean, chat (the model's chat template) or plain (prompt
+    and response without anything between). The default depends on the data format: train for alpaca, chat for chats
+    and prompt-response records, otherwise plain"""
+
+    def __post_init__(self) -> None:
+        """Validate the settings."""
+        check_ranges(self)
+
+
+class SeedBatches(NamedTuple):
+    """Batches of one seed.
+
+    Attributes:
+      train: Training batches, one for each step or one for all steps.
+      held_out: Held-out batch.
+      examples: Tokenized records that training batches are drawn from.
+    """
+
+    train: list[Batch]
+    held_out: Batch
+    examples: Examples
+
+
+def make_seed_batches(
+    config: BatchConfig, inputs: ModelInputs, *, seeds: Sequence[int], steps: int
+) -> dict[int, SeedBatches]:
+    """Create training and held-out batches for every seed. No record is in both splits.
+
+    Args:
+      config: Settings of the batches.
+      inputs: Records, split in the same way for all seeds, and the model's tokenizer.
+      seeds: Seeds of the order of the records.
+      steps: Number of batches that a seed trains on if they are fresh.
+
+    Returns:
+      The batches of every seed.
+
+    Raises:
+      InputError: If there are too few records.
+    """
+    parts = split_records(list(inputs.records.records), config.held_out, 0)
+    train, held_out = (inputs.encode(part, cutoff=config.cutoff) for part in parts)
+    # Fresh batches use other records in every step; otherwise each step repeats one batch.
+    count, size = (steps if config.batches == "fresh" else 1), config.batch_size
+    if len(train) < count * size:
+        raise InputError(
+            f"data must leave at least {count * size} records to train on ({count} batches of --batch-size {size}), "
+            f"got {len(train)}"
+        )
+    if len(held_out) < size:
+        raise InputError(f"data must have at least --batch-size {size} held-out records, got {len(held_out)}")
+    seed_batches = {}
+    for seed in seeds:
+        order = np.random.default_rng(seed).permutation(len(train))
+        chosen = np.random.default_rng([seed, 1]).permutation(len(held_out))[:size]
+        batches = [make_batch(train, order[step * size : (step + 1) * size].tolist()) for step in range(count)]
+        seed_batches[seed] = SeedBatches(batches, make_batch(held_out, chosen.tolist()), train)
+    return seed_batches

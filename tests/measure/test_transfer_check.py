@@ -1,21 +1,23 @@
 """The plans that a check of a transferred setting compares, and their sizes against the tuned one's with errors."""
 
+import copy
 import math
 from dataclasses import replace
 from functools import partial
 
-import jax
 import numpy as np
 import pytest
+from support import torch_models
+from support.torch_models import torch
 
+from rora_theory import inits
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer
 from rora_theory.errors import InputError
-from rora_theory.lab.data.batches import Batch
-from rora_theory.lab.llama import Model
 from rora_theory.measure import transfer_check
-from rora_theory.measure.layers.model_layers import Change, RealStep
+from rora_theory.measure.batches import find_masks
 from rora_theory.runs import frames
+from rora_theory.scaling import exponent
 
 OLD = Setting(8, 16.0, 3e-4, 0.0, "sgd")
 TERMS = {"model.layers.0.q_proj": 0.0, "model.layers.1.q_proj": 5.0}
@@ -42,45 +44,55 @@ def test_candidates() -> None:
     ]  # fmt: skip
 
 
-class Watching(RealStep):
-    """Stepper that records what a step requests and changes nothing."""
+@pytest.mark.filterwarnings("ignore")
+def test_first_step_by_hand() -> None:
+    """Under SGD each module changes by gamma^2 eta G A^T A x', with its own alpha, and both settings share draws of A.
 
-    def __init__(self) -> None:
-        self.calls: list[tuple] = []
-
-    def change(self, setting, key, alpha_pattern=None):
-        self.calls.append((setting, jax.random.key_data(key).tolist(), alpha_pattern))
-        return Change({"q_proj": np.array([1.0, 2.0]), "v_proj": np.array([3.0, 4.0])}, 5.0, 6.0)
-
-
-def test_settings_and_sizes_of_a_first_step() -> None:
-    """Each seed has one A for all plans, and each plan its own setting and alphas.
-
-    There is a row for each module and layer, and for the whole model.
+    The model is left as it was.
     """
-    advice, stepper = transfer(OLD, 32, TERMS), Watching()
-    steps = list(transfer_check.first_steps(advice, (0, 5)))
-    assert [step.seed for step in steps[:2]] == [0, 5]
-    tables = [transfer_check.first_step_rows(stepper, advice, step, 9) for step in steps]
-    plans = transfer_check.candidates(advice)
-    for step, (setting, key, pattern), rows in zip(steps, stepper.calls, tables, strict=True):
-        assert key == jax.random.key_data(jax.random.fold_in(jax.random.key(9), step.seed)).tolist()
-        assert (setting, pattern) == (plans[step.plan].setting, dict(plans[step.plan].alpha_pattern))
-        labels = {"plan": step.plan, "seed": step.seed, "alpha": setting.alpha, "scaling": setting.scaling}
-        labels |= {"alpha_pattern": len(pattern)}
-        assert all(row.items() >= labels.items() for row in rows)
-        assert [(row["quantity"], row.get("module"), row.get("layer"), row["rms"]) for row in rows] == [
-            ("module", "q_proj", 0, 1.0), ("module", "q_proj", 1, 2.0), ("module", "v_proj", 0, 3.0),
-            ("module", "v_proj", 1, 4.0), ("hidden", None, None, 5.0), ("logits", None, None, 6.0),
-        ]  # fmt: skip
-    assert {len(pattern) for _, _, pattern in stepper.calls} == {0, 1, 2}
+    model = torch_models.model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batch, held_out = torch_models.batch(seed=0), torch_models.batch(seed=1)
+    module = "model.layers.1.self_attn.q_proj"
+    advice = transfer(Setting(2, 16.0, 1e-4, 0.0, "sgd"), 4, {module: 5.0})
+    checker = transfer_check.FirstStepChecker(model, batch, held_out, ["layers.1.self_attn.q_proj"], 9)
+    rows = {
+        step.plan: {row["quantity"]: row for row in checker.rows(advice, step)}
+        for step in transfer_check.first_steps(advice, (3,))
+    }
+    assert {name: (before[name] == value).all() for name, value in model.state_dict().items()} == dict.fromkeys(
+        before, True
+    )
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    # G and the held-out inputs of the module, from hooks of our own.
+    copied, inputs = copy.deepcopy(model), []
+    target = copied.get_submodule(module)
+    target.register_forward_hook(lambda _, x, __: inputs.append(x[0].detach()))
+    copied(**batch).loss.backward()
+    with torch.no_grad():
+        copied(**held_out)
+    masks = next(iter(find_masks(model, held_out, batch).values()))
+    x = inputs[1].reshape(-1, 16)[torch.from_numpy(masks.real & ~masks.seen)].double().numpy()
+    grad = target.weight.grad.double().numpy()
+    lora_A = inits.draw(np.random.default_rng([9, 3, 0]), "kaiming_uniform", rank=4, p_in=16)
+    for plan, candidate in transfer_check.candidates(advice).items():
+        gamma = next(iter(candidate.alpha_pattern.values()), candidate.setting.alpha)
+        gamma *= candidate.setting.rank ** -exponent(candidate.setting.rule)
+        used = lora_A[: candidate.setting.rank]
+        change = gamma**2 * candidate.setting.learning_rate * x @ used.T @ used @ grad.T
+        row = rows[plan]["module"]
+        assert row["rms"] == pytest.approx(np.sqrt(np.mean(change**2)), rel=1e-3)
+        assert (row["module"], row["layer"], row["alpha_pattern"]) == (module, 1, len(candidate.alpha_pattern))
+        assert (row["plan"], row["seed"], row["alpha"]) == (plan, 3, candidate.setting.alpha)
+        assert rows[plan]["hidden"]["rms"] > 0 < rows[plan]["logits"]["rms"]
 
 
 def test_seeds_that_give_no_error_are_refused_before_any_step() -> None:
-    model, batch = object.__new__(Model), Batch(*np.zeros((2, 1, 4), int), np.zeros((1, 4), np.float32), None)
-    check = partial(transfer_check.check_transfer, model, transfer(OLD, 32), batch, batch, target_modules=["q_proj"])
+    check = partial(
+        transfer_check.check_transfer, torch.nn.Linear(2, 2), transfer(OLD, 32), {}, {}, target_modules=["q_proj"]
+    )
     for seeds in ((0,), (0, 0), (0, -1)):
-        with pytest.raises(InputError, match="--seeds"):
+        with pytest.raises(InputError, match="seeds"):
             check(seeds=seeds)
 
 

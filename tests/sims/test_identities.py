@@ -24,7 +24,6 @@ from rora_theory.lab.evaluate.scoring import Scoring
 from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.llama import hub, loading
 from rora_theory.measure.rank_check.rules import CheckConfig
-from rora_theory.measure.record_batches import BatchConfig
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.runs.folder import RunFolder, path_of
@@ -44,7 +43,7 @@ from sims import (
     variance_sweep,
 )
 from sims.common import inputs
-from sims.common.record_batches import PairConfig
+from sims.common.record_batches import BatchConfig, PairConfig
 
 
 class Opened(Exception):  # noqa: N818 (a way out, not an error)

@@ -29,7 +29,6 @@ BASE = {
 """Words of each command that are right."""
 
 CASES = [
-    ("coordinate_check", "--ranks 2 64", "rank .*64"),
     ("coordinate_check", "--held-out 40", "held_out .* 40, got 40"),
     ("coordinate_check", "--model nowhere/at/all", "nowhere/at/all"),
     ("coordinate_check", "--targets z_proj", "z_proj"),
@@ -87,7 +86,6 @@ CASES = [
     ("transfer", "--write new.yml", "--write"),
     ("transfer", "--from nowhere", "nowhere: no such file"),
     ("tune", "--targets z_proj", "'z_proj'"),
-    ("tune", "--probe-rank 999", "rank .* 8 at model.layers.0.* 16"),
 ]
 """Command, invalid options, and pattern of the error message."""
 

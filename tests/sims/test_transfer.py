@@ -11,11 +11,11 @@ from support import commands
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer as carry
 from rora_theory.errors import InputError
-from rora_theory.measure.record_batches import PairConfig
 from rora_theory.measure.regimes import saved_run
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.measure.transfer_request import TransferConfig, advise
 from sims import regime, transfer
+from sims.common.record_batches import PairConfig
 
 
 def answer(arguments: str) -> str:

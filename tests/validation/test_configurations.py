@@ -19,14 +19,13 @@ from rora_theory.lab.sweep.design import Design
 from rora_theory.lab.sweep.plan import SweepConfig
 from rora_theory.laws.grid import StepGrid
 from rora_theory.measure.rank_check.rules import CheckConfig
-from rora_theory.measure.record_batches import BatchConfig
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.measure.regimes.tables import JudgeConfig
 from rora_theory.measure.transfer_request import TransferConfig
 from rora_theory.paper.simulation import SimulationConfig
 from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.validation import ranges
-from sims.common.record_batches import PairConfig
+from sims.common.record_batches import BatchConfig, PairConfig
 from sims.lr_transfer import RateGrid
 from sims.tune import PlannedRun
 

@@ -10,7 +10,8 @@ The steps use the user's own optimizer:
     check.assert_flat()
 
 The draws of A are nested: the A of a smaller rank consists of the first rows of the A of a larger rank, so that the
-noise of different ranks is shared. `rora_theory.measure.rank_check.rules` is the check of scaling rules in JAX.
+noise of different ranks is shared. `rora_theory.measure.rank_check.rules` has the settings and verdicts of the check of
+scaling rules, which the command ``coordinate_check`` runs.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -58,6 +59,7 @@ from rora_theory.measure.rank_check.coordinate_table import (
 )
 from rora_theory.measure.regimes import thin
 from rora_theory.measure.tuning.training import build_optimizer
+from rora_theory.optimizers import MOMENTUM, WEIGHT_DECAY, OptimizerName
 from rora_theory.scaling import check_instance, check_integer, check_positive
 from rora_theory.stats.slopes import BAND
 from rora_theory.validation.rules import check_list, check_steps, listed
@@ -82,6 +84,18 @@ CONCLUSIONS = {
 
 MIXED = ("behave differently by step or split", "Compare the steps and splits in `slopes`.")
 """Conclusion from a verdict that names steps or splits, and what to do."""
+
+
+def make_optimizer_of(
+    name: OptimizerName, learning_rate: float
+) -> Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]:
+    """Return a function that creates PyTorch's optimizer with the settings of `optimizers.make_optimizer`."""
+    if name == "adamw":
+        return lambda parameters: torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=WEIGHT_DECAY)
+    if name == "adam":
+        return lambda parameters: torch.optim.Adam(parameters, lr=learning_rate)
+    momentum = MOMENTUM if name == "momentum" else 0.0
+    return lambda parameters: torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum)
 
 
 def adamw(learning_rate: LearningRate) -> MakeOptimizer:
@@ -248,33 +262,20 @@ def coordinate_check(
         "forward passes"
     )
     description = f"Checking {len(ranks)} ranks with {seeds} draws of A ({cost})"
-    reference: _Reference | None = None
+    first_steps = FirstSteps(batches, held_out, steps, loss=compute_loss)
     with with_autograd(), bar(total, description=description, unit="step", shown=progress) as progress_bar:
         for draw, column, rank in runs:
             model = make_model(rank)
             check_instance(f"make_model({rank})", model, torch.nn.Module, "a torch.nn.Module")
             model = unwrap(model)
-            layers = _fresh_layers(model, rank)
-            with ExitStack() as stack:
-                # The next rank can use the same base model, and so can the caller after an error.
-                if hasattr(model, "unload"):
-                    stack.callback(remove_adapters, model)
-                stack.enter_context(preserved_state(model))
-                # Dropout masks depend on the seed alone: ranks share them.
-                torch.manual_seed(seed + draw)
-                _draw_nested(layers, model, [seed, draw])
-                # Outputs of the base model, unless they are those of the run before.
-                run = _Run(model, layers, compute_loss)
-                if reference is None or not reference.is_of(model, layers):
-                    reference = None  # frees the outputs of another base model first
-                    reference = run.compute_reference(batches, held_out, steps)
-                # Train the adapter and record the size of every coordinate.
-                optimizer = build_optimizer(make_optimizer_of_rank, trainable_parameters(model), rank)
-                for coordinate, value in run.measure(reference, optimizer, steps, progress_bar.update):
-                    values.setdefault(coordinate, np.full((seeds, len(ranks)), np.nan))[draw, column] = value
-                optimizers.append(_describe_optimizer(optimizer))
-                dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-                model_name = f"{type(base_model(model)).__name__} in {dtype}"
+            sizes_of_run = first_steps.measure(
+                model, rank, [seed, draw], partial(_make_at, make_optimizer_of_rank, rank), progress_bar.update
+            )
+            # Record the size of every coordinate.
+            for coordinate, value in sizes_of_run:
+                values.setdefault(coordinate, np.full((seeds, len(ranks)), np.nan))[draw, column] = value
+            optimizers.append(first_steps.optimizer)
+            model_name = first_steps.model
     # Fit a slope against the rank for every coordinate.
     table = Table(ranks, values)
     slopes = table.slope_rows(band=band)
@@ -298,6 +299,15 @@ def coordinate_check(
     slope_frame = pd.DataFrame(slopes)
     thin.warn((sizes, slope_frame), thin.rank_warnings(ranks))
     return TorchCheck(table, sizes, slope_frame, judge_model(slopes), scope, band)
+
+
+def _make_at(make_optimizer: MakeOptimizer, rank: int, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return make_optimizer(parameters, rank)
+
+
+def module_name(model: torch.nn.Module, name: str) -> str:
+    """Return the name of a layer of a PEFT model in its base model."""
+    return name.removeprefix("base_model.model.") if hasattr(model, "get_base_model") else name
 
 
 def _fresh_layers(model: torch.nn.Module, rank: int) -> dict[str, tuple[LoraLayer, str]]:
@@ -409,47 +419,118 @@ def _base_weights(model: torch.nn.Module, layers: Mapping[str, tuple[LoraLayer, 
     return [parameter for parameter in model.parameters() if id(parameter) not in adapter]
 
 
-class _Run:
-    """Training of one adapter, with measurements after chosen steps."""
+class FirstSteps:
+    """Training of adapters for a few steps on the same batches, with measurements against the base model.
 
-    def __init__(self, model: torch.nn.Module, layers: Mapping[str, tuple[LoraLayer, str]], loss: Loss) -> None:
-        self._model, self._layers, self._loss = model, layers, loss
+    Args:
+      batches: Batches that the steps cycle through.
+      held_out: Batch that is never trained on; None measures the training batches only.
+      steps: Numbers of updates after which to measure, in ascending order.
+      loss: Function of the model and a batch; None is ``model(**batch).loss``.
+      label: Function of a module's name that returns its name in the coordinates. Modules of one name are measured
+        together. The default is the last part of the name.
 
-    def compute_reference(self, batches: Sequence[Batch], held_out: Batch | None, steps: Sequence[int]) -> _Reference:
-        """Compute the outputs of the base model, while B is still 0, on the batches measured after ``steps``."""
-        base = base_model(self._model)
-        train = [_MaskedBatch(move_batch(batch, base), base) for batch in batches]
-        new = None if held_out is None else _MaskedBatch(move_batch(held_out, base), base, batches[0])
-        measured = dict.fromkeys(train[(step - 1) % len(train)] for step in steps)
-        if new is not None:
-            measured[new] = None
-        outputs = {masked: self._outputs(masked)[0] for masked in measured}
-        versions = [(ref(weight), weight._version) for weight in _base_weights(self._model, self._layers)]
-        return _Reference(train, new, outputs, ref(base), versions)
+    Attributes:
+      optimizer: Description of the optimizer of the latest run.
+      model: Class and dtype of the base model of the latest run.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[Batch],
+        held_out: Batch | None,
+        steps: Sequence[int],
+        *,
+        loss: Loss | None = None,
+        label: Callable[[str], str] = lambda name: name.rpartition(".")[2],
+    ) -> None:
+        self._batches, self._held_out, self._steps = batches, held_out, steps
+        self._loss, self._label = loss_function(loss), label
+        self._reference: _Reference | None = None
+        self.optimizer = self.model = ""
 
     def measure(
         self,
+        model: torch.nn.Module,
+        rank: int,
+        seeds: list[int],
+        make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+        on_step: Callable[[], Any] = lambda: None,
+    ) -> list[tuple[Coordinate, float]]:
+        """Draw the A of a PEFT model's adapter, train the adapter, and measure its coordinates.
+
+        PEFT's layers are removed from the model, and its state is restored, also if an error is raised.
+
+        Args:
+          model: PEFT model with a fresh adapter.
+          rank: Rank of the adapter.
+          seeds: Seeds of A, which is nested over ranks.
+          make_optimizer: Function that returns the optimizer of the adapter's parameters.
+          on_step: Function that is called after each step.
+
+        Returns:
+          The coordinates with their sizes, which are not finite if training diverged.
+
+        Raises:
+          InputError: If the model has no fresh LoRA adapter of this rank, or ``make_optimizer`` returns no optimizer.
+        """
+        layers = _fresh_layers(model, rank)
+        with with_autograd(), ExitStack() as stack:
+            # The next rank can use the same base model, and so can the caller after an error.
+            if hasattr(model, "unload"):
+                stack.callback(remove_adapters, model)
+            stack.enter_context(preserved_state(model))
+            # Dropout masks depend on the seed alone: ranks share them.
+            torch.manual_seed(sum(seeds))
+            _draw_nested(layers, model, seeds)
+            # Outputs of the base model, unless they are those of the run before.
+            if self._reference is None or not self._reference.is_of(model, layers):
+                self._reference = None  # frees the outputs of another base model first
+                self._reference = self._compute_reference(model, layers)
+            optimizer = build_optimizer(make_optimizer, trainable_parameters(model))
+            self.optimizer = _describe_optimizer(optimizer)
+            dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+            self.model = f"{type(base_model(model)).__name__} in {dtype}"
+            return list(self._train(model, layers, self._reference, optimizer, on_step))
+
+    def _compute_reference(self, model: torch.nn.Module, layers: Mapping[str, tuple[LoraLayer, str]]) -> _Reference:
+        """Compute the outputs of the base model, while B is still 0, on the batches that are measured."""
+        base = base_model(model)
+        train = [_MaskedBatch(move_batch(batch, base), base) for batch in self._batches]
+        new = None
+        if self._held_out is not None:
+            new = _MaskedBatch(move_batch(self._held_out, base), base, self._batches[0])
+        measured = dict.fromkeys(train[(step - 1) % len(train)] for step in self._steps)
+        if new is not None:
+            measured[new] = None
+        outputs = {masked: self._outputs(model, layers, masked)[0] for masked in measured}
+        versions = [(ref(weight), weight._version) for weight in _base_weights(model, layers)]
+        return _Reference(train, new, outputs, ref(base), versions)
+
+    def _train(
+        self,
+        model: torch.nn.Module,
+        layers: Mapping[str, tuple[LoraLayer, str]],
         reference: _Reference,
         optimizer: torch.optim.Optimizer,
-        steps: Sequence[int],
         on_step: Callable[[], Any],
     ) -> Iterator[tuple[Coordinate, float]]:
-        """Train the adapter, and yield its coordinates with their sizes after each of ``steps``."""
-        for step in range(1, max(steps) + 1):
+        """Train the adapter, and yield its coordinates with their sizes after each of the steps."""
+        for step in range(1, max(self._steps) + 1):
             # One training step on the step's batch: the steps cycle through the batches.
             trained = reference.train[(step - 1) % len(reference.train)]
             optimizer.zero_grad()
-            self._loss(self._model, trained.batch).backward()
+            self._loss(model, trained.batch).backward()
             optimizer.step()
             on_step()
-            if step not in steps:
+            if step not in self._steps:
                 continue
             # Sizes of the changes since the base model, on the batch just trained on and on the held-out batch.
             splits: dict[BatchSplit, _MaskedBatch | None] = {"train": trained, "held_out": reference.held_out}
             for split, masked in splits.items():
                 if masked is None:
                     continue
-                outputs, added, loss = self._outputs(masked)
+                outputs, added, loss = self._outputs(model, layers, masked)
                 for name, after in outputs.items():
                     change = after - reference.outputs[masked][name]
                     yield Coordinate(name, split, MODEL, step), masked.rms(change)
@@ -457,12 +538,13 @@ class _Run:
                     yield Coordinate("output", split, kind, step), float(np.sqrt(np.mean(np.square(sizes))))
                 yield Coordinate("loss", split, MODEL, step), loss
 
-    def _outputs(self, masked: _MaskedBatch) -> tuple[dict[str, torch.Tensor], dict[str, list[float]], float]:
+    def _outputs(
+        self, model: torch.nn.Module, layers: Mapping[str, tuple[LoraLayer, str]], masked: _MaskedBatch
+    ) -> tuple[dict[str, torch.Tensor], dict[str, list[float]], float]:
         """Run the model in evaluation mode on a batch.
 
         Returns:
-          The final hidden states and logits; by kind of module, the root mean square of each adapter's output; and the
-          loss.
+          The final hidden states and logits; by label, the root mean square of each adapter's output; and the loss.
         """
         outputs: dict[str, torch.Tensor] = {}
         added: dict[str, list[float]] = {}
@@ -481,24 +563,24 @@ class _Run:
                 outputs["logits"] = logits.detach().float()
 
         with ExitStack() as stack:
-            stack.enter_context(_evaluation_mode(self._model))
+            stack.enter_context(_evaluation_mode(model))
             stack.enter_context(torch.no_grad())
             # B A x from the layer's own input: DoRA runs A and B on the identity matrix too.
-            for name, (layer, adapter) in self._layers.items():
-                hook = partial(adapter_hook, name.rpartition(".")[2], adapter)
+            for name, (layer, adapter) in layers.items():
+                hook = partial(adapter_hook, self._label(module_name(model, name)), adapter)
                 stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             # The head's input and output are the hidden states and the logits, whatever the loss function calls.
-            get_head = getattr(base_model(self._model), "get_output_embeddings", None)
+            get_head = getattr(base_model(model), "get_output_embeddings", None)
             head = get_head() if callable(get_head) else None
             # Without a head, the model's output has the logits.
             if head is None:
-                stack.callback(self._model.register_forward_hook(model_hook).remove)
+                stack.callback(model.register_forward_hook(model_hook).remove)
             else:
                 stack.callback(head.register_forward_hook(head_hook).remove)
-            loss = float(self._loss(self._model, masked.batch))
+            loss = float(self._loss(model, masked.batch))
             # A loss function may call neither the head nor the model as a whole.
             if "logits" not in outputs:
-                result = self._model(**masked.batch)
+                result = model(**masked.batch)
                 if "logits" not in outputs:
                     outputs["logits"] = getattr(result, "logits", result).detach().float()
         return outputs, added, loss

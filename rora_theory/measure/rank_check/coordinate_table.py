@@ -1,7 +1,6 @@
 """Table of the sizes that a coordinate check measures, with slopes against the rank and verdicts.
 
-The sizes are measured by `rora_theory.measure.rank_check.coordinates` (JAX) or by
-`rora_theory.measure.rank_check.check` (PyTorch).
+`rora_theory.measure.rank_check.check` measures the sizes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,7 @@ MODEL_QUANTITIES = ((MODEL, "hidden"), (MODEL, "logits"))
 Single modules are not used: their cross-talk shrinks with the rank, but averages out over modules.
 """
 
-SCALED_QUANTITIES = ("output", "delta", "hidden", "logits")
+SCALED_QUANTITIES = ("output", "hidden", "logits")
 """Quantities whose size after the first step is proportional to the first step's power of gamma."""
 
 
@@ -38,13 +37,11 @@ class Coordinate(NamedTuple):
     """Quantity that is measured, with the place and step at which it is measured.
 
     Attributes:
-      quantity: Name of the quantity. Of a module, over its adapted layers and the split's tokens: ``output``, the root
-        mean square of gamma B A x at the inputs x of the adapted model; ``inner``, the root mean square of A x;
-        ``delta``, the root mean square over layers of |gamma B A|_F; ``grad_A`` and ``grad_B``, the Frobenius norms,
-        over all layers, of the last step's gradients. Of the model: ``hidden`` and ``logits``, the root mean square of
-        their change since the base model; ``loss``, the mean cross-entropy of the split's targets.
-      split: ``train`` for the batch of the last step, or ``held_out``. ``delta`` and gradients belong to ``train``.
-      module: Name from `rora_theory.lab.llama.MODULES`, or ``model``.
+      quantity: Name of the quantity. Of modules: ``output``, the root mean square of gamma B A x over the layers and
+        the split's tokens, at the inputs x of the adapted model. Of the model: ``hidden`` and ``logits``, the root mean
+        square of their change since the base model; ``loss``, the loss.
+      split: ``train`` for the batch of the last step, or ``held_out``.
+      module: Name that modules share, such as ``q_proj``, or ``model``.
       step: Number of updates.
     """
 
@@ -137,7 +134,7 @@ class Table:
             if coordinate.quantity == "loss":
                 continue
             row: dict[str, Any] = coordinate._asdict()
-            # Skip what is zero everywhere, such as the first gradient of A.
+            # Skip what is zero everywhere.
             if not value.any():
                 continue
             # A logarithm exists only if every size is finite and positive.

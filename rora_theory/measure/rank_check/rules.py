@@ -1,29 +1,24 @@
-"""Rank coordinate check of scaling rules, with controls.
+"""Rank coordinate check of scaling rules: settings, controls, slopes and verdicts.
 
-Nested adapters of several ranks take the same few steps (`coordinates.Checker`). All rules have the same scaling at a
+Nested adapters of several ranks take the same few steps (`check.FirstSteps`). All rules have the same scaling at a
 reference rank, so that they differ in the exponent only. A quantity is flat if the 95% interval of its log-log slope
 against the rank lies within a band around zero. Controls must not be flat: constant gamma grows with the rank, and the
 gaussian initialisation shrinks (`control_direction`).
 
-    check = measure.coordinate_check(model, train, held_out)
-    check.verdicts[["rule", "whole_model", "modules"]]
+The command ``coordinate_check`` takes the steps. This module needs no extra.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 import pandas as pd
 
+from rora_theory.advice.adapter_config import PEFT_INITS, PeftInit
 from rora_theory.advice.setting import Setting
-from rora_theory.lab.adapters.inits import LORA_INITS, LoraInit
-from rora_theory.lab.adapters.lora import PAPER_TARGETS
-from rora_theory.lab.data.batches import Batch
-from rora_theory.lab.llama import Model
 from rora_theory.laws.random.seeds import check_seed
 from rora_theory.measure.rank_check.coordinate_table import (
     BATCH_SPLITS,
@@ -33,8 +28,6 @@ from rora_theory.measure.rank_check.coordinate_table import (
     judge_model,
     summarise_verdicts,
 )
-from rora_theory.measure.rank_check.coordinates import Checker
-from rora_theory.measure.regimes import thin
 from rora_theory.optimizers import DISPLAY_NAMES, FAMILY, OPTIMIZER_NAMES, OptimizerName, scaling_power
 from rora_theory.runs import frames
 from rora_theory.scaling import Rule, check_choice, check_integer, exponent
@@ -60,9 +53,6 @@ SLOPE_COLUMNS = (
 )  # fmt: skip
 UNITS = {
     "output": "root mean square of gamma B A x over adapted layers, tokens and outputs",
-    "inner": "root mean square of A x",
-    "delta": "|gamma B A|_F, root mean square over layers",
-    "grad_A, grad_B": "Frobenius norm over layers of the gradient of the last step",
     "hidden, logits": "root mean square of the change since the base model",
     "loss": "nats per token",
     "half_width": "half-width of the 95% interval of the slope, Student's t over seeds",
@@ -85,7 +75,7 @@ class CheckConfig:
     """Scaling rules: lora, rora, rslora, or the exponent kappa of gamma = alpha / r^kappa"""
     optimizers: tuple[OptimizerName, ...] = ("adamw", "sgd")
     """Optimizers: sgd, momentum, adam or adamw, at a constant learning rate and without clipping"""
-    inits: tuple[LoraInit, ...] = ("kaiming_uniform",)
+    inits: tuple[PeftInit, ...] = ("kaiming_uniform",)
     """Initialisations of A"""
     controls: bool = True
     """Also check two controls that must not be flat, under the first optimizer: kappa = 0 and the gaussian
@@ -109,7 +99,7 @@ class CheckConfig:
 
     def __post_init__(self) -> None:
         check_list("--ranks", self.ranks, check_integer, fewest=2)
-        for name, supported in (("optimizers", OPTIMIZER_NAMES), ("inits", LORA_INITS)):
+        for name, supported in (("optimizers", OPTIMIZER_NAMES), ("inits", tuple(PEFT_INITS))):
             check_list(f"--{name}", getattr(self, name), partial(check_choice, choices=supported))
         check_steps(self.steps)
         check_ranges(self)
@@ -122,7 +112,7 @@ class Case(NamedTuple):
 
     optimizer: OptimizerName
     rule: Rule
-    init: LoraInit
+    init: PeftInit
     control: bool
 
     def __str__(self) -> str:
@@ -168,38 +158,38 @@ def coordinate_cells(config: CheckConfig) -> list[CoordinateCell]:
     ]
 
 
-def coordinate_rows(
-    config: CheckConfig, checker: Checker, cell: CoordinateCell, batch_of: Callable[[int], Batch], held_out: Batch
-) -> list[dict[str, Any]]:
-    """Train one adapter and return its sizes as rows of a table.
-
-    Args:
-      config: Settings of the check.
-      checker: Model with its compiled functions.
-      cell: Case, seed and rank of the adapter.
-      batch_of: Function that returns the batch of step t = 0, 1, ...
-      held_out: Batch that is never trained on.
-
-    Returns:
-      A row with the columns `COLUMNS` for each coordinate.
-    """
-    (optimizer, rule, init, control), rank = cell.case, cell.rank
+def setting_of(config: CheckConfig, cell: CoordinateCell) -> Setting:
+    """Return the setting of a cell's adapter and training."""
+    optimizer, rule, init, _ = cell.case
     # Each optimizer has its own learning rate.
     rates = {"sgd": config.sgd_lr, "momentum": config.momentum_lr}
-    setting = Setting(
-        rank=rank,
+    return Setting(
+        rank=cell.rank,
         alpha=alpha_at(rule, gamma=config.gamma, reference_rank=config.reference_rank),
         learning_rate=rates.get(optimizer, config.adam_lr),
         rule=rule,
         optimizer=optimizer,
         init=init,
     )
-    # A key that depends on the seed only: adapters of all ranks and rules share rows of A.
-    key = jax.random.fold_in(jax.random.key(0), cell.seed)
+
+
+def coordinate_rows(
+    config: CheckConfig, cell: CoordinateCell, sizes: Iterable[tuple[Coordinate, float]]
+) -> list[dict[str, Any]]:
+    """Return the sizes of one adapter as rows of a table.
+
+    Args:
+      config: Settings of the check.
+      cell: Case, seed and rank of the adapter.
+      sizes: Coordinates with their sizes.
+
+    Returns:
+      A row with the columns `COLUMNS` for each coordinate.
+    """
+    setting, (optimizer, rule, init, control) = setting_of(config, cell), cell.case
     labels = {"optimizer": optimizer, "rule": name_of(rule), "kappa": exponent(rule), "init": init}
-    labels |= {"control": int(control), "rank": rank, "learning_rate": setting.learning_rate, "seed": cell.seed}
+    labels |= {"control": int(control), "rank": cell.rank, "learning_rate": setting.learning_rate, "seed": cell.seed}
     labels["scaling"] = setting.scaling
-    sizes = checker.run(setting, key, batch_of, held_out, steps=config.steps)
     return [labels | coordinate._asdict() | {"value": float(value)} for coordinate, value in sizes]
 
 
@@ -327,62 +317,3 @@ def _judge_control(case: Case, verdict: str) -> str:
     if measured == expected:
         return f"{verdict}, as expected of the control"
     return f"{verdict}, AGAINST THE LAW: this control {expected}"
-
-
-@dataclass(frozen=True, eq=False)
-class CoordinateCheck:
-    """Result of `coordinate_check` as tidy frames.
-
-    Attributes:
-      sizes: Sizes with a row for each case, rank, seed, step, split, module and quantity, see
-        `coordinate_table.Coordinate`.
-      slopes: Slopes with errors and verdicts, with a row for each case, step, split, module and quantity, see
-        `coordinate_slopes`.
-      verdicts: Verdicts with a row for each case, see `verdicts`.
-    """
-
-    sizes: pd.DataFrame
-    slopes: pd.DataFrame
-    verdicts: pd.DataFrame
-
-
-def coordinate_check(
-    model: Model,
-    train: Batch | Sequence[Batch],
-    held_out: Batch,
-    config: CheckConfig | None = None,
-    *,
-    target_modules: Sequence[str] | str = PAPER_TARGETS,
-) -> CoordinateCheck:
-    """Run the rank coordinate check of scaling rules on a model.
-
-    Args:
-      model: Model loaded by `rora_theory.lab.llama.load`.
-      train: Batch of every step, or a sequence of batches that the steps cycle through.
-      held_out: Batch that is never trained on. `unseen.mask_seen` masks the tokens that it shares with training.
-      config: Settings of the check; None is the default `CheckConfig`.
-      target_modules: Target modules in PEFT's format.
-
-    Returns:
-      The sizes, slopes and verdicts.
-
-    Raises:
-      InputError: If a rank or module does not fit the model.
-    """
-    config = config or CheckConfig()
-    batches = [train] if isinstance(train, Batch) else list(train)
-    # Adapters of all ranks are padded to one width, so that the model is compiled once.
-    checker = Checker(model.params, model.config, width=max(config.ranks), target_modules=target_modules)
-    sizes = size_table(
-        row
-        for cell in coordinate_cells(config)
-        for row in coordinate_rows(config, checker, cell, partial(_batch_of_step, batches), held_out)
-    )
-    slope_frame = coordinate_slopes(config, sizes)
-    judged = verdicts(config, slope_frame)
-    thin.warn((sizes, slope_frame, judged), thin.rank_warnings(config.ranks))
-    return CoordinateCheck(sizes, slope_frame, judged)
-
-
-def _batch_of_step(batches: Sequence[Batch], step: int) -> Batch:
-    return batches[step % len(batches)]

@@ -9,13 +9,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from rora_theory.advice.lora_config import check_uniform, init_of
 from rora_theory.errors import InputError, first_line, shown
+from rora_theory.measure.adapters import with_peft
 from rora_theory.measure.batches import Batch, Loss, MasksByShape, find_masks, move_batch, select_masks
 from rora_theory.measure.hooks import HALF_LOSS_SCALE, first_input
 from rora_theory.measure.modules import (
@@ -86,14 +87,14 @@ def check_no_adapters(model: torch.nn.Module) -> None:
 
 
 def build_optimizer(
-    make_optimizer: Callable[[list[Any], Any], torch.optim.Optimizer], parameters: list[Any], argument: float
+    make_optimizer: Callable[..., torch.optim.Optimizer], parameters: list[Any], *arguments: float
 ) -> torch.optim.Optimizer:
-    """Return the optimizer that a function makes of trainable parameters and a learning rate or rank.
+    """Return the optimizer that a function makes of trainable parameters and a learning rate, if it takes one.
 
     Raises:
       InputError: If the function returns something else.
     """
-    optimizer = make_optimizer(parameters, argument)
+    optimizer = make_optimizer(parameters, *arguments)
     if not hasattr(optimizer, "param_groups"):
         raise InputError(f"make_optimizer must return an optimizer of PyTorch, got {shown(optimizer)}")
     return optimizer
@@ -331,7 +332,7 @@ def _adapted(model: torch.nn.Module, config: LoraConfig) -> Iterator[list[LoraLa
     """
     try:
         # PEFT writes to the configuration that it receives, so it receives a copy.
-        wrapped = get_peft_model(model, copy.deepcopy(config), adapter_name=ADAPTER)
+        wrapped = with_peft(model, copy.deepcopy(config), adapter_name=ADAPTER)
     except (ValueError, AttributeError) as error:
         raise InputError(f"config does not suit the model: {first_line(error)}") from error
     try:

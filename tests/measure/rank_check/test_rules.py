@@ -1,23 +1,18 @@
-"""The check as a library call: frames of a tiny model, verdicts that follow from the slopes."""
+"""Settings of cells, slopes of sizes, and verdicts that follow from the slopes."""
 
 import itertools
 import json
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 import pandas as pd
 import pytest
-from support import checkpoint, training
 
 from figures import coordinate_check as figure
-from rora_theory import measure, scaling_factor
-from rora_theory.lab.llama import load
-from rora_theory.measure.rank_check.coordinate_table import Coordinate, Table, summarise_verdicts
-from rora_theory.measure.rank_check.coordinates import Checker
+from rora_theory import scaling_factor
+from rora_theory.measure.rank_check.coordinate_table import Coordinate, Table
 from rora_theory.measure.rank_check.rules import (
     SLOPE_COLUMNS,
     Case,
@@ -27,50 +22,18 @@ from rora_theory.measure.rank_check.rules import (
     control_direction,
     coordinate_rows,
     coordinate_slopes,
+    setting_of,
     size_table,
     verdicts,
 )
-from rora_theory.measure.regimes.thin import ThinWarning
 from rora_theory.runs import frames
 from rora_theory.validation.rules import name_of
-
-batch = partial(training.batch, 2, 6, vocabulary=300)
 
 
 def config_of(**changed) -> CheckConfig:
     """Return the settings of a small check: AdamW at alpha/r, three ranks, one step, two seeds, without controls."""
     small = {"ranks": (2, 8, 32), "rules": ("lora",), "optimizers": ("adamw",), "controls": False}
     return CheckConfig(**small | {"steps": (1,), "seeds": (0, 1)} | changed)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::rora_theory.measure.regimes.thin.ThinWarning")
-def test_frames(tmp_path, capfd) -> None:
-    """Nothing is printed.
-
-    There is a row for each rank, seed and coordinate; slopes follow from sizes, and verdicts from slopes.
-    """
-    model = load(checkpoint.model(tmp_path))
-    config = config_of(ranks=(2, 8), rules=(0.5,), adam_lr=1e-5)
-    with pytest.warns(ThinWarning, match="ranks 2 8,"):
-        checked = measure.coordinate_check(model, batch(0), batch(1), config, target_modules=["q_proj"])
-    assert all(frame.attrs["warnings"] for frame in (checked.sizes, checked.slopes, checked.verdicts))
-    assert len(checked.sizes) == 2 * 2 * (2 + 4 + 1 + 6)
-    outputs = checked.sizes.query("quantity == 'output' and split == 'train'").pivot(
-        index="seed", columns="rank", values="value"
-    )
-    module = "quantity == 'output' and split == 'train' and module == 'self_attn.q_proj'"
-    (slope,) = checked.slopes.query(module)["slope"]
-    assert slope == pytest.approx(np.log(outputs[8] / outputs[2]).mean() / np.log(4), abs=1e-4)
-    (verdict,) = checked.verdicts.itertuples()
-    assert (verdict.optimizer, verdict.rule, verdict.control) == ("adamw", "0.5", False)
-    assert verdict.whole_model == summarise_verdicts(
-        checked.slopes[checked.slopes["quantity"].isin(["hidden", "logits"])]["verdict"].tolist()
-    )
-    fresh = measure.coordinate_check(model, [batch(0), batch(2)], batch(1), config, target_modules=["q_proj"])
-    # One step has the first batch alone: equal but for float32's rounding, of which the sizes are differences.
-    np.testing.assert_allclose(fresh.sizes["value"], checked.sizes["value"], rtol=1e-4)
-    assert not any(capfd.readouterr())
 
 
 def judge(config: CheckConfig, value: Callable[..., float]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -179,33 +142,14 @@ def test_the_direction_of_a_control(optimizer, rule, init, direction: str) -> No
     assert control_direction(Case(optimizer, rule, init, True)) == direction
 
 
-class Watching(Checker):
-    """Checker that records what a cell requests and measures nothing."""
-
-    def __init__(self) -> None:
-        pass
-
-    def run(self, *arguments, **options):
-        self.arguments, self.options = arguments, options
-        yield Coordinate("loss", "train", "model", 1), 1.25
-
-
 @pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 1.0), ("adam", 1.0), ("sgd", 2.0), ("momentum", 3.0)])
-def test_settings_batches_and_keys_of_a_cell(optimizer, rate) -> None:
-    """Each seed has one A for all ranks and rules and its own batches; each optimizer has its own rate."""
+def test_settings_and_rows_of_a_cell(optimizer, rate) -> None:
+    """Each optimizer has its own rate, and each rule the same scaling at the reference rank."""
     config = CheckConfig(adam_lr=1.0, sgd_lr=2.0, momentum_lr=3.0, gamma=5.0, reference_rank=4)
     for seed, (rule, kappa), rank in itertools.product(range(2), (("lora", 1), ("rora", 0.5)), (2, 16)):
-        checker, held_out = Watching(), batch(seed)
         cell = CoordinateCell(Case(optimizer, rule, "gaussian", False), seed, rank)
-        (row,) = coordinate_rows(config, checker, cell, partial("{}.{}".format, seed), held_out)
-        setting, key, batch_of, read = checker.arguments
-        assert (
-            jax.random.key_data(key).tolist()
-            == jax.random.key_data(jax.random.fold_in(jax.random.key(0), seed)).tolist()
-        )
-        assert [batch_of(step) for step in range(3)] == [f"{seed}.{step}" for step in range(3)]
-        assert read is held_out
-        assert checker.options == {"steps": config.steps}
+        setting = setting_of(config, cell)
+        (row,) = coordinate_rows(config, cell, [(Coordinate("loss", "train", "model", 1), 1.25)])
         assert (setting.rank, setting.rule, setting.init, setting.optimizer) == (rank, rule, "gaussian", optimizer)
         assert setting.learning_rate == row["learning_rate"] == rate
         gamma = scaling_factor(rule, alpha=setting.alpha, rank=rank)
@@ -224,7 +168,7 @@ def test_the_exponent_at_which_the_slope_is_flat(optimizer, power) -> None:
     config = config_of(ranks=(32, 2, 8), optimizers=(optimizer,))
     labels = {"optimizer": optimizer, "rule": "lora", "init": "kaiming_uniform", "step": 1, "split": "train"}
     excess = {("a", "output"): 0.2, ("b", "output"): -0.2, ("model", "hidden"): 0.0}
-    constant = {("a", "inner"): 1.0, ("a", "grad_A"): 0.0, ("model", "loss"): 2.0}
+    constant = {("a", "unscaled"): 1.0, ("a", "zero"): 0.0, ("model", "loss"): 2.0}
     sizes = [
         labels | {"rank": rank, "seed": seed, "module": module, "quantity": quantity, "value": value}
         for rank, seed in itertools.product(config.ranks, range(2))
@@ -234,14 +178,14 @@ def test_the_exponent_at_which_the_slope_is_flat(optimizer, power) -> None:
     ]
     slopes = coordinate_slopes(config, size_table(sizes)).set_index(["module", "quantity"])
     excess |= {("model", "output"): 0.0}
-    assert set(slopes.index) == {*excess, ("a", "inner")}
+    assert set(slopes.index) == {*excess, ("a", "unscaled")}
     for where, more in excess.items():
         row = slopes.loc[where]
         assert (row["slope"], row["kappa_flat"]) == pytest.approx((0.5 - power + more, (0.5 + more) / power), abs=1e-4)
         assert row["verdict"] == "shrinks"
-    inner = slopes.loc["a", "inner"]
-    assert math.isnan(inner["kappa_flat"])
-    assert inner["verdict"] == "flat"
+    unscaled = slopes.loc["a", "unscaled"]
+    assert math.isnan(unscaled["kappa_flat"])
+    assert unscaled["verdict"] == "flat"
     diverged = [row | {"value": math.nan} if row["quantity"] == "hidden" else row for row in sizes]
     assert coordinate_slopes(config, size_table(diverged)).query("quantity == 'hidden'")["verdict"].tolist() == [
         "diverged"
