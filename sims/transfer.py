@@ -74,7 +74,7 @@ class Config(TransferConfig):
         check_seed("--seed", self.seed)
         # Options of the check have no effect without it.
         if not self.check:
-            check_unread(self, "reading", "cluster", "check_batch_size", "seeds", "seed", "out", requires="--check")
+            check_unread(self, "reading", "check_batch_size", "seeds", "seed", "out", requires="--check")
         super().__post_init__()
 
 
@@ -137,19 +137,19 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     from rora_theory.measure.modules import select_modules
     from sims.common import inputs, prompts, record_batches
 
-    # Batches of the check. The weights are loaded only after the advice is printed.
+    # Batches of the check.
     advice, targets = advised.advice, advised.peft["target_modules"]
     source = inputs.read_inputs(config.check[1:], config.check[0], config.reading)
-    pair_config = record_batches.PairConfig(config.batch_size, config.batch_size)
+    pair_config = record_batches.PairConfig(config.check_batch_size, config.check_batch_size)
     pair = record_batches.make_batch_pair(pair_config, source, seed=config.seed)
-    identity: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "seeds", "seed")}
+    identity: dict[str, Any] = {name: getattr(config, name) for name in ("check_batch_size", "seeds", "seed")}
     identity |= {"targets": targets} | advice.identity() | source.identity
     check_free(path_of(NAME, identity, config.out))
-    # The advice needs no training: print it before the model takes steps.
-    report(config, advised)
+    # Nothing is written before the inputs are checked. The advice is printed before the model takes steps.
     model = source.model
     select_modules(model, targets)
     check_unseen(model, pair.held_out, pair.train)
+    report(config, advised)
     # Run every candidate with every seed.
     checker = transfer_check.FirstStepChecker(model, pair.train, pair.held_out, targets, config.seed)
     extra, models = {"units": transfer_check.UNITS, "device": inputs.describe_device(model)}, [source.origin]

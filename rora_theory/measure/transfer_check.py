@@ -156,7 +156,7 @@ class FirstStepChecker:
         for coordinate, value in sizes:
             if coordinate.split != "held_out" or coordinate.quantity == "loss":
                 continue
-            place = {"quantity": coordinate.quantity}
+            place: dict[str, Any] = {"quantity": coordinate.quantity}
             if coordinate.quantity == "output":
                 place = {
                     "quantity": "module", "module": coordinate.module, "layer": layer_index(coordinate.module)

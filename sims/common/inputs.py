@@ -124,6 +124,10 @@ def load_model(origin: llama.ModelSource, dtype: str = "float32") -> Any:
             raise InputError(f"{path}: transformers cannot load the model: {first_line(error)}") from error
         finally:
             logging.set_verbosity(verbosity)
+        # The weights of a GGUF file are dense now, but its marks would keep the model from being saved.
+        for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized")):
+            if hasattr(owner, name):
+                delattr(owner, name)
         # Attention caches of a training batch are never read.
         model.config.use_cache = False
         return model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -88,7 +88,7 @@ def settings(name: str, model: object, data: Path) -> Any:
     train = (str(data / "train.json"),)
     return {
         "regime": regime.Config(train, model, batches=PairConfig(4, 4, 400), measured=RegimeConfig(rows=0)),
-        "transfer": transfer.Config(2, 4, batch_size=4, check=(model, *train)),
+        "transfer": transfer.Config(2, 4, check_batch_size=4, check=(model, *train)),
         "coordinate_check": coordinate_check.Config(
             train, model, check=CheckConfig(ranks=(2, 4)),
             records=BatchConfig(batch_size=2, held_out=6, cutoff=160, template="clean"),

@@ -164,7 +164,7 @@ def test_check_on_a_model(model, data, tmp_path) -> None:
         )
     )  # fmt: skip
     config = transfer.Config(
-        from_rank=2, to_rank=8, rule=0.0, optimizer="sgd", lr=1e-4, regime=str(tmp_path / "regime"), batch_size=4,
+        from_rank=2, to_rank=8, rule=0.0, optimizer="sgd", lr=1e-4, regime=str(tmp_path / "regime"), check_batch_size=4,
         check=(str(model), str(data / "train.json")), seeds=tuple(range(16)), out=tmp_path / "out",
     )  # fmt: skip
     transfer.run(config)
@@ -365,9 +365,11 @@ def test_a_file_is_written_in_its_format_without_overwriting(axolotl, tmp_path) 
 
 
 def test_no_file_is_written_if_the_check_is_refused(axolotl, model, data, tmp_path) -> None:
-    path = axolotl()
-    for records, message in ((tmp_path / "none.json", "none.json: no such file"), (data / "train.json", "rank .* 16")):
-        out = ["--out", tmp_path / "run", "--write", tmp_path / "new.yml"]
-        ended = commands.run(transfer.main, "--from", path, "--to-rank 64 --check", model, records, *out)
+    """Not if the records do not exist, and not if every held-out token repeats a training record."""
+    path, same = axolotl(), data / "same.json"
+    same.write_text(json.dumps([{"instruction": "Say it.", "output": "It."}] * 8))
+    for records, message in ((tmp_path / "none.json", "none.json: no such file"), (same, "held-out tokens")):
+        words = ["--check-batch-size", "4", "--out", tmp_path / "run", "--write", tmp_path / "new.yml"]
+        ended = commands.run(transfer.main, "--from", path, "--to-rank 64 --check", model, records, *words)
         assert re.search(message, commands.refusal(ended))
         assert [item.name for item in tmp_path.iterdir()] == ["config.yml"]

@@ -234,6 +234,8 @@ def tune(
         progress_bar.update(sum(run.diverged_at or run.steps for run in runs))
         while (trial := next_trial(plan, runs)) is not None:
             runs.append(probe.train(trial, progress_bar.update))
+            if not progress:
+                logger.info(_describe_run(runs[-1], affordable_groups))
             if path is not None:
                 _write_runs(path, identity, runs)
     # Update the prior of the planned run's rate.
@@ -272,6 +274,15 @@ def _affordable_groups(groups: Sequence[Group], tokens: int) -> list[Group]:
             f"evaluation, got {sum(group.tokens for group in fewest)}. Raise budget, or pass shorter held-out rows."
         )
     return affordable_groups
+
+
+def _describe_run(run: ProbeRun, groups: Sequence[Group]) -> str:
+    """Describe a finished run for the log."""
+    if run.diverged_at is not None:
+        result = f"diverged at step {run.diverged_at}"
+    else:
+        result = f"held-out loss {run.total / sum(group.targets for group in groups):.4f}"
+    return f"learning rate {run.learning_rate:.3g}, {run.steps} steps: {result}"
 
 
 def _remarks(
