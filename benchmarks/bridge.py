@@ -28,7 +28,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 import transformers
-import tyro
 from hardware import OtherLoad, describe_machine, format_machine, silence_transformers
 
 from rora_theory.advice.adapter_config import PAPER_TARGETS
