@@ -219,6 +219,22 @@ def without_adapters(model: torch.nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+def check_weights(model: torch.nn.Module, *, offloaded: bool) -> None:
+    """Raise `InputError` if a weight is on the meta device.
+
+    Args:
+      model: Model.
+      offloaded: Whether weights may be there that a hook of accelerate loads when they are needed.
+    """
+    for name, module in model.named_modules():
+        is_loaded_later = offloaded and hasattr(module, "_hf_hook")
+        if not is_loaded_later and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            raise InputError(
+                f"model must have its weights in memory, got {name or type(model).__name__} on the meta device. "
+                "Load the model without offloading, on one device."
+            )
+
+
 def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Return the parameters of a model that receive gradients."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]

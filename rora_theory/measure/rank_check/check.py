@@ -42,6 +42,7 @@ from rora_theory.measure.batches import (
 )
 from rora_theory.measure.modules import (
     base_model,
+    check_weights,
     preserved_state,
     remove_adapters,
     trainable_parameters,
@@ -474,6 +475,7 @@ class FirstSteps:
         Raises:
           InputError: If the model has no fresh LoRA adapter of this rank, or ``make_optimizer`` returns no optimizer.
         """
+        check_weights(model, offloaded=False)
         layers = _fresh_layers(model, rank)
         with with_autograd(), ExitStack() as stack:
             # The next rank can use the same base model, and so can the caller after an error.

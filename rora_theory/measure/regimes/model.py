@@ -45,6 +45,7 @@ from rora_theory.measure.batches import (
 from rora_theory.measure.modules import (
     adapted_targets,
     base_model,
+    check_weights,
     is_prompt_learning,
     layer_index,
     linear_size,
@@ -254,6 +255,7 @@ def regime(
         check_batch(name, value)
     model = unwrap(model)
     base = base_model(model)
+    check_weights(base, offloaded=True)
     modules = select_modules(base, target_modules, layers)
     # A learned prompt lies outside the base model: without it, the base model runs.
     if is_prompt_learning(model):

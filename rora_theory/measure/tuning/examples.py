@@ -133,6 +133,21 @@ def held_out_groups(model: torch.nn.Module, batches: Sequence[Batch]) -> list[Gr
     return groups
 
 
+def count_repeated(groups: Sequence[Group], batches: Sequence[Batch]) -> int:
+    """Return the number of held-out rows whose tokens equal those of a training row, padding apart."""
+    trained = {row for batch in batches for row in _token_rows(batch)}
+    return sum(row in trained for group in groups for row in _token_rows(group.batch))
+
+
+def _token_rows(batch: Batch) -> Iterator[tuple[int, ...]]:
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+        return
+    is_real = mask != 0 if isinstance(mask, torch.Tensor) and mask.shape == ids.shape else torch.ones_like(ids) != 0
+    for row, real in zip(ids, is_real, strict=True):
+        yield tuple(row[real].tolist())
+
+
 def digest(batches: Iterable[Batch]) -> str:
     """Return the SHA-256 of the tensors of batches."""
     state = hashlib.sha256()

@@ -32,6 +32,7 @@ from rora_theory.measure.tuning.examples import (
     MAX_HELD_OUT_BATCHES,
     Data,
     Group,
+    count_repeated,
     count_rows,
     count_tokens,
     digest,
@@ -244,7 +245,10 @@ def tune(
         runs,
         [group.targets for group in affordable_groups],
         config=copy.deepcopy(config),
-        remarks=_remarks(plan, config, len(batches) / accumulation, affordable_groups, groups, heads),
+        remarks=[
+            *_remarks(plan, config, len(batches) / accumulation, affordable_groups, groups, heads),
+            *_describe_repeats(count_repeated(affordable_groups, batches)),
+        ],
     )
 
 
@@ -274,6 +278,11 @@ def _affordable_groups(groups: Sequence[Group], tokens: int) -> list[Group]:
             f"evaluation, got {sum(group.tokens for group in fewest)}. Raise budget, or pass shorter held-out rows."
         )
     return affordable_groups
+
+
+def _describe_repeats(count: int) -> list[str]:
+    """Return a warning if held-out rows equal training rows; their losses favour rates that memorise."""
+    return [f"Warning: {count} held-out records equal training records. Pass other held-out records."] if count else []
 
 
 def _describe_run(run: ProbeRun, groups: Sequence[Group]) -> str:

@@ -216,3 +216,13 @@ def test_llama_4() -> None:
     measured = regime(model, *BATCHES, config=SMALL)
     assert set(measured.left_out.values()) == {"returns a tuple"}
     assert all(name.endswith("router") for name in measured.left_out)
+
+
+def test_weights_on_the_meta_device_are_refused() -> None:
+    model = torch_models.model()
+    model.model.layers[1].self_attn.q_proj.to("meta")
+    batch = torch_models.batch()
+    with pytest.raises(InputError, match=r"layers\.1\.self_attn\.q_proj on the meta device"):
+        regime(model, batch, batch)
+    with pytest.raises(InputError, match=r"layers\.1\.self_attn\.q_proj.* on the meta device"):
+        coordinate_check(lambda rank: torch_models.adapted(model, rank), batch, ranks=(1, 2), steps=(1,), seeds=2)

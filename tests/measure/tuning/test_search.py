@@ -535,3 +535,17 @@ def test_bfloat16_and_dropout() -> None:
     assert next(model.parameters()).dtype == torch.bfloat16
     assert any("DoRA" in sentence for sentence in first.assumptions)
     pd.testing.assert_frame_equal(first.curve, second.curve, rtol=1e-6)
+
+
+def test_held_out_rows_that_equal_training_rows_are_counted() -> None:
+    """Padding does not count, and a row with another token is another row."""
+    from rora_theory.measure.tuning.examples import Group, count_repeated
+
+    def batch(*rows: list[int]) -> dict:
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+    groups = [Group(batch([5, 6], [5, 6, 7, 8]), 4, 6), Group(batch([5, 6, 9]), 2, 3)]
+    assert count_repeated(groups, [batch([5, 6, 7]), batch([5, 6], [1, 2, 3])]) == 1
+    assert count_repeated(groups, [batch([5, 6, 7])]) == 0
