@@ -57,7 +57,7 @@ def policies(
 
     Returns:
       Policies that leave the rate alone when the number of steps changes (``keep the rate``, ``first step``,
-      ``square root``, ``displacement``, ``constant gradient``), ``displacement and steps``, and ``advice``: the rate
+      ``square root``, ``G^-0.75``, ``displacement``, ``constant gradient``), ``displacement and steps``, and ``advice``: the rate
       of `rora_theory.transfer`, whose constants are the default ones and not those of the runs.
     """
 
@@ -89,6 +89,7 @@ def policies(
         "keep the rate": lambda _old, _new, rate: rate,
         "first step": lambda old, new, rate: rate * old.strength / new.strength,
         "square root": lambda old, new, rate: rate * (old.strength / new.strength) ** 0.5,
+        "G^-0.75": lambda old, new, rate: rate * (old.strength / new.strength) ** 0.75,
     }
     if constants:
         by_name |= {"displacement": displacement_rate, "displacement and steps": displacement_and_steps_rate}
@@ -248,7 +249,7 @@ def regret_by_policy(costs: pd.DataFrame) -> pd.DataFrame:
       costs: `regret_table`.
 
     Returns:
-      A row for each ``changed`` and ``policy``: ``pairs``, ``median`` and ``largest`` regret in nats per token,
+      A row for each ``changed`` and ``policy``: ``pairs``, ``median``, ``mean`` and ``largest`` regret in nats per token,
       ``largest_error``, the standard error of the largest, and ``lower_bounds``, the number of pairs whose rate lies
       outside the measured ones. Pairs with a best rate at the end of a grid are left out.
     """
@@ -259,8 +260,9 @@ def regret_by_policy(costs: pd.DataFrame) -> pd.DataFrame:
         worst = pairs.loc[pairs["regret"].idxmax()]
         rows.append(
             {"changed": changed, "policy": policy, "pairs": len(pairs), "median": float(pairs["regret"].median())}
+            | {"mean": float(pairs["regret"].mean())}
             | {"largest": float(worst["regret"]), "largest_error": worst["standard_error"]}
             | {"lower_bounds": int(pairs["is_lower_bound"].sum())}
         )
-    columns = ["changed", "policy", "pairs", "median", "largest", "largest_error", "lower_bounds"]
+    columns = ["changed", "policy", "pairs", "median", "mean", "largest", "largest_error", "lower_bounds"]
     return frames.from_rows(rows, columns)
