@@ -8,7 +8,7 @@ from support import torch_chats, torch_models
 from support.torch_models import torch, transformers
 
 pytest.importorskip("accelerate", reason="transformers' trainer: accelerate")
-PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "measure-my-model.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "measure-my-model.md"
 
 
 @pytest.mark.slow
