@@ -6,6 +6,7 @@ FOLDER has the original files as CSV, see `original` of each source in `rora_the
 go to `rora_theory/evidence/tables`. Run it again after a change of the policies, the advice or the statistics.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -52,10 +53,10 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: public_sweeps.py FOLDER")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder with the original files")
     try:
-        main(Path(sys.argv[1]))
+        main(parser.parse_args().folder)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

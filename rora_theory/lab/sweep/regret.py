@@ -57,8 +57,8 @@ def policies(
 
     Returns:
       Policies that leave the rate alone when the number of steps changes (``keep the rate``, ``first step``,
-      ``square root``, ``G^-0.75``, ``displacement``, ``constant gradient``), ``displacement and steps``, and ``advice``: the rate
-      of `rora_theory.transfer`, whose constants are the default ones and not those of the runs.
+      ``square root``, ``G^-0.75``, ``displacement``, ``constant gradient``), ``displacement and steps``, and
+      ``advice``: the rate of `rora_theory.transfer`, whose constants are the default ones and not those of the runs.
     """
 
     # The displacement law, with the constant measured at about this number of steps.
@@ -249,9 +249,9 @@ def regret_by_policy(costs: pd.DataFrame) -> pd.DataFrame:
       costs: `regret_table`.
 
     Returns:
-      A row for each ``changed`` and ``policy``: ``pairs``, ``median``, ``mean`` and ``largest`` regret in nats per token,
-      ``largest_error``, the standard error of the largest, and ``lower_bounds``, the number of pairs whose rate lies
-      outside the measured ones. Pairs with a best rate at the end of a grid are left out.
+      A row for each ``changed`` and ``policy``: ``pairs``, ``median``, ``mean`` and ``largest`` regret in nats per
+      token, ``largest_error``, the standard error of the largest, and ``lower_bounds``, the number of pairs whose rate
+      lies outside the measured ones. Pairs with a best rate at the end of a grid are left out.
     """
     rows: list[dict[str, Any]] = []
     # At the end of a grid the lowest loss is unknown, and with it the regret.
