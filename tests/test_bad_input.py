@@ -49,7 +49,7 @@ GIVEN = {
     "sims.sweep": ["--data", "RECORDS", "--held-out", "2"],
     "sims.horizon": ["--data", "RECORDS", "--held-out", "2", "--train-records", "8"],
     "sims.regime": ["--data", "RECORDS"],
-    "sims.tune": ["--data", "RECORDS", "--held-out", "2"],
+    "sims.tune": ["--data", "RECORDS", "--held-out", "16"],
     "sims.coordinate_check": ["--data", "RECORDS"],
     "sims.prune": ["--text", "RECORDS"],
     "sims.evaluate": ["--data-dir", "FOLDER"],
@@ -95,7 +95,16 @@ BAD = {int: (HUGE,), float: ("1e400", "nan")}
 """Values that no option of a type accepts; the tests of `cli` cover values that the option parser refuses."""
 
 ZERO = {*SEEDS, "dropout", "show", "rule", "rules", "to_rule", "warmup", "weight_decay", "rows", "overlap", "overlaps"}
-ZERO |= {"noise", "cell_gpus", "displacement_constant", ("sims.finetune", "held_out"), ("sims.regime", "layers")}
+ZERO |= {
+    ("sims.tune", "clip"),
+    ("sims.tune", "budget"),
+    ("sims.finetune", "process_id"),
+    "noise",
+    "cell_gpus",
+    "displacement_constant",
+    ("sims.finetune", "held_out"),
+    ("sims.regime", "layers"),
+}
 """Options that accept 0, in every command or in the named one. Of these, -1 is tested; of all others, 0."""
 
 PLACES = ("FILE", "FILE/run", "x" * 300, "x" * 5000, "/dev/null/run")

@@ -349,8 +349,10 @@ def _read_file(path: Path, where: str, columns: Container[str]) -> Iterator[tupl
     """
     if not os.path.exists(path):
         raise InputError(f"{where}: no such file. Pass {SUPPORTED_SOURCES}.")
-    if os.path.isdir(path):
-        raise InputError(f"{where}: is a folder. Pass {SUPPORTED_SOURCES}.")
+    # A device or a pipe would be read until memory is full, or waited for.
+    if not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "not a regular file"
+        raise InputError(f"{where}: is {kind}. Pass {SUPPORTED_SOURCES}.")
     reader = READERS.get(path.suffix, "json")
     table = _load_table(path, reader, where)
     unread: dict[str, Any] = {}

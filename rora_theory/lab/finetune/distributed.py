@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 
 from rora_theory.errors import InputError
+from rora_theory.scaling import check_integer
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,13 @@ class ProcessConfig:
     """Number of processes, where JAX does not detect it"""
     process_id: int | None = None
     """Number of this process, from 0, where JAX does not detect it"""
+
+    def __post_init__(self) -> None:
+        """Validate the settings."""
+        if self.num_processes is not None:
+            check_integer("--num-processes", self.num_processes)
+        if self.process_id is not None:
+            check_integer("--process-id", self.process_id, minimum=0)
 
     def join(self, *, timeout: int = 300) -> bool:
         """Connect to the other processes, before any other use of JAX.
