@@ -42,6 +42,9 @@ OURS = {
 MIN_STEPS = 64
 """Fewest steps of our runs that count: shorter ones end during the first drop of the loss."""
 
+MIN_BATCH_SPREAD = 0.1
+"""Smallest standard deviation of the exponent in the batch size, as few pairs show none."""
+
 EVIDENCE_RANK = 16
 """Lowest rank of the pairs whose regrets the advice quotes."""
 
@@ -220,8 +223,10 @@ def schedule_factor() -> tuple[float, float, str]:
 def batch_exponent() -> tuple[float, float, str]:
     """Return the exponent in the batch size at one number of steps, with its spread."""
     table = pd.read_csv(PUBLISHED / "batch_size" / "exponents.csv")
-    spread = max(float(table["exponent"].std()), float(table["standard_error"].max()))
-    return float(table["exponent"].mean()), spread, "SmolLM2-135M, rank 16, 64 cosine steps, 4 to 64 records"
+    spread = float(np.nanmax([table["exponent"].std(), table["standard_error"].max(), MIN_BATCH_SPREAD]))
+    records = f"{table['from_batch'].min()} to {table['to_batch'].max()} records"
+    source = f"SmolLM2-135M, {len(table)} {'pair' if len(table) == 1 else 'pairs'}, 64 steps, {records}, one seed"
+    return float(table["exponent"].mean()), spread, source
 
 
 def evidence_rows() -> pd.DataFrame:
@@ -246,6 +251,21 @@ def evidence_rows() -> pd.DataFrame:
         rows.append(
             {"name": name, "runs": count, "models": models, "compared": part["model"].nunique(), "pairs": len(keep)}
             | {"keep_mean": keep.mean(), "keep": keep.max(), "advice_mean": advice.mean(), "advice": advice.max()}
+        )
+    return pd.DataFrame(rows)
+
+
+def growth_rows() -> pd.DataFrame:
+    """Return the regrets of the sweep with alpha = r by the factor by which the gain changes, in either direction."""
+    costs = pd.read_csv(TABLES / "regrets.csv")
+    costs = costs[(costs["source"] == "qwen2.5-7b") & (costs["old_place"] == "inside") & (costs["place"] == "inside")]
+    ratios = (costs["gain"] / costs["old_gain"]).round(6)
+    rows = []
+    for growth, part in costs.groupby(np.maximum(ratios, 1 / ratios).round()):
+        keep, advice = (part[part["policy"] == policy]["regret"] for policy in ("keep the rate", LEFT_OUT))
+        rows.append(
+            {"growth": growth, "pairs": len(keep), "keep_mean": keep.mean(), "keep": keep.max()}
+            | {"advice_mean": advice.mean(), "advice": advice.max()}
         )
     return pd.DataFrame(rows)
 
@@ -311,6 +331,7 @@ def main() -> None:
     settings.agg(["min", "max"]).to_csv(folder / "settings.csv", index=False)
     evidence = evidence_rows()
     evidence.to_csv(folder / "evidence.csv", index=False)
+    growth_rows().to_csv(folder / "growth.csv", index=False)
     print(evidence.round(5).to_string(index=False))
     print(constants.to_string(index=False))
     for (changed, judged), part in table.groupby(["changed", "judged_by"]):

@@ -5,13 +5,13 @@
     python -m sims.transfer --from-rank 16 --to-rank 16 --alpha 32 --lr 2e-4 --batch-size 4 --to-batch-size 64
     python -m sims.transfer --from ADAPTER/adapter_config.json --lr 3e-4 --to-rank 128 --to-rule rslora --to-alpha 16
 
-The first sentence is the answer. Its cost in measured runs and its limits follow, then the learning rates of common
-choices, and a PEFT `LoraConfig` to paste. Under Adam with PEFT's default initialisation the learning rate follows
-measured laws of the scaling, the rank, the steps and the batch; otherwise the size of the first step is preserved. The
-regime is the part of the first step that dominates: signal, along the gradient of the full weight (the default, which
-describes the whole model), or cross-talk, which the random directions of A add. It can be measured: --regime RUN loads
-a run of sims.regime, and alphas then differ by module and preserve each module's own first step. --check MODEL DATA...
-trains the model for one step at both ranks, and writes the sizes of the changes to a run folder.
+The evidence comes first, then the answer. Its cost in measured runs and its limits follow, then the learning rates of
+common choices, and a PEFT `LoraConfig` to paste. Under Adam with PEFT's default initialisation the learning rate
+follows measured laws of the scaling, the rank, the steps and the batch; otherwise the size of the first step is
+preserved. The regime is the part of the first step that dominates: signal, along the gradient of the full weight (the
+default, which describes the whole model), or cross-talk, which the random directions of A add. It can be measured:
+--regime RUN loads a run of sims.regime, and alphas then differ by module and preserve each module's own first step.
+--check MODEL DATA... trains the model for one step at both ranks, and writes the sizes of the changes to a run folder.
 """
 
 from dataclasses import dataclass, field

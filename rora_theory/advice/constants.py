@@ -58,6 +58,11 @@ EVIDENCE: Mapping[str, Mapping[str, Any]] = {
 }
 """Regrets in the public sweeps and in our runs that sentences quote, by name."""
 
+GROWTH: Mapping[str, Mapping[str, Any]] = {
+    name.removeprefix("growth_"): entry["columns"] for name, entry in ENTRIES.items() if name.startswith("growth_")
+}
+"""Regrets in the public sweep with alpha = r by the factor by which the gain changes."""
+
 MEASURED_RANKS: tuple[int, int] = tuple(ENTRIES["measured_settings"]["ranges"]["rank"])
 """Lowest and highest rank of the runs behind the constants."""
 

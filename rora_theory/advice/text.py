@@ -1,10 +1,11 @@
 """Sentences and headings of the advice."""
 
+import math
 from math import isclose
 
 from rora_theory import inits
 from rora_theory.advice.carried import CarriedSetting, HorizonLimits
-from rora_theory.advice.constants import CONSTANTS, EVIDENCE
+from rora_theory.advice.constants import CONSTANTS, EVIDENCE, GROWTH
 from rora_theory.advice.setting import SIGNAL, Setting, step_ratio
 from rora_theory.optimizers import DISPLAY_NAMES
 from rora_theory.scaling import KAPPAS, exponent
@@ -96,10 +97,14 @@ def describe_evidence() -> str:
 def _describe_cost(carried: CarriedSetting) -> list[str]:
     """Return sentences on the regret of keeping the rate and of the advice, in nats per token."""
     if "gain" in carried.changed:
-        moved, rslora = EVIDENCE["alpha_r"], EVIDENCE["use_rslora"]
+        # Public pairs whose gain changes about as much: the regret depends on it more than on anything else.
+        change = abs(math.log(carried.setting.gain / carried.old.gain))
+        moved = min(GROWTH.values(), key=lambda row: abs(math.log(row["growth"]) - change))
+        rslora = EVIDENCE["use_rslora"]
         return [
-            f"With alpha = r in Qwen2.5-7B (ranks 16 to 256, {moved['pairs']} pairs), this advice cost at most "
-            f"{moved['advice']:.4f} nats per token and keeping the rate {moved['keep']:.2f}.",
+            f"In the {moved['pairs']} public pairs whose scaling times rank changed {moved['growth']:g} times "
+            f"(Qwen2.5-7B, alpha = r), keeping the rate cost {moved['keep_mean']:.3f} nats per token on average and "
+            f"{moved['keep']:.3f} at most; this advice {moved['advice_mean']:.4f} and {moved['advice']:.4f}.",
             f"In SmolLM2-135M, switching on use_rslora from rank {rslora['old_rank']:g} to {rslora['rank']:g} and "
             f"keeping the rate cost {rslora['regret']:.2f}.",
         ]

@@ -74,8 +74,8 @@ class TransferConfig:
     values, and the other entries of the LoraConfig. In YAML it also provides --steps and --schedule for --to-steps and
     --to-schedule"""
     to_alpha: Positive | None = None
-    """Alpha at the new rank, for which the learning rate then compensates. By default alpha is computed for the tuned
-    learning rate"""
+    """Alpha at the new rank, for which the learning rate then compensates. By default the product of scaling and rank
+    stays (alpha, under alpha / r), and the learning rate follows the rank"""
     steps: Count | None = None
     """Number of optimizer steps for which --lr was tuned; only for Adam with PEFT's default initialisation"""
     to_steps: Count | None = None

@@ -14,7 +14,7 @@ from rora_theory import InputError, laws, scaling_factor
 from rora_theory.advice import text
 from rora_theory.advice.adapter_config import FILE
 from rora_theory.advice.best_rate import Run, carry_rate
-from rora_theory.advice.constants import CONSTANTS, EVIDENCE
+from rora_theory.advice.constants import CONSTANTS, EVIDENCE, GROWTH
 from rora_theory.advice.lora_config import read_adapter_config
 from rora_theory.advice.setting import CROSS_TALK, SIGNAL, Setting, rank_growth, step_ratio
 from rora_theory.advice.transfer import transfer
@@ -382,7 +382,9 @@ def test_the_cost_is_the_published_regret() -> None:
     old = Setting(16, 32.0, 2e-4)
     rank, gain = transfer(old, 128).sentence(), transfer(old, 128, alpha=256.0).sentence()
     assert f"{EVIDENCE['fixed_gain_all_ranks']['keep']:.4f} at most; this advice" in rank
-    assert f"at most {EVIDENCE['alpha_r']['advice']:.4f} nats" in gain
+    # The gain grows eight times, from 32 to 256.
+    assert f"{GROWTH['8']['keep']:.3f} at most; this advice {GROWTH['8']['advice_mean']:.4f}" in gain
+    assert f"{GROWTH['4']['keep']:.3f} at most" in transfer(old, 128, alpha=128.0).sentence()
     assert f"cost {EVIDENCE['use_rslora']['regret']:.2f}." in gain
     assert "cost" not in transfer(old, 16).sentence()
     evidence, fixed, moved = text.describe_evidence(), EVIDENCE["fixed_gain"], EVIDENCE["alpha_r"]
