@@ -27,6 +27,7 @@ from rora_theory.evidence.policies import LEFT_OUT, policies_for
 from rora_theory.evidence.regrets import regret_table
 from rora_theory.evidence.sweeps import load, read_runs
 from rora_theory.laws.displacement import best_rate_factor
+from rora_theory.runs import frames
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 TABLES = Path(__file__).parents[1] / "rora_theory" / "evidence" / "tables"
@@ -306,7 +307,7 @@ def main() -> None:
                     {"model": model, "changed": changed, "judged_by": judged, "pairs": len(own), "coverage": share}
                 )
     table = pd.DataFrame(rows)
-    table.to_csv(folder / "coverage.csv", index=False)
+    (folder / "coverage.csv").write_text(frames.to_csv(table))
     rank_source = f"{models} public models, ranks {MIN_RANK} to 128, G = 32, 780 steps"
     entries = [
         ("displacement_constant", constant, constant_spread, None, constant_source),
@@ -324,14 +325,14 @@ def main() -> None:
         ("cosine", *schedule_factor()[:2], None, schedule_factor()[2]),
     ]
     constants = pd.DataFrame(entries, columns=["name", "value", "spread", "standard_error", "source"])
-    constants.to_csv(folder / "constants.csv", index=False)
+    (folder / "constants.csv").write_text(frames.to_csv(constants))
     # Range of the settings behind the constants.
     every = [*public, *ours]
     settings = pd.DataFrame([(rate.rank, rate.gain, rate.steps) for rate in every], columns=["rank", "gain", "steps"])
-    settings.agg(["min", "max"]).to_csv(folder / "settings.csv", index=False)
+    (folder / "settings.csv").write_text(frames.to_csv(settings.agg(["min", "max"])))
     evidence = evidence_rows()
-    evidence.to_csv(folder / "evidence.csv", index=False)
-    growth_rows().to_csv(folder / "growth.csv", index=False)
+    (folder / "evidence.csv").write_text(frames.to_csv(evidence))
+    (folder / "growth.csv").write_text(frames.to_csv(growth_rows()))
     print(evidence.round(5).to_string(index=False))
     print(constants.to_string(index=False))
     for (changed, judged), part in table.groupby(["changed", "judged_by"]):

@@ -15,6 +15,7 @@ import pandas as pd
 
 from rora_theory.lab.sweep.curves import curves_at
 from rora_theory.lab.sweep.runs import read_runs, read_tokens
+from rora_theory.runs import frames
 from rora_theory.stats.rate_curves import weighted_log2_rates
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
@@ -60,8 +61,8 @@ def main() -> None:
                 | {"seeds": 1, "exponent": (logs[1].value - logs[0].value) / octaves}
                 | {"standard_error": math.hypot(*(estimate.known_error or 0.0 for estimate in logs)) / octaves}
             )
-    pd.DataFrame(rows).to_csv(folder / "exponents.csv", index=False)
-    pd.DataFrame(best).to_csv(folder / "best.csv", index=False)
+    (folder / "exponents.csv").write_text(frames.to_csv(pd.DataFrame(rows)))
+    (folder / "best.csv").write_text(frames.to_csv(pd.DataFrame(best)))
     print(pd.DataFrame(best).to_string(index=False))
     print(pd.DataFrame(rows).to_string(index=False))
     print(f"Mean exponent in the batch size: {pd.DataFrame(rows)['exponent'].mean():.2f}.")

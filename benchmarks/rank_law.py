@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from rora_theory.laws.rank import cross_talk_factor
+from rora_theory.runs import frames
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 TABLES = Path(__file__).parents[1] / "rora_theory" / "evidence" / "tables"
@@ -163,8 +164,8 @@ def main() -> None:
     table = table[(table["source"] == "tinker") & (table["place"] == "inside")]
     values = np.concatenate([crossing_ranks(model) for model in REGIMES])
     judgement = pd.concat([judge(table, values, first_rank) for first_rank in (1, 4)])
-    judgement.to_csv(folder / "judgement.csv", index=False)
-    outcomes().to_csv(folder / "outcomes.csv", index=False)
+    (folder / "judgement.csv").write_text(frames.to_csv(judgement))
+    (folder / "outcomes.csv").write_text(frames.to_csv(outcomes()))
     print(judgement.round(4).to_string(index=False))
     print(outcomes().round(3).to_string(index=False))
     better = judgement[judgement["verdict"] == "better"]

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rora_theory.advice.adapter_config import PAPER_TARGETS, peft_targets
+from rora_theory.advice.adapter_config import PAPER_TARGETS, peft_targets, without_list_of_all_linear
 from rora_theory.defaults import TRAIN_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.lab.data.batches import split_records
@@ -153,6 +153,7 @@ def tune_rate(config: TuneConfig) -> None:
         return
     from peft import LoraConfig
 
+    from rora_theory.measure.modules import select_modules
     from rora_theory.measure.tuning.search import tune
 
     source = inputs.read_inputs(
@@ -165,6 +166,8 @@ def tune_rate(config: TuneConfig) -> None:
             f"--data must hold at least {2 * MIN_HELD_OUT} records, of which half are held out, got {len(records)}. "
             "Pass more records, or --budget 0 for the rate of public sweeps."
         )
+    # The adapters have to fit the model.
+    select_modules(source.model, without_list_of_all_linear(planned.targets))
     identity = flatten(planned) | source.identity | {"template": source.template}
     folder = RunFolder.open(
         NAME, identity, out=config.out, seed=planned.seed, extra={"units": UNITS}, models=[source.origin]

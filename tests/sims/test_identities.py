@@ -319,7 +319,8 @@ SKIPPED |= {"out", "devices", "list", "compare_to"}
 """Inputs, which the other tests change; where results go and are computed; and options of a command's other modes."""
 
 OF_TRANSFER = {
-    "from_", "write", "steps", "to_steps", "schedule", "to_schedule", "displacement_constant", "split", "per",
+    "from_", "write", "steps", "to_steps", "schedule", "to_schedule", "batch_size", "to_batch_size",
+    "displacement_constant", "split", "per",
 }  # fmt: skip
 """Settings of sims.transfer that are given with others, or do not change a first step."""
 

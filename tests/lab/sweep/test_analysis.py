@@ -935,4 +935,4 @@ def test_the_advice_is_the_rate_that_transfer_names(schedule) -> None:
 def test_runs_without_measured_parts_have_the_regret_of_the_other_policies() -> None:
     """Only the displacement law needs a constant K of the runs."""
     costs = analysis.judge_runs(grid(-0.53), TOKENS, takeovers=(), warmup=4).regret
-    assert set(costs["policy"]) == {"keep the rate", "first step", "square root", "advice"}
+    assert set(costs["policy"]) == {"keep the rate", "first step", "square root", "G^-0.75", "advice"}
