@@ -16,7 +16,6 @@ import pandas as pd
 from rora_theory.lab.sweep.curves import curves_at
 from rora_theory.lab.sweep.runs import read_runs, read_tokens
 from rora_theory.runs import frames
-from rora_theory.stats.rate_curves import weighted_log2_rates
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 STEPS = 64
@@ -46,7 +45,7 @@ def main() -> None:
         tokens = next(iter(read_tokens(run).values()))[0]
         (curves[int(run.name.split("_")[1])],) = curves_at(read_runs(run), tokens, STEPS, draws=DRAWS)
     for batch, curve in curves.items():
-        logs = weighted_log2_rates((1.0,), curve)
+        logs = curve.log2_optimum
         best.append(
             {"batch_size": batch, "rank": curve.rank, "best_rate": 2**logs.value, "log2_error": logs.known_error}
             | {"edge": curve.edge, "lowest_loss": float(curve.losses.min())}
@@ -54,7 +53,7 @@ def main() -> None:
     for (small, first), (large, second) in pairwise(curves.items()):
         # Runs of other batches read other records: the two errors are independent.
         octaves = math.log2(large / small)
-        logs = [weighted_log2_rates((1.0,), curve) for curve in (first, second)]
+        logs = [curve.log2_optimum for curve in (first, second)]
         if not (first.edge or second.edge):
             rows.append(
                 {"from_batch": small, "to_batch": large, "rank": first.rank, "gain": first.gain, "schedule": "cosine"}

@@ -52,7 +52,7 @@ def main() -> None:
             (curve.rank, round(curve.gain, 6)): curve for curve in curves_at(read_runs(run), tokens, STEPS, draws=DRAWS)
         }
         for curve in curves.values():
-            logs = weighted_log2_rates((1.0,), curve)
+            logs = curve.log2_optimum
             row = seed | {"rank": curve.rank, "gain": curve.gain, "best_rate": 2**logs.value}
             best.append(row | {"log2_error": logs.known_error, "edge": curve.edge, "lowest_loss": curve.losses.min()})
         plain = {rank: curve for (rank, gain), curve in curves.items() if gain == ALPHA}
