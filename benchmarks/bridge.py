@@ -41,7 +41,7 @@ CASES: tuple[Case, ...] = get_args(Case)
 
 
 @dataclass(frozen=True)
-class Config:
+class BridgeOptions:
     """Settings of the benchmark."""
 
     data: tuple[str, ...]
@@ -64,7 +64,7 @@ class Config:
     """JSON file for the results"""
 
 
-def main(config: Config) -> None:
+def main(config: BridgeOptions) -> None:
     """Time the cases, and write their results with its settings and the machine."""
     silence_transformers()
     for name in ("batch_size", "rounds"):
@@ -82,7 +82,7 @@ def main(config: Config) -> None:
         write_whole(config.out, (json.dumps(report, indent=2) + "\n").encode())
 
 
-def prepare(config: Config, folder: Path) -> list[dict[str, np.ndarray]]:
+def prepare(config: BridgeOptions, folder: Path) -> list[dict[str, np.ndarray]]:
     """Save the model to ``folder`` for the processes of the cases, and prepare both batches."""
     from sims.common import inputs
     from sims.common.record_batches import PairConfig, make_batch_pair
@@ -104,7 +104,7 @@ def tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(value) for name, value in batch.items()}
 
 
-def cost(config: Config) -> dict[str, Any]:
+def cost(config: BridgeOptions) -> dict[str, Any]:
     """Time the cases in turns, and print the medians of their time and peak memory.
 
     Returns:
@@ -223,4 +223,4 @@ def _status(name: str) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(cli.parse(Config, description=__doc__ or "")))
+    cli.run_command(lambda: main(cli.parse(BridgeOptions, description=__doc__ or "")))

@@ -34,7 +34,7 @@ from sims.common import cli
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class EvaluateOptions:
     """Settings of the benchmark."""
 
     model: str = "smollm2-135m"
@@ -102,7 +102,7 @@ def harness_product_seconds(model: Model, records: list[tasks.TaskRecord]) -> fl
     return shape.num_hidden_layers * sum(layer_seconds) + chunks * chunk_seconds
 
 
-def harness(config: Config, model: Model) -> list[dict[str, Any]]:
+def harness(config: EvaluateOptions, model: Model) -> list[dict[str, Any]]:
     """Measure the part harness; return a row for each task, and one for all of them."""
     import lm_eval_peer
 
@@ -143,7 +143,7 @@ def harness(config: Config, model: Model) -> list[dict[str, Any]]:
     return rows
 
 
-def generate(config: Config, model: Model) -> list[dict[str, Any]]:
+def generate(config: EvaluateOptions, model: Model) -> list[dict[str, Any]]:
     """Measure the part generate; return a row for each batch size of this side and of transformers."""
     import lm_eval_peer
 
@@ -210,7 +210,7 @@ def transformers_texts(peer: Any, tokenizer: Any, records: list[tasks.TaskRecord
     return answers
 
 
-def main(config: Config) -> None:
+def main(config: EvaluateOptions) -> None:
     """Measure both parts, print their rows and write them."""
     silence_transformers()
     model = load(config.model)
@@ -230,4 +230,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(cli.parse(Config, description=__doc__)))
+    cli.run_command(lambda: main(cli.parse(EvaluateOptions, description=__doc__)))

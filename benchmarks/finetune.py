@@ -35,7 +35,7 @@ Part = Literal["tokens", "text", "methods"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class FinetuneOptions:
     """Settings of the benchmark."""
 
     data: tuple[str, ...] = ()
@@ -129,7 +129,7 @@ def step_quartiles(turns: Sequence[Sequence[float]]) -> dict[str, float]:
     return quartiles([seconds for turn in turns for seconds in turn])
 
 
-def run_tokens(config: Config, folder: Path) -> dict[str, Any]:
+def run_tokens(config: FinetuneOptions, folder: Path) -> dict[str, Any]:
     """Run the part ``tokens`` on the batches in ``folder``."""
     spec = {"model": str(folder / "model"), "cores": config.cores, "method": "lora", "rank": 8, "dropout": 0.0}
     workers = {side: Worker(side, spec | {"batches": str(folder / f"tokens_{side}.npz")}) for side in ("ours", "peer")}
@@ -150,7 +150,7 @@ def run_tokens(config: Config, folder: Path) -> dict[str, Any]:
     return results
 
 
-def run_text(config: Config, folder: Path) -> dict[str, Any]:
+def run_text(config: FinetuneOptions, folder: Path) -> dict[str, Any]:
     """Run the part ``text`` on the batches in ``folder``."""
     spec = {"model": str(folder / "model"), "cores": config.cores, "method": "lora", "rank": 8, "dropout": 0.0}
     workers = {side: Worker(side, spec | {"batches": str(folder / f"text_{side}.npz")}) for side in ("ours", "peer")}
@@ -163,7 +163,7 @@ def run_text(config: Config, folder: Path) -> dict[str, Any]:
     return results | {"speed_ratio": ours / peer}
 
 
-def run_methods(config: Config, folder: Path) -> dict[str, Any]:
+def run_methods(config: FinetuneOptions, folder: Path) -> dict[str, Any]:
     """Run the part ``methods`` on the batches in ``folder``."""
     results: dict[str, Any] = {}
     for dropout in (0.0, 0.05):
@@ -182,7 +182,7 @@ def run_methods(config: Config, folder: Path) -> dict[str, Any]:
     return results
 
 
-def prepare(config: Config, folder: Path) -> None:
+def prepare(config: FinetuneOptions, folder: Path) -> None:
     """Write the model's folder, and the batches of both sides for ``tokens`` and ``text``."""
     from rora_theory.lab.finetune import Batches, choose_widths, read_records, tokenize
     from rora_theory.lab.llama import load
@@ -369,7 +369,7 @@ def main() -> None:
     from sims.common import cli
 
     silence_transformers()
-    config = cli.parse(Config, description=(__doc__ or "").split("\n", 1)[0])
+    config = cli.parse(FinetuneOptions, description=(__doc__ or "").split("\n", 1)[0])
     if not config.data:
         raise InputError("--data must be one or more training files in the LLM-Adapters schema, got none")
     results: dict[str, Any] = {"machine": describe_machine(config.cores)}
@@ -395,4 +395,4 @@ if __name__ == "__main__":
     else:
         from sims.common import cli
 
-        cli.run(main)
+        cli.run_command(main)

@@ -57,7 +57,7 @@ CLOSING = 12.0
 
 
 @dataclass(frozen=True)
-class Config:
+class GpuOptions:
     """Settings of the benchmark."""
 
     out: Path = Path("gpu.jsonl")
@@ -539,7 +539,7 @@ def compare_sides(log: Log) -> Iterator[str]:
                 yield f"{record['section']}: {name}: {record[key] / max(peer_rates):.2f} times the peer's {key}"
 
 
-def main(config: Config) -> bool:
+def main(config: GpuOptions) -> bool:
     """Run the sections, and return whether every part succeeded."""
     begin = time.monotonic()
     finish = begin + 60 * config.minutes - min(CLOSING, 6 * config.minutes)
@@ -570,4 +570,4 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     from sims.common import cli
 
-    cli.run(lambda: sys.exit(0 if main(cli.parse(Config, description=__doc__ or "")) else 1))
+    cli.run_command(lambda: sys.exit(0 if main(cli.parse(GpuOptions, description=__doc__ or "")) else 1))

@@ -146,7 +146,7 @@ def scoring(spec: dict[str, Any]) -> Work:
     rows = sorted((choice for item in items for choice in item), key=lambda choice: -len(choice[0]))
 
     @torch.inference_mode()
-    def run(size: int) -> float:
+    def sum_scores(size: int) -> float:
         total = 0.0
         for start in range(0, len(rows), size):
             # Pad the rows on the right; the last token of a row is not read.
@@ -165,11 +165,11 @@ def scoring(spec: dict[str, Any]) -> Work:
         return total
 
     def score(_: str) -> dict[str, Any]:
-        cold, _ = timed(spec, lambda: run(32))
+        cold, _ = timed(spec, lambda: sum_scores(32))
         # The faster of two batch sizes counts.
-        by_size = {size: timed(spec, lambda size=size: run(size))[0] for size in (32, 128)}
+        by_size = {size: timed(spec, lambda size=size: sum_scores(size))[0] for size in (32, 128)}
         seconds = min(by_size.values())
-        _, total = timed(spec, lambda: run(32))
+        _, total = timed(spec, lambda: sum_scores(32))
         return {"seconds": seconds, "by_batch_size": by_size, "cold_seconds": cold, "total": total} | {
             "items_per_second": len(items) / seconds
         }

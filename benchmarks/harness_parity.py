@@ -32,7 +32,7 @@ from sims.common import cli
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class HarnessParityOptions:
     """Settings of the benchmark."""
 
     model: str = "smollm2-135m"
@@ -93,7 +93,7 @@ def compare_texts(key: str, records: list[tasks.TaskRecord]) -> dict[str, Any]:
 
 
 def compare_choices(
-    config: Config, key: str, records: list[tasks.TaskRecord], model: Model, peer: Any, exact: Any
+    config: HarnessParityOptions, key: str, records: list[tasks.TaskRecord], model: Model, peer: Any, exact: Any
 ) -> dict[str, Any]:
     """Compare the log-likelihoods and choices of one task, and check the largest differences in float64.
 
@@ -174,7 +174,7 @@ def exact_log_likelihood(exact: Any, scored: choices.EncodedChoice) -> float:
     return float(torch.log_softmax(logits, dim=-1).gather(1, tokens[:, None]).sum())
 
 
-def main(config: Config) -> bool:
+def main(config: HarnessParityOptions) -> bool:
     """Compare all tasks, print and write their rows, and return whether every comparison passed."""
     silence_transformers()
     import lm_eval_peer
@@ -201,4 +201,4 @@ def main(config: Config) -> bool:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: sys.exit(0 if main(cli.parse(Config, description=__doc__)) else 1))
+    cli.run_command(lambda: sys.exit(0 if main(cli.parse(HarnessParityOptions, description=__doc__)) else 1))

@@ -32,7 +32,7 @@ PEER_BASES = ("float32", "bfloat16", "int8", "nf4")
 
 
 @dataclass(frozen=True)
-class Config:
+class MemoryOptions:
     """Settings of the benchmark."""
 
     model: str = "smollm2-135m"
@@ -222,7 +222,7 @@ def main() -> None:
     from sims.common import cli
 
     silence_transformers()
-    config = cli.parse(Config, description=__doc__ or "")
+    config = cli.parse(MemoryOptions, description=__doc__ or "")
     results: dict[str, Any] = {"machine": describe_machine(config.cores, (*PACKAGES, "bitsandbytes"))}
     print(format_machine(results["machine"]), flush=True)
     results["config"] = {name: getattr(config, name) for name in ("model", "rows", "seq", "rank")}
@@ -253,4 +253,4 @@ if __name__ == "__main__":
     else:
         from sims.common import cli
 
-        cli.run(main)
+        cli.run_command(main)

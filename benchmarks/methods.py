@@ -29,7 +29,7 @@ BOUND = 1.15
 
 
 @dataclass(frozen=True)
-class Config:
+class MethodsOptions:
     """Settings of the benchmark."""
 
     model: str = "smollm2-135m"
@@ -56,7 +56,7 @@ class Config:
     """JSON file for the results"""
 
 
-def check(config: Config) -> None:
+def check(config: MethodsOptions) -> None:
     """Raise `InputError` if a setting is out of range."""
     from rora_theory.errors import InputError
 
@@ -72,7 +72,7 @@ def check(config: Config) -> None:
         raise InputError(f"dropout must be at least 0 and below 1, got {config.dropout}")
 
 
-def run_size(config: Config, size: int, batches: Path) -> dict[str, Any]:
+def run_size(config: MethodsOptions, size: int, batches: Path) -> dict[str, Any]:
     """Measure every method at a size.
 
     Args:
@@ -123,7 +123,7 @@ def main() -> None:
     from sims.common import cli
 
     silence_transformers()
-    config = cli.parse(Config, description=(__doc__ or "").split("\n", 1)[0])
+    config = cli.parse(MethodsOptions, description=(__doc__ or "").split("\n", 1)[0])
     check(config)
     results: dict[str, Any] = {
         "machine": describe_machine(config.cores),
@@ -157,4 +157,4 @@ def main() -> None:
 if __name__ == "__main__":
     from sims.common import cli
 
-    cli.run(main)
+    cli.run_command(main)

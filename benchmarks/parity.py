@@ -59,7 +59,7 @@ largest entry, of a loss relative to itself."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class ParityOptions:
     """Settings of the benchmark."""
 
     model: str = "smollm2-135m"
@@ -82,7 +82,7 @@ class Config:
     """JSON file for the results."""
 
 
-def main(config: Config) -> bool:
+def main(config: ParityOptions) -> bool:
     """Compare all methods, print and write the differences, and return whether all are within their bounds."""
     silence_transformers()
     model = load(config.model)
@@ -131,7 +131,7 @@ def compare_base(
 
 
 def compare(
-    config: Config,
+    config: ParityOptions,
     model: Model,
     torch_base: Callable[[], transformers.PreTrainedModel],
     tokens: np.ndarray,
@@ -187,7 +187,7 @@ def compare(
 
 
 def torch_side(
-    peer: peft.PeftModel, tokens: np.ndarray, config: Config
+    peer: peft.PeftModel, tokens: np.ndarray, config: ParityOptions
 ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
     """Train with torch; return the first step's logits and gradients (by the saved tensors' names), and the losses."""
     ids = torch.from_numpy(tokens)
@@ -210,7 +210,7 @@ def torch_side(
 
 
 def jax_side(
-    adapter: LoraAdapter, model: Model, tokens: np.ndarray, config: Config
+    adapter: LoraAdapter, model: Model, tokens: np.ndarray, config: ParityOptions
 ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray, LoraAdapter, np.ndarray]:
     """Train with this package, with torch's defaults for AdamW.
 
@@ -267,4 +267,4 @@ def _cell(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: sys.exit(0 if main(cli.parse(Config, description=__doc__ or "")) else 1))
+    cli.run_command(lambda: sys.exit(0 if main(cli.parse(ParityOptions, description=__doc__ or "")) else 1))

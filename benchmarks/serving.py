@@ -64,7 +64,7 @@ PROMPT_COUNT, PROMPT_LENGTH, NEW_TOKENS = 16, 8, 24
 
 
 @dataclass(frozen=True)
-class Config:
+class ServingOptions:
     """Settings of the benchmark."""
 
     llama_cpp: Path
@@ -232,7 +232,7 @@ def count_equal(texts: np.ndarray, ours: np.ndarray) -> int:
 def main() -> None:
     """Compare every adapter in both forms with all clients, and print and write the numbers of equal texts."""
     silence_transformers()
-    config = cli.parse(Config, description=(__doc__ or "").split("\n", 1)[0])
+    config = cli.parse(ServingOptions, description=(__doc__ or "").split("\n", 1)[0])
     if not (config.llama_cpp / "convert_lora_to_gguf.py").is_file():
         raise InputError(f"{config.llama_cpp} has no convert_lora_to_gguf.py. Pass llama.cpp's source tree.")
     params = random_model(config.seed)
@@ -293,4 +293,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

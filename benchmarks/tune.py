@@ -63,7 +63,7 @@ POLICIES = ("prior", "probe", *(f"fixed {rate:g}" for rate in FIXED_RATES))
 
 
 @dataclass(frozen=True)
-class ReplayConfig:
+class ReplayOptions:
     """Settings of the replay."""
 
     out: Path = PUBLISHED / "tune"
@@ -215,7 +215,7 @@ def read_folder(folder: Path) -> tuple[list[SweepRun], list[int], Schedule]:
     return runs, tokens, read_manifest(folder, ("config",))["config"]["settings"]["schedule"]
 
 
-def main(config: ReplayConfig) -> None:
+def main(config: ReplayOptions) -> None:
     """Replay the probes, write the tables and print the summary."""
     rows, defaults = [], []
     for name, parameters in RUNS.items():
@@ -251,4 +251,4 @@ def main(config: ReplayConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(ReplayConfig, description=__doc__))
+    main(tyro.cli(ReplayOptions, description=__doc__))

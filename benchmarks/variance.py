@@ -109,11 +109,11 @@ def run_normals(places: list[jax.Device]) -> Iterator[int]:
 
 
 @dataclass(frozen=True)
-class Config:
+class VarianceOptions:
     """Command line without options."""
 
 
-def main(_: Config) -> None:
+def main(_: VarianceOptions) -> None:
     """Time all samplers and print the table."""
     other_load = OtherLoad()
     places = devices.pick(None)
@@ -146,4 +146,4 @@ def main(_: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(cli.parse(Config, description=__doc__)))
+    cli.run_command(lambda: main(cli.parse(VarianceOptions, description=__doc__)))

@@ -204,7 +204,7 @@ TREND = "flat in the rank, band"
 
 
 @dataclass(frozen=True)
-class Config:
+class VerdictRulesOptions:
     """Settings of the benchmark."""
 
     out: Path | None = None
@@ -240,7 +240,7 @@ def measure_exponents(
     return estimates
 
 
-def exponent_tables(config: Config) -> tuple[pd.DataFrame, pd.DataFrame]:
+def exponent_tables(config: VerdictRulesOptions) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Apply the rules and the estimators to the sweeps of every case.
 
     Returns:
@@ -308,7 +308,7 @@ def shares(judged: list[Outcome]) -> dict[str, Any]:
     return {"trials": len(judged)} | {outcome: judged.count(outcome) / len(judged) for outcome in outcomes}
 
 
-def other_rules(config: Config) -> pd.DataFrame:
+def other_rules(config: VerdictRulesOptions) -> pd.DataFrame:
     """Apply the rules of the coordinate check, the regime and the paper's equations to their own kind of data.
 
     Returns:
@@ -406,7 +406,7 @@ def summarise_estimators(estimators: pd.DataFrame) -> pd.DataFrame:
     ).reset_index()
 
 
-def summary(config: Config, tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+def summary(config: VerdictRulesOptions, tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     """Return the settings of the benchmark, and its key figures."""
     by_rule = tables["by_rule.csv"].set_index("rule")
     judged = tables["rules.csv"].query("estimate == 'as judged'")
@@ -429,7 +429,7 @@ def summary(config: Config, tables: Mapping[str, pd.DataFrame]) -> dict[str, Any
     }
 
 
-def measure(config: Config) -> dict[str, pd.DataFrame]:
+def measure(config: VerdictRulesOptions) -> dict[str, pd.DataFrame]:
     """Return all tables by the names of their files."""
     rules, estimators = exponent_tables(config)
     other = other_rules(config)
@@ -442,7 +442,7 @@ def measure(config: Config) -> dict[str, pd.DataFrame]:
     }
 
 
-def main(config: Config) -> None:
+def main(config: VerdictRulesOptions) -> None:
     """Measure the error rates, print the summaries and write the files."""
     tables = measure(config)
     columns = {"rule": "{rule}", "false contradicts": "{false_contradicts:.1%} (worst {worst_false_contradicts:.1%})"}
@@ -461,4 +461,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(cli.parse(Config, description=__doc__ or "")))
+    cli.run_command(lambda: main(cli.parse(VerdictRulesOptions, description=__doc__ or "")))

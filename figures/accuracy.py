@@ -22,7 +22,7 @@ METHOD_SPACING = 0.13
 
 
 @dataclass(frozen=True)
-class AccuracyConfig:
+class AccuracyOptions:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of sims.sweep."""
     rank: Count | None = None
@@ -38,7 +38,7 @@ class AccuracyConfig:
         check_ranges(self)
 
 
-def draw_accuracy(config: AccuracyConfig) -> Sequence[Path]:
+def draw_accuracy(config: AccuracyOptions) -> Sequence[Path]:
     """Draw accuracies at each method's best rate (left) and paired gains over the base model and LoRA (right)."""
     manifest, rows = style.read_frame(config.run, "sweep")
     # Cells of one model and rank, each method at its best rate.
@@ -104,4 +104,4 @@ def draw_accuracy(config: AccuracyConfig) -> Sequence[Path]:
 
 
 if __name__ == "__main__":
-    style.command(draw_accuracy, AccuracyConfig, __doc__)
+    style.command(draw_accuracy, AccuracyOptions, __doc__)

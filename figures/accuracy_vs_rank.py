@@ -33,7 +33,7 @@ METHODS = ("lora", "dora", "rora", "dora-rora", "quarter")
 
 
 @dataclass(frozen=True)
-class AccuracyVsRankConfig:
+class AccuracyVsRankOptions:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of sims.sweep."""
     model: str | None = None
@@ -57,7 +57,7 @@ class AccuracyVsRankConfig:
         check_ranges(self)
 
 
-def draw_accuracy_vs_rank(config: AccuracyVsRankConfig) -> Sequence[Path]:
+def draw_accuracy_vs_rank(config: AccuracyVsRankOptions) -> Sequence[Path]:
     """Draw the validation loss, its difference from LoRA and the average accuracy against the rank.
 
     Points are means over seeds with the standard error over items, dashes single seeds and the base model.
@@ -98,7 +98,7 @@ def draw_accuracy_vs_rank(config: AccuracyVsRankConfig) -> Sequence[Path]:
     return style.save(figure, config.out or config.run, "accuracy_vs_rank")
 
 
-def curves_of_method(config: AccuracyVsRankConfig, rows: pd.DataFrame, method: str) -> pd.DataFrame:
+def curves_of_method(config: AccuracyVsRankOptions, rows: pd.DataFrame, method: str) -> pd.DataFrame:
     """Return the cells of a method at one learning rate, or at the best one of each rank."""
     cells = rows[rows["method"] == method]
     if config.tuned:
@@ -110,7 +110,7 @@ def curves_of_method(config: AccuracyVsRankConfig, rows: pd.DataFrame, method: s
     return cells if config.lr is None else cells[cells["learning_rate"] == config.lr]
 
 
-def differences(config: AccuracyVsRankConfig, lines: dict[str, pd.DataFrame]) -> pd.DataFrame:
+def differences(config: AccuracyVsRankOptions, lines: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Return the rows of differences.csv that compare the drawn cells with LoRA."""
     path = config.run / "differences.csv"
     if not path.exists():
@@ -182,7 +182,7 @@ def draw_published(axis: Any) -> None:
     axis.set_ylabel("printed for LLaMA-7B: average (%)")
 
 
-def run_title(manifest: dict[str, Any], drawn: pd.DataFrame, config: AccuracyVsRankConfig) -> str:
+def run_title(manifest: dict[str, Any], drawn: pd.DataFrame, config: AccuracyVsRankOptions) -> str:
     """Return a title that states how the drawn cells were trained and measured."""
     settings = manifest["config"]
     steps = next(iter(drawn["steps"].dropna()), "?")
@@ -201,4 +201,4 @@ def run_title(manifest: dict[str, Any], drawn: pd.DataFrame, config: AccuracyVsR
 
 
 if __name__ == "__main__":
-    style.command(draw_accuracy_vs_rank, AccuracyVsRankConfig, __doc__)
+    style.command(draw_accuracy_vs_rank, AccuracyVsRankOptions, __doc__)

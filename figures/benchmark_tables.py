@@ -43,7 +43,7 @@ METHODS = {
 
 
 @dataclass(frozen=True)
-class BenchmarkTablesConfig:
+class BenchmarkTablesOptions:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of sims.sweep."""
     layout: Literal["I", "II"] | None = None
@@ -92,7 +92,7 @@ class Line:
     average: tuple[float, float | None] | None
 
 
-def write_benchmark_tables(config: BenchmarkTablesConfig) -> Sequence[Path]:
+def write_benchmark_tables(config: BenchmarkTablesOptions) -> Sequence[Path]:
     """Write the Markdown and the CSV file of the table."""
     manifest, rows = style.read_frame(config.run, "sweep")
     if config.tuned:
@@ -271,4 +271,4 @@ def _mean(values: Iterable[float]) -> float:
 
 
 if __name__ == "__main__":
-    style.command(write_benchmark_tables, BenchmarkTablesConfig, __doc__)
+    style.command(write_benchmark_tables, BenchmarkTablesOptions, __doc__)

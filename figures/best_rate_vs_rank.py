@@ -12,14 +12,14 @@ from rora_theory.evidence import plots, starting_rates
 
 
 @dataclass(frozen=True)
-class BestRateVsRankConfig:
+class BestRateVsRankOptions:
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.evidence"""
     out: Path | None = None
     """Folder for best_rate_vs_rank.png and .svg; the run folder by default"""
 
 
-def draw_best_rate_vs_rank(config: BestRateVsRankConfig) -> Sequence[Path]:
+def draw_best_rate_vs_rank(config: BestRateVsRankOptions) -> Sequence[Path]:
     """Draw the best rate against the rank: a line for each model, the rate that the advice gives, and its 90% range."""
     _, best = style.read_frame(config.run, "evidence", "best_rates.csv")
     figure = plots.plot_best_rates(best, starting_rates.model_table())
@@ -27,4 +27,4 @@ def draw_best_rate_vs_rank(config: BestRateVsRankConfig) -> Sequence[Path]:
 
 
 if __name__ == "__main__":
-    style.command(draw_best_rate_vs_rank, BestRateVsRankConfig, __doc__)
+    style.command(draw_best_rate_vs_rank, BestRateVsRankOptions, __doc__)

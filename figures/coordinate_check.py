@@ -27,14 +27,14 @@ SPLITS = {"train": "training batch", "held_out": "held-out batch"}
 
 
 @dataclass(frozen=True)
-class CoordinateCheckConfig:
+class CoordinateCheckOptions:
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.coordinate_check."""
     out: Path | None = None
     """Folder for the figures; by default the run folder."""
 
 
-def draw_coordinate_check(config: CoordinateCheckConfig) -> Sequence[Path]:
+def draw_coordinate_check(config: CoordinateCheckOptions) -> Sequence[Path]:
     """Draw coordinate_check (sizes against the rank) and coordinate_check_slopes (slopes against the step)."""
     manifest = style.read_manifest(config.run, "coordinate_check")
     slopes = frames.read_csv(config.run / "slopes.csv", accepted="the file of a finished run")
@@ -140,4 +140,4 @@ def draw_slopes(manifest: dict[str, Any], slopes: pd.DataFrame) -> plt.Figure:
 
 
 if __name__ == "__main__":
-    style.command(draw_coordinate_check, CoordinateCheckConfig, __doc__)
+    style.command(draw_coordinate_check, CoordinateCheckOptions, __doc__)

@@ -23,7 +23,7 @@ MAX_SERIES = 8
 
 
 @dataclass(frozen=True)
-class DisplacementRatioConfig:
+class DisplacementRatioOptions:
     """Runs to draw, and numbers of steps."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, style.RUN_FOLDERS]
@@ -37,7 +37,7 @@ class DisplacementRatioConfig:
         check_steps(self.steps)
 
 
-def draw_displacement_ratio(config: DisplacementRatioConfig) -> Sequence[Path]:
+def draw_displacement_ratio(config: DisplacementRatioOptions) -> Sequence[Path]:
     """Draw the ratio of the A part to the B part of the change against G, with the displacement law; bars: all runs.
 
     Points are means over the runs at or below the best rate.
@@ -89,4 +89,4 @@ def draw_displacement_ratio(config: DisplacementRatioConfig) -> Sequence[Path]:
 
 
 if __name__ == "__main__":
-    style.command(draw_displacement_ratio, DisplacementRatioConfig, __doc__)
+    style.command(draw_displacement_ratio, DisplacementRatioOptions, __doc__)

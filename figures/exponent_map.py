@@ -22,7 +22,7 @@ LABELS_AT = (0.05, 0.12)
 
 
 @dataclass(frozen=True)
-class ExponentMapConfig:
+class ExponentMapOptions:
     p_in: Count = 4096
     """Inputs of the layer, 1 or more."""
     max_rank: AtLeastTwo = 16384
@@ -34,7 +34,7 @@ class ExponentMapConfig:
         check_ranges(self)
 
 
-def draw_exponent_map(config: ExponentMapConfig) -> Sequence[Path]:
+def draw_exponent_map(config: ExponentMapOptions) -> Sequence[Path]:
     """Draw the exponent of the first step's mean square in the rank, over rank and overlap, by the exact law."""
     ranks = np.geomspace(1, config.max_rank, 241)
     overlaps = np.geomspace(0.003, 1, 241)
@@ -86,4 +86,4 @@ def draw_exponent_map(config: ExponentMapConfig) -> Sequence[Path]:
 
 
 if __name__ == "__main__":
-    style.command(draw_exponent_map, ExponentMapConfig, __doc__)
+    style.command(draw_exponent_map, ExponentMapOptions, __doc__)

@@ -31,7 +31,7 @@ MAX_FOLDERS = 2
 
 
 @dataclass(frozen=True)
-class ExponentVsGainConfig:
+class ExponentVsGainOptions:
     """Runs to draw, with the number of steps and the estimator."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, style.RUN_FOLDERS]
@@ -50,7 +50,7 @@ class ExponentVsGainConfig:
         check_list("--ranks", self.ranks, check_integer, fewest=0)
 
 
-def draw_exponent_vs_gain(config: ExponentVsGainConfig) -> Sequence[Path]:
+def draw_exponent_vs_gain(config: ExponentVsGainOptions) -> Sequence[Path]:
     """Draw exponents of the best rate between neighbouring values of G = gamma r, hollow for one seed, with the laws.
 
     Bars span the two values of G and one standard error. Bands are the displacement law with every measured K and c
@@ -111,7 +111,7 @@ def draw_exponent_vs_gain(config: ExponentVsGainConfig) -> Sequence[Path]:
     return style.save(figure, config.out or config.runs[0], "exponent_vs_gain")
 
 
-def neighbours_by_rank(table: pd.DataFrame, config: ExponentVsGainConfig) -> list[tuple[str, pd.DataFrame]]:
+def neighbours_by_rank(table: pd.DataFrame, config: ExponentVsGainOptions) -> list[tuple[str, pd.DataFrame]]:
     """Return each rank's exponents between neighbouring values of G.
 
     Values are neighbours if no value between them has a pair with both. Pairs with one seed do not count where the
@@ -143,7 +143,7 @@ def _has_value_between(first: float, second: float, pairs: pd.DataFrame) -> bool
 def draw_displacement_law(
     axes: Axes,
     constants: pd.DataFrame,
-    config: ExponentVsGainConfig,
+    config: ExponentVsGainOptions,
     gains: Float[np.ndarray, " n"],
     *,
     name: str,
@@ -176,7 +176,7 @@ def draw_displacement_law(
 
 
 def draw_constant_gradient_law(
-    axes: Axes, exponents: pd.DataFrame, config: ExponentVsGainConfig, ends: tuple[float, float], *, colour: str
+    axes: Axes, exponents: pd.DataFrame, config: ExponentVsGainOptions, ends: tuple[float, float], *, colour: str
 ) -> None:
     """Draw the exponents of the constant-gradient law at the geometric middle of each pair that a run has.
 
@@ -199,4 +199,4 @@ def draw_constant_gradient_law(
 
 
 if __name__ == "__main__":
-    style.command(draw_exponent_vs_gain, ExponentVsGainConfig, __doc__)
+    style.command(draw_exponent_vs_gain, ExponentVsGainOptions, __doc__)

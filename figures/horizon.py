@@ -16,14 +16,14 @@ from rora_theory.runs import frames
 
 
 @dataclass(frozen=True)
-class HorizonConfig:
+class HorizonOptions:
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.sweep, finished with --regime."""
     out: Path | None = None
     """Folder for horizon.png and .svg; by default the run folder."""
 
 
-def draw_horizon(config: HorizonConfig) -> Sequence[Path]:
+def draw_horizon(config: HorizonOptions) -> Sequence[Path]:
     """Draw best rates against gamma r, their exponents against the steps, and best rates against the steps.
 
     Lines show the law of a constant gradient from the first point on, the band its range.
@@ -161,4 +161,4 @@ def draw_against_steps(axes: Axes, best: pd.DataFrame, ranks: Sequence[int]) -> 
 
 
 if __name__ == "__main__":
-    style.command(draw_horizon, HorizonConfig, __doc__)
+    style.command(draw_horizon, HorizonOptions, __doc__)

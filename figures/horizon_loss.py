@@ -17,7 +17,7 @@ from rora_theory.validation.rules import check_list
 
 
 @dataclass(frozen=True)
-class HorizonLossConfig:
+class HorizonLossOptions:
     """Run to draw, and curves to show."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -39,7 +39,7 @@ class HorizonLossConfig:
         check_list("--gains", self.gains, check_positive)
 
 
-def draw_horizon_loss(config: HorizonLossConfig) -> Sequence[Path]:
+def draw_horizon_loss(config: HorizonLossOptions) -> Sequence[Path]:
     """Draw the held-out loss against the learning rate: the mean over seeds, and a dot for every seed."""
     _, losses = style.read_frame(config.run, "sweep")
     losses = losses[(losses["step"] == config.steps) & losses["rank"].isin(config.ranks)]
@@ -75,4 +75,4 @@ def draw_curve(axes: Axes, curve: pd.DataFrame, line: str, *, color: str, marker
 
 
 if __name__ == "__main__":
-    style.command(draw_horizon_loss, HorizonLossConfig, __doc__)
+    style.command(draw_horizon_loss, HorizonLossOptions, __doc__)

@@ -15,7 +15,7 @@ SPLITS = {"train": "training", "heldout": "held-out"}
 
 
 @dataclass(frozen=True)
-class LayersVsRankConfig:
+class LayersVsRankOptions:
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.layer_sweep."""
     split: str = "heldout"
@@ -24,7 +24,7 @@ class LayersVsRankConfig:
     """Folder for layers_vs_rank.png and .svg; by default the run folder."""
 
 
-def draw_layers_vs_rank(config: LayersVsRankConfig) -> Sequence[Path]:
+def draw_layers_vs_rank(config: LayersVsRankOptions) -> Sequence[Path]:
     """Draw the measured and predicted size of the first update against the rank, one panel for each optimizer.
 
     Each rule's curve is divided by its value at the smallest rank.
@@ -71,4 +71,4 @@ def draw_layers_vs_rank(config: LayersVsRankConfig) -> Sequence[Path]:
 
 
 if __name__ == "__main__":
-    style.command(draw_layers_vs_rank, LayersVsRankConfig, __doc__)
+    style.command(draw_layers_vs_rank, LayersVsRankOptions, __doc__)

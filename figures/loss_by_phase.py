@@ -13,7 +13,7 @@ from rora_theory.validation.ranges import Positive, check_ranges
 
 
 @dataclass(frozen=True)
-class LossByPhaseConfig:
+class LossByPhaseOptions:
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.evidence"""
     learning_rate: Positive = 1e-4
@@ -25,7 +25,7 @@ class LossByPhaseConfig:
         check_ranges(self)
 
 
-def draw_loss_by_phase(config: LossByPhaseConfig) -> Sequence[Path]:
+def draw_loss_by_phase(config: LossByPhaseOptions) -> Sequence[Path]:
     """Draw the training loss of every rank minus that of the highest one by phase of the run, and the speed."""
     _, differences = style.read_frame(config.run, "evidence", "loss_differences.csv")
     _, speeds = style.read_frame(config.run, "evidence", "speeds.csv")
@@ -34,4 +34,4 @@ def draw_loss_by_phase(config: LossByPhaseConfig) -> Sequence[Path]:
 
 
 if __name__ == "__main__":
-    style.command(draw_loss_by_phase, LossByPhaseConfig, __doc__)
+    style.command(draw_loss_by_phase, LossByPhaseOptions, __doc__)

@@ -24,7 +24,7 @@ from rora_theory.validation.rules import check_unread
 
 
 @dataclass(frozen=True)
-class LossCurvesConfig:
+class LossCurvesOptions:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, style.RUN_FOLDERS]
     """Run folders of sims.finetune, cell folders of sims.sweep, or its run folder."""
     rank: Count | None = None
@@ -44,7 +44,7 @@ class LossCurvesConfig:
         check_ranges(self)
 
 
-def draw_loss_curves(config: LossCurvesConfig) -> Sequence[Path]:
+def draw_loss_curves(config: LossCurvesOptions) -> Sequence[Path]:
     """Draw training loss (points, running mean as lines) and validation loss (markers) against the step."""
     if not config.runs:
         style.fail("runs must be one or more run folders of sims.finetune or sims.sweep, got none")
@@ -84,7 +84,7 @@ def is_sweep(run: Path) -> bool:
     return (run / "results.csv").exists() and (run / "cells").is_dir()
 
 
-def run_folders(run: Path, config: LossCurvesConfig) -> list[Path]:
+def run_folders(run: Path, config: LossCurvesOptions) -> list[Path]:
     """Return a run's folder, or the folders of the selected cells of a sweep in the order of its table."""
     if not is_sweep(run):
         return [run]
@@ -180,4 +180,4 @@ def running_mean(steps: np.ndarray, losses: np.ndarray, width: int) -> tuple[np.
 
 
 if __name__ == "__main__":
-    style.command(draw_loss_curves, LossCurvesConfig, __doc__)
+    style.command(draw_loss_curves, LossCurvesOptions, __doc__)

@@ -26,7 +26,7 @@ from rora_theory.validation.ranges import Count, Positive, check_ranges
 
 
 @dataclass(frozen=True)
-class LossVsRateConfig:
+class LossVsRateOptions:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of sims.sweep."""
     rank: Count | None = None
@@ -48,7 +48,7 @@ class LossVsRateConfig:
         check_ranges(self)
 
 
-def draw_loss_vs_rate(config: LossVsRateConfig) -> Sequence[Path]:
+def draw_loss_vs_rate(config: LossVsRateOptions) -> Sequence[Path]:
     """Draw the validation loss and the average accuracy against the learning rate.
 
     Points are means over seeds with the standard error over items, dashes single seeds, crosses diverged runs.
@@ -90,4 +90,4 @@ def draw_loss_vs_rate(config: LossVsRateConfig) -> Sequence[Path]:
 
 
 if __name__ == "__main__":
-    style.command(draw_loss_vs_rate, LossVsRateConfig, __doc__)
+    style.command(draw_loss_vs_rate, LossVsRateOptions, __doc__)

@@ -20,14 +20,14 @@ MAX_LOSS_RATIO = 3
 
 
 @dataclass(frozen=True)
-class LrTransferConfig:
+class LrTransferOptions:
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.lr_transfer."""
     out: Path | None = None
     """Folder for lr_transfer.png and .svg; by default the run folder."""
 
 
-def draw_lr_transfer(config: LrTransferConfig) -> Sequence[Path]:
+def draw_lr_transfer(config: LrTransferOptions) -> Sequence[Path]:
     """Draw best rates against the rank (above) and losses at the largest rank (below); columns are optimizers."""
     manifest, rows = style.read_frame(config.run, "lr_transfer")
     accepted = "the file of a finished run"
@@ -121,4 +121,4 @@ def _slope(row: dict[Any, Any]) -> str:
 
 
 if __name__ == "__main__":
-    style.command(draw_lr_transfer, LrTransferConfig, __doc__)
+    style.command(draw_lr_transfer, LrTransferOptions, __doc__)

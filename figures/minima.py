@@ -20,7 +20,7 @@ PANELS: dict[Rule, str] = {"lora": "alpha / r", "rslora": "use_rslora"}
 
 
 @dataclass(frozen=True)
-class MinimaConfig:
+class MinimaOptions:
     """Run to draw, and the alpha and number of steps of its curves."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -38,7 +38,7 @@ class MinimaConfig:
         check_ranges(self)
 
 
-def draw_minima(config: MinimaConfig) -> Sequence[Path]:
+def draw_minima(config: MinimaOptions) -> Sequence[Path]:
     """Draw the loss above its lowest value against the learning rate: a panel for each rule, a line for each rank."""
     _, losses = style.read_frame(config.run, "sweep")
     best = frames.read_csv(config.run / "best.csv", accepted="the file of a finished run")
@@ -78,4 +78,4 @@ def draw_curve(axis: Axes, curve: pd.DataFrame, colour: str, marker: str, label:
 
 
 if __name__ == "__main__":
-    style.command(draw_minima, MinimaConfig, __doc__)
+    style.command(draw_minima, MinimaOptions, __doc__)

@@ -13,14 +13,14 @@ from rora_theory.runs import frames
 
 
 @dataclass(frozen=True)
-class NormVsRankConfig:
+class NormVsRankOptions:
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.variance_sweep."""
     out: Path | None = None
     """Folder for norm_vs_rank.png and .svg; by default the run folder."""
 
 
-def draw_norm_vs_rank(config: NormVsRankConfig) -> Sequence[Path]:
+def draw_norm_vs_rank(config: NormVsRankOptions) -> Sequence[Path]:
     """Draw |w| against the rank: simulations as points, the exact law as lines, the paper's Eq. 11 as dashes."""
     manifest, rows = style.read_frame(config.run, "variance_sweep")
     rows = rows[rows["quantity"] == "norm"]
@@ -75,4 +75,4 @@ def draw_norm_vs_rank(config: NormVsRankConfig) -> Sequence[Path]:
 
 
 if __name__ == "__main__":
-    style.command(draw_norm_vs_rank, NormVsRankConfig, __doc__)
+    style.command(draw_norm_vs_rank, NormVsRankOptions, __doc__)

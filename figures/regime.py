@@ -17,7 +17,7 @@ FINISHED = "the file of a finished run"
 
 
 @dataclass(frozen=True)
-class RegimeConfig:
+class RegimeOptions:
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.regime."""
     split: Literal["train", "heldout"] = "heldout"
@@ -30,7 +30,7 @@ class RegimeConfig:
     """Folder for regime_depth, regime_takeover and regime_rms (.png and .svg); by default the run folder."""
 
 
-def draw_regime(config: RegimeConfig) -> Sequence[Path]:
+def draw_regime(config: RegimeOptions) -> Sequence[Path]:
     """Draw the figures; those of takeover and sizes only if the run measured them."""
     # Without --exact or --rows a run has crossing ranks, but no sizes of steps.
     manifest, crossings = style.read_frame(config.run, "regime", "crossing_ranks.csv")
@@ -99,7 +99,7 @@ def _takeover(rows: pd.DataFrame, learning_rate: float, split: str, out: Path) -
     return style.save(figure, out, "regime_takeover")
 
 
-def _rms(rows: pd.DataFrame, config: RegimeConfig, init: str, out: Path) -> list[Path]:
+def _rms(rows: pd.DataFrame, config: RegimeOptions, init: str, out: Path) -> list[Path]:
     """Draw the size of the first update against the rank: laws as lines, measured sizes (if any) as points.
 
     Rows are optimizers, columns modules.
@@ -161,4 +161,4 @@ def _default(modules: list[str]) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    style.command(draw_regime, RegimeConfig, __doc__)
+    style.command(draw_regime, RegimeOptions, __doc__)

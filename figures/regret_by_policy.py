@@ -46,7 +46,7 @@ Change = tuple[float, float, int, int]
 
 
 @dataclass(frozen=True)
-class RegretByPolicyConfig:
+class RegretByPolicyOptions:
     """Runs to draw, and changes to show."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, style.RUN_FOLDERS]
@@ -74,7 +74,7 @@ class RegretByPolicyConfig:
             check_positive("--changes", value)
 
 
-def draw_regret_by_policy(config: RegretByPolicyConfig) -> Sequence[Path]:
+def draw_regret_by_policy(config: RegretByPolicyOptions) -> Sequence[Path]:
     """Draw the regret of each policy, with bands over the tuned rate's 95% interval and triangles for lower bounds.
 
     Each change of setting has a panel. The rate is tuned at one rank and used at the rank in the legend. The regret is
@@ -110,7 +110,7 @@ def draw_regret_by_policy(config: RegretByPolicyConfig) -> Sequence[Path]:
     return style.save(figure, config.out or config.runs[0], "regret_by_policy")
 
 
-def select_costs(config: RegretByPolicyConfig) -> pd.DataFrame:
+def select_costs(config: RegretByPolicyOptions) -> pd.DataFrame:
     """Select the rows of every run's regret.csv that a panel shows.
 
     Pairs with a best rate at the end of a grid are left out, because their lowest loss is unknown.
@@ -191,4 +191,4 @@ def draw_panel(axes: Axes, costs: pd.DataFrame, looks: Mapping[str, dict[str, An
 
 
 if __name__ == "__main__":
-    style.command(draw_regret_by_policy, RegretByPolicyConfig, __doc__)
+    style.command(draw_regret_by_policy, RegretByPolicyOptions, __doc__)

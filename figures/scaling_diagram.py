@@ -21,7 +21,7 @@ FROZEN, TRAINED, LINE = "#d9d9d9", "#F0E442", "#444444"
 
 
 @dataclass(frozen=True)
-class ScalingDiagramConfig:
+class ScalingDiagramOptions:
     alpha: Positive = 64.0
     """Strength of the adapter."""
     rank: Count = 32
@@ -36,7 +36,7 @@ class ScalingDiagramConfig:
         check_list("--ranks", self.ranks, check_integer)
 
 
-def draw_scaling_diagram(config: ScalingDiagramConfig) -> Sequence[Path]:
+def draw_scaling_diagram(config: ScalingDiagramOptions) -> Sequence[Path]:
     """Draw the adapters of LoRA and RoRA, and gamma against the rank for both rules."""
     gammas = {
         rule: [scaling_factor(rule, alpha=config.alpha, rank=rank) for rank in (*config.ranks, config.rank)]
@@ -49,7 +49,7 @@ def draw_scaling_diagram(config: ScalingDiagramConfig) -> Sequence[Path]:
     return style.save(figure, config.out, "scaling_diagram")
 
 
-def draw_scheme(axis: Any, rule: str, config: ScalingDiagramConfig, gamma: float) -> None:
+def draw_scheme(axis: Any, rule: str, config: ScalingDiagramOptions, gamma: float) -> None:
     """Draw the path of x through the frozen W, and the path through A, B and gamma, to their sum."""
     _, colour, _ = style.look(rule)
     name, formula = {"lora": ("LoRA", r"\alpha/r"), "rora": ("RoRA", r"\alpha/\sqrt{r}")}[rule]
@@ -89,7 +89,7 @@ def draw_scheme(axis: Any, rule: str, config: ScalingDiagramConfig, gamma: float
     axis.text(5, -0.75, text, ha="center", va="center", fontsize=7, color=colour)
 
 
-def draw_scaling_curve(axis: Any, config: ScalingDiagramConfig, gammas: dict[str, list[float]]) -> None:
+def draw_scaling_curve(axis: Any, config: ScalingDiagramOptions, gammas: dict[str, list[float]]) -> None:
     """Draw gamma against the rank on logarithmic axes, with the slopes."""
     for rule, values in gammas.items():
         label, colour, marker = style.look(rule)
@@ -119,4 +119,4 @@ def draw_scaling_curve(axis: Any, config: ScalingDiagramConfig, gammas: dict[str
 
 
 if __name__ == "__main__":
-    style.command(draw_scaling_diagram, ScalingDiagramConfig, __doc__)
+    style.command(draw_scaling_diagram, ScalingDiagramOptions, __doc__)

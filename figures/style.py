@@ -36,7 +36,7 @@ from sims.common.cli import fail
 if TYPE_CHECKING:
     import pandas as pd
 
-Config = TypeVar("Config")
+Options = TypeVar("Options")
 
 RUN_FOLDERS = tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="(required)")
 """Option of one or more run folders. Figures refuse an empty list, which the parser accepts."""
@@ -161,16 +161,16 @@ def seeds_of(manifest: dict[str, Any]) -> int:
     return len(manifest["config"]["seeds"])
 
 
-def command(draw: Callable[[Config], Sequence[Path]], config: type[Config], description: str | None) -> None:
+def command(draw: Callable[[Options], Sequence[Path]], config: type[Options], description: str | None) -> None:
     """Run the command line of a figure, whose options are the fields of a dataclass with a folder ``out``."""
 
-    def run() -> None:
+    def draw_parsed() -> None:
         parsed = cli.parse(config, description=description or "")
         if (out := getattr(parsed, "out", None)) is not None:
             check_output_folder(out)
         main(draw, parsed)
 
-    cli.run(run)
+    cli.run_command(draw_parsed)
 
 
 def check_output_folder(folder: Path) -> None:

@@ -22,7 +22,7 @@ BAND = 0.1
 
 
 @dataclass(frozen=True)
-class TrainingDynamicsConfig:
+class TrainingDynamicsOptions:
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.training_dynamics."""
     model: Literal["linear", "mlp"] = "linear"
@@ -33,7 +33,7 @@ class TrainingDynamicsConfig:
     """Folder for the figures; by default the run folder."""
 
 
-def draw_training_dynamics(config: TrainingDynamicsConfig) -> Sequence[Path]:
+def draw_training_dynamics(config: TrainingDynamicsOptions) -> Sequence[Path]:
     """Draw training_dynamics_MODEL_START_exponents and training_dynamics_MODEL_START_rms."""
     manifest, rows = style.read_frame(config.run, "training_dynamics")
     chosen = rows[(rows["model"] == config.model) & (rows["start"] == config.start)]
@@ -165,4 +165,4 @@ def draw_sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
 
 
 if __name__ == "__main__":
-    style.command(draw_training_dynamics, TrainingDynamicsConfig, __doc__)
+    style.command(draw_training_dynamics, TrainingDynamicsOptions, __doc__)

@@ -20,8 +20,8 @@ def stop(number: int, _: Any = None) -> NoReturn:
     os._exit(128 + number)
 
 
-# This is the first import of `python -m sims.NAME` and of `rora`, before imports that take seconds. `cli.run` installs
-# the handlers for the work itself.
+# This is the first import of `python -m sims.NAME` and of `rora`, before imports that take seconds. `cli.run_command`
+# installs the handlers for the work itself.
 if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0]) == "rora":
     for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         if signal.getsignal(_number) is _default:

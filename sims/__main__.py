@@ -46,7 +46,7 @@ def main() -> None:
         return
     if name == "__print_completion":
         descriptions = {package: describe_commands(package) for package in ("sims", FIGURES)}
-        cli.run(lambda: print(completion.completion_script(" ".join(words[1:]), descriptions)))
+        cli.run_command(lambda: print(completion.completion_script(" ".join(words[1:]), descriptions)))
         return
     if name not in commands:
         print(f"error: unknown command {words[0]!r}; supported: {', '.join(listed)}", file=sys.stderr)

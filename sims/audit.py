@@ -19,13 +19,13 @@ NAME = "audit"
 
 
 @dataclass(frozen=True)
-class AuditConfig:
+class AuditOptions:
     """Options of the audit."""
 
     out: cli.Out = None
 
 
-def audit_tables(config: AuditConfig) -> None:
+def audit_tables(config: AuditOptions) -> None:
     """Write every finding as a row of `findings.csv`, and print the findings of each check."""
     findings = audit.audit(published.published_rows(), published.claims())
     folder = RunFolder.open(NAME, {}, out=config.out)
@@ -41,7 +41,7 @@ def audit_tables(config: AuditConfig) -> None:
     answers.print_files(folder.path)
 
 
-main = cli.command(AuditConfig, audit_tables, __doc__)
+main = cli.command(AuditOptions, audit_tables, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -39,7 +39,7 @@ SPLITS = {"train": "training", "held_out": "held-out"}
 
 
 @dataclass(frozen=True)
-class Config:
+class CoordinateCheckOptions:
     """Options of the check. Separate the values of a list with spaces."""
 
     data: cli.Data
@@ -56,7 +56,7 @@ class Config:
         check_list("--targets", self.targets)
 
 
-def run(config: Config) -> None:
+def check_coordinates(config: CoordinateCheckOptions) -> None:
     """Run the cells that the run folder lacks, then fit the slopes and report."""
     from rora_theory.measure.adapters import add_adapter
     from rora_theory.measure.batches import check_unseen
@@ -163,7 +163,7 @@ def _slope(row: dict[Any, Any]) -> str:
     return f"{row['slope']:+.2f} ± {row['half_width']:.2f}" + (" =" if row["verdict"] == "flat" else "")
 
 
-main = cli.command(Config, run, __doc__)
+main = cli.command(CoordinateCheckOptions, check_coordinates, __doc__)
 
 if __name__ == "__main__":
     main()

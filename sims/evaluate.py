@@ -36,7 +36,7 @@ RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateOptions:
     """Options of the evaluation."""
 
     model: cli.ModelName = "smollm2-135m"
@@ -81,7 +81,7 @@ class EvaluateConfig:
         return Scoring(self.protocol, self.template, self.num_beams, self.max_new_tokens)
 
 
-def load_model(config: EvaluateConfig, origin: ModelSource) -> tuple[Model, Adapter | None]:
+def load_model(config: EvaluateOptions, origin: ModelSource) -> tuple[Model, Adapter | None]:
     """Load the model to score, and its adapter.
 
     Args:
@@ -104,7 +104,11 @@ def load_model(config: EvaluateConfig, origin: ModelSource) -> tuple[Model, Adap
 
 
 def evaluate(
-    config: EvaluateConfig, folder: RunFolder, tasks: dict[str, list[TaskRecord]], model: Model, adapter: Adapter | None
+    config: EvaluateOptions,
+    folder: RunFolder,
+    tasks: dict[str, list[TaskRecord]],
+    model: Model,
+    adapter: Adapter | None,
 ) -> list[TaskAccuracy]:
     """Score the records that the run folder lacks, and write the results.
 
@@ -137,7 +141,7 @@ def evaluate(
     return levels
 
 
-def identity(config: EvaluateConfig, data: dict[str, str], origin: ModelSource) -> dict[str, Any]:
+def identity(config: EvaluateOptions, data: dict[str, str], origin: ModelSource) -> dict[str, Any]:
     """Return the settings and the digests of data, adapter and model, which together determine the results."""
     settings = asdict(config)
     for name in ("out", "batch_size", "data_dir", "adapter", "revision"):
@@ -166,7 +170,7 @@ def report(levels: Sequence[TaskAccuracy], scoring: Scoring) -> None:
         )
 
 
-def evaluate_model(config: EvaluateConfig) -> None:
+def evaluate_model(config: EvaluateOptions) -> None:
     """Score the tasks and report the accuracies."""
     tasks, data = sources.read_tasks(config.data_dir, config.tasks, config.limit)
     # The identity contains digests, so the folder can be checked before the weights are loaded.
@@ -188,7 +192,7 @@ def evaluate_model(config: EvaluateConfig) -> None:
     answers.print_files(folder.path)
 
 
-main = cli.command(EvaluateConfig, evaluate_model, __doc__)
+main = cli.command(EvaluateOptions, evaluate_model, __doc__)
 
 if __name__ == "__main__":
     main()

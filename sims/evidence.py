@@ -42,7 +42,7 @@ ADVICE, KEEP = "rora transfer", "keep the rate"
 
 
 @dataclass(frozen=True)
-class Config:
+class EvidenceOptions:
     """Options of the evidence."""
 
     add: Path | None = None
@@ -56,7 +56,7 @@ class Config:
             raise InputError(f"--originals {self.originals} has no effect with --add")
 
 
-def run(config: Config) -> None:
+def report_evidence(config: EvidenceOptions) -> None:
     """Compute the tables, write them to the run folder, and print them with the answer."""
     from rora_theory.evidence import plots
     from rora_theory.plots import save
@@ -308,7 +308,7 @@ def own_answer(by_policy: "pd.DataFrame", best: "pd.DataFrame") -> str:
     )
 
 
-main = cli.command(Config, run, __doc__)
+main = cli.command(EvidenceOptions, report_evidence, __doc__)
 
 if __name__ == "__main__":
     main()

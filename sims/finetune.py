@@ -47,7 +47,7 @@ NAME = "finetune"
 
 
 @dataclass(frozen=True)
-class Config:
+class FinetuneOptions:
     """Options of the fine-tuning run."""
 
     data: cli.Data
@@ -71,7 +71,7 @@ class Config:
         self.output.check_training(self.training)
 
 
-def run(config: Config) -> None:
+def finetune_model(config: FinetuneOptions) -> None:
     """Validate the inputs, train, and write the adapter.
 
     With several processes, each process calls this function; only the first one prints and writes.
@@ -120,7 +120,7 @@ def run(config: Config) -> None:
     with closing(Trainer.start(model, data, training, path / "checkpoints", layout=layout)) as trainer:
         memory = trainer.compile()
         if folder is None:
-            for _ in trainer.run():
+            for _ in trainer.train():
                 pass
         else:
             record_start(folder, trainer, model, data.summary, training, memory)
@@ -179,7 +179,7 @@ def train(trainer: Trainer, folder: RunFolder, log_to: TrackerName | None = None
     try:
         with tracked as tracker, progress_bar("training", trainer.steps, fields=fields) as bar:
             bar.advance(trainer.step)
-            for event in trainer.run():
+            for event in trainer.train():
                 events.add(event)
                 tracker.add(event)
                 if isinstance(event, StepCompleted):
@@ -202,7 +202,7 @@ def report(folder: RunFolder, events: Sequence[Mapping[str, Any]], held_out: int
     tables.print_table("Key figures; losses in nats per token", ["", "step", "value"], cells, records=rows)
 
 
-main = cli.command(Config, run, __doc__)
+main = cli.command(FinetuneOptions, finetune_model, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -31,7 +31,7 @@ class Training(sweep.Training):
 
 
 @dataclass(frozen=True)
-class Config(sweep.Config):
+class HorizonOptions(sweep.SweepOptions):
     """Options of the matrix."""
 
     data: cli.Data
@@ -41,7 +41,7 @@ class Config(sweep.Config):
     training: Training = field(default_factory=Training)
 
 
-main = cli.command(Config, sweep.run, __doc__)
+main = cli.command(HorizonOptions, sweep.run_matrix, __doc__)
 
 if __name__ == "__main__":
     main()

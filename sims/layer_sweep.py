@@ -31,7 +31,7 @@ NAME = "layer_sweep"
 
 
 @dataclass(frozen=True)
-class LayerSweepConfig:
+class LayerSweepOptions:
     """Options of the sweep over real layers. Separate the values of a list with spaces."""
 
     layers: Path
@@ -41,7 +41,7 @@ class LayerSweepConfig:
     out: cli.Out = None
 
 
-def sweep_layers(config: LayerSweepConfig) -> None:
+def sweep_layers(config: LayerSweepOptions) -> None:
     """Run the cells that the run folder lacks, then report on all cells."""
     grid, runner = config.grid, config.cluster.runner()
     # The identity contains the digest of the data, not the path.
@@ -91,7 +91,7 @@ def report(results: pd.DataFrame, crossings: pd.DataFrame) -> None:
             )
 
 
-main = cli.command(LayerSweepConfig, sweep_layers, __doc__)
+main = cli.command(LayerSweepOptions, sweep_layers, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -72,7 +72,7 @@ class RateGrid(ControlledGrid):
 
 
 @dataclass(frozen=True)
-class Config:
+class LrTransferOptions:
     """Options of the training. Separate the values of a list with spaces."""
 
     grid: RateGrid = field(default_factory=RateGrid)
@@ -82,7 +82,7 @@ class Config:
     out: cli.Out = None
 
 
-def run(config: Config) -> None:
+def measure_rate_transfer(config: LrTransferOptions) -> None:
     """Train the cells that the run folder lacks, then find the best rates and report."""
     runner = config.cluster.runner()
     grid, extra = config.grid, {"units": UNITS, "device": devices.describe(devices.pick(1)), "judge": config.judge}
@@ -163,7 +163,7 @@ def format_best(row: Any) -> str:
     return f"{mark}{row['best_rate']:.3g}" + (f" ({2 ** row['log2_half_width']:.2f})" if has_error else "")
 
 
-main = cli.command(Config, run, __doc__)
+main = cli.command(LrTransferOptions, measure_rate_transfer, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -18,7 +18,7 @@ from sims.common import answers, cli
 
 
 @dataclass(frozen=True)
-class PortableConfig:
+class PortableOptions:
     """Options of the rewriting."""
 
     adapter: Annotated[Path, tyro.conf.Positional]
@@ -30,7 +30,7 @@ class PortableConfig:
     revision: cli.Revision = None
 
 
-def rewrite_adapter(config: PortableConfig) -> None:
+def rewrite_adapter(config: PortableOptions) -> None:
     """Write the adapter, or the model that it is merged into.
 
     Raises:
@@ -59,7 +59,7 @@ def rewrite_adapter(config: PortableConfig) -> None:
     answers.print_files(config.out)
 
 
-main = cli.command(PortableConfig, rewrite_adapter, __doc__)
+main = cli.command(PortableOptions, rewrite_adapter, __doc__)
 
 if __name__ == "__main__":
     main()

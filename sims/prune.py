@@ -34,7 +34,7 @@ NAME, MODEL = "prune", "model"
 
 
 @dataclass(frozen=True)
-class PruneConfig:
+class PruneOptions:
     """Options of the pruning."""
 
     text: tuple[str, ...]
@@ -65,7 +65,7 @@ class PruneConfig:
         check_seed("seed", self.seed)
 
 
-def prune_checkpoint(config: PruneConfig) -> None:
+def prune_checkpoint(config: PruneOptions) -> None:
     """Prune the model and measure its perplexity before and after, unless the run folder has the results."""
     from rora_theory.lab.finetune.held_out import perplexity
     from rora_theory.lab.llama import count_parameters, load, locate, pruning
@@ -145,7 +145,7 @@ def report(folder: RunFolder, config: Any, shape: "PrunedShape") -> None:
     tables.print_table("Sizes and perplexities", ("", "before", "after"), cells)
 
 
-main = cli.command(PruneConfig, prune_checkpoint, __doc__)
+main = cli.command(PruneOptions, prune_checkpoint, __doc__)
 
 if __name__ == "__main__":
     main()

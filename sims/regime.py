@@ -60,7 +60,7 @@ LAYERS_PER_CELL = 8
 
 
 @dataclass(frozen=True)
-class Config:
+class RegimeOptions:
     """Options of the measurement."""
 
     data: cli.Data
@@ -103,7 +103,7 @@ class RegimeCell:
         return f"layers {listed(self.layers)}"
 
 
-def run(config: Config) -> None:
+def measure_regime(config: RegimeOptions) -> None:
     """Measure the layers that the run folder lacks, and report.
 
     Raises:
@@ -222,7 +222,7 @@ def report(
             tables.print_table(*regime_tables.format_ratios(ratios, optimizer))
 
 
-main = cli.command(Config, run, __doc__)
+main = cli.command(RegimeOptions, measure_regime, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -62,7 +62,7 @@ class Training(_Shared):
 
 
 @dataclass(frozen=True)
-class Config(SweepConfig):
+class SweepOptions(SweepConfig):
     """Options of the matrix. The design determines the defaults."""
 
     data: cli.Data
@@ -83,7 +83,7 @@ class Config(SweepConfig):
     """Print the cells with their state, without running them"""
 
 
-def run(config: Config) -> None:
+def run_matrix(config: SweepOptions) -> None:
     """Validate the inputs, run the cells that the run folder lacks, and report."""
     # Check all inputs before any work: the regime, the records, the models and the runs to compare with.
     takeovers, linear_terms = laws_of_rates.read_regime(config.regime) if config.regime else ([], [])
@@ -165,7 +165,9 @@ def read_records(plan: SweepPlan, bench: Workbench, model: str) -> pd.DataFrame:
     return frame.assign(tokens=tokens, answer_tokens=answer_tokens, model=model)
 
 
-def run_cells(config: Config, folder: RunFolder, bench: Workbench, cells: Sequence[SweepCell], runner: Runner) -> None:
+def run_cells(
+    config: SweepOptions, folder: RunFolder, bench: Workbench, cells: Sequence[SweepCell], runner: Runner
+) -> None:
     """Run the cells that the run folder lacks, print a line for each, and update `results.csv`.
 
     Args:
@@ -320,7 +322,7 @@ def print_cells(design: str, path: Path, cells: Sequence[SweepCell]) -> None:
     tables.print_records(f"{design}: {len(cells)} cells in {path}", rows, forms | {"state": "{state}"}, left=3)
 
 
-main = cli.command(Config, run, __doc__)
+main = cli.command(SweepOptions, run_matrix, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -33,7 +33,7 @@ QUANTITY_LABELS = {"output_train": "training", "output_held_out": "held-out", "d
 
 
 @dataclass(frozen=True)
-class Config:
+class TrainingDynamicsOptions:
     """Options of the training. Separate the values of a list with spaces."""
 
     grid: ControlledGrid = field(default_factory=ControlledGrid)
@@ -41,7 +41,7 @@ class Config:
     out: cli.Out = None
 
 
-def run(config: Config) -> None:
+def measure_dynamics(config: TrainingDynamicsOptions) -> None:
     """Train the cells that the run folder lacks, then fit the slopes and report."""
     grid, runner = config.grid, config.cluster.runner()
     extra = {"units": controlled_grid.UNITS, "device": devices.describe(devices.pick(1))}
@@ -119,7 +119,7 @@ def _slope(row: dict[Any, Any], ranks: int) -> str:
     return f"{row['slope']:+.2f} ± {row['standard_error']:.2f}{marks}"
 
 
-main = cli.command(Config, run, __doc__)
+main = cli.command(TrainingDynamicsOptions, measure_dynamics, __doc__)
 
 if __name__ == "__main__":
     main()

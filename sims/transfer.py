@@ -41,7 +41,7 @@ NAME = "transfer"
 
 
 @dataclass(frozen=True)
-class Config(TransferConfig):
+class TransferOptions(TransferConfig):
     """Tuned setting, new rank, and an optional check on a model."""
 
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
@@ -78,7 +78,7 @@ class Config(TransferConfig):
         super().__post_init__()
 
 
-def report(config: Config, advised: Advised) -> None:
+def report(config: TransferOptions, advised: Advised) -> None:
     """Write the file of --write, and print the answer, the tables and the configuration to paste."""
     advice, peft, limits = advised
     snippet = advice.peft_config(**peft)  # raises before anything is written or printed
@@ -98,7 +98,7 @@ def report(config: Config, advised: Advised) -> None:
         tables.print_text(f"\n{text.describe_whole_model(advice)} --check runs the steps.")
 
 
-def print_modules(config: Config, advice: Advice) -> None:
+def print_modules(config: TransferOptions, advice: Advice) -> None:
     """Print the alpha and the learning rate that preserve the first step, by type of module or by regime."""
     flag = ", with use_rslora" if advice.is_rslora else ""
     tables.print_records(
@@ -126,7 +126,7 @@ def print_alternatives(advice: Advice) -> None:
     tables.print_records(text.describe_alternatives(advice), rows, formats)
 
 
-def take_first_steps(config: Config, advised: Advised) -> None:
+def take_first_steps(config: TransferOptions, advised: Advised) -> None:
     """Print the advice, run the first step of every candidate on the model, and print the sizes of the changes.
 
     Raises:
@@ -186,7 +186,7 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     answers.print_files(folder.path)
 
 
-def run(config: Config) -> None:
+def transfer_setting(config: TransferOptions) -> None:
     """Print the advice, and check it on a model if one is given."""
     advised = advise(config)
     (take_first_steps if config.check else report)(config, advised)
@@ -194,7 +194,7 @@ def run(config: Config) -> None:
         answers.print_files(config.write.parent, [config.write.name])
 
 
-main = cli.command(Config, run, __doc__)
+main = cli.command(TransferOptions, transfer_setting, __doc__)
 
 if __name__ == "__main__":
     main()

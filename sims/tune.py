@@ -129,7 +129,7 @@ class PlannedRun:
 
 
 @dataclass(frozen=True)
-class TuneConfig:
+class TuneOptions:
     """Planned run and its records."""
 
     data: tuple[str, ...] = ()
@@ -145,7 +145,7 @@ class TuneConfig:
             raise InputError("--data must name training records. Pass --budget 0 for a rate without a probe.")
 
 
-def tune_rate(config: TuneConfig) -> None:
+def tune_rate(config: TuneOptions) -> None:
     """Run what the probe lacks, and report the learning rate."""
     planned = config.planned
     if not planned.budget:
@@ -213,7 +213,7 @@ def tune_rate(config: TuneConfig) -> None:
     answers.print_files(folder.path)
 
 
-def rate_without_probe(config: TuneConfig) -> Tuning:
+def rate_without_probe(config: TuneOptions) -> Tuning:
     """Return the rate of the public sweeps for the planned run, from the model's configuration alone."""
     from rora_theory.advice.best_rate import Run
     from rora_theory.lab import llama
@@ -278,7 +278,7 @@ def report(result: Tuning, planned: PlannedRun) -> None:
         tables.print_text(f"- {sentence}")
 
 
-main = cli.command(TuneConfig, tune_rate, __doc__)
+main = cli.command(TuneOptions, tune_rate, __doc__)
 
 if __name__ == "__main__":
     main()

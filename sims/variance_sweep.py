@@ -31,7 +31,7 @@ NAME = "variance_sweep"
 
 
 @dataclass(frozen=True)
-class VarianceSweepConfig:
+class VarianceSweepOptions:
     """Options of the simulation. Separate the values of a list with spaces."""
 
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
@@ -41,7 +41,7 @@ class VarianceSweepConfig:
     """Number of devices, without effect beyond rounding; by default all accelerators, or one host device per core"""
 
 
-def sweep_variance(config: VarianceSweepConfig) -> None:
+def sweep_variance(config: VarianceSweepOptions) -> None:
     """Run the cells that the run folder lacks, then compare the equations with the samples and report."""
     simulation_config, runner = config.simulation, config.cluster.runner()
     chosen_devices = devices.pick(count := config.devices)  # before any other work of JAX, which would fix the devices
@@ -124,7 +124,7 @@ def report(results: pd.DataFrame, check: pd.DataFrame, judged: Sequence[verdicts
         )
 
 
-main = cli.command(VarianceSweepConfig, sweep_variance, __doc__)
+main = cli.command(VarianceSweepOptions, sweep_variance, __doc__)
 
 if __name__ == "__main__":
     main()

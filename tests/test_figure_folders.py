@@ -29,7 +29,7 @@ def test_folders_with_other_files_are_refused(tmp_path: Path, names: list[str]) 
 
 
 @dataclass(frozen=True)
-class Config:
+class FigureOptions:
     """Options of a figure."""
 
     out: Path
@@ -37,14 +37,14 @@ class Config:
 
 
 def test_the_output_folder_is_checked_before_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def draw(config: Config) -> list[Path]:
+    def draw(config: FigureOptions) -> list[Path]:
         (config.out / "a.png").touch()
         return []
 
     (tmp_path / "notes.txt").touch()
     monkeypatch.setattr(sys, "argv", ["figure", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):
-        style.command(draw, Config, "")
+        style.command(draw, FigureOptions, "")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 

@@ -204,7 +204,7 @@ def test_a_setting_that_a_run_does_not_have_is_refused_before_anything_is_drawn(
 ) -> None:
     """If there are several rates, none is drawn without a choice."""
     with pytest.raises(SystemExit) as stopped:
-        cli.run(lambda: draw(module, PUBLISHED / folder, options | {"out": tmp_path / "new"}))
+        cli.run_command(lambda: draw(module, PUBLISHED / folder, options | {"out": tmp_path / "new"}))
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert error.startswith("error: ")
@@ -234,13 +234,13 @@ def test_legends_of_few_panels_are_not_clipped(captured_figures, tmp_path) -> No
     """Under Adam the paper has no line, and the legend omits it."""
     for name, overlaps in (("one", ("0.5",)), ("two", ("0.0", "0.5"))):
         run = part(PUBLISHED / "variance_sweep", tmp_path / name, overlap=overlaps, optimizer=("adam",))
-        norm_vs_rank.draw_norm_vs_rank(norm_vs_rank.NormVsRankConfig(run))
+        norm_vs_rank.draw_norm_vs_rank(norm_vs_rank.NormVsRankOptions(run))
         check(captured_figures["norm_vs_rank"])
         assert "Eq. 11" not in legend_text(captured_figures["norm_vs_rank"])
     for name, optimizers in (("sgd", ("sgd",)), ("both", ("sgd", "adamw"))):
         chosen = {"optimizer": optimizers, "rule": ("lora",), "control": ("0",)}
         run = part(PUBLISHED / "coordinate_check", tmp_path / name, **chosen)
-        coordinate_check.draw_coordinate_check(coordinate_check.CoordinateCheckConfig(run))
+        coordinate_check.draw_coordinate_check(coordinate_check.CoordinateCheckOptions(run))
         check(captured_figures["coordinate_check_slopes"])
 
 
@@ -362,21 +362,21 @@ def test_exponents_are_drawn_between_neighbours_of_each_rank() -> None:
     table = pd.DataFrame(rows, columns=["first", "second", "seeds"]).assign(
         step=64, over="strength", at="8", pairs=1, estimate="quadratic", exponent=-0.7, standard_error=0.1
     )
-    config = exponent_vs_gain.ExponentVsGainConfig((PUBLISHED / "horizon",))
+    config = exponent_vs_gain.ExponentVsGainOptions((PUBLISHED / "horizon",))
     ((rank, pairs),) = exponent_vs_gain.neighbours_by_rank(table, config)
     assert rank == "8"
     ends = list(zip(pairs["first"], pairs["second"], strict=True))
     assert ends == [(16, 64), (64, 181), (64, 724), (181, 724)]
     ((_, pairs),) = exponent_vs_gain.neighbours_by_rank(table.assign(seeds=1), config)
     assert list(zip(pairs["first"], pairs["second"], strict=True)) == [(16, 64), (64, 181), (181, 724)]
-    of_another_rank = exponent_vs_gain.ExponentVsGainConfig((PUBLISHED / "horizon",), ranks=(16,))
+    of_another_rank = exponent_vs_gain.ExponentVsGainOptions((PUBLISHED / "horizon",), ranks=(16,))
     assert not exponent_vs_gain.neighbours_by_rank(table, of_another_rank)
 
 
 def test_an_exponent_of_one_seed_is_hollow_in_the_colour_of_its_model(captured_figures) -> None:
     """Points, band and line of a model have the same colour. Crosses mark a best rate at the end of its grid."""
     runs = (PUBLISHED / "horizon_gemma", PUBLISHED / "horizon")
-    exponent_vs_gain.draw_exponent_vs_gain(exponent_vs_gain.ExponentVsGainConfig(runs, ranks=(8, 128)))
+    exponent_vs_gain.draw_exponent_vs_gain(exponent_vs_gain.ExponentVsGainOptions(runs, ranks=(8, 128)))
     (axes,) = captured_figures["exponent_vs_gain"].axes
     drawn_points = {
         (container.lines[0].get_color(), round(float(y), 3)): container.lines[0].get_fillstyle()
@@ -386,7 +386,7 @@ def test_an_exponent_of_one_seed_is_hollow_in_the_colour_of_its_model(captured_f
     expected, bounds = {}, set()
     for run, colour in zip(runs, style.COLOURS, strict=False):
         table = pd.read_csv(run / "estimators.csv")
-        config = exponent_vs_gain.ExponentVsGainConfig((run,), ranks=(8, 128))
+        config = exponent_vs_gain.ExponentVsGainOptions((run,), ranks=(8, 128))
         for _, pairs in exponent_vs_gain.neighbours_by_rank(table, config):
             for exponent, seeds in zip(pairs["exponent"], pairs["seeds"], strict=True):
                 expected[colour, round(exponent, 3)] = "none" if seeds == 1 else "full"
@@ -406,7 +406,7 @@ def test_an_exponent_of_one_seed_is_hollow_in_the_colour_of_its_model(captured_f
 def test_regrets_of_two_models_share_a_figure(captured_figures) -> None:
     """Each panel has the rows of regret.csv, triangles for lower bounds, and nothing cut at its edge."""
     runs = tuple(PUBLISHED / name for name in ("horizon", "horizon_gemma", "horizon_gemma_cosine"))
-    config = regret_by_policy.RegretByPolicyConfig(runs)
+    config = regret_by_policy.RegretByPolicyOptions(runs)
     regret_by_policy.draw_regret_by_policy(config)
     figure = captured_figures["regret_by_policy"]
     check(figure)
@@ -428,7 +428,7 @@ def test_regrets_of_two_models_share_a_figure(captured_figures) -> None:
 def test_two_runs_of_the_horizon_share_a_figure(captured_figures) -> None:
     """For two runs of one model the folders name the series, and the legend has at most eight entries."""
     runs = (PUBLISHED / "horizon", PUBLISHED / "horizon")
-    displacement_ratio.draw_displacement_ratio(displacement_ratio.DisplacementRatioConfig(runs, steps=(16, 64)))
+    displacement_ratio.draw_displacement_ratio(displacement_ratio.DisplacementRatioOptions(runs, steps=(16, 64)))
     words = legend_text(captured_figures["displacement_ratio"])
     assert words.count("horizon, 16 steps") == words.count("horizon, 64 steps") == 2
     check(captured_figures["displacement_ratio"])

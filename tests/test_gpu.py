@@ -125,7 +125,7 @@ def test_a_resumed_run_ends_in_the_same_bits(params, tmp_path):
 
     def losses(run, until):
         values = []
-        for event in run.run():
+        for event in run.train():
             if isinstance(event, StepCompleted):
                 values.append(event.loss)
             if len(values) == until:

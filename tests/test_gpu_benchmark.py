@@ -92,7 +92,7 @@ def test_sections_have_separate_times_and_failures(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(gpu, "RUNS", {name: section(name) for name in gpu.RUNS})
     monkeypatch.setattr(gpu, "describe_machine", dict)
-    config = gpu.Config(out=tmp_path / "gpu.jsonl", rehearse=True)
+    config = gpu.GpuOptions(out=tmp_path / "gpu.jsonl", rehearse=True)
     assert not gpu.main(config), "a section failed"
     # Each section leaves the later ones their share of the nine minutes.
     assert sum(gpu.RESERVED.values()) + gpu.CLOSING < gpu.TOTAL_SECONDS == 540
@@ -103,7 +103,7 @@ def test_sections_have_separate_times_and_failures(tmp_path, monkeypatch, capsys
     assert [r["error"] for r in records if r["status"] == "failed"] == ["RuntimeError: planted"]
     assert records[-1]["lines"][0] == "rate: x: 1.50 times the peer's tokens_per_second", "at the peer's best"
     assert len(records[-1]["lines"]) == 5
-    assert gpu.main(gpu.Config(out=tmp_path / "two.jsonl", sections=("sweep",), minutes=1e-4)) is False
+    assert gpu.main(gpu.GpuOptions(out=tmp_path / "two.jsonl", sections=("sweep",), minutes=1e-4)) is False
     assert '"out of time"' in (tmp_path / "two.jsonl").read_text()
     capsys.readouterr()
 

@@ -18,7 +18,7 @@ def tables() -> dict[str, pd.DataFrame]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verdict_rules, "cases", few_cases)
-        return verdict_rules.measure(verdict_rules.Config(sweeps=40, registrations=1))
+        return verdict_rules.measure(verdict_rules.VerdictRulesOptions(sweeps=40, registrations=1))
 
 
 def test_shares_of_verdicts_sum_to_one(tables) -> None:
@@ -47,6 +47,6 @@ def test_precise_data_are_decided_rightly(tables) -> None:
 
 
 def test_the_summary_states_settings_and_coverage(tables) -> None:
-    described = verdict_rules.summary(verdict_rules.Config(sweeps=40, registrations=1), tables)
+    described = verdict_rules.summary(verdict_rules.VerdictRulesOptions(sweeps=40, registrations=1), tables)
     assert described["settings"] == {"sweeps": 40, "registrations": 1, "seed": 0}
     assert described["coverage"]["3"]["mean"] > 0.85

@@ -3,7 +3,7 @@
 Call `check_ranges` where the configuration is created:
 
     @dataclass(frozen=True)
-    class Config:
+    class Settings:
         batch_size: Count = 16
         lr: Positive | None = None
 
@@ -50,9 +50,9 @@ def check_ranges(config: Any, name_field: Callable[[str], str] = option_of) -> N
     Examples:
       >>> from dataclasses import dataclass
       >>> @dataclass(frozen=True)
-      ... class Config:
+      ... class Settings:
       ...     batch_size: Count = 16
-      >>> check_ranges(Config(0))
+      >>> check_ranges(Settings(0))
       Traceback (most recent call last):
       rora_theory.errors.InputError: --batch-size must be an integer of 1 or more, got 0
     """

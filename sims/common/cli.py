@@ -28,7 +28,7 @@ from rora_theory.runs import cluster, files, folder, software
 from rora_theory.runs.reading import flatten
 from sims.common import answers, help_texts, options, tables
 
-Config = TypeVar("Config")
+Options = TypeVar("Options")
 
 SHARED_OPTIONS: Any = (
     (
@@ -87,7 +87,7 @@ _UNFOLDED = 10**6
 """Width in columns at which no error message of the option parser is folded."""
 
 
-def parse(config: type[Config], argv: Sequence[str] | None = None, *, description: str) -> Config:
+def parse(config: type[Options], argv: Sequence[str] | None = None, *, description: str) -> Options:
     """Parse a command line into a dataclass.
 
     Lists are separated by spaces (``--ranks 8 16 32``), names use hyphens, booleans are flags (``--merge``,
@@ -223,7 +223,7 @@ def _one_line(box: str) -> str:
     return ". ".join(paragraphs) + "."
 
 
-def command(config: type[Config], work: Callable[[Config], object], description: str | None) -> Callable[..., None]:
+def command(config: type[Options], work: Callable[[Options], object], description: str | None) -> Callable[..., None]:
     """Return the ``main`` of a command, which parses its arguments or the command line, and runs the command.
 
     Args:
@@ -232,16 +232,16 @@ def command(config: type[Config], work: Callable[[Config], object], description:
       description: Description of the command in ``--help``.
 
     Returns:
-      The function, see `run`.
+      The function, see `run_command`.
     """
 
     def main(argv: Sequence[str] | None = None) -> None:
-        run(lambda: work(parse(config, argv, description=(description or "").strip())))
+        run_command(lambda: work(parse(config, argv, description=(description or "").strip())))
 
     return main
 
 
-def run(main: Callable[[], object]) -> None:
+def run_command(main: Callable[[], object]) -> None:
     """Run a command; a failure becomes one line on standard error and an exit status.
 
     The status is 2 for bad input, for files that cannot be used and for lack of memory, 1 for `FailedError`, 130 for

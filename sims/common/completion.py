@@ -55,10 +55,7 @@ def _configs(package: str, descriptions: Mapping[str, str]) -> list[Any]:
 
 def _options_class(name: str) -> type:
     """Return the dataclass of a command's options, which is named after its module."""
-    module = importlib.import_module(name)
-    named = getattr(module, f"{name.rpartition('.')[2].title().replace('_', '')}Config", None)
-    # A class of this name may be another module's.
-    return named if named is not None and named.__module__ == name else module.Config
+    return getattr(importlib.import_module(name), f"{name.rpartition('.')[2].title().replace('_', '')}Options")
 
 
 def _named(name: str, config: type, description: str) -> Any:

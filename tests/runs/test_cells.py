@@ -52,13 +52,13 @@ def write_files(cell: Square, folder: Path) -> float:
 def failing(side: int, error: BaseException, work: Callable[..., Any] = area) -> Callable[[Square, Path], Any]:
     """Return work that raises an error at the end of one cell."""
 
-    def run(cell: Square, folder: Path) -> Any:
+    def work_until_error(cell: Square, folder: Path) -> Any:
         value = work(cell, folder)
         if cell.side == side:
             raise error
         return value
 
-    return run
+    return work_until_error
 
 
 NO_SQUARE = ValueError("no such square")
@@ -185,7 +185,9 @@ def test_a_failing_cell_is_named_and_the_others_are_computed(tmp_path, capsys) -
     lengths: list[int] = []
     work = failing(1, NO_SQUARE)
     with pytest.raises(SystemExit) as stop:
-        cli.run(lambda: run_with_bar(SIDES, work, opened(tmp_path), write=lambda rows: lengths.append(len(rows))))
+        cli.run_command(
+            lambda: run_with_bar(SIDES, work, opened(tmp_path), write=lambda rows: lengths.append(len(rows)))
+        )
     assert stop.value.code == 1
     assert lengths == [2], "the table has the finished cells"
     cell_folder = tmp_path / "cells" / key_of(Square(1))
@@ -193,7 +195,7 @@ def test_a_failing_cell_is_named_and_the_others_are_computed(tmp_path, capsys) -
     reason = "side 1 failed (ValueError: no such square); its traceback is in"
     assert any(f"{reason} {cell_folder / 'error.txt'}" in line for line in lines)
     assert lines[-1].startswith("error: 1 of 3 cells failed, the first side 1 (ValueError: no such square)")
-    assert "in run" in (cell_folder / "error.txt").read_text()
+    assert "in work_until_error" in (cell_folder / "error.txt").read_text()
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert (manifest["status"], manifest["error"][:5]) == ("failed", "1 of ")
     assert len(run_with_bar(SIDES, area, opened(tmp_path), describe=lambda _: "done")) == 3

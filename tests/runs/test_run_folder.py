@@ -254,7 +254,7 @@ def test_other_versions_are_logged_and_both_recorded(tmp_path, monkeypatch, caps
 def status_and_error(main, capsys) -> tuple[int, str]:
     """Run a command that ends early, and return its exit status and what it prints to standard error."""
     with pytest.raises(SystemExit) as stopped:
-        cli.run(main)
+        cli.run_command(main)
     return stopped.value.code, capsys.readouterr().err
 
 
@@ -305,7 +305,7 @@ def test_a_failed_run_records_the_reason_and_other_runs_continue(tmp_path, capsy
     assert status_and_error(lambda: fail(InputError("no such thing")), capsys) == (2, "error: no such thing\n")
     assert (manifest(tmp_path / "run")["status"], manifest(tmp_path / "run")["error"]) == ("failed", "no such thing")
     with pytest.raises(ZeroDivisionError):
-        cli.run(lambda: fail(ZeroDivisionError()))
+        cli.run_command(lambda: fail(ZeroDivisionError()))
     assert [manifest(tmp_path / name)["status"] for name in ("run", "earlier")] == ["failed", "running"]
     earlier.finish()
     assert manifest(tmp_path / "earlier")["status"] == "complete"

@@ -17,7 +17,7 @@ from sims.common import answers, cli, tables
 
 
 @dataclass(frozen=True)
-class Config:
+class AnswerOptions:
     """Options of a command."""
 
     rank: int = 8
@@ -26,7 +26,7 @@ class Config:
     """folder"""
 
 
-def command(config: Config) -> None:
+def command(config: AnswerOptions) -> None:
     """Run work that ends as every command does."""
     tables.print_text("beginning")
     if config.rank == 0:
@@ -39,8 +39,8 @@ def command(config: Config) -> None:
         sys.exit(1)
 
 
-def run(*words: object) -> commands.Ended:
-    return commands.run(cli.command(Config, command, ""), *words)
+def run_answer_command(*words: object) -> commands.Ended:
+    return commands.run_command(cli.command(AnswerOptions, command, ""), *words)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def folder(tmp_path) -> Path:
 
 
 def test_a_sentence_then_the_table_then_the_files(folder) -> None:
-    lines = [line for line in commands.output(run("--out", folder)).splitlines() if line.strip()]
+    lines = [line for line in commands.output(run_answer_command("--out", folder)).splitlines() if line.strip()]
     assert lines[:4] == ["beginning", "Rank 8 is enough.", "thin: one seed", "Losses"]
     assert lines[-1] == f"files in {folder}: cells/, results.csv"
 
@@ -60,14 +60,14 @@ def test_a_sentence_then_the_table_then_the_files(folder) -> None:
 def test_only_json_is_on_standard_output(folder) -> None:
     """Figures are numbers, or text where JSON has no number. Standard error has none of the printed text."""
     before = sys.stdout
-    out = commands.output(run("--json --out", folder))
+    out = commands.output(run_answer_command("--json --out", folder))
     assert json.loads(out, parse_constant=lambda name: pytest.fail(name)) == {
         "answer": "Rank 8 is enough.", "warnings": ["thin: one seed"], "rates": [0.5, "inf"],
         "tables": [{"title": "Losses", "rows": [{"rule": "lora", "loss": 0.5}, {"rule": "rora", "loss": "nan"}]}],
         "files": [f"{folder}/cells/", f"{folder}/results.csv"],
     }  # fmt: skip
     assert (sys.stdout, tables.collect) == (before, None)
-    assert "Rank 8 is enough." in commands.output(run()), "the next command is unaffected"
+    assert "Rank 8 is enough." in commands.output(run_answer_command()), "the next command is unaffected"
 
 
 def test_files_and_tables_without_an_answer(capsys) -> None:
@@ -81,7 +81,7 @@ def test_files_and_tables_without_an_answer(capsys) -> None:
         answers.print_paths(paths)
         tables.print_table("Cells", ["rank"], [[8]])
 
-    cli.run(work)
+    cli.run_command(work)
     out, err = capsys.readouterr()
     printed = json.loads(out)
     assert (printed["tables"], printed["files"]) == ([{"title": "Cells", "rows": [{"rank": 8}]}], ["a.png", "a.svg"])
@@ -90,9 +90,9 @@ def test_files_and_tables_without_an_answer(capsys) -> None:
 
 def test_a_negative_answer_has_status_1_and_bad_input_status_2() -> None:
     """Status 1 comes with an answer. Bad input gives one line of error and no JSON."""
-    status, out, _ = run("--json --rank 1")
+    status, out, _ = run_answer_command("--json --rank 1")
     assert (status, json.loads(out)["answer"]) == (1, "Rank 8 is enough.")
-    assert run("--json --rank 0") == (2, "", "error: rank must be at least 1, got 0\n")
+    assert run_answer_command("--json --rank 0") == (2, "", "error: rank must be at least 1, got 0\n")
     assert tables.collect is None
 
 
@@ -105,10 +105,10 @@ def test_a_folder_in_use_is_refused_before_any_work(tmp_path) -> None:
     path.write_text(json.dumps({"process": 7, "host": "h", "since": "s"}))
     with path.open("r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        status, out, err = run("--out", tmp_path)
+        status, out, err = run_answer_command("--out", tmp_path)
     assert (status, out) == (2, "")
     assert err.startswith(f"error: {tmp_path}: is in use by process 7 on h since s")
     before = path.read_text()
-    commands.output(run("--out", tmp_path))
+    commands.output(run_answer_command("--out", tmp_path))
     assert path.read_text() == before
     assert os.listdir(tmp_path) == [".lock"]

@@ -22,12 +22,12 @@ ARGUMENTS = "--batch-size 8 --epochs 3 --warmup 2 --held-out 8 --evaluate-every 
 def train(model, data, out, method: str, more: str = "") -> commands.Ended:
     words = f"{ARGUMENTS} --cutoff 400 --method {method} {METHODS[method]}"
     files = ["--model", model, "--data", data / "train.json", "--out", out]
-    return commands.run(finetune.main, *files, words, more)
+    return commands.run_command(finetune.main, *files, words, more)
 
 
 def scores(model, data, out, *more: object) -> list[float]:
     words = ["--model", model, "--data-dir", data, "--tasks boolq --protocol label --out", out, *more]
-    commands.output(commands.run(evaluate.main, *words, "--template clean"))
+    commands.output(commands.run_command(evaluate.main, *words, "--template clean"))
     lines = (out / samples.FILE).read_text().splitlines()
     return [value for line in lines for _, value in json.loads(line)["log_likelihoods"]]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from support import commands
-from support.options import Config, Inner
+from support.options import Inner, Options
 
 import sims
 from rora_theory.errors import InputError
@@ -47,12 +47,12 @@ class Parent:
     inner: Inner = field(default_factory=lambda: Inner(batch_size=3))
 
 
-def parse(*words: str, config: Any = Config) -> Any:
+def parse(*words: str, config: Any = Options) -> Any:
     return cli.parse(config, list(words), description="")
 
 
 def test_valid_options_are_parsed() -> None:
-    assert parse("--data", "a", "b", "--limit", "3", "--out", "new/run") == Config(
+    assert parse("--data", "a", "b", "--limit", "3", "--out", "new/run") == Options(
         ("a", "b"), limit=3, out=Path("new/run")
     )
     assert parse("--data", "a,b.json", "--out", "new,run").data == ("a,b.json",), "a comma in a name is not a list"
@@ -95,7 +95,7 @@ def test_invalid_options_are_named_with_the_accepted_values(words: list[str], pa
     assert not set("╭│─╰") & set(message), "the option parser's frame"
 
 
-def parsed(tmp_path: Path, text: str, *words: str) -> Config:
+def parsed(tmp_path: Path, text: str, *words: str) -> Options:
     (tmp_path / "run.yaml").write_text(text)
     return parse("--config", str(tmp_path / "run.yaml"), *words)
 
@@ -111,7 +111,7 @@ def test_a_file_gives_options_and_the_command_line_overrides_it(tmp_path: Path) 
     ranks_of: {q: 2, k: 3}
     steps: 7
     """
-    full = Config(("a b.json", "c"), (8, 16), merge=True, remat="mlp", inner=Inner(4, 7, {"q": 2, "k": 3}))
+    full = Options(("a b.json", "c"), (8, 16), merge=True, remat="mlp", inner=Inner(4, 7, {"q": 2, "k": 3}))
     assert parsed(tmp_path, text) == full
     overridden = parsed(tmp_path, text, "--steps=9", "--no-merge", "--batch_size", "5", "--ranks", "1")
     assert overridden == replace(full, ranks=(1,), merge=False, inner=replace(full.inner, steps=9, batch_size=5))
@@ -126,7 +126,7 @@ def test_later_files_override_earlier_ones_and_the_command_line_overrides_all(tm
     for name, text in (("a", "data: [x]\nlimit: 1\nsteps: 2\nmerge: true"), ("b", "limit: 3\nmerge: false")):
         (tmp_path / f"{name}.yaml").write_text(text)
     first, second = (str(tmp_path / f"{name}.yaml") for name in "ab")
-    merged = Config(("x",), limit=3, merge=False, inner=Inner(steps=9))
+    merged = Options(("x",), limit=3, merge=False, inner=Inner(steps=9))
     assert parse("--config", first, "--steps", "9", f"--config={second}") == merged
     swapped = replace(merged, limit=1, merge=True)
     assert parse("--config", second, "--config", first, "--steps=9") == swapped
@@ -218,7 +218,7 @@ def test_library_messages_are_printed_once_with_other_log_handlers(capsys: pytes
     other = logging.StreamHandler(sys.stderr)  # as absl gives the root logger one
     logging.getLogger().addHandler(other)
     try:
-        cli.run(lambda: logging.getLogger("rora_theory.runs").warning("two versions"))
+        cli.run_command(lambda: logging.getLogger("rora_theory.runs").warning("two versions"))
     finally:
         logging.getLogger().removeHandler(other)
     assert capsys.readouterr().err == "note: two versions\n"
@@ -242,13 +242,15 @@ def test_failures_are_one_line(error: BaseException, line: str) -> None:
     def work() -> None:
         raise error
 
-    assert commands.refusal(commands.run(lambda _: cli.run(work))).startswith(line)
+    assert commands.refusal(commands.run_command(lambda _: cli.run_command(work))).startswith(line)
 
 
-@pytest.mark.parametrize("words", ["print('x' * 10**6)", "print('x')", "cli.parse(Config, ['--help'], description='')"])
+@pytest.mark.parametrize(
+    "words", ["print('x' * 10**6)", "print('x')", "cli.parse(Options, ['--help'], description='')"]
+)
 def test_a_closed_pipe_ends_the_command_silently(words: str) -> None:
     """The pipe closes as in ``| head``, during the output or after the end."""
-    code = f"from sims.common import cli\nfrom support.options import Config\ncli.run(lambda: {words})"
+    code = f"from sims.common import cli\nfrom support.options import Options\ncli.run_command(lambda: {words})"
     read, write = os.pipe()
     os.close(read)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": ""}

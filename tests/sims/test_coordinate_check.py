@@ -30,7 +30,7 @@ def words(data, tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(words, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("check") / "run"
-    commands.output(commands.run(sim.main, *words, "--out", out))
+    commands.output(commands.run_command(sim.main, *words, "--out", out))
     return out
 
 

@@ -34,9 +34,9 @@ def arguments(model: Path, data: Path, out: Path, protocol: str) -> list[object]
     return [*words, PROTOCOLS[protocol]]
 
 
-def run(*words: object) -> str:
+def run_evaluate(*words: object) -> str:
     """Run the command to its end, and return what it prints."""
-    return commands.output(commands.run(evaluate.main, *words))
+    return commands.output(commands.run_command(evaluate.main, *words))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def finished(model, data, tmp_path_factory) -> Path:
     """Return a folder with a run of each protocol, and what it printed."""
     folder = tmp_path_factory.mktemp("runs")
     for protocol in PROTOCOLS:
-        printed = run(*arguments(model, data, folder / protocol, protocol))
+        printed = run_evaluate(*arguments(model, data, folder / protocol, protocol))
         (folder / f"{protocol}.txt").write_text(printed)
     return folder
 
@@ -94,10 +94,10 @@ def test_an_interruption_loses_no_sample(model: Path, data: Path, finished: Path
 
     with monkeypatch.context() as patch:
         patch.setattr(Samples, "add", stop_at_the_ninth)
-        assert commands.run(evaluate.main, *words).status == 130
+        assert commands.run_command(evaluate.main, *words).status == 130
     lines = path.read_bytes()
     path.write_bytes(lines[: lines.rfind(b"\n", 0, -1) + 20])  # its last line half written
-    run(*words)
+    run_evaluate(*words)
     assert tables(tmp_path / "run") == tables(finished / "label")
 
 
@@ -125,12 +125,12 @@ def test_samples_of_other_records_or_another_protocol_and_damaged_ones_are_refus
 def test_a_task_has_the_same_scores_alone_and_with_others(
     model: Path, data: Path, finished: Path, tmp_path: Path
 ) -> None:
-    run(*arguments(model, data, tmp_path / "run", "label"), "--tasks piqa")
+    run_evaluate(*arguments(model, data, tmp_path / "run", "label"), "--tasks piqa")
     assert scored(tmp_path / "run") == scored(finished / "label")[COUNT:]
 
 
 def test_weights_are_loaded_in_the_requested_dtype(model: Path) -> None:
-    loaded, _ = evaluate.load_model(evaluate.EvaluateConfig(model=str(model), dtype="bfloat16"), locate(model))
+    loaded, _ = evaluate.load_model(evaluate.EvaluateOptions(model=str(model), dtype="bfloat16"), locate(model))
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(loaded.params)} == {"bfloat16"}
 
 
@@ -144,7 +144,7 @@ def test_an_adapter_changes_the_scores_equally_merged_or_not(model, data, finish
     save_peft(tmp_path / "adapter", adapter)
     for name in ("merge", "no-merge"):
         more = ("--limit 2 --adapter", tmp_path / "adapter", f"--{name}")
-        run(*arguments(model, data, tmp_path / name, "label"), *more)
+        run_evaluate(*arguments(model, data, tmp_path / name, "label"), *more)
     none, merged, unmerged = (
         [value for sample in scored(path) if sample["index"] < 2 for _, value in sample["log_likelihoods"]]
         for path in (finished / "label", tmp_path / "merge", tmp_path / "no-merge")
@@ -156,5 +156,5 @@ def test_an_adapter_changes_the_scores_equally_merged_or_not(model, data, finish
 
 def test_no_data_folder_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RORA_COMMONSENSE_DIR", raising=False)
-    ended = commands.run(evaluate.main, "--model", model, "--protocol label")
+    ended = commands.run_command(evaluate.main, "--model", model, "--protocol label")
     assert "RORA_COMMONSENSE_DIR is not set" in commands.refusal(ended)

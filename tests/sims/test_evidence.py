@@ -27,7 +27,7 @@ def test_the_public_sweeps_need_no_network(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setenv("COLUMNS", "80")
-    text = commands.output(commands.run(evidence.main, "--out", tmp_path / "run"))
+    text = commands.output(commands.run_command(evidence.main, "--out", tmp_path / "run"))
     lines = text.splitlines()
     assert max(map(len, lines)) <= 80
     for title in ("Tinker, 35 models", "Qwen2.5-7B, alpha = r", "Qwen3-4B", "Apertus"):
@@ -52,7 +52,7 @@ def test_a_users_own_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("COLUMNS", "80")
     path = tmp_path / "runs.csv"
     path.write_text(OWN)
-    text = commands.output(commands.run(evidence.main, "--add", path, "--out", tmp_path / "run"))
+    text = commands.output(commands.run_command(evidence.main, "--add", path, "--out", tmp_path / "run"))
     best = commands.rows(tmp_path / "run" / "best_rates.csv")
     assert [(row["rank"], row["gain"], row["place"]) for row in best] == [
         ("8", "16.0", "inside"),
@@ -69,7 +69,9 @@ def test_a_users_own_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_without_two_best_rates_the_answer_says_what_to_add(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     path.write_text("\n".join(OWN.splitlines()[:5]) + "\n")
-    text = " ".join(commands.output(commands.run(evidence.main, "--add", path, "--out", tmp_path / "run")).split())
+    text = " ".join(
+        commands.output(commands.run_command(evidence.main, "--add", path, "--out", tmp_path / "run")).split()
+    )
     assert "1 of 1 best rates lies inside" in text
     assert "Add learning rates" in text
 
@@ -89,7 +91,7 @@ def test_bad_columns_and_values_are_named_in_one_line(
 ) -> None:
     path = tmp_path / "runs.csv"
     path.write_text(OWN.replace(old, new))
-    line = commands.refusal(commands.run(evidence.main, "--add", path, "--out", tmp_path / "run"))
+    line = commands.refusal(commands.run_command(evidence.main, "--add", path, "--out", tmp_path / "run"))
     assert all(word in line for word in ("runs.csv", *words))
     assert not (tmp_path / "run").exists()
 
@@ -97,7 +99,11 @@ def test_bad_columns_and_values_are_named_in_one_line(
 def test_too_few_rates_and_needless_options_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     path.write_text("\n".join(OWN.splitlines()[:3]) + "\n")
-    assert "three learning rates" in commands.refusal(commands.run(evidence.main, "--add", path))
-    assert "--originals" in commands.refusal(commands.run(evidence.main, "--add", path, "--originals", tmp_path))
-    assert "tmp" in commands.refusal(commands.run(evidence.main, "--originals", tmp_path, "--out", tmp_path / "run"))
+    assert "three learning rates" in commands.refusal(commands.run_command(evidence.main, "--add", path))
+    assert "--originals" in commands.refusal(
+        commands.run_command(evidence.main, "--add", path, "--originals", tmp_path)
+    )
+    assert "tmp" in commands.refusal(
+        commands.run_command(evidence.main, "--originals", tmp_path, "--out", tmp_path / "run")
+    )
     assert not (tmp_path / "run").exists()

@@ -62,7 +62,7 @@ def train(words: list[str]) -> str:
 
 def train_on_eight(words: list[str]) -> str:
     """Fine-tune on the eight host devices, which share a batch."""
-    return commands.output(commands.run(finetune.main, *words, "--batch-size", "8", "--dropout", "0"))
+    return commands.output(commands.run_command(finetune.main, *words, "--batch-size", "8", "--dropout", "0"))
 
 
 def refused(words: list[str]) -> str:

@@ -22,9 +22,9 @@ def base(model, data, tmp_path_factory) -> list[str]:
     return ["--data", *files, "--model", str(model), "--regime", str(regime), ARGUMENTS]
 
 
-def run(base: list[str], words: str) -> commands.Ended:
+def run_horizon(base: list[str], words: str) -> commands.Ended:
     """Run the command; what it prints is on one line."""
-    status, out, err = commands.run(sim.main, *base, words)
+    status, out, err = commands.run_command(sim.main, *base, words)
     return commands.Ended(status, " ".join(out.split()), err)
 
 
@@ -32,9 +32,9 @@ def run(base: list[str], words: str) -> commands.Ended:
 def begun(base, tmp_path_factory) -> Path:
     """A folder of one strength, which lacked a rate at first."""
     out = tmp_path_factory.mktemp("horizon") / "run"
-    printed = run(base, f"--strengths 4 --lrs 1e-3 1e-2 --out {out}").out
+    printed = run_horizon(base, f"--strengths 4 --lrs 1e-3 1e-2 --out {out}").out
     assert "Lowest validation loss of 2 cells" in printed
-    printed = run(base, f"--strengths 4 --lrs 1e-3 1e-2 1e-1 --out {out}").out
+    printed = run_horizon(base, f"--strengths 4 --lrs 1e-3 1e-2 1e-1 --out {out}").out
     assert "No two best rates of the 3 runs" in printed
     return out
 
@@ -44,7 +44,7 @@ def begun(base, tmp_path_factory) -> Path:
 def test_a_grown_folder_is_analysed_with_all_of_its_runs(base, begun, tmp_path) -> None:
     out = Path(shutil.copytree(begun, tmp_path / "run"))
     first = (out / CELLS).read_text()
-    printed = run(base, f"--strengths 40 --lrs 1e-3 1e-2 1e-1 --full-lrs 1e-4 1e-3 1e-2 --out {out}").out
+    printed = run_horizon(base, f"--strengths 40 --lrs 1e-3 1e-2 1e-1 --full-lrs 1e-4 1e-3 1e-2 --out {out}").out
     assert "of 9 runs:" in printed
     assert "Comparisons, each at its own best rate" in printed
     assert (out / CELLS).read_text().startswith(first), "finished cells are not computed again"
@@ -74,7 +74,7 @@ def test_a_grown_folder_is_analysed_with_all_of_its_runs(base, begun, tmp_path) 
 def test_runs_of_another_setting_are_compared(base, begun, tmp_path) -> None:
     """The tests of the library cover runs that cannot be compared."""
     other, words = tmp_path / "other", "--strengths 4 --lrs 1e-3 1e-2 1e-1"
-    assert run(base, f"{words} --targets q_proj --compare-to {begun} --out {other}").status == 0
+    assert run_horizon(base, f"{words} --targets q_proj --compare-to {begun} --out {other}").status == 0
     comparisons = frames.read_csv(other / "comparisons.csv")
     name = "targets q_proj k_proj v_proj up_proj down_proj"
     assert comparisons[["step", "rank", "strength", "compared_with"]].to_numpy().tolist() == [
@@ -94,7 +94,7 @@ def test_further_axes_extend_a_folder_and_are_compared_with_its_first_runs(base,
     """Under a schedule that decays, each number of steps is a run of its own; its first runs are not repeated."""
     out = Path(shutil.copytree(begun, tmp_path / "run"))
     words = "--strengths 4 --lrs 1e-3 1e-2 1e-1 --axes schedule=constant,cosine batch_size=4,8"
-    printed = run(base, f"{words} --out {out}").out
+    printed = run_horizon(base, f"{words} --out {out}").out
     assert "Lowest validation loss of 18 cells" in printed
     assert "cosine 8" in printed, "the tables name the settings"
     rows = frames.read_csv(out / "results.csv")

@@ -87,23 +87,25 @@ def settings(name: str, model: object, data: Path) -> Any:
     model = str(model)
     train = (str(data / "train.json"),)
     return {
-        "regime": regime.Config(train, model, batches=PairConfig(4, 4, 400), measured=RegimeConfig(rows=0)),
-        "transfer": transfer.Config(2, 4, check_batch_size=4, check=(model, *train)),
-        "coordinate_check": coordinate_check.Config(
+        "regime": regime.RegimeOptions(train, model, batches=PairConfig(4, 4, 400), measured=RegimeConfig(rows=0)),
+        "transfer": transfer.TransferOptions(2, 4, check_batch_size=4, check=(model, *train)),
+        "coordinate_check": coordinate_check.CoordinateCheckOptions(
             train, model, check=CheckConfig(ranks=(2, 4)),
             records=BatchConfig(batch_size=2, held_out=6, cutoff=160, template="clean"),
         ),
-        "finetune": finetune.Config(train, model, training=FinetuneConfig(rank=2, batch_size=8, held_out=4, warmup=4)),
-        "prune": prune.PruneConfig(train, model, share=0.85, windows=10, held_out=3, seq=32),
-        "evaluate": evaluate.EvaluateConfig(model, tasks=("piqa",), data_dir=str(data)),
-        "sweep": sweep.Config(
+        "finetune": finetune.FinetuneOptions(
+            train, model, training=FinetuneConfig(rank=2, batch_size=8, held_out=4, warmup=4)
+        ),
+        "prune": prune.PruneOptions(train, model, share=0.85, windows=10, held_out=3, seq=32),
+        "evaluate": evaluate.EvaluateOptions(model, tasks=("piqa",), data_dir=str(data)),
+        "sweep": sweep.SweepOptions(
             (*train, str(data / "other.json")), model=(model,), methods=("lora",), ranks=(2,), seeds=(0,),
             accuracy=True,
             training=sweep.Training(held_out=6, batch_size=8, warmup=1), tasks=("piqa",), data_dir=str(data),
         ),
-        "lr_transfer": lr_transfer.Config(),
-        "training_dynamics": training_dynamics.Config(),
-        "variance_sweep": variance_sweep.VarianceSweepConfig(),
+        "lr_transfer": lr_transfer.LrTransferOptions(),
+        "training_dynamics": training_dynamics.TrainingDynamicsOptions(),
+        "variance_sweep": variance_sweep.VarianceSweepOptions(),
     }[name]  # fmt: skip
 
 
@@ -385,7 +387,7 @@ def test_every_setting_of_a_sweep_on_real_layers_is_in_its_identity(tmp_path) ->
     shapes = {"grad": (6, 24), "x_train": (12, 24), "x_heldout": (9, 24)}
     arrays = {f"model.layers.0.mlp.down_proj/{key}": random.normal(size=shape) for key, shape in shapes.items()}
     np.savez(path, **arrays)
-    config = layer_sweep.LayerSweepConfig(path)
+    config = layer_sweep.LayerSweepOptions(path)
     check_settings("layer_sweep", config, SKIPPED | {"layers"})
     before = start("layer_sweep", config).identity
     arrays["model.layers.0.mlp.down_proj/x_heldout"][-1, -1] += 1e-9

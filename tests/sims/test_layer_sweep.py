@@ -31,7 +31,7 @@ def layers(tmp_path: Path) -> Path:
 
 
 def sweep(layers: Path, out: Path, words: str) -> str:
-    return commands.output(commands.run(layer_sweep.main, "--layers", layers, "--out", out, words))
+    return commands.output(commands.run_command(layer_sweep.main, "--layers", layers, "--out", out, words))
 
 
 @pytest.mark.slow
@@ -48,7 +48,7 @@ def test_layers_against_the_law(layers: Path, tmp_path: Path) -> None:
     before = (out / "results.csv").read_bytes()
     assert sweep(layers, out, words) == printed, "the finished run is printed again"
     assert (out / "results.csv").read_bytes() == before
-    style.main(layers_vs_rank.draw_layers_vs_rank, layers_vs_rank.LayersVsRankConfig(out))
+    style.main(layers_vs_rank.draw_layers_vs_rank, layers_vs_rank.LayersVsRankOptions(out))
     assert (out / "layers_vs_rank.svg").stat().st_size > 1000
 
 
@@ -69,7 +69,7 @@ def test_bad_layers(layers: Path, tmp_path: Path, name: str, value: np.ndarray |
         arrays = dict(saved) | {f"model.layers.10.self_attn.q_proj/{name}": value}
     bad = tmp_path / "bad.npz"
     np.savez(bad, **{key: array for key, array in arrays.items() if array is not None})
-    ended = commands.run(layer_sweep.main, "--layers", bad, "--out", tmp_path / "run")
+    ended = commands.run_command(layer_sweep.main, "--layers", bad, "--out", tmp_path / "run")
     assert "bad.npz" in commands.refusal(ended)
     assert message in ended.err
 

@@ -16,22 +16,22 @@ SMALL += " --overlap 0.9"
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 
-def run(out: Path, *words: object) -> Path:
+def run_lr_transfer(out: Path, *words: object) -> Path:
     """Run the command, and return its folder."""
-    commands.output(commands.run(sim.main, *words, "--out", out))
+    commands.output(commands.run_command(sim.main, *words, "--out", out))
     return out
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    return run(tmp_path_factory.mktemp("rates") / "run", SMALL)
+    return run_lr_transfer(tmp_path_factory.mktemp("rates") / "run", SMALL)
 
 
 @pytest.mark.slow
 def test_rows_and_their_figure(finished):
     rows = commands.rows(finished / "results.csv")
     assert tuple(rows[0]) == COLUMNS
-    assert len(rows) == 2 * 3 * 3 * 3 * len(sim.Config().grid.adam_lrs)  # trained, rules, ranks, seeds
+    assert len(rows) == 2 * 3 * 3 * 3 * len(sim.LrTransferOptions().grid.adam_lrs)  # trained, rules, ranks, seeds
     for row in rows:
         assert float(row["scaling"]) == pytest.approx((4 / int(row["rank"])) ** float(row["kappa"]), rel=1e-5)
     assert drawings.names(figure, finished) == {"lr_transfer"}
@@ -62,7 +62,7 @@ def test_frozen_adam_moves_as_the_signal_predicts(finished):
 def test_a_finite_but_diverged_run_is_no_point(tmp_path):
     """SGD far above its stable rate has a finite loss of 1e9 times its start, which would distort every parabola."""
     words = "--optimizers sgd --sgd-lrs 0.01 0.1 1 10 100 1000"
-    rows = commands.rows(run(tmp_path / "run", SMALL, words) / "results.csv")
+    rows = commands.rows(run_lr_transfer(tmp_path / "run", SMALL, words) / "results.csv")
     losses = np.array([float(row["loss_train"]) for row in rows])
     small = max(float(row["loss_train"]) for row in rows if row["learning_rate"] == "0.01")
     assert np.isinf(losses).any()

@@ -13,7 +13,7 @@ from sims import __main__ as main
 from sims.common import cli
 
 
-def run(monkeypatch, *words: str, program: str = "rora") -> None:
+def run_main(monkeypatch, *words: str, program: str = "rora") -> None:
     monkeypatch.setattr(cli, "PROGRAM", None)
     monkeypatch.setattr(sys, "argv", [f"/usr/bin/{program}", *words])
     for name in [name for name in sys.modules if name.startswith(("sims.", "figures."))]:
@@ -28,31 +28,31 @@ def test_every_command_is_listed_with_its_sentence(monkeypatch, capsys) -> None:
     assert not {"common", "__main__"} & set(listed)
     monkeypatch.setenv("COLUMNS", "80")
     assert all(says.endswith((".", "?")) for says in (*listed.values(), *main.describe_commands("figures").values()))
-    run(monkeypatch)
+    run_main(monkeypatch)
     shown = capsys.readouterr().out
     assert all(name in shown for name in (*listed, "figures"))
     assert max(map(len, shown.splitlines())) <= 80
-    run(monkeypatch, "figures")
+    run_main(monkeypatch, "figures")
     assert "norm_vs_rank" in capsys.readouterr().out
 
 
 def test_a_name_runs_its_command(monkeypatch, capsys) -> None:
-    run(monkeypatch, "transfer", "--from-rank", "16", "--to-rank", "128", "--lr", "2e-4")
+    run_main(monkeypatch, "transfer", "--from-rank", "16", "--to-rank", "128", "--lr", "2e-4")
     assert "keep lora_alpha=16" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit, match="0"):
-        run(monkeypatch, "variance-sweep", "--help")
+        run_main(monkeypatch, "variance-sweep", "--help")
     assert capsys.readouterr().out.startswith("usage: rora variance-sweep")
     with pytest.raises(SystemExit):
-        run(monkeypatch, "figures", "exponent_map", "--help")
+        run_main(monkeypatch, "figures", "exponent_map", "--help")
     assert capsys.readouterr().out.startswith("usage: rora figures exponent_map")
 
 
 def test_an_unknown_command_is_refused_by_name(monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
-        run(monkeypatch, "transfre")
+        run_main(monkeypatch, "transfre")
     err = capsys.readouterr().err
     assert re.match("error: .*'transfre'.* transfer, ", err)
-    run(monkeypatch, "--version")
+    run_main(monkeypatch, "--version")
     assert capsys.readouterr().out.startswith("rora-theory ")
 
 
@@ -76,7 +76,7 @@ def test_figures_without_a_name_lists_the_commands(monkeypatch, capsys) -> None:
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash, to complete in")
 def test_a_shell_completes_commands_and_options(monkeypatch, capsys, tmp_path) -> None:
     """The script is called as bash calls it: with the words so far, of which the last is incomplete."""
-    run(monkeypatch, "--print-completion", "bash")
+    run_main(monkeypatch, "--print-completion", "bash")
     script = tmp_path / "rora.bash"
     script.write_text(capsys.readouterr().out)
     requests = {
@@ -95,9 +95,9 @@ def test_a_shell_completes_commands_and_options(monkeypatch, capsys, tmp_path) -
     assert done.stderr == ""
     listed = [set(line.split()) - {"-h", "--help"} for line in done.stdout.splitlines()]
     assert listed == list(requests.values())
-    run(monkeypatch, "--print-completion", "zsh")
+    run_main(monkeypatch, "--print-completion", "zsh")
     assert capsys.readouterr().out.startswith("#compdef rora")
     with pytest.raises(SystemExit, match="2"):
-        run(monkeypatch, "--print-completion", "fish")
+        run_main(monkeypatch, "--print-completion", "fish")
     err = capsys.readouterr().err
     assert all(word in err for word in ("--print-completion", "fish", "bash", "zsh"))

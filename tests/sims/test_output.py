@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import inspect
 import io
 import json
 import math
@@ -50,8 +49,8 @@ COMMANDS = [
     module
     for package in (sims, figures)
     for module_info in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
-    if hasattr(module := importlib.import_module(module_info.name), "Config")
-    and "__main__" in inspect.getsource(module)
+    if f"{module_info.name.rpartition('.')[2].title().replace('_', '')}Options"
+    in vars(module := importlib.import_module(module_info.name))
 ]
 
 OF_NO_COMMAND = ("A title of many words " * 8, "t", "OF_WORDS")
@@ -255,7 +254,7 @@ def test_lr_transfer(printed, name) -> None:
     ],
 )
 def test_transfer(printed, settings) -> None:
-    config = transfer.Config(**settings)
+    config = transfer.TransferOptions(**settings)
     transfer.report(config, transfer.advise(config))
     assert any(line.startswith("From rank 8 to ") for line in printed())
 

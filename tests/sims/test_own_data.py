@@ -115,9 +115,9 @@ def test_measurements_on_chats(command, chat_model, model, chats, tmp_path) -> N
     """Chats need the model's template; another template is another run."""
     small = f"{COMMANDS[command]} --batch-size 2 --held-out 2 --targets q_proj --show 1"
     words = [small, "--data", chats, "--out", tmp_path / "run"]
-    ended = commands.run(command.main, *words, "--model", model)
+    ended = commands.run_command(command.main, *words, "--model", model)
     assert "the model has no chat template. Pass" in commands.refusal(ended)
-    printed = " ".join(commands.output(commands.run(command.main, *words, "--model", chat_model)).split())
+    printed = " ".join(commands.output(commands.run_command(command.main, *words, "--model", chat_model)).split())
     assert "6 as messages" in printed
     assert "template chat" in printed
     for prompt in saved_prompts(tmp_path / "run"):
@@ -125,5 +125,5 @@ def test_measurements_on_chats(command, chat_model, model, chats, tmp_path) -> N
         assert turns >= 1
         assert prompt["text"].count("⟦") == (turns if command is regime else 1), "the answers alone, or all"
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["config"]["template"] == "chat"
-    other = commands.run(command.main, *words, "--model", chat_model, "--chat-template", "chatml")
+    other = commands.run_command(command.main, *words, "--model", chat_model, "--chat-template", "chatml")
     assert OTHER_TEMPLATE in commands.refusal(other)

@@ -33,7 +33,7 @@ def command(model, texts, tmp_path_factory) -> list[object]:
 @pytest.fixture(scope="module")
 def printed(command) -> str:
     """Return the output of a finished run."""
-    return commands.output(commands.run(prune.main, *command))
+    return commands.output(commands.run_command(prune.main, *command))
 
 
 @pytest.mark.slow
@@ -73,12 +73,12 @@ def test_existing_outputs_are_kept_and_missing_ones_are_recreated(command) -> No
     run: Path = command[-1]
     weights = run / "model" / "model.safetensors"
     manifest, written = json.loads((run / "manifest.json").read_text()), weights.stat().st_mtime_ns
-    commands.output(commands.run(prune.main, *command))
+    commands.output(commands.run_command(prune.main, *command))
     assert weights.stat().st_mtime_ns == written
     assert json.loads((run / "manifest.json").read_text())["parameters"] == manifest["parameters"]
 
     before = {file.name: file.read_bytes() for file in (run / "model").iterdir()}
     for file in (run / "model").iterdir():
         file.unlink()
-    commands.output(commands.run(prune.main, *command))
+    commands.output(commands.run_command(prune.main, *command))
     assert {file.name: file.read_bytes() for file in (run / "model").iterdir()} == before

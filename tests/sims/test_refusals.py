@@ -112,7 +112,7 @@ def place(model, data, regime_run, tmp_path, monkeypatch) -> dict[str, str]:
 def test_bad_input_is_one_line_before_anything_is_written(command, words, message, place) -> None:
     main = importlib.import_module(f"sims.{command}").main
     arguments = [place.get(word, word) for word in f"{BASE[command]} {words}".split()]
-    ended = commands.run(main, *arguments, "" if command == "transfer" else "--out run")
+    ended = commands.run_command(main, *arguments, "" if command == "transfer" else "--out run")
     assert re.search(message, commands.refusal(ended))
     assert not ended.out or command != "transfer"
     assert not Path("run").exists()

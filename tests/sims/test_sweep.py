@@ -40,7 +40,7 @@ def sweep(model: Path, data: Path, out: Path, *more: str) -> commands.Ended:
     inputs = ["--model", model, "--data", *files]
     if "--no-accuracy" not in " ".join(map(str, more)):
         inputs += ["--accuracy --tasks boolq piqa --data-dir", data]
-    return commands.run(sim.main, *inputs, PLAIN, "--out", out, *more)
+    return commands.run_command(sim.main, *inputs, PLAIN, "--out", out, *more)
 
 
 def table(out: Path) -> list[dict[str, str]]:
@@ -344,7 +344,9 @@ def test_models_of_one_folder_are_analysed_by_themselves(model, data, tmp_path) 
     copy, out = Path(shutil.copytree(model, tmp_path / "other")), tmp_path / "m"
     files = [data / name / "train.json" for name in ("one", "two")]
     words = "--methods base lora rora --ranks 2 --seeds 0 1 --lrs 1e-4 1e-3 1e-2"
-    commands.output(commands.run(sim.main, "--model", model, copy, "--data", *files, PLAIN, words, "--out", out))
+    commands.output(
+        commands.run_command(sim.main, "--model", model, copy, "--data", *files, PLAIN, words, "--out", out)
+    )
     assert len(commands.rows(out / "records.csv")) == 2 * 6
     best = frames.read_csv(out / "best.csv")
     assert best.groupby("model").size().to_dict() == {str(model): 2, str(copy): 2}
@@ -392,7 +394,7 @@ def test_figures(swept) -> None:
 def test_tables_have_every_row_of_ours_and_of_the_papers(swept, tmp_path) -> None:
     for layout in ("I", "II"):
         benchmark_tables.write_benchmark_tables(
-            benchmark_tables.BenchmarkTablesConfig(swept, layout=layout, out=tmp_path)
+            benchmark_tables.BenchmarkTablesOptions(swept, layout=layout, out=tmp_path)
         )
     lines = commands.rows(tmp_path / "table_I.csv")
     methods = {
@@ -440,11 +442,11 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
     rows[1] |= {"protocol": "generate"}
     rows[2] |= {"rank": "8"}
     write(rows)
-    benchmark_tables.write_benchmark_tables(benchmark_tables.BenchmarkTablesConfig(tmp_path))
+    benchmark_tables.write_benchmark_tables(benchmark_tables.BenchmarkTablesOptions(tmp_path))
     line = "| 25.0 | this run, 1 seed, 1 diverged, alpha 64, lr 0.001 (best tried) |"
     assert line in (tmp_path / "table_I.md").read_text()
     rows[2] |= {"rank": "64", "alpha": "128.0"}
     write(rows)
     with pytest.raises(SystemExit):
-        style.main(accuracy_vs_rank.draw_accuracy_vs_rank, accuracy_vs_rank.AccuracyVsRankConfig(tmp_path))
+        style.main(accuracy_vs_rank.draw_accuracy_vs_rank, accuracy_vs_rank.AccuracyVsRankOptions(tmp_path))
     assert "rora r=64 has alpha 64, 128. Choose one with --alpha" in capsys.readouterr().err

@@ -21,7 +21,7 @@ SMALL = (
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("dynamics") / "run"
-    commands.output(commands.run(sim.main, SMALL, "--out", out))
+    commands.output(commands.run_command(sim.main, SMALL, "--out", out))
     return out
 
 
@@ -73,7 +73,7 @@ def test_an_interrupted_run_resumes(finished, tmp_path):
 @pytest.mark.slow
 def test_diverged_runs_are_reported(tmp_path):
     words = ["--optimizers", "sgd", "--no-freeze-control", "--sgd-lrs", "3", "--out", tmp_path / "run"]
-    assert "diverged by the last step" in commands.output(commands.run(sim.main, SMALL, *words))
+    assert "diverged by the last step" in commands.output(commands.run_command(sim.main, SMALL, *words))
     means = frames.read_csv(tmp_path / "run" / "results.csv").set_index("step")
     assert means["diverged"][4].any()
     assert not means["diverged"][0].any()
@@ -83,4 +83,4 @@ def test_diverged_runs_are_reported(tmp_path):
 def test_figures(finished):
     assert drawings.names(figure, finished) == {f"training_dynamics_linear_A_{kind}" for kind in ("exponents", "rms")}
     with pytest.raises(SystemExit):
-        figure.draw_training_dynamics(figure.TrainingDynamicsConfig(finished, model="mlp"))
+        figure.draw_training_dynamics(figure.TrainingDynamicsOptions(finished, model="mlp"))

@@ -21,7 +21,7 @@ from sims.common.record_batches import PairConfig
 
 def answer(arguments: str) -> str:
     """Return what the command prints."""
-    return commands.output(commands.run(transfer.main, arguments))
+    return commands.output(commands.run_command(transfer.main, arguments))
 
 
 def snippet(text: str) -> dict:
@@ -162,18 +162,18 @@ def test_a_thin_regime_gets_a_warning(regime_run, manifest, targets, message) ->
 @pytest.mark.usefixtures("carried")
 def test_check_on_a_model(model, data, tmp_path) -> None:
     """Under SGD in a tiny model the unchanged step grows, and the alphas of a measured regime restore it."""
-    regime.run(
-        regime.Config(
+    regime.measure_regime(
+        regime.RegimeOptions(
             data=(str(data / "train.json"),), model=str(model), targets=("q_proj", "down_proj"),
             batches=PairConfig(4, 4), measured=RegimeConfig(optimizers=("sgd",), rows=0, tokens=10**6),
             out=tmp_path / "regime",
         )
     )  # fmt: skip
-    config = transfer.Config(
+    config = transfer.TransferOptions(
         from_rank=2, to_rank=8, rule=0.0, optimizer="sgd", lr=1e-4, regime=str(tmp_path / "regime"), check_batch_size=4,
         check=(str(model), str(data / "train.json")), seeds=tuple(range(16)), out=tmp_path / "out",
     )  # fmt: skip
-    transfer.run(config)
+    transfer.transfer_setting(config)
     rows = commands.rows(tmp_path / "out" / "summary.csv")
     run = saved_run.read_regime_run(tmp_path / "regime", optimizer="sgd", init="kaiming_uniform", split="heldout")
     actual = carry(Setting(2, 16.0, 1e-4, 0.0, "sgd"), 8, run.linear_terms)
@@ -205,7 +205,7 @@ def test_from_a_saved_adapter_as_json(save) -> None:
     """The old setting is read from the file; the figures are the library's, beside the answer and the tables' rows."""
     saved = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj"], "use_dora": True}
     arguments = f"--from {save(saved)} --lr 2e-4 --to-rule rslora --to-alpha 32 --steps 50 --to-steps 90 --json"
-    _, out, err = commands.run(transfer.main, arguments)
+    _, out, err = commands.run_command(transfer.main, arguments)
     assert err.startswith("note: use_dora is set")
     expected = carry(Setting(16, 32.0, 2e-4), 128, rule="rslora", alpha=32.0, steps=50, to_steps=90)
     actual = json.loads(out)
@@ -231,7 +231,7 @@ def test_from_a_saved_adapter_as_json(save) -> None:
 def test_options_that_contradict_a_saved_adapter_are_refused(save, options, message) -> None:
     """This includes the defaults: an explicit option is never mistaken for a missing one."""
     folder = save(SAVED)
-    ended = commands.run(transfer.main, "--from", folder, options)
+    ended = commands.run_command(transfer.main, "--from", folder, options)
     assert commands.refusal(ended).startswith(f"error: {message.format(folder)}.")
 
 
@@ -251,11 +251,11 @@ def test_options_that_agree_with_a_saved_adapter_are_accepted(save) -> None:
 def test_a_missing_learning_rate_of_a_saved_adapter_is_named(save) -> None:
     """The default replaces it, which may not be the tuned rate; there is no remark on an explicit rate."""
     folder = save(SAVED)
-    remark = commands.run(transfer.main, "--from", folder).err
+    remark = commands.run_command(transfer.main, "--from", folder).err
     assert f"{folder} has no learning rate" in remark
     assert "0.0003" in remark
     assert "--lr" in remark
-    assert not commands.run(transfer.main, "--from", folder, "--lr 3e-4").err
+    assert not commands.run_command(transfer.main, "--from", folder, "--lr 3e-4").err
 
 
 OWN = {
@@ -269,7 +269,7 @@ def test_the_printed_config_keeps_the_entries_of_the_saved_one(save) -> None:
     saved = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "bias": "none", "lora_bias": False, "loftq_config": {}}
     arguments = f"--from {save(saved | OWN | {'eva_config': {'rho': 2.0}})} --lr 2e-4"
     extra = {"r": 128, "lora_alpha": 32, "use_rslora": False, "init_lora_weights": True}
-    ended = commands.run(transfer.main, arguments)
+    ended = commands.run_command(transfer.main, arguments)
     assert "eva_config" in ended.err
     assert snippet(ended.out) == OWN | extra
     save(saved)
@@ -367,7 +367,7 @@ def test_a_file_is_written_in_its_format_without_overwriting(axolotl, tmp_path) 
         (f"--write {path}", "config.yml: the file exists"),
         (f"--to-rule rslora --to-alpha 7.5 --write {tmp_path}/other.yml", "integer lora_alpha"),
     ):
-        ended = commands.run(transfer.main, "--from", path, options)
+        ended = commands.run_command(transfer.main, "--from", path, options)
         assert message in commands.refusal(ended)
     assert not (tmp_path / "other.yml").exists()
 
@@ -378,6 +378,6 @@ def test_no_file_is_written_if_the_check_is_refused(axolotl, model, data, tmp_pa
     same.write_text(json.dumps([{"instruction": "Say it.", "output": "It."}] * 8))
     for records, message in ((tmp_path / "none.json", "none.json: no such file"), (same, "held-out tokens")):
         words = ["--check-batch-size", "4", "--out", tmp_path / "run", "--write", tmp_path / "new.yml"]
-        ended = commands.run(transfer.main, "--from", path, "--to-rank 64 --check", model, records, *words)
+        ended = commands.run_command(transfer.main, "--from", path, "--to-rank 64 --check", model, records, *words)
         assert re.search(message, commands.refusal(ended))
         assert [item.name for item in tmp_path.iterdir()] == ["config.yml"]

@@ -30,11 +30,11 @@ def test_a_probe_finds_a_rate_and_resumes(model, data, tmp_path, monkeypatch) ->
 
     with monkeypatch.context() as patch:
         patch.setattr(search.ProbeModel, "train", train)
-        stopped = commands.run(sim.main, *words, SETTINGS)
+        stopped = commands.run_command(sim.main, *words, SETTINGS)
     assert stopped.status == 130
     first = json.loads((out / sim.CHECKPOINT).read_text())["runs"]
     assert len(first) == 2
-    ended = commands.run(sim.main, *words, SETTINGS, "--json")
+    ended = commands.run_command(sim.main, *words, SETTINGS, "--json")
     assert ended.status == 0, ended.err
     answered = json.loads(ended.out)
     assert json.loads((out / sim.CHECKPOINT).read_text())["runs"][:2] == first
@@ -56,7 +56,7 @@ def test_a_budget_of_nothing_needs_no_data(model) -> None:
     rates = []
     for alpha in (8, 64):
         words = ["--model", model, f"--rank 16 --alpha {alpha} --steps 256 --budget 0 --json"]
-        rates.append(json.loads(commands.output(commands.run(sim.main, *words)))["answer"])
+        rates.append(json.loads(commands.output(commands.run_command(sim.main, *words)))["answer"])
     assert all("expected regret" in answer and "probe" not in answer for answer in rates)
     low, high = (float(answer.split("learning rate ")[1].split()[0]) for answer in rates)
     assert 2 < low / high < 8
@@ -71,4 +71,4 @@ def test_a_budget_of_nothing_needs_no_data(model) -> None:
     ],
 )
 def test_bad_input_is_refused_before_work(words, named) -> None:
-    assert re.search(named, commands.refusal(commands.run(sim.main, words)))
+    assert re.search(named, commands.refusal(commands.run_command(sim.main, words)))

@@ -18,14 +18,14 @@ pytestmark = pytest.mark.usefixtures("optimised")  # many draws
 SMALL = "--ranks 1 4 16 --p-in 64 --p-out 8 --overlaps 0 0.5 --relative-error 0.02 --lr 1"
 
 
-def run(*words: object) -> commands.Ended:
-    return commands.run(variance_sweep.main, SMALL, *words)
+def run_variance_sweep(*words: object) -> commands.Ended:
+    return commands.run_command(variance_sweep.main, SMALL, *words)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sweep") / "run"
-    (out.parent / "printed").write_text(commands.output(run("--out", out, "--devices", 1)))
+    (out.parent / "printed").write_text(commands.output(run_variance_sweep("--out", out, "--devices", 1)))
     return out
 
 

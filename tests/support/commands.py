@@ -27,9 +27,7 @@ class Ended(NamedTuple):
 def options_class(module: ModuleType) -> Any:
     """Return the dataclass of the options of a command or a figure, which is named after its module."""
     name = module.__name__.rpartition(".")[2]
-    named = getattr(module, f"{name.title().replace('_', '')}Config", None)
-    # A class of this name may be another module's.
-    return named if named is not None and named.__module__ == module.__name__ else module.Config
+    return getattr(module, f"{name.title().replace('_', '')}Options")
 
 
 def work_of(module: ModuleType) -> Callable[[Any], object]:
@@ -45,7 +43,7 @@ def work_of(module: ModuleType) -> Callable[[Any], object]:
     return work
 
 
-def run(main: Callable[[Sequence[str]], object], *words: object) -> Ended:
+def run_command(main: Callable[[Sequence[str]], object], *words: object) -> Ended:
     """Run a command with the words of its command line; a text may be several words."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     with redirect_stdout(out), redirect_stderr(err):
@@ -60,7 +58,7 @@ def run_on_one_device(main: Callable[[Sequence[str]], object], *words: object) -
     """Run a command of fine-tuning on one of the eight host devices, to the same bits as a process that has one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "layout_over_all_devices", lambda *_, **__: (None, None))
-        return run(main, *words)
+        return run_command(main, *words)
 
 
 def output(ended: Ended) -> str:
@@ -96,7 +94,7 @@ def check_resumption(
     (out / "manifest.json").write_bytes((finished / "manifest.json").read_bytes())
     *lines, last = (finished / CELLS).read_text().splitlines(keepends=True)
     (out / CELLS).write_text("".join(lines) + last[:100])
-    output(run(main, *words, "--out", out))
+    output(run_command(main, *words, "--out", out))
     tables = {path.name for path in finished.iterdir() if path.suffix in (".csv", ".json")} - {"manifest.json"}
     assert tables
     for name in tables:

@@ -18,7 +18,7 @@ class Inner:
 
 
 @dataclass(frozen=True)
-class Config:
+class Options:
     """Options."""
 
     data: tuple[str, ...]

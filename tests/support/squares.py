@@ -64,7 +64,7 @@ def attempts(marks: Path, side: int) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Config:
+class SquaresOptions:
     """Options of the driver."""
 
     out: Path
@@ -73,7 +73,7 @@ class Config:
     count: int = 6
 
 
-def run(config: Config) -> None:
+def add_squares(config: SquaresOptions) -> None:
     """Run the cells as an experiment does."""
     from rora_theory.runs.folder import RunFolder
     from sims.common.cells import run_with_bar
@@ -96,7 +96,9 @@ def main(out: str, marks: str, *options: str) -> None:
     from rora_theory.runs.cluster import ClusterConfig
     from sims.common import cli
 
-    cli.run(lambda: run(Config(Path(out), Path(marks), cli.parse(ClusterConfig, options, description=""))))
+    cli.run_command(
+        lambda: add_squares(SquaresOptions(Path(out), Path(marks), cli.parse(ClusterConfig, options, description="")))
+    )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def train(folder: Path, params: Any, layout: Layout | None = None) -> list[float
     adapter = CONFIG.lora().build(jax.random.key(1), tiny.CONFIG, params)
     train, held_out = (Batches(examples, widths, batch_size=4, seed=seed) for seed in (1, None))
     run = Trainer(params, tiny.CONFIG, adapter, CONFIG, train, held_out, folder, layout=layout)
-    losses = [event.loss for event in run.run()]
+    losses = [event.loss for event in run.train()]
     run.close()
     return losses
 

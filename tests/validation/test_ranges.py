@@ -9,7 +9,7 @@ from rora_theory.validation.ranges import AtLeastTwo, Count, Natural, NotNegativ
 
 
 @dataclass(frozen=True)
-class Config:
+class Settings:
     natural: Natural = 0
     count: Count = 1
     plural_one: AtLeastTwo = 2
@@ -22,13 +22,13 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Later(Config):
+class Later(Settings):
     count: int = 3
 
 
 def test_the_edges_are_in_range():
-    check_ranges(Config())
-    check_ranges(Config(maybe=1, share=5e-324))
+    check_ranges(Settings())
+    check_ranges(Settings(maybe=1, share=5e-324))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_the_edges_are_in_range():
 @pytest.mark.usefixtures("unchecked")
 def test_values_out_of_range_are_named(name, value):
     with pytest.raises(InputError, match=rf"^--{name.replace('_', '-')} .* {value}$"):
-        check_ranges(Config(**{name: value}))
+        check_ranges(Settings(**{name: value}))
 
 
 def test_a_subclass_that_declares_a_field_anew_keeps_its_range():

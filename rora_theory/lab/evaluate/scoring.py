@@ -260,7 +260,7 @@ def _generated(
     remaining = (group for group in groups if not set(group) <= set(skip))
 
     # A generator of its own, so that the checks above run before the first sample is requested.
-    def run() -> Iterator[Sample]:
+    def generate_samples() -> Iterator[Sample]:
         for group in remaining:
             answers = beam_search(
                 params,
@@ -277,7 +277,7 @@ def _generated(
                 if number not in skip:
                     yield _parsed(records[number], response(tokenizer.decode(tokens)))
 
-    return run()
+    return generate_samples()
 
 
 def _parsed(record: TaskRecord, text: str) -> Sample:

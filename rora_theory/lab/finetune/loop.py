@@ -227,7 +227,7 @@ class Trainer:
         """Return whether a checkpoint follows a step, in a run that writes checkpoints."""
         return self.validates(step) or step == self.steps or step % self._config.checkpoint_every == 0
 
-    def run(self) -> Iterator[Event]:
+    def train(self) -> Iterator[Event]:
         """Train from the current step to the end, yielding an event for each step, validation and pause.
 
         The event of a step is yielded after the next step has been dispatched, so that the device does not wait for the

@@ -295,7 +295,7 @@ class Workbench:
             # The losses of the steps before a checkpoint are those of the metrics file.
             run.train_losses.extend(event["loss"] for event in (metrics.events if metrics else ()))
             # A run that was interrupted in its last read-out has no step left.
-            events = trainer.run() if trainer.step < read_at[-1] else iter([Paused(read_at[-1])])
+            events = trainer.train() if trainer.step < read_at[-1] else iter([Paused(read_at[-1])])
             for event in events:
                 if metrics is not None:
                     metrics.add(event)

@@ -153,7 +153,7 @@ def test_the_command(golden, tmp_path, monkeypatch, capsys) -> None:
     assert read_config(out)["lora_alpha"] == 2.5 * 4**0.5
     assert str(out) in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
-        cli.run(command.main)
+        cli.run_command(command.main)
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert "--out" in error

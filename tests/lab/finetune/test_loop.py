@@ -91,7 +91,7 @@ def complete(params, tmp_path_factory):
     original = steps.llama.hidden_states
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps.llama, "hidden_states", lambda *a, **k: (traces.append(a[1].shape), original(*a, **k))[1])
-        events = list(run.run())
+        events = list(run.train())
     yield events, run, held_out, traces
     run.close()
 
@@ -132,17 +132,17 @@ def test_the_step_uses_the_settings_of_the_run(params, monkeypatch, changes):
 def test_a_resumed_run_ends_in_the_same_bits(params, complete, tmp_path, stop, checkpoint):
     expected, finished = timeless(complete[0]), complete[1]
     first, *_ = trainer(params, tmp_path)
-    before = list(itertools.takewhile(lambda e: e.step <= stop, first.run()))
+    before = list(itertools.takewhile(lambda e: e.step <= stop, first.train()))
     first.close()
     assert timeless(before) == [event for event in expected if event.step <= stop]
     second, *_ = trainer(params, tmp_path)
     assert second.step == checkpoint
-    assert timeless(second.run()) == [event for event in expected if event.step > checkpoint]
+    assert timeless(second.train()) == [event for event in expected if event.step > checkpoint]
     jax.tree.map(np.testing.assert_array_equal, second.adapter("last").params, finished.adapter("last").params)
     assert (second.best_step, second.best_loss) == (finished.best_step, finished.best_loss)
     second.close()
     third, *_ = trainer(params, tmp_path)
-    assert list(third.run()) == [], "a finished run has nothing left to do"
+    assert list(third.train()) == [], "a finished run has nothing left to do"
     assert third.best_loss == finished.best_loss
     third.close()
 
@@ -158,7 +158,7 @@ def test_the_seed_determines_the_dropout(params):
     for seed in (CONFIG.seed, CONFIG.seed, CONFIG.seed + 1):
         config = dataclasses.replace(CONFIG, seed=seed)
         again = Trainer(params, tiny.CONFIG, run.adapter("last"), config, batches, None, None)
-        norms.append(next(again.run()).grad_norm)
+        norms.append(next(again.train()).grad_norm)
     assert norms[0] == norms[1]
     assert norms[0] != pytest.approx(norms[2], rel=1e-3)
 
@@ -174,7 +174,7 @@ def test_the_best_adapter_is_the_one_of_the_lowest_validation_loss(params, compl
 
     run._evaluate = worse_and_worse
     losses = {}
-    for event in run.run():
+    for event in run.train():
         completed_steps.append(event.step)
         if isinstance(event, ValidationCompleted):
             losses[event.step] = event
@@ -198,7 +198,7 @@ def test_a_returned_adapter_survives_later_steps(params, tmp_path):
     """The check lies between two checkpoints, at 4 and 6, where the best is not the last."""
     run, *_ = trainer(params, tmp_path, pauses=(4, 5))
     held = {}
-    for event in run.run():
+    for event in run.train():
         if isinstance(event, Paused):
             assert run.step == event.step
             held |= {(event.step, which): run.adapter(which).params for which in ("best", "last")}
@@ -262,7 +262,7 @@ def test_a_nan_loss_stops_the_run(params, tmp_path):
         run, *_ = trainer(poisoned, folder, checkpoint_every=every, evaluate_every=50)
         location = f"last good checkpoint is {folder}/{bad - 1}\\." if saved else "no checkpoint yet"
         with pytest.raises(NonFiniteLossError, match=f"^loss is nan at step {bad}\\. .*{location}") as caught:
-            list(run.run())
+            list(run.train())
         assert caught.value.step == bad
         run.close()
         assert checkpoints(folder) == saved

@@ -24,7 +24,7 @@ def test_a_run_uses_the_step_that_it_has_analysed(params, caplog) -> None:
     assert memory.temporaries > 0
     assert memory.total == memory.arguments + memory.temporaries
     with jax.log_compiles():
-        list(trainer.run())
+        list(trainer.train())
     assert "jit(step)" not in caplog.text
 
 

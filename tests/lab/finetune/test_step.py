@@ -29,7 +29,7 @@ def adapter(params, config):
     return training.start(params, tiny.CONFIG, config, noise=0.1)
 
 
-def run(params, config, batches, adapted=None):
+def train_steps(params, config, batches, adapted=None):
     """Return the weights and metrics of steps on ``batches``."""
     adapted = adapter(params, config) if adapted is None else adapted
     trained = training.train(params, tiny.CONFIG, config, batches, adapter=adapted, schedule=STEPS)
@@ -66,7 +66,7 @@ def test_lr_multiplier_scales_the_update_of_lora_A_alone(params):
     for factor in (1.0, 8.0):
         config = changed(lr_multiplier_A=factor, weight_decay=0.1, warmup=0)
         start = adapter(params, config)
-        ((trained, _),) = run(params, config, [batch()], start)
+        ((trained, _),) = train_steps(params, config, [batch()], start)
         updates[factor] = jax.tree.map(lambda new, old: new - np.asarray(old), trained, start.params)
     for module, tensors in updates[8.0].items():
         for name, factor in (("lora_A", 8.0), ("lora_B", 1.0)):
@@ -79,7 +79,7 @@ def test_steps_are_adamw_on_the_clipped_gradient(params, plain):
     """The reference for full fine-tuning is the plain model with the trained weights in place."""
     config = dataclasses.replace(plain, lr=0.01, weight_decay=0.1, betas=(0.8, 0.9))
     start, data = adapter(params, config), [batch(seed=s) for s in range(4)]
-    trained = run(params, config, data, start)
+    trained = train_steps(params, config, data, start)
 
     def loss_of(weights, item):
         adapted = start.replace(weights)
@@ -120,7 +120,7 @@ def test_steps_are_adamw_on_the_clipped_gradient(params, plain):
 @pytest.mark.slow
 def test_microbatches_give_the_same_step(params):
     data = [batch(seed=s) for s in range(3)]
-    together, parts = (run(params, config, data) for config in (PLAIN, changed(accumulation=2)))
+    together, parts = (train_steps(params, config, data) for config in (PLAIN, changed(accumulation=2)))
     for (weights, metrics), (other_weights, other) in zip(together, parts, strict=True):
         np.testing.assert_allclose(other, metrics, rtol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other_weights, weights)
@@ -161,14 +161,14 @@ def test_loss_on_the_answer_is_the_loss_at_its_positions(params):
 def test_dropout_draws_a_mask_for_each_step_and_part(params):
     """The same batch has another loss at the next step, and a record has another loss in the second part."""
     config = changed(dropout=0.3, warmup=0, lr=1e-30)
-    losses = [metrics.loss for _, metrics in run(params, config, [batch()] * 2)]
+    losses = [metrics.loss for _, metrics in train_steps(params, config, [batch()] * 2)]
     assert losses[0] != losses[1]
     still = float(direct_loss(params, adapter(params, config), *batch()[:3]))
     assert min(abs(loss - still) for loss in losses) > 1e-4 * still, "a mask at every step"
     record = batch(rows=1)
     in_first, in_second = (Batch(*(np.pad(a, (rows, (0, 0))) for a in record[:3]), None) for rows in ((0, 1), (1, 0)))
     config = dataclasses.replace(config, accumulation=2)
-    losses = [run(params, config, [item])[0][1].loss for item in (in_first, in_second)]
+    losses = [train_steps(params, config, [item])[0][1].loss for item in (in_first, in_second)]
     assert losses[0] != pytest.approx(losses[1], rel=1e-5)
 
 
@@ -192,7 +192,9 @@ def test_shared_steps_equal_those_compiled_for_each_run(params):
         config = changed(**{"warmup": 1, "lr": 0.01} | changes)
         adapted = adapter(params, config)
         results = take_shared(shared, params, config, data, adapted)
-        for (weights, metrics), (expected, known) in zip(results, run(params, config, data, adapted), strict=True):
+        for (weights, metrics), (expected, known) in zip(
+            results, train_steps(params, config, data, adapted), strict=True
+        ):
             np.testing.assert_allclose(metrics, known, rtol=1e-5)
             # A weight moves by the rate; programs that differ in what is constant round differently.
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), weights, expected)

@@ -103,7 +103,7 @@ def test_records_of_the_maximum_length_are_trained_on(loss_on):
 
     def events(longest):
         model = dataclasses.replace(tiny.CONFIG, max_position_embeddings=longest)
-        return list(Trainer(params, model, adapter, config, data.train, data.validation, None).run())
+        return list(Trainer(params, model, adapter, config, data.train, data.validation, None).train())
 
     (step, validated), (roomy, other) = events(69), events(512)
     assert (step.positions, roomy.positions) == (2 * 69, 2 * 72)

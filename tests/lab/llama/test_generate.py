@@ -29,7 +29,7 @@ def model(name: str, seed: int) -> tuple[Params, LlamaConfig]:
     return build_params(config, jnp.float32, read), config
 
 
-def run(case: dict, prompts: list[list[int]], **more) -> list[list[int]]:
+def generate_case(case: dict, prompts: list[list[int]], **more) -> list[list[int]]:
     params, config = model(case["model"], case["seed"])
     settings = {"eos_ids": case["eos"], **(case["settings"] or GREEDY), **more}
     return generate.beam_search(params, config, prompts, max_new_tokens=make_generation.NEW_TOKENS, **settings)
@@ -47,7 +47,7 @@ def _groups() -> dict[str, list[dict]]:
 @pytest.mark.parametrize("group", _groups())
 def test_equals_transformers(group: str):
     for case in _groups()[group]:
-        assert run(case, make_generation.prompts(case["model"], case["seed"])) == case["new"], case["seed"]
+        assert generate_case(case, make_generation.prompts(case["model"], case["seed"])) == case["new"], case["seed"]
 
 
 @pytest.mark.slow
@@ -55,11 +55,11 @@ def test_equals_transformers(group: str):
 def test_a_result_depends_neither_on_other_prompts_nor_on_padding(settings: dict):
     case = next(c for c in CASES if c["settings"] == settings and c["model"] == "grouped")
     prompts = make_generation.prompts("grouped", case["seed"])
-    assert run(case, prompts, pad_id=5) == case["new"]
-    assert run(case, prompts[::-1]) == case["new"][::-1]
-    assert run(case, prompts[1:2]) == case["new"][1:2]  # other buckets, here and in the next line
+    assert generate_case(case, prompts, pad_id=5) == case["new"]
+    assert generate_case(case, prompts[::-1]) == case["new"][::-1]
+    assert generate_case(case, prompts[1:2]) == case["new"][1:2]  # other buckets, here and in the next line
     long = [[3] * 33, *prompts]
-    assert run(case, long)[1:] == case["new"]
+    assert generate_case(case, long)[1:] == case["new"]
 
 
 class Spy:
@@ -98,9 +98,9 @@ def test_a_shared_prefix_is_read_once(settings: dict, shared: int, more: dict):
     begins = [[1 + (7 * i + start) % 30 for i in range(20)] for start in (0, 3)]
     rests = make_generation.prompts("grouped", case["seed"])
     texts, other_texts = ([begin + rest for rest in rests] for begin in begins)
-    expected = run(case, texts, **more)
-    assert run(case, texts, shared=shared, **more) == expected
-    assert run(case, other_texts, shared=shared, **more) != expected
+    expected = generate_case(case, texts, **more)
+    assert generate_case(case, texts, shared=shared, **more) == expected
+    assert generate_case(case, other_texts, shared=shared, **more) != expected
 
 
 @pytest.mark.slow

@@ -648,7 +648,10 @@ def test_the_table_and_the_figure_of_best_rates(tmp_path) -> None:
     for name, table in tables.items():
         (tmp_path / f"{name}.csv").write_text(frames.to_csv(table))
     (tmp_path / "manifest.json").write_text(json.dumps({"experiment": "sweep", "files": {}}))
-    assert [path.name for path in figure.draw_horizon(figure.HorizonConfig(tmp_path))] == ["horizon.png", "horizon.svg"]
+    assert [path.name for path in figure.draw_horizon(figure.HorizonOptions(tmp_path))] == [
+        "horizon.png",
+        "horizon.svg",
+    ]
     drawn = (tmp_path / "horizon.svg").read_text()
     assert all(name in drawn for name in ("16 steps", "64 steps", "r = 8", "r = 128"))
     assert "256 steps" not in drawn, "no label of steps that no run has"

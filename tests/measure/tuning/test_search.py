@@ -39,7 +39,7 @@ def config(**entries):
     return peft.LoraConfig(**{"r": 32, "lora_alpha": 16, "target_modules": "all-linear"} | entries)
 
 
-def run(model=None, **arguments):
+def tune_linear(model=None, **arguments):
     arguments = {
         "config": config(), "steps": STEPS, "learning_rate": 2e-3, "train": batches(12), "held_out": batches(3, seed=1)
     } | arguments  # fmt: skip
@@ -48,7 +48,7 @@ def run(model=None, **arguments):
 
 @pytest.fixture(scope="module")
 def usual() -> Tuning:
-    return run()
+    return tune_linear()
 
 
 def test_a_probe_reports_a_rate_and_leaves_the_model_as_it_was(usual) -> None:
@@ -60,7 +60,7 @@ def test_a_probe_reports_a_rate_and_leaves_the_model_as_it_was(usual) -> None:
     model.lm_head.weight.requires_grad_(False)
     settings, before = config(), torch_models.state_of(model)
     entries = copy.deepcopy(vars(settings))
-    result = run(model, config=settings)
+    result = tune_linear(model, config=settings)
     torch_models.assert_unchanged(model, before)
     assert vars(settings) == entries
     assert result.low < result.learning_rate < result.high
@@ -78,7 +78,7 @@ def test_a_probe_reports_a_rate_and_leaves_the_model_as_it_was(usual) -> None:
 
 def test_a_run_is_that_of_a_loop_by_hand() -> None:
     """The first run's held-out loss is that of AdamW with the scaled cosine schedule, clipping and the same batches."""
-    result = run(probe_rank=4, warmup=40, budget=0.15)  # affords all held-out rows
+    result = tune_linear(probe_rank=4, warmup=40, budget=0.15)  # affords all held-out rows
     row = result.curve.iloc[1]
     steps = result.probe_steps
     model = torch_models.model().train()
@@ -102,7 +102,7 @@ def test_a_run_is_that_of_a_loop_by_hand() -> None:
 
 def test_accumulated_batches_are_one_step(usual) -> None:
     halves = [{name: value[i : i + 1] for name, value in batch.items()} for batch in batches(12) for i in range(2)]
-    curves = [run(train=halves, accumulation=2).curve, usual.curve]
+    curves = [tune_linear(train=halves, accumulation=2).curve, usual.curve]
     # At the highest rate, where the loss rises, training amplifies rounding errors.
     accumulated, expected = (curve.sort_values("learning_rate")["held_out_loss"].to_numpy()[:-1] for curve in curves)
     assert len(expected) >= 2
@@ -124,9 +124,9 @@ def test_a_classifiers_head_is_trained_by_every_run_anew_and_put_back() -> None:
         return network(**batch).loss
 
     with pytest.raises(KeyboardInterrupt):
-        run(model, **arguments, loss=interrupted)
+        tune_linear(model, **arguments, loss=interrupted)
     torch_models.assert_unchanged(model, before)
-    first, second = (run(model, **arguments) for _ in range(2))
+    first, second = (tune_linear(model, **arguments) for _ in range(2))
     torch_models.assert_unchanged(model, before)
     pd.testing.assert_frame_equal(first.curve, second.curve, rtol=1e-6)
     assert any("score" in sentence for sentence in first.assumptions)
@@ -142,7 +142,7 @@ def test_the_longest_batches_first_are_within_the_budget() -> None:
         tokens += batch["input_ids"].numel() / (1 if torch.is_grad_enabled() else 2)
         return model(**batch).loss
 
-    result = run(train=[*long, *short], loss=loss, steps=800)
+    result = tune_linear(train=[*long, *short], loss=loss, steps=800)
     planned = 800 * (6 * 80 + 58 * 16) / 64
     assert tokens <= 0.1 * planned
     assert result.cost.share == pytest.approx(tokens / planned)
@@ -164,7 +164,7 @@ def test_small_gradients_of_a_float16_model_are_not_rounded_to_zero(dtype) -> No
                 raise Stopped(torch.cat([grad.float().flatten() for grad in grads]))
 
         with pytest.raises(Stopped) as stopped:
-            run(
+            tune_linear(
                 torch_models.model().to(dtype),
                 train=batches(1, rows=8, length=48),
                 loss=lambda model, batch: 1e-5 * model(**batch).loss,
@@ -183,15 +183,16 @@ def test_a_batch_without_labels_counts_as_nothing() -> None:
     data = [batch for labelled in batches(12) for batch in (labelled, empty)]
     held_out = batches(1, seed=1)
     with_empty, alone = (
-        run(train=train, accumulation=count, held_out=held_out).curve for train, count in ((data, 2), (batches(12), 1))
+        tune_linear(train=train, accumulation=count, held_out=held_out).curve
+        for train, count in ((data, 2), (batches(12), 1))
     )
     pd.testing.assert_frame_equal(with_empty, alone, rtol=1e-4)
     with pytest.raises(InputError, match=r"train .*label.* 3"):
-        run(train=[*batches(2), empty, *batches(9)])
+        tune_linear(train=[*batches(2), empty, *batches(9)])
 
 
 def test_a_longer_probe_screens_rates_first() -> None:
-    result = run(steps=1700, learning_rate=1e-3)
+    result = tune_linear(steps=1700, learning_rate=1e-3)
     assert result.curve["steps"].nunique() == 2
     assert set(result.curve["stopped_early"]) == {False, True}
     assert result.cost.share <= 0.1
@@ -206,7 +207,7 @@ def test_a_diverged_rate_is_infinite_loss() -> None:
         largest = max(float(p.detach().abs().max()) for name, p in model.named_parameters() if "lora_B" in name)
         return value * math.nan if largest > 0.01 else value
 
-    result = run(loss=loss, learning_rate=1e-3)
+    result = tune_linear(loss=loss, learning_rate=1e-3)
     diverged = result.curve[result.curve["diverged_at"].notna()]
     assert set(diverged["held_out_loss"]) == {math.inf}
     lowest = result.curve.loc[result.curve["held_out_loss"].idxmin()]
@@ -228,13 +229,13 @@ def test_a_divergence_before_the_first_update_is_refused(quantity) -> None:
         return value + sum((parameter - parameter.detach()).abs().sqrt().sum() for parameter in trained)
 
     with pytest.raises(InputError, match=f"train .* {quantity}.* nan .* 1"):
-        run(loss=loss)
+        tune_linear(loss=loss)
     assert len(calls) == 1
 
 
 def test_a_budget_of_nothing_gives_the_prior_and_reads_no_data() -> None:
     """The planned run's scaling, rank, batch, steps and schedule move the rate; data are not read."""
-    result = run(budget=0, train=[3], held_out=[3], batch_size=4, accumulation=2)
+    result = tune_linear(budget=0, train=[3], held_out=[3], batch_size=4, accumulation=2)
     parameters = sum(p.numel() for p in torch_models.model().parameters()) / 1e9
     assert result.posterior.prior == rate_prior(Run(32, 16.0, STEPS, "cosine", 8), parameters=parameters)
     assert result.posterior.belief == result.posterior.prior
@@ -244,13 +245,13 @@ def test_a_budget_of_nothing_gives_the_prior_and_reads_no_data() -> None:
 def test_rates_without_an_effect_are_refused() -> None:
     """Equal losses would otherwise count as a best rate at the lower end."""
     with pytest.raises(InputError, match="same loss"):
-        run(make_optimizer=lambda parameters, _: torch.optim.AdamW(parameters, lr=0.0))
+        tune_linear(make_optimizer=lambda parameters, _: torch.optim.AdamW(parameters, lr=0.0))
 
 
 def test_autocast_of_the_caller(usual) -> None:
     """Each pass uses the updated adapters, although autocast caches weights until its end."""
     with torch.autocast("cpu", torch.bfloat16):
-        result = run()
+        result = tune_linear()
     assert result.displacement_constant == pytest.approx(usual.displacement_constant, rel=0.1)
 
 
@@ -261,7 +262,7 @@ def test_a_shuffled_loader_yields_the_same_batches_again() -> None:
     loader = torch.utils.data.DataLoader(rows, batch_size=2, shuffle=True, generator=generators[0])
     sampler = torch.utils.data.RandomSampler(rows, generator=generators[1])
     states = [generator.get_state() for generator in generators]
-    run(train=loader, held_out=torch.utils.data.DataLoader(rows, batch_size=2, sampler=sampler))
+    tune_linear(train=loader, held_out=torch.utils.data.DataLoader(rows, batch_size=2, sampler=sampler))
     for generator, state in zip(generators, states, strict=True):
         assert torch.equal(generator.get_state(), state)
 
@@ -269,7 +270,7 @@ def test_a_shuffled_loader_yields_the_same_batches_again() -> None:
 def test_a_convolution_is_trained_without_its_ratio() -> None:
     data = [torch_models.batch("vit", seed=seed, rows=4) for seed in range(4)]
     settings = config(target_modules=r".*(patch_embeddings\.projection|query|q_proj)")
-    assert run(torch_models.model("vit"), train=data, held_out=data, config=settings).displacement_constant > 0
+    assert tune_linear(torch_models.model("vit"), train=data, held_out=data, config=settings).displacement_constant > 0
 
 
 def test_an_interrupted_probe_resumes_and_refuses_other_settings(usual, tmp_path) -> None:
@@ -284,19 +285,19 @@ def test_an_interrupted_probe_resumes_and_refuses_other_settings(usual, tmp_path
 
     before = torch_models.state_of(model)
     with pytest.raises(KeyboardInterrupt):
-        run(model, loss=loss, checkpoint=path)
+        tune_linear(model, loss=loss, checkpoint=path)
     torch_models.assert_unchanged(model, before)
     assert len(json.loads(path.read_text())["runs"]) == 1
     calls.clear()
     last[0] = -1
-    resumed = run(model, checkpoint=path, loss=loss)
+    resumed = tune_linear(model, checkpoint=path, loss=loss)
     pd.testing.assert_frame_equal(resumed.curve, usual.curve, rtol=1e-6)
     assert resumed.learning_rate == pytest.approx(usual.learning_rate)
     assert len(calls) == (len(usual.curve) - 1) * (usual.probe_steps + 5)  # held-out rows that the budget affords
     # The same optimizer by another function, in a wrapper without a name; nothing is trained again.
     calls.clear()
     make_optimizer = functools.partial(torch.optim.AdamW, weight_decay=0.0)
-    stored = run(model, checkpoint=path, loss=functools.partial(loss), make_optimizer=make_optimizer)
+    stored = tune_linear(model, checkpoint=path, loss=functools.partial(loss), make_optimizer=make_optimizer)
     assert stored.curve.equals(resumed.curve)
     assert not calls
     for changed in (
@@ -309,10 +310,10 @@ def test_an_interrupted_probe_resumes_and_refuses_other_settings(usual, tmp_path
         {"schedule": "linear"},
     ):
         with pytest.raises(InputError, match="another probe"):
-            run(model, **{"checkpoint": path, "loss": loss} | changed)
+            tune_linear(model, **{"checkpoint": path, "loss": loss} | changed)
     path.write_text(path.read_text()[:100])
     with pytest.raises(InputError, match=r"probe\.json"):
-        run(model, checkpoint=path, loss=loss)
+        tune_linear(model, checkpoint=path, loss=loss)
 
 
 def test_texts_chats_and_tokenized_records() -> None:
@@ -370,7 +371,7 @@ def test_records_are_read_eight_at_a_time() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(train=[{"input_ids": [3] * 1025}] * 20, tokenizer=torch_chats.tokenizer("~"), loss=loss)
+        tune_linear(train=[{"input_ids": [3] * 1025}] * 20, tokenizer=torch_chats.tokenizer("~"), loss=loss)
     assert shapes == [(8, 1024)]
 
 
@@ -460,7 +461,7 @@ def test_bad_input_is_refused_before_work(arguments, named) -> None:
     model = arguments.get("model", torch_models.model)()
     before = torch_models.state_of(model) if isinstance(model, torch.nn.Module) else None
     with pytest.raises(InputError, match=named) as refused:
-        run(**arguments | {"model": model})
+        tune_linear(**arguments | {"model": model})
     assert "\n" not in str(refused.value)
     if before is not None:
         torch_models.assert_unchanged(model, before)
@@ -469,7 +470,7 @@ def test_bad_input_is_refused_before_work(arguments, named) -> None:
 def test_offloaded_weights_are_refused() -> None:
     """Autograd can't train through weights that are on the device "meta" between calls."""
     with pytest.raises(InputError, match=r"model .*memory"):
-        run(torch_models.model().to("meta"))
+        tune_linear(torch_models.model().to("meta"))
 
 
 @pytest.mark.parametrize("progress", [True, False])
@@ -485,7 +486,7 @@ def test_the_cost_is_stated_before_the_first_run(progress, capsys, caplog, monke
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(loss=loss, progress=progress)
+        tune_linear(loss=loss, progress=progress)
     ((captured, log),) = shown
     assert captured.out == ""
     stated, silent = (captured.err, log) if progress else (log, captured.err)
@@ -531,7 +532,7 @@ def test_the_ratio_of_the_parts(dora) -> None:
 def test_bfloat16_and_dropout() -> None:
     """Every probe of a model draws the same adapters and dropout masks."""
     model = torch_models.model().to(torch.bfloat16)
-    first, second = (run(model, config=config(lora_dropout=0.1, use_dora=True)) for _ in range(2))
+    first, second = (tune_linear(model, config=config(lora_dropout=0.1, use_dora=True)) for _ in range(2))
     assert next(model.parameters()).dtype == torch.bfloat16
     assert any("DoRA" in sentence for sentence in first.assumptions)
     pd.testing.assert_frame_equal(first.curve, second.curve, rtol=1e-6)
