@@ -1,26 +1,29 @@
-"""Exponents of the best rate in the batch size at one number of steps, from runs that differ in the batch alone.
+"""Exponents of the best rate in the batch size at one number of steps, and what it costs to keep the rate.
 
     python benchmarks/batch_exponents.py --out results/published/batch_size
 
 Each row of ``exponents.csv`` compares two batch sizes: the published runs with batches of 32 records at a constant
-rate, and the runs of the folder with cosine decay, one seed each.
+rate, and the runs of the folder with cosine decay, one seed each. ``regret.csv`` has the cost of keeping the rate, of
+multiplying it by the square root of the batch size, and of the advice.
 """
 
 import argparse
 import math
-from itertools import pairwise
+from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
+from sweep_folders import best_row, read_curves
 
-from rora_theory.lab.sweep.curves import curves_at
-from rora_theory.lab.sweep.runs import read_runs, read_tokens
+from rora_theory.advice.constants import CONSTANTS
 from rora_theory.runs import frames
+from rora_theory.stats.rate_curves import Curve
+from rora_theory.stats.regret import regret
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 STEPS = 64
-DRAWS = 400
-"""Number of bootstrap samples of the held-out records."""
+EXPONENTS = {"keep the rate": 0.0, "square root": 0.5, "advice": CONSTANTS["batch_exponent"].value}
+"""Exponent in the batch size of every policy."""
 
 
 def published_row() -> dict[str, object]:
@@ -34,36 +37,38 @@ def published_row() -> dict[str, object]:
     }
 
 
+def exponent_row(octaves: float, first: Curve, second: Curve) -> dict[str, object]:
+    """Return the exponent between two batch sizes that differ by a number of octaves."""
+    logs = [curve.log2_optimum for curve in (first, second)]
+    # Runs of other batches read other records: the two errors are independent.
+    error = math.hypot(*(estimate.known_error or 0.0 for estimate in logs))
+    row = {"rank": first.rank, "gain": first.gain, "schedule": "cosine", "seeds": 1}
+    return row | {"exponent": (logs[1].value - logs[0].value) / octaves, "standard_error": error / octaves}
+
+
 def main() -> None:
-    """Write ``exponents.csv`` and ``best.csv``."""
+    """Write ``exponents.csv``, ``best.csv`` and ``regret.csv``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=PUBLISHED / "batch_size")
     folder = parser.parse_args().out
-    rows, best = [published_row()], []
-    curves = {}
+    rows, costs, curves = [published_row()], [], {}
     for run in sorted(folder.glob("batch_*"), key=lambda path: int(path.name.split("_")[1])):
-        tokens = next(iter(read_tokens(run).values()))[0]
-        (curves[int(run.name.split("_")[1])],) = curves_at(read_runs(run), tokens, STEPS, draws=DRAWS)
-    for batch, curve in curves.items():
-        logs = curve.log2_optimum
-        best.append(
-            {"batch_size": batch, "rank": curve.rank, "best_rate": 2**logs.value, "log2_error": logs.known_error}
-            | {"edge": curve.edge, "lowest_loss": float(curve.losses.min())}
-        )
-    for (small, first), (large, second) in pairwise(curves.items()):
-        # Runs of other batches read other records: the two errors are independent.
-        octaves = math.log2(large / small)
-        logs = [curve.log2_optimum for curve in (first, second)]
-        if not (first.edge or second.edge):
-            rows.append(
-                {"from_batch": small, "to_batch": large, "rank": first.rank, "gain": first.gain, "schedule": "cosine"}
-                | {"seeds": 1, "exponent": (logs[1].value - logs[0].value) / octaves}
-                | {"standard_error": math.hypot(*(estimate.known_error or 0.0 for estimate in logs)) / octaves}
-            )
-    (folder / "exponents.csv").write_text(frames.to_csv(pd.DataFrame(rows)))
-    (folder / "best.csv").write_text(frames.to_csv(pd.DataFrame(best)))
-    print(pd.DataFrame(best).to_string(index=False))
-    print(pd.DataFrame(rows).to_string(index=False))
+        (curves[int(run.name.split("_")[1])],) = read_curves(run, STEPS)
+    best = [{"batch_size": batch} | best_row(curve) for batch, curve in curves.items()]
+    for (small, first), (large, second) in combinations(curves.items(), 2):
+        if first.edge or second.edge:
+            continue
+        pair: dict[str, object] = {"from_batch": small, "to_batch": large}
+        rows.append(pair | exponent_row(math.log2(large / small), first, second))
+        for policy, exponent in EXPONENTS.items():
+            factor = (large / small) ** exponent
+            cost = regret(first, second, factor.__mul__)
+            row = pair | {"policy": policy, "learning_rate": cost.learning_rate, "regret": cost.nats.value}
+            costs.append(row | {"standard_error": cost.nats.known_error, "is_lower_bound": cost.is_lower_bound})
+    for name, table in {"exponents": rows, "best": best, "regret": costs}.items():
+        frame = pd.DataFrame(table)
+        (folder / f"{name}.csv").write_text(frames.to_csv(frame))
+        print(f"{name}.csv\n{frame.to_string(index=False)}\n")
     print(f"Mean exponent in the batch size: {pd.DataFrame(rows)['exponent'].mean():.2f}.")
 
 

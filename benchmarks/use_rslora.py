@@ -1,28 +1,40 @@
-"""Best rates with and without use_rslora under cosine decay, beside their predictions.
+"""Best rates with and without use_rslora under cosine decay, and what it costs to keep the rate.
 
     python benchmarks/use_rslora.py --out results/published/use_rslora
 
-The folder has one run folder per seed, ``seed_0`` and so on, with ranks 8, 32 and 128 at alpha 32 after 256 steps. The
-predictions in ``predictions.csv`` are older than the runs. ``best.csv`` has each best rate, and ``outcomes.csv`` each
-ratio of two of them by seed, with the first prediction of it. A rate at an edge of its grid gives no ratio.
+The folder has one run folder per seed, ``seed_0`` and so on, with ranks 8, 32 and 128 at alpha 32 after 256 steps. Each
+seed has data of its own, so that the spread over seeds contains that between samples of the data. The predictions in
+``predictions.csv`` are older than the runs.
+
+- ``best.csv`` has each best rate. One at an edge of its grid is a bound and enters no ratio.
+- ``outcomes.csv`` has each ratio of two best rates of one seed beside the first prediction of it.
+- ``exponents.csv`` has the exponents in the rank and in G, as means over seeds with their errors.
+- ``regret.csv`` has the regret of every policy by seed in nats per token, with one row for policies of the same rate.
+- ``policies.csv`` has the mean of the regrets over seeds.
 """
 
 import argparse
 import math
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
+from sweep_folders import best_row, read_curves
 
-from rora_theory.lab.sweep.curves import curves_at
-from rora_theory.lab.sweep.runs import read_runs, read_tokens
+from rora_theory.advice.constants import CONSTANTS
+from rora_theory.lab.sweep.regret import Condition, policies
 from rora_theory.runs import frames
+from rora_theory.stats.estimate import over_seeds
 from rora_theory.stats.rate_curves import Curve, weighted_log2_rates
+from rora_theory.stats.regret import regret
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 STEPS = 256
 ALPHA = 32.0
-DRAWS = 400
-"""Number of bootstrap samples of the held-out records."""
+RSLORA, RANK, BOTH = "use_rslora", "rank", "rank and use_rslora"
+"""What differs between two settings."""
 
 
 def setting_of(curve: Curve) -> str:
@@ -30,43 +42,99 @@ def setting_of(curve: Curve) -> str:
     return f"rank {curve.rank}, G {curve.gain:.3g}"
 
 
+def rank_of(setting: str) -> int:
+    """Return the rank of a setting as `setting_of` writes it."""
+    return int(setting.split(",")[0].removeprefix("rank "))
+
+
+def pairs_of(curves: list[Curve]) -> list[tuple[str, Curve, Curve]]:
+    """Return the changes of one seed: rank at alpha / r, use_rslora at one rank, and both from the lowest rank."""
+    plain = {curve.rank: curve for curve in curves if math.isclose(curve.gain, ALPHA)}
+    with_rslora = {curve.rank: curve for curve in curves if not math.isclose(curve.gain, ALPHA)}
+    lowest = min(plain, default=0)
+    pairs = [(RANK, plain[lowest], plain[rank]) for rank in sorted(plain) if rank != lowest]
+    pairs += [(RSLORA, plain[rank], with_rslora[rank]) for rank in sorted(plain.keys() & with_rslora.keys())]
+    return pairs + [
+        (BOTH, plain[lowest], with_rslora[rank]) for rank in sorted(with_rslora) if plain and rank != lowest
+    ]
+
+
 def ratio_row(first: Curve, second: Curve) -> dict[str, object]:
     """Return the best rate of the second curve over that of the first, both of one seed and its held-out records."""
-    row = {"from": setting_of(first), "to": setting_of(second)}
     if first.edge or second.edge:
-        return row | {"ratio": None, "log2_error": None}
+        return {"ratio": None, "log2_error": None}
     logs = weighted_log2_rates((-1.0, 1.0), first, second)
-    return row | {"ratio": 2**logs.value, "log2_error": logs.known_error}
+    return {"ratio": 2**logs.value, "log2_error": logs.known_error}
+
+
+def exponent_rows(outcomes: pd.DataFrame) -> list[dict[str, object]]:
+    """Return the exponent of every change in what it changes, as a mean over the seeds whose ratio is known."""
+    rows: list[dict[str, object]] = []
+    known = outcomes[(outcomes["change"] != BOTH) & outcomes["ratio"].notna()]
+    for (change, first, second), ratios in known.groupby(["change", "from", "to"], sort=False):
+        # At one alpha, use_rslora multiplies G by the square root of the rank.
+        by_rank = ("rank", rank_of(second) / rank_of(first))
+        variable, factor = by_rank if change == RANK else ("G", math.sqrt(rank_of(second)))
+        estimate = over_seeds(np.log(ratios["ratio"].to_numpy()) / math.log(factor))
+        row = {"change": change, "from": first, "to": second, "variable": variable, "exponent": estimate.value}
+        half_width = estimate.half_width() if estimate.has_error else None
+        rows.append(row | {"half_width": half_width, "seeds": len(ratios)})
+    return rows
+
+
+def regret_rows(change: str, tuned: Curve, target: Curve) -> list[dict[str, Any]]:
+    """Return the regret of every policy between two settings of one seed; none if a best rate is at an edge."""
+    if tuned.edge or target.edge:
+        return []
+    old, new = (Condition(curve.rank, curve.gain, STEPS) for curve in (tuned, target))
+    named = policies({STEPS: CONSTANTS["displacement_constant"].value}, schedule="cosine")
+    rows: list[dict[str, Any]] = []
+    for policy, rate_of in named.items():
+        cost = regret(tuned, target, partial(rate_of, old, new))
+        # Policies of the same rate, such as all laws at one G, have one row: the first's.
+        if any(math.isclose(cost.learning_rate, row["learning_rate"]) for row in rows):
+            continue
+        row: dict[str, Any] = {"change": change, "from": setting_of(tuned), "to": setting_of(target), "policy": policy}
+        row |= {"learning_rate": cost.learning_rate, "regret": cost.nats.value}
+        rows.append(row | {"standard_error": cost.nats.known_error, "is_lower_bound": cost.is_lower_bound})
+    return rows
+
+
+def mean_regrets(costs: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean regret over seeds of every change and policy, with half a 95% interval over seeds."""
+    rows = []
+    for (change, first, second, policy), seeds in costs.groupby(["change", "from", "to", "policy"], sort=False):
+        estimate = over_seeds(seeds["regret"].to_numpy())
+        row = {"change": change, "from": first, "to": second, "policy": policy, "regret": estimate.value}
+        row |= {"half_width": estimate.half_width() if estimate.has_error else None}
+        row |= {"largest": float(seeds["regret"].max()), "seeds": len(seeds)}
+        rows.append(row | {"lower_bounds": int(seeds["is_lower_bound"].sum())})
+    return pd.DataFrame(rows)
 
 
 def main() -> None:
-    """Write ``best.csv`` and ``outcomes.csv``."""
+    """Write the tables of the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=PUBLISHED / "use_rslora")
     folder = parser.parse_args().out
-    best, outcomes = [], []
+    best, outcomes, costs = [], [], []
     for run in sorted(folder.glob("seed_*")):
         seed = {"seed": int(run.name.split("_")[1])}
-        tokens = next(iter(read_tokens(run).values()))[0]
-        curves = {
-            (curve.rank, round(curve.gain, 6)): curve for curve in curves_at(read_runs(run), tokens, STEPS, draws=DRAWS)
-        }
-        for curve in curves.values():
-            logs = curve.log2_optimum
-            row = seed | {"rank": curve.rank, "gain": curve.gain, "best_rate": 2**logs.value}
-            best.append(row | {"log2_error": logs.known_error, "edge": curve.edge, "lowest_loss": curve.losses.min()})
-        plain = {rank: curve for (rank, gain), curve in curves.items() if gain == ALPHA}
-        for rank, curve in sorted(plain.items()):
-            with_rslora = curves.get((rank, round(ALPHA * math.sqrt(rank), 6)))
-            if rank != min(plain):
-                outcomes.append(seed | {"change": "rank"} | ratio_row(plain[min(plain)], curve))
-            if with_rslora is not None:
-                outcomes.append(seed | {"change": "use_rslora"} | ratio_row(curve, with_rslora))
+        curves = read_curves(run, STEPS)
+        best += [seed | best_row(curve) for curve in curves]
+        for change, first, second in pairs_of(curves):
+            row = {"change": change, "from": setting_of(first), "to": setting_of(second)}
+            outcomes.append(seed | row | ratio_row(first, second))
+            costs += [seed | row for row in regret_rows(change, first, second)]
     predictions = pd.read_csv(folder / "predictions.csv").drop_duplicates(["from", "to"])
-    compared = pd.DataFrame(outcomes).merge(predictions[["from", "to", "prediction", "low", "high"]], how="left")
-    for name, frame in {"best": pd.DataFrame(best), "outcomes": compared}.items():
+    compared = pd.DataFrame(outcomes)
+    tables = {"best": pd.DataFrame(best), "exponents": pd.DataFrame(exponent_rows(compared))}
+    compared = compared[compared["change"] != BOTH]
+    compared = compared.merge(predictions[["from", "to", "prediction", "low", "high"]], how="left")
+    tables |= {"outcomes": compared, "regret": pd.DataFrame(costs), "policies": mean_regrets(pd.DataFrame(costs))}
+    for name, frame in tables.items():
         (folder / f"{name}.csv").write_text(frames.to_csv(frame))
-        print(frame.to_string(index=False))
+        print(f"{name}.csv\n{frame.to_string(index=False)}\n")
     known = compared.dropna(subset=["ratio"])
     held = known["ratio"].between(known["low"], known["high"]).sum()
     print(f"{held} of {len(known)} ratios lie in the predicted range, from {known['seed'].nunique()} seeds.")
