@@ -6,8 +6,9 @@ Every rule is applied to data with a known truth. The learning-rate sweeps resem
 seeds, three to five rates a quarter of a decade apart, and paired held-out records (`SweepModel`). A false
 agreement is a verdict "agrees" on a prediction that differs from the truth; a false contradiction is the reverse.
 
-Files in the output folder: `rules.csv` (exponents of best rates), `estimators.csv` (bias, spread and coverage),
-`other_rules.csv` (coordinate check, regime, equations of the paper), `by_rule.csv` (a summary) and `summary.json`.
+Files in the output folder: `rules.csv` (exponents of best rates), `power.csv` (how often a sweep decides, by its seeds,
+rates and ranks), `estimators.csv` (bias, spread and coverage), `other_rules.csv` (coordinate check, regime, equations of
+the paper), `by_rule.csv` (a summary) and `summary.json`.
 """
 
 import json
@@ -27,7 +28,7 @@ from rora_theory.measure.regimes.tables import judge_regime
 from rora_theory.paper.verdicts import FALSE_ALARM, SLOPE_RESOLUTION, SLOPE_TOLERANCE
 from rora_theory.runs import frames
 from rora_theory.runs.files import write_whole
-from rora_theory.stats.curve_optima import Method, pooled_exponent
+from rora_theory.stats.curve_optima import Method, pooled_exponent, whole_curve_log2_rates
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.moments import threshold
 from rora_theory.stats.rate_curves import Curve, weighted_log2_rates
@@ -199,6 +200,12 @@ RULES = (
     Rule("no change in the rank, overlap alone", "rank", (0.0, 0.0), None),
 )
 TRUE_EXPONENTS = {"strength": (-0.79, -0.65, -0.53), "rank": (0.0, 0.1, 0.2)}
+POWER_EXPONENTS = (-0.9, -0.8, -0.75, -0.7, -0.65, -0.53)
+"""True exponents in G for which the power of the rule on the displacement law is measured."""
+
+POWER_DESIGNS = tuple(product((2, 3, 5, 8), (3, 5, 7), (1, 2)))
+"""Numbers of seeds, of rates and of ranks of the sweeps in the table of power."""
+
 TREND = "flat in the rank, band"
 """Name of the rule of `slopes.trend`: agrees is "flat", contradicts is "grows" or "shrinks"."""
 
@@ -306,6 +313,41 @@ def shares(judged: list[Outcome]) -> dict[str, Any]:
     """Return the number of verdicts and the share of each."""
     outcomes: tuple[Outcome, ...] = ("agrees", "contradicts", "undecided")
     return {"trials": len(judged)} | {outcome: judged.count(outcome) / len(judged) for outcome in outcomes}
+
+
+def power_table(config: VerdictRulesOptions) -> pd.DataFrame:
+    """Measure how often sweeps of several sizes decide on the displacement law, by the true exponent.
+
+    Returns:
+      A row for each shape of the curves, estimate (three points as the verdicts use them, or the whole curve), true
+      exponent and size of the sweep: ``runs``, the number of training runs; ``claim``, whether the law's prediction contains the exponent; the
+      share of each verdict; and ``decided`` and ``right``, the shares of sweeps that decide, and that decide rightly.
+    """
+    rule = next(rule for rule in RULES if rule.name == "displacement, rivals")
+    low, high = rule.prediction
+    rows: list[dict[str, Any]] = []
+    settings = product(SHAPES, POWER_EXPONENTS, POWER_DESIGNS)
+    for number, (shape, exponent, (seeds, rates, ranks)) in enumerate(settings):
+        random = np.random.default_rng((config.seed, 2 * 10**6 + number))
+        model = SweepModel(exponent, rule.ratio, seeds, rates, ranks, **SHAPES[shape])  # type: ignore[arg-type]
+        judged: dict[str, list[Outcome]] = {"three points": [], "whole curve": []}
+        for pairs in draw_sweeps(model, config.sweeps, random):
+            edge = any(curve.edge for pair in pairs for curve in pair)
+            curves = [curve for pair in pairs for curve in pair]
+            # Mean over ranks of the difference of each pair, whose runs share seeds and records.
+            weights = [sign / (ranks * math.log2(rule.ratio)) for _ in pairs for sign in (-1.0, 1.0)]
+            for name, estimator in (("three points", weighted_log2_rates), ("whole curve", whole_curve_log2_rates)):
+                judged[name].append(rule.judge(estimator(weights, *curves), edge=edge, seeds=seeds))
+        claim = "true" if low <= exponent <= high else "false"
+        for name, outcomes in judged.items():
+            verdicts = shares(outcomes)
+            rows.append(
+                {"shape": shape, "estimate": name, "exponent": exponent, "claim": claim}
+                | {"seeds": seeds, "rates": rates, "ranks": ranks, "runs": 2 * seeds * rates * ranks}
+                | verdicts
+                | {"decided": 1 - verdicts["undecided"], "right": verdicts["agrees" if claim == "true" else "contradicts"]}
+            )
+    return frames.from_rows(rows, list(rows[0]))
 
 
 def other_rules(config: VerdictRulesOptions) -> pd.DataFrame:
@@ -435,6 +477,7 @@ def measure(config: VerdictRulesOptions) -> dict[str, pd.DataFrame]:
     other = other_rules(config)
     return {
         "rules.csv": rules,
+        "power.csv": power_table(config),
         "estimators.csv": estimators,
         "other_rules.csv": other,
         "by_rule.csv": summarise_rules(rules, other),
@@ -449,6 +492,9 @@ def main(config: VerdictRulesOptions) -> None:
     columns |= {"false agrees": "{false_agrees:.1%} (worst {worst_false_agrees:.1%})"}
     columns |= {"undecided if true": "{true_undecided:.0%}", "if false": "{false_undecided:.0%}"}
     print_records("False verdicts", tables["by_rule.csv"], columns, left=1)
+    columns = {"estimate": "{estimate}", "exponent": "{exponent}", "seeds": "{seeds}", "rates": "{rates}"}
+    columns |= {"ranks": "{ranks}", "decided": "{decided:.0%}", "rightly": "{right:.0%}"}
+    print_records("Power: sweeps that decide on the displacement law", tables["power.csv"], columns, left=1)
     columns = {"estimate": "{estimate}", "ranks": "{ranks}", "shape": "{shape}", "seeds": "{seeds}"}
     columns |= {"bias": "{bias:+.3f}", "spread": "{spread:.3f}", "coverage": "{coverage:.1%}"}
     columns |= {"lowest": "{lowest_coverage:.1%}", "half-width": "{half_width:.2f}"}

@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from rora_theory.errors import InputError
 from rora_theory.stats.estimate import Estimate, over_seeds
-from rora_theory.stats.rate_curves import Curve, at_shared_seeds, log2_rates
+from rora_theory.stats.rate_curves import Curve, at_shared_seeds, estimate, log2_rates
 
 Method = Literal["vertex", "quadratic", "registration"]
 """Estimators of a difference of best rates: parabola through three points, through all, and shift of whole curves."""
@@ -36,19 +36,32 @@ def quadratic_optima(curve: Curve) -> Float[np.ndarray, " seeds"]:
     Returns:
       log2 of the best rate of every seed; NaN if the fit has no minimum or the seed has fewer than three finite losses.
     """
-    x = np.log2(curve.rates)
-    optima = []
-    for losses in curve.losses:
-        finite = np.isfinite(losses)
-        # A parabola has three coefficients.
-        if np.sum(finite) < 3:
-            optima.append(math.nan)
+    x, finite = np.log2(curve.rates), np.isfinite(curve.losses)
+    optima = np.full(len(curve.losses), math.nan)
+    # Rows with the same finite losses are fitted together. A parabola has three coefficients.
+    for pattern in np.unique(finite, axis=0):
+        if np.sum(pattern) < 3:
             continue
-        curvature, slope, _ = np.polyfit(x[finite], np.log(losses[finite]), 2)
+        rows = (finite == pattern).all(axis=1)
+        curvature, slope, _ = np.polyfit(x[pattern], np.log(curve.losses[np.ix_(rows, pattern)]).T, 2)
         # A parabola that is not convex has no minimum.
-        vertex = -slope / (2 * curvature) if curvature > 0 else math.nan
-        optima.append(float(np.clip(vertex, x[finite][0], x[finite][-1])))
-    return np.array(optima)
+        vertices = np.full(len(curvature), math.nan)
+        np.divide(-slope, 2 * curvature, out=vertices, where=curvature > 0)
+        optima[rows] = np.clip(vertices, x[pattern][0], x[pattern][-1])
+    return optima
+
+
+def whole_curve_log2_rates(weights: Sequence[float], *curves: Curve) -> Estimate:
+    """Estimate a weighted sum of the log2 best rates of several curves by `quadratic_optima`.
+
+    Args:
+      weights: One weight per curve.
+      *curves: Curves of the same seeds.
+
+    Returns:
+      The sum with its error over seeds and held-out records, see `rate_curves.estimate`; NaN if a curve has no optimum.
+    """
+    return estimate(lambda *sampled: np.asarray(weights) @ [quadratic_optima(curve) for curve in sampled], *curves)
 
 
 def registration_shifts(first: Curve, second: Curve) -> Float[np.ndarray, " seeds"]:
