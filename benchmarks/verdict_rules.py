@@ -6,9 +6,9 @@ Every rule is applied to data with a known truth. The learning-rate sweeps resem
 seeds, three to five rates a quarter of a decade apart, and paired held-out records (`SweepModel`). A false
 agreement is a verdict "agrees" on a prediction that differs from the truth; a false contradiction is the reverse.
 
-Files in the output folder: `rules.csv` (exponents of best rates), `power.csv` (how often a sweep decides, by its seeds,
-rates and ranks), `estimators.csv` (bias, spread and coverage), `other_rules.csv` (coordinate check, regime, equations of
-the paper), `by_rule.csv` (a summary) and `summary.json`.
+Files in the output folder: `rules.csv` (exponents of best rates), `power.csv` (how often a sweep decides, by its
+seeds, rates and ranks), `estimators.csv` (bias, spread and coverage), `other_rules.csv` (coordinate check, regime,
+equations of the paper), `by_rule.csv` (a summary) and `summary.json`.
 """
 
 import json
@@ -320,8 +320,9 @@ def power_table(config: VerdictRulesOptions) -> pd.DataFrame:
 
     Returns:
       A row for each shape of the curves, estimate (three points as the verdicts use them, or the whole curve), true
-      exponent and size of the sweep: ``runs``, the number of training runs; ``claim``, whether the law's prediction contains the exponent; the
-      share of each verdict; and ``decided`` and ``right``, the shares of sweeps that decide, and that decide rightly.
+      exponent and size of the sweep: ``runs``, the number of training runs; ``claim``, whether the law's prediction
+      contains the exponent; the share of each verdict; and ``decided`` and ``right``, the shares of sweeps that decide,
+      and that decide rightly.
     """
     rule = next(rule for rule in RULES if rule.name == "displacement, rivals")
     low, high = rule.prediction
@@ -341,11 +342,12 @@ def power_table(config: VerdictRulesOptions) -> pd.DataFrame:
         claim = "true" if low <= exponent <= high else "false"
         for name, outcomes in judged.items():
             verdicts = shares(outcomes)
+            right = verdicts["agrees" if claim == "true" else "contradicts"]
             rows.append(
                 {"shape": shape, "estimate": name, "exponent": exponent, "claim": claim}
                 | {"seeds": seeds, "rates": rates, "ranks": ranks, "runs": 2 * seeds * rates * ranks}
                 | verdicts
-                | {"decided": 1 - verdicts["undecided"], "right": verdicts["agrees" if claim == "true" else "contradicts"]}
+                | {"decided": 1 - verdicts["undecided"], "right": right}
             )
     return frames.from_rows(rows, list(rows[0]))
 

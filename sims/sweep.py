@@ -125,7 +125,8 @@ def run_matrix(config: SweepOptions) -> None:
         run_cells(config, folder, bench, cells, runner)
         if plan.design.tuned and len(plan.design.seeds) > 1:
             first = sweep_runs.read_runs(path, map(key_of, replace_with_scored(cells, path)))
-            best = results.marked_rates(results.results_table(first, sweep_runs.read_tokens(path)))
+            loss = results.LOSS_COLUMNS[plan.training.loss_on]
+            best = results.marked_rates(results.results_table(first, sweep_runs.read_tokens(path)), loss)
             for description in results.describe_rates(best):
                 print(description, flush=True)
             run_cells(config, folder, bench, plan.cells(1, best), runner)
@@ -281,11 +282,21 @@ def print_analysis(judged: analysis.SweepAnalysis) -> None:
     estimators |= {"exponent": "{exponent:+.3f}", "s.e.": "{standard_error:.3f}", "seeds": "{seeds}"}
     # Best rates themselves, and the cost of carrying them to another setting.
     best = setting | {"rate": "{best_rate:.3g}", "loss": "{best_loss:.4f}", "edge": "{edge}"}
+    interval = {"95%": "{low:.3g} to {high:.3g}", "edge": "{edge}"}
+    judged_by = {"loss on": "{loss_on}", "estimate": "{estimate}"}
+    rates = setting | judged_by | {"rate": "{best_rate:.3g}"} | interval
+    ratios = setting | {"compared with": "{compared_with}"} | judged_by | {"ratio": "{ratio:.3g}"} | interval
     policies = {"changed setting": "{changed}", "policy": "{policy}"}
     policies |= {"median": "{median:.4f}", "largest": "{largest:.4f}", "lower bounds": "{lower_bounds}"}
     # Print the tables that the run has data for.
     for title, frame, columns in (
-        ("Best rates (parabola through the three lowest losses)", judged.best, best),
+        (
+            "Best rates by the whole curve and by three points; intervals are for this sample of data",
+            judged.rates,
+            rates,
+        ),
+        ("Ratios of best rates", judged.ratios, ratios),
+        ("Lowest losses, and best rates by the three lowest losses", judged.best, best),
         ("Comparisons, each at its own best rate", judged.comparisons, comparisons),
         ("Two values of gamma r at the same rate: difference of their losses", judged.one_rate, one_rate),
         ("Exponents of the best rate, and those of the displacement law", judged.exponents, displacement),

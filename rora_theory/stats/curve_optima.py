@@ -24,7 +24,7 @@ SHIFT_STEP = 0.04
 """Step in octaves between the shifts that registration tries."""
 
 
-def quadratic_optima(curve: Curve) -> Float[np.ndarray, " seeds"]:
+def quadratic_optima(curve: Curve, *, allows_ends: bool = False) -> Float[np.ndarray, " seeds"]:
     r"""Fit a quadratic to each seed's curve and return the log2 of its optimum.
 
     Least squares of the log loss in log2 of the rate over all rates that did not diverge. An optimum outside the
@@ -32,9 +32,11 @@ def quadratic_optima(curve: Curve) -> Float[np.ndarray, " seeds"]:
 
     Args:
       curve: Loss against learning rate.
+      allows_ends: Whether a fit without a minimum gives the end of the measured rates with the lower fitted loss.
 
     Returns:
-      log2 of the best rate of every seed; NaN if the fit has no minimum or the seed has fewer than three finite losses.
+      log2 of the best rate of every seed; NaN if the seed has fewer than three finite losses, or if the fit has no
+      minimum and ``allows_ends`` is false.
     """
     x, finite = np.log2(curve.rates), np.isfinite(curve.losses)
     optima = np.full(len(curve.losses), math.nan)
@@ -44,24 +46,31 @@ def quadratic_optima(curve: Curve) -> Float[np.ndarray, " seeds"]:
             continue
         rows = (finite == pattern).all(axis=1)
         curvature, slope, _ = np.polyfit(x[pattern], np.log(curve.losses[np.ix_(rows, pattern)]).T, 2)
-        # A parabola that is not convex has no minimum.
-        vertices = np.full(len(curvature), math.nan)
+        # A parabola that is not convex has no minimum; its lower end is on the side to which its chord falls.
+        first, last = x[pattern][0], x[pattern][-1]
+        falls = curvature * (first + last) + slope < 0
+        vertices = np.where(falls, last, first) if allows_ends else np.full(len(curvature), math.nan)
         np.divide(-slope, 2 * curvature, out=vertices, where=curvature > 0)
-        optima[rows] = np.clip(vertices, x[pattern][0], x[pattern][-1])
+        optima[rows] = np.clip(vertices, first, last)
     return optima
 
 
 def whole_curve_log2_rates(weights: Sequence[float], *curves: Curve) -> Estimate:
-    """Estimate a weighted sum of the log2 best rates of several curves by `quadratic_optima`.
+    """Estimate a weighted sum of the log2 best rates of several curves by `quadratic_optima`, which may lie at ends.
 
     Args:
       weights: One weight per curve.
       *curves: Curves of the same seeds.
 
     Returns:
-      The sum with its error over seeds and held-out records, see `rate_curves.estimate`; NaN if a curve has no optimum.
+      The sum with its error over seeds and held-out records, see `rate_curves.estimate`; NaN if a seed has
+      fewer than three finite losses.
     """
-    return estimate(lambda *sampled: np.asarray(weights) @ [quadratic_optima(curve) for curve in sampled], *curves)
+
+    def weighted_sum(*sampled: Curve) -> np.ndarray:
+        return np.asarray(weights) @ [quadratic_optima(curve, allows_ends=True) for curve in sampled]
+
+    return estimate(weighted_sum, *curves)
 
 
 def registration_shifts(first: Curve, second: Curve) -> Float[np.ndarray, " seeds"]:

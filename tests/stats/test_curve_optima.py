@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from rora_theory.errors import InputError
-from rora_theory.stats.curve_optima import pooled_exponent, quadratic_optima, registration_shifts
+from rora_theory.stats.curve_optima import (
+    pooled_exponent,
+    quadratic_optima,
+    registration_shifts,
+    whole_curve_log2_rates,
+)
 from rora_theory.stats.rate_curves import Curve, log2_rates
 
 RATES = 10 ** (np.arange(-18, -9) / 4)
@@ -88,3 +93,18 @@ def test_a_seed_that_diverged_at_most_rates_has_no_exponent(method) -> None:
 def test_pairs_without_a_shared_seed_are_refused() -> None:
     with pytest.raises(InputError, match="seed"):
         pooled_exponent({4.0: [(curve(1e-3).select_seeds((0,)), curve(1e-4).select_seeds((1,)))]}, "vertex")
+
+
+def test_a_fit_without_a_minimum_ends_at_its_lower_end() -> None:
+    """The reflected parabola is lowest at the end that is farther from its top."""
+    for best, end in ((3e-4, RATES[-1]), (3e-3, RATES[0])):
+        exact = curve(best)
+        concave = Curve(*list(vars(exact).values())[:7], 1 / exact.losses)
+        np.testing.assert_allclose(quadratic_optima(concave, allows_ends=True), math.log2(end), atol=1e-9)
+
+
+def test_the_interval_of_a_whole_curve_covers_the_truth() -> None:
+    """Over 200 sweeps of three seeds a coverage of 95% has a standard error of 1.5%."""
+    estimates = [whole_curve_log2_rates((1.0,), curve(1e-3, noise=0.01, seed=seed)) for seed in range(200)]
+    covered = np.mean([abs(logs.value - math.log2(1e-3)) <= logs.half_width() for logs in estimates])
+    assert 0.89 <= covered <= 0.99

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 
+from rora_theory.lab.finetune.config import LossOn
 from rora_theory.lab.sweep.curves import (
     best_rate_table,
     compare_at_one_rate,
@@ -18,9 +19,11 @@ from rora_theory.lab.sweep.curves import (
 from rora_theory.lab.sweep.estimators import estimator_table
 from rora_theory.lab.sweep.law import setting_exponents, step_exponents
 from rora_theory.lab.sweep.parts import change_at_best, led_table
+from rora_theory.lab.sweep.rate_estimates import rate_table, ratio_table
 from rora_theory.lab.sweep.regret import constants_by_steps, policies, regret_by_policy, regret_table
 from rora_theory.lab.sweep.runs import FULL, SweepRun, merge_repeated_runs
 from rora_theory.optimizers import Schedule
+from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.verdicts import Outcome
 
 UNITS = {
@@ -37,7 +40,9 @@ class SweepAnalysis:
     """Analysis of runs as frames, which are empty if the runs do not suffice.
 
     Attributes:
-      best: Best rates at every step, `curves.best_rate_table`.
+      best: Best rates at every step by the three lowest losses, `curves.best_rate_table`.
+      rates: Best rates by every estimator and both losses, `rate_estimates.rate_table`.
+      ratios: Ratios of best rates, `rate_estimates.ratio_table`.
       comparisons: Comparisons of curves at their best rates, `curves.compare_best_rates`.
       one_rate: Comparisons at the same rate, `curves.compare_at_one_rate`.
       exponents: Exponents of the best rates in strength and rank, `law.setting_exponents`.
@@ -51,6 +56,8 @@ class SweepAnalysis:
     """
 
     best: pd.DataFrame
+    rates: pd.DataFrame
+    ratios: pd.DataFrame
     comparisons: pd.DataFrame
     one_rate: pd.DataFrame
     exponents: pd.DataFrame
@@ -108,8 +115,15 @@ def analyse(
     for key, group in groups.items():
         settings = dict(shared) | dict(group[0].axes)
         law: dict[str, Any] = {"takeovers": takeovers, "linear_terms": linear_terms}
+        by_loss = dict(zip(get_args(LossOn), tokens[key[0]], strict=True))
         judged = judge_runs(
-            group, tokens[key[0]][0], **law, warmup=settings["warmup"], schedule=settings["schedule"], other_runs=others
+            group,
+            by_loss[group[0].loss_on],
+            **law,
+            warmup=settings["warmup"],
+            schedule=settings["schedule"],
+            other_runs=others,
+            tokens_by_loss=by_loss,
         )
         described = {labels[place]: key[place] for place in different}
         judgements.append(
@@ -132,17 +146,20 @@ def judge_runs(
     schedule: Schedule = "constant",
     linear_terms: Sequence[float] = (),
     other_runs: Mapping[str, Sequence[SweepRun]] | None = None,
+    tokens_by_loss: Mapping[LossOn, Sequence[int]] | None = None,
 ) -> SweepAnalysis:
     """Find the best rates at every step of the readings, and compare them with each other and with the law.
 
     Args:
       runs: Runs of one grid; runs of the same setting are merged, see `runs.merge_repeated_runs`.
-      tokens: Number of tokens of each held-out record.
+      tokens: Number of tokens of each held-out record in the loss by which the runs are judged.
       takeovers: Takeover distances of the model's modules for the law's exponents; if empty, these are left out.
       warmup: Number of steps of linear warm-up.
       schedule: Schedule of the learning rate after the warm-up.
       linear_terms: Linear terms of the model's modules, see `law.setting_exponents`.
       other_runs: Runs to compare with, by description, see `runs.read_comparison_runs`.
+      tokens_by_loss: Numbers of tokens by the tokens of the loss, for the best rates by both losses; None uses the loss
+        by which the runs are judged.
 
     Returns:
       The frames of the analysis.
@@ -150,22 +167,26 @@ def judge_runs(
     # Curves of loss against rate at every step, and their minima.
     runs = merge_repeated_runs(runs)
     steps = sorted({reading.step for run in runs for reading in run.read.readings})
-    curves = {step: curves_at(runs, tokens, step, draws=BOOTSTRAP_SAMPLES) for step in steps}
+    loss_on = runs[0].loss_on if runs else "all"
+    losses: dict[LossOn, Sequence[int]] = {loss_on: tokens} | dict(tokens_by_loss or {})
+    by_step = {step: _curves_by_loss(runs, losses, step) for step in steps}
+    curves = {step: by_loss[loss_on] for step, by_loss in by_step.items()}
     best = _concatenate(best_rate_table(step_curves, step) for step, step_curves in curves.items())
     led = led_table(runs, takeovers=takeovers, warmup=warmup, schedule=schedule)
     # Without a curve of three rates, only the parts of the change can be analysed.
     if best.empty:
-        empty = pd.DataFrame()
-        return SweepAnalysis(best, empty, empty, empty, empty, empty, led, empty, empty, empty, empty)
-    # Comparisons of curves, also with those of other runs after the same number of steps.
+        frames_by_name = dict.fromkeys((field.name for field in fields(SweepAnalysis)), pd.DataFrame())
+        return SweepAnalysis(**frames_by_name | {"best": best, "led": led})
+    # Comparisons of curves, also with those of other runs after the same number of steps, and best rates by every
+    # estimator and by the losses over all tokens and over the answers.
     merged_others = {name: merge_repeated_runs(named_runs) for name, named_runs in (other_runs or {}).items()}
-    comparisons = []
-    for step, step_curves in curves.items():
-        other_curves = {
-            name: curves_at(named_runs, tokens, step, draws=BOOTSTRAP_SAMPLES)
-            for name, named_runs in merged_others.items()
-        }
-        comparisons.append(compare_best_rates(step_curves, step, other_curves))
+    comparisons, rates, ratios = [], [], []
+    for step, by_loss in by_step.items():
+        others = {name: _curves_by_loss(named_runs, losses, step) for name, named_runs in merged_others.items()}
+        others_by_loss = {name: {other: named[name] for other, named in others.items()} for name in losses}
+        comparisons.append(compare_best_rates(curves[step], step, others_by_loss[loss_on]))
+        rates.append(rate_table(by_loss, step))
+        ratios.append(ratio_table(by_loss, step, others_by_loss))
     # Exponents of the best rates, with those of the laws.
     constants = constants_by_steps(led, best)
     by_steps = constants.groupby("step") if len(constants) else ()
@@ -190,6 +211,8 @@ def judge_runs(
     costs = regret_table(runs, tokens, curves, by_name, draws=BOOTSTRAP_SAMPLES)
     return SweepAnalysis(
         best,
+        _concatenate(rates),
+        _concatenate(ratios),
         _concatenate(comparisons),
         at_same_rate,
         exponents,
@@ -201,6 +224,16 @@ def judge_runs(
         costs,
         regret_by_policy(costs),
     )
+
+
+def _curves_by_loss(
+    runs: Sequence[SweepRun], tokens: Mapping[LossOn, Sequence[int]], step: int
+) -> dict[LossOn, list[Curve]]:
+    """Return the curves after a number of steps by the tokens of the loss."""
+    return {
+        loss_on: curves_at([replace(run, loss_on=loss_on) for run in runs], counts, step, draws=BOOTSTRAP_SAMPLES)
+        for loss_on, counts in tokens.items()
+    }
 
 
 def _concatenate(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:

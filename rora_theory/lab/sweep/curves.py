@@ -77,28 +77,11 @@ def setting_labels(curve: Curve) -> dict[str, Any]:
     return {"rank": curve.rank or None, "strength": strength_of(curve) if curve.rank else None}
 
 
-def compare_best_rates(
-    curves: Sequence[Curve], step: int, other_runs: Mapping[str, Sequence[Curve]] | None = None
-) -> pd.DataFrame:
-    """Compare curves after a number of steps, each at its own best rate.
-
-    An adapter is compared with full fine-tuning of the same modules, with the largest rank at its strength, and with
-    the largest strength at its rank. The last compares LoRA with RoRA of the same alpha if the strengths are alpha and
-    alpha sqrt(r). Every curve is compared with the same curve of other runs.
-
-    Args:
-      curves: `curves_at` the step.
-      step: Number of steps.
-      other_runs: `curves_at` the step of other runs, by the settings in which they differ, see
-        `runs.read_comparison_runs`.
-
-    Returns:
-      A row for each pair that has curves with a common seed: ``step``, ``rank`` and ``strength`` of the first curve and
-      ``compared_with``, the name of the second; ``ratio``, the first best rate over the second, with
-      ``ratio_log2_error``; ``difference`` of the lowest losses with its 95% ``half_width``, which includes
-      ``grid_error``, and ``error_over``; ``seeds``; and ``verdict``, see `stats.rate_curves.compare_curves`.
-    """
-    # Pairs of curves, each followed by the names of both. First every adapter with full fine-tuning.
+def comparison_pairs(
+    curves: Sequence[Curve], other_runs: Mapping[str, Sequence[Curve]] | None = None
+) -> list[tuple[Curve, Curve, str, str]]:
+    """Return the pairs of curves that `compare_best_rates` compares, each followed by the names of both."""
+    # First every adapter with full fine-tuning.
     adapters = [curve for curve in curves if curve.rank]
     pairs = [(curve, full, _rank_name(curve), FULL) for curve in adapters for full in curves if full.rule == FULL]
     # With the largest rank at one strength.
@@ -121,11 +104,35 @@ def compare_best_rates(
             for curve in curves
             if (curve.rank, curve.scaling) in by_setting
         ]
+    return pairs
+
+
+def compare_best_rates(
+    curves: Sequence[Curve], step: int, other_runs: Mapping[str, Sequence[Curve]] | None = None
+) -> pd.DataFrame:
+    """Compare curves after a number of steps, each at its own best rate.
+
+    An adapter is compared with full fine-tuning of the same modules, with the largest rank at its strength, and with
+    the largest strength at its rank. The last compares LoRA with RoRA of the same alpha if the strengths are alpha and
+    alpha sqrt(r). Every curve is compared with the same curve of other runs.
+
+    Args:
+      curves: `curves_at` the step.
+      step: Number of steps.
+      other_runs: `curves_at` the step of other runs, by the settings in which they differ, see
+        `runs.read_comparison_runs`.
+
+    Returns:
+      A row for each pair that has curves with a common seed: ``step``, ``rank`` and ``strength`` of the first curve and
+      ``compared_with``, the name of the second; ``ratio``, the first best rate over the second, with
+      ``ratio_log2_error``; ``difference`` of the lowest losses with its 95% ``half_width``, which includes
+      ``grid_error``, and ``error_over``; ``seeds``; and ``verdict``, see `stats.rate_curves.compare_curves`.
+    """
     columns = ["ratio", "ratio_log2_error", "ratio_log2_half_width", "difference", "half_width"]
     columns += ["grid_error", "error_over"]
     rows = []
     # Estimates of a pair use only the seeds of both, so that their noise cancels.
-    for first, second, first_name, second_name in pairs:
+    for first, second, first_name, second_name in comparison_pairs(curves, other_runs):
         shared = at_shared_seeds(first, second)
         if shared:
             curve, other = replace(shared[0], rule=first_name), replace(shared[1], rule=second_name)

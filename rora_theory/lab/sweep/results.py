@@ -38,6 +38,9 @@ one rate was tried, ``edge`` if it is the lowest or highest tried, otherwise ``y
 were scored.
 """
 
+LOSS_COLUMNS: Mapping[str, str] = {"all": "validation_loss", "answer": "answer_loss"}
+"""Columns of the losses by which rates are compared, by the tokens that the runs learned."""
+
 GROUP = ["model", "method", "rank", "alpha"]
 """Columns that identify the cells among which a learning rate is chosen."""
 
@@ -51,12 +54,16 @@ def results_table(runs: Iterable[SweepRun], tokens: Mapping[str, tuple[Sequence[
       runs: Runs of the matrix, see `runs.merge_repeated_runs`.
       tokens: Numbers of tokens of the held-out records and of their answers by model, see `runs.read_tokens`.
     """
+    runs = list(runs)
     all_rows = [row for run in runs for row in _rows(run, *tokens[run.model])]
+    loss = LOSS_COLUMNS[runs[0].loss_on] if runs else "validation_loss"
     axes = dict.fromkeys(name for row in all_rows for name in row["axes"])
     rows = frames.from_rows([row | row["axes"] for row in sorted(all_rows, key=_order)], (*COLUMNS, *axes))
     # Rates are compared at the end of runs of one length, within one combination of the further axes.
     for _, group in final_rows(rows).groupby(["steps", *axes], dropna=False, sort=False):
-        marks = group.drop(columns="best_rate").merge(marked_rates(group), how="left", on=[*GROUP, "learning_rate"])
+        marks = group.drop(columns="best_rate").merge(
+            marked_rates(group, loss), how="left", on=[*GROUP, "learning_rate"]
+        )
         rows.loc[group.index, "best_rate"] = marks["best_rate"].to_numpy()
     return rows
 
@@ -80,14 +87,15 @@ def cell_file(cells: Path, key: object, name: str) -> Path:
     return files.resolve_inside(cells, key, where=cells.parent / "results.csv") / name
 
 
-def marked_rates(rows: pd.DataFrame) -> pd.DataFrame:
-    """Find the learning rate of the lowest validation loss for each model, method, rank and alpha.
+def marked_rates(rows: pd.DataFrame, loss: str = "validation_loss") -> pd.DataFrame:
+    """Find the learning rate of the lowest loss for each model, method, rank and alpha.
 
     Rates are compared at one seed, the first of those with the most rates, so that no rate has an advantage from its
     seeds. A cell that diverged has an infinite loss.
 
     Args:
       rows: Rows of `results_table`.
+      loss: Column of the loss over the tokens that the runs learned, one of `LOSS_COLUMNS`.
 
     Returns:
       A row for each `GROUP` with a finished cell that did not diverge: ``learning_rate``; ``best_rate``, which is
@@ -95,7 +103,7 @@ def marked_rates(rows: pd.DataFrame) -> pd.DataFrame:
       between the rates may lie below the loss (`rate_optimum.grid_gap`), NaN if there is no bound.
     """
     tried = rows[rows["learning_rate"].notna() & rows["status"].isin(("complete", "diverged"))]
-    tried = tried.assign(loss=tried["validation_loss"].where(tried["status"] == "complete", math.inf).astype(float))
+    tried = tried.assign(loss=tried[loss].where(tried["status"] == "complete", math.inf).astype(float))
     # Of a setting with several runs, such as runs of several lengths, the last one counts.
     tried = tried.drop_duplicates([*GROUP, "seed", "learning_rate"], keep="last")
     best_rows = []

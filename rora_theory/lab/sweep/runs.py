@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rora_theory.errors import InputError
+from rora_theory.lab.finetune.config import LossOn
 from rora_theory.lab.sweep.design import BASE, METHODS
 from rora_theory.runs import frames
 from rora_theory.runs.files import naming_damage
@@ -73,6 +74,7 @@ class SweepRun:
       evaluation: Settings of the scoring; None if the tasks were not scored.
       result: Further figures of the run, such as ``levels`` of accuracy.
       read_at: Planned numbers of steps of the readings.
+      loss_on: Tokens by whose loss the run is judged: those that it learned.
     """
 
     rank: int | None
@@ -89,6 +91,7 @@ class SweepRun:
     evaluation: Mapping[str, Any] | None = None
     result: Mapping[str, Any] = field(default_factory=dict)
     read_at: tuple[int, ...] = ()
+    loss_on: LossOn = "all"
 
     @property
     def length(self) -> int:
@@ -113,7 +116,10 @@ class SweepRun:
 
     def losses(self, step: int) -> list[float] | None:
         """Return the losses of the held-out records after a step; None if they were not measured there."""
-        return next((reading.losses for reading in self.read.readings if reading.step == step), None)
+        reading = next((reading for reading in self.read.readings if reading.step == step), None)
+        if reading is None:
+            return None
+        return reading.answer_losses if self.loss_on == "answer" else reading.losses
 
     def reaches(self, step: int) -> bool:
         """Return whether the run has losses after a step, or shows that a run of this many steps diverges."""
@@ -127,7 +133,7 @@ class SweepRun:
 
         Args:
           step: Number of steps.
-          tokens: Number of tokens of each held-out record.
+          tokens: Number of tokens of each held-out record in the loss of ``loss_on``.
         """
         return self._with_records(self.losses(step), tokens)
 
@@ -168,8 +174,10 @@ def read_runs(folder: Path, keys: Iterable[str] | None = None) -> list[SweepRun]
             with naming_damage(f"{folder / CELLS}: key {cell.key}"):
                 runs.append(_convert_run(cell, config))
     # A run without a value of an axis has the one that the others share.
-    shared = {name: config.get("settings", {}).get(name) for run in runs for name, _ in run.axes}
-    return [replace(run, axes=tuple(sorted((shared | dict(run.axes)).items()))) for run in runs]
+    settings = config.get("settings", {})
+    shared = {name: settings.get(name) for run in runs for name, _ in run.axes}
+    loss_on: LossOn = settings.get("loss_on", "all")
+    return [replace(run, axes=tuple(sorted((shared | dict(run.axes)).items())), loss_on=loss_on) for run in runs]
 
 
 def _convert_run(cell: FinishedCell, config: Mapping[str, Any]) -> SweepRun:
