@@ -37,6 +37,8 @@ from rora_theory.stats.verdicts import RESOLUTION, Outcome, judge_gaps, judge_ra
 from sims.common import cli
 from sims.common.tables import print_records
 
+PUBLISHED = Path(__file__).parents[1] / "results" / "published" / "verdict_rules"
+
 GRID_STEP = math.log2(10) / 4
 """Distance between learning rates in octaves: a quarter of a decade."""
 
