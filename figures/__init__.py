@@ -1,4 +1,2 @@
 """Plots of saved runs, one a file: `python -m figures.NAME RUN`. Reads files only: of `sims` it takes but how a command
 begins and ends."""
-
-import sims  # noqa: F401  (answers Ctrl-C while a command is imported)

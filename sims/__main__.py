@@ -28,7 +28,7 @@ def describe_commands(package: str) -> dict[str, str]:
 
 def main() -> None:
     """Run the command that the first word of the command line names."""
-    from sims.common import cli, completion
+    from sims.common import cli
 
     # `rora figures NAME` runs a module of the other package.
     package, words = "sims", sys.argv[1:]
@@ -44,16 +44,10 @@ def main() -> None:
     if name == "__version":
         cli.print_versions()
         return
-    if name == "__print_completion":
-        descriptions = {package: describe_commands(package) for package in ("sims", FIGURES)}
-        cli.run_command(lambda: print(completion.completion_script(" ".join(words[1:]), descriptions)))
-        return
     if name not in commands:
         print(f"error: unknown command {words[0]!r}; supported: {', '.join(listed)}", file=sys.stderr)
         sys.exit(2)
-    # Run the module as `python -m` does, with the words as they were typed in help and errors.
-    if Path(sys.argv[0]).stem == "rora":
-        cli.PROGRAM = " ".join(["rora", *sys.argv[1 : len(sys.argv) - len(words) + 1]])
+    # Run the module as `python -m` does.
     sys.argv = [f"{package}.{name}", *words[1:]]
     runpy.run_module(f"{package}.{name}", run_name="__main__", alter_sys=True)
 

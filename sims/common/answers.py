@@ -7,27 +7,43 @@ errors still go to standard error.
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from rora_theory.runs.reading import as_json
 from sims.common import tables
 
-_report: "tuple[TextIO, dict[str, Any]] | None" = None
-"""With ``--json``, the command's own standard output and the object collected so far."""
 
-listeners: list[Callable[[str, list[str]], None]] = []
-"""Functions called with every answer that is printed, and the warnings about it."""
+class PrintedAnswer(NamedTuple):
+    """Answer of a command.
+
+    Attributes:
+      sentence: Answer as a sentence.
+      warnings: Sentences about the limits of the answer.
+      more: Further entries of the JSON object.
+    """
+
+    sentence: str
+    warnings: list[str]
+    more: dict[str, Any]
+
+
+printed: list[PrintedAnswer] = []
+"""Answers that the running command has printed."""
+
+printed_files: list[str] = []
+"""Paths of the files that the running command has printed."""
+
+_json_output: TextIO | None = None
+"""Standard output of a command with ``--json``; other text is discarded."""
 
 
 def collect_json() -> None:
-    """Collect the answer, tables and files for the JSON object, and discard other text on standard output."""
-    global _report
-    _report = sys.stdout, {"answer": None, "warnings": [], "tables": [], "files": []}
-    tables.collect = _report[1]["tables"].append
-    sys.stdout = io.StringIO()
+    """Discard the text on standard output, and print a JSON object at the end."""
+    global _json_output
+    _json_output, sys.stdout = sys.stdout, io.StringIO()
 
 
 def print_answer(sentence: str, warnings: Iterable[str] = (), /, **more: Any) -> None:
@@ -38,13 +54,9 @@ def print_answer(sentence: str, warnings: Iterable[str] = (), /, **more: Any) ->
       warnings: Sentences about the limits of the answer.
       **more: Further entries of the JSON object.
     """
-    warnings = list(warnings)
-    for text in (sentence, *warnings):
+    printed.append(PrintedAnswer(sentence, list(warnings), more))
+    for text in (sentence, *printed[-1].warnings):
         tables.print_text(text)
-    for listener in listeners:
-        listener(sentence, warnings)
-    if _report is not None:
-        _report[1].update(as_json(more) | {"answer": sentence, "warnings": warnings})
 
 
 def print_files(folder: Path, names: Sequence[str] | None = None) -> None:
@@ -57,40 +69,49 @@ def print_files(folder: Path, names: Sequence[str] | None = None) -> None:
     if names is None:
         names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
     tables.print_text(f"files in {folder}: {', '.join(names)}")
-    if _report is not None:
-        _report[1]["files"] += [f"{folder}/{name}" for name in names]
+    printed_files.extend(f"{folder}/{name}" for name in names)
 
 
 def print_paths(paths: Sequence[Path]) -> None:
     """Print the paths of the files that are the whole answer of a command, one per line."""
     for path in paths:
         print(path)
-    if _report is not None:
-        _report[1].update(answer=f"{len(paths)} files were written.", files=list(map(str, paths)))
+    printed.append(PrintedAnswer(f"{len(paths)} files were written.", [], {}))
+    printed_files.extend(map(str, paths))
 
 
 @contextmanager
 def reporting() -> Iterator[None]:
-    """Print the JSON object, if ``--json`` was given, when the block ends.
+    """Print the JSON object when the block ends, if `collect_json` was called in it.
 
     If the block raises `SystemExit`, the object is printed only if it has an answer.
     """
-    global _report
+    global _json_output
+    for collected in (tables.printed, printed, printed_files):
+        collected.clear()
     try:
         try:
             yield
         except SystemExit:
-            # A command that ends early, as after --help, may have no answer.
-            if _report is not None and _report[1]["answer"] is not None:
+            # A command that ends early may have no answer.
+            if printed:
                 _print_json()
             raise
         _print_json()
     finally:
-        if _report is not None:
-            sys.stdout, tables.collect, _report = _report[0], None, None
+        if _json_output is not None:
+            sys.stdout, _json_output = _json_output, None
 
 
 def _print_json() -> None:
-    if _report is not None:
-        text = json.dumps(as_json(_report[1]), indent=2, ensure_ascii=False, default=str)
-        print(text, file=_report[0], flush=True)
+    if _json_output is None:
+        return
+    answer = printed[-1] if printed else PrintedAnswer("", [], {})
+    entries = {
+        "answer": answer.sentence or None,
+        "warnings": answer.warnings,
+        **answer.more,
+        "tables": [{"title": table.title, "rows": records} for table, records in tables.printed],
+        "files": printed_files,
+    }
+    print(json.dumps(as_json(entries), indent=2, ensure_ascii=False, default=str), file=_json_output, flush=True)

@@ -35,4 +35,4 @@ def save_prompts(folder: RunFolder, examples: Examples, tokenizer: Any, *, show:
         counts = f"{len(prompt.tokens)} tokens, {sum(prompt.in_loss)} in the loss"
         marks = f"between {prompt_preview.LOSS_BEGIN} and {prompt_preview.LOSS_END}"
         head = f"prompt {number} of {len(examples)}: {counts}, {marks}"
-        print(tables.printable(f"{head}\n{prompt.text}\n", keep="\n\t"))
+        print(f"{head}\n{prompt.text}\n")

@@ -1,10 +1,10 @@
 """Write a run's summary from what its report prints."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from rora_theory.runs.folder import RunFolder
-from rora_theory.runs.summary import KeyFigure, SummaryTable, write_summary
+from rora_theory.runs.summary import KeyFigure, write_summary
 from sims.common import answers, tables
 
 
@@ -19,22 +19,10 @@ def summarised(folder: RunFolder, figures: Iterable[KeyFigure] = (), *, answer: 
       figures: Key figures with their errors and scope.
       answer: Sentence that answers the run's question; None is the one that the block prints.
     """
-    printed: list[SummaryTable] = []
-    sentences: list[tuple[str, list[str]]] = []
-
-    def add_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> None:
-        printed.append(SummaryTable(title, columns, rows, text_columns))
-
-    def add_answer(sentence: str, warnings: list[str]) -> None:
-        sentences.append((sentence, warnings))
-
-    # Listen to what the block prints, so that files and terminal agree.
-    tables.listeners.append(add_table)
-    answers.listeners.append(add_answer)
-    try:
-        yield
-    finally:
-        tables.listeners.remove(add_table)
-        answers.listeners.remove(add_answer)
-    sentence, warnings = sentences[-1] if sentences else (None, [])
-    write_summary(folder, answer=answer or sentence, warnings=warnings, figures=figures, tables=printed)
+    first_table, first_answer = len(tables.printed), len(answers.printed)
+    yield
+    printed_tables = [table for table, _ in tables.printed[first_table:]]
+    sentence, warnings = None, list[str]()
+    for printed in answers.printed[first_answer:]:
+        sentence, warnings, _ = printed
+    write_summary(folder, answer=answer or sentence, warnings=warnings, figures=figures, tables=printed_tables)

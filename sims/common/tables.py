@@ -1,9 +1,8 @@
 """Tables and sentences on standard output, for the width of the terminal (80 columns without a terminal)."""
 
 import string
-import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -13,21 +12,16 @@ from rich.table import Table
 from rich.text import Text
 
 from rora_theory.runs import frames
+from rora_theory.runs.summary import SummaryTable
 
 if TYPE_CHECKING:
     import pandas as pd
 
-WORDS_WIDTH = 24
-"""Width from which on the cells of a column fold."""
+MAX_UNFOLDED_WIDTH = 24
+"""Largest number of characters in a cell that is never folded."""
 
-HEAD_WIDTH = 10
-"""Minimum width to which the head of a column of numbers folds."""
-
-listeners: list[Callable[[str, Sequence[str], Sequence[Sequence[str]], int], None]] = []
-"""Functions called with the title, the columns, the cells and the number of text columns of every printed table."""
-
-collect: Callable[[Mapping[str, Any]], None] | None = None
-"""Function that receives every printed table, if set (see `answers`)."""
+printed: list[tuple[SummaryTable, Sequence[Mapping[str, Any]]]] = []
+"""Tables that the running command has printed, with their rows as JSON objects."""
 
 
 def print_table(
@@ -38,7 +32,7 @@ def print_table(
     left: int = 1,
     records: Sequence[Mapping[str, Any]] | None = None,
 ) -> None:
-    """Print a table whose first columns are words, which fold, and whose other columns are numbers, which do not.
+    """Print a table whose first columns are words and whose other columns are numbers, on the right.
 
     A table that is wider than the terminal has longer lines.
 
@@ -51,21 +45,18 @@ def print_table(
     """
     values = [list(row) for row in rows]
     cells = [[str(cell) for cell in row] for row in values]
-    # With --json, and for files of the run, the values are passed on unformatted.
-    if collect is not None:
-        json_rows = [dict(zip(columns, row, strict=True)) for row in values] if records is None else records
-        collect({"title": title, "rows": json_rows})
-    for listener in listeners:
-        listener(title, columns, cells, left)
+    json_rows = [dict(zip(columns, row, strict=True)) for row in values] if records is None else records
+    printed.append((SummaryTable(title, columns, cells, left), json_rows))
     print_text(title)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
         widest = max((len(row[i]) for row in cells), default=0)
-        if i < left or widest > WORDS_WIDTH:
-            table.add_column(column, overflow="fold", min_width=min(max(widest, len(column)), WORDS_WIDTH))
-        else:
-            head = textwrap.wrap(column, max(widest, HEAD_WIDTH), break_long_words=False)
-            table.add_column("\n".join(head), justify="right", no_wrap=True, min_width=max(widest, *map(len, head)))
+        table.add_column(
+            column,
+            justify="left" if i < left else "right",
+            overflow="fold",
+            min_width=min(widest, MAX_UNFOLDED_WIDTH),
+        )
     for row in cells:
         table.add_row(*map(Text, row))  # Text: brackets are not markup
     terminal = Console()
@@ -124,38 +115,8 @@ def format_slope(row: Mapping[Any, Any]) -> str:
 
 
 def print_text(text: str) -> None:
-    """Print sentences, folded between words.
-
-    A line that begins with spaces is a command; it is folded with backslashes, as a shell reads it. The further lines
-    of a list item, which begins with a hyphen, are indented.
-    """
+    """Print sentences, folded between words. A line that begins with spaces is a command, which is not folded."""
     width = Console().width
     for line in text.split("\n"):
-        if len(line) <= width:
-            print(line)
-            continue
-        indent = line[: len(line) - len(line.lstrip())]
-        # Leave room for the backslash in a command, and never break a path or an option.
-        rows = textwrap.wrap(
-            line,
-            width - 2 if indent else width,
-            subsequent_indent=f"{indent}  " if indent or line.startswith("- ") else "",
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        print((" \\\n" if indent else "\n").join(rows))
-
-
-def printable(text: str, *, keep: str = "") -> str:
-    """Escape the characters that a terminal cannot or must not show.
-
-    Args:
-      text: Text to escape.
-      keep: Control characters that are not escaped.
-
-    Returns:
-      The text without other control characters and without characters outside the terminal's encoding.
-    """
-    plain = "".join(letter if letter.isprintable() or letter in keep else ascii(letter)[1:-1] for letter in text)
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return plain.encode(encoding, "backslashreplace").decode(encoding)
+        is_command = line.startswith(" ")
+        print(line if is_command else textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False))

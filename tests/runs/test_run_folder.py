@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from support import checkpoint
 
-import sims
 from rora_theory.errors import InputError
 from rora_theory.lab import llama
 from rora_theory.runs import lock as folder_lock
@@ -285,7 +284,7 @@ def test_a_stopped_run_is_reported_in_one_line_and_in_its_manifest(tmp_path, cap
         stop()
 
     before = signal.getsignal(signal.SIGTERM)
-    assert status_and_error(stop_within_run, capsys) == (status, sims.STOPPED + "\n")
+    assert status_and_error(stop_within_run, capsys) == (status, cli.RESUMABLE + "\n")
     assert signal.getsignal(signal.SIGTERM) is before
     stopped = manifest(tmp_path / "run")
     assert (stopped["status"], stopped["sessions"][-1]["status"]) == ("interrupted", "interrupted")

@@ -93,4 +93,3 @@ def test_a_summary_contains_the_printed_report(tmp_path, capsys):
     summary = read(tmp_path)
     assert (summary["answer"], summary["warnings"]) == ("Half is kept.", ["a short text"])
     assert (tmp_path / "tables.md").read_text() == "What was kept\n\n|  | before |\n| --- | --: |\n| layers | 30 |\n"
-    assert tables.listeners == answers.listeners == []

@@ -2,20 +2,15 @@
 
 import re
 import runpy
-import shlex
-import shutil
-import subprocess
 import sys
 
 import pytest
 
 from sims import __main__ as main
-from sims.common import cli
 
 
-def run_main(monkeypatch, *words: str, program: str = "rora") -> None:
-    monkeypatch.setattr(cli, "PROGRAM", None)
-    monkeypatch.setattr(sys, "argv", [f"/usr/bin/{program}", *words])
+def run_main(monkeypatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/rora", *words])
     for name in [name for name in sys.modules if name.startswith(("sims.", "figures."))]:
         if name.count(".") == 1 and "__main__" not in name:
             monkeypatch.delitem(sys.modules, name)  # a process of its own has not imported the command
@@ -41,10 +36,10 @@ def test_a_name_runs_its_command(monkeypatch, capsys) -> None:
     assert "keep lora_alpha=16" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit, match="0"):
         run_main(monkeypatch, "variance-sweep", "--help")
-    assert capsys.readouterr().out.startswith("usage: rora variance-sweep")
+    assert capsys.readouterr().out.startswith("usage: python -m sims.variance_sweep")
     with pytest.raises(SystemExit):
         run_main(monkeypatch, "figures", "exponent_map", "--help")
-    assert capsys.readouterr().out.startswith("usage: rora figures exponent_map")
+    assert capsys.readouterr().out.startswith("usage: python -m figures.exponent_map")
 
 
 def test_an_unknown_command_is_refused_by_name(monkeypatch, capsys) -> None:
@@ -70,34 +65,3 @@ def test_figures_without_a_name_lists_the_commands(monkeypatch, capsys) -> None:
     out, err = capsys.readouterr()
     assert re.fullmatch("error: .*'transfre'.*\n", err)
     assert out == ""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("bash") is None, reason="bash, to complete in")
-def test_a_shell_completes_commands_and_options(monkeypatch, capsys, tmp_path) -> None:
-    """The script is called as bash calls it: with the words so far, of which the last is incomplete."""
-    run_main(monkeypatch, "--print-completion", "bash")
-    script = tmp_path / "rora.bash"
-    script.write_text(capsys.readouterr().out)
-    requests = {
-        ("",): {*main.describe_commands("sims"), "figures"},
-        ("tra",): {"transfer", "training_dynamics"},
-        ("transfer", "--split", ""): {"train", "heldout"},
-        ("sweep", "--desig"): {"--design"},  # its description has more than one line
-        ("figures", "norm_vs_rank", "--ou"): {"--out"},
-        ("variance_sweep", "--conf"): {"--config"},
-    }
-    lines = [f"source {script}"]
-    for words in requests:
-        lines += [f"COMP_WORDS=(rora {' '.join(map(shlex.quote, words))}) COMP_CWORD={len(words)} COMPREPLY=()"]
-        lines += ["_tyro_rora", 'echo "${COMPREPLY[@]}"']
-    done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60)
-    assert done.stderr == ""
-    listed = [set(line.split()) - {"-h", "--help"} for line in done.stdout.splitlines()]
-    assert listed == list(requests.values())
-    run_main(monkeypatch, "--print-completion", "zsh")
-    assert capsys.readouterr().out.startswith("#compdef rora")
-    with pytest.raises(SystemExit, match="2"):
-        run_main(monkeypatch, "--print-completion", "fish")
-    err = capsys.readouterr().err
-    assert all(word in err for word in ("--print-completion", "fish", "bash", "zsh"))

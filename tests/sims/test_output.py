@@ -9,7 +9,6 @@ import pkgutil
 import re
 import runpy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +73,14 @@ def printed(capsys, monkeypatch):
         sentences.append(sentence)
         print_answer(sentence, warnings, **more)
 
-    def collect(table: Any) -> None:
-        assert sentences or table["title"] in OF_NO_COMMAND, "the answer comes before the tables"
-        json.dumps(as_json(table), allow_nan=False, default=lambda value: value.item())
+    class Printed(list[Any]):
+        def append(self, table_and_rows: Any) -> None:
+            table, rows = table_and_rows
+            assert sentences or table.title in OF_NO_COMMAND, "the answer comes before the tables"
+            json.dumps(as_json(rows), allow_nan=False, default=lambda value: value.item())
 
     monkeypatch.setattr(answers, "print_answer", noted)
-    monkeypatch.setattr(tables, "collect", collect)
+    monkeypatch.setattr(tables, "printed", Printed())
 
     def read() -> list[str]:
         lines = capsys.readouterr().out.splitlines()
@@ -294,43 +295,18 @@ def test_help(module, printed, monkeypatch) -> None:
     assert str(Path.cwd()) not in text
 
 
-def test_commands_fold_so_that_a_shell_can_read_them(printed) -> None:
-    tables.print_text("    python -m sims.finetune " + "--data A/train.json " * 6)
-    lines = printed()
-    assert len(lines) > 1
-    assert [line.endswith(" \\") for line in lines] == [True] * (len(lines) - 1) + [False]
+def test_commands_are_not_folded(capsys) -> None:
+    command = "    python -m sims.finetune" + " --data A/train.json" * 6
+    tables.print_text(command)
+    assert capsys.readouterr().out == command + "\n"
 
 
-@pytest.fixture
-def terminal(monkeypatch) -> tuple[list[float], Callable[[], str]]:
-    """Return a terminal of 80 columns with its own clock, and what a bar draws there, without colours."""
-    now, drawn = [0.0], io.StringIO()
-    options = {"file": drawn, "force_terminal": True, "width": 80, "get_time": lambda: now[0]}
-    monkeypatch.setattr(progress, "Console", lambda **_: Console(**options))
-    return now, lambda: re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.getvalue())
-
-
-@pytest.mark.parametrize(
-    ("bursts", "left"),
-    [(0, ["-:--:--"]), (1, ["0:32:40"]), (10, ["0:26:40", "0:26:41"])],  # 392 are left after one, 8 each 40 seconds
-)
-def test_the_bar_estimates_the_end_of_slow_work(terminal, bursts, left) -> None:
-    """Eight results arrive at once every 40 seconds, in a run that resumes an earlier one."""
-    now, drawn = terminal
-    with progress.progress_bar("scoring", 1000) as bar:
-        bar.advance(600)
-        for _ in range(bursts):
-            now[0] += 40
-            for _ in range(8):
-                bar.advance(1)
-                now[0] += 0.001
-    assert re.findall(r"\S+/1000\S* +\S+ +(\S+)", drawn())[-1] in left
-
-
-def test_the_bar_keeps_its_times_next_to_long_words(terminal) -> None:
-    _, drawn = terminal
+def test_the_bar_keeps_its_times_next_to_long_words(monkeypatch) -> None:
+    drawn = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=drawn, force_terminal=True, width=80))
     with progress.progress_bar("coordinate check", 96, fields="{cell}") as bar:
         bar.advance(1, cell="AdamW, alpha/sqrt(r), A kaiming_uniform (control), r = 128, seed 3")
-    lines = [line for line in re.split(r"[\r\n]", drawn()) if "coordinate check" in line and "AdamW" in line]
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.getvalue())
+    lines = [line for line in re.split(r"[\r\n]", text) if "coordinate check" in line and "AdamW" in line]
     assert lines
     assert all(len(line) <= 80 and re.search(r" 1/96 +\d:\d\d:\d\d +[-\d]+:[-\d]+:[-\d]+ ", line) for line in lines)
