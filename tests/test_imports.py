@@ -158,7 +158,7 @@ def ended(package, name, words):
         try:
             commands.main()
         except SystemExit as stop:
-            return stop.code, out.getvalue().startswith("usage: rora"), err.getvalue()
+            return stop.code, out.getvalue().startswith("usage: "), err.getvalue()
 names = [(package, name) for package in ("sims", "figures") for name in commands.describe_commands(package)]
 helps = {{f"{{package}} {{name}}": ended(package, name, ["--help"]) for package, name in names}}
 print(json.dumps([helps, {{name: ended("sims", name, words) for name, words in {commands_of_extras}.items()}}]))

