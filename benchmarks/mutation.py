@@ -1,12 +1,14 @@
-"""Test the tests: count the small faults in three groups of modules that they detect.
+"""Test the tests: count the small faults in groups of modules that they detect.
 
     python benchmarks/mutation.py                                # all modules, 60 mutants of each, drawn at seed 0
     python benchmarks/mutation.py slopes rate_optimum --most 0   # every mutant of two modules
     python benchmarks/mutation.py bridge data --most 10          # modules of two groups
 
-A mutant is one module with one operator, comparison, number or condition changed (cosmic-ray's operators, `OPERATORS`).
-It is killed if a test file of the module or an example in its docstrings fails on it, or if its time runs out. The
-groups are `judging` (statistics, advice and verdicts), `bridge` (PyTorch) and `data` (records and batches).
+A mutant is one module with one operator, comparison, number or condition changed (cosmic-ray's operators, `OPERATORS`;
+`SCRIPT_OPERATORS` for the calculator, which is JavaScript). It is killed if a test file of the module or an example in
+its docstrings fails on it, or if its time runs out. The groups are `judging` (statistics, advice and verdicts),
+`bridge` (PyTorch), `tuning` (the probe for a learning rate), `data` (records and batches), `workers` (cells computed
+with Ray) and `pages` (the calculator and the numbers in the pages).
 The modules that the tests need are imported once. Each mutant runs in a fork that imports only what depends on the
 module, so that it takes about a second, or some seconds in the bridge. It needs the extra `mutation` and is run on
 demand, not with the test suite.
@@ -21,7 +23,9 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -74,7 +78,6 @@ BRIDGE = {
     "torch_callback": ("rora_theory/measure/callback.py", "tests/measure/test_callback.py"),
     "torch_chats": ("rora_theory/measure/chats.py", "tests/measure/test_chats.py"),
     "torch_check": ("rora_theory/measure/rank_check/check.py", "tests/measure/rank_check/test_check.py"),
-    "torch_examples": ("rora_theory/measure/tuning/examples.py", "tests/measure/tuning/test_search.py"),
     "torch_hooks": (
         "rora_theory/measure/hooks.py",
         "tests/measure/regimes/test_model.py tests/measure/regimes/test_modes.py",
@@ -84,14 +87,29 @@ BRIDGE = {
         "tests/measure/test_callback.py tests/measure/regimes/test_model.py tests/measure/regimes/test_modes.py "
         "tests/measure/rank_check/test_check.py",
     ),
-    "torch_probe": ("rora_theory/measure/tuning/training.py", "tests/measure/tuning/test_search.py"),
     "torch_regimes": (
         "rora_theory/measure/regimes/model.py",
         "tests/measure/regimes/test_model.py tests/measure/regimes/test_modes.py tests/measure/test_tokens.py",
     ),
-    "torch_tuning": ("rora_theory/measure/tuning/search.py", "tests/measure/tuning/test_search.py"),
 }
 """Modules of the PyTorch bridge with the files that test them."""
+
+PLANNING = "tests/measure/tuning/test_plan.py tests/measure/tuning/test_posterior.py"
+SEARCHING = "tests/measure/tuning/test_search.py tests/measure/tuning/test_options.py"
+
+TUNING = {
+    "tuning_belief": ("rora_theory/measure/tuning/belief.py", PLANNING),
+    "tuning_curve": ("rora_theory/measure/tuning/curve.py", "tests/measure/tuning/test_curve.py"),
+    "tuning_examples": ("rora_theory/measure/tuning/examples.py", SEARCHING),
+    "tuning_plan": ("rora_theory/measure/tuning/plan.py", PLANNING),
+    "tuning_posterior": ("rora_theory/measure/tuning/posterior.py", PLANNING),
+    "tuning_prior": ("rora_theory/measure/tuning/prior.py", PLANNING),
+    "tuning_result": ("rora_theory/measure/tuning/result.py", PLANNING),
+    "tuning_search": ("rora_theory/measure/tuning/search.py", SEARCHING),
+    "tuning_training": ("rora_theory/measure/tuning/training.py", SEARCHING),
+    "tuning_trial": ("rora_theory/measure/tuning/trial.py", PLANNING),
+}
+"""Modules of the probe for a learning rate with the files that test them."""
 
 DATA = {
     "batches": ("rora_theory/lab/data/batches.py", "tests/lab/data/test_batches.py tests/lab/data/test_chat.py"),
@@ -102,14 +120,25 @@ DATA = {
 }
 """Modules that read chats and other records and make batches of them, with the files that test them."""
 
-GROUPS = {"judging": JUDGING, "bridge": BRIDGE, "data": DATA}
-MODULES = JUDGING | BRIDGE | DATA
+WORKERS = {"cluster": ("rora_theory/runs/cluster.py", "tests/runs/test_cluster.py")}
+"""Modules that compute cells with Ray, with the files that test them. The test of a real cluster is left out."""
+
+PAGES = {
+    "calculator": ("docs/assets/transfer.mjs", "tests/docs/test_calculator.py"),
+    "fill": ("docs/fill.py", "tests/docs/test_fill.py"),
+}
+"""The calculator, and the program that writes numbers into the pages, with the files that test them."""
+
+GROUPS = {
+    "judging": JUDGING, "bridge": BRIDGE, "tuning": TUNING, "data": DATA, "workers": WORKERS, "pages": PAGES
+}  # fmt: skip
+MODULES = {name: module for group in GROUPS.values() for name, module in group.items()}
 
 SKIPPED_TESTS = (
     "finished or finite_but_diverged or figures or interval_covers or errors_cover "
     "or what_is_judged or b_alone or every_equation or small_sweep or works_in_peft "
     "or test_rows or frozen_adam or nothing_of_jax or jax_route or wrapped_models or bitsandbytes "
-    "or (every_family and not llama and not gpt2 and not t5)"
+    "or (every_family and not llama and not gpt2 and not t5) or workers_write or no_cluster_at"
 )
 """Tests that train, sample, draw or start a process: seconds each, for the wiring of a whole command."""
 
@@ -122,6 +151,14 @@ OPERATORS = (
     *(f"core/{name}" for name in ("AddNot", "NumberReplacer", "ReplaceAndWithOr", "ReplaceOrWithAnd")),
     *(f"core/{name}" for name in ("ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ZeroIterationForLoop")),
 )
+
+SCRIPT_OPERATORS = {
+    r" \+ ": " - ", r" - ": " + ", r" \* ": " / ", r" / ": " * ", r" \*\* ": " * ",
+    r" < ": " <= ", r" > ": " >= ", r" >= ": " > ", r" === ": " !== ", r" !== ": " === ",
+    r" == ": " != ", r" != ": " == ", r" && ": " || ", r" \|\| ": " && ", r"!(?=[A-Za-z(])": "",
+    r"(?<![\w.])\d+(?:\.\d+)?(?![\w.])": lambda number: f"{float(number[0]) + 1:g}", r"(?<=\W)-(?=\w)": "",
+}  # fmt: skip
+"""Replacements of operators, comparisons, conditions and numbers in JavaScript, by the pattern of what they replace."""
 
 MAX_WAIT_RATIO = 20
 """Ratio of elapsed to processor time at which a mutant that waits for ever is stopped."""
@@ -146,6 +183,9 @@ class Mutant(NamedTuple):
 
 def mutants(path: Path) -> Iterator[Mutant]:
     """Yield every mutant of a module that is a different program, each once."""
+    if path.suffix == ".mjs":
+        yield from script_mutants(path.read_text())
+        return
     from cosmic_ray import plugins
     from cosmic_ray.mutating import mutate_code
 
@@ -162,8 +202,23 @@ def mutants(path: Path) -> Iterator[Mutant]:
                 continue
             if ast.dump(tree) not in seen and _fixed_parts(tree) == _fixed_parts(original_tree):
                 seen.add(ast.dump(tree))
-                lines = difflib.unified_diff(original.splitlines(), source.splitlines(), n=0, lineterm="")
-                yield Mutant(source, "\n".join(line for line in lines if not line.startswith(("---", "+++"))))
+                yield Mutant(source, _difference(original, source))
+
+
+def script_mutants(original: str) -> Iterator[Mutant]:
+    """Yield every mutant of a JavaScript module; comments, texts and what begins a line stay as they are."""
+    for pattern, new in SCRIPT_OPERATORS.items():
+        for match in re.finditer(pattern, original):
+            line = original[original.rfind("\n", 0, match.start()) + 1 : match.start()]
+            is_in_text = line.count('"') % 2 or line.count("`") % 2
+            if not is_in_text and not line.lstrip().startswith(("//", "/*")) and "//" not in line:
+                source = original[: match.start()] + (new(match) if callable(new) else new) + original[match.end() :]
+                yield Mutant(source, _difference(original, source))
+
+
+def _difference(original: str, source: str) -> str:
+    lines = difflib.unified_diff(original.splitlines(), source.splitlines(), n=0, lineterm="")
+    return "\n".join(line for line in lines if not line.startswith(("---", "+++")))
 
 
 def _fixed_parts(tree: ast.AST) -> list[str]:
@@ -221,7 +276,8 @@ def _import_statements(node: ast.AST, in_functions: bool) -> Iterator[ast.Import
 def needed_modules(path: Path, tests: list[str]) -> set[str]:
     """Return the modules of the project that a module and its tests import, directly or not."""
     modules: set[str] = set()
-    more = set().union(*(_imported_by(file, in_functions=True) for file in (path, *map(Path, tests))))
+    files = [file for file in (path, *map(Path, tests)) if file.suffix == ".py"]
+    more = set().union(*(_imported_by(file, in_functions=True) for file in files))
     while more := (more & direct_imports().keys()) - modules:
         modules |= more
         more = set().union(*(direct_imports()[name] for name in more))
@@ -258,7 +314,7 @@ def prepare(path: Path, tests: list[str]) -> None:
     for name in needed_modules(path, tests) - dependents(_name(path)):
         if name.split(".")[0] in PACKAGES:
             importlib.import_module(name)
-    if str(path) in {file for file, _ in BRIDGE.values()}:
+    if any("torch_models" in Path(file).read_text() for file in tests):
         for name in BRIDGE_LIBRARIES.split():
             importlib.import_module(name)
         models = importlib.import_module("support.torch_models")
@@ -313,6 +369,15 @@ def _test(path: Path, mutant: Mutant, tests: list[str]) -> None:
 
     SourceFileLoader.get_data = get_data  # type: ignore[method-assign]
     SourceFileLoader.path_stats = path_stats  # type: ignore[method-assign,assignment]
+    copy = shutil.copy
+
+    def copy_mutant(old: str | Path, new: str | Path) -> object:
+        copied = copy(old, new)
+        if os.path.realpath(old) == mutated_file:
+            (Path(new) / path.name if Path(new).is_dir() else Path(new)).write_text(mutant.source)
+        return copied
+
+    shutil.copy = copy_mutant  # type: ignore[assignment]  # the tests of a script copy it
     sys.dont_write_bytecode = True
     # Discard all output: only the exit status counts.
     null = os.open(os.devnull, os.O_WRONLY)
@@ -321,7 +386,9 @@ def _test(path: Path, mutant: Mutant, tests: list[str]) -> None:
     code = 70
     try:
         options = ["--doctest-modules", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *IGNORED]
-        code = int(pytest.main([str(path), *tests, *options, "-k", f"not ({SKIPPED_TESTS})"]))
+        # pytest itself would load a file that it is given, instead of the mutant, unless jaxtyping's hook does.
+        examples = [str(path)] if path.parts[0] == "rora_theory" else []
+        code = int(pytest.main([*examples, *tests, *options, "-k", f"not ({SKIPPED_TESTS})"]))
     finally:
         os._exit(code)
 

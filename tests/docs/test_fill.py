@@ -1,6 +1,8 @@
 """Generated numbers in pages: the text of each mark, and the report of a wrong one."""
 
 import json
+import subprocess
+import sys
 
 import fill
 import pytest
@@ -57,8 +59,10 @@ def test_number(body, text) -> None:
 
 
 def test_ties_do_not_depend_on_the_last_bits() -> None:
-    formats = [fill.format_row("{x:.2f}", {"x": x}) for x in (0.125, 0.125 + 1e-16, 0.125 - 1e-16)]
-    assert formats == ["0.12"] * 3
+    """Twelve digits count: 0.1250000000004 is a tie, 0.125000000001 is not."""
+    formats = [fill.format_row("{x:.2f}", {"x": x}) for x in (0.125, 0.125 + 1e-16, 0.125 - 1e-16, 0.125 + 4e-13)]
+    assert formats == ["0.12"] * 4
+    assert fill.format_row("{x:.2f}", {"x": 0.125 + 1e-12}) == "0.13"
 
 
 def test_table() -> None:
@@ -72,6 +76,31 @@ def test_table() -> None:
         "| 128 | 724 |  | keep the rate |",
         "",
     ]
+
+
+def test_output_is_the_chosen_paragraphs_of_a_command(monkeypatch) -> None:
+    commands = []
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        commands.append((command, options))
+        status = 2 if "fails" in command else 0
+        return subprocess.CompletedProcess(command, status, "one\nmore\n\ntwo\n \nthree\n", "error: no\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    texts = [fill.output(f"{paragraphs} rora transfer --to-rank 8") for paragraphs in ("1-1", "2-3", "1-3")]
+    assert texts == [f"\n```text\n{text}\n```\n" for text in ("one\nmore", "two\n\nthree", "one\nmore\n\ntwo\n\nthree")]
+    command, options = commands[0]
+    assert command == [sys.executable, "-m", "sims.transfer", "--to-rank", "8"]
+    assert options["env"]["COLUMNS"] == "80", "lines are not those of the terminal"
+    for body, problem in (
+        ("1-4 rora transfer", "3 paragraphs"),
+        ("1-1 rora fails fails", "error: no"),
+        ("1-1 python transfer", "FIRST-LAST"),
+        ("1-x rora transfer", "FIRST-LAST"),
+        ("x-1 rora transfer", "FIRST-LAST"),
+    ):
+        with pytest.raises(fill.MarkError, match=problem):
+            fill.output(body)
 
 
 def test_columns_that_some_rows_lack_are_empty_cells() -> None:
@@ -103,7 +132,7 @@ def test_rows_of_several_files_are_sorted_by_the_numbers_in_their_names() -> Non
         ("n run/rates.csv rank=8: {rate:.1f/0} --><!-- / -->", "'{rate:.1f/0}'"),
         ("n run/empty.csv: {rate} --><!-- / -->", "run/empty.csv has no rows"),
         ("n run/rates.csv rank=8: rate --><!-- / -->", "a number is FILE"),
-        ("n run/rates.csv rank: {rate} --><!-- / -->", "not a condition: rank"),
+        ("n run/rates.csv rank loss: {rate} --><!-- / -->", "not a condition: rank"),
         ("n run/other.csv rank=8: {rate} --><!-- / -->", "no file run/other.csv"),
         ("n run/a.json#sides.third: {gb} --><!-- / -->", "no key 'third'"),
         ("n run/rates.csv rank=8: {rate} -->0.035", "not a whole mark"),

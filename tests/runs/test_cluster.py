@@ -1,14 +1,18 @@
-"""Cells on workers: options refused before work, the worker's function by itself, and one real Ray session."""
+"""Cells on workers: options refused before work, the worker's functions called here, and one real Ray session."""
 
 import importlib.util
 import ipaddress
 import json
 import os
+import signal
+import socket
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support import squares
@@ -17,7 +21,7 @@ from rora_theory.errors import InputError
 from rora_theory.runs import cluster
 from rora_theory.runs import lock as folder_lock
 from rora_theory.runs.cells import in_process
-from rora_theory.runs.cluster import ClusterConfig, compute_cell, fetch_work, leave, read_lock
+from rora_theory.runs.cluster import ClusterConfig, RayRunner, compute_cell, fetch_work, leave, read_lock
 
 with_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="the extra cluster (Ray) is not installed")
 
@@ -125,6 +129,169 @@ def test_a_cell_that_needs_more_than_this_machine_has_is_refused(monkeypatch, op
     else:
         with pytest.raises(InputError, match=rf"{missing}.*--cell-"):
             config.runner()
+
+
+# ---- Ray's part, played in this process
+
+
+class TaskError(Exception):
+    """What Ray raises for a cell that raised an exception."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+class Played:
+    """Ray in one process: a task runs when it is submitted, in the one worker that there is."""
+
+    exceptions = SimpleNamespace(RayTaskError=TaskError, RayError=ConnectionError)
+
+    def __init__(self, *, address: str = "127.0.0.1", cpus: int = 8) -> None:
+        self.address, self.cpus = address, cpus
+        self.started: list[tuple[tuple[str, ...], dict[str, Any]]] = []
+        self.is_running = False
+        self.options: list[dict[str, Any]] = []
+
+    def init(self, *words: str, **options: Any) -> None:
+        self.started.append((words, options))
+        self.is_running = True
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def is_initialized(self) -> bool:
+        return self.is_running
+
+    def shutdown(self) -> None:
+        self.is_running = False
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "NodeManagerAddress": self.address, "Resources": {"CPU": self.cpus}}]
+
+    def put(self, value: object) -> Callable[[], object]:
+        return lambda: value
+
+    def get(self, reference: Callable[[], object]) -> object:
+        return reference()
+
+    def wait(self, references: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+        return references[-num_returns:], references[:-num_returns]
+
+    def get_runtime_context(self) -> SimpleNamespace:
+        return SimpleNamespace(get_node_id=lambda: "0123456789abcdef")
+
+    def remote(self, **options: Any) -> Callable[[Callable[..., object]], SimpleNamespace]:
+        self.options.append(options)
+        return lambda task: SimpleNamespace(remote=partial(self._compute, task))
+
+    def _compute(self, task: Callable[..., object], *arguments: Any) -> Callable[[], object]:
+        try:
+            result = task(*arguments)
+        except ConnectionError as error:
+            return partial(_throw, error)
+        except Exception as error:
+            return partial(_throw, TaskError(error))
+        return lambda: result
+
+
+def _throw(error: Exception) -> None:
+    raise error
+
+
+@pytest.fixture
+def played(monkeypatch) -> Iterator[Played]:
+    monkeypatch.setitem(sys.modules, "ray", ray := Played())
+    monkeypatch.setattr(cluster, "_last_work", [])
+    before = signal.getsignal(signal.SIGTERM)
+    yield ray
+    leave()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_cells_of_two_runs_are_computed_by_the_work_of_their_own(played, owned, tmp_path) -> None:
+    """One worker computes both runs; the outcomes have their cells' positions, and an exception is a result."""
+
+    def work(cell: int, folder: Path, *, factor: int) -> int:
+        if cell == 3:
+            raise ValueError("three")
+        if cell == 4:
+            raise ConnectionError("the node is gone")
+        folder.mkdir(parents=True)
+        (folder / "cell.txt").write_text(str(cell))
+        return factor * cell
+
+    runner = RayRunner({"num_cpus": 2.0})
+    for factor in (10, 100):
+        folders = [owned.parent / f"{factor}-{cell}" for cell in (1, 2, 3, 4)]
+        begun: list[int] = []
+        todo = list(zip((1, 2, 3, 4), folders, strict=True))
+        outcomes = {outcome.position: outcome for outcome in runner(partial(work, factor=factor), todo, begun.append)}
+        assert begun == [0, 1, 2, 3]
+        assert [outcomes[position].result for position in (0, 1)] == [factor, 2 * factor]
+        assert [folder.joinpath("cell.txt").read_text() for folder in folders[:2]] == ["1", "2"]
+        assert repr(outcomes[2].result) == "ValueError('three')"
+        assert isinstance(outcomes[2].result.__cause__, TaskError)
+        assert repr(outcomes[3].result) == "ConnectionError('the node is gone')"
+        assert (outcomes[0].node, outcomes[0].software) == ("0123456789ab", None)
+    assert played.options == [{"max_retries": cluster.RETRIES, "num_cpus": 2.0}] * 2
+    assert list(runner(work, [], begun.append)) == []
+    # A folder without the lock's content is another machine's: its files come with the result.
+    away = tmp_path / "away" / "cells" / "1"
+    (outcome,) = runner(partial(work, factor=1), [(1, away)], begun.append)
+    assert (outcome.result, away.joinpath("cell.txt").read_text()) == (1, "1")
+
+
+def test_an_interruption_stops_the_workers(played, owned) -> None:
+    runner = ClusterConfig(workers=2).runner()
+    outcomes = runner(lambda cell, folder: cell, [(1, owned), (2, owned)], lambda _: None)
+    next(outcomes)
+    with pytest.raises(KeyboardInterrupt):
+        outcomes.throw(KeyboardInterrupt)
+    assert not played.is_running
+    assert not cluster._sessions
+
+
+def test_a_session_on_this_machine_has_the_cores_of_its_workers(played, monkeypatch) -> None:
+    """Its folder is private, it has no dashboard and sends no statistics, and it ends with `leave`."""
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
+    runner = ClusterConfig(workers=3, cell_cpus=1.5).runner()
+    assert runner.needs == {"num_cpus": 1.5, "num_gpus": 0.0}
+    ((words, options),) = played.started
+    folder = Path(options["_temp_dir"]).parent
+    assert words == ("local",)
+    assert (options["num_cpus"], options["include_dashboard"], options["log_to_driver"]) == (5, False, False)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    ClusterConfig(workers=3, cell_cpus=1.5).runner()
+    assert len(played.started) == 1, "a second experiment of the process uses the session"
+    leave()
+    assert not played.is_running
+    assert not folder.exists()
+
+
+def test_a_session_that_listens_on_the_network_is_ended(played) -> None:
+    played.address = "10.0.0.7"
+    with pytest.raises(InputError, match=r"--workers 2: .*network"):
+        ClusterConfig(workers=2).runner()
+    assert not played.is_running
+    assert not cluster._sessions
+
+
+def test_a_cluster_may_get_a_node_later(played, caplog) -> None:
+    """This machine will not; the address is checked before Ray is asked."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    address = f"127.0.0.1:{listening.getsockname()[1]}"
+    for name, warnings in ((address, 1), ("auto", 2)):
+        runner = ClusterConfig(address=name, cell_cpus=9.0, cell_memory=2.0).runner()
+        assert runner.needs == {"num_cpus": 9.0, "num_gpus": 0.0, "memory": 2 * 2**30}
+        assert played.started[-1][0] == (name,)
+        assert caplog.text.count("CPU 9, GPU 0, memory 2.14748e+09") == warnings
+        leave()
+    listening.close()
+    with pytest.raises(InputError, match=f"--address {address}: nothing answers there"):
+        ClusterConfig(address=address).runner()
+    for wrong in ("head", "ray://head:10001", ":6379", "head:port"):
+        with pytest.raises(InputError, match=f"--address .*{wrong}"):
+            ClusterConfig(address=wrong)
 
 
 # ---- one real session

@@ -76,39 +76,6 @@ def test_a_probe_reports_a_rate_and_leaves_the_model_as_it_was(usual) -> None:
     assert curve["held_out_loss"].to_numpy() == pytest.approx(usual.curve["held_out_loss"].to_numpy(), rel=1e-4)
 
 
-def test_a_run_is_that_of_a_loop_by_hand() -> None:
-    """The first run's held-out loss is that of AdamW with the scaled cosine schedule, clipping and the same batches."""
-    result = tune_linear(probe_rank=4, warmup=40, budget=0.15)  # affords all held-out rows
-    row = result.curve.iloc[1]
-    steps = result.probe_steps
-    model = torch_models.model().train()
-    torch.manual_seed(0)
-    adapted = peft.get_peft_model(model, config(r=4, lora_alpha=16))
-    parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
-    warmup = 40 * steps // STEPS
-    for step, batch in zip(range(steps), batches(12), strict=False):
-        cosine = (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-        optimizer.param_groups[0]["lr"] = row["learning_rate"] * (step / warmup if step < warmup else cosine)
-        optimizer.zero_grad()
-        adapted(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-    adapted.eval()
-    with torch.no_grad():
-        loss = sum(float(adapted(**batch).loss) for batch in batches(3, seed=1)) / 3
-    assert row["held_out_loss"] == pytest.approx(loss, rel=1e-5)
-
-
-def test_accumulated_batches_are_one_step(usual) -> None:
-    halves = [{name: value[i : i + 1] for name, value in batch.items()} for batch in batches(12) for i in range(2)]
-    curves = [tune_linear(train=halves, accumulation=2).curve, usual.curve]
-    # At the highest rate, where the loss rises, training amplifies rounding errors.
-    accumulated, expected = (curve.sort_values("learning_rate")["held_out_loss"].to_numpy()[:-1] for curve in curves)
-    assert len(expected) >= 2
-    assert accumulated == pytest.approx(expected, rel=1e-3)
-
-
 def test_a_classifiers_head_is_trained_by_every_run_anew_and_put_back() -> None:
     """PEFT trains a copy of the head of a classifier, which it leaves in the model."""
     classes = transformers.LlamaConfig(**torch_models.TEXT, num_labels=3)
@@ -304,13 +271,19 @@ def test_an_interrupted_probe_resumes_and_refuses_other_settings(usual, tmp_path
         {"make_optimizer": lambda parameters, rate: torch.optim.SGD(parameters, lr=rate)},
         {"make_optimizer": lambda parameters, rate: torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95))},
         {"loss": None},
+        {"model": torch_models.model(seed=1)},
         {"seed": 1},
+        {"warmup": 50},
+        {"accumulation": 2},
+        {"max_grad_norm": 0.5},
+        {"budget": 0.11},
         {"train": batches(12, seed=5)},
+        {"held_out": batches(3, seed=6)},
         {"config": config(lora_alpha=8)},
         {"schedule": "linear"},
     ):
         with pytest.raises(InputError, match="another probe"):
-            tune_linear(model, **{"checkpoint": path, "loss": loss} | changed)
+            tune_linear(**{"model": model, "checkpoint": path, "loss": loss} | changed)
     path.write_text(path.read_text()[:100])
     with pytest.raises(InputError, match=r"probe\.json"):
         tune_linear(model, checkpoint=path, loss=loss)
@@ -360,19 +333,6 @@ def test_masked_tokens_of_tokenized_records() -> None:
     ):
         with pytest.raises(InputError, match=f"train .*{named}"):
             read_batches([record], "train", **reading)
-
-
-def test_records_are_read_eight_at_a_time() -> None:
-    """This is the default batch size; the default maximum is 1024 tokens."""
-    shapes = []
-
-    def loss(model, batch):  # noqa: ARG001
-        shapes.append(tuple(batch["input_ids"].shape))
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        tune_linear(train=[{"input_ids": [3] * 1025}] * 20, tokenizer=torch_chats.tokenizer("~"), loss=loss)
-    assert shapes == [(8, 1024)]
 
 
 def test_held_out_images_are_split_into_rows() -> None:
