@@ -27,26 +27,20 @@ class TrainingDynamicsOptions:
     """Run folder of sims.training_dynamics."""
     model: Literal["linear", "mlp"] = "linear"
     """Problem: a linear layer or a small MLP."""
-    start: Literal["A", "B"] = "A"
-    """Factor that is random at the start."""
     out: Path | None = None
     """Folder for the figures; by default the run folder."""
 
 
 def draw_training_dynamics(config: TrainingDynamicsOptions) -> Sequence[Path]:
-    """Draw training_dynamics_MODEL_START_exponents and training_dynamics_MODEL_START_rms."""
+    """Draw training_dynamics_MODEL_exponents and training_dynamics_MODEL_rms."""
     manifest, rows = style.read_frame(config.run, "training_dynamics")
-    chosen = rows[(rows["model"] == config.model) & (rows["start"] == config.start)]
+    chosen = rows[rows["model"] == config.model]
     if chosen.empty:
-        style.fail(
-            f"{config.run}: has no {config.model} with {config.start} random at the start. Choose another --model or "
-            "--start."
-        )
+        style.fail(f"{config.run}: has no {config.model}. Choose another --model.")
     fits = frames.read_csv(config.run / "exponents.csv", accepted="the file of a finished run")
     # Fits over all ranks of the chosen model; at step 0 nothing has changed.
-    where = (fits[["model", "start", "range"]] == [config.model, config.start, "all"]).all(axis=1)
-    fits = fits[where & (fits["step"] > 0)]
-    name = f"training_dynamics_{config.model}_{config.start}"
+    fits = fits[(fits[["model", "range"]] == [config.model, "all"]).all(axis=1) & (fits["step"] > 0)]
+    name = f"training_dynamics_{config.model}"
     folder = config.out or config.run
     return [
         *style.save(draw_slopes(manifest, fits), folder, f"{name}_exponents"),
@@ -150,6 +144,7 @@ def draw_sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
             if optimizer == optimizers[-1]:
                 axis.set_xlabel("rank $r$")
         axis_row[0].set_ylabel(f"{style.OPTIMIZERS[optimizer]}\nrms of output change")
+    meeting = rows.groupby("rank")["scaling"].nunique().idxmin()
     # Legend entry for the line style of held-out inputs, which all rules share.
     handles = style.named(axes.flat)
     handles["held-out inputs"] = plt.Line2D(
@@ -158,8 +153,7 @@ def draw_sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
     style.legend(
         figure,
         handles,
-        f"mean ± s.e. over {style.seeds_of(manifest)} seeds; rules meet at r = "
-        f"{manifest['config']['reference_rank']}; the target's rms is about 1",
+        f"mean ± s.e. over {style.seeds_of(manifest)} seeds; rules meet at r = {meeting}; the target's rms is about 1",
     )
     return figure
 

@@ -28,7 +28,6 @@ from rora_theory.runs.reading import flatten
 from rora_theory.runs.summary import key_figures
 from rora_theory.scaling import check_positive
 from rora_theory.stats.rate_curves import (
-    COLUMNS,
     UNITS,
     Comparison,
     best_rates,
@@ -51,7 +50,6 @@ class RateGrid(ControlledGrid):
     ranks: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
     optimizers: Any = ("sgd", "adam")
     models: Any = ("linear",)
-    starts: Any = ("A",)
     adam_lrs: tuple[float, ...] = tuple(2.0 ** (k / 2) for k in range(-26, 7))
     sgd_lrs: tuple[float, ...] = tuple(2.0 ** (k / 2) for k in range(-14, 22))
     steps: tuple[int, ...] = (100,)
@@ -64,9 +62,8 @@ class RateGrid(ControlledGrid):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option in ("models", "starts"):
-            if len(getattr(self, option)) > 1:
-                raise InputError(f"--{option} must be a single one, got {' '.join(getattr(self, option))}")
+        if len(self.models) > 1:
+            raise InputError(f"--models must be a single one, got {' '.join(self.models)}")
         for option in ("adam_lrs", "sgd_lrs"):
             check_list(f"--{option.replace('_', '-')}", getattr(self, option), check_positive, fewest=3)
 
@@ -92,7 +89,9 @@ def measure_rate_transfer(config: LrTransferOptions) -> None:
         rows = controlled_grid.train_cell(grid, cell, ("loss_train", "loss_held_out"))
         return frames.rows(controlled_grid.losses_at_end(frames.from_rows(rows, list(rows[0]))))
 
-    losses = run_table(controlled_grid.cells_of(grid), work, folder, COLUMNS, runner=runner, title="rates")
+    losses = run_table(
+        controlled_grid.cells_of(grid), work, folder, controlled_grid.LOSS_COLUMNS, runner=runner, title="rates"
+    )
     curves = controlled_grid.curves_of_losses(losses, config.judge)
     compared = compare_rules(curves)
     # Best rates, and their slopes against the rank.

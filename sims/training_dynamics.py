@@ -1,13 +1,12 @@
 """Measure how the change of an adapted layer depends on the rank after 1 to 100 steps, in a teacher-student problem.
 
 A student with a low-rank adapter learns from a teacher, a linear layer or a small MLP, see
-`rora_theory.lab.sweep.controlled`. The optimizers are SGD, SGD with momentum, Adam and AdamW. Training starts with A
-random and B zero, or the reverse, or A stays frozen. All scaling rules have the same scaling at the reference rank. The
-log-log slope of each quantity against the rank is fitted for every seed; a rule aims at a slope of 0.
+`rora_theory.lab.sweep.controlled`. The optimizers are SGD, SGD with momentum, Adam and AdamW. Both factors are trained,
+or A stays frozen. All scaling rules have the same scaling at rank 4. The log-log slope of each quantity against the
+rank is fitted for every seed; a rule aims at a slope of 0.
 """
 
-import json
-from collections.abc import Sequence
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pandas as pd
 
 from rora_theory.lab.sweep import controlled_grid, rank_exponents
 from rora_theory.lab.sweep.controlled_grid import ControlledCell, ControlledGrid
-from rora_theory.lab.sweep.rank_exponents import CELL, FIT_COLUMNS, SATURATED, Answer
+from rora_theory.lab.sweep.rank_exponents import CELL, SATURATED
 from rora_theory.runs import devices
 from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.runs.folder import RunFolder
@@ -55,50 +54,41 @@ def measure_dynamics(config: TrainingDynamicsOptions) -> None:
     seed_rows = run_table(
         cells, work, folder, controlled_grid.COLUMNS, runner=runner, title="training dynamics", name="seeds.csv"
     )
-    # Means over seeds, slopes in the rank, and the questions that they answer.
+    # Means over seeds, and slopes in the rank.
     folder.write_frame(rank_exponents.summarise_seeds(seed_rows))
     fits = rank_exponents.exponent_fits(seed_rows)
-    folder.write_frame(fits[list(FIT_COLUMNS)], "exponents.csv")
-    answered = controlled_grid.grid_answers(grid, fits)
-    folder.write("answers.json", json.dumps([answer._asdict() for answer in answered], indent=2) + "\n")
+    folder.write_frame(fits, "exponents.csv")
     ends = fits[(fits["step"] == grid.steps[-1]) & (fits["range"] == "all") & fits["quantity"].isin(QUANTITY_LABELS)]
-    scope = ("model", "start", "trained", "optimizer", "rule", "quantity", "step", "ranks", "verdict")
+    scope = ("model", "trained", "optimizer", "rule", "quantity", "step", "ranks", "verdict")
     with summarised(folder, key_figures(ends, "slope in the rank", "slope", over="seeds", scope=scope)):
-        report(grid, seed_rows, fits, answered)
+        report(grid, seed_rows, fits)
     folder.finish()
     answers.print_files(folder.path)
 
 
-def report(grid: ControlledGrid, rows: pd.DataFrame, fits: pd.DataFrame, answered: Sequence[Answer]) -> None:
-    """Print the slopes at the first, a middle and the last step, the diverged cells, and the answers.
+def report(grid: ControlledGrid, rows: pd.DataFrame, fits: pd.DataFrame) -> None:
+    """Print the answer, the slopes at the first, a middle and the last step, and the diverged cells.
 
     Args:
       grid: Settings of the training.
       rows: Measured quantities.
       fits: Slopes of the quantities against the rank.
-      answered: Questions and answers.
     """
-    first = f" The first: {answered[0][0]} {answered[0][1]}." if answered else ""
-    answers.print_answer(f"The last table answers {len(answered)} questions.{first}")
+    answers.print_answer(rank_exponents.describe_fits(fits))
     # First, middle and last step.
     steps = dict.fromkeys((grid.steps[0], grid.steps[len(grid.steps) // 2], grid.steps[-1]))
-    kinds = [
-        (model, start, trained) for model in grid.models for start in grid.starts for trained in grid.trained(start)
-    ]
     lines = [(optimizer, name_of(rule)) for optimizer in grid.optimizers for rule in grid.rules]
-    # One table for each model, start and trained factors.
-    for model, start, trained in kinds:
-        fits_of_kind = fits[
-            (fits[["model", "start", "trained", "range"]] == [model, start, trained, "all"]).all(axis=1)
-        ]
+    # One table for each model and trained factors.
+    for model, trained in itertools.product(grid.models, grid.trained):
+        fits_of_kind = fits[(fits[["model", "trained", "range"]] == [model, trained, "all"]).all(axis=1)]
         table = {
             (row["optimizer"], row["rule"], row["quantity"], row["step"]): _slope(row, len(grid.ranks))
             for row in fits_of_kind.to_dict("records")
         }
         figures = [(quantity, step) for quantity in QUANTITY_LABELS for step in steps]
         tables.print_table(
-            f"{model}, {start} random at the start, {trained} trained: slope of the output change and of |dM|_F "
-            "against the rank, ± standard error, by step; * loss below half of its start, † without diverged ranks",
+            f"{model}, {trained} trained: slope of the output change and of |dM|_F against the rank, ± standard error, "
+            "by step; * loss below half of its start, † without diverged ranks",
             ["optimizer", "rule", *[f"{QUANTITY_LABELS[quantity]} {step}" for quantity, step in figures]],
             [[*line, *(table.get((*line, *figure), "diverged") for figure in figures)] for line in lines],
             left=2,
@@ -106,12 +96,11 @@ def report(grid: ControlledGrid, rows: pd.DataFrame, fits: pd.DataFrame, answere
     # Diverged runs are excluded from the slopes, so they are listed.
     diverged = rows[(rows["step"] == grid.steps[-1]) & (rows["diverged"] > 0)]
     if len(diverged):
-        tables.print_text("Runs that diverged by the last step (model, start, trained, optimizer, rule, rank):")
-        for cell in diverged[[*CELL[:5], "rank"]].drop_duplicates().itertuples(index=False):
+        tables.print_text("Runs that diverged by the last step (model, trained, optimizer, rule, rank):")
+        for cell in diverged[[*CELL[:4], "rank"]].drop_duplicates().itertuples(index=False):
             tables.print_text("  " + ", ".join(map(str, cell)))
     else:
         tables.print_text("No run diverged.")
-    tables.print_table("Answers", ["question", "answer", "slope ± standard error at each step"], answered, left=3)
 
 
 def _slope(row: dict[Any, Any], ranks: int) -> str:

@@ -270,7 +270,7 @@ def test_names_of_one_rule_look_the_same() -> None:
 def test_ticks_of_ranks_and_steps_are_whole_numbers_that_were_run(published) -> None:
     figures, _ = published
     last = {name: figure.axes[-1] for (folder, name), figure in figures.items() if folder == "training_dynamics"}
-    exponents, rms = (last[f"training_dynamics_linear_A_{name}"] for name in ("exponents", "rms"))
+    exponents, rms = (last[f"training_dynamics_linear_{name}"] for name in ("exponents", "rms"))
     assert [label.get_text() for label in exponents.get_xticklabels()] == ["1", "5", "30"]
     assert [label.get_text() for label in rms.get_xticklabels()] == ["4", "64", "1024"]
 
@@ -317,11 +317,11 @@ def test_crosses_and_bands_are_explained_in_the_legend(published) -> None:
     assert "are left out" in legend_text(figures["lr_transfer", "lr_transfer"])
     assert "SGD, quartiles over tokens" in legend_text(figures["regime", "regime_depth"])
     for folder, name in (
-        ("training_dynamics", "training_dynamics_linear_A_exponents"),
+        ("training_dynamics", "training_dynamics_linear_exponents"),
         ("coordinate_check", "coordinate_check_slopes"),
     ):
         assert "flat: within ±0.1" in legend_text(figures[folder, name])
-    slopes = legend_text(figures["training_dynamics", "training_dynamics_linear_A_exponents"])
+    slopes = legend_text(figures["training_dynamics", "training_dynamics_linear_exponents"])
     assert "over ranks 4 to 1024 " in slopes
 
 

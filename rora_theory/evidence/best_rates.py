@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
 from rora_theory.errors import InputError
 from rora_theory.evidence.sweeps import Sweep
 from rora_theory.runs import frames
-from rora_theory.stats.curve_optima import quadratic_optima, registration_shifts
+from rora_theory.stats.curve_optima import Method, quadratic_optima, registration_shifts
 from rora_theory.stats.estimate import Estimate, jackknife
 from rora_theory.stats.rate_curves import Curve, log2_rates, rate_errors
 from rora_theory.stats.slopes import slope_weights
@@ -28,9 +28,6 @@ EXPONENT_COLUMNS = (
     "models", "curves",
 )  # fmt: skip
 """Columns of the table of `exponents`."""
-
-Method = Literal["vertex", "quadratic", "registration"]
-"""Estimator of best rates: parabola near the lowest loss, parabola through the whole curve, shift of whole curves."""
 
 
 def best_rates(sweeps: Iterable[Sweep]) -> "pd.DataFrame":
@@ -140,8 +137,7 @@ def exponents(sweeps: Sequence[Sweep], *, first_ranks: Sequence[int] = (1, 4, 16
     changes_gain = any(not math.isclose(curve.gain, sweep.curves[0].gain) for sweep in sweeps for curve in sweep.curves)
     for first in first_ranks:
         ranks = [f.curve.rank for sweep in sweeps for f in sweep.fits if f.is_inside and f.curve.rank >= first]
-        methods: tuple[Method, ...] = ("vertex", "quadratic", "registration")
-        for method in methods:
+        for method in get_args(Method):
             try:
                 value, models, curves = exponent(sweeps, ranks=(first, math.inf), method=method)
             except InputError:

@@ -6,7 +6,6 @@ one of them to another.
 """
 
 import contextlib
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from rora_theory.runs import frames
 from rora_theory.scaling import KAPPAS, LARGEST, Rule, exponent, scaling_factor
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.rate_curves import EDGE_SHARE, REPEATS, Curve
+from rora_theory.stats.trained_runs import TrainedRun, curve_of_runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -263,28 +263,22 @@ def _curve_of(runs: Sequence[Run]) -> Curve:
     none of its runs ended.
     """
     first = runs[0]
-    by_rate: dict[float, dict[int, list[float]]] = {}
+    seeds_of_rate: dict[float, set[int]] = {}
     for run in runs:
-        by_rate.setdefault(run.learning_rate, {}).setdefault(run.seed, []).append(run.loss)
-    rates = sorted(by_rate)
-    seeds = sorted({run.seed for run in runs})
-    is_grid = all(sorted(by_rate[rate]) == seeds for rate in rates)
-
-    def mean_of_ended(losses: Iterable[float]) -> float:
-        ended = [loss for loss in losses if math.isfinite(loss)]
-        return sum(ended) / len(ended) if ended else math.inf
-
-    if is_grid:
-        losses = np.array([[mean_of_ended(by_rate[rate][seed]) for rate in rates] for seed in seeds])
-    else:
-        losses = np.array([[mean_of_ended(itertools.chain(*by_rate[rate].values())) for rate in rates]])
-        seeds = [0]
+        seeds_of_rate.setdefault(run.learning_rate, set()).add(run.seed)
+    is_grid = len(set(map(frozenset, seeds_of_rate.values()))) == 1
+    # Losses of repeated runs.
+    by_cell: dict[tuple[float, int], list[float]] = {}
+    for run in runs:
+        by_cell.setdefault((run.learning_rate, run.seed if is_grid else 0), []).append(run.loss)
     rule = first.rule if isinstance(first.rule, str) else f"{first.rule:g}"
     scaling = scaling_factor(first.rule, alpha=first.alpha, rank=first.rank)
-    return Curve(
-        "adamw", "both", rule, exponent(first.rule), first.rank, scaling, np.array(rates), losses,
-        seeds=tuple(seeds), reach=REACH,
-    )  # fmt: skip
+    merged = []
+    for (rate, seed), losses in by_cell.items():
+        ended = [loss for loss in losses if math.isfinite(loss)]
+        mean = sum(ended) / len(ended) if ended else math.inf
+        merged.append(TrainedRun(rule, first.rank, scaling, rate, seed, mean, kappa=exponent(first.rule)))
+    return replace(curve_of_runs(merged), reach=REACH)
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,6 @@ from rora_theory.stats.verdicts import judge_equivalence
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = (
-    "optimizer", "trained", "rule", "kappa", "rank", "scaling", "learning_rate", "seed", "loss_train", "loss_held_out",
-)  # fmt: skip
-"""Columns of a table of losses, from which curves are built."""
-
 BEST_COLUMNS = (
     "optimizer", "trained", "rule", "kappa", "rank", "best_rate", "log2_error", "log2_half_width", "best_loss",
     "best_loss_error", "seeds", "error_over", "edge",

@@ -1,7 +1,7 @@
 """Trained runs of a grid of learning rates: their resampled records, their curve of loss against rate, their losses."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,23 +9,26 @@ from jaxtyping import Float
 
 from rora_theory.errors import InputError
 from rora_theory.stats.estimate import Estimate, over_seeds
-from rora_theory.stats.paired import mean_per_token, resampled_ratios
+from rora_theory.stats.paired import mean_per_token_over_seeds, resampled_ratios
 from rora_theory.stats.rate_curves import RECORDS, Curve, combine_errors
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """Held-out loss of one fine-tuning run with AdamW that trains both factors, after a number of steps.
+    """Loss of one training run after a number of steps: the cell of every matrix of runs.
 
     Attributes:
-      method: Name of the method or scaling rule.
+      method: Name of the method or scaling rule, the rule of its curve.
       rank: Rank of the adapter.
       gamma: Scaling of the adapter.
       rate: Peak learning rate.
       seed: Seed of the run.
-      loss: Held-out loss in nats per token; infinite if the run diverged.
+      loss: Loss, of a language model in nats per token on held-out records; infinite if the run diverged.
       records: Loss of each held-out record, summed over its tokens; None if the run diverged or has no such losses.
       tokens: Number of tokens of each record; None if ``records`` is None.
+      optimizer: Optimizer of the run.
+      trained: Trained factors: both, or B alone.
+      kappa: Exponent of the scaling rule gamma = alpha / r^kappa.
     """
 
     method: str
@@ -34,8 +37,16 @@ class TrainedRun:
     rate: float
     seed: int
     loss: float
-    records: np.ndarray | None
-    tokens: np.ndarray | None
+    records: np.ndarray | None = None
+    tokens: np.ndarray | None = None
+    optimizer: str = "adamw"
+    trained: str = "both"
+    kappa: float = 1.0
+
+    @property
+    def setting(self) -> tuple[str, str, str, float, int, float]:
+        """Everything but the rate and the seed: optimizer, trained factors, method, kappa, rank and scaling."""
+        return self.optimizer, self.trained, self.method, self.kappa, self.rank, self.gamma
 
     @classmethod
     def from_records(
@@ -82,16 +93,15 @@ def bootstrap(runs: Sequence[TrainedRun], draws: int, seed: int = 0) -> Float[np
     return losses
 
 
-def curve_of_runs(runs: Sequence[TrainedRun], *, kappa: float, draws: int) -> Curve:
-    """Return the curve of loss against learning rate of one method and rank.
+def curve_of_runs(runs: Sequence[TrainedRun], *, draws: int = 0) -> Curve:
+    """Return the curve of loss against learning rate of one setting.
 
     The bootstrap samples of the records are the same for every seed, rate and curve. If a run has no losses by record,
     the curve has no resampled losses.
 
     Args:
       runs: A run for every seed and rate of the curve.
-      kappa: Exponent of the scaling rule gamma = alpha / r^kappa.
-      draws: Number of bootstrap samples.
+      draws: Number of bootstrap samples of the records.
 
     Raises:
       InputError: If runs of one seed have different records.
@@ -104,14 +114,12 @@ def curve_of_runs(runs: Sequence[TrainedRun], *, kappa: float, draws: int) -> Cu
     # Bootstrap of each seed's runs, stacked to [draws, seeds, rates].
     samples = [sample for sample in (bootstrap(seed_runs, draws) for seed_runs in grid) if sample is not None]
     resampled = np.stack(samples, axis=1) if len(samples) == len(seeds) else None
-    first = runs[0]
-    setting = "adamw", "both", first.method, kappa, first.rank, first.gamma
     records = next((len(run.records) for run in runs if run.records is not None), 0)
-    return Curve(*setting, np.array(rates), losses, resampled, tuple(seeds), records)
+    return Curve(*runs[0].setting, np.array(rates), losses, resampled, tuple(seeds), records)
 
 
-def curves_of_runs(runs: Sequence[TrainedRun], *, draws: int, kappa: float = 1.0) -> list[Curve]:
-    """Return the curve of every method, rank and scaling with runs at three or more rates.
+def curves_of_runs(runs: Iterable[TrainedRun], *, draws: int = 0) -> list[Curve]:
+    """Return the curve of every setting with runs at three or more rates, in the order of the runs.
 
     A curve needs the same rates at every seed. Seeds with more rates are chosen first. A seed is left out if fewer than
     three rates would remain, or none at which no seed diverged.
@@ -119,14 +127,12 @@ def curves_of_runs(runs: Sequence[TrainedRun], *, draws: int, kappa: float = 1.0
     Args:
       runs: Runs of one matrix.
       draws: Number of bootstrap samples of the records.
-      kappa: Exponent of the scaling rule.
-
-    Returns:
-      The curves in ascending order of rank and scaling.
     """
-    settings = sorted({(run.rank, run.gamma, run.method) for run in runs})
-    grids = [_select_grid([run for run in runs if (run.rank, run.gamma, run.method) == key]) for key in settings]
-    return [curve_of_runs(grid, kappa=kappa, draws=draws) for grid in grids if grid]
+    by_setting: dict[tuple[str, str, str, float, int, float], list[TrainedRun]] = {}
+    for run in runs:
+        by_setting.setdefault(run.setting, []).append(run)
+    grids = map(_select_grid, by_setting.values())
+    return [curve_of_runs(grid, draws=draws) for grid in grids if grid]
 
 
 def _select_grid(runs: Sequence[TrainedRun]) -> list[TrainedRun]:
@@ -166,13 +172,11 @@ def loss_difference(first: Sequence[TrainedRun], second: Sequence[TrainedRun]) -
       InputError: If runs have different records.
     """
     runs = [*first, *second]
-    by_seeds = over_seeds(np.array([a.loss - b.loss for a, b in zip(first, second, strict=True)]))
     records = [run.records for run in runs if run.records is not None]
     if len(records) < len(runs):
-        return by_seeds
-    # Losses by record are averaged over the seeds of each side.
-    gaps = np.mean(records[: len(first)], axis=0) - np.mean(records[len(first) :], axis=0)
-    over_records = mean_per_token(gaps.tolist(), tokens_of(runs).astype(int).tolist())
+        return over_seeds(np.array([a.loss - b.loss for a, b in zip(first, second, strict=True)]))
+    gaps = np.stack(records[: len(first)]) - np.stack(records[len(first) :])
+    over_records, by_seeds = mean_per_token_over_seeds(gaps, tokens_of(runs).astype(int).tolist())
     return combine_errors(by_seeds, replace(over_records, over=RECORDS))
 
 

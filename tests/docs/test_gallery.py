@@ -51,7 +51,7 @@ def test_its_figures_have_the_options_of_today() -> None:
     drawn = {figure.path.stem: figure for figure in gallery.figures()}
     assert drawn["regime_takeover"].command == "regime"
     assert "teps after which A leads under Adam" in drawn["regime_takeover"].caption
-    assert "Slopes in the rank" in drawn["training_dynamics_linear_A_exponents"].caption
+    assert "Slopes in the rank" in drawn["training_dynamics_linear_exponents"].caption
     assert drawn["coordinate_check"].caption != drawn["coordinate_check_slopes"].caption
 
 

@@ -284,7 +284,7 @@ OTHER: dict[str, Any] = {
     },
     "lr_transfer": {
         "ranks": (4, 8), "teacher_rank": 2,
-        "steps": (7,), "seeds": (0, 3), "adam_lrs": (0.1, 0.2, 0.3), "sgd_lrs": (0.1, 0.2, 0.3), "starts": ("B",),
+        "steps": (7,), "seeds": (0, 3), "adam_lrs": (0.1, 0.2, 0.3), "sgd_lrs": (0.1, 0.2, 0.3),
     },
     "training_dynamics": {
         "ranks": (4, 8), "teacher_rank": 2, "steps": (1, 3), "seeds": (0, 3), "adam_lrs": (0.1,), "sgd_lrs": (0.1,),

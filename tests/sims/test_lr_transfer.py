@@ -8,7 +8,7 @@ from support import commands, drawings
 
 from figures import lr_transfer as figure
 from rora_theory.lab.sweep import controlled
-from rora_theory.stats.rate_curves import COLUMNS
+from rora_theory.lab.sweep.controlled_grid import LOSS_COLUMNS
 from sims import lr_transfer as sim
 
 SMALL = "--ranks 4 16 64 --optimizers adam --steps 8 --seeds 0 1 2 --p-in 32 --p-out 4 --samples 16 --held-out 16"
@@ -30,7 +30,7 @@ def finished(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_rows_and_their_figure(finished):
     rows = commands.rows(finished / "results.csv")
-    assert tuple(rows[0]) == COLUMNS
+    assert tuple(rows[0]) == LOSS_COLUMNS
     assert len(rows) == 2 * 3 * 3 * 3 * len(sim.LrTransferOptions().grid.adam_lrs)  # trained, rules, ranks, seeds
     for row in rows:
         assert float(row["scaling"]) == pytest.approx((4 / int(row["rank"])) ** float(row["kappa"]), rel=1e-5)

@@ -9,7 +9,7 @@ from support.trained_runs import trained_run
 from rora_theory.errors import InputError
 from rora_theory.stats.estimate import over_seeds
 from rora_theory.stats.rate_curves import estimate
-from rora_theory.stats.trained_runs import TrainedRun, bootstrap, curve_of_runs, loss_difference
+from rora_theory.stats.trained_runs import TrainedRun, bootstrap, curve_of_runs, curves_of_runs, loss_difference
 
 
 def test_the_bootstrap_draws_the_same_records_at_every_rate():
@@ -58,14 +58,17 @@ def test_a_curve_has_its_seeds_and_rates_in_order(lacks_records):
     """Runs come in any order. The resampled losses follow the seeds and rates if all runs have records."""
     tokens = np.array([1.0, 10.0, 100.0])
     runs = [
-        trained_run("rora", rate=rate, seed=seed, loss=seed + rate, records=(seed + rate) * tokens, tokens=tokens)
+        trained_run(
+            "rora", rate=rate, seed=seed, loss=seed + rate, records=(seed + rate) * tokens, tokens=tokens, kappa=0.5
+        )
         for seed in (3, 1)
         for rate in (0.4, 0.1, 0.2)
     ]
+    runs = [replace(run, kappa=0.5) for run in runs]
     runs[0] = replace(runs[0], loss=np.inf, records=None, tokens=None)
     if lacks_records:
         runs[1] = replace(runs[1], records=None, tokens=None)
-    curve = curve_of_runs(runs, kappa=0.5, draws=5)
+    curve = curve_of_runs(runs, draws=5)
     assert (curve.rule, curve.kappa, curve.rank, curve.scaling) == ("rora", 0.5, 8, 2.0)
     assert (curve.seeds, curve.rates.tolist()) == ((1, 3), [0.1, 0.2, 0.4])
     losses = [[1.1, 1.2, 1.4], [3.1, 3.2, np.inf]]
@@ -82,7 +85,6 @@ def test_the_interval_over_records_is_student_s(n):
     records = np.random.default_rng(n).normal(2.0, 0.5, n)
     curve = curve_of_runs(
         [trained_run(rate=rate, records=rate * records, tokens=np.ones(n)) for rate in (1.0, 2.0, 4.0)],
-        kappa=1.0,
         draws=20_000,
     )
     loss = estimate(lambda curve: curve.losses[:, 0], curve)
@@ -126,3 +128,14 @@ def test_both_errors_are_kept(by_seed, records, over):
     both = {"held-out records": by_records, "seeds and held-out records": np.hypot(by_seeds, by_records)}
     expected = both.get(over, by_seeds)
     assert difference.error == pytest.approx(expected, rel=1e-9)
+
+
+def test_curves_come_in_the_order_of_their_runs():
+    """Each optimizer, kind of training, method, rank and scaling has a curve of its own, if it has three rates."""
+    settings = ({"optimizer": "sgd"}, {"trained": "B"}, {"method": "rora"}, {"rank": 4}, {"gamma": 1.0}, {"kappa": 0.0})
+    runs = [trained_run(rate=rate, loss=rate, **setting) for rate in (0.3, 0.1, 0.2) for setting in settings]
+    curves = curves_of_runs([*runs, trained_run(rate=0.1), trained_run(rate=0.2)])
+    found = [(c.optimizer, c.trained, c.rule, c.rank, c.scaling, c.kappa) for c in curves]
+    plain = {"optimizer": "adamw", "trained": "both", "method": "lora", "rank": 8, "gamma": 2.0, "kappa": 1.0}
+    assert found == [tuple((plain | setting).values()) for setting in settings]
+    assert [curve.losses.tolist() for curve in curves] == [[[0.1, 0.2, 0.3]]] * len(settings)

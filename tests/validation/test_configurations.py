@@ -89,9 +89,9 @@ INVALID: dict[type, dict[str, tuple]] = {
     | {"noise": (-1.0,), "overlap": (-0.1, 1.5), "model": ("cnn",)},
     RateGrid: {"adam_lrs": ((1.0, 2.0),), "sgd_lrs": ((1.0, 2.0),)},
     ControlledGrid: {"ranks": ((4,), (4, 4)), "rules": (("lora", 1.0), ("best",), (0.5, "rora"))}
-    | {"optimizers": (("lion",),), "models": ((),), "starts": (("C",),), "init": ("xavier",)}
+    | {"optimizers": (("lion",),), "models": ((),)}
     | {"adam_lrs": ((), (1.0, 1.0)), "sgd_lrs": ((1.0, -1.0),), "steps": ((2, 1), (0,))}
-    | {"seeds": ((1,), (0, 2**32)), "gamma": (0.0,), "reference_rank": (0,), "seed": (-1,)},
+    | {"seeds": ((1,), (0, 2**32)), "seed": (-1,)},
     ClusterConfig: {"workers": (0,), "cell_cpus": (0.0,), "cell_gpus": (-1.0,), "cell_memory": (0.0, NAN)}
     | {"address": ("ray://head:10001", "head")},
     Scoring: same_values("num_beams max_new_tokens", 0) | {"template": ("alpaca",), "protocol": ("acc",)},

@@ -28,7 +28,6 @@ import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from rora_theory.errors import InputError
-from rora_theory.inits import Init
 from rora_theory.laws.random import nested
 from rora_theory.optimizers import OptimizerName, make_optimizer
 from rora_theory.scaling import check_between, check_choice
@@ -38,17 +37,10 @@ from rora_theory.validation.rules import check_steps
 Model = Literal["linear", "mlp"]
 """Architecture of teacher and student."""
 
-Start = Literal["A", "B"]
-"""Factor with a random initialisation; the other one starts at zero."""
-
 MODELS: tuple[Model, ...] = get_args(Model)
-STARTS: tuple[Start, ...] = get_args(Start)
 
 DIVERGED = 10.0
 """Factor over its initial value at which a training loss counts as diverged, like a loss that is not finite."""
-
-_SQUARINGS = 12
-"""Number of squarings of the Gram matrix in `spectral_norm`."""
 
 Weights = tuple[Float[Array, "_out _in"], ...]
 """Frozen weight W of each layer."""
@@ -141,10 +133,6 @@ class Measures(NamedTuple):
       output_train: Root mean square of the change of the output over training inputs and outputs.
       output_held_out: Root mean square of the change of the output over held-out inputs and outputs.
       delta_frobenius: Frobenius norm of gamma B A over all layers.
-      delta_spectral: Largest spectral norm of gamma B A of a layer.
-      inner: Root mean square of A x on the training inputs, over ranks and layers.
-      grad_A: Frobenius norm of the gradient of A over all layers.
-      grad_B: Frobenius norm of the gradient of B over all layers.
     """
 
     loss_train: Float[Array, "*s"]
@@ -152,10 +140,6 @@ class Measures(NamedTuple):
     output_train: Float[Array, "*s"]
     output_held_out: Float[Array, "*s"]
     delta_frobenius: Float[Array, "*s"]
-    delta_spectral: Float[Array, "*s"]
-    inner: Float[Array, "*s"]
-    grad_A: Float[Array, "*s"]
-    grad_B: Float[Array, "*s"]
 
 
 def draw_problem(key: PRNGKeyArray, config: ProblemConfig) -> Problem:
@@ -183,34 +167,22 @@ def draw_problem(key: PRNGKeyArray, config: ProblemConfig) -> Problem:
     return Problem(tuple(weights), x[:n], x[n:], target[:n], target[n:])
 
 
-def draw_adapters(
-    key: PRNGKeyArray, config: ProblemConfig, *, rank: int, start: Start = "A", init: Init = "kaiming_uniform"
-) -> Adapters:
-    """Sample the initial adapters, nested over ranks (`rora_theory.laws.random.nested`); their change is zero.
+def draw_adapters(key: PRNGKeyArray, config: ProblemConfig, *, rank: int) -> Adapters:
+    """Sample the initial adapters: A as PEFT does, nested over ranks (`rora_theory.laws.random.nested`), and B = 0.
 
     Args:
-      key: Key of the random factor.
+      key: Key of A.
       config: Settings of the problem, which determine the shapes of the layers.
       rank: Rank r of the adapters. It may exceed the widths of the layers.
-      start: Random factor. ``"A"``: A from ``init``, B = 0. ``"B"``: A = 0, B from `nested.draw_b`.
-      init: Initialisation of A.
 
     Returns:
       The factors of each layer.
-
-    Raises:
-      InputError: If the start is unknown.
     """
-    check_choice("start", start, STARTS)
     adapters = []
-    # A key for each layer. The other factor is 0, so that the adapter changes nothing at the start.
     for index, (out, fan_in) in enumerate(config.shapes):
-        layer_key = jax.random.fold_in(key, index)
-        if start == "A":
-            lora_A, lora_B = nested.draw_a(layer_key, init, rank=rank, p_in=fan_in), jnp.zeros((out, rank), jnp.float32)
-        else:
-            lora_A, lora_B = jnp.zeros((rank, fan_in), jnp.float32), nested.draw_b(layer_key, p_out=out, rank=rank)
-        adapters.append({"lora_A": lora_A, "lora_B": lora_B})
+        # A key for each layer.
+        lora_A = nested.draw_a(jax.random.fold_in(key, index), "kaiming_uniform", rank=rank, p_in=fan_in)
+        adapters.append({"lora_A": lora_A, "lora_B": jnp.zeros((out, rank), jnp.float32)})
     return tuple(adapters)
 
 
@@ -248,7 +220,7 @@ def trajectory(
     learning_rate: Float[Array, ""] | float,
     optimizer: OptimizerName,
     steps: tuple[int, ...],
-    frozen: str | None = None,
+    freeze_A: bool = False,
 ) -> Measures:
     """Train one seed's adapters, and measure before the first step and after each of ``steps``.
 
@@ -259,14 +231,14 @@ def trajectory(
       learning_rate: Learning rate eta, above 0.
       optimizer: Name of the optimizer, see `rora_theory.optimizers.make_optimizer`; it uses full batches.
       steps: Numbers of updates at which to measure, ascending, each 1 or more.
-      frozen: Factor that is not trained, ``"A"`` or ``"B"``. None trains both.
+      freeze_A: Whether B is trained alone.
 
     Returns:
       The measurements, with an axis of ``1 + len(steps)``.
     """
     check_steps(steps)
     transformation = make_optimizer(optimizer, learning_rate)
-    update = _update(transformation, problem, scaling, frozen)
+    update = _update(transformation, problem, scaling, freeze_A=freeze_A)
 
     # Each element of the scan runs to the next recorded step and measures there.
     def segment(carry: tuple[Adapters, Any], length: Array) -> tuple[tuple[Adapters, Any], Measures]:
@@ -278,7 +250,7 @@ def trajectory(
     return jax.lax.scan(segment, (adapters, transformation.init(adapters)), lengths)[1]
 
 
-@partial(jax.jit, static_argnames=("optimizer", "steps", "frozen"))
+@partial(jax.jit, static_argnames=("optimizer", "steps", "freeze_A"))
 def trajectories(
     adapters: Adapters,
     problem: Problem,
@@ -287,7 +259,7 @@ def trajectories(
     *,
     optimizer: OptimizerName,
     steps: tuple[int, ...],
-    frozen: str | None = None,
+    freeze_A: bool = False,
 ) -> Measures:
     """Compute `trajectory` for a leading axis of seeds in both pytrees and every learning rate in one compiled call.
 
@@ -296,7 +268,13 @@ def trajectories(
 
     def train_one(params: Adapters, seed_problem: Problem, rate: Array) -> Measures:
         return trajectory(
-            params, seed_problem, scaling=scaling, learning_rate=rate, optimizer=optimizer, steps=steps, frozen=frozen
+            params,
+            seed_problem,
+            scaling=scaling,
+            learning_rate=rate,
+            optimizer=optimizer,
+            steps=steps,
+            freeze_A=freeze_A,
         )
 
     return jax.vmap(jax.vmap(train_one, in_axes=(None, None, 0)), in_axes=(0, 0, None))(
@@ -306,31 +284,16 @@ def trajectories(
 
 def measure_student(adapters: Adapters, problem: Problem, scaling: Float[Array, ""] | float) -> Measures:
     """Measure the student once, without an axis of steps."""
-    grads = jax.grad(loss)(adapters, problem.weights, problem.x_train, problem.target_train, scaling)
     train, held_out = (
         output_change(adapters, problem.weights, x, scaling) for x in (problem.x_train, problem.x_held_out)
     )
-    # A x of each layer, recorded while the change of the output is computed.
-    inner: list[Array] = []
-
-    def record_inner(layer: int, u: Array) -> Array:
-        tensors = adapters[layer]
-        inner.append(u @ tensors["lora_A"].T)
-        return scaling * (inner[-1] @ tensors["lora_B"].T)
-
-    _output_change(problem.weights, problem.x_train, record_inner)
-    # Weight change B A of each layer, without the scaling.
-    products = [tensors["lora_B"] @ tensors["lora_A"] for tensors in adapters]
+    squares = sum(jnp.sum((tensors["lora_B"] @ tensors["lora_A"]) ** 2) for tensors in adapters)
     return Measures(
         loss_train=jnp.sum((train - problem.target_train) ** 2) / (2 * train.shape[0]),
         loss_held_out=jnp.sum((held_out - problem.target_held_out) ** 2) / (2 * held_out.shape[0]),
         output_train=_rms(train),
         output_held_out=_rms(held_out),
-        delta_frobenius=scaling * _norm(products),
-        delta_spectral=scaling * jnp.max(jnp.stack([spectral_norm(product) for product in products])),
-        inner=jnp.sqrt(sum(jnp.sum(a**2) for a in inner) / sum(a.size for a in inner)),
-        grad_A=_norm([tensors["lora_A"] for tensors in grads]),
-        grad_B=_norm([tensors["lora_B"] for tensors in grads]),
+        delta_frobenius=scaling * jnp.sqrt(squares),
     )
 
 
@@ -340,8 +303,6 @@ def draw_ensemble(
     rank: int,
     seeds: Sequence[int],
     seed: int = 0,
-    start: Start = "A",
-    init: Init = "kaiming_uniform",
 ) -> tuple[Adapters, Problem]:
     """Sample adapters and problems with a leading axis of seeds.
 
@@ -352,8 +313,6 @@ def draw_ensemble(
       rank: Rank of the adapters.
       seeds: Seeds of the problems and adapters.
       seed: Seed from which all keys are derived.
-      start: Factor with a random initialisation, see `draw_adapters`.
-      init: Initialisation of A.
 
     Returns:
       The adapters and the problems.
@@ -363,7 +322,7 @@ def draw_ensemble(
         np.asarray(seeds, np.uint32)
     )
     problems = jax.vmap(lambda key: draw_problem(key, config))(keys[:, 0])
-    adapters = jax.vmap(lambda key: draw_adapters(key, config, rank=rank, start=start, init=init))(keys[:, 1])
+    adapters = jax.vmap(lambda key: draw_adapters(key, config, rank=rank))(keys[:, 1])
     return adapters, problems
 
 
@@ -375,7 +334,7 @@ def train_ensemble(
     rates: Sequence[float] | Float[np.ndarray, " rates"],
     optimizer: OptimizerName,
     steps: tuple[int, ...],
-    frozen: str | None = None,
+    freeze_A: bool = False,
 ) -> tuple[dict[str, Float[np.ndarray, "seeds rates recorded"]], Bool[np.ndarray, "seeds rates recorded"]]:
     """Train an ensemble at every learning rate, and measure it before the first step and after each of ``steps``.
 
@@ -386,7 +345,7 @@ def train_ensemble(
       rates: Learning rates, above 0.
       optimizer: Name of the optimizer.
       steps: Numbers of updates at which to measure, ascending.
-      frozen: Factor that is not trained, ``"A"`` or ``"B"``. None trains both.
+      freeze_A: Whether B is trained alone.
 
     Returns:
       The fields of `Measures` by name, and a mask of diverged runs, whose loss is not finite or more than `DIVERGED`
@@ -394,43 +353,13 @@ def train_ensemble(
     """
     learning_rates = jnp.asarray(rates, jnp.float32)
     measured = trajectories(
-        adapters, problems, scaling, learning_rates, optimizer=optimizer, steps=steps, frozen=frozen
+        adapters, problems, scaling, learning_rates, optimizer=optimizer, steps=steps, freeze_A=freeze_A
     )
     values = {name: np.asarray(value, np.float64) for name, value in measured._asdict().items()}
     is_finite = np.all([np.isfinite(value) for value in values.values()], axis=0)
     is_bounded = values["loss_train"] <= DIVERGED * values["loss_train"][..., :1]
     # Along the steps, a run stays diverged once it has diverged.
     return values, np.maximum.accumulate(~(is_finite & is_bounded), axis=-1)
-
-
-def spectral_norm(matrix: Float[Array, "m n"]) -> Float[Array, ""]:
-    r"""Compute the largest singular value by repeated squaring of the smaller Gram matrix K.
-
-    The result is the root of :math:`\mathrm{tr}\,K^{p+1} / \mathrm{tr}\,K^p` with p = 2^12, a lower bound. It is exact
-    to float32 rounding unless other singular values are within 1/p of the largest; its relative error never exceeds
-    min(m, n) / (5 p). It uses matrix products only, because batched LAPACK calls in one program can deadlock in a CPU's
-    thread pool.
-
-    Args:
-      matrix: Matrix of any shape.
-
-    Returns:
-      The largest singular value.
-    """
-    # Scale the entries to 1, because squares of small changes underflow.
-    tiny = jnp.finfo(jnp.float32).tiny
-    largest_entry = jnp.maximum(jnp.max(jnp.abs(matrix)), tiny)
-    wide = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T) / largest_entry
-    gram = wide @ wide.T
-
-    # Powers of the Gram matrix, normalised to trace 1.
-    def square(_: Array, power: Array) -> Array:
-        squared = power @ power
-        return squared / jnp.maximum(jnp.trace(squared), tiny)
-
-    start = gram / jnp.maximum(jnp.trace(gram), tiny)
-    power = jax.lax.fori_loop(0, _SQUARINGS, square, start)
-    return largest_entry * jnp.sqrt(jnp.sum(power * gram))  # tr(K^p K) with tr(K^p) = 1
 
 
 def _output_change(weights: tuple[Array, ...], x: Array, delta: Callable[[int, Array], Array]) -> Array:
@@ -460,7 +389,7 @@ def _tanh_difference(a: Array, d: Array) -> Array:
 
 
 def _update(
-    transformation: optax.GradientTransformation, problem: Problem, scaling: Any, frozen: str | None
+    transformation: optax.GradientTransformation, problem: Problem, scaling: Any, *, freeze_A: bool
 ) -> Callable[[Any, tuple[Adapters, Any]], tuple[Adapters, Any]]:
     """Return the body of a loop over full-batch steps; its carry is the adapters and the optimizer's state."""
 
@@ -472,10 +401,9 @@ def _update(
         # Optax relies on type promotion; this package's code also passes under the strict rules.
         with jax.numpy_dtype_promotion("standard"):
             updates, state = transformation.update(jax.grad(loss_of)(adapters), state, adapters)
-            # The frozen factor gets a gradient, but its update is dropped.
-            if frozen is not None:
-                name = f"lora_{frozen}"
-                updates = tuple({**tensors, name: jnp.zeros_like(tensors[name])} for tensors in updates)
+            # A frozen A gets a gradient, but its update is dropped.
+            if freeze_A:
+                updates = tuple({**tensors, "lora_A": jnp.zeros_like(tensors["lora_A"])} for tensors in updates)
             return optax.apply_updates(adapters, updates), state
 
     return update
@@ -483,7 +411,3 @@ def _update(
 
 def _rms(a: Array) -> Array:
     return jnp.sqrt(jnp.mean(a**2))
-
-
-def _norm(arrays: Sequence[Array]) -> Array:
-    return jnp.sqrt(sum(jnp.sum(a**2) for a in arrays))

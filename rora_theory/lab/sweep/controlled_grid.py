@@ -8,26 +8,35 @@ best_rates(curves_of_losses(losses_at_end(rows)))
 
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from rora_theory.inits import INITS, Init
-from rora_theory.lab.sweep import controlled, rank_exponents
-from rora_theory.lab.sweep.controlled import MODELS, STARTS, Model, ProblemConfig, ProblemSize, Start
-from rora_theory.lab.sweep.rank_exponents import CELL, QUANTITIES, Answer
+from rora_theory.lab.sweep import controlled
+from rora_theory.lab.sweep.controlled import MODELS, Model, ProblemConfig, ProblemSize
+from rora_theory.lab.sweep.rank_exponents import CELL, QUANTITIES
 from rora_theory.laws.random.seeds import check_seed
 from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
+from rora_theory.runs import frames
 from rora_theory.scaling import Rule, check_choice, check_integer, check_positive, exponent, scaling_factor
-from rora_theory.stats import rate_curves
 from rora_theory.stats.rate_curves import Curve
+from rora_theory.stats.trained_runs import TrainedRun, curves_of_runs
 from rora_theory.validation.ranges import check_ranges
 from rora_theory.validation.rules import alpha_at, check_list, check_rules, check_steps, name_of
 
 COLUMNS = (*CELL, "seed", "step", "diverged", *QUANTITIES)
 """Columns of the table of measurements."""
+
+LOSS_COLUMNS = (*CELL[1:], "seed", "loss_train", "loss_held_out")
+"""Columns of the table of losses, from which curves are built."""
+
+GAMMA, REFERENCE_RANK = 1.0, 4
+"""Scaling factor of every rule at the reference rank."""
+
+Trained = Literal["both", "B"]
+"""Trained factors: both, or B alone with A frozen."""
 
 JudgedLoss = Literal["held_out", "train"]
 """Loss by which learning rates are compared."""
@@ -35,9 +44,7 @@ JudgedLoss = Literal["held_out", "train"]
 UNITS = {
     "loss": "squared error / 2, summed over outputs, averaged over inputs",
     "output_train, output_held_out": "root mean square of the change of the model's output",
-    "delta_frobenius, delta_spectral": "|gamma B A|_F over layers together, largest |gamma B A|_2 of a layer",
-    "inner": "root mean square of A x on training inputs",
-    "grad_A, grad_B": "Frobenius norm of the gradient at that step's parameters",
+    "delta_frobenius": "|gamma B A|_F over layers together",
     "_se": "standard error of the mean over the seeds that did not diverge",
     "loss_left": "lowest training loss among the fitted ranks, relative to its start; near 0 the output cannot grow",
     "trained": "both factors, or B alone with A frozen",
@@ -60,10 +67,8 @@ class ControlledGrid:
     """Optimizers: sgd, momentum (0.9), adam, adamw (weight decay 0.01)"""
     models: tuple[Model, ...] = MODELS
     """Models: linear [p_out, p_in], and mlp [p_out, hidden] tanh [hidden, p_in]"""
-    starts: tuple[Start, ...] = STARTS
-    """Factors with a random initialisation; the other one starts at zero"""
     freeze_control: bool = True
-    """Repeat the runs that start with A random, with A frozen"""
+    """Repeat the runs with A frozen"""
     adam_lrs: tuple[float, ...] = (1e-4,)
     """Learning rates of adam and adamw"""
     sgd_lrs: tuple[float, ...] = (0.003,)
@@ -72,12 +77,6 @@ class ControlledGrid:
     """Numbers of updates at which to measure, ascending, each on all training inputs; the start is also measured"""
     seeds: tuple[int, ...] = tuple(range(8))
     """Seeds of the problems and adapters, 2 or more for error bars"""
-    gamma: float = 1.0
-    """Scaling factor of every rule at the reference rank"""
-    reference_rank: int = 4
-    """Rank at which all rules have the same scaling factor"""
-    init: Init = "kaiming_uniform"
-    """Initialisation of A, if A starts random"""
     problem: ProblemSize = field(default_factory=ProblemSize)
     """Sizes and distribution of the problem"""
     seed: int = 0
@@ -85,11 +84,9 @@ class ControlledGrid:
 
     def __post_init__(self) -> None:
         check_list("--ranks", self.ranks, check_integer, fewest=2)
-        # All rules have the same gamma at the reference rank.
-        check_rules(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
-        for name, choices in (("optimizers", OPTIMIZER_NAMES), ("models", MODELS), ("starts", STARTS)):
+        check_rules(self.rules, gamma=GAMMA, reference_rank=REFERENCE_RANK)
+        for name, choices in (("optimizers", OPTIMIZER_NAMES), ("models", MODELS)):
             check_list(f"--{name}", getattr(self, name), partial(check_choice, choices=choices))
-        check_choice("--init", self.init, INITS)
         for option, rates in (("--adam-lrs", self.adam_lrs), ("--sgd-lrs", self.sgd_lrs)):
             check_list(option, rates, check_positive)
         check_steps(self.steps)
@@ -104,9 +101,10 @@ class ControlledGrid:
             return np.sort(self.adam_lrs)
         return np.sort(self.sgd_lrs) / (10 if optimizer == "momentum" else 1)
 
-    def trained(self, start: Start) -> tuple[Literal["both", "B"], ...]:
-        """Return the trained factors of each run with this start; B alone means that A is frozen."""
-        return ("both", "B") if self.freeze_control and start == "A" else ("both",)
+    @property
+    def trained(self) -> tuple[Trained, ...]:
+        """Trained factors of the runs; B alone means that A is frozen."""
+        return ("both", "B") if self.freeze_control else ("both",)
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,6 @@ class ControlledCell:
 
     Attributes:
       model: Model of teacher and student.
-      start: Factor with a random initialisation.
       trained: Trained factors: both, or B alone with A frozen.
       optimizer: Optimizer of the runs.
       rank: Rank of the adapters.
@@ -123,25 +120,24 @@ class ControlledCell:
     """
 
     model: Model
-    start: Start
-    trained: Literal["both", "B"]
+    trained: Trained
     optimizer: OptimizerName
     rank: int
     rule: Rule
 
     def __str__(self) -> str:
         """Return the label of the cell, as progress messages show it."""
-        return f"{self.model}, {self.optimizer}, {name_of(self.rule)}, {self.start} random, r = {self.rank}"
+        frozen = ", A frozen" if self.trained == "B" else ""
+        return f"{self.model}, {self.optimizer}, {name_of(self.rule)}{frozen}, r = {self.rank}"
 
 
 def cells_of(grid: ControlledGrid) -> list[ControlledCell]:
     """Return the cells of a grid; cells that share a compiled function are adjacent."""
     return [
-        ControlledCell(model, start, trained, optimizer, rank, rule)
+        ControlledCell(model, trained, optimizer, rank, rule)
         for model in grid.models
         for optimizer in grid.optimizers
-        for start in grid.starts
-        for trained in grid.trained(start)
+        for trained in grid.trained
         for rank in sorted(grid.ranks)
         for rule in grid.rules
     ]
@@ -157,15 +153,13 @@ def train_cell(
       cell: Cell to train.
       quantities: Fields of `Measures` in the rows.
     """
-    alpha = alpha_at(cell.rule, gamma=grid.gamma, reference_rank=grid.reference_rank)
+    alpha = alpha_at(cell.rule, gamma=GAMMA, reference_rank=REFERENCE_RANK)
     scaling, rates = scaling_factor(cell.rule, alpha=alpha, rank=cell.rank), grid.rates(cell.optimizer)
     adapters, problems = controlled.draw_ensemble(
         ProblemConfig(model=cell.model, **asdict(grid.problem)),
         rank=cell.rank,
         seeds=grid.seeds,
         seed=grid.seed,
-        start=cell.start,
-        init=grid.init,
     )
     # Arrays [seeds, rates, 1 + steps].
     values, diverged = controlled.train_ensemble(
@@ -175,7 +169,7 @@ def train_cell(
         rates=rates,
         optimizer=cell.optimizer,
         steps=grid.steps,
-        frozen=cell.start if cell.trained == "B" else None,
+        freeze_A=cell.trained == "B",
     )
     # Tidy rows: the cell's columns, then seed, step and measurements.
     labels = asdict(cell) | {"rule": name_of(cell.rule), "kappa": exponent(cell.rule), "scaling": scaling}
@@ -191,12 +185,12 @@ def train_cell(
 
 
 def losses_at_end(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the losses after the last step with the columns `rate_curves.COLUMNS`; infinite if the run diverged."""
+    """Return the losses after the last step with the columns `LOSS_COLUMNS`; infinite if the run diverged."""
     ends = rows[rows["step"] == rows["step"].max()]
     losses = {
         name: ends[name].astype(float).where(ends["diverged"] == 0, np.inf) for name in ("loss_train", "loss_held_out")
     }
-    return ends.assign(**losses)[list(rate_curves.COLUMNS)].reset_index(drop=True)
+    return ends.assign(**losses)[list(LOSS_COLUMNS)].reset_index(drop=True)
 
 
 def curves_of_losses(table: pd.DataFrame, judge: JudgedLoss = "held_out") -> list[Curve]:
@@ -205,27 +199,11 @@ def curves_of_losses(table: pd.DataFrame, judge: JudgedLoss = "held_out") -> lis
     Args:
       table: Losses of complete cells.
       judge: Loss that the curves show: on held-out or on training inputs.
-
-    Returns:
-      One curve per cell.
     """
-    curves = []
-    for key, group in table.groupby(list(rate_curves.COLUMNS[:6]), sort=False):
-        optimizer, trained, rule, kappa, rank, scaling = cast(tuple[Any, ...], key)
-        by_rate = group.pivot(index="seed", columns="learning_rate", values=f"loss_{judge}")
-        rates, values = by_rate.columns.to_numpy(float), by_rate.to_numpy(float)
-        curves.append(Curve(optimizer, trained, rule, float(kappa), int(rank), float(scaling), rates, values))
-    return curves
-
-
-def grid_answers(grid: ControlledGrid, fits: pd.DataFrame) -> list[Answer]:
-    """Answer the questions about claims in the literature from the slopes of `rank_exponents.exponent_fits`."""
-    return rank_exponents.answers(
-        fits,
-        models=grid.models if "A" in grid.starts else (),
-        optimizers=grid.optimizers,
-        kappas=[exponent(rule) for rule in grid.rules],
-        ranks=grid.ranks,
-        overlap=grid.problem.overlap,
-        freeze_control=grid.freeze_control,
-    )
+    return curves_of_runs(
+        TrainedRun(
+            row["rule"], row["rank"], row["scaling"], row["learning_rate"], row["seed"], row[f"loss_{judge}"],
+            optimizer=row["optimizer"], trained=row["trained"], kappa=row["kappa"],
+        )
+        for row in frames.rows(table)
+    )  # fmt: skip

@@ -33,7 +33,8 @@ def curves_at(runs: Sequence[SweepRun], tokens: Sequence[int], step: int, *, dra
     Returns:
       The curves in ascending order of rank and scaling.
     """
-    return curves_of_runs([run.at(step, tokens) for run in runs if run.rate and run.reaches(step)], draws=draws)
+    trained = [run.at(step, tokens) for run in runs if run.rate and run.reaches(step)]
+    return curves_of_runs(sorted(trained, key=_order), draws=draws)
 
 
 def training_curves_at(runs: Sequence[SweepRun], step: int, *, draws: int) -> list[Curve]:
@@ -49,7 +50,11 @@ def training_curves_at(runs: Sequence[SweepRun], step: int, *, draws: int) -> li
       The curves in ascending order of rank and scaling, as for `curves_at`.
     """
     trained = (run.in_training_at(step) for run in runs if run.rate)
-    return curves_of_runs([run for run in trained if run is not None], draws=draws)
+    return curves_of_runs(sorted((run for run in trained if run is not None), key=_order), draws=draws)
+
+
+def _order(run: TrainedRun) -> tuple[Any, ...]:
+    return run.rank, run.gamma, run.method
 
 
 def best_rate_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:

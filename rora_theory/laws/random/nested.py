@@ -43,23 +43,3 @@ def rows(key: PRNGKeyArray, init: Init, *, count: int, p_in: int) -> Float[Array
 def relative_deviation(init: Init, *, rank: int, p_in: int) -> float:
     """Return the standard deviation of A's entries relative to rank 1; it depends on the rank only for ``gaussian``."""
     return inits.entries(init, rank=rank, p_in=p_in).deviation / inits.entries(init, rank=1, p_in=p_in).deviation
-
-
-def draw_b(key: PRNGKeyArray, *, p_out: int, rank: int) -> Float[Array, "p_out rank"]:
-    """Sample B for an adapter with A = 0 from U(-1/sqrt(r), 1/sqrt(r)), PyTorch's default for a layer with r inputs.
-
-    The columns are nested up to their standard deviation, 1/sqrt(3 r).
-
-    Args:
-      key: Key of all columns.
-      p_out: Number of rows.
-      rank: Number of columns.
-
-    Returns:
-      The factor B.
-    """
-    columns = draw_a(key, "kaiming_uniform", rank=rank, p_in=p_out)
-    drawn_deviation, target_deviation = (
-        inits.entries("kaiming_uniform", rank=1, p_in=fan_in).deviation for fan_in in (p_out, rank)
-    )
-    return (target_deviation / drawn_deviation) * columns.T

@@ -14,13 +14,13 @@ from rora_theory.validation.rules import check_steps
 LINEAR = ProblemConfig(p_in=24, p_out=6, samples=4, held_out=5, overlap=0.5, teacher_rank=2)
 MLP = ProblemConfig(model="mlp", p_in=12, hidden=9, p_out=4, samples=5, held_out=3, teacher_rank=2)
 draw_problem = jax.jit(controlled.draw_problem, static_argnames="config")
-draw_adapters = jax.jit(controlled.draw_adapters, static_argnames=("config", "rank", "start"))
-output_change, spectral_norm = jax.jit(controlled.output_change), jax.jit(controlled.spectral_norm)
+draw_adapters = jax.jit(controlled.draw_adapters, static_argnames=("config", "rank"))
+output_change = jax.jit(controlled.output_change)
 
 
-def draw_pair(config, rank=4, seed=0, start="A"):
+def draw_pair(config, rank=4, seed=0):
     problem_key, adapter_key = jax.random.split(jax.random.key(seed))
-    return draw_problem(problem_key, config), draw_adapters(adapter_key, config, rank=rank, start=start)
+    return draw_problem(problem_key, config), draw_adapters(adapter_key, config, rank=rank)
 
 
 def stacked(config, rank, seeds):
@@ -107,8 +107,8 @@ def test_first_step_has_the_exact_law(optimizer):
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
-@pytest.mark.parametrize("frozen", [None, "A"])
-def test_steps_by_hand(optimizer, frozen):
+@pytest.mark.parametrize("freeze_A", [False, True])
+def test_steps_by_hand(optimizer, freeze_A):
     """Four steps of both factors agree with explicit gradients and the optimizers' formulas, in float64."""
     problem, adapters = draw_pair(LINEAR)
     rate, scaling, steps = 0.02, 0.8, 4
@@ -129,54 +129,22 @@ def test_steps_by_hand(optimizer, frozen):
                 update = first[name] / (1 - 0.9**step)
                 update = update / (np.sqrt(second[name] / (1 - 0.999**step)) + optimizers.EPSILON)
                 update = update + optimizers.WEIGHT_DECAY * state[name]
-            if name != f"lora_{frozen}":
+            if name == "lora_B" or not freeze_A:
                 state[name] = state[name] - rate * update
     measures = controlled.trajectory(
-        adapters, problem, scaling=scaling, learning_rate=rate, optimizer=optimizer, steps=(2, steps), frozen=frozen
+        adapters, problem, scaling=scaling, learning_rate=rate, optimizer=optimizer, steps=(2, steps), freeze_A=freeze_A
     )
     delta = scaling * state["lora_B"] @ state["lora_A"]
     residual = (x @ delta.T - target) / len(x)
     expected = {
         "delta_frobenius": np.linalg.norm(delta),
-        "delta_spectral": np.linalg.norm(delta, 2),
         "output_train": np.sqrt(np.mean((x @ delta.T) ** 2)),
         "output_held_out": np.sqrt(np.mean((wide(problem.x_held_out) @ delta.T) ** 2)),
-        "inner": np.sqrt(np.mean((x @ state["lora_A"].T) ** 2)),
-        "grad_A": scaling * np.linalg.norm(state["lora_B"].T @ residual.T @ x),
-        "grad_B": scaling * np.linalg.norm(residual.T @ x @ state["lora_A"].T),
         "loss_train": np.sum((x @ delta.T - target) ** 2) / (2 * len(x)),
     }
     for name, value in expected.items():
         # Adam divides by gradients that pass near zero, where float32 rounding is not small: 2e-4.
         assert float(getattr(measures, name)[2]) == pytest.approx(value, rel=2e-4), name
-
-
-@pytest.mark.slow
-def test_start_of_b():
-    """With A = 0 and B random nothing changes at first, A alone has a gradient, and freezing B preserves it."""
-    problem, adapters = draw_pair(MLP, start="B")
-    measures = controlled.trajectory(
-        adapters, problem, scaling=1.0, learning_rate=0.1, optimizer="sgd", steps=(1, 3), frozen="B"
-    )
-    assert float(measures.output_train[0]) == 0.0
-    assert float(measures.grad_B[0]) == 0.0 < float(measures.grad_A[0])
-    assert float(measures.output_train[1]) > 0
-    assert np.all(np.diff(np.asarray(measures.loss_train)) < 0)
-
-
-@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (40, 60)])
-@pytest.mark.parametrize("size", [1e-25, 1.0])
-def test_spectral_norm(shape, size):
-    """The norm is exact to float32 rounding, and 0 for a zero matrix."""
-    matrix = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    actual = float(spectral_norm(jnp.asarray(size * matrix)))
-    assert actual == pytest.approx(size * np.linalg.norm(matrix.astype(np.float64), 2), rel=5e-6)
-    assert float(spectral_norm(jnp.zeros(shape))) == 0.0
-
-
-def test_spectral_norm_of_equal_singular_values():
-    matrix = np.linalg.qr(np.random.default_rng(0).normal(size=(30, 30)))[0].astype(np.float32)
-    assert float(spectral_norm(jnp.asarray(matrix))) == pytest.approx(1, rel=30 / (5 * 2**12))
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -186,8 +154,6 @@ def test_bad_settings():
     for steps in ((), (0, 1), (2, 2), (3, 1)):
         with pytest.raises(InputError, match="steps"):
             check_steps(steps)
-    with pytest.raises(InputError, match=r"start.*'C'"):
-        controlled.draw_adapters(jax.random.key(0), LINEAR, rank=2, start="C")
 
 
 @pytest.mark.slow

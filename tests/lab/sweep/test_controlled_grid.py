@@ -33,26 +33,26 @@ def test_rates_of_an_optimizer() -> None:
 
 
 def test_cells() -> None:
-    """Ranks ascend, rules of a rank are adjacent, and B alone is trained as a control if A starts random."""
+    """Ranks ascend, rules of a rank are adjacent, and B alone is trained as a control."""
     cells = controlled_grid.cells_of(GRID)
-    assert len(cells) == len(set(cells)) == 2 * 2 * 3 * 2
+    assert len(cells) == len(set(cells)) == 2 * 2 * 2 * 2
     assert [(cell.rank, cell.rule) for cell in cells[:4]] == [(2, "rora"), (2, 0.0), (8, "rora"), (8, 0.0)]
-    assert [(cell.start, cell.trained) for cell in cells[:12:4]] == [("A", "both"), ("A", "B"), ("B", "both")]
+    assert [(cell.model, cell.trained) for cell in cells[::4]] == [
+        (model, trained) for model in ("linear", "mlp") for trained in ("both", "B")
+    ]
     assert {cell.trained for cell in controlled_grid.cells_of(replace(GRID, freeze_control=False))} == {"both"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("start", "trained", "moves"), [("A", "both", True), ("A", "B", False), ("B", "both", True)])
-def test_rows(start: Any, trained: Any, moves: bool) -> None:
-    """There is one row per seed and step, independent of other seeds and rates; A x changes if A is trained."""
-    cell = ControlledCell("linear", start, trained, "sgd", 8, "rora")
+@pytest.mark.parametrize("trained", ["both", "B"])
+def test_rows(trained: Any) -> None:
+    """There is one row per seed and step, independent of other seeds and rates."""
+    cell = ControlledCell("linear", trained, "sgd", 8, "rora")
     rows = controlled_grid.train_cell(GRID, cell)
     assert {tuple(row) for row in rows} == {controlled_grid.COLUMNS}
     table = frames.from_rows(rows, controlled_grid.COLUMNS)
     assert list(zip(table["seed"], table["step"], strict=True)) == [(s, t) for s in (0, 5) for t in (0, 1, 3)]
     assert table["scaling"].to_numpy() == pytest.approx((4 / 8) ** 0.5, rel=1e-15)
-    inner = table.pivot(index="seed", columns="step", values="inner")
-    assert ((inner[3] != inner[0]) == moves).all()
     other_grid = replace(GRID, seeds=(5, 6), sgd_lrs=(0.1, 0.05))
     other = frames.from_rows(controlled_grid.train_cell(other_grid, cell), controlled_grid.COLUMNS)
     same = other[(other["seed"] == 5) & (other["learning_rate"] == 0.05)]
@@ -60,28 +60,34 @@ def test_rows(start: Any, trained: Any, moves: bool) -> None:
     np.testing.assert_allclose(same[list(QUANTITIES)], expected, rtol=1e-4)
     losses = controlled_grid.train_cell(GRID, cell, ("loss_train",))
     assert [row["loss_train"] for row in losses] == table["loss_train"].tolist()
-    assert "inner" not in losses[0]
+    assert "output_train" not in losses[0]
 
 
 @pytest.mark.slow
 def test_curves_hold_the_losses_of_the_training_that_they_name() -> None:
     """Training and held-out losses at rank 4 are those of each seed's own trajectory, with A trained and frozen."""
     grid = ControlledGrid(
-        ranks=(4, 8), rules=("lora",), optimizers=("sgd",), models=("linear",), starts=("A",), sgd_lrs=(0.1, 0.2, 0.3),
+        ranks=(4, 8), rules=("lora",), optimizers=("sgd",), models=("linear",), sgd_lrs=(0.1, 0.2, 0.3),
         steps=(1, 3), seeds=(0, 4), problem=SIZE,
     )  # fmt: skip
     config = ProblemConfig(**vars(SIZE))
     table = controlled_grid.losses_at_end(table_of(grid))
     train_losses = []
-    for trained, frozen in (("both", None), ("B", "A")):
-        expected: dict[str, list[list[float]]] = {"train": [], "held_out": []}
+    for trained in ("both", "B"):
+        freeze_A, expected = trained == "B", {"train": [], "held_out": []}
         for seed in grid.seeds:
             problem_key, adapter_key = jax.random.split(jax.random.fold_in(jax.random.key(0), seed))
             problem = controlled.draw_problem(problem_key, config)
             adapters = controlled.draw_adapters(adapter_key, config, rank=4)
             paths = [
                 controlled.trajectory(
-                    adapters, problem, scaling=1.0, learning_rate=rate, optimizer="sgd", steps=(3,), frozen=frozen
+                    adapters,
+                    problem,
+                    scaling=1.0,
+                    learning_rate=rate,
+                    optimizer="sgd",
+                    steps=(3,),
+                    freeze_A=freeze_A,
                 )
                 for rate in grid.sgd_lrs
             ]
@@ -98,7 +104,7 @@ def test_curves_hold_the_losses_of_the_training_that_they_name() -> None:
 def test_curves_keep_the_order_of_the_cells_and_of_the_rates() -> None:
     """Curves are in the order of the cells with ascending rates, and diverged runs stay infinite."""
     grid = ControlledGrid(
-        ranks=(8, 4), rules=("rora", 0.25), optimizers=("sgd",), models=("linear",), starts=("A",),
+        ranks=(8, 4), rules=("rora", 0.25), optimizers=("sgd",), models=("linear",),
         sgd_lrs=(1e9, 0.2, 0.1), steps=(3,), seeds=(1, 0), problem=SIZE,
     )  # fmt: skip
     curves = controlled_grid.curves_of_losses(controlled_grid.losses_at_end(table_of(grid)))

@@ -24,11 +24,3 @@ def test_law(init):
 def test_rows_are_shared_up_to_the_deviation():
     small, large = (np.asarray(nested.draw_a(KEY, "gaussian", rank=r, p_in=7)) for r in (4, 16))
     np.testing.assert_allclose(small, 4 * large[:4], rtol=1e-6)  # standard deviation 1/r; float32
-    small, large = (np.asarray(nested.draw_b(KEY, p_out=7, rank=r)) for r in (4, 16))
-    np.testing.assert_allclose(small, 2 * large[:, :4], rtol=1e-6)
-
-
-def test_b_is_bounded_by_its_fan_in():
-    b = np.asarray(nested.draw_b(KEY, p_out=300, rank=100))
-    assert b.shape == (300, 100)
-    assert 0.099 < np.abs(b).max() <= 0.1
