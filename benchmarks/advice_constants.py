@@ -100,7 +100,7 @@ def our_best_rates() -> list[BestRate]:
         table = pd.read_csv(PUBLISHED / folder / "best.csv")
         inside = table[table["edge"].isna() & table["rank"].notna() & (table["step"] >= MIN_STEPS)]
         rates += [
-            BestRate(model, int(row.rank), float(row.strength), int(row.step), schedule, math.log(row.best_rate))
+            BestRate(model, int(row.rank), float(row.gain), int(row.step), schedule, math.log(row.best_rate))
             for row in inside.itertuples()
         ]
     return rates
@@ -209,7 +209,7 @@ def steps_exponent() -> tuple[float, float, str]:
     # Each setting counts once: its longest pair that ends at 256 steps or more and has no edge.
     inside = table[table["edge"].isna() & (table["second"] >= 256) & table["rank"].notna()]
     longest = inside.assign(length=inside["second"] / inside["first"]).sort_values("length")
-    longest = longest.groupby(["folder", "rank", "strength"]).tail(1)
+    longest = longest.groupby(["folder", "rank", "gain"]).tail(1)
     source = f"{len(longest)} settings of SmolLM2-135M and Gemma 3 270M, to 256 and 1,024 steps, batches of 4"
     return float(longest["exponent"].mean()), float(longest["exponent"].std()), source
 

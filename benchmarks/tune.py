@@ -25,7 +25,7 @@ import pandas as pd
 import tyro
 
 from rora_theory.advice.best_rate import Run, best_rate_change
-from rora_theory.lab.sweep.curves import curves_at, strength_of
+from rora_theory.lab.sweep.curves import curves_at, gain_of
 from rora_theory.lab.sweep.runs import SweepRun, merge_repeated_runs, read_runs
 from rora_theory.measure.tuning.posterior import update
 from rora_theory.measure.tuning.prior import rate_prior
@@ -76,13 +76,13 @@ class Target:
 
     Attributes:
       rank: Rank of the adapter.
-      strength: G = gamma r.
+      gain: G = gamma r.
       steps: Number of optimizer steps.
       curve: Held-out loss against the learning rate.
     """
 
     rank: int
-    strength: float
+    gain: float
     steps: int
     curve: Curve
 
@@ -109,7 +109,7 @@ class Target:
 def planned_targets(runs: Sequence[SweepRun], tokens: Sequence[int]) -> list[Target]:
     """Return the settings of planned runs: both ranks at every G and number of steps that was measured."""
     return [
-        Target(curve.rank, strength_of(curve), steps, curve)
+        Target(curve.rank, gain_of(curve), steps, curve)
         for steps in TARGET_STEPS
         for curve in curves_at(runs, tokens, steps, draws=2)
         if curve.rank in TARGET_RANKS
@@ -117,12 +117,10 @@ def planned_targets(runs: Sequence[SweepRun], tokens: Sequence[int]) -> list[Tar
 
 
 def replayed_probes(
-    runs: Sequence[SweepRun], tokens: Sequence[int], strength: float, steps: int
+    runs: Sequence[SweepRun], tokens: Sequence[int], gain: float, steps: int
 ) -> Iterator[tuple[int, int, list[ProbeRun], list[int]]]:
     """Yield the probes at a G and number of steps: the seed, the block of records, three runs and the tokens."""
-    at_setting = [
-        run for run in runs if run.rank == PROBE_RANK and run.strength == strength and run.losses(steps) is not None
-    ]
+    at_setting = [run for run in runs if run.rank == PROBE_RANK and run.gain == gain and run.losses(steps) is not None]
     for seed in sorted({run.seed for run in at_setting}):
         by_rate = {run.rate: np.asarray(run.losses(steps)) for run in at_setting if run.seed == seed}
         rates = sorted(by_rate)
@@ -154,16 +152,16 @@ def replay(
     for target, probe_steps in product(planned_targets(runs, tokens), PROBE_STEPS):
         if probe_steps >= target.steps or target.is_edge:
             continue
-        planned = Run(target.rank, target.strength, target.steps, schedule, BATCH_SIZE)
+        planned = Run(target.rank, target.gain, target.steps, schedule, BATCH_SIZE)
         prior = rate_prior(planned, parameters=parameters)
         carry = best_rate_change(replace(planned, rank=PROBE_RANK, steps=probe_steps), planned)
-        fixed = {f"fixed {rate:g}": rate * (64 / target.strength) ** 0.75 for rate in FIXED_RATES}
-        for seed, block, probe_runs, block_tokens in replayed_probes(runs, tokens, target.strength, probe_steps):
+        fixed = {f"fixed {rate:g}": rate * (64 / target.gain) ** 0.75 for rate in FIXED_RATES}
+        for seed, block, probe_runs, block_tokens in replayed_probes(runs, tokens, target.gain, probe_steps):
             belief = update(prior, probe_runs, block_tokens, carry).belief
             rates = {"prior": prior.rates.best, "probe": belief.rates.best} | fixed
             regrets = {name: target.regret(rate) for name, rate in rates.items()}
             rows.append(
-                {"model": model, "schedule": schedule, "gain": target.strength, "rank": target.rank}
+                {"model": model, "schedule": schedule, "gain": target.gain, "rank": target.rank}
                 | {"steps": target.steps, "probe_steps": probe_steps, "seed": seed, "block": block}
                 | {"best_rate": target.best_rate, "prior_rate": prior.rates.best, "rate": belief.rates.best}
                 | {"low": belief.rates.low, "high": belief.rates.high}
@@ -199,10 +197,10 @@ def default_rate_regret(runs: Sequence[SweepRun], tokens: Sequence[int]) -> pd.D
             continue
         cost, is_lower_bound = target.regret(rate)
         rows.append(
-            {"trainer": trainer, "learning_rate": rate, "rank": target.rank, "strength": target.strength}
+            {"trainer": trainer, "learning_rate": rate, "rank": target.rank, "gain": target.gain}
             | {"steps": target.steps, "best_rate": target.best_rate, "regret": cost, "is_lower_bound": is_lower_bound}
         )
-    columns = ("trainer", "learning_rate", "rank", "strength", "steps", "best_rate", "regret", "is_lower_bound")
+    columns = ("trainer", "learning_rate", "rank", "gain", "steps", "best_rate", "regret", "is_lower_bound")
     return frames.from_rows(rows, columns)
 
 
@@ -210,7 +208,7 @@ def read_folder(folder: Path) -> tuple[list[SweepRun], list[int], Schedule]:
     """Return the distinct runs of a folder, the tokens of its held-out records and its schedule."""
     runs = merge_repeated_runs(read_runs(folder))
     # Full fine-tuning has no adapter whose rate a probe could tune.
-    runs = [replace(run, strength=round(run.strength, 9)) for run in runs if run.rank and run.strength]
+    runs = [replace(run, gain=round(run.gain, 9)) for run in runs if run.rank and run.gain]
     tokens = frames.read_csv(folder / "records.csv")["tokens"].astype(int).tolist()
     return runs, tokens, read_manifest(folder, ("config",))["config"]["settings"]["schedule"]
 

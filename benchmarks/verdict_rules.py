@@ -145,7 +145,7 @@ def _correlated(
     return spread * (math.sqrt(correlation) * shared + math.sqrt(1 - correlation) * specific)
 
 
-STRENGTHS, RANKS = (64.0, 724.0), (8, 128)
+GAINS, RANKS = (64.0, 724.0), (8, 128)
 """Ends of the measured exponents in G = gamma r and in the rank."""
 
 CONSTANT_GRADIENT, DISPLACEMENT = (-0.563, -0.511), (-0.807, -0.633)
@@ -175,14 +175,14 @@ class Rule:
     """
 
     name: str
-    over: Literal["strength", "rank"]
+    over: Literal["gain", "rank"]
     prediction: tuple[float, float]
     rivals: tuple[float, ...] | None
 
     @property
     def ratio(self) -> float:
         """Second value of the setting divided by the first."""
-        ends = STRENGTHS if self.over == "strength" else RANKS
+        ends = GAINS if self.over == "gain" else RANKS
         return ends[1] / ends[0]
 
     def judge(self, slope: Estimate, *, edge: bool, seeds: int) -> Outcome:
@@ -194,14 +194,14 @@ class Rule:
 
 
 RULES = (
-    Rule("constant gradient, rivals", "strength", CONSTANT_GRADIENT, (*RIVALS["strength"], *DISPLACEMENT)),
-    Rule("constant gradient, overlap alone", "strength", CONSTANT_GRADIENT, None),
-    Rule("displacement, rivals", "strength", DISPLACEMENT, (*RIVALS["strength"], *CONSTANT_GRADIENT)),
-    Rule("displacement, overlap alone", "strength", DISPLACEMENT, None),
+    Rule("constant gradient, rivals", "gain", CONSTANT_GRADIENT, (*RIVALS["gain"], *DISPLACEMENT)),
+    Rule("constant gradient, overlap alone", "gain", CONSTANT_GRADIENT, None),
+    Rule("displacement, rivals", "gain", DISPLACEMENT, (*RIVALS["gain"], *CONSTANT_GRADIENT)),
+    Rule("displacement, overlap alone", "gain", DISPLACEMENT, None),
     Rule("no change in the rank, rivals", "rank", (0.0, 0.0), RIVALS["rank"]),
     Rule("no change in the rank, overlap alone", "rank", (0.0, 0.0), None),
 )
-TRUE_EXPONENTS = {"strength": (-0.79, -0.65, -0.53), "rank": (0.0, 0.1, 0.2)}
+TRUE_EXPONENTS = {"gain": (-0.79, -0.65, -0.53), "rank": (0.0, 0.1, 0.2)}
 POWER_EXPONENTS = (-0.9, -0.8, -0.75, -0.7, -0.65, -0.53)
 """True exponents in G for which the power of the rule on the displacement law is measured."""
 
@@ -229,7 +229,7 @@ class VerdictRulesOptions:
 def cases() -> Iterator[tuple[str, str, SweepModel]]:
     """Yield the setting that changes, the shape's name and the model of every case."""
     for (over, exponents), shape, seeds, rates in product(TRUE_EXPONENTS.items(), SHAPES, (2, 3), (3, 4, 5)):
-        low, high = STRENGTHS if over == "strength" else RANKS
+        low, high = GAINS if over == "gain" else RANKS
         for exponent in exponents:
             yield over, shape, SweepModel(exponent, high / low, seeds, rates, **SHAPES[shape])  # type: ignore[arg-type]
 
@@ -459,7 +459,7 @@ def summary(config: VerdictRulesOptions, tables: Mapping[str, pd.DataFrame]) -> 
     intervals = tables["estimators.csv"].query("estimate == 'as judged' and sweeps >= @FEWEST")
     return {
         "settings": {key: value for key, value in asdict(config).items() if key != "out"},
-        "model": asdict(SweepModel(-0.65, STRENGTHS[1] / STRENGTHS[0], 2, 3)),
+        "model": asdict(SweepModel(-0.65, GAINS[1] / GAINS[0], 2, 3)),
         "predictions": {"constant gradient": CONSTANT_GRADIENT, "displacement": DISPLACEMENT},
         "coverage": {
             str(seeds): {"mean": float(group["coverage"].mean()), "lowest": float(group["coverage"].min())}

@@ -9,12 +9,12 @@ FILE is a path below `results/published`, without spaces.
 A number inside a sentence. The conditions must select exactly one row. The text after the first colon and space has
 the row's columns in braces, with Python's formats:
 
-    fell as G to the <!-- n horizon/exponents.csv over=strength at=8 step=64: {exponent:+.2f} -->-0.79<!-- / --> and
+    fell as G to the <!-- n horizon/exponents.csv over=gain at=8 step=64: {exponent:+.2f} -->-0.79<!-- / --> and
 
 A table. The mark stands on lines of its own, after an empty line. The conditions select rows, the other words are
 columns:
 
-    <!-- table horizon/best.csv step=64 rank!=: rank "G"=strength:g
+    <!-- table horizon/best.csv step=64 rank!=: rank "G"=gain:g
       "loss (s.e.)"={best_loss:.3f} ({best_loss_error:.3f}) -->
     | rank | G | loss (s.e.) |
     ...

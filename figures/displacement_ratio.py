@@ -57,7 +57,7 @@ def draw_displacement_ratio(config: DisplacementRatioOptions) -> Sequence[Path]:
             name: np.array(
                 [
                     displacement_ratio(gain, displacement_constant=constant)
-                    for gain, constant in zip(at_step["strength"], at_step[name], strict=True)
+                    for gain, constant in zip(at_step["gain"], at_step[name], strict=True)
                 ]
             )
             for name in ("constant", "constant_low", "constant_high")
@@ -68,11 +68,11 @@ def draw_displacement_ratio(config: DisplacementRatioOptions) -> Sequence[Path]:
         # Points of different ranks and steps are moved apart, so that no bar hides another.
         ranks = sorted(set(constants["rank"]))
         shift = at_step["rank"].map(lambda rank, ranks=ranks: ranks.index(rank) - (len(ranks) - 1) / 2)
-        x = at_step["strength"] * 1.03**shift * 1.01 ** (config.steps.index(step) - 1)
+        x = at_step["gain"] * 1.03**shift * 1.01 ** (config.steps.index(step) - 1)
         marker = style.MARKERS[folder_index]
         axes.errorbar(x, ratios["constant"], yerr=bars, fmt=marker, color=colour, label=name)
         # The law's line, over all values of G.
-        grid = np.geomspace(constants["strength"].min() / 1.5, constants["strength"].max() * 1.5, 100)
+        grid = np.geomspace(constants["gain"].min() / 1.5, constants["gain"].max() * 1.5, 100)
         line = [displacement_ratio(gain, displacement_constant=mean) for gain in grid]
         axes.plot(grid, line, color=colour, linewidth=0.9, linestyle=("-", "--", ":")[folder_index % 3])
     if not 0 < series <= MAX_SERIES:
@@ -81,7 +81,7 @@ def draw_displacement_ratio(config: DisplacementRatioOptions) -> Sequence[Path]:
             "Choose other --steps."
         )
     axes.set(xscale="log", yscale="log", xlabel=r"$G = \gamma r$", ylabel=r"$\rho$ = A part / B part of the change")
-    style.plain_ticks(axes, pd.concat([constants["strength"] for _, constants in folders]))
+    style.plain_ticks(axes, pd.concat([constants["gain"] for _, constants in folders]))
     axes.set_yticks([0.05, 0.1, 0.2, 0.5, 1, 2, 5], ["0.05", "0.1", "0.2", "0.5", "1", "2", "5"])
     axes.minorticks_off()
     axes.legend(frameon=False, title="lines: " + r"$\rho (1 + \rho) = K / G$", title_fontsize=7)

@@ -118,7 +118,7 @@ def neighbours_by_rank(table: pd.DataFrame, config: ExponentVsGainOptions) -> li
     pair has more seeds.
     """
     # Exponents of single ranks.
-    rows = table[(table["step"] == config.steps) & (table["over"] == "strength") & (table["pairs"] == 1)]
+    rows = table[(table["step"] == config.steps) & (table["over"] == "gain") & (table["pairs"] == 1)]
     rows = rows[rows["estimate"] == config.estimate]
     if config.ranks:
         rows = rows[rows["at"].astype(float).isin(config.ranks)]
@@ -187,7 +187,7 @@ def draw_constant_gradient_law(
       ends: Values of G at which the line begins and ends.
       colour: Colour of the line.
     """
-    predicted = exponents[(exponents["over"] == "strength") & (exponents["step"] == config.steps)]
+    predicted = exponents[(exponents["over"] == "gain") & (exponents["step"] == config.steps)]
     if config.ranks:
         predicted = predicted[predicted["at"].isin(config.ranks)]
     by_middle = predicted.groupby(np.sqrt(predicted["first"] * predicted["second"]))["law"].mean()

@@ -31,12 +31,12 @@ def draw_horizon(config: HorizonOptions) -> Sequence[Path]:
     style.read_frame(config.run, "sweep")
     best, exponents = (frames.read_csv(config.run / name) for name in ("best.csv", "exponents.csv"))
     best = best[best["rank"].notna()]  # full fine-tuning has no gamma r
-    exponents = exponents[exponents["over"] == "strength"]
+    exponents = exponents[exponents["over"] == "gain"]
     if exponents.empty:
-        style.fail(f"{config.run}: no rank has best rates at two gains. Run sims.horizon with further --strengths.")
+        style.fail(f"{config.run}: no rank has best rates at two gains. Run sims.horizon with further --gains.")
     ranks, steps = (sorted({int(value) for value in best[name]}) for name in ("rank", "step"))
     figure, (first, second, last) = style.panels(3)
-    draw_against_strength(first, best, exponents, ranks, steps)
+    draw_against_gain(first, best, exponents, ranks, steps)
     # Exponents from one value of G to the largest: the one that most ranks and horizons have.
     from_one = exponents[exponents["first"] == exponents["first"].mode()[0]]
     by_parts = draw_exponents(second, from_one, ranks, steps)
@@ -58,7 +58,7 @@ def draw_horizon(config: HorizonOptions) -> Sequence[Path]:
     return style.save(figure, config.out or config.run, "horizon")
 
 
-def draw_against_strength(
+def draw_against_gain(
     axes: Axes, best: pd.DataFrame, exponents: pd.DataFrame, ranks: Sequence[int], steps: Sequence[int]
 ) -> None:
     """Draw best rates against gamma r, with the constant-gradient law from the first point of each rank and horizon."""
@@ -67,16 +67,16 @@ def draw_against_strength(
             selected = best[(best["rank"] == rank) & (best["step"] == step)]
             if selected.empty:
                 continue
-            places = offset(selected["strength"], index, ranks)
+            places = offset(selected["gain"], index, ranks)
             draw_best_rates(axes, places, selected, index, color=colour, linestyle="none")
             cross_out_bounds(axes, places, selected["best_rate"], selected["edge"])
             # The law gives the slope, and the first measured point the level.
             law = exponents[(exponents["at"] == rank) & (exponents["step"] == step)]
             for row in law.itertuples():
-                start = selected.loc[selected["strength"] == row.first, "best_rate"].iloc[0]
+                start = selected.loc[selected["gain"] == row.first, "best_rate"].iloc[0]
                 x = np.geomspace(row.first, row.second, 2)
                 axes.plot(x, start * (x / row.first) ** row.law, color=colour, linewidth=0.8)
-    style.integer_ticks(axes, (round(gain) for gain in best["strength"]))
+    style.integer_ticks(axes, (round(gain) for gain in best["gain"]))
     axes.set(yscale="log", xlabel=r"$\gamma r$", ylabel="best learning rate")
 
 
@@ -137,16 +137,16 @@ def draw_against_steps(axes: Axes, best: pd.DataFrame, ranks: Sequence[int]) -> 
 
     Only the values of gamma r with the largest number of readings are drawn, so that few lines cross.
     """
-    counts = best.groupby("strength")["step"].nunique()
-    best = best[best["strength"].map(counts) == counts.max()]
-    for (rank, gain), selected in best.groupby(["rank", "strength"]):
-        index, colour = ranks.index(rank), "black" if gain == best["strength"].min() else "grey"
+    counts = best.groupby("gain")["step"].nunique()
+    best = best[best["gain"].map(counts) == counts.max()]
+    for (rank, gain), selected in best.groupby(["rank", "gain"]):
+        index, colour = ranks.index(rank), "black" if gain == best["gain"].min() else "grey"
         places = offset(selected["step"], index, ranks)
         draw_best_rates(axes, places, selected, index, color=colour, linewidth=0.8)
         cross_out_bounds(axes, places, selected["best_rate"], selected["edge"])
     steps = np.array(sorted(set(best["step"])))
     # Reference slopes start at the geometric mean over the ranks.
-    for gain, selected in best.groupby("strength"):
+    for gain, selected in best.groupby("gain"):
         start = np.exp(np.log(selected.loc[selected["step"] == steps[0], "best_rate"]).mean())
         for power, line in ((-1.0, (0, (3, 2))), (-0.5, (0, (1, 1)))):
             axes.plot(steps, start * (steps / steps[0]) ** power, color="black", linewidth=0.6, linestyle=line)

@@ -48,8 +48,8 @@ def draw_horizon_loss(config: HorizonLossOptions) -> Sequence[Path]:
     # Colours are ranks, dashes are gains; a curve needs three rates.
     for rank_index, rank in enumerate(config.ranks):
         for line, gain in zip(("-", "--"), config.gains, strict=False):
-            # Strengths are rounded in the options, hence the tolerance.
-            curve = losses[(losses["rank"] == rank) & (losses["strength"].sub(gain).abs() < 0.5)]
+            # Gains are rounded in the options, hence the tolerance.
+            curve = losses[(losses["rank"] == rank) & (losses["gain"].sub(gain).abs() < 0.5)]
             if curve["learning_rate"].nunique() < 3:
                 continue
             label = f"r = {rank}, G = {gain:g}"

@@ -50,7 +50,7 @@ def draw_minima(config: MinimaOptions) -> Sequence[Path]:
         for position, rank in enumerate(ranks):
             gain = rank * scaling_factor(rule, alpha=config.alpha, rank=rank)
             curve, best_row = (
-                table[(table["rank"] == rank) & (table["strength"] - gain).abs().lt(0.5)] for table in (losses, best)
+                table[(table["rank"] == rank) & (table["gain"] - gain).abs().lt(0.5)] for table in (losses, best)
             )
             if curve["learning_rate"].nunique() < 3 or best_row.empty:
                 continue

@@ -1,4 +1,4 @@
-"""Plot crossing ranks and takeover over a model's depth, and predicted against measured sizes, from sims.regime."""
+"""Plot crossing ranks and distances over a model's depth, and predicted against measured sizes, from sims.regime."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,11 +27,11 @@ class RegimeOptions:
     modules: tuple[str, ...] = ()
     """Full names of the modules in regime_rms; by default the first and last layer of the first and last type."""
     out: Path | None = None
-    """Folder for regime_depth, regime_takeover and regime_rms (.png and .svg); by default the run folder."""
+    """Folder for regime_depth, regime_crossing_distance and regime_rms (.png and .svg); by default the run folder."""
 
 
 def draw_regime(config: RegimeOptions) -> Sequence[Path]:
-    """Draw the figures; those of takeover and sizes only if the run measured them."""
+    """Draw the figures; those of crossing distances and sizes only if the run measured them."""
     # Without --exact or --rows a run has crossing ranks, but no sizes of steps.
     manifest, crossings = style.read_frame(config.run, "regime", "crossing_ranks.csv")
     rows = frames.read_csv(config.run / "results.csv", accepted=FINISHED)
@@ -50,11 +50,15 @@ def draw_regime(config: RegimeOptions) -> Sequence[Path]:
         style.fail(f"{config.run}: has no row of split {config.split}. Choose another --split.")
     out = config.out or config.run
     rate = manifest["config"]["lr"]
-    path = config.run / "takeover.csv"
-    takeover = select(frames.read_csv(path, accepted=FINISHED)) if path.exists() else None
+    path = config.run / "crossing_distances.csv"
+    distances = select(frames.read_csv(path, accepted=FINISHED)) if path.exists() else None
     return [
         *_depth(crossings, config.split, out),
-        *(_takeover(takeover, rate, config.split, out) if takeover is not None and len(takeover) else ()),
+        *(
+            _draw_crossing_distances(distances, rate, config.split, out)
+            if distances is not None and len(distances)
+            else ()
+        ),
         *(_rms(rows, config, init, out) if len(rows) else ()),
     ]
 
@@ -68,7 +72,7 @@ def _depth(rows: pd.DataFrame, split: str, out: Path) -> list[Path]:
     return style.save(figure, out, "regime_depth")
 
 
-def _takeover(rows: pd.DataFrame, learning_rate: float, split: str, out: Path) -> list[Path]:
+def _draw_crossing_distances(rows: pd.DataFrame, learning_rate: float, split: str, out: Path) -> list[Path]:
     """Draw the steps after which A leads under Adam, one panel for each type of module and one line for each rank.
 
     Dashes show where the signs begin to turn, if the run was exact.
@@ -79,7 +83,7 @@ def _takeover(rows: pd.DataFrame, learning_rate: float, split: str, out: Path) -
         # A line for each rank, and one for the signs, which are the same at every rank.
         selected = rows[rows["kind"] == kind].sort_values("layer")
         turns = selected[selected["rank"] == ranks[0]]
-        lines = [(f"r = {rank}", "takeover", selected[selected["rank"] == rank]) for rank in ranks]
+        lines = [(f"r = {rank}", "crossing_distance", selected[selected["rank"] == rank]) for rank in ranks]
         if "turn_5" in turns and turns["turn_5"].notna().any():
             lines += [("5% of the signs of $G A^T$ have turned", "turn_5", turns)]
         for index, (label, column, line) in enumerate(lines):
@@ -96,7 +100,7 @@ def _takeover(rows: pd.DataFrame, learning_rate: float, split: str, out: Path) -
     title = f"Adam, A {rows['init'].iloc[0]}, {plots.REGIME_SPLITS[split]} tokens; "
     title += f"steps at rate {learning_rate:g} and a constant gradient"
     style.legend(figure, style.named(axes), title)
-    return style.save(figure, out, "regime_takeover")
+    return style.save(figure, out, "regime_crossing_distance")
 
 
 def _rms(rows: pd.DataFrame, config: RegimeOptions, init: str, out: Path) -> list[Path]:

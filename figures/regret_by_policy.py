@@ -126,7 +126,7 @@ def select_costs(config: RegretByPolicyOptions) -> pd.DataFrame:
         table = table[(table["policy"] != "displacement") | (table["old_steps"] == table["steps"])]
         table = table.sort_values("rank", kind="stable")
         for position, change in enumerate(config.changes):
-            settings = table[["old_strength", "strength", "old_steps", "steps"]]
+            settings = table[["old_gain", "gain", "old_steps", "steps"]]
             rows = table[np.isclose(settings, change, rtol=1e-3).all(axis=1)]
             if len(rows):
                 titles = [titles_of(change, row) for row in rows.itertuples()]

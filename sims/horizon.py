@@ -1,8 +1,8 @@
 """Measure how the best learning rate under Adam depends on the scaling, the rank and the number of steps.
 
-    python -m sims.horizon --data DATA/*/train.json --ranks 8 128 --strengths 64 724 --lrs 3e-4 1e-3 3e-3
+    python -m sims.horizon --data DATA/*/train.json --ranks 8 128 --gains 64 724 --lrs 3e-4 1e-3 3e-3
 
-This is `sims.sweep` with other defaults: the model is trained at every rank, strength G (scaling times rank) and
+This is `sims.sweep` with other defaults: the model is trained at every rank, gain G (scaling times rank) and
 learning rate, constant after a warm-up, and the held-out loss is measured after each of ``--read-at`` steps of a run.
 ``--full-lrs`` also trains the same modules in full.
 """

@@ -14,8 +14,8 @@ The run folder contains:
 
 - `results.csv`: a row per module, split, optimizer, initialisation, rule and rank
 - `crossing_ranks.csv`: crossing ranks, which `sims.transfer --regime` reads
-- `takeover.csv`: distances at which A dominates
-- `crossing_summary.csv`, `takeover_summary.csv`: medians and ranges over the layers, by type of module
+- `crossing_distances.csv`: distances at which A dominates
+- `crossing_summary.csv`, `crossing_distance_summary.csv`: medians and ranges over the layers, by type of module
 - `tokens.csv`: numbers of tokens, and of tokens left out
 - `judge.csv`, `verdict.json`: agreement between measurement and prediction by rank, and the verdict
 
@@ -173,7 +173,7 @@ def measure_regime(config: RegimeOptions) -> None:
     if verdict is not None:
         folder.write_frame(ratios, regime_tables.JUDGE)
         folder.write(regime_tables.VERDICT, json.dumps(verdict, indent=2, sort_keys=True) + "\n")
-    summaries = regime_tables.summaries(measured.crossings, measured.takeover)
+    summaries = regime_tables.summaries(measured.crossings, measured.crossing_distances)
     for name, frame in summaries.items():
         folder.write_frame(frame, name)
     warnings = thin.regime_warnings(measured.crossings, len(all_layers))
@@ -198,7 +198,7 @@ def report(
     ratios: pd.DataFrame,
     warnings: Sequence[str] = (),
 ) -> None:
-    """Print which term dominates and the verdict, then crossing ranks and takeover by type of module and depth.
+    """Print which term dominates and the verdict, then crossing ranks and distances by type of module and depth.
 
     Args:
       config: Settings of the measurement.
@@ -215,8 +215,8 @@ def report(
     init = config.inits[0]
     for optimizer in config.optimizers:
         tables.print_table(*regime_tables.format_crossings(regime.crossings, regime.tokens, optimizer, init), left=2)
-    if len(regime.takeover):
-        tables.print_table(*regime_tables.format_takeovers(regime.takeover, init, config.lr), left=2)
+    if len(regime.crossing_distances):
+        tables.print_table(*regime_tables.format_crossing_distances(regime.crossing_distances, init, config.lr), left=2)
     if verdict is not None:
         for optimizer in config.optimizers:
             tables.print_table(*regime_tables.format_ratios(ratios, optimizer))

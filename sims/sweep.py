@@ -26,10 +26,10 @@ from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.sweep import analysis, differences, results
 from rora_theory.lab.sweep import law as laws_of_rates
 from rora_theory.lab.sweep import runs as sweep_runs
+from rora_theory.lab.sweep.cell_trainer import CellTrainer
 from rora_theory.lab.sweep.cells import SweepCell, cell_states, describe_models, replace_with_scored
 from rora_theory.lab.sweep.design import AXES, BASE
 from rora_theory.lab.sweep.plan import SweepConfig, SweepPlan, plan_sweep
-from rora_theory.lab.sweep.workbench import Workbench
 from rora_theory.runs import devices
 from rora_theory.runs.cells import CELLS_FOLDER
 from rora_theory.runs.cluster import ClusterConfig
@@ -72,7 +72,7 @@ class SweepOptions(SweepConfig):
     parts: bool = False
     """Measure the parts of the change that A and B lead, at every number of steps"""
     regime: Path | None = None
-    """Run folder of sims.regime with the takeover distances and linear terms for the exponents of the law"""
+    """Run folder of sims.regime with the crossing distances and linear terms for the exponents of the law"""
     compare_to: Path | None = None
     """Run folder of a sweep to compare with, on the same records and with another setting, such as --targets"""
     save_adapters: bool = False
@@ -86,7 +86,7 @@ class SweepOptions(SweepConfig):
 def run_matrix(config: SweepOptions) -> None:
     """Validate the inputs, run the cells that the run folder lacks, and report."""
     # Check all inputs before any work: the regime, the records, the models and the runs to compare with.
-    takeovers, linear_terms = laws_of_rates.read_regime(config.regime) if config.regime else ([], [])
+    crossing_distances, linear_terms = laws_of_rates.read_regime(config.regime) if config.regime else ([], [])
     plan = plan_sweep(config)
     # The scoring may be added later to finished cells, so it can extend the identity.
     cells, identity, extensible = plan.cells(), plan.identity(), {"evaluation": plan.evaluation}
@@ -98,7 +98,7 @@ def run_matrix(config: SweepOptions) -> None:
     compare_to = [sweep_runs.read_comparison_runs(config.compare_to, identity)] if config.compare_to else []
     check_free(path)
     runner = config.cluster.runner()
-    bench = Workbench(
+    cell_trainer = CellTrainer(
         plan.training,
         plan.records,
         plan.tasks,
@@ -108,8 +108,8 @@ def run_matrix(config: SweepOptions) -> None:
         measures_parts=config.parts,
     )
     # The numbers of tokens need the tokenizers of all models, but no weights.
-    records = pd.concat([read_records(plan, bench, model) for model in reversed(plan.design.models)][::-1])
-    cli.print_notes(bench.open(cells[0].model))
+    records = pd.concat([read_records(plan, cell_trainer, model) for model in reversed(plan.design.models)][::-1])
+    cli.print_notes(cell_trainer.open(cells[0].model))
     device = devices.describe(devices.pick(1))
     extra = {"design": config.design, "models": models, "units": analysis.UNITS, "device": device}
     located = plan.located.values()
@@ -117,19 +117,19 @@ def run_matrix(config: SweepOptions) -> None:
         NAME, identity, out=path, seed=config.data_seed, extra=extra, extensible=extensible, models=located
     )
     prompts.print_summary(plan.records.source, plan.training.template)
-    prompts.save_prompts(folder, bench.train_examples, bench.model.tokenizer, show=config.reading.show)
+    prompts.save_prompts(folder, cell_trainer.train_examples, cell_trainer.model.tokenizer, show=config.reading.show)
     folder.write_frame(records, sweep_runs.RECORDS_FILE)
     # Run the cells; a tuned design then repeats the best rate of each method and rank with the other seeds.
     failed = None
     try:
-        run_cells(config, folder, bench, cells, runner)
+        run_cells(config, folder, cell_trainer, cells, runner)
         if plan.design.tuned and len(plan.design.seeds) > 1:
             first = sweep_runs.read_runs(path, map(key_of, replace_with_scored(cells, path)))
             loss = results.LOSS_COLUMNS[plan.training.loss_on]
             best = results.marked_rates(results.results_table(first, sweep_runs.read_tokens(path)), loss)
             for description in results.describe_rates(best):
                 print(description, flush=True)
-            run_cells(config, folder, bench, plan.cells(1, best), runner)
+            run_cells(config, folder, cell_trainer, plan.cells(1, best), runner)
     # A failed cell does not stop the others: write their results before ending with its error.
     except FailedError as error:
         failed = error
@@ -147,41 +147,41 @@ def run_matrix(config: SweepOptions) -> None:
         folder.write_frame(differences.difference_table(compared), "differences.csv")
     if failed is not None:
         raise failed
-    law: dict[str, Any] = {"takeovers": takeovers, "linear_terms": linear_terms}
+    law: dict[str, Any] = {"crossing_distances": crossing_distances, "linear_terms": linear_terms}
     judged = analysis.analyse(runs, tokens, identity["settings"], **law, other_runs=dict(compare_to))
     for file_name, frame in judged.files().items():
         folder.write_frame(frame, file_name)
     best = ends[ends["best_rate"].notna() | (ends["method"] == BASE)]
     with summarised(folder, summarise(best, judged)):
-        report(ends, best, len(runs), judged, law=bool(takeovers))
+        report(ends, best, len(runs), judged, law=bool(crossing_distances))
     folder.finish()
     answers.print_files(path)
 
 
-def read_records(plan: SweepPlan, bench: Workbench, model: str) -> pd.DataFrame:
+def read_records(plan: SweepPlan, cell_trainer: CellTrainer, model: str) -> pd.DataFrame:
     """Return the source, index and numbers of tokens of the held-out records for a model."""
-    tokens, answer_tokens = bench.count_tokens(model)
+    tokens, answer_tokens = cell_trainer.count_tokens(model)
     places = [(source, index) for source, index, _ in plan.records.held_out]
     frame = pd.DataFrame(places, columns=["source", "index"])
     return frame.assign(tokens=tokens, answer_tokens=answer_tokens, model=model)
 
 
 def run_cells(
-    config: SweepOptions, folder: RunFolder, bench: Workbench, cells: Sequence[SweepCell], runner: Runner
+    config: SweepOptions, folder: RunFolder, cell_trainer: CellTrainer, cells: Sequence[SweepCell], runner: Runner
 ) -> None:
     """Run the cells that the run folder lacks, print a line for each, and update `results.csv`.
 
     Args:
       config: Options of the matrix.
       folder: Run folder.
-      bench: Model, records and tasks.
+      cell_trainer: Model, records and tasks.
       cells: Cells to run.
       runner: Function that runs the cells, in this process or on a cluster.
     """
     save_adapter, tokens = config.save_adapters, sweep_runs.read_tokens(folder.path)
 
     def work(cell: SweepCell, cell_folder: Path) -> Mapping[str, Any]:
-        return bench.run(cell, cell_folder, save_adapter=save_adapter)
+        return cell_trainer.run(cell, cell_folder, save_adapter=save_adapter)
 
     def write(_: Sequence[Any]) -> None:
         runs = sweep_runs.merge_repeated_runs(sweep_runs.read_runs(folder.path))
@@ -242,7 +242,7 @@ def print_analysis(judged: analysis.SweepAnalysis) -> None:
     """Print a table of each frame of the analysis that is not empty."""
     # Settings in which the combinations of a matrix differ.
     variants = {name: f"{{{name}}}" for name in ("model", "adapter", *AXES) if name in judged.best}
-    setting = {"steps": "{step}", "rank": "{size}", "gamma r": "{strength:g}"}
+    setting = {"steps": "{step}", "rank": "{size}", "gamma r": "{gain:g}"}
     # Columns of each table.
     measured = {
         "steps": "{step}",
@@ -260,7 +260,7 @@ def print_analysis(judged: analysis.SweepAnalysis) -> None:
     larger_part = setting | {
         "rate": "{learning_rate:.3g}",
         "seed": "{seed}",
-        "A-led over B-led": "{ratio:.2g} ({ratio_low:.2g} to {ratio_high:.2g})",
+        "A part over B part": "{ratio:.2g} ({ratio_low:.2g} to {ratio_high:.2g})",
         "rms change": "{change:.3g}",
         "exponent that preserves it": "{exponent:+.2f} ({exponent_low:+.2f} to {exponent_high:+.2f})",
     }
@@ -303,7 +303,7 @@ def print_analysis(judged: analysis.SweepAnalysis) -> None:
         ("Exponents of the best rate, and those of the law of a constant gradient", judged.exponents, exponents),
         ("Exponents in gamma r by estimator, ranks pooled with seeds as clusters", select_pooled(judged), estimators),
         ("Exponent of the best rate in the steps; -1/2 if entries walk at random", judged.steps, steps),
-        ("Larger part of the change, median over modules (5% to 95%)", judged.led, larger_part),
+        ("Larger part of the change, median over modules (5% to 95%)", judged.parts, larger_part),
         ("Size of the change at the best rate: equal if the best rate preserves it", judged.change, setting | change),
         ("Regret in nats per token; lower bounds: pairs with a rate outside the grid", judged.policies, policies),
     ):
@@ -320,7 +320,7 @@ def select_pooled(judged: analysis.SweepAnalysis) -> pd.DataFrame:
     table = judged.estimators
     if table.empty:
         return table
-    rows = table[(table["over"] == "strength") & table["standard_error"].notna()]
+    rows = table[(table["over"] == "gain") & table["standard_error"].notna()]
     return rows[rows["pairs"] == rows.groupby(["step", "first", "second"])["pairs"].transform("max")]
 
 

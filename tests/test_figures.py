@@ -360,7 +360,7 @@ def test_exponents_are_drawn_between_neighbours_of_each_rank() -> None:
     """16 to 724 is left out because 64 lies between. Pairs with one seed divide none with more, but each other."""
     rows = [(16, 64, 2), (64, 724, 3), (16, 724, 2), (64, 181, 1), (181, 724, 1)]
     table = pd.DataFrame(rows, columns=["first", "second", "seeds"]).assign(
-        step=64, over="strength", at="8", pairs=1, estimate="quadratic", exponent=-0.7, standard_error=0.1
+        step=64, over="gain", at="8", pairs=1, estimate="quadratic", exponent=-0.7, standard_error=0.1
     )
     config = exponent_vs_gain.ExponentVsGainOptions((PUBLISHED / "horizon",))
     ((rank, pairs),) = exponent_vs_gain.neighbours_by_rank(table, config)

@@ -4,24 +4,24 @@ import math
 from math import isclose
 
 from rora_theory import inits
-from rora_theory.advice.carried import CarriedSetting, HorizonLimits
 from rora_theory.advice.constants import CONSTANTS, EVIDENCE, GROWTH
 from rora_theory.advice.setting import SIGNAL, Setting, step_ratio
+from rora_theory.advice.transferred import HorizonLimits, TransferredSetting
 from rora_theory.optimizers import DISPLAY_NAMES
 from rora_theory.scaling import KAPPAS, exponent
 
 
-def describe_advice(carried: CarriedSetting) -> str:
+def describe_advice(carried: TransferredSetting) -> str:
     """Return the answer and its limits as one paragraph."""
     return f"{describe_answer(carried)} {describe_details(carried)}"
 
 
-def describe_details(carried: CarriedSetting) -> str:
+def describe_details(carried: TransferredSetting) -> str:
     """Return the evidence for the advice, its cost in the measured runs and its limits as one paragraph."""
     return " ".join([*_describe_same_adapter(carried), *_describe_scope(carried)])
 
 
-def describe_answer(carried: CarriedSetting) -> str:
+def describe_answer(carried: TransferredSetting) -> str:
     """Return a sentence with the lora_alpha and the learning rate to set, in PEFT's terms."""
     old, run = carried.old, carried.run
     steps = f" and from {run.steps} to {run.to_steps} steps" if "steps" in run.changed else ""
@@ -39,7 +39,7 @@ def describe_answer(carried: CarriedSetting) -> str:
     return f"From rank {old.rank} to {carried.unchanged.rank}{steps} with {DISPLAY_NAMES[old.optimizer]}: {action}."
 
 
-def _describe_rate(carried: CarriedSetting) -> str:
+def _describe_rate(carried: TransferredSetting) -> str:
     """Return a phrase that states how to change the learning rate."""
     tuned, rate = carried.old.learning_rate, carried.learning_rate
     if isclose(rate, tuned):
@@ -54,7 +54,7 @@ def _describe_rate(carried: CarriedSetting) -> str:
     return f"{'divide' if divides else 'multiply'} the learning rate by {factor:.3g}, to {result}"
 
 
-def _describe_same_adapter(carried: CarriedSetting) -> list[str]:
+def _describe_same_adapter(carried: TransferredSetting) -> list[str]:
     """Return a sentence on the same adapter under the new rule, if that is not ``alpha / r``."""
     kappa = exponent(carried.unchanged.rule)
     if carried.is_rslora:
@@ -68,7 +68,7 @@ def _describe_same_adapter(carried: CarriedSetting) -> list[str]:
     return []
 
 
-def _describe_scope(carried: CarriedSetting) -> list[str]:
+def _describe_scope(carried: TransferredSetting) -> list[str]:
     """Return sentences on the evidence for the advice, its cost and its limits."""
     if carried.follows_displacement_law:
         return [*_describe_cost(carried), *_describe_law(carried), *_describe_limits(carried)]
@@ -94,7 +94,7 @@ def describe_evidence() -> str:
     )
 
 
-def _describe_cost(carried: CarriedSetting) -> list[str]:
+def _describe_cost(carried: TransferredSetting) -> list[str]:
     """Return sentences on the regret of keeping the rate and of the advice, in nats per token."""
     if "gain" in carried.changed:
         # Public pairs whose gain changes about as much: the regret depends on it more than on anything else.
@@ -118,7 +118,7 @@ def _describe_cost(carried: CarriedSetting) -> list[str]:
     return []
 
 
-def _describe_law(carried: CarriedSetting) -> list[str]:
+def _describe_law(carried: TransferredSetting) -> list[str]:
     """Return a sentence for each property that moves the rate."""
     run, sentences = carried.run, []
     if "rank" in carried.changed:
@@ -151,12 +151,12 @@ def _describe_law(carried: CarriedSetting) -> list[str]:
     return sentences
 
 
-def _describe_limits(carried: CarriedSetting) -> list[str]:
+def _describe_limits(carried: TransferredSetting) -> list[str]:
     """Return a sentence on what was not measured."""
     return [f"Outside the measured range: {'; '.join(carried.outside)}."] if carried.outside else []
 
 
-def _describe_horizon(carried: CarriedSetting, limits: HorizonLimits) -> list[str]:
+def _describe_horizon(carried: TransferredSetting, limits: HorizonLimits) -> list[str]:
     """Return sentences on the first step and a long run, where the displacement law does not apply."""
     old = carried.old
     # The two limits: a single step, and a long run in which the motion of A dominates.
@@ -189,7 +189,7 @@ def _describe_horizon(carried: CarriedSetting, limits: HorizonLimits) -> list[st
     return [*sentences, "Both ranks are assumed to be above the crossing rank."]
 
 
-def describe_regime(carried: CarriedSetting) -> str:
+def describe_regime(carried: TransferredSetting) -> str:
     """Return a phrase on whether the regime is assumed or measured."""
     if carried.regime != "measured":
         return f"assumed: {carried.regime}"
@@ -202,7 +202,7 @@ def describe_rule(setting: Setting) -> str:
     return setting.rule if isinstance(setting.rule, str) else f"kappa {setting.rule:g}"
 
 
-def describe_tuned(carried: CarriedSetting, tokens: str) -> str:
+def describe_tuned(carried: TransferredSetting, tokens: str) -> str:
     """Return the heading of a table of the module groups: the tuned setting, the new rank and the regime.
 
     Args:
@@ -219,14 +219,14 @@ def describe_tuned(carried: CarriedSetting, tokens: str) -> str:
     )
 
 
-def describe_alternatives(carried: CarriedSetting) -> str:
+def describe_alternatives(carried: TransferredSetting) -> str:
     """Return the heading of a table of the alternatives."""
     heading = f"Learning rate for common choices at rank {carried.unchanged.rank}"
     rule = describe_rule(carried.old)
     return heading if rule == "lora" else f"{heading}, under {rule} unless stated"
 
 
-def describe_whole_model(carried: CarriedSetting) -> str:
+def describe_whole_model(carried: TransferredSetting) -> str:
     """Return sentences on the effect that the alphas of single modules have on the whole model's first step."""
     factor = step_ratio(carried.setting, carried.old, SIGNAL)
     return (

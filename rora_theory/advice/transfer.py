@@ -2,7 +2,7 @@ r"""Alpha and learning rate to set when the rank, the rule or the number of step
 
 Under Adam with PEFT's default initialisation, alpha preserves the gain :math:`G = \gamma r`, and the learning rate
 follows `rora_theory.advice.best_rate`. Elsewhere alpha or the rate preserves the first step, which is exact; see
-`rora_theory.advice.carried`.
+`rora_theory.advice.transferred`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,20 +12,20 @@ from typing import Any, get_args
 
 from rora_theory.advice import text
 from rora_theory.advice.adapter_config import PEFT_INITS, TASK_TYPES, TaskType, peft_targets
-from rora_theory.advice.carried import CarriedSetting, uses_displacement_law
 from rora_theory.advice.modules import ALL, AlphaGrouping, Module, ModuleGroup
 from rora_theory.advice.run_change import RunChange
 from rora_theory.advice.setting import REGIMES, Setting, step_ratio
+from rora_theory.advice.transferred import TransferredSetting, uses_displacement_law
 from rora_theory.errors import InputError, shown
 from rora_theory.optimizers import DISPLAY_NAMES, Schedule
 from rora_theory.scaling import KAPPAS, Rule, check_between, check_choice, check_instance, exponent
 
 
 @dataclass(frozen=True)
-class Advice(CarriedSetting):
-    """Advice for another rank: the numbers of `CarriedSetting`, in words and in PEFT's terms.
+class Advice(TransferredSetting):
+    """Advice for another rank: the numbers of `TransferredSetting`, in words and in PEFT's terms.
 
-    Set `alpha` and `learning_rate` together. The attributes are those of `CarriedSetting`.
+    Set `alpha` and `learning_rate` together. The attributes are those of `TransferredSetting`.
     """
 
     def groups_by_regime(self) -> tuple[ModuleGroup, ...]:

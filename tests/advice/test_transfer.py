@@ -453,8 +453,8 @@ def test_limits_under_sgd(optimizer) -> None:
     assert suggested.scaling * suggested.learning_rate == pytest.approx(2 * 3e-4)
     assert "lora_alpha=4096 and the learning rate 1.87e-05 suit both." in transfer(gaussian, 128).sentence()
     other = transfer(Setting(8, 16.0, 3e-4, "rora", optimizer), 128).sentence()
-    strength = 16 / 8**0.5 * 8
-    assert f"lora_alpha={strength:.6g} and the learning rate 0.0048 suit both." in other
+    gain = 16 / 8**0.5 * 8
+    assert f"lora_alpha={gain:.6g} and the learning rate 0.0048 suit both." in other
 
 
 @pytest.mark.parametrize(

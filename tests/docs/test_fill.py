@@ -9,7 +9,7 @@ import pytest
 
 from rora_theory import Setting, transfer
 
-RATES = """rank,rule,strength,rate,error,policy
+RATES = """rank,rule,gain,rate,error,policy
 1,0.25,64.0,0.0012,0.1,keep the rate
 8,lora,64.0,0.035,0.2,"root, then keep"
 128,rora,724.0773439350247,0.0349999999999999996,,keep the rate
@@ -41,14 +41,14 @@ def published(monkeypatch, tmp_path):
     [
         ("run/rates.csv rank=8: {rate:.3f} ± {error:.1f}", "0.035 ± 0.2"),
         ("run/rates.csv rank=8,16 rule=lora: {rate:g}", "0.035"),
-        ("run/rates.csv strength=724.0773: {rank:d} ({strength:.0f})", "128 (724)"),
+        ("run/rates.csv gain=724.0773: {rank:d} ({gain:.0f})", "128 (724)"),
         ("run/rates.csv rank=: {rate}", "2.5"),
         ("run/rates.csv rule=rora rank!=: {rank}", "128"),
         ("run/rates.csv rank=: {policy}", r"r\* | full"),
         ("run/rates.csv rule=0.25: {policy}", "keep the rate"),
         ('run/rates.csv policy="root, then keep": {rank}', "8"),
         ('run/rates.csv policy!="keep the rate","r* | full": {rank}', "8"),
-        ("run/rates.csv rank=8: {strength:.1f/5e-1} halves", "128.0 halves"),
+        ("run/rates.csv rank=8: {gain:.1f/5e-1} halves", "128.0 halves"),
         ("run/a.json: {seconds:.0f} s, seed {config.seeds.1}", "2 s, seed 1"),
         ("run/a.json#sides.peer: {gb:.1f}", "2.0"),
         ("steps_*/slopes.csv folder=steps_30: {slope:+.2f}", "+0.03"),
@@ -66,7 +66,7 @@ def test_ties_do_not_depend_on_the_last_bits() -> None:
 
 
 def test_table() -> None:
-    body = 'run/rates.csv rank!=: rank "G"=strength:.0f "rate (s.e.)"={rate:.2g} ({error:.1f}) "policy"=policy'
+    body = 'run/rates.csv rank!=: rank "G"=gain:.0f "rate (s.e.)"={rate:.2g} ({error:.1f}) "policy"=policy'
     assert fill.table(body).split("\n") == [
         "",
         "| rank | G | rate (s.e.) | policy |",
@@ -123,7 +123,7 @@ def test_rows_of_several_files_are_sorted_by_the_numbers_in_their_names() -> Non
     [
         ("n run/rates.csv rank=8: {error:.1f} -->0.3<!-- / -->", "is '0.3', the files give '0.2'"),
         ("n run/rates.csv rank=9: {rate} --><!-- / -->", "select no row"),
-        ("n run/rates.csv strength=64: {rate} --><!-- / -->", "select 2 rows"),
+        ("n run/rates.csv gain=64: {rate} --><!-- / -->", "select 2 rows"),
         ("n run/rates.csv rank=128: {error} --><!-- / -->", "column error is missing"),
         ("n run/rates.csv rank=8: {loss} --><!-- / -->", "no column 'loss'"),
         ("n run/rates.csv width=8: {rate} --><!-- / -->", "no column 'width'"),
@@ -172,11 +172,11 @@ def test_a_number_that_begins_a_line_would_end_its_paragraph() -> None:
 
 
 def test_packaged_values_are_copied_with_all_digits() -> None:
-    entry = {"row": "run/rates.csv rank=128", "columns": {"strength": 724.0, "rule": "rora"}}
-    lost = {"row": "run/rates.csv rank=9", "columns": {"strength": 1.0}}
+    entry = {"row": "run/rates.csv rank=128", "columns": {"gain": 724.0, "rule": "rora"}}
+    lost = {"row": "run/rates.csv rank=9", "columns": {"gain": 1.0}}
     filled, problems = fill.fill_packaged(json.dumps({"a": entry, "lost": lost}), "data.json")
     assert json.loads(filled) == {
-        "a": entry | {"columns": {"strength": 724.0773439350247, "rule": "rora"}},
+        "a": entry | {"columns": {"gain": 724.0773439350247, "rule": "rora"}},
         "lost": lost,
     }
     assert ["data.json: a: is {" in problems[0], "data.json: lost: error: " in problems[1]] == [True, True]
@@ -184,11 +184,11 @@ def test_packaged_values_are_copied_with_all_digits() -> None:
 
 
 def test_packaged_ranges_cover_the_selected_rows() -> None:
-    entry = {"model": "m", "rows": "run/rates.csv rank=1,8", "ranges": {"rate": [0, 0], "strength": [64.0, 64.0]}}
+    entry = {"model": "m", "rows": "run/rates.csv rank=1,8", "ranges": {"rate": [0, 0], "gain": [64.0, 64.0]}}
     missing = {"rows": "run/rates.csv", "ranges": {"rank": [1, 1]}}
     filled, problems = fill.fill_packaged(json.dumps({"a": entry, "missing": missing}), "data.json")
     assert json.loads(filled) == {
-        "a": entry | {"ranges": {"rate": [0.0012, 0.035], "strength": [64.0, 64.0]}},
+        "a": entry | {"ranges": {"rate": [0.0012, 0.035], "gain": [64.0, 64.0]}},
         "missing": missing,
     }
     assert ["data.json: a: is {" in problems[0], "data.json: missing: error: " in problems[1]] == [True, True]

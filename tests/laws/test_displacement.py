@@ -65,8 +65,8 @@ def test_simulated_factors_follow_the_law() -> None:
         gamma = gain / rank
 
         def parts(b: float, gamma: float = gamma) -> tuple[float, float, float]:
-            led_B, led_A = gamma * b * unit_B @ start @ x, gamma * b * unit_B @ (b * unit_A) @ x
-            rms = [float(np.sqrt(np.mean(part**2))) for part in (led_B, led_A, led_B + led_A)]
+            B_part, A_part = gamma * b * unit_B @ start @ x, gamma * b * unit_B @ (b * unit_A) @ x
+            rms = [float(np.sqrt(np.mean(part**2))) for part in (B_part, A_part, B_part + A_part)]
             return rms[0], rms[1], rms[2]
 
         # Bisect for the displacement whose whole change is `target`.
@@ -74,8 +74,8 @@ def test_simulated_factors_follow_the_law() -> None:
         for _ in range(200):
             middle = math.sqrt(low * high)
             low, high = (middle, high) if parts(middle)[2] < target else (low, middle)
-        led_B, led_A, _ = parts(low)
-        constants.append(displacement.measured_constant(gain, [led_A / led_B]))
+        B_part, A_part, _ = parts(low)
+        constants.append(displacement.measured_constant(gain, [A_part / B_part]))
         # The effective step of both factors, by a finite difference.
         steps.append((parts(low * 1.0001)[2] - parts(low)[2]) / (0.0001 * low))
     assert max(constants) / min(constants) < 1.05

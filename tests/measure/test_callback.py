@@ -72,10 +72,12 @@ def test_the_regime_is_logged_with_the_loss(tmp_path, caplog) -> None:
     config = RegimeConfig(ranks=(2,), rules=("lora",), optimizers=("adam",), inits=("gaussian",), rows=0)
     measured = regime(lora().train(), *BATCHES, config=config)  # B = 0: the base
     assert set(callbacks[0].measured) == {0, 2}
-    takeover = geometric_mean(measured.takeover.query("split == 'heldout' and rank == 8")["takeover"])
+    crossing_distance = geometric_mean(
+        measured.crossing_distances.query("split == 'heldout' and rank == 8")["crossing_distance"]
+    )
     crossing_rank = measured.crossings.query("split == 'heldout'")["crossing_rank"].median()
     assert logged[0]["regime/crossing_rank"] == pytest.approx(crossing_rank, rel=1e-5)
-    assert logged[0]["regime/steps_until_A_leads"] == pytest.approx(takeover / 2e-3, rel=1e-5)
+    assert logged[0]["regime/steps_until_A_leads"] == pytest.approx(crossing_distance / 2e-3, rel=1e-5)
     advised = transfer(Setting(2, 4.0, 2e-3, init="gaussian"), 8)
     assert logged[0]["regime/alpha"] == pytest.approx(advised.alpha, rel=1e-5)
     assert logged[0]["regime/learning_rate"] == 2e-3
@@ -94,7 +96,7 @@ def test_the_first_process_alone_measures_64_tokens_for_rank_128() -> None:
     assert set(callback.measured[0].tokens["read"]) == {64}
 
 
-def test_under_sgd_no_takeover_is_logged() -> None:
+def test_under_sgd_no_crossing_distance_is_logged() -> None:
     """The setting is read from the run; an explicit setting has precedence."""
     logged: list[dict] = []
     model, arguments = lora(use_rslora=True, init_lora_weights="gaussian"), trainer_arguments("sgd")

@@ -30,11 +30,11 @@ def run_horizon(base: list[str], words: str) -> commands.Ended:
 
 @pytest.fixture(scope="module")
 def begun(base, tmp_path_factory) -> Path:
-    """A folder of one strength, which lacked a rate at first."""
+    """A folder of one gain, which lacked a rate at first."""
     out = tmp_path_factory.mktemp("horizon") / "run"
-    printed = run_horizon(base, f"--strengths 4 --lrs 1e-3 1e-2 --out {out}").out
+    printed = run_horizon(base, f"--gains 4 --lrs 1e-3 1e-2 --out {out}").out
     assert "Lowest validation loss of 2 cells" in printed
-    printed = run_horizon(base, f"--strengths 4 --lrs 1e-3 1e-2 1e-1 --out {out}").out
+    printed = run_horizon(base, f"--gains 4 --lrs 1e-3 1e-2 1e-1 --out {out}").out
     assert "No two best rates of the 3 runs" in printed
     return out
 
@@ -44,28 +44,28 @@ def begun(base, tmp_path_factory) -> Path:
 def test_a_grown_folder_is_analysed_with_all_of_its_runs(base, begun, tmp_path) -> None:
     out = Path(shutil.copytree(begun, tmp_path / "run"))
     first = (out / CELLS).read_text()
-    printed = run_horizon(base, f"--strengths 40 --lrs 1e-3 1e-2 1e-1 --full-lrs 1e-4 1e-3 1e-2 --out {out}").out
+    printed = run_horizon(base, f"--gains 40 --lrs 1e-3 1e-2 1e-1 --full-lrs 1e-4 1e-3 1e-2 --out {out}").out
     assert "of 9 runs:" in printed
     assert "Comparisons, each at its own best rate" in printed
     assert (out / CELLS).read_text().startswith(first), "finished cells are not computed again"
     rows = frames.read_csv(out / "results.csv")
     full, rows = rows[rows["method"] == "full"], rows[rows["rank"].notna()]
     assert len(rows) == 2 * 3 * 2
-    assert set(rows["strength"]) == {4, 40}
-    assert (rows["gamma"] == rows["strength"] / 2).all()
+    assert set(rows["gain"]) == {4, 40}
+    assert (rows["gamma"] == rows["gain"] / 2).all()
     assert full["learning_rate"].tolist() == [rate for rate in FULL_LRS for _ in (1, 2)]
-    assert full["strength"].isna().all()
+    assert full["gain"].isna().all()
     assert full.query("step == 2")["validation_loss"].nunique() == 3
     comparisons = frames.read_csv(out / "comparisons.csv")
-    assert sorted(comparisons[["step", "rank", "strength", "compared_with"]].to_numpy().tolist()) == [
+    assert sorted(comparisons[["step", "rank", "gain", "compared_with"]].to_numpy().tolist()) == [
         [s, 2, g, other] for s in (1, 2) for g, other in ((4, "full"), (4, "gamma r = 40"), (40, "full"))
     ]
-    losses = rows.set_index(["step", "learning_rate", "strength"])["validation_loss"].unstack()
+    losses = rows.set_index(["step", "learning_rate", "gain"])["validation_loss"].unstack()
     one_rate = frames.read_csv(out / "one_rate.csv").set_index(["step", "learning_rate"])["difference"]
     pd.testing.assert_series_equal(one_rate, losses[4] - losses[40], check_names=False, check_dtype=False, rtol=1e-9)
     exponents = frames.read_csv(out / "exponents.csv")
     assert exponents["step"].tolist() == [1, 2]
-    assert (exponents["over"] == "strength").all()
+    assert (exponents["over"] == "gain").all()
     assert (out / "records.csv").read_text().count("\n") == 7
 
 
@@ -73,11 +73,11 @@ def test_a_grown_folder_is_analysed_with_all_of_its_runs(base, begun, tmp_path) 
 @pytest.mark.usefixtures("carried")
 def test_runs_of_another_setting_are_compared(base, begun, tmp_path) -> None:
     """The tests of the library cover runs that cannot be compared."""
-    other, words = tmp_path / "other", "--strengths 4 --lrs 1e-3 1e-2 1e-1"
+    other, words = tmp_path / "other", "--gains 4 --lrs 1e-3 1e-2 1e-1"
     assert run_horizon(base, f"{words} --targets q_proj --compare-to {begun} --out {other}").status == 0
     comparisons = frames.read_csv(other / "comparisons.csv")
     name = "targets q_proj k_proj v_proj up_proj down_proj"
-    assert comparisons[["step", "rank", "strength", "compared_with"]].to_numpy().tolist() == [
+    assert comparisons[["step", "rank", "gain", "compared_with"]].to_numpy().tolist() == [
         [s, 2, 4, name] for s in (1, 2)
     ]
     assert (comparisons["difference"] != 0).all()
@@ -93,7 +93,7 @@ def test_runs_of_another_setting_are_compared(base, begun, tmp_path) -> None:
 def test_further_axes_extend_a_folder_and_are_compared_with_its_first_runs(base, begun, tmp_path) -> None:
     """Under a schedule that decays, each number of steps is a run of its own; its first runs are not repeated."""
     out = Path(shutil.copytree(begun, tmp_path / "run"))
-    words = "--strengths 4 --lrs 1e-3 1e-2 1e-1 --axes schedule=constant,cosine batch_size=4,8"
+    words = "--gains 4 --lrs 1e-3 1e-2 1e-1 --axes schedule=constant,cosine batch_size=4,8"
     printed = run_horizon(base, f"{words} --out {out}").out
     assert "Lowest validation loss of 18 cells" in printed
     assert "cosine 8" in printed, "the tables name the settings"

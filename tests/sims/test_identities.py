@@ -68,8 +68,8 @@ def _stop_at_the_folder(monkeypatch) -> None:
 
     monkeypatch.setattr(RunFolder, "open", run_folder)
     monkeypatch.setattr(sweep, "describe_models", keep)
-    monkeypatch.setattr(sweep.Workbench, "open", lambda *_: [])
-    monkeypatch.setattr(sweep.Workbench, "count_tokens", lambda *_: ([], []))
+    monkeypatch.setattr(sweep.CellTrainer, "open", lambda *_: [])
+    monkeypatch.setattr(sweep.CellTrainer, "count_tokens", lambda *_: ([], []))
     monkeypatch.setattr(sweep, "read_records", lambda *_: pd.DataFrame())
 
 
@@ -252,7 +252,7 @@ NEUTRAL = {
 """Settings that change no result, or that enter the identity through the values derived from them."""
 
 OF_A_CELL = {
-    "methods", "ranks", "alpha_rule", "strengths", "tuned", "alpha", "lrs", "full_lrs", "read_at", "axes", "seeds",
+    "methods", "ranks", "alpha_rule", "gains", "tuned", "alpha", "lrs", "full_lrs", "read_at", "axes", "seeds",
 }  # fmt: skip
 """Settings of sims.sweep that the cells of one folder may differ in."""
 
@@ -278,7 +278,7 @@ OTHER: dict[str, Any] = {
     "evaluate": {"tasks": ("boolq",), "protocol": "label", "template": "clean", "limit": 2},
     "sweep": {
         "design": "fixed_alpha", "methods": ("rora",), "ranks": (4,), "alpha_rule": "2r", "seeds": (1,),
-        "strengths": (4.0,), "full_lrs": (0.1,), "read_at": (2, 3), "axes": ("clip=2",),
+        "gains": (4.0,), "full_lrs": (0.1,), "read_at": (2, 3), "axes": ("clip=2",),
         "shares": "proportional", "train_records": 8, "limit": 2, "tasks": ("boolq",), "protocol": "harness",
         "eval_template": "eval", "quantization": "q8_0",
     },

@@ -188,7 +188,12 @@ def test_real_layers(printed) -> None:
 def regime_of(name: str) -> Regime:
     """Read a published run's tables; earlier runs have fewer."""
     empty = Regime.from_rows([RegimeRows([], [], [], [])], math.nan, math.nan)
-    names = {"crossings": "crossing_ranks", "results": "results", "takeover": "takeover", "tokens": "tokens"}
+    names = {
+        "crossings": "crossing_ranks",
+        "results": "results",
+        "crossing_distances": "crossing_distances",
+        "tokens": "tokens",
+    }
     written = {field: file for field, file in names.items() if (PUBLISHED / name / f"{file}.csv").exists()}
     return dataclasses.replace(empty, **dict(zip(written, published(name, *written.values()), strict=True)))
 

@@ -51,7 +51,7 @@ CASES = [
     ("horizon", "--targets z_proj", "'z_proj'"),
     ("horizon", "--warmup 9", "warmup .* 3, got 9"),
     ("sweep", "--axes depth=3", "axes .*'depth'"),
-    ("sweep", "--strengths 4 --methods rora", "--strengths .*RoRA"),
+    ("sweep", "--gains 4 --methods rora", "--gains .*RoRA"),
     ("prune", "--text BLANK.txt", "BLANK.txt: is empty"),
     ("prune", "--windows 1000", "at least 1003 windows"),
     ("prune", "--share 0.1", "share .*0.1"),

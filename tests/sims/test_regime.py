@@ -123,7 +123,7 @@ def test_a_resumed_run_writes_the_bytes_of_an_uninterrupted_one(inputs, finished
 
 @pytest.mark.slow
 def test_figures(finished) -> None:
-    assert drawings.names(figure, finished) == {"regime_depth", "regime_takeover", "regime_rms"}
+    assert drawings.names(figure, finished) == {"regime_depth", "regime_crossing_distance", "regime_rms"}
 
 
 @pytest.mark.slow
@@ -140,7 +140,9 @@ def test_a_trained_adapter_is_measured_in_the_weights(inputs, model, records, fi
         "inside": ["--model", tmp_path / "merged", "--data", records],
     }.items():
         commands.output(commands.run_command(regime.main, *words, THIN, "--out", tmp_path / name))
-        tables[name] = [pd.read_csv(tmp_path / name / file) for file in (regime_tables.CROSSINGS, "takeover.csv")]
+        tables[name] = [
+            pd.read_csv(tmp_path / name / file) for file in (regime_tables.CROSSINGS, "crossing_distances.csv")
+        ]
     for beside, inside in zip(tables["beside"], tables["inside"], strict=True):
         pd.testing.assert_frame_equal(beside, inside, rtol=1e-3)  # float32 merges, of which much cancels in a sum
     ranks = [

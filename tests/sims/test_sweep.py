@@ -20,8 +20,8 @@ from rora_theory.lab.finetune import Metrics, Record, tokenize
 from rora_theory.lab.finetune.held_out import record_losses
 from rora_theory.lab.llama import load
 from rora_theory.lab.sweep import results
+from rora_theory.lab.sweep.cell_trainer import CellTrainer, EvaluatedCell
 from rora_theory.lab.sweep.runs import Reading, ReadRun, read_runs
-from rora_theory.lab.sweep.workbench import EvaluatedCell, Workbench
 from rora_theory.runs import frames
 from rora_theory.runs import lock as folder_lock
 from rora_theory.runs.reading import CELLS, key_of, read_finished_cells
@@ -111,16 +111,16 @@ def test_the_loss_of_a_cell_is_that_of_its_adapter(swept, model, data, method) -
     assert abs(base[0].loss / actual[0].loss - 1) > 1e-3, "the adapter changes the loss"
 
 
-def test_options_reach_the_workbench(model, data, tmp_path, monkeypatch) -> None:
+def test_options_reach_the_cell_trainer(model, data, tmp_path, monkeypatch) -> None:
     """This includes settings that are not in the identity of its cells."""
     received = {}
 
-    def workbench(shared, records, tasks, located, **more):
+    def build_cell_trainer(shared, records, tasks, located, **more):
         received.update(more, dtype=shared.dtype, checkpoint_every=shared.checkpoint_every)
         received.update(trained_on=len(records.train), tasks=list(tasks), located=list(located))
         raise InputError("seen")
 
-    monkeypatch.setattr(sim, "Workbench", workbench)
+    monkeypatch.setattr(sim, "CellTrainer", build_cell_trainer)
     more = "--ranks 2 --eval-template clean --score-batch-size 3 --dtype bfloat16 --checkpoint-every 7"
     assert "seen" in commands.refusal(sweep(model, data, tmp_path / "m", more))
     assert received == {
@@ -188,8 +188,8 @@ def test_an_interrupted_cell_resumes_from_its_checkpoint(swept, model, data, tmp
     }  # fmt: skip
 
 
-class Quick(Workbench):
-    """Workbench that derives results from a cell's hash at once, so that runs can be compared to the byte."""
+class Quick(CellTrainer):
+    """CellTrainer that derives results from a cell's hash at once, so that runs can be compared to the byte."""
 
     def open(self, *_: str) -> list[str]:
         self.train_examples, self.model = None, SimpleNamespace(tokenizer=None)
@@ -218,7 +218,7 @@ class Quick(Workbench):
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """Run sweeps whose cells take no time."""
-    monkeypatch.setattr(sim, "Workbench", Quick)
+    monkeypatch.setattr(sim, "CellTrainer", Quick)
     monkeypatch.setattr(sim.prompts, "save_prompts", lambda *_, **__: None)  # which a tokenizer is needed for
 
 

@@ -8,7 +8,7 @@ from rora_theory.runs.folder import RunFolder
 
 
 def write(path: Path) -> Path:
-    """Write crossing ranks and takeover distances of two types of module in two layers.
+    """Write crossing ranks and crossing distances of two types of module in two layers.
 
     The linear term distinguishes rows except by the law of A, and the distance distinguishes all.
     """
@@ -27,10 +27,13 @@ def write(path: Path) -> Path:
     ]  # fmt: skip
     folder.write_frame(frames.from_rows(rows, regime_tables.CROSSING_COLUMNS), regime_tables.CROSSINGS)
     rows = [
-        row | {"rank": 8, "takeover": row["linear_term"] * {"kaiming_uniform": 0.01, "gaussian": 7.0}[row["init"]]}
+        row
+        | {"rank": 8, "crossing_distance": row["linear_term"] * {"kaiming_uniform": 0.01, "gaussian": 7.0}[row["init"]]}
         for row in rows
         if row["optimizer"] == "adam"
     ]
-    folder.write_frame(frames.from_rows(rows, regime_tables.TAKEOVER_COLUMNS), regime_tables.TAKEOVER)
+    folder.write_frame(
+        frames.from_rows(rows, regime_tables.CROSSING_DISTANCE_COLUMNS), regime_tables.CROSSING_DISTANCES
+    )
     folder.finish()
     return folder.path

@@ -59,7 +59,7 @@ INVALID: dict[type, dict[str, tuple]] = {
     SweepConfig: same_values("limit score_batch_size", 0),
     Design: {"methods": (("qlora",), (), ("lora", "lora")), "seeds": ((3, 3), (-1,)), "models": ((), ("a", "a"))}
     | {"ranks": ((), (4, 4), (0,)), "lrs": ((), (1e-3, -1.0)), "read_at": ((2, 1), (0, 1))}
-    | same_values("strengths full_lrs", (1.0, 1.0), (0.0,)),
+    | same_values("gains full_lrs", (1.0, 1.0), (0.0,)),
     PlannedRun: same_values("steps rank batch_size probe_rank", 0)
     | same_values("alpha lr", 0.0)
     | same_values("clip budget", -1.0)

@@ -18,7 +18,7 @@ from rora_theory.lab.sweep.curves import (
 )
 from rora_theory.lab.sweep.estimators import estimator_table
 from rora_theory.lab.sweep.law import setting_exponents, step_exponents
-from rora_theory.lab.sweep.parts import change_at_best, led_table
+from rora_theory.lab.sweep.part_tables import change_at_best, part_table
 from rora_theory.lab.sweep.rate_estimates import rate_table, ratio_table
 from rora_theory.lab.sweep.regret import constants_by_steps, policies, regret_by_policy, regret_table
 from rora_theory.lab.sweep.runs import FULL, SweepRun, merge_repeated_runs
@@ -27,7 +27,7 @@ from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.verdicts import Outcome
 
 UNITS = {
-    "strength": "gamma times the rank: alpha under alpha / r, alpha sqrt(r) under alpha / sqrt(r)",
+    "gain": "gamma times the rank: alpha under alpha / r, alpha sqrt(r) under alpha / sqrt(r)",
     "validation_loss, answer_loss": "nats per token of the held-out records; errors are over records",
 }
 
@@ -45,11 +45,11 @@ class SweepAnalysis:
       ratios: Ratios of best rates, `rate_estimates.ratio_table`.
       comparisons: Comparisons of curves at their best rates, `curves.compare_best_rates`.
       one_rate: Comparisons at the same rate, `curves.compare_at_one_rate`.
-      exponents: Exponents of the best rates in strength and rank, `law.setting_exponents`.
+      exponents: Exponents of the best rates in gain and rank, `law.setting_exponents`.
       estimators: Exponents by estimators that use whole curves, `estimators.estimator_table`.
       steps: Exponents of the best rates in the number of steps, `law.step_exponents`.
-      led: Parts of the change in every run, `parts.led_table`.
-      change: Size of the change at the best rates, `parts.change_at_best`.
+      parts: Parts of the change in every run, `part_tables.part_table`.
+      change: Size of the change at the best rates, `part_tables.change_at_best`.
       constants: Displacement constants K, `regret.constants_by_steps`.
       regret: Cost of policies between all measured conditions, `regret.regret_table`.
       policies: Summary of the cost, `regret.regret_by_policy`.
@@ -63,7 +63,7 @@ class SweepAnalysis:
     exponents: pd.DataFrame
     estimators: pd.DataFrame
     steps: pd.DataFrame
-    led: pd.DataFrame
+    parts: pd.DataFrame
     change: pd.DataFrame
     constants: pd.DataFrame
     regret: pd.DataFrame
@@ -80,7 +80,7 @@ def analyse(
     tokens: Mapping[str, tuple[Sequence[int], Sequence[int]]],
     shared: Mapping[str, Any],
     *,
-    takeovers: Sequence[float] = (),
+    crossing_distances: Sequence[float] = (),
     linear_terms: Sequence[float] = (),
     other_runs: Mapping[str, Sequence[SweepRun]] | None = None,
 ) -> SweepAnalysis:
@@ -93,7 +93,7 @@ def analyse(
       runs: Runs of the matrix.
       tokens: Numbers of tokens of the held-out records and of their answers by model.
       shared: Settings that all runs share, by name.
-      takeovers: Takeover distances of the model's modules, see `judge_runs`.
+      crossing_distances: Crossing distances of the model's modules, see `judge_runs`.
       linear_terms: Linear terms of the model's modules, see `judge_runs`.
       other_runs: Runs to compare with, by description.
 
@@ -114,7 +114,7 @@ def analyse(
     different = [place for place in range(len(labels)) if len({key[place] for key in groups}) > 1]
     for key, group in groups.items():
         settings = dict(shared) | dict(group[0].axes)
-        law: dict[str, Any] = {"takeovers": takeovers, "linear_terms": linear_terms}
+        law: dict[str, Any] = {"crossing_distances": crossing_distances, "linear_terms": linear_terms}
         by_loss = dict(zip(get_args(LossOn), tokens[key[0]], strict=True))
         judged = judge_runs(
             group,
@@ -141,7 +141,7 @@ def judge_runs(
     runs: Sequence[SweepRun],
     tokens: Sequence[int],
     *,
-    takeovers: Sequence[float],
+    crossing_distances: Sequence[float],
     warmup: int,
     schedule: Schedule = "constant",
     linear_terms: Sequence[float] = (),
@@ -153,7 +153,7 @@ def judge_runs(
     Args:
       runs: Runs of one grid; runs of the same setting are merged, see `runs.merge_repeated_runs`.
       tokens: Number of tokens of each held-out record in the loss by which the runs are judged.
-      takeovers: Takeover distances of the model's modules for the law's exponents; if empty, these are left out.
+      crossing_distances: Crossing distances of the model's modules; if empty, the law's exponents are left out.
       warmup: Number of steps of linear warm-up.
       schedule: Schedule of the learning rate after the warm-up.
       linear_terms: Linear terms of the model's modules, see `law.setting_exponents`.
@@ -172,11 +172,11 @@ def judge_runs(
     by_step = {step: _curves_by_loss(runs, losses, step) for step in steps}
     curves = {step: by_loss[loss_on] for step, by_loss in by_step.items()}
     best = _concatenate(best_rate_table(step_curves, step) for step, step_curves in curves.items())
-    led = led_table(runs, takeovers=takeovers, warmup=warmup, schedule=schedule)
+    parts = part_table(runs, crossing_distances=crossing_distances, warmup=warmup, schedule=schedule)
     # Without a curve of three rates, only the parts of the change can be analysed.
     if best.empty:
         frames_by_name = dict.fromkeys((field.name for field in fields(SweepAnalysis)), pd.DataFrame())
-        return SweepAnalysis(**frames_by_name | {"best": best, "led": led})
+        return SweepAnalysis(**frames_by_name | {"best": best, "parts": parts})
     # Comparisons of curves, also with those of other runs after the same number of steps, and best rates by every
     # estimator and by the losses over all tokens and over the answers.
     merged_others = {name: merge_repeated_runs(named_runs) for name, named_runs in (other_runs or {}).items()}
@@ -188,12 +188,12 @@ def judge_runs(
         rates.append(rate_table(by_loss, step))
         ratios.append(ratio_table(by_loss, step, others_by_loss))
     # Exponents of the best rates, with those of the laws.
-    constants = constants_by_steps(led, best)
+    constants = constants_by_steps(parts, best)
     by_steps = constants.groupby("step") if len(constants) else ()
     ranges = {int(step): (float(rows["constant"].min()), float(rows["constant"].max())) for step, rows in by_steps}
     exponents = exponents_in_steps = pd.DataFrame()
-    if takeovers:
-        law: dict[str, Any] = {"takeovers": takeovers, "warmup": warmup, "schedule": schedule}
+    if crossing_distances:
+        law: dict[str, Any] = {"crossing_distances": crossing_distances, "warmup": warmup, "schedule": schedule}
         exponents = _concatenate(
             setting_exponents(step_curves, step, **law, runs=runs, linear_terms=linear_terms, constants=ranges)
             for step, step_curves in curves.items()
@@ -207,7 +207,8 @@ def judge_runs(
     }
     # Regret of policies, with the geometric middle of the displacement constants at each step.
     middle = {step: math.sqrt(low * high) for step, (low, high) in ranges.items()}
-    by_name = policies(middle, takeover=float(np.median(takeovers)) if takeovers else None, schedule=schedule)
+    crossing_distance = float(np.median(crossing_distances)) if crossing_distances else None
+    by_name = policies(middle, crossing_distance=crossing_distance, schedule=schedule)
     costs = regret_table(runs, tokens, curves, by_name, draws=BOOTSTRAP_SAMPLES)
     return SweepAnalysis(
         best,
@@ -218,8 +219,8 @@ def judge_runs(
         exponents,
         _concatenate(estimator_table(curves[step], step, training_curves[step]) for step in steps),
         exponents_in_steps,
-        led,
-        change_at_best(best, led),
+        parts,
+        change_at_best(best, parts),
         constants,
         costs,
         regret_by_policy(costs),
@@ -249,7 +250,7 @@ def describe_exponents(runs: int, best: pd.DataFrame, exponents: pd.DataFrame, *
       runs: Number of runs.
       best: `curves.best_rate_table` of every step.
       exponents: `law.setting_exponents` of every step.
-      law: Whether takeover distances are known.
+      law: Whether crossing distances are known.
     """
     if best.empty:
         return f"No rank and gamma r has runs at three learning rates yet ({runs} runs in all)."
@@ -269,7 +270,7 @@ def _count_verdicts(verdicts: pd.Series) -> str:
 
 def add_against_column(exponents: pd.DataFrame) -> pd.DataFrame:
     """Add a column ``against`` to `law.setting_exponents` that describes what the rate is compared against."""
-    return exponents.assign(against=exponents["over"].map({"strength": "gamma r at r =", "rank": "r at gamma r ="}))
+    return exponents.assign(against=exponents["over"].map({"gain": "gamma r at r =", "rank": "r at gamma r ="}))
 
 
 def add_size_column(frame: pd.DataFrame) -> pd.DataFrame:

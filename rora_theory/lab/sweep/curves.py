@@ -21,7 +21,7 @@ from rora_theory.stats.trained_runs import TrainedRun, curves_of_runs, loss_diff
 def curves_at(runs: Sequence[SweepRun], tokens: Sequence[int], step: int, *, draws: int) -> list[Curve]:
     """Return the curves of loss against learning rate after a number of steps.
 
-    There is a curve for every rank and strength, and for every method without a rank (which is the curve's rule, with
+    There is a curve for every rank and gain, and for every method without a rank (which is the curve's rule, with
     rank 0 and gamma 1), if runs at three or more rates reach the step.
 
     Args:
@@ -67,19 +67,19 @@ def best_rate_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
     if set(rules) - {"lora", FULL}:
         frame["method"] = rules
     frame.insert(0, "step", step)
-    frame.insert(2, "strength", [strength_of(curve) if curve.rank else None for curve in curves])
+    frame.insert(2, "gain", [gain_of(curve) if curve.rank else None for curve in curves])
     frame["rank"] = pd.array([curve.rank or None for curve in curves], dtype="Int64")
     return frames.from_rows(frames.rows(frame), list(frame))
 
 
-def strength_of(curve: Curve) -> float:
-    """Return the strength gamma r of a curve."""
+def gain_of(curve: Curve) -> float:
+    """Return the gain gamma r of a curve."""
     return round(curve.scaling * curve.rank, 9)
 
 
 def setting_labels(curve: Curve) -> dict[str, Any]:
-    """Return the rank and strength of a curve, which are None for full fine-tuning."""
-    return {"rank": curve.rank or None, "strength": strength_of(curve) if curve.rank else None}
+    """Return the rank and gain of a curve, which are None for full fine-tuning."""
+    return {"rank": curve.rank or None, "gain": gain_of(curve) if curve.rank else None}
 
 
 def comparison_pairs(
@@ -89,17 +89,17 @@ def comparison_pairs(
     # First every adapter with full fine-tuning.
     adapters = [curve for curve in curves if curve.rank]
     pairs = [(curve, full, _rank_name(curve), FULL) for curve in adapters for full in curves if full.rule == FULL]
-    # With the largest rank at one strength.
+    # With the largest rank at one gain.
     for curve in adapters:
-        same_strength = (other for other in adapters if strength_of(other) == strength_of(curve))
-        largest = max(same_strength, key=lambda other: other.rank)
+        same_gain = (other for other in adapters if gain_of(other) == gain_of(curve))
+        largest = max(same_gain, key=lambda other: other.rank)
         if largest is not curve:
             pairs.append((curve, largest, _rank_name(curve), _rank_name(largest)))
-    # With the largest strength at one rank.
+    # With the largest gain at one rank.
     for curve in adapters:
-        strongest = max((other for other in adapters if other.rank == curve.rank), key=strength_of)
+        strongest = max((other for other in adapters if other.rank == curve.rank), key=gain_of)
         if strongest is not curve:
-            name, strongest_name = (_strength_name(strength_of(member)) for member in (curve, strongest))
+            name, strongest_name = (_gain_name(gain_of(member)) for member in (curve, strongest))
             pairs.append((curve, strongest, name, strongest_name))
     # With the same setting in other runs.
     for name, other_curves in (other_runs or {}).items():
@@ -117,8 +117,8 @@ def compare_best_rates(
 ) -> pd.DataFrame:
     """Compare curves after a number of steps, each at its own best rate.
 
-    An adapter is compared with full fine-tuning of the same modules, with the largest rank at its strength, and with
-    the largest strength at its rank. The last compares LoRA with RoRA of the same alpha if the strengths are alpha and
+    An adapter is compared with full fine-tuning of the same modules, with the largest rank at its gain, and with
+    the largest gain at its rank. The last compares LoRA with RoRA of the same alpha if the gains are alpha and
     alpha sqrt(r). Every curve is compared with the same curve of other runs.
 
     Args:
@@ -128,7 +128,7 @@ def compare_best_rates(
         `runs.read_comparison_runs`.
 
     Returns:
-      A row for each pair that has curves with a common seed: ``step``, ``rank`` and ``strength`` of the first curve and
+      A row for each pair that has curves with a common seed: ``step``, ``rank`` and ``gain`` of the first curve and
       ``compared_with``, the name of the second; ``ratio``, the first best rate over the second, with
       ``ratio_log2_error``; ``difference`` of the lowest losses with its 95% ``half_width``, which includes
       ``grid_error``, and ``error_over``; ``seeds``; and ``verdict``, see `stats.rate_curves.compare_curves`.
@@ -152,12 +152,12 @@ def _rank_name(curve: Curve) -> str:
     return f"r = {curve.rank}" if curve.rank else FULL
 
 
-def _strength_name(strength: float) -> str:
-    return f"gamma r = {strength:g}"
+def _gain_name(gain: float) -> str:
+    return f"gamma r = {gain:g}"
 
 
 def compare_at_one_rate(runs: Sequence[SweepRun], tokens: Sequence[int], step: int) -> pd.DataFrame:
-    """Compare every strength with the largest strength of its rank at the same learning rate.
+    """Compare every gain with the largest gain of its rank at the same learning rate.
 
     In contrast, `compare_best_rates` compares curves at their own best rates.
 
@@ -167,26 +167,26 @@ def compare_at_one_rate(runs: Sequence[SweepRun], tokens: Sequence[int], step: i
       step: Number of steps.
 
     Returns:
-      A row for each rank, strength and rate: ``step``, ``rank``, ``strength``, ``compared_with`` and ``learning_rate``;
+      A row for each rank, gain and rate: ``step``, ``rank``, ``gain``, ``compared_with`` and ``learning_rate``;
       ``difference`` of the losses with its 95% ``half_width`` and ``error_over``, see `loss_difference`; and ``seeds``,
-      the number of seeds that did not diverge at either strength.
+      the number of seeds that did not diverge at either gain.
     """
-    # Runs by rank, strength and rate, then by seed.
+    # Runs by rank, gain and rate, then by seed.
     by_setting: dict[tuple[int, float, float], dict[int, TrainedRun]] = {}
     for run in runs:
-        if run.rank and run.strength and run.losses(step) is not None:
-            by_setting.setdefault((run.rank, run.strength, run.rate), {})[run.seed] = run.at(step, tokens)
-    # Strengths ascend, so that the last one of a rank, its largest, remains.
-    strongest = {rank: strength for rank, strength, _ in sorted(by_setting)}
+        if run.rank and run.gain and run.losses(step) is not None:
+            by_setting.setdefault((run.rank, run.gain, run.rate), {})[run.seed] = run.at(step, tokens)
+    # Gains ascend, so that the last one of a rank, its largest, remains.
+    strongest = {rank: gain for rank, gain, _ in sorted(by_setting)}
     rows = []
-    for rank, strength, rate in sorted(by_setting):
-        by_seed, other_by_seed = by_setting[rank, strength, rate], by_setting.get((rank, strongest[rank], rate), {})
+    for rank, gain, rate in sorted(by_setting):
+        by_seed, other_by_seed = by_setting[rank, gain, rate], by_setting.get((rank, strongest[rank], rate), {})
         seeds = sorted(by_seed.keys() & other_by_seed.keys())
-        if strength == strongest[rank] or not seeds:
+        if gain == strongest[rank] or not seeds:
             continue
-        # Runs of both strengths with the same seeds and records, so that the difference is paired.
+        # Runs of both gains with the same seeds and records, so that the difference is paired.
         difference = loss_difference([by_seed[seed] for seed in seeds], [other_by_seed[seed] for seed in seeds])
-        row = {"step": step, "rank": rank, "strength": strength, "compared_with": _strength_name(strongest[rank])}
+        row = {"step": step, "rank": rank, "gain": gain, "compared_with": _gain_name(strongest[rank])}
         row |= {"learning_rate": rate, "difference": difference.value}
         row |= {"half_width": difference.half_width() if difference.has_error else None}
         rows.append(row | {"error_over": difference.over, "seeds": len(seeds)})

@@ -66,7 +66,7 @@ class Design:
       methods: Names of methods. Every combination of method, rank and seed is a cell.
       ranks: Ranks of the adapters.
       alpha_rule: Rule for alpha.
-      strengths: Values of G = gamma r, in place of alpha; methods with a rank must then scale by alpha / r.
+      gains: Values of G = gamma r, in place of alpha; methods with a rank must then scale by alpha / r.
       lrs: Learning rates; None is the published rate of each method, or its grid `RATE_GRIDS` if ``tuned``.
       full_lrs: Learning rates of full fine-tuning, which is added to the methods if there are any.
       seeds: Seeds of the runs.
@@ -86,7 +86,7 @@ class Design:
     methods: tuple[str, ...] = (BASE, "lora", "dora", "rora")
     ranks: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
     alpha_rule: AlphaRule = "fixed"
-    strengths: tuple[float, ...] = ()
+    gains: tuple[float, ...] = ()
     lrs: tuple[float, ...] | None = None
     full_lrs: tuple[float, ...] = ()
     seeds: tuple[int, ...] = (0, 1)
@@ -104,18 +104,18 @@ class Design:
         check_list("--ranks", self.ranks, check_integer)
         if self.lrs is not None:
             check_list("--lrs", self.lrs, check_positive)
-        check_list("--strengths", self.strengths, check_positive, fewest=0)
+        check_list("--gains", self.gains, check_positive, fewest=0)
         check_list("--full-lrs", self.full_lrs, check_positive, fewest=0)
         if self.read_at:
             check_steps(self.read_at, "--read-at")
-        for method in (METHODS[name] for name in self.methods if self.strengths and name != BASE):
+        for method in (METHODS[name] for name in self.methods if self.gains and name != BASE):
             if method.has_rank and exponent(method.settings["rule"]) != 1:
-                raise InputError(f"--strengths requires methods that scale by alpha / r, got {method.name}")
+                raise InputError(f"--gains requires methods that scale by alpha / r, got {method.name}")
         self.variants()
 
     def alphas(self, rank: int, alpha: float) -> tuple[float, ...]:
-        """Return the values of alpha at a rank: the strengths, twice the rank, or the shared alpha."""
-        return self.strengths or ((2.0 * rank,) if self.alpha_rule == "2r" else (alpha,))
+        """Return the values of alpha at a rank: the gains, twice the rank, or the shared alpha."""
+        return self.gains or ((2.0 * rank,) if self.alpha_rule == "2r" else (alpha,))
 
     def rates(self, method: str, model: str) -> tuple[float, ...]:
         """Return the learning rates of a method."""
@@ -159,7 +159,7 @@ DESIGNS = {
     ),
     "table2": replace(_PAPER, models=("princeton-nlp/Sheared-LLaMA-1.3B",), ranks=(8, 16, 32, 64, 128)),
     "horizon": Design(
-        methods=("lora",), ranks=(8, 128), strengths=(64.0, 724.0), lrs=(3e-4, 1e-3, 3e-3), seeds=(0,),
+        methods=("lora",), ranks=(8, 128), gains=(64.0, 724.0), lrs=(3e-4, 1e-3, 3e-3), seeds=(0,),
         read_at=(16, 64, 256),
     ),
 }  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pandas as pd
 
-from rora_theory.lab.sweep.curves import strength_of
+from rora_theory.lab.sweep.curves import gain_of
 from rora_theory.runs import frames
 from rora_theory.stats.curve_optima import Method, pooled_exponent
 from rora_theory.stats.rate_curves import Curve, at_shared_seeds
@@ -35,7 +35,7 @@ def estimator_table(curves: Sequence[Curve], step: int, training_curves: Sequenc
       training_curves: `curves.training_curves_at` the step, for the estimator `TRAINING`.
 
     Returns:
-      A row for each exponent and estimator: ``step``, ``over`` (``strength`` or ``rank``), ``at`` (the values of the
+      A row for each exponent and estimator: ``step``, ``over`` (``gain`` or ``rank``), ``at`` (the values of the
       other setting, separated by spaces), ``first``, ``second``; ``estimate``, the estimator; ``exponent`` with
       ``standard_error`` and 95% ``half_width`` over the ``seeds``; ``pairs`` of curves, and ``edges``, the number of
       pairs with a best rate at the end of a grid, which bounds the exponent only. Without a minimum of a curve there is
@@ -50,16 +50,16 @@ def estimator_table(curves: Sequence[Curve], step: int, training_curves: Sequenc
 
 def _exponent_rows(curves: Sequence[Curve], step: int, methods: Mapping[str, Method]) -> list[dict[str, Any]]:
     """Return the rows of `estimator_table` for some curves, by estimators whose names are the keys of ``methods``."""
-    curve_of_setting = {(curve.rank, strength_of(curve)): curve for curve in curves if curve.rank}
+    curve_of_setting = {(curve.rank, gain_of(curve)): curve for curve in curves if curve.rank}
     rows: list[dict[str, Any]] = []
-    for over, index in (("strength", 1), ("rank", 0)):
+    for over, index in (("gain", 1), ("rank", 0)):
         values = sorted({key[index] for key in curve_of_setting})
         for low, high in itertools.combinations(values, 2):
             # Pairs of curves with a shared seed, by the value of the other setting in ascending order.
             pairs: dict[float, tuple[Curve, Curve]] = {}
             for other_value in sorted({key[1 - index] for key in curve_of_setting}):
                 ends: list[Any] = [(low, other_value), (high, other_value)]
-                if over == "strength":
+                if over == "gain":
                     ends = [(other_value, low), (other_value, high)]
                 if all(end in curve_of_setting for end in ends):
                     first, second = (curve_of_setting[end] for end in ends)

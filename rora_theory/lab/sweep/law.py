@@ -12,53 +12,53 @@ import pandas as pd
 
 from rora_theory import laws
 from rora_theory.errors import InputError
-from rora_theory.lab.sweep.curves import setting_labels, strength_of
-from rora_theory.lab.sweep.parts import QUANTILES, exponent_of_parts
+from rora_theory.lab.sweep.curves import gain_of, setting_labels
+from rora_theory.lab.sweep.part_tables import QUANTILES, exponent_of_parts
 from rora_theory.lab.sweep.runs import SweepRun
 from rora_theory.laws import constant_gradient, displacement
 from rora_theory.measure.regimes.saved_run import read_regime_run
-from rora_theory.measure.regimes.tables import TAKEOVER, TAKEOVER_COLUMNS
+from rora_theory.measure.regimes.tables import CROSSING_DISTANCE_COLUMNS, CROSSING_DISTANCES
 from rora_theory.optimizers import Schedule, schedule_factor
 from rora_theory.runs import frames
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.rate_curves import Curve, at_shared_seeds, log2_rates, weighted_log2_rates
 from rora_theory.stats.verdicts import judge_range
 
-RIVALS = {"strength": (-1.0, 0.0), "rank": (-0.125, 0.125, 0.5), "step": (-0.5,)}
+RIVALS = {"gain": (-1.0, 0.0), "rank": (-0.125, 0.125, 0.5), "step": (-0.5,)}
 """Exponents that rival explanations predict for the best rate, by the setting that changes.
 
-In the strength G: -1 (the law of the first step) and 0 (the rate does not depend on G). In the rank at fixed G: 1/2
+In the gain G: -1 (the law of the first step) and 0 (the rate does not depend on G). In the rank at fixed G: 1/2
 (cross-talk leads), and -1/8 and 1/8, the smallest exponents that a user would notice: from rank 8 to 128 they change
 the rate by a factor of 1.4, which costs a few thousandths of a nat. In the number of steps: -1/2 (a random walk).
 """
 
 
 def read_regime(folder: Path) -> tuple[list[float], list[float]]:
-    """Read the takeover distances and the linear terms under Adam of all modules, with PEFT's default initialisation.
+    """Read the crossing distances and the linear terms under Adam of all modules, with PEFT's default initialisation.
 
     Args:
       folder: Run folder of ``sims.regime``.
 
     Returns:
-      The takeover distances, and the linear terms c of the first step; a value of each per module.
+      The crossing distances, and the linear terms c of the first step; a value of each per module.
 
     Raises:
-      InputError: If `read_regime_run` refuses the folder, or if it has no such takeover distance.
+      InputError: If `read_regime_run` refuses the folder, or if it has no such crossing distance.
     """
     run = read_regime_run(folder, optimizer="adam", init="kaiming_uniform", split="heldout")
-    rows = frames.read_csv(folder / TAKEOVER, TAKEOVER_COLUMNS)
+    rows = frames.read_csv(folder / CROSSING_DISTANCES, CROSSING_DISTANCE_COLUMNS)
     held_out = rows[(rows["init"] == "kaiming_uniform") & (rows["split"] == "heldout")]
     if held_out.empty:
         raise InputError(
-            f"{folder / TAKEOVER} has no held-out row for kaiming_uniform. "
+            f"{folder / CROSSING_DISTANCES} has no held-out row for kaiming_uniform. "
             "Run sims.regime with --inits kaiming_uniform."
         )
-    return held_out["takeover"].astype(float).tolist(), list(run.linear_terms.values())
+    return held_out["crossing_distance"].astype(float).tolist(), list(run.linear_terms.values())
 
 
 def predict_exponents(
-    takeovers: Sequence[float],
-    strengths: tuple[float, float],
+    crossing_distances: Sequence[float],
+    gains: tuple[float, float],
     *,
     steps: Sequence[int],
     rates: Sequence[float],
@@ -70,35 +70,35 @@ def predict_exponents(
     The optimizer is Adam with a warm-up from 0, and the signal term dominates.
 
     Args:
-      takeovers: Takeover distances of the model's modules (`rora_theory.laws.constant_gradient`).
-      strengths: Value of gamma r at which the best rate is known, and the other value.
+      crossing_distances: Crossing distances of the model's modules (`rora_theory.laws.constant_gradient`).
+      gains: Value of gamma r at which the best rate is known, and the other value.
       steps: Numbers of steps of whole runs.
       rates: Candidates for the best rate at the first value.
       warmup: Number of steps of linear warm-up.
       schedule: Schedule of the learning rate after the warm-up.
 
     Returns:
-      A row for each number of steps, rate and quantile: ``steps``, ``rate``, ``quantile`` of the takeover distances,
-      ``takeover``, ``factor`` (rate at the first strength over rate at the second) and ``exponent``
+      A row for each number of steps, rate and quantile: ``steps``, ``rate``, ``quantile`` of the crossing distances,
+      ``crossing_distance``, ``factor`` (rate at the first gain over rate at the second) and ``exponent``
       (d log rate / d log gamma r).
     """
     rows = []
     for count, rate, quantile in product(steps, rates, QUANTILES):
-        takeover = float(np.quantile(takeovers, quantile))
+        crossing_distance = float(np.quantile(crossing_distances, quantile))
         rates_of_steps = rate * schedule_factor(schedule, np.arange(count), steps=count, warmup=warmup)
-        # Ratio of the A-led to the B-led part at the end of the run, which decides how much the rate changes.
-        rho = constant_gradient.distances(rates_of_steps, crossing_distance=takeover).A / takeover
-        divisor = 1 / constant_gradient.rate_factor(strengths[1] / strengths[0], rho)
-        exponent = -math.log(divisor) / math.log(strengths[1] / strengths[0])
-        rows.append((count, rate, quantile, takeover, divisor, exponent))
-    return pd.DataFrame(rows, columns=["steps", "rate", "quantile", "takeover", "factor", "exponent"])
+        # Ratio of the A part to the B part at the end of the run, which decides how much the rate changes.
+        rho = constant_gradient.distances(rates_of_steps, crossing_distance=crossing_distance).A / crossing_distance
+        divisor = 1 / constant_gradient.rate_factor(gains[1] / gains[0], rho)
+        exponent = -math.log(divisor) / math.log(gains[1] / gains[0])
+        rows.append((count, rate, quantile, crossing_distance, divisor, exponent))
+    return pd.DataFrame(rows, columns=["steps", "rate", "quantile", "crossing_distance", "factor", "exponent"])
 
 
 def setting_exponents(
     curves: Sequence[Curve],
     step: int,
     *,
-    takeovers: Sequence[float],
+    crossing_distances: Sequence[float],
     warmup: int,
     schedule: Schedule = "constant",
     runs: Sequence[SweepRun] = (),
@@ -107,43 +107,43 @@ def setting_exponents(
 ) -> pd.DataFrame:
     """Measure the exponents of the best rate in gamma r and in the rank, and compare them with the laws.
 
-    At every rank the exponent in gamma r is measured from each strength to the largest; at every strength the exponent
+    At every rank the exponent in gamma r is measured from each gain to the largest; at every gain the exponent
     in the rank is measured from each rank to the largest.
 
     Args:
       curves: `curves.curves_at` the step.
       step: Number of steps.
-      takeovers: Takeover distances of the model's modules, see `predict_exponents`.
+      crossing_distances: Crossing distances of the model's modules, see `predict_exponents`.
       warmup: Number of steps of linear warm-up.
       schedule: Schedule of the learning rate after the warm-up.
-      runs: Runs with measured parts of the change, see `parts.exponent_of_parts`.
+      runs: Runs with measured parts of the change, see `part_tables.exponent_of_parts`.
       linear_terms: Linear terms c of the modules' first step under Adam; if empty, the signal term dominates.
       constants: Smallest and largest measured displacement constant K by number of steps, see
-        `regret.constants_by_steps`; without them the displacement law is left out over the strength.
+        `regret.constants_by_steps`; without them the displacement law is left out over the gain.
 
     Returns:
-      A row for each pair of values of the strength or the rank, with the columns
+      A row for each pair of values of the gain or the rank, with the columns
 
-      - ``step``, ``over`` (``strength`` or ``rank``, the setting that changes), ``at`` (value of the other setting),
+      - ``step``, ``over`` (``gain`` or ``rank``, the setting that changes), ``at`` (value of the other setting),
         ``first`` and ``second`` (values of the setting that changes);
       - ``exponent`` with ``standard_error``, 95% ``half_width`` and ``error_over``, from the ``seeds`` that both curves
         have, and ``edge`` as in `step_exponents`;
       - ``law_low``, ``law`` and ``law_high``, the exponent by the law of a constant gradient, and ``verdict`` on it,
-        see `stats.verdicts.judge_range`. Over the strength the range is that of the modules' takeover distances, at the
+        see `stats.verdicts.judge_range`. Over the gain the range is that of the modules' crossing distances, at the
         measured best rate. Over the rank it extends from 0, where the signal or A leads, to the exponents that preserve
         the first step of the median module and of the module at the 95% quantile, see
         `laws.equal_change_rank_exponent`;
-      - over the strength ``by_parts``, the mean over seeds of `parts.exponent_of_parts`, their range ``by_parts_low``
+      - over the gain ``by_parts``, the mean over seeds of `part_tables.exponent_of_parts`, their range ``by_parts_low``
         and ``by_parts_high``, and ``by_parts_verdict``, the verdict on this range;
       - ``displacement_low`` and ``displacement_high``, the exponents of the displacement law, and
-        ``displacement_verdict``: over the strength those over the measured constants and every coherence, over the rank
+        ``displacement_verdict``: over the gain those over the measured constants and every coherence, over the rank
         0. Each law is a rival of the other.
     """
     rows = []
-    # Settings are pairs of rank (index 0) and strength (index 1). One of them changes, the other is the same.
-    curve_of_setting = {(curve.rank, strength_of(curve)): curve for curve in curves}
-    for over, index in (("strength", 1), ("rank", 0)):
-        # Each curve with the one of the largest strength (or rank) at the same rank (or strength).
+    # Settings are pairs of rank (index 0) and gain (index 1). One of them changes, the other is the same.
+    curve_of_setting = {(curve.rank, gain_of(curve)): curve for curve in curves}
+    for over, index in (("gain", 1), ("rank", 0)):
+        # Each curve with the one of the largest gain (or rank) at the same rank (or gain).
         pairs = [
             (key, max(other for other in curve_of_setting if other[1 - index] == key[1 - index]))
             for key in sorted(curve_of_setting, key=lambda key: (key[1 - index], key[index]))
@@ -159,15 +159,15 @@ def setting_exponents(
             # By the displacement law the rank has no effect but through gamma r.
             displaced: tuple[float, float] | None = (0.0, 0.0)
             by_parts: list[float] = []
-            if over == "strength":
+            if over == "gain":
                 rate = _best_rate(ends[0])
                 predicted = predict_exponents(
-                    takeovers, (low, high), steps=[step], rates=[rate], warmup=warmup, schedule=schedule
+                    crossing_distances, (low, high), steps=[step], rates=[rate], warmup=warmup, schedule=schedule
                 )
                 law = tuple(predicted["exponent"])
                 displaced = _displacement_exponents((constants or {}).get(step), low, high)
                 by_parts = exponent_of_parts(
-                    runs, step, rank=int(at), strengths=(low, high), rate=rate, seeds=tuple(ends[0].by_seed)
+                    runs, step, rank=int(at), gains=(low, high), rate=rate, seeds=tuple(ends[0].by_seed)
                 )
             elif len(linear_terms):
                 # Rates that preserve each module's first step.
@@ -212,13 +212,13 @@ def _displacement_exponents(
 def step_exponents(
     curves: Mapping[int, Sequence[Curve]],
     *,
-    takeovers: Sequence[float],
+    crossing_distances: Sequence[float],
     warmup: int,
     schedule: Schedule = "constant",
 ) -> pd.DataFrame:
     """Measure the exponent of the best rate in the number of steps, and compare it with that of a constant gradient.
 
-    At every rank and strength the exponent is measured between all pairs of numbers of steps. Steps within a warm-up
+    At every rank and gain the exponent is measured between all pairs of numbers of steps. Steps within a warm-up
     at rate 0 have no best rate and are left out.
 
     If signs are constant, both factors move by the sum of the rates. The rate that preserves the change is then
@@ -228,15 +228,15 @@ def step_exponents(
 
     Args:
       curves: `curves.curves_at` by step.
-      takeovers: Takeover distances of the model's modules, see `predict_exponents`.
+      crossing_distances: Crossing distances of the model's modules, see `predict_exponents`.
       warmup: Number of steps of linear warm-up.
       schedule: Schedule of the learning rate after the warm-up.
 
     Returns:
-      A row for each rank, strength and pair of numbers of steps, ``first`` below ``second``: ``rank``, ``strength``,
+      A row for each rank, gain and pair of numbers of steps, ``first`` below ``second``: ``rank``, ``gain``,
       ``first`` and ``second``; ``exponent`` with ``standard_error``, 95% ``half_width``, ``error_over`` and the number
       of common ``seeds``; the exponents ``law_low``, ``law`` and ``law_high`` of a constant gradient over the modules'
-      takeover distances at the first best rate; ``verdict``, see `stats.verdicts.judge_range`; and ``edge``, which of
+      crossing distances at the first best rate; ``verdict``, see `stats.verdicts.judge_range`; and ``edge``, which of
       the two best rates lies at an end of its grid: ``first``, ``second`` or ``both``; empty if neither does. The
       exponent of a pair with an edge is not reliable, and its verdict is ``undecided``.
     """
@@ -258,8 +258,8 @@ def step_exponents(
             slope = weighted_log2_rates((-1.0, 1.0), *ends).times(1 / octaves)
             rate = _best_rate(ends[0])
             # Full fine-tuning has no A that could take over.
-            distances = np.quantile(takeovers, QUANTILES).tolist() if curve.rank else [math.inf]
-            # Exponents of the law, at quantiles of the modules' takeover distances.
+            distances = np.quantile(crossing_distances, QUANTILES).tolist() if curve.rank else [math.inf]
+            # Exponents of the law, at quantiles of the modules' crossing distances.
             schedules = [
                 schedule_factor(schedule, np.arange(count), steps=count, warmup=warmup) for count in (first, second)
             ]

@@ -1,8 +1,8 @@
 """Configuration of a sweep, and its plan: design, records, tasks and cells, without loading weights.
 
 plan = plan_sweep(SweepConfig(("train.json",), ranks=(4, 8)))
-bench = Workbench(plan.training, plan.records, plan.tasks, plan.located, scoring=plan.scoring)
-outcomes = [bench.measure(cell, Path("cells")) for cell in plan.cells()]
+cell_trainer = CellTrainer(plan.training, plan.records, plan.tasks, plan.located, scoring=plan.scoring)
+outcomes = [cell_trainer.measure(cell, Path("cells")) for cell in plan.cells()]
 """
 
 from collections.abc import Mapping
@@ -57,7 +57,7 @@ class SweepConfig:
     """Ranks of the adapter"""
     alpha_rule: AlphaRule | None = None
     """Rule for alpha: fixed uses --alpha at every rank, 2r uses twice the rank and ignores --alpha"""
-    strengths: tuple[float, ...] | None = None
+    gains: tuple[float, ...] | None = None
     """Values of G = gamma r (scaling times rank), in place of alpha; methods with a rank must scale by alpha / r"""
     tuned: bool = False
     """Choose the learning rate of each method and rank by validation loss at the first seed, and use it for the other
@@ -109,7 +109,7 @@ class SweepConfig:
         """Return the named design, with its values replaced by those that are set."""
         names = (
             *("methods", "ranks", "lrs", "seeds", "alpha_rule", "protocol", "dtype"),
-            *("strengths", "full_lrs", "read_at", "axes"),
+            *("gains", "full_lrs", "read_at", "axes"),
         )
         options = {name: getattr(self, name) for name in names} | {"models": self.model, "tuned": self.tuned or None}
         return replace(DESIGNS[self.design], **{name: value for name, value in options.items() if value is not None})

@@ -35,7 +35,7 @@ def rate_table(curves: Mapping[LossOn, Sequence[Curve]], step: int) -> pd.DataFr
       step: Number of steps.
 
     Returns:
-      A row for each curve, loss and estimator: ``step``, ``rank``, ``strength``; ``loss_on``, the tokens of the loss;
+      A row for each curve, loss and estimator: ``step``, ``rank``, ``gain``; ``loss_on``, the tokens of the loss;
       ``estimate``, a name from `ESTIMATORS`; ``best_rate`` with its 95% interval from ``low`` to ``high``, ``seeds``
       and ``error_over``; and ``edge``, the end of the grid at which the lowest loss lies, where the rate is a bound. An
       interval is missing if it is not known. All intervals are conditional on one sample of training data.

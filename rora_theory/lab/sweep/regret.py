@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from rora_theory.advice.best_rate import Run, carry_rate
-from rora_theory.lab.sweep.curves import curves_at, strength_of
-from rora_theory.lab.sweep.parts import GRID_STEP
+from rora_theory.lab.sweep.curves import curves_at, gain_of
+from rora_theory.lab.sweep.part_tables import GRID_STEP
 from rora_theory.lab.sweep.runs import SweepRun
 from rora_theory.laws import constant_gradient, displacement
 from rora_theory.optimizers import Schedule
@@ -26,12 +26,12 @@ class Condition:
 
     Attributes:
       rank: Rank of the adapter.
-      strength: G = gamma r.
+      gain: G = gamma r.
       steps: Number of optimizer steps.
     """
 
     rank: int
-    strength: float
+    gain: float
     steps: int
 
 
@@ -42,7 +42,7 @@ RatePolicy = Callable[[Condition, Condition, float], float]
 def policies(
     constants: Mapping[int, float],
     *,
-    takeover: float | None = None,
+    crossing_distance: float | None = None,
     coherence: float = 1.0,
     schedule: Schedule = "constant",
 ) -> dict[str, RatePolicy]:
@@ -51,7 +51,7 @@ def policies(
     Args:
       constants: Displacement constant K by number of steps; the nearest number in log is used. If empty, the policies
         of the displacement law with a measured constant are left out.
-      takeover: Median takeover distance of the model's modules; None leaves the constant-gradient law out.
+      crossing_distance: Median crossing distance of the model's modules; None leaves the constant-gradient law out.
       coherence: Coherence c of the displacement law, from 1 to 2.
       schedule: Learning-rate schedule of the runs.
 
@@ -66,15 +66,15 @@ def policies(
         # A number of steps without a constant uses that of the nearest one.
         steps = min(constants, key=lambda steps: abs(math.log(steps / old.steps)))
         factor = displacement.best_rate_factor(
-            old.strength, new.strength, displacement_constant=constants[steps], coherence=coherence
+            old.gain, new.gain, displacement_constant=constants[steps], coherence=coherence
         )
         return rate * factor
 
-    # The law of a constant gradient: the change at the horizon stays the same. rate * steps / takeover is the ratio of
-    # the A-led to the B-led part at the old horizon.
+    # The law of a constant gradient: the change at the horizon stays the same. rate * steps / crossing_distance is the
+    # ratio of the A part to the B part at the old horizon.
     def constant_gradient_rate(old: Condition, new: Condition, rate: float) -> float:
-        assert takeover is not None
-        return rate * constant_gradient.rate_factor(new.strength / old.strength, rate * old.steps / takeover)
+        assert crossing_distance is not None
+        return rate * constant_gradient.rate_factor(new.gain / old.gain, rate * old.steps / crossing_distance)
 
     # The displacement law, with the random walk's exponent in the steps.
     def displacement_and_steps_rate(old: Condition, new: Condition, rate: float) -> float:
@@ -82,51 +82,51 @@ def policies(
 
     # The rate that `rora_theory.transfer` returns, with its default constants.
     def advised_rate(old: Condition, new: Condition, rate: float) -> float:
-        first, second = (Run(run.rank, run.strength, run.steps, schedule) for run in (old, new))
+        first, second = (Run(run.rank, run.gain, run.steps, schedule) for run in (old, new))
         return carry_rate(rate, first, second).best
 
     by_name: dict[str, RatePolicy] = {
         "keep the rate": lambda _old, _new, rate: rate,
-        "first step": lambda old, new, rate: rate * old.strength / new.strength,
-        "square root": lambda old, new, rate: rate * (old.strength / new.strength) ** 0.5,
-        "G^-0.75": lambda old, new, rate: rate * (old.strength / new.strength) ** 0.75,
+        "first step": lambda old, new, rate: rate * old.gain / new.gain,
+        "square root": lambda old, new, rate: rate * (old.gain / new.gain) ** 0.5,
+        "G^-0.75": lambda old, new, rate: rate * (old.gain / new.gain) ** 0.75,
     }
     if constants:
         by_name |= {"displacement": displacement_rate, "displacement and steps": displacement_and_steps_rate}
     by_name["advice"] = advised_rate
-    return by_name if takeover is None else by_name | {"constant gradient": constant_gradient_rate}
+    return by_name if crossing_distance is None else by_name | {"constant gradient": constant_gradient_rate}
 
 
-def constants_by_steps(led: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
+def constants_by_steps(parts: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
     """Compute the displacement constant K of every condition from runs at or below its best rate.
 
     Args:
-      led: `parts.led_table`.
+      parts: `part_tables.part_table`.
       best: `curves.best_rate_table` of every step.
 
     Returns:
-      A row for each ``step``, ``rank`` and ``strength``: ``constant``, the mean of K over runs, its smallest
+      A row for each ``step``, ``rank`` and ``gain``: ``constant``, the mean of K over runs, its smallest
       and largest value ``constant_low`` and ``constant_high``, and ``runs``, how many there are. A run belongs to it if
       its learning rate is at most half a grid step of a quarter decade above the best rate.
     """
     rows: list[dict[str, Any]] = []
     optima = {
-        (row["step"], row["rank"], round(row["strength"], 6)): row["best_rate"]
+        (row["step"], row["rank"], round(row["gain"], 6)): row["best_rate"]
         for row in frames.rows(best[best["rank"].notna()])
     }
-    for (step, rank, strength), runs in led.groupby(["step", "rank", "strength"]) if len(led) else ():
+    for (step, rank, gain), runs in parts.groupby(["step", "rank", "gain"]) if len(parts) else ():
         # Runs up to the best rate, with half a grid step of slack because it lies between the rates of the grid.
-        optimum = optima.get((step, rank, round(strength, 6)))
+        optimum = optima.get((step, rank, round(gain, 6)))
         near_best = runs[runs["learning_rate"] <= (optimum or 0.0) * 10 ** (GRID_STEP / 2)]
         if len(near_best):
-            # K = G rho (1 + rho), with the measured ratio rho of the A-led to the B-led part.
-            values = strength * near_best["ratio"] * (1 + near_best["ratio"])
+            # K = G rho (1 + rho), with the measured ratio rho of the A part to the B part.
+            values = gain * near_best["ratio"] * (1 + near_best["ratio"])
             rows.append(
-                {"step": int(step), "rank": int(rank), "strength": float(strength)}
+                {"step": int(step), "rank": int(rank), "gain": float(gain)}
                 | {"constant": float(values.mean())}
                 | {"constant_low": float(values.min()), "constant_high": float(values.max()), "runs": len(near_best)}
             )
-    columns = ["step", "rank", "strength", "constant", "constant_low", "constant_high", "runs"]
+    columns = ["step", "rank", "gain", "constant", "constant_low", "constant_high", "runs"]
     return frames.from_rows(rows, columns)
 
 
@@ -152,7 +152,7 @@ def regret_table(
       draws: Number of bootstrap samples of the held-out records, for curves of a subset of the seeds.
 
     Returns:
-      A row for each pair and policy: ``old_rank``, ``old_strength``, ``old_steps``, ``rank``, ``strength``, ``steps``,
+      A row for each pair and policy: ``old_rank``, ``old_gain``, ``old_steps``, ``rank``, ``gain``, ``steps``,
       ``changed`` (which of the three differ), ``policy``, ``tuned_rate``, ``learning_rate``, ``regret`` in nats per
       token with ``standard_error``, ``half_width`` (95%, with what the grid may hide), ``error_over``, ``low`` and
       ``high`` over the interval of the tuned optimum, ``per_cent``, ``lowest_loss``, ``seeds``, ``is_lower_bound`` and
@@ -164,11 +164,11 @@ def regret_table(
     for old, tuned in measured.curves.items():
         # Geometric mean of the seeds' best rates.
         tuned_rate = 2 ** float(np.mean(log2_rates(tuned.replicates)))
-        # Skip lower ranks and shorter runs; the strength may change in both directions.
+        # Skip lower ranks and shorter runs; the gain may change in both directions.
         for new, all_seeds in measured.curves.items():
             if new == old or new.rank < old.rank or new.steps < old.steps:
                 continue
-            changed = [name for name in ("rank", "strength", "steps") if getattr(old, name) != getattr(new, name)]
+            changed = [name for name in ("rank", "gain", "steps") if getattr(old, name) != getattr(new, name)]
             rates: list[float] = []
             for name, policy in by_name.items():
                 carry_rate = partial(policy, old, new)
@@ -183,8 +183,8 @@ def regret_table(
                 cost = regret(tuned, target, carry_rate)
                 nats = cost.nats
                 rows.append(
-                    {"old_rank": old.rank, "old_strength": old.strength, "old_steps": old.steps}
-                    | {"rank": new.rank, "strength": new.strength, "steps": new.steps}
+                    {"old_rank": old.rank, "old_gain": old.gain, "old_steps": old.steps}
+                    | {"rank": new.rank, "gain": new.gain, "steps": new.steps}
                     | {"changed": " ".join(changed), "policy": name}
                     | {"tuned_rate": tuned_rate, "learning_rate": cost.learning_rate}
                     | {"regret": nats.value, "standard_error": nats.known_error}
@@ -205,15 +205,15 @@ class _MeasuredCurves:
         self._tokens, self._draws = tokens, draws
         # Runs of each condition that has a curve, in the order of the runs.
         measured = {
-            Condition(curve.rank, strength_of(curve), step): curve
+            Condition(curve.rank, gain_of(curve), step): curve
             for step, step_curves in curves.items()
             for curve in step_curves
             if curve.rank
         }
         self._runs: dict[Condition, list[SweepRun]] = {}
         for run in runs:
-            for step in (step for step in sorted(curves) if run.rank and run.strength and run.reaches(step)):
-                condition = Condition(run.rank or 0, round(run.strength or 0.0, 9), step)
+            for step in (step for step in sorted(curves) if run.rank and run.gain and run.reaches(step)):
+                condition = Condition(run.rank or 0, round(run.gain or 0.0, 9), step)
                 if condition in measured:
                     self._runs.setdefault(condition, []).append(run)
         self.curves = {condition: measured[condition] for condition in self._runs}

@@ -25,7 +25,7 @@ ACCEPTED = "the file as sims.sweep wrote it"
 """Description of the expected file in messages."""
 
 COLUMNS = (
-    "key", "status", "model", "method", "rule", "rank", "alpha", "strength", "gamma", "learning_rate", "best_rate",
+    "key", "status", "model", "method", "rule", "rank", "alpha", "gain", "gamma", "learning_rate", "best_rate",
     "seed", "trainable_parameters", "steps", "step", "diverged_at", "train_loss", "validation_loss", "validation_error",
     "answer_loss", "answer_error", "protocol", "average", "average_error", "average_chance", "average_unparsed",
     *(f"{key}{part}" for key in TASKS for part in ("", "_error", "_unparsed")),
@@ -158,7 +158,7 @@ def describe_results(rows: pd.DataFrame) -> str:
 
 
 def describe_result(value: Mapping[str, Any]) -> str:
-    """Describe the result of `Workbench.run`."""
+    """Describe the result of `CellTrainer.run`."""
     tokens = value["tokens"]
     parts = [f"loss {math.fsum(reading['losses']) / tokens:.4f} at {reading['step']}" for reading in value["readings"]]
     if value["diverged_at"] is not None:
@@ -195,7 +195,7 @@ def _rows(run: SweepRun, tokens: Sequence[int], answer_tokens: Sequence[int]) ->
     """Return a row for each read-out of a run, and one for its divergence."""
     labels: dict[str, Any] = {"key": run.key, "model": run.model, "method": run.method, "axes": dict(run.axes)}
     labels["rule"] = METHODS[run.method].settings["rule"] if run.rank is not None else None
-    labels |= {name: getattr(run, name) for name in ("rank", "alpha", "strength", "gamma")}
+    labels |= {name: getattr(run, name) for name in ("rank", "alpha", "gain", "gamma")}
     if run.method != BASE:
         labels |= {"seed": run.seed, "learning_rate": run.rate}
     labels |= {"trainable_parameters": run.result.get("trainable_parameters")}
@@ -236,7 +236,7 @@ def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
         row["model"],
         names.index(row["method"]),
         row["rank"] or 0,
-        row["strength"] or 0,
+        row["gain"] or 0,
         str(row["axes"]),
         row.get("learning_rate", 0.0),
         row.get("seed", 0),

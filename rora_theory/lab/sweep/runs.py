@@ -29,7 +29,7 @@ class Reading:
       step: Number of steps; 0 is the model before training.
       losses: Loss of each record in nats, summed over its tokens.
       answer_losses: Loss of each record in nats, summed over the tokens of its answer.
-      parts: Columns of `lab.led.compute_led_rms`, to five figures; None if they were not measured, and for full
+      parts: Columns of `change_parts.compute_part_rms`, to five figures; None if they were not measured, and for full
         fine-tuning and DoRA, whose change is not gamma B A x.
     """
 
@@ -60,7 +60,7 @@ class SweepRun:
 
     Attributes:
       rank: Rank of the adapter; None for methods without a rank.
-      strength: G = gamma r of the adapter; None for methods without a rank.
+      gain: G = gamma r of the adapter; None for methods without a rank.
       rate: Learning rate; 0 for the base model.
       seed: Seed; 0 for the base model.
       read: Losses of the run.
@@ -78,7 +78,7 @@ class SweepRun:
     """
 
     rank: int | None
-    strength: float | None
+    gain: float | None
     rate: float
     seed: int
     read: ReadRun
@@ -101,7 +101,7 @@ class SweepRun:
     @property
     def gamma(self) -> float | None:
         """Scaling of the adapter; None for methods without a rank."""
-        return self.strength / self.rank if self.strength and self.rank else None
+        return self.gain / self.rank if self.gain and self.rank else None
 
     @property
     def adapter(self) -> str:
@@ -111,7 +111,7 @@ class SweepRun:
     @property
     def setting(self) -> tuple[Any, ...]:
         """Everything that identifies the run except for its length."""
-        names = ("model", "method", "rank", "strength", "rate", "seed", "axes")
+        names = ("model", "method", "rank", "gain", "rate", "seed", "axes")
         return tuple(getattr(self, name) for name in names)
 
     def losses(self, step: int) -> list[float] | None:
@@ -199,32 +199,29 @@ def _convert_run(cell: FinishedCell, config: Mapping[str, Any]) -> SweepRun:
     ]
     read = ReadRun(floats(value.pop("train_losses")), readings, optional_int(value.pop("diverged_at")))
     rank = optional_int(fields["rank"])
-    # Early cells have one model, which the manifest names, and G in place of alpha, with the rule alpha / r.
-    method = fields.get("method", "lora" if rank else FULL)
-    model = fields.get("model") or config.get("models", [""])[0]
-    alpha = strength = optional_float(fields["alpha"] if "alpha" in fields else fields["strength"])
+    alpha = gain = optional_float(fields["alpha"])
     if rank is not None and alpha is not None:
-        rule = METHODS[method].settings["rule"]
+        rule = METHODS[fields["method"]].settings["rule"]
         # Under alpha / r, G is alpha itself, without the rounding of a division.
-        strength = alpha if exponent(rule) == 1 else rank * scaling_factor(rule, alpha=alpha, rank=rank)
-    axes = dict(fields.get("axes", {}))
+        gain = alpha if exponent(rule) == 1 else rank * scaling_factor(rule, alpha=alpha, rank=rank)
+    axes = dict(fields["axes"])
     decays = (axes | {"schedule": axes.get("schedule", config.get("settings", {}).get("schedule"))})["schedule"]
     steps = int(fields["read_at"][-1]) if decays not in (None, "constant") and fields["read_at"] else None
     for level in value.get("levels", ()):
         float(level["accuracy"])
     return SweepRun(
         rank,
-        strength,
+        gain,
         float(fields["rate"] or 0.0),
         int(fields["seed"] or 0),
         read,
         steps,
-        method,
+        fields["method"],
         alpha,
-        model,
+        fields["model"],
         tuple(sorted(axes.items())),
         cell.key,
-        fields.get("evaluation"),
+        fields["evaluation"],
         value,
         tuple(map(int, fields["read_at"])),
     )
@@ -269,10 +266,8 @@ def read_tokens(folder: Path) -> dict[str, tuple[list[int], list[int]]]:
       InputError: If the file is missing or damaged.
     """
     frame = frames.read_csv(folder / RECORDS_FILE, accepted="a run folder of sims.sweep")
-    frames.check_columns(folder / RECORDS_FILE, frame, ("tokens", "answer_tokens"), advice="Use the file of a sweep.")
-    if "model" not in frame:
-        config = (read_manifest(folder, ()) or {}).get("config", {})
-        frame = frame.assign(model=config.get("models", [""])[0])
+    columns = ("model", "tokens", "answer_tokens")
+    frames.check_columns(folder / RECORDS_FILE, frame, columns, advice="Use the file of a sweep.")
     return {
         str(model): (rows["tokens"].astype(int).tolist(), rows["answer_tokens"].astype(int).tolist())
         for model, rows in frame.groupby("model", sort=False)

@@ -61,10 +61,10 @@ def measure_adapters(config: RegimeConfig, layer: Layer) -> dict[tuple, dict[str
     return results
 
 
-def draw_takeover_rows(config: RegimeConfig, layer: Layer, init: Init) -> Float[np.ndarray, "rows p_in"]:
-    """Draw the rows of A from which `module_regime.measure_takeover` computes takeover distances."""
+def draw_distance_rows(config: RegimeConfig, layer: Layer, init: Init) -> Float[np.ndarray, "rows p_in"]:
+    """Draw the rows of A from which `module_regime.measure_crossing_distances` computes crossing distances."""
     key = stream_key(config.seed, f"{layer.name} {init} takeover")
-    return np.asarray(draw_A(key, init, rank=config.takeover_rows, p_in=layer.grad.shape[1]))
+    return np.asarray(draw_A(key, init, rank=config.distance_rows, p_in=layer.grad.shape[1]))
 
 
 def step_adapters(

@@ -124,22 +124,24 @@ class TorchRegime(Regime):
         rows = self.crossings_of(optimizer, init, split)
         return dict(zip(rows["module"], rows["linear_term"].astype(float), strict=True))
 
-    def takeover_at(self, rank: int, init: Init = "kaiming_uniform") -> float:
-        """Return the takeover distance under Adam at the measured rank nearest to ``rank``.
+    def crossing_distance_at(self, rank: int, init: Init = "kaiming_uniform") -> float:
+        """Return the crossing distance under Adam at the measured rank nearest to ``rank``.
 
         It is the geometric mean over modules at the held-out tokens.
 
         Raises:
-          InputError: If no takeover distance was measured for this initialisation.
+          InputError: If no crossing distance was measured for this initialisation.
         """
-        rows = self.takeover[(self.takeover["init"] == init) & (self.takeover["split"] == "heldout")]
+        rows = self.crossing_distances[
+            (self.crossing_distances["init"] == init) & (self.crossing_distances["split"] == "heldout")
+        ]
         if rows.empty:
             raise InputError(
-                f"no takeover distance was measured for init {shown(init)}. "
+                f"no crossing distance was measured for init {shown(init)}. "
                 "Add it to inits of the RegimeConfig, and adam to optimizers."
             )
         nearest = min(rows["rank"].unique(), key=lambda measured_rank: abs(np.log(measured_rank / rank)))
-        return float(geometric_mean(rows.loc[rows["rank"] == nearest, "takeover"]))
+        return float(geometric_mean(rows.loc[rows["rank"] == nearest, "crossing_distance"]))
 
     def transfer(
         self,
@@ -232,7 +234,7 @@ def regime(
         model that takes less time. None measures all.
       adapters: ``"off"`` to measure the base model; ``"on"`` to measure the adapted model, as at a later step of a
         run. The law then describes a fresh adapter added to the adapted model.
-      lora_A: Function that draws the rows of A for takeover distances; None draws them with NumPy.
+      lora_A: Function that draws the rows of A for crossing distances; None draws them with NumPy.
       progress: Whether to show transformers' progress bar, which states the estimated cost before it starts.
 
     Returns:
@@ -289,7 +291,7 @@ def regime(
         # Forward and backward pass of the batch: reduce each module's gradient as soon as it is complete.
         training_masks = find_masks(base, batch)
         training_masks.is_sequence_first = sampler.masks.is_sequence_first
-        reducer = _GradientReducer(config, training_masks, sampler, lora_A or _draw_takeover_rows)
+        reducer = _GradientReducer(config, training_masks, sampler, lora_A or _draw_distance_rows)
 
         def on_gradient(name: str, grad: torch.Tensor, inputs: list[hooks.Inputs]) -> None:
             reducer.add(name, grad, inputs)
@@ -504,7 +506,7 @@ def _estimate_cost(config: RegimeConfig, weights: int) -> str:
     layer = Layer("calibration", random.standard_normal((size, size)), inputs)
 
     def measure() -> None:
-        module_regime.measure_module(config, layer, 0, partial(_draw_takeover_rows, config, layer), multiply=_multiply)
+        module_regime.measure_module(config, layer, 0, partial(_draw_distance_rows, config, layer), multiply=_multiply)
 
     duration = progress_bars.format_duration(progress_bars.time_shortest_call(measure) * weights / size**2)
     adapters = ", plus the training of adapters" if config.rows else ""
@@ -523,9 +525,9 @@ def _sample_keys(counts: Mapping[str, int], seed: list[int]) -> Float[np.ndarray
     return random.permutation(np.sort(keys)[: counts["read"]])
 
 
-def _draw_takeover_rows(config: RegimeConfig, layer: Layer, init: Init) -> Float[np.ndarray, "rows p_in"]:
+def _draw_distance_rows(config: RegimeConfig, layer: Layer, init: Init) -> Float[np.ndarray, "rows p_in"]:
     random = np.random.default_rng([config.seed, seeds.seed_from_name(f"{layer.name} {init} takeover")])
-    return inits.draw(random, init, rank=config.takeover_rows, p_in=layer.grad.shape[1])
+    return inits.draw(random, init, rank=config.distance_rows, p_in=layer.grad.shape[1])
 
 
 def _multiply(first: np.ndarray, second: np.ndarray) -> np.ndarray:

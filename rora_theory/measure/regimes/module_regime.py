@@ -27,10 +27,10 @@ from rora_theory.laws.random.seeds import check_seed
 from rora_theory.measure.regimes import terms
 from rora_theory.measure.regimes.tables import (
     CROSSING_COLUMNS,
+    CROSSING_DISTANCE_COLUMNS,
+    CROSSING_DISTANCES,
     CROSSINGS,
     RESULT_COLUMNS,
-    TAKEOVER,
-    TAKEOVER_COLUMNS,
     TOKEN_COLUMNS,
     TOKENS,
 )
@@ -43,13 +43,13 @@ from rora_theory.validation.rules import check_list, check_rules, name_of
 if TYPE_CHECKING:
     import matplotlib.figure
 
-TAKEOVER_RANKS = (8, 32, 128)
-"""Ranks at which the takeover distance is computed."""
+DISTANCE_RANKS = (8, 32, 128)
+"""Ranks at which the crossing distance is computed."""
 
-TAKEOVER_ROWS, FAST_TAKEOVER_ROWS = 256, 64
-"""Numbers of rows of A from which takeover distances are estimated, exactly and by default.
+DISTANCE_ROWS, FAST_DISTANCE_ROWS = 256, 64
+"""Numbers of rows of A from which crossing distances are estimated, exactly and by default.
 
-On layers of SmolLM2-135M their draw gives a takeover distance a relative standard error of 3% and 6%.
+On layers of SmolLM2-135M their draw gives a crossing distance a relative standard error of 3% and 6%.
 """
 
 SIGN_FLIP_PERCENTS = tuple(round(100 * share) for share in constant_gradient.SIGN_CHANGE_SHARES)
@@ -63,11 +63,11 @@ MAX_RELATIVE_ERRORS = {
     "median": 1e-5,
     "upper_quartile": 1e-5,
     "linear_term": 1e-3,
-    "takeover": 1e-4,
+    "crossing_distance": 1e-4,
 }
 """Largest relative error of each figure without `RegimeConfig.exact`.
 
-The sampling errors, from the tokens and the rows of A, are far larger; see `FAST_TAKEOVER_ROWS`.
+The sampling errors, from the tokens and the rows of A, are far larger; see `FAST_DISTANCE_ROWS`.
 """
 
 BLOCK_ROWS = 256
@@ -141,9 +141,9 @@ class RegimeConfig:
         return self.exact or self.rows > 0
 
     @property
-    def takeover_rows(self) -> int:
-        """Number of rows of A from which takeover distances are estimated."""
-        return TAKEOVER_ROWS if self.is_exact else FAST_TAKEOVER_ROWS
+    def distance_rows(self) -> int:
+        """Number of rows of A from which crossing distances are estimated."""
+        return DISTANCE_ROWS if self.is_exact else FAST_DISTANCE_ROWS
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -164,13 +164,13 @@ class RegimeRows(NamedTuple):
         and initialisation.
       results: Predicted and, under the first rule, measured rms of the change; a row for each module, split, optimizer,
         initialisation, rule and rank. Empty unless exact.
-      takeover: Takeover distance under Adam; a row for each module, split, initialisation and rank.
+      crossing_distances: Crossing distance under Adam; a row for each module, split, initialisation and rank.
       tokens: Numbers of tokens; a row for each module and split.
     """
 
     crossings: list[dict[str, Any]]
     results: list[dict[str, Any]]
-    takeover: list[dict[str, Any]]
+    crossing_distances: list[dict[str, Any]]
     tokens: list[dict[str, Any]]
 
     @classmethod
@@ -192,7 +192,7 @@ class Regime:
         and initialisation.
       results: Predicted and measured rms of the first change, by module, split, optimizer, initialisation, rule and
         rank.
-      takeover: Takeover distance under Adam by module, split, initialisation and rank.
+      crossing_distances: Crossing distance under Adam by module, split, initialisation and rank.
       tokens: Numbers of tokens by module and split: ``all``, ``seen``, other ``sinks``, and ``read``.
       training_loss: Loss of the base model on the training batch, in nats per token.
       held_out_loss: Loss of the base model on the held-out batch, in nats per token.
@@ -200,7 +200,7 @@ class Regime:
 
     crossings: pd.DataFrame
     results: pd.DataFrame
-    takeover: pd.DataFrame
+    crossing_distances: pd.DataFrame
     tokens: pd.DataFrame
     training_loss: float
     held_out_loss: float
@@ -208,9 +208,9 @@ class Regime:
     @classmethod
     def from_rows(cls, parts: Iterable[RegimeRows], training_loss: float, held_out_loss: float) -> "Regime":
         """Create a regime from the rows of modules or layers."""
-        columns = (CROSSING_COLUMNS, RESULT_COLUMNS, TAKEOVER_COLUMNS, TOKEN_COLUMNS)
-        crossings, results, takeover, tokens = map(frames.from_rows, RegimeRows.concatenate(parts), columns)
-        return cls(crossings, results, takeover, tokens, training_loss, held_out_loss)
+        columns = (CROSSING_COLUMNS, RESULT_COLUMNS, CROSSING_DISTANCE_COLUMNS, TOKEN_COLUMNS)
+        crossings, results, crossing_distances, tokens = map(frames.from_rows, RegimeRows.concatenate(parts), columns)
+        return cls(crossings, results, crossing_distances, tokens, training_loss, held_out_loss)
 
     def sentence(self, optimizer: Optimizer = "adam", init: Init = "kaiming_uniform", split: Split = "heldout") -> str:
         """Return a sentence with the rank above which the signal term dominates, and the check to run next.
@@ -274,7 +274,12 @@ class Regime:
 
     def files(self) -> dict[str, pd.DataFrame]:
         """Return the frames by the names of a run's files."""
-        return {CROSSINGS: self.crossings, "results.csv": self.results, TAKEOVER: self.takeover, TOKENS: self.tokens}
+        return {
+            CROSSINGS: self.crossings,
+            "results.csv": self.results,
+            CROSSING_DISTANCES: self.crossing_distances,
+            TOKENS: self.tokens,
+        }
 
 
 def measure_module(
@@ -286,13 +291,13 @@ def measure_module(
     counts: Mapping[str, Mapping[str, int]] | None = None,
     multiply: constant_gradient.MatrixProduct = np.matmul,
 ) -> RegimeRows:
-    """Compute crossing ranks, predictions and takeover distances of one module.
+    """Compute crossing ranks, predictions and crossing distances of one module.
 
     Args:
       config: Settings of the measurement.
       layer: Gradient and inputs of the module.
       index: Index of the module's layer.
-      draw_rows: Function that draws `RegimeConfig.takeover_rows` rows of A by an initialisation at that rank.
+      draw_rows: Function that draws `RegimeConfig.distance_rows` rows of A by an initialisation at that rank.
       measured: Results of `drawn_steps.measure_adapters`; None if no adapters were drawn.
       counts: Numbers of tokens by split, see `choose_tokens`; None leaves out their rows.
       multiply: Product of two matrices.
@@ -320,11 +325,13 @@ def measure_module(
     for row in _result_keys(config, index, layer.name) if config.is_exact else ():
         key = tuple(row[name] for name in ("init", "optimizer", "rule", "rank", "split"))
         results.append(row | {"predicted": predicted[key]} | measured.get(key, {}))
-    # Takeover distances, which exist under Adam only.
-    takeover_rows = measure_takeover(config, layer, index, draw_rows, multiply) if "adam" in config.optimizers else []
+    # Crossing distances, which exist under Adam only.
+    distance_rows = (
+        measure_crossing_distances(config, layer, index, draw_rows, multiply) if "adam" in config.optimizers else []
+    )
     label = {"layer": index, "module": layer.name}
     tokens = [label | {"split": split} | dict(numbers) for split, numbers in (counts or {}).items()]
-    return RegimeRows(crossings, results, takeover_rows, tokens)
+    return RegimeRows(crossings, results, distance_rows, tokens)
 
 
 def _result_keys(config: RegimeConfig, index: int, module: str) -> Iterator[dict[str, Any]]:
@@ -412,7 +419,7 @@ def predict_rms(config: RegimeConfig, layer: Layer, law: terms.Terms) -> dict[tu
     return predicted
 
 
-def measure_takeover(
+def measure_crossing_distances(
     config: RegimeConfig,
     layer: Layer,
     index: int,
@@ -445,10 +452,10 @@ def measure_takeover(
         # Signs do not depend on A's standard deviation, but every distance is proportional to it.
         deviation = inits.entries(init, rank=len(lora_A), p_in=p_in).deviation
         for split, law in zip(slices, laws, strict=True):
-            for rank in TAKEOVER_RANKS:
+            for rank in DISTANCE_RANKS:
                 relative_deviation = inits.entries(init, rank=rank, p_in=p_in).deviation / deviation
                 row = {"layer": index, "module": layer.name, "split": split, "init": init, "rank": rank}
-                row["takeover"] = relative_deviation * law.crossing_distance(rank)
+                row["crossing_distance"] = relative_deviation * law.crossing_distance(rank)
                 if config.is_exact:
                     for percent, distance in zip(SIGN_FLIP_PERCENTS, law.sign_change_distances, strict=True):
                         row[f"turn_{percent}"] = relative_deviation * distance

@@ -24,9 +24,9 @@ from rora_theory.stats.verdicts import RESOLUTION, judge_gaps, summarise_outcome
 from rora_theory.validation.ranges import Positive, check_ranges
 from rora_theory.validation.rules import USUAL_RANKS
 
-CROSSINGS, TAKEOVER, TOKENS, JUDGE, VERDICT, CROSSING_SUMMARY, TAKEOVER_SUMMARY = (
-    "crossing_ranks.csv", "takeover.csv", "tokens.csv", "judge.csv", "verdict.json", "crossing_summary.csv",
-    "takeover_summary.csv",
+CROSSINGS, CROSSING_DISTANCES, TOKENS, JUDGE, VERDICT, CROSSING_SUMMARY, CROSSING_DISTANCE_SUMMARY = (
+    "crossing_ranks.csv", "crossing_distances.csv", "tokens.csv", "judge.csv", "verdict.json", "crossing_summary.csv",
+    "crossing_distance_summary.csv",
 )  # fmt: skip
 """Files of a run of ``sims.regime`` in addition to ``results.csv``."""
 
@@ -38,8 +38,9 @@ RESULT_COLUMNS = (
     "layer", "module", "split", "optimizer", "init", "rule", "kappa", "rank", "alpha", "scaling", "predicted",
     "measured", "standard_error", "adapters",
 )  # fmt: skip
-TAKEOVER_COLUMNS = (
-    "layer", "module", "split", "init", "rank", "takeover", "turn_5", "turn_25", "turn_50", "turn_75", "turn_95",
+CROSSING_DISTANCE_COLUMNS = (
+    "layer", "module", "split", "init", "rank", "crossing_distance", "turn_5", "turn_25", "turn_50", "turn_75",
+    "turn_95",
 )  # fmt: skip
 TOKEN_COLUMNS = ("layer", "module", "split", "all", "seen", "sinks", "read")
 JUDGE_COLUMNS = (
@@ -54,8 +55,8 @@ UNITS = {
     "crossing_rank": "rank at which signal and cross-talk, summed over tokens, are equal; quartiles over tokens",
     "linear_term": "c: the mean square of w is proportional to r^2 + c r at fixed gamma and standard deviation of A",
     "epsilon": EPSILON,
-    "takeover": "distance (steps times learning rate) that A's entries move, at a constant gradient under Adam, until "
-    "A leads",
+    "crossing_distance": "distance (steps times learning rate) that A's entries move, at a constant gradient under "
+    "Adam, until the A part of the change is larger than the B part",
     "turn_5 to turn_95": "distance at which this percentage of the entries of G A^T has changed sign",
     "seen": "held-out tokens that repeat the beginning of a training record; left out",
     "sinks": f"other tokens with an input norm above {SINK_RATIO:g} times the split's median; left out",
@@ -240,28 +241,28 @@ def crossings_by_depth(
     return pd.DataFrame(rows)
 
 
-def takeover_by_depth(takeover: pd.DataFrame, init: Init) -> pd.DataFrame:
-    """Summarise takeover distances by type of module, third of the layers, split and rank.
+def crossing_distances_by_depth(crossing_distances: pd.DataFrame, init: Init) -> pd.DataFrame:
+    """Summarise crossing distances by type of module, third of the layers, split and rank.
 
     Returns:
       A frame with the columns ``kind``, ``layers``, ``split`` and ``rank``; the ``median``, ``smallest`` and
-      ``largest`` takeover distance over layers; and the median ``turn_5`` over all splits and ranks.
+      ``largest`` crossing distance over layers; and the median ``turn_5`` over all splits and ranks.
     """
     rows = []
-    for kind, layers, group in by_depth(takeover[takeover["init"] == init]):
+    for kind, layers, group in by_depth(crossing_distances[crossing_distances["init"] == init]):
         turn_5 = group["turn_5"].median()
         for (split, rank), cell in group.groupby(["split", "rank"], sort=False):
-            distances = cell["takeover"]
+            distances = cell["crossing_distance"]
             row = {"kind": kind, "layers": layers, "split": split, "rank": rank, "median": distances.median()}
             rows.append(row | {"smallest": distances.min(), "largest": distances.max(), "turn_5": turn_5})
     return pd.DataFrame(rows)
 
 
 def spread_over_layers(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """Summarise columns of `CROSSING_COLUMNS` or `TAKEOVER_COLUMNS` over the layers, by type of module.
+    """Summarise columns of `CROSSING_COLUMNS` or `CROSSING_DISTANCE_COLUMNS` over the layers, by type of module.
 
     Args:
-      table: Rows of crossing ranks or of takeover distances.
+      table: Rows of crossing ranks or of crossing distances.
       columns: Columns to summarise.
 
     Returns:
@@ -285,14 +286,14 @@ def _module_type(modules: pd.Series) -> pd.Series:
     return modules.str.split(".").str[-1]
 
 
-def summaries(crossings: pd.DataFrame, takeover: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def summaries(crossings: pd.DataFrame, crossing_distances: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return the summaries over layers by the names of their files.
 
-    There is no takeover distance, and so no summary of them, where Adam was not measured.
+    There is no crossing distance, and so no summary of them, where Adam was not measured.
     """
     tables = {
         CROSSING_SUMMARY: (crossings, ("crossing_rank", "median")),
-        TAKEOVER_SUMMARY: (takeover, ("takeover", "turn_5")),
+        CROSSING_DISTANCE_SUMMARY: (crossing_distances, ("crossing_distance", "turn_5")),
     }
     return {name: spread_over_layers(table, columns) for name, (table, columns) in tables.items() if len(table)}
 
@@ -344,13 +345,13 @@ def format_crossings(crossings: pd.DataFrame, tokens: pd.DataFrame, optimizer: O
     )
 
 
-def format_takeovers(takeover: pd.DataFrame, init: Init, learning_rate: float) -> FormattedTable:
-    """Format `takeover_by_depth` with a row for each type of module and third of the layers.
+def format_crossing_distances(crossing_distances: pd.DataFrame, init: Init, learning_rate: float) -> FormattedTable:
+    """Format `crossing_distances_by_depth` with a row for each type of module and third of the layers.
 
     The columns are the number of steps until A leads for each rank and split, as a median and range over layers, and
     the number of steps until 5% of the gradient's signs have changed.
     """
-    table = takeover_by_depth(takeover, init)
+    table = crossing_distances_by_depth(crossing_distances, init)
     columns = table[["rank", "split"]].drop_duplicates().to_numpy()
     return FormattedTable(
         f"Adam, A {init}: number of steps t_A until A leads, at the constant rate {learning_rate:g} and a constant "

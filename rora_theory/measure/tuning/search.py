@@ -48,8 +48,8 @@ from rora_theory.measure.tuning.training import (
     ProbeModel,
     ProbeSettings,
     check_no_adapters,
+    gain_of,
     probe_config,
-    strength_of,
 )
 from rora_theory.measure.tuning.trial import ProbeRun
 from rora_theory.optimizers import SCHEDULES, Schedule
@@ -156,7 +156,7 @@ def tune(
     check_not_negative("max_grad_norm", max_grad_norm)
     check_seed("seed", seed)
     check_instance("model", model, torch.nn.Module, "a torch.nn.Module")
-    gain = strength_of(config)
+    gain = gain_of(config)
     compute_loss = loss_function(loss)
     if make_optimizer is not None:
         check_instance("make_optimizer", make_optimizer, Callable, "a function")

@@ -51,7 +51,7 @@ class ProbeSettings:
 
     Attributes:
       config: PEFT's configuration of the probe's adapters.
-      strength: gamma * r of the adapters.
+      gain: gamma * r of the adapters.
       steps: Number of steps of the planned run.
       schedule: Shape of the learning rate.
       warmup: Number of warm-up steps of the planned run.
@@ -62,7 +62,7 @@ class ProbeSettings:
     """
 
     config: LoraConfig
-    strength: float
+    gain: float
     steps: int
     schedule: Schedule
     warmup: int
@@ -100,7 +100,7 @@ def build_optimizer(
     return optimizer
 
 
-def strength_of(config: LoraConfig) -> float:
+def gain_of(config: LoraConfig) -> float:
     """Return gamma * r of a configuration.
 
     Raises:
@@ -123,7 +123,7 @@ def strength_of(config: LoraConfig) -> float:
 def probe_config(config: LoraConfig, rank: int) -> LoraConfig:
     """Return a configuration of another rank with the same gamma * r."""
     new: Any = copy.deepcopy(config)
-    new.lora_alpha, new.r, new.use_rslora = strength_of(config), rank, False
+    new.lora_alpha, new.r, new.use_rslora = gain_of(config), rank, False
     new.inference_mode = False
     return new
 
@@ -271,11 +271,10 @@ class ProbeModel:
 
 
 class LedParts:
-    r"""Squares of the B-led and the A-led change of every adapted module at held-out tokens.
+    r"""Squares of the B part and the A part of every adapted module at held-out tokens.
 
-    With :math:`A_0` for A before training they are those of :math:`B A_0 x` and :math:`B (A - A_0) x`, as in
-    `rora_theory.lab.led`. Padding, tokens that repeat the beginning of a training record, and attention sinks are
-    left out.
+    With :math:`A_0` for A before training they are those of :math:`B A_0 x` and :math:`B (A - A_0) x`. Padding,
+    tokens that repeat the beginning of a training record, and attention sinks are left out.
 
     Args:
       layers: PEFT's layers with a fresh adapter. Convolutions are left out.
@@ -297,8 +296,8 @@ class LedParts:
             yield
 
     def ratios(self) -> tuple[float, ...]:
-        """Return the ratio of the A-led to the B-led change of every module with a change."""
-        ratios = [math.sqrt(led_A / led_B) for led_B, led_A in self._squares if led_B > 0 and led_A >= 0]
+        """Return the ratio of the A part to the B part of every module with a change."""
+        ratios = [math.sqrt(A_part / B_part) for B_part, A_part in self._squares if B_part > 0 and A_part >= 0]
         return tuple(ratio for ratio in ratios if math.isfinite(ratio))
 
     def _add(self, index: int, masks: MasksByShape, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -319,8 +318,8 @@ class LedParts:
         for part in (start_A, A - start_A):
             u = rows @ part.T
             squares.append(max(float((u @ gram * u).sum()), 0.0))  # rounding may make a sum of squares negative
-        led_B, led_A = self._squares[index]
-        self._squares[index] = led_B + squares[0], led_A + squares[1]
+        B_part, A_part = self._squares[index]
+        self._squares[index] = B_part + squares[0], A_part + squares[1]
 
 
 @contextmanager

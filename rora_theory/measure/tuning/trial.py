@@ -31,7 +31,7 @@ class ProbeRun:
       learning_rate: Peak learning rate.
       steps: Number of optimizer steps that were planned.
       losses: Held-out loss of each record or group of records, summed over its tokens; empty if the run diverged.
-      ratios: Ratio of the A-led to the B-led change of each adapted module; empty if unknown.
+      ratios: Ratio of the A part to the B part of each adapted module; empty if unknown.
       diverged_at: Step at which a loss was not finite; None if the run did not diverge.
     """
 

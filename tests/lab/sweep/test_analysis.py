@@ -11,7 +11,7 @@ import pytest
 
 from figures import horizon as figure
 from rora_theory import Setting, transfer
-from rora_theory.lab.sweep import analysis, parts, regret
+from rora_theory.lab.sweep import analysis, part_tables, regret
 from rora_theory.lab.sweep import curves as horizon_curves
 from rora_theory.lab.sweep import law as horizon_law
 from rora_theory.lab.sweep.estimators import estimator_table
@@ -27,27 +27,27 @@ from rora_theory.stats.rate_curves import Curve
 
 RATES = [10 ** (k / 4) for k in range(-18, -7)]
 TOKENS = list(range(40, 72))
-TAKEOVERS = (0.002, 0.004, 0.008)
-LAW = {"takeovers": TAKEOVERS, "warmup": 4}
+CROSSING_DISTANCES = (0.002, 0.004, 0.008)
+LAW = {"crossing_distances": CROSSING_DISTANCES, "warmup": 4}
 GROWTH = 724 / 64
-"""Ratio of the two strengths of `grid`."""
+"""Ratio of the two gains of `grid`."""
 
 # ---- runs and curves with planted best rates
 
 
 def grid(exponent: float, *, in_rank: float = 0.0, seeds: int = 1, noise: float = 1e-3) -> list[SweepRun]:
-    """Return runs with the best rate 1e-3 (strength / 64)^exponent (rank / 8)^in_rank 1.1^seed at every step."""
+    """Return runs with the best rate 1e-3 (gain / 64)^exponent (rank / 8)^in_rank 1.1^seed at every step."""
     random, runs = np.random.default_rng(3), []
     hard = random.normal(size=len(TOKENS))
     for rank in (8, 128):
-        for strength in (64.0, 724.0):
-            best = 1e-3 * (strength / 64) ** exponent * (rank / 8) ** in_rank
+        for gain in (64.0, 724.0):
+            best = 1e-3 * (gain / 64) ** exponent * (rank / 8) ** in_rank
             for seed in range(seeds):
                 for rate in RATES:
                     level = 1 + 0.1 * math.log10(rate / best / 1.1**seed) ** 2
                     losses = (level * np.exp(0.1 * hard + noise * random.normal(size=len(TOKENS)))) * TOKENS
                     readings = [Reading(step, losses.tolist(), losses.tolist()) for step in (16, 64)]
-                    runs.append(SweepRun(rank, strength, rate, seed, ReadRun([], readings)))
+                    runs.append(SweepRun(rank, gain, rate, seed, ReadRun([], readings)))
     return runs
 
 
@@ -69,11 +69,13 @@ def scaled(runs: Sequence[SweepRun], losses: float, rate: float = 1.0) -> list[S
 
 
 def with_parts(runs: Sequence[SweepRun], ratio: float) -> list[SweepRun]:
-    """Add two modules to every reading, with parallel parts: the A-led part is the B-led part times the ratio."""
-    led = {"layer": [0, 1], "module": ["q_proj"] * 2, "led_B": [1.0, 3.0]}
-    led |= {"led_A": [ratio, 3 * ratio], "whole": [1 + ratio, 3 + 3 * ratio]}
+    """Add two modules to every reading, with parallel parts: the A part is the B part times the ratio."""
+    measured = {"layer": [0, 1], "module": ["q_proj"] * 2, "B_part": [1.0, 3.0]}
+    measured |= {"A_part": [ratio, 3 * ratio], "whole": [1 + ratio, 3 + 3 * ratio]}
     return [
-        replace(run, read=replace(run.read, readings=[replace(reading, parts=led) for reading in run.read.readings]))
+        replace(
+            run, read=replace(run.read, readings=[replace(reading, parts=measured) for reading in run.read.readings])
+        )
         for run in runs
     ]
 
@@ -83,7 +85,7 @@ def displaced_runs() -> list[SweepRun]:
     return [
         run
         for planted in grid(-0.77, seeds=3)
-        for run in with_parts([planted], displacement_ratio(planted.strength, displacement_constant=130.0))
+        for run in with_parts([planted], displacement_ratio(planted.gain, displacement_constant=130.0))
     ]
 
 
@@ -106,20 +108,20 @@ def exponents(runs: Sequence[SweepRun], *, use_parts: bool = False, **options) -
 FINE = 10.0 ** np.arange(-6, -1, 0.25)
 
 
-def curve(best: Sequence[float], strength: float = 64.0, seeds: tuple[int, ...] = (), rank: int = 8) -> Curve:
+def curve(best: Sequence[float], gain: float = 64.0, seeds: tuple[int, ...] = (), rank: int = 8) -> Curve:
     """Return a curve with a best rate for each seed."""
     losses = np.exp(0.1 * np.log(FINE / np.array(best)[:, None]) ** 2)
     seeds = seeds or tuple(range(len(best)))
-    return Curve("adamw", "both", "lora", 1.0, rank, strength / rank, FINE, losses, seeds=seeds)
+    return Curve("adamw", "both", "lora", 1.0, rank, gain / rank, FINE, losses, seeds=seeds)
 
 
 def moved(powers: Sequence[float], factor: float) -> list[float]:
     return [1e-3 * factor**power for power in powers]
 
 
-def in_strength(first: Sequence[float], second: Sequence[float]) -> dict:
-    """Return the exponent between two strengths with these best rates of the seeds."""
-    ends = [curve(first), curve(second, strength=724.0)]
+def in_gain(first: Sequence[float], second: Sequence[float]) -> dict:
+    """Return the exponent between two gains with these best rates of the seeds."""
+    ends = [curve(first), curve(second, gain=724.0)]
     (row,) = frames.rows(horizon_law.setting_exponents(ends, 64, **LAW))
     return row
 
@@ -139,12 +141,12 @@ def warm_up_factors(steps: int) -> np.ndarray:
     return schedule_factor("constant", np.arange(steps), steps=steps, warmup=4)
 
 
-def adams_power(takeover: float, rate: float = 1e-3) -> float:
-    """Find the power of the steps from 16 to 64 that preserves b (1 + a / takeover) under Adam, by bisection."""
+def adams_power(crossing_distance: float, rate: float = 1e-3) -> float:
+    """Find the power of the steps from 16 to 64 that preserves b (1 + a / distance) under Adam, by bisection."""
 
     def change(steps: int, rate: float) -> float:
-        distance = distances(rate * warm_up_factors(steps), crossing_distance=takeover)
-        return distance.B * (1 + distance.A / takeover)
+        distance = distances(rate * warm_up_factors(steps), crossing_distance=crossing_distance)
+        return distance.B * (1 + distance.A / crossing_distance)
 
     low, high = rate / 64, rate
     for _ in range(60):
@@ -153,19 +155,23 @@ def adams_power(takeover: float, rate: float = 1e-3) -> float:
     return math.log(low / rate, 4)
 
 
-# ---- the laws and the exponents in strength and rank
+# ---- the laws and the exponents in gain and rank
 
 
 def test_the_predicted_exponent_rises_from_minus_one_to_minus_a_half_with_the_horizon() -> None:
-    """A warm-up delays the takeover."""
-    table = horizon_law.predict_exponents(TAKEOVERS, (64.0, 724.0), steps=(2, 64, 4096), rates=(1e-5, 1e-3), warmup=0)
+    """A warm-up delays the crossing."""
+    table = horizon_law.predict_exponents(
+        CROSSING_DISTANCES, (64.0, 724.0), steps=(2, 64, 4096), rates=(1e-5, 1e-3), warmup=0
+    )
     medians = table[table["quantile"] == 0.5].set_index(["steps", "rate"])["exponent"]
     assert medians[2, 1e-5] == pytest.approx(-1, abs=0.01)
     assert medians[4096, 1e-3] == pytest.approx(-0.5, abs=0.01)
     assert medians.groupby("rate").apply(lambda exponents: exponents.is_monotonic_increasing).all()
     np.testing.assert_allclose(table["factor"], GROWTH ** -table["exponent"], rtol=1e-12)
     plain, warm = (
-        horizon_law.predict_exponents(TAKEOVERS, (64.0, 724.0), steps=(16,), rates=(1e-3,), warmup=warmup)["factor"]
+        horizon_law.predict_exponents(CROSSING_DISTANCES, (64.0, 724.0), steps=(16,), rates=(1e-3,), warmup=warmup)[
+            "factor"
+        ]
         for warmup in (0, 8)
     )
     assert (warm > plain).all()
@@ -174,20 +180,22 @@ def test_the_predicted_exponent_rises_from_minus_one_to_minus_a_half_with_the_ho
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_a_planted_exponent_is_found_and_judged(seeds: int) -> None:
-    """The law is that at the measured best rate of the first strength. One seed decides nothing."""
+    """The law is that at the measured best rate of the first gain. One seed decides nothing."""
     table = exponents(grid(-0.53, seeds=seeds))
     verdict = "undecided" if seeds == 1 else "agrees"
     best = 1e-3 * 1.1 ** ((seeds - 1) / 2)
-    table_of_law = horizon_law.predict_exponents(TAKEOVERS, (64.0, 724.0), steps=(64,), rates=(best,), warmup=4)
+    table_of_law = horizon_law.predict_exponents(
+        CROSSING_DISTANCES, (64.0, 724.0), steps=(64,), rates=(best,), warmup=4
+    )
     predicted = table_of_law["exponent"]
     for rank in (8, 128):
-        row = table.loc["strength", rank]
+        row = table.loc["gain", rank]
         assert row["exponent"] == pytest.approx(-0.53, abs=0.02)
         assert [row["law_low"], row["law"], row["law_high"]] == pytest.approx(sorted(predicted), abs=2e-3)
         assert (row["first"], row["second"], row["verdict"]) == (64, 724, verdict)
         assert row["error_over"] == ("held-out records" if seeds == 1 else "seeds")
-    for strength in (64, 724):
-        row = table.loc["rank", strength]
+    for gain in (64, 724):
+        row = table.loc["rank", gain]
         assert row["exponent"] == pytest.approx(0, abs=0.02)
         assert row["law"] == pytest.approx(0, abs=1e-12)
         assert row["verdict"] == verdict
@@ -196,7 +204,7 @@ def test_a_planted_exponent_is_found_and_judged(seeds: int) -> None:
 @pytest.mark.slow
 def test_the_law_is_the_range_of_all_modules() -> None:
     """The exponent agrees if it is that of some modules, though not that of the median one."""
-    row = exponents(grid(-0.65, seeds=2), takeovers=(0.002, 0.004, 0.1)).loc["strength", 128]
+    row = exponents(grid(-0.65, seeds=2), crossing_distances=(0.002, 0.004, 0.1)).loc["gain", 128]
     assert row["law"] < -0.6 or row["law"] > -0.6 + row["half_width"]
     assert row["law_low"] < -0.68 < row["law"] < row["law_high"]
     assert row["verdict"] == "agrees"
@@ -214,7 +222,7 @@ def test_the_law_is_the_range_of_all_modules() -> None:
 def test_each_law_is_a_rival_of_the_other(planted, noise, verdicts) -> None:
     """The constant-gradient law predicts about -0.53 here, the displacement law -0.63 to -0.79 at K of 105 to 170."""
     table = exponents(grid(planted, seeds=3, noise=noise), constants={64: (105.0, 170.0)})
-    row = table.loc["strength", 8]
+    row = table.loc["gain", 8]
     assert (row["displacement_low"], row["displacement_high"]) == pytest.approx((-0.789, -0.631), abs=2e-3)
     assert (row["verdict"], row["displacement_verdict"]) == verdicts
 
@@ -222,12 +230,10 @@ def test_each_law_is_a_rival_of_the_other(planted, noise, verdicts) -> None:
 def test_full_fine_tuning_is_compared_with_the_adapters_and_in_no_exponent() -> None:
     """Plant a twentieth of the rates and losses 5% lower; without three rates of its own it is left out."""
     runs = grid(-0.53)
-    arm = select(runs, rank=8, strength=64.0)
-    runs += [replace(run, rank=None, strength=None, method=FULL) for run in scaled(arm, 0.95, rate=1 / 20)]
+    arm = select(runs, rank=8, gain=64.0)
+    runs += [replace(run, rank=None, gain=None, method=FULL) for run in scaled(arm, 0.95, rate=1 / 20)]
     curves = curves_of(runs, draws=50)
-    table = (
-        horizon_curves.compare_best_rates(curves, 64).query("compared_with == 'full'").set_index(["rank", "strength"])
-    )
+    table = horizon_curves.compare_best_rates(curves, 64).query("compared_with == 'full'").set_index(["rank", "gain"])
     assert len(table) == 4
     row = table.loc[8, 64]
     assert row["ratio"] == pytest.approx(20, rel=0.05)
@@ -235,9 +241,9 @@ def test_full_fine_tuning_is_compared_with_the_adapters_and_in_no_exponent() -> 
     assert row["verdict"].startswith("undecided: one seed (+5.")
     assert table.loc[128, 724]["ratio"] == pytest.approx(20 * GROWTH**-0.53, rel=0.05)
     best = frames.rows(horizon_curves.best_rate_table(curves, 64))
-    settings = {(row["rank"], row["strength"]) for row in best}
+    settings = {(row["rank"], row["gain"]) for row in best}
     assert settings == {(None, None), (8, 64), (8, 724), (128, 64), (128, 724)}
-    assert list(best[0])[:3] == ["step", "rank", "strength"]
+    assert list(best[0])[:3] == ["step", "rank", "gain"]
     assert all(isinstance(row["rank"], int) for row in best if row["rank"]), "8, not 8.0, in the file"
     assert {curve.line for curve in curves} == {("adamw", "both", rule, 1.0) for rule in ("full", "lora")}
     lora = [curve for curve in curves if curve.rule == "lora"]
@@ -250,7 +256,7 @@ def test_full_fine_tuning_is_compared_with_the_adapters_and_in_no_exponent() -> 
 @pytest.mark.parametrize("powers", [(-0.38, -0.58, -0.78), (-0.25, -0.45, -0.65)])
 def test_an_interval_that_includes_a_rival_does_not_agree(powers: tuple[float, ...]) -> None:
     """The interval includes the law, and -1 (the law of the first step) or 0."""
-    row = in_strength([1e-3] * 3, moved(powers, GROWTH))
+    row = in_gain([1e-3] * 3, moved(powers, GROWTH))
     low, high = row["exponent"] - row["half_width"], row["exponent"] + row["half_width"]
     assert low < row["law"] < high
     assert low < -1 or high > 0
@@ -277,13 +283,13 @@ def test_a_rival_in_the_rank_prevents_agreement(exponent, spread, linear_term, v
     assert (row["over"], row["verdict"], row["displacement_verdict"]) == ("rank", verdict, displacement)
 
 
-def test_an_edge_at_either_strength_decides_nothing() -> None:
+def test_an_edge_at_either_gain_decides_nothing() -> None:
     """The same exponent without an edge contradicts the law."""
     for first, second, verdict, edge in (
         (1e-3, 1e-5, "contradicts", ""), (1e-1, 1e-3, "undecided", "first"), (1e-4, 1e-6, "undecided", "second"),
         (1e-1, 1e-6, "undecided", "both"),
     ):  # fmt: skip
-        row = in_strength([first] * 3, [second] * 3)
+        row = in_gain([first] * 3, [second] * 3)
         assert (row["verdict"], row["edge"]) == (verdict, edge)
 
 
@@ -294,7 +300,7 @@ def test_in_the_rank_the_law_includes_cross_talk() -> None:
     row = signal.loc["rank", 64.0]
     assert row["exponent"] == pytest.approx(0.1, abs=0.02)
     assert (row["law_low"], row["law"], row["law_high"], row["verdict"]) == (0, 0, 0, "contradicts")
-    assert signal.loc["strength", 8]["verdict"] == "agrees"
+    assert signal.loc["gain", 8]["verdict"] == "agrees"
     for terms in ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)):  # the signal leads at every rank; an exponent of 0.016 at most
         assert exponents(runs, linear_terms=terms).loc["rank", 64.0]["verdict"] == "contradicts"
     terms = (8.0, 10.0, 58.0)
@@ -306,7 +312,7 @@ def test_in_the_rank_the_law_includes_cross_talk() -> None:
     assert row["law_high"] == pytest.approx(np.quantile(preserving, 0.95), rel=1e-9)
     # The rank has an effect beyond gamma r, against the displacement law.
     assert (row["verdict"], row["displacement_verdict"]) == ("agrees", "contradicts")
-    pd.testing.assert_frame_equal(crossed.loc["strength"], signal.loc["strength"])
+    pd.testing.assert_frame_equal(crossed.loc["gain"], signal.loc["gain"])
     judged = analysis.judge_runs(runs, TOKENS, **LAW, linear_terms=terms).exponents
     assert set(judged[judged["over"] == "rank"]["verdict"]) == {"agrees"}
 
@@ -328,10 +334,10 @@ def test_beside_a_run_that_diverged_the_exponent_is_known_to_half_a_step_of_the_
     """All seeds have the same best rate of the grid there. Their spread of 0 does not contradict a law."""
     runs = []
     for run in grid(-0.53, seeds=3, noise=0.0):
-        best = 1e-3 * (run.strength / 64) ** -0.53  # the next rate above it diverges
+        best = 1e-3 * (run.gain / 64) ** -0.53  # the next rate above it diverges
         diverges = run.rate > 10 ** (math.ceil(4 * math.log10(best)) / 4) * 1.01
         runs.append(replace(run, read=ReadRun([], [], diverged_at=5)) if diverges else run)
-    row = exponents(runs).loc["strength", 8]
+    row = exponents(runs).loc["gain", 8]
     step = math.log2(10) / 4
     assert row["half_width"] == pytest.approx((step / 2 + step / 2) / math.log2(GROWTH), rel=1e-6)
     assert row["verdict"] != "contradicts"
@@ -340,26 +346,26 @@ def test_beside_a_run_that_diverged_the_exponent_is_known_to_half_a_step_of_the_
 # ---- exponents in the steps
 
 
-@pytest.mark.parametrize("takeover", [1e-4, 0.004, 1.0, math.inf])
-def test_the_law_in_the_steps_is_that_of_adam(takeover: float) -> None:
+@pytest.mark.parametrize("crossing_distance", [1e-4, 0.004, 1.0, math.inf])
+def test_the_law_in_the_steps_is_that_of_adam(crossing_distance: float) -> None:
     """If A takes over, its gradient grows and Adam follows faster than a constant gradient; not where B leads."""
-    rate = rate_for_equal_change(1e-3, warm_up_factors(16), warm_up_factors(64), crossing_distance=takeover)
+    rate = rate_for_equal_change(1e-3, warm_up_factors(16), warm_up_factors(64), crossing_distance=crossing_distance)
     power = math.log(rate / 1e-3, 4)
-    assert power == pytest.approx(adams_power(takeover), abs=1e-6)
-    assert (power < CONSTANT - 0.1) if takeover < 0.01 else power == pytest.approx(CONSTANT, abs=0.01)
+    assert power == pytest.approx(adams_power(crossing_distance), abs=1e-6)
+    assert (power < CONSTANT - 0.1) if crossing_distance < 0.01 else power == pytest.approx(CONSTANT, abs=0.01)
 
 
 ADAM = adams_power(0.004, 1.1e-3)
-"""The power at the median takeover and the mean best rate of `grid`'s three seeds."""
+"""The power at the median crossing distance and the mean best rate of `grid`'s three seeds."""
 
 
 @pytest.mark.parametrize(("planted", "verdict"), [(ADAM, "agrees"), (-0.5, "contradicts"), (-1.0, "contradicts")])
 def test_how_the_best_rate_falls_with_the_steps(planted: float, verdict: str) -> None:
-    early = select(grid(-0.53, seeds=3), rank=8, strength=64.0)
+    early = select(grid(-0.53, seeds=3), rank=8, gain=64.0)
     by_step = {16: early, 64: scaled(early, 1.0, rate=4**planted)}
     curves = {step: curves_of(runs, draws=50) for step, runs in by_step.items()}
     (row,) = frames.rows(horizon_law.step_exponents(curves, **LAW))
-    assert (row["rank"], row["strength"], row["first"], row["second"], row["seeds"]) == (8, 64, 16, 64, 3)
+    assert (row["rank"], row["gain"], row["first"], row["second"], row["seeds"]) == (8, 64, 16, 64, 3)
     assert row["exponent"] == pytest.approx(planted, abs=0.01)
     assert row["law"] == pytest.approx(ADAM, abs=2e-3)
     assert row["law_low"] < row["law"] < row["law_high"] < CONSTANT
@@ -372,12 +378,12 @@ def test_all_pairs_of_steps_are_compared_within_a_setting(order) -> None:
     """Planted powers of 4 for each fourfold number of steps: -1/2 from 16 to 64, -1 from 64 to 256."""
     powers = {16: 0.0, 64: -0.5, 256: -1.5}
     at_64 = {step: curve(moved([powers[step]] * 3, 4)) for step in order}
-    at_724 = {step: curve([1e-4] * 3, strength=724.0) for step in (16, 64)}
+    at_724 = {step: curve([1e-4] * 3, gain=724.0) for step in (16, 64)}
     rank_32 = replace(at_64[64], rank=32, scaling=2.0)  # one number of steps
     by_step = {step: [at_64[step], *([at_724[step]] if step in at_724 else [])] for step in order}
     by_step[64].append(rank_32)
     table = horizon_law.step_exponents(by_step, **LAW)
-    pairs = [tuple(row) for row in table[["rank", "strength", "first", "second"]].to_numpy().tolist()]
+    pairs = [tuple(row) for row in table[["rank", "gain", "first", "second"]].to_numpy().tolist()]
     assert pairs == [(8, 64, 16, 64), (8, 64, 16, 256), (8, 64, 64, 256), (8, 724, 16, 64)]
     assert table["exponent"].tolist() == pytest.approx([-0.5, -0.75, -1.0, 0.0], abs=1e-6)
     assert table["edge"].tolist() == [""] * 4
@@ -402,7 +408,7 @@ def test_a_pair_of_steps_names_the_best_rate_at_an_end_of_its_grid() -> None:
 
 
 def test_full_fine_tuning_is_judged_by_the_law_of_a_weight_that_moves_by_itself() -> None:
-    """It preserves the sum of the rates; the takeover distances are those of adapters."""
+    """It preserves the sum of the rates; the crossing distances are those of adapters."""
     adapter_law = adams_power(0.004)
     for power, full, adapter in ((CONSTANT, "agrees", "contradicts"), (adapter_law, "contradicts", "agrees")):
         ends = curve([1e-3] * 3), curve(moved([power - 0.01, power, power + 0.01], 4))
@@ -416,7 +422,11 @@ def test_a_step_before_anything_has_moved_has_no_exponent() -> None:
     """The first step's rate is 0 under a warm-up."""
     by_step = {step: [curve([1e-3] * 3)] for step in (1, 16, 64)}
     assert horizon_law.step_exponents(by_step, **LAW)["first"].tolist() == [16]
-    assert horizon_law.step_exponents(by_step, takeovers=TAKEOVERS, warmup=0)["first"].tolist() == [1, 1, 16]
+    assert horizon_law.step_exponents(by_step, crossing_distances=CROSSING_DISTANCES, warmup=0)["first"].tolist() == [
+        1,
+        1,
+        16,
+    ]
 
 
 def test_one_seed_or_a_rival_decides_nothing_in_the_steps() -> None:
@@ -440,12 +450,12 @@ def test_best_rates_in_the_steps_are_paired_by_seed() -> None:
 # ---- comparisons of curves
 
 
-def test_curves_are_compared_with_the_largest_rank_and_the_largest_strength() -> None:
-    """Losses of r = 8 at gamma r = 64 are planted 5% higher: it is behind in rank and strength, by that much."""
+def test_curves_are_compared_with_the_largest_rank_and_the_largest_gain() -> None:
+    """Losses of r = 8 at gamma r = 64 are planted 5% higher: it is behind in rank and gain, by that much."""
     runs = grid(-0.53, seeds=3)
-    low = select(runs, rank=8, strength=64.0)
+    low = select(runs, rank=8, gain=64.0)
     runs = [run for run in runs if run not in low] + scaled(low, 1.05)
-    table = horizon_curves.compare_best_rates(curves_of(runs, draws=50), 64).set_index(["rank", "strength"])
+    table = horizon_curves.compare_best_rates(curves_of(runs, draws=50), 64).set_index(["rank", "gain"])
     for largest, settings in (("r = 128", [(8, 64), (8, 724)]), ("gamma r = 724", [(8, 64), (128, 64)])):
         rows = table[table["compared_with"] == largest]
         assert rows.index.tolist() == settings, "the largest has no reference"
@@ -460,48 +470,48 @@ def test_curves_are_compared_with_the_largest_rank_and_the_largest_strength() ->
 
 
 def test_at_one_rate_a_difference_can_come_from_the_rate_alone() -> None:
-    """Both strengths have one lowest loss; at one rate either is lower, by its distance from its own best rate."""
+    """Both gains have one lowest loss; at one rate either is lower, by its distance from its own best rate."""
     runs = [run for run in grid(-0.53, seeds=3) if (run.rank, run.rate) != (8, RATES[0])]
     runs[0] = replace(runs[0], read=ReadRun([], [], diverged_at=3))
-    runs = [run for run in runs if (run.rank, run.strength, run.seed) != (128, 724, 2)]
-    runs += [replace(run, rank=None, strength=None, method=FULL) for run in runs[:3]]
-    runs += [replace(run, rank=16, strength=5000.0) for run in runs[:3]]
+    runs = [run for run in runs if (run.rank, run.gain, run.seed) != (128, 724, 2)]
+    runs += [replace(run, rank=None, gain=None, method=FULL) for run in runs[:3]]
+    runs += [replace(run, rank=16, gain=5000.0) for run in runs[:3]]
     assert runs[0].rate == RATES[1]
     table = horizon_curves.compare_at_one_rate(runs, TOKENS, 64)
-    assert (table["strength"] == 64).all(), "the largest strength has no reference"
+    assert (table["gain"] == 64).all(), "the largest gain has no reference"
     assert (table["compared_with"] == "gamma r = 724").all()
     assert (table["step"] == 64).all()
     by_rank = {rank: rows.set_index("learning_rate") for rank, rows in table.groupby("rank")}
     assert by_rank[8].index.tolist() == RATES[1:], "not at a rate that neither ran"
     assert by_rank[128].index.tolist() == RATES
     assert by_rank[8]["seeds"].tolist() == [2, *[3] * (len(RATES) - 2)], "a seed that diverged is left out"
-    assert (by_rank[128]["seeds"] == 2).all(), "and a seed that ran at only one strength"
+    assert (by_rank[128]["seeds"] == 2).all(), "and a seed that ran at only one gain"
     hard = np.random.default_rng(3).normal(size=len(TOKENS))
     level = np.average(np.exp(0.1 * hard), weights=TOKENS)
     for rank in (8, 128):
         for rate, row in by_rank[rank].iterrows():
             seeds = [0, 1] if rank == 128 else [1, 2] if rate == RATES[1] else [0, 1, 2]
             squares = [
-                np.mean([math.log10(rate / 1e-3 / (strength / 64) ** -0.53 / 1.1**seed) ** 2 for seed in seeds])
-                for strength in (64, 724)
+                np.mean([math.log10(rate / 1e-3 / (gain / 64) ** -0.53 / 1.1**seed) ** 2 for seed in seeds])
+                for gain in (64, 724)
             ]
             assert row["difference"] == pytest.approx(0.1 * level * (squares[0] - squares[1]), abs=3e-3)
             assert 0 < row["half_width"] < 0.3
     assert by_rank[8]["difference"].iloc[1] > 0.08
     assert by_rank[8]["difference"].iloc[-1] < -0.08
-    judged = analysis.judge_runs(runs, TOKENS, takeovers=(), warmup=4)
+    judged = analysis.judge_runs(runs, TOKENS, crossing_distances=(), warmup=4)
     assert len(judged.one_rate) == 2 * len(table)
     assert "one_rate.csv" in judged.files()
     assert len(judged.best) == 2 * (4 + 2), "a curve for each arm and step, also for three runs without a partner"
-    assert (len(judged.exponents), len(judged.steps)) == (0, 0), "no takeover distances, no law"
+    assert (len(judged.exponents), len(judged.steps)) == (0, 0), "no crossing distances, no law"
 
 
 def test_runs_are_compared_with_those_of_another_setting() -> None:
     """The others have 3% lower losses, and rates higher by 2 and 4. Full fine-tuning is compared with its own."""
     runs = select(grid(-0.53, seeds=2), rank=8)
-    runs += [replace(run, rank=None, strength=None, method=FULL) for run in select(runs, strength=64.0)]
-    other_runs = [other for run in runs for other in scaled([run], 0.97, rate=4.0 if run.strength == 724.0 else 2.0)]
-    judged = analysis.judge_runs(runs, TOKENS, takeovers=(), warmup=4, other_runs={"targets all": other_runs})
+    runs += [replace(run, rank=None, gain=None, method=FULL) for run in select(runs, gain=64.0)]
+    other_runs = [other for run in runs for other in scaled([run], 0.97, rate=4.0 if run.gain == 724.0 else 2.0)]
+    judged = analysis.judge_runs(runs, TOKENS, crossing_distances=(), warmup=4, other_runs={"targets all": other_runs})
     table = judged.comparisons.query("step == 64 and compared_with == 'targets all'")
     assert table["rank"].fillna(0).tolist() == [0, 8, 8]
     assert table["ratio"].to_numpy() == pytest.approx([0.5, 0.5, 0.25], rel=0.02)
@@ -518,7 +528,7 @@ def test_diverged_and_shorter_runs() -> None:
     bare = [run for run in runs if run.rate < 2e-3]
     (top,) = {run.rate for run in runs if 2e-3 < run.rate < 4e-3}
     first = runs[0].read.readings[:1]
-    diverged = [SweepRun(8, strength, top, 0, ReadRun([], first, diverged_at=20)) for strength in (64.0, 724.0)]
+    diverged = [SweepRun(8, gain, top, 0, ReadRun([], first, diverged_at=20)) for gain in (64.0, 724.0)]
     with_top = {curve.rank: curve for curve in curves_of(bare + diverged)}[8]
     assert with_top.rates[-1] == top
     assert np.isinf(with_top.losses[:, -1]).all()
@@ -535,7 +545,7 @@ def test_diverged_and_shorter_runs() -> None:
 
 def test_a_poor_seed_spoils_no_curve() -> None:
     """Left out: a seed of two rates, one with other rates, one that diverged at every rate, an arm of these alone."""
-    runs = select(grid(-0.53, seeds=2), rank=8, strength=64.0)
+    runs = select(grid(-0.53, seeds=2), rank=8, gain=64.0)
     unspoiled = curves_of(runs, draws=20)[0]
 
     def diverged(rate: float, seed: int, rank: int = 8) -> SweepRun:
@@ -565,24 +575,24 @@ def test_a_poor_seed_spoils_no_curve() -> None:
 def test_runs_that_differ_in_their_length_are_one() -> None:
     """The longer run's readings, except where only the shorter has the parts; counted once in every table."""
     short = ReadRun([1.0] * 64, [Reading(16, [1.0], [1.0]), Reading(64, [2.0], [2.0])])
-    led = {"led_B": [1.0], "led_A": [1.0], "whole": [2.0]}
+    measured = {"B_part": [1.0], "A_part": [1.0], "whole": [2.0]}
     long = ReadRun([1.0] * 256, [Reading(step, [9.0], [9.0]) for step in (64, 256)])
     runs = [SweepRun(8, 64.0, 1e-3, 0, read) for read in (long, short)]
     (merged,) = merge_repeated_runs(runs)
     assert len(merged.read.train_losses) == 256
     assert [(r.step, r.losses) for r in merged.read.readings] == [(16, [1.0]), (64, [9.0]), (256, [9.0])]
-    short.readings[1] = replace(short.readings[1], parts=led)
+    short.readings[1] = replace(short.readings[1], parts=measured)
     assert [r.losses for r in merge_repeated_runs(runs)[0].read.readings] == [[1.0], [2.0], [9.0]]
-    long.readings[0] = replace(long.readings[0], parts=led)
+    long.readings[0] = replace(long.readings[0], parts=measured)
     assert [r.losses for r in merge_repeated_runs(runs)[0].read.readings] == [[1.0], [9.0], [9.0]]
     lost = replace(runs[0], read=ReadRun([1.0] * 9, [], diverged_at=10))
     (merged,) = merge_repeated_runs([runs[1], lost])
     outcomes = [merged.at(step, [1]).loss for step in (16, 64, 256) if merged.reaches(step)]
     assert outcomes == [1.0, 2.0, math.inf], "the longer run diverged before the shorter one ended"
     assert [run.loss for step in (64, 256) if (run := merged.in_training_at(step)) is not None] == [1.0, math.inf]
-    distinct = [replace(runs[0], **change) for change in ({"seed": 1}, {"rate": 2e-3}, {"rank": 4}, {"strength": 8.0})]
+    distinct = [replace(runs[0], **change) for change in ({"seed": 1}, {"rate": 2e-3}, {"rank": 4}, {"gain": 8.0})]
     assert len(merge_repeated_runs([*runs, *distinct])) == 5
-    assert len(analysis.judge_runs([*runs, *distinct], [1], takeovers=(), warmup=4).led) == 5
+    assert len(analysis.judge_runs([*runs, *distinct], [1], crossing_distances=(), warmup=4).parts) == 5
     decaying = [replace(runs[0], steps=256), replace(runs[1], steps=64)]
     assert merge_repeated_runs([*decaying, *decaying]) == decaying[::-1], "two lengths, the shorter first"
 
@@ -616,19 +626,19 @@ def test_further_axes_are_analysed_by_themselves_and_compared_with_the_first() -
 
 def test_every_combination_is_compared_with_the_first_alone() -> None:
     """DoRA is another adapter than LoRA, while rules of scaling are the same one at another G."""
-    runs = select(grid(-0.7, seeds=2), rank=8, strength=64.0)
+    runs = select(grid(-0.7, seeds=2), rank=8, gain=64.0)
     shared = {"warmup": 4, "schedule": "constant"}
     arms = [replace(run, axes=(("batch_size", size),)) for size in (4, 8, 16) for run in scaled(runs, 1 - size / 100)]
     judged = analysis.analyse(arms, {"": (TOKENS, TOKENS)}, shared)
     assert set(judged.comparisons["compared_with"]) == {"batch_size 4"}
     assert set(judged.comparisons["batch_size"]) == {8, 16}
     methods = [
-        replace(run, method=method, strength=strength)
-        for method, strength in (("lora", 64.0), ("rora", 256.0), ("dora", 64.0))
+        replace(run, method=method, gain=gain)
+        for method, gain in (("lora", 64.0), ("rora", 256.0), ("dora", 64.0))
         for run in runs
     ]
     best = analysis.analyse(methods, {"": (TOKENS, TOKENS)}, shared).best.query("step == 64")
-    adapters = list(best[["adapter", "strength"]].itertuples(index=False, name=None))
+    adapters = list(best[["adapter", "gain"]].itertuples(index=False, name=None))
     assert adapters == [("lora", 64.0), ("lora", 256.0), ("dora", 64.0)]
 
 
@@ -637,9 +647,9 @@ def test_the_table_and_the_figure_of_best_rates(tmp_path) -> None:
     runs = grid(-0.5)
     curves = {step: curves_of(runs, step) for step in (16, 64)}
     best = {step: horizon_curves.best_rate_table(step_curves, step) for step, step_curves in curves.items()}
-    settings = list(zip(best[16]["step"], best[16]["rank"], best[16]["strength"], strict=True))
+    settings = list(zip(best[16]["step"], best[16]["rank"], best[16]["gain"], strict=True))
     assert settings == [(16, 8, 64), (16, 8, 724), (16, 128, 64), (16, 128, 724)]
-    np.testing.assert_allclose(best[16]["best_rate"], 1e-3 * (best[16]["strength"] / 64) ** -0.5, rtol=0.05)
+    np.testing.assert_allclose(best[16]["best_rate"], 1e-3 * (best[16]["gain"] / 64) ** -0.5, rtol=0.05)
     assert not best[16]["edge"].any()
     judged = [horizon_law.setting_exponents(step_curves, step, **LAW) for step, step_curves in curves.items()]
     judged[1] = judged[1][judged[1]["at"] == 8]
@@ -659,8 +669,8 @@ def test_the_table_and_the_figure_of_best_rates(tmp_path) -> None:
 
 def test_a_bound_is_crossed_out_among_rates_and_exponents() -> None:
     rows = [
-        {"step": 16, "rank": 8, "strength": 64.0, "best_rate": 1e-3, "log2_error": None, "edge": "high"},
-        {"step": 64, "rank": 8, "strength": 64.0, "best_rate": 4e-4, "log2_error": 0.1, "edge": None},
+        {"step": 16, "rank": 8, "gain": 64.0, "best_rate": 1e-3, "log2_error": None, "edge": "high"},
+        {"step": 64, "rank": 8, "gain": 64.0, "best_rate": 4e-4, "log2_error": 0.1, "edge": None},
     ]
     drawn, panels = figure.plt.subplots(2)
     table = frames.from_rows(rows, list(rows[0]))
@@ -676,16 +686,16 @@ def test_a_bound_is_crossed_out_among_rates_and_exponents() -> None:
 
 
 def test_the_parts_of_each_reading_are_summarised_with_the_law() -> None:
-    """Quantiles over modules; no row for a reading without parts; the law's ratio is A's distance over the takeover."""
-    led = {"layer": [0, 0, 1], "module": ["q_proj", "v_proj", "q_proj"]}
-    led |= {"led_B": [1.0, 2.0, 4.0], "led_A": [2.0, 2.0, 2.0], "whole": [3.0, 4.0, 6.0]}
+    """Quantiles over modules; no row for a reading without parts; the law's ratio is A's over the crossing distance."""
+    measured = {"layer": [0, 0, 1], "module": ["q_proj", "v_proj", "q_proj"]}
+    measured |= {"B_part": [1.0, 2.0, 4.0], "A_part": [2.0, 2.0, 2.0], "whole": [3.0, 4.0, 6.0]}
     bare = Reading(64, [1.0], [1.0])
     runs = [
-        SweepRun(8, 64.0, 1e-3, 2, ReadRun([], [Reading(16, [1.0], [1.0], led), bare])),
+        SweepRun(8, 64.0, 1e-3, 2, ReadRun([], [Reading(16, [1.0], [1.0], measured), bare])),
         SweepRun(None, None, 1e-4, 0, ReadRun([], [bare]), method=FULL),
     ]
-    (row,) = parts.led_table(runs, **LAW).to_dict("records")
-    assert [row[name] for name in ("rank", "strength", "learning_rate", "seed", "step")] == [8, 64.0, 1e-3, 2, 16]
+    (row,) = part_tables.part_table(runs, **LAW).to_dict("records")
+    assert [row[name] for name in ("rank", "gain", "learning_rate", "seed", "step")] == [8, 64.0, 1e-3, 2, 16]
     assert (row["ratio"], row["exponent"]) == (1.0, pytest.approx(-2 / 3))
     assert row["change"] == pytest.approx(math.sqrt((9 + 16 + 36) / 3))
     assert 0.5 < row["ratio_low"] < 0.6 < 1.8 < row["ratio_high"] < 2
@@ -693,15 +703,15 @@ def test_the_parts_of_each_reading_are_summarised_with_the_law() -> None:
     rates = [0, 2.5e-4, 5e-4, 7.5e-4] + 12 * [1e-3]
     assert row["law_ratio"] == pytest.approx(distances(rates, crossing_distance=0.004).A / 0.004)
     decaying = rates[:4] + [1e-3 * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(12)]
-    (cosine,) = parts.led_table(runs, **LAW, schedule="cosine").to_dict("records")
+    (cosine,) = part_tables.part_table(runs, **LAW, schedule="cosine").to_dict("records")
     assert cosine["law_ratio"] == pytest.approx(distances(decaying, crossing_distance=0.004).A / 0.004)
-    assert "law_ratio" not in parts.led_table(runs, takeovers=[], warmup=4)
+    assert "law_ratio" not in part_tables.part_table(runs, crossing_distances=[], warmup=4)
     still = {name: [*values, 0.0] for name, values in runs[0].read.readings[0].parts.items()}
     runs[0].read.readings[0] = replace(runs[0].read.readings[0], parts=still)
-    (with_still,) = parts.led_table(runs, **LAW).to_dict("records")
+    (with_still,) = part_tables.part_table(runs, **LAW).to_dict("records")
     assert with_still["ratio"] == row["ratio"], "a module that has not moved has no ratio"
     assert with_still["change"] == pytest.approx(row["change"] * math.sqrt(3 / 4))
-    assert parts.led_table(runs[1:], **LAW).empty
+    assert part_tables.part_table(runs[1:], **LAW).empty
 
 
 def test_the_change_at_the_best_rate_is_interpolated() -> None:
@@ -709,50 +719,50 @@ def test_the_change_at_the_best_rate_is_interpolated() -> None:
 
     Best rates outside the measured rates, and those of full fine-tuning, have no row.
     """
-    led = pd.DataFrame(
-        {"rank": 8, "strength": 64.0, "learning_rate": rate, "seed": seed, "step": 64, "change": 4.0**seed * rate**1.5}
+    measured = pd.DataFrame(
+        {"rank": 8, "gain": 64.0, "learning_rate": rate, "seed": seed, "step": 64, "change": 4.0**seed * rate**1.5}
         for seed in (0, 1)
         for rate in (1e-3, 1e-4, 3e-4)
     )
-    row = {"step": 64, "rank": 8, "strength": 64.0, "best_rate": 2e-4, "log2_error": 0.2, "edge": ""}
-    other_rows = [row | {"step": 16}, row | {"rank": None, "strength": None}, row | {"best_rate": 2e-3}]
+    row = {"step": 64, "rank": 8, "gain": 64.0, "best_rate": 2e-4, "log2_error": 0.2, "edge": ""}
+    other_rows = [row | {"step": 16}, row | {"rank": None, "gain": None}, row | {"best_rate": 2e-3}]
 
-    def change(*rows: dict, led: pd.DataFrame = led) -> list[dict]:
-        return parts.change_at_best(pd.DataFrame(rows), led).to_dict("records")
+    def change(*rows: dict, measured: pd.DataFrame = measured) -> list[dict]:
+        return part_tables.change_at_best(pd.DataFrame(rows), measured).to_dict("records")
 
-    assert change(other_rows[2]) == change(row | {"best_rate": 6e-5}) == change(row, led=led.iloc[:0]) == []
-    assert change(row | {"best_rate": 1e-4}, led=led[led["learning_rate"] == 1e-4]) == []
+    assert change(other_rows[2]) == change(row | {"best_rate": 6e-5}) == change(row, measured=measured.iloc[:0]) == []
+    assert change(row | {"best_rate": 1e-4}, measured=measured[measured["learning_rate"] == 1e-4]) == []
     (result,) = change(row, *other_rows[:2])
     assert result["change"] == pytest.approx(2 * 2e-4**1.5, rel=1e-9)
     expected = (pytest.approx(0.3), 2, 64, 8)
     assert (result["log2_error"], result["seeds"], result["step"], result["rank"]) == expected
     # A best rate at the end of the grid, up to rounding.
-    near = led.replace({1e-4: 1.000001e-4})
+    near = measured.replace({1e-4: 1.000001e-4})
     for rate in (1e-3, 1e-4):
-        (result,) = change(row | {"strength": 64.0 + 1e-10, "best_rate": rate}, led=near)
+        (result,) = change(row | {"gain": 64.0 + 1e-10, "best_rate": rate}, measured=near)
         assert result["change"] == pytest.approx(2 * rate**1.5, rel=1e-4)
     (result,) = change(row | {"best_rate": 1e-3, "log2_error": None, "edge": "high"})
     assert (result["log2_error"], result["edge"]) == (None, "high")
     # A change that falls with the rate has a positive error too.
-    falling = led.assign(change=1 / led["change"])
-    assert change(row, led=falling)[0]["log2_error"] == pytest.approx(0.3)
-    # Only seeds that both strengths have count.
-    other = led[led["seed"] == 1].assign(strength=724.0)
-    rows = row, row | {"strength": 724.0}
-    results = change(*rows, led=pd.concat([led, other]))
+    falling = measured.assign(change=1 / measured["change"])
+    assert change(row, measured=falling)[0]["log2_error"] == pytest.approx(0.3)
+    # Only seeds that both gains have count.
+    other = measured[measured["seed"] == 1].assign(gain=724.0)
+    rows = row, row | {"gain": 724.0}
+    results = change(*rows, measured=pd.concat([measured, other]))
     shared = [(result["seeds"], result["change"]) for result in results]
     assert shared == [(1, pytest.approx(4 * 2e-4**1.5, rel=1e-9))] * 2
-    assert change(*rows, led=pd.concat([led[led["seed"] == 0], other])) == []
+    assert change(*rows, measured=pd.concat([measured[measured["seed"] == 0], other])) == []
 
 
 def exponent_of_ratio(ratio: float) -> float:
-    """Return the exponent in the strength that preserves the change of parallel parts with this ratio."""
+    """Return the exponent in the gain that preserves the change of parallel parts with this ratio."""
     return math.log(rate_factor(GROWTH, ratio)) / math.log(GROWTH)
 
 
 @pytest.mark.slow
-def test_measured_parts_are_judged_in_place_of_the_laws_takeover() -> None:
-    """Best rates that move as the parts predict agree with them, though they contradict the law's own takeover.
+def test_measured_parts_are_judged_in_place_of_the_laws_crossing_distance() -> None:
+    """Best rates that move as the parts predict agree with them, though they contradict the law's own distance.
 
     One seed of parts or an edge decides nothing; seeds with different parts give a range.
     """
@@ -762,7 +772,7 @@ def test_measured_parts_are_judged_in_place_of_the_laws_takeover() -> None:
     def judge(runs: list[SweepRun]) -> pd.Series:
         table = exponents(runs, use_parts=True)
         assert table.loc["rank", "by_parts"].isna().all()
-        return table.loc["strength", 8.0]
+        return table.loc["gain", 8.0]
 
     for planted, verdict in ((1.2, "agrees"), (50.0, "contradicts")):
         row = judge(with_parts(runs, planted))
@@ -772,34 +782,34 @@ def test_measured_parts_are_judged_in_place_of_the_laws_takeover() -> None:
     row = judge(with_parts(seeds[0], 50.0) + seeds[1] + seeds[2])
     assert (row["seeds"], row["by_parts_verdict"]) == (3, "undecided"), "parts of one seed"
     assert judge(with_parts(seeds[0], 50.0))["by_parts_verdict"] == "undecided", "runs of one seed"
-    cut = [run for run in runs if run.strength == 64 or run.rate > 2.7e-4]
+    cut = [run for run in runs if run.gain == 64 or run.rate > 2.7e-4]
     assert judge(with_parts(cut, 50.0))["by_parts_verdict"] == "undecided", "an edge"
     row = judge([*with_parts(seeds[0], 0.5), *with_parts(seeds[1], 50.0)])
     assert row["by_parts_low"] < row["by_parts"] < row["by_parts_high"]
     assert row["by_parts_verdict"] != "contradicts"
-    where = {"rank": 8, "strengths": (64.0, 724.0), "rate": 1e-3, "seeds": (0, 1, 2)}
-    assert parts.exponent_of_parts(runs, 64, **where) == [], "runs without parts"
+    where = {"rank": 8, "gains": (64.0, 724.0), "rate": 1e-3, "seeds": (0, 1, 2)}
+    assert part_tables.exponent_of_parts(runs, 64, **where) == [], "runs without parts"
 
 
 def test_parts_are_those_of_the_runs_beside_the_best_rate() -> None:
     """The exponent is interpolated between two runs at most a grid step apart, or taken from one within half a step.
 
-    Runs of another seed, rank, strength or step are ignored, as are runs with opposite parts, which have no factor.
+    Runs of another seed, rank, gain or step are ignored, as are runs with opposite parts, which have no factor.
     """
 
-    def run(seed: int, rate: float, ratio: float, rank: int = 8, strength: float = 64 + 1e-9, step: int = 64):
-        bare = SweepRun(rank, strength, rate, seed, ReadRun([], [Reading(step, [1.0], [1.0])]))
+    def run(seed: int, rate: float, ratio: float, rank: int = 8, gain: float = 64 + 1e-9, step: int = 64):
+        bare = SweepRun(rank, gain, rate, seed, ReadRun([], [Reading(step, [1.0], [1.0])]))
         return with_parts([bare], ratio)[0]
 
     runs = [run(0, 1e-3 * 10 ** (-1 / 16), 1.0), run(0, 1e-3 * 10 ** (3 / 16), 9.0), run(0, 5e-3, 30.0)]
     runs += [run(1, 1e-3 * 10 ** (1 / 8), 2.0), run(2, 1.5e-3, 30.0), run(6, 1e-3, 30.0)]
     runs += [run(3, 0.9e-3, 3.0), run(3, 3e-3, 30.0)]  # too far apart for interpolation
-    runs += [run(4, 1e-3, 30.0, rank=16), run(4, 1e-3, 30.0, strength=32.0), run(5, 1e-3, 30.0, step=16)]
+    runs += [run(4, 1e-3, 30.0, rank=16), run(4, 1e-3, 30.0, gain=32.0), run(5, 1e-3, 30.0, step=16)]
     runs += [run(5, 1e-3, -0.9)]
-    where = {"rank": 8, "strengths": (64.0, 724.0), "rate": 1e-3, "seeds": (0, 1, 2, 3, 4, 5)}
+    where = {"rank": 8, "gains": (64.0, 724.0), "rate": 1e-3, "seeds": (0, 1, 2, 3, 4, 5)}
     interpolated = 0.75 * exponent_of_ratio(1.0) + 0.25 * exponent_of_ratio(9.0)
     expected = [interpolated, exponent_of_ratio(2.0), exponent_of_ratio(3.0)]
-    assert parts.exponent_of_parts(runs, 64, **where) == pytest.approx(expected, rel=1e-6)
+    assert part_tables.exponent_of_parts(runs, 64, **where) == pytest.approx(expected, rel=1e-6)
 
 
 # ---- regret and estimators
@@ -816,33 +826,33 @@ def test_constants_and_regrets_of_planted_runs(monkeypatch) -> None:
 
     monkeypatch.setattr(trained_runs, "resampled_ratios", count)
     judged = analysis.judge_runs(displaced_runs(), TOKENS, **LAW)
-    assert len(calls) == 2 * 2 * 2 * 3, "one bootstrap for each rank, strength, step and seed: the regret needs no more"
+    assert len(calls) == 2 * 2 * 2 * 3, "one bootstrap for each rank, gain, step and seed: the regret needs no more"
     assert set(judged.constants["step"]) == {16, 64}
     for name in ("constant", "constant_low", "constant_high"):
         np.testing.assert_allclose(judged.constants[name], 130.0, rtol=1e-9)
     # Half of the rates of a curve lie at or below the best one.
     assert judged.constants["runs"].between(3, 3 * len(RATES) - 1).all()
-    costs = judged.regret.query("steps == 64 and old_steps == 64 and old_strength == 64 and strength == 724")
+    costs = judged.regret.query("steps == 64 and old_steps == 64 and old_gain == 64 and gain == 724")
     by_policy = costs[(costs["old_rank"] == 8) & (costs["rank"] == 8)].set_index("policy")["regret"]
     # Log10 of the rate over the best one: planted 0.77 log10(724 / 64) = 0.811 less what the policy divides by.
     for policy, decades in (("keep the rate", 0.811), ("first step", -0.242), ("square root", 0.284)):
         assert by_policy[policy] == pytest.approx(0.1 * decades**2, abs=4e-3), policy
     assert by_policy["displacement"] < 2e-3
-    assert {"rank", "strength", "steps", "rank strength steps"} <= set(judged.regret["changed"])
+    assert {"rank", "gain", "steps", "rank gain steps"} <= set(judged.regret["changed"])
     summary = judged.policies.set_index(["changed", "policy"])
-    pairs = judged.regret.query("changed == 'strength' and policy == 'first step' and not is_edge")
-    assert summary.loc[("strength", "first step"), "pairs"] == len(pairs)
-    assert summary.loc[("strength", "first step"), "largest"] == pytest.approx(pairs["regret"].max())
-    assert summary.loc[("strength", "displacement"), "largest"] < summary.loc[("strength", "square root"), "median"]
+    pairs = judged.regret.query("changed == 'gain' and policy == 'first step' and not is_edge")
+    assert summary.loc[("gain", "first step"), "pairs"] == len(pairs)
+    assert summary.loc[("gain", "first step"), "largest"] == pytest.approx(pairs["regret"].max())
+    assert summary.loc[("gain", "displacement"), "largest"] < summary.loc[("gain", "square root"), "median"]
     assert (judged.regret["rank"] >= judged.regret["old_rank"]).all()
     assert (judged.regret["steps"] >= judged.regret["old_steps"]).all()
 
 
 def test_a_rate_that_one_seed_alone_ran_is_read_from_that_seed() -> None:
     runs = select(grid(-0.77, seeds=3), rank=8)
-    runs = [run for run in runs if run.strength == 64 or run.seed == 1 or run.rate < 3e-4]
+    runs = [run for run in runs if run.gain == 64 or run.seed == 1 or run.rate < 3e-4]
     costs = regret.regret_table(runs, TOKENS, {64: curves_of(runs, draws=50)}, regret.policies({64: 130.0}), draws=50)
-    row = costs[costs["old_strength"] == 64].set_index("policy").loc["keep the rate"]
+    row = costs[costs["old_gain"] == 64].set_index("policy").loc["keep the rate"]
     assert (row["seeds"], row["is_lower_bound"]) == (1, False)
     assert row["regret"] == pytest.approx(0.1 * 0.811**2, abs=0.02)
 
@@ -853,7 +863,7 @@ def test_estimators_of_whole_curves_agree_with_the_vertex() -> None:
     table = table.set_index(["over", "at", "estimate"])
     for at in ("8", "128", "8 128"):
         for method in ("vertex", "quadratic", "registration"):
-            row = table.loc["strength", at, method]
+            row = table.loc["gain", at, method]
             assert row["exponent"] == pytest.approx(-0.7, abs=0.03)
             assert (row["first"], row["second"], row["seeds"], row["edges"]) == (64, 724, 2, 0)
             assert row["pairs"] == len(at.split())
@@ -865,7 +875,7 @@ def in_training(runs: Sequence[SweepRun], exponent: float) -> list[SweepRun]:
     """Add losses of 64 training steps with another exponent; those of the first half have no minimum."""
     trained = []
     for run in runs:
-        best = 1e-3 * (run.strength / 64) ** exponent
+        best = 1e-3 * (run.gain / 64) ** exponent
         level = 2 + 0.1 * math.log10(run.rate / best) ** 2
         losses = [9 - 100 * run.rate] * 32 + [level * (1 + 0.01 * (step % 3)) for step in range(32)]
         trained.append(replace(run, read=replace(run.read, train_losses=losses)))
@@ -876,15 +886,17 @@ def test_the_law_of_a_constant_gradient_follows_the_schedule() -> None:
     runs = grid(-0.7, seeds=2)
     for name in ("constant", "cosine"):
         judged = analysis.judge_runs(runs, TOKENS, **LAW, schedule=name)
-        row = judged.exponents.query("step == 64 and over == 'strength' and at == 8").iloc[0]
-        (best,) = judged.best.query("step == 64 and rank == 8 and strength == 64")["best_rate"]
+        row = judged.exponents.query("step == 64 and over == 'gain' and at == 8").iloc[0]
+        (best,) = judged.best.query("step == 64 and rank == 8 and gain == 64")["best_rate"]
         law = horizon_law.predict_exponents(
-            TAKEOVERS, (64.0, 724.0), steps=(64,), rates=(best,), warmup=4, schedule=name
+            CROSSING_DISTANCES, (64.0, 724.0), steps=(64,), rates=(best,), warmup=4, schedule=name
         )
         assert row["law"] == pytest.approx(law["exponent"][1], abs=1e-6)
     # With a decay A moves less, and the best rate falls more.
     factors = [
-        horizon_law.predict_exponents(TAKEOVERS, (64.0, 724.0), steps=(64,), rates=(1e-3,), warmup=4, schedule=name)
+        horizon_law.predict_exponents(
+            CROSSING_DISTANCES, (64.0, 724.0), steps=(64,), rates=(1e-3,), warmup=4, schedule=name
+        )
         for name in ("constant", "cosine")
     ]
     assert (factors[1]["factor"] > 1.03 * factors[0]["factor"]).all()
@@ -897,8 +909,8 @@ def test_training_losses_give_an_exponent_of_their_own() -> None:
         name: analysis.judge_runs(runs, TOKENS, **LAW, schedule=name).estimators for name in ("constant", "cosine")
     }
     rows = judged["constant"].query("step == 64").set_index(["over", "at", "estimate"])
-    assert rows.loc["strength", "8 128", "quadratic, training losses"]["exponent"] == pytest.approx(-0.5, abs=0.02)
-    assert rows.loc["strength", "8 128", "quadratic"]["exponent"] == pytest.approx(-0.7, abs=0.03)
+    assert rows.loc["gain", "8 128", "quadratic, training losses"]["exponent"] == pytest.approx(-0.5, abs=0.02)
+    assert rows.loc["gain", "8 128", "quadratic"]["exponent"] == pytest.approx(-0.7, abs=0.03)
     assert not judged["cosine"]["estimate"].str.contains("training").any()
     # A run that stopped early is left out; one that diverged counts as higher than every other.
     curves = horizon_curves.training_curves_at(runs, 64, draws=2)
@@ -915,12 +927,12 @@ def test_training_losses_give_an_exponent_of_their_own() -> None:
     assert np.isinf(ends).all()
 
 
-def test_all_pairs_of_strengths_are_compared_by_each_estimator() -> None:
-    arm = select(grid(0.0, seeds=2), rank=8, strength=64.0)
-    runs = [replace(run, strength=strength) for strength in (16.0, 64.0, 724.0) for run in arm]
+def test_all_pairs_of_gains_are_compared_by_each_estimator() -> None:
+    arm = select(grid(0.0, seeds=2), rank=8, gain=64.0)
+    runs = [replace(run, gain=gain) for gain in (16.0, 64.0, 724.0) for run in arm]
     table = estimator_table(curves_of(runs, draws=20), 64)
     assert {(row["first"], row["second"]) for row in frames.rows(table)} == {(16, 64), (16, 724), (64, 724)}
-    assert set(table["over"]) == {"strength"}
+    assert set(table["over"]) == {"gain"}
     np.testing.assert_allclose(table["exponent"], 0, atol=1e-3)
 
 
@@ -937,5 +949,5 @@ def test_the_advice_is_the_rate_that_transfer_names(schedule) -> None:
 
 def test_runs_without_measured_parts_have_the_regret_of_the_other_policies() -> None:
     """Only the displacement law needs a constant K of the runs."""
-    costs = analysis.judge_runs(grid(-0.53), TOKENS, takeovers=(), warmup=4).regret
+    costs = analysis.judge_runs(grid(-0.53), TOKENS, crossing_distances=(), warmup=4).regret
     assert set(costs["policy"]) == {"keep the rate", "first step", "square root", "G^-0.75", "advice"}

@@ -110,10 +110,10 @@ def test_settings_of_methods_with_a_rank_do_not_affect_other_methods() -> None:
         SweepCell("m", "lora", 0, 16.0, 1e-3, 7, (9,)).training(shared)
 
 
-def test_strengths_read_outs_and_further_axes() -> None:
+def test_gains_read_outs_and_further_axes() -> None:
     """G is alpha under alpha / r. A rate that decays needs a run for each number of steps."""
     design = Design(
-        methods=("lora",), ranks=(8,), strengths=(64.0, 724.0), lrs=(1e-3,), full_lrs=(1e-5,), seeds=(0,),
+        methods=("lora",), ranks=(8,), gains=(64.0, 724.0), lrs=(1e-3,), full_lrs=(1e-5,), seeds=(0,),
         read_at=(16, 64), axes=("schedule=constant,cosine", "batch_size=4,32"),
     )  # fmt: skip
     shared = replace(SHARED, schedule="constant", warmup=4, batch_size=4)
@@ -127,7 +127,7 @@ def test_strengths_read_outs_and_further_axes() -> None:
     training = next(c for c in made if c.axes == {"schedule": "cosine", "batch_size": 32}).training(shared)
     assert (training.schedule, training.batch_size, training.steps) == ("cosine", 32, 16)
     assert len({key_of(c) for c in made}) == len(made) == 2 * 3 * 3
-    with pytest.raises(InputError, match=r"--strengths .*RoRA"):
+    with pytest.raises(InputError, match=r"--gains .*RoRA"):
         replace(design, methods=("rora",))
     for axis, message in (("depth=3", "'depth'"), ("schedule=", "'schedule='"), ("batch_size=4,4", "'batch_size=4,4'")):
         with pytest.raises(InputError, match=f"axes .*{message}"):

@@ -14,7 +14,7 @@ from rora_theory.runs import frames
 PUBLISHED = Path(__file__).parents[3] / "results" / "published"
 UNCHECKED = ("records.csv", "policies.csv", "predictions.csv")
 """Files that are no result of the analysis, or that count the rows of the advice."""
-RUN = ["rank", "strength", "learning_rate", "seed", "step"]
+RUN = ["rank", "gain", "learning_rate", "seed", "step"]
 """Columns that identify a row of results.csv."""
 
 
@@ -42,10 +42,10 @@ def test_the_analysis_of_published_runs_gives_their_tables(name, tmp_path) -> No
     folder = PUBLISHED / name
     manifest = json.loads((folder / "manifest.json").read_text())
     regime, compare_to = (option(manifest["command"], words) for words in ("--regime", "--compare-to"))
-    takeovers, linear_terms = read_regime(regime) if regime else ([], [])
+    crossing_distances, linear_terms = read_regime(regime) if regime else ([], [])
     others = dict([read_comparison_runs(compare_to, manifest["config"])] if compare_to else [])
     runs, tokens = merge_repeated_runs(read_runs(folder)), read_tokens(folder)
-    law = {"takeovers": takeovers, "linear_terms": linear_terms, "other_runs": others}
+    law = {"crossing_distances": crossing_distances, "linear_terms": linear_terms, "other_runs": others}
     judged = analysis.analyse(runs, tokens, manifest["config"]["settings"], **law)
     tables = judged.files() | {"results.csv": results.results_table(runs, tokens)}
     checked = [path.name for path in folder.glob("*.csv") if path.name not in UNCHECKED]

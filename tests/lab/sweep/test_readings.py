@@ -7,14 +7,14 @@ import pytest
 from support import checkpoint
 
 from rora_theory.errors import InputError
-from rora_theory.lab import led
 from rora_theory.lab.evaluate.scoring import Scoring
 from rora_theory.lab.finetune import FinetuneConfig, StepCompleted
 from rora_theory.lab.finetune.metrics import Metrics
 from rora_theory.lab.llama import locate
+from rora_theory.lab.sweep import change_parts
+from rora_theory.lab.sweep.cell_trainer import CellTrainer
 from rora_theory.lab.sweep.records import draw_records
 from rora_theory.lab.sweep.runs import Reading, ReadRun
-from rora_theory.lab.sweep.workbench import Workbench
 
 TRAINING = FinetuneConfig(
     rank=2, alpha=4, rule="lora", lr=1e-2, warmup=1, schedule="constant", dropout=0.0, batch_size=4, cutoff=400,
@@ -23,20 +23,20 @@ TRAINING = FinetuneConfig(
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory) -> Workbench:
+def cell_trainer(tmp_path_factory) -> CellTrainer:
     data = checkpoint.two_files(tmp_path_factory.mktemp("data"))
     model = str(checkpoint.model(tmp_path_factory.mktemp("model")))
     records = draw_records([str(data / name / "train.json") for name in ("one", "two")], held_out=6, train_records=12)
     options = {"scoring": Scoring("label", "clean"), "measures_parts": True}
-    bench = Workbench(TRAINING, records, {}, {model: locate(model)}, **options)
-    bench.open(model)
-    return bench
+    cell_trainer = CellTrainer(TRAINING, records, {}, {model: locate(model)}, **options)
+    cell_trainer.open(model)
+    return cell_trainer
 
 
 @pytest.fixture(scope="module")
-def full_run(bench) -> ReadRun:
+def full_run(cell_trainer) -> ReadRun:
     """A run of five steps, read three times."""
-    return bench.train(TRAINING, (2, 3, 5)).run
+    return cell_trainer.train(TRAINING, (2, 3, 5)).run
 
 
 def assert_same_readings(run: ReadRun, expected: list[Reading]) -> None:
@@ -48,43 +48,43 @@ def assert_same_readings(run: ReadRun, expected: list[Reading]) -> None:
 
 
 @pytest.mark.slow
-def test_an_intermediate_reading_equals_that_of_a_shorter_run(bench, full_run) -> None:
+def test_an_intermediate_reading_equals_that_of_a_shorter_run(cell_trainer, full_run) -> None:
     assert [reading.step for reading in full_run.readings] == [2, 3, 5]
     assert len(full_run.train_losses) == 5
     assert len({tuple(reading.losses) for reading in full_run.readings}) == 3
-    short_run = bench.train(TRAINING, (3,)).run
+    short_run = cell_trainer.train(TRAINING, (3,)).run
     assert_same_readings(short_run, full_run.readings[1:2])
     assert short_run.train_losses == pytest.approx(full_run.train_losses[:3], rel=1e-6)
     first, _, last = (pd.DataFrame(reading.parts) for reading in full_run.readings)
-    assert list(first) == ["layer", "module", *led.PARTS]
-    assert (first["led_A"] == 0).all(), "the first rate is 0, and while B = 0 A has no gradient"
-    assert (first["led_B"] > 0).all()
-    assert ((last["led_A"] > 0) & (last["led_A"] < last["led_B"])).all()
-    tokens, answers = bench.count_tokens(next(iter(bench.located)))
+    assert list(first) == ["layer", "module", *change_parts.PARTS]
+    assert (first["A_part"] == 0).all(), "the first rate is 0, and while B = 0 A has no gradient"
+    assert (first["B_part"] > 0).all()
+    assert ((last["A_part"] > 0) & (last["A_part"] < last["B_part"])).all()
+    tokens, answers = cell_trainer.count_tokens(next(iter(cell_trainer.located)))
     assert len(tokens) == len(answers) == len(full_run.readings[0].losses) == 6
     assert all(0 < answer < count for count, answer in zip(tokens, answers, strict=True))
 
 
 @pytest.mark.slow
-def test_a_run_that_diverges_keeps_the_readings_before(bench, full_run, monkeypatch) -> None:
-    read_out = Workbench._read_out
+def test_a_run_that_diverges_keeps_the_readings_before(cell_trainer, full_run, monkeypatch) -> None:
+    read_out = CellTrainer._read_out
 
     def spoil(self, step, *model) -> Reading:
         reading = read_out(self, step, *model)
         return replace(reading, losses=[float("nan")] * len(reading.losses)) if step == 3 else reading
 
-    monkeypatch.setattr(Workbench, "_read_out", spoil)
-    run = bench.train(TRAINING, (2, 3)).run
+    monkeypatch.setattr(CellTrainer, "_read_out", spoil)
+    run = cell_trainer.train(TRAINING, (2, 3)).run
     assert_same_readings(run, full_run.readings[:1])
     assert run.diverged_at == 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("interrupted_at", ["step 5", "reading"])
-def test_a_long_run_resumes_from_its_checkpoint(bench, full_run, monkeypatch, tmp_path, interrupted_at) -> None:
+def test_a_long_run_resumes_from_its_checkpoint(cell_trainer, full_run, monkeypatch, tmp_path, interrupted_at) -> None:
     """Its losses include those of the steps before the interruption, and no step is repeated but those after 4."""
-    monkeypatch.setattr(bench, "shared", replace(TRAINING, checkpoint_every=2))
-    add, read_out, steps = Metrics.add, Workbench._read_out, []
+    monkeypatch.setattr(cell_trainer, "shared", replace(TRAINING, checkpoint_every=2))
+    add, read_out, steps = Metrics.add, CellTrainer._read_out, []
 
     def interrupt(metrics, event):
         if getattr(event, "step", 0) == 5 and isinstance(event, StepCompleted):
@@ -100,14 +100,14 @@ def test_a_long_run_resumes_from_its_checkpoint(bench, full_run, monkeypatch, tm
 
     with monkeypatch.context() as patched:
         if interrupted_at == "reading":
-            patched.setattr(Workbench, "_read_out", interrupt_reading)
+            patched.setattr(CellTrainer, "_read_out", interrupt_reading)
         else:
             patched.setattr(Metrics, "add", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            bench.train(TRAINING, (5,), folder=tmp_path)
+            cell_trainer.train(TRAINING, (5,), folder=tmp_path)
     monkeypatch.setattr(Metrics, "add", count)
-    assert Workbench._read_out is read_out
-    run = bench.train(TRAINING, (5,), folder=tmp_path).run
+    assert CellTrainer._read_out is read_out
+    run = cell_trainer.train(TRAINING, (5,), folder=tmp_path).run
     assert_same_readings(run, full_run.readings[-1:])
     assert run.train_losses == pytest.approx(full_run.train_losses, rel=1e-6)
     assert steps == ([5, 5] if interrupted_at == "step 5" else [5])  # the step, and the pause for the reading
@@ -122,6 +122,6 @@ def test_a_long_run_resumes_from_its_checkpoint(bench, full_run, monkeypatch, tm
         ({"schedule": "linear"}, (2, 4), "schedule 'linear', got 2 4"),
     ],
 )
-def test_bad_steps_are_refused(bench, changes, steps, message) -> None:
+def test_bad_steps_are_refused(cell_trainer, changes, steps, message) -> None:
     with pytest.raises(InputError, match=message):
-        bench.train(replace(TRAINING, **changes), steps)
+        cell_trainer.train(replace(TRAINING, **changes), steps)

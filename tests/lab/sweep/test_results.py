@@ -90,11 +90,11 @@ def made_run(
     method: str, rank: int | None = None, rate: float = 0.0, seed: int = 0, alpha: float = 64.0, **fields: Any
 ) -> SweepRun:
     """Return a run of three steps with a loss of 1.5 nats per token."""
-    strength = None if rank is None else alpha if method == "lora" else alpha * rank**0.5
+    gain = None if rank is None else alpha if method == "lora" else alpha * rank**0.5
     step = 3 if rate else 0
     read = ReadRun([2.0] * step, [Reading(step, [15.0, 15.0], [1.0, 2.0])])
     options = {"read": read, "model": "m", "alpha": None if rank is None else alpha, "key": "key", "read_at": (3,)}
-    return SweepRun(rank, strength, rate, seed, **{"method": method} | options | fields)
+    return SweepRun(rank, gain, rate, seed, **{"method": method} | options | fields)
 
 
 def test_one_row_for_each_training_in_order() -> None:
@@ -193,7 +193,7 @@ HORIZON = {"train_losses": [1.0], "readings": READINGS, "diverged_at": None}
 )  # fmt: skip
 def test_results_of_the_wrong_type_are_refused_by_key(tmp_path: Path, value: Any) -> None:
     """The file has a valid digest, as its author could have written."""
-    cell = {"rank": 1, "strength": 1.0, "rate": 1.0, "seed": 0, "read_at": [1]}
+    cell = {"rank": 1, "gain": 1.0, "rate": 1.0, "seed": 0, "read_at": [1]}
     run_cells([cell], lambda *_: value, RunFolder.open("sweep", {}, out=tmp_path))
     with pytest.raises(InputError, match=rf"cells\.jsonl: key {key_of(cell)}: is damaged"):
         read_runs(tmp_path)

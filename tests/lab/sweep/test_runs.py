@@ -12,8 +12,10 @@ from rora_theory.lab.sweep.runs import Reading, ReadRun, SweepRun, read_comparis
 from rora_theory.runs.journal import Journal
 from rora_theory.runs.reading import CELLS, key_of
 
-CELL = {"rank": 2, "strength": 4, "rate": 1e-3, "seed": 3, "read_at": [8]}
-"""Early cell, with G in place of alpha."""
+CELL = {
+    "model": "m", "method": "lora", "rank": 2, "alpha": 4, "rate": 1e-3, "seed": 3, "read_at": [8], "axes": {},
+    "evaluation": None,
+}  # fmt: skip
 NEW = {
     "model": "n", "method": "rora", "rank": 16, "alpha": 4.0, "rate": 1e-3, "seed": 3, "read_at": [8],
     "axes": {"schedule": "linear"}, "evaluation": {"protocol": "label"},
@@ -45,7 +47,7 @@ def test_compared_runs_are_read_and_their_settings_named(tmp_path) -> None:
         result={"seconds": 3.0}, read_at=(8,), axes=(("schedule", "constant"),),
     )  # fmt: skip
     assert run == expected
-    assert (new.method, new.adapter, new.strength, new.gamma) == ("rora", "lora", 16.0, 1.0)
+    assert (new.method, new.adapter, new.gain, new.gamma) == ("rora", "lora", 16.0, 1.0)
     assert (new.steps, new.model) == (8, "n")
     assert (new.axes, new.evaluation) == ((("schedule", "linear"),), {"protocol": "label"})
     assert read_runs(tmp_path / "cosine", [key_of(CELL)]) == [replace(expected, steps=8, axes=())]

@@ -85,7 +85,7 @@ def test_every_family(family) -> None:
     for frame, columns in (
         (measured.crossings, ["signal", "cross_talk", "crossing_rank", "linear_term"]),
         (measured.results, ["predicted"]),
-        (measured.takeover, ["takeover"]),
+        (measured.crossing_distances, ["crossing_distance"]),
     ):
         figures = frame[columns].to_numpy()
         assert np.isfinite(figures).all()
@@ -419,7 +419,10 @@ def test_a_module_measured_with_others_has_its_own_inputs(family) -> None:
     together = regime(model, *batches, config=config)
     for name in together.crossings["module"].unique():
         alone = regime(model, *batches, "^" + name.replace(".", r"\.") + "$", config=config)
-        for frame, expected in ((together.crossings, alone.crossings), (together.takeover, alone.takeover)):
+        for frame, expected in (
+            (together.crossings, alone.crossings),
+            (together.crossing_distances, alone.crossing_distances),
+        ):
             rows = frame[frame["module"] == name].reset_index(drop=True)
             pd.testing.assert_frame_equal(rows, expected, rtol=1e-5)
 
@@ -479,14 +482,14 @@ def terms_of(measured, split: str) -> dict[str, float]:
     return dict(zip(rows["module"], rows["linear_term"], strict=True))
 
 
-def test_takeover_distance_is_the_held_out_one_of_the_nearest_measured_rank(measured) -> None:
+def test_crossing_distance_is_the_held_out_one_of_the_nearest_measured_rank(measured) -> None:
     """The nearest of the ranks 8, 32 and 128 on a logarithmic scale is used, with a geometric mean over modules."""
     assert set(measured.results["rank"]) == {8, 128}, "the ranks of the default configuration"
     assert set(measured.crossings["optimizer"]) == {"sgd", "adam"}
-    rows = measured.takeover.query("init == 'gaussian'")
-    means = rows.groupby(["split", "rank"])["takeover"].agg(geometric_mean)
+    rows = measured.crossing_distances.query("init == 'gaussian'")
+    means = rows.groupby(["split", "rank"])["crossing_distance"].agg(geometric_mean)
     for rank, nearest in ((1, 8), (15, 8), (18, 32), (60, 32), (70, 128), (4096, 128)):
-        assert measured.takeover_at(rank, "gaussian") == pytest.approx(means["heldout", nearest], rel=1e-12)
+        assert measured.crossing_distance_at(rank, "gaussian") == pytest.approx(means["heldout", nearest], rel=1e-12)
     assert means["train", 8] != pytest.approx(means["heldout", 8], rel=1e-3)
 
 
@@ -514,8 +517,8 @@ def test_transfer(measured) -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_transfers_without_a_measurement_are_refused(measured) -> None:
-    with pytest.raises(InputError, match=r"takeover distance .* init 'rademacher'"):
-        measured.takeover_at(2, "rademacher")
+    with pytest.raises(InputError, match=r"crossing distance .* init 'rademacher'"):
+        measured.crossing_distance_at(2, "rademacher")
     with pytest.raises(InputError, match="optimizer adam, init rademacher"):
         measured.transfer(Setting(2, 4.0, 3e-4, init="rademacher"), rank=8)
     with pytest.raises(InputError, match=r"^setting .*{'r': 2}"):

@@ -36,20 +36,20 @@ def test_a_sample_is_the_same_in_every_module() -> None:
 
 
 @pytest.mark.parametrize("init", ["kaiming_uniform", "gaussian"])
-def test_takeover_is_the_law_of_a_at_its_own_deviation(init) -> None:
+def test_crossing_distance_is_the_law_of_a_at_its_own_deviation(init) -> None:
     """Each split and rank agrees with rows drawn at that rank's deviation, which falls as 1/r for `gaussian`."""
     random = np.random.default_rng(0)
     x = random.normal(size=(6, 20))
     grad = (random.normal(size=(7, 6)) @ x).astype(np.float32)
     layer = Layer("m", grad, {"train": x.astype(np.float32), "heldout": random.normal(size=(4, 20)).astype(np.float32)})
 
-    def takeover(**changed) -> list[dict]:
+    def crossing_distances(**changed) -> list[dict]:
         config = RegimeConfig(inits=(init,), rows=0, **{"seed": 3} | changed)
         # The rows of an exact measurement, of which there are more.
-        draw = partial(drawn_steps.draw_takeover_rows, replace(config, exact=True), layer)
-        return module_regime.measure_takeover(config, layer, 5, draw)
+        draw = partial(drawn_steps.draw_distance_rows, replace(config, exact=True), layer)
+        return module_regime.measure_crossing_distances(config, layer, 5, draw)
 
-    exact = takeover(exact=True)
+    exact = crossing_distances(exact=True)
     assert [(row["layer"], row["split"], row["rank"]) for row in exact] == [
         (5, split, rank) for split in ("train", "heldout") for rank in (8, 32, 128)
     ]
@@ -58,34 +58,38 @@ def test_takeover_is_the_law_of_a_at_its_own_deviation(init) -> None:
     for row in exact:
         lora_A = drawn * (256 / row["rank"] if init == "gaussian" else 1)
         law = constant_gradient.row_terms(grad, layer.inputs[row["split"]], lora_A)
-        assert row["takeover"] == pytest.approx(law.crossing_distance(row["rank"]), rel=1e-6)
+        assert row["crossing_distance"] == pytest.approx(law.crossing_distance(row["rank"]), rel=1e-6)
         assert [row[f"turn_{n}"] for n in (5, 25, 50, 75, 95)] == pytest.approx(
             list(law.sign_change_distances), rel=1e-6
         )
-    assert len({row["takeover"] for row in exact}) == 6
-    for row, expected in zip(takeover(), exact, strict=True):
-        assert row["takeover"] == pytest.approx(expected["takeover"], rel=module_regime.MAX_RELATIVE_ERRORS["takeover"])
+    assert len({row["crossing_distance"] for row in exact}) == 6
+    for row, expected in zip(crossing_distances(), exact, strict=True):
+        assert row["crossing_distance"] == pytest.approx(
+            expected["crossing_distance"], rel=module_regime.MAX_RELATIVE_ERRORS["crossing_distance"]
+        )
         assert not [name for name in row if name.startswith("turn")]
     fast = RegimeConfig(inits=(init,), rows=0)
-    assert len(drawn_steps.draw_takeover_rows(fast, layer, init)) == fast.takeover_rows == 64
-    other_draws = takeover(seed=4)[0]["takeover"]
-    assert other_draws == pytest.approx(exact[0]["takeover"], rel=0.3)
-    assert other_draws != pytest.approx(exact[0]["takeover"], rel=1e-6)
+    assert len(drawn_steps.draw_distance_rows(fast, layer, init)) == fast.distance_rows == 64
+    other_draws = crossing_distances(seed=4)[0]["crossing_distance"]
+    assert other_draws == pytest.approx(exact[0]["crossing_distance"], rel=0.3)
+    assert other_draws != pytest.approx(exact[0]["crossing_distance"], rel=1e-6)
 
 
 def check_stated_errors(layer: Layer) -> None:
     """Compare the default with exact=True for every optimizer and init, on one draw of A's rows."""
     config = RegimeConfig(ranks=(8,), rules=("lora",), rows=0)
-    draw = partial(drawn_steps.draw_takeover_rows, config, layer)
+    draw = partial(drawn_steps.draw_distance_rows, config, layer)
     fast, exact = (
         module_regime.measure_module(replace(config, exact=exact), layer, 0, draw) for exact in (False, True)
     )
     assert fast.results == []
     assert len(exact.results) == 8
-    figures = {name for row in (fast.crossings[0], fast.takeover[0]) for name in row if isinstance(row[name], float)}
+    figures = {
+        name for row in (fast.crossings[0], fast.crossing_distances[0]) for name in row if isinstance(row[name], float)
+    }
     assert figures == set(module_regime.MAX_RELATIVE_ERRORS)
     for figure, bound in module_regime.MAX_RELATIVE_ERRORS.items():
-        table = "takeover" if figure == "takeover" else "crossings"
+        table = "crossing_distances" if figure == "crossing_distance" else "crossings"
         for row, expected in zip(getattr(fast, table), getattr(exact, table), strict=True):
             assert row[figure] == pytest.approx(expected[figure], rel=bound)
 

@@ -173,16 +173,16 @@ def test_crossings_by_depth() -> None:
     assert "all" not in regime_tables.crossings_by_depth(pd.DataFrame(rows), without_tokens, "sgd", "normal")
 
 
-def test_takeover_by_depth() -> None:
+def test_crossing_distances_by_depth() -> None:
     """Figures are by split and rank over the layers of a third; the turn is over all of them."""
     rows = [
         {"layer": layer, "module": f"model.layers.{layer}.mlp.up_proj", "split": "heldout", "init": init}
-        | {"rank": rank, "takeover": rank * (1.0 + layer**2) * factor, "turn_5": 10.0 * rank}
+        | {"rank": rank, "crossing_distance": rank * (1.0 + layer**2) * factor, "turn_5": 10.0 * rank}
         for layer in range(9)
         for init, factor in (("gaussian", 100.0), ("normal", 1.0))
         for rank in (8, 32)
     ]
-    table = regime_tables.takeover_by_depth(pd.DataFrame(rows), "normal")
+    table = regime_tables.crossing_distances_by_depth(pd.DataFrame(rows), "normal")
     columns = ["layers", "rank", "median", "smallest", "largest", "turn_5"]
     assert table[columns].to_numpy().tolist()[2:4] == [
         ["3-5", 8, 136.0, 80.0, 208.0, 200.0],
@@ -192,8 +192,8 @@ def test_takeover_by_depth() -> None:
 
 @pytest.mark.parametrize("run", ["regime_held_out", "regime_after/plain_16"])
 def test_published_summaries(run) -> None:
-    crossings, takeover = (
-        frames.read_csv(PUBLISHED / run / name) for name in (regime_tables.CROSSINGS, regime_tables.TAKEOVER)
+    crossings, crossing_distances = (
+        frames.read_csv(PUBLISHED / run / name) for name in (regime_tables.CROSSINGS, regime_tables.CROSSING_DISTANCES)
     )
-    for name, expected in regime_tables.summaries(crossings, takeover).items():
+    for name, expected in regime_tables.summaries(crossings, crossing_distances).items():
         pd.testing.assert_frame_equal(frames.read_csv(PUBLISHED / run / name), expected, check_dtype=False, rtol=1e-12)

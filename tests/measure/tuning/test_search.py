@@ -18,7 +18,7 @@ from rora_theory.measure.batches import find_masks
 from rora_theory.measure.tuning.examples import held_out_groups, read_batches
 from rora_theory.measure.tuning.prior import rate_prior
 from rora_theory.measure.tuning.result import Tuning
-from rora_theory.measure.tuning.training import LedParts, probe_config, strength_of
+from rora_theory.measure.tuning.training import LedParts, gain_of, probe_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
 STEPS = 256
@@ -456,17 +456,17 @@ def test_the_cost_is_stated_before_the_first_run(progress, capsys, caplog, monke
     assert bool(captured.err) is progress
 
 
-def test_the_probe_has_the_planned_strength() -> None:
-    for planned, strength in ((config(), 16.0), (config(use_rslora=True), 16 * 32**0.5)):
+def test_the_probe_has_the_planned_gain() -> None:
+    for planned, gain in ((config(), 16.0), (config(use_rslora=True), 16 * 32**0.5)):
         small = probe_config(planned, 8)
-        assert strength_of(planned) == pytest.approx(strength)
-        assert strength_of(small) == pytest.approx(strength)
+        assert gain_of(planned) == pytest.approx(gain)
+        assert gain_of(small) == pytest.approx(gain)
         assert small.r == 8
 
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_the_ratio_of_the_parts(dora) -> None:
-    """The A-led over the B-led change of each module at the unmasked tokens agrees with PEFT's forward pass."""
+    """The A part over the B part of each module at the unmasked tokens agrees with PEFT's forward pass."""
     model = torch_models.model()
     settings = config(r=4, target_modules=["q_proj"], use_dora=dora)
     adapted = peft.get_peft_model(model, settings, adapter_name="probe")
@@ -485,8 +485,8 @@ def test_the_ratio_of_the_parts(dora) -> None:
         with parts.reading(find_masks(model, batch)):
             adapted(**batch)
         for ratio, (A, B), start, x in zip(parts.ratios(), factors, starts, inputs, strict=True):
-            led_A, led_B = ((x @ part.T @ B.T).norm() for part in (A - start, start))
-            assert ratio == pytest.approx(float(led_A / led_B), rel=1e-4)
+            A_part, B_part = ((x @ part.T @ B.T).norm() for part in (A - start, start))
+            assert ratio == pytest.approx(float(A_part / B_part), rel=1e-4)
 
 
 def test_bfloat16_and_dropout() -> None:
