@@ -202,14 +202,19 @@ def displacement_constant() -> tuple[float, float, str]:
     return math.exp((low + high) / 2), (high - low) / 4, "SmolLM2-135M and Gemma 3 270M, 64 and 256 steps"
 
 
-def steps_exponent() -> tuple[float, float, str]:
-    """Return the exponent in the steps: the mean over settings that reach 256 steps, and their standard deviation."""
+def longest_pairs() -> pd.DataFrame:
+    """Return the longest pair of numbers of steps of each setting that reaches 256 steps, with its exponent."""
     tables = [pd.read_csv(PUBLISHED / folder / "steps.csv").assign(folder=folder) for folder in OURS]
     table = pd.concat(tables)
-    # Each setting counts once: its longest pair that ends at 256 steps or more and has no edge.
+    # A pair with a best rate at the end of a grid does not count.
     inside = table[table["edge"].isna() & (table["second"] >= 256) & table["rank"].notna()]
     longest = inside.assign(length=inside["second"] / inside["first"]).sort_values("length")
-    longest = longest.groupby(["folder", "rank", "gain"]).tail(1)
+    return longest.groupby(["folder", "rank", "gain"]).tail(1)
+
+
+def steps_exponent() -> tuple[float, float, str]:
+    """Return the exponent in the steps: the mean over settings that reach 256 steps, and their standard deviation."""
+    longest = longest_pairs()
     source = f"{len(longest)} settings of SmolLM2-135M and Gemma 3 270M, to 256 and 1,024 steps, batches of 4"
     return float(longest["exponent"].mean()), float(longest["exponent"].std()), source
 
@@ -228,6 +233,38 @@ def batch_exponent() -> tuple[float, float, str]:
     records = f"{table['from_batch'].min()} to {table['to_batch'].max()} records"
     source = f"SmolLM2-135M, {len(table)} {'pair' if len(table) == 1 else 'pairs'}, 64 steps, {records}, one seed"
     return float(table["exponent"].mean()), spread, source
+
+
+def whole_curve_values() -> dict[str, float]:
+    """Return the constants whose best rates come from the whole curve, in place of the three lowest losses."""
+
+    def read_ratios(folder: str, compared_with: str) -> pd.DataFrame:
+        table = pd.read_csv(PUBLISHED / folder / "ratios.csv").query("loss_on == 'all' and estimate == 'whole curve'")
+        return table[(table["compared_with"] == compared_with) & (table["step"] >= MIN_STEPS)]
+
+    # Steps: the pairs of `steps_exponent`.
+    exponents = []
+    for folder in OURS:
+        rates = pd.read_csv(PUBLISHED / folder / "rates.csv").query("loss_on == 'all' and estimate == 'whole curve'")
+        logs = np.log(rates.set_index(["rank", "gain", "step"])["best_rate"])
+        for pair in longest_pairs().query("folder == @folder").itertuples():
+            change = logs[pair.rank, pair.gain, pair.second] - logs[pair.rank, pair.gain, pair.first]
+            exponents.append(change / math.log(pair.second / pair.first))
+    # Batches: the two pairs of `batch_exponent`.
+    large = read_ratios("horizon_batch_32", "batch_size 4")["ratio"].iloc[0]
+    small = {}
+    for size in (4, 16):
+        rates = pd.read_csv(PUBLISHED / "batch_size" / f"batch_{size}" / "rates.csv")
+        small[size] = rates.query("loss_on == 'all' and estimate == 'whole curve'")["best_rate"].iloc[0]
+    batches = [math.log(large) / math.log(8), math.log(small[16] / small[4]) / math.log(4)]
+    public = pd.read_csv(PUBLISHED / "evidence" / "exponents.csv")
+    public = public[(public["source"] == "tinker") & (public["from_rank"] == MIN_RANK)].set_index("method")
+    return {
+        "rank_exponent": float(public.loc["registration", "exponent"]),
+        "steps_exponent": float(np.mean(exponents)),
+        "batch_exponent": float(np.mean(batches)),
+        "cosine": float(np.exp(np.log(read_ratios("horizon_cosine", "schedule constant")["ratio"]).mean())),
+    }
 
 
 def evidence_rows() -> pd.DataFrame:
@@ -263,9 +300,12 @@ def growth_rows() -> pd.DataFrame:
     ratios = (costs["gain"] / costs["old_gain"]).round(6)
     rows = []
     for growth, part in costs.groupby(np.maximum(ratios, 1 / ratios).round()):
-        keep, advice = (part[part["policy"] == policy]["regret"] for policy in ("keep the rate", LEFT_OUT))
+        keep, power, advice = (
+            part[part["policy"] == policy]["regret"] for policy in ("keep the rate", "G^-0.75", LEFT_OUT)
+        )
         rows.append(
             {"growth": growth, "pairs": len(keep), "keep_mean": keep.mean(), "keep": keep.max()}
+            | {"power_mean": power.mean(), "power": power.max()}
             | {"advice_mean": advice.mean(), "advice": advice.max()}
         )
     return pd.DataFrame(rows)
@@ -325,6 +365,7 @@ def main() -> None:
         ("cosine", *schedule_factor()[:2], None, schedule_factor()[2]),
     ]
     constants = pd.DataFrame(entries, columns=["name", "value", "spread", "standard_error", "source"])
+    constants["by_whole_curves"] = constants["name"].map(whole_curve_values())
     (folder / "constants.csv").write_text(frames.to_csv(constants))
     # Range of the settings behind the constants.
     every = [*public, *ours]

@@ -256,6 +256,9 @@ def print_analysis(judged: analysis.SweepAnalysis) -> None:
     displacement |= {"verdict": "{displacement_verdict}", "edge": "{edge}"}
     if "by_parts" in judged.exponents and judged.exponents["by_parts"].notna().any():
         exponents["by measured parts"] = "{by_parts:+.2f}"
+    pooled = {"steps": "{step}", "over": "{over}", "at": "{at}", "from, to": measured["from, to"]}
+    pooled |= {"exponent, 95%": measured["exponent, 95%"], "seeds": "{seeds}"}
+    pooled |= {"displacement law": "{displacement_verdict}", "constant gradient": "{verdict}"}
     # Which factor's part of the change is larger, after each run.
     larger_part = setting | {
         "rate": "{learning_rate:.3g}",
@@ -301,6 +304,7 @@ def print_analysis(judged: analysis.SweepAnalysis) -> None:
         ("Two values of gamma r at the same rate: difference of their losses", judged.one_rate, one_rate),
         ("Exponents of the best rate, and those of the displacement law", judged.exponents, displacement),
         ("Exponents of the best rate, and those of the law of a constant gradient", judged.exponents, exponents),
+        ("Exponents by whole curves, pooled: verdicts with more power", judged.pooled, pooled),
         ("Exponents in gamma r by estimator, ranks pooled with seeds as clusters", select_pooled(judged), estimators),
         ("Exponent of the best rate in the steps; -1/2 if entries walk at random", judged.steps, steps),
         ("Larger part of the change, median over modules (5% to 95%)", judged.parts, larger_part),

@@ -123,6 +123,19 @@ POLICIES: Mapping[str, RateFactor] = {
 LEFT_OUT = "transfer, left out"
 """Name of the advice whose exponent in the rank was fitted without the model that is judged."""
 
+ORIGINS: Mapping[str, str] = {
+    "keep the rate": "none",
+    "1/G": "none",
+    "G^-0.5": "none",
+    "G^-0.75": "the power was chosen after the runs of SmolLM2-135M",
+    "first step": "crossing rank of SmolLM2-135M and Gemma 3 270M",
+    "displacement law": "K of SmolLM2-135M and Gemma 3 270M",
+    "law with cross-talk": "K and crossing rank of SmolLM2-135M and Gemma 3 270M",
+    "rora transfer": "K of SmolLM2-135M and Gemma 3 270M; the rank's power of Tinker's models",
+    LEFT_OUT: "K of SmolLM2-135M and Gemma 3 270M; the rank's power of Tinker's other models",
+}
+"""Where the constants of each policy come from."""
+
 FIRST_RANK = 4
 """Lowest rank from which the exponent is fitted, as that of the advice."""
 

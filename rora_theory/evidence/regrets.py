@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rora_theory.evidence.policies import RateFactor
+from rora_theory.evidence.policies import ORIGINS, RateFactor
 from rora_theory.evidence.sweeps import Fit, Sweep
 from rora_theory.runs import frames
 from rora_theory.stats.estimate import jackknife
@@ -32,7 +32,7 @@ REGRET_COLUMNS = (
 
 SUMMARY_COLUMNS = (
     "source", "pairs_of", "policy", "pairs", "models", "mean", "mean_error", "median", "percentile_90", "largest",
-    "lower_bounds", "lost", "bound_pairs", "largest_at_bound",
+    "largest_over_interval", "lower_bounds", "lost", "bound_pairs", "largest_at_bound", "constants",
 )  # fmt: skip
 """Columns of the table of `summarise`."""
 
@@ -108,9 +108,11 @@ def summarise(costs: "pd.DataFrame") -> "pd.DataFrame":
     Returns:
       A table with the columns `SUMMARY_COLUMNS`. ``pairs_of`` is a name of `SUBSETS`. Pairs whose best rates both lie
       inside their grids count in ``pairs`` and in the statistics, in nats per token; ``mean_error`` is the jackknife's
-      standard error over models. Lost pairs count as infinite. ``lower_bounds`` is the number of pairs with a rate
-      outside the measured ones, ``bound_pairs`` that of the pairs with a best rate that is only a bound, and
-      ``largest_at_bound`` their largest regret above the lowest measured loss.
+      standard error over models. They do not include the error of the tuned rate: ``largest_over_interval`` is the
+      largest regret over its 95% intervals. Lost pairs count as infinite. ``lower_bounds`` is the number of pairs with
+      a rate outside the measured ones, ``bound_pairs`` that of the pairs with a best rate that is only a bound, and
+      ``largest_at_bound`` their largest regret above the lowest measured loss. ``constants`` states where those of the
+      policy come from.
     """
     rows: Rows = []
     for (source, policy), of_policy in costs.groupby(["source", "policy"], sort=False) if len(costs) else ():
@@ -128,8 +130,9 @@ def summarise(costs: "pd.DataFrame") -> "pd.DataFrame":
                 | {"mean": mean.value, "mean_error": mean.known_error, "median": float(np.median(values))}
                 # The order statistic above 90% of the pairs: interpolation would mix finite and infinite regrets.
                 | {"percentile_90": float(np.quantile(values, 0.9, method="higher")), "largest": float(values.max())}
+                | {"largest_over_interval": float(inside["high"].max())}
                 | {"lower_bounds": int(inside["is_lower_bound"].sum()), "lost": int(inside["is_lost"].sum())}
-                | {"bound_pairs": len(at_bound)}
+                | {"bound_pairs": len(at_bound), "constants": ORIGINS.get(policy, "not stated")}
                 | {"largest_at_bound": float(at_bound["regret"].max()) if len(at_bound) else None}
             )
     return frames.from_rows(rows, SUMMARY_COLUMNS)

@@ -17,7 +17,7 @@ from rora_theory.lab.sweep.curves import (
     training_curves_at,
 )
 from rora_theory.lab.sweep.estimators import estimator_table
-from rora_theory.lab.sweep.law import setting_exponents, step_exponents
+from rora_theory.lab.sweep.law import pooled_exponents, setting_exponents, step_exponents
 from rora_theory.lab.sweep.part_tables import change_at_best, part_table
 from rora_theory.lab.sweep.rate_estimates import rate_table, ratio_table
 from rora_theory.lab.sweep.regret import constants_by_steps, policies, regret_by_policy, regret_table
@@ -46,6 +46,7 @@ class SweepAnalysis:
       comparisons: Comparisons of curves at their best rates, `curves.compare_best_rates`.
       one_rate: Comparisons at the same rate, `curves.compare_at_one_rate`.
       exponents: Exponents of the best rates in gain and rank, `law.setting_exponents`.
+      pooled: The exponents by whole curves, pooled over the other setting, `law.pooled_exponents`.
       estimators: Exponents by estimators that use whole curves, `estimators.estimator_table`.
       steps: Exponents of the best rates in the number of steps, `law.step_exponents`.
       parts: Parts of the change in every run, `part_tables.part_table`.
@@ -61,6 +62,7 @@ class SweepAnalysis:
     comparisons: pd.DataFrame
     one_rate: pd.DataFrame
     exponents: pd.DataFrame
+    pooled: pd.DataFrame
     estimators: pd.DataFrame
     steps: pd.DataFrame
     parts: pd.DataFrame
@@ -191,13 +193,15 @@ def judge_runs(
     constants = constants_by_steps(parts, best)
     by_steps = constants.groupby("step") if len(constants) else ()
     ranges = {int(step): (float(rows["constant"].min()), float(rows["constant"].max())) for step, rows in by_steps}
-    exponents = exponents_in_steps = pd.DataFrame()
+    exponents = pooled = exponents_in_steps = pd.DataFrame()
     if crossing_distances:
         law: dict[str, Any] = {"crossing_distances": crossing_distances, "warmup": warmup, "schedule": schedule}
         exponents = _concatenate(
             setting_exponents(step_curves, step, **law, runs=runs, linear_terms=linear_terms, constants=ranges)
             for step, step_curves in curves.items()
         )
+        by_step_exponents = exponents.groupby("step") if len(exponents) else ()
+        pooled = _concatenate(pooled_exponents(curves[step], step, rows) for step, rows in by_step_exponents)
         exponents_in_steps = step_exponents(curves, **law)
     at_same_rate = _concatenate(compare_at_one_rate(runs, tokens, step) for step in steps)
     # Curves of training loss, which a longer run at a constant rate shares with a shorter one.
@@ -217,6 +221,7 @@ def judge_runs(
         _concatenate(comparisons),
         at_same_rate,
         exponents,
+        pooled,
         _concatenate(estimator_table(curves[step], step, training_curves[step]) for step in steps),
         exponents_in_steps,
         parts,

@@ -20,6 +20,7 @@ from rora_theory.measure.regimes.saved_run import read_regime_run
 from rora_theory.measure.regimes.tables import CROSSING_DISTANCE_COLUMNS, CROSSING_DISTANCES
 from rora_theory.optimizers import Schedule, schedule_factor
 from rora_theory.runs import frames
+from rora_theory.stats.curve_optima import whole_curve_log2_rates
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.rate_curves import Curve, at_shared_seeds, log2_rates, weighted_log2_rates
 from rora_theory.stats.verdicts import judge_range
@@ -193,6 +194,48 @@ def setting_exponents(
                 rows[-1] |= dict(zip(("by_parts_low", "by_parts_high"), parts_range, strict=True))
                 rows[-1]["by_parts_verdict"] = judge_prediction(parts_range, (*rivals, law[1]), seeds=len(by_parts))
     return pd.DataFrame(rows)
+
+
+def pooled_exponents(curves: Sequence[Curve], step: int, exponents: pd.DataFrame) -> pd.DataFrame:
+    """Measure the exponents by whole curves, pooled over the values of the other setting, with verdicts on the laws.
+
+    These verdicts have more power than those on single exponents: see ``power.csv`` of `benchmarks.verdict_rules`.
+
+    Args:
+      curves: `curves.curves_at` the step.
+      step: Number of steps.
+      exponents: `setting_exponents` of the curves, whose predictions are pooled to their common range.
+
+    Returns:
+      A row for each pair of values of the strength or the rank, with the columns of `setting_exponents` except those of
+      measured parts; ``at`` has the pooled values, separated by spaces.
+    """
+    curve_of_setting = {(curve.rank, strength_of(curve)): curve for curve in curves}
+    rows = []
+    for (over, first, second), every in exponents.groupby(["over", "first", "second"], sort=False):
+        # Values of the other setting with the most seeds; one with fewer would leave out seeds of the others.
+        group = every[every["seeds"] == every["seeds"].max()]
+        settings = [(at, end) if over == "strength" else (end, at) for at in group["at"] for end in (first, second)]
+        ends = at_shared_seeds(*(curve_of_setting[setting] for setting in settings))
+        if not ends:
+            continue
+        octaves = len(group) * math.log2(second / first)
+        slope = whole_curve_log2_rates([sign / octaves for _ in group["at"] for sign in (-1.0, 1.0)], *ends)
+        law = float(group["law_low"].min()), float(group["law_high"].max())
+        displaced: tuple[float, float] | None = None
+        if "displacement_low" in group and group["displacement_low"].notna().all():
+            displaced = float(group["displacement_low"].min()), float(group["displacement_high"].max())
+        edge, seeds = any(curve.edge for curve in ends), len(ends[0].losses)
+        judge_prediction = partial(judge_range, slope, is_bound=edge, seeds=seeds)
+        row = {"step": step, "over": over, "at": " ".join(f"{at:g}" for at in group["at"])}
+        row |= {"first": first, "second": second, "exponent": slope.value} | _errors(slope)
+        row |= {"law_low": law[0], "law_high": law[1], "seeds": seeds, "edge": edge}
+        row |= {"verdict": judge_prediction(law, (*RIVALS[over], *(displaced or ())))}
+        if displaced:
+            row |= dict(zip(("displacement_low", "displacement_high"), displaced, strict=True))
+            row |= {"displacement_verdict": judge_prediction(displaced, (*RIVALS[over], *law))}
+        rows.append(row)
+    return frames.from_rows(rows, list(rows[0])) if rows else pd.DataFrame()
 
 
 def _displacement_exponents(

@@ -38,6 +38,18 @@ class Condition:
 RatePolicy = Callable[[Condition, Condition, float], float]
 """Learning rate for the new condition, from the old condition, the new one and the rate tuned in the old one."""
 
+ORIGINS: Mapping[str, str] = {
+    "keep the rate": "none",
+    "first step": "none",
+    "square root": "none",
+    "G^-0.75": "the power was chosen after the runs of SmolLM2-135M",
+    "displacement": "K of the runs that are judged",
+    "displacement and steps": "K of the runs that are judged; the power -1/2 of the steps is that of a random walk",
+    "advice": "K and powers of SmolLM2-135M and Gemma 3 270M; the rank's power of 14 public models",
+    "constant gradient": "crossing distance of the model's first step",
+}
+"""Where the constants of each policy come from."""
+
 
 def policies(
     constants: Mapping[int, float],
@@ -250,8 +262,10 @@ def regret_by_policy(costs: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
       A row for each ``changed`` and ``policy``: ``pairs``, ``median``, ``mean`` and ``largest`` regret in nats per
-      token, ``largest_error``, the standard error of the largest, and ``lower_bounds``, the number of pairs whose rate
-      lies outside the measured ones. Pairs with a best rate at the end of a grid are left out.
+      token, without the error of the tuned rate; ``largest_error``, the standard error of the largest;
+      ``largest_over_interval``, the largest regret over the 95% intervals of the tuned rates; ``lower_bounds``, the
+      number of pairs whose rate lies outside the measured ones; and ``constants``, from `ORIGINS`. Pairs with a best
+      rate at the end of a grid are left out.
     """
     rows: list[dict[str, Any]] = []
     # At the end of a grid the lowest loss is unknown, and with it the regret.
@@ -262,7 +276,9 @@ def regret_by_policy(costs: pd.DataFrame) -> pd.DataFrame:
             {"changed": changed, "policy": policy, "pairs": len(pairs), "median": float(pairs["regret"].median())}
             | {"mean": float(pairs["regret"].mean())}
             | {"largest": float(worst["regret"]), "largest_error": worst["standard_error"]}
-            | {"lower_bounds": int(pairs["is_lower_bound"].sum())}
+            | {"largest_over_interval": float(pairs["high"].max())}
+            | {"lower_bounds": int(pairs["is_lower_bound"].sum()), "constants": ORIGINS[policy]}
         )
-    columns = ["changed", "policy", "pairs", "median", "mean", "largest", "largest_error", "lower_bounds"]
+    columns = ["changed", "policy", "pairs", "median", "mean", "largest", "largest_error", "largest_over_interval"]
+    columns += ["lower_bounds", "constants"]
     return frames.from_rows(rows, columns)
