@@ -207,15 +207,15 @@ def pooled_exponents(curves: Sequence[Curve], step: int, exponents: pd.DataFrame
       exponents: `setting_exponents` of the curves, whose predictions are pooled to their common range.
 
     Returns:
-      A row for each pair of values of the strength or the rank, with the columns of `setting_exponents` except those of
+      A row for each pair of values of the gain or the rank, with the columns of `setting_exponents` except those of
       measured parts; ``at`` has the pooled values, separated by spaces.
     """
-    curve_of_setting = {(curve.rank, strength_of(curve)): curve for curve in curves}
+    curve_of_setting = {(curve.rank, gain_of(curve)): curve for curve in curves}
     rows = []
     for (over, first, second), every in exponents.groupby(["over", "first", "second"], sort=False):
         # Values of the other setting with the most seeds; one with fewer would leave out seeds of the others.
         group = every[every["seeds"] == every["seeds"].max()]
-        settings = [(at, end) if over == "strength" else (end, at) for at in group["at"] for end in (first, second)]
+        settings = [(at, end) if over == "gain" else (end, at) for at in group["at"] for end in (first, second)]
         ends = at_shared_seeds(*(curve_of_setting[setting] for setting in settings))
         if not ends:
             continue

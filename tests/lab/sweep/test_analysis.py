@@ -322,11 +322,11 @@ def test_pooled_exponents_have_narrower_intervals_and_the_same_predictions() -> 
     runs = grid(-0.7, seeds=3, noise=3e-3)
     single = [replace(run, rank=1) for run in select(runs, rank=8, seed=0)]
     judged = analysis.judge_runs([*runs, *single], TOKENS, **LAW)
-    rows = judged.pooled.query("step == 64 and over == 'strength'")
+    rows = judged.pooled.query("step == 64 and over == 'gain'")
     (row,) = frames.rows(rows)
     assert (row["at"], row["first"], row["second"], row["seeds"]) == ("8 128", 64, 724, 3)
     assert row["exponent"] == pytest.approx(-0.7, abs=0.02)
-    alone = judged.exponents.query("step == 64 and over == 'strength' and seeds == 3")
+    alone = judged.exponents.query("step == 64 and over == 'gain' and seeds == 3")
     assert row["half_width"] < alone["half_width"].min()
     assert (row["law_low"], row["law_high"]) == pytest.approx((alone["law_low"].min(), alone["law_high"].max()))
     assert row["verdict"] == "contradicts", "a constant gradient has about -0.5"
