@@ -11,11 +11,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rora_theory.defaults import MODEL_NAMES
+
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
 REPOSITORY_PATH = "../results/published"
 """The published runs as the pages of `docs` link to them."""
-MODELS = {"smollm2-135m": "SmolLM2-135M", "gemma3-270m": "Gemma 3 270M"}
 SIMULATIONS = {"variance_sweep", "training_dynamics", "lr_transfer"}
 PAGES = [path for folder in ("results", "how-to", "explanation") for path in sorted(ROOT.glob(f"docs/{folder}/*.md"))]
 
@@ -95,7 +96,7 @@ def model_of(manifest: dict[str, Any]) -> str:
     if manifest["experiment"] in SIMULATIONS and "matrix" not in manifest["config"]:
         return "simulation"
     models = [manifest["config"].get("model"), *manifest["config"].get("models", [])]
-    return next((MODELS[model] for model in models if model in MODELS), MODELS["smollm2-135m"])
+    return next((MODEL_NAMES[model] for model in models if model in MODEL_NAMES), MODEL_NAMES["smollm2-135m"])
 
 
 def _links(run: Path) -> str:

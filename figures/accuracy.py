@@ -39,7 +39,7 @@ class AccuracyOptions:
 
 
 def draw_accuracy(config: AccuracyOptions) -> Sequence[Path]:
-    """Draw accuracies at each method's best rate (left) and paired gains over the base model and LoRA (right)."""
+    """Draw accuracies at each method's best rate (top) and paired gains over the base model and LoRA (bottom)."""
     manifest, rows = style.read_frame(config.run, "sweep")
     # Cells of one model and rank, each method at its best rate.
     rows = select_model(config.run, rows, config.model, None)
@@ -52,12 +52,12 @@ def draw_accuracy(config: AccuracyOptions) -> Sequence[Path]:
         style.fail(f"{config.run}: must have accuracies of the base model and of an adapter. Score both.")
     tasks = [task for task in TASKS if base[task].notna().iloc[0]]
     columns = [*tasks, "average"]
-    # Paired differences from the base model and from LoRA, for the right panel.
+    # Paired differences from the base model and from LoRA, for the lower panel.
     gained = frames.read_csv(config.run / "differences.csv")
     frames.check_columns(config.run / "differences.csv", gained, columns, advice=SCORED)
     gained = gained[(gained["model"] == base["model"].iloc[0]) & (gained["rank"].isna() | (gained["rank"] == rank))]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.0))
-    # Left: accuracy of each method by task.
+    figure, (top, bottom) = style.panels(2, sharex=True)
+    # Top: accuracy of each method by task.
     for place, method in enumerate(["base", *drawn]):
         selected = base if method == "base" else best[best["method"] == method]
         label, colour, marker = style.look(method)
@@ -66,8 +66,8 @@ def draw_accuracy(config: AccuracyOptions) -> Sequence[Path]:
             [100 * mean(selected[f"{name}{part}"].tolist()) for name in columns] for part in ("", "_error")
         )
         x = [position + shift for position in range(len(columns))]
-        left.errorbar(x, values, errors, color=colour, marker=marker, linestyle="none", markersize=4, label=label)
-        # Right: gain over the base model (filled) and over LoRA (open), of the cells drawn on the left.
+        top.errorbar(x, values, errors, color=colour, marker=marker, linestyle="none", markersize=4, label=label)
+        # Bottom: gain over the base model (filled) and over LoRA (open), of the cells drawn above.
         for against, face in (("base", colour), ("lora", "white")):
             pair = gained[(gained["method"] == method) & (gained["against"] == against)]
             pair = pair[pair["learning_rate"].isin(selected["learning_rate"]) & pair["average"].notna()]
@@ -78,17 +78,17 @@ def draw_accuracy(config: AccuracyOptions) -> Sequence[Path]:
             row = pair.iloc[0]
             values, errors = ([100 * row[f"{name}{part}"] for name in columns] for part in ("", "_error"))
             x = [position + shift + (0.05 if against == "lora" else 0.0) for position in range(len(columns))]
-            right.errorbar(
+            bottom.errorbar(
                 x, values, errors, color=colour, marker=marker, markerfacecolor=face, linestyle="none", markersize=4
             )
-    right.axhline(0, color="black", linewidth=0.6)
+    bottom.axhline(0, color="black", linewidth=0.6)
     # Chance level, labels and legend.
-    left.axhline(100 * base["average_chance"].iloc[0], color="#777777", linestyle=":", label="chance, of the average")
+    top.axhline(100 * base["average_chance"].iloc[0], color="#777777", linestyle=":", label="chance, of the average")
     names = [TASKS[task].name for task in tasks] + ["average"]
-    for axis, text in ((left, f"accuracy, {base['protocol'].iloc[0]} (%)"), (right, "paired difference (points)")):
+    for axis, text in ((top, f"accuracy, {base['protocol'].iloc[0]} (%)"), (bottom, "paired difference (points)")):
         axis.set_xticks(range(len(columns)), names)
         axis.set(ylabel=text, xlim=(-0.5, len(columns) - 0.5))
-    handles = style.named([left]) | {
+    handles = style.named([top]) | {
         text: plt.Line2D([], [], color="#555555", marker="o", linestyle="none", markerfacecolor=face)
         for text, face in (("minus the base model", "#555555"), ("minus LoRA", "white"))
     }
@@ -97,7 +97,7 @@ def draw_accuracy(config: AccuracyOptions) -> Sequence[Path]:
         f"{model_name(base['model'].iloc[0], config.name)}"
         + (f", r = {rank}" if rank else "")
         + f", {steps} steps of {batch}; "
-        "bars: ± one standard error over items, right of the paired difference"
+        "bars: ± one standard error, over items (top) and of the paired difference (bottom)"
     )
     style.legend(figure, handles, title)
     return style.save(figure, config.out or config.run, "accuracy")

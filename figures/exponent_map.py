@@ -38,7 +38,7 @@ def draw_exponent_map(config: ExponentMapOptions) -> Sequence[Path]:
     """Draw the exponent of the first step's mean square in the rank, over rank and overlap, by the exact law."""
     ranks = np.geomspace(1, config.max_rank, 241)
     overlaps = np.geomspace(0.003, 1, 241)
-    figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.9), sharey=True)
+    figure, axes = plt.subplots(2, 1, figsize=(style.WIDTH, 5.4), sharex=True)
     for axis, optimizer in zip(axes, OPTIMIZERS, strict=True):
         # Crossing rank at each overlap, and the local exponent of E[w^2] between cross-talk and signal.
         crossing = np.array(
@@ -70,14 +70,15 @@ def draw_exponent_map(config: ExponentMapOptions) -> Sequence[Path]:
             )
         # The crossing rank separates the two regimes.
         axis.plot(crossing, overlaps, color=style.COLOURS[1], label="crossing rank $r^*$")
-        axis.set(xscale="log", yscale="log", xlim=(1, config.max_rank), ylim=(overlaps[0], 1), xlabel="rank $r$")
+        axis.set(xscale="log", yscale="log", xlim=(1, config.max_rank), ylim=(overlaps[0], 1))
         axis.set_xscale("log", base=2)
         axis.set_title(
-            f"{style.OPTIMIZERS[optimizer]}\n"
+            f"{style.OPTIMIZERS[optimizer]}, "
             rf"flat at $\kappa$ = {ends[0]:g} (cross-talk) to {ends[1]:g} (signal)"
         )
+        axis.set_ylabel(r"overlap $\rho$ of the inputs")
         axis.grid(False)
-    axes[0].set_ylabel(r"overlap $\rho$ of the inputs")
+    axes[-1].set_xlabel("rank $r$")
     figure.colorbar(mesh, ax=axes, label=r"$d\,\log E[w^2]\;/\;d\,\log r$ at $\gamma = 1$")
     swatch = plt.Rectangle((0, 0), 1, 1, facecolor="#7c7b78", edgecolor="white", linewidth=0.6)
     handles = style.named(axes) | {r"contours: the $\kappa$ that is flat there": swatch}

@@ -76,9 +76,10 @@ def draw_loss_vs_rate(config: LossVsRateOptions) -> Sequence[Path]:
         if config.top is not None and axis is axes[0]:
             axis.set_ylim(top=config.top)
         draw_levels(axis, rows, column, unit)
-        axis.set(xscale="log", xlabel="learning rate", ylabel=label)
+        axis.set(xscale="log", ylabel=label)
         axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axis.minorticks_off()
+    axes[-1].set_xlabel("learning rate")
     # Settings of the runs, for the legend.
     title = (
         model_name(rows["model"].iloc[0], config.name)

@@ -29,7 +29,7 @@ class MinimaOptions:
     """Alpha of every curve"""
     steps: Count = 64
     """Number of optimizer steps"""
-    top: Positive = 0.06
+    top: Positive = 0.04
     """Highest value drawn, in nats per token above the lowest of a curve"""
     out: Path | None = None
     """Folder for minima.png and .svg; the run folder by default"""
@@ -44,7 +44,7 @@ def draw_minima(config: MinimaOptions) -> Sequence[Path]:
     best = frames.read_csv(config.run / "best.csv", accepted="the file of a finished run")
     losses, best = (table[table["step"] == config.steps] for table in (losses, best))
     ranks = sorted({int(rank) for rank in losses["rank"].dropna()})
-    figure, axes = plt.subplots(1, 2, figsize=(5.6, 3.0), sharex=True, sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(4.8, 3.1), sharex=True, sharey=True)
     drawn = 0
     for axis, (rule, name) in zip(axes, PANELS.items(), strict=True):
         for position, rank in enumerate(ranks):
@@ -61,12 +61,12 @@ def draw_minima(config: MinimaOptions) -> Sequence[Path]:
         axis.set(
             xscale="log", ylim=(-0.004, config.top), xlabel="learning rate", title=f"{name}, alpha = {config.alpha:g}"
         )
-        axis.legend(frameon=False, loc="upper left")
     if not drawn:
         style.fail(
             f"{config.run}: no curve has three learning rates at alpha {config.alpha:g} after {config.steps} steps"
         )
     axes[0].set_ylabel("loss above the lowest, nats per token")
+    style.legend(figure, style.named(axes), "dotted: best learning rate of each rank")
     return style.save(figure, config.out or config.run, "minima")
 
 

@@ -106,22 +106,22 @@ def _draw_crossing_distances(rows: pd.DataFrame, learning_rate: float, split: st
 def _rms(rows: pd.DataFrame, config: RegimeOptions, init: str, out: Path) -> list[Path]:
     """Draw the size of the first update against the rank: laws as lines, measured sizes (if any) as points.
 
-    Rows are optimizers, columns modules.
+    Rows are modules, columns optimizers.
     """
     all_modules, optimizers, rules = (list(dict.fromkeys(rows[name])) for name in ("module", "optimizer", "rule"))
     modules = config.modules or _default(all_modules)
     figure, axes = plt.subplots(
-        len(optimizers),
         len(modules),
-        figsize=(max(3.4, 0.6 + 1.6 * len(modules)), 0.7 + 1.6 * len(optimizers)),
+        len(optimizers),
+        figsize=(style.WIDTH, 0.7 + 1.5 * len(modules)),
         sharex=True,
-        sharey="row",
+        sharey="col",
         squeeze=False,
     )
     measured = rows["measured"][rows["module"].isin(modules)].notna().any()
-    # A row of panels for each optimizer, a column for each module, a line for each rule.
-    for line, optimizer in zip(axes, optimizers, strict=True):
-        for axis, module in zip(line, modules, strict=True):
+    # A row of panels for each module, a column for each optimizer, a line for each rule.
+    for line, module in zip(axes, modules, strict=True):
+        for axis, optimizer in zip(line, optimizers, strict=True):
             for position, rule in enumerate(rules):
                 label, colour, marker = style.look(rule, position)
                 selection = {"module": module, "optimizer": optimizer, "rule": rule}
@@ -141,14 +141,13 @@ def _rms(rows: pd.DataFrame, config: RegimeOptions, init: str, out: Path) -> lis
                         markersize=2.5,
                         linestyle="none",
                     )
-            # Titles above the first row and labels below the last one, as all panels share their axes.
+            # Labels below the last row, as all panels share their axes.
             axis.set(yscale="log")
             style.integer_ticks(axis, rows["rank"], max_count=5)
-            if optimizer == optimizers[0]:
-                axis.set_title(module.removeprefix("model.layers."))
-            if optimizer == optimizers[-1]:
+            axis.set_title(f"{style.OPTIMIZERS[optimizer]}, {module.removeprefix('model.layers.')}")
+            if module == modules[-1]:
                 axis.set_xlabel("rank $r$")
-        line[0].set_ylabel(f"{style.OPTIMIZERS[optimizer]}: rms of $w$,\nin units of $r = {min(rows['rank'])}$")
+        line[0].set_ylabel(f"rms of $w$,\nin units of $r = {min(rows['rank'])}$")
     shown = "lines: the law" + (", points: adapters drawn and stepped, ± s.e." if measured else "")
     style.legend(figure, style.named(axes.flat), f"{plots.REGIME_SPLITS[config.split]} tokens, A {init}; {shown}")
     return style.save(figure, out, "regime_rms")

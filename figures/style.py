@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rora_theory.defaults import MODEL_NAMES
 from rora_theory.errors import InputError
 from rora_theory.plots import (  # noqa: F401 (figures take them from here)
     BAND_COLOUR,
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Options = TypeVar("Options")
+
+WIDTH = 4.6
+"""Width of most figures in inches: a phone shows their letters in a readable size."""
 
 RUN_FOLDERS = tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="(required)")
 """Option of one or more run folders. Figures refuse an empty list, which the parser accepts."""
@@ -76,10 +80,9 @@ def look(name: str, position: int = 0) -> tuple[str, str, str]:
 
 
 def panels(count: int, *, sharex: bool = False) -> tuple[Figure, list[Any]]:
-    """Return a figure of ``count`` panels: up to two in a row, more below each other, so that a phone can show them."""
-    below = count > 2
-    size = (4.6, 0.5 + 2.5 * count) if below else (0.6 + 3.3 * count, 3.0)
-    figure, axes = plt.subplots(*((count, 1) if below else (1, count)), figsize=size, squeeze=False, sharex=sharex)
+    """Return a figure of ``count`` panels below each other, which a phone can show."""
+    size = (WIDTH, 0.5 + 2.5 * count)
+    figure, axes = plt.subplots(count, 1, figsize=size, squeeze=False, sharex=sharex)
     return figure, axes.ravel().tolist()
 
 
@@ -93,7 +96,8 @@ def read_folders(runs: Sequence[Path], name: str) -> "list[tuple[str, pd.DataFra
     configs = [read_frame(run, "sweep")[0]["config"] for run in runs]
     schedules = [config["settings"]["schedule"] for config in configs]
     labels = [
-        ", ".join(config["models"]) + (f", {schedule}" if schedule != "constant" else "")
+        ", ".join(MODEL_NAMES.get(model, model) for model in config["models"])
+        + (f", {schedule}" if schedule != "constant" else "")
         for config, schedule in zip(configs, schedules, strict=True)
     ]
     labels = labels if len(set(labels)) == len(labels) else [run.name for run in runs]

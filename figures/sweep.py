@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from figures import style
+from rora_theory.defaults import MODEL_NAMES
 from rora_theory.runs import frames
 
 PALE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
@@ -74,10 +75,12 @@ def at_best_rate(run: Path, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def model_name(model: str, name: str | None = None) -> str:
-    """Return the short name of a model: the given one, or that of its folder or of the run that wrote it."""
+    """Return the short name of a model: the given one, its name in words, or that of its folder or run."""
     if name is not None:
         return name
     path = Path(model)
+    if model in MODEL_NAMES:
+        return MODEL_NAMES[model]
     return path.parent.name if path.name in ("model", "merged") and path.parent.name else path.name
 
 

@@ -1,4 +1,4 @@
-"""Default batch sizes, which functions and commands share."""
+"""Default batch sizes and names of models, which functions and commands share."""
 
 TRAIN_BATCH_SIZE = 16
 """Number of records per training step: that of the published runs."""
@@ -15,3 +15,6 @@ MEASURE_BATCH_SIZE = 8
 
 SMALL_BATCH_SIZE = 4
 """Number of records per step where many short runs are compared, and of windows per batch for a perplexity."""
+
+MODEL_NAMES = {"smollm2-135m": "SmolLM2-135M", "gemma3-270m": "Gemma 3 270M"}
+"""Names in words of the models that an option names, for figures and pages."""

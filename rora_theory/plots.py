@@ -65,8 +65,8 @@ REGIME_SPLITS = {"train": "training", "heldout": "held-out"}
 QUARTILES = ("lower_quartile", "upper_quartile")
 """Columns of the quartiles over tokens."""
 
-MAX_COLUMNS = 7
-"""Maximum number of panels in a row."""
+MAX_COLUMNS = 3
+"""Maximum number of panels in a row, so that a phone can show them."""
 
 
 def plot_check(sizes: "pandas.DataFrame", slopes: "pandas.DataFrame", band: float) -> "matplotlib.figure.Figure":
@@ -348,12 +348,14 @@ def layer_panels(names: Sequence[str], label: str) -> tuple["matplotlib.figure.F
     for axis in axes[len(names) :]:
         axis.remove()
     for position, (axis, name) in enumerate(zip(axes, names, strict=False)):
-        axis.set(yscale="log", title=name, xlabel="layer")
+        axis.set(yscale="log", title=name)
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         if position % columns == 0:
             axis.set_ylabel(label)
         # Panels share ticks with those below them, which an incomplete last row does not have.
-        axis.tick_params(labelbottom=position + columns >= len(names))
+        is_lowest = position + columns >= len(names)
+        axis.tick_params(labelbottom=is_lowest)
+        axis.set_xlabel("layer" if is_lowest else "")
     return figure, axes[: len(names)]
 
 

@@ -145,12 +145,15 @@ def plot_regrets(costs: "pd.DataFrame") -> "matplotlib.figure.Figure":
         for name, rows in costs.groupby("source", sort=False)
     ]
     heights = [len(rows) + 1 for _, rows in panels]
+    generator = np.random.default_rng(0)
     with plt.rc_context(STYLE):
         size = (WIDTH, 0.9 + 0.26 * sum(heights))
         figure, axes = plt.subplots(len(panels), 1, figsize=size, height_ratios=heights, sharex=True, squeeze=False)
         for axis, (title, rows) in zip(axes.flat, panels, strict=True):
             for position, (_, values, mean) in enumerate(rows):
-                spread = np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else np.zeros(1)
+                # A shuffled offset separates the dots without looking like a trend.
+                offsets = generator.permutation(np.linspace(-0.22, 0.22, len(values)))
+                spread = offsets if len(values) > 1 else np.zeros(1)
                 shown = np.clip(np.sort(values), FLOOR, None)
                 axis.plot(
                     shown, position + spread, ".", color=COLOURS[0], markersize=3, alpha=0.7, label="one model or pair"
