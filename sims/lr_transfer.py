@@ -19,8 +19,9 @@ import pandas as pd
 
 from rora_theory.errors import InputError
 from rora_theory.lab.sweep import controlled_grid
-from rora_theory.lab.sweep.controlled import ProblemSize
+from rora_theory.lab.sweep.controlled import Model, ProblemSize
 from rora_theory.lab.sweep.controlled_grid import ControlledCell, ControlledGrid, JudgedLoss
+from rora_theory.optimizers import OptimizerName
 from rora_theory.runs import devices, frames
 from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.runs.folder import RunFolder
@@ -48,8 +49,8 @@ class RateGrid(ControlledGrid):
     """Settings of the runs. The rates contain every rule's best step at ranks that are powers of two times 4."""
 
     ranks: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
-    optimizers: Any = ("sgd", "adam")
-    models: Any = ("linear",)
+    optimizers: tuple[OptimizerName, ...] = ("sgd", "adam")
+    models: tuple[Model, ...] = ("linear",)
     adam_lrs: tuple[float, ...] = tuple(2.0 ** (k / 2) for k in range(-26, 7))
     sgd_lrs: tuple[float, ...] = tuple(2.0 ** (k / 2) for k in range(-14, 22))
     steps: tuple[int, ...] = (100,)

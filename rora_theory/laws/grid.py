@@ -1,8 +1,8 @@
-"""Grid of simulated first steps: ranks, scaling rules, optimizers, initialisations and the required precision."""
+"""Grids over ranks, scaling rules and optimizers: of short trainings, and of simulated first steps."""
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,11 +12,11 @@ import numpy as np
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
 from rora_theory.laws.random.seeds import check_seed
-from rora_theory.optimizers import OPTIMIZERS, Optimizer, scaling_power
+from rora_theory.optimizers import OPTIMIZER_NAMES, OPTIMIZERS, Optimizer, OptimizerName, scaling_power
 from rora_theory.scaling import Rule, check_choice, check_integer, scaling_factor
 from rora_theory.stats.moments import log_log_fit
 from rora_theory.validation.ranges import AtLeastTwo, Positive, check_ranges
-from rora_theory.validation.rules import check_list, check_rules, check_unread
+from rora_theory.validation.rules import alpha_at, check_list, check_rules, check_steps, check_unread
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,8 +27,47 @@ RANKS = tuple(2**n for n in range(11))
 MAX_DRAWS, MIN_RELATIVE_ERROR = 10**9, 5e-5
 """Matching limits: the second moment of n normal draws has the relative standard error sqrt(2 / n)."""
 
+FITTED = ("rank", "estimate", "standard_error", "exact")
+"""Columns of a table of results to which `exponent_table` fits."""
+
 MAX_EXPONENT_OF_TEN = 18
 """Largest decimal exponent of a scaling or a step: float32 can represent the square."""
+
+
+@dataclass(frozen=True)
+class RankGrid:
+    """Trainings that differ in rank, scaling rule, optimizer and seed. All rules have one scaling at a reference rank.
+
+    Raises:
+      InputError: If a value is out of range.
+    """
+
+    ranks: tuple[int, ...]
+    """Ranks of the adapter, at least two; they may exceed the layer's width"""
+    rules: tuple[Rule, ...]
+    """Scaling rules: lora, rora, rslora, or the exponent kappa of gamma = alpha / r^kappa"""
+    optimizers: tuple[OptimizerName, ...]
+    """Optimizers: sgd, momentum (0.9), adam, adamw (weight decay 0.01), at a constant learning rate"""
+    steps: tuple[int, ...]
+    """Numbers of updates after which to measure, in ascending order"""
+    seeds: tuple[int, ...]
+    """Seeds of the runs; error bars need two or more"""
+    gamma: float = 1.0
+    """Scaling factor of every rule at the reference rank"""
+    reference_rank: int = 4
+    """Rank at which all rules have the same scaling factor"""
+
+    def __post_init__(self) -> None:
+        check_list("--ranks", self.ranks, check_integer, fewest=2)
+        check_rules(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
+        check_list("--optimizers", self.optimizers, partial(check_choice, choices=OPTIMIZER_NAMES))
+        check_steps(self.steps)
+        check_list("--seeds", self.seeds, check_seed, fewest=2)
+        check_ranges(self)
+
+    def alpha(self, rule: Rule) -> float:
+        """Return the alpha of a rule."""
+        return alpha_at(rule, gamma=self.gamma, reference_rank=self.reference_rank)
 
 
 @dataclass(frozen=True)
@@ -97,18 +136,26 @@ class StepGrid:
             yield rule, scaling_factor(rule, alpha=self.alpha, rank=rank)
 
 
-def fit_exponent(group: "pd.DataFrame") -> dict[str, float]:
-    """Fit the log-log slope of ``estimate`` and of ``exact`` against ``rank`` in a table.
+def exponent_table(results: "pd.DataFrame", columns: Sequence[str], ranges: Sequence[Sequence[int]]) -> "pd.DataFrame":
+    """Fit the log-log slopes of ``estimate`` and of ``exact`` against ``rank`` for every curve and range of ranks.
 
     Args:
-      group: Table with the columns ``rank``, ``estimate``, ``standard_error`` and ``exact``.
+      results: Table with the columns ``rank``, ``estimate``, ``standard_error`` and ``exact``.
+      columns: Columns that identify a curve.
+      ranges: Ranks of each fit, in ascending order.
 
     Returns:
-      The ``slope`` of the estimates, its ``standard_error``, and the slope of ``exact``; NaN for fewer than two ranks.
+      A row for each curve and range: the ``low`` and ``high`` rank, the ``slope`` of the estimates with its
+      ``standard_error``, and the slope of ``exact``; NaN for fewer than two ranks.
     """
-    if len(group) < 2:
-        return dict.fromkeys(("slope", "standard_error", "exact"), math.nan)
-    ranks, estimates, errors, exact = (
-        group[name].to_numpy(np.float64) for name in ("rank", "estimate", "standard_error", "exact")
-    )
-    return log_log_fit(ranks, estimates, errors)._asdict() | {"exact": log_log_fit(ranks, exact, 0 * exact).slope}
+    import pandas as pd
+
+    rows = []
+    for (key, group), ranks in itertools.product(results.groupby(list(columns), sort=False), ranges):
+        row = dict(zip(columns, key, strict=True)) | {"low": ranks[0], "high": ranks[-1]}
+        row |= dict.fromkeys(("slope", "standard_error", "exact"), math.nan)
+        if len(in_range := group[group["rank"].isin(ranks)]) > 1:
+            x, y, errors, exact = (in_range[name].to_numpy(np.float64) for name in FITTED)
+            row |= log_log_fit(x, y, errors)._asdict() | {"exact": log_log_fit(x, exact, 0 * exact).slope}
+        rows.append(row)
+    return pd.DataFrame(rows, columns=[*columns, "low", "high", "slope", "standard_error", "exact"])

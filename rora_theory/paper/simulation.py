@@ -22,7 +22,7 @@ import pandas as pd
 from rora_theory.errors import InputError
 from rora_theory.inits import entries
 from rora_theory.laws import sampling
-from rora_theory.laws.grid import StepGrid, fit_exponent
+from rora_theory.laws.grid import StepGrid, exponent_table
 from rora_theory.optimizers import scaling_power
 from rora_theory.paper import quantities, verdicts
 from rora_theory.runs import frames
@@ -279,10 +279,4 @@ def simulated_exponents(results: pd.DataFrame) -> pd.DataFrame:
     ranks = sorted(set(norms["rank"]))
     third = max(len(ranks) // 3, 2)
     ranges = [ranks, ranks[:third], ranks[-third:]] if len(ranks) > third else [ranks]
-    rows = []
-    for key, group in norms.groupby(GROUP, sort=False) if len(ranks) > 1 else ():
-        for rank_range in ranges:
-            in_range = group[group["rank"].isin(rank_range)]
-            row = dict(zip(GROUP, key, strict=True)) | {"low": rank_range[0], "high": rank_range[-1]}
-            rows.append(row | fit_exponent(in_range))
-    return pd.DataFrame(rows, columns=[*GROUP, "low", "high", "slope", "standard_error", "exact"])
+    return exponent_table(norms, GROUP, ranges if len(ranks) > 1 else [])

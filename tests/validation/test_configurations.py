@@ -73,7 +73,7 @@ INVALID: dict[type, dict[str, tuple]] = {
     JudgeConfig: {"tolerance": (0.0,), "false_alarm": (0.0, 1.0)},
     CheckConfig: {"ranks": ((2,), (4, 4), (0, 2)), "rules": ((), ("lora", "lora")), "seeds": ((1,), (1, -1))}
     | {"optimizers": (("lion",),), "inits": (("pissa",),), "steps": ((2, 1),), "reference_rank": (0,)}
-    | same_values("adam_lr sgd_lr momentum_lr band gamma", 0.0),
+    | same_values("adam_lr sgd_lr band gamma", 0.0),
     BatchConfig: BATCHES,
     PairConfig: BATCHES,
     TransferConfig: same_values("from_rank to_rank steps to_steps batch_size to_batch_size", 0)
@@ -91,7 +91,7 @@ INVALID: dict[type, dict[str, tuple]] = {
     ControlledGrid: {"ranks": ((4,), (4, 4)), "rules": (("lora", 1.0), ("best",), (0.5, "rora"))}
     | {"optimizers": (("lion",),), "models": ((),)}
     | {"adam_lrs": ((), (1.0, 1.0)), "sgd_lrs": ((1.0, -1.0),), "steps": ((2, 1), (0,))}
-    | {"seeds": ((1,), (0, 2**32)), "seed": (-1,)},
+    | {"seeds": ((1,), (0, 2**32)), "gamma": (0.0,), "reference_rank": (0,), "seed": (-1,)},
     ClusterConfig: {"workers": (0,), "cell_cpus": (0.0,), "cell_gpus": (-1.0,), "cell_memory": (0.0, NAN)}
     | {"address": ("ray://head:10001", "head")},
     Scoring: same_values("num_beams max_new_tokens", 0) | {"template": ("alpaca",), "protocol": ("acc",)},

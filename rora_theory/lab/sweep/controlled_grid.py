@@ -17,23 +17,20 @@ from jaxtyping import Float
 from rora_theory.lab.sweep import controlled
 from rora_theory.lab.sweep.controlled import MODELS, Model, ProblemConfig, ProblemSize
 from rora_theory.lab.sweep.rank_exponents import CELL, QUANTITIES
+from rora_theory.laws.grid import RankGrid
 from rora_theory.laws.random.seeds import check_seed
 from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
 from rora_theory.runs import frames
-from rora_theory.scaling import Rule, check_choice, check_integer, check_positive, exponent, scaling_factor
+from rora_theory.scaling import Rule, check_choice, check_positive, exponent, scaling_factor
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.trained_runs import TrainedRun, curves_of_runs
-from rora_theory.validation.ranges import check_ranges
-from rora_theory.validation.rules import alpha_at, check_list, check_rules, check_steps, name_of
+from rora_theory.validation.rules import check_list, name_of
 
 COLUMNS = (*CELL, "seed", "step", "diverged", *QUANTITIES)
 """Columns of the table of measurements."""
 
 LOSS_COLUMNS = (*CELL[1:], "seed", "loss_train", "loss_held_out")
 """Columns of the table of losses, from which curves are built."""
-
-GAMMA, REFERENCE_RANK = 1.0, 4
-"""Scaling factor of every rule at the reference rank."""
 
 Trained = Literal["both", "B"]
 """Trained factors: both, or B alone with A frozen."""
@@ -52,7 +49,7 @@ UNITS = {
 
 
 @dataclass(frozen=True)
-class ControlledGrid:
+class ControlledGrid(RankGrid):
     """Settings of the runs.
 
     Raises:
@@ -60,11 +57,10 @@ class ControlledGrid:
     """
 
     ranks: tuple[int, ...] = (4, 16, 64, 256, 1024)
-    """Ranks of the adapter, at least two; they may exceed the layer's width"""
     rules: tuple[Rule, ...] = ("lora", "rora", 0.25)
-    """Scaling rules: lora, rora, rslora, or the exponent kappa of gamma = alpha / r^kappa"""
     optimizers: tuple[OptimizerName, ...] = OPTIMIZER_NAMES
-    """Optimizers: sgd, momentum (0.9), adam, adamw (weight decay 0.01)"""
+    steps: tuple[int, ...] = (1, 2, 5, 10, 30, 100)
+    seeds: tuple[int, ...] = tuple(range(8))
     models: tuple[Model, ...] = MODELS
     """Models: linear [p_out, p_in], and mlp [p_out, hidden] tanh [hidden, p_in]"""
     freeze_control: bool = True
@@ -73,25 +69,16 @@ class ControlledGrid:
     """Learning rates of adam and adamw"""
     sgd_lrs: tuple[float, ...] = (0.003,)
     """Learning rates of sgd, and ten times those of momentum"""
-    steps: tuple[int, ...] = (1, 2, 5, 10, 30, 100)
-    """Numbers of updates at which to measure, ascending, each on all training inputs; the start is also measured"""
-    seeds: tuple[int, ...] = tuple(range(8))
-    """Seeds of the problems and adapters, 2 or more for error bars"""
     problem: ProblemSize = field(default_factory=ProblemSize)
     """Sizes and distribution of the problem"""
     seed: int = 0
     """Seed from which all random draws are derived"""
 
     def __post_init__(self) -> None:
-        check_list("--ranks", self.ranks, check_integer, fewest=2)
-        check_rules(self.rules, gamma=GAMMA, reference_rank=REFERENCE_RANK)
-        for name, choices in (("optimizers", OPTIMIZER_NAMES), ("models", MODELS)):
-            check_list(f"--{name}", getattr(self, name), partial(check_choice, choices=choices))
+        super().__post_init__()
+        check_list("--models", self.models, partial(check_choice, choices=MODELS))
         for option, rates in (("--adam-lrs", self.adam_lrs), ("--sgd-lrs", self.sgd_lrs)):
             check_list(option, rates, check_positive)
-        check_steps(self.steps)
-        check_ranges(self)
-        check_list("--seeds", self.seeds, check_seed, fewest=2)
         check_seed("--seed", self.seed)
         self.problem.check_ranks(self.ranks)
 
@@ -153,8 +140,8 @@ def train_cell(
       cell: Cell to train.
       quantities: Fields of `Measures` in the rows.
     """
-    alpha = alpha_at(cell.rule, gamma=GAMMA, reference_rank=REFERENCE_RANK)
-    scaling, rates = scaling_factor(cell.rule, alpha=alpha, rank=cell.rank), grid.rates(cell.optimizer)
+    scaling = scaling_factor(cell.rule, alpha=grid.alpha(cell.rule), rank=cell.rank)
+    rates = grid.rates(cell.optimizer)
     adapters, problems = controlled.draw_ensemble(
         ProblemConfig(model=cell.model, **asdict(grid.problem)),
         rank=cell.rank,

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from rora_theory.inits import Init
-from rora_theory.laws.grid import StepGrid, fit_exponent
+from rora_theory.laws.grid import StepGrid, exponent_table
 from rora_theory.laws.layers import layer_rms
 from rora_theory.laws.layers.layer_data import SPLITS, Layer
 from rora_theory.laws.random.draws import stream_key
@@ -159,8 +159,4 @@ def layer_exponents(results: pd.DataFrame, *, low: int, high: int) -> pd.DataFra
     ranks = sorted(set(results["rank"]))
     in_range = [rank for rank in ranks if low <= rank <= high]
     ranks = in_range if len(in_range) > 1 else ranks
-    rows = []
-    for key, group in results[results["rank"].isin(ranks)].groupby(GROUP, sort=False):
-        row = dict(zip(GROUP, key, strict=True)) | {"low": ranks[0], "high": ranks[-1]}
-        rows.append(row | fit_exponent(group))
-    return pd.DataFrame(rows)
+    return exponent_table(results, GROUP, [ranks])

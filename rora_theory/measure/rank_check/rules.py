@@ -19,7 +19,7 @@ import pandas as pd
 
 from rora_theory.advice.adapter_config import PEFT_INITS, PeftInit
 from rora_theory.advice.setting import Setting
-from rora_theory.laws.random.seeds import check_seed
+from rora_theory.laws.grid import RankGrid
 from rora_theory.measure.rank_check.coordinate_table import (
     BATCH_SPLITS,
     MODEL,
@@ -28,20 +28,13 @@ from rora_theory.measure.rank_check.coordinate_table import (
     judge_model,
     summarise_verdicts,
 )
-from rora_theory.optimizers import DISPLAY_NAMES, FAMILY, OPTIMIZER_NAMES, OptimizerName, scaling_power
+from rora_theory.optimizers import DISPLAY_NAMES, FAMILY, OptimizerName, scaling_power
 from rora_theory.runs import frames
-from rora_theory.scaling import Rule, check_choice, check_integer, exponent
+from rora_theory.scaling import Rule, check_choice, exponent
 from rora_theory.stats import slopes
 from rora_theory.stats.rate_optimum import predicted_slopes
-from rora_theory.validation.ranges import Positive, check_ranges
-from rora_theory.validation.rules import (
-    alpha_at,
-    check_list,
-    check_rules,
-    check_steps,
-    listed,
-    name_of,
-)
+from rora_theory.validation.ranges import Positive
+from rora_theory.validation.rules import check_list, listed, name_of
 
 COLUMNS = (
     "optimizer", "rule", "kappa", "init", "control", "rank", "scaling", "learning_rate", "seed", "step", "split",
@@ -62,7 +55,7 @@ UNITS = {
 
 
 @dataclass(frozen=True)
-class CheckConfig:
+class CheckConfig(RankGrid):
     """Settings of the check.
 
     Raises:
@@ -70,41 +63,27 @@ class CheckConfig:
     """
 
     ranks: tuple[int, ...] = (2, 8, 32, 128)
-    """Two or more ranks of the adapter"""
     rules: tuple[Rule, ...] = ("lora", "rora")
-    """Scaling rules: lora, rora, rslora, or the exponent kappa of gamma = alpha / r^kappa"""
     optimizers: tuple[OptimizerName, ...] = ("adamw", "sgd")
-    """Optimizers: sgd, momentum, adam or adamw, at a constant learning rate and without clipping"""
+    steps: tuple[int, ...] = (1, 2, 5, 10)
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
+    gamma: float = 2.0
+    reference_rank: int = 8
     inits: tuple[PeftInit, ...] = ("kaiming_uniform",)
     """Initialisations of A"""
     controls: bool = True
     """Also check two controls that must not be flat, under the first optimizer: kappa = 0 and the gaussian
     initialisation"""
-    steps: tuple[int, ...] = (1, 2, 5, 10)
-    """Numbers of updates after which to measure, in ascending order"""
-    seeds: tuple[int, ...] = (0, 1, 2, 3)
-    """Seeds of the adapter and its batches; error bars need two or more"""
-    gamma: float = 2.0
-    """Scaling under every rule at the reference rank"""
-    reference_rank: int = 8
-    """Rank at which all rules have the same scaling"""
     adam_lr: Positive = 1e-4
     """Learning rate of adam and adamw"""
     sgd_lr: Positive = 0.01
-    """Learning rate of sgd"""
-    momentum_lr: Positive = 0.001
-    """Learning rate of momentum"""
+    """Learning rate of sgd, and ten times that of momentum"""
     band: Positive = slopes.BAND
     """Largest absolute slope that counts as flat"""
 
     def __post_init__(self) -> None:
-        check_list("--ranks", self.ranks, check_integer, fewest=2)
-        for name, supported in (("optimizers", OPTIMIZER_NAMES), ("inits", tuple(PEFT_INITS))):
-            check_list(f"--{name}", getattr(self, name), partial(check_choice, choices=supported))
-        check_steps(self.steps)
-        check_ranges(self)
-        check_rules(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
-        check_list("--seeds", self.seeds, check_seed, fewest=2)
+        super().__post_init__()
+        check_list("--inits", self.inits, partial(check_choice, choices=tuple(PEFT_INITS)))
 
 
 class Case(NamedTuple):
@@ -162,10 +141,10 @@ def setting_of(config: CheckConfig, cell: CoordinateCell) -> Setting:
     """Return the setting of a cell's adapter and training."""
     optimizer, rule, init, _ = cell.case
     # Each optimizer has its own learning rate.
-    rates = {"sgd": config.sgd_lr, "momentum": config.momentum_lr}
+    rates = {"sgd": config.sgd_lr, "momentum": config.sgd_lr / 10}
     return Setting(
         rank=cell.rank,
-        alpha=alpha_at(rule, gamma=config.gamma, reference_rank=config.reference_rank),
+        alpha=config.alpha(rule),
         learning_rate=rates.get(optimizer, config.adam_lr),
         rule=rule,
         optimizer=optimizer,

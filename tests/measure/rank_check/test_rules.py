@@ -142,10 +142,10 @@ def test_the_direction_of_a_control(optimizer, rule, init, direction: str) -> No
     assert control_direction(Case(optimizer, rule, init, True)) == direction
 
 
-@pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 1.0), ("adam", 1.0), ("sgd", 2.0), ("momentum", 3.0)])
+@pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 1.0), ("adam", 1.0), ("sgd", 2.0), ("momentum", 0.2)])
 def test_settings_and_rows_of_a_cell(optimizer, rate) -> None:
     """Each optimizer has its own rate, and each rule the same scaling at the reference rank."""
-    config = CheckConfig(adam_lr=1.0, sgd_lr=2.0, momentum_lr=3.0, gamma=5.0, reference_rank=4)
+    config = CheckConfig(adam_lr=1.0, sgd_lr=2.0, gamma=5.0, reference_rank=4)
     for seed, (rule, kappa), rank in itertools.product(range(2), (("lora", 1), ("rora", 0.5)), (2, 16)):
         cell = CoordinateCell(Case(optimizer, rule, "gaussian", False), seed, rank)
         setting = setting_of(config, cell)
