@@ -47,7 +47,7 @@ JUDGING = {
     "moments": ("rora_theory/stats/moments.py", "tests/stats/test_moments.py"),
     "setting": ("rora_theory/advice/setting.py", "tests/advice/test_transfer.py"),
     "transfer": ("rora_theory/advice/transfer.py", "tests/advice/test_transfer.py"),
-    "carried": ("rora_theory/advice/transferred.py", "tests/advice/test_transfer.py"),
+    "transferred": ("rora_theory/advice/transferred.py", "tests/advice/test_transfer.py"),
     "run_change": ("rora_theory/advice/run_change.py", "tests/advice/test_transfer.py"),
     "verdicts": ("rora_theory/paper/verdicts.py", "tests/paper/test_verdicts.py tests/test_answers_in_words.py"),
     "differences": ("rora_theory/lab/sweep/differences.py", "tests/lab/sweep/test_differences.py"),

@@ -9,7 +9,7 @@ result on the measured curve of the planned run. Nothing is trained. The prior's
 the steps come in part from the same runs; the regrets are not those of a test that was kept apart.
 
 Files in the output folder: `cases.csv`, a row for each replayed probe with the regret of the prior, of the probe and of
-fixed rates at G = 64 that are carried as G^-0.75; `by_model.csv`, a summary; and `defaults.csv`, the regret of the
+fixed rates at G = 64 that are transferred as G^-0.75; `by_model.csv`, a summary; and `defaults.csv`, the regret of the
 default learning rates of TRL, LLaMA-Factory and `unsloth train`.
 """
 
@@ -46,7 +46,7 @@ BATCH_SIZE = 4
 """Number of records per step of the replayed runs."""
 
 FIXED_RATES = (2e-4, 5e-4, 7e-4)
-"""Fixed rates at G = 64, which are carried to other gains as G^-0.75."""
+"""Fixed rates at G = 64, which are transferred to other gains as G^-0.75."""
 
 PROBE_RANK = 8
 PROBE_STEPS = (16, 64)

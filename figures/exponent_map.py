@@ -1,7 +1,7 @@
 """Map the local exponent of the first step's second moment over rank and overlap, by the exact law for SGD and Adam.
 
 Colour is d log E[w^2] / d log r at gamma = 1. Contours are the kappa for which the step of gamma = alpha / r^kappa does
-not depend on the rank. The line is the crossing rank r*: cross-talk leads below it, the signal above it.
+not depend on the rank. The line is the crossing rank r*: cross-talk dominates below it, the signal above it.
 """
 
 from collections.abc import Sequence

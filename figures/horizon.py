@@ -105,7 +105,7 @@ def draw_exponents(axes: Axes, exponents: pd.DataFrame, ranks: Sequence[int], st
             look = {"marker": "_", "markersize": 11, "markeredgewidth": 1.6, "color": "black"}
             axes.plot(places, selected["by_parts"], linestyle="none", **look)
     # Levels of the simple laws, for comparison.
-    levels = {-1.0: "first step's law", -0.5: "A leads", 0.0: "no change"}
+    levels = {-1.0: "first step's law", -0.5: "A dominates", 0.0: "no change"}
     for level in levels:
         axes.axhline(level, color="black", linewidth=0.6, linestyle=(0, (3, 2)))
     # Label the levels outside the axes, where no error bar is.

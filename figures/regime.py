@@ -73,12 +73,12 @@ def _depth(rows: pd.DataFrame, split: str, out: Path) -> list[Path]:
 
 
 def _draw_crossing_distances(rows: pd.DataFrame, learning_rate: float, split: str, out: Path) -> list[Path]:
-    """Draw the steps after which A leads under Adam, one panel for each type of module and one line for each rank.
+    """Draw the steps after which A dominates under Adam, one panel for each type of module and one line for each rank.
 
     Dashes show where the signs begin to turn, if the run was exact.
     """
     kinds, ranks = (list(dict.fromkeys(rows[name])) for name in ("kind", "rank"))
-    figure, axes = plots.layer_panels(kinds, "steps $t_A$ until A leads")
+    figure, axes = plots.layer_panels(kinds, "steps $t_A$ until A dominates")
     for axis, kind in zip(axes, kinds, strict=True):
         # A line for each rank, and one for the signs, which are the same at every rank.
         selected = rows[rows["kind"] == kind].sort_values("layer")

@@ -135,7 +135,7 @@ def print_policies(by_policy: "pd.DataFrame") -> None:
             bounds = f". {first['bound_pairs']} further pairs have a best rate that is only a bound"
         models = "1 model" if first["models"] == 1 else f"{first['models']} models"
         tables.print_records(
-            f"{title_of(source)}: regret in nats per token of a best rate carried to another rank, over "
+            f"{title_of(source)}: regret in nats per token of a best rate transferred to another rank, over "
             f"{first['pairs']} pairs of {models}{bounds}",
             rows,
             {"policy": "{policy}", "mean": "{mean:.4f}", "± s.e.": "{mean_error:.4f}", "median": "{median:.4f}"}

@@ -207,7 +207,7 @@ def report(
       ratios: Frame of `measured_over_predicted`, which has a table if there is a verdict.
       warnings: Sentences about the limits of the measurement.
     """
-    # The answer: which term leads under each optimizer, and the verdict.
+    # The answer: which term dominates under each optimizer, and the verdict.
     sentences = [regime.sentence(optimizer, config.inits[0]) for optimizer in config.optimizers]
     if verdict is not None:
         sentences.append(f"{regime_tables.describe_verdict(verdict)}.")

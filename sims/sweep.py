@@ -70,7 +70,7 @@ class SweepOptions(SweepConfig):
     training: Training = field(default_factory=Training)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     parts: bool = False
-    """Measure the parts of the change that A and B lead, at every number of steps"""
+    """Measure the A part and the B part of the change, at every number of steps"""
     regime: Path | None = None
     """Run folder of sims.regime with the crossing distances and linear terms for the exponents of the law"""
     compare_to: Path | None = None
@@ -181,7 +181,7 @@ def run_cells(
     save_adapter, tokens = config.save_adapters, sweep_runs.read_tokens(folder.path)
 
     def work(cell: SweepCell, cell_folder: Path) -> Mapping[str, Any]:
-        return cell_trainer.run(cell, cell_folder, save_adapter=save_adapter)
+        return cell_trainer.run_cell(cell, cell_folder, save_adapter=save_adapter)
 
     def write(_: Sequence[Any]) -> None:
         runs = sweep_runs.merge_repeated_runs(sweep_runs.read_runs(folder.path))

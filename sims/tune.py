@@ -3,7 +3,7 @@
     python -m sims.tune --model smollm2-135m --data DATA/*/train.json --rank 128 --steps 2000
     python -m sims.tune --model smollm2-135m --rank 128 --steps 2000 --budget 0
 
-The prior is the best rate of public models of this size, carried to the planned scaling, rank, batch, steps and
+The prior is the best rate of public models of this size, transferred to the planned scaling, rank, batch, steps and
 schedule. The probe trains adapters of a small rank for a few steps at several learning rates, on the same batches in
 the same order, and its held-out losses update the prior. It costs at most --budget of the planned run, evaluations
 included; --budget 0 trains nothing and reads no data. The same command resumes an interrupted probe.

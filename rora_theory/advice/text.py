@@ -11,75 +11,75 @@ from rora_theory.optimizers import DISPLAY_NAMES
 from rora_theory.scaling import KAPPAS, exponent
 
 
-def describe_advice(carried: TransferredSetting) -> str:
+def describe_advice(advice: TransferredSetting) -> str:
     """Return the answer and its limits as one paragraph."""
-    return f"{describe_answer(carried)} {describe_details(carried)}"
+    return f"{describe_answer(advice)} {describe_details(advice)}"
 
 
-def describe_details(carried: TransferredSetting) -> str:
+def describe_details(advice: TransferredSetting) -> str:
     """Return the evidence for the advice, its cost in the measured runs and its limits as one paragraph."""
-    return " ".join([*_describe_same_adapter(carried), *_describe_scope(carried)])
+    return " ".join([*_describe_same_adapter(advice), *_describe_scope(advice)])
 
 
-def describe_answer(carried: TransferredSetting) -> str:
+def describe_answer(advice: TransferredSetting) -> str:
     """Return a sentence with the lora_alpha and the learning rate to set, in PEFT's terms."""
-    old, run = carried.old, carried.run
+    old, run = advice.old, advice.run
     steps = f" and from {run.steps} to {run.to_steps} steps" if "steps" in run.changed else ""
     if "batch_size" in run.changed:
         steps += f" and from batches of {run.batch_size} to {run.to_batch_size}"
     # The alpha stated is that of alpha / r, so under another rule it changes in any case.
-    keeps_alpha = exponent(old.rule) == KAPPAS["lora"] and isclose(carried.lora_alpha, old.alpha)
-    keeps_rate = isclose(carried.learning_rate, old.learning_rate)
-    flag = " without use_rslora" if carried.is_rslora else ""
+    keeps_alpha = exponent(old.rule) == KAPPAS["lora"] and isclose(advice.lora_alpha, old.alpha)
+    keeps_rate = isclose(advice.learning_rate, old.learning_rate)
+    flag = " without use_rslora" if advice.is_rslora else ""
     if keeps_alpha and keeps_rate:
-        action = f"keep lora_alpha={carried.lora_alpha:.6g}{flag} and the learning rate {old.learning_rate:.3g}"
+        action = f"keep lora_alpha={advice.lora_alpha:.6g}{flag} and the learning rate {old.learning_rate:.3g}"
     else:
         alpha_verb = "keep" if keeps_alpha else "set"
-        action = f"{alpha_verb} lora_alpha={carried.lora_alpha:.6g}{flag} and {_describe_rate(carried)}"
-    return f"From rank {old.rank} to {carried.unchanged.rank}{steps} with {DISPLAY_NAMES[old.optimizer]}: {action}."
+        action = f"{alpha_verb} lora_alpha={advice.lora_alpha:.6g}{flag} and {_describe_rate(advice)}"
+    return f"From rank {old.rank} to {advice.unchanged.rank}{steps} with {DISPLAY_NAMES[old.optimizer]}: {action}."
 
 
-def _describe_rate(carried: TransferredSetting) -> str:
+def _describe_rate(advice: TransferredSetting) -> str:
     """Return a phrase that states how to change the learning rate."""
-    tuned, rate = carried.old.learning_rate, carried.learning_rate
+    tuned, rate = advice.old.learning_rate, advice.learning_rate
     if isclose(rate, tuned):
         return f"keep the learning rate {tuned:.3g}"
     # State the factor as a number above 1.
     divides = rate < tuned
     factor = tuned / rate if divides else rate / tuned
     result = f"{rate:.3g}"
-    if carried.rate_range is not None:
-        low, _, high = carried.rate_range
+    if advice.rate_range is not None:
+        low, _, high = advice.rate_range
         result += f" (range {low:.2g} to {high:.2g})"
     return f"{'divide' if divides else 'multiply'} the learning rate by {factor:.3g}, to {result}"
 
 
-def _describe_same_adapter(carried: TransferredSetting) -> list[str]:
+def _describe_same_adapter(advice: TransferredSetting) -> list[str]:
     """Return a sentence on the same adapter under the new rule, if that is not ``alpha / r``."""
-    kappa = exponent(carried.unchanged.rule)
-    if carried.is_rslora:
+    kappa = exponent(advice.unchanged.rule)
+    if advice.is_rslora:
         return [
-            f"This is the same adapter as lora_alpha={carried.alpha:.6g} with use_rslora, which SGLang, llama.cpp and "
-            f"Ollama serve {carried.unchanged.rank**0.5:.3g} times too weak; `rora portable` converts one that is "
+            f"This is the same adapter as lora_alpha={advice.alpha:.6g} with use_rslora, which SGLang, llama.cpp and "
+            f"Ollama serve {advice.unchanged.rank**0.5:.3g} times too weak; `rora portable` converts one that is "
             "already trained."
         ]
     if kappa != KAPPAS["lora"]:
-        return [f"This is the same adapter as alpha {carried.alpha:.6g} under alpha / r^{kappa:g}."]
+        return [f"This is the same adapter as alpha {advice.alpha:.6g} under alpha / r^{kappa:g}."]
     return []
 
 
-def _describe_scope(carried: TransferredSetting) -> list[str]:
+def _describe_scope(advice: TransferredSetting) -> list[str]:
     """Return sentences on the evidence for the advice, its cost and its limits."""
-    if carried.follows_displacement_law:
-        return [*_describe_cost(carried), *_describe_law(carried), *_describe_limits(carried)]
-    limits = carried.rate_limits if carried.fixes_alpha else carried.alpha_limits
+    if advice.follows_displacement_law:
+        return [*_describe_cost(advice), *_describe_law(advice), *_describe_limits(advice)]
+    limits = advice.rate_limits if advice.fixes_alpha else advice.alpha_limits
     if limits is None:
         return [
             "This preserves the root mean square of each module's first update; the regime is "
-            f"{describe_regime(carried)}.",
+            f"{describe_regime(advice)}.",
             "Later steps are not covered: for the whole model, use the regime signal.",
         ]
-    return _describe_horizon(carried, limits)
+    return _describe_horizon(advice, limits)
 
 
 def describe_evidence() -> str:
@@ -94,11 +94,11 @@ def describe_evidence() -> str:
     )
 
 
-def _describe_cost(carried: TransferredSetting) -> list[str]:
+def _describe_cost(advice: TransferredSetting) -> list[str]:
     """Return sentences on the regret of keeping the rate and of the advice, in nats per token."""
-    if "gain" in carried.changed:
+    if "gain" in advice.changed:
         # Public pairs whose gain changes about as much: the regret depends on it more than on anything else.
-        change = abs(math.log(carried.setting.gain / carried.old.gain))
+        change = abs(math.log(advice.setting.gain / advice.old.gain))
         moved = min(GROWTH.values(), key=lambda row: abs(math.log(row["growth"]) - change))
         rslora = EVIDENCE["use_rslora"]
         return [
@@ -108,7 +108,7 @@ def _describe_cost(carried: TransferredSetting) -> list[str]:
             f"In SmolLM2-135M, switching on use_rslora from rank {rslora['old_rank']:g} to {rslora['rank']:g} and "
             f"keeping the rate cost {rslora['regret']:.2f}.",
         ]
-    if "rank" in carried.changed:
+    if "rank" in advice.changed:
         fixed = EVIDENCE["fixed_gain_all_ranks"]
         return [
             f"In public runs at one scaling times rank ({fixed['pairs']} pairs of ranks in {fixed['compared']} "
@@ -118,17 +118,17 @@ def _describe_cost(carried: TransferredSetting) -> list[str]:
     return []
 
 
-def _describe_law(carried: TransferredSetting) -> list[str]:
+def _describe_law(advice: TransferredSetting) -> list[str]:
     """Return a sentence for each property that moves the rate."""
-    run, sentences = carried.run, []
-    if "rank" in carried.changed:
+    run, sentences = advice.run, []
+    if "rank" in advice.changed:
         exponent_of_rank = CONSTANTS["rank_exponent"].value
         sentences.append(f"At one scaling times rank the best rate grows as rank^{exponent_of_rank:.2f} (empirical).")
-    if "gain" in carried.changed:
+    if "gain" in advice.changed:
         given, published = run.displacement_constant, CONSTANTS["displacement_constant"].value
         constant = f"the published K = {published:.3g}" if given is None else f"the given K = {given:.3g}"
         sentences.append(
-            f"Scaling times rank goes from {carried.old.gain:.4g} to {carried.setting.gain:.4g}, which moves the rate "
+            f"Scaling times rank goes from {advice.old.gain:.4g} to {advice.setting.gain:.4g}, which moves the rate "
             f"by the displacement law with {constant}."
         )
     if "steps" in run.changed:
@@ -146,33 +146,33 @@ def _describe_law(carried: TransferredSetting) -> list[str]:
             if run.has_unmeasured_schedule
             else f"The rate includes the measured change of schedule {change}."
         )
-    if carried.changed:
+    if advice.changed:
         sentences.append("The range is meant to hold the best rate of 90% of models.")
     return sentences
 
 
-def _describe_limits(carried: TransferredSetting) -> list[str]:
+def _describe_limits(advice: TransferredSetting) -> list[str]:
     """Return a sentence on what was not measured."""
-    return [f"Outside the measured range: {'; '.join(carried.outside)}."] if carried.outside else []
+    return [f"Outside the measured range: {'; '.join(advice.outside)}."] if advice.outside else []
 
 
-def _describe_horizon(carried: TransferredSetting, limits: HorizonLimits) -> list[str]:
+def _describe_horizon(advice: TransferredSetting, limits: HorizonLimits) -> list[str]:
     """Return sentences on the first step and a long run, where the displacement law does not apply."""
-    old = carried.old
+    old = advice.old
     # The two limits: a single step, and a long run in which the motion of A dominates.
-    first_step, long_run = limits if carried.fixes_alpha else map(carried.lora_alpha_of, limits)
+    first_step, long_run = limits if advice.fixes_alpha else map(advice.lora_alpha_of, limits)
     if isclose(first_step, long_run):
         sentences = ["This preserves the first update, and the change in a long run."]
     else:
-        value = f"the learning rate {long_run:.3g}" if carried.fixes_alpha else f"lora_alpha={long_run:.6g}"
+        value = f"the learning rate {long_run:.3g}" if advice.fixes_alpha else f"lora_alpha={long_run:.6g}"
         sentences = [
             f"This preserves the first update; in a long run, where the motion of A dominates, {value} preserves the "
             "change."
         ]
-    if carried.is_sgd:
+    if advice.is_sgd:
         # The first step preserves the rate times the square of gamma times the deviation of A, times the rank; a long
         # run the rate times gamma. Both together change the rate as the square of that deviation times the rank.
-        new = carried.unchanged
+        new = advice.unchanged
         old_size, new_size = (
             setting.rank * inits.entries(setting.init, rank=setting.rank, p_in=1).variance for setting in (old, new)
         )
@@ -189,11 +189,11 @@ def _describe_horizon(carried: TransferredSetting, limits: HorizonLimits) -> lis
     return [*sentences, "Both ranks are assumed to be above the crossing rank."]
 
 
-def describe_regime(carried: TransferredSetting) -> str:
+def describe_regime(advice: TransferredSetting) -> str:
     """Return a phrase on whether the regime is assumed or measured."""
-    if carried.regime != "measured":
-        return f"assumed: {carried.regime}"
-    count = len(carried.modules)
+    if advice.regime != "measured":
+        return f"assumed: {advice.regime}"
+    count = len(advice.modules)
     return f"measured at {count} {'modules' if count > 1 else 'module'}"
 
 
@@ -202,33 +202,33 @@ def describe_rule(setting: Setting) -> str:
     return setting.rule if isinstance(setting.rule, str) else f"kappa {setting.rule:g}"
 
 
-def describe_tuned(carried: TransferredSetting, tokens: str) -> str:
+def describe_tuned(advice: TransferredSetting, tokens: str) -> str:
     """Return the heading of a table of the module groups: the tuned setting, the new rank and the regime.
 
     Args:
-      carried: Advice to describe.
+      advice: Advice to describe.
       tokens: Tokens at which a measured regime was measured, ``heldout`` or ``train``.
     """
-    old = carried.old
-    regime = describe_regime(carried)
-    if carried.regime == "measured":
+    old = advice.old
+    regime = describe_regime(advice)
+    if advice.regime == "measured":
         regime += f", {tokens} tokens"
     return (
-        f"Rank {old.rank} to {carried.unchanged.rank}, {describe_rule(old)}, alpha {old.alpha:g}, rate "
+        f"Rank {old.rank} to {advice.unchanged.rank}, {describe_rule(old)}, alpha {old.alpha:g}, rate "
         f"{old.learning_rate:g}, {old.optimizer}, {old.init}; regime {regime}"
     )
 
 
-def describe_alternatives(carried: TransferredSetting) -> str:
+def describe_alternatives(advice: TransferredSetting) -> str:
     """Return the heading of a table of the alternatives."""
-    heading = f"Learning rate for common choices at rank {carried.unchanged.rank}"
-    rule = describe_rule(carried.old)
+    heading = f"Learning rate for common choices at rank {advice.unchanged.rank}"
+    rule = describe_rule(advice.old)
     return heading if rule == "lora" else f"{heading}, under {rule} unless stated"
 
 
-def describe_whole_model(carried: TransferredSetting) -> str:
+def describe_whole_model(advice: TransferredSetting) -> str:
     """Return sentences on the effect that the alphas of single modules have on the whole model's first step."""
-    factor = step_ratio(carried.setting, carried.old, SIGNAL)
+    factor = step_ratio(advice.setting, advice.old, SIGNAL)
     return (
         "These alphas preserve the root mean square of each module's own output, cross-talk included. Cross-talk does "
         "not add up over modules, but the signal does: where the signal dominates, the first update of the whole model "

@@ -67,7 +67,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class TransferredSetting:
-    """Tuned setting carried to another rank. `alpha` and `learning_rate` belong together: set both.
+    """Tuned setting transferred to another rank. `alpha` and `learning_rate` belong together: set both.
 
     Attributes:
       old: Tuned setting.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RANK, ALPHA = 16, 32.0
-"""Rank and alpha, with `alpha / r`, to which all rates are carried."""
+"""Rank and alpha, with `alpha / r`, to which all rates are transferred."""
 
 SOURCE = "tinker"
 """Source of the best rates."""
@@ -92,7 +92,7 @@ class StartingRate:
 
 @cache
 def models() -> tuple[Model, ...]:
-    """Return the models of the public sweep that have a curve, with their best rates carried to one rank and alpha.
+    """Return the models of the public sweep that have a curve, with their best rates transferred to one rank and alpha.
 
     The numbers of parameters are those in the models' names. For DeepSeek-V3.1, Kimi K2 and gpt-oss, whose names do not
     state the active ones, they come from the model cards (column ``parameters_from`` of ``models.csv``).
@@ -217,7 +217,7 @@ def starting_rate(
     Args:
       family: Family of the model, one of `families`; None is a family that was not measured.
       parameters: Number of parameters in billions, all experts included; None is not known.
-      rank: Rank of the adapter. The rate is carried to it by `rora_theory.transfer`.
+      rank: Rank of the adapter. The rate is transferred to it by `rora_theory.transfer`.
       alpha: Alpha of the adapter, likewise.
       rule: Scaling rule.
 

@@ -1,8 +1,8 @@
 """Losses by rank and learning rate: the runs of a table, as curves of loss against rate.
 
 A table has one run on each line, with the columns `COLUMNS`. Runs of one model that share the number of steps and the
-batch size are a `Sweep`: its curves differ in the rank and the scaling alone, so that a best rate can be carried from
-one of them to another.
+batch size are a `Sweep`: its curves differ in the rank and the scaling alone, so that a best rate can be transferred
+from one of them to another.
 """
 
 import contextlib

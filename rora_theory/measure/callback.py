@@ -30,7 +30,7 @@ class RegimeCallback(TrainerCallback):
     It logs these figures:
 
     - ``regime/crossing_rank``: median over modules of the crossing rank r*, at the held-out tokens.
-    - ``regime/steps_until_A_leads``: time t_A at which A crosses at the run's learning rate, under Adam.
+    - ``regime/steps_until_A_dominates``: time t_A at which A crosses at the run's learning rate, under Adam.
     - ``regime/alpha`` and ``regime/learning_rate``: the setting at ``to_rank`` that preserves the whole model's change.
       See `rora_theory.transfer`.
 
@@ -143,7 +143,7 @@ class RegimeCallback(TrainerCallback):
         # The crossing distance divided by the learning rate is a number of steps.
         if family == "adam":
             crossing_distance = measured.crossing_distance_at(setting.rank, setting.init)
-            figures["steps_until_A_leads"] = crossing_distance / setting.learning_rate
+            figures["steps_until_A_dominates"] = crossing_distance / setting.learning_rate
         figures |= {"alpha": transferred.advice.alpha, "learning_rate": transferred.learning_rate}
         self._log({f"regime/{name}": value for name, value in figures.items()})
         logger.info(transferred.advice.sentence())

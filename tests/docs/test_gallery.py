@@ -50,7 +50,7 @@ def test_its_figures_have_the_options_of_today() -> None:
         assert all(run["git_revision"] for run in sessions if run.get("command")), figure.path
     drawn = {figure.path.stem: figure for figure in gallery.figures()}
     assert drawn["regime_crossing_distance"].command == "regime"
-    assert "teps after which A leads under Adam" in drawn["regime_crossing_distance"].caption
+    assert "teps after which A dominates under Adam" in drawn["regime_crossing_distance"].caption
     assert "Slopes in the rank" in drawn["training_dynamics_linear_exponents"].caption
     assert drawn["coordinate_check"].caption != drawn["coordinate_check_slopes"].caption
 

@@ -87,7 +87,7 @@ def test_the_models_and_their_sizes() -> None:
 
 
 def test_the_mean_over_ranks_by_an_independent_path() -> None:
-    """Best rates carried to rank 16 and averaged, with the exponent of the advice's own power law."""
+    """Best rates transferred to rank 16 and averaged, with the exponent of the advice's own power law."""
     best = derived.read("best_rates")
     exponent = math.log(transfer(Setting(16, 32.0, 1.0), 64, alpha=32.0).learning_rate) / math.log(4)
     for name in ("Qwen/Qwen3-8B-Base", "meta-llama/Llama-3.2-1B", "deepseek-ai/DeepSeek-V3.1"):

@@ -77,7 +77,7 @@ def test_the_regime_is_logged_with_the_loss(tmp_path, caplog) -> None:
     )
     crossing_rank = measured.crossings.query("split == 'heldout'")["crossing_rank"].median()
     assert logged[0]["regime/crossing_rank"] == pytest.approx(crossing_rank, rel=1e-5)
-    assert logged[0]["regime/steps_until_A_leads"] == pytest.approx(crossing_distance / 2e-3, rel=1e-5)
+    assert logged[0]["regime/steps_until_A_dominates"] == pytest.approx(crossing_distance / 2e-3, rel=1e-5)
     advised = transfer(Setting(2, 4.0, 2e-3, init="gaussian"), 8)
     assert logged[0]["regime/alpha"] == pytest.approx(advised.alpha, rel=1e-5)
     assert logged[0]["regime/learning_rate"] == 2e-3

@@ -44,7 +44,7 @@ def regime_run(tmp_path) -> Path:
 
 
 @pytest.fixture
-def carried(monkeypatch):
+def pickled_work(monkeypatch):
     """Run cells from a copy of their work out of Ray's pickle, as a worker does, if Ray is installed."""
     try:
         from ray import cloudpickle

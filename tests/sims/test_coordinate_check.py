@@ -67,7 +67,7 @@ def test_rows(finished, words):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("carried")
+@pytest.mark.usefixtures("pickled_work")
 def test_an_interrupted_run_resumes(finished, words, tmp_path):
     commands.check_resumption(sim.main, words, finished, tmp_path / "run")
 

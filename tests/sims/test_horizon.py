@@ -40,7 +40,7 @@ def begun(base, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("carried")
+@pytest.mark.usefixtures("pickled_work")
 def test_a_grown_folder_is_analysed_with_all_of_its_runs(base, begun, tmp_path) -> None:
     out = Path(shutil.copytree(begun, tmp_path / "run"))
     first = (out / CELLS).read_text()
@@ -70,7 +70,7 @@ def test_a_grown_folder_is_analysed_with_all_of_its_runs(base, begun, tmp_path) 
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("carried")
+@pytest.mark.usefixtures("pickled_work")
 def test_runs_of_another_setting_are_compared(base, begun, tmp_path) -> None:
     """The tests of the library cover runs that cannot be compared."""
     other, words = tmp_path / "other", "--gains 4 --lrs 1e-3 1e-2 1e-1"
@@ -89,7 +89,7 @@ def test_runs_of_another_setting_are_compared(base, begun, tmp_path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("carried")
+@pytest.mark.usefixtures("pickled_work")
 def test_further_axes_extend_a_folder_and_are_compared_with_its_first_runs(base, begun, tmp_path) -> None:
     """Under a schedule that decays, each number of steps is a run of its own; its first runs are not repeated."""
     out = Path(shutil.copytree(begun, tmp_path / "run"))

@@ -35,7 +35,7 @@ def sweep(layers: Path, out: Path, words: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("carried")
+@pytest.mark.usefixtures("pickled_work")
 def test_layers_against_the_law(layers: Path, tmp_path: Path) -> None:
     out, words = tmp_path / "run", "--ranks 1 8 32 --relative-error 0.02"
     printed = sweep(layers, out, words)

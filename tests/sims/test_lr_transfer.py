@@ -53,7 +53,7 @@ def test_frozen_adam_moves_as_the_signal_predicts(finished):
     slopes = commands.rows(finished / "slopes.csv")
     for rule, kappa in (("lora", 1.0), ("rora", 0.5)):
         row = commands.selected(slopes, trained="B", rule=rule)
-        # Overlap 0.9: the signal leads from rank 4 on, to about a tenth.
+        # Overlap 0.9: the signal dominates from rank 4 on, to about a tenth.
         assert abs(float(row["slope"]) - (kappa - 1)) < 0.2
         assert float(row["signal"]) == pytest.approx(kappa - 1, abs=1e-12)
 
@@ -72,6 +72,6 @@ def test_a_finite_but_diverged_run_is_no_point(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("carried")
+@pytest.mark.usefixtures("pickled_work")
 def test_an_interrupted_run_resumes(finished, tmp_path):
     commands.check_resumption(sim.main, [SMALL], finished, tmp_path / "run")

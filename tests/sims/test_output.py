@@ -210,7 +210,7 @@ def test_regime(printed) -> None:
 
 @pytest.mark.slow
 def test_regime_at_new_tokens(printed) -> None:
-    """The report has the number of skipped held-out tokens, medians beside pooled figures, and when A leads."""
+    """The report has the number of skipped held-out tokens, medians beside pooled figures, and when A dominates."""
     measured = regime_of("regime_held_out")
     regime.report(config_of(RegimeConfig, "regime_held_out"), measured, None, pd.DataFrame())
     text = "\n".join(printed())
@@ -219,7 +219,7 @@ def test_regime_at_new_tokens(printed) -> None:
     )
     assert f"{row['seen']}+" in text
     assert f" of {row['all']}" in text
-    assert "t_A until A leads, at the constant rate 0.0003" in " ".join(text.split())
+    assert "t_A until A dominates, at the constant rate 0.0003" in " ".join(text.split())
 
 
 @pytest.mark.slow

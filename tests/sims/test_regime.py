@@ -116,7 +116,7 @@ def test_verdict(finished) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("carried")
+@pytest.mark.usefixtures("pickled_work")
 def test_a_resumed_run_writes_the_bytes_of_an_uninterrupted_one(inputs, finished, tmp_path) -> None:
     commands.check_resumption(regime.main, [*inputs, ARGUMENTS], finished, tmp_path / "run")
 

@@ -149,7 +149,7 @@ def test_rules_of_a_rank_share_a_compiled_step(swept) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("carried")
+@pytest.mark.usefixtures("pickled_work")
 def test_an_interrupted_cell_resumes_from_its_checkpoint(swept, model, data, tmp_path, monkeypatch) -> None:
     """After Ctrl-C at the last of three steps, with a checkpoint at each, the result is that of an uninterrupted
     cell.
@@ -199,7 +199,7 @@ class Quick(CellTrainer):
     def tokenize(self, _: str) -> None:
         self.open()
 
-    def measure(self, cell, *_) -> EvaluatedCell:
+    def evaluate_cell(self, cell, *_) -> EvaluatedCell:
         self.open()
         random = np.random.default_rng(int(key_of(cell), 16))
         best = 1e-3 if cell.method == "lora" else 3e-3
@@ -243,7 +243,7 @@ def stopped(number: int, what, *words: object) -> commands.Ended:
         return measure(self, cell)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Quick, "measure", work)
+        patch.setattr(Quick, "evaluate_cell", work)
         return sweep(*words)
 
 

@@ -64,7 +64,7 @@ def test_files(finished):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("carried")
+@pytest.mark.usefixtures("pickled_work")
 def test_an_interrupted_run_resumes(finished, tmp_path):
     commands.check_resumption(sim.main, [SMALL], finished, tmp_path / "run")
 

@@ -159,7 +159,7 @@ def test_a_thin_regime_gets_a_warning(regime_run, manifest, targets, message) ->
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("carried")
+@pytest.mark.usefixtures("pickled_work")
 def test_check_on_a_model(model, data, tmp_path) -> None:
     """Under SGD in a tiny model the unchanged step grows, and the alphas of a measured regime restore it."""
     regime.measure_regime(

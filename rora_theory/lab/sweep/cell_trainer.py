@@ -172,7 +172,7 @@ class CellTrainer:
             )
         self._tokenized = model
 
-    def run(self, cell: SweepCell, folder: Path, *, save_adapter: bool = False) -> dict[str, Any]:
+    def run_cell(self, cell: SweepCell, folder: Path, *, save_adapter: bool = False) -> dict[str, Any]:
         """Run a cell, and write its training curve and its answers by item.
 
         Args:
@@ -187,7 +187,7 @@ class CellTrainer:
           InputError: If a file can't be written or was modified, or if `open` refuses the model.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        evaluated = self.measure(cell, folder)
+        evaluated = self.evaluate_cell(cell, folder)
         if save_adapter and evaluated.adapter is not None:
             if evaluated.adapter.config.replaces_weights:
                 adapters.save_merged(folder / "merged", evaluated.adapter, self.model)
@@ -197,8 +197,8 @@ class CellTrainer:
             results.write_answers(folder / results.ANSWERS, evaluated.samples)
         return asdict(evaluated.run) | evaluated.result | {"tokens": int(self.held_out.input_lengths.sum())}
 
-    def measure(self, cell: SweepCell, folder: Path) -> EvaluatedCell:
-        """Train and evaluate a cell without writing its results; the arguments are those of `run`."""
+    def evaluate_cell(self, cell: SweepCell, folder: Path) -> EvaluatedCell:
+        """Train and evaluate a cell without writing its results; the arguments are those of `run_cell`."""
         training = cell.training(self.shared)
         self.open(cell.model, training.quantization if training else self.shared.quantization)
         start_time = time.perf_counter()

@@ -29,8 +29,8 @@ RIVALS = {"gain": (-1.0, 0.0), "rank": (-0.125, 0.125, 0.5), "step": (-0.5,)}
 """Exponents that rival explanations predict for the best rate, by the setting that changes.
 
 In the gain G: -1 (the law of the first step) and 0 (the rate does not depend on G). In the rank at fixed G: 1/2
-(cross-talk leads), and -1/8 and 1/8, the smallest exponents that a user would notice: from rank 8 to 128 they change
-the rate by a factor of 1.4, which costs a few thousandths of a nat. In the number of steps: -1/2 (a random walk).
+(cross-talk dominates), and -1/8 and 1/8, the smallest exponents that a user would notice: from rank 8 to 128 they
+change the rate by a factor of 1.4, which costs a few thousandths of a nat. In the number of steps: -1/2 (a random walk).
 """
 
 
@@ -131,8 +131,8 @@ def setting_exponents(
         have, and ``edge`` as in `step_exponents`;
       - ``law_low``, ``law`` and ``law_high``, the exponent by the law of a constant gradient, and ``verdict`` on it,
         see `stats.verdicts.judge_range`. Over the gain the range is that of the modules' crossing distances, at the
-        measured best rate. Over the rank it extends from 0, where the signal or A leads, to the exponents that preserve
-        the first step of the median module and of the module at the 95% quantile, see
+        measured best rate. Over the rank it extends from 0, where the signal or A dominates, to the exponents that
+        preserve the first step of the median module and of the module at the 95% quantile, see
         `laws.equal_change_rank_exponent`;
       - over the gain ``by_parts``, the mean over seeds of `part_tables.exponent_of_parts`, their range ``by_parts_low``
         and ``by_parts_high``, and ``by_parts_verdict``, the verdict on this range;
@@ -265,7 +265,7 @@ def step_exponents(
     at rate 0 have no best rate and are left out.
 
     If signs are constant, both factors move by the sum of the rates. The rate that preserves the change is then
-    inversely proportional to that sum, whichever part leads, see
+    inversely proportional to that sum, whichever part dominates, see
     `rora_theory.laws.constant_gradient.rate_for_equal_change`. Entries in a random walk move by the root of the sum,
     which gives -1/2.
 

@@ -2,7 +2,7 @@
 
 plan = plan_sweep(SweepConfig(("train.json",), ranks=(4, 8)))
 cell_trainer = CellTrainer(plan.training, plan.records, plan.tasks, plan.located, scoring=plan.scoring)
-outcomes = [cell_trainer.measure(cell, Path("cells")) for cell in plan.cells()]
+outcomes = [cell_trainer.evaluate_cell(cell, Path("cells")) for cell in plan.cells()]
 """
 
 from collections.abc import Mapping

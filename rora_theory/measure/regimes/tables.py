@@ -199,7 +199,7 @@ def measured_over_predicted(results: pd.DataFrame) -> pd.DataFrame:
             | {
                 "modules": len(group),
                 "mean_ratio": mean_ratio,
-                # Errors of the squares, 2 ratio error, carried to the root of their mean.
+                # Errors of the squares, 2 ratio error, propagated to the root of their mean.
                 "standard_error": float(np.sqrt(np.sum((errors * ratios) ** 2))) / len(group) / mean_ratio,
                 "largest_deviation": float(np.max(np.abs(ratios - 1))),
                 "largest_t": float(np.max(np.abs((ratios - 1) / errors))),
@@ -348,13 +348,13 @@ def format_crossings(crossings: pd.DataFrame, tokens: pd.DataFrame, optimizer: O
 def format_crossing_distances(crossing_distances: pd.DataFrame, init: Init, learning_rate: float) -> FormattedTable:
     """Format `crossing_distances_by_depth` with a row for each type of module and third of the layers.
 
-    The columns are the number of steps until A leads for each rank and split, as a median and range over layers, and
-    the number of steps until 5% of the gradient's signs have changed.
+    The columns are the number of steps until A dominates for each rank and split, as a median and range over layers,
+    and the number of steps until 5% of the gradient's signs have changed.
     """
     table = crossing_distances_by_depth(crossing_distances, init)
     columns = table[["rank", "split"]].drop_duplicates().to_numpy()
     return FormattedTable(
-        f"Adam, A {init}: number of steps t_A until A leads, at the constant rate {learning_rate:g} and a constant "
+        f"Adam, A {init}: number of steps t_A until A dominates, at the constant rate {learning_rate:g} and a constant "
         "gradient, median over layers (range); turn: number of steps until 5% of the entries of G A^T have changed "
         "sign, far beyond which the law is only approximate",
         ["module", "layers", *(f"r = {rank} {split}" for rank, split in columns), "turn"],

@@ -251,7 +251,7 @@ def make_plan(
     prior = rate_prior(run, family=family, parameters=parameters)
     if learning_rate is not None:
         prior = replace(prior, mean=math.log(learning_rate))
-    # The grid of the probe has the prior's median at its middle, carried to the probe's rank and steps.
+    # The grid of the probe has the prior's median at its middle, transferred to the probe's rank and steps.
     to_probe = best_rate_change(run, replace(run, rank=probe_rank, steps=probe_steps))
     return ProbePlan(
         run=run,
@@ -291,7 +291,7 @@ def next_trial(plan: ProbePlan, runs: Sequence[ProbeRun]) -> Trial | None:
         index = _next_index(screened, shift, width=MIN_SCREENING_RUNS // 2)
         if index is not None and remaining - reserve >= plan.cost_of_trial(plan.screen_steps):
             return _trial(plan, index, plan.screen_steps)
-        # The best rate of the screening, carried to the second phase's number of steps. If every rate diverged, the
+        # The best rate of the screening, transferred to the second phase's number of steps. If every rate diverged, the
         # second phase starts below all of them.
         finite = {index: loss for index, loss in screened.items() if math.isfinite(loss)}
         best = min(finite, key=finite.__getitem__) if finite else min(screened, default=0) - ALL_DIVERGED_JUMP

@@ -1,4 +1,4 @@
-"""Best learning rate of a planned run before any probe: the public sweeps' rates, carried to the planned run."""
+"""Best learning rate of a planned run before any probe: the public sweeps' rates, transferred to the planned run."""
 
 import math
 
@@ -13,7 +13,7 @@ REFERENCE = Run(rank=16, gain=32.0, steps=780, schedule="cosine", batch_size=128
 def rate_prior(run: Run, *, family: str | None = None, parameters: float | None = None) -> RateBelief:
     """Compute the best learning rate that public sweeps lead to expect for a planned run.
 
-    The rate of the model's size (and family, if it is one of the sweeps') is carried from the sweeps' run to the
+    The rate of the model's size (and family, if it is one of the sweeps') is transferred from the sweeps' run to the
     planned one by the law of the advice. The spread is that over models and that of the law, in quadrature.
 
     Args:

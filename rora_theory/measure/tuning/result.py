@@ -195,7 +195,7 @@ def conclude_without_probe(prior: RateBelief, *, steps: int, config: Any) -> Tun
 
 
 _PRIOR_SENTENCE = (
-    "The prior is the best rate of 35 public models (1B to 1T parameters) by size, carried to this scaling, rank, "
+    "The prior is the best rate of 35 public models (1B to 1T parameters) by size, transferred to this scaling, rank, "
     "batch, number of steps and schedule by the law of the advice."
 )
 
@@ -226,7 +226,7 @@ def _assumptions(plan: ProbePlan) -> list[str]:
     if plan.probe_rank != plan.run.rank:
         power = CONSTANTS["rank_exponent"]
         sentences.append(
-            f"The probe has rank {plan.probe_rank} at the same scaling times rank, and its rate is carried as "
+            f"The probe has rank {plan.probe_rank} at the same scaling times rank, and its rate is transferred as "
             f"rank^{power.value:.2f}."
         )
     return sentences

@@ -301,7 +301,7 @@ def test_in_the_rank_the_law_includes_cross_talk() -> None:
     assert row["exponent"] == pytest.approx(0.1, abs=0.02)
     assert (row["law_low"], row["law"], row["law_high"], row["verdict"]) == (0, 0, 0, "contradicts")
     assert signal.loc["gain", 8]["verdict"] == "agrees"
-    for terms in ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)):  # the signal leads at every rank; an exponent of 0.016 at most
+    for terms in ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)):  # the signal dominates at every rank; an exponent of 0.016 at most
         assert exponents(runs, linear_terms=terms).loc["rank", 64.0]["verdict"] == "contradicts"
     terms = (8.0, 10.0, 58.0)
     crossed = exponents(runs, linear_terms=terms)
@@ -363,7 +363,7 @@ def test_beside_a_run_that_diverged_the_exponent_is_known_to_half_a_step_of_the_
 
 @pytest.mark.parametrize("crossing_distance", [1e-4, 0.004, 1.0, math.inf])
 def test_the_law_in_the_steps_is_that_of_adam(crossing_distance: float) -> None:
-    """If A takes over, its gradient grows and Adam follows faster than a constant gradient; not where B leads."""
+    """If A takes over, its gradient grows and Adam follows faster than a constant gradient; not where B dominates."""
     rate = rate_for_equal_change(1e-3, warm_up_factors(16), warm_up_factors(64), crossing_distance=crossing_distance)
     power = math.log(rate / 1e-3, 4)
     assert power == pytest.approx(adams_power(crossing_distance), abs=1e-6)

@@ -85,7 +85,7 @@ def test_the_adapted_model_is_scored(cell_trainer, kind, tmp_path, monkeypatch) 
     (model,) = cell_trainer.located
     rank, alpha = (2, 4.0) if kind == "lora" else (None, None)
     cell = SweepCell(model, kind, rank, alpha, 1e-3, 0, (1,), evaluation={})
-    assert len(cell_trainer.measure(cell, tmp_path).samples) == len(cell_trainer.tasks["boolq"]) + len(
+    assert len(cell_trainer.evaluate_cell(cell, tmp_path).samples) == len(cell_trainer.tasks["boolq"]) + len(
         cell_trainer.tasks["piqa"]
     )
     base = cell_trainer.model.params

@@ -130,7 +130,7 @@ def test_a_control_must_change_in_the_direction_of_the_law(optimizer, powers, co
         *((name, rule, "gaussian", "shrinks") for name in ("sgd", "adam") for rule in (0.0, "rora", "lora", 3.0)),
         ("sgd", -1.0, "gaussian", "grows"),
         ("adam", -1.0, "gaussian", "grows"),
-        ("adam", -0.25, "gaussian", ""),  # r^(1/4) where the signal leads, r^(-1/4) where cross-talk does
+        ("adam", -0.25, "gaussian", ""),  # r^(1/4) where the signal dominates, r^(-1/4) where cross-talk does
         ("sgd", -0.6, "gaussian", ""),
         ("sgd", -0.3, "gaussian", "shrinks"),
     ],

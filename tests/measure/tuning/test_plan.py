@@ -35,7 +35,7 @@ def losses_at(rate, best, *, limit=math.inf, width=1.0):
 
 
 def probe(plan, factor=1.0, *, limit=math.inf, finished=()):
-    """Run a probe on curves whose best rate is the prior's times a factor, carried by the law of the advice."""
+    """Run a probe on curves whose best rate is the prior's times a factor, transferred by the law of the advice."""
     runs = list(finished)
     while (trial := next_trial(plan, runs)) is not None:
         to_trial = best_rate_change(plan.run, plan.probe_run(trial.steps)).mean
