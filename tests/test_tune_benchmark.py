@@ -45,7 +45,7 @@ def test_a_probe_of_the_assumed_law_improves_on_the_prior(cases) -> None:
 
 
 def test_the_regret_is_that_of_the_measured_curve(cases) -> None:
-    """The curve is a parabola in log rate, so that the regret follows from the rate; fixed rates are transferred by G."""
+    """The curve is a parabola in log rate, so the regret follows from the rate; fixed rates are transferred by G."""
     row = cases[(cases["steps"] == 64) & (cases["rank"] == 8)].iloc[0]
     best = row["best_rate"]
     at = {rate: 0.05 * math.log(rate / (1.6e-3 * 4**-0.54)) ** 2 for rate in (row["prior_rate"], 5e-4, best)}

@@ -232,7 +232,7 @@ def fail(*_: object) -> None:
 
 def stopped(number: int, what, *words: object) -> commands.Ended:
     """End a sweep by doing ``what`` instead of the work of the cell with that number, counted from 1."""
-    begun, measure = [], Quick.measure
+    begun, evaluate_cell = [], Quick.evaluate_cell
 
     def work(self, cell, folder) -> EvaluatedCell:
         begun.append(cell)
@@ -240,7 +240,7 @@ def stopped(number: int, what, *words: object) -> commands.Ended:
             (folder / "checkpoints").mkdir()
             (folder / "answers.csv").write_text("half")
             what()
-        return measure(self, cell)
+        return evaluate_cell(self, cell)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Quick, "evaluate_cell", work)

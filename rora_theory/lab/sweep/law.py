@@ -30,7 +30,8 @@ RIVALS = {"gain": (-1.0, 0.0), "rank": (-0.125, 0.125, 0.5), "step": (-0.5,)}
 
 In the gain G: -1 (the law of the first step) and 0 (the rate does not depend on G). In the rank at fixed G: 1/2
 (cross-talk dominates), and -1/8 and 1/8, the smallest exponents that a user would notice: from rank 8 to 128 they
-change the rate by a factor of 1.4, which costs a few thousandths of a nat. In the number of steps: -1/2 (a random walk).
+change the rate by a factor of 1.4, which costs a few thousandths of a nat. In the number of steps: -1/2 (a random
+walk).
 """
 
 

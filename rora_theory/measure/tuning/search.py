@@ -96,9 +96,9 @@ def tune(
 ) -> Tuning:
     """Find the learning rate of a planned LoRA run: what public sweeps lead to expect, updated by a short probe.
 
-    The prior is the best rate of public models by size, transferred to the planned run (`measure.tuning.prior`). The probe
-    trains adapters of a small rank at the planned run's gain for a few steps, at several learning rates, on the same
-    batches in the same order. Its held-out losses update the prior (`measure.tuning.posterior`): losses that say
+    The prior is the best rate of public models by size, transferred to the planned run (`measure.tuning.prior`). The
+    probe trains adapters of a small rank at the planned run's gain for a few steps, at several learning rates, on the
+    same batches in the same order. Its held-out losses update the prior (`measure.tuning.posterior`): losses that say
     nothing leave it as it was. The cost is at most ``budget`` of the planned run, evaluations included; it is stated
     before the probe starts with what the probe is expected to gain. A budget of 0 returns the prior and trains nothing.
 
