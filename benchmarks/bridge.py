@@ -42,8 +42,6 @@ CASES: tuple[Case, ...] = get_args(Case)
 
 @dataclass(frozen=True)
 class BridgeOptions:
-    """Settings of the benchmark."""
-
     data: tuple[str, ...]
     """.json or .jsonl files in the LLM-Adapters schema"""
     model: str = "smollm2-135m"

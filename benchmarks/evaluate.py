@@ -35,8 +35,6 @@ from sims.common import cli
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions:
-    """Settings of the benchmark."""
-
     model: str = "smollm2-135m"
     """Model of all sides"""
     data_dir: Path = Path("commonsense")

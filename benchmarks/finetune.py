@@ -36,8 +36,6 @@ Part = Literal["tokens", "text", "methods"]
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneOptions:
-    """Settings of the benchmark."""
-
     data: tuple[str, ...] = ()
     """Training files in the LLM-Adapters schema"""
     model: str = "smollm2-135m"

@@ -58,8 +58,6 @@ CLOSING = 12.0
 
 @dataclass(frozen=True)
 class GpuOptions:
-    """Settings of the benchmark."""
-
     out: Path = Path("gpu.jsonl")
     """File of JSON lines, to which the records are appended"""
     minutes: float = 9.0

@@ -33,8 +33,6 @@ from sims.common import cli
 
 @dataclasses.dataclass(frozen=True)
 class HarnessParityOptions:
-    """Settings of the benchmark."""
-
     model: str = "smollm2-135m"
     """Model of both sides"""
     data_dir: Path = Path("commonsense")

@@ -33,8 +33,6 @@ PEER_BASES = ("float32", "bfloat16", "int8", "nf4")
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """Settings of the benchmark."""
-
     model: str = "smollm2-135m"
     """Model to train; this package's side uses its shapes only"""
     rounds: Count = 3

@@ -30,8 +30,6 @@ BOUND = 1.15
 
 @dataclass(frozen=True)
 class MethodsOptions:
-    """Settings of the benchmark."""
-
     model: str = "smollm2-135m"
     """Model to train"""
     methods: tuple[str, ...] = METHODS

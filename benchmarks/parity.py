@@ -60,8 +60,6 @@ largest entry, of a loss relative to itself."""
 
 @dataclasses.dataclass(frozen=True)
 class ParityOptions:
-    """Settings of the benchmark."""
-
     model: str = "smollm2-135m"
     """Model for both sides."""
     rank: int = 8

@@ -65,8 +65,6 @@ PROMPT_COUNT, PROMPT_LENGTH, NEW_TOKENS = 16, 8, 24
 
 @dataclass(frozen=True)
 class ServingOptions:
-    """Settings of the benchmark."""
-
     llama_cpp: Path
     """Source tree of llama.cpp"""
     out: Path | None = None

@@ -214,8 +214,6 @@ TREND = "flat in the rank, band"
 
 @dataclass(frozen=True)
 class VerdictRulesOptions:
-    """Settings of the benchmark."""
-
     out: Path | None = None
     """Folder for the tables"""
     sweeps: int = 250

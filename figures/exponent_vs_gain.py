@@ -47,7 +47,7 @@ class ExponentVsGainOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        check_list("--ranks", self.ranks, check_integer, fewest=0)
+        check_list("ranks", self.ranks, check_integer, fewest=0)
 
 
 def draw_exponent_vs_gain(config: ExponentVsGainOptions) -> Sequence[Path]:

@@ -35,8 +35,8 @@ class HorizonLossOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        check_list("--ranks", self.ranks, check_integer)
-        check_list("--gains", self.gains, check_positive)
+        check_list("ranks", self.ranks, check_integer)
+        check_list("gains", self.gains, check_positive)
 
 
 def draw_horizon_loss(config: HorizonLossOptions) -> Sequence[Path]:

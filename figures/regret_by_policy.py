@@ -69,9 +69,9 @@ class RegretByPolicyOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        check_list("--changes", self.changes)
+        check_list("changes", self.changes)
         for value in itertools.chain(*self.changes):
-            check_positive("--changes", value)
+            check_positive("changes", value)
 
 
 def draw_regret_by_policy(config: RegretByPolicyOptions) -> Sequence[Path]:

@@ -33,7 +33,7 @@ class ScalingDiagramOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        check_list("--ranks", self.ranks, check_integer)
+        check_list("ranks", self.ranks, check_integer)
 
 
 def draw_scaling_diagram(config: ScalingDiagramOptions) -> Sequence[Path]:

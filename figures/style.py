@@ -170,9 +170,12 @@ def command(draw: Callable[[Options], Sequence[Path]], config: type[Options], de
 
     def draw_parsed() -> None:
         parsed = cli.parse(config, description=description or "")
-        if (out := getattr(parsed, "out", None)) is not None:
-            check_output_folder(out)
-        main(draw, parsed)
+        try:
+            if (out := getattr(parsed, "out", None)) is not None:
+                check_output_folder(out)
+            main(draw, parsed)
+        except InputError as error:
+            raise cli.with_options(error, config) from None
 
     cli.run_command(draw_parsed)
 

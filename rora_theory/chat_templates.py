@@ -29,8 +29,8 @@ CHATML = (
 """OpenAI's ChatML, for models without a template. Most tokenizers have no tokens for its markers."""
 
 TEMPLATE_ADVICE = (
-    "Pass --chat-template FILE (a Jinja file) or --chat-template chatml, or, for one question and its answer, "
-    "--template clean or plain."
+    "Pass chat_template FILE (a Jinja file) or chat_template chatml, or, for one question and its answer, "
+    "template clean or plain."
 )
 """Advice in the errors about a missing or invalid template."""
 
@@ -90,7 +90,6 @@ class ChatTemplate:
         where: str = "chat template",
         now: datetime | None = None,
     ) -> None:
-        """Compile the source."""
         self.source, self.where, self._tokens, self._now = source, where, dict(tokens or {}), now
         self.uses_date = "strftime_now" in source
         self.has_generation_blocks = _GENERATION_BLOCK.search(source) is not None
@@ -169,7 +168,7 @@ class ChatTemplate:
             index = min(other_roles)
             raise InputError(
                 f"messages {index}: weight must not be 0 in a turn of {messages[index].get('role')}, as the loss is on "
-                f"all turns. Set it to 0 only in turns of {ASSISTANT}, or pass --loss-on answer."
+                f"all turns. Set it to 0 only in turns of {ASSISTANT}, or set loss_on to answer."
             )
         text, spans = self._locate_turns(messages, tools, turns, sorted(ignored))
         # The complement: the parts between the turns that are left out.
@@ -253,7 +252,7 @@ class ChatTemplate:
             return begin, end + len(turn_end)
         raise InputError(
             f"messages {index}: the chat template writes this turn differently when other turns follow, so its tokens "
-            "cannot be located. Pass a template with {% generation %} blocks (--chat-template), or --loss-on all."
+            "cannot be located. Pass a template with {% generation %} blocks (chat_template), or set loss_on to all."
         )
 
     def _split_at_content(
@@ -288,7 +287,7 @@ class ChatTemplate:
             raise InputError(
                 f"messages {len(messages)}: the chat template changes the earlier turns if add_generation_prompt is "
                 "true, so this turn's tokens cannot be located. Pass a template that appends the generation prompt or "
-                "has {% generation %} blocks (--chat-template), or --loss-on all."
+                "has {% generation %} blocks (chat_template), or set loss_on to all."
             )
         return prompt_text.removeprefix(chat_text)
 

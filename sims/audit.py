@@ -20,8 +20,6 @@ NAME = "audit"
 
 @dataclass(frozen=True)
 class AuditOptions:
-    """Options of the audit."""
-
     out: cli.Out = None
 
 

@@ -40,8 +40,6 @@ SPLITS = {"train": "training", "held_out": "held-out"}
 
 @dataclass(frozen=True)
 class CoordinateCheckOptions:
-    """Options of the check. Separate the values of a list with spaces."""
-
     data: cli.Data
     model: cli.ModelName = "smollm2-135m"
     revision: cli.Revision = None
@@ -53,7 +51,7 @@ class CoordinateCheckOptions:
     out: cli.Out = None
 
     def __post_init__(self) -> None:
-        check_list("--targets", self.targets)
+        check_list("targets", self.targets)
 
 
 def check_coordinates(config: CoordinateCheckOptions) -> None:

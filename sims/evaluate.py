@@ -37,8 +37,6 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Options of the evaluation."""
-
     model: cli.ModelName = "smollm2-135m"
     adapter: Path | None = None
     """Folder of an adapter in PEFT's format; by default, the model is scored without an adapter"""

@@ -43,8 +43,6 @@ ADVICE, KEEP = "rora transfer", "keep the rate"
 
 @dataclass(frozen=True)
 class EvidenceOptions:
-    """Options of the evidence."""
-
     add: Path | None = None
     """Table of your own runs, as CSV; it is reported instead of the public sweeps"""
     originals: Path | None = None

@@ -65,7 +65,7 @@ class FinetuneOptions:
     processes: ProcessConfig = field(default_factory=ProcessConfig)
 
     def __post_init__(self) -> None:
-        check_ranges(self, str)
+        check_ranges(self)
         trackers.check_tracker(self.log_to)
         check_warmup(self.training.warmup, self.training.steps or inf)
         self.output.check_training(self.training)

@@ -17,8 +17,6 @@ from sims.common import cli
 
 @dataclass(frozen=True)
 class Training(sweep.Training):
-    """Options of the training runs."""
-
     batch_size: int = SMALL_BATCH_SIZE
     warmup: int = 4
     schedule: Any = "constant"
@@ -32,8 +30,6 @@ class Training(sweep.Training):
 
 @dataclass(frozen=True)
 class HorizonOptions(sweep.SweepOptions):
-    """Options of the matrix."""
-
     data: cli.Data
     design: Any = "horizon"
     train_records: int | None = 2048

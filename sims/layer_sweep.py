@@ -32,8 +32,6 @@ NAME = "layer_sweep"
 
 @dataclass(frozen=True)
 class LayerSweepOptions:
-    """Options of the sweep over real layers. Separate the values of a list with spaces."""
-
     layers: Path
     """.npz file of the layers' gradients and inputs"""
     grid: StepGrid = field(default_factory=StepGrid)

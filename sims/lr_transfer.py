@@ -66,13 +66,11 @@ class RateGrid(ControlledGrid):
         if len(self.models) > 1:
             raise InputError(f"--models must be a single one, got {' '.join(self.models)}")
         for option in ("adam_lrs", "sgd_lrs"):
-            check_list(f"--{option.replace('_', '-')}", getattr(self, option), check_positive, fewest=3)
+            check_list(option, getattr(self, option), check_positive, fewest=3)
 
 
 @dataclass(frozen=True)
 class LrTransferOptions:
-    """Options of the training. Separate the values of a list with spaces."""
-
     grid: RateGrid = field(default_factory=RateGrid)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     judge: JudgedLoss = "held_out"

@@ -19,8 +19,6 @@ from sims.common import answers, cli
 
 @dataclass(frozen=True)
 class PortableOptions:
-    """Options of the rewriting."""
-
     adapter: Annotated[Path, tyro.conf.Positional]
     """Folder of an adapter in PEFT's format"""
     out: Path

@@ -35,8 +35,6 @@ NAME, MODEL = "prune", "model"
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """Options of the pruning."""
-
     text: tuple[str, ...]
     """Calibration text: .txt files, or training records (.json, .jsonl, hf://datasets/...), which become prompts"""
     model: cli.ModelName = "smollm2-135m"

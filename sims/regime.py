@@ -61,8 +61,6 @@ LAYERS_PER_CELL = 8
 
 @dataclass(frozen=True)
 class RegimeOptions:
-    """Options of the measurement."""
-
     data: cli.Data
     model: cli.ModelName = "smollm2-135m"
     revision: cli.Revision = None
@@ -85,9 +83,9 @@ class RegimeOptions:
     out: cli.Out = None
 
     def __post_init__(self) -> None:
-        check_list("--targets", self.targets)
+        check_list("targets", self.targets)
         if self.layers is not None:
-            check_list("--layers", self.layers, partial(check_integer, minimum=0))
+            check_list("layers", self.layers, partial(check_integer, minimum=0))
         if self.adapter is not None and not self.adapter.is_dir():
             raise InputError(f"--adapter must be the folder of an adapter in PEFT's format, got {self.adapter}")
 
@@ -99,7 +97,6 @@ class RegimeCell:
     layers: tuple[int, ...]
 
     def __str__(self) -> str:
-        """Return the label of the cell, as progress messages show it."""
         return f"layers {listed(self.layers)}"
 
 

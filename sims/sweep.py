@@ -53,8 +53,6 @@ _Shared: Any = cli.without_options(FinetuneConfig, *CELL_SETTINGS)
 
 @dataclass(frozen=True)
 class Training(_Shared):
-    """Options of the training runs of all cells."""
-
     held_out: int = 512
     """Number of records of the training files that are held out for the validation loss, the same for every cell"""
     checkpoint_every: int = 500

@@ -33,8 +33,6 @@ QUANTITY_LABELS = {"output_train": "training", "output_held_out": "held-out", "d
 
 @dataclass(frozen=True)
 class TrainingDynamicsOptions:
-    """Options of the training. Separate the values of a list with spaces."""
-
     grid: ControlledGrid = field(default_factory=ControlledGrid)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     out: cli.Out = None

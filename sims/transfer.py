@@ -70,8 +70,8 @@ class TransferOptions(TransferConfig):
         if self.write is not None and self.from_ is None:
             raise InputError(f"--write {self.write} requires --from with the file to change")
         check_ranges(self)
-        check_list("--seeds", self.seeds, check_seed, fewest=2)
-        check_seed("--seed", self.seed)
+        check_list("seeds", self.seeds, check_seed, fewest=2)
+        check_seed("seed", self.seed)
         # Options of the check have no effect without it.
         if not self.check:
             check_unread(self, "reading", "check_batch_size", "seeds", "seed", "out", requires="--check")

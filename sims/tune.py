@@ -100,8 +100,8 @@ class PlannedRun:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        check_seed("--seed", self.seed)
-        check_list("--targets", self.targets)
+        check_seed("seed", self.seed)
+        check_list("targets", self.targets)
         check_warmup(self.warmup, self.steps)
         check_between("--dropout", self.dropout, 0, 1, closed="left")
         check_between("--budget", self.budget, 0, 1)

@@ -32,8 +32,6 @@ NAME = "variance_sweep"
 
 @dataclass(frozen=True)
 class VarianceSweepOptions:
-    """Options of the simulation. Separate the values of a list with spaces."""
-
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     out: cli.Out = None

@@ -70,7 +70,7 @@ def test_a_sweep() -> None:
     ("best", "verdicts", "law", "sentence"),
     [
         (0, [], True, "No rank and gamma r has runs at three learning rates yet (5 runs in all)."),
-        (2, [], False, "5 runs give 2 best rates. Pass --regime to compare their exponents with the law."),
+        (2, [], False, "5 runs give 2 best rates. Pass a run of sims.regime to compare them with the law."),
         (2, [], True, "No two best rates of the 5 runs can be compared yet."),
         (
             2,

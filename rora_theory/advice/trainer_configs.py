@@ -502,7 +502,7 @@ def _integer_message(document: _Document, advice: Advice) -> str:
     rule, alpha = ("rslora", advice.alpha) if advice.is_rslora else ("lora", advice.lora_alpha)
     return (
         f"{document.path}: {document.format} requires an integer lora_alpha, got {advice.lora_alpha:.6g} from the "
-        f"advice. Set the new rule to {rule} and the new alpha to {max(1, round(alpha))} (--to-rule, --to-alpha): the "
+        f"advice. Set the new rule to {rule} and the new alpha to {max(1, round(alpha))} (to_rule, to_alpha): the "
         "learning rate then compensates."
     )
 

@@ -58,11 +58,11 @@ class RankGrid:
     """Rank at which all rules have the same scaling factor"""
 
     def __post_init__(self) -> None:
-        check_list("--ranks", self.ranks, check_integer, fewest=2)
+        check_list("ranks", self.ranks, check_integer, fewest=2)
         check_rules(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
-        check_list("--optimizers", self.optimizers, partial(check_choice, choices=OPTIMIZER_NAMES))
+        check_list("optimizers", self.optimizers, partial(check_choice, choices=OPTIMIZER_NAMES))
         check_steps(self.steps)
-        check_list("--seeds", self.seeds, check_seed, fewest=2)
+        check_list("seeds", self.seeds, check_seed, fewest=2)
         check_ranges(self)
 
     def alpha(self, rule: Rule) -> float:
@@ -100,7 +100,7 @@ class StepGrid:
     """Seed of the random draws"""
 
     def __post_init__(self) -> None:
-        check_list("--ranks", self.ranks, check_integer)
+        check_list("ranks", self.ranks, check_integer)
         check_rules(self.rules)
         for name, known, fewest in (("optimizers", OPTIMIZERS, 1), ("inits", INITS, 0)):
             check_list(f"--{name}", getattr(self, name), partial(check_choice, choices=known), fewest=fewest)
@@ -108,24 +108,24 @@ class StepGrid:
         # Sampling stops at a precision or at a number of draws, whose limits match.
         if self.relative_error is not None and self.relative_error < MIN_RELATIVE_ERROR:
             raise InputError(
-                f"--relative-error must be at least {MIN_RELATIVE_ERROR:.0e} (about {MAX_DRAWS:,} draws), "
+                f"relative_error must be at least {MIN_RELATIVE_ERROR:.0e} (about {MAX_DRAWS:,} draws), "
                 f"got {self.relative_error}"
             )
         if self.draws is not None:
             if self.draws > MAX_DRAWS:
                 raise InputError(
-                    f"--draws must be at most {MAX_DRAWS:,} (a relative error of {MIN_RELATIVE_ERROR:.0e} in E[w^2], "
+                    f"draws must be at most {MAX_DRAWS:,} (a relative error of {MIN_RELATIVE_ERROR:.0e} in E[w^2], "
                     f"one hundredth of the default), got {self.draws}"
                 )
-            check_unread(self, "relative_error", conflicts_with="--draws")
-        check_seed("--seed", self.seed)
+            check_unread(self, "relative_error", conflicts_with="draws")
+        check_seed("seed", self.seed)
         # Size of every scaling and step, as decimal exponents.
         for rank, optimizer in itertools.product(self.ranks, self.optimizers):
             for _, gamma in self.scalings(rank):
                 power = math.log10(self.lr) + scaling_power(optimizer) * math.log10(gamma)
                 if max(abs(power), abs(math.log10(gamma))) > MAX_EXPONENT_OF_TEN:
                     raise InputError(
-                        f"--alpha {self.alpha:g} and --lr {self.lr:g} give gamma {gamma:.1e} and a step of "
+                        f"alpha {self.alpha:g} and lr {self.lr:g} give gamma {gamma:.1e} and a step of "
                         f"1e{power:.0f} at rank {rank} under {optimizer}. Both must be from "
                         f"1e-{MAX_EXPONENT_OF_TEN} to 1e{MAX_EXPONENT_OF_TEN}: float32 must represent their squares."
                     )

@@ -89,7 +89,6 @@ class FirstStep:
     seed: int
 
     def __str__(self) -> str:
-        """Return the label of the step, as progress messages show it."""
         return f"{self.plan}, seed {self.seed}"
 
 

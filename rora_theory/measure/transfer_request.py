@@ -23,7 +23,7 @@ from rora_theory.laws.layers.layer_data import Split
 from rora_theory.optimizers import SCHEDULES, OptimizerName, Schedule, parse_optimizer
 from rora_theory.scaling import Rule, exponent
 from rora_theory.validation.ranges import Count, NotNegative, Positive, check_ranges
-from rora_theory.validation.rules import as_words, check_unread, option_of
+from rora_theory.validation.rules import as_words, check_unread
 
 logger = logging.getLogger(__name__)
 
@@ -92,15 +92,14 @@ class TransferConfig:
     """Displacement constant K of your own runs; the default is the published one"""
 
     def __post_init__(self) -> None:
-        """Normalise the name of the optimizer, and validate the settings."""
         if self.optimizer is not None:
             object.__setattr__(self, "optimizer", parse_optimizer(self.optimizer))
         check_ranges(self)
-        for option, rule in (("--rule", self.rule), ("--to-rule", self.to_rule)):
+        for option, rule in (("rule", self.rule), ("to_rule", self.to_rule)):
             if rule is not None:
                 exponent(rule, option)
         if self.regime in REGIMES:
-            check_unread(self, "split", "per", requires="--regime RUN")
+            check_unread(self, "split", "per", requires="regime")
 
 
 DEFAULT = SavedSetting(8, 16.0, "lora", "kaiming_uniform", None, (), learning_rate=3e-4, optimizer="adamw")
@@ -147,8 +146,7 @@ def read_tuned(config: TransferConfig) -> tuple[Setting, str | list[str] | None,
         option, key = getattr(config, name), COMPARISON_KEYS.get(name, lambda value: value)
         if config.from_ is not None and None not in (option, saved_value) and key(option) != key(saved_value):
             raise InputError(
-                f"{option_of(name)} is {as_words(option)}, but {config.from_} has {as_words(saved_value)}. "
-                "Remove one of the two."
+                f"{name} is {as_words(option)}, but {config.from_} has {as_words(saved_value)}. Remove one of the two."
             )
         values[name] = saved_value if option is None else option
     for remark in saved.remarks:
@@ -156,7 +154,7 @@ def read_tuned(config: TransferConfig) -> tuple[Setting, str | list[str] | None,
     # An adapter's configuration has neither a learning rate nor an optimizer.
     if values["lr"] is None:
         logger.warning(
-            f"{config.from_} has no learning rate: {DEFAULT.learning_rate:g} is used; pass the tuned one as --lr"
+            f"{config.from_} has no learning rate: {DEFAULT.learning_rate:g} is used; pass the tuned one as lr"
         )
     values["lr"] = values["lr"] or DEFAULT.learning_rate
     values["optimizer"] = values["optimizer"] or DEFAULT.optimizer

@@ -80,11 +80,11 @@ class SimulationConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        check_list("--overlaps", self.overlaps, partial(check_between, low=-1, high=1))
+        check_list("overlaps", self.overlaps, partial(check_between, low=-1, high=1))
         if self.sampler == "reduced":
             for init in self.grid.inits:
                 if not entries(init, rank=1, p_in=1).is_normal:
-                    raise InputError(f"--sampler reduced requires --inits normal or gaussian, got {init}")
+                    raise InputError(f"sampler reduced requires inits normal or gaussian, got {init}")
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,6 @@ class SimulationCell:
     steps: tuple[sampling.RandomStep, ...] = ()
 
     def __str__(self) -> str:
-        """Return the label of the cell, as progress messages show it."""
         step = "separate steps of all rules" if self.steps else self.setting.optimizer
         return f"{step}, overlap {self.setting.overlap:g}, r = {self.setting.rank}"
 

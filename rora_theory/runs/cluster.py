@@ -74,24 +74,23 @@ class ClusterConfig:
     """GiB of memory reserved for a cell; by default memory is not reserved"""
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
-        check_integer("--workers", self.workers, maximum=MAX_WORKERS)
+        check_integer("workers", self.workers, maximum=MAX_WORKERS)
         check_ranges(self)
         if self.cell_gpus:
-            check_positive("--cell-gpus", self.cell_gpus)
+            check_positive("cell_gpus", self.cell_gpus)
         if self.cell_memory is not None:
-            check_positive("--cell-memory", self.cell_memory)
+            check_positive("cell_memory", self.cell_memory)
         if self.address is None:
             return
         # On a cluster, the resources of a cell determine how many run at a time.
         if self.workers > 1:
             raise InputError(
-                f"--workers {self.workers} cannot be combined with --address. On a cluster, set how many cells a node "
-                "computes with --cell-cpus, --cell-gpus and --cell-memory."
+                f"workers {self.workers} cannot be combined with address. On a cluster, set how many cells a node "
+                "computes with cell_cpus, cell_gpus and cell_memory."
             )
         host, _, port = self.address.rpartition(":")
         if self.address != "auto" and not (host and port.isdecimal() and "/" not in host):
-            raise InputError(f"--address must be HOST:PORT of `ray start --head`, or auto, got {self.address!r}")
+            raise InputError(f"address must be HOST:PORT of `ray start --head`, or auto, got {self.address!r}")
 
     def runner(self) -> Runner:
         """Return the runner of the cells, and start Ray or connect to the cluster if it is needed.
@@ -122,8 +121,7 @@ class ClusterConfig:
             # A cluster may get another node with the resources; this machine will not.
             if self.address is None:
                 raise InputError(
-                    f"a cell needs {wanted}, more than this machine has. Lower --cell-cpus, --cell-gpus or "
-                    "--cell-memory."
+                    f"a cell needs {wanted}, more than this machine has. Lower cell_cpus, cell_gpus or cell_memory."
                 )
             logger.warning("no node of the cluster has what a cell needs (%s); cells wait for one", wanted)
         return RayRunner(needs)
@@ -146,7 +144,7 @@ def _connect(config: ClusterConfig) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise InputError(f"--workers and --address need Ray: {extras.missing_message(error)}") from error
+        raise InputError(f"workers and address need Ray: {extras.missing_message(error)}") from error
     if ray.is_initialized():
         return ray
     before = signal.getsignal(signal.SIGTERM)
@@ -169,8 +167,8 @@ def _connect(config: ClusterConfig) -> Any:
         leave()
         reason = " ".join(str(error).split()).rstrip(".")
         if config.address is None:
-            raise InputError(f"--workers {config.workers}: Ray does not start on this machine ({reason})") from error
-        raise InputError(f"--address {config.address}: {reason}. Pass HOST:PORT of `ray start --head`.") from error
+            raise InputError(f"workers {config.workers}: Ray does not start on this machine ({reason})") from error
+        raise InputError(f"address {config.address}: {reason}. Pass HOST:PORT of `ray start --head`.") from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # restore the handler that Ray replaces

@@ -22,7 +22,7 @@ def pick(count: int | None) -> list[jax.Device]:
       InputError: The count is below 1 or exceeds the number of devices.
     """
     if count is not None:
-        check_integer("--devices", count, maximum=MAX_DEVICES)
+        check_integer("devices", count, maximum=MAX_DEVICES)
     # Cores that this process may use, which a scheduler or container may limit.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):  # the backend is already initialised: use its devices
@@ -30,7 +30,7 @@ def pick(count: int | None) -> list[jax.Device]:
     devices = jax.devices()
     if count is not None and count > len(devices):
         raise InputError(
-            f"--devices must be at most {len(devices)}, the number of {devices[0].platform} devices, got {count}"
+            f"devices must be at most {len(devices)}, the number of {devices[0].platform} devices, got {count}"
         )
     return devices[: count or len(devices)]
 

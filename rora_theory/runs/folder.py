@@ -88,7 +88,6 @@ class RunFolder:
     def __init__(
         self, path: Path, identity: str, manifest: dict[str, Any], lock_descriptor: int, *, resumed: bool
     ) -> None:
-        """Initialise an open folder; use `open` instead."""
         self.path, self.identity, self.resumed = path, identity, resumed
         self._manifest, self._lock = manifest, lock_descriptor
         self._opened_at = time.monotonic()

@@ -51,7 +51,7 @@ def _open_locked(folder: Path) -> int:
     except BlockingIOError:
         os.close(descriptor)
         raise InputError(
-            f"{folder}: is in use by {_describe_owner(path)}. Wait until it has ended, or pass another --out."
+            f"{folder}: is in use by {_describe_owner(path)}. Wait until it has ended, or use another folder."
         ) from None
     except OSError as error:
         os.close(descriptor)

@@ -17,7 +17,6 @@ from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from rora_theory.scaling import check_integer, check_not_negative, check_positive, check_share
-from rora_theory.validation.rules import option_of
 
 Check = Callable[[str, Any], None]
 """Function of a name and a value that raises `InputError` unless the value is in range."""
@@ -36,13 +35,11 @@ Share = Annotated[float, check_share]
 """Number above 0 and at most 1."""
 
 
-def check_ranges(config: Any, name_field: Callable[[str], str] = option_of) -> None:
+def check_ranges(config: Any) -> None:
     """Check every field of a dataclass whose type declares a range. Optional fields may be None.
 
     Args:
       config: Dataclass instance.
-      name_field: Function that returns the name of a field for error messages; by default its option, such as
-        ``--batch-size``.
 
     Raises:
       InputError: A value is out of its range.
@@ -54,13 +51,13 @@ def check_ranges(config: Any, name_field: Callable[[str], str] = option_of) -> N
       ...     batch_size: Count = 16
       >>> check_ranges(Settings(0))
       Traceback (most recent call last):
-      rora_theory.errors.InputError: --batch-size must be an integer of 1 or more, got 0
+      rora_theory.errors.InputError: batch_size must be an integer of 1 or more, got 0
     """
     kind: Any = type(config)
     for name, (check, optional) in _ranges(kind).items():
         value = getattr(config, name)
         if value is not None or not optional:
-            check(name_field(name), value)
+            check(name, value)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Validate lists of ranks, steps, seeds and scaling rules, and options that have no effect.
+"""Validate lists of ranks, steps, seeds and scaling rules, and settings that have no effect.
 
 Scaling rules give the same gamma at a reference rank, so that runs differ in the exponent alone.
 """
@@ -31,14 +31,11 @@ def name_of(rule: Rule) -> str:
     return rule if isinstance(rule, str) else f"{rule:g}"
 
 
-def check_rules(
-    rules: Sequence[Rule], option: str = "--rules", *, gamma: float | None = None, reference_rank: int = 1
-) -> None:
+def check_rules(rules: Sequence[Rule], *, gamma: float | None = None, reference_rank: int = 1) -> None:
     """Check that there is a rule, that all have different exponents, and that each has an alpha.
 
     Args:
       rules: Rules to check.
-      option: Name of the option, for the error.
       gamma: Scaling that every rule has at ``reference_rank``, see `alpha_at`; None checks no alpha.
       reference_rank: Rank of that scaling.
 
@@ -46,13 +43,13 @@ def check_rules(
       InputError: There is no rule, two have the same exponent, or one has no alpha.
     """
     if not rules:
-        raise InputError(f"{option} must have at least one rule, got none")
+        raise InputError("rules must have at least one rule, got none")
     for rule in rules:
-        exponent(rule, option)
+        exponent(rule, "rules")
     # Compare exponents, not names: "rora" and 0.5 are the same rule.
     if len({exponent(rule) for rule in rules}) != len(rules):
         names = " ".join(map(name_of, rules))
-        raise InputError(f"{option} must have different rules, got one rule twice: {names}")
+        raise InputError(f"rules must have different rules, got one rule twice: {names}")
     if gamma is not None:
         for rule in rules:
             alpha_at(rule, gamma=gamma, reference_rank=reference_rank)
@@ -64,14 +61,9 @@ def alpha_at(rule: Rule, *, gamma: float, reference_rank: int) -> float:
     Raises:
       InputError: The scaling or the rank is out of range.
     """
-    check_positive("--gamma", gamma)
-    check_integer("--reference-rank", reference_rank)
+    check_positive("gamma", gamma)
+    check_integer("reference_rank", reference_rank)
     return alpha_for(rule, scaling=gamma, rank=reference_rank)
-
-
-def option_of(name: str) -> str:
-    """Return the name of the command-line option of a dataclass's field."""
-    return "--" + name.replace("_", "-")
 
 
 def as_words(value: object) -> str:
@@ -91,31 +83,30 @@ def listed(values: Sequence[int]) -> str:
 
 
 def check_unread(config: Any, *names: str, requires: str = "", conflicts_with: str = "") -> None:
-    """Raise `InputError` if an option that has no effect differs from its default. Pass one of the two reasons.
+    """Raise `InputError` if a setting that has no effect differs from its default. Pass one of the two reasons.
 
     Args:
       config: Dataclass instance.
-      *names: Names of its fields; a field that is a dataclass stands for all its options.
-      requires: Missing option without which the fields have no effect.
-      conflicts_with: Present option with which the fields have no effect.
+      *names: Names of its fields; a field that is a dataclass stands for all its fields.
+      requires: Missing setting without which the fields have no effect.
+      conflicts_with: Present setting with which the fields have no effect.
 
     Raises:
       InputError: A field differs from its default.
     """
-    # Report the first option that differs from its default, with the reason that the caller passes.
+    # Report the first field that differs from its default, with the reason that the caller passes.
     for field in fields(config):
         if field.name in names:
             default = field.default if field.default_factory is MISSING else field.default_factory()
             for name, value in _changed(field.name, getattr(config, field.name), default):
-                option = option_of(name)
-                reason = f"without {requires}. Add {requires} or remove {option}."
+                reason = f"without {requires}. Add {requires} or remove {name}."
                 if conflicts_with:
-                    reason = f"with {conflicts_with}. Remove {option} or {conflicts_with}."
-                raise InputError(f"{option} {as_words(value)} has no effect {reason}")
+                    reason = f"with {conflicts_with}. Remove {name} or {conflicts_with}."
+                raise InputError(f"{name} {as_words(value)} has no effect {reason}")
 
 
 def _changed(name: str, value: Any, default: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the options of a value that differ from its default, with their values."""
+    """Yield the fields of a value that differ from its default, with their values."""
     if is_dataclass(value):
         for field in fields(value):
             yield from _changed(field.name, getattr(value, field.name), getattr(default, field.name))
@@ -124,14 +115,14 @@ def _changed(name: str, value: Any, default: Any) -> Iterator[tuple[str, Any]]:
 
 
 def check_list(
-    option: str, values: Sequence[Any], check: Callable[[str, Any], None] | None = None, *, fewest: int = 1
+    name: str, values: Sequence[Any], check: Callable[[str, Any], None] | None = None, *, fewest: int = 1
 ) -> None:
     """Check the number of values, that all are different, and each value.
 
     Args:
-      option: Name of the option, for the error.
+      name: Name of the argument, for the error.
       values: Values to check.
-      check: Function of the option and one value that raises `InputError`, such as `scaling.check_positive`. It may be
+      check: Function of the name and one value that raises `InputError`, such as `scaling.check_positive`. It may be
         a partial call, such as that of `scaling.check_choice` with the supported values.
       fewest: Minimum number of values.
 
@@ -139,12 +130,12 @@ def check_list(
       InputError: There are too few values, a value occurs twice, or ``check`` refuses one.
     """
     if len(values) < fewest:
-        raise InputError(f"{option} must have {fewest} or more values, got {len(values)}")
+        raise InputError(f"{name} must have {fewest} or more values, got {len(values)}")
     if len(set(values)) != len(values):
-        raise InputError(f"{option} must have different values, got {' '.join(map(str, values))}")
+        raise InputError(f"{name} must have different values, got {' '.join(map(str, values))}")
     if check is not None:
         for value in values:
-            check(option, value)
+            check(name, value)
 
 
 def check_steps(steps: Sequence[int], name: str = "steps") -> None:

@@ -7,6 +7,7 @@ import errno
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import typing
@@ -97,7 +98,7 @@ def parse(config: type[Options], argv: Sequence[str] | None = None, *, descripti
         while cause is not None and not isinstance(cause, InputError):
             cause = cause.__context__
         if cause is not None:
-            raise cause from None
+            raise with_options(cause, config) from None
         print(errors.getvalue(), end="", file=sys.stderr)
         raise
     if shared.json:
@@ -151,10 +152,40 @@ def command(config: type[Options], work: Callable[[Options], object], descriptio
       The function, see `run_command`.
     """
 
+    def parse_and_work(argv: Sequence[str] | None) -> None:
+        parsed = parse(config, argv, description=(description or "").strip())
+        try:
+            work(parsed)
+        except InputError as error:
+            raise with_options(error, config) from None
+
     def main(argv: Sequence[str] | None = None) -> None:
-        run_command(lambda: work(parse(config, argv, description=(description or "").strip())))
+        run_command(lambda: parse_and_work(argv))
 
     return main
+
+
+def with_options(error: InputError, config: type) -> InputError:
+    """Write the names of arguments in an error as options: at its beginning, and elsewhere those of several words."""
+    names = set(_field_names(config))
+
+    def as_option(match: re.Match[str]) -> str:
+        name = match[0]
+        is_argument = name in names and ("_" in name or match.start() == 0)
+        return f"--{name.strip('_').replace('_', '-')}" if is_argument else name
+
+    error.args = (re.sub(r"(?<![\w./'\"-])[a-zA-Z_]+(?![\w./'\":(-])", as_option, str(error)), *error.args[1:])
+    return error
+
+
+def _field_names(config: type) -> Iterator[str]:
+    """Yield the names of the fields of a dataclass and of all dataclasses nested in it."""
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        if dataclasses.is_dataclass(kind := hints[field.name]):
+            yield from _field_names(typing.cast(type, kind))
+        else:
+            yield field.name
 
 
 class _Terminated(KeyboardInterrupt):

@@ -128,7 +128,6 @@ class BatchConfig:
     and prompt-response records, otherwise plain"""
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         check_ranges(self)
 
 

@@ -29,7 +29,7 @@ BASE = {
 """Words of each command that are right."""
 
 CASES = [
-    ("coordinate_check", "--held-out 40", "held_out .* 40, got 40"),
+    ("coordinate_check", "--held-out 40", "--held-out .* 40, got 40"),
     ("coordinate_check", "--model nowhere/at/all", "nowhere/at/all"),
     ("coordinate_check", "--targets z_proj", "z_proj"),
     ("coordinate_check", "--targets q_proj q_proj", "--targets .*q_proj q_proj"),
@@ -39,14 +39,14 @@ CASES = [
     ("evaluate", "--model /nowhere", "/nowhere: no such path"),
     ("evaluate", "--protocol label --num-beams 8", "--num-beams 8 .* --protocol label"),
     ("evaluate", "--protocol harness --max-new-tokens 8", "--max-new-tokens 8 .* --protocol harness"),
-    ("finetune", "--held-out 40", "held_out .* 40, got 40"),
+    ("finetune", "--held-out 40", "--held-out .* 40, got 40"),
     ("finetune", "--model TRUNCATED", "TRUNCATED"),
     ("finetune", "--model nowhere", "nowhere"),
     ("finetune", "--rank 17", "rank .* 16 at model.layers.0"),
     ("finetune", "--targets w_proj", "'w_proj', which matches no module"),
     ("finetune", "--warmup 99 --steps 2", "warmup .* 2, got 99"),
     ("finetune", "--warmup 12 --epochs 3", "warmup .* 12, got 12"),
-    ("finetune", "--method dora --serve-as portable", "serve_as portable .* dora"),
+    ("finetune", "--method dora --serve-as portable", "--serve-as portable .* dora"),
     ("horizon", "--ranks 2 999", "rank .* 16 at model.layers.0.* 999"),
     ("horizon", "--targets z_proj", "'z_proj'"),
     ("horizon", "--warmup 9", "warmup .* 3, got 9"),

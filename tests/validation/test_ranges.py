@@ -52,13 +52,11 @@ def test_the_edges_are_in_range():
 )
 @pytest.mark.usefixtures("unchecked")
 def test_values_out_of_range_are_named(name, value):
-    with pytest.raises(InputError, match=rf"^--{name.replace('_', '-')} .* {value}$"):
+    with pytest.raises(InputError, match=rf"^{name} .* {value}$"):
         check_ranges(Settings(**{name: value}))
 
 
 def test_a_subclass_that_declares_a_field_anew_keeps_its_range():
     check_ranges(Later())
     with pytest.raises(InputError, match=r"^count .* 0$"):
-        check_ranges(Later(count=0), str)
-    with pytest.raises(InputError, match=r"^--count .* 0$"):
         check_ranges(Later(count=0))

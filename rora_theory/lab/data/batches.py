@@ -83,7 +83,6 @@ class Examples:
     skipped: int
 
     def __len__(self) -> int:
-        """Return the number of records."""
         return len(self.offsets) - 1
 
     @cached_property
@@ -112,7 +111,6 @@ class Examples:
         return self.lengths - 1
 
     def __getitem__(self, index: int) -> Int[np.ndarray, " length"]:
-        """Return the tokens of one record."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
 
@@ -355,7 +353,6 @@ class Batches:
         seed: int | None = None,
         answer_only: bool = False,
     ) -> None:
-        """Store the records and prepare the plans of the epochs."""
         self.examples, self._widths = examples, tuple(widths)
         self._input_lengths = examples.input_lengths
         self._order = (batch_size, seed, answer_only)
@@ -366,7 +363,6 @@ class Batches:
         self._target_widths = self._max_target_counts() if answer_only else None
 
     def __len__(self) -> int:
-        """Return the number of steps."""
         return self._steps
 
     def limit_widths(self, max_width: int) -> "Batches":
@@ -429,7 +425,6 @@ class Batches:
         return plan
 
     def __getitem__(self, step: int) -> Batch:
-        """Assemble the batch of one step."""
         return self._assemble(*self._locate(step))
 
     def _locate(self, step: int) -> tuple[Int[np.ndarray, " B"], int]:

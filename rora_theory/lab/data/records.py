@@ -107,7 +107,7 @@ class DataConfig(FormatConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges(self, str)
+        check_ranges(self)
         # Read the template and parse the date, so that a bad one is refused before work starts.
         if self.chat_template is not None:
             read_template_source(self.chat_template)
@@ -188,8 +188,8 @@ class RecordSet:
         for name, count in self.formats:
             counts[name] += count
         listed = ", ".join(f"{count:,} as {name}" for name, count in counts.items())
-        detected = "detected from the first record's keys; --format selects another"
-        return f"records: {listed} ({'selected with --format' if self.config.format else detected})"
+        detected = "detected from the first record's keys; format selects another"
+        return f"records: {listed} ({'selected by format' if self.config.format else detected})"
 
 
 @dataclass
@@ -281,7 +281,7 @@ def read_record_set(
                     format_name, *alternatives = _detect_formats(where, present, config)
                     if alternatives:
                         listed = ", ".join(alternatives)
-                        notes.append(f"{source}: read as {format_name}; it also matches {listed} (--format)")
+                        notes.append(f"{source}: read as {format_name}; it also matches {listed} (format)")
                 records.append(FORMATS[format_name].parse(RawRecord(where, present, config.fields, conversions)))
             except InputError as error:
                 # Without a format, the other records cannot be checked.
@@ -315,7 +315,9 @@ def _detect_formats(where: str, value: dict[str, Any], config: FormatConfig) -> 
     if len(missing) < len(closest):
         raise InputError(f"{where} has no {missing[0]!r}; its keys are {keys}")
     listed = ", ".join(f"{name} ({', '.join(form.required_keys)})" for name, form in FORMATS.items())
-    raise InputError(f"{where}: keys must match a format, got {keys}. Formats: {listed}. Rename fields with --fields.")
+    raise InputError(
+        f"{where}: keys must match a format, got {keys}. Formats: {listed}. Pass the names of the fields as fields."
+    )
 
 
 def _locate_source(source: str | Path) -> list[tuple[Path, str]]:

@@ -41,7 +41,7 @@ def read_tasks(
         get_task(key)
     data = data or os.environ.get(DATA_DIR_VARIABLE)
     if not data:
-        raise InputError(f"--data-dir is not given and {DATA_DIR_VARIABLE} is not set. {advice}")
+        raise InputError(f"data_dir is not given and {DATA_DIR_VARIABLE} is not set. {advice}")
     # Locate all files before reading any, so that a missing one is reported at once.
     files = {key: locate_task(data, TASKS[key]) for key in keys}
     records = {key: read_task(file, TASKS[key])[:limit] for key, file in files.items()}

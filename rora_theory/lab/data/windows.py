@@ -76,7 +76,7 @@ def sample_windows(
     available, required = len(tokens) // seq, windows + held_out
     if available < required:
         raise InputError(
-            f"text must have at least {required} windows of {seq} tokens (--windows and --held-out together), got "
+            f"text must have at least {required} windows of {seq} tokens (windows and held_out together), got "
             f"{available} ({len(tokens):,} tokens)"
         )
     # Cut the tokens into windows and draw the required number of them.

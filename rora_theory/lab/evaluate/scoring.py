@@ -74,7 +74,7 @@ class Scoring:
             object.__setattr__(self, "template", {"generate": "eval", "label": "train"}[self.protocol])
         else:
             check_choice("template", self.template, TEMPLATES)
-        check_ranges(self, str)
+        check_ranges(self)
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ def describe_start(config: FinetuneConfig, summary: Mapping[str, Any], steps: in
     # The default cutoff, that of the published runs, is short for chats.
     if summary["truncated"] or summary["skipped"]:
         lines.append(
-            f"{summary['truncated']} of {summary['records']} records were cut at {config.cutoff} tokens (--cutoff); "
+            f"{summary['truncated']} of {summary['records']} records were cut at {config.cutoff} tokens (cutoff); "
             f"{summary['skipped']} were left out, as they have no token to learn"
         )
     return "\n".join(lines)

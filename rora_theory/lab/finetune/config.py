@@ -160,7 +160,7 @@ class FinetuneConfig:
                 )
         # Construct the adapter's configuration once, because it validates the adapter's fields.
         self.adapter()
-        check_ranges(self, str)
+        check_ranges(self)
         check_seed("seed", self.seed)
         if self.batch_size % self.accumulation:
             raise InputError(f"accumulation must divide batch_size, {self.batch_size}, got {self.accumulation}")

@@ -22,11 +22,10 @@ class ProcessConfig:
     """Number of this process, from 0, where JAX does not detect it"""
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         if self.num_processes is not None:
-            check_integer("--num-processes", self.num_processes)
+            check_integer("num_processes", self.num_processes)
         if self.process_id is not None:
-            check_integer("--process-id", self.process_id, minimum=0)
+            check_integer("process_id", self.process_id, minimum=0)
 
     def join(self, *, timeout: int = 300) -> bool:
         """Connect to the other processes, before any other use of JAX.

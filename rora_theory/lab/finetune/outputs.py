@@ -44,10 +44,10 @@ class OutputConfig:
 
     def check_several_processes(self, training: FinetuneConfig, out: Path | None) -> None:
         """Raise `InputError` if several processes cannot write these outputs."""
-        # Without --out, each process would name its own folder.
+        # Without out, each process would name its own folder.
         if out is None or self.merge or training.adapter().replaces_weights:
             raise InputError(
-                "several processes require --out and support neither --merge nor method full. Merge afterwards in a "
+                "several processes require out and support neither merge nor method full. Merge afterwards in a "
                 "single process."
             )
 

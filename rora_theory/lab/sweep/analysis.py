@@ -260,7 +260,7 @@ def describe_exponents(runs: int, best: pd.DataFrame, exponents: pd.DataFrame, *
     if best.empty:
         return f"No rank and gamma r has runs at three learning rates yet ({runs} runs in all)."
     if not law:
-        return f"{runs} runs give {len(best)} best rates. Pass --regime to compare their exponents with the law."
+        return f"{runs} runs give {len(best)} best rates. Pass a run of sims.regime to compare them with the law."
     if exponents.empty:
         return f"No two best rates of the {runs} runs can be compared yet."
     laws = {"displacement law": "displacement_verdict", "law of a constant gradient": "verdict"}

@@ -156,7 +156,7 @@ class CellTrainer:
         template = self.records.source.template(self.shared.template)
         chat = self.records.source.chat(tokenizer, template)
         if chat is not None and chat.uses_date and self.records.source.config.chat_date is None:
-            raise InputError(f"{chat.where}: the chat template needs a date. Set --chat-date YYYY-MM-DD.")
+            raise InputError(f"{chat.where}: the chat template needs a date. Set chat_date to YYYY-MM-DD.")
         encode = partial(tokenize, tokenizer=tokenizer, template=template, chat=chat)
         answer_only = self.shared.loss_on == "answer"
         self.train_examples: Examples = encode(self.records.train, cutoff=self.shared.cutoff, answer_only=answer_only)

@@ -54,7 +54,6 @@ class SweepCell:
     evaluation: Mapping[str, Any] | None = None
 
     def __str__(self) -> str:
-        """Return a short description of the cell."""
         if self.method == BASE:
             return f"{self.model}: base"
         size = f"r={self.rank} alpha={self.alpha:g} gamma={self.gamma:.4g} " if self.rank is not None else ""
@@ -157,7 +156,7 @@ def _read_outs(
     # The first step of a warm-up has the rate 0: after it there is no change to measure.
     if steps[0] == 1 and settings["warmup"]:
         raise InputError(
-            f"--read-at must begin at 2 or more with --warmup {settings['warmup']}, under which the first step has the "
+            f"read_at must begin at 2 or more with warmup {settings['warmup']}, under which the first step has the "
             "rate 0, got 1"
         )
     # A rate that decays depends on where the run ends: every read-out needs a run of its own.

@@ -75,14 +75,14 @@ class ProblemSize:
     """Standard deviation of the noise on the targets; the linear problem's targets have root mean square 1"""
 
     def __post_init__(self) -> None:
-        check_ranges(self, str)
+        check_ranges(self)
         check_between("overlap", self.overlap, 0, 1)
 
     def check_ranks(self, ranks: Sequence[int]) -> None:
         """Raise `InputError` if the teacher's change has a higher rank than the smallest adapter."""
         if self.teacher_rank > min(ranks):
             raise InputError(
-                f"--teacher-rank must be at most the smallest rank, {min(ranks)}, so that every adapter can represent "
+                f"teacher_rank must be at most the smallest rank, {min(ranks)}, so that every adapter can represent "
                 f"the teacher; got {self.teacher_rank}"
             )
 

@@ -76,10 +76,10 @@ class ControlledGrid(RankGrid):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_list("--models", self.models, partial(check_choice, choices=MODELS))
-        for option, rates in (("--adam-lrs", self.adam_lrs), ("--sgd-lrs", self.sgd_lrs)):
+        check_list("models", self.models, partial(check_choice, choices=MODELS))
+        for option, rates in (("adam_lrs", self.adam_lrs), ("sgd_lrs", self.sgd_lrs)):
             check_list(option, rates, check_positive)
-        check_seed("--seed", self.seed)
+        check_seed("seed", self.seed)
         self.problem.check_ranks(self.ranks)
 
     def rates(self, optimizer: OptimizerName) -> Float[np.ndarray, " rates"]:
@@ -113,7 +113,6 @@ class ControlledCell:
     rule: Rule
 
     def __str__(self) -> str:
-        """Return the label of the cell, as progress messages show it."""
         frozen = ", A frozen" if self.trained == "B" else ""
         return f"{self.model}, {self.optimizer}, {name_of(self.rule)}{frozen}, r = {self.rank}"
 

@@ -101,16 +101,16 @@ class Design:
         check_list("model", self.models)
         check_list("methods", self.methods, partial(check_choice, choices=(BASE, *METHODS)))
         check_list("seeds", self.seeds, check_seed)
-        check_list("--ranks", self.ranks, check_integer)
+        check_list("ranks", self.ranks, check_integer)
         if self.lrs is not None:
-            check_list("--lrs", self.lrs, check_positive)
-        check_list("--gains", self.gains, check_positive, fewest=0)
-        check_list("--full-lrs", self.full_lrs, check_positive, fewest=0)
+            check_list("lrs", self.lrs, check_positive)
+        check_list("gains", self.gains, check_positive, fewest=0)
+        check_list("full_lrs", self.full_lrs, check_positive, fewest=0)
         if self.read_at:
-            check_steps(self.read_at, "--read-at")
+            check_steps(self.read_at, "read_at")
         for method in (METHODS[name] for name in self.methods if self.gains and name != BASE):
             if method.has_rank and exponent(method.settings["rule"]) != 1:
-                raise InputError(f"--gains requires methods that scale by alpha / r, got {method.name}")
+                raise InputError(f"gains requires methods that scale by alpha / r, got {method.name}")
         self.variants()
 
     def alphas(self, rank: int, alpha: float) -> tuple[float, ...]:

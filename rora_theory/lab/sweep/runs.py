@@ -289,15 +289,15 @@ def read_comparison_runs(path: Path, identity: Mapping[str, Any]) -> tuple[str, 
     """
     manifest = read_manifest(path, ("config",))
     if manifest is None or "model_sha256" not in manifest["config"] or "settings" not in manifest["config"]:
-        raise InputError(f"--compare-to must be a run folder of sims.sweep or sims.horizon, got {path}")
+        raise InputError(f"compare_to must be a run folder of sims.sweep or sims.horizon, got {path}")
     other, this = manifest["config"], as_json(identity)
     # Losses can be compared for one model and the same records only.
     for name in ("model_sha256", "data"):
         first, second = (sorted(map(str, config[name].values())) for config in (other, this))
         if first != second:
-            raise InputError(f"--compare-to {path}: {name} differs. Use a run of the same model and records.")
+            raise InputError(f"compare_to {path}: {name} differs. Use a run of the same model and records.")
     values = {name: value for name, value in other["settings"].items() if this["settings"].get(name) != value}
     if not values:
-        raise InputError(f"--compare-to {path}: no setting differs. Use a run with another setting, such as --targets.")
+        raise InputError(f"compare_to {path}: no setting differs. Use a run with another setting, such as targets.")
     descriptions = [f"{name} {' '.join(value) if isinstance(value, list) else value}" for name, value in values.items()]
     return ", ".join(descriptions), read_runs(path)

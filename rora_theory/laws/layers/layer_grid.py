@@ -49,7 +49,6 @@ class LayerCell:
     rank: int
 
     def __str__(self) -> str:
-        """Return the label of the cell, as progress messages show it."""
         return f"{self.layer}, r = {self.rank}"
 
 

@@ -83,7 +83,7 @@ class CheckConfig(RankGrid):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_list("--inits", self.inits, partial(check_choice, choices=tuple(PEFT_INITS)))
+        check_list("inits", self.inits, partial(check_choice, choices=tuple(PEFT_INITS)))
 
 
 class Case(NamedTuple):
@@ -95,7 +95,6 @@ class Case(NamedTuple):
     control: bool
 
     def __str__(self) -> str:
-        """Return the label of the case, as progress messages show it."""
         kappa = {"lora": "alpha/r", "rora": "alpha/sqrt(r)", "rslora": "alpha/sqrt(r)"}.get(name_of(self.rule))
         text = f"{DISPLAY_NAMES[self.optimizer]}, {kappa or f'kappa = {name_of(self.rule)}'}, A {self.init}"
         return text + (" (control)" if self.control else "")
@@ -110,7 +109,6 @@ class CoordinateCell:
     rank: int
 
     def __str__(self) -> str:
-        """Return the label of the cell, as progress messages show it."""
         return f"{self.case}, r = {self.rank}, seed {self.seed}"
 
 

@@ -114,17 +114,17 @@ class RegimeConfig:
 
     def __post_init__(self) -> None:
         # Lists of distinct and known values.
-        check_list("--ranks", self.ranks, check_integer)
+        check_list("ranks", self.ranks, check_integer)
         check_rules(self.rules)
         for name, known in (("optimizers", OPTIMIZERS), ("inits", INITS)):
             check_list(name, getattr(self, name), partial(check_choice, choices=known))
         # Computing the scaling validates the rule together with alpha.
         for rule in self.rules:
             scaling_factor(rule, alpha=self.alpha, rank=max(self.ranks))
-        check_ranges(self, str)
+        check_ranges(self)
         if self.rows > MAX_ROWS:
             raise InputError(
-                f"--rows must be at most {MAX_ROWS:,}, got {self.rows}. That many rows already give the rms at rank 1 "
+                f"rows must be at most {MAX_ROWS:,}, got {self.rows}. That many rows already give the rms at rank 1 "
                 "to 0.01%, and more would take days per module."
             )
         check_seed("seed", self.seed)

@@ -58,7 +58,7 @@ class RegimeRun:
         for target in targets:
             if not any(_matches(name, target) for name in terms):
                 raise InputError(
-                    f"--targets has {target}, which {self.folder} did not measure; "
+                    f"targets has {target}, which {self.folder} did not measure; "
                     f"measured: {' '.join(self.module_types)}"
                 )
         return terms

@@ -94,7 +94,7 @@ class JudgeConfig:
     """Probability that a true law fails in any comparison, which sets the width of the error bars"""
 
     def __post_init__(self) -> None:
-        check_ranges(self, str)
+        check_ranges(self)
         check_between("false_alarm", self.false_alarm, 0, 1, closed="neither")
 
 

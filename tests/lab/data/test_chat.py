@@ -102,7 +102,7 @@ def test_texts_and_turns_follow_the_template(name):
 )
 def test_a_turn_that_cannot_be_located_is_refused_if_only_turns_are_learned(source, messages, index):
     record = Chat(tuple(messages), where="chats.jsonl: line 7")
-    with pytest.raises(InputError, match=rf"^chats\.jsonl: line 7: messages {index}: .*--chat-template"):
+    with pytest.raises(InputError, match=rf"^chats\.jsonl: line 7: messages {index}: .*chat_template"):
         texts.render_record(record, "chat", ChatTemplate(source))
     text, spans = texts.render_record(record, "chat", ChatTemplate(source), answer_only=False)
     assert spans == ((0, len(text)),)
@@ -293,7 +293,7 @@ def test_failing_and_unsafe_templates_are_refused_in_one_line(source, message):
 def test_a_missing_template_or_jinja_names_the_alternatives(tmp_path, tokenizer):
     without_template = replace(tokenizer, backend=copy.copy(tokenizer.backend))
     without_template.backend.chat_template = None
-    with pytest.raises(InputError, match=r"has no chat template.* --chat-template FILE .* --template clean"):
+    with pytest.raises(InputError, match=r"has no chat template.* chat_template FILE .* template clean"):
         chat.load_chat_template(without_template)
     path = tmp_path / "t.jinja"
     path.write_text("{% if %}")

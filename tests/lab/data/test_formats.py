@@ -43,7 +43,7 @@ def test_every_format_in_every_file_is_recognised(read, name, suffix):
     assert loaded.records == [record] * 2
     assert loaded.formats == ((name, 2),)
     assert (loaded.template(None), loaded.template("clean")) == (template, "clean")
-    assert loaded.summary == f"records: 2 as {name} (detected from the first record's keys; --format selects another)"
+    assert loaded.summary == f"records: 2 as {name} (detected from the first record's keys; format selects another)"
     assert loaded.notes == ()
     assert read(rows, suffix, format=name).records == loaded.records
 
@@ -54,7 +54,7 @@ def test_renamed_fields(read):
     loaded = read(rows, "parquet", fields={"instruction": "question", "input": "context", "output": "reply"})
     assert loaded.records == [Record("Q", "A"), Record("Q", "A", "C")]
     (note,) = loaded.notes
-    assert note.endswith("x.parquet: read as alpaca; it also matches text (--format)")
+    assert note.endswith("x.parquet: read as alpaca; it also matches text (format)")
     # Formats that use more of the renamed fields come first.
     for renamed in (row, {"question": "Q", "reply": "A"} | CASES["alpaca"][0]):
         assert read([renamed], fields={"prompt": "question", "response": "reply"}).formats == (("prompt-response", 1),)

@@ -206,7 +206,7 @@ def test_missing_sources_and_formats_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"^data .*source"):
         read_records([])
     source = write(tmp_path / "y.json", [{"q": "1", "a": "2"}])
-    with pytest.raises(InputError, match=r"y\.json: record 1: .* 'q', 'a'.* messages \(messages\), .* --fields"):
+    with pytest.raises(InputError, match=r"y\.json: record 1: .* 'q', 'a'.* messages \(messages\), .* as fields"):
         read_records([source])
     with pytest.raises(InputError, match=r"y\.json: record 1 has no 'text'; its keys are 'q', 'a'"):
         read_records([source], DataConfig(format="text"))

@@ -89,5 +89,5 @@ def test_processes_that_cannot_connect(monkeypatch):
 )
 def test_outputs_that_several_processes_cannot_write_are_refused(output, training, out):
     OutputConfig().check_several_processes(FinetuneConfig(), Path("run"))
-    with pytest.raises(InputError, match=r"several processes .*--out .*--merge .*method full"):
+    with pytest.raises(InputError, match=r"several processes .*out .*merge .*method full"):
         OutputConfig(**output).check_several_processes(FinetuneConfig(**training), out and Path(out))

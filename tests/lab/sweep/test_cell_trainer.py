@@ -149,7 +149,7 @@ def test_chats_are_rendered_by_the_models_template(tmp_path, monkeypatch) -> Non
         prompts = prompt_preview.preview_prompts(examples, cell_trainer.model.tokenizer, 9)
         ending = "assistant<|end_header_id|>\n\n⟦yes<|eot_id|>⟧"
         assert [prompt.text.endswith(ending) for prompt in prompts] == [True] * count
-    with pytest.raises(InputError, match="--chat-date"):
+    with pytest.raises(InputError, match="chat_date"):
         open_bench(chat_templates.DATED)
     cell_trainer = open_bench(chat_templates.DATED, chat_date="2026-01-31")
     assert prompt_preview.preview_prompts(cell_trainer.train_examples, cell_trainer.model.tokenizer, 1)[

@@ -127,7 +127,7 @@ def test_gains_read_outs_and_further_axes() -> None:
     training = next(c for c in made if c.axes == {"schedule": "cosine", "batch_size": 32}).training(shared)
     assert (training.schedule, training.batch_size, training.steps) == ("cosine", 32, 16)
     assert len({key_of(c) for c in made}) == len(made) == 2 * 3 * 3
-    with pytest.raises(InputError, match=r"--gains .*RoRA"):
+    with pytest.raises(InputError, match=r"gains .*RoRA"):
         replace(design, methods=("rora",))
     for axis, message in (("depth=3", "'depth'"), ("schedule=", "'schedule='"), ("batch_size=4,4", "'batch_size=4,4'")):
         with pytest.raises(InputError, match=f"axes .*{message}"):
@@ -135,7 +135,7 @@ def test_gains_read_outs_and_further_axes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("read_at", "warmup", "message"), [((1, 2), 4, "--read-at .* 4.* 1$"), ((16, 64), 64, "64, got 64")]
+    ("read_at", "warmup", "message"), [((1, 2), 4, "read_at .* 4.* 1$"), ((16, 64), 64, "64, got 64")]
 )
 def test_a_warm_up_leaves_steps_to_read(read_at, warmup, message) -> None:
     design = Design(methods=("lora",), ranks=(8,), read_at=read_at)

@@ -39,5 +39,5 @@ def test_targets_are_matched_as_peft_does(run) -> None:
     assert regime.terms_of("all-linear") == regime.terms_of(None) == regime.linear_terms
     with pytest.raises(InputError, match="no row for optimizer adam, init normal, split heldout"):
         regime_run.read_regime_run(run, optimizer="adamw", init="normal", split="heldout")
-    with pytest.raises(InputError, match=r"--targets has proj, which .* did not measure; measured: q_proj down_proj"):
+    with pytest.raises(InputError, match=r"targets has proj, which .* did not measure; measured: q_proj down_proj"):
         regime.terms_of(["q_proj", "proj"])
