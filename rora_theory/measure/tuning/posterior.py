@@ -70,9 +70,7 @@ class Posterior:
         )
 
 
-def update(
-    prior: RateBelief, runs: Sequence[ProbeRun], tokens: Sequence[int], carry: LogChange, *, floor: float = 0.0
-) -> Posterior:
+def update(prior: RateBelief, runs: Sequence[ProbeRun], tokens: Sequence[int], carry: LogChange) -> Posterior:
     """Update the prior of a planned run's best rate by the losses of a probe.
 
     Args:
@@ -80,7 +78,6 @@ def update(
       runs: Finished runs of the probe, all of the same number of steps.
       tokens: Number of tokens of each held-out record.
       carry: Change of the logarithm of the best rate from the probe to the planned run.
-      floor: Standard deviation of one loss beyond the records' error, such as that of repeated runs, in nats per token.
 
     Returns:
       The prior with the posterior, whose mean and spread are those of the exact distribution on a grid.
@@ -96,7 +93,7 @@ def update(
     reach = 6 * math.hypot(prior.spread, spread_of_carry)
     x = np.linspace(prior.mean - reach, prior.mean + reach, GRID)
     y = x - carry.mean
-    log_likelihood = _log_likelihood(y, finished, tokens, floor=floor)
+    log_likelihood = _log_likelihood(y, finished, tokens)
     for run in runs:
         if run.diverged_at is not None:
             log_likelihood += np.log(ndtr((math.log(run.learning_rate) - y) / DIVERGENCE_MARGIN) + 1e-12)
@@ -114,7 +111,7 @@ def update(
 
 
 def _log_likelihood(
-    y: Float[np.ndarray, " grid"], runs: Sequence[ProbeRun], tokens: Sequence[int], *, floor: float
+    y: Float[np.ndarray, " grid"], runs: Sequence[ProbeRun], tokens: Sequence[int]
 ) -> Float[np.ndarray, " grid"]:
     """Return the log likelihood of the probe's best rate, marginal over the level and the curvature."""
     if len(runs) < 2:
@@ -126,7 +123,7 @@ def _log_likelihood(
     residuals = sums - losses[:, None] * counts
     records = len(counts)
     covariance = residuals @ residuals.T / counts.sum() ** 2 * records / max(records - 1, 1)
-    covariance += np.diag(floor**2 + (MISFIT * (losses - losses.min())) ** 2 + 1e-12)
+    covariance += np.diag((MISFIT * (losses - losses.min())) ** 2 + 1e-12)
     inverse = np.linalg.inv(covariance)
     # Weights that remove the level, which every loss shares: generalised least squares.
     ones = np.ones(len(runs))

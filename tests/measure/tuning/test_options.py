@@ -204,11 +204,16 @@ def test_the_guess_the_budget_and_the_checkpoint(tmp_path) -> None:
     assert result.posterior.prior.rates.best == pytest.approx(5e-3)
     assert result.cost.budget == pytest.approx(0.15 * STEPS)
     assert path.exists()
-    own, public = run(learning_rate=None), rate_prior
-    assert own.cost.budget == pytest.approx(0.2 * STEPS)
+
+
+@pytest.mark.usefixtures("first_run_only")
+def test_batches_that_are_given_keep_their_size() -> None:
+    """The prior of a probe is that of the batches' own size, and repeated held-out records are named."""
+    result = run(learning_rate=None, accumulation=2, family="Qwen3", batch_size=64, held_out=batches(12)[:2])
     parameters = sum(parameter.numel() for parameter in torch_models.model().parameters()) / 1e9
-    expected = public(Run(32, 16.0, STEPS, "cosine", 2), parameters=parameters)
-    assert own.posterior.prior.rates.best == pytest.approx(expected.rates.best)
+    expected = rate_prior(Run(32, 16.0, STEPS, "cosine", 4), family="Qwen3", parameters=parameters)
+    assert result.posterior.prior == expected
+    assert [text for text in result.assumptions if text.startswith("Warning: 4 held-out records equal training")]
 
 
 TESTED = {

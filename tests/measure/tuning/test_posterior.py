@@ -71,6 +71,61 @@ def test_a_divergence_bounds_the_rate_from_above() -> None:
     assert belief.mean < math.log(7e-4)
 
 
+RUNS = [
+    ProbeRun(4e-4, 16, (88.0, 131.0, 111.0)),
+    ProbeRun(1e-3, 16, (86.5, 129.5, 108.2)),
+    ProbeRun(2.5e-3, 16, (87.4, 129.8, 110.3)),
+    ProbeRun(3e-3, 16, diverged_at=3),
+]
+
+
+def summed(prior: RateBelief, runs: list[ProbeRun], carry: LogChange, tokens=(40, 60, 50)) -> tuple[float, float]:
+    """Return the posterior's mean and spread by sums over the probe's best rate and the curvature.
+
+    Differences from the first run's loss do not depend on the level. The curvature's logarithm has a spread of 1 around
+    0.042, the parabola an error of 0.25 of a loss's height, a divergence a margin of 0.35, and seeds a spread of 0.17,
+    all in natural logarithms.
+    """
+    finished = [run for run in runs if run.diverged_at is None]
+    counts, sums = np.array(tokens, float), np.array([run.losses for run in finished])
+    losses = sums.sum(axis=1) / counts.sum()
+    residuals = sums - losses[:, None] * counts
+    covariance = residuals @ residuals.T / counts.sum() ** 2 * len(counts) / (len(counts) - 1)
+    covariance += np.diag((0.25 * (losses - losses.min())) ** 2)
+    contrasts = np.eye(len(finished))[1:] - np.eye(len(finished))[0]
+    inverse = np.linalg.inv(contrasts @ covariance @ contrasts.T)
+    y = np.linspace(math.log(1e-5), math.log(0.3), 400)
+    heights = 0.5 * (np.log([run.learning_rate for run in finished]) - y[:, None]) ** 2
+    likelihood = np.zeros(len(y))
+    for offset in np.linspace(-3, 3, 25):
+        error = (losses - 0.042 * math.exp(offset) * heights) @ contrasts.T
+        likelihood += np.exp(-0.5 * offset**2 - 0.5 * (error @ inverse * error).sum(axis=1))
+    for run in runs:
+        if run.diverged_at is not None:
+            likelihood *= [0.5 * math.erfc(-(math.log(run.learning_rate) - rate) / 0.35 / math.sqrt(2)) for rate in y]
+    x = np.linspace(prior.mean - 4 * prior.spread, prior.mean + 4 * prior.spread, 300)
+    carried = np.exp(-0.5 * ((x[:, None] - carry.mean - y) / math.hypot(carry.spread, 0.17)) ** 2) @ likelihood
+    weights = carried * np.exp(-0.5 * ((x - prior.mean) / prior.spread) ** 2)
+    weights /= weights.sum()
+    mean = float(weights @ x)
+    return mean, math.sqrt(float(weights @ (x - mean) ** 2))
+
+
+@pytest.mark.parametrize("carry", [LogChange(0.3, 0.2), LogChange(-0.5, 0.0)])
+def test_the_posterior_is_that_of_sums_over_all_unknowns(carry) -> None:
+    prior = RateBelief(math.log(8e-4), 0.7)
+    for runs in (RUNS, RUNS[:3]):
+        belief = update(prior, runs, (40, 60, 50), carry).belief
+        assert (belief.mean, belief.spread) == pytest.approx(summed(prior, runs, carry), abs=2e-4)
+
+
+def test_the_interval_includes_the_spread_between_seeds() -> None:
+    """Without other errors, the losses of one seed leave the spread of its best rate around that of another."""
+    runs = probe(1e-3, noise=1e-6, curvature=0.042)
+    spread = update(RateBelief(math.log(1e-3), 3.0), runs, TOKENS, NO_CARRY).belief.spread
+    assert spread > 0.17
+
+
 def test_every_rate_diverged() -> None:
     with pytest.raises(InputError, match="diverged"):
         update(PRIOR, [ProbeRun(1e-3, 16, diverged_at=2)], TOKENS, NO_CARRY)
