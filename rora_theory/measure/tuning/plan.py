@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rora_theory.advice.best_rate import LogChange, Run, best_rate_change
 from rora_theory.errors import InputError
@@ -62,10 +63,29 @@ MIN_SCREENING_RUNS = 5
 """Number of learning rates that are screened before the grid is extended."""
 
 FIT_SPREAD = 0.3
-"""Typical error of the logarithm of a probe's own best rate, by which its benefit is estimated beforehand."""
+"""Typical error of the logarithm of a probe's own best rate by its parabola, with held-out losses without error."""
+
+PAIRED_ERROR = 0.3
+"""Standard error of the difference of two held-out losses on the same records, times the root of their tokens.
+
+In nats per token, for neighbouring rates: the middle of ``results/published/tune/paired_errors.csv``.
+"""
+
+MAX_ERROR_SHARE = 1 / 3
+"""Largest error of a difference of two losses, relative to the difference that a probe must see."""
+
+MAX_SHARE_LEFT = 0.8
+"""Largest share of the prior's expected regret that a probe may be expected to leave, to be worth its cost."""
+
+LARGER_BUDGETS = (0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
+"""Budgets that are tried if a smaller one cannot beat the prior."""
 
 ALL_DIVERGED_JUMP = 2
 """Number of grid steps by which the grid is extended downwards if every rate diverged."""
+
+
+class SmallBudgetError(InputError):
+    """Budget that is too small for the shortest probe."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +104,7 @@ class ProbePlan:
       training_costs: Cost of training the first 0, 1, 2, ... steps of a run.
       setup_cost: Cost of what is evaluated once, included in the budget.
       evaluation_cost: Cost of one evaluation of the held-out records.
+      evaluation_tokens: Number of tokens of one evaluation.
     """
 
     run: Run
@@ -97,6 +118,7 @@ class ProbePlan:
     training_costs: tuple[float, ...]
     setup_cost: float
     evaluation_cost: float
+    evaluation_tokens: float
 
     @property
     def steps(self) -> int:
@@ -115,8 +137,31 @@ class ProbePlan:
     @property
     def expected_spread(self) -> float:
         """Standard deviation of the logarithm of the best rate that the probe is expected to leave."""
-        probe_variance = self.carry.spread**2 + SEED_SPREAD**2 + FIT_SPREAD**2
+        # Error of the minimum of a parabola through three losses, by that of their differences.
+        by_records = self.paired_error / (2 * CURVATURE * math.log(self.spacing))
+        probe_variance = self.carry.spread**2 + SEED_SPREAD**2 + FIT_SPREAD**2 + by_records**2
         return (self.prior.spread**-2 + 1 / probe_variance) ** -0.5
+
+    @property
+    def expected_regret(self) -> float:
+        """Regret in nats per token that the probe is expected to leave."""
+        return 0.5 * CURVATURE * self.expected_spread**2
+
+    @property
+    def beats_prior(self) -> bool:
+        """Whether the probe is expected to leave at most `MAX_SHARE_LEFT` of the prior's expected regret."""
+        return self.expected_regret <= MAX_SHARE_LEFT * self.prior.expected_regret
+
+    @property
+    def paired_error(self) -> float:
+        """Expected error of the difference of two held-out losses in nats per token."""
+        return PAIRED_ERROR / math.sqrt(self.evaluation_tokens)
+
+    @property
+    def needed_tokens(self) -> int:
+        """Number of held-out tokens at which the error is `MAX_ERROR_SHARE` of the difference that one rate makes."""
+        difference = 0.5 * CURVATURE * math.log(self.spacing) ** 2
+        return math.ceil((PAIRED_ERROR / (MAX_ERROR_SHARE * difference)) ** 2)
 
     def held_out_tokens(self, batch_tokens: float) -> int:
         """Return the maximum number of held-out tokens of one evaluation.
@@ -153,12 +198,17 @@ class ProbePlan:
                 f"steps each, then trains the best and its neighbours, {MIN_FULL_RUNS} or more rates, for "
                 f"{self.probe_steps} steps each"
             )
-        expected = 0.5 * CURVATURE * self.expected_spread**2
+        records = ""
+        if self.evaluation_tokens < self.needed_tokens:
+            records = (
+                f" Its held-out losses are over {self.evaluation_tokens:,.0f} tokens; about {self.needed_tokens:,} are "
+                "needed to see the differences between its rates clearly."
+            )
         return (
             f"Without a probe the rate is {self.prior.rates.best:.3g}, with an expected regret of "
             f"{self.prior.expected_regret:.4f} nats per token. The probe {runs}. It costs at most {self.budget:.4g} "
             f"training steps, {self.budget / self.steps:.1%} of the planned {self.steps:,}, and is expected to leave "
-            f"{expected:.4f}."
+            f"{self.expected_regret:.4f}.{records}"
         )
 
     def _screening_begins(self) -> int:
@@ -240,7 +290,7 @@ def make_plan(
     chosen = next(affordable, None)
     if chosen is None:
         cost = _cost_of_training(*candidates[-1], costs) / (1 - EVALUATION_SHARE) + setup_cost
-        raise InputError(
+        raise SmallBudgetError(
             f"budget must be at least {math.ceil(100 * cost / steps) / 100:g} for a probe of a run of {steps} steps, "
             f"got {budget:g}. Raise budget, or pass budget=0 for the rate that public sweeps lead to expect."
         )
@@ -248,9 +298,7 @@ def make_plan(
     # The rest of the budget pays for the evaluations, of all held-out tokens or fewer.
     cost_per_evaluation = (total - _cost_of_training(*chosen, costs)) / (screening_runs + full_runs)
     evaluation_cost = min(cost_per_evaluation, EVALUATION_COST * held_out_tokens / batch_tokens)
-    prior = rate_prior(run, family=family, parameters=parameters)
-    if learning_rate is not None:
-        prior = replace(prior, mean=math.log(learning_rate))
+    prior = planned_prior(run, family=family, parameters=parameters, learning_rate=learning_rate)
     # The grid of the probe has the prior's median at its middle, transferred to the probe's rank and steps.
     to_probe = best_rate_change(run, replace(run, rank=probe_rank, steps=probe_steps))
     return ProbePlan(
@@ -265,7 +313,50 @@ def make_plan(
         training_costs=costs,
         setup_cost=setup_cost,
         evaluation_cost=evaluation_cost,
+        evaluation_tokens=evaluation_cost * batch_tokens / EVALUATION_COST,
     )
+
+
+def planned_prior(run: Run, *, family: str | None, parameters: float | None, learning_rate: float | None) -> RateBelief:
+    """Return the public sweeps' prior of a planned run; a learning rate replaces its median, see `make_plan`."""
+    prior = rate_prior(run, family=family, parameters=parameters)
+    return prior if learning_rate is None else replace(prior, mean=math.log(learning_rate))
+
+
+def explain_useless_probe(run: Run, *, budget: float = BUDGET, **settings: Any) -> str | None:
+    """Explain why a probe within a budget is not expected to beat the prior, and name the budget of one that is.
+
+    Args:
+      run: Planned run.
+      budget: Maximum cost of the probe as a share of the planned run.
+      **settings: Other arguments of `make_plan`.
+
+    Returns:
+      A sentence; None if the probe is expected to beat the prior, see `ProbePlan.beats_prior`.
+    """
+    plan = _affordable_plan(run, budget, settings)
+    if plan is not None and plan.beats_prior:
+        return None
+    larger = (_affordable_plan(run, other, settings) for other in LARGER_BUDGETS if other > budget)
+    useful = next((other for other in larger if other is not None and other.beats_prior), None)
+    remedy = f"no budget up to the cost of the run ({run.steps:,} steps) is expected to do better"
+    if useful is not None:
+        share = useful.budget / useful.steps
+        remedy = f"budget={share:.2g} is expected to leave {useful.expected_regret:.4f}"
+    if plan is None:
+        return f"A probe of {budget:.0%} of the run's cost is too short to compare learning rates; {remedy}."
+    return (
+        f"A probe of {budget:.0%} of the run's cost is expected to leave {plan.expected_regret:.4f} of the prior's "
+        f"{plan.prior.expected_regret:.4f} nats per token, which is not worth its cost; {remedy}."
+    )
+
+
+def _affordable_plan(run: Run, budget: float, settings: Mapping[str, Any]) -> ProbePlan | None:
+    """Return the plan within a budget; None if the budget is too small for a probe."""
+    try:
+        return make_plan(run, budget=budget, **settings)
+    except SmallBudgetError:
+        return None
 
 
 def next_trial(plan: ProbePlan, runs: Sequence[ProbeRun]) -> Trial | None:

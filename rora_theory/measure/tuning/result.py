@@ -179,18 +179,19 @@ def conclude(
     )
 
 
-def conclude_without_probe(prior: RateBelief, *, steps: int, config: Any) -> Tuning:
+def conclude_without_probe(prior: RateBelief, *, steps: int, config: Any, remarks: Sequence[str] = ()) -> Tuning:
     """Return the result of no probe: the prior.
 
     Args:
       prior: Belief about the planned run's best rate.
       steps: Number of optimizer steps of the planned run.
       config: Settings of the planned run's adapter.
+      remarks: Further sentences for the assumptions, such as why there is no probe.
     """
     low, best, high = prior.rates
     return Tuning(
         best, low, high, config, Posterior(prior, prior), frames.from_rows([], CURVE_COLUMNS), 0, None,
-        (_PRIOR_SENTENCE,), ProbeCost(0.0, 0.0, steps),
+        (_PRIOR_SENTENCE, *remarks), ProbeCost(0.0, 0.0, steps),
     )  # fmt: skip
 
 

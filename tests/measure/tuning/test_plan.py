@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from rora_theory.advice.best_rate import Run, best_rate_change
 from rora_theory.errors import InputError
 from rora_theory.measure.tuning.belief import CURVATURE
-from rora_theory.measure.tuning.plan import make_plan, next_trial, scaled_warmup
+from rora_theory.measure.tuning.plan import (
+    LARGER_BUDGETS,
+    PAIRED_ERROR,
+    explain_useless_probe,
+    make_plan,
+    next_trial,
+    scaled_warmup,
+)
 from rora_theory.measure.tuning.posterior import SEED_SPREAD
 from rora_theory.measure.tuning.prior import REFERENCE, rate_prior
 from rora_theory.measure.tuning.result import MAX_SEARCH_WIDTH, conclude, conclude_without_probe
@@ -218,10 +225,44 @@ def test_no_probe_gives_the_prior() -> None:
 def test_what_a_probe_is_expected_to_gain_is_stated_beforehand() -> None:
     """Precisions add: the prior's, and that of the fit, the seeds and the carry."""
     plan = plan_of(2000)
-    variance = plan.carry.spread**2 + SEED_SPREAD**2 + 0.3**2
+    records = plan.paired_error / (2 * CURVATURE * math.log(plan.spacing))
+    variance = plan.carry.spread**2 + SEED_SPREAD**2 + 0.3**2 + records**2
     assert plan.expected_spread**-2 == pytest.approx(plan.prior.spread**-2 + 1 / variance)
     assert f"is expected to leave {0.5 * CURVATURE * plan.expected_spread**2:.4f}" in plan.sentence()
     assert f"expected regret of {plan.prior.expected_regret:.4f}" in plan.sentence()
+
+
+def test_held_out_tokens_have_an_error_that_the_plan_counts() -> None:
+    """Fewer tokens leave a higher regret; the needed number makes the error a third of the difference of one rate."""
+    few, many = (plan_of(2000, held_out_tokens=tokens) for tokens in (200, 1e9))
+    assert few.expected_regret > many.expected_regret
+    assert few.paired_error == pytest.approx(PAIRED_ERROR / math.sqrt(200))
+    difference = 0.5 * CURVATURE * math.log(few.spacing) ** 2
+    assert PAIRED_ERROR / math.sqrt(few.needed_tokens) == pytest.approx(difference / 3, rel=1e-3)
+    assert f"about {few.needed_tokens:,} are needed" in few.sentence()
+    rich = plan_of(2000, held_out_tokens=1e9, batch_tokens=10_000)
+    assert "are needed" not in rich.sentence()
+
+
+def test_the_paired_error_is_that_of_the_published_runs() -> None:
+    errors = pd.read_csv(PUBLISHED / "tune" / "paired_errors.csv").query("steps <= 64")["per_root_token"]
+    assert errors.min() <= PAIRED_ERROR <= errors.max()
+
+
+def explanation(run: Run, **settings) -> str | None:
+    return explain_useless_probe(run, **{"probe_rank": 8, "batch_tokens": 1000, "held_out_tokens": 10_000} | settings)
+
+
+def test_a_probe_that_cannot_beat_the_prior_is_explained_beforehand() -> None:
+    """A run like those of the prior has no useful probe; a short one has one at a larger budget, which is named."""
+    assert explanation(Run(128, 64.0, 2000, "cosine", 8)) is None
+    like_the_prior = explanation(REFERENCE, batch_tokens=60_000, family="Qwen3", parameters=8.0)
+    assert "not worth its cost; no budget up to the cost of the run (780 steps)" in like_the_prior
+    short = Run(128, 64.0, 100, "cosine", 8)
+    named = float(re.search(r"too short .* budget=([\d.]+) is expected to leave", explanation(short))[1])
+    assert explanation(short, budget=named) is None
+    smaller = [budget for budget in LARGER_BUDGETS if budget < named]
+    assert all(explanation(short, budget=budget) for budget in smaller)
 
 
 def test_a_range_that_is_too_wide_to_search_says_so() -> None:
