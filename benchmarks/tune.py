@@ -210,7 +210,8 @@ def read_folder(folder: Path) -> tuple[list[SweepRun], list[int], Schedule]:
     # Full fine-tuning has no adapter whose rate a probe could tune.
     runs = [replace(run, gain=round(run.gain, 9)) for run in runs if run.rank and run.gain]
     tokens = frames.read_csv(folder / "records.csv")["tokens"].astype(int).tolist()
-    return runs, tokens, read_manifest(folder, ("config",))["config"]["settings"]["schedule"]
+    manifest = read_manifest(folder, ("config",)) or {}
+    return runs, tokens, manifest["config"]["settings"]["schedule"]
 
 
 def main(config: ReplayOptions) -> None:

@@ -27,11 +27,11 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 
 from rora_theory.measure import tune
 from rora_theory.measure.batches import model_loss, move_batch
-from rora_theory.measure.modules import preserved_state, with_autograd
+from rora_theory.measure.modules import trainable_parameters
 from rora_theory.measure.tuning.examples import held_out_groups, read_batches
 from rora_theory.measure.tuning.training import ProbeModel, ProbeSettings, gain_of
 from rora_theory.measure.tuning.trial import Trial
@@ -218,19 +218,11 @@ class CaseRuns:
             def forward(self, batch: Any) -> torch.Tensor:
                 return model_loss(self.network, move_batch(batch, self.network))
 
-        with preserved_state(self.model), with_autograd():
-            torch.manual_seed(self.case.seed)
-            adapted = get_peft_model(self.model, self.config())
-            try:
-                parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-                finder = LRFinder(WithLoss(adapted), self.make_optimizer(parameters, MIN_RATE), lambda loss, _: loss)
-                finder.range_test(Batches(self.batches), end_lr=MAX_RATE)
-                return float(finder.plot(suggest_lr=True)[1])
-            finally:
-                adapted.unload()
-                # PEFT marks the base model as one with adapters.
-                if hasattr(self.model, "peft_config"):
-                    del self.model.peft_config
+        with self.planned.adapted():
+            optimizer = self.make_optimizer(trainable_parameters(self.model), MIN_RATE)
+            finder = LRFinder(WithLoss(self.model), optimizer, lambda loss, _: loss)
+            finder.range_test(Batches(self.batches), end_lr=MAX_RATE)
+            return float(finder.plot(suggest_lr=True)[1])
 
 
 def measure_curve(losses_at: Callable[[float], list[float] | None], middle: float) -> dict[float, list[float] | None]:

@@ -14,7 +14,7 @@ from rora_theory.lab.finetune.config import LossOn
 from rora_theory.lab.sweep.curves import comparison_pairs, setting_labels
 from rora_theory.runs import frames
 from rora_theory.stats.curve_optima import whole_curve_log2_rates
-from rora_theory.stats.estimate import Estimate
+from rora_theory.stats.estimate import ROUNDING, Estimate
 from rora_theory.stats.rate_curves import Curve, at_shared_seeds, weighted_log2_rates
 
 THREE_POINTS = "three points"
@@ -84,8 +84,9 @@ def _estimates(
         logs = compute(weights, *curves)
         if math.isnan(logs.value):
             continue
-        # Three points at an end of the grid give the measured rate itself, whose scatter is no error.
-        has_interval = logs.has_error and not (edge and estimator == THREE_POINTS)
+        # An end of the grid is a measured rate itself, whose scatter is no error.
+        is_end = edge and (estimator == THREE_POINTS or logs.error < ROUNDING)
+        has_interval = logs.has_error and not is_end
         width = logs.half_width() if has_interval and math.isfinite(logs.half_width()) else math.nan
         row = {**labels, "estimate": estimator, name: 2**logs.value}
         row |= {"low": 2 ** (logs.value - width), "high": 2 ** (logs.value + width)}
