@@ -210,7 +210,8 @@ def test_by_default_a_probe_that_cannot_beat_the_prior_trains_nothing_and_names_
         calls.append(1)
         return model(**batch).loss
 
-    arguments = {"steps": 100, "loss": counted, "held_out": batches(8, seed=1, rows=8, length=24)}
+    data = {"train": batches(12, rows=8, length=24), "held_out": batches(8, seed=1, rows=8, length=24)}
+    arguments = {"steps": 100, "loss": counted} | data
     with caplog.at_level(logging.INFO, logger="rora_theory.measure.tuning.search"):
         result = tune_linear(**arguments, budget=None)
     assert not calls
