@@ -52,8 +52,9 @@ Columns
                      Several columns in one cell. A cell in which a value is missing is empty.
     A colon after the conditions is optional.
 
-Formats are Python's. `:.1f/1e9` divides the value first. They apply to the value rounded to 12 significant digits, so
-that a tie does not depend on the processor that wrote the file.
+Formats are Python's. `:.1f/1e9` divides the value first, and `:.1f*1.96` multiplies it, which turns a standard error
+into half a 95% interval. They apply to the value rounded to 12 significant digits, so that a tie does not depend on the
+processor that wrote the file. A cell that is a code of its column, such as `adamw`, appears in words (`WORDS`).
 """
 
 import csv
@@ -103,10 +104,35 @@ NAMES = {
     "finetune_speed": "AMD EPYC (AVX-512)",
     "finetune_speed_avx2": "AVX2 alone",
     "finetune_speed_intel": "Intel Xeon",
+    "held_out_30": "held-out loss, 30 steps",
+    "held_out_100": "held-out loss, 100 steps",
+    "held_out_300": "held-out loss, 300 steps",
+    "held_out_1000": "held-out loss, 1,000 steps",
     "rank_sweep": "SmolLM2-135M",
     "rank_sweep_pruned": "SmolLM2-135M pruned to half",
+    "train_30": "training loss, 30 steps",
+    "train_100": "training loss, 100 steps",
+    "train_1000": "training loss, 1,000 steps",
 }
 """Names of folders in words, for tables over several of them."""
+WORDS = {
+    "base": {"bfloat16": "bfloat16", "nf4": "NF4 (4 bits)", "q4_0": "Q4_0 (4 bits)", "q8_0": "Q8_0 (8 bits)"},
+    "init": {"gaussian": "gaussian", "kaiming_uniform": "PEFT's default"},
+    "method": {"dora": "DoRA", "lora": "LoRA", "rora": "RoRA"},
+    "name": {
+        "batch_exponent": "exponent in the batch size",
+        "cosine": "best peak rate with cosine decay over the best constant rate",
+        "displacement_constant": "K of the displacement law",
+        "gain_exponent": "correction of the displacement law's exponent in the gain",
+        "pair": "logarithm of the ratio of two best rates beyond the laws",
+        "rank_exponent": "exponent in the rank at one gain",
+        "steps_exponent": "exponent in the number of steps",
+    },
+    "optimizer": {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"},
+    "rule": {"0": "constant scaling", "0.25": "alpha / r^0.25", "lora": "alpha / r", "rora": "alpha / sqrt(r)"},
+    "side": {"ours": "this package (JAX)", "peer": "torch + peft"},
+}
+"""Codes in words, by column."""
 RELATIVE_TOLERANCE = 1e-6
 SIGNIFICANT_DIGITS = 12
 
@@ -235,8 +261,10 @@ def format_row(template: str, row: Row) -> str:
     """Fill a format string from the columns of a row."""
 
     def replacement(field: re.Match[str]) -> str:
-        value, (spec, _, divisor) = value_of(row, field[1]), field[2].partition("/")
-        value = value / float(divisor) if divisor else value
+        value, (spec, operation, number) = value_of(row, field[1]), re.match(r"([^*/]*)([*/]?)(.*)", field[2]).groups()
+        if operation:
+            value = value * float(number) if operation == "*" else value / float(number)
+        value = WORDS.get(field[1], {}).get(str(value), value)
         if isinstance(value, float):
             # Rounding removes differences between processors.
             value, spec = float(f"{value:.{SIGNIFICANT_DIGITS}g}"), spec or "g"

@@ -71,18 +71,20 @@ def markdown() -> str:
             lines += [f"### {folder}", "", f"{describe(run_figures[0].manifest)} {_links(run)}.", ""]
             for path, _, _, caption in run_figures:
                 image = f"{REPOSITORY_PATH}/{folder}/{path.name}"
-                lines += [f"[![{caption.rstrip('.')}]({image})]({image})", "", caption, ""]
+                # A page that shows the figure says what is seen in it.
+                alternative = _alternative_texts().get(f"{folder}/{path.name}", caption.rstrip("."))
+                lines += [f"[![{alternative}]({image})]({image})", "", caption, ""]
         lines += ["</section>", ""]
     return "\n".join(lines)
 
 
 def runs_markdown() -> str:
     """Return a table of every published run: experiment, model, files, and the page of its tables."""
-    lines = ["", "| run | experiment | model | files |", "|---|---|---|---|"]
+    lines = ["", "| folder | command | model | files |", "|---|---|---|---|"]
     for path in sorted(PUBLISHED.rglob("manifest.json")):
         manifest = json.loads(path.read_text())
         run = path.parent.relative_to(PUBLISHED).as_posix()
-        lines.append(f"| `{run}` | {manifest['experiment']} | {model_of(manifest)} | {_links(path.parent)} |")
+        lines.append(f"| `{run}` | `rora {manifest['experiment']}` | {model_of(manifest)} | {_links(path.parent)} |")
     return "\n".join([*lines, ""])
 
 
@@ -103,6 +105,16 @@ def _links(run: Path) -> str:
     folder = run.relative_to(PUBLISHED).as_posix()
     names = [name for name in ("tables.md", "results.csv", "metrics.jsonl", "manifest.json") if (run / name).exists()]
     return ", ".join(f"[{name.partition('.')[0]}]({REPOSITORY_PATH}/{folder}/{name})" for name in names)
+
+
+@cache
+def _alternative_texts() -> dict[str, str]:
+    """Return the alternative texts of the figures that a page shows, by their paths below `results/published`."""
+    texts = {}
+    for page in [ROOT / "README.md", *PAGES]:
+        for text, path in re.findall(r"!\[([^]]+)\]\([./]*results/published/([^)]+)\)", page.read_text()):
+            texts[path] = " ".join(text.split())
+    return texts
 
 
 @cache

@@ -97,7 +97,7 @@ def draw_accuracy(config: AccuracyOptions) -> Sequence[Path]:
         f"{model_name(base['model'].iloc[0], config.name)}"
         + (f", r = {rank}" if rank else "")
         + f", {steps} steps of {batch}; "
-        "bars: ± one standard error, over items (top) and of the paired difference (bottom)"
+        "bars: one standard error, over items (top) and of the paired difference (bottom)"
     )
     style.legend(figure, handles, title)
     return style.save(figure, config.out or config.run, "accuracy")

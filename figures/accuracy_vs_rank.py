@@ -196,7 +196,7 @@ def run_title(manifest: dict[str, Any], drawn: pd.DataFrame, config: AccuracyVsR
     name = model_name(drawn["model"].iloc[0], config.name)
     return (
         f"{name}, {alpha}, {rate}, {steps} steps of {settings['training']['batch']}, "
-        f"{settings['data']['held_out']} held-out records; bars: ± s.e. over items"
+        f"{settings['data']['held_out']} held-out records; bars: one standard error over items"
     )
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 import tyro
 
 from figures import style
+from figures.sweep import model_name
 from rora_theory import plots
 from rora_theory.runs import frames
 
@@ -92,8 +93,9 @@ def draw_sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
     style.legend(
         figure,
         style.named(axes.flat) | plots.step_handles(steps),
-        f"{manifest['config']['model']}, {manifest['config']['batches']} batch; mean ± s.e. over "
-        f"{style.seeds_of(manifest)} seeds; rules meet at r = {manifest['config']['reference_rank']}",
+        f"{model_name(manifest['config']['model'])}, {manifest['config']['batches']} batch; "
+        f"mean and standard error over {style.seeds_of(manifest)} seeds; "
+        f"rules meet at r = {manifest['config']['reference_rank']}",
     )
     return figure
 
@@ -133,8 +135,8 @@ def draw_slopes(manifest: dict[str, Any], slopes: pd.DataFrame) -> plt.Figure:
     style.legend(
         figure,
         handles,
-        f"{manifest['config']['model']}, {manifest['config']['batches']} batch; log-log slope ± half its 95% "
-        f"interval over {style.seeds_of(manifest)} seeds",
+        f"{model_name(manifest['config']['model'])}, {manifest['config']['batches']} batch; "
+        f"log-log slope ± half its 95% interval over {style.seeds_of(manifest)} seeds",
     )
     return figure
 

@@ -50,7 +50,8 @@ def draw_horizon(config: HorizonOptions) -> Sequence[Path]:
     if by_parts:
         handles["law with the measured parts"] = plt.Line2D([], [], color="black", marker="_", linestyle="none")
     caption = (
-        "bars of rates ± one s.e., of exponents 95%; lines above, and band: constant gradient from the first point"
+        "bars of rates: one standard error, of exponents: 95%; lines above, and band: constant gradient from the "
+        "first point"
     )
     if best["edge"].notna().any():
         caption += "; crosses: at the grid's edge"

@@ -65,7 +65,8 @@ def draw_layers_vs_rank(config: LayersVsRankOptions) -> Sequence[Path]:
     style.legend(
         figure,
         style.named(axes.flat),
-        f"{len(layers)} layers, {SPLITS[config.split]} tokens; points: measured ± s.e., lines: the law",
+        f"{len(layers)} layers, {SPLITS[config.split]} tokens; points: measured, with one standard error, lines: the "
+        "law",
     )
     return style.save(figure, config.out or config.run, "layers_vs_rank")
 

@@ -84,7 +84,8 @@ def draw_loss_vs_rate(config: LossVsRateOptions) -> Sequence[Path]:
     title = (
         model_name(rows["model"].iloc[0], config.name)
         + (f", r = {rank}" if rank else "")
-        + f", {trained['steps'].iloc[0]} steps of {manifest['config']['training']['batch']}; bars: ± s.e. over items"
+        + f", {trained['steps'].iloc[0]} steps of {manifest['config']['training']['batch']}; bars: one standard "
+        "error over items"
     )
     style.legend(figure, style.named(axes) | diverged_handles(lines), title + describe_seed_marks(lines))
     return style.save(figure, config.out or config.run, "loss_vs_rate")

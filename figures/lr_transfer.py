@@ -66,7 +66,7 @@ def draw_lr_transfer(config: LrTransferOptions) -> Sequence[Path]:
     axes[0, 0].set_ylabel("best learning rate")
     axes[1, 0].set_ylabel("held-out loss" + (" (nats per token)" if is_matrix(manifest) else ""))
     # Legend, with what is left out.
-    caption = f"bars: ± one s.e. over {' and '.join(sorted(set(best_rate_table['error_over'].dropna())))}"
+    caption = f"bars: one standard error over {' and '.join(sorted(set(best_rate_table['error_over'].dropna())))}"
     if left_out:
         caption += f"; below: rates that diverged or have a loss above {MAX_LOSS_RATIO} times the median are left out"
     edge = plt.Line2D([], [], color="black", marker="x", markersize=6, linestyle="none")

@@ -68,8 +68,8 @@ def draw_norm_vs_rank(config: NormVsRankOptions) -> Sequence[Path]:
     style.legend(
         figure,
         handles,
-        rf"points: simulated ± s.e.; $p_{{in}}$ = {settings['p_in']}, $p_{{out}}$ = {settings['p_out']}, "
-        rf"$\alpha$ = {settings['alpha']:g}, $\eta$ = {settings['lr']:g}",
+        rf"points: simulated, bars: one standard error; $p_{{in}}$ = {settings['p_in']}, "
+        rf"$p_{{out}}$ = {settings['p_out']}, $\alpha$ = {settings['alpha']:g}, $\eta$ = {settings['lr']:g}",
     )
     return style.save(figure, config.out or config.run, "norm_vs_rank")
 

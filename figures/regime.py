@@ -148,7 +148,7 @@ def _rms(rows: pd.DataFrame, config: RegimeOptions, init: str, out: Path) -> lis
             if module == modules[-1]:
                 axis.set_xlabel("rank $r$")
         line[0].set_ylabel(f"rms of $w$,\nin units of $r = {min(rows['rank'])}$")
-    shown = "lines: the law" + (", points: adapters drawn and stepped, ± s.e." if measured else "")
+    shown = "lines: the law" + (", points: adapters drawn and stepped" if measured else "")
     style.legend(figure, style.named(axes.flat), f"{plots.REGIME_SPLITS[config.split]} tokens, A {init}; {shown}")
     return style.save(figure, out, "regime_rms")
 

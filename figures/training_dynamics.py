@@ -95,7 +95,11 @@ def draw_slopes(manifest: dict[str, Any], fits: pd.DataFrame) -> plt.Figure:
         )
     handles[f"flat: within ±{BAND:g}"] = style.band_handle()
     ranks = f"{fits['lowest_rank'].min()} to {fits['highest_rank'].max()}"
-    style.legend(figure, handles, f"log-log slope over ranks {ranks} ± s.e. over {style.seeds_of(manifest)} seeds")
+    style.legend(
+        figure,
+        handles,
+        f"log-log slope over ranks {ranks}; bars: one standard error over {style.seeds_of(manifest)} seeds",
+    )
     return figure
 
 
@@ -153,7 +157,8 @@ def draw_sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
     style.legend(
         figure,
         handles,
-        f"mean ± s.e. over {style.seeds_of(manifest)} seeds; rules meet at r = {meeting}; the target's rms is about 1",
+        f"mean and standard error over {style.seeds_of(manifest)} seeds; rules meet at r = {meeting}; the "
+        "target's rms is about 1",
     )
     return figure
 

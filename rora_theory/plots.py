@@ -115,7 +115,7 @@ def plot_check(sizes: "pandas.DataFrame", slopes: "pandas.DataFrame", band: floa
         # One legend for both columns; steps and the band have handles of their own.
         handles = named(axes.flat) | step_handles(steps) | {f"flat: within ±{band:g}": band_handle()}
         seeds = sizes["seed"].nunique()
-        legend(figure, handles, f"mean ± s.e. over {seeds} draws of A; slope ± half its 95% interval")
+        legend(figure, handles, f"mean with standard error over {seeds} draws of A; slope ± half its 95% interval")
     return figure
 
 

@@ -25,11 +25,17 @@ def test_every_published_figure_is_in_it() -> None:
     assert "```" not in re.sub(r"<details.*?</details>", "", written, flags=re.DOTALL), "commands are folded"
 
 
+def test_a_figure_that_a_page_shows_has_the_page_s_alternative_text() -> None:
+    readme = (gallery.ROOT / "README.md").read_text()
+    (text,) = re.findall(r"!\[([^]]+)\]\(results/published/horizon/minima.png\)", readme)
+    assert f"[![{' '.join(text.split())}](../results/published/horizon/minima.png)]" in gallery.markdown()
+
+
 def test_every_published_run_is_in_the_list_with_its_model() -> None:
     rows = [line for line in gallery.runs_markdown().splitlines() if line.startswith("| `")]
     assert len(rows) == len(list((ROOT / "results/published").rglob("manifest.json")))
     (gemma,) = [row for row in rows if row.startswith("| `horizon_gemma` |")]
-    assert gemma.startswith("| `horizon_gemma` | sweep | Gemma 3 270M | [tables](../results/published/horizon_gemma/")
+    assert gemma.startswith("| `horizon_gemma` | `rora sweep` | Gemma 3 270M | [tables](../results/published/horizon_gemma/")
     (toy,) = [row for row in rows if row.startswith("| `lr_transfer` |")]
     assert "| simulation |" in toy
     (language,) = [row for row in rows if row.startswith("| `lr_transfer_smollm2` |")]
