@@ -133,7 +133,6 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Any] = (),
         *,
-        context: int = 0,
         answer_only: bool = True,
     ) -> RenderedText:
         """Render a chat and locate the parts of its text that are in the loss.
@@ -147,7 +146,6 @@ class ChatTemplate:
           messages: Turns with ``role``, ``content`` and whatever else the template reads. An assistant turn with a
             ``weight`` of 0 is not in the loss.
           tools: Descriptions of tools.
-          context: Number of leading messages whose turns are not learned (with ``answer_only``).
           answer_only: Whether only the assistant's turns are in the loss, instead of the whole text.
 
         Returns:
@@ -161,7 +159,7 @@ class ChatTemplate:
         ignored = {index for index, message in enumerate(messages) if message.get("weight") == 0}
         # Loss on the answers: locate the assistant's turns that are learned.
         if answer_only:
-            learned = [index for index in turns if index >= context and index not in ignored]
+            learned = [index for index in turns if index not in ignored]
             return self._locate_turns(messages, tools, turns, learned)
         # Loss on the whole text: only the assistant's turns can be located, and so left out.
         if other_roles := ignored.difference(turns):

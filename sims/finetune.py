@@ -21,10 +21,10 @@ from rora_theory.lab.data.records import DataConfig, read_record_set
 from rora_theory.lab.finetune import (
     FinetuneConfig,
     Metrics,
-    card,
     distributed,
     metrics,
     prepare,
+    run_report,
     sharding,
     split_records,
     trackers,
@@ -128,13 +128,8 @@ def finetune_model(config: FinetuneOptions) -> None:
         adapter = trainer.adapter(config.output.keep)
     # Only the first process writes: the outputs, their card, and the summary.
     if folder is not None:
-        best = trainer.best_step if config.output.keep == "best" else None
-        license_name = config.output.license
-        description = card.build_training_description(
-            training, records, config.data, data.summary, events, best, license_name
-        )
-        write_outputs(folder, config.output, adapter, model, description)
-        rows = card.summary_rows(events, folder.entry("trainable_parameters"))
+        write_outputs(folder, config.output, adapter, model)
+        rows = run_report.summary_rows(events, folder.entry("trainable_parameters"))
         with summarised(folder, [KeyFigure(row["what"], row["value"], scope={"step": row["step"]}) for row in rows]):
             report(folder, events, data.summary["validated_on"])
         folder.finish(best_step=trainer.best_step, best_loss=trainer.best_loss)
@@ -156,7 +151,7 @@ def record_start(
     devices = f"{len(jax.devices())} x {device.device_kind}"
     counted = {"trainable_parameters": trainable, "trainable_share": share}
     folder.update(data=summary, steps=trainer.steps, device=devices, **counted)
-    print(card.describe_start(training, summary, trainer.steps, trainable, share))
+    print(run_report.describe_start(training, summary, trainer.steps, trainable, share))
     print(memory.describe(device), flush=True)
 
 
@@ -196,8 +191,8 @@ def train(trainer: Trainer, folder: RunFolder, log_to: TrackerName | None = None
 
 def report(folder: RunFolder, events: Sequence[Mapping[str, Any]], held_out: int) -> None:
     """Print the losses and the key figures of the run."""
-    answers.print_answer(card.describe_losses(events, held_out))
-    rows = card.summary_rows(events, folder.entry("trainable_parameters"))
+    answers.print_answer(run_report.describe_losses(events, held_out))
+    rows = run_report.summary_rows(events, folder.entry("trainable_parameters"))
     cells = [(row["what"], row["step"] or "", f"{row['value']:{'.4f' if row['step'] else ',.0f'}}") for row in rows]
     tables.print_table("Key figures; losses in nats per token", ["", "step", "value"], cells, records=rows)
 

@@ -69,7 +69,7 @@ class RegimeOptions:
     reading: DataConfig = field(default_factory=DataConfig)
     template: TrainTemplate | None = None
     """Prompt template: train (as published), clean, chat (the model's chat template) or plain (the prompt followed
-    directly by the response); by default train for alpaca, chat for chats and prompt-response, plain for other
+    directly by the response); by default train for alpaca, chat for chats, plain for other
     formats"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights and activations"""

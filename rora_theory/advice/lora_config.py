@@ -6,7 +6,6 @@ from typing import Any, Literal, NamedTuple
 
 from rora_theory.advice.adapter_config import (
     ALL_LINEAR,
-    FILE,
     LORA_ENTRIES,
     TASK_TYPES,
     Entries,
@@ -17,7 +16,6 @@ from rora_theory.advice.adapter_config import (
     is_a,
     list_of,
     peft_targets,
-    read_entries,
     validate_entries,
 )
 from rora_theory.errors import InputError
@@ -92,24 +90,6 @@ class SavedSetting(NamedTuple):
     schedule: str | None = None
     steps: int | None = None
     epochs: float | None = None
-
-
-def read_adapter_config(path: str | Path) -> SavedSetting:
-    """Read the tuned setting from an ``adapter_config.json``, with PEFT's defaults for missing entries.
-
-    Args:
-      path: The file, or the adapter's folder.
-
-    Returns:
-      The tuned setting, without a learning rate or an optimizer.
-
-    Raises:
-      InputError: If there is no such file, it is not LoRA's, an entry is invalid, modules have several ranks or alphas,
-        or `init_of` refuses the initialisation.
-    """
-    path = Path(path)
-    path = path / FILE if path.is_dir() else path
-    return saved_from_entries(path, read_entries(path))
 
 
 def saved_from_entries(path: Path, values: Mapping[str, Any]) -> SavedSetting:

@@ -124,8 +124,8 @@ class BatchConfig:
     """Maximum number of tokens of a record"""
     template: TrainTemplate | None = None
     """Training prompt: train (as published, byte for byte), clean, chat (the model's chat template) or plain (prompt
-    and response without anything between). The default depends on the data format: train for alpaca, chat for chats
-    and prompt-response records, otherwise plain"""
+    and response without anything between). The default depends on the data format: train for alpaca, chat for
+    chats, otherwise plain"""
 
     def __post_init__(self) -> None:
         check_ranges(self)

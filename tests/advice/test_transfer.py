@@ -15,8 +15,8 @@ from rora_theory.advice import text
 from rora_theory.advice.adapter_config import FILE
 from rora_theory.advice.best_rate import Run, carry_rate
 from rora_theory.advice.constants import CONSTANTS, EVIDENCE, GROWTH
-from rora_theory.advice.lora_config import read_adapter_config
 from rora_theory.advice.setting import CROSS_TALK, SIGNAL, Setting, rank_growth, step_ratio
+from rora_theory.advice.trainer_configs import read_trainer_config
 from rora_theory.advice.transfer import transfer
 from rora_theory.lab.adapters import LoraConfig
 
@@ -556,8 +556,8 @@ def test_numpy_numbers_are_converted(small) -> None:
 def test_a_saved_adapter_is_read(tmp_path, entries, expected) -> None:
     (tmp_path / FILE).write_text(json.dumps({"peft_type": "LORA"} | entries))
     for path in (tmp_path, tmp_path / FILE):
-        assert read_adapter_config(path)[:5] == expected
-        remarks = [remark.partition(":")[0] for remark in read_adapter_config(path).remarks]
+        assert read_trainer_config(path)[:5] == expected
+        remarks = [remark.partition(":")[0] for remark in read_trainer_config(path).remarks]
         defaults = [name for name in ("r", "lora_alpha") if name not in entries]
         assert remarks == [f"{tmp_path / FILE} has no {name}" for name in defaults]
 
@@ -584,7 +584,7 @@ def test_a_saved_adapter_is_read(tmp_path, entries, expected) -> None:
 def test_a_saved_adapter_without_a_law_is_named(tmp_path, entries, message) -> None:
     (tmp_path / FILE).write_text(json.dumps({"peft_type": "LORA"} | entries))
     with pytest.raises(InputError, match=message) as error:
-        read_adapter_config(tmp_path)
+        read_trainer_config(tmp_path)
     assert FILE in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -592,7 +592,7 @@ def test_a_saved_adapter_without_a_law_is_named(tmp_path, entries, message) -> N
 def test_entries_that_are_not_carried_over_get_a_remark(tmp_path) -> None:
     text = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "use_dora": True, "target_modules": ".*proj", "new": 1}
     (tmp_path / FILE).write_text(json.dumps(text))
-    saved = read_adapter_config(tmp_path)
+    saved = read_trainer_config(tmp_path)
     assert (saved.targets, saved.expression, saved.other_entries) == (None, ".*proj", {"use_dora": True})
     assert [remark.split()[0] for remark in saved.remarks] == ["use_dora", "new"]
 

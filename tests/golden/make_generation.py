@@ -40,18 +40,11 @@ MODELS: dict[str, dict] = {
         "tie_word_embeddings": True,
     },
 }
-BEAM = {"num_beams": 4, "length_penalty": 1.0, "early_stopping": False}
+BEAM = {"num_beams": 4}
 # (model, settings of the search; {} is greedy, number of end tokens, seeds)
 PLAN: list[tuple[str, dict, int, range]] = [
     ("grouped", {}, 1, range(8)),
     ("grouped", BEAM, 1, range(16)),
-    ("grouped", {**BEAM, "length_penalty": 0.0}, 1, range(8)),
-    ("grouped", {**BEAM, "length_penalty": 2.0}, 1, range(8)),
-    ("grouped", {**BEAM, "length_penalty": -1.0}, 1, range(8)),
-    ("grouped", {**BEAM, "early_stopping": "never"}, 1, range(8)),
-    ("grouped", {**BEAM, "early_stopping": "never", "length_penalty": 0.0}, 1, range(8)),
-    ("grouped", {**BEAM, "early_stopping": True}, 1, range(8)),
-    ("grouped", {**BEAM, "early_stopping": True, "length_penalty": 2.0}, 1, range(8)),
     ("grouped", BEAM, 2, range(8)),
     ("grouped", {**BEAM, "num_beams": 3}, 8, range(8)),
     ("tied", {}, 2, range(4)),

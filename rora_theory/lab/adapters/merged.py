@@ -11,6 +11,7 @@ from rora_theory.lab.adapters.base import TrainableAdapter
 from rora_theory.lab.adapters.peft import BASE_MODEL_DIGEST, entries_of, load_peft, read_metadata
 from rora_theory.lab.llama.loading import Model
 from rora_theory.lab.llama.saving import save_model
+from rora_theory.runs.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -66,23 +67,17 @@ def load_with_adapter(
     return (merged(adapter, model), None) if merge and adapter.config.mergeable else (model, adapter)
 
 
-def save_merged(
-    folder: str | os.PathLike[str],
-    adapter: TrainableAdapter,
-    model: Model,
-    *,
-    trained: card.TrainingDescription | None = None,
-) -> None:
+def save_merged(folder: str | os.PathLike[str], adapter: TrainableAdapter, model: Model) -> None:
     """Save the merged model with its tokenizer and its model card in Hugging Face format.
 
     Args:
       folder: Folder to write to, created if it does not exist.
       adapter: Adapter to merge.
       model: Base model.
-      trained: Description of the training run for the model card; None omits it.
 
     Raises:
       InputError: If the adapter cannot be merged, or a file cannot be written.
     """
     save_model(Path(folder), merged(adapter, model))
-    card.save(Path(folder), entries_of(adapter, model.origin), model.origin, trained, merged=True)
+    text = card.text(entries_of(adapter, model.origin), model.origin, merged=True)
+    write_whole(Path(folder) / card.FILE, text)

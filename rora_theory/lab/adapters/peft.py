@@ -63,7 +63,6 @@ def save_peft(
     *,
     base_model: str | ModelSource | None = None,
     portable: bool = False,
-    trained: card.TrainingDescription | None = None,
 ) -> None:
     """Save an adapter so that PEFT loads it and computes the same. PEFT does not support series and parallel adapters.
 
@@ -81,7 +80,6 @@ def save_peft(
         id and commit, if known, and the SHA-256 digest of its files, as ``base_model_sha256`` in the metadata of the
         safetensors file.
       portable: Whether to save LoRA and RoRA for clients that read fewer entries than PEFT, see `portable`.
-      trained: Description of the training run for the model card; None omits it.
 
     Raises:
       InputError: If ``folder`` is a file or cannot be written, in which case no partial file remains; or if the adapter
@@ -97,7 +95,7 @@ def save_peft(
         config["revision"], metadata[BASE_MODEL_DIGEST] = base_model.commit, base_model.sha256
     if portable:
         config, tensors = portable_form(folder / CONFIG, config, tensors)
-    _write_files(folder, config, tensors, metadata, card.text(config, base_model, trained))
+    _write_files(folder, config, tensors, metadata, card.text(config, base_model))
 
 
 def entries_of(adapter: TrainableAdapter, base_model: str | ModelSource | None = None) -> dict[str, Any]:

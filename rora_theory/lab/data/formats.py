@@ -14,7 +14,7 @@ from rora_theory.chat_templates import ASSISTANT
 from rora_theory.errors import InputError, shown
 from rora_theory.runs import digests, files
 
-FormatName = Literal["messages", "sharegpt", "alpaca", "prompt-response", "prompt-completion", "conversational", "text"]
+FormatName = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"]
 TrainTemplate = Literal["train", "clean", "chat", "plain"]
 TRAIN_TEMPLATES: tuple[str, ...] = get_args(TrainTemplate)
 
@@ -51,12 +51,6 @@ class Record(NamedTuple):
     input: str = ""
 
 
-class Exchange(Record):
-    """Record of the format prompt-response, which defaults to a chat of two turns."""
-
-    __slots__ = ()
-
-
 class Completion(Record):
     """Record of the format prompt-completion, which defaults to plain text."""
 
@@ -81,13 +75,11 @@ class Chat:
       messages: Objects with ``role``, ``content`` and whatever else a chat template may read. A turn with a ``weight``
         of 0 is not learned.
       tools: Descriptions of tools that a chat template may list.
-      context: Number of leading messages that belong to the prompt. The assistant's turns among them are not learned.
       where: File and place of the chat, for the errors. Not part of the chat's value.
     """
 
     messages: tuple[dict[str, Any], ...]
     tools: tuple[Any, ...] = ()
-    context: int = 0
     where: str = field(default="a chat", compare=False)
 
     def as_record(self) -> Record:
@@ -109,7 +101,6 @@ AnyRecord = Record | Text | Chat
 
 DEFAULT_TEMPLATES: dict[type[AnyRecord], TrainTemplate] = {
     Record: "train",
-    Exchange: "chat",
     Completion: "plain",
     Text: "plain",
     Chat: "chat",
@@ -123,8 +114,7 @@ def records_digest(records: Sequence[AnyRecord]) -> str:
 
 
 def _chat_content(chat: Chat) -> dict[str, Any]:
-    context = {"context": chat.context} if chat.context else {}
-    return {"messages": chat.messages, "tools": chat.tools} | context
+    return {"messages": chat.messages, "tools": chat.tools}
 
 
 @dataclass
@@ -292,13 +282,6 @@ def _parse_messages(raw: RawRecord) -> Chat:
     return _make_chat(raw, "messages", [_parse_message(turn) for turn in raw.turns("messages")])
 
 
-def _parse_conversational(raw: RawRecord) -> Chat:
-    """Parse TRL's prompt and completion, each a list of messages; only turns of the completion are learned."""
-    raw.require("prompt", "completion")
-    context, completion = ([_parse_message(turn) for turn in raw.turns(key)] for key in ("prompt", "completion"))
-    return _make_chat(raw, "completion", completion, context)
-
-
 def _parse_message(turn: RawRecord) -> dict[str, Any]:
     """Parse a message in OpenAI's form."""
     turn.require("role")
@@ -386,16 +369,13 @@ def _parse_sharegpt(raw: RawRecord) -> Chat:
     return _make_chat(raw, "conversations", messages)
 
 
-def _make_chat(
-    raw: RawRecord, key: str, messages: list[dict[str, Any]], context: Sequence[dict[str, Any]] = ()
-) -> Chat:
+def _make_chat(raw: RawRecord, key: str, messages: list[dict[str, Any]]) -> Chat:
     """Return a chat, and raise `InputError` if it has no assistant turn to learn.
 
     Args:
       raw: Object of the source.
       key: Name of the field with the messages.
-      messages: Messages of which the assistant's turns are learned.
-      context: Messages before them that belong to the prompt.
+      messages: Messages of the chat.
     """
     # A turn without a weight is learned.
     weights = [message.get("weight") for message in messages if message["role"] == ASSISTANT]
@@ -409,7 +389,7 @@ def _make_chat(
     tools = [] if key == "conversations" else raw.objects("tools", optional=True)
     for tool in tools:
         raw.check_value(raw.name("tools"), tool)
-    return Chat((*context, *messages), tuple(tools), len(context), raw.where)
+    return Chat(tuple(messages), tuple(tools), raw.where)
 
 
 @dataclass(frozen=True)
@@ -421,14 +401,12 @@ class Format:
       record_type: Type of the records.
       parse: Function that makes a record of an object.
       optional_keys: Further keys that an object, or a turn in it, may have.
-      first_is_list: Whether the value of the first required key is a list; None is any value.
     """
 
     required_keys: tuple[str, ...]
     record_type: type[AnyRecord]
     parse: Callable[[RawRecord], AnyRecord]
     optional_keys: tuple[str, ...] = ()
-    first_is_list: bool | None = None
 
     @property
     def default_template(self) -> TrainTemplate:
@@ -440,21 +418,8 @@ FORMATS: dict[FormatName, Format] = {
     "messages": Format(("messages",), Chat, _parse_messages, ("role", "content", "weight", "tools")),
     "sharegpt": Format(("conversations",), Chat, _parse_sharegpt, ("from", "value", "weight", "system")),
     "alpaca": Format(("instruction", "output"), Record, _pair_parser("instruction", "output", "input"), ("input",)),
-    "prompt-response": Format(
-        ("prompt", "response"), Exchange, _pair_parser("prompt", "response", record_type=Exchange)
-    ),
     "prompt-completion": Format(
-        ("prompt", "completion"),
-        Completion,
-        _pair_parser("prompt", "completion", record_type=Completion),
-        first_is_list=False,
-    ),
-    "conversational": Format(
-        ("prompt", "completion"),
-        Chat,
-        _parse_conversational,
-        ("role", "content", "weight", "tools"),
-        first_is_list=True,
+        ("prompt", "completion"), Completion, _pair_parser("prompt", "completion", record_type=Completion)
     ),
     "text": Format(("text",), Text, _parse_text),
 }
@@ -478,9 +443,7 @@ def matching_formats(value: dict[str, Any], field_names: Mapping[str, str]) -> l
     """
 
     def matches(form: Format) -> bool:
-        names = [field_names.get(key, key) for key in form.required_keys]
-        has_list = isinstance(value.get(names[0]), list)
-        return all(name in value for name in names) and form.first_is_list in (None, has_list)
+        return all(field_names.get(key, key) in value for key in form.required_keys)
 
     def renamed_count(name: FormatName) -> int:
         return len(set(field_names) & {*FORMATS[name].required_keys, *FORMATS[name].optional_keys})

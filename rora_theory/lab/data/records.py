@@ -77,9 +77,8 @@ class FormatConfig:
     """
 
     format: FormatName | None = None
-    """Format of the records: messages (OpenAI's chats), sharegpt, alpaca, prompt-response, prompt-completion,
-    conversational (prompt and completion as lists of messages) or text; by default detected from the first record's
-    keys"""
+    """Format of the records: messages (OpenAI's chats), sharegpt, alpaca, prompt-completion or text; by default
+    detected from the first record's keys"""
     fields: dict[str, str] = field(default_factory=dict)
     """Your data's names of fields, where they differ: --fields instruction question output answer"""
 

@@ -95,9 +95,7 @@ def render_record(
             raise InputError(f"template is 'chat', but there is no chat template. {TEMPLATE_ADVICE}")
         conversation = chat_from_record(record) if isinstance(record, Record) else record
         try:
-            return chat.render_with_spans(
-                conversation.messages, conversation.tools, context=conversation.context, answer_only=answer_only
-            )
+            return chat.render_with_spans(conversation.messages, conversation.tools, answer_only=answer_only)
         except InputError as error:
             raise InputError(f"{conversation.where}: {error}") from None
     # All others: the answer is the end of the text.

@@ -88,7 +88,7 @@ class FinetuneConfig:
 
     template: TrainTemplate | None = None
     """Prompt template: train (the published one, byte for byte), clean, chat (the model's chat template) or plain (the
-    prompt followed directly by the response); by default train for alpaca, chat for chats and prompt-response, and
+    prompt followed directly by the response); by default train for alpaca, chat for chats, and
     plain for other formats"""
     cutoff: AtLeastTwo = 256
     """Maximum length of an example in tokens; longer examples are truncated at the end"""

@@ -1,15 +1,12 @@
-"""Outputs of a fine-tuning run: the adapter, the merged model, and a model card in each folder."""
+"""Outputs of a fine-tuning run: the adapter and the merged model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rora_theory.advice.adapter_config import FILE, read_entries
 from rora_theory.errors import InputError
 from rora_theory.lab import adapters
-from rora_theory.lab.adapters import card
-from rora_theory.lab.adapters.peft import entries_of
 from rora_theory.lab.finetune.config import FinetuneConfig
 from rora_theory.lab.llama import Model
 from rora_theory.runs.folder import RunFolder
@@ -24,9 +21,6 @@ class OutputConfig:
 
     keep: Literal["best", "last"] = "best"
     """Adapter to write at the end: best by validation loss (as published), or last"""
-    license: str | None = None
-    """Licence in the model cards, as a Hugging Face hub identifier; by default that of the base model, if its files
-    state it. If set for a completed run, its model cards are rewritten"""
     merge: bool = False
     """Also write merged/, the model with the adapter (LoRA, RoRA or DoRA) merged in, in Hugging Face format; with
     method full it is the only output"""
@@ -52,17 +46,14 @@ class OutputConfig:
             )
 
 
-def write_outputs(
-    folder: RunFolder, config: OutputConfig, adapter: Any, model: Model, trained: card.TrainingDescription
-) -> None:
-    """Write the outputs that do not exist yet, and rewrite the cards of existing ones if the licence has changed.
+def write_outputs(folder: RunFolder, config: OutputConfig, adapter: Any, model: Model) -> None:
+    """Write the outputs that do not exist yet.
 
     Args:
       folder: Folder of the run.
       config: Outputs to write.
       adapter: Adapter or trained weights, as `Trainer.adapter` returns them.
       model: Base model.
-      trained: Description of the run for the model cards.
 
     Raises:
       InputError: If a file cannot be written.
@@ -75,12 +66,11 @@ def write_outputs(
 
     def save_adapter(path: Path) -> None:
         portable = config.serve_as == "portable"
-        adapters.save_peft(path, adapter, base_model=model.origin, portable=portable, trained=trained)
+        adapters.save_peft(path, adapter, base_model=model.origin, portable=portable)
 
     def save_model(path: Path) -> None:
-        adapters.save_merged(path, adapter, model, trained=trained)
+        adapters.save_merged(path, adapter, model)
 
-    has_new_license = config.license not in (None, folder.entry("license"))
     replaces = adapter.config.replaces_weights
     # Weights that replace the base's have no adapter file, so they are always saved as a whole model.
     outputs: dict[str, tuple[bool, Callable[[Path], None]]] = {
@@ -88,15 +78,7 @@ def write_outputs(
         MERGED: (config.merge or replaces, save_model),
     }
     for name, (is_requested, save) in outputs.items():
-        path = folder.path / name
-        # The licence is stated in the model card only, so a new one leaves the weights as they are.
-        if folder.has_files(name):
-            if has_new_license:
-                entries = entries_of(adapter, model.origin) if name == MERGED else read_entries(path / FILE)
-                card.save(path, entries, model.origin, trained, merged=name == MERGED)
-        elif is_requested:
+        if is_requested and not folder.has_files(name):
             folder.clear(name)
-            save(path)
+            save(folder.path / name)
             folder.record_files(name)
-    if has_new_license:
-        folder.update(license=config.license)

@@ -7,7 +7,7 @@ can change. A program serves every call of the same shape: prompts are padded on
 The beams of one item share one key/value cache. It holds the prompt once, then one slot for every beam of every step,
 and is only ever appended to. When the beams are reordered, no keys or values move: a beam attends to those slots of the
 earlier steps that its own tokens came through (`_visible_slots`). A prefix that all prompts share can be read once for
-all items. With one beam and ``early_stopping``, the search is greedy.
+all items. With one beam, the search is greedy.
 """
 
 import functools
@@ -39,7 +39,7 @@ from rora_theory.lab.llama.model import (
     windowed_layers,
 )
 from rora_theory.lab.llama.quantised import to_dense
-from rora_theory.scaling import check_integer, is_finite
+from rora_theory.scaling import check_integer
 
 EXCLUDED = -1e9
 """Number added to a score to exclude a candidate: transformers' own constant, so that even ties are the same."""
@@ -53,8 +53,6 @@ def beam_search(
     max_new_tokens: int,
     eos_ids: Collection[int],
     num_beams: int = 4,
-    length_penalty: float = 1.0,
-    early_stopping: bool | str = False,
     pad_id: int | None = None,
     shared: int = 0,
     adapter: Adapter | None = None,
@@ -64,7 +62,8 @@ def beam_search(
     With W beams and E end tokens, each step considers the :math:`W \max(2, 1 + E)` most likely continuations of all
     beams. The first W of them that do not end become the next beams. Those that end, if they are among the first W of
     all, compete for W places among the finished sequences; at ``max_new_tokens`` every continuation ends. The score of
-    a finished sequence is the log-probability of its n new tokens divided by :math:`n^{length\_penalty}`.
+    a finished sequence is the log-probability of its n new tokens divided by n. An item stops if it has W finished
+    sequences and the best beam at its present length would not beat the worst of them; with one beam, at its first end.
 
     Args:
       params: Weights of the model.
@@ -73,10 +72,6 @@ def beam_search(
       max_new_tokens: Maximum number of tokens to generate, at least 1.
       eos_ids: Tokens that end a text; may be empty.
       num_beams: Number of beams W, at least 1.
-      length_penalty: Exponent of the length; positive values favour long sequences.
-      early_stopping: Condition under which an item stops. True: W sequences are finished. False: additionally, the best
-        beam at its present length would not beat the worst finished sequence. ``"never"``: additionally, the best beam
-        could not beat it at any length up to ``max_new_tokens`` even if its log-probability fell no further.
       pad_id: Padding of short prompts; None is 0. No token attends to it, so it does not change the result.
       shared: Number of leading tokens that all prompts share, to be read once for all of them. Each number compiles
         anew, so pass the same one in every call of a task (`shared_prompt.shared_length` with ``spare=1``).
@@ -86,10 +81,9 @@ def beam_search(
       The new tokens of each prompt's best sequence, up to and including the one that ends it.
 
     Raises:
-      InputError: ``num_beams`` is below 1 or too large for the vocabulary; ``length_penalty`` is not finite;
-        ``early_stopping`` is unknown; there are no prompts; a prompt is empty or leaves no room for ``max_new_tokens``
-        within ``max_position_embeddings``; a token is outside the vocabulary; ``max_new_tokens`` is below 1; or the
-        ``shared`` tokens differ between prompts or are all of a prompt.
+      InputError: ``num_beams`` is below 1 or too large for the vocabulary; there are no prompts; a prompt is empty or
+        leaves no room for ``max_new_tokens`` within ``max_position_embeddings``; a token is outside the vocabulary;
+        ``max_new_tokens`` is below 1; or the ``shared`` tokens differ between prompts or are all of a prompt.
     """
     # Validate the settings. A step needs as many candidates as `_advance_search` chooses from.
     batch = _make_batch(prompts, config, max_new_tokens, eos_ids, pad_id, shared)
@@ -99,26 +93,7 @@ def beam_search(
             f"num_beams must leave at most {config.vocab_size} candidates a step, the size of the vocabulary; "
             f"{num_beams} beams and {batch.eos.size} end tokens make {candidates}"
         )
-    if not is_finite(length_penalty):
-        raise InputError(f"length_penalty must be a finite number, got {length_penalty!r}")
-    if early_stopping not in (True, False, "never"):
-        raise InputError(f"early_stopping must be True, False or 'never', got {early_stopping!r}")
-    # Divisors of the scores of sequences with 1, 2, ... tokens.
-    penalties = np.arange(1, max_new_tokens + 1).astype(np.float64) ** float(length_penalty)
-    # Divisors of a running beam's score, for its comparison with the finished sequences.
-    uses_final_length = early_stopping == "never" and length_penalty > 0
-    running_penalties = np.full_like(penalties, penalties[-1]) if uses_final_length else penalties
-    tokens, lengths = _run_beam_search(
-        params,
-        adapter,
-        *batch,
-        penalties.astype(np.float32),
-        running_penalties.astype(np.float32),
-        config=config,
-        count=max_new_tokens,
-        beams=num_beams,
-        stop_when_full=early_stopping is True,
-    )
+    tokens, lengths = _run_beam_search(params, adapter, *batch, config=config, count=max_new_tokens, beams=num_beams)
     return _remove_padding(tokens, lengths, len(prompts))
 
 
@@ -177,7 +152,7 @@ class _Beams(NamedTuple):
       scores: Log-probabilities of the running beams, best first.
       done_tokens: Tokens of the finished sequences, best first.
       done_lengths: Lengths of the finished sequences.
-      done_scores: Scores of the finished sequences, log-probability divided by the length penalty.
+      done_scores: Scores of the finished sequences, log-probability divided by the length.
       done: Whether the place of a finished sequence is taken.
     """
 
@@ -192,7 +167,7 @@ class _Beams(NamedTuple):
     done: Bool[Array, "b w"]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "count", "beams", "stop_when_full"))
+@functools.partial(jax.jit, static_argnames=("config", "count", "beams"))
 def _run_beam_search(
     params: Params,
     adapter: Adapter | None,
@@ -201,13 +176,10 @@ def _run_beam_search(
     real: Array,
     is_item: Array,
     eos: Array,
-    penalties: Array,
-    running_penalties: Array,
     *,
     config: LlamaConfig,
     count: int,
     beams: int,
-    stop_when_full: bool,
 ) -> tuple[Int[Array, "b t"], Int[Array, " b"]]:
     """Run beam search on a padded batch; return the tokens of each row's best sequence and their number."""
     # Read the prompts once; all beams of an item share the keys and values of its prompt.
@@ -215,14 +187,7 @@ def _run_beam_search(
     batch = len(real)
     prompt_lengths = jnp.sum(real.astype(jnp.int32), axis=1)
     cached_positions = _slot_positions(config, real, count, beams)
-    advance = functools.partial(
-        _advance_search,
-        eos=eos,
-        penalties=penalties,
-        running_penalties=running_penalties,
-        beams=beams,
-        stop_when_full=stop_when_full,
-    )
+    advance = functools.partial(_advance_search, eos=eos, beams=beams)
 
     def body(state: tuple[_Beams, Any]) -> tuple[_Beams, Any]:
         search, cache = state
@@ -240,8 +205,7 @@ def _run_beam_search(
 
     def is_unfinished(state: tuple[_Beams, Any]) -> Array:
         search, _ = state
-        running = search.is_open & ~jnp.all(search.done, axis=1) if stop_when_full else search.is_open
-        return (search.step < count) & jnp.any(running)
+        return (search.step < count) & jnp.any(search.is_open)
 
     # Before the first token, an item has one beam without tokens and no finished sequence.
     start = _Beams(
@@ -266,10 +230,7 @@ def _advance_search(
     logits: Float[Array, "b w v"],
     *,
     eos: Int[Array, " e"],
-    penalties: Float[Array, " t"],
-    running_penalties: Float[Array, " t"],
     beams: int,
-    stop_when_full: bool,
 ) -> _Beams:
     """Advance the search by one token.
 
@@ -277,15 +238,13 @@ def _advance_search(
       search: State of the search with w running beams, one before the first step and W afterwards.
       logits: Logits after each running beam.
       eos: Tokens that end a text.
-      penalties: Divisor of the score of a finished sequence of 1, 2, ... tokens.
-      running_penalties: Divisor of a running beam's score of 1, 2, ... tokens in the comparison with finished ones.
       beams: Number of beams W.
-      stop_when_full: Whether an item accepts no further sequence once it has W of them.
 
     Returns:
       The state with W running beams of one more token.
     """
-    batch, count = logits.shape[0], penalties.shape[0]
+    batch, count = logits.shape[0], search.tokens.shape[2]
+    length = search.step + 1
     candidates = beams * max(2, 1 + eos.shape[0])
 
     # Best tokens of each beam, [b w, c]. The logits have two axes here, and the maximum is computed by itself, because
@@ -309,22 +268,19 @@ def _advance_search(
     new_slot = jnp.broadcast_to(jnp.arange(beams, dtype=jnp.int32)[None], (batch, beams))
 
     # Finished sequences: the best W of the earlier ones and of those candidates among the first W that end now.
-    may_finish = search.is_open
-    if stop_when_full:
-        may_finish = may_finish & ~jnp.all(search.done, axis=1)
     is_new = ends & (jnp.arange(candidates) < beams)[None]
     new_scores = (
-        total / penalties[search.step]
-        + jnp.where(may_finish[:, None], 0.0, EXCLUDED)
+        total / length.astype(jnp.float32)
+        + jnp.where(search.is_open[:, None], 0.0, EXCLUDED)
         + jnp.where(is_new, 0.0, EXCLUDED)
     )
     done_scores, finished_index = jax.lax.top_k(jnp.concatenate([search.done_scores, new_scores], axis=1), beams)
-    length = jnp.broadcast_to(search.step + 1, (batch, candidates))
+    new_lengths = jnp.broadcast_to(length, (batch, candidates))
     done = _take_rows(jnp.concatenate([search.done, is_new], axis=1), finished_index)
 
-    # An item stays open if its best running beam would beat its worst finished sequence.
+    # An item stays open if its best running beam would beat its worst finished sequence. Greedy search has no choice.
     worst = jnp.where(done, jnp.min(done_scores, axis=1, keepdims=True), EXCLUDED)
-    can_improve = jnp.any(scores[:, :1] / running_penalties[search.step] > worst, axis=1)
+    can_improve = ~done[:, 0] if beams == 1 else jnp.any(scores[:, :1] / length.astype(jnp.float32) > worst, axis=1)
     return _Beams(
         step=search.step + 1,
         is_open=search.is_open & can_improve,
@@ -332,7 +288,7 @@ def _advance_search(
         ancestry=_set_column(ancestry, new_slot, search.step),
         scores=scores,
         done_tokens=_take_rows(jnp.concatenate([search.done_tokens, tokens], axis=1), finished_index),
-        done_lengths=_take_rows(jnp.concatenate([search.done_lengths, length], axis=1), finished_index),
+        done_lengths=_take_rows(jnp.concatenate([search.done_lengths, new_lengths], axis=1), finished_index),
         done_scores=done_scores,
         done=done,
     )

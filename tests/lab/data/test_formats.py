@@ -16,9 +16,7 @@ CASES = {
     "messages": ({"messages": MESSAGES}, CHAT, "chat"),
     "sharegpt": ({"conversations": SHAREGPT}, CHAT, "chat"),
     "alpaca": ({"instruction": "Ähm?", "input": "", "output": "Yes."}, RECORD, "train"),
-    "prompt-response": ({"prompt": "Ähm?", "response": "Yes."}, RECORD, "chat"),
     "prompt-completion": ({"prompt": "Ähm?", "completion": "Yes."}, RECORD, "plain"),
-    "conversational": ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, Chat(tuple(MESSAGES), context=1), "chat"),
     "text": ({"text": "Ähm? Yes."}, Text("Ähm? Yes."), "plain"),
 }
 """A row of each format, its record and the record's template."""
@@ -57,7 +55,8 @@ def test_renamed_fields(read):
     assert note.endswith("x.parquet: read as alpaca; it also matches text (format)")
     # Formats that use more of the renamed fields come first.
     for renamed in (row, {"question": "Q", "reply": "A"} | CASES["alpaca"][0]):
-        assert read([renamed], fields={"prompt": "question", "response": "reply"}).formats == (("prompt-response", 1),)
+        fields = {"prompt": "question", "completion": "reply"}
+        assert read([renamed], fields=fields).formats == (("prompt-completion", 1),)
     messages = [{"who": message["role"], "said": message["content"]} for message in MESSAGES]
     loaded = read([{"conversations": messages}], fields={"messages": "conversations", "role": "who", "content": "said"})
     assert (loaded.records, loaded.formats) == ([CHAT], (("messages", 1),))
@@ -111,14 +110,6 @@ def test_roles_of_sharegpt_are_those_of_chat_templates(read):
     (chat,) = read([{"conversations": [{"from": speaker, "value": "."} for speaker in speakers]}]).records
     roles = ["system", "user", "assistant", "tool", "assistant", "tool", "assistant", "user"]
     assert [message["role"] for message in chat.messages] == roles
-
-
-def test_a_prompt_of_several_turns_is_context(read):
-    """In TRL's format the assistant's turns in the prompt are context, and the record has their number."""
-    row = {"prompt": [*MESSAGES, {"role": "user", "content": "Sure?"}], "completion": [MESSAGES[1]], "tools": [{}]}
-    (chat,) = read([row]).records
-    assert chat == Chat((*row["prompt"], MESSAGES[1]), ({},), context=3)
-    assert records_digest([chat]) != records_digest([Chat(chat.messages, chat.tools)])
 
 
 def test_the_text_parts_of_a_message_are_joined(read):

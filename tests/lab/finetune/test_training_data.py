@@ -72,7 +72,9 @@ def test_a_record_set_has_the_prompt_of_its_format(completions):
 @pytest.mark.slow
 def test_a_record_set_has_its_chat_template(model_folder, tmp_path):
     """The record set has the template it was read with, of a tokenizer that has none."""
-    (tmp_path / "x.json").write_text(json.dumps([{"prompt": "fox", "response": "dog"}] * 3))
+    (tmp_path / "x.json").write_text(
+        json.dumps([{"messages": [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}]}] * 3)
+    )
     record_set = read_record_set([tmp_path / "x.json"], DataConfig(chat_template="chatml"))
     tokenizer = Tokenizer.from_folder(model_folder)
     assert tokenizer.chat_template is None

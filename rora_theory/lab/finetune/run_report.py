@@ -1,81 +1,14 @@
-"""Descriptions of a fine-tuning run: its model card, its summary table, and the lines printed at its start and end."""
+"""Descriptions of a fine-tuning run: its summary table, and the lines printed at its start and end."""
 
-import re
 from collections.abc import Mapping, Sequence
 from math import inf, isnan
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from rora_theory.lab.adapters.card import TrainingDescription
-from rora_theory.lab.data.hub_files import HUB_PREFIX
-from rora_theory.lab.data.records import RecordSet
 from rora_theory.lab.finetune.config import FinetuneConfig
 
 LAST_STEPS = 10
 """Number of final steps over which the final training loss is averaged, to reduce the noise of single batches."""
-
-
-def build_training_description(
-    config: FinetuneConfig,
-    records: RecordSet,
-    sources: Sequence[str],
-    summary: Mapping[str, Any],
-    events: Sequence[Mapping[str, Any]],
-    saved_step: int | None = None,
-    license: str | None = None,  # noqa: A002 (the hub's name for it)
-) -> TrainingDescription:
-    """Build the description of a run for its model card.
-
-    Args:
-      config: Fine-tuning configuration.
-      records: Records that the run read.
-      sources: Files or hub addresses that the records were read from.
-      summary: Record counts, `TrainingData.summary`.
-      events: Events of the whole run, `metrics.Metrics.events`.
-      saved_step: Step after which the saved adapter or weights were taken; None means the last step.
-      license: Licence identifier of the Hugging Face hub.
-    """
-    steps, validations = _steps_and_validations(events)
-    names = [source if source.startswith(HUB_PREFIX) else Path(source).name for source in sources]
-    counts = f"{summary['records']:,}, SHA-256 `{records.sha256}`"
-    held_out = summary["validated_on"]
-    decay = f", weight decay {config.weight_decay:g}" if config.weight_decay else ""
-    # Settings without an effect are left out of the description.
-    clip = "" if config.clip == inf else f", gradients clipped at norm {config.clip:g}"
-    trained_part = "weights" if config.method == "full" else "adapter"
-    # One row for each property; an empty text marks a property that this run does not have.
-    rows = [
-        (
-            "quantization",
-            f"the base's linear weights in {config.quantization} blocks, multiplied in {config.dtype}"
-            if config.quantization != "none"
-            else "",
-        ),
-        ("data", ", ".join(f"`{name}`" for name in names)),
-        ("records", counts),
-        ("trained on", f"{summary['trained_on']:,}; held out for the validation loss: {held_out:,}"),
-        ("prompt", f"template {config.template}, at most {config.cutoff} tokens, loss on {config.loss_on} tokens"),
-        (
-            "optimizer",
-            f"AdamW, betas {config.betas[0]:g} and {config.betas[1]:g}, epsilon {config.epsilon:g}{decay}{clip}",
-        ),
-        ("learning rate", describe_learning_rate(config, len(steps))),
-        (
-            "horizon",
-            f"{len(steps):,} steps of {config.batch_size} records; {trained_part} of step {saved_step or len(steps):,}",
-        ),
-        (
-            "requested rule",
-            f"{config.rule}, alpha {config.alpha:g}" if config.method in ("lora", "dora") else "",
-        ),
-        ("training loss", _describe_training_loss(steps)),
-        ("validation loss", _describe_validation_loss(validations, held_out)),
-    ]
-    # Data sets of the hub are listed by name, without revision or file.
-    matches = (re.match(rf"{HUB_PREFIX}([^/@:]+/[^/@:]+)", source) for source in sources)
-    datasets = dict.fromkeys(match[1] for match in matches if match)
-    return TrainingDescription([row for row in rows if row[1]], tuple(datasets), license)
 
 
 def describe_losses(events: Sequence[Mapping[str, Any]], held_out: int) -> str:
