@@ -163,18 +163,14 @@ def plot_regime(crossings: "pandas.DataFrame", title: str = "") -> "matplotlib.f
 def plot_losses(
     losses: Mapping[str, Mapping[float, float | Sequence[float]]],
     *,
-    best: Mapping[str, float] | None = None,
     axis: "matplotlib.axes.Axes | None" = None,
-    label: str = "held-out loss, nats per token",
 ) -> "matplotlib.figure.Figure":
     """Plot the loss against the learning rate, on a logarithmic axis.
 
     Args:
       losses: Losses by the name of a line and by learning rate: a number, or one number for each seed. A cross at the
         upper edge marks a learning rate whose loss is not finite.
-      best: Best learning rate of some lines, which is marked by a vertical line.
       axis: Axes to draw on; None creates a figure.
-      label: Label of the loss axis.
 
     Returns:
       The figure.
@@ -190,13 +186,10 @@ def plot_losses(
     with plt.rc_context(STYLE):
         if axis is None:
             _, axis = plt.subplots(figsize=(3.6, 2.7))
-        # A line for each name; a vertical line marks its best rate.
         for position, (name, by_rate) in enumerate(losses.items()):
             colour = COLOURS[position % len(COLOURS)]
             draw_losses(axis, by_rate, colour=colour, marker=MARKERS[position % len(MARKERS)], label=name)
-            if best is not None and name in best:
-                axis.axvline(best[name], color=colour, linestyle=DOTTED)
-        axis.set(xscale="log", xlabel="learning rate", ylabel=label)
+        axis.set(xscale="log", xlabel="learning rate", ylabel="held-out loss, nats per token")
         # Two labels for each decade: the default labels every minor tick of a short axis, and they overlap.
         axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
         axis.minorticks_off()

@@ -26,7 +26,6 @@ from rora_theory.lab.finetune import (
     prepare,
     run_report,
     sharding,
-    split_records,
     trackers,
 )
 from rora_theory.lab.finetune.checkpoints import silence_checkpoint_logs
@@ -83,12 +82,9 @@ def finetune_model(config: FinetuneOptions) -> None:
     if config.processes.join():
         config.output.check_several_processes(config.training, config.out)
     silence_checkpoint_logs()
-    if (is_first := distributed.is_first()) and config.out is not None:
-        check_free(config.out)
-    # Records: refuse too few of them before the weights are read.
+    is_first = distributed.is_first()
     records = read_record_set(config.data, config.reading)
     training = replace(config.training, template=records.template(config.training.template))
-    split_records(records.records, training.held_out, training.seed)
     # Model without its weights, and the modules to adapt.
     origin = llama.locate(config.model, config.revision)
     llama_config = llama.model_config(origin)

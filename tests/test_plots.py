@@ -115,15 +115,14 @@ def test_the_labels_of_crossing_ranks_do_not_overlap(upper) -> None:
 
 
 def test_losses_against_the_rate(tmp_path) -> None:
-    """The plot has means over seeds at ascending rates, a cross for each infinite loss, and a line at the best rate."""
+    """The plot has means over seeds at ascending rates and a cross for each infinite loss."""
     losses = {"rank 8": {1e-3: [2.0, 2.2], 1e-4: [3.0, 3.0], 1e-2: [float("inf"), 2.0]}, "rank 32": {1e-3: 2.5}}
-    figure = plots.plot_losses(losses, best={"rank 8": 8e-4})
+    figure = plots.plot_losses(losses)
     (axis,) = figure.axes
     assert line_of(axis.containers[0]) == ([1e-4, 1e-3], pytest.approx([3.0, 2.1]))
     assert line_of(axis.containers[1]) == ([1e-3], [2.5])
     crosses = [line for line in axis.lines if line.get_marker() == "x" and len(line.get_xdata())]
     assert [line.get_xdata().tolist() for line in crosses] == [[1e-2]]
-    assert [line.get_xdata() for line in axis.lines if line.get_linestyle() not in ("-", "None")] == [[8e-4, 8e-4]]
     assert axis.get_xscale() == "log"
     figure.savefig(tmp_path / "losses.png")
     _, other = plt.subplots()

@@ -16,9 +16,6 @@ from rora_theory.runs.files import read_json
 FILE = "adapter_config.json"
 """Name of the configuration file in an adapter's folder."""
 
-MAX_ENTRIES = 20_000
-"""Maximum number of entries of a list or pattern in a configuration: twice the modules of the largest dense models."""
-
 LORA = "LORA"
 """PEFT's ``peft_type`` of LoRA, rsLoRA and DoRA."""
 
@@ -221,17 +218,13 @@ def read_entries(path: Path) -> dict[str, Any]:
       path: Path of the file.
 
     Raises:
-      InputError: If the file is missing or damaged, has no ``peft_type``, or has too many entries.
+      InputError: If the file is missing or damaged, or has no ``peft_type``.
     """
     if not path.exists():
         raise InputError(f"{path}: no such file. Pass the folder of an adapter saved by PEFT, or its {FILE}.")
     values = read_json(path, accepted="the file as PEFT writes it")
     if not isinstance(values, dict):
         raise InputError(f"{path}: must contain a JSON object, as PEFT writes it, got a {type(values).__name__}")
-    for key, value in values.items():
-        # Every entry of a list or pattern is matched with every module.
-        if isinstance(value, list | dict) and len(value) > MAX_ENTRIES:
-            raise InputError(f"{path}: {shown(key)} must have at most {MAX_ENTRIES:,} entries, got {len(value):,}")
     if not isinstance(values.get("peft_type"), str):
         kind = shown(values["peft_type"]) if "peft_type" in values else "no entry"
         raise InputError(f"{path}: peft_type must be a name, as PEFT writes it, got {kind}")

@@ -29,7 +29,6 @@ from rora_theory.advice.adapter_config import (
     LORA_ENTRIES,
     Check,
     is_a,
-    read_entries,
 )
 from rora_theory.advice.lora_config import SavedSetting, saved_from_entries
 from rora_theory.advice.modules import AlphaGrouping
@@ -344,8 +343,6 @@ def _open_config(path: str | Path) -> _Document:
     """Read a file and recognise its format."""
     path = Path(path)
     path = path / FILE if path.is_dir() else path
-    if path.name == FILE:
-        return _Document(path, "PEFT", "", read_entries(path))
     supported = f"{FILE} of PEFT, or the YAML of Axolotl (key adapter) or LLaMA-Factory (key lora_rank)"
     text = read_text(path, accepted=supported)
     if path.suffix == ".json":
@@ -363,8 +360,6 @@ def _open_config(path: str | Path) -> _Document:
     if len(formats) != 1:
         matches = " and ".join(formats) if formats else "neither"
         raise InputError(f"{path}: the format must be {supported}; its keys are those of {matches}")
-    if formats == ["PEFT"]:
-        return _Document(path, "PEFT", text, read_entries(path))
     return _Document(path, formats[0], text, values)
 
 

@@ -59,8 +59,7 @@ class Distances(NamedTuple):
 
 
 def distances(
-    rates_B: Sequence[float] | Float[np.ndarray, " steps"],
-    rates_A: Sequence[float] | Float[np.ndarray, " steps"] | None = None,
+    rates: Sequence[float] | Float[np.ndarray, " steps"],
     *,
     decay: tuple[float, float] | None = (0.9, 0.999),
     crossing_distance: float = math.inf,
@@ -74,8 +73,7 @@ def distances(
     :math:`1 + a/a_\times`.
 
     Args:
-      rates_B: Learning rate of B in each step, 0 or more. A warm-up that starts at 0 has 0 as its first entry.
-      rates_A: Learning rate of A in each step, if it differs (LoRA+). None uses ``rates_B``.
+      rates: Learning rate of each step, 0 or more. A warm-up that starts at 0 has 0 as its first entry.
       decay: Adam's beta_1 and beta_2. None selects sign descent.
       crossing_distance: Distance a at which the A part equals the B part (`RowTerms.crossing_distance`). It sets the
         growth of B's gradient under Adam; infinity means a constant gradient.
@@ -84,8 +82,8 @@ def distances(
       The distances b and a after the last step.
 
     Raises:
-      InputError: If there are no steps, the two schedules differ in length, a rate is negative, a decay is outside
-        [0, 1), or the crossing distance is not above 0 or is negligible compared to A's rates.
+      InputError: If there are no steps, a rate is negative, a decay is outside [0, 1), or the crossing distance is not
+        above 0 or is negligible compared to the rates.
 
     Examples:
       >>> distances([0.25] * 4, decay=None)
@@ -93,31 +91,27 @@ def distances(
       >>> round(distances([1e-3] * 200).A / distances([1e-3] * 200, decay=None).A, 2)  # Adam moves A faster
       1.47
     """
-    rates_B = np.asarray(rates_B, np.float64)
-    rates_A = rates_B if rates_A is None else np.asarray(rates_A, np.float64)
-    if rates_B.ndim != 1 or not len(rates_B) or rates_A.shape != rates_B.shape:
-        raise InputError(
-            "rates_B and rates_A must have one rate per step, for the same number of steps and at least one, "
-            f"got shapes {rates_B.shape} and {rates_A.shape}"
-        )
-    if not (np.isfinite(rates_B).all() and np.isfinite(rates_A).all() and min(rates_B.min(), rates_A.min()) >= 0):
-        raise InputError("rates_B and rates_A must be finite and at least 0, got a rate that is negative or not finite")
+    rates = np.asarray(rates, np.float64)
+    if rates.ndim != 1 or not len(rates):
+        raise InputError(f"rates must have one rate per step, and at least one step, got shape {rates.shape}")
+    if not (np.isfinite(rates).all() and rates.min() >= 0):
+        raise InputError("rates must be finite and at least 0, got a rate that is negative or not finite")
     check_between("crossing_distance", crossing_distance, 0, closed="right")
     # Adam squares B's gradient, which grows as 1 + a / crossing_distance: float64 must represent the square.
-    rate_sum = float(rates_A.sum())
+    rate_sum = float(rates.sum())
     if rate_sum / crossing_distance > MAX_GRADIENT_GROWTH:
         raise InputError(
-            f"crossing_distance must be at least {1 / MAX_GRADIENT_GROWTH:g} of the sum of A's rates, which is "
+            f"crossing_distance must be at least {1 / MAX_GRADIENT_GROWTH:g} of the sum of the rates, which is "
             f"{rate_sum:.3g}; got {crossing_distance!r}"
         )
     # Both factors start at distance 0, each with Adam moments of its own.
     adam_B, adam_A = _AdamStep(decay), _AdamStep(decay)
     b = a = 0.0
-    for rate_B, rate_A in zip(rates_B.tolist(), rates_A.tolist(), strict=True):
+    for rate in rates.tolist():
         # Relative sizes of both gradients before the step: both factors are updated from the same point.
         gradient_B, gradient_A = 1 + a / crossing_distance, b
-        b += rate_B * adam_B.step(gradient_B)
-        a += rate_A * adam_A.step(gradient_A)
+        b += rate * adam_B.step(gradient_B)
+        a += rate * adam_A.step(gradient_A)
     return Distances(b, a)
 
 

@@ -24,8 +24,7 @@ term's mean and m its mean square: a signal term and a cross-talk term again (`s
   usual factor :math:`\sqrt{\max(1, p_{out}/r)}` makes a constant gamma flat instead.
 - *Lion* and signSGD take Adam's first step (`moments`); for later steps see `constant_gradient.distances` with
   ``decay=None``.
-- *LoRA+* multiplies B's learning rate, and with it the size of the first step. A moves later
-  (`constant_gradient.distances`).
+- *LoRA+* multiplies B's learning rate, and with it the size of the first step. A moves later.
 - *A warm-up with first rate 0* changes nothing in the first step. The second step follows these laws.
 - *DoRA* initially has LoRA's gradients without the component along W (one direction of p_in). It also moves its
   magnitude by an amount that depends on neither gamma nor the rank, which bounds every exponent (`dora_first_step`).
@@ -44,7 +43,7 @@ from rora_theory.errors import InputError
 from rora_theory.inits import Init, entries
 from rora_theory.laws.moments import FirstStepMoments, first_step_moments
 from rora_theory.optimizers import OPTIMIZERS, Optimizer
-from rora_theory.scaling import check_choice, check_integer, check_not_negative, check_positive
+from rora_theory.scaling import check_choice, check_integer, check_positive
 
 
 class StartTerms(NamedTuple):
@@ -146,9 +145,8 @@ def clipped_sgd_moments(
     max_norm: float,
     learning_rate: float = 1.0,
     init: Init = "normal",
-    other_squares: float = 0.0,
 ) -> FirstStepMoments:
-    r"""Compute the moments of SGD's first step with clipping by the global norm (PyTorch's ``clip_grad_norm_``).
+    r"""Compute the moments of SGD's first step with clipping by the norm of one module's gradient.
 
     The norm at B = 0 is :math:`\gamma |G A^\top|_F`, with mean square :math:`\gamma^2 s_2 r |G|_F^2`. The computation
     replaces the norm by its root mean square. The norm is larger for an A that takes a larger step, so that the moments
@@ -159,10 +157,9 @@ def clipped_sgd_moments(
       x: Inputs x' at which the updated layer is evaluated; leading axes are tokens.
       rank: Rank r of the adapter, 1 or more.
       scaling: Scaling factor gamma, above 0.
-      max_norm: Maximum global norm of the gradient, above 0.
+      max_norm: Maximum norm of the gradient, above 0.
       learning_rate: Learning rate eta, above 0.
       init: Initialisation of A.
-      other_squares: Sum of :math:`|G|_F^2 s_2` over the other adapted modules, for the same rank and scaling.
 
     Returns:
       The moments of the clipped step.
@@ -171,11 +168,10 @@ def clipped_sgd_moments(
       InputError: If an argument is out of range.
     """
     check_positive("max_norm", max_norm)
-    check_not_negative("other_squares", float(other_squares))
     unclipped = first_step_moments(grad, x, rank=rank, scaling=scaling, learning_rate=learning_rate, init=init)
-    # Root mean square of the global norm over A, with the contributions of all adapted modules.
+    # Root mean square of the norm over A.
     squares = entries(init, rank=rank, p_in=grad.shape[1]).variance * float(np.sum(np.asarray(grad, np.float64) ** 2))
-    norm = scaling * math.sqrt(rank * (squares + other_squares))
+    norm = scaling * math.sqrt(rank * squares)
     factor = min(1.0, max_norm / norm) if norm > 0 else 1.0
     return FirstStepMoments(
         factor * unclipped.mean, factor**2 * unclipped.second_moment, factor**2 * unclipped.matrix_second_moment

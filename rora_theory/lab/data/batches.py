@@ -407,11 +407,6 @@ class Batches:
         """Return a step of the first epoch whose batch has the largest width."""
         return int(np.argmax(self._plan(0).widths[: len(self)]))
 
-    @property
-    def full_steps(self) -> list[int]:
-        """Return the steps of the first epoch whose batch has a record in every row."""
-        return np.flatnonzero((self._plan(0).rows >= 0).all(axis=1)).tolist()
-
     def __repr__(self) -> str:
         """Return the numbers of steps and the widths."""
         return f"Batches({len(self)} steps of {self.steps_per_epoch} an epoch, widths {self._widths})"

@@ -9,7 +9,7 @@ The command ``coordinate_check`` takes the steps. This module needs no extra.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -170,17 +170,12 @@ def coordinate_rows(
     return [labels | coordinate._asdict() | {"value": float(value)} for coordinate, value in sizes]
 
 
-def size_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return the frame of rows of `coordinate_rows`."""
-    return frames.from_rows(rows, COLUMNS)
-
-
 def coordinate_slopes(config: CheckConfig, sizes: pd.DataFrame) -> pd.DataFrame:
     """Fit the slope of every coordinate except the loss, and of the geometric mean of the modules' outputs.
 
     Args:
       config: Settings of the check.
-      sizes: Frame of `size_table` with all cells.
+      sizes: Frame with the columns `COLUMNS`, of all cells.
 
     Returns:
       A frame with the columns `SLOPE_COLUMNS`.

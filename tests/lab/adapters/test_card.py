@@ -45,7 +45,7 @@ def test_the_entries_of_an_adapter(model_folder, tmp_path) -> None:
     ("config", "tag", "library"),
     [
         (PrefixConfig(3), "prefix-tuning", "peft"),
-        (BottleneckConfig("series", width=3, target_modules=("up_proj",)), "series", None),
+        (BottleneckConfig("series", width=3, target_modules=("up_proj",)), "series_adapter", None),
         (replace(RORA, use_dora=True), "dora", "peft"),
     ],
 )

@@ -3,8 +3,9 @@
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from figures import coordinate_check as figure
 from rora_theory import scaling_factor
 from rora_theory.measure.rank_check.coordinate_table import Coordinate, Table
 from rora_theory.measure.rank_check.rules import (
+    COLUMNS,
     SLOPE_COLUMNS,
     Case,
     CheckConfig,
@@ -23,7 +25,6 @@ from rora_theory.measure.rank_check.rules import (
     coordinate_rows,
     coordinate_slopes,
     setting_of,
-    size_table,
     verdicts,
 )
 from rora_theory.runs import frames
@@ -34,6 +35,10 @@ def config_of(**changed) -> CheckConfig:
     """Return the settings of a small check: AdamW at alpha/r, three ranks, one step, two seeds, without controls."""
     small = {"ranks": (2, 8, 32), "rules": ("lora",), "optimizers": ("adamw",), "controls": False}
     return CheckConfig(**small | {"steps": (1,), "seeds": (0, 1)} | changed)
+
+
+def size_table(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    return frames.from_rows(rows, COLUMNS)
 
 
 def judge(config: CheckConfig, value: Callable[..., float]) -> tuple[pd.DataFrame, pd.DataFrame]:
