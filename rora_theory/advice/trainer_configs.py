@@ -56,21 +56,24 @@ TRAINER_LEARNING_RATE = 5e-5
 TRAINER_OPTIMIZER = "adamw_torch_fused"
 """Default of ``optim`` in transformers' ``TrainingArguments``, and of Axolotl's ``optimizer``."""
 
-ONE_RATE = "the advice covers one learning rate for all modules"
-"""Remark on further learning rates."""
-
-NOT_LINEAR = ("embed_tokens", "lm_head")
-"""Names in Axolotl's ``lora_target_modules`` that PEFT's all-linear does not include."""
-
-AXOLOTL_REMARKS = {
-    "embedding_lr": ONE_RATE,
-    "embedding_lr_scale": ONE_RATE,
-    "lr_groups": ONE_RATE,
-    "peft_trainable_token_indices": "the advice covers lora_A and lora_B, not rows of an embedding",
-    "peft_layer_replication": "the published runs have no replicated layers",
-    "relora": "the law covers one adapter that is trained from B = 0, without restarts",
-}
-"""Axolotl's keys that the law does not cover, with the remark on each."""
+NOT_COVERED = (
+    "adapter_name_or_path",
+    "embedding_lr",
+    "embedding_lr_scale",
+    "lora_exclude_modules",
+    "lora_fan_in_fan_out",
+    "lora_model_dir",
+    "lora_target_parameters",
+    "loraplus_lr_ratio",
+    "lr_groups",
+    "peft_ensure_weight_tying",
+    "peft_layer_replication",
+    "peft_layers_pattern",
+    "peft_layers_to_transform",
+    "peft_trainable_token_indices",
+    "relora",
+)
+"""Keys of the trainers that the advice does not cover. A file that is written keeps them."""
 
 WITH_WARM_UP = "_with_warmup"
 """End of the Trainer's name of the constant rate after a warm-up; other schedules have a warm-up by any name."""
@@ -103,7 +106,6 @@ class _TrainerKeys(_Keys):
       optimizer: Key of the optimizer.
       schedule: Key of the learning-rate schedule.
       epochs: Key of the number of epochs.
-      first_adapter: Key of an adapter from which training continues.
       default_schedule: Schedule of a file without one.
       default_epochs: Number of epochs of a file without one.
       default_learning_rate: Learning rate of a file without one; None if the trainer requires one.
@@ -112,7 +114,6 @@ class _TrainerKeys(_Keys):
     optimizer: str
     schedule: str
     epochs: str
-    first_adapter: str
     default_schedule: str
     default_epochs: float
     default_learning_rate: float | None
@@ -125,7 +126,6 @@ AXOLOTL = _TrainerKeys(
     optimizer="optimizer",
     schedule="lr_scheduler",
     epochs="num_epochs",
-    first_adapter="lora_model_dir",
     default_schedule="cosine",
     default_epochs=1.0,
     default_learning_rate=None,
@@ -136,7 +136,6 @@ LLAMA_FACTORY = _TrainerKeys(
     optimizer="optim",
     schedule="lr_scheduler_type",
     epochs="num_train_epochs",
-    first_adapter="adapter_name_or_path",
     default_schedule="linear",
     default_epochs=3.0,
     default_learning_rate=TRAINER_LEARNING_RATE,
@@ -369,11 +368,7 @@ def _read_axolotl(document: _Document) -> SavedSetting:
     if values["adapter"] not in AXOLOTL_ADAPTERS:
         raise InputError(f"{path}: adapter must be {' or '.join(AXOLOTL_ADAPTERS)}, got {shown(values['adapter'])}")
     # lora_target_linear adds all linear modules to the list; PEFT's name for them stands alone.
-    names: Any = values.get("lora_target_modules")
-    lost_names: list[str] = []
-    if document.flag("lora_target_linear"):
-        lost_names = [name for name in NOT_LINEAR if isinstance(names, list | str) and name in names]
-        names = ALL_LINEAR
+    names: Any = ALL_LINEAR if document.flag("lora_target_linear") else values.get("lora_target_modules")
     entries = {
         "r": document.rank("lora_r"),
         "lora_alpha": document.alpha(),
@@ -385,24 +380,12 @@ def _read_axolotl(document: _Document) -> SavedSetting:
         "alpha_pattern": values.get("lora_alpha_pattern"),
         "lora_dropout": document.dropout(),
         "modules_to_save": values.get("lora_modules_to_save"),
-        "layers_to_transform": values.get("peft_layers_to_transform"),
-        "layers_pattern": values.get("peft_layers_pattern"),
-        "fan_in_fan_out": document.flag("lora_fan_in_fan_out"),
-        "ensure_weight_tying": document.flag("peft_ensure_weight_tying"),
-        "exclude_modules": values.get("lora_exclude_modules"),
-        "target_parameters": values.get("lora_target_parameters"),
-        "trainable_token_indices": values.get("peft_trainable_token_indices"),
-        "layer_replication": values.get("peft_layer_replication"),
     }
     # LoftQ starts from B other than 0.
     peft = values.get("peft")
     if isinstance(peft, dict) and peft.get("loftq_config"):
         raise InputError(f"{path}: peft must have no loftq_config, got {shown(peft)}. The law covers B = 0.")
-    saved = _with_run(document, entries, AXOLOTL)
-    remarks = [f"{name} is set: {remark}" for name, remark in AXOLOTL_REMARKS.items() if values.get(name)]
-    if lost_names:
-        remarks.append(f"lora_target_linear is set: PEFT's {ALL_LINEAR} does not include {' and '.join(lost_names)}")
-    return saved._replace(remarks=(*saved.remarks, *remarks))
+    return _with_run(document, entries, AXOLOTL)
 
 
 def _read_llama_factory(document: _Document) -> SavedSetting:
@@ -443,10 +426,8 @@ def _with_run(document: _Document, entries: Mapping[str, Any], keys: _TrainerKey
     remarks = list(saved.remarks)
     if keys.default_learning_rate is not None and values.get("learning_rate") is None:
         remarks.append(f"{path} has no learning_rate: the Trainer's default, {keys.default_learning_rate:g}, is used")
-    if values.get("loraplus_lr_ratio"):
-        remarks.append("loraplus_lr_ratio is set: the advice covers one learning rate for lora_A and lora_B")
-    if values.get(keys.first_adapter):
-        remarks.append(f"{keys.first_adapter} is set: the law covers adapters that are trained from B = 0")
+    if names := [name for name in NOT_COVERED if values.get(name)]:
+        remarks.append(f"{', '.join(names)} of {path}: not covered by the advice")
     return saved._replace(
         remarks=tuple(remarks),
         learning_rate=document.learning_rate(keys.default_learning_rate),

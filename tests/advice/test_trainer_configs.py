@@ -103,29 +103,12 @@ def test_values_and_defaults(tmp_path, text, expected) -> None:
         (AXOLOTL + "lr_groups: [{name: o, modules: [o_proj], lr: 1.0e-6}]\n", "lr_groups"),
         (AXOLOTL + "peft_trainable_token_indices: [3]\n", "peft_trainable_token_indices"),
         (AXOLOTL + "peft_layer_replication: [[0, 4], [2, 6]]\n", "peft_layer_replication"),
-        (AXOLOTL + "relora: true\n", "relora"),
-        (AXOLOTL.replace("  - q_proj", "  - lm_head") + "lora_target_linear: true\n", "lm_head"),
+        (AXOLOTL + "relora: true\npeft_layers_to_transform: [1]\n", "peft_layers_to_transform, relora"),
     ],
 )
 def test_settings_that_the_law_does_not_cover_get_a_remark(tmp_path, text, first_words) -> None:
     (remark,) = read_trainer_config(written(tmp_path / "config.yaml", text)).remarks
     assert re.search(rf"\b{first_words}\b", remark)
-
-
-def test_axolotl_s_entries_of_peft_are_read(tmp_path) -> None:
-    text = AXOLOTL.replace("0.05", "5e-2") + (
-        "peft_trainable_token_indices: [3]\npeft_layer_replication: [[0, 4], [2, 6]]\nlora_fan_in_fan_out: true\n"
-        "peft_layers_to_transform: [1]\npeft_layers_pattern: [h]\npeft_ensure_weight_tying: true\n"
-    )
-    assert read_trainer_config(written(tmp_path / "config.yml", text)).other_entries == {
-        "lora_dropout": 0.05,
-        "trainable_token_indices": [3],
-        "layer_replication": [[0, 4], [2, 6]],
-        "fan_in_fan_out": True,
-        "layers_to_transform": [1],
-        "layers_pattern": ["h"],
-        "ensure_weight_tying": True,
-    }
 
 
 def test_a_file_without_target_modules_is_read(tmp_path) -> None:

@@ -68,9 +68,11 @@ def output(ended: Ended) -> str:
 
 
 def refusal(ended: Ended) -> str:
-    """Return the one line in which a command refused its input, with exit status 2."""
-    assert (ended.status, ended.err.count("\n")) == (2, 1), ended.err
-    assert ended.err.startswith("error: ")
+    """Return the message in which a command refused its input, with exit status 2: one line, or a box of tyro."""
+    assert ended.status == 2, ended.err
+    if "For full helptext" not in ended.err:
+        assert ended.err.startswith("error: ")
+        assert ended.err.count("\n") == 1
     return ended.err
 
 
