@@ -12,6 +12,7 @@ from rora_theory.lab.adapters.lora import LoraAdapter, LoraConfig
 from rora_theory.lab.adapters.merged import load_adapter, load_with_adapter, merged, save_merged
 from rora_theory.lab.adapters.peft import adapter_digest, load_peft, rewrite_portable, save_peft
 from rora_theory.lab.adapters.prefix import PrefixAdapter, PrefixConfig
+from rora_theory.lab.adapters.whole import WholeModel, WholeModelConfig
 
 __all__ = [
     "AdaptedModule",
@@ -25,6 +26,8 @@ __all__ = [
     "PrefixAdapter",
     "PrefixConfig",
     "TrainableAdapter",
+    "WholeModel",
+    "WholeModelConfig",
     "adapter_digest",
     "load_adapter",
     "load_peft",

@@ -51,7 +51,7 @@ def _document(record: AnyRecord) -> str:
 
 
 def sample_windows(
-    texts: Sequence[str], tokenizer: TextEncoder, *, seq: int, windows: int, held_out: int, seed: int = 0
+    texts: Sequence[str], tokenizer: TextEncoder, *, seq: int, windows: int | None, held_out: int, seed: int = 0
 ) -> tuple[Int[np.ndarray, "windows seq"], Int[np.ndarray, "held_out seq"]]:
     """Sample windows of tokens without overlap from concatenated documents.
 
@@ -59,7 +59,7 @@ def sample_windows(
       texts: Documents, which are joined by the end-of-sequence token.
       tokenizer: Tokenizer of the model.
       seq: Number of tokens in a window.
-      windows: Number of windows.
+      windows: Number of windows; None takes all that are not held out.
       held_out: Number of held-out windows.
       seed: Seed of the sample.
 
@@ -73,8 +73,9 @@ def sample_windows(
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     encoded = tokenizer.encode_batch(list(texts))
     tokens = [token for ids in encoded for token in (ids if ids[-1:] == end else (*ids, *end))]
-    available, required = len(tokens) // seq, windows + held_out
-    if available < required:
+    available = len(tokens) // seq
+    count = max(available - held_out, 1) if windows is None else windows
+    if available < (required := count + held_out):
         raise InputError(
             f"text must have at least {required} windows of {seq} tokens (windows and held_out together), got "
             f"{available} ({len(tokens):,} tokens)"
@@ -82,4 +83,4 @@ def sample_windows(
     # Cut the tokens into windows and draw the required number of them.
     candidates = np.asarray(tokens[: available * seq], np.int32).reshape(available, seq)
     order = np.random.default_rng(seed).permutation(available)[:required]
-    return candidates[order[:windows]], candidates[order[windows:]]
+    return candidates[order[:count]], candidates[order[count:]]

@@ -50,6 +50,27 @@ def cross_entropy(
     return _loss_sum(blocks, hidden, jax.lax.stop_gradient(head), targets, weights)
 
 
+def cross_entropy_of_trained_head(
+    hidden: Float[Array, "B T d"],
+    head: Float[Array, "V d"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+) -> Float[Array, ""]:
+    """Compute the sum of `cross_entropy` with a gradient in ``head`` too, for pretraining with a small vocabulary.
+
+    The logits are held as a whole.
+
+    Args:
+      hidden: Final hidden states.
+      head: Unembedding matrix.
+      targets: Target token of each position, in [0, V).
+      weights: Weight of each position; 0 excludes it.
+    """
+    logits = jnp.einsum("btd,vd->btv", hidden.astype(head.dtype), head, preferred_element_type=jnp.float32)
+    gold = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - gold))
+
+
 def count_blocks(positions: int, vocabulary: int, logits_bytes: int) -> int:
     """Return the number of blocks into which `cross_entropy` divides the vocabulary.
 

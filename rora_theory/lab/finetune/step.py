@@ -11,9 +11,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from rora_theory.lab import adapters, llama
 from rora_theory.lab.adapters.base import TrainableAdapter
+from rora_theory.lab.adapters.whole import WholeModel
 from rora_theory.lab.data.batches import Batch
 from rora_theory.lab.finetune.config import FinetuneConfig
-from rora_theory.lab.finetune.loss import LOGITS_BYTES, cross_entropy
+from rora_theory.lab.finetune.loss import LOGITS_BYTES, cross_entropy, cross_entropy_of_trained_head
 from rora_theory.lab.llama import LlamaConfig
 from rora_theory.optimizers import schedule_factor
 
@@ -326,11 +327,15 @@ def batch_loss(
       attention: Attention implementation, see `rora_theory.lab.llama.attention.choose_route`.
       logits_bytes: Maximum number of bytes of logits held at once, see `cross_entropy`.
     """
-    # The base is a constant of the gradient, so the backward pass computes no product for its weights.
-    base = jax.lax.stop_gradient(base)
+    # The base is a constant of the gradient, so the backward pass computes no product for its weights. A model that is
+    # trained as a whole has no base.
+    is_whole = isinstance(adapter, WholeModel)
+    base = adapter.params if is_whole else jax.lax.stop_gradient(base)
     hidden = llama.hidden_states(base, batch.inputs, llama_config, adapter, key=key, remat=remat, attention=attention)
     # Keep the hidden states of target positions only: the logits are the largest array of the step.
     if batch.positions is not None:
         hidden = jnp.take_along_axis(hidden, batch.positions[..., None], axis=1)
     head = llama.output_matrix(base, llama_config)
+    if is_whole:
+        return cross_entropy_of_trained_head(hidden, head, batch.targets, batch.weights)
     return cross_entropy(hidden, head, batch.targets, batch.weights, logits_bytes=logits_bytes)

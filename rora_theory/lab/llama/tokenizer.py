@@ -173,7 +173,7 @@ class Tokenizer:
         options = {}
         if path.name == "tokenizer.model" and "add_bos_token" not in _read_optional(folder / "tokenizer_config.json"):
             options["add_bos_token"] = True
-        fast_tokenizer = _import_fast_tokenizer()
+        fast_tokenizer = import_fast_tokenizer()
         try:
             backend = fast_tokenizer.from_pretrained(str(folder), local_files_only=True, **options)
         except Exception as error:  # of the extension and of the parsers of every file
@@ -204,13 +204,13 @@ class Tokenizer:
         where = str(source) if isinstance(source, str | Path) else where or "GGUF file"
         reader = open_gguf(Path(source)) if isinstance(source, str | Path) else source
         tokenizer, settings = build_tokenizer(reader, where)
-        backend = _import_fast_tokenizer()(tokenizer_object=tokenizer, **settings)
+        backend = import_fast_tokenizer()(tokenizer_object=tokenizer, **settings)
         # Chat models name further ends, such as that of a turn.
         further_ids = [read_metadata(reader, where, name, int, None) for name in END_TOKEN_KEYS[1:]]
         return cls(backend, eos_ids=_as_tuple([backend.eos_token_id, *further_ids]), source=where)
 
 
-def _import_fast_tokenizer() -> Any:
+def import_fast_tokenizer() -> Any:
     """Import transformers' class of tokenizers, which needs no PyTorch, without the note that it is missing."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:

@@ -1,0 +1,75 @@
+"""Training of a whole model: embeddings, norms and all modules, for pretraining."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from rora_theory.lab.adapters.base import AdaptedModule
+from rora_theory.lab.llama import LlamaConfig, linear
+from rora_theory.lab.llama.model import Params
+
+
+@dataclass(frozen=True)
+class WholeModelConfig:
+    """Configuration of the training of all weights. Frozen and hashable."""
+
+    mergeable: ClassVar[bool] = True
+    replaces_weights: ClassVar[bool] = True
+
+    def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]:  # noqa: ARG002
+        """Return no rows: no module is adapted."""
+        return ()
+
+    def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> "WholeModel":  # noqa: ARG002
+        """Start from the given weights, in float32."""
+        return WholeModel(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), self)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
+@dataclass(frozen=True)
+class WholeModel:
+    """All weights of a model as the trainable parameters of a run.
+
+    `rora_theory.lab.finetune.step.batch_loss` reads these weights in place of the frozen base.
+
+    Attributes:
+      params: Weights in the tree of `rora_theory.lab.llama.model`, in float32.
+      config: Configuration.
+    """
+
+    params: Params
+    config: WholeModelConfig
+
+    def layers(self) -> dict[str, Array]:
+        return {}
+
+    def linear(
+        self,
+        name: str,  # noqa: ARG002
+        x: Array,
+        weight: Array,
+        bias: Array | None,
+        layer: Any,  # noqa: ARG002
+        *,
+        key: PRNGKeyArray | None,  # noqa: ARG002
+    ) -> Array:
+        return linear(x, weight, bias)
+
+    def prefix(self, layer: Any) -> None:
+        """Return None: there is no prefix."""
+
+    def replace(self, params: Params) -> "WholeModel":
+        return replace(self, params=params)
+
+    def merge(self, params: Params) -> Params:  # noqa: ARG002
+        return self.params
+
+    def count(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+    def table(self) -> tuple[AdaptedModule, ...]:
+        return ()
