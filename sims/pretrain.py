@@ -63,9 +63,8 @@ def pretrain_model(config: PretrainConfig) -> None:
     extra = {"device": devices.describe(devices.pick(1)), "parameters": llama.count_parameters(llama_config)}
     folder = RunFolder.open(NAME, identity, out=path, seed=config.settings.seed, extra=extra)
     folder.update(data=data.summary)
-    print(
-        f"{extra['parameters']:,} weights, {data.summary['tokens']:,} tokens of text, {data.summary['epochs']:.2g} epochs"
-    )
+    tokens, epochs = data.summary["tokens"], data.summary["epochs"]
+    print(f"{extra['parameters']:,} weights, {tokens:,} tokens of text, {epochs:.2g} epochs")
     checkpoints = folder.path / "checkpoints"
     with closing(pretrain.start_pretraining(data, tokenizer, config.shape, config.settings, checkpoints)) as trainer:
         events = train(trainer, folder)
