@@ -32,7 +32,7 @@ NAME, MODEL = "pretrain", "model"
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainOptions:
     """Options of the pretraining."""
 
     data: tuple[str, ...]
@@ -47,7 +47,7 @@ class PretrainConfig:
             raise InputError("--data must be one or more files of text, got none")
 
 
-def pretrain_model(config: PretrainConfig) -> None:
+def pretrain_model(config: PretrainOptions) -> None:
     """Train the tokenizer and the model, and write the model."""
     silence_checkpoint_logs()
     texts = windows.read_texts(config.data, config.reading)
@@ -86,7 +86,7 @@ def pretrain_model(config: PretrainConfig) -> None:
     answers.print_files(folder.path)
 
 
-main = cli.command(PretrainConfig, pretrain_model, __doc__)
+main = cli.command(PretrainOptions, pretrain_model, __doc__)
 
 if __name__ == "__main__":
     main()

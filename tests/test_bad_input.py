@@ -50,6 +50,7 @@ GIVEN = {
     "sims.tune": ["--data", "RECORDS", "--held-out", "16"],
     "sims.coordinate_check": ["--data", "RECORDS"],
     "sims.prune": ["--text", "RECORDS"],
+    "sims.pretrain": ["--data", "RECORDS"],
     "sims.evaluate": ["--data-dir", "FOLDER"],
     "sims.portable": ["--out", "served"],
     "sims.layer_sweep": ["--layers", "FILE"],

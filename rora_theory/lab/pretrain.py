@@ -113,6 +113,7 @@ class PretrainSettings:
         check_ranges(self)
         check_seed("seed", self.seed)
         check_between("warmup", self.warmup, 0, self.steps, closed="left")
+        self.training()
 
     def training(self) -> FinetuneConfig:
         """Return the settings of the training run."""

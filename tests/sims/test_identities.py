@@ -23,6 +23,7 @@ from rora_theory.lab import adapters, llama
 from rora_theory.lab.evaluate.scoring import Scoring
 from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.llama import hub, loading
+from rora_theory.lab.pretrain import ModelShape, PretrainSettings
 from rora_theory.measure.rank_check.rules import CheckConfig
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.runs.cluster import ClusterConfig
@@ -35,6 +36,7 @@ from sims import (
     finetune,
     layer_sweep,
     lr_transfer,
+    pretrain,
     prune,
     regime,
     sweep,
@@ -97,6 +99,9 @@ def settings(name: str, model: object, data: Path) -> Any:
             train, model, training=FinetuneConfig(rank=2, batch_size=8, held_out=4, warmup=4)
         ),
         "prune": prune.PruneOptions(train, model, share=0.85, windows=10, held_out=3, seq=32),
+        "pretrain": pretrain.PretrainOptions(
+            train, shape=ModelShape(1, 16, 24, 2, 16, 300), settings=PretrainSettings(6, 4, warmup=1, held_out=4)
+        ),
         "evaluate": evaluate.EvaluateOptions(model, tasks=("piqa",), data_dir=str(data)),
         "sweep": sweep.SweepOptions(
             (*train, str(data / "other.json")), model=(model,), methods=("lora",), ranks=(2,), seeds=(0,),
@@ -245,6 +250,7 @@ NEUTRAL = {
     "transfer": {"task_type", *OF_CHATS, "show", "format", "fields"},
     "coordinate_check": {*OF_CHATS, "show", "format", "fields"},
     "prune": {"batch_size", "format", "fields"},
+    "pretrain": {"evaluate_every", "checkpoint_every", "format", "fields"},
     "evaluate": {"batch_size"},
     "sweep": {"design", "checkpoint_every", "save_adapters", "score_batch_size", "format", "fields", "show", "parts"},
     "lr_transfer": {"judge"},  # chooses among losses that are all saved
@@ -275,6 +281,7 @@ OTHER: dict[str, Any] = {
         "alpha_pattern": {"q_proj": 1.0},
     },
     "prune": {"share": 0.9, "seq": 30},
+    "pretrain": {"hidden_size": 32, "heads": 4, "context": 24, "accumulation": 2, "steps": 7, "batch_size": 5},
     "evaluate": {"tasks": ("boolq",), "protocol": "label", "template": "clean", "limit": 2},
     "sweep": {
         "design": "fixed_alpha", "methods": ("rora",), "ranks": (4,), "alpha_rule": "2r", "seeds": (1,),
@@ -340,7 +347,7 @@ def check_settings(name: str, config: Any, skipped: set[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["regime", "transfer", "coordinate_check", "prune", "evaluate", "sweep"])
+@pytest.mark.parametrize("name", ["regime", "transfer", "coordinate_check", "prune", "pretrain", "evaluate", "sweep"])
 def test_every_setting_that_changes_a_result_is_in_the_identity(name, model, data) -> None:
     # The regime of a sweep enters its analysis alone.
     skipped = {"transfer": OF_TRANSFER, "sweep": {"regime"}}.get(name, set())

@@ -19,6 +19,7 @@ BASE = {
     "--regime REGIME",
     "layer_sweep": "--layers nowhere.npz",
     "lr_transfer": "",
+    "pretrain": "--data TRAIN --context 16 --held-out 4 --batch-size 4",
     "prune": "--model MODEL --text TRAIN --share 0.85 --windows 10 --held-out 3 --seq 32",
     "sweep": "--accuracy --model MODEL --data ONE TWO --batch-size 4 --steps 3 --warmup 1 --held-out 6 "
     "--train-records 12 --tasks boolq piqa --data-dir DATA",
@@ -52,6 +53,10 @@ CASES = [
     ("horizon", "--warmup 9", "warmup .* 3, got 9"),
     ("sweep", "--axes depth=3", "axes .*'depth'"),
     ("sweep", "--gains 4 --methods rora", "--gains .*RoRA"),
+    ("pretrain", "--data BLANK.txt", "BLANK.txt: is empty"),
+    ("pretrain", "--heads 3", "hidden_size .* 3, got 128"),
+    ("pretrain", "--held-out 4000", "at least 4001 windows"),
+    ("pretrain", "--accumulation 3", "accumulation .* 4, got 3"),
     ("prune", "--text BLANK.txt", "BLANK.txt: is empty"),
     ("prune", "--windows 1000", "at least 1003 windows"),
     ("prune", "--share 0.1", "share .*0.1"),
