@@ -34,7 +34,7 @@ REFERENCE_RANK, REFERENCE_GAIN, STEPS = 8, 32.0, 1024
 READ_AT = (64, 256, 1024)
 """Read-outs of a run at a constant rate. Under cosine decay each is a run of its own, and only the last is run."""
 PILOT_SEED = 99
-PILOT_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+PILOT_RATES = (3e-4, 5e-4, 1e-3, 1.8e-3, 3e-3, 5e-3, 1e-2, 1.8e-2, 3e-2)
 RATE_RATIO = math.sqrt(10)
 
 
@@ -106,7 +106,9 @@ def run(args: argparse.Namespace) -> None:
     """Run whole seeds one after the other."""
     centres = pd.read_csv(args.out / "centres.csv").set_index(["rank", "gain", "schedule", "steps", "batch_size"])
     for seed, setting in itertools.product(args.seeds, GRIDS[args.grid]):
-        middle = float(centres.loc[(setting.rank, setting.gain, setting.schedule, setting.steps, setting.batch_size), "rate"])
+        middle = float(
+            centres.loc[(setting.rank, setting.gain, setting.schedule, setting.steps, setting.batch_size), "rate"]
+        )
         rates = [f"{middle * RATE_RATIO**k:.3g}" for k in range(-2, 3)]
         words = ["--ranks", str(setting.rank), "--strengths", repr(setting.gain), "--lrs", *rates]
         words += ["--axes", f"schedule={setting.schedule}", f"batch_size={setting.batch_size}"]
@@ -160,6 +162,9 @@ def predict(args: argparse.Namespace) -> None:
     add("cosine", "schedule", "constant", "cosine", "factor of the schedule", values)
     add("cosine", "schedule", "constant", "cosine", "keep the rate", [1.0])
     (args.out / "predictions.csv").write_text(frames.to_csv(pd.DataFrame(rows)))
+    measured = [("best rate", reference_rate), ("displacement constant", middle)]
+    measured += [("displacement constant, smallest", low), ("displacement constant, largest", high)]
+    (args.out / "pilot.csv").write_text(frames.to_csv(pd.DataFrame(measured, columns=["quantity", "value"])))
     runs = len(read_runs(args.pilot))
     print(f"{len(rows)} predictions from {runs} runs of the pilot")
 

@@ -115,9 +115,9 @@ def test_windows_and_the_loss_of_frequencies(tokenizer):
     np.testing.assert_array_equal(batch.inputs[:, 1:], batch.targets[:, :-1])
     assert batch.weights.all()
     assert data.summary["trained_on"] + data.summary["validated_on"] == data.summary["tokens"] // 17
-    # Tokens 0 and 1 are counted 3 + 1 and 1 + 1 times; the held-out window predicts 1, then 0.
-    windows = np.array([[0, 0], [0, 1]]), np.array([[0, 1, 0]])
-    assert unigram_loss(*windows) == pytest.approx(-(math.log(2 / 6) + math.log(4 / 6)) / 2, rel=1e-12)
+    # Tokens 0 and 1 are counted 5 + 1 and 1 + 1 times; the held-out window predicts 1, then 0.
+    windows = np.array([[0, 0, 0], [0, 1, 0]]), np.array([[0, 1, 0]])
+    assert unigram_loss(*windows) == pytest.approx(-(math.log(2 / 8) + math.log(6 / 8)) / 2, rel=1e-12)
 
 
 def test_any_text_survives_the_tokenizer(tokenizer):

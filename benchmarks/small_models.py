@@ -1,0 +1,312 @@
+"""Judge the laws of the best rate on LoRA runs of a small pretrained model: the analysis that was written first.
+
+    python benchmarks/small_models.py --out results/published/small_models
+
+The folder has a run folder for each seed from ``benchmarks/small_models_grid.py``, each with records of its own, and
+``predictions.csv``, which is older than the runs. A seed counts for a setting if all five rates have finished.
+
+- ``best.csv`` has the best rate of each setting and seed, by the parabola through the three lowest losses and by the
+  quadratic through the whole curve, with the error over the held-out records.
+- ``mixed.csv`` is the primary analysis: one mixed model of log2 of the best rate for each schedule and number of steps,
+  fitted by restricted maximum likelihood. A setting has a fixed effect, a seed a random one, and a best rate the error
+  over its held-out records and a residual of unknown size. A best rate at an edge of its rates is left out.
+- ``outcomes.csv`` has each predicted ratio beside the measured one, with a verdict on every law. The others are its
+  rivals. Two seeds or fewer decide nothing.
+- ``laws.csv`` compares the laws as wholes: the same model with one free level and the law's ratios, by maximum
+  likelihood, with its AIC.
+- ``regret.csv`` has what each policy costs in nats per token: the rate that the other seeds tuned at the reference
+  setting, carried to each setting of one seed. With a single seed it is tuned on that seed, and ``tuned_on`` says so.
+"""
+
+import argparse
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy
+from jaxtyping import Float
+from sweep_folders import DRAWS
+
+from rora_theory.lab.sweep.curves import curves_at
+from rora_theory.lab.sweep.regret import Condition, policies
+from rora_theory.lab.sweep.runs import SweepRun, read_runs, read_tokens
+from rora_theory.runs import frames
+from rora_theory.stats.curve_optima import whole_curve_log2_rates
+from rora_theory.stats.estimate import Estimate
+from rora_theory.stats.rate_curves import Curve
+from rora_theory.stats.regret import regret
+from rora_theory.stats.verdicts import judge_range
+
+PUBLISHED = Path(__file__).parents[1] / "results" / "published"
+REFERENCE = (8, 32.0)
+"""Rank and G of the setting to which all others are compared."""
+LAST_STEP = 1024
+READ_AT = {"constant": (64, 256, LAST_STEP), "cosine": (LAST_STEP,)}
+RATES = 5
+
+Key = tuple[str, int, int, float]
+"""Schedule, number of steps, rank and G."""
+
+
+@dataclass(frozen=True)
+class MixedFit:
+    """Fitted mixed model.
+
+    Attributes:
+      effects: Fixed effects.
+      covariance: Covariance of the fixed effects.
+      seed_spread: Standard deviation of the seeds.
+      residual_spread: Standard deviation of a best rate around setting and seed, beside its own error.
+      log_likelihood: Logarithm of the maximised likelihood, restricted or not.
+    """
+
+    effects: Float[np.ndarray, " effects"]
+    covariance: Float[np.ndarray, "effects effects"]
+    seed_spread: float
+    residual_spread: float
+    log_likelihood: float
+
+
+def fit_mixed(
+    values: Float[np.ndarray, " n"],
+    design: Float[np.ndarray, "n effects"],
+    seeds: Sequence[int],
+    errors: Float[np.ndarray, " n"],
+    *,
+    restricted: bool = True,
+) -> MixedFit:
+    r"""Fit y = X b + u[seed] + e with known measurement errors.
+
+    The variance of y is :math:`V = \tau^2 Z Z^\top + \mathrm{diag}(\sigma^2 + s_i^2)` with the seeds' variance
+    :math:`\tau^2`, the residual variance :math:`\sigma^2` and the known errors :math:`s_i`. Given both, b is the
+    generalised least-squares estimate; both maximise the (restricted) likelihood.
+
+    Args:
+      values: Measured values y.
+      design: Matrix X of full column rank.
+      seeds: Seed of each value.
+      errors: Standard error of each value.
+      restricted: Whether to use the restricted likelihood, which corrects the variances for the fitted effects;
+        likelihoods of models with different effects are compared without it.
+    """
+    same_seed = (np.asarray(seeds)[:, None] == np.asarray(seeds)).astype(float)
+
+    def solve(variances: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        covariance = variances[0] * same_seed + np.diag(variances[1] + errors**2 + 1e-12)
+        factor = scipy.linalg.cho_factor(covariance, lower=True)
+        information = design.T @ scipy.linalg.cho_solve(factor, design)
+        effects = np.linalg.solve(information, design.T @ scipy.linalg.cho_solve(factor, values))
+        residuals = values - design @ effects
+        deviance = residuals @ scipy.linalg.cho_solve(factor, residuals) + 2 * np.log(np.diag(factor[0])).sum()
+        count = len(values)
+        if restricted:
+            deviance += np.linalg.slogdet(information)[1]
+            count -= design.shape[1]
+        return float(deviance + count * math.log(2 * math.pi)), effects, np.linalg.inv(information)
+
+    # Start from several pairs of variances: the likelihood may have its maximum at zero for either.
+    def objective(spreads: np.ndarray) -> float:
+        return solve(spreads**2)[0]
+
+    starts = itertools.product((0.01, 0.3), repeat=2)
+    bounds = [(0.0, 10.0)] * 2
+    fits = [scipy.optimize.minimize(objective, start, bounds=bounds, method="L-BFGS-B") for start in starts]
+    best = min(fits, key=lambda fit: fit.fun)
+    deviance, effects, covariance = solve(best.x**2)
+    return MixedFit(effects, covariance, float(best.x[0]), float(best.x[1]), -deviance / 2)
+
+
+def read_curves(folder: Path) -> dict[Key, Curve]:
+    """Return the curves of a seed's folder that have all rates."""
+    tokens = next(iter(read_tokens(folder).values()))[0]
+    by_schedule: dict[str, list[SweepRun]] = {}
+    for run in read_runs(folder):
+        axes = dict(run.axes)
+        if axes.get("batch_size", 4) == 4:
+            by_schedule.setdefault(axes.get("schedule", "constant"), []).append(run)
+    curves = {}
+    for schedule, runs in by_schedule.items():
+        for step in READ_AT[schedule]:
+            for curve in curves_at(runs, tokens, step, draws=DRAWS):
+                if len(curve.rates) == RATES:
+                    curves[schedule, step, curve.rank, round(curve.gain, 6)] = curve
+    return curves
+
+
+def name_of(rank: int, gain: float) -> str:
+    """Return the setting as ``predictions.csv`` writes it."""
+    return f"rank {rank}, G {gain:g}"
+
+
+def best_rows(curves: Mapping[int, Mapping[Key, Curve]]) -> pd.DataFrame:
+    """Return the best rate of every setting and seed."""
+    rows = []
+    for seed, by_key in curves.items():
+        for (schedule, step, rank, gain), curve in by_key.items():
+            vertex, whole = curve.log2_optimum, whole_curve_log2_rates((1.0,), curve)
+            row: dict[str, Any] = {"seed": seed, "schedule": schedule, "steps": step, "rank": rank, "gain": gain}
+            row |= {"best_rate": 2**vertex.value, "log2_error": vertex.known_error, "edge": curve.edge}
+            row |= {"whole_curve_rate": 2**whole.value, "whole_curve_log2_error": whole.known_error}
+            rows.append(row | {"lowest_loss": float(curve.losses.min())})
+    return pd.DataFrame(rows)
+
+
+def inner_rates(best: pd.DataFrame, schedule: str, steps: Sequence[int]) -> pd.DataFrame:
+    """Return the best rates of a schedule inside their grids."""
+    chosen = best[(best["schedule"] == schedule) & best["steps"].isin(steps) & (best["edge"].fillna("") == "")]
+    return chosen.assign(log2=np.log2(chosen["best_rate"]), setting=list(map(name_of, chosen["rank"], chosen["gain"])))
+
+
+def fit_effects(rates: pd.DataFrame) -> tuple[list[str], MixedFit]:
+    """Fit the mixed model with an effect for each value of the column ``effect``."""
+    names = list(dict.fromkeys(rates["effect"]))
+    design = (rates["effect"].to_numpy()[:, None] == np.array(names)).astype(float)
+    return names, fit_mixed(rates["log2"].to_numpy(), design, list(rates["seed"]), rates["log2_error"].to_numpy(float))
+
+
+def mixed_rows(best: pd.DataFrame) -> tuple[list[dict[str, Any]], dict[tuple[str, str, str], Estimate]]:
+    """Return the fitted effects, and log2 of the measured ratios by schedule and the two settings of a prediction."""
+    rows: list[dict[str, Any]] = []
+    ratios: dict[tuple[str, str, str], Estimate] = {}
+
+    def add(schedule: str, rates: pd.DataFrame, column: str, label: str) -> None:
+        if rates.empty:
+            return
+        suffix = " steps" if column == "steps" else ""
+        rates = rates.assign(effect=rates[column].astype(str) + suffix)
+        names, fit = fit_effects(rates)
+        errors = np.sqrt(np.diag(fit.covariance))
+        seeds = rates.groupby("effect")["seed"].nunique()
+        for name, effect, error in zip(names, fit.effects, errors, strict=True):
+            row = {"schedule": schedule, "model": label, "setting": name, "best_rate": 2**effect, "log2_error": error}
+            row |= {"seeds": int(seeds[name]), "seed_spread": fit.seed_spread, "residual_spread": fit.residual_spread}
+            rows.append(row)
+        # Differences of two effects; seeds cancel, and the degrees of freedom are those of the fewer seeds.
+        for first, second in itertools.permutations(range(len(names)), 2):
+            variance = fit.covariance[first, first] + fit.covariance[second, second] - 2 * fit.covariance[first, second]
+            count = int(min(seeds[names[first]], seeds[names[second]]))
+            value = float(fit.effects[second] - fit.effects[first])
+            key = schedule, names[first], names[second]
+            ratios[key] = Estimate(value, math.sqrt(max(variance, 0.0)), count, "seeds")
+
+    for schedule in READ_AT:
+        add(schedule, inner_rates(best, schedule, (LAST_STEP,)), "setting", f"settings after {LAST_STEP} steps")
+    # Steps at the reference setting.
+    at_reference = best[(best["rank"] == REFERENCE[0]) & np.isclose(best["gain"], REFERENCE[1])]
+    add("constant", inner_rates(at_reference, "constant", READ_AT["constant"]), "steps", "steps at rank 8, G 32")
+    # Schedules at the reference setting.
+    both = pd.concat([inner_rates(at_reference, schedule, (LAST_STEP,)) for schedule in READ_AT])
+    if both["schedule"].nunique() == len(READ_AT):
+        add("cosine", both, "schedule", "schedules at rank 8, G 32")
+    return rows, ratios
+
+
+def outcome_rows(
+    predictions: pd.DataFrame, ratios: Mapping[tuple[str, str, str], Estimate], edges: set[tuple[str, str]]
+) -> pd.DataFrame:
+    """Return each prediction with the measured ratio and the verdict on its law."""
+    rows = []
+    for (schedule, first, second), laws in predictions.groupby(["schedule", "from", "to"], sort=False):
+        logs = ratios.get((schedule, first, second))
+        for law in laws.to_dict("records"):
+            row = dict(law)
+            if logs is None:
+                reason = "edge" if {(schedule, first), (schedule, second)} & edges else "not run"
+                rows.append(row | {"ratio": None, "ratio_low": None, "ratio_high": None, "seeds": 0, "verdict": reason})
+                continue
+            rivals = np.log2(laws[laws["law"] != law["law"]]["prediction"]).tolist()
+            span = (math.log2(law["low"]), math.log2(law["high"]))
+            # Two seeds or fewer decide nothing.
+            verdict = judge_range(logs, span, rivals, is_bound=logs.n < 3, seeds=logs.n)
+            width = logs.half_width() if logs.n > 1 else math.nan
+            row |= {"ratio": 2**logs.value, "ratio_low": 2 ** (logs.value - width)}
+            rows.append(row | {"ratio_high": 2 ** (logs.value + width), "seeds": logs.n, "verdict": verdict})
+    return pd.DataFrame(rows)
+
+
+def law_rows(best: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
+    """Return the fit of each law in G to all settings that differ from the reference in G alone."""
+    rows = []
+    for schedule in READ_AT:
+        rates = inner_rates(best, schedule, (LAST_STEP,))
+        rates = rates[rates["rank"] == REFERENCE[0]] if len(rates) else rates
+        in_gain = predictions[(predictions["schedule"] == schedule) & (predictions["change"] == "G")]
+        for law, ratios in in_gain.groupby("law", sort=False):
+            by_setting = dict(zip(ratios["to"], np.log2(ratios["prediction"]), strict=True)) | {
+                name_of(*REFERENCE): 0.0
+            }
+            known = rates[rates["setting"].isin(by_setting)] if len(rates) else rates
+            if len(known) < 2:
+                continue
+            levels = known["log2"].to_numpy() - known["setting"].map(by_setting).to_numpy(float)
+            errors = known["log2_error"].to_numpy(float)
+            fit = fit_mixed(levels, np.ones((len(known), 1)), list(known["seed"]), errors, restricted=False)
+            row = {"schedule": schedule, "law": law, "best_rates": len(known), "seeds": known["seed"].nunique()}
+            row |= {"log_likelihood": fit.log_likelihood, "aic": 6 - 2 * fit.log_likelihood}
+            rows.append(row | {"residual_spread": fit.residual_spread, "rms_octaves": float(np.std(levels))})
+    return pd.DataFrame(rows)
+
+
+def regret_rows(curves: Mapping[int, Mapping[Key, Curve]], constant: float) -> pd.DataFrame:
+    """Return the regret of every policy from the reference setting to each other one, by seed."""
+    rows = []
+    for seed, by_key in curves.items():
+        for (schedule, step, rank, gain), target in by_key.items():
+            if step != LAST_STEP or (rank, gain) == REFERENCE:
+                continue
+            # The rate that the other seeds tuned; that of this seed if there is no other.
+            reference = (schedule, step, *REFERENCE)
+            others = [keys[reference] for other, keys in curves.items() if other != seed and reference in keys]
+            tuned_on = "other seeds" if others else "this seed"
+            tuned = others or ([by_key[reference]] if reference in by_key else [])
+            if not tuned or any(curve.edge for curve in tuned) or target.edge:
+                continue
+            pooled = replace(
+                tuned[0],
+                losses=np.concatenate([curve.losses for curve in tuned]),
+                resampled=None,
+                seeds=tuple(range(len(tuned))),
+            )
+            old, new = Condition(*REFERENCE, step), Condition(rank, gain, step)
+            for policy, rate_of in policies({step: constant}, schedule=schedule).items():
+                cost = regret(pooled, target, partial(rate_of, old, new))
+                row = {"seed": seed, "schedule": schedule, "to": name_of(rank, gain), "policy": policy}
+                row |= {"tuned_on": tuned_on, "learning_rate": cost.learning_rate, "regret": cost.nats.value}
+                rows.append(row | {"standard_error": cost.nats.known_error, "is_lower_bound": cost.is_lower_bound})
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    """Write the tables of the folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=PUBLISHED / "small_models")
+    parser.add_argument("--runs", type=Path, help="folder with the seeds' run folders; by default --out")
+    args = parser.parse_args()
+    folders = sorted((args.runs or args.out).glob("seed_*"), key=lambda path: int(path.name.split("_")[1]))
+    curves = {int(folder.name.split("_")[1]): read_curves(folder) for folder in folders}
+    predictions = pd.read_csv(args.out / "predictions.csv")
+    best = best_rows(curves)
+    effects, ratios = mixed_rows(best)
+    at_edge = best[best["edge"].fillna("") != ""]
+    edges = {(row["schedule"], name_of(row["rank"], row["gain"])) for row in at_edge.to_dict("records")}
+    constant = float(pd.read_csv(args.out / "pilot.csv").set_index("quantity").loc["displacement constant", "value"])
+    tables = {
+        "best": best,
+        "mixed": pd.DataFrame(effects),
+        "outcomes": outcome_rows(predictions, ratios, edges),
+        "laws": law_rows(best, predictions),
+        "regret": regret_rows(curves, constant),
+    }
+    for name, frame in tables.items():
+        (args.out / f"{name}.csv").write_text(frames.to_csv(frame))
+        print(f"{name}.csv\n{frame.to_string(index=False)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The mixed model of the small models' best rates, on data whose answer is known, and the grid of runs."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy
+import small_models
+import small_models_grid
+
+EFFECTS = np.array([-9.0, -7.5, -11.0])
+
+
+def draw(seeds, *, seed_spread, residual_spread, errors=0.0, generator=0):
+    """Return values, design, seeds and errors of three settings with every seed."""
+    random = np.random.default_rng(generator)
+    levels = random.normal(0, seed_spread, seeds)
+    design = np.tile(np.eye(3), (seeds, 1))
+    by_seed = np.repeat(np.arange(seeds), 3)
+    noise = random.normal(0, np.hypot(residual_spread, errors), 3 * seeds)
+    return design @ EFFECTS + levels[by_seed] + noise, design, by_seed.tolist(), np.full(3 * seeds, errors)
+
+
+def test_with_all_seeds_the_differences_are_the_paired_ones():
+    values, design, seeds, errors = draw(6, seed_spread=1.0, residual_spread=0.2)
+    fit = small_models.fit_mixed(values, design, seeds, errors)
+    table = values.reshape(6, 3)
+    np.testing.assert_allclose(fit.effects, table.mean(axis=0), atol=1e-6)
+    # The residual variance of the two-way table, of which a difference of two settings has twice a sixth.
+    residuals = table - table.mean(axis=0) - table.mean(axis=1, keepdims=True) + table.mean()
+    variance = (residuals**2).sum() / (5 * 2)
+    contrast = fit.covariance[0, 0] + fit.covariance[1, 1] - 2 * fit.covariance[0, 1]
+    assert contrast == pytest.approx(2 * variance / 6, rel=1e-3)
+    assert fit.residual_spread == pytest.approx(math.sqrt(variance), rel=1e-3)
+    # The mean square of the seeds exceeds that of the residuals by three times the variance of the seeds.
+    between = 3 * np.var(table.mean(axis=1), ddof=1)
+    assert fit.seed_spread**2 == pytest.approx((between - variance) / 3, rel=1e-3)
+
+
+def test_known_errors_take_the_place_of_the_residual():
+    values, design, seeds, errors = draw(40, seed_spread=0.5, residual_spread=0.0, errors=0.3)
+    fit = small_models.fit_mixed(values, design, seeds, errors)
+    without = small_models.fit_mixed(values, design, seeds, np.zeros_like(errors))
+    # Of 78 degrees of freedom: a chance of about 1 in 1,000 beyond 3.3 standard deviations, here 0.08 of 0.3.
+    assert without.residual_spread == pytest.approx(0.3, abs=0.08)
+    assert fit.residual_spread < 0.15
+
+
+def test_a_value_with_a_large_error_counts_little():
+    values, design, seeds, errors = draw(5, seed_spread=0.1, residual_spread=0.05)
+    errors = errors + 0.01
+    values[0], errors[0] = values[0] + 5, 100.0
+    fit = small_models.fit_mixed(values, design, seeds, errors)
+    np.testing.assert_allclose(fit.effects, EFFECTS, atol=0.3)
+
+
+def test_the_likelihood_is_that_of_a_normal_distribution():
+    values, design, seeds, errors = draw(4, seed_spread=0.4, residual_spread=0.2, errors=0.1)
+    fit = small_models.fit_mixed(values, design, seeds, errors, restricted=False)
+    same = np.equal.outer(seeds, seeds)
+    covariance = fit.seed_spread**2 * same + np.diag(fit.residual_spread**2 + errors**2)
+    expected = scipy.stats.multivariate_normal(design @ fit.effects, covariance).logpdf(values)
+    assert fit.log_likelihood == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_rates_of_a_setting_are_carried_from_the_pilot():
+    setting = small_models_grid.Setting(8, 32.0, "constant")
+    assert small_models_grid.centre(0.004, setting) == pytest.approx(0.004, rel=1e-12)
+    strong = small_models_grid.Setting(64, 2048.0, "constant")
+    assert small_models_grid.centre(0.004, strong) == pytest.approx(0.004 * 64**-0.75 * 8**0.15, rel=1e-12)
+    assert len(set(small_models_grid.FULL)) == len(small_models_grid.FULL)
+    assert small_models_grid.REDUCED == small_models_grid.FULL[: len(small_models_grid.REDUCED)]
