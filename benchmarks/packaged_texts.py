@@ -98,7 +98,7 @@ def read_questions(folder: Path) -> Iterator[Pair]:
 
 def write_pairs(path: Path, pairs: Iterator[Pair], shortest: int) -> None:
     """Write records of at most `MAX_CHARACTERS`, one for each prompt."""
-    records = {}
+    records: dict[str, str] = {}
     for prompt, completion in pairs:
         room = MAX_CHARACTERS - len(prompt)
         if room >= shortest and len(completion.strip()) >= shortest:

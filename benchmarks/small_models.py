@@ -36,6 +36,7 @@ from sweep_folders import DRAWS
 from rora_theory.lab.sweep.curves import curves_at
 from rora_theory.lab.sweep.regret import Condition, policies
 from rora_theory.lab.sweep.runs import SweepRun, read_runs, read_tokens
+from rora_theory.optimizers import Schedule
 from rora_theory.runs import frames
 from rora_theory.stats.curve_optima import whole_curve_log2_rates
 from rora_theory.stats.estimate import Estimate
@@ -47,10 +48,10 @@ PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 REFERENCE = (8, 32.0)
 """Rank and G of the setting to which all others are compared."""
 LAST_STEP = 1024
-READ_AT = {"constant": (64, 256, LAST_STEP), "cosine": (LAST_STEP,)}
+READ_AT: dict[Schedule, tuple[int, ...]] = {"constant": (64, 256, LAST_STEP), "cosine": (LAST_STEP,)}
 RATES = 5
 
-Key = tuple[str, int, int, float]
+Key = tuple[Schedule, int, int, float]
 """Schedule, number of steps, rank and G."""
 
 
@@ -125,7 +126,7 @@ def fit_mixed(
 def read_curves(folder: Path) -> dict[Key, Curve]:
     """Return the curves of a seed's folder that have all rates."""
     tokens = next(iter(read_tokens(folder).values()))[0]
-    by_schedule: dict[str, list[SweepRun]] = {}
+    by_schedule: dict[Schedule, list[SweepRun]] = {}
     for run in read_runs(folder):
         axes = dict(run.axes)
         if axes.get("batch_size", 4) == 4:

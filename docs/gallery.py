@@ -17,6 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
 REPOSITORY_PATH = "../results/published"
 """The published runs as the pages of `docs` link to them."""
+NAMES = MODEL_NAMES | {
+    "pretrain_small/model": "ours, 1.0M weights",
+    "pretrain_medium/model": "ours, 2.9M weights",
+}
+"""Names of models in words; our own are folders below that of the runs."""
 SIMULATIONS = {"variance_sweep", "training_dynamics", "lr_transfer"}
 PAGES = [path for folder in ("results", "how-to", "explanation") for path in sorted(ROOT.glob(f"docs/{folder}/*.md"))]
 
@@ -97,8 +102,10 @@ def model_of(manifest: dict[str, Any]) -> str:
     """Return the name of a run's model in words."""
     if manifest["experiment"] in SIMULATIONS and "matrix" not in manifest["config"]:
         return "simulation"
+    if manifest["experiment"] == "pretrain":
+        return f"ours, {manifest['parameters'] / 1e6:.1f}M weights"
     models = [manifest["config"].get("model"), *manifest["config"].get("models", [])]
-    return next((MODEL_NAMES[model] for model in models if model in MODEL_NAMES), MODEL_NAMES["smollm2-135m"])
+    return next((NAMES[model] for model in models if model in NAMES), NAMES["smollm2-135m"])
 
 
 def _links(run: Path) -> str:

@@ -60,11 +60,12 @@ def pretrain_model(config: PretrainOptions) -> None:
     tokenizer = pretrain.train_tokenizer(texts, config.shape.vocabulary)
     data = pretrain.prepare_windows(texts, tokenizer, config.shape, config.settings)
     llama_config = config.shape.llama_config(tokenizer)
-    extra = {"device": devices.describe(devices.pick(1)), "parameters": llama.count_parameters(llama_config)}
+    parameters = llama.count_parameters(llama_config)
+    extra = {"device": devices.describe(devices.pick(1)), "parameters": parameters}
     folder = RunFolder.open(NAME, identity, out=path, seed=config.settings.seed, extra=extra)
     folder.update(data=data.summary)
     tokens, epochs = data.summary["tokens"], data.summary["epochs"]
-    print(f"{extra['parameters']:,} weights, {tokens:,} tokens of text, {epochs:.2g} epochs")
+    print(f"{parameters:,} weights, {tokens:,} tokens of text, {epochs:.2g} epochs")
     checkpoints = folder.path / "checkpoints"
     with closing(pretrain.start_pretraining(data, tokenizer, config.shape, config.settings, checkpoints)) as trainer:
         events = train(trainer, folder)
@@ -73,7 +74,7 @@ def pretrain_model(config: PretrainOptions) -> None:
         folder.clear(MODEL)
         save_hf(folder.path / MODEL, params, llama_config, files=tokenizer_files(tokenizer, llama_config))
         folder.record_files(MODEL)
-    rows = card.summary_rows(events, extra["parameters"])
+    rows = card.summary_rows(events, parameters)
     figures = [KeyFigure(row["what"], row["value"], scope={"step": row["step"]}) for row in rows]
     figures.append(KeyFigure("loss of the tokens' frequencies", data.summary["unigram_loss"]))
     with summarised(folder, figures):

@@ -1,14 +1,24 @@
 """The mixed model of the small models' best rates, on data whose answer is known, and the grid of runs."""
 
+import importlib
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy
-import small_models
-import small_models_grid
 
 EFFECTS = np.array([-9.0, -7.5, -11.0])
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    """Find the scripts as ``python benchmarks/NAME.py`` does."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+
+
+def fit_mixed(*arguments, **options):
+    return importlib.import_module("small_models").fit_mixed(*arguments, **options)
 
 
 def draw(seeds, *, seed_spread, residual_spread, errors=0.0, generator=0):
@@ -23,7 +33,7 @@ def draw(seeds, *, seed_spread, residual_spread, errors=0.0, generator=0):
 
 def test_with_all_seeds_the_differences_are_the_paired_ones():
     values, design, seeds, errors = draw(6, seed_spread=1.0, residual_spread=0.2)
-    fit = small_models.fit_mixed(values, design, seeds, errors)
+    fit = fit_mixed(values, design, seeds, errors)
     table = values.reshape(6, 3)
     np.testing.assert_allclose(fit.effects, table.mean(axis=0), atol=1e-6)
     # The residual variance of the two-way table, of which a difference of two settings has twice a sixth.
@@ -39,8 +49,8 @@ def test_with_all_seeds_the_differences_are_the_paired_ones():
 
 def test_known_errors_take_the_place_of_the_residual():
     values, design, seeds, errors = draw(40, seed_spread=0.5, residual_spread=0.0, errors=0.3)
-    fit = small_models.fit_mixed(values, design, seeds, errors)
-    without = small_models.fit_mixed(values, design, seeds, np.zeros_like(errors))
+    fit = fit_mixed(values, design, seeds, errors)
+    without = fit_mixed(values, design, seeds, np.zeros_like(errors))
     # Of 78 degrees of freedom: a chance of about 1 in 1,000 beyond 3.3 standard deviations, here 0.08 of 0.3.
     assert without.residual_spread == pytest.approx(0.3, abs=0.08)
     assert fit.residual_spread < 0.15
@@ -50,13 +60,13 @@ def test_a_value_with_a_large_error_counts_little():
     values, design, seeds, errors = draw(5, seed_spread=0.1, residual_spread=0.05)
     errors = errors + 0.01
     values[0], errors[0] = values[0] + 5, 100.0
-    fit = small_models.fit_mixed(values, design, seeds, errors)
+    fit = fit_mixed(values, design, seeds, errors)
     np.testing.assert_allclose(fit.effects, EFFECTS, atol=0.3)
 
 
 def test_the_likelihood_is_that_of_a_normal_distribution():
     values, design, seeds, errors = draw(4, seed_spread=0.4, residual_spread=0.2, errors=0.1)
-    fit = small_models.fit_mixed(values, design, seeds, errors, restricted=False)
+    fit = fit_mixed(values, design, seeds, errors, restricted=False)
     same = np.equal.outer(seeds, seeds)
     covariance = fit.seed_spread**2 * same + np.diag(fit.residual_spread**2 + errors**2)
     expected = scipy.stats.multivariate_normal(design @ fit.effects, covariance).logpdf(values)
@@ -64,9 +74,10 @@ def test_the_likelihood_is_that_of_a_normal_distribution():
 
 
 def test_the_rates_of_a_setting_are_carried_from_the_pilot():
+    small_models_grid = importlib.import_module("small_models_grid")
     setting = small_models_grid.Setting(8, 32.0, "constant")
     assert small_models_grid.centre(0.004, setting) == pytest.approx(0.004, rel=1e-12)
     strong = small_models_grid.Setting(64, 2048.0, "constant")
     assert small_models_grid.centre(0.004, strong) == pytest.approx(0.004 * 64**-0.75 * 8**0.15, rel=1e-12)
     assert len(set(small_models_grid.FULL)) == len(small_models_grid.FULL)
-    assert small_models_grid.REDUCED == small_models_grid.FULL[: len(small_models_grid.REDUCED)]
+    assert small_models_grid.FULL[: len(small_models_grid.REDUCED)] == small_models_grid.REDUCED

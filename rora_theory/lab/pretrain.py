@@ -133,8 +133,8 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
@@ -171,9 +171,9 @@ def prepare_windows(
             f"text must have at least {settings.held_out + settings.batch_size} windows of {shape.context + 1} tokens, "
             f"got {settings.held_out + len(train)}"
         )
-    order = {"batch_size": settings.batch_size, "steps": settings.steps, "seed": settings.seed}
-    batches = Batches(_examples(train), (shape.context,), **order)
-    validation = Batches(_examples(held_out), (shape.context,), batch_size=settings.batch_size)
+    size, widths = settings.batch_size, (shape.context,)
+    batches = Batches(_examples(train), widths, batch_size=size, steps=settings.steps, seed=settings.seed)
+    validation = Batches(_examples(held_out), widths, batch_size=size)
     summary = {
         "documents": len(texts),
         "bytes": sum(len(text.encode()) for text in texts),
