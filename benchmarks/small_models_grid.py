@@ -34,7 +34,7 @@ REFERENCE_RANK, REFERENCE_GAIN, STEPS = 8, 32.0, 1024
 READ_AT = (64, 256, 1024)
 """Read-outs of a run at a constant rate. Under cosine decay each is a run of its own, and only the last is run."""
 PILOT_SEED = 99
-PILOT_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+PILOT_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 RATE_RATIO = math.sqrt(10)
 
 
