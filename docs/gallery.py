@@ -19,6 +19,7 @@ REPOSITORY_PATH = "../results/published"
 """The published runs as the pages of `docs` link to them."""
 NAMES = MODEL_NAMES | {
     "pretrain_small/model": "ours, 1.0M weights",
+    "small_checkpoint_5500/model": "ours, 1.0M weights, after 5,500 of 8,000 steps",
     "pretrain_medium/model": "ours, 2.9M weights",
 }
 """Names of models in words; our own are folders below that of the runs."""
