@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 NAMES = {"rora_theory"} | {module.name for module in pkgutil.walk_packages(rora_theory.__path__, "rora_theory.")}
 
-WITH_EXTRAS = (*(f"lab.{name}" for name in ("adapters", "data", "evaluate", "finetune", "llama", "sweep")),)
+WITH_EXTRAS = (*(f"lab.{name}" for name in ("adapters", "data", "evaluate", "finetune", "llama", "pretrain", "sweep")),)
 """Packages beyond the core install."""
 OF_A_MODEL = (
     "adapters", "batches", "callback", "chats", "hooks", "modules", "progress", "rank_check.check", "regimes.model",
@@ -241,7 +241,7 @@ DRAWN_ORDER = (
     ("lab", "lab.llama", "measure"),
     ("lab.adapters", "lab.data"),
     ("lab.finetune",),
-    ("lab.evaluate",),
+    ("lab.evaluate", "lab.pretrain"),
     ("lab.sweep",),
     ("rora_theory",),
     ("sims",),
