@@ -30,6 +30,7 @@ from rora_theory.runs.summary import key_figures
 from rora_theory.validation.rules import check_list
 from sims.common import answers, cli, inputs, prompts, record_batches, tables
 from sims.common.cells import run_table
+from sims.common.progress import progress_bar
 from sims.common.record_batches import BatchConfig
 from sims.common.summaries import summarised
 
@@ -56,10 +57,11 @@ class CoordinateCheckOptions:
 
 def check_coordinates(config: CoordinateCheckOptions) -> None:
     """Run the cells that the run folder lacks, then fit the slopes and report."""
-    from rora_theory.measure.adapters import add_adapter
-    from rora_theory.measure.batches import check_unseen
-    from rora_theory.measure.modules import select_modules
-    from rora_theory.measure.rank_check.check import FirstSteps, make_optimizer_of
+    with progress_bar("importing PyTorch and PEFT", 1):
+        from rora_theory.measure.adapters import add_adapter
+        from rora_theory.measure.batches import check_unseen
+        from rora_theory.measure.modules import select_modules
+        from rora_theory.measure.rank_check.check import FirstSteps, make_optimizer_of
 
     check_config, targets = config.check, without_list_of_all_linear(config.targets)
     source = inputs.read_inputs(

@@ -50,6 +50,7 @@ from rora_theory.scaling import check_integer
 from rora_theory.validation.rules import check_list, listed
 from sims.common import answers, cli, inputs, prompts, record_batches, tables
 from sims.common.cells import run_with_bar
+from sims.common.progress import progress_bar
 from sims.common.record_batches import PairConfig
 from sims.common.summaries import summarised
 
@@ -106,9 +107,10 @@ def measure_regime(config: RegimeOptions) -> None:
     Raises:
       SystemExit: If the measurement contradicts the prediction, with status 1.
     """
-    from rora_theory.measure.batches import check_unseen
-    from rora_theory.measure.modules import layer_index, select_modules
-    from rora_theory.measure.regimes import model as regimes
+    with progress_bar("importing PyTorch and PEFT", 1):
+        from rora_theory.measure.batches import check_unseen
+        from rora_theory.measure.modules import layer_index, select_modules
+        from rora_theory.measure.regimes import model as regimes
 
     options = {name: getattr(config, name) for name in ("template", "dtype", "revision")}
     source = inputs.read_inputs(config.data, config.model, config.reading, **options)

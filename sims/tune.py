@@ -32,6 +32,7 @@ from rora_theory.scaling import Rule, check_between, scaling_factor
 from rora_theory.validation.ranges import AtLeastTwo, Count, Natural, NotNegative, Positive, check_ranges
 from rora_theory.validation.rules import check_list, check_warmup
 from sims.common import answers, cli, inputs, prompts, record_batches, tables
+from sims.common.progress import progress_bar
 from sims.common.summaries import summarised
 
 NAME = "tune"
@@ -151,10 +152,11 @@ def tune_rate(config: TuneOptions) -> None:
     if not planned.budget:
         report(rate_without_probe(config), planned)
         return
-    from peft import LoraConfig
+    with progress_bar("importing PyTorch and PEFT", 1):
+        from peft import LoraConfig
 
-    from rora_theory.measure.modules import select_modules
-    from rora_theory.measure.tuning.search import tune
+        from rora_theory.measure.modules import select_modules
+        from rora_theory.measure.tuning.search import tune
 
     source = inputs.read_inputs(
         config.data, config.model, config.reading, template=planned.template, revision=config.revision

@@ -5,15 +5,16 @@ repeat the beginning of a training record are marked as seen.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from rora_theory.errors import InputError, shown
-from rora_theory.measure.modules import task_type
+from rora_theory.errors import InputError, first_line, shown
+from rora_theory.measure.modules import base_model, task_type, unwrap
 from rora_theory.measure.tokens import PADDING_ID, mark_repeats
 from rora_theory.scaling import check_instance
 
@@ -75,18 +76,32 @@ def check_batch(name: str, batch: object) -> None:
             raise InputError(f"{name} must have at least one row, got {key} of shape {tuple(value.shape)}")
 
 
+@contextmanager
+def naming_failure(work: str) -> Iterator[None]:
+    """Raise an `InputError` of one line for an error of a model's own code, such as a batch that it does not accept."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        reason = first_line(error).rstrip(".")
+        raise InputError(
+            f"{work} failed with {type(error).__name__}: {reason}. Check that the model trains on this batch."
+        ) from error
+
+
 def loss_function(loss: Loss | None) -> Loss:
     """Return a loss function that refuses results other than a tensor with one number; None is `model_loss`.
 
     Raises:
-      InputError: If ``loss`` is not a function. Later: if it returns anything else.
+      InputError: If ``loss`` is not a function. Later: if it returns anything else, or if the model fails.
     """
-    if loss is None:
-        return model_loss
-    check_instance("loss", loss, Callable, "a function")
+    compute_value = model_loss if loss is None else loss
+    check_instance("loss", compute_value, Callable, "a function")
 
     def compute(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        value = loss(model, batch)
+        with naming_failure(f"the forward pass of {type(base_model(unwrap(model))).__name__}"):
+            value = compute_value(model, batch)
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
             result = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else shown(value)
             raise InputError(f"loss must return a tensor with one number, got {result}")
@@ -116,6 +131,7 @@ class MasksByShape(dict[tuple[int, ...], TokenMasks]):
       agreed: Masks of flattened inputs, with the tokens that count in both orders.
       sequence_first: Shapes of inputs [sequence, batch].
       is_sequence_first: Whether `select_masks` found an input of such a shape.
+      rows: Number of rows of a batch that holds nothing but text; None if it holds images or sound, or no token ids.
     """
 
     def __init__(self) -> None:
@@ -123,6 +139,7 @@ class MasksByShape(dict[tuple[int, ...], TokenMasks]):
         self.agreed: dict[tuple[int, ...], TokenMasks] = {}
         self.sequence_first: set[tuple[int, ...]] = set()
         self.is_sequence_first = False
+        self.rows: int | None = None
 
 
 def move_batch(batch: Batch, model: torch.nn.Module) -> dict[str, Any]:
@@ -174,6 +191,7 @@ def find_masks(model: torch.nn.Module, batch: Batch, trained: Batch | None = Non
             for record, position, repeated in zip(records, positions, repeats, strict=True):
                 seen.reshape(-1)[position] = repeated[record != PADDING_ID]
         _add_masks(masks, real, seen)
+        masks.rows = len(ids) if _is_text(batch) else None
     # Tokens of the decoder, if the model has one.
     decoder = _read_decoder(model, batch)
     if decoder is not None:
@@ -212,6 +230,30 @@ def is_flattened(masks: MasksByShape, x: Float[torch.Tensor, "*tokens _features"
     """Return whether the order of an input's tokens is not known from its shape."""
     leading = tuple(x.shape[:-1])
     return len(leading) == 1 or leading not in masks
+
+
+def has_other_positions(masks: MasksByShape, x: Float[torch.Tensor, "*tokens _features"]) -> bool:
+    """Return whether an input has another number of positions per row than the batch has tokens.
+
+    Examples are a model that pads every row to a multiple of its attention window, and a decoder that reads several
+    streams. A flat input may hold the tokens that a router chose.
+    """
+    leading = tuple(x.shape[:-1])
+    is_by_row = masks.rows in leading and len(leading) == 2
+    return is_by_row and leading not in masks and (math.prod(leading),) not in masks
+
+
+def describe_positions(leading: tuple[int, ...]) -> str:
+    """Return why a module with an input of this leading shape is left out, see `has_other_positions`."""
+    return f"reads {' x '.join(map(str, leading))} positions, which are not the batch's tokens: the model pads them"
+
+
+def _is_text(batch: Batch) -> bool:
+    """Return whether a batch has no tensors of real numbers apart from labels and masks, such as pixels."""
+    return not any(
+        isinstance(value, torch.Tensor) and value.is_floating_point() and name != "labels" and "mask" not in name
+        for name, value in batch.items()
+    )
 
 
 def _add_masks(masks: MasksByShape, real: Bool[np.ndarray, "B S"], seen: Bool[np.ndarray, "B S"]) -> None:

@@ -7,21 +7,30 @@ is freed at once, so that only one module's G is in memory. Inputs are saved the
 gradient checkpointing can drop and recompute them.
 """
 
+import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers.pytorch_utils import Conv1D
 
 from rora_theory.errors import InputError
+from rora_theory.measure.batches import naming_failure
 from rora_theory.measure.modules import trainable_parameters
 
 HALF_LOSS_SCALE = 2.0**10
 """Factor of the loss for outputs in float16, whose gradients would be rounded to 0; every G is divided by it."""
 
-Inputs = Float[torch.Tensor, "*tokens _features"]
+MAX_DEVIATION = 0.05
+"""Largest relative difference between G and autograd's gradient of a weight; rounding to 16 bits stays far below."""
+
+Inputs = Float[torch.Tensor, "... _features"]
 """Input of a module in one call, in the shape that the module received."""
 
 
@@ -60,7 +69,8 @@ def backward(
 ) -> float:
     """Run a forward and a backward pass and pass every module's gradient G and inputs to a function.
 
-    The ``grad`` of the model's parameters is neither computed nor changed.
+    The ``grad`` of the model's parameters is not changed. G of one module of each kind is compared with the gradient
+    that autograd computes for its weight in the same pass, which finds modules that use a weight in another way.
 
     Args:
       model: Model. Its parameters are frozen during the passes.
@@ -74,14 +84,22 @@ def backward(
       The loss.
 
     Raises:
-      InputError: If the loss is not finite or does not depend on a module's output, or if a module is called more
-        often than ``calls`` says.
+      InputError: If the loss is not finite or does not depend on a module's output, if a module is called more often
+        than ``calls`` says, or if G of a module is not its weight's gradient.
     """
+    check = _GradientCheck(model, modules)
+
+    def finish(name: str, grad: torch.Tensor, inputs: list[Inputs]) -> None:
+        check.add(name, grad)
+        on_gradient(name, grad, inputs)
+
     partial_sums: dict[str, tuple[torch.Tensor, list[Inputs]]] = {}
     received: dict[str, int] = dict.fromkeys(modules, 0)
     dtypes: set[torch.dtype | None] = set()  # of the modules' outputs
 
-    def on_delta(name: str, saved: list[Any], delta: torch.Tensor) -> None:
+    def on_delta(name: str, saved: list[Any], delta: torch.Tensor | None) -> None:
+        if delta is None:  # the layers after the module pass on no gradient
+            return
         if received[name] == calls[name]:
             raise InputError(
                 f"{name} is called more often with the batch than with the held-out batch (limit: {calls[name]}). "
@@ -106,7 +124,7 @@ def backward(
             received[name] += 1
             # Hand over a complete G at once, so that its memory is freed before the next module's G is computed.
             if received[name] == calls[name]:
-                on_gradient(name, grad, inputs)
+                finish(name, grad, inputs)
             else:
                 partial_sums[name] = (grad, inputs)
 
@@ -122,7 +140,7 @@ def backward(
         y.register_hook(partial(on_delta, name, [_SavedInput.apply(first_input(args, kwargs), _anchor(y))]))
         return y
 
-    with _frozen(model), _hooked(modules, hook), _embeddings_with_graph(model), torch.enable_grad():
+    with _frozen(model), check, _hooked(modules, hook), _embeddings_with_graph(model), torch.enable_grad():
         loss = run()
         value = float(loss.detach())
         # Check before the backward pass, whose errors would be harder to read.
@@ -134,12 +152,102 @@ def backward(
                 "Check loss and target_modules."
             )
         scale = HALF_LOSS_SCALE if torch.float16 in dtypes else 1.0
-        (loss.float() * scale).backward()
+        with naming_failure("the backward pass"):
+            (loss.float() * scale).backward()
     # Modules with fewer calls in this pass than expected: what arrived is their whole gradient.
     for name, (grad, inputs) in partial_sums.items():
         with torch.no_grad(), _full_precision(grad.device.type):
-            on_gradient(name, grad, inputs)
+            finish(name, grad, inputs)
+    check.compare(scale)
     return value
+
+
+class _GradientCheck(AbstractContextManager):
+    """Comparison of G with the gradient that autograd computes for the weight, for one module of each kind.
+
+    Within the context, autograd computes the gradients of these weights. Of each gradient only products with a few
+    random vectors are kept, so that its memory is freed at once.
+    """
+
+    def __init__(self, model: torch.nn.Module, modules: Mapping[str, torch.nn.Module]) -> None:
+        # Modules that share a weight (tied layers) are compared together: autograd sums their gradients.
+        sharing: dict[int, list[str]] = {}
+        for name, module in modules.items():
+            sharing.setdefault(id(_weight(module)), []).append(name)
+        owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+        kinds = {re.sub(r"\.\d+(?=\.|$)", "", name): name for name in reversed(modules)}
+        self._weights: dict[str, torch.nn.Parameter] = {}
+        self._names: dict[str, list[str]] = {}
+        for name in kinds.values():
+            weight = _weight(modules[name])
+            # Another owner of the weight, such as an embedding, adds a gradient of its own.
+            names = sharing[id(weight)]
+            if weight is not None and owners[id(weight)] == len(names) and names not in self._names.values():
+                self._weights[name], self._names[name] = weight, names
+        self._is_transposed = {name: _is_transposed(modules[name]) for name in self._weights}
+        self._own: dict[str, torch.Tensor] = {}
+        self._autograd: dict[str, torch.Tensor] = {}
+        self._grads: list[tuple[torch.nn.Parameter, torch.Tensor | None]] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        for name, weight in self._weights.items():
+            self._grads.append((weight, weight.grad))
+            weight.grad = None
+            weight.requires_grad_(True)
+            self._handles.append(weight.register_post_accumulate_grad_hook(partial(self._collect, name)))
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for weight, grad in self._grads:
+            weight.requires_grad_(False)
+            weight.grad = grad
+
+    def add(self, name: str, grad: Float[torch.Tensor, "p_out p_in"]) -> None:
+        """Add G of a module."""
+        for checked, names in self._names.items():
+            if name in names:
+                self._add(self._own, checked, grad)
+
+    def compare(self, scale: float) -> None:
+        """Raise `InputError` for a module whose G differs from autograd's gradient, of the loss times ``scale``."""
+        for name, own in self._own.items():
+            expected = self._autograd.get(name, torch.zeros_like(own)) / scale
+            norms = [float(torch.linalg.matrix_norm(matrix)) for matrix in (own - expected, own, expected)]
+            deviation = norms[0] / (max(norms) or 1.0)
+            # Gradients in float16 may overflow, which says nothing about G.
+            if math.isfinite(norms[2]) and deviation > MAX_DEVIATION:
+                raise InputError(
+                    f"the gradient of {name} differs by {deviation:.0%} from the one that autograd computes for its "
+                    "weight, so the module does not act on its input alone. Leave it out of target_modules."
+                )
+
+    def _collect(self, name: str, weight: torch.nn.Parameter) -> None:
+        grad, weight.grad = weight.grad, None
+        if grad is not None:
+            self._add(self._autograd, name, grad.T if self._is_transposed[name] else grad)
+
+    def _add(self, sums: dict[str, torch.Tensor], name: str, grad: torch.Tensor) -> None:
+        with torch.no_grad(), _full_precision(grad.device.type):
+            vectors = torch.randn((grad.shape[1], 8), generator=torch.Generator().manual_seed(0)).to(grad.device)
+            product = grad.float() @ vectors
+        sums[name] = sums[name] + product if name in sums else product
+
+
+def _weight(module: torch.nn.Module) -> torch.nn.Parameter | None:
+    """Return the weight of a linear module if autograd can compute its gradient and no adapter changes it."""
+    if isinstance(module, BaseTunerLayer):
+        if not module.disable_adapters:
+            return None
+        module = module.get_base_layer()
+    weight = module._parameters.get("weight")
+    is_dense = weight is not None and weight.is_floating_point() and weight.ndim == 2 and not weight.is_meta
+    return weight if is_dense else None
+
+
+def _is_transposed(module: torch.nn.Module) -> bool:
+    return isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, Conv1D)
 
 
 class _SavedInput(torch.autograd.Function):

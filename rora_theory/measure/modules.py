@@ -220,19 +220,33 @@ def without_adapters(model: torch.nn.Module) -> Iterator[None]:
 
 
 def check_weights(model: torch.nn.Module, *, offloaded: bool) -> None:
-    """Raise `InputError` if a weight is on the meta device.
+    """Raise `InputError` if a weight is on the meta device or sharded over processes.
 
     Args:
       model: Model.
       offloaded: Whether weights may be there that a hook of accelerate loads when they are needed.
     """
     for name, module in model.named_modules():
+        if _is_sharded(module):
+            raise InputError(
+                f"model must have whole weights in one process, got shards in {name or type(model).__name__} (FSDP or "
+                "DeepSpeed). Pass the model before it is sharded."
+            )
         is_loaded_later = offloaded and hasattr(module, "_hf_hook")
         if not is_loaded_later and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             raise InputError(
                 f"model must have its weights in memory, got {name or type(model).__name__} on the meta device. "
                 "Load the model without offloading, on one device."
             )
+
+
+def _is_sharded(module: torch.nn.Module) -> bool:
+    """Return whether the weights are shards of FSDP, tensor parallelism or DeepSpeed, recognised without importing."""
+    names = {base.__name__ for base in type(module).__mro__}
+    parameters = list(module.parameters(recurse=False))
+    return bool(names & {"FullyShardedDataParallel", "FSDPModule"}) or any(
+        type(parameter).__name__ == "DTensor" or hasattr(parameter, "ds_id") for parameter in parameters
+    )
 
 
 def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
+from rich.console import Console
 from tyro.conf import arg
 
 from rora_theory import extras
@@ -41,6 +42,10 @@ Out = Annotated[Path | None, arg(help="Run folder; by default results/COMMAND/ID
 INTERRUPTED = "Interrupted."
 RESUMABLE = f"{INTERRUPTED} Run the same command again to resume."
 """Last line of a command that Ctrl-C or SIGTERM ends while it has an open run folder."""
+
+
+REPEAT_SECONDS = 5.0
+"""Time after which an interruption is repeated if the command goes on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,8 +197,35 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM, which a cluster sends."""
 
 
-def _terminate(*_: object) -> NoReturn:
-    raise _Terminated
+def _is_program() -> bool:
+    """Return whether the process runs one command, so that it may end without Python's own clean-up."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec is not None and spec.name.split(".")[0] in ("sims", "figures")
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    """Handle SIGINT and SIGTERM."""
+    # Without an open run there is nothing to save.
+    if _is_program() and not folder.count_open():
+        _end(128 + number, INTERRUPTED)
+    # Libraries discard an exception that reaches their finalizers or attribute look-ups: raise it until the run ends.
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, lambda *arguments: _stop(number, arguments))
+        signal.setitimer(signal.ITIMER_REAL, REPEAT_SECONDS)
+    raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def _end(status: int, message: str) -> NoReturn:
+    """Print a line and end the process at once.
+
+    Python's clean-up after an interruption takes up to 20 s with PyTorch and JAX, and crashes if one of their libraries
+    was loaded in part.
+    """
+    if sys.stderr.isatty():
+        Console(file=sys.stderr).show_cursor()  # a progress bar hides it
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def run_command(main: Callable[[], object]) -> None:
@@ -208,7 +240,9 @@ def run_command(main: Callable[[], object]) -> None:
     """
     open_before = folder.count_open()
     _library.propagate = False  # another library's handler of the root logger would print each note again
-    handler_before = signal.signal(signal.SIGTERM, _terminate)
+    handlers_before = {signal.SIGTERM: signal.signal(signal.SIGTERM, _stop)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as in the background
+        handlers_before[signal.SIGINT] = signal.signal(signal.SIGINT, _stop)
     try:
         with answers.reporting():
             main()
@@ -216,6 +250,8 @@ def run_command(main: Callable[[], object]) -> None:
     except SystemExit:
         raise
     except BaseException as error:
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
         # Mark the open run first, so that it is closed whatever happens to the output.
         run_status, message, exit_status = _outcome(error)
         is_resumable = folder.count_open() > open_before
@@ -228,10 +264,15 @@ def run_command(main: Callable[[], object]) -> None:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest is discarded at exit
         else:
-            print(RESUMABLE if is_resumable else INTERRUPTED, file=sys.stderr)
+            line = RESUMABLE if is_resumable else INTERRUPTED
+            if _is_program():
+                cluster.leave()
+                _end(exit_status, line)
+            print(line, file=sys.stderr)
         sys.exit(exit_status)
     finally:
-        signal.signal(signal.SIGTERM, handler_before)
+        for number, handler in handlers_before.items():
+            signal.signal(number, handler)
         _library.propagate = True
         folder.end_all("failed", skip=open_before)
         cluster.leave()

@@ -206,3 +206,45 @@ def test_a_closed_pipe_ends_the_command_silently(words: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, env=environment)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+STOPPED_PROGRAM = """
+import atexit, os, signal, sys, time
+from pathlib import Path
+from rora_theory.runs.folder import RunFolder
+from sims.common import cli
+
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+def work():
+    if sys.argv[1] != "nothing open":
+        RunFolder.open("stopped", {}, out=Path(sys.argv[2]))
+    if sys.argv[1] == "in a finalizer":
+        Finalized()  # Python discards the exception that is raised in it
+    else:
+        os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(1000):
+        time.sleep(0.03)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(os.abort)  # a library that crashes while Python cleans up
+cli._is_program, cli.REPEAT_SECONDS = lambda: True, 0.3
+cli.run_command(work)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["nothing open", "in a run", "in a finalizer"])
+def test_ctrl_c_ends_with_one_line_whatever_libraries_do(moment: str, tmp_path: Path) -> None:
+    """The status is 130 even if an exception is lost, or if a library would crash while Python cleans up."""
+    words = [sys.executable, "-c", STOPPED_PROGRAM, moment, str(tmp_path / "run")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+    line = cli.INTERRUPTED if moment == "nothing open" else cli.RESUMABLE
+    assert (ended.returncode, ended.stderr.splitlines()[-1]) == (130, line), ended.stderr
+    assert moment == "in a finalizer" or ended.stderr.count("\n") == 1
+    if moment != "nothing open":
+        assert '"interrupted"' in (tmp_path / "run" / "manifest.json").read_text()

@@ -2,7 +2,12 @@
 
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from support import commands
@@ -49,6 +54,28 @@ def test_a_probe_finds_a_rate_and_resumes(model, data, tmp_path, monkeypatch) ->
     curve = frames.read_csv(out / "results.csv")
     assert len(curve) >= 3
     assert curve["held_out_loss"].nunique() == len(curve)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.3, 1.0, 2.0, 4.0])
+def test_ctrl_c_at_any_moment_ends_with_one_line(delay, model, data, tmp_path) -> None:
+    """The signal comes some time after the first line of output; the checkpoint has whole runs, which resume."""
+    out = tmp_path / "run"
+    words = [sys.executable, "-m", "sims.tune", "--data", data / "train.json", "--model", model, "--out", out]
+    process = subprocess.Popen(
+        [*map(str, words), *SETTINGS.replace("256", "20000").split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    process.stdout.readline()
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1].startswith("Interrupted.")
+    assert "Traceback" not in err
+    checkpoint = out / sim.CHECKPOINT
+    assert not checkpoint.exists() or json.loads(checkpoint.read_text())["runs"]
 
 
 def test_a_budget_of_nothing_needs_no_data(model) -> None:

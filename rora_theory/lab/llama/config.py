@@ -274,6 +274,9 @@ class LlamaConfig:
         elif self.family.full_layers == "any":
             has_window = [self.sliding_window is not None and i not in full for i in range(self.num_hidden_layers)]
             plain["layer_types"] = [_SLIDING if windowed else _FULL for windowed in has_window]
+            # transformers needs a window even if no layer has one.
+            if self.sliding_window is None:
+                plain["sliding_window"] = self.family.defaults["sliding_window"]
         # JSON has lists, where the dataclass has hashable tuples.
         if isinstance(plain["eos_token_id"], tuple):
             plain["eos_token_id"] = list(plain["eos_token_id"])

@@ -14,6 +14,7 @@ noise of different ranks is shared. `rora_theory.measure.rank_check.rules` has t
 scaling rules, which the command ``coordinate_check`` runs.
 """
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from weakref import ref
 import numpy as np
 import pandas as pd
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 
 from rora_theory import inits, plots
 from rora_theory.advice.adapter_config import init_of
@@ -35,9 +36,12 @@ from rora_theory.measure.batches import (
     Batch,
     Loss,
     check_batch,
+    describe_positions,
     find_masks,
+    has_other_positions,
     loss_function,
     move_batch,
+    naming_failure,
     select_masks,
 )
 from rora_theory.measure.modules import (
@@ -67,6 +71,8 @@ from rora_theory.validation.rules import check_list, check_steps, listed
 
 if TYPE_CHECKING:
     import matplotlib.figure
+
+logger = logging.getLogger(__name__)
 
 MakeOptimizer = Callable[[Iterable[torch.nn.Parameter], int], torch.optim.Optimizer]
 """Function of the trainable parameters and the rank that returns an optimizer."""
@@ -270,7 +276,12 @@ def coordinate_check(
             check_instance(f"make_model({rank})", model, torch.nn.Module, "a torch.nn.Module")
             model = unwrap(model)
             sizes_of_run = first_steps.measure(
-                model, rank, [seed, draw], partial(_make_at, make_optimizer_of_rank, rank), progress_bar.update
+                model,
+                rank,
+                [seed, draw],
+                partial(_make_at, make_optimizer_of_rank, rank),
+                progress_bar.update,
+                lambda work, rank=rank: progress_bar.set_postfix_str(f"rank {rank}: {work}"),
             )
             # Record the size of every coordinate.
             for coordinate, value in sizes_of_run:
@@ -325,6 +336,11 @@ def _fresh_layers(model: torch.nn.Module, rank: int) -> dict[str, tuple[LoraLaye
         for adapter in module.active_adapters:
             if adapter not in module.lora_A:
                 continue
+            if isinstance(module, ParamWrapper):
+                raise InputError(
+                    f"make_model({rank}) must adapt linear modules, got experts in one parameter in {name}. Leave them "
+                    "out by exclude_modules of the LoraConfig."
+                )
             rows = len(module.lora_A[adapter].weight)
             if rows != rank:
                 raise InputError(
@@ -369,6 +385,10 @@ class _MaskedBatch:
                 "held_out has no token apart from those that repeat the beginning of a training record. "
                 "Pass different records."
             )
+
+    def has_other_positions(self, x: torch.Tensor) -> bool:
+        """Return whether an input has other positions than the batch's tokens."""
+        return has_other_positions(self._masks, x)
 
     def rms(self, x: torch.Tensor) -> float:
         """Return the root mean square over the unmasked tokens, or over all tokens if their masks are unknown."""
@@ -448,6 +468,7 @@ class FirstSteps:
         self._batches, self._held_out, self._steps = batches, held_out, steps
         self._loss, self._label = loss_function(loss), label
         self._reference: _Reference | None = None
+        self._left_out: set[str] = set()
         self.optimizer = self.model = ""
 
     def measure(
@@ -457,6 +478,7 @@ class FirstSteps:
         seeds: list[int],
         make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
         on_step: Callable[[], Any] = lambda: None,
+        on_stage: Callable[[str], Any] = lambda _: None,
     ) -> list[tuple[Coordinate, float]]:
         """Draw the A of a PEFT model's adapter, train the adapter, and measure its coordinates.
 
@@ -468,6 +490,7 @@ class FirstSteps:
           seeds: Seeds of A, which is nested over ranks.
           make_optimizer: Function that returns the optimizer of the adapter's parameters.
           on_step: Function that is called after each step.
+          on_stage: Function of a description of the work that begins.
 
         Returns:
           The coordinates with their sizes, which are not finite if training diverged.
@@ -475,25 +498,26 @@ class FirstSteps:
         Raises:
           InputError: If the model has no fresh LoRA adapter of this rank, or ``make_optimizer`` returns no optimizer.
         """
-        check_weights(model, offloaded=False)
-        layers = _fresh_layers(model, rank)
         with with_autograd(), ExitStack() as stack:
             # The next rank can use the same base model, and so can the caller after an error.
             if hasattr(model, "unload"):
                 stack.callback(remove_adapters, model)
+            check_weights(model, offloaded=False)
+            layers = _fresh_layers(model, rank)
             stack.enter_context(preserved_state(model))
             # Dropout masks depend on the seed alone: ranks share them.
             torch.manual_seed(sum(seeds))
             _draw_nested(layers, model, seeds)
             # Outputs of the base model, unless they are those of the run before.
             if self._reference is None or not self._reference.is_of(model, layers):
+                on_stage("outputs of the base model")
                 self._reference = None  # frees the outputs of another base model first
                 self._reference = self._compute_reference(model, layers)
             optimizer = build_optimizer(make_optimizer, trainable_parameters(model))
             self.optimizer = _describe_optimizer(optimizer)
             dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
             self.model = f"{type(base_model(model)).__name__} in {dtype}"
-            return list(self._train(model, layers, self._reference, optimizer, on_step))
+            return list(self._train(model, layers, self._reference, optimizer, on_step, on_stage))
 
     def _compute_reference(self, model: torch.nn.Module, layers: Mapping[str, tuple[LoraLayer, str]]) -> _Reference:
         """Compute the outputs of the base model, while B is still 0, on the batches that are measured."""
@@ -516,13 +540,17 @@ class FirstSteps:
         reference: _Reference,
         optimizer: torch.optim.Optimizer,
         on_step: Callable[[], Any],
+        on_stage: Callable[[str], Any],
     ) -> Iterator[tuple[Coordinate, float]]:
         """Train the adapter, and yield its coordinates with their sizes after each of the steps."""
         for step in range(1, max(self._steps) + 1):
+            on_stage(f"training step {step} of {max(self._steps)}")
             # One training step on the step's batch: the steps cycle through the batches.
             trained = reference.train[(step - 1) % len(reference.train)]
             optimizer.zero_grad()
-            self._loss(model, trained.batch).backward()
+            loss = self._loss(model, trained.batch)
+            with naming_failure("the backward pass"):
+                loss.backward()
             optimizer.step()
             on_step()
             if step not in self._steps:
@@ -532,6 +560,7 @@ class FirstSteps:
             for split, masked in splits.items():
                 if masked is None:
                     continue
+                on_stage(f"{split.replace('_', '-')} outputs after step {step}")
                 outputs, added, loss = self._outputs(model, layers, masked)
                 for name, after in outputs.items():
                     change = after - reference.outputs[masked][name]
@@ -539,6 +568,11 @@ class FirstSteps:
                 for kind, sizes in added.items():
                     yield Coordinate("output", split, kind, step), float(np.sqrt(np.mean(np.square(sizes))))
                 yield Coordinate("loss", split, MODEL, step), loss
+
+    def _warn_once(self, kind: str, reason: str) -> None:
+        if kind not in self._left_out:
+            self._left_out.add(kind)
+            logger.warning(f"the output of {kind} was not measured: it {reason}.")
 
     def _outputs(
         self, model: torch.nn.Module, layers: Mapping[str, tuple[LoraLayer, str]], masked: _MaskedBatch
@@ -553,7 +587,11 @@ class FirstSteps:
 
         def adapter_hook(kind: str, name: str, layer: LoraLayer, args: tuple, kwargs: dict[str, Any]) -> None:
             lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
-            output = lora_B(lora_A(hooks.first_input(args, kwargs).to(lora_A.weight.dtype)))
+            x = hooks.first_input(args, kwargs)
+            if masked.has_other_positions(x):
+                self._warn_once(kind, describe_positions(tuple(x.shape[:-1])))
+                return
+            output = lora_B(lora_A(x.to(lora_A.weight.dtype)))
             added.setdefault(kind, []).append(layer.scaling[name] * masked.rms(output))
 
         def head_hook(_: Any, args: tuple, output: torch.Tensor) -> None:

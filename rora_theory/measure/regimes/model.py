@@ -36,7 +36,9 @@ from rora_theory.measure.batches import (
     MasksByShape,
     TokenMasks,
     check_batch,
+    describe_positions,
     find_masks,
+    has_other_positions,
     is_flattened,
     loss_function,
     move_batch,
@@ -99,8 +101,9 @@ class TorchRegime(Regime):
     Attributes:
       target_modules: Target modules for PEFT's ``LoraConfig``.
       task_type: Task type for PEFT's ``LoraConfig``.
-      left_out: Reason for each module that was not measured: no held-out token or no gradient reached it, or it does
-        not return a tensor (``"returns a tuple"``), so that neither this law nor PEFT's LoRA covers it.
+      left_out: Reason for each module that was not measured: no held-out token or no gradient reached it, it does not
+        return a tensor (``"returns a tuple"``), so that neither this law nor PEFT's LoRA covers it, or it reads other
+        positions than the batch's tokens (``"reads 3 x 512 positions, ..."``), such as padding that the model adds.
       unmasked: Modules that receive tokens in an unknown order (experts, patches of images, flattened tokens before the
         first input of shape [sequence, batch]), so that padding and seen tokens could not be left out.
     """
@@ -219,6 +222,9 @@ def regime(
     If the result rests on too few tokens or layers, a warning and the frames' ``attrs`` say so, see
     `rora_theory.measure.regimes.thin`.
 
+    Modules that share a weight have a G each, because PEFT gives each an adapter of its own. In a quantised model G is
+    that of the quantised weights and activations, which 8 bits change by several percent.
+
     Args:
       model: Any PyTorch model: bare, in `DistributedDataParallel`, spread by ``device_map``, with gradient
         checkpointing, in 16 bits, or quantised by bitsandbytes. The base model of a PEFT model is measured.
@@ -285,8 +291,11 @@ def regime(
         left_out |= {
             name: f"{RETURN_TYPE_PREFIX} {output}" for name, output in unsupported.items() if name not in reached
         }
-        if unsupported and not reached:
-            name, reason = next((name, left_out[name]) for name in unsupported)
+        for name in sampler.misplaced_modules():
+            left_out[name] = describe_positions(sampler.misplaced[name])
+            del reached[name]
+        if not reached and (unsupported or sampler.misplaced):
+            name, reason = next((name, left_out[name]) for name in (*unsupported, *sampler.misplaced))
             raise InputError(f"none of {len(modules)} target modules can be measured; {name}: {reason}")
         # Forward and backward pass of the batch: reduce each module's gradient as soon as it is complete.
         training_masks = find_masks(base, batch)
@@ -298,7 +307,7 @@ def regime(
             bar.update(sizes[name])
 
         training_loss = hooks.backward(model, reached, lambda: compute_loss(model, batch), sampler.calls, on_gradient)
-    left_out |= {name: "no gradient" for name in reached if name not in reducer.rows}
+    left_out |= {name: "no gradient" for name in reached if name not in reducer.rows} | reducer.left_out
     if not reducer.rows:
         raise InputError(
             f"no gradient reaches any of {len(reached)} target modules. Choose target_modules that the loss depends on."
@@ -317,7 +326,7 @@ def regime(
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type=task_type(base),
         left_out=left_out,
-        unmasked=tuple(name for name in modules if name in sampler.unmasked),
+        unmasked=tuple(name for name in modules if name in sampler.unmasked and name not in left_out),
     )
 
 
@@ -382,6 +391,7 @@ class _InputSampler:
       counts: Numbers of tokens by module and kind, see `choose_tokens`.
       calls: Number of calls by module.
       unmasked: Modules with inputs of a shape for which no masks are known, or flattened in an unknown order.
+      misplaced: Leading shape of an input that has other positions than the batch's tokens, by module.
       masks: Masks of the batch's tokens.
     """
 
@@ -394,6 +404,8 @@ class _InputSampler:
         self.counts: dict[str, dict[str, int]] = {}
         self.calls: dict[str, int] = {}
         self.unmasked: set[str] = set()
+        self.misplaced: dict[str, tuple[int, ...]] = {}
+        self._masked: set[str] = set()
         self._keys: dict[str, np.ndarray] = {}
         self._flattened: set[str] = set()  # modules for whose inputs the order [batch, sequence] was assumed
 
@@ -402,6 +414,10 @@ class _InputSampler:
         if not x.shape[:-1].numel():
             return
         masks, call = select_masks(self.masks, x), self.calls.get(name, 0)
+        if masks is not None:
+            self._masked.add(name)
+        elif has_other_positions(self.masks, x):
+            self.misplaced[name] = tuple(x.shape[:-1])
         if masks is None:
             self.unmasked.add(name)
         elif not self.masks.is_sequence_first and is_flattened(self.masks, x):
@@ -419,6 +435,10 @@ class _InputSampler:
             # Add the numbers of tokens over calls.
             counts = {kind: number + self.counts[name][kind] for kind, number in counts.items()} | {"read": len(rows)}
         self.inputs[name], self._keys[name], self.counts[name], self.calls[name] = rows, keys, counts, call + 1
+
+    def misplaced_modules(self) -> list[str]:
+        """Return the modules none of whose inputs had the batch's tokens."""
+        return [name for name in self.misplaced if name not in self._masked]
 
     def finish(self) -> None:
         """Release the latest input, report masks of a wrong order, and move all samples to a temporary file.
@@ -465,11 +485,13 @@ class _GradientReducer:
 
     Attributes:
       rows: Rows by module.
+      left_out: Reason for each module that reads other positions than the batch's tokens.
     """
 
     def __init__(self, config: RegimeConfig, masks: MasksByShape, held_out: _InputSampler, draw: Draw) -> None:
         self._config, self._masks, self._held_out, self._draw = config, masks, held_out, draw
         self.rows: dict[str, RegimeRows] = {}
+        self.left_out: dict[str, str] = {}
         self._latest = _LatestSample()  # of the training batch, over all modules
 
     def add(self, name: str, grad: torch.Tensor, calls: list[hooks.Inputs]) -> None:
@@ -481,6 +503,9 @@ class _GradientReducer:
         training = _InputSampler(config, self._masks, mask=False, latest=self._latest)
         for x in calls:
             training.add(name, x)
+        if training.misplaced_modules():
+            self.left_out[name] = describe_positions(training.misplaced[name])
+            return
         inputs = {"train": training.inputs[name], "heldout": self._held_out.inputs[name]}
         layer = Layer(name, _to_host(grad), inputs)
         # Train adapters for one step, if requested; this imports JAX.

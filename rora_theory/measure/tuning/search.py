@@ -26,8 +26,8 @@ from rora_theory.defaults import TRAINER_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.laws.random.seeds import check_seed
 from rora_theory.measure.batches import Loss, loss_function
-from rora_theory.measure.modules import preserved_state, select_modules, unwrap
-from rora_theory.measure.progress import bar
+from rora_theory.measure.modules import check_weights, preserved_state, select_modules, unwrap
+from rora_theory.measure.progress import announce, bar, one_line_if_interrupted
 from rora_theory.measure.tuning.examples import (
     MAX_HELD_OUT_BATCHES,
     Data,
@@ -69,6 +69,7 @@ MIN_GROUPS = 2
 """Minimum number of groups of held-out rows that an evaluation must afford."""
 
 
+@one_line_if_interrupted("Interrupted. Call tune again with the same checkpoint to resume.")
 def tune(
     model: torch.nn.Module,
     train: Data,
@@ -162,8 +163,7 @@ def tune(
         check_instance("make_optimizer", make_optimizer, Callable, "a function")
     model = unwrap(model)
     check_no_adapters(model)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise InputError("model must have its weights in memory, got offloaded ones, through which nothing is trained")
+    check_weights(model, offloaded=False)
     # Report an entry that matches no module before any data are read.
     if config.target_modules is not None:
         targets = config.target_modules
@@ -180,6 +180,7 @@ def tune(
     if budget == 0:
         prior = rate_prior(run, family=family, parameters=parameters)
         return conclude_without_probe(prior, steps=steps, config=copy.deepcopy(config))
+    announce("Reading the batches", shown=progress)
     with preserved_state(model), preserved_generators(train, held_out):
         read_options: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length}
         batches = read_batches(train, "train", **read_options, count=MAX_PROBE_STEPS * accumulation)
@@ -216,6 +217,10 @@ def tune(
         max_grad_norm,
         seed,
     )
+    repeats = _describe_repeats(count_repeated(affordable_groups, batches), affordable_groups)
+    for sentence in repeats:
+        logger.warning(sentence)
+    announce("Preparing the adapters", shown=progress)
     # A checkpoint belongs to one model, configuration, plan and data.
     probe = ProbeModel(model, settings, batches, affordable_groups, compute_loss)
     probe.check_labels(plan.probe_steps)
@@ -234,7 +239,7 @@ def tune(
             logger.info(plan.sentence())
         progress_bar.update(sum(run.diverged_at or run.steps for run in runs))
         while (trial := next_trial(plan, runs)) is not None:
-            runs.append(probe.train(trial, progress_bar.update))
+            runs.append(probe.train(trial, progress_bar.update, progress_bar.set_postfix_str))
             if not progress:
                 logger.info(_describe_run(runs[-1], affordable_groups))
             if path is not None:
@@ -247,7 +252,7 @@ def tune(
         config=copy.deepcopy(config),
         remarks=[
             *_remarks(plan, config, len(batches) / accumulation, affordable_groups, groups, heads),
-            *_describe_repeats(count_repeated(affordable_groups, batches)),
+            *repeats,
         ],
     )
 
@@ -280,9 +285,15 @@ def _affordable_groups(groups: Sequence[Group], tokens: int) -> list[Group]:
     return affordable_groups
 
 
-def _describe_repeats(count: int) -> list[str]:
-    """Return a warning if held-out rows equal training rows; their losses favour rates that memorise."""
-    return [f"Warning: {count} held-out records equal training records. Pass other held-out records."] if count else []
+def _describe_repeats(count: int, groups: Sequence[Group]) -> list[str]:
+    """Return a warning if held-out rows equal training rows; their losses favour rates that memorise.
+
+    Raises:
+      InputError: If all of them do.
+    """
+    if count and count == sum(count_rows(group.batch) for group in groups):
+        raise InputError(f"held_out must have rows that train does not have, but all {count} are training rows")
+    return [f"{count} held-out records equal training records: pass other held-out records."] if count else []
 
 
 def _describe_run(run: ProbeRun, groups: Sequence[Group]) -> str:

@@ -17,7 +17,16 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from rora_theory.advice.lora_config import check_uniform, init_of
 from rora_theory.errors import InputError, first_line, shown
 from rora_theory.measure.adapters import with_peft
-from rora_theory.measure.batches import Batch, Loss, MasksByShape, find_masks, move_batch, select_masks
+from rora_theory.measure.batches import (
+    Batch,
+    Loss,
+    MasksByShape,
+    find_masks,
+    has_other_positions,
+    move_batch,
+    naming_failure,
+    select_masks,
+)
 from rora_theory.measure.hooks import HALF_LOSS_SCALE, first_input
 from rora_theory.measure.modules import (
     copied_modules,
@@ -181,12 +190,15 @@ class ProbeModel:
             ]
             return groups, copied_modules(self._model)
 
-    def train(self, trial: Trial, on_step: Callable[[], Any]) -> ProbeRun:
+    def train(
+        self, trial: Trial, on_step: Callable[[], Any], on_stage: Callable[[str], Any] = lambda _: None
+    ) -> ProbeRun:
         """Train a fresh adapter and evaluate it. The model is restored, also if an error is raised.
 
         Args:
           trial: Learning rate and number of steps.
           on_step: Function that is called after every optimizer step.
+          on_stage: Function of a description of the work that begins.
         """
         settings = self._settings
         with with_autograd(), _restored(self._model):
@@ -194,10 +206,11 @@ class ProbeModel:
             torch.manual_seed(settings.seed)
             with _adapted(self._model, settings.config) as layers:
                 parts = LedParts(layers)
+                on_stage(f"training {trial}")
                 diverged_at = self._train_adapter(trial, on_step)
                 if diverged_at is None:
                     # The last update may diverge too, which only the evaluation shows.
-                    losses = self._evaluate(parts)
+                    losses = self._evaluate(parts, on_stage)
                     if not math.isfinite(math.fsum(losses)):
                         diverged_at = trial.steps
                 if diverged_at is not None:
@@ -231,7 +244,8 @@ class ProbeModel:
             for i in labelled:
                 loss = self._loss(self._model, move_batch(self._batches[i], self._model)).float()
                 loss = loss * (self._targets[i] / targets)
-                (loss * HALF_LOSS_SCALE).backward()
+                with naming_failure("the backward pass"):
+                    (loss * HALF_LOSS_SCALE).backward()
                 total += float(loss.detach())
             if not math.isfinite(total):
                 self._check_first_step(step, f"loss {total}")
@@ -259,12 +273,13 @@ class ProbeModel:
                 "Check the model and the batch."
             )
 
-    def _evaluate(self, parts: "LedParts") -> list[float]:
+    def _evaluate(self, parts: "LedParts", on_stage: Callable[[str], Any]) -> list[float]:
         """Return the loss of each group of held-out rows, summed over its labels, and measure the parts."""
         losses = []
         self._model.eval()
         with torch.no_grad():
-            for group, masks in zip(self._groups, self._masks, strict=True):
+            for number, (group, masks) in enumerate(zip(self._groups, self._masks, strict=True), 1):
+                on_stage(f"held-out rows, part {number} of {len(self._groups)}")
                 with parts.reading(masks):
                     losses.append(float(self._loss(self._model, move_batch(group.batch, self._model))) * group.targets)
         return losses
@@ -302,6 +317,8 @@ class LedParts:
 
     def _add(self, index: int, masks: MasksByShape, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = first_input(args, kwargs).detach()
+        if has_other_positions(masks, x):
+            return
         rows = x.reshape(-1, x.shape[-1]).float()
         # Leave out padding, seen tokens and attention sinks.
         mask = select_masks(masks, x)

@@ -200,6 +200,8 @@ def test_progress_states_the_cost(capsys) -> None:
     assert "Measuring 2 modules (two forward passes, one backward pass, and about " in measured
     assert "(8 training steps and 9 to 12 forward passes)" in checked
     assert "8/8" in checked
+    for part in ("rank 1: outputs of the base model", "training step 1 of 2", "train outputs after step 2"):
+        assert part in checked
 
 
 def test_the_estimated_cost_is_proportional_to_the_weights(monkeypatch) -> None:

@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import math
+import sys
 
 import pandas as pd
 import pytest
@@ -510,3 +511,63 @@ def test_held_out_rows_that_equal_training_rows_are_counted() -> None:
     groups = [Group(batch([5, 6], [5, 6, 7, 8]), 4, 6), Group(batch([5, 6, 9]), 2, 3)]
     assert count_repeated(groups, [batch([5, 6, 7]), batch([5, 6], [1, 2, 3])]) == 1
     assert count_repeated(groups, [batch([5, 6, 7])]) == 0
+
+
+def test_held_out_rows_that_are_training_rows_are_refused_or_named(caplog) -> None:
+    """Such rows are counted before the first run and in the result; a probe on nothing else is refused."""
+    logging.getLogger("rora_theory").addHandler(caplog.handler)
+    train, shorter = batches(12), batches(3, seed=1, length=7)
+    with pytest.raises(InputError, match=r"held_out .* all \d are training rows"):
+        tune_linear(train=train, held_out=train[:3])
+    named = []
+
+    def loss(model, batch):
+        named.append(caplog.text)
+        return model(**batch).loss
+
+    result = tune_linear(train=train, held_out=[train[4], *shorter], loss=loss)
+    logging.getLogger("rora_theory").removeHandler(caplog.handler)
+    assert "2 held-out records equal training records" in named[0]
+    assert any("2 held-out records equal" in sentence for sentence in result.assumptions)
+
+
+def test_progress_from_the_start(capsys) -> None:
+    """What is computed is printed before the batches are read, and then for every run and part of the held-out rows."""
+    printed = []
+
+    def train():
+        printed.append(capsys.readouterr().err)
+        yield from batches(12)
+
+    tune_linear(train=train(), progress=True)
+    assert "Reading the batches ..." in printed[0]
+    shown = capsys.readouterr().err
+    for part in ("Preparing the adapters ...", "training lr=", "held-out rows, part 1 of "):
+        assert part in shown
+
+
+def test_an_interrupted_script_ends_with_one_line(monkeypatch, capsys, tmp_path) -> None:
+    """A caller still receives the exception; the hook of uncaught exceptions prints one line for it, and no other."""
+    others = []
+    monkeypatch.setattr("sys.excepthook", lambda *arguments: others.append(arguments))
+    calls = []
+
+    def loss(model, batch):
+        calls.append(1)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return model(**batch).loss
+
+    path = tmp_path / "probe.json"
+    with pytest.raises(KeyboardInterrupt) as caught:
+        tune_linear(loss=loss, checkpoint=path)
+    sys.excepthook(caught.type, caught.value, caught.tb)
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert line.startswith("Interrupted. ")
+    sys.excepthook(ValueError, ValueError("other"), None)
+    assert [arguments[0] for arguments in others] == [ValueError]
+    done = json.loads(path.read_text())["runs"]
+    assert done
+    tune_linear(loss=loss, checkpoint=path)
+    assert json.loads(path.read_text())["runs"][: len(done)] == done
