@@ -162,7 +162,7 @@ def backward(
     return value
 
 
-class _GradientCheck(AbstractContextManager):
+class _GradientCheck(AbstractContextManager[None]):
     """Comparison of G with the gradient that autograd computes for the weight, for one module of each kind.
 
     Within the context, autograd computes the gradients of these weights. Of each gradient only products with a few
@@ -175,7 +175,7 @@ class _GradientCheck(AbstractContextManager):
         for name, module in modules.items():
             sharing.setdefault(id(_weight(module)), []).append(name)
         owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
-        kinds = {re.sub(r"\.\d+(?=\.|$)", "", name): name for name in reversed(modules)}
+        kinds = {re.sub(r"\.\d+(?=\.|$)", "", name): name for name in reversed(list(modules))}
         self._weights: dict[str, torch.nn.Parameter] = {}
         self._names: dict[str, list[str]] = {}
         for name in kinds.values():

@@ -281,7 +281,7 @@ def coordinate_check(
                 [seed, draw],
                 partial(_make_at, make_optimizer_of_rank, rank),
                 progress_bar.update,
-                lambda work, rank=rank: progress_bar.set_postfix_str(f"rank {rank}: {work}"),
+                partial(_show_stage, progress_bar, rank),
             )
             # Record the size of every coordinate.
             for coordinate, value in sizes_of_run:
@@ -311,6 +311,10 @@ def coordinate_check(
     slope_frame = pd.DataFrame(slopes)
     thin.warn((sizes, slope_frame), thin.rank_warnings(ranks))
     return TorchCheck(table, sizes, slope_frame, judge_model(slopes), scope, band)
+
+
+def _show_stage(progress_bar: Any, rank: int, work: str) -> None:
+    progress_bar.set_postfix_str(f"rank {rank}: {work}")
 
 
 def _make_at(make_optimizer: MakeOptimizer, rank: int, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
