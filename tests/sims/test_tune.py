@@ -27,11 +27,11 @@ def test_a_probe_finds_a_rate_and_resumes(model, data, tmp_path, monkeypatch) ->
     words = ["--data", *(data / name / "train.json" for name in ("one", "two")), "--model", model, "--out", out]
     trained: list[str] = []
 
-    def train(self, trial, advance, real=ProbeModel.train):
+    def train(self, *arguments, real=ProbeModel.train):
         if len(trained) == 2:
             raise KeyboardInterrupt
-        trained.append(str(trial))
-        return real(self, trial, advance)
+        trained.append(str(arguments[0]))
+        return real(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(search.ProbeModel, "train", train)
