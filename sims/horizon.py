@@ -1,10 +1,12 @@
-"""Measure how the best learning rate under Adam depends on the scaling, the rank and the number of steps.
+r"""Measure how the best learning rate under Adam depends on the scaling, the rank and the number of steps.
 
-    python -m sims.horizon --data DATA/*/train.json --ranks 8 128 --gains 64 724 --lrs 3e-4 1e-3 3e-3
+    python -m sims.horizon --data DATA/*/train.json --ranks 8 128 --gains 64 --seeds 0 1 2 3 4 \
+        --lrs 1.8e-4 3.2e-4 5.6e-4 1e-3 1.8e-3 3.2e-3 5.6e-3
 
 This is `sims.sweep` with other defaults: the model is trained at every rank, gain G (scaling times rank) and
 learning rate, constant after a warm-up, and the held-out loss is measured after each of ``--read-at`` steps of a run.
-``--full-lrs`` also trains the same modules in full.
+``--full-lrs`` also trains the same modules in full. The same command with another gain and rates around its best rate
+extends the run folder; fewer seeds or rates leave most verdicts on exponents undecided.
 """
 
 from dataclasses import dataclass, field

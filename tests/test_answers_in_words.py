@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from rora_theory.lab.evaluate.accuracies import TaskAccuracy, describe_accuracy
-from rora_theory.lab.sweep.analysis import describe_exponents
+from rora_theory.lab.sweep.analysis import POWERFUL_SWEEP, describe_exponents
 from rora_theory.lab.sweep.results import describe_results
 from rora_theory.measure.rank_check.rules import CheckConfig, describe_check
 from rora_theory.paper.verdicts import Verdict, describe_verdicts
@@ -77,7 +77,14 @@ def test_a_sweep() -> None:
             ["agrees", "undecided", "agrees"],
             True,
             "Exponents of 5 runs: the displacement law contradicts 3 times; "
-            "the law of a constant gradient agrees 2 times, undecided 1 times.",
+            f"the law of a constant gradient agrees 2 times, undecided 1 times. {POWERFUL_SWEEP}",
+        ),
+        (
+            2,
+            ["agrees"],
+            True,
+            "Exponents of 5 runs: the displacement law contradicts 1 times; "
+            "the law of a constant gradient agrees 1 times.",
         ),
     ],
 )
