@@ -25,7 +25,7 @@ from scipy.optimize import minimize
 from rora_theory.advice.best_rate import QUANTILE
 from rora_theory.evidence.policies import LEFT_OUT, policies_for
 from rora_theory.evidence.regrets import regret_table
-from rora_theory.evidence.sweeps import load, read_runs
+from rora_theory.evidence.sweeps import load_sweeps, read_run_table
 from rora_theory.laws.displacement import best_rate_factor
 from rora_theory.runs import frames
 
@@ -194,7 +194,7 @@ def coverage(pairs: Sequence[Pair], spreads: Sequence[float]) -> float:
     return float(np.mean(np.abs(residuals) <= QUANTILE * deviations(pairs, spreads)))
 
 
-def displacement_constant() -> tuple[float, float, str]:
+def summarise_displacement_constant() -> tuple[float, float, str]:
     """Return K, the spread of its logarithm and its source: the middle of the published runs' lowest and highest."""
     values = pd.concat([pd.read_csv(PUBLISHED / name / "constants.csv") for name in ("horizon", "horizon_gemma")])
     values = values[values["step"] >= MIN_STEPS]["constant"]
@@ -272,12 +272,12 @@ def evidence_rows() -> pd.DataFrame:
 
     The pairs have ranks of `EVIDENCE_RANK` and more, and best rates inside their grids.
     """
-    sweeps = load("tinker")
+    sweeps = load_sweeps("tinker")
     costs = pd.concat(
         [regret_table(sweeps, lambda sweep: policies_for(sweep, sweeps)), pd.read_csv(TABLES / "regrets.csv")]
     )
     costs = costs[(costs["old_place"] == "inside") & (costs["place"] == "inside")]
-    runs = read_runs(TABLES.parent / "tinker_sft_sweep.csv")
+    runs = read_run_table(TABLES.parent / "tinker_sft_sweep.csv")
     rows = []
     for name, source, first_rank, count, models in (
         ("fixed_gain", "tinker", EVIDENCE_RANK, len(runs), len({run.model for run in runs})),
@@ -320,7 +320,7 @@ def main() -> None:
     public, ours = public_best_rates(), our_best_rates()
     tinker = [rate for rate in public if rate.schedule == "tinker"]
     exponent, exponent_error, models = fit_rank_exponent(tinker)
-    constant, constant_spread, constant_source = displacement_constant()
+    constant, constant_spread, constant_source = summarise_displacement_constant()
     law = {"rank_exponent": exponent, "displacement_constant": constant}
     pairs = pairs_of([*public, *ours], **law)
     at_one_gain, our_models = [pair for pair in pairs if is_at_one_gain(pair)], {rate.model for rate in ours}

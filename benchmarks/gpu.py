@@ -197,7 +197,7 @@ class Log:
 
 
 @dataclass(frozen=True)
-class Task:
+class WorkerTask:
     """Program of a worker, and the parts that it runs one after another.
 
     Attributes:
@@ -217,7 +217,7 @@ class Task:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def run_worker(log: Log, task: Task, until: float) -> None:
+def run_worker(log: Log, task: WorkerTask, until: float) -> None:
     """Run the parts of a task in a process and log each record.
 
     A process that dies in a part is started again for the parts after it. One that dies before it is set up ends the
@@ -243,7 +243,7 @@ def run_worker(log: Log, task: Task, until: float) -> None:
     while waiting and until - time.monotonic() > 1:
         command = [sys.executable, str(HERE / task.script), json.dumps(task.spec | {"names": waiting})]
         ready = False
-        status, messages = run_command(command, until, task.environment, read)
+        status, messages = run_process(command, until, task.environment, read)
         if time.monotonic() > until - 0.2:
             break
         # The process has ended by itself. It crashed in the first waiting part, or in its set-up, which they all need.
@@ -254,7 +254,7 @@ def run_worker(log: Log, task: Task, until: float) -> None:
         log.write(task.section, f"{task.side} {name}", status="out of time")
 
 
-def run_command(
+def run_process(
     command: Sequence[str], until: float, environment: dict[str, str], read: Callable[[str], None]
 ) -> tuple[int, str]:
     """Run a command from the repository's root, and end it and its children when the time is over.
@@ -287,7 +287,7 @@ def run_command(
 
 
 def outcome(status: int, until: float) -> str:
-    """Return "done", "failed" or "out of time" for the exit status and the time limit of `run_command`."""
+    """Return "done", "failed" or "out of time" for the exit status and the time limit of `run_process`."""
     if status == -signal.SIGKILL and time.monotonic() >= until:
         return "out of time"
     return "failed" if status else "done"
@@ -393,7 +393,7 @@ def run_tests(log: Log, sizes: Sizes, until: float) -> None:
         if match := re.match(r"tests/\S+::(.+?) (PASSED|FAILED|SKIPPED|ERROR)", line):
             log.write("tests", match[1], status=match[2].lower())
 
-    status, messages = run_command(command, until, environment, read)
+    status, messages = run_process(command, until, environment, read)
     # Counts of outcomes in pytest's last line.
     counts = re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1]) if lines else []
     outcomes = {name: int(count) for count, name in counts}
@@ -440,7 +440,7 @@ def run_sweep(log: Log, sizes: Sizes, until: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "sims.variance_sweep", *sizes.sweep, "--out", folder]
         begin = time.monotonic()
-        status, messages = run_command(command, until, {"JAX_PLATFORMS": sizes.platform}, lambda _: None)
+        status, messages = run_process(command, until, {"JAX_PLATFORMS": sizes.platform}, lambda _: None)
         results: dict[str, Any] = {"exit_status": status, "wall_seconds": round(time.monotonic() - begin, 1)}
         manifest = Path(folder) / "manifest.json"
         if status == 0 and manifest.exists():
@@ -461,7 +461,7 @@ RUNS: dict[str, Callable[[Log, Sizes, float], None]] = {
 }
 
 
-def our_task(section: str, sizes: Sizes, names: list[str], **settings: Any) -> Task:
+def our_task(section: str, sizes: Sizes, names: list[str], **settings: Any) -> WorkerTask:
     """Return a task of this package's side, which reuses programs that were compiled on this machine before.
 
     Args:
@@ -477,14 +477,14 @@ def our_task(section: str, sizes: Sizes, names: list[str], **settings: Any) -> T
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
     }
     spec = {"section": section, "sizes": asdict(sizes)} | settings
-    return Task(section, "ours", "gpu_ours.py", spec, names, environment)
+    return WorkerTask(section, "ours", "gpu_ours.py", spec, names, environment)
 
 
-def peer_task(section: str, sizes: Sizes, names: list[str]) -> Task:
+def peer_task(section: str, sizes: Sizes, names: list[str]) -> WorkerTask:
     """Return a task of the peer's side, torch."""
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-    return Task(section, "peer", "gpu_peer.py", {"section": section, "sizes": asdict(sizes)}, names, environment)
+    return WorkerTask(section, "peer", "gpu_peer.py", {"section": section, "sizes": asdict(sizes)}, names, environment)
 
 
 def describe_machine() -> dict[str, Any]:

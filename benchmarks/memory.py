@@ -182,7 +182,7 @@ def measurements() -> list[dict[str, Any]]:
     return cases + [{"side": "peer", "base": base, "devices": 1} for base in peer_bases]
 
 
-def measure(case: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
+def measure_case(case: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
     """Run one of the `measurements` in a process of its own.
 
     Args:
@@ -234,7 +234,7 @@ def main() -> None:
         os.environ |= {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache", "JAX_PLATFORMS": "cpu"}
         for _ in range(config.rounds):
             for case, case_peaks in zip(cases, peaks, strict=True):
-                measured = measure(case, spec)
+                measured = measure_case(case, spec)
                 case_peaks.append(measured["peak"])
                 case |= measured | {"peak": quartiles(case_peaks)}
                 print(describe(case), flush=True)

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from benchmarks.tune import BATCH_SIZE, PROBE_RANK, PUBLISHED, RUNS, Target, planned_targets, read_folder
+from benchmarks.tune import BATCH_SIZE, PROBE_RANK, PUBLISHED, RUNS, PlannedTarget, planned_targets, read_folder
 from rora_theory.advice.best_rate import Run, best_rate_change
 from rora_theory.lab.sweep.runs import SweepRun
 from rora_theory.measure.tuning.plan import EVALUATION_COST
@@ -88,7 +88,7 @@ def probes_of(
             yield seed, [ProbeRun(rate, steps, tuple(map(float, losses[rate][block]))) for rate in chosen], block_tokens
 
 
-def share_of_cost(target: Target, *, steps: int, count: int, records: int) -> tuple[float, float]:
+def share_of_cost(target: PlannedTarget, *, steps: int, count: int, records: int) -> tuple[float, float]:
     """Return the cost of a probe as a share of the planned run, and the share of it that evaluations have."""
     training, evaluation = count * steps, count * EVALUATION_COST * records / BATCH_SIZE
     return (training + evaluation) / target.steps, evaluation / (training + evaluation)

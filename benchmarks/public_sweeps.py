@@ -17,7 +17,7 @@ from rora_theory.errors import InputError
 from rora_theory.evidence import derived, report
 from rora_theory.evidence.best_rates import best_rates
 from rora_theory.evidence.sources import SOURCES
-from rora_theory.evidence.sweeps import load
+from rora_theory.evidence.sweeps import load_sweeps
 from rora_theory.runs import frames
 
 SIGNIFICANT_DIGITS = 10
@@ -36,7 +36,7 @@ def rounded(table: pd.DataFrame) -> pd.DataFrame:
 
 def write(name: str, table: pd.DataFrame) -> None:
     """Write a table of the package."""
-    path = derived.path_of(name)
+    path = derived.table_path(name)
     path.parent.mkdir(exist_ok=True)
     path.write_text(frames.to_csv(rounded(table)))
     print(f"{path}: {len(table)} rows")
@@ -45,7 +45,10 @@ def write(name: str, table: pd.DataFrame) -> None:
 def main(folder: Path) -> None:
     """Write all tables."""
     # The starting rates are fitted to the best rates of all sources, those in the package included.
-    write("best_rates", pd.concat([best_rates(load(source, folder)) for source in report.SWEEPS], ignore_index=True))
+    write(
+        "best_rates",
+        pd.concat([best_rates(load_sweeps(source, folder)) for source in report.SWEEPS], ignore_index=True),
+    )
     unlicensed = [name for name, source in SOURCES.items() if source.file is None]
     for name, table in report.all_tables(folder).items():
         if name != "best_rates":

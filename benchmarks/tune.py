@@ -71,7 +71,7 @@ class ReplayOptions:
 
 
 @dataclass(frozen=True)
-class Target:
+class PlannedTarget:
     """Setting of a planned run with its measured curve.
 
     Attributes:
@@ -106,10 +106,10 @@ class Target:
         return float(np.mean(losses - self.curve.losses[:, self._lowest])), is_lower_bound
 
 
-def planned_targets(runs: Sequence[SweepRun], tokens: Sequence[int]) -> list[Target]:
+def planned_targets(runs: Sequence[SweepRun], tokens: Sequence[int]) -> list[PlannedTarget]:
     """Return the settings of planned runs: both ranks at every G and number of steps that was measured."""
     return [
-        Target(curve.rank, gain_of(curve), steps, curve)
+        PlannedTarget(curve.rank, gain_of(curve), steps, curve)
         for steps in TARGET_STEPS
         for curve in curves_at(runs, tokens, steps, draws=2)
         if curve.rank in TARGET_RANKS

@@ -224,7 +224,7 @@ class VerdictRulesOptions:
     """Seed of all draws"""
 
 
-def cases() -> Iterator[tuple[str, str, SweepModel]]:
+def yield_cases() -> Iterator[tuple[str, str, SweepModel]]:
     """Yield the setting that changes, the shape's name and the model of every case."""
     for (over, exponents), shape, seeds, rates in product(TRUE_EXPONENTS.items(), SHAPES, (2, 3), (3, 4, 5)):
         low, high = GAINS if over == "gain" else RANKS
@@ -256,7 +256,7 @@ def exponent_tables(config: VerdictRulesOptions) -> tuple[pd.DataFrame, pd.DataF
     """
     rule_rows: list[dict[str, Any]] = []
     estimator_rows: list[dict[str, Any]] = []
-    for number, (over, shape, model) in enumerate(cases()):
+    for number, (over, shape, model) in enumerate(yield_cases()):
         random = np.random.default_rng((config.seed, number))
         labels = {"over": over, "shape": shape, "exponent": model.exponent, "seeds": model.seeds, "rates": model.rates}
         # Estimates of all sweeps, each with whether one of its best rates lies at the end of a grid.
@@ -473,7 +473,7 @@ def summary(config: VerdictRulesOptions, tables: Mapping[str, pd.DataFrame]) -> 
     }
 
 
-def measure(config: VerdictRulesOptions) -> dict[str, pd.DataFrame]:
+def measure_rules(config: VerdictRulesOptions) -> dict[str, pd.DataFrame]:
     """Return all tables by the names of their files."""
     rules, estimators = exponent_tables(config)
     other = other_rules(config)
@@ -489,7 +489,7 @@ def measure(config: VerdictRulesOptions) -> dict[str, pd.DataFrame]:
 
 def main(config: VerdictRulesOptions) -> None:
     """Measure the error rates, print the summaries and write the files."""
-    tables = measure(config)
+    tables = measure_rules(config)
     columns = {"rule": "{rule}", "false contradicts": "{false_contradicts:.1%} (worst {worst_false_contradicts:.1%})"}
     columns |= {"false agrees": "{false_agrees:.1%} (worst {worst_false_agrees:.1%})"}
     columns |= {"undecided if true": "{true_undecided:.0%}", "if false": "{false_undecided:.0%}"}

@@ -37,13 +37,13 @@ class CoordinateCheckOptions:
 
 def draw_coordinate_check(config: CoordinateCheckOptions) -> Sequence[Path]:
     """Draw coordinate_check (sizes against the rank) and coordinate_check_slopes (slopes against the step)."""
-    manifest = style.read_manifest(config.run, "coordinate_check")
+    manifest = style.read_run_manifest(config.run, "coordinate_check")
     slopes = frames.read_csv(config.run / "slopes.csv", accepted="the file of a finished run")
     folder = config.out or config.run
     _, rows = style.read_frame(config.run)
     return [
-        *style.save(draw_sizes(manifest, rows), folder, "coordinate_check"),
-        *style.save(draw_slopes(manifest, slopes), folder, "coordinate_check_slopes"),
+        *style.save(draw_size_panels(manifest, rows), folder, "coordinate_check"),
+        *style.save(draw_slope_panels(manifest, slopes), folder, "coordinate_check_slopes"),
     ]
 
 
@@ -58,7 +58,7 @@ def case_title(case: Sequence[Any]) -> str:
     return text + (" (control)" if control else "")
 
 
-def draw_sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
+def draw_size_panels(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
     """Draw the output of each module against the rank, at the first and last step: rows are cases, columns splits."""
     # Values of diverged runs are not finite, and would stretch the axis.
     rows = rows.assign(value=rows["value"].where(np.isfinite(rows["value"])))
@@ -100,7 +100,7 @@ def draw_sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
     return figure
 
 
-def draw_slopes(manifest: dict[str, Any], slopes: pd.DataFrame) -> plt.Figure:
+def draw_slope_panels(manifest: dict[str, Any], slopes: pd.DataFrame) -> plt.Figure:
     """Draw slopes against the step: rows are cases, columns splits, lines modules; black lines are the whole model."""
     cases = dict(list(slopes.groupby(CASE, sort=False)))
     modules = [module for module in SHORT if module in set(slopes["module"])]

@@ -63,11 +63,11 @@ def draw_loss_curves(config: LossCurvesOptions) -> Sequence[Path]:
     for number, ((colour, marker), label, (_, events)) in enumerate(curves):
         dashes = "--" if number % 2 else "-"  # of two equal lines, the earlier one shows between the dashes
         # Single batches are noisy: faint points, with their running mean as a line.
-        steps, losses = points(events, "step")
+        steps, losses = event_points(events, "step")
         axis.plot(steps, losses, ".", color=colour, alpha=0.3, markersize=3, markeredgewidth=0)
         width = min(config.smooth, max(1, len(losses) // 4))
         axis.plot(*running_mean(steps, losses, width), color=colour, label=label, linestyle=dashes)
-        steps, losses = points(events, "validation")
+        steps, losses = event_points(events, "validation")
         if len(steps):
             axis.plot(
                 steps, losses, marker, color=colour, markerfacecolor="white", label=f"{label}, validation", zorder=3
@@ -164,7 +164,7 @@ def run_name(settings: dict[str, Any]) -> str:
     return f"{label}, r = {settings['rank']}" if has_rank else label
 
 
-def points(events: list[dict[str, Any]], kind: str) -> tuple[np.ndarray, np.ndarray]:
+def event_points(events: list[dict[str, Any]], kind: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the steps and losses of one kind of event."""
     with files.naming_damage("metrics.jsonl"):
         chosen = [(event["step"], event["loss"]) for event in events if event.get("event") == kind]

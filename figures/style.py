@@ -126,7 +126,7 @@ def cross_out(axes: Axes, x: Any, y: Any) -> None:
 RUN_FILE = "the file of a run folder"
 
 
-def read_manifest(folder: Path, experiment: str | None = None) -> dict[str, Any]:
+def read_run_manifest(folder: Path, experiment: str | None = None) -> dict[str, Any]:
     """Read a run's manifest. A missing or damaged file, or another experiment, ends the command."""
     manifest = files.read_json(folder / "manifest.json", accepted=RUN_FILE)
     check_manifest(folder / "manifest.json", manifest)
@@ -139,7 +139,7 @@ def read_frame(
     folder: Path, experiment: str | None = None, name: str = "results.csv"
 ) -> tuple[dict[str, Any], "pd.DataFrame"]:
     """Read the manifest and a table of a run folder. A missing, damaged or empty file ends the command."""
-    manifest = read_manifest(folder, experiment)
+    manifest = read_run_manifest(folder, experiment)
     table = frames.read_csv(folder / name, accepted=RUN_FILE)
     if table.empty:
         fail(f"{folder}/{name}: has no rows. Choose a run with at least one finished cell.")

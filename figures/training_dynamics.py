@@ -43,12 +43,12 @@ def draw_training_dynamics(config: TrainingDynamicsOptions) -> Sequence[Path]:
     name = f"training_dynamics_{config.model}"
     folder = config.out or config.run
     return [
-        *style.save(draw_slopes(manifest, fits), folder, f"{name}_exponents"),
-        *style.save(draw_sizes(manifest, chosen), folder, f"{name}_rms"),
+        *style.save(draw_slope_panels(manifest, fits), folder, f"{name}_exponents"),
+        *style.save(draw_size_panels(manifest, chosen), folder, f"{name}_rms"),
     ]
 
 
-def draw_slopes(manifest: dict[str, Any], fits: pd.DataFrame) -> plt.Figure:
+def draw_slope_panels(manifest: dict[str, Any], fits: pd.DataFrame) -> plt.Figure:
     """Draw slopes in the rank against the step: rows are optimizers, columns quantities, colours rules."""
     optimizers = [name for name in style.OPTIMIZERS if name in set(fits["optimizer"])]
     rules = list(dict.fromkeys(fits["rule"]))
@@ -103,7 +103,7 @@ def draw_slopes(manifest: dict[str, Any], fits: pd.DataFrame) -> plt.Figure:
     return figure
 
 
-def draw_sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
+def draw_size_panels(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
     """Draw the output change against the rank: rows are optimizers, columns steps, colours rules."""
     optimizers = [name for name in style.OPTIMIZERS if name in set(rows["optimizer"])]
     rules = list(dict.fromkeys(rows["rule"]))

@@ -79,7 +79,7 @@ class EvaluateOptions:
         return Scoring(self.protocol, self.template, self.num_beams, self.max_new_tokens)
 
 
-def load_model(config: EvaluateOptions, origin: ModelSource) -> tuple[Model, Adapter | None]:
+def load_scored_model(config: EvaluateOptions, origin: ModelSource) -> tuple[Model, Adapter | None]:
     """Load the model to score, and its adapter.
 
     Args:
@@ -175,7 +175,7 @@ def evaluate_model(config: EvaluateOptions) -> None:
     origin = locate(config.model, config.revision)
     known = identity(config, data, origin)
     check_free(path_of(NAME, known, config.out))
-    model, adapter = load_model(config, origin)
+    model, adapter = load_scored_model(config, origin)
     extra = {"protocol": config.protocol, "units": ACCURACY_UNITS}
     folder = RunFolder.open(NAME, known, out=config.out, extra=extra, models=[origin])
     levels = evaluate(config, folder, tasks, model, adapter)

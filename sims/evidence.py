@@ -26,7 +26,7 @@ from rora_theory.errors import InputError
 from rora_theory.evidence import absolute_rates, histories, regrets, report, starting_rates
 from rora_theory.evidence.policies import LEFT_OUT
 from rora_theory.evidence.sources import SOURCES
-from rora_theory.evidence.sweeps import load, read_runs, sweeps_of
+from rora_theory.evidence.sweeps import load_sweeps, read_run_table, sweeps_of
 from rora_theory.runs import files, frames
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.summary import key_figures
@@ -64,7 +64,10 @@ def report_evidence(config: EvidenceOptions) -> None:
         return
     found = report.all_tables(config.originals)
     best, costs = found["best_rates"], found["regrets"]
-    by_policy, absolute = regrets.summarise(costs), absolute_rates.summarise(found["absolute_rates"])
+    by_policy, absolute = (
+        regrets.summarise_regrets(costs),
+        absolute_rates.summarise_absolute_regrets(found["absolute_rates"]),
+    )
     spreads, starting = histories.spread_table(found["loss_differences"]), starting_rates.starting_table()
     identity = {"add": None, "originals": config.originals is not None}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=0, extra={"units": UNITS})
@@ -231,15 +234,15 @@ def report_own(path: Path, out: Path | None) -> None:
     Raises:
       InputError: If the table is invalid, or no setting has a best rate.
     """
-    sweeps = sweeps_of(read_runs(path), path.stem)
+    sweeps = sweeps_of(read_run_table(path), path.stem)
     if not any(sweep.fits for sweep in sweeps):
         raise InputError(
             f"{path} must have a setting with runs at three learning rates or more, of which one did not diverge"
         )
-    reference = load(report.REFERENCE)
+    reference = load_sweeps(report.REFERENCE)
     found = report.sweep_tables(sweeps, reference)
     best, costs = found["best_rates"], found["regrets"]
-    by_policy = regrets.summarise(costs)
+    by_policy = regrets.summarise_regrets(costs)
     identity = {"add": hashlib.sha256(files.read_bytes(path)).hexdigest(), "originals": False}
     folder = RunFolder.open(NAME, identity, out=out, seed=0, extra={"units": UNITS, "table": str(path)})
     written = {"results.csv": costs, "best_rates.csv": best, "policies.csv": by_policy}

@@ -18,7 +18,7 @@ from rora_theory.laws.grid import StepGrid
 from rora_theory.laws.layers import layer_data, layer_grid
 from rora_theory.runs import digests
 from rora_theory.runs.cluster import ClusterConfig
-from rora_theory.runs.devices import describe, pick
+from rora_theory.runs.devices import describe_devices, pick
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flatten
 from rora_theory.runs.summary import key_figures
@@ -45,7 +45,7 @@ def sweep_layers(config: LayerSweepOptions) -> None:
     # The identity contains the digest of the data, not the path.
     layers = layer_data.read_layers(config.layers)
     identity = {"layers": digests.of_file(config.layers)} | flatten(grid)
-    extra = {"units": layer_grid.UNITS, "device": describe(pick(1)), "file": config.layers.name}
+    extra = {"units": layer_grid.UNITS, "device": describe_devices(pick(1)), "file": config.layers.name}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=grid.seed, extra=extra)
     # The law alone gives the crossing ranks; the cells draw adapters to test it.
     cells, crossings = layer_grid.layer_cells(grid, layers), layer_grid.crossings(grid, layers)

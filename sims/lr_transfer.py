@@ -31,10 +31,10 @@ from rora_theory.scaling import check_positive
 from rora_theory.stats.rate_curves import (
     UNITS,
     Comparison,
-    best_rates,
     compare_rules,
     describe_slopes,
     rate_slopes,
+    tabulate_best_rates,
 )
 from rora_theory.validation.rules import check_list
 from sims.common import answers, cli, tables
@@ -81,7 +81,10 @@ class LrTransferOptions:
 def measure_rate_transfer(config: LrTransferOptions) -> None:
     """Train the cells that the run folder lacks, then find the best rates and report."""
     runner = config.cluster.runner()
-    grid, extra = config.grid, {"units": UNITS, "device": devices.describe(devices.pick(1)), "judge": config.judge}
+    grid, extra = (
+        config.grid,
+        {"units": UNITS, "device": devices.describe_devices(devices.pick(1)), "judge": config.judge},
+    )
     folder = RunFolder.open(NAME, flatten(grid), out=config.out, seed=grid.seed, extra=extra)
 
     def work(cell: ControlledCell, _: Path) -> list[dict[str, Any]]:
@@ -94,7 +97,7 @@ def measure_rate_transfer(config: LrTransferOptions) -> None:
     curves = controlled_grid.curves_of_losses(losses, config.judge)
     compared = compare_rules(curves)
     # Best rates, and their slopes against the rank.
-    best, slopes = best_rates(curves), rate_slopes(curves)
+    best, slopes = tabulate_best_rates(curves), rate_slopes(curves)
     folder.write_frame(best, "best.csv")
     folder.write_frame(slopes, "slopes.csv")
     folder.write("comparison.json", json.dumps([asdict(comparison) for comparison in compared], indent=2) + "\n")
@@ -155,7 +158,7 @@ def report(best: pd.DataFrame, slopes: pd.DataFrame, compared: Sequence[Comparis
 
 
 def format_best(row: Any) -> str:
-    """Format a row of `best_rates`: < or > at the grid's edge, the rate, and the factor of half its interval."""
+    """Format a row of the best rates: < or > at the grid's edge, the rate, and the factor of half its interval."""
     mark = {"low": "<", "high": ">"}.get(row["edge"], "")
     has_error = row["log2_half_width"] is not None and not math.isnan(row["log2_half_width"])
     return f"{mark}{row['best_rate']:.3g}" + (f" ({2 ** row['log2_half_width']:.2f})" if has_error else "")

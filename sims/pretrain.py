@@ -61,7 +61,7 @@ def pretrain_model(config: PretrainOptions) -> None:
     data = pretrain.prepare_windows(texts, tokenizer, config.shape, config.settings)
     llama_config = config.shape.llama_config(tokenizer)
     parameters = llama.count_parameters(llama_config)
-    extra = {"device": devices.describe(devices.pick(1)), "parameters": parameters}
+    extra = {"device": devices.describe_devices(devices.pick(1)), "parameters": parameters}
     folder = RunFolder.open(NAME, identity, out=path, seed=config.settings.seed, extra=extra)
     folder.update(data=data.summary)
     tokens, epochs = data.summary["tokens"], data.summary["epochs"]

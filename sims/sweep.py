@@ -106,9 +106,11 @@ def run_matrix(config: SweepOptions) -> None:
         measures_parts=config.parts,
     )
     # The numbers of tokens need the tokenizers of all models, but no weights.
-    records = pd.concat([read_records(plan, cell_trainer, model) for model in reversed(plan.design.models)][::-1])
+    records = pd.concat(
+        [count_record_tokens(plan, cell_trainer, model) for model in reversed(plan.design.models)][::-1]
+    )
     cli.print_notes(cell_trainer.open(cells[0].model))
-    device = devices.describe(devices.pick(1))
+    device = devices.describe_devices(devices.pick(1))
     extra = {"design": config.design, "models": models, "units": analysis.UNITS, "device": device}
     located = plan.located.values()
     folder = RunFolder.open(
@@ -120,14 +122,14 @@ def run_matrix(config: SweepOptions) -> None:
     # Run the cells; a tuned design then repeats the best rate of each method and rank with the other seeds.
     failed = None
     try:
-        run_cells(config, folder, cell_trainer, cells, runner)
+        run_sweep_cells(config, folder, cell_trainer, cells, runner)
         if plan.design.tuned and len(plan.design.seeds) > 1:
             first = sweep_runs.read_runs(path, map(key_of, replace_with_scored(cells, path)))
             loss = results.LOSS_COLUMNS[plan.training.loss_on]
             best = results.marked_rates(results.results_table(first, sweep_runs.read_tokens(path)), loss)
             for description in results.describe_rates(best):
                 print(description, flush=True)
-            run_cells(config, folder, cell_trainer, plan.cells(1, best), runner)
+            run_sweep_cells(config, folder, cell_trainer, plan.cells(1, best), runner)
     # A failed cell does not stop the others: write their results before ending with its error.
     except FailedError as error:
         failed = error
@@ -138,7 +140,7 @@ def run_matrix(config: SweepOptions) -> None:
     folder.write_frame(rows)
     ends = results.final_rows(rows)
     if not any(run.axes for run in runs):
-        losses = differences.record_losses(runs, records)
+        losses = differences.collect_record_losses(runs, records)
         # Runs of one length are compared: the longest ones, and the base model, which has none.
         longest = ends[(ends["steps"] == ends["steps"].max()) | (ends["method"] == BASE)]
         compared = differences.method_differences(longest, losses, path / CELLS_FOLDER)
@@ -150,13 +152,13 @@ def run_matrix(config: SweepOptions) -> None:
     for file_name, frame in judged.files().items():
         folder.write_frame(frame, file_name)
     best = ends[ends["best_rate"].notna() | (ends["method"] == BASE)]
-    with summarised(folder, summarise(best, judged)):
+    with summarised(folder, collect_key_figures(best, judged)):
         report(ends, best, len(runs), judged, law=bool(crossing_distances))
     folder.finish()
     answers.print_files(path)
 
 
-def read_records(plan: SweepPlan, cell_trainer: CellTrainer, model: str) -> pd.DataFrame:
+def count_record_tokens(plan: SweepPlan, cell_trainer: CellTrainer, model: str) -> pd.DataFrame:
     """Return the source, index and numbers of tokens of the held-out records for a model."""
     tokens, answer_tokens = cell_trainer.count_tokens(model)
     places = [(source, index) for source, index, _ in plan.records.held_out]
@@ -164,7 +166,7 @@ def read_records(plan: SweepPlan, cell_trainer: CellTrainer, model: str) -> pd.D
     return frame.assign(tokens=tokens, answer_tokens=answer_tokens, model=model)
 
 
-def run_cells(
+def run_sweep_cells(
     config: SweepOptions, folder: RunFolder, cell_trainer: CellTrainer, cells: Sequence[SweepCell], runner: Runner
 ) -> None:
     """Run the cells that the run folder lacks, print a line for each, and update `results.csv`.
@@ -197,7 +199,7 @@ def run_cells(
     )
 
 
-def summarise(best: pd.DataFrame, judged: analysis.SweepAnalysis) -> list[KeyFigure]:
+def collect_key_figures(best: pd.DataFrame, judged: analysis.SweepAnalysis) -> list[KeyFigure]:
     """Return the key figures of a matrix: losses and accuracies at the best rates, regret and exponents."""
     scope, loss = ("model", "method", "rank", "alpha", "learning_rate", "seed"), "validation loss, nats per token"
     figures = key_figures(best, loss, "validation_loss", "validation_error", over="records", scope=scope)

@@ -41,7 +41,7 @@ class TrainingDynamicsOptions:
 def measure_dynamics(config: TrainingDynamicsOptions) -> None:
     """Train the cells that the run folder lacks, then fit the slopes and report."""
     grid, runner = config.grid, config.cluster.runner()
-    extra = {"units": controlled_grid.UNITS, "device": devices.describe(devices.pick(1))}
+    extra = {"units": controlled_grid.UNITS, "device": devices.describe_devices(devices.pick(1))}
     folder = RunFolder.open(NAME, flatten(grid), out=config.out, seed=grid.seed, extra=extra)
     cells = controlled_grid.cells_of(grid)
 

@@ -163,7 +163,7 @@ def take_first_steps(config: TransferOptions, advised: Advised) -> None:
         title="first steps",
     )
     # Ratio of every candidate's change to that of the tuned setting.
-    summary = transfer_check.summarise(steps, advice)
+    summary = transfer_check.summarise_ratios(steps, advice)
     folder.write_frame(summary, "summary.csv")
     print()
     # Key figures and the printed table.

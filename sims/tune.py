@@ -200,7 +200,7 @@ def tune_rate(config: TuneOptions) -> None:
         progress=True,
     )
     folder.write_frame(result.curve)
-    folder.write("tuning.json", json.dumps(entries(result, planned), indent=2) + "\n")
+    folder.write("tuning.json", json.dumps(result_entries(result, planned), indent=2) + "\n")
     figure = KeyFigure(
         "learning rate",
         result.learning_rate,
@@ -237,7 +237,7 @@ def batches_of(examples: Any, size: int) -> list[record_batches.Batch]:
     ]
 
 
-def entries(result: Tuning, planned: PlannedRun) -> dict[str, Any]:
+def result_entries(result: Tuning, planned: PlannedRun) -> dict[str, Any]:
     """Return a result without its curve, in JSON types."""
     return {
         "learning_rate": result.learning_rate,
@@ -256,7 +256,7 @@ def entries(result: Tuning, planned: PlannedRun) -> dict[str, Any]:
 
 def report(result: Tuning, planned: PlannedRun) -> None:
     """Print the learning rate, PEFT's entries, the curve and the assumptions."""
-    answers.print_answer(result.sentence(), (), tuning=entries(result, planned))
+    answers.print_answer(result.sentence(), (), tuning=result_entries(result, planned))
     settings = ", ".join(f"{name}={value!r}" for name, value in planned.peft_entries().items())
     tables.print_text(f"PEFT: LoraConfig({settings})")
     if result.displacement_constant is not None:

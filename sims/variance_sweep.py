@@ -43,7 +43,7 @@ def sweep_variance(config: VarianceSweepOptions) -> None:
     """Run the cells that the run folder lacks, then compare the equations with the samples and report."""
     simulation_config, runner = config.simulation, config.cluster.runner()
     chosen_devices = devices.pick(count := config.devices)  # before any other work of JAX, which would fix the devices
-    extra = {"units": simulation.UNITS, "device": devices.describe(chosen_devices)}
+    extra = {"units": simulation.UNITS, "device": devices.describe_devices(chosen_devices)}
     identity, seed = flatten(simulation_config), simulation_config.grid.seed
     folder = RunFolder.open(NAME, identity, out=config.out, seed=seed, extra=extra)
     cells = simulation.simulation_cells(simulation_config)

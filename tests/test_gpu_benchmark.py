@@ -34,7 +34,7 @@ def run_worker(tmp_path, monkeypatch):
 
     def run(names, seconds):
         log = gpu.Log(tmp_path / "log.jsonl")
-        gpu.run_worker(log, gpu.Task("s", "ours", "worker.py", {}, names), time.monotonic() + seconds)
+        gpu.run_worker(log, gpu.WorkerTask("s", "ours", "worker.py", {}, names), time.monotonic() + seconds)
         records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
         assert records == log.records, "every record is on the disk"
         return {record["name"].removeprefix("ours "): record for record in records}

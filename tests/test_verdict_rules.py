@@ -9,7 +9,7 @@ from benchmarks import verdict_rules
 @pytest.fixture(scope="module")
 def tables() -> dict[str, pd.DataFrame]:
     """Return tables of three seeds and five rates of the first shape."""
-    every_case = verdict_rules.cases
+    every_case = verdict_rules.yield_cases
 
     def few_cases():
         for over, shape, model in every_case():
@@ -17,11 +17,11 @@ def tables() -> dict[str, pd.DataFrame]:
                 yield over, shape, model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verdict_rules, "cases", few_cases)
+        patch.setattr(verdict_rules, "yield_cases", few_cases)
         patch.setattr(verdict_rules, "POWER_EXPONENTS", (-0.65,))
         patch.setattr(verdict_rules, "POWER_DESIGNS", ((3, 5, 1), (5, 7, 2)))
         patch.setattr(verdict_rules, "SHAPES", {"equal parabolas": {}})
-        return verdict_rules.measure(verdict_rules.VerdictRulesOptions(sweeps=40, registrations=1))
+        return verdict_rules.measure_rules(verdict_rules.VerdictRulesOptions(sweeps=40, registrations=1))
 
 
 def test_shares_of_verdicts_sum_to_one(tables) -> None:

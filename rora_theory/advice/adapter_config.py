@@ -211,7 +211,7 @@ OFF: tuple[Any, ...] = (None, False, "none", [], {})
 """Values that disable the feature of any other entry, one of a later PEFT version included."""
 
 
-def read_entries(path: Path) -> dict[str, Any]:
+def read_config_entries(path: Path) -> dict[str, Any]:
     """Read the entries of a configuration file.
 
     Args:

@@ -27,7 +27,7 @@ SUMMARY_COLUMNS = (
     "source", "policy", "settings", "models", "mean", "median", "percentile_90", "largest", "lower_bounds", "lost",
     "within_factor_2",
 )  # fmt: skip
-"""Columns of the table of `summarise`."""
+"""Columns of the table of `summarise_absolute_regrets`."""
 
 FORMULA = "tinker-cookbook's formula"
 """Name of the rate of `policies.cookbook_rate`."""
@@ -83,7 +83,7 @@ def absolute_regrets(sweeps: Sequence[Sweep]) -> "pd.DataFrame":
     return frames.from_rows(rows, COLUMNS)
 
 
-def summarise(costs: "pd.DataFrame") -> "pd.DataFrame":
+def summarise_absolute_regrets(costs: "pd.DataFrame") -> "pd.DataFrame":
     """Summarise the regrets of `absolute_regrets` over the settings of the models that the formula covers.
 
     Args:

@@ -72,7 +72,7 @@ def log_rates(curves: Sequence[Curve], method: Method = "vertex") -> list[float]
     return [value * math.log(2) for value in log2]
 
 
-def exponent(
+def estimate_exponent(
     sweeps: Sequence[Sweep],
     *,
     over: Literal["rank", "gain"] = "rank",
@@ -139,7 +139,7 @@ def exponents(sweeps: Sequence[Sweep], *, first_ranks: Sequence[int] = (1, 4, 16
         ranks = [f.curve.rank for sweep in sweeps for f in sweep.fits if f.is_inside and f.curve.rank >= first]
         for method in get_args(Method):
             try:
-                value, models, curves = exponent(sweeps, ranks=(first, math.inf), method=method)
+                value, models, curves = estimate_exponent(sweeps, ranks=(first, math.inf), method=method)
             except InputError:
                 continue
             half_width = value.half_width() if value.has_error else math.inf

@@ -23,13 +23,13 @@ TEXT_COLUMNS = ("source", "model", "policy", "place", "old_place", "steps_of_fit
 """Columns that are not read as numbers."""
 
 
-def path_of(table: str) -> Path:
+def table_path(table: str) -> Path:
     """Return the path of a table in the package."""
     check_choice("table", table, TABLES)
     return Path(str(PACKAGE.joinpath("tables", f"{table}.csv")))
 
 
-def read(table: str) -> "pd.DataFrame":
+def read_table(table: str) -> "pd.DataFrame":
     """Read a table.
 
     Args:
@@ -41,4 +41,4 @@ def read(table: str) -> "pd.DataFrame":
     Raises:
       InputError: If there is no such table.
     """
-    return frames.read_csv(path_of(table), text_columns=TEXT_COLUMNS)
+    return frames.read_csv(table_path(table), text_columns=TEXT_COLUMNS)

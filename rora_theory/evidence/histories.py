@@ -125,7 +125,7 @@ def relative_speed(history: History, rank: int, reference_rank: int) -> tuple[fl
     return log_speed, math.sqrt(float(residuals @ residuals) / (len(residuals) - 1) / float(slope @ slope))
 
 
-def difference_table(histories: Mapping[tuple[str, float], History]) -> "pd.DataFrame":
+def loss_difference_table(histories: Mapping[tuple[str, float], History]) -> "pd.DataFrame":
     """Return the difference of every rank's loss to the highest rank's, by phase, with columns `DIFFERENCE_COLUMNS`."""
     rows = []
     for (model, rate), history in histories.items():
@@ -145,7 +145,7 @@ def spread_table(differences: "pd.DataFrame", first_ranks: Sequence[int] = (1, 8
     """Return the largest difference of the mean loss between two ranks, by phase and lowest rank.
 
     Args:
-      differences: `difference_table`.
+      differences: `loss_difference_table`.
       first_ranks: Lowest ranks.
 
     Returns:

@@ -197,7 +197,7 @@ def plot_histories(
     """Plot the loss of every rank minus that of the highest one by phase of the run, and the speed of the descent.
 
     Args:
-      differences: `histories.difference_table`.
+      differences: `histories.loss_difference_table`.
       speeds: `histories.speed_table`.
       learning_rate: Learning rate of the upper panels.
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from rora_theory.advice.constants import CONSTANTS
 from rora_theory.advice.setting import Setting, rank_growth
 from rora_theory.advice.transfer import transfer
-from rora_theory.evidence.best_rates import exponent
+from rora_theory.evidence.best_rates import estimate_exponent
 from rora_theory.evidence.sweeps import Sweep
 from rora_theory.laws.displacement import best_rate_factor
 
@@ -151,7 +151,7 @@ def policies_for(sweep: Sweep, others: Sequence[Sweep]) -> dict[str, RateFactor]
       The policies by name.
     """
     left = [other for other in others if other.model != sweep.model]
-    fitted, _, _ = exponent(left, ranks=(FIRST_RANK, math.inf))
+    fitted, _, _ = estimate_exponent(left, ranks=(FIRST_RANK, math.inf))
     return {**POLICIES, LEFT_OUT: with_rank(POLICIES["displacement law"], fitted.value)}
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rora_theory.evidence.policies import ORIGINS, RateFactor
-from rora_theory.evidence.sweeps import Fit, Sweep
+from rora_theory.evidence.sweeps import BestRateFit, Sweep
 from rora_theory.runs import frames
 from rora_theory.stats.estimate import jackknife
 from rora_theory.stats.rate_curves import Curve
@@ -34,7 +34,7 @@ SUMMARY_COLUMNS = (
     "source", "pairs_of", "policy", "pairs", "models", "mean", "mean_error", "median", "percentile_90", "largest",
     "largest_over_interval", "lower_bounds", "lost", "bound_pairs", "largest_at_bound", "constants",
 )  # fmt: skip
-"""Columns of the table of `summarise`."""
+"""Columns of the table of `summarise_regrets`."""
 
 Rows = list[dict[str, Any]]
 
@@ -84,7 +84,7 @@ def regret_table(sweeps: Sequence[Sweep], policies: Callable[[Sweep], Mapping[st
     return frames.from_rows(rows, REGRET_COLUMNS)
 
 
-def _row(sweep: Sweep, old: Fit, new: Fit, policy: str, factor: float, cost: Regret) -> dict[str, Any]:
+def _row(sweep: Sweep, old: BestRateFit, new: BestRateFit, policy: str, factor: float, cost: Regret) -> dict[str, Any]:
     is_lost = lands_on_diverged(new.curve, cost.learning_rate)
     half_width = cost.nats.half_width()
     return (
@@ -99,7 +99,7 @@ def _row(sweep: Sweep, old: Fit, new: Fit, policy: str, factor: float, cost: Reg
     )
 
 
-def summarise(costs: "pd.DataFrame") -> "pd.DataFrame":
+def summarise_regrets(costs: "pd.DataFrame") -> "pd.DataFrame":
     """Summarise the regret of every policy over the pairs of each source.
 
     Args:

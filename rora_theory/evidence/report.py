@@ -11,7 +11,7 @@ from rora_theory.evidence.best_rates import best_rates, exponents
 from rora_theory.evidence.calibration import calibrate
 from rora_theory.evidence.policies import advised_range, policies_for
 from rora_theory.evidence.sources import SOURCES, SWEEPS
-from rora_theory.evidence.sweeps import Sweep, full_rates, load
+from rora_theory.evidence.sweeps import Sweep, full_rates, load_sweeps
 from rora_theory.runs import frames
 
 if TYPE_CHECKING:
@@ -66,11 +66,11 @@ def all_tables(folder: Path | None = None) -> dict[str, "pd.DataFrame"]:
     Returns:
       The tables. Rows of a source whose losses are at hand are computed, all others are read.
     """
-    reference = load(REFERENCE)
+    reference = load_sweeps(REFERENCE)
     computed: dict[str, list[pd.DataFrame]] = {name: [] for name in derived.TABLES}
     sources = [source for source in SWEEPS if SOURCES[source].file is not None or folder is not None]
     for source in sources:
-        sweeps = reference if source == REFERENCE else load(source, folder)
+        sweeps = reference if source == REFERENCE else load_sweeps(source, folder)
         for name, table in sweep_tables(sweeps, reference).items():
             computed[name].append(table)
         computed["absolute_rates"].append(absolute_rates.absolute_regrets(sweeps))
@@ -79,7 +79,7 @@ def all_tables(folder: Path | None = None) -> dict[str, "pd.DataFrame"]:
             computed["full_ratios"].append(absolute_rates.full_ratios(full, sweeps))
     if folder is not None:
         losses = histories.load_histories(folder)
-        computed["loss_differences"].append(histories.difference_table(losses))
+        computed["loss_differences"].append(histories.loss_difference_table(losses))
         computed["speeds"].append(histories.speed_table(losses))
         sources.append(histories.HISTORIES)
     return {name: _with_derived(name, tables, sources) for name, tables in computed.items()}
@@ -91,7 +91,7 @@ def _with_derived(name: str, computed: Sequence["pd.DataFrame"], sources: Sequen
 
     parts = [table for table in computed if len(table)]
     if set(SOURCES) - set(sources):
-        table = derived.read(name)
+        table = derived.read_table(name)
         parts.append(table[~table["source"].isin(sources)])
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
 

@@ -43,7 +43,7 @@ CLASS_COLUMNS = ("family", "size", "models", "rate", "lowest", "highest", "bound
 
 
 @dataclass(frozen=True)
-class Model:
+class PublicModel:
     """A model of the public sweep.
 
     Attributes:
@@ -91,16 +91,16 @@ class StartingRate:
 
 
 @cache
-def models() -> tuple[Model, ...]:
+def models() -> tuple[PublicModel, ...]:
     """Return the models of the public sweep that have a curve, with their best rates transferred to one rank and alpha.
 
     The numbers of parameters are those in the models' names. For DeepSeek-V3.1, Kimi K2 and gpt-oss, whose names do not
     state the active ones, they come from the model cards (column ``parameters_from`` of ``models.csv``).
     """
-    best = derived.read("best_rates")
+    best = derived.read_table("best_rates")
     best = best[best["source"] == SOURCE]
     return tuple(
-        Model(
+        PublicModel(
             row["model"], row["family"], float(row["parameters"]), float(row["active_parameters"]),
             int(row["hidden_size"]), *_log_rate(frames.rows(best[best["model"] == row["model"]])),
         )
@@ -162,7 +162,7 @@ MEDIAN_PARAMETERS = 30.0
 """Median number of parameters, in billions, of the models of the public sweep."""
 
 
-def fit(known: Sequence[Model]) -> RateModel:
+def fit(known: Sequence[PublicModel]) -> RateModel:
     """Fit the model of the starting rates.
 
     Args:

@@ -51,7 +51,7 @@ Place = Literal["inside", "low end", "high end", "beside a diverged run"]
 
 
 @dataclass(frozen=True)
-class Fit:
+class BestRateFit:
     """Best rate of a curve.
 
     Attributes:
@@ -76,14 +76,14 @@ class Fit:
         return self.place == "inside"
 
 
-def fit_curve(curve: Curve) -> Fit:
+def fit_curve(curve: Curve) -> BestRateFit:
     """Fit the best rate of a curve."""
     place: Place = "inside"
     if curve.edge:
         place = "low end" if curve.edge == "low" else "high end"
     elif any(np.mean(_is_beside_diverged(rows)) >= EDGE_SHARE for rows in (curve.losses, curve.replicates.losses)):
         place = "beside a diverged run"
-    return Fit(curve, replace(curve.log2_optimum, bound=0.0), place)
+    return BestRateFit(curve, replace(curve.log2_optimum, bound=0.0), place)
 
 
 def _is_beside_diverged(losses: Float[np.ndarray, "rows rates"]) -> Bool[np.ndarray, " rows"]:
@@ -114,7 +114,7 @@ class Sweep:
     short_curves: tuple[tuple[int, float, tuple[float, ...]], ...] = ()
 
     @cached_property
-    def fits(self) -> tuple[Fit, ...]:
+    def fits(self) -> tuple[BestRateFit, ...]:
         """Best rate of every curve."""
         return tuple(fit_curve(curve) for curve in self.curves)
 
@@ -146,7 +146,7 @@ class Run:
     seed: int = 0
 
 
-def read_runs(path: Path) -> list[Run]:
+def read_run_table(path: Path) -> list[Run]:
     """Read a table of runs.
 
     Args:
@@ -363,7 +363,7 @@ def _with_noise(curve: Curve, noise: Noise) -> Curve:
     return replace(curve, resampled=curve.losses * factors, records=noise.degrees + 1, resampled_over=REPEATS)
 
 
-def load(source: str, folder: Path | None = None) -> list[Sweep]:
+def load_sweeps(source: str, folder: Path | None = None) -> list[Sweep]:
     """Load the sweeps of a public source.
 
     Args:
@@ -378,7 +378,7 @@ def load(source: str, folder: Path | None = None) -> list[Sweep]:
       InputError: If the folder does not have the file of the source.
     """
     if (name := SOURCES[source].file) is not None:
-        return sweeps_of(read_runs(Path(str(PACKAGE.joinpath(name)))), source)
+        return sweeps_of(read_run_table(Path(str(PACKAGE.joinpath(name)))), source)
     if folder is None:
         return []
     return sweeps_of(_original_runs(original_path(source, folder)), source)

@@ -164,7 +164,7 @@ class FirstStepChecker:
         return rows
 
 
-def summarise(table: pd.DataFrame, advice: Advice) -> pd.DataFrame:
+def summarise_ratios(table: pd.DataFrame, advice: Advice) -> pd.DataFrame:
     """Compute the ratio of each candidate's changes to those of the tuned setting.
 
     Changes are root mean squares over seeds. Standard errors come from the jackknife over seeds.
@@ -223,7 +223,7 @@ HEADS = ("plan", "alpha", "rate", "modules: mean (range)", "final hidden states"
 
 
 def format_candidates(summary: pd.DataFrame) -> list[list[str]]:
-    """Format the ratios of `summarise` with their standard errors, with a row for each candidate but the tuned one."""
+    """Format the ratios of `summarise_ratios` with their standard errors, with a row for each but the tuned one."""
     rows = []
     for plan, group in summary[summary["plan"] != TUNED].groupby("plan", sort=False):
         records = group.to_dict("records")
@@ -280,4 +280,4 @@ def check_transfer(
     checker = FirstStepChecker(base_model(unwrap(model)), batch, held_out, target_modules, seed)
     rows = [row for step in first_steps(advice, seeds) for row in checker.rows(advice, step)]
     steps = frames.from_rows(rows, COLUMNS)
-    return TransferCheck(steps, summarise(steps, advice))
+    return TransferCheck(steps, summarise_ratios(steps, advice))

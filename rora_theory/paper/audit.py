@@ -82,7 +82,7 @@ def find_wrong_averages(rows: Sequence[PublishedRow]) -> list[Finding]:
                 f"prints the average {row.average:.1f}; its eight entries, counts out of the test sets' sizes, average "
                 f"{_format_range(low, high)}"
             )
-            findings.append(Finding("average", row.label, text, row.average, mean(row)))
+            findings.append(Finding("average", row.label, text, row.average, average_row(row)))
     return findings
 
 
@@ -125,7 +125,7 @@ def find_wrong_differences(rows: Sequence[PublishedRow], claims: Sequence[Claim]
     for claim in claims:
         ours, theirs = claimed_rows(rows, claim)
         printed = ours.average - theirs.average
-        exact = mean(ours) - mean(theirs)
+        exact = average_row(ours) - average_row(theirs)
         # Averages are compared as printed, exact means up to the rounding of two means and of the quote.
         if abs(printed - claim.printed) > 1e-6 or abs(exact - claim.printed) > 3 * HALF_DIGIT + 1e-9:
             text = (
@@ -137,7 +137,7 @@ def find_wrong_differences(rows: Sequence[PublishedRow], claims: Sequence[Claim]
     return findings
 
 
-def mean(row: PublishedRow) -> float:
+def average_row(row: PublishedRow) -> float:
     """Compute the average of a row's eight printed entries."""
     return math.fsum(row.scores) / len(row.scores)
 

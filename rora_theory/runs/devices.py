@@ -35,6 +35,6 @@ def pick(count: int | None) -> list[jax.Device]:
     return devices[: count or len(devices)]
 
 
-def describe(devices: list[jax.Device]) -> str:
+def describe_devices(devices: list[jax.Device]) -> str:
     """Return a description of the devices for manifests, such as ``2 x cpu (cpu)``."""
     return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"

@@ -29,7 +29,7 @@ BEST_COLUMNS = (
     "optimizer", "trained", "rule", "kappa", "rank", "best_rate", "log2_error", "log2_half_width", "best_loss",
     "best_loss_error", "seeds", "error_over", "edge",
 )  # fmt: skip
-"""Columns of the table of `best_rates`."""
+"""Columns of the table of `tabulate_best_rates`."""
 
 RATE_SLOPE_COLUMNS = (
     "optimizer", "trained", "rule", "kappa", "ranks", "slope", "standard_error", "half_width", "verdict", "signal",
@@ -275,7 +275,7 @@ def rate_errors(logs: Estimate, *, edge: str) -> tuple[float | None, float | Non
     return logs.error, logs.half_width()
 
 
-def best_rates(curves: Sequence[Curve]) -> "pd.DataFrame":
+def tabulate_best_rates(curves: Sequence[Curve]) -> "pd.DataFrame":
     """Return a table of the best rate and loss of every curve, with the columns `BEST_COLUMNS` in units of `UNITS`."""
     rows = []
     for curve in curves:

@@ -10,7 +10,7 @@ import pytest
 from rora_theory.evidence import derived
 from rora_theory.evidence.histories import (
     SPEED_STEPS,
-    difference_table,
+    loss_difference_table,
     loss_differences,
     relative_speed,
     speed_table,
@@ -41,7 +41,7 @@ def test_differences_are_paired_by_step() -> None:
     difference, error = loss_differences(history, (17, 64), 512)[8]
     assert difference == pytest.approx(0.001)
     assert error < 1e-9
-    tables = difference_table({("m", 1e-4): history})
+    tables = loss_difference_table({("m", 1e-4): history})
     spreads = spread_table(tables)
     assert spreads["spread"].tolist() == pytest.approx([0.001] * 3)
     assert spreads["from_rank"].tolist() == [8] * 3
@@ -49,7 +49,7 @@ def test_differences_are_paired_by_step() -> None:
 
 def test_the_published_figures_by_an_independent_path(originals: Path) -> None:
     frame = pd.read_csv(original_path("apertus", originals))
-    differences, speeds = derived.read("loss_differences"), derived.read("speeds")
+    differences, speeds = derived.read_table("loss_differences"), derived.read_table("speeds")
     spreads = spread_table(differences)
     first_look = {  # of THEORY: model, steps, lowest rank
         ("8B", 5, 8): 0.012, ("8B", 17, 8): 0.0016, ("8B", 65, 8): 0.0006, ("8B", 5, 1): 0.037, ("8B", 17, 1): 0.009,

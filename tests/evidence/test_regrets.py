@@ -20,9 +20,9 @@ from rora_theory.evidence.policies import (
     power_of_gain,
     with_rank,
 )
-from rora_theory.evidence.regrets import lands_on_diverged, regret_table, summarise
+from rora_theory.evidence.regrets import lands_on_diverged, regret_table, summarise_regrets
 from rora_theory.evidence.sources import original_path
-from rora_theory.evidence.sweeps import Run, load, sweeps_of
+from rora_theory.evidence.sweeps import Run, load_sweeps, sweeps_of
 
 DENSE = tuple(np.geomspace(1e-5, 1e-2, 61).tolist())
 
@@ -78,14 +78,14 @@ def test_a_rate_outside_the_grid_is_a_bound_and_one_where_runs_diverged_is_lost(
     assert below["is_lower_bound"]
     assert below["regret"] == pytest.approx(0.2)
     # A lost pair makes the mean infinite, but not the median of the others.
-    summary = summarise(regret_table([sweep], lambda _: {"p": lambda *_: 10.0}))
+    summary = summarise_regrets(regret_table([sweep], lambda _: {"p": lambda *_: 10.0}))
     row = summary[summary["pairs_of"] == "all ranks"].iloc[0]
     assert (row["lost"], row["pairs"], row["largest"]) == (1, 2, math.inf)
 
 
 def test_bounds_are_counted_apart(sweep_of) -> None:
     sweep = sweep_of({(1, 32.0): 2e-5, (4, 32.0): 3e-4, (16, 32.0): 4e-4})
-    summary = summarise(regret_table([sweep], lambda _: {"keep": power_of_gain(0.0)}))
+    summary = summarise_regrets(regret_table([sweep], lambda _: {"keep": power_of_gain(0.0)}))
     row = summary[summary["pairs_of"] == "all ranks"].iloc[0]
     assert (row["pairs"], row["bound_pairs"]) == (2, 4)
     assert row["largest_at_bound"] > row["largest"]
@@ -119,10 +119,10 @@ def independent_regrets(
 
 @pytest.mark.slow
 def test_the_published_means_by_an_independent_path(originals: Path) -> None:
-    tables = [regret_table(load("tinker"), lambda _: POLICIES), derived.read("regrets")]
-    summary = summarise(pd.concat(tables))
+    tables = [regret_table(load_sweeps("tinker"), lambda _: POLICIES), derived.read_table("regrets")]
+    summary = summarise_regrets(pd.concat(tables))
     summary = summary[summary["pairs_of"] == "all ranks"].set_index(["source", "policy"])
-    best = derived.read("best_rates")
+    best = derived.read_table("best_rates")
     best = best[best["place"] == "inside"]
     first_look = {  # of the README beside the originals, where best rates are vertices in the loss itself
         ("tinker", "keep the rate"): 0.0008, ("qwen3-4b", "keep the rate"): 0.0036,

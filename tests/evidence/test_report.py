@@ -26,7 +26,7 @@ def test_the_packages_tables_are_those_of_the_originals(originals: Path) -> None
     assert set(computed) == set(derived.TABLES) == set(KEYS)
     unlicensed = [name for name, source in SOURCES.items() if source.file is None]
     for name, keys in KEYS.items():
-        shipped = derived.read(name).set_index(keys).sort_index()
+        shipped = derived.read_table(name).set_index(keys).sort_index()
         fresh = computed[name]
         fresh = fresh if name == "best_rates" else fresh[fresh["source"].isin(unlicensed)]
         fresh = fresh.set_index(keys).sort_index()
@@ -50,6 +50,6 @@ def test_every_source_has_its_settings() -> None:
     # Only a source with a licence has its losses in the package.
     for source in SOURCES.values():
         assert (source.file is None) == (source.licence == "none stated")
-    packaged = {path.name for path in derived.path_of("speeds").parent.parent.glob("*.csv")}
+    packaged = {path.name for path in derived.table_path("speeds").parent.parent.glob("*.csv")}
     assert packaged == {"models.csv", *(source.file for source in SOURCES.values() if source.file)}
     assert set(SWEEPS) < set(SOURCES)

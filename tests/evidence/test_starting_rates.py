@@ -9,12 +9,12 @@ import pytest
 from rora_theory import Setting, transfer
 from rora_theory.errors import InputError
 from rora_theory.evidence import absolute_rates, derived, starting_rates
-from rora_theory.evidence.starting_rates import Model, fit, starting_rate
-from rora_theory.evidence.sweeps import load
+from rora_theory.evidence.starting_rates import PublicModel, fit, starting_rate
+from rora_theory.evidence.sweeps import load_sweeps
 
 
-def made(family: str, parameters: float, log_rate: float) -> Model:
-    return Model(f"{family}-{parameters}", family, parameters, parameters, 1024, log_rate, False)
+def made(family: str, parameters: float, log_rate: float) -> PublicModel:
+    return PublicModel(f"{family}-{parameters}", family, parameters, parameters, 1024, log_rate, False)
 
 
 def test_a_known_model_is_recovered() -> None:
@@ -88,7 +88,7 @@ def test_the_models_and_their_sizes() -> None:
 
 def test_the_mean_over_ranks_by_an_independent_path() -> None:
     """Best rates transferred to rank 16 and averaged, with the exponent of the advice's own power law."""
-    best = derived.read("best_rates")
+    best = derived.read_table("best_rates")
     exponent = math.log(transfer(Setting(16, 32.0, 1.0), 64, alpha=32.0).learning_rate) / math.log(4)
     for name in ("Qwen/Qwen3-8B-Base", "meta-llama/Llama-3.2-1B", "deepseek-ai/DeepSeek-V3.1"):
         rows = best[(best["model"] == name) & best["place"].isin(["inside", "beside a diverged run"])]
@@ -105,6 +105,8 @@ def test_the_judgement_leaves_the_model_out_and_covers_the_formula() -> None:
     assert rates["starting rate, other models"] == pytest.approx(fit(others).predict("Qwen3.5 and 3.6", 9.0).rate)
     assert rates["one rate for all"] == pytest.approx(math.exp(np.mean([model.log_rate for model in others])))
     assert absolute_rates.FORMULA not in absolute_rates.rates_for("moonshotai/Kimi-K2.5")
-    summary = absolute_rates.summarise(absolute_rates.absolute_regrets(load("tinker"))).set_index("policy")
+    summary = absolute_rates.summarise_absolute_regrets(
+        absolute_rates.absolute_regrets(load_sweeps("tinker"))
+    ).set_index("policy")
     assert summary["models"].tolist() == [25] * 4
     assert summary.loc["starting rate, other models", "mean"] < summary.loc[absolute_rates.FORMULA, "mean"]

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 
 from rora_theory.errors import InputError
-from rora_theory.evidence.best_rates import best_rates, exponent
+from rora_theory.evidence.best_rates import best_rates, estimate_exponent
 from rora_theory.evidence.sources import PACKAGE, SOURCES, original_path
-from rora_theory.evidence.sweeps import Run, load, noise_of, read_runs, sweeps_of
+from rora_theory.evidence.sweeps import Run, load_sweeps, noise_of, read_run_table, sweeps_of
 from rora_theory.stats.rate_curves import REPEATS
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
@@ -48,10 +48,10 @@ def test_best_rates_and_exponents_of_known_parabolas() -> None:
     runs = [run for rank in (4, 16, 64) for run in parabola(rank, 4e-4 * rank**0.15)]
     (sweep,) = sweeps_of(runs, "s")
     assert [fit.best_rate for fit in sweep.fits] == pytest.approx([4e-4 * rank**0.15 for rank in (4, 16, 64)])
-    assert exponent([sweep])[0].value == pytest.approx(0.15)
+    assert estimate_exponent([sweep])[0].value == pytest.approx(0.15)
     assert best_rates([sweep])["place"].tolist() == ["inside"] * 3
     with pytest.raises(InputError, match="sweeps"):
-        exponent([sweep], ranks=(64, 64))
+        estimate_exponent([sweep], ranks=(64, 64))
 
 
 def test_a_best_rate_at_an_end_or_beside_a_diverged_run_is_not_inside() -> None:
@@ -123,37 +123,37 @@ def test_a_bad_value_is_named_with_its_line(tmp_path: Path, line: str, name: str
     path = tmp_path / "runs.csv"
     path.write_text(f"{HEADER}\nm,8,32,lora,1e-4,1.0\n{line}\n")
     with pytest.raises(InputError, match=rf"runs\.csv: line 3: {name} must be .*got .*{value}"):
-        read_runs(path)
+        read_run_table(path)
 
 
 def test_a_missing_column_and_an_empty_table_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     path.write_text("model,rank,alpha,rule,learning_rate\nm,8,32,lora,1e-4\n")
     with pytest.raises(InputError, match="'loss'"):
-        read_runs(path)
+        read_run_table(path)
     path.write_text(f"{HEADER}\n")
     with pytest.raises(InputError, match="one run"):
-        read_runs(path)
+        read_run_table(path)
 
 
 def test_an_empty_loss_inf_and_nan_diverged(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     path.write_text(f"{HEADER},seed\nm,8,32,0.25,1e-4,,1\nm,8,32,lora,1e-4,inf,2\nm,8,32,rslora,1e-4,nan,\n")
-    runs = read_runs(path)
+    runs = read_run_table(path)
     assert [run.loss for run in runs] == [math.inf] * 3
     assert [run.rule for run in runs] == [0.25, "lora", "rslora"]
     assert [run.seed for run in runs] == [1, 2, 0]
 
 
 def test_sources_without_a_licence_need_their_originals(tmp_path: Path) -> None:
-    assert load("qwen3-4b") == []
+    assert load_sweeps("qwen3-4b") == []
     with pytest.raises(InputError, match=r"qwen3_4b_alpha_32\.csv"):
-        load("qwen3-4b", tmp_path)
+        load_sweeps("qwen3-4b", tmp_path)
 
 
 def test_independent_best_rates_and_exponent_of_the_public_runs(originals: Path) -> None:
     """Vertices through three points and the pooled slope, in a few lines of NumPy, against the package's numbers."""
-    table = best_rates(load("tinker"))
+    table = best_rates(load_sweeps("tinker"))
     frame = pd.read_csv(original_path("tinker", originals))
     points = []
     for row in table[table["place"] == "inside"].itertuples():
@@ -172,10 +172,10 @@ def test_independent_best_rates_and_exponent_of_the_public_runs(originals: Path)
         x, y = (np.array([point[i] for point in points if point[0] == model]) for i in (1, 2))
         numerator += (x - x.mean()) @ (y - y.mean())
         denominator += (x - x.mean()) @ (x - x.mean())
-    assert exponent(load("tinker"))[0].value == pytest.approx(numerator / denominator, abs=0.01)
+    assert estimate_exponent(load_sweeps("tinker"))[0].value == pytest.approx(numerator / denominator, abs=0.01)
     # The first look of the README of the originals, by a parabola in the loss itself.
-    qwen = load("qwen2.5-7b", originals)
+    qwen = load_sweeps("qwen2.5-7b", originals)
     assert [fit.best_rate for fit in qwen[0].fits if fit.is_inside] == pytest.approx(
         [3.8e-4, 2.9e-4, 1.8e-4, 1.26e-4, 7.7e-5], rel=0.03
     )
-    assert exponent(qwen)[0].value == pytest.approx(-0.585, abs=0.01)
+    assert estimate_exponent(qwen)[0].value == pytest.approx(-0.585, abs=0.01)

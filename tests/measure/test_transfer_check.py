@@ -109,7 +109,7 @@ def test_ratios_are_of_root_mean_squares_over_seeds_and_their_errors_the_jackkni
         ],
         transfer_check.COLUMNS,
     )
-    summary = transfer_check.summarise(table, advice)
+    summary = transfer_check.summarise_ratios(table, advice)
     assert list(summary.columns) == list(transfer_check.SUMMARY_COLUMNS)
     tuned = summary[summary["plan"] == "tuned"]
     assert tuned["ratio"].to_numpy() == pytest.approx(1, rel=1e-12)

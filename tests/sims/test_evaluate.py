@@ -130,7 +130,7 @@ def test_a_task_has_the_same_scores_alone_and_with_others(
 
 
 def test_weights_are_loaded_in_the_requested_dtype(model: Path) -> None:
-    loaded, _ = evaluate.load_model(evaluate.EvaluateOptions(model=str(model), dtype="bfloat16"), locate(model))
+    loaded, _ = evaluate.load_scored_model(evaluate.EvaluateOptions(model=str(model), dtype="bfloat16"), locate(model))
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(loaded.params)} == {"bfloat16"}
 
 

@@ -72,7 +72,7 @@ def _stop_at_the_folder(monkeypatch) -> None:
     monkeypatch.setattr(sweep, "describe_models", keep)
     monkeypatch.setattr(sweep.CellTrainer, "open", lambda *_: [])
     monkeypatch.setattr(sweep.CellTrainer, "count_tokens", lambda *_: ([], []))
-    monkeypatch.setattr(sweep, "read_records", lambda *_: pd.DataFrame())
+    monkeypatch.setattr(sweep, "count_record_tokens", lambda *_: pd.DataFrame())
 
 
 @pytest.fixture(scope="module")

@@ -249,7 +249,7 @@ def test_best_rates_and_their_ratio():
     losses = by_seed.losses / np.array([[1.0], [1.01]])
     drawn = curve(losses[:1], resampled=losses[:, None], records=96)
     alone, twice = curve(losses[:1], rule="rora"), curve(losses[[0, 0]], rule="rora")
-    rows = rate_curves.best_rates([by_seed, drawn, alone]).to_dict("records")
+    rows = rate_curves.tabulate_best_rates([by_seed, drawn, alone]).to_dict("records")
     assert rows[0]["best_rate"] == pytest.approx(2**0.5 * 1e-3, rel=1e-4)
     assert rows[0]["log2_error"] == pytest.approx(0.5)  # half of log2(2), over sqrt(2) by sqrt(2)
     assert rows[0]["log2_half_width"] == pytest.approx(12.706 * 0.5, rel=1e-2)  # Student's t, of two seeds
@@ -270,7 +270,7 @@ def test_a_best_rate_at_an_edge_has_no_error_and_beside_a_diverged_run_a_bound()
     rates, errors = np.array([1e-3, 2e-3, 4e-3, 8e-3]), {}
     for name, losses in (("edge", [4.0, 3.0, 2.0, 1.0]), ("beside", [3.0, 2.0, 1.0, np.inf]), ("in", [2.0, 1, 2, 3])):
         curves = [curve(np.tile(losses, (3, 1)), rates, rule=rule) for rule in ("lora", "rora")]
-        (row, _), comparison = rate_curves.best_rates(curves).to_dict("records"), compare(*curves)
+        (row, _), comparison = rate_curves.tabulate_best_rates(curves).to_dict("records"), compare(*curves)
         errors[name] = (row["edge"], row["log2_error"], row["log2_half_width"])
         errors[name] += (comparison.ratio_log2_error, comparison.ratio_log2_half_width)
     # Half a step of each of the two; the spread of the logs of equal rates is rounding.

@@ -8,7 +8,7 @@ from typing import Any
 
 from rora_theory.lab.adapters import card
 from rora_theory.lab.adapters.base import TrainableAdapter
-from rora_theory.lab.adapters.peft import BASE_MODEL_DIGEST, entries_of, load_peft, read_metadata
+from rora_theory.lab.adapters.peft import BASE_MODEL_DIGEST, entries_of, load_peft, read_adapter_metadata
 from rora_theory.lab.llama.loading import Model
 from rora_theory.lab.llama.saving import save_model
 from rora_theory.runs.files import write_whole
@@ -38,7 +38,7 @@ def load_adapter(folder: str | os.PathLike[str], model: Model) -> Any:
       InputError: If `load_peft` rejects the adapter.
     """
     adapter, origin = load_peft(folder, model.config, model.params), model.origin
-    trained_on = read_metadata(folder).get(BASE_MODEL_DIGEST)
+    trained_on = read_adapter_metadata(folder).get(BASE_MODEL_DIGEST)
     if trained_on is not None and trained_on != origin.sha256:
         logger.warning(
             f"{folder}: was trained on a base model with SHA-256 {trained_on[:12]}, got {origin.label} with "

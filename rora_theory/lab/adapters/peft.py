@@ -88,7 +88,7 @@ def save_peft(
     if adapter.config.replaces_weights:
         raise InputError(f"{folder}: trained weights cannot be saved as an adapter. Use save_merged to save the model.")
     folder, config = Path(folder), entries_of(adapter, base_model)
-    tensors = _peft_tensors(adapter) if isinstance(adapter, LoraAdapter) else peft_baselines.tensors(adapter)
+    tensors = _peft_tensors(adapter) if isinstance(adapter, LoraAdapter) else peft_baselines.adapter_tensors(adapter)
     metadata = {"format": "pt"}
     # A name may point to other weights later: record the commit and the digest of these.
     if isinstance(base_model, ModelSource):
@@ -125,8 +125,8 @@ def rewrite_portable(source: str | os.PathLike[str], folder: str | os.PathLike[s
       InputError: If the adapter cannot be read, has no portable form, or cannot be written.
     """
     path, weights = Path(source) / CONFIG, Path(source) / WEIGHTS
-    config, tensors = portable_form(path, adapter_config.read_entries(path), _read_tensors(weights))
-    metadata = read_metadata(source) or {"format": "pt"}
+    config, tensors = portable_form(path, adapter_config.read_config_entries(path), _read_tensors(weights))
+    metadata = read_adapter_metadata(source) or {"format": "pt"}
     _write_files(Path(folder), config, tensors, metadata, card.text(config, config.get("base_model_name_or_path")))
 
 
@@ -188,7 +188,7 @@ def load_peft(folder: str | os.PathLike[str], llama_config: LlamaConfig, params:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder. Pass a folder with {CONFIG} and {WEIGHTS}.")
-    path, values = folder / CONFIG, adapter_config.read_entries(folder / CONFIG)
+    path, values = folder / CONFIG, adapter_config.read_config_entries(folder / CONFIG)
     kind = values["peft_type"]
     # Baselines have tensors and entries of their own.
     if kind in peft_baselines.ENTRIES_BY_TYPE:
@@ -217,7 +217,7 @@ def load_peft(folder: str | os.PathLike[str], llama_config: LlamaConfig, params:
     return assemble_lora(config, targets, params_by_module)
 
 
-def read_metadata(folder: str | os.PathLike[str]) -> dict[str, str]:
+def read_adapter_metadata(folder: str | os.PathLike[str]) -> dict[str, str]:
     """Return the metadata of an adapter's safetensors file, see `save_peft`; empty if there are none."""
     with safetensors.safe_open(Path(folder) / WEIGHTS, framework="numpy") as file:
         return file.metadata() or {}

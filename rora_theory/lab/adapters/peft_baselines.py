@@ -100,7 +100,7 @@ def baseline_to_peft(adapter: Baseline, base_model: str | None) -> dict[str, Any
     }
 
 
-def tensors(adapter: Baseline) -> dict[str, np.ndarray]:
+def adapter_tensors(adapter: Baseline) -> dict[str, np.ndarray]:
     """Return the tensors of the weights file by name."""
     if isinstance(adapter, PrefixAdapter):
         # Keys and values of a layer next to each other: [tokens, layers, 2, heads, width], flattened after the tokens.

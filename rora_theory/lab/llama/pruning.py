@@ -158,7 +158,7 @@ def batch_statistics(params: Params, tokens: Int[Array, "b s"], config: LlamaCon
     return Statistics(*sums, jnp.int32(tokens.size))
 
 
-def calibrate(params: Params, batches: Iterable[Int[np.ndarray, "b s"]], config: LlamaConfig) -> Statistics:
+def sum_statistics(params: Params, batches: Iterable[Int[np.ndarray, "b s"]], config: LlamaConfig) -> Statistics:
     """Compute the statistics of several batches, summed in float64."""
     sums: list[Any] = [0.0, 0.0, 0.0, 0.0]
     for tokens in batches:
@@ -294,7 +294,7 @@ def prune_model(
       The pruned model, and the `pruning_table` of its parts.
     """
     params = dense_params(model.params)
-    statistics = calibrate(params, batches, model.config)
+    statistics = sum_statistics(params, batches, model.config)
     scores = score_parts(params, statistics, model.config)
     parts = choose_parts(scores, shape)
     params, config = prune(params, model.config, parts)

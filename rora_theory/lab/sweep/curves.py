@@ -11,9 +11,9 @@ from rora_theory.runs import frames
 from rora_theory.stats.rate_curves import (
     Curve,
     at_shared_seeds,
-    best_rates,
     compare_curves,
     estimate_loss_difference,
+    tabulate_best_rates,
 )
 from rora_theory.stats.trained_runs import TrainedRun, curves_of_runs, loss_difference
 
@@ -59,7 +59,7 @@ def _order(run: TrainedRun) -> tuple[Any, ...]:
 
 def best_rate_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
     """Return the best rate and the lowest loss of every curve after a number of steps."""
-    frame = pd.DataFrame(best_rates(curves)).drop(columns=["optimizer", "trained", "kappa"], errors="ignore")
+    frame = pd.DataFrame(tabulate_best_rates(curves)).drop(columns=["optimizer", "trained", "kappa"], errors="ignore")
     if not len(frame):
         return frame
     # Without another method, a missing rank is full fine-tuning.

@@ -103,7 +103,7 @@ def difference_table(differences: Iterable[Difference]) -> pd.DataFrame:
     return frames.from_rows(rows, [*names, *(f"{task}{suffix}" for task in TASKS for suffix in ("", "_error"))])
 
 
-def record_losses(runs: Iterable[SweepRun], records: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def collect_record_losses(runs: Iterable[SweepRun], records: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return the losses of the held-out records at the end of each run, by key, with the columns `RECORD`.
 
     Args:
@@ -125,7 +125,7 @@ def method_differences(rows: pd.DataFrame, losses: Mapping[str, pd.DataFrame], c
 
     Args:
       rows: Rows of `results.csv` at the end of each run, without further axes.
-      losses: Losses of the held-out records by key, see `record_losses`.
+      losses: Losses of the held-out records by key, see `collect_record_losses`.
       cells: Folder of the cells, with their answers by item.
 
     Yields:
@@ -161,7 +161,7 @@ def method_differences(rows: pd.DataFrame, losses: Mapping[str, pd.DataFrame], c
             for rate in [rate for rate in by_rate if rate in lora_by_rate]:
                 yield from compare_cells(by_rate[rate], lora_by_rate[rate], losses, cells, "same")
             # Against LoRA with each method at its best or only rate, if this is not the same comparison again.
-            best, lora_best = best_of(by_rate), best_of(lora_by_rate)
+            best, lora_best = marked_best(by_rate), marked_best(lora_by_rate)
             if best and lora_best:
                 is_only = {best[1], lora_best[1]} == {"only"}
                 if not is_only or best[0] != lora_best[0]:
@@ -172,7 +172,7 @@ def method_differences(rows: pd.DataFrame, losses: Mapping[str, pd.DataFrame], c
                     yield from compare_cells(*ends, losses, cells, kind, grid_error)
 
 
-def best_of(by_rate: Mapping[float | None, Group]) -> tuple[float | None, str] | None:
+def marked_best(by_rate: Mapping[float | None, Group]) -> tuple[float | None, str] | None:
     """Return the learning rate that is marked as the best, and its mark; None if there is none."""
     marks = {rate: row["best_rate"] for rate, group in by_rate.items() for row in group.values() if row["best_rate"]}
     return next(iter(marks.items()), None)

@@ -30,10 +30,10 @@ def draw_a(key: PRNGKeyArray, init: Init, *, rank: int, p_in: int) -> Float[Arra
       >>> bool(np.array_equal(small, large[:2]))
       True
     """
-    return relative_deviation(init, rank=rank, p_in=p_in) * rows(key, init, count=rank, p_in=p_in)
+    return relative_deviation(init, rank=rank, p_in=p_in) * draw_rows(key, init, count=rank, p_in=p_in)
 
 
-def rows(key: PRNGKeyArray, init: Init, *, count: int, p_in: int) -> Float[Array, "count p_in"]:
+def draw_rows(key: PRNGKeyArray, init: Init, *, count: int, p_in: int) -> Float[Array, "count p_in"]:
     """Sample the first rows of A with the standard deviation that belongs to rank 1."""
     # A key for each row, which depends on its index alone.
     keys = jax.vmap(lambda k: jax.random.fold_in(key, k))(jnp.arange(count))

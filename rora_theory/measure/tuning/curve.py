@@ -45,7 +45,7 @@ def _is_among(rate: float, rates: Sequence[float]) -> bool:
     return any(math.isclose(rate, other, rel_tol=1e-6) for other in rates)
 
 
-def displacement_constant(plan: ProbePlan, runs: Sequence[ProbeRun], best: float) -> float | None:
+def compute_displacement_constant(plan: ProbePlan, runs: Sequence[ProbeRun], best: float) -> float | None:
     """Compute K from the full run at the best rate or the highest one below it; above the best rate K is too large.
 
     Args:

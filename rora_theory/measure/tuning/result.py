@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rora_theory.advice.constants import CONSTANTS
 from rora_theory.errors import InputError
 from rora_theory.measure.tuning.belief import RateBelief
-from rora_theory.measure.tuning.curve import CURVE_COLUMNS, curve_frame, displacement_constant
+from rora_theory.measure.tuning.curve import CURVE_COLUMNS, compute_displacement_constant, curve_frame
 from rora_theory.measure.tuning.plan import ProbePlan
 from rora_theory.measure.tuning.posterior import Posterior, update
 from rora_theory.measure.tuning.trial import ProbeRun
@@ -173,7 +173,7 @@ def conclude(
         posterior,
         config=config,
         curve=curve_frame(plan, runs, tokens),
-        constant=displacement_constant(plan, full, lowest_run.learning_rate),
+        constant=compute_displacement_constant(plan, full, lowest_run.learning_rate),
         assumptions=(*_assumptions(plan), *remarks),
         spent=plan.spent(runs),
     )

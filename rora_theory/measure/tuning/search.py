@@ -48,7 +48,7 @@ from rora_theory.measure.tuning.training import (
     ProbeModel,
     ProbeSettings,
     check_no_adapters,
-    gain_of,
+    config_gain,
     probe_config,
 )
 from rora_theory.measure.tuning.trial import ProbeRun
@@ -157,7 +157,7 @@ def tune(
     check_not_negative("max_grad_norm", max_grad_norm)
     check_seed("seed", seed)
     check_instance("model", model, torch.nn.Module, "a torch.nn.Module")
-    gain = gain_of(config)
+    gain = config_gain(config)
     compute_loss = loss_function(loss)
     if make_optimizer is not None:
         check_instance("make_optimizer", make_optimizer, Callable, "a function")

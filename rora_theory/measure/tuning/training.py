@@ -109,7 +109,7 @@ def build_optimizer(
     return optimizer
 
 
-def gain_of(config: LoraConfig) -> float:
+def config_gain(config: LoraConfig) -> float:
     """Return gamma * r of a configuration.
 
     Raises:
@@ -132,7 +132,7 @@ def gain_of(config: LoraConfig) -> float:
 def probe_config(config: LoraConfig, rank: int) -> LoraConfig:
     """Return a configuration of another rank with the same gamma * r."""
     new: Any = copy.deepcopy(config)
-    new.lora_alpha, new.r, new.use_rslora = gain_of(config), rank, False
+    new.lora_alpha, new.r, new.use_rslora = config_gain(config), rank, False
     new.inference_mode = False
     return new
 

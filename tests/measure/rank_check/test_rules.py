@@ -241,7 +241,9 @@ def test_the_figure_has_the_table_s_intervals(published) -> None:
     """Half of the 95% interval agrees as stored and as printed."""
     config, slopes = published
     manifest = {"config": {"model": "m", "batches": "fixed", "seeds": config.seeds, "band": config.band}}
-    bars = figure.draw_slopes(manifest, slopes).axes[0].containers[0]  # the first case, trained on, the first module
+    bars = (
+        figure.draw_slope_panels(manifest, slopes).axes[0].containers[0]
+    )  # the first case, trained on, the first module
     rows = frames.where(slopes, {"split": "train", "module": "self_attn.q_proj", "quantity": "output"})
     half = [(high - low) / 2 for (_, low), (_, high) in bars[2][0].get_segments()]
     np.testing.assert_allclose(half, rows["half_width"][: len(config.steps)], rtol=1e-9)

@@ -6,7 +6,7 @@ import pytest
 
 from rora_theory.advice.best_rate import Run
 from rora_theory.laws.displacement import measured_constant
-from rora_theory.measure.tuning.curve import CURVE_COLUMNS, curve_frame, displacement_constant
+from rora_theory.measure.tuning.curve import CURVE_COLUMNS, compute_displacement_constant, curve_frame
 from rora_theory.measure.tuning.plan import ProbePlan, make_plan
 from rora_theory.measure.tuning.trial import ProbeRun
 
@@ -39,7 +39,7 @@ def test_the_constant_is_that_of_the_highest_rate_up_to_the_best() -> None:
 
     def constant(*rates: float, **others: ProbeRun) -> float | None:
         runs = [ProbeRun(rate, FULL, (20.0, 40.0), (1e3 * rate, 2e3 * rate)) for rate in rates]
-        return displacement_constant(PLAN, [*others.values(), *runs], 1e-3)
+        return compute_displacement_constant(PLAN, [*others.values(), *runs], 1e-3)
 
     def expected(rate: float) -> float:
         return measured_constant(64.0, (1e3 * rate, 2e3 * rate))

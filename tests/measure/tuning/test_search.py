@@ -19,7 +19,7 @@ from rora_theory.measure.batches import find_masks
 from rora_theory.measure.tuning.examples import held_out_groups, read_batches
 from rora_theory.measure.tuning.prior import rate_prior
 from rora_theory.measure.tuning.result import Tuning
-from rora_theory.measure.tuning.training import LedParts, gain_of, probe_config
+from rora_theory.measure.tuning.training import LedParts, config_gain, probe_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
 STEPS = 256
@@ -460,8 +460,8 @@ def test_the_cost_is_stated_before_the_first_run(progress, capsys, caplog, monke
 def test_the_probe_has_the_planned_gain() -> None:
     for planned, gain in ((config(), 16.0), (config(use_rslora=True), 16 * 32**0.5)):
         small = probe_config(planned, 8)
-        assert gain_of(planned) == pytest.approx(gain)
-        assert gain_of(small) == pytest.approx(gain)
+        assert config_gain(planned) == pytest.approx(gain)
+        assert config_gain(small) == pytest.approx(gain)
         assert small.r == 8
 
 
