@@ -57,7 +57,7 @@ JUDGING = {
         "tests/lab/sweep/test_analysis.py tests/lab/sweep/test_read_regime.py",
     ),
     "sweep_curves": ("rora_theory/lab/sweep/curves.py", "tests/lab/sweep/test_analysis.py"),
-    "sweep_parts": ("rora_theory/lab/sweep/parts.py", "tests/lab/sweep/test_analysis.py"),
+    "sweep_parts": ("rora_theory/lab/sweep/part_tables.py", "tests/lab/sweep/test_analysis.py"),
     "sweep_runs": (
         "rora_theory/lab/sweep/runs.py",
         "tests/lab/sweep/test_runs.py tests/lab/sweep/test_analysis.py",
