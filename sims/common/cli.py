@@ -171,12 +171,13 @@ def command(config: type[Options], work: Callable[[Options], object], descriptio
 
 
 def with_options(error: InputError, config: type) -> InputError:
-    """Write the names of arguments in an error as options: at its beginning, and elsewhere those of several words."""
+    """Write the names of arguments in an error as options: at its beginning, after a verb, or of several words."""
     names = set(_field_names(config))
 
     def as_option(match: re.Match[str]) -> str:
         name = match[0]
-        is_argument = name in names and ("_" in name or match.start() == 0)
+        is_alone = match.start() == 0 or match.string[: match.start()].endswith(("without ", "Add ", "emove "))
+        is_argument = name in names and ("_" in name or is_alone)
         return f"--{name.strip('_').replace('_', '-')}" if is_argument else name
 
     error.args = (re.sub(r"(?<![\w./'\"-])[a-zA-Z_]+(?![\w./'\":(-])", as_option, str(error)), *error.args[1:])
