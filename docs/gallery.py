@@ -23,6 +23,26 @@ NAMES = MODEL_NAMES | {
     "pretrain_medium/model": "ours, 2.9M weights",
 }
 """Names of models in words; our own are folders below that of the runs."""
+TITLES = {
+    "accuracy": "Accuracies after 64 steps",
+    "accuracy_pruned": "Accuracies after 64 steps, model pruned to half",
+    "coordinate_check": "Coordinate check",
+    "evidence": "Public runs",
+    "horizon": "Constant rate, 16 to 256 steps",
+    "horizon_cosine": "Cosine decay, up to 1,024 steps",
+    "horizon_gemma": "Constant rate in Gemma 3 270M",
+    "lr_transfer": "Controlled problem",
+    "lr_transfer_smollm2": "Best rates of a language model",
+    "rank_sweep": "Ranks and rates, 32 steps",
+    "rank_sweep_pruned": "Ranks and rates, 32 steps, model pruned to half",
+    "real_layers": "Nine modules with drawn adapters",
+    "regime": "Crossing ranks, all tokens",
+    "regime_gemma": "Crossing ranks in Gemma 3 270M",
+    "regime_held_out": "Crossing ranks, held-out tokens",
+    "training_dynamics": "Teacher and student",
+    "variance_sweep": "First step, simulated",
+}
+"""Titles of the runs that have figures, by folder."""
 SIMULATIONS = {"variance_sweep", "training_dynamics", "lr_transfer"}
 PAGES = [path for folder in ("results", "how-to", "explanation") for path in sorted(ROOT.glob(f"docs/{folder}/*.md"))]
 
@@ -74,7 +94,8 @@ def markdown() -> str:
         lines += [f'<section class="gallery" data-question="{page.stem}" markdown>', "", heading, ""]
         for run, run_figures in sections[page].items():
             folder = run.relative_to(PUBLISHED).as_posix()
-            lines += [f"### {folder}", "", f"{describe(run_figures[0].manifest)} {_links(run)}.", ""]
+            lines += [f"### {TITLES.get(folder, folder)}", ""]
+            lines += [f"{describe(run_figures[0].manifest)} {_links(run)}.", ""]
             for path, _, _, caption in run_figures:
                 image = f"{REPOSITORY_PATH}/{folder}/{path.name}"
                 # A page that shows the figure says what is seen in it.
@@ -105,6 +126,8 @@ def model_of(manifest: dict[str, Any]) -> str:
         return "simulation"
     if manifest["experiment"] == "pretrain":
         return f"ours, {manifest['parameters'] / 1e6:.1f}M weights"
+    if manifest["experiment"] == "evidence":
+        return "public models"
     models = [manifest["config"].get("model"), *manifest["config"].get("models", [])]
     return next((NAMES[model] for model in models if model in NAMES), NAMES["smollm2-135m"])
 

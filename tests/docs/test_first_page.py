@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from rora_theory import Setting, transfer
+from rora_theory.advice.best_rate import Run
+from rora_theory.measure.tuning.prior import rate_prior
 from sims import __main__ as main
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +47,14 @@ def test_the_readme_keeps_its_two_commands() -> None:
     text = (ROOT / "README.md").read_text()
     assert "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/python -m sims.variance_sweep\n" in text
     assert ".venv/bin/pip install --require-hashes -r requirements/test.txt && .venv/bin/python -m pytest" in text
+
+
+def test_the_first_page_states_the_rate_before_the_probe() -> None:
+    """The rate and its expected regret are those of the present prior, for SmolLM2-135M and the script's run."""
+    prior = rate_prior(Run(128, 32.0, 240, "cosine", 8), parameters=0.134515)
+    text = " ".join((ROOT / "docs" / "index.md").read_text().split())
+    assert f"Without a probe the rate is {prior.rates.best:.3g}, with an expected regret of " in text
+    assert f"an expected regret of {prior.expected_regret:.4f} nats per token" in text
 
 
 @pytest.mark.slow

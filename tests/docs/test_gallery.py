@@ -36,6 +36,8 @@ def test_every_published_run_is_in_the_list_with_its_model() -> None:
     assert len(rows) == len(list((ROOT / "results/published").rglob("manifest.json")))
     (gemma,) = [row for row in rows if row.startswith("| `horizon_gemma` |")]
     assert gemma.startswith("| `horizon_gemma` | `rora sweep` | Gemma 3 270M | [tables](../results/published/horizon_")
+    (public,) = [row for row in rows if row.startswith("| `evidence` |")]
+    assert "| public models |" in public
     (toy,) = [row for row in rows if row.startswith("| `lr_transfer` |")]
     assert "| simulation |" in toy
     (language,) = [row for row in rows if row.startswith("| `lr_transfer_smollm2` |")]
