@@ -102,7 +102,7 @@ def centre(reference_rate: float, setting: Setting) -> float:
     return rate * SCHEDULE_FACTORS[setting.schedule].value / SCHEDULE_FACTORS["constant"].value
 
 
-def run(args: argparse.Namespace) -> None:
+def run_seeds(args: argparse.Namespace) -> None:
     """Run whole seeds one after the other."""
     centres = pd.read_csv(args.out / "centres.csv").set_index(["rank", "gain", "schedule", "steps", "batch_size"])
     for seed, setting in itertools.product(args.seeds, GRIDS[args.grid]):
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--grid", choices=tuple(GRIDS), default="reduced")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     args = parser.parse_args()
-    {"pilot": pilot, "predict": predict, "run": run}[args.work](args)
+    {"pilot": pilot, "predict": predict, "run": run_seeds}[args.work](args)
 
 
 if __name__ == "__main__":

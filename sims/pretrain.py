@@ -16,7 +16,7 @@ from rora_theory.errors import InputError
 from rora_theory.lab import llama, pretrain
 from rora_theory.lab.data import windows
 from rora_theory.lab.data.records import FormatConfig
-from rora_theory.lab.finetune import card
+from rora_theory.lab.finetune import run_report
 from rora_theory.lab.finetune.checkpoints import silence_checkpoint_logs
 from rora_theory.lab.llama.saving import tokenizer_files
 from rora_theory.lab.llama.weights import save_hf
@@ -74,7 +74,7 @@ def pretrain_model(config: PretrainOptions) -> None:
         folder.clear(MODEL)
         save_hf(folder.path / MODEL, params, llama_config, files=tokenizer_files(tokenizer, llama_config))
         folder.record_files(MODEL)
-    rows = card.summary_rows(events, parameters)
+    rows = run_report.summary_rows(events, parameters)
     figures = [KeyFigure(row["what"], row["value"], scope={"step": row["step"]}) for row in rows]
     figures.append(KeyFigure("loss of the tokens' frequencies", data.summary["unigram_loss"]))
     with summarised(folder, figures):
