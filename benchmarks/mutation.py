@@ -57,7 +57,19 @@ JUDGING = {
         "tests/lab/sweep/test_analysis.py tests/lab/sweep/test_read_regime.py",
     ),
     "sweep_curves": ("rora_theory/lab/sweep/curves.py", "tests/lab/sweep/test_analysis.py"),
-    "sweep_parts": ("rora_theory/lab/sweep/part_tables.py", "tests/lab/sweep/test_analysis.py"),
+    "sweep_estimators": (
+        "rora_theory/lab/sweep/estimators.py",
+        "tests/lab/sweep/test_rate_estimates.py tests/lab/sweep/test_analysis.py",
+    ),
+    "sweep_part_tables": ("rora_theory/lab/sweep/part_tables.py", "tests/lab/sweep/test_analysis.py"),
+    "sweep_rate_estimates": (
+        "rora_theory/lab/sweep/rate_estimates.py",
+        "tests/lab/sweep/test_rate_estimates.py tests/lab/sweep/test_analysis.py",
+    ),
+    "sweep_regret": (
+        "rora_theory/lab/sweep/regret.py",
+        "tests/lab/sweep/test_regret.py tests/lab/sweep/test_analysis.py",
+    ),
     "sweep_runs": (
         "rora_theory/lab/sweep/runs.py",
         "tests/lab/sweep/test_runs.py tests/lab/sweep/test_analysis.py",

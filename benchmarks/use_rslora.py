@@ -87,7 +87,7 @@ def regret_rows(change: str, tuned: Curve, target: Curve) -> list[dict[str, Any]
     if tuned.edge or target.edge:
         return []
     old, new = (Condition(curve.rank, curve.gain, STEPS) for curve in (tuned, target))
-    named = policies({STEPS: CONSTANTS["displacement_constant"].value}, schedule="cosine")
+    named = policies({STEPS: CONSTANTS["displacement_constant"].value})
     rows: list[dict[str, Any]] = []
     for policy, rate_of in named.items():
         cost = regret(tuned, target, partial(rate_of, old, new))

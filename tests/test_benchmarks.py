@@ -31,3 +31,11 @@ def test_a_benchmark_runs_as_a_script(path: Path, monkeypatch, capsys) -> None:
         pytest.skip(f"needs {error.name}: the extra torch")
     assert not stop.value.code
     assert capsys.readouterr().out.startswith("usage: ")
+
+
+def test_the_files_that_are_mutated_and_their_tests_exist() -> None:
+    """A module that is renamed would otherwise be left out of the count until somebody runs it."""
+    root = Path(__file__).parents[1]
+    modules = runpy.run_path(str(root / "benchmarks" / "mutation.py"))["MODULES"]
+    files = [name for path, tests in modules.values() for name in (path, *tests.split())]
+    assert [name for name in files if not (root / name).is_file()] == []

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -224,10 +225,16 @@ def test_a_runner_may_end_cells_in_any_order(tmp_path, capsys) -> None:
 
 
 def test_the_tables_are_written_every_few_seconds(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(cells, "WRITE_INTERVAL", -1.0)
-    written: list[list[float]] = []
-    run_with_bar(SIDES, lambda cell, _: cell.side, opened(tmp_path), write=written.append)
-    assert written == [[3], [3, 1], [3, 1, 2], [3, 1, 2]]
+    """After a cell whose end is more than five seconds after the last time, and at the end."""
+    now, written = [100.0], []
+    monkeypatch.setattr(cells, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def work(cell: Square, _: Path) -> float:
+        now[0] += {3: 5.5, 1: 4.0, 2: 0.9}[cell.side]
+        return cell.side
+
+    run_with_bar(SIDES, work, opened(tmp_path / "slow"), write=written.append)
+    assert written == [[3], [3, 1, 2]], "4.9 seconds are too few"
 
 
 def test_a_full_disk_ends_the_run_and_is_not_blamed_on_a_cell(tmp_path, monkeypatch) -> None:

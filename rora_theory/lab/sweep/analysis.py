@@ -217,7 +217,7 @@ def judge_runs(
     # Regret of policies, with the geometric middle of the displacement constants at each step.
     middle = {step: math.sqrt(low * high) for step, (low, high) in ranges.items()}
     crossing_distance = float(np.median(crossing_distances)) if crossing_distances else None
-    by_name = policies(middle, crossing_distance=crossing_distance, schedule=schedule)
+    by_name = policies(middle, crossing_distance=crossing_distance)
     costs = regret_table(runs, tokens, curves, by_name, draws=BOOTSTRAP_SAMPLES)
     return SweepAnalysis(
         best,

@@ -14,7 +14,6 @@ from rora_theory.lab.sweep.curves import curves_at, gain_of
 from rora_theory.lab.sweep.part_tables import GRID_STEP
 from rora_theory.lab.sweep.runs import SweepRun
 from rora_theory.laws import constant_gradient, displacement
-from rora_theory.optimizers import Schedule
 from rora_theory.runs import frames
 from rora_theory.stats.rate_curves import Curve, log2_rates
 from rora_theory.stats.regret import regret
@@ -56,7 +55,6 @@ def policies(
     *,
     crossing_distance: float | None = None,
     coherence: float = 1.0,
-    schedule: Schedule = "constant",
 ) -> dict[str, RatePolicy]:
     """Return the policies that are compared, by name.
 
@@ -65,7 +63,6 @@ def policies(
         of the displacement law with a measured constant are left out.
       crossing_distance: Median crossing distance of the model's modules; None leaves the constant-gradient law out.
       coherence: Coherence c of the displacement law, from 1 to 2.
-      schedule: Learning-rate schedule of the runs.
 
     Returns:
       Policies that leave the rate alone when the number of steps changes (``keep the rate``, ``first step``,
@@ -92,9 +89,10 @@ def policies(
     def displacement_and_steps_rate(old: Condition, new: Condition, rate: float) -> float:
         return displacement_rate(old, new, rate) * (new.steps / old.steps) ** -0.5
 
-    # The rate that `rora_theory.transfer` returns, with its default constants.
+    # The rate that `rora_theory.transfer` returns, with its default constants. It does not depend on a schedule that
+    # both runs share.
     def advised_rate(old: Condition, new: Condition, rate: float) -> float:
-        first, second = (Run(run.rank, run.gain, run.steps, schedule) for run in (old, new))
+        first, second = (Run(run.rank, run.gain, run.steps) for run in (old, new))
         return carry_rate(rate, first, second).best
 
     by_name: dict[str, RatePolicy] = {

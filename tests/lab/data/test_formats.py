@@ -118,6 +118,12 @@ def test_the_text_parts_of_a_message_are_joined(read):
     assert read([{"messages": [{"role": "user", "content": parts}, MESSAGES[1]]}]).records == [CHAT]
 
 
+def test_a_named_format_is_read_where_several_would_match(tmp_path):
+    path = write(tmp_path / "both.json", [{"instruction": "a", "output": "b", "text": "c"}])
+    for name in ("alpaca", "text"):
+        assert read_record_set([path], DataConfig(format=name)).formats == ((name, 1),)
+
+
 def test_mixed_formats_require_a_template(tmp_path):
     data = read_record_set([write(tmp_path / f"{name}.json", [CASES[name][0]]) for name in ("alpaca", "messages")])
     with pytest.raises(InputError, match=r"template .* None .* alpaca \(train\), messages \(chat\)"):

@@ -954,7 +954,7 @@ def test_all_pairs_of_gains_are_compared_by_each_estimator() -> None:
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_the_advice_is_the_rate_that_transfer_names(schedule) -> None:
     """The constants are the default ones, whatever the runs' own K is."""
-    policy = regret.policies({64: 130.0}, schedule=schedule)["advice"]
+    policy = regret.policies({64: 130.0})["advice"]
     old, new = regret.Condition(8, 64.0, 64), regret.Condition(128, 724.0, 256)
     run_settings = {"steps": 64, "to_steps": 256, "schedule": schedule}
     advice = transfer(Setting(8, 64.0, 1e-3), 128, alpha=724.0, **run_settings)

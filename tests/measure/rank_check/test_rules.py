@@ -22,6 +22,7 @@ from rora_theory.measure.rank_check.rules import (
     CoordinateCell,
     cases,
     control_direction,
+    coordinate_cells,
     coordinate_rows,
     coordinate_slopes,
     setting_of,
@@ -106,6 +107,51 @@ def test_a_quantity_that_is_zero_at_some_rank_is_undecided(zero, whole_model, mo
     assert row["flat train 1"] == "1 of 1"
     slopes, judged = judge(config_of(), lambda _, __, split, ___, name: float((split, name) != ("train", "hidden")))
     assert (judged["whole_model"].tolist(), len(slopes)) == (["flat"], 7)
+
+
+CHANGES = {
+    "ranks": ((2, 16, 32), {"ranks"}),
+    "rules": (("lora", "rora"), {"rules", "alphas"}),
+    "optimizers": (("sgd", "adam"), {"optimizers", "rates"}),
+    "inits": (("kaiming_uniform", "gaussian"), {"inits"}),
+    "controls": (True, {"rules", "inits", "controls", "alphas"}),
+    "steps": ((1, 3), {"steps"}),
+    "seeds": ((0, 5), {"seeds"}),
+    "gamma": (4.0, {"alphas"}),
+    "reference_rank": (16, {"alphas"}),
+    "adam_lr": (1e-3, {"rates"}),
+    "sgd_lr": (0.5, {"rates"}),
+    "band": (0.01, {"verdicts"}),
+}
+"""Another value of each setting, and all that it changes."""
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_setting_changes_what_it_should_alone(name) -> None:
+    """Cases, cells and their settings, and the verdicts on sizes that grow as rank^0.05."""
+
+    def observed(**changed) -> dict[str, object]:
+        config = config_of(**{"optimizers": ("adamw", "sgd")} | changed)
+        cells, settings = coordinate_cells(config), [setting_of(config, cell) for cell in coordinate_cells(config)]
+        slopes, judged = judge(config, lambda rank, *_: rank**0.05)
+        return {
+            "ranks": sorted({setting.rank for setting in settings}),
+            "rules": sorted({str(setting.rule) for setting in settings}),
+            "optimizers": sorted({setting.optimizer for setting in settings}),
+            "inits": sorted({setting.init for setting in settings}),
+            "controls": sorted({cell.case.control for cell in cells}),
+            "steps": sorted(set(slopes["step"])),
+            "seeds": sorted({cell.seed for cell in cells}),
+            "alphas": sorted({setting.alpha for setting in settings}),
+            "rates": sorted({(setting.optimizer, setting.learning_rate) for setting in settings}),
+            "verdicts": sorted({verdict.split(",")[0] for verdict in judged["whole_model"][:2]}),
+        }
+
+    value, changed = CHANGES[name]
+    before, after = observed(), observed(**{name: value})
+    assert {what for what in before if before[what] != after[what]} == changed
+    if name in ("ranks", "rules", "optimizers", "inits", "steps", "seeds"):
+        assert after[name] == sorted(value)
 
 
 RIGHT, WRONG = "with the rank, as expected of the control", "with the rank, AGAINST THE LAW: this control"
