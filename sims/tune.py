@@ -25,7 +25,7 @@ from rora_theory.laws.random.seeds import check_seed
 from rora_theory.measure.tuning.plan import BUDGET, MAX_PROBE_STEPS
 from rora_theory.measure.tuning.result import Tuning
 from rora_theory.optimizers import Schedule
-from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.reading import flatten
 from rora_theory.runs.summary import KeyFigure
 from rora_theory.scaling import Rule, check_between, scaling_factor
@@ -168,9 +168,10 @@ def tune_rate(config: TuneOptions) -> None:
             f"--data must hold at least {2 * MIN_HELD_OUT} records, of which half are held out, got {len(records)}. "
             "Pass more records, or --budget 0 for the rate of public sweeps."
         )
+    identity = flatten(planned) | source.identity | {"template": source.template}
+    check_free(path_of(NAME, identity, config.out))
     # The adapters have to fit the model.
     select_modules(source.model, without_list_of_all_linear(planned.targets))
-    identity = flatten(planned) | source.identity | {"template": source.template}
     folder = RunFolder.open(
         NAME, identity, out=config.out, seed=planned.seed, extra={"units": UNITS}, models=[source.origin]
     )
