@@ -47,7 +47,7 @@ class BenchmarkTablesOptions:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of sims.sweep."""
     layout: Literal["I", "II"] | None = None
-    """I (by model) or II (by rank); by default that of the run's design, or II if the run has several ranks."""
+    """I (by model) or II (by rank); by default II if the run has several ranks."""
     tuned: bool = False
     """Show each method and rank at its best learning rate only, instead of one row for each rate"""
     out: Path | None = None
@@ -100,10 +100,8 @@ def write_benchmark_tables(config: BenchmarkTablesOptions) -> Sequence[Path]:
     ours = run_lines(rows, manifest.get("models", {}))
     if not any(line.average for line in ours):
         style.fail(f"{config.run}/results.csv: has no cell with accuracy. Choose a run without --no-accuracy.")
-    # The design decides the layout. Without one, a run of several ranks has that of Table II.
-    designs = {manifest.get("design"), *(session.get("design") for session in manifest.get("sessions", ()))}
-    several = len({line.rank for line in ours if line.rank}) > 1 and "table1" not in designs
-    layout = config.layout or ("II" if several or "table2" in designs else "I")
+    has_several_ranks = len({line.rank for line in ours if line.rank}) > 1
+    layout = config.layout or ("II" if has_several_ranks else "I")
     table = sort_lines([*ours, *paper_lines(layout)], layout)
     folder = config.out or config.run
     folder.mkdir(parents=True, exist_ok=True)

@@ -33,13 +33,13 @@ def draw_horizon(config: HorizonOptions) -> Sequence[Path]:
     best = best[best["rank"].notna()]  # full fine-tuning has no gamma r
     exponents = exponents[exponents["over"] == "gain"]
     if exponents.empty:
-        style.fail(f"{config.run}: no rank has best rates at two gains. Run sims.horizon with further --gains.")
+        style.fail(f"{config.run}: no rank has best rates at two gains. Run sims.sweep with further --gains.")
     ranks, steps = (sorted({int(value) for value in best[name]}) for name in ("rank", "step"))
     figure, (first, second, last) = style.panels(3)
     draw_against_gain(first, best, exponents, ranks, steps)
     # Exponents from one value of G to the largest: the one that most ranks and horizons have.
     from_one = exponents[exponents["first"] == exponents["first"].mode()[0]]
-    by_parts = draw_exponents(second, from_one, ranks, steps)
+    draw_exponents(second, from_one, ranks, steps)
     draw_against_steps(last, best, ranks)
     # Colours are steps and markers are ranks in all panels, so that the legend has one entry for each.
     handles: dict[str, Any] = {
@@ -47,8 +47,6 @@ def draw_horizon(config: HorizonOptions) -> Sequence[Path]:
     }
     for rank, marker in zip(ranks, style.MARKERS, strict=False):
         handles[f"r = {rank:g}"] = plt.Line2D([], [], color="black", marker=marker, linestyle="none")
-    if by_parts:
-        handles["law with the measured parts"] = plt.Line2D([], [], color="black", marker="_", linestyle="none")
     caption = (
         "bars of rates: one standard error, of exponents: 95%; lines above, and band: constant gradient from the "
         "first point"
@@ -81,17 +79,12 @@ def draw_against_gain(
     axes.set(yscale="log", xlabel=r"$\gamma r$", ylabel="best learning rate")
 
 
-def draw_exponents(axes: Axes, exponents: pd.DataFrame, ranks: Sequence[int], steps: Sequence[int]) -> bool:
-    """Draw exponents against the number of steps with the range of the law.
-
-    Returns:
-      Whether the parts of the change were measured.
-    """
+def draw_exponents(axes: Axes, exponents: pd.DataFrame, ranks: Sequence[int], steps: Sequence[int]) -> None:
+    """Draw exponents against the number of steps with the range of the law."""
     # Range of the law over all ranks.
     law = exponents.groupby("step").agg({"law_low": "min", "law_high": "max"})
     axes.fill_between(law.index, law["law_low"], law["law_high"], color=style.BAND_COLOUR)
-    # Measured exponents, with the law for the measured parts of the change as dashes.
-    by_parts = False
+    # Measured exponents.
     for index, rank in enumerate(ranks):
         selected = exponents[exponents["at"] == rank].sort_values("step")
         if selected.empty:
@@ -101,10 +94,6 @@ def draw_exponents(axes: Axes, exponents: pd.DataFrame, ranks: Sequence[int], st
         look: dict[str, Any] = {"color": "black", "linewidth": 0.8}
         axes.errorbar(places, selected["exponent"], yerr=bars, marker=style.MARKERS[index], **look)
         cross_out_bounds(axes, places, selected["exponent"], selected["edge"])
-        if "by_parts" in selected and selected["by_parts"].notna().any():
-            by_parts = True
-            look = {"marker": "_", "markersize": 11, "markeredgewidth": 1.6, "color": "black"}
-            axes.plot(places, selected["by_parts"], linestyle="none", **look)
     # Levels of the simple laws, for comparison.
     levels = {-1.0: "first step's law", -0.5: "A dominates", 0.0: "no change"}
     for level in levels:
@@ -113,7 +102,6 @@ def draw_exponents(axes: Axes, exponents: pd.DataFrame, ranks: Sequence[int], st
     axes.secondary_yaxis("right").set_yticks(list(levels), list(levels.values()))
     style.integer_ticks(axes, steps)
     axes.set(xlabel="steps", ylabel=r"$d \log \eta^* / d \log(\gamma r)$", ylim=(-1.15, 0.15))
-    return by_parts
 
 
 def offset(places: pd.Series, index: int, ranks: Sequence[int]) -> pd.Series:

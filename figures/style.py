@@ -107,7 +107,7 @@ def read_folders(runs: Sequence[Path], name: str) -> "list[tuple[str, pd.DataFra
 def read_table(run: Path, name: str) -> "pd.DataFrame":
     """Read a table of a run folder of sims.sweep. A missing table ends the command."""
     if not (run / name).exists():
-        fail(f"{run} has no {name}. Run sims.sweep or sims.horizon into it again with --regime.")
+        fail(f"{run} has no {name}. Run sims.sweep into it again with --regime.")
     return frames.read_csv(run / name)
 
 

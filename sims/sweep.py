@@ -1,7 +1,7 @@
 """Train a matrix of adapters over methods, ranks, scalings, learning rates, seeds and further axes, and analyse it.
 
     python -m sims.sweep --data DATA/*/train.json --ranks 8 32 128 --methods lora rora --lrs 1e-4 3e-4 1e-3 3e-3
-    python -m sims.sweep --design fig1 --accuracy --data DATA/*/train.json --data-dir DATA --list
+    python -m sims.sweep --config configs/table1.yaml --accuracy --data DATA/*/train.json --data-dir DATA --list
 
 Every cell trains one adapter and measures its loss on held-out records of the training files (on all tokens, and on the
 answers) after one or several numbers of steps; with --accuracy also the accuracy on the eight tasks at the end. The
@@ -34,7 +34,6 @@ from rora_theory.runs import devices
 from rora_theory.runs.cells import CELLS_FOLDER
 from rora_theory.runs.cluster import ClusterConfig
 from rora_theory.runs.folder import RunFolder, check_free, path_of
-from rora_theory.runs.reading import key_of
 from rora_theory.runs.summary import KeyFigure, key_figures
 from sims.common import answers, cli, prompts, tables
 from sims.common.cells import Runner, run_with_bar
@@ -43,7 +42,7 @@ from sims.common.summaries import summarised
 NAME = "sweep"
 
 CELL_SETTINGS = (
-    "method", "rule", "rank", "lr", "seed", "dtype", "rank_pattern", "alpha_pattern", "virtual_tokens", "bottleneck",
+    "method", "rule", "rank", "lr", "seed", "rank_pattern", "alpha_pattern", "virtual_tokens", "bottleneck",
     "non_linearity", "evaluate_every",
 )  # fmt: skip
 """Training settings that the cells determine, or that are as published; they are not options."""
@@ -61,7 +60,7 @@ class Training(_Shared):
 
 @dataclass(frozen=True)
 class SweepOptions(SweepConfig):
-    """Options of the matrix. The design determines the defaults."""
+    """Options of the matrix."""
 
     data: cli.Data
     revision: cli.Revision = None
@@ -91,7 +90,7 @@ def run_matrix(config: SweepOptions) -> None:
     models = describe_models(cells, plan.training, plan.located)
     path = path_of(NAME, identity | extensible, config.out)
     if config.list:
-        print_cells(config.design, path, cells)
+        print_cells(path, cells)
         return
     compare_to = [sweep_runs.read_comparison_runs(config.compare_to, identity)] if config.compare_to else []
     check_free(path)
@@ -106,12 +105,10 @@ def run_matrix(config: SweepOptions) -> None:
         measures_parts=config.parts,
     )
     # The numbers of tokens need the tokenizers of all models, but no weights.
-    records = pd.concat(
-        [count_record_tokens(plan, cell_trainer, model) for model in reversed(plan.design.models)][::-1]
-    )
+    records = pd.concat([count_record_tokens(plan, cell_trainer, model) for model in reversed(plan.grid.model)][::-1])
     cli.print_notes(cell_trainer.open(cells[0].model))
     device = devices.describe_devices(devices.pick(1))
-    extra = {"design": config.design, "models": models, "units": analysis.UNITS, "device": device}
+    extra = {"models": models, "units": analysis.UNITS, "device": device}
     located = plan.located.values()
     folder = RunFolder.open(
         NAME, identity, out=path, seed=config.data_seed, extra=extra, extensible=extensible, models=located
@@ -119,17 +116,9 @@ def run_matrix(config: SweepOptions) -> None:
     prompts.print_summary(plan.records.source, plan.training.template)
     prompts.save_prompts(folder, cell_trainer.train_examples, cell_trainer.model.tokenizer, show=config.reading.show)
     folder.write_frame(records, sweep_runs.RECORDS_FILE)
-    # Run the cells; a tuned design then repeats the best rate of each method and rank with the other seeds.
     failed = None
     try:
         run_sweep_cells(config, folder, cell_trainer, cells, runner)
-        if plan.design.tuned and len(plan.design.seeds) > 1:
-            first = sweep_runs.read_runs(path, map(key_of, replace_with_scored(cells, path)))
-            loss = results.LOSS_COLUMNS[plan.training.loss_on]
-            best = results.marked_rates(results.results_table(first, sweep_runs.read_tokens(path)), loss)
-            for description in results.describe_rates(best):
-                print(description, flush=True)
-            run_sweep_cells(config, folder, cell_trainer, plan.cells(1, best), runner)
     # A failed cell does not stop the others: write their results before ending with its error.
     except FailedError as error:
         failed = error
@@ -254,8 +243,6 @@ def print_analysis(judged: analysis.SweepAnalysis) -> None:
     exponents |= {"edge": "{edge}"}
     displacement = measured | {"displacement law": "{displacement_low:+.2f} to {displacement_high:+.2f}"}
     displacement |= {"verdict": "{displacement_verdict}", "edge": "{edge}"}
-    if "by_parts" in judged.exponents and judged.exponents["by_parts"].notna().any():
-        exponents["by measured parts"] = "{by_parts:+.2f}"
     pooled = {"steps": "{step}", "over": "{over}", "at": "{at}", "from, to": measured["from, to"]}
     pooled |= {"exponent, 95%": measured["exponent, 95%"], "seeds": "{seeds}"}
     pooled |= {"displacement law": "{displacement_verdict}", "constant gradient": "{verdict}"}
@@ -264,8 +251,6 @@ def print_analysis(judged: analysis.SweepAnalysis) -> None:
         "rate": "{learning_rate:.3g}",
         "seed": "{seed}",
         "A part over B part": "{ratio:.2g} ({ratio_low:.2g} to {ratio_high:.2g})",
-        "rms change": "{change:.3g}",
-        "exponent that preserves it": "{exponent:+.2f} ({exponent_low:+.2f} to {exponent_high:+.2f})",
     }
     # Dependence of the best rate on the number of steps.
     steps = setting | {"steps": "{first} to {second}", "exponent, 95%": exponents["exponent, 95%"]}
@@ -279,10 +264,6 @@ def print_analysis(judged: analysis.SweepAnalysis) -> None:
     }
     one_rate = setting | {"compared with": "{compared_with}", "rate": "{learning_rate:.3g}"}
     one_rate |= {"difference in nats, 95%": "{difference:+.3f} ± {half_width:.3f}", "seeds": "{seeds}"}
-    change = {"rate": "{best_rate:.3g}", "rms change": "{change:.3g}", "log2 s.e.": "{log2_error:.2f}"}
-    change |= {"edge": "{edge}"}
-    estimators = {"steps": "{step}", "ranks": "{at}", "gamma r": "{first:g} to {second:g}", "estimator": "{estimate}"}
-    estimators |= {"exponent": "{exponent:+.3f}", "s.e.": "{standard_error:.3f}", "seeds": "{seeds}"}
     # Best rates themselves, and the cost of carrying them to another setting.
     best = setting | {"rate": "{best_rate:.3g}", "loss": "{best_loss:.4f}", "edge": "{edge}"}
     interval = {"95%": "{low:.3g} to {high:.3g}", "edge": "{edge}"}
@@ -305,10 +286,8 @@ def print_analysis(judged: analysis.SweepAnalysis) -> None:
         ("Exponents of the best rate, and those of the displacement law", judged.exponents, displacement),
         ("Exponents of the best rate, and those of the law of a constant gradient", judged.exponents, exponents),
         ("Exponents by whole curves, pooled: verdicts with more power", judged.pooled, pooled),
-        ("Exponents in gamma r by estimator, ranks pooled with seeds as clusters", select_pooled(judged), estimators),
         ("Exponent of the best rate in the steps; -1/2 if entries walk at random", judged.steps, steps),
         ("Larger part of the change, median over modules (5% to 95%)", judged.parts, larger_part),
-        ("Size of the change at the best rate: equal if the best rate preserves it", judged.change, setting | change),
         ("Regret in nats per token; lower bounds: pairs with a rate outside the grid", judged.policies, policies),
     ):
         if frame.empty:
@@ -319,22 +298,13 @@ def print_analysis(judged: analysis.SweepAnalysis) -> None:
         tables.print_records(title, with_labels(frame), variants | columns, left=len(variants) + left)
 
 
-def select_pooled(judged: analysis.SweepAnalysis) -> pd.DataFrame:
-    """Select the exponents in gamma r that are pooled over the largest number of ranks, by every estimator."""
-    table = judged.estimators
-    if table.empty:
-        return table
-    rows = table[(table["over"] == "gain") & table["standard_error"].notna()]
-    return rows[rows["pairs"] == rows.groupby(["step", "first", "second"])["pairs"].transform("max")]
-
-
-def print_cells(design: str, path: Path, cells: Sequence[SweepCell]) -> None:
+def print_cells(path: Path, cells: Sequence[SweepCell]) -> None:
     """Print the cells with their state."""
     rows = cell_states(cells, path)
     forms = {name.replace("_", " "): f"{{{name}}}" for name in ("model", "method", "key")}
     forms |= {name.replace("_", " "): f"{{{name}:.6g}}" for name in ("rank", "alpha", "gamma", "rate", "seed")}
     answers.print_answer(f"{sum(row['state'] == 'done' for row in rows)} of {len(cells)} cells are finished.")
-    tables.print_records(f"{design}: {len(cells)} cells in {path}", rows, forms | {"state": "{state}"}, left=3)
+    tables.print_records(f"{len(cells)} cells in {path}", rows, forms | {"state": "{state}"}, left=3)
 
 
 main = cli.command(SweepOptions, run_matrix, __doc__)

@@ -37,7 +37,7 @@ COMMANDS = sorted(
 NO_CHOICE = "no-such-choice"
 SEEDS = ("seed", "data_seed", "seeds")
 """Options that are seeds; ``seeds`` may also be a number of seeds."""
-SET_BY_OTHERS = {("sims.sweep", "seed"), ("sims.horizon", "seed")}
+SET_BY_OTHERS = {("sims.sweep", "seed")}
 """Seeds in the configuration of a command that are not options."""
 HELP = re.compile("accepted|must|supported|--help|(Add|Choose|Restore|Use|Set|Remove|Pass|Expected) ")
 """Words with which an error message says how to fix the input."""
@@ -45,7 +45,6 @@ HELP = re.compile("accepted|must|supported|--help|(Add|Choose|Restore|Use|Set|Re
 GIVEN = {
     "sims.finetune": ["--data", "RECORDS"],
     "sims.sweep": ["--data", "RECORDS", "--held-out", "2"],
-    "sims.horizon": ["--data", "RECORDS", "--held-out", "2", "--train-records", "8"],
     "sims.regime": ["--data", "RECORDS"],
     "sims.tune": ["--data", "RECORDS", "--held-out", "16"],
     "sims.coordinate_check": ["--data", "RECORDS"],

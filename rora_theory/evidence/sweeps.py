@@ -68,7 +68,7 @@ class BestRateFit:
     @property
     def best_rate(self) -> float:
         """Best rate; not fitted but that of the lowest loss where it is a bound."""
-        return float(2**self.log2_rate.value)
+        return self.curve.best_rate
 
     @property
     def is_inside(self) -> bool:

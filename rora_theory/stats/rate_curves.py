@@ -157,6 +157,11 @@ class Curve:
         """log2 of the best rate, see `weighted_log2_rates`."""
         return weighted_log2_rates((1.0,), self)
 
+    @property
+    def best_rate(self) -> float:
+        """Best rate: the geometric mean over seeds, or over the resamples of a single seed."""
+        return float(2**self.log2_optimum.value)
+
     def lowest_losses(self) -> np.ndarray:
         """Return the lowest measured loss of each seed. The vertex of a parabola would be biased low."""
         return np.min(np.where(np.isfinite(self.losses), self.losses, np.inf), axis=1)
@@ -284,7 +289,7 @@ def tabulate_best_rates(curves: Sequence[Curve]) -> "pd.DataFrame":
         error, half_width = rate_errors(logs, edge=curve.edge)
         rows.append(
             {"optimizer": curve.optimizer, "trained": curve.trained, "rule": curve.rule, "kappa": curve.kappa}
-            | {"rank": curve.rank, "best_rate": 2**logs.value}
+            | {"rank": curve.rank, "best_rate": curve.best_rate}
             | {"log2_error": error, "log2_half_width": half_width}
             | {"best_loss": losses.value}
             | {"best_loss_error": losses.known_error}

@@ -1,4 +1,4 @@
-"""`python -m sims.horizon` on tiny weights: resumption, further runs, their analysis, and missing results."""
+"""`python -m sims.sweep --config configs/horizon.yaml` on tiny weights: resumption, further runs, their analysis."""
 
 import shutil
 from pathlib import Path
@@ -9,8 +9,9 @@ from support import commands, regime_runs
 
 from rora_theory.runs import frames
 from rora_theory.runs.reading import CELLS
-from sims import horizon as sim
+from sims import sweep as sim
 
+CONFIG = Path(__file__).parents[2] / "configs" / "horizon.yaml"
 ARGUMENTS = "--ranks 2 --read-at 1 2 --train-records 12 --held-out 6 --cutoff 400 --warmup 0"
 FULL_LRS = [1e-4, 1e-3, 1e-2]
 
@@ -19,7 +20,7 @@ FULL_LRS = [1e-4, 1e-3, 1e-2]
 def base(model, data, tmp_path_factory) -> list[str]:
     files = [str(data / name / "train.json") for name in ("one", "two")]
     regime = regime_runs.write(tmp_path_factory.mktemp("regime") / "run")
-    return ["--data", *files, "--model", str(model), "--regime", str(regime), ARGUMENTS]
+    return ["--config", str(CONFIG), "--data", *files, "--model", str(model), "--regime", str(regime), ARGUMENTS]
 
 
 def run_horizon(base: list[str], words: str) -> commands.Ended:

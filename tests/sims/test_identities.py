@@ -24,6 +24,7 @@ from rora_theory.lab.evaluate.scoring import Scoring
 from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.llama import hub, loading
 from rora_theory.lab.pretrain import ModelShape, PretrainSettings
+from rora_theory.lab.sweep.design import SweepGrid
 from rora_theory.measure.rank_check.rules import CheckConfig
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.runs.cluster import ClusterConfig
@@ -104,8 +105,8 @@ def settings(name: str, model: object, data: Path) -> Any:
         ),
         "evaluate": evaluate.EvaluateOptions(model, tasks=("piqa",), data_dir=str(data)),
         "sweep": sweep.SweepOptions(
-            (*train, str(data / "other.json")), model=(model,), methods=("lora",), ranks=(2,), seeds=(0,),
-            accuracy=True,
+            (*train, str(data / "other.json")), accuracy=True,
+            grid=SweepGrid((model,), methods=("lora",), ranks=(2,), seeds=(0,)),
             training=sweep.Training(held_out=6, batch_size=8, warmup=1), tasks=("piqa",), data_dir=str(data),
         ),
         "lr_transfer": lr_transfer.LrTransferOptions(),
@@ -252,13 +253,13 @@ NEUTRAL = {
     "prune": {"batch_size", "format", "fields"},
     "pretrain": {"evaluate_every", "checkpoint_every", "format", "fields"},
     "evaluate": {"batch_size"},
-    "sweep": {"design", "checkpoint_every", "save_adapters", "score_batch_size", "format", "fields", "show", "parts"},
+    "sweep": {"checkpoint_every", "save_adapters", "score_batch_size", "format", "fields", "show", "parts"},
     "lr_transfer": {"judge"},  # chooses among losses that are all saved
 }
 """Settings that change no result, or that enter the identity through the values derived from them."""
 
 OF_A_CELL = {
-    "methods", "ranks", "alpha_rule", "gains", "tuned", "alpha", "lrs", "full_lrs", "read_at", "axes", "seeds",
+    "methods", "ranks", "alpha_rule", "gains", "alpha", "lrs", "full_lrs", "read_at", "axes", "seeds",
 }  # fmt: skip
 """Settings of sims.sweep that the cells of one folder may differ in."""
 
@@ -284,9 +285,9 @@ OTHER: dict[str, Any] = {
     "pretrain": {"hidden_size": 32, "heads": 4, "context": 24, "accumulation": 2, "steps": 7, "batch_size": 5},
     "evaluate": {"tasks": ("boolq",), "protocol": "label", "template": "clean", "limit": 2},
     "sweep": {
-        "design": "fixed_alpha", "methods": ("rora",), "ranks": (4,), "alpha_rule": "2r", "seeds": (1,),
+        "methods": ("rora",), "ranks": (4,), "alpha_rule": "2r", "seeds": (1,),
         "gains": (4.0,), "full_lrs": (0.1,), "read_at": (2, 3), "axes": ("clip=2",),
-        "shares": "proportional", "train_records": 8, "limit": 2, "tasks": ("boolq",), "protocol": "harness",
+        "train_records": 8, "limit": 2, "tasks": ("boolq",), "protocol": "harness",
         "eval_template": "eval", "quantization": "q8_0",
     },
     "lr_transfer": {

@@ -19,7 +19,7 @@ def run_main(monkeypatch, *words: str) -> None:
 
 def test_every_command_is_listed_with_its_sentence(monkeypatch, capsys) -> None:
     listed = main.describe_commands("sims")
-    assert {"transfer", "regime", "finetune", "variance_sweep", "sweep", "horizon"} <= set(listed)
+    assert {"transfer", "regime", "finetune", "variance_sweep", "sweep"} <= set(listed)
     assert not {"common", "__main__"} & set(listed)
     monkeypatch.setenv("COLUMNS", "80")
     assert all(says.endswith((".", "?")) for says in (*listed.values(), *main.describe_commands("figures").values()))

@@ -142,9 +142,9 @@ def test_long_words_between_numbers_fold(printed, left, last) -> None:
 
 def test_verdicts_on_comparisons_are_printed_completely(printed) -> None:
     best, comparisons, exponents = published("horizon", "best", "comparisons", "exponents")
-    empty = pd.DataFrame()
+    tables = dict.fromkeys((field.name for field in dataclasses.fields(SweepAnalysis)), pd.DataFrame())
     answers.print_answer("The answer.")
-    print_analysis(SweepAnalysis(best, comparisons, empty, exponents, *[empty] * 7))
+    print_analysis(SweepAnalysis(**tables | {"best": best, "comparisons": comparisons, "exponents": exponents}))
     lines = printed()
     title = lines.index("Comparisons, each at its own best rate")
     lines = lines[title : next(i for i, line in enumerate(lines) if line.startswith("Exponents of the best rate"))]

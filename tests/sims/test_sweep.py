@@ -357,23 +357,6 @@ def test_models_of_one_folder_are_analysed_by_themselves(model, data, tmp_path) 
     assert marked == ["0.001"] * 4, "of each model at each seed"
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_tuned_design_continues_at_the_best_rate(model, data, tmp_path) -> None:
-    out, shared = tmp_path / "m", "--design tuned_rate --methods lora --ranks 2 --seeds 0 1"
-    printed = commands.output(sweep(model, data, out, f"{shared} --lrs 1e-4 1e-3"))
-    rows = table(out)
-    first = {row["learning_rate"]: float(row["validation_loss"]) for row in rows if row["seed"] == "0"}
-    assert set(first) == {"0.0001", "0.001"}
-    [second] = [row for row in rows if row["seed"] == "1"]
-    best = min(first, key=lambda rate: first[rate])
-    assert second["learning_rate"] == best
-    assert second["protocol"] == "label", "the others are scored"
-    assert [row["best_rate"] for row in rows] == ["edge" if row["learning_rate"] == best else "" for row in rows]
-    assert f"lora r=2: learning rate {float(best):g}; it is at the edge" in printed
-    assert stopped(1, fail, model, data, out, f"{shared} 3 --lrs 1e-4 1e-3 3e-3").status == 1
-    assert len(table(out)) == 3, "the other seeds wait until every rate was tried at the first"
-
-
 @pytest.mark.slow
 def test_figures(swept) -> None:
     """They are drawn from the folder alone."""
@@ -424,7 +407,7 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
     rows += [columns | shared | {"learning_rate": "0.01", "best_rate": ""}]
     rows += [columns | shared | {"rank": "16", "gamma": "16.0", "status": "diverged", "best_rate": ""}]
     config = {"training": {"batch": 4, "steps": 5}, "data": {"held_out": 6, "train_records": 8}}
-    manifest = {"experiment": "sweep", "config": config, "design": "table1"}
+    manifest = {"experiment": "sweep", "config": config}
 
     def write(rows) -> None:
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))

@@ -15,7 +15,7 @@ from rora_theory.lab.evaluate.scoring import Scoring
 from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.sweep.controlled import ProblemConfig
 from rora_theory.lab.sweep.controlled_grid import ControlledGrid
-from rora_theory.lab.sweep.design import Design
+from rora_theory.lab.sweep.design import SweepGrid
 from rora_theory.lab.sweep.plan import SweepConfig
 from rora_theory.laws.grid import StepGrid
 from rora_theory.measure.rank_check.rules import CheckConfig
@@ -57,7 +57,7 @@ INVALID: dict[type, dict[str, tuple]] = {
     | {"quantization": ("nf4",), "remat": ("attention",), "rule": ("lore",), "init": ("pissa",)}
     | {"betas": ((0.9, 1.0),)},
     SweepConfig: same_values("limit score_batch_size", 0),
-    Design: {"methods": (("qlora",), (), ("lora", "lora")), "seeds": ((3, 3), (-1,)), "models": ((), ("a", "a"))}
+    SweepGrid: {"methods": (("qlora",), (), ("lora", "lora")), "seeds": ((3, 3), (-1,)), "model": ((), ("a", "a"))}
     | {"ranks": ((), (4, 4), (0,)), "lrs": ((), (1e-3, -1.0)), "read_at": ((2, 1), (0, 1))}
     | same_values("gains full_lrs", (1.0, 1.0), (0.0,)),
     PlannedRun: same_values("steps rank batch_size probe_rank", 0)

@@ -14,13 +14,12 @@ from rora_theory.lab.sweep.curves import (
     compare_at_one_rate,
     compare_best_rates,
     curves_at,
-    training_curves_at,
 )
 from rora_theory.lab.sweep.estimators import estimator_table
 from rora_theory.lab.sweep.law import pooled_exponents, setting_exponents, step_exponents
-from rora_theory.lab.sweep.part_tables import change_at_best, part_table
+from rora_theory.lab.sweep.part_tables import constants_by_steps, part_table
 from rora_theory.lab.sweep.rate_estimates import rate_table, ratio_table
-from rora_theory.lab.sweep.regret import constants_by_steps, policies, regret_by_policy, regret_table
+from rora_theory.lab.sweep.regret import policies, regret_by_policy, regret_table
 from rora_theory.lab.sweep.runs import FULL, SweepRun, merge_repeated_runs
 from rora_theory.optimizers import Schedule
 from rora_theory.stats.rate_curves import Curve
@@ -54,9 +53,8 @@ class SweepAnalysis:
       pooled: The exponents by whole curves, pooled over the other setting, `law.pooled_exponents`.
       estimators: Exponents by estimators that use whole curves, `estimators.estimator_table`.
       steps: Exponents of the best rates in the number of steps, `law.step_exponents`.
-      parts: Parts of the change in every run, `part_tables.part_table`.
-      change: Size of the change at the best rates, `part_tables.change_at_best`.
-      constants: Displacement constants K, `regret.constants_by_steps`.
+      parts: Ratio of the parts of the change in every run, `part_tables.part_table`.
+      constants: Displacement constants K, `part_tables.constants_by_steps`.
       regret: Cost of policies between all measured conditions, `regret.regret_table`.
       policies: Summary of the cost, `regret.regret_by_policy`.
     """
@@ -71,7 +69,6 @@ class SweepAnalysis:
     estimators: pd.DataFrame
     steps: pd.DataFrame
     parts: pd.DataFrame
-    change: pd.DataFrame
     constants: pd.DataFrame
     regret: pd.DataFrame
     policies: pd.DataFrame
@@ -179,7 +176,7 @@ def judge_runs(
     by_step = {step: _curves_by_loss(runs, losses, step) for step in steps}
     curves = {step: by_loss[loss_on] for step, by_loss in by_step.items()}
     best = _concatenate(best_rate_table(step_curves, step) for step, step_curves in curves.items())
-    parts = part_table(runs, crossing_distances=crossing_distances, warmup=warmup, schedule=schedule)
+    parts = part_table(runs)
     # Without a curve of three rates, only the parts of the change can be analysed.
     if best.empty:
         frames_by_name = dict.fromkeys((field.name for field in fields(SweepAnalysis)), pd.DataFrame())
@@ -202,18 +199,13 @@ def judge_runs(
     if crossing_distances:
         law: dict[str, Any] = {"crossing_distances": crossing_distances, "warmup": warmup, "schedule": schedule}
         exponents = _concatenate(
-            setting_exponents(step_curves, step, **law, runs=runs, linear_terms=linear_terms, constants=ranges)
+            setting_exponents(step_curves, step, **law, linear_terms=linear_terms, constants=ranges)
             for step, step_curves in curves.items()
         )
         by_step_exponents = exponents.groupby("step") if len(exponents) else ()
         pooled = _concatenate(pooled_exponents(curves[step], step, rows) for step, rows in by_step_exponents)
         exponents_in_steps = step_exponents(curves, **law)
     at_same_rate = _concatenate(compare_at_one_rate(runs, tokens, step) for step in steps)
-    # Curves of training loss, which a longer run at a constant rate shares with a shorter one.
-    training_curves = {
-        step: training_curves_at(runs, step, draws=BOOTSTRAP_SAMPLES) if schedule == "constant" else []
-        for step in steps
-    }
     # Regret of policies, with the geometric middle of the displacement constants at each step.
     middle = {step: math.sqrt(low * high) for step, (low, high) in ranges.items()}
     crossing_distance = float(np.median(crossing_distances)) if crossing_distances else None
@@ -227,10 +219,9 @@ def judge_runs(
         at_same_rate,
         exponents,
         pooled,
-        _concatenate(estimator_table(curves[step], step, training_curves[step]) for step in steps),
+        _concatenate(estimator_table(curves[step], step) for step in steps),
         exponents_in_steps,
         parts,
-        change_at_best(best, parts),
         constants,
         costs,
         regret_by_policy(costs),

@@ -6,14 +6,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from rora_theory.errors import InputError
 from rora_theory.lab import llama
 from rora_theory.lab.finetune import FinetuneConfig
-from rora_theory.lab.sweep.design import BASE, METHODS, Design
+from rora_theory.lab.sweep.design import BASE, METHODS, SweepGrid
 from rora_theory.lab.sweep.records import RecordSplit
-from rora_theory.runs import frames
 from rora_theory.runs.cells import CELLS_FOLDER, ERROR_FILE
 from rora_theory.runs.reading import as_json, key_of, read_finished_cells, read_manifest
 from rora_theory.scaling import scaling_factor
@@ -90,69 +87,54 @@ class SweepCell:
 
 
 def cells_of(
-    design: Design,
+    grid: SweepGrid,
     shared: FinetuneConfig,
     *,
     train_records: int,
     evaluation: Mapping[str, Any] | None = None,
-    stage: int = 0,
-    best: pd.DataFrame | None = None,
 ) -> list[SweepCell]:
-    """Return the cells of a design in the order of work: by seed, rank (methods without a rank first) and method.
+    """Return the cells of a grid in the order of work: by seed, rank (methods without a rank first) and method.
 
     Args:
-      design: Settings that vary.
+      grid: Settings that vary.
       shared: Settings that all training runs share.
       train_records: Number of training records, which determines the steps of a run of whole epochs.
       evaluation: Settings of the scoring, see `SweepCell`.
-      stage: 0 for all cells or, in a tuned design, for those of the first seed without accuracy; 1 for the other seeds
-        of a tuned design at the chosen rates.
-      best: Learning rate of each model, method and rank for stage 1, see `rora_theory.lab.sweep.results.marked_rates`.
 
     Raises:
       InputError: If a value is out of range.
     """
-    # A tuned design compares rates at the first seed, which needs no accuracies unless it is the only seed.
-    is_tuning = design.tuned and stage == 0
-    seeds = design.seeds[:1] if is_tuning else design.seeds[1:] if design.tuned else design.seeds
-    seed_evaluation = None if is_tuning and len(design.seeds) > 1 else evaluation
-    # Stage 1 repeats the rates that were best at the first seed.
-    best_rates: dict[Any, tuple[float, ...]] = {
-        (row["model"], row["method"], row["rank"]): (row["learning_rate"],)
-        for row in ([] if best is None else frames.rows(best))
-    }
-    methods = design.methods + (("full",) if design.full_lrs and "full" not in design.methods else ())
+    methods = grid.methods + (("full",) if grid.full_lrs and "full" not in grid.methods else ())
     cells = []
-    for model in design.models:
+    for model in grid.model:
         # The base model is one cell without training.
-        if BASE in methods and stage == 0:
+        if BASE in methods:
             cells.append(SweepCell(model, BASE, evaluation=evaluation))
         # A value that all runs share anyway is no axis of the cell.
         variants = [
             {name: value for name, value in variant.items() if value != getattr(shared, name)}
-            for variant in design.variants()
+            for variant in grid.variants()
         ]
-        for seed, axes, rank, method in product(seeds, variants, (None, *design.ranks), methods):
+        for seed, axes, rank, method in product(grid.seeds, variants, (None, *grid.ranks), methods):
             # Methods without a rank belong to the first turn of the loop, in which the rank is None.
             if method == BASE or METHODS[method].has_rank == (rank is None):
                 continue
-            rates = best_rates.get((model, method, rank), ()) if stage == 1 else design.rates(method, model)
-            alphas = (None,) if rank is None else design.alphas(rank, shared.alpha)
-            runs = product(alphas, _read_outs(design, shared, axes, train_records), rates)
+            alphas = (None,) if rank is None else grid.alphas(rank, shared.alpha)
+            runs = product(alphas, _read_outs(grid, shared, axes, train_records), grid.rates(method, model))
             cells += [
-                SweepCell(model, method, rank, alpha, rate, seed, read_at, axes, seed_evaluation)
+                SweepCell(model, method, rank, alpha, rate, seed, read_at, axes, evaluation)
                 for alpha, read_at, rate in runs
             ]
     return cells
 
 
 def _read_outs(
-    design: Design, shared: FinetuneConfig, axes: Mapping[str, Any], train_records: int
+    grid: SweepGrid, shared: FinetuneConfig, axes: Mapping[str, Any], train_records: int
 ) -> list[tuple[int, ...]]:
     """Return the numbers of steps of the read-outs of each run."""
     settings: dict[str, Any] = vars(shared) | dict(axes)
     epoch = -(-train_records // settings["batch_size"])
-    steps: tuple[int, ...] = design.read_at or (shared.steps or shared.epochs * epoch,)
+    steps: tuple[int, ...] = grid.read_at or (shared.steps or shared.epochs * epoch,)
     # The first step of a warm-up has the rate 0: after it there is no change to measure.
     if steps[0] == 1 and settings["warmup"]:
         raise InputError(
@@ -206,7 +188,7 @@ def describe_models(
 
 
 def sweep_identity(
-    design: Design,
+    grid: SweepGrid,
     shared: FinetuneConfig,
     records: RecordSplit,
     located: Mapping[str, llama.ModelSource],
@@ -219,11 +201,11 @@ def sweep_identity(
     """
     settings = {name: value for name, value in as_json(shared).items() if name not in NOT_SHARED}
     return {
-        "models": sorted(design.models),
+        "models": sorted(grid.model),
         "revision": revision,
         "commits": {name: location.commit for name, location in located.items()},
         "model_sha256": {name: location.sha256 for name, location in located.items()},
         "data": records.summary,
         "training": {"steps": shared.steps, "epochs": shared.epochs, "batch": shared.batch_size},
-        "settings": settings | {"targets": shared.modules, "dtype": design.dtype},
+        "settings": settings | {"targets": shared.modules},
     }

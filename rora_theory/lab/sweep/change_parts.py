@@ -1,4 +1,4 @@
-r"""B part and A part of a trained adapter's change, and the rate that preserves the change.
+r"""B part and A part of a trained adapter's change.
 
 With :math:`A_0` for A before training, the change of a module's output at input x' is the sum of two parts:
 
@@ -6,18 +6,14 @@ With :math:`A_0` for A before training, the change of a module's output at input
           + \underbrace{\gamma B (A - A_0) x'}_{\text{A part}}
 
 At a constant gradient (`rora_theory.laws.constant_gradient`) the first part is proportional to the learning rate and
-the second to its square. If this holds in a real run, the rate that preserves the rms of the change at the end of the
-run is a power of gamma r. `preserving_exponent` computes the exponent from the rms of the parts and of their sum.
+the second to its square.
 """
 
-import math
-import sys
 from typing import Any
 
 import jax
 import numpy as np
 import pandas as pd
-import scipy
 from jaxtyping import Float
 
 from rora_theory.errors import InputError
@@ -110,94 +106,3 @@ def compute_part_rms(
             rms = gamma * np.sqrt(np.maximum(squares, 0) / (len(x) * trained_B.shape[1]))
             rows.append({"layer": layer, "module": module} | dict(zip(PARTS, rms.tolist(), strict=True)))
     return pd.DataFrame(rows, columns=["layer", "module", *PARTS])
-
-
-def preserving_exponent(
-    B_part: Float[np.ndarray, " n"], A_part: Float[np.ndarray, " n"], total: Float[np.ndarray, " n"]
-) -> Float[np.ndarray, " n"]:
-    r"""Compute the exponent of gamma r by which the learning rate preserves the rms of the change.
-
-    B's part is proportional to the rate, A's to its square. If the rate is multiplied by y, the mean square is
-    :math:`y^2 (b^2 + 2 c y + a^2 y^2)` with :math:`c = (w^2 - a^2 - b^2) / 2`, so that
-
-    .. math:: \frac{d \log \eta}{d \log \gamma r} = -\left[ 1 + \frac{c + a^2}{w^2} \right]^{-1}
-
-    The exponent is -1 if B's part dominates and -1/2 if A's part does. If both parts have the same direction, it equals
-    `theory.horizon.rate_exponents`.
-
-    Args:
-      B_part: Rms b of the B part.
-      A_part: Rms a of the A part.
-      total: Rms w of their sum, above 0.
-
-    Returns:
-      The exponent for each module, from -1 to -1/2 if the parts do not cancel.
-    """
-    b, a, w = (np.asarray(rms, np.float64) for rms in (B_part, A_part, total))
-    c = (w**2 - a**2 - b**2) / 2
-    return -1 / (1 + (c + a**2) / w**2)
-
-
-def preserving_factor(
-    gain_ratio: float,
-    B_part: Float[np.ndarray, " n"],
-    A_part: Float[np.ndarray, " n"],
-    total: Float[np.ndarray, " n"],
-) -> float:
-    r"""Compute the factor of the learning rate that preserves the rms of the change if gamma r is multiplied.
-
-    In the notation of `preserving_exponent`, with s = ``gain_ratio`` and sums over modules, the factor is the y > 0
-    that solves
-
-    .. math:: s^2\, y^2 \textstyle\sum (b^2 + 2 c y + a^2 y^2) = \sum w^2
-
-    Its logarithmic slope at s = 1 is `preserving_exponent`. If both parts have the same direction, it equals
-    `theory.horizon.rate_factor`.
-
-    If the parts are nearly opposite (a correlation below -0.94), the change decreases with the rate over a range of
-    rates, and there may be several solutions. Only a solution in the same increasing range as 1 is returned.
-
-    Args:
-      gain_ratio: Factor by which gamma r is multiplied (new value over old value), above 0.
-      B_part: Rms b of the B part of each module.
-      A_part: Rms a of the A part of each module.
-      total: Rms w of their sum for each module.
-
-    Returns:
-      The factor y, or NaN if there is none.
-
-    Raises:
-      InputError: If ``gain_ratio`` or the change is not positive.
-    """
-    # Sums of b^2, a^2 and w^2 over modules.
-    b2, a2, w2 = (float(np.sum(np.asarray(rms, np.float64) ** 2)) for rms in (B_part, A_part, total))
-    if not (gain_ratio > 0 and w2 > 0):
-        raise InputError(f"gain_ratio and the change must be above 0, got {gain_ratio!r} and {math.sqrt(w2)!r}")
-
-    # 2 c = w^2 - b^2 - a^2, limited by the Cauchy-Schwarz inequality, which rounded parts can violate.
-    twice_c = max(w2 - a2 - b2, -2 * math.sqrt(a2 * b2))
-
-    # Logarithm of the mean square at the new gain and rate over the old one: 0 at the solution.
-    def log_ratio(y: float) -> float:
-        ratio = gain_ratio**2 * y**2 * (b2 + twice_c * y + a2 * y**2) / w2
-        return math.log(max(ratio, sys.float_info.min))
-
-    # Restrict the search to an increasing range that contains 1. With opposite parts the change decreases between two
-    # turning points, the roots of 4 a y^2 + 3 (2 c) y + 2 b.
-    low, high = 1e-9 / gain_ratio, math.inf
-    discriminant = 9 * twice_c**2 - 32 * a2 * b2
-    if twice_c < 0 <= discriminant:
-        # The smaller root in the form without a difference, which would cancel.
-        root_sum = math.sqrt(discriminant) - 3 * twice_c
-        maximum, minimum = 4 * b2 / root_sum, root_sum / (8 * a2)
-        if maximum <= 1 <= minimum:
-            return math.nan
-        low, high = (low, maximum) if maximum > 1 else (minimum, high)
-    # Find a finite upper end, then the root.
-    if high == math.inf:
-        high = max(low, 1.0)
-        while log_ratio(high) < 0:
-            high *= 2
-    if log_ratio(low) > 0 or log_ratio(high) < 0:
-        return math.nan
-    return float(scipy.optimize.brentq(log_ratio, low, high, xtol=1e-12, rtol=1e-10))

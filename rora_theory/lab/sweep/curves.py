@@ -34,27 +34,7 @@ def curves_at(runs: Sequence[SweepRun], tokens: Sequence[int], step: int, *, dra
       The curves in ascending order of rank and scaling.
     """
     trained = [run.at(step, tokens) for run in runs if run.rate and run.reaches(step)]
-    return curves_of_runs(sorted(trained, key=_order), draws=draws)
-
-
-def training_curves_at(runs: Sequence[SweepRun], step: int, *, draws: int) -> list[Curve]:
-    """Return the curves of training loss against learning rate, over the second half of the steps up to ``step``.
-
-    Args:
-      runs: Runs at a constant rate, see `runs.merge_repeated_runs`. Under another schedule the losses of a longer run
-        are not those of a run of ``step`` steps.
-      step: Number of steps.
-      draws: Number of bootstrap samples of the batches.
-
-    Returns:
-      The curves in ascending order of rank and scaling, as for `curves_at`.
-    """
-    trained = (run.in_training_at(step) for run in runs if run.rate)
-    return curves_of_runs(sorted((run for run in trained if run is not None), key=_order), draws=draws)
-
-
-def _order(run: TrainedRun) -> tuple[Any, ...]:
-    return run.rank, run.gamma, run.method
+    return curves_of_runs(sorted(trained, key=lambda run: (run.rank, run.gamma, run.method)), draws=draws)
 
 
 def best_rate_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:

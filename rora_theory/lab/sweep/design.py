@@ -1,7 +1,7 @@
-"""Methods of a sweep by name, and the designs of this project's and the paper's experiments."""
+"""Methods of a sweep by name, and the grid of what varies between its cells."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any, Literal
@@ -9,8 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from rora_theory.errors import InputError
-from rora_theory.lab.evaluate.scoring import Protocol
-from rora_theory.lab.finetune.config import LEARNING_RATES, BaseDtype
+from rora_theory.lab.finetune.config import LEARNING_RATES
 from rora_theory.laws.random.seeds import check_seed
 from rora_theory.scaling import check_choice, check_integer, check_positive, exponent
 from rora_theory.validation.rules import check_list, check_steps
@@ -58,47 +57,41 @@ AlphaRule = Literal["fixed", "2r"]
 
 
 @dataclass(frozen=True)
-class Design:
-    """Settings that vary between the cells of a sweep.
-
-    Attributes:
-      models: Models by hub id or built-in name.
-      methods: Names of methods. Every combination of method, rank and seed is a cell.
-      ranks: Ranks of the adapters.
-      alpha_rule: Rule for alpha.
-      gains: Values of G = gamma r, in place of alpha; methods with a rank must then scale by alpha / r.
-      lrs: Learning rates; None is the published rate of each method, or its grid `RATE_GRIDS` if ``tuned``.
-      full_lrs: Learning rates of full fine-tuning, which is added to the methods if there are any.
-      seeds: Seeds of the runs.
-      read_at: Numbers of steps after which the held-out records are evaluated; empty is the end of the run. A run at a
-        constant rate has all of them, under another schedule each is the end of a run of its own.
-      axes: Further axes, each as NAME=VALUE,VALUE with a name from `AXES`.
-      tuned: Whether to choose the rate of each method and rank at the first seed by validation loss, and to run the
-        other seeds at the chosen rate.
-      protocol: Protocol of the scoring.
-      dtype: Type of the frozen base weights.
+class SweepGrid:
+    """Settings that vary between the cells of a sweep. Every combination of method, rank, alpha, rate and seed is one.
 
     Raises:
       InputError: If models, methods or seeds are empty, a value repeats, or a value is unknown.
     """
 
-    models: tuple[str, ...] = ("smollm2-135m",)
+    model: tuple[str, ...] = ("smollm2-135m",)
+    """One or more models: a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name"""
     methods: tuple[str, ...] = (BASE, "lora", "dora", "rora")
+    """Methods: base, full, prefix, series, parallel, lora, dora, rora, quarter, dora-rora. base is the model without an
+    adapter, full trains the targets' own weights"""
     ranks: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
+    """Ranks of the adapter"""
     alpha_rule: AlphaRule = "fixed"
+    """Rule for alpha: fixed uses --alpha at every rank, 2r uses twice the rank and ignores --alpha"""
     gains: tuple[float, ...] = ()
+    """Values of G = gamma r (scaling times rank), in place of alpha; methods with a rank must scale by alpha / r"""
     lrs: tuple[float, ...] | None = None
+    """Peak learning rates. The default is the published rate of each method (3e-4; dora 2e-4, with LLaMA-3 1e-4; prefix
+    3e-2; full 2e-5)"""
     full_lrs: tuple[float, ...] = ()
+    """Learning rates of full fine-tuning of the same modules; by default there are no such runs"""
     seeds: tuple[int, ...] = (0, 1)
+    """Seeds of initialisation, order and dropout; methods of the same rank and seed share initialisation and order"""
     read_at: tuple[int, ...] = ()
+    """Numbers of steps after which to evaluate the held-out records, in ascending order; by default the end of the run.
+    A run at a constant rate has all of them; under another schedule each is the end of a run of its own"""
     axes: tuple[str, ...] = ()
-    tuned: bool = False
-    protocol: Protocol = "label"
-    dtype: BaseDtype = "float32"
+    """Further axes as NAME=VALUE,VALUE, such as schedule=constant,cosine batch_size=4,32 quantization=none,q4_0;
+    supported: schedule, batch_size, warmup, weight_decay, lr_multiplier_A, quantization, clip"""
 
     def __post_init__(self) -> None:
         # Lists of distinct values.
-        check_list("model", self.models)
+        check_list("model", self.model)
         check_list("methods", self.methods, partial(check_choice, choices=(BASE, *METHODS)))
         check_list("seeds", self.seeds, check_seed)
         check_list("ranks", self.ranks, check_integer)
@@ -121,7 +114,7 @@ class Design:
         """Return the learning rates of a method."""
         if method == "full" and self.full_lrs:
             return self.full_lrs
-        return self.lrs or rates_of(method, model, tuned=self.tuned)
+        return self.lrs or (published_rate(method, model),)
 
     def variants(self) -> list[dict[str, Any]]:
         """Return the combinations of the further axes, each as settings by name.
@@ -139,41 +132,8 @@ class Design:
         return [dict(zip(values, combination, strict=True)) for combination in product(*values.values())]
 
 
-RATE_GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-RATE_GRIDS = {"prefix": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "full": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4)}
-"""Learning rates of a tuned design around the published rate; `RATE_GRID` for methods without an entry."""
-
-_PAPER = Design(("yahma/llama-7b-hf",), seeds=(42,), protocol="generate", dtype="bfloat16")
-DESIGNS = {
-    "grid": Design(),
-    "fixed_alpha": Design(),
-    "alpha_2r": Design(alpha_rule="2r"),
-    "tuned_rate": Design(seeds=(0, 1, 2), tuned=True),
-    "fig1": replace(_PAPER, ranks=(4, 8, 16, 32, 64, 128, 256)),
-    "fig3": replace(_PAPER, methods=("lora", "dora", "rora"), ranks=(128,)),
-    "table1": replace(
-        _PAPER,
-        models=("yahma/llama-7b-hf", "yahma/llama-13b-hf", "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B"),
-        methods=(BASE, "prefix", "series", "parallel", "lora", "dora", "rora"),
-        ranks=(32, 128),  # the paper's RoRA rows are at 128, the others at 32
-    ),
-    "table2": replace(_PAPER, models=("princeton-nlp/Sheared-LLaMA-1.3B",), ranks=(8, 16, 32, 64, 128)),
-    "horizon": Design(
-        methods=("lora",), ranks=(8, 128), gains=(64.0, 724.0), lrs=(3e-4, 1e-3, 3e-3), seeds=(0,),
-        read_at=(16, 64, 256),
-    ),
-}  # fmt: skip
-"""Designs by name; fig1, fig3, table1 and table2 are the paper's.
-
-All methods have the same budget and are evaluated after the last step. The published prefix runs differ (batch size 8,
-5 epochs, and the step of lowest validation loss).
-"""
-
-
-def rates_of(method: str, model: str, *, tuned: bool) -> tuple[float, ...]:
-    """Return the default learning rates of a method: the published rate, or its grid if rates are tuned."""
+def published_rate(method: str, model: str) -> float:
+    """Return the learning rate with which a method was published."""
     kind = METHODS[method].settings["method"]
-    if tuned:
-        return RATE_GRIDS.get(kind, RATE_GRID)
     # DoRA's scripts use a lower rate for Llama 3.
-    return (1e-4,) if kind == "dora" and "Llama-3" in model else (LEARNING_RATES[kind],)
+    return 1e-4 if kind == "dora" and "Llama-3" in model else LEARNING_RATES[kind]

@@ -1,8 +1,8 @@
-"""Exponents of the best rate by several estimators: three points, whole curves, and curves of training loss."""
+"""Exponents of the best rate by several estimators: three points and whole curves."""
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import pandas as pd
@@ -19,11 +19,7 @@ COLUMNS = (
 """Columns of `estimator_table`."""
 
 
-TRAINING = "quadratic, training losses"
-"""Name of the estimator that fits a quadratic to the curves of training loss."""
-
-
-def estimator_table(curves: Sequence[Curve], step: int, training_curves: Sequence[Curve] = ()) -> pd.DataFrame:
+def estimator_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
     """Estimate the exponents of the best rate in gamma r and in the rank by every estimator of `stats.curve_optima`.
 
     Exponents are measured between all pairs of values, at every value of the other setting, and pooled over all of
@@ -32,7 +28,6 @@ def estimator_table(curves: Sequence[Curve], step: int, training_curves: Sequenc
     Args:
       curves: `curves.curves_at` the step.
       step: Number of steps.
-      training_curves: `curves.training_curves_at` the step, for the estimator `TRAINING`.
 
     Returns:
       A row for each exponent and estimator: ``step``, ``over`` (``gain`` or ``rank``), ``at`` (the values of the
@@ -41,15 +36,6 @@ def estimator_table(curves: Sequence[Curve], step: int, training_curves: Sequenc
       pairs with a best rate at the end of a grid, which bounds the exponent only. Without a minimum of a curve there is
       no row.
     """
-    rows = [
-        *_exponent_rows(curves, step, {method: method for method in get_args(Method)}),
-        *_exponent_rows(training_curves, step, {TRAINING: "quadratic"}),
-    ]
-    return frames.from_rows(rows, COLUMNS)
-
-
-def _exponent_rows(curves: Sequence[Curve], step: int, methods: Mapping[str, Method]) -> list[dict[str, Any]]:
-    """Return the rows of `estimator_table` for some curves, by estimators whose names are the keys of ``methods``."""
     curve_of_setting = {(curve.rank, gain_of(curve)): curve for curve in curves if curve.rank}
     rows: list[dict[str, Any]] = []
     for over, index in (("gain", 1), ("rank", 0)):
@@ -73,14 +59,14 @@ def _exponent_rows(curves: Sequence[Curve], step: int, methods: Mapping[str, Met
                 edges = sum(any(curve.edge for curve in at_shared_seeds(*pair)) for pair in group_pairs)
                 labels = {"step": step, "over": over, "at": " ".join(f"{at:g}" for at in group)}
                 labels |= {"first": float(low), "second": float(high)}
-                for name, method in methods.items():
+                for method in get_args(Method):
                     exponent = pooled_exponent({high / low: group_pairs}, method)
                     if not math.isnan(exponent.value):
                         rows.append(
                             labels
-                            | {"estimate": name, "exponent": exponent.value}
+                            | {"estimate": method, "exponent": exponent.value}
                             | {"standard_error": exponent.known_error}
                             | {"half_width": exponent.half_width() if exponent.has_error else None}
                             | {"seeds": exponent.n, "pairs": len(group_pairs), "edges": edges}
                         )
-    return rows
+    return frames.from_rows(rows, COLUMNS)

@@ -13,8 +13,7 @@ import pandas as pd
 from rora_theory import laws
 from rora_theory.errors import InputError
 from rora_theory.lab.sweep.curves import gain_of, setting_labels
-from rora_theory.lab.sweep.part_tables import QUANTILES, exponent_of_parts
-from rora_theory.lab.sweep.runs import SweepRun
+from rora_theory.lab.sweep.part_tables import QUANTILES
 from rora_theory.laws import constant_gradient, displacement
 from rora_theory.measure.regimes.saved_run import read_regime_run
 from rora_theory.measure.regimes.tables import CROSSING_DISTANCE_COLUMNS, CROSSING_DISTANCES
@@ -22,7 +21,7 @@ from rora_theory.optimizers import Schedule, schedule_factor
 from rora_theory.runs import frames
 from rora_theory.stats.curve_optima import whole_curve_log2_rates
 from rora_theory.stats.estimate import Estimate
-from rora_theory.stats.rate_curves import Curve, at_shared_seeds, log2_rates, weighted_log2_rates
+from rora_theory.stats.rate_curves import Curve, at_shared_seeds, weighted_log2_rates
 from rora_theory.stats.verdicts import judge_range
 
 RIVALS = {"gain": (-1.0, 0.0), "rank": (-0.125, 0.125, 0.5), "step": (-0.5,)}
@@ -103,7 +102,6 @@ def setting_exponents(
     crossing_distances: Sequence[float],
     warmup: int,
     schedule: Schedule = "constant",
-    runs: Sequence[SweepRun] = (),
     linear_terms: Sequence[float] = (),
     constants: Mapping[int, tuple[float, float]] | None = None,
 ) -> pd.DataFrame:
@@ -118,10 +116,9 @@ def setting_exponents(
       crossing_distances: Crossing distances of the model's modules, see `predict_exponents`.
       warmup: Number of steps of linear warm-up.
       schedule: Schedule of the learning rate after the warm-up.
-      runs: Runs with measured parts of the change, see `part_tables.exponent_of_parts`.
       linear_terms: Linear terms c of the modules' first step under Adam; if empty, the signal term dominates.
       constants: Smallest and largest measured displacement constant K by number of steps, see
-        `regret.constants_by_steps`; without them the displacement law is left out over the gain.
+        `part_tables.constants_by_steps`; without them the displacement law is left out over the gain.
 
     Returns:
       A row for each pair of values of the gain or the rank, with the columns
@@ -135,8 +132,6 @@ def setting_exponents(
         measured best rate. Over the rank it extends from 0, where the signal or A dominates, to the exponents that
         preserve the first step of the median module and of the module at the 95% quantile, see
         `laws.equal_change_rank_exponent`;
-      - over the gain ``by_parts``, the mean over seeds of `part_tables.exponent_of_parts`, their range ``by_parts_low``
-        and ``by_parts_high``, and ``by_parts_verdict``, the verdict on this range;
       - ``displacement_low`` and ``displacement_high``, the exponents of the displacement law, and
         ``displacement_verdict``: over the gain those over the measured constants and every coherence, over the rank
         0. Each law is a rival of the other.
@@ -160,22 +155,18 @@ def setting_exponents(
             law: tuple[float, ...] = (0.0, 0.0, 0.0)
             # By the displacement law the rank has no effect but through gamma r.
             displaced: tuple[float, float] | None = (0.0, 0.0)
-            by_parts: list[float] = []
             if over == "gain":
-                rate = _best_rate(ends[0])
+                rate = ends[0].best_rate
                 predicted = predict_exponents(
                     crossing_distances, (low, high), steps=[step], rates=[rate], warmup=warmup, schedule=schedule
                 )
                 law = tuple(predicted["exponent"])
                 displaced = _displacement_exponents((constants or {}).get(step), low, high)
-                by_parts = exponent_of_parts(
-                    runs, step, rank=int(at), gains=(low, high), rate=rate, seeds=tuple(ends[0].by_seed)
-                )
             elif len(linear_terms):
                 # Rates that preserve each module's first step.
                 exponents = laws.equal_change_rank_exponent(low, high, np.asarray(linear_terms))
                 law = (0.0, *np.quantile(exponents, QUANTILES[1:]).tolist())
-            # Row with the verdict on each law. The laws and the measured parts are rivals of each other.
+            # Row with the verdict on each law. The laws are rivals of each other.
             edge, seeds = _edge_of_pair(*ends), len(ends[0].losses)
             judge_prediction = partial(judge_range, slope, is_bound=bool(edge))
             rivals = (*RIVALS[over], *(displaced or ()))
@@ -184,16 +175,12 @@ def setting_exponents(
                 | _errors(slope)
                 | {"law_low": min(law), "law": law[1], "law_high": max(law), "seeds": seeds}
                 | {"verdict": judge_prediction((min(law), max(law)), rivals, seeds=seeds)}
-                | {"edge": edge, "by_parts": float(np.mean(by_parts)) if by_parts else None}
+                | {"edge": edge}
             )
             if displaced is not None:
                 rows[-1] |= dict(zip(("displacement_low", "displacement_high"), displaced, strict=True))
                 displacement_rivals = (*RIVALS[over], min(law), max(law))
                 rows[-1]["displacement_verdict"] = judge_prediction(displaced, displacement_rivals, seeds=seeds)
-            if by_parts:
-                parts_range = min(by_parts), max(by_parts)
-                rows[-1] |= dict(zip(("by_parts_low", "by_parts_high"), parts_range, strict=True))
-                rows[-1]["by_parts_verdict"] = judge_prediction(parts_range, (*rivals, law[1]), seeds=len(by_parts))
     return pd.DataFrame(rows)
 
 
@@ -208,8 +195,8 @@ def pooled_exponents(curves: Sequence[Curve], step: int, exponents: pd.DataFrame
       exponents: `setting_exponents` of the curves, whose predictions are pooled to their common range.
 
     Returns:
-      A row for each pair of values of the gain or the rank, with the columns of `setting_exponents` except those of
-      measured parts; ``at`` has the pooled values, separated by spaces.
+      A row for each pair of values of the gain or the rank, with the columns of `setting_exponents`; ``at`` has the
+      pooled values, separated by spaces.
     """
     curve_of_setting = {(curve.rank, gain_of(curve)): curve for curve in curves}
     rows = []
@@ -300,7 +287,7 @@ def step_exponents(
             # Measured exponent: change of the log of the best rate per doubling of the steps.
             octaves = math.log2(second / first)
             slope = weighted_log2_rates((-1.0, 1.0), *ends).times(1 / octaves)
-            rate = _best_rate(ends[0])
+            rate = ends[0].best_rate
             # Full fine-tuning has no A that could take over.
             distances = np.quantile(crossing_distances, QUANTILES).tolist() if curve.rank else [math.inf]
             # Exponents of the law, at quantiles of the modules' crossing distances.
@@ -329,11 +316,6 @@ def _edge_of_pair(first: Curve, second: Curve) -> str:
     if first.edge and second.edge:
         return "both"
     return "first" if first.edge else "second" if second.edge else ""
-
-
-def _best_rate(curve: Curve) -> float:
-    """Return the geometric mean of the seeds' best rates."""
-    return 2 ** float(np.mean(log2_rates(curve.replicates)))
 
 
 def _errors(slope: Estimate) -> dict[str, Any]:

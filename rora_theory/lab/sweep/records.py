@@ -1,11 +1,10 @@
 """Records of a sweep: seeded samples of the training files for training and for the held-out set."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +13,6 @@ from rora_theory.lab.data.formats import AnyRecord, question_key, records_digest
 from rora_theory.lab.data.records import DataConfig, RecordSet, read_record_set
 from rora_theory.laws.random.seeds import check_seed
 from rora_theory.scaling import check_integer
-
-Shares = Literal["equal", "proportional"]
-"""Share of each file in a sample: the same number of records, or a number in proportion to its size."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,6 @@ def draw_records(
     *,
     held_out: int,
     train_records: int | None = None,
-    shares: Shares = "equal",
     seed: int = 42,
     config: DataConfig | None = None,
 ) -> RecordSplit:
@@ -59,7 +54,6 @@ def draw_records(
       data: Training files, see `rora_theory.lab.data.records.read_record_set`.
       held_out: Number of held-out records.
       train_records: Number of training records; None uses all others.
-      shares: Share of each file in both samples.
       seed: Seed of the sample.
       config: Settings with which to read the files; None is the default.
 
@@ -87,7 +81,7 @@ def draw_records(
     # Held-out records of each file, with different questions over all files.
     held_out_records: list[tuple[str, int, AnyRecord]] = []
     held_out_questions: set[str] = set()
-    held_out_counts = apportion(held_out, sizes, shares)
+    held_out_counts = split_evenly(held_out, len(sizes))
     for source, records, file_questions, order, count in zip(
         data, files, questions, orders, held_out_counts, strict=True
     ):
@@ -98,7 +92,7 @@ def draw_records(
         if len(unused) < count:
             raise InputError(
                 f"{source} must have {count} records to hold out, all with different questions (its share of held_out "
-                f"{held_out} in {shares} shares), got {len(unused)}"
+                f"{held_out}), got {len(unused)}"
             )
         held_out_records += [(_short_path(source), i, records[i]) for i in unused[:count]]
         held_out_questions |= {file_questions[i] for i in unused[:count]}
@@ -112,13 +106,13 @@ def draw_records(
     if train_records is None:
         train_counts = [len(records) for records in remaining]
     else:
-        train_counts = apportion(train_records, sizes, shares)
+        train_counts = split_evenly(train_records, len(sizes))
     # The first records of the random order, as many as the file's share.
     for source, records, count in zip(data, remaining, train_counts, strict=True):
         if len(records) < count:
             raise InputError(
                 f"{source} must have {count} records besides the held-out ones (its share of train_records "
-                f"{train_records} in {shares} shares), got {len(records)}"
+                f"{train_records}), got {len(records)}"
             )
         train += records[:count]
     if not train:
@@ -126,20 +120,14 @@ def draw_records(
     return RecordSplit(train, held_out_records, record_set)
 
 
-def apportion(total: int, sizes: Sequence[int], shares: Shares) -> list[int]:
-    """Split a number over files: evenly, or by size with the largest remainders rounded up.
+def split_evenly(total: int, count: int) -> list[int]:
+    """Split a number over files, the first of which get what is left over.
 
     Examples:
-      >>> apportion(10, [90, 10, 50], "equal"), apportion(10, [90, 10, 50], "proportional")
-      ([4, 3, 3], [6, 1, 3])
+      >>> split_evenly(10, 3)
+      [4, 3, 3]
     """
-    weights = [1] * len(sizes) if shares == "equal" else list(sizes)
-    exact = [total * weight / sum(weights) for weight in weights]
-    counts = [math.floor(share) for share in exact]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: (counts[i] - exact[i], i))
-    for i in by_remainder[: total - sum(counts)]:
-        counts[i] += 1
-    return counts
+    return [total // count + (index < total % count) for index in range(count)]
 
 
 def _short_path(source: str) -> str:

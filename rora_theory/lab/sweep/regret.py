@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from rora_theory.advice.best_rate import Run, carry_rate
 from rora_theory.lab.sweep.curves import curves_at, gain_of
-from rora_theory.lab.sweep.part_tables import GRID_STEP
 from rora_theory.lab.sweep.runs import SweepRun
 from rora_theory.laws import constant_gradient, displacement
 from rora_theory.runs import frames
-from rora_theory.stats.rate_curves import Curve, log2_rates
+from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.regret import regret
 
 
@@ -107,39 +105,6 @@ def policies(
     return by_name if crossing_distance is None else by_name | {"constant gradient": constant_gradient_rate}
 
 
-def constants_by_steps(parts: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
-    """Compute the displacement constant K of every condition from runs at or below its best rate.
-
-    Args:
-      parts: `part_tables.part_table`.
-      best: `curves.best_rate_table` of every step.
-
-    Returns:
-      A row for each ``step``, ``rank`` and ``gain``: ``constant``, the mean of K over runs, its smallest
-      and largest value ``constant_low`` and ``constant_high``, and ``runs``, how many there are. A run belongs to it if
-      its learning rate is at most half a grid step of a quarter decade above the best rate.
-    """
-    rows: list[dict[str, Any]] = []
-    optima = {
-        (row["step"], row["rank"], round(row["gain"], 6)): row["best_rate"]
-        for row in frames.rows(best[best["rank"].notna()])
-    }
-    for (step, rank, gain), runs in parts.groupby(["step", "rank", "gain"]) if len(parts) else ():
-        # Runs up to the best rate, with half a grid step of slack because it lies between the rates of the grid.
-        optimum = optima.get((step, rank, round(gain, 6)))
-        near_best = runs[runs["learning_rate"] <= (optimum or 0.0) * 10 ** (GRID_STEP / 2)]
-        if len(near_best):
-            # K = G rho (1 + rho), with the measured ratio rho of the A part to the B part.
-            values = gain * near_best["ratio"] * (1 + near_best["ratio"])
-            rows.append(
-                {"step": int(step), "rank": int(rank), "gain": float(gain)}
-                | {"constant": float(values.mean())}
-                | {"constant_low": float(values.min()), "constant_high": float(values.max()), "runs": len(near_best)}
-            )
-    columns = ["step", "rank", "gain", "constant", "constant_low", "constant_high", "runs"]
-    return frames.from_rows(rows, columns)
-
-
 def regret_table(
     runs: Sequence[SweepRun],
     tokens: Sequence[int],
@@ -172,8 +137,7 @@ def regret_table(
     measured = _MeasuredCurves(runs, tokens, curves, draws)
     rows: list[dict[str, Any]] = []
     for old, tuned in measured.curves.items():
-        # Geometric mean of the seeds' best rates.
-        tuned_rate = 2 ** float(np.mean(log2_rates(tuned.replicates)))
+        tuned_rate = tuned.best_rate
         # Skip lower ranks and shorter runs; the gain may change in both directions.
         for new, all_seeds in measured.curves.items():
             if new == old or new.rank < old.rank or new.steps < old.steps:

@@ -124,17 +124,6 @@ def marked_rates(rows: pd.DataFrame, loss: str = "validation_loss") -> pd.DataFr
     return pd.DataFrame(best_rows, columns=columns).astype({name: rows[name].dtype for name in columns[:-2]})
 
 
-def describe_rates(best: pd.DataFrame) -> list[str]:
-    """Describe the best learning rates of `marked_rates`, one line for each."""
-    return [
-        f"{row['model']}: {row['method']}"
-        + (f" r={row['rank']}" if row["rank"] else "")
-        + f": learning rate {row['learning_rate']:g}"
-        + ("; it is at the edge of the rates tried: the best may lie beyond" if row["best_rate"] == "edge" else "")
-        for row in frames.rows(best)
-    ]
-
-
 def describe_results(rows: pd.DataFrame) -> str:
     """Return a sentence with the cell of the lowest validation loss of each model."""
     parts = []

@@ -135,25 +135,8 @@ class SweepRun:
           step: Number of steps.
           tokens: Number of tokens of each held-out record in the loss of ``loss_on``.
         """
-        return self._with_records(self.losses(step), tokens)
-
-    def in_training_at(self, step: int) -> TrainedRun | None:
-        """Return the run with the training losses of the second half of the steps up to ``step`` as its records.
-
-        Runs of one seed train on the same batches, so that these losses are paired like those of held-out records.
-
-        Returns:
-          The run, or None if it ends before ``step`` without having diverged.
-        """
-        has_diverged = self.losses(step) is None and self.reaches(step)
-        losses = self.read.train_losses[step // 2 : step]
-        if not has_diverged and len(self.read.train_losses) < step:
-            return None
-        return self._with_records(None if has_diverged else losses, [1] * len(losses))
-
-    def _with_records(self, losses: Sequence[float] | None, tokens: Sequence[int]) -> TrainedRun:
         rank, gamma = self.rank or 0, self.gamma or 1.0
-        return TrainedRun.from_records(self.adapter, rank, gamma, self.rate, self.seed, losses, tokens)
+        return TrainedRun.from_records(self.adapter, rank, gamma, self.rate, self.seed, self.losses(step), tokens)
 
 
 def read_runs(folder: Path, keys: Iterable[str] | None = None) -> list[SweepRun]:
@@ -289,7 +272,7 @@ def read_comparison_runs(path: Path, identity: Mapping[str, Any]) -> tuple[str, 
     """
     manifest = read_manifest(path, ("config",))
     if manifest is None or "model_sha256" not in manifest["config"] or "settings" not in manifest["config"]:
-        raise InputError(f"compare_to must be a run folder of sims.sweep or sims.horizon, got {path}")
+        raise InputError(f"compare_to must be a run folder of sims.sweep, got {path}")
     other, this = manifest["config"], as_json(identity)
     # Losses can be compared for one model and the same records only.
     for name in ("model_sha256", "data"):

@@ -17,7 +17,7 @@ from rora_theory.lab.sweep import law as horizon_law
 from rora_theory.lab.sweep.estimators import estimator_table
 from rora_theory.lab.sweep.results import results_table
 from rora_theory.lab.sweep.runs import FULL, Reading, ReadRun, SweepRun, merge_repeated_runs
-from rora_theory.laws.constant_gradient import distances, rate_factor, rate_for_equal_change
+from rora_theory.laws.constant_gradient import distances, rate_for_equal_change
 from rora_theory.laws.displacement import displacement_ratio
 from rora_theory.optimizers import schedule_factor
 from rora_theory.runs import frames
@@ -99,10 +99,9 @@ def curves_of(runs: Sequence[SweepRun], step: int = 64, draws: int = 200) -> lis
     return horizon_curves.curves_at(runs, TOKENS, step, draws=draws)
 
 
-def exponents(runs: Sequence[SweepRun], *, use_parts: bool = False, **options) -> pd.DataFrame:
+def exponents(runs: Sequence[SweepRun], **options) -> pd.DataFrame:
     """Return the exponents after 64 steps by ``over`` and ``at``."""
-    law = LAW | {"runs": runs if use_parts else ()} | options
-    return horizon_law.setting_exponents(curves_of(runs), 64, **law).set_index(["over", "at"])
+    return horizon_law.setting_exponents(curves_of(runs), 64, **LAW | options).set_index(["over", "at"])
 
 
 FINE = 10.0 ** np.arange(-6, -1, 0.25)
@@ -604,7 +603,6 @@ def test_runs_that_differ_in_their_length_are_one() -> None:
     (merged,) = merge_repeated_runs([runs[1], lost])
     outcomes = [merged.at(step, [1]).loss for step in (16, 64, 256) if merged.reaches(step)]
     assert outcomes == [1.0, 2.0, math.inf], "the longer run diverged before the shorter one ended"
-    assert [run.loss for step in (64, 256) if (run := merged.in_training_at(step)) is not None] == [1.0, math.inf]
     distinct = [replace(runs[0], **change) for change in ({"seed": 1}, {"rate": 2e-3}, {"rank": 4}, {"gain": 8.0})]
     assert len(merge_repeated_runs([*runs, *distinct])) == 5
     assert len(analysis.judge_runs([*runs, *distinct], [1], crossing_distances=(), warmup=4).parts) == 5
@@ -700,8 +698,8 @@ def test_a_bound_is_crossed_out_among_rates_and_exponents() -> None:
 # ---- measured parts of the change
 
 
-def test_the_parts_of_each_reading_are_summarised_with_the_law() -> None:
-    """Quantiles over modules; no row for a reading without parts; the law's ratio is A's over the crossing distance."""
+def test_the_ratios_of_each_reading_are_summarised() -> None:
+    """Quantiles over modules; no row for a reading without parts."""
     measured = {"layer": [0, 0, 1], "module": ["q_proj", "v_proj", "q_proj"]}
     measured |= {"B_part": [1.0, 2.0, 4.0], "A_part": [2.0, 2.0, 2.0], "whole": [3.0, 4.0, 6.0]}
     bare = Reading(64, [1.0], [1.0])
@@ -709,122 +707,15 @@ def test_the_parts_of_each_reading_are_summarised_with_the_law() -> None:
         SweepRun(8, 64.0, 1e-3, 2, ReadRun([], [Reading(16, [1.0], [1.0], measured), bare])),
         SweepRun(None, None, 1e-4, 0, ReadRun([], [bare]), method=FULL),
     ]
-    (row,) = part_tables.part_table(runs, **LAW).to_dict("records")
+    (row,) = part_tables.part_table(runs).to_dict("records")
     assert [row[name] for name in ("rank", "gain", "learning_rate", "seed", "step")] == [8, 64.0, 1e-3, 2, 16]
-    assert (row["ratio"], row["exponent"]) == (1.0, pytest.approx(-2 / 3))
-    assert row["change"] == pytest.approx(math.sqrt((9 + 16 + 36) / 3))
+    assert row["ratio"] == 1.0
     assert 0.5 < row["ratio_low"] < 0.6 < 1.8 < row["ratio_high"] < 2
-    assert row["exponent_low"] < row["exponent"] < row["exponent_high"]
-    rates = [0, 2.5e-4, 5e-4, 7.5e-4] + 12 * [1e-3]
-    assert row["law_ratio"] == pytest.approx(distances(rates, crossing_distance=0.004).A / 0.004)
-    decaying = rates[:4] + [1e-3 * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(12)]
-    (cosine,) = part_tables.part_table(runs, **LAW, schedule="cosine").to_dict("records")
-    assert cosine["law_ratio"] == pytest.approx(distances(decaying, crossing_distance=0.004).A / 0.004)
-    assert "law_ratio" not in part_tables.part_table(runs, crossing_distances=[], warmup=4)
     still = {name: [*values, 0.0] for name, values in runs[0].read.readings[0].parts.items()}
     runs[0].read.readings[0] = replace(runs[0].read.readings[0], parts=still)
-    (with_still,) = part_tables.part_table(runs, **LAW).to_dict("records")
+    (with_still,) = part_tables.part_table(runs).to_dict("records")
     assert with_still["ratio"] == row["ratio"], "a module that has not moved has no ratio"
-    assert with_still["change"] == pytest.approx(row["change"] * math.sqrt(3 / 4))
-    assert part_tables.part_table(runs[1:], **LAW).empty
-
-
-def test_the_change_at_the_best_rate_is_interpolated() -> None:
-    """The change grows as the rate^1.5, and those of the two seeds differ by a factor of four.
-
-    Best rates outside the measured rates, and those of full fine-tuning, have no row.
-    """
-    measured = pd.DataFrame(
-        {"rank": 8, "gain": 64.0, "learning_rate": rate, "seed": seed, "step": 64, "change": 4.0**seed * rate**1.5}
-        for seed in (0, 1)
-        for rate in (1e-3, 1e-4, 3e-4)
-    )
-    row = {"step": 64, "rank": 8, "gain": 64.0, "best_rate": 2e-4, "log2_error": 0.2, "edge": ""}
-    other_rows = [row | {"step": 16}, row | {"rank": None, "gain": None}, row | {"best_rate": 2e-3}]
-
-    def change(*rows: dict, measured: pd.DataFrame = measured) -> list[dict]:
-        return part_tables.change_at_best(pd.DataFrame(rows), measured).to_dict("records")
-
-    assert change(other_rows[2]) == change(row | {"best_rate": 6e-5}) == change(row, measured=measured.iloc[:0]) == []
-    assert change(row | {"best_rate": 1e-4}, measured=measured[measured["learning_rate"] == 1e-4]) == []
-    (result,) = change(row, *other_rows[:2])
-    assert result["change"] == pytest.approx(2 * 2e-4**1.5, rel=1e-9)
-    expected = (pytest.approx(0.3), 2, 64, 8)
-    assert (result["log2_error"], result["seeds"], result["step"], result["rank"]) == expected
-    # A best rate at the end of the grid, up to rounding.
-    near = measured.replace({1e-4: 1.000001e-4})
-    for rate in (1e-3, 1e-4):
-        (result,) = change(row | {"gain": 64.0 + 1e-10, "best_rate": rate}, measured=near)
-        assert result["change"] == pytest.approx(2 * rate**1.5, rel=1e-4)
-    (result,) = change(row | {"best_rate": 1e-3, "log2_error": None, "edge": "high"})
-    assert (result["log2_error"], result["edge"]) == (None, "high")
-    # A change that falls with the rate has a positive error too.
-    falling = measured.assign(change=1 / measured["change"])
-    assert change(row, measured=falling)[0]["log2_error"] == pytest.approx(0.3)
-    # Only seeds that both gains have count.
-    other = measured[measured["seed"] == 1].assign(gain=724.0)
-    rows = row, row | {"gain": 724.0}
-    results = change(*rows, measured=pd.concat([measured, other]))
-    shared = [(result["seeds"], result["change"]) for result in results]
-    assert shared == [(1, pytest.approx(4 * 2e-4**1.5, rel=1e-9))] * 2
-    assert change(*rows, measured=pd.concat([measured[measured["seed"] == 0], other])) == []
-
-
-def exponent_of_ratio(ratio: float) -> float:
-    """Return the exponent in the gain that preserves the change of parallel parts with this ratio."""
-    return math.log(rate_factor(GROWTH, ratio)) / math.log(GROWTH)
-
-
-@pytest.mark.slow
-def test_measured_parts_are_judged_in_place_of_the_laws_crossing_distance() -> None:
-    """Best rates that move as the parts predict agree with them, though they contradict the law's own distance.
-
-    One seed of parts or an edge decides nothing; seeds with different parts give a range.
-    """
-    runs = grid(exponent_of_ratio(1.2), seeds=3, noise=3e-3)
-    seeds = [select(runs, seed=seed) for seed in range(3)]
-
-    def judge(runs: list[SweepRun]) -> pd.Series:
-        table = exponents(runs, use_parts=True)
-        assert table.loc["rank", "by_parts"].isna().all()
-        return table.loc["gain", 8.0]
-
-    for planted, verdict in ((1.2, "agrees"), (50.0, "contradicts")):
-        row = judge(with_parts(runs, planted))
-        assert row["by_parts"] == pytest.approx(exponent_of_ratio(planted), rel=1e-6)
-        assert row["by_parts_low"] == pytest.approx(row["by_parts_high"], rel=1e-9)
-        assert (row["by_parts_verdict"], row["verdict"]) == (verdict, "contradicts")
-    row = judge(with_parts(seeds[0], 50.0) + seeds[1] + seeds[2])
-    assert (row["seeds"], row["by_parts_verdict"]) == (3, "undecided"), "parts of one seed"
-    assert judge(with_parts(seeds[0], 50.0))["by_parts_verdict"] == "undecided", "runs of one seed"
-    cut = [run for run in runs if run.gain == 64 or run.rate > 2.7e-4]
-    assert judge(with_parts(cut, 50.0))["by_parts_verdict"] == "undecided", "an edge"
-    row = judge([*with_parts(seeds[0], 0.5), *with_parts(seeds[1], 50.0)])
-    assert row["by_parts_low"] < row["by_parts"] < row["by_parts_high"]
-    assert row["by_parts_verdict"] != "contradicts"
-    where = {"rank": 8, "gains": (64.0, 724.0), "rate": 1e-3, "seeds": (0, 1, 2)}
-    assert part_tables.exponent_of_parts(runs, 64, **where) == [], "runs without parts"
-
-
-def test_parts_are_those_of_the_runs_beside_the_best_rate() -> None:
-    """The exponent is interpolated between two runs at most a grid step apart, or taken from one within half a step.
-
-    Runs of another seed, rank, gain or step are ignored, as are runs with opposite parts, which have no factor.
-    """
-
-    def run(seed: int, rate: float, ratio: float, rank: int = 8, gain: float = 64 + 1e-9, step: int = 64):
-        bare = SweepRun(rank, gain, rate, seed, ReadRun([], [Reading(step, [1.0], [1.0])]))
-        return with_parts([bare], ratio)[0]
-
-    runs = [run(0, 1e-3 * 10 ** (-1 / 16), 1.0), run(0, 1e-3 * 10 ** (3 / 16), 9.0), run(0, 5e-3, 30.0)]
-    runs += [run(1, 1e-3 * 10 ** (1 / 8), 2.0), run(2, 1.5e-3, 30.0), run(6, 1e-3, 30.0)]
-    runs += [run(3, 0.9e-3, 3.0), run(3, 3e-3, 30.0)]  # too far apart for interpolation
-    runs += [run(4, 1e-3, 30.0, rank=16), run(4, 1e-3, 30.0, gain=32.0), run(5, 1e-3, 30.0, step=16)]
-    runs += [run(5, 1e-3, -0.9)]
-    where = {"rank": 8, "gains": (64.0, 724.0), "rate": 1e-3, "seeds": (0, 1, 2, 3, 4, 5)}
-    interpolated = 0.75 * exponent_of_ratio(1.0) + 0.25 * exponent_of_ratio(9.0)
-    expected = [interpolated, exponent_of_ratio(2.0), exponent_of_ratio(3.0)]
-    assert part_tables.exponent_of_parts(runs, 64, **where) == pytest.approx(expected, rel=1e-6)
+    assert part_tables.part_table(runs[1:]).empty
 
 
 # ---- regret and estimators
@@ -886,17 +777,6 @@ def test_estimators_of_whole_curves_agree_with_the_vertex() -> None:
     assert table.loc["rank", "64 724", "quadratic"]["exponent"] == pytest.approx(0.1, abs=0.03)
 
 
-def in_training(runs: Sequence[SweepRun], exponent: float) -> list[SweepRun]:
-    """Add losses of 64 training steps with another exponent; those of the first half have no minimum."""
-    trained = []
-    for run in runs:
-        best = 1e-3 * (run.gain / 64) ** exponent
-        level = 2 + 0.1 * math.log10(run.rate / best) ** 2
-        losses = [9 - 100 * run.rate] * 32 + [level * (1 + 0.01 * (step % 3)) for step in range(32)]
-        trained.append(replace(run, read=replace(run.read, train_losses=losses)))
-    return trained
-
-
 def test_the_law_of_a_constant_gradient_follows_the_schedule() -> None:
     runs = grid(-0.7, seeds=2)
     for name in ("constant", "cosine"):
@@ -915,31 +795,6 @@ def test_the_law_of_a_constant_gradient_follows_the_schedule() -> None:
         for name in ("constant", "cosine")
     ]
     assert (factors[1]["factor"] > 1.03 * factors[0]["factor"]).all()
-
-
-def test_training_losses_give_an_exponent_of_their_own() -> None:
-    """They are those of the second half of the steps, and of runs at a constant rate that reach the step."""
-    runs = in_training(grid(-0.7, seeds=2), -0.5)
-    judged = {
-        name: analysis.judge_runs(runs, TOKENS, **LAW, schedule=name).estimators for name in ("constant", "cosine")
-    }
-    rows = judged["constant"].query("step == 64").set_index(["over", "at", "estimate"])
-    assert rows.loc["gain", "8 128", "quadratic, training losses"]["exponent"] == pytest.approx(-0.5, abs=0.02)
-    assert rows.loc["gain", "8 128", "quadratic"]["exponent"] == pytest.approx(-0.7, abs=0.03)
-    assert not judged["cosine"]["estimate"].str.contains("training").any()
-    # A run that stopped early is left out; one that diverged counts as higher than every other.
-    curves = horizon_curves.training_curves_at(runs, 64, draws=2)
-    assert not horizon_curves.training_curves_at(runs, 65, draws=2)
-    highest = max(run.rate for run in runs)
-    diverged = [
-        replace(run, read=replace(run.read, diverged_at=40, readings=[], train_losses=run.read.train_losses[:40]))
-        if run.rate == highest
-        else run
-        for run in runs
-    ]
-    ends = [curve.losses[:, -1] for curve in horizon_curves.training_curves_at(diverged, 64, draws=2)]
-    assert len(ends) == len(curves) == 4
-    assert np.isinf(ends).all()
 
 
 def test_all_pairs_of_gains_are_compared_by_each_estimator() -> None:

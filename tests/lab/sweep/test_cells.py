@@ -1,43 +1,44 @@
-"""Designs and their cells: alpha, rule and rate vary separately, the paper's designs have its cells; stages."""
+"""Grids and their cells: alpha, rule and rate vary separately; the files of options have the paper's cells."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
-import pandas as pd
 import pytest
 
 from rora_theory.errors import InputError
 from rora_theory.lab.finetune import FinetuneConfig
 from rora_theory.lab.sweep.cells import SweepCell, cells_of, replace_with_scored, sweep_identity
-from rora_theory.lab.sweep.design import DESIGNS, RATE_GRID, RATE_GRIDS, Design
+from rora_theory.lab.sweep.design import SweepGrid
 from rora_theory.runs import RunFolder, run_cells
 from rora_theory.runs.reading import key_of
-from sims.sweep import Training
+from sims.common import cli
+from sims.sweep import SweepOptions, Training
 
 SHARED = FinetuneConfig()
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
-def cells(design: str, **changes: Any) -> list[SweepCell]:
-    chosen = replace(DESIGNS[design], **changes)
-    return cells_of(chosen, SHARED, train_records=1600, evaluation={"protocol": "label"})
+def cells(grid: SweepGrid) -> list[SweepCell]:
+    return cells_of(grid, SHARED, train_records=1600, evaluation={"protocol": "label"})
 
 
-def test_designs() -> None:
-    """Alpha, rule and rate vary apart; the paper's designs have the paper's cells."""
-    fixed = [cell for cell in cells("fixed_alpha") if cell.rank]
+def configured(name: str) -> SweepOptions:
+    """Return the options of a file in the folder ``configs``."""
+    return cli.parse(SweepOptions, ["--config", str(CONFIGS / f"{name}.yaml"), "--data", "x.json"], description="")
+
+
+def test_alpha_rule_and_rate_vary_apart() -> None:
+    fixed = [cell for cell in cells(SweepGrid()) if cell.rank]
     assert {cell.alpha for cell in fixed} == {64.0}
     assert {cell.gamma for cell in fixed if cell.method == "lora"} == {16.0, 8.0, 4.0, 2.0, 1.0, 0.5}
-    doubled = [cell for cell in cells("alpha_2r") if cell.rank]
+    doubled = [cell for cell in cells(SweepGrid(alpha_rule="2r")) if cell.rank]
     assert {cell.gamma for cell in doubled if cell.method == "lora"} == {2.0}
     assert {cell.gamma for cell in doubled if cell.method == "rora" and cell.rank == 64} == {16.0}
-    tuned = cells("tuned_rate", methods=("prefix", "rora"), ranks=(8,))
-    assert [cell.rate for cell in tuned if cell.rank] == list(RATE_GRID)
-    assert [cell.rate for cell in tuned if not cell.rank] == list(RATE_GRIDS["prefix"])
-    assert {cell.evaluation for cell in tuned} == {None}, "scored only at the chosen rate"
-    table = cells("table1")
+
+
+def test_the_paper_s_configurations_have_its_cells() -> None:
+    table = cells(configured("table1").grid)
     llama = [(c.method, c.rank, c.rate) for c in table if c.model == "yahma/llama-7b-hf" and c.rank != 128]
     assert llama == [
         ("base", None, None), ("prefix", None, 3e-2), ("series", None, 3e-4), ("parallel", None, 3e-4),
@@ -49,31 +50,21 @@ def test_designs() -> None:
         ("prefix", "series", "parallel"), 0.0
     )
     assert {c.read_at for c in table if c.method != "base"} == {(300,)}, "three epochs of 1600 records in batches of 16"
-    assert DESIGNS["table1"].dtype == "bfloat16"
-    assert DESIGNS["table1"].protocol == "generate"
-    assert DESIGNS["fixed_alpha"].protocol == "label"
     assert len({key_of(cell) for cell in table}) == len(table) == 4 * 10
-    assert {cell.rank for cell in cells("fig1")} == {None, 4, 8, 16, 32, 64, 128, 256}
-    assert {cell.rank for cell in cells("table2")} == {None, 8, 16, 32, 64, 128}
+    assert {cell.rank for cell in cells(configured("fig1").grid)} == {None, 4, 8, 16, 32, 64, 128, 256}
+    assert {cell.rank for cell in cells(configured("table2").grid)} == {None, 8, 16, 32, 64, 128}
+    assert {(c.method, c.rank) for c in cells(configured("fig3").grid)} == {(m, 128) for m in ("lora", "dora", "rora")}
+    for name in ("table1", "table2", "fig1", "fig3"):
+        options = configured(name)
+        assert (options.training.dtype, options.protocol, options.grid.seeds) == ("bfloat16", "generate", (42,))
 
 
-def test_stages_of_a_tuned_design() -> None:
-    """The first seed runs at every rate, unscored; the others run at the best rate, scored; the base runs once."""
-    design = Design(methods=("base", "lora"), ranks=(4, 8), lrs=(1e-3, 1e-2), seeds=(3, 4, 5), tuned=True)
-    make = partial(cells_of, design, SHARED, train_records=1600, evaluation={"protocol": "label"})
-    first = make(stage=0)
-    assert [(c.rank, c.rate, c.seed) for c in first] == [
-        (None,) * 3,
-        *[(r, rate, 3) for r in (4, 8) for rate in (1e-3, 1e-2)],
-    ]
-    assert [c.evaluation is None for c in first] == [False] + [True] * 4
-    names = ("model", "method", "rank", "learning_rate")
-    best = pd.DataFrame([("smollm2-135m", "lora", 4, 1e-2), ("smollm2-135m", "lora", 8, 1e-3)], columns=names)
-    rest = make(stage=1, best=best)
-    assert [(c.rank, c.rate, c.seed) for c in rest] == [
-        (r, rate, s) for s in (4, 5) for r, rate in ((4, 1e-2), (8, 1e-3))
-    ]
-    assert all(c.evaluation for c in rest)
+def test_every_file_of_options_is_one() -> None:
+    names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    assert names == ["fig1", "fig3", "horizon", "table1", "table2"]
+    horizon = configured("horizon")
+    assert (horizon.training.batch_size, horizon.training.schedule, horizon.parts) == (4, "constant", True)
+    assert (horizon.grid.gains, horizon.grid.lrs) == ((64.0, 724.0), (3e-4, 1e-3, 3e-3))
 
 
 def test_a_scored_twin_replaces_a_plain_cell_where_it_is_finished(tmp_path) -> None:
@@ -86,7 +77,7 @@ def test_a_scored_twin_replaces_a_plain_cell_where_it_is_finished(tmp_path) -> N
         return run.path
 
     label = {"protocol": "label"}
-    design = replace(DESIGNS["grid"], methods=("lora",), ranks=(4, 8), seeds=(0,))
+    design = SweepGrid(methods=("lora",), ranks=(4, 8), seeds=(0,))
     plain, scored = (
         cells_of(design, SHARED, train_records=1600, evaluation=evaluation) for evaluation in (None, label)
     )
@@ -112,7 +103,7 @@ def test_settings_of_methods_with_a_rank_do_not_affect_other_methods() -> None:
 
 def test_gains_read_outs_and_further_axes() -> None:
     """G is alpha under alpha / r. A rate that decays needs a run for each number of steps."""
-    design = Design(
+    design = SweepGrid(
         methods=("lora",), ranks=(8,), gains=(64.0, 724.0), lrs=(1e-3,), full_lrs=(1e-5,), seeds=(0,),
         read_at=(16, 64), axes=("schedule=constant,cosine", "batch_size=4,32"),
     )  # fmt: skip
@@ -138,7 +129,7 @@ def test_gains_read_outs_and_further_axes() -> None:
     ("read_at", "warmup", "message"), [((1, 2), 4, "read_at .* 4.* 1$"), ((16, 64), 64, "64, got 64")]
 )
 def test_a_warm_up_leaves_steps_to_read(read_at, warmup, message) -> None:
-    design = Design(methods=("lora",), ranks=(8,), read_at=read_at)
+    design = SweepGrid(methods=("lora",), ranks=(8,), read_at=read_at)
     with pytest.raises(InputError, match=message):
         cells_of(design, replace(SHARED, schedule="constant", warmup=warmup), train_records=1600)
 
@@ -146,7 +137,7 @@ def test_a_warm_up_leaves_steps_to_read(read_at, warmup, message) -> None:
 @pytest.mark.usefixtures("unchecked")
 def test_a_sweep_is_identified_by_its_shared_settings() -> None:
     """Defaults are included; two values of one setting give identities that differ in it alone."""
-    design, records = Design(), SimpleNamespace(summary={})
+    design, records = SweepGrid(), SimpleNamespace(summary={})
     for config in (FinetuneConfig, Training):
         settings = [
             sweep_identity(design, config(quantization=kind), records, {})["settings"] for kind in ("none", "q8_0")

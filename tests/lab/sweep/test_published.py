@@ -12,8 +12,13 @@ from rora_theory.lab.sweep.runs import merge_repeated_runs, read_comparison_runs
 from rora_theory.runs import frames
 
 PUBLISHED = Path(__file__).parents[3] / "results" / "published"
-UNCHECKED = ("records.csv", "policies.csv", "predictions.csv")
-"""Files that are no result of the analysis, or that count the rows of the advice."""
+UNCHECKED = ("records.csv", "policies.csv", "predictions.csv", "change.csv")
+"""Files that are no result of the analysis, that count the rows of the advice, or that only earlier commits wrote."""
+EARLIER = {
+    "parts.csv": {"exponent", "exponent_low", "exponent_high", "change", "law_ratio"},
+    "exponents.csv": {"by_parts", "by_parts_low", "by_parts_high", "by_parts_verdict"},
+}
+"""Columns that only earlier commits wrote."""
 RUN = ["rank", "gain", "learning_rate", "seed", "step"]
 """Columns that identify a row of results.csv."""
 
@@ -57,4 +62,7 @@ def test_the_analysis_of_published_runs_gives_their_tables(name, tmp_path) -> No
             published, made = (
                 table.sort_values(RUN, ignore_index=True) for table in (published, made[list(published)])
             )
+        published = published.drop(columns=EARLIER.get(file, ()), errors="ignore")
+        if file == "estimators.csv":  # an estimator that only earlier commits had
+            published = published[~published["estimate"].str.contains("training")].reset_index(drop=True)
         pd.testing.assert_frame_equal(made, published, check_dtype=False, rtol=1e-9, atol=1e-12, obj=file)

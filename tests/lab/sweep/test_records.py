@@ -86,16 +86,16 @@ def test_texts_have_no_answers_to_measure(tmp_path) -> None:
         draw_records([str(tmp_path / "a.txt")], held_out=2)
 
 
-def test_files_contribute_in_proportion_and_sampling_is_reproducible(tmp_path) -> None:
+def test_files_contribute_equally_and_sampling_is_reproducible(tmp_path) -> None:
     """A held-out record is named by its folder, file and place in it; training records are in the seed's order."""
     files = write_files(tmp_path, one=prompts("one", 30), two=prompts("two", 10))
-    sample = draw_records(files, held_out=8, train_records=12, shares="proportional")
-    assert Counter(name for name, *_ in sample.held_out) == {"one/train.json": 6, "two/train.json": 2}
+    sample = draw_records(files, held_out=5, train_records=13)
+    assert Counter(name for name, *_ in sample.held_out) == {"one/train.json": 3, "two/train.json": 2}
     for name, index, record in sample.held_out:
         assert record == read_records([tmp_path / name])[index]
     instructions = [record.instruction.split() for record in sample.train]
-    assert Counter(name for name, _ in instructions) == {"one": 9, "two": 3}
-    places = [int(place) for _, place in instructions[:9]]
+    assert Counter(name for name, _ in instructions) == {"one": 7, "two": 6}
+    places = [int(place) for _, place in instructions[:7]]
     assert places != sorted(places)
     with pytest.raises(InputError, match=r"9 records .* got 8"):
         draw_records(files[1:], held_out=2, train_records=9)

@@ -164,12 +164,7 @@ def test_the_answers_of_a_cell_are_read_back(tmp_path) -> None:
 
 
 def test_results_are_described() -> None:
-    """A rate at an edge is named as such; a method without a rank has no rank; a diverged cell has no lowest loss."""
-    best = [{"model": "m", "method": "lora", "rank": 8, "learning_rate": 0.001, "best_rate": "edge"}]
-    best += [best[0] | {"method": "series", "rank": None, "best_rate": mark} for mark in ("yes", "only")]
-    lines = results.describe_rates(frames.from_rows(best, list(best[0])))
-    edge = "; it is at the edge of the rates tried: the best may lie beyond"
-    assert lines == [f"m: lora r=8: learning rate 0.001{edge}", *["m: series: learning rate 0.001"] * 2]
+    """A diverged cell has no lowest loss."""
     rows = frames.from_rows([rate_row(0.1, 0, status="diverged")], results.COLUMNS)
     assert results.describe_results(rows) == ("Lowest validation loss of 1 cells: none (± over records). 1 diverged.")
     reading = {"step": 2, "losses": [10.0, 20.0], "answer_losses": [1.0, 1.0]}
