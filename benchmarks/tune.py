@@ -25,7 +25,7 @@ import pandas as pd
 import tyro
 
 from rora_theory.advice.best_rate import Run, best_rate_change
-from rora_theory.lab.sweep.curves import curves_at, gain_of
+from rora_theory.lab.sweep.curves import curves_at
 from rora_theory.lab.sweep.runs import SweepRun, merge_repeated_runs, read_runs
 from rora_theory.measure.tuning.posterior import update
 from rora_theory.measure.tuning.prior import rate_prior
@@ -109,7 +109,7 @@ class PlannedTarget:
 def planned_targets(runs: Sequence[SweepRun], tokens: Sequence[int]) -> list[PlannedTarget]:
     """Return the settings of planned runs: both ranks at every G and number of steps that was measured."""
     return [
-        PlannedTarget(curve.rank, gain_of(curve), steps, curve)
+        PlannedTarget(curve.rank, curve.gain, steps, curve)
         for steps in TARGET_STEPS
         for curve in curves_at(runs, tokens, steps, draws=2)
         if curve.rank in TARGET_RANKS

@@ -86,16 +86,14 @@ def regret_table(sweeps: Sequence[Sweep], policies: Callable[[Sweep], Mapping[st
 
 def _row(sweep: Sweep, old: BestRateFit, new: BestRateFit, policy: str, factor: float, cost: Regret) -> dict[str, Any]:
     is_lost = lands_on_diverged(new.curve, cost.learning_rate)
-    half_width = cost.nats.half_width()
     return (
         {"source": sweep.source, "model": sweep.model, "steps": sweep.steps}
         | {"old_rank": old.curve.rank, "old_gain": old.curve.gain}
         | {"rank": new.curve.rank, "gain": new.curve.gain}
-        | {"policy": policy, "factor": factor, "tuned_rate": old.best_rate, "learning_rate": cost.learning_rate}
-        | {"regret": math.inf if is_lost else cost.nats.value, "standard_error": cost.nats.known_error}
-        | {"half_width": half_width if math.isfinite(half_width) else None, "low": cost.low, "high": cost.high}
-        | {"lowest_loss": cost.lowest_loss, "is_lower_bound": cost.is_lower_bound and not is_lost, "is_lost": is_lost}
-        | {"old_place": old.place, "place": new.place}
+        | {"policy": policy, "factor": factor, "tuned_rate": old.best_rate}
+        | cost.row()
+        | ({"regret": math.inf, "is_lower_bound": False} if is_lost else {})
+        | {"is_lost": is_lost, "old_place": old.place, "place": new.place}
     )
 
 

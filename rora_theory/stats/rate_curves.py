@@ -105,8 +105,8 @@ class Curve:
 
     @property
     def gain(self) -> float:
-        """G = gamma r, on which the laws of the best rate depend."""
-        return self.scaling * self.rank
+        """G = gamma r, on which the laws of the best rate depend, without the rounding of gamma."""
+        return round(self.scaling * self.rank, 9)
 
     @property
     def by_seed(self) -> dict[int, int]:

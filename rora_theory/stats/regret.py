@@ -7,6 +7,7 @@ interpolated on the measured curve of the other setting, so that policies can be
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import scipy
@@ -48,6 +49,27 @@ class Regret:
     def per_cent(self) -> float:
         """Regret as a percentage of the lowest loss."""
         return 100 * self.nats.value / self.lowest_loss
+
+    def row(self) -> dict[str, Any]:
+        """Return the regret as columns of a table: the rate, the regret with its error, range and bounds.
+
+        Returns:
+          ``learning_rate``; ``regret`` in nats per token with ``standard_error``, 95% ``half_width`` and
+          ``error_over``; ``low`` and ``high``; ``per_cent``; ``lowest_loss``; and ``is_lower_bound``.
+        """
+        half_width = self.nats.half_width()
+        return {
+            "learning_rate": self.learning_rate,
+            "regret": self.nats.value,
+            "standard_error": self.nats.known_error,
+            "half_width": half_width if math.isfinite(half_width) else None,
+            "error_over": self.nats.over,
+            "low": self.low,
+            "high": self.high,
+            "per_cent": self.per_cent,
+            "lowest_loss": self.lowest_loss,
+            "is_lower_bound": self.is_lower_bound,
+        }
 
 
 def loss_at(

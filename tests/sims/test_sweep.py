@@ -425,7 +425,7 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
     rows[1] |= {"protocol": "generate"}
     rows[2] |= {"rank": "8"}
     write(rows)
-    benchmark_tables.write_benchmark_tables(benchmark_tables.BenchmarkTablesOptions(tmp_path))
+    benchmark_tables.write_benchmark_tables(benchmark_tables.BenchmarkTablesOptions(tmp_path, layout="I"))
     line = "| 25.0 | this run, 1 seed, 1 diverged, alpha 64, lr 0.001 (best tried) |"
     assert line in (tmp_path / "table_I.md").read_text()
     rows[2] |= {"rank": "64", "alpha": "128.0"}

@@ -47,19 +47,14 @@ def best_rate_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
     if set(rules) - {"lora", FULL}:
         frame["method"] = rules
     frame.insert(0, "step", step)
-    frame.insert(2, "gain", [gain_of(curve) if curve.rank else None for curve in curves])
+    frame.insert(2, "gain", [curve.gain if curve.rank else None for curve in curves])
     frame["rank"] = pd.array([curve.rank or None for curve in curves], dtype="Int64")
     return frames.from_rows(frames.rows(frame), list(frame))
 
 
-def gain_of(curve: Curve) -> float:
-    """Return the gain gamma r of a curve."""
-    return round(curve.scaling * curve.rank, 9)
-
-
 def setting_labels(curve: Curve) -> dict[str, Any]:
     """Return the rank and gain of a curve, which are None for full fine-tuning."""
-    return {"rank": curve.rank or None, "gain": gain_of(curve) if curve.rank else None}
+    return {"rank": curve.rank or None, "gain": curve.gain if curve.rank else None}
 
 
 def comparison_pairs(
@@ -71,15 +66,15 @@ def comparison_pairs(
     pairs = [(curve, full, _rank_name(curve), FULL) for curve in adapters for full in curves if full.rule == FULL]
     # With the largest rank at one gain.
     for curve in adapters:
-        same_gain = (other for other in adapters if gain_of(other) == gain_of(curve))
+        same_gain = (other for other in adapters if other.gain == curve.gain)
         largest = max(same_gain, key=lambda other: other.rank)
         if largest is not curve:
             pairs.append((curve, largest, _rank_name(curve), _rank_name(largest)))
     # With the largest gain at one rank.
     for curve in adapters:
-        strongest = max((other for other in adapters if other.rank == curve.rank), key=gain_of)
+        strongest = max((other for other in adapters if other.rank == curve.rank), key=lambda other: other.gain)
         if strongest is not curve:
-            name, strongest_name = (_gain_name(gain_of(member)) for member in (curve, strongest))
+            name, strongest_name = (_gain_name(member.gain) for member in (curve, strongest))
             pairs.append((curve, strongest, name, strongest_name))
     # With the same setting in other runs.
     for name, other_curves in (other_runs or {}).items():

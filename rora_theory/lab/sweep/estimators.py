@@ -7,7 +7,6 @@ from typing import Any, get_args
 
 import pandas as pd
 
-from rora_theory.lab.sweep.curves import gain_of
 from rora_theory.runs import frames
 from rora_theory.stats.curve_optima import Method, pooled_exponent
 from rora_theory.stats.rate_curves import Curve, at_shared_seeds
@@ -36,7 +35,7 @@ def estimator_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
       pairs with a best rate at the end of a grid, which bounds the exponent only. Without a minimum of a curve there is
       no row.
     """
-    curve_of_setting = {(curve.rank, gain_of(curve)): curve for curve in curves if curve.rank}
+    curve_of_setting = {(curve.rank, curve.gain): curve for curve in curves if curve.rank}
     rows: list[dict[str, Any]] = []
     for over, index in (("gain", 1), ("rank", 0)):
         values = sorted({key[index] for key in curve_of_setting})

@@ -12,7 +12,7 @@ import pandas as pd
 
 from rora_theory import laws
 from rora_theory.errors import InputError
-from rora_theory.lab.sweep.curves import gain_of, setting_labels
+from rora_theory.lab.sweep.curves import setting_labels
 from rora_theory.lab.sweep.part_tables import QUANTILES
 from rora_theory.laws import constant_gradient, displacement
 from rora_theory.measure.regimes.saved_run import read_regime_run
@@ -138,7 +138,7 @@ def setting_exponents(
     """
     rows = []
     # Settings are pairs of rank (index 0) and gain (index 1). One of them changes, the other is the same.
-    curve_of_setting = {(curve.rank, gain_of(curve)): curve for curve in curves}
+    curve_of_setting = {(curve.rank, curve.gain): curve for curve in curves}
     for over, index in (("gain", 1), ("rank", 0)):
         # Each curve with the one of the largest gain (or rank) at the same rank (or gain).
         pairs = [
@@ -198,7 +198,7 @@ def pooled_exponents(curves: Sequence[Curve], step: int, exponents: pd.DataFrame
       A row for each pair of values of the gain or the rank, with the columns of `setting_exponents`; ``at`` has the
       pooled values, separated by spaces.
     """
-    curve_of_setting = {(curve.rank, gain_of(curve)): curve for curve in curves}
+    curve_of_setting = {(curve.rank, curve.gain): curve for curve in curves}
     rows = []
     for (over, first, second), every in exponents.groupby(["over", "first", "second"], sort=False):
         # Values of the other setting with the most seeds; one with fewer would leave out seeds of the others.

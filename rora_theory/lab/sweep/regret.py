@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from rora_theory.advice.best_rate import Run, carry_rate
-from rora_theory.lab.sweep.curves import curves_at, gain_of
+from rora_theory.lab.sweep.curves import curves_at
 from rora_theory.lab.sweep.runs import SweepRun
 from rora_theory.laws import constant_gradient, displacement
 from rora_theory.runs import frames
@@ -31,6 +31,13 @@ class Condition:
     gain: float
     steps: int
 
+
+REGRET_COLUMNS = (
+    "old_rank", "old_gain", "old_steps", "rank", "gain", "steps", "changed", "policy", "tuned_rate", "learning_rate",
+    "regret", "standard_error", "half_width", "error_over", "low", "high", "per_cent", "lowest_loss", "seeds",
+    "is_lower_bound", "is_edge",
+)  # fmt: skip
+"""Columns of `regret_table`."""
 
 RatePolicy = Callable[[Condition, Condition, float], float]
 """Learning rate for the new condition, from the old condition, the new one and the rate tuned in the old one."""
@@ -127,11 +134,9 @@ def regret_table(
       draws: Number of bootstrap samples of the held-out records, for curves of a subset of the seeds.
 
     Returns:
-      A row for each pair and policy: ``old_rank``, ``old_gain``, ``old_steps``, ``rank``, ``gain``, ``steps``,
-      ``changed`` (which of the three differ), ``policy``, ``tuned_rate``, ``learning_rate``, ``regret`` in nats per
-      token with ``standard_error``, ``half_width`` (95%, with what the grid may hide), ``error_over``, ``low`` and
-      ``high`` over the interval of the tuned optimum, ``per_cent``, ``lowest_loss``, ``seeds``, ``is_lower_bound`` and
-      ``is_edge`` (a best rate of either curve lies at the end of its grid).
+      A row for each pair and policy with the columns `REGRET_COLUMNS`: the settings, which of them ``changed``, the
+      ``policy``, ``tuned_rate``, the columns of `Regret.row`, the number of ``seeds``, and ``is_edge`` (a best rate of
+      either curve lies at the end of its grid).
     """
     # Every measured condition is an old one, with its tuned rate, and a new one for the others.
     measured = _MeasuredCurves(runs, tokens, curves, draws)
@@ -154,20 +159,14 @@ def regret_table(
                 # Seeds with rates on both sides of the policy's rate, if there are any: otherwise the regret is a lower
                 # bound.
                 target = measured.covering(new, rate) or all_seeds
-                cost = regret(tuned, target, carry_rate)
-                nats = cost.nats
                 rows.append(
                     {"old_rank": old.rank, "old_gain": old.gain, "old_steps": old.steps}
                     | {"rank": new.rank, "gain": new.gain, "steps": new.steps}
-                    | {"changed": " ".join(changed), "policy": name}
-                    | {"tuned_rate": tuned_rate, "learning_rate": cost.learning_rate}
-                    | {"regret": nats.value, "standard_error": nats.known_error}
-                    | {"half_width": nats.half_width() if math.isfinite(nats.half_width()) else None}
-                    | {"error_over": nats.over, "low": cost.low, "high": cost.high, "per_cent": cost.per_cent}
-                    | {"lowest_loss": cost.lowest_loss, "seeds": len(target.losses)}
-                    | {"is_lower_bound": cost.is_lower_bound, "is_edge": bool(tuned.edge or target.edge)}
+                    | {"changed": " ".join(changed), "policy": name, "tuned_rate": tuned_rate}
+                    | regret(tuned, target, carry_rate).row()
+                    | {"seeds": len(target.losses), "is_edge": bool(tuned.edge or target.edge)}
                 )
-    return frames.from_rows(rows, list(rows[0])) if rows else pd.DataFrame()
+    return frames.from_rows(rows, REGRET_COLUMNS) if rows else pd.DataFrame()
 
 
 class _MeasuredCurves:
@@ -179,7 +178,7 @@ class _MeasuredCurves:
         self._tokens, self._draws = tokens, draws
         # Runs of each condition that has a curve, in the order of the runs.
         measured = {
-            Condition(curve.rank, gain_of(curve), step): curve
+            Condition(curve.rank, curve.gain, step): curve
             for step, step_curves in curves.items()
             for curve in step_curves
             if curve.rank
