@@ -213,7 +213,7 @@ def test_batches_that_are_given_keep_their_size() -> None:
     parameters = sum(parameter.numel() for parameter in torch_models.model().parameters()) / 1e9
     expected = rate_prior(Run(32, 16.0, STEPS, "cosine", 4), family="Qwen3", parameters=parameters)
     assert result.posterior.prior == expected
-    assert [text for text in result.assumptions if text.startswith("Warning: 4 held-out records equal training")]
+    assert [text for text in result.assumptions if text.startswith("4 held-out records equal training")]
 
 
 TESTED = {
