@@ -69,7 +69,9 @@ def main() -> None:
         frame = pd.DataFrame(table)
         (folder / f"{name}.csv").write_text(frames.to_csv(frame))
         print(f"{name}.csv\n{frame.to_string(index=False)}\n")
-    print(f"Mean exponent in the batch size: {pd.DataFrame(rows)['exponent'].mean():.2f}.")
+    smallest, largest = min(curves), max(curves)
+    pair = exponent_row(math.log2(largest / smallest), curves[smallest], curves[largest])
+    print(f"From {smallest} to {largest} records the best rate grew as the batch to the {pair['exponent']:.2f}.")
 
 
 if __name__ == "__main__":

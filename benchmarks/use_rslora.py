@@ -7,7 +7,8 @@ seed has data of its own, so that the spread over seeds contains that between sa
 ``predictions.csv`` are older than the runs.
 
 - ``best.csv`` has each best rate. One at an edge of its grid is a bound and enters no ratio.
-- ``outcomes.csv`` has each ratio of two best rates of one seed beside the first prediction of it.
+- ``outcomes.csv`` has each ratio of two best rates of one seed beside the first prediction of it, and beside the factor
+  and range that `rora_theory.transfer` states.
 - ``exponents.csv`` has the exponents in the rank and in G, as means over seeds with their errors.
 - ``regret.csv`` has the regret of every policy by seed in nats per token, with one row for policies of the same rate.
 - ``policies.csv`` has the mean of the regrets over seeds.
@@ -23,7 +24,7 @@ import numpy as np
 import pandas as pd
 from sweep_folders import best_row, read_curves
 
-from rora_theory.advice.constants import CONSTANTS
+from rora_theory.advice.best_rate import Run, carry_rate
 from rora_theory.lab.sweep.regret import Condition, policies
 from rora_theory.runs import frames
 from rora_theory.stats.estimate import over_seeds
@@ -82,12 +83,21 @@ def exponent_rows(outcomes: pd.DataFrame) -> list[dict[str, object]]:
     return rows
 
 
-def regret_rows(change: str, tuned: Curve, target: Curve) -> list[dict[str, Any]]:
-    """Return the regret of every policy between two settings of one seed; none if a best rate is at an edge."""
+def stated_range(first: Curve, second: Curve) -> dict[str, object]:
+    """Return the factor of the best rate that `rora_theory.transfer` states, with its 90% range."""
+    change = carry_rate(1.0, *(Run(curve.rank, curve.gain, STEPS) for curve in (first, second)))
+    return {"advice": change.best, "advice_low": change.low, "advice_high": change.high}
+
+
+def regret_rows(change: str, tuned: Curve, target: Curve, constant: float) -> list[dict[str, Any]]:
+    """Return the regret of every policy between two settings of one seed; none if a best rate is at an edge.
+
+    The displacement law has the constant K that was measured in the tuned runs, the advice the published one.
+    """
     if tuned.edge or target.edge:
         return []
     old, new = (Condition(curve.rank, curve.gain, STEPS) for curve in (tuned, target))
-    named = policies({STEPS: CONSTANTS["displacement_constant"].value})
+    named = policies({STEPS: constant})
     rows: list[dict[str, Any]] = []
     for policy, rate_of in named.items():
         cost = regret(tuned, target, partial(rate_of, old, new))
@@ -121,11 +131,13 @@ def main() -> None:
     for run in sorted(folder.glob("seed_*")):
         seed = {"seed": int(run.name.split("_")[1])}
         curves = read_curves(run, STEPS)
+        constants = pd.read_csv(run / "constants.csv").set_index(["rank", "gain"])["constant"]
         best += [seed | best_row(curve) for curve in curves]
         for change, first, second in pairs_of(curves):
             row = {"change": change, "from": setting_of(first), "to": setting_of(second)}
-            outcomes.append(seed | row | ratio_row(first, second))
-            costs += [seed | row for row in regret_rows(change, first, second)]
+            outcomes.append(seed | row | ratio_row(first, second) | stated_range(first, second))
+            constant = float(constants[first.rank, ALPHA])
+            costs += [seed | row for row in regret_rows(change, first, second, constant)]
     predictions = pd.read_csv(folder / "predictions.csv").drop_duplicates(["from", "to"])
     compared = pd.DataFrame(outcomes)
     tables = {"best": pd.DataFrame(best), "exponents": pd.DataFrame(exponent_rows(compared))}
@@ -137,7 +149,11 @@ def main() -> None:
         print(f"{name}.csv\n{frame.to_string(index=False)}\n")
     known = compared.dropna(subset=["ratio"])
     held = known["ratio"].between(known["low"], known["high"]).sum()
-    print(f"{held} of {len(known)} ratios lie in the predicted range, from {known['seed'].nunique()} seeds.")
+    stated = known["ratio"].between(known["advice_low"], known["advice_high"]).sum()
+    print(
+        f"From {known['seed'].nunique()} seeds, {held} of {len(known)} ratios lie in the range predicted before, and "
+        f"{stated} in the 90% range that transfer states."
+    )
 
 
 if __name__ == "__main__":
