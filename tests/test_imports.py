@@ -177,7 +177,8 @@ print(json.dumps([helps, {{name: ended("sims", name, words) for name, words in {
 @pytest.mark.parametrize("installed", [True, False])
 def test_tokenizers_chats_and_records_need_no_torch(installed, model_folder, tmp_path) -> None:
     """transformers neither imports PyTorch, where it is installed, nor says that it is missing."""
-    (tmp_path / "x.json").write_text('[{"prompt": "fox", "response": "dog"}]')
+    chat = [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}]
+    (tmp_path / "x.json").write_text(json.dumps([{"messages": chat}]))
     code = f"""
 import importlib.machinery, sys
 find_spec = importlib.machinery.PathFinder.find_spec

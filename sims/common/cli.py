@@ -222,9 +222,10 @@ def _end(status: int, message: str) -> NoReturn:
     Python's clean-up after an interruption takes up to 20 s with PyTorch and JAX, and crashes if one of their libraries
     was loaded in part.
     """
-    if sys.stderr.isatty():
-        Console(file=sys.stderr).show_cursor()  # a progress bar hides it
-    print(message, file=sys.stderr, flush=True)
+    stream = sys.__stderr__ or sys.stderr  # the process's own: a library or the parser may have redirected the other
+    if stream.isatty():
+        Console(file=stream).show_cursor()  # a progress bar hides it
+    print(message, file=stream, flush=True)
     sys.stdout.flush()
     os._exit(status)
 

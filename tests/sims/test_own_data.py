@@ -53,7 +53,7 @@ def test_fine_tuning_on_chats(chat_model, chats, tmp_path) -> None:
     """The first step's loss is the mean over exactly the assistant's turns."""
     ended = fine_tune(chat_model, chats, "--out", tmp_path, "--loss-on", "answer", "--show", "2")
     printed = commands.output(ended)
-    summary = "records: 6 as messages (detected from the first record's keys; --format selects another); template chat"
+    summary = "records: 6 as messages (detected from the first record's keys; format selects another); template chat"
     assert summary in " ".join(printed.split())
     assert printed.count("prompt 1 of 6: ") == printed.count("prompt 2 of 6: ") == 1
 

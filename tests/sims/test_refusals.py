@@ -52,7 +52,7 @@ CASES = [
     ("sweep", "--axes depth=3", "axes .*'depth'"),
     ("sweep", "--gains 4 --methods rora", "--gains .*RoRA"),
     ("pretrain", "--data BLANK.txt", "BLANK.txt: is empty"),
-    ("pretrain", "--heads 3", "hidden_size .* 3, got 128"),
+    ("pretrain", "--heads 3", "hidden-size .* 3, got 128"),
     ("pretrain", "--held-out 4000", "at least 4001 windows"),
     ("pretrain", "--accumulation 3", "accumulation .* 4, got 3"),
     ("prune", "--text BLANK.txt", "BLANK.txt: is empty"),

@@ -254,7 +254,7 @@ def test_a_missing_learning_rate_of_a_saved_adapter_is_named(save) -> None:
     remark = commands.run_command(transfer.main, "--from", folder).err
     assert f"{folder} has no learning rate" in remark
     assert "0.0003" in remark
-    assert "--lr" in remark
+    assert "as lr" in remark
     assert not commands.run_command(transfer.main, "--from", folder, "--lr 3e-4").err
 
 
@@ -306,8 +306,8 @@ def test_the_setting_is_that_of_a_trainers_file(axolotl) -> None:
     assert advice.old == Setting(16, 32.0, 2e-4, "lora", "sgd")
     assert peft["target_modules"] == ["q_proj", "v_proj"]
     for options, message in (
-        ({"lr": 1e-4}, r"--lr .*0\.0001.* 0\.0002"),
-        ({"optimizer": "adam"}, "--optimizer .*adam.* sgd"),
+        ({"lr": 1e-4}, r"lr .*0\.0001.* 0\.0002"),
+        ({"optimizer": "adam"}, "optimizer .*adam.* sgd"),
     ):
         with pytest.raises(InputError, match=message):
             advise(TransferConfig(from_=path, **options))

@@ -63,7 +63,7 @@ def test_ctrl_c_at_any_moment_ends_with_one_line(delay, model, data, tmp_path) -
     out = tmp_path / "run"
     words = [sys.executable, "-m", "sims.tune", "--data", data / "train.json", "--model", model, "--out", out]
     process = subprocess.Popen(
-        [*map(str, words), *SETTINGS.replace("256", "20000").split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [*map(str, words), *SETTINGS.replace("256", "500000").split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip

@@ -59,5 +59,5 @@ def test_compared_runs_are_read_and_their_settings_named(tmp_path) -> None:
     manifest = {"experiment": "lr_transfer", "run_id": "1", "config": {}}
     (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest))
     for name in ("other", "absent"):
-        with pytest.raises(InputError, match=f"compare_to .*sims.sweep .*got .*{name}"):
+        with pytest.raises(InputError, match=f"compare_to .*sims.sweep.*got .*{name}"):
             read_comparison_runs(tmp_path / name, constant)

@@ -559,6 +559,7 @@ def test_an_interrupted_script_ends_with_one_line(monkeypatch, capsys, tmp_path)
     path = tmp_path / "probe.json"
     with pytest.raises(KeyboardInterrupt) as caught:
         tune_linear(loss=loss, checkpoint=path)
+    capsys.readouterr()  # what the probe reported before
     sys.excepthook(caught.type, caught.value, caught.tb)
     line = capsys.readouterr().err
     assert line.count("\n") == 1
