@@ -62,8 +62,10 @@ def test_ctrl_c_at_any_moment_ends_with_one_line(delay, model, data, tmp_path) -
     """The signal comes some time after the first line of output; the checkpoint has whole runs, which resume."""
     out = tmp_path / "run"
     words = [sys.executable, "-m", "sims.tune", "--data", data / "train.json", "--model", model, "--out", out]
+    # Large batches, so that the probe outlasts the delays.
+    settings = SETTINGS.replace("256", "20000").replace("size 4", "size 128").split()
     process = subprocess.Popen(
-        [*map(str, words), *SETTINGS.replace("256", "20000").replace("size 4", "size 128").split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [*map(str, words), *settings], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
