@@ -17,8 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import pandas as pd
-
 from rora_theory import extras
 from rora_theory.chat_templates import ChatTemplate, template_digest
 from rora_theory.errors import InputError, first_line
@@ -390,6 +388,8 @@ def _load_table(path: Path, reader: str, where: str) -> Any:
     try:
         if reader == "csv":
             # Cells are text: without types, an answer such as 007 would become a number.
+            import pandas as pd  # half a second that `rora transfer` need not wait
+
             names = pd.read_csv(path, nrows=0).columns
             options["features"] = datasets.Features({name: datasets.Value("string") for name in names})
             options["keep_default_na"] = False
