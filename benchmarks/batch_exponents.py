@@ -62,9 +62,7 @@ def main() -> None:
         rows.append(pair | exponent_row(math.log2(large / small), first, second))
         for policy, exponent in EXPONENTS.items():
             factor = (large / small) ** exponent
-            cost = regret(first, second, factor.__mul__)
-            row = pair | {"policy": policy, "learning_rate": cost.learning_rate, "regret": cost.nats.value}
-            costs.append(row | {"standard_error": cost.nats.known_error, "is_lower_bound": cost.is_lower_bound})
+            costs.append(pair | {"policy": policy} | regret(first, second, factor.__mul__).row())
     for name, table in {"exponents": rows, "best": best, "regret": costs}.items():
         frame = pd.DataFrame(table)
         (folder / f"{name}.csv").write_text(frames.to_csv(frame))

@@ -104,9 +104,8 @@ def regret_rows(change: str, tuned: Curve, target: Curve, constant: float) -> li
         # Policies of the same rate, such as all laws at one G, have one row: the first's.
         if any(math.isclose(cost.learning_rate, row["learning_rate"]) for row in rows):
             continue
-        row: dict[str, Any] = {"change": change, "from": setting_of(tuned), "to": setting_of(target), "policy": policy}
-        row |= {"learning_rate": cost.learning_rate, "regret": cost.nats.value}
-        rows.append(row | {"standard_error": cost.nats.known_error, "is_lower_bound": cost.is_lower_bound})
+        row = {"change": change, "from": setting_of(tuned), "to": setting_of(target), "policy": policy}
+        rows.append(row | cost.row())
     return rows
 
 

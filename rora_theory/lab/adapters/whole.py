@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from rora_theory.lab.adapters.base import AdaptedModule
-from rora_theory.lab.llama import LlamaConfig, linear
-from rora_theory.lab.llama.model import Params
+from rora_theory.lab.llama import LlamaConfig
+from rora_theory.lab.llama.model import NoAdapter, Params
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class WholeModelConfig:
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
 @dataclass(frozen=True)
-class WholeModel:
-    """All weights of a model as the trainable parameters of a run.
+class WholeModel(NoAdapter):
+    """All weights of a model as the trainable parameters of a run; no module is adapted.
 
     `rora_theory.lab.finetune.step.batch_loss` reads these weights in place of the frozen base.
 
@@ -43,24 +43,6 @@ class WholeModel:
 
     params: Params
     config: WholeModelConfig
-
-    def layers(self) -> dict[str, Array]:
-        return {}
-
-    def linear(
-        self,
-        name: str,  # noqa: ARG002
-        x: Array,
-        weight: Array,
-        bias: Array | None,
-        layer: Any,  # noqa: ARG002
-        *,
-        key: PRNGKeyArray | None,  # noqa: ARG002
-    ) -> Array:
-        return linear(x, weight, bias)
-
-    def prefix(self, layer: Any) -> None:
-        """Return None: there is no prefix."""
 
     def replace(self, params: Params) -> "WholeModel":
         return replace(self, params=params)
