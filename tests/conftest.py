@@ -4,6 +4,7 @@ import atexit
 import errno
 import functools
 import gc
+import importlib.util
 import os
 import shutil
 import signal
@@ -90,6 +91,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     Files that use `optimised` come first of all. That fixture drops all compiled programs, of which there are few then.
     """
+    _skip_without_torch(items)
     if hasattr(config, "workerinput"):
         slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
         first = {item.path for item in items if "optimised" in getattr(item, "fixturenames", ())}
@@ -221,3 +223,29 @@ def full_disk(monkeypatch):
 
     yield fill
     monkeypatch.undo()
+
+
+MEASURING = ("regime", "coordinate_check", "tune", "transfer")
+"""Commands that load a model in PyTorch; `transfer` with ``--check`` alone."""
+
+WITH_TORCH = {
+    "test_regime.py": (),
+    "test_coordinate_check.py": (),
+    "test_identities.py": MEASURING,
+    "test_own_data.py": MEASURING,
+    "test_refusals.py": MEASURING,
+    "test_bad_input.py": tuple(f"sims.{name}" for name in MEASURING),
+    "test_transfer.py": ("test_check_on_a_model", "test_no_file_is_written_if_the_check_is_refused"),
+}
+"""Files of tests that need PyTorch, with the beginnings of their cases or their names; without any, all of a file."""
+
+
+def _skip_without_torch(items: list[pytest.Item]) -> None:
+    """Skip the tests of commands that measure a model where PyTorch is not installed."""
+    if importlib.util.find_spec("torch") is not None:
+        return
+    for item in items:
+        folder, name = item.path.parent.name, item.path.name
+        case = item.name.partition("[")[2] or item.name
+        if name in WITH_TORCH and folder in ("sims", "tests") and case.startswith(WITH_TORCH[name] or ""):
+            item.add_marker(pytest.mark.skip(reason="the extra torch"))

@@ -12,6 +12,8 @@ import time
 import pytest
 from support import commands
 
+pytest.importorskip("torch", reason="the extra torch")
+
 from rora_theory.measure.tuning import search
 from rora_theory.measure.tuning.training import ProbeModel
 from rora_theory.runs import frames
