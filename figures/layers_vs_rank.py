@@ -1,4 +1,4 @@
-"""Plot the measured and predicted rms of w against the rank in real layers, from a run of sims.layer_sweep."""
+"""Plot the measured and predicted rms of w against the rank in real layers, as published in `real_layers`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ SPLITS = {"train": "training", "heldout": "held-out"}
 @dataclass(frozen=True)
 class LayersVsRankOptions:
     run: Annotated[Path, tyro.conf.Positional]
-    """Run folder of sims.layer_sweep."""
+    """Run folder with drawn adapters in real layers, such as results/published/real_layers."""
     split: str = "heldout"
     """Tokens at which the layers are measured: train or heldout."""
     out: Path | None = None

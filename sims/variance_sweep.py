@@ -44,7 +44,7 @@ def sweep_variance(config: VarianceSweepOptions) -> None:
     simulation_config, runner = config.simulation, config.cluster.runner()
     chosen_devices = devices.pick(count := config.devices)  # before any other work of JAX, which would fix the devices
     extra = {"units": simulation.UNITS, "device": devices.describe_devices(chosen_devices)}
-    identity, seed = flatten(simulation_config), simulation_config.grid.seed
+    identity, seed = flatten(simulation_config), simulation_config.seed
     folder = RunFolder.open(NAME, identity, out=config.out, seed=seed, extra=extra)
     cells = simulation.simulation_cells(simulation_config)
 

@@ -52,7 +52,6 @@ GIVEN = {
     "sims.pretrain": ["--data", "RECORDS"],
     "sims.evaluate": ["--data-dir", "FOLDER"],
     "sims.portable": ["--out", "served"],
-    "sims.layer_sweep": ["--layers", "FILE"],
 }
 """Required named options of each command."""
 

@@ -19,7 +19,7 @@ from rora_theory.advice.setting import REGIMES, Setting
 from rora_theory.advice.trainer_configs import read_trainer_config
 from rora_theory.advice.transfer import Advice, transfer
 from rora_theory.errors import InputError
-from rora_theory.laws.layers.layer_data import Split
+from rora_theory.measure.regimes.layer import Split
 from rora_theory.optimizers import SCHEDULES, OptimizerName, Schedule, parse_optimizer
 from rora_theory.scaling import Rule, exponent
 from rora_theory.validation.ranges import Count, NotNegative, Positive, check_ranges

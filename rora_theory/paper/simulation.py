@@ -5,31 +5,34 @@ paper's Eq. 9 are tabulated next to the estimates. One stream of draws serves al
 gamma^2 (SGD) or gamma (Adam). The direct sampler checks this on a part of the grid: there it takes a separate step for
 every rule and optimizer, from the same draws of A and the inputs.
 
-    config = SimulationConfig(StepGrid(ranks=(1, 4, 16)), p_in=64)
+    config = SimulationConfig(ranks=(1, 4, 16), p_in=64)
     moments = {cell: draw_cell(config, cell) for cell in simulation_cells(config)}
     simulation_table([row for cell in moments for row in simulation_rows(config, cell, moments[cell])])
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import pandas as pd
 
 from rora_theory.errors import InputError
-from rora_theory.inits import entries
+from rora_theory.inits import INITS, Init, entries
 from rora_theory.laws import sampling
-from rora_theory.laws.grid import StepGrid, exponent_table
-from rora_theory.optimizers import scaling_power
+from rora_theory.laws.random.seeds import check_seed
+from rora_theory.optimizers import OPTIMIZERS, Optimizer, scaling_power
 from rora_theory.paper import quantities, verdicts
+from rora_theory.paper.verdicts import RANKS
 from rora_theory.runs import frames
-from rora_theory.scaling import check_between, exponent
-from rora_theory.stats.moments import agreement
-from rora_theory.validation.ranges import Count, check_ranges
-from rora_theory.validation.rules import check_list, name_of
+from rora_theory.scaling import Rule, check_between, check_choice, check_integer, exponent, scaling_factor
+from rora_theory.stats.moments import agreement, log_log_fit
+from rora_theory.validation.ranges import AtLeastTwo, Count, Positive, check_ranges
+from rora_theory.validation.rules import check_list, check_rules, check_unread, name_of
 
 COLUMNS = (
     "optimizer", "rule", "kappa", "init", "overlap", "p_in", "p_out", "rank", "alpha", "scaling",
@@ -50,6 +53,15 @@ UNITS = {
 RELATIVE_ERROR = 0.005
 """Default relative standard error of the second moment."""
 
+MAX_DRAWS, MIN_RELATIVE_ERROR = 10**9, 5e-5
+"""Matching limits: the second moment of n normal draws has the relative standard error sqrt(2 / n)."""
+
+FITTED = ("rank", "estimate", "standard_error", "exact")
+"""Columns of a table of results to which `exponent_table` fits."""
+
+MAX_EXPONENT_OF_TEN = 18
+"""Largest decimal exponent of a scaling or a step: float32 can represent the square."""
+
 CHECK_RANKS = (1, 8, 64)
 CHECK_OVERLAPS = (0.0, 0.5)
 CHECK_DRAWS = 1024
@@ -67,7 +79,24 @@ class SimulationConfig:
       InputError: If a value is out of range.
     """
 
-    grid: StepGrid = field(default_factory=StepGrid)
+    ranks: tuple[int, ...] = RANKS
+    """Ranks of the adapter, each 1 or more"""
+    rules: tuple[Rule, ...] = ("lora", "rora", 0.25)
+    """Scaling rules: lora, rora, rslora, or the exponent kappa of gamma = alpha / r^kappa"""
+    optimizers: tuple[Optimizer, ...] = ("sgd", "adam")
+    """Optimizers of the first step: sgd, adam"""
+    inits: tuple[Init, ...] = ("normal",)
+    """Initialisations of A; normal is the paper's N(0, 1)"""
+    alpha: Positive = 16.0
+    """Alpha of the adapter, above 0"""
+    lr: Positive = 1e-4
+    """Learning rate, above 0"""
+    relative_error: Positive | None = None
+    """Relative standard error of the second moment at which sampling stops (default: 0.005)"""
+    draws: AtLeastTwo | None = None
+    """Exact number of draws, instead of a relative error"""
+    seed: int = 0
+    """Seed of the random draws"""
     p_in: Count = 4096
     """Number of inputs of the layer (default: the width of LLaMA-7B)"""
     p_out: Count = 4096
@@ -79,12 +108,45 @@ class SimulationConfig:
     auto chooses the cheaper one"""
 
     def __post_init__(self) -> None:
+        check_list("ranks", self.ranks, check_integer)
+        check_rules(self.rules)
+        for name, known in (("optimizers", OPTIMIZERS), ("inits", INITS)):
+            check_list(name, getattr(self, name), partial(check_choice, choices=known))
         check_ranges(self)
+        # Sampling stops at a precision or at a number of draws, whose limits match.
+        if self.relative_error is not None and self.relative_error < MIN_RELATIVE_ERROR:
+            raise InputError(
+                f"relative_error must be at least {MIN_RELATIVE_ERROR:.0e} (about {MAX_DRAWS:,} draws), "
+                f"got {self.relative_error}"
+            )
+        if self.draws is not None:
+            if self.draws > MAX_DRAWS:
+                raise InputError(
+                    f"draws must be at most {MAX_DRAWS:,} (a relative error of {MIN_RELATIVE_ERROR:.0e} in E[w^2], "
+                    f"one hundredth of the default), got {self.draws}"
+                )
+            check_unread(self, "relative_error", conflicts_with="draws")
+        check_seed("seed", self.seed)
+        # Size of every scaling and step, as decimal exponents.
+        for rank, optimizer in itertools.product(self.ranks, self.optimizers):
+            for _, gamma in self.scalings(rank):
+                power = math.log10(self.lr) + scaling_power(optimizer) * math.log10(gamma)
+                if max(abs(power), abs(math.log10(gamma))) > MAX_EXPONENT_OF_TEN:
+                    raise InputError(
+                        f"alpha {self.alpha:g} and lr {self.lr:g} give gamma {gamma:.1e} and a step of "
+                        f"1e{power:.0f} at rank {rank} under {optimizer}. Both must be from "
+                        f"1e-{MAX_EXPONENT_OF_TEN} to 1e{MAX_EXPONENT_OF_TEN}: float32 must represent their squares."
+                    )
         check_list("overlaps", self.overlaps, partial(check_between, low=-1, high=1))
         if self.sampler == "reduced":
-            for init in self.grid.inits:
+            for init in self.inits:
                 if not entries(init, rank=1, p_in=1).is_normal:
                     raise InputError(f"sampler reduced requires inits normal or gaussian, got {init}")
+
+    def scalings(self, rank: int) -> Iterator[tuple[Rule, float]]:
+        """Yield each rule with its scaling factor at a rank."""
+        for rule in self.rules:
+            yield rule, scaling_factor(rule, alpha=self.alpha, rank=rank)
 
 
 @dataclass(frozen=True)
@@ -116,14 +178,13 @@ def simulation_cells(config: SimulationConfig) -> list[SimulationCell]:
     Returns:
       The cells to draw.
     """
-    grid = config.grid
     # Settings at unit scaling and rate, from which all rules follow.
     settings = [
         sampling.RandomStep(rank, config.p_in, config.p_out, overlap=overlap, optimizer=optimizer, init=init)
-        for optimizer in grid.optimizers
-        for init in grid.inits or ("normal",)
+        for optimizer in config.optimizers
+        for init in config.inits
         for overlap in config.overlaps
-        for rank in grid.ranks
+        for rank in config.ranks
     ]
     cells = [
         SimulationCell(setting, "direct" if config.sampler == "direct" else sampling.best_sampler(setting))
@@ -134,8 +195,10 @@ def simulation_cells(config: SimulationConfig) -> list[SimulationCell]:
     for cell in cells:
         setting = cell.setting
         if setting.rank in CHECK_RANKS and setting.overlap in CHECK_OVERLAPS and cell.sampler != "direct":
-            steps = [replace(setting, scaling=gamma, learning_rate=grid.lr) for _, gamma in grid.scalings(setting.rank)]
-            checked.setdefault(replace(setting, optimizer=grid.optimizers[0]), []).extend(steps)
+            steps = [
+                replace(setting, scaling=gamma, learning_rate=config.lr) for _, gamma in config.scalings(setting.rank)
+            ]
+            checked.setdefault(replace(setting, optimizer=config.optimizers[0]), []).extend(steps)
     return cells + [SimulationCell(setting, "direct", tuple(steps)) for setting, steps in checked.items()]
 
 
@@ -155,9 +218,9 @@ def draw_cell(
     return sampling.estimate_settings(
         cell.steps or (cell.setting,),
         cell.sampler,
-        sampling.setting_key(config.grid.seed, cell.setting, cell.sampler),
-        relative_error=config.grid.relative_error or RELATIVE_ERROR,
-        draws=CHECK_DRAWS if cell.steps else config.grid.draws,
+        sampling.setting_key(config.seed, cell.setting, cell.sampler),
+        relative_error=config.relative_error or RELATIVE_ERROR,
+        draws=CHECK_DRAWS if cell.steps else config.draws,
         devices=devices,
     )
 
@@ -175,8 +238,8 @@ def simulation_rows(
     Returns:
       One row for each rule and quantity.
     """
-    grid, unit, rows = config.grid, cell.setting, []
-    rules, scalings = zip(*grid.scalings(unit.rank), strict=True)
+    unit, rows = cell.setting, []
+    rules, scalings = zip(*config.scalings(unit.rank), strict=True)
     # Setting and moments of every step, with the factor by which the simulated w is multiplied.
     steps: list[tuple[sampling.RandomStep, sampling.StreamMoments, float]] = []
     if cell.steps:
@@ -185,8 +248,8 @@ def simulation_rows(
     else:
         # The step at unit scaling and rate is multiplied by the factor of each rule.
         for gamma in scalings:
-            factor = grid.lr * gamma ** scaling_power(unit.optimizer)
-            steps.append((replace(unit, scaling=gamma, learning_rate=grid.lr), moments[0], factor))
+            factor = config.lr * gamma ** scaling_power(unit.optimizer)
+            steps.append((replace(unit, scaling=gamma, learning_rate=config.lr), moments[0], factor))
     # Separate steps repeat the rules for every optimizer.
     for (setting, step_moments, factor), rule in zip(steps, itertools.cycle(rules), strict=False):
         exact, printed = quantities.exact(setting), quantities.printed(setting)
@@ -202,7 +265,7 @@ def simulation_rows(
                     "p_in": unit.p_in,
                     "p_out": unit.p_out,
                     "rank": unit.rank,
-                    "alpha": grid.alpha,
+                    "alpha": config.alpha,
                     "scaling": setting.scaling,
                     "quantity": quantity,
                     "estimate": simulated.value,
@@ -244,7 +307,7 @@ def judge_simulation(
     """Compare the paper's equations with a simulation.
 
     Args:
-      config: Settings of the simulation. With fewer than three ranks the ranks of `grid.RANKS` are used.
+      config: Settings of the simulation. With fewer than three ranks the ranks of `verdicts.RANKS` are used.
       known: Moments that have already been drawn, by setting at unit scaling and rate. Missing ones are drawn.
       devices: Devices that share the draws.
 
@@ -258,7 +321,7 @@ def judge_simulation(
             (drawn[setting],) = draw_cell(config, SimulationCell(setting, sampling.best_sampler(setting)), devices)
         return drawn[setting]
 
-    ranks = verdicts.choose_ranks(config.grid.ranks)
+    ranks = verdicts.choose_ranks(config.ranks)
     return verdicts.judge_equations(sample, ranks=ranks, p_in=config.p_in, p_out=config.p_out)
 
 
@@ -279,3 +342,26 @@ def simulated_exponents(results: pd.DataFrame) -> pd.DataFrame:
     third = max(len(ranks) // 3, 2)
     ranges = [ranks, ranks[:third], ranks[-third:]] if len(ranks) > third else [ranks]
     return exponent_table(norms, GROUP, ranges if len(ranks) > 1 else [])
+
+
+def exponent_table(results: pd.DataFrame, columns: Sequence[str], ranges: Sequence[Sequence[int]]) -> pd.DataFrame:
+    """Fit the log-log slopes of ``estimate`` and of ``exact`` against ``rank`` for every curve and range of ranks.
+
+    Args:
+      results: Table with the columns ``rank``, ``estimate``, ``standard_error`` and ``exact``.
+      columns: Columns that identify a curve.
+      ranges: Ranks of each fit, in ascending order.
+
+    Returns:
+      A row for each curve and range: the ``low`` and ``high`` rank, the ``slope`` of the estimates with its
+      ``standard_error``, and the slope of ``exact``; NaN for fewer than two ranks.
+    """
+    rows = []
+    for (key, group), ranks in itertools.product(results.groupby(list(columns), sort=False), ranges):
+        row = dict(zip(columns, key, strict=True)) | {"low": ranks[0], "high": ranks[-1]}
+        row |= dict.fromkeys(("slope", "standard_error", "exact"), math.nan)
+        if len(in_range := group[group["rank"].isin(ranks)]) > 1:
+            x, y, errors, exact = (in_range[name].to_numpy(np.float64) for name in FITTED)
+            row |= log_log_fit(x, y, errors)._asdict() | {"exact": log_log_fit(x, exact, 0 * exact).slope}
+        rows.append(row)
+    return pd.DataFrame(rows, columns=[*columns, "low", "high", "slope", "standard_error", "exact"])

@@ -19,7 +19,6 @@ from jaxtyping import Array
 
 from rora_theory import laws
 from rora_theory.laws import first_step, sampling
-from rora_theory.laws.grid import RANKS
 from rora_theory.optimizers import OPTIMIZERS, make_optimizer
 from rora_theory.paper import equations
 from rora_theory.scaling import Rule, scaling_factor
@@ -38,6 +37,9 @@ SLOPE_TOLERANCE, SLOPE_RESOLUTION = 0.05, 0.1
 
 _ROUNDING = 1e-4
 """Relative difference of two float32 computations of one identity: sums of p_in terms, each rounded to 6e-8."""
+
+RANKS = tuple(2**n for n in range(11))
+"""Default ranks, 1 to 1024. Verdicts on growth use them unless a sweep has three or more ranks of its own."""
 
 NARROW, WIDE = 4, 4096
 """Values of p_in for the limits r >> p_in and r << p_in, if the sweep's p_in does not reach them."""

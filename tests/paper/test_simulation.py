@@ -1,21 +1,22 @@
 """Simulation of the paper's setting: one stream for all rules against the exact law; exponents; verdicts."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from rora_theory import laws
 from rora_theory.laws import sampling
-from rora_theory.laws.grid import StepGrid
 from rora_theory.paper import simulation, verdicts
 from rora_theory.paper.simulation import SimulationCell, SimulationConfig
 
 pytestmark = pytest.mark.usefixtures("optimised")  # many draws
 
 CONFIG = SimulationConfig(
-    StepGrid(ranks=(1, 16, 4), relative_error=0.02, alpha=8.0, lr=1e-3), p_in=64, p_out=8, overlaps=(0.0, 0.5)
+    ranks=(1, 16, 4), relative_error=0.02, alpha=8.0, lr=1e-3, p_in=64, p_out=8, overlaps=(0.0, 0.5)
 )
 
 
@@ -38,11 +39,14 @@ def test_cells_are_the_grid_and_the_direct_check() -> None:
     for cell in check:
         unit = replace(cell.setting, scaling=8.0, learning_rate=1e-3)
         assert cell.steps == (replace(unit, optimizer="sgd"),) * 3 + (replace(unit, optimizer="adam"),) * 3
-    eight = simulation.simulation_cells(replace(CONFIG, grid=replace(CONFIG.grid, ranks=(8,))))[-1]
+    eight = simulation.simulation_cells(replace(CONFIG, ranks=(8,)))[-1]
     assert [step.scaling for step in eight.steps] == pytest.approx((1.0, 8**0.5, 8**0.75) * 2)
     assert len({str(cell) for cell in cells}) == len(cells)
-    uniform = SimulationConfig(StepGrid(inits=("kaiming_uniform",)))
-    for config in (uniform, SimulationConfig(CONFIG.grid, sampler="direct")):
+    uniform = SimulationConfig(inits=("kaiming_uniform",))
+    for config in (
+        uniform,
+        replace(CONFIG, p_in=4096, p_out=4096, overlaps=SimulationConfig().overlaps, sampler="direct"),
+    ):
         assert {(cell.sampler, cell.steps) for cell in simulation.simulation_cells(config)} == {("direct", ())}
 
 
@@ -84,7 +88,7 @@ def test_rows_are_the_law_s_within_their_errors(
 @pytest.mark.slow
 def test_a_requested_number_of_draws_is_the_grid_s() -> None:
     """The direct check has no stopping rule and keeps its own number of draws."""
-    config = SimulationConfig(StepGrid(ranks=(1,), draws=300), p_in=8, p_out=2)
+    config = SimulationConfig(ranks=(1,), draws=300, p_in=8, p_out=2)
     first, *_, last = simulation.simulation_cells(config)
     counts = [[sums.count for sums in simulation.draw_cell(config, cell)] for cell in (first, last)]
     assert counts == [[300], [simulation.CHECK_DRAWS] * 6]
@@ -138,3 +142,32 @@ def test_verdicts_reuse_known_sums(
     assert len(requested) == len(set(requested))
     known |= {setting: draw(CONFIG, SimulationCell(setting, "chi_square"))[0] for setting in requested}
     assert simulation.judge_simulation(CONFIG, known) == judged
+
+
+def test_each_rule_has_its_gamma() -> None:
+    config = SimulationConfig(rules=("lora", "rora", 0.25), alpha=8.0)
+    assert dict(config.scalings(16)) == pytest.approx({"lora": 0.5, "rora": 2.0, 0.25: 4.0})
+
+
+@pytest.mark.parametrize("order", [sorted, lambda ranks: ranks[::-1]])
+def test_the_exponent_of_each_curve_is_its_power_in_each_range(order: Callable[[list[int]], list[int]]) -> None:
+    """With two points the error is the root sum of squares of the relative errors over the distance in log rank."""
+    ranks = np.array(order([4, 64, 256]))
+    curves = [
+        pd.DataFrame({"rank": ranks, "estimate": 3.0 * ranks**power, "exact": 2.0 * ranks**0.25, "rule": rule})
+        for rule, power in (("lora", -0.5), ("rora", 1.0))
+    ]
+    table = pd.concat(curves)
+    table = table.assign(standard_error=0.1 * table["estimate"], init="normal")
+    fits = simulation.exponent_table(table, ["rule", "init"], [[4, 64], [64]]).to_dict("records")
+    assert [(fit["rule"], fit["low"], fit["high"]) for fit in fits] == [
+        ("lora", 4, 64),
+        ("lora", 64, 64),
+        ("rora", 4, 64),
+        ("rora", 64, 64),
+    ]
+    for fit, power in zip(fits[::2], (-0.5, 1.0), strict=True):
+        figures = [fit[name] for name in ("slope", "standard_error", "exact")]
+        assert figures == pytest.approx([power, 0.1 * 2**0.5 / np.log(16), 0.25])
+    assert all(np.isnan(fit[name]) for fit in fits[1::2] for name in ("slope", "standard_error", "exact"))
+    assert simulation.exponent_table(table, ["rule", "init"], []).empty

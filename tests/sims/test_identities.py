@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import jax
-import numpy as np
 import pandas as pd
 import pytest
 from support.commands import work_of
@@ -35,7 +34,6 @@ from sims import (
     coordinate_check,
     evaluate,
     finetune,
-    layer_sweep,
     lr_transfer,
     pretrain,
     prune,
@@ -386,18 +384,3 @@ def test_every_setting_of_a_fine_tuning_run_is_in_its_identity(model, data) -> N
     for name, value in (("keep", "last"), ("merge", True)):
         changed = replace(config, output=replace(config.output, **{name: value}))
         assert start("finetune", changed).identity == start("finetune", config).identity
-
-
-def test_every_setting_of_a_sweep_on_real_layers_is_in_its_identity(tmp_path) -> None:
-    """The identity also includes the content of the file."""
-    path = tmp_path / "layers.npz"
-    random = np.random.default_rng(0)
-    shapes = {"grad": (6, 24), "x_train": (12, 24), "x_heldout": (9, 24)}
-    arrays = {f"model.layers.0.mlp.down_proj/{key}": random.normal(size=shape) for key, shape in shapes.items()}
-    np.savez(path, **arrays)
-    config = layer_sweep.LayerSweepOptions(path)
-    check_settings("layer_sweep", config, SKIPPED | {"layers"})
-    before = start("layer_sweep", config).identity
-    arrays["model.layers.0.mlp.down_proj/x_heldout"][-1, -1] += 1e-9
-    np.savez(path, **arrays)
-    assert start("layer_sweep", config).identity != before

@@ -34,7 +34,6 @@ from rora_theory.scaling import KAPPAS
 from sims import (
     coordinate_check,
     evaluate,
-    layer_sweep,
     lr_transfer,
     regime,
     training_dynamics,
@@ -176,13 +175,6 @@ def test_variance_sweep(printed) -> None:
     text = " ".join(" ".join(lines).split())
     assert "4093" in text
     assert all(word in text for verdict in judged for word in verdict.claim.split())
-
-
-def test_real_layers(printed) -> None:
-    layer_sweep.report(*published("real_layers", "results", "crossing_ranks"))
-    text = "\n".join(printed())
-    assert "-1.208 ± 0.003" in text
-    assert "21.8 (12.4-95.9)" in text
 
 
 def regime_of(name: str) -> Regime:

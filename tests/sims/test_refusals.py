@@ -15,7 +15,6 @@ BASE = {
     "coordinate_check": "--model MODEL --data TRAIN --ranks 2 4 --held-out 6",
     "evaluate": "--model MODEL --data-dir DATA --tasks boolq piqa",
     "finetune": "--model MODEL --data TRAIN --rank 2 --alpha 4 --batch-size 8 --held-out 8 --template clean --warmup 2",
-    "layer_sweep": "--layers nowhere.npz",
     "lr_transfer": "",
     "pretrain": "--data TRAIN --context 16 --held-out 4 --batch-size 4",
     "prune": "--model MODEL --text TRAIN --share 0.85 --windows 10 --held-out 3 --seq 32",

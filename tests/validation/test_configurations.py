@@ -17,7 +17,6 @@ from rora_theory.lab.sweep.controlled import ProblemConfig
 from rora_theory.lab.sweep.controlled_grid import ControlledGrid
 from rora_theory.lab.sweep.design import SweepGrid
 from rora_theory.lab.sweep.plan import SweepConfig
-from rora_theory.laws.grid import StepGrid
 from rora_theory.measure.rank_check.rules import CheckConfig
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.measure.regimes.tables import JudgeConfig
@@ -81,8 +80,8 @@ INVALID: dict[type, dict[str, tuple]] = {
     | same_values("displacement_constant", -1.0)
     | {"rule": ("lore",), "to_rule": (NAN,), "optimizer": ("muon",)},
     DataConfig: {"show": (-1,), "format": ("csv",), "fields": ({"question": "q"},)},
-    SimulationConfig: {"p_in": (0,), "p_out": (0,), "overlaps": ((1.5,), ())},
-    StepGrid: {"ranks": ((),), "rules": (("loar",),), "optimizers": (("lion",),), "inits": (("xavier",),)}
+    SimulationConfig: {"p_in": (0,), "p_out": (0,), "overlaps": ((1.5,), ())}
+    | {"ranks": ((),), "rules": (("loar",),), "optimizers": (("lion",),), "inits": (("xavier",),)}
     | {"alpha": (-1.0, 0.0), "lr": (0.0,), "draws": (1, 2_000_000_000), "relative_error": (0.0, -0.1, 1e-9)}
     | {"seed": (-1,)},
     ProblemConfig: same_values("p_in hidden p_out samples held_out teacher_rank", 0)
@@ -114,12 +113,12 @@ COMBINATIONS = [
     (TransferConfig, {"per": "one", "regime": "cross-talk"}, "per one .* regime"),
     (
         SimulationConfig,
-        {"sampler": "reduced", "grid": StepGrid(inits=("rademacher",))},
+        {"sampler": "reduced", "inits": ("rademacher",)},
         "sampler reduced.* rademacher",
     ),
-    (StepGrid, {"rules": (-40.0,)}, "1e-18 to 1e18"),
-    (StepGrid, {"alpha": 1e300}, r"alpha 1e\+300 and lr 0.0001 give gamma 1.0e\+300"),
-    (StepGrid, {"draws": 64, "relative_error": 0.1}, "relative_error 0.1 .* draws"),
+    (SimulationConfig, {"rules": (-40.0,)}, "1e-18 to 1e18"),
+    (SimulationConfig, {"alpha": 1e300}, r"alpha 1e\+300 and lr 0.0001 give gamma 1.0e\+300"),
+    (SimulationConfig, {"draws": 64, "relative_error": 0.1}, "relative_error 0.1 .* draws"),
     (RateGrid, {"ranks": (2, 8)}, "teacher_rank.* 4"),
     (RateGrid, {"models": ("linear", "mlp")}, "models .*linear mlp"),
     (ControlledGrid, {"ranks": (2, 8)}, "teacher_rank.* 4"),

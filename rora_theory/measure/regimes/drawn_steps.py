@@ -11,9 +11,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory import inits
 from rora_theory.inits import Init
-from rora_theory.laws.layers.layer_data import SPLITS, Layer
-from rora_theory.laws.layers.layer_rms import mean_square
 from rora_theory.laws.random.draws import draw_A, stream_key
+from rora_theory.measure.regimes.layer import SPLITS, Layer
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.optimizers import EPSILON, Optimizer, make_optimizer
 from rora_theory.stats.estimate import square_root
@@ -167,3 +166,22 @@ def _step_regrouped_rows(
             by_rule.append(jnp.stack(by_optimizer, axis=1))
         by_rank.append(jnp.stack(by_rule, axis=1))
     return by_rank
+
+
+def mean_square(lora_B: Float[Array, "p_out r"], inner: Float[Array, "tokens r"]) -> Float[Array, ""]:
+    """Compute the mean of w_i^2 over tokens and outputs, w = B (gamma A x).
+
+    Args:
+      lora_B: Factor B after the step.
+      inner: gamma A x of every token.
+
+    Returns:
+      The mean square as a scalar.
+    """
+    (p_out, rank), tokens = lora_B.shape, inner.shape[0]
+    # At a low rank the Gram matrices of B and of gamma A x cost less than w itself.
+    if rank * (tokens + p_out) >= tokens * p_out:
+        return jnp.mean(jnp.einsum("or,tr->to", lora_B, inner) ** 2)
+    # |w|^2 summed over tokens is tr(B^T B (A x)^T (A x)), with two matrices of shape [r, r].
+    grams = jnp.vdot(jnp.einsum("tr,ts->rs", inner, inner), jnp.einsum("or,os->rs", lora_B, lora_B))
+    return grams / (tokens * p_out)

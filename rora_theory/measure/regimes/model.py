@@ -26,7 +26,6 @@ from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import Advice, transfer
 from rora_theory.errors import InputError, shown
 from rora_theory.inits import Init
-from rora_theory.laws.layers.layer_data import SPLITS, Layer, Split
 from rora_theory.laws.random import seeds
 from rora_theory.measure import hooks
 from rora_theory.measure import progress as progress_bars
@@ -59,6 +58,7 @@ from rora_theory.measure.modules import (
     without_adapters,
 )
 from rora_theory.measure.regimes import module_regime, thin
+from rora_theory.measure.regimes.layer import SPLITS, Layer, Split
 from rora_theory.measure.regimes.module_regime import Regime, RegimeConfig, RegimeRows
 from rora_theory.measure.tokens import choose_tokens
 from rora_theory.optimizers import FAMILY, Optimizer

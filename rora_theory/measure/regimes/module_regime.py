@@ -1,6 +1,6 @@
 r"""Regime of one module by rank, optimizer and initialisation: settings, computation and tables.
 
-From a module's gradient and inputs (`layer_data.Layer`) it computes signal, cross-talk and crossing rank r*, the
+From a module's gradient and inputs (`layer.Layer`) it computes signal, cross-talk and crossing rank r*, the
 predicted root mean square of the first change, and the distance at which A takes over under Adam. Adapters that are
 drawn and stepped test the prediction. `rora_theory.measure.regime` applies this to every module of a model.
 
@@ -22,9 +22,9 @@ from rora_theory import inits, plots
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
 from rora_theory.laws import constant_gradient
-from rora_theory.laws.layers.layer_data import SPLITS, Layer, Split
 from rora_theory.laws.random.seeds import check_seed
 from rora_theory.measure.regimes import terms
+from rora_theory.measure.regimes.layer import SPLITS, Layer, Split
 from rora_theory.measure.regimes.tables import (
     CROSSING_COLUMNS,
     CROSSING_DISTANCE_COLUMNS,

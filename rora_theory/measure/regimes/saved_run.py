@@ -10,8 +10,8 @@ from rora_theory.advice.adapter_config import ALL_LINEAR
 from rora_theory.advice.setting import REGIMES
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
-from rora_theory.laws.layers.layer_data import Split
 from rora_theory.measure.regimes import thin
+from rora_theory.measure.regimes.layer import Split
 from rora_theory.measure.regimes.tables import CROSSING_COLUMNS, CROSSINGS
 from rora_theory.optimizers import FAMILY, OptimizerName
 from rora_theory.runs import frames

@@ -16,7 +16,7 @@ from scipy import special
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer
 from rora_theory.inits import Init
-from rora_theory.laws.layers.layer_data import SPLITS
+from rora_theory.measure.regimes.layer import SPLITS
 from rora_theory.measure.tokens import SINK_RATIO
 from rora_theory.optimizers import EPSILON, Optimizer
 from rora_theory.scaling import check_between

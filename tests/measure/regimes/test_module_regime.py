@@ -9,10 +9,10 @@ import pytest
 
 from rora_theory import inits
 from rora_theory.laws import constant_gradient
-from rora_theory.laws.layers.layer_data import Layer, read_layers
 from rora_theory.laws.random.draws import draw_A, stream_key
 from rora_theory.measure import tokens
 from rora_theory.measure.regimes import drawn_steps, module_regime, terms
+from rora_theory.measure.regimes.layer import SPLITS, Layer
 from rora_theory.measure.regimes.module_regime import RegimeConfig
 
 
@@ -97,8 +97,10 @@ def check_stated_errors(layer: Layer) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["0.mlp.down_proj", "15.self_attn.q_proj"])
 def test_figures_of_real_layers_are_within_the_stated_error(layer_data, name) -> None:
-    (layer,) = (layer for layer in read_layers(layer_data) if layer.name.endswith(name))
-    check_stated_errors(layer)
+    module = f"model.layers.{name}"
+    with np.load(layer_data) as arrays:
+        inputs = {split: arrays[f"{module}/x_{split}"].astype(np.float32) for split in SPLITS}
+        check_stated_errors(Layer(module, arrays[f"{module}/grad"].astype(np.float32), inputs))
 
 
 def random_layer(p_out: int, p_in: int) -> Layer:

@@ -10,9 +10,9 @@ import pytest
 
 from rora_theory import InputError, laws
 from rora_theory.laws.first_step import take_first_step
-from rora_theory.laws.layers.layer_data import Layer
 from rora_theory.laws.random.draws import draw_A
 from rora_theory.measure.regimes import drawn_steps, terms
+from rora_theory.measure.regimes.layer import Layer
 from rora_theory.optimizers import OPTIMIZERS, Optimizer, make_optimizer
 
 
