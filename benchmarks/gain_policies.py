@@ -1,0 +1,239 @@
+"""Compare laws of the best rate in G on models that gave none of their constants.
+
+    python benchmarks/gain_policies.py --out results/published/gain_policies --external EXTERNAL
+
+Each law has one constant: the power p of G^-p, or K of the displacement law (c = 1). A model's own constant is the one
+with the lowest mean regret on its runs. For each model in turn the laws have the mean of the other models' constants
+(of K the geometric mean), and the regret is that on the model left out. Beside them are laws without a constant. All
+laws have the advice's exponent in the rank. The K of the advice is the mean over our models, see `advice_constants`.
+
+A pair is two settings of one seed, schedule and number of steps that differ in G, in both directions, with both best
+rates inside their grids. The tuned rate is that of the first setting.
+
+- ``policies.csv`` has a row for each model and law: mean, median and largest regret in nats per token, the number of
+  pairs, and the constant. ``all models`` is the mean over the models.
+- ``constants.csv`` has each model's own constants, and whether the runs are ours.
+- ``scan.csv`` has the mean regret of each model by law and constant.
+"""
+
+import argparse
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import gain_laws
+import numpy as np
+import pandas as pd
+from gain_grid import DESIGNS
+from sweep_folders import read_curves
+
+from rora_theory.advice.constants import CONSTANTS
+from rora_theory.evidence.sweeps import load_sweeps
+from rora_theory.laws.displacement import best_rate_factor
+from rora_theory.laws.rank import rank_factor
+from rora_theory.runs import frames
+from rora_theory.stats.rate_curves import Curve
+from rora_theory.stats.regret import loss_at
+
+PUBLISHED = Path(__file__).parents[1] / "results" / "published"
+SMALLEST_CHANGE = 1.2
+"""Smallest ratio of the two G of a pair."""
+
+POWERS = np.arange(0.4, 1.01, 0.025)
+CONSTANTS_K = np.geomspace(5, 500, 41)
+"""Powers and displacement constants among which the best is chosen."""
+
+WITHOUT_CONSTANT = {"keep the rate": 0.0, "square root": 0.5, "G^-0.75": 0.75, "first step": 1.0}
+"""Powers that were not fitted, by name."""
+
+OUR_MODELS = ("small", "SmolLM2 135M", "Gemma 3 270M")
+"""Models of our runs, from which the K of the advice comes."""
+
+GainFactor = Callable[[float, float], float]
+"""Factor of the best rate, from the old and the new G."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two settings of one seed.
+
+    Attributes:
+      tuned_rate: Best rate of the first setting.
+      old_gain: G of the first setting.
+      rank_factor: Factor of the best rate by the change of the rank.
+      curve: Curve of the second setting.
+    """
+
+    tuned_rate: float
+    old_gain: float
+    rank_factor: float
+    curve: Curve
+
+    def regret(self, factor: GainFactor) -> float:
+        """Return the regret of a law at the second setting, in nats per token."""
+        rate = self.tuned_rate * self.rank_factor * factor(self.old_gain, self.curve.gain)
+        losses, _ = loss_at(self.curve.rates, self.curve.losses, rate)
+        return float(losses.mean() - self.curve.losses.mean(axis=0).min())
+
+
+def pairs_of(curves: Iterable[Curve]) -> list[Pair]:
+    """Return all ordered pairs of settings that differ in G."""
+    inside = [curve for curve in curves if not curve.edge and curve.gain > 0]  # full fine-tuning has no G
+    exponent = CONSTANTS["rank_exponent"].value
+    return [
+        Pair(
+            old.best_rate,
+            old.gain,
+            rank_factor(old.rank, new.rank, exponent=exponent),
+            new,
+        )
+        for old, new in itertools.permutations(inside, 2)
+        if abs(math.log(new.gain / old.gain)) > math.log(SMALLEST_CHANGE)
+    ]
+
+
+def published_pairs(folder: str, steps: Iterable[int]) -> list[Pair]:
+    """Return the pairs of a published run folder after each number of steps."""
+    return [pair for step in steps for pair in pairs_of(read_curves(PUBLISHED / folder, step))]
+
+
+def seeded_pairs(design: str, schedule: str, folder: Path) -> list[Pair]:
+    """Return the pairs of each seed of a grid of `gain_grid`, at the last number of steps."""
+    pairs = []
+    for seed in sorted(folder.glob("seed_*")):
+        curves = gain_laws.read_curves(seed, DESIGNS[design])
+        last = DESIGNS[design].steps(schedule)
+        pairs += pairs_of(curve for key, curve in curves.items() if key[:2] == (schedule, last))
+    return pairs
+
+
+def all_pairs(external: Path | None) -> dict[str, dict[str, list[Pair]]]:
+    """Return the pairs by model and, within it, by set of runs."""
+    pairs: dict[str, dict[str, list[Pair]]] = {
+        "SmolLM2 135M": {
+            "constant": published_pairs("horizon", (64, 256)),
+            "cosine, use_rslora": [
+                pair
+                for seed in sorted((PUBLISHED / "use_rslora").glob("seed_*"))
+                for pair in pairs_of(read_curves(seed, 256))
+            ],
+        },
+        "Gemma 3 270M": {"constant": published_pairs("horizon_gemma", (64,))},
+        "small": {
+            schedule: seeded_pairs("small", schedule, PUBLISHED / "small_models") for schedule in gain_laws.SCHEDULES
+        },
+    }
+    for model, name in (("SmolLM2 135M", "smollm2"), ("Gemma 3 270M", "gemma")):
+        for schedule in gain_laws.SCHEDULES:
+            pairs[model][f"{schedule}, new data"] = seeded_pairs(name, schedule, PUBLISHED / "gain_seeds" / name)
+    if external is not None:
+        (sweep,) = load_sweeps("qwen2.5-7b", external)
+        pairs["Qwen2.5 7B"] = {"alpha = r": pairs_of(fit.curve for fit in sweep.fits if fit.is_inside)}
+    return {
+        model: chosen
+        for model, sets in pairs.items()
+        if (chosen := {name: rows for name, rows in sets.items() if rows})
+    }
+
+
+def power(exponent: float, old_gain: float, gain: float) -> float:
+    """Return the factor of a power law."""
+    return (old_gain / gain) ** exponent
+
+
+def displacement(constant: float, old_gain: float, gain: float) -> float:
+    """Return the factor of the displacement law."""
+    return best_rate_factor(old_gain, gain, displacement_constant=constant)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Law with one constant.
+
+    Attributes:
+      factor: Factor of the best rate from the constant, the old and the new G.
+      constants: Constants among which the best is chosen.
+      mean: Mean of the constants of several models.
+    """
+
+    factor: Callable[[float, float, float], float]
+    constants: np.ndarray
+    mean: Callable[[pd.Series], float]
+
+
+FAMILIES = {
+    "power of G": Family(power, POWERS, lambda values: float(values.mean())),
+    "displacement law": Family(displacement, CONSTANTS_K, lambda values: float(np.exp(np.log(values).mean()))),
+}
+
+
+def mean_regret(sets: Mapping[str, list[Pair]], factor: GainFactor) -> float:
+    """Return a model's mean regret of a law; its sets of runs have the same weight."""
+    return float(np.mean([np.mean([pair.regret(factor) for pair in pairs]) for pairs in sets.values()]))
+
+
+def scan(pairs: Mapping[str, Mapping[str, list[Pair]]]) -> pd.DataFrame:
+    """Return the mean regret of every model by law and constant."""
+    return pd.DataFrame(
+        {
+            "model": model,
+            "law": law,
+            "constant": constant,
+            "regret": mean_regret(sets, partial(family.factor, constant)),
+        }
+        for (model, sets), (law, family) in itertools.product(pairs.items(), FAMILIES.items())
+        for constant in family.constants.tolist()
+    )
+
+
+def own_constants(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the constant of each model and law with the lowest regret, from `scan`."""
+    best = table.loc[table.groupby(["law", "model"], sort=False)["regret"].idxmin()].reset_index(drop=True)
+    return best.assign(is_ours=best["model"].isin(OUR_MODELS))
+
+
+def judged(pairs: Mapping[str, Mapping[str, list[Pair]]], own: pd.DataFrame) -> pd.DataFrame:
+    """Return the regret of every law on every set of runs, with the mean constant of the other models."""
+    rows = []
+    for model, sets in pairs.items():
+        laws = {name: (partial(power, exponent), exponent) for name, exponent in WITHOUT_CONSTANT.items()}
+        for law, family in FAMILIES.items():
+            constant = family.mean(own[(own["law"] == law) & (own["model"] != model)]["constant"])
+            laws[law] = partial(family.factor, constant), constant
+        for (runs, chosen), (law, (factor, constant)) in itertools.product(sets.items(), laws.items()):
+            costs = np.array([pair.regret(factor) for pair in chosen])
+            row = {"model": model, "runs": runs, "law": law, "constant": constant, "pairs": len(costs)}
+            rows.append(row | {"mean": costs.mean(), "median": np.median(costs), "largest": costs.max()})
+    frame = pd.DataFrame(rows)
+    by_model = frame.groupby(["model", "law"], sort=False).agg(
+        pairs=("pairs", "sum"), mean=("mean", "mean"), largest=("largest", "max")
+    )
+    totals = by_model.reset_index().assign(runs="all")
+    over = by_model.groupby("law", sort=False).agg(
+        pairs=("pairs", "sum"), mean=("mean", "mean"), largest=("largest", "max")
+    )
+    over = over.reset_index().assign(model="all models", runs="all")
+    return pd.concat([frame, totals, over], ignore_index=True)
+
+
+def main() -> None:
+    """Write the tables of the folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=PUBLISHED / "gain_policies")
+    parser.add_argument("--external", type=Path, help="folder of the public runs; without it Qwen2.5 7B is left out")
+    args = parser.parse_args()
+    pairs = all_pairs(args.external)
+    scanned = scan(pairs)
+    own = own_constants(scanned)
+    tables = {"scan": scanned, "constants": own, "policies": judged(pairs, own)}
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, frame in tables.items():
+        (args.out / f"{name}.csv").write_text(frames.to_csv(frame))
+    print(own.to_string(index=False), tables["policies"].to_string(index=False), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
