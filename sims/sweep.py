@@ -43,7 +43,7 @@ NAME = "sweep"
 
 CELL_SETTINGS = (
     "method", "rule", "rank", "lr", "seed", "rank_pattern", "alpha_pattern", "virtual_tokens", "bottleneck",
-    "non_linearity", "evaluate_every",
+    "evaluate_every",
 )  # fmt: skip
 """Training settings that the cells determine, or that are as published; they are not options."""
 

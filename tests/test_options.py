@@ -108,7 +108,7 @@ OPTIONS: dict[type, dict[str, tuple[Any, str]]] = {
             for name, default in {
                 "method": "lora", "rank": 32, "rule": "rora", "alpha": 64.0, "targets": None, "rank_pattern": {},
                 "alpha_pattern": {}, "init": "kaiming_uniform", "dropout": 0.05, "virtual_tokens": 10,
-                "bottleneck": 256, "non_linearity": "tanh",
+                "bottleneck": 256,
             }.items()
         },
         **{

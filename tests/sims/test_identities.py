@@ -276,7 +276,7 @@ OTHER: dict[str, Any] = {
     },
     "coordinate_check": {"steps": (1, 3), "seeds": (0, 3), "batches": "fresh", "template": "train"},
     "finetune": {
-        "batch_size": 32, "lr": 0.1, "non_linearity": "relu", "rank_pattern": {"q_proj": 1},
+        "batch_size": 32, "lr": 0.1, "rank_pattern": {"q_proj": 1},
         "alpha_pattern": {"q_proj": 1.0},
     },
     "prune": {"share": 0.9, "seq": 30},
@@ -369,7 +369,7 @@ def test_every_setting_of_a_fine_tuning_run_is_in_its_identity(model, data) -> N
     config = settings("finetune", model, data)
     ranked = {"rule", "rank", "alpha", "rank_pattern", "alpha_pattern", "init", "lr_multiplier_A"}
     for method, similar_method, size, missing in (
-        ("lora", "dora", {"rank": 2}, {"virtual_tokens", "bottleneck", "non_linearity"}),
+        ("lora", "dora", {"rank": 2}, {"virtual_tokens", "bottleneck"}),
         ("series", "parallel", {"bottleneck": 4}, {"virtual_tokens", *ranked}),
     ):
         training = FinetuneConfig(method=method, batch_size=16, held_out=4, warmup=1, dropout=0.0, **size)

@@ -7,14 +7,6 @@ import math
 
 import numpy as np
 
-ERF = np.vectorize(math.erf)
-FUNCTIONS = {
-    "tanh": np.tanh,
-    "relu": lambda x: np.where(x > 0, x, 0.0),
-    "silu": lambda x: x / (1 + np.exp(-x)),
-    "gelu": lambda x: x * (1 + ERF(x / math.sqrt(2))) / 2,
-}
-
 
 def logits(weights, shape, tokens, *, module=None):
     """Compute logits, [rows, tokens, vocabulary].
@@ -55,7 +47,7 @@ def _row(weights, shape, tokens, module):
         x = x + linear("self_attn.o_proj", np.concatenate(outs, axis=1))
         u = _norm(x, weights[name + "post_attention_layernorm.weight"], shape["rms_norm_eps"])
         gate = linear("mlp.gate_proj", u)
-        x = x + linear("mlp.down_proj", FUNCTIONS["silu"](gate) * linear("mlp.up_proj", u))
+        x = x + linear("mlp.down_proj", gate / (1 + np.exp(-gate)) * linear("mlp.up_proj", u))
     return _norm(x, weights["model.norm.weight"], shape["rms_norm_eps"]) @ weights["lm_head.weight"].T
 
 

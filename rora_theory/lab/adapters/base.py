@@ -2,19 +2,22 @@
 
 An adapter is a pytree that the model applies (`rora_theory.lab.llama.Adapter`: ``layers``, ``linear``, ``prefix``).
 Training, merging and reporting use the methods of `TrainableAdapter`. To add a kind of adapter, implement a
-configuration (`AdapterConfig`) and an adapter with these methods; nothing else changes.
+configuration (`AdapterConfig`) and a subclass of `TrainableAdapter`; nothing else changes.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 from jaxtyping import Array, PRNGKeyArray
 
-from rora_theory.lab.llama import Adapter, LlamaConfig
-from rora_theory.lab.llama.model import Params
+from rora_theory.lab.llama import LlamaConfig
+from rora_theory.lab.llama.model import NoAdapter, Params
 from rora_theory.lab.llama.quantised import dense_params, is_quantised
+
+Trained = TypeVar("Trained", bound="TrainableAdapter")
 
 
 class AdaptedModule(NamedTuple):
@@ -37,23 +40,26 @@ class AdaptedModule(NamedTuple):
     scaling: float | None
 
 
-@runtime_checkable
-class TrainableAdapter(Adapter, Protocol):
-    """An `Adapter` with trainable parameters."""
+class TrainableAdapter(NoAdapter):
+    """Base class of adapters, frozen dataclasses that are pytrees.
 
-    @property
-    def params(self) -> Any:
-        """Trainable parameters, a pytree of float32 arrays."""
-        ...
+    Attributes:
+      params: Trainable parameters, a pytree of float32 arrays; its leaves have a leading axis of the layers.
+      config: Configuration of the adapter.
+      llama_config: Configuration of the model, if the adapter needs it.
+    """
 
-    @property
-    def config(self) -> "AdapterConfig":
-        """Configuration of the adapter."""
-        ...
+    params: Any
+    config: Any
+    llama_config: LlamaConfig
 
-    def replace(self, params: Any) -> Self:
+    def layers(self) -> Any:
+        """Return the parameters, scanned over the layers beside the weights."""
+        return self.params
+
+    def replace(self: Trained, params: Any) -> Trained:
         """Return the adapter with other trainable parameters of the same structure."""
-        ...
+        return dataclasses.replace(self, params=params)  # type: ignore[type-var]
 
     def merge(self, params: Params) -> Params:
         """Merge the adapter into the weights of the base model.
@@ -70,15 +76,15 @@ class TrainableAdapter(Adapter, Protocol):
         Raises:
           InputError: If the adapter's configuration is not ``mergeable``.
         """
-        ...
+        raise NotImplementedError
 
     def count(self) -> int:
         """Return the number of trainable parameters, without the padding of ranks."""
-        ...
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))
 
     def table(self) -> tuple[AdaptedModule, ...]:
         """Return the table of adapted modules, with a row for the layers of a module that share rank and alpha."""
-        ...
+        return self.config.table(self.llama_config)
 
 
 @runtime_checkable
@@ -98,8 +104,8 @@ class AdapterConfig(Protocol):
     def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> TrainableAdapter:
         """Initialise an adapter of this configuration.
 
-        The adapted model starts with the outputs of the base model, except with a prefix or bottlenecks of init
-        ``"bert"``.
+        The adapted model starts with the outputs of the base model, except with a prefix or a
+        bottleneck.
 
         Args:
           key: Random key of the initial values.

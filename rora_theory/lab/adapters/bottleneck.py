@@ -1,16 +1,16 @@
 r"""Bottleneck adapters of a LLaMA model's linear modules: series and parallel (Houlsby et al. 2019, He et al. 2022).
 
-With :math:`z = W x + b` the module, :math:`D` [width, n] down, :math:`U` [m, width] up, and f elementwise,
+With :math:`z = W x + b` the module, :math:`D` [width, n] down and :math:`U` [m, width] up,
 
 .. math::
 
-    y &= W (x + s\, U f(D x_d)) + b &&\text{series, before the module: q, k, v, gate, up} \\
-    y &= z + s\, U f(D z_d) &&\text{series, after the module: o, down} \\
-    y &= z + s\, U f(D x_d) &&\text{parallel}
+    y &= W (x + U \tanh(D x_d)) + b &&\text{series, before the module: q, k, v, gate, up} \\
+    y &= z + U \tanh(D z_d) &&\text{series, after the module: o, down} \\
+    y &= z + U \tanh(D x_d) &&\text{parallel}
 
-where the subscript d marks dropout. Neither has biases. The paper's tables call them Series and Parallel. The defaults
-are the settings of LLM-Adapters (Hu et al. 2023, its `bottleneck.py` and recorded commands): width 256, tanh, s = 1, D
-and U normal with standard deviation 0.02, series on up_proj and gate_proj, parallel on up_proj and down_proj.
+where the subscript d marks dropout. Neither has biases. The paper's tables call them Series and Parallel. They are
+those of LLM-Adapters (Hu et al. 2023, its `bottleneck.py` and recorded commands): by default of width 256, D and U
+normal with standard deviation 0.02, series on up_proj and gate_proj, parallel on up_proj and down_proj.
 LLM-Adapters has series adapters of the feed-forward modules only; those of the attention modules are an extension.
 
 With these settings, Parallel trains 3.54% of LLaMA-7B's and 2.89% of LLaMA-13B's parameters, as the paper's tables
@@ -18,9 +18,8 @@ state. Series trains 1.95% and 1.59%. The tables' 0.99% and 0.80% correspond to 
 of the model's width (``target_modules=("down_proj",)`` here).
 """
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
@@ -30,18 +29,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory.errors import InputError
-from rora_theory.lab.adapters.base import AdaptedModule
+from rora_theory.lab.adapters.base import AdaptedModule, TrainableAdapter
 from rora_theory.lab.adapters.dropout import dropout
-from rora_theory.lab.adapters.inits import init_a
 from rora_theory.lab.adapters.targets import in_all_layers, layer_text
 from rora_theory.lab.adapters.widen import widen
 from rora_theory.lab.llama import MODULES, LlamaConfig, linear
 from rora_theory.lab.llama.model import SAVED_PRODUCT, Params
-from rora_theory.scaling import check_between, check_choice, check_integer, check_positive
+from rora_theory.scaling import check_between, check_choice, check_integer
 
 Placement = Literal["series", "parallel"]
-NonLinearity = Literal["tanh", "relu", "silu", "gelu"]
-BottleneckInit = Literal["bert", "mam_adapter"]
 
 TARGETS: dict[str, tuple[str, ...]] = {"series": ("up_proj", "gate_proj"), "parallel": ("up_proj", "down_proj")}
 """Modules that LLM-Adapters adapts, by placement."""
@@ -49,15 +45,8 @@ TARGETS: dict[str, tuple[str, ...]] = {"series": ("up_proj", "gate_proj"), "para
 AFTER = ("self_attn.o_proj", "mlp.down_proj")
 """Modules that a series adapter follows, because their output has the model's width. It precedes all other modules."""
 
-BERT_DEVIATION = 0.02
-"""Standard deviation of the initialisation ``"bert"``."""
-
-FUNCTIONS: dict[str, Callable[[Array], Array]] = {
-    "tanh": jnp.tanh,
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-}
+INIT_DEVIATION = 0.02
+"""Standard deviation of the initial D and U. The adapted model differs from its base from the start."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +57,7 @@ class BottleneckConfig:
       placement: ``"series"``, in sequence with the module, or ``"parallel"`` to it.
       width: Width of the bottleneck, the number of rows of D.
       target_modules: Names of modules as `targets.resolve` matches them, each in all layers; None uses `TARGETS`.
-      non_linearity: Activation function f.
-      scaling: Factor s of the adapter's output, above 0.
       dropout: Probability in [0, 1) of dropping an input element of the adapter in training.
-      init: ``"bert"`` initialises D and U from a normal distribution with standard deviation 0.02, so that the adapted
-        model differs from its base from the start. ``"mam_adapter"`` initialises D as LoRA's A and U with zero, so
-        that it does not. The names and the default are LLM-Adapters'.
 
     Raises:
       InputError: If a value is out of range. Settings that depend on the model are checked by `modules`.
@@ -82,19 +66,14 @@ class BottleneckConfig:
     placement: Placement
     width: int = 256
     target_modules: Sequence[str] | None = None
-    non_linearity: NonLinearity = "tanh"
-    scaling: float | int = 1.0
     dropout: float | int = 0.0
-    init: BottleneckInit = "bert"
 
     mergeable: ClassVar[bool] = False
     replaces_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name, kind in (("placement", Placement), ("non_linearity", NonLinearity), ("init", BottleneckInit)):
-            check_choice(name, getattr(self, name), get_args(kind))
+        check_choice("placement", self.placement, get_args(Placement))
         check_integer("bottleneck width", self.width)
-        check_positive("scaling", self.scaling)
         check_between("dropout", self.dropout, 0, 1, closed="left")
         modules = TARGETS[self.placement] if self.target_modules is None else self.target_modules
         if isinstance(modules, str):
@@ -102,8 +81,7 @@ class BottleneckConfig:
                 f"target_modules must be a list of names for a {self.placement} adapter, got the string {modules!r}"
             )
         # The frozen dataclass is hashable only with a tuple, and equal only with numbers of one type.
-        for name, value in (("target_modules", tuple(modules)), ("scaling", float(self.scaling))):
-            object.__setattr__(self, name, value)
+        object.__setattr__(self, "target_modules", tuple(modules))
         object.__setattr__(self, "dropout", float(self.dropout))
 
     def modules(self, llama_config: LlamaConfig) -> tuple[str, ...]:
@@ -119,9 +97,7 @@ class BottleneckConfig:
         """Return the table of adapted modules, whose rank is the bottleneck's width."""
         layers = layer_text(range(llama_config.num_hidden_layers))
         modules = self.modules(llama_config)
-        return tuple(
-            AdaptedModule(module, layers, self.width, None, self.placement, self.scaling) for module in modules
-        )
+        return tuple(AdaptedModule(module, layers, self.width, None, self.placement, None) for module in modules)
 
     def shapes(self, module: str, llama_config: LlamaConfig) -> dict[str, tuple[int, int]]:
         """Return the shapes of one layer's D and U."""
@@ -136,24 +112,18 @@ class BottleneckConfig:
         count = llama_config.num_hidden_layers
         tensors = {}
         for module in self.modules(llama_config):
-            down, up = self.shapes(module, llama_config).values()
             # A key for each module, so that its draw does not depend on which other modules are adapted.
-            module_key = jax.random.fold_in(key, MODULES.index(module))
-            if self.init == "bert":
-                keys = jax.random.split(module_key)
-                drawn = [
-                    BERT_DEVIATION * jax.random.normal(k, (count, *shape), jnp.float32)
-                    for k, shape in zip(keys, (down, up), strict=True)
-                ]
-            else:
-                drawn = [init_a(module_key, "kaiming_uniform", (self.width,) * count, *down), jnp.zeros((count, *up))]
-            tensors[module] = dict(zip(("adapter_down", "adapter_up"), drawn, strict=True))
+            keys = jax.random.split(jax.random.fold_in(key, MODULES.index(module)))
+            tensors[module] = {
+                name: INIT_DEVIATION * jax.random.normal(tensor_key, (count, *shape), jnp.float32)
+                for tensor_key, (name, shape) in zip(keys, self.shapes(module, llama_config).items(), strict=True)
+            }
         return BottleneckAdapter(tensors, self, llama_config)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "llama_config"])
 @dataclass(frozen=True)
-class BottleneckAdapter:
+class BottleneckAdapter(TrainableAdapter):
     """A series or parallel adapter, a pytree that `rora_theory.lab.llama.forward` applies.
 
     Attributes:
@@ -166,9 +136,6 @@ class BottleneckAdapter:
     params: dict[str, dict[str, Any]]
     config: BottleneckConfig
     llama_config: LlamaConfig
-
-    def layers(self) -> dict[str, dict[str, Any]]:
-        return self.params
 
     def linear(
         self,
@@ -197,26 +164,12 @@ class BottleneckAdapter:
     def _bottleneck(
         self, inputs: Float[Array, "*b n"], tensors: dict[str, Array], key: PRNGKeyArray | None
     ) -> Float[Array, "*b m"]:
-        """Compute s U f(D x) with dropout of the inputs x."""
-        config = self.config
-        if key is not None and config.dropout > 0:
-            inputs = dropout(key, inputs, config.dropout)
+        """Compute U tanh(D x) with dropout of the inputs x."""
+        if key is not None and self.config.dropout > 0:
+            inputs = dropout(key, inputs, self.config.dropout)
         inner = checkpoint_name(linear(inputs, tensors["adapter_down"].astype(inputs.dtype)), SAVED_PRODUCT)
-        up = config.scaling * tensors["adapter_up"]
-        return widen(FUNCTIONS[config.non_linearity](inner), up.astype(inputs.dtype))
-
-    def prefix(self, layer: Any) -> None:
-        """Return None: the adapter has no prefix."""
-
-    def replace(self, params: Any) -> "BottleneckAdapter":
-        return replace(self, params=params)
+        return widen(jnp.tanh(inner), tensors["adapter_up"].astype(inputs.dtype))
 
     def merge(self, params: Params) -> Params:  # noqa: ARG002
         """Raise `InputError`: a non-linear function cannot be merged into a weight."""
         raise InputError(f"a {self.config.placement} adapter cannot be merged into weights. Apply it without merging.")
-
-    def count(self) -> int:
-        return sum(math.prod(tensor.shape) for tensor in jax.tree.leaves(self.params))
-
-    def table(self) -> tuple[AdaptedModule, ...]:
-        return self.config.table(self.llama_config)

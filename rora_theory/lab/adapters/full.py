@@ -8,7 +8,7 @@ bfloat16 run rounds the float32 weights at every step, as mixed precision does.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory.advice.adapter_config import PAPER_TARGETS
 from rora_theory.errors import InputError
-from rora_theory.lab.adapters.base import AdaptedModule, with_weights
+from rora_theory.lab.adapters.base import AdaptedModule, TrainableAdapter, with_weights
 from rora_theory.lab.adapters.targets import in_all_layers, layer_text
 from rora_theory.lab.llama import LlamaConfig, linear
 from rora_theory.lab.llama.model import Params
@@ -67,7 +67,7 @@ class FullConfig:
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "llama_config"])
 @dataclass(frozen=True)
-class FullAdapter:
+class FullAdapter(TrainableAdapter):
     """Trained weights that replace the model's, a pytree that `rora_theory.lab.llama.forward` applies.
 
     Attributes:
@@ -79,9 +79,6 @@ class FullAdapter:
     params: dict[str, dict[str, Any]]
     config: FullConfig
     llama_config: LlamaConfig
-
-    def layers(self) -> dict[str, dict[str, Any]]:
-        return self.params
 
     def linear(
         self,
@@ -96,19 +93,7 @@ class FullAdapter:
         """Apply the module with its trained weight, rounded to the dtype of the base weight."""
         return linear(x, layer[name]["weight"].astype(weight.dtype) if name in layer else weight, bias)
 
-    def prefix(self, layer: Any) -> None:
-        """Return None: there is no prefix."""
-
-    def replace(self, params: Any) -> "FullAdapter":
-        return replace(self, params=params)
-
     def merge(self, params: Params) -> Params:
         base = params["layers"]
         weights = {name: tensors["weight"].astype(base[name]["weight"].dtype) for name, tensors in self.params.items()}
         return with_weights(params, weights)
-
-    def count(self) -> int:
-        return sum(tensors["weight"].size for tensors in self.params.values())
-
-    def table(self) -> tuple[AdaptedModule, ...]:
-        return self.config.table(self.llama_config)

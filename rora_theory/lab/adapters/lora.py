@@ -7,7 +7,7 @@ computed by `rora_theory.scaling.scaling_factor`; training, merging and export a
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory.advice.adapter_config import PAPER_TARGETS, without_list_of_all_linear
 from rora_theory.lab.adapters import dora
-from rora_theory.lab.adapters.base import AdaptedModule, with_weights
+from rora_theory.lab.adapters.base import AdaptedModule, TrainableAdapter, with_weights
 from rora_theory.lab.adapters.dropout import dropout
 from rora_theory.lab.adapters.inits import LORA_INITS, LoraInit, init_a
 from rora_theory.lab.adapters.targets import Target, layer_text, resolve
@@ -132,7 +132,7 @@ def _row_norms(weight: Any) -> Float[Array, "layers p_out"]:
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "scaling"], meta_fields=["config", "targets"])
 @dataclass(frozen=True)
-class LoraAdapter:
+class LoraAdapter(TrainableAdapter):
     """A low-rank adapter and its scaling factors, a pytree that `rora_theory.lab.llama.forward` applies.
 
     Attributes:
@@ -183,12 +183,6 @@ class LoraAdapter:
         # A x, of width r, is saved for the backward pass; B A x has the width of the output.
         inner = checkpoint_name(linear(dropped, scaled_A.astype(x.dtype)), SAVED_PRODUCT)
         return linear(x, weight, bias) + widen(inner, B.astype(x.dtype))
-
-    def prefix(self, layer: Any) -> None:
-        """Return None: the adapter has no prefix."""
-
-    def replace(self, params: Any) -> "LoraAdapter":
-        return replace(self, params=params)
 
     def merge(self, params: Params) -> Params:
         return with_weights(params, _merged_weights(self, params))

@@ -11,14 +11,14 @@ PEFT rejects these types by name.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from rora_theory.advice.adapter_config import Entries, validate_entries
 from rora_theory.errors import InputError
-from rora_theory.lab.adapters.bottleneck import BottleneckAdapter, BottleneckConfig, BottleneckInit, NonLinearity
+from rora_theory.lab.adapters.bottleneck import BottleneckAdapter, BottleneckConfig
 from rora_theory.lab.adapters.prefix import PrefixAdapter, PrefixConfig
 from rora_theory.lab.adapters.targets import full_name
 from rora_theory.lab.llama import LlamaConfig
@@ -58,9 +58,6 @@ _BOTTLENECK: Entries = {
     "peft_type": (None, lambda v: v in PLACEMENTS, ", ".join(PLACEMENTS)),
     "adapter_dropout": (0.0, lambda v: is_finite(v) and 0 <= v < 1, "a number from 0 to below 1"),
     "bottleneck_size": (None, _count, _INTEGER),
-    "init_weights": ("bert", lambda v: v in get_args(BottleneckInit), ", ".join(get_args(BottleneckInit))),
-    "non_linearity": ("tanh", lambda v: v in get_args(NonLinearity), ", ".join(get_args(NonLinearity))),
-    "scaling": (1.0, lambda v: is_finite(v) and v > 0, "a number above 0"),
     "target_modules": (None, _names, "a list of names"),
 }
 ENTRIES_BY_TYPE: dict[str, Entries] = {PREFIX: _PREFIX, **dict.fromkeys(PLACEMENTS, _BOTTLENECK)}
@@ -76,7 +73,7 @@ def baseline_to_peft(adapter: Baseline, base_model: str | None) -> dict[str, Any
         width = heads * adapter.llama_config.head_dim
         return shared | {
             "encoder_hidden_size": width,
-            "init_weights": None if adapter.config.init == "normal" else adapter.config.init,
+            "init_weights": None,
             "num_attention_heads": heads,
             "num_layers": adapter.llama_config.num_hidden_layers,
             "num_transformer_submodules": 1,
@@ -92,10 +89,7 @@ def baseline_to_peft(adapter: Baseline, base_model: str | None) -> dict[str, Any
         "adapter_dropout": config.dropout,
         "bias": "none",
         "bottleneck_size": config.width,
-        "init_weights": config.init,
-        "non_linearity": config.non_linearity,
         "peft_type": kinds[config.placement],
-        "scaling": config.scaling,
         "target_modules": list(config.target_modules or ()),
     }
 
@@ -135,15 +129,12 @@ def read_baseline(path: Path, values: Mapping[str, Any], llama_config: LlamaConf
         for key, value in shape.items():
             if entries[key] not in (None, value):
                 raise InputError(f"{path}: an adapter for another model: {key} must be {value}, got {entries[key]}")
-        return PrefixConfig(entries["num_virtual_tokens"], entries["init_weights"] or "normal")
+        return PrefixConfig(entries["num_virtual_tokens"])
     config = BottleneckConfig(
         PLACEMENTS[entries["peft_type"]],  # type: ignore[arg-type]
         entries["bottleneck_size"],
         tuple(entries["target_modules"]),
-        entries["non_linearity"],
-        entries["scaling"],
         entries["adapter_dropout"],
-        entries["init_weights"],
     )
     # Resolve the modules once: a name that matches nothing is an error of this file.
     try:

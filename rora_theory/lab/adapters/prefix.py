@@ -14,23 +14,20 @@ The adapted model differs from its base from the start, because the prefix recei
 This is also so if keys and values are zero.
 """
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory.errors import InputError
-from rora_theory.lab.adapters.base import AdaptedModule
+from rora_theory.lab.adapters.base import AdaptedModule, TrainableAdapter
 from rora_theory.lab.adapters.targets import layer_text
-from rora_theory.lab.llama import LlamaConfig, linear, rope
+from rora_theory.lab.llama import LlamaConfig, rope
 from rora_theory.lab.llama.model import Params, windowed_layers
-from rora_theory.scaling import check_choice, check_integer
-
-PrefixInit = Literal["normal", "zero"]
+from rora_theory.scaling import check_integer
 
 
 @dataclass(frozen=True)
@@ -39,21 +36,18 @@ class PrefixConfig:
 
     Attributes:
       virtual_tokens: Number of keys and values per layer, at least 1. LLM-Adapters trains 10.
-      init: ``"normal"``, N(0, 1), PEFT's default; or ``"zero"``, PEFT's option of that name.
 
     Raises:
       InputError: If a value is out of range.
     """
 
     virtual_tokens: int = 10
-    init: PrefixInit = "normal"
 
     mergeable: ClassVar[bool] = False
     replaces_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_integer("virtual_tokens", self.virtual_tokens)
-        check_choice("init", self.init, get_args(PrefixInit))
 
     def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]:
         """Return the table of adapted modules, whose rank is the number of virtual tokens."""
@@ -61,10 +55,8 @@ class PrefixConfig:
         return (AdaptedModule("self_attn", layers, self.virtual_tokens, None, "prefix", None),)
 
     def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> "PrefixAdapter":  # noqa: ARG002
-        """Initialise a prefix, see `base.init`."""
+        """Initialise a prefix from N(0, 1), PEFT's default."""
         shape = self.shape(llama_config)
-        if self.init == "zero":
-            return PrefixAdapter({"key": jnp.zeros(shape), "value": jnp.zeros(shape)}, self, llama_config)
         keys = zip(("key", "value"), jax.random.split(key), strict=True)
         tensors = {name: jax.random.normal(tensor_key, shape, jnp.float32) for name, tensor_key in keys}
         return PrefixAdapter(tensors, self, llama_config)
@@ -77,7 +69,7 @@ class PrefixConfig:
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "llama_config"])
 @dataclass(frozen=True)
-class PrefixAdapter:
+class PrefixAdapter(TrainableAdapter):
     """A prefix, a pytree that `rora_theory.lab.llama.forward` applies.
 
     Attributes:
@@ -95,34 +87,12 @@ class PrefixAdapter:
         """Return the keys and values of all layers, and which layers have windowed attention."""
         return {**self.params, "windowed": windowed_layers(self.llama_config)}
 
-    def linear(
-        self,
-        name: str,  # noqa: ARG002
-        x: Float[Array, "*b i"],
-        weight: Float[Array, "o i"],
-        bias: Float[Array, " o"] | None,
-        layer: dict[str, Array],  # noqa: ARG002
-        *,
-        key: PRNGKeyArray | None,  # noqa: ARG002
-    ) -> Float[Array, "*b o"]:
-        """Apply the module, which a prefix does not change."""
-        return linear(x, weight, bias)
-
     def prefix(self, layer: dict[str, Array]) -> tuple[Float[Array, "p k d"], Float[Array, "p k d"]]:
         """Return the keys of one layer, rotated to the positions before token 0 (module docstring), and its values."""
         count = self.config.virtual_tokens
         angles = rope.layer_angles(self.llama_config, jnp.full((1, count), -count, jnp.int32))
         return rope.rotate(layer["key"][None], *angles(layer["windowed"]))[0], layer["value"]
 
-    def replace(self, params: Any) -> "PrefixAdapter":
-        return replace(self, params=params)
-
     def merge(self, params: Params) -> Params:  # noqa: ARG002
         """Raise `InputError`: a prefix cannot be merged into weights."""
         raise InputError("a prefix cannot be merged into weights. Apply it without merging.")
-
-    def count(self) -> int:
-        return sum(math.prod(tensor.shape) for tensor in self.params.values())
-
-    def table(self) -> tuple[AdaptedModule, ...]:
-        return self.config.table(self.llama_config)

@@ -1,16 +1,16 @@
 """Training of a whole model: embeddings, norms and all modules, for pretraining."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
-from rora_theory.lab.adapters.base import AdaptedModule
+from rora_theory.lab.adapters.base import AdaptedModule, TrainableAdapter
 from rora_theory.lab.llama import LlamaConfig
-from rora_theory.lab.llama.model import NoAdapter, Params
+from rora_theory.lab.llama.model import Params
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class WholeModelConfig:
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
 @dataclass(frozen=True)
-class WholeModel(NoAdapter):
+class WholeModel(TrainableAdapter):
     """All weights of a model as the trainable parameters of a run; no module is adapted.
 
     `rora_theory.lab.finetune.step.batch_loss` reads these weights in place of the frozen base.
@@ -44,14 +44,12 @@ class WholeModel(NoAdapter):
     params: Params
     config: WholeModelConfig
 
-    def replace(self, params: Params) -> "WholeModel":
-        return replace(self, params=params)
+    def layers(self) -> dict[str, Array]:
+        """Return no arrays: the step reads the parameters in place of the base weights."""
+        return {}
 
     def merge(self, params: Params) -> Params:  # noqa: ARG002
         return self.params
-
-    def count(self) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
     def table(self) -> tuple[AdaptedModule, ...]:
         return ()

@@ -7,7 +7,6 @@ from rora_theory.defaults import TRAIN_BATCH_SIZE
 from rora_theory.errors import InputError
 from rora_theory.lab.adapters import AdapterConfig, BottleneckConfig, FullConfig, LoraConfig, PrefixConfig
 from rora_theory.lab.adapters import bottleneck as bottlenecks
-from rora_theory.lab.adapters.bottleneck import NonLinearity
 from rora_theory.lab.adapters.lora import PAPER_TARGETS
 from rora_theory.lab.data.formats import TrainTemplate
 from rora_theory.lab.llama.model import REMAT_CHOICES
@@ -37,7 +36,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
 _LOW_RANK, _BOTTLENECK = ("lora", "dora"), ("series", "parallel")
 _ONLY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("rule", "rank", "alpha", "rank_pattern", "alpha_pattern", "init", "lr_multiplier_A"), _LOW_RANK),
-    **dict.fromkeys(("bottleneck", "non_linearity"), _BOTTLENECK),
+    "bottleneck": _BOTTLENECK,
     "targets": (*_LOW_RANK, *_BOTTLENECK, "full"),
     "virtual_tokens": ("prefix",),
 }
@@ -83,8 +82,6 @@ class FinetuneConfig:
     """Number of trained keys and values per layer of a prefix"""
     bottleneck: int = 256
     """Width of a series or parallel adapter"""
-    non_linearity: NonLinearity = "tanh"
-    """Activation function of a series or parallel adapter"""
 
     template: TrainTemplate | None = None
     """Prompt template: train (the published one, byte for byte), clean, chat (the model's chat template) or plain (the
@@ -221,7 +218,6 @@ class FinetuneConfig:
                 self.method,
                 width=self.bottleneck,
                 target_modules=self.modules,
-                non_linearity=self.non_linearity,
                 dropout=self.dropout,
             )
         return self.lora()

@@ -116,7 +116,7 @@ class Adapter(Protocol):
 class NoAdapter:
     """An `Adapter` that changes nothing: the base model."""
 
-    def layers(self) -> dict[str, Array]:
+    def layers(self) -> Any:
         """Return no arrays."""
         return {}
 
@@ -133,9 +133,9 @@ class NoAdapter:
         """Apply the base model's module."""
         return linear(x, weight, bias)
 
-    def prefix(self, layer: Any) -> None:  # noqa: ARG002
+    def prefix(self, layer: Any) -> tuple[Array, Array] | None:  # noqa: ARG002
         """Return None: there are no extra keys and values."""
-        return
+        return None
 
 
 def linear(

@@ -1,7 +1,5 @@
 """Series and parallel adapters: comparison with numpy, their distributions and their files."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,14 +17,13 @@ ALL = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def perturbed(config, params, placement, **settings):
-    """Return an adapter with random numbers in U as well, large enough to reach the non-linear part of f."""
-    adapter = BottleneckConfig(placement, 5, init="mam_adapter", **settings).build(jax.random.key(0), config, params)
-    keys = iter(jax.random.split(jax.random.key(1), 20))
-    noise = {
-        module: tensors | {"adapter_up": jax.random.normal(next(keys), tensors["adapter_up"].shape)}
+    """Return an adapter with numbers large enough to reach the non-linear part of tanh."""
+    adapter = BottleneckConfig(placement, 5, **settings).build(jax.random.key(0), config, params)
+    large = {
+        module: {"adapter_down": 10 * tensors["adapter_down"], "adapter_up": 50 * tensors["adapter_up"]}
         for module, tensors in adapter.params.items()
     }
-    return adapter.replace(noise)
+    return adapter.replace(large)
 
 
 def reference(golden, adapter, params):
@@ -38,7 +35,7 @@ def reference(golden, adapter, params):
             return z
         down, up = (np.asarray(params[name][kind][layer], np.float64) for kind in ("adapter_down", "adapter_up"))
         after = settings.placement == "series" and name in ("self_attn.o_proj", "mlp.down_proj")
-        change = settings.scaling * numpy_llama.FUNCTIONS[settings.non_linearity]((z if after else x) @ down.T) @ up.T
+        change = np.tanh((z if after else x) @ down.T) @ up.T
         if settings.placement == "parallel" or after:
             return z + change
         # before: W (x + change) + b = z + W change
@@ -56,18 +53,14 @@ def test_initial_values_have_the_published_distribution(placement) -> None:
         assert abs(np.std(tensor) / 0.02 - 1) < 5 / (2 * tensor.size) ** 0.5
         assert len(np.unique(tensor)) > 0.99 * tensor.size
     assert np.abs(np.corrcoef(*(np.ravel(t)[: 2 * 64 * 128] for t in jax.tree.leaves(adapter.params)))[0, 1]) < 0.05
-    # The other law draws D as LoRA's A: U(-1/sqrt(n), 1/sqrt(n)), n its inputs.
-    (other,) = replace(settings, init="mam_adapter").build(jax.random.key(0), WIDE, {}).params.values()
-    assert 0.99 < np.abs(other["adapter_down"]).max() * 32**0.5 <= 1
-    assert len(np.unique(other["adapter_down"])) > 0.99 * other["adapter_down"].size, "the layers have different values"
 
 
 @pytest.mark.parametrize(
     ("placement", "settings"),
     [
-        ("series", {"target_modules": ALL, "non_linearity": "gelu", "scaling": 0.5}),
-        ("parallel", {"target_modules": ALL, "non_linearity": "silu", "scaling": 3}),
-        ("parallel", {"non_linearity": "relu"}),
+        ("series", {"target_modules": ALL}),
+        ("parallel", {"target_modules": ALL}),
+        ("parallel", {}),
     ],
 )
 def test_agrees_with_numpy(placement, settings, golden, config, params, tokens, run) -> None:
@@ -118,13 +111,13 @@ def test_published_modules_and_table(config) -> None:
     assert set(BottleneckConfig("series").modules(config)) == {"mlp.gate_proj", "mlp.up_proj"}
     assert set(BottleneckConfig("parallel").modules(config)) == {"mlp.up_proj", "mlp.down_proj"}
     row = BottleneckConfig("parallel", 7).table(config)[1]
-    assert tuple(row) == ("mlp.down_proj", "0-2", 7, None, "parallel", 1.0)
+    assert tuple(row) == ("mlp.down_proj", "0-2", 7, None, "parallel", None)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_files(placement, config, params, tmp_path) -> None:
     """Reading returns the adapter that was written; the tensors have PEFT's naming scheme and shapes [out, in]."""
-    settings = {"target_modules": ("o_proj", "down_proj"), "non_linearity": "silu", "scaling": 0.25, "dropout": 0.1}
+    settings = {"target_modules": ("o_proj", "down_proj"), "dropout": 0.1}
     adapter = perturbed(config, params, placement, **settings)
     save_peft(tmp_path, adapter, base_model="tiny")
     again = load_peft(tmp_path, config)

@@ -88,8 +88,8 @@ def count_operations(jaxpr) -> int:
 def test_published_settings():
     expected = {
         "prefix": (PrefixConfig(10), 3e-2),
-        "series": (BottleneckConfig("series", 256, ("up_proj", "gate_proj"), "tanh", 1.0, 0.05), 3e-4),
-        "parallel": (BottleneckConfig("parallel", 256, ("up_proj", "down_proj"), "tanh", 1.0, 0.05), 3e-4),
+        "series": (BottleneckConfig("series", 256, ("up_proj", "gate_proj"), 0.05), 3e-4),
+        "parallel": (BottleneckConfig("parallel", 256, ("up_proj", "down_proj"), 0.05), 3e-4),
     }
     configs = {method: FinetuneConfig(method=method) for method in expected}
     assert {method: (c.adapter(), c.peak_learning_rate) for method, c in configs.items()} == expected
@@ -103,7 +103,7 @@ def test_a_run_is_identified_by_the_settings_of_its_method():
     expected = {
         "lora": {"rule", "rank", "alpha", "rank_pattern", "alpha_pattern", "init", "lr_multiplier_A", "targets"},
         "prefix": {"virtual_tokens"},
-        "series": {"bottleneck", "non_linearity", "targets"},
+        "series": {"bottleneck", "targets"},
     }
     identities = {method: FinetuneConfig(method=method).settings() for method in expected}
     common = set.intersection(*map(set, identities.values()))

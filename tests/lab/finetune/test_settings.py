@@ -25,7 +25,6 @@ ADAPTER: list[tuple[dict[str, Any], str, Any]] = [
     ({"method": "dora"}, "use_dora", True),
     ({"virtual_tokens": 3, "method": "prefix"}, "virtual_tokens", 3),
     ({"bottleneck": 16, "method": "series"}, "width", 16),
-    ({"non_linearity": "relu", "method": "parallel"}, "non_linearity", "relu"),
 ]
 """Settings, the first of them under test, and the value of an attribute of the adapter's configuration with them."""
 
