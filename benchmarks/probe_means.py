@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import tyro
+from tune import BATCH_SIZE, PROBE_RANK, PUBLISHED, RUNS, PlannedTarget, planned_targets, read_folder
 
-from benchmarks.tune import BATCH_SIZE, PROBE_RANK, PUBLISHED, RUNS, PlannedTarget, planned_targets, read_folder
 from rora_theory.advice.best_rate import Run, best_rate_change
 from rora_theory.lab.sweep.runs import SweepRun
 from rora_theory.measure.tuning.plan import EVALUATION_COST

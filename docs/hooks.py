@@ -37,8 +37,11 @@ window.MathJax = {
 };
 </script>"""
 
-CELL = re.compile(r"<td>[^<]*</td>")
-EXPONENT = re.compile(r"\d+(?:\.\d+)?e-\d+")
+CELL = re.compile(r"<td>([^<]*)</td>")
+UNBROKEN = re.compile(r"[-+]?[\d.,]+(?:e[-+]?\d+)?(?: ± [\d.,]+)?")
+"""A number, with half its interval: a browser would break a line after the hyphen of an exponent and at ±."""
+LONG_CELL = 40
+"""Number of characters from which on a cell of a table gets a wide column."""
 OUTSIDE_LINK = re.compile(r"(\]\()((?:\.\./)+)((?!\.\.)[^)\s]+)(?=[)\s])")
 
 
@@ -162,11 +165,18 @@ def link_to_site(markdown: str, source: str, repo_url: str) -> str:
 def on_page_content(html: str, *, page: Any, **_: Any) -> str:
     """Load images when they are scrolled to, and show thumbnails in the gallery."""
     html = html.replace("<img ", '<img loading="lazy" ')
-    # A browser would break a line after the hyphen of an exponent.
-    html = CELL.sub(lambda cell: EXPONENT.sub(r'<span class="number">\g<0></span>', cell[0]), html)
+    html = CELL.sub(_cell, html)
     if page.file.src_uri == "gallery.md":
         html = re.sub(r'(<img [^>]*src="[./]*)published/([^"]*)\.png"', r'\1thumbnails/\2.webp"', html)
     return html
+
+
+def _cell(cell: re.Match[str]) -> str:
+    """Keep the numbers of a cell on one line, and give a sentence a wide column."""
+    text = UNBROKEN.sub(
+        lambda number: f'<span class="number">{number[0]}</span>' if len(number[0]) > 4 else number[0], cell[1]
+    )
+    return f'<td class="long">{text}</td>' if len(cell[1]) > LONG_CELL else f"<td>{text}</td>"
 
 
 def on_post_page(output: str, *, page: Any, **_: Any) -> str:

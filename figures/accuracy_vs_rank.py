@@ -155,7 +155,7 @@ def rank_axis(axis: Any, lines: dict[str, pd.DataFrame]) -> None:
     axis.set_xticks(ranks, labels)
     axis.minorticks_off()
     names = [style.look(rule)[0].partition(", ")[2] for rule in gammas]
-    axis.set_xlabel("rank $r$; below it " + " and ".join(rf"$\gamma$ = {name}" for name in names), fontsize=7)
+    axis.set_xlabel("rank $r$; below it " + " and ".join(rf"$\gamma$ = {name}" for name in names))
 
 
 def _gamma(value: float | None) -> str:
@@ -178,7 +178,7 @@ def draw_published(axis: Any) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks([4, 8, 16, 32, 64, 128], ["4", "8", "16", "32", "64", "128"])
     axis.minorticks_off()
-    axis.set_xlabel("rank $r$; lines: DoRA repository;\nat 128: the paper's text and Table I", fontsize=7)
+    axis.set_xlabel("rank $r$; lines: DoRA repository;\nat 128: the paper's text and Table I")
     axis.set_ylabel("printed for LLaMA-7B: average (%)")
 
 

@@ -200,7 +200,7 @@ def markdown(lines: Sequence[Line], layout: str, manifest: dict[str, Any]) -> st
     header = [*columns, "# Params (%)", *published.NAMES, "Average", "Unparsed", "Source"]
     text = [
         # Caption, header and alignment.
-        f"Table {layout}. Accuracy in percent ± one standard error over items.",
+        f"Table {layout}. Accuracy in percent, with its standard error over items in brackets.",
         f"This run: protocol {protocol}, {_count(evaluation.get('limit'), 'items a task')}; "
         f"{data['train_records']} training records, {_count(training['steps'], 'steps')} of {training['batch']}. "
         "The paper's rows are its printed numbers, on its own models and protocol: they are not comparable with this "
@@ -256,7 +256,7 @@ def _score(score: tuple[float, float | None] | None) -> str:
     if score is None:
         return ""
     value, error = score
-    return f"{value:.1f}" if error is None else f"{value:.1f} ± {error:.1f}"
+    return f"{value:.1f}" if error is None else f"{value:.1f} ({error:.1f})"
 
 
 def _count(value: int | None, unit: str) -> str:

@@ -54,8 +54,13 @@ def case_title(case: Sequence[Any]) -> str:
     """Return the panel title of a case: optimizer, rule, initialisation and control."""
     optimizer, rule, init, control = case
     text = f"{style.OPTIMIZERS[optimizer]}, {style.look(rule)[0].removeprefix('LoRA, ').removeprefix('RoRA, ')}"
-    text += "" if init == "kaiming_uniform" else f", A {init}"
-    return text + (" (control)" if control else "")
+    text += "" if init == "kaiming_uniform" else f", A {style.INITS.get(init, init)}"
+    return text + ("\n(control)" if control else "")
+
+
+def panel_title(case: Sequence[Any], split: str, *, is_first: bool) -> str:
+    """Return the title of a panel: its case, below the name of the column in the first row."""
+    return f"{split}\n{case_title(case)}" if is_first else case_title(case)
 
 
 def draw_size_panels(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
@@ -67,7 +72,7 @@ def draw_size_panels(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure
     steps = sorted(set(rows["step"]))
     shown = dict.fromkeys((steps[0], steps[-1]))
     figure, axes = plt.subplots(
-        len(cases), len(SPLITS), figsize=(4.6, 0.8 + 1.5 * len(cases)), sharex=True, sharey=True, squeeze=False
+        len(cases), len(SPLITS), figsize=(style.WIDTH, 0.8 + 1.6 * len(cases)), sharex=True, sharey=True, squeeze=False
     )
     # A row of panels for each case, a column for each split, a line for each module and drawn step (`shown`).
     for axis_row, (case, rows_of_case) in zip(axes, cases.items(), strict=True):
@@ -86,15 +91,15 @@ def draw_size_panels(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure
                     )
             style.integer_ticks(axis, rows["rank"], max_count=5)
             axis.set_yscale("log")
-            axis.set_title(f"{case_title(case)}\n{label}")
-        axis_row[0].set_ylabel("rms of adapter's output")
+            axis.set_title(panel_title(case, label, is_first=axis.get_subplotspec().is_first_row()))
+        axis_row[0].set_ylabel("rms of output")
     for axis in axes[-1]:
         axis.set_xlabel("rank $r$")
     style.legend(
         figure,
         style.named(axes.flat) | plots.step_handles(steps),
         f"{model_name(manifest['config']['model'])}, {manifest['config']['batches']} batch; "
-        f"mean and standard error over {style.seeds_of(manifest)} seeds; "
+        f"output of the adapters: mean and standard error over {style.seeds_of(manifest)} seeds; "
         f"rules meet at r = {manifest['config']['reference_rank']}",
     )
     return figure
@@ -109,7 +114,7 @@ def draw_slope_panels(manifest: dict[str, Any], slopes: pd.DataFrame) -> plt.Fig
     # Slopes within the band count as flat.
     band = float(manifest["config"]["band"])
     figure, axes = plt.subplots(
-        len(cases), len(SPLITS), figsize=(4.6, 0.8 + 1.5 * len(cases)), sharex=True, sharey=True, squeeze=False
+        len(cases), len(SPLITS), figsize=(style.WIDTH, 0.8 + 1.6 * len(cases)), sharex=True, sharey=True, squeeze=False
     )
     # A row of panels for each case, a column for each split, a line for each module and for the whole model.
     for axis_row, (case, rows_of_case) in zip(axes, cases.items(), strict=True):
@@ -127,7 +132,7 @@ def draw_slope_panels(manifest: dict[str, Any], slopes: pd.DataFrame) -> plt.Fig
                     label=text,
                 )
             style.integer_ticks(axis, slopes["step"], max_count=5)
-            axis.set_title(f"{case_title(case)}\n{label}")
+            axis.set_title(panel_title(case, label, is_first=axis.get_subplotspec().is_first_row()))
         axis_row[0].set_ylabel("slope in $r$")
     for axis in axes[-1]:
         axis.set_xlabel("step")

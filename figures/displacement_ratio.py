@@ -43,7 +43,7 @@ def draw_displacement_ratio(config: DisplacementRatioOptions) -> Sequence[Path]:
     Points are means over the runs at or below the best rate.
     """
     folders = style.read_folders(config.runs, "constants.csv")
-    figure, axes = plt.subplots(figsize=(4.4, 3.2))
+    figure, axes = plt.subplots(figsize=(4.4, 3.4))
     series = 0
     for (folder_index, (label, constants)), (colour, step) in product(
         enumerate(folders), zip(style.COLOURS, config.steps, strict=False)
@@ -84,7 +84,7 @@ def draw_displacement_ratio(config: DisplacementRatioOptions) -> Sequence[Path]:
     style.plain_ticks(axes, pd.concat([constants["gain"] for _, constants in folders]))
     axes.set_yticks([0.05, 0.1, 0.2, 0.5, 1, 2, 5], ["0.05", "0.1", "0.2", "0.5", "1", "2", "5"])
     axes.minorticks_off()
-    axes.legend(frameon=False, title="lines: " + r"$\rho (1 + \rho) = K / G$", title_fontsize=7)
+    axes.legend(frameon=False, title="lines: " + r"$\rho (1 + \rho) = K / G$")
     return style.save(figure, config.out or config.runs[0], "displacement_ratio")
 
 

@@ -63,7 +63,6 @@ def draw_exponent_map(config: ExponentMapOptions) -> Sequence[Path]:
                 overlap,
                 f"{level:.3g}",
                 color="white",
-                fontsize=6,
                 ha="center",
                 va="center",
                 path_effects=[withStroke(linewidth=1.8, foreground="#333333")],

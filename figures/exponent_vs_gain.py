@@ -72,7 +72,7 @@ def draw_exponent_vs_gain(config: ExponentVsGainOptions) -> Sequence[Path]:
             f"the run folders must have exponents at 1 to {largest} ranks after {config.steps} steps, got "
             f"{len(series)} ranks. Choose other --steps or --ranks, or fewer runs."
         )
-    figure, axes = plt.subplots(figsize=(4.6, 3.4))
+    figure, axes = plt.subplots(figsize=(style.WIDTH, 4.6))
     for position, (label, pairs, colour, marker) in enumerate(series):
         # Several ranks have the same ends: their points are moved apart, so that no bar hides another.
         shift = 1.05 ** (position - (len(series) - 1) / 2)

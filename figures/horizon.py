@@ -75,8 +75,8 @@ def draw_against_gain(
                 start = selected.loc[selected["gain"] == row.first, "best_rate"].iloc[0]
                 x = np.geomspace(row.first, row.second, 2)
                 axes.plot(x, start * (x / row.first) ** row.law, color=colour, linewidth=0.8)
-    style.integer_ticks(axes, (round(gain) for gain in best["gain"]))
-    axes.set(yscale="log", xlabel=r"$\gamma r$", ylabel="best learning rate")
+    style.integer_ticks(axes, style.apart(round(gain) for gain in best["gain"]))
+    axes.set(yscale="log", xlabel=r"$G = \gamma r$", ylabel="best learning rate")
 
 
 def draw_exponents(axes: Axes, exponents: pd.DataFrame, ranks: Sequence[int], steps: Sequence[int]) -> None:
@@ -95,13 +95,13 @@ def draw_exponents(axes: Axes, exponents: pd.DataFrame, ranks: Sequence[int], st
         axes.errorbar(places, selected["exponent"], yerr=bars, marker=style.MARKERS[index], **look)
         cross_out_bounds(axes, places, selected["exponent"], selected["edge"])
     # Levels of the simple laws, for comparison.
-    levels = {-1.0: "first step's law", -0.5: "A dominates", 0.0: "no change"}
+    levels = {-1.0: "first step", -0.5: "A dominates", 0.0: "no change"}
     for level in levels:
         axes.axhline(level, color="black", linewidth=0.6, linestyle=(0, (3, 2)))
     # Label the levels outside the axes, where no error bar is.
     axes.secondary_yaxis("right").set_yticks(list(levels), list(levels.values()))
     style.integer_ticks(axes, steps)
-    axes.set(xlabel="steps", ylabel=r"$d \log \eta^* / d \log(\gamma r)$", ylim=(-1.15, 0.15))
+    axes.set(xlabel="steps", ylabel=r"$d \log \eta^* / d \log G$", ylim=(-1.15, 0.15))
 
 
 def offset(places: pd.Series, index: int, ranks: Sequence[int]) -> pd.Series:
@@ -140,9 +140,9 @@ def draw_against_steps(axes: Axes, best: pd.DataFrame, ranks: Sequence[int]) -> 
         for power, line in ((-1.0, (0, (3, 2))), (-0.5, (0, (1, 1)))):
             axes.plot(steps, start * (steps / steps[0]) ** power, color="black", linewidth=0.6, linestyle=line)
         # Left of the first point, where no bar is.
-        axes.text(steps[0] / 1.15, start, rf"$\gamma r$ = {gain:g}", fontsize=7, ha="right", va="center")
+        axes.text(steps[0] / 1.15, start, f"G = {gain:g}", ha="right", va="center")
     style.integer_ticks(axes, steps.tolist())
-    axes.set_xlim(left=steps[0] / (steps[-1] / steps[0]) ** 0.25)
+    axes.set_xlim(left=steps[0] / (steps[-1] / steps[0]) ** 0.35)
     axes.margins(y=0.12)
     axes.set(
         yscale="log", xlabel="steps (dashes: as 1 / steps; dots: as 1 / root of steps)", ylabel="best learning rate"

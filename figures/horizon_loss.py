@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import tyro
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from figures import style
 from rora_theory.scaling import check_integer, check_positive
@@ -43,7 +44,7 @@ def draw_horizon_loss(config: HorizonLossOptions) -> Sequence[Path]:
     """Draw the held-out loss against the learning rate: the mean over seeds, and a dot for every seed."""
     _, losses = style.read_frame(config.run, "sweep")
     losses = losses[(losses["step"] == config.steps) & losses["rank"].isin(config.ranks)]
-    figure, axes = plt.subplots(figsize=(4.8, 3.2))
+    figure, axes = plt.subplots(figsize=(style.WIDTH, 3.6))
     drawn = 0
     # Colours are ranks, dashes are gains; a curve needs three rates.
     for rank_index, rank in enumerate(config.ranks):
@@ -60,8 +61,11 @@ def draw_horizon_loss(config: HorizonLossOptions) -> Sequence[Path]:
     if not drawn:
         style.fail(f"{config.run}: results.csv has no curve of three learning rates after {config.steps} steps")
     axes.set(xscale="log", xlabel="learning rate", ylabel=f"held-out loss after {config.steps} steps, nats per token")
+    # Two labels for each decade: a short axis would label every minor tick, and they overlap.
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(top=config.top)
-    axes.legend(frameon=False, fontsize=7, ncols=2)
+    axes.legend(frameon=False, ncols=2)
     return style.save(figure, config.out or config.run, "horizon_loss")
 
 

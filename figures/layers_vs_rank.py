@@ -59,7 +59,7 @@ def draw_layers_vs_rank(config: LayersVsRankOptions) -> Sequence[Path]:
                     label=label if layer == layers[0] else None,
                 )
         axis.axhline(1, color="black", linewidth=0.6)
-        axis.set(yscale="log", ylabel="rms of $w$ relative to the first rank", title=style.OPTIMIZERS[optimizer])
+        axis.set(yscale="log", ylabel="rms of $w$,\nrelative to the first rank", title=style.OPTIMIZERS[optimizer])
         style.integer_ticks(axis, rows["rank"])
     axes[-1, 0].set_xlabel("rank $r$")
     style.legend(

@@ -30,13 +30,10 @@ class LrTransferOptions:
 def draw_lr_transfer(config: LrTransferOptions) -> Sequence[Path]:
     """Draw best rates against the rank (above) and losses at the largest rank (below); columns are optimizers."""
     manifest, rows = style.read_frame(config.run, "lr_transfer")
-    accepted = "the file of a finished run"
-    best_rate_table, slopes = (
-        frames.read_csv(config.run / name, accepted=accepted) for name in ("best.csv", "slopes.csv")
-    )
+    best_rate_table = frames.read_csv(config.run / "best.csv", accepted="the file of a finished run")
     optimizers = [name for name in style.OPTIMIZERS if name in set(best_rate_table["optimizer"])]
     rules = list(dict.fromkeys(best_rate_table["rule"]))
-    figure, axes = plt.subplots(2, len(optimizers), figsize=(max(3.8, 0.6 + 2.1 * len(optimizers)), 6.6), squeeze=False)
+    figure, axes = plt.subplots(2, len(optimizers), figsize=(max(3.8, 0.4 + 2.1 * len(optimizers)), 5.8), squeeze=False)
     left_out = 0
     # A column for each optimizer, a line for each rule, dashed if A is frozen.
     for column, optimizer in enumerate(optimizers):
@@ -45,20 +42,15 @@ def draw_lr_transfer(config: LrTransferOptions) -> Sequence[Path]:
             for trained, (dashes, filled) in TRAINED.items():
                 look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": dashes}
                 look["markerfacecolor"] = colour if filled else "white"
-                # Above, each line's label states its slope; below, only runs that train both factors.
-                best_rows, slope_rows, loss_rows = (
-                    _select(table, optimizer, trained, rule) for table in (best_rate_table, slopes, rows)
-                )
-                text = label + "".join(map(_slope, slope_rows.to_dict("records")))
-                text += "" if filled else ", A frozen"
-                _best(axes[0, column], best_rows, look, text)
+                # Below, only runs that train both factors.
+                best_rows, loss_rows = (_select(table, optimizer, trained, rule) for table in (best_rate_table, rows))
+                _best(axes[0, column], best_rows, look)
                 if filled:
                     left_out += _losses(axes[1, column], loss_rows, manifest, look, label)
         # Axes: best rates above, losses at the largest rank below.
         above, below = axes[:, column]
         above.set(title=f"{style.OPTIMIZERS[optimizer]}: best rate", xlabel="rank $r$", yscale="log")
         style.integer_ticks(above, best_rate_table["rank"])
-        above.legend(frameon=False, fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2))
         top = rows["rank"][rows["optimizer"] == optimizer].max()
         below.set(title=f"loss at r = {top}", xlabel="learning rate", xscale="log")
         if not is_matrix(manifest):
@@ -71,6 +63,10 @@ def draw_lr_transfer(config: LrTransferOptions) -> Sequence[Path]:
         caption += f"; below: rates that diverged or have a loss above {MAX_LOSS_RATIO} times the median are left out"
     edge = plt.Line2D([], [], color="black", marker="x", markersize=6, linestyle="none")
     handles = style.named(axes[1])
+    if (best_rate_table["trained"] != "both").any():
+        handles["A frozen"] = plt.Line2D(
+            [], [], color="black", linestyle=TRAINED["B"][0], marker="o", markerfacecolor="white"
+        )
     handles |= {"best rate at the grid's edge": edge} if best_rate_table["edge"].notna().any() else {}
     style.legend(figure, handles, caption)
     return style.save(figure, config.out or config.run, "lr_transfer")
@@ -81,13 +77,13 @@ def is_matrix(manifest: dict[str, Any]) -> bool:
     return "matrix" in manifest["config"]
 
 
-def _best(axis: plt.Axes, rows: pd.DataFrame, look: dict[str, Any], label: str) -> None:
+def _best(axis: plt.Axes, rows: pd.DataFrame, look: dict[str, Any]) -> None:
     """Draw best rates with errors, and a cross at the edge of the grid."""
     if rows.empty:
         return
     rates, factors = rows["best_rate"], 2 ** rows["log2_error"].fillna(0)
     spread = [rates - rates / factors, rates * factors - rates]
-    axis.errorbar(rows["rank"], rates, yerr=spread, label=label, **look)
+    axis.errorbar(rows["rank"], rates, yerr=spread, **look)
     edge = rows[rows["edge"].notna()]
     if len(edge):
         style.cross_out(axis, edge["rank"], edge["best_rate"])
@@ -113,11 +109,6 @@ def _losses(axis: plt.Axes, rows: pd.DataFrame, manifest: dict[str, Any], look: 
 def _select(table: pd.DataFrame, *key: str) -> pd.DataFrame:
     """Return the rows of an optimizer, of trained factors, and of a rule."""
     return frames.where(table, dict(zip(("optimizer", "trained", "rule"), key, strict=True)))
-
-
-def _slope(row: dict[Any, Any]) -> str:
-    error = "" if pd.isna(row["standard_error"]) else f" ± {row['standard_error']:.3f}"
-    return f": {row['slope']:+.3f}{error}"
 
 
 if __name__ == "__main__":

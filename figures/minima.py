@@ -44,7 +44,7 @@ def draw_minima(config: MinimaOptions) -> Sequence[Path]:
     best = frames.read_csv(config.run / "best.csv", accepted="the file of a finished run")
     losses, best = (table[table["step"] == config.steps] for table in (losses, best))
     ranks = sorted({int(rank) for rank in losses["rank"].dropna()})
-    figure, axes = plt.subplots(1, 2, figsize=(4.8, 3.1), sharex=True, sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(style.WIDTH, 3.1), sharex=True, sharey=True)
     drawn = 0
     for axis, (rule, name) in zip(axes, PANELS.items(), strict=True):
         for position, rank in enumerate(ranks):

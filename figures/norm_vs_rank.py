@@ -29,7 +29,7 @@ def draw_norm_vs_rank(config: NormVsRankOptions) -> Sequence[Path]:
     figure, axes = plt.subplots(
         len(overlaps),
         len(panels),
-        figsize=(max(3.0, 0.6 + 2.0 * len(panels)), 0.8 + 1.6 * len(overlaps)),
+        figsize=(max(3.0, 0.6 + 2.0 * len(panels)), 0.8 + 1.7 * len(overlaps)),
         sharex=True,
         sharey="col",
         squeeze=False,
@@ -54,7 +54,7 @@ def draw_norm_vs_rank(config: NormVsRankOptions) -> Sequence[Path]:
                     linestyle="none",
                     label=label,
                 )
-            init_text = f", A {init}" if len({name for _, name in panels}) > 1 else ""
+            init_text = f", A {style.INITS.get(init, init)}" if len({name for _, name in panels}) > 1 else ""
             axis.set(yscale="log", title=f"{style.OPTIMIZERS[optimizer]}{init_text}, overlap {overlap:g}")
             style.integer_ticks(axis, rows["rank"], max_count=5)
         axis_row[0].set_ylabel(r"rms of $\|w\|_2$")

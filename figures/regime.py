@@ -78,7 +78,7 @@ def _draw_crossing_distances(rows: pd.DataFrame, learning_rate: float, split: st
     Dashes show where the signs begin to turn, if the run was exact.
     """
     kinds, ranks = (list(dict.fromkeys(rows[name])) for name in ("kind", "rank"))
-    figure, axes = plots.layer_panels(kinds, "steps $t_A$ until A dominates")
+    figure, axes = plots.layer_panels(kinds, "steps $t_A$ until\nA dominates")
     for axis, kind in zip(axes, kinds, strict=True):
         # A line for each rank, and one for the signs, which are the same at every rank.
         selected = rows[rows["kind"] == kind].sort_values("layer")
@@ -97,7 +97,8 @@ def _draw_crossing_distances(rows: pd.DataFrame, learning_rate: float, split: st
                 label=label,
             )
     plots.label_short_axis(axes[0])
-    title = f"Adam, A {rows['init'].iloc[0]}, {plots.REGIME_SPLITS[split]} tokens; "
+    init = rows["init"].iloc[0]
+    title = f"Adam, A {style.INITS.get(init, init)}, {plots.REGIME_SPLITS[split]} tokens; "
     title += f"steps at rate {learning_rate:g} and a constant gradient"
     style.legend(figure, style.named(axes), title)
     return style.save(figure, out, "regime_crossing_distance")
@@ -113,7 +114,7 @@ def _rms(rows: pd.DataFrame, config: RegimeOptions, init: str, out: Path) -> lis
     figure, axes = plt.subplots(
         len(modules),
         len(optimizers),
-        figsize=(style.WIDTH, 0.7 + 1.5 * len(modules)),
+        figsize=(style.WIDTH, 0.8 + 1.6 * len(modules)),
         sharex=True,
         sharey="col",
         squeeze=False,
@@ -144,13 +145,24 @@ def _rms(rows: pd.DataFrame, config: RegimeOptions, init: str, out: Path) -> lis
             # Labels below the last row, as all panels share their axes.
             axis.set(yscale="log")
             style.integer_ticks(axis, rows["rank"], max_count=5)
-            axis.set_title(f"{style.OPTIMIZERS[optimizer]}, {module.removeprefix('model.layers.')}")
+            axis.set_title(f"{style.OPTIMIZERS[optimizer]}, {short_name(module)}")
             if module == modules[-1]:
                 axis.set_xlabel("rank $r$")
         line[0].set_ylabel(f"rms of $w$,\nin units of $r = {min(rows['rank'])}$")
     shown = "lines: the law" + (", points: adapters drawn and stepped" if measured else "")
-    style.legend(figure, style.named(axes.flat), f"{plots.REGIME_SPLITS[config.split]} tokens, A {init}; {shown}")
+    style.legend(
+        figure,
+        style.named(axes.flat),
+        f"{plots.REGIME_SPLITS[config.split]} tokens, A {style.INITS.get(init, init)}; {shown}",
+    )
     return style.save(figure, out, "regime_rms")
+
+
+def short_name(module: str) -> str:
+    """Return the layer and the type of a module, as in ``layer 29, q_proj``."""
+    layer = next((part for part in module.split(".") if part.isdigit()), None)
+    kind = module.rpartition(".")[2]
+    return kind if layer is None else f"layer {layer}, {kind}"
 
 
 def _default(modules: list[str]) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from rora_theory.validation.rules import check_list
 
 FLOOR = 1e-4
 """Smallest regret drawn, in nats per token: far below the resolution of any grid."""
-ROW_GAP = 0.7
+ROW_GAP = 0.8
 """Space between two policies, in units of the space between two series."""
 MARKERS = ("o", "s", "D", "p", "d", "h")
 """Markers of the series; a triangle is a lower bound. With it and the band, the legend has at most eight entries."""
@@ -34,6 +34,7 @@ POLICIES = {
     "keep the rate": "keep the rate",
     "first step": r"first step, $G^{-1}$",
     "square root": r"root, $G^{-1/2}$",
+    "G^-0.75": r"power, $G^{-3/4}$",
     "constant gradient": "constant gradient",
     "displacement": "displacement law",
     "displacement and steps": "displacement law",
@@ -90,7 +91,7 @@ def draw_regret_by_policy(config: RegretByPolicyOptions) -> Sequence[Path]:
     # Panels are as high as their rows, in the order of the changes.
     panels = list(costs.sort_values("change", kind="stable").groupby("panel", sort=False))
     heights = [len(rows) + ROW_GAP * (rows["row"].nunique() + 1) for _, rows in panels]
-    size = (3.8, 1.1 + 0.2 * len(panels) + 0.07 * sum(heights))
+    size = (style.WIDTH, 1.5 + 0.2 * len(panels) + 0.085 * sum(heights))
     figure, axes = plt.subplots(len(panels), 1, figsize=size, height_ratios=heights, sharex=True, squeeze=False)
     for axis, (title, rows) in zip(axes.flat, panels, strict=True):
         draw_panel(axis, rows, looks)

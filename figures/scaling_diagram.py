@@ -67,7 +67,7 @@ def draw_scheme(axis: Any, rule: str, config: ScalingDiagramOptions, gamma: floa
     ):
         axis.add_patch(Polygon(points, facecolor=TRAINED, edgecolor=LINE, linewidth=0.8))
         axis.text(7.5, y, label, ha="center", va="center")
-    axis.text(8.75, 4.1, "$r$", ha="left", va="center", fontsize=7)
+    axis.text(8.75, 4.1, "$r$", ha="left", va="center")
     # The scaling gamma, in which the rules differ.
     axis.add_patch(Rectangle((5.7, 6.35), 3.6, 1.35, facecolor="white", edgecolor=colour, linewidth=1.4))
     axis.text(7.5, 7.02, rf"$\times\ \gamma = {formula}$", ha="center", va="center", color=colour)
@@ -86,7 +86,7 @@ def draw_scheme(axis: Any, rule: str, config: ScalingDiagramOptions, gamma: floa
     axis.text(5, 9.0, r"$+$", ha="center", va="center")
     axis.text(5, 10.1, r"$W_0 x + \gamma B A x$", ha="center", va="center")
     text = rf"$\alpha$ = {config.alpha:g}, $r$ = {config.rank}: $\gamma$ = {gamma:.3g}"
-    axis.text(5, -0.75, text, ha="center", va="center", fontsize=7, color=colour)
+    axis.text(5, -0.75, text, ha="center", va="center", color=colour)
 
 
 def draw_scaling_curve(axis: Any, config: ScalingDiagramOptions, gammas: dict[str, list[float]]) -> None:
@@ -102,7 +102,6 @@ def draw_scaling_curve(axis: Any, config: ScalingDiagramOptions, gammas: dict[st
             xytext=(3, 6),
             textcoords="offset points",
             color=colour,
-            fontsize=7,
         )
     axis.axvline(config.rank, color="#999999", linestyle=":", linewidth=0.8, label=f"$r$ = {config.rank}")
     axis.set_xscale("log", base=2)

@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 Options = TypeVar("Options")
 
 WIDTH = 4.6
-"""Width of most figures in inches: a phone shows their letters in a readable size."""
+"""Width of most figures in inches, and of the widest: a phone shows their letters at 9 pixels or more."""
+
+CLOSEST_TICKS = 1.6
+"""Smallest ratio of two labelled values of G."""
 
 RUN_FOLDERS = tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="(required)")
 """Option of one or more run folders. Figures refuse an empty list, which the parser accepts."""
@@ -59,6 +62,8 @@ METHODS = {
 }
 """Label of each method and named scaling rule, and its position in the palette."""
 KAPPAS = {1.0: "lora", 0.5: "rora", 0.25: "quarter"}
+INITS = {"kaiming_uniform": "uniform (PEFT's default)", "normal": "standard normal"}
+"""Labels of distributions of A, if they differ from the name."""
 
 
 def look(name: str, position: int = 0) -> tuple[str, str, str]:
@@ -113,9 +118,18 @@ def read_table(run: Path, name: str) -> "pd.DataFrame":
 
 def plain_ticks(axes: plt.Axes, gains: "pd.Series") -> None:
     """Label a logarithmic axis with the values of G that were run, without exponents."""
-    values = sorted(set(gains.round(6)))
+    values = apart(gains.round(6))
     axes.set_xticks(values, [f"{value:g}" for value in values])
     axes.minorticks_off()
+
+
+def apart(values: Iterable[float]) -> list[float]:
+    """Return values in ascending order, without those whose label would touch the one before on a logarithmic axis."""
+    chosen: list[float] = []
+    for value in sorted(set(values)):
+        if not chosen or value >= CLOSEST_TICKS * chosen[-1]:
+            chosen.append(value)
+    return chosen
 
 
 def cross_out(axes: Axes, x: Any, y: Any) -> None:

@@ -101,10 +101,10 @@ def points(cells: pd.DataFrame, column: str, error: str, unit: float, by: str = 
 def measured_panels(rows: pd.DataFrame, answers: bool) -> list[tuple[str, str, str, float]]:
     """Return the measures of a run: columns of the value and its error, axis label, and unit."""
     loss = "answer" if answers else "validation"
-    panels = [(f"{loss}_loss", f"{loss}_error", f"{loss} loss per token (nats)", 1.0)]
+    panels = [(f"{loss}_loss", f"{loss}_error", f"{loss} loss\n(nats per token)", 1.0)]
     scored = rows.loc[rows["average"].notna() & rows["learning_rate"].notna(), "protocol"]
     if len(scored):
-        panels.append(("average", "average_error", f"average accuracy, {scored.iloc[0]} (%)", 100.0))
+        panels.append(("average", "average_error", f"average accuracy,\n{scored.iloc[0]} (%)", 100.0))
     return panels
 
 
@@ -179,9 +179,7 @@ def draw_levels(axis: Any, rows: pd.DataFrame, column: str, unit: float) -> None
             room = 0.12 * (high - low) if axis.get_autoscaley_on() else 0.0  # for the name, beside the lines
             axis.set_ylim(low if value > high else low - room, high + room if value > high else high)
             text = f"{name}: {value:.3g} ({'above' if value > high else 'below'})"
-            axis.text(
-                0.03, edge, text, transform=axis.transAxes, ha="left", va=side, fontsize=7, color=shade, bbox=PALE
-            )
+            axis.text(0.03, edge, text, transform=axis.transAxes, ha="left", va=side, color=shade, bbox=PALE)
 
 
 def mean(values: Sequence[float]) -> float:

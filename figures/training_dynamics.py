@@ -55,7 +55,7 @@ def draw_slope_panels(manifest: dict[str, Any], fits: pd.DataFrame) -> plt.Figur
     figure, axes = plt.subplots(
         len(optimizers),
         len(QUANTITIES),
-        figsize=(4.8, 0.8 + 1.45 * len(optimizers)),
+        figsize=(style.WIDTH, 0.8 + 1.55 * len(optimizers)),
         sharex=True,
         sharey=True,
         squeeze=False,
@@ -113,7 +113,7 @@ def draw_size_panels(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure
     figure, axes = plt.subplots(
         len(optimizers),
         len(steps),
-        figsize=(0.6 + 1.4 * len(steps), 0.8 + 1.45 * len(optimizers)),
+        figsize=(0.4 + 1.4 * len(steps), 0.8 + 1.55 * len(optimizers)),
         sharex=True,
         sharey=True,
         squeeze=False,

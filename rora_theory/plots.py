@@ -33,12 +33,13 @@ OPTIMIZERS = {"sgd": "SGD", "momentum": "momentum", "adam": "Adam", "adamw": "Ad
 """Labels of optimizers."""
 
 STYLE: Any = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "legend.fontsize": 7,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
+    "font.size": 8.5,
+    "axes.titlesize": 9,
+    "axes.labelsize": 8.5,
+    "legend.fontsize": 8.5,
+    "legend.title_fontsize": 8.5,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -406,7 +407,6 @@ def legend(figure: "matplotlib.figure.Figure", handles: dict[str, Any], title: s
             ncols=columns,
             frameon=False,
             title="\n".join(lines),
-            title_fontsize=7,
         )
         drawn.get_title().set_multialignment("center")
         if columns == 1 or drawn.get_window_extent().width <= figure.bbox.width:
@@ -416,7 +416,7 @@ def legend(figure: "matplotlib.figure.Figure", handles: dict[str, Any], title: s
 
 def _text_width(figure: "matplotlib.figure.Figure", text: str) -> float:
     """Return the width of a line of a legend's title, in pixels."""
-    artist = figure.text(0, 0, text, fontsize=7)
+    artist = figure.text(0, 0, text, fontsize=STYLE["legend.title_fontsize"])
     width = artist.get_window_extent().width
     artist.remove()
     return float(width)

@@ -151,16 +151,16 @@ def identity(config: EvaluateOptions, data: dict[str, str], origin: ModelSource)
 
 
 def report(levels: Sequence[TaskAccuracy], scoring: Scoring) -> None:
-    """Print the average accuracy and a table of the tasks, in percent ± one standard error."""
+    """Print the average accuracy and a table of the tasks, in percent, with their standard errors."""
     answers.print_answer(describe_accuracy(levels, scoring.protocol))
     # Columns of the table; the accuracy per character only if a task has one.
-    forms = {"task": "{name}", "n": "{n}", "accuracy %": "{accuracy:.1f} ± {error:.1f}"}
+    forms = {"task": "{name}", "n": "{n}", "accuracy %": "{accuracy:.1f} ({error:.1f})"}
     if any(level.accuracy_norm is not None for level in levels):
-        forms["per character %"] = "{accuracy_norm:.1f} ± {error_norm:.1f}"
+        forms["per character %"] = "{accuracy_norm:.1f} ({error_norm:.1f})"
     forms |= {f"{name} %": f"{{{name}:.1f}}" for name in ("unparsed", "chance", "majority")}
     rows = [level.in_percent() for level in levels]
     template = f", template {scoring.template}" if scoring.template else ""
-    tables.print_records(f"{scoring.protocol}{template}; ± one standard error", rows, forms, missing="-")
+    tables.print_records(f"{scoring.protocol}{template}; standard errors in brackets", rows, forms, missing="-")
     if scoring.protocol == "harness" and any(level.task == "boolq" for level in levels):
         tables.print_text(
             "The BoolQ records of this data set have no passage, so the template of lm-evaluation-harness has an empty "

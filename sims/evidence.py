@@ -139,7 +139,7 @@ def print_policies(by_policy: "pd.DataFrame") -> None:
             f"{title_of(source)}: regret in nats per token of a best rate transferred to another rank, over "
             f"{first['pairs']} pairs of {models}{bounds}",
             rows,
-            {"policy": "{policy}", "mean": "{mean:.4f}", "± s.e.": "{mean_error:.4f}", "median": "{median:.4f}"}
+            {"policy": "{policy}", "mean": "{mean:.4f}", "standard error": "{mean_error:.4f}", "median": "{median:.4f}"}
             | {"90% below": "{percentile_90:.4f}", "largest": "{largest:.4f}", "off grid": "{lower_bounds}"}
             | ({"lost": "{lost}"} if rows["lost"].any() else {}),
         )
@@ -185,10 +185,11 @@ def print_rates(by_rank: "pd.DataFrame") -> None:
 def print_calibration(calibration: "pd.DataFrame") -> None:
     """Print how often the best rate lies in the range of the advice."""
     tables.print_records(
-        "Share of the pairs whose best rate lies in the 90% range of rora transfer ± standard error over models, and "
-        "with the error of the best rates themselves. The scale is 1 for a calibrated range and less for a wide one",
+        "Share of the pairs whose best rate lies in the 90% range of rora transfer, its standard error over models, "
+        "and the share with the error of the best rates themselves. The scale is 1 for a calibrated range and less for "
+        "a wide one",
         calibration.assign(title=calibration["source"].map(title_of)),
-        {"source": "{title}", "share": "{share:.0%}", "±": "{share_error:.0%}"}
+        {"source": "{title}", "share": "{share:.0%}", "standard error": "{share_error:.0%}"}
         | {"with errors": "{share_with_errors:.0%}", "pairs": "{pairs}", "high / low": "{median_width:.2f}"}
         | {"scale": "{needed_scale:.2f}"},
     )

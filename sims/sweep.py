@@ -218,11 +218,11 @@ def report(
     answers.print_answer(results.describe_results(ends) + (exponents if len(judged.best) else ""))
     forms = {"model": "{model}", "method": "{method}", "rank": "{rank}", "alpha": "{alpha:g}", "seed": "{seed}"}
     forms |= {"steps": "{steps}", "rate": "{learning_rate:.3g}", "position in the grid": "{best_rate}"}
-    forms |= {"validation loss": "{validation_loss:.4f} ± {validation_error:.4f}"}
-    forms["answers"] = "{answer_loss:.4f} ± {answer_error:.4f}"
+    forms |= {"validation loss": "{validation_loss:.4f} ({validation_error:.4f})"}
+    forms["answers"] = "{answer_loss:.4f} ({answer_error:.4f})"
     if best["average"].notna().any():
-        forms["accuracy"] = "{average:.3f} ± {average_error:.3f}"
-    title = "Each method and rank at its best rate (± one standard error over records and items)"
+        forms["accuracy"] = "{average:.3f} ({average_error:.3f})"
+    title = "Each method and rank at its best rate (in brackets: standard errors over records and items)"
     tables.print_records(title, best, forms, left=2)
     print_analysis(judged)
 

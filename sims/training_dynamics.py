@@ -85,8 +85,8 @@ def report(grid: ControlledGrid, rows: pd.DataFrame, fits: pd.DataFrame) -> None
         }
         figures = [(quantity, step) for quantity in QUANTITY_LABELS for step in steps]
         tables.print_table(
-            f"{model}, {trained} trained: slope of the output change and of |dM|_F against the rank, ± standard error, "
-            "by step; * loss below half of its start, † without diverged ranks",
+            f"{model}, {trained} trained: slope of the output change and of |dM|_F against the rank, with its "
+            "standard error in brackets, by step; * loss below half of its start, † without diverged ranks",
             ["optimizer", "rule", *[f"{QUANTITY_LABELS[quantity]} {step}" for quantity, step in figures]],
             [[*line, *(table.get((*line, *figure), "diverged") for figure in figures)] for line in lines],
             left=2,
@@ -103,7 +103,7 @@ def report(grid: ControlledGrid, rows: pd.DataFrame, fits: pd.DataFrame) -> None
 
 def _slope(row: dict[Any, Any], ranks: int) -> str:
     marks = ("*" if row["loss_left"] < SATURATED else "") + ("†" if row["ranks"] < ranks else "")
-    return f"{row['slope']:+.2f} ± {row['standard_error']:.2f}{marks}"
+    return f"{row['slope']:+.2f} ({row['standard_error']:.2f}){marks}"
 
 
 main = cli.command(TrainingDynamicsOptions, measure_dynamics, __doc__)

@@ -178,7 +178,7 @@ def take_first_steps(config: TransferOptions, advised: Advised) -> None:
     with summarised(folder, ratios, answer=advice.sentence()):
         tables.print_table(
             f"First step on {config.check[0]}: root mean square of the change, relative to the tuned setting, over "
-            f"{len(config.seeds)} draws of A ± standard error",
+            f"{len(config.seeds)} draws of A, with standard errors in brackets",
             transfer_check.HEADS,
             transfer_check.format_candidates(summary),
         )

@@ -97,8 +97,8 @@ def report(results: pd.DataFrame, check: pd.DataFrame, judged: Sequence[verdicts
     for (optimizer, init), group in slopes.groupby(["optimizer", "init"], sort=False):
         ranges = group[["low", "high"]].drop_duplicates()
         tables.print_table(
-            f"{optimizer}, A {init}: exponent of the rms norm |w| in the rank, fitted ± standard error (exact "
-            "law, same fit)",
+            f"{optimizer}, A {init}: exponent of the rms norm |w| in the rank, fitted, with its standard error "
+            "in brackets, and that of the exact law in the same fit",
             ["overlap", "rule", *(f"r = {low}..{high}" for low, high in ranges.itertuples(index=False))],
             [
                 [f"{overlap:g}", rule, *map(tables.format_slope, line.to_dict("records"))]

@@ -16,10 +16,11 @@ from rora_theory.stats.rate_curves import describe_slopes
 def test_accuracies() -> None:
     accuracy = TaskAccuracy("piqa", 200, 0.6, 0.034, None, None, 0.0, 0.5, 0.51)
     assert describe_accuracy([accuracy], "label") == (
-        "60.0 ± 3.4 % of the answers are correct on PIQA under the protocol label; chance is 50.0 %."
+        "60.0 % of the answers are correct on PIQA under the protocol label (standard error 3.4 points); chance "
+        "is 50.0 %."
     )
     several = [accuracy, accuracy, TaskAccuracy("average", 400, 0.55, 0.02, None, None, 0.0, 0.4, 0.41)]
-    assert describe_accuracy(several, "harness").startswith("55.0 ± 2.0 % of the answers are correct on average over 2")
+    assert describe_accuracy(several, "harness").startswith("55.0 % of the answers are correct on average over 2")
 
 
 def test_a_check() -> None:
@@ -57,7 +58,8 @@ def test_a_sweep() -> None:
     rows |= {"validation_loss": [2.0, 1.5, math.nan], "validation_error": [0.1, 0.05, math.nan]}
     rows |= {"alpha": [math.nan, 16.0, 16.0], "best_rate": ["", "yes", ""]}
     assert describe_results(pd.DataFrame(rows)) == (
-        "Lowest validation loss of 3 cells: m: 1.5000 ± 0.0500, rora r=8 at 0.0003 (± over records). 1 diverged."
+        "Lowest validation loss of 3 cells: m: 1.5000 (0.0500), rora r=8 at 0.0003. In brackets: standard error over "
+        "records. 1 diverged."
     )
     rows["best_rate"] = ["", "edge", ""]
     sentence = describe_results(pd.DataFrame(rows))

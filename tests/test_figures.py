@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
+from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from support import drawings
 from support.drawings import draw
@@ -77,6 +78,8 @@ FIGURES = {
         (loss_vs_rate, {"rank": 32, "name": "SmolLM2-135M pruned to half"}),
     ],
 }
+PHONE_PIXELS = 358
+"""Width of a page's text on a screen of 390 pixels."""
 SAVE = style.save
 """Function that writes a figure; fixtures replace it while the module's tests run."""
 CASES = [(folder, module, options) for folder, plots in FIGURES.items() for module, options in plots]
@@ -136,10 +139,11 @@ def test_published_figures_are_drawn_again_and_nothing_is_cut(published) -> None
 
 @pytest.mark.slow
 def test_published_figures_can_be_read_on_a_phone(published) -> None:
-    """Figures of runs are narrow, have few entries in a legend, and name models in words."""
+    """Every letter has at least 9 pixels, legends have few entries, and models have names in words."""
     for (folder, name), figure in published[0].items():
         entries = [len(legend.get_texts()) for legend in legends(figure)]
-        assert figure.get_figwidth() <= 4.8, (folder, name)
+        scale = PHONE_PIXELS / (72 * figure.get_figwidth())  # pixels per point
+        assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) * scale > 9, (folder, name)
         assert not re.search("smollm2|gemma3", legend_text(figure)), (folder, name)
         assert all(count <= 8 for count in entries), (folder, name, entries)
         if name in ("horizon", "accuracy_vs_rank", "scaling_diagram"):

@@ -218,7 +218,7 @@ def _mean_ratio(candidate_squares: np.ndarray, tuned_squares: np.ndarray, seeds:
     return geometric_mean(_ratios(candidate_squares, tuned_squares, seeds))
 
 
-HEADS = ("plan", "alpha", "rate", "modules: mean (range)", "final hidden states", "logits")
+HEADS = ("plan", "alpha", "rate", "modules: mean, range", "final hidden states", "logits")
 """Headers of the columns of `format_candidates`."""
 
 
@@ -227,10 +227,10 @@ def format_candidates(summary: pd.DataFrame) -> list[list[str]]:
     rows = []
     for plan, group in summary[summary["plan"] != TUNED].groupby("plan", sort=False):
         records = group.to_dict("records")
-        modules, hidden, logits = (f"{row['ratio']:.3f} ± {row['standard_error']:.3f}" for row in records)
+        modules, hidden, logits = (f"{row['ratio']:.3f} ({row['standard_error']:.3f})" for row in records)
         # The row of the modules has the range over modules, and the setting that all rows share.
         first = records[0]
-        modules += f" ({first['smallest']:.2f} to {first['largest']:.2f})"
+        modules += f", {first['smallest']:.2f} to {first['largest']:.2f}"
         rows.append([str(plan), f"{first['alpha']:.4g}", f"{first['learning_rate']:.3g}", modules, hidden, logits])
     return rows
 

@@ -511,7 +511,7 @@ def _judge_growth(draws: Draws, equation: str, claim: str, rule: Rule, printed: 
         )
         for fit in fits
     ]
-    independent, overlapping, in_limit = (f"{fit.slope:+.3f} ± {fit.standard_error:.3f}" for fit in fits)
+    independent, overlapping, in_limit = (f"{fit.slope:+.3f} ({fit.standard_error:.3f})" for fit in fits)
     return Verdict(
         equation,
         claim,
@@ -523,4 +523,4 @@ def _judge_growth(draws: Draws, equation: str, claim: str, rule: Rule, printed: 
 
 
 def _format(ratio: Estimate) -> str:
-    return f"{ratio.value:.4g} ± {ratio.error:.1g}"
+    return f"{ratio.value:.4g} ({ratio.error:.1g})"

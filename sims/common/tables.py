@@ -113,7 +113,7 @@ def format_slope(row: Mapping[Any, Any]) -> str:
     """Format a fitted exponent with its standard error and the exponent of the exact law; empty without a fit."""
     if row["slope"] != row["slope"]:
         return ""
-    return f"{row['slope']:+.3f} ± {row['standard_error']:.3f} ({row['exact']:+.3f})"
+    return f"{row['slope']:+.3f} ({row['standard_error']:.3f}), {row['exact']:+.3f}"
 
 
 def print_text(text: str) -> None:

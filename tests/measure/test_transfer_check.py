@@ -137,6 +137,6 @@ def test_ratios_are_of_root_mean_squares_over_seeds_and_their_errors_the_jackkni
         for cells in transfer_check.format_candidates(summary)
     }
     assert list(printed) == [plan for plan in transfer_check.candidates(advice) if plan != "tuned"]
-    expected = "{ratio:.3f} ± {standard_error:.3f} ({smallest:.2f} to {largest:.2f})".format_map(row)
-    assert printed["one rate"]["modules: mean (range)"] == expected
+    expected = "{ratio:.3f} ({standard_error:.3f}), {smallest:.2f} to {largest:.2f}".format_map(row)
+    assert printed["one rate"]["modules: mean, range"] == expected
     assert printed["one rate"]["rate"] == f"{advice.rate_at_alpha:.3g}"

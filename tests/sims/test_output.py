@@ -197,7 +197,7 @@ def test_regime(printed) -> None:
     assert "verdict: holds." in text
     row = ratios.query("optimizer == 'adam' and init == 'gaussian' and split == 'heldout' and rank == 64").iloc[0]
     assert row["modules"] == 150
-    assert f"{row['mean_ratio']:.4f} ± {row['standard_error']:.4f}" in text, "of all modules, not only published rows"
+    assert f"{row['mean_ratio']:.4f} ({row['standard_error']:.4f})" in text, "of all modules, not only published rows"
 
 
 @pytest.mark.slow
@@ -226,7 +226,7 @@ def test_training_dynamics(printed) -> None:
     tables = published("training_dynamics", "results", "exponents")
     training_dynamics.report(config_of(ControlledGrid, "training_dynamics"), *tables)
     text = "\n".join(printed())
-    assert "-0.56 ± 0.00" in text
+    assert "-0.56 (0.00)" in text
     assert "after 100 steps" in " ".join(text.split()).lower()
 
 

@@ -158,6 +158,6 @@ def describe_accuracy(levels: Sequence[TaskAccuracy], protocol: str) -> str:
     last, tasks = levels[-1], [level for level in levels if level.task in TASKS]
     scope = f"on average over {len(tasks)} tasks" if last.task not in TASKS else f"on {TASKS[last.task].name}"
     return (
-        f"{100 * last.accuracy:.1f} ± {100 * last.error:.1f} % of the answers are correct {scope} under the protocol "
-        f"{protocol}; chance is {100 * last.chance:.1f} %."
+        f"{100 * last.accuracy:.1f} % of the answers are correct {scope} under the protocol {protocol} (standard error "
+        f"{100 * last.error:.1f} points); chance is {100 * last.chance:.1f} %."
     )

@@ -132,7 +132,7 @@ def describe_results(rows: pd.DataFrame) -> str:
         best = group.sort_values(["validation_loss", "key"]).iloc[0]
         setting = "" if pd.isna(best["rank"]) else f" r={best['rank']:g}"
         setting += "" if pd.isna(best["learning_rate"]) else f" at {best['learning_rate']:g}"
-        loss = f"{best['validation_loss']:.4f} ± {best['validation_error']:.4f}"
+        loss = f"{best['validation_loss']:.4f} ({best['validation_error']:.4f})"
         parts.append(f"{model}: {loss}, {best['method']}{setting}")
     diverged = int((rows["status"] == "diverged").sum())
     remarks = f" {diverged} diverged." if diverged else ""
@@ -143,7 +143,8 @@ def describe_results(rows: pd.DataFrame) -> str:
             f" {edges} of {groups} best learning rates lie at the edge of the rates that were tried: the best may lie "
             "beyond."
         )
-    return f"Lowest validation loss of {len(rows)} cells: {'; '.join(parts) or 'none'} (± over records).{remarks}"
+    lowest = f"{'; '.join(parts)}. In brackets: standard error over records" if parts else "none"
+    return f"Lowest validation loss of {len(rows)} cells: {lowest}.{remarks}"
 
 
 def describe_result(value: Mapping[str, Any]) -> str:
@@ -153,8 +154,9 @@ def describe_result(value: Mapping[str, Any]) -> str:
     if value["diverged_at"] is not None:
         parts.append(f"diverged at {value['diverged_at']}")
     for last in value.get("levels", ())[-1:]:
-        accuracy = f"{last['task']} {100 * last['accuracy']:.1f} ± {100 * last['error']:.1f} %"
-        parts.append(accuracy + (f" ({100 * last['unparsed']:.1f} % unparsed)" if last["unparsed"] else ""))
+        error = f"standard error {100 * last['error']:.1f}"
+        error += f", {100 * last['unparsed']:.1f} % unparsed" if last["unparsed"] else ""
+        parts.append(f"{last['task']} {100 * last['accuracy']:.1f} % ({error})")
     return ", ".join(parts)
 
 

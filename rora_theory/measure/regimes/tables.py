@@ -365,14 +365,14 @@ def format_crossing_distances(crossing_distances: pd.DataFrame, init: Init, lear
 def format_ratios(ratios: pd.DataFrame, optimizer: Optimizer) -> FormattedTable:
     """Format `measured_over_predicted` at held-out tokens with a row for each rank and a column for each init."""
     rows = ratios[(ratios["optimizer"] == optimizer) & (ratios["split"] == "heldout")]
-    template = "{mean_ratio:.4f} ± {standard_error:.4f} ({largest_deviation:.1%})"
+    template = "{mean_ratio:.4f} ({standard_error:.4f}), {largest_deviation:.1%}"
     cells = [
         [rank, *(template.format_map(row) for row in group.to_dict("records"))]
         for rank, group in rows.groupby("rank", sort=False)
     ]
     return FormattedTable(
-        f"{optimizer}: ratio of measured to predicted rms at held-out tokens, mean over modules ± standard error "
-        "(largest single deviation), by initialisation of A",
+        f"{optimizer}: ratio of measured to predicted rms at held-out tokens, mean over modules, standard error "
+        "in brackets, and largest single deviation, by initialisation of A",
         ["rank", *rows["init"].unique()],
         cells,
     )

@@ -166,11 +166,11 @@ def test_the_answers_of_a_cell_are_read_back(tmp_path) -> None:
 def test_results_are_described() -> None:
     """A diverged cell has no lowest loss."""
     rows = frames.from_rows([rate_row(0.1, 0, status="diverged")], results.COLUMNS)
-    assert results.describe_results(rows) == ("Lowest validation loss of 1 cells: none (± over records). 1 diverged.")
+    assert results.describe_results(rows) == ("Lowest validation loss of 1 cells: none. 1 diverged.")
     reading = {"step": 2, "losses": [10.0, 20.0], "answer_losses": [1.0, 1.0]}
     result = {"readings": [reading, reading | {"step": 4}], "diverged_at": None, "tokens": 20}
     assert results.describe_result(result | {"levels": [LEVEL, LEVEL | {"task": "average"}]}) == (
-        "loss 1.5000 at 2, loss 1.5000 at 4, average 75.0 ± 10.0 % (25.0 % unparsed)"
+        "loss 1.5000 at 2, loss 1.5000 at 4, average 75.0 % (standard error 10.0, 25.0 % unparsed)"
     )
     assert results.describe_result(result | {"readings": [], "diverged_at": 7}) == "diverged at 7"
 
