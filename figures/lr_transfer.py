@@ -13,7 +13,7 @@ import tyro
 from figures import style
 from rora_theory.runs import frames
 
-TRAINED = {"both": ("-", True), "B": ((0, (3, 2)), False)}
+TRAINED: dict[str, tuple[Any, bool]] = {"both": ("-", True), "B": ((0, (3, 2)), False)}
 """Line style of the trained factors, and whether the marker is filled."""
 MAX_LOSS_RATIO = 3
 """Largest drawn loss, as a multiple of the median loss."""

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,6 +50,16 @@ def test_the_tables_of_a_run_are_a_page_below_one_title() -> None:
     assert [line for line in path.read_text().splitlines() if line.startswith("|")] == [
         line for line in page.splitlines() if line.startswith("|")
     ]
+
+
+def test_a_table_breaks_no_number_and_gives_sentences_room() -> None:
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="a.md"))
+    sentence = "the power was chosen after the runs of SmolLM2-135M"
+    html = hooks.on_page_content(f"<td>0.001 ± 0.002</td><td>3.1e-04 to 5</td><td>{sentence}</td>", page=page)
+    assert html == (
+        '<td><span class="number">0.001 ± 0.002</span></td><td><span class="number">3.1e-04</span> to 5</td>'
+        f'<td class="long">{sentence}</td>'
+    )
 
 
 def test_mathematics_of_docstrings() -> None:
