@@ -1,19 +1,17 @@
 """Compute the cells of an experiment with Ray: several at a time on this machine, or on the nodes of a cluster.
 
 Ray places each cell on a node with the CPUs, GPUs and memory that it needs, and starts it again elsewhere if its node
-dies. The work function, with the data that all cells share, is put into Ray's object store once. A worker that can
-access the run folder works in the cell's folder, as a single process does, and resumes from its checkpoints; otherwise
-it sends the cell's files with the result. The calling process owns the run folder and resumes it.
+dies. The work function, with the data that all cells share, is put into Ray's object store once. A worker works in the
+cell's folder, as a single process does, and resumes from its checkpoints: all nodes share the file system of the run
+folder. The calling process owns the run folder and resumes it.
 """
 
 import contextlib
 import dataclasses
-import functools
 import ipaddress
 import logging
 import math
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -22,13 +20,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rora_theory import extras
 from rora_theory.errors import InputError
-from rora_theory.runs import files, software
+from rora_theory.runs import software
 from rora_theory.runs.cells import CellOutcome, Runner, in_process
-from rora_theory.runs.reading import CHECKPOINTS, LOCK
+from rora_theory.runs.reading import LOCK
 from rora_theory.scaling import check_integer, check_positive
 from rora_theory.validation.ranges import Positive, check_ranges
 
@@ -47,8 +45,6 @@ VARIABLES = {
 
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Environment variable that makes a local Ray listen on the loopback address instead of all interfaces."""
-
-_environment = functools.cache(software.environment)
 
 _sessions: list[tempfile.TemporaryDirectory[str] | None] = []
 """Folder of the session that this process has started, or None for a connection to a cluster; empty without either."""
@@ -185,45 +181,6 @@ def _check_listening(address: str) -> None:
             raise ConnectionError(f"nothing answers there ({getattr(error, 'strerror', None) or error})") from error
 
 
-class CellResult(NamedTuple):
-    """Result of a cell from a worker.
-
-    Attributes:
-      value: Result of the cell.
-      files: Content of the cell's files by name; empty if the worker wrote into the run folder.
-      seconds: Run time of the cell.
-      software: Software environment of the worker, `rora_theory.runs.software.environment`.
-    """
-
-    value: Any
-    files: Mapping[str, bytes]
-    seconds: float
-    software: Mapping[str, Any]
-
-
-def compute_cell(work: Callable[[Any, Path], Any], cell: Any, folder: Path, lock: str | None) -> CellResult:
-    """Compute a cell in a worker.
-
-    Args:
-      work: Function that computes a cell.
-      cell: Cell to compute.
-      folder: Folder of the cell on the machine that owns the run folder.
-      lock: Content of the run folder's lock there, see `read_lock`.
-    """
-    started = time.monotonic()
-    # The run folder is visible from here: work in it.
-    if lock is not None and read_lock(folder) == lock:
-        return CellResult(work(cell, folder), {}, time.monotonic() - started, _environment())
-    # Otherwise send the files with the result. Checkpoints are of no use after the end.
-    with tempfile.TemporaryDirectory(prefix="rora-cell-", ignore_cleanup_errors=True) as scratch:
-        own_folder = Path(scratch) / folder.name
-        value = work(cell, own_folder)
-        seconds = time.monotonic() - started
-        names = [path.relative_to(own_folder) for path in sorted(own_folder.rglob("*")) if path.is_file()]
-        contents = {str(name): (own_folder / name).read_bytes() for name in names if name.parts[0] != CHECKPOINTS}
-        return CellResult(value, contents, seconds, _environment())
-
-
 def read_lock(folder: Path) -> str | None:
     """Return the content of the lock of a cell's run folder, which names its owner, or None if there is none.
 
@@ -251,12 +208,31 @@ def fetch_work(reference: Any, get: Callable[[Any], Any]) -> Callable[[Any, Path
     return _last_work[0][1]
 
 
-def _attempt(references: list[Any], cell: Any, folder: Path, lock: str | None) -> tuple[CellResult, str]:
-    """Compute a cell in a worker, and return the result with the id of the node."""
+def compute_cell(references: list[Any], cell: Any, folder: Path, lock: str | None) -> CellOutcome:
+    """Compute a cell in a worker.
+
+    Args:
+      references: Reference of the work function, in a list, so that Ray passes the reference itself.
+      cell: Cell to compute.
+      folder: Folder of the cell.
+      lock: Content of the run folder's lock on the machine that owns it, see `read_lock`.
+
+    Returns:
+      The outcome, with the id of the node and its software, and 0 for the position.
+
+    Raises:
+      InputError: The run folder is not that of the owner.
+    """
     import ray
 
-    result = compute_cell(fetch_work(references[0], ray.get), cell, folder, lock)
-    return result, ray.get_runtime_context().get_node_id()[:12]
+    node = ray.get_runtime_context().get_node_id()[:12]
+    if lock is None or read_lock(folder) != lock:
+        raise InputError(
+            f"{folder.parents[1]}: node {node} does not see this run folder. Use one on a file system that all nodes "
+            "share."
+        )
+    work, started = fetch_work(references[0], ray.get), time.monotonic()
+    return CellOutcome(0, work(cell, folder), time.monotonic() - started, node, software.environment())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,16 +254,12 @@ class RayRunner:
           work: Function of a cell and its folder. It is sent to the workers with all objects that it refers to.
           todo: Cells with their folders.
           on_start: Function called with the index of a cell when it is submitted.
-
-        Raises:
-          InputError: A file cannot be written.
         """
         if not todo:
             return
         import ray
 
-        remote = ray.remote(max_retries=RETRIES, **self.needs)(_attempt)
-        # In a list, Ray passes the reference itself to the worker instead of the object.
+        remote = ray.remote(max_retries=RETRIES, **self.needs)(compute_cell)
         references, lock = [ray.put(work)], read_lock(todo[0][1])
         pending: dict[Any, int] = {}
         try:
@@ -295,11 +267,12 @@ class RayRunner:
                 on_start(index)
                 pending[remote.remote(references, cell, folder.resolve(), lock)] = index
             warned: set[str] = set()
+            environment = software.environment()
             while pending:
                 (ended,), _ = ray.wait(list(pending), num_returns=1)
                 index = pending.pop(ended)
                 try:
-                    result, node = ray.get(ended)
+                    outcome = ray.get(ended)
                 except ray.exceptions.RayTaskError as error:
                     # The cell raised an exception; Ray's has the traceback of the worker.
                     error.cause.__cause__ = error
@@ -307,23 +280,12 @@ class RayRunner:
                 except ray.exceptions.RayError as error:
                     yield CellOutcome(index, error)
                 else:
-                    yield _receive(index, result, node, todo[index][1], warned)
+                    # Warn once for each node of differences between its software and that of this process.
+                    differences = software.version_differences(environment, outcome.software)
+                    if differences and outcome.node not in warned:
+                        warned.add(outcome.node)
+                        logger.warning("node %s runs %s", outcome.node, differences)
+                    yield outcome._replace(position=index, software=outcome.software if differences else None)
         except BaseException:
             leave()  # stops the cells that are running
             raise
-
-
-def _receive(index: int, result: CellResult, node: str, folder: Path, warned: set[str]) -> CellOutcome:
-    """Write the files of a result to the cell's folder, and return its outcome."""
-    if result.files:
-        shutil.rmtree(folder, ignore_errors=True)  # left by an earlier attempt
-        for name, content in result.files.items():
-            path = files.resolve_inside(folder, name, where=f"a cell of node {node}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files.write_whole(path, content)
-    # Warn once for each node of differences between its software and that of this process.
-    differences = software.version_differences(_environment(), result.software)
-    if differences and node not in warned:
-        warned.add(node)
-        logger.warning("node %s runs %s", node, differences)
-    return CellOutcome(index, result.value, result.seconds, node, result.software if differences else None)

@@ -21,7 +21,7 @@ from rora_theory.errors import InputError
 from rora_theory.runs import cluster
 from rora_theory.runs import lock as folder_lock
 from rora_theory.runs.cells import in_process
-from rora_theory.runs.cluster import ClusterConfig, RayRunner, compute_cell, fetch_work, leave, read_lock
+from rora_theory.runs.cluster import ClusterConfig, RayRunner, fetch_work, leave
 
 with_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="the extra cluster (Ray) is not installed")
 
@@ -59,26 +59,6 @@ def owned(tmp_path) -> Iterator[Path]:
     os.close(descriptor)
 
 
-def test_a_worker_that_sees_the_run_folder_works_in_it(owned, tmp_path) -> None:
-    (owned / "checkpoints").mkdir(parents=True)
-    (owned / "checkpoints" / "earlier").write_text("half")
-    result = compute_cell(squares.work, squares.Square(2, str(tmp_path)), owned, read_lock(owned))
-    assert (result.value, result.files) == ({"area": 4 / 3}, {})
-    assert (owned / "losses.csv").read_text() == f"loss\n{2 / 3}\n"
-    assert (owned / "checkpoints" / "earlier").exists(), "from which it resumes"
-    assert result.seconds >= 0
-    assert result.software["python"]
-
-
-@pytest.mark.parametrize("lock", [None, "another owner's"])
-def test_a_worker_on_another_machine_sends_the_files(owned, tmp_path, lock) -> None:
-    """A folder of the same path there is not written to, and checkpoints are not sent."""
-    result = compute_cell(squares.work, squares.Square(2, str(tmp_path)), owned, lock)
-    assert result.files == {"losses.csv": f"loss\n{2 / 3}\n".encode()}
-    assert result.value == {"area": 4 / 3}
-    assert not owned.exists()
-
-
 @pytest.mark.usefixtures("unchecked")
 def test_cells_of_one_run_share_the_work_and_the_next_run_gets_its_own(monkeypatch) -> None:
     monkeypatch.setattr(cluster, "_last_work", [])
@@ -91,24 +71,6 @@ def test_cells_of_one_run_share_the_work_and_the_next_run_gets_its_own(monkeypat
     results = [fetch_work(reference, get) for reference in ("one", "one", "two", "two", "one")]
     assert results == ["work of one", "work of one", "work of two", "work of two", "work of one"]
     assert loaded == ["one", "two", "one"]
-
-
-def test_files_of_another_machine_stay_in_the_cell_s_folder(tmp_path, caplog) -> None:
-    """Files of an earlier attempt are removed, and a node with other software is named once."""
-    folder, warned = tmp_path / "cell", set()
-    folder.mkdir()
-    (folder / "old").write_text("")
-    other = cluster._environment() | {"python": "2.7"}
-    result = cluster.CellResult(3, {"a/b.csv": b"x"}, 1.5, other)
-    for _ in range(2):
-        outcome = cluster._receive(4, result, "n1", folder, warned)
-    assert (outcome.position, outcome.result, outcome.seconds, outcome.node) == (4, 3, 1.5, "n1")
-    assert outcome.software == other
-    assert [path.name for path in folder.rglob("*")] == ["a", "b.csv"]
-    assert caplog.text.count("node n1 runs python 2.7") == 1
-    with pytest.raises(InputError, match=r"names '\.\./out'"):
-        cluster._receive(4, result._replace(files={"../out": b""}), "n1", folder, warned)
-    assert cluster._receive(4, result._replace(software=cluster._environment()), "n1", folder, warned).software is None
 
 
 @pytest.mark.parametrize(
@@ -234,10 +196,21 @@ def test_cells_of_two_runs_are_computed_by_the_work_of_their_own(played, owned, 
         assert (outcomes[0].node, outcomes[0].software) == ("0123456789ab", None)
     assert played.options == [{"max_retries": cluster.RETRIES, "num_cpus": 2.0}] * 2
     assert list(runner(work, [], begun.append)) == []
-    # A folder without the lock's content is another machine's: its files come with the result.
+    # A folder without the lock's content is not the owner's.
     away = tmp_path / "away" / "cells" / "1"
     (outcome,) = runner(partial(work, factor=1), [(1, away)], begun.append)
-    assert (outcome.result, away.joinpath("cell.txt").read_text()) == (1, "1")
+    assert "node 0123456789ab does not see this run folder" in str(outcome.result)
+    assert not away.exists()
+
+
+@pytest.mark.usefixtures("played")
+def test_a_node_with_other_software_is_named_once(owned, monkeypatch, caplog) -> None:
+    versions = iter(["3.11", "2.7", "2.7"])
+    monkeypatch.setattr(cluster.software, "environment", lambda: {"python": next(versions)})
+    # The owner's environment is read after the workers' of this one process.
+    outcomes = list(RayRunner({})(lambda cell, folder: cell, [(1, owned), (2, owned)], lambda _: None))
+    assert [outcome.software for outcome in outcomes] == [None, {"python": "3.11"}]
+    assert caplog.text.count("node 0123456789ab runs python 3.11") == 1
 
 
 def test_an_interruption_stops_the_workers(played, owned) -> None:
