@@ -3,12 +3,15 @@
     python benchmarks/mutation.py                                # all modules, 60 mutants of each, drawn at seed 0
     python benchmarks/mutation.py slopes rate_optimum --most 0   # every mutant of two modules
     python benchmarks/mutation.py bridge data --most 10          # modules of two groups
+    python benchmarks/mutation.py tuning sweep --realistic       # the faults of benchmarks/realistic_faults.py
 
 A mutant is one module with one operator, comparison, number or condition changed (cosmic-ray's operators, `OPERATORS`;
 `SCRIPT_OPERATORS` for the calculator, which is JavaScript). It is killed if a test file of the module or an example in
 its docstrings fails on it, or if its time runs out. The groups are `judging` (statistics, advice and verdicts),
-`bridge` (PyTorch), `tuning` (the probe for a learning rate), `data` (records and batches), `workers` (cells computed
-with Ray) and `pages` (the calculator and the numbers in the pages).
+`sweep` (a sweep's best rates, regrets and change tables), `bridge` (PyTorch), `tuning` (the probe for a learning rate),
+`data` (records and batches), `workers` (cells computed with Ray) and `pages` (the calculator and the numbers in the
+pages). Operators do not write what a person gets wrong, such as a checkpoint of other weights that is resumed; these
+faults are a list, `benchmarks.realistic_faults`.
 The modules that the tests need are imported once. Each mutant runs in a fork that imports only what depends on the
 module, so that it takes about a second, or some seconds in the bridge. It needs the extra `mutation` and is run on
 demand, not with the test suite.
@@ -50,37 +53,35 @@ JUDGING = {
     "transferred": ("rora_theory/advice/transferred.py", "tests/advice/test_transfer.py"),
     "run_change": ("rora_theory/advice/run_change.py", "tests/advice/test_transfer.py"),
     "verdicts": ("rora_theory/paper/verdicts.py", "tests/paper/test_verdicts.py tests/test_answers_in_words.py"),
-    "differences": ("rora_theory/lab/sweep/differences.py", "tests/lab/sweep/test_differences.py"),
     "trained_runs": ("rora_theory/stats/trained_runs.py", "tests/stats/test_trained_runs.py"),
-    "sweep_law": (
-        "rora_theory/lab/sweep/law.py",
-        "tests/lab/sweep/test_analysis.py tests/lab/sweep/test_read_regime.py",
-    ),
-    "sweep_curves": ("rora_theory/lab/sweep/curves.py", "tests/lab/sweep/test_analysis.py"),
-    "sweep_estimators": (
-        "rora_theory/lab/sweep/estimators.py",
-        "tests/lab/sweep/test_rate_estimates.py tests/lab/sweep/test_analysis.py",
-    ),
-    "sweep_part_tables": ("rora_theory/lab/sweep/part_tables.py", "tests/lab/sweep/test_analysis.py"),
+    "rate_curves": ("rora_theory/stats/rate_curves.py", "tests/stats/test_rate_curves.py"),
+}
+"""Modules of statistics, advice and verdicts, which run no model, with the files that test them."""
+
+ANALYSIS = "tests/lab/sweep/test_analysis.py"
+
+SWEEP = {
+    "sweep_analysis": ("rora_theory/lab/sweep/analysis.py", f"tests/lab/sweep/test_rate_estimates.py {ANALYSIS}"),
+    "sweep_change_parts": ("rora_theory/lab/sweep/change_parts.py", "tests/lab/sweep/test_change_parts.py"),
+    "sweep_curves": ("rora_theory/lab/sweep/curves.py", ANALYSIS),
+    "sweep_differences": ("rora_theory/lab/sweep/differences.py", "tests/lab/sweep/test_differences.py"),
+    "sweep_estimators": ("rora_theory/lab/sweep/estimators.py", ANALYSIS),
+    "sweep_law": ("rora_theory/lab/sweep/law.py", f"tests/lab/sweep/test_read_regime.py {ANALYSIS}"),
+    "sweep_part_tables": ("rora_theory/lab/sweep/part_tables.py", ANALYSIS),
     "sweep_rate_estimates": (
         "rora_theory/lab/sweep/rate_estimates.py",
-        "tests/lab/sweep/test_rate_estimates.py tests/lab/sweep/test_analysis.py",
+        f"tests/lab/sweep/test_rate_estimates.py {ANALYSIS}",
     ),
-    "sweep_regret": (
-        "rora_theory/lab/sweep/regret.py",
-        "tests/lab/sweep/test_regret.py tests/lab/sweep/test_analysis.py",
-    ),
-    "sweep_runs": (
-        "rora_theory/lab/sweep/runs.py",
-        "tests/lab/sweep/test_runs.py tests/lab/sweep/test_analysis.py",
-    ),
+    "sweep_regret": ("rora_theory/lab/sweep/regret.py", f"tests/lab/sweep/test_regret.py {ANALYSIS}"),
     "sweep_results": (
         "rora_theory/lab/sweep/results.py",
         "tests/lab/sweep/test_differences.py tests/lab/sweep/test_results.py",
     ),
-    "rate_curves": ("rora_theory/stats/rate_curves.py", "tests/stats/test_rate_curves.py"),
+    "sweep_runs": ("rora_theory/lab/sweep/runs.py", f"tests/lab/sweep/test_runs.py {ANALYSIS}"),
+    "curve_optima": ("rora_theory/stats/curve_optima.py", "tests/stats/test_curve_optima.py"),
+    "regret": ("rora_theory/stats/regret.py", "tests/stats/test_regret.py"),
 }
-"""Modules of statistics, advice and verdicts, which run no model, with the files that test them."""
+"""Modules that find the best rates of a sweep and judge them, with the files that test them."""
 
 BRIDGE = {
     "torch_batches": (
@@ -142,7 +143,8 @@ PAGES = {
 """The calculator, and the program that writes numbers into the pages, with the files that test them."""
 
 GROUPS = {
-    "judging": JUDGING, "bridge": BRIDGE, "tuning": TUNING, "data": DATA, "workers": WORKERS, "pages": PAGES
+    "judging": JUDGING, "sweep": SWEEP, "bridge": BRIDGE, "tuning": TUNING, "data": DATA, "workers": WORKERS,
+    "pages": PAGES,
 }  # fmt: skip
 MODULES = {name: module for group in GROUPS.values() for name, module in group.items()}
 
@@ -215,6 +217,16 @@ def mutants(path: Path) -> Iterator[Mutant]:
             if ast.dump(tree) not in seen and _fixed_parts(tree) == _fixed_parts(original_tree):
                 seen.add(ast.dump(tree))
                 yield Mutant(source, _difference(original, source))
+
+
+def realistic_mutants(path: Path) -> list[Mutant]:
+    """Return the mutants of a module that `benchmarks.realistic_faults` lists."""
+    original = path.read_text()
+    faults = [
+        fault for fault in importlib.import_module("benchmarks.realistic_faults").FAULTS if Path(fault.path) == path
+    ]
+    sources = {fault: original.replace(fault.old, fault.new) for fault in faults}
+    return [Mutant(source, f"{fault.breaks}\n{_difference(original, source)}") for fault, source in sources.items()]
 
 
 def script_mutants(original: str) -> Iterator[Mutant]:
@@ -411,6 +423,7 @@ def main() -> None:
     names = [*GROUPS, *MODULES]
     parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"any of {', '.join(names)}; none is all")
     parser.add_argument("--most", type=int, default=60, help="number of mutants of a module, drawn at random; 0 is all")
+    parser.add_argument("--realistic", action="store_true", help="plant the listed faults in place of the operators'")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw")
     parser.add_argument("--seconds", type=float, default=60.0, help="processor time after which a mutant is killed")
     arguments = parser.parse_args()
@@ -433,19 +446,21 @@ def main() -> None:
     for name in LIBRARIES.split():
         importlib.import_module(name)
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:  # a clean process for each module
-        settings = (arguments.most, arguments.seed, arguments.seconds)
+        settings = (arguments.most, arguments.seed, arguments.seconds, arguments.realistic)
         scores = pool.starmap(score_module, [(name, *settings) for name in chosen], chunksize=1)
     total, total_killed = (sum(counts) for counts in zip(*scores, strict=True))
-    print(f"{total_killed} of {total} killed: {total_killed / total:.1%}")
+    print(f"{total_killed} of {total} killed: {total_killed / max(total, 1):.1%}")
 
 
-def score_module(name: str, max_mutants: int, seed: int, seconds: float) -> tuple[int, int]:
+def score_module(name: str, max_mutants: int, seed: int, seconds: float, is_realistic: bool) -> tuple[int, int]:
     """Print the surviving mutants of a module, and return the numbers of tested and of killed ones."""
     path, tests = Path(MODULES[name][0]), MODULES[name][1].split()
+    all_mutants = realistic_mutants(path) if is_realistic else list(mutants(path))
+    if not all_mutants:
+        return 0, 0
     prepare(path, tests)
     if is_killed(path, Mutant(path.read_text(), ""), tests, 10 * seconds):
         raise RuntimeError(f"{name}: the tests fail without a mutant")
-    all_mutants = list(mutants(path))
     random.Random(seed).shuffle(all_mutants)
     sample = all_mutants[: max_mutants or None]
     killed_count = 0

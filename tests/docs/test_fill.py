@@ -1,8 +1,6 @@
 """Generated numbers in pages: the text of each mark, and the report of a wrong one."""
 
 import json
-import subprocess
-import sys
 
 import fill
 import pytest
@@ -81,23 +79,27 @@ def test_table() -> None:
     ]
 
 
-def test_output_is_the_chosen_paragraphs_of_a_command(monkeypatch) -> None:
-    commands = []
+PROGRAM = """
+import os, sys
+print("one\\nmore\\n\\ntwo\\n \\n", *sys.argv[1:], os.environ["COLUMNS"], "±\\n")
+sys.exit("error: no" if "fails" in sys.argv else 0)
+"""
 
-    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        commands.append((command, options))
-        status = 2 if "fails" in command else 0
-        return subprocess.CompletedProcess(command, status, "one\nmore\n\ntwo\n \nthree\n", "error: no\n")
 
-    monkeypatch.setattr(subprocess, "run", run)
+def test_output_is_the_chosen_paragraphs_of_a_command(monkeypatch, tmp_path) -> None:
+    """The command is that of this folder, and its lines are not those of the terminal."""
+    monkeypatch.setattr(fill, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "sims").mkdir()
+    (tmp_path / "sims" / "transfer.py").write_text(PROGRAM)
+    last = " --to-rank 8 80 ±"
     texts = [fill.output(f"{paragraphs} rora transfer --to-rank 8") for paragraphs in ("1-1", "2-3", "1-3")]
-    assert texts == [f"\n```text\n{text}\n```\n" for text in ("one\nmore", "two\n\nthree", "one\nmore\n\ntwo\n\nthree")]
-    command, options = commands[0]
-    assert command == [sys.executable, "-m", "sims.transfer", "--to-rank", "8"]
-    assert options["env"]["COLUMNS"] == "80", "lines are not those of the terminal"
+    expected = ("one\nmore", f"two\n\n{last}", f"one\nmore\n\ntwo\n\n{last}")
+    assert texts == [f"\n```text\n{text}\n```\n" for text in expected]
     for body, problem in (
         ("1-4 rora transfer", "3 paragraphs"),
-        ("1-1 rora fails fails", "error: no"),
+        ("1-1 rora transfer fails", "^error: no$"),
         ("1-1 python transfer", "FIRST-LAST"),
         ("1-x rora transfer", "FIRST-LAST"),
         ("x-1 rora transfer", "FIRST-LAST"),
@@ -187,7 +189,10 @@ def test_packaged_values_are_copied_with_all_digits() -> None:
 
 
 def test_packaged_ranges_cover_the_selected_rows() -> None:
-    entry = {"model": "m", "rows": "run/rates.csv rank=1,8", "ranges": {"rate": [0, 0], "gain": [64.0, 64.0]}}
+    (fill.PUBLISHED / "run" / "rates.json").write_text(
+        json.dumps([{"rate": rate, "gain": 64.0} for rate in (0.002, 0.035, 0.0012)])
+    )
+    entry = {"model": "m", "rows": "run/rates.json rate!=0.002", "ranges": {"rate": [0, 0], "gain": [64.0, 64.0]}}
     missing = {"rows": "run/rates.csv", "ranges": {"rank": [1, 1]}}
     filled, problems = fill.fill_packaged(json.dumps({"a": entry, "missing": missing}), "data.json")
     assert json.loads(filled) == {
@@ -219,17 +224,32 @@ def test_check_reports_and_filling_corrects(monkeypatch, tmp_path, capsys) -> No
     page.write_text("It was <!-- n run/rates.csv\n  rank=8: {rate:.2f}\n-->0.4<!-- / --> of it.\n")
     assert fill.main(["--check"]) == 1
     assert "page.md: n run/rates.csv rank=8" in capsys.readouterr().out
+    assert "-->0.4<!--" in page.read_text(), "the page is written without --check only"
     assert fill.main([]) == 0
     assert page.read_text() == "It was <!-- n run/rates.csv\n  rank=8: {rate:.2f}\n-->0.04<!-- / --> of it.\n"
     assert fill.main(["--check"]) == 0
     assert fill.main(["--chekc"]) == 2
+    capsys.readouterr()
+    page.write_text("It was <!-- n run/rates.csv rank=9: {rate} -->0.4<!-- / --> of it.\n")
+    assert fill.main([]) == 1
+    assert "select no row" in capsys.readouterr().out
+
+
+def test_the_documents_are_the_constants_the_readme_and_every_page(monkeypatch, tmp_path) -> None:
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    pages = [tmp_path / "docs" / name for name in ("a.md", "results/b.md")]
+    for path in (*pages, tmp_path / "docs" / "c.css"):
+        path.write_text("")
+    monkeypatch.setattr(fill, "ROOT", tmp_path)
+    assert fill.documents() == [fill.PACKAGED, tmp_path / "README.md", *pages]
 
 
 def test_a_mark_states_what_the_package_advises() -> None:
-    rate = transfer(Setting(16, 32.0, 2e-4), 128, alpha=256.0).learning_rate
-    mark = "<!-- advice 16 128 to_alpha=256: {rate:.3g}, {divisor:.2f} -->"
+    low, rate, high = transfer(Setting(16, 32.0, 2e-4), 128, alpha=256.0).rate_range
+    mark = "<!-- advice 16 128 to_alpha=256: {rate:.3g}, {divisor:.2f} ({divisor_low:.2f} to {divisor_high:.2f}) -->"
     text, problems = fill.fill(f"Set {mark}x<!-- / -->.", "page")
-    assert text == f"Set {mark}{rate:.3g}, {2e-4 / rate:.2f}<!-- / -->."
+    expected = f"{rate:.3g}, {2e-4 / rate:.2f} ({2e-4 / high:.2f} to {2e-4 / low:.2f})"
+    assert text == f"Set {mark}{expected}<!-- / -->."
     assert len(problems) == 1
     assert fill.fill(text, "page") == (text, [])
     for body in ("16 128 to_alpha=0: {rate}", "16 128 colour=3: {rate}", "16 128: {weight}", "16 128"):

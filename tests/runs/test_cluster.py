@@ -109,8 +109,10 @@ class Played:
 
     exceptions = SimpleNamespace(RayTaskError=TaskError, RayError=ConnectionError)
 
-    def __init__(self, *, address: str = "127.0.0.1", cpus: int = 8) -> None:
-        self.address, self.cpus = address, cpus
+    def __init__(self) -> None:
+        self.address = "127.0.0.1"
+        self.machines = [(True, {"CPU": 8})]
+        """Whether each node is alive, and its resources."""
         self.started: list[tuple[tuple[str, ...], dict[str, Any]]] = []
         self.is_running = False
         self.options: list[dict[str, Any]] = []
@@ -127,7 +129,10 @@ class Played:
         self.is_running = False
 
     def nodes(self) -> list[dict[str, Any]]:
-        return [{"Alive": True, "NodeManagerAddress": self.address, "Resources": {"CPU": self.cpus}}]
+        return [
+            {"Alive": is_alive, "NodeManagerAddress": self.address, "Resources": resources}
+            for is_alive, resources in self.machines
+        ]
 
     def put(self, value: object) -> Callable[[], object]:
         return lambda: value
@@ -223,9 +228,23 @@ def test_an_interruption_stops_the_workers(played, owned) -> None:
     assert not cluster._sessions
 
 
-def test_a_session_on_this_machine_has_the_cores_of_its_workers(played, monkeypatch) -> None:
-    """Its folder is private, it has no dashboard and sends no statistics, and it ends with `leave`."""
-    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
+RAY_VARIABLES = {
+    "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1", "RAY_task_oom_retries": "3",
+}  # fmt: skip
+"""Environment of every session: no statistics, hidden GPUs for cells without one, and a number of attempts."""
+
+
+@pytest.fixture
+def environment(monkeypatch) -> dict[str, str]:
+    """Replace the environment by one without variables of Ray."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "OMP_"))}
+    monkeypatch.setattr(os, "environ", environment)
+    return environment
+
+
+def test_a_session_on_this_machine_has_the_cores_of_its_workers(played, environment) -> None:
+    """Its folder is private, it has no dashboard, listens on the loopback address, and ends with `leave`."""
+    before = dict(environment)
     runner = ClusterConfig(workers=3, cell_cpus=1.5).runner()
     assert runner.needs == {"num_cpus": 1.5, "num_gpus": 0.0}
     ((words, options),) = played.started
@@ -233,7 +252,8 @@ def test_a_session_on_this_machine_has_the_cores_of_its_workers(played, monkeypa
     assert words == ("local",)
     assert (options["num_cpus"], options["include_dashboard"], options["log_to_driver"]) == (5, False, False)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    local = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "OMP_NUM_THREADS": str(os.cpu_count())}
+    assert environment == before | RAY_VARIABLES | local, "as many threads as here, so that results have the same bits"
     ClusterConfig(workers=3, cell_cpus=1.5).runner()
     assert len(played.started) == 1, "a second experiment of the process uses the session"
     leave()
@@ -249,8 +269,10 @@ def test_a_session_that_listens_on_the_network_is_ended(played) -> None:
     assert not cluster._sessions
 
 
-def test_a_cluster_may_get_a_node_later(played, caplog) -> None:
-    """This machine will not; the address is checked before Ray is asked."""
+def test_a_cluster_may_get_a_node_later(played, environment, caplog) -> None:
+    """This machine will not; the address is checked before Ray is asked. A cell needs one node that is alive."""
+    played.machines = [(True, {"CPU": 8, "memory": 2**34}), (True, {"CPU": 8}), (False, {"CPU": 64, "memory": 2**34})]
+    before = dict(environment)
     listening = socket.create_server(("127.0.0.1", 0))
     address = f"127.0.0.1:{listening.getsockname()[1]}"
     for name, warnings in ((address, 1), ("auto", 2)):
@@ -259,8 +281,9 @@ def test_a_cluster_may_get_a_node_later(played, caplog) -> None:
         assert played.started[-1][0] == (name,)
         assert caplog.text.count("CPU 9, GPU 0, memory 2.14748e+09") == warnings
         leave()
+    assert environment == before | RAY_VARIABLES, "the nodes have their own threads and addresses"
     listening.close()
-    with pytest.raises(InputError, match=f"address {address}: nothing answers there"):
+    with pytest.raises(InputError, match=rf"address {address}: nothing answers there \(Connection refused\)"):
         ClusterConfig(address=address).runner()
     for wrong in ("head", "ray://head:10001", ":6379", "head:port"):
         with pytest.raises(InputError, match=f"address .*{wrong}"):

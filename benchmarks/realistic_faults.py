@@ -1,0 +1,605 @@
+"""Faults that a person might make, for `benchmarks/mutation.py --realistic`.
+
+Operators change one number or comparison; these faults leave out, confuse or forget something. A fault's old text
+occurs exactly once in its file, which `tests/test_mutation.py` checks, so that the list follows the code.
+"""
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    """A fault in a file, and what it breaks.
+
+    Attributes:
+      path: Path of the file in the repository.
+      old: Text of the file, which occurs once.
+      new: Text in its place.
+      breaks: Description of the wrong behaviour.
+    """
+
+    path: str
+    old: str
+    new: str
+    breaks: str
+
+
+CLUSTER = "rora_theory/runs/cluster.py"
+FILL = "docs/fill.py"
+CALCULATOR = "docs/assets/transfer.mjs"
+SWEEP = "rora_theory/lab/sweep"
+
+WORKERS_FAULTS = [
+    Fault(
+        CLUSTER,
+        "if not _last_work or _last_work[0][0] != reference:",
+        "if not _last_work:",
+        "a worker goes on with the work of the run before",
+    ),
+    Fault(
+        CLUSTER,
+        "for name in names if name.parts[0] != CHECKPOINTS}",
+        "for name in names}",
+        "checkpoints are sent with the result",
+    ),
+    Fault(
+        CLUSTER,
+        "if lock is not None and read_lock(folder) == lock:",
+        "if read_lock(folder) is not None:",
+        "a worker writes into another owner's folder of the same path",
+    ),
+    Fault(
+        CLUSTER,
+        "shutil.rmtree(folder, ignore_errors=True)  # left by an earlier attempt",
+        "pass",
+        "files of an earlier attempt stay beside those of the result",
+    ),
+    Fault(
+        CLUSTER,
+        'path = files.resolve_inside(folder, name, where=f"a cell of node {node}")',
+        "path = folder / name",
+        "a worker's file name leads out of the cell's folder",
+    ),
+    Fault(
+        CLUSTER,
+        "yield CellOutcome(index, error.cause)",
+        "yield CellOutcome(len(pending), error.cause)",
+        "an exception is attributed to another cell",
+    ),
+    Fault(
+        CLUSTER,
+        "error.cause.__cause__ = error",
+        "pass",
+        "the worker's traceback is lost",
+    ),
+    Fault(
+        CLUSTER,
+        "except ray.exceptions.RayError as error:\n                    yield CellOutcome(index, error)",
+        "except ray.exceptions.RayError:\n                    continue",
+        "a cell whose node died disappears",
+    ),
+    Fault(
+        CLUSTER,
+        "leave()  # stops the cells that are running\n            raise",
+        "raise",
+        "cells run on after an interruption",
+    ),
+    Fault(
+        CLUSTER,
+        '_temp_dir=f"{session.name}/ray"',
+        '_temp_dir="/tmp/ray"',
+        "Ray's session lies in a folder that every user can enter",
+    ),
+    Fault(
+        CLUSTER,
+        '| {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}',
+        "",
+        "workers have one NumPy thread, so that their results have other bits",
+    ),
+    Fault(
+        CLUSTER,
+        "(VARIABLES | local).items()",
+        "VARIABLES.items()",
+        "a local session listens on the network",
+    ),
+    Fault(
+        CLUSTER,
+        "signal.signal(signal.SIGTERM, before)  # restore the handler that Ray replaces",
+        "pass",
+        "SIGTERM is handled by Ray after the start",
+    ),
+    Fault(
+        CLUSTER,
+        "math.ceil(config.workers * config.cell_cpus)",
+        "config.workers",
+        "a cell of two CPUs halves the number of workers",
+    ),
+    Fault(
+        CLUSTER,
+        "int(self.cell_memory * 2**30)",
+        "int(self.cell_memory * 10**9)",
+        "memory is reserved in gigabytes in place of GiB",
+    ),
+    Fault(
+        CLUSTER,
+        "if not any(all(node.get(name, 0) >= count for name, count in required.items()) for node in nodes):",
+        "if not all(sum(node.get(name, 0) for node in nodes) >= count for name, count in required.items()):",
+        "a cell is accepted if all nodes together have what it needs",
+    ),
+    Fault(
+        CLUSTER,
+        '[node["Resources"] for node in ray.nodes() if node["Alive"]]',
+        '[node["Resources"] for node in ray.nodes()]',
+        "the resources of a dead node count",
+    ),
+    Fault(
+        CLUSTER,
+        "ray.remote(max_retries=RETRIES, **self.needs)",
+        "ray.remote(**self.needs)",
+        "the number of attempts is Ray's",
+    ),
+]
+
+PAGES_FAULTS = [
+    Fault(FILL, "RELATIVE_TOLERANCE = 1e-6", "RELATIVE_TOLERANCE = 1e-2", "a condition selects a neighbouring value"),
+    Fault(
+        FILL,
+        "return value is target if value is None or target is None else str(value) == text",
+        "return str(value) == text",
+        "a missing value is not selected by an empty condition",
+    ),
+    Fault(
+        FILL,
+        "[min(values_of(column)), max(values_of(column))]",
+        "[values_of(column)[0], values_of(column)[-1]]",
+        "a range has the first and the last value in place of the lowest and the highest",
+    ),
+    Fault(FILL, "statistics.median(", "statistics.mean(", "a median is a mean"),
+    Fault(
+        FILL,
+        "len({tuple(row[column] for column in columns) for row in rows})",
+        "len(rows)",
+        "repeated combinations count",
+    ),
+    Fault(
+        FILL,
+        '[PACKAGED, ROOT / "README.md", *(ROOT / page for page in pages)]',
+        "[PACKAGED, *(ROOT / page for page in pages)]",
+        "the README is not checked",
+    ),
+    Fault(FILL, '.rglob("*.md")', '.glob("*.md")', "pages in folders are not checked"),
+    Fault(FILL, "if not arguments and new != old:", "if new != old:", "--check writes the pages"),
+    Fault(FILL, "return int(bool(remaining))", "return 0", "the status of --check is always 0"),
+    Fault(
+        FILL,
+        ', key=lambda path: re.sub(r"\\d+", lambda n: n[0].zfill(9), str(path)))',
+        ")",
+        "rows of several files are in the order of their names' characters",
+    ),
+    Fault(
+        FILL,
+        '"divisor_low": setting.learning_rate / high}',
+        '"divisor_low": setting.learning_rate / low}',
+        "the range of a divisor has one end twice",
+    ),
+    Fault(FILL, '{"COLUMNS": "80", ', "{", "lines of a command's output are those of the terminal"),
+    Fault(
+        FILL,
+        'if arguments or ": error: " in problem]',
+        "if arguments]",
+        "a mark that cannot be filled is not reported when pages are written",
+    ),
+    Fault(
+        FILL,
+        'value, spec = float(f"{value:.{SIGNIFICANT_DIGITS}g}"), spec or "g"',
+        'spec = spec or "g"',
+        "a tie is rounded by the processor's last bit",
+    ),
+    Fault(
+        FILL,
+        "return tuple(columns | row for row in rows)",
+        "return tuple(rows)",
+        "a column that the first rows lack cannot be selected",
+    ),
+    Fault(CALCULATOR, "const growth = Math.log(next / old);", "const growth = Math.log2(next / old);", "octaves"),
+    Fault(
+        CALCULATOR,
+        "Math.hypot(spread, laws.pair[1])",
+        "spread",
+        "the range leaves out the spread between pairs of runs",
+    ),
+    Fault(CALCULATOR, 'KAPPAS[inputs["to-rule"] ?? rule]', 'KAPPAS[inputs["to-rule"] ?? "lora"]', "the rule is lost"),
+    Fault(
+        CALCULATOR,
+        "const newOf = (name) => inputs[`to-${name}`] ?? inputs[name];",
+        "const newOf = (name) => inputs[`to-${name}`];",
+        "an unchanged schedule counts as one that was not measured",
+    ),
+    Fault(
+        CALCULATOR,
+        "const spread = Math.hypot(...terms.map((term) => term[1]));",
+        "const spread = terms.reduce((sum, term) => sum + term[1], 0);",
+        "independent errors are added",
+    ),
+    Fault(
+        CALCULATOR,
+        "power(laws.batch_exponent,",
+        "power(laws.steps_exponent,",
+        "the batch has the exponent of the steps",
+    ),
+    Fault(
+        CALCULATOR,
+        'power(laws.rank_exponent, inputs["from-rank"], rank)',
+        'power(laws.rank_exponent, rank, inputs["from-rank"])',
+        "the rank's power has the wrong sign",
+    ),
+    Fault(CALCULATOR, "value >= 2 ** 31)", "value >= 2 ** 53)", "a rank is accepted that the library refuses"),
+    Fault(CALCULATOR, '"to-alpha": 2 * rank,', '"to-alpha": 2 * alpha,', "alpha = 2r is twice the tuned alpha"),
+    Fault(CALCULATOR, "low: rate / factor, high: rate * factor", "low: rate, high: rate * factor", "half a range"),
+    Fault(
+        CALCULATOR,
+        "Math.hypot(before[1], after[1])]",
+        "after[1]]",
+        "the error of the tuned run's schedule is left out",
+    ),
+    Fault(
+        CALCULATOR,
+        "if (old === next || !before || !after) return [0, 0];",
+        "if (!before || !after) return [0, 0];",
+        "an unchanged schedule widens the range",
+    ),
+    Fault(
+        CALCULATOR,
+        'Math.max(512, inputs["from-rank"], inputs["to-rank"])',
+        'Math.max(512, inputs["from-rank"])',
+        "the chart ends below the new rank",
+    ),
+]
+
+SWEEP_FAULTS = [
+    # ---- conditions, curves and best rates
+    Fault(
+        f"{SWEEP}/runs.py",
+        "return diverged_at is not None and diverged_at <= step and self.steps in (None, step)",
+        "return diverged_at is not None and diverged_at <= step",
+        "a run that diverged under a decaying rate counts at other lengths",
+    ),
+    Fault(
+        f"{SWEEP}/runs.py",
+        "setdefault(run.steps or 0, [])",
+        "setdefault(0, [])",
+        "runs of two lengths under a decaying rate are merged",
+    ),
+    Fault(
+        f"{SWEEP}/runs.py",
+        'return reading.answer_losses if self.loss_on == "answer" else reading.losses',
+        "return reading.losses",
+        "runs that learned answers are judged by all tokens",
+    ),
+    Fault(
+        f"{SWEEP}/runs.py",
+        "diverged_at=min(divergences, default=None),",
+        "diverged_at=longest.read.diverged_at,",
+        "a divergence of the shorter of two merged runs is forgotten",
+    ),
+    Fault(
+        f"{SWEEP}/runs.py",
+        'for name in ("model_sha256", "data"):',
+        'for name in ("model_sha256",):',
+        "losses over other records are compared",
+    ),
+    Fault(
+        f"{SWEEP}/curves.py",
+        "if run.rate and run.reaches(step)]",
+        "if run.rate and run.losses(step) is not None]",
+        "a run that diverged is left out of its curve, so that its rate is no edge",
+    ),
+    Fault(
+        f"{SWEEP}/curves.py",
+        "shared = at_shared_seeds(first, second)\n",
+        "shared = (first, second)\n",
+        "curves are compared over seeds that they do not share",
+    ),
+    Fault(
+        f"{SWEEP}/curves.py",
+        "seeds = sorted(by_seed.keys() & other_by_seed.keys())",
+        "seeds = sorted(by_seed.keys())",
+        "a seed without a partner is compared",
+    ),
+    Fault(
+        f"{SWEEP}/curves.py",
+        "(other for other in adapters if other.rank == curve.rank), key",
+        "adapters, key",
+        "gains of different ranks are compared",
+    ),
+    Fault(
+        f"{SWEEP}/results.py",
+        '.where(tried["status"] == "complete", math.inf)',
+        "",
+        "a rate that diverged is not an end of the rates",
+    ),
+    Fault(
+        f"{SWEEP}/results.py",
+        "for _, group in final_rows(rows).groupby",
+        "for _, group in rows.groupby",
+        "the best rate is chosen among losses of different steps",
+    ),
+    Fault(
+        f"{SWEEP}/results.py",
+        'seed_rows = group[group["seed"] == counts[counts == counts.max()].index.min()]',
+        "seed_rows = group",
+        "the best rate is the luckiest seed's",
+    ),
+    Fault(
+        f"{SWEEP}/results.py",
+        "max(0, reading.step - 10) : reading.step]",
+        "-10:]",
+        "the training loss of every read-out is that of the end",
+    ),
+    Fault(
+        f"{SWEEP}/rate_estimates.py",
+        '_estimates(labels, "ratio", (1.0, -1.0), shared, edge)',
+        '_estimates(labels, "ratio", (-1.0, 1.0), shared, edge)',
+        "a ratio of best rates is inverted",
+    ),
+    Fault(
+        f"{SWEEP}/rate_estimates.py",
+        "is_end = edge and (estimator == THREE_POINTS or logs.error < ROUNDING)",
+        "is_end = False",
+        "the end of a grid has an interval",
+    ),
+    Fault(
+        f"{SWEEP}/rate_estimates.py",
+        "2 ** (logs.value + width)}",
+        "math.exp(logs.value + width)}",
+        "octaves are taken for natural logarithms",
+    ),
+    Fault(
+        f"{SWEEP}/analysis.py",
+        'schedule=settings["schedule"],',
+        'schedule=shared["schedule"],',
+        "the law of a group with another schedule is that of the shared one",
+    ),
+    Fault(
+        f"{SWEEP}/analysis.py",
+        'warmup=settings["warmup"],',
+        'warmup=shared["warmup"],',
+        "the law of a group with another warm-up is that of the shared one",
+    ),
+    Fault(
+        f"{SWEEP}/analysis.py",
+        "by_loss[group[0].loss_on],",
+        'by_loss["all"],',
+        "losses of answers are divided by the numbers of all tokens",
+    ),
+    Fault(
+        f"{SWEEP}/analysis.py",
+        'if key == next(iter(groups)) and "model" not in described:',
+        "if key == next(iter(groups)):",
+        "losses of two models are compared",
+    ),
+    # ---- exponents and laws
+    Fault(
+        f"{SWEEP}/law.py",
+        ".times(1 / math.log2(high / low))",
+        ".times(1 / math.log(high / low))",
+        "octaves are taken for natural logarithms in the exponent of a gain or rank",
+    ),
+    Fault(
+        f"{SWEEP}/law.py",
+        "            octaves = math.log2(second / first)",
+        "            octaves = math.log(second / first)",
+        "octaves are taken for natural logarithms in the exponent of the steps",
+    ),
+    Fault(
+        f"{SWEEP}/law.py",
+        "octaves = len(group) * math.log2(second / first)",
+        "octaves = math.log2(second / first)",
+        "a pooled exponent is a sum in place of a mean",
+    ),
+    Fault(
+        f"{SWEEP}/law.py",
+        'group = every[every["seeds"] == every["seeds"].max()]',
+        "group = every",
+        "a rank with one seed leaves one seed of the others in the pool",
+    ),
+    Fault(
+        f"{SWEEP}/law.py",
+        "steps=count, warmup=warmup)\n        # Ratio",
+        "steps=count, warmup=0)\n        # Ratio",
+        "the law leaves out the warm-up",
+    ),
+    Fault(
+        f"{SWEEP}/law.py",
+        "for curve in curves[step] if step > 1 or not warmup else ():",
+        "for curve in curves[step]:",
+        "a step at the rate 0 has a best rate",
+    ),
+    Fault(
+        f"{SWEEP}/law.py",
+        "if curve.rank else [math.inf]",
+        "",
+        "full fine-tuning has an A that takes over",
+    ),
+    Fault(
+        f"{SWEEP}/law.py",
+        'return "first" if first.edge else "second" if second.edge else ""',
+        'return "first" if first.edge else ""',
+        "an edge of the second curve is forgotten",
+    ),
+    Fault(
+        f"{SWEEP}/law.py",
+        'optimizer="adam", init="kaiming_uniform", split="heldout")',
+        'optimizer="sgd", init="kaiming_uniform", split="heldout")',
+        "linear terms are those of SGD",
+    ),
+    Fault(
+        f"{SWEEP}/estimators.py",
+        "pooled_exponent({high / low: group_pairs}, method)",
+        "pooled_exponent({low / high: group_pairs}, method)",
+        "an estimator's exponent has the wrong sign",
+    ),
+    # ---- parts of the change
+    Fault(
+        f"{SWEEP}/change_parts.py",
+        "x = x[~mark_sinks(np.linalg.norm(x, axis=1))]",
+        "pass",
+        "attention sinks dominate the parts of the change",
+    ),
+    Fault(
+        f"{SWEEP}/change_parts.py",
+        "x @ (trained_A[layer] - start_A[layer]).T",
+        "x @ trained_A[layer].T",
+        "the A part contains the B part",
+    ),
+    Fault(
+        f"{SWEEP}/change_parts.py",
+        "rms = gamma * np.sqrt(",
+        "rms = np.sqrt(",
+        "the parts of the change are without the adapter's scaling",
+    ),
+    Fault(
+        f"{SWEEP}/part_tables.py",
+        'runs[runs["learning_rate"] <= (optimum or 0.0) * 10 ** (GRID_STEP / 2)]',
+        "runs",
+        "runs above the best rate give the displacement constant",
+    ),
+    Fault(
+        f"{SWEEP}/part_tables.py",
+        'gain * near_best["ratio"] * (1 + near_best["ratio"])',
+        'gain * near_best["ratio"]',
+        "the displacement constant leaves out the A part",
+    ),
+    Fault(
+        f"{SWEEP}/part_tables.py",
+        "moved = b > 0",
+        "moved = b >= 0",
+        "a module that has not moved has a ratio",
+    ),
+    # ---- regret and policies
+    Fault(
+        f"{SWEEP}/regret.py",
+        'inside = costs[~costs["is_edge"].astype(bool)] if len(costs) else costs',
+        "inside = costs",
+        "pairs with an edge are counted in the summary",
+    ),
+    Fault(
+        f"{SWEEP}/regret.py",
+        "(Run(run.rank, run.gain, run.steps) for run in (old, new))",
+        "(Run(run.rank, run.gain) for run in (old, new))",
+        "the policy of the advice ignores the number of steps",
+    ),
+    Fault(
+        f"{SWEEP}/regret.py",
+        "key=lambda steps: abs(math.log(steps / old.steps)))",
+        "key=lambda steps: abs(steps - old.steps))",
+        "the nearest number of steps is not the nearest in log",
+    ),
+    Fault(
+        f"{SWEEP}/regret.py",
+        "(new.steps / old.steps) ** -0.5",
+        "(new.steps / old.steps) ** 0.5",
+        "the rate of the policy displacement and steps rises with the steps",
+    ),
+    Fault(
+        f"{SWEEP}/regret.py",
+        "if new == old or new.rank < old.rank or new.steps < old.steps:",
+        "if new == old or new.rank < old.rank:",
+        "a rate is carried to shorter runs",
+    ),
+    Fault(
+        f"{SWEEP}/regret.py",
+        "target = measured.covering(new, rate) or all_seeds",
+        "target = all_seeds",
+        "a rate that some seeds ran is a bound of all",
+    ),
+    Fault(
+        f"{SWEEP}/regret.py",
+        "bool(tuned.edge or target.edge)",
+        "bool(target.edge)",
+        "an edge of the curve on which the rate was tuned is forgotten",
+    ),
+    Fault(
+        f"{SWEEP}/regret.py",
+        'int(pairs["is_lower_bound"].sum())',
+        'int(pairs["is_edge"].sum())',
+        "lower bounds are not named in the summary",
+    ),
+    Fault(
+        "rora_theory/stats/regret.py",
+        "- curve.losses[:, lowest]",
+        "- np.min(curve.losses, axis=1)",
+        "the noise of single seeds counts as regret",
+    ),
+    Fault(
+        "rora_theory/stats/regret.py",
+        "curve = scipy.interpolate.PchipInterpolator(x[usable], np.log(losses[:, usable]), axis=1)",
+        "curve = scipy.interpolate.CubicSpline(x[usable], np.log(losses[:, usable]), axis=1)",
+        "a regret between two rates may be negative",
+    ),
+    Fault(
+        "rora_theory/stats/regret.py",
+        "return 100 * self.nats.value / self.lowest_loss",
+        "return 100 * self.nats.value",
+        "per cent of 1 nat",
+    ),
+    # ---- intervals over seeds, and differences
+    Fault(
+        "rora_theory/stats/rate_curves.py",
+        "return combine_errors(by_seeds, by_records) if by_seeds.has_error else by_records",
+        "return by_records",
+        "the spread between seeds is left out of the interval",
+    ),
+    Fault(
+        "rora_theory/stats/rate_curves.py",
+        "return max((combined, by_seeds, by_records), key=Estimate.half_width)",
+        "return combined",
+        "few samples make the combined interval narrower than one of its parts",
+    ),
+    Fault(
+        "rora_theory/stats/estimate.py",
+        "special.stdtrit(self.n - 1, 0.5 + confidence / 2)",
+        "special.ndtri(0.5 + confidence / 2)",
+        "the interval of few seeds is a normal distribution's",
+    ),
+    Fault(
+        "rora_theory/stats/curve_optima.py",
+        "_DIFFERENCES[method](*shared) / math.log2(ratio)",
+        "_DIFFERENCES[method](*shared) / math.log(ratio)",
+        "octaves are taken for natural logarithms by the estimators",
+    ),
+    Fault(
+        "rora_theory/stats/trained_runs.py",
+        "return combine_errors(by_seeds, replace(over_records, over=RECORDS))",
+        "return replace(over_records, over=RECORDS)",
+        "a difference at one rate leaves out the spread between seeds",
+    ),
+    Fault(
+        f"{SWEEP}/differences.py",
+        "(row, base or against[seed]) for seed, row in group.items()",
+        "(row, base or next(iter(against.values()))) for seed, row in group.items()",
+        "cells of different seeds are paired",
+    ),
+    Fault(
+        f"{SWEEP}/differences.py",
+        "if rank and (lora_rank, lora_alpha) != (rank, alpha):",
+        "if rank and lora_rank != rank:",
+        "methods at different alphas are compared",
+    ),
+    Fault(
+        f"{SWEEP}/differences.py",
+        '_check_same(pairs, losses, RECORD, "measured on different records")',
+        "pass",
+        "losses of different records are compared",
+    ),
+    Fault(
+        f"{SWEEP}/differences.py",
+        "max(gap for gap in gaps if gap is not None)",
+        "min(gap for gap in gaps if gap is not None)",
+        "the error of the grid is the smaller of the two",
+    ),
+]
+
+TUNING_FAULTS: list[Fault] = []
+
+FAULTS = [*WORKERS_FAULTS, *PAGES_FAULTS, *SWEEP_FAULTS, *TUNING_FAULTS]
+"""All faults. The pages are those of `docs`, and the others modules of the library."""
