@@ -81,6 +81,7 @@ def table() -> list[dict[str, Any]]:
     runs: list[dict[str, Any]] = [
         {}, {"steps": 16}, {"steps": 300, "to-steps": 77}, {"steps": 100, "to-steps": 4000, "schedule": "linear"},
         {"schedule": "constant", "to-schedule": "cosine"}, {"schedule": "constant", "to-schedule": "linear"},
+        {"schedule": "cosine", "to-schedule": "constant"},
         {"schedule": "cosine", "steps": 64, "to-steps": 256}, {"batch-size": 4, "to-batch-size": 64},
     ]  # fmt: skip
     return [
@@ -113,6 +114,9 @@ def test_the_common_choices_and_the_chart(module) -> None:
         assert expected == pytest.approx(rows[name].learning_rate, rel=1e-9)
         assert curve["name"] == choice["name"]
         assert curve["rates"][curve["ranks"].index(128)] == pytest.approx(expected, rel=1e-9)
+    rows_beyond = [BASE, BASE | {"to-rank": 700}, BASE | {"from-rank": 2000}]
+    ranks = [answer["curves"][0]["ranks"] for answer in ask(module, rows_beyond)]
+    assert [(first, last) for first, *_, last in ranks] == [(1, 512), (1, 1024), (1, 2048)]
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -128,6 +128,7 @@ def test_rows_of_several_files_are_sorted_by_the_numbers_in_their_names() -> Non
     [
         ("n run/rates.csv rank=8: {error:.1f} -->0.3<!-- / -->", "is '0.3', the files give '0.2'"),
         ("n run/rates.csv rank=9: {rate} --><!-- / -->", "select no row"),
+        ("n run/rates.csv gain=724.08: {rate} --><!-- / -->", "select no row"),
         ("n run/rates.csv gain=64: {rate} --><!-- / -->", "select 2 rows"),
         ("n run/rates.csv rank=128: {error} --><!-- / -->", "column error is missing"),
         ("n run/rates.csv rank=8: {loss} --><!-- / -->", "no column 'loss'"),
