@@ -150,7 +150,8 @@ MODULES = {name: module for group in GROUPS.values() for name, module in group.i
 
 SKIPPED_TESTS = (
     "interval_covers", "standard_errors_cover", "both_errors_cover", "every_equation", "works_in_peft",
-    "nothing_of_jax", "wrapped_models", "every_family and not llama and not gpt2 and not t5", "workers_write", "no_cluster_at",
+    "nothing_of_jax", "wrapped_models", "every_family and not llama and not gpt2 and not t5", "workers_write",
+    "no_cluster_at",
 )  # fmt: skip
 """Tests that train, sample, draw or start a process: seconds each, for the wiring of a whole command."""
 
@@ -330,9 +331,11 @@ def prepare(path: Path, tests: list[str]) -> None:
       path: Path of the module.
       tests: Files that test the module.
     """
-    from jaxtyping import install_import_hook
+    import jaxtyping
+    from support import checker
 
-    install_import_hook("rora_theory", "support.checker.checker")
+    jaxtyping.jaxtyped = checker.jaxtyped  # as in the tests' `conftest.py`
+    jaxtyping.install_import_hook("rora_theory", "support.checker.checker")
     for name in needed_modules(path, tests) - dependents(_name(path)):
         if name.split(".")[0] in PACKAGES:
             importlib.import_module(name)

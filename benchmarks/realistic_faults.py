@@ -526,9 +526,15 @@ SWEEP_FAULTS = [
     ),
     Fault(
         "rora_theory/stats/regret.py",
-        "- curve.losses[:, lowest]",
-        "- np.min(curve.losses, axis=1)",
+        "losses - target.losses[:, [lowest]], axis=0)",
+        "losses - target.lowest_losses()[:, None], axis=0)",
         "the noise of single seeds counts as regret",
+    ),
+    Fault(
+        "rora_theory/stats/regret.py",
+        "- curve.losses[:, lowest]",
+        "- curve.lowest_losses()",
+        "the error of a regret is that of another reference than its value",
     ),
     Fault(
         "rora_theory/stats/regret.py",
