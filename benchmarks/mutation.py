@@ -3,7 +3,7 @@
     python benchmarks/mutation.py                                # all modules, 60 mutants of each, drawn at seed 0
     python benchmarks/mutation.py slopes rate_optimum --most 0   # every mutant of two modules
     python benchmarks/mutation.py bridge data --most 10          # modules of two groups
-    python benchmarks/mutation.py tuning sweep --realistic       # the faults of benchmarks/realistic_faults.py
+    python benchmarks/mutation.py tuning sweep --kind realistic  # the faults of benchmarks/realistic_faults.py
 
 A mutant is one module with one operator, comparison, number or condition changed (cosmic-ray's operators, `OPERATORS`;
 `SCRIPT_OPERATORS` for the calculator, which is JavaScript). It is killed if a test file of the module or an example in
@@ -33,7 +33,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -59,9 +59,10 @@ JUDGING = {
 """Modules of statistics, advice and verdicts, which run no model, with the files that test them."""
 
 ANALYSIS = "tests/lab/sweep/test_analysis.py"
+ESTIMATES = f"tests/lab/sweep/test_rate_estimates.py {ANALYSIS}"
 
 SWEEP = {
-    "sweep_analysis": ("rora_theory/lab/sweep/analysis.py", f"tests/lab/sweep/test_rate_estimates.py {ANALYSIS}"),
+    "sweep_analysis": ("rora_theory/lab/sweep/analysis.py", ESTIMATES),
     "sweep_change_parts": ("rora_theory/lab/sweep/change_parts.py", "tests/lab/sweep/test_change_parts.py"),
     "sweep_curves": ("rora_theory/lab/sweep/curves.py", ANALYSIS),
     "sweep_differences": ("rora_theory/lab/sweep/differences.py", "tests/lab/sweep/test_differences.py"),
@@ -70,14 +71,14 @@ SWEEP = {
     "sweep_part_tables": ("rora_theory/lab/sweep/part_tables.py", ANALYSIS),
     "sweep_rate_estimates": (
         "rora_theory/lab/sweep/rate_estimates.py",
-        f"tests/lab/sweep/test_rate_estimates.py {ANALYSIS}",
+        ESTIMATES,
     ),
     "sweep_regret": ("rora_theory/lab/sweep/regret.py", f"tests/lab/sweep/test_regret.py {ANALYSIS}"),
     "sweep_results": (
         "rora_theory/lab/sweep/results.py",
         "tests/lab/sweep/test_differences.py tests/lab/sweep/test_results.py",
     ),
-    "sweep_runs": ("rora_theory/lab/sweep/runs.py", f"tests/lab/sweep/test_runs.py {ANALYSIS}"),
+    "sweep_runs": ("rora_theory/lab/sweep/runs.py", f"tests/lab/sweep/test_runs.py {ESTIMATES}"),
     "curve_optima": ("rora_theory/stats/curve_optima.py", "tests/stats/test_curve_optima.py"),
     "regret": ("rora_theory/stats/regret.py", "tests/stats/test_regret.py"),
 }
@@ -173,6 +174,9 @@ SCRIPT_OPERATORS = {
 }  # fmt: skip
 """Replacements of operators, comparisons, conditions and numbers in JavaScript, by the pattern of what they replace."""
 
+KINDS = ("operators", "realistic")
+"""Kinds of mutants: by the operators above, and those that `benchmarks.realistic_faults` lists."""
+
 MAX_WAIT_RATIO = 20
 """Ratio of elapsed to processor time at which a mutant that waits for ever is stopped."""
 
@@ -194,17 +198,16 @@ class Mutant(NamedTuple):
     change: str
 
 
-def mutants(path: Path) -> Iterator[Mutant]:
-    """Yield every mutant of a module that is a different program, each once."""
+def mutants(path: Path) -> list[Mutant]:
+    """Return every mutant of a module by the operators that is a different program, each once."""
     if path.suffix == ".mjs":
-        yield from script_mutants(path.read_text())
-        return
+        return list(script_mutants(path.read_text()))
     from cosmic_ray import plugins
     from cosmic_ray.mutating import mutate_code
 
     original = path.read_text()
     original_tree = ast.parse(original)
-    seen = {ast.dump(original_tree)}
+    seen, different = {ast.dump(original_tree)}, []
     for name in OPERATORS:
         operator, occurrence = plugins.get_operator(name)(), 0
         while (source := mutate_code(original, operator, occurrence)) is not None:
@@ -215,7 +218,8 @@ def mutants(path: Path) -> Iterator[Mutant]:
                 continue
             if ast.dump(tree) not in seen and _fixed_parts(tree) == _fixed_parts(original_tree):
                 seen.add(ast.dump(tree))
-                yield Mutant(source, _difference(original, source))
+                different.append(Mutant(source, _difference(original, source)))
+    return different
 
 
 def realistic_mutants(path: Path) -> list[Mutant]:
@@ -425,7 +429,9 @@ def main() -> None:
     names = [*GROUPS, *MODULES]
     parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"any of {', '.join(names)}; none is all")
     parser.add_argument("--most", type=int, default=60, help="number of mutants of a module, drawn at random; 0 is all")
-    parser.add_argument("--realistic", action="store_true", help="plant the listed faults in place of the operators'")
+    parser.add_argument(
+        "--kind", choices=KINDS, help="mutants of the operators or of the realistic faults; by default both"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw")
     parser.add_argument("--seconds", type=float, default=60.0, help="processor time after which a mutant is killed")
     arguments = parser.parse_args()
@@ -448,31 +454,40 @@ def main() -> None:
     for name in LIBRARIES.split():
         importlib.import_module(name)
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:  # a clean process for each module
-        settings = (arguments.most, arguments.seed, arguments.seconds, arguments.realistic)
+        kinds = KINDS if arguments.kind is None else (arguments.kind,)
+        settings = (kinds, arguments.most, arguments.seed, arguments.seconds)
         scores = pool.starmap(score_module, [(name, *settings) for name in chosen], chunksize=1)
-    total, total_killed = (sum(counts) for counts in zip(*scores, strict=True))
-    print(f"{total_killed} of {total} killed: {total_killed / max(total, 1):.1%}")
+    for kind in kinds:
+        planted, killed = (sum(counts) for counts in zip(*(score[kind] for score in scores), strict=True))
+        print(f"{kind}: {killed} of {planted} killed ({killed / max(planted, 1):.1%})")
 
 
-def score_module(name: str, max_mutants: int, seed: int, seconds: float, is_realistic: bool) -> tuple[int, int]:
-    """Print the surviving mutants of a module, and return the numbers of tested and of killed ones."""
+def score_module(
+    name: str, kinds: Sequence[str], max_mutants: int, seed: int, seconds: float
+) -> dict[str, tuple[int, int]]:
+    """Print the surviving mutants of a module, and return the numbers of planted and of killed ones by kind."""
     path, tests = Path(MODULES[name][0]), MODULES[name][1].split()
-    all_mutants = realistic_mutants(path) if is_realistic else list(mutants(path))
-    if not all_mutants:
-        return 0, 0
+    samples = {kind: (mutants(path) if kind == "operators" else realistic_mutants(path)) for kind in kinds}
+    if "operators" in samples:
+        random.Random(seed).shuffle(samples["operators"])
+        samples["operators"] = samples["operators"][: max_mutants or None]
+    if not any(samples.values()):
+        return dict.fromkeys(kinds, (0, 0))
     prepare(path, tests)
     if is_killed(path, Mutant(path.read_text(), ""), tests, 10 * seconds):
         raise RuntimeError(f"{name}: the tests fail without a mutant")
-    random.Random(seed).shuffle(all_mutants)
-    sample = all_mutants[: max_mutants or None]
-    killed_count = 0
-    for mutant in sample:
-        if is_killed(path, mutant, tests, seconds):
-            killed_count += 1
-        else:
-            print(f"{path}: survives\n{mutant.change}", flush=True)
-    print(f"{name}: {killed_count} of {len(sample)} killed ({len(all_mutants)} in all)", flush=True)
-    return len(sample), killed_count
+    scores = {}
+    for kind, sample in samples.items():
+        killed_count = 0
+        for mutant in sample:
+            if is_killed(path, mutant, tests, seconds):
+                killed_count += 1
+            else:
+                print(f"{path}: survives\n{mutant.change}", flush=True)
+        scores[kind] = len(sample), killed_count
+    counts = ", ".join(f"{killed} of {planted} {kind}" for kind, (planted, killed) in scores.items())
+    print(f"{name}: killed are {counts}", flush=True)
+    return scores
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Faults that a person might make, for `benchmarks/mutation.py --realistic`.
+"""Faults that a person might make, for `benchmarks/mutation.py`.
 
 Operators change one number or comparison; these faults leave out, confuse or forget something. A fault's old text
 occurs exactly once in its file, which `tests/test_mutation.py` checks, so that the list follows the code.
@@ -27,6 +27,7 @@ CLUSTER = "rora_theory/runs/cluster.py"
 FILL = "docs/fill.py"
 CALCULATOR = "docs/assets/transfer.mjs"
 SWEEP = "rora_theory/lab/sweep"
+TUNING = "rora_theory/measure/tuning"
 
 WORKERS_FAULTS = [
     Fault(
@@ -313,8 +314,8 @@ SWEEP_FAULTS = [
     ),
     Fault(
         f"{SWEEP}/results.py",
-        '.where(tried["status"] == "complete", math.inf)',
-        "",
+        'rows["status"].isin(("complete", "diverged"))',
+        'rows["status"].isin(("complete",))',
         "a rate that diverged is not an end of the rates",
     ),
     Fault(
@@ -605,7 +606,374 @@ SWEEP_FAULTS = [
     ),
 ]
 
-TUNING_FAULTS: list[Fault] = []
+TUNING_FAULTS = [
+    Fault(f"{TUNING}/training.py", "peak * factor", "peak", "the probe trains at a constant rate"),
+    Fault(
+        f"{TUNING}/training.py",
+        "settings.max_grad_norm)\n                if not",
+        "1.0)\n                if not",
+        "the gradient is clipped at a fixed norm",
+    ),
+    Fault(f"{TUNING}/training.py", "        self._model.eval()\n", "        pass\n", "dropout is on in the evaluation"),
+    Fault(
+        f"{TUNING}/training.py",
+        "loss = loss * (self._targets[i] / targets)",
+        "loss = loss / len(labelled)",
+        "batches of an accumulated step are weighed equally whatever their labels",
+    ),
+    Fault(
+        f"{TUNING}/training.py",
+        "            optimizer.zero_grad()\n",
+        "            if not step:\n                optimizer.zero_grad()\n",
+        "gradients of earlier steps are added",
+    ),
+    Fault(
+        f"{TUNING}/training.py",
+        "parameter.grad /= HALF_LOSS_SCALE",
+        "parameter.grad /= 1.0",
+        "the gradient is clipped at another scale",
+    ),
+    Fault(
+        f"{TUNING}/training.py",
+        "warmup = scaled_warmup(settings.warmup, settings.steps, trial.steps)",
+        "warmup = min(settings.warmup, trial.steps - 1)",
+        "the warm-up of the planned run fills a run of the probe",
+    ),
+    Fault(
+        f"{TUNING}/training.py",
+        'peaks = [group["lr"] for group in optimizer.param_groups]',
+        "peaks = [trial.learning_rate for _ in optimizer.param_groups]",
+        "an optimizer of several groups has one rate",
+    ),
+    Fault(
+        f"{TUNING}/training.py",
+        "first = step * self._settings.accumulation",
+        "first = step",
+        "batches of an accumulated step are used again in the next",
+    ),
+    Fault(
+        f"{TUNING}/training.py",
+        "for step in range(steps):\n            indices",
+        "for step in range(1):\n            indices",
+        "a later step without labels gives 0 / 0",
+    ),
+    Fault(
+        f"{TUNING}/training.py", " * group.targets)", ")", "held-out groups are weighed equally whatever their labels"
+    ),
+    Fault(
+        f"{TUNING}/training.py",
+        "enumerate(zip(self._groups, self._masks, strict=True), 1)",
+        "enumerate(zip(self._groups[:1], self._masks), 1)",
+        "one group of held-out rows is evaluated",
+    ),
+    Fault(
+        f"{TUNING}/training.py",
+        "for part in (start_A, A - start_A):",
+        "for part in (start_A, A):",
+        "the A part contains the B part",
+    ),
+    Fault(
+        f"{TUNING}/training.py",
+        "mask.real & ~mask.seen",
+        "mask.real",
+        "tokens that all records begin with count in the parts of the change",
+    ),
+    Fault(
+        f"{TUNING}/training.py",
+        "            module.training = training",
+        "            module.training = False",
+        "a model in training mode is left in evaluation mode",
+    ),
+    Fault(
+        f"{TUNING}/training.py",
+        "            parameter.requires_grad_(requires_grad)",
+        "            parameter.requires_grad_(True)",
+        "frozen weights are left trainable",
+    ),
+    Fault(
+        f"{TUNING}/training.py",
+        "            stack.enter_context(preserved_state(model))\n",
+        "            pass\n",
+        "random generators and buffers are left changed",
+    ),
+    Fault(
+        f"{TUNING}/training.py",
+        "new.lora_alpha, new.r, new.use_rslora = config_gain(config), rank, False",
+        "new.lora_alpha, new.r, new.use_rslora = config.lora_alpha, rank, False",
+        "the probe of an rsLoRA run has another scaling",
+    ),
+    Fault(
+        f"{TUNING}/search.py",
+        "torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay)",
+        "torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)",
+        "weight decay is ignored",
+    ),
+    Fault(
+        f"{TUNING}/search.py", '{sample.tolist()}".encode())', '".encode())', "a checkpoint of other weights is resumed"
+    ),
+    Fault(
+        f"{TUNING}/search.py",
+        '"held_out": digest(group.batch for group in affordable_groups)}',
+        '"held_out": len(affordable_groups)}',
+        "a checkpoint of another held-out set is resumed",
+    ),
+    Fault(
+        f"{TUNING}/search.py",
+        'identity |= {"train": digest(batches), ',
+        'identity |= {"train": len(batches), ',
+        "a checkpoint of other training batches is resumed",
+    ),
+    Fault(
+        f"{TUNING}/search.py",
+        '("schedule", "warmup", "accumulation", "max_grad_norm", "seed")',
+        '("schedule", "warmup", "accumulation", "max_grad_norm")',
+        "a checkpoint of another seed is resumed",
+    ),
+    Fault(
+        f"{TUNING}/search.py",
+        '{"optimizer": optimizer, "loss": _qualified_name(loss)}',
+        '{"loss": _qualified_name(loss)}',
+        "a checkpoint of another optimizer is resumed",
+    ),
+    Fault(
+        f"{TUNING}/search.py",
+        "rank = min(probe_rank, config.r)",
+        "rank = probe_rank",
+        "the probe of a run of rank 4 has rank 8",
+    ),
+    Fault(
+        f"{TUNING}/search.py",
+        "max(count_rows(batch) for batch in batches) * accumulation)",
+        "max(count_rows(batch) for batch in batches))",
+        "the prior leaves out the accumulation",
+    ),
+    Fault(
+        f"{TUNING}/search.py",
+        "        total += group.tokens\n        if total > tokens:",
+        "        total += group.tokens\n        if False:",
+        "evaluations cost more than the budget",
+    ),
+    Fault(
+        f"{TUNING}/search.py",
+        "        [group.targets for group in affordable_groups],",
+        "        [group.tokens for group in affordable_groups],",
+        "losses are divided by the numbers of tokens in place of labels",
+    ),
+    Fault(
+        f"{TUNING}/search.py",
+        "with preserved_state(model), preserved_generators(train, held_out):",
+        "with preserved_state(model):",
+        "a shuffled loader yields other batches after an interruption",
+    ),
+    Fault(
+        f"{TUNING}/search.py",
+        "            if path is not None:\n                _write_runs(path, identity, runs)",
+        "            if path is not None and len(runs) > 1:\n                _write_runs(path, identity, runs)",
+        "the first run is lost by an interruption",
+    ),
+    Fault(
+        f"{TUNING}/search.py",
+        "* accumulation)\n        groups",
+        "// accumulation)\n        groups",
+        "too few batches are read for an accumulated step",
+    ),
+    Fault(
+        f"{TUNING}/examples.py",
+        "        labels = labels[:, 1:]",
+        "        pass",
+        "the label of a first token counts, which no token predicts",
+    ),
+    Fault(
+        f"{TUNING}/examples.py",
+        "return int((mask != 0).sum())",
+        "return mask.numel()",
+        "padding costs as much as tokens",
+    ),
+    Fault(
+        f"{TUNING}/examples.py", "if is_real][:max_length]", "if is_real][-max_length:]", "records lose their beginning"
+    ),
+    Fault(
+        f"{TUNING}/examples.py",
+        "token if all(mask) else",
+        "token if any(mask) else",
+        "a token outside the completion has a label",
+    ),
+    Fault(
+        f"{TUNING}/examples.py",
+        'state.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())',
+        "pass",
+        "tensors of another shape have one digest",
+    ),
+    Fault(
+        f"{TUNING}/examples.py",
+        "if isinstance(mask, torch.Tensor) and mask.shape == ids.shape else torch.ones_like(ids) != 0",
+        "if False else torch.ones_like(ids) != 0",
+        "a repeated record with other padding is not found",
+    ),
+    Fault(
+        f"{TUNING}/examples.py",
+        'for owner in (loader, getattr(loader, "sampler", None))]',
+        "for owner in (loader,)]",
+        "a sampler's generator is left changed",
+    ),
+    Fault(
+        f"{TUNING}/plan.py",
+        "return self.training_costs[steps] + self.evaluation_cost",
+        "return self.training_costs[steps]",
+        "evaluations cost nothing",
+    ),
+    Fault(
+        f"{TUNING}/plan.py",
+        "reserve = MIN_FULL_RUNS * plan.cost_of_trial(plan.probe_steps)",
+        "reserve = 0.0",
+        "screening leaves too little for the full runs",
+    ),
+    Fault(
+        f"{TUNING}/plan.py",
+        "        centre = best - shift",
+        "        centre = best",
+        "the best rate of short runs is that of long ones",
+    ),
+    Fault(
+        f"{TUNING}/plan.py",
+        "learning_rate=math.exp(prior.mean + to_probe.mean)",
+        "learning_rate=math.exp(prior.mean)",
+        "the grid begins at the rate of the planned run, which has more steps",
+    ),
+    Fault(
+        f"{TUNING}/plan.py",
+        "+ SEED_SPREAD**2 + FIT_SPREAD**2",
+        "+ FIT_SPREAD**2",
+        "the spread between seeds is left out of the expected regret",
+    ),
+    Fault(
+        f"{TUNING}/plan.py",
+        "[batch_tokens] * MAX_PROBE_STEPS if step_tokens is None else step_tokens",
+        "[batch_tokens] * MAX_PROBE_STEPS",
+        "long batches at the beginning cost as much as the mean",
+    ),
+    Fault(
+        f"{TUNING}/plan.py",
+        "    lowest_diverged = min((index for index, loss in losses.items() if math.isinf(loss)), default=math.inf)",
+        "    lowest_diverged = math.inf",
+        "rates above one that diverged are trained",
+    ),
+    Fault(
+        f"{TUNING}/plan.py",
+        "replace(prior, mean=math.log(learning_rate))",
+        "replace(prior, mean=math.log2(learning_rate))",
+        "a guess is not the median of the prior",
+    ),
+    Fault(
+        f"{TUNING}/plan.py",
+        "PAIRED_ERROR / math.sqrt(self.evaluation_tokens)",
+        "PAIRED_ERROR / self.evaluation_tokens",
+        "the error of the held-out losses falls too fast",
+    ),
+    Fault(
+        f"{TUNING}/posterior.py",
+        "spread_of_carry = math.hypot(carry.spread, SEED_SPREAD)",
+        "spread_of_carry = max(carry.spread, 0.01)",
+        "the spread between seeds is left out of the interval",
+    ),
+    Fault(
+        f"{TUNING}/posterior.py",
+        "covariance = residuals @ residuals.T",
+        "covariance = np.diag(np.diag(residuals @ residuals.T))",
+        "losses over the same records count as independent",
+    ),
+    Fault(
+        f"{TUNING}/posterior.py",
+        "    y = x - carry.mean\n",
+        "    y = x + carry.mean\n",
+        "the rate is carried in the wrong direction",
+    ),
+    Fault(
+        f"{TUNING}/posterior.py",
+        "losses = sums.sum(axis=1) / counts.sum()",
+        "losses = (sums / counts).mean(axis=1)",
+        "short records weigh as much as long ones",
+    ),
+    Fault(
+        f"{TUNING}/posterior.py",
+        "covariance += np.diag((MISFIT * (losses - losses.min())) ** 2 + 1e-12)",
+        "covariance += 1e-12 * np.eye(len(losses))",
+        "the parabola is exact far from its minimum",
+    ),
+    Fault(
+        f"{TUNING}/posterior.py",
+        "        if run.diverged_at is not None:\n            log_likelihood",
+        "        if False:\n            log_likelihood",
+        "a divergence says nothing",
+    ),
+    Fault(
+        f"{TUNING}/posterior.py",
+        "shapes = 0.5 * (np.log([",
+        "shapes = 0.5 * (np.log2([",
+        "octaves are taken for natural logarithms in the likelihood",
+    ),
+    Fault(
+        f"{TUNING}/result.py",
+        "    posterior = update(plan.prior, full, tokens, plan.carry)",
+        "    posterior = update(plan.prior, runs, tokens, plan.carry)",
+        "short runs of the screening count as full ones",
+    ),
+    Fault(
+        f"{TUNING}/result.py",
+        "return self.spent / self.steps",
+        "return self.spent / self.budget",
+        "the share of the cost is that of the budget",
+    ),
+    Fault(
+        f"{TUNING}/result.py",
+        "    low, best, high = posterior.belief.rates",
+        "    low, best, high = posterior.prior.rates",
+        "the result is the prior",
+    ),
+    Fault(f"{TUNING}/curve.py", "run.total / sum(tokens)", "run.total / len(tokens)", "losses are per record"),
+    Fault(
+        f"{TUNING}/curve.py",
+        "        if run.steps == plan.probe_steps\n        and",
+        "        if run.steps\n        and",
+        "K is that of a short run",
+    ),
+    Fault(
+        f"{TUNING}/curve.py",
+        "and run.learning_rate <= best * RATE_TOLERANCE",
+        "and run.learning_rate",
+        "K is that of a rate above the best",
+    ),
+    Fault(
+        f"{TUNING}/belief.py",
+        "math.exp(QUANTILE * self.spread)",
+        "math.exp(self.spread)",
+        "the range holds two thirds of the rates",
+    ),
+    Fault(
+        f"{TUNING}/belief.py",
+        "0.5 * CURVATURE * self.spread**2",
+        "0.5 * CURVATURE * self.spread",
+        "the regret is proportional to the spread",
+    ),
+    Fault(
+        f"{TUNING}/prior.py",
+        "math.hypot(start.log_spread, change.spread)",
+        "start.log_spread",
+        "the spread of the law is left out of the prior",
+    ),
+    Fault(
+        f"{TUNING}/prior.py",
+        "best_rate_change(REFERENCE, run)",
+        "best_rate_change(run, REFERENCE)",
+        "the public rate is carried in the wrong direction",
+    ),
+    Fault(
+        f"{TUNING}/trial.py",
+        'tuple(float(ratio) for ratio in value["ratios"]),',
+        "(),",
+        "a resumed run has lost its parts of the change",
+    ),
+]
 
 FAULTS = [*WORKERS_FAULTS, *PAGES_FAULTS, *SWEEP_FAULTS, *TUNING_FAULTS]
 """All faults. The pages are those of `docs`, and the others modules of the library."""

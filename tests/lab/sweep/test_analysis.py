@@ -763,6 +763,16 @@ def test_a_rate_that_one_seed_alone_ran_is_read_from_that_seed() -> None:
     assert row["regret"] == pytest.approx(0.1 * 0.811**2, abs=0.02)
 
 
+def test_a_pair_with_a_best_rate_at_the_end_of_either_grid_is_marked() -> None:
+    """In the runs at G = 64 the loss rises from the lowest rate on; the others have their best rate inside."""
+    runs = select(grid(-0.77, seeds=2), rank=8)
+    policy = {"keep the rate": regret.policies({})["keep the rate"]}
+    for at_64, is_edge in ((runs, False), ([run for run in runs if run.gain == 724 or run.rate > 2e-3], True)):
+        costs = regret.regret_table(at_64, TOKENS, {64: curves_of(at_64, draws=20)}, policy, draws=20)
+        marks = costs[["old_gain", "gain", "is_edge"]].to_numpy().tolist()
+        assert marks == [[64, 724, is_edge], [724, 64, is_edge]]
+
+
 def test_estimators_of_whole_curves_agree_with_the_vertex() -> None:
     """Two ranks and two seeds with a planted exponent: alone, pooled with seeds as clusters, and in the rank."""
     table = estimator_table(curves_of(grid(-0.7, in_rank=0.1, seeds=2), draws=20), 64)

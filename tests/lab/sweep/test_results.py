@@ -135,20 +135,23 @@ def test_one_row_for_each_training_in_order() -> None:
 
 
 def test_rows_of_several_steps_and_axes() -> None:
-    """Rates are compared at the end of the runs, and within one value of an axis."""
+    """Rates are compared at the end of the runs, and within one value of an axis; training losses are of ten steps."""
 
     def readings(loss: float) -> ReadRun:
-        return ReadRun([], [Reading(step, [loss * 10 / step], [1.0]) for step in (2, 4)])
+        return ReadRun(
+            [float(step) for step in range(1, 13)], [Reading(step, [loss * 10 / step], [1.0]) for step in (2, 12)]
+        )
 
     runs = [
-        made_run("lora", 8, rate, read=readings(loss), read_at=(2, 4), axes=axes, result={"levels": [LEVEL]})
+        made_run("lora", 8, rate, read=readings(loss), read_at=(2, 12), axes=axes, result={"levels": [LEVEL]})
         for axes, losses in (((("batch_size", 4),), (3.0, 1.0, 2.0)), ((("batch_size", 32),), (1.0, 2.0, 3.0)))
         for rate, loss in zip((0.1, 0.2, 0.3), losses, strict=True)
     ]
     rows = frames.rows(results.results_table(runs, {"m": ([10], [1])}))
-    assert {(row["step"], row["average"]) for row in rows} == {(2, None), (4, 0.75)}, "scored at the end"
+    assert {(row["step"], row["average"]) for row in rows} == {(2, None), (12, 0.75)}, "scored at the end"
+    assert {(row["step"], row["train_loss"]) for row in rows} == {(2, 1.5), (12, 7.5)}
     marked = [(row["batch_size"], row["learning_rate"], row["step"]) for row in rows if row["best_rate"]]
-    assert sorted(marked) == [(4, 0.2, 4), (32, 0.1, 4)]
+    assert sorted(marked) == [(4, 0.2, 12), (32, 0.1, 12)]
     assert len(results.final_rows(frames.from_rows(rows, list(rows[0])))) == 6
 
 

@@ -1,7 +1,9 @@
 """Options of `tune`: what each of them changes, against a training loop by hand, and their defaults."""
 
 import inspect
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -84,7 +86,8 @@ def by_hand(
     model = torch_models.model().train()
     torch.manual_seed(seed)
     gain = settings.lora_alpha * (settings.r**0.5 if settings.use_rslora else 1.0)
-    adapted = peft.get_peft_model(model, config(r=probe_rank, lora_alpha=gain, lora_dropout=settings.lora_dropout))
+    small = config(r=min(probe_rank, settings.r), lora_alpha=gain, lora_dropout=settings.lora_dropout)
+    adapted = peft.get_peft_model(model, small)
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     if make_optimizer is None:
         optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=weight_decay)
@@ -132,6 +135,7 @@ TRAINING: dict[str, dict[str, Any]] = {
     "seed": {"seed": 3},
     "dropout": {"settings": config(lora_dropout=0.5)},
     "scaling": {"settings": config(use_rslora=True)},
+    "rank": {"settings": config(r=1)},
 }
 """Options of the training runs, each with another value than its default."""
 
@@ -167,6 +171,20 @@ def test_records_are_read_in_batches_of_a_size_and_length() -> None:
     assert recorded_batches() == [(8, 20)]
     assert recorded_batches(batch_size=4) == [(4, 20)]
     assert recorded_batches(max_length=12) == [(8, 12)]
+
+
+@pytest.mark.usefixtures("first_run_only")
+def test_the_batches_of_the_longest_probe_are_read() -> None:
+    """That is 64 steps of accumulated batches, and not the whole of a loader."""
+    read: list[Any] = []
+
+    def train() -> Iterator[Any]:
+        for batch in itertools.cycle(batches(4)):
+            read.append(batch)
+            yield batch
+
+    run(train=train(), accumulation=3)
+    assert len(read) == 3 * 64
 
 
 @pytest.mark.usefixtures("first_run_only")

@@ -86,6 +86,7 @@ def test_a_probe_moves_towards_the_best_rate_within_its_budget(steps, factors) -
         assert plan.probe_steps <= max(steps // 16, 5)
         result = concluded(plan, runs)
         assert result.cost.share <= 0.1
+        assert (result.low, result.learning_rate, result.high) == result.posterior.belief.rates
         moved, true = math.log(result.posterior.factor), math.log(factor)
         assert abs(true - moved) <= abs(true) + 0.1, "no worse than the prior"
         assert moved * true >= -0.05

@@ -148,6 +148,12 @@ def test_ranges_hold_nine_tenths_of_the_truths() -> None:
     assert 0.84 < inside / 300 < 0.97
 
 
+def test_the_range_holds_nine_tenths_of_the_distribution() -> None:
+    """The quantile of 95% of a normal distribution lies 1.645 standard deviations above its mean."""
+    low, best, high = RateBelief(math.log(1e-3), 0.5).rates
+    assert (low, best, high) == pytest.approx((1e-3 / math.exp(0.82243), 1e-3, 1e-3 * math.exp(0.82243)), rel=1e-5)
+
+
 def test_the_expected_regret_is_that_of_a_parabola() -> None:
     """Half the curvature times the variance: a spread of log 2 costs 0.010 nats."""
     assert RateBelief(0.0, math.log(2)).expected_regret == pytest.approx(0.010, abs=1e-3)
