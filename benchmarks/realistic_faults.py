@@ -38,33 +38,33 @@ WORKERS_FAULTS = [
     ),
     Fault(
         CLUSTER,
-        "for name in names if name.parts[0] != CHECKPOINTS}",
-        "for name in names}",
-        "checkpoints are sent with the result",
-    ),
-    Fault(
-        CLUSTER,
-        "if lock is not None and read_lock(folder) == lock:",
-        "if read_lock(folder) is not None:",
+        "if lock is None or read_lock(folder) != lock:",
+        "if read_lock(folder) is None:",
         "a worker writes into another owner's folder of the same path",
-    ),
-    Fault(
-        CLUSTER,
-        "shutil.rmtree(folder, ignore_errors=True)  # left by an earlier attempt",
-        "pass",
-        "files of an earlier attempt stay beside those of the result",
-    ),
-    Fault(
-        CLUSTER,
-        'path = files.resolve_inside(folder, name, where=f"a cell of node {node}")',
-        "path = folder / name",
-        "a worker's file name leads out of the cell's folder",
     ),
     Fault(
         CLUSTER,
         "yield CellOutcome(index, error.cause)",
         "yield CellOutcome(len(pending), error.cause)",
         "an exception is attributed to another cell",
+    ),
+    Fault(
+        CLUSTER,
+        "yield outcome._replace(position=index, ",
+        "yield outcome._replace(",
+        "every result is that of the first cell",
+    ),
+    Fault(
+        CLUSTER,
+        "if differences and outcome.node not in warned:",
+        "if differences:",
+        "a node with other software is named for every cell",
+    ),
+    Fault(
+        CLUSTER,
+        "software=outcome.software if differences else None)",
+        "software=None)",
+        "the software of another node is not recorded",
     ),
     Fault(
         CLUSTER,

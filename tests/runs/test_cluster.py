@@ -2,6 +2,7 @@
 
 import importlib.util
 import ipaddress
+import itertools
 import json
 import os
 import signal
@@ -176,7 +177,7 @@ def played(monkeypatch) -> Iterator[Played]:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_cells_of_two_runs_are_computed_by_the_work_of_their_own(played, owned, tmp_path) -> None:
+def test_cells_of_two_runs_are_computed_by_the_work_of_their_own(played, owned, tmp_path, monkeypatch) -> None:
     """One worker computes both runs; the outcomes have their cells' positions, and an exception is a result."""
 
     def work(cell: int, folder: Path, *, factor: int) -> int:
@@ -188,6 +189,8 @@ def test_cells_of_two_runs_are_computed_by_the_work_of_their_own(played, owned, 
         (folder / "cell.txt").write_text(str(cell))
         return factor * cell
 
+    clock = itertools.count(step=3.5)
+    monkeypatch.setattr(cluster, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     runner = RayRunner({"num_cpus": 2.0})
     for factor in (10, 100):
         folders = [owned.parent / f"{factor}-{cell}" for cell in (1, 2, 3, 4)]
@@ -200,7 +203,7 @@ def test_cells_of_two_runs_are_computed_by_the_work_of_their_own(played, owned, 
         assert repr(outcomes[2].result) == "ValueError('three')"
         assert isinstance(outcomes[2].result.__cause__, TaskError)
         assert repr(outcomes[3].result) == "ConnectionError('the node is gone')"
-        assert (outcomes[0].node, outcomes[0].software) == ("0123456789ab", None)
+        assert (outcomes[0].node, outcomes[0].software, outcomes[0].seconds) == ("0123456789ab", None, 3.5)
     assert played.options == [{"max_retries": cluster.RETRIES, "num_cpus": 2.0}] * 2
     assert list(runner(work, [], begun.append)) == []
     # A folder without the lock's content is not the owner's.
@@ -208,15 +211,18 @@ def test_cells_of_two_runs_are_computed_by_the_work_of_their_own(played, owned, 
     (outcome,) = runner(partial(work, factor=1), [(1, away)], begun.append)
     assert "node 0123456789ab does not see this run folder" in str(outcome.result)
     assert not away.exists()
+    with pytest.raises(InputError, match="does not see this run folder"):
+        cluster.compute_cell([played.put(work)], 1, owned, "another owner's")
 
 
 @pytest.mark.usefixtures("played")
 def test_a_node_with_other_software_is_named_once(owned, monkeypatch, caplog) -> None:
-    versions = iter(["3.11", "2.7", "2.7"])
+    versions = iter(["3.11", "3.11", "2.7", "2.7"])
     monkeypatch.setattr(cluster.software, "environment", lambda: {"python": next(versions)})
     # The owner's environment is read after the workers' of this one process.
-    outcomes = list(RayRunner({})(lambda cell, folder: cell, [(1, owned), (2, owned)], lambda _: None))
-    assert [outcome.software for outcome in outcomes] == [None, {"python": "3.11"}]
+    outcomes = RayRunner({})(lambda cell, folder: cell, [(cell, owned) for cell in (1, 2, 3)], lambda _: None)
+    other = {"python": "3.11"}
+    assert {outcome.position: outcome.software for outcome in outcomes} == {0: other, 1: other, 2: None}
     assert caplog.text.count("node 0123456789ab runs python 3.11") == 1
 
 
