@@ -43,7 +43,6 @@ INTERRUPTED = "Interrupted."
 RESUMABLE = f"{INTERRUPTED} Run the same command again to resume."
 """Last line of a command that Ctrl-C or SIGTERM ends while it has an open run folder."""
 
-
 REPEAT_SECONDS = 5.0
 """Time after which an interruption is repeated if the command goes on."""
 
