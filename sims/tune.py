@@ -22,7 +22,7 @@ from rora_theory.lab.data.formats import TrainTemplate
 from rora_theory.lab.data.records import DataConfig
 from rora_theory.lab.finetune.config import LossOn
 from rora_theory.laws.random.seeds import check_seed
-from rora_theory.measure.tuning.plan import BUDGET, MAX_PROBE_STEPS
+from rora_theory.measure.tuning.plan import MAX_PROBE_STEPS
 from rora_theory.measure.tuning.result import Tuning
 from rora_theory.optimizers import Schedule
 from rora_theory.runs.folder import RunFolder, check_free, path_of
@@ -92,8 +92,9 @@ class PlannedRun:
     """Family of the model in the public sweeps, such as Qwen3; by default another"""
     probe_rank: Count = 8
     """Maximum rank of the probe's adapters"""
-    budget: NotNegative = BUDGET
-    """Maximum cost of the probe as a share of the planned run; 0 trains nothing"""
+    budget: NotNegative | None = None
+    """Maximum cost of the probe as a share of the planned run; 0 trains nothing. By default a tenth, if a probe of this
+    cost is expected to beat the rate of public sweeps"""
     held_out: AtLeastTwo = 96
     """Number of records that no run trains on; fewer are evaluated if the budget does not allow all"""
     seed: int = 0
@@ -105,9 +106,10 @@ class PlannedRun:
         check_list("targets", self.targets)
         check_warmup(self.warmup, self.steps)
         check_between("--dropout", self.dropout, 0, 1, closed="left")
-        check_between("--budget", self.budget, 0, 1)
+        if self.budget is not None:
+            check_between("--budget", self.budget, 0, 1)
         _ = self.gain  # validates the rule
-        if self.budget and self.held_out < MIN_HELD_OUT:
+        if self.budget != 0 and self.held_out < MIN_HELD_OUT:
             raise InputError(
                 f"--held-out must be at least {MIN_HELD_OUT}, got {self.held_out}: the error of fewer records hides "
                 "the differences between rates. Pass more records, or --budget 0 for the rate of public sweeps."
@@ -142,14 +144,14 @@ class TuneOptions:
     out: cli.Out = None
 
     def __post_init__(self) -> None:
-        if self.planned.budget and not self.data:
+        if self.planned.budget != 0 and not self.data:
             raise InputError("--data must name training records. Pass --budget 0 for a rate without a probe.")
 
 
 def tune_rate(config: TuneOptions) -> None:
     """Run what the probe lacks, and report the learning rate."""
     planned = config.planned
-    if not planned.budget:
+    if planned.budget == 0:
         report(rate_without_probe(config), planned)
         return
     with progress_bar("importing PyTorch and PEFT", 1):

@@ -40,7 +40,15 @@ from rora_theory.measure.tuning.examples import (
     preserved_generators,
     read_batches,
 )
-from rora_theory.measure.tuning.plan import BUDGET, MAX_PROBE_STEPS, ProbePlan, make_plan, next_trial
+from rora_theory.measure.tuning.plan import (
+    BUDGET,
+    MAX_PROBE_STEPS,
+    ProbePlan,
+    explain_useless_probe,
+    make_plan,
+    next_trial,
+    planned_prior,
+)
 from rora_theory.measure.tuning.prior import rate_prior
 from rora_theory.measure.tuning.result import Tuning, conclude, conclude_without_probe
 from rora_theory.measure.tuning.training import (
@@ -90,7 +98,7 @@ def tune(
     make_optimizer: MakeOptimizer | None = None,
     loss: Loss | None = None,
     probe_rank: int = PROBE_RANK,
-    budget: float = BUDGET,
+    budget: float | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     progress: bool = False,
@@ -130,7 +138,8 @@ def tune(
       loss: Function of the model and a batch that returns the mean loss over its labels; None is
         ``model(**batch).loss``.
       probe_rank: Maximum rank of the probe's adapters; the rank of ``config`` if that is lower.
-      budget: Maximum cost of the probe as a share of the planned run; 0 trains nothing.
+      budget: Maximum cost of the probe as a share of the planned run; 0 trains nothing. None is a tenth if a probe of
+        this cost is expected to beat the prior, and otherwise trains nothing and names the budget that would.
       seed: Seed of the adapters' initialisation and of dropout, the same for every run.
       checkpoint: JSON file to which finished runs are saved and from which an interrupted probe resumes, if model,
         settings and batches are the same (give a shuffled ``DataLoader`` a seeded generator); None saves nothing.
@@ -193,17 +202,24 @@ def tune(
     # Batches that are given keep their size. A smaller rank at the same gain trains faster.
     rank = min(probe_rank, config.r)
     run = replace(run, batch_size=max(count_rows(batch) for batch in batches) * accumulation)
-    plan = make_plan(
-        run,
-        probe_rank=rank,
-        parameters=parameters,
-        family=family,
-        batch_tokens=batch_tokens,
-        step_tokens=step_tokens,
-        held_out_tokens=sum(group.tokens for group in groups),
-        learning_rate=learning_rate,
-        budget=budget,
-    )
+    prior_settings: dict[str, Any] = {
+        "parameters": parameters, "family": family, "learning_rate": learning_rate
+    }  # fmt: skip
+    settings_of_plan: dict[str, Any] = prior_settings | {
+        "probe_rank": rank,
+        "batch_tokens": batch_tokens,
+        "step_tokens": step_tokens,
+        "held_out_tokens": sum(group.tokens for group in groups),
+    }
+    explanation = explain_useless_probe(run, budget=BUDGET if budget is None else budget, **settings_of_plan)
+    if explanation is not None:
+        # Said before anything is spent. A budget that the caller states is spent all the same.
+        announce(explanation, shown=progress)
+        logger.info(explanation)
+        if budget is None:
+            prior = planned_prior(run, **prior_settings)
+            return conclude_without_probe(prior, steps=steps, config=copy.deepcopy(config), remarks=[explanation])
+    plan = make_plan(run, budget=BUDGET if budget is None else budget, **settings_of_plan)
     # Evaluate on as many held-out groups as the budget allows.
     affordable_groups = _affordable_groups(groups, plan.held_out_tokens(batch_tokens))
     settings = ProbeSettings(

@@ -200,22 +200,29 @@ class ProbeModel:
           on_step: Function that is called after every optimizer step.
           on_stage: Function of a description of the work that begins.
         """
-        settings = self._settings
+        with self.adapted() as layers:
+            parts = LedParts(layers)
+            on_stage(f"training {trial}")
+            diverged_at = self._train_adapter(trial, on_step)
+            if diverged_at is None:
+                # The last update may diverge too, which only the evaluation shows.
+                losses = self._evaluate(parts, on_stage)
+                if not math.isfinite(math.fsum(losses)):
+                    diverged_at = trial.steps
+            if diverged_at is not None:
+                return ProbeRun(trial.learning_rate, trial.steps, diverged_at=diverged_at)
+            return ProbeRun(trial.learning_rate, trial.steps, tuple(losses), parts.ratios())
+
+    @contextmanager
+    def adapted(self) -> Iterator[list[LoraLayer]]:
+        """Add a fresh adapter to the model, yield its layers, and restore the model.
+
+        The same seed gives the same initial adapter and dropout masks every time.
+        """
         with with_autograd(), _restored(self._model):
-            # The same seed for every run: the same initial adapters and dropout masks.
-            torch.manual_seed(settings.seed)
-            with _adapted(self._model, settings.config) as layers:
-                parts = LedParts(layers)
-                on_stage(f"training {trial}")
-                diverged_at = self._train_adapter(trial, on_step)
-                if diverged_at is None:
-                    # The last update may diverge too, which only the evaluation shows.
-                    losses = self._evaluate(parts, on_stage)
-                    if not math.isfinite(math.fsum(losses)):
-                        diverged_at = trial.steps
-                if diverged_at is not None:
-                    return ProbeRun(trial.learning_rate, trial.steps, diverged_at=diverged_at)
-                return ProbeRun(trial.learning_rate, trial.steps, tuple(losses), parts.ratios())
+            torch.manual_seed(self._settings.seed)
+            with _adapted(self._model, self._settings.config) as layers:
+                yield layers
 
     def _batch_indices(self, step: int) -> list[int]:
         """Return the indices of the batches of a step, counted from 0; after the last batch the first follows."""

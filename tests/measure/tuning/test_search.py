@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import math
+import re
 import sys
 
 import pandas as pd
@@ -42,7 +43,8 @@ def config(**entries):
 
 def tune_linear(model=None, **arguments):
     arguments = {
-        "config": config(), "steps": STEPS, "learning_rate": 2e-3, "train": batches(12), "held_out": batches(3, seed=1)
+        "config": config(), "steps": STEPS, "learning_rate": 2e-3, "train": batches(12), "held_out": batches(3, seed=1),
+        "budget": 0.1,
     } | arguments  # fmt: skip
     return tune(torch_models.model() if model is None else model, **arguments)
 
@@ -199,6 +201,30 @@ def test_a_divergence_before_the_first_update_is_refused(quantity) -> None:
     with pytest.raises(InputError, match=f"train .* {quantity}.* nan .* 1"):
         tune_linear(loss=loss)
     assert len(calls) == 1
+
+
+def test_by_default_a_probe_that_cannot_beat_the_prior_trains_nothing_and_names_the_budget_that_can(caplog) -> None:
+    """The model learns nothing before the sentence; a budget that is stated is spent all the same."""
+    calls = []
+
+    def counted(model, batch):
+        calls.append(1)
+        return model(**batch).loss
+
+    data = {"train": batches(12, rows=8, length=24), "held_out": batches(8, seed=1, rows=8, length=24)}
+    arguments = {"steps": 100, "loss": counted} | data
+    with caplog.at_level(logging.INFO, logger="rora_theory.measure.tuning.search"):
+        result = tune_linear(**arguments, budget=None)
+    assert not calls
+    assert (result.probe_steps, result.cost.spent) == (0, 0)
+    assert result.learning_rate == pytest.approx(2e-3), "the caller's guess"
+    (sentence,) = [sentence for sentence in result.assumptions if "budget=" in sentence]
+    assert sentence in caplog.text
+    useful = float(re.search(r"budget=([\d.]+)", sentence)[1])
+    assert 0.1 < useful <= 1
+    spent = tune_linear(**arguments, budget=useful)
+    assert calls
+    assert spent.probe_steps > 0
 
 
 def test_a_budget_of_nothing_gives_the_prior_and_reads_no_data() -> None:
