@@ -214,8 +214,10 @@ def tune(
     explanation = explain_useless_probe(run, budget=BUDGET if budget is None else budget, **settings_of_plan)
     if explanation is not None:
         # Said before anything is spent. A budget that the caller states is spent all the same.
-        announce(explanation, shown=progress)
-        logger.info(explanation)
+        if progress:
+            print(explanation, file=sys.stderr, flush=True)
+        else:
+            logger.info(explanation)
         if budget is None:
             prior = planned_prior(run, **prior_settings)
             return conclude_without_probe(prior, steps=steps, config=copy.deepcopy(config), remarks=[explanation])
