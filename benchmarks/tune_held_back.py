@@ -33,7 +33,7 @@ from rora_theory.measure import tune
 from rora_theory.measure.batches import model_loss, move_batch
 from rora_theory.measure.modules import trainable_parameters
 from rora_theory.measure.tuning.examples import held_out_groups, read_batches
-from rora_theory.measure.tuning.training import ProbeModel, ProbeSettings, gain_of
+from rora_theory.measure.tuning.training import ProbeModel, ProbeSettings, config_gain
 from rora_theory.measure.tuning.trial import Trial
 from rora_theory.runs import files, frames
 from rora_theory.stats.curve_optima import quadratic_optima
@@ -167,7 +167,7 @@ class CaseRuns:
         self.groups = held_out_groups(model, read_batches(judged, "held_out", **self.options))
         config = self.config()
         settings = ProbeSettings(
-            config, gain_of(config), case.steps, case.schedule, 0, 1, self.make_optimizer, 1.0, case.seed
+            config, config_gain(config), case.steps, case.schedule, 0, 1, self.make_optimizer, 1.0, case.seed
         )
         self.planned = ProbeModel(model, settings, self.batches, self.groups, model_loss)
 
