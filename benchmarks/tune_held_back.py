@@ -1,15 +1,16 @@
 """Judge `tune` on tasks and models that were kept apart, by a criterion that was written before.
 
-    python benchmarks/tune_held_back.py run --models small_1=SMALL/model smollm2=HuggingFaceTB/SmolLM2-135M-Instruct \
+    python benchmarks/tune_held_back.py run --models small=SMALL/model smollm2=smollm2-135m gemma=gemma3-270m \
         --data TEXTS --out results/published/tune/held_back
     python benchmarks/tune_held_back.py report --out results/published/tune/held_back
 
 `predictions.json` of the output folder has the criterion and the cases, with the names of their models and files of
-records. ``run`` trains each case's planned run at several rates, and extends the grid until the lowest loss lies
-inside. On this curve it computes the regret of the prior alone, of `tune`, of fixed rates at G = 64 that are carried as
+records (`benchmarks/packaged_texts.py` and `benchmarks/held_back_texts.py` write them). ``run`` trains each case's
+planned run at several rates, and extends the grid until the lowest loss lies inside. On this curve it computes the
+regret of the prior alone, of `tune` with the case's budget and by default, of fixed rates at G = 64 that are carried as
 G^-0.75, and of a learning-rate range test by the package torch-lr-finder, as it comes. The records on which regrets are
-measured are used by no policy. A finished case is not run again; ``--only`` runs some cases. ``report`` prints the
-table of the finished cases beside the criterion.
+measured are used by no policy. A finished case is not run again; ``--only`` runs some cases, in the given order.
+``report`` prints the table of the finished cases beside the criterion.
 
 Files in the output folder: ``cases/NAME.json`` with losses and rates, `held_back.csv` and `verdict.json`.
 """
@@ -29,16 +30,19 @@ import pandas as pd
 import torch
 from peft import LoraConfig
 
+from rora_theory.lab import llama
 from rora_theory.measure import tune
 from rora_theory.measure.batches import model_loss, move_batch
 from rora_theory.measure.modules import trainable_parameters
 from rora_theory.measure.tuning.examples import held_out_groups, read_batches
+from rora_theory.measure.tuning.plan import BUDGET
 from rora_theory.measure.tuning.training import ProbeModel, ProbeSettings, config_gain
 from rora_theory.measure.tuning.trial import Trial
 from rora_theory.runs import files, frames
 from rora_theory.stats.curve_optima import quadratic_optima
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.regret import loss_at
+from sims.common import inputs
 from sims.common.tables import print_records
 
 matplotlib.use("Agg")
@@ -187,8 +191,8 @@ class CaseRuns:
         run = self.planned.train(Trial(rate, self.case.steps), lambda: None)
         return None if run.diverged_at is not None else list(run.losses)
 
-    def tuned(self, budget: float) -> Any:
-        """Return the result of `tune` within a budget."""
+    def tuned(self, budget: float | None) -> Any:
+        """Return the result of `tune` within a budget; None is the default."""
         case = self.case
         return tune(
             self.model,
@@ -251,8 +255,11 @@ def measure_curve(losses_at: Callable[[float], list[float] | None], middle: floa
 def run_case(runs: CaseRuns) -> dict[str, Any]:
     """Return the rates of all policies and the measured curve of the planned run."""
     case = runs.case
-    prior, tuned = runs.tuned(0), runs.tuned(case.budget)
-    rates = {"prior": prior.learning_rate, "tune": tuned.learning_rate}
+    prior, default = runs.tuned(0), runs.tuned(None)
+    # The default is a probe of a tenth of the run, or none.
+    is_default = default.probe_steps and math.isclose(case.budget, BUDGET)
+    tuned = default if is_default else runs.tuned(case.budget)
+    rates = {"prior": prior.learning_rate, "tune": tuned.learning_rate, "default": default.learning_rate}
     rates |= {f"fixed {rate:g}": rate * (64 / case.alpha) ** 0.75 for rate in FIXED_RATES}
     rates |= {"range test": runs.range_test()}
     curve = measure_curve(runs.losses, prior.learning_rate)
@@ -261,6 +268,7 @@ def run_case(runs: CaseRuns) -> dict[str, Any]:
         "ranges": {"prior": [prior.low, prior.high], "tune": [tuned.low, tuned.high]},
         "curve": [[rate, losses] for rate, losses in curve.items()],
         "tokens": [group.targets for group in runs.groups],
+        "default": {"cost": default.cost.share, "assumptions": list(default.assumptions)},
         "probe": {"cost": tuned.cost.share, "steps": tuned.probe_steps, "assumptions": list(tuned.assumptions)},
     }
 
@@ -347,23 +355,23 @@ def main() -> None:
     parser.add_argument("action", choices=("run", "report"))
     parser.add_argument("--models", nargs="*", default=[], metavar="NAME=MODEL", help="models of the cases")
     parser.add_argument("--data", type=Path, help="folder of the files of records")
-    parser.add_argument("--only", nargs="*", help="names of the cases to run")
+    parser.add_argument("--only", nargs="*", help="names of the cases to run, in this order")
     parser.add_argument("--out", type=Path, default=HELD_BACK, help="folder with predictions.json")
     arguments = parser.parse_args()
     if arguments.action == "report":
         report(arguments.out)
         return
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     models = dict(word.split("=", 1) for word in arguments.models)
     (arguments.out / "cases").mkdir(parents=True, exist_ok=True)
-    for case in read_predictions(arguments.out)[1]:
-        path = arguments.out / "cases" / f"{case.name}.json"
-        if path.exists() or case.model not in models or (arguments.only and case.name not in arguments.only):
+    cases = {case.name: case for case in read_predictions(arguments.out)[1]}
+    for name in arguments.only or cases:
+        case, path = cases[name], arguments.out / "cases" / f"{name}.json"
+        if path.exists() or case.model not in models:
             continue
-        model = AutoModelForCausalLM.from_pretrained(models[case.model], dtype="float32")
-        tokenizer = AutoTokenizer.from_pretrained(models[case.model])
-        result = run_case(CaseRuns(case, model, tokenizer, read_records(arguments.data / case.data)))
+        origin = llama.locate(models[case.model])
+        tokenizer = llama.model_tokenizer(origin).backend
+        records = read_records(arguments.data / case.data)
+        result = run_case(CaseRuns(case, inputs.load_model(origin), tokenizer, records))
         files.write_whole(path, json.dumps(result) + "\n")
         print(json.dumps(judge_case(case, result)), flush=True)
 
