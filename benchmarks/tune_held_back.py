@@ -7,12 +7,13 @@
 `predictions.json` of the output folder has the criterion and the cases, with the names of their models and files of
 records (`benchmarks/packaged_texts.py` and `benchmarks/held_back_texts.py` write them). ``run`` trains each case's
 planned run at several rates, and extends the grid until the lowest loss lies inside. On this curve it computes the
-regret of the prior alone, of `tune` with the case's budget and by default, of fixed rates at G = 64 that are carried as
-G^-0.75, and of a learning-rate range test by the package torch-lr-finder, as it comes. The records on which regrets are
-measured are used by no policy. A finished case is not run again; ``--only`` runs some cases, in the given order.
-``report`` prints the table of the finished cases beside the criterion.
+regret of the prior alone, of `tune` with the case's budget, of fixed rates at G = 64 that are carried as G^-0.75, and
+of a learning-rate range test by the package torch-lr-finder, as it comes. The records on which regrets are measured are
+used by no policy. A finished case is not run again; ``--only`` runs some cases, in the given order. ``report`` prints
+the table of the finished cases beside the criterion.
 
-Files in the output folder: ``cases/NAME.json`` with losses and rates, `held_back.csv` and `verdict.json`.
+Files in the output folder: ``cases/NAME.json`` with losses and rates; `held_back.csv`, a row for each case with the
+regret of each policy; `policies.csv`, their means over cases; and `verdict.json`.
 """
 
 import argparse
@@ -35,11 +36,11 @@ from rora_theory.measure import tune
 from rora_theory.measure.batches import model_loss, move_batch
 from rora_theory.measure.modules import trainable_parameters
 from rora_theory.measure.tuning.examples import held_out_groups, read_batches
-from rora_theory.measure.tuning.plan import BUDGET
 from rora_theory.measure.tuning.training import ProbeModel, ProbeSettings, config_gain
 from rora_theory.measure.tuning.trial import Trial
 from rora_theory.runs import files, frames
 from rora_theory.stats.curve_optima import quadratic_optima
+from rora_theory.stats.estimate import over_seeds
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.stats.regret import loss_at
 from sims.common import inputs
@@ -191,8 +192,8 @@ class CaseRuns:
         run = self.planned.train(Trial(rate, self.case.steps), lambda: None)
         return None if run.diverged_at is not None else list(run.losses)
 
-    def tuned(self, budget: float | None) -> Any:
-        """Return the result of `tune` within a budget; None is the default."""
+    def tuned(self, budget: float) -> Any:
+        """Return the result of `tune` within a budget."""
         case = self.case
         return tune(
             self.model,
@@ -255,11 +256,8 @@ def measure_curve(losses_at: Callable[[float], list[float] | None], middle: floa
 def run_case(runs: CaseRuns) -> dict[str, Any]:
     """Return the rates of all policies and the measured curve of the planned run."""
     case = runs.case
-    prior, default = runs.tuned(0), runs.tuned(None)
-    # The default is a probe of a tenth of the run, or none.
-    is_default = default.probe_steps and math.isclose(case.budget, BUDGET)
-    tuned = default if is_default else runs.tuned(case.budget)
-    rates = {"prior": prior.learning_rate, "tune": tuned.learning_rate, "default": default.learning_rate}
+    prior, tuned = runs.tuned(0), runs.tuned(case.budget)
+    rates = {"prior": prior.learning_rate, "tune": tuned.learning_rate}
     rates |= {f"fixed {rate:g}": rate * (64 / case.alpha) ** 0.75 for rate in FIXED_RATES}
     rates |= {"range test": runs.range_test()}
     curve = measure_curve(runs.losses, prior.learning_rate)
@@ -268,7 +266,6 @@ def run_case(runs: CaseRuns) -> dict[str, Any]:
         "ranges": {"prior": [prior.low, prior.high], "tune": [tuned.low, tuned.high]},
         "curve": [[rate, losses] for rate, losses in curve.items()],
         "tokens": [group.targets for group in runs.groups],
-        "default": {"cost": default.cost.share, "assumptions": list(default.assumptions)},
         "probe": {"cost": tuned.cost.share, "steps": tuned.probe_steps, "assumptions": list(tuned.assumptions)},
     }
 
@@ -320,30 +317,43 @@ def judge(table: pd.DataFrame, criterion: Criterion) -> dict[str, Any]:
     return {"cases": counts} | figures | {"clauses": clauses, "verdict": verdict}
 
 
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each policy with its regret over cases, and its difference from the prior's over cases."""
+    rows = []
+    for name in [name for name in table if f"{name}, bound" in table]:
+        regrets, difference = table[name], over_seeds((table[name] - table["prior"]).to_numpy())
+        rows.append(
+            {
+                "policy": name,
+                "cases": len(table),
+                "mean": regrets.mean(),
+                "median": regrets.median(),
+                "largest": regrets.max(),
+                "minus_prior": difference.value,
+                "half_width": difference.half_width() if len(table) > 1 else math.nan,
+                "better_than_prior": int((regrets < table["prior"]).sum()),
+                "lower_bounds": int(table[f"{name}, bound"].sum()),
+                "coverage": table[f"{name} covers"].mean() if f"{name} covers" in table else math.nan,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def report(folder: Path) -> dict[str, Any]:
-    """Write and print the table of the finished cases and the verdict."""
+    """Write and print the tables of the finished cases and the verdict."""
     criterion, cases = read_predictions(folder)
     finished = [(case, folder / "cases" / f"{case.name}.json") for case in cases]
     rows = [judge_case(case, json.loads(path.read_text())) for case, path in finished if path.exists()]
     table = pd.DataFrame(rows)
     verdict = judge(table, criterion)
     if rows:
+        policies = summarise(table)
         files.write_whole(folder / "held_back.csv", frames.to_csv(table))
-        policies = [name for name in table if f"{name}, bound" in table]
-        means = pd.DataFrame(
-            [
-                {
-                    "policy": name,
-                    "mean": table[name].mean(),
-                    "median": table[name].median(),
-                    "largest": table[name].max(),
-                }
-                for name in policies
-            ]
-        )
+        files.write_whole(folder / "policies.csv", frames.to_csv(policies))
         title = f"Regret in nats per token over {len(rows)} of {len(cases)} cases"
         columns = {"policy": "{policy}", "mean": "{mean:.4f}", "median": "{median:.4f}", "largest": "{largest:.4f}"}
-        print_records(title, means, columns, left=1)
+        columns |= {"minus the prior's (95%)": "{minus_prior:.4f} ± {half_width:.4f}"}
+        print_records(title, policies, columns, left=1)
     files.write_whole(folder / "verdict.json", json.dumps(verdict, indent=2) + "\n")
     print(f"{len(rows)} of {len(cases)} cases; tune: {verdict['verdict']}.")
     return verdict

@@ -1,12 +1,12 @@
-"""Find the learning rate of a planned fine-tuning run: what public sweeps lead to expect, updated by a short probe.
+"""Print the learning rate of a planned fine-tuning run: what public sweeps lead to expect, or a short probe's update.
 
-    python -m sims.tune --model smollm2-135m --data DATA/*/train.json --rank 128 --steps 2000
-    python -m sims.tune --model smollm2-135m --rank 128 --steps 2000 --budget 0
+    python -m sims.tune --model smollm2-135m --rank 128 --steps 2000
+    python -m sims.tune --model smollm2-135m --data DATA/*/train.json --rank 128 --steps 2000 --budget 0.1
 
 The prior is the best rate of public models of this size, transferred to the planned scaling, rank, batch, steps and
-schedule. The probe trains adapters of a small rank for a few steps at several learning rates, on the same batches in
-the same order, and its held-out losses update the prior. It costs at most --budget of the planned run, evaluations
-included; --budget 0 trains nothing and reads no data. The same command resumes an interrupted probe.
+schedule. It needs no data. With --budget, a probe trains adapters of a small rank for a few steps at several learning
+rates, on the same batches in the same order, and its held-out losses update the prior. It costs at most --budget of the
+planned run, evaluations included. The same command resumes an interrupted probe.
 """
 
 import json
@@ -92,9 +92,8 @@ class PlannedRun:
     """Family of the model in the public sweeps, such as Qwen3; by default another"""
     probe_rank: Count = 8
     """Maximum rank of the probe's adapters"""
-    budget: NotNegative | None = None
-    """Maximum cost of the probe as a share of the planned run; 0 trains nothing. By default a tenth, if a probe of this
-    cost is expected to beat the rate of public sweeps"""
+    budget: NotNegative = 0.0
+    """Maximum cost of a probe as a share of the planned run; 0 trains nothing"""
     held_out: AtLeastTwo = 96
     """Number of records that no run trains on; fewer are evaluated if the budget does not allow all"""
     seed: int = 0
@@ -106,13 +105,12 @@ class PlannedRun:
         check_list("targets", self.targets)
         check_warmup(self.warmup, self.steps)
         check_between("--dropout", self.dropout, 0, 1, closed="left")
-        if self.budget is not None:
-            check_between("--budget", self.budget, 0, 1)
+        check_between("--budget", self.budget, 0, 1)
         _ = self.gain  # validates the rule
-        if self.budget != 0 and self.held_out < MIN_HELD_OUT:
+        if self.budget and self.held_out < MIN_HELD_OUT:
             raise InputError(
                 f"--held-out must be at least {MIN_HELD_OUT}, got {self.held_out}: the error of fewer records hides "
-                "the differences between rates. Pass more records, or --budget 0 for the rate of public sweeps."
+                "the differences between rates. Pass more records, or no --budget for the rate of public sweeps."
             )
 
     @property
@@ -136,7 +134,7 @@ class TuneOptions:
     """Planned run and its records."""
 
     data: tuple[str, ...] = ()
-    """Training records, as for the other commands; not read with --budget 0"""
+    """Training records of a probe, as for the other commands"""
     reading: DataConfig = field(default_factory=DataConfig)
     model: cli.ModelName = "smollm2-135m"
     revision: cli.Revision = None
@@ -144,14 +142,16 @@ class TuneOptions:
     out: cli.Out = None
 
     def __post_init__(self) -> None:
-        if self.planned.budget != 0 and not self.data:
-            raise InputError("--data must name training records. Pass --budget 0 for a rate without a probe.")
+        if self.planned.budget and not self.data:
+            raise InputError("--data must name training records. Pass no --budget for a rate without a probe.")
+        if self.data and not self.planned.budget:
+            raise InputError("--data has no effect without --budget. Pass --budget 0.1 for a probe, or no --data.")
 
 
 def tune_rate(config: TuneOptions) -> None:
-    """Run what the probe lacks, and report the learning rate."""
+    """Report the learning rate of the public sweeps, or run what the probe lacks."""
     planned = config.planned
-    if planned.budget == 0:
+    if not planned.budget:
         report(rate_without_probe(config), planned)
         return
     with progress_bar("importing PyTorch and PEFT", 1):
@@ -168,7 +168,7 @@ def tune_rate(config: TuneOptions) -> None:
     if len(held_out) < MIN_HELD_OUT:
         raise InputError(
             f"--data must hold at least {2 * MIN_HELD_OUT} records, of which half are held out, got {len(records)}. "
-            "Pass more records, or --budget 0 for the rate of public sweeps."
+            "Pass more records, or no --budget for the rate of public sweeps."
         )
     identity = flatten(planned) | source.identity | {"template": source.template}
     check_free(path_of(NAME, identity, config.out))

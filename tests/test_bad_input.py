@@ -46,7 +46,7 @@ GIVEN = {
     "sims.finetune": ["--data", "RECORDS"],
     "sims.sweep": ["--data", "RECORDS", "--held-out", "2"],
     "sims.regime": ["--data", "RECORDS"],
-    "sims.tune": ["--data", "RECORDS", "--held-out", "16"],
+    "sims.tune": ["--data", "RECORDS", "--held-out", "16", "--budget", "0.1"],
     "sims.coordinate_check": ["--data", "RECORDS"],
     "sims.prune": ["--text", "RECORDS"],
     "sims.pretrain": ["--data", "RECORDS"],

@@ -53,7 +53,7 @@ OPTIONS: dict[type, dict[str, tuple[Any, str]]] = {
         for name, default in {
             "steps": 2000, "rank": 128, "alpha": 16.0, "rule": "lora", "targets": PAPER_TARGETS, "dropout": 0.0,
             "batch_size": 16, "warmup": 0, "schedule": "cosine", "weight_decay": 0.0, "clip": 1.0, "template": None,
-            "loss_on": "all", "cutoff": 256, "lr": None, "family": None, "probe_rank": 8, "budget": 0.1, "held_out": 96,
+            "loss_on": "all", "cutoff": 256, "lr": None, "family": None, "probe_rank": 8, "budget": 0.0, "held_out": 96,
             "seed": 0,
         }.items()
     },

@@ -114,7 +114,7 @@ def test_the_criterion_can_fail() -> None:
     """Each clause by itself fails the claim; fewer cases than planned leave it undecided."""
     criterion, _ = judged.read_predictions(judged.HELD_BACK)
     assert judged.judge(outcomes(0.002, 0.005), criterion)["verdict"] == "holds"
-    worst = outcomes(0.002, 0.005)
+    worst = outcomes(0.001, 0.005)
     worst.loc[0, "tune"] = 0.02
     failing = {
         "mean regret relative to the prior's": outcomes(0.003, 0.005),

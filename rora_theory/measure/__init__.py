@@ -5,7 +5,7 @@
     measured = measure.regime(model, batch, held_out)
     config, learning_rate, advice = measured.transfer(Setting(16, 32, 2e-4), rank=128)
     measure.coordinate_check(make_model, batch, ranks=(2, 8, 32)).assert_flat()    # in a test suite
-    measure.tune(model, batches, held_out_batches, config=LoraConfig(r=128), steps=2000).learning_rate
+    measure.tune(model, config=LoraConfig(r=128), steps=2000, batch_size=8).learning_rate
 
 The functions need the extra ``torch`` (torch, transformers, peft), which is imported at first use. The statistics
 behind them, `regimes.module_regime`, `rank_check.rules` and `tuning.plan`, need NumPy alone.

@@ -11,6 +11,7 @@ import pytest
 from rora_theory import Setting, transfer
 from rora_theory.advice.best_rate import Run
 from rora_theory.measure.tuning.prior import rate_prior
+from rora_theory.measure.tuning.result import conclude_without_probe
 from sims import __main__ as main
 
 ROOT = Path(__file__).parents[2]
@@ -49,18 +50,17 @@ def test_the_readme_keeps_its_two_commands() -> None:
     assert ".venv/bin/pip install --require-hashes -r requirements/test.txt && .venv/bin/python -m pytest" in text
 
 
-def test_the_first_page_states_the_rate_before_the_probe() -> None:
+def test_the_first_page_states_the_rate_of_the_prior() -> None:
     """The rate and its expected regret are those of the present prior, for SmolLM2-135M and the script's run."""
     prior = rate_prior(Run(128, 32.0, 240, "cosine", 8), parameters=0.134515)
     text = " ".join((ROOT / "docs" / "index.md").read_text().split())
-    assert f"Without a probe the rate is {prior.rates.best:.3g}, with an expected regret of " in text
-    assert f"an expected regret of {prior.expected_regret:.4f} nats per token" in text
+    assert conclude_without_probe(prior, steps=240, config=None).sentence() in text
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of transformers and peft
 def test_tuned_and_trained(tmp_path, monkeypatch, capsys) -> None:
-    """The script of the first page, as it stands but for the model's name, on the fewest chats that it names."""
+    """The script of the first page, as it stands but for the model's name, on the chats that it names."""
     for package in ("torch", "peft", "transformers", "accelerate"):
         pytest.importorskip(package, reason="the extra torch")
     from support import torch_chats, torch_models
@@ -69,7 +69,7 @@ def test_tuned_and_trained(tmp_path, monkeypatch, capsys) -> None:
     tokenizer = torch_chats.tokenizer(None)
     tokenizer.save_pretrained(tmp_path / "base")
     torch_models.model("qwen2").save_pretrained(tmp_path / "base")
-    count = int(re.search(r"that is (\d+)\s+chats", (ROOT / "docs" / "index.md").read_text())[1])
+    count = int(re.search(r"and (\d+) chats, which are 240 steps", (ROOT / "docs" / "index.md").read_text())[1])
     lines = []
     for i in range(count):
         question, reply = f"{'abcdefghij'[i % 10]} words", "do" * (1 + i % 3)
@@ -81,16 +81,9 @@ def test_tuned_and_trained(tmp_path, monkeypatch, capsys) -> None:
     assert name in code
     names: dict = {}
     exec(code.replace(name, 'MODEL = "base"\n'), names)
-    assert names["steps"] == 240, "the shortest run with a probe"
+    assert names["steps"] == 240
     assert "Train 240 steps at learning rate" in capsys.readouterr().out
     saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (saved["r"], saved["lora_alpha"]) == (128, 32)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size > 0
     assert names["trainer"].state.global_step == 240
-    # Too few chats for a probe get the rate of public sweeps, and the budget of a probe.
-    base = names["AutoModelForCausalLM"].from_pretrained("base")
-    short = names["tune"](
-        base, names["train"], names["held_out"], config=names["config"], tokenizer=tokenizer, steps=100
-    )
-    assert short.probe_steps == 0
-    assert any("budget=" in sentence for sentence in short.assumptions)

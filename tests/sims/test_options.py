@@ -198,7 +198,7 @@ OPTIONS: dict[Any, tuple[dict[str, tuple[Any, set[str]]], Callable[[str, str], A
     tune: (
         TUNE,
         lambda data, model: tune.TuneOptions(
-            (data,), model=model, planned=tune.PlannedRun(held_out=16, batch_size=4, cutoff=400, seed=0)
+            (data,), model=model, planned=tune.PlannedRun(held_out=16, batch_size=4, cutoff=400, seed=0, budget=0.1)
         ),
     ),
     regime: (

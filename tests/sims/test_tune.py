@@ -19,7 +19,7 @@ from rora_theory.measure.tuning.training import ProbeModel
 from rora_theory.runs import frames
 from sims import tune as sim
 
-SETTINGS = "--held-out 16 --batch-size 4 --cutoff 400 --steps 256 --rank 16 --alpha 8 --lr 1e-2"
+SETTINGS = "--held-out 16 --batch-size 4 --cutoff 400 --steps 256 --rank 16 --alpha 8 --lr 1e-2 --budget 0.1"
 
 
 @pytest.mark.slow
@@ -82,11 +82,11 @@ def test_ctrl_c_at_any_moment_ends_with_one_line(delay, model, data, tmp_path) -
     assert not checkpoint.exists() or json.loads(checkpoint.read_text())["runs"]
 
 
-def test_a_budget_of_nothing_needs_no_data(model) -> None:
+def test_by_default_the_rate_is_the_prior_s_without_data(model) -> None:
     """The rate is the prior's for the planned run; a larger gain lowers it."""
     rates = []
     for alpha in (8, 64):
-        words = ["--model", model, f"--rank 16 --alpha {alpha} --steps 256 --budget 0 --json"]
+        words = ["--model", model, f"--rank 16 --alpha {alpha} --steps 256 --json"]
         rates.append(json.loads(commands.output(commands.run_command(sim.main, *words)))["answer"])
     assert all("expected regret" in answer and "probe" not in answer for answer in rates)
     low, high = (float(answer.split("learning rate ")[1].split()[0]) for answer in rates)
@@ -96,8 +96,9 @@ def test_a_budget_of_nothing_needs_no_data(model) -> None:
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("--budget 0.1", "--data .*budget 0"),
-        ("--data x.json --held-out 4", "--held-out .*16.* 4"),
+        ("--budget 0.1", "--data .*budget"),
+        ("--data x.json", "--data .*budget"),
+        ("--data x.json --budget 0.1 --held-out 4", "--held-out .*16.* 4"),
         ("--data x.json --budget 2", "--budget .* 2"),
     ],
 )

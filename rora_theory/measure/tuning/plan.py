@@ -24,7 +24,7 @@ from rora_theory.measure.tuning.trial import ProbeRun, Trial
 from rora_theory.scaling import check_integer, check_not_negative, check_positive, check_share
 
 BUDGET = 0.1
-"""Default cost of a probe, as a share of the planned run."""
+"""Usual cost of a probe, as a share of the planned run. Without a stated budget nothing is trained."""
 
 EVALUATION_COST = 0.5
 """Cost of evaluating a token, relative to training on it.
@@ -82,10 +82,6 @@ LARGER_BUDGETS = (0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 
 ALL_DIVERGED_JUMP = 2
 """Number of grid steps by which the grid is extended downwards if every rate diverged."""
-
-
-class SmallBudgetError(InputError):
-    """Budget that is too small for the shortest probe."""
 
 
 @dataclass(frozen=True)
@@ -290,15 +286,17 @@ def make_plan(
     chosen = next(affordable, None)
     if chosen is None:
         cost = _cost_of_training(*candidates[-1], costs) / (1 - EVALUATION_SHARE) + setup_cost
-        raise SmallBudgetError(
+        raise InputError(
             f"budget must be at least {math.ceil(100 * cost / steps) / 100:g} for a probe of a run of {steps} steps, "
-            f"got {budget:g}. Raise budget, or pass budget=0 for the rate that public sweeps lead to expect."
+            f"got {budget:g}. Raise budget, or leave it out for the rate that public sweeps lead to expect."
         )
     probe_steps, (screening_runs, full_runs) = chosen
     # The rest of the budget pays for the evaluations, of all held-out tokens or fewer.
     cost_per_evaluation = (total - _cost_of_training(*chosen, costs)) / (screening_runs + full_runs)
     evaluation_cost = min(cost_per_evaluation, EVALUATION_COST * held_out_tokens / batch_tokens)
-    prior = planned_prior(run, family=family, parameters=parameters, learning_rate=learning_rate)
+    prior = rate_prior(run, family=family, parameters=parameters)
+    if learning_rate is not None:
+        prior = replace(prior, mean=math.log(learning_rate))
     # The grid of the probe has the prior's median at its middle, transferred to the probe's rank and steps.
     to_probe = best_rate_change(run, replace(run, rank=probe_rank, steps=probe_steps))
     return ProbePlan(
@@ -317,46 +315,28 @@ def make_plan(
     )
 
 
-def planned_prior(run: Run, *, family: str | None, parameters: float | None, learning_rate: float | None) -> RateBelief:
-    """Return the public sweeps' prior of a planned run; a learning rate replaces its median, see `make_plan`."""
-    prior = rate_prior(run, family=family, parameters=parameters)
-    return prior if learning_rate is None else replace(prior, mean=math.log(learning_rate))
-
-
-def explain_useless_probe(run: Run, *, budget: float = BUDGET, **settings: Any) -> str | None:
-    """Explain why a probe within a budget is not expected to beat the prior, and name the budget of one that is.
+def explain_useless_probe(plan: ProbePlan, **settings: Any) -> str | None:
+    """Explain why a probe is not expected to beat the prior, and name the budget of one that is.
 
     Args:
-      run: Planned run.
-      budget: Maximum cost of the probe as a share of the planned run.
-      **settings: Other arguments of `make_plan`.
+      plan: Plan of the probe.
+      **settings: Arguments of `make_plan` from which the plan was made, without ``budget``.
 
     Returns:
       A sentence; None if the probe is expected to beat the prior, see `ProbePlan.beats_prior`.
     """
-    plan = _affordable_plan(run, budget, settings)
-    if plan is not None and plan.beats_prior:
+    if plan.beats_prior:
         return None
-    larger = (_affordable_plan(run, other, settings) for other in LARGER_BUDGETS if other > budget)
-    useful = next((other for other in larger if other is not None and other.beats_prior), None)
-    remedy = f"no budget up to the cost of the run ({run.steps:,} steps) is expected to do better"
+    share = plan.budget / plan.steps
+    larger = (make_plan(plan.run, budget=budget, **settings) for budget in LARGER_BUDGETS if budget > share)
+    useful = next((other for other in larger if other.beats_prior), None)
+    remedy = f"no budget up to the cost of the run ({plan.steps:,} steps) is expected to do better"
     if useful is not None:
-        share = useful.budget / useful.steps
-        remedy = f"budget={share:.2g} is expected to leave {useful.expected_regret:.4f}"
-    if plan is None:
-        return f"A probe of {budget:.0%} of the run's cost is too short to compare learning rates; {remedy}."
+        remedy = f"budget={useful.budget / useful.steps:.2g} is expected to leave {useful.expected_regret:.4f}"
     return (
-        f"A probe of {budget:.0%} of the run's cost is expected to leave {plan.expected_regret:.4f} of the prior's "
+        f"A probe of {share:.0%} of the run's cost is expected to leave {plan.expected_regret:.4f} of the prior's "
         f"{plan.prior.expected_regret:.4f} nats per token, which is not worth its cost; {remedy}."
     )
-
-
-def _affordable_plan(run: Run, budget: float, settings: Mapping[str, Any]) -> ProbePlan | None:
-    """Return the plan within a budget; None if the budget is too small for a probe."""
-    try:
-        return make_plan(run, budget=budget, **settings)
-    except SmallBudgetError:
-        return None
 
 
 def next_trial(plan: ProbePlan, runs: Sequence[ProbeRun]) -> Trial | None:

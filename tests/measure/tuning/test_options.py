@@ -20,9 +20,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
 
 STEPS = 256
 DEFAULTS: dict[str, Any] = {
+    "train": None, "held_out": None,
     "steps": 2000, "schedule": "cosine", "warmup": 0, "tokenizer": None, "batch_size": 8, "accumulation": 1,
     "max_length": 1024, "learning_rate": None, "family": None, "weight_decay": 0.0, "max_grad_norm": 1.0,
-    "make_optimizer": None, "loss": None, "probe_rank": 8, "budget": 0.1, "seed": 0, "checkpoint": None,
+    "make_optimizer": None, "loss": None, "probe_rank": 8, "budget": 0.0, "seed": 0, "checkpoint": None,
     "progress": False,
 }  # fmt: skip
 """Every option of `tune` that has a default."""
@@ -239,6 +240,9 @@ TESTED = {
     **dict.fromkeys(("batch_size", "max_length", "tokenizer"), test_records_are_read_in_batches_of_a_size_and_length),
     **dict.fromkeys(("steps", "family"), test_the_planned_run_moves_the_prior),
     **dict.fromkeys(("learning_rate", "budget", "checkpoint"), test_the_guess_the_budget_and_the_checkpoint),
+    **dict.fromkeys(
+        ("train", "held_out"), "tests/measure/tuning/test_search.py::test_a_probe_needs_both_kinds_of_data"
+    ),
     "loss": test_the_loss_is_the_caller_s,
     "progress": "tests/measure/tuning/test_search.py::test_the_cost_is_stated_before_the_first_run",
 }

@@ -250,8 +250,9 @@ def test_the_paired_error_is_that_of_the_published_runs() -> None:
     assert errors.min() <= PAIRED_ERROR <= errors.max()
 
 
-def explanation(run: Run, **settings) -> str | None:
-    return explain_useless_probe(run, **{"probe_rank": 8, "batch_tokens": 1000, "held_out_tokens": 10_000} | settings)
+def explanation(run: Run, *, budget: float = 0.1, **settings) -> str | None:
+    settings = {"probe_rank": 8, "batch_tokens": 1000, "held_out_tokens": 10_000} | settings
+    return explain_useless_probe(make_plan(run, budget=budget, **settings), **settings)
 
 
 def test_a_probe_that_cannot_beat_the_prior_is_explained_beforehand() -> None:
@@ -259,11 +260,13 @@ def test_a_probe_that_cannot_beat_the_prior_is_explained_beforehand() -> None:
     assert explanation(Run(128, 64.0, 2000, "cosine", 8)) is None
     like_the_prior = explanation(REFERENCE, batch_tokens=60_000, family="Qwen3", parameters=8.0)
     assert "not worth its cost; no budget up to the cost of the run (780 steps)" in like_the_prior
-    short = Run(128, 64.0, 100, "cosine", 8)
-    named = float(re.search(r"too short .* budget=([\d.]+) is expected to leave", explanation(short))[1])
-    assert explanation(short, budget=named) is None
+    large_batch, few_tokens = Run(128, 64.0, 1000, "cosine", 128), {"batch_tokens": 20}
+    sentence = explanation(large_batch, **few_tokens)
+    named = float(re.search(r"budget=([\d.]+) is expected to leave", sentence)[1])
+    assert explanation(large_batch, budget=named, **few_tokens) is None
     smaller = [budget for budget in LARGER_BUDGETS if budget < named]
-    assert all(explanation(short, budget=budget) for budget in smaller)
+    assert len(smaller) >= 2
+    assert all(explanation(large_batch, budget=budget, **few_tokens) for budget in smaller)
 
 
 def test_a_range_that_is_too_wide_to_search_says_so() -> None:

@@ -203,37 +203,39 @@ def test_a_divergence_before_the_first_update_is_refused(quantity) -> None:
     assert len(calls) == 1
 
 
-def test_by_default_a_probe_that_cannot_beat_the_prior_trains_nothing_and_names_the_budget_that_can(caplog) -> None:
-    """The model learns nothing before the sentence; a budget that is stated is spent all the same."""
-    calls = []
+def test_a_probe_that_cannot_beat_the_prior_says_so_before_it_trains_and_names_the_budget_that_can(caplog) -> None:
+    """The sentence comes before the model learns anything, and the named budget needs no such sentence."""
+    calls: list[str] = []
 
     def counted(model, batch):
-        calls.append(1)
+        calls.append(caplog.text)
         return model(**batch).loss
 
-    data = {"train": batches(12, rows=8, length=24), "held_out": batches(8, seed=1, rows=8, length=24)}
-    arguments = {"steps": 100, "loss": counted} | data
+    # Batches of four tokens pay for an evaluation of few tokens.
+    data = {"train": batches(12, rows=1, length=4), "held_out": batches(8, seed=1, rows=1, length=4)}
     with caplog.at_level(logging.INFO, logger="rora_theory.measure.tuning.search"):
-        result = tune_linear(**arguments, budget=None)
-    assert not calls
-    assert (result.probe_steps, result.cost.spent) == (0, 0)
-    assert result.learning_rate == pytest.approx(2e-3), "the caller's guess"
-    (sentence,) = [sentence for sentence in result.assumptions if "budget=" in sentence]
-    assert sentence in caplog.text
-    useful = float(re.search(r"budget=([\d.]+)", sentence)[1])
-    assert 0.1 < useful <= 1
-    spent = tune_linear(**arguments, budget=useful)
-    assert calls
-    assert spent.probe_steps > 0
+        useless = tune_linear(steps=240, budget=0.1, loss=counted, **data)
+        (sentence,) = [sentence for sentence in useless.assumptions if "budget=" in sentence]
+        assert sentence in calls[0]
+        useful = float(re.search(r"budget=([\d.]+)", sentence)[1])
+        assert 0.1 < useful <= 1
+        assert not any("budget=" in text for text in tune_linear(steps=240, budget=useful, **data).assumptions)
 
 
-def test_a_budget_of_nothing_gives_the_prior_and_reads_no_data() -> None:
-    """The planned run's scaling, rank, batch, steps and schedule move the rate; data are not read."""
-    result = tune_linear(budget=0, train=[3], held_out=[3], batch_size=4, accumulation=2)
+def test_by_default_the_result_is_the_prior_and_no_data_are_needed() -> None:
+    """The planned run's scaling, rank, batch, steps and schedule move the rate; data that are given are not read."""
     parameters = sum(p.numel() for p in torch_models.model().parameters()) / 1e9
-    assert result.posterior.prior == rate_prior(Run(32, 16.0, STEPS, "cosine", 8), parameters=parameters)
-    assert result.posterior.belief == result.posterior.prior
-    assert (result.cost.spent, len(result.curve)) == (0, 0)
+    expected = rate_prior(Run(32, 16.0, STEPS, "cosine", 8), parameters=parameters)
+    for data in ({}, {"train": [3], "held_out": [3]}):
+        result = tune(torch_models.model(), **data, config=config(), steps=STEPS, batch_size=4, accumulation=2)
+        assert result.posterior.belief == result.posterior.prior == expected
+        assert (result.cost.spent, len(result.curve)) == (0, 0)
+
+
+@pytest.mark.parametrize("missing", ["train", "held_out"])
+def test_a_probe_needs_both_kinds_of_data(missing) -> None:
+    with pytest.raises(InputError, match=r"train and held_out .* budget 0\.1"):
+        tune_linear(**{missing: None})
 
 
 def test_rates_without_an_effect_are_refused() -> None:
