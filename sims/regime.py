@@ -197,7 +197,7 @@ def report(
     ratios: pd.DataFrame,
     warnings: Sequence[str] = (),
 ) -> None:
-    """Print which term dominates and the verdict, then crossing ranks and distances by type of module and depth.
+    """Print which term dominates and the verdict, then crossing ranks and distances by type of module.
 
     Args:
       config: Settings of the measurement.
@@ -212,13 +212,54 @@ def report(
         sentences.append(f"{regime_tables.describe_verdict(verdict)}.")
     answers.print_answer(" ".join(sentences), warnings)
     init = config.inits[0]
-    for optimizer in config.optimizers:
-        tables.print_table(*regime_tables.format_crossings(regime.crossings, regime.tokens, optimizer, init), left=2)
-    if len(regime.crossing_distances):
-        tables.print_table(*regime_tables.format_crossing_distances(regime.crossing_distances, init, config.lr), left=2)
+    # Crossing ranks and distances, medians and ranges over the layers.
+    summaries = {
+        name: frame[frame["init"] == init]
+        for name, frame in regime_tables.summaries(regime.crossings, regime.crossing_distances).items()
+    }
+    heads = {"module": "{kind}", "layers": "{layers}", "tokens": "{split}"}
+    ranks = {
+        "r* of all tokens": "{crossing_rank:.1f} ({crossing_rank_low:.1f}-{crossing_rank_high:.1f})",
+        "r* of a token": "{median:.1f} ({median_low:.1f}-{median_high:.1f})",
+    }
+    tables.print_records(
+        f"Crossing rank r* of all tokens together, and median r* of a token, A {init}: median over layers (range)",
+        summaries[regime_tables.CROSSING_SUMMARY],
+        heads | {"optimizer": "{optimizer}"} | ranks,
+        left=4,
+    )
+    left_out = regime.tokens[regime.tokens["split"] == "heldout"]
+    if len(left_out):
+        tables.print_text(
+            f"Left out of {left_out['all'].max()} held-out tokens: {left_out['seen'].max()} that repeat the beginning "
+            f"of a training record, and {left_out['sinks'].min()} to {left_out['sinks'].max()} attention sinks of a "
+            "module."
+        )
+    if regime_tables.CROSSING_DISTANCE_SUMMARY in summaries:
+        distances = summaries[regime_tables.CROSSING_DISTANCE_SUMMARY]
+        steps = distances.assign(
+            **{name: distances[name] / config.lr for name in distances if name.startswith(("crossing", "turn"))}
+        )
+        tables.print_records(
+            f"Adam, A {init}: number of steps t_A until A dominates, at the constant rate {config.lr:g} and a constant "
+            "gradient, median over layers (range); turn: number of steps until 5% of the entries of G A^T have changed "
+            "sign, far beyond which the law is only approximate",
+            steps,
+            heads
+            | {"rank": "{rank}"}
+            | {"t_A": "{crossing_distance:.1f} ({crossing_distance_low:.1f}-{crossing_distance_high:.1f})"}
+            | {"turn": "{turn_5:.1f}"},
+            left=3,
+        )
     if verdict is not None:
-        for optimizer in config.optimizers:
-            tables.print_table(*regime_tables.format_ratios(ratios, optimizer))
+        tables.print_records(
+            "Ratio of measured to predicted rms at held-out tokens, mean over modules, standard error in brackets, and "
+            "largest single deviation",
+            ratios[ratios["split"] == "heldout"],
+            {"optimizer": "{optimizer}", "A": "{init}", "rank": "{rank}"}
+            | {"ratio": "{mean_ratio:.4f} ({standard_error:.4f})", "largest deviation": "{largest_deviation:.1%}"},
+            left=2,
+        )
 
 
 main = cli.command(RegimeOptions, measure_regime, __doc__)

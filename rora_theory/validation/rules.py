@@ -17,9 +17,6 @@ from rora_theory.scaling import (
     exponent,
 )
 
-USUAL_RANKS = (8, 128)
-"""Range of common ranks, over which exponents in the rank are reported."""
-
 
 def name_of(rule: Rule) -> str:
     """Return the name of a rule in results: its name, or its exponent.

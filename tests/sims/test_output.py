@@ -202,16 +202,20 @@ def test_regime(printed) -> None:
 
 @pytest.mark.slow
 def test_regime_at_new_tokens(printed) -> None:
-    """The report has the number of skipped held-out tokens, medians beside pooled figures, and when A dominates."""
+    """The report has the number of skipped held-out tokens, and when A dominates, as in the run's summary."""
     measured = regime_of("regime_held_out")
     regime.report(config_of(RegimeConfig, "regime_held_out"), measured, None, pd.DataFrame())
     text = "\n".join(printed())
     (row,) = measured.tokens.query("module == 'model.layers.29.mlp.down_proj' and split == 'heldout'").to_dict(
         "records"
     )
-    assert f"{row['seen']}+" in text
-    assert f" of {row['all']}" in text
-    assert "t_A until A dominates, at the constant rate 0.0003" in " ".join(text.split())
+    words = " ".join(text.split())
+    assert f"Left out of {row['all']} held-out tokens: {row['seen']} that repeat" in words
+    assert "t_A until A dominates, at the constant rate 0.0003" in words
+    (summary,) = published("regime_held_out", "crossing_distance_summary")
+    first = summary.iloc[0]
+    figures = [first[f"crossing_distance{end}"] / 3e-4 for end in ("", "_low", "_high")]
+    assert "{:.1f} ({:.1f}-{:.1f})".format(*figures) in text
 
 
 @pytest.mark.slow

@@ -1,28 +1,22 @@
-"""Tables of a model's regime: files, columns, the verdict on the law, and summaries by depth.
+"""Tables of a model's regime: files, columns, the verdict on the law, and summaries over layers.
 
 The columns are those of `module_regime`'s rows, with all digits. This module does not need JAX.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import special
 
-from rora_theory.advice.setting import Setting
-from rora_theory.advice.transfer import transfer
-from rora_theory.inits import Init
-from rora_theory.measure.regimes.layer import SPLITS
 from rora_theory.measure.tokens import SINK_RATIO
-from rora_theory.optimizers import EPSILON, Optimizer
+from rora_theory.optimizers import EPSILON
 from rora_theory.scaling import check_between
 from rora_theory.stats.verdicts import RESOLUTION, judge_gaps, summarise_outcomes
 from rora_theory.validation.ranges import Positive, check_ranges
-from rora_theory.validation.rules import USUAL_RANKS
 
 CROSSINGS, CROSSING_DISTANCES, TOKENS, JUDGE, VERDICT, CROSSING_SUMMARY, CROSSING_DISTANCE_SUMMARY = (
     "crossing_ranks.csv", "crossing_distances.csv", "tokens.csv", "judge.csv", "verdict.json", "crossing_summary.csv",
@@ -61,23 +55,6 @@ UNITS = {
     "seen": "held-out tokens that repeat the beginning of a training record; left out",
     "sinks": f"other tokens with an input norm above {SINK_RATIO:g} times the split's median; left out",
 }
-
-
-def flat_kappa_between(optimizer: Optimizer, init: Init, linear_term: float, *, low: int = 8, high: int = 128) -> float:
-    """Compute the kappa of ``gamma = alpha / r**kappa`` at which the first step has the same size at two ranks.
-
-    Args:
-      optimizer: Optimizer of the step.
-      init: Initialisation of A.
-      linear_term: Linear term c, a column of the crossing ranks.
-      low: Lower rank.
-      high: Higher rank.
-
-    Returns:
-      The exponent kappa.
-    """
-    advice = transfer(Setting(low, 1.0, 1.0, 0.0, optimizer, init), high, {"module": linear_term})
-    return -math.log(advice.alpha) / math.log(high / low)
 
 
 @dataclass(frozen=True)
@@ -210,54 +187,6 @@ def measured_over_predicted(results: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def crossings_by_depth(
-    crossings: pd.DataFrame, tokens: pd.DataFrame, optimizer: Optimizer, init: Init, *, low: int = 8, high: int = 128
-) -> pd.DataFrame:
-    """Summarise crossing ranks by type of module, third of the layers and split.
-
-    Returns:
-      A frame with the columns ``kind``, ``layers`` and ``split``; the medians over layers of crossing rank and
-      quartiles; the ``lowest_kappa`` and ``highest_kappa`` over layers (`flat_kappa_between`); and the numbers of
-      held-out tokens: ``all``, ``seen``, ``fewest_sinks`` and ``most_sinks``. The numbers are missing if ``tokens`` is
-      empty.
-    """
-    rows = []
-    names = ["crossing_rank", "lower_quartile", "median", "upper_quartile"]
-    selected = crossings[(crossings["optimizer"] == optimizer) & (crossings["init"] == init)]
-    for kind, layers, group in by_depth(selected):
-        # Numbers of held-out tokens: sinks differ between modules, the others do not.
-        left_out = tokens[tokens["module"].isin(set(group["module"])) & (tokens["split"] == "heldout")]
-        counts = {} if left_out.empty else left_out[["all", "seen"]].iloc[0].to_dict()
-        counts |= {"fewest_sinks": left_out["sinks"].min(), "most_sinks": left_out["sinks"].max()} if counts else {}
-        for split in SPLITS:
-            split_rows = group[group["split"] == split]
-            # Exponent of the flat rule in every layer of the third.
-            kappas = [
-                flat_kappa_between(optimizer, init, linear_term, low=low, high=high)
-                for linear_term in split_rows["linear_term"]
-            ]
-            row = {"kind": kind, "layers": layers, "split": split} | split_rows[names].median().to_dict()
-            rows.append(row | {"lowest_kappa": min(kappas), "highest_kappa": max(kappas)} | counts)
-    return pd.DataFrame(rows)
-
-
-def crossing_distances_by_depth(crossing_distances: pd.DataFrame, init: Init) -> pd.DataFrame:
-    """Summarise crossing distances by type of module, third of the layers, split and rank.
-
-    Returns:
-      A frame with the columns ``kind``, ``layers``, ``split`` and ``rank``; the ``median``, ``smallest`` and
-      ``largest`` crossing distance over layers; and the median ``turn_5`` over all splits and ranks.
-    """
-    rows = []
-    for kind, layers, group in by_depth(crossing_distances[crossing_distances["init"] == init]):
-        turn_5 = group["turn_5"].median()
-        for (split, rank), cell in group.groupby(["split", "rank"], sort=False):
-            distances = cell["crossing_distance"]
-            row = {"kind": kind, "layers": layers, "split": split, "rank": rank, "median": distances.median()}
-            rows.append(row | {"smallest": distances.min(), "largest": distances.max(), "turn_5": turn_5})
-    return pd.DataFrame(rows)
-
-
 def spread_over_layers(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """Summarise columns of `CROSSING_COLUMNS` or `CROSSING_DISTANCE_COLUMNS` over the layers, by type of module.
 
@@ -298,86 +227,6 @@ def summaries(crossings: pd.DataFrame, crossing_distances: pd.DataFrame) -> dict
     return {name: spread_over_layers(table, columns) for name, (table, columns) in tables.items() if len(table)}
 
 
-def by_depth(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """Group rows by type of module and third of the layers.
-
-    Yields:
-      The type, the first and last layer of the third, and the rows.
-    """
-    kinds = _module_type(table["module"])
-    thirds = [layers.tolist() for layers in np.array_split(sorted(set(table["layer"])), 3) if len(layers)]
-    for kind in dict.fromkeys(kinds):
-        for layers in thirds:
-            group = table[(kinds == kind) & table["layer"].isin(layers)]
-            if len(group):
-                yield kind, str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}", group
-
-
-class FormattedTable(NamedTuple):
-    """Formatted table of a report.
-
-    Attributes:
-      title: Title with the meaning of the columns.
-      heads: Names of the columns.
-      rows: Formatted cells by row.
-    """
-
-    title: str
-    heads: list[str]
-    rows: list[list[Any]]
-
-
-def format_crossings(crossings: pd.DataFrame, tokens: pd.DataFrame, optimizer: Optimizer, init: Init) -> FormattedTable:
-    """Format `crossings_by_depth` with a row for each type of module and third of the layers.
-
-    The columns are the pooled and the median r* with quartiles of each split, the range of kappa of each split, and the
-    number of held-out tokens left out.
-    """
-    low, high = USUAL_RANKS
-    ranks = [f"r* {statistic} {split}" for split in SPLITS for statistic in ("pooled", "median")]
-    return FormattedTable(
-        f"{optimizer}, A {init}: crossing rank r* of all tokens together (pooled) and of a token (median and quartiles "
-        f"over tokens), medians over layers; kappa: exponent at which the first step has the same size at ranks {low} "
-        f"and {high}, range over layers; left out: held-out tokens that repeat the beginning of a training record + "
-        f"attention sinks (input norm above {SINK_RATIO:g} times the median), of all held-out tokens",
-        ["module", "layers", *ranks, *(f"kappa {split}" for split in SPLITS), "left out"],
-        _format_groups(crossings_by_depth(crossings, tokens, optimizer, init, low=low, high=high), _format_crossings),
-    )
-
-
-def format_crossing_distances(crossing_distances: pd.DataFrame, init: Init, learning_rate: float) -> FormattedTable:
-    """Format `crossing_distances_by_depth` with a row for each type of module and third of the layers.
-
-    The columns are the number of steps until A dominates for each rank and split, as a median and range over layers,
-    and the number of steps until 5% of the gradient's signs have changed.
-    """
-    table = crossing_distances_by_depth(crossing_distances, init)
-    columns = table[["rank", "split"]].drop_duplicates().to_numpy()
-    return FormattedTable(
-        f"Adam, A {init}: number of steps t_A until A dominates, at the constant rate {learning_rate:g} and a constant "
-        "gradient, median over layers (range); turn: number of steps until 5% of the entries of G A^T have changed "
-        "sign, far beyond which the law is only approximate",
-        ["module", "layers", *(f"r = {rank} {split}" for rank, split in columns), "turn"],
-        _format_groups(table, partial(_format_steps, learning_rate)),
-    )
-
-
-def format_ratios(ratios: pd.DataFrame, optimizer: Optimizer) -> FormattedTable:
-    """Format `measured_over_predicted` at held-out tokens with a row for each rank and a column for each init."""
-    rows = ratios[(ratios["optimizer"] == optimizer) & (ratios["split"] == "heldout")]
-    template = "{mean_ratio:.4f} ({standard_error:.4f}), {largest_deviation:.1%}"
-    cells = [
-        [rank, *(template.format_map(row) for row in group.to_dict("records"))]
-        for rank, group in rows.groupby("rank", sort=False)
-    ]
-    return FormattedTable(
-        f"{optimizer}: ratio of measured to predicted rms at held-out tokens, mean over modules, standard error "
-        "in brackets, and largest single deviation, by initialisation of A",
-        ["rank", *rows["init"].unique()],
-        cells,
-    )
-
-
 def _rows_with_adapters(results: pd.DataFrame) -> pd.DataFrame:
     """Return the rows for which adapters were stepped, including those with a result that is not finite."""
     return results.dropna(subset=["adapters"]) if "adapters" in results else results.iloc[:0]
@@ -386,33 +235,3 @@ def _rows_with_adapters(results: pd.DataFrame) -> pd.DataFrame:
 def _appearance_order(column: pd.Series) -> pd.Series:
     """Return sort keys by first appearance, which keeps the order of the run's configuration."""
     return pd.Series(pd.factorize(column)[0], index=column.index)
-
-
-def _format_groups(table: pd.DataFrame, cells: Callable[[list[dict[Any, Any]]], list[str]]) -> list[list[str]]:
-    groups = table.groupby(["kind", "layers"], sort=False)
-    return [[*map(str, key), *cells(group.to_dict("records"))] for key, group in groups]
-
-
-def _format_crossings(splits: list[dict[Any, Any]]) -> list[str]:
-    ranks, kappas = [], []
-    for row in splits:
-        ranks.append(f"{row['crossing_rank']:.1f}")
-        ranks.append(f"{row['median']:.1f} ({row['lower_quartile']:.1f}-{row['upper_quartile']:.1f})")
-        kappas.append(f"{row['lowest_kappa']:.2f}-{row['highest_kappa']:.2f}")
-    left_out = ""
-    if "all" in splits[0]:
-        low, high = splits[0]["fewest_sinks"], splits[0]["most_sinks"]
-        left_out = f"{splits[0]['seen']}+{low if low == high else f'{low}-{high}'} of {splits[0]['all']}"
-    return [*ranks, *kappas, left_out]
-
-
-def _format_steps(learning_rate: float, distances: list[dict[Any, Any]]) -> list[str]:
-    """Format distances of A as numbers of steps."""
-    texts = []
-    for row in distances:
-        steps = (row[name] / learning_rate for name in ("median", "smallest", "largest", "turn_5"))
-        median, low, high, sign_change = (f"{value:.1f}" for value in steps)
-        # A single layer has no range.
-        texts.append(f"{median} ({low}-{high})" if "-" in row["layers"] else median)
-    # The distance at which signs change is that of the group, in all of its rows.
-    return [*texts, "-" if sign_change == "nan" else sign_change]

@@ -1,4 +1,4 @@
-"""Whether a table agrees with the law, the flat kappa, and summaries by type of module and depth."""
+"""Whether a table agrees with the law, and summaries by type of module."""
 
 import json
 import math
@@ -11,7 +11,6 @@ import pytest
 
 from rora_theory.measure.regimes import tables as regime_tables
 from rora_theory.measure.regimes.tables import JudgeConfig
-from rora_theory.optimizers import OPTIMIZERS
 from rora_theory.runs import frames
 from rora_theory.stats.verdicts import RESOLUTION
 
@@ -134,74 +133,6 @@ def test_agreement_is_a_mean_over_modules() -> None:
     error = math.hypot(0.5 * 0.03, 2.0 * 0.01) / 2 / mean
     figures = table[["mean_ratio", "standard_error", "largest_deviation", "largest_t"]].to_numpy(float)
     np.testing.assert_allclose(figures, [[1, 0.01, 0, 0], [mean, error, 1, 100]], rtol=1e-12, atol=1e-9)
-
-
-def test_flat_kappa() -> None:
-    """The cases are the four corners of the table, and the init whose deviation falls as 1/r."""
-    flat = {
-        (optimizer, init): [regime_tables.flat_kappa_between(optimizer, init, c) for c in (0.0, math.inf)]
-        for optimizer in OPTIMIZERS
-        for init in ("kaiming_uniform", "gaussian")
-    }
-    assert flat == {
-        ("sgd", "kaiming_uniform"): pytest.approx([0.5, 0.25]),
-        ("sgd", "gaussian"): pytest.approx([-0.5, -0.75]),
-        ("adam", "kaiming_uniform"): pytest.approx([1.0, 0.5]),
-        ("adam", "gaussian"): pytest.approx([0.0, -0.5], abs=1e-9),
-    }
-
-
-def test_crossings_by_depth() -> None:
-    """Figures are medians, not means, over the layers of a third; kappas are those at the range's ends."""
-    places = [
-        {"layer": layer, "module": f"model.layers.{layer}.{name}", "split": split}
-        for layer in range(9)
-        for name in ("self_attn.q_proj", "mlp.up_proj")
-        for split in ("train", "heldout")
-    ]
-    rows = [
-        place
-        | {"optimizer": "sgd", "init": "normal", "linear_term": math.inf if place["layer"] == 1 else 0.0}
-        | {"crossing_rank": 1.0 + place["layer"] ** 2, "median": 2.0 * place["layer"] ** 2}
-        | {"lower_quartile": 0.5, "upper_quartile": 9.0}
-        for place in places
-    ]
-    rows += [row | {"optimizer": "adam", "crossing_rank": 1e6} for row in rows]
-    tokens = [
-        place | {"all": 50, "seen": 7, "sinks": place["layer"] + 10 * place["module"].endswith("up_proj")}
-        for place in places
-    ]
-    table = regime_tables.crossings_by_depth(pd.DataFrame(rows), pd.DataFrame(tokens), "sgd", "normal")
-    assert table[["kind", "layers", "split"]].to_numpy().tolist() == [
-        [kind, layers, split]
-        for kind in ("q_proj", "up_proj")
-        for layers in ("0-2", "3-5", "6-8")
-        for split in ("train", "heldout")
-    ]
-    first, last = table.iloc[0], table.iloc[-1]
-    medians = (first["crossing_rank"], first["median"], last["crossing_rank"], last["median"])
-    assert medians == pytest.approx((2.0, 2.0, 50.0, 98.0))
-    assert (first["lowest_kappa"], first["highest_kappa"]) == pytest.approx((0.25, 0.5))
-    assert (last["all"], last["seen"], last["fewest_sinks"], last["most_sinks"]) == (50, 7, 16, 18)
-    without_tokens = pd.DataFrame(columns=regime_tables.TOKEN_COLUMNS)
-    assert "all" not in regime_tables.crossings_by_depth(pd.DataFrame(rows), without_tokens, "sgd", "normal")
-
-
-def test_crossing_distances_by_depth() -> None:
-    """Figures are by split and rank over the layers of a third; the turn is over all of them."""
-    rows = [
-        {"layer": layer, "module": f"model.layers.{layer}.mlp.up_proj", "split": "heldout", "init": init}
-        | {"rank": rank, "crossing_distance": rank * (1.0 + layer**2) * factor, "turn_5": 10.0 * rank}
-        for layer in range(9)
-        for init, factor in (("gaussian", 100.0), ("normal", 1.0))
-        for rank in (8, 32)
-    ]
-    table = regime_tables.crossing_distances_by_depth(pd.DataFrame(rows), "normal")
-    columns = ["layers", "rank", "median", "smallest", "largest", "turn_5"]
-    assert table[columns].to_numpy().tolist()[2:4] == [
-        ["3-5", 8, 136.0, 80.0, 208.0, 200.0],
-        ["3-5", 32, 544.0, 320.0, 832.0, 200.0],
-    ]
 
 
 @pytest.mark.parametrize("run", ["regime_held_out", "regime_after/plain_16"])
