@@ -622,19 +622,28 @@ def test_a_step_that_few_runs_reach_leaves_the_others_as_they_are() -> None:
 
 
 def test_further_axes_are_analysed_by_themselves_and_compared_with_the_first() -> None:
-    """Every frame then has a column for the axis; losses of the second value are lower by 5%."""
+    """Every frame then has a column for the axis, and its own law; losses of the second value are lower by 5%."""
     runs = select(grid(-0.7, seeds=2), rank=8)
-    cosine = [replace(run, axes=(("schedule", "cosine"),), steps=64) for run in scaled(runs, 0.95)]
-    constant = [replace(run, axes=(("schedule", "constant"),)) for run in runs]
-    shared = {"warmup": 4, "schedule": "constant"}
-    judged = analysis.analyse([*constant, *cosine], {"": (TOKENS, TOKENS)}, shared)
+    axes = {"constant": (("schedule", "constant"), ("warmup", 4)), "cosine": (("schedule", "cosine"), ("warmup", 8))}
+    cosine = [replace(run, axes=axes["cosine"], steps=64) for run in scaled(runs, 0.95)]
+    constant = [replace(run, axes=axes["constant"]) for run in runs]
+    shared, law = {"warmup": 4, "schedule": "constant"}, {"crossing_distances": CROSSING_DISTANCES}
+    judged = analysis.analyse([*constant, *cosine], {"": (TOKENS, TOKENS)}, shared, **law)
     assert judged.best.groupby("schedule").size().to_dict() == {"constant": 4, "cosine": 4}
-    compared = judged.comparisons.query("compared_with == 'schedule constant'")
+    compared = judged.comparisons.query("compared_with == 'schedule constant, warmup 4'")
     assert set(compared["schedule"]) == {"cosine"}
     assert (compared["difference"] < -0.04).all()
+    for schedule, warmup in (("constant", 4), ("cosine", 8)):
+        (row,) = frames.rows(judged.exponents.query(f"schedule == '{schedule}' and step == 64"))
+        (best,) = judged.best.query(f"schedule == '{schedule}' and step == 64 and gain == 64")["best_rate"]
+        expected = horizon_law.predict_exponents(
+            CROSSING_DISTANCES, (64.0, 724.0), steps=(64,), rates=(best,), warmup=warmup, schedule=schedule
+        )
+        assert row["law"] == pytest.approx(expected["exponent"][1], abs=1e-6)
     alone = analysis.analyse(runs, {"": (TOKENS, TOKENS)}, shared)
     assert "schedule" not in alone.best
-    pd.testing.assert_frame_equal(alone.best, judged.best.query("schedule == 'constant'").drop(columns="schedule"))
+    first = judged.best.query("schedule == 'constant'").drop(columns=["schedule", "warmup"])
+    pd.testing.assert_frame_equal(alone.best, first)
 
 
 def test_every_combination_is_compared_with_the_first_alone() -> None:
@@ -653,6 +662,10 @@ def test_every_combination_is_compared_with_the_first_alone() -> None:
     best = analysis.analyse(methods, {"": (TOKENS, TOKENS)}, shared).best.query("step == 64")
     adapters = list(best[["adapter", "gain"]].itertuples(index=False, name=None))
     assert adapters == [("lora", 64.0), ("lora", 256.0), ("dora", 64.0)]
+    models = [replace(run, model=model) for model in ("m", "n") for run in runs]
+    judged = analysis.analyse(models, dict.fromkeys("mn", (TOKENS, TOKENS)), shared)
+    assert set(judged.best["model"]) == {"m", "n"}
+    assert judged.comparisons.empty, "losses of two models cannot be compared"
 
 
 @pytest.mark.slow
@@ -788,16 +801,7 @@ def test_estimators_of_whole_curves_agree_with_the_vertex() -> None:
 
 
 def test_the_law_of_a_constant_gradient_follows_the_schedule() -> None:
-    runs = grid(-0.7, seeds=2)
-    for name in ("constant", "cosine"):
-        judged = analysis.judge_runs(runs, TOKENS, **LAW, schedule=name)
-        row = judged.exponents.query("step == 64 and over == 'gain' and at == 8").iloc[0]
-        (best,) = judged.best.query("step == 64 and rank == 8 and gain == 64")["best_rate"]
-        law = horizon_law.predict_exponents(
-            CROSSING_DISTANCES, (64.0, 724.0), steps=(64,), rates=(best,), warmup=4, schedule=name
-        )
-        assert row["law"] == pytest.approx(law["exponent"][1], abs=1e-6)
-    # With a decay A moves less, and the best rate falls more.
+    """With a decay A moves less, and the best rate falls more."""
     factors = [
         horizon_law.predict_exponents(
             CROSSING_DISTANCES, (64.0, 724.0), steps=(64,), rates=(1e-3,), warmup=4, schedule=name
