@@ -52,6 +52,7 @@ def test_runs_are_judged_by_the_loss_that_they_learned(loss_on, best) -> None:
     runs = [replace(run, loss_on=loss_on) for rank in (8, 128) for run in two_losses(1e-3, 5e-4, rank=rank)]
     judged = analysed(runs)
     assert judged.best["best_rate"].to_numpy() == pytest.approx(best, rel=0.03)
+    assert judged.best["best_loss"].to_numpy() == pytest.approx(1.0, abs=0.1), "per token of the answers"
     assert judged.regret["tuned_rate"].to_numpy() == pytest.approx(best, rel=0.03)
     table = results.results_table([replace(run, key="k") for run in runs], {"": (TOKENS, ANSWER_TOKENS)})
     marked = table[table["best_rate"].notna()]
