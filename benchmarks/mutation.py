@@ -110,6 +110,7 @@ BRIDGE = {
 
 PLANNING = "tests/measure/tuning/test_plan.py tests/measure/tuning/test_posterior.py"
 SEARCHING = "tests/measure/tuning/test_search.py tests/measure/tuning/test_options.py"
+TRAINING = "tests/measure/tuning/test_options.py tests/measure/tuning/test_search.py"
 
 TUNING = {
     "tuning_belief": ("rora_theory/measure/tuning/belief.py", PLANNING),
@@ -120,7 +121,7 @@ TUNING = {
     "tuning_prior": ("rora_theory/measure/tuning/prior.py", PLANNING),
     "tuning_result": ("rora_theory/measure/tuning/result.py", PLANNING),
     "tuning_search": ("rora_theory/measure/tuning/search.py", SEARCHING),
-    "tuning_training": ("rora_theory/measure/tuning/training.py", SEARCHING),
+    "tuning_training": ("rora_theory/measure/tuning/training.py", TRAINING),
     "tuning_trial": ("rora_theory/measure/tuning/trial.py", PLANNING),
 }
 """Modules of the probe for a learning rate with the files that test them."""
