@@ -778,6 +778,18 @@ TUNING_FAULTS = [
         "too few batches are read for an accumulated step",
     ),
     Fault(
+        f"{TUNING}/search.py",
+        'statement = plan.sentence() if explanation is None else f"{plan.sentence()} {explanation}"',
+        "statement = plan.sentence()",
+        "a probe that cannot beat the prior is not explained before it is trained",
+    ),
+    Fault(
+        f"{TUNING}/search.py",
+        "            *([] if explanation is None else [explanation]),\n",
+        "",
+        "a probe that cannot beat the prior is not explained in the result",
+    ),
+    Fault(
         f"{TUNING}/examples.py",
         "        labels = labels[:, 1:]",
         "        pass",
