@@ -236,6 +236,21 @@ def test_the_manifest_and_the_adapter_name_the_weights(complete, model):
 
 
 @pytest.mark.slow
+def test_serve_as_decides_which_entries_the_adapter_has(brief):
+    """A finished run writes the adapter again in the format that the command asks for; clients read fewer entries."""
+    command, out, _ = brief
+
+    def entries(serve_as: str) -> dict[str, object]:
+        train_on_eight([serve_as if word == "portable" else word for word in command])
+        return json.loads((out / "adapter" / "adapter_config.json").read_text())
+
+    portable, peft = entries("portable"), entries("peft")
+    assert portable.keys() < peft.keys()
+    assert (portable["use_rslora"], peft["use_rslora"]) == (False, True)
+    assert {"rank_pattern", "alpha_pattern", "layers_to_transform"} <= peft.keys() - portable.keys()
+
+
+@pytest.mark.slow
 def test_killed_and_interrupted_it_ends_with_the_same_bits(complete, model, data, tmp_path, monkeypatch):
     """The run is killed by SIGKILL after some steps, resumed, interrupted at step 50, and resumed again."""
     out, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
