@@ -1,7 +1,7 @@
 """Log-log slopes fitted for each seed, and the test whether they lie within a band around zero."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -37,6 +37,15 @@ class SeedFit(NamedTuple):
     def half_width(self, confidence: float = CONFIDENCE) -> float:
         """Compute half the two-sided confidence interval by Student's t, plus the bound."""
         return Estimate(self.slope, self.standard_error, self.seeds, "seeds", self.bound).half_width(confidence)
+
+    def row(self, band: float = BAND) -> dict[str, Any]:
+        """Return the columns ``slope``, ``standard_error``, ``half_width``, ``seeds`` and ``verdict`` of a table.
+
+        Args:
+          band: Largest absolute slope that counts as flat, see `trend`.
+        """
+        fit = {"slope": self.slope, "standard_error": self.standard_error, "half_width": self.half_width()}
+        return fit | {"seeds": self.seeds, "verdict": trend(self, band)}
 
     @classmethod
     def from_estimate(cls, slope: Estimate, departure: float = 0.0) -> "SeedFit":

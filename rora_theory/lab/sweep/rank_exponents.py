@@ -86,18 +86,12 @@ def exponent_fits(table: pd.DataFrame) -> pd.DataFrame:
                 values = at_step[quantity][fitted_ranks].to_numpy(float)
                 if not (values > 0).all():
                     continue  # nothing has changed yet
-                fit = slopes.seed_fit(fitted_ranks, values)
                 fits.append(
                     dict(zip(CELL[:5], cell, strict=True))
-                    | {
-                        "range": span,
-                        "lowest_rank": min(fitted_ranks),
-                        "highest_rank": max(fitted_ranks),
-                        "ranks": len(fitted_ranks),
-                    }
-                    | {"step": step, "quantity": quantity, "slope": fit.slope}
-                    | {"standard_error": fit.standard_error, "seeds": fit.seeds}
-                    | {"verdict": slopes.trend(fit), "loss_left": (loss / start_loss).min()}
+                    | {"range": span, "lowest_rank": min(fitted_ranks), "highest_rank": max(fitted_ranks)}
+                    | {"ranks": len(fitted_ranks), "step": step, "quantity": quantity}
+                    | slopes.seed_fit(fitted_ranks, values).row()
+                    | {"loss_left": (loss / start_loss).min()}
                 )
     return pd.DataFrame(fits, columns=FIT_COLUMNS)
 

@@ -25,6 +25,7 @@ from weakref import ref
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from peft.tuners.lora import LoraLayer, ParamWrapper
 
 from rora_theory import inits, plots
@@ -59,14 +60,14 @@ from rora_theory.measure.rank_check.coordinate_table import (
     MODEL_QUANTITIES,
     BatchSplit,
     Coordinate,
-    Table,
     judge_model,
+    slope_rows,
 )
 from rora_theory.measure.regimes import thin
 from rora_theory.measure.tuning.training import build_optimizer
 from rora_theory.optimizers import MOMENTUM, WEIGHT_DECAY, OptimizerName
 from rora_theory.scaling import check_instance, check_integer, check_positive
-from rora_theory.stats.slopes import BAND
+from rora_theory.stats.slopes import BAND, assert_flat
 from rora_theory.validation.rules import check_list, check_steps, listed
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ class TorchCheck:
     """Result of `coordinate_check`.
 
     Attributes:
-      table: Sizes by coordinate, each an array [seeds, ranks]. ``hidden`` and ``logits`` are the root mean square of
+      ranks: Ranks in ascending order.
+      values: Sizes by coordinate, each an array [seeds, ranks]. ``hidden`` and ``logits`` are the root mean square of
         the change of the final hidden states (the output head's inputs) and of the logits. ``output`` is the root mean
         square of gamma B A x of each kind of module. ``loss`` is the loss.
       sizes: Sizes as a tidy frame with a row for each rank, seed and coordinate.
@@ -126,7 +128,8 @@ class TorchCheck:
       band: Largest absolute slope that counts as flat.
     """
 
-    table: Table
+    ranks: tuple[int, ...]
+    values: Mapping[Coordinate, Float[np.ndarray, "seeds ranks"]]
     sizes: pd.DataFrame
     slopes: pd.DataFrame
     verdict: str
@@ -163,19 +166,20 @@ class TorchCheck:
         # Hidden states and logits at the selected splits and steps.
         coordinates = [
             coordinate
-            for coordinate in self.table.values
+            for coordinate in self.values
             if (coordinate.module, coordinate.quantity) in MODEL_QUANTITIES
             and split in (None, coordinate.split)
             and step in (None, coordinate.step)
         ]
         if not coordinates:
-            measured = sorted({(coordinate.split, coordinate.step) for coordinate in self.table.values})
+            measured = sorted({(coordinate.split, coordinate.step) for coordinate in self.values})
             raise InputError(
                 f"nothing was measured for split {split!r} and step {step!r}; measured pairs: "
                 + ", ".join(f"({name!r}, {number})" for name, number in measured)
             )
         for coordinate in coordinates:
-            self.table.assert_flat(coordinate.quantity, split=coordinate.split, step=coordinate.step, band=self.band)
+            label = f"{coordinate.quantity} of the model on {coordinate.split} at step {coordinate.step}"
+            assert_flat(self.ranks, self.values[coordinate], band=self.band, label=label)
 
 
 def coordinate_check(
@@ -289,8 +293,7 @@ def coordinate_check(
             optimizers.append(first_steps.optimizer)
             model_name = first_steps.model
     # Fit a slope against the rank for every coordinate.
-    table = Table(ranks, values)
-    slopes = table.slope_rows(band=band)
+    slopes = slope_rows(ranks, values, band=band)
     sizes = pd.DataFrame(
         [
             {"rank": rank, "seed": draw} | coordinate._asdict() | {"value": float(value[draw, column])}
@@ -310,7 +313,7 @@ def coordinate_check(
     )
     slope_frame = pd.DataFrame(slopes)
     thin.warn((sizes, slope_frame), thin.rank_warnings(ranks))
-    return TorchCheck(table, sizes, slope_frame, judge_model(slopes), scope, band)
+    return TorchCheck(ranks, values, sizes, slope_frame, judge_model(slopes), scope, band)
 
 
 def _show_stage(progress_bar: Any, rank: int, work: str) -> None:

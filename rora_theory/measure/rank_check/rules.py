@@ -24,8 +24,8 @@ from rora_theory.measure.rank_check.coordinate_table import (
     BATCH_SPLITS,
     MODEL,
     Coordinate,
-    Table,
     judge_model,
+    slope_rows,
     summarise_verdicts,
 )
 from rora_theory.optimizers import DISPLAY_NAMES, FAMILY, OptimizerName, scaling_power
@@ -200,7 +200,7 @@ def coordinate_slopes(config: CheckConfig, sizes: pd.DataFrame) -> pd.DataFrame:
         kappa, power = exponent(case.rule), scaling_power(FAMILY[case.optimizer])
         labels = {"optimizer": case.optimizer, "rule": name_of(case.rule), "kappa": kappa, "init": case.init}
         labels |= {"control": int(case.control)}
-        rows += [labels | row for row in Table(ranks, values).slope_rows(band=config.band, kappa=kappa, power=power)]
+        rows += [labels | row for row in slope_rows(ranks, values, band=config.band, kappa=kappa, power=power)]
     return frames.from_rows(rows, SLOPE_COLUMNS)
 
 

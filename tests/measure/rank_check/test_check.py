@@ -146,7 +146,7 @@ def test_the_rule_that_preserves_the_first_step(arguments, training, verdict) ->
         check.assert_flat()
     else:
         with pytest.raises(
-            AssertionError, match=f"(hidden|logits) of model on train at step 1 is not flat but {verdict[:5]}"
+            AssertionError, match=f"(hidden|logits) of the model on train at step 1 is not flat but {verdict[:5]}"
         ):
             check.assert_flat()
     with pytest.raises(InputError, match="split 'held_out'"):
@@ -338,7 +338,7 @@ def test_a_held_out_batch_is_measured_at_its_unseen_tokens() -> None:
     with pytest.raises(InputError, match="held_out has no token"):
         coordinate_check(maker(), batch, RANKS, held_out=batch, steps=(1,), seeds=2)
     check = coordinate_check(maker(), batch, held_out=held_out, steps=(1,))
-    assert check.table.ranks == (2, 8, 32, 128), "the default"
+    assert check.ranks == (2, 8, 32, 128), "the default"
     assert set(check.sizes["seed"]) == {0, 1, 2}, "the default"
     assert set(check.slopes["split"]) == {"train", "held_out"}
     assert set(check.slopes.query("module == 'down_proj'")["quantity"]) == {"output"}
