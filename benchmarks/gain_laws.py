@@ -18,6 +18,7 @@ of a schedule are compared after the number of steps that the design has for it.
   likelihood, with its AIC.
 - ``regret.csv`` has what each policy costs in nats per token: the rate that the other seeds tuned at the reference
   setting, carried to each setting of one seed. With a single seed it is tuned on that seed, and ``tuned_on`` says so.
+- ``policies.csv`` has the mean over seeds for each setting, and over all settings of a schedule with another G.
 """
 
 import argparse
@@ -34,7 +35,7 @@ import pandas as pd
 import scipy
 from gain_grid import DESIGNS, REFERENCE_GAIN, REFERENCE_RANK, Design
 from jaxtyping import Float
-from sweep_folders import DRAWS
+from sweep_folders import DRAWS, mean_regrets
 
 from rora_theory.lab.sweep.curves import curves_at
 from rora_theory.lab.sweep.regret import Condition, policies
@@ -309,12 +310,16 @@ def main() -> None:
         for frames_of, frame in zip((mixed, outcomes, laws), (pd.DataFrame(effects), *judged), strict=True):
             frame.insert(0, "estimator", estimator)
             frames_of.append(frame)
+    costs = regret_rows(curves, constant, design)
+    in_gain = costs[~costs["to"].str.endswith(f"G {REFERENCE_GAIN:g}")]
+    by = ["schedule", "to", "policy"]
     tables = {
         "best": all_best,
         "mixed": pd.concat(mixed),
         "outcomes": pd.concat(outcomes),
         "laws": pd.concat(laws),
-        "regret": regret_rows(curves, constant, design),
+        "regret": costs,
+        "policies": pd.concat([mean_regrets(costs, by), mean_regrets(in_gain, ["schedule", "policy"])]),
     }
     for name, frame in tables.items():
         (args.out / f"{name}.csv").write_text(frames.to_csv(frame))

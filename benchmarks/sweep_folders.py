@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import pandas as pd
+
 from rora_theory.lab.sweep.curves import curves_at
 from rora_theory.lab.sweep.runs import read_runs, read_tokens
+from rora_theory.stats.estimate import over_seeds
 from rora_theory.stats.rate_curves import Curve
 
 DRAWS = 400
@@ -21,3 +24,15 @@ def best_row(curve: Curve) -> dict[str, object]:
     logs = curve.log2_optimum
     row: dict[str, object] = {"rank": curve.rank, "gain": curve.gain, "best_rate": 2**logs.value}
     return row | {"log2_error": logs.known_error, "edge": curve.edge, "lowest_loss": float(curve.losses.min())}
+
+
+def mean_regrets(costs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Return the mean regret over seeds by some columns, with half a 95% interval over seeds."""
+    rows = []
+    for key, seeds in costs.groupby(by, sort=False):
+        estimate = over_seeds(seeds.groupby("seed")["regret"].mean().to_numpy())
+        row = dict(zip(by, key, strict=True)) | {"regret": estimate.value}
+        row |= {"half_width": estimate.half_width() if estimate.has_error else None}
+        row |= {"largest": float(seeds["regret"].max()), "seeds": seeds["seed"].nunique()}
+        rows.append(row | {"lower_bounds": int(seeds["is_lower_bound"].sum())})
+    return pd.DataFrame(rows)

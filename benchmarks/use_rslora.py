@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from sweep_folders import best_row, read_curves
+from sweep_folders import best_row, mean_regrets, read_curves
 
 from rora_theory.advice.best_rate import Run, carry_rate
 from rora_theory.lab.sweep.regret import Condition, policies
@@ -109,18 +109,6 @@ def regret_rows(change: str, tuned: Curve, target: Curve, constant: float) -> li
     return rows
 
 
-def mean_regrets(costs: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean regret over seeds of every change and policy, with half a 95% interval over seeds."""
-    rows = []
-    for (change, first, second, policy), seeds in costs.groupby(["change", "from", "to", "policy"], sort=False):
-        estimate = over_seeds(seeds["regret"].to_numpy())
-        row = {"change": change, "from": first, "to": second, "policy": policy, "regret": estimate.value}
-        row |= {"half_width": estimate.half_width() if estimate.has_error else None}
-        row |= {"largest": float(seeds["regret"].max()), "seeds": len(seeds)}
-        rows.append(row | {"lower_bounds": int(seeds["is_lower_bound"].sum())})
-    return pd.DataFrame(rows)
-
-
 def main() -> None:
     """Write the tables of the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -142,7 +130,11 @@ def main() -> None:
     tables = {"best": pd.DataFrame(best), "exponents": pd.DataFrame(exponent_rows(compared))}
     compared = compared[compared["change"] != BOTH]
     compared = compared.merge(predictions[["from", "to", "prediction", "low", "high"]], how="left")
-    tables |= {"outcomes": compared, "regret": pd.DataFrame(costs), "policies": mean_regrets(pd.DataFrame(costs))}
+    tables |= {
+        "outcomes": compared,
+        "regret": pd.DataFrame(costs),
+        "policies": mean_regrets(pd.DataFrame(costs), ["change", "from", "to", "policy"]),
+    }
     for name, frame in tables.items():
         (folder / f"{name}.csv").write_text(frames.to_csv(frame))
         print(f"{name}.csv\n{frame.to_string(index=False)}\n")
